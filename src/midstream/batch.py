@@ -1,0 +1,94 @@
+"""Row and Batch: the contract between data and model.
+
+Letters in comments: R rows, T positions of a row, N images, P patches of an image.
+A row is made of segments (documents that do not see each other). An image is a run of P
+consecutive positions at the head of its segment; `input_ids` there is 0 and is replaced by
+projected patch features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from midstream.tokens import TokenCount
+
+# `targets` at positions without a loss.
+IGNORE = -100
+# `segment_ids` at positions that hold nothing.
+PADDING = -1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One packed sequence of T positions, as NumPy arrays of int64.
+
+    input_ids, targets (already shifted: the token after each position, or IGNORE), position_ids
+    (from 0 in each segment, or over the whole row in the joined layout), segment_ids (PADDING
+    behind the end), image_starts (first column of each image), images (what the loader turns into
+    pixels or stored features, in the order of image_starts) and the counts of what it holds.
+    """
+
+    input_ids: np.ndarray
+    targets: np.ndarray
+    position_ids: np.ndarray
+    segment_ids: np.ndarray
+    image_starts: np.ndarray
+    images: np.ndarray
+    counts: TokenCount
+
+
+@dataclass(frozen=True)
+class Batch:
+    """R rows for the model; `images` holds pixels or stored features, one entry an image.
+
+    `image_slots` lists (row, first column) of each image. `counts` is the sum over the rows.
+    """
+
+    input_ids: Int[Tensor, "rows seq"]
+    targets: Int[Tensor, "rows seq"]
+    position_ids: Int[Tensor, "rows seq"]
+    segment_ids: Int[Tensor, "rows seq"]
+    image_slots: Int[Tensor, "images 2"]
+    images: Float[Tensor, "images ..."]
+    counts: TokenCount
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
+        return Batch(
+            input_ids=self.input_ids.to(device),
+            targets=self.targets.to(device),
+            position_ids=self.position_ids.to(device),
+            segment_ids=self.segment_ids.to(device),
+            image_slots=self.image_slots.to(device),
+            images=self.images.to(device),
+            counts=self.counts,
+        )
+
+
+def stack_rows(rows: Sequence[Row], images: Float[Tensor, "images ..."]) -> Batch:
+    """Put rows of one length into a batch; `images` are theirs, in reading order.
+
+    Raises ValueError if the number of images differs from the rows' own.
+    """
+    num_images = sum(len(row.image_starts) for row in rows)
+    if num_images != len(images):
+        raise ValueError(f"the rows hold {num_images} images, {len(images)} were given")
+    slots = [(index, int(start)) for index, row in enumerate(rows) for start in row.image_starts]
+    counts = sum((row.counts for row in rows), TokenCount())
+
+    def stacked(name: str) -> Tensor:
+        return torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
+
+    return Batch(
+        input_ids=stacked("input_ids"),
+        targets=stacked("targets"),
+        position_ids=stacked("position_ids"),
+        segment_ids=stacked("segment_ids"),
+        image_slots=torch.tensor(slots, dtype=torch.int64).reshape(-1, 2),
+        images=images,
+        counts=counts,
+    )

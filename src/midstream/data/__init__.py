@@ -1,0 +1,1 @@
+"""Public formats in, token-exact rows out."""
