@@ -2,7 +2,7 @@
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -47,7 +47,7 @@ class DecoderConfig(Config):
     rope_base: float = 10000.0
 
     @model_validator(mode="after")
-    def _divides(self) -> Self:
+    def _divides(self) -> "DecoderConfig":
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of twice num_heads "
@@ -90,7 +90,7 @@ class EncoderConfig(Config):
     resize: Literal["letterbox", "square"] = "letterbox"
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _fits(self) -> "EncoderConfig":
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_heads}")
         if not -self.num_layers <= self.feature_layer <= -1:
@@ -193,7 +193,7 @@ class Mixture(Config):
     max_epochs: Positive = 1
 
     @model_validator(mode="after")
-    def _whole(self) -> Self:
+    def _whole(self) -> "Mixture":
         names = [share.source for share in self.shares]
         if len(set(names)) != len(names):
             raise ValueError(f"a source is named twice: {names}")

@@ -1,0 +1,115 @@
+"""Finds the recipe that a command names and calls it with the arguments it was given."""
+
+import importlib
+import importlib.util
+import inspect
+import json
+import pkgutil
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_type_hints
+
+from midstream import recipes
+from midstream.study.stage import Study
+
+Recipe = Callable[..., Study]
+
+
+def find_study(name: str, settings: Sequence[str]) -> Study:
+    """The study of a recipe (`pocket.when_images_arrive`, `my_file.py:function`).
+
+    `settings` are `name=value` pairs for its arguments, the values JSON or else text.
+    Raises ValueError or FileNotFoundError with what there is if a name is unknown.
+    """
+    recipe = _from_file(name) if ".py" in name else _from_catalogue(name)
+    study = recipe(**_arguments(name, recipe, settings))
+    if not isinstance(study, Study):
+        raise ValueError(f"{name} returned a {type(study).__name__}, not a Study")
+    return study
+
+
+def catalogue() -> dict[str, Recipe]:
+    """Every recipe of the package that returns a study, by `module.function`."""
+    found = {}
+    for info in pkgutil.iter_modules(recipes.__path__):
+        module = importlib.import_module(f"{recipes.__name__}.{info.name}")
+        for name, function in _recipes_of(module).items():
+            found[f"{info.name}.{name}"] = function
+    return found
+
+
+def _from_catalogue(name: str) -> Recipe:
+    known = catalogue()
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"no study {name!r}; {hint}there are {', '.join(known) or 'none'}, "
+            f"or give your own as path/to/file.py:function"
+        )
+    return known[name]
+
+
+def _from_file(name: str) -> Recipe:
+    path_text, _, function = name.rpartition(":")
+    path = Path(path_text or name)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; give a study as path/to/file.py:function")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    recipe = getattr(module, function, None) if path_text else None
+    if not callable(recipe):
+        known = ", ".join(_recipes_of(module)) or "none that is annotated to return a Study"
+        raise ValueError(
+            f"{path} has no function {function if path_text else ''!r}; it has {known}"
+        )
+    chosen: Recipe = recipe
+    return chosen
+
+
+def _recipes_of(module: ModuleType) -> dict[str, Recipe]:
+    return {
+        name: function
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if not name.startswith("_")
+        and function.__module__ == module.__name__
+        and get_type_hints(function).get("return") is Study
+    }
+
+
+def _arguments(name: str, recipe: Recipe, settings: Sequence[str]) -> dict[str, Any]:
+    known = inspect.signature(recipe).parameters
+    hints = get_type_hints(recipe)
+    arguments: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes name=value, got {setting!r}")
+        if key not in known:
+            takes = ", ".join(known) or "no arguments"
+            raise ValueError(f"{name} has no argument {key!r}; it takes {takes}")
+        if key in arguments:
+            raise ValueError(f"--set gives {key!r} twice")
+        arguments[key] = Path(text) if hints.get(key) is Path else _value(text)
+    needed = [
+        key
+        for key, parameter in known.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and key not in arguments
+    ]
+    if needed:
+        raise ValueError(f"{name} needs {', '.join(needed)}; add --set {needed[0]}=VALUE")
+    return arguments
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,243 @@
+"""The commands. Whatever is slow to import is imported by the command that needs it."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+
+import typer
+
+from midstream import __version__
+
+if TYPE_CHECKING:
+    from midstream.study.ledger import Ledger
+    from midstream.study.stage import Study
+
+Arguments = ParamSpec("Arguments")
+USER_ERROR_EXIT_CODE = 2
+DEMO_STUDY = "pocket.when_images_arrive"
+
+app = typer.Typer(
+    help="When, and how, should a language model first see images?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+StudyName = Annotated[
+    str,
+    typer.Argument(
+        metavar="STUDY", help="A recipe (pocket.when_images_arrive) or my_file.py:function."
+    ),
+]
+Store = Annotated[Path, typer.Option(help="The folder that holds every stage once.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="An argument of the recipe; may be repeated."),
+]
+Workers = Annotated[int, typer.Option(min=1, help="Processes that run stages side by side.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of each process.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+DEFAULT_STORE = Path("runs")
+
+
+def _version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"midstream {__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """When, and how, should a language model first see images?"""
+
+
+def user_errors(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
+    """Turn what a user can put right into one red message and exit code 2."""
+
+    @wraps(command)
+    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, OSError) as reason:
+            from pydantic import ValidationError
+
+            from midstream.terminal import error
+
+            text = str(reason)
+            if isinstance(reason, ValidationError):
+                text = "\n".join(
+                    ".".join(str(part) for part in (reason.title, *item["loc"]))
+                    + f": {item['msg'].removeprefix('Value error, ')}"
+                    for item in reason.errors(include_url=False)
+                )
+            error(f"error: {text}")
+            raise typer.Exit(USER_ERROR_EXIT_CODE) from None
+
+    return checked
+
+
+@app.command()
+@user_errors
+def plan(
+    study: StudyName,
+    store: Store = DEFAULT_STORE,
+    settings: Settings = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every stage as JSON.")] = False,
+) -> None:
+    """Show what a study would run and what it costs; starts nothing."""
+    from midstream import terminal
+    from midstream.catalogue import find_study
+    from midstream.study.graph import plan as plan_study
+    from midstream.study.ledger import Ledger
+
+    work = plan_study(find_study(study, settings or []), Ledger(store))
+    if as_json:
+        typer.echo(json.dumps(terminal.plan_json(work), indent=2))
+    else:
+        terminal.print_plan(work, terminal.out())
+
+
+@app.command()
+@user_errors
+def run(
+    study: StudyName,
+    store: Store = DEFAULT_STORE,
+    settings: Settings = None,
+    workers: Workers = 2,
+    threads: Threads = 1,
+    device: Device = "auto",
+) -> None:
+    """Run the stages of a study that are not done; continue those that were stopped."""
+    from midstream.catalogue import find_study
+    from midstream.study.ledger import Ledger
+
+    machine = {"workers": workers, "threads": threads, "device": device}
+    _run(find_study(study, settings or []), Ledger(store), machine)
+
+
+@app.command()
+@user_errors
+def status(
+    study: Annotated[
+        str | None, typer.Argument(help="All studies of the store without it.")
+    ] = None,
+    store: Store = DEFAULT_STORE,
+    settings: Settings = None,
+) -> None:
+    """Show how far the studies of a store are."""
+    from midstream import terminal
+    from midstream.study.graph import plan as plan_study
+    from midstream.study.ledger import Ledger
+
+    ledger = Ledger(store)
+    names = ledger.study_names() if study is None else [study]
+    if not names:
+        raise FileNotFoundError(f"store {store} holds no study; run one, or give another --store")
+    for name in names:
+        work = plan_study(_stored_study(name, ledger, settings or []), ledger)
+        terminal.print_states(work, ledger, terminal.out())
+
+
+@app.command()
+@user_errors
+def report(study: StudyName, store: Store = DEFAULT_STORE, settings: Settings = None) -> None:
+    """Write a study's page, table and figures from what is done."""
+    from midstream.study.ledger import Ledger
+
+    ledger = Ledger(store)
+    _report(_stored_study(study, ledger, settings or []), ledger)
+
+
+@app.command()
+@user_errors
+def demo(
+    store: Store = DEFAULT_STORE / "demo",
+    workers: Workers = 2,
+    threads: Threads = 1,
+    device: Device = "auto",
+) -> None:
+    """Run the pocket study from generated data to its report, on two CPU cores in minutes."""
+    from midstream import terminal
+    from midstream.catalogue import find_study
+    from midstream.study.ledger import Ledger
+
+    start = time.monotonic()
+    study, ledger = find_study(DEMO_STUDY, []), Ledger(store)
+    peak_bytes = _run(study, ledger, {"workers": workers, "threads": threads, "device": device})
+    _report(study, ledger)
+    text = f"wall time {time.monotonic() - start:,.1f} s"
+    if peak_bytes:
+        text += f", peak memory {peak_bytes / 2**30:.2f} GiB (sum over the workers)"
+    terminal.out().print(text)
+
+
+def _stored_study(name: str, ledger: "Ledger", settings: list[str]) -> "Study":
+    """The study last run in the store under this name, else the recipe's."""
+    from midstream.catalogue import find_study
+
+    if not settings and name in ledger.study_names():
+        return ledger.load_study(name)
+    return find_study(name, settings)
+
+
+def _run(study: "Study", ledger: "Ledger", machine: dict[str, Any]) -> int:
+    """Run and tell; returns the peak memory in bytes. Leaves with the outcome's code if not 0."""
+    from midstream import terminal
+    from midstream.config import Machine
+    from midstream.study import launch
+    from midstream.study.graph import plan as plan_study
+
+    memory = terminal.PeakMemory()
+    console = terminal.out()
+    with terminal.progress(console) as show:
+
+        def on_event(event: dict[str, Any]) -> None:
+            memory.note(event)
+            show(event)
+
+        outcome = launch.run(study, ledger, Machine(**machine), on_event)
+    counts = (outcome.num_done, outcome.num_failed, outcome.num_stopped, outcome.num_skipped)
+    if not any(counts):
+        console.print(
+            f"nothing to do: all {outcome.num_before} stages of {study.name} are done "
+            f"({ledger.store})",
+            soft_wrap=True,
+        )
+        return 0
+    done, failed, stopped, skipped = counts
+    console.print(
+        f"{study.name}: {done} stages done now, {outcome.num_before} before, {failed} failed, "
+        f"{stopped} stopped, {skipped} not started",
+        soft_wrap=True,
+    )
+    for message in outcome.messages:
+        terminal.error(message)
+    if outcome.exit_code:
+        if outcome.interrupted:
+            terminal.error("stopped; the same command continues where it was")
+        raise typer.Exit(outcome.exit_code)
+    return memory.total_bytes(plan_study(study, ledger), ledger)
+
+
+def _report(study: "Study", ledger: "Ledger") -> None:
+    from midstream import terminal
+    from midstream.report.page import write_report
+    from midstream.report.table import line_rows
+
+    path = write_report(study, ledger)
+    console = terminal.out()
+    terminal.print_results(line_rows(study, ledger), console)
+    console.print(f"report: {path}", soft_wrap=True, markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(app())

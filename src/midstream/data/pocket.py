@@ -1,0 +1,290 @@
+"""The pocket world: a generated world of text, pictures, captions, conversations and benchmarks.
+
+Everything is a pure function of the world's seed, file by file and byte by byte. A language model
+that sees no picture can answer none of the visual questions better than by guessing: answers are
+even over each question, and scenes are in one split only (`Scene.split`). The official files of the
+benchmarks are written by `pocket_files.py`.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+
+from midstream.config import PocketWorld
+from midstream.data.pocket_bench import balanced, scene_with
+from midstream.data.pocket_files import write_benchmarks, write_json, write_lines
+from midstream.data.pocket_language import (
+    COUNTS,
+    FACTS,
+    LAYOUTS,
+    NAMES,
+    QUESTIONS,
+    Question,
+    answer,
+    ask,
+    describe,
+    fact_document,
+    fact_table,
+    plan_answer,
+)
+from midstream.data.pocket_scenes import (
+    COLORS,
+    MAYBE_A_WORD,
+    SHAPES,
+    TASKS,
+    WORDS,
+    Plan,
+    Scene,
+    below,
+    draw_jpeg,
+    generator,
+    pick,
+    sample_scene,
+    shuffled,
+)
+
+TEXT_TASKS = ("pocket_reading", "pocket_facts", "pocket_relations")
+# What guessing scores, by the convention of the paper: 0 for open words and boxes.
+CHANCES = dict(zip(TASKS, (0.25, 0.25, 0.0, 0.5, 0.0, 0.0), strict=True))
+DOCUMENTS_A_FILE, SCENES_A_SHARD = 8_000, 1_000
+FACT_DOCUMENTS_FRACTION = 0.3
+Turn = tuple[Question, str]
+
+
+def write_pocket_world(world: PocketWorld, root: Path) -> None:
+    """Write the world into the folder `root`, laid out as `docs/data.md` describes.
+
+    The same `world` gives the same bytes. `root` is created if needed; to have it completely or not
+    at all, give the folder of `storage.new_folder`. Raises ValueError if `root` holds anything.
+    """
+    if root.exists() and any(root.iterdir()):
+        raise ValueError(f"{root} is not empty; give a new folder for the pocket world")
+    root.mkdir(parents=True, exist_ok=True)
+    _write_documents(world, root / "text" / "web")
+    captioned = [caption_scene(world, index) for index in range(world.num_captions)]
+    _write_captions(world, captioned, root / "captions" / "pictures")
+    _write_talks(world, root / "instruct" / "talks")
+    write_benchmarks(world, captioned, root / "bench")
+    for task in TEXT_TASKS:
+        write_lines(root / "text_tasks" / f"{task}.jsonl", text_items(world, task))
+    description = {
+        "name": "pocket",
+        "licence": "CC0-1.0",
+        "notes": f"generated from seed {world.seed}: coloured shapes and words on a 3x3 grid",
+        "visual_tasks": {t: {"format": t, "chance": CHANCES[t]} for t in TASKS},
+        "text_tasks": {task: {"chance": 0.25} for task in TEXT_TASKS},
+    }
+    write_json(root / "world.json", description)
+
+
+# ------------------------------------------------------------------- scenes with questions on them
+
+
+def converse(
+    rng: np.random.Generator,
+    kinds: Sequence[str],
+    splits: Sequence[str],
+    num_things: tuple[int, int],
+) -> tuple[Scene, list[Turn]]:
+    """A scene of one of the splits with a question of each kind, in this order.
+
+    The number a "count" question asks for is chosen before the scene is, since few scenes hold
+    three of a kind; there is at most one such question.
+    """
+    planned = Question("count", QUESTIONS["count"][below(rng, len(QUESTIONS["count"]))].about)
+    number, low = pick(rng, COUNTS), num_things[0]
+    if "count" in kinds:
+        low = max(low, int(number))
+    words = WORDS if "word" in kinds else MAYBE_A_WORD
+    for _ in range(100_000):
+        plan = plan_answer(rng, planned, number) if "count" in kinds else Plan()
+        size = low + below(rng, num_things[1] - low + 1)
+        scene = sample_scene(rng, plan, num_things=size, words=words)
+        if scene.split not in splits:
+            continue
+        turns: list[Turn] = []
+        for kind in kinds:
+            question = planned if kind == "count" else ask(rng, scene, kind)
+            reply = None if question is None else answer(scene, question)
+            if question is None or reply is None or (question, reply) in turns:
+                break
+            turns.append((question, reply))
+        if len(turns) == len(kinds):
+            return scene, turns
+    raise AssertionError(f"no scene of {splits} answers {kinds}")
+
+
+def either(rng: np.random.Generator, one: str, other: str) -> str:
+    """One of two kinds, each as likely."""
+    return pick(rng, (one, other))
+
+
+def document(world: PocketWorld, index: int, facts: dict[tuple[str, str], str]) -> str:
+    """The text document at `index`: a described scene with questions, or facts about people."""
+    return scene_document(world, index)[0] or fact_document(
+        generator(world.seed, "facts document", index), facts
+    )
+
+
+def scene_document(world: PocketWorld, index: int) -> tuple[str, Scene | None]:
+    """The document at `index` and its scene; ("", None) where the document is about people."""
+    rng = generator(world.seed, "document", index)
+    if rng.random() < FACT_DOCUMENTS_FRACTION:
+        return "", None
+    kinds = [
+        *("color", either(rng, "shape", "shape_at"), "count", "exists", "word"),
+        either(rng, "relation_color", "relation_shape"),
+    ]
+    kinds = shuffled(rng, kinds)[: 2 + below(rng, 4)]
+    scene, turns = converse(rng, kinds, ("captions", "instruct"), (2, 4))
+    layout = pick(rng, LAYOUTS)
+    lines = [f"{layout.format(question=question.text)} {reply}" for question, reply in turns]
+    return "\n".join([describe(rng, scene), *lines]) + "\n", scene
+
+
+def caption_scene(world: PocketWorld, index: int) -> Scene:
+    """The scene of the caption at `index`; a quarter of them is cluttered (4 to 6 things)."""
+    rng = generator(world.seed, "caption scene", index)
+    low = pick(rng, (2, 2, 2, 4))
+    return converse(rng, (), ("captions",), (low, low + 2))[0]
+
+
+def talk(world: PocketWorld, index: int) -> tuple[Scene, list[Turn]]:
+    """The conversation at `index`: four to six of the six benchmarks' kinds of question."""
+    rng = generator(world.seed, "talk", index)
+    vqa = pick(rng, (*["color"] * 3, *["shape", "shape_at"] * 2, *["count"] * 2, "exists"))
+    kinds = [
+        *(vqa, either(rng, "relation_color", "relation_shape"), "word", "exists", "where_pair"),
+        either(rng, "where_relation", "where_size"),
+    ]
+    kinds = shuffled(rng, kinds)[: 4 + below(rng, 3)]
+    # Benchmarks of cluttered scenes ask by size or neighbour, so these talks have clutter too.
+    most = 6 if any(kind in ("where_relation", "where_size") for kind in kinds) else 4
+    return converse(rng, kinds, ("instruct",), (2, most))
+
+
+# -------------------------------------------------------------------------------------- text tasks
+
+
+def text_items(world: PocketWorld, task: str) -> list[dict[str, Any]]:
+    """The items of a text task: {"query", "choices" (four), "gold"}.
+
+    A query ends where a training document would go on with a space and the answer. All four choices
+    are as frequent: in the scene's description each stands once, and facts are evenly distributed.
+    """
+    rng = generator(world.seed, task)
+    count = world.num_text_items
+    golds = shuffled(rng, [index % 4 for index in range(count)])
+    if task == "pocket_facts":
+        asked = _fact_questions(world, rng, count)
+    else:
+        asked = _described_questions(rng, task, count)
+    items = []
+    for index, (head, question, reply, others) in enumerate(asked):
+        choices = shuffled(rng, others)
+        choices.insert(golds[index], reply)
+        query = head + LAYOUTS[index % 2].format(question=question)
+        choices = [f" {choice}" for choice in choices]
+        items.append({"query": query, "choices": choices, "gold": golds[index]})
+    return items
+
+
+# What stands before the question, the question, its answer, three wrong answers.
+Asked = tuple[str, str, str, list[str]]
+
+
+def _fact_questions(world: PocketWorld, rng: np.random.Generator, count: int) -> list[Asked]:
+    table, asked = fact_table(world.seed), []
+    order = shuffled(rng, [(name, fact) for name in NAMES for fact in FACTS])
+    for name, fact in islice(cycle(order), count):
+        values, question, _ = FACTS[fact]
+        others = shuffled(rng, [value for value in values if value != table[name, fact]])
+        asked.append(("", question.format(name=name), table[name, fact], others[:3]))
+    return asked
+
+
+def _described_questions(rng: np.random.Generator, task: str, count: int) -> list[Asked]:
+    if task == "pocket_reading":
+        kinds = {"color": COLORS, "shape": SHAPES, "shape_at": SHAPES}
+    else:
+        kinds = {"relation_color": COLORS, "relation_shape": SHAPES}
+    pairs = []
+    for part, (kind, values) in enumerate(kinds.items()):
+        share = len(range(part, count, len(kinds)))
+        pairs += balanced(rng, QUESTIONS[kind], tuple(values), share)
+    asked = []
+    for question, reply in shuffled(rng, pairs):
+        scene = scene_with(
+            rng,
+            lambda q=question, gold=reply: plan_answer(rng, q, gold),
+            lambda scene, q=question, gold=reply: (
+                answer(scene, q) == gold
+                and len({thing.color for thing in scene.things}) == 4
+                and len({thing.shape for thing in scene.things}) == 4
+            ),
+            splits=TASKS,
+            num_things=(4, 4),
+        )
+        named = [t.color if question.kind.endswith("color") else t.shape for t in scene.things]
+        others = [name for name in named if name != reply]
+        asked.append((describe(rng, scene) + "\n", question.text, reply, others))
+    return asked
+
+
+# ----------------------------------------------------------------------------------------- writing
+
+
+def _write_documents(world: PocketWorld, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    facts = fact_table(world.seed)
+    for start in range(0, world.num_documents, DOCUMENTS_A_FILE):
+        stop = min(start + DOCUMENTS_A_FILE, world.num_documents)
+        texts = (document(world, index, facts) for index in range(start, stop))
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+        path = folder / f"web-{start // DOCUMENTS_A_FILE:05d}.jsonl.zst"
+        path.write_bytes(zstandard.ZstdCompressor(level=6).compress(lines))
+
+
+def _write_captions(world: PocketWorld, scenes: Sequence[Scene], folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for start in range(0, len(scenes), SCENES_A_SHARD):
+        path = folder / f"pictures-{start // SCENES_A_SHARD:05d}.tar"
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as shard:
+            for index in range(start, min(start + SCENES_A_SHARD, len(scenes))):
+                for name, data in _caption_files(world, scenes[index], index):
+                    # Everything else in the header keeps its default, which does not vary.
+                    header = tarfile.TarInfo(name)
+                    header.size = len(data)
+                    shard.addfile(header, io.BytesIO(data))
+
+
+def _caption_files(world: PocketWorld, scene: Scene, index: int) -> Iterator[tuple[str, bytes]]:
+    rng = generator(world.seed, "caption", index)
+    yield f"{index:08d}.jpg", draw_jpeg(rng, scene)
+    yield f"{index:08d}.txt", describe(rng, scene).encode()
+    yield f"{index:08d}.json", json.dumps(scene.record()).encode()
+
+
+def _write_talks(world: PocketWorld, folder: Path) -> None:
+    (folder / "images").mkdir(parents=True)
+    records, scenes = [], []
+    for index in range(world.num_conversations):
+        scene, turns = talk(world, index)
+        image = f"images/{index:06d}.jpg"
+        picture = draw_jpeg(generator(world.seed, "talk picture", index), scene)
+        (folder / image).write_bytes(picture)
+        values = [text for question, reply in turns for text in (question.text, reply)]
+        values[0] = "<image>\n" + values[0]
+        speakers = cycle(("human", "gpt"))
+        conversation = [{"from": next(speakers), "value": value} for value in values]
+        records.append({"id": f"talk-{index:06d}", "image": image, "conversations": conversation})
+        scenes.append({"image": image} | scene.record())
+    write_json(folder / "llava.json", records)
+    write_lines(folder / "scenes.jsonl", scenes)

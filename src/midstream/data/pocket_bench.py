@@ -1,0 +1,208 @@
+"""The items of the pocket world's visual benchmarks: scenes, questions and answers.
+
+Answers are chosen first, as evenly as possible over each question, and a scene is made for each.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from midstream.config import PocketWorld
+from midstream.data.pocket_language import (
+    COUNTS,
+    QUESTIONS,
+    Question,
+    answer,
+    neighbour_cell,
+    plan_answer,
+    referent,
+)
+from midstream.data.pocket_scenes import (
+    COLORS,
+    MAYBE_A_WORD,
+    PAIRS,
+    RELATIONS,
+    SHAPES,
+    WORDS,
+    Pair,
+    Plan,
+    Scene,
+    below,
+    generator,
+    pick,
+    sample_scene,
+    shuffled,
+)
+from midstream.tokens import apportion
+
+POPE_FILES = ("random", "popular", "adversarial")
+# Shares that let guessing score a quarter: .3/6 + .3/6 + .2/4 + .2/2.
+VQA_SHARES = {"color": 0.3, "shape": 0.15, "shape_at": 0.15, "count": 0.2, "exists": 0.2}
+VQA_ANSWERS: dict[str, tuple[str, ...]] = {
+    "color": tuple(COLORS),
+    "shape": SHAPES,
+    "shape_at": SHAPES,
+    "count": COUNTS,
+    "exists": ("yes", "no"),
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """A scene, a question on it and the answer."""
+
+    scene: Scene
+    question: Question
+    answer: str
+
+
+def balanced(
+    rng: np.random.Generator, questions: Sequence[Question], answers: Sequence[str], count: int
+) -> list[tuple[Question, str]]:
+    """`count` (question, answer) pairs in random order.
+
+    Questions are as frequent as each other within one, and so are the answers of each question.
+    """
+    questions = shuffled(rng, questions)
+    answers = shuffled(rng, answers)
+    pairs = []
+    for index in range(count):
+        rounds, place = divmod(index, len(questions))
+        pairs.append((questions[place], answers[(place + rounds) % len(answers)]))
+    return shuffled(rng, pairs)
+
+
+def scene_with(
+    rng: np.random.Generator,
+    plan: Callable[[], Plan],
+    accept: Callable[[Scene], bool],
+    *,
+    splits: Sequence[str],
+    num_things: tuple[int, int] = (2, 4),
+    words: Sequence[str | None] = MAYBE_A_WORD,
+) -> Scene:
+    """A scene of one of the splits that follows a plan (made anew each try) and is accepted."""
+    for _ in range(100_000):
+        planned = plan()
+        low = max(num_things[0], len(planned.pairs))
+        size = low + below(rng, num_things[1] - low + 1)
+        scene = sample_scene(rng, planned, num_things=size, words=words)
+        if scene.split in splits and accept(scene):
+            return scene
+    raise AssertionError(f"no scene of {splits} follows the plan {planned}")
+
+
+def open_items(world: PocketWorld, task: str) -> list[Item]:
+    """The items of vqav2, gqa or textvqa."""
+    rng, count = generator(world.seed, task), world.num_questions
+    pairs: list[tuple[Question, str]] = []
+    if task == "vqav2":
+        for kind, share in apportion(count, VQA_SHARES).items():
+            pairs += balanced(rng, QUESTIONS[kind], VQA_ANSWERS[kind], share)
+    elif task == "gqa":
+        pairs += balanced(rng, QUESTIONS["relation_color"], tuple(COLORS), count - count // 2)
+        pairs += balanced(rng, QUESTIONS["relation_shape"], SHAPES, count // 2)
+    else:
+        assert task == "textvqa", task
+        pairs += balanced(rng, QUESTIONS["word"], WORDS, count)
+    items = []
+    for question, gold in shuffled(rng, pairs):
+        scene = scene_with(
+            rng,
+            lambda q=question, gold=gold: plan_answer(rng, q, gold),
+            lambda scene, q=question, gold=gold: answer(scene, q) == gold,
+            splits=(task,),
+            words=(gold,) if task == "textvqa" else MAYBE_A_WORD,
+        )
+        items.append(Item(scene, question, gold))
+    return items
+
+
+def pope_items(world: PocketWorld, file: str, popular: Sequence[Pair]) -> list[Item]:
+    """The items of one of POPE's files: a third of `num_questions`, half of them yes.
+
+    random asks about any pair, popular about `popular` ones, adversarial about a colour and a shape
+    that other things in the picture have.
+    """
+    rng = generator(world.seed, f"pope {file}")
+    count = max(2, 2 * (world.num_questions // 6))
+    asked = popular if file == "popular" else PAIRS
+    questions = [Question("exists", pair) for pair in asked]
+    items = []
+    for question, gold in balanced(rng, questions, ("yes", "no"), count):
+
+        def plan(question: Question = question, gold: str = gold) -> Plan:
+            planned = plan_answer(rng, question, gold)
+            if file != "adversarial":
+                return planned
+            color, shape = question.about
+            near = (color, pick(rng, [s for s in SHAPES if s != shape]))
+            also = (pick(rng, [c for c in COLORS if c != color]), shape)
+            return Plan([*planned.pairs, near, also], allowed=planned.allowed)
+
+        scene = scene_with(
+            rng,
+            plan,
+            lambda scene, q=question, gold=gold: answer(scene, q) == gold,
+            splits=("pope",),
+            # As many things under either answer.
+            num_things=(3, 4),
+        )
+        items.append(Item(scene, question, gold))
+    return items
+
+
+def where_items(world: PocketWorld, task: str) -> list[Item]:
+    """The items of refcoco (by colour and shape) or ocid_ref (cluttered; by neighbour or size)."""
+    rng, count = generator(world.seed, task), world.num_questions
+    cells = tuple(str(cell) for cell in range(9))
+    pairs: list[tuple[Question, str]] = []
+    if task == "refcoco":
+        pairs += balanced(rng, QUESTIONS["where_pair"], cells, count)
+    else:
+        pairs += balanced(rng, QUESTIONS["where_size"], cells, count // 2)
+        for relation, share in apportion(
+            count - count // 2, dict.fromkeys(RELATIONS, 0.25)
+        ).items():
+            targets = {neighbour_cell(int(cell), relation) for cell in cells} - {None}
+            shapes = [Question("where_relation", (s, relation)) for s in SHAPES]
+            places = sorted(str(cell) for cell in targets)
+            for question, cell in balanced(rng, shapes, places, share):
+                pairs.append((Question("where_relation", question.about + pick(rng, PAIRS)), cell))
+    items = []
+    for question, cell in shuffled(rng, pairs):
+
+        def accept(scene: Scene, question: Question = question, cell: str = cell) -> bool:
+            thing = referent(scene, question)
+            return thing is not None and str(thing.cell) == cell
+
+        scene = scene_with(
+            rng,
+            lambda q=question, cell=cell: plan_place(rng, q, int(cell)),
+            accept,
+            splits=(task,),
+            num_things=(2, 4) if task == "refcoco" else (4, 6),
+        )
+        gold = answer(scene, question)
+        assert gold is not None
+        items.append(Item(scene, question, gold))
+    return items
+
+
+def plan_place(rng: np.random.Generator, question: Question, cell: int) -> Plan:
+    """Puts what a "where" question refers to into `cell`, and something alike elsewhere."""
+    about = question.about
+    if question.kind == "where_pair":
+        return Plan([(about[0], about[1])], [cell])
+    colors = shuffled(rng, tuple(COLORS))
+    if question.kind == "where_size":
+        other = "small" if about[0] == "large" else "large"
+        return Plan([(colors[0], about[1]), (colors[1], about[1])], [cell], [about[0], other])
+    shape, relation, color, anchor_shape = about
+    back = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    anchor = neighbour_cell(cell, back[relation])
+    assert anchor is not None
+    left = [c for c in colors if (c, shape) != (color, anchor_shape)]
+    # A second thing of the shape, so that the shape alone does not tell which one is meant.
+    return Plan([(color, anchor_shape), (left[0], shape), (left[1], shape)], [anchor, cell])

@@ -1,0 +1,224 @@
+"""The pocket world's visual benchmarks in the official files of the six that they stand for.
+
+Beside the official files lies `scenes.jsonl`, with what every picture shows.
+"""
+
+import json
+import pickle
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from midstream.config import PocketWorld
+from midstream.data.pocket_bench import POPE_FILES, Item, open_items, pope_items, where_items
+from midstream.data.pocket_language import referent
+from midstream.data.pocket_scenes import IMAGE_SIZE, PAIRS, SHAPES, Scene, draw_jpeg, generator
+
+VQA_TYPES = {
+    "color": ("what color is the", "other"),
+    "shape": ("what shape is the", "other"),
+    "shape_at": ("what shape is", "other"),
+    "count": ("how many", "number"),
+    "exists": ("is there a", "yes/no"),
+}
+# "Popular" asks about this many pairs only, those most frequent in the caption pictures.
+NUM_POPULAR = 12
+# OCID-Ref's clutter levels are ranges of take_id: up to 9, 16 and 20.
+TAKES = {4: (1, 9), 5: (10, 16), 6: (17, 20)}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file; creates the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON; creates the folder."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_lines(path: Path, values: Sequence[Any]) -> None:
+    """Write one JSON value a line; creates the folder."""
+    write_text(path, "".join(json.dumps(value) + "\n" for value in values))
+
+
+def write_benchmarks(world: PocketWorld, captioned: Sequence[Scene], folder: Path) -> None:
+    """Write the six benchmarks; "popular" things are those frequent in the `captioned` scenes."""
+    _write_vqav2(world, folder / "vqav2")
+    _write_gqa(world, folder / "gqa")
+    _write_textvqa(world, folder / "textvqa")
+    _write_pope(world, captioned, folder / "pope")
+    _write_refcoco(world, folder / "refcoco")
+    _write_ocid_ref(world, folder / "ocid_ref")
+
+
+def _write_pictures(
+    world: PocketWorld, folder: Path, items: Sequence[Item], names: Sequence[str]
+) -> None:
+    records = []
+    for index, (item, name) in enumerate(zip(items, names, strict=True)):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = draw_jpeg(generator(world.seed, f"{folder.name} picture", index), item.scene)
+        path.write_bytes(picture)
+        records.append({"image": name} | item.scene.record())
+    write_lines(folder / "scenes.jsonl", records)
+
+
+def _write_vqav2(world: PocketWorld, folder: Path) -> None:
+    items = open_items(world, "vqav2")
+    questions, annotations = [], []
+    for number, item in enumerate(items, start=1):
+        ids = {"image_id": number, "question_id": 1000 * number}
+        questions.append(ids | {"question": item.question.text})
+        question_type, answer_type = VQA_TYPES[item.question.kind]
+        annotations.append(
+            ids
+            | {
+                "question_type": question_type,
+                "answer_type": answer_type,
+                "multiple_choice_answer": item.answer,
+                "answers": [
+                    {"answer": item.answer, "answer_confidence": "yes", "answer_id": place}
+                    for place in range(1, 11)
+                ],
+            }
+        )
+    head = {"info": {}, "license": {}, "data_type": "mscoco", "data_subtype": "val2014"}
+    write_json(
+        folder / "v2_OpenEnded_mscoco_val2014_questions.json",
+        head | {"task_type": "Open-Ended", "questions": questions},
+    )
+    write_json(folder / "v2_mscoco_val2014_annotations.json", head | {"annotations": annotations})
+    names = [f"val2014/COCO_val2014_{number:012d}.jpg" for number in range(1, len(items) + 1)]
+    _write_pictures(world, folder, items, names)
+
+
+def _write_gqa(world: PocketWorld, folder: Path) -> None:
+    items, questions = open_items(world, "gqa"), {}
+    for index, item in enumerate(items):
+        subject = item.question.text.removesuffix("?").split(" is ", 1)[1]
+        full = f"{subject} is {item.answer}."
+        if item.question.kind == "relation_shape":
+            full = f"{subject} is a {item.answer}."
+        questions[f"{20_000_000 + index}"] = {
+            "imageId": f"n{index:06d}",
+            "question": item.question.text,
+            "answer": item.answer,
+            "fullAnswer": full,
+            "isBalanced": True,
+            "groups": {"global": None, "local": None},
+            "entailed": [],
+            "equivalent": [f"{20_000_000 + index}"],
+            "types": {"structural": "query", "semantic": "rel", "detailed": "relO"},
+            "annotations": {"question": {}, "answer": {}, "fullAnswer": {}},
+            "semantic": [],
+            "semanticStr": "",
+        }
+    write_json(folder / "testdev_balanced_questions.json", questions)
+    names = [f"images/n{index:06d}.jpg" for index in range(len(items))]
+    _write_pictures(world, folder, items, names)
+
+
+def _write_textvqa(world: PocketWorld, folder: Path) -> None:
+    items = open_items(world, "textvqa")
+    data = [
+        {
+            "question_id": 34_602 + index,
+            "image_id": f"{index:016x}",
+            "question": item.question.text,
+            "question_tokens": item.question.text.removesuffix("?").split(),
+            "answers": [item.answer] * 10,
+            "image_classes": ["Drawing"],
+            "image_width": IMAGE_SIZE,
+            "image_height": IMAGE_SIZE,
+            "set_name": "val",
+        }
+        for index, item in enumerate(items)
+    ]
+    head = {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1"}
+    write_json(folder / "TextVQA_0.5.1_val.json", head | {"data": data})
+    names = [f"train_images/{index:016x}.jpg" for index in range(len(items))]
+    _write_pictures(world, folder, items, names)
+
+
+def _write_pope(world: PocketWorld, captioned: Sequence[Scene], folder: Path) -> None:
+    seen = Counter(thing.pair for scene in captioned for thing in scene.things)
+    popular = sorted(PAIRS, key=lambda pair: (-seen[pair], pair))[:NUM_POPULAR]
+    everything, names = [], []
+    for file in POPE_FILES:
+        lines = []
+        for number, item in enumerate(pope_items(world, file, popular), start=1):
+            everything.append(item)
+            image = f"COCO_val2014_{len(everything):012d}.jpg"
+            names.append(f"val2014/{image}")
+            line = {"question_id": number, "image": image, "text": item.question.text}
+            lines.append(line | {"label": item.answer})
+        write_lines(folder / f"coco_pope_{file}.json", lines)
+    _write_pictures(world, folder, everything, names)
+
+
+def _write_refcoco(world: PocketWorld, folder: Path) -> None:
+    items = where_items(world, "refcoco")
+    refs: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, item in enumerate(items, start=1):
+        name, meant = f"COCO_train2014_{number:012d}", referent(item.scene, item.question)
+        side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+        images.append({"id": number, "file_name": f"{name}.jpg", "license": 1} | side)
+        for thing in item.scene.things:
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": SHAPES.index(thing.shape) + 1,
+                    "bbox": [float(v) for v in (thing.left, thing.top, thing.side, thing.side)],
+                    "area": float(thing.side**2),
+                    "iscrowd": 0,
+                    "segmentation": [],
+                }
+            )
+            if thing != meant:
+                continue
+            sent = item.question.expression
+            sentence = {"sent_id": number, "sent": sent, "raw": sent, "tokens": sent.split()}
+            refs.append(
+                {
+                    "ref_id": number,
+                    "ann_id": len(annotations),
+                    "image_id": number,
+                    "category_id": SHAPES.index(thing.shape) + 1,
+                    "file_name": f"{name}_{len(annotations)}.jpg",
+                    "split": "val",
+                    "sent_ids": [number],
+                    "sentences": [sentence],
+                }
+            )
+    categories = [{"id": i, "name": s, "supercategory": "shape"} for i, s in enumerate(SHAPES, 1)]
+    value = {"info": {}, "licenses": [], "images": images}
+    value |= {"annotations": annotations, "categories": categories}
+    write_json(folder / "instances.json", value)
+    (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+    names = [f"train2014/{image['file_name']}" for image in images]
+    _write_pictures(world, folder, items, names)
+
+
+def _write_ocid_ref(world: PocketWorld, folder: Path) -> None:
+    items, expressions, names = where_items(world, "ocid_ref"), {}, []
+    for index, item in enumerate(items):
+        thing = referent(item.scene, item.question)
+        assert thing is not None
+        first, last = TAKES[len(item.scene.things)]
+        scene_path = f"pocket/table/seq{index // 20:02d}/rgb/result_{index:06d}.jpg"
+        names.append(f"OCID-dataset/{scene_path}")
+        expressions[str(index)] = {
+            "scene_path": scene_path,
+            "bbox": json.dumps(list(thing.box)),
+            "sentence": item.question.expression,
+            "take_id": first + index % (last - first + 1),
+        }
+    write_json(folder / "val_expressions.json", expressions)
+    _write_pictures(world, folder, items, names)

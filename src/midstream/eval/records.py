@@ -1,0 +1,133 @@
+"""Records of official benchmark files, whose errors say where they stand and what to do."""
+
+import json
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of a file; its errors say where it stands."""
+
+    where: str
+    value: Any
+
+    def get(self, key: str, kind: type) -> Any:
+        """The value under `key`; ValueError if it is absent or no `kind` (bool never is)."""
+        if not isinstance(self.value, dict):
+            self.refuse(f"it is a {type(self.value).__name__}, not an object")
+        if key not in self.value:
+            self.refuse(f"it has no {key!r}, only {', '.join(map(str, self.value))}")
+        value = self.value[key]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            self.refuse(f"its {key!r} is {value!r}, not a {kind.__name__}")
+        return value
+
+    def text(self, key: str) -> str:
+        """The text under `key`."""
+        return str(self.get(key, str))
+
+    def identifier(self, key: str) -> str:
+        """The number or text under `key`, as text."""
+        value = self.get(key, object)
+        if not isinstance(value, int | str):
+            self.refuse(f"its {key!r} is {value!r}, neither a number nor a text")
+        return str(value)
+
+    def refuse(self, problem: str) -> NoReturn:
+        """Raise ValueError with the place, the problem and the remedy."""
+        raise ValueError(f"{self.where}: {problem}; give the official file, or mend this record")
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Lists, dicts, texts and numbers only: a pickle that names code cannot run it."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f"it names {module}.{name}, and nothing in it may be code")
+
+
+def load_plain_pickle(path: Path) -> list[Any]:
+    """The list in a pickle of plain values; ValueError for one that names code or is broken."""
+    if not path.is_file():
+        missing(path)
+    with path.open("rb") as stream:
+        try:
+            # latin1 reads the byte strings of Python 2, in which the file was written.
+            value = _PlainUnpickler(stream, encoding="latin1").load()
+        except Exception as error:  # a broken pickle raises anything
+            raise ValueError(
+                f"{path} is refused: {error}; give the official file, which holds plain lists and "
+                "dicts"
+            ) from None
+    if not isinstance(value, list):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a list of references")
+    return value
+
+
+def missing(path: Path) -> NoReturn:
+    """Raise FileNotFoundError that lists what the folder holds instead."""
+    there = sorted(item.name for item in path.parent.glob("*"))
+    held = f"the folder holds {', '.join(there[:20])}" if there else "the folder is empty or absent"
+    raise FileNotFoundError(f"{path} does not exist; {held}; docs/data.md lists the official files")
+
+
+def _json(path: Path) -> Any:
+    if not path.is_file():
+        missing(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        return json.loads(text, object_pairs_hook=lambda pairs: _no_key_twice(pairs, path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON (line {error.lineno}: {error.msg})") from None
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+    # json keeps the last of equal keys, which would drop a question without a word.
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{path} holds key {twice!r} twice in one object; remove one of them")
+    return value
+
+
+def records(path: Path, key: str) -> Iterator[Record]:
+    """The records of the list `key` in a JSON object; ValueError if there are none."""
+    value = _json(path)
+    if not isinstance(value, dict) or not isinstance(value.get(key), list) or not value[key]:
+        raise ValueError(f"{path} holds no list {key!r} of records; give the official file")
+    for index, record in enumerate(value[key]):
+        yield Record(f"{path} {key} record {index}", record)
+
+
+def entries(path: Path) -> Iterator[tuple[str, Record]]:
+    """The records of a JSON object by id; ValueError if there are none or an id comes twice."""
+    value = _json(path)
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"{path} holds no object of records by id; give the official file")
+    for key, record in value.items():
+        yield key, Record(f"{path} record {key!r}", record)
+
+
+def lines(path: Path) -> Iterator[Record]:
+    """The records of a file of JSON lines; ValueError if there are none."""
+    found = path.read_text(encoding="utf-8-sig").split("\n")  # a text may hold U+2028
+    if not any(line.strip() for line in found):
+        raise ValueError(f"{path} is empty; give the official file")
+    for number, line in enumerate(found, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield Record(f"{path} line {number}", json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number} is not JSON ({error.msg})") from None
+
+
+def add(table: dict[str, Any], key: str, value: Any, record: Record) -> None:
+    """Put `value` under `key`; ValueError names the record if the key is taken."""
+    if key in table:
+        record.refuse(f"id {key} stands there twice")
+    table[key] = value

@@ -1,0 +1,146 @@
+"""Pure metric functions, equal to the official ones: one prediction and its gold -> 0 to 1."""
+
+import ast
+import re
+import string
+from collections.abc import Sequence
+
+# Contracted forms that people type with an apostrophe missing. The official table holds every
+# variant with one apostrophe left out, and nothing for forms that are words of their own
+# without it ("its", "were", "shed"). Its keys with a capital ("Im") can never meet a lowered word.
+_CONTRACTED = """
+    ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't mustn't
+    needn't oughtn't shan't shouldn't wasn't weren't won't wouldn't
+    could've might've must've not've should've they've we've what've where've who've would've you've
+    he'd how'd it'd someone'd something'd there'd they'd where'd who'd you'd
+    how'll it'll somebody'll someone'll something'll they'll what'll who'll why'll you'll
+    there're they're what're why're you're
+    he's how's somebody's someone's that's there's what's when's where's who's why's
+    ma'am o'clock 'twas y'all 'ow's'at y'all'll y'all'd've
+    couldn't've hadn't've mightn't've shouldn't've wouldn't've
+    he'd've it'd've she'd've somebody'd've someone'd've something'd've there'd've they'd've we'd've
+    who'd've you'd've
+"""
+CONTRACTIONS: dict[str, str] = {
+    form[:at] + form[at + 1 :]: form
+    for form in _CONTRACTED.split()
+    for at, character in enumerate(form)
+    if character == "'"
+} | {"somebody'd": "somebodyd"}  # the official table takes this one's apostrophe away
+_NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
+_NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS.split())}
+_ARTICLES = ("a", "an", "the")
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+# The official substitution hands a flag of value 32 to `count`: later periods stay.
+_MAX_PERIODS = 32
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """VQA v2: the mean over the answers of min(1, equal ones among the others / 3).
+
+    As the official code has it, nothing but white space is normalised where all answers are
+    equal, so that "Yes" is wrong where ten people wrote "yes". Source: vqaEval.py of VQA v2.
+    """
+    golds = [_one_line(answer) for answer in answers]
+    prediction = _one_line(prediction)
+    if len(set(golds)) > 1:
+        golds = [_vqa_words(_vqa_punctuation(gold)) for gold in golds]
+        prediction = _vqa_words(_vqa_punctuation(prediction))
+    return _leave_one_out(prediction, golds)
+
+
+def textvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """TextVQA's variant: both sides lowered, "," and "?" dropped, "'s" parted, then normalised
+    whether or not the answers agree. Source: the TextVQA evaluator of MMF."""
+    golds = [_textvqa_normalise(answer) for answer in answers]
+    return _leave_one_out(_textvqa_normalise(prediction), golds)
+
+
+def gqa_exact_match(prediction: str, answer: str) -> float:
+    """1 if both are equal once lowered and without punctuation and outer white space."""
+    return float(_bare(prediction) == _bare(answer))
+
+
+def pope_answer(text: str) -> str:
+    """What a free answer says, "yes" or "no", by POPE's rule: the words up to the first period,
+    without commas; "No", "no" or "not" among them means no, everything else yes."""
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+def pope_accuracy(prediction: str, answer: str) -> float:
+    """1 if POPE's rule reads `answer` ("yes" or "no") out of the prediction."""
+    return float(pope_answer(prediction) == answer)
+
+
+def parse_box(text: str) -> tuple[float, float, float, float] | None:
+    """The box [x1, y1, x2, y2] a text spells as a Python list of four numbers, or None.
+
+    Numbers lie in 0..1 with x1 < x2 and y1 < y2; nothing may stand around the list.
+    """
+    try:
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None  # not a literal: the model's answer, not a fault of the program
+    if not isinstance(value, list) or len(value) != 4:
+        return None
+    if any(isinstance(x, bool) or not isinstance(x, int | float) for x in value):
+        return None
+    x1, y1, x2, y2 = (float(x) for x in value)
+    if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):
+        return None
+    return (x1, y1, x2, y2)
+
+
+def box_iou(one: Sequence[float], other: Sequence[float]) -> float:
+    """Intersection over union of two boxes [x1, y1, x2, y2]."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    shared = max(0.0, width) * max(0.0, height)
+    union = _area(one) + _area(other) - shared
+    return shared / union if union > 0 else 0.0
+
+
+def box_accuracy(prediction: str, box: Sequence[float], threshold: float) -> float:
+    """1 if the prediction spells a box that overlaps `box` by at least `threshold`."""
+    predicted = parse_box(prediction)
+    return float(predicted is not None and box_iou(predicted, box) >= threshold)
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _vqa_punctuation(text: str, thousands: str = r"\d,\d") -> str:
+    # Whether a mark vanishes or becomes a space is decided on the text as it came in.
+    has_thousands = re.search(thousands, text) is not None
+    out = text
+    for mark in _PUNCTUATION:
+        vanishes = has_thousands or f"{mark} " in text or f" {mark}" in text
+        out = out.replace(mark, "" if vanishes else " ")
+    return re.sub(r"\.(?!\d)", "", out, count=_MAX_PERIODS)
+
+
+def _vqa_words(text: str) -> str:
+    words = (_NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def _textvqa_normalise(text: str) -> str:
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    return _vqa_words(_vqa_punctuation(_one_line(text), thousands=r"(?<=\d),+(?=\d)"))
+
+
+def _leave_one_out(prediction: str, golds: Sequence[str]) -> float:
+    equal = sum(gold == prediction for gold in golds)
+    # An answer that agrees with the prediction leaves one fewer among the others.
+    each = [min(1.0, (equal - (gold == prediction)) / 3) for gold in golds]
+    return sum(each) / len(each)
+
+
+def _bare(text: str) -> str:
+    return text.lower().translate(str.maketrans("", "", string.punctuation)).strip()
+
+
+def _area(box: Sequence[float]) -> float:
+    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])

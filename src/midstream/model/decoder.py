@@ -1,0 +1,260 @@
+"""The OpenLM decoder, attention over segments, and how each parameter starts.
+
+Letters in names: R rows, T positions, S positions seen by attention, D hidden size, H heads,
+C channels of a head. Parameter names are those of OpenLM's own checkpoints.
+
+Initialisers (open_lm/model.py); normals are cut at three sigma, l is the 0-based layer, h the FFN
+size:
+
+    tok_embeddings, output             sigma = D^-1/2
+    attention.in_proj, ffn w12         sigma = D^-1/2
+    attention.out_proj                 sigma = D^-1/2 (2 (l + 1))^-1/2
+    feed_forward.w3                    sigma = h^-1/2 (2 (l + 1))^-1/2
+    norm gains                         1
+"""
+
+from typing import cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, scaled_dot_product_attention, silu
+
+from midstream.batch import PADDING
+from midstream.config import DecoderConfig
+from midstream.model.initialise import Embedding, Initialiser, Linear
+
+# --------------------------------------------------------------------------- masks and cache
+
+
+def segment_mask(segment_ids: Int[Tensor, "rows seq"]) -> Bool[Tensor, "rows 1 seq seq"]:
+    """True where a position (third axis) sees another: earlier or itself, in its own segment.
+
+    Padding sees itself only, so that no softmax is empty.
+    """
+    length = segment_ids.shape[1]
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    held = (segment_ids != PADDING)[:, :, None]
+    itself = torch.eye(length, dtype=torch.bool, device=segment_ids.device)
+    return ((same & held).tril() | itself)[:, None]
+
+
+def attention_mask(
+    segment_ids: Int[Tensor, "rows seq"],
+) -> Bool[Tensor, "rows 1 seq seq"] | None:
+    """`segment_mask`, or None where plain causal attention gives the same at every held position.
+
+    That is where each row is one segment, with padding only behind it: nothing held sees padding.
+    Reads one number back to the host.
+    """
+    behind = (segment_ids.diff(dim=1) <= 0).all()
+    return None if bool((segment_ids <= 0).all() & behind) else segment_mask(segment_ids)
+
+
+class Cache:
+    """Keys and values of the positions seen so far, with room for `columns` of them."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        rows: int,
+        columns: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (config.num_layers, rows, config.num_heads, columns, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def extend(self, layer: int, key_RHTC: Tensor, value_RHTC: Tensor) -> tuple[Tensor, Tensor]:
+        """Put new keys and values behind the held ones of a layer and return all of them.
+
+        The decoder moves `length` once all layers have. Raises ValueError if they do not fit.
+        """
+        end, room = self.length + key_RHTC.shape[2], self.keys.shape[3]
+        if end > room:
+            raise ValueError(f"the cache has room for {room} positions, {end} are needed")
+        self.keys[layer, :, :, self.length : end] = key_RHTC
+        self.values[layer, :, :, self.length : end] = value_RHTC
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+# ------------------------------------------------------------------------------- the decoder
+
+
+def compute_dtype(like: Tensor) -> torch.dtype:
+    """The dtype that matrix products on the device of `like` have: autocast's, or its own."""
+    kind = like.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation with a gain and no bias (OpenLM's `gain_only_lp_layer_norm`).
+
+    Under autocast it is evaluated in the low precision, where torch would take float32.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((width,), float("nan")))
+        self.eps = eps
+
+    def forward(self, hidden: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        """Subtract the mean, divide by the standard deviation, multiply by the gain."""
+        dtype, kind = compute_dtype(hidden), hidden.device.type
+        if dtype == hidden.dtype == self.weight.dtype and not torch.is_autocast_enabled(kind):
+            return layer_norm(hidden, self.weight.shape, self.weight, None, self.eps)
+        with torch.autocast(kind, enabled=False):
+            gain = self.weight.to(dtype)
+            return layer_norm(hidden.to(dtype), gain.shape, gain, None, self.eps)
+
+
+class Rotary:
+    """Rotary embedding of half-split channels: channel c turns with channel c + C/2.
+
+    Angles are computed in float32; cosine and sine have the activations' dtype.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, position_ids: Int[Tensor, "rows seq"], dtype: torch.dtype
+    ) -> None:
+        half = config.head_dim // 2
+        channel = torch.arange(half, dtype=torch.float32, device=position_ids.device)
+        frequency = config.rope_base ** (-channel / half)
+        angle = position_ids[:, :, None, None].float() * frequency
+        self.half = half
+        self.cos = torch.cat((angle.cos(), angle.cos()), dim=-1).to(dtype)
+        # The sign of the rotated half is put into the sine, which saves a copy a call.
+        self.sin = torch.cat((-angle.sin(), angle.sin()), dim=-1).to(dtype)
+
+    def turn(self, value_RTHC: Tensor) -> Tensor:
+        """The channels turned by their position's angles."""
+        return torch.addcmul(value_RTHC * self.cos, value_RTHC.roll(self.half, -1), self.sin)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; q and k are normalised over their full width before the head split."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.layer = layer
+        self.num_heads = config.num_heads
+        self.in_proj = Linear(width, 3 * width, bias=False)
+        self.out_proj = Linear(width, width, bias=False)
+        self.q_norm = LayerNorm(width, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = LayerNorm(width, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "rows seq width"],
+        rotary: Rotary,
+        mask: Bool[Tensor, "rows 1 seq seen"] | None,
+        cache: Cache | None,
+    ) -> Float[Tensor, "rows seq width"]:
+        """Attend where `mask` is True; None is plain causal attention."""
+        query, key, value = self.in_proj(hidden).chunk(3, dim=-1)
+        heads = (*hidden.shape[:2], self.num_heads, -1)
+        query_RHTC = rotary.turn(self.q_norm(query).view(heads)).transpose(1, 2)
+        key_RHSC = rotary.turn(self.k_norm(key).view(heads)).transpose(1, 2)
+        value_RHSC = value.view(heads).transpose(1, 2)
+        if cache is not None:
+            key_RHSC, value_RHSC = cache.extend(self.layer, key_RHSC, value_RHSC)
+        mixed = scaled_dot_product_attention(
+            query_RHTC, key_RHSC, value_RHSC, attn_mask=mask, is_causal=mask is None
+        )
+        return cast(Tensor, self.out_proj(mixed.transpose(1, 2).reshape(hidden.shape)))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU; the first half of `w12` is the gate."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.w12 = Linear(config.hidden_size, 2 * config.ffn_size, bias=False)
+        self.w3 = Linear(config.ffn_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden: Float[Tensor, "rows seq width"]) -> Float[Tensor, "rows seq width"]:
+        """w3(silu(gate) * up)."""
+        gate, up = self.w12(hidden).chunk(2, dim=-1)
+        return cast(Tensor, self.w3(silu(gate) * up))
+
+
+class Layer(nn.Module):
+    """A pre-norm block: attention, then feed-forward, each added to the stream."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = LayerNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.ffn_norm = LayerNorm(config.hidden_size, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "rows seq width"],
+        rotary: Rotary,
+        mask: Bool[Tensor, "rows 1 seq seen"] | None,
+        cache: Cache | None,
+    ) -> Float[Tensor, "rows seq width"]:
+        """The stream after this block."""
+        hidden = hidden + self.attention(self.attention_norm(hidden), rotary, mask, cache)
+        return cast(Tensor, hidden + self.feed_forward(self.ffn_norm(hidden)))
+
+
+class Decoder(nn.Module):
+    """An OpenLM decoder with untied embeddings; unset (NaN) until initialised or loaded."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
+        self.norm = LayerNorm(config.hidden_size, config.norm_eps)
+        self.output = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def embed(self, input_ids: Int[Tensor, "rows seq"]) -> Float[Tensor, "rows seq width"]:
+        """The input embeddings of token ids."""
+        return cast(Tensor, self.tok_embeddings(input_ids))
+
+    def forward(
+        self,
+        embeddings: Float[Tensor, "rows seq width"],
+        position_ids: Int[Tensor, "rows seq"],
+        mask: Bool[Tensor, "rows 1 seq seen"] | None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "rows seq width"]:
+        """The hidden states after the final norm; `output` turns them into logits.
+
+        `mask` comes from `attention_mask`; None is plain causal attention and needs an empty or no
+        cache. With a cache, `seen` counts the held positions and the new ones.
+        """
+        if mask is None and cache is not None and cache.length > 0:
+            raise ValueError(f"the cache holds {cache.length} positions; a mask must say who sees")
+        rotary = Rotary(self.config, position_ids, compute_dtype(embeddings))
+        hidden = embeddings
+        for layer in self.layers:
+            hidden = layer(hidden, rotary, mask, cache)
+        if cache is not None:
+            cache.length += embeddings.shape[1]
+        return cast(Tensor, self.norm(hidden))
+
+    def initialisers(self) -> dict[str, Initialiser]:
+        """The table at the head of this file, by parameter name."""
+
+        def normal(fan_in: int, depth: int = 0) -> Initialiser:
+            residual = (2 * depth) ** -0.5 if depth else 1.0
+            return Initialiser("truncated_normal", fan_in**-0.5 * residual)
+
+        width, ffn = self.config.hidden_size, self.config.ffn_size
+        table = {name: Initialiser("constant", 1.0) for name, _ in self.named_parameters()}
+        table["tok_embeddings.weight"] = table["output.weight"] = normal(width)
+        for index in range(self.config.num_layers):
+            layer = f"layers.{index}"
+            table[f"{layer}.attention.in_proj.weight"] = normal(width)
+            table[f"{layer}.attention.out_proj.weight"] = normal(width, index + 1)
+            table[f"{layer}.feed_forward.w12.weight"] = normal(width)
+            table[f"{layer}.feed_forward.w3.weight"] = normal(ffn, index + 1)
+        return table

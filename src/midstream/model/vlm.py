@@ -1,0 +1,117 @@
+"""The vision-language model: projected image features in the slots of a decoder's rows.
+
+The encoder is no part of it: it stays frozen, and its features arrive as an argument.
+"""
+
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from midstream.batch import IGNORE, Batch
+from midstream.config import VLMConfig
+from midstream.model.decoder import Decoder, attention_mask
+from midstream.model.initialise import Initialiser
+from midstream.model.projector import Projector
+
+
+class VLM(nn.Module):
+    """Projector and decoder; without an encoder in the config a plain language model."""
+
+    def __init__(self, config: VLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.decoder = Decoder(config.decoder)
+        self.projector: Projector | None = None
+        if config.encoder is not None:
+            self.projector = Projector(
+                config.projector,
+                in_width=config.encoder.hidden_size,
+                out_width=config.decoder.hidden_size,
+            )
+
+    def forward(
+        self, batch: Batch, features: Float[Tensor, "images patches width"] | None
+    ) -> Float[Tensor, "rows seq hidden"]:
+        """The hidden states of a batch, with the features of its images in their slots.
+
+        `features` are the encoder's, one entry an image slot; None where the batch has none.
+        Raises ValueError with both numbers if images and slots do not agree.
+        """
+        embeddings = self.decoder.embed(batch.input_ids)
+        projected = self.project(features, embeddings)
+        if projected is None and len(batch.image_slots) > 0:
+            raise ValueError(f"the batch has {len(batch.image_slots)} images, the model no encoder")
+        if projected is not None:
+            embeddings = scatter_image_features(embeddings, projected, batch.image_slots)
+        mask = attention_mask(batch.segment_ids)
+        return cast(Tensor, self.decoder(embeddings, batch.position_ids, mask))
+
+    def project(
+        self,
+        features: Float[Tensor, "images patches width"] | None,
+        like: Float[Tensor, "rows seq hidden"],
+    ) -> Float[Tensor, "images patches hidden"] | None:
+        """Features at decoder width, in dtype and on the device of `like`.
+
+        Without features the projector runs on zero images, so that every rank runs every module
+        and its gradients are zero rather than absent. None if the model has no projector.
+        """
+        if self.projector is None or self.config.encoder is None:
+            if features is not None and len(features) > 0:
+                raise ValueError(f"{len(features)} images were given to a model without an encoder")
+            return None
+        expected = (self.config.encoder.num_patches, self.config.encoder.hidden_size)
+        if features is None:
+            features = like.new_zeros((0, *expected))
+        if tuple(features.shape[1:]) != expected:
+            raise ValueError(
+                f"features have (patches, width) {tuple(features.shape[1:])}, the encoder of this "
+                f"model gives {expected}; compute them with its own encoder"
+            )
+        projected = self.projector(features.to(device=like.device, dtype=like.dtype))
+        return cast(Tensor, projected.to(like.dtype))
+
+    def initialisers(self) -> dict[str, Initialiser]:
+        """Those of decoder and projector."""
+        parts = {"decoder": self.decoder.initialisers()}
+        if self.projector is not None:
+            parts["projector"] = self.projector.initialisers()
+        return {
+            f"{part}.{name}": entry
+            for part, table in parts.items()
+            for name, entry in table.items()
+        }
+
+
+def scatter_image_features(
+    embeddings: Float[Tensor, "rows seq hidden"],
+    features: Float[Tensor, "images patches hidden"],
+    image_slots: Int[Tensor, "slots 2"],
+) -> Float[Tensor, "rows seq hidden"]:
+    """Put projected features where the rows have image slots: `patches` columns from each start.
+
+    `image_slots` lists (row, first column). Raises ValueError with both numbers if there are
+    other images than slots, or if an image does not end within its row.
+    """
+    num_images, num_patches, width = features.shape
+    length = embeddings.shape[1]
+    if num_images != len(image_slots):
+        raise ValueError(f"{num_images} images were given, the rows have {len(image_slots)} slots")
+    if num_images > 0 and (last := int(image_slots[:, 1].max())) + num_patches > length:
+        raise ValueError(
+            f"an image of {num_patches} patches starts at column {last} of rows of {length}"
+        )
+    starts = image_slots[:, 0] * length + image_slots[:, 1]
+    columns = starts[:, None] + torch.arange(num_patches, device=starts.device)
+    flat = embeddings.reshape(-1, width)
+    return flat.index_copy(0, columns.reshape(-1), features.reshape(-1, width)).view_as(embeddings)
+
+
+def supervised_hidden(
+    hidden: Float[Tensor, "rows seq hidden"], targets: Int[Tensor, "rows seq"]
+) -> tuple[Float[Tensor, "num_targets hidden"], Int[Tensor, "num_targets"]]:
+    """The hidden states and targets of the positions that have a target."""
+    kept = targets != IGNORE
+    return hidden[kept], targets[kept]

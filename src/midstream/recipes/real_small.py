@@ -1,0 +1,268 @@
+"""The three stages on small real data: novels and encyclopedia, photographs, questions.
+
+`docs/real-data.md` says which folders are needed and what the numbers can and cannot show.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from midstream.config import (
+    AdamW,
+    ContinuedCosine,
+    ContrastiveTraining,
+    DecoderConfig,
+    EncoderConfig,
+    Evaluation,
+    Mixture,
+    Rows,
+    Share,
+    SmallReal,
+    TokenizerFile,
+    Training,
+    WarmupCosine,
+)
+from midstream.identity import file_sha256, folder_fingerprint
+from midstream.study.stage import (
+    Continue,
+    ContinueFrom,
+    Evaluate,
+    Figure,
+    Finetune,
+    FromScratch,
+    Line,
+    Prepare,
+    Pretrain,
+    Study,
+    TrainEncoder,
+)
+
+TOKENIZER = "gpt_neox_tokenizer/20B_tokenizer.json"
+# What the world is made of, as `midstream.data.small_real_owners.FILES` has it.
+FILES = (
+    "text_novels/*.txt",
+    "text_wikitext2/valid.txt",
+    "text_web_wiki/c4_demo.jsonl",
+    "text_web_wiki/wiki_demo.txt",
+    "caption_flickr8k/captions.txt",
+    "caption_flickr8k/match_pairs.tsv",
+    "caption_flickr8k/images/*.jpg",
+    "caption_noto_emoji/captions.csv",
+    "caption_noto_emoji/72/*.png",
+    "vqa_easy/train/questions.json",
+    "vqa_easy/train/images/*.png",
+    "vqa_easy/test/questions.json",
+    "vqa_easy/test/images/*.png",
+    "vqa_daquar/data_train.csv",
+    "vqa_daquar/images/*.jpg",
+    "bench_text/llm_foundry/arc_easy.jsonl",
+    "bench_text/llm_foundry/copa.jsonl",
+    "bench_text/piqa/valid.jsonl",
+    "bench_text/piqa/valid-labels.lst",
+)
+TEXT_SHARES = {"novels": 0.6, "wikitext2": 0.1, "web_wiki": 0.3}
+CAPTION_SHARES = {"flickr8k": 0.8, "emoji": 0.2}
+INSTRUCT_SHARES = {"vqa_easy": 0.45, "daquar": 0.2, "flickr_match": 0.35}
+VISUAL_TASKS = ("vqa_easy", "daquar", "flickr_match")
+TEXT_TASKS = ("arc_easy", "piqa", "copa")
+END_RATE = 3e-5
+# DAQUAR's longest answer, several things joined by commas, has 23 tokens; most have one.
+MAX_NEW_TOKENS = 24
+
+
+def when_images_arrive(
+    data: str = "../shared/data",
+    completions: Sequence[float] = (0.0, 0.8, 1.0),
+    seeds: Sequence[int] = (0,),
+    image_share: float = 0.5,
+    text_tokens: int = 262_144,
+    continue_tokens: int = 98_304,
+    finetune_tokens: int = 131_072,
+    max_epochs: int = 1,
+    text_rate: float = 3e-3,
+    rewarm_rate: float = 1e-3,
+    finetune_rate: float = 1e-3,
+    hidden_size: int = 192,
+    num_layers: int = 4,
+    num_heads: int = 4,
+    image_size: int = 64,
+    patch_size: int = 16,
+    encoder_size: int = 128,
+    encoder_layers: int = 4,
+    encoder_steps: int = 300,
+    encoder_images: int = 64,
+    row_length: int = 256,
+    batch_rows: int = 8,
+    num_questions: int = 400,
+    limit: int = 200,
+) -> Study:
+    """Figure 4 of the paper on real data: how much text before the first image?
+
+    `data` is the folder of `docs/real-data.md`; its bytes are read for their fingerprint. The
+    seed draws the order of captions and conversations, and the projector. Raises
+    FileNotFoundError for a missing folder or tokenizer.
+
+    The defaults are meant for about 20 minutes on two cores, a process with one thread on each,
+    at 25 GFLOP/s a core. The decoder has 1.8 M weights in its layers and 9.7 M in its head, so
+    that a position costs 13 MFLOP to train on (attention included), and 58 more if it has a loss:
+
+        stage          positions   with a loss   TFLOP   seconds
+        Prepare                -             -       -        35
+        Pretrain         262,144         100 %    18.6       745
+        TrainEncoder   300 steps             -     2.9       120   beside Pretrain
+        Continue          98,304          70 %     5.3       210   an image is 16 positions
+        Finetune         131,072           6 %     2.2        85
+        Evaluate      200 a task             -     1.7        70
+
+    A line takes 365 s behind the text run. The one from scratch runs beside it and two run side
+    by side behind it: 35 + 745 + 365 s.
+    """
+    world = _prepare(Path(data).resolve(), num_questions)
+    decoder = DecoderConfig(
+        hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, vocab_size=50432
+    )
+    rows = Rows(row_length=row_length, batch_rows=batch_rows, layout="filled")
+    text = Pretrain(
+        data=world,
+        decoder=decoder,
+        milestones=tuple(sorted({*completions, 1.0} - {0.0})),
+        training=Training(
+            budget=_mixture(text_tokens, max_epochs, (TEXT_SHARES, 1.0)),
+            rows=rows.model_copy(update={"layout": "joined"}),
+            schedule=WarmupCosine(peak_rate=text_rate, end_rate=END_RATE, warmup_fraction=0.05),
+        ),
+    )
+    encoder = TrainEncoder(
+        data=world,
+        encoder=EncoderConfig(
+            image_size=image_size,
+            patch_size=patch_size,
+            hidden_size=encoder_size,
+            num_layers=encoder_layers,
+            num_heads=encoder_size // 32,
+            intermediate_size=4 * encoder_size,
+        ),
+        training=_contrastive(encoder_size, encoder_images, encoder_steps),
+    )
+    continued = _mixture(
+        continue_tokens,
+        max_epochs,
+        (CAPTION_SHARES, image_share),
+        (TEXT_SHARES, 1.0 - image_share),
+    )
+    asked = Evaluation(
+        visual_tasks=VISUAL_TASKS,
+        text_tasks=TEXT_TASKS,
+        limit=limit,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+    lines = [
+        _line(
+            Continue(
+                data=world,
+                encoder=encoder,
+                decoder=decoder,
+                start=_start(text, completion),
+                training=Training(
+                    budget=continued,
+                    rows=rows,
+                    schedule=_continued(completion, rewarm_rate),
+                    seed=seed,
+                ),
+            ),
+            _mixture(finetune_tokens, max_epochs, (INSTRUCT_SHARES, 1.0)),
+            finetune_rate,
+            asked,
+            completion,
+        )
+        for completion in completions
+        for seed in seeds
+    ]
+    return Study(
+        name="real_small.when_images_arrive",
+        question="After what share of text training should a language model first see images?",
+        lines=tuple(lines),
+        figure=Figure(
+            x="text_completion",
+            x_label="text training done before the first image (%)",
+            hollow=(0.0, 100.0),
+        ),
+        baselines={
+            "text only, 100%": Evaluate(
+                of=text, evaluation=Evaluation(text_tasks=TEXT_TASKS, limit=limit)
+            )
+        },
+        notes=(
+            "Chance of vqa_easy and daquar is the score of answering without the picture, from "
+            "the training answers to like questions.",
+        ),
+    )
+
+
+def _prepare(root: Path, num_questions: int) -> Prepare:
+    path = root / TOKENIZER
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"tokenizer {path} does not exist; give the folder of docs/real-data.md as `data`"
+        )
+    return Prepare(
+        world=SmallReal(
+            root=root, fingerprint=folder_fingerprint(root, FILES), num_questions=num_questions
+        ),
+        tokenizer=TokenizerFile(path=path, sha256=file_sha256(path)),
+    )
+
+
+def _contrastive(size: int, images: int, steps: int) -> ContrastiveTraining:
+    return ContrastiveTraining(
+        source="flickr8k",
+        text_hidden_size=size,
+        text_num_layers=2,
+        max_text_tokens=48,
+        batch_images=images,
+        num_steps=steps,
+        schedule=WarmupCosine(peak_rate=2e-3, end_rate=1e-5, warmup_fraction=0.1),
+    )
+
+
+def _line(
+    continued: Continue, budget: Mixture, rate: float, asked: Evaluation, completion: float
+) -> Line:
+    """Fine-tune and evaluate an image-text model, in its own rows and with its seed."""
+    seed = continued.training.seed
+    finetuned = Finetune(
+        start=continued,
+        training=Training(
+            budget=budget,
+            rows=continued.training.rows,
+            optimizer=AdamW(weight_decay=0.1, decay="matrices", z_loss=0.0),
+            schedule=WarmupCosine(peak_rate=rate, end_rate=0.0, warmup_fraction=0.05),
+            seed=seed,
+        ),
+    )
+    return Line(
+        name=f"text {completion:.0%}, seed {seed}",
+        axes={"text_completion": completion * 100, "seed": seed},
+        result=Evaluate(of=finetuned, evaluation=asked),
+    )
+
+
+def _mixture(tokens: int, max_epochs: int, *groups: tuple[dict[str, float], float]) -> Mixture:
+    """A budget of groups of sources, each with its share of the whole; empty ones are left out."""
+    shares = tuple(
+        Share(source=name, share=part * share)
+        for parts, share in groups
+        if share
+        for name, part in parts.items()
+    )
+    return Mixture(total_tokens=tokens, shares=shares, max_epochs=max_epochs)
+
+
+def _start(text: Pretrain, completion: float) -> FromScratch | ContinueFrom:
+    return ContinueFrom(stage=text, completion=completion) if completion else FromScratch()
+
+
+def _continued(completion: float, rewarm_rate: float) -> WarmupCosine | ContinuedCosine:
+    """Re-warmed where the text schedule has no rate to continue: at 0 % and 100 %."""
+    if completion in (0.0, 1.0):
+        return WarmupCosine(peak_rate=rewarm_rate, end_rate=END_RATE, warmup_fraction=0.05)
+    return ContinuedCosine(end_rate=END_RATE)

@@ -1,0 +1,308 @@
+"""From the ledger to one flat row a line, means over seeds, and differences with their spread."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from midstream.storage import write_bytes
+from midstream.study.ledger import Ledger
+from midstream.study.stage import Continue, ContinueFrom, Evaluate, Finetune, Pretrain, Stage, Study
+
+STABLE = ("stable.vision", "stable.vision_blind", "stable.text")
+KINDS = ("prepare", "train_encoder", "pretrain", "continue", "finetune", "evaluate")
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stage that a result rests on, and the share of its tokens that the result uses."""
+
+    stage: Stage
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values of one quantity, each under the name of its repetition (such as "seed=0")."""
+
+    values: tuple[tuple[str, float | int], ...]
+
+    @property
+    def n(self) -> int:
+        """How many repetitions have the value."""
+        return len(self.values)
+
+    @property
+    def mean(self) -> float | None:
+        """The mean; None without a value."""
+        return fmean(value for _, value in self.values) if self.values else None
+
+    @property
+    def sd(self) -> float | None:
+        """The sample standard deviation; None below two values, where no spread is known."""
+        return stdev(value for _, value in self.values) if self.n > 1 else None
+
+
+@dataclass(frozen=True)
+class Group:
+    """The lines at one value of the figure's `x` (and `by`).
+
+    `planned` counts the study's lines there, `spreads` holds each score of those that have one.
+    `mixed` names axes besides x, by and seed that also differ among them.
+    """
+
+    x: float | int | str
+    by: float | int | str | None
+    planned: int
+    spreads: dict[str, Spread]
+    mixed: tuple[str, ...] = ()
+
+    @property
+    def n(self) -> int:
+        """The lines here that have a score."""
+        return max((spread.n for spread in self.spreads.values()), default=0)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of one group less the mean of another, and its 95 % interval by Student's t.
+
+    `low`, `high` and `sd` are None where too few repetitions leave the spread unknown. `sd` is the
+    pooled one, or that of the differences where `paired`.
+    """
+
+    mean: float | int
+    sd: float | int | None
+    n: tuple[int, int]
+    low: float | None
+    high: float | None
+    paired: bool
+
+    @property
+    def exceeds_spread(self) -> bool | None:
+        """Whether the interval leaves out zero; None where there is no interval."""
+        if self.low is None or self.high is None:
+            return None
+        return self.low > 0 or self.high < 0
+
+
+def parts_of(result: Evaluate) -> dict[str, Part]:
+    """The stages that one result rests on, by kind, in the order in which they run."""
+    parts = {"evaluate": Part(result)}
+    stage: Pretrain | Continue | Finetune | None = result.of
+    share = result.completion
+    while stage is not None:
+        parts[stage.kind] = Part(stage, share)
+        parts["prepare"] = Part(stage.data)
+        share = 1.0
+        if isinstance(stage, Finetune):
+            stage = stage.start
+        elif isinstance(stage, Continue):
+            parts["train_encoder"] = Part(stage.encoder)
+            start = stage.start
+            stage = None
+            if isinstance(start, ContinueFrom):
+                stage, share = start.stage, start.completion
+        else:
+            stage = None
+    return {kind: parts[kind] for kind in KINDS if kind in parts}
+
+
+def spent(part: Part, ledger: Ledger) -> tuple[int | None, float | None]:
+    """Tokens seen and seconds of the used share of a stage; None where it is not done or has none.
+
+    A share of a text run ends with the first step that reaches it, as its milestones do.
+    """
+    if not ledger.is_done(part.stage):
+        return None, None
+    results = ledger.results(part.stage)
+    if part.share == 1.0:
+        return results.get("tokens_seen"), results["seconds"]
+    tokens, seconds = 0, 0.0
+    for line in ledger.metrics(part.stage):
+        if tokens >= part.share * results["tokens_seen"]:
+            break
+        tokens, seconds = line["tokens_seen"], seconds + line["seconds"]
+    return tokens, seconds
+
+
+def line_rows(study: Study, ledger: Ledger) -> list[dict[str, Any]]:
+    """One flat row a line and a baseline; every row has all columns, None where nothing is known.
+
+    Columns: name, role (line | baseline), state, stage; `axis.<name>`; `stable.vision`,
+    `stable.vision_blind`, `stable.text` and `<task>.score`, `.blind`, `.chance`, `.stderr`,
+    `.num_examples` (scores from 0 to 1); `tokens.<kind>`, `seconds.<kind>` and `seconds`, the sum.
+    """
+    named = [(line.name, "line", line.axes, line.result) for line in study.lines]
+    named += [(name, "baseline", {}, result) for name, result in study.baselines.items()]
+    axes = list(dict.fromkeys(axis for line in study.lines for axis in line.axes))
+    tasks = [task for task, _ in tasks_of(study)]
+    rows = []
+    # A stage that a hundred lines share is read once.
+    known: dict[tuple[str, float], tuple[int | None, float | None]] = {}
+    for name, role, at, result in named:
+        row: dict[str, Any] = {"name": name, "role": role, "state": ledger.state(result)}
+        row |= {"stage": result.name} | {f"axis.{axis}": at.get(axis) for axis in axes}
+        found = ledger.results(result) if ledger.is_done(result) else {"stable": {}, "tasks": {}}
+        row |= {column: found["stable"].get(column.split(".")[1]) for column in STABLE}
+        for task in tasks:
+            score = found["tasks"].get(task, {})
+            for key in ("score", "blind", "chance", "stderr", "num_examples"):
+                row[f"{task}.{key}"] = score.get(key)
+        uses = {}
+        for kind, part in parts_of(result).items():
+            place = (part.stage.identity, part.share)
+            uses[kind] = known[place] = known.get(place) or spent(part, ledger)
+        for kind in ("pretrain", "continue", "finetune"):
+            row[f"tokens.{kind}"] = uses[kind][0] if kind in uses else None
+        for kind in KINDS:
+            row[f"seconds.{kind}"] = uses[kind][1] if kind in uses else None
+        seconds = [use[1] for use in uses.values()]
+        row["seconds"] = None if None in seconds else sum(s for s in seconds if s is not None)
+        rows.append(row)
+    return rows
+
+
+def tasks_of(study: Study) -> list[tuple[str, str]]:
+    """Each task that the study evaluates, with its kind (vision | text), in the study's order."""
+    found: dict[str, str] = {}
+    for result in study.results:
+        found |= dict.fromkeys(result.evaluation.visual_tasks, "vision")
+    for result in study.results:
+        found |= dict.fromkeys(result.evaluation.text_tasks, "text")
+    return list(found.items())
+
+
+def summary(study: Study, ledger: Ledger) -> list[Group]:
+    """The lines grouped by the figure's x and by, in rising order of x, with every score's spread.
+
+    Baselines are no part of any group.
+    """
+    return group_rows(study, line_rows(study, ledger))
+
+
+def group_rows(study: Study, rows: Sequence[dict[str, Any]]) -> list[Group]:
+    """As `summary`, from the rows that `line_rows` gave."""
+    for line in study.lines:
+        for axis in {study.figure.x, study.figure.by or study.figure.x} - line.axes.keys():
+            raise ValueError(
+                f"the figure of {study.name!r} is drawn over {axis!r}, and line {line.name!r} "
+                f"has only {', '.join(line.axes) or 'no axes'}; give the line this axis"
+            )
+    lines = [row for row in rows if row["role"] == "line"]
+    x, by = f"axis.{study.figure.x}", f"axis.{study.figure.by}"
+    places = list(dict.fromkeys((row[x], row.get(by)) for row in lines))
+    if all(isinstance(place[0], int | float) for place in places):
+        places.sort(key=lambda place: place[0])
+    columns = [
+        *STABLE,
+        *(f"{task}.{key}" for task, _ in tasks_of(study) for key in ("score", "blind")),
+    ]
+    groups = []
+    for place in places:
+        members = [row for row in lines if (row[x], row.get(by)) == place]
+        rest = [key for key in members[0] if key.startswith("axis.") and key not in (x, by)]
+        differing = [key for key in rest if len({row[key] for row in members}) > 1]
+        spreads = {}
+        for column in columns:
+            named = [(_repetition(row, rest), row[column]) for row in members]
+            spreads[column] = Spread(tuple(pair for pair in named if pair[1] is not None))
+        mixed = tuple(key[5:] for key in differing if key != "axis.seed")
+        groups.append(Group(place[0], place[1], len(members), spreads, mixed))
+    return groups
+
+
+def _repetition(row: dict[str, Any], axes: Sequence[str]) -> str:
+    return ", ".join(f"{axis[5:]}={row[axis]}" for axis in axes) or str(row["name"])
+
+
+def best_group(groups: Sequence[Group], column: str) -> Group | None:
+    """The group with the highest mean of `column`; None where none has a value."""
+    means = [(group.spreads[column].mean, group) for group in groups]
+    known = [(mean, group) for mean, group in means if mean is not None]
+    return max(known, key=lambda pair: pair[0])[1] if known else None
+
+
+def difference(one: Spread, other: Spread) -> Difference | None:
+    """Mean of `one` less mean of `other`, both with one pooled spread; None without two means."""
+    if one.mean is None or other.mean is None:
+        return None
+    freedom = one.n + other.n - 2
+    squares = sum(
+        (value - spread.mean) ** 2
+        for spread in (one, other)
+        for _, value in spread.values
+        if spread.mean is not None
+    )
+    sd = math.sqrt(squares / freedom) if freedom else None
+    error = None if sd is None else sd * math.sqrt(1 / one.n + 1 / other.n)
+    return _difference(one.mean - other.mean, sd, error, (one.n, other.n), freedom, paired=False)
+
+
+def paired_difference(one: Spread, other: Spread) -> Difference | None:
+    """As `difference`, from the differences within each repetition; None unless they match."""
+    first, second = dict(one.values), dict(other.values)
+    if not first or first.keys() != second.keys():
+        return None
+    gaps = Spread(tuple((name, first[name] - second[name]) for name in first))
+    error = None if gaps.sd is None else gaps.sd / math.sqrt(gaps.n)
+    assert gaps.mean is not None
+    return _difference(gaps.mean, gaps.sd, error, (one.n, other.n), gaps.n - 1, paired=True)
+
+
+def _difference(
+    mean: float,
+    sd: float | None,
+    error: float | None,
+    n: tuple[int, int],
+    freedom: int,
+    *,
+    paired: bool,
+) -> Difference:
+    if error is None:
+        return Difference(mean, sd, n, None, None, paired)
+    half = t_quantile(freedom) * error
+    return Difference(mean, sd, n, mean - half, mean + half, paired)
+
+
+def t_quantile(freedom: int) -> float:
+    """The half width, in standard errors, of a 95 % interval at `freedom` degrees of freedom.
+
+    Source: the finite series for whole degrees, Abramowitz and Stegun 26.7.3 and 26.7.4.
+    """
+    if freedom < 1:
+        raise ValueError(f"an interval needs 1 degree of freedom or more, got {freedom}")
+    low, high = 0.0, 1000.0
+    while high - low > 1e-10 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, freedom) < CONFIDENCE else (low, middle)
+    return high
+
+
+def _within(t: float, freedom: int) -> float:
+    angle = math.atan(t / math.sqrt(freedom))
+    odd = freedom % 2
+    term = math.cos(angle) if odd else 1.0
+    total = 0.0
+    for k in range(2 + odd, freedom + 1, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * (k - 1) / k
+    if not odd:
+        return math.sin(angle) * total
+    return 2 / math.pi * (angle + math.sin(angle) * total)
+
+
+def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write flat rows as CSV with a header; None becomes an empty field."""
+    if not rows:
+        raise ValueError(f"no rows for {path}: the study has no lines and no baselines")
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, stream.getvalue().encode())

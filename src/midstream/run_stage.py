@@ -1,0 +1,288 @@
+"""Executes stages by identity: the only place where a study meets training and evaluation.
+
+As a process (`python -m midstream.run_stage --store S --machine JSON`) it takes one stage as a
+line of JSON after the other and tells the launcher how they go; the imports are paid once.
+"""
+
+import argparse
+import json
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, assert_never
+
+import torch
+
+from midstream.config import Machine
+from midstream.data.features import Encode, FeatureStore, gather
+from midstream.data.loader import RowDataset
+from midstream.data.packing import plan_rows
+from midstream.data.prepare import open_codec, open_sources, prepare, world_folder
+from midstream.eval.benchmark import evaluate
+from midstream.eval.predict import ModelAnswerer
+from midstream.identity import digest
+from midstream.model.initialise import initialise
+from midstream.model.vision import VisionEncoder
+from midstream.model.vlm import VLM
+from midstream.model.weights import load_weights
+from midstream.storage import verify
+from midstream.study.ledger import Ledger, Stopped
+from midstream.study.stage import (
+    Continue,
+    ContinueFrom,
+    Evaluate,
+    Finetune,
+    Prepare,
+    Pretrain,
+    Stage,
+    TrainEncoder,
+    stage_from_json,
+)
+from midstream.tokens import TokenCount
+from midstream.train import checkpoint
+from midstream.train.contrastive import train_encoder
+from midstream.train.loop import Interrupted, Job, Start, train
+from midstream.train.parallel import peak_memory_bytes, set_up
+
+Trained = Pretrain | Continue | Finetune
+Report = Callable[[dict[str, Any]], None]
+
+
+class StageRunner:
+    """Runs stages in this process; `report` gets progress, `should_stop` is asked between steps."""
+
+    def __init__(
+        self, ledger: Ledger, machine: Machine, report: Report, should_stop: Callable[[], bool]
+    ) -> None:
+        self.ledger, self.machine = ledger, machine
+        self.report, self.should_stop = report, should_stop
+        self.device = set_up(machine)
+
+    def run(self, stage: Stage) -> dict[str, Any]:
+        """Execute one stage whose parents are done; returns its results.
+
+        Raises Stopped after a checkpoint when asked to stop; ValueError if the folder's lock is
+        held or a parent is not done.
+        """
+        started = time.monotonic()
+        for parent in stage.parents:
+            self.ledger.results(parent)
+        with self.ledger.open_stage(stage) as opened:
+            try:
+                results = self._execute(stage)
+            except Interrupted as reason:
+                raise Stopped(str(reason)) from None
+            measured = {
+                "seconds": time.monotonic() - started,
+                "peak_memory_bytes": peak_memory_bytes(),
+            }
+            opened.finish({**measured, **results})
+            return results
+
+    def _execute(self, stage: Stage) -> dict[str, Any]:
+        folder = self.ledger.folder(stage)
+        match stage:
+            case Prepare():
+                return prepare(stage.world, stage.tokenizer, folder, self._note)
+            case TrainEncoder():
+                source = self._sources(stage.data)[stage.training.source]
+                codec = open_codec(self.ledger.folder(stage.data))
+                return train_encoder(
+                    stage.encoder,
+                    stage.training,
+                    source,
+                    codec,
+                    folder,
+                    self.device,
+                    report=self.report,
+                )
+            case Pretrain() | Continue() | Finetune():
+                return self._train(stage)
+            case Evaluate():
+                return self._evaluate(stage)
+            case _:
+                assert_never(stage)
+
+    def _train(self, stage: Trained) -> dict[str, Any]:
+        folder, sources = self.ledger.folder(stage), self._sources(stage.data)
+        encoder = stage.model.encoder
+        patches = encoder.num_patches if encoder else 0
+        training = stage.training
+        plan = plan_rows(sources, patches, training.budget, training.rows, training.seed)
+        store = None if isinstance(stage, Pretrain) else self._features(stage)
+        if store is not None:
+            for name in plan.order.names:
+                if sources[name].has_images.any():
+                    store.fill(sources[name], self._encode(encoder_stage(stage)), self._note)
+        dataset = RowDataset(
+            plan,
+            sources,
+            patches,
+            lambda images: (
+                gather(store, sources, plan.order.names, images)
+                if store is not None
+                else torch.zeros((0, 0, 0))
+            ),
+        )
+        model = VLM(stage.model)
+        initialise(model, training.seed)
+        milestones = stage.milestones if isinstance(stage, Pretrain) else ()
+        job = Job(model, training, dataset, lambda x: x, self._start(stage), folder, milestones)
+        results = train(
+            job, self.machine, self.device, report=self.report, should_stop=self.should_stop
+        )
+        if not isinstance(stage, Pretrain):
+            progress = checkpoint.Progress(
+                step=results["steps"],
+                tokens_seen=results["tokens_seen"],
+                total_tokens=results["tokens_seen"],
+                rate=results["last_rate"],
+                counts=TokenCount(**results["tokens"]),
+            )
+            checkpoint.save(folder / "weights", model, None, progress)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return results
+
+    def _start(self, stage: Trained) -> Start:
+        """What a stage begins from; the schedule's position comes with the checkpoint."""
+        if isinstance(stage, Finetune):
+            return Start(folder=self.ledger.folder(stage.start) / "weights")
+        if isinstance(stage, Continue) and isinstance(stage.start, ContinueFrom):
+            folder = self._weights(stage.start.stage, stage.start.completion)
+            return Start(
+                folder=folder,
+                decoder_only=True,
+                carry_optimizer=stage.start.optimizer == "carry",
+                parent_rate=checkpoint.read_progress(folder).rate,
+            )
+        return Start()
+
+    def _evaluate(self, stage: Evaluate) -> dict[str, Any]:
+        data, model = stage.of.data, VLM(stage.of.model)
+        weights = self._weights(stage.of, stage.completion)
+        checkpoint.read_progress(weights)
+        load_weights(model, weights / "model.safetensors")
+        encoder = stage.of.model.encoder
+        answerer = ModelAnswerer(
+            model.to(self.device),
+            open_codec(self.ledger.folder(data)),
+            encode=None
+            if isinstance(stage.of, Pretrain)
+            else self._encode(encoder_stage(stage.of)),
+            encoder=encoder,
+            max_new_tokens=stage.evaluation.max_new_tokens,
+            batch_size=stage.evaluation.batch_size,
+        )
+        results = evaluate(
+            answerer,
+            stage.evaluation,
+            world_folder(data.world, self.ledger.folder(data)),
+            self.ledger.folder(stage),
+            self._note,
+        )
+        return {**results, "weights_digest": answerer.weights_digest}
+
+    def _weights(self, stage: Trained, completion: float) -> Path:
+        folder = self.ledger.folder(stage)
+        if not isinstance(stage, Pretrain):
+            return folder / "weights"
+        found = folder / "milestones" / f"{round(completion * 100):d}"
+        if not found.is_dir():
+            kept = ", ".join(f"{share:.0%}" for share in stage.milestones)
+            raise ValueError(f"{stage.name} kept no weights at {completion:.0%}; it has {kept}")
+        return found
+
+    def _sources(self, data: Prepare) -> dict[str, Any]:
+        return open_sources(data.world, self.ledger.folder(data))
+
+    def _encode(self, stage: TrainEncoder) -> Encode:
+        folder = self.ledger.folder(stage) / "weights"
+        verify(folder)
+        encoder = VisionEncoder(stage.encoder)
+        load_weights(encoder.siglip, folder / "model.safetensors")
+        encoder.to(self.device).eval()
+        return lambda pixels: encoder(pixels.to(self.device))
+
+    def _features(self, stage: Continue | Finetune) -> FeatureStore:
+        encoder = encoder_stage(stage)
+        # Equal weights, layer and pictures give equal features, whatever else a stage says.
+        key = digest(
+            [self.ledger.results(encoder)["weights_digest"], encoder.encoder, stage.data.identity]
+        )
+        return FeatureStore(self.ledger.store / "features" / key, encoder.encoder)
+
+    def _note(self, done: float, note: str) -> None:
+        self.report(
+            {
+                "done": done,
+                "tokens_seen": 0,
+                "total_tokens": 0,
+                "loss": None,
+                "tokens_per_second": 0.0,
+                "note": note,
+            }
+        )
+
+
+def encoder_stage(stage: Continue | Finetune) -> TrainEncoder:
+    """The encoder that a stage's model sees through."""
+    return stage.start.encoder if isinstance(stage, Finetune) else stage.encoder
+
+
+def serve(store: Path, machine: Machine) -> None:
+    """Run the stages that arrive as lines on stdin until it ends; answer with events on stdout."""
+    # The channel is ours alone: whatever a library prints goes to stderr, the worker's log.
+    channel = sys.stdout
+    sys.stdout = sys.stderr
+    stopping = False
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        nonlocal stopping
+        stopping = True
+
+    def say(event: str, **values: Any) -> None:
+        channel.write(json.dumps({"event": event, **values}) + "\n")
+        channel.flush()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ledger = Ledger(store)
+    current = ""
+    runner = StageRunner(
+        ledger,
+        machine,
+        report=lambda values: say("progress", stage=current, **values),
+        should_stop=lambda: stopping,
+    )
+    say("ready")
+    for line in sys.stdin:
+        stage = stage_from_json(line)
+        current = stage.name
+        say("started", stage=current)
+        state, error = "done", None
+        try:
+            runner.run(stage)
+        except Stopped as reason:
+            state, error = "stopped", str(reason)
+        except Exception as problem:
+            traceback.print_exc()
+            state, error = "failed", f"{type(problem).__name__}: {problem}"
+        say("finished", stage=current, state=state, error=error)
+
+
+def main() -> None:
+    """The worker process of `midstream.study.launch`."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--machine", type=Machine.model_validate_json, required=True)
+    arguments = parser.parse_args()
+    serve(arguments.store, arguments.machine)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""What a stage costs, before anything runs: tokens, FLOPs, parameters.
+
+Matrix multiplications are counted exactly, at two FLOPs a multiply-add; norms, activations and
+the optimiser are left out. Training is three forward passes (one forward, two backward) of what
+is trained and one forward pass of a frozen encoder.
+
+Letters: d decoder width, h SwiGLU width, V vocabulary, T row length, P patches of an image, e
+encoder width.
+
+What is not known before the data is prepared is said so: the tokens of an `Epochs` budget are
+None, and a `Mixture` is taken to be all text, each token with a loss. With a ledger in which the
+stage's `Prepare` is done, the images among the tokens are known and counted. Padding is not
+counted.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from midstream.config import (
+    DecoderConfig,
+    EncoderConfig,
+    Epochs,
+    Mixture,
+    PocketWorld,
+    ProjectorConfig,
+    Rows,
+    SmallReal,
+    VLMConfig,
+)
+from midstream.study.ledger import Ledger
+from midstream.study.stage import (
+    Continue,
+    Evaluate,
+    Finetune,
+    Prepare,
+    Pretrain,
+    Stage,
+    TrainEncoder,
+)
+
+# Lengths for the estimate of an evaluation: a question with its prompt, a text item with a choice.
+PROMPT_TOKENS = 48
+TEXT_ITEM_TOKENS = 64
+TEXT_ITEM_CHOICES = 2
+# Width of a Transformer's feed-forward part over its own, in the caption tower of TrainEncoder.
+TOWER_EXPANSION = 4
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Tokens seen, FLOPs, trained (or evaluated) parameters; None where unknown until prepared."""
+
+    tokens: int | None
+    flops: float | None
+    parameters: int
+
+
+def cost(stage: Stage, ledger: Ledger | None = None) -> StageCost:
+    """The cost of one stage without its parents.
+
+    `ledger` adds what finished preparations know about their sources. Evaluations are estimates:
+    PROMPT_TOKENS a question and the longest answer allowed, twice if asked blind as well.
+    """
+    if isinstance(stage, Prepare):
+        return StageCost(tokens=0, flops=0.0, parameters=0)
+    if isinstance(stage, TrainEncoder):
+        return _encoder_training_cost(stage)
+    if isinstance(stage, Evaluate):
+        return _evaluation_cost(stage)
+    return _training_cost(stage, ledger)
+
+
+def decoder_flops(config: DecoderConfig, *, context: float) -> float:
+    """Forward FLOPs of one position without the head, attending to `context` positions."""
+    d, h = config.hidden_size, config.ffn_size
+    return config.num_layers * (2 * (4 * d * d + 3 * d * h) + 2 * 2 * d * context)
+
+
+def head_flops(config: DecoderConfig) -> float:
+    """Forward FLOPs of the logits at one position."""
+    return 2.0 * config.hidden_size * config.vocab_size
+
+
+def mean_context(rows: Rows) -> float:
+    """Positions that one position attends to, on average.
+
+    (T + 1) / 2 under the causal mask of joined rows. Rows with segments count T: a masked
+    attention computes all of it, and the segments' lengths are not known before the packing.
+    """
+    return (rows.row_length + 1) / 2 if rows.layout == "joined" else float(rows.row_length)
+
+
+def encoder_flops(config: EncoderConfig) -> float:
+    """Forward FLOPs of one image up to the layer that the projector sees."""
+    e, patches = config.hidden_size, config.num_patches
+    embed = 2 * patches * (3 * config.patch_size**2) * e
+    block = patches * (2 * (4 * e * e + 2 * e * config.intermediate_size) + 2 * 2 * e * patches)
+    return float(embed + (config.num_layers + 1 + config.feature_layer) * block)
+
+
+def encoder_parameters(config: EncoderConfig) -> int:
+    """Parameters of the vision tower, without a pooling head."""
+    e, m = config.hidden_size, config.intermediate_size
+    block = 4 * (e * e + e) + 2 * e * m + m + e + 4 * e
+    embed = 3 * config.patch_size**2 * e + e + config.num_patches * e
+    return embed + config.num_layers * block + 2 * e
+
+
+def projector_parameters(
+    config: ProjectorConfig, *, encoder: EncoderConfig, decoder: DecoderConfig
+) -> int:
+    """Weights and biases of the connector; its forward FLOPs are two a patch and weight."""
+    e, d = encoder.hidden_size, decoder.hidden_size
+    third = d * d + d if config.num_layers == 3 else 0
+    return e * 4 * e + 4 * e + 4 * e * d + d + third
+
+
+def model_parameters(model: VLMConfig) -> int:
+    """What a training stage trains: the decoder and, with a frozen encoder, the projector."""
+    total = model.decoder.num_parameters
+    if model.encoder is not None:
+        total += projector_parameters(model.projector, encoder=model.encoder, decoder=model.decoder)
+    return total
+
+
+def _training_cost(stage: Pretrain | Continue | Finetune, ledger: Ledger | None) -> StageCost:
+    model, training = stage.model, stage.training
+    parameters = model_parameters(model)
+    sources = _prepared_sources(stage.data, ledger)
+    patches = model.encoder.num_patches if model.encoder is not None else 0
+    counted = _tokens_and_images(training.budget, sources, patches)
+    if counted is None:
+        return StageCost(tokens=None, flops=None, parameters=parameters)
+    tokens, images = counted
+    flops = 3 * tokens * decoder_flops(model.decoder, context=mean_context(training.rows))
+    flops += 3 * (tokens - images * patches) * head_flops(model.decoder)
+    if model.encoder is not None:
+        connector = parameters - model.decoder.num_parameters
+        flops += images * (3 * 2 * patches * connector + encoder_flops(model.encoder))
+    return StageCost(tokens=tokens, flops=flops, parameters=parameters)
+
+
+def _prepared_sources(data: Prepare, ledger: Ledger | None) -> dict[str, Any] | None:
+    if ledger is None or not ledger.is_done(data):
+        return None
+    sources: dict[str, Any] = ledger.results(data)["sources"]
+    return sources
+
+
+def _tokens_and_images(
+    budget: Mixture | Epochs, sources: dict[str, Any] | None, patches: int
+) -> tuple[int, float] | None:
+    """Tokens (patches included) and images of a budget; None if nobody knows yet."""
+    if isinstance(budget, Mixture):
+        if sources is None:
+            return budget.total_tokens, 0.0
+        images = 0.0
+        for share in budget.shares:
+            source = _source(sources, share.source)
+            size = source["num_tokens"] + source["num_images"] * patches
+            if size:
+                images += budget.total_tokens * share.share * source["num_images"] / size
+        return budget.total_tokens, images
+    if sources is None:
+        return None
+    chosen = [_source(sources, name) for name in budget.sources]
+    epoch_images = sum(source["num_images"] for source in chosen)
+    epoch_tokens = sum(source["num_tokens"] for source in chosen) + epoch_images * patches
+    return budget.epochs * epoch_tokens, float(budget.epochs * epoch_images)
+
+
+def _source(sources: dict[str, Any], name: str) -> dict[str, Any]:
+    if name not in sources:
+        raise ValueError(
+            f"the budget names source {name!r}; the prepared world has {', '.join(sorted(sources))}"
+        )
+    source: dict[str, Any] = sources[name]
+    return source
+
+
+def _encoder_training_cost(stage: TrainEncoder) -> StageCost:
+    """Both towers, the vision tower to its last layer and the caption tower at full length."""
+    training, encoder = stage.training, stage.encoder
+    pairs = training.num_steps * training.batch_images
+    d, length = training.text_hidden_size, training.max_text_tokens
+    layer = 2 * (4 + 2 * TOWER_EXPANSION) * d * d + 2 * 2 * d * length
+    caption = training.text_num_layers * length * layer
+    image = encoder_flops(encoder.model_copy(update={"feature_layer": -1}))
+    return StageCost(
+        tokens=pairs * (encoder.num_patches + length),
+        flops=3.0 * pairs * (image + caption),
+        parameters=encoder_parameters(encoder),
+    )
+
+
+def _evaluation_cost(stage: Evaluate) -> StageCost:
+    model, evaluation, world = stage.of.model, stage.evaluation, stage.of.data.world
+    parameters = model_parameters(model)
+    questions = texts = evaluation.limit
+    if isinstance(world, PocketWorld):
+        questions = min(world.num_questions, questions or world.num_questions)
+        texts = min(world.num_text_items, texts or world.num_text_items)
+    elif isinstance(world, SmallReal):
+        questions = min(world.num_questions, questions or world.num_questions)
+        texts = questions
+    if questions is None or texts is None:
+        return StageCost(tokens=None, flops=None, parameters=parameters)
+    images = len(evaluation.visual_tasks) * questions
+    items = len(evaluation.text_tasks) * texts * TEXT_ITEM_CHOICES
+    rounds = 2 if evaluation.blind else 1
+    answer_tokens = PROMPT_TOKENS + evaluation.max_new_tokens
+    patches = model.encoder.num_patches if model.encoder is not None else 0
+    text_tokens = images * rounds * answer_tokens + items * TEXT_ITEM_TOKENS
+    tokens = images * patches + text_tokens
+    context = float(patches + answer_tokens)
+    flops = tokens * decoder_flops(model.decoder, context=context)
+    flops += text_tokens * head_flops(model.decoder)
+    if model.encoder is not None:
+        connector = parameters - model.decoder.num_parameters
+        flops += images * (2 * patches * connector + encoder_flops(model.encoder))
+    return StageCost(tokens=tokens, flops=flops, parameters=parameters)

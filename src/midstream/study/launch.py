@@ -1,0 +1,249 @@
+"""Runs what a study lacks: one launcher a store, a few workers, one stage a worker at a time."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from types import FrameType
+
+from midstream.config import Machine
+from midstream.study.graph import Plan, PlanRow, plan
+from midstream.study.ledger import Ledger, launch_lock
+from midstream.study.stage import Study
+from midstream.study.workers import Event, Worker
+
+# What a process ends with that was asked to stop and can be continued (EX_TEMPFAIL).
+STOPPED_EXIT_CODE = 75
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did: stages done before it and in it, failed, stopped; skipped never started."""
+
+    num_before: int
+    num_done: int = 0
+    num_failed: int = 0
+    num_skipped: int = 0
+    num_stopped: int = 0
+    interrupted: bool = False
+    messages: tuple[str, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        """0 if all stages are done, 75 if the run was stopped, 1 if a stage failed."""
+        if self.num_stopped or (self.interrupted and self.num_skipped):
+            return STOPPED_EXIT_CODE
+        return 1 if self.num_failed or self.num_skipped else 0
+
+
+def run(
+    study: Study,
+    ledger: Ledger,
+    machine: Machine,
+    on_event: Callable[[Event], None],
+    command: Sequence[str] | None = None,
+) -> Outcome:
+    """Run every stage of `study` that is not done, parents first; failed ones are tried again.
+
+    `on_event` gets {"event": "plan", "num_stages", "num_done"}, then the workers' events with the
+    number of the "worker" and its "log" added. A failed stage stops its descendants only; SIGINT
+    or SIGTERM asks the running stages to keep a checkpoint and stop, a second one ends them. A
+    study that is done starts and writes nothing. Raises ValueError if another launcher holds the
+    store or a stage still runs elsewhere.
+    """
+    before = plan(study, ledger)
+    if not before.to_run:
+        return Outcome(num_before=before.num_done)
+    with launch_lock(ledger.store):
+        work = plan(study, ledger)
+        for row in work.rows:
+            if row.state == "running":
+                raise ValueError(
+                    f"{ledger.folder(row.stage)} is still being run by process "
+                    f"{ledger.status(row.stage).get('pid')}, which an earlier launcher left; "
+                    f"wait until it ends, or stop it"
+                )
+        ledger.save_study(study)
+        on_event({"event": "plan", "num_stages": len(work.rows), "num_done": work.num_done})
+        return _Launcher(work, ledger, machine, on_event, command).run()
+
+
+def remaining_chains(rows: Sequence[PlanRow]) -> dict[str, tuple[float, int]]:
+    """By stage name: FLOPs and number of stages of the costliest chain from it to a result."""
+    chains = {row.stage.name: (0.0, 0) for row in rows}
+    for row in reversed(rows):  # children stand behind their parents
+        flops, length = chains[row.stage.name]
+        mine = chains[row.stage.name] = (flops + (row.cost.flops or 0.0), length + 1)
+        for parent in row.stage.parents:
+            if parent.name in chains:
+                chains[parent.name] = max(chains[parent.name], mine)
+    return chains
+
+
+@dataclass
+class _Launcher:
+    plan: Plan
+    ledger: Ledger
+    machine: Machine
+    on_event: Callable[[Event], None]
+    command: Sequence[str] | None
+    waiting: dict[str, PlanRow] = field(default_factory=dict)
+    chains: dict[str, tuple[float, int]] = field(default_factory=dict)
+    workers: dict[int, Worker] = field(default_factory=dict)
+    states: dict[str, str] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
+    num_signals: int = 0
+    # Set when a worker dies before it was ready: then the others would die as well.
+    broken: bool = False
+    # A SimpleQueue, since a signal handler may put into it while the main thread reads it.
+    events: "SimpleQueue[tuple[Worker | None, Event]]" = field(default_factory=SimpleQueue)
+
+    def run(self) -> Outcome:
+        self.waiting = {row.stage.name: row for row in self.plan.to_run}
+        self.chains = remaining_chains(self.plan.to_run)
+        with self._signals():
+            try:
+                self._fill()
+                while any(worker.row is not None for worker in self.workers.values()):
+                    worker, event = self.events.get()
+                    self._handle(worker, event)
+                    self._fill()
+            except BaseException:
+                for worker in self.workers.values():
+                    worker.signal(signal.SIGTERM)
+                raise
+            finally:
+                self._dismiss()
+        states = list(self.states.values())
+        return Outcome(
+            num_before=self.plan.num_done,
+            num_done=states.count("done"),
+            num_failed=states.count("failed"),
+            num_skipped=len(self.waiting),
+            num_stopped=states.count("stopped"),
+            interrupted=self.num_signals > 0,
+            messages=tuple(self.messages),
+        )
+
+    def _fill(self) -> None:
+        """Give ready stages, longest remaining chain first, to free or new workers."""
+        if self.num_signals or self.broken:
+            return
+        ready = [row for row in self.waiting.values() if self._is_ready(row)]
+        ready.sort(key=lambda row: self.chains[row.stage.name], reverse=True)
+        for row in ready:
+            worker = next((w for w in self.workers.values() if w.row is None), None)
+            if worker is None and len(self.workers) < self.machine.workers:
+                worker = self._start_worker()
+            if worker is None:
+                return
+            worker.row = self.waiting.pop(row.stage.name)
+            if worker.ready:
+                worker.send()
+
+    def _is_ready(self, row: PlanRow) -> bool:
+        """Whether no parent is still to be done."""
+        return all(
+            parent.name not in self.chains or self.states.get(parent.name) == "done"
+            for parent in row.stage.parents
+        )
+
+    def _start_worker(self) -> Worker:
+        number = next(n for n in range(1, self.machine.workers + 1) if n not in self.workers)
+        worker = Worker(number, self.ledger.store, self.machine, self.command, self.events.put)
+        self.workers[number] = worker
+        return worker
+
+    def _handle(self, worker: Worker | None, event: Event) -> None:
+        if worker is None:
+            self._stop(event["signal"])
+        elif event["event"] == "exit":
+            self._bury(worker, event["code"])
+        elif event["event"] == "ready":
+            worker.ready = True
+            if worker.row is not None and not self.num_signals:
+                worker.send()
+            elif worker.row is not None:
+                self._settle(worker, "stopped", None)
+        elif event["event"] == "finished":
+            self._settle(worker, event["state"], event.get("error"))
+        else:
+            self.on_event({**event, "worker": worker.number, "log": str(worker.log)})
+
+    def _settle(self, worker: Worker, state: str, error: str | None) -> None:
+        """Note and tell how a worker's stage ended."""
+        if worker.row is None:
+            return
+        row, worker.row = worker.row, None
+        name = row.stage.name
+        if state == "done" and not self.ledger.is_done(row.stage):
+            state, error = "failed", f"reported done, but {self.ledger.folder(row.stage)} is not"
+        self.states[name] = state
+        event = {"event": "finished", "stage": name, "state": state, "error": error}
+        self.on_event({**event, "worker": worker.number, "log": str(worker.log)})
+        if state == "failed":
+            self.messages.append(f"{name} failed: {error} (see {worker.log})")
+            lost = [other for other in self.waiting.values() if self._descends(other, name)]
+            if lost:
+                self.messages.append(f"{len(lost)} stages that need {name} were not started")
+
+    def _descends(self, row: PlanRow, ancestor: str) -> bool:
+        """Whether a waiting stage needs `ancestor`, itself or through other waiting stages."""
+        return any(
+            parent.name == ancestor
+            or (parent.name in self.waiting and self._descends(self.waiting[parent.name], ancestor))
+            for parent in row.stage.parents
+        )
+
+    def _bury(self, worker: Worker, code: int) -> None:
+        """A worker has ended: its stage failed, unless it was told to stop."""
+        self.workers.pop(worker.number, None)
+        if worker.row is None:
+            return
+        if self.num_signals:
+            self._settle(worker, "stopped", None)
+            return
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        error = f"its worker process {worker.process.pid} ended with {how}"
+        if code == -signal.SIGKILL:
+            error += "; the system kills processes when memory runs out: use fewer workers"
+        if not worker.ready:
+            self.broken = True
+            error += " before it was ready; no other worker was started"
+        try:
+            self.ledger.mark_failed(worker.row.stage, error)
+        except ValueError as reason:  # a process that it left behind still holds the stage
+            error = f"{error}; {reason}"
+        self._settle(worker, "failed", error)
+
+    def _stop(self, number: int) -> None:
+        """First signal: ask the workers to keep a checkpoint and stop. Second: end them."""
+        self.num_signals += 1
+        for worker in self.workers.values():
+            worker.signal(signal.SIGTERM if self.num_signals == 1 else signal.SIGKILL)
+        self.on_event({"event": "stopping", "signal": number})
+
+    def _dismiss(self) -> None:
+        for worker in self.workers.values():
+            worker.close()
+        for worker in self.workers.values():
+            worker.leave()
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turn SIGINT and SIGTERM into events; only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, _frame: FrameType | None) -> None:
+            self.events.put((None, {"event": "signal", "signal": number}))
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,270 @@
+"""One folder per stage: configuration, status, lock, metrics, results (`docs/store.md`).
+
+The success mark is the last file written; a folder without it is unfinished.
+"""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from midstream.storage import read_json, remove_leftovers, write_bytes, write_json
+from midstream.study.stage import Stage, Study, stage_from_json
+
+SUCCESS = "SUCCESS"
+# A reader asks whether a lock is held by taking it for an instant; who means to keep the lock
+# tries again for this long, so that a glance at the store never fails a stage.
+GLANCE_SECONDS = 0.5
+
+State = Literal["done", "running", "failed", "stopped", "new"]
+
+
+class Stopped(Exception):  # noqa: N818 - it ends a stage without being an error
+    """Ends a stage that was asked to stop and has kept a checkpoint to resume from."""
+
+
+class OpenStage:
+    """A stage that this process runs: its folder, and the way to hand in its results."""
+
+    def __init__(self, stage: Stage, folder: Path) -> None:
+        self.stage = stage
+        self.folder = folder
+        self.results: dict[str, Any] | None = None
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Hand in what becomes `results.json` when the block ends well."""
+        self.results = results
+
+
+class Ledger:
+    """The store at `store`, read and written by stage."""
+
+    def __init__(self, store: Path) -> None:
+        self.store = store
+
+    def folder(self, stage: Stage) -> Path:
+        """Where the stage lives, whether or not it exists yet."""
+        return self.store / stage.name
+
+    def is_done(self, stage: Stage) -> bool:
+        """Whether the success mark is there."""
+        return (self.folder(stage) / SUCCESS).is_file()
+
+    def state(self, stage: Stage) -> State:
+        """done, running (its lock is held), failed, stopped (or killed), or new."""
+        folder = self.folder(stage)
+        if self.is_done(stage):
+            return "done"
+        if not (folder / "status.json").is_file():
+            return "new"
+        state = read_json(folder / "status.json")["state"]
+        if state == "done":
+            # Killed between the status and the success mark: without the mark it is unfinished.
+            return "stopped"
+        if state == "running" and not is_held(folder / "lock"):
+            return "stopped"
+        return cast(State, state)
+
+    def status(self, stage: Stage) -> dict[str, Any]:
+        """`status.json` with the true state (see `state`); only the state for a new stage."""
+        path = self.folder(stage) / "status.json"
+        stored = read_json(path) if path.is_file() else {}
+        return {**stored, "state": self.state(stage)}
+
+    def results(self, stage: Stage) -> dict[str, Any]:
+        """What the stage found; FileNotFoundError names stage, state and folder if not done."""
+        if not self.is_done(stage):
+            raise FileNotFoundError(
+                f"stage {stage.name} is {self.state(stage)}, not done, in {self.folder(stage)}; "
+                f"run it first"
+            )
+        return cast(dict[str, Any], read_json(self.folder(stage) / "results.json"))
+
+    def metrics(self, stage: Stage) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`; a last line that is still being written is left out."""
+        path = self.folder(stage) / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        whole, _, _ = path.read_bytes().rpartition(b"\n")
+        entries = []
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                entries.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path} line {number} is not JSON: {error}") from None
+        return entries
+
+    def predictions(self, stage: Stage, task: str) -> Path:
+        """The parquet file of one task; FileNotFoundError lists the tasks there are."""
+        folder = self.folder(stage) / "predictions"
+        path = folder / f"{task}.parquet"
+        if not path.is_file():
+            known = ", ".join(sorted(item.stem for item in folder.glob("*.parquet"))) or "none"
+            raise FileNotFoundError(
+                f"{stage.name} kept no predictions of {task!r} in {folder}; it has {known}"
+            )
+        return path
+
+    @contextmanager
+    def open_stage(self, stage: Stage) -> Iterator[OpenStage]:
+        """Run a stage: its lock is held and its status kept while the block runs.
+
+        The block hands in its results with `finish`; then results, status and, last, the success
+        mark are written. `Stopped` (or Ctrl-C) leaves the stage stopped, any other exception
+        failed, with its text; all of them go on to the caller. Raises ValueError, with nothing
+        changed, if another process runs the stage, if it is done already or if the folder holds
+        another stage.
+        """
+        folder = self.folder(stage)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _stage_lock(folder):
+            if self.is_done(stage):
+                raise ValueError(f"{folder} is done already; delete the folder to run it again")
+            _refuse_another(folder, stage)
+            write_json(folder / "stage.json", stage.model_dump(mode="json"))
+            subfolders = [item for item in folder.iterdir() if item.is_dir()]
+            for place in (*subfolders, folder):
+                remove_leftovers(place)
+            started = _now()
+            self._write_status(stage, "running", started=started)
+            work = OpenStage(stage, folder)
+            try:
+                yield work
+                if work.results is None:
+                    raise RuntimeError(f"stage {stage.name} ended without handing in its results")
+                write_json(folder / "results.json", work.results)
+            except (Stopped, KeyboardInterrupt) as reason:
+                self._write_status(stage, "stopped", error=str(reason) or None, started=started)
+                raise
+            except BaseException as error:
+                text = f"{type(error).__name__}: {error}"
+                self._write_status(stage, "failed", error=text, started=started)
+                raise
+            self._write_status(stage, "done", started=started)
+            write_bytes(folder / SUCCESS, f"{stage.identity}\n".encode())
+
+    def mark_failed(self, stage: Stage, error: str) -> None:
+        """Note for a process that can no longer do it why its stage failed.
+
+        Raises ValueError if the stage's lock is held, since then its process lives.
+        """
+        folder = self.folder(stage)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "status.json"
+        started = read_json(path).get("started") if path.is_file() else None
+        with _stage_lock(folder):
+            self._write_status(stage, "failed", error=error, started=started)
+
+    def save_study(self, study: Study) -> Path:
+        """Keep the study as last run in `studies/`; returns the file."""
+        path = self.store / "studies" / f"{study.name}.json"
+        write_json(path, study.model_dump(mode="json"))
+        return path
+
+    def load_study(self, name: str) -> Study:
+        """The study last run under this name; FileNotFoundError lists those there are."""
+        path = self.store / "studies" / f"{name}.json"
+        if not path.is_file():
+            known = ", ".join(self.study_names()) or "none"
+            raise FileNotFoundError(f"no study {name!r} in {path.parent}; it has {known}")
+        return Study.model_validate_json(path.read_bytes())
+
+    def study_names(self) -> list[str]:
+        """The studies that were run in this store, in the order of the alphabet."""
+        return sorted(path.stem for path in (self.store / "studies").glob("*.json"))
+
+    def _write_status(
+        self, stage: Stage, state: State, *, started: str | None, error: str | None = None
+    ) -> None:
+        value = {
+            "state": state,
+            "error": error,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": started,
+            "ended": None if state == "running" else _now(),
+        }
+        write_json(self.folder(stage) / "status.json", value)
+
+
+@contextmanager
+def launch_lock(store: Path) -> Iterator[None]:
+    """Hold the store for one launcher.
+
+    Raises ValueError with the store, the holder's process id and the remedy if another launcher
+    holds it; the store is then as it was.
+    """
+    store.mkdir(parents=True, exist_ok=True)
+    holder = store / "launch.pid"
+    lock = FileLock(store / "launch.lock", timeout=GLANCE_SECONDS)
+    try:
+        lock.acquire()
+    except Timeout:
+        who = holder.read_text().strip() if holder.is_file() else "unknown"
+        raise ValueError(
+            f"store {store} is in use by another launcher (process {who}); "
+            f"wait until it ends, stop it, or give another --store"
+        ) from None
+    try:
+        write_bytes(holder, f"{os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def is_held(path: Path) -> bool:
+    """Whether some process holds the lock file at `path`."""
+    if not path.is_file():
+        return False
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+@contextmanager
+def _stage_lock(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / "lock", timeout=GLANCE_SECONDS)
+    try:
+        lock.acquire()
+    except Timeout:
+        path = folder / "status.json"
+        status = read_json(path) if path.is_file() else {}
+        raise ValueError(
+            f"{folder} is being run by process {status.get('pid', 'unknown')} on "
+            f"{status.get('host', 'an unknown host')}; wait until it ends or stop it"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _refuse_another(folder: Path, stage: Stage) -> None:
+    path = folder / "stage.json"
+    if not path.is_file():
+        return
+    try:
+        found = stage_from_json(path.read_bytes())
+    except ValidationError as error:
+        raise ValueError(f"{path} is no stage of this version; move it away: {error}") from None
+    if found.identity != stage.identity:
+        raise ValueError(
+            f"{path} holds a {found.kind} of identity {found.identity}, not {stage.identity}; "
+            f"the folder was renamed or edited: move it away"
+        )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,286 @@
+"""What the commands print: progress while a study runs, tables of plans, states and results."""
+
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from midstream.study.graph import Plan
+from midstream.study.ledger import Ledger, State
+
+Event = dict[str, Any]
+# Where standard output is no terminal, a stage prints its progress this often.
+QUIET_SECONDS = 10.0
+# A plan of more stages than this is printed by kind.
+MAX_PLAN_ROWS = 48
+STATES: tuple[State, ...] = ("done", "running", "stopped", "failed", "new")
+UNKNOWN = "unknown"
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[Callable[[Event], None]]:
+    """Yield what shows a launcher's events: bars in a terminal, lines of text elsewhere."""
+    if not console.is_terminal:
+        yield _Lines(console).show
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[details]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        yield _Bars(bars).show
+
+
+class _Bars:
+    """One bar for the stages and one for each that runs."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+        self.overall: TaskID | None = None
+        self.running: dict[str, TaskID] = {}
+
+    def show(self, event: Event) -> None:
+        kind = event["event"]
+        if kind == "plan":
+            self.overall = self.bars.add_task(
+                "stages",
+                total=event["num_stages"],
+                completed=event["num_done"],
+                details=f"{event['num_done']}/{event['num_stages']}",
+            )
+        elif kind == "started":
+            self.running[event["stage"]] = self.bars.add_task(event["stage"], total=1.0, details="")
+        elif kind == "progress" and event["stage"] in self.running:
+            task = self.running[event["stage"]]
+            self.bars.update(task, completed=event["done"], details=_details(event))
+        elif kind == "finished":
+            if event["stage"] in self.running:
+                self.bars.remove_task(self.running.pop(event["stage"]))
+            if event["state"] != "done":
+                self.bars.console.print(_finish_line(event), markup=False)
+            elif self.overall is not None:
+                self.bars.advance(self.overall)
+                task_state = self.bars.tasks[0]
+                details = f"{task_state.completed:.0f}/{task_state.total:.0f}"
+                self.bars.update(self.overall, details=details)
+        elif kind == "stopping":
+            self.bars.console.print("stopping: the running stages keep a checkpoint")
+
+
+class _Lines:
+    """A line when a stage starts and ends, and one every QUIET_SECONDS between."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.last: dict[str, float] = {}
+        self.num_stages = self.num_done = 0
+
+    def show(self, event: Event) -> None:
+        kind = event["event"]
+        if kind == "plan":
+            self.num_stages, self.num_done = event["num_stages"], event["num_done"]
+            self._print(f"{self.num_done} of {self.num_stages} stages are done already")
+        elif kind == "started":
+            self.last[event["stage"]] = time.monotonic()
+            self._print(f"{event['stage']} started")
+        elif kind == "progress":
+            now = time.monotonic()
+            if now - self.last.get(event["stage"], 0.0) >= QUIET_SECONDS:
+                self.last[event["stage"]] = now
+                self._print(f"{event['stage']} {event['done']:.0%} {_details(event)}")
+        elif kind == "finished":
+            self.num_done += event["state"] == "done"
+            self._print(f"{_finish_line(event)} ({self.num_done}/{self.num_stages})")
+        elif kind == "stopping":
+            self._print("stopping: the running stages keep a checkpoint")
+
+    def _print(self, text: str) -> None:
+        stamp = time.strftime("%H:%M:%S")
+        self.console.print(f"{stamp} {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _details(event: Event) -> str:
+    parts = []
+    if event.get("tokens_per_second"):
+        parts.append(f"{event['tokens_per_second']:,.0f} tokens/s")
+    if event.get("loss") is not None:
+        parts.append(f"loss {event['loss']:.3f}")
+    if event.get("note"):
+        parts.append(str(event["note"]))
+    return ", ".join(parts)
+
+
+def _finish_line(event: Event) -> str:
+    text = f"{event['stage']} {event['state']}"
+    return f"{text}: {event['error']} (see {event['log']})" if event.get("error") else text
+
+
+def error(text: str) -> None:
+    """Print an error in red on standard error."""
+    console = Console(stderr=True, soft_wrap=True)
+    console.print(text, style="bold red", markup=False, highlight=False)
+
+
+def out() -> Console:
+    """The console of standard output."""
+    return Console(file=sys.stdout)
+
+
+def quantity(value: float | int | None) -> str:
+    """A number in three digits with a unit, such as 1.25 G; None is unknown."""
+    if value is None:
+        return UNKNOWN
+    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g}"
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain values."""
+    return {
+        "study": plan.study.name,
+        "num_lines": len(plan.study.lines),
+        "num_baselines": len(plan.study.baselines),
+        "num_stages": len(plan.rows),
+        "num_stages_alone": plan.num_alone,
+        "num_shared": plan.num_shared,
+        "num_done": plan.num_done,
+        "num_to_run": len(plan.to_run),
+        "num_unknown": plan.num_unknown,
+        "flops": plan.shared_flops,
+        "flops_alone": plan.naive_flops,
+        "flops_to_run": plan.remaining_flops,
+        "stages": [
+            {
+                "name": row.stage.name,
+                "kind": row.stage.kind,
+                "state": row.state,
+                "tokens": row.cost.tokens,
+                "flops": row.cost.flops,
+                "parameters": row.cost.parameters,
+                "parents": [parent.name for parent in row.stage.parents],
+                "lines": list(row.lines),
+            }
+            for row in plan.rows
+        ],
+    }
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """The plan as a table, by stage or (long ones) by kind, and its totals."""
+    study = plan.study
+    console.print(f"{study.name}: {study.question}", style="bold", markup=False)
+    by_kind = len(plan.rows) > MAX_PLAN_ROWS
+    table = Table()
+    table.add_column("kind" if by_kind else "stage", no_wrap=True, min_width=29)
+    for column in ("state", "lines", "tokens", "FLOPs"):
+        table.add_column(column)
+    if by_kind:
+        for kind in dict.fromkeys(row.stage.kind for row in plan.rows):
+            rows = [row for row in plan.rows if row.stage.kind == kind]
+            uses = sum(len(row.lines) for row in rows)
+            tokens = [row.cost.tokens for row in rows if row.cost.tokens is not None]
+            flops = [row.cost.flops for row in rows if row.cost.flops is not None]
+            table.add_row(
+                f"{len(rows)} {kind}",
+                _count_states([row.state for row in rows]),
+                f"{uses}",
+                quantity(sum(tokens) if tokens else None),
+                quantity(sum(flops) if flops else None),
+            )
+    else:
+        for row in plan.rows:
+            table.add_row(
+                row.stage.name,
+                row.state,
+                row.lines[0] if len(row.lines) == 1 else f"{len(row.lines)} lines",
+                quantity(row.cost.tokens),
+                quantity(row.cost.flops),
+            )
+    console.print(table)
+    console.print(
+        f"lines: {len(study.lines)}, baselines: {len(study.baselines)}, stages: {len(plan.rows)} "
+        f"({plan.num_alone} if each ran alone), {plan.num_shared} of them shared; "
+        f"{plan.num_done} done, {len(plan.to_run)} to run"
+    )
+    saved = plan.naive_flops / plan.shared_flops if plan.shared_flops else 1.0
+    console.print(
+        f"{quantity(plan.shared_flops)}FLOPs shared, {quantity(plan.naive_flops)}FLOPs if each "
+        f"line ran alone ({saved:.2f} times as many); {quantity(plan.remaining_flops)}FLOPs to run"
+    )
+    if plan.num_unknown:
+        console.print(
+            f"{plan.num_unknown} stages are not in these sums: unknown until their data is prepared"
+        )
+
+
+def print_states(plan: Plan, ledger: Ledger, console: Console) -> None:
+    """How many stages of each kind are in which state, and every one that failed or runs."""
+    table = Table("kind", *STATES, title=plan.study.name)
+    for kind in dict.fromkeys(row.stage.kind for row in plan.rows):
+        counts = Counter(row.state for row in plan.rows if row.stage.kind == kind)
+        table.add_row(kind, *(str(counts[state]) if counts[state] else "" for state in STATES))
+    console.print(table)
+    for row in plan.rows:
+        if row.state in ("failed", "stopped", "running"):
+            status = ledger.status(row.stage)
+            text = f": {status['error']}" if status.get("error") else ""
+            console.print(
+                f"{ledger.folder(row.stage)} is {row.state} since "
+                f"{status.get('ended') or status.get('started')}{text}",
+                markup=False,
+                soft_wrap=True,
+            )
+
+
+def print_results(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """The lines of a study with their axes, stable scores (in points) and seconds."""
+    axes = [name for name in (rows[0] if rows else {}) if name.startswith("axis.")]
+    names = [name.removeprefix("axis.") for name in axes]
+    table = Table("line", *names, "vision", "vision, blind", "text", "seconds", "state")
+    for row in rows:
+        scores = (row[f"stable.{name}"] for name in ("vision", "vision_blind", "text"))
+        table.add_row(
+            str(row["name"]),
+            *("" if row[name] is None else f"{row[name]}" for name in axes),
+            *("" if score is None else f"{100 * score:+.1f}" for score in scores),
+            "" if row["seconds"] is None else f"{row['seconds']:,.0f}",
+            str(row["state"]),
+        )
+    console.print(table)
+    console.print("vision, text: stable scores in points (mean of score minus chance, times 100)")
+
+
+class PeakMemory:
+    """Adds up, over the workers that ran, the most memory a stage of each one took."""
+
+    def __init__(self) -> None:
+        self.stages: dict[int, list[str]] = defaultdict(list)
+
+    def note(self, event: Event) -> None:
+        """Remember which worker finished which stage."""
+        if event["event"] == "finished" and event["state"] == "done":
+            self.stages[event["worker"]].append(event["stage"])
+
+    def total_bytes(self, plan: Plan, ledger: Ledger) -> int:
+        """The sum over the workers, from the stages' results."""
+        stages = {row.stage.name: row.stage for row in plan.rows}
+        return sum(
+            max(int(ledger.results(stages[name])["peak_memory_bytes"]) for name in names)
+            for names in self.stages.values()
+        )
+
+
+def _count_states(states: Sequence[State]) -> str:
+    counts = Counter(states)
+    return ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])

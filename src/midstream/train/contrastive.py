@@ -1,0 +1,176 @@
+"""Training of a SigLIP encoder on captions by the sigmoid image-text loss.
+
+It stands where a public encoder stands at scale. A killed run starts again; it is short, and equal
+seeds give equal bits.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from midstream.config import ContrastiveTraining, EncoderConfig
+from midstream.data.examples import TextCodec
+from midstream.data.features import load_pixels
+from midstream.data.mixture import permuted
+from midstream.data.sources import Source
+from midstream.model.vision import SiglipPair
+from midstream.model.weights import weights_digest
+from midstream.storage import new_folder
+from midstream.train.metrics import MetricsLog
+from midstream.train.optim import set_rate
+from midstream.train.parallel import autocast, peak_memory_bytes
+from midstream.train.schedule import rate_at
+from midstream.train.step import NonFiniteError
+
+# Captions kept out of the training to measure retrieval on.
+HELD_APART = 256
+
+
+def train_encoder(
+    config: EncoderConfig,
+    training: ContrastiveTraining,
+    source: Source,
+    codec: TextCodec,
+    folder: Path,
+    device: torch.device,
+    *,
+    report: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Train, write `weights/` (vision tower only), return the stage's `results.json`.
+
+    Raises ValueError if the source is too small for one batch beside the held-apart captions or a
+    caption is longer than `max_text_tokens`.
+    """
+    started = time.monotonic()
+    captions = _captions(source, codec, training.max_text_tokens)
+    usable = len(captions) - HELD_APART
+    if usable < training.batch_images:
+        raise ValueError(
+            f"source {source.name!r} holds {len(captions)} captions; batch_images "
+            f"{training.batch_images} and {HELD_APART} held apart need more"
+        )
+    pair = SiglipPair(
+        config,
+        vocab_size=codec.size,
+        hidden_size=training.text_hidden_size,
+        num_layers=training.text_num_layers,
+        max_text_tokens=training.max_text_tokens,
+        seed=training.seed,
+    )
+    pair.to(device).train()
+    pixels = PixelCache(source, config)
+    optimizer = torch.optim.AdamW(
+        pair.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=training.weight_decay, fused=True
+    )
+    log = MetricsLog(folder / "metrics.jsonl", 0)
+    losses = []
+    shown = 0.0
+    for step in range(training.num_steps):
+        before = time.monotonic()
+        drawn = np.arange(step * training.batch_images, (step + 1) * training.batch_images)
+        chosen = HELD_APART + _shuffled(drawn, usable, training.seed)
+        rate = rate_at(training.schedule, step, training.num_steps)
+        set_rate(optimizer, rate)
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(device):
+            loss = pair(pixels.batch(chosen).to(device), captions[chosen].to(device))
+        loss = loss / training.batch_images
+        loss.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(pair.parameters(), 1.0))
+        losses.append(float(loss.detach()))
+        if not np.isfinite([losses[-1], norm]).all():
+            raise NonFiniteError(f"step {step}: loss {losses[-1]}, gradient norm {norm}")
+        optimizer.step()
+        log.write(
+            step=step + 1,
+            tokens_seen=(step + 1) * training.batch_images * config.num_patches,
+            loss=losses[-1],
+            rate=rate,
+            grad_norm=norm,
+            num_targets=training.batch_images,
+            seconds=round(time.monotonic() - before, 6),
+        )
+        if time.monotonic() - shown > 0.5:
+            shown = time.monotonic()
+            report(_event(step + 1, training, config, losses[-1], shown - started))
+    log.close()
+    with torch.no_grad():
+        held = np.arange(HELD_APART)
+        ranked = pair.logits(pixels.batch(held).to(device), captions[held].to(device))
+    right = (ranked.argmax(dim=0).cpu() == torch.arange(HELD_APART)).float().mean()
+    with new_folder(folder / "weights") as temporary:
+        pair.save_vision(temporary / "model.safetensors")
+    return {
+        "steps": training.num_steps,
+        "first_loss": losses[0],
+        "final_loss": losses[-1],
+        "num_parameters": sum(parameter.numel() for parameter in pair.parameters()),
+        "retrieval": float(right),
+        "retrieval_chance": 1 / HELD_APART,
+        "weights_digest": weights_digest(pair.vision),
+        "seconds": time.monotonic() - started,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+class PixelCache:
+    """Decoded pictures of a source; keeps what was read, up to a bound."""
+
+    MAX_BYTES = 2**29
+
+    def __init__(self, source: Source, config: EncoderConfig) -> None:
+        self.source, self.config = source, config
+        self._kept: dict[int, np.ndarray] = {}
+        self._room = self.MAX_BYTES // (12 * config.image_size**2)
+
+    def batch(self, examples: np.ndarray) -> torch.Tensor:
+        """float32 [examples, 3, size, size]."""
+        return torch.from_numpy(np.stack([self._read(int(example)) for example in examples]))
+
+    def _read(self, example: int) -> np.ndarray:
+        if example in self._kept:
+            return self._kept[example]
+        pixels = load_pixels(self.source, example, self.config)
+        if len(self._kept) < self._room:
+            self._kept[example] = pixels
+        return pixels
+
+
+def _captions(source: Source, codec: TextCodec, length: int) -> torch.Tensor:
+    """int64 [captions, length]: each caption without its separator, end-of-text behind it."""
+    found = torch.full((len(source), length), codec.end_of_text, dtype=torch.int64)
+    for example in range(len(source)):
+        low, high = int(source.offsets[example]) + 1, int(source.offsets[example + 1])
+        if high - low > length:
+            raise ValueError(
+                f"{source.describe(example)}: the caption has {high - low} tokens, the text tower "
+                f"takes {length}; raise max_text_tokens"
+            )
+        found[example, : high - low] = torch.from_numpy(source.tokens[low:high].astype(np.int64))
+    return found
+
+
+def _shuffled(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
+    found = np.empty_like(positions)
+    for epoch in np.unique(positions // size):
+        mine = positions // size == epoch
+        found[mine] = permuted(positions[mine] % size, size, f"{seed}/captions/epoch {epoch}")
+    return found
+
+
+def _event(
+    step: int, training: ContrastiveTraining, config: EncoderConfig, loss: float, seconds: float
+) -> dict[str, Any]:
+    seen = step * training.batch_images * config.num_patches
+    return {
+        "done": step / training.num_steps,
+        "tokens_seen": seen,
+        "total_tokens": seen * training.num_steps // step,
+        "loss": loss,
+        "tokens_per_second": seen / max(seconds, 1e-9),
+        "note": "",
+    }

@@ -1,0 +1,51 @@
+"""Learning rate as a function of tokens seen: warm up, anneal, continue a parent's schedule.
+
+Shapes as in OpenLM (open_lm/scheduler.py) with tokens in place of steps; the continuation is a
+fresh half-cosine from the parent's rate (authors' scripts/lr_plot.py).
+"""
+
+import math
+
+from midstream.config import ContinuedCosine, WarmupCosine
+
+
+def rate_at(
+    schedule: WarmupCosine | ContinuedCosine,
+    tokens_seen: int,
+    total_tokens: int,
+    *,
+    parent_rate: float | None = None,
+) -> float:
+    """The learning rate after `tokens_seen` of the stage's `total_tokens`.
+
+    `parent_rate` is the parent schedule's rate at the checkpoint, needed by `ContinuedCosine`.
+    """
+    if isinstance(schedule, ContinuedCosine):
+        assert parent_rate is not None
+        return _half_cosine(parent_rate, schedule.end_rate, tokens_seen / total_tokens)
+    warmup = schedule.warmup_fraction * total_tokens
+    if tokens_seen < warmup:
+        return schedule.peak_rate * tokens_seen / warmup
+    rest = max(total_tokens - warmup, 1.0)
+    return _half_cosine(schedule.peak_rate, schedule.end_rate, (tokens_seen - warmup) / rest)
+
+
+def check_start(
+    schedule: WarmupCosine | ContinuedCosine, parent_rate: float | None, where: str
+) -> None:
+    """Raises ValueError where a continued schedule would start at or below its own end."""
+    if not isinstance(schedule, ContinuedCosine):
+        return
+    if parent_rate is None:
+        raise ValueError(
+            f"{where}: a continued schedule needs a parent; use WarmupCosine"
+        )
+    if parent_rate <= schedule.end_rate:
+        raise ValueError(
+            f"{where}: the parent's rate at its checkpoint is {parent_rate:g}, not above the end "
+            f"rate {schedule.end_rate:g}; re-warm with WarmupCosine instead"
+        )
+
+
+def _half_cosine(start: float, end: float, done: float) -> float:
+    return end + 0.5 * (1 + math.cos(math.pi * min(done, 1.0))) * (start - end)

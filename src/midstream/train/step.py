@@ -1,0 +1,71 @@
+"""One optimiser step: micro-batches, one denominator, clip, finite guard."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from midstream.batch import Batch
+from midstream.config import AdamW
+from midstream.model.loss import summed_loss
+from midstream.model.vlm import VLM, supervised_hidden
+from midstream.train.optim import set_rate
+from midstream.train.parallel import autocast
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Mean cross-entropy over the step's targets (nats), gradient norm before clipping."""
+
+    loss: float
+    grad_norm: float
+    num_targets: int
+
+
+class NonFiniteError(ValueError):
+    """The loss or the gradient of a step is not finite; the optimiser has not moved."""
+
+
+def train_step(
+    model: VLM,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[Batch],
+    *,
+    encode: Callable[[Tensor], Tensor],
+    rate: float,
+    settings: AdamW,
+    device: torch.device,
+) -> StepResult:
+    """Move the weights once; the gradient is that of the mean loss over the step's targets.
+
+    `encode` turns a batch's `images` into patch features (the identity for stored ones).
+    Raises NonFiniteError before the optimiser moves, ValueError for a step without a target.
+    """
+    # Counted before the first backward, so that cutting the step into other
+    # micro-batches leaves the gradient unchanged.
+    num_targets = sum(batch.counts.target for batch in micro_batches)
+    if not num_targets:
+        raise ValueError("a step holds no target; its rows carry nothing to learn from")
+    optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for cpu_batch in micro_batches:
+        batch = cpu_batch.to(device)
+        with autocast(device):
+            features = encode(batch.images) if len(batch.images) else None
+            hidden, targets = supervised_hidden(model(batch, features), batch.targets)
+            loss, z_loss = summed_loss(
+                hidden, model.decoder.output.weight, targets, settings.z_loss
+            )
+        ((loss + z_loss) / num_targets).backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(
+        [p for p in model.parameters() if p.grad is not None], settings.clip_norm
+    )
+    result = StepResult(float(total) / num_targets, float(norm), num_targets)
+    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        raise NonFiniteError(f"loss {result.loss}, gradient norm {result.grad_norm}")
+    set_rate(optimizer, rate)
+    optimizer.step()
+    return result

@@ -1,0 +1,292 @@
+"""A small world from files to results, with models whose right score is known beforehand."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from midstream.config import Evaluation
+from midstream.eval.benchmark import (
+    VisualTask,
+    evaluate,
+    in_seeded_order,
+    other_images,
+    read_visual_task,
+)
+from midstream.eval.task import VISUAL_FORMATS, VisualExample
+
+NUM_PICTURES = 6
+
+
+class Fake:
+    """Answers by a function of prompt and picture; prefers the choices in `liked`."""
+
+    weights_digest = "fake"
+
+    def __init__(self, answer: Callable[[str, Path], str], liked: frozenset[str]) -> None:
+        self.answer, self.liked = answer, liked
+        self.prompts: list[str] = []
+
+    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
+        self.prompts += prompts
+        return [
+            self.answer(prompt, image)
+            for prompt, image in zip(prompts, images, strict=True)
+            if image is not None
+        ]
+
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+        return [(float(choice in self.liked), True) for _, choice in pairs]
+
+    def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
+        raise NotImplementedError
+
+
+def ignore(_fraction: float, _text: str) -> None:
+    """Progress that nobody looks at."""
+
+
+def colour(image: Path) -> str:
+    """The colour that the pictures of this world have for an answer."""
+    return f"colour {int(image.stem)}"
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    """Six pictures: GQA asks each one's colour, POPE asks twice a split whether it is odd."""
+    root = tmp_path / "world"
+    visual = {
+        "colours": {"format": "gqa", "chance": 0.1},
+        "odd": {"format": "pope", "chance": 0.5},
+        "gone": {"format": "gqa", "chance": 0.1},
+        "strange": {"format": "vizwiz", "chance": 0.1},
+        "unsure": {"format": "gqa", "chance": 25},
+    }
+    (root / "bench/colours/images").mkdir(parents=True)
+    (root / "bench/odd/val2014").mkdir(parents=True)
+    for index in range(NUM_PICTURES):
+        Image.new("RGB", (4, 4)).save(root / f"bench/colours/images/{index}.jpg")
+        Image.new("RGB", (4, 4)).save(root / f"bench/odd/val2014/{index}.jpg")
+    questions = {
+        f"q{index}": {"imageId": str(index), "question": "Hue?", "answer": f"colour {index}"}
+        for index in range(NUM_PICTURES)
+    }
+    (root / "bench/colours/testdev_balanced_questions.json").write_text(json.dumps(questions))
+    (root / "bench/unsure").symlink_to(root / "bench/colours")
+    for split in ("random", "popular"):
+        lines = [
+            {
+                "question_id": 2 * index + again,
+                "image": f"{index}.jpg",
+                "text": f"Odd in {split}?",
+                "label": "yes" if index % 2 else "no",
+            }
+            for index in range(NUM_PICTURES)
+            for again in range(2)
+        ]
+        text = "\n".join(map(json.dumps, lines))
+        (root / f"bench/odd/coco_pope_{split}.json").write_text(text)
+    (root / "text_tasks").mkdir()
+    items = [{"query": "It is", "choices": [" a", " b"], "gold": i % 4 // 3} for i in range(20)]
+    (root / "text_tasks/letters.jsonl").write_text("\n".join(map(json.dumps, items)))
+    letters = {"letters": {"chance": 0.5}}
+    (root / "world.json").write_text(json.dumps({"visual_tasks": visual, "text_tasks": letters}))
+    return root
+
+
+def run(world: Path, fake: Fake, **options: Any) -> tuple[dict[str, Any], Path]:
+    out = world.parent / "out"
+    return evaluate(fake, Evaluation(**options), world, out, ignore), out
+
+
+def test_a_model_that_sees_scores_one_and_falls_to_zero_blind(world: Path) -> None:
+    fake = Fake(lambda _prompt, image: f" {colour(image).title()}.\n", frozenset())
+    results, out = run(world, fake, visual_tasks=("colours",))
+    task = results["tasks"]["colours"]
+    assert (task["score"], task["blind"], task["stderr"], task["chance"]) == (1.0, 0.0, 0.0, 0.1)
+    assert (task["kind"], task["metric"], task["num_examples"]) == ("vision", "exact match", 6)
+    assert results["stable"] == {
+        "vision": pytest.approx(0.9),
+        "vision_blind": pytest.approx(-0.1),
+        "text": None,
+    }
+    rows = pq.read_table(out / "predictions/colours.parquet").to_pylist()
+    assert sorted(row["example_id"] for row in rows) == [f"q{i}" for i in range(NUM_PICTURES)]
+    for row in rows:
+        assert row["prediction"] == colour(Path(row["image"])).title() + "."
+        assert json.loads(row["gold"]) == colour(Path(row["image"]))
+        assert row["blind_prediction"].lower() != row["prediction"].lower()
+        assert (row["score"], row["blind_score"]) == (1.0, 0.0)
+        assert row["prompt"] == "Hue?\nAnswer the question using a single word or phrase."
+
+
+def test_pope_is_the_mean_of_its_splits(world: Path) -> None:
+    fake = Fake(lambda prompt, _image: "yes" if "random" in prompt else "none", frozenset())
+    lines = (world / "bench/odd/coco_pope_random.json").read_text().splitlines()
+    one_sided = [line for line in lines if '"yes"' in line]  # 6 of 12 questions
+    (world / "bench/odd/coco_pope_random.json").write_text("\n".join(one_sided))
+    results, _ = run(world, fake, visual_tasks=("odd",), blind=False)
+    task = results["tasks"]["odd"]
+    assert task["splits"] == {"random": 1.0, "popular": 0.5}
+    assert task["score"] == 0.75  # by examples it would be 12 of 18
+    assert task["blind"] is None
+    assert results["stable"]["vision_blind"] is None
+
+
+def test_unparsable_boxes_are_wrong_and_counted(world: Path) -> None:
+    folder = world / "bench/boxes/OCID-dataset"
+    folder.mkdir(parents=True)
+    expressions = {}
+    for index in range(4):
+        Image.new("RGB", (10, 10)).save(folder / f"{index}.png")
+        expressions[str(index)] = {
+            "scene_path": f"{index}.png",
+            "bbox": "[1, 1, 5, 5]",
+            "sentence": f"thing {index}",
+        }
+    (world / "bench/boxes/val_expressions.json").write_text(json.dumps(expressions))
+    declared = json.loads((world / "world.json").read_text())
+    declared["visual_tasks"]["boxes"] = {"format": "ocid_ref", "chance": 0.0}
+    (world / "world.json").write_text(json.dumps(declared))
+    right = {0: "[0.1, 0.1, 0.5, 0.5]", 1: "[0.6, 0.6, 0.9, 0.9]", 2: "there", 3: "[0.1]"}
+    fake = Fake(lambda _prompt, image: right[int(image.stem)], frozenset())
+    results, _ = run(world, fake, visual_tasks=("boxes",), prompts="short")
+    assert results["tasks"]["boxes"]["score"] == 0.25
+    assert results["tasks"]["boxes"]["unparsable"] == 2
+    assert sorted(set(fake.prompts)) == [f"Where is thing {index}?" for index in range(4)]
+
+
+@pytest.mark.slow
+def test_a_text_only_evaluation_has_a_text_score_and_predictions(world: Path) -> None:
+    results, out = run(world, Fake(lambda *_: "", frozenset({" a"})), text_tasks=("letters",))
+    task = results["tasks"]["letters"]
+    assert (task["kind"], task["score"], task["blind"]) == ("text", 0.75, None)
+    assert task["stderr"] == pytest.approx((0.75 * 0.25 / 19) ** 0.5)
+    assert results["stable"] == {"vision": None, "vision_blind": None, "text": 0.25}
+    rows = pq.read_table(out / "predictions/letters.parquet").to_pylist()
+    assert {row["prediction"] for row in rows} == {" a"}
+    assert sum(row["score"] for row in rows) == 15
+    assert all(row["image"] is None and row["blind_score"] is None for row in rows)
+
+
+@pytest.mark.slow
+def test_progress_runs_from_the_first_task_to_one(world: Path) -> None:
+    told: list[float] = []
+    evaluate(
+        Fake(lambda *_: "yes", frozenset({" a"})),
+        Evaluation(visual_tasks=("colours", "odd"), text_tasks=("letters",), batch_size=1),
+        world,
+        world.parent / "out",
+        lambda fraction, _text: told.append(fraction),
+    )
+    assert told == sorted(told)
+    assert told[-1] == pytest.approx(1.0)
+    assert len(told) > 5
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"visual_tasks": ("colours", "shapes")},
+            FileNotFoundError,
+            "no task 'shapes'.*there: colours, gone",
+        ),
+        (
+            {"visual_tasks": ("gone",)},
+            FileNotFoundError,
+            "gone does not exist; there: colours, odd",
+        ),
+        ({"visual_tasks": ("strange",)}, ValueError, "format 'vizwiz'; use vqav2, gqa"),
+        ({"visual_tasks": ("unsure",)}, ValueError, "chance 25"),
+        ({"visual_tasks": ("odd",), "limit": 1}, ValueError, "limit 1 cannot cover the 2 splits"),
+        ({"visual_tasks": ("colours",), "limit": 1}, ValueError, "1 of 1 examples share picture"),
+        (
+            {"visual_tasks": ("colours",), "text_tasks": ("sums",)},
+            FileNotFoundError,
+            "no task 'sums'.*there: letters",
+        ),
+        ({"visual_tasks": ("odd", "odd")}, ValueError, "twice: odd"),
+        ({}, ValueError, "names no task"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said_before_the_first_answer(
+    world: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    fake = Fake(lambda *_: "yes", frozenset())
+    with pytest.raises(error, match=message):
+        run(world, fake, **options)
+    assert fake.prompts == []
+
+
+def test_a_limit_takes_the_first_of_the_full_order_with_splits_in_turn(world: Path) -> None:
+    full = read_visual_task(world, "odd").examples
+    part = read_visual_task(world, "odd", limit=7).examples
+    assert part == full[:7]
+    assert sum(example.split == "random" for example in part) in (3, 4)
+    assert sorted(full, key=lambda e: e.example_id) != list(full)
+
+
+def test_the_order_is_the_same_in_another_process() -> None:
+    code = (
+        "from midstream.eval.benchmark import in_seeded_order;"
+        "print(in_seeded_order(range(30), [str(i % 3) for i in range(30)], 'gqa'))"
+    )
+    command = [sys.executable, "-c", code]
+    other = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    here = in_seeded_order(range(30), [str(index % 3) for index in range(30)], "gqa")
+    assert json.loads(other) == here
+    assert sorted(here) == list(range(30))
+    assert here != list(range(30))
+
+
+@pytest.mark.parametrize("sizes", [[1, 1], [3, 3], [3, 1, 2], [5, 4, 1], [1] * 9, [2, 2, 2, 1]])
+def test_blind_pictures_are_a_permutation_in_which_every_picture_changes(sizes: list[int]) -> None:
+    images = [Path(f"{group}.jpg") for group, size in enumerate(sizes) for _ in range(size)]
+    images = in_seeded_order(images, [""] * len(images), "mix")
+    examples = tuple(
+        VisualExample(str(index), "?", image, "yes") for index, image in enumerate(images)
+    )
+    task = VisualTask("some", VISUAL_FORMATS["gqa"], 0.0, examples)
+    others = other_images(task)
+    assert all(other != image for other, image in zip(others, images, strict=True))
+    assert sorted(others) == sorted(images)
+    assert others == other_images(task)
+
+
+def test_a_picture_that_most_examples_share_leaves_no_blind_score() -> None:
+    images = ["a.jpg", "a.jpg", "b.jpg"]
+    examples = tuple(VisualExample(str(i), "?", Path(p), "yes") for i, p in enumerate(images))
+    with pytest.raises(ValueError, match=r"2 of 3 examples share picture a\.jpg.*blind=False"):
+        other_images(VisualTask("some", VISUAL_FORMATS["gqa"], 0.0, examples))
+
+
+def test_official_prompts_are_the_published_ones() -> None:
+    box = (
+        "Please provide the bounding box coordinate of the region this sentence describes: "
+        '"the {odd} mug"'
+    )
+    assert VISUAL_FORMATS["refcoco"].prompt("the {odd} mug", "official") == box
+    assert VISUAL_FORMATS["ocid_ref"].prompt("the {odd} mug", "official") == box
+    brief = "Is it?\nAnswer the question using a single word or phrase."
+    for name in ("vqav2", "gqa", "textvqa", "pope"):
+        assert VISUAL_FORMATS[name].prompt("Is it?", "official") == brief
+        assert VISUAL_FORMATS[name].prompt("Is it?", "short") == "Is it?"
+
+
+def test_chance_levels_are_those_of_the_paper() -> None:
+    chances = {name: row.chance for name, row in VISUAL_FORMATS.items()}
+    assert chances == {
+        "vqav2": 0.25,
+        "gqa": 0.25,
+        "textvqa": 0.0,
+        "pope": 0.5,
+        "refcoco": 0.0,
+        "ocid_ref": 0.0,
+    }

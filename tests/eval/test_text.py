@@ -1,0 +1,169 @@
+"""The adaptor to lm-evaluation-harness, with models whose right score is known beforehand."""
+
+import json
+import random
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from midstream.eval.task import Answerer
+from midstream.eval.text import TextItem, adapt, read_text_task, run_text_tasks
+
+
+class Fake:
+    """Likes a choice by a function of query and choice, and remembers what it was asked."""
+
+    weights_digest = "fake"
+
+    def __init__(self, liking: Any) -> None:
+        self.liking = liking
+        self.asked: list[tuple[str, str]] = []
+
+    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
+        return [f"{prompt} is said\nQ: and more" for prompt in prompts]
+
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+        self.asked += pairs
+        return [(float(self.liking(query, choice)), False) for query, choice in pairs]
+
+    def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
+        return [-float(len(text)) for text in texts]
+
+
+def made(count: int, *, choices: int = 3, seed: int = 0) -> list[TextItem]:
+    draws = random.Random(seed)
+    return [
+        TextItem(
+            example_id=str(index),
+            query=f"Question {index}: which?\nAnswer:",
+            choices=tuple(f" {word}{index}" for word in ("red", "green", "blue", "grey")[:choices]),
+            gold=draws.randrange(choices),
+        )
+        for index in range(count)
+    ]
+
+
+def line(**changes: Any) -> str:
+    return json.dumps({"query": "It is", "choices": [" red", " blue"], "gold": 1} | changes)
+
+
+def test_the_fake_is_an_answerer() -> None:
+    assert isinstance(Fake(None), Answerer)
+
+
+def test_a_task_file_is_read_with_its_line_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "colours.jsonl"
+    path.write_text(line() + "\n\n" + line(query="a\u2028b", gold=0) + "\n", encoding="utf-8")
+    assert read_text_task(path) == [
+        TextItem("1", "It is", (" red", " blue"), 1),
+        TextItem("3", "a\u2028b", (" red", " blue"), 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "line 2 is not JSON"),
+        ('{"query": "It is"}', "line 2 lacks a key"),
+        (line(choices=[" red"]), "line 2 needs a text and two or more choices"),
+        (line(choices=[" red", ""]), "line 2 needs"),
+        (line(gold=2), "line 2 has gold 2 for 2 choices"),
+        (line(gold=True), "line 2 has gold True"),
+    ],
+)
+def test_a_malformed_line_is_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "colours.jsonl"
+    path.write_text(line() + "\n" + text + "\n")
+    with pytest.raises(ValueError, match=message):
+        read_text_task(path)
+
+
+def test_a_missing_task_file_is_named_with_those_that_are_there(tmp_path: Path) -> None:
+    (tmp_path / "sums.jsonl").write_text(line())
+    with pytest.raises(
+        FileNotFoundError, match=r"colours\.jsonl does not exist; tasks there: sums"
+    ):
+        read_text_task(tmp_path / "colours.jsonl")
+
+
+def test_no_task_needs_no_harness() -> None:
+    assert run_text_tasks(Fake(None), {}) == {}
+
+
+@pytest.mark.slow
+def test_one_that_prefers_gold_scores_one_and_its_opposite_zero() -> None:
+    items = made(50)
+    gold = {(item.query, item.choices[item.gold]) for item in items}
+    knowing = Fake(lambda query, choice: (query, choice) in gold)
+    result = run_text_tasks(knowing, {"colours": items})["colours"]
+    assert result.accuracy == 1.0
+    assert result.chosen == tuple(item.gold for item in items)
+    contrary = Fake(lambda query, choice: (query, choice) not in gold)
+    assert run_text_tasks(contrary, {"colours": items})["colours"].accuracy == 0.0
+
+
+@pytest.mark.slow
+def test_one_that_always_says_green_scores_how_often_green_is_right() -> None:
+    tasks = {"three ways": made(60), "four/ways": made(40, choices=4, seed=1)}
+    results = run_text_tasks(Fake(lambda _query, choice: choice.startswith(" green")), tasks)
+    for name, items in tasks.items():
+        greens = sum(item.gold == 1 for item in items) / len(items)
+        assert 0 < greens < 1
+        assert results[name].accuracy == pytest.approx(greens)
+        assert results[name].scores == tuple(float(item.gold == 1) for item in items)
+        assert results[name].items == tuple(items)
+
+
+@pytest.mark.slow
+def test_query_and_choices_reach_the_model_as_they_stand() -> None:
+    odd = [
+        TextItem("1", "12", (" 1", " 2"), 0),  # a number is no template
+        TextItem("2", "{{ 1 + 1 }} is \n", ("{{x}}", "two "), 1),
+        TextItem("3", "", (" ä", " \u2028"), 1),
+    ]
+    fake = Fake(lambda _query, choice: len(choice))
+    run_text_tasks(fake, {"odd": odd})
+    assert sorted(fake.asked) == sorted((item.query, c) for item in odd for c in item.choices)
+
+
+@pytest.mark.slow
+def test_nothing_asks_the_network_or_writes_beside_the_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    tried = []
+
+    def refuse(*args: Any, **_more: Any) -> None:
+        tried.append(args)
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    run_text_tasks(Fake(lambda _query, choice: len(choice)), {"colours": made(5)})
+    assert tried == []
+    assert list(tmp_path.iterdir()) == []
+    assert datasets.config.HF_HUB_OFFLINE is False  # as it was
+
+
+@pytest.mark.slow
+def test_progress_ends_at_one() -> None:
+    told: list[float] = []
+    fake = Fake(lambda _query, choice: len(choice))
+    run_text_tasks(fake, {"a": made(5)}, lambda fraction, _text: told.append(fraction))
+    assert told[-1] == 1.0
+    assert told == sorted(told)
+
+
+@pytest.mark.slow
+def test_the_adaptor_generates_up_to_a_stop_and_rolls_whole_texts() -> None:
+    model = adapt(Fake(None))
+    requests = [SimpleNamespace(args=("This", {"until": ["\nQ:", "never"]}))]
+    assert model.generate_until(requests) == ["This is said"]
+    assert model.loglikelihood_rolling([SimpleNamespace(args=("four",))]) == [-4.0]

@@ -1,0 +1,287 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from midstream.config import DecoderConfig
+from midstream.model.decoder import Cache, Decoder, attention_mask, segment_mask
+from midstream.model.initialise import initialise
+
+TINY = DecoderConfig(hidden_size=32, num_layers=3, num_heads=2, vocab_size=50)
+
+
+def decoder_of(config: DecoderConfig = TINY, seed: int = 0) -> Decoder:
+    decoder = Decoder(config)
+    initialise(decoder, seed)
+    return decoder
+
+
+def random_ids(rows: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 50, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def positions(rows: int, length: int) -> Tensor:
+    return torch.arange(length).expand(rows, length)
+
+
+def logits_of(decoder: Decoder, input_ids: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+    mask = None if segment_ids is None else segment_mask(segment_ids)
+    hidden = decoder(decoder.embed(input_ids), positions(*input_ids.shape), mask)
+    return decoder.output(hidden)
+
+
+@pytest.mark.parametrize(
+    ("width", "layers", "heads", "total", "body"),
+    [
+        (512, 8, 4, 78_922_240, 27_279_872),
+        (576, 24, 8, 153_705_024, 95_607_360),
+        (1024, 24, 8, 411_665_408, 308_380_672),
+        (2048, 24, 16, 1_439_893_504, 1_233_324_032),
+    ],
+)
+def test_parameter_counts_are_those_of_the_published_models(
+    width: int, layers: int, heads: int, total: int, body: int
+) -> None:
+    config = DecoderConfig(hidden_size=width, num_layers=layers, num_heads=heads)
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    counts = {name: parameter.numel() for name, parameter in decoder.named_parameters()}
+    assert sum(counts.values()) == config.num_parameters == total
+    embeddings = counts["tok_embeddings.weight"] + counts["output.weight"]
+    assert total - embeddings == body
+
+
+def test_model_without_qk_norm_has_the_count_that_dclm_states() -> None:
+    config = DecoderConfig(hidden_size=2048, num_layers=24, num_heads=16, qk_norm=False)
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    assert sum(p.numel() for p in decoder.parameters()) == 1_439_795_200
+
+
+def test_parameter_names_are_openlms() -> None:
+    names = {name for name, _ in Decoder(TINY).named_parameters() if ".1." in name}
+    assert names == {
+        "layers.1.attention_norm.weight",
+        "layers.1.attention.in_proj.weight",
+        "layers.1.attention.q_norm.weight",
+        "layers.1.attention.k_norm.weight",
+        "layers.1.attention.out_proj.weight",
+        "layers.1.ffn_norm.weight",
+        "layers.1.feed_forward.w12.weight",
+        "layers.1.feed_forward.w3.weight",
+    }
+    others = {name for name, _ in Decoder(TINY).named_parameters() if "layers" not in name}
+    assert others == {"tok_embeddings.weight", "norm.weight", "output.weight"}
+
+
+def plain_norm(value: Tensor, gain: Tensor) -> Tensor:
+    centred = value - value.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain
+
+
+def plain_turn(head: Tensor) -> Tensor:
+    """Turn pairs (c, c + C/2) of [positions, channels] as complex numbers."""
+    half = head.shape[1] // 2
+    pairs = torch.complex(head[:, :half].double(), head[:, half:].double())
+    for position in range(head.shape[0]):
+        for channel in range(half):
+            angle = position * 10000.0 ** (-2 * channel / head.shape[1])
+            pairs[position, channel] *= complex(math.cos(angle), math.sin(angle))
+    return torch.cat((pairs.real, pairs.imag), dim=1).float()
+
+
+def plain_decoder(weights: dict[str, Tensor], config: DecoderConfig, input_ids: Tensor) -> Tensor:
+    """Logits of one row, head by head and position by position."""
+    width, per_head = config.hidden_size, config.head_dim
+    stream = weights["tok_embeddings.weight"][input_ids]
+    for index in range(config.num_layers):
+        mine = {name: weights[f"layers.{index}.{name}.weight"] for name in LAYER_NAMES}
+        normed = plain_norm(stream, mine["attention_norm"])
+        q, k, v = (normed @ part.T for part in mine["attention.in_proj"].split(width))
+        q, k = plain_norm(q, mine["attention.q_norm"]), plain_norm(k, mine["attention.k_norm"])
+        mixed = torch.zeros_like(stream)
+        for head in range(config.num_heads):
+            span = slice(head * per_head, (head + 1) * per_head)
+            turned_q, turned_k = plain_turn(q[:, span]), plain_turn(k[:, span])
+            for t in range(len(input_ids)):
+                score = turned_k[: t + 1] @ turned_q[t] / math.sqrt(per_head)
+                mixed[t, span] = score.softmax(0) @ v[: t + 1, span]
+        stream = stream + mixed @ mine["attention.out_proj"].T
+        normed = plain_norm(stream, mine["ffn_norm"])
+        gate, up = (normed @ part.T for part in mine["feed_forward.w12"].split(config.ffn_size))
+        stream = stream + (gate * gate.sigmoid() * up) @ mine["feed_forward.w3"].T
+    return plain_norm(stream, weights["norm.weight"]) @ weights["output.weight"].T
+
+
+LAYER_NAMES = (
+    "attention_norm",
+    "attention.in_proj",
+    "attention.q_norm",
+    "attention.k_norm",
+    "attention.out_proj",
+    "ffn_norm",
+    "feed_forward.w12",
+    "feed_forward.w3",
+)
+
+
+@torch.no_grad()
+def test_decoder_equals_a_plain_one_written_head_by_head() -> None:
+    decoder = decoder_of()
+    for name, parameter in decoder.named_parameters():
+        if "norm" in name:  # gains other than one, so that a forgotten gain shows
+            parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
+    input_ids = random_ids(1, 9)
+    expected = plain_decoder(dict(decoder.named_parameters()), TINY, input_ids[0])
+    torch.testing.assert_close(logits_of(decoder, input_ids)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changed", [0, 3, 7])
+def test_a_token_changes_no_logit_before_it(changed: int) -> None:
+    decoder = decoder_of()
+    first = random_ids(2, 8)
+    second = first.clone()
+    second[:, changed] = (second[:, changed] + 1) % 50
+    before, after = logits_of(decoder, first), logits_of(decoder, second)
+    assert torch.equal(before[:, :changed], after[:, :changed])
+    assert not torch.allclose(before[:, changed:], after[:, changed:])
+
+
+def test_segment_mask_is_causal_within_segments_and_lets_padding_see_itself_only() -> None:
+    mask = segment_mask(torch.tensor([[0, 0, 1, 1, -1, -1]]))[0, 0]
+    expected = [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [0, 0, 1, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+    assert mask.int().tolist() == expected
+
+
+@pytest.mark.parametrize("length", [12, 1100])  # more positions than one block of the kernel
+def test_segments_do_not_touch_each_other(length: int) -> None:
+    decoder = decoder_of()
+    cut = length // 3
+    segment_ids = torch.zeros(1, length, dtype=torch.int64)
+    segment_ids[:, cut:] = 1
+    input_ids = random_ids(1, length)
+    other = input_ids.clone()
+    other[:, :cut] = (other[:, :cut] + 7) % 50
+    before, after = (logits_of(decoder, ids, segment_ids) for ids in (input_ids, other))
+    assert torch.equal(before[:, cut:], after[:, cut:])
+    assert not torch.allclose(before[:, :cut], after[:, :cut])
+    embeddings = decoder.embed(input_ids).detach().requires_grad_()
+    hidden = decoder(embeddings, positions(1, length), segment_mask(segment_ids))
+    hidden[:, cut:].square().sum().backward()
+    assert embeddings.grad is not None
+    assert embeddings.grad[:, :cut].abs().max() == 0
+    assert embeddings.grad[:, cut:].abs().min() > 0
+
+
+def test_padding_gives_no_nan_and_no_gradient() -> None:
+    decoder = decoder_of()
+    segment_ids = torch.tensor([[0, 0, 1, 1, -1, -1], [-1] * 6])
+    input_ids = random_ids(2, 6)
+    embeddings = decoder.embed(input_ids).detach().requires_grad_()
+    hidden = decoder(embeddings, positions(2, 6), segment_mask(segment_ids))
+    assert hidden.isfinite().all()
+    hidden[segment_ids >= 0].square().sum().backward()
+    assert embeddings.grad is not None
+    assert embeddings.grad.isfinite().all()
+    assert embeddings.grad[segment_ids < 0].abs().max() == 0
+    grads = [p.grad for name, p in decoder.named_parameters() if "layers" in name]
+    assert all(grad is not None and grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize(
+    ("segments", "is_plain"),
+    [
+        ([0, 0, 0, 0], True),
+        ([0, 0, 0, -1], True),
+        ([-1, -1, -1, -1], True),
+        ([0, 0, 1, 1], False),
+        ([-1, 0, 0, 0], False),
+        ([0, -1, 0, 0], False),
+    ],
+)
+def test_plain_causal_attention_is_taken_where_it_is_the_same(
+    segments: list[int], is_plain: bool
+) -> None:
+    segment_ids = torch.tensor([[0, 0, 0, 0], segments])
+    assert (attention_mask(segment_ids) is None) == is_plain
+
+
+def test_plain_causal_attention_equals_the_masked_one_with_gradients() -> None:
+    segment_ids = torch.tensor([[0] * 10, [0] * 7 + [-1] * 3])
+    input_ids = random_ids(2, 10)
+    results: list[tuple[Tensor, Tensor]] = []
+    for mask in (None, segment_mask(segment_ids)):
+        decoder = decoder_of()
+        hidden = decoder(decoder.embed(input_ids), positions(2, 10), mask)[segment_ids >= 0]
+        hidden.sin().sum().backward()
+        grad = decoder.layers[0].get_parameter("attention.in_proj.weight").grad
+        assert grad is not None
+        results.append((hidden.detach(), grad))
+    for fast, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pieces", [[1] * 9, [4, 1, 1, 3], [9]])
+def test_decoding_with_a_cache_equals_the_whole_sequence(pieces: list[int]) -> None:
+    decoder = decoder_of()
+    input_ids = random_ids(2, 9)
+    whole = decoder(decoder.embed(input_ids), positions(2, 9), None)
+    cache = Cache(TINY, rows=2, columns=9, dtype=torch.float32, device=torch.device("cpu"))
+    found, start = [], 0
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()
+    for size in pieces:
+        span = slice(start, start + size)
+        mask = causal[span, : start + size].expand(2, 1, size, start + size)
+        piece = decoder(decoder.embed(input_ids[:, span]), positions(2, 9)[:, span], mask, cache)
+        found.append(piece)
+        start += size
+    torch.testing.assert_close(torch.cat(found, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_full_cache_and_a_missing_mask_are_refused() -> None:
+    decoder = decoder_of()
+    cache = Cache(TINY, rows=1, columns=4, dtype=torch.float32, device=torch.device("cpu"))
+    embeddings = decoder.embed(random_ids(1, 4))
+    decoder(embeddings, positions(1, 4), None, cache)
+    with pytest.raises(ValueError, match="holds 4 positions"):
+        decoder(embeddings, positions(1, 4), None, cache)
+    mask = torch.ones(1, 1, 4, 8, dtype=torch.bool)
+    with pytest.raises(ValueError, match="room for 4 positions, 8"):
+        decoder(embeddings, positions(1, 4), mask, cache)
+
+
+@torch.no_grad()
+def test_only_differences_of_positions_matter() -> None:
+    decoder = decoder_of()
+    embeddings = decoder.embed(random_ids(1, 8))
+    near, far = (decoder(embeddings, positions(1, 8) + shift, None) for shift in (0, 500))
+    torch.testing.assert_close(near, far, atol=1e-3, rtol=1e-3)
+    stretched = decoder(embeddings, positions(1, 8) * 2, None)
+    assert (near - stretched).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_autocast_computes_norms_in_low_precision_and_stays_near() -> None:
+    decoder = decoder_of()
+    input_ids = random_ids(1, 8)
+    seen: list[Any] = []
+    decoder.layers[0].get_submodule("attention.q_norm").register_forward_hook(
+        lambda _module, _inputs, output: seen.append(output.dtype)
+    )
+    exact = logits_of(decoder, input_ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = logits_of(decoder, input_ids)
+    assert seen == [torch.float32, torch.bfloat16]
+    assert (exact - low).abs().max() < 0.05 * exact.abs().max()

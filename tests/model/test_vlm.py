@@ -1,0 +1,154 @@
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from midstream.batch import IGNORE, Batch
+from midstream.config import DecoderConfig, EncoderConfig, ProjectorConfig, VLMConfig
+from midstream.model.initialise import initialise
+from midstream.model.loss import summed_loss
+from midstream.model.vision import VisionEncoder
+from midstream.model.vlm import VLM, scatter_image_features, supervised_hidden
+from midstream.tokens import TokenCount
+
+ENCODER = EncoderConfig(
+    image_size=8, patch_size=4, hidden_size=24, num_layers=2, num_heads=2, intermediate_size=48
+)
+DECODER = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=40)
+
+
+def vlm_of(num_layers: Literal[2, 3] = 2, *, encoder: EncoderConfig | None = ENCODER) -> VLM:
+    projector = ProjectorConfig(num_layers=num_layers)
+    vlm = VLM(VLMConfig(decoder=DECODER, encoder=encoder, projector=projector))
+    initialise(vlm, 0)
+    return vlm
+
+
+def batch_of(slots: list[tuple[int, int]], length: int = 12) -> Batch:
+    source = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(1, 40, (2, length), generator=source)
+    targets = torch.full_like(input_ids, IGNORE)
+    targets[:, -4:] = 3
+    for row, start in slots:
+        input_ids[row, start : start + 4] = 0
+    return Batch(
+        input_ids=input_ids,
+        targets=targets,
+        position_ids=torch.arange(length).expand(2, length).contiguous(),
+        segment_ids=torch.zeros_like(input_ids),
+        image_slots=torch.tensor(slots, dtype=torch.int64).reshape(-1, 2),
+        images=torch.randn(len(slots), 3, 8, 8, generator=source),
+        counts=TokenCount(text=24, target=8),
+    )
+
+
+def loss_of(vlm: VLM, batch: Batch, features: Tensor | None) -> Tensor:
+    hidden, targets = supervised_hidden(vlm(batch, features), batch.targets)
+    return sum(summed_loss(hidden, vlm.decoder.output.weight, targets, 1e-4))  # type: ignore[return-value]
+
+
+def test_features_land_in_their_slots_and_nowhere_else() -> None:
+    embeddings = torch.zeros(2, 6, 1)
+    features = torch.arange(1.0, 7.0).reshape(3, 2, 1)
+    slots = torch.tensor([[0, 4], [1, 0], [1, 3]])
+    placed = scatter_image_features(embeddings, features, slots)
+    assert placed[:, :, 0].tolist() == [[0, 0, 0, 0, 1, 2], [3, 4, 0, 5, 6, 0]]
+    assert embeddings.abs().max() == 0
+
+
+def test_images_that_do_not_agree_with_the_slots_are_refused() -> None:
+    embeddings, slots = torch.zeros(2, 6, 1), torch.tensor([[0, 4], [1, 0]])
+    with pytest.raises(ValueError, match="3 images were given, the rows have 2 slots"):
+        scatter_image_features(embeddings, torch.zeros(3, 2, 1), slots)
+    with pytest.raises(ValueError, match="3 patches starts at column 4 of rows of 6"):
+        scatter_image_features(embeddings, torch.zeros(2, 3, 1), slots)
+    with pytest.raises(ValueError, match=r"\(patches, width\) \(5, 24\).*\(4, 24\)"):
+        vlm_of()(batch_of([(0, 0)]), torch.zeros(1, 5, 24))
+    with pytest.raises(ValueError, match="0 images were given, the rows have 1 slots"):
+        vlm_of()(batch_of([(0, 0)]), None)
+    with pytest.raises(ValueError, match="1 images, the model no encoder"):
+        vlm_of(encoder=None)(batch_of([(0, 0)]), None)
+    with pytest.raises(ValueError, match="without an encoder"):
+        vlm_of(encoder=None)(batch_of([]), torch.zeros(1, 4, 24))
+
+
+@torch.no_grad()
+def test_an_image_changes_what_follows_it_in_its_row_only() -> None:
+    vlm, batch = vlm_of(), batch_of([(0, 2), (1, 0)])
+    features = torch.randn(2, 4, 24, generator=torch.Generator().manual_seed(1))
+    other = features.clone()
+    other[0] += 1
+    before, after = vlm(batch, features), vlm(batch, other)
+    assert torch.equal(before[1], after[1])
+    assert torch.equal(before[0, :2], after[0, :2])
+    assert ((before - after)[0, 2:].abs().amax(dim=-1) > 1e-4).all()
+
+
+@torch.no_grad()
+def test_token_ids_under_an_image_do_not_matter() -> None:
+    vlm, batch = vlm_of(), batch_of([(0, 2)])
+    features = torch.randn(1, 4, 24, generator=torch.Generator().manual_seed(1))
+    before = vlm(batch, features)
+    batch.input_ids[0, 2:6] = 17
+    assert torch.equal(before, vlm(batch, features))
+
+
+@pytest.mark.parametrize("num_layers", [2, 3])
+def test_gradient_reaches_every_trained_parameter_and_no_encoder_parameter(
+    num_layers: Literal[2, 3],
+) -> None:
+    vlm, batch = vlm_of(num_layers), batch_of([(0, 2), (1, 0)])
+    encoder = VisionEncoder(ENCODER)
+    initialise(encoder, 0)
+    loss_of(vlm, batch, encoder(batch.images)).backward()
+    for name, parameter in vlm.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+    assert all(p.grad is None and not p.requires_grad for p in encoder.parameters())
+    embedded = vlm.decoder.tok_embeddings.weight.grad
+    assert embedded is not None
+    assert embedded[0].abs().max() == 0  # the id under image slots learns nothing
+
+
+def test_a_batch_without_images_runs_the_projector_and_gives_it_zero_gradients() -> None:
+    vlm, batch = vlm_of(), batch_of([])
+    loss_of(vlm, batch, None).backward()
+    assert vlm.projector is not None
+    for parameter in vlm.projector.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.abs().max() == 0
+
+
+@torch.no_grad()
+def test_a_text_batch_is_computed_as_the_language_model_alone_does() -> None:
+    seeing, plain, batch = vlm_of(), vlm_of(encoder=None), batch_of([])
+    assert torch.equal(seeing(batch, None), plain(batch, None))
+
+
+def test_supervised_hidden_takes_the_positions_with_a_target_in_reading_order() -> None:
+    hidden = torch.arange(6.0).reshape(2, 3, 1)
+    targets = torch.tensor([[IGNORE, 5, IGNORE], [0, IGNORE, 7]])
+    kept, theirs = supervised_hidden(hidden, targets)
+    assert kept[:, 0].tolist() == [1, 3, 5]
+    assert theirs.tolist() == [5, 0, 7]
+
+
+@pytest.mark.parametrize(("num_layers", "count"), [(2, 14_752_256), (3, 18_948_608)])
+def test_projector_has_the_size_of_the_published_one(num_layers: int, count: int) -> None:
+    from midstream.model.projector import Projector
+
+    with torch.device("meta"):
+        config = ProjectorConfig.model_validate({"num_layers": num_layers})
+        projector = Projector(config, in_width=1152, out_width=2048)
+    assert sum(p.numel() for p in projector.parameters()) == count
+
+
+def test_features_in_half_precision_and_autocast_are_taken() -> None:
+    vlm, batch = vlm_of(), batch_of([(0, 2)])
+    features = torch.randn(1, 4, 24, generator=torch.Generator().manual_seed(1))
+    exact = vlm(batch, features)
+    torch.testing.assert_close(vlm(batch, features.half()), exact, atol=1e-2, rtol=1e-2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(vlm, batch, features.half())
+    assert float(loss.detach()) == pytest.approx(float(loss_of(vlm, batch, features)), rel=0.02)

@@ -1,0 +1,99 @@
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from midstream.study import stage as stage_module
+from midstream.study.graph import order, plan
+from midstream.study.ledger import Ledger
+from midstream.study.stage import Study
+
+MakeStudy = Callable[..., Study]
+
+
+def test_order_lists_each_stage_once_and_parents_first(make_study: MakeStudy) -> None:
+    stages = order(make_study((0.2, 0.6, 1.0), (0, 1)))
+    names = [stage.name for stage in stages]
+    assert len(names) == len(set(names)) == 3 + 3 * 6 + 1
+    for index, stage in enumerate(stages):
+        assert {parent.name for parent in stage.parents} <= set(names[:index])
+
+
+def test_order_does_not_depend_on_which_objects_stand_for_equal_stages(
+    make_study: MakeStudy,
+) -> None:
+    study = make_study()
+    copied = Study.model_validate_json(study.model_dump_json())
+    assert [stage.name for stage in order(copied)] == [stage.name for stage in order(study)]
+
+
+def test_plan_names_the_lines_that_share_a_stage(make_study: MakeStudy, tmp_path: Path) -> None:
+    work = plan(make_study(), Ledger(tmp_path))
+    lines = {row.stage.kind: row.lines for row in work.rows}
+    assert lines["prepare"] == lines["pretrain"] == ("0.2 0", "1.0 0", "text only")
+    assert lines["train_encoder"] == ("0.2 0", "1.0 0")
+    assert lines["finetune"] == ("1.0 0",)
+    assert work.num_shared == 3
+    assert work.num_alone == 6 + 6 + 3
+
+
+def test_plan_compares_the_flops_of_sharing_with_those_of_lines_alone(
+    make_study: MakeStudy, tmp_path: Path
+) -> None:
+    work = plan(make_study(), Ledger(tmp_path))
+    flops = [(row.stage.kind, row.cost.flops or 0.0) for row in work.rows]
+    uses = {"prepare": 3.0, "train_encoder": 2.0, "pretrain": 0.2 + 1.0 + 1.0}
+    assert work.shared_flops == pytest.approx(sum(value for _, value in flops))
+    assert work.naive_flops == pytest.approx(
+        sum(value * uses.get(kind, 1.0) for kind, value in flops)
+    )
+    assert work.naive_flops > work.shared_flops > 0
+    assert work.num_unknown == 2
+
+
+def test_plan_counts_what_is_done_and_leaves_the_store_alone(
+    make_study: MakeStudy, tmp_path: Path
+) -> None:
+    study, ledger = make_study(), Ledger(tmp_path / "store")
+    assert plan(study, ledger).num_done == 0
+    assert not ledger.store.exists()
+    first = order(study)[0]
+    with ledger.open_stage(first) as work:
+        work.finish({"sources": _sources()})
+    after = plan(study, ledger)
+    assert after.num_done == 1
+    assert first.name not in {row.stage.name for row in after.to_run}
+    assert len(after.to_run) == len(after.rows) - 1
+
+
+def test_plan_of_300_lines_computes_each_identity_once(
+    make_study: MakeStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: Counter[str] = Counter()
+    digest = stage_module.digest
+
+    def counted(value: Any) -> str:
+        identity = digest(value)
+        calls[identity] += 1
+        return identity
+
+    monkeypatch.setattr(stage_module, "digest", counted)
+    study = make_study(tuple(step / 100 for step in range(1, 101)), (0, 1, 2))
+    work = plan(study, Ledger(tmp_path))
+    assert len(study.lines) == 300
+    assert len(work.rows) == 3 + 3 * 300 + 1
+    assert set(calls.values()) == {1}
+    assert len(calls) == len(work.rows)
+
+
+def test_two_lines_of_one_name_are_refused(make_study: MakeStudy, tmp_path: Path) -> None:
+    study = make_study()
+    twice = study.model_copy(update={"lines": (*study.lines, study.lines[0])})
+    with pytest.raises(ValueError, match=r"'0\.2 0' twice"):
+        plan(twice, Ledger(tmp_path))
+
+
+def _sources() -> dict[str, dict[str, int]]:
+    return {name: {"num_tokens": 100, "num_images": 0} for name in ("stories", "captions", "chats")}

@@ -1,0 +1,303 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from midstream import storage
+from midstream.storage import read_json
+from midstream.study import ledger as ledger_module
+from midstream.study.graph import order
+from midstream.study.ledger import Ledger, Stopped, is_held, launch_lock
+from midstream.study.stage import Prepare, Stage, Study, stage_from_json
+
+MakeStudy = Callable[..., Study]
+
+# A worker that opens the stage given on its standard input and then waits.
+HOLD = """
+import sys
+from pathlib import Path
+from midstream.study.ledger import Ledger
+from midstream.study.stage import stage_from_json
+stage = stage_from_json(sys.stdin.readline())
+with Ledger(Path(sys.argv[1])).open_stage(stage) as work:
+    print("open", flush=True)
+    sys.stdin.read()
+    work.finish({})
+"""
+
+
+@pytest.fixture
+def stage(make_study: MakeStudy) -> Stage:
+    return order(make_study())[0]
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "store")
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _hold(ledger: Ledger, stage: Stage) -> "subprocess.Popen[bytes]":
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(ledger.store)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(stage.model_dump_json().encode() + b"\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == b"open\n"
+    return process
+
+
+def test_a_finished_stage_has_results_status_and_the_success_mark(
+    ledger: Ledger, stage: Stage
+) -> None:
+    assert ledger.state(stage) == "new"
+    assert ledger.status(stage) == {"state": "new"}
+    with ledger.open_stage(stage) as work:
+        assert ledger.state(stage) == "running"
+        assert work.folder == ledger.folder(stage)
+        work.finish({"seconds": 1.5})
+        assert not ledger.is_done(stage)
+    assert ledger.state(stage) == "done"
+    assert ledger.results(stage) == {"seconds": 1.5}
+    status = ledger.status(stage)
+    assert (status["state"], status["error"], status["pid"]) == ("done", None, os.getpid())
+    assert status["started"] <= status["ended"]
+    kept = stage_from_json((ledger.folder(stage) / "stage.json").read_bytes())
+    assert kept.identity == stage.identity
+
+
+def test_the_success_mark_is_the_last_file_written(
+    ledger: Ledger, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    write = storage.write_bytes
+
+    def noted(path: Path, data: bytes) -> None:
+        written.append(path.name)
+        write(path, data)
+
+    monkeypatch.setattr(storage, "write_bytes", noted)
+    monkeypatch.setattr(ledger_module, "write_bytes", noted)
+    with ledger.open_stage(stage) as work:
+        work.finish({})
+    assert written == ["stage.json", "status.json", "results.json", "status.json", "SUCCESS"]
+
+
+@pytest.mark.parametrize("name", ["results.json", "SUCCESS"])
+def test_a_disk_that_fails_at_the_end_leaves_the_stage_unfinished(
+    ledger: Ledger, stage: Stage, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write = storage.write_bytes
+
+    def full(path: Path, data: bytes) -> None:
+        if path.name == name:
+            raise OSError("disk full")
+        write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_bytes", full)
+        patch.setattr(ledger_module, "write_bytes", full)
+        with pytest.raises(OSError, match="disk full"), ledger.open_stage(stage) as work:
+            work.finish({})
+    assert ledger.state(stage) in ("failed", "stopped")
+    with ledger.open_stage(stage) as work:
+        work.finish({"again": 1})
+    assert ledger.results(stage) == {"again": 1}
+
+
+def test_an_exception_leaves_the_stage_failed_with_its_text(ledger: Ledger, stage: Stage) -> None:
+    def break_down() -> None:
+        with ledger.open_stage(stage) as work:
+            work.finish({})
+            raise ZeroDivisionError("one by zero")
+
+    with pytest.raises(ZeroDivisionError):
+        break_down()
+    assert ledger.state(stage) == "failed"
+    assert ledger.status(stage)["error"] == "ZeroDivisionError: one by zero"
+    assert not (ledger.folder(stage) / "results.json").exists()
+
+
+@pytest.mark.parametrize("reason", [Stopped("at step 7"), KeyboardInterrupt()])
+def test_a_stage_asked_to_stop_is_stopped_and_may_go_on(
+    ledger: Ledger, stage: Stage, reason: BaseException
+) -> None:
+    with pytest.raises(type(reason)), ledger.open_stage(stage):
+        raise reason
+    assert ledger.state(stage) == "stopped"
+    with ledger.open_stage(stage) as work:
+        work.finish({})
+    assert ledger.state(stage) == "done"
+    assert ledger.status(stage)["error"] is None
+
+
+def test_a_stage_without_results_is_failed(ledger: Ledger, stage: Stage) -> None:
+    with pytest.raises(RuntimeError, match="without handing in"), ledger.open_stage(stage):
+        pass
+    assert ledger.state(stage) == "failed"
+
+
+def test_a_done_stage_is_not_run_again(ledger: Ledger, stage: Stage) -> None:
+    with ledger.open_stage(stage) as work:
+        work.finish({"kept": 1})
+    before = _files(ledger.store)
+    with pytest.raises(ValueError, match="done already"), ledger.open_stage(stage):
+        pytest.fail("the block must not run")
+    assert _files(ledger.store) == before
+
+
+def test_a_stage_runs_in_one_process_and_a_killed_one_counts_as_stopped(
+    ledger: Ledger, stage: Stage
+) -> None:
+    process = _hold(ledger, stage)
+    assert ledger.state(stage) == "running"
+    before = _files(ledger.store)
+    with (
+        pytest.raises(ValueError, match=rf"{stage.name}.*process {process.pid}\b"),
+        ledger.open_stage(stage),
+    ):
+        pytest.fail("the block must not run")
+    with pytest.raises(ValueError, match="being run"):
+        ledger.mark_failed(stage, "no")
+    assert _files(ledger.store) == before
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert read_json(ledger.folder(stage) / "status.json")["state"] == "running"
+    assert ledger.state(stage) == "stopped"
+    assert ledger.status(stage)["state"] == "stopped"
+    ledger.mark_failed(stage, "killed")
+    assert ledger.status(stage)["error"] == "killed"
+    with ledger.open_stage(stage) as work:
+        work.finish({})
+    assert ledger.state(stage) == "done"
+
+
+def test_a_killed_end_without_the_success_mark_is_not_done(ledger: Ledger, stage: Stage) -> None:
+    with ledger.open_stage(stage) as work:
+        work.finish({})
+    (ledger.folder(stage) / "SUCCESS").unlink()
+    assert ledger.state(stage) == "stopped"
+    with pytest.raises(FileNotFoundError, match=f"{stage.name} is stopped"):
+        ledger.results(stage)
+
+
+def test_leftovers_of_a_killed_writer_are_removed(ledger: Ledger, stage: Stage) -> None:
+    folder = ledger.folder(stage)
+    (folder / "checkpoints" / ".step-1.abc.tmp").mkdir(parents=True)
+    (folder / ".results.json.abc.tmp").write_text("{")
+    with ledger.open_stage(stage) as work:
+        assert not list(folder.rglob(".*.tmp"))
+        work.finish({})
+
+
+def test_a_folder_of_another_stage_is_refused(
+    ledger: Ledger, stage: Stage, make_study: MakeStudy
+) -> None:
+    assert isinstance(stage, Prepare)
+    other = Prepare(world=stage.world.model_copy(update={"seed": 5}), tokenizer=stage.tokenizer)
+    folder = ledger.folder(stage)
+    storage.write_json(folder / "stage.json", other.model_dump(mode="json"))
+    with (
+        pytest.raises(ValueError, match=rf"{other.identity}, not {stage.identity}"),
+        ledger.open_stage(stage),
+    ):
+        pytest.fail("the block must not run")
+    assert not (folder / "status.json").exists()
+
+
+def test_results_of_an_unfinished_stage_name_stage_and_folder(ledger: Ledger, stage: Stage) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        ledger.results(stage)
+    assert stage.name in str(caught.value)
+    assert str(ledger.folder(stage)) in str(caught.value)
+
+
+def test_metrics_leave_out_a_line_that_is_still_being_written(ledger: Ledger, stage: Stage) -> None:
+    assert ledger.metrics(stage) == []
+    path = ledger.folder(stage) / "metrics.jsonl"
+    add = storage.append_line(path)
+    entries = [{"step": step, "loss": 1.0 / step} for step in (1, 2, 3)]
+    for entry in entries:
+        add(entry)
+    whole = path.read_bytes()
+    third = whole.splitlines(keepends=True)[2]
+    for cut in range(1, len(third) + 1):
+        path.write_bytes(whole[: len(whole) - cut])
+        assert ledger.metrics(stage) == entries[:2]
+    path.write_bytes(whole)
+    assert ledger.metrics(stage) == entries
+
+
+def test_metrics_refuse_a_damaged_line_in_the_middle(ledger: Ledger, stage: Stage) -> None:
+    path = ledger.folder(stage) / "metrics.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        ledger.metrics(stage)
+
+
+def test_predictions_that_are_missing_are_told_with_those_there_are(
+    ledger: Ledger, stage: Stage
+) -> None:
+    folder = ledger.folder(stage) / "predictions"
+    folder.mkdir(parents=True)
+    (folder / "gqa.parquet").touch()
+    assert ledger.predictions(stage, "gqa") == folder / "gqa.parquet"
+    with pytest.raises(FileNotFoundError, match=r"'pope'.*it has gqa"):
+        ledger.predictions(stage, "pope")
+
+
+def test_a_study_is_kept_and_read_by_name(ledger: Ledger, make_study: MakeStudy) -> None:
+    study = make_study()
+    assert ledger.study_names() == []
+    with pytest.raises(FileNotFoundError, match="it has none"):
+        ledger.load_study("small")
+    ledger.save_study(study)
+    assert ledger.study_names() == ["small"]
+    read = ledger.load_study("small")
+    assert [stage.name for stage in order(read)] == [stage.name for stage in order(study)]
+    with pytest.raises(FileNotFoundError, match=r"'large'.*it has small"):
+        ledger.load_study("large")
+
+
+def test_a_second_launcher_is_refused_and_leaves_the_store_as_it_was(ledger: Ledger) -> None:
+    with launch_lock(ledger.store):
+        before = _files(ledger.store)
+        with (
+            pytest.raises(ValueError, match=rf"process {os.getpid()} on .*--store") as caught,
+            launch_lock(ledger.store),
+        ):
+            pytest.fail("the block must not run")
+        assert str(ledger.store) in str(caught.value)
+        assert _files(ledger.store) == before
+    with launch_lock(ledger.store):
+        pass
+
+
+def test_asking_whether_a_lock_is_held_neither_takes_nor_makes_it(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    assert not is_held(path)
+    assert not path.exists()
+    with launch_lock(tmp_path):
+        assert is_held(tmp_path / "launch.lock")
+    assert not is_held(tmp_path / "launch.lock")
+
+
+def test_stage_json_holds_the_whole_ancestry(ledger: Ledger, make_study: MakeStudy) -> None:
+    result = make_study().lines[0].result
+    with ledger.open_stage(result) as work:
+        work.finish({})
+    kept = json.loads((ledger.folder(result) / "stage.json").read_text())
+    assert kept["of"]["start"]["start"]["stage"]["data"]["world"]["kind"] == "pocket"

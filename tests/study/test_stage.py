@@ -1,0 +1,83 @@
+from collections.abc import Callable
+
+import pytest
+from pydantic import ValidationError
+
+from midstream.study.graph import order
+from midstream.study.stage import (
+    Continue,
+    ContinueFrom,
+    Evaluate,
+    Finetune,
+    FromScratch,
+    Study,
+    stage_from_json,
+)
+
+MakeStudy = Callable[..., Study]
+
+
+def test_every_kind_of_stage_keeps_its_identity_through_json(make_study: MakeStudy) -> None:
+    stages = order(make_study())
+    assert {stage.kind for stage in stages} == {
+        "prepare",
+        "train_encoder",
+        "pretrain",
+        "continue",
+        "finetune",
+        "evaluate",
+    }
+    for stage in stages:
+        read = stage_from_json(stage.model_dump_json())
+        assert type(read) is type(stage)
+        assert read.identity == stage.identity
+        assert read.name == stage.name
+
+
+def test_a_study_keeps_its_stages_through_json(make_study: MakeStudy) -> None:
+    study = make_study()
+    read = Study.model_validate_json(study.model_dump_json())
+    assert [stage.name for stage in order(read)] == [stage.name for stage in order(study)]
+    assert [line.axes for line in read.lines] == [line.axes for line in study.lines]
+
+
+def test_a_change_in_an_ancestor_changes_every_descendant(make_study: MakeStudy) -> None:
+    chat = make_study().lines[0].result.of
+    assert isinstance(chat, Finetune)
+    seen = chat.start
+    assert isinstance(seen.start, ContinueFrom)
+    text = seen.start.stage
+    training = text.training.model_dump() | {"seed": 99}
+    other_text = type(text)(**{**dict(text), "training": training})
+    other_seen = Continue(
+        **{**dict(seen), "start": ContinueFrom(stage=other_text, completion=seen.start.completion)}
+    )
+    other_chat = Finetune(start=other_seen, training=chat.training)
+    for one, other in ((text, other_text), (seen, other_seen), (chat, other_chat)):
+        assert one.identity != other.identity
+
+
+def test_stages_name_what_they_read_as_parents(make_study: MakeStudy) -> None:
+    study = make_study()
+    result = study.lines[0].result
+    chat = result.of
+    assert isinstance(chat, Finetune)
+    seen = chat.start
+    kinds = [stage.kind for stage in result.parents]
+    assert kinds == ["finetune", "prepare", "train_encoder"]
+    assert [stage.kind for stage in seen.parents] == ["prepare", "train_encoder", "pretrain"]
+    scratch = Continue(**{**dict(seen), "start": FromScratch()})
+    assert [stage.kind for stage in scratch.parents] == ["prepare", "train_encoder"]
+
+
+def test_the_evaluation_of_a_text_model_needs_no_encoder(make_study: MakeStudy) -> None:
+    baseline = make_study().baselines["text only"]
+    assert [stage.kind for stage in baseline.parents] == ["pretrain", "prepare"]
+
+
+def test_stages_of_another_kind_are_refused_where_they_do_not_fit(make_study: MakeStudy) -> None:
+    result = make_study().lines[0].result
+    with pytest.raises(ValidationError):
+        Evaluate(of=result.of.data, evaluation=result.evaluation)
+    with pytest.raises(ValidationError):
+        stage_from_json('{"kind": "distil"}')
