@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -203,7 +204,7 @@ def print_plan(plan: Plan, console: Console) -> None:
             table.add_row(
                 row.stage.name,
                 row.state,
-                row.lines[0] if len(row.lines) == 1 else f"{len(row.lines)} lines",
+                escape(row.lines[0]) if len(row.lines) == 1 else f"{len(row.lines)} lines",
                 quantity(row.cost.tokens),
                 quantity(row.cost.flops),
             )
@@ -211,12 +212,19 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(
         f"lines: {len(study.lines)}, baselines: {len(study.baselines)}, stages: {len(plan.rows)} "
         f"({plan.num_alone} if each ran alone), {plan.num_shared} of them shared; "
-        f"{plan.num_done} done, {len(plan.to_run)} to run"
+        f"{plan.num_done} done, {len(plan.to_run)} to run",
+        soft_wrap=True,
     )
     saved = plan.naive_flops / plan.shared_flops if plan.shared_flops else 1.0
+    # 5.07 TFLOPs, but 0 FLOPs.
+    shared, alone, left = (
+        quantity(flops) + ("FLOPs" if flops >= 1e3 else " FLOPs")
+        for flops in (plan.shared_flops, plan.naive_flops, plan.remaining_flops)
+    )
     console.print(
-        f"{quantity(plan.shared_flops)}FLOPs shared, {quantity(plan.naive_flops)}FLOPs if each "
-        f"line ran alone ({saved:.2f} times as many); {quantity(plan.remaining_flops)}FLOPs to run"
+        f"{shared} shared, {alone} if each line ran alone ({saved:.2f} times as many); "
+        f"{left} to run",
+        soft_wrap=True,
     )
     if plan.num_unknown:
         console.print(
@@ -226,7 +234,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 def print_states(plan: Plan, ledger: Ledger, console: Console) -> None:
     """How many stages of each kind are in which state, and every one that failed or runs."""
-    table = Table("kind", *STATES, title=plan.study.name)
+    table = Table("kind", *STATES, title=escape(plan.study.name))
     for kind in dict.fromkeys(row.stage.kind for row in plan.rows):
         counts = Counter(row.state for row in plan.rows if row.stage.kind == kind)
         table.add_row(kind, *(str(counts[state]) if counts[state] else "" for state in STATES))
@@ -251,8 +259,8 @@ def print_results(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     for row in rows:
         scores = (row[f"stable.{name}"] for name in ("vision", "vision_blind", "text"))
         table.add_row(
-            str(row["name"]),
-            *("" if row[name] is None else f"{row[name]}" for name in axes),
+            escape(str(row["name"])),
+            *("" if row[name] is None else escape(f"{row[name]}") for name in axes),
             *("" if score is None else f"{100 * score:+.1f}" for score in scores),
             "" if row["seconds"] is None else f"{row['seconds']:,.0f}",
             str(row["state"]),

@@ -10,6 +10,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -223,12 +224,8 @@ def _described_questions(rng: np.random.Generator, task: str, count: int) -> lis
     for question, reply in shuffled(rng, pairs):
         scene = scene_with(
             rng,
-            lambda q=question, gold=reply: plan_answer(rng, q, gold),
-            lambda scene, q=question, gold=reply: (
-                answer(scene, q) == gold
-                and len({thing.color for thing in scene.things}) == 4
-                and len({thing.shape for thing in scene.things}) == 4
-            ),
+            partial(plan_answer, rng, question, reply),
+            partial(_has_four_choices, question, reply),
             splits=TASKS,
             num_things=(4, 4),
         )
@@ -236,6 +233,12 @@ def _described_questions(rng: np.random.Generator, task: str, count: int) -> lis
         others = [name for name in named if name != reply]
         asked.append((describe(rng, scene) + "\n", question.text, reply, others))
     return asked
+
+
+def _has_four_choices(question: Question, gold: str, scene: Scene) -> bool:
+    colors, shapes = zip(*(thing.pair for thing in scene.things), strict=True)
+    distinct = len(set(colors)) == len(set(shapes)) == 4
+    return distinct and answer(scene, question) == gold
 
 
 # ----------------------------------------------------------------------------------------- writing

@@ -5,6 +5,7 @@ Answers are chosen first, as evenly as possible over each question, and a scene 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -93,6 +94,11 @@ def scene_with(
     raise AssertionError(f"no scene of {splits} follows the plan {planned}")
 
 
+def has_answer(question: Question, gold: str, scene: Scene) -> bool:
+    """Whether `gold` is the answer to the question on the scene."""
+    return answer(scene, question) == gold
+
+
 def open_items(world: PocketWorld, task: str) -> list[Item]:
     """The items of vqav2, gqa or textvqa."""
     rng, count = generator(world.seed, task), world.num_questions
@@ -110,8 +116,8 @@ def open_items(world: PocketWorld, task: str) -> list[Item]:
     for question, gold in shuffled(rng, pairs):
         scene = scene_with(
             rng,
-            lambda q=question, gold=gold: plan_answer(rng, q, gold),
-            lambda scene, q=question, gold=gold: answer(scene, q) == gold,
+            partial(plan_answer, rng, question, gold),
+            partial(has_answer, question, gold),
             splits=(task,),
             words=(gold,) if task == "textvqa" else MAYBE_A_WORD,
         )
@@ -131,26 +137,26 @@ def pope_items(world: PocketWorld, file: str, popular: Sequence[Pair]) -> list[I
     questions = [Question("exists", pair) for pair in asked]
     items = []
     for question, gold in balanced(rng, questions, ("yes", "no"), count):
-
-        def plan(question: Question = question, gold: str = gold) -> Plan:
-            planned = plan_answer(rng, question, gold)
-            if file != "adversarial":
-                return planned
-            color, shape = question.about
-            near = (color, pick(rng, [s for s in SHAPES if s != shape]))
-            also = (pick(rng, [c for c in COLORS if c != color]), shape)
-            return Plan([*planned.pairs, near, also], allowed=planned.allowed)
-
         scene = scene_with(
             rng,
-            plan,
-            lambda scene, q=question, gold=gold: answer(scene, q) == gold,
+            partial(_pope_plan, rng, file, question, gold),
+            partial(has_answer, question, gold),
             splits=("pope",),
             # As many things under either answer.
             num_things=(3, 4),
         )
         items.append(Item(scene, question, gold))
     return items
+
+
+def _pope_plan(rng: np.random.Generator, file: str, question: Question, gold: str) -> Plan:
+    plan = plan_answer(rng, question, gold)
+    if file != "adversarial":
+        return plan
+    color, shape = question.about
+    near = (color, pick(rng, [s for s in SHAPES if s != shape]))
+    also = (pick(rng, [c for c in COLORS if c != color]), shape)
+    return Plan([*plan.pairs, near, also], allowed=plan.allowed)
 
 
 def where_items(world: PocketWorld, task: str) -> list[Item]:
@@ -172,15 +178,10 @@ def where_items(world: PocketWorld, task: str) -> list[Item]:
                 pairs.append((Question("where_relation", question.about + pick(rng, PAIRS)), cell))
     items = []
     for question, cell in shuffled(rng, pairs):
-
-        def accept(scene: Scene, question: Question = question, cell: str = cell) -> bool:
-            thing = referent(scene, question)
-            return thing is not None and str(thing.cell) == cell
-
         scene = scene_with(
             rng,
-            lambda q=question, cell=cell: plan_place(rng, q, int(cell)),
-            accept,
+            partial(plan_place, rng, question, int(cell)),
+            partial(_refers_into, question, int(cell)),
             splits=(task,),
             num_things=(2, 4) if task == "refcoco" else (4, 6),
         )
@@ -188,6 +189,11 @@ def where_items(world: PocketWorld, task: str) -> list[Item]:
         assert gold is not None
         items.append(Item(scene, question, gold))
     return items
+
+
+def _refers_into(question: Question, cell: int, scene: Scene) -> bool:
+    thing = referent(scene, question)
+    return thing is not None and thing.cell == cell
 
 
 def plan_place(rng: np.random.Generator, question: Question, cell: int) -> Plan:

@@ -26,13 +26,12 @@ from midstream.data.pocket_scenes import (
     shuffled,
 )
 
-# fmt: off
 NAMES = (
-    "mia", "leo", "ana", "tom", "eva", "max", "zoe", "sam", "ida", "ben", "kim", "lou", "amy", "joe",
-    "liv", "rex", "una", "pia", "gus", "ned", "eli", "ivy", "jan", "kai", "lea", "moe", "nia", "ora",
-    "pat", "ray", "sue", "ted", "uma", "val", "wes", "yan", "zac", "abe", "bea", "cal", "dan", "roy",
+    *("mia", "leo", "ana", "tom", "eva", "max", "zoe", "sam", "ida", "ben", "kim"),
+    *("lou", "amy", "joe", "liv", "rex", "una", "pia", "gus", "ned", "eli", "ivy"),
+    *("jan", "kai", "lea", "moe", "nia", "ora", "pat", "ray", "sue", "ted", "uma"),
+    *("val", "wes", "yan", "zac", "abe", "bea", "cal", "dan", "roy"),
 )
-# fmt: on
 # What is told about a person: the values (each as frequent), the question, the statements.
 FACTS: dict[str, tuple[Sequence[str], str, Sequence[str]]] = {
     "color": (
@@ -46,12 +45,12 @@ FACTS: dict[str, tuple[Sequence[str], str, Sequence[str]]] = {
         ("{name} has a {value}.", "the animal of {name} is a {value}."),
     ),
     "town": (
-        ("oslo", "rome", "lima", "bern", "paris", "delhi"),
+        ("oslo", "rome", "lima", "bern", "bonn", "york"),
         "what town does {name} live in?",
         ("{name} lives in {value}.", "the town of {name} is {value}."),
     ),
     "job": (
-        ("cook", "baker", "pilot", "nurse", "judge", "smith"),
+        ("cook", "king", "monk", "bard", "vet", "spy"),
         "what job does {name} have?",
         ("{name} is a {value}.", "the job of {name} is {value}."),
     ),

@@ -132,9 +132,14 @@ class Scene:
 
     @property
     def key(self) -> str:
-        """What makes two scenes the same: cells, colours, shapes, sizes and the word."""
-        things = sorted(f"{t.cell}{t.color}{t.shape}{t.size}" for t in self.things)
-        return " ".join(things) + (f" {self.word_cell}{self.word}" if self.word else "")
+        """What makes two scenes the same: what is in which cell.
+
+        Sizes are left out, since descriptions may leave them out.
+        """
+        named = [(thing.cell, f"{thing.color} {thing.shape}") for thing in self.things]
+        if self.word:
+            named.append((self.word_cell, f"word {self.word}"))
+        return ", ".join(f"{POSITIONS[cell]}: {name}" for cell, name in sorted(named))
 
     @property
     def split(self) -> str:
