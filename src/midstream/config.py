@@ -291,9 +291,10 @@ class ContrastiveTraining(Config):
 class Evaluation(Config):
     """Which benchmarks, how many examples of each, and how they are asked.
 
-    `visual_tasks` name rows of `eval.task.VISUAL_TASKS`, `text_tasks` files of the world's
-    `text_tasks` folder. `limit` takes the first examples of a seeded order. `prompts` chooses the
-    benchmarks' published wording (official) or the bare question (short).
+    `visual_tasks` name folders under the world's `bench/`, `text_tasks` files under its
+    `text_tasks/`; both stand in its `world.json`. `limit` takes the first examples of a seeded
+    order. `prompts` chooses the benchmarks' published wording (official) or the bare question
+    (short).
     """
 
     visual_tasks: tuple[str, ...] = ()

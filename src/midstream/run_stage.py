@@ -67,7 +67,7 @@ class StageRunner:
         """Execute one stage whose parents are done; returns its results.
 
         Raises Stopped after a checkpoint when asked to stop; ValueError if the folder's lock is
-        held or a parent is not done.
+        held, FileNotFoundError if a parent is not done.
         """
         started = time.monotonic()
         for parent in stage.parents:
@@ -81,8 +81,8 @@ class StageRunner:
                 "seconds": time.monotonic() - started,
                 "peak_memory_bytes": peak_memory_bytes(),
             }
-            opened.finish({**measured, **results})
-            return results
+            opened.finish(measured | results)
+        return measured | results
 
     def _execute(self, stage: Stage) -> dict[str, Any]:
         folder = self.ledger.folder(stage)
@@ -114,11 +114,13 @@ class StageRunner:
         patches = encoder.num_patches if encoder else 0
         training = stage.training
         plan = plan_rows(sources, patches, training.budget, training.rows, training.seed)
-        store = None if isinstance(stage, Pretrain) else self._features(stage)
-        if store is not None:
+        store = None
+        if not isinstance(stage, Pretrain):
+            store = self._features(stage)
+            encode = self._encode(encoder_stage(stage))
             for name in plan.order.names:
                 if sources[name].has_images.any():
-                    store.fill(sources[name], self._encode(encoder_stage(stage)), self._note)
+                    store.fill(sources[name], encode, self._note)
         dataset = RowDataset(
             plan,
             sources,
@@ -145,7 +147,7 @@ class StageRunner:
                 counts=TokenCount(**results["tokens"]),
             )
             checkpoint.save(folder / "weights", model, None, progress)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        _remove(folder / "checkpoints")
         return results
 
     def _start(self, stage: Trained) -> Start:
@@ -191,10 +193,12 @@ class StageRunner:
         folder = self.ledger.folder(stage)
         if not isinstance(stage, Pretrain):
             return folder / "weights"
-        found = folder / "milestones" / f"{round(completion * 100):d}"
+        found = checkpoint.milestone(folder, completion)
         if not found.is_dir():
-            kept = ", ".join(f"{share:.0%}" for share in stage.milestones)
-            raise ValueError(f"{stage.name} kept no weights at {completion:.0%}; it has {kept}")
+            kept = ", ".join(f"{share * 100:g} %" for share in stage.milestones)
+            raise ValueError(
+                f"{stage.name} kept no weights at {completion * 100:g} %; it has {kept}"
+            )
         return found
 
     def _sources(self, data: Prepare) -> dict[str, Any]:
@@ -232,6 +236,12 @@ class StageRunner:
 def encoder_stage(stage: Continue | Finetune) -> TrainEncoder:
     """The encoder that a stage's model sees through."""
     return stage.start.encoder if isinstance(stage, Finetune) else stage.encoder
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder so that a process killed meanwhile leaves nothing to resume from."""
+    if folder.is_dir():
+        shutil.rmtree(folder.replace(folder.with_name(f".{folder.name}.old")))
 
 
 def serve(store: Path, machine: Machine) -> None:

@@ -44,12 +44,13 @@ def apportion(total: int, shares: Mapping[str, float]) -> dict[str, int]:
     """
     if any(share < 0 for share in shares.values()):
         raise ValueError(f"shares cannot be negative: {dict(shares)}")
-    whole = sum(Fraction(share) for share in shares.values())
+    whole = sum((Fraction(share) for share in shares.values()), Fraction(0))
     if abs(whole - 1) > Fraction(1, 10**9):
         raise ValueError(f"shares add up to {float(whole)}, not to 1: {dict(shares)}")
     exact = {name: total * Fraction(share) / whole for name, share in shares.items()}
     parts = {name: int(value) for name, value in exact.items()}
-    by_remainder = sorted(exact, key=lambda name: (parts[name] - exact[name], name))
+    remainder = {name: exact[name] - parts[name] for name in exact}
+    by_remainder = sorted(exact, key=lambda name: (-remainder[name], name))
     for name in by_remainder[: total - sum(parts.values())]:
         parts[name] += 1
     return parts

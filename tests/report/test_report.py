@@ -179,6 +179,7 @@ def trained(stage: Pretrain | Continue | Finetune, steps: int) -> dict[str, Any]
             "realised_tokens": int(budget.total_tokens * share.share) + 7,
             "examples": 321,
             "epochs": 0.51,
+            "largest_example_tokens": 97,
         }
         for share in budget.shares
     }
@@ -189,7 +190,6 @@ def trained(stage: Pretrain | Continue | Finetune, steps: int) -> dict[str, Any]
         "sources": sources,
         "pad_fraction": 0.031,
         "image_row_pad_fraction": None if isinstance(stage, Pretrain) else 0.044,
-        "largest_example_tokens": dict.fromkeys(sources, 97),
     }
 
 

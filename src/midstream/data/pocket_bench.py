@@ -80,7 +80,7 @@ def scene_with(
     accept: Callable[[Scene], bool],
     *,
     splits: Sequence[str],
-    num_things: tuple[int, int] = (2, 4),
+    num_things: tuple[int, int] = (1, 4),
     words: Sequence[str | None] = MAYBE_A_WORD,
 ) -> Scene:
     """A scene of one of the splits that follows a plan (made anew each try) and is accepted."""

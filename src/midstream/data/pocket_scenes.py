@@ -21,16 +21,13 @@ COLORS = {
     "green": (40, 150, 60),
     "blue": (40, 80, 210),
     "yellow": (235, 190, 20),
-    "purple": (140, 60, 170),
-    "black": (25, 25, 25),
 }
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SHAPES = ("circle", "square", "triangle", "cross")
 # Sides of the box around a thing, in pixels.
-SIZES = {"small": (13, 14, 15), "large": (20, 21, 22)}
-WORDS = (
-    *("cat", "dog", "fox", "pig", "hen", "bee", "sun", "map"),
-    *("box", "pen", "cup", "hat", "key", "bus", "egg", "jar"),
-)
+SIZES = {"small": (14,), "large": (21,)}
+# Things stand in the middle of their cell, up to this many pixels off in each direction.
+JITTER = 1
+WORDS = ("cat", "dog", "sun", "map", "box", "key", "hat", "bus")
 POSITIONS = tuple(
     f"{row} {column}"
     for row in ("top", "middle", "bottom")
@@ -204,8 +201,8 @@ def sample_scene(
         size = plan.sizes[index] if index < len(plan.sizes) else pick(rng, ("small", "large"))
         side = pick(rng, SIZES[size])
         row, column = divmod(cells[index], 3)
-        left = column * CELL_SIZE + below(rng, CELL_SIZE - side + 1)
-        top = row * CELL_SIZE + below(rng, CELL_SIZE - side + 1)
+        left = column * CELL_SIZE + near_middle(rng, side)
+        top = row * CELL_SIZE + near_middle(rng, side)
         things.append(Thing(cells[index], color, shape, size, left, top, side))
     # The order of planning must not show in the picture's record.
     things.sort(key=lambda thing: thing.cell)
@@ -214,9 +211,14 @@ def sample_scene(
         return Scene(tuple(things), None, -1, 0, 0)
     row, column = divmod(cells[num_things], 3)
     width = (GLYPH_WIDTH + 1) * len(word) - 1
-    left = column * CELL_SIZE + below(rng, CELL_SIZE - width + 1)
-    top = row * CELL_SIZE + below(rng, CELL_SIZE - GLYPH_HEIGHT + 1)
+    left = column * CELL_SIZE + near_middle(rng, width)
+    top = row * CELL_SIZE + near_middle(rng, GLYPH_HEIGHT)
     return Scene(tuple(things), word, cells[num_things], left, top)
+
+
+def near_middle(rng: np.random.Generator, size: int) -> int:
+    """Where something of `size` pixels begins in a cell: in its middle, `JITTER` off at most."""
+    return (CELL_SIZE - size) // 2 + below(rng, 2 * JITTER + 1) - JITTER
 
 
 def draw(rng: np.random.Generator, scene: Scene) -> Image.Image:

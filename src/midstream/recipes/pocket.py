@@ -33,17 +33,17 @@ from midstream.study.stage import (
 )
 
 VOCAB_SIZE = 640
-DECODER = DecoderConfig(hidden_size=128, num_layers=4, num_heads=4, vocab_size=VOCAB_SIZE)
+DECODER = DecoderConfig(hidden_size=64, num_layers=2, num_heads=2, vocab_size=VOCAB_SIZE)
 ENCODER = EncoderConfig(
     image_size=72,
     patch_size=24,
-    hidden_size=96,
+    hidden_size=64,
     num_layers=3,
-    num_heads=3,
+    num_heads=2,
     intermediate_size=256,
     feature_layer=-2,
 )
-ROWS = Rows(row_length=256, batch_rows=8, layout="filled")
+ROWS = Rows(row_length=160, batch_rows=8, layout="filled")
 END_RATE = 3e-5
 VISUAL_TASKS = ("vqav2", "gqa", "textvqa", "pope", "refcoco", "ocid_ref")
 TEXT_TASKS = ("pocket_reading", "pocket_facts", "pocket_relations")
@@ -59,7 +59,7 @@ def when_images_arrive(
     text_rate: float = 3e-3,
     rewarm_rate: float = 1e-3,
     finetune_rate: float = 1e-3,
-    encoder_steps: int = 300,
+    encoder_steps: int = 400,
 ) -> Study:
     """Figure 4 of the paper: how much text should come before the first image?
 
@@ -73,9 +73,9 @@ def when_images_arrive(
         encoder=ENCODER,
         training=ContrastiveTraining(
             source="pictures",
-            text_hidden_size=128,
-            text_num_layers=2,
-            max_text_tokens=96,
+            text_hidden_size=64,
+            text_num_layers=1,
+            max_text_tokens=80,
             batch_images=64,
             num_steps=encoder_steps,
             schedule=WarmupCosine(peak_rate=2e-3, end_rate=1e-5, warmup_fraction=0.1),

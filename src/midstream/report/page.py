@@ -217,11 +217,10 @@ def _budgets(planned: Plan, ledger: Ledger) -> dict[str, int]:
     gaps = []
     for row in planned.rows:
         if row.state == "done" and row.stage.kind in ("pretrain", "continue", "finetune"):
-            results = ledger.results(row.stage)
-            for name, source in results["sources"].items():
+            for source in ledger.results(row.stage)["sources"].values():
                 if source["planned_tokens"] is not None:
                     gap = abs(source["realised_tokens"] - source["planned_tokens"])
-                    gaps.append((gap, results["largest_example_tokens"][name]))
+                    gaps.append((gap, source["largest_example_tokens"]))
     return {
         "pairs": len(gaps),
         "worst": max((gap for gap, _ in gaps), default=0),

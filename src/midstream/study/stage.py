@@ -4,8 +4,9 @@ Identity covers what changes the result (configuration, parents, data fingerprin
 version); fields marked `Placement` are left out. Equal identity means the same folder.
 """
 
+from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, TypeAdapter
 
@@ -32,6 +33,12 @@ class StageBase(Config):
     def identity(self) -> str:
         """Sixteen digits of configuration and ancestry."""
         return digest([type(self).__name__, fields_of(self)])
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with other values, and therefore with an identity of its own."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("identity", None)
+        return copied
 
     @property
     def name(self) -> str:

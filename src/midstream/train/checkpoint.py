@@ -79,6 +79,11 @@ def load_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
             }
 
 
+def milestone(folder: Path, share: float) -> Path:
+    """Where a text stage's folder keeps the weights at a share of its tokens."""
+    return folder / "milestones" / f"{share * 100:g}"
+
+
 def newest(folder: Path) -> Path | None:
     """The checkpoint with the highest step, by name."""
     found = sorted(folder.glob("step-*"))

@@ -105,7 +105,7 @@ def train(
             )
         except NonFiniteError as error:
             low = progress.step * training.rows.batch_rows
-            high = low + training.rows.batch_rows - 1
+            high = min(low + training.rows.batch_rows, len(plan)) - 1
             raise NonFiniteError(
                 f"step {progress.step}, rows {low} to {high}: {error}; "
                 "the weights are those before the step. Lower the rate or look at these rows"
@@ -124,10 +124,11 @@ def train(
         )
         progress = replace(progress, metrics_bytes=log.position)
         while due and progress.tokens_seen >= due[0] * total:
-            name = f"{round(due.pop(0) * 100):d}"
-            checkpoint.save(job.folder / "milestones" / name, job.model, optimizer, progress)
+            folder = checkpoint.milestone(job.folder, due.pop(0))
+            checkpoint.save(folder, job.model, optimizer, progress)
         stop = should_stop()
         if stop or progress.step % training.checkpoint_every_steps == 0:
+            log.sync()
             name = f"step-{progress.step:08d}"
             checkpoint.save(job.folder / "checkpoints" / name, job.model, optimizer, progress)
             checkpoint.keep_newest(job.folder / "checkpoints")

@@ -7,10 +7,18 @@ from typing import Any
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl`; `position` is its length in bytes, kept in checkpoints."""
+    """Appends to `metrics.jsonl`; `position` is its length in bytes, kept in checkpoints.
+
+    Raises ValueError if the file is shorter than the position that a stage resumes from.
+    """
 
     def __init__(self, path: Path, position: int) -> None:
         path.touch()
+        if (size := path.stat().st_size) < position:
+            raise ValueError(
+                f"{path} holds {size:,} bytes, its checkpoint was made at {position:,}; "
+                f"delete {path.parent} to run the stage again"
+            )
         # Lines behind the checkpoint belong to steps that are about to be taken again.
         os.truncate(path, position)
         self._stream = path.open("a", encoding="utf-8")
@@ -24,6 +32,11 @@ class MetricsLog:
     def write(self, **values: Any) -> None:
         """One line; NaN is refused."""
         self._stream.write(json.dumps(values, allow_nan=False) + "\n")
+
+    def sync(self) -> None:
+        """Bring all lines to the disk: a checkpoint must not outlive the lines it counts."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         """Flush and close."""

@@ -1,0 +1,90 @@
+"""What the training benchmarks share: generated sources, the pocket recipe's sizes, features."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from midstream.config import (
+    DecoderConfig,
+    EncoderConfig,
+    Mixture,
+    PocketWorld,
+    Rows,
+    Share,
+    TrainedTokenizer,
+    VLMConfig,
+)
+from midstream.data.loader import RowDataset
+from midstream.data.packing import plan_rows
+from midstream.data.prepare import open_sources, prepare
+from midstream.data.sources import Source
+from midstream.recipes.pocket import when_images_arrive
+from midstream.study.stage import Continue, Finetune
+
+WORLD = PocketWorld(
+    num_documents=1000, num_captions=600, num_conversations=200, num_questions=12, num_text_items=8
+)
+# A source may be repeated this often, so that a small world serves any number of steps.
+MAX_EPOCHS = 1000
+
+
+@contextmanager
+def pocket_sources() -> Iterator[dict[str, Source]]:
+    """The indexed sources of a small pocket world, in a temporary folder."""
+    stage = continue_stage()
+    tokenizer = TrainedTokenizer(vocab_size=stage.decoder.vocab_size)
+    with tempfile.TemporaryDirectory(prefix="midstream-benchmark-") as name:
+        folder = Path(name)
+        prepare(WORLD, tokenizer, folder, lambda _done, _note: None)
+        yield open_sources(WORLD, folder)
+
+
+def continue_stage() -> Continue:
+    """The image-text stage of the pocket recipe, whose sizes the benchmarks take."""
+    finetuned = when_images_arrive().lines[0].result.of
+    assert isinstance(finetuned, Finetune)
+    return finetuned.start
+
+
+def model_79m() -> VLMConfig:
+    """The 79M decoder of the paper behind features of 27 x 27 patches, 1152 wide."""
+    return VLMConfig(
+        decoder=DecoderConfig(hidden_size=512, num_layers=8, num_heads=4, vocab_size=50432),
+        encoder=EncoderConfig(
+            image_size=384,
+            patch_size=14,
+            hidden_size=1152,
+            num_layers=27,
+            num_heads=16,
+            intermediate_size=4304,
+        ),
+    )
+
+
+def rows_of(
+    sources: dict[str, Source],
+    encoder: EncoderConfig,
+    rows: Rows,
+    shares: dict[str, float],
+    total_tokens: int,
+) -> RowDataset:
+    """A planned mixture whose images are random features of the encoder's shape."""
+    budget = Mixture(
+        total_tokens=total_tokens,
+        shares=tuple(Share(source=name, share=share) for name, share in shares.items()),
+        max_epochs=MAX_EPOCHS,
+    )
+    generator = torch.Generator().manual_seed(0)
+    shape = (encoder.num_patches, encoder.hidden_size)
+    # One picture for all: what it shows changes no time.
+    picture = torch.randn(shape, generator=generator)
+
+    def images(wanted: np.ndarray) -> torch.Tensor:
+        return picture.expand(len(wanted), *shape)
+
+    plan = plan_rows(sources, encoder.num_patches, budget, rows, seed=0)
+    return RowDataset(plan, sources, encoder.num_patches, images)

@@ -1,0 +1,178 @@
+"""A tiny world and tiny stages, so that tests run every kind of stage in about a second."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from midstream.config import (
+    ContinuedCosine,
+    ContrastiveTraining,
+    DecoderConfig,
+    EncoderConfig,
+    Epochs,
+    Evaluation,
+    Machine,
+    Mixture,
+    PocketWorld,
+    Rows,
+    Share,
+    TrainedTokenizer,
+    Training,
+    WarmupCosine,
+)
+from midstream.run_stage import StageRunner
+from midstream.study.ledger import Ledger
+from midstream.study.stage import (
+    Continue,
+    ContinueFrom,
+    Evaluate,
+    Finetune,
+    FromScratch,
+    Prepare,
+    Pretrain,
+    Stage,
+    TrainEncoder,
+)
+
+MACHINE = Machine(workers=1, threads=1, device="cpu")
+VOCAB_SIZE = 400
+DECODER = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=VOCAB_SIZE)
+ENCODER = EncoderConfig(
+    image_size=24,
+    patch_size=12,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=2,
+    intermediate_size=32,
+)
+ROWS = Rows(row_length=192, batch_rows=4)
+RATE, END_RATE = 4e-3, 3e-5
+
+DATA = Prepare(
+    world=PocketWorld(
+        num_documents=200,
+        num_captions=320,
+        num_conversations=60,
+        num_questions=12,
+        num_text_items=8,
+    ),
+    tokenizer=TrainedTokenizer(vocab_size=VOCAB_SIZE),
+)
+
+
+def encoder_of(data: Prepare, **changes: Any) -> TrainEncoder:
+    """An encoder trained for three steps on the captions of `data`."""
+    training = ContrastiveTraining(
+        source="pictures",
+        text_hidden_size=16,
+        text_num_layers=1,
+        max_text_tokens=128,
+        batch_images=16,
+        num_steps=3,
+        schedule=WarmupCosine(peak_rate=1e-3),
+    )
+    changed = ContrastiveTraining(**{**dict(training), **changes})
+    return TrainEncoder(data=data, encoder=ENCODER, training=changed)
+
+
+def mixture(total_tokens: int, **shares: float) -> Mixture:
+    """A budget by the sources' names."""
+    parts = tuple(Share(source=name, share=share) for name, share in shares.items())
+    return Mixture(total_tokens=total_tokens, shares=parts)
+
+
+def warm(peak_rate: float = RATE, warmup_fraction: float = 0.1) -> WarmupCosine:
+    """Warm-up and half a cosine."""
+    return WarmupCosine(peak_rate=peak_rate, end_rate=END_RATE, warmup_fraction=warmup_fraction)
+
+
+def text_run(total_tokens: int = 16_000, **changes: Any) -> Pretrain:
+    """Text only, milestones at 20, 40, ... 100 %; `changes` are fields of its training."""
+    training = {
+        "budget": mixture(total_tokens, web=1.0),
+        "rows": ROWS,
+        "schedule": warm(),
+        "checkpoint_every_steps": 5,
+    }
+    return Pretrain(
+        data=DATA,
+        decoder=DECODER,
+        training=Training(**{**training, **changes}),
+        milestones=(0.2, 0.4, 0.6, 0.8, 1.0),
+    )
+
+
+ENCODER_STAGE = encoder_of(DATA)
+TEXT = text_run()
+
+
+def image_run(
+    start: FromScratch | ContinueFrom | None = None, total_tokens: int = 8_000, **changes: Any
+) -> Continue:
+    """Captions and text, half each, from the text run's 40 % where nothing else is said."""
+    training = {
+        "budget": mixture(total_tokens, pictures=0.5, web=0.5),
+        "rows": ROWS,
+        "schedule": ContinuedCosine(end_rate=END_RATE),
+        "checkpoint_every_steps": 5,
+    }
+    return Continue(
+        data=DATA,
+        encoder=ENCODER_STAGE,
+        decoder=DECODER,
+        start=start or ContinueFrom(stage=TEXT, completion=0.4),
+        training=Training(**{**training, **changes}),
+    )
+
+
+SEEN = image_run()
+CHAT = Finetune(
+    start=SEEN,
+    training=Training(
+        budget=Epochs(sources=("talks",), epochs=1), rows=ROWS, schedule=warm(peak_rate=1e-3)
+    ),
+)
+EVALUATION = Evaluation(
+    visual_tasks=("vqav2", "pope"),
+    text_tasks=("pocket_facts",),
+    limit=6,
+    prompts="short",
+    max_new_tokens=3,
+    batch_size=8,
+)
+RESULT = Evaluate(of=CHAT, evaluation=EVALUATION)
+
+
+def runner(
+    ledger: Ledger,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    machine: Machine = MACHINE,
+    report: Callable[[dict[str, Any]], None] = lambda event: None,
+) -> StageRunner:
+    """A runner in this process."""
+    return StageRunner(ledger, machine, report, should_stop)
+
+
+def run_missing(ledger: Ledger, *stages: Stage) -> None:
+    """Run stages and, before them, their ancestors, where they are not done."""
+    for stage in stages:
+        if not ledger.is_done(stage):
+            run_missing(ledger, *stage.parents)
+            runner(ledger).run(stage)
+
+
+def store_with(ledger: Ledger, folder: Path, *stages: Stage) -> Ledger:
+    """A store of its own that holds copies of stages that are done in `ledger`."""
+    run_missing(ledger, *stages)
+    for stage in stages:
+        shutil.copytree(ledger.folder(stage), folder / stage.name, dirs_exist_ok=True)
+    if (ledger.store / "features").is_dir():
+        shutil.copytree(ledger.store / "features", folder / "features", dirs_exist_ok=True)
+    return Ledger(folder)
+
+
+def without(entry: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """A copy without some keys."""
+    return {name: value for name, value in entry.items() if name not in names}
