@@ -1,7 +1,7 @@
 """A tiny world and tiny stages, so that tests run every kind of stage in about a second."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from midstream.config import (
     Training,
     WarmupCosine,
 )
+from midstream.identity import file_sha256
 from midstream.run_stage import StageRunner
 from midstream.study.ledger import Ledger
 from midstream.study.stage import (
@@ -173,6 +174,14 @@ def store_with(ledger: Ledger, folder: Path, *stages: Stage) -> Ledger:
     return Ledger(folder)
 
 
-def without(entry: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """A copy without some keys."""
-    return {name: value for name, value in entry.items() if name not in names}
+def bits(ledger: Ledger, stage: Stage) -> dict[str, Any]:
+    """What two runs of one stage share where they are equal bit for bit: no seconds, no memory."""
+    timed = {"seconds", "tokens_per_second", "peak_memory_bytes"}
+    lines = [{k: v for k, v in line.items() if k != "seconds"} for line in ledger.metrics(stage)]
+    results = {k: v for k, v in ledger.results(stage).items() if k not in timed}
+    folder = ledger.folder(stage)
+    weights = {
+        path.relative_to(folder).as_posix(): file_sha256(path)
+        for path in sorted(folder.rglob("*.safetensors"))
+    }
+    return {"metrics": lines, "results": results, "weights": weights}

@@ -128,9 +128,9 @@ class PocketWorld(Config):
 
     kind: Literal["pocket"] = "pocket"
     seed: int = 0
-    num_documents: Positive = 24_000
+    num_documents: Positive = 14_000
     num_captions: Positive = 6_000
-    num_conversations: Positive = 4_000
+    num_conversations: Positive = 11_000
     num_questions: Positive = 200
     num_text_items: Positive = 200
 

@@ -38,6 +38,9 @@ class TextCodec:
         tokenizer.add_special_tokens(
             [AddedToken(END_OF_TEXT, special=True), AddedToken(SEPARATOR, special=True)]
         )
+        # A file may carry its model's own cut and padding; examples are whole and as they are.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         # Marks of special tokens inside data are read as plain text, never as the tokens.
         tokenizer.encode_special_tokens = True
         self.tokenizer = tokenizer
@@ -55,7 +58,7 @@ class TextCodec:
     @property
     def size(self) -> int:
         """One more than the largest id."""
-        return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
+        return 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without any special token."""
@@ -109,17 +112,22 @@ def conversation_turns(record: dict[str, Any], where: str) -> tuple[list[tuple[s
     """Question and reply pairs of a LLaVA record, and whether it shows a picture.
 
     The image mark is taken out of the first question. Raises ValueError that names `where` if
-    roles do not alternate from human to gpt, a text is empty, or mark and picture disagree.
+    roles do not alternate from human to gpt, a text is missing or empty, or mark and picture
+    disagree.
     """
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns or len(turns) % 2:
         raise ValueError(f"{where}: 'conversations' must hold pairs of human and gpt turns")
+    if not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns):
+        raise ValueError(f"{where}: every turn must be an object with a text under 'value'")
     roles = [turn.get("from") for turn in turns]
     if roles != ["human", "gpt"] * (len(turns) // 2):
         raise ValueError(f"{where}: roles must alternate human, gpt; found {roles}")
-    texts = [str(turn.get("value", "")) for turn in turns]
+    texts = [turn["value"] for turn in turns]
     marks = [IMAGE_MARK in text for text in texts]
     has_image = "image" in record
+    if has_image and not isinstance(record["image"], str):
+        raise ValueError(f"{where}: 'image' must be a file name, found {record['image']!r}")
     if has_image != marks[0] or any(marks[1:]):
         raise ValueError(
             f"{where}: {IMAGE_MARK} must stand in the first human turn exactly when the record "

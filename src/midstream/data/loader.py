@@ -75,6 +75,8 @@ def load_steps(
         batch_sampler=[part for step in steps for part in step],
         collate_fn=_collate,
         num_workers=workers,
+        # Else the loader draws its workers' seed from the global generator.
+        generator=torch.Generator(),
         multiprocessing_context="forkserver" if workers else None,
     )
     batches = iter(loader)

@@ -101,6 +101,11 @@ def plan_order(supplies: Sequence[Supply], budget: Mixture | Epochs, seed: int) 
             for name in wanted
         }
     names = tuple(name for name in chosen if len(chosen[name]))
+    if not names:
+        raise ValueError(
+            f"the plan holds no example: budgets {parts} are less than half of the first examples; "
+            f"raise total_tokens"
+        )
     due = [_due(by_name[name].lengths[chosen[name]]) for name in names]
     order = np.argsort(np.concatenate(due), kind="stable")
     source = np.repeat(np.arange(len(names)), [len(chosen[name]) for name in names])
@@ -128,12 +133,12 @@ def permuted(indices: np.ndarray, size: int, key: str) -> np.ndarray:
         mixed: np.ndarray = (left << shift) | right
         return mixed
 
-    result = network(indices.astype(np.uint64))
+    result = network(indices.astype(np.uint64).reshape(-1))
     outside = result >= size
     while outside.any():
         result[outside] = network(result[outside])
         outside = result >= size
-    return result.astype(np.int64)
+    return result.astype(np.int64).reshape(indices.shape)
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

@@ -63,15 +63,18 @@ def plan_rows(
     with images, an unknown source, or a budget that cannot be met.
     """
     names = budget.sources if isinstance(budget, Epochs) else [s.source for s in budget.shares]
-    supplies = [_supply_of(sources[n], num_patches, rows) for n in names if n in sources]
-    if not supplies:
-        raise ValueError(f"no source of {list(names)} in the data; it holds {sorted(sources)}")
+    missing = [name for name in names if name not in sources]
+    if missing:
+        raise ValueError(f"no source {missing[0]!r} in the data; it holds {sorted(sources)}")
+    supplies = [_supply_of(sources[name], num_patches, rows) for name in names]
     order = plan_order(supplies, budget, seed)
     by_name = {item.name: item for item in supplies}
-    supplies = [by_name[name] for name in order.names]
+    # Sources whose budget is less than half an example come last: reported, in no row.
+    used = [by_name[name] for name in order.names]
+    supplies = used + [item for item in supplies if item.name not in order.names]
     lengths = np.zeros(len(order.piece), dtype=np.int64)
     image = np.zeros(len(order.piece), dtype=bool)
-    for index, item in enumerate(supplies):
+    for index, item in enumerate(used):
         mine = order.source == index
         lengths[mine] = item.lengths[order.piece[mine]]
         image[mine] = sources[item.name].has_images[item.examples[order.piece[mine]]]
@@ -182,8 +185,10 @@ def _fill(lengths: np.ndarray, alone: np.ndarray, row_length: int, seed: int) ->
     """Whole pieces into rows, block by block, each into the fullest row that it fits."""
     rows: list[list[int]] = []
     block = np.cumsum(lengths) // (BLOCK_ROWS * row_length)
-    for number in range(int(block[-1]) + 1 if len(block) else 0):
-        items = np.flatnonzero(block == number)
+    num_blocks = int(block[-1]) + 1 if len(block) else 0
+    bounds = np.searchsorted(block, np.arange(num_blocks + 1))
+    for number in range(num_blocks):
+        items = np.arange(bounds[number], bounds[number + 1])
         packed = _best_fit(items, lengths, alone, row_length)
         # Packing sorts by length; the seeded order keeps every part of the block alike.
         order = permuted(np.arange(len(packed)), len(packed), f"{seed}/block {number}")
@@ -217,7 +222,7 @@ def _best_fit(
 
 
 def shares_report(plan: RowPlan, sources: Mapping[str, Source]) -> dict[str, dict[str, object]]:
-    """By source: planned and realised tokens, examples, epochs and the largest piece."""
+    """By source: planned and realised tokens, examples, epochs and the largest it has."""
     report: dict[str, dict[str, object]] = {}
     for number, item in enumerate(plan.supplies):
         pieces = plan.order.piece[plan.order.source == number]
@@ -226,7 +231,7 @@ def shares_report(plan: RowPlan, sources: Mapping[str, Source]) -> dict[str, dic
             "realised_tokens": plan.order.realised_tokens[item.name],
             "examples": len(pieces),
             "epochs": len(pieces) / len(item.lengths),
-            "largest_example_tokens": int(item.lengths[pieces].max()),
+            "largest_example_tokens": int(item.lengths.max()),
             "kind": sources[item.name].kind,
         }
     return report

@@ -19,7 +19,7 @@ import numpy as np
 import zstandard
 
 from midstream.config import PocketWorld
-from midstream.data.pocket_bench import balanced, scene_with
+from midstream.data.pocket_bench import balanced, has_answer, scene_with
 from midstream.data.pocket_files import write_benchmarks, write_json, write_lines
 from midstream.data.pocket_language import (
     COUNTS,
@@ -51,7 +51,7 @@ from midstream.data.pocket_scenes import (
     shuffled,
 )
 
-TEXT_TASKS = ("pocket_reading", "pocket_facts", "pocket_relations")
+TEXT_TASKS = ("pocket_reading", "pocket_words", "pocket_facts")
 # What guessing scores, by the convention of the paper: 0 for open words and boxes.
 CHANCES = dict(zip(TASKS, (0.25, 0.25, 0.0, 0.5, 0.0, 0.0), strict=True))
 DOCUMENTS_A_FILE, SCENES_A_SHARD = 8_000, 1_000
@@ -105,7 +105,8 @@ def converse(
     planned = Question("count", QUESTIONS["count"][below(rng, len(QUESTIONS["count"]))].about)
     number, low = pick(rng, COUNTS), num_things[0]
     if "count" in kinds:
-        low = max(low, int(number))
+        # Beside several of a kind there is another thing, so that other questions have answers.
+        low = max(low, int(number) + (int(number) > 1))
     words = WORDS if "word" in kinds else MAYBE_A_WORD
     for _ in range(100_000):
         plan = plan_answer(rng, planned, number) if "count" in kinds else Plan()
@@ -165,10 +166,15 @@ def talk(world: PocketWorld, index: int) -> tuple[Scene, list[Turn]]:
     """The conversation at `index`: four to six of the six benchmarks' kinds of question."""
     rng = generator(world.seed, "talk", index)
     low = pick(rng, (*NUM_THINGS * 2, 5, 6))
-    kinds = ["color", either(rng, "shape", "shape_at"), "word", "exists", "where_pair"]
-    kinds.append(either(rng, "count", "where_size"))
+    # Boxes are long answers: half of the talks ask for one, so that they are not most of the text.
+    kinds = ["color", either(rng, "shape", "shape_at"), "word", "exists", "count"]
+    where = "where_pair"
     if low > 1:
-        kinds += [either(rng, "relation_color", "relation_shape"), "where_relation"]
+        kinds.append(either(rng, "relation_color", "relation_shape"))
+        where = either(
+            rng, where, either(rng, "where_relation", "where_size") if low > 2 else where
+        )
+    kinds.append(either(rng, where, "exists"))
     kinds = shuffled(rng, kinds)[: 4 + below(rng, 3)]
     return converse(rng, kinds, ("instruct",), (low, low))
 
@@ -179,8 +185,8 @@ def talk(world: PocketWorld, index: int) -> tuple[Scene, list[Turn]]:
 def text_items(world: PocketWorld, task: str) -> list[dict[str, Any]]:
     """The items of a text task: {"query", "choices" (four), "gold"}.
 
-    A query ends where a training document would go on with a space and the answer. All four choices
-    are as frequent: in the scene's description each stands once, and facts are evenly distributed.
+    A query ends where a training document would go on with a space and the answer. Every answer is
+    as frequent as any other.
     """
     rng = generator(world.seed, task)
     count = world.num_text_items
@@ -215,31 +221,25 @@ def _fact_questions(world: PocketWorld, rng: np.random.Generator, count: int) ->
 
 def _described_questions(rng: np.random.Generator, task: str, count: int) -> list[Asked]:
     if task == "pocket_reading":
-        kinds = {"color": COLORS, "shape": SHAPES, "shape_at": SHAPES}
+        kinds = {"color": tuple(COLORS), "shape": SHAPES, "shape_at": SHAPES}
     else:
-        kinds = {"relation_color": COLORS, "relation_shape": SHAPES}
+        kinds = {"word": WORDS}
     pairs = []
     for part, (kind, values) in enumerate(kinds.items()):
         share = len(range(part, count, len(kinds)))
-        pairs += balanced(rng, QUESTIONS[kind], tuple(values), share)
+        pairs += balanced(rng, QUESTIONS[kind], values, share)
     asked = []
     for question, reply in shuffled(rng, pairs):
         scene = scene_with(
             rng,
             partial(plan_answer, rng, question, reply),
-            partial(_has_four_choices, question, reply),
+            partial(has_answer, question, reply),
             splits=TASKS,
-                    )
-        named = [t.color if question.kind.endswith("color") else t.shape for t in scene.things]
-        others = [name for name in named if name != reply]
+            words=(reply,) if question.kind == "word" else MAYBE_A_WORD,
+        )
+        others = shuffled(rng, [name for name in kinds[question.kind] if name != reply])[:3]
         asked.append((describe(rng, scene) + "\n", question.text, reply, others))
     return asked
-
-
-def _has_four_choices(question: Question, gold: str, scene: Scene) -> bool:
-    colors, shapes = zip(*(thing.pair for thing in scene.things), strict=True)
-    distinct = len(set(colors)) == len(set(shapes)) == 4
-    return distinct and answer(scene, question) == gold
 
 
 # ----------------------------------------------------------------------------------------- writing

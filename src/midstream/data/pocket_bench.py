@@ -142,8 +142,8 @@ def pope_items(world: PocketWorld, file: str, popular: Sequence[Pair]) -> list[I
             partial(_pope_plan, rng, file, question, gold),
             partial(has_answer, question, gold),
             splits=("pope",),
-            # As many things under either answer.
-            num_things=(3, 4),
+            # As many things under either answer; the adversarial plan holds up to three.
+            num_things=(3, 4) if file == "adversarial" else (1, 4),
         )
         items.append(Item(scene, question, gold))
     return items
@@ -183,7 +183,7 @@ def where_items(world: PocketWorld, task: str) -> list[Item]:
             partial(plan_place, rng, question, int(cell)),
             partial(_refers_into, question, int(cell)),
             splits=(task,),
-            num_things=(2, 4) if task == "refcoco" else (4, 6),
+            num_things=(1, 4) if task == "refcoco" else (4, 6),
         )
         gold = answer(scene, question)
         assert gold is not None

@@ -27,7 +27,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": (14,), "large": (21,)}
 # Things stand in the middle of their cell, up to this many pixels off in each direction.
 JITTER = 1
-WORDS = ("cat", "dog", "sun", "map", "box", "key", "hat", "bus")
+WORDS = ("go", "up", "hi", "ox", "me", "us", "by", "pi")
 POSITIONS = tuple(
     f"{row} {column}"
     for row in ("top", "middle", "bottom")
@@ -67,6 +67,8 @@ GLYPHS = {
     "y": (0, 17, 17, 17, 15, 1, 14),
 }
 GLYPH_WIDTH, GLYPH_HEIGHT, INK = 5, 7, (45, 45, 45)
+# Pixels of the picture for each pixel of the font.
+GLYPH_SCALE = 2
 
 Pair = tuple[str, str]
 PAIRS: tuple[Pair, ...] = tuple((color, shape) for color in COLORS for shape in SHAPES)
@@ -210,9 +212,9 @@ def sample_scene(
     if word is None:
         return Scene(tuple(things), None, -1, 0, 0)
     row, column = divmod(cells[num_things], 3)
-    width = (GLYPH_WIDTH + 1) * len(word) - 1
-    left = column * CELL_SIZE + near_middle(rng, width)
-    top = row * CELL_SIZE + near_middle(rng, GLYPH_HEIGHT)
+    mask = word_mask(word)
+    left = column * CELL_SIZE + near_middle(rng, mask.width)
+    top = row * CELL_SIZE + near_middle(rng, mask.height)
     return Scene(tuple(things), word, cells[num_things], left, top)
 
 
@@ -279,4 +281,4 @@ def word_mask(word: str) -> Image.Image:
             for column in range(GLYPH_WIDTH):
                 if bits >> (GLYPH_WIDTH - 1 - column) & 1:
                     mask[row, place * (GLYPH_WIDTH + 1) + column] = 255
-    return Image.fromarray(mask)
+    return Image.fromarray(mask.repeat(GLYPH_SCALE, axis=0).repeat(GLYPH_SCALE, axis=1))

@@ -1,13 +1,9 @@
 """Public formats in (jsonl.zst, tar shards, LLaVA JSON) -> indexed sources and a tokenizer."""
 
-import io
-import json
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from midstream.config import (
@@ -23,19 +19,18 @@ from midstream.data.examples import (
     TextCodec,
     caption_example,
     conversation_example,
-    conversation_turns,
     text_example,
 )
 from midstream.data.images import decode
 from midstream.data.pocket import write_pocket_world
+from midstream.data.readers import read_captions, read_conversations, read_texts
 from midstream.data.small_real import write_small_real
 from midstream.data.sources import Source, SourceWriter
 from midstream.identity import file_sha256, folder_fingerprint
-from midstream.storage import new_folder, read_json
+from midstream.storage import new_folder
 
 Progress = Callable[[float, str], None]
 KINDS = {"text": "text", "captions": "caption", "instruct": "instruct"}
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 # Texts go through the tokenizer this many at a time.
 TEXT_BATCH = 1000
 
@@ -189,80 +184,6 @@ def index_source(
     if not summary["num_examples"]:
         raise ValueError(f"{folder} holds no example")
     return summary
-
-
-def read_texts(folder: Path) -> Iterator[tuple[str, str]]:
-    """(where, text) of each document in the .jsonl and .jsonl.zst files of a folder."""
-    files = sorted([*folder.glob("*.jsonl.zst"), *folder.glob("*.jsonl")])
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no .jsonl.zst or .jsonl file")
-    for path in files:
-        with path.open("rb") as raw:
-            stream = (
-                zstandard.ZstdDecompressor().stream_reader(raw) if path.suffix == ".zst" else raw
-            )
-            for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8-sig"), start=1):
-                where = f"{path}, line {number}"
-                try:
-                    text = json.loads(line)["text"]
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    raise ValueError(f"{where}: not a JSON object with the key 'text'") from None
-                if not isinstance(text, str) or not text:
-                    raise ValueError(f"{where}: 'text' is empty or no text")
-                yield where, text
-
-
-def read_captions(folder: Path) -> Iterator[tuple[str, str, tuple[Path, int, bytes]]]:
-    """(where, caption, (shard, offset, picture bytes)) of each sample in the tar shards."""
-    shards = sorted(folder.glob("*.tar"))
-    if not shards:
-        raise FileNotFoundError(f"{folder} holds no .tar shard")
-    for path in shards:
-        samples: dict[str, dict[str, Any]] = {}
-        try:
-            with tarfile.open(path, "r:") as shard:
-                for member in shard:
-                    key, _, suffix = member.name.partition(".")
-                    stream = shard.extractfile(member)
-                    if stream is not None:
-                        samples.setdefault(key, {})[f".{suffix}"] = (
-                            member.offset_data,
-                            stream.read(),
-                        )
-        except tarfile.TarError as error:
-            raise ValueError(f"{path} is not a whole tar file ({error}); fetch it again") from None
-        for key, parts in samples.items():
-            where = f"{path}, sample {key}"
-            pictures = [parts[suffix] for suffix in PICTURES if suffix in parts]
-            if len(pictures) != 1 or ".txt" not in parts:
-                raise ValueError(f"{where}: needs one picture and one .txt, has {sorted(parts)}")
-            caption = parts[".txt"][1].decode("utf-8").strip()
-            if not caption:
-                raise ValueError(f"{where}: the caption is empty")
-            yield where, caption, (path, *pictures[0])
-
-
-def read_conversations(folder: Path) -> Iterator[tuple[str, list[tuple[str, str]], Path | None]]:
-    """(where, turns, picture) of each record in a folder's `llava.json`."""
-    path = folder / "llava.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    records = read_json(path)
-    if not isinstance(records, list):
-        raise ValueError(f"{path} must hold a list of records")
-    for number, record in enumerate(records):
-        where = f"{path}, record {record.get('id', number)!r}"
-        turns, has_image = conversation_turns(record, where)
-        picture = None
-        if has_image:
-            picture = folder / record["image"]
-            if not picture.resolve().is_relative_to(folder.resolve()):
-                raise ValueError(f"{where}: image {record['image']!r} lies outside {folder}")
-            if not picture.is_file():
-                raise FileNotFoundError(
-                    f"{where}: picture {picture} is missing; add it or remove the record"
-                )
-        yield where, turns, picture
 
 
 def batches(items: Iterator[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:

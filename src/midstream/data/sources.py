@@ -6,7 +6,7 @@ The files of a source are described in `docs/data.md`.
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import numpy as np
 
@@ -47,21 +47,35 @@ class Source:
     @cached_property
     def tokens(self) -> np.ndarray:
         """All examples' text tokens, memory-mapped."""
-        return np.memmap(self.folder / "tokens.bin", dtype=self.index["dtype"], mode="r")
+        return self._mapped("tokens.bin", np.dtype(self.index["dtype"]))
 
     @cached_property
     def supervised(self) -> np.ndarray | None:
         """One byte a token, or None where all tokens are targets."""
-        path = self.folder / "supervised.bin"
-        return np.memmap(path, dtype=np.uint8, mode="r") if path.exists() else None
+        # By kind, not by what lies there: a lost file must not turn every token into a target.
+        if self.kind == "text":
+            return None
+        return self._mapped("supervised.bin", np.dtype(np.uint8))
+
+    def _mapped(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
+        path, expected = self.folder / name, int(self.offsets[-1])
+        if path.stat().st_size != expected * dtype.itemsize:
+            raise ValueError(
+                f"{path} holds {path.stat().st_size:,} bytes, its index needs "
+                f"{expected * dtype.itemsize:,}; prepare the data again"
+            )
+        return np.memmap(path, dtype=dtype, mode="r")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Memory maps are opened anew in a worker process; pickled, they would be copied whole.
+        return {"name": self.name, "folder": self.folder, "world": self.world}
 
     @cached_property
     def images(self) -> np.ndarray | None:
         """int64 [examples, 3]: file, offset, bytes of each picture; file -1 without one."""
-        path = self.folder / "images.npy"
-        if not path.exists():
+        if self.kind == "text":
             return None
-        images: np.ndarray = np.load(path, mmap_mode="r")
+        images: np.ndarray = np.load(self.folder / "images.npy", mmap_mode="r")
         return images
 
     @property
@@ -102,7 +116,7 @@ class Source:
 
 
 class SourceWriter:
-    """Collects examples of one source and writes its folder; used as a context manager."""
+    """Collects examples of one source and writes its folder; `close` completes it."""
 
     def __init__(self, folder: Path, *, kind: Kind, dtype: str) -> None:
         folder.mkdir(parents=True)
@@ -113,7 +127,7 @@ class SourceWriter:
         self.dropped: dict[str, int] = {}
         self._tokens = (folder / "tokens.bin").open("wb")
         self._supervised = None if kind == "text" else (folder / "supervised.bin").open("wb")
-        self._names = None if kind == "text" else (folder / "names.txt").open("w", encoding="utf-8")
+        self._names = None if kind == "text" else _open_names(folder)
 
     def add(
         self,
@@ -128,7 +142,7 @@ class SourceWriter:
         if self._supervised is not None:
             self._supervised.write(supervised.astype(np.uint8).tobytes())
         if self._names is not None:
-            self._names.write(name.replace("\n", " ") + "\n")
+            self._names.write(name.replace("\n", " ").replace("\r", " ") + "\n")
         self.offsets.append(self.offsets[-1] + len(input_ids))
         if image is None:
             self.images.append((-1, 0, 0))
@@ -160,3 +174,8 @@ class SourceWriter:
             summary | {"dtype": self.dtype.str, "files": list(self.files)},
         )
         return summary
+
+
+def _open_names(folder: Path) -> TextIO:
+    # Names in archives may be bytes that are no UTF-8.
+    return (folder / "names.txt").open("w", encoding="utf-8", errors="backslashreplace")

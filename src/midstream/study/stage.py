@@ -6,7 +6,7 @@ version); fields marked `Placement` are left out. Equal identity means the same 
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter
 
@@ -25,6 +25,9 @@ from midstream.config import (
 )
 from midstream.identity import digest, fields_of
 
+# Not `Self`, which the tests' type checks of single methods cannot read.
+Own = TypeVar("Own", bound="StageBase")
+
 
 class StageBase(Config):
     """What all stages share: an identity, parents, a folder name."""
@@ -34,7 +37,9 @@ class StageBase(Config):
         """Sixteen digits of configuration and ancestry."""
         return digest([type(self).__name__, fields_of(self)])
 
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+    def model_copy(
+        self: Own, *, update: Mapping[str, Any] | None = None, deep: bool = False
+    ) -> Own:
         """A copy with other values, and therefore with an identity of its own."""
         copied = super().model_copy(update=update, deep=deep)
         copied.__dict__.pop("identity", None)

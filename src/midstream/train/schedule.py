@@ -37,9 +37,7 @@ def check_start(
     if not isinstance(schedule, ContinuedCosine):
         return
     if parent_rate is None:
-        raise ValueError(
-            f"{where}: a continued schedule needs a parent; use WarmupCosine"
-        )
+        raise ValueError(f"{where}: a continued schedule needs a parent; use WarmupCosine")
     if parent_rate <= schedule.end_rate:
         raise ValueError(
             f"{where}: the parent's rate at its checkpoint is {parent_rate:g}, not above the end "
@@ -48,4 +46,6 @@ def check_start(
 
 
 def _half_cosine(start: float, end: float, done: float) -> float:
-    return end + 0.5 * (1 + math.cos(math.pi * min(done, 1.0))) * (start - end)
+    # Weighted so that both ends are exact: a continuation starts at its parent's very rate.
+    weight = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    return weight * start + (1 - weight) * end

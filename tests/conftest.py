@@ -1,0 +1,14 @@
+"""What tests of more than one room share: a store in which tiny stages are done."""
+
+import pytest
+
+import tiny
+from midstream.study.ledger import Ledger
+
+
+@pytest.fixture(scope="session")
+def tiny_ledger(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
+    """A store with the tiny world, its encoder and the text run; read it, never change it."""
+    ledger = Ledger(tmp_path_factory.mktemp("tiny-store"))
+    tiny.run_missing(ledger, tiny.ENCODER_STAGE, tiny.TEXT)
+    return ledger

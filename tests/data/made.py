@@ -1,0 +1,85 @@
+"""Small hand-made sources whose every token has an id of its own."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from midstream.config import Mixture, Share
+from midstream.data.sources import Kind, Source, SourceWriter
+
+# Ids of source number n start at (n + 1) * GAP: an id says its source, 0 is no token.
+GAP = 1_000_000
+
+
+def png(number: int, size: tuple[int, int] = (6, 4)) -> bytes:
+    """A picture of its own for every number."""
+    pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def make_source(
+    base: Path,
+    name: str,
+    kind: Kind,
+    lengths: Sequence[int],
+    *,
+    number: int = 0,
+    pictures: Sequence[int | None] | None = None,
+) -> Source:
+    """A source of examples with these lengths; `pictures` says which file each one shows."""
+    world, folder = base / "world", base / "sources" / name
+    world.mkdir(parents=True, exist_ok=True)
+    writer = SourceWriter(folder, kind=kind, dtype="<u4")
+    random, low = np.random.default_rng(number), (number + 1) * GAP
+    for example, length in enumerate(lengths):
+        supervised = np.ones(length) if kind == "text" else random.integers(0, 2, length)
+        shown = None if pictures is None else pictures[example]
+        image = None
+        if shown is not None:
+            path = world / f"{shown}.png"
+            if not path.exists():
+                path.write_bytes(png(shown))
+            image = (path.name, 0, path.stat().st_size)
+        ids = np.arange(low, low + length)
+        writer.add(ids, supervised, name=f"{name}-000.tar, sample {example}", image=image)
+        low += length
+    writer.close()
+    return Source(name, folder, world)
+
+
+def make_sources(base: Path, seed: int, *, longest: int, images: bool = True) -> dict[str, Source]:
+    """Texts up to three rows long, captions and conversations that fit; `longest` is a row's
+    room behind an image."""
+    random = np.random.default_rng(seed)
+
+    def draw(count: int, high: int) -> list[int]:
+        return [int(x) for x in random.integers(1, high + 1, count)]
+
+    found = {
+        "web": make_source(base, "web", "text", draw(60, 3 * longest)),
+        "notes": make_source(base, "notes", "text", draw(40, max(1, longest // 3)), number=1),
+    }
+    if images:
+        found["pics"] = make_source(
+            base, "pics", "caption", draw(50, longest), number=2, pictures=list(range(50))
+        )
+        found["talks"] = make_source(
+            base,
+            "talks",
+            "instruct",
+            draw(30, longest),
+            number=3,
+            pictures=[None if x % 3 == 0 else x % 7 for x in range(30)],
+        )
+    return found
+
+
+def mixture(total_tokens: int, shares: Mapping[str, float], max_epochs: int = 1) -> Mixture:
+    """A budget by the sources' names."""
+    parts = tuple(Share(source=name, share=share) for name, share in shares.items())
+    return Mixture(total_tokens=total_tokens, shares=parts, max_epochs=max_epochs)

@@ -1,0 +1,184 @@
+"""Examples: separators, masks and turns, as the head of `data/examples.py` says."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from midstream.data.examples import (
+    END_OF_TEXT,
+    SEPARATOR,
+    TextCodec,
+    caption_example,
+    conversation_example,
+    conversation_turns,
+    question_ids,
+    text_example,
+)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A token for every byte, and two for frequent pairs."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*letters, "th", "he"]
+    found = Tokenizer(
+        models.BPE({word: i for i, word in enumerate(words)}, [("t", "h"), ("h", "e")])
+    )
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.decoder = decoders.ByteLevel()
+    return found
+
+
+CODEC = TextCodec(byte_tokenizer())
+SPECIAL = {CODEC.end_of_text, CODEC.separator}
+# Texts that contain what looks like special tokens.
+TEXTS = st.lists(
+    st.sampled_from([END_OF_TEXT, SEPARATOR, "the ", "\n", "é", "In: ", "<image>", "日"])
+    | st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
+    min_size=1,
+    max_size=6,
+).map("".join)
+TURNS = st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4)
+
+
+def record(*turns: tuple[str, Any], **others: Any) -> dict[str, Any]:
+    return {"conversations": [{"from": who, "value": text} for who, text in turns], **others}
+
+
+@given(text=TEXTS)
+@settings(max_examples=60, deadline=None)
+def test_special_tokens_in_data_stay_plain_text(text: str) -> None:
+    ids = CODEC.encode(text)
+    assert not SPECIAL & set(ids)
+    assert CODEC.decode(ids) == text
+    assert CODEC.encode_many([text, "the", text]) == [ids, CODEC.encode("the"), ids]
+
+
+@given(text=TEXTS)
+@settings(max_examples=30, deadline=None)
+def test_a_document_ends_with_end_of_text_and_all_of_it_is_target(text: str) -> None:
+    example = text_example(CODEC, CODEC.encode(text))
+    assert example.input_ids.tolist() == [*CODEC.encode(text), CODEC.end_of_text]
+    assert example.supervised.tolist() == [1] * len(example.input_ids)
+
+
+@given(text=TEXTS)
+@settings(max_examples=30, deadline=None)
+def test_a_caption_is_target_from_behind_the_separator_to_end_of_text(text: str) -> None:
+    ids = CODEC.encode(text)
+    example = caption_example(CODEC, ids)
+    assert example.input_ids.tolist() == [CODEC.separator, *ids, CODEC.end_of_text]
+    assert example.supervised.tolist() == [0] + [1] * (len(ids) + 1)
+
+
+@given(turns=TURNS, has_image=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_only_replies_and_their_separators_are_targets(
+    turns: list[tuple[str, str]], has_image: bool
+) -> None:
+    example = conversation_example(CODEC, turns, has_image=has_image)
+    expected: list[tuple[int, int]] = [(CODEC.separator, 0)] if has_image else []
+    for question, reply in turns:
+        expected += [(t, 0) for t in CODEC.encode(f"In: {question}\nOut:")]
+        expected += [(CODEC.separator, 0)]
+        expected += [(t, 1) for t in CODEC.encode(f" {reply.strip()}")]
+        expected += [(CODEC.separator, 1)]
+    found = zip(example.input_ids.tolist(), example.supervised.tolist(), strict=True)
+    assert list(found) == expected
+    # One separator behind the image, every human turn and every reply.
+    assert (example.input_ids == CODEC.separator).sum() == has_image + 2 * len(turns)
+
+
+@given(turns=TURNS, has_image=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_evaluation_asks_with_the_tokens_that_stood_before_the_reply_in_training(
+    turns: list[tuple[str, str]], has_image: bool
+) -> None:
+    example = conversation_example(CODEC, turns, has_image=has_image)
+    first_target = int(np.argmax(example.supervised))
+    asked = question_ids(CODEC, turns[0][0], has_image=has_image)
+    assert example.input_ids[:first_target].tolist() == asked
+
+
+@given(pairs=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4), image=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_a_record_gives_its_turns_without_the_image_mark(
+    pairs: list[tuple[str, str]], image: bool
+) -> None:
+    clean = [(q.replace("<image>", "") + "?", a.replace("<image>", "") + ".") for q, a in pairs]
+    turns = [turn for q, a in clean for turn in (("human", q), ("gpt", a))]
+    others = {"image": "a.jpg"} if image else {}
+    if image:
+        turns[0] = ("human", "<image>\n" + turns[0][1])
+    found, has_image = conversation_turns(record(*turns, **others), "here")
+    assert found == [(q.strip(), a.strip()) for q, a in clean]
+    assert has_image is image
+
+
+ASK, REPLY = ("human", "What?"), ("gpt", "A cat.")
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({}, "pairs of human and gpt"),
+        ({"conversations": []}, "pairs of human and gpt"),
+        ({"conversations": "hello"}, "pairs of human and gpt"),
+        (record(ASK), "pairs of human and gpt"),
+        (record(ASK, REPLY, ASK), "pairs of human and gpt"),
+        (record(REPLY, ASK), "roles must alternate"),
+        (record(ASK, ASK), "roles must alternate"),
+        (record(("system", "Be nice."), REPLY), "roles must alternate"),
+        (record(("human", "<image> What?"), REPLY), "exactly when"),
+        (record(ASK, REPLY, image="a.jpg"), "exactly when"),
+        (record(ASK, ("gpt", "<image>"), image="a.jpg"), "exactly when"),
+        (
+            record(("human", "<image>?"), REPLY, ("human", "<image>?"), REPLY, image="a.jpg"),
+            "exactly when",
+        ),
+        (record(("human", "<image> What?"), REPLY, image=None), "file name, found None"),
+        (record(("human", "<image> What?"), REPLY, image=["a", "b"]), "file name"),
+        (record(("human", ""), REPLY), "a turn is empty"),
+        (record(ASK, ("gpt", " \n ")), "a turn is empty"),
+        (record(("human", "<image>\n"), REPLY, image="a.jpg"), "a turn is empty"),
+        (record(ASK, ("gpt", None)), "text under 'value'"),
+        (record(ASK, ("gpt", 3)), "text under 'value'"),
+        ({"conversations": ["What?", "A cat."]}, "text under 'value'"),
+    ],
+)
+def test_a_malformed_conversation_is_refused_by_its_record(
+    bad: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=r"^llava\.json, record 'r7': ") as caught:
+        conversation_turns(bad, "llava.json, record 'r7'")
+    assert reason in str(caught.value)
+
+
+def test_a_tokenizer_file_reads_back_and_its_own_cut_and_padding_are_off(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=50)
+    tokenizer.save(str(tmp_path / "t.json"))
+    codec = TextCodec.from_file(tmp_path / "t.json")
+    texts = ["a", "the quick brown fox" * 5]
+    assert codec.encode_many(texts) == [CODEC.encode(text) for text in texts]
+    assert codec.encode(texts[1]) == CODEC.encode(texts[1])
+    assert (codec.end_of_text, codec.separator) == (CODEC.end_of_text, CODEC.separator)
+
+
+def test_the_size_covers_the_largest_id_also_where_ids_have_gaps() -> None:
+    assert CODEC.size == 256 + 2 + 2
+    assert max(CODEC.end_of_text, CODEC.separator) == CODEC.size - 1
+    codec = TextCodec(Tokenizer(models.WordLevel({"a": 0, "b": 70_000}, unk_token="a")))
+    assert codec.size == 70_001
+
+
+def test_what_is_no_tokenizer_file_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"broken\.json is not a tokenizer file"):
+        TextCodec.from_file(path)

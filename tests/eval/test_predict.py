@@ -1,0 +1,213 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from midstream.config import VLMConfig
+from midstream.data.examples import TextCodec, question_ids
+from midstream.data.images import decode, to_pixels
+from midstream.data.prepare import open_codec
+from midstream.eval.predict import ModelAnswerer
+from midstream.eval.task import Answerer
+from midstream.model.generate import greedy
+from midstream.model.initialise import initialise
+from midstream.model.vlm import VLM
+from midstream.model.weights import weights_digest
+from midstream.study.ledger import Ledger
+
+MAX_NEW_TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def codec(tiny_ledger: Ledger) -> TextCodec:
+    return open_codec(tiny_ledger.folder(tiny.DATA))
+
+
+@pytest.fixture(scope="module")
+def encode(tiny_ledger: Ledger) -> Callable[[torch.Tensor], torch.Tensor]:
+    return tiny.runner(tiny_ledger)._encode(tiny.ENCODER_STAGE)
+
+
+@pytest.fixture(scope="module")
+def pictures(tiny_ledger: Ledger) -> list[Path]:
+    folder = tiny_ledger.folder(tiny.DATA) / "world" / "bench" / "vqav2" / "val2014"
+    return sorted(folder.glob("*.jpg"))[:6]
+
+
+@pytest.fixture(scope="module")
+def answerer(codec: TextCodec, encode: Callable[[torch.Tensor], torch.Tensor]) -> ModelAnswerer:
+    model = VLM(VLMConfig(decoder=tiny.DECODER, encoder=tiny.ENCODER))
+    initialise(model, 0)
+    return ModelAnswerer(
+        model,
+        codec,
+        encode=encode,
+        encoder=tiny.ENCODER,
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=4,
+    )
+
+
+QUESTIONS = (
+    "What colour is the circle?",
+    "Is there a star?",
+    "How many shapes are there in the picture, counting the ones that touch the edge?",
+    "Where?",
+    "Which shape is to the left of the blue square?",
+    "yes or no",
+)
+
+
+def test_a_model_with_its_codec_is_an_answerer(answerer: ModelAnswerer) -> None:
+    assert isinstance(answerer, Answerer)
+    assert answerer.weights_digest == weights_digest(answerer.model)
+    assert not answerer.model.training
+
+
+def test_an_answer_does_not_depend_on_its_neighbours(
+    answerer: ModelAnswerer, pictures: list[Path]
+) -> None:
+    images: list[Path | None] = [pictures[0], None, pictures[1], pictures[2], None, pictures[0]]
+    together = answerer.generate(QUESTIONS, images)
+    alone = [
+        answerer.generate([question], [image])[0]
+        for question, image in zip(QUESTIONS, images, strict=True)
+    ]
+    backwards = answerer.generate(QUESTIONS[::-1], images[::-1])[::-1]
+    assert together == alone == backwards
+    # Otherwise the comparison says nothing.
+    assert len(set(together)) >= 4
+
+
+def test_the_picture_changes_the_answer(answerer: ModelAnswerer, pictures: list[Path]) -> None:
+    question = QUESTIONS[0]
+    found = answerer.generate([question] * 7, [None, *pictures])
+    assert len(set(found)) >= 2
+
+
+def by_hand(answerer: ModelAnswerer, ids: list[int], picture: Path | None) -> str:
+    features = None
+    if picture is not None:
+        pixels = to_pixels(
+            decode(picture.read_bytes(), str(picture)),
+            size=tiny.ENCODER.image_size,
+            resize=tiny.ENCODER.resize,
+        )
+        assert answerer.encode is not None
+        features = answerer.encode(torch.from_numpy(pixels)[None])
+    codec = answerer.codec
+    (new,) = greedy(
+        answerer.model,
+        [ids],
+        features,
+        max_new_tokens=MAX_NEW_TOKENS,
+        stop_ids=frozenset({codec.separator, codec.end_of_text}),
+        batch_size=4,
+    )
+    return codec.decode(new).strip()
+
+
+def test_questions_stand_as_in_fine_tuning_with_and_without_a_picture(
+    answerer: ModelAnswerer, codec: TextCodec, pictures: list[Path]
+) -> None:
+    for question, picture in zip(QUESTIONS, [None, *pictures[:5]], strict=True):
+        turn = [*codec.encode(f"In: {question}\nOut:"), codec.separator]
+        head = [] if picture is None else [codec.separator]
+        assert question_ids(codec, question, has_image=picture is not None) == head + turn
+        assert answerer.generate([question], [picture]) == [by_hand(answerer, head + turn, picture)]
+
+
+def test_a_picture_for_a_model_without_an_encoder_is_refused(
+    codec: TextCodec, pictures: list[Path]
+) -> None:
+    model = VLM(VLMConfig(decoder=tiny.DECODER))
+    initialise(model, 0)
+    blind = ModelAnswerer(model, codec, encode=None, encoder=None, max_new_tokens=2, batch_size=2)
+    assert len(blind.generate(["Where?"], [None])) == 1
+    with pytest.raises(ValueError, match=rf"no encoder and cannot see .*{pictures[0].name}"):
+        blind.generate(["Where?", "Who?"], [None, pictures[0]])
+
+
+def test_a_picture_that_cannot_be_decoded_is_named(answerer: ModelAnswerer, tmp_path: Path) -> None:
+    (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(ValueError, match=r"torn\.jpg: the picture cannot be decoded"):
+        answerer.generate(["Where?"], [tmp_path / "torn.jpg"])
+
+
+# ----------------------------------------------------------------------------- log-likelihoods
+
+PAIRS = (
+    ("The circle is", " red"),
+    ("The circle is", " blue and it is on the left of the star"),
+    ("In the picture there are two shapes and the larger one is", " a"),
+    ("", "word"),
+    ("What?", " no"),
+)
+
+
+def logprob(answerer: ModelAnswerer, head: list[int], tail: list[int]) -> float:
+    """Sum of log-probabilities of `tail` behind `head`, position by position."""
+    decoder = answerer.model.decoder
+    ids = torch.tensor([head + tail])
+    places = torch.arange(ids.shape[1])[None]
+    with torch.no_grad():
+        chances = decoder.output(decoder(decoder.embed(ids), places, None)).double().log_softmax(-1)
+    return sum(
+        float(chances[0, at - 1, ids[0, at]]) for at in range(len(head), len(head) + len(tail))
+    )
+
+
+def test_a_log_likelihood_is_that_of_the_continuation_alone(
+    answerer: ModelAnswerer, codec: TextCodec
+) -> None:
+    found = answerer.loglikelihood(PAIRS)
+    for (context, continuation), (total, _) in zip(PAIRS, found, strict=True):
+        head = codec.encode(context) or [codec.end_of_text]
+        expected = logprob(answerer, head, codec.encode(continuation))
+        assert total == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_log_likelihood_does_not_depend_on_its_neighbours(answerer: ModelAnswerer) -> None:
+    together = answerer.loglikelihood(PAIRS)
+    assert together == [answerer.loglikelihood([pair])[0] for pair in PAIRS]
+    assert together == answerer.loglikelihood(PAIRS[::-1])[::-1]
+    assert len({total for total, _ in together}) == len(PAIRS)
+
+
+def test_spaces_behind_the_context_belong_to_the_continuation(answerer: ModelAnswerer) -> None:
+    ((moved, _),) = answerer.loglikelihood([("The circle is ", "red")])
+    ((plain, _),) = answerer.loglikelihood([("The circle is", " red")])
+    assert moved == plain
+
+
+def test_the_continuation_that_greedy_decoding_gives_is_told_as_greedy(
+    answerer: ModelAnswerer, codec: TextCodec
+) -> None:
+    texts = [codec.decode([token]) for token in range(codec.size)]
+    single = [text for text in texts if text.strip() == text and len(codec.encode(text)) == 1]
+    num_greedy = 0
+    for context in ("The circle is", "Where", "There are two shapes", "yes", "In: Who?"):
+        (best,) = greedy(
+            answerer.model,
+            [codec.encode(context)],
+            None,
+            max_new_tokens=1,
+            stop_ids=frozenset(),
+            batch_size=1,
+        )
+        found = answerer.loglikelihood([(context, text) for text in single])
+        told = [text for text, (_, is_greedy) in zip(single, found, strict=True) if is_greedy]
+        assert told == ([codec.decode(best)] if codec.decode(best) in single else [])
+        num_greedy += len(told)
+    assert num_greedy
+
+
+def test_a_rolling_log_likelihood_covers_every_token_behind_end_of_text(
+    answerer: ModelAnswerer, codec: TextCodec
+) -> None:
+    texts = ("The circle is red.", "a")
+    for text, total in zip(texts, answerer.loglikelihood_rolling(texts), strict=True):
+        expected = logprob(answerer, [codec.end_of_text], codec.encode(text))
+        assert total == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,195 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from midstream import storage
+from midstream.config import AdamW, VLMConfig
+from midstream.model.initialise import initialise
+from midstream.model.vlm import VLM
+from midstream.storage import CorruptError, remove_leftovers
+from midstream.study.ledger import Ledger
+from midstream.tokens import TokenCount
+from midstream.train import checkpoint
+from midstream.train.checkpoint import Progress
+from midstream.train.optim import make_optimizer, set_rate
+from tiny import DECODER, ENCODER, ROWS, TEXT
+
+FILES = ("model.safetensors", "optimizer.safetensors", "progress.json", "manifest.json")
+PROGRESS = Progress(
+    step=7,
+    tokens_seen=4_321,
+    total_tokens=10_000,
+    rate=1 / 3,
+    counts=TokenCount(text=4_000, image=321, pad=12, target=3_900),
+    loss=2.5,
+    image_rows=3,
+    image_row_pad=11,
+    seconds=1.25,
+    metrics_bytes=999,
+)
+
+
+def made(seed: int) -> tuple[VLM, torch.optim.Optimizer]:
+    model = VLM(VLMConfig(decoder=DECODER, encoder=ENCODER))
+    initialise(model, seed)
+    return model, make_optimizer(model, AdamW())
+
+
+def move(model: VLM, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    """A step along random gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    set_rate(optimizer, 1e-2)
+    optimizer.step()
+
+
+def state(model: VLM, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    found = {name: value.detach().clone() for name, value in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            found[f"{key} of {name}"] = value.clone()
+    return found
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    model, optimizer = made(0)
+    move(model, optimizer, 1)
+    move(model, optimizer, 2)
+    folder = tmp_path / "checkpoints" / "step-00000007"
+    checkpoint.save(folder, model, optimizer, PROGRESS)
+    return folder, state(model, optimizer)
+
+
+def test_a_checkpoint_brings_back_every_bit_of_weights_moments_and_progress(
+    saved: tuple[Path, dict[str, torch.Tensor]],
+) -> None:
+    folder, expected = saved
+    model, optimizer = made(5)
+    assert not equal(state(model, optimizer), expected)
+    assert checkpoint.load(folder, model, optimizer) == PROGRESS
+    found = state(model, optimizer)
+    assert equal(found, expected)
+    assert any(name.startswith("exp_avg_sq of projector") for name in found)
+
+
+def test_training_goes_on_from_a_checkpoint_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    model, optimizer = made(0)
+    move(model, optimizer, 1)
+    checkpoint.save(tmp_path / "one", model, optimizer, PROGRESS)
+    other, other_optimizer = made(9)
+    checkpoint.load(tmp_path / "one", other, other_optimizer)
+    for seed in (2, 3):
+        move(model, optimizer, seed)
+        move(other, other_optimizer, seed)
+    assert equal(state(model, optimizer), state(other, other_optimizer))
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("place", [0.0, 0.03, 0.5, 0.97])
+def test_a_flipped_bit_is_refused_before_a_tensor_is_written(
+    saved: tuple[Path, dict[str, torch.Tensor]], name: str, place: float
+) -> None:
+    folder, _ = saved
+    data = bytearray((folder / name).read_bytes())
+    # Letters and digits rather than the manifest's spaces, which mean nothing.
+    at = next(i for i in range(int(place * len(data)), len(data)) if data[i] not in b" \n")
+    data[at] ^= 1
+    (folder / name).write_bytes(data)
+    model, optimizer = made(5)
+    before = state(model, optimizer)
+    with pytest.raises(ValueError, match=folder.name):
+        checkpoint.load(folder, model, optimizer)
+    assert equal(state(model, optimizer), before)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_refused_by_name_before_a_tensor_is_written(
+    saved: tuple[Path, dict[str, torch.Tensor]], name: str
+) -> None:
+    folder, _ = saved
+    (folder / name).unlink()
+    model, optimizer = made(5)
+    before = state(model, optimizer)
+    with pytest.raises(CorruptError, match=name):
+        checkpoint.load(folder, model, optimizer)
+    assert equal(state(model, optimizer), before)
+
+
+@pytest.mark.parametrize("writer", ["save_file", "write_json", "save_weights"])
+def test_a_process_killed_between_files_leaves_the_previous_checkpoint(
+    saved: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch, writer: str
+) -> None:
+    folder, expected = saved
+    model, optimizer = made(5)
+    move(model, optimizer, 3)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, writer, killed)
+        # A killed process does not clean up either.
+        patch.setattr(storage.shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(folder.with_name("step-00000009"), model, optimizer, PROGRESS)
+    assert len(list(folder.parent.iterdir())) == 2
+    assert checkpoint.newest(folder.parent) == folder
+    other, other_optimizer = made(6)
+    checkpoint.load(folder, other, other_optimizer)
+    assert equal(state(other, other_optimizer), expected)
+    assert remove_leftovers(folder.parent) == 1
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_only_the_newest_checkpoint_is_kept(tmp_path: Path) -> None:
+    model, optimizer = made(0)
+    move(model, optimizer, 1)
+    for step in (95, 100, 5):
+        checkpoint.save(tmp_path / f"step-{step:08d}", model, optimizer, PROGRESS)
+    checkpoint.keep_newest(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000100"]
+    assert checkpoint.newest(tmp_path / "nowhere") is None
+
+
+def test_weights_without_moments_can_only_be_started_fresh(tmp_path: Path) -> None:
+    model, optimizer = made(0)
+    checkpoint.save(tmp_path / "weights", model, None, PROGRESS)
+    with pytest.raises(FileNotFoundError, match="optimizer='fresh'"):
+        checkpoint.load_moments(tmp_path / "weights", model, optimizer)
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_every_name(
+    saved: tuple[Path, dict[str, torch.Tensor]],
+) -> None:
+    folder, _ = saved
+    model = VLM(VLMConfig(decoder=DECODER))
+    with pytest.raises(ValueError, match=r"unexpected: projector\."):
+        checkpoint.load(folder, model, make_optimizer(model, AdamW()))
+
+
+def test_a_text_runs_milestone_lists_its_bytes_and_its_place_in_the_schedule(
+    tiny_ledger: Ledger, tmp_path: Path
+) -> None:
+    folder = checkpoint.milestone(tiny_ledger.folder(TEXT), 0.6)
+    assert folder.name == "60"
+    progress = checkpoint.read_progress(folder)
+    assert progress.tokens_seen == progress.counts.seen
+    assert progress.step * ROWS.batch_rows * ROWS.row_length == progress.counts.total
+    shutil.copytree(folder, tmp_path / "60")
+    (tmp_path / "60" / "progress.json").write_text("{}")
+    with pytest.raises(CorruptError, match="differs from its manifest"):
+        checkpoint.read_progress(tmp_path / "60")
+
+
+def test_milestones_of_different_shares_have_different_folders(tmp_path: Path) -> None:
+    shares = (0.005, 0.07, 0.29, 0.333, 0.334, 1.0)
+    names = [checkpoint.milestone(tmp_path, share).name for share in shares]
+    assert names == ["0.5", "7", "29", "33.3", "33.4", "100"]

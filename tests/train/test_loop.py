@@ -1,0 +1,250 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tiny
+from midstream.config import ContinuedCosine, Machine
+from midstream.data.packing import RowPlan, build_row, plan_rows
+from midstream.data.prepare import open_sources
+from midstream.data.sources import Source
+from midstream.model.initialise import initialise
+from midstream.model.vlm import VLM
+from midstream.study.ledger import Ledger, Stopped
+from midstream.study.stage import Continue, ContinueFrom, Pretrain
+from midstream.tokens import TokenCount
+from midstream.train import checkpoint
+from midstream.train.schedule import rate_at
+from midstream.train.step import NonFiniteError
+from tiny import SEEN, TEXT
+
+
+@pytest.fixture(scope="module")
+def ledger(tiny_ledger: Ledger, tmp_path_factory: pytest.TempPathFactory) -> Ledger:
+    """The text run continued from its 40 %, in a store of this file."""
+    folder = tmp_path_factory.mktemp("loop")
+    mine = tiny.store_with(tiny_ledger, folder, tiny.DATA, tiny.ENCODER_STAGE, TEXT)
+    tiny.run_missing(mine, SEEN)
+    return mine
+
+
+def planned(ledger: Ledger, stage: Pretrain | Continue) -> tuple[RowPlan, dict[str, Source], int]:
+    sources = open_sources(stage.data.world, ledger.folder(stage.data))
+    encoder = stage.model.encoder
+    patches = encoder.num_patches if encoder else 0
+    training = stage.training
+    plan = plan_rows(sources, patches, training.budget, training.rows, training.seed)
+    return plan, sources, patches
+
+
+@pytest.mark.parametrize("stage", [TEXT, SEEN], ids=lambda stage: stage.kind)
+def test_results_count_the_tokens_of_the_plan(ledger: Ledger, stage: Pretrain | Continue) -> None:
+    plan, sources, patches = planned(ledger, stage)
+    rows = [build_row(plan, sources, index, patches) for index in range(len(plan))]
+    counts = sum((row.counts for row in rows), TokenCount())
+    results = ledger.results(stage)
+    assert results["tokens"] == vars(counts)
+    assert results["tokens_seen"] == counts.seen == plan.seen_tokens
+    assert results["steps"] == plan.num_steps
+    assert results["pad_fraction"] == counts.pad / counts.total
+    metrics = ledger.metrics(stage)
+    assert sum(line["num_targets"] for line in metrics) == counts.target
+    assert metrics[-1]["tokens_seen"] == counts.seen
+
+
+@pytest.mark.parametrize("stage", [TEXT, SEEN], ids=lambda stage: stage.kind)
+def test_every_source_gets_its_planned_tokens_within_one_example(
+    ledger: Ledger, stage: Pretrain | Continue
+) -> None:
+    budget, results = stage.training.budget, ledger.results(stage)
+    assert len(results["sources"]) == len(budget.shares)
+    realised = 0
+    for share in budget.shares:
+        source = results["sources"][share.source]
+        assert source["planned_tokens"] == budget.total_tokens * share.share
+        gap = abs(source["realised_tokens"] - source["planned_tokens"])
+        assert gap <= source["largest_example_tokens"]
+        realised += source["realised_tokens"]
+    assert realised == results["tokens_seen"]
+
+
+def test_a_milestone_is_the_first_step_that_reaches_its_share(ledger: Ledger) -> None:
+    metrics, total = ledger.metrics(TEXT), ledger.results(TEXT)["tokens_seen"]
+    found = {path.name for path in (ledger.folder(TEXT) / "milestones").iterdir()}
+    assert found == {"20", "40", "60", "80", "100"}
+    for share in TEXT.milestones:
+        progress = checkpoint.read_progress(checkpoint.milestone(ledger.folder(TEXT), share))
+        line = next(line for line in metrics if line["tokens_seen"] >= share * total)
+        assert (progress.step, progress.tokens_seen) == (line["step"], line["tokens_seen"])
+        assert progress.rate == rate_at(TEXT.training.schedule, progress.tokens_seen, total)
+
+
+def test_the_last_milestone_holds_the_final_weights(ledger: Ledger) -> None:
+    progress = checkpoint.read_progress(checkpoint.milestone(ledger.folder(TEXT), 1.0))
+    results = ledger.results(TEXT)
+    assert progress.step == results["steps"]
+    assert progress.loss == results["final_loss"]
+    assert progress.counts == TokenCount(**results["tokens"])
+
+
+@pytest.mark.parametrize("stage", [TEXT, SEEN], ids=lambda stage: stage.kind)
+def test_the_loss_falls(ledger: Ledger, stage: Pretrain | Continue) -> None:
+    losses = [line["loss"] for line in ledger.metrics(stage)]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.1
+    assert ledger.results(stage)["final_loss"] == losses[-1]
+
+
+def test_a_text_model_starts_with_logits_of_unit_variance(ledger: Ledger) -> None:
+    first = ledger.metrics(TEXT)[0]["loss"]
+    # Guessing costs log(vocabulary); independent normal logits cost half a nat more.
+    assert first == pytest.approx(np.log(tiny.VOCAB_SIZE) + 0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("stage", [TEXT, SEEN], ids=lambda stage: stage.kind)
+def test_each_step_uses_the_rate_at_the_tokens_seen_before_it(
+    ledger: Ledger, stage: Pretrain | Continue
+) -> None:
+    parent = None
+    if isinstance(stage, Continue):
+        parent = checkpoint.read_progress(checkpoint.milestone(ledger.folder(TEXT), 0.4)).rate
+    metrics, results = ledger.metrics(stage), ledger.results(stage)
+    total, seen = results["tokens_seen"], 0
+    for number, line in enumerate(metrics, start=1):
+        assert line["step"] == number
+        assert line["rate"] == rate_at(stage.training.schedule, seen, total, parent_rate=parent)
+        seen = line["tokens_seen"]
+    assert results["first_rate"] == metrics[0]["rate"]
+    assert results["last_rate"] == tiny.END_RATE
+
+
+def test_no_checkpoint_stays_behind_when_a_stage_is_done(ledger: Ledger) -> None:
+    for stage in (TEXT, SEEN):
+        names = {path.name for path in ledger.folder(stage).iterdir()}
+        assert not any("checkpoints" in name for name in names), names
+
+
+def test_micro_batches_are_placement_and_change_the_losses_by_rounding_only(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    one = tiny.store_with(ledger, tmp_path / "one", tiny.DATA, tiny.ENCODER_STAGE, TEXT)
+    tiny.runner(one, machine=Machine(device="cpu", micro_batch_rows=1)).run(SEEN)
+    for line, whole in zip(one.metrics(SEEN), ledger.metrics(SEEN), strict=True):
+        assert line["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+        assert line["num_targets"] == whole["num_targets"]
+        assert line["tokens_seen"] == whole["tokens_seen"]
+
+
+def test_nan_in_a_stored_feature_stops_the_stage_and_names_its_rows(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    mine = tiny.store_with(ledger, tmp_path, tiny.DATA, tiny.ENCODER_STAGE, TEXT)
+    stage = tiny.image_run(seed=11)
+    plan, sources, patches = planned(mine, stage)
+    shown = [build_row(plan, sources, index, patches).images for index in range(len(plan))]
+    low, high = 2 * tiny.ROWS.batch_rows, 3 * tiny.ROWS.batch_rows - 1
+    number, example = next(pair for k in range(low, high + 1) for pair in shown[k])
+    before = {tuple(pair) for k in range(low) for pair in shown[k]}
+    assert (number, example) not in before
+    (path,) = (tmp_path / "features").glob("*/pictures.npy")
+    features = np.load(path)
+    # No two pictures of the source are equal files, so that each has its own place in order.
+    images = np.asarray(sources[plan.order.names[int(number)]].images)
+    place = int((np.unique(images, axis=0) == images[int(example)]).all(axis=1).argmax())
+    features[place, 0, 0] = np.nan
+    np.save(path, features)
+    with pytest.raises(NonFiniteError, match=rf"step 2, rows {low} to {high}: loss nan.*before"):
+        tiny.runner(mine).run(stage)
+    assert len(mine.metrics(stage)) == 2
+    assert mine.state(stage) == "failed"
+    assert f"rows {low} to {high}" in mine.status(stage)["error"]
+
+
+def test_a_nan_weight_at_the_start_stops_before_the_first_step(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tiny.store_with(ledger, tmp_path, tiny.DATA)
+    stage = tiny.text_run(seed=12)
+
+    def broken(model: VLM, seed: int) -> None:
+        initialise(model, seed)
+        model.decoder.output.weight.data[3, 7] = float("nan")
+
+    monkeypatch.setattr("midstream.run_stage.initialise", broken)
+    with pytest.raises(NonFiniteError, match="step 0, rows 0 to 3"):
+        tiny.runner(mine).run(stage)
+    assert mine.metrics(stage) == []
+    assert not (mine.folder(stage) / "milestones").exists()
+
+
+def test_a_schedule_cannot_continue_from_a_run_that_is_at_its_end(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    mine = tiny.store_with(ledger, tmp_path, tiny.DATA, tiny.ENCODER_STAGE, TEXT)
+    stage = tiny.image_run(ContinueFrom(stage=TEXT, completion=1.0))
+    with pytest.raises(ValueError, match=r"3e-05, not above the end rate 3e-05; re-warm"):
+        tiny.runner(mine).run(stage)
+    assert mine.metrics(stage) == []
+    lower = tiny.image_run(
+        ContinueFrom(stage=TEXT, completion=1.0), schedule=ContinuedCosine(end_rate=1e-5)
+    )
+    tiny.runner(mine).run(lower)
+    assert mine.metrics(lower)[0]["rate"] == 3e-5
+
+
+@pytest.mark.parametrize("steps", [1, 5, 6, 23])
+def test_a_stage_that_is_asked_to_stop_goes_on_to_the_same_bits(
+    ledger: Ledger, tmp_path: Path, steps: int
+) -> None:
+    mine = tiny.store_with(ledger, tmp_path, tiny.DATA)
+    asked = 0
+
+    def should_stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == steps
+
+    with pytest.raises(Stopped, match=f"after step {steps} of 23"):
+        tiny.runner(mine, should_stop=should_stop).run(TEXT)
+    assert mine.state(TEXT) == "stopped"
+    assert [path.name for path in (mine.folder(TEXT) / "checkpoints").iterdir()] == [
+        f"step-{steps:08d}"
+    ]
+    tiny.runner(mine).run(TEXT)
+    assert tiny.bits(mine, TEXT) == tiny.bits(ledger, TEXT)
+
+
+def test_progress_is_told_with_tokens_loss_and_speed(ledger: Ledger, tmp_path: Path) -> None:
+    mine = tiny.store_with(ledger, tmp_path, tiny.DATA)
+    events: list[dict[str, object]] = []
+    tiny.runner(mine, report=events.append).run(tiny.text_run(total_tokens=2_000))
+    assert events
+    assert events[0].keys() == {
+        "done",
+        "tokens_seen",
+        "total_tokens",
+        "loss",
+        "tokens_per_second",
+        "note",
+    }
+    assert json.loads(json.dumps(events[0])) == events[0]
+
+
+def test_a_stage_killed_while_it_clears_up_ends_in_the_same_bits(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tiny.store_with(ledger, tmp_path, tiny.DATA)
+
+    def killed(path: Path) -> None:
+        shutil.rmtree(next(path.glob("step-*")))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("midstream.run_stage.shutil", type("Killed", (), {"rmtree": killed}))
+        with pytest.raises(KeyboardInterrupt):
+            tiny.runner(mine).run(TEXT)
+    assert mine.state(TEXT) == "stopped"
+    tiny.runner(mine).run(TEXT)
+    assert tiny.bits(mine, TEXT) == tiny.bits(ledger, TEXT)
+    assert not list(mine.folder(TEXT).glob(".*"))
