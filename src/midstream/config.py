@@ -2,7 +2,7 @@
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -140,6 +140,29 @@ class SmallReal(Config):
 
     `fingerprint` stands for the bytes under `root`; a preparation refuses other bytes.
     """
+
+    # What under `root` the world is made of, and what its fingerprint covers.
+    FILES: ClassVar[tuple[str, ...]] = (
+        "text_novels/*.txt",
+        "text_wikitext2/valid.txt",
+        "text_web_wiki/c4_demo.jsonl",
+        "text_web_wiki/wiki_demo.txt",
+        "caption_flickr8k/captions.txt",
+        "caption_flickr8k/match_pairs.tsv",
+        "caption_flickr8k/images/*.jpg",
+        "caption_noto_emoji/captions.csv",
+        "caption_noto_emoji/72/*.png",
+        "vqa_easy/train/questions.json",
+        "vqa_easy/train/images/*.png",
+        "vqa_easy/test/questions.json",
+        "vqa_easy/test/images/*.png",
+        "vqa_daquar/data_train.csv",
+        "vqa_daquar/images/*.jpg",
+        "bench_text/llm_foundry/arc_easy.jsonl",
+        "bench_text/llm_foundry/copa.jsonl",
+        "bench_text/piqa/valid.jsonl",
+        "bench_text/piqa/valid-labels.lst",
+    )
 
     kind: Literal["small_real"] = "small_real"
     root: Annotated[Path, Placement]

@@ -134,7 +134,7 @@ def test_a_fill_that_fails_leaves_nothing_and_can_be_repeated(
 def test_a_broken_picture_stops_the_fill_by_its_record(tmp_path: Path, talks: Source) -> None:
     size = len(png(4))
     (tmp_path / "world" / "4.png").write_bytes(b"<html>".ljust(size))
-    with pytest.raises(ValueError, match="source 'talks', .*sample 4: the picture cannot be"):
+    with pytest.raises(ValueError, match=r"source 'talks', .*sample 4: the picture cannot be"):
         FeatureStore(tmp_path / "features", CONFIG).fill(talks, Encode(), no_progress)
     assert not (tmp_path / "features" / "talks.npy").exists()
 

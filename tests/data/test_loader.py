@@ -1,7 +1,6 @@
 """The loader: ranks, workers, micro-batches and restarts are views of the same rows."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -116,7 +116,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def configured(root: Path, **options: Any) -> SmallReal:
-    return SmallReal(root=root, fingerprint=folder_fingerprint(root, owners.FILES), **options)
+    return SmallReal(root=root, fingerprint=folder_fingerprint(root, SmallReal.FILES), **options)
 
 
 def written(root: Path, out: Path, **options: Any) -> Path:
@@ -329,7 +329,7 @@ def test_num_questions_limits_every_benchmark_but_copa(root: Path, tmp_path: Pat
         assert len(VISUAL_FORMATS[form].read(world / "bench" / name)) == 2
 
 
-@pytest.mark.parametrize("pattern", owners.FILES)
+@pytest.mark.parametrize("pattern", SmallReal.FILES)
 def test_a_missing_part_is_named_with_its_folder(root: Path, tmp_path: Path, pattern: str) -> None:
     config = configured(root)
     for path in list(root.glob(pattern)):
@@ -375,10 +375,6 @@ def test_a_malformed_record_is_named(
     (root / file).write_text(text)
     with pytest.raises(ValueError, match=message):
         write_small_real(configured(root), tmp_path)
-
-
-def test_the_recipe_fingerprints_what_the_world_reads() -> None:
-    assert real_small.FILES == owners.FILES
 
 
 def test_the_recipe_names_what_the_world_holds(root: Path, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def write_small_real(config: SmallReal, out: Path) -> None:
 def check_bytes(config: SmallReal) -> None:
     """Refuse a data folder that lacks a file or holds other bytes than were planned with."""
     owners.check_files(config.root)
-    found = folder_fingerprint(config.root, owners.FILES)
+    found = folder_fingerprint(config.root, SmallReal.FILES)
     if found != config.fingerprint:
         raise ValueError(
             f"{config.root} has fingerprint {found}, the plan was made for {config.fingerprint}: "

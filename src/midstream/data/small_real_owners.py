@@ -12,31 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from midstream.config import SmallReal
 from midstream.storage import read_json
 
-# Everything that is read, relative to the data folder; its bytes make the fingerprint. The list
-# stands once more in `recipes/real_small.py`, which may not import this package; a test compares.
-FILES = (
-    "text_novels/*.txt",
-    "text_wikitext2/valid.txt",
-    "text_web_wiki/c4_demo.jsonl",
-    "text_web_wiki/wiki_demo.txt",
-    "caption_flickr8k/captions.txt",
-    "caption_flickr8k/match_pairs.tsv",
-    "caption_flickr8k/images/*.jpg",
-    "caption_noto_emoji/captions.csv",
-    "caption_noto_emoji/72/*.png",
-    "vqa_easy/train/questions.json",
-    "vqa_easy/train/images/*.png",
-    "vqa_easy/test/questions.json",
-    "vqa_easy/test/images/*.png",
-    "vqa_daquar/data_train.csv",
-    "vqa_daquar/images/*.jpg",
-    "bench_text/llm_foundry/arc_easy.jsonl",
-    "bench_text/llm_foundry/copa.jsonl",
-    "bench_text/piqa/valid.jsonl",
-    "bench_text/piqa/valid-labels.lst",
-)
 # Share of the pictures that could be asked about which training never sees.
 HELD_APART_PERCENT = 20
 # A novel is cut at the next end of a sentence behind this many characters, and before a chapter
@@ -86,8 +64,8 @@ class Photos:
 
 
 def check_files(root: Path) -> None:
-    """Raises FileNotFoundError for the first file or pattern of `FILES` that `root` lacks."""
-    for pattern in FILES:
+    """Raises FileNotFoundError for the first pattern of `SmallReal.FILES` that `root` lacks."""
+    for pattern in SmallReal.FILES:
         if next(root.glob(pattern), None) is None:
             folder = pattern.partition("/")[0]
             raise FileNotFoundError(

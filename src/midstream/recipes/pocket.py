@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 
 from midstream.config import (
-    AdamW,
-    ContinuedCosine,
     ContrastiveTraining,
     DecoderConfig,
     EncoderConfig,
@@ -18,14 +16,11 @@ from midstream.config import (
     Training,
     WarmupCosine,
 )
+from midstream.recipes.line import END_RATE, finetuned_line, image_text_schedule, start_at
 from midstream.study.stage import (
     Continue,
-    ContinueFrom,
     Evaluate,
     Figure,
-    Finetune,
-    FromScratch,
-    Line,
     Prepare,
     Pretrain,
     Study,
@@ -46,7 +41,6 @@ ENCODER = EncoderConfig(
 # Small steps: at this size many of them teach more than large ones over the same tokens.
 TEXT_ROWS = Rows(row_length=256, batch_rows=2, layout="filled")
 IMAGE_ROWS = Rows(row_length=256, batch_rows=1, layout="filled")
-END_RATE = 3e-5
 # Kept along every text run, so that studies of other completions share it.
 MILESTONES = (0.2, 0.4, 0.6, 0.8, 1.0)
 VISUAL_TASKS = ("vqav2", "gqa", "textvqa", "pope", "refcoco", "ocid_ref")
@@ -97,14 +91,12 @@ def when_images_arrive(
     )
     asked = Evaluation(visual_tasks=VISUAL_TASKS, text_tasks=TEXT_TASKS, prompts="short")
     lines = [
-        _line(
-            completion,
-            seed,
+        finetuned_line(
             Continue(
                 data=data,
                 encoder=encoder,
                 decoder=DECODER,
-                start=_start(text, completion),
+                start=start_at(text, completion),
                 training=Training(
                     budget=Mixture(
                         total_tokens=continue_tokens,
@@ -114,13 +106,14 @@ def when_images_arrive(
                         ),
                     ),
                     rows=IMAGE_ROWS,
-                    schedule=_continued(completion, rewarm_rate),
+                    schedule=image_text_schedule(completion, rewarm_rate),
                     seed=seed,
                 ),
             ),
-            epochs,
+            Epochs(sources=("talks",), epochs=epochs),
             finetune_rate,
             asked,
+            completion,
         )
         for completion in completions
         for seed in seeds
@@ -140,40 +133,4 @@ def when_images_arrive(
             )
             for share in (1.0,)
         },
-    )
-
-
-def _start(text: Pretrain, completion: float) -> FromScratch | ContinueFrom:
-    return ContinueFrom(stage=text, completion=completion) if completion else FromScratch()
-
-
-def _continued(completion: float, rewarm_rate: float) -> WarmupCosine | ContinuedCosine:
-    """Re-warmed where the text schedule has no rate to continue: at 0 % and 100 %."""
-    if completion in (0.0, 1.0):
-        return WarmupCosine(peak_rate=rewarm_rate, end_rate=END_RATE, warmup_fraction=0.05)
-    return ContinuedCosine(end_rate=END_RATE)
-
-
-def _line(
-    completion: float,
-    seed: int,
-    start: Continue,
-    epochs: int,
-    rate: float,
-    asked: Evaluation,
-) -> Line:
-    finetuned = Finetune(
-        start=start,
-        training=Training(
-            budget=Epochs(sources=("talks",), epochs=epochs),
-            rows=IMAGE_ROWS,
-            optimizer=AdamW(weight_decay=0.1, decay="matrices", z_loss=0.0),
-            schedule=WarmupCosine(peak_rate=rate, end_rate=0.0, warmup_fraction=0.05),
-            seed=seed,
-        ),
-    )
-    return Line(
-        name=f"text {completion:.0%}, seed {seed}",
-        axes={"text_completion": completion * 100, "seed": seed},
-        result=Evaluate(of=finetuned, evaluation=asked),
     )

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from midstream.config import (
-    AdamW,
-    ContinuedCosine,
     ContrastiveTraining,
     DecoderConfig,
     EncoderConfig,
@@ -22,14 +20,11 @@ from midstream.config import (
     WarmupCosine,
 )
 from midstream.identity import file_sha256, folder_fingerprint
+from midstream.recipes.line import END_RATE, finetuned_line, image_text_schedule, start_at
 from midstream.study.stage import (
     Continue,
-    ContinueFrom,
     Evaluate,
     Figure,
-    Finetune,
-    FromScratch,
-    Line,
     Prepare,
     Pretrain,
     Study,
@@ -37,34 +32,11 @@ from midstream.study.stage import (
 )
 
 TOKENIZER = "gpt_neox_tokenizer/20B_tokenizer.json"
-# What the world is made of, as `midstream.data.small_real_owners.FILES` has it.
-FILES = (
-    "text_novels/*.txt",
-    "text_wikitext2/valid.txt",
-    "text_web_wiki/c4_demo.jsonl",
-    "text_web_wiki/wiki_demo.txt",
-    "caption_flickr8k/captions.txt",
-    "caption_flickr8k/match_pairs.tsv",
-    "caption_flickr8k/images/*.jpg",
-    "caption_noto_emoji/captions.csv",
-    "caption_noto_emoji/72/*.png",
-    "vqa_easy/train/questions.json",
-    "vqa_easy/train/images/*.png",
-    "vqa_easy/test/questions.json",
-    "vqa_easy/test/images/*.png",
-    "vqa_daquar/data_train.csv",
-    "vqa_daquar/images/*.jpg",
-    "bench_text/llm_foundry/arc_easy.jsonl",
-    "bench_text/llm_foundry/copa.jsonl",
-    "bench_text/piqa/valid.jsonl",
-    "bench_text/piqa/valid-labels.lst",
-)
 TEXT_SHARES = {"novels": 0.6, "wikitext2": 0.1, "web_wiki": 0.3}
 CAPTION_SHARES = {"flickr8k": 0.8, "emoji": 0.2}
 INSTRUCT_SHARES = {"vqa_easy": 0.45, "daquar": 0.2, "flickr_match": 0.35}
 VISUAL_TASKS = ("vqa_easy", "daquar", "flickr_match")
 TEXT_TASKS = ("arc_easy", "piqa", "copa")
-END_RATE = 3e-5
 # DAQUAR's longest answer, several things joined by commas, has 23 tokens; most have one.
 MAX_NEW_TOKENS = 24
 
@@ -74,24 +46,24 @@ def when_images_arrive(
     completions: Sequence[float] = (0.0, 0.8, 1.0),
     seeds: Sequence[int] = (0,),
     image_share: float = 0.5,
-    text_tokens: int = 262_144,
-    continue_tokens: int = 98_304,
-    finetune_tokens: int = 131_072,
-    max_epochs: int = 1,
-    text_rate: float = 3e-3,
+    text_tokens: int = 200_000,
+    continue_tokens: int = 80_000,
+    finetune_tokens: int = 400_000,
+    max_epochs: int = 4,
+    text_rate: float = 2e-3,
     rewarm_rate: float = 1e-3,
     finetune_rate: float = 1e-3,
-    hidden_size: int = 192,
-    num_layers: int = 4,
-    num_heads: int = 4,
+    hidden_size: int = 128,
+    num_layers: int = 2,
+    num_heads: int = 2,
     image_size: int = 64,
     patch_size: int = 16,
     encoder_size: int = 128,
     encoder_layers: int = 4,
-    encoder_steps: int = 300,
+    encoder_steps: int = 500,
     encoder_images: int = 64,
     row_length: int = 256,
-    batch_rows: int = 8,
+    batch_rows: int = 2,
     num_questions: int = 400,
     limit: int = 200,
 ) -> Study:
@@ -156,16 +128,16 @@ def when_images_arrive(
         max_new_tokens=MAX_NEW_TOKENS,
     )
     lines = [
-        _line(
+        finetuned_line(
             Continue(
                 data=world,
                 encoder=encoder,
                 decoder=decoder,
-                start=_start(text, completion),
+                start=start_at(text, completion),
                 training=Training(
                     budget=continued,
                     rows=rows,
-                    schedule=_continued(completion, rewarm_rate),
+                    schedule=image_text_schedule(completion, rewarm_rate),
                     seed=seed,
                 ),
             ),
@@ -206,7 +178,9 @@ def _prepare(root: Path, num_questions: int) -> Prepare:
         )
     return Prepare(
         world=SmallReal(
-            root=root, fingerprint=folder_fingerprint(root, FILES), num_questions=num_questions
+            root=root,
+            fingerprint=folder_fingerprint(root, SmallReal.FILES),
+            num_questions=num_questions,
         ),
         tokenizer=TokenizerFile(path=path, sha256=file_sha256(path)),
     )
@@ -220,29 +194,7 @@ def _contrastive(size: int, images: int, steps: int) -> ContrastiveTraining:
         max_text_tokens=48,
         batch_images=images,
         num_steps=steps,
-        schedule=WarmupCosine(peak_rate=2e-3, end_rate=1e-5, warmup_fraction=0.1),
-    )
-
-
-def _line(
-    continued: Continue, budget: Mixture, rate: float, asked: Evaluation, completion: float
-) -> Line:
-    """Fine-tune and evaluate an image-text model, in its own rows and with its seed."""
-    seed = continued.training.seed
-    finetuned = Finetune(
-        start=continued,
-        training=Training(
-            budget=budget,
-            rows=continued.training.rows,
-            optimizer=AdamW(weight_decay=0.1, decay="matrices", z_loss=0.0),
-            schedule=WarmupCosine(peak_rate=rate, end_rate=0.0, warmup_fraction=0.05),
-            seed=seed,
-        ),
-    )
-    return Line(
-        name=f"text {completion:.0%}, seed {seed}",
-        axes={"text_completion": completion * 100, "seed": seed},
-        result=Evaluate(of=finetuned, evaluation=asked),
+        schedule=WarmupCosine(peak_rate=1e-3, end_rate=1e-5, warmup_fraction=0.1),
     )
 
 
@@ -255,14 +207,3 @@ def _mixture(tokens: int, max_epochs: int, *groups: tuple[dict[str, float], floa
         for name, part in parts.items()
     )
     return Mixture(total_tokens=tokens, shares=shares, max_epochs=max_epochs)
-
-
-def _start(text: Pretrain, completion: float) -> FromScratch | ContinueFrom:
-    return ContinueFrom(stage=text, completion=completion) if completion else FromScratch()
-
-
-def _continued(completion: float, rewarm_rate: float) -> WarmupCosine | ContinuedCosine:
-    """Re-warmed where the text schedule has no rate to continue: at 0 % and 100 %."""
-    if completion in (0.0, 1.0):
-        return WarmupCosine(peak_rate=rewarm_rate, end_rate=END_RATE, warmup_fraction=0.05)
-    return ContinuedCosine(end_rate=END_RATE)

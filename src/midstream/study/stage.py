@@ -219,7 +219,7 @@ class Study(Config):
     question: str
     lines: tuple[Line, ...]
     figure: Figure
-    baselines: dict[str, Evaluate] = {}
+    baselines: dict[str, Evaluate] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
