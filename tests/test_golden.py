@@ -41,7 +41,25 @@ from tiny import DECODER, ENCODER, MACHINE, mixture, warm
 GOLDEN = Path(__file__).parent / "golden"
 NUM_STEPS = 20
 ROWS = Rows(row_length=64, batch_rows=4)
-WORDS = ["a", "the", "red", "blue", "green", "circle", "square", "star", "is", "left", "right", "above", "below", "of", "and", "one", "two"]
+WORDS = [
+    "a",
+    "the",
+    "red",
+    "blue",
+    "green",
+    "circle",
+    "square",
+    "star",
+    "is",
+    "left",
+    "right",
+    "above",
+    "below",
+    "of",
+    "and",
+    "one",
+    "two",
+]
 
 
 def sentence(rng: np.random.Generator, length: int) -> str:

@@ -130,7 +130,7 @@ class PocketWorld(Config):
     seed: int = 0
     num_documents: Positive = 14_000
     num_captions: Positive = 6_000
-    num_conversations: Positive = 11_000
+    num_conversations: Positive = 10_000
     num_questions: Positive = 200
     num_text_items: Positive = 200
 

@@ -57,6 +57,24 @@ def test_a_change_in_an_ancestor_changes_every_descendant(make_study: MakeStudy)
         assert one.identity != other.identity
 
 
+def test_a_changed_copy_has_an_identity_of_its_own(make_study: MakeStudy) -> None:
+    for stage in order(make_study()):
+        first = stage.identity
+        assert stage.model_copy().identity == stage.model_copy(deep=True).identity == first
+        field = {
+            "prepare": "tokenizer",
+            "evaluate": "evaluation",
+        }.get(stage.kind, "training")
+        value = getattr(stage, field)
+        name = {"prepare": "vocab_size", "evaluate": "limit"}.get(stage.kind, "seed")
+        changed = stage.model_copy(update={field: value.model_copy(update={name: 77})})
+        assert type(changed) is type(stage)
+        assert changed.identity != first
+        # The same as a stage that was made that way, and the original is what it was.
+        assert changed.identity == stage_from_json(changed.model_dump_json()).identity
+        assert stage.identity == first
+
+
 def test_stages_name_what_they_read_as_parents(make_study: MakeStudy) -> None:
     study = make_study()
     result = study.lines[0].result
