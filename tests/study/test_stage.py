@@ -58,19 +58,16 @@ def test_a_change_in_an_ancestor_changes_every_descendant(make_study: MakeStudy)
 
 
 def test_a_changed_copy_has_an_identity_of_its_own(make_study: MakeStudy) -> None:
+    changes = {"prepare": ("tokenizer", "vocab_size"), "evaluate": ("evaluation", "limit")}
     for stage in order(make_study()):
         first = stage.identity
         assert stage.model_copy().identity == stage.model_copy(deep=True).identity == first
-        field = {
-            "prepare": "tokenizer",
-            "evaluate": "evaluation",
-        }.get(stage.kind, "training")
-        value = getattr(stage, field)
-        name = {"prepare": "vocab_size", "evaluate": "limit"}.get(stage.kind, "seed")
-        changed = stage.model_copy(update={field: value.model_copy(update={name: 77})})
+        part, name = changes.get(stage.kind, ("training", "seed"))
+        value = getattr(stage, part).model_copy(update={name: 77})
+        changed = stage.model_copy(update={part: value})
         assert type(changed) is type(stage)
         assert changed.identity != first
-        # The same as a stage that was made that way, and the original is what it was.
+        # The same as that of a stage that was made so; the original is what it was.
         assert changed.identity == stage_from_json(changed.model_dump_json()).identity
         assert stage.identity == first
 
