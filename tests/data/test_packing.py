@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from made import GAP, make_source, make_sources, mixture
 
 from midstream.batch import IGNORE, PADDING, Row
-from midstream.config import Epochs, Rows
+from midstream.config import Epochs, Mixture, Rows
 from midstream.data import packing
 from midstream.data.packing import RowPlan, build_row, plan_rows, shares_report
 from midstream.data.sources import Source
@@ -135,6 +135,31 @@ def test_filled_and_padded_rows_hold_every_planned_token_once_with_its_next_as_t
         assert plan.num_steps == -(-len(found) // 4)
 
 
+def check_stream(sources: Mapping[str, Source], budget: Mixture | Epochs, length: int) -> None:
+    """Joined rows against the plain form: one stream of documents, cut at the row length.
+
+    A document's end predicts the beginning of the next one where that is in the row.
+    """
+    rows = Rows(row_length=length, batch_rows=4, layout="joined")
+    plan = plan_rows(sources, 0, budget, rows, 0)
+    stream = [t for piece in planned_tokens(plan, sources, 0) for t in piece]
+    found = rows_of(plan, sources, 0)
+    assert len(found) == -(-len(stream) // length)
+    for row in found:
+        ids, stream = stream[:length], stream[length:]
+        size = len(ids)
+        targets = [next_target(sources, token) for token in ids]
+        for at in range(size - 1):
+            targets[at] = ids[at + 1] if targets[at] == IGNORE else targets[at]
+        assert row.input_ids.tolist() == ids + [0] * (length - size)
+        assert row.targets.tolist() == targets + [IGNORE] * (length - size)
+        assert row.position_ids[:size].tolist() == list(range(size))
+        assert row.segment_ids.tolist() == [0] * size + [PADDING] * (length - size)
+        assert (row.counts.text, row.counts.pad) == (size, length - size)
+        assert row.counts.target == sum(target != IGNORE for target in targets)
+    assert not stream
+
+
 @given(
     seed=st.integers(0, 999),
     row_length=st.integers(4, 60),
@@ -149,25 +174,13 @@ def test_joined_rows_are_one_stream_of_documents_cut_at_the_row_length(
         sources = make_sources(Path(folder), seed, longest=row_length, images=False)
         have = min(len(source.tokens) for source in sources.values())
         budget = mixture(max(row_length, int(have * part)), {"web": share, "notes": 1 - share})
-        rows = Rows(row_length=row_length, batch_rows=4, layout="joined")
-        plan = plan_rows(sources, 0, budget, rows, seed)
-        # The plain form: one stream, cut. A document's end predicts the next one's beginning.
-        stream = [t for piece in planned_tokens(plan, sources, 0) for t in piece]
-        found = rows_of(plan, sources, 0)
-        assert len(found) == -(-len(stream) // row_length)
-        for row in found:
-            ids, stream = stream[:row_length], stream[row_length:]
-            size = len(ids)
-            targets = [next_target(sources, token) for token in ids]
-            for at in range(size - 1):
-                targets[at] = ids[at + 1] if targets[at] == IGNORE else targets[at]
-            assert row.input_ids.tolist() == ids + [0] * (row_length - size)
-            assert row.targets.tolist() == targets + [IGNORE] * (row_length - size)
-            assert row.position_ids[:size].tolist() == list(range(size))
-            assert row.segment_ids.tolist() == [0] * size + [PADDING] * (row_length - size)
-            assert (row.counts.text, row.counts.pad) == (size, row_length - size)
-            assert row.counts.target == sum(target != IGNORE for target in targets)
-        assert not stream
+        check_stream(sources, budget, row_length)
+
+
+@pytest.mark.parametrize("last", range(1, 18))
+def test_joined_rows_are_whole_wherever_the_last_document_ends(tmp_path: Path, last: int) -> None:
+    sources = {"web": make_source(tmp_path, "web", "text", [5, 8, 3, last])}
+    check_stream(sources, Epochs(sources=("web",), epochs=1), 8)
 
 
 @pytest.mark.parametrize(

@@ -96,10 +96,10 @@ def test_the_loss_falls(ledger: Ledger, stage: Pretrain | Continue) -> None:
     assert ledger.results(stage)["final_loss"] == losses[-1]
 
 
-def test_a_text_model_starts_with_logits_of_unit_variance(ledger: Ledger) -> None:
-    first = ledger.metrics(TEXT)[0]["loss"]
-    # Guessing costs log(vocabulary); independent normal logits cost half a nat more.
-    assert first == pytest.approx(np.log(tiny.VOCAB_SIZE) + 0.5, abs=0.1)
+def test_a_text_model_starts_about_as_unsure_as_guessing(ledger: Ledger) -> None:
+    # Independent logits of unit variance cost half a nat more than guessing.
+    surplus = ledger.metrics(TEXT)[0]["loss"] - np.log(tiny.VOCAB_SIZE)
+    assert 0.0 < surplus < 1.0
 
 
 @pytest.mark.parametrize("stage", [TEXT, SEEN], ids=lambda stage: stage.kind)
