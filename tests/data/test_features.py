@@ -12,7 +12,7 @@ from torch import Tensor
 
 from midstream.config import EncoderConfig
 from midstream.data.features import FILL_BATCH, FeatureStore, encode_fixed, gather, load_pixels
-from midstream.data.sources import Source
+from midstream.data.sources import Source, SourceWriter
 
 CONFIG = EncoderConfig(
     image_size=8, patch_size=4, hidden_size=6, num_layers=2, num_heads=1, intermediate_size=8
@@ -79,6 +79,22 @@ def test_features_are_those_of_live_encoding_with_shared_pictures_stored_once(
     assert array.dtype == np.float32
     check_all(store, talks, shown)
     check_all(FeatureStore(tmp_path / "features", CONFIG), talks, shown)
+
+
+def test_pictures_of_one_file_are_told_apart_in_any_order(tmp_path: Path) -> None:
+    order = np.random.default_rng(1).permutation(12).tolist() * 2
+    blobs = [png(number) for number in range(12)]
+    (tmp_path / "all.bin").write_bytes(b"".join(blobs))
+    writer = SourceWriter(tmp_path / "talks", kind="instruct", dtype="<u2")
+    for at in order:
+        place = ("all.bin", sum(map(len, blobs[:at])), len(blobs[at]))
+        writer.add(np.ones(3), np.ones(3), name="a", image=place)
+    writer.close()
+    source = Source("talks", tmp_path / "talks", tmp_path)
+    store = FeatureStore(tmp_path / "features", CONFIG)
+    store.fill(source, Encode(), no_progress)
+    assert len(np.load(tmp_path / "features" / "talks.npy")) == 12
+    check_all(store, source, order)
 
 
 @pytest.mark.parametrize("count", [1, 2, 17, FILL_BATCH])

@@ -265,6 +265,16 @@ def test_rows_stay_near_their_place_in_the_plan(
     assert all(a < b for a, b in zip(blocks, blocks[2:], strict=False))
 
 
+def test_every_part_of_a_block_holds_long_and_short_pieces_alike(tmp_path: Path) -> None:
+    lengths = np.random.default_rng(0).integers(1, 40, 700).tolist()
+    source = make_source(tmp_path, "web", "text", lengths)
+    rows = Rows(row_length=60, batch_rows=4)
+    plan = plan_rows({"web": source}, 0, Epochs(sources=("web",), epochs=1), rows, 0)
+    assert 200 < len(plan) < packing.BLOCK_ROWS
+    longest = [plan.length[a:b].max() for a, b in zip(plan.first, plan.first[1:], strict=False)]
+    assert abs(np.corrcoef(longest, np.arange(len(plan)))[0, 1]) < 0.2
+
+
 @pytest.mark.parametrize("layout", ["filled", "padded"])
 @pytest.mark.parametrize("kind", ["caption", "instruct"])
 def test_a_record_longer_than_a_row_is_named_with_both_numbers(

@@ -124,16 +124,16 @@ def conversation_turns(record: dict[str, Any], where: str) -> tuple[list[tuple[s
     if roles != ["human", "gpt"] * (len(turns) // 2):
         raise ValueError(f"{where}: roles must alternate human, gpt; found {roles}")
     texts = [turn["value"] for turn in turns]
-    marks = [IMAGE_MARK in text for text in texts]
+    marks = [text.count(IMAGE_MARK) for text in texts]
     has_image = "image" in record
     if has_image and not isinstance(record["image"], str):
         raise ValueError(f"{where}: 'image' must be a file name, found {record['image']!r}")
-    if has_image != marks[0] or any(marks[1:]):
+    if marks != [int(has_image)] + [0] * (len(texts) - 1):
         raise ValueError(
-            f"{where}: {IMAGE_MARK} must stand in the first human turn exactly when the record "
+            f"{where}: {IMAGE_MARK} must stand once, in the first human turn, where the record "
             f"names an image (image: {record.get('image')!r})"
         )
-    texts[0] = texts[0].replace(IMAGE_MARK, "")
+    texts[0] = texts[0].replace(IMAGE_MARK, "", 1)
     texts = [text.strip() for text in texts]
     if not all(texts):
         raise ValueError(f"{where}: a turn is empty")

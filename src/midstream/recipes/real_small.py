@@ -48,7 +48,7 @@ def when_images_arrive(
     image_share: float = 0.5,
     text_tokens: int = 200_000,
     continue_tokens: int = 80_000,
-    finetune_tokens: int = 400_000,
+    finetune_tokens: int = 1_000_000,
     max_epochs: int = 4,
     text_rate: float = 2e-3,
     rewarm_rate: float = 1e-3,
