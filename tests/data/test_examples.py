@@ -135,6 +135,7 @@ ASK, REPLY = ("human", "What?"), ("gpt", "A cat.")
         (record(("system", "Be nice."), REPLY), "roles must alternate"),
         (record(("human", "<image> What?"), REPLY), "exactly when"),
         (record(ASK, REPLY, image="a.jpg"), "exactly when"),
+        (record(("human", "<image> <image> What?"), REPLY, image="a.jpg"), "exactly when"),
         (record(ASK, ("gpt", "<image>"), image="a.jpg"), "exactly when"),
         (
             record(("human", "<image>?"), REPLY, ("human", "<image>?"), REPLY, image="a.jpg"),

@@ -130,8 +130,8 @@ def conversation_turns(record: dict[str, Any], where: str) -> tuple[list[tuple[s
         raise ValueError(f"{where}: 'image' must be a file name, found {record['image']!r}")
     if marks != [int(has_image)] + [0] * (len(texts) - 1):
         raise ValueError(
-            f"{where}: {IMAGE_MARK} must stand once, in the first human turn, where the record "
-            f"names an image (image: {record.get('image')!r})"
+            f"{where}: {IMAGE_MARK} must stand once, in the first human turn, exactly when the "
+            f"record names an image (image: {record.get('image')!r})"
         )
     texts[0] = texts[0].replace(IMAGE_MARK, "", 1)
     texts = [text.strip() for text in texts]

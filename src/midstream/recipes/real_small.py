@@ -73,20 +73,14 @@ def when_images_arrive(
     seed draws the order of captions and conversations, and the projector. Raises
     FileNotFoundError for a missing folder or tokenizer.
 
-    The defaults are meant for about 20 minutes on two cores, a process with one thread on each,
-    at 25 GFLOP/s a core. The decoder has 1.8 M weights in its layers and 9.7 M in its head, so
-    that a position costs 13 MFLOP to train on (attention included), and 58 more if it has a loss:
+    With the defaults, two processes of one thread each and other work on the cores, the stages
+    took these seconds (a line from scratch starts beside the text run; two lines run side by side
+    behind it):
 
-        stage          positions   with a loss   TFLOP   seconds
-        Prepare                -             -       -        35
-        Pretrain         262,144         100 %    18.6       745
-        TrainEncoder   300 steps             -     2.9       120   beside Pretrain
-        Continue          98,304          70 %     5.3       210   an image is 16 positions
-        Finetune         131,072           6 %     2.2        85
-        Evaluate      200 a task             -     1.7        70
+        Prepare 63, Pretrain 448 (447 tokens/s, the head over 50,432 words is most of it),
+        TrainEncoder 211 beside it, Continue 72 to 129, Finetune 135 to 150, Evaluate 13
 
-    A line takes 365 s behind the text run. The one from scratch runs beside it and two run side
-    by side behind it: 35 + 745 + 365 s.
+    `docs/LOG.md` says what came of it.
     """
     world = _prepare(Path(data).resolve(), num_questions)
     decoder = DecoderConfig(
