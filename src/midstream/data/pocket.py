@@ -56,8 +56,8 @@ TEXT_TASKS = ("pocket_reading", "pocket_words", "pocket_facts")
 CHANCES = dict(zip(TASKS, (0.25, 0.25, 0.0, 0.5, 0.0, 0.0), strict=True))
 DOCUMENTS_A_FILE, SCENES_A_SHARD = 8_000, 1_000
 FACT_DOCUMENTS_FRACTION = 0.25
-# How many things a scene has, each entry as likely. Many scenes are simple: a small model reads
-# colours and shapes off them first, and learns to tell things apart from there.
+# How many things a scene has, each entry as likely. Many scenes are simple, so that colours and
+# shapes can be read off them before things have to be told apart.
 NUM_THINGS = (1, 1, 2, 2, 3, 4)
 Turn = tuple[Question, str]
 
