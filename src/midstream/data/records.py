@@ -1,0 +1,84 @@
+"""What the readers of public formats hand to the preparation, and how the work is cut."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+Section = Literal["text", "captions", "conversations"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one process reads at a time and one shard of the prepared source holds.
+
+    `format` is the reader's name, `files` are local paths or `fsspec` URLs. `first` and `last`
+    (exclusive; None: to the end) number the records of the file where one file makes many units.
+    """
+
+    format: str
+    files: tuple[str, ...]
+    first: int = 0
+    last: int | None = None
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What a user says about the records.
+
+    text_key: the field or column of the text. caption: which of a sample's captions (original,
+    synthetic: its first synthetic one; random: one of its synthetic ones, drawn by `seed` and the
+    sample's key). images: the folder or URL that relative picture names start from, where it is
+    not the file's own folder.
+    """
+
+    text_key: str = "text"
+    caption: Literal["original", "synthetic", "random"] = "original"
+    images: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An encoded picture: its bytes, and where they lie (file, byte offset)."""
+
+    file: str
+    offset: int
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class TextRecord:
+    """A document; `where` names it in messages."""
+
+    where: str
+    text: str
+
+
+@dataclass(frozen=True)
+class TokenRecord:
+    """A chunk that is tokenised already, taken as it is."""
+
+    where: str
+    input_ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class CaptionRecord:
+    """A picture and its caption."""
+
+    where: str
+    caption: str
+    picture: Picture
+
+
+@dataclass(frozen=True)
+class ConversationRecord:
+    """Question and reply pairs, and the picture that the first question shows."""
+
+    where: str
+    turns: tuple[tuple[str, str], ...]
+    picture: Picture | None
+
+
+Record = TextRecord | TokenRecord | CaptionRecord | ConversationRecord

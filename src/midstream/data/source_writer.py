@@ -1,0 +1,198 @@
+"""Writing a prepared source: one folder a shard, then the index that completes it."""
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from midstream.data.sources import FORMAT, INDEX, SHARD_INDEX, Kind, content_hash
+from midstream.storage import MANIFEST, read_json, write_bytes, write_json
+
+REJECTS = "rejects.jsonl"
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A record that is left out: `where` it stands, the `reason` it is counted under, `detail`."""
+
+    where: str
+    reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass(frozen=True)
+class Image:
+    """Where a picture's bytes lie: file (under the source's root, or a URL), offset and size."""
+
+    file: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class _Added:
+    input_ids: np.ndarray
+    supervised: np.ndarray
+    name: str
+    image: Image | None
+    hash: bytes
+
+
+class ShardWriter:
+    """Collects the examples of one shard in `folder`, which must not exist; `close` completes it.
+
+    Use it inside `storage.new_folder`, so that the folder appears whole under its name.
+    `validation_fraction` of the examples, chosen by their content hash, go to the validation
+    split: all captions of a picture, and equal texts, go the same way.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        kind: Kind,
+        dtype: str,
+        input_name: str,
+        validation_fraction: float = 0.0,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.kind, self.dtype = folder, kind, np.dtype(dtype)
+        self.input_name = input_name
+        # A hash is below this with the asked probability.
+        self._validation_below = int(validation_fraction * 2**64)
+        self._validation: list[_Added] = []
+        self._lengths: list[int] = []
+        self._images: list[tuple[int, int, int]] = []
+        self._hashes: list[bytes] = []
+        self._files: dict[str, int] = {}
+        self._rejects: list[Reject] = []
+        self._tokens = (folder / "tokens.bin").open("wb")
+        self._supervised = None if kind == "text" else (folder / "supervised.bin").open("wb")
+        self._names = None if kind == "text" else _open_names(folder)
+
+    def add(
+        self,
+        input_ids: np.ndarray,
+        supervised: np.ndarray,
+        *,
+        name: str,
+        content: bytes,
+        image: Image | None = None,
+    ) -> None:
+        """One example; `content` is its picture's bytes, or its text's where it has none."""
+        added = _Added(input_ids, supervised, name, image, content_hash(content))
+        if int.from_bytes(added.hash[:8], "big") < self._validation_below:
+            self._validation.append(added)
+        else:
+            self._write(added)
+
+    def reject(self, reject: Reject) -> None:
+        """Leave a record out, counted and named."""
+        self._rejects.append(reject)
+
+    def _write(self, added: _Added) -> None:
+        self._tokens.write(added.input_ids.astype(self.dtype).tobytes())
+        if self._supervised is not None:
+            self._supervised.write(added.supervised.astype(np.uint8).tobytes())
+        if self._names is not None:
+            self._names.write(added.name.replace("\n", " ").replace("\r", " ") + "\n")
+        self._lengths.append(len(added.input_ids))
+        self._hashes.append(added.hash)
+        if added.image is None:
+            self._images.append((-1, 0, 0))
+        else:
+            file = self._files.setdefault(added.image.file, len(self._files))
+            self._images.append((file, added.image.offset, added.image.size))
+
+    def _counts(self) -> np.ndarray:
+        shown = sum(file >= 0 for file, _, _ in self._images)
+        return np.array([len(self._lengths), sum(self._lengths), shown])
+
+    def close(self) -> dict[str, Any]:
+        """Write the columns and `shard.json`; returns what that says."""
+        train = self._counts()
+        for added in self._validation:
+            self._write(added)
+        both = self._counts()
+        for stream in (self._tokens, self._supervised, self._names):
+            if stream is not None:
+                stream.close()
+        images = np.array(self._images, np.int64).reshape(-1, 3)
+        columns = {
+            "offsets": _sums(np.array(self._lengths, dtype=np.int64)),
+            "hashes": np.frombuffer(b"".join(self._hashes), np.uint8).reshape(-1, 16),
+        }
+        if self.kind != "text":
+            columns |= {"images": images, "num_images": _sums((images[:, 0] >= 0).astype(np.int64))}
+        for name, column in columns.items():
+            np.save(self.folder / f"{name}.npy", column)
+        lines = [json.dumps(asdict(reject), ensure_ascii=False) for reject in self._rejects]
+        text = "".join(f"{line}\n" for line in lines)
+        # Names inside archives may be bytes that are no UTF-8.
+        write_bytes(self.folder / REJECTS, text.encode("utf-8", errors="backslashreplace"))
+        index = {
+            "kind": self.kind,
+            "dtype": self.dtype.str,
+            "input": self.input_name,
+            "records": int(both[0]) + len(self._rejects),
+            "rejects": dict(Counter(reject.reason for reject in self._rejects)),
+            "train": _named(train),
+            "validation": _named(both - train),
+            "files": list(self._files),
+        }
+        write_json(self.folder / SHARD_INDEX, index)
+        return index
+
+
+def finish_source(
+    folder: Path, *, tokenizer_digest: str, vocab_size: int, root: str
+) -> dict[str, Any]:
+    """Write `source.json` over the shards that lie under `folder/shards`; returns what it says.
+
+    `root` is where relative picture files lie. The fingerprint stands for every byte of the shards.
+    """
+    shards, rejects, hashes = [], Counter[str](), hashlib.sha256()
+    for path in sorted((folder / "shards").iterdir()):
+        index = read_json(path / SHARD_INDEX)
+        manifest = read_json(path / MANIFEST) if (path / MANIFEST).exists() else index
+        hashes.update(json.dumps([path.name, manifest], sort_keys=True).encode())
+        rejects.update(index["rejects"])
+        shards.append({"name": path.name} | {k: index[k] for k in ("train", "validation", "input")})
+        kind, dtype = index["kind"], index["dtype"]
+    if not shards:
+        raise ValueError(f"{folder} has no shard; prepare the data again")
+    records = sum(read_json(p / SHARD_INDEX)["records"] for p in (folder / "shards").iterdir())
+    summary = {
+        "format": FORMAT,
+        "kind": kind,
+        "dtype": dtype,
+        "tokenizer": {"digest": tokenizer_digest, "vocab_size": vocab_size},
+        "fingerprint": hashes.hexdigest()[:16],
+        "root": root,
+        "records": records,
+        "rejects": dict(rejects),
+    }
+    for split in ("train", "validation"):
+        keys = ("examples", "tokens", "images")
+        summary[split] = {key: sum(shard[split][key] for shard in shards) for key in keys}
+    write_json(folder / INDEX, summary | {"shards": shards})
+    return summary
+
+
+def _sums(values: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(values)]).astype(np.int64)
+
+
+def _named(counts: np.ndarray) -> dict[str, int]:
+    return dict(zip(("examples", "tokens", "images"), counts.tolist(), strict=True))
+
+
+def _open_names(folder: Path) -> TextIO:
+    return (folder / "names.txt").open("w", encoding="utf-8", errors="backslashreplace")
