@@ -73,11 +73,28 @@ class DecoderConfig(Config):
         return self.num_layers * layer + d + 2 * self.vocab_size * d
 
 
+Colour = tuple[float, float, float]
+
+
+class ImageTransform(Config):
+    """How a picture becomes pixels: fitted to a square, then (value - mean) / std by channel.
+
+    letterbox: padded to a square with the mean's colour, then resized; square: resized, whatever
+    its shape; crop: resized by its shorter side, the middle cut out.
+    """
+
+    size: Positive
+    resize: Literal["letterbox", "square", "crop"] = "letterbox"
+    mean: Colour = (0.5, 0.5, 0.5)
+    std: Colour = (0.5, 0.5, 0.5)
+
+
 class EncoderConfig(Config):
     """A SigLIP vision tower (`transformers.SiglipVisionModel`).
 
     `feature_layer` picks the hidden states that the projector sees: -1 is the last block's output,
-    -2 the second to last as Prismatic takes it; the final norm is not applied.
+    -2 the second to last as Prismatic takes it; the final norm is not applied. Features are rounded
+    to `feature_dtype`, whether they are stored or computed anew (int8: one scale a patch).
     """
 
     image_size: Positive
@@ -87,7 +104,17 @@ class EncoderConfig(Config):
     num_heads: Positive
     intermediate_size: Positive
     feature_layer: int = -2
-    resize: Literal["letterbox", "square"] = "letterbox"
+    resize: Literal["letterbox", "square", "crop"] = "letterbox"
+    pixel_mean: Colour = (0.5, 0.5, 0.5)
+    pixel_std: Colour = (0.5, 0.5, 0.5)
+    feature_dtype: Literal["bfloat16", "int8"] = "bfloat16"
+
+    @property
+    def transform(self) -> ImageTransform:
+        """How pictures become this encoder's pixels."""
+        return ImageTransform(
+            size=self.image_size, resize=self.resize, mean=self.pixel_mean, std=self.pixel_std
+        )
 
     @model_validator(mode="after")
     def _fits(self) -> "EncoderConfig":
@@ -172,11 +199,18 @@ class SmallReal(Config):
 
 
 class PublicFolder(Config):
-    """A user's own folder in the public formats (see `docs/data.md` for its layout)."""
+    """A user's own folder in the public formats (see `docs/data.md` for its layout).
+
+    More bad records than `max_reject_fraction` of a source stop its preparation; fewer are left
+    out, counted and listed. `caption` picks among a picture's captions (`midstream prepare`).
+    """
 
     kind: Literal["folder"] = "folder"
     root: Annotated[Path, Placement]
     fingerprint: str
+    max_reject_fraction: Fraction = 0.001
+    validation_fraction: Fraction = 0.0
+    caption: Literal["original", "synthetic", "random"] = "original"
 
 
 World = Annotated[PocketWorld | SmallReal | PublicFolder, Field(discriminator="kind")]
@@ -207,13 +241,23 @@ class Share(Config):
     share: Fraction
 
 
+Sampling = Literal["permutation", "replacement"]
+
+
 class Mixture(Config):
-    """Exact shares of a budget of tokens; a source may be repeated `max_epochs` times."""
+    """Exact shares of a budget of tokens; a source may be repeated `max_epochs` times.
+
+    by="sequences" (OpenLM's weights): shares are of the `total_tokens // row_length` sequences; one
+    is an example with a picture, a conversation, or a row's length of text. sampling="replacement"
+    (the paper's runs): every draw is from the whole source, and `max_epochs` sets no limit.
+    """
 
     kind: Literal["mixture"] = "mixture"
     total_tokens: Positive
     shares: Annotated[tuple[Share, ...], Field(min_length=1)]
     max_epochs: Positive = 1
+    by: Literal["tokens", "sequences"] = "tokens"
+    sampling: Sampling = "permutation"
 
     @model_validator(mode="after")
     def _whole(self) -> "Mixture":
@@ -233,15 +277,49 @@ class Epochs(Config):
     epochs: Positive
 
 
-Budget = Annotated[Mixture | Epochs, Field(discriminator="kind")]
+class Amount(Config):
+    """A source and how much of it: either tokens, patches included, or whole passes."""
+
+    source: str
+    tokens: Positive | None = None
+    epochs: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> "Amount":
+        if (self.tokens is None) == (self.epochs is None):
+            raise ValueError(f"source {self.source!r} needs either tokens or epochs")
+        return self
+
+
+class Amounts(Config):
+    """Absolute amounts; the total follows. A source may be repeated `max_epochs` times."""
+
+    kind: Literal["amounts"] = "amounts"
+    amounts: Annotated[tuple[Amount, ...], Field(min_length=1)]
+    max_epochs: Positive = 1
+    sampling: Sampling = "permutation"
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Amounts":
+        names = [amount.source for amount in self.amounts]
+        if len(set(names)) != len(names):
+            raise ValueError(f"a source is named twice: {names}")
+        if self.sampling == "replacement" and any(amount.epochs for amount in self.amounts):
+            raise ValueError(
+                "epochs are whole passes; with replacement there are none: give tokens"
+            )
+        return self
+
+
+Budget = Annotated[Mixture | Amounts | Epochs, Field(discriminator="kind")]
 
 
 class Rows(Config):
     """How examples become rows of `row_length` positions, `batch_rows` of which make a step.
 
     joined: documents joined by end-of-text and cut at the row length, no document mask (OpenLM).
-    filled: whole examples side by side, kept apart by segments, as full as they fit.
-    padded: one image example a row and padding behind it (the paper); text rows as in `filled`.
+    filled: examples side by side, kept apart by segments, as full as they fit.
+    padded: one image example a row and padding behind it, text rows as in `joined` (the paper).
     """
 
     row_length: Positive
@@ -335,4 +413,9 @@ class Machine(Config):
     workers: Positive = 2
     threads: Positive = 1
     micro_batch_rows: Positive | None = None
+    # Processes that build rows and decode pictures ahead of each training process.
+    data_workers: Annotated[int, Field(ge=0)] = 0
+    # Whether a frozen encoder's outputs are kept on disk; auto: where that pays (`midstream plan`).
+    features: Literal["auto", "stored", "live"] = "auto"
+    max_feature_gib: Annotated[float, Field(ge=0)] = 64.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
