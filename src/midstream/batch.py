@@ -6,8 +6,9 @@ consecutive positions at the head of its segment; `input_ids` there is 0 and is 
 projected patch features.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ class Row:
     input_ids, targets (already shifted: the token after each position, or IGNORE), position_ids
     (from 0 in each segment, or over the whole row in the joined layout), segment_ids (PADDING
     behind the end), image_starts (first column of each image), images (what the loader turns into
-    pixels or stored features, in the order of image_starts) and the counts of what it holds.
+    pixels or stored features, in the order of image_starts), the counts of what it holds, and the
+    same by source (padding belongs to none).
     """
 
     input_ids: np.ndarray
@@ -39,13 +41,15 @@ class Row:
     image_starts: np.ndarray
     images: np.ndarray
     counts: TokenCount
+    sources: Mapping[str, TokenCount] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Batch:
     """R rows for the model; `images` holds pixels or stored features, one entry an image.
 
-    `image_slots` lists (row, first column) of each image. `counts` is the sum over the rows.
+    `image_slots` lists (row, first column) of each image. `counts` and `sources` are sums over the
+    rows.
     """
 
     input_ids: Int[Tensor, "rows seq"]
@@ -55,18 +59,22 @@ class Batch:
     image_slots: Int[Tensor, "images 2"]
     images: Float[Tensor, "images ..."]
     counts: TokenCount
+    sources: Mapping[str, TokenCount] = field(default_factory=dict)
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, from which a GPU copies while it computes."""
+        return self._changed(lambda tensor: tensor.pin_memory())
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        fields: dict[str, Any] = {
+            name: change(value) if isinstance(value, Tensor) else value
+            for name, value in self.__dict__.items()
+        }
+        return Batch(**fields)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        return Batch(
-            input_ids=self.input_ids.to(device),
-            targets=self.targets.to(device),
-            position_ids=self.position_ids.to(device),
-            segment_ids=self.segment_ids.to(device),
-            image_slots=self.image_slots.to(device),
-            images=self.images.to(device),
-            counts=self.counts,
-        )
+        return self._changed(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def stack_rows(rows: Sequence[Row], images: Float[Tensor, "images ..."]) -> Batch:
@@ -91,4 +99,14 @@ def stack_rows(rows: Sequence[Row], images: Float[Tensor, "images ..."]) -> Batc
         image_slots=torch.tensor(slots, dtype=torch.int64).reshape(-1, 2),
         images=images,
         counts=counts,
+        sources=add_counts(row.sources for row in rows),
     )
+
+
+def add_counts(parts: Iterable[Mapping[str, TokenCount]]) -> dict[str, TokenCount]:
+    """Sum of counts by source."""
+    total: dict[str, TokenCount] = {}
+    for part in parts:
+        for name, counts in part.items():
+            total[name] = total.get(name, TokenCount()) + counts
+    return total

@@ -8,7 +8,9 @@ import numpy as np
 from PIL import Image
 
 from midstream.config import Mixture, Share
-from midstream.data.sources import Kind, Source, SourceWriter
+from midstream.data.source_writer import Image as Placed
+from midstream.data.source_writer import ShardWriter, finish_source
+from midstream.data.sources import Kind, Source
 
 # Ids of source number n start at (n + 1) * GAP: an id says its source, 0 is no token.
 GAP = 1_000_000
@@ -30,25 +32,36 @@ def make_source(
     *,
     number: int = 0,
     pictures: Sequence[int | None] | None = None,
+    shards: int = 1,
 ) -> Source:
-    """A source of examples with these lengths; `pictures` says which file each one shows."""
+    """A source of examples with these lengths; `pictures` says which file each one shows.
+
+    The examples are dealt to `shards` shards in consecutive runs.
+    """
     world, folder = base / "world", base / "sources" / name
     world.mkdir(parents=True, exist_ok=True)
-    writer = SourceWriter(folder, kind=kind, dtype="<u4")
     random, low = np.random.default_rng(number), (number + 1) * GAP
-    for example, length in enumerate(lengths):
-        supervised = np.ones(length) if kind == "text" else random.integers(0, 2, length)
-        shown = None if pictures is None else pictures[example]
-        image = None
-        if shown is not None:
-            path = world / f"{shown}.png"
-            if not path.exists():
-                path.write_bytes(png(shown))
-            image = (path.name, 0, path.stat().st_size)
-        ids = np.arange(low, low + length)
-        writer.add(ids, supervised, name=f"{name}-000.tar, sample {example}", image=image)
-        low += length
-    writer.close()
+    for shard, run in enumerate(np.array_split(np.arange(len(lengths)), shards)):
+        writer = ShardWriter(
+            folder / "shards" / f"{shard:06d}", kind=kind, dtype="<u4", input_name=f"{name}-000.tar"
+        )
+        for example in run.tolist():
+            length = lengths[example]
+            supervised = np.ones(length) if kind == "text" else random.integers(0, 2, length)
+            shown = None if pictures is None else pictures[example]
+            label, image = f"{name}-000.tar, sample {example}", None
+            content = label.encode()
+            if shown is not None:
+                path = world / f"{shown}.png"
+                if not path.exists():
+                    path.write_bytes(png(shown))
+                content = path.read_bytes()
+                image = Placed(path.name, 0, len(content))
+            ids = np.arange(low, low + length)
+            writer.add(ids, supervised, name=label, content=content, image=image)
+            low += length
+        writer.close()
+    finish_source(folder, tokenizer_digest="made", vocab_size=low, root=str(world))
     return Source(name, folder, world)
 
 

@@ -1,6 +1,8 @@
-"""A rank's view of the rows; prefetch; its whole state is one integer."""
+"""A rank's view of the rows; prefetch; its whole state is one integer, the rows consumed."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
@@ -9,9 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from midstream.batch import Batch, Row, stack_rows
-from midstream.data.packing import RowPlan, build_row
+from midstream.data.packing import RowPlan
+from midstream.data.rows import build_row
 from midstream.data.sources import Source
 
+# (source number, example) pairs, int64 [images, 2] -> pixels or stored features, in their order.
 Images = Callable[[np.ndarray], Float[Tensor, "images ..."]]
 
 
@@ -21,7 +25,8 @@ class RowDataset(Dataset[tuple[Row, Tensor]]):
     def __init__(
         self, plan: RowPlan, sources: Mapping[str, Source], num_patches: int, images: Images
     ) -> None:
-        self.plan, self.sources = plan, sources
+        self.plan = plan
+        self.sources = {name: sources[name] for name in plan.names}
         self.num_patches, self.images = num_patches, images
 
     def __len__(self) -> int:
@@ -32,55 +37,84 @@ class RowDataset(Dataset[tuple[Row, Tensor]]):
         return row, self.images(row.images)
 
 
-def micro_batches_of_step(
-    num_rows: int, batch_rows: int, step: int, micro_rows: int, rank: int = 0, world_size: int = 1
-) -> list[list[int]]:
-    """The rows of one optimiser step that a rank works on, cut into micro-batches.
+@dataclass(frozen=True)
+class View:
+    """Which rows of each step a rank works on, and how many at a time.
 
-    Every rank gets the same number of micro-batches (some may be empty at the plan's end), so
-    that all run the same collectives. Raises ValueError if ranks do not divide the step.
+    Raises ValueError if ranks do not divide the step.
     """
-    if batch_rows % world_size:
-        raise ValueError(f"batch_rows {batch_rows} is no multiple of {world_size} ranks")
-    low = step * batch_rows
-    share = batch_rows // world_size
-    mine = range(low + rank * share, low + (rank + 1) * share)
-    cut = [mine[at : at + micro_rows] for at in range(0, share, micro_rows)]
-    return [[row for row in part if row < num_rows] for part in cut]
+
+    num_rows: int
+    batch_rows: int
+    micro_rows: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_rows % self.world_size:
+            raise ValueError(
+                f"batch_rows {self.batch_rows} is no multiple of {self.world_size} ranks"
+            )
+
+    def step(self, step: int, first_row: int = 0) -> list[list[int]]:
+        """The rank's micro-batches of one optimiser step, without the rows before `first_row`.
+
+        Every rank gets the same number of them (some may be empty at the plan's end), so that all
+        run the same collectives.
+        """
+        low, share = step * self.batch_rows, self.batch_rows // self.world_size
+        mine = range(low + self.rank * share, low + (self.rank + 1) * share)
+        cut = [mine[at : at + self.micro_rows] for at in range(0, share, self.micro_rows)]
+        return [[row for row in part if first_row <= row < self.num_rows] for part in cut]
+
+    def steps(self, first_row: int) -> Iterator[list[list[int]]]:
+        """The steps that are left once `first_row` rows are consumed; empty parts are left out."""
+        for step in count(first_row // self.batch_rows):
+            if step * self.batch_rows >= self.num_rows:
+                return
+            yield [part for part in self.step(step, first_row) if part]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    # Makes the loader's work as it goes: a plan may have millions of rows.
+    view: View
+    first_row: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.view.steps(self.first_row):
+            yield from step
 
 
 def load_steps(
     dataset: RowDataset,
     *,
-    first_step: int,
+    first_row: int,
     micro_rows: int,
     workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    device: torch.device | None = None,
 ) -> Iterator[list[Batch]]:
-    """The micro-batches of each optimiser step from `first_step` on; empty ones are left out."""
-    rows = dataset.plan.rows
-    steps = [
-        [
-            part
-            for part in micro_batches_of_step(
-                len(dataset), rows.batch_rows, step, micro_rows, rank, world_size
-            )
-            if part
-        ]
-        for step in range(first_step, dataset.plan.num_steps)
-    ]
+    """The micro-batches of each optimiser step from row `first_row` of the plan on.
+
+    `workers` processes build rows and decode pictures ahead; for a GPU `device` batches lie in
+    page-locked memory. Neither changes what they hold.
+    """
+    view = View(len(dataset), dataset.plan.rows.batch_rows, micro_rows, rank, world_size)
     loader = DataLoader(
         dataset,
-        batch_sampler=[part for step in steps for part in step],
+        batch_sampler=_Parts(view, first_row),
         collate_fn=_collate,
         num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=device is not None and device.type == "cuda",
         # Else the loader draws its workers' seed from the global generator.
         generator=torch.Generator(),
         multiprocessing_context="forkserver" if workers else None,
     )
     batches = iter(loader)
-    for step in steps:
+    for step in view.steps(first_row):
         yield [next(batches) for _ in step]
 
 

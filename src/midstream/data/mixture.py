@@ -1,179 +1,206 @@
-"""Token budgets -> the global order of examples, a pure function of (plan, seed).
+"""Budgets -> how much of each source a plan takes, and how that lies over the plan's length.
 
-Nothing is shuffled in place: each source is read through a keyed permutation of its indices, so
-the example at any position is found by arithmetic.
+A plan is cut into blocks that all have the whole plan's shares. Text is taken to the token;
+examples that stay whole (captions, conversations) are taken as long as more than half of one lies
+inside the budget. What a block holds follows from the block's number alone.
 """
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from midstream.config import Epochs, Mixture
+from midstream.config import Amounts, Budget, Epochs, Mixture
+from midstream.data.stream import Lengths, Stream, Stretch
 from midstream.tokens import apportion
-
-ROUNDS = 6
 
 
 @dataclass(frozen=True)
 class Supply:
-    """What a source offers to a plan: lengths in tokens of its pieces, image patches included.
+    """What a source offers to a plan.
 
-    Documents longer than a row are cut into pieces of a row's length; piece k of `pieces` starts
-    at token `starts[k]` of example `examples[k]`. Image examples are one piece each.
+    `lengths` are positions of a row, image patches included. Text (`divisible`) may be cut at any
+    token; other examples stay whole.
     """
 
     name: str
-    examples: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
+    lengths: Lengths
+    divisible: bool
 
 
 @dataclass(frozen=True)
-class Order:
-    """The planned pieces in global order, and each source's planned and realised tokens.
+class Quota:
+    """How much of a source a plan takes: its first `tokens` tokens, or `examples` whole ones.
 
-    source: index into `names`; piece: index into that source's supply.
+    planned_tokens is what the budget says, None where it counts passes or sequences. `by_count`
+    spreads whole examples evenly by number, else by tokens.
     """
 
-    names: tuple[str, ...]
-    source: np.ndarray
-    piece: np.ndarray
-    planned_tokens: dict[str, int | None]
-    realised_tokens: dict[str, int]
+    name: str
+    stream: Stream
+    divisible: bool
+    tokens: int
+    examples: int
+    planned_tokens: int | None
+    planned_sequences: int | None
+    by_count: bool
+
+    def before(self, block: int, num_blocks: int) -> int:
+        """What lies before a block: tokens of text, whole examples otherwise."""
+        if self.divisible:
+            return self.tokens * block // num_blocks
+        if self.by_count or block in (0, num_blocks):
+            return self.examples * block // num_blocks
+        # `count_before` compares whole numbers by <: rounding up keeps that exact.
+        found = self.stream.count_before(-(-2 * self.tokens * block // num_blocks))
+        return min(found, self.examples)
+
+    def block(self, block: int, num_blocks: int) -> Stretch:
+        """The examples of a block, or parts of them where text is cut at its ends."""
+        low, high = (self.before(number, num_blocks) for number in (block, block + 1))
+        return self.stream.tokens(low, high) if self.divisible else self.stream.places(low, high)
 
 
-def supply(name: str, tokens: np.ndarray, patches: np.ndarray, row_length: int) -> Supply:
-    """Cut examples (int64 arrays: text tokens and patches of each) into pieces for rows.
+def quotas_of(
+    supplies: Sequence[Supply], budget: Budget, *, row_length: int, seed: int
+) -> list[Quota]:
+    """Meet a budget: text to the token, whole examples within half of one, at least one of each.
 
-    Raises ValueError with the position of the first image example that is longer than a row.
+    Raises ValueError for an unknown source or a budget that the source cannot meet in `max_epochs`,
+    with both numbers.
     """
-    total = tokens + patches
-    too_long = np.flatnonzero((patches > 0) & (total > row_length))
-    if len(too_long):
-        raise LongExampleError(name, int(too_long[0]), int(total[too_long[0]]), row_length)
-    num_pieces = np.maximum(1, -(-total // row_length))
-    examples = np.repeat(np.arange(len(tokens)), num_pieces)
-    first = np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
-    starts = (np.arange(len(examples)) - first) * row_length
-    lengths = np.minimum(row_length, total[examples] - starts)
-    return Supply(name, examples, starts, lengths)
-
-
-class LongExampleError(ValueError):
-    """An example that must stay whole does not fit into a row."""
-
-    def __init__(self, source: str, example: int, length: int, row_length: int) -> None:
-        super().__init__(
-            f"source {source!r}, example {example}: {length} positions with its image do not fit "
-            f"into a row of {row_length}; raise row_length or shorten the example"
-        )
-        self.example, self.length = example, length
-
-
-def plan_order(supplies: Sequence[Supply], budget: Mixture | Epochs, seed: int) -> Order:
-    """Choose pieces until each budget is met within one piece, and spread them evenly.
-
-    Every source's k-th piece lies at the share of the plan at which its tokens fall due, so each
-    prefix of the plan has the whole plan's shares. Raises ValueError for an unknown source or a
-    budget that the source cannot meet in `max_epochs`, with both numbers.
-    """
-    by_name = {item.name: item for item in supplies}
-    wanted = budget.sources if isinstance(budget, Epochs) else [s.source for s in budget.shares]
-    for name in wanted:
+    by_name = {supply.name: supply for supply in supplies}
+    for name in names_of(budget):
         if name not in by_name:
             raise ValueError(f"no source {name!r} in the data; it holds {sorted(by_name)}")
-    parts: dict[str, int | None]
-    if isinstance(budget, Mixture):
-        shares = {share.source: share.share for share in budget.shares}
-        parts = {**apportion(budget.total_tokens, shares)}
-        chosen = {
-            name: _within(by_name[name], tokens or 0, budget.max_epochs, seed)
-            for name, tokens in parts.items()
-        }
-    else:
-        parts = dict.fromkeys(wanted)
-        chosen = {
-            name: np.concatenate(
-                [_epoch(by_name[name], epoch, seed) for epoch in range(budget.epochs)]
-            )
-            for name in wanted
-        }
-    names = tuple(name for name in chosen if len(chosen[name]))
-    if not names:
+    used = [by_name[name] for name in names_of(budget)]
+    match budget:
+        case Epochs():
+            found = [_passes(supply, budget.epochs, row_length, seed) for supply in used]
+        case Amounts():
+            amounts = {amount.source: amount for amount in budget.amounts}
+            found = [
+                _passes(supply, epochs, row_length, seed)
+                if (epochs := amounts[supply.name].epochs)
+                else _tokens(supply, amounts[supply.name].tokens or 0, budget, row_length, seed)
+                for supply in used
+            ]
+        case Mixture(by="tokens"):
+            parts = apportion(budget.total_tokens, _shares(budget))
+            found = [
+                _tokens(supply, parts[supply.name], budget, row_length, seed) for supply in used
+            ]
+        case Mixture():
+            parts = apportion(budget.total_tokens // row_length, _shares(budget))
+            found = [
+                _sequences(supply, parts[supply.name], budget, row_length, seed) for supply in used
+            ]
+    if not any(quota.tokens for quota in found):
+        raise ValueError(f"the plan holds no token; raise the budget {budget.model_dump()}")
+    return found
+
+
+def names_of(budget: Budget) -> tuple[str, ...]:
+    """The sources that a budget names, in its order."""
+    match budget:
+        case Epochs():
+            return budget.sources
+        case Amounts():
+            return tuple(amount.source for amount in budget.amounts)
+        case Mixture():
+            return tuple(share.source for share in budget.shares)
+
+
+def _shares(budget: Mixture) -> Mapping[str, float]:
+    return {share.source: share.share for share in budget.shares}
+
+
+def _stream(supply: Supply, budget: Mixture | Amounts | None, seed: int) -> Stream:
+    sampling = "permutation" if budget is None else budget.sampling
+    return Stream(supply.lengths, f"{seed}/{supply.name}", sampling)
+
+
+def _by_count(supply: Supply, row_length: int) -> bool:
+    # Where a row holds one such example, its number of rows is known only if their number is.
+    return 2 * supply.lengths.total > len(supply.lengths) * row_length
+
+
+def _passes(supply: Supply, epochs: int, row_length: int, seed: int) -> Quota:
+    return Quota(
+        name=supply.name,
+        stream=_stream(supply, None, seed),
+        divisible=supply.divisible,
+        tokens=epochs * supply.lengths.total,
+        examples=epochs * len(supply.lengths),
+        planned_tokens=None,
+        planned_sequences=None,
+        by_count=_by_count(supply, row_length),
+    )
+
+
+def _tokens(
+    supply: Supply, tokens: int, budget: Mixture | Amounts, row_length: int, seed: int
+) -> Quota:
+    _check(supply, tokens, supply.lengths.total, "tokens", budget)
+    stream = _stream(supply, budget, seed)
+    stream.reach(tokens)
+    examples, taken = 0, tokens
+    if not supply.divisible and tokens:
+        # A share that is less than half an example is seen all the same.
+        examples = max(1, stream.count_before(2 * tokens))
+        taken = stream.tokens_before(examples)
+    return Quota(
+        name=supply.name,
+        stream=stream,
+        divisible=supply.divisible,
+        tokens=taken,
+        examples=examples,
+        planned_tokens=tokens,
+        planned_sequences=None,
+        by_count=_by_count(supply, row_length),
+    )
+
+
+def _sequences(
+    supply: Supply, sequences: int, budget: Mixture, row_length: int, seed: int
+) -> Quota:
+    if supply.divisible:
+        found = _tokens(supply, sequences * row_length, budget, row_length, seed)
+        return Quota(**{**found.__dict__, "planned_tokens": None, "planned_sequences": sequences})
+    _check(supply, sequences, len(supply.lengths), "examples", budget)
+    stream = _stream(supply, budget, seed)
+    return Quota(
+        name=supply.name,
+        stream=stream,
+        divisible=False,
+        tokens=stream.tokens_before(sequences),
+        examples=sequences,
+        planned_tokens=None,
+        planned_sequences=sequences,
+        by_count=_by_count(supply, row_length),
+    )
+
+
+def _check(supply: Supply, need: int, have: int, unit: str, budget: Mixture | Amounts) -> None:
+    if budget.sampling == "permutation" and need > have * budget.max_epochs:
         raise ValueError(
-            f"the plan holds no example: budgets {parts} are less than half of the first examples; "
-            f"raise total_tokens"
+            f"source {supply.name!r} holds {have:,} {unit}, the plan needs {need:,}; "
+            f"raise max_epochs above {budget.max_epochs} or lower the budget"
         )
-    due = [_due(by_name[name].lengths[chosen[name]]) for name in names]
-    order = np.argsort(np.concatenate(due), kind="stable")
-    source = np.repeat(np.arange(len(names)), [len(chosen[name]) for name in names])
-    piece = np.concatenate([chosen[name] for name in names])
-    realised = {name: int(by_name[name].lengths[chosen[name]].sum()) for name in chosen}
-    return Order(names, source[order], piece[order], parts, realised)
 
 
-def permuted(indices: np.ndarray, size: int, key: str) -> np.ndarray:
-    """Where a keyed permutation of `range(size)` sends `indices` (int64, any shape).
+def interleaved(stretches: Sequence[Stretch]) -> tuple[np.ndarray, np.ndarray]:
+    """Merge the examples of several sources so that each is spread evenly over the whole.
 
-    A Feistel network on the smallest even number of bits that covers `size`; results outside are
-    sent through it again until they fall inside. Random access, no memory.
+    Returns the stretch of each and its place there, ordered by the share of its stretch's tokens
+    that lies before its middle.
     """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half) - 1)
-    seed = hashlib.sha256(key.encode()).digest()
-    keys = np.frombuffer(seed + hashlib.sha256(seed).digest(), dtype=np.uint64)[:ROUNDS]
-    shift = np.uint64(half)
-
-    def network(values: np.ndarray) -> np.ndarray:
-        left, right = values >> shift, values & mask
-        for round_key in keys:
-            left, right = right, left ^ (_mix(right + round_key) & mask)
-        mixed: np.ndarray = (left << shift) | right
-        return mixed
-
-    result = network(indices.astype(np.uint64).reshape(-1))
-    outside = result >= size
-    while outside.any():
-        result[outside] = network(result[outside])
-        outside = result >= size
-    return result.astype(np.int64).reshape(indices.shape)
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    # The finaliser of splitmix64: every input bit reaches every output bit.
-    with np.errstate(over="ignore"):
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed: np.ndarray = values ^ (values >> np.uint64(31))
-    return mixed
-
-
-def _epoch(supply: Supply, epoch: int, seed: int) -> np.ndarray:
-    size = len(supply.lengths)
-    return permuted(np.arange(size), size, f"{seed}/{supply.name}/epoch {epoch}")
-
-
-def _within(supply: Supply, tokens: int, max_epochs: int, seed: int) -> np.ndarray:
-    have = int(supply.lengths.sum())
-    if tokens > have * max_epochs:
-        raise ValueError(
-            f"source {supply.name!r} holds {have:,} tokens, the plan needs {tokens:,}; "
-            f"raise max_epochs above {max_epochs} or lower the budget"
-        )
-    epochs = [_epoch(supply, epoch, seed) for epoch in range(-(-tokens // max(have, 1)))]
-    pieces = np.concatenate([np.zeros(0, np.int64), *epochs])
-    ends = np.cumsum(supply.lengths[pieces])
-    count = int(np.searchsorted(ends, tokens))
-    # The piece that crosses the budget is in if more than half of it is.
-    if count < len(ends):
-        before = int(ends[count - 1]) if count else 0
-        count += int(tokens - before) * 2 > int(ends[count]) - before
-    return pieces[:count]
-
-
-def _due(lengths: np.ndarray) -> np.ndarray:
-    ends = np.cumsum(lengths, dtype=np.float64)
-    due: np.ndarray = (ends - lengths / 2) / max(float(ends[-1]), 1.0)
-    return due
+    due = [
+        (2 * np.cumsum(stretch.lengths) - stretch.lengths)
+        / (2 * max(int(stretch.lengths.sum()), 1))
+        for stretch in stretches
+    ]
+    order = np.argsort(np.concatenate([np.zeros(0), *due]), kind="stable")
+    number = np.repeat(np.arange(len(stretches)), [len(part) for part in due])
+    place = np.concatenate([np.zeros(0, np.int64), *(np.arange(len(part)) for part in due)])
+    return number[order], place[order]

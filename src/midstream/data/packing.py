@@ -1,43 +1,73 @@
-"""Planned pieces -> fixed rows; positions, segments, targets.
+"""Planned examples -> fixed rows, each found by its number alone.
 
-The row plan is a table of placements (piece, first token, length, column); building row k reads
-the plan and k alone.
+`joined` and `padded` rows follow by arithmetic; `filled` rows are packed block by block, in blocks
+of about BLOCK_ROWS rows whose sizes are fixed when the plan is made.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 
-from midstream.batch import IGNORE, PADDING, Row
-from midstream.config import Epochs, Mixture, Rows
-from midstream.data.mixture import LongExampleError, Order, Supply, permuted, plan_order, supply
-from midstream.data.sources import Source
-from midstream.tokens import TokenCount
+from midstream.config import Budget, Rows
+from midstream.data.mixture import Quota, Supply, interleaved, quotas_of
+from midstream.data.sources import Kept
+from midstream.data.stream import permuted
 
-# Rows are packed within blocks of this many rows' worth of tokens.
-BLOCK_ROWS = 256
+BLOCK_ROWS = 1024
+# How full packed rows are made, in thousandths: what is left lets nearly every text stay whole.
+FILL = 997
+# Plans of up to this many blocks know each block's rows; larger ones give all blocks the same
+# number, that of the fullest of this many and a few spare ones.
+CHECKED_BLOCKS = 64
+KEPT_BLOCKS = 3
+
+
+@dataclass(frozen=True)
+class Placement:
+    """`length` positions of an example, from its position `start` on, at `column` of a row.
+
+    `source` numbers the plan's `names`. An example's image patches are its first positions.
+    """
+
+    source: int
+    example: int
+    start: int
+    length: int
+    column: int
+
+
+class Layout(Protocol):
+    """Rows by number."""
+
+    def __len__(self) -> int:
+        """Rows."""
+
+    def row(self, index: int) -> list[Placement]:
+        """What stands in a row."""
+
+    def sees_all(self, index: int) -> bool:
+        """Whether the documents of the row see each other."""
 
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Every row of a stage: placements `first[k]` to `first[k + 1]` make row k.
+    """Every row of a stage."""
 
-    A placement puts `length` positions of a piece, from its `start` on, at `column`.
-    """
-
-    order: Order
-    supplies: tuple[Supply, ...]
+    quotas: tuple[Quota, ...]
     rows: Rows
-    first: np.ndarray
-    item: np.ndarray
-    start: np.ndarray
-    length: np.ndarray
-    column: np.ndarray
+    layout: Layout
 
     def __len__(self) -> int:
-        return len(self.first) - 1
+        return len(self.layout)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sources, as `Placement.source` numbers them."""
+        return tuple(quota.name for quota in self.quotas)
 
     @property
     def num_steps(self) -> int:
@@ -47,191 +77,317 @@ class RowPlan:
     @property
     def seen_tokens(self) -> int:
         """Positions that are not padding, over all rows."""
-        return int(self.length.sum())
+        return sum(quota.tokens for quota in self.quotas)
+
+    def examples_of(self, source: int, at_once: int = 4096) -> Iterator[np.ndarray]:
+        """The whole examples that the plan takes of a source, some at a time, in its order."""
+        quota = self.quotas[source]
+        for low in range(0, quota.examples, at_once):
+            yield quota.stream.places(low, min(low + at_once, quota.examples)).examples
 
 
-def plan_rows(
-    sources: Mapping[str, Source],
-    num_patches: int,
-    budget: Mixture | Epochs,
-    rows: Rows,
-    seed: int,
-) -> RowPlan:
-    """Plan a whole stage from lengths alone.
+def make_plan(supplies: Sequence[Supply], budget: Budget, rows: Rows, seed: int) -> RowPlan:
+    """Plan a stage; nothing is listed, so that time and memory do not grow with the plan.
 
-    Raises ValueError for an image example longer than a row (with its record), a joined layout
-    with images, an unknown source, or a budget that cannot be met.
+    Raises ValueError for an unknown source, a budget that cannot be met, or examples that stay
+    whole in the joined layout.
     """
-    names = budget.sources if isinstance(budget, Epochs) else [s.source for s in budget.shares]
-    missing = [name for name in names if name not in sources]
-    if missing:
-        raise ValueError(f"no source {missing[0]!r} in the data; it holds {sorted(sources)}")
-    supplies = [_supply_of(sources[name], num_patches, rows) for name in names]
-    order = plan_order(supplies, budget, seed)
-    by_name = {item.name: item for item in supplies}
-    # Sources whose budget is less than half an example come last: reported, in no row.
-    used = [by_name[name] for name in order.names]
-    supplies = used + [item for item in supplies if item.name not in order.names]
-    lengths = np.zeros(len(order.piece), dtype=np.int64)
-    image = np.zeros(len(order.piece), dtype=bool)
-    for index, item in enumerate(used):
-        mine = order.source == index
-        lengths[mine] = item.lengths[order.piece[mine]]
-        image[mine] = sources[item.name].has_images[item.examples[order.piece[mine]]]
+    quotas = tuple(quotas_of(supplies, budget, row_length=rows.row_length, seed=seed))
     if rows.layout == "joined":
-        if image.any():
-            raise ValueError("the joined layout is for text only; choose filled or padded")
-        table = _join(lengths, rows.row_length)
-    else:
-        alone = image if rows.layout == "padded" else np.zeros_like(image)
-        table = _fill(lengths, alone, rows.row_length, seed)
-    return RowPlan(order, tuple(supplies), rows, *table)
+        whole = [quota.name for quota in quotas if not quota.divisible]
+        if whole:
+            raise ValueError(
+                f"the joined layout is for text only, {whole} are none; choose filled or padded"
+            )
+        return RowPlan(quotas, rows, Joined(quotas, range(len(quotas)), rows.row_length))
+    if rows.layout == "padded":
+        return RowPlan(quotas, rows, Padded(quotas, rows.row_length, str(seed)))
+    return RowPlan(quotas, rows, Filled(quotas, rows.row_length, str(seed)))
 
 
-def build_row(plan: RowPlan, sources: Mapping[str, Source], index: int, num_patches: int) -> Row:
-    """Row `index` of the plan as arrays of `row_length` positions."""
-    length = plan.rows.row_length
-    joined = plan.rows.layout == "joined"
-    input_ids = np.zeros(length, dtype=np.int64)
-    targets = np.full(length, IGNORE, dtype=np.int64)
-    position_ids = np.zeros(length, dtype=np.int64)
-    segment_ids = np.full(length, PADDING, dtype=np.int64)
-    image_starts: list[int] = []
-    images: list[tuple[int, int]] = []
-    counts = {"text": 0, "caption": 0, "instruct": 0, "image": 0}
-    end = 0
-    for segment, place in enumerate(range(int(plan.first[index]), int(plan.first[index + 1]))):
-        item, column, size = (int(x[place]) for x in (plan.item, plan.column, plan.length))
-        number = int(plan.order.source[item])
-        pieces, source = plan.supplies[number], sources[plan.order.names[number]]
-        piece = int(plan.order.piece[item])
-        example = int(pieces.examples[piece])
-        start = int(pieces.starts[piece]) + int(plan.start[place])
-        patches = num_patches if source.images is not None and source.images[example, 0] >= 0 else 0
-        if patches:
-            image_starts.append(column)
-            images.append((number, example))
-        end = column + size
-        text = slice(column + patches, end)
-        low = int(source.offsets[example]) + start
-        input_ids[text] = source.tokens[low : low + size - patches]
-        following = _following(source, example, low, low + size - patches)
-        targets[text][: len(following)] = following
-        if joined and column and targets[column - 1] == IGNORE:
-            # OpenLM's rows: the end of a document predicts the beginning of the next one.
-            targets[column - 1] = input_ids[column]
-        segment_ids[column:end] = 0 if joined else segment
-        position_ids[column:end] = np.arange(column, end) if joined else np.arange(size)
-        counts[source.kind] += size - patches
-        counts["image"] += patches
-    return Row(
-        input_ids=input_ids,
-        targets=targets,
-        position_ids=position_ids,
-        segment_ids=segment_ids,
-        image_starts=np.array(image_starts, dtype=np.int64),
-        images=np.array(images, dtype=np.int64).reshape(-1, 2),
-        counts=TokenCount(**counts, pad=length - end, target=int((targets != IGNORE).sum())),
-    )
+class Joined:
+    """Documents one behind the other, cut at the row length, seeing each other (OpenLM's rows)."""
+
+    def __init__(self, quotas: Sequence[Quota], numbers: Sequence[int], row_length: int) -> None:
+        self.quotas = [quotas[number] for number in numbers]
+        self.numbers, self.row_length = list(numbers), row_length
+        self.tokens = sum(quota.tokens for quota in self.quotas)
+        self.num_blocks = max(1, self.tokens // (BLOCK_ROWS * row_length))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _without_cache(self)
+
+    def __len__(self) -> int:
+        return -(-self.tokens // self.row_length)
+
+    def sees_all(self, index: int) -> bool:
+        """Whether the documents of the row see each other."""
+        return True
+
+    def row(self, index: int) -> list[Placement]:
+        """What stands in a row."""
+        low = index * self.row_length
+        high = min(low + self.row_length, self.tokens)
+        block = low * self.num_blocks // self.tokens
+        while self._before(block + 1) <= low:
+            block += 1
+        while self._before(block) > low:
+            block -= 1
+        found: list[Placement] = []
+        while block < self.num_blocks and self._before(block) < high:
+            found += self._inside(block, low, high)
+            block += 1
+        return found
+
+    def _before(self, block: int) -> int:
+        return sum(quota.before(block, self.num_blocks) for quota in self.quotas)
+
+    def _inside(self, block: int, low: int, high: int) -> list[Placement]:
+        source, example, start, ends = self._kept[block]
+        base = self._before(block)
+        first = int(np.searchsorted(ends, low - base, side="right"))
+        found = []
+        for item in range(first, len(ends)):
+            begin = base + (int(ends[item - 1]) if item else 0)
+            if begin >= high:
+                break
+            cut = max(low - begin, 0)
+            size = min(base + int(ends[item]), high) - max(begin, low)
+            column = max(begin, low) - low
+            found.append(
+                Placement(
+                    int(source[item]), int(example[item]), int(start[item]) + cut, size, column
+                )
+            )
+        return found
+
+    @cached_property
+    def _kept(self) -> Kept[int, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        return Kept(self._load, KEPT_BLOCKS)
+
+    def _load(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        stretches = [quota.block(block, self.num_blocks) for quota in self.quotas]
+        number, place = interleaved(stretches)
+        first = np.cumsum([0, *(len(stretch.examples) for stretch in stretches)])[:-1]
+        at = first[number] + place
+        example, start, length = (
+            np.concatenate([getattr(stretch, name) for stretch in stretches])[at]
+            for name in ("examples", "starts", "lengths")
+        )
+        return np.array(self.numbers)[number], example, start, np.cumsum(length)
 
 
-def _following(source: Source, example: int, low: int, high: int) -> np.ndarray:
-    """The supervised token behind each of tokens[low:high], IGNORE elsewhere."""
-    last = min(high + 1, int(source.offsets[example + 1]))
-    found = source.tokens[low + 1 : last].astype(np.int64)
-    if source.supervised is not None:
-        found = np.where(source.supervised[low + 1 : last] > 0, found, IGNORE)
-    return found
+class Padded:
+    """One whole example a row and padding behind it (the paper); text in joined rows between."""
+
+    def __init__(self, quotas: Sequence[Quota], row_length: int, key: str) -> None:
+        self.row_length, self.key = row_length, key
+        text = [number for number, quota in enumerate(quotas) if quota.divisible]
+        self.numbers = [number for number in range(len(quotas)) if number not in text]
+        self.whole = [replace(quotas[number], by_count=True) for number in self.numbers]
+        self.text = Joined(quotas, text, row_length)
+        self.num_rows = len(self.text) + sum(quota.examples for quota in self.whole)
+        self.num_blocks = max(1, self.num_rows // BLOCK_ROWS)
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def sees_all(self, index: int) -> bool:
+        """Whether the documents of the row see each other."""
+        return self._find(index)[0] == len(self.whole)
+
+    def row(self, index: int) -> list[Placement]:
+        """What stands in a row."""
+        number, place = self._find(index)
+        if number == len(self.whole):
+            return self.text.row(place)
+        found = self.whole[number].stream.places(place, place + 1)
+        return [
+            Placement(self.numbers[number], int(found.examples[0]), 0, int(found.lengths[0]), 0)
+        ]
+
+    def _bounds(self, block: int) -> list[int]:
+        # Examples of each source, and rows of text, before a block.
+        whole = [quota.before(block, self.num_blocks) for quota in self.whole]
+        return [*whole, len(self.text) * block // self.num_blocks]
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """Which source a row is of (behind the last one: text), and its place there."""
+        block = index * self.num_blocks // self.num_rows
+        while sum(self._bounds(block + 1)) <= index:
+            block += 1
+        while sum(self._bounds(block)) > index:
+            block -= 1
+        low, high = self._bounds(block), self._bounds(block + 1)
+        size = sum(high) - sum(low)
+        inside = np.array([index - sum(low)])
+        slot = int(permuted(inside, size, f"{self.key}/block {block}")[0])
+        for number, (first, last) in enumerate(zip(low, high, strict=True)):
+            if slot < last - first:
+                return number, first + slot
+            slot -= last - first
+        raise AssertionError("the slots of a block are those of its sources")
 
 
-def _supply_of(source: Source, num_patches: int, rows: Rows) -> Supply:
-    patches = source.has_images.astype(np.int64) * num_patches
-    if source.kind == "instruct":
-        # A conversation is not cut, with or without a picture.
-        tokens = np.diff(source.offsets) + patches
-        longest = int(tokens.argmax())
-        if tokens[longest] > rows.row_length:
-            raise _named(source, longest, int(tokens[longest]), rows.row_length)
-    try:
-        return supply(source.name, np.diff(source.offsets), patches, rows.row_length)
-    except LongExampleError as error:
-        raise _named(source, error.example, error.length, rows.row_length) from None
+@dataclass(frozen=True)
+class Block:
+    """A packed block: row r holds items first[r] to first[r + 1], columns of `items`:
+
+    source, example, start, length, column.
+    """
+
+    first: np.ndarray
+    items: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
 
 
-def _named(source: Source, example: int, length: int, row_length: int) -> ValueError:
-    return ValueError(
-        f"{source.describe(example)}: {length} positions do not fit into a row of {row_length}; "
-        "raise row_length or shorten the record"
-    )
+class Filled:
+    """Examples side by side, kept apart by segments, each row as full as its block allows.
 
+    Whole examples go first, each into the fullest row that it fits; texts follow likewise, and
+    those that fit nowhere are cut to fill what is left.
+    """
 
-Table = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-
-
-def _join(lengths: np.ndarray, row_length: int) -> Table:
-    """Pieces one behind the other, cut at multiples of the row length."""
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    cuts = np.union1d(ends - lengths, np.arange(0, total, row_length))
-    item = np.searchsorted(ends, cuts, side="right")
-    size = np.diff(np.append(cuts, total))
-    start = cuts - (ends - lengths)[item]
-    first = np.searchsorted(cuts, np.arange(0, total + row_length, row_length))
-    first[-1] = len(cuts)
-    return first, item, start, size, cuts % row_length
-
-
-def _fill(lengths: np.ndarray, alone: np.ndarray, row_length: int, seed: int) -> Table:
-    """Whole pieces into rows, block by block, each into the fullest row that it fits."""
-    rows: list[list[int]] = []
-    block = np.cumsum(lengths) // (BLOCK_ROWS * row_length)
-    num_blocks = int(block[-1]) + 1 if len(block) else 0
-    bounds = np.searchsorted(block, np.arange(num_blocks + 1))
-    for number in range(num_blocks):
-        items = np.arange(bounds[number], bounds[number + 1])
-        packed = _best_fit(items, lengths, alone, row_length)
-        # Packing sorts by length; the seeded order keeps every part of the block alike.
-        order = permuted(np.arange(len(packed)), len(packed), f"{seed}/block {number}")
-        rows += [packed[index] for index in order]
-    item = np.array([piece for row in rows for piece in row], dtype=np.int64)
-    first = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-    size = lengths[item]
-    ends = np.cumsum(size)
-    row_start = np.append(0, ends)[first[:-1]]
-    column = ends - size - np.repeat(row_start, np.diff(first))
-    return first, item, np.zeros(len(item), np.int64), size, column
-
-
-def _best_fit(
-    items: np.ndarray, lengths: np.ndarray, alone: np.ndarray, row_length: int
-) -> list[list[int]]:
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []
-    for item in items[np.argsort(-lengths[items], kind="stable")]:
-        size = int(lengths[item])
-        at = len(room) if alone[item] else bisect_left(room, (size, -1))
-        if at < len(room):
-            left, row = room.pop(at)
-            rows[row].append(int(item))
+    def __init__(self, quotas: Sequence[Quota], row_length: int, key: str) -> None:
+        self.quotas, self.row_length, self.key = tuple(quotas), row_length, key
+        tokens = sum(quota.tokens for quota in quotas)
+        alone = sum(q.examples for q in quotas if q.by_count and not q.divisible)
+        expected = max(1000 * tokens // (FILL * row_length), alone)
+        self.num_blocks = max(1, round(expected / BLOCK_ROWS))
+        checked = min(self.num_blocks, CHECKED_BLOCKS)
+        blocks = [number * self.num_blocks // checked for number in range(checked)]
+        needed = [len(self._pack(block, None)) for block in blocks]
+        if checked == self.num_blocks:
+            self.first_rows, self.block_rows = np.cumsum([0, *needed]), 0
         else:
-            left, row = row_length, len(rows)
-            rows.append([int(item)])
-        if not alone[item] and left - size > 0:
-            insort(room, (left - size, row))
-    return [sorted(row) for row in rows]
+            self.first_rows, self.block_rows = np.zeros(0), max(needed) + 2 + max(needed) // 500
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _without_cache(self)
+
+    def __len__(self) -> int:
+        return self.num_blocks * self.block_rows or int(self.first_rows[-1])
+
+    def sees_all(self, index: int) -> bool:
+        """Whether the documents of the row see each other."""
+        return False
+
+    def row(self, index: int) -> list[Placement]:
+        """What stands in a row."""
+        if self.block_rows:
+            block, inside = divmod(index, self.block_rows)
+        else:
+            block = int(np.searchsorted(self.first_rows, index, side="right")) - 1
+            inside = index - int(self.first_rows[block])
+        packed = self._kept[block]
+        # Packing sorts by length; the seeded order keeps every part of the block alike.
+        key = f"{self.key}/block {block}"
+        row = int(permuted(np.array([inside]), len(packed), key)[0])
+        items = packed.items[packed.first[row] : packed.first[row + 1]]
+        return [Placement(*(int(value) for value in item)) for item in items]
+
+    @cached_property
+    def _kept(self) -> Kept[int, Block]:
+        return Kept(lambda block: self._pack(block, self.block_rows or None), KEPT_BLOCKS)
+
+    def _pack(self, block: int, num_rows: int | None) -> Block:
+        whole, text = self._items(block)
+        packer = Packer(self.row_length)
+        for item in whole[np.argsort(-whole[:, 3], kind="stable")].tolist():
+            packer.add(item)
+        tokens = int(whole[:, 3].sum() + text[:, 3].sum())
+        room = num_rows or max(len(packer.rows), -(-1000 * tokens // (FILL * self.row_length)), 1)
+        if len(packer.rows) > room or tokens > room * self.row_length:
+            raise ValueError(
+                f"block {block} of the plan needs {len(packer.rows):,} rows and {tokens:,} tokens, "
+                f"it has {room:,} rows of {self.row_length}; choose another seed"
+            )
+        left = []
+        for item in text[np.argsort(-text[:, 3], kind="stable")].tolist():
+            if not packer.add(item, max_rows=room):
+                left.append(item)
+        packer.pour(left, room)
+        if num_rows:
+            packer.spread(num_rows)
+        return packer.block()
+
+    def _items(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """[items, 4] of source, example, start, length: whole examples, and text cut to rows."""
+        parts: dict[bool, list[np.ndarray]] = {False: [], True: []}
+        for number, quota in enumerate(self.quotas):
+            found = quota.block(block, self.num_blocks)
+            examples, starts, lengths = found.examples, found.starts, found.lengths
+            if quota.divisible:
+                pieces = -(-lengths // self.row_length)
+                examples = np.repeat(examples, pieces)
+                inside = np.arange(len(examples)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+                lengths = np.minimum(
+                    self.row_length, np.repeat(lengths, pieces) - inside * self.row_length
+                )
+                starts = np.repeat(starts, pieces) + inside * self.row_length
+            source = np.full_like(examples, number)
+            parts[quota.divisible].append(np.stack([source, examples, starts, lengths], axis=1))
+        empty = np.zeros((0, 4), dtype=np.int64)
+        return np.concatenate([empty, *parts[False]]), np.concatenate([empty, *parts[True]])
 
 
-def shares_report(plan: RowPlan, sources: Mapping[str, Source]) -> dict[str, dict[str, object]]:
-    """By source: planned and realised tokens, examples, epochs and the largest it has."""
-    report: dict[str, dict[str, object]] = {}
-    for number, item in enumerate(plan.supplies):
-        pieces = plan.order.piece[plan.order.source == number]
-        report[item.name] = {
-            "planned_tokens": plan.order.planned_tokens[item.name],
-            "realised_tokens": plan.order.realised_tokens[item.name],
-            "examples": len(pieces),
-            "epochs": len(pieces) / len(item.lengths),
-            "largest_example_tokens": int(item.lengths.max()),
-            "kind": sources[item.name].kind,
-        }
-    return report
+class Packer:
+    """Rows that items (source, example, start, length) are put into."""
+
+    def __init__(self, row_length: int) -> None:
+        self.row_length = row_length
+        self.rows: list[list[list[int]]] = []
+        # (positions left, row) of the rows that are not full, in ascending order.
+        self._room: list[tuple[int, int]] = []
+
+    def add(self, item: list[int], max_rows: int | None = None) -> bool:
+        """Put an item into the fullest row that it fits, or a new one; False if there is none."""
+        size = item[3]
+        at = bisect_left(self._room, (size, -1))
+        if at < len(self._room):
+            left, row = self._room.pop(at)
+            self.rows[row].append(item)
+        elif max_rows is None or len(self.rows) < max_rows:
+            left, row = self.row_length, len(self.rows)
+            self.rows.append([item])
+        else:
+            return False
+        if left > size:
+            insort(self._room, (left - size, row))
+        return True
+
+    def pour(self, items: list[list[int]], num_rows: int) -> None:
+        """Cut items to fill the emptiest rows, of which there are `num_rows` at most."""
+        while items and len(self.rows) < num_rows:
+            self._room.append((self.row_length, len(self.rows)))
+            self.rows.append([])
+        for source, example, start, length in items:
+            while length:
+                left, row = self._room.pop()
+                size = min(left, length)
+                self.rows[row].append([source, example, start, size])
+                start, length = start + size, length - size
+                if left > size:
+                    insort(self._room, (left - size, row))
+
+    def spread(self, num_rows: int) -> None:
+        """Bring the rows to their fixed number: from those with the most items, one each."""
+        while len(self.rows) < num_rows:
+            fullest = max(range(len(self.rows)), key=lambda row: len(self.rows[row]))
+            many = len(self.rows[fullest]) > 1
+            self.rows.append([self.rows[fullest].pop()] if many else [])
+
+    def block(self) -> Block:
+        """The rows as a table; empty ones are at its end or not there."""
+        first = np.cumsum([0, *(len(row) for row in self.rows)])
+        items = np.array([item for row in self.rows for item in row], dtype=np.int64).reshape(-1, 4)
+        ends = np.cumsum(items[:, 3])
+        row_start = np.repeat(np.append(0, ends)[first[:-1]], np.diff(first))
+        column = ends - items[:, 3] - row_start
+        return Block(first, np.concatenate([items, column[:, None]], axis=1))
+
+
+def _without_cache(layout: Any) -> dict[str, Any]:
+    return {name: value for name, value in layout.__dict__.items() if name != "_kept"}

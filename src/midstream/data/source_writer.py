@@ -13,6 +13,9 @@ from midstream.data.sources import FORMAT, INDEX, SHARD_INDEX, Kind, content_has
 from midstream.storage import MANIFEST, read_json, write_bytes, write_json
 
 REJECTS = "rejects.jsonl"
+# A longer text is stored in parts of this many tokens, each an example: what is shuffled, and what
+# a plan reads at once, stays small beside a row's block.
+MAX_TEXT_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class ShardWriter:
         self._hashes: list[bytes] = []
         self._files: dict[str, int] = {}
         self._rejects: list[Reject] = []
+        self._records = 0
+        self._longest: dict[str, dict[str, Any]] = {}
         self._tokens = (folder / "tokens.bin").open("wb")
         self._supervised = None if kind == "text" else (folder / "supervised.bin").open("wb")
         self._names = None if kind == "text" else _open_names(folder)
@@ -86,12 +91,20 @@ class ShardWriter:
         content: bytes,
         image: Image | None = None,
     ) -> None:
-        """One example; `content` is its picture's bytes, or its text's where it has none."""
-        added = _Added(input_ids, supervised, name, image, content_hash(content))
-        if int.from_bytes(added.hash[:8], "big") < self._validation_below:
-            self._validation.append(added)
-        else:
-            self._write(added)
+        """One example; `content` is its picture's bytes, or its text's where it has none.
+
+        Texts of more than MAX_TEXT_TOKENS become several examples.
+        """
+        hashed = content_hash(content)
+        self._records += 1
+        size = MAX_TEXT_TOKENS if self.kind == "text" else max(len(input_ids), 1)
+        for low in range(0, len(input_ids), size):
+            part = slice(low, low + size)
+            added = _Added(input_ids[part], supervised[part], name, image, hashed)
+            if int.from_bytes(hashed[:8], "big") < self._validation_below:
+                self._validation.append(added)
+            else:
+                self._write(added)
 
     def reject(self, reject: Reject) -> None:
         """Leave a record out, counted and named."""
@@ -103,6 +116,9 @@ class ShardWriter:
             self._supervised.write(added.supervised.astype(np.uint8).tobytes())
         if self._names is not None:
             self._names.write(added.name.replace("\n", " ").replace("\r", " ") + "\n")
+        shown = "plain" if added.image is None else "image"
+        if len(added.input_ids) > self._longest.get(shown, {"tokens": 0})["tokens"]:
+            self._longest[shown] = {"tokens": len(added.input_ids), "where": added.name}
         self._lengths.append(len(added.input_ids))
         self._hashes.append(added.hash)
         if added.image is None:
@@ -141,10 +157,11 @@ class ShardWriter:
             "kind": self.kind,
             "dtype": self.dtype.str,
             "input": self.input_name,
-            "records": int(both[0]) + len(self._rejects),
+            "records": self._records + len(self._rejects),
             "rejects": dict(Counter(reject.reason for reject in self._rejects)),
             "train": _named(train),
             "validation": _named(both - train),
+            "longest": self._longest,
             "files": list(self._files),
         }
         write_json(self.folder / SHARD_INDEX, index)
@@ -159,6 +176,7 @@ def finish_source(
     `root` is where relative picture files lie. The fingerprint stands for every byte of the shards.
     """
     shards, rejects, hashes = [], Counter[str](), hashlib.sha256()
+    records, longest = 0, dict[str, dict[str, Any]]()
     for path in sorted((folder / "shards").iterdir()):
         index = read_json(path / SHARD_INDEX)
         manifest = read_json(path / MANIFEST) if (path / MANIFEST).exists() else index
@@ -166,9 +184,11 @@ def finish_source(
         rejects.update(index["rejects"])
         shards.append({"name": path.name} | {k: index[k] for k in ("train", "validation", "input")})
         kind, dtype = index["kind"], index["dtype"]
+        records += index["records"]
+        for shown, found in index["longest"].items():
+            longest[shown] = max(longest.get(shown, found), found, key=lambda x: int(x["tokens"]))
     if not shards:
         raise ValueError(f"{folder} has no shard; prepare the data again")
-    records = sum(read_json(p / SHARD_INDEX)["records"] for p in (folder / "shards").iterdir())
     summary = {
         "format": FORMAT,
         "kind": kind,
@@ -178,6 +198,7 @@ def finish_source(
         "root": root,
         "records": records,
         "rejects": dict(rejects),
+        "longest": longest,
     }
     for split in ("train", "validation"):
         keys = ("examples", "tokens", "images")
