@@ -21,8 +21,8 @@ import torch
 from midstream.config import Machine
 from midstream.data.features import Encode, FeatureStore, gather
 from midstream.data.loader import RowDataset
-from midstream.data.packing import plan_rows
 from midstream.data.prepare import open_codec, open_sources, prepare, world_folder
+from midstream.data.rows import plan_rows
 from midstream.eval.benchmark import evaluate
 from midstream.eval.predict import ModelAnswerer
 from midstream.identity import digest

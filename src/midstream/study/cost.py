@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from midstream.config import (
+    Amounts,
     DecoderConfig,
     EncoderConfig,
     Epochs,
@@ -25,6 +26,7 @@ from midstream.config import (
     ProjectorConfig,
     Rows,
     SmallReal,
+    Training,
     VLMConfig,
 )
 from midstream.study.ledger import Ledger
@@ -128,7 +130,7 @@ def _training_cost(stage: Pretrain | Continue | Finetune, ledger: Ledger | None)
     parameters = model_parameters(model)
     sources = _prepared_sources(stage.data, ledger)
     patches = model.encoder.num_patches if model.encoder is not None else 0
-    counted = _tokens_and_images(training.budget, sources, patches)
+    counted = _tokens_and_images(training, sources, patches)
     if counted is None:
         return StageCost(tokens=None, flops=None, parameters=parameters)
     tokens, images = counted
@@ -147,26 +149,67 @@ def _prepared_sources(data: Prepare, ledger: Ledger | None) -> dict[str, Any] | 
     return sources
 
 
+def budget_of_sources(
+    training: Training, sources: dict[str, Any], patches: int
+) -> dict[str, tuple[int, float]]:
+    """By source: tokens (patches included) and images that a budget takes of prepared sources."""
+    budget = training.budget
+    found: dict[str, tuple[int, float]] = {}
+    match budget:
+        case Mixture(by="sequences"):
+            sequences = budget.total_tokens // training.rows.row_length
+            for share in budget.shares:
+                source, number = _source(sources, share.source), sequences * share.share
+                if source["kind"] == "text":
+                    found[share.source] = int(number * training.rows.row_length), 0.0
+                else:
+                    size = _size(source, patches) / max(source["num_examples"], 1)
+                    found[share.source] = int(number * size), number * _images_each(source)
+        case Mixture():
+            for share in budget.shares:
+                source = _source(sources, share.source)
+                found[share.source] = _of_tokens(budget.total_tokens * share.share, source, patches)
+        case Amounts():
+            for amount in budget.amounts:
+                source = _source(sources, amount.source)
+                tokens = amount.tokens or (amount.epochs or 0) * _size(source, patches)
+                found[amount.source] = _of_tokens(tokens, source, patches)
+        case Epochs():
+            for name in budget.sources:
+                source = _source(sources, name)
+                found[name] = _of_tokens(budget.epochs * _size(source, patches), source, patches)
+    return found
+
+
+def _size(source: dict[str, Any], patches: int) -> int:
+    return int(source["num_tokens"] + source["num_images"] * patches)
+
+
+def _images_each(source: dict[str, Any]) -> float:
+    return float(source["num_images"] / max(source["num_examples"], 1))
+
+
+def _of_tokens(tokens: float, source: dict[str, Any], patches: int) -> tuple[int, float]:
+    size = _size(source, patches)
+    return int(tokens), tokens * source["num_images"] / size if size else 0.0
+
+
 def _tokens_and_images(
-    budget: Mixture | Epochs, sources: dict[str, Any] | None, patches: int
+    training: Training, sources: dict[str, Any] | None, patches: int
 ) -> tuple[int, float] | None:
     """Tokens (patches included) and images of a budget; None if nobody knows yet."""
+    budget = training.budget
+    if sources is not None:
+        parts = budget_of_sources(training, sources, patches).values()
+        images = sum(images for _, images in parts)
+        if isinstance(budget, Mixture) and budget.by == "tokens":
+            return budget.total_tokens, images
+        return sum(tokens for tokens, _ in parts), images
     if isinstance(budget, Mixture):
-        if sources is None:
-            return budget.total_tokens, 0.0
-        images = 0.0
-        for share in budget.shares:
-            source = _source(sources, share.source)
-            size = source["num_tokens"] + source["num_images"] * patches
-            if size:
-                images += budget.total_tokens * share.share * source["num_images"] / size
-        return budget.total_tokens, images
-    if sources is None:
-        return None
-    chosen = [_source(sources, name) for name in budget.sources]
-    epoch_images = sum(source["num_images"] for source in chosen)
-    epoch_tokens = sum(source["num_tokens"] for source in chosen) + epoch_images * patches
-    return budget.epochs * epoch_tokens, float(budget.epochs * epoch_images)
+        return budget.total_tokens, 0.0
+    if isinstance(budget, Amounts) and all(amount.tokens for amount in budget.amounts):
+        return sum(amount.tokens or 0 for amount in budget.amounts), 0.0
+    return None
 
 
 def _source(sources: dict[str, Any], name: str) -> dict[str, Any]:

@@ -5,7 +5,8 @@ completely before the first tensor goes into the model.
 """
 
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 class Progress:
     """Where a stage stands: whole steps done, what they held, and the metrics file's length.
 
-    `rate` is the schedule's learning rate at `tokens_seen`, where a continuation starts.
+    `sources` are the counts by source; `rate` is the schedule's learning rate at `tokens_seen`, where a continuation starts.
     """
 
     step: int
@@ -31,6 +32,7 @@ class Progress:
     total_tokens: int
     rate: float
     counts: TokenCount
+    sources: Mapping[str, TokenCount] = field(default_factory=dict)
     loss: float = 0.0
     image_rows: int = 0
     image_row_pad: int = 0
@@ -53,7 +55,8 @@ def read_progress(folder: Path) -> Progress:
     """The progress of a checkpoint, after checking all its bytes (CorruptError)."""
     verify(folder)
     values = read_json(folder / "progress.json")
-    return Progress(**values | {"counts": TokenCount(**values["counts"])})
+    sources = {name: TokenCount(**counts) for name, counts in values["sources"].items()}
+    return Progress(**values | {"counts": TokenCount(**values["counts"]), "sources": sources})
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Progress:

@@ -15,8 +15,8 @@ import torch
 from midstream.config import ContrastiveTraining, EncoderConfig
 from midstream.data.examples import TextCodec
 from midstream.data.features import load_pixels
-from midstream.data.mixture import permuted
 from midstream.data.sources import Source
+from midstream.data.stream import permuted
 from midstream.model.vision import SiglipPair
 from midstream.model.weights import weights_digest
 from midstream.storage import new_folder
@@ -144,13 +144,13 @@ def _captions(source: Source, codec: TextCodec, length: int) -> torch.Tensor:
     """int64 [captions, length]: each caption without its separator, end-of-text behind it."""
     found = torch.full((len(source), length), codec.end_of_text, dtype=torch.int64)
     for example in range(len(source)):
-        low, high = int(source.offsets[example]) + 1, int(source.offsets[example + 1])
-        if high - low > length:
+        caption = source.input_ids(example, 1).astype(np.int64)
+        if len(caption) > length:
             raise ValueError(
-                f"{source.describe(example)}: the caption has {high - low} tokens, the text tower "
+                f"{source.describe(example)}: the caption has {len(caption)} tokens, the text tower "
                 f"takes {length}; raise max_text_tokens"
             )
-        found[example, : high - low] = torch.from_numpy(source.tokens[low:high].astype(np.int64))
+        found[example, : len(caption)] = torch.from_numpy(caption)
     return found
 
 

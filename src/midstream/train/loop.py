@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from midstream.batch import Batch
+from midstream.batch import Batch, add_counts
 from midstream.config import Machine, Training
 from midstream.data.loader import RowDataset, load_steps
-from midstream.data.packing import shares_report
+from midstream.data.rows import shares_report
 from midstream.model.vlm import VLM
 from midstream.model.weights import load_weights, weights_digest
 from midstream.tokens import TokenCount
@@ -87,7 +87,13 @@ def train(
     progress = _begin(job, optimizer, total)
     log = MetricsLog(job.folder / "metrics.jsonl", progress.metrics_bytes)
     micro_rows = machine.micro_batch_rows or training.rows.batch_rows
-    steps = load_steps(job.dataset, first_step=progress.step, micro_rows=micro_rows)
+    steps = load_steps(
+        job.dataset,
+        first_row=progress.step * training.rows.batch_rows,
+        micro_rows=micro_rows,
+        workers=machine.data_workers,
+        device=device,
+    )
     due = sorted(share for share in job.milestones if share * total > progress.tokens_seen)
     shown = 0.0
     job.model.train()
@@ -180,6 +186,7 @@ def _advance(
         tokens_seen=counts.seen,
         rate=rate,
         counts=counts,
+        sources=add_counts([progress.sources, *(batch.sources for batch in batches)]),
         loss=loss,
         image_rows=progress.image_rows + image_rows,
         image_row_pad=progress.image_row_pad + image_row_pad,
@@ -209,7 +216,10 @@ def _results(job: Job, progress: Progress) -> dict[str, Any]:
         "last_rate": progress.rate,
         "final_loss": progress.loss,
         "tokens": {**progress.counts.__dict__},
-        "sources": shares_report(job.dataset.plan, job.dataset.sources),
+        "sources": {
+            name: report | {"seen": {**progress.sources.get(name, TokenCount()).__dict__}}
+            for name, report in shares_report(job.dataset.plan, job.dataset.sources).items()
+        },
         "pad_fraction": progress.counts.pad / max(progress.counts.total, 1),
         "image_row_pad_fraction": (
             progress.image_row_pad / image_positions if image_positions else None
