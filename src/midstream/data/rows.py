@@ -133,7 +133,9 @@ def _following(source: Source, placed: Placement, low: int, high: int) -> np.nda
     return found if supervised is None else np.where(supervised > 0, found, IGNORE)
 
 
-def shares_report(plan: RowPlan, sources: Mapping[str, Source]) -> dict[str, dict[str, Any]]:
+def shares_report(
+    plan: RowPlan, sources: Mapping[str, Source], num_patches: int
+) -> dict[str, dict[str, Any]]:
     """By source: planned and realised tokens, examples, passes and the largest example it has."""
     report: dict[str, dict[str, Any]] = {}
     for quota in plan.quotas:
@@ -141,7 +143,10 @@ def shares_report(plan: RowPlan, sources: Mapping[str, Source]) -> dict[str, dic
         if quota.divisible and quota.tokens:
             # The example that the budget ends in counts.
             examples = quota.stream.count_before(2 * quota.tokens)
-        longest = [found["tokens"] for found in source.index["longest"].values()]
+        longest = [
+            found["tokens"] + (num_patches if shown == "image" else 0)
+            for shown, found in source.index["longest"].items()
+        ]
         report[quota.name] = {
             "kind": source.kind,
             "planned_tokens": quota.planned_tokens,

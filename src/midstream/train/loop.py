@@ -217,8 +217,10 @@ def _results(job: Job, progress: Progress) -> dict[str, Any]:
         "final_loss": progress.loss,
         "tokens": {**progress.counts.__dict__},
         "sources": {
-            name: report | {"seen": {**progress.sources.get(name, TokenCount()).__dict__}}
-            for name, report in shares_report(job.dataset.plan, job.dataset.sources).items()
+            name: planned | {"seen": {**progress.sources.get(name, TokenCount()).__dict__}}
+            for name, planned in shares_report(
+                job.dataset.plan, job.dataset.sources, job.dataset.num_patches
+            ).items()
         },
         "pad_fraction": progress.counts.pad / max(progress.counts.total, 1),
         "image_row_pad_fraction": (
