@@ -1,7 +1,7 @@
 """Counting tokens by kind, and dividing a budget exactly."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 
 
@@ -32,8 +32,14 @@ class TokenCount:
         return self.seen + self.pad
 
     def __add__(self, other: "TokenCount") -> "TokenCount":
-        mine, theirs = asdict(self), asdict(other)
-        return TokenCount(**{name: mine[name] + theirs[name] for name in mine})
+        return TokenCount(
+            text=self.text + other.text,
+            caption=self.caption + other.caption,
+            instruct=self.instruct + other.instruct,
+            image=self.image + other.image,
+            pad=self.pad + other.pad,
+            target=self.target + other.target,
+        )
 
 
 def apportion(total: int, shares: Mapping[str, float]) -> dict[str, int]:

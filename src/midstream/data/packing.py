@@ -4,7 +4,7 @@
 of about BLOCK_ROWS rows whose sizes are fixed when the plan is made.
 """
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,6 +24,10 @@ FILL = 997
 # number, that of the fullest of this many and a few spare ones.
 CHECKED_BLOCKS = 64
 KEPT_BLOCKS = 3
+
+
+# Each is source, example, start and length, then the column where that is known.
+Items = list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -143,29 +147,25 @@ class Joined:
         return sum(quota.before(block, self.num_blocks) for quota in self.quotas)
 
     def _inside(self, block: int, low: int, high: int) -> list[Placement]:
-        source, example, start, ends = self._kept[block]
+        items, ends = self._kept[block]
         base = self._before(block)
-        first = int(np.searchsorted(ends, low - base, side="right"))
         found = []
-        for item in range(first, len(ends)):
-            begin = base + (int(ends[item - 1]) if item else 0)
+        for item in range(bisect_right(ends, low - base), len(ends)):
+            begin = base + (ends[item - 1] if item else 0)
             if begin >= high:
                 break
             cut = max(low - begin, 0)
-            size = min(base + int(ends[item]), high) - max(begin, low)
-            column = max(begin, low) - low
-            found.append(
-                Placement(
-                    int(source[item]), int(example[item]), int(start[item]) + cut, size, column
-                )
-            )
+            size = min(base + ends[item], high) - max(begin, low)
+            source, example, start = items[item]
+            found.append(Placement(source, example, start + cut, size, max(begin, low) - low))
         return found
 
     @cached_property
-    def _kept(self) -> Kept[int, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    def _kept(self) -> Kept[int, tuple[Items, list[int]]]:
         return Kept(self._load, KEPT_BLOCKS)
 
-    def _load(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _load(self, block: int) -> tuple[Items, list[int]]:
+        """Source, example and start of each, and where it ends in the block."""
         stretches = [quota.block(block, self.num_blocks) for quota in self.quotas]
         number, place = interleaved(stretches)
         first = np.cumsum([0, *(len(stretch.examples) for stretch in stretches)])[:-1]
@@ -174,7 +174,8 @@ class Joined:
             np.concatenate([getattr(stretch, name) for stretch in stretches])[at]
             for name in ("examples", "starts", "lengths")
         )
-        return np.array(self.numbers)[number], example, start, np.cumsum(length)
+        items = np.stack([np.array(self.numbers)[number], example, start], axis=1)
+        return items.tolist(), np.cumsum(length).tolist()
 
 
 class Padded:
@@ -229,20 +230,6 @@ class Padded:
         raise AssertionError("the slots of a block are those of its sources")
 
 
-@dataclass(frozen=True)
-class Block:
-    """A packed block: row r holds items first[r] to first[r + 1], columns of `items`:
-
-    source, example, start, length, column.
-    """
-
-    first: np.ndarray
-    items: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.first) - 1
-
-
 class Filled:
     """Examples side by side, kept apart by segments, each row as full as its block allows.
 
@@ -281,18 +268,19 @@ class Filled:
         else:
             block = int(np.searchsorted(self.first_rows, index, side="right")) - 1
             inside = index - int(self.first_rows[block])
-        packed = self._kept[block]
-        # Packing sorts by length; the seeded order keeps every part of the block alike.
-        key = f"{self.key}/block {block}"
-        row = int(permuted(np.array([inside]), len(packed), key)[0])
-        items = packed.items[packed.first[row] : packed.first[row + 1]]
-        return [Placement(*(int(value) for value in item)) for item in items]
+        return [Placement(*item) for item in self._kept[block][inside]]
 
     @cached_property
-    def _kept(self) -> Kept[int, Block]:
-        return Kept(lambda block: self._pack(block, self.block_rows or None), KEPT_BLOCKS)
+    def _kept(self) -> Kept[int, list[Items]]:
+        return Kept(self._shuffled, KEPT_BLOCKS)
 
-    def _pack(self, block: int, num_rows: int | None) -> Block:
+    def _shuffled(self, block: int) -> list[Items]:
+        packed = self._pack(block, self.block_rows or None)
+        # Packing sorts by length; the seeded order keeps every part of the block alike.
+        order = permuted(np.arange(len(packed)), len(packed), f"{self.key}/block {block}")
+        return [with_columns(packed[row]) for row in order.tolist()]
+
+    def _pack(self, block: int, num_rows: int | None) -> list[Items]:
         whole, text = self._items(block)
         packer = Packer(self.row_length)
         for item in whole[np.argsort(-whole[:, 3], kind="stable")].tolist():
@@ -311,7 +299,7 @@ class Filled:
         packer.pour(left, room)
         if num_rows:
             packer.spread(num_rows)
-        return packer.block()
+        return packer.rows
 
     def _items(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """[items, 4] of source, example, start, length: whole examples, and text cut to rows."""
@@ -338,7 +326,7 @@ class Packer:
 
     def __init__(self, row_length: int) -> None:
         self.row_length = row_length
-        self.rows: list[list[list[int]]] = []
+        self.rows: list[Items] = []
         # (positions left, row) of the rows that are not full, in ascending order.
         self._room: list[tuple[int, int]] = []
 
@@ -379,14 +367,14 @@ class Packer:
             many = len(self.rows[fullest]) > 1
             self.rows.append([self.rows[fullest].pop()] if many else [])
 
-    def block(self) -> Block:
-        """The rows as a table; empty ones are at its end or not there."""
-        first = np.cumsum([0, *(len(row) for row in self.rows)])
-        items = np.array([item for row in self.rows for item in row], dtype=np.int64).reshape(-1, 4)
-        ends = np.cumsum(items[:, 3])
-        row_start = np.repeat(np.append(0, ends)[first[:-1]], np.diff(first))
-        column = ends - items[:, 3] - row_start
-        return Block(first, np.concatenate([items, column[:, None]], axis=1))
+
+def with_columns(items: Items) -> Items:
+    """Items side by side: to source, example, start and length, the column where each begins."""
+    found, column = [], 0
+    for item in items:
+        found.append([*item, column])
+        column += item[3]
+    return found
 
 
 def _without_cache(layout: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 from midstream.batch import IGNORE, PADDING, Row
 from midstream.config import Budget, Rows
 from midstream.data.mixture import Supply, names_of
-from midstream.data.packing import Placement, RowPlan, make_plan
+from midstream.data.packing import RowPlan, make_plan
 from midstream.data.sources import Source
 from midstream.tokens import TokenCount
 
@@ -86,34 +86,43 @@ def build_row(plan: RowPlan, sources: Mapping[str, Source], index: int, num_patc
     targets = np.full(length, IGNORE, dtype=np.int64)
     position_ids = np.zeros(length, dtype=np.int64)
     segment_ids = np.full(length, PADDING, dtype=np.int64)
+    positions = np.arange(length)
     image_starts: list[int] = []
     images: list[tuple[int, int]] = []
     counts: dict[str, TokenCount] = {}
+    names, placements = plan.names, plan.layout.row(index)
     end = 0
-    for segment, placed in enumerate(plan.layout.row(index)):
-        source = sources[plan.names[placed.source]]
-        patches = num_patches if source.has_image(placed.example) else 0
+    for segment, placed in enumerate(placements):
+        source = sources[names[placed.source]]
+        shard, local = source.locate(placed.example)
+        patches = num_patches if shard.images is not None and shard.images[local, 0] >= 0 else 0
+        column, end = placed.column, placed.column + placed.length
         if patches:
-            image_starts.append(placed.column)
+            image_starts.append(column)
             images.append((placed.source, placed.example))
-        end = placed.column + placed.length
-        text = slice(placed.column + patches, end)
-        low, high = placed.start, placed.start + placed.length - patches
-        input_ids[text] = source.input_ids(placed.example, low, high)
-        following = _following(source, placed, low, high)
-        targets[text][: len(following)] = following
-        if joined and placed.column and targets[placed.column - 1] == IGNORE:
+        low = int(shard.offsets[local]) + placed.start
+        high = low + placed.length - patches
+        input_ids[column + patches : end] = shard.tokens[low:high]
+        last = min(high + 1, int(shard.offsets[local + 1]))
+        following = shard.tokens[low + 1 : last]
+        if shard.supervised is not None:
+            following = np.where(shard.supervised[low + 1 : last] > 0, following, IGNORE)
+        targets[column + patches : column + patches + len(following)] = following
+        if joined and column and targets[column - 1] == IGNORE:
             # OpenLM's rows: the end of a document predicts the beginning of the next one.
-            targets[placed.column - 1] = input_ids[placed.column]
-        here = slice(placed.column, end)
-        segment_ids[here] = 0 if joined else segment
-        position_ids[here] = np.arange(placed.column, end) if joined else np.arange(placed.length)
-        counted = TokenCount(**{source.kind: placed.length - patches}, image=patches)
+            targets[column - 1] = input_ids[column]
+        if not joined:
+            segment_ids[column:end] = segment
+            position_ids[column:end] = positions[: placed.length]
+        counted = TokenCount(**{source.kind: placed.length - patches, "image": patches})
         counts[source.name] = counts.get(source.name, TokenCount()) + counted
-    for placed in plan.layout.row(index):
-        here = slice(placed.column, placed.column + placed.length)
-        name = plan.names[placed.source]
-        counts[name] += TokenCount(target=int((targets[here] != IGNORE).sum()))
+    if joined:
+        segment_ids[:end], position_ids[:end] = 0, positions[:end]
+    for placed in placements:
+        here = targets[placed.column : placed.column + placed.length]
+        counts[names[placed.source]] += TokenCount(
+            target=int(np.count_nonzero(here != IGNORE))
+        )
     return Row(
         input_ids=input_ids,
         targets=targets,
@@ -124,13 +133,6 @@ def build_row(plan: RowPlan, sources: Mapping[str, Source], index: int, num_patc
         counts=sum(counts.values(), TokenCount(pad=length - end)),
         sources=counts,
     )
-
-
-def _following(source: Source, placed: Placement, low: int, high: int) -> np.ndarray:
-    """The supervised token behind each of tokens[low:high], IGNORE elsewhere."""
-    found = source.input_ids(placed.example, low + 1, high + 1).astype(np.int64)
-    supervised = source.supervised(placed.example, low + 1, high + 1)
-    return found if supervised is None else np.where(supervised > 0, found, IGNORE)
 
 
 def shares_report(
