@@ -8,7 +8,8 @@ projected patch features.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +24,7 @@ IGNORE = -100
 PADDING = -1
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One packed sequence of T positions, as NumPy arrays of int64.
 
     input_ids, targets (already shifted: the token after each position, or IGNORE), position_ids
@@ -41,7 +41,7 @@ class Row:
     image_starts: np.ndarray
     images: np.ndarray
     counts: TokenCount
-    sources: Mapping[str, TokenCount] = field(default_factory=dict)
+    sources: Mapping[str, TokenCount] = MappingProxyType({})
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class View:
     def steps(self, first_row: int) -> Iterator[list[list[int]]]:
         """The steps that are left once `first_row` rows are consumed; empty parts are left out."""
         for step in count(first_row // self.batch_rows):
-            if step * self.batch_rows >= self.num_rows:
+            if max(first_row, step * self.batch_rows) >= self.num_rows:
                 return
             yield [part for part in self.step(step, first_row) if part]
 

@@ -33,7 +33,8 @@ class Quota:
     """How much of a source a plan takes: its first `tokens` tokens, or `examples` whole ones.
 
     planned_tokens is what the budget says, None where it counts passes or sequences. `by_count`
-    spreads whole examples evenly by number, else by tokens.
+    spreads whole examples evenly by number, else by tokens. Text is cut between blocks only where
+    a document begins, or in a longer one behind a whole number of rows.
     """
 
     name: str
@@ -44,12 +45,16 @@ class Quota:
     planned_tokens: int | None
     planned_sequences: int | None
     by_count: bool
+    row_length: int
 
     def before(self, block: int, num_blocks: int) -> int:
         """What lies before a block: tokens of text, whole examples otherwise."""
+        if block in (0, num_blocks):
+            return (self.tokens if self.divisible else self.examples) if block else 0
         if self.divisible:
-            return self.tokens * block // num_blocks
-        if self.by_count or block in (0, num_blocks):
+            near = self.stream.cut_near(self.tokens * block // num_blocks, self.row_length)
+            return min(near, self.tokens)
+        if self.by_count:
             return self.examples * block // num_blocks
         # `count_before` compares whole numbers by <: rounding up keeps that exact.
         found = self.stream.count_before(-(-2 * self.tokens * block // num_blocks))
@@ -135,6 +140,7 @@ def _passes(supply: Supply, epochs: int, row_length: int, seed: int) -> Quota:
         planned_tokens=None,
         planned_sequences=None,
         by_count=_by_count(supply, row_length),
+        row_length=row_length,
     )
 
 
@@ -158,6 +164,7 @@ def _tokens(
         planned_tokens=tokens,
         planned_sequences=None,
         by_count=_by_count(supply, row_length),
+        row_length=row_length,
     )
 
 
@@ -178,6 +185,7 @@ def _sequences(
         planned_tokens=None,
         planned_sequences=sequences,
         by_count=_by_count(supply, row_length),
+        row_length=row_length,
     )
 
 

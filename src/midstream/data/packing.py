@@ -8,7 +8,8 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from math import isqrt
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,17 +22,17 @@ BLOCK_ROWS = 1024
 # How full packed rows are made, in thousandths: what is left lets nearly every text stay whole.
 FILL = 997
 # Plans of up to this many blocks know each block's rows; larger ones give all blocks the same
-# number, that of the fullest of this many and a few spare ones.
-CHECKED_BLOCKS = 64
+# number: that of the fullest of this many and spare ones.
+CHECKED_BLOCKS = 512
+# Blocks that were not looked at differ by chance; a million of them stay within this.
+SPARE_DEVIATIONS = 6
 KEPT_BLOCKS = 3
-
 
 # Each is source, example, start and length, then the column where that is known.
 Items = list[list[int]]
 
 
-@dataclass(frozen=True)
-class Placement:
+class Placement(NamedTuple):
     """`length` positions of an example, from its position `start` on, at `column` of a row.
 
     `source` numbers the plan's `names`. An example's image patches are its first positions.
@@ -44,6 +45,7 @@ class Placement:
     column: int
 
 
+@runtime_checkable
 class Layout(Protocol):
     """Rows by number."""
 
@@ -68,7 +70,7 @@ class RowPlan:
     def __len__(self) -> int:
         return len(self.layout)
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """The sources, as `Placement.source` numbers them."""
         return tuple(quota.name for quota in self.quotas)
@@ -103,18 +105,23 @@ def make_plan(supplies: Sequence[Supply], budget: Budget, rows: Rows, seed: int)
             raise ValueError(
                 f"the joined layout is for text only, {whole} are none; choose filled or padded"
             )
-        return RowPlan(quotas, rows, Joined(quotas, range(len(quotas)), rows.row_length))
+        return RowPlan(quotas, rows, Joined(quotas, range(len(quotas)), rows.row_length, str(seed)))
     if rows.layout == "padded":
         return RowPlan(quotas, rows, Padded(quotas, rows.row_length, str(seed)))
     return RowPlan(quotas, rows, Filled(quotas, rows.row_length, str(seed)))
 
 
 class Joined:
-    """Documents one behind the other, cut at the row length, seeing each other (OpenLM's rows)."""
+    """Documents one behind the other, cut at the row length, seeing each other (OpenLM's rows).
 
-    def __init__(self, quotas: Sequence[Quota], numbers: Sequence[int], row_length: int) -> None:
+    The rows are shuffled in windows of BLOCK_ROWS.
+    """
+
+    def __init__(
+        self, quotas: Sequence[Quota], numbers: Sequence[int], row_length: int, key: str
+    ) -> None:
         self.quotas = [quotas[number] for number in numbers]
-        self.numbers, self.row_length = list(numbers), row_length
+        self.numbers, self.row_length, self.key = list(numbers), row_length, key
         self.tokens = sum(quota.tokens for quota in self.quotas)
         self.num_blocks = max(1, self.tokens // (BLOCK_ROWS * row_length))
 
@@ -130,42 +137,38 @@ class Joined:
 
     def row(self, index: int) -> list[Placement]:
         """What stands in a row."""
-        low = index * self.row_length
+        window, inside = divmod(index, BLOCK_ROWS)
+        low = (window * BLOCK_ROWS + self._orders[window][inside]) * self.row_length
         high = min(low + self.row_length, self.tokens)
         block = low * self.num_blocks // self.tokens
-        while self._before(block + 1) <= low:
-            block += 1
-        while self._before(block) > low:
-            block -= 1
+        while not self._kept[block].before <= low < self._kept[block].after:
+            block += 1 if self._kept[block].before <= low else -1
         found: list[Placement] = []
-        while block < self.num_blocks and self._before(block) < high:
-            found += self._inside(block, low, high)
+        while True:
+            kept = self._kept[block]
+            kept.place(low, high, found)
+            if kept.after >= high:
+                return found
             block += 1
-        return found
+
+    @cached_property
+    def _orders(self) -> Kept[int, list[int]]:
+        # Rows of one long document would come one after the other.
+        def order(window: int) -> list[int]:
+            size = min(BLOCK_ROWS, len(self) - window * BLOCK_ROWS)
+            found: list[int] = permuted(np.arange(size), size, f"{self.key}/rows {window}").tolist()
+            return found
+
+        return Kept(order, KEPT_BLOCKS)
+
+    @cached_property
+    def _kept(self) -> Kept[int, "JoinedBlock"]:
+        return Kept(self._load, KEPT_BLOCKS)
 
     def _before(self, block: int) -> int:
         return sum(quota.before(block, self.num_blocks) for quota in self.quotas)
 
-    def _inside(self, block: int, low: int, high: int) -> list[Placement]:
-        items, ends = self._kept[block]
-        base = self._before(block)
-        found = []
-        for item in range(bisect_right(ends, low - base), len(ends)):
-            begin = base + (ends[item - 1] if item else 0)
-            if begin >= high:
-                break
-            cut = max(low - begin, 0)
-            size = min(base + ends[item], high) - max(begin, low)
-            source, example, start = items[item]
-            found.append(Placement(source, example, start + cut, size, max(begin, low) - low))
-        return found
-
-    @cached_property
-    def _kept(self) -> Kept[int, tuple[Items, list[int]]]:
-        return Kept(self._load, KEPT_BLOCKS)
-
-    def _load(self, block: int) -> tuple[Items, list[int]]:
-        """Source, example and start of each, and where it ends in the block."""
+    def _load(self, block: int) -> "JoinedBlock":
         stretches = [quota.block(block, self.num_blocks) for quota in self.quotas]
         number, place = interleaved(stretches)
         first = np.cumsum([0, *(len(stretch.examples) for stretch in stretches)])[:-1]
@@ -175,7 +178,30 @@ class Joined:
             for name in ("examples", "starts", "lengths")
         )
         items = np.stack([np.array(self.numbers)[number], example, start], axis=1)
-        return items.tolist(), np.cumsum(length).tolist()
+        before = self._before(block)
+        ends = (before + np.cumsum(length)).tolist()
+        return JoinedBlock(before, self._before(block + 1), items.tolist(), ends)
+
+
+@dataclass(frozen=True)
+class JoinedBlock:
+    """Tokens `before` to `after` of a plan: source, example and start of each piece, its end."""
+
+    before: int
+    after: int
+    items: Items
+    ends: list[int]
+
+    def place(self, low: int, high: int, found: list[Placement]) -> None:
+        """Add what stands between two tokens to a row that begins at `low`."""
+        item = bisect_right(self.ends, low)
+        begin = self.ends[item - 1] if item else self.before
+        while begin < high and item < len(self.ends):
+            source, example, start = self.items[item]
+            end, first = self.ends[item], max(begin, low)
+            size = min(end, high) - first
+            found.append(Placement(source, example, start + first - begin, size, first - low))
+            begin, item = end, item + 1
 
 
 class Padded:
@@ -186,7 +212,7 @@ class Padded:
         text = [number for number, quota in enumerate(quotas) if quota.divisible]
         self.numbers = [number for number in range(len(quotas)) if number not in text]
         self.whole = [replace(quotas[number], by_count=True) for number in self.numbers]
-        self.text = Joined(quotas, text, row_length)
+        self.text = Joined(quotas, text, row_length, key)
         self.num_rows = len(self.text) + sum(quota.examples for quota in self.whole)
         self.num_blocks = max(1, self.num_rows // BLOCK_ROWS)
 
@@ -249,7 +275,7 @@ class Filled:
         if checked == self.num_blocks:
             self.first_rows, self.block_rows = np.cumsum([0, *needed]), 0
         else:
-            self.first_rows, self.block_rows = np.zeros(0), max(needed) + 2 + max(needed) // 500
+            self.first_rows, self.block_rows = np.zeros(0), _rows_for_all(needed)
 
     def __getstate__(self) -> dict[str, Any]:
         return _without_cache(self)
@@ -268,7 +294,7 @@ class Filled:
         else:
             block = int(np.searchsorted(self.first_rows, index, side="right")) - 1
             inside = index - int(self.first_rows[block])
-        return [Placement(*item) for item in self._kept[block][inside]]
+        return list(map(Placement._make, self._kept[block][inside]))
 
     @cached_property
     def _kept(self) -> Kept[int, list[Items]]:
@@ -296,7 +322,7 @@ class Filled:
         for item in text[np.argsort(-text[:, 3], kind="stable")].tolist():
             if not packer.add(item, max_rows=room):
                 left.append(item)
-        packer.pour(left, room)
+        packer.pour(left)
         if num_rows:
             packer.spread(num_rows)
         return packer.rows
@@ -346,11 +372,8 @@ class Packer:
             insort(self._room, (left - size, row))
         return True
 
-    def pour(self, items: list[list[int]], num_rows: int) -> None:
-        """Cut items to fill the emptiest rows, of which there are `num_rows` at most."""
-        while items and len(self.rows) < num_rows:
-            self._room.append((self.row_length, len(self.rows)))
-            self.rows.append([])
+    def pour(self, items: list[list[int]]) -> None:
+        """Cut items to fill the emptiest rows."""
         for source, example, start, length in items:
             while length:
                 left, row = self._room.pop()
@@ -368,6 +391,15 @@ class Packer:
             self.rows.append([self.rows[fullest].pop()] if many else [])
 
 
+def _rows_for_all(needed: Sequence[int]) -> int:
+    """Rows that a block needs at most, from what some blocks need; in whole numbers, so that
+    every machine plans alike."""
+    count, total = len(needed), sum(needed)
+    spread = count * sum(rows * rows for rows in needed) - total * total
+    likely = -(-total // count) + isqrt(SPARE_DEVIATIONS**2 * spread) // count + 1
+    return max(likely, max(needed) + 2 + max(needed) // 500)
+
+
 def with_columns(items: Items) -> Items:
     """Items side by side: to source, example, start and length, the column where each begins."""
     found, column = [], 0
@@ -378,4 +410,4 @@ def with_columns(items: Items) -> Items:
 
 
 def _without_cache(layout: Any) -> dict[str, Any]:
-    return {name: value for name, value in layout.__dict__.items() if name != "_kept"}
+    return {name: value for name, value in layout.__dict__.items() if not name.startswith("_")}

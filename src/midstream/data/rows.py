@@ -1,6 +1,7 @@
 """From prepared sources and a budget to rows: lengths into the plan, its placements into arrays."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from midstream.data.mixture import Supply, names_of
 from midstream.data.packing import RowPlan, make_plan
 from midstream.data.sources import Source
 from midstream.tokens import TokenCount
+
+NO_IMAGES = np.zeros((0, 3), dtype=np.int64)
 
 
 class SourceLengths:
@@ -80,59 +83,83 @@ def _check_longest(source: Source, num_patches: int, row_length: int) -> None:
 
 def build_row(plan: RowPlan, sources: Mapping[str, Source], index: int, num_patches: int) -> Row:
     """Row `index` of the plan as arrays of `row_length` positions."""
-    length = plan.rows.row_length
-    joined = plan.layout.sees_all(index)
-    input_ids = np.zeros(length, dtype=np.int64)
-    targets = np.full(length, IGNORE, dtype=np.int64)
-    position_ids = np.zeros(length, dtype=np.int64)
-    segment_ids = np.full(length, PADDING, dtype=np.int64)
-    positions = np.arange(length)
-    image_starts: list[int] = []
-    images: list[tuple[int, int]] = []
-    counts: dict[str, TokenCount] = {}
-    names, placements = plan.names, plan.layout.row(index)
+    length, joined = plan.rows.row_length, plan.layout.sees_all(index)
+    input_ids, targets = np.empty((2, length), dtype=np.int64)
+    targets.fill(IGNORE)
+    # Alike in every full joined row: these two are shared and must not be written to.
+    segment_ids, positions = _shared(length)
+    position_ids = positions
+    if not joined:
+        segment_ids, position_ids = np.empty((2, length), dtype=np.int64)
+    images: list[tuple[int, int, int]] = []
+    # By source: text tokens, patches and targets.
+    found: dict[int, list[int]] = {}
     end = 0
-    for segment, placed in enumerate(placements):
-        source = sources[names[placed.source]]
-        shard, local = source.locate(placed.example)
+    # The source whose document just ended, in joined rows.
+    ended: int | None = None
+    for segment, (number, example, start, size, column) in enumerate(plan.layout.row(index)):
+        shard, local = sources[plan.names[number]].locate(example)
         patches = num_patches if shard.images is not None and shard.images[local, 0] >= 0 else 0
-        column, end = placed.column, placed.column + placed.length
         if patches:
-            image_starts.append(column)
-            images.append((placed.source, placed.example))
-        low = int(shard.offsets[local]) + placed.start
-        high = low + placed.length - patches
-        input_ids[column + patches : end] = shard.tokens[low:high]
-        last = min(high + 1, int(shard.offsets[local + 1]))
-        following = shard.tokens[low + 1 : last]
-        if shard.supervised is not None:
-            following = np.where(shard.supervised[low + 1 : last] > 0, following, IGNORE)
-        targets[column + patches : column + patches + len(following)] = following
-        if joined and column and targets[column - 1] == IGNORE:
+            images.append((column, number, example))
+            input_ids[column : column + patches] = 0
+        low, after = int(shard.offsets[local]) + start, int(shard.offsets[local + 1])
+        text, high = column + patches, low + size - patches
+        end = column + size
+        input_ids[text:end] = shard.tokens[low:high]
+        last = min(high + 1, after)
+        counted = found.setdefault(number, [0, 0, 0])
+        if shard.supervised is None:
+            targets[text : text + last - low - 1] = shard.tokens[low + 1 : last]
+            counted[2] += last - low - 1
+        else:
+            chosen = shard.supervised[low + 1 : last] > 0
+            targets[text : text + last - low - 1][chosen] = shard.tokens[low + 1 : last][chosen]
+            counted[2] += int(np.count_nonzero(chosen))
+        if joined and ended is not None:
             # OpenLM's rows: the end of a document predicts the beginning of the next one.
             targets[column - 1] = input_ids[column]
+            found[ended][2] += 1
+        ended = number if last == high else None
         if not joined:
             segment_ids[column:end] = segment
-            position_ids[column:end] = positions[: placed.length]
-        counted = TokenCount(**{source.kind: placed.length - patches, "image": patches})
-        counts[source.name] = counts.get(source.name, TokenCount()) + counted
-    if joined:
-        segment_ids[:end], position_ids[:end] = 0, positions[:end]
-    for placed in placements:
-        here = targets[placed.column : placed.column + placed.length]
-        counts[names[placed.source]] += TokenCount(
-            target=int(np.count_nonzero(here != IGNORE))
-        )
+            position_ids[column:end] = positions[:size]
+        counted[0] += size - patches
+        counted[1] += patches
+    if end < length:
+        if joined:
+            segment_ids, position_ids = segment_ids.copy(), position_ids.copy()
+        input_ids[end:], segment_ids[end:], position_ids[end:] = 0, PADDING, 0
+    counts: dict[str, TokenCount] = {}
+    kinds = {"text": 0, "caption": 0, "instruct": 0}
+    for number, (text, image, target) in found.items():
+        name = plan.names[number]
+        kinds[sources[name].kind] += text
+        counts[name] = TokenCount(**{sources[name].kind: text}, image=image, target=target)
+    table = np.array(images, dtype=np.int64).reshape(-1, 3) if images else NO_IMAGES
     return Row(
         input_ids=input_ids,
         targets=targets,
         position_ids=position_ids,
         segment_ids=segment_ids,
-        image_starts=np.array(image_starts, dtype=np.int64),
-        images=np.array(images, dtype=np.int64).reshape(-1, 2),
-        counts=sum(counts.values(), TokenCount(pad=length - end)),
+        image_starts=table[:, 0],
+        images=table[:, 1:],
+        counts=TokenCount(
+            **kinds,
+            image=num_patches * len(images),
+            target=sum(counted[2] for counted in found.values()),
+            pad=length - end,
+        ),
         sources=counts,
     )
+
+
+@cache
+def _shared(length: int) -> tuple[np.ndarray, np.ndarray]:
+    found = np.zeros(length, dtype=np.int64), np.arange(length)
+    for array in found:
+        array.flags.writeable = False
+    return found
 
 
 def shares_report(
@@ -145,6 +172,7 @@ def shares_report(
         if quota.divisible and quota.tokens:
             # The example that the budget ends in counts.
             examples = quota.stream.count_before(2 * quota.tokens)
+            examples += quota.stream.tokens_before(examples) < quota.tokens
         longest = [
             found["tokens"] + (num_patches if shown == "image" else 0)
             for shown, found in source.index["longest"].items()

@@ -194,7 +194,7 @@ class Source:
 
     def locate(self, example: int) -> tuple[Shard, int]:
         """The shard that holds an example, and its number there."""
-        if not 0 <= example < len(self):
+        if not 0 <= example < self._num_examples:
             raise IndexError(f"source {self.name!r} holds {len(self):,} examples, not {example:,}")
         number = bisect_right(self._starts, (example, sys.maxsize)) - 1
         return self._shards[number], example + self._starts[number][1]

@@ -9,7 +9,7 @@ place of the order costs the same and a billion examples need a few megabytes.
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -25,6 +25,7 @@ GROUP_EXAMPLES = 2**14
 KEPT_GROUPS = 8
 
 
+@runtime_checkable
 class Lengths(Protocol):
     """The lengths, in positions of a row, of a source's examples; none is below 1."""
 
@@ -122,6 +123,17 @@ class Stream:
         group = self._group_of(place)
         inside = self._kept[group].lengths[: place - int(self._examples[group])]
         return int(self._tokens[group]) + int(inside.sum())
+
+    def cut_near(self, token: int, size: int) -> int:
+        """The nearest token where an example begins, or in a longer one a multiple of `size`."""
+        group = self._group_at(token)
+        lengths = self._kept[group].lengths
+        ends = int(self._tokens[group]) + np.cumsum(lengths)
+        item = int(np.searchsorted(ends, token, side="right"))
+        begin = int(ends[item] - lengths[item])
+        low = begin + (token - begin) // size * size
+        high = min(low + size, int(ends[item]))
+        return low if token - low < high - token else high
 
     def places(self, low: int, high: int) -> Stretch:
         """Whole examples at places `low` to `high`."""
