@@ -1,0 +1,209 @@
+"""The public formats of captions, record by record (see `docs/data.md`).
+
+Records are numbered from 0, as `Unit.first` counts them. A record that cannot be used is a `Reject`
+that says why; a file that cannot be read as its format is a ValueError. Pictures
+are not decoded here.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+from midstream.data.caption_checks import caption_of, field_of, json_object, record_of
+from midstream.data.caption_lists import (
+    count_annotations,
+    first_line,
+    objects_of,
+    read_coco,
+    read_csv,
+    read_imagefolder,
+    rows_of,
+)
+from midstream.data.files import base_name, find_files, is_folder
+from midstream.data.records import CaptionRecord, Picture, ReadOptions, Unit
+from midstream.data.source_writer import Reject
+from midstream.data.sources import content_hash
+from midstream.data.tars import TOO_LARGE, Sample, samples_of
+
+NUM_UNIT_RECORDS = 20_000
+PICTURES = ("jpg", "jpeg", "png", "webp")
+FORMATS = {
+    "webdataset": "a .tar of samples with a picture, .txt and .json",
+    "datacompdr": "such a .tar whose samples also hold .syn.json",
+    "coco": "captions_SPLIT.json with the lists images and annotations",
+    "csv": "a .csv or .txt with the header image,caption",
+    "imagefolder": "metadata.jsonl with file_name and text",
+}
+# Which files of a folder are captions; a file given by its own name may have another one.
+_NAMES = {
+    "tar": r".*\.tar",
+    "coco": r"captions_.*\.json",
+    "csv": r"(captions|metadata).*\.(csv|txt)",
+    "imagefolder": r"metadata\.jsonl",
+}
+_SUFFIXES = (".tar", ".json", ".csv", ".txt", ".jsonl")
+
+
+def caption_units(sources: Sequence[str], options: ReadOptions) -> list[Unit]:
+    """The work that `sources` (files, folders, patterns, `fsspec` URLs) make, in their order.
+
+    A tar is one unit; other files are cut every 20,000 records. The first tar of a source tells
+    the format of all its tars. Raises FileNotFoundError for what is not there, and ValueError for
+    a file of an unknown format, one without a record or given twice, a folder with captions of two
+    formats, and for synthetic captions asked of a format that has none.
+    """
+    if options.images is not None and not is_folder(options.images):
+        raise FileNotFoundError(f"{options.images} is no folder of pictures; correct its name")
+    units: list[Unit] = []
+    for source in sources:
+        tar_format = ""
+        for path in _caption_files(source):
+            if path.endswith(".tar"):
+                tar_format = tar_format or _tar_format(path)
+                units.append(Unit(tar_format, (path,)))
+            else:
+                units.extend(_cut(path, _lone_format(path), options))
+    times = Counter(unit.files[0] for unit in units if not unit.first)
+    for path, count in times.items():
+        if count > 1:
+            raise ValueError(f"{path} is given {count} times; give each file once")
+    return units
+
+
+def read_captions(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
+    """The records of a unit in the order of its file: a caption with its picture, or why not.
+
+    The reasons are "no picture", "more than one picture", "missing picture", "zero-byte picture",
+    "picture too large", "picture outside the folder", "no caption", "empty caption", "caption not
+    UTF-8", "caption not Unicode", "too few synthetic captions", "metadata not JSON", "wrong number
+    of columns", "unsafe member name" and "member there twice". A tar's records are its samples.
+
+    Raises ValueError that names the file if it is damaged or lacks a column or list.
+    """
+    if unit.format not in _READERS:
+        raise ValueError(f"{unit.files[0]}: {unit.format!r} is no format of captions; {_known()}")
+    return _READERS[unit.format](unit, options)
+
+
+def _known() -> str:
+    return "known are " + "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
+
+
+def _caption_files(source: str) -> list[str]:
+    files = find_files(source, _SUFFIXES)
+    if not is_folder(source):
+        return files
+    found = {
+        kind: [file for file in files if re.fullmatch(pattern, base_name(file))]
+        for kind, pattern in _NAMES.items()
+    }
+    kinds = [kind for kind, named in found.items() if named]
+    if not kinds:
+        raise ValueError(f"{source} holds no captions; {_known()}")
+    if len(kinds) > 1:
+        named = ", ".join(found[kind][0] for kind in kinds)
+        raise ValueError(f"{source} holds captions in several formats ({named}); name the files")
+    return found[kinds[0]]
+
+
+def _tar_format(path: str) -> str:
+    first = next(samples_of(path), None)
+    return "datacompdr" if first is not None and "syn.json" in first.members else "webdataset"
+
+
+def _lone_format(path: str) -> str:
+    """The format of a file that is no tar, by its name and its first line."""
+    if path.endswith(".json"):
+        return "coco"
+    if path.endswith(".jsonl"):
+        first, _ = json_object(first_line(path))
+        if base_name(path) == "metadata.jsonl" or (first and "file_name" in first):
+            return "imagefolder"
+    if path.endswith((".csv", ".txt")):
+        names = {name.strip(b'" \r\n') for name in first_line(path).split(b",")}
+        if names & {b"image", b"file_name"}:
+            return "csv"
+    raise ValueError(f"{path} holds no captions in a known format; {_known()}")
+
+
+def _cut(path: str, form: str, options: ReadOptions) -> list[Unit]:
+    if options.caption != "original":
+        raise ValueError(f"{path}: {form} has no synthetic captions; ask for the original ones")
+    if form == "coco":
+        count = count_annotations(path, options)
+    elif form == "csv":
+        count = sum(1 for _ in rows_of(path, options))
+    else:
+        count = sum(1 for _ in objects_of(path))
+    if not count:
+        raise ValueError(f"{path} holds no record; remove it")
+    if count <= NUM_UNIT_RECORDS:
+        return [Unit(form, (path,))]
+    starts = range(0, count, NUM_UNIT_RECORDS)
+    return [Unit(form, (path,), x, min(x + NUM_UNIT_RECORDS, count)) for x in starts]
+
+
+# Samples in tar archives.
+
+
+def _read_tar(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
+    for sample in samples_of(unit.files[0]):
+        yield _sample_record(sample, options)
+
+
+def _sample_record(sample: Sample, options: ReadOptions) -> CaptionRecord | Reject:
+    where, members = sample.where, sample.members
+    if sample.problem:
+        reason = "picture too large" if sample.problem == TOO_LARGE else sample.problem
+        return Reject(where, reason, sample.detail)
+    pictures = [members[suffix] for suffix in PICTURES if suffix in members]
+    if not pictures:
+        detail = f"it has {', '.join(sorted(members))}"
+        if "syn.json" in members:
+            detail += "; DataCompDR's own tars hold no pictures, join them by uid with DataComp's"
+        return Reject(where, "no picture", detail)
+    if len(pictures) > 1:
+        return Reject(where, "more than one picture", ", ".join(p.name for p in pictures))
+    if not pictures[0].data:
+        return Reject(where, "zero-byte picture", pictures[0].name)
+    picture = Picture(sample.path, pictures[0].offset, pictures[0].data)
+    return record_of(where, _sample_caption(sample, options), picture)
+
+
+def _sample_caption(sample: Sample, options: ReadOptions) -> str | Reject:
+    """Of the original caption, `text_key` in .json comes before .txt only where a user names it."""
+    members, where = sample.members, sample.where
+    if options.caption == "original" and "txt" in members and options.text_key == "text":
+        return caption_of(members["txt"].data, where)
+    name = "json"
+    if options.caption != "original" and "syn.json" in members:
+        name = "syn.json"
+    if name not in members:
+        return _none(options, where, f"it has {', '.join(sorted(members))}")
+    values, reason = json_object(members[name].data)
+    if values is None:
+        return Reject(where, reason, members[name].name)
+    if options.caption == "original":
+        return caption_of(field_of(values, options), where, reason)
+    captions = values.get("syn_text")
+    if not isinstance(captions, list) or not captions:
+        return _none(options, where, f"{members[name].name} has no list syn_text")
+    chosen = 0
+    if options.caption == "random":
+        text = f"caption/{options.seed}/{sample.key}".encode("utf-8", "surrogatepass")
+        chosen = int.from_bytes(content_hash(text)[:8], "big") % len(captions)
+    return caption_of(captions[chosen], where, reason)
+
+
+def _none(options: ReadOptions, where: str, detail: str) -> Reject:
+    original = options.caption == "original"
+    return Reject(where, "no caption" if original else "too few synthetic captions", detail)
+
+
+_READERS: dict[str, Callable[[Unit, ReadOptions], Iterator[CaptionRecord | Reject]]] = {
+    "webdataset": _read_tar,
+    "datacompdr": _read_tar,
+    "coco": read_coco,
+    "csv": read_csv,
+    "imagefolder": read_imagefolder,
+}

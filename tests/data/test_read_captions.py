@@ -1,0 +1,729 @@
+"""Captions in the public layouts: what is read, what is left out and why, what is refused."""
+
+import csv
+import io
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from midstream.data import caption_checks, read_captions, tars
+from midstream.data.files import read_range
+from midstream.data.read_captions import FORMATS, caption_units
+from midstream.data.records import CaptionRecord, ReadOptions, Unit
+from midstream.data.source_writer import Reject
+
+SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
+SYNTHETIC = [f"a made caption, number {number}" for number in range(5)]
+Members = Mapping[str, bytes]
+
+
+def picture(number: int) -> bytes:
+    """Bytes of its own for every number: pictures are not decoded by the readers."""
+    return b"\xff\xd8picture" + bytes([number % 256]) * (10 + number)
+
+
+def as_json(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+def write(path: Path, data: bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return str(path)
+
+
+def write_tar(path: Path, members: Members | Sequence[tuple[str, bytes]]) -> str:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, data in members.items() if isinstance(members, Mapping) else members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return write(path, stream.getvalue())
+
+
+def img2dataset(number: int, suffix: str = "jpg") -> dict[str, bytes]:
+    """A sample as img2dataset writes it."""
+    key = f"00000{number:04d}"
+    about = {
+        "key": key,
+        "caption": f"caption {number}",
+        "url": f"http://example.com/{number}.jpg",
+        "status": "success",
+        "error_message": None,
+        "width": 4,
+        "height": 3,
+        "uid": f"{number:032x}",
+        "sha256": "0" * 64,
+    }
+    return {
+        f"{key}.{suffix}": picture(number),
+        f"{key}.json": as_json(about),
+        f"{key}.txt": f"caption {number}".encode(),
+    }
+
+
+def apple(key: str) -> dict[str, bytes]:
+    """A sample of DataCompDR as it is published: no picture, no original caption."""
+    return {
+        f"{key}.url.txt": b"http://example.com/a.jpg",
+        f"{key}.syn.json": as_json({"syn_text": [f"{text} of {key}" for text in SYNTHETIC]}),
+        f"{key}.paug.json": as_json({"param_aug": "[]"}),
+        f"{key}.npz": b"PK",
+        f"{key}.json": as_json({"uid": key, "sha256": "0" * 64}),
+    }
+
+
+def joined(key: str, number: int = 0) -> dict[str, bytes]:
+    """The same sample with its picture and caption from DataComp."""
+    own = {f"{key}.jpg": picture(number), f"{key}.txt": f"original of {key}".encode()}
+    return own | apple(key)
+
+
+def read(
+    sources: str | Sequence[str], options: ReadOptions | None = None
+) -> list[CaptionRecord | Reject]:
+    options = options or ReadOptions()
+    units = caption_units([sources] if isinstance(sources, str) else sources, options)
+    return [record for unit in units for record in read_captions.read_captions(unit, options)]
+
+
+def captions(records: Sequence[CaptionRecord | Reject]) -> list[str]:
+    return [record.caption for record in records if isinstance(record, CaptionRecord)]
+
+
+def outcome(records: Sequence[CaptionRecord | Reject]) -> list[str]:
+    """The caption or the reason of each record."""
+    return [r.caption if isinstance(r, CaptionRecord) else f"- {r.reason}" for r in records]
+
+
+# Tar archives.
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "jpeg", "png", "webp", "JPG"])
+def test_an_img2dataset_tar_gives_each_caption_with_the_bytes_of_its_picture(
+    tmp_path: Path, suffix: str
+) -> None:
+    samples = [img2dataset(number, suffix) for number in range(5)]
+    path = write_tar(tmp_path / "00000.tar", {k: v for s in samples for k, v in s.items()})
+    write(tmp_path / "00000_stats.json", b"{}")
+    records = read(str(tmp_path))
+    assert caption_units([str(tmp_path)], ReadOptions()) == [Unit("webdataset", (path,))]
+    assert outcome(records) == [f"caption {number}" for number in range(5)]
+    for number, record in enumerate(records):
+        assert isinstance(record, CaptionRecord)
+        assert record.where == f"{path}, sample 00000{number:04d}"
+        assert record.picture.data == picture(number)
+        assert record.picture.file == path
+        assert read_range(path, record.picture.offset, len(picture(number))) == picture(number)
+
+
+def test_every_tar_of_a_source_is_a_unit_in_the_order_of_their_names(tmp_path: Path) -> None:
+    paths = [write_tar(tmp_path / f"{n:05d}.tar", img2dataset(n)) for n in (2, 0, 1)]
+    for source in (str(tmp_path), str(tmp_path / "*.tar")):
+        units = caption_units([source], ReadOptions())
+        assert [unit.files[0] for unit in units] == sorted(paths)
+    units = caption_units(paths[:2], ReadOptions())
+    assert [unit.files[0] for unit in units] == paths[:2]
+
+
+def test_the_caption_in_the_json_stands_in_where_there_is_no_txt(tmp_path: Path) -> None:
+    about = as_json({"caption": "in the JSON", "alt": "another"})
+    both = {"0.jpg": picture(0), "0.json": about, "0.txt": b" in the text \n"}
+    lone = {"1.jpg": picture(1), "1.json": about}
+    path = write_tar(tmp_path / "a.tar", both | lone)
+    assert captions(read(path)) == ["in the text", "in the JSON"]
+    assert captions(read(path, ReadOptions(text_key="alt"))) == ["another", "another"]
+    missing = read(path, ReadOptions(text_key="title"))
+    assert outcome(missing) == ["- no caption", "- no caption"]
+
+
+def test_datacompdr_gives_the_original_or_the_first_synthetic_caption(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", joined("k0") | joined("k1", 1))
+    assert caption_units([path], ReadOptions()) == [Unit("datacompdr", (path,))]
+    assert captions(read(path)) == ["original of k0", "original of k1"]
+    first = [f"{SYNTHETIC[0]} of k0", f"{SYNTHETIC[0]} of k1"]
+    assert captions(read(path, ReadOptions(caption="synthetic"))) == first
+
+
+def test_synthetic_captions_may_stand_in_the_samples_own_json(tmp_path: Path) -> None:
+    about = as_json({"caption": "original", "syn_text": SYNTHETIC})
+    path = write_tar(tmp_path / "a.tar", {"0.jpg": picture(0), "0.json": about})
+    assert captions(read(path)) == ["original"]
+    assert captions(read(path, ReadOptions(caption="synthetic"))) == SYNTHETIC[:1]
+    assert captions(read(path, ReadOptions(caption="random")))[0] in SYNTHETIC
+
+
+def drawn(path: str, seed: int) -> dict[str, int]:
+    """Which of its synthetic captions each sample got."""
+    found = {}
+    for caption in captions(read(path, ReadOptions(caption="random", seed=seed))):
+        text, key = caption.split(" of ")
+        found[key] = SYNTHETIC.index(text)
+    return found
+
+
+def test_random_captions_hang_on_seed_and_key_alone_and_are_spread_evenly(tmp_path: Path) -> None:
+    keys = [f"k{number:04d}" for number in range(1000)]
+    samples = [joined(key) for key in keys]
+    path = write_tar(tmp_path / "a.tar", {k: v for s in samples for k, v in s.items()})
+    other = tmp_path / "other" / "b.tar"
+    backwards = write_tar(other, {k: v for s in samples[::-2] for k, v in s.items()})
+    first = drawn(path, 0)
+    assert len(first) == 1000
+    assert drawn(path, 0) == first
+    assert drawn(backwards, 0) == {key: first[key] for key in keys[::-2]}
+    # Of 1,000, 200 for each; a standard deviation is 13.
+    assert all(140 < count < 260 for count in Counter(first.values()).values())
+    second = drawn(path, 1)
+    assert 140 < sum(first[key] == second[key] for key in keys) < 260
+
+
+def test_datacompdr_without_pictures_says_what_to_join(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", apple("k0") | apple("k1"))
+    for caption in ("original", "synthetic", "random"):
+        records = read(path, ReadOptions(caption=caption))
+        assert outcome(records) == ["- no picture"] * 2
+        assert "join them by uid" in str(records[0])
+
+
+BAD_SAMPLES: dict[str, tuple[list[tuple[str, bytes]], str]] = {
+    "partner missing": ([("b.txt", b"x")], "no picture"),
+    "json alone": ([("b.json", b"{}")], "no picture"),
+    "two pictures": ([("b.jpg", b"x"), ("b.png", b"y"), ("b.txt", b"z")], "more than one picture"),
+    "picture alone": ([("b.jpg", b"x")], "no caption"),
+    "json without it": ([("b.jpg", b"x"), ("b.json", b'{"url": "u"}')], "no caption"),
+    "no text": ([("b.jpg", b"x"), ("b.json", b'{"caption": 3}')], "no caption"),
+    "null": ([("b.jpg", b"x"), ("b.json", b'{"caption": null}')], "no caption"),
+    "empty": ([("b.jpg", b"x"), ("b.txt", b"")], "empty caption"),
+    "white": ([("b.jpg", b"x"), ("b.txt", b" \n\t")], "empty caption"),
+    "latin": ([("b.jpg", b"x"), ("b.txt", b"caf\xe9")], "caption not UTF-8"),
+    "latin json": ([("b.jpg", b"x"), ("b.json", b'{"caption": "\xe9"}')], "caption not UTF-8"),
+    "half": ([("b.jpg", b"x"), ("b.json", b'{"caption": "\\ud800"}')], "caption not Unicode"),
+    "cut json": ([("b.jpg", b"x"), ("b.json", b'{"caption": "a')], "metadata not JSON"),
+    "list json": ([("b.jpg", b"x"), ("b.json", b'["a"]')], "metadata not JSON"),
+    "deep json": ([("b.jpg", b"x"), ("b.json", b"[" * 100_000)], "metadata not JSON"),
+    "zero": ([("b.jpg", b""), ("b.txt", b"x")], "zero-byte picture"),
+    "upward": ([("../b.jpg", b"x"), ("../b.txt", b"x")], "unsafe member name"),
+    "absolute": ([("/b.jpg", b"x"), ("/b.txt", b"x")], "unsafe member name"),
+    "twice": ([("b.jpg", b"x"), ("b.jpg", b"x"), ("b.txt", b"x")], "member there twice"),
+    "large": ([("b.jpg", b"x" * 200_001), ("b.txt", b"x")], "picture too large"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SAMPLES)
+def test_a_bad_sample_is_left_out_with_its_reason_and_its_neighbours_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(tars, "LARGEST_BYTES", 200_000)
+    bad, reason = BAD_SAMPLES[name]
+    around = [("a.jpg", picture(0)), ("a.txt", b"first")]
+    behind = [("c.jpg", picture(1)), ("c.txt", b"last")]
+    path = write_tar(tmp_path / "a.tar", [*around, *bad, *behind])
+    records = read(path)
+    assert outcome(records) == ["first", f"- {reason}", "last"]
+    assert records[1].where.startswith(f"{path}, sample ")
+    str(records[1]).encode()
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ({}, "too few synthetic captions"),
+        ({"syn.json": b'{"syn_text": []}'}, "too few synthetic captions"),
+        ({"syn.json": b'{"syn_text": "one"}'}, "too few synthetic captions"),
+        ({"json": b'{"caption": "a"}'}, "too few synthetic captions"),
+        ({"syn.json": b'{"syn_text": [7]}'}, "no caption"),
+        ({"syn.json": b'{"syn_text": [" "]}'}, "empty caption"),
+        ({"syn.json": b'{"syn_text": ["\\udfff"]}'}, "caption not Unicode"),
+        ({"syn.json": b'{"syn_text": ['}, "metadata not JSON"),
+    ],
+)
+@pytest.mark.parametrize("caption", ["synthetic", "random"])
+def test_bad_synthetic_captions_are_left_out_with_their_reason(
+    tmp_path: Path, caption: str, parts: dict[str, bytes], reason: str
+) -> None:
+    sample = {"b.jpg": picture(0), "b.txt": b"original"}
+    path = write_tar(tmp_path / "a.tar", sample | {f"b.{k}": v for k, v in parts.items()})
+    assert outcome(read(path, ReadOptions(caption=caption))) == [f"- {reason}"]
+    assert outcome(read(path)) == ["original"]
+
+
+def test_a_cut_tar_stops_the_reading_and_names_it(tmp_path: Path) -> None:
+    path = Path(write_tar(tmp_path / "a.tar", img2dataset(0) | img2dataset(1)))
+    unit = Unit("webdataset", (str(path),))
+    path.write_bytes(path.read_bytes()[:4000])
+    with pytest.raises(ValueError, match=r"a\.tar is not a whole tar file"):
+        list(read_captions.read_captions(unit, ReadOptions()))
+
+
+# COCO.
+
+
+def coco(num_images: int = 3, each: int = 5) -> dict[str, Any]:
+    """The official layout; annotations of a picture do not stand together there."""
+    images = [
+        {"license": 3, "file_name": f"COCO_val2014_{n:012d}.jpg", "height": 3, "width": 4, "id": n}
+        for n in range(num_images)
+    ]
+    annotations = [
+        {"image_id": n, "id": 1000 + n * each + turn, "caption": f"picture {n}, caption {turn}\n"}
+        for turn in range(each)
+        for n in range(num_images)
+    ]
+    info = {"description": "COCO 2014 Dataset", "year": 2014}
+    return {"info": info, "images": images, "licenses": [], "annotations": annotations}
+
+
+def write_coco(root: Path, pictures: str, value: dict[str, Any] | None = None) -> str:
+    value = coco() if value is None else value
+    for number, image in enumerate(value["images"]):
+        write(root / pictures / image["file_name"], picture(number))
+    return write(root / "annotations" / "captions_val2014.json", as_json(value))
+
+
+@pytest.mark.parametrize(
+    "pictures",
+    ["val2014", "images/val2014", "annotations/val2014", "annotations/images", "annotations"],
+)
+def test_coco_gives_five_captions_a_picture_wherever_the_pictures_lie(
+    tmp_path: Path, pictures: str
+) -> None:
+    path = write_coco(tmp_path, pictures)
+    write(tmp_path / "annotations" / "instances_val2014.json", b'{"annotations": [{}]}')
+    for source in (path, str(tmp_path / "annotations")):
+        records = read(source)
+        assert captions(records) == [
+            f"picture {n}, caption {t}" for t in range(5) for n in range(3)
+        ]
+        for number, record in enumerate(records):
+            assert isinstance(record, CaptionRecord)
+            assert record.where == f"{path}, record {number}"
+            assert record.picture.data == picture(number % 3)
+            assert Path(record.picture.file).read_bytes() == picture(number % 3)
+
+
+def test_coco_finds_its_pictures_from_within_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_coco(tmp_path, "val2014")
+    monkeypatch.chdir(tmp_path / "annotations")
+    assert len(captions(read("captions_val2014.json"))) == 15
+
+
+def test_coco_takes_the_pictures_from_the_folder_that_is_named(tmp_path: Path) -> None:
+    path = write_coco(tmp_path, "elsewhere/val2014")
+    assert set(outcome(read(path))) == {"- missing picture"}
+    for folder in ("elsewhere", "elsewhere/val2014"):
+        assert len(captions(read(path, ReadOptions(images=str(tmp_path / folder))))) == 15
+
+
+def test_the_order_of_cocos_lists_does_not_matter(tmp_path: Path) -> None:
+    value = coco()
+    path = write_coco(tmp_path, "val2014", value)
+    before = read(path)
+    write(Path(path), as_json(dict(reversed(value.items()))))
+    assert read(path) == before
+    write(Path(path), b"\xef\xbb\xbf" + as_json(value))
+    assert read(path) == before
+
+
+def test_a_coco_file_cut_at_any_byte_is_refused(tmp_path: Path) -> None:
+    path = Path(write_coco(tmp_path, "val2014", coco(2, 1)))
+    whole = path.read_bytes()
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"captions_val2014\.json"):
+            caption_units([str(path)], ReadOptions())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [],
+        {"images": [], "annotations": []},
+        {"annotations": [{"image_id": 1, "caption": "a"}]},
+        {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": {"a": 1}},
+        {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"bbox": []}]},
+        {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": ["a"]},
+    ],
+)
+def test_json_of_another_shape_is_refused(tmp_path: Path, value: Any) -> None:
+    path = write(tmp_path / "captions_val2014.json", as_json(value))
+    with pytest.raises(ValueError, match=r"captions_val2014\.json"):
+        caption_units([path], ReadOptions())
+
+
+@pytest.mark.parametrize(
+    ("annotation", "reason"),
+    [
+        ({"image_id": 99, "caption": "a"}, "missing picture"),
+        ({"caption": "a"}, "missing picture"),
+        ({"image_id": [1], "caption": "a"}, "missing picture"),
+        ({"image_id": 0}, "no caption"),
+        ({"image_id": 0, "caption": []}, "no caption"),
+        ({"image_id": 0, "caption": " \n"}, "empty caption"),
+        ("a", "no caption"),
+        ({"image_id": 7, "caption": "a"}, "no picture"),
+        ({"image_id": 8, "caption": "a"}, "picture outside the folder"),
+    ],
+)
+def test_a_bad_annotation_is_left_out_with_its_reason(
+    tmp_path: Path, annotation: Any, reason: str
+) -> None:
+    value = coco(2, 1)
+    path = write_coco(tmp_path, "val2014", value)
+    value["annotations"].insert(1, annotation)
+    value["images"] += [
+        {"id": 7},
+        {"id": 8, "file_name": "../annotations/captions_val2014.json"},
+        5,
+    ]
+    write(Path(path), as_json(value))
+    expected = ["picture 0, caption 0", f"- {reason}", "picture 1, caption 0"]
+    assert outcome(read(path)) == expected
+
+
+# CSV and imagefolder.
+
+
+def csv_bytes(rows: Sequence[Sequence[str]]) -> bytes:
+    stream = io.StringIO()
+    csv.writer(stream).writerows(rows)
+    return stream.getvalue().encode()
+
+
+ROWS = [
+    ["0.jpg", "A dog, running"],
+    ["0.jpg", 'A man says "hello"'],
+    ["1.jpg", "two\nlines"],
+    ["2.jpg", "café 日本"],
+]
+
+
+@pytest.mark.parametrize("folder", ["images", "Images", "."])
+@pytest.mark.parametrize("name", ["captions.txt", "captions.csv"])
+def test_a_csv_gives_its_captions_with_the_pictures_beside_it(
+    tmp_path: Path, name: str, folder: str
+) -> None:
+    for number in range(3):
+        write(tmp_path / folder / f"{number}.jpg", picture(number))
+    path = write(tmp_path / name, csv_bytes([["image", "caption"], *ROWS]))
+    for source in (path, str(tmp_path)):
+        records = read(source)
+        assert captions(records) == [caption for _, caption in ROWS]
+        for record, (shown, _) in zip(records, ROWS, strict=True):
+            assert isinstance(record, CaptionRecord)
+            assert record.picture.data == picture(int(shown[0]))
+            assert record.picture.offset == 0
+            assert Path(record.picture.file).samefile(tmp_path / folder / shown)
+    assert [record.where for record in records] == [f"{path}, record {n}" for n in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"\xef\xbb\xbfimage,caption\r\n0.jpg,a\r\n\r\n0.jpg,b\r\n", ["a", "b"]),
+        (b"id,caption,group,image\n7,a,g,0.jpg\n", ["a"]),
+        (b'"image","caption"\n"0.jpg","a"', ["a"]),
+        (b"image, caption\n0.jpg, a \n", ["a"]),
+        (b"file_name,text\n0.jpg,a\n", ["a"]),
+        (b'image,caption\n0.jpg,a 5" nail\n', ['a 5" nail']),
+        (b"image,caption\n0.jpg,a\n0.jpg,\n0.jpg,b\n", ["a", "- empty caption", "b"]),
+        (b"image,caption\n0.jpg,caf\xe9\n0.jpg,b\n", ["- caption not UTF-8", "b"]),
+        (b"image,caption\n0.jpg,a, b\n0.jpg\n", ["- wrong number of columns"] * 2),
+        (b"image,caption\n,a\n", ["- no picture"]),
+        (b"image,caption\nnone.jpg,a\n", ["- missing picture"]),
+    ],
+)
+def test_rows_of_a_csv(tmp_path: Path, data: bytes, expected: list[str]) -> None:
+    write(tmp_path / "0.jpg", picture(0))
+    assert outcome(read(write(tmp_path / "captions.csv", data))) == expected
+
+
+def test_another_column_is_read_where_it_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "0.jpg", picture(0))
+    path = write(tmp_path / "captions.csv", b"image,caption,short\n0.jpg,long,brief\n")
+    assert captions(read(path)) == ["long"]
+    assert captions(read(path, ReadOptions(text_key="short"))) == ["brief"]
+    with pytest.raises(ValueError, match=r"captions\.csv has the columns .* needs image and title"):
+        read(path, ReadOptions(text_key="title"))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'image,caption\n0.jpg,"never closed\n1.jpg,a\n',
+        b'image,caption\n0.jpg,"a" b\n',
+        b"image,caption\n",
+        b"image,group\n0.jpg,a\n",
+        b"0.jpg,a\n",
+        b"",
+        b"\x00\xff" * 100,
+    ],
+)
+def test_a_csv_that_cannot_be_read_is_refused(tmp_path: Path, data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"captions\.csv"):
+        read(write(tmp_path / "captions.csv", data))
+
+
+def lines(records: Sequence[Any]) -> bytes:
+    return b"".join(as_json(record) + b"\n" for record in records)
+
+
+def test_an_imagefolder_is_read_from_metadata_jsonl_and_csv(tmp_path: Path) -> None:
+    found = [{"file_name": f"train/{n}.png", "text": f"caption {n}", "n": n} for n in range(4)]
+    for number in range(4):
+        write(tmp_path / f"train/{number}.png", picture(number))
+    # Names start at the metadata's own folder, even if there is one called images.
+    write(tmp_path / "images" / "0.png", b"another")
+    path = write(tmp_path / "metadata.jsonl", lines(found) + b"\n")
+    expected = [(f"caption {n}", picture(n)) for n in range(4)]
+    for source in (path, str(tmp_path)):
+        records = [r for r in read(source) if isinstance(r, CaptionRecord)]
+        assert [(r.caption, r.picture.data) for r in records] == expected
+        assert records[3].where == f"{path}, record 3"
+    Path(path).unlink()
+    rows = [["file_name", "text"], *[[r["file_name"], r["text"]] for r in found]]
+    write(tmp_path / "metadata.csv", csv_bytes(rows))
+    records = [r for r in read(str(tmp_path)) if isinstance(r, CaptionRecord)]
+    assert [(r.caption, r.picture.data) for r in records] == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (b'{"file_name": "0.png", "caption": " a "}', "a"),
+        (b'{"file_name": "0.png", "text": "a", "caption": "b"}', "a"),
+        (b'{"file_name": "0.png"}', "- no caption"),
+        (b'{"file_name": "0.png", "text": {}}', "- no caption"),
+        (b'{"file_name": "0.png", "text": ""}', "- empty caption"),
+        (b'{"file_name": "0.png", "text": "caf\xe9"}', "- caption not UTF-8"),
+        (b'{"file_name": "0.png", "text": "a", "owner": "caf\xe9"}', "a"),
+        (b'{"file_name": "0.png", "text": "\\ud83d"}', "- caption not Unicode"),
+        (b'{"file_name": "0.png", "text": "\\ud83d\\ude00"}', "\N{GRINNING FACE}"),
+        (b'{"text": "a"}', "- no picture"),
+        (b'{"file_name": 3, "text": "a"}', "- no picture"),
+        (b'{"file_name": "none.png", "text": "a"}', "- missing picture"),
+        (b'{"file_name": "zero.png", "text": "a"}', "- zero-byte picture"),
+        (b'{"file_name": "large.png", "text": "a"}', "- picture too large"),
+        (b'{"file_name": "folder", "text": "a"}', "- missing picture"),
+        (b'{"file_name": "0.png/1.png", "text": "a"}', "- missing picture"),
+        (b'{"file_name": "' + b"n" * 5000 + b'", "text": "a"}', "- missing picture"),
+        (b'{"file_name": "../up.png", "text": "a"}', "- picture outside the folder"),
+        (b'{"file_name": "a/../../up.png", "text": "a"}', "- picture outside the folder"),
+        (b'{"file_name": "/etc/passwd", "text": "a"}', "- picture outside the folder"),
+        (b'{"file_name": "link.png", "text": "a"}', "- picture outside the folder"),
+        (b'{"file_name": "file:///etc/passwd", "text": "a"}', "- picture outside the folder"),
+        (b'{"file_name": "a\\u0000.png", "text": "a"}', "- picture outside the folder"),
+        (b'{"file_name": "\\ud800.png", "text": "a"}', "- picture outside the folder"),
+        (b'{"file_name": "0.png", "text": "a"', "- metadata not JSON"),
+        (b'["0.png", "a"]', "- metadata not JSON"),
+        (b"[" * 100_000, "- metadata not JSON"),
+    ],
+)
+def test_lines_of_an_imagefolder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, expected: str
+) -> None:
+    monkeypatch.setattr(caption_checks, "LARGEST_BYTES", 10_000)
+    folder = tmp_path / "set"
+    write(tmp_path / "up.png", picture(1))
+    write(folder / "0.png", picture(0))
+    write(folder / "zero.png", b"")
+    write(folder / "large.png", b"x" * 10_001)
+    (folder / "folder").mkdir()
+    (folder / "link.png").symlink_to(tmp_path / "up.png")
+    fine = b'{"file_name": "0.png", "text": "fine"}\n'
+    write(folder / "metadata.jsonl", fine + line + b"\n" + fine)
+    records = read(str(folder))
+    assert outcome(records) == ["fine", expected, "fine"]
+    assert records[1].where == f"{folder}/metadata.jsonl, record 1"
+    assert "fine" not in str(records[1])
+
+
+# All formats.
+
+
+def long_tar(folder: Path, caption: str) -> str:
+    return write_tar(folder / "a.tar", {"0.jpg": picture(0), "0.txt": caption.encode()})
+
+
+def long_coco(folder: Path, caption: str) -> str:
+    value = coco(1, 1)
+    value["annotations"][0]["caption"] = caption
+    return write_coco(folder, "val2014", value)
+
+
+def long_csv(folder: Path, caption: str) -> str:
+    write(folder / "0.jpg", picture(0))
+    return write(folder / "captions.csv", csv_bytes([["image", "caption"], ["0.jpg", caption]]))
+
+
+def long_imagefolder(folder: Path, caption: str) -> str:
+    write(folder / "0.jpg", picture(0))
+    return write(folder / "metadata.jsonl", lines([{"file_name": "0.jpg", "text": caption}]))
+
+
+@pytest.mark.parametrize("make", [long_tar, long_coco, long_csv, long_imagefolder])
+def test_a_caption_of_100_000_characters_is_read_as_it_is(
+    tmp_path: Path, make: Callable[[Path, str], str]
+) -> None:
+    caption = ("ä word, " * 12_500)[:-1] + "."
+    assert len(caption) == 100_000
+    assert captions(read(make(tmp_path, caption))) == [caption]
+
+
+def many_coco(folder: Path, count: int) -> str:
+    return write_coco(folder, "val2014", coco(count, 1))
+
+
+def many_csv(folder: Path, count: int) -> str:
+    for number in range(count):
+        write(folder / f"{number}.jpg", picture(number))
+    rows = [[f"{number}.jpg", f"line\n{number}"] for number in range(count)]
+    return write(folder / "captions.csv", csv_bytes([["image", "caption"], *rows]))
+
+
+def many_imagefolder(folder: Path, count: int) -> str:
+    for number in range(count):
+        write(folder / f"{number}.jpg", picture(number))
+    records = [{"file_name": f"{n}.jpg", "text": f"caption {n}"} for n in range(count)]
+    return write(folder / "metadata.jsonl", lines(records))
+
+
+@pytest.mark.parametrize("count", [1, 6, 7, 8, 20, 21])
+@pytest.mark.parametrize("make", [many_coco, many_csv, many_imagefolder])
+def test_units_cut_a_file_into_its_records_without_loss_or_overlap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path, int], str], count: int
+) -> None:
+    path = make(tmp_path, count)
+    whole = read(path)
+    assert [record.where for record in whole] == [f"{path}, record {n}" for n in range(count)]
+    assert len(captions(whole)) == count
+    monkeypatch.setattr(read_captions, "NUM_UNIT_RECORDS", 7)
+    units = caption_units([path], ReadOptions())
+    assert len(units) == -(-count // 7)
+    assert read(path) == whole
+    sizes = [len(list(read_captions.read_captions(u, ReadOptions()))) for u in units]
+    assert max(sizes) <= 7
+
+
+@pytest.fixture
+def everything(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder that holds every format, and a URL that holds the same."""
+    write_tar(tmp_path / "tars/a.tar", img2dataset(0) | img2dataset(1))
+    write_tar(tmp_path / "dr/a.tar", joined("k0") | joined("k1", 1))
+    write_coco(tmp_path / "coco", "val2014")
+    many_csv(tmp_path / "csv", 3)
+    many_imagefolder(tmp_path / "imagefolder", 3)
+    bad = lines([{"file_name": n, "text": "a"} for n in ("none.jpg", "../csv/0.jpg", "zero.jpg")])
+    write(tmp_path / "bad/metadata.jsonl", bad)
+    write(tmp_path / "bad/zero.jpg", b"")
+    system = fsspec.filesystem("memory")
+    for file in tmp_path.rglob("*"):
+        if file.is_file():
+            name = f"/captions/{file.relative_to(tmp_path).as_posix()}"
+            system.pipe_file(name, file.read_bytes())
+    yield tmp_path, "memory://captions"
+    system.rm("/captions", recursive=True)
+
+
+def test_urls_are_read_like_folders(everything: tuple[Path, str]) -> None:
+    folder, url = everything
+    formats = set()
+    for source in ("tars", "dr", "coco/annotations", "csv", "imagefolder", "bad"):
+        local, remote = read(f"{folder}/{source}"), read(f"{url}/{source}")
+        formats |= {unit.format for unit in caption_units([f"{url}/{source}"], ReadOptions())}
+        assert outcome(remote) == outcome(local)
+        places = [r.where.replace("memory:///", "memory://") for r in remote]
+        assert places == [r.where.replace(str(folder), url) for r in local]
+        for here, there in zip(local, remote, strict=True):
+            if isinstance(here, CaptionRecord) and isinstance(there, CaptionRecord):
+                shown = there.picture
+                assert shown.data == here.picture.data
+                assert read_range(shown.file, shown.offset, len(shown.data)) == shown.data
+    assert formats == set(FORMATS)
+    bad = ["- missing picture", "- picture outside the folder", "- zero-byte picture"]
+    assert outcome(read(f"{url}/bad")) == bad
+
+
+def test_an_unknown_format_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    write(tmp_path / "README.txt", b"nothing")
+    write(tmp_path / "lines.jsonl", b'{"text": "a"}\n')
+    for source in (".", "README.txt", "lines.jsonl"):
+        with pytest.raises(ValueError, match="known are") as error:
+            caption_units([str(tmp_path / source)], ReadOptions())
+        assert all(name in str(error.value) for name in FORMATS)
+    with pytest.raises(ValueError, match="'jsonl' is no format of captions"):
+        read_captions.read_captions(Unit("jsonl", ("a",)), ReadOptions())
+
+
+def test_a_folder_with_captions_in_two_formats_is_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", img2dataset(0))
+    many_csv(tmp_path, 2)
+    with pytest.raises(ValueError, match=r"a\.tar, .*captions\.csv.*name the files"):
+        caption_units([str(tmp_path)], ReadOptions())
+    sources = [str(tmp_path / "a.tar"), str(tmp_path / "captions.csv")]
+    formats = [unit.format for unit in caption_units(sources, ReadOptions())]
+    assert formats == ["webdataset", "csv"]
+
+
+def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", img2dataset(0))
+    with pytest.raises(ValueError, match=r"a\.tar is given 2 times"):
+        caption_units([path, str(tmp_path)], ReadOptions())
+
+
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    path = many_csv(tmp_path, 1)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        caption_units([str(tmp_path / "nowhere")], ReadOptions())
+    with pytest.raises(FileNotFoundError, match="photos is no folder of pictures"):
+        caption_units([path], ReadOptions(images=str(tmp_path / "photos")))
+
+
+@pytest.mark.parametrize("make", [many_coco, many_csv, many_imagefolder])
+def test_synthetic_captions_are_refused_where_the_format_has_none(
+    tmp_path: Path, make: Callable[[Path, int], str]
+) -> None:
+    path = make(tmp_path, 1)
+    for caption in ("synthetic", "random"):
+        with pytest.raises(ValueError, match="has no synthetic captions"):
+            caption_units([path], ReadOptions(caption=caption))
+
+
+# Real ones.
+
+
+def shared(name: str) -> str:
+    if not (SHARED / name).exists():
+        pytest.skip(f"the real data {name} is not on this machine")
+    return str(SHARED / name)
+
+
+def test_flickr8k_is_read_whole() -> None:
+    records = read(shared("caption_flickr8k"))
+    assert len(captions(records)) == len(records) == 12_500
+    files = {r.picture.file for r in records if isinstance(r, CaptionRecord)}
+    assert len(files) == 2_500
+    assert "A black dog and a spotted dog are fighting" in captions(records)
+
+
+def test_noto_emoji_is_read_whole_with_its_folder_of_pictures() -> None:
+    folder = shared("caption_noto_emoji")
+    records = read(folder, ReadOptions(images=f"{folder}/72"))
+    assert len(captions(records)) == len(records) > 1_600
+    assert captions(records)[0] == "keycap #"
+    groups = captions(read(folder, ReadOptions(images=f"{folder}/72", text_key="group")))
+    assert groups[0] == "Symbols"
+
+
+def test_a_cut_of_cocos_captions_without_its_pictures_is_counted_as_missing() -> None:
+    records = read(shared("vqa_official_samples/first100_items/coco"))
+    assert Counter(outcome(records)) == {"- missing picture": 100}
