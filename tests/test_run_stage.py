@@ -68,10 +68,12 @@ FIELDS: dict[str, dict[str, Any]] = {
 SOURCE_FIELDS = {
     "kind",
     "planned_tokens",
+    "planned_sequences",
     "realised_tokens",
     "examples",
     "epochs",
     "largest_example_tokens",
+    "seen",
 }
 TASK_FIELDS = {
     "kind",
@@ -325,15 +327,17 @@ def test_a_text_model_asked_about_pictures_fails_with_the_reason(own: Ledger) ->
     assert own.state(stage) == "failed"
 
 
-def test_features_are_computed_once_for_all_that_share_encoder_and_data(
+def test_stored_features_are_shared_and_train_the_same_weights_as_live_ones(
     ledger: Ledger, tmp_path: Path
 ) -> None:
-    folders = list((ledger.store / "features").iterdir())
-    assert len(folders) == 1
-    assert {path.name for path in folders[0].glob("*.npy")} == {"pictures.npy", "talks.npy"}
     own = tiny.store_with(ledger, tmp_path, tiny.DATA, tiny.ENCODER_STAGE, TEXT)
-    before = contents(own.store / "features")
-    times = {path: path.stat().st_mtime_ns for path in (own.store / "features").rglob("*.npy")}
-    tiny.runner(own).run(tiny.image_run(seed=5, total_tokens=2_000))
-    assert contents(own.store / "features") == before
-    assert all(path.stat().st_mtime_ns == written for path, written in times.items())
+    storing = tiny.MACHINE.model_copy(update={"features": "stored"})
+    tiny.runner(own, machine=storing).run(SEEN)
+    assert tiny.bits(own, SEEN) == tiny.bits(ledger, SEEN)
+    assert not (ledger.store / "features").exists()
+    (folder,) = (own.store / "features").iterdir()
+    before = contents(folder)
+    assert any(name.endswith("features.bin") for name in before)
+    # The same pictures in another stage: nothing is computed again.
+    tiny.runner(own, machine=storing).run(tiny.image_run(total_tokens=2_000))
+    assert contents(folder) == before

@@ -11,7 +11,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, assert_never
@@ -19,19 +20,22 @@ from typing import Any, assert_never
 import torch
 
 from midstream.config import Machine
-from midstream.data.features import Encode, FeatureStore, gather
-from midstream.data.loader import RowDataset
+from midstream.data.feature_store import FeatureStore, StoredImages
+from midstream.data.features import Encode, LiveImages, encode_fixed
+from midstream.data.loader import Images, NoImages, RowDataset
+from midstream.data.packing import RowPlan
 from midstream.data.prepare import open_codec, open_sources, prepare, world_folder
 from midstream.data.rows import plan_rows
+from midstream.data.sources import Source
 from midstream.eval.benchmark import evaluate
 from midstream.eval.predict import ModelAnswerer
-from midstream.identity import digest
 from midstream.model.initialise import initialise
 from midstream.model.vision import VisionEncoder
 from midstream.model.vlm import VLM
 from midstream.model.weights import load_weights
 from midstream.storage import verify
 from midstream.study.ledger import Ledger, Stopped
+from midstream.study.pictures import choice_for, encoder_of, feature_folder, feature_plan
 from midstream.study.stage import (
     Continue,
     ContinueFrom,
@@ -47,7 +51,7 @@ from midstream.tokens import TokenCount
 from midstream.train import checkpoint
 from midstream.train.contrastive import train_encoder
 from midstream.train.loop import Interrupted, Job, Start, train
-from midstream.train.parallel import peak_memory_bytes, set_up
+from midstream.train.parallel import autocast, peak_memory_bytes, set_up
 
 Trained = Pretrain | Continue | Finetune
 Report = Callable[[dict[str, Any]], None]
@@ -59,7 +63,7 @@ class StageRunner:
     def __init__(
         self, ledger: Ledger, machine: Machine, report: Report, should_stop: Callable[[], bool]
     ) -> None:
-        self.ledger, self.machine = ledger, machine
+        self.ledger, self.machine, self.features = ledger, machine, machine.features
         self.report, self.should_stop = report, should_stop
         self.device = set_up(machine)
 
@@ -114,27 +118,12 @@ class StageRunner:
         patches = encoder.num_patches if encoder else 0
         training = stage.training
         plan = plan_rows(sources, patches, training.budget, training.rows, training.seed)
-        store = None
-        if not isinstance(stage, Pretrain):
-            store = self._features(stage)
-            encode = self._encode(encoder_stage(stage))
-            for name in plan.order.names:
-                if sources[name].has_images.any():
-                    store.fill(sources[name], encode, self._note)
-        dataset = RowDataset(
-            plan,
-            sources,
-            patches,
-            lambda images: (
-                gather(store, sources, plan.order.names, images)
-                if store is not None
-                else torch.zeros((0, 0, 0))
-            ),
-        )
+        images, encode = self._seeing(stage, plan, sources)
+        dataset = RowDataset(plan, sources, patches, images)
         model = VLM(stage.model)
         initialise(model, training.seed)
         milestones = stage.milestones if isinstance(stage, Pretrain) else ()
-        job = Job(model, training, dataset, lambda x: x, self._start(stage), folder, milestones)
+        job = Job(model, training, dataset, encode, self._start(stage), folder, milestones)
         results = train(
             job, self.machine, self.device, report=self.report, should_stop=self.should_stop
         )
@@ -173,9 +162,7 @@ class StageRunner:
         answerer = ModelAnswerer(
             model.to(self.device),
             open_codec(self.ledger.folder(data)),
-            encode=None
-            if isinstance(stage.of, Pretrain)
-            else self._encode(encoder_stage(stage.of)),
+            encode=None if isinstance(stage.of, Pretrain) else self._encode(encoder_of(stage.of)),
             encoder=encoder,
             max_new_tokens=stage.evaluation.max_new_tokens,
             batch_size=stage.evaluation.batch_size,
@@ -210,15 +197,39 @@ class StageRunner:
         encoder = VisionEncoder(stage.encoder)
         load_weights(encoder.siglip, folder / "model.safetensors")
         encoder.to(self.device).eval()
-        return lambda pixels: encoder(pixels.to(self.device))
 
-    def _features(self, stage: Continue | Finetune) -> FeatureStore:
-        encoder = encoder_stage(stage)
-        # Equal weights, layer and pictures give equal features, whatever else a stage says.
-        key = digest(
-            [self.ledger.results(encoder)["weights_digest"], encoder.encoder, stage.data.identity]
-        )
-        return FeatureStore(self.ledger.store / "features" / key, encoder.encoder)
+        def encode(pixels: torch.Tensor) -> torch.Tensor:
+            with autocast(self.device):
+                found: torch.Tensor = encoder(pixels.to(self.device))
+            return found
+
+        return encode
+
+    def _seeing(
+        self, stage: Trained, plan: RowPlan, sources: Mapping[str, Source]
+    ) -> tuple[Images, Encode]:
+        """What a row's pictures become while it is loaded, and on the device."""
+        if isinstance(stage, Pretrain):
+            return NoImages(), unchanged
+        own, seen = encoder_of(stage), {name: sources[name] for name in plan.names}
+        encode = self._encode(own)
+        if self._decide(stage) == "live":
+            live = partial(encode_fixed, encode, config=own.encoder)
+            return LiveImages(seen, plan.names, own.encoder), live
+        folder = feature_folder(self.ledger, own)
+        assert folder is not None, "a parent of the stage"
+        store = FeatureStore(folder, own.encoder)
+        for number, name in enumerate(plan.names):
+            if seen[name].num_images:
+                store.fill(seen[name], plan.examples_of(number), encode, self._note)
+        return StoredImages(store, seen, plan.names), unchanged
+
+    def _decide(self, stage: Continue | Finetune) -> str:
+        if self.features != "auto":
+            return self.features
+        chosen = choice_for(stage, feature_plan([stage], self.ledger, self.machine))
+        assert chosen is not None
+        return chosen.decision
 
     def _note(self, done: float, note: str) -> None:
         self.report(
@@ -233,9 +244,9 @@ class StageRunner:
         )
 
 
-def encoder_stage(stage: Continue | Finetune) -> TrainEncoder:
-    """The encoder that a stage's model sees through."""
-    return stage.start.encoder if isinstance(stage, Finetune) else stage.encoder
+def unchanged(images: torch.Tensor) -> torch.Tensor:
+    """Stored features are what the model takes."""
+    return images
 
 
 def _remove(folder: Path) -> None:
@@ -271,7 +282,8 @@ def serve(store: Path, machine: Machine) -> None:
     )
     say("ready")
     for line in sys.stdin:
-        stage = stage_from_json(line)
+        given = json.loads(line)
+        stage, runner.features = stage_from_json(json.dumps(given["stage"])), given["features"]
         current = stage.name
         say("started", stage=current)
         state, error = "done", None

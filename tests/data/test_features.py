@@ -1,59 +1,121 @@
-"""Stored features: what an encoder makes of each picture, computed once."""
+"""Features: what an encoder makes of each picture, the same stored and live, computed once."""
 
-import threading
-from collections.abc import Callable
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from made import make_source, png
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from midstream.config import EncoderConfig
-from midstream.data.features import FILL_BATCH, FeatureStore, encode_fixed, gather, load_pixels
-from midstream.data.sources import Source, SourceWriter
+from midstream.data.feature_store import FeatureStore, StoredImages
+from midstream.data.features import (
+    FILL_BATCH,
+    LiveImages,
+    encode_fixed,
+    encode_raw,
+    error_of,
+    load_pixels,
+    pack,
+    picture_bytes,
+    unpack,
+)
+from midstream.data.hash_index import HashIndex
+from midstream.data.sources import Source
+from midstream.model.initialise import initialise
+from midstream.model.vision import VisionEncoder
+from midstream.storage import CorruptError
 
 CONFIG = EncoderConfig(
     image_size=8, patch_size=4, hidden_size=6, num_layers=2, num_heads=1, intermediate_size=8
 )
-# More pictures than one batch, and examples that share them.
-NUM_PICTURES = FILL_BATCH + 9
+CODED = CONFIG.model_copy(update={"feature_dtype": "int8"})
+# More pictures than two batches, and examples that share them.
+NUM_PICTURES = 2 * FILL_BATCH + 3
 
 
 class Encode:
-    """A small fixed encoder that counts its calls: least, greatest and mean of each patch."""
+    """A small encoder: a fixed matrix over the pixels of each patch.
 
-    def __init__(self, fails_at: int | None = None) -> None:
-        self.calls, self.fails_at, self.sizes = 0, fails_at, set[int]()
+    As in a real one the batch's shape has a say in the numbers. It writes a line to `log` for each
+    call, and at call `dies_at` its process is killed.
+    """
+
+    def __init__(self, log: Path | None = None, dies_at: int | None = None) -> None:
+        self.calls, self.sizes = 0, set[int]()
+        self.log, self.dies_at = log, dies_at
+        self.weights = torch.from_numpy(
+            np.random.default_rng(3).normal(size=(48, 6)).astype(np.float32)
+        )
 
     def __call__(self, pixels: Tensor) -> Tensor:
         self.calls += 1
         self.sizes.add(len(pixels))
-        if self.calls == self.fails_at:
-            raise RuntimeError("the machine is gone")
-        patches = pixels.unfold(2, 4, 4).unfold(3, 4, 4).flatten(2, 3).flatten(3)
-        parts = [patches.amin(-1), patches.amax(-1)]
-        return torch.cat(parts, dim=1).transpose(1, 2).contiguous()
+        if self.log is not None:
+            with self.log.open("a") as stream:
+                stream.write("batch\n")
+        if self.calls == self.dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        patches = pixels.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5)
+        return patches.reshape(len(pixels), 4, 48) @ self.weights * (1 + len(pixels) / 64)
 
 
-def no_progress(done: float, what: str) -> None:
-    assert 0 <= done < 1
-    assert "talks" in what
+class Breaks(Encode):
+    """Gives a number that is none for one picture."""
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        features = super().__call__(pixels)
+        features[2, 1, 3] = float("nan")
+        return features
+
+
+def quiet(done: float, note: str) -> None:
+    """Checks what a bar needs: a share and words."""
+    assert 0 <= done <= 1
+    assert note.startswith("features of ")
+
+
+def parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("part-*"))
+
+
+def stored_pictures(folder: Path) -> int:
+    return sum(len(np.load(part / "hashes.npy")) for part in parts(folder))
+
+
+def pixels_of(source: Source, examples: Iterable[int], config: EncoderConfig) -> Tensor:
+    """Their pictures in one tensor."""
+    return torch.from_numpy(np.stack([load_pixels(source, n, config) for n in examples]))
 
 
 def check_all(store: FeatureStore, source: Source, shown: list[int | None]) -> None:
     """Every stored feature is what encoding the picture alone gives, bit by bit."""
     for example, picture in enumerate(shown):
         if picture is not None:
-            pixels = load_pixels(source, example, CONFIG)
-            live = encode_fixed(Encode(), pixels[None])[0]
+            pixels = pixels_of(source, [example], store.config)
+            live = encode_fixed(Encode(), pixels, store.config)[0]
             stored = store.read(source, example)
             assert stored.dtype == np.float32
-            assert np.array_equal(stored, live)
+            assert np.array_equal(stored, live.numpy())
 
 
-@pytest.fixture
+def numbers(low: int, high: int) -> Iterator[np.ndarray]:
+    """Examples one plan block after the other."""
+    for start in range(low, high, 5):
+        yield np.arange(start, min(start + 5, high))
+
+
+@pytest.fixture(scope="module")
 def shown() -> list[int | None]:
     """Which picture each conversation shows, some none, many the same."""
     random = np.random.default_rng(0)
@@ -61,117 +123,412 @@ def shown() -> list[int | None]:
     return [None if x % 5 == 3 and at >= NUM_PICTURES else x for at, x in enumerate(order)]
 
 
-@pytest.fixture
-def talks(tmp_path: Path, shown: list[int | None]) -> Source:
-    """Conversations about shared pictures."""
-    return make_source(tmp_path, "talks", "instruct", [3] * len(shown), pictures=shown)
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory: pytest.TempPathFactory, shown: list[int | None]) -> Source:
+    """Conversations about shared pictures, in three shards."""
+    base = tmp_path_factory.mktemp("talks")
+    return make_source(base, "talks", "instruct", [3] * len(shown), pictures=shown, shards=3)
 
 
-def test_features_are_those_of_live_encoding_with_shared_pictures_stored_once(
-    tmp_path: Path, talks: Source, shown: list[int | None]
+@pytest.mark.parametrize("config", [CONFIG, CODED], ids=["bfloat16", "int8"])
+def test_stored_features_are_the_live_ones_and_each_picture_is_computed_once(
+    tmp_path: Path, talks: Source, shown: list[int | None], config: EncoderConfig
 ) -> None:
-    store, encode = FeatureStore(tmp_path / "features", CONFIG), Encode()
-    store.fill(talks, encode, no_progress)
-    # Two batches, both of the one shape whose last bits are known.
-    assert (encode.calls, encode.sizes) == (2, {FILL_BATCH})
-    array = np.load(tmp_path / "features" / "talks.npy")
-    assert array.shape == (NUM_PICTURES, CONFIG.num_patches, CONFIG.hidden_size)
-    assert array.dtype == np.float32
+    store, encode = FeatureStore(tmp_path, config), Encode()
+    store.fill(talks, None, encode, quiet)
+    # All batches have the one shape whose last bits are known.
+    assert (encode.calls, encode.sizes) == (-(-NUM_PICTURES // FILL_BATCH), {FILL_BATCH})
+    assert len(store) == stored_pictures(tmp_path) == NUM_PICTURES
+    assert sum((p / "features.bin").stat().st_size for p in parts(tmp_path)) == (
+        NUM_PICTURES * picture_bytes(config)
+    )
     check_all(store, talks, shown)
-    check_all(FeatureStore(tmp_path / "features", CONFIG), talks, shown)
+    check_all(FeatureStore(tmp_path, config), talks, shown)
+    again = Encode()
+    FeatureStore(tmp_path, config).fill(talks, None, again, quiet)
+    assert again.calls == 0
 
 
-def test_pictures_of_one_file_are_told_apart_in_any_order(tmp_path: Path) -> None:
-    order = np.random.default_rng(1).permutation(12).tolist() * 2
-    blobs = [png(number) for number in range(12)]
-    (tmp_path / "all.bin").write_bytes(b"".join(blobs))
-    writer = SourceWriter(tmp_path / "talks", kind="instruct", dtype="<u2")
-    for at in order:
-        place = ("all.bin", sum(map(len, blobs[:at])), len(blobs[at]))
-        writer.add(np.ones(3), np.ones(3), name="a", image=place)
-    writer.close()
-    source = Source("talks", tmp_path / "talks", tmp_path)
-    store = FeatureStore(tmp_path / "features", CONFIG)
-    store.fill(source, Encode(), no_progress)
-    assert len(np.load(tmp_path / "features" / "talks.npy")) == 12
-    check_all(store, source, order)
-
-
-@pytest.mark.parametrize("count", [1, 2, 17, FILL_BATCH])
-def test_features_do_not_depend_on_how_many_pictures_are_encoded_together(
-    talks: Source, count: int
+@pytest.mark.parametrize("config", [CONFIG, CODED], ids=["bfloat16", "int8"])
+@settings(deadline=None, max_examples=25)
+@given(cuts=st.lists(st.integers(1, 11), min_size=1, max_size=8))
+def test_live_features_do_not_depend_on_how_pictures_are_grouped(
+    talks: Source, config: EncoderConfig, cuts: list[int]
 ) -> None:
-    pixels = np.stack([load_pixels(talks, example, CONFIG) for example in range(count)])
-    together = encode_fixed(Encode(), pixels)
-    alone = [encode_fixed(Encode(), pixels[at : at + 1])[0] for at in range(count)]
-    assert np.array_equal(together, np.stack(alone))
+    examples = [number % NUM_PICTURES for number in range(sum(cuts))]
+    pixels = pixels_of(talks, examples, config)
+    alone = torch.cat([encode_fixed(Encode(), one[None], config) for one in pixels])
+    grouped = [encode_fixed(Encode(), part, config) for part in torch.split(pixels, cuts)]
+    assert torch.equal(torch.cat(grouped), alone)
 
 
-def test_a_second_fill_computes_nothing(tmp_path: Path, talks: Source) -> None:
-    FeatureStore(tmp_path / "features", CONFIG).fill(talks, Encode(), no_progress)
+def test_a_real_encoder_gives_equal_bits_alone_and_in_any_company() -> None:
+    # Its widths are such that the CPU's matrix products differ between one picture and eight.
+    config = EncoderConfig(
+        image_size=100, patch_size=20, hidden_size=88, num_layers=3, num_heads=2,
+        intermediate_size=200,
+    )  # fmt: skip
+    encoder = VisionEncoder(config)
+    initialise(encoder, 0)
+    pixels = torch.randn((11, 3, 100, 100), generator=torch.Generator().manual_seed(1))
+    alone = torch.cat([encode_raw(encoder, one[None], config) for one in pixels])
+    for order in (torch.arange(11), torch.arange(10, -1, -1), torch.arange(11).roll(3)):
+        assert torch.equal(encode_raw(encoder, pixels[order], config), alone[order])
+
+
+def test_pictures_are_shared_over_sources_and_preparations(tmp_path: Path) -> None:
+    first = make_source(tmp_path / "a", "pics", "caption", [3] * 12, pictures=[*range(12)])
+    # Another preparation, other names, another order; pictures 4 to 11 are the same bytes.
+    order: list[int | None] = [15, 11, *range(4, 11), 14, 13, 12]
+    second = make_source(tmp_path / "b", "talks", "instruct", [2] * 12, pictures=order)
+    store = FeatureStore(tmp_path / "store", CONFIG)
+    store.fill(first, None, Encode(), quiet)
     encode = Encode()
-    FeatureStore(tmp_path / "features", CONFIG).fill(talks, encode, no_progress)
-    assert encode.calls == 0
+    store.fill(second, None, encode, quiet)
+    assert encode.calls == 1
+    assert len(store) == 16
+    check_all(store, first, list(range(12)))
+    check_all(store, second, order)
 
 
-def test_fills_at_the_same_time_compute_once(
+def test_only_the_pictures_asked_for_are_computed(
     tmp_path: Path, talks: Source, shown: list[int | None]
 ) -> None:
-    encodes = [Encode() for _ in range(3)]
-    together = threading.Barrier(len(encodes))
-
-    def fill(encode: Encode) -> Callable[[], None]:
-        def work() -> None:
-            together.wait()
-            FeatureStore(tmp_path / "features", CONFIG).fill(talks, encode, no_progress)
-
-        return work
-
-    threads = [threading.Thread(target=fill(encode)) for encode in encodes]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert sorted(encode.calls for encode in encodes) == [0, 0, 2]
-    check_all(FeatureStore(tmp_path / "features", CONFIG), talks, shown)
-
-
-def test_a_fill_that_fails_leaves_nothing_and_can_be_repeated(
-    tmp_path: Path, talks: Source, shown: list[int | None]
-) -> None:
-    store = FeatureStore(tmp_path / "features", CONFIG)
-    with pytest.raises(RuntimeError, match="the machine is gone"):
-        store.fill(talks, Encode(fails_at=2), no_progress)
-    assert [p.name for p in (tmp_path / "features").iterdir() if p.suffix != ".lock"] == []
-    store.fill(talks, Encode(), no_progress)
+    store = FeatureStore(tmp_path, CONFIG)
+    last = len(shown)
+    store.fill(talks, numbers(last - 12, last), Encode(), quiet)
+    wanted = {picture for picture in shown[last - 12 :] if picture is not None}
+    assert len(store) == len(wanted) < NUM_PICTURES
+    missing = next(n for n, picture in enumerate(shown) if picture not in wanted)
+    with pytest.raises(ValueError, match=rf"sample {missing}: none of the .* fill the store"):
+        store.read(talks, missing)
+    # A store that is open already sees what another fills.
+    FeatureStore(tmp_path, CONFIG).fill(talks, numbers(0, last), Encode(), quiet)
     check_all(store, talks, shown)
 
 
-def test_a_broken_picture_stops_the_fill_by_its_record(tmp_path: Path, talks: Source) -> None:
-    size = len(png(4))
-    (tmp_path / "world" / "4.png").write_bytes(b"<html>".ljust(size))
-    with pytest.raises(ValueError, match=r"source 'talks', .*sample 4: the picture cannot be"):
-        FeatureStore(tmp_path / "features", CONFIG).fill(talks, Encode(), no_progress)
-    assert not (tmp_path / "features" / "talks.npy").exists()
+def test_an_example_without_a_picture_has_no_features(
+    tmp_path: Path, talks: Source, shown: list[int | None]
+) -> None:
+    store = FeatureStore(tmp_path, CONFIG)
+    store.fill(talks, None, Encode(), quiet)
+    with pytest.raises(ValueError, match="shows no picture"):
+        store.read(talks, shown.index(None))
 
 
-def test_gathered_features_are_in_the_order_asked_for_over_sources(tmp_path: Path) -> None:
-    sources = {
-        "talks": make_source(tmp_path, "talks", "instruct", [3, 3, 3], pictures=[2, None, 0]),
-        "pics": make_source(tmp_path, "pics", "caption", [3, 3], number=1, pictures=[1, 2]),
+@pytest.mark.parametrize("pictures", [1, 3, FILL_BATCH, FILL_BATCH + 1])
+def test_parts_are_no_larger_than_asked(
+    tmp_path: Path, talks: Source, shown: list[int | None], pictures: int
+) -> None:
+    room = pictures * picture_bytes(CONFIG) + 5
+    store = FeatureStore(tmp_path, CONFIG, part_bytes=room)
+    store.fill(talks, None, Encode(), quiet)
+    sizes = [(part / "features.bin").stat().st_size for part in parts(tmp_path)]
+    assert max(sizes) <= room
+    assert len(sizes) == -(-NUM_PICTURES // pictures)
+    check_all(FeatureStore(tmp_path, CONFIG), talks, shown)
+
+
+def in_process(work: Callable[[], None]) -> "multiprocessing.process.BaseProcess":
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+def test_a_fill_that_is_killed_keeps_its_finished_parts_and_continues(
+    tmp_path: Path, talks: Source, shown: list[int | None]
+) -> None:
+    folder, log = tmp_path / "store", tmp_path / "log"
+    room = FILL_BATCH * picture_bytes(CONFIG)
+
+    def dies() -> None:
+        FeatureStore(folder, CONFIG, room).fill(talks, None, Encode(log, dies_at=2), quiet)
+
+    process = in_process(dies)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert len(FeatureStore(folder, CONFIG)) == FILL_BATCH
+    assert [path for path in folder.iterdir() if path.suffix == ".tmp"]
+    store, encode = FeatureStore(folder, CONFIG, room), Encode()
+    store.fill(talks, None, encode, quiet)
+    assert encode.calls == -(-(NUM_PICTURES - FILL_BATCH) // FILL_BATCH)
+    assert len(store) == NUM_PICTURES
+    assert not [path for path in folder.iterdir() if path.suffix == ".tmp"]
+    check_all(store, talks, shown)
+
+
+def test_a_fill_can_be_stopped_by_whom_it_tells(tmp_path: Path, talks: Source) -> None:
+    def impatient(done: float, note: str) -> None:
+        if f" {FILL_BATCH} computed" in note:
+            raise InterruptedError
+
+    room = FILL_BATCH * picture_bytes(CONFIG)
+    with pytest.raises(InterruptedError):
+        FeatureStore(tmp_path, CONFIG, room).fill(talks, None, Encode(), impatient)
+    assert len(FeatureStore(tmp_path, CONFIG)) == FILL_BATCH
+
+
+def test_processes_that_fill_at_the_same_time_compute_each_picture_once(
+    tmp_path: Path, talks: Source, shown: list[int | None]
+) -> None:
+    folder, log = tmp_path / "store", tmp_path / "log"
+    room = 2 * picture_bytes(CONFIG)
+    together = multiprocessing.get_context("fork").Barrier(3)
+
+    def fill() -> None:
+        together.wait(60)
+        FeatureStore(folder, CONFIG, room).fill(talks, None, Encode(log), quiet)
+
+    processes = [in_process(fill) for _ in range(3)]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    # A part of two pictures is one batch; all of the processes went through all of the pictures.
+    assert len(log.read_text().splitlines()) == -(-NUM_PICTURES // 2)
+    assert stored_pictures(folder) == NUM_PICTURES
+    check_all(FeatureStore(folder, CONFIG), talks, shown)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 2**32 - 1), spread=st.floats(0.0, 8.0), patches_of_zeros=st.booleans())
+def test_an_int8_feature_is_off_by_half_a_step_of_its_patch_at_most(
+    seed: int, spread: float, patches_of_zeros: bool
+) -> None:
+    random = np.random.default_rng(seed)
+    scales = np.exp(spread * random.normal(size=(5, CODED.num_patches, 1)))
+    if patches_of_zeros:
+        scales[0, 0] = scales[-1, -1] = 0
+    features = torch.from_numpy(
+        (scales * random.normal(size=(5, CODED.num_patches, CODED.hidden_size))).astype(np.float32)
+    )
+    packed = pack(features, CODED)
+    assert packed.shape == (5, picture_bytes(CODED))
+    found = unpack(packed, CODED)
+    # A step is the patch's largest magnitude over 127, rounded to eight bits.
+    step = features.abs().amax(-1, keepdim=True) / 127 * (1 + 2**-8)
+    assert ((found - features).abs() <= step * 0.5 * (1 + 1e-6)).all()
+    assert (found[features.abs().amax(-1) == 0] == 0).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_a_bfloat16_feature_keeps_eight_bits(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    shape = (3, CONFIG.num_patches, CONFIG.hidden_size)
+    features = torch.from_numpy(
+        (np.exp(9 * random.normal(size=shape)) * random.normal(size=shape)).astype(np.float32)
+    )
+    found = unpack(pack(features, CONFIG), CONFIG)
+    assert ((found - features).abs() <= features.abs() * 2**-8).all()
+    assert torch.equal(found.bfloat16().float(), found)
+
+
+def test_rounding_errors_are_measured_and_kept_with_the_store(
+    tmp_path: Path, talks: Source
+) -> None:
+    store = FeatureStore(tmp_path, CODED)
+    assert store.measured() is None
+    store.fill(talks, None, Encode(), quiet)
+    found = store.measured()
+    assert found is not None
+    pixels = pixels_of(talks, range(NUM_PICTURES), CODED)
+    raw = encode_raw(Encode(), pixels, CODED).double()
+    assert not torch.equal(encode_fixed(Encode(), pixels, CODED).double(), raw)
+    rms = raw.square().mean().sqrt()
+    for config in (CONFIG, CODED):
+        wrong = encode_fixed(Encode(), pixels, config).double() - raw
+        entry = found[config.feature_dtype]
+        assert entry["pictures"] == NUM_PICTURES
+        assert entry["rms_error"] == pytest.approx(float(wrong.square().mean().sqrt() / rms))
+        assert entry["max_error"] == pytest.approx(float(wrong.abs().max() / rms))
+    assert 0 < found["bfloat16"]["rms_error"] < found["int8"]["rms_error"] < 0.01
+    sample = error_of(Encode(), talks, CONFIG, range(NUM_PICTURES))
+    assert {error.dtype: error.rms_error for error in sample} == pytest.approx(
+        {dtype: entry["rms_error"] for dtype, entry in found.items()}
+    )
+
+
+@pytest.mark.parametrize("config", [CONFIG, CODED], ids=["bfloat16", "int8"])
+def test_features_that_are_no_numbers_stop_the_fill_by_their_record(
+    tmp_path: Path, talks: Source, config: EncoderConfig
+) -> None:
+    with pytest.raises(ValueError, match=r"source 'talks', .*sample 2: .*not finite"):
+        FeatureStore(tmp_path, config).fill(talks, None, Breaks(), quiet)
+    assert parts(tmp_path) == []
+
+
+def test_weights_of_another_encoder_are_refused(talks: Source) -> None:
+    wider = CONFIG.model_copy(update={"hidden_size": 7})
+    pixels = pixels_of(talks, [0], wider)
+    with pytest.raises(ValueError, match=r"\(4, 6\) a picture, its configuration says \(4, 7\)"):
+        encode_fixed(Encode(), pixels, wider)
+
+
+def test_a_picture_that_changed_stops_the_fill_by_its_record(tmp_path: Path) -> None:
+    source = make_source(tmp_path, "talks", "instruct", [3] * 3, pictures=[0, 1, 2])
+    (tmp_path / "world" / "1.png").write_bytes(b"<html>".ljust(len(png(1))))
+    with pytest.raises(ValueError, match=r"source 'talks', .*sample 1: the picture in 1\.png"):
+        FeatureStore(tmp_path / "store", CONFIG).fill(source, None, Encode(), quiet)
+    assert parts(tmp_path / "store") == []
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory, talks: Source) -> Path:
+    """A store of one part."""
+    folder = tmp_path_factory.mktemp("filled")
+    FeatureStore(folder, CONFIG).fill(talks, None, Encode(), quiet)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["features.bin", "hashes.npy", "sums.npy", "manifest.json"])
+def test_a_part_with_a_file_cut_short_or_lost_is_refused(
+    tmp_path: Path, filled: Path, talks: Source, name: str
+) -> None:
+    folder = tmp_path / "store"
+    for cut in (1, None):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(filled, folder)
+        file = parts(folder)[0] / name
+        if cut is None:
+            file.unlink()
+        else:
+            file.write_bytes(file.read_bytes()[:-cut])
+        # A manifest cut by its last line end is still whole.
+        if cut is None or name != "manifest.json":
+            with pytest.raises(CorruptError, match=rf"delete .*{parts(folder)[0].name}"):
+                FeatureStore(folder, CONFIG).read(talks, 0)
+            with pytest.raises(CorruptError, match="run again"):
+                FeatureStore(folder, CONFIG).fill(talks, None, Encode(), quiet)
+
+
+@settings(deadline=None, max_examples=40)
+@given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_no_flipped_bit_reaches_a_reader(
+    filled: Path, talks: Source, where: float, bit: int
+) -> None:
+    part = parts(filled)[0]
+    names = ("features.bin", "hashes.npy", "sums.npy")
+    sizes = [(part / name).stat().st_size for name in names]
+    at = int(where * sum(sizes))
+    ends = np.cumsum(sizes)
+    number = int(np.searchsorted(ends, at, side="right"))
+    name, at = names[number], at - int(ends[number] - sizes[number])
+    good = (part / name).read_bytes()
+    (part / name).write_bytes(good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1 :])
+    try:
+        with pytest.raises(CorruptError, match="delete"):
+            FeatureStore(filled, CONFIG).read_many([(talks, n) for n in range(NUM_PICTURES)])
+    finally:
+        (part / name).write_bytes(good)
+
+
+def test_a_store_of_another_encoder_is_refused(filled: Path, talks: Source) -> None:
+    with pytest.raises(CorruptError, match=r"19 pictures of this encoder take 608"):
+        FeatureStore(filled, CODED).read(talks, 0)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
+    """Conversations and captions that share a picture."""
+    base = tmp_path_factory.mktemp("two")
+    return {
+        "talks": make_source(base, "talks", "instruct", [3, 3, 3], pictures=[2, None, 0]),
+        "pics": make_source(base, "pics", "caption", [3, 3], number=1, pictures=[1, 2]),
     }
-    store, names = FeatureStore(tmp_path / "features", CONFIG), ("pics", "talks")
-    for source in sources.values():
-        store.fill(source, Encode(), lambda done, what: None)
-    wanted = [(1, 2), (0, 0), (0, 1), (1, 0), (0, 0)]
-    found = gather(store, sources, names, np.array(wanted))
-    expected = [
-        encode_fixed(Encode(), load_pixels(sources[names[s]], e, CONFIG)[None])[0]
-        for s, e in wanted
-    ]
-    assert np.array_equal(found.numpy(), np.stack(expected))
+
+
+NAMES = ("pics", "talks")
+WANTED = np.array([(1, 2), (0, 0), (0, 1), (1, 0), (0, 0)])
+
+
+class Rows(Dataset[Tensor]):
+    """One picture a row, made where a loader's worker is."""
+
+    def __init__(self, images: StoredImages | LiveImages) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(WANTED)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images(WANTED[index : index + 1])
+
+
+def test_images_of_rows_come_in_the_order_asked_for_stored_as_live(
+    tmp_path: Path, two: dict[str, Source]
+) -> None:
+    store = FeatureStore(tmp_path, CONFIG)
+    for source in two.values():
+        store.fill(source, None, Encode(), quiet)
+    stored, live = StoredImages(store, two, NAMES), LiveImages(two, NAMES, CONFIG)
+    expected = torch.cat([pixels_of(two[NAMES[s]], [e], CONFIG) for s, e in WANTED.tolist()])
+    assert torch.equal(live(WANTED), expected)
+    found = stored(WANTED)
+    assert torch.equal(found, encode_fixed(Encode(), live(WANTED), CONFIG))
     # Talk 0 and caption 1 show the same picture; the other features are others.
     assert torch.equal(found[2], found[3])
     assert not torch.equal(found[0], found[1])
-    none = gather(store, sources, names, np.zeros((0, 2), np.int64))
-    assert none.shape == (0, CONFIG.num_patches, CONFIG.hidden_size)
+
+
+def test_rows_without_images_have_tensors_of_no_images(
+    tmp_path: Path, two: dict[str, Source]
+) -> None:
+    none = np.zeros((0, 2), np.int64)
+    stored = StoredImages(FeatureStore(tmp_path, CONFIG), two, NAMES)(none)
+    assert stored.shape == (0, CONFIG.num_patches, CONFIG.hidden_size)
+    live = LiveImages(two, NAMES, CONFIG)(none)
+    assert live.shape == (0, 3, CONFIG.image_size, CONFIG.image_size)
+    encode = Encode()
+    assert encode_fixed(encode, live, CONFIG).shape == stored.shape
+    assert encode.calls == 0
+
+
+def test_what_is_pickled_is_small_and_reads_the_same(
+    tmp_path: Path, two: dict[str, Source]
+) -> None:
+    store = FeatureStore(tmp_path, CONFIG)
+    for source in two.values():
+        store.fill(source, None, Encode(), quiet)
+    stored = StoredImages(store, two, NAMES)
+    expected = stored(WANTED)
+    assert torch.equal(pickle.loads(pickle.dumps(stored))(WANTED), expected)
+    # Neither maps nor hashes travel: the size is that of a store that was never read.
+    fresh = StoredImages(FeatureStore(tmp_path, CONFIG), two, NAMES)
+    assert len(pickle.dumps(stored)) == len(pickle.dumps(fresh))
+
+
+@pytest.mark.slow
+def test_loader_workers_read_features_and_pixels(tmp_path: Path, two: dict[str, Source]) -> None:
+    store = FeatureStore(tmp_path, CONFIG)
+    for source in two.values():
+        store.fill(source, None, Encode(), quiet)
+    for images in (StoredImages(store, two, NAMES), LiveImages(two, NAMES, CONFIG)):
+        expected = images(WANTED)
+        loader = DataLoader(
+            Rows(images), batch_size=None, num_workers=2, multiprocessing_context="forkserver"
+        )
+        assert torch.equal(torch.cat(list(loader)), expected)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    groups=st.lists(
+        st.lists(st.binary(min_size=2, max_size=2), min_size=1, max_size=9, unique=True),
+        max_size=12,
+    ),
+    flip=st.booleans(),
+)
+def test_hashes_are_found_wherever_zeros_stand_in_them(
+    groups: list[list[bytes]], flip: bool
+) -> None:
+    index, expected = HashIndex(), dict[bytes, int]()
+    for group in groups:
+        keys = [(bytes(14) + key if flip else key + bytes(14)) for key in group]
+        keys = [key for key in keys if key not in expected]
+        places = np.arange(len(expected), len(expected) + len(keys))
+        index.add(np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16), places)
+        expected |= dict(zip(keys, places.tolist(), strict=True))
+    assert len(index) == len(expected)
+    asked = [*expected, *(bytes([7, n]) + bytes([1] * 14) for n in range(9)), b"\x01" * 16]
+    found = index.find(np.frombuffer(b"".join(asked), np.uint8).reshape(-1, 16))
+    assert found.tolist() == [expected.get(key, -1) for key in asked]

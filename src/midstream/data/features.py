@@ -1,98 +1,198 @@
-"""Frozen-encoder outputs, kept once for every run that uses the encoder.
+"""What a frozen encoder makes of pictures: the same numbers whether stored or computed anew.
 
-A file `<folder>/<source>.npy` holds float32 [pictures, patches, width]; pictures that several
-examples share are there once. The folder's name stands for encoder weights and data, so a stored
-feature is never stale.
+Features belong to the encoder's weights, its `EncoderConfig` and the picture's bytes, nothing else.
+They go through batches of one shape and through the bytes of their stored form in either case, so
+that on a CPU a stored feature equals a live one bit for bit.
 """
 
-import io
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from filelock import FileLock
-from jaxtyping import Float
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from midstream.config import EncoderConfig
-from midstream.data.images import decode, to_pixels
+from midstream.data.images import decode_pixels
 from midstream.data.sources import Source
-from midstream.storage import write_bytes
 
-# The shape of a batch decides the last bits of its results; every fill uses this one.
-FILL_BATCH = 64
+# The shape of a batch decides the last bits of its results; every batch has this one.
+FILL_BATCH = 8
+# The largest code of an int8 feature; its scale is the patch's largest magnitude over this.
+LARGEST_CODE = 127
 
 Encode = Callable[[Float[Tensor, "images 3 size size"]], Float[Tensor, "images patches width"]]
 
 
-def load_pixels(source: Source, example: int, config: EncoderConfig) -> np.ndarray:
-    """Pixels of an example's picture as the encoder takes them, float32 [3, size, size]."""
-    picture = decode(source.image_bytes(example), source.describe(example))
-    return to_pixels(picture, size=config.image_size, resize=config.resize)
+def load_pixels(
+    source: Source, example: int, config: EncoderConfig
+) -> Float32[np.ndarray, "3 s s"]:
+    """The picture of an example as the encoder takes it."""
+    data, where = source.image_bytes(example), source.describe(example)
+    return decode_pixels(data, where, config.transform)
 
 
-class FeatureStore:
-    """Features of the sources of one preparation under one encoder."""
-
-    def __init__(self, folder: Path, config: EncoderConfig) -> None:
-        self.folder, self.config = folder, config
-        self._arrays: dict[str, np.ndarray] = {}
-        self._index: dict[str, np.ndarray] = {}
-
-    def fill(self, source: Source, encode: Encode, progress: Callable[[float, str], None]) -> None:
-        """Compute and store what is missing; other processes wait and then find it done."""
-        path = self.folder / f"{source.name}.npy"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(path) + ".lock"):
-            if path.exists():
-                return
-            examples, _ = _distinct(source)
-            parts = []
-            for low in range(0, len(examples), FILL_BATCH):
-                progress(low / len(examples), f"features of {source.name}")
-                chosen = examples[low : low + FILL_BATCH]
-                pixels = np.stack([load_pixels(source, int(e), self.config) for e in chosen])
-                parts.append(encode_fixed(encode, pixels))
-            stream = io.BytesIO()
-            np.save(stream, np.concatenate(parts))
-            write_bytes(path, stream.getvalue())
-
-    def read(self, source: Source, example: int) -> np.ndarray:
-        """float32 [patches, width] of one example's picture."""
-        if source.name not in self._arrays:
-            self._arrays[source.name] = np.load(self.folder / f"{source.name}.npy", mmap_mode="r")
-            self._index[source.name] = _distinct(source)[1]
-        found: np.ndarray = self._arrays[source.name][self._index[source.name][example]]
-        return found
+def picture_bytes(config: EncoderConfig) -> int:
+    """Bytes of one picture's features in their stored form."""
+    if config.feature_dtype == "int8":
+        return config.num_patches * (config.hidden_size + 2)
+    return config.num_patches * config.hidden_size * 2
 
 
-def encode_fixed(encode: Encode, pixels: np.ndarray) -> np.ndarray:
-    """Features of up to `FILL_BATCH` pictures, independent of how many there are."""
-    padded = np.zeros((FILL_BATCH, *pixels.shape[1:]), dtype=np.float32)
-    padded[: len(pixels)] = pixels
-    with torch.no_grad():
-        features = encode(torch.from_numpy(padded))
-    found: np.ndarray = features[: len(pixels)].float().cpu().numpy()
-    return found
+def pack(
+    features: Float32[Tensor, "images patches width"], config: EncoderConfig
+) -> UInt8[Tensor, "images bytes"]:
+    """The stored form, one row a picture, rounded to `feature_dtype`.
+
+    bfloat16: the numbers. int8: codes from -127 to 127, then one bfloat16 scale a patch.
+    """
+    if config.feature_dtype == "bfloat16":
+        return _bytes(features.bfloat16())
+    scales = (features.abs().amax(-1, keepdim=True) / LARGEST_CODE).bfloat16()
+    wide = scales.float()
+    # A patch of zeros has scale 0. The scale is rounded, so that a code may come out at 127.25.
+    codes = torch.where(wide > 0, features / wide, 0.0).round().clamp(-LARGEST_CODE, LARGEST_CODE)
+    return torch.cat([_bytes(codes.to(torch.int8)), _bytes(scales)], dim=1)
 
 
-def gather(
-    store: FeatureStore, sources: Mapping[str, Source], names: tuple[str, ...], images: np.ndarray
-) -> Float[Tensor, "images patches width"]:
-    """Features of (source number, example) pairs, in their order."""
-    found = [store.read(sources[names[int(s)]], int(e)) for s, e in images]
-    if not found:
-        return torch.zeros((0, store.config.num_patches, store.config.hidden_size))
-    return torch.from_numpy(np.stack(found))
+def unpack(
+    packed: UInt8[Tensor, "images bytes"], config: EncoderConfig
+) -> Float32[Tensor, "images patches width"]:
+    """The numbers of a stored form; every one is exact in float32."""
+    shape = (len(packed), config.num_patches, config.hidden_size)
+    if config.feature_dtype == "bfloat16":
+        return _numbers(packed, torch.bfloat16).reshape(shape)
+    num_codes = config.num_patches * config.hidden_size
+    codes = _numbers(packed[:, :num_codes], torch.int8).reshape(shape)
+    return codes * _numbers(packed[:, num_codes:], torch.bfloat16).reshape(*shape[:2], 1)
 
 
-def _distinct(source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """First example of each distinct picture, and each example's place in that list."""
-    assert source.images is not None
-    images = np.asarray(source.images)
-    shown = np.flatnonzero(images[:, 0] >= 0)
-    _, first, inverse = np.unique(images[shown], axis=0, return_index=True, return_inverse=True)
-    places = np.full(len(images), -1, dtype=np.int64)
-    places[shown] = inverse.reshape(-1)
-    return shown[first], places
+# Seen as one dimension, since torch views no other one as larger numbers where there is no picture.
+def _bytes(numbers: Tensor) -> UInt8[Tensor, "images bytes"]:
+    size = numbers.shape[1:].numel() * numbers.element_size()
+    return numbers.reshape(-1).view(torch.uint8).reshape(len(numbers), size)
+
+
+def _numbers(packed: UInt8[Tensor, "images bytes"], dtype: torch.dtype) -> Float32[Tensor, " n"]:
+    return packed.reshape(-1).view(dtype).float()
+
+
+def encode_fixed(
+    encode: Encode, pixels: Float32[Tensor, "images 3 size size"], config: EncoderConfig
+) -> Float32[Tensor, "images patches width"]:
+    """Features as they are stored, without autograd, on the encoder's device.
+
+    They do not depend on how many pictures are encoded together.
+    """
+    return unpack(pack(encode_raw(encode, pixels, config), config), config)
+
+
+@torch.no_grad()
+def encode_raw(
+    encode: Encode, pixels: Float32[Tensor, "images 3 size size"], config: EncoderConfig
+) -> Float32[Tensor, "images patches width"]:
+    """Features before rounding, computed `FILL_BATCH` pictures at a time, the last batch padded."""
+    shape = (config.num_patches, config.hidden_size)
+    if not len(pixels):
+        return torch.zeros((0, *shape), device=pixels.device)
+    found = []
+    for low in range(0, len(pixels), FILL_BATCH):
+        part = pixels[low : low + FILL_BATCH]
+        padding = part.new_zeros((FILL_BATCH - len(part), *part.shape[1:]))
+        features = encode(torch.cat([part, padding]))
+        if features.shape != (FILL_BATCH, *shape):
+            raise ValueError(
+                f"the encoder gives features of shape {tuple(features.shape[1:])} a picture, its "
+                f"configuration says {shape}; load the weights that belong to it"
+            )
+        found.append(features[: len(part)].float())
+    return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class LiveImages:
+    """Pixels of a row's pictures, decoded where it is called (in a loader's worker)."""
+
+    sources: Mapping[str, Source]
+    names: tuple[str, ...]
+    config: EncoderConfig
+
+    def __call__(self, images: np.ndarray) -> Float32[Tensor, "images 3 size size"]:
+        """Pixels of (source number, example) pairs, in their order."""
+        size = self.config.image_size
+        pixels = torch.zeros((len(images), 3, size, size))
+        for place, (source, example) in zip(pixels, images, strict=True):
+            chosen = self.sources[self.names[int(source)]]
+            place.copy_(torch.from_numpy(load_pixels(chosen, int(example), self.config)))
+        return pixels
+
+
+@dataclass(frozen=True)
+class RoundingError:
+    """What rounding to `dtype` changes, over the root mean square of the unrounded features.
+
+    `rms_error` is the root mean square of the differences, `max_error` the largest of them.
+    """
+
+    dtype: str
+    pictures: int
+    rms_error: float
+    max_error: float
+
+
+class ErrorMeter:
+    """Adds up the rounding errors of features as they come, in constant memory."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        self._configs = [
+            config.model_copy(update={"feature_dtype": dtype}) for dtype in ("bfloat16", "int8")
+        ]
+        self.pictures, self._numbers, self._squares = 0, 0, 0.0
+        self._errors = [(0.0, 0.0) for _ in self._configs]
+
+    def add(self, features: Float32[Tensor, "images patches width"]) -> None:
+        """Count unrounded features in."""
+        self.pictures += len(features)
+        self._numbers += features.numel()
+        self._squares += float(features.double().square().sum())
+        for at, config in enumerate(self._configs):
+            wrong = (unpack(pack(features, config), config) - features).double().abs()
+            squares, largest = self._errors[at]
+            if len(wrong):
+                largest = max(largest, float(wrong.max()))
+            self._errors[at] = (squares + float(wrong.square().sum()), largest)
+
+    def errors(self) -> tuple[RoundingError, ...]:
+        """The error of each dtype so far; 0 where all features are 0."""
+        rms = (self._squares / max(1, self._numbers)) ** 0.5
+        unit = rms or 1.0
+        return tuple(
+            RoundingError(
+                dtype=config.feature_dtype,
+                pictures=self.pictures,
+                rms_error=(squares / max(1, self._numbers)) ** 0.5 / unit,
+                max_error=largest / unit,
+            )
+            for config, (squares, largest) in zip(self._configs, self._errors, strict=True)
+        )
+
+
+def error_of(
+    encode: Encode, source: Source, config: EncoderConfig, sample: Sequence[int]
+) -> tuple[RoundingError, ...]:
+    """The error of bfloat16 and of int8 features against float32, on the pictures of `sample`."""
+    meter = ErrorMeter(config)
+    for pixels in pixel_batches(source, sample, config):
+        meter.add(encode_raw(encode, pixels, config))
+    return meter.errors()
+
+
+def pixel_batches(
+    source: Source, examples: Sequence[int], config: EncoderConfig
+) -> Iterator[Float32[Tensor, "images 3 size size"]]:
+    """Pictures of these examples, up to `FILL_BATCH` at a time."""
+    for low in range(0, len(examples), FILL_BATCH):
+        part = examples[low : low + FILL_BATCH]
+        pixels = [load_pixels(source, int(example), config) for example in part]
+        yield torch.from_numpy(np.stack(pixels))

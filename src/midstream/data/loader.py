@@ -17,6 +17,17 @@ from midstream.data.sources import Source
 
 # (source number, example) pairs, int64 [images, 2] -> pixels or stored features, in their order.
 Images = Callable[[np.ndarray], Float[Tensor, "images ..."]]
+NOTHING = torch.zeros((0, 0, 0))
+
+
+class NoImages:
+    """The pictures of rows that have none."""
+
+    def __call__(self, images: np.ndarray) -> Float[Tensor, "images ..."]:
+        """An empty tensor; ValueError if there are pictures."""
+        if len(images):
+            raise ValueError(f"{len(images)} pictures in rows of a stage that sees none")
+        return NOTHING
 
 
 class RowDataset(Dataset[tuple[Row, Tensor]]):

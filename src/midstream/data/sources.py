@@ -204,9 +204,9 @@ class Source:
         examples = np.asarray(examples, dtype=np.int64)
         numbers = np.searchsorted(self._before[:-1, 0], examples, side="right") - 1
         found = np.zeros((len(examples), 2), dtype=np.int64)
-        for number in np.unique(numbers):
+        for number in np.unique(numbers).tolist():
             mine, first = numbers == number, self._first(number)
-            shard, base = self._shards[int(number)], self._before[number]
+            shard, base = self._shards[number], self._before[number]
             local = examples[mine] - base[0] + first
             found[mine, 0] = base[1] + shard.offsets[local] - shard.offsets[first]
             if shard.num_images is not None:

@@ -189,7 +189,7 @@ def _images_each(source: dict[str, Any]) -> float:
     return float(source["num_images"] / max(source["num_examples"], 1))
 
 
-def _of_tokens(tokens: float, source: dict[str, Any], patches: int) -> tuple[int, float]:
+def _of_tokens(tokens: float | int, source: dict[str, Any], patches: int) -> tuple[int, float]:
     size = _size(source, patches)
     return int(tokens), tokens * source["num_images"] / size if size else 0.0
 

@@ -11,6 +11,7 @@ from types import FrameType
 from midstream.config import Machine
 from midstream.study.graph import Plan, PlanRow, plan
 from midstream.study.ledger import Ledger, launch_lock
+from midstream.study.pictures import choice_for, feature_plan
 from midstream.study.stage import Study
 from midstream.study.workers import Event, Worker
 
@@ -141,7 +142,13 @@ class _Launcher:
                 return
             worker.row = self.waiting.pop(row.stage.name)
             if worker.ready:
-                worker.send()
+                worker.send(self._features(row))
+
+    def _features(self, row: PlanRow) -> str:
+        """Stored or live, as it pays over all stages that are still to be done."""
+        stages = [other.stage for other in self.plan.to_run]
+        chosen = choice_for(row.stage, feature_plan(stages, self.ledger, self.machine))
+        return "auto" if chosen is None or chosen.decision == "unknown" else chosen.decision
 
     def _is_ready(self, row: PlanRow) -> bool:
         """Whether no parent is still to be done."""
@@ -164,7 +171,7 @@ class _Launcher:
         elif event["event"] == "ready":
             worker.ready = True
             if worker.row is not None and not self.num_signals:
-                worker.send()
+                worker.send(self._features(worker.row))
             elif worker.row is not None:
                 self._settle(worker, "stopped", None)
         elif event["event"] == "finished":

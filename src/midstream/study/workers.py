@@ -1,7 +1,8 @@
 """A worker: a long-lived process that runs one stage after the other.
 
-The launcher writes a stage as one line of JSON to a worker's standard input; the worker answers
-on standard output with JSON lines: {"event": "ready"}, then for each stage "started",
+The launcher writes a line of JSON to a worker's standard input: the "stage", and whether a frozen
+encoder's outputs are kept on disk ("features": stored | live | auto). The worker answers on
+standard output with JSON lines: {"event": "ready"}, then for each stage "started",
 "progress" (stage, done, tokens_seen, total_tokens, loss, tokens_per_second, note) and "finished"
 (stage, state: done | failed | stopped, error). The end of its input ends a worker. What it prints
 on standard error, and any line that is no event, goes to `worker-N.log` in the store.
@@ -60,12 +61,13 @@ class Worker:
         self._put = put
         threading.Thread(target=self._read, daemon=True).start()
 
-    def send(self) -> None:
+    def send(self, features: str = "auto") -> None:
         """Hand over the stage of `row`."""
         assert self.row is not None
+        line = {"stage": self.row.stage.model_dump(mode="json"), "features": features}
         # A worker that has died cannot read: its exit event follows and settles the stage.
         with suppress(BrokenPipeError):
-            self._input.write(self.row.stage.model_dump_json().encode() + b"\n")
+            self._input.write(json.dumps(line).encode() + b"\n")
             self._input.flush()
 
     def close(self) -> None:

@@ -1,0 +1,297 @@
+"""Outputs of a frozen encoder on disk, by the content of the picture.
+
+`<folder>/part-<digest>/` holds features.bin (uint8 [n, bytes of a picture], `features.pack`),
+hashes.npy (uint8 [n, 16], `sources.content_hash`) and sums.npy (uint64 [n], XXH3 of each row of
+features.bin). A part is written once and whole. The folder's name stands for encoder weights and
+`EncoderConfig` (the caller sees to it), so that a stored feature is never stale, whichever source
+or preparation it came from.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from filelock import FileLock, Timeout
+from jaxtyping import Float32
+from torch import Tensor
+
+from midstream.config import EncoderConfig
+from midstream.data.features import (
+    Encode,
+    ErrorMeter,
+    encode_raw,
+    pack,
+    picture_bytes,
+    pixel_batches,
+    unpack,
+)
+from midstream.data.hash_index import HashIndex
+from midstream.data.sources import Kept, Source, content_hash
+from midstream.identity import file_sha256
+from midstream.storage import (
+    MANIFEST,
+    CorruptError,
+    new_folder,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
+
+# A part holds at most this much; a fill that is killed loses the part that it was writing.
+PART_BYTES = 256 * 2**20
+# Examples whose hashes are looked up at once.
+BLOCK = 2**16
+# Parts that stay mapped in one process.
+OPEN_PARTS = 64
+# The rounding error is measured on this many pictures, the first that a store gets.
+MEASURED_PICTURES = 64
+MEASURED = "measured.json"
+# Who waits for another process to finish its part says so this often.
+WAIT_SECONDS = 5.0
+
+Progress = Callable[[float, str], None]
+
+
+class FeatureStore:
+    """Features of pictures under one encoder, read by memory map; safe to pickle and to share."""
+
+    def __init__(self, folder: Path, config: EncoderConfig, part_bytes: int = PART_BYTES) -> None:
+        self.folder, self.config, self.part_bytes = folder, config, part_bytes
+        self._parts: list[Path] = []
+        self._known: set[str] = set()
+        self._index = HashIndex()
+        self._maps = Kept(self._open, OPEN_PARTS)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Maps are opened anew in a worker process; pickled, they would be copied whole.
+        return {name: self.__dict__[name] for name in ("folder", "config", "part_bytes")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def __len__(self) -> int:
+        """Pictures whose features are there."""
+        self._refresh()
+        return len(self._index)
+
+    def measured(self) -> dict[str, Any] | None:
+        """Rounding errors on the first pictures of the store (`RoundingError` by dtype), if any."""
+        path = self.folder / MEASURED
+        return read_json(path) if path.is_file() else None
+
+    def fill(
+        self,
+        source: Source,
+        examples: Iterator[np.ndarray] | None,
+        encode: Encode,
+        progress: Progress,
+    ) -> None:
+        """Compute and store what is missing of the pictures of these examples, of all without.
+
+        `examples` are arrays of example numbers; examples without a picture are passed over.
+        Processes that fill at the same time take turns part by part, and none computes what
+        another did. `progress` gets the share done (0 where `examples` are given) and may raise to
+        stop: finished parts stay. Raises ValueError that names the record for a picture that
+        cannot be read or whose features are not finite.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        size = max(1, self.part_bytes // picture_bytes(self.config))
+        total = source.num_images if examples is None else None
+        waiting: dict[bytes, int] = {}
+        num_seen = num_computed = 0
+
+        def tell(note: str) -> None:
+            done = 0.0 if total is None else (num_seen - len(waiting)) / max(1, total)
+            progress(max(0.0, done), f"features of {source.name}: {note}")
+
+        def write(count: int) -> None:
+            nonlocal num_computed
+            chosen = {key: waiting.pop(key) for key in list(waiting)[:count]}
+            with self._turn(tell):
+                num_computed += self._write_part(source, chosen, encode, num_computed, tell)
+
+        for numbers, hashes in _shown(source, examples):
+            num_seen += len(numbers)
+            self._refresh()
+            missing = self._index.find(hashes) < 0
+            for example, row in zip(numbers[missing], hashes[missing], strict=True):
+                waiting.setdefault(row.tobytes(), int(example))
+            while len(waiting) >= size:
+                write(size)
+        if waiting:
+            write(len(waiting))
+
+    def read(self, source: Source, example: int) -> np.ndarray:
+        """float32 [patches, width] of one example's picture; ValueError if it is not stored."""
+        return self.read_many([(source, example)])[0].numpy()
+
+    def read_many(
+        self, pictures: Sequence[tuple[Source, int]]
+    ) -> Float32[Tensor, "images patches width"]:
+        """Features of the pictures of these examples, in their order.
+
+        Raises ValueError that names the record if its features are not stored or it has no
+        picture, CorruptError if the bytes in the store changed.
+        """
+        packed = np.empty((len(pictures), picture_bytes(self.config)), np.uint8)
+        for row, (source, example) in zip(packed, pictures, strict=True):
+            part, at = self._find(source, example)
+            features, sums = self._maps[part]
+            row[:] = features[at]
+            if xxhash.xxh3_64_intdigest(row.data) != int(sums[at]):
+                raise CorruptError(
+                    f"{self._parts[part] / 'features.bin'}, picture {at}, differs from its "
+                    f"checksum; delete {self._parts[part]} and run again"
+                )
+        return unpack(torch.from_numpy(packed), self.config)
+
+    def _find(self, source: Source, example: int) -> tuple[int, int]:
+        if not source.has_image(example):
+            raise ValueError(f"{source.describe(example)} shows no picture and has no features")
+        wanted = np.frombuffer(source.hash_of(example), np.uint8)[None]
+        place = int(self._index.find(wanted)[0])
+        if place < 0:
+            self._refresh()
+            place = int(self._index.find(wanted)[0])
+        if place < 0:
+            raise ValueError(
+                f"{source.describe(example)}: none of the {len(self._index):,} pictures in "
+                f"{self.folder} is this one; fill the store with it first"
+            )
+        return place >> 32, place & (2**32 - 1)
+
+    def _refresh(self) -> None:
+        """Take in the parts that were finished since the last look."""
+        new = [p for p in sorted(self.folder.glob("part-*")) if p.name not in self._known]
+        found = [self._hashes(path) for path in new]
+        if not found:
+            return
+        starts = np.arange(len(self._parts), len(self._parts) + len(new), dtype=np.int64) << 32
+        places = [
+            start + np.arange(len(hashes)) for start, hashes in zip(starts, found, strict=True)
+        ]
+        self._index.add(np.concatenate(found), np.concatenate(places))
+        self._parts += new
+        self._known |= {path.name for path in new}
+
+    def _hashes(self, part: Path) -> np.ndarray:
+        """uint8 [n, 16] of a part whose files are as long as they were written."""
+        remedy = f"delete {part} and run again"
+        if not (part / MANIFEST).is_file():
+            raise CorruptError(f"{part} has no {MANIFEST}: it was never finished; {remedy}")
+        for name, entry in read_json(part / MANIFEST).items():
+            file = part / name
+            have = file.stat().st_size if file.is_file() else 0
+            if have != entry["bytes"]:
+                raise CorruptError(f"{file} has {have:,} of {entry['bytes']:,} bytes; {remedy}")
+            # The features themselves are checked picture by picture when they are read.
+            if name != "features.bin" and file_sha256(file) != entry["sha256"]:
+                raise CorruptError(f"{file} differs from its manifest; {remedy}")
+        hashes: np.ndarray = np.load(part / "hashes.npy")
+        have = (part / "features.bin").stat().st_size
+        if have != len(hashes) * picture_bytes(self.config):
+            raise CorruptError(
+                f"{part} holds {have:,} bytes, {len(hashes):,} pictures of this encoder take "
+                f"{len(hashes) * picture_bytes(self.config):,}; {remedy}"
+            )
+        return hashes
+
+    def _open(self, part: int) -> tuple[np.ndarray, np.ndarray]:
+        path, shape = self._parts[part], (-1, picture_bytes(self.config))
+        features = np.memmap(path / "features.bin", np.uint8, mode="r").reshape(shape)
+        return features, np.load(path / "sums.npy")
+
+    @contextmanager
+    def _turn(self, tell: Callable[[str], None]) -> Iterator[None]:
+        """Hold the store's lock, and know all that is stored, while the block runs."""
+        lock = FileLock(str(self.folder / "fill.lock"))
+        while True:
+            try:
+                lock.acquire(timeout=WAIT_SECONDS)
+                break
+            except Timeout:
+                tell("waiting for another process that computes them")
+        try:
+            # Nobody else writes here now: what lies under a temporary name was left by the killed.
+            remove_leftovers(self.folder)
+            self._refresh()
+            yield
+        finally:
+            lock.release()
+
+    def _write_part(
+        self,
+        source: Source,
+        chosen: Mapping[bytes, int],
+        encode: Encode,
+        num_before: int,
+        tell: Callable[[str], None],
+    ) -> int:
+        """Store what is still missing of these pictures as one part; returns how many."""
+        every = np.frombuffer(b"".join(chosen), np.uint8).reshape(-1, 16)
+        missing = self._index.find(every) < 0
+        hashes, examples = every[missing], np.array(list(chosen.values()))[missing].tolist()
+        if not examples:
+            return 0
+        measured = self.folder / MEASURED
+        meter = None if measured.is_file() else ErrorMeter(self.config)
+        sums: list[int] = []
+        with new_folder(self.folder / f"part-{content_hash(hashes.tobytes()).hex()}") as temporary:
+            with (temporary / "features.bin").open("wb") as stream:
+                for pixels in pixel_batches(source, examples, self.config):
+                    tell(f"{num_before + len(sums):,} computed")
+                    features = encode_raw(encode, pixels, self.config)
+                    if meter is not None and meter.pictures < MEASURED_PICTURES:
+                        meter.add(features)
+                    packed = pack(features, self.config).cpu()
+                    finite = unpack(packed, self.config).isfinite().flatten(1).all(1)
+                    for row, fine in zip(packed.numpy(), finite.tolist(), strict=True):
+                        if not fine:
+                            raise ValueError(
+                                f"{source.describe(examples[len(sums)])}: the encoder's features "
+                                "are not finite; look at its weights and at this picture"
+                            )
+                        sums.append(xxhash.xxh3_64_intdigest(row.data))
+                        stream.write(row.data)
+            np.save(temporary / "hashes.npy", hashes)
+            np.save(temporary / "sums.npy", np.array(sums, np.uint64))
+            if meter is not None:
+                write_json(measured, {e.dtype: asdict(e) for e in meter.errors()})
+        self._refresh()
+        return len(sums)
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """Features of a row's pictures, read from a store that was filled with them."""
+
+    store: FeatureStore
+    sources: Mapping[str, Source]
+    names: tuple[str, ...]
+
+    def __call__(self, images: np.ndarray) -> Float32[Tensor, "images patches width"]:
+        """Features of (source number, example) pairs, in their order."""
+        return self.store.read_many(
+            [(self.sources[self.names[int(source)]], int(example)) for source, example in images]
+        )
+
+
+def _shown(
+    source: Source, examples: Iterator[np.ndarray] | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Example numbers (int64 [n]) and hashes (uint8 [n, 16]) of what shows a picture, in blocks."""
+    if examples is None:
+        for low in range(0, len(source), BLOCK):
+            high = min(low + BLOCK, len(source))
+            numbers = low + np.flatnonzero(source.sizes(low, high)[:, 1])
+            yield numbers, source.image_hashes(low, high)
+        return
+    for block in examples:
+        numbers = np.array([n for n in block.tolist() if source.has_image(n)], np.int64)
+        found = b"".join(source.hash_of(int(n)) for n in numbers)
+        yield numbers, np.frombuffer(found, np.uint8).reshape(-1, 16)
