@@ -1,9 +1,13 @@
 """The commands. Whatever is slow to import is imported by the command that needs it."""
 
 import json
+import os
+import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from enum import StrEnum
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
@@ -41,6 +45,10 @@ Settings = Annotated[
 Workers = Annotated[int, typer.Option(min=1, help="Processes that run stages side by side.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of each process.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Features = Annotated[
+    str, typer.Option(help="Frozen encoders' outputs: stored, live, or auto where storing pays.")
+]
+MaxFeatureGib = Annotated[float, typer.Option(min=0.0, help="auto stores no more than this.")]
 DEFAULT_STORE = Path("runs")
 
 
@@ -92,18 +100,29 @@ def plan(
     store: Store = DEFAULT_STORE,
     settings: Settings = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print every stage as JSON.")] = False,
+    features: Features = "auto",
+    max_feature_gib: MaxFeatureGib = 64.0,
 ) -> None:
     """Show what a study would run and what it costs; starts nothing."""
     from midstream import terminal
     from midstream.catalogue import find_study
+    from midstream.config import Machine
     from midstream.study.graph import plan as plan_study
     from midstream.study.ledger import Ledger
+    from midstream.study.pictures import feature_plan
 
-    work = plan_study(find_study(study, settings or []), Ledger(store))
+    ledger = Ledger(store)
+    work = plan_study(find_study(study, settings or []), ledger)
+    machine = Machine.model_validate({"features": features, "max_feature_gib": max_feature_gib})
+    kept = feature_plan([row.stage for row in work.rows], ledger, machine)
     if as_json:
-        typer.echo(json.dumps(terminal.plan_json(work), indent=2))
+        values = {"features": [found.values() for found in kept]}
+        typer.echo(json.dumps(terminal.plan_json(work) | values, indent=2))
     else:
         terminal.print_plan(work, terminal.out())
+        for found in kept:
+            line = found.sentence(terminal.quantity)
+            terminal.out().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -155,6 +174,119 @@ def report(study: StudyName, store: Store = DEFAULT_STORE, settings: Settings = 
 
     ledger = Ledger(store)
     _report(_stored_study(study, ledger, settings or []), ledger)
+
+
+class Section(StrEnum):
+    """What `midstream prepare` makes a source of."""
+
+    TEXT = "text"
+    CAPTIONS = "captions"
+    CONVERSATIONS = "conversations"
+
+
+class Caption(StrEnum):
+    """Which of a picture's captions is taken."""
+
+    ORIGINAL = "original"
+    SYNTHETIC = "synthetic"
+    RANDOM = "random"
+
+
+@app.command()
+@user_errors
+def prepare(
+    section: Annotated[Section, typer.Argument(metavar="KIND", help="What the records are.")],
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SRC...", help="Files, folders, patterns or URLs.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder of the prepared source.")],
+    tokenizer: Annotated[
+        str, typer.Option(metavar="NAME_OR_FILE", help="A hub name, or a tokenizer file or folder.")
+    ],
+    text_key: Annotated[str, typer.Option(help="The field or column of a text.")] = "text",
+    caption: Annotated[
+        Caption, typer.Option(help="Which caption; random: one of the synthetic ones.")
+    ] = Caption.ORIGINAL,
+    images: Annotated[
+        str | None, typer.Option(help="Where picture names start, if not beside their list.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws the random captions.")] = 0,
+    max_rejects: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="The share of bad records that is let pass.")
+    ] = 0.001,
+    validation: Annotated[
+        float, typer.Option(min=0.0, max=0.99, help="The share of records that is held out.")
+    ] = 0.0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; one a core without it.")
+    ] = None,
+) -> None:
+    """Turn public formats into a prepared source; the same command goes on where it was."""
+    from midstream import prepare_command, terminal
+    from midstream.study.launch import STOPPED_EXIT_CODE
+
+    options = {"text_key": text_key, "caption": caption, "images": images, "seed": seed}
+    request = {"section": section, "sources": sources, "out": str(out), "tokenizer": tokenizer}
+    limits = {"max_rejects": max_rejects, "validation": validation}
+    cores = workers or os.cpu_count() or 1
+    last = prepare_command.prepare(
+        request | limits | {"options": options, "workers": cores}, terminal.out()
+    )
+    if last["event"] == "failed":
+        terminal.error(f"error: {last['error']}")
+        raise typer.Exit(1)
+    if last["event"] == "stopped":
+        terminal.error("stopped; the same command continues where it was")
+        raise typer.Exit(STOPPED_EXIT_CODE)
+    prepare_command.print_summary(last["summary"], last["seconds"], terminal.out())
+
+
+@app.command("show-data")
+@user_errors
+def show_data(
+    study: StudyName,
+    stage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME_OR_KIND",
+            help="pretrain, continue, finetune, or how a stage's name begins; without it the "
+            "first continue.",
+        ),
+    ] = None,
+    row: Annotated[
+        int | None, typer.Option(help="The row to print, from 0; the first one without --stats.")
+    ] = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Print the mixture, planned against realised.")
+    ] = False,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows --stats reads.")] = 256,
+    out: Annotated[Path, typer.Option(help="Where a row's pictures go.")] = Path("show-data"),
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="Prepare the data first where that is not done.")
+    ] = False,
+    store: Store = DEFAULT_STORE,
+    settings: Settings = None,
+) -> None:
+    """Print a row of a training stage as a person reads it, or what its rows hold."""
+    from midstream.catalogue import find_study
+    from midstream.config import Machine
+    from midstream.study.choose import training_stage
+    from midstream.study.workers import worker_environment
+
+    shown = training_stage(find_study(study, settings or []), stage)
+    remedy = ["midstream", "run", study, "--store", str(store)]
+    remedy += [part for setting in settings or [] for part in ("--set", setting)]
+    command = [sys.executable, "-m", "midstream.show_data", "--store", str(store)]
+    command += ["--out", str(out), "--remedy", shlex.join(remedy)]
+    command += ["--prepare"] if prepare else []
+    command += ["--stats", str(rows)] if stats else []
+    command += [] if stats and row is None else ["--row", str(row or 0)]
+    # A process of its own, as the launcher's workers are: the commands import no torch.
+    ended = subprocess.run(
+        command, input=shown.model_dump_json().encode(), env=worker_environment(Machine())
+    )
+    if ended.returncode:
+        raise typer.Exit(ended.returncode)
 
 
 @app.command()

@@ -1,0 +1,295 @@
+"""Shows what a training stage sees: a row of its plan as a person reads it, and its mixture.
+
+As a process (`python -m midstream.show_data --store S ...`, the stage as JSON on standard input)
+it serves `midstream show-data`. It only reads, unless `--prepare` asks for the data to be made.
+"""
+
+import argparse
+import io
+import re
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.text import Text
+
+from midstream.batch import Row, add_counts
+from midstream.config import Amounts, Budget, Epochs, ImageTransform, Machine, Mixture
+from midstream.data.examples import TextCodec
+from midstream.data.images import decode_pixels
+from midstream.data.packing import RowPlan
+from midstream.data.pieces import Span, pieces_of
+from midstream.data.prepare import open_codec, open_sources
+from midstream.data.rows import build_row, plan_rows, shares_report
+from midstream.data.sources import Source
+from midstream.storage import write_bytes
+from midstream.study.choose import Trained
+from midstream.study.cost import cost
+from midstream.study.graph import PlanRow
+from midstream.study.ledger import Ledger, launch_lock
+from midstream.study.stage import Prepare, stage_from_json
+from midstream.study.workers import Event, Worker
+from midstream.tokens import TokenCount
+
+REFUSED_EXIT_CODE, INTERRUPTED_EXIT_CODE = 1, 130
+COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
+# What stands around targets where there are no colours.
+OPEN_MARK, CLOSE_MARK = "⟦", "⟧"
+KINDS = ("text", "caption", "instruct", "image", "pad", "target")
+# Text may hold bytes that would steer the terminal.
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A stage's plan with what it is made of; `transform` is None where the model sees nothing."""
+
+    name: str
+    plan: RowPlan
+    sources: Mapping[str, Source]
+    codec: TextCodec
+    budget: Budget
+    num_patches: int = 0
+    transform: ImageTransform | None = None
+
+
+def open_stage(stage: Trained, ledger: Ledger) -> Shown:
+    """Plan a stage whose data is prepared, as its training does."""
+    folder, training, encoder = ledger.folder(stage.data), stage.training, stage.model.encoder
+    sources = open_sources(stage.data.world, folder)
+    patches = encoder.num_patches if encoder else 0
+    return Shown(
+        name=stage.name,
+        plan=plan_rows(sources, patches, training.budget, training.rows, training.seed),
+        sources=sources,
+        codec=open_codec(folder),
+        budget=training.budget,
+        num_patches=patches,
+        transform=encoder.transform if encoder else None,
+    )
+
+
+def print_row(shown: Shown, index: int, out: Path, console: Console) -> None:
+    """A row's counts, its pieces and their texts; its pictures go to `out` as PNG files."""
+    row, pieces = pieces_of(shown.plan, shown.sources, shown.codec, index, shown.num_patches)
+    rows = shown.plan.rows
+    _say(
+        console,
+        f"{shown.name}: row {index:,} of {len(shown.plan):,} (0 to {len(shown.plan) - 1:,}), "
+        f"{rows.layout}, {rows.row_length:,} positions, {len(pieces)} examples or parts of them, "
+        f"{len(row.images)} pictures",
+        style="bold",
+    )
+    _print_counts(row.sources, row.counts, console)
+    pictures = _save_pictures(shown, index, row, out)
+    for number, piece in enumerate(pieces):
+        colour = COLOURS[number % len(COLOURS)]
+        _say(
+            console,
+            f"\n[{number + 1}] {piece.where}; positions {piece.columns[0]}-{piece.columns[-1]}, "
+            f"{piece.num_targets} targets",
+            style=f"bold reverse {colour}",
+        )
+        if piece.picture is not None:
+            path = pictures[piece.picture]
+            _say(console, f"[image {shown.num_patches} patches -> {path.name}]", style=colour)
+        if piece.continued:
+            _say(console, "(goes on from another row)", style="italic")
+        console.print(_body(piece.spans, colour, _is_plain(console)), soft_wrap=True)
+        if piece.goes_on:
+            note = Text("(cut here, goes on in another row", style="italic")
+            if piece.following:
+                note.append("; its next token is a target here: ")
+                note.append(_body(piece.following, colour, _is_plain(console)))
+            console.print(note.append(")"), soft_wrap=True)
+    if row.counts.pad:
+        _say(console, f"\n({row.counts.pad} positions of padding)", style="italic")
+    if pictures:
+        _say(console, f"\npictures: {', '.join(str(path) for path in pictures)}")
+
+
+def _is_plain(console: Console) -> bool:
+    return not console.is_terminal or console.no_color
+
+
+def _body(spans: Sequence[Span], colour: str, plain: bool) -> Text:
+    text = Text()
+    for supervised, group in groupby(spans, key=lambda span: span.supervised):
+        marked = plain and supervised
+        text.append(OPEN_MARK if marked else "")
+        for span in group:
+            style = f"{'bold underline' if supervised else 'dim'} {colour}"
+            text.append(_visible(span.text), style + (" reverse" if span.special else ""))
+        text.append(CLOSE_MARK if marked else "")
+    return text
+
+
+def _visible(text: str) -> str:
+    return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    console.print(Text(_visible(text), style=style), soft_wrap=True)
+
+
+def _print_counts(sources: Mapping[str, TokenCount], total: TokenCount, console: Console) -> None:
+    """Positions by source and kind; `target` counts some of them once more."""
+    table = [["source", *KINDS, "share"]]
+    for name, counts in [*sources.items(), ("all", total)]:
+        cells = [f"{asdict(counts)[kind]:,}" for kind in KINDS]
+        table.append([name, *cells, f"{counts.seen / max(total.seen, 1):.4%}"])
+    _print_table(table, console)
+
+
+def _print_table(table: Sequence[Sequence[str]], console: Console) -> None:
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    for line in table:
+        cells = [line[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        _say(console, "  ".join(cells).rstrip())
+
+
+def _save_pictures(shown: Shown, index: int, row: Row, out: Path) -> list[Path]:
+    """The row's pictures as the encoder sees them, back in 8 bits."""
+    saved = []
+    for number, (which, example) in enumerate(row.images.tolist()):
+        source = shown.sources[shown.plan.names[which]]
+        transform = shown.transform
+        assert transform is not None
+        pixels = decode_pixels(source.image_bytes(example), source.describe(example), transform)
+        colours = pixels.transpose(1, 2, 0) * np.array(transform.std) + np.array(transform.mean)
+        stream = io.BytesIO()
+        Image.fromarray(np.rint(colours * 255).clip(0, 255).astype(np.uint8)).save(stream, "PNG")
+        saved.append(out / f"row-{index}-image-{number}.png")
+        write_bytes(saved[-1], stream.getvalue())
+    return saved
+
+
+def print_stats(shown: Shown, num_rows: int, console: Console) -> None:
+    """The mixture: planned against realised in the whole plan, and what a sample of rows holds.
+
+    The sample is `num_rows` rows, evenly spread over the plan, or all of them if there are fewer.
+    """
+    plan = shown.plan
+    asked = _asked(shown.budget)
+    heads = "source kind planned planned_tokens realised_tokens difference share examples epochs"
+    table = [[head.replace("_", " ") for head in heads.split()]]
+    for name, found in shares_report(plan, shown.sources, shown.num_patches).items():
+        planned, realised = found["planned_tokens"], found["realised_tokens"]
+        known = planned is not None
+        table.append([name, found["kind"], asked[name], f"{planned:,}" if known else "-"])
+        table[-1] += [f"{realised:,}", f"{realised - planned:+,}" if known else "-"]
+        table[-1] += [f"{realised / plan.seen_tokens:.4%}"]
+        table[-1] += [f"{found['examples']:,}", f"{found['epochs']:.4f}"]
+    table.append(["all", "", "", "", f"{plan.seen_tokens:,}", "", f"{1:.4%}", "", ""])
+    positions = len(plan) * plan.rows.row_length
+    _say(console, f"{shown.name}: {len(plan):,} rows, {plan.rows.layout}", style="bold")
+    _print_table(table, console)
+    _print_padding("all rows", len(plan), positions - plan.seen_tokens, positions, console)
+
+    chosen = min(num_rows, len(plan))
+    total, pictured, by_source = TokenCount(), TokenCount(), dict[str, TokenCount]()
+    num_pictured = 0
+    for number in range(chosen):
+        index = number * len(plan) // chosen
+        row = build_row(plan, shown.sources, index, shown.num_patches)
+        total, by_source = total + row.counts, add_counts([by_source, row.sources])
+        if len(row.images):
+            num_pictured, pictured = num_pictured + 1, pictured + row.counts
+    _say(console, f"\nsample: {chosen:,} of {len(plan):,} rows, evenly spread", style="bold")
+    named = {name: by_source.get(name, TokenCount()) for name in plan.names}
+    _print_counts(named, total, console)
+    _print_padding("sampled rows", chosen, total.pad, total.total, console)
+    _print_padding("of them with a picture", num_pictured, pictured.pad, pictured.total, console)
+
+
+def _print_padding(what: str, rows: int, pad: int, positions: int, console: Console) -> None:
+    share = f", {pad / positions:.4%}" if positions else ""
+    _say(console, f"{what}: {rows:,}; padding {pad:,} of {positions:,} positions{share}")
+
+
+def _asked(budget: Budget) -> dict[str, str]:
+    match budget:
+        case Epochs():
+            return dict.fromkeys(budget.sources, f"{budget.epochs} epochs")
+        case Amounts():
+            return {
+                part.source: f"{part.tokens:,} tokens" if part.tokens else f"{part.epochs} epochs"
+                for part in budget.amounts
+            }
+        case Mixture():
+            return {part.source: f"{part.share:.4%} of {budget.by}" for part in budget.shares}
+
+
+def run_preparation(stage: Prepare, ledger: Ledger, note: Callable[[str], None]) -> None:
+    """Run a Prepare stage as the launcher does: the store locked, in a worker process.
+
+    Raises ValueError with the reason and the log if it does not end well.
+    """
+    events: SimpleQueue[tuple[Worker, Event]] = SimpleQueue()
+    with launch_lock(ledger.store):
+        worker = Worker(1, ledger.store, Machine(workers=1), None, events.put)
+        worker.row = PlanRow(stage, ledger.state(stage), {}, cost(stage, ledger))
+        try:
+            while not ledger.is_done(stage):
+                _, event = events.get()
+                if event["event"] == "ready":
+                    worker.send()
+                elif event["event"] == "progress":
+                    note(event["note"])
+                elif event["event"] == "exit" or event.get("state") in ("failed", "stopped"):
+                    why = event.get("error") or f"its process ended with code {event.get('code')}"
+                    raise ValueError(f"{stage.name} is not prepared: {why} (see {worker.log})")
+        except BaseException:
+            worker.signal(signal.SIGTERM)
+            raise
+        finally:
+            worker.close()
+            worker.leave()
+
+
+def main() -> int:
+    """The process behind `midstream show-data`; the exit code is 1 where it refuses."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--row", type=int)
+    parser.add_argument("--stats", type=int, metavar="ROWS")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--prepare", action="store_true")
+    parser.add_argument("--remedy", default="midstream run", help="what prepares the data")
+    arguments = parser.parse_args()
+    stage, ledger = stage_from_json(sys.stdin.read()), Ledger(arguments.store)
+    assert isinstance(stage, Trained)
+    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    try:
+        if not ledger.is_done(stage.data):
+            if not arguments.prepare:
+                raise FileNotFoundError(
+                    f"the data of {stage.name} is not prepared: {stage.data.name} is "
+                    f"{ledger.state(stage.data)} in {ledger.store}; add --prepare to prepare it "
+                    f"now, or run the study: {arguments.remedy}"
+                )
+            with errors.status(f"preparing {stage.data.name}") as status:
+                run_preparation(stage.data, ledger, lambda note: status.update(Text(note)))
+        shown = open_stage(stage, ledger)
+        if arguments.row is not None:
+            print_row(shown, arguments.row, arguments.out, console)
+        if arguments.stats is not None:
+            print_stats(shown, arguments.stats, console)
+    except (ValueError, OSError) as reason:
+        _say(errors, f"error: {reason}", style="bold red")
+        return REFUSED_EXIT_CODE
+    except KeyboardInterrupt:
+        return INTERRUPTED_EXIT_CODE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
