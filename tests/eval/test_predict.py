@@ -7,6 +7,7 @@ import torch
 import tiny
 from midstream.config import VLMConfig
 from midstream.data.examples import TextCodec, question_ids
+from midstream.data.features import encode_fixed
 from midstream.data.images import decode, to_pixels
 from midstream.data.prepare import open_codec
 from midstream.eval.predict import ModelAnswerer
@@ -90,13 +91,9 @@ def test_the_picture_changes_the_answer(answerer: ModelAnswerer, pictures: list[
 def by_hand(answerer: ModelAnswerer, ids: list[int], picture: Path | None) -> str:
     features = None
     if picture is not None:
-        pixels = to_pixels(
-            decode(picture.read_bytes(), str(picture)),
-            size=tiny.ENCODER.image_size,
-            resize=tiny.ENCODER.resize,
-        )
+        pixels = to_pixels(decode(picture.read_bytes(), str(picture)), tiny.ENCODER.transform)
         assert answerer.encode is not None
-        features = answerer.encode(torch.from_numpy(pixels)[None])
+        features = encode_fixed(answerer.encode, torch.from_numpy(pixels)[None], tiny.ENCODER)
     codec = answerer.codec
     (new,) = greedy(
         answerer.model,

@@ -1,46 +1,164 @@
-"""Decode, letterbox or resize, normalise."""
+"""Encoded pictures to normalised pixels: decode, fit to a square, normalise.
+
+A picture's pixels depend on its bytes and the transform alone: not on installed packages, since
+`simplejpeg` decodes only what it decodes as Pillow does, and not on the number of threads.
+"""
 
 import io
-from typing import Literal
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
-from jaxtyping import Float32
-from PIL import Image
+import torch
+from jaxtyping import Float32, UInt8
+from PIL import ExifTags, Image, UnidentifiedImageError, features
+from torch.nn.functional import interpolate
+
+from midstream.config import ImageTransform
+
+# Both must be libjpeg-turbo to make the same bytes of a JPEG.
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+if not features.check("libjpeg_turbo"):
+    simplejpeg = None
 
 # Larger pictures are refused before decoding: 64 million pixels take 192 MB as RGB.
 MAX_PIXELS = 64_000_000
-# So are longer ones: letterboxed to a square, 16,000 pixels take 768 MB.
+# So are longer ones: one row of 16,000 pixels is letterboxed within 20 MB at 384 pixels.
 MAX_SIDE = 16_000
-# Letterbox borders: the middle grey that normalises to 0 (Prismatic's int(255 * 0.5)).
-GREY = (127, 127, 127)
+# Other formats are refused: Pillow hands some of them to programs (EPS to Ghostscript).
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000")
+# EXIF orientations and what undoes them.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# A strip longer than this many widths is cropped to its middle before it is resized.
+MAX_STRIP = 8
 
 
 def decode(data: bytes, where: str) -> Image.Image:
-    """An RGB picture; transparent pixels become white.
+    """An upright RGB picture: EXIF orientation applied, transparent pixels white.
 
-    16-bit greys keep their upper 8 bits. Raises ValueError that names `where` if the bytes are no
-    whole picture, it is too large, or its numbers are not 8- or 16-bit colours.
+    Of an animation it is the first frame. 16-bit greys keep their upper 8 bits, CMYK becomes RGB
+    without a colour profile, EXIF data that cannot be read turns nothing. Raises ValueError that
+    names `where` if the bytes are no whole picture in one of `FORMATS`, it is too large (checked
+    before decoding), or its numbers are not 8- or 16-bit colours.
     """
+    with _naming(where):
+        return _rgb(_open(data))
+
+
+def decode_pixels(
+    data: bytes, where: str, transform: ImageTransform
+) -> Float32[np.ndarray, "3 size size"]:
+    """`to_pixels(decode(data, where), transform)`, faster: the same bits and the same errors."""
+    with _naming(where):
+        picture = _open(data)
+        raster = _decode_jpeg(data, picture)
+        if raster is None:
+            raster = np.array(_rgb(picture))
+    return _normalised(_fitted(raster, transform), transform)
+
+
+def to_pixels(
+    picture: Image.Image, transform: ImageTransform
+) -> Float32[np.ndarray, "3 size size"]:
+    """An RGB picture fitted to a square, then (value / 255 - mean) / std by channel.
+
+    letterbox: int((longer - shorter) / 2) pixels of the colour int(255 * mean) on both sides, then
+    the shorter side is resized to `size` and the middle is cut out; the crop takes something only
+    where padding ends a pixel from square (an odd difference) and the picture is enlarged. crop:
+    the same without padding. square: both sides are resized, whatever the shape. The filter is
+    torch's antialiased bicubic on bytes.
+
+    Source: Prismatic's `image_processing` over torchvision's Resize and CenterCrop, which Pillow
+    computes. Over 800 photographs letterboxed to 384 pixels, half of them on their sides: no byte
+    differs by more than 2 (68 dB at least) in wide pictures; in tall ones, which are resized in
+    the other order, by 19 in the worst photograph (53 dB at least, median 56). Another difference:
+    `crop` first takes the middle of pictures longer than `MAX_STRIP` widths, which moves them by
+    half a pixel at most. Raises ValueError if the picture is not RGB.
+    """
+    if picture.mode != "RGB":
+        raise ValueError(f"to_pixels takes RGB pictures, not {picture.mode}; use decode()")
+    return _normalised(_fitted(np.array(picture), transform), transform)
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
     try:
-        picture: Image.Image = Image.open(io.BytesIO(data))
-        width, height = picture.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width}x{height} pixels are more than {MAX_PIXELS:,}")
-        if max(width, height) > MAX_SIDE:
-            raise ValueError(f"{width}x{height}: a side is longer than {MAX_SIDE:,} pixels")
-        if picture.mode.startswith("I"):
-            picture = _eight_bits(picture)
-        if picture.mode == "F":
-            raise ValueError("floating-point pixels have no fixed range")
-        if "A" in picture.getbands() or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            return Image.alpha_composite(white, picture).convert("RGB")
-        return picture.convert("RGB")
+        yield
+    except MemoryError:
+        raise
     except Exception as error:
         raise ValueError(
             f"{where}: the picture cannot be decoded ({error}); replace or remove this record"
         ) from None
+
+
+def _open(data: bytes) -> Image.Image:
+    """The picture's header, checked; no pixel is decoded."""
+    try:
+        picture = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise ValueError(f"cannot identify it as one of {', '.join(FORMATS)}") from None
+    if picture.format not in FORMATS:
+        raise ValueError(f"{picture.format} is none of {', '.join(FORMATS)}")
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width}x{height} pixels are more than {MAX_PIXELS:,}")
+    if max(width, height) > MAX_SIDE:
+        raise ValueError(f"{width}x{height}: a side is longer than {MAX_SIDE:,} pixels")
+    if min(width, height) < 1:
+        raise ValueError(f"{width}x{height} pixels are none")
+    return picture
+
+
+def _decode_jpeg(data: bytes, picture: Image.Image) -> UInt8[np.ndarray, "height width 3"] | None:
+    """What Pillow makes of an upright colour or grey JPEG, or None where Pillow must tell."""
+    upright = picture.format in ("JPEG", "MPO") and _turn(picture) is None
+    if simplejpeg is None or not upright or picture.mode not in ("RGB", "L"):
+        return None
+    try:
+        raster: np.ndarray = simplejpeg.decode_jpeg(
+            data, "RGB", fastdct=False, fastupsample=False, strict=True
+        )
+    except ValueError:
+        # It is damaged; Pillow refuses some of these and repairs others.
+        return None
+    return raster if raster.shape == (picture.height, picture.width, 3) else None
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    # TIFF turns itself while it loads, and PNG may hold its EXIF data behind the pixels.
+    picture.load()
+    turn = _turn(picture)
+    if picture.mode.startswith("I"):
+        picture = _eight_bits(picture)
+    if picture.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range")
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    picture = picture.convert("RGB")
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _turn(picture: Image.Image) -> Image.Transpose | None:
+    try:
+        return TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except (KeyError, SyntaxError, TypeError, ValueError, struct.error):
+        # Viewers show a picture whose EXIF data is broken as it is stored.
+        return None
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
@@ -48,25 +166,65 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     grey = np.asarray(picture).astype(np.int64)
     if grey.min() < 0 or grey.max() > 65535:
         raise ValueError(f"greys from {grey.min()} to {grey.max()} are no 16-bit ones")
-    return Image.fromarray((grey >> 8).astype(np.uint8))
+    transparent = picture.info.get("transparency")
+    return Image.fromarray(np.where(grey == transparent, 255, grey >> 8).astype(np.uint8))
 
 
-def letterbox(picture: Image.Image) -> Image.Image:
-    """The picture in the middle of a grey square as wide as its longer side."""
-    width, height = picture.size
-    side = max(width, height)
-    square = Image.new("RGB", (side, side), GREY)
-    square.paste(picture, ((side - width) // 2, (side - height) // 2))
-    return square
+def _fitted(
+    raster: UInt8[np.ndarray, "height width 3"], transform: ImageTransform
+) -> UInt8[np.ndarray, "size size 3"]:
+    size, axis = transform.size, int(raster.shape[1] > raster.shape[0])
+    longer, shorter = raster.shape[axis], raster.shape[1 - axis]
+    if transform.resize == "square":
+        return _resized(raster, size, size)
+    if transform.resize == "crop" and longer > MAX_STRIP * shorter:
+        longer = MAX_STRIP * shorter + (longer - MAX_STRIP * shorter) % 2
+        raster = _middle(raster, axis, longer)
+    padding = (longer - shorter) // 2 if transform.resize == "letterbox" else 0
+    length = size * longer // (shorter + 2 * padding)
+    # The longer side goes first where the other one is padded: padding is resized only once.
+    across = shorter if padding else size
+    raster = _resized(raster, *((across, length) if axis else (length, across)))
+    raster = _middle(raster, axis, size)
+    if not padding:
+        return raster
+    return _resized(_padded(raster, 1 - axis, padding, transform), size, size)
 
 
-def to_pixels(
-    picture: Image.Image, *, size: int, resize: Literal["letterbox", "square"]
+def _resized(
+    raster: UInt8[np.ndarray, "_ _ 3"], height: int, width: int
+) -> UInt8[np.ndarray, "{height} {width} 3"]:
+    # Channels last and one byte each: torch resizes this layout without a copy.
+    image = torch.from_numpy(raster)[None].permute(0, 3, 1, 2)
+    image = interpolate(image, size=(height, width), mode="bicubic", antialias=True)
+    found: np.ndarray = image[0].permute(1, 2, 0).numpy()
+    return found
+
+
+def _middle(raster: np.ndarray, axis: int, length: int) -> np.ndarray:
+    # `round` takes halves to even numbers, as torchvision's CenterCrop does.
+    start = round((raster.shape[axis] - length) / 2)
+    return raster[start : start + length] if axis == 0 else raster[:, start : start + length]
+
+
+def _padded(raster: np.ndarray, axis: int, padding: int, transform: ImageTransform) -> np.ndarray:
+    height, width = raster.shape[:2]
+    rows, columns = (padding, 0) if axis == 0 else (0, padding)
+    row = [int(255 * mean) for mean in transform.mean] * (width + 2 * columns)
+    # Rows are copied whole: three bytes at a time take seventy times as long.
+    canvas = np.empty((height + 2 * rows, len(row)), dtype=np.uint8)
+    canvas[:] = np.array(row, dtype=np.uint8)
+    canvas = canvas.reshape(len(canvas), -1, 3)
+    canvas[rows : rows + height, columns : columns + width] = raster
+    return canvas
+
+
+def _normalised(
+    raster: UInt8[np.ndarray, "size size 3"], transform: ImageTransform
 ) -> Float32[np.ndarray, "3 size size"]:
-    """Pixels in -1 to 1, resized with a bicubic filter to `size` (letterboxed first if asked)."""
-    if resize == "letterbox" and picture.width != picture.height:
-        picture = letterbox(picture)
-    if picture.size != (size, size):
-        picture = picture.resize((size, size), Image.Resampling.BICUBIC)
-    pixels = np.asarray(picture, dtype=np.float32) / 127.5 - 1.0
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    pixels = np.empty((3, *raster.shape[:2]), dtype=np.float32)
+    pixels[:] = raster.transpose(2, 0, 1)
+    for plane, mean, std in zip(pixels, transform.mean, transform.std, strict=True):
+        plane -= np.float32(255 * mean)
+        plane /= np.float32(255 * std)
+    return pixels

@@ -9,7 +9,7 @@ import torch
 from midstream.config import EncoderConfig
 from midstream.data.examples import TextCodec, question_ids
 from midstream.data.features import FILL_BATCH, Encode, encode_fixed
-from midstream.data.images import decode, to_pixels
+from midstream.data.images import decode_pixels
 from midstream.model.generate import greedy, sequence_logprobs
 from midstream.model.vlm import VLM
 from midstream.model.weights import weights_digest
@@ -87,13 +87,9 @@ class ModelAnswerer:
         for low in range(0, len(new), FILL_BATCH):
             part = new[low : low + FILL_BATCH]
             pixels = [
-                to_pixels(
-                    decode(path.read_bytes(), str(path)),
-                    size=self.encoder.image_size,
-                    resize=self.encoder.resize,
-                )
-                for path in part
+                decode_pixels(path.read_bytes(), str(path), self.encoder.transform) for path in part
             ]
-            features = encode_fixed(self.encode, np.stack(pixels))
+            batch = torch.from_numpy(np.stack(pixels))
+            features = encode_fixed(self.encode, batch, self.encoder).cpu().numpy()
             self._features.update(zip(part, features, strict=True))
         return torch.from_numpy(np.stack([self._features[path] for path in paths]))
