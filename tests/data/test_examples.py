@@ -12,10 +12,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from midstream.data.examples import (
     END_OF_TEXT,
     SEPARATOR,
+    ConversationError,
     TextCodec,
     caption_example,
     conversation_example,
     conversation_turns,
+    picture_names,
     question_ids,
     text_example,
 )
@@ -122,41 +124,93 @@ def test_a_record_gives_its_turns_without_the_image_mark(
 ASK, REPLY = ("human", "What?"), ("gpt", "A cat.")
 
 
+SHOWN = ("human", "<image>\nWhat?")
+
+
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        ({}, "pairs of human and gpt"),
-        ({"conversations": []}, "pairs of human and gpt"),
-        ({"conversations": "hello"}, "pairs of human and gpt"),
-        (record(ASK), "pairs of human and gpt"),
-        (record(ASK, REPLY, ASK), "pairs of human and gpt"),
-        (record(REPLY, ASK), "roles must alternate"),
-        (record(ASK, ASK), "roles must alternate"),
-        (record(("system", "Be nice."), REPLY), "roles must alternate"),
-        (record(("human", "<image> What?"), REPLY), "exactly when"),
-        (record(ASK, REPLY, image="a.jpg"), "exactly when"),
-        (record(("human", "<image> <image> What?"), REPLY, image="a.jpg"), "exactly when"),
-        (record(ASK, ("gpt", "<image>"), image="a.jpg"), "exactly when"),
-        (
-            record(("human", "<image>?"), REPLY, ("human", "<image>?"), REPLY, image="a.jpg"),
-            "exactly when",
-        ),
-        (record(("human", "<image> What?"), REPLY, image=None), "file name, found None"),
-        (record(("human", "<image> What?"), REPLY, image=["a", "b"]), "file name"),
-        (record(("human", ""), REPLY), "a turn is empty"),
-        (record(ASK, ("gpt", " \n ")), "a turn is empty"),
-        (record(("human", "<image>\n"), REPLY, image="a.jpg"), "a turn is empty"),
-        (record(ASK, ("gpt", None)), "text under 'value'"),
-        (record(ASK, ("gpt", 3)), "text under 'value'"),
-        ({"conversations": ["What?", "A cat."]}, "text under 'value'"),
+        ({}, "no conversation"),
+        ({"conversations": []}, "no conversation"),
+        ({"conversations": "hello"}, "no conversation"),
+        ({"conversations": {"from": "human", "value": "What?"}}, "no conversation"),
+        ({"conversations": ["What?", "A cat."]}, "no conversation"),
+        ({"conversations": [{"value": "What?"}, {"value": "A cat."}]}, "no conversation"),
+        (record(ASK, ("gpt", 3)), "no conversation"),
+        (record(("human", [{"type": "text", "text": "What?"}]), REPLY), "no conversation"),
+        (record(ASK), "ends without a reply"),
+        (record(ASK, REPLY, ASK), "ends without a reply"),
+        (record(REPLY, ASK), "starts with a reply"),
+        (record(REPLY, ASK, REPLY), "starts with a reply"),
+        (record(ASK, ASK), "roles do not alternate"),
+        (record(ASK, REPLY, REPLY), "roles do not alternate"),
+        (record(ASK, ("tool", "42")), "roles do not alternate"),
+        (record(("system", "Be nice."), ASK, REPLY), "system turn"),
+        (record(ASK, REPLY, system="Be nice."), "system turn"),
+        (record(SHOWN, REPLY), "<image> without a picture"),
+        (record(SHOWN, REPLY, image=""), "<image> without a picture"),
+        (record(SHOWN, REPLY, image=None), "<image> without a picture"),
+        (record(SHOWN, REPLY, images=[]), "<image> without a picture"),
+        (record(ASK, ("gpt", "an <image> tag")), "<image> without a picture"),
+        (record(ASK, REPLY, image="a.jpg"), "picture without <image>"),
+        (record(ASK, REPLY, images=["a.jpg"]), "picture without <image>"),
+        (record(ASK, ("gpt", "<image>"), image="a.jpg"), "picture not in the first turn"),
+        (record(ASK, REPLY, SHOWN, REPLY, image="a.jpg"), "picture not in the first turn"),
+        (record(SHOWN, REPLY, SHOWN, REPLY, image="a.jpg"), "picture not in the first turn"),
+        (record(("human", "<image> <image>?"), REPLY, image="a.jpg"), "more than one picture"),
+        (record(SHOWN, REPLY, images=["a.jpg", "b.jpg"]), "more than one picture"),
+        (record(SHOWN, REPLY, images=["a.jpg", "a.jpg"]), "more than one picture"),
+        (record(SHOWN, REPLY, image="a.jpg", images=["b.jpg"]), "more than one picture"),
+        (record(SHOWN, REPLY, image=7), "not a picture name"),
+        (record(SHOWN, REPLY, images=[{"path": "a.jpg"}]), "not a picture name"),
+        (record(SHOWN, REPLY, images=[""]), "not a picture name"),
+        (record(ASK, REPLY, videos=["a.mp4"]), "video or sound"),
+        (record(("human", ""), REPLY), "empty turn"),
+        (record(ASK, ("gpt", " \n ")), "empty turn"),
+        (record(ASK, ("gpt", None)), "empty turn"),
+        (record(("human", "<image>\n"), REPLY, image="a.jpg"), "empty turn"),
     ],
 )
-def test_a_malformed_conversation_is_refused_by_its_record(
+def test_a_malformed_conversation_is_refused_by_its_record_and_reason(
     bad: dict[str, Any], reason: str
 ) -> None:
-    with pytest.raises(ValueError, match=r"^llava\.json, record 'r7': ") as caught:
+    with pytest.raises(ConversationError, match=r"^llava\.json, record 'r7': ") as caught:
         conversation_turns(bad, "llava.json, record 'r7'")
-    assert reason in str(caught.value)
+    assert caught.value.reason == reason
+    renamed = {"value": "content", "from": "role", "human": "user", "gpt": "assistant"}
+    turns = bad.get("conversations")
+    if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
+        moved = [
+            {renamed[key]: renamed.get(x, x) if key == "from" else x for key, x in turn.items()}
+            for turn in turns
+        ]
+        other = {key: value for key, value in bad.items() if key != "conversations"}
+        with pytest.raises(ConversationError) as caught:
+            conversation_turns({"messages": moved, **other}, "here")
+        assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("others", [{}, {"image": ""}, {"image": None}, {"images": []}])
+def test_an_absent_picture_makes_a_text_only_record(others: dict[str, Any]) -> None:
+    assert conversation_turns(record(ASK, REPLY, **others), "here") == (
+        [("What?", "A cat.")],
+        False,
+    )
+
+
+@pytest.mark.parametrize("others", [{"image": "a.jpg"}, {"images": ["a.jpg"]}])
+def test_both_layouts_give_the_same_turns_and_picture(others: dict[str, Any]) -> None:
+    messages = [
+        {"role": "user", "content": "<image>What?"},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": " Sure? "},
+        {"role": "assistant", "content": "Yes"},
+    ]
+    shown = record(SHOWN, REPLY, ("human", "Sure?"), ("gpt", "Yes"), **others)
+    expected = ([("What?", "A cat."), ("Sure?", "Yes")], True)
+    assert conversation_turns(shown, "here") == expected
+    assert conversation_turns({"messages": messages, **others}, "here") == expected
+    assert picture_names(shown, "here") == ["a.jpg"]
 
 
 def test_a_tokenizer_file_reads_back_and_its_own_cut_and_padding_are_off(tmp_path: Path) -> None:

@@ -10,17 +10,23 @@ example's tokens: the packer puts them before the first token.
                                                                    <sep> are targets
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
+from midstream.data.tokenise import fast_encoder
+
 END_OF_TEXT = "<|endoftext|>"
 SEPARATOR = "<|separator|>"
 IMAGE_MARK = "<image>"
+# Where the layouts of conversations keep their turns, and in a turn its role and its text.
+_LAYOUTS = (("conversations", "from", "value"), ("messages", "role", "content"))
+_ROLES = {"user": "human", "assistant": "gpt"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Example:
 
 
 class TextCodec:
-    """A tokenizer with Midstream's two special tokens."""
+    """A tokenizer with Midstream's two special tokens; may be sent to other processes."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         tokenizer.add_special_tokens(
@@ -46,6 +52,9 @@ class TextCodec:
         self.tokenizer = tokenizer
         self.end_of_text = int(tokenizer.token_to_id(END_OF_TEXT) or 0)
         self.separator = int(tokenizer.token_to_id(SEPARATOR) or 0)
+
+    def __reduce__(self) -> tuple[type["TextCodec"], tuple[Tokenizer]]:
+        return TextCodec, (self.tokenizer,)
 
     @classmethod
     def from_file(cls, path: Path) -> "TextCodec":
@@ -62,12 +71,21 @@ class TextCodec:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without any special token."""
+        if self._fast is not None:
+            return self._fast(text)
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts at once."""
+        if self._fast is not None:
+            return [self._fast(text) for text in texts]
         found = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [list(item.ids) for item in found]
+
+    @cached_property
+    def _fast(self) -> Callable[[str], list[int]] | None:
+        # Made when it is first used: a codec that only decodes needs none.
+        return fast_encoder(self.tokenizer)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""
@@ -108,36 +126,100 @@ def conversation_example(
     return Example(np.array(tokens, dtype=np.int64), np.array(supervised, dtype=np.uint8))
 
 
-def conversation_turns(record: dict[str, Any], where: str) -> tuple[list[tuple[str, str]], bool]:
-    """Question and reply pairs of a LLaVA record, and whether it shows a picture.
+class ConversationError(ValueError):
+    """A record that is no conversation that can be learnt from.
 
-    The image mark is taken out of the first question. Raises ValueError that names `where` if
-    roles do not alternate from human to gpt, a text is missing or empty, or mark and picture
-    disagree.
+    `reason` is one of a few, to count it under; `detail` is about this record.
     """
-    turns = record.get("conversations")
-    if not isinstance(turns, list) or not turns or len(turns) % 2:
-        raise ValueError(f"{where}: 'conversations' must hold pairs of human and gpt turns")
-    if not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns):
-        raise ValueError(f"{where}: every turn must be an object with a text under 'value'")
-    roles = [turn.get("from") for turn in turns]
-    if roles != ["human", "gpt"] * (len(turns) // 2):
-        raise ValueError(f"{where}: roles must alternate human, gpt; found {roles}")
-    texts = [turn["value"] for turn in turns]
-    marks = [text.count(IMAGE_MARK) for text in texts]
-    has_image = "image" in record
-    if has_image and not isinstance(record["image"], str):
-        raise ValueError(f"{where}: 'image' must be a file name, found {record['image']!r}")
-    if marks != [int(has_image)] + [0] * (len(texts) - 1):
-        raise ValueError(
-            f"{where}: {IMAGE_MARK} must stand once, in the first human turn, exactly when the "
-            f"record names an image (image: {record.get('image')!r})"
-        )
-    texts[0] = texts[0].replace(IMAGE_MARK, "", 1)
+
+    def __init__(self, where: str, reason: str, detail: str) -> None:
+        super().__init__(f"{where}: {reason} ({detail})")
+        self.reason, self.detail = reason, detail
+
+
+def conversation_turns(record: dict[str, Any], where: str) -> tuple[list[tuple[str, str]], bool]:
+    """Question and reply pairs of a record, and whether it shows a picture (`picture_names`).
+
+    Layouts: LLaVA's and ShareGPT's `conversations` of {from: human or gpt, value}, and `messages`
+    of {role: user or assistant, content}. The image mark is taken out of the first question.
+    Raises ConversationError that names `where` if roles do not alternate from question to reply, a
+    text is missing or empty, or marks and pictures disagree.
+    """
+    roles, texts = _roles_and_texts(record, where)
+    if "system" in roles or record.get("system"):
+        raise ConversationError(where, "system turn", "only questions and replies are learnt")
+    if roles[0] == "gpt":
+        raise ConversationError(where, "starts with a reply", f"{len(roles)} turns")
+    if roles != (["human", "gpt"] * len(roles))[: len(roles)]:
+        raise ConversationError(where, "roles do not alternate", f"found {roles}"[:200])
+    if len(roles) % 2:
+        raise ConversationError(where, "ends without a reply", f"{len(roles)} turns")
+    names = picture_names(record, where)
+    _check_marks(where, [text.count(IMAGE_MARK) for text in texts], names)
+    if names:
+        texts[0] = texts[0].replace(IMAGE_MARK, "", 1)
     texts = [text.strip() for text in texts]
-    if not all(texts):
-        raise ValueError(f"{where}: a turn is empty")
-    return list(zip(texts[::2], texts[1::2], strict=True)), has_image
+    if "" in texts:
+        raise ConversationError(where, "empty turn", f"turn {texts.index('')} has no text")
+    return list(zip(texts[::2], texts[1::2], strict=True)), bool(names)
+
+
+def picture_names(record: dict[str, Any], where: str) -> list[str]:
+    """The picture files under `image` and `images` (a name or a list); "" and null are none.
+
+    Raises ConversationError for anything else, and for a record with videos or sound.
+    """
+    for other in ("video", "videos", "audio", "audios"):
+        if record.get(other):
+            raise ConversationError(where, "video or sound", f"under {other!r}")
+    names: list[str] = []
+    for key in ("image", "images"):
+        value = record.get(key)
+        found = (
+            [] if value is None or value == "" else value if isinstance(value, list) else [value]
+        )
+        if not all(isinstance(name, str) and name for name in found):
+            raise ConversationError(where, "not a picture name", f"under {key!r}")
+        names += found
+    return names
+
+
+def _roles_and_texts(record: dict[str, Any], where: str) -> tuple[list[str], list[str]]:
+    key, role, content = next(
+        (keys for keys in _LAYOUTS if record.get(keys[0]) is not None), _LAYOUTS[0]
+    )
+    turns = record.get(key)
+    if not isinstance(turns, list) or not turns:
+        keys = " or ".join(repr(keys[0]) for keys in _LAYOUTS)
+        raise ConversationError(where, "no conversation", f"it needs a list of turns under {keys}")
+    roles: list[str] = []
+    texts: list[str] = []
+    for number, turn in enumerate(turns):
+        who = turn.get(role) if isinstance(turn, dict) else None
+        if not isinstance(who, str):
+            raise ConversationError(where, "no conversation", f"turn {number} has no {role!r}")
+        text = "" if turn.get(content) is None else turn[content]
+        if not isinstance(text, str):
+            detail = f"turn {number} has no text under {content!r}"
+            raise ConversationError(where, "no conversation", detail)
+        roles.append(_ROLES.get(who, who))
+        texts.append(text)
+    return roles, texts
+
+
+def _check_marks(where: str, marks: list[int], names: list[str]) -> None:
+    """Raises ConversationError unless the first turn alone has one mark for one picture."""
+    found = f"{sum(marks)} {IMAGE_MARK} marks, {len(names)} pictures"
+    if len(names) > 1:
+        raise ConversationError(where, "more than one picture", found)
+    if not names and any(marks):
+        raise ConversationError(where, f"{IMAGE_MARK} without a picture", found)
+    if names and not any(marks):
+        raise ConversationError(where, f"picture without {IMAGE_MARK}", found)
+    if any(marks[1:]):
+        raise ConversationError(where, "picture not in the first turn", found)
+    if marks[0] > 1:
+        raise ConversationError(where, "more than one picture", found)
 
 
 def _human_turn(codec: TextCodec, question: str) -> list[int]:
