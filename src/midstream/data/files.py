@@ -1,0 +1,236 @@
+"""Where input files lie and how they are read: local paths and `fsspec` URLs alike.
+
+A name with "://" in it is a URL. Nothing here holds more than one piece of a file in memory.
+"""
+
+import gzip
+import io
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from glob import glob
+from pathlib import PurePosixPath
+from typing import Any, cast
+from urllib.parse import unquote
+
+import fsspec
+import pyarrow
+
+GZIP, ZSTD = (".gz",), (".zst", ".zstd")
+MAX_LINE_BYTES = 256 * 2**20
+_PIECE_BYTES = 2**20
+_MAGIC = re.compile(r"[*?[]")
+
+
+def is_url(name: str) -> bool:
+    """Whether `fsspec` reads it."""
+    return "://" in name
+
+
+def find_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
+    """The files that `source` stands for, sorted by name.
+
+    A file is itself, whatever its name; a folder is all files under it whose names end in one of
+    `suffixes`; a glob pattern is the files that match it or lie in folders that match it, with
+    such names. Linked folders are entered. Raises FileNotFoundError with `source` and `suffixes`
+    if there is none.
+    """
+    found = _url_files(source) if is_url(source) else _local_files(source)
+    if found != [source]:
+        found = sorted({file for file in found if base_name(file).endswith(suffixes)})
+    if not found:
+        raise FileNotFoundError(
+            f"{source} is no file, folder or pattern with a file named *{', *'.join(suffixes)}; "
+            "give the file or the folder that holds them"
+        )
+    return found
+
+
+def is_folder(source: str) -> bool:
+    """Whether `source` is an existing folder."""
+    if not is_url(source):
+        return os.path.isdir(source)
+    system, path = fsspec.core.url_to_fs(source)
+    return bool(system.isdir(path))
+
+
+def exists(path: str) -> bool:
+    """Whether `path` is an existing file."""
+    if not is_url(path):
+        return os.path.isfile(path)
+    system, name = fsspec.core.url_to_fs(path)
+    return bool(system.isfile(name))
+
+
+def open_binary(path: str) -> io.BufferedReader:
+    """The file's bytes as a seekable stream; FileNotFoundError names a file that is not there."""
+    if not is_url(path):
+        return open(path, "rb")
+    system, name = fsspec.core.url_to_fs(path)
+    # Remote streams' own `readline` does not keep to a limit.
+    return io.BufferedReader(system.open(name, "rb"), _PIECE_BYTES)
+
+
+def size_of(path: str) -> int:
+    """Bytes of the file."""
+    if not is_url(path):
+        return os.path.getsize(path)
+    system, name = fsspec.core.url_to_fs(path)
+    size = system.size(name)
+    if size is None:
+        raise ValueError(f"{path}: its server does not tell its size; copy it to a local disk")
+    return int(size)
+
+
+def read_range(path: str, offset: int, size: int) -> bytes:
+    """Up to `size` bytes from `offset` on; fewer where the file ends."""
+    if is_url(path):
+        system, name = fsspec.core.url_to_fs(path)
+        return cast(bytes, system.cat_file(name, start=offset, end=offset + size))
+    with open(path, "rb") as stream:
+        stream.seek(offset)
+        # Memory for `size` bytes is taken before they are read.
+        return stream.read(max(0, min(size, os.fstat(stream.fileno()).st_size - offset)))
+
+
+def folder_of(path: str) -> str:
+    """The folder or URL that a file lies in."""
+    if not is_url(path):
+        return os.path.dirname(path) or "."
+    head, mark, tail = _split_chain(path)
+    scheme, colon, name = head.partition("://")
+    return f"{scheme}{colon}{name.rpartition('/')[0]}{mark}{tail}"
+
+
+def base_name(path: str) -> str:
+    """The file's own name."""
+    return _split_chain(path)[0].rpartition("/")[2]
+
+
+def join(root: str, name: str, where: str) -> str:
+    """The file `name` under the folder or URL `root`; links are followed wherever they lead.
+
+    Raises ValueError that names `where` if the name is empty, absolute or a URL, or goes up ("..").
+    """
+    parts = re.split(r"[/\\]", unquote(name) if is_url(root) else name)
+    # "::" joins one file system to another in `fsspec`.
+    forbidden = "\0" in name or is_url(name) or (is_url(root) and "::" in name)
+    if not name or PurePosixPath(name).is_absolute() or ".." in parts or forbidden:
+        raise ValueError(
+            f"{where}: {name!r} is no name of a file inside {root}; "
+            "names are relative, without '..'"
+        )
+    head, mark, tail = _split_chain(root)
+    slash = "/" if head and not head.endswith("/") else ""
+    return f"{head}{slash}{name}{mark}{tail}"
+
+
+def inside(root: str, name: str, where: str) -> str:
+    """The file that a record at `where` calls `name`, under the folder or URL `root`.
+
+    Raises ValueError as `join` does, and, for a local root, if a link leads out of it.
+    """
+    joined = join(root, name, where)
+    if not is_url(root):
+        real, base = os.path.realpath(joined), os.path.realpath(root)
+        if os.path.commonpath([real, base]) != base:
+            raise ValueError(
+                f"{where}: {name!r} is a link that leads out of {root}, to {real}; "
+                "give the folder that holds the files"
+            )
+    return joined
+
+
+def read_lines(path: str) -> Iterator[bytes]:
+    """The lines of a plain, gzip or zstd file (by its name), each with its line end.
+
+    Raises ValueError that names the file if it is compressed and empty, cut short or damaged, or
+    if a line is longer than 256 MiB.
+    """
+    with ExitStack() as stack:
+        stream = stack.enter_context(open_binary(path))
+        lines, name = stream, base_name(path)
+        if name.endswith(GZIP + ZSTD):
+            if not size_of(path):
+                raise ValueError(f"{path} is an empty file, not a compressed one; fetch it again")
+            unpack = _unpack_gzip if name.endswith(GZIP) else _unpack_zstd
+            lines = stack.enter_context(unpack(path, stream))
+        number = 0
+        while line := _next_line(path, lines):
+            number += 1
+            if len(line) > MAX_LINE_BYTES:
+                raise ValueError(
+                    f"{path}: line {number:,} is longer than {MAX_LINE_BYTES:,} bytes; "
+                    "give one record a line"
+                )
+            yield line
+
+
+def _next_line(path: str, stream: io.BufferedReader) -> bytes:
+    try:
+        return stream.readline(MAX_LINE_BYTES + 1)
+    except (EOFError, OSError, zlib.error, pyarrow.ArrowException) as error:
+        raise ValueError(f"{path} is cut short or damaged ({error}); fetch it again") from None
+
+
+def _unpack_gzip(path: str, stream: io.BufferedReader) -> io.BufferedReader:
+    return io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=stream)), _PIECE_BYTES)
+
+
+def _unpack_zstd(path: str, stream: io.BufferedReader) -> io.BufferedReader:
+    # pyarrow and not zstandard, whose reader takes the end of a cut file for the end of the data.
+    source = stream if is_url(path) else path
+    return io.BufferedReader(pyarrow.input_stream(source, compression="zstd"), _PIECE_BYTES)
+
+
+def _local_files(source: str) -> list[str]:
+    if os.path.isfile(source):
+        return [source]
+    matches = [source] if os.path.isdir(source) else glob(source, recursive=True)
+    # A link to nowhere stays in the list: opening it says so.
+    lists = [_walk(match) if os.path.isdir(match) else [match] for match in matches]
+    return [file for files in lists for file in files if _MAGIC.search(source) or file != source]
+
+
+def _walk(folder: str) -> Iterator[str]:
+    # A link to a folder above it would never end.
+    entered: set[str] = set()
+    for name, folders, files in os.walk(folder, followlinks=True, onerror=_stop):
+        real = os.path.realpath(name)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        yield from (os.path.join(name, file) for file in files)
+
+
+def _stop(error: OSError) -> None:
+    raise error
+
+
+def _url_files(source: str) -> list[str]:
+    system, path = fsspec.core.url_to_fs(source)
+    if system.isfile(path):
+        return [source]
+    if system.isdir(path):
+        files = system.find(path)
+    elif _MAGIC.search(path):
+        found = system.glob(path, detail=True)
+        folders = [name for name, info in found.items() if info["type"] == "directory"]
+        files = [name for name in found if name not in folders]
+        files += [file for folder in folders for file in system.find(folder)]
+    else:
+        files = []
+    return [_full_name(system, file, source) for file in files]
+
+
+def _full_name(system: Any, file: str, source: str) -> str:
+    # A chain such as zip://*.jsonl::file.zip keeps what stands behind its first file system.
+    _, mark, tail = _split_chain(source)
+    return f"{system.unstrip_protocol(file)}{mark}{tail}"
+
+
+def _split_chain(name: str) -> tuple[str, str, str]:
+    return name.partition("::") if is_url(name) else (name, "", "")

@@ -1,0 +1,235 @@
+"""Conversations: LLaVA's and ShareGPT's layouts, cut into units, with the pictures' own bytes."""
+
+import gzip
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from midstream.data import read_conversations as module
+from midstream.data.read_conversations import conversation_units, read_conversations
+from midstream.data.records import ConversationRecord, Picture, ReadOptions
+from midstream.data.source_writer import Reject
+
+SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
+OPTIONS = ReadOptions()
+CAT, DOG = b"\xff\xd8 a cat", b"\x89PNG a dog"
+
+Put = Callable[[str, bytes], str]
+
+
+def llava(*texts: str, **others: Any) -> dict[str, Any]:
+    roles = ("human", "gpt")
+    turns = [{"from": roles[n % 2], "value": text} for n, text in enumerate(texts)]
+    return {**others, "conversations": turns}
+
+
+def messages(*texts: str, **others: Any) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    turns = [{"content": text, "role": roles[n % 2]} for n, text in enumerate(texts)]
+    return {"messages": turns, **others}
+
+
+def as_list(records: Sequence[Any]) -> bytes:
+    return json.dumps(records, indent=2).encode()
+
+
+def as_lines(records: Sequence[Any]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def read(source: str, options: ReadOptions = OPTIONS) -> list[Any]:
+    units = conversation_units([source], options)
+    return [item for unit in units for item in read_conversations(unit, options)]
+
+
+def shown(item: Any) -> Any:
+    """What a record holds without its place, or its reason."""
+    if isinstance(item, Reject):
+        return item.reason
+    return item.turns, None if item.picture is None else item.picture.data
+
+
+# As in the mix of 665k: many turns, questions before and behind the mark, rows without a picture.
+MIX = [
+    llava(
+        "<image>\nWhat is on the sofa?",
+        "A cat.",
+        "Is it asleep?",
+        "Yes",
+        id="000000033471",
+        image="coco/train2017/000000033471.jpg",
+    ),
+    llava("Read it.\n<image>", "Stop", id="b", image="ocr_vqa/images/1.png"),
+    llava("Name a prime.", "Seven.", id="wgByO4Y_0", model=""),
+    llava("Name a colour.", "Red.", id="c", image=None),
+    llava("Name a town.", "Paris.", id="d", image=""),
+    llava("Why?", "Because.", "And?", id="e"),
+    {"id": "f", "conversations": [{"from": "gpt", "value": "Hello."}]},
+    llava("<image>\nWhat?", "A dog.", id="g", image="vg/VG_100K/missing.jpg"),
+]
+MIX_SHOWN: list[Any] = [
+    ((("What is on the sofa?", "A cat."), ("Is it asleep?", "Yes")), CAT),
+    ((("Read it.", "Stop"),), DOG),
+    ((("Name a prime.", "Seven."),), None),
+    ((("Name a colour.", "Red."),), None),
+    ((("Name a town.", "Paris."),), None),
+    "ends without a reply",
+    "starts with a reply",
+    "missing picture",
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("llava_v1_5_mix665k.json", as_list),
+        ("mix.jsonl", as_lines),
+        ("mix.jsonl.gz", lambda records: gzip.compress(as_lines(records))),
+    ],
+)
+def test_the_layout_of_the_665k_mix_is_read(
+    put: Put, name: str, write: Callable[[Sequence[Any]], bytes]
+) -> None:
+    picture = put("coco/train2017/000000033471.jpg", CAT)
+    put("ocr_vqa/images/1.png", DOG)
+    path = put(name, write(MIX))
+    found = read(path)
+    assert [shown(item) for item in found] == MIX_SHOWN
+    assert found[0].picture == Picture(picture, 0, CAT)
+    place = "record 0" if name.endswith("json") else "line 1"
+    assert found[0].where == f"{path}, {place} ('000000033471')"
+    assert found[-1].detail.endswith("/vg/VG_100K/missing.jpg")
+
+
+def test_the_layouts_of_sharegpt_with_a_list_of_images_are_read(put: Put) -> None:
+    put("demo/1.jpg", CAT)
+    one, two = {"images": ["demo/1.jpg"]}, {"images": ["demo/1.jpg", "demo/1.jpg"]}
+    talk = ("<image>Who is he?", "Ben.", "Why?", "So.")
+    again = ("<image>Who is he?", "Ben.", "Why?<image>", "So.")
+    expected = ((("Who is he?", "Ben."), ("Why?", "So.")), CAT)
+    records = [
+        messages(*talk, **one),
+        llava(*talk, **one),
+        messages(*again, **two),
+        messages(*again, **one),
+        messages("Who?", "Ben.", images=[]),
+        messages(*talk, **one, system="You see."),
+    ]
+    assert [shown(item) for item in read(put("demo.json", as_list(records)))] == [
+        expected,
+        expected,
+        "more than one picture",
+        "picture not in the first turn",
+        ((("Who?", "Ben."),), None),
+        "system turn",
+    ]
+
+
+def test_pictures_are_looked_for_in_the_folder_that_is_named(put: Put) -> None:
+    put("elsewhere/a.jpg", DOG)
+    put("text/a.jpg", CAT)
+    path = put("text/talks.json", as_list([llava("<image>?", "Yes", image="a.jpg")]))
+    assert [shown(x)[1] for x in read(path)] == [CAT]
+    elsewhere = replace(OPTIONS, images=f"{put('', b'')}/elsewhere")
+    assert [shown(x)[1] for x in read(path, elsewhere)] == [DOG]
+    with pytest.raises(FileNotFoundError, match=r"nowhere is no folder of pictures"):
+        read(path, replace(OPTIONS, images=f"{put('', b'')}/nowhere"))
+
+
+def test_bad_records_are_rejected_with_their_place_and_good_ones_stay(put: Put) -> None:
+    put("a.jpg", CAT)
+    put("empty.jpg", b"")
+    put("folder/a.jpg", CAT)
+    good = llava("Why?", "So.")
+    bad: list[tuple[Any, str]] = [
+        (7, "not a JSON object"),
+        ([good], "not a JSON object"),
+        (None, "not a JSON object"),
+        ({"text": "x"}, "no conversation"),
+        (llava("Why?", " \n"), "empty turn"),
+        (llava("<image>", "So.", image="a.jpg"), "empty turn"),
+        (llava("Why?", "half \ud83d"), "not Unicode"),
+        (llava("\udc00", "So."), "not Unicode"),
+        (llava("<image>?", "So."), "<image> without a picture"),
+        (llava("Why?", "So.", image="a.jpg"), "picture without <image>"),
+        (llava("<image>?", "So.", image="../a.jpg"), "picture outside the folder"),
+        (llava("<image>?", "So.", image="/a.jpg"), "picture outside the folder"),
+        (llava("<image>?", "So.", image="file:///a.jpg"), "picture outside the folder"),
+        (llava("<image>?", "So.", image="a\x00.jpg"), "picture outside the folder"),
+        (llava("<image>?", "So.", image="b.jpg"), "missing picture"),
+        (llava("<image>?", "So.", image="folder"), "missing picture"),
+        (llava("<image>?", "So.", image="x" * 5000), "missing picture"),
+        (llava("<image>?", "So.", image="a.jpg/b.jpg"), "missing picture"),
+        (llava("<image>?", "So.", image="empty.jpg"), "zero-byte picture"),
+        (llava("<image>?", "So.", image={"bytes": "x"}), "not a picture name"),
+    ]
+    records = [record for pair in bad for record in (good, pair[0])]
+    for name, write in (("a.json", as_list), ("a.jsonl", as_lines)):
+        path = put(name, write(records))
+        found = read(path)
+        assert [shown(item) for item in found[::2]] == [((("Why?", "So."),), None)] * len(bad)
+        assert [shown(item) for item in found[1::2]] == [reason for _, reason in bad]
+        place = [f"record {n}" if write is as_list else f"line {n + 1}" for n in range(len(found))]
+        assert [item.where for item in found] == [f"{path}, {at}" for at in place]
+
+
+def test_bytes_that_are_no_utf8_cost_one_record(put: Put) -> None:
+    data = as_list([llava("Why?", "So."), llava("caf@", "So."), llava("Why?", "Yes.")])
+    found = read(put("a.json", data.replace(b"@", b"\xe9")))
+    assert [type(item) for item in found] == [ConversationRecord, Reject, ConversationRecord]
+    assert found[1].reason == "not UTF-8"
+
+
+def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "secret.jpg").write_bytes(CAT)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    (folder / "loop.jpg").symlink_to(folder / "loop.jpg")
+    records = [llava("<image>?", "So.", image=name) for name in ("link.jpg", "loop.jpg")]
+    (folder / "a.json").write_bytes(as_list(records))
+    assert [shown(item) for item in read(str(folder))] == [
+        "picture outside the folder",
+        "missing picture",
+    ]
+
+
+def test_a_picture_at_the_limit_is_whole_and_one_above_is_too_large(
+    put: Put, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_PICTURE_BYTES", 1000)
+    put("a.jpg", b"x" * 1000)
+    put("b.jpg", b"x" * 1001)
+    records = [llava("<image>?", "So.", image=name) for name in ("a.jpg", "b.jpg")]
+    assert [shown(item) for item in read(put("a.json", as_list(records)))] == [
+        ((("?", "So."),), b"x" * 1000),
+        "picture too large",
+    ]
+
+
+def test_texts_of_many_characters_are_taken_whole(put: Put) -> None:
+    question, reply = "why " * 50_000 + "?", "\u65e5" * 150_000
+    (found,) = read(put("a.json", as_list([llava(question, reply)])))
+    assert found.turns == ((question, reply),)
+
+
+def test_the_real_sharegpt_sample_gives_its_records_with_one_picture() -> None:
+    folder = SHARED / "instruct_samples" / "llamafactory"
+    if not folder.exists():
+        pytest.skip(f"{folder} is not here")
+    found = read(str(folder))
+    assert Counter(shown(x) if isinstance(x, Reject) else "taken" for x in found) == {
+        "taken": 4,
+        "more than one picture": 2,
+    }
+    taken = [item for item in found if isinstance(item, ConversationRecord)]
+    assert [Path(item.picture.file).name for item in taken] == ["2.jpg", "3.jpg", "2.jpg", "3.jpg"]
+    for item in taken:
+        assert item.picture.data == Path(item.picture.file).read_bytes()
+        assert len(item.turns) == 2
+    assert taken[2].turns[0][0] == "他是谁？"

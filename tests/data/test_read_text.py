@@ -1,0 +1,293 @@
+"""Text formats: what comes out is what went in, and what cannot be used is named with a reason."""
+
+import gzip
+import io
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from midstream.data import read_text as module
+from midstream.data.read_text import read_text, text_units
+from midstream.data.records import ReadOptions, TextRecord, Unit
+from midstream.data.source_writer import Reject
+
+SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
+OPTIONS = ReadOptions()
+WORDS = random.Random(1)
+DOCUMENTS = [
+    "Hello.",
+    "two\nlines\r\nand \u00e9\u65e5\U0001f600 \x00 \u2028 end ",
+    "x" * 150_000,
+    "".join(WORDS.choices("abcdef \n", k=120_000)),
+    "\ufeffmark",
+    *(f"document {number}" for number in range(700)),
+]
+
+Put = Callable[[str, bytes], str]
+
+
+def read(path: str, options: ReadOptions = OPTIONS) -> list[Any]:
+    return [item for unit in text_units([path], options) for item in read_text(unit, options)]
+
+
+def texts(items: Sequence[Any]) -> list[str]:
+    assert [item for item in items if not isinstance(item, TextRecord)] == []
+    return [item.text for item in items]
+
+
+def reasons(items: Sequence[Any]) -> list[str]:
+    return [item.reason if isinstance(item, Reject) else "" for item in items]
+
+
+def lines(documents: Sequence[Any], key: str = "text") -> bytes:
+    # As DCLM's own: the text among other fields.
+    records = [
+        {"bff_contained_ngram_count_before_dedupe": 0, key: text, "url": "https://a.example/b"}
+        for text in documents
+    ]
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def parquet(documents: Sequence[Any], key: str = "text", kind: Any = None, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    column = pa.array(documents, kind or pa.string())
+    table = pa.table({"id": pa.array(range(len(documents))), key: column})
+    pq.write_table(table, stream, **options)
+    return stream.getvalue()
+
+
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "a.jsonl": lambda data: data,
+    "a.json": lambda data: data,
+    "c4-train.00000-of-01024.json.gz": gzip.compress,
+    "a.jsonl.gz": gzip.compress,
+    "shard_00000000_processed.jsonl.zst": zstandard.ZstdCompressor().compress,
+    "shard_00000001_processed.jsonl.zstd": zstandard.ZstdCompressor().compress,
+}
+
+
+@pytest.mark.parametrize("name", PACK)
+def test_json_lines_give_every_text_as_it_is(put: Put, name: str) -> None:
+    path = put(name, PACK[name](lines(DOCUMENTS)))
+    found = read(path)
+    assert texts(found) == DOCUMENTS
+    assert [item.where for item in found[:2]] == [f"{path}, line 1", f"{path}, line 2"]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), "str")])
+@pytest.mark.parametrize("options", [{}, {"row_group_size": 100}, {"compression": "zstd"}])
+def test_parquet_gives_every_text_as_it_is(put: Put, kind: Any, options: dict[str, Any]) -> None:
+    path = put("train-00000-of-00001.parquet", parquet(DOCUMENTS, kind=kind, **options))
+    found = read(path)
+    assert texts(found) == DOCUMENTS
+    assert found[-1].where == f"{path}, row {len(DOCUMENTS) - 1}"
+
+
+def test_a_plain_text_file_is_one_document_without_mark_and_carriage_returns(put: Put) -> None:
+    text = "one\r\ntwo\r\n\r\n three \U0001f600\rfour"
+    path = put("novel.txt", b"\xef\xbb\xbf" + text.encode())
+    assert read(path) == [TextRecord(path, "one\ntwo\n\n three \U0001f600\rfour")]
+    long = "a\n" * 200_000
+    assert texts(read(put("long.txt", long.encode()))) == [long]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_another_field_or_column_can_hold_the_text(put: Put, name: str) -> None:
+    write = lines if name.endswith("jsonl") else parquet
+    path = put(name, write(["a", "b"], "content"))
+    assert texts(read(path, ReadOptions(text_key="content"))) == ["a", "b"]
+
+
+def test_bad_lines_are_rejected_with_their_place_and_reason_and_good_ones_stay(put: Put) -> None:
+    bad = [
+        (b"{", "not a JSON object"),
+        (b'["text"]', "not a JSON object"),
+        (b'"text"', "not a JSON object"),
+        (b'{"text": ' + b"[" * 50_000, "not a JSON object"),
+        (b'{"text": 1' + b"0" * 9_000 + b"}", "not a JSON object"),
+        (b'{"body": "x"}', "no text"),
+        (b'{"text": null}', "no text"),
+        (b'{"text": 3}', "no text"),
+        (b'{"text": ["x"]}', "no text"),
+        (b'{"text": ""}', "empty text"),
+        (b'{"text": " \\n\\t"}', "empty text"),
+        (b'{"text": "caf\xe9"}', "not UTF-8"),
+        (b'{"text": "a\\ud83d"}', "not Unicode"),
+        (b'{"text": "\\udc00"}', "not Unicode"),
+    ]
+    for at_front in (True, False):
+        data = [line for line, _ in bad]
+        data = [*data, b'{"text": "good"}'] if at_front else [b'{"text": "good"}', *data]
+        path = put("a.jsonl", b"\n".join(data))
+        found = read(path)
+        assert sorted(reasons(found)) == sorted(["", *(reason for _, reason in bad)])
+        assert [x.where for x in found] == [f"{path}, line {n + 1}" for n in range(len(data))]
+        assert [x.text for x in found if isinstance(x, TextRecord)] == ["good"]
+
+
+def test_a_line_without_the_key_says_which_keys_it_has() -> None:
+    fsspec.filesystem("memory").pipe("/keys/a.jsonl", b'{"body": "x", "url": 1}')
+    assert str(read("memory://keys/a.jsonl")[0]) == (
+        "memory://keys/a.jsonl, line 1: no text (its keys are ['body', 'url'])"
+    )
+
+
+def test_blank_lines_are_no_records_but_are_counted_in_places(put: Put) -> None:
+    path = put("a.jsonl", b'\n{"text": "a"}\r\n \t \n\n{"text": "b"}\n\n')
+    assert [(x.where, x.text) for x in read(path)] == [
+        (f"{path}, line 2", "a"),
+        (f"{path}, line 5", "b"),
+    ]
+
+
+def test_bad_rows_are_rejected_with_their_place_and_reason(put: Put) -> None:
+    pieces = [b"good", b"\xff", b"", b" ", b"\xed\xa0\x80", b"caf\xc3\xa9"]
+    ends = [sum(map(len, pieces[:n])) for n in range(len(pieces) + 1)]
+    offsets = pa.py_buffer(b"".join(end.to_bytes(4, "little") for end in ends))
+    broken = pa.StringArray.from_buffers(len(pieces), offsets, pa.py_buffer(b"".join(pieces)))
+    stream = io.BytesIO()
+    pq.write_table(pa.table({"text": pa.concat_arrays([broken, pa.array([None, "x"])])}), stream)
+    path = put("a.parquet", stream.getvalue())
+    found = read(path)
+    utf8, empty = "not UTF-8", "empty text"
+    assert reasons(found) == ["", utf8, empty, empty, utf8, "", "no text", ""]
+    assert [item.where for item in found] == [f"{path}, row {number}" for number in range(8)]
+    assert [x.text for x in found if isinstance(x, TextRecord)] == ["good", "café", "x"]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty text"),
+        (b"\xef\xbb\xbf", "empty text"),
+        (b"\r\n \n", "empty text"),
+        (b"caf\xe9", "not UTF-8"),
+        ("text".encode("utf-16"), "not UTF-8"),
+    ],
+)
+def test_a_bad_plain_text_file_is_rejected(put: Put, data: bytes, reason: str) -> None:
+    path = put("a.txt", data)
+    (found,) = read(path)
+    assert (found.where, found.reason) == (path, reason)
+
+
+@pytest.mark.parametrize("name", [name for name in PACK if not name.endswith(("jsonl", "json"))])
+def test_packed_lines_that_are_cut_at_any_byte_stop_the_reading(put: Put, name: str) -> None:
+    packed = PACK[name](lines(["a", "b" * 50, "c"]))
+    for end in range(0, len(packed), 3):
+        path = put(name, packed[:end])
+        with pytest.raises(ValueError, match="fetch it again") as caught:
+            read(path)
+        assert path in str(caught.value)
+
+
+def test_parquet_that_is_cut_at_any_byte_or_is_none_stops_the_reading(put: Put) -> None:
+    data = parquet(["a", "b" * 50])
+    for part in (*(data[:end] for end in range(0, len(data), 7)), b'{"text": "a"}\n', data[1:]):
+        path = put("a.parquet", part)
+        with pytest.raises(ValueError, match="is no whole parquet file") as caught:
+            read(path)
+        assert path in str(caught.value)
+
+
+def test_parquet_without_such_a_column_of_text_names_those_it_has(put: Put) -> None:
+    path = put("a.parquet", parquet(["a"], "content"))
+    with pytest.raises(ValueError, match=r"has no column 'text'; name one of \['id', 'content'\]"):
+        read(path)
+    with pytest.raises(ValueError, match="column 'id' is int64, not text"):
+        read(path, ReadOptions(text_key="id"))
+    for kind, value in ((pa.binary(), b"a"), (pa.list_(pa.string()), ["a"])):
+        path = put("b.parquet", parquet([value], kind=kind))
+        with pytest.raises(ValueError, match=r"column 'text' is .*, not text"):
+            read(path)
+
+
+def test_a_plain_text_file_that_is_too_large_is_refused(
+    put: Put, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 10)
+    assert texts(read(put("a.txt", b"x" * 10))) == ["x" * 10]
+    with pytest.raises(ValueError, match=r"has 11 bytes, a document at most 10; .*\.jsonl"):
+        read(put("b.txt", b"x" * 11))
+
+
+# Units.
+
+
+def test_a_folder_is_one_unit_a_file_by_its_format_in_order(put: Put) -> None:
+    names = ["b/a.jsonl.zst", "b/c.parquet", "d.txt", "a.jsonl"]
+    for name in [*names, "README.md", "b/picture.jpg"]:
+        put(name, b"")
+    root = put("", b"")
+    found = text_units([root], OPTIONS)
+    assert [(unit.format, unit.files[0].rpartition("put")[2]) for unit in found] == [
+        (kind, f"{root}/{name}".rpartition("put")[2])
+        for kind, name in (
+            ("jsonl", "a.jsonl"),
+            ("jsonl", "b/a.jsonl.zst"),
+            ("parquet", "b/c.parquet"),
+            ("txt", "d.txt"),
+        )
+    ]
+    assert {(unit.first, unit.last) for unit in found} == {(0, None)}
+    two = text_units([f"{root}/d.txt", f"{root}/b/*.parquet"], OPTIONS)
+    assert [unit.format for unit in two] == ["txt", "parquet"]
+
+
+def test_what_is_not_there_unknown_or_given_twice_is_refused(put: Put) -> None:
+    path, other = put("a.txt", b"a"), put("book.pdf", b"a")
+    root = put("", b"")
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        text_units([f"{root}/nothing"], OPTIONS)
+    with pytest.raises(ValueError, match=r"book\.pdf is of no known format .*parquet"):
+        text_units([other], OPTIONS)
+    with pytest.raises(ValueError, match=r"a\.txt is given 2 times"):
+        text_units([path, path], OPTIONS)
+    with pytest.raises(ValueError, match="'csv' is no format of texts"):
+        read_text(Unit("csv", (path,)), OPTIONS)
+
+
+@given(documents=st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=8))
+@settings(max_examples=30, deadline=None)
+def test_every_document_is_read_or_rejected_as_empty(
+    tmp_path_factory: pytest.TempPathFactory, documents: list[str]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_bytes(lines(documents))
+    found = read(str(path))
+    assert [x.text for x in found if isinstance(x, TextRecord)] == [
+        d for d in documents if d.strip()
+    ]
+    assert len(found) == len(documents)
+
+
+# The real samples.
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "count"),
+    [
+        ("text_novels", "text", 18),
+        ("text_web_wiki/c4_demo.jsonl", "text", 300),
+        ("text_math/gsm8k/test.jsonl", "question", 1319),
+    ],
+)
+def test_real_samples_are_read_whole(name: str, key: str, count: int) -> None:
+    if not (SHARED / name).exists():
+        pytest.skip(f"{SHARED / name} is not here")
+    found = read(str(SHARED / name), ReadOptions(text_key=key))
+    assert Counter(type(item) for item in found) == {TextRecord: count}
+    if name.endswith("jsonl"):
+        records = map(json.loads, (SHARED / name).read_text(encoding="utf-8").splitlines())
+        assert texts(found) == [record[key] for record in records]
