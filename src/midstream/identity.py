@@ -81,3 +81,24 @@ def folder_fingerprint(root: Path, patterns: tuple[str, ...] = ("**/*",)) -> str
         raise FileNotFoundError(f"no file under {root} matches {', '.join(patterns)}")
     listing = [[path.relative_to(root).as_posix(), file_sha256(path)] for path in sorted(found)]
     return digest(listing)
+
+
+def world_fingerprint(root: Path) -> str:
+    """As `folder_fingerprint`, but a prepared source in `root/*/*` counts by the fingerprint that
+    its `source.json` names, and its bytes are not read.
+
+    Raises FileNotFoundError if the folder is missing or empty.
+    """
+    indices = sorted(root.glob("*/*/source.json"))
+    if not indices:
+        return folder_fingerprint(root)
+    prepared = {index.parent for index in indices}
+    listing = [
+        [path.relative_to(root).as_posix(), file_sha256(path)]
+        for path in sorted(root.glob("**/*"))
+        if path.is_file() and prepared.isdisjoint(path.parents)
+    ]
+    for index in indices:
+        content = json.loads(index.read_text(encoding="utf-8"))["fingerprint"]
+        listing.append([index.parent.relative_to(root).as_posix(), content])
+    return digest(listing)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from midstream.config import PublicFolder, TrainedTokenizer
 from midstream.data.prepare import prepare
-from midstream.identity import folder_fingerprint
+from midstream.identity import world_fingerprint
 
 TEXTS = [f"Document {n} says: the river is {'very ' * (n % 4)}wide.\nCafé {n}." for n in range(12)]
 CAPTIONS = [f"a {color} boat on the water" for color in ("red", "blue", "grey", "white", "black")]
@@ -92,8 +92,8 @@ def write_world(found: Path) -> None:
     write_talks(found, TALKS)
 
 
-def world_of(root: Path) -> PublicFolder:
-    return PublicFolder(root=root, fingerprint=folder_fingerprint(root))
+def world_of(root: Path, **options: Any) -> PublicFolder:
+    return PublicFolder(root=root, fingerprint=world_fingerprint(root), **options)
 
 
 def prepared(root: Path, out: Path, tokenizer: Any = TRAINED) -> dict[str, Any]:

@@ -1,342 +1,441 @@
-"""Rows: every planned token once, what each position is trained on, and how full rows are."""
+"""Rows by number: every planned token in exactly one, examples whole, rows full."""
 
 import pickle
-from collections.abc import Mapping
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Literal
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import GAP, make_source, make_sources, mixture
 
-from midstream.batch import IGNORE, PADDING, Row
-from midstream.config import Epochs, Mixture, Rows
-from midstream.data import packing
-from midstream.data.packing import RowPlan, build_row, plan_rows, shares_report
-from midstream.data.sources import Source
+from midstream.config import Budget, Epochs, Mixture, Rows, Sampling, Share
+from midstream.data import packing, stream
+from midstream.data.mixture import Supply
+from midstream.data.packing import Filled, Joined, Padded, Placement, RowPlan, make_plan
+from midstream.data.stream import ArrayLengths
 
-Layout = Literal["joined", "filled", "padded"]
-ALL = ("web", "notes", "pics", "talks")
-
-
-def rows_of(plan: RowPlan, sources: Mapping[str, Source], patches: int) -> list[Row]:
-    return [build_row(plan, sources, k, patches) for k in range(len(plan))]
+SEEDS = st.integers(0, 2**32 - 1)
+LAYOUTS = st.sampled_from(["filled", "padded", "joined"])
 
 
-def where(sources: Mapping[str, Source], token: int) -> tuple[str, int, int]:
-    """Source, example and place in the example of a token; `made` gives each an id of its own."""
-    for name, source in sources.items():
-        low = int(source.tokens[0])
-        if low <= token < low + GAP:
-            example = int(np.searchsorted(source.offsets, token - low, side="right")) - 1
-            return name, example, token - low - int(source.offsets[example])
-    raise AssertionError(f"token {token} is of no source")
+@contextmanager
+def small(block_rows: int, *, checked: int = 512, groups: bool = False) -> Iterator[None]:
+    """Tiny data goes through many blocks, and where asked through many groups and chunks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "BLOCK_ROWS", block_rows)
+        patch.setattr(packing, "CHECKED_BLOCKS", checked)
+        if groups:
+            patch.setattr(stream, "MAX_CHUNKS", 9)
+            patch.setattr(stream, "MIN_CHUNK", 2)
+            patch.setattr(stream, "GROUP_EXAMPLES", 13)
+        yield
 
 
-def next_target(sources: Mapping[str, Source], token: int) -> int:
-    """What a document itself says is behind a token: the next one if it is a target."""
-    name, example, place = where(sources, token)
-    source = sources[name]
-    at = int(source.offsets[example]) + place + 1
-    if at >= source.offsets[example + 1]:
-        return IGNORE
-    supervised = source.supervised is None or source.supervised[at]
-    return int(source.tokens[at]) if supervised else IGNORE
+def mixed(total: int, shares: Mapping[str, float], sampling: Sampling = "permutation") -> Mixture:
+    """Shares of a total, three passes at most."""
+    parts = tuple(Share(source=name, share=share) for name, share in shares.items())
+    return Mixture(total_tokens=total, shares=parts, max_epochs=3, sampling=sampling)
 
 
-def planned_tokens(plan: RowPlan, sources: Mapping[str, Source], patches: int) -> list[list[int]]:
-    """The tokens of every planned piece, in the plan's order, read from the sources."""
-    found = []
-    for number, piece in zip(plan.order.source, plan.order.piece, strict=True):
-        supply, source = plan.supplies[number], sources[plan.order.names[number]]
-        example, start = int(supply.examples[piece]), int(supply.starts[piece])
-        low = int(source.offsets[example]) + start
-        size = int(supply.lengths[piece]) - patches * int(source.has_images[example])
-        found.append(source.tokens[low : low + size].tolist())
+def supplies_of(seed: int, row_length: int) -> list[Supply]:
+    """Long and short texts, captions that fill most of a row, conversations of any length."""
+    random = np.random.default_rng(seed)
+    caption = max(1, 2 * row_length // 3)
+
+    def draw(count: int, low: int, high: int) -> ArrayLengths:
+        return ArrayLengths(random.integers(low, high + 1, count))
+
+    return [
+        Supply("web", draw(60, 1, 4 * row_length), True),
+        Supply("notes", draw(50, 1, max(1, row_length // 3)), True),
+        Supply("pics", draw(50, caption, min(row_length, caption + 3)), False),
+        Supply("talks", draw(40, 1, row_length), False),
+    ]
+
+
+Asked = tuple[list[Supply], Budget, Rows, int]
+
+
+@st.composite
+def plans(draw: st.DrawFn, layout: str | None = None) -> Asked:
+    """What `make_plan` takes, of each layout over tiny sources: passes, or shares of a total."""
+    row_length, seed = draw(st.integers(2, 40)), draw(SEEDS)
+    rows = Rows(row_length=row_length, batch_rows=4, layout=layout or draw(LAYOUTS))
+    supplies = supplies_of(seed, row_length)[: 2 if rows.layout == "joined" else 4]
+    names = draw(st.lists(st.sampled_from([s.name for s in supplies]), min_size=1, unique=True))
+    budget: Budget = Epochs(sources=tuple(names), epochs=draw(st.integers(1, 2)))
+    if draw(st.booleans()):
+        weights = [10.0 ** -draw(st.floats(0, 3)) for _ in names]
+        shares = {name: w / sum(weights) for name, w in zip(names, weights, strict=True)}
+        have = {supply.name: supply.lengths.total for supply in supplies}
+        most = min(int(have[name] / share) for name, share in shares.items())
+        sampling: Sampling = draw(st.sampled_from(["permutation", "replacement"]))
+        budget = mixed(draw(st.integers(1, min(2 * most, 5000))), shares, sampling)
+    return supplies, budget, rows, seed % 5
+
+
+Taken = dict[int, np.ndarray]
+
+
+def planned(plan: RowPlan, supplies: Sequence[Supply]) -> Taken:
+    """By source: how often each of its tokens is planned, as its stream says."""
+    found = {}
+    for number, quota in enumerate(plan.quotas):
+        if quota.divisible:
+            taken = quota.stream.tokens(0, quota.tokens)
+        else:
+            taken = quota.stream.places(0, quota.examples)
+        pieces = zip(taken.examples, taken.starts, taken.lengths, strict=True)
+        found[number] = tally(
+            plan, number, supplies, [(int(e), int(s), int(n)) for e, s, n in pieces]
+        )
     return found
 
 
-def held_tokens(row: Row, patches: int) -> list[int]:
-    holds = row.segment_ids != PADDING
-    for start in row.image_starts:
-        holds[start : start + patches] = False
-    return row.input_ids[holds].tolist()
+def tally(
+    plan: RowPlan, number: int, supplies: Sequence[Supply], pieces: list[tuple[int, int, int]]
+) -> np.ndarray:
+    lengths = next(s for s in supplies if s.name == plan.names[number]).lengths
+    assert isinstance(lengths, ArrayLengths)
+    begins = np.cumsum([0, *lengths.lengths])
+    times = np.zeros(begins[-1], dtype=np.int64)
+    for example, start, length in pieces:
+        assert 0 < length <= lengths.lengths[example] - start
+        times[begins[example] + start : begins[example] + start + length] += 1
+    return times
 
 
-def check_row(row: Row, plan: RowPlan, sources: Mapping[str, Source], patches: int) -> None:
-    """Everything that holds for one filled or padded row."""
-    length = plan.rows.row_length
-    used = int((row.segment_ids != PADDING).sum())
-    assert (row.segment_ids[:used] != PADDING).all()
-    counts = {"text": 0, "caption": 0, "instruct": 0, "image": 0}
-    starts, images = [], []
-    edges = np.flatnonzero(np.diff(row.segment_ids[:used], prepend=-1))
-    assert row.segment_ids[edges].tolist() == list(range(len(edges)))
-    for start, end in zip(edges, [*edges[1:], used], strict=True):
-        assert row.position_ids[start:end].tolist() == list(range(end - start))
-        has_image = row.input_ids[start] == 0
-        text = int(start) + patches * int(has_image)
-        ids = row.input_ids[text:end].tolist()
-        name, example, place = where(sources, ids[0])
-        assert ids == list(range(ids[0], ids[0] + len(ids)))
-        assert [next_target(sources, t) for t in ids] == row.targets[text:end].tolist()
-        assert has_image == (bool(sources[name].has_images[example]) and patches > 0)
-        if has_image:
-            # An image is whole and at the head of its segment, its example begins behind it.
-            assert place == 0
-            assert not row.input_ids[start:text].any()
-            assert (row.targets[start:text] == IGNORE).all()
-            starts.append(int(start))
-            images.append([plan.order.names.index(name), example])
-        counts[sources[name].kind] += len(ids)
-        counts["image"] += text - int(start)
-    assert row.image_starts.tolist() == starts
-    assert row.images.tolist() == images
-    assert not row.input_ids[used:].any()
-    assert (row.targets[used:] == IGNORE).all()
-    found = {name: getattr(row.counts, name) for name in counts}
-    assert found == counts
-    assert row.counts.pad == length - used
-    assert row.counts.target == (row.targets != IGNORE).sum()
+def rows_of(plan: RowPlan) -> list[list[Placement]]:
+    return [plan.layout.row(index) for index in range(len(plan))]
 
 
-@given(
-    seed=st.integers(0, 999),
-    layout=st.sampled_from(["filled", "padded"]),
-    row_length=st.integers(10, 48),
-    patches=st.integers(0, 8),
-    epochs=st.integers(1, 2),
-    block_rows=st.sampled_from([3, 256]),
-)
-@settings(max_examples=12, deadline=None)
-def test_filled_and_padded_rows_hold_every_planned_token_once_with_its_next_as_target(
-    seed: int, layout: Layout, row_length: int, patches: int, epochs: int, block_rows: int
-) -> None:
-    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "BLOCK_ROWS", block_rows)
-        sources = make_sources(Path(folder), seed, longest=row_length - patches)
-        rows = Rows(row_length=row_length, batch_rows=4, layout=layout)
-        plan = plan_rows(sources, patches, Epochs(sources=ALL, epochs=epochs), rows, seed)
-        found = rows_of(plan, sources, patches)
-        for row in found:
-            check_row(row, plan, sources, patches)
-            assert layout == "filled" or len(row.image_starts) <= 1
-            if layout == "padded" and len(row.image_starts):
-                assert row.segment_ids.max() == 0
-        held = sorted(token for row in found for token in held_tokens(row, patches))
-        every = [token for source in sources.values() for token in source.tokens.tolist()]
-        assert held == sorted(every * epochs)
-        wanted = [t for piece in planned_tokens(plan, sources, patches) for t in piece]
-        assert held == sorted(wanted)
-        assert plan.seen_tokens == sum(row.counts.seen for row in found)
-        assert plan.num_steps == -(-len(found) // 4)
-
-
-def check_stream(sources: Mapping[str, Source], budget: Mixture | Epochs, length: int) -> None:
-    """Joined rows against the plain form: one stream of documents, cut at the row length.
-
-    A document's end predicts the beginning of the next one where that is in the row.
-    """
-    rows = Rows(row_length=length, batch_rows=4, layout="joined")
-    plan = plan_rows(sources, 0, budget, rows, 0)
-    stream = [t for piece in planned_tokens(plan, sources, 0) for t in piece]
-    found = rows_of(plan, sources, 0)
-    assert len(found) == -(-len(stream) // length)
+def check_rows(plan: RowPlan, supplies: Sequence[Supply]) -> list[list[Placement]]:
+    """Every planned token once, whole examples whole, rows without a gap or an overflow."""
+    found, wanted = rows_of(plan), planned(plan, supplies)
+    pieces: dict[int, list[tuple[int, int, int]]] = {number: [] for number in wanted}
     for row in found:
-        ids, stream = stream[:length], stream[length:]
-        size = len(ids)
-        targets = [next_target(sources, token) for token in ids]
-        for at in range(size - 1):
-            targets[at] = ids[at + 1] if targets[at] == IGNORE else targets[at]
-        assert row.input_ids.tolist() == ids + [0] * (length - size)
-        assert row.targets.tolist() == targets + [IGNORE] * (length - size)
-        assert row.position_ids[:size].tolist() == list(range(size))
-        assert row.segment_ids.tolist() == [0] * size + [PADDING] * (length - size)
-        assert (row.counts.text, row.counts.pad) == (size, length - size)
-        assert row.counts.target == sum(target != IGNORE for target in targets)
-    assert not stream
+        end = 0
+        for placed in row:
+            assert placed.column == end
+            end += placed.length
+            pieces[placed.source].append((placed.example, placed.start, placed.length))
+        assert end <= plan.rows.row_length
+    for number, mine in pieces.items():
+        assert np.array_equal(tally(plan, number, supplies, mine), wanted[number])
+        quota = plan.quotas[number]
+        if not quota.divisible:
+            examples, starts, lengths = np.array(mine, dtype=np.int64).reshape(-1, 3).T
+            assert not starts.any()
+            assert np.array_equal(lengths, quota.stream.lengths.of(examples))
+            assert len(mine) == quota.examples
+    held = sum(placed.length for row in found for placed in row)
+    assert held == plan.seen_tokens == sum(quota.tokens for quota in plan.quotas)
+    return found
 
 
-@given(
-    seed=st.integers(0, 999),
-    row_length=st.integers(4, 60),
-    share=st.floats(0, 1),
-    part=st.floats(0.1, 1),
-)
-@settings(max_examples=12, deadline=None)
-def test_joined_rows_are_one_stream_of_documents_cut_at_the_row_length(
-    seed: int, row_length: int, share: float, part: float
+@given(data=st.data(), block_rows=st.sampled_from([1, 3, 10, 1024]), groups=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_every_planned_token_stands_in_exactly_one_row(
+    data: st.DataObject, block_rows: int, groups: bool
 ) -> None:
-    with TemporaryDirectory() as folder:
-        sources = make_sources(Path(folder), seed, longest=row_length, images=False)
-        have = min(len(source.tokens) for source in sources.values())
-        budget = mixture(max(row_length, int(have * part)), {"web": share, "notes": 1 - share})
-        check_stream(sources, budget, row_length)
+    with small(block_rows, groups=groups):
+        asked = data.draw(plans())
+        plan = make_plan(*asked)
+        found = check_rows(plan, asked[0])
+    assert plan.num_steps == -(-len(found) // 4)
+    if plan.rows.layout != "joined":
+        assert all(found)
+    if isinstance(plan.layout, Filled):
+        check_cuts(plan, found)
 
 
-@pytest.mark.parametrize("last", range(1, 18))
-def test_joined_rows_are_whole_wherever_the_last_document_ends(tmp_path: Path, last: int) -> None:
-    sources = {"web": make_source(tmp_path, "web", "text", [5, 8, 3, last])}
-    check_stream(sources, Epochs(sources=("web",), epochs=1), 8)
+def check_cuts(plan: RowPlan, rows: list[list[Placement]]) -> None:
+    """Text is cut where it fills a row, behind rows of a longer document, or where its budget ends.
+
+    So no document is cut that a row had room for.
+    """
+    size, last = plan.rows.row_length, set()
+    for number, quota in enumerate(plan.quotas):
+        if quota.divisible and quota.tokens:
+            end = quota.stream.tokens(quota.tokens - 1, quota.tokens)
+            last.add((number, int(end.examples[0]), int(end.starts[0]) + 1))
+    for row in rows:
+        for placed in row:
+            quota, end_of = plan.quotas[placed.source], placed.start + placed.length
+            whole = int(quota.stream.lengths.of(np.array([placed.example]))[0])
+            full = row[-1].column + row[-1].length == size
+            budget_ends = (placed.source, placed.example, end_of) in last
+            assert end_of == whole or end_of % size == 0 or budget_ends or full
 
 
-@pytest.mark.parametrize(
-    ("row_length", "patches", "captions", "texts", "share"),
-    [
-        (2048, 729, (10, 60), 300, 0.5),
-        (2048, 256, (10, 60), 60, 0.9),
-        (1024, 256, (20, 120), 200, 0.3),
-        (512, 196, (8, 40), 60, 0.8),
-    ],
-)
-def test_filled_rows_with_images_have_at_most_two_percent_padding(
-    tmp_path: Path,
-    row_length: int,
-    patches: int,
-    captions: tuple[int, int],
-    texts: int,
-    share: float,
+@pytest.mark.parametrize("seed", range(4))
+def test_plans_of_more_blocks_than_are_looked_at_hold_every_token_too(seed: int) -> None:
+    supplies = supplies_of(seed, 30)
+    total = int(0.9 * supplies[0].lengths.total / 0.55)
+    budget = mixed(total, {"web": 0.55, "notes": 0.05, "pics": 0.3, "talks": 0.1})
+    with small(16, checked=3):
+        plan = make_plan(supplies, budget, Rows(row_length=30, batch_rows=4), seed)
+        assert isinstance(plan.layout, Filled)
+        assert plan.layout.num_blocks > 3
+        assert len(plan) == plan.layout.num_blocks * plan.layout.block_rows
+        rows = check_rows(plan, supplies)
+        # Rows behind the need of a block take over what others have several of.
+        assert sum(not row for row in rows) == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_block_of_a_long_plan_needs_more_rows_than_it_has(seed: int) -> None:
+    # How many conversations fit side by side is up to chance, and no text evens it out.
+    lengths = np.random.default_rng(seed).integers(5, 101, 2000)
+    supplies = [Supply("talks", ArrayLengths(lengths), False)]
+    with small(32, checked=64):
+        plan = make_plan(
+            supplies,
+            Epochs(sources=("talks",), epochs=25),
+            Rows(row_length=100, batch_rows=8),
+            seed,
+        )
+        assert isinstance(plan.layout, Filled)
+        assert plan.layout.num_blocks > 10 * 64
+        held = [sum(p.length for p in plan.layout.row(row)) for row in range(len(plan))]
+        assert sum(held) == plan.seen_tokens
+
+
+@pytest.mark.parametrize("checked", [512, 3])
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.7])
+def test_rows_of_a_picture_and_texts_have_at_most_one_percent_padding(
+    checked: int, share: float
 ) -> None:
     random = np.random.default_rng(0)
-    num_tokens, per_image = 400 * row_length, patches + sum(captions) // 2
-    num_images = int(1.1 * share * num_tokens / per_image)
-    web = np.maximum(3, random.lognormal(np.log(texts) - 0.32, 0.8, 2 * num_tokens // texts))
-    sources = {
-        "web": make_source(tmp_path, "web", "text", web.astype(int).tolist()),
-        "pics": make_source(
-            tmp_path,
-            "pics",
-            "caption",
-            random.integers(*captions, num_images).tolist(),
-            number=1,
-            pictures=[0] * num_images,
-        ),
-    }
-    budget = mixture(num_tokens, {"web": 1 - share, "pics": share})
-    plan = plan_rows(sources, patches, budget, Rows(row_length=row_length, batch_rows=8), 0)
-    shown = [row for row in rows_of(plan, sources, patches) if len(row.image_starts)]
-    assert len(shown) > 50
-    assert sum(row.counts.pad for row in shown) <= 0.02 * row_length * len(shown)
+    captions = 729 + np.clip(random.normal(15, 4, 9000).round(), 4, 60)
+    texts = np.clip(np.exp(random.normal(np.log(300), 1.0, 20_000)).round(), 5, 8000)
+    supplies = [
+        Supply("pics", ArrayLengths(captions), False),
+        Supply("web", ArrayLengths(texts), True),
+    ]
+    rows = Rows(row_length=1024, batch_rows=64)
+    with small(1024, checked=checked):
+        plan = make_plan(supplies, mixed(6_000_000, {"pics": share, "web": 1 - share}), rows, 0)
+        found = rows_of(plan)
+    assert 5000 < len(plan) < 7000
+    assert plan.seen_tokens >= 0.99 * 1024 * len(plan)
+    parts = Counter(p.example for row in found for p in row if p.source == 1)
+    if share == 0.1:  # More rows of text than tails of pictures: no text need be cut.
+        assert all(num == 1 for example, num in parts.items() if texts[example] <= 1024)
 
 
 @pytest.mark.parametrize("layout", ["filled", "padded", "joined"])
-def test_row_k_depends_on_the_plan_and_k_alone(tmp_path: Path, layout: Layout) -> None:
-    sources = make_sources(tmp_path, 3, longest=30, images=layout != "joined")
-    budget = Epochs(sources=tuple(sources), epochs=1)
-    rows = Rows(row_length=34, batch_rows=4, layout=layout)
-    plan = plan_rows(sources, 4, budget, rows, 3)
-    once = rows_of(plan, sources, 4)
-    fresh = {name: Source(name, s.folder, s.world) for name, s in reversed(sources.items())}
-    again = plan_rows(fresh, 4, budget, rows, 3)
-    travelled = pickle.loads(pickle.dumps(plan))
-    for k in np.random.default_rng(0).permutation(len(plan)):
-        for other in (again, travelled):
-            row = build_row(other, fresh, int(k), 4)
-            for name in ("input_ids", "targets", "position_ids", "segment_ids", "images"):
-                assert np.array_equal(getattr(row, name), getattr(once[k], name))
-            assert row.counts == once[k].counts
+@pytest.mark.parametrize("checked", [512, 4])
+def test_every_block_has_the_shares_of_the_whole(layout: str, checked: int) -> None:
+    supplies = supplies_of(1, 40)
+    shares = {"web": 0.6, "notes": 0.1, "pics": 0.2, "talks": 0.1}
+    if layout == "joined":
+        supplies, shares = supplies[:2], {"web": 0.9, "notes": 0.1}
+    total = int(min(s.lengths.total / shares[s.name] for s in supplies))
+    rows = Rows.model_validate({"row_length": 40, "batch_rows": 4, "layout": layout})
+    with small(12, checked=checked):
+        plan = make_plan(supplies, mixed(total, shares), rows, 0)
+        num_blocks = plan.layout.num_blocks  # type: ignore[attr-defined]
+        assert num_blocks > 4
+        found = rows_of(plan)
+    block_tokens = plan.seen_tokens / num_blocks
+    so_far = np.cumsum([sum(p.length for p in row) for row in found])
+    for number, quota in enumerate(plan.quotas):
+        mine = np.cumsum([sum(p.length for p in row if p.source == number) for row in found])
+        share = quota.tokens / plan.seen_tokens
+        assert np.abs(mine - share * so_far).max() <= share * block_tokens + 2 * 40
 
 
-def test_another_seed_gives_other_rows_of_the_same_tokens(tmp_path: Path) -> None:
-    sources = make_sources(tmp_path, 3, longest=30)
-    budget, rows = Epochs(sources=ALL, epochs=1), Rows(row_length=34, batch_rows=4)
-    one, other = (rows_of(plan_rows(sources, 4, budget, rows, s), sources, 4) for s in (0, 1))
-    held = [[tuple(held_tokens(row, 4)) for row in found] for found in (one, other)]
-    same = sum(a == b for a, b in zip(*held, strict=False))
-    assert same < 0.1 * len(one)
-    assert sorted(t for row in held[0] for t in row) == sorted(t for row in held[1] for t in row)
-
-
-def test_rows_stay_near_their_place_in_the_plan(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@given(data=st.data(), block_rows=st.sampled_from([2, 7]), groups=st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_padded_rows_hold_one_whole_example_each_and_text_as_in_joined_ones(
+    data: st.DataObject, block_rows: int, groups: bool
 ) -> None:
-    monkeypatch.setattr(packing, "BLOCK_ROWS", 8)
-    sources = make_sources(tmp_path, 5, longest=30)
-    rows = Rows(row_length=34, batch_rows=4)
-    plan = plan_rows(sources, 4, Epochs(sources=ALL, epochs=2), rows, 0)
-    ends = np.cumsum([len(p) for p in planned_tokens(plan, sources, 0)])
-    middle = [ends[plan.item[a:b]].mean() for a, b in zip(plan.first, plan.first[1:], strict=False)]
-    # Between rows more than two blocks apart the plan's order is kept.
-    blocks = [np.mean(middle[at : at + 8]) for at in range(0, len(middle), 8)]
-    assert len(blocks) > 8
-    assert all(a < b for a, b in zip(blocks, blocks[2:], strict=False))
+    with small(block_rows, groups=groups):
+        asked = data.draw(plans("padded"))
+        plan = make_plan(*asked)
+        found = check_rows(plan, asked[0])
+        layout = plan.layout
+        assert isinstance(layout, Padded)
+        text = [number for number, quota in enumerate(plan.quotas) if quota.divisible]
+        joined = Joined(plan.quotas, text, plan.rows.row_length, layout.key)
+        expected = [joined.row(index) for index in range(len(joined))]
+    seen = []
+    for index, row in enumerate(found):
+        if layout.sees_all(index):
+            seen.append(row)
+        else:
+            assert len(row) == 1
+            assert row[0].source not in text
+    assert sorted(seen, key=repr) == sorted(expected, key=repr)
+    # All but the last are full.
+    room = sum(plan.rows.row_length - p.column - p.length for *_, p in expected)
+    assert room < plan.rows.row_length
 
 
-def test_every_part_of_a_block_holds_long_and_short_pieces_alike(tmp_path: Path) -> None:
-    lengths = np.random.default_rng(0).integers(1, 40, 700).tolist()
-    source = make_source(tmp_path, "web", "text", lengths)
-    rows = Rows(row_length=60, batch_rows=4)
-    plan = plan_rows({"web": source}, 0, Epochs(sources=("web",), epochs=1), rows, 0)
-    assert 200 < len(plan) < packing.BLOCK_ROWS
-    longest = [plan.length[a:b].max() for a, b in zip(plan.first, plan.first[1:], strict=False)]
-    assert abs(np.corrcoef(longest, np.arange(len(plan)))[0, 1]) < 0.2
+@given(seed=SEEDS, row_length=st.integers(1, 30), block_rows=st.sampled_from([2, 5, 1024]))
+@settings(max_examples=20, deadline=None)
+def test_joined_rows_of_one_source_are_its_documents_in_order_cut_and_shuffled_in_windows(
+    seed: int, row_length: int, block_rows: int
+) -> None:
+    supply = supplies_of(seed, row_length)[0]
+    with small(block_rows):
+        rows = Rows(row_length=row_length, batch_rows=2, layout="joined")
+        plan = make_plan([supply], Epochs(sources=("web",), epochs=2), rows, 0)
+        found = rows_of(plan)
+        assert all(plan.layout.sees_all(index) for index in range(len(plan)))
+    order = plan.quotas[0].stream.places(0, 2 * len(supply.lengths))
+    text = [
+        (int(e), at) for e, n in zip(order.examples, order.lengths, strict=True) for at in range(n)
+    ]
+    expected = [text[at : at + row_length] for at in range(0, len(text), row_length)]
+    held = [[(p.example, p.start + at) for p in row for at in range(p.length)] for row in found]
+    for low in range(0, len(expected), block_rows):
+        window = slice(low, low + block_rows)
+        assert sorted(held[window]) == sorted(expected[window])
+    if len(expected) > 30 and block_rows > 2:
+        assert held != expected
+
+
+def check_row_by_row(asked: Asked) -> None:
+    """Rows are equal whoever is asked, in whatever order, and however little."""
+    plan = make_plan(*asked)
+    once, order = rows_of(plan), np.random.default_rng(0).permutation(len(plan)).tolist()
+    again, travelled = make_plan(*asked), pickle.loads(pickle.dumps(plan))
+    assert len(again) == len(travelled) == len(plan)
+    for k in order[:40]:
+        assert again.layout.row(k) == travelled.layout.row(k) == once[k]
+        assert again.layout.sees_all(k) == plan.layout.sees_all(k)
+    assert make_plan(*asked).layout.row(order[0]) == once[order[0]]
+    # Pickled before it was asked for anything.
+    fresh = pickle.loads(pickle.dumps(make_plan(*asked)))
+    assert fresh.layout.row(order[-1]) == once[order[-1]]
+
+
+@given(data=st.data(), block_rows=st.sampled_from([1, 5, 1024]), groups=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_row_k_is_a_function_of_the_plan_and_k_alone(
+    data: st.DataObject, block_rows: int, groups: bool
+) -> None:
+    with small(block_rows, groups=groups):
+        check_row_by_row(data.draw(plans()))
 
 
 @pytest.mark.parametrize("layout", ["filled", "padded"])
-@pytest.mark.parametrize("kind", ["caption", "instruct"])
-def test_a_record_longer_than_a_row_is_named_with_both_numbers(
-    tmp_path: Path, layout: Layout, kind: Literal["caption", "instruct"]
-) -> None:
-    pictures = [0, 1, 2, 3]
-    source = make_source(tmp_path, "pics", kind, [20, 28, 29, 40], pictures=pictures)
-    budget = Epochs(sources=("pics",), epochs=1)
-    rows = Rows(row_length=32, batch_rows=4, layout=layout)
-    # The 40 tokens with 4 patches are the longest, the 29 the first that are too many.
-    number, length = (2, 33) if kind == "caption" else (3, 44)
-    expected = f"source 'pics', pics-000.tar, sample {number}: {length} positions .* row of 32"
-    with pytest.raises(ValueError, match=expected):
-        plan_rows({"pics": source}, 4, budget, rows, 0)
-    wide = Rows(row_length=44, batch_rows=4, layout=layout)
-    assert len(plan_rows({"pics": source}, 4, budget, wide, 0)) >= 3
+def test_row_k_is_a_function_of_the_plan_and_k_alone_in_plans_of_many_blocks(layout: str) -> None:
+    rows = Rows.model_validate({"row_length": 30, "batch_rows": 4, "layout": layout})
+    budget = mixed(5000, {"web": 0.6, "notes": 0.05, "pics": 0.25, "talks": 0.1})
+    with small(16, checked=3):
+        check_row_by_row((supplies_of(1, 30), budget, rows, 0))
 
 
-def test_a_conversation_without_a_picture_is_not_cut_either(tmp_path: Path) -> None:
-    source = make_source(tmp_path, "talks", "instruct", [20, 33], pictures=[None, None])
-    rows, budget = Rows(row_length=32, batch_rows=4), Epochs(sources=("talks",), epochs=1)
-    with pytest.raises(ValueError, match=r"talks-000\.tar, sample 1: 33 positions"):
-        plan_rows({"talks": source}, 4, budget, rows, 0)
+@pytest.mark.parametrize("layout", ["filled", "padded", "joined"])
+def test_another_seed_gives_other_rows(layout: str) -> None:
+    supplies = supplies_of(0, 30)[: 2 if layout == "joined" else 4]
+    rows = Rows.model_validate({"row_length": 30, "batch_rows": 4, "layout": layout})
+    budget = Epochs(sources=tuple(supply.name for supply in supplies), epochs=1)
+    one, other = (rows_of(make_plan(supplies, budget, rows, seed)) for seed in (0, 1))
+    assert sum(a == b for a, b in zip(one, other, strict=False)) < 0.1 * len(one)
 
 
-def test_joined_rows_with_images_are_refused(tmp_path: Path) -> None:
-    sources = make_sources(tmp_path, 0, longest=28)
+def test_rows_of_a_block_are_not_sorted_by_what_they_hold() -> None:
+    lengths = np.random.default_rng(0).integers(1, 40, 700)
+    supply = Supply("web", ArrayLengths(lengths), True)
+    rows = Rows(row_length=60, batch_rows=4)
+    found = rows_of(make_plan([supply], Epochs(sources=("web",), epochs=1), rows, 0))
+    assert 200 < len(found) < packing.BLOCK_ROWS
+    longest = [max(placed.length for placed in row) for row in found]
+    assert abs(np.corrcoef(longest, np.arange(len(found)))[0, 1]) < 0.2
+
+
+def test_joined_rows_with_images_are_refused() -> None:
     rows = Rows(row_length=32, batch_rows=4, layout="joined")
-    with pytest.raises(ValueError, match="joined layout is for text only"):
-        plan_rows(sources, 4, Epochs(sources=("web", "pics"), epochs=1), rows, 0)
+    with pytest.raises(ValueError, match=r"joined layout is for text only, \['pics'\] are none"):
+        make_plan(supplies_of(0, 32), Epochs(sources=("web", "pics"), epochs=1), rows, 0)
 
 
-def test_an_unknown_source_is_refused_with_all_that_there_are(tmp_path: Path) -> None:
-    sources = make_sources(tmp_path, 0, longest=28)
-    budget = mixture(100, {"web": 0.5, "wbe": 0.5})
-    with pytest.raises(ValueError, match=r"'wbe' in the data; it holds \['notes', 'pics', 'talks"):
-        plan_rows(sources, 4, budget, Rows(row_length=32, batch_rows=4), 0)
+def test_a_plan_lists_the_whole_examples_of_a_source_in_its_order() -> None:
+    supplies = supplies_of(0, 30)
+    plan = make_plan(
+        supplies, Epochs(sources=("web", "pics"), epochs=2), Rows(row_length=30, batch_rows=4), 0
+    )
+    found = [example for part in plan.examples_of(1, at_once=7) for example in part.tolist()]
+    assert sorted(found) == sorted(2 * list(range(50)))
+    assert found == plan.quotas[1].stream.places(0, 100).examples.tolist()
 
 
-@given(seed=st.integers(0, 99), share=st.floats(0, 1e-3), part=st.floats(0.2, 0.9))
-@settings(max_examples=10, deadline=None)
-def test_the_report_of_shares_holds_every_source_also_one_that_got_no_example(
-    seed: int, share: float, part: float
+class Counted:
+    """Lengths of very many examples, told apart by a hash; it counts what it is asked for."""
+
+    def __init__(self, count: int, low: int, spread: int) -> None:
+        self.count, self.low, self.spread = count, low, spread
+        self.asked = self.chunks = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def total(self) -> int:
+        """Of every `spread` neighbours each length is that of one."""
+        whole, rest = divmod(self.count, self.spread)
+        each = self.low * self.spread + self.spread * (self.spread - 1) // 2
+        return whole * each + int(self._of(np.arange(self.count - rest, self.count)).sum())
+
+    def _of(self, examples: np.ndarray) -> np.ndarray:
+        turned: np.ndarray = (
+            self.low + (examples // self.spread * 2654435761 + examples) % self.spread
+        )
+        return turned
+
+    def of(self, examples: np.ndarray) -> np.ndarray:
+        """Length of each."""
+        self.asked += len(examples)
+        return self._of(examples)
+
+    def totals(self, chunks: np.ndarray, size: int) -> np.ndarray:
+        """Summed lengths of whole turns; the last chunk is added up."""
+        assert size % self.spread == 0
+        self.chunks += len(chunks)
+        each = self.low * self.spread + self.spread * (self.spread - 1) // 2
+        found = np.full(len(chunks), size // self.spread * each)
+        for at in np.flatnonzero((chunks + 1) * size > self.count):
+            found[at] = self._of(np.arange(chunks[at] * size, self.count)).sum()
+        return found
+
+
+@pytest.mark.parametrize("layout", ["filled", "padded"])
+@pytest.mark.parametrize("sampling", ["permutation", "replacement"])
+def test_any_row_of_a_billion_captions_and_ten_billion_documents_costs_alike(
+    layout: str, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with TemporaryDirectory() as folder:
-        sources = make_sources(Path(folder), seed, longest=28)
-        total = int(len(sources["web"].tokens) * part)
-        budget = mixture(total, {"web": 1 - share, "pics": share})
-        plan = plan_rows(sources, 4, budget, Rows(row_length=32, batch_rows=4), seed)
-        report = shares_report(plan, sources)
-        assert set(report) == {"web", "pics"}
-        assert report["pics"]["kind"] == "caption"
-        found = rows_of(plan, sources, 4)
-        seen = {
-            "web": sum(row.counts.text for row in found),
-            "pics": sum(row.counts.caption + row.counts.image for row in found),
-        }
-        for name, entry in report.items():
-            wanted, largest = entry["planned_tokens"], entry["largest_example_tokens"]
-            assert isinstance(wanted, int)
-            assert isinstance(largest, int)
-            assert entry["realised_tokens"] == seen[name]
-            assert 2 * abs(seen[name] - wanted) <= largest
-            assert (entry["examples"] == 0) == (seen[name] == 0)
-        assert sum(e["planned_tokens"] for e in report.values()) == total  # type: ignore[misc]
+    monkeypatch.setattr(packing, "CHECKED_BLOCKS", 4)
+    rows = Rows.model_validate({"row_length": 1024, "batch_rows": 256, "layout": layout})
+    budget = mixed(28_795_904_000, {"pics": 0.5, "web": 0.5}, sampling)
+
+    def made() -> tuple[RowPlan, list[Counted]]:
+        lengths = [Counted(10**9 + 7, 733, 64), Counted(10**10 + 77, 500, 256)]
+        supplies = [Supply("pics", lengths[0], False), Supply("web", lengths[1], True)]
+        return make_plan(supplies, budget, rows, 0), lengths
+
+    plan, lengths = made()
+    assert len(plan) > 2.8e7
+    assert abs(plan.seen_tokens - 28_795_904_000) < 800
+    for item in lengths:
+        # Groups of up to 16,384 examples: no more than those of the examples that are taken.
+        assert item.asked < 50 * 2**14
+        assert item.chunks < 3e7 / 200
+    asked = []
+    for index in (0, 1, 10**6, len(plan) // 2, len(plan) - 2, len(plan) - 1):
+        before = sum(item.asked + item.chunks for item in lengths)
+        row = plan.layout.row(index)
+        asked.append(sum(item.asked + item.chunks for item in lengths) - before)
+        assert row
+        assert sum(placed.length for placed in row) <= 1024
+        for placed in row:
+            assert placed.source or placed.start == 0
+    assert max(asked) <= 12 * 2**14
+    other, _ = made()
+    middle = len(plan) // 2
+    assert other.layout.row(middle) == plan.layout.row(middle)

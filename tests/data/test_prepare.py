@@ -1,18 +1,17 @@
-"""Preparing a user's folder: what is indexed."""
+"""Preparing a user's folder: what is indexed, what is kept, and sources prepared before."""
 
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import zstandard
 from made import png
+from made_inputs import run, times
 from made_world import (
     CAPTIONS,
     TEXTS,
     TRAINED,
     jpeg,
-    lines,
     prepared,
     samples,
     world_of,
@@ -20,11 +19,19 @@ from made_world import (
     write_world,
 )
 
-from midstream.config import TokenizerFile
+from midstream.config import PocketWorld, PublicFolder, TokenizerFile, TrainedTokenizer
+from midstream.data import prepare as prepare_module
 from midstream.data.prepare import open_codec, open_sources, prepare
-from midstream.data.readers import read_captions, read_texts
-from midstream.identity import file_sha256, folder_fingerprint
-from midstream.storage import read_json, verify
+from midstream.data.records import Section
+from midstream.data.sources import Source
+from midstream.identity import file_sha256, folder_fingerprint, world_fingerprint
+from midstream.storage import verify
+
+SECTIONS: dict[str, Section] = {
+    "text/web": "text",
+    "captions/pics": "captions",
+    "instruct/talks": "conversations",
+}
 
 
 @pytest.fixture
@@ -34,15 +41,24 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "my data"
 
 
+def tokenizer_of(out: Path) -> TokenizerFile:
+    path = out / "prepared/tokenizer.json"
+    return TokenizerFile(path=path, sha256=file_sha256(path))
+
+
 def test_a_folder_is_indexed_from_end_to_end(root: Path, tmp_path: Path) -> None:
     out, notes = tmp_path / "out", []
     before = folder_fingerprint(root)
     results = prepare(world_of(root), TRAINED, out, lambda done, what: notes.append((done, what)))
-    verify(out / "prepared")
     assert folder_fingerprint(root) == before
     assert [path.name for path in out.iterdir()] == ["prepared"]
+    shards = list(out.glob("prepared/sources/*/shards/*"))
+    assert len(shards) == 5
+    for shard in shards:
+        verify(shard)
     assert notes == sorted(notes, key=lambda note: note[0])
-    assert {"indexing web", "indexing pics", "indexing talks"} <= {what for _, what in notes}
+    for name in ("web", "pics", "talks"):
+        assert any(what.startswith(f"indexing {name}") for _, what in notes)
 
     codec, sources = open_codec(out), open_sources(world_of(root), out)
     assert results["tokenizer_sha256"] == file_sha256(out / "prepared/tokenizer.json")
@@ -55,41 +71,37 @@ def test_a_folder_is_indexed_from_end_to_end(root: Path, tmp_path: Path) -> None
     ]:
         summary = results["sources"][name]
         assert (summary["kind"], summary["num_examples"]) == (kind, examples)
-        assert (summary["num_images"], summary["dropped"]) == (images, {})
-        assert summary["num_tokens"] == len(sources[name].tokens)
-        assert len(sources[name]) == examples
-
-    def ids(name: str, example: int) -> np.ndarray:
-        source = sources[name]
-        return source.tokens[source.offsets[example] : source.offsets[example + 1]]
+        assert (summary["num_images"], summary["rejects"]) == (images, {})
+        assert summary["num_tokens"] == sources[name].num_tokens
+        assert summary["records"] == len(sources[name]) == examples
+        assert summary["validation"] == {"examples": 0, "tokens": 0, "images": 0}
+        assert summary["fingerprint"] == sources[name].index["fingerprint"]
 
     for example, text in enumerate(TEXTS):
-        assert codec.decode(ids("web", example).tolist()) == text
-        assert ids("web", example)[-1] == codec.end_of_text
+        ids = sources["web"].input_ids(example).tolist()
+        assert codec.decode(ids) == text
+        assert ids[-1] == codec.end_of_text
     for example, caption in enumerate(CAPTIONS):
-        assert codec.decode(ids("pics", example).tolist()) == caption
-        assert ids("pics", example)[0] == codec.separator
+        ids = sources["pics"].input_ids(example).tolist()
+        assert codec.decode(ids) == caption
+        assert ids[0] == codec.separator
         assert sources["pics"].image_bytes(example) == jpeg(example)
         shard, sample = divmod(example, 3)
         described = sources["pics"].describe(example)
-        assert described.endswith(f"captions/pics/00{shard}.tar, sample {3 * shard + sample:05d}")
+        assert described.endswith(f" captions/pics/00{shard}.tar, sample {3 * shard + sample:05d}")
     talks = sources["talks"]
-    assert talks.supervised is not None
-    assert talks.has_images.tolist() == [True, False, True]
+    assert [talks.has_image(example) for example in range(3)] == [True, False, True]
     assert talks.image_bytes(0) == talks.image_bytes(2) == png(1)
     for example, replies in enumerate([" A boat. It is red.", " Hello.", " No."]):
-        low, high = talks.offsets[example : example + 2]
-        targets = talks.tokens[low:high][np.asarray(talks.supervised[low:high]) == 1]
-        assert codec.decode(targets.tolist()) == replies
-        assert "<image>" not in codec.decode(ids("talks", example).tolist())
+        ids, mask = talks.input_ids(example), talks.supervised(example)
+        assert mask is not None
+        assert codec.decode(ids[np.asarray(mask) == 1].tolist()) == replies
+        assert "<image>" not in codec.decode(ids.tolist())
 
 
-def test_preparing_twice_gives_the_same_bytes(root: Path, tmp_path: Path) -> None:
+def test_preparing_twice_elsewhere_gives_the_same_results(root: Path, tmp_path: Path) -> None:
     one, two = (prepared(root, tmp_path / name) for name in ("one", "two"))
     assert one == two
-    manifests = [read_json(tmp_path / n / "prepared/manifest.json") for n in ("one", "two")]
-    # Names hold the world's path, which is the same; everything is.
-    assert manifests[0] == manifests[1]
 
 
 def test_a_named_tokenizer_file_is_used_and_kept(root: Path, tmp_path: Path) -> None:
@@ -98,7 +110,7 @@ def test_a_named_tokenizer_file_is_used_and_kept(root: Path, tmp_path: Path) -> 
     shutil.copy(tmp_path / "one/prepared/tokenizer.json", path)
     two = prepared(root, tmp_path / "two", TokenizerFile(path=path, sha256=file_sha256(path)))
     path.unlink()
-    assert two["sources"] == one["sources"]
+    assert two == one
     assert open_codec(tmp_path / "two").encode(TEXTS[3]) == open_codec(tmp_path / "one").encode(
         TEXTS[3]
     )
@@ -110,18 +122,185 @@ def test_a_folder_may_lack_a_kind_of_source(root: Path, tmp_path: Path, lost: st
     assert len(prepared(root, tmp_path / "out")["sources"]) == 2
 
 
-def test_shards_with_folders_in_their_names_and_other_pictures_are_read(root: Path) -> None:
-    path = root / "captions/pics/000.tar"
-    named = {f"./part.1/{name}": data for name, data in samples(0, CAPTIONS[:3]).items()}
-    named["./part.1/00007.png"], named["./part.1/00007.txt"] = png(7), b"seven"
-    write_tar(path, named)
-    found = [r for r in read_captions(root / "captions/pics") if r[2][0] == path]
-    assert [caption for _, caption, _ in found] == [*CAPTIONS[:3], "seven"]
-    assert found[0][0] == f"{path}, sample ./part.1/00000"
-    assert [data for _, _, (_, _, data) in found] == [jpeg(0), jpeg(1), jpeg(2), png(7)]
+def test_rejects_under_a_folders_limit_are_counted_and_the_rest_is_prepared(
+    root: Path, tmp_path: Path
+) -> None:
+    found = samples(0, CAPTIONS[:3]) | {"00009.txt": b"nothing to see"}
+    write_tar(root / "captions/pics/000.tar", found)
+    with pytest.raises(ValueError, match=r"(?s)1 of 6 records .* sample 00009: no picture"):
+        prepared(root, tmp_path / "strict")
+    world = world_of(root, max_reject_fraction=0.2)
+    results = prepare(world, TRAINED, tmp_path / "out", lambda done, what: None)
+    assert results["sources"]["pics"]["rejects"] == {"no picture": 1}
+    assert results["sources"]["pics"]["records"] == 6
+    assert len(open_sources(world, tmp_path / "out")["pics"]) == 5
 
 
-def test_a_zstd_file_of_several_frames_is_read_to_its_end(root: Path) -> None:
-    frames = [zstandard.ZstdCompressor().compress(lines([text])) for text in TEXTS[:8]]
-    (root / "text/web/a.jsonl.zst").write_bytes(b"".join(frames))
-    assert [text for _, text in read_texts(root / "text/web")] == TEXTS
+def test_a_share_of_every_source_may_be_held_out(root: Path, tmp_path: Path) -> None:
+    whole = prepared(root, tmp_path / "whole")["sources"]["web"]
+    world = world_of(root, validation_fraction=0.4)
+    results = prepare(world, TRAINED, tmp_path / "out", lambda done, what: None)
+    web = results["sources"]["web"]
+    assert 0 < web["validation"]["examples"] < 12
+    assert web["num_examples"] + web["validation"]["examples"] == whole["num_examples"]
+    assert web["num_tokens"] + web["validation"]["tokens"] == whole["num_tokens"]
+
+
+# ------------------------------------------------------------------------ continued work
+
+
+class KilledError(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "share"),
+    [*(("folder", share) for share in (0.35, 0.45, 0.6, 0.75, 0.9)), ("pocket", 0.9)],
+)
+def test_a_preparation_that_was_ended_goes_on_with_what_was_finished(
+    root: Path, tmp_path: Path, kind: str, share: float
+) -> None:
+    world: PublicFolder | PocketWorld = world_of(root)
+    if kind == "pocket":
+        sizes = dict.fromkeys(["num_documents", "num_captions", "num_conversations"], 20)
+        world = PocketWorld(**sizes, num_questions=6, num_text_items=6)
+    fresh = prepare(world, TRAINED, tmp_path / "fresh", lambda done, what: None)
+
+    def end(done: float, what: str) -> None:
+        if done >= share:
+            raise KilledError
+
+    out = tmp_path / "out"
+    with pytest.raises(KilledError):
+        prepare(world, TRAINED, out, end)
+    finished = [path.parent for path in out.glob("prepared/sources/*/source.json")]
+    assert len(finished) == {0.35: 0, 0.45: 0, 0.6: 0, 0.75: 1, 0.9: 2}[share]
+    before = {path: times(path) for path in finished}
+    assert prepare(world, TRAINED, out, lambda done, what: None) == fresh
+    assert before == {path: times(path) for path in finished}
+
+
+def test_a_source_that_left_the_world_leaves_the_preparation(root: Path, tmp_path: Path) -> None:
+    prepared(root, tmp_path / "one")
+    tokenizer = tokenizer_of(tmp_path / "one")
+    prepared(root, tmp_path / "out", tokenizer)
+    shutil.rmtree(root / "text/web")
+    prepared(root, tmp_path / "out", tokenizer)
+    assert list(open_sources(world_of(root), tmp_path / "out")) == ["pics", "talks"]
+    names = [path.name for path in (tmp_path / "out/prepared/sources").iterdir()]
+    assert sorted(names) == ["pics", "talks"]
+
+
+def test_another_generated_world_in_the_same_place_is_written_anew(tmp_path: Path) -> None:
+    sizes = dict.fromkeys(["num_documents", "num_captions", "num_conversations"], 20)
+    worlds = [PocketWorld(seed=n, **sizes, num_questions=6, num_text_items=6) for n in (1, 2)]
+    for world in worlds:
+        prepare(world, TRAINED, tmp_path / "out", lambda done, what: None)
+    prepare(worlds[1], TRAINED, tmp_path / "fresh", lambda done, what: None)
+    assert folder_fingerprint(tmp_path / "out/world") == folder_fingerprint(
+        tmp_path / "fresh/world"
+    )
+
+
+# ------------------------------------------------------------------- sources prepared before
+
+
+def replace_by_prepared(root: Path, tmp_path: Path, names: list[str], tokenizer: Path) -> None:
+    """Prepare sources of the world with the command's engine, and put that in their place."""
+    for name in names:
+        moved = tmp_path / "raw" / name
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(root / name, moved)
+        run(SECTIONS[name], moved, root / name, tokenizer_file=tokenizer)
+
+
+@pytest.mark.parametrize("names", [["text/web"], ["captions/pics", "instruct/talks"], [*SECTIONS]])
+def test_sources_prepared_before_are_taken_as_they_are(
+    root: Path, tmp_path: Path, names: list[str]
+) -> None:
+    first = prepared(root, tmp_path / "first")
+    sources = open_sources(world_of(root), tmp_path / "first")
+    expected = {
+        name: [source.input_ids(n).tolist() for n in range(len(source))]
+        for name, source in sources.items()
+    }
+    tokenizer = tokenizer_of(tmp_path / "first")
+    replace_by_prepared(root, tmp_path, names, tokenizer.path)
+    before = {name: times(root / name) for name in names}
+    second = prepared(root, tmp_path / "second", tokenizer)
+    assert before == {name: times(root / name) for name in names}
+    for name, summary in first["sources"].items():
+        for key in ("kind", "num_examples", "num_tokens", "num_images", "records", "rejects"):
+            assert second["sources"][name][key] == summary[key]
+    found = open_sources(world_of(root), tmp_path / "second")
+    assert expected == {
+        name: [source.input_ids(n).tolist() for n in range(len(source))]
+        for name, source in found.items()
+    }
+    assert [found["pics"].image_bytes(n) for n in range(5)] == [jpeg(n) for n in range(5)]
+    assert found["talks"].image_bytes(0) == png(1)
+    own = {path.name for path in (tmp_path / "second/prepared").glob("sources/*")}
+    assert own == expected.keys() - {name.split("/")[1] for name in names}
+
+
+def test_a_source_prepared_with_another_tokenizer_is_refused_with_both(
+    root: Path, tmp_path: Path
+) -> None:
+    for size in (300, 290):
+        out = tmp_path / str(size)
+        prepare(world_of(root), TrainedTokenizer(vocab_size=size), out, lambda done, what: None)
+    one, two = (tokenizer_of(tmp_path / name) for name in ("300", "290"))
+    replace_by_prepared(root, tmp_path, ["captions/pics"], one.path)
+    message = f"'pics' in .* {one.sha256} of 300 ids, the plan has {two.sha256} of 290; prepare it"
+    with pytest.raises(ValueError, match=message):
+        prepared(root, tmp_path / "out", two)
+    assert not list((tmp_path / "out").rglob("shards"))
+    # The remedy that the message names.
+    path = root / "captions/pics/tokenizer.json"
+    prepared(root, tmp_path / "out", TokenizerFile(path=path, sha256=file_sha256(path)))
+
+
+def test_a_prepared_source_among_those_of_another_kind_is_refused(
+    root: Path, tmp_path: Path
+) -> None:
+    prepared(root, tmp_path / "first")
+    tokenizer = tokenizer_of(tmp_path / "first")
+    replace_by_prepared(root, tmp_path, ["captions/pics"], tokenizer.path)
+    shutil.move(root / "captions/pics", root / "text/pics")
+    with pytest.raises(ValueError, match="text/pics is prepared as caption and lies among"):
+        prepared(root, tmp_path / "out", tokenizer)
+
+
+def test_the_fingerprint_of_a_world_reads_no_byte_of_a_prepared_source(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert world_fingerprint(root) == folder_fingerprint(root)
+    prepared(root, tmp_path / "first")
+    replace_by_prepared(root, tmp_path, ["captions/pics"], tokenizer_of(tmp_path / "first").path)
+    read: list[Path] = []
+
+    def note(path: Path) -> str:
+        read.append(path)
+        return file_sha256(path)
+
+    monkeypatch.setattr("midstream.identity.file_sha256", note)
+    one = world_fingerprint(root)
+    assert len(read) == 4
+    assert not [path for path in read if "captions" in path.parts]
+    index = root / "captions/pics/source.json"
+    text = index.read_text()
+    fingerprint = Source("pics", root / "captions/pics").index["fingerprint"]
+    index.write_text(text.replace(fingerprint, "0" * 16))
+    assert world_fingerprint(root) != one
+    index.write_text(text)
+    (root / "text/web/b.jsonl").write_text('{"text": "other"}\n')
+    assert world_fingerprint(root) != one
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        world_fingerprint(root / "nowhere")
+
+
+def test_the_stage_does_not_prepare_in_the_users_folder(root: Path, tmp_path: Path) -> None:
+    before = times(root)
+    prepared(root, tmp_path / "out")
+    assert times(root) == before
+    assert prepare_module.world_folder(world_of(root), tmp_path / "out") == root

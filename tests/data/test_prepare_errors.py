@@ -1,8 +1,9 @@
-"""Preparing a user's folder: one clear error for everything that is wrong, and nothing left."""
+"""Preparing a user's folder: one clear error for all that is wrong, and nothing half done."""
 
+import json
 import os
+import re
 import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import zstandard
 from made import png
+from made_inputs import times
 from made_world import (
     CAPTIONS,
     TALKS,
@@ -27,9 +29,8 @@ from made_world import (
 
 from midstream.config import TokenizerFile
 from midstream.data.prepare import prepare
-from midstream.data.readers import read_captions, read_texts
 from midstream.identity import file_sha256, folder_fingerprint
-from midstream.storage import verify
+from midstream.storage import read_json, verify
 
 
 @pytest.fixture
@@ -37,46 +38,6 @@ def root(tmp_path: Path) -> Path:
     """A tiny world."""
     write_world(tmp_path / "my data")
     return tmp_path / "my data"
-
-
-def test_a_zstd_file_cut_anywhere_is_refused_and_never_read_in_part(root: Path) -> None:
-    path = root / "text/web/a.jsonl.zst"
-    frames = [zstandard.ZstdCompressor().compress(lines(t)) for t in (TEXTS[:4], TEXTS[4:8])]
-    whole = b"".join(frames)
-    for size in range(len(whole)):
-        if size == len(frames[0]):
-            continue  # One frame is a whole file of its own.
-        path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"a\.jsonl\.zst is not a whole zstd file"):
-            list(read_texts(root / "text/web"))
-
-
-def test_a_tar_cut_anywhere_is_refused_and_never_read_in_part(root: Path) -> None:
-    path = root / "captions/pics/001.tar"
-    whole = path.read_bytes()
-    members = len(whole.rstrip(b"\0"))
-    # Zeros fill the file up to a multiple of 10,240 bytes; one block of 512 marks its end.
-    end = -(-members // 512) * 512 + 512
-    for size in [*range(0, end, 128), end - 1]:
-        path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"001\.tar is not a whole tar file"):
-            list(read_captions(root / "captions/pics"))
-    for size in (end, end + 100, len(whole)):
-        path.write_bytes(whole[:size])
-        assert [c for _, c, _ in read_captions(root / "captions/pics")] == CAPTIONS
-
-
-def test_a_tar_with_a_damaged_header_is_refused_and_not_read_up_to_it(root: Path) -> None:
-    path = root / "captions/pics/001.tar"
-    with tarfile.open(path) as shard:
-        offsets = [member.offset for member in shard]
-    whole = path.read_bytes()
-    for offset in offsets:
-        damaged = bytearray(whole)
-        damaged[offset + 150] ^= 0xFF  # in the header's checksum
-        path.write_bytes(bytes(damaged))
-        with pytest.raises(ValueError, match=r"001\.tar is not a whole tar file"):
-            list(read_captions(root / "captions/pics"))
 
 
 def replace(name: str, old: bytes, new: bytes) -> Callable[[Path], None]:
@@ -142,55 +103,100 @@ def without_sources(root: Path) -> None:
     (root / "a.txt").write_text("a")
 
 
-TEXT, LLAVA = r"text/web/b\.jsonl", r"instruct/talks/llava\.json"
+WEB, LLAVA = r"text/web/b\.jsonl", r"instruct/talks/llava\.json"
 SAMPLE = r"captions/pics/001\.tar, sample 00009"
-BROKEN: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
-    "bad JSON line": (
-        replace("text/web/b.jsonl", b'{"text": "Document 9', b'"text": "Document 9'),
+UNDECODED = f"{SAMPLE}: picture cannot be decoded"
+Broken = tuple[Callable[[Path], None], type[Exception], str]
+# One bad record of a few is over the default limit: its place and reason are listed.
+REJECTED: dict[str, Broken] = {
+    name: (change, ValueError, f"(?s)1 of .* records read for .* are rejects.*\n  {message}")
+    for name, (change, message) in {
+        "bad JSON line": (
+            replace("text/web/b.jsonl", b'{"text": "Document 9', b'"text": "Document 9'),
+            f"{WEB}, line 2: not a JSON object",
+        ),
+        "line without text": (
+            replace("text/web/b.jsonl", b'{"text": "Document 9', b'{"body": "Document 9'),
+            f"{WEB}, line 2: no text",
+        ),
+        "line that is a number": (
+            written("text/web/b.jsonl", lines(TEXTS[:2]) + b"17\n"),
+            f"{WEB}, line 3: not a JSON object",
+        ),
+        "empty text": (
+            written("text/web/b.jsonl", lines(["a", ""])),
+            f"{WEB}, line 2: empty text",
+        ),
+        "text that is no UTF-8": (
+            replace("text/web/b.jsonl", b"Document 10", b"Document \xff"),
+            f"{WEB}, line 3: not UTF-8",
+        ),
+        "half a surrogate pair": (
+            replace("text/web/b.jsonl", b"Document 10", b"Document \\ud83d"),
+            f"{WEB}, line 3: not Unicode",
+        ),
+        "corrupt JPEG in a shard": (
+            shard({"00009.jpg": jpeg(9)[:200], "00009.txt": b"nine"}),
+            UNDECODED,
+        ),
+        "HTML as a JPEG": (
+            shard({"00009.jpg": b"<html>404</html>", "00009.txt": b"nine"}),
+            UNDECODED,
+        ),
+        "sample without caption": (shard({"00009.jpg": jpeg(9)}), f"{SAMPLE}: no caption"),
+        "sample without picture": (shard({"00009.txt": b"nine"}), f"{SAMPLE}: no picture"),
+        "sample of two pictures": (
+            shard({"00009.jpg": jpeg(9), "00009.png": png(9), "00009.txt": b"nine"}),
+            f"{SAMPLE}: more than one picture",
+        ),
+        "zero-byte picture": (
+            shard({"00009.jpg": b"", "00009.txt": b"nine"}),
+            f"{SAMPLE}: zero-byte picture",
+        ),
+        "empty caption": (
+            shard({"00009.jpg": jpeg(9), "00009.txt": b" \n"}),
+            f"{SAMPLE}: empty caption",
+        ),
+        "caption that is no UTF-8": (
+            shard({"00009.jpg": jpeg(9), "00009.txt": b"caf\xe9"}),
+            f"{SAMPLE}: caption not UTF-8",
+        ),
+        "record that is no object": (talks("hello"), f"{LLAVA}, record 1: not a JSON object"),
+        "record without turns": (talks({"id": "t9"}), f"{LLAVA}, record 1 .'t9'.: "),
+        "roles that do not alternate": (
+            talks({"id": 9, "conversations": TALKS[1]["conversations"][::-1]}),
+            f"{LLAVA}, record 1 .'9'.: starts with a reply",
+        ),
+        "mark without a picture": (
+            talks({"id": "t9", "conversations": TALKS[0]["conversations"]}),
+            f"{LLAVA}, record 1 .'t9'.: .*image",
+        ),
+        "turn with half a surrogate pair": (
+            replace("instruct/talks/llava.json", b"Hello.", b"\\ud83d"),
+            f"{LLAVA}, record 1 .'t2'.: not Unicode",
+        ),
+        "missing picture": (
+            talks(TALKS[0] | {"id": "t9", "image": "photos/9.png"}),
+            f"{LLAVA}, record 1 .'t9'.: missing picture .*photos/9.png",
+        ),
+        "picture outside the folder": (
+            outside,
+            f"{LLAVA}, record 1 .'t1'.: picture outside the folder",
+        ),
+        "picture by absolute path": (
+            talks(TALKS[0] | {"id": "t9", "image": "/etc/hostname"}),
+            f"{LLAVA}, record 1 .'t9'.: picture outside the folder",
+        ),
+    }.items()
+}
+REFUSED: dict[str, Broken] = {
+    "no text file": (emptied("text/web"), FileNotFoundError, "text/web is no file, folder"),
+    "cut zstd file": (
+        cut("text/web/a.jsonl.zst", 50),
         ValueError,
-        f"{TEXT}, line 2: not a JSON object",
+        r"text/web/a\.jsonl\.zst is cut short or damaged",
     ),
-    "line without text": (
-        replace("text/web/b.jsonl", b'{"text": "Document 9', b'{"body": "Document 9'),
-        ValueError,
-        f"{TEXT}, line 2: not a JSON object with the key 'text'",
-    ),
-    "line that is a number": (
-        written("text/web/b.jsonl", lines(TEXTS[:2]) + b"17\n"),
-        ValueError,
-        f"{TEXT}, line 3: not a JSON object",
-    ),
-    "empty text": (
-        written("text/web/b.jsonl", lines(["a", ""])),
-        ValueError,
-        f"{TEXT}, line 2: 'text' is empty",
-    ),
-    "text that is no UTF-8": (
-        replace("text/web/b.jsonl", b"Document 10", b"Document \xff"),
-        ValueError,
-        f"{TEXT}, line 3: .*UTF-8",
-    ),
-    "half a surrogate pair": (
-        replace("text/web/b.jsonl", b"Document 10", b"Document \\ud83d"),
-        ValueError,
-        f"{TEXT}, line 3: .*no valid Unicode",
-    ),
-    "no text file": (emptied("text/web"), FileNotFoundError, r"text/web holds no \.jsonl"),
-    "no document": (
-        without_documents,
-        ValueError,
-        "text/web holds no example",
-    ),
-    "corrupt JPEG in a shard": (
-        shard({"00009.jpg": jpeg(9)[:200], "00009.txt": b"nine"}),
-        ValueError,
-        f"{SAMPLE}: the picture cannot be decoded",
-    ),
-    "HTML as a JPEG": (
-        shard({"00009.jpg": b"<html>404</html>", "00009.txt": b"nine"}),
-        ValueError,
-        f"{SAMPLE}: the picture cannot be decoded",
-    ),
+    "no document": (without_documents, ValueError, r"no record in .*text/web/a\.jsonl\.zst"),
     "cut tar": (
         cut("captions/pics/001.tar", 2000),
         ValueError,
@@ -206,83 +212,26 @@ BROKEN: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
         ValueError,
         r"captions/pics/001\.tar is not a whole tar file",
     ),
-    "sample without caption": (
-        shard({"00009.jpg": jpeg(9)}),
-        ValueError,
-        f"{SAMPLE}: needs one picture and one .txt, has .*jpg",
-    ),
-    "sample without picture": (
-        shard({"00009.txt": b"nine"}),
-        ValueError,
-        f"{SAMPLE}: needs one picture",
-    ),
-    "sample of two pictures": (
-        shard({"00009.jpg": jpeg(9), "00009.png": png(9), "00009.txt": b"nine"}),
-        ValueError,
-        f"{SAMPLE}: needs one picture",
-    ),
-    "empty caption": (
-        shard({"00009.jpg": jpeg(9), "00009.txt": b" \n"}),
-        ValueError,
-        f"{SAMPLE}: the caption is empty",
-    ),
-    "caption that is no UTF-8": (
-        shard({"00009.jpg": jpeg(9), "00009.txt": b"caf\xe9"}),
-        ValueError,
-        f"{SAMPLE}: the caption is no UTF-8",
-    ),
-    "no shard": (emptied("captions/pics"), FileNotFoundError, r"captions/pics holds no \.tar"),
+    "no shard": (emptied("captions/pics"), FileNotFoundError, "captions/pics is no file, folder"),
     "no llava.json": (
         lambda root: (root / "instruct/talks/llava.json").unlink(),
         FileNotFoundError,
-        f"{LLAVA} does not exist",
+        "instruct/talks is no file, folder",
     ),
     "llava.json that is no JSON": (
         written("instruct/talks/llava.json", b"[{]"),
         ValueError,
-        f"{LLAVA} is not JSON",
+        LLAVA,
     ),
     "llava.json that is no list": (
         lambda root: write_talks(root, TALKS[0]),
         ValueError,
-        f"{LLAVA} must hold a list",
+        f"{LLAVA}.* list",
     ),
-    "record that is no object": (talks("hello"), ValueError, f"{LLAVA}, record 1: not a JSON obj"),
-    "record without turns": (talks({"id": "t9"}), ValueError, f"{LLAVA}, record 't9': 'conversat"),
-    "roles that do not alternate": (
-        talks({"id": 9, "conversations": TALKS[1]["conversations"][::-1]}),
-        ValueError,
-        f"{LLAVA}, record 9: roles",
-    ),
-    "mark without a picture": (
-        talks({"id": "t9", "conversations": TALKS[0]["conversations"]}),
-        ValueError,
-        f"{LLAVA}, record 't9': <image>",
-    ),
-    "turn with half a surrogate pair": (
-        replace("instruct/talks/llava.json", b"Hello.", b"\\ud83d"),
-        ValueError,
-        f"{LLAVA}, record 't2': .*no valid Unicode",
-    ),
-    "missing picture": (
-        talks(TALKS[0] | {"id": "t9", "image": "photos/9.png"}),
-        FileNotFoundError,
-        f"{LLAVA}, record 't9': picture .*photos/9.png is missing",
-    ),
-    "corrupt picture": (
+    "corrupt picture that all share": (
         written("instruct/talks/photos/1.png", png(1)[:60]),
         ValueError,
-        f"{LLAVA}, record 't1', .*photos/1.png: the picture cannot be decoded",
-    ),
-    "picture outside the folder": (
-        outside,
-        ValueError,
-        f"{LLAVA}, record 't1': image '../../../secret.png' lies outside",
-    ),
-    "picture by absolute path": (
-        talks(TALKS[0] | {"id": "t9", "image": "/etc/hostname"}),
-        ValueError,
-        f"{LLAVA}, record 't9': .* lies outside",
+        f"(?s)2 of 3 records .*{LLAVA}, record 0 .'t1'.: picture cannot be decoded",
     ),
     "duplicate source names": (
         copied("text/web", "captions/web"),
@@ -295,17 +244,47 @@ BROKEN: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
         "my data holds no source under text, captions, instruct",
     ),
 }
+BROKEN = REJECTED | REFUSED
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_data_is_one_error_that_names_file_and_record_and_leaves_nothing(
+def test_broken_data_is_one_error_that_names_file_and_record_and_leaves_nothing_half_done(
     root: Path, tmp_path: Path, name: str
 ) -> None:
     breaks, kind, message = BROKEN[name]
     breaks(root)
+    out = tmp_path / "out"
     with pytest.raises(kind, match=message):
-        prepared(root, tmp_path / "out")
-    assert list((tmp_path / "out").rglob("*")) == []
+        prepared(root, out)
+    assert [path.name for path in out.rglob(".*")] == []
+    for path in out.glob("prepared/sources/*/shards/*"):
+        verify(path)
+    # What is finished are sources without fault; at least one lacks its index.
+    for path in out.glob("prepared/sources/*/source.json"):
+        assert read_json(path)["rejects"] == {}
+    assert len(list(out.glob("prepared/sources/*/source.json"))) < 3
+
+
+@pytest.mark.parametrize("name", REJECTED)
+def test_under_the_limit_a_bad_record_is_counted_and_the_others_are_there(
+    root: Path, tmp_path: Path, name: str
+) -> None:
+    breaks, _, message = REJECTED[name]
+    breaks(root)
+    world = world_of(root, max_reject_fraction=0.5)
+    results = prepare(world, TRAINED, tmp_path / "out", lambda done, what: None)
+    assert sorted(sum(x["rejects"].values()) for x in results["sources"].values()) == [0, 0, 1]
+    for source, summary in results["sources"].items():
+        assert summary["num_examples"] == summary["records"] - sum(summary["rejects"].values())
+        listed = (tmp_path / "out/prepared/sources" / source / "rejects.jsonl").read_text()
+        if summary["rejects"]:
+            reject = json.loads(listed)
+            place, reason = message.rpartition("\n  ")[2].split(": ", 1)
+            assert re.match(place, reject["where"])
+            assert list(summary["rejects"]) == [reject["reason"]]
+            assert re.match(reason, f"{reject['reason']} ({reject['detail']})")
+        else:
+            assert listed == ""
 
 
 @pytest.mark.parametrize("change", ["other bytes", "a file more", "a file less", "no folder"])
@@ -347,11 +326,20 @@ def test_a_tokenizer_file_that_is_not_the_planned_one_is_refused_by_name(
     assert list((tmp_path / "out").rglob("*")) == []
 
 
-def test_a_failed_preparation_leaves_an_earlier_one_as_it_was(root: Path, tmp_path: Path) -> None:
+def test_a_failed_preparation_leaves_the_sources_that_did_not_change(
+    root: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     prepared(root, out)
-    (root / "captions/pics/000.tar").write_bytes(b"gone")
-    with pytest.raises(ValueError, match=r"000\.tar"):
-        prepared(root, out)
-    verify(out / "prepared")
-    assert [path.name for path in out.iterdir()] == ["prepared"]
+    tokenizer = out / "prepared/tokenizer.json"
+    path = tmp_path / "same.json"
+    shutil.copy(tokenizer, path)
+    named = TokenizerFile(path=path, sha256=file_sha256(path))
+    (root / "instruct/talks/llava.json").write_bytes(b"gone")
+    before = times(out / "prepared/sources/web")
+    with pytest.raises(ValueError, match=r"llava\.json"):
+        prepared(root, out, named)
+    assert times(out / "prepared/sources/web") == before
+    write_talks(root, TALKS)
+    prepared(root, out, named)
+    assert times(out / "prepared/sources/web") == before

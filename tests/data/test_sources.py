@@ -1,75 +1,194 @@
-"""Indexed sources: what is written is read back, and damage is noticed."""
+"""Prepared sources: what is written is read back, split and in shards, and damage is noticed."""
 
 import os
 import pickle
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import fsspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import make_source, png
 
-from midstream.data.sources import Kind, Source, SourceWriter
-
-EXAMPLES = st.lists(
-    st.tuples(st.lists(st.integers(0, 65535), min_size=1, max_size=9), st.text(max_size=6)),
-    min_size=1,
-    max_size=8,
+from midstream.data.source_writer import (
+    MAX_TEXT_TOKENS,
+    REJECTS,
+    Image,
+    Reject,
+    ShardWriter,
+    finish_source,
 )
+from midstream.data.sources import Kind, Source, Split, content_hash
+from midstream.storage import read_json
+
+
+@dataclass(frozen=True)
+class Written:
+    """One example as it went in."""
+
+    ids: list[int]
+    mask: list[int]
+    name: str
+    content: bytes
+    image: Image | None
+
+
+IDS = st.lists(st.integers(0, 65535), min_size=1, max_size=9)
+EXAMPLES = st.lists(st.tuples(IDS, st.text(max_size=6)), min_size=0, max_size=8)
+
+
+def write(
+    folder: Path,
+    kind: Kind,
+    dtype: str,
+    shards: list[list[tuple[list[int], str]]],
+    validation: float,
+    seed: int,
+) -> list[list[Written]]:
+    """A source of these shards, all pictures in one archive `a.bin` beside it."""
+    random, archive, written = np.random.default_rng(seed), b"", []
+    for number, examples in enumerate(shards):
+        path = folder / "s/shards" / f"{number:06d}"
+        writer = ShardWriter(
+            path, kind=kind, dtype=dtype, input_name=f"in-{number}", validation_fraction=validation
+        )
+        mine = []
+        for place, (ids, name) in enumerate(examples):
+            mask = [1] * len(ids) if kind == "text" else random.integers(0, 2, len(ids)).tolist()
+            content = random.bytes(int(random.integers(1, 40)))
+            image = None
+            if kind != "text" and place % 3 != 1:
+                image = Image("a.bin", len(archive), len(content))
+                archive += content
+            mine.append(Written(ids, mask, name, content, image))
+            writer.add(np.array(ids), np.array(mask), name=name, content=content, image=image)
+        writer.reject(Reject(f"in-{number}, line 3", "too small", "3 of 5"))
+        writer.close()
+        written.append(mine)
+    (folder / "a.bin").write_bytes(archive)
+    finish_source(folder / "s", tokenizer_digest="t", vocab_size=65536, root=str(folder))
+    return written
 
 
 @given(
-    examples=EXAMPLES,
+    shards=st.lists(EXAMPLES, min_size=1, max_size=4),
     kind=st.sampled_from(["text", "caption", "instruct"]),
     dtype=st.sampled_from(["<u2", "<u4"]),
+    validation=st.sampled_from([0.0, 0.5, 1.0]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=25, deadline=None)
-def test_a_source_reads_back_what_was_written(
-    examples: list[tuple[list[int], str]], kind: Kind, dtype: str, seed: int
+@settings(max_examples=40, deadline=None)
+def test_a_source_reads_back_what_was_written_in_each_split(
+    shards: list[list[tuple[list[int], str]]], kind: Kind, dtype: str, validation: float, seed: int
 ) -> None:
-    random = np.random.default_rng(seed)
-    with TemporaryDirectory() as folder:
-        base = Path(folder)
-        blobs = [random.bytes(int(random.integers(1, 40))) for _ in examples]
-        (base / "a.bin").write_bytes(b"".join(blobs))
-        writer = SourceWriter(base / "s", kind=kind, dtype=dtype)
-        masks, offset = [], 0
-        for number, (ids, name) in enumerate(examples):
-            masks.append(random.integers(0, 2, len(ids)))
-            shown = kind != "text" and number % 3 != 1
-            image = ("a.bin", offset, len(blobs[number])) if shown else None
-            writer.add(np.array(ids), masks[-1], name=name, image=image)
-            offset += len(blobs[number])
-        writer.drop("too small")
-        writer.drop("too small")
-        summary = writer.close()
-        source = Source("s", base / "s", base)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        written = write(folder, kind, dtype, shards, validation, seed)
+        seen = 0
+        for split in ("train", "validation"):
+            seen += check_split(folder, kind, split, written)
+        total = sum(len(examples) for examples in written)
+        assert seen == total
+        if validation in (0.0, 1.0):
+            assert len(Source("s", folder / "s", folder)) == (0 if validation else total)
+        index = read_json(folder / "s/source.json")
+        assert index["records"] == total + len(shards)
+        assert index["rejects"] == {"too small": len(shards)}
+        lines = (folder / "s/shards/000000" / REJECTS).read_text().splitlines()
+        assert lines == ['{"where": "in-0, line 3", "reason": "too small", "detail": "3 of 5"}']
 
-        assert len(source) == len(examples)
-        assert source.kind == kind
-        assert summary["num_tokens"] == sum(len(ids) for ids, _ in examples)
-        assert summary["dropped"] == source.index["dropped"] == {"too small": 2}
-        assert source.tokens.dtype == np.dtype(dtype)
-        for number, (ids, name) in enumerate(examples):
-            here = slice(int(source.offsets[number]), int(source.offsets[number + 1]))
-            assert source.tokens[here].tolist() == ids
-            if kind == "text":
-                assert source.supervised is None
-                assert source.images is None
-                assert source.describe(number) == f"source 's', example {number}"
-                continue
-            assert source.supervised is not None
-            assert source.supervised[here].tolist() == masks[number].tolist()
-            assert source.has_images[number] == (number % 3 != 1)
-            if number % 3 != 1:
-                assert source.image_bytes(number) == blobs[number]
-            flat = name.replace("\n", " ").replace("\r", " ")
-            assert source.describe(number) == f"source 's', {flat.rstrip()}"
-        assert source.has_images.sum() == summary["num_images"]
+
+def check_split(folder: Path, kind: Kind, split: Split, written: list[list[Written]]) -> int:
+    """Compare every example of a split with those that went in; returns how many it holds."""
+    source = Source("s", folder / "s", folder, split)
+    by_hash = {content_hash(w.content): (n, w) for n, shard in enumerate(written) for w in shard}
+    expected_before, hashes, last = [0, 0], [], -1
+    for example in range(len(source)):
+        number, item = by_hash[source.hash_of(example)]
+        assert number >= last
+        last = number
+        assert source.before(np.array([example])).tolist() == [expected_before]
+        shown = item.image is not None
+        assert source.sizes(example, example + 1).tolist() == [[len(item.ids), int(shown)]]
+        expected_before = [expected_before[0] + len(item.ids), expected_before[1] + int(shown)]
+        low, high = 1, max(2, len(item.ids) - 1)
+        for cut in (slice(0, None), slice(low, high), slice(0, 99)):
+            ids = source.input_ids(example, cut.start, cut.stop)
+            assert ids.tolist() == item.ids[cut]
+            mask = source.supervised(example, cut.start, cut.stop)
+            assert mask is None if kind == "text" else mask.tolist() == item.mask[cut]
+        assert source.has_image(example) == shown
+        if shown:
+            assert source.image_bytes(example) == item.content
+            hashes.append(list(content_hash(item.content)))
+        if kind != "text":
+            flat = item.name.replace("\n", " ").replace("\r", " ")
+            assert source.describe(example) == f"source 's', {flat}"
+    assert [source.num_tokens, source.num_images] == expected_before
+    for middle in {0, len(source) // 2, len(source)}:
+        both = [
+            source.image_hashes(*span).tolist() for span in ((0, middle), (middle, len(source)))
+        ]
+        assert both[0] + both[1] == hashes
+    return len(source)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_equal_contents_go_to_one_split_and_the_share_is_kept(tmp_path: Path, share: float) -> None:
+    splits: dict[int, set[str]] = {}
+    for number in range(2):
+        writer = ShardWriter(
+            tmp_path / "shards" / str(number),
+            kind="caption",
+            dtype="<u2",
+            input_name="x",
+            validation_fraction=share,
+        )
+        for picture in range(2000):
+            ids = np.array([picture])
+            writer.add(ids, ids, name="n", content=str(picture).encode())
+        writer.close()
+    finish_source(tmp_path, tokenizer_digest="t", vocab_size=9, root="")
+    for split in ("train", "validation"):
+        source = Source("s", tmp_path, None, split)
+        for example in range(len(source)):
+            splits.setdefault(int(source.input_ids(example)[0]), set()).add(split)
+    assert all(len(found) == 1 for found in splits.values())
+    held_out = sum(found == {"validation"} for found in splits.values())
+    assert abs(held_out / 2000 - share) < 0.05
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1, MAX_TEXT_TOKENS + 5])
+def test_a_long_text_is_stored_in_parts_that_join_to_it(tmp_path: Path, extra: int) -> None:
+    length = MAX_TEXT_TOKENS + extra
+    source = make_source(tmp_path, "web", "text", [3, length, 2])
+    found = np.concatenate([source.input_ids(example) for example in range(len(source))])
+    assert np.array_equal(np.diff(found), np.ones(length + 4))
+    assert len(source) == 2 + -(-length // MAX_TEXT_TOKENS)
+    assert max(source.sizes(0, len(source))[:, 0]) <= MAX_TEXT_TOKENS
+    assert source.index["records"] == 3
+
+
+@pytest.mark.parametrize("shards", [1, 2, 5])
+def test_shards_change_nothing_of_what_a_source_says(tmp_path: Path, shards: int) -> None:
+    lengths = [5, 1, 7, 2, 9, 4, 3]
+    shown = [0, None, 1, 1, None, 2, 0]
+    one = make_source(tmp_path / "one", "talks", "instruct", lengths, pictures=shown)
+    many = make_source(
+        tmp_path / "many", "talks", "instruct", lengths, pictures=shown, shards=shards
+    )
+    assert len(many.index["shards"]) == shards
+    assert (len(many), many.num_tokens, many.num_images) == (7, 31, 5)
+    assert np.array_equal(one.before(np.arange(8)), many.before(np.arange(8)))
+    assert np.array_equal(one.image_hashes(0, 7), many.image_hashes(0, 7))
+    for example in range(7):
+        assert np.array_equal(one.input_ids(example), many.input_ids(example))
+        assert np.array_equal(one.supervised(example), many.supervised(example))
+        assert one.describe(example) == many.describe(example)
 
 
 @pytest.mark.parametrize("file", ["tokens.bin", "supervised.bin"])
@@ -78,42 +197,58 @@ def test_a_truncated_file_of_a_source_is_refused_with_both_sizes(
     tmp_path: Path, file: str, lost: int
 ) -> None:
     source = make_source(tmp_path, "pics", "caption", [5, 6], pictures=[0, 1])
-    path = source.folder / file
+    path = source.folder / "shards/000000" / file
     size = path.stat().st_size
     os.truncate(path, size - lost)
     with pytest.raises(ValueError, match=f"{file} holds {size - lost} bytes.* needs {size}"):
-        _ = source.tokens if file == "tokens.bin" else source.supervised
+        _ = source.input_ids(0) if file == "tokens.bin" else source.supervised(0)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 20])
-def test_a_truncated_picture_is_refused_with_its_record_and_both_sizes(
-    tmp_path: Path, kept: int
-) -> None:
+def test_a_truncated_picture_is_refused_with_its_record(tmp_path: Path, kept: int) -> None:
     source = make_source(tmp_path, "pics", "caption", [5, 6], pictures=[0, 1])
-    size = len(png(1))
     os.truncate(tmp_path / "world" / "1.png", kept)
     assert source.image_bytes(0) == png(0)
-    with pytest.raises(ValueError, match=f"sample 1: .* after {kept} of {size} bytes"):
+    with pytest.raises(ValueError, match=r"sample 1: the picture in 1\.png changed"):
+        source.image_bytes(1)
+
+
+@pytest.mark.parametrize("place", [0, 30, -1])
+def test_a_picture_with_one_other_bit_is_refused_with_its_record(
+    tmp_path: Path, place: int
+) -> None:
+    source = make_source(tmp_path, "pics", "caption", [5, 6], pictures=[0, 1])
+    data = bytearray(png(1))
+    data[place] ^= 1
+    (tmp_path / "world" / "1.png").write_bytes(bytes(data))
+    with pytest.raises(ValueError, match=r"sample 1: .*its bytes have another hash"):
         source.image_bytes(1)
 
 
 def test_a_source_without_an_index_is_refused_by_name(tmp_path: Path) -> None:
     source = make_source(tmp_path, "web", "text", [3])
-    (source.folder / "index.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"source 'web' has no .*index\.json; prepare"):
+    (source.folder / "source.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"source 'web' has no .*source\.json; prepare"):
+        _ = source.kind
+
+
+def test_a_source_of_another_format_is_refused_with_both(tmp_path: Path) -> None:
+    source = make_source(tmp_path, "web", "text", [3])
+    path = source.folder / "source.json"
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(ValueError, match=r"source\.json has format 1, this version reads 2"):
         _ = source.kind
 
 
 def test_a_source_travels_to_a_worker_without_its_tokens(tmp_path: Path) -> None:
     source = make_source(tmp_path, "pics", "caption", [5000] * 20, pictures=[0] * 20)
-    expected = np.array(source.tokens), np.array(source.images), np.array(source.supervised)
+    ids, shown = np.array(source.input_ids(7)), source.image_bytes(7)
     parcel = pickle.dumps(source)
     assert len(parcel) < 1000
     copy = pickle.loads(parcel)
     assert copy == source
-    assert np.array_equal(copy.tokens, expected[0])
-    assert np.array_equal(copy.images, expected[1])
-    assert np.array_equal(copy.supervised, expected[2])
+    assert np.array_equal(copy.input_ids(7), ids)
+    assert copy.image_bytes(7) == shown
 
 
 def test_a_source_may_move_with_its_world(tmp_path: Path) -> None:
@@ -123,11 +258,32 @@ def test_a_source_may_move_with_its_world(tmp_path: Path) -> None:
     assert moved.image_bytes(0) == png(3)
 
 
-@pytest.mark.parametrize("file", ["supervised.bin", "images.npy"])
+def test_a_source_without_a_world_finds_its_pictures_where_they_were(tmp_path: Path) -> None:
+    source = make_source(tmp_path, "pics", "caption", [4], pictures=[3])
+    assert Source("pics", source.folder).image_bytes(0) == png(3)
+
+
+def test_pictures_are_read_at_urls(tmp_path: Path) -> None:
+    files = fsspec.filesystem("memory")
+    files.pipe("/pictures/a.tar", b"xx" + png(1) + png(2))
+    writer = ShardWriter(tmp_path / "shards/0", kind="caption", dtype="<u2", input_name="a.tar")
+    offset = 2
+    for number in (1, 2):
+        data, ids = png(number), np.array([1])
+        image = Image("memory://pictures/a.tar", offset, len(data))
+        writer.add(ids, ids, name=str(number), content=data, image=image)
+        offset += len(data)
+    writer.close()
+    finish_source(tmp_path, tokenizer_digest="t", vocab_size=9, root="")
+    source = Source("s", tmp_path, tmp_path / "elsewhere")
+    assert [source.image_bytes(example) for example in range(2)] == [png(1), png(2)]
+
+
+@pytest.mark.parametrize("file", ["supervised.bin", "images.npy", "shard.json"])
 def test_a_lost_file_of_a_source_is_an_error_and_not_a_source_without_it(
     tmp_path: Path, file: str
 ) -> None:
     source = make_source(tmp_path, "pics", "caption", [5], pictures=[0])
-    (source.folder / file).unlink()
+    (source.folder / "shards/000000" / file).unlink()
     with pytest.raises(FileNotFoundError, match=file):
-        _ = source.supervised if file == "supervised.bin" else source.images
+        _ = source.supervised(0) if file == "supervised.bin" else source.image_bytes(0)
