@@ -136,7 +136,7 @@ def check_rows(plan: RowPlan, supplies: Sequence[Supply]) -> list[list[Placement
 
 
 @given(data=st.data(), block_rows=st.sampled_from([1, 3, 10, 1024]), groups=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_every_planned_token_stands_in_exactly_one_row(
     data: st.DataObject, block_rows: int, groups: bool
 ) -> None:
@@ -185,7 +185,7 @@ def test_plans_of_more_blocks_than_are_looked_at_hold_every_token_too(seed: int)
         assert sum(not row for row in rows) == 0
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, 1])
 def test_no_block_of_a_long_plan_needs_more_rows_than_it_has(seed: int) -> None:
     # How many conversations fit side by side is up to chance, and no text evens it out.
     lengths = np.random.default_rng(seed).integers(5, 101, 2000)
@@ -249,7 +249,7 @@ def test_every_block_has_the_shares_of_the_whole(layout: str, checked: int) -> N
 
 
 @given(data=st.data(), block_rows=st.sampled_from([2, 7]), groups=st.booleans())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_padded_rows_hold_one_whole_example_each_and_text_as_in_joined_ones(
     data: st.DataObject, block_rows: int, groups: bool
 ) -> None:
@@ -315,7 +315,7 @@ def check_row_by_row(asked: Asked) -> None:
 
 
 @given(data=st.data(), block_rows=st.sampled_from([1, 5, 1024]), groups=st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_row_k_is_a_function_of_the_plan_and_k_alone(
     data: st.DataObject, block_rows: int, groups: bool
 ) -> None:
@@ -405,8 +405,9 @@ class Counted:
         return found
 
 
-@pytest.mark.parametrize("layout", ["filled", "padded"])
-@pytest.mark.parametrize("sampling", ["permutation", "replacement"])
+@pytest.mark.parametrize(
+    ("layout", "sampling"), [("filled", "permutation"), ("padded", "replacement")]
+)
 def test_any_row_of_a_billion_captions_and_ten_billion_documents_costs_alike(
     layout: str, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """Preparing a user's folder: what is indexed, what is kept, and sources prepared before."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -243,17 +244,26 @@ def test_sources_prepared_before_are_taken_as_they_are(
     assert own == expected.keys() - {name.split("/")[1] for name in names}
 
 
+@pytest.mark.parametrize("size", [290, 300])
 def test_a_source_prepared_with_another_tokenizer_is_refused_with_both(
-    root: Path, tmp_path: Path
+    root: Path, tmp_path: Path, size: int
 ) -> None:
-    for size in (300, 290):
-        out = tmp_path / str(size)
-        prepare(world_of(root), TrainedTokenizer(vocab_size=size), out, lambda done, what: None)
+    for vocab_size in (300, 290):
+        tokenizer = TrainedTokenizer(vocab_size=vocab_size)
+        prepare(world_of(root), tokenizer, tmp_path / str(vocab_size), lambda done, what: None)
     one, two = (tokenizer_of(tmp_path / name) for name in ("300", "290"))
+    if size == 300:
+        # As many ids, two of them exchanged.
+        found = json.loads(one.path.read_text())
+        vocab = found["model"]["vocab"]
+        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+        two.path.write_text(json.dumps(found))
+        two = tokenizer_of(tmp_path / "290")
     replace_by_prepared(root, tmp_path, ["captions/pics"], one.path)
-    message = f"'pics' in .* {one.sha256} of 300 ids, the plan has {two.sha256} of 290; prepare it"
-    with pytest.raises(ValueError, match=message):
+    message = rf"'pics' in .* {one.sha256} of 300 ids, the plan has \w+ of {size}; prepare it"
+    with pytest.raises(ValueError, match=message) as caught:
         prepared(root, tmp_path / "out", two)
+    assert (two.sha256 in str(caught.value)) == (size == 290)
     assert not list((tmp_path / "out").rglob("shards"))
     # The remedy that the message names.
     path = root / "captions/pics/tokenizer.json"

@@ -49,7 +49,7 @@ def text_units(sources: Sequence[str], options: ReadOptions) -> list[Unit]:
 def read_text(unit: Unit, options: ReadOptions) -> Iterator[Item]:
     """The records of a unit in the order of its file: documents, tokenised chunks, or why not.
 
-    Blank lines are no records; a .txt or .tex file is one document, whose line ends become "\\n". Raises
+    Blank lines are no records; a .txt or .tex file is one document with line ends "\\n". Raises
     ValueError that names the file if it is cut short, damaged, not of its format, without the
     column of the text, or holds another number of chunks than its manifest says.
     """

@@ -1,0 +1,207 @@
+"""One unit of input -> one shard of a prepared source."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+import numpy as np
+
+from midstream.data.examples import (
+    Example,
+    TextCodec,
+    caption_example,
+    conversation_example,
+    text_example,
+)
+from midstream.data.files import is_url
+from midstream.data.images import decode
+from midstream.data.prepare_records import (
+    BrokenError,
+    Item,
+    batches,
+    picture_of,
+    read_unit,
+    text_bytes,
+)
+from midstream.data.prepare_state import MADE_FROM, PICTURES, Job, Stamp, Todo, local_stamp
+from midstream.data.records import (
+    CaptionRecord,
+    ConversationRecord,
+    Picture,
+    Record,
+    Section,
+    TextRecord,
+    TokenRecord,
+    Unit,
+)
+from midstream.data.source_writer import Image, Reject, ShardWriter
+from midstream.data.sources import Kind, content_hash
+from midstream.storage import new_folder, write_json
+
+KINDS: dict[Section, Kind] = {"text": "text", "captions": "caption", "conversations": "instruct"}
+# Verdicts on pictures that are kept, for records that share one and stand near each other.
+KEPT_VERDICTS = 1000
+
+# Equal to no file's stamp: the shard is made anew every time.
+UNKNOWN: Stamp = ["unknown"]
+
+# Takes how many records, tokens and rejects came since the last call; False: stop.
+Beat = Callable[[int, int, int], bool]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a unit went: unreadable for this `problem`, or stopped after these rejects."""
+
+    problem: str = ""
+    rejects: tuple[Reject, ...] = ()
+
+
+class StoppedError(Exception):
+    """The shard is not wanted to its end."""
+
+
+def make_shard(job: Job, codec: TextCodec, item: Todo, beat: Beat) -> Ended:
+    """Write a shard, or say why not; nothing is left of one that was not finished.
+
+    Raises OSError if it cannot be written.
+    """
+    work = _Work(job, codec, item.unit)
+    try:
+        with new_folder(job.folder(item.number)) as folder:
+            writer = ShardWriter(
+                folder,
+                kind=KINDS[job.section],
+                dtype="<u2" if codec.size <= 2**16 else "<u4",
+                input_name=work.short(_input_name(item.unit)),
+                validation_fraction=job.validation_fraction,
+            )
+            for batch in batches(work.items()):
+                before = len(work.rejects)
+                num_tokens = work.write(batch, writer)
+                if not beat(len(batch), num_tokens, len(work.rejects) - before):
+                    raise StoppedError
+            writer.close()
+    except BrokenError as error:
+        return Ended(problem=str(error))
+    except StoppedError:
+        return Ended(rejects=tuple(work.rejects))
+    # Beside the manifest: the shard's fingerprint stands for its content, not for where and when.
+    write_json(job.folder(item.number) / MADE_FROM, item.made_from | {PICTURES: work.stamps})
+    return Ended()
+
+
+class _Work:
+    """The records of one unit on their way into a shard."""
+
+    def __init__(self, job: Job, codec: TextCodec, unit: Unit) -> None:
+        self.job, self.codec, self.unit = job, codec, unit
+        self.rejects: list[Reject] = []
+        # By content hash: what is wrong with a picture, None if nothing is.
+        self._verdicts: OrderedDict[bytes, str | None] = OrderedDict()
+        # Local picture files that are none of the unit's own, as they were when they were read.
+        self.stamps: dict[str, Stamp] = {}
+
+    def items(self) -> Iterator[Item]:
+        """The unit's records and rejects; those with unusable content become rejects."""
+        for item in read_unit(self.job.section, self.unit, self.job.options):
+            if not isinstance(item, Reject):
+                yield self._checked(item)
+                continue
+            # A picture that is missing or too large is named: it may be another the next time.
+            if "picture" in item.reason and is_url(item.detail):
+                self.stamps[item.detail] = UNKNOWN
+            elif "picture" in item.reason and item.detail.startswith("/"):
+                path = item.detail.partition(" has ")[0]
+                self.stamps[path] = local_stamp(path)
+            yield item
+
+    def write(self, batch: Sequence[Item], writer: ShardWriter) -> int:
+        """Tokenise a batch and add it to the shard; returns how many tokens that were."""
+        texts = [
+            item.text if isinstance(item, TextRecord) else item.caption
+            for item in batch
+            if isinstance(item, TextRecord | CaptionRecord)
+        ]
+        encoded = iter(self.codec.encode_many(texts))
+        num_tokens = 0
+        for item in batch:
+            if isinstance(item, Reject):
+                reject = replace(item, where=self.short(item.where))
+                self.rejects.append(reject)
+                writer.reject(reject)
+                continue
+            example = self._example(item, encoded)
+            num_tokens += len(example.input_ids)
+            picture = picture_of(item)
+            writer.add(
+                example.input_ids,
+                example.supervised,
+                name=self.short(item.where),
+                content=text_bytes(item) if picture is None else picture.data,
+                image=None if picture is None else self._placed(picture),
+            )
+        return num_tokens
+
+    def short(self, name: str) -> str:
+        """A local file's name, or a place in it, without the folder that all names start from."""
+        return name.removeprefix(self.job.root.rstrip("/") + "/") if self.job.root else name
+
+    def _checked(self, item: Record) -> Item:
+        try:
+            text_bytes(item)
+        except UnicodeEncodeError as error:
+            return Reject(item.where, "text not Unicode", str(error))
+        if isinstance(item, TokenRecord):
+            ids = item.input_ids
+            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.codec.size:
+                wrong = int(ids.max()) if int(ids.min()) >= 0 else int(ids.min())
+                detail = f"{wrong}, the tokenizer has ids 0 to {self.codec.size - 1}"
+                return Reject(item.where, "token id outside the vocabulary", detail)
+        picture = picture_of(item)
+        problem = None if picture is None else self._problem(picture)
+        return Reject(item.where, "picture cannot be decoded", problem) if problem else item
+
+    def _problem(self, picture: Picture) -> str | None:
+        key = content_hash(picture.data)
+        if not is_url(picture.file) and picture.file not in self.unit.files:
+            self.stamps.setdefault(picture.file, local_stamp(picture.file))
+        if key in self._verdicts:
+            self._verdicts.move_to_end(key)
+            return self._verdicts[key]
+        problem = None
+        try:
+            decode(picture.data, self.short(picture.file))
+        except ValueError as error:
+            problem = str(error)
+        self._verdicts[key] = problem
+        if len(self._verdicts) > KEPT_VERDICTS:
+            self._verdicts.popitem(last=False)
+        return problem
+
+    def _example(self, item: Record, encoded: Iterator[list[int]]) -> Example:
+        match item:
+            case TextRecord():
+                return text_example(self.codec, next(encoded))
+            case CaptionRecord():
+                return caption_example(self.codec, next(encoded))
+            case ConversationRecord():
+                has_image = item.picture is not None
+                return conversation_example(self.codec, item.turns, has_image=has_image)
+            case TokenRecord():
+                return Example(item.input_ids, np.ones(len(item.input_ids), dtype=np.uint8))
+            case _:
+                assert_never(item)
+
+    def _placed(self, picture: Picture) -> Image:
+        return Image(self.short(picture.file), picture.offset, len(picture.data))
+
+
+def _input_name(unit: Unit) -> str:
+    name = unit.files[0]
+    if len(unit.files) > 1:
+        name += f" and {len(unit.files) - 1} more"
+    if unit.first or unit.last is not None:
+        name += f", records {unit.first} to {'the end' if unit.last is None else unit.last - 1}"
+    return name

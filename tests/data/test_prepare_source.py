@@ -1,0 +1,474 @@
+"""Preparing a source: equal however it runs, continued where it was, done again where needed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from multiprocessing import active_children
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from filelock import FileLock
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made import png
+from made_inputs import (
+    changed_shards,
+    contents,
+    run,
+    texts_of,
+    times,
+    tokenizer_file,
+    write_pictures,
+    write_texts,
+)
+from made_world import CAPTIONS, samples, write_tar
+
+from midstream.data import prepare_records
+from midstream.data.records import CaptionRecord, Picture, ReadOptions, TextRecord
+from midstream.data.source_writer import Reject
+from midstream.data.sources import Source
+from midstream.storage import read_json, verify
+
+
+def test_several_processes_write_the_same_bytes_as_one(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "in", 5, 30, bad=[7, 99])
+    tars = tmp_path / "tars"
+    for number in range(3):
+        write_tar(tars / f"{number}.tar", samples(5 * number, CAPTIONS))
+    for section, source in (("text", texts), ("captions", tars)):
+        limits = {"max_reject_fraction": 0.5, "validation_fraction": 0.3}
+        one = run(section, source, tmp_path / f"one-{section}", **limits)
+        three = run(section, source, tmp_path / f"three-{section}", workers=3, **limits)
+        assert one == three
+        assert contents(tmp_path / f"one-{section}") == contents(tmp_path / f"three-{section}")
+
+
+def test_equal_data_elsewhere_and_of_another_day_has_the_same_fingerprint(tmp_path: Path) -> None:
+    one = write_pictures(tmp_path / "one/in", 4)
+    shutil.copytree(one, tmp_path / "two/in")
+    for path in (tmp_path / "two/in").iterdir():
+        os.utime(path, (1, 1))
+    found = [run("captions", tmp_path / n / "in", tmp_path / n / "out") for n in ("one", "two")]
+    assert found[0]["fingerprint"] == found[1]["fingerprint"]
+    (tmp_path / "two/in/2.png").write_bytes(png(77))
+    third = run("captions", tmp_path / "two/in", tmp_path / "two/out")
+    assert third["fingerprint"] != found[0]["fingerprint"]
+
+
+def test_a_second_run_finds_nothing_to_do(tmp_path: Path) -> None:
+    source, out = write_texts(tmp_path / "in", 3, 4), tmp_path / "out"
+    first, before = run("text", source, out), times(out)
+    second = run("text", source, out)
+    assert times(out) == before
+    assert first.pop("shards") == {"kept": 0, "new": 3}
+    assert second.pop("shards") == {"kept": 3, "new": 0}
+    assert first == second
+
+
+@pytest.mark.parametrize("change", ["other text", "touched", "longer"])
+def test_a_changed_input_costs_its_own_shard_only(tmp_path: Path, change: str) -> None:
+    source, out = write_texts(tmp_path / "in", 4, 5), tmp_path / "out"
+    first, before = run("text", source, out), times(out)
+    path = source / "part-2.jsonl"
+    data = path.read_bytes()
+    if change == "other text":
+        stamp = path.stat().st_mtime_ns
+        path.write_bytes(data.replace(b"here", b"gone"))
+        os.utime(path, ns=(stamp, stamp + 1))
+    elif change == "touched":
+        os.utime(path, (5, 5))
+    else:
+        path.write_bytes(data + b'{"text": "more"}\n')
+    second = run("text", source, out)
+    assert second["shards"] == {"kept": 3, "new": 1}
+    assert changed_shards(before, times(out)) == {"000002"}
+    assert (second["fingerprint"] == first["fingerprint"]) == (change == "touched")
+    assert second["records"] == 20 + (change == "longer")
+    assert ("gone" in " ".join(texts_of(Source("s", out)))) == (change == "other text")
+
+
+@given(
+    before=st.sets(st.integers(0, 7), min_size=1, max_size=6),
+    after=st.sets(st.integers(0, 7), min_size=1, max_size=6),
+)
+@settings(max_examples=25, deadline=None)
+def test_files_that_come_and_go_leave_the_others_shards(
+    tmp_path_factory: pytest.TempPathFactory, before: set[int], after: set[int]
+) -> None:
+    base = tmp_path_factory.mktemp("files")
+    written = write_texts(base / "all", 8, 2)
+    (base / "in").mkdir()
+    for name in before:
+        shutil.copy2(written / f"part-{name}.jsonl", base / "in")
+    run("text", base / "in", base / "out")
+    for name in before - after:
+        (base / f"in/part-{name}.jsonl").unlink()
+    for name in after - before:
+        shutil.copy2(written / f"part-{name}.jsonl", base / "in")
+    found = run("text", base / "in", base / "out")
+    assert found["shards"] == {"kept": len(before & after), "new": len(after - before)}
+    fresh = run("text", base / "in", base / "fresh")
+    assert found["fingerprint"] == fresh["fingerprint"]
+    assert contents(base / "out") == contents(base / "fresh")
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "tokenizer": {"tokenizer_file": tokenizer_file(4)},
+    "text key": {"options": ReadOptions(text_key="id")},
+    "validation": {"validation_fraction": 0.5},
+    "root": {"root": ""},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_settings_make_every_shard_anew(tmp_path: Path, change: str) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for number in range(3):
+        line = {"text": f"an iron ore {number}", "id": f"other {number}"}
+        (source / f"{number}.jsonl").write_text(json.dumps(line) + "\n")
+    first = run("text", source, out)
+    second = run("text", source, out, **CHANGES[change])
+    assert second["shards"] == {"kept": 0, "new": 3}
+    assert (second["tokenizer"] != first["tokenizer"]) == (change == "tokenizer")
+    if change == "tokenizer":
+        assert second["train"]["tokens"] < first["train"]["tokens"]
+        assert (out / "tokenizer.json").read_bytes().count(b'"an"') >= 1
+    run("text", source, tmp_path / "fresh", **CHANGES[change])
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("file", ["tokens.bin", "shard.json", "manifest.json", "made_from.json"])
+@pytest.mark.parametrize("damage", ["lost", "cut"])
+def test_a_damaged_shard_is_made_anew_and_no_other(tmp_path: Path, file: str, damage: str) -> None:
+    source, out = write_texts(tmp_path / "in", 3, 5), tmp_path / "out"
+    first, before = run("text", source, out), times(out)
+    path = out / "shards/000001" / file
+    if damage == "lost":
+        path.unlink()
+    elif file in ("tokens.bin", "shard.json"):
+        os.truncate(path, path.stat().st_size - 1)
+    else:
+        path.write_text("{}")
+    second = run("text", source, out)
+    assert second["shards"] == {"kept": 2, "new": 1}
+    assert changed_shards(before, times(out)) == {"000001"}
+    assert second["fingerprint"] == first["fingerprint"]
+    for shard in out.glob("shards/*"):
+        verify(shard)
+
+
+def test_raising_the_limit_of_rejects_makes_no_shard_anew(tmp_path: Path) -> None:
+    source, out = write_texts(tmp_path / "in", 3, 10, bad=[4, 25]), tmp_path / "out"
+    with pytest.raises(ValueError, match="2 of 30 records"):
+        run("text", source, out)
+    before = times(out)
+    found = run("text", source, out, max_reject_fraction=0.1)
+    assert found["shards"] == {"kept": 3, "new": 0}
+    assert changed_shards(before, times(out)) == set()
+    assert found["rejects"] == {"no text": 2}
+
+
+def test_the_validation_split_and_the_training_split_make_up_the_whole(tmp_path: Path) -> None:
+    source = write_texts(tmp_path / "in", 3, 40)
+    run("text", source, tmp_path / "all")
+    run("text", source, tmp_path / "split", validation_fraction=0.25)
+    parts = [texts_of(Source("s", tmp_path / "split", None, x)) for x in ("train", "validation")]
+    assert 10 < len(parts[1]) < 50
+    assert sorted(parts[0] + parts[1]) == sorted(texts_of(Source("s", tmp_path / "all")))
+
+
+# ------------------------------------------------------------------- stopped in the middle
+
+SCRIPT = """
+import resource
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from made_inputs import run
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({max_file_bytes}, {max_file_bytes}))
+    run("text", Path({source!r}), Path({out!r}), workers={workers},
+        tokenizer_file=Path({tokenizer!r}),
+        progress=lambda done, note: print(done, note, flush=True))
+"""
+
+
+def start(
+    tmp_path: Path, source: Path, workers: int, max_file_bytes: int = -1
+) -> "subprocess.Popen[str]":
+    """Prepare in a process of its own, which may write files of that size."""
+    script = tmp_path / "prepare_it.py"
+    values = {"tests": str(Path(__file__).parent), "source": str(source), "workers": workers}
+    values["max_file_bytes"] = max_file_bytes
+    values |= {"out": str(tmp_path / "out"), "tokenizer": str(tokenizer_file())}
+    script.write_text(SCRIPT.format(**values))
+    command = [sys.executable, str(script)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+
+
+def descendants(pid: int) -> set[int]:
+    """The processes that a process has started, and theirs."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = stat.read_text()
+        except OSError:
+            continue
+        parents[int(stat.parent.name)] = int(text.rpartition(")")[2].split()[1])
+    found: set[int] = set()
+    while new := {child for child, parent in parents.items() if parent in found | {pid}} - found:
+        found |= new
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_at_any_time_it_goes_on_with_what_was_finished(tmp_path: Path, workers: int) -> None:
+    source, out = write_texts(tmp_path / "in", 9, 1500), tmp_path / "out"
+    kept = 0
+    for num_shards in (2, 5):
+        process = start(tmp_path, source, workers)
+        while len(list(out.glob("shards/0*/made_from.json"))) < num_shards:
+            assert process.poll() is None
+            time.sleep(0.005)
+        others = descendants(process.pid)
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 30
+        while any(Path(f"/proc/{pid}").exists() for pid in others):
+            assert time.monotonic() < deadline, "its workers go on without it"
+            time.sleep(0.05)
+        assert not (out / "source.json").exists()
+        finished = [path.parent for path in out.glob("shards/0*/made_from.json")]
+        for path in out.glob("shards/0*"):
+            verify(path)
+        assert len(finished) >= num_shards > kept
+        kept = len(finished)
+    before = {name: when for path in finished for name, when in times(path).items()}
+    found = run("text", source, out)
+    assert found["shards"] == {"kept": kept, "new": 9 - kept}
+    assert before == {name: when for path in finished for name, when in times(path).items()}
+    assert [path.name for path in out.rglob(".*")] == []
+    fresh = run("text", source, tmp_path / "fresh")
+    assert found["fingerprint"] == fresh["fingerprint"]
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_a_full_disk_at_any_write_leaves_whole_shards_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_texts(tmp_path / "in", 2, 3, bad=[1])
+    allowed = {"max_reject_fraction": 0.5}
+    fresh = run("text", source, tmp_path / "fresh", **allowed)
+    sync, messages = os.fsync, list[str]()
+    for number in range(1, 1000):
+        out, calls = tmp_path / f"out-{number}", [0]
+
+        def full(descriptor: int, number: int = number, calls: list[int] = calls) -> None:
+            calls[0] += 1
+            if calls[0] == number:
+                raise OSError(28, "No space left on device")
+            sync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", full)
+        try:
+            found = run("text", source, out, **allowed)
+        except OSError as error:
+            messages.append(str(error))
+            for shard in out.glob("shards/0*"):
+                verify(shard)
+            if (out / "source.json").exists():
+                assert len(Source("s", out)) == 5
+        else:
+            break
+        finally:
+            monkeypatch.setattr(os, "fsync", sync)
+        found = run("text", source, out, **allowed)
+        assert found["fingerprint"] == fresh["fingerprint"]
+        assert contents(out) == contents(tmp_path / "fresh")
+        assert [path.name for path in out.rglob(".*")] == []
+        shutil.rmtree(out)
+    assert len(messages) > 20
+    assert all("No space left on device" in message for message in messages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_shard_that_the_disk_refuses_is_one_error_and_the_others_stay(
+    tmp_path: Path, workers: int
+) -> None:
+    source, out = write_texts(tmp_path / "in", 3, 20), tmp_path / "out"
+    big = "".join(json.dumps({"text": f"a long line {n}"}) + "\n" for n in range(20_000))
+    (source / "part-3.jsonl").write_text(big)
+    process = start(tmp_path, source, workers, max_file_bytes=2**17)
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert f"OSError: [Errno 27] File too large; what is finished in {out} stays" in errors
+    shards = sorted(path.name for path in (out / "shards").iterdir())
+    assert shards == ["000000", "000001", "000002"]
+    for name in shards:
+        verify(out / "shards" / name)
+    assert run("text", source, out)["shards"] == {"kept": 3, "new": 1}
+    run("text", source, tmp_path / "fresh")
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_stops_it_and_the_next_run_goes_on(tmp_path: Path, workers: int) -> None:
+    source, out = write_texts(tmp_path / "in", 6, 50), tmp_path / "out"
+
+    def interrupt(done: float, note: str) -> None:
+        if done > 0.3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("text", source, out, workers=workers, progress=interrupt)
+    assert [path.name for path in out.rglob(".*")] == []
+    assert active_children() == []
+    assert not (out / "source.json").exists()
+    found = run("text", source, out)
+    assert found["shards"]["kept"] >= 2
+    assert found["fingerprint"] == run("text", source, tmp_path / "fresh")["fingerprint"]
+
+
+def test_a_worker_that_is_killed_ends_it_with_the_remedy(tmp_path: Path) -> None:
+    source, out = write_texts(tmp_path / "in", 40, 50), tmp_path / "out"
+
+    def kill(done: float, note: str) -> None:
+        for child in active_children():
+            os.kill(child.pid or 0, signal.SIGKILL)
+
+    with pytest.raises(OSError, match=r"process was killed.*fewer workers.*run the same again"):
+        run("text", source, out, workers=2, progress=kill)
+    found = run("text", source, out)
+    assert found["fingerprint"] == run("text", source, tmp_path / "fresh")["fingerprint"]
+
+
+def test_two_preparations_of_one_folder_at_a_time_are_refused(tmp_path: Path) -> None:
+    source, out = write_texts(tmp_path / "in", 2, 3), tmp_path / "out"
+    out.mkdir()
+    with (
+        FileLock(out / "prepare.lock"),
+        ThreadPoolExecutor(1) as thread,
+        pytest.raises(ValueError, match="out is being prepared by another process"),
+    ):
+        thread.submit(run, "text", source, out).result()
+    assert run("text", source, out)["records"] == 6
+
+
+# ------------------------------------------------------------------------- what it refuses
+
+
+def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
+    source, out = write_texts(tmp_path / "in", 1, 3), tmp_path / "out"
+    (out / "shards/mine").mkdir(parents=True)
+    with pytest.raises(ValueError, match="mine is no shard of a prepared source"):
+        run("text", source, out)
+    assert (out / "shards/mine").is_dir()
+
+
+@pytest.mark.parametrize("place", ["in", "in/deeper/out", "in/shards"])
+def test_preparing_into_the_input_is_refused(tmp_path: Path, place: str) -> None:
+    source = write_texts(tmp_path / "in", 1, 3)
+    with pytest.raises(ValueError, match="lies inside its own input"):
+        run("text", source, tmp_path / place)
+    assert sorted(path.name for path in source.iterdir()) == ["part-0.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"workers": 0}, "0 workers"),
+        ({"max_reject_fraction": 1.5}, "limit of rejects is a fraction, 0 to 1, not 1.5"),
+        ({"validation_fraction": 1.0}, "below 1, not 1.0"),
+        ({"validation_fraction": -0.1}, "0 or more, below 1, not -0.1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    source = write_texts(tmp_path / "in", 1, 3)
+    with pytest.raises(ValueError, match=message):
+        run("text", source, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
+    source = write_texts(tmp_path / "in", 2, 3)
+    with pytest.raises(ValueError, match=r"part-1\.jsonl is given"):
+        run("text", [str(source), str(source / "part-1.jsonl")], tmp_path / "out")
+
+
+def test_memory_urls_are_read_by_one_process_and_refused_to_several(tmp_path: Path) -> None:
+    files = fsspec.filesystem("memory")
+    for number in range(3):
+        line = json.dumps({"text": f"far {number}"}) + "\n"
+        files.pipe(f"/prepared/{number}.jsonl", line.encode())
+    source = ["memory://prepared"]
+    first = run("text", source, tmp_path / "out")
+    assert (first["records"], first["shards"]["new"]) == (3, 3)
+    assert run("text", source, tmp_path / "out")["shards"] == {"kept": 3, "new": 0}
+    files.pipe("/prepared/1.jsonl", b'{"text": "nearer"}\n')
+    assert run("text", source, tmp_path / "out")["shards"] == {"kept": 2, "new": 1}
+    assert texts_of(Source("s", tmp_path / "out")) == ["far 0", "nearer", "far 2"]
+    with pytest.raises(ValueError, match="memory://prepared lies in this process alone"):
+        run("text", source, tmp_path / "other", workers=2)
+
+
+# -------------------------------------------------------------------------------- batches
+
+RECORDS = st.one_of(
+    st.builds(TextRecord, st.just("w"), st.text(max_size=50)),
+    st.builds(
+        CaptionRecord,
+        st.just("w"),
+        st.text(max_size=9),
+        st.builds(Picture, st.just("f"), st.just(0), st.binary(max_size=60)),
+    ),
+    st.builds(Reject, st.just("w"), st.just("r")),
+)
+
+
+@given(items=st.lists(RECORDS, max_size=40), limits=st.tuples(*[st.integers(1, 80)] * 3))
+@settings(max_examples=60, deadline=None)
+def test_batches_hold_every_record_in_order_and_stay_within_one_record_of_the_limits(
+    items: list[Any], limits: tuple[int, int, int]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        names = ("BATCH_RECORDS", "BATCH_CHARACTERS", "BATCH_PICTURE_BYTES")
+        for name, limit in zip(names, limits, strict=True):
+            patch.setattr(prepare_records, name, limit)
+        found = list(prepare_records.batches(items))
+    assert [item for batch in found for item in batch] == items
+    for batch in found:
+        assert 0 < len(batch) <= limits[0]
+        sizes = [prepare_records.num_characters(item) for item in batch]
+        pictures = [prepare_records.picture_of(item) for item in batch]
+        assert sum(sizes[:-1]) < limits[1]
+        assert sum(len(picture.data) for picture in pictures[:-1] if picture) < limits[2]
+
+
+def test_images_and_their_folder_may_lie_elsewhere(tmp_path: Path) -> None:
+    source = write_pictures(tmp_path / "in", 3)
+    (tmp_path / "far").mkdir()
+    for number in range(3):
+        shutil.move(source / f"{number}.png", tmp_path / "far")
+    options = replace(ReadOptions(), images=str(tmp_path / "far"))
+    run("captions", source, tmp_path / "out", options=options, root=str(source))
+    found = Source("s", tmp_path / "out")
+    assert [found.image_bytes(example) for example in range(3)] == [png(0), png(1), png(2)]
+    assert np.array_equal(found.sizes(0, 3)[:, 1], [1, 1, 1])
+    assert read_json(tmp_path / "out/shards/000000/shard.json")["files"][0].startswith("/")

@@ -1,0 +1,254 @@
+"""Rows built from sources: each position, target, segment and picture against the plain form."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made import make_source, make_sources, mixture
+
+from midstream.batch import IGNORE, PADDING, Row
+from midstream.config import Budget, Epochs, Rows
+from midstream.data import packing
+from midstream.data.packing import RowPlan
+from midstream.data.rows import build_row, plan_rows, shares_report
+from midstream.data.sources import Source
+from midstream.tokens import TokenCount
+
+Layout = Literal["joined", "filled", "padded"]
+ALL = ("web", "notes", "pics", "talks")
+FIELDS = ("input_ids", "targets", "position_ids", "segment_ids", "image_starts", "images")
+
+
+@dataclass(frozen=True)
+class Example:
+    """Its tokens, what each predicts by itself, and whether a picture stands before them."""
+
+    tokens: list[int]
+    targets: list[int]
+    image: bool
+
+
+def examples_of(source: Source) -> list[Example]:
+    """All examples, read from the files of the shards and nothing else."""
+    found = []
+    for folder in sorted((source.folder / "shards").iterdir()):
+        tokens = np.fromfile(folder / "tokens.bin", dtype="<u4").astype(int).tolist()
+        offsets = np.load(folder / "offsets.npy").tolist()
+        text = source.kind == "text"
+        marks = [1] * len(tokens) if text else (folder / "supervised.bin").read_bytes()
+        for number, (low, high) in enumerate(pairwise(offsets)):
+            following = [tokens[at] if marks[at] else IGNORE for at in range(low + 1, high)]
+            image = not text and np.load(folder / "images.npy")[number, 0] >= 0
+            found.append(Example(tokens[low:high], [*following, IGNORE], bool(image)))
+    return found
+
+
+def plain_row(plan: RowPlan, sources: Mapping[str, Source], index: int, patches: int) -> Row:
+    """A row put together token by token."""
+    joined = plan.layout.sees_all(index)
+    ids, targets, positions, segments = (list[int]() for _ in range(4))
+    starts, images, counts = list[int](), list[list[int]](), dict[str, TokenCount]()
+    for segment, placed in enumerate(plan.layout.row(index)):
+        source = sources[plan.names[placed.source]]
+        example = examples_of(source)[placed.example]
+        head = patches if example.image else 0
+        assert placed.column == len(ids)
+        if head:
+            starts.append(len(ids))
+            images.append([placed.source, placed.example])
+        mine = slice(placed.start, placed.start + placed.length)
+        inside = ([0] * head + example.tokens)[mine]
+        predicted = ([IGNORE] * head + example.targets)[mine]
+        if joined and targets and targets[-1] == IGNORE:
+            targets[-1] = inside[0]
+        ids, targets = ids + inside, targets + predicted
+        positions += range(len(positions), len(ids)) if joined else range(placed.length)
+        segments += [0 if joined else segment] * placed.length
+        kinds = {"image": head, source.kind: placed.length - head}
+        counts[source.name] = counts.get(source.name, TokenCount()) + TokenCount(**kinds)
+    for placed in plan.layout.row(index):
+        here = targets[placed.column : placed.column + placed.length]
+        name = plan.names[placed.source]
+        counts[name] += TokenCount(target=sum(target != IGNORE for target in here))
+    rest = plan.rows.row_length - len(ids)
+
+    def filled(column: list[int], filler: int) -> np.ndarray:
+        return np.array(column + [filler] * rest, dtype=np.int64)
+
+    return Row(
+        input_ids=filled(ids, 0),
+        targets=filled(targets, IGNORE),
+        position_ids=filled(positions, 0),
+        segment_ids=filled(segments, PADDING),
+        image_starts=np.array(starts, dtype=np.int64),
+        images=np.array(images, dtype=np.int64).reshape(-1, 2),
+        counts=sum(counts.values(), TokenCount(pad=rest)),
+        sources=counts,
+    )
+
+
+def check_equal(found: Row, expected: Row) -> None:
+    for name in FIELDS:
+        column = getattr(found, name)
+        assert column.dtype == np.int64
+        assert column.shape == getattr(expected, name).shape
+        assert column.tolist() == getattr(expected, name).tolist(), name
+    assert found.counts == expected.counts
+    assert dict(found.sources) == dict(expected.sources)
+
+
+def rows_of(plan: RowPlan, sources: Mapping[str, Source], patches: int) -> list[Row]:
+    return [build_row(plan, sources, index, patches) for index in range(len(plan))]
+
+
+@given(
+    seed=st.integers(0, 999),
+    layout=st.sampled_from(["filled", "padded", "joined"]),
+    row_length=st.integers(10, 48),
+    patches=st.integers(0, 8),
+    whole=st.booleans(),
+)
+@settings(max_examples=10, deadline=None)
+def test_every_position_target_segment_and_picture_is_that_of_the_plain_form(
+    seed: int, layout: Layout, row_length: int, patches: int, whole: bool
+) -> None:
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "BLOCK_ROWS", 9)
+        names = ALL[:2] if layout == "joined" else ALL
+        sources = make_sources(
+            Path(folder), seed, longest=row_length - patches, images=layout != "joined"
+        )
+        rows = Rows(row_length=row_length, batch_rows=4, layout=layout)
+        budget: Budget = Epochs(sources=names, epochs=2)
+        if not whole:
+            first = 1 - 0.2 * (len(names) - 1)
+            budget = mixture(300, {**dict.fromkeys(names[1:], 0.2), names[0]: first}, 5)
+        plan = plan_rows(sources, patches, budget, rows, seed)
+        found = rows_of(plan, sources, patches)
+        picked = np.random.default_rng(seed).permutation(len(plan))[:25].tolist()
+        for index in {0, len(plan) - 1, *picked}:
+            check_equal(found[index], plain_row(plan, sources, index, patches))
+        assert sum(row.counts.seen for row in found) == plan.seen_tokens
+        for row in found:
+            assert row.counts.total == row_length
+            used = row.segment_ids != PADDING
+            assert used[: used.sum()].all()
+        if whole:
+            held = np.sort(np.concatenate([row.input_ids for row in found]))
+            every = [t for name in names for e in examples_of(sources[name]) for t in e.tokens]
+            assert held[held > 0].tolist() == sorted(2 * every)
+
+
+@pytest.mark.parametrize("layout", ["filled", "padded"])
+def test_rows_of_three_shards_are_those_of_one(tmp_path: Path, layout: Layout) -> None:
+    random = np.random.default_rng(0)
+    web, pics = random.integers(1, 70, 31).tolist(), random.integers(1, 29, 23).tolist()
+    shown = [None if x % 4 == 0 else x for x in range(23)]
+    found = []
+    for shards in (1, 3):
+        folder = tmp_path / str(shards)
+        sources = {
+            "web": make_source(folder, "web", "text", web, shards=shards),
+            "pics": make_source(
+                folder, "pics", "instruct", pics, number=1, pictures=shown, shards=shards
+            ),
+        }
+        rows = Rows(row_length=32, batch_rows=4, layout=layout)
+        plan = plan_rows(sources, 4, Epochs(sources=("web", "pics"), epochs=2), rows, 0)
+        found.append(rows_of(plan, sources, 4))
+    for one, three in zip(*found, strict=True):
+        # Which tokens are supervised is drawn by the source's number, not by its shards.
+        check_equal(three, one)
+
+
+@pytest.mark.parametrize("last", range(1, 18))
+def test_joined_rows_are_whole_wherever_the_last_document_ends(tmp_path: Path, last: int) -> None:
+    sources = {"web": make_source(tmp_path, "web", "text", [5, 8, 3, last])}
+    rows = Rows(row_length=8, batch_rows=4, layout="joined")
+    plan = plan_rows(sources, 0, Epochs(sources=("web",), epochs=1), rows, 0)
+    assert len(plan) == -(-(16 + last) // 8)
+    for index in range(len(plan)):
+        check_equal(build_row(plan, sources, index, 0), plain_row(plan, sources, index, 0))
+
+
+def test_building_a_row_leaves_those_built_before_alone(tmp_path: Path) -> None:
+    sources = make_sources(tmp_path, 0, longest=28, images=False)
+    for layout in ("joined", "filled"):
+        rows = Rows.model_validate({"row_length": 32, "batch_rows": 4, "layout": layout})
+        plan = plan_rows(sources, 0, Epochs(sources=("web",), epochs=1), rows, 0)
+        found = rows_of(plan, sources, 0)
+        kept = [{name: getattr(row, name).tolist() for name in FIELDS} for row in found]
+        rows_of(plan, sources, 0)
+        assert kept == [{name: getattr(row, name).tolist() for name in FIELDS} for row in found]
+
+
+def test_counts_bear_the_names_of_the_plan_whatever_the_sources_are_called(tmp_path: Path) -> None:
+    sources = {"other": make_source(tmp_path, "web", "text", [5, 8, 30])}
+    rows = Rows(row_length=8, batch_rows=4)
+    plan = plan_rows(sources, 0, Epochs(sources=("other",), epochs=1), rows, 0)
+    assert all(set(row.sources) == {"other"} for row in rows_of(plan, sources, 0))
+
+
+@pytest.mark.parametrize("layout", ["filled", "padded"])
+@pytest.mark.parametrize("kind", ["caption", "instruct"])
+def test_a_record_longer_than_a_row_is_named_with_both_numbers(
+    tmp_path: Path, layout: Layout, kind: Literal["caption", "instruct"]
+) -> None:
+    source = make_source(tmp_path, "pics", kind, [20, 28, 29, 40], pictures=[0, 1, 2, 3])
+    budget = Epochs(sources=("pics",), epochs=1)
+    rows = Rows(row_length=43, batch_rows=4, layout=layout)
+    expected = "source 'pics', pics-000.tar, sample 3: 44 positions .* row of 43"
+    with pytest.raises(ValueError, match=expected):
+        plan_rows({"pics": source}, 4, budget, rows, 0)
+    wide = Rows(row_length=44, batch_rows=4, layout=layout)
+    assert len(plan_rows({"pics": source}, 4, budget, wide, 0)) >= 3
+
+
+def test_a_conversation_without_a_picture_is_not_cut_either(tmp_path: Path) -> None:
+    source = make_source(tmp_path, "talks", "instruct", [20, 33], pictures=[None, None])
+    rows, budget = Rows(row_length=32, batch_rows=4), Epochs(sources=("talks",), epochs=1)
+    with pytest.raises(ValueError, match=r"talks-000\.tar, sample 1: 33 positions"):
+        plan_rows({"talks": source}, 4, budget, rows, 0)
+
+
+def test_an_unknown_source_is_refused_with_all_that_there_are(tmp_path: Path) -> None:
+    sources = make_sources(tmp_path, 0, longest=28)
+    budget = mixture(100, {"web": 0.5, "wbe": 0.5})
+    with pytest.raises(ValueError, match=r"'wbe' in the data; it holds \['notes', 'pics', 'talks"):
+        plan_rows(sources, 4, budget, Rows(row_length=32, batch_rows=4), 0)
+
+
+@given(seed=st.integers(0, 99), share=st.floats(0, 1e-2), part=st.floats(0.05, 0.9))
+@settings(max_examples=8, deadline=None)
+def test_the_report_of_shares_says_what_the_rows_hold(seed: int, share: float, part: float) -> None:
+    with TemporaryDirectory() as folder:
+        sources = make_sources(Path(folder), seed, longest=28)
+        total = int(sources["web"].num_tokens * part)
+        budget = mixture(total, {"web": 1 - 2 * share, "pics": share, "notes": share})
+        plan = plan_rows(sources, 4, budget, Rows(row_length=32, batch_rows=4), seed)
+        report = shares_report(plan, sources, 4)
+        assert list(report) == ["web", "pics", "notes"]
+        found = rows_of(plan, sources, 4)
+        for number, (name, entry) in enumerate(report.items()):
+            seen = sum((row.sources.get(name, TokenCount()) for row in found), TokenCount()).seen
+            held = {
+                p.example
+                for k in range(len(plan))
+                for p in plan.layout.row(k)
+                if p.source == number
+            }
+            assert entry["kind"] == sources[name].kind
+            assert entry["realised_tokens"] == seen
+            assert entry["examples"] == len(held)
+            assert abs(seen - entry["planned_tokens"]) <= entry["largest_example_tokens"]
+            assert (seen > 0) == (entry["planned_tokens"] > 0)
+            have = sources[name].num_tokens + 4 * sources[name].num_images
+            assert entry["epochs"] == pytest.approx(seen / have)
+        assert sum(entry["planned_tokens"] for entry in report.values()) == total
