@@ -19,8 +19,8 @@ from midstream.config import (
     VLMConfig,
 )
 from midstream.data.loader import RowDataset
-from midstream.data.packing import plan_rows
 from midstream.data.prepare import open_sources, prepare
+from midstream.data.rows import plan_rows
 from midstream.data.sources import Source
 from midstream.recipes.pocket import when_images_arrive
 from midstream.study.stage import Continue, Finetune

@@ -41,7 +41,7 @@ def useful_tokens_per_second(datasets: dict[str, RowDataset], steps: int) -> dic
         initialise(model, 0)
     optimizers = {name: make_optimizer(model, AdamW()) for name, model in models.items()}
     batches = {
-        name: load_steps(dataset, first_step=0, micro_rows=dataset.plan.rows.batch_rows)
+        name: load_steps(dataset, first_row=0, micro_rows=dataset.plan.rows.batch_rows)
         for name, dataset in datasets.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in datasets}

@@ -123,7 +123,7 @@ def main() -> None:
             rows = Rows(row_length=row_length, batch_rows=batch_rows, layout=layout)
             tokens = (steps + 2) * batch_rows * row_length
             dataset = rows_of(sources, config.encoder, rows, SHARES, tokens)
-            batches = load_steps(dataset, first_step=0, micro_rows=batch_rows)
+            batches = load_steps(dataset, first_row=0, micro_rows=batch_rows)
             return Side(name, batches, make(copy.deepcopy(model).to(device), device))
 
         plain = side("plain loop, padded rows", "padded", plain_step)

@@ -27,8 +27,8 @@ from midstream.config import (
     VLMConfig,
 )
 from midstream.data.loader import RowDataset
-from midstream.data.packing import plan_rows
 from midstream.data.prepare import open_sources, prepare
+from midstream.data.rows import plan_rows
 from midstream.identity import folder_fingerprint
 from midstream.model.initialise import initialise
 from midstream.model.vlm import VLM

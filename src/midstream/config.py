@@ -151,7 +151,7 @@ class VLMConfig(Config):
 
 
 class PocketWorld(Config):
-    """The generated world (`data/pocket.py`): how much of each thing, and its seed."""
+    """The generated world (`data/worlds/pocket.py`): how much of each thing, and its seed."""
 
     kind: Literal["pocket"] = "pocket"
     seed: int = 0
@@ -163,7 +163,7 @@ class PocketWorld(Config):
 
 
 class SmallReal(Config):
-    """Small real data sets in their owners' layout (`data/small_real.py`).
+    """Small real data sets in their owners' layout (`data/worlds/small_real.py`).
 
     `fingerprint` stands for the bytes under `root`; a preparation refuses other bytes.
     """
@@ -275,6 +275,12 @@ class Epochs(Config):
     kind: Literal["epochs"] = "epochs"
     sources: Annotated[tuple[str, ...], Field(min_length=1)]
     epochs: Positive
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Epochs":
+        if len(set(self.sources)) != len(self.sources):
+            raise ValueError(f"a source is named twice: {list(self.sources)}; raise epochs instead")
+        return self
 
 
 class Amount(Config):

@@ -20,10 +20,10 @@ from types import FrameType
 from typing import Any
 
 from midstream.data.examples import TextCodec
-from midstream.data.files import is_url
-from midstream.data.prepare_source import canonical_tokenizer, prepare_source
-from midstream.data.records import ReadOptions, Section
-from midstream.data.tokenise import open_tokenizer
+from midstream.data.formats.files import is_url
+from midstream.data.formats.records import ReadOptions, Section
+from midstream.data.preparation.source import canonical_tokenizer, prepare_source
+from midstream.data.tokenising.tokenise import open_tokenizer
 from midstream.storage import write_bytes
 
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from midstream.data import read_conversations as module
-from midstream.data.read_conversations import conversation_units, read_conversations
-from midstream.data.records import ReadOptions
+from midstream.data.formats import read_conversations as module
+from midstream.data.formats.read_conversations import conversation_units, read_conversations
+from midstream.data.formats.records import ReadOptions
 
 OPTIONS = ReadOptions()
 Put = Callable[[str, bytes], str]

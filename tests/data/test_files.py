@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from midstream.data.files import (
+from midstream.data.formats.files import (
     base_name,
     exists,
     find_files,

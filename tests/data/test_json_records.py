@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from midstream.data import json_records
-from midstream.data.json_records import json_object, list_entries, unicode_problem
+from midstream.data.formats import json_records
+from midstream.data.formats.json_records import json_object, list_entries, unicode_problem
 from midstream.data.source_writer import Reject
 
 TEXTS = st.lists(

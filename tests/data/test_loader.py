@@ -16,7 +16,7 @@ from torch import Tensor
 
 from midstream.batch import Batch, Row, add_counts
 from midstream.config import Rows
-from midstream.data import packing
+from midstream.data import filling, joining
 from midstream.data.loader import RowDataset, View, load_steps
 from midstream.data.rows import build_row, plan_rows
 from midstream.tokens import TokenCount
@@ -165,7 +165,8 @@ class Consumer:
 def test_restoring_at_every_row_twice_in_a_row_gives_the_uninterrupted_sequence(
     tmp_path: Path, layout: Literal["filled", "padded"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "BLOCK_ROWS", 6)
+    for module in (filling, joining):
+        monkeypatch.setattr(module, "BLOCK_ROWS", 6)
     sources = make_sources(tmp_path, 3, longest=28)
     budget = mixture(300, {"web": 0.4, "pics": 0.4, "talks": 0.2})
     plan = plan_rows(sources, PATCHES, budget, Rows(row_length=32, batch_rows=4, layout=layout), 1)

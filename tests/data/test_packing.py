@@ -11,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from midstream.config import Budget, Epochs, Mixture, Rows, Sampling, Share
-from midstream.data import packing, stream
+from midstream.data import filling, joining, stream
+from midstream.data.filling import Filled
+from midstream.data.joining import Joined, Padded
 from midstream.data.mixture import Supply
-from midstream.data.packing import Filled, Joined, Padded, Placement, RowPlan, make_plan
+from midstream.data.packing import RowPlan, make_plan
+from midstream.data.placement import Placement
 from midstream.data.stream import ArrayLengths
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -24,8 +27,9 @@ LAYOUTS = st.sampled_from(["filled", "padded", "joined"])
 def small(block_rows: int, *, checked: int = 512, groups: bool = False) -> Iterator[None]:
     """Tiny data goes through many blocks, and where asked through many groups and chunks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "BLOCK_ROWS", block_rows)
-        patch.setattr(packing, "CHECKED_BLOCKS", checked)
+        for module in (filling, joining):
+            patch.setattr(module, "BLOCK_ROWS", block_rows)
+        patch.setattr(filling, "CHECKED_BLOCKS", checked)
         if groups:
             patch.setattr(stream, "MAX_CHUNKS", 9)
             patch.setattr(stream, "MIN_CHUNK", 2)
@@ -345,7 +349,7 @@ def test_rows_of_a_block_are_not_sorted_by_what_they_hold() -> None:
     supply = Supply("web", ArrayLengths(lengths), True)
     rows = Rows(row_length=60, batch_rows=4)
     found = rows_of(make_plan([supply], Epochs(sources=("web",), epochs=1), rows, 0))
-    assert 200 < len(found) < packing.BLOCK_ROWS
+    assert 200 < len(found) < filling.BLOCK_ROWS
     longest = [max(placed.length for placed in row) for row in found]
     assert abs(np.corrcoef(longest, np.arange(len(found)))[0, 1]) < 0.2
 
@@ -411,7 +415,7 @@ class Counted:
 def test_any_row_of_a_billion_captions_and_ten_billion_documents_costs_alike(
     layout: str, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "CHECKED_BLOCKS", 4)
+    monkeypatch.setattr(filling, "CHECKED_BLOCKS", 4)
     rows = Rows.model_validate({"row_length": 1024, "batch_rows": 256, "layout": layout})
     budget = mixed(28_795_904_000, {"pics": 0.5, "web": 0.5}, sampling)
 

@@ -16,9 +16,9 @@ import zstandard
 from PIL import Image
 
 from midstream.config import PocketWorld
-from midstream.data.pocket import CHANCES, TEXT_TASKS, write_pocket_world
-from midstream.data.pocket_language import FACTS, NAMES, fact_table
-from midstream.data.pocket_scenes import (
+from midstream.data.worlds.pocket import CHANCES, TEXT_TASKS, write_pocket_world
+from midstream.data.worlds.pocket_language import FACTS, NAMES, fact_table
+from midstream.data.worlds.pocket_scenes import (
     COLORS,
     POSITIONS,
     SHAPES,

@@ -5,10 +5,10 @@ from collections import Counter, defaultdict
 import pytest
 
 from midstream.config import PocketWorld
-from midstream.data.pocket import CHANCES, talk
-from midstream.data.pocket_bench import Item, open_items, pope_items, where_items
-from midstream.data.pocket_language import answer
-from midstream.data.pocket_scenes import PAIRS, WORDS, Plan, generator, sample_scene
+from midstream.data.worlds.pocket import CHANCES, talk
+from midstream.data.worlds.pocket_bench import Item, open_items, pope_items, where_items
+from midstream.data.worlds.pocket_language import answer
+from midstream.data.worlds.pocket_scenes import PAIRS, WORDS, Plan, generator, sample_scene
 
 
 def test_another_items_picture_answers_no_better_than_guessing():

@@ -22,8 +22,8 @@ from made_world import (
 
 from midstream.config import PocketWorld, PublicFolder, TokenizerFile, TrainedTokenizer
 from midstream.data import prepare as prepare_module
+from midstream.data.formats.records import Section
 from midstream.data.prepare import open_codec, open_sources, prepare
-from midstream.data.records import Section
 from midstream.data.sources import Source
 from midstream.identity import file_sha256, folder_fingerprint, world_fingerprint
 from midstream.storage import verify

@@ -32,8 +32,8 @@ from made_inputs import (
 )
 from made_world import CAPTIONS, samples, write_tar
 
-from midstream.data import prepare_records
-from midstream.data.records import CaptionRecord, Picture, ReadOptions, TextRecord
+from midstream.data.formats.records import CaptionRecord, Picture, ReadOptions, TextRecord
+from midstream.data.preparation import records as prepare_records
 from midstream.data.source_writer import Reject
 from midstream.data.sources import Source
 from midstream.storage import read_json, verify

@@ -12,10 +12,10 @@ from typing import Any
 import fsspec
 import pytest
 
-from midstream.data import caption_checks, read_captions, tars
-from midstream.data.files import read_range
-from midstream.data.read_captions import FORMATS, caption_units
-from midstream.data.records import CaptionRecord, ReadOptions, Unit
+from midstream.data.formats import caption_checks, read_captions, tars
+from midstream.data.formats.files import read_range
+from midstream.data.formats.read_captions import FORMATS, caption_units
+from midstream.data.formats.records import CaptionRecord, ReadOptions, Unit
 from midstream.data.source_writer import Reject
 
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"

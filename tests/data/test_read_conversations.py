@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from midstream.data import read_conversations as module
-from midstream.data.read_conversations import conversation_units, read_conversations
-from midstream.data.records import ConversationRecord, Picture, ReadOptions
+from midstream.data.formats import read_conversations as module
+from midstream.data.formats.read_conversations import conversation_units, read_conversations
+from midstream.data.formats.records import ConversationRecord, Picture, ReadOptions
 from midstream.data.source_writer import Reject
 
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"

@@ -8,8 +8,8 @@ import fsspec
 import pytest
 import zstandard
 
-from midstream.data import files
-from midstream.data.files import read_lines
+from midstream.data.formats import files
+from midstream.data.formats.files import read_lines
 
 LINES = [b"one\n", b"\n", b"\xff\xfe no text\n", b"three\r\n", b"last, without an end"]
 RANDOM = random.Random(3)

@@ -17,9 +17,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from midstream.data import read_text as module
-from midstream.data.read_text import read_text, text_units
-from midstream.data.records import ReadOptions, TextRecord, Unit
+from midstream.data.formats import read_text as module
+from midstream.data.formats.read_text import read_text, text_units
+from midstream.data.formats.records import ReadOptions, TextRecord, Unit
 from midstream.data.source_writer import Reject
 
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"

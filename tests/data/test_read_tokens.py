@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from midstream.data.read_text import read_text, text_units
-from midstream.data.records import ReadOptions, TokenRecord
+from midstream.data.formats.read_text import read_text, text_units
+from midstream.data.formats.records import ReadOptions, TokenRecord
 from midstream.data.source_writer import Reject
 
 OPTIONS = ReadOptions()

@@ -15,7 +15,7 @@ from made import make_source, make_sources, mixture
 
 from midstream.batch import IGNORE, PADDING, Row
 from midstream.config import Budget, Epochs, Rows
-from midstream.data import packing
+from midstream.data import filling, joining
 from midstream.data.packing import RowPlan
 from midstream.data.rows import build_row, plan_rows, shares_report
 from midstream.data.sources import Source
@@ -120,7 +120,8 @@ def test_every_position_target_segment_and_picture_is_that_of_the_plain_form(
     seed: int, layout: Layout, row_length: int, patches: int, whole: bool
 ) -> None:
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "BLOCK_ROWS", 9)
+        for module in (filling, joining):
+            patch.setattr(module, "BLOCK_ROWS", 9)
         names = ALL[:2] if layout == "joined" else ALL
         sources = make_sources(
             Path(folder), seed, longest=row_length - patches, images=layout != "joined"

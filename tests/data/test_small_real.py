@@ -10,9 +10,12 @@ import pytest
 from PIL import Image
 
 from midstream.config import SmallReal
-from midstream.data import small_real_owners as owners
 from midstream.data.examples import conversation_turns
-from midstream.data.small_real import QUESTIONS_PER_CONVERSATION, write_small_real
+from midstream.data.formats.read_captions import caption_units, read_captions
+from midstream.data.formats.read_text import read_text, text_units
+from midstream.data.formats.records import CaptionRecord, ReadOptions, TextRecord
+from midstream.data.worlds import small_real_owners as owners
+from midstream.data.worlds.small_real import QUESTIONS_PER_CONVERSATION, write_small_real
 from midstream.eval.task import VISUAL_FORMATS
 from midstream.eval.text import read_text_task
 from midstream.identity import folder_fingerprint
@@ -139,11 +142,23 @@ def picture_bytes(folder: Path) -> set[bytes]:
     return {path.read_bytes() for path in folder.rglob("*") if path.suffix in (".jpg", ".png")}
 
 
-def check_nothing_is_on_both_sides(world: Path) -> None:
-    from midstream.data.prepare import read_captions
+def captioned_pictures(folder: Path) -> list[CaptionRecord]:
+    options = ReadOptions()
+    units = caption_units([str(folder)], options)
+    found = [record for unit in units for record in read_captions(unit, options)]
+    assert all(isinstance(record, CaptionRecord) for record in found)
+    return [record for record in found if isinstance(record, CaptionRecord)]
 
-    captioned = list(read_captions(world / "captions" / "flickr8k"))
-    trained = {data for _, _, (_, _, data) in captioned}
+
+def documents(folder: Path) -> list[str]:
+    options = ReadOptions()
+    found = [r for unit in text_units([str(folder)], options) for r in read_text(unit, options)]
+    return [record.text for record in found if isinstance(record, TextRecord)]
+
+
+def check_nothing_is_on_both_sides(world: Path) -> None:
+    captioned = captioned_pictures(world / "captions" / "flickr8k")
+    trained = {record.picture.data for record in captioned}
     for name in ("vqa_easy", "daquar", "flickr_match"):
         trained |= picture_bytes(world / "instruct" / name / "images")
     for name in ("daquar", "flickr_match"):
@@ -155,7 +170,7 @@ def check_nothing_is_on_both_sides(world: Path) -> None:
     seen = human_texts(world, "flickr_match")
     assert questions
     assert not [question for question in questions if question in seen]
-    captions = {caption for _, caption, _ in captioned}
+    captions = {record.caption for record in captioned}
     assert not [text for text in questions if text.split('"')[1] in captions]
 
 
@@ -172,7 +187,7 @@ def check_pictures_exist(world: Path) -> None:
 
 
 def test_every_part_of_the_layout_is_read_back_with_its_counts(root: Path, tmp_path: Path) -> None:
-    from midstream.data.prepare import read_captions, read_texts, source_folders
+    from midstream.data.prepare import source_folders
 
     world = written(root, tmp_path / "world")
     kinds = {name: kind for name, (kind, _) in source_folders(world).items()}
@@ -181,19 +196,15 @@ def test_every_part_of_the_layout_is_read_back_with_its_counts(root: Path, tmp_p
         **dict.fromkeys(("flickr8k", "emoji"), "caption"),
         **dict.fromkeys(("vqa_easy", "daquar", "flickr_match"), "instruct"),
     }
-    texts = {
-        name: [t for _, t in read_texts(world / "text" / name)]
-        for name in kinds
-        if kinds[name] == "text"
-    }
+    texts = {name: documents(world / "text" / name) for name in kinds if kinds[name] == "text"}
     assert texts["web_wiki"] == ["web 0", "web 1", "web 2", "First article.", "Second article."]
     assert [text.split("\n")[0].strip() for text in texts["wikitext2"]] == ["= One =", "= Two ="]
     assert all("= = Part = =" in text and "More <unk> ." in text for text in texts["wikitext2"])
     held = {f"photo_{n}.jpg" for n in range(NUM_PHOTOS) if owners.is_held_apart(f"photo_{n}.jpg")}
-    captions = [caption for _, caption, _ in read_captions(world / "captions" / "flickr8k")]
+    captions = [record.caption for record in captioned_pictures(world / "captions" / "flickr8k")]
     assert 0 < len(held) < NUM_PHOTOS
     assert len(captions) == len(set(captions)) == 2 * (NUM_PHOTOS - len(held))
-    names = [caption for _, caption, _ in read_captions(world / "captions" / "emoji")]
+    names = [record.caption for record in captioned_pictures(world / "captions" / "emoji")]
     assert names == ["grinning face", "keycap 1"]
     check_pictures_exist(world)
 
@@ -201,11 +212,9 @@ def test_every_part_of_the_layout_is_read_back_with_its_counts(root: Path, tmp_p
 def test_transparent_emoji_become_white_jpegs(root: Path, tmp_path: Path) -> None:
     import io
 
-    from midstream.data.prepare import read_captions
-
     world = written(root, tmp_path / "world")
-    for _, _, (_, _, data) in read_captions(world / "captions" / "emoji"):
-        with Image.open(io.BytesIO(data)) as picture:
+    for record in captioned_pictures(world / "captions" / "emoji"):
+        with Image.open(io.BytesIO(record.picture.data)) as picture:
             assert picture.format == "JPEG"
             assert picture.getpixel((5, 5)) == (255, 255, 255)
 

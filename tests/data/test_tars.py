@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from midstream.data import tars
-from midstream.data.tars import TOO_LARGE, TWICE, UNSAFE, Member, samples_of, scan_tar
+from midstream.data.formats import tars
+from midstream.data.formats.tars import TOO_LARGE, TWICE, UNSAFE, Member, samples_of, scan_tar
 
 FORMATS = {"gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT, "ustar": tarfile.USTAR_FORMAT}
 LONG = "folder/" * 30 + "ünïcode-" * 20 + "0.jpg"

@@ -181,7 +181,14 @@ def trained(stage: Pretrain | Continue | Finetune, steps: int) -> dict[str, Any]
             "epochs": 0.51,
             "largest_example_tokens": 97,
             "planned_sequences": None,
-            "seen": {"text": 901, "caption": 0, "instruct": 0, "image": 18, "target": 777, "pad": 0},
+            "seen": {
+                "text": 901,
+                "caption": 0,
+                "instruct": 0,
+                "image": 18,
+                "target": 777,
+                "pad": 0,
+            },
         }
         for share in budget.shares
     }

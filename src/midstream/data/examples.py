@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
-from midstream.data.tokenise import fast_encoder
+from midstream.data.tokenising.tokenise import fast_encoder
 
 END_OF_TEXT = "<|endoftext|>"
 SEPARATOR = "<|separator|>"

@@ -69,7 +69,9 @@ class Quota:
 def quotas_of(
     supplies: Sequence[Supply], budget: Budget, *, row_length: int, seed: int
 ) -> list[Quota]:
-    """Meet a budget: text to the token, whole examples within half of one, at least one of each.
+    """Meet a budget: text to the token, whole examples within half of one.
+
+    A share of one token or sequence is seen, if only in one example.
 
     Raises ValueError for an unknown source or a budget that the source cannot meet in `max_epochs`,
     with both numbers.

@@ -16,19 +16,19 @@ from midstream.config import (
     TrainedTokenizer,
 )
 from midstream.data.examples import END_OF_TEXT, SEPARATOR, TextCodec
-from midstream.data.pocket import write_pocket_world
-from midstream.data.prepare_records import read_unit, units_of
-from midstream.data.prepare_source import canonical_tokenizer, prepare_source
-from midstream.data.prepare_workers import Progress
-from midstream.data.records import (
+from midstream.data.formats.records import (
     CaptionRecord,
     ConversationRecord,
     ReadOptions,
     Section,
     TextRecord,
 )
-from midstream.data.small_real import write_small_real
+from midstream.data.preparation.records import read_unit, units_of
+from midstream.data.preparation.source import canonical_tokenizer, prepare_source
+from midstream.data.preparation.workers import Progress
 from midstream.data.sources import INDEX, Source
+from midstream.data.worlds.pocket import write_pocket_world
+from midstream.data.worlds.small_real import write_small_real
 from midstream.identity import file_sha256, world_fingerprint
 from midstream.storage import new_folder, read_json, write_bytes, write_json
 
@@ -193,7 +193,7 @@ def _open_tokenizer(
 
 def _lay_out(world: PocketWorld | SmallReal, out: Path) -> None:
     """Write a generated world, unless it stands there whole: its sources' shards then stay."""
-    root, record = world_folder(world, out), out / "world_made_from.json"
+    root, record = world_folder(world, out), out / "prepared" / "world_made_from.json"
     made_from = world.model_dump(mode="json")
     if record.is_file() and root.is_dir() and read_json(record) == made_from:
         return

@@ -24,7 +24,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 class Progress:
     """Where a stage stands: whole steps done, what they held, and the metrics file's length.
 
-    `sources` are the counts by source; `rate` is the schedule's learning rate at `tokens_seen`, where a continuation starts.
+    `sources` are the counts by source; `rate` is the schedule's learning rate at `tokens_seen`,
+    where a continuation starts.
     """
 
     step: int

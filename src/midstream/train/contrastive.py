@@ -147,8 +147,8 @@ def _captions(source: Source, codec: TextCodec, length: int) -> torch.Tensor:
         caption = source.input_ids(example, 1).astype(np.int64)
         if len(caption) > length:
             raise ValueError(
-                f"{source.describe(example)}: the caption has {len(caption)} tokens, the text tower "
-                f"takes {length}; raise max_text_tokens"
+                f"{source.describe(example)}: the caption has {len(caption)} tokens, the text "
+                f"tower takes {length}; raise max_text_tokens"
             )
         found[example, : len(caption)] = torch.from_numpy(caption)
     return found

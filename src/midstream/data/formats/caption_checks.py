@@ -5,11 +5,11 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from midstream.data.files import inside, read_range, size_of
-from midstream.data.records import CaptionRecord, Picture, ReadOptions
+from midstream.data.formats.files import inside, read_range, size_of
+from midstream.data.formats.records import CaptionRecord, Picture, ReadOptions
+from midstream.data.formats.tars import LARGEST_BYTES
 from midstream.data.source_writer import Reject
 from midstream.data.sources import Kept
-from midstream.data.tars import LARGEST_BYTES
 
 NOT_UTF8, NOT_UNICODE = "caption not UTF-8", "caption not Unicode"
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from midstream.data.pocket_scenes import (
+from midstream.data.worlds.pocket_scenes import (
     COLORS,
     IMAGE_SIZE,
     PAIRS,

@@ -12,8 +12,8 @@ from typing import Any
 
 import fsspec
 
-from midstream.data.files import is_url
-from midstream.data.records import ReadOptions, Section, Unit
+from midstream.data.formats.files import is_url
+from midstream.data.formats.records import ReadOptions, Section, Unit
 from midstream.data.sources import FORMAT, INDEX, SHARD_INDEX
 from midstream.storage import MANIFEST, read_json
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from midstream.data.merge_ranks import byte_letters, is_byte_level, ranks_of
-from midstream.data.split_pattern import Agreement, split_of
+from midstream.data.tokenising.merge_ranks import byte_letters, is_byte_level, ranks_of
+from midstream.data.tokenising.split_pattern import Agreement, split_of
 
 # A text with a run of whitespace, or of anything else, that is twice as long goes the plain way:
 # tiktoken overflows on the one, and its older releases are slow on the other.

@@ -10,10 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 import pyarrow
 from pyarrow.parquet import ParquetFile
 
-from midstream.data.files import base_name, exists, find_files, open_binary, read_lines, size_of
-from midstream.data.json_records import NOT_UNICODE, NOT_UTF8, json_object, unicode_problem
-from midstream.data.read_tokens import EMPTY, Manifests, read_tokens
-from midstream.data.records import ReadOptions, TextRecord, TokenRecord, Unit
+from midstream.data.formats.files import (
+    base_name,
+    exists,
+    find_files,
+    open_binary,
+    read_lines,
+    size_of,
+)
+from midstream.data.formats.json_records import NOT_UNICODE, NOT_UTF8, json_object, unicode_problem
+from midstream.data.formats.read_tokens import EMPTY, Manifests, read_tokens
+from midstream.data.formats.records import ReadOptions, TextRecord, TokenRecord, Unit
 from midstream.data.source_writer import Reject
 
 NO_TEXT = "no text"

@@ -14,8 +14,8 @@ import numpy as np
 import zstandard
 
 from midstream.config import SmallReal
-from midstream.data import small_real_owners as owners
-from midstream.data.small_real_bench import (
+from midstream.data.worlds import small_real_owners as owners
+from midstream.data.worlds.small_real_bench import (
     as_jpeg,
     generator,
     json_lines,
@@ -26,7 +26,7 @@ from midstream.data.small_real_bench import (
     write_text_tasks,
     write_vqa_benchmark,
 )
-from midstream.data.small_real_owners import Captioned, Question
+from midstream.data.worlds.small_real_owners import Captioned, Question
 from midstream.identity import folder_fingerprint
 from midstream.storage import write_bytes, write_json
 

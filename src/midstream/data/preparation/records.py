@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Iterator
 from typing import assert_never
 
-from midstream.data.read_captions import caption_units, read_captions
-from midstream.data.read_conversations import conversation_units, read_conversations
-from midstream.data.read_text import read_text, text_units
-from midstream.data.records import (
+from midstream.data.formats.read_captions import caption_units, read_captions
+from midstream.data.formats.read_conversations import conversation_units, read_conversations
+from midstream.data.formats.read_text import read_text, text_units
+from midstream.data.formats.records import (
     CaptionRecord,
     ConversationRecord,
     Picture,

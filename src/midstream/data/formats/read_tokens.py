@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from midstream.data.files import base_name, exists, folder_of, join, read_lines
-from midstream.data.json_records import json_object
-from midstream.data.records import TokenRecord, Unit
+from midstream.data.formats.files import base_name, exists, folder_of, join, read_lines
+from midstream.data.formats.json_records import json_object
+from midstream.data.formats.records import TokenRecord, Unit
+from midstream.data.formats.tars import Member, scan_tar
 from midstream.data.source_writer import Reject
-from midstream.data.tars import Member, scan_tar
 
 MANIFEST = "manifest.jsonl"
 NO_IDS, EMPTY = "not a list of token ids", "empty text"

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from midstream.config import PocketWorld
-from midstream.data.pocket_language import (
+from midstream.data.worlds.pocket_language import (
     COUNTS,
     QUESTIONS,
     Question,
@@ -19,7 +19,7 @@ from midstream.data.pocket_language import (
     plan_answer,
     referent,
 )
-from midstream.data.pocket_scenes import (
+from midstream.data.worlds.pocket_scenes import (
     COLORS,
     MAYBE_A_WORD,
     PAIRS,

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from midstream.config import SmallReal
-from midstream.data import small_real_owners as owners
-from midstream.data.small_real_owners import Pair, Question
+from midstream.data.worlds import small_real_owners as owners
+from midstream.data.worlds.small_real_owners import Pair, Question
 from midstream.storage import write_bytes, write_json
 
 # The wording of the yes/no question; training and evaluation say the same.

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from midstream.data.files import open_binary
+from midstream.data.formats.files import open_binary
 from midstream.data.source_writer import Reject
 
 NO_OBJECT, NOT_UTF8, NOT_UNICODE = "not a JSON object", "not UTF-8", "not Unicode"

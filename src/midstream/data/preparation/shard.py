@@ -14,18 +14,8 @@ from midstream.data.examples import (
     conversation_example,
     text_example,
 )
-from midstream.data.files import is_url
-from midstream.data.images import decode
-from midstream.data.prepare_records import (
-    BrokenError,
-    Item,
-    batches,
-    picture_of,
-    read_unit,
-    text_bytes,
-)
-from midstream.data.prepare_state import MADE_FROM, PICTURES, Job, Stamp, Todo, local_stamp
-from midstream.data.records import (
+from midstream.data.formats.files import is_url
+from midstream.data.formats.records import (
     CaptionRecord,
     ConversationRecord,
     Picture,
@@ -35,6 +25,16 @@ from midstream.data.records import (
     TokenRecord,
     Unit,
 )
+from midstream.data.images import decode
+from midstream.data.preparation.records import (
+    BrokenError,
+    Item,
+    batches,
+    picture_of,
+    read_unit,
+    text_bytes,
+)
+from midstream.data.preparation.state import MADE_FROM, PICTURES, Job, Stamp, Todo, local_stamp
 from midstream.data.source_writer import Image, Reject, ShardWriter
 from midstream.data.sources import Kind, content_hash
 from midstream.storage import new_folder, write_json

@@ -9,8 +9,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from midstream.data.caption_checks import caption_of, field_of, json_object, record_of
-from midstream.data.caption_lists import (
+from midstream.data.formats.caption_checks import caption_of, field_of, json_object, record_of
+from midstream.data.formats.caption_lists import (
     count_annotations,
     first_line,
     objects_of,
@@ -19,11 +19,11 @@ from midstream.data.caption_lists import (
     read_imagefolder,
     rows_of,
 )
-from midstream.data.files import base_name, find_files, is_folder
-from midstream.data.records import CaptionRecord, Picture, ReadOptions, Unit
+from midstream.data.formats.files import base_name, find_files, is_folder
+from midstream.data.formats.records import CaptionRecord, Picture, ReadOptions, Unit
+from midstream.data.formats.tars import TOO_LARGE, Sample, samples_of
 from midstream.data.source_writer import Reject
 from midstream.data.sources import content_hash
-from midstream.data.tars import TOO_LARGE, Sample, samples_of
 
 NUM_UNIT_RECORDS = 20_000
 PICTURES = ("jpg", "jpeg", "png", "webp")

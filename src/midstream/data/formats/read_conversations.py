@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from midstream.data.examples import ConversationError, conversation_turns, picture_names
-from midstream.data.files import (
+from midstream.data.formats.files import (
     base_name,
     exists,
     find_files,
@@ -22,9 +22,14 @@ from midstream.data.files import (
     read_lines,
     read_range,
 )
-from midstream.data.json_records import NOT_UNICODE, json_object, list_entries, unicode_problem
-from midstream.data.read_text import JSON_LINES
-from midstream.data.records import ConversationRecord, Picture, ReadOptions, Unit
+from midstream.data.formats.json_records import (
+    NOT_UNICODE,
+    json_object,
+    list_entries,
+    unicode_problem,
+)
+from midstream.data.formats.read_text import JSON_LINES
+from midstream.data.formats.records import ConversationRecord, Picture, ReadOptions, Unit
 from midstream.data.source_writer import Reject
 
 UNIT_RECORDS = 20_000

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from midstream.data.files import open_binary, size_of
+from midstream.data.formats.files import open_binary, size_of
 from midstream.data.sources import content_hash
 
 # The largest member, and all members of a sample together.

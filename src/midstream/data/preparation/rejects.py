@@ -9,7 +9,7 @@ from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
 
-from midstream.data.prepare_state import Job
+from midstream.data.preparation.state import Job
 from midstream.data.source_writer import REJECTS, Reject
 from midstream.data.sources import SHARD_INDEX
 from midstream.storage import read_json

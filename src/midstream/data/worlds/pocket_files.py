@@ -11,9 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from midstream.config import PocketWorld
-from midstream.data.pocket_bench import POPE_FILES, Item, open_items, pope_items, where_items
-from midstream.data.pocket_language import referent
-from midstream.data.pocket_scenes import IMAGE_SIZE, PAIRS, SHAPES, Scene, draw_jpeg, generator
+from midstream.data.worlds.pocket_bench import POPE_FILES, Item, open_items, pope_items, where_items
+from midstream.data.worlds.pocket_language import referent
+from midstream.data.worlds.pocket_scenes import (
+    IMAGE_SIZE,
+    PAIRS,
+    SHAPES,
+    Scene,
+    draw_jpeg,
+    generator,
+)
 
 VQA_TYPES = {
     "color": ("what color is the", "other"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import ijson
 
-from midstream.data.caption_checks import (
+from midstream.data.formats.caption_checks import (
     NOT_UTF8,
     Folder,
     caption_of,
@@ -16,8 +16,8 @@ from midstream.data.caption_checks import (
     json_object,
     text_keys,
 )
-from midstream.data.files import base_name, folder_of, is_folder, open_binary, read_lines
-from midstream.data.records import CaptionRecord, ReadOptions, Unit
+from midstream.data.formats.files import base_name, folder_of, is_folder, open_binary, read_lines
+from midstream.data.formats.records import CaptionRecord, ReadOptions, Unit
 from midstream.data.source_writer import Reject
 
 _BOM = b"\xef\xbb\xbf"

@@ -19,9 +19,9 @@ import numpy as np
 import zstandard
 
 from midstream.config import PocketWorld
-from midstream.data.pocket_bench import balanced, has_answer, scene_with
-from midstream.data.pocket_files import write_benchmarks, write_json, write_lines
-from midstream.data.pocket_language import (
+from midstream.data.worlds.pocket_bench import balanced, has_answer, scene_with
+from midstream.data.worlds.pocket_files import write_benchmarks, write_json, write_lines
+from midstream.data.worlds.pocket_language import (
     COUNTS,
     FACTS,
     LAYOUTS,
@@ -35,7 +35,7 @@ from midstream.data.pocket_language import (
     fact_table,
     plan_answer,
 )
-from midstream.data.pocket_scenes import (
+from midstream.data.worlds.pocket_scenes import (
     COLORS,
     MAYBE_A_WORD,
     SHAPES,

@@ -12,8 +12,8 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from midstream.data.examples import TextCodec
-from midstream.data.prepare_shard import Ended, make_shard
-from midstream.data.prepare_state import Job, Todo
+from midstream.data.preparation.shard import Ended, make_shard
+from midstream.data.preparation.state import Job, Todo
 
 Progress = Callable[[float, str], None]
 # So many rejects, and more than the limit allows of what was read, end a preparation early.

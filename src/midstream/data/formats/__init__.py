@@ -1,0 +1,1 @@
+"""The public formats that a preparation reads, record by record."""

@@ -1,0 +1,1 @@
+"""Making a prepared source: units of work, shards, workers, rejects."""

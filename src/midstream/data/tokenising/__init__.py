@@ -1,0 +1,1 @@
+"""Tokenising by tiktoken's core where its ids are those of `tokenizers`."""

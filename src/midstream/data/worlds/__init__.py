@@ -1,0 +1,1 @@
+"""Worlds that are made here: the generated one, and small real data sets laid out."""
