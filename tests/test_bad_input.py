@@ -182,8 +182,10 @@ def test_a_picture_that_cannot_be_decoded_is_named_with_shard_sample_and_remedy(
     shard, key = shard_of(ran.worlds / "torn")
     message = ran.message(stage)
     assert isinstance(stage, Prepare)
-    assert f"{shard}, sample {key}: the picture cannot be decoded" in message
-    assert "replace or remove this record" in message
+    where = f"{shard.relative_to(ran.worlds / 'torn')}, sample {key}"
+    assert "1 of 320 records" in message
+    assert f"{where}: picture cannot be decoded" in message
+    assert "mend the data, or raise the limit" in message
 
 
 @pytest.mark.slow
@@ -192,9 +194,9 @@ def test_a_caption_longer_than_a_row_is_named_with_both_numbers_and_remedy(ran: 
     shard, key = shard_of(ran.worlds / "long")
     message = ran.message(stage)
     assert isinstance(stage, Continue)
-    assert f"{shard}, sample {key}" in message
+    assert f"{shard.relative_to(ran.worlds / 'long')}, sample {key}" in message
     assert f"positions do not fit into a row of {tiny.ROWS.row_length}" in message
-    assert "raise row_length or shorten the record" in message
+    assert "raise row_length, or leave such records out" in message
     # Its parents were not to blame and are done.
     assert all(ran.ledger.is_done(parent) for parent in stage.parents)
 
@@ -206,9 +208,9 @@ def test_a_missing_picture_of_a_conversation_is_named_with_record_and_remedy(ran
     record = json.loads((talks / "llava.json").read_text())[2]
     message = ran.message(stage)
     assert isinstance(stage, Prepare)
-    assert f"llava.json, record {record['id']!r}" in message
-    assert f"picture {talks / record['image']} is missing" in message
-    assert "add it or remove the record" in message
+    assert f"llava.json, record 2 ({record['id']!r})" in message
+    assert f"missing picture ({talks / record['image']})" in message
+    assert "mend the data, or raise the limit" in message
 
 
 @pytest.mark.slow
@@ -242,8 +244,11 @@ def test_failed_stages_leave_everything_that_was_there_as_it_was(ran: Ran) -> No
         assert not ran.ledger.is_done(stage)
         files = {path for path in ran.after if path.startswith(f"{stage.name}/")}
         left = {path.removeprefix(f"{stage.name}/") for path in files}
-        assert left <= {"stage.json", "status.json", "metrics.jsonl"}
-        assert ran.ledger.status(stage)["error"] in ran.message(stage)
+        # Shards that are whole stay for the next try.
+        rest = {path for path in left if not path.startswith("prepared/")}
+        assert rest <= {"stage.json", "status.json", "metrics.jsonl"}
+        error = ran.ledger.status(stage)["error"]
+        assert all(line.strip() in ran.message(stage) for line in error.splitlines())
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ import pytest
 import tiny
 from midstream.study.ledger import Ledger
 from midstream.study.stage import Continue, ContinueFrom, Pretrain, Stage
-from midstream.study.workers import worker_environment
+from midstream.study.workers import work_line, worker_environment
 
 # Long enough to be killed along the way: about 60 steps, a checkpoint every third.
 LONG_TEXT = tiny.text_run(
@@ -64,12 +64,12 @@ def work(store: str, stage: str) -> None:
     """A worker's life: what `python -m midstream.run_stage` does with one line of input."""
     from midstream.run_stage import serve
 
-    sys.stdin, sys.stdout = io.StringIO(stage + "\n"), io.StringIO()
+    sys.stdin, sys.stdout = io.StringIO(stage), io.StringIO()
     serve(Path(store), tiny.MACHINE)
 
 
 def born(processes: ForkServerContext, ledger: Ledger, stage: Stage) -> ForkServerProcess:
-    process = processes.Process(target=work, args=(str(ledger.store), stage.model_dump_json()))
+    process = processes.Process(target=work, args=(str(ledger.store), work_line(stage)))
     process.start()
     return process
 
@@ -157,7 +157,7 @@ def test_a_worker_asked_to_end_keeps_a_checkpoint_and_the_next_goes_on_to_equal_
         env=worker_environment(tiny.MACHINE),
     )
     assert worker.stdin is not None
-    worker.stdin.write(LONG_SEEN.model_dump_json().encode() + b"\n")
+    worker.stdin.write(work_line(LONG_SEEN).encode())
     worker.stdin.flush()
     wait_for(has_steps(mine, LONG_SEEN, 10), lambda: worker.poll() is None)
     worker.send_signal(signal.SIGTERM)

@@ -191,7 +191,8 @@ class _Launcher:
         event = {"event": "finished", "stage": name, "state": state, "error": error}
         self.on_event({**event, "worker": worker.number, "log": str(worker.log)})
         if state == "failed":
-            self.messages.append(f"{name} failed: {error} (see {worker.log})")
+            told = "; ".join(line.strip() for line in (error or "").splitlines())
+            self.messages.append(f"{name} failed: {told} (see {worker.log})")
             lost = [other for other in self.waiting.values() if self._descends(other, name)]
             if lost:
                 self.messages.append(f"{len(lost)} stages that need {name} were not started")

@@ -20,6 +20,7 @@ from typing import Any
 
 from midstream.config import Machine
 from midstream.study.graph import PlanRow
+from midstream.study.stage import Stage
 
 Event = dict[str, Any]
 # How long an idle worker has to leave after the end of its input.
@@ -64,10 +65,9 @@ class Worker:
     def send(self, features: str = "auto") -> None:
         """Hand over the stage of `row`."""
         assert self.row is not None
-        line = {"stage": self.row.stage.model_dump(mode="json"), "features": features}
         # A worker that has died cannot read: its exit event follows and settles the stage.
         with suppress(BrokenPipeError):
-            self._input.write(json.dumps(line).encode() + b"\n")
+            self._input.write(work_line(self.row.stage, features).encode())
             self._input.flush()
 
     def close(self) -> None:
@@ -101,6 +101,11 @@ class Worker:
                 with self.log.open("ab") as log:
                     log.write(line)
         self._put((self, {"event": "exit", "code": self.process.wait()}))
+
+
+def work_line(stage: Stage, features: str = "auto") -> str:
+    """What a worker is given to do, as it reads it."""
+    return json.dumps({"stage": stage.model_dump(mode="json"), "features": features}) + "\n"
 
 
 def worker_environment(machine: Machine) -> dict[str, str]:
