@@ -134,12 +134,19 @@ def run(
     workers: Workers = 2,
     threads: Threads = 1,
     device: Device = "auto",
+    data_workers: Annotated[
+        int, typer.Option(min=0, help="Processes that load rows ahead of each training process.")
+    ] = 0,
+    features: Features = "auto",
+    max_feature_gib: MaxFeatureGib = 64.0,
 ) -> None:
     """Run the stages of a study that are not done; continue those that were stopped."""
     from midstream.catalogue import find_study
     from midstream.study.ledger import Ledger
 
     machine = {"workers": workers, "threads": threads, "device": device}
+    machine |= {"data_workers": data_workers, "features": features}
+    machine |= {"max_feature_gib": max_feature_gib}
     _run(find_study(study, settings or []), Ledger(store), machine)
 
 
@@ -211,6 +218,10 @@ def prepare(
         str | None, typer.Option(help="Where picture names start, if not beside their list.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws the random captions.")] = 0,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Leave longer captions and conversations out, as rejects."),
+    ] = None,
     max_rejects: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="The share of bad records that is let pass.")
     ] = 0.001,
@@ -226,6 +237,7 @@ def prepare(
     from midstream.study.launch import STOPPED_EXIT_CODE
 
     options = {"text_key": text_key, "caption": caption, "images": images, "seed": seed}
+    options["max_tokens"] = max_tokens
     request = {"section": section, "sources": sources, "out": str(out), "tokenizer": tokenizer}
     limits = {"max_rejects": max_rejects, "validation": validation}
     cores = workers or os.cpu_count() or 1

@@ -44,9 +44,27 @@ SO400M = EncoderConfig(
     intermediate_size=4304,
 )
 SOURCES: dict[str, dict[str, Any]] = {
-    "stories": {"kind": "text", "num_examples": 50, "num_tokens": 5_000, "num_images": 0},
-    "captions": {"kind": "caption", "num_examples": 100, "num_tokens": 600, "num_images": 100},
-    "chats": {"kind": "instruct", "num_examples": 40, "num_tokens": 700, "num_images": 30},
+    "stories": {
+        "kind": "text",
+        "num_examples": 50,
+        "num_tokens": 5_000,
+        "num_images": 0,
+        "distinct_images": 0,
+    },
+    "captions": {
+        "kind": "caption",
+        "num_examples": 100,
+        "num_tokens": 600,
+        "num_images": 100,
+        "distinct_images": 100,
+    },
+    "chats": {
+        "kind": "instruct",
+        "num_examples": 40,
+        "num_tokens": 700,
+        "num_images": 30,
+        "distinct_images": 30,
+    },
 }
 
 
@@ -199,18 +217,26 @@ def test_the_reference_sizes_are_live_at_the_default_limit_and_stored_above_it(
     encoder = first.encoder.model_copy(update={"encoder": SO400M})
     first = first.model_copy(update={"encoder": encoder})
     sources: dict[str, Any] = {
-        "web": {"kind": "text", "num_examples": 1, "num_tokens": 10**12, "num_images": 0},
+        "web": {
+            "kind": "text",
+            "num_examples": 1,
+            "num_tokens": 10**12,
+            "num_images": 0,
+            "distinct_images": 0,
+        },
         "pairs": {
             "kind": "caption",
             "num_examples": 10**9,
             "num_tokens": 30 * 10**9,
             "num_images": 10**9,
+            "distinct_images": 10**9,
         },
         "mix": {
             "kind": "instruct",
             "num_examples": 665_000,
             "num_tokens": 2 * 10**8,
             "num_images": 340_000,
+            "distinct_images": 340_000,
         },
     }
     shares = (Share(source="pairs", share=0.1), Share(source="web", share=0.9))

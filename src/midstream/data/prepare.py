@@ -255,6 +255,7 @@ def _summary(index: dict[str, Any]) -> dict[str, Any]:
         "num_examples": train["examples"],
         "num_tokens": train["tokens"],
         "num_images": train["images"],
+        "distinct_images": index["distinct_images"],
         "validation": validation,
         "records": index["records"],
         "rejects": index["rejects"],

@@ -162,6 +162,9 @@ class ShardWriter:
             "train": _named(train),
             "validation": _named(both - train),
             "longest": self._longest,
+            "distinct_images": len(
+                {h for h, i in zip(self._hashes, self._images, strict=True) if i[0] >= 0}
+            ),
             "files": list(self._files),
         }
         write_json(self.folder / SHARD_INDEX, index)
@@ -176,7 +179,7 @@ def finish_source(
     `root` is where relative picture files lie. The fingerprint stands for every byte of the shards.
     """
     shards, rejects, hashes = [], Counter[str](), hashlib.sha256()
-    records, longest = 0, dict[str, dict[str, Any]]()
+    records, distinct, longest = 0, 0, dict[str, dict[str, Any]]()
     for path in sorted((folder / "shards").iterdir()):
         index = read_json(path / SHARD_INDEX)
         manifest = read_json(path / MANIFEST) if (path / MANIFEST).exists() else index
@@ -185,6 +188,7 @@ def finish_source(
         shards.append({"name": path.name} | {k: index[k] for k in ("train", "validation", "input")})
         kind, dtype = index["kind"], index["dtype"]
         records += index["records"]
+        distinct += index["distinct_images"]
         for shown, found in index["longest"].items():
             longest[shown] = max(longest.get(shown, found), found, key=lambda x: int(x["tokens"]))
     if not shards:
@@ -199,6 +203,8 @@ def finish_source(
         "records": records,
         "rejects": dict(rejects),
         "longest": longest,
+        # Pictures that stand in several shards count once in each.
+        "distinct_images": distinct,
     }
     for split in ("train", "validation"):
         keys = ("examples", "tokens", "images")

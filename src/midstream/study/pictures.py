@@ -3,7 +3,8 @@
 Pictures are counted from the prepared sources: a budget sees `num_images` of a source in its share.
 Stages with one seed see the same first pictures of a source, since the order follows from the seed;
 stages with different seeds are taken to draw independently. A picture that several examples share
-counts once for each, so that a store is at most as large as said here and saves at least as much.
+counts once for each until all are seen, so that a store is at most as large as said here and saves
+at least as much.
 """
 
 from collections.abc import Callable, Sequence
@@ -252,7 +253,11 @@ def _count(stages: Sequence[Seeing], ledger: Ledger) -> tuple[Number, Number] | 
         sampling = "permutation" if isinstance(budget, Epochs) else budget.sampling
         for name, (_, images) in budget_of_sources(stage.training, sources, patches).items():
             draws.setdefault(name, []).append((stage.training.seed, sampling, images))
-    pictures = sum(distinct_pictures(sources[n]["num_images"], d) for n, d in draws.items())
+    # Several captions may show one picture.
+    pictures = sum(
+        min(distinct_pictures(sources[n]["num_images"], d), sources[n]["distinct_images"])
+        for n, d in draws.items()
+    )
     views = sum(number for drawn in draws.values() for _, _, number in drawn)
     return pictures, views
 

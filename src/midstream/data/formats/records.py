@@ -29,13 +29,14 @@ class ReadOptions:
     text_key: the field or column of the text. caption: which of a sample's captions (original,
     synthetic: its first synthetic one; random: one of its synthetic ones, drawn by `seed` and the
     sample's key). images: the folder or URL that relative picture names start from, where it is
-    not the file's own folder.
+    not the file's own folder. max_tokens: captions and conversations of more tokens are left out.
     """
 
     text_key: str = "text"
     caption: Literal["original", "synthetic", "random"] = "original"
     images: str | None = None
     seed: int = 0
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)

@@ -128,11 +128,15 @@ class _Work:
         num_tokens = 0
         for item in batch:
             if isinstance(item, Reject):
-                reject = replace(item, where=self.short(item.where))
-                self.rejects.append(reject)
-                writer.reject(reject)
+                self._reject(item, writer)
                 continue
             example = self._example(item, encoded)
+            limit = self.job.options.max_tokens
+            whole = isinstance(item, CaptionRecord | ConversationRecord)
+            if limit is not None and whole and len(example.input_ids) > limit:
+                detail = f"{len(example.input_ids):,}, the limit is {limit:,}"
+                self._reject(Reject(item.where, "too many tokens", detail), writer)
+                continue
             num_tokens += len(example.input_ids)
             picture = picture_of(item)
             writer.add(
@@ -143,6 +147,11 @@ class _Work:
                 image=None if picture is None else self._placed(picture),
             )
         return num_tokens
+
+    def _reject(self, reject: Reject, writer: ShardWriter) -> None:
+        named = replace(reject, where=self.short(reject.where))
+        self.rejects.append(named)
+        writer.reject(named)
 
     def short(self, name: str) -> str:
         """A local file's name, or a place in it, without the folder that all names start from."""
