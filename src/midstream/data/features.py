@@ -120,12 +120,14 @@ class LiveImages:
 
     def __call__(self, images: np.ndarray) -> Float32[Tensor, "images 3 size size"]:
         """Pixels of (source number, example) pairs, in their order."""
+        pixels = [
+            load_pixels(self.sources[self.names[source]], example, self.config)
+            for source, example in images.tolist()
+        ]
+        if len(pixels) == 1:
+            return torch.from_numpy(pixels[0])[None]
         size = self.config.image_size
-        pixels = torch.zeros((len(images), 3, size, size))
-        for place, (source, example) in zip(pixels, images, strict=True):
-            chosen = self.sources[self.names[int(source)]]
-            place.copy_(torch.from_numpy(load_pixels(chosen, int(example), self.config)))
-        return pixels
+        return torch.from_numpy(np.stack(pixels)) if pixels else torch.zeros((0, 3, size, size))
 
 
 @dataclass(frozen=True)

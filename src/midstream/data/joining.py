@@ -44,15 +44,17 @@ class Joined:
         low = (window * BLOCK_ROWS + self._orders[window][inside]) * self.row_length
         high = min(low + self.row_length, self.tokens)
         block = low * self.num_blocks // self.tokens
-        while not self._kept[block].before <= low < self._kept[block].after:
-            block += 1 if self._kept[block].before <= low else -1
+        kept = self._kept[block]
+        while not kept.before <= low < kept.after:
+            block += 1 if kept.before <= low else -1
+            kept = self._kept[block]
         found: list[Placement] = []
-        while True:
+        kept.place(low, high, found)
+        while kept.after < high:
+            block += 1
             kept = self._kept[block]
             kept.place(low, high, found)
-            if kept.after >= high:
-                return found
-            block += 1
+        return found
 
     @cached_property
     def _orders(self) -> Kept[int, list[int]]:

@@ -85,7 +85,6 @@ def build_row(plan: RowPlan, sources: Mapping[str, Source], index: int, num_patc
     """Row `index` of the plan as arrays of `row_length` positions."""
     length, joined = plan.rows.row_length, plan.layout.sees_all(index)
     input_ids, targets = np.empty((2, length), dtype=np.int64)
-    targets.fill(IGNORE)
     # Alike in every full joined row: these two are shared and must not be written to.
     segment_ids, positions = _shared(length)
     position_ids = positions
@@ -100,20 +99,22 @@ def build_row(plan: RowPlan, sources: Mapping[str, Source], index: int, num_patc
     for segment, (number, example, start, size, column) in enumerate(plan.layout.row(index)):
         shard, local = sources[plan.names[number]].locate(example)
         patches = num_patches if shard.images is not None and shard.images[local, 0] >= 0 else 0
+        text, end = column + patches, column + size
         if patches:
             images.append((column, number, example))
-            input_ids[column : column + patches] = 0
+            input_ids[column:text], targets[column:text] = 0, IGNORE
         low, after = int(shard.offsets[local]) + start, int(shard.offsets[local + 1])
-        text, high = column + patches, low + size - patches
-        end = column + size
+        high = low + size - patches
         input_ids[text:end] = shard.tokens[low:high]
         last = min(high + 1, after)
         counted = found.setdefault(number, [0, 0, 0])
         if shard.supervised is None:
-            targets[text : text + last - low - 1] = shard.tokens[low + 1 : last]
+            known = text + last - low - 1
+            targets[text:known], targets[known:end] = shard.tokens[low + 1 : last], IGNORE
             counted[2] += last - low - 1
         else:
             chosen = shard.supervised[low + 1 : last] > 0
+            targets[text:end] = IGNORE
             targets[text : text + last - low - 1][chosen] = shard.tokens[low + 1 : last][chosen]
             counted[2] += int(np.count_nonzero(chosen))
         if joined and ended is not None:
@@ -129,13 +130,15 @@ def build_row(plan: RowPlan, sources: Mapping[str, Source], index: int, num_patc
     if end < length:
         if joined:
             segment_ids, position_ids = segment_ids.copy(), position_ids.copy()
-        input_ids[end:], segment_ids[end:], position_ids[end:] = 0, PADDING, 0
+        input_ids[end:], targets[end:] = 0, IGNORE
+        segment_ids[end:], position_ids[end:] = PADDING, 0
     counts: dict[str, TokenCount] = {}
-    kinds = {"text": 0, "caption": 0, "instruct": 0}
-    for number, (text, image, target) in found.items():
+    for number, (num_text, image, target) in found.items():
         name = plan.names[number]
-        kinds[sources[name].kind] += text
-        counts[name] = TokenCount(**{sources[name].kind: text}, image=image, target=target)
+        mine = TokenCount(**{sources[name].kind: num_text, "image": image, "target": target})
+        counts[name] = mine
+    alone = len(counts) == 1 and end == length
+    seen = mine if alone else sum(counts.values(), TokenCount(pad=length - end))
     table = np.array(images, dtype=np.int64).reshape(-1, 3) if images else NO_IMAGES
     return Row(
         input_ids=input_ids,
@@ -144,12 +147,7 @@ def build_row(plan: RowPlan, sources: Mapping[str, Source], index: int, num_patc
         segment_ids=segment_ids,
         image_starts=table[:, 0],
         images=table[:, 1:],
-        counts=TokenCount(
-            **kinds,
-            image=num_patches * len(images),
-            target=sum(counted[2] for counted in found.values()),
-            pad=length - end,
-        ),
+        counts=seen,
         sources=counts,
     )
 
