@@ -31,7 +31,8 @@ from midstream.data.features import (
     unpack,
 )
 from midstream.data.hash_index import HashIndex
-from midstream.data.sources import Kept, Source, content_hash
+from midstream.data.kept import Kept
+from midstream.data.sources import Source, content_hash
 from midstream.identity import file_sha256
 from midstream.storage import (
     MANIFEST,

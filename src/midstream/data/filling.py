@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from midstream.data.kept import Kept
 from midstream.data.mixture import Quota
 from midstream.data.placement import BLOCK_ROWS, KEPT_BLOCKS, Items, Placement, without_cache
-from midstream.data.sources import Kept
 from midstream.data.stream import permuted
 
 # How full packed rows are made, in thousandths: what is left lets nearly every text stay whole.

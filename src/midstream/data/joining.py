@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from midstream.data.kept import Kept
 from midstream.data.mixture import Quota, interleaved
 from midstream.data.placement import BLOCK_ROWS, KEPT_BLOCKS, Items, Placement, without_cache
-from midstream.data.sources import Kept
 from midstream.data.stream import permuted
 
 

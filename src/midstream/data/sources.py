@@ -7,17 +7,16 @@ of the preparation; all its columns are memory-mapped, and nothing of it is read
 import mmap
 import sys
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
 import fsspec
 import numpy as np
 import xxhash
 
+from midstream.data.kept import Kept
 from midstream.storage import read_json
 
 Kind = Literal["text", "caption", "instruct"]
@@ -26,9 +25,6 @@ FORMAT = 2
 INDEX, SHARD_INDEX = "source.json", "shard.json"
 # Shards and archives that stay mapped in one process; each takes a few file handles.
 OPEN_SHARDS, OPEN_FILES = 64, 64
-
-Key = TypeVar("Key")
-Value = TypeVar("Value")
 
 
 def content_hash(data: bytes) -> bytes:
@@ -298,23 +294,6 @@ class Archive:
                     return stream.read(size)
                 self._mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         return self._mapped[offset : offset + size]
-
-
-class Kept(Generic[Key, Value]):
-    """Values made when first asked for, of which the `limit` last used are kept."""
-
-    def __init__(self, make: Callable[[Key], Value], limit: int) -> None:
-        self._make, self._limit = make, limit
-        self._values: OrderedDict[Key, Value] = OrderedDict()
-
-    def __getitem__(self, key: Key) -> Value:
-        if key in self._values:
-            self._values.move_to_end(key)
-            return self._values[key]
-        value = self._values[key] = self._make(key)
-        if len(self._values) > self._limit:
-            self._values.popitem(last=False)
-        return value
 
 
 def _within(shard: Shard, local: int, low: int, high: int | None) -> slice:

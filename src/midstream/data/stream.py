@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from midstream.config import Sampling
-from midstream.data.sources import Kept
+from midstream.data.kept import Kept
 
 ROUNDS = 6
 # Up to this many examples every one is shuffled for itself; beyond, chunks of at least 256.

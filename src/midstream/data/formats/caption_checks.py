@@ -8,8 +8,8 @@ from typing import Any
 from midstream.data.formats.files import inside, read_range, size_of
 from midstream.data.formats.records import CaptionRecord, Picture, ReadOptions
 from midstream.data.formats.tars import LARGEST_BYTES
+from midstream.data.kept import Kept
 from midstream.data.source_writer import Reject
-from midstream.data.sources import Kept
 
 NOT_UTF8, NOT_UNICODE = "caption not UTF-8", "caption not Unicode"
 
