@@ -434,6 +434,7 @@ def test_the_command_shows_any_training_stage_before_it_has_run_and_changes_no_s
     assert contents(tiny_ledger.store) == before
 
 
+@pytest.mark.slow
 def test_bad_use_is_one_line_that_says_what_to_do(
     recipe: str, tiny_ledger: Ledger, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -162,6 +162,7 @@ class Consumer:
 
 
 @pytest.mark.parametrize("layout", ["filled", "padded"])
+@pytest.mark.slow
 def test_restoring_at_every_row_twice_in_a_row_gives_the_uninterrupted_sequence(
     tmp_path: Path, layout: Literal["filled", "padded"], monkeypatch: pytest.MonkeyPatch
 ) -> None:

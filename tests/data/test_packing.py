@@ -190,6 +190,7 @@ def test_plans_of_more_blocks_than_are_looked_at_hold_every_token_too(seed: int)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.slow
 def test_no_block_of_a_long_plan_needs_more_rows_than_it_has(seed: int) -> None:
     # How many conversations fit side by side is up to chance, and no text evens it out.
     lengths = np.random.default_rng(seed).integers(5, 101, 2000)
@@ -254,6 +255,7 @@ def test_every_block_has_the_shares_of_the_whole(layout: str, checked: int) -> N
 
 @given(data=st.data(), block_rows=st.sampled_from([2, 7]), groups=st.booleans())
 @settings(max_examples=12, deadline=None)
+@pytest.mark.slow
 def test_padded_rows_hold_one_whole_example_each_and_text_as_in_joined_ones(
     data: st.DataObject, block_rows: int, groups: bool
 ) -> None:
@@ -320,6 +322,7 @@ def check_row_by_row(asked: Asked) -> None:
 
 @given(data=st.data(), block_rows=st.sampled_from([1, 5, 1024]), groups=st.booleans())
 @settings(max_examples=12, deadline=None)
+@pytest.mark.slow
 def test_row_k_is_a_function_of_the_plan_and_k_alone(
     data: st.DataObject, block_rows: int, groups: bool
 ) -> None:
@@ -412,6 +415,7 @@ class Counted:
 @pytest.mark.parametrize(
     ("layout", "sampling"), [("filled", "permutation"), ("padded", "replacement")]
 )
+@pytest.mark.slow
 def test_any_row_of_a_billion_captions_and_ten_billion_documents_costs_alike(
     layout: str, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,7 @@ from midstream.data.sources import Source
 from midstream.storage import read_json, verify
 
 
+@pytest.mark.slow
 def test_several_processes_write_the_same_bytes_as_one(tmp_path: Path) -> None:
     texts = write_texts(tmp_path / "in", 5, 30, bad=[7, 99])
     tars = tmp_path / "tars"
