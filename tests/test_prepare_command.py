@@ -15,6 +15,9 @@ from typer.testing import CliRunner
 from midstream import prepare_command, prepare_data
 from midstream.cli import app
 
+# Each starts processes.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Path:
