@@ -6,24 +6,30 @@ version); fields marked `Placement` are left out. Equal identity means the same 
 
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, model_validator
 
 from midstream.config import (
+    AnyDecoderConfig,
+    AnyEncoderConfig,
+    Attention,
     Config,
     ContrastiveTraining,
-    DecoderConfig,
     EncoderConfig,
     Evaluation,
     Fraction,
+    FusedEncoder,
+    PatchProjection,
+    PretrainedEncoder,
     ProjectorConfig,
     Tokenizer,
     Training,
     VLMConfig,
     World,
 )
-from midstream.identity import digest, fields_of
+from midstream.identity import Placement, digest, fields_of
 
 # Not `Self`, which the tests' type checks of single methods cannot read.
 Own = TypeVar("Own", bound="StageBase")
@@ -77,12 +83,52 @@ class TrainEncoder(StageBase):
         return (self.data,)
 
 
+class Imported(Config):
+    """A folder that `midstream import` wrote; `content` stands for weights, moments and position."""
+
+    folder: Annotated[Path, Placement]
+    content: str
+
+
+class LoadEncoder(StageBase):
+    """Imported vision towers, checked and put together as one encoder; one folder a tower."""
+
+    kind: Literal["load_encoder"] = "load_encoder"
+    towers: Annotated[tuple[Imported, ...], Field(min_length=1)]
+    encoder: PretrainedEncoder
+
+    @model_validator(mode="after")
+    def _paired(self) -> "LoadEncoder":
+        wanted = len(self.encoder.towers) if isinstance(self.encoder, FusedEncoder) else 1
+        if len(self.towers) != wanted:
+            raise ValueError(f"the encoder has {wanted} towers, {len(self.towers)} were given")
+        return self
+
+
+class LoadDecoder(StageBase):
+    """An imported language model as a text run that is done; `data` must speak its tokens."""
+
+    kind: Literal["load_decoder"] = "load_decoder"
+    data: Prepare
+    checkpoint: Imported
+    decoder: AnyDecoderConfig
+
+    @property
+    def parents(self) -> "tuple[Stage, ...]":
+        return (self.data,)
+
+    @property
+    def model(self) -> VLMConfig:
+        """The model this stage loads."""
+        return VLMConfig(decoder=self.decoder)
+
+
 class Pretrain(StageBase):
     """Text only; weights are kept at `milestones` (shares of its tokens) along one run."""
 
     kind: Literal["pretrain"] = "pretrain"
     data: Prepare
-    decoder: DecoderConfig
+    decoder: AnyDecoderConfig
     training: Training
     milestones: tuple[Fraction, ...] = (1.0,)
 
@@ -103,15 +149,15 @@ class FromScratch(Config):
 
 
 class ContinueFrom(Config):
-    """Start from a text run's milestone: weights and schedule position.
+    """Start from a text run's milestone, or from an imported model: weights and schedule position.
 
     `optimizer` says whether Adam's moments come along (carry) or start at zero (fresh, as
     OpenLM's `--pretrained` does).
     """
 
     kind: Literal["continue_from"] = "continue_from"
-    stage: Pretrain
-    completion: Fraction
+    stage: Annotated[Pretrain | LoadDecoder, Field(discriminator="kind")]
+    completion: Fraction = 1.0
     optimizer: Literal["carry", "fresh"] = "fresh"
 
 
@@ -120,22 +166,40 @@ class Continue(StageBase):
 
     kind: Literal["continue"] = "continue"
     data: Prepare
-    encoder: TrainEncoder
-    decoder: DecoderConfig
+    encoder: Annotated[TrainEncoder | LoadEncoder | PatchProjection, Field(discriminator="kind")]
+    decoder: AnyDecoderConfig
     projector: ProjectorConfig = ProjectorConfig()
+    attention: Attention = "segments"
     start: Annotated[FromScratch | ContinueFrom, Field(discriminator="kind")]
     training: Training
 
     @property
     def parents(self) -> "tuple[Stage, ...]":
         text = () if isinstance(self.start, FromScratch) else (self.start.stage,)
-        return (self.data, self.encoder, *text)
+        return (self.data, *self._encoders, *text)
+
+    @property
+    def encoder_stage(self) -> TrainEncoder | LoadEncoder | None:
+        """Where the encoder's weights come from; None for a patch projection."""
+        return None if isinstance(self.encoder, PatchProjection) else self.encoder
+
+    @property
+    def _encoders(self) -> "tuple[Stage, ...]":
+        return () if self.encoder_stage is None else (self.encoder_stage,)
 
     @property
     def model(self) -> VLMConfig:
         """The model this stage trains."""
+        sees: AnyEncoderConfig = (
+            self.encoder if isinstance(self.encoder, PatchProjection) else self.encoder.encoder
+        )
         return VLMConfig(
-            decoder=self.decoder, encoder=self.encoder.encoder, projector=self.projector
+            decoder=self.decoder,
+            encoder=sees,
+            projector=self.projector,
+            attention=self.attention,
+            owns_encoder=self.encoder_stage is None
+            or self.training.encoder_rate_factor is not None,
         )
 
 
@@ -148,7 +212,7 @@ class Finetune(StageBase):
 
     @property
     def parents(self) -> "tuple[Stage, ...]":
-        return (self.start, self.start.data, self.start.encoder)
+        return (self.start, self.start.data, *self.start._encoders)
 
     @property
     def data(self) -> Prepare:
@@ -156,29 +220,35 @@ class Finetune(StageBase):
         return self.start.data
 
     @property
+    def encoder_stage(self) -> TrainEncoder | LoadEncoder | None:
+        """Where the encoder's weights come from before any stage trains them."""
+        return self.start.encoder_stage
+
+    @property
     def model(self) -> VLMConfig:
-        """The model this stage trains."""
-        return self.start.model
+        """The model this stage trains; it owns its encoder once a stage trains that."""
+        before = self.start.model
+        owned = before.owns_encoder or self.training.encoder_rate_factor is not None
+        return before.model_copy(update={"owns_encoder": owned})
 
 
 class Evaluate(StageBase):
     """Benchmarks of one model; `completion` picks a milestone where `of` is a text run."""
 
     kind: Literal["evaluate"] = "evaluate"
-    of: Annotated[Pretrain | Continue | Finetune, Field(discriminator="kind")]
+    of: Annotated[Pretrain | LoadDecoder | Continue | Finetune, Field(discriminator="kind")]
     completion: Fraction = 1.0
     evaluation: Evaluation
 
     @property
     def parents(self) -> "tuple[Stage, ...]":
-        sees = self.of.model.encoder is not None
-        encoder = (self.of.start.encoder,) if isinstance(self.of, Finetune) else ()
-        encoder = (self.of.encoder,) if isinstance(self.of, Continue) else encoder
-        return (self.of, self.of.data, *(encoder if sees else ()))
+        sees = isinstance(self.of, Continue | Finetune) and self.of.encoder_stage
+        return (self.of, self.of.data, *((sees,) if sees else ()))
 
 
 Stage = Annotated[
-    Prepare | TrainEncoder | Pretrain | Continue | Finetune | Evaluate, Field(discriminator="kind")
+    Prepare | TrainEncoder | LoadEncoder | LoadDecoder | Pretrain | Continue | Finetune | Evaluate,
+    Field(discriminator="kind"),
 ]
 
 _ADAPTER: TypeAdapter[Stage] = TypeAdapter(Stage)

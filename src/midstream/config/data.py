@@ -1,0 +1,192 @@
+"""Options of the data: worlds, tokenizers, budgets, rows."""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from midstream.config.base import Config, Fraction, Positive
+from midstream.identity import Placement
+
+
+class PocketWorld(Config):
+    """The generated world (`data/worlds/pocket.py`): how much of each thing, and its seed."""
+
+    kind: Literal["pocket"] = "pocket"
+    seed: int = 0
+    num_documents: Positive = 14_000
+    num_captions: Positive = 6_000
+    num_conversations: Positive = 10_000
+    num_questions: Positive = 200
+    num_text_items: Positive = 200
+
+
+class SmallReal(Config):
+    """Small real data sets in their owners' layout (`data/worlds/small_real.py`).
+
+    `fingerprint` stands for the bytes under `root`; a preparation refuses other bytes.
+    """
+
+    # What under `root` the world is made of, and what its fingerprint covers.
+    FILES: ClassVar[tuple[str, ...]] = (
+        "text_novels/*.txt",
+        "text_wikitext2/valid.txt",
+        "text_web_wiki/c4_demo.jsonl",
+        "text_web_wiki/wiki_demo.txt",
+        "caption_flickr8k/captions.txt",
+        "caption_flickr8k/match_pairs.tsv",
+        "caption_flickr8k/images/*.jpg",
+        "caption_noto_emoji/captions.csv",
+        "caption_noto_emoji/72/*.png",
+        "vqa_easy/train/questions.json",
+        "vqa_easy/train/images/*.png",
+        "vqa_easy/test/questions.json",
+        "vqa_easy/test/images/*.png",
+        "vqa_daquar/data_train.csv",
+        "vqa_daquar/images/*.jpg",
+        "bench_text/llm_foundry/arc_easy.jsonl",
+        "bench_text/llm_foundry/copa.jsonl",
+        "bench_text/piqa/valid.jsonl",
+        "bench_text/piqa/valid-labels.lst",
+    )
+
+    kind: Literal["small_real"] = "small_real"
+    root: Annotated[Path, Placement]
+    fingerprint: str
+    seed: int = 0
+    num_questions: Positive = 400
+
+
+class PublicFolder(Config):
+    """A user's own folder in the public formats (see `docs/data.md` for its layout).
+
+    More bad records than `max_reject_fraction` of a source stop its preparation; fewer are left
+    out, counted and listed. `caption` picks among a picture's captions (`midstream prepare`).
+    """
+
+    kind: Literal["folder"] = "folder"
+    root: Annotated[Path, Placement]
+    fingerprint: str
+    max_reject_fraction: Fraction = 0.001
+    validation_fraction: Fraction = 0.0
+    caption: Literal["original", "synthetic", "random"] = "original"
+
+
+World = Annotated[PocketWorld | SmallReal | PublicFolder, Field(discriminator="kind")]
+
+
+class TrainedTokenizer(Config):
+    """A byte-level BPE trained on the world's own text, captions and conversations."""
+
+    kind: Literal["trained"] = "trained"
+    vocab_size: Positive
+
+
+class TokenizerFile(Config):
+    """A `tokenizers` JSON file, known by its sha256."""
+
+    kind: Literal["file"] = "file"
+    path: Annotated[Path, Placement]
+    sha256: str
+
+
+Tokenizer = Annotated[TrainedTokenizer | TokenizerFile, Field(discriminator="kind")]
+
+
+class Share(Config):
+    """A named source and its share of a token budget (all its tokens that are not padding)."""
+
+    source: str
+    share: Fraction
+
+
+Sampling = Literal["permutation", "replacement"]
+
+
+class Mixture(Config):
+    """Exact shares of a budget of tokens; a source may be repeated `max_epochs` times.
+
+    by="sequences" (OpenLM's weights): shares are of the `total_tokens // row_length` sequences; one
+    is an example with a picture, a conversation, or a row's length of text. sampling="replacement"
+    (the paper's runs): every draw is from the whole source, and `max_epochs` sets no limit.
+    """
+
+    kind: Literal["mixture"] = "mixture"
+    total_tokens: Positive
+    shares: Annotated[tuple[Share, ...], Field(min_length=1)]
+    max_epochs: Positive = 1
+    by: Literal["tokens", "sequences"] = "tokens"
+    sampling: Sampling = "permutation"
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Mixture":
+        names = [share.source for share in self.shares]
+        if len(set(names)) != len(names):
+            raise ValueError(f"a source is named twice: {names}")
+        if abs(sum(share.share for share in self.shares) - 1) > 1e-9:
+            raise ValueError(f"shares add up to {sum(s.share for s in self.shares)}, not to 1")
+        return self
+
+
+class Epochs(Config):
+    """Every example of the sources, `epochs` times."""
+
+    kind: Literal["epochs"] = "epochs"
+    sources: Annotated[tuple[str, ...], Field(min_length=1)]
+    epochs: Positive
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Epochs":
+        if len(set(self.sources)) != len(self.sources):
+            raise ValueError(f"a source is named twice: {list(self.sources)}; raise epochs instead")
+        return self
+
+
+class Amount(Config):
+    """A source and how much of it: either tokens, patches included, or whole passes."""
+
+    source: str
+    tokens: Positive | None = None
+    epochs: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> "Amount":
+        if (self.tokens is None) == (self.epochs is None):
+            raise ValueError(f"source {self.source!r} needs either tokens or epochs")
+        return self
+
+
+class Amounts(Config):
+    """Absolute amounts; the total follows. A source may be repeated `max_epochs` times."""
+
+    kind: Literal["amounts"] = "amounts"
+    amounts: Annotated[tuple[Amount, ...], Field(min_length=1)]
+    max_epochs: Positive = 1
+    sampling: Sampling = "permutation"
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Amounts":
+        names = [amount.source for amount in self.amounts]
+        if len(set(names)) != len(names):
+            raise ValueError(f"a source is named twice: {names}")
+        if self.sampling == "replacement" and any(amount.epochs for amount in self.amounts):
+            raise ValueError(
+                "epochs are whole passes; with replacement there are none: give tokens"
+            )
+        return self
+
+
+Budget = Annotated[Mixture | Amounts | Epochs, Field(discriminator="kind")]
+
+
+class Rows(Config):
+    """How examples become rows of `row_length` positions, `batch_rows` of which make a step.
+
+    joined: documents joined by end-of-text and cut at the row length, no document mask (OpenLM).
+    filled: examples side by side, kept apart by segments, as full as they fit.
+    padded: one image example a row and padding behind it, text rows as in `joined` (the paper).
+    """
+
+    row_length: Positive
+    batch_rows: Positive
+    layout: Literal["joined", "filled", "padded"] = "filled"

@@ -1,0 +1,283 @@
+"""Options of the model: decoder, encoder, projector, who sees whom."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from midstream.config.base import Config, Positive
+
+# ------------------------------------------------------------------------------ the decoder
+
+
+class DecoderConfig(Config):
+    """An OpenLM decoder (open_lm/model.py; recipe of DCLM-1B: qk-norm, gain-only LayerNorm)."""
+
+    kind: Literal["openlm"] = "openlm"
+    hidden_size: Positive
+    num_layers: Positive
+    num_heads: Positive
+    vocab_size: Positive = 50432
+    qk_norm: bool = True
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+
+    @model_validator(mode="after")
+    def _divides(self) -> "DecoderConfig":
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of twice num_heads "
+                f"{self.num_heads}, since rotary embeddings turn pairs of channels"
+            )
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def ffn_size(self) -> int:
+        """Width of SwiGLU: two thirds of 4x, rounded up to a multiple of 256."""
+        return 256 * -(-int(8 * self.hidden_size / 3) // 256)
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters, both embedding matrices included."""
+        d, qk = self.hidden_size, 2 * self.hidden_size if self.qk_norm else 0
+        layer = 4 * d * d + 3 * d * self.ffn_size + 2 * d + qk
+        return self.num_layers * layer + d + 2 * self.vocab_size * d
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights that a position is multiplied with, the head left out."""
+        d = self.hidden_size
+        return self.num_layers * (4 * d * d + 3 * d * self.ffn_size)
+
+
+class TransformersDecoderConfig(Config):
+    """A causal language model of `transformers`, by its own configuration.
+
+    `model_type` is one of `model/pretrained.py`'s families, `settings` what its `config.json` says.
+    The sizes follow from them and are stated so that planning needs no torch; `midstream import`
+    writes all of it.
+    """
+
+    kind: Literal["transformers"] = "transformers"
+    model_type: str
+    settings: dict[str, Any]
+    hidden_size: Positive
+    num_layers: Positive
+    num_heads: Positive
+    vocab_size: Positive
+    num_parameters: Positive
+    tied_embeddings: bool
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights that a position is multiplied with, the head left out (and norms with it)."""
+        embeddings = self.vocab_size * self.hidden_size
+        return self.num_parameters - embeddings * (1 if self.tied_embeddings else 2)
+
+
+AnyDecoderConfig = Annotated[DecoderConfig | TransformersDecoderConfig, Field(discriminator="kind")]
+
+# ------------------------------------------------------------------------------ the encoder
+
+Colour = tuple[float, float, float]
+FeatureType = Literal["bfloat16", "int8"]
+
+
+class ImageTransform(Config):
+    """How a picture becomes pixels: fitted to a square, then (value - mean) / std by channel.
+
+    letterbox: padded to a square with the mean's colour, then resized; square: resized, whatever
+    its shape; crop: resized by its shorter side, the middle cut out.
+    """
+
+    size: Positive
+    resize: Literal["letterbox", "square", "crop"] = "letterbox"
+    mean: Colour = (0.5, 0.5, 0.5)
+    std: Colour = (0.5, 0.5, 0.5)
+
+
+class EncoderConfig(Config):
+    """A vision tower: SigLIP, SigLIP 2 (`siglip2` is its NaFlex class) or DINOv2.
+
+    `feature_layer` picks the hidden states that the projector sees: -1 is the last block's output,
+    -2 the second to last as Prismatic takes it; `final_norm` applies the tower's last norm to them.
+    Features are rounded to `feature_dtype`, whether they are stored or computed anew (int8: one
+    scale a patch). `position_size` is the image size whose positions the weights hold; another
+    `image_size` interpolates them. Registers and `ffn` are DINOv2's.
+    """
+
+    kind: Literal["tower"] = "tower"
+    family: Literal["siglip", "siglip2", "dinov2"] = "siglip"
+    image_size: Positive
+    patch_size: Positive
+    hidden_size: Positive
+    num_layers: Positive
+    num_heads: Positive
+    intermediate_size: Positive
+    position_size: Positive | None = None
+    num_registers: Annotated[int, Field(ge=0)] = 0
+    ffn: Literal["mlp", "swiglu"] = "mlp"
+    hidden_act: str = "gelu_pytorch_tanh"
+    norm_eps: float = 1e-6
+    feature_layer: int = -2
+    final_norm: bool = False
+    resize: Literal["letterbox", "square", "crop"] = "letterbox"
+    pixel_mean: Colour = (0.5, 0.5, 0.5)
+    pixel_std: Colour = (0.5, 0.5, 0.5)
+    feature_dtype: FeatureType = "bfloat16"
+
+    @property
+    def transform(self) -> ImageTransform:
+        """How pictures become this encoder's pixels."""
+        return ImageTransform(
+            size=self.image_size, resize=self.resize, mean=self.pixel_mean, std=self.pixel_std
+        )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "EncoderConfig":
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_heads}")
+        if not -self.num_layers <= self.feature_layer <= -1:
+            raise ValueError(
+                f"feature_layer {self.feature_layer} must lie in -{self.num_layers}..-1"
+            )
+        if self.image_size < self.patch_size:
+            raise ValueError(f"image_size {self.image_size} holds no patch of {self.patch_size}")
+        if self.family != "dinov2" and (self.num_registers or self.ffn != "mlp"):
+            raise ValueError(f"registers and swiglu are DINOv2's, this is {self.family}")
+        return self
+
+    @property
+    def num_patches(self) -> int:
+        """Patch features per image: the length of an image in a row."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def position_patches(self) -> int:
+        """Patches that the weights hold positions for."""
+        return ((self.position_size or self.image_size) // self.patch_size) ** 2
+
+
+class FusedEncoder(Config):
+    """Towers that look at the same picture, their patch features side by side (Prismatic: SigLIP
+    and DINOv2). Pixels are those of the first tower; the others' mean and std are applied to them.
+    """
+
+    kind: Literal["fused"] = "fused"
+    towers: Annotated[tuple[EncoderConfig, ...], Field(min_length=2)]
+    feature_dtype: FeatureType = "bfloat16"
+
+    @model_validator(mode="after")
+    def _alike(self) -> "FusedEncoder":
+        looks = {(tower.image_size, tower.num_patches, tower.resize) for tower in self.towers}
+        if len(looks) > 1:
+            raise ValueError(
+                "fused towers must agree in image_size, patches and resize, these are "
+                + ", ".join(map(str, sorted(looks)))
+            )
+        return self
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square picture, in pixels."""
+        return self.towers[0].image_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patch features per image."""
+        return self.towers[0].num_patches
+
+    @property
+    def hidden_size(self) -> int:
+        """The towers' widths, added up."""
+        return sum(tower.hidden_size for tower in self.towers)
+
+    @property
+    def transform(self) -> ImageTransform:
+        """How pictures become the first tower's pixels."""
+        return self.towers[0].transform
+
+
+class PatchProjection(Config):
+    """No tower: a linear map of raw patches, from its initialiser and trained with the model."""
+
+    kind: Literal["patches"] = "patches"
+    image_size: Positive
+    patch_size: Positive
+    hidden_size: Positive
+    resize: Literal["letterbox", "square", "crop"] = "letterbox"
+
+    @property
+    def num_patches(self) -> int:
+        """Patch features per image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def transform(self) -> ImageTransform:
+        """How pictures become pixels, from -1 to 1."""
+        return ImageTransform(size=self.image_size, resize=self.resize)
+
+
+PretrainedEncoder = Annotated[EncoderConfig | FusedEncoder, Field(discriminator="kind")]
+AnyEncoderConfig = Annotated[
+    EncoderConfig | FusedEncoder | PatchProjection, Field(discriminator="kind")
+]
+
+# --------------------------------------------------------------------------------- together
+
+
+class ProjectorConfig(Config):
+    """Linear layers with GELU between, from encoder to decoder width.
+
+    1: one linear map. 2: over `hidden`, which is four times the encoder's width (the paper's
+    wording) or the decoder's (LLaVA-1.5, Prismatic's gelu-mlp). 3: over four times the encoder's
+    width and a further layer at the decoder's (Prismatic's fused projector).
+    """
+
+    num_layers: Literal[1, 2, 3] = 2
+    hidden: Literal["encoder_4x", "decoder"] = "encoder_4x"
+
+    @model_validator(mode="after")
+    def _used(self) -> "ProjectorConfig":
+        if self.hidden == "decoder" and self.num_layers != 2:
+            raise ValueError(
+                f"hidden='decoder' is for two layers, the projector has {self.num_layers}"
+            )
+        return self
+
+    def widths(self, encoder_width: int, decoder_width: int) -> tuple[int, ...]:
+        """Width at the entry, between the layers, and at the exit."""
+        between = 4 * encoder_width if self.hidden == "encoder_4x" else decoder_width
+        hidden = {1: (), 2: (between,), 3: (between, decoder_width)}[self.num_layers]
+        return (encoder_width, *hidden, decoder_width)
+
+
+Attention = Literal["causal", "segments", "prefix"]
+
+
+class VLMConfig(Config):
+    """Decoder, and how it sees: without `encoder` it is a plain language model.
+
+    attention: who sees whom. causal: all that stands before in the row; segments: before in the
+    same segment; prefix: so too, and the image and the question behind it see each other
+    (PaliGemma). `owns_encoder`: the encoder's weights are the model's own, since some stage trains
+    them; else features arrive from a frozen one.
+    """
+
+    decoder: AnyDecoderConfig
+    encoder: AnyEncoderConfig | None = None
+    projector: ProjectorConfig = ProjectorConfig()
+    attention: Attention = "segments"
+    owns_encoder: bool = False
+
+    @model_validator(mode="after")
+    def _owned(self) -> "VLMConfig":
+        if isinstance(self.encoder, PatchProjection) and not self.owns_encoder:
+            raise ValueError("a patch projection is the model's own; set owns_encoder")
+        if self.owns_encoder and self.encoder is None:
+            raise ValueError("owns_encoder is set, but there is no encoder")
+        return self
