@@ -119,7 +119,7 @@ def computed(folder: Path) -> dict[str, list[float]]:
     milestone = checkpoint.milestone(folder / "pretrain", 0.4)
     start = Start(
         folder=milestone,
-        decoder_only=True,
+        parts=("decoder",),
         carry_optimizer=True,
         parent_rate=checkpoint.read_progress(milestone).rate,
     )

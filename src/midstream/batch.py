@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from midstream.tokens import TokenCount
@@ -60,6 +60,22 @@ class Batch:
     images: Float[Tensor, "images ..."]
     counts: TokenCount
     sources: Mapping[str, TokenCount] = field(default_factory=dict)
+
+    @property
+    def prefix(self) -> Bool[Tensor, "rows seq"]:
+        """True at the head of each segment up to its first position with a target, that included.
+
+        The input of that position ends what is given: the image and the first question. Where
+        text is learnt from its first token on, it is that token alone. Padding is no prefix.
+        """
+        first = torch.ones_like(self.segment_ids, dtype=torch.bool)
+        first[:, 1:] = self.segment_ids.diff(dim=1) != 0
+        column = torch.arange(first.shape[1], device=first.device).expand_as(first)
+        head = torch.where(first, column, 0).cummax(dim=1).values
+        has_target = (self.targets != IGNORE).long()
+        # Targets before each position, in its row.
+        before = has_target.cumsum(dim=1) - has_target
+        return (before == before.gather(1, head)) & (self.segment_ids != PADDING)
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, from which a GPU copies while it computes."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 import typer
 
 from midstream import __version__
+from midstream.model_commands import COMMANDS
 
 if TYPE_CHECKING:
     from midstream.study.ledger import Ledger
@@ -322,6 +323,10 @@ def demo(
     if peak_bytes:
         text += f", peak memory {peak_bytes / 2**30:.2f} GiB (sum over the workers)"
     terminal.out().print(text)
+
+
+for command_name, command_of in COMMANDS.items():
+    app.command(command_name)(user_errors(command_of))
 
 
 def _stored_study(name: str, ledger: "Ledger", settings: list[str]) -> "Study":

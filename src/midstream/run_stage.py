@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -30,17 +31,27 @@ from midstream.data.sources import Source
 from midstream.eval.benchmark import evaluate
 from midstream.eval.predict import ModelAnswerer
 from midstream.model.initialise import initialise
-from midstream.model.vision import VisionEncoder
 from midstream.model.vlm import VLM
-from midstream.model.weights import load_weights
-from midstream.storage import verify
+from midstream.model.weights import load_weights, save_weights, weights_digest
+from midstream.open_model import (
+    check_vocabulary,
+    load_imported,
+    on_device,
+    open_encoder,
+    open_model,
+    weights_folder,
+)
+from midstream.storage import new_folder, verify
+from midstream.study.imported import open_imported
 from midstream.study.ledger import Ledger, Stopped
-from midstream.study.pictures import choice_for, encoder_of, feature_folder, feature_plan
+from midstream.study.pictures import choice_for, feature_folder, feature_plan
 from midstream.study.stage import (
     Continue,
     ContinueFrom,
     Evaluate,
     Finetune,
+    LoadDecoder,
+    LoadEncoder,
     Prepare,
     Pretrain,
     Stage,
@@ -51,7 +62,7 @@ from midstream.tokens import TokenCount
 from midstream.train import checkpoint
 from midstream.train.contrastive import train_encoder
 from midstream.train.loop import Interrupted, Job, Start, train
-from midstream.train.parallel import autocast, peak_memory_bytes, set_up
+from midstream.train.parallel import peak_memory_bytes, set_up
 
 Trained = Pretrain | Continue | Finetune
 Report = Callable[[dict[str, Any]], None]
@@ -105,6 +116,10 @@ class StageRunner:
                     self.device,
                     report=self.report,
                 )
+            case LoadEncoder():
+                return self._load_encoder(stage)
+            case LoadDecoder():
+                return self._load_decoder(stage)
             case Pretrain() | Continue() | Finetune():
                 return self._train(stage)
             case Evaluate():
@@ -141,29 +156,82 @@ class StageRunner:
 
     def _start(self, stage: Trained) -> Start:
         """What a stage begins from; the schedule's position comes with the checkpoint."""
+        if isinstance(stage, Pretrain):
+            return Start()
+        owned = stage.model.owns_encoder and stage.encoder_stage is not None
         if isinstance(stage, Finetune):
-            return Start(folder=self.ledger.folder(stage.start) / "weights")
-        if isinstance(stage, Continue) and isinstance(stage.start, ContinueFrom):
-            folder = self._weights(stage.start.stage, stage.start.completion)
+            had = stage.start.model.owns_encoder
             return Start(
+                folder=self.ledger.folder(stage.start) / "weights",
+                parts=("decoder", "projector", *(("encoder",) if had else ())),
+                encoder=self._encoder_weights(stage) if owned and not had else None,
+            )
+        start = Start(encoder=self._encoder_weights(stage) if owned else None)
+        if isinstance(stage.start, ContinueFrom):
+            folder = weights_folder(self.ledger, stage.start.stage, stage.start.completion)
+            start = replace(
+                start,
                 folder=folder,
-                decoder_only=True,
+                parts=("decoder",),
                 carry_optimizer=stage.start.optimizer == "carry",
                 parent_rate=checkpoint.read_progress(folder).rate,
             )
-        return Start()
+        return start
+
+    def _encoder_weights(self, stage: Continue | Finetune) -> Path:
+        assert stage.encoder_stage is not None, "a patch projection has no weights before"
+        folder = self.ledger.folder(stage.encoder_stage) / "weights"
+        verify(folder)
+        return folder
+
+    def _load_encoder(self, stage: LoadEncoder) -> dict[str, Any]:
+        """Imported towers to `weights/`, under the encoder's own names."""
+        for imported in stage.towers:
+            open_imported(imported)
+        encoder, unused = load_imported(stage.encoder, [one.folder for one in stage.towers])
+        with new_folder(self.ledger.folder(stage) / "weights") as temporary:
+            save_weights(encoder, temporary / "model.safetensors")
+        return {
+            "weights_digest": weights_digest(encoder),
+            "num_parameters": sum(parameter.numel() for parameter in encoder.parameters()),
+            "unused": list(unused),
+        }
+
+    def _load_decoder(self, stage: LoadDecoder) -> dict[str, Any]:
+        """An imported language model to `weights/`, once its vocabulary is seen to fit the data."""
+        record = open_imported(stage.checkpoint)
+        if record.config != stage.decoder:
+            raise ValueError(f"{stage.checkpoint.folder} holds another decoder than the stage says")
+        codec = open_codec(self.ledger.folder(stage.data))
+        check_vocabulary(codec, stage.decoder, stage.checkpoint.folder)
+        weights = self.ledger.folder(stage) / "weights"
+        with new_folder(weights) as temporary:
+            for name in ("model.safetensors", "optimizer.safetensors", "progress.json"):
+                if (stage.checkpoint.folder / name).is_file():
+                    shutil.copyfile(stage.checkpoint.folder / name, temporary / name)
+        progress = checkpoint.read_progress(weights)
+        model = VLM(stage.model)
+        load_weights(model, weights / "model.safetensors")
+        return {
+            "tokens_seen_before": progress.tokens_seen,
+            "last_rate": progress.rate,
+            "source": record.source,
+            "revision": record.revision,
+            "weights_digest": weights_digest(model),
+        }
 
     def _evaluate(self, stage: Evaluate) -> dict[str, Any]:
-        data, model = stage.of.data, VLM(stage.of.model)
-        weights = self._weights(stage.of, stage.completion)
-        checkpoint.read_progress(weights)
-        load_weights(model, weights / "model.safetensors")
-        encoder = stage.of.model.encoder
+        folder = self.ledger.folder(stage.of)
+        if isinstance(stage.of, Pretrain) and stage.completion != 1.0:
+            weights_folder(self.ledger, stage.of, stage.completion)
+            folder = folder / "milestones" / f"{stage.completion * 100:g}"
+        opened = open_model(folder, self.device)
+        data = stage.of.data
         answerer = ModelAnswerer(
-            model.to(self.device),
-            open_codec(self.ledger.folder(data)),
-            encode=None if isinstance(stage.of, Pretrain) else self._encode(encoder_of(stage.of)),
-            encoder=encoder,
+            opened.vlm,
+            opened.codec,
+            encode=opened.encode if opened.encoder is not None else None,
+            encoder=stage.of.model.encoder,
             max_new_tokens=stage.evaluation.max_new_tokens,
             batch_size=stage.evaluation.batch_size,
         )
@@ -176,49 +244,28 @@ class StageRunner:
         )
         return {**results, "weights_digest": answerer.weights_digest}
 
-    def _weights(self, stage: Trained, completion: float) -> Path:
-        folder = self.ledger.folder(stage)
-        if not isinstance(stage, Pretrain):
-            return folder / "weights"
-        found = checkpoint.milestone(folder, completion)
-        if not found.is_dir():
-            kept = ", ".join(f"{share * 100:g} %" for share in stage.milestones)
-            raise ValueError(
-                f"{stage.name} kept no weights at {completion * 100:g} %; it has {kept}"
-            )
-        return found
-
     def _sources(self, data: Prepare) -> dict[str, Any]:
         return open_sources(data.world, self.ledger.folder(data))
 
-    def _encode(self, stage: TrainEncoder) -> Encode:
-        folder = self.ledger.folder(stage) / "weights"
-        verify(folder)
-        encoder = VisionEncoder(stage.encoder)
-        load_weights(encoder.siglip, folder / "model.safetensors")
-        encoder.to(self.device).eval()
-
-        def encode(pixels: torch.Tensor) -> torch.Tensor:
-            with autocast(self.device):
-                found: torch.Tensor = encoder(pixels.to(self.device))
-            return found
-
-        return encode
-
     def _seeing(
         self, stage: Trained, plan: RowPlan, sources: Mapping[str, Source]
-    ) -> tuple[Images, Encode]:
+    ) -> tuple[Images, Encode | None]:
         """What a row's pictures become while it is loaded, and on the device."""
         if isinstance(stage, Pretrain):
             return NoImages(), unchanged
-        own, seen = encoder_of(stage), {name: sources[name] for name in plan.names}
-        encode = self._encode(own)
+        seen = {name: sources[name] for name in plan.names}
+        config = stage.model.encoder
+        assert config is not None, "an image-text stage sees"
+        if config.kind == "patches" or stage.model.owns_encoder:
+            return LiveImages(seen, plan.names, config), None
+        assert stage.encoder_stage is not None, "it is a frozen one"
+        encode = on_device(open_encoder(self.ledger, stage.encoder_stage).to(self.device).eval())
         if self._decide(stage) == "live":
-            live = partial(encode_fixed, encode, config=own.encoder)
-            return LiveImages(seen, plan.names, own.encoder), live
-        folder = feature_folder(self.ledger, own)
+            live = partial(encode_fixed, encode, config=config)
+            return LiveImages(seen, plan.names, config), live
+        folder = feature_folder(self.ledger, stage.encoder_stage)
         assert folder is not None, "a parent of the stage"
-        store = FeatureStore(folder, own.encoder)
+        store = FeatureStore(folder, config)
         for number, name in enumerate(plan.names):
             if seen[name].num_images:
                 store.fill(seen[name], plan.examples_of(number), encode, self._note)

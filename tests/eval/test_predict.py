@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,15 +7,16 @@ import torch
 import tiny
 from midstream.config import VLMConfig
 from midstream.data.examples import TextCodec, question_ids
-from midstream.data.features import encode_fixed
+from midstream.data.features import Encode, encode_fixed
 from midstream.data.images import decode, to_pixels
 from midstream.data.prepare import open_codec
 from midstream.eval.predict import ModelAnswerer
 from midstream.eval.task import Answerer
-from midstream.model.generate import greedy
+from midstream.model.generate import generate
 from midstream.model.initialise import initialise
 from midstream.model.vlm import VLM
 from midstream.model.weights import weights_digest
+from midstream.open_model import on_device, open_encoder
 from midstream.study.ledger import Ledger
 
 MAX_NEW_TOKENS = 6
@@ -27,8 +28,9 @@ def codec(tiny_ledger: Ledger) -> TextCodec:
 
 
 @pytest.fixture(scope="module")
-def encode(tiny_ledger: Ledger) -> Callable[[torch.Tensor], torch.Tensor]:
-    return tiny.runner(tiny_ledger)._encode(tiny.ENCODER_STAGE)
+def encode(tiny_ledger: Ledger) -> Encode:
+    encoder = on_device(open_encoder(tiny_ledger, tiny.ENCODER_STAGE).eval())
+    return partial(encode_fixed, encoder, config=tiny.ENCODER)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def pictures(tiny_ledger: Ledger) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def answerer(codec: TextCodec, encode: Callable[[torch.Tensor], torch.Tensor]) -> ModelAnswerer:
+def answerer(codec: TextCodec, encode: Encode) -> ModelAnswerer:
     model = VLM(VLMConfig(decoder=tiny.DECODER, encoder=tiny.ENCODER))
     initialise(model, 0)
     return ModelAnswerer(
@@ -93,9 +95,9 @@ def by_hand(answerer: ModelAnswerer, ids: list[int], picture: Path | None) -> st
     if picture is not None:
         pixels = to_pixels(decode(picture.read_bytes(), str(picture)), tiny.ENCODER.transform)
         assert answerer.encode is not None
-        features = encode_fixed(answerer.encode, torch.from_numpy(pixels)[None], tiny.ENCODER)
+        features = answerer.encode(torch.from_numpy(pixels)[None])
     codec = answerer.codec
-    (new,) = greedy(
+    (new,) = generate(
         answerer.model,
         [ids],
         features,
@@ -186,7 +188,7 @@ def test_the_continuation_that_greedy_decoding_gives_is_told_as_greedy(
     single = [text for text in texts if text.strip() == text and len(codec.encode(text)) == 1]
     num_greedy = 0
     for context in ("The circle is", "Where", "There are two shapes", "yes", "In: Who?"):
-        (best,) = greedy(
+        (best,) = generate(
             answerer.model,
             [codec.encode(context)],
             None,

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from midstream.config import DecoderConfig, EncoderConfig, VLMConfig
-from midstream.model.generate import greedy, sequence_logprobs
+from midstream.model.generate import generate, sequence_logprobs
 from midstream.model.initialise import initialise
 from midstream.model.vlm import VLM
 
@@ -44,7 +44,7 @@ def plain_greedy(vlm: VLM, prompt: list[int], features: Tensor | None, new: int)
 @pytest.mark.parametrize("sees", [True, False])
 def test_greedy_equals_the_whole_sequence_recomputed_for_each_token(vlm: VLM, sees: bool) -> None:
     features = images(len(PROMPTS)) if sees else None
-    found = greedy(vlm, PROMPTS, features, max_new_tokens=7, stop_ids=frozenset(), batch_size=4)
+    found = generate(vlm, PROMPTS, features, max_new_tokens=7, stop_ids=frozenset(), batch_size=4)
     for index, prompt in enumerate(PROMPTS):
         mine = None if features is None else features[index : index + 1]
         assert found[index] == plain_greedy(vlm, prompt, mine, 7)
@@ -52,7 +52,7 @@ def test_greedy_equals_the_whole_sequence_recomputed_for_each_token(vlm: VLM, se
 
 def test_an_image_changes_the_answer(vlm: VLM) -> None:
     answers = [
-        greedy(vlm, PROMPTS, given, max_new_tokens=7, stop_ids=frozenset(), batch_size=4)
+        generate(vlm, PROMPTS, given, max_new_tokens=7, stop_ids=frozenset(), batch_size=4)
         for given in (None, images(6), -images(6))
     ]
     assert answers[0] != answers[1] != answers[2]
@@ -60,10 +60,10 @@ def test_an_image_changes_the_answer(vlm: VLM) -> None:
 
 def test_decoding_stops_at_a_stop_id_and_leaves_it_out(vlm: VLM) -> None:
     options = {"max_new_tokens": 12, "batch_size": 4}
-    free = greedy(vlm, PROMPTS, None, stop_ids=frozenset(), **options)  # type: ignore[arg-type]
+    free = generate(vlm, PROMPTS, None, stop_ids=frozenset(), **options)  # type: ignore[arg-type]
     assert all(len(answer) == 12 for answer in free)
     stop = free[0][3]
-    found = greedy(vlm, PROMPTS, None, stop_ids=frozenset({stop, 39}), **options)  # type: ignore[arg-type]
+    found = generate(vlm, PROMPTS, None, stop_ids=frozenset({stop, 39}), **options)  # type: ignore[arg-type]
     for whole, cut in zip(free, found, strict=True):
         ends = [place for place, token in enumerate(whole) if token in (stop, 39)]
         assert cut == whole[: ends[0] if ends else None]
@@ -75,9 +75,9 @@ def test_decoding_ends_early_when_all_rows_are_done(
 ) -> None:
     steps = []
     vlm.decoder.register_forward_hook(lambda *_: steps.append(1))
-    first = greedy(vlm, [[5]], None, max_new_tokens=1, stop_ids=frozenset(), batch_size=2)[0][0]
+    first = generate(vlm, [[5]], None, max_new_tokens=1, stop_ids=frozenset(), batch_size=2)[0][0]
     assert len(steps) == 1
-    answer = greedy(vlm, [[5]], None, max_new_tokens=50, stop_ids=frozenset({first}), batch_size=2)
+    answer = generate(vlm, [[5]], None, max_new_tokens=50, stop_ids=frozenset({first}), batch_size=2)
     assert answer == [[]]
     assert len(steps) == 2
 
@@ -89,10 +89,10 @@ def test_logits_do_not_depend_on_neighbours_to_the_last_bit(vlm: VLM) -> None:
     )
     options = {"max_new_tokens": 5, "stop_ids": frozenset[int](), "batch_size": 4}
     features = images(len(PROMPTS))
-    greedy(vlm, [PROMPTS[0]], features[:1], **options)  # type: ignore[arg-type]
+    generate(vlm, [PROMPTS[0]], features[:1], **options)  # type: ignore[arg-type]
     alone, seen[:] = [logits[0] for logits in seen], []
     mixed = [2, 3, 0, 1]
-    greedy(vlm, [PROMPTS[i] for i in mixed], features[mixed], **options)  # type: ignore[arg-type]
+    generate(vlm, [PROMPTS[i] for i in mixed], features[mixed], **options)  # type: ignore[arg-type]
     hook.remove()
     # Prompts 3, 0, 1 share the short batch; prompt 2 is longer and comes after it.
     among = [logits[1] for logits in seen[:5]]
@@ -104,10 +104,10 @@ def test_logits_do_not_depend_on_neighbours_to_the_last_bit(vlm: VLM) -> None:
 def test_unusable_prompts_are_refused(vlm: VLM) -> None:
     options = {"max_new_tokens": 5, "stop_ids": frozenset[int](), "batch_size": 4}
     with pytest.raises(ValueError, match="2 images were given for 1 prompts"):
-        greedy(vlm, [[1]], images(2), **options)  # type: ignore[arg-type]
+        generate(vlm, [[1]], images(2), **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="prompt is empty"):
-        greedy(vlm, [[1], []], None, **options)  # type: ignore[arg-type]
-    assert greedy(vlm, [], None, **options) == []  # type: ignore[arg-type]
+        generate(vlm, [[1], []], None, **options)  # type: ignore[arg-type]
+    assert generate(vlm, [], None, **options) == []  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -127,7 +127,7 @@ def test_logprobs_are_those_of_each_sequence_alone(vlm: VLM) -> None:
 
 def test_a_greedy_continuation_is_recognised(vlm: VLM) -> None:
     prompt = [5, 6, 7]
-    answer = greedy(vlm, [prompt], None, max_new_tokens=4, stop_ids=frozenset(), batch_size=1)[0]
+    answer = generate(vlm, [prompt], None, max_new_tokens=4, stop_ids=frozenset(), batch_size=1)[0]
     other = [*answer[:-1], (answer[-1] + 1) % 40]
     found = sequence_logprobs(vlm, [prompt + answer, prompt + other], [3, 3], batch_size=2)
     assert [is_greedy for _, is_greedy in found] == [True, False]

@@ -1,9 +1,10 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from midstream.config import DecoderConfig, EncoderConfig, ProjectorConfig, VLMConfig
+from midstream.config import DECODERS, DecoderConfig, EncoderConfig, ProjectorConfig, VLMConfig
 from midstream.model.decoder import Decoder
 from midstream.model.initialise import Initialiser, generator, initialise
 from midstream.model.projector import Projector
@@ -13,27 +14,73 @@ from midstream.model.weights import weights_digest
 CONFIG = DecoderConfig(hidden_size=128, num_layers=4, num_heads=2, vocab_size=700)
 
 
-def test_statistics_of_each_decoder_parameter_are_openlms() -> None:
-    decoder = Decoder(CONFIG)
+def normal_share(value: torch.Tensor) -> torch.Tensor:
+    """The share of a standard normal cut at three sigma that lies below a value."""
+    whole = math.erf(3 / math.sqrt(2))
+    return 0.5 + torch.special.erf(value.clamp(-3, 3) / math.sqrt(2)) / (2 * whole)
+
+
+def distance(values: torch.Tensor, share: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    """Kolmogorov's and Smirnov's largest distance times the root of n; by chance above 2.2 once
+    in 8,000 draws of `share`'s distribution."""
+    ordered = values.flatten().double().sort().values
+    steps = torch.arange(len(ordered) + 1, dtype=torch.float64) / len(ordered)
+    expected = share(ordered)
+    apart = torch.maximum((expected - steps[:-1]).abs(), (expected - steps[1:]).abs())
+    return float(apart.max()) * math.sqrt(len(ordered))
+
+
+@pytest.mark.parametrize(
+    ("config", "ffn"),
+    [
+        (CONFIG, 512),
+        (DECODERS["11m"].model_copy(update={"vocab_size": 3000}), 256),
+        (CONFIG.model_copy(update={"hidden_size": 256, "num_layers": 3, "qk_norm": False}), 768),
+    ],
+)
+def test_each_decoder_parameter_is_of_openlms_distribution(config: DecoderConfig, ffn: int) -> None:
+    decoder = Decoder(config)
     initialise(decoder, 0)
-    width, ffn = 128, 512
     # The standard deviation of a normal cut at three sigma.
     density = math.exp(-4.5) / math.sqrt(2 * math.pi)
     shrink = math.sqrt(1 - 6 * density / math.erf(3 / math.sqrt(2)))
     assert shrink == pytest.approx(0.98658, abs=1e-4)
+    norms = 0
     for name, trained in decoder.named_parameters():
         parameter = trained.detach()
         if "norm" in name:
+            norms += 1
             assert torch.equal(parameter, torch.ones_like(parameter)), name
             continue
-        sigma = (ffn if "w3" in name else width) ** -0.5
+        sigma = (ffn if "w3" in name else config.hidden_size) ** -0.5
         if "w3" in name or "out_proj" in name:
             sigma /= math.sqrt(2 * (int(name.split(".")[1]) + 1))
         few = 4 / math.sqrt(2 * parameter.numel())  # four standard errors
         assert float(parameter.std()) == pytest.approx(shrink * sigma, rel=few), name
         assert abs(float(parameter.mean())) < 4 * sigma / math.sqrt(parameter.numel()), name
         assert float(parameter.abs().max()) <= 3 * sigma * (1 + 1e-6), name
-        assert float(parameter.abs().max()) > 2.8 * sigma, name
+        # The outermost of n draws lies nearer to the cut than ten n-ths of the distribution.
+        tail = normal_share(parameter.abs().max().double() / sigma)
+        assert 2 * (1 - float(tail)) < 10 / parameter.numel(), name
+        assert distance(parameter / sigma, normal_share) < 2.2, name
+    assert norms == (4 if config.qk_norm else 2) * config.num_layers + 1
+
+
+def test_distance_tells_a_wrong_sigma_and_a_wrong_shape_apart() -> None:
+    right = Initialiser("truncated_normal", 1.0).draw(torch.Size([100_000]), generator(0, "a"))
+    assert distance(right, normal_share) < 2.2
+    assert distance(right * 1.05, normal_share) > 2.2
+    assert distance(right + 0.02, normal_share) > 2.2
+    uniform = Initialiser("uniform", 1.7).draw(torch.Size([100_000]), generator(0, "a"))
+    assert distance(uniform, normal_share) > 2.2
+
+
+def test_rows_and_columns_of_a_matrix_are_drawn_apart() -> None:
+    decoder = Decoder(CONFIG)
+    initialise(decoder, 0)
+    parts = decoder.layers[0].attention.in_proj.weight.detach().view(3, -1)
+    alike = torch.corrcoef(parts) - torch.eye(3)
+    assert float(alike.abs().max()) < 4 / math.sqrt(parts.shape[1])
 
 
 def test_a_parameter_depends_on_seed_and_name_alone() -> None:
@@ -91,14 +138,27 @@ def test_number_of_threads_changes_no_weight() -> None:
     assert len(digests) == 1
 
 
-def test_projector_starts_as_torch_linear_layers_do() -> None:
-    projector = Projector(ProjectorConfig(num_layers=3), in_width=64, out_width=96)
+@pytest.mark.parametrize(
+    "config",
+    [
+        ProjectorConfig(num_layers=1),
+        ProjectorConfig(num_layers=2),
+        ProjectorConfig(num_layers=2, hidden="decoder"),
+        ProjectorConfig(num_layers=3),
+    ],
+    ids=str,
+)
+def test_projector_starts_as_torch_linear_layers_do(config: ProjectorConfig) -> None:
+    projector = Projector(config, in_width=64, out_width=96)
     initialise(projector, 0)
+    widths = config.widths(64, 96)
+    names = [f"{2 * at}.{kind}" for at in range(len(widths) - 1) for kind in ("weight", "bias")]
+    assert [name for name, _ in projector.named_parameters()] == names
     for name, trained in projector.named_parameters():
         parameter = trained.detach()
-        bound = {"0": 64, "2": 256, "4": 96}[name.split(".")[0]] ** -0.5
-        assert float(parameter.abs().max()) <= bound
-        assert float(parameter.std()) == pytest.approx(bound / math.sqrt(3), rel=0.2), name
+        bound = widths[int(name.split(".")[0]) // 2] ** -0.5
+        assert float(parameter.abs().max()) <= bound, name
+        assert distance(parameter / bound, lambda value: (value + 1) / 2) < 2.2, name
 
 
 def test_generators_of_different_purposes_differ() -> None:

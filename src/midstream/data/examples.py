@@ -23,6 +23,10 @@ from midstream.data.tokenising.tokenise import fast_encoder
 
 END_OF_TEXT = "<|endoftext|>"
 SEPARATOR = "<|separator|>"
+# Ends a reply in tokenizers that have it; nothing of ours writes it.
+AGENT_STOP = "<|agent_stop|>"
+# A tokenizer's own end of text is the first of these that it has.
+_ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>")
 IMAGE_MARK = "<image>"
 # Where the layouts of conversations keep their turns, and in a turn its role and its text.
 _LAYOUTS = (("conversations", "from", "value"), ("messages", "role", "content"))
@@ -38,11 +42,17 @@ class Example:
 
 
 class TextCodec:
-    """A tokenizer with Midstream's two special tokens; may be sent to other processes."""
+    """A tokenizer with an end of text and Midstream's separator; may be sent to other processes.
+
+    End of text is the tokenizer's own (`<|endoftext|>`, `<|end_of_text|>` or `</s>`), else
+    `<|endoftext|>` is added, as the separator is.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        held = [token for token in _ENDS_OF_TEXT if tokenizer.token_to_id(token) is not None]
+        end_of_text = held[0] if held else END_OF_TEXT
         tokenizer.add_special_tokens(
-            [AddedToken(END_OF_TEXT, special=True), AddedToken(SEPARATOR, special=True)]
+            [AddedToken(end_of_text, special=True), AddedToken(SEPARATOR, special=True)]
         )
         # A file may carry its model's own cut and padding; examples are whole and as they are.
         tokenizer.no_truncation()
@@ -50,7 +60,7 @@ class TextCodec:
         # Marks of special tokens inside data are read as plain text, never as the tokens.
         tokenizer.encode_special_tokens = True
         self.tokenizer = tokenizer
-        self.end_of_text = int(tokenizer.token_to_id(END_OF_TEXT) or 0)
+        self.end_of_text = int(tokenizer.token_to_id(end_of_text) or 0)
         self.separator = int(tokenizer.token_to_id(SEPARATOR) or 0)
 
     def __reduce__(self) -> tuple[type["TextCodec"], tuple[Tokenizer]]:
@@ -68,6 +78,12 @@ class TextCodec:
     def size(self) -> int:
         """One more than the largest id."""
         return 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end a reply: end of text, the separator, the agent's stop where there is one."""
+        stop = self.tokenizer.token_to_id(AGENT_STOP)
+        return frozenset({self.end_of_text, self.separator, *([] if stop is None else [stop])})
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without any special token."""

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from jaxtyping import Float32
 from torch import Tensor
 
-from midstream.config import EncoderConfig
+from midstream.config import PretrainedEncoder
 from midstream.data.features import (
     Encode,
     ErrorMeter,
@@ -61,7 +61,9 @@ Progress = Callable[[float, str], None]
 class FeatureStore:
     """Features of pictures under one encoder, read by memory map; safe to pickle and to share."""
 
-    def __init__(self, folder: Path, config: EncoderConfig, part_bytes: int = PART_BYTES) -> None:
+    def __init__(
+        self, folder: Path, config: PretrainedEncoder, part_bytes: int = PART_BYTES
+    ) -> None:
         self.folder, self.config, self.part_bytes = folder, config, part_bytes
         self._parts: list[Path] = []
         self._known: set[str] = set()

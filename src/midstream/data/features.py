@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from midstream.config import EncoderConfig
+from midstream.config import AnyEncoderConfig, PretrainedEncoder
 from midstream.data.images import decode_pixels
 from midstream.data.sources import Source
 
@@ -26,14 +26,14 @@ Encode = Callable[[Float[Tensor, "images 3 size size"]], Float[Tensor, "images p
 
 
 def load_pixels(
-    source: Source, example: int, config: EncoderConfig
+    source: Source, example: int, config: AnyEncoderConfig
 ) -> Float32[np.ndarray, "3 s s"]:
     """The picture of an example as the encoder takes it."""
     data, where = source.image_bytes(example), source.describe(example)
     return decode_pixels(data, where, config.transform)
 
 
-def picture_bytes(config: EncoderConfig) -> int:
+def picture_bytes(config: PretrainedEncoder) -> int:
     """Bytes of one picture's features in their stored form."""
     if config.feature_dtype == "int8":
         return config.num_patches * (config.hidden_size + 2)
@@ -41,7 +41,7 @@ def picture_bytes(config: EncoderConfig) -> int:
 
 
 def pack(
-    features: Float32[Tensor, "images patches width"], config: EncoderConfig
+    features: Float32[Tensor, "images patches width"], config: PretrainedEncoder
 ) -> UInt8[Tensor, "images bytes"]:
     """The stored form, one row a picture, rounded to `feature_dtype`.
 
@@ -57,7 +57,7 @@ def pack(
 
 
 def unpack(
-    packed: UInt8[Tensor, "images bytes"], config: EncoderConfig
+    packed: UInt8[Tensor, "images bytes"], config: PretrainedEncoder
 ) -> Float32[Tensor, "images patches width"]:
     """The numbers of a stored form; every one is exact in float32."""
     shape = (len(packed), config.num_patches, config.hidden_size)
@@ -79,7 +79,7 @@ def _numbers(packed: UInt8[Tensor, "images bytes"], dtype: torch.dtype) -> Float
 
 
 def encode_fixed(
-    encode: Encode, pixels: Float32[Tensor, "images 3 size size"], config: EncoderConfig
+    encode: Encode, pixels: Float32[Tensor, "images 3 size size"], config: PretrainedEncoder
 ) -> Float32[Tensor, "images patches width"]:
     """Features as they are stored, without autograd, on the encoder's device.
 
@@ -90,7 +90,7 @@ def encode_fixed(
 
 @torch.no_grad()
 def encode_raw(
-    encode: Encode, pixels: Float32[Tensor, "images 3 size size"], config: EncoderConfig
+    encode: Encode, pixels: Float32[Tensor, "images 3 size size"], config: AnyEncoderConfig
 ) -> Float32[Tensor, "images patches width"]:
     """Features before rounding, computed `FILL_BATCH` pictures at a time, the last batch padded."""
     shape = (config.num_patches, config.hidden_size)
@@ -116,7 +116,7 @@ class LiveImages:
 
     sources: Mapping[str, Source]
     names: tuple[str, ...]
-    config: EncoderConfig
+    config: AnyEncoderConfig
 
     def __call__(self, images: np.ndarray) -> Float32[Tensor, "images 3 size size"]:
         """Pixels of (source number, example) pairs, in their order."""
@@ -146,7 +146,7 @@ class RoundingError:
 class ErrorMeter:
     """Adds up the rounding errors of features as they come, in constant memory."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: PretrainedEncoder) -> None:
         self._configs = [
             config.model_copy(update={"feature_dtype": dtype}) for dtype in ("bfloat16", "int8")
         ]
@@ -181,7 +181,7 @@ class ErrorMeter:
 
 
 def error_of(
-    encode: Encode, source: Source, config: EncoderConfig, sample: Sequence[int]
+    encode: Encode, source: Source, config: PretrainedEncoder, sample: Sequence[int]
 ) -> tuple[RoundingError, ...]:
     """The error of bfloat16 and of int8 features against float32, on the pictures of `sample`."""
     meter = ErrorMeter(config)
@@ -191,7 +191,7 @@ def error_of(
 
 
 def pixel_batches(
-    source: Source, examples: Sequence[int], config: EncoderConfig
+    source: Source, examples: Sequence[int], config: PretrainedEncoder
 ) -> Iterator[Float32[Tensor, "images 3 size size"]]:
     """Pictures of these examples, up to `FILL_BATCH` at a time."""
     for low in range(0, len(examples), FILL_BATCH):

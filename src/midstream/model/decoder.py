@@ -1,4 +1,4 @@
-"""The OpenLM decoder, attention over segments, and how each parameter starts.
+"""The OpenLM decoder, its cache, and how each parameter starts.
 
 Letters in names: R rows, T positions, S positions seen by attention, D hidden size, H heads,
 C channels of a head. Parameter names are those of OpenLM's own checkpoints.
@@ -13,60 +13,32 @@ size:
     norm gains                         1
 """
 
+from dataclasses import dataclass
 from typing import cast
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import layer_norm, silu
 
-from midstream.batch import PADDING
 from midstream.config import DecoderConfig
+from midstream.model.attention import Mask, attend
 from midstream.model.initialise import Embedding, Initialiser, Linear
 
-# --------------------------------------------------------------------------- masks and cache
+# ----------------------------------------------------------------------------------- the cache
 
 
-def segment_mask(segment_ids: Int[Tensor, "rows seq"]) -> Bool[Tensor, "rows 1 seq seq"]:
-    """True where a position (third axis) sees another: earlier or itself, in its own segment.
-
-    Padding sees itself only, so that no softmax is empty.
-    """
-    length = segment_ids.shape[1]
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    held = (segment_ids != PADDING)[:, :, None]
-    itself = torch.eye(length, dtype=torch.bool, device=segment_ids.device)
-    return ((same & held).tril() | itself)[:, None]
-
-
-def attention_mask(
-    segment_ids: Int[Tensor, "rows seq"],
-) -> Bool[Tensor, "rows 1 seq seq"] | None:
-    """`segment_mask`, or None where plain causal attention gives the same at every held position.
-
-    That is where each row is one segment, with padding only behind it: nothing held sees padding.
-    Reads one number back to the host.
-    """
-    behind = (segment_ids.diff(dim=1) <= 0).all()
-    return None if bool((segment_ids <= 0).all() & behind) else segment_mask(segment_ids)
-
-
+@dataclass
 class Cache:
-    """Keys and values of the positions seen so far, with room for `columns` of them."""
+    """Keys and values of the positions seen so far, `length` of them, with room for more."""
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        *,
-        rows: int,
-        columns: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        shape = (config.num_layers, rows, config.num_heads, columns, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.length = 0
+    keys: Float[Tensor, "layers rows heads columns channels"]
+    values: Float[Tensor, "layers rows heads columns channels"]
+    length: int = 0
+
+    def select(self, rows: Int[Tensor, " chosen"]) -> "Cache":
+        """A new cache of these rows, which may repeat, with the same room."""
+        return Cache(self.keys[:, rows], self.values[:, rows], self.length)
 
     def extend(self, layer: int, key_RHTC: Tensor, value_RHTC: Tensor) -> tuple[Tensor, Tensor]:
         """Put new keys and values behind the held ones of a layer and return all of them.
@@ -114,24 +86,29 @@ class LayerNorm(nn.Module):
 class Rotary:
     """Rotary embedding of half-split channels: channel c turns with channel c + C/2.
 
-    Angles are computed in float32; cosine and sine have the activations' dtype.
+    Angles are computed in float32; cosine and sine have the activations' dtype. In float32 every
+    operation is OpenLM's, so that logits are equal to the last bit. Under bfloat16 autocast OpenLM
+    computes the angles in bfloat16 too, which this does not repeat.
     """
 
     def __init__(
         self, config: DecoderConfig, position_ids: Int[Tensor, "rows seq"], dtype: torch.dtype
     ) -> None:
         half = config.head_dim // 2
-        channel = torch.arange(half, dtype=torch.float32, device=position_ids.device)
-        frequency = config.rope_base ** (-channel / half)
+        channel = torch.arange(
+            0, config.head_dim, 2, dtype=torch.float32, device=position_ids.device
+        )
+        frequency = 1.0 / config.rope_base ** (channel / config.head_dim)
         angle = position_ids[:, :, None, None].float() * frequency
         self.half = half
         self.cos = torch.cat((angle.cos(), angle.cos()), dim=-1).to(dtype)
-        # The sign of the rotated half is put into the sine, which saves a copy a call.
+        # The sign of the rotated half is put into the sine, which saves a copy a call, and is exact.
         self.sin = torch.cat((-angle.sin(), angle.sin()), dim=-1).to(dtype)
 
     def turn(self, value_RTHC: Tensor) -> Tensor:
         """The channels turned by their position's angles."""
-        return torch.addcmul(value_RTHC * self.cos, value_RTHC.roll(self.half, -1), self.sin)
+        # Two products and a sum: a fused multiply-add rounds otherwise than OpenLM.
+        return value_RTHC * self.cos + value_RTHC.roll(self.half, -1) * self.sin
 
 
 class Attention(nn.Module):
@@ -151,10 +128,10 @@ class Attention(nn.Module):
         self,
         hidden: Float[Tensor, "rows seq width"],
         rotary: Rotary,
-        mask: Bool[Tensor, "rows 1 seq seen"] | None,
+        mask: Mask,
         cache: Cache | None,
     ) -> Float[Tensor, "rows seq width"]:
-        """Attend where `mask` is True; None is plain causal attention."""
+        """Mix what `mask` shows; None is plain causal attention."""
         query, key, value = self.in_proj(hidden).chunk(3, dim=-1)
         heads = (*hidden.shape[:2], self.num_heads, -1)
         query_RHTC = rotary.turn(self.q_norm(query).view(heads)).transpose(1, 2)
@@ -162,9 +139,7 @@ class Attention(nn.Module):
         value_RHSC = value.view(heads).transpose(1, 2)
         if cache is not None:
             key_RHSC, value_RHSC = cache.extend(self.layer, key_RHSC, value_RHSC)
-        mixed = scaled_dot_product_attention(
-            query_RHTC, key_RHSC, value_RHSC, attn_mask=mask, is_causal=mask is None
-        )
+        mixed = attend(query_RHTC, key_RHSC, value_RHSC, mask)
         return cast(Tensor, self.out_proj(mixed.transpose(1, 2).reshape(hidden.shape)))
 
 
@@ -196,7 +171,7 @@ class Layer(nn.Module):
         self,
         hidden: Float[Tensor, "rows seq width"],
         rotary: Rotary,
-        mask: Bool[Tensor, "rows 1 seq seen"] | None,
+        mask: Mask,
         cache: Cache | None,
     ) -> Float[Tensor, "rows seq width"]:
         """The stream after this block."""
@@ -223,13 +198,14 @@ class Decoder(nn.Module):
         self,
         embeddings: Float[Tensor, "rows seq width"],
         position_ids: Int[Tensor, "rows seq"],
-        mask: Bool[Tensor, "rows 1 seq seen"] | None,
+        mask: Mask,
         cache: Cache | None = None,
     ) -> Float[Tensor, "rows seq width"]:
         """The hidden states after the final norm; `output` turns them into logits.
 
-        `mask` comes from `attention_mask`; None is plain causal attention and needs an empty or no
-        cache. With a cache, `seen` counts the held positions and the new ones.
+        `mask` comes from `make_mask`; None is plain causal attention and needs an empty or no
+        cache. With a cache the mask is dense, and `seen` counts the held positions and the new
+        ones.
         """
         if mask is None and cache is not None and cache.length > 0:
             raise ValueError(f"the cache holds {cache.length} positions; a mask must say who sees")
@@ -240,6 +216,15 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.length += embeddings.shape[1]
         return cast(Tensor, self.norm(hidden))
+
+    def new_cache(
+        self, *, rows: int, columns: int, dtype: torch.dtype, device: torch.device
+    ) -> Cache:
+        """An empty cache with room for `columns` positions."""
+        config = self.config
+        shape = (config.num_layers, rows, config.num_heads, columns, config.head_dim)
+        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        return Cache(keys, values)
 
     def initialisers(self) -> dict[str, Initialiser]:
         """The table at the head of this file, by parameter name."""

@@ -1,4 +1,4 @@
-"""Batched greedy decoding with a cache, and log-likelihoods of continuations.
+"""Batched decoding with a cache, and log-likelihoods of continuations.
 
 An example's result does not depend on its neighbours: every batch is filled up to `batch_size`
 rows, and holds only examples whose length rounds up to the same multiple of `length_multiple`.
@@ -6,90 +6,174 @@ The shapes that an example is computed in follow from itself alone, and rows do 
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from midstream.model.decoder import Cache
+from midstream.model.decoder import Cache, compute_dtype
+from midstream.model.pretrained import TransformersCache
+from midstream.model.sampling import Sampling, choose
 from midstream.model.vlm import VLM
+
+AnyCache = Cache | TransformersCache
+
+# -------------------------------------------------------------------------------- many prompts
 
 
 @torch.no_grad()
-def greedy(
+def generate(
     vlm: VLM,
-    prompts: list[list[int]],
-    features: Float[Tensor, "prompts patches width"] | None,
+    prompts: Sequence[list[int]],
+    features: Float[Tensor, "images patches width"] | None,
     *,
+    image_of: Sequence[int] | None = None,
     max_new_tokens: int,
     stop_ids: frozenset[int],
     batch_size: int,
+    sampling: Sampling | None = None,
     length_multiple: int = 16,
 ) -> list[list[int]]:
-    """The most likely tokens after each prompt, up to `max_new_tokens` or a stop id (left out).
+    """The tokens after each prompt, up to `max_new_tokens` or a stop id (left out): the likeliest
+    each time, or drawn as `sampling` says.
 
-    `features` are the encoder's, one image a prompt, placed before it; None without images.
-    Raises ValueError for an empty prompt or another number of images than of prompts.
+    `features` are the encoder's, None without images; image `image_of[i]` (`i`, where that is None)
+    stands before prompt i. Among prompts whose lengths round up alike, an image is read once for
+    all that ask about it; under prefix attention, where it sees the prompt, for each of them.
+    Raises ValueError for an empty prompt, or images that do not fit the prompts.
     """
-    if features is not None and len(features) != len(prompts):
-        raise ValueError(f"{len(features)} images were given for {len(prompts)} prompts")
-    if any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError("a prompt is empty; start it with the end-of-text token")
+    images = _image_of(prompts, features, image_of)
     results: list[list[int]] = [[] for _ in prompts]
-    for length, chosen in _batches([len(p) for p in prompts], batch_size, length_multiple):
-        # Rows that fill up the batch repeat its last example; their result is not looked at.
-        filled = chosen + [chosen[-1]] * (batch_size - len(chosen))
-        rows = [[0] * (length - len(prompts[i])) + prompts[i] for i in filled]
-        held = [[False] * (length - len(prompts[i])) + [True] * len(prompts[i]) for i in filled]
-        new = _greedy_batch(
-            vlm,
-            _tensor(rows, vlm),
-            _tensor(held, vlm),
-            None if features is None else features[filled],
-            max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids,
-        )
-        for index, tokens in zip(chosen, new[: len(chosen)], strict=True):
-            results[index] = tokens
+    for length, members in _alike([len(prompt) for prompt in prompts], length_multiple):
+        room = length + max_new_tokens
+        for chosen, image, cache in _looked(vlm, members, features, images, batch_size, room):
+            rows = [prompts[i] for i in _filled(chosen, batch_size)]
+            ids = id_tensor([[0] * (length - len(row)) + row for row in rows], vlm)
+            held = id_tensor(
+                [[False] * (length - len(row)) + [True] * len(row) for row in rows], vlm
+            )
+            state = _read(vlm, ids, held, image, cache, max_new_tokens)
+            for index, tokens in zip(
+                chosen, _go_on(vlm, state, chosen, max_new_tokens, stop_ids, sampling), strict=True
+            ):
+                results[index] = tokens
     return results
 
 
-def _greedy_batch(
+def _image_of(
+    prompts: Sequence[list[int]], features: Tensor | None, image_of: Sequence[int] | None
+) -> Sequence[int]:
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("a prompt is empty; start it with the end-of-text token")
+    num_images = 0 if features is None else len(features)
+    if image_of is None:
+        if features is not None and num_images != len(prompts):
+            raise ValueError(f"{num_images} images were given for {len(prompts)} prompts")
+        return range(num_images)
+    if len(image_of) != len(prompts) or not all(0 <= image < num_images for image in image_of):
+        raise ValueError(
+            f"image_of must give one of {num_images} images to each of {len(prompts)} prompts, "
+            f"it is {list(image_of)}"
+        )
+    return image_of
+
+
+def _looked(
+    vlm: VLM,
+    members: list[int],
+    features: Tensor | None,
+    images: Sequence[int],
+    batch_size: int,
+    room: int,
+) -> Iterator[tuple[list[int], Tensor | None, AnyCache | None]]:
+    """Batches of prompts, and their images: to be read with the prompts, or in a cache."""
+    if features is None:
+        for chosen in _parts(members, batch_size):
+            yield chosen, None, None
+        return
+    if vlm.config.attention == "prefix":
+        for chosen in _parts(members, batch_size):
+            shown = [images[i] for i in _filled(chosen, batch_size)]
+            yield chosen, project_images(vlm, features[shown]), None
+        return
+    for part in _parts(sorted({images[i] for i in members}), batch_size):
+        # Computed in batches of one size as well, so that an image's neighbours change nothing.
+        embeddings = project_images(vlm, features[_filled(part, batch_size)])
+        position_ids = torch.arange(embeddings.shape[1], device=embeddings.device)
+        cache = new_cache(vlm, embeddings, embeddings.shape[1] + room)
+        vlm.decoder(embeddings, position_ids.expand(embeddings.shape[:2]), None, cache)
+        row_of = {image: row for row, image in enumerate(part)}
+        about = sorted((i for i in members if images[i] in row_of), key=lambda i: images[i])
+        for chosen in _parts(about, batch_size):
+            rows = [row_of[images[i]] for i in _filled(chosen, batch_size)]
+            yield chosen, None, cache.select(id_tensor(rows, vlm))
+
+
+def project_images(vlm: VLM, features: Tensor) -> Float[Tensor, "images patches hidden"]:
+    """Features at decoder width; ValueError for a model without an encoder."""
+    projected = vlm.project(features, vlm.decoder.output.weight[None])
+    assert projected is not None, "features were given"
+    return projected
+
+
+@dataclass
+class _State:
+    """Rows that have been read: which columns of the cache are held, and what the last one says."""
+
+    last: Float[Tensor, "rows width"]
+    last_position: Int[Tensor, " rows"]
+    held: Bool[Tensor, "rows seen"]
+    cache: AnyCache
+
+
+def _read(
     vlm: VLM,
     input_ids: Int[Tensor, "rows seq"],
     held: Bool[Tensor, "rows seq"],
-    features: Float[Tensor, "rows patches width"] | None,
-    *,
+    image: Float[Tensor, "rows patches hidden"] | None,
+    cache: AnyCache | None,
+    max_new_tokens: int,
+) -> _State:
+    """Read prompts, behind an image that is in the cache or given, or behind none.
+
+    A row is [image, padding, prompt]. The mask hides the padding and positions count around it,
+    which makes its place free; behind the image it is the same columns for every row.
+    """
+    embeddings = vlm.decoder.embed(input_ids)
+    if image is not None:
+        embeddings = torch.cat((image, embeddings), dim=1)
+        held = torch.cat((held.new_ones(image.shape[:2]), held), dim=1)
+    if cache is None:
+        cache = new_cache(vlm, embeddings, embeddings.shape[1] + max_new_tokens)
+    num_rows, width = held.shape
+    before = held.new_ones((num_rows, cache.length))
+    position_ids = (before.shape[1] + held.cumsum(dim=1) - 1).clamp(min=0)
+    itself = torch.eye(width, dtype=torch.bool, device=held.device)
+    order = itself.new_ones(width, width)
+    if vlm.config.attention != "prefix":
+        order = order.tril()
+    # What is in the cache already is seen by all.
+    seen = torch.cat((before[:, None].expand(-1, width, -1), (order & held[:, None]) | itself), 2)
+    hidden = vlm.decoder(embeddings, position_ids, seen[:, None], cache)
+    return _State(hidden[:, -1], position_ids[:, -1], torch.cat((before, held), dim=1), cache)
+
+
+def _go_on(
+    vlm: VLM,
+    state: _State,
+    prompts: list[int],
     max_new_tokens: int,
     stop_ids: frozenset[int],
+    sampling: Sampling | None,
 ) -> list[list[int]]:
-    # A row is [image, padding, prompt]. The mask hides the padding and positions count around it,
-    # which makes its place free; behind the image it is the same columns for every row.
-    decoder = vlm.decoder
-    embeddings = decoder.embed(input_ids)
-    if features is not None:
-        projected = vlm.project(features, embeddings)
-        assert projected is not None
-        embeddings = torch.cat((projected, embeddings), dim=1)
-        held = torch.cat((held.new_ones(projected.shape[:2]), held), dim=1)
-    num_rows, width = held.shape
-    position_ids = (held.cumsum(dim=1) - 1).clamp(min=0)
-    itself = torch.eye(width, dtype=torch.bool, device=held.device)
-    mask = (itself.new_ones(width, width).tril() & held[:, None, :]) | itself
-    cache = Cache(
-        decoder.config,
-        rows=num_rows,
-        columns=width + max_new_tokens,
-        dtype=embeddings.dtype,
-        device=embeddings.device,
-    )
-    hidden = decoder(embeddings, position_ids, mask[:, None], cache)
-    position_ids = position_ids[:, -1:]
-    results: list[list[int]] = [[] for _ in range(num_rows)]
-    open_rows = set(range(num_rows))
+    """The new tokens of the first rows, which are these prompts; the others fill up the batch."""
+    num_rows = len(state.held)
+    position_ids, held, last = state.last_position[:, None], state.held, state.last
+    results: list[list[int]] = [[] for _ in prompts]
+    open_rows = set(range(len(prompts)))
     for step in range(max_new_tokens):
-        best = decoder.output(hidden[:, -1]).argmax(dim=-1)
-        tokens = best.tolist()
+        tokens = choose(vlm.decoder.output(last), sampling, _filled(prompts, num_rows), step)
         open_rows -= {row for row in open_rows if tokens[row] in stop_ids}
         for row in open_rows:
             results[row].append(tokens[row])
@@ -97,8 +181,12 @@ def _greedy_batch(
             break
         position_ids = position_ids + 1
         held = torch.cat((held, held.new_ones(num_rows, 1)), dim=1)
-        hidden = decoder(decoder.embed(best[:, None]), position_ids, held[:, None, None], cache)
+        embeddings = vlm.decoder.embed(id_tensor([[token] for token in tokens], vlm))
+        last = vlm.decoder(embeddings, position_ids, held[:, None, None], state.cache)[:, -1]
     return results
+
+
+# ----------------------------------------------------------------------------- log-likelihoods
 
 
 @torch.no_grad()
@@ -113,6 +201,7 @@ def sequence_logprobs(
     """For each sequence the log-probability of its tokens from `start` on, and whether each of
     them is the most likely one at its place.
 
+    Sequences are plain text, which has no prefix whatever the model's attention.
     Raises ValueError for a start before 1 (the first token has no probability) or behind the end.
     """
     for start, ids in zip(starts, sequences, strict=True):
@@ -121,34 +210,55 @@ def sequence_logprobs(
     results: list[tuple[float, bool]] = [(0.0, True)] * len(sequences)
     # The last token is a target only.
     lengths = [max(1, len(ids) - 1) for ids in sequences]
-    for length, chosen in _batches(lengths, batch_size, length_multiple):
-        filled = chosen + [chosen[-1]] * (batch_size - len(chosen))
-        rows = [sequences[i][: lengths[i]] + [0] * (length - lengths[i]) for i in filled]
-        input_ids = _tensor(rows, vlm)
-        position_ids = torch.arange(length, device=input_ids.device).expand_as(input_ids)
-        # Padding is behind the tokens, where causal attention does not look.
-        hidden = vlm.decoder(vlm.decoder.embed(input_ids), position_ids, None)
-        for row, index in enumerate(chosen):
-            ids, start = sequences[index], starts[index]
-            targets = torch.tensor(ids[start:], dtype=torch.int64, device=input_ids.device)
-            # By example rather than by batch: one more shape that neighbours must not change.
-            logits = vlm.decoder.output(hidden[row, start - 1 : len(ids) - 1]).float()
-            chances = logits.log_softmax(dim=-1).gather(1, targets[:, None])
-            is_greedy = bool((logits.argmax(dim=-1) == targets).all())
-            results[index] = (float(chances.double().sum()), is_greedy)
+    for length, members in _alike(lengths, length_multiple):
+        for chosen in _parts(members, batch_size):
+            filled = _filled(chosen, batch_size)
+            rows = [sequences[i][: lengths[i]] + [0] * (length - lengths[i]) for i in filled]
+            input_ids = id_tensor(rows, vlm)
+            position_ids = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+            # Padding is behind the tokens, where causal attention does not look.
+            hidden = vlm.decoder(vlm.decoder.embed(input_ids), position_ids, None)
+            for row, index in enumerate(chosen):
+                ids, start = sequences[index], starts[index]
+                # By example rather than by batch: one more shape that neighbours must not change.
+                logits = vlm.decoder.output(hidden[row, start - 1 : len(ids) - 1]).float()
+                results[index] = _logprob(logits, ids[start:])
     return results
 
 
-def _batches(
-    lengths: Sequence[int], batch_size: int, length_multiple: int
-) -> Iterator[tuple[int, list[int]]]:
+def _logprob(logits: Float[Tensor, "seq vocab"], ids: list[int]) -> tuple[float, bool]:
+    targets = torch.tensor(ids, dtype=torch.int64, device=logits.device)
+    chances = logits.log_softmax(dim=-1).gather(1, targets[:, None])
+    is_greedy = bool((logits.argmax(dim=-1) == targets).all())
+    return float(chances.double().sum()), is_greedy
+
+
+# ------------------------------------------------------------------------------------- batches
+
+
+def _alike(lengths: Sequence[int], multiple: int) -> list[tuple[int, list[int]]]:
+    """Examples by their length, rounded up."""
     groups: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
-        groups.setdefault(-(-length // length_multiple) * length_multiple, []).append(index)
-    for length, members in sorted(groups.items()):
-        for first in range(0, len(members), batch_size):
-            yield length, members[first : first + batch_size]
+        groups.setdefault(-(-length // multiple) * multiple, []).append(index)
+    return sorted(groups.items())
 
 
-def _tensor(rows: list[list[int]] | list[list[bool]], vlm: VLM) -> Tensor:
+def _parts(members: list[int], size: int) -> Iterator[list[int]]:
+    for first in range(0, len(members), size):
+        yield members[first : first + size]
+
+
+def _filled(members: list[int], size: int) -> list[int]:
+    """Up to `size` by repeating the last one, whose further results are not looked at."""
+    return members + [members[-1]] * (size - len(members))
+
+
+def id_tensor(rows: Sequence[int] | Sequence[list[int]] | Sequence[list[bool]], vlm: VLM) -> Tensor:
     return torch.tensor(rows, device=vlm.decoder.output.weight.device)
+
+
+def new_cache(vlm: VLM, like: Float[Tensor, "rows seq hidden"], columns: int) -> AnyCache:
+    return vlm.decoder.new_cache(
+        rows=len(like), columns=columns, dtype=compute_dtype(like), device=like.device
+    )

@@ -1,6 +1,7 @@
 """The vision-language model: projected image features in the slots of a decoder's rows.
 
-The encoder is no part of it: it stays frozen, and its features arrive as an argument.
+A frozen encoder is no part of it: its features arrive as an argument. One that some stage trains is
+the model's own, and looks at the batch's pixels.
 """
 
 from typing import cast
@@ -10,21 +11,33 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from midstream.batch import IGNORE, Batch
-from midstream.config import VLMConfig
-from midstream.model.decoder import Decoder, attention_mask
-from midstream.model.initialise import Initialiser
+from midstream.config import AnyDecoderConfig, DecoderConfig, VLMConfig
+from midstream.model.attention import make_mask
+from midstream.model.decoder import Decoder
+from midstream.model.initialise import HasInitialisers, Initialiser
+from midstream.model.pretrained import TransformersDecoder
 from midstream.model.projector import Projector
+from midstream.model.vision import build_encoder
+
+
+def build_decoder(config: AnyDecoderConfig) -> Decoder | TransformersDecoder:
+    """The language model of a configuration, unset (NaN) until initialised or loaded."""
+    return Decoder(config) if isinstance(config, DecoderConfig) else TransformersDecoder(config)
 
 
 class VLM(nn.Module):
-    """Projector and decoder; without an encoder in the config a plain language model."""
+    """Projector and decoder, and the encoder where it is the model's own; without an encoder in the
+    config a plain language model."""
 
     def __init__(self, config: VLMConfig) -> None:
         super().__init__()
         self.config = config
-        self.decoder = Decoder(config.decoder)
+        self.decoder = build_decoder(config.decoder)
+        self.encoder: nn.Module | None = None
         self.projector: Projector | None = None
         if config.encoder is not None:
+            if config.owns_encoder:
+                self.encoder = build_encoder(config.encoder)
             self.projector = Projector(
                 config.projector,
                 in_width=config.encoder.hidden_size,
@@ -36,16 +49,25 @@ class VLM(nn.Module):
     ) -> Float[Tensor, "rows seq hidden"]:
         """The hidden states of a batch, with the features of its images in their slots.
 
-        `features` are the encoder's, one entry an image slot; None where the batch has none.
+        `features` are a frozen encoder's, one entry an image slot; None where the batch has none,
+        and for a model that looks at the batch's pixels itself.
         Raises ValueError with both numbers if images and slots do not agree.
         """
         embeddings = self.decoder.embed(batch.input_ids)
+        if features is None and self.encoder is not None:
+            features = self.encoder(batch.images)
         projected = self.project(features, embeddings)
         if projected is None and len(batch.image_slots) > 0:
             raise ValueError(f"the batch has {len(batch.image_slots)} images, the model no encoder")
         if projected is not None:
             embeddings = scatter_image_features(embeddings, projected, batch.image_slots)
-        mask = attention_mask(batch.segment_ids)
+        attention = self.config.attention
+        mask = make_mask(
+            batch.segment_ids,
+            batch.prefix if attention == "prefix" else None,
+            attention,
+            dense=embeddings.device.type == "cpu" or isinstance(self.decoder, TransformersDecoder),
+        )
         return cast(Tensor, self.decoder(embeddings, batch.position_ids, mask))
 
     def project(
@@ -74,14 +96,13 @@ class VLM(nn.Module):
         return cast(Tensor, projected.to(like.dtype))
 
     def initialisers(self) -> dict[str, Initialiser]:
-        """Those of decoder and projector."""
-        parts = {"decoder": self.decoder.initialisers()}
-        if self.projector is not None:
-            parts["projector"] = self.projector.initialisers()
+        """Those of its parts."""
+        parts = {"decoder": self.decoder, "encoder": self.encoder, "projector": self.projector}
         return {
             f"{part}.{name}": entry
-            for part, table in parts.items()
-            for name, entry in table.items()
+            for part, module in parts.items()
+            if module is not None
+            for name, entry in cast(HasInitialisers, module).initialisers().items()
         }
 
 

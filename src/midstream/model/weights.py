@@ -1,68 +1,116 @@
-"""Weights in and out: safetensors files of our own, and OpenLM's checkpoints."""
+"""Weights in and out: safetensors files, whole or in shards, and other people's pickles.
+
+A tensor that a module holds under several names (tied embeddings) is stored once, under the first
+of them, and may be read from any.
+"""
 
 import hashlib
-from collections.abc import Mapping
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
+import numpy
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.serialization import safe_globals
 
-from midstream.model.decoder import Decoder
-from midstream.storage import write_bytes
+from midstream.storage import read_json, write_bytes
 
-# What training wrappers (distributed, torch.compile, Hugging Face) put before OpenLM's names.
-_OPENLM_PREFIXES = ("module.", "_orig_mod.", "model.")
+WEIGHTS = "model.safetensors"
+
+# Reading the first as the second changes no value.
+_EXACT = {
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+    (torch.bfloat16, torch.float64),
+    (torch.float16, torch.float64),
+    (torch.float32, torch.float64),
+}
+
+# numpy's plain numbers, which other trainers leave in their metrics, under the names of numpy 1
+# and 2. Making one runs nothing that the file brings along.
+_SCALAR = numpy.float64(0).__reduce__()[0]
+_NUMBERS: list[Any] = [
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    numpy.dtype,
+    *(type(numpy.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "?")),
+]
+
+# ------------------------------------------------------------------------ a module's weights
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
     """Write a module's tensors as a safetensors file, completely or not at all."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in _tensors(module).items()}
-    write_bytes(path, save(tensors))
+    write_bytes(path, save({name: _plain(value) for name, value in _tensors(module).items()}))
 
 
 def load_weights(module: nn.Module, path: Path, *, prefix: str = "") -> None:
-    """Fill a module from a safetensors file of exactly its names, shapes and dtypes.
+    """Fill a module from weights that `read_tensors` reads, of exactly its names and shapes.
 
     With `prefix` ("decoder.") all names in the file start with it and lose it: so a model's part
     reads the file of a model that had only this part. Raises FileNotFoundError, or ValueError
     with every missing, unexpected and mismatched name; the module is then unchanged.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}; give a .safetensors file")
-    try:
-        found = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no readable safetensors file: {error}") from None
-    kept = {
-        name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)
-    }
-    foreign = [name for name in found if not name.startswith(prefix)]
-    _fill(module, kept, foreign=foreign, path=path)
+    fill(module, read_tensors(path), path=path, prefix=prefix)
 
 
-def load_openlm(decoder: Decoder, path: Path) -> None:
-    """Fill a decoder from OpenLM's `epoch_N.pt` (key `state_dict`; wrappers' prefixes and rotary
-    tables are dropped).
+@torch.no_grad()
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], *, path: Path, prefix: str = "") -> None:
+    """Put tensors into a module that `check` finds to fit; half precision is widened, exactly."""
+    check(module, tensors, path=path, prefix=prefix)
+    held = _tensors(module)
+    for name, aliases in _aliases(module).items():
+        held[name].copy_(tensors[next(prefix + one for one in aliases if prefix + one in tensors)])
 
-    Only tensors and plain values are unpickled. Raises FileNotFoundError, or ValueError with every
-    missing, unexpected and mismatched name.
+
+def check(
+    module: nn.Module, tensors: Mapping[str, Tensor], *, path: Path, prefix: str = ""
+) -> None:
+    """Whether tensors, read from `path`, are a module's, each in its dtype or one that widens to
+    it exactly; the module may be on the meta device.
+
+    Raises ValueError with every missing, unexpected and mismatched name, and for a missing one the
+    nearest that were not expected.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no OpenLM checkpoint at {path}; give an epoch_N.pt file")
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or "state_dict" not in content:
-        keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path} has no 'state_dict', only {keys}; give an epoch_N.pt file")
-    found: dict[str, Tensor] = {}
-    for long_name, value in content["state_dict"].items():
-        name = _without_prefixes(long_name)
-        if name in found:
-            raise ValueError(f"{path} holds {name} twice, the second time as {long_name}")
-        if not name.endswith(".inv_freq"):
-            found[name] = value
-    _fill(decoder, found, foreign=[], path=path)
+    held, names = _tensors(module), _aliases(module)
+    known = {prefix + one for aliases in names.values() for one in aliases}
+    foreign = sorted(tensors.keys() - known)
+    missing, others = [], [f"unexpected: {_shown(name, tensors)}" for name in foreign]
+    for name, aliases in sorted(names.items()):
+        mine = held[name]
+        found = [prefix + one for one in aliases if prefix + one in tensors]
+        if not found:
+            missing.append(f"missing: {prefix}{name} {list(mine.shape)}")
+            alike = [one for one in foreign if tensors[one].shape == mine.shape]
+            near = get_close_matches(prefix + name, alike) or get_close_matches(name, foreign)
+            if near:
+                shown = ", ".join(_shown(one, tensors) for one in near)
+                missing[-1] += f"; nearest unexpected: {shown}"
+        others += [
+            f"mismatched: {one} is {theirs.dtype} {list(theirs.shape)} in the file, "
+            f"{mine.dtype} {list(mine.shape)} in the model"
+            for one, theirs in ((one, tensors[one]) for one in found)
+            if theirs.shape != mine.shape
+            or (theirs.dtype != mine.dtype and (theirs.dtype, mine.dtype) not in _EXACT)
+        ]
+        others += [
+            f"mismatched: {one} differs from {found[0]}, which the model ties it to"
+            for one in found[1:]
+            if tensors[one].dtype != tensors[found[0]].dtype
+            or not torch.equal(tensors[one], tensors[found[0]])
+        ]
+    if missing or others:
+        raise ValueError(
+            f"{path} does not fit this {type(module).__name__}; build the model from the config "
+            "that the file was written with:\n  " + "\n  ".join(missing + others)
+        )
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -70,38 +118,134 @@ def weights_digest(module: nn.Module) -> str:
     state = hashlib.sha256()
     for name, value in sorted(_tensors(module).items()):
         state.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        state.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        state.update(_plain(value).reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 
+def _aliases(module: nn.Module) -> dict[str, list[str]]:
+    """All names of each tensor of a module, by the first of them."""
+    names: dict[int, list[str]] = {}
+    for name, value in module.state_dict(keep_vars=True).items():
+        names.setdefault(id(value), []).append(name)
+    return {aliases[0]: aliases for aliases in names.values()}
+
+
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return dict(module.state_dict())
+    state = module.state_dict()
+    return {name: state[name] for name in _aliases(module)}
 
 
-def _without_prefixes(name: str) -> str:
-    while name.startswith(_OPENLM_PREFIXES):
-        name = name.split(".", 1)[1]
-    return name
+def _plain(value: Tensor) -> Tensor:
+    return value.detach().cpu().contiguous()
 
 
-@torch.no_grad()
-def _fill(
-    module: nn.Module, found: Mapping[str, Tensor], *, foreign: list[str], path: Path
-) -> None:
-    held = _tensors(module)
-    problems = [f"missing: {name}" for name in sorted(held.keys() - found.keys())]
-    problems += [f"unexpected: {name}" for name in sorted({*foreign, *found} - held.keys())]
-    for name in sorted(held.keys() & found.keys()):
-        theirs, mine = found[name], held[name]
-        if (theirs.shape, theirs.dtype) != (mine.shape, mine.dtype):
-            problems.append(
-                f"mismatched: {name} is {theirs.dtype} {list(theirs.shape)} in the file, "
-                f"{mine.dtype} {list(mine.shape)} in the model"
-            )
-    if problems:
+def _shown(name: str, tensors: Mapping[str, Tensor]) -> str:
+    return f"{name} {list(tensors[name].shape)}"
+
+
+# ---------------------------------------------------------------------------- files of others
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or torch file, of an index with its shards beside it
+    (`*.index.json`), or of a folder with one of these under its usual name; all on the CPU.
+
+    Raises FileNotFoundError if a file is missing (naming every missing shard), ValueError if one
+    is broken or a shard's tensors are not those that the index names.
+    """
+    if path.is_dir():
+        path = _in_folder(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}; give a .safetensors file")
+    if path.suffix == ".json":
+        return _read_shards(path)
+    if path.suffix in (".bin", ".pt", ".pth"):
+        return only_tensors(read_pickle(path), path)
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+        return tensors
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no readable safetensors file: {error}") from None
+
+
+def read_pickle(path: Path) -> Any:
+    """What `torch.save` wrote, on the CPU: tensors, containers and plain values.
+
+    Nothing else is unpickled. Raises FileNotFoundError, or ValueError if the file is broken or
+    wants to run code, naming what it wants to call.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}; give a file that torch.save wrote")
+    try:
+        with safe_globals(_NUMBERS):
+            # Mapped, not read: an optimiser's file is often larger than memory.
+            mapped = zipfile.is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted is None:
+            raise ValueError(f"{path} is no readable checkpoint: {error}") from None
         raise ValueError(
-            f"{path} does not fit this {type(module).__name__}; build the model from the config "
-            "that the file was written with:\n  " + "\n  ".join(problems)
+            f"{path} wants to run code when it is read: it asks for {wanted[1]}. Refused: only "
+            "tensors and plain values are read; get the weights as safetensors"
+        ) from None
+    except (RuntimeError, EOFError, LookupError, ValueError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path} is no readable checkpoint; was it copied to its end? ({reason})"
+        ) from None
+
+
+def only_tensors(content: Any, path: Path) -> dict[str, Tensor]:
+    """`content`, if it is a dict of tensors by name; else ValueError names what it is."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not tensors by name")
+    other = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
+    if other or not content:
+        held = ", ".join(other) or "nothing"
+        raise ValueError(f"{path} is no dict of tensors by name; not tensors: {held}")
+    return dict(content)
+
+
+def _in_folder(folder: Path) -> Path:
+    for name in (WEIGHTS, "pytorch_model.bin"):
+        for path in (folder / name, folder / f"{name}.index.json"):
+            if path.is_file():
+                return path
+    held = ", ".join(sorted(item.name for item in folder.iterdir())) or "nothing"
+    raise FileNotFoundError(
+        f"{folder} holds neither {WEIGHTS} nor pytorch_model.bin, nor an index of shards of "
+        f"them, only {held}; was it downloaded to its end?"
+    )
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    content = read_json(index)
+    shards: dict[str, set[str]] = {}
+    where = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(where, dict) or not where:
+        raise ValueError(f"{index} has no 'weight_map' that says which shard holds which tensor")
+    for name, shard in where.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise ValueError(f"{index} puts {name} into {shard!r}, which is no file beside it")
+        shards.setdefault(shard, set()).add(name)
+    missing = [shard for shard in sorted(shards) if not (index.parent / shard).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{index.parent} is half downloaded: of the {len(shards)} shards that {index.name} "
+            f"names, {len(missing)} are missing: {', '.join(missing)}"
         )
-    for name, value in held.items():
-        value.copy_(found[name])
+    tensors: dict[str, Tensor] = {}
+    for shard, names in sorted(shards.items()):
+        held = read_tensors(index.parent / shard)
+        if held.keys() != names:
+            raise ValueError(
+                f"{index.parent / shard} is not the shard that {index.name} describes: it lacks "
+                f"{_listed(names - held.keys())} and holds {_listed(held.keys() - names)} unasked"
+            )
+        tensors |= held
+    return tensors
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"

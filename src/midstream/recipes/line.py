@@ -37,7 +37,10 @@ def image_text_schedule(completion: float, rewarm_rate: float) -> WarmupCosine |
 def finetuned_line(
     continued: Continue, budget: Budget, rate: float, asked: Evaluation, completion: float
 ) -> Line:
-    """Fine-tune and evaluate an image-text model, in its own rows and with its own seed."""
+    """Fine-tune and evaluate an image-text model, in its own rows and with its own seed.
+
+    An encoder that the image-text stage trains is trained here too.
+    """
     seed = continued.training.seed
     finetuned = Finetune(
         start=continued,
@@ -46,6 +49,7 @@ def finetuned_line(
             rows=continued.training.rows,
             optimizer=AdamW(weight_decay=0.1, decay="matrices", z_loss=0.0),
             schedule=WarmupCosine(peak_rate=rate, end_rate=0.0, warmup_fraction=0.05),
+            encoder_rate_factor=continued.training.encoder_rate_factor,
             seed=seed,
         ),
     )

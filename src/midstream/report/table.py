@@ -14,7 +14,16 @@ from midstream.study.ledger import Ledger
 from midstream.study.stage import Continue, ContinueFrom, Evaluate, Finetune, Pretrain, Stage, Study
 
 STABLE = ("stable.vision", "stable.vision_blind", "stable.text")
-KINDS = ("prepare", "train_encoder", "pretrain", "continue", "finetune", "evaluate")
+KINDS = (
+    "prepare",
+    "train_encoder",
+    "load_encoder",
+    "load_decoder",
+    "pretrain",
+    "continue",
+    "finetune",
+    "evaluate",
+)
 CONFIDENCE = 0.95
 
 
@@ -94,7 +103,7 @@ class Difference:
 def parts_of(result: Evaluate) -> dict[str, Part]:
     """The stages that one result rests on, by kind, in the order in which they run."""
     parts = {"evaluate": Part(result)}
-    stage: Pretrain | Continue | Finetune | None = result.of
+    stage: LoadDecoder | Pretrain | Continue | Finetune | None = result.of
     share = result.completion
     while stage is not None:
         parts[stage.kind] = Part(stage, share)
@@ -103,7 +112,8 @@ def parts_of(result: Evaluate) -> dict[str, Part]:
         if isinstance(stage, Finetune):
             stage = stage.start
         elif isinstance(stage, Continue):
-            parts["train_encoder"] = Part(stage.encoder)
+            if stage.encoder_stage is not None:
+                parts[stage.encoder_stage.kind] = Part(stage.encoder_stage)
             start = stage.start
             stage = None
             if isinstance(start, ContinueFrom):

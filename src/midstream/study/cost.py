@@ -14,14 +14,17 @@ counted.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from midstream.config import (
     Amounts,
-    DecoderConfig,
-    EncoderConfig,
+    AnyDecoderConfig,
+    AnyEncoderConfig,
     Epochs,
+    FusedEncoder,
     Mixture,
+    PatchProjection,
     PocketWorld,
     ProjectorConfig,
     Rows,
@@ -34,6 +37,8 @@ from midstream.study.stage import (
     Continue,
     Evaluate,
     Finetune,
+    LoadDecoder,
+    LoadEncoder,
     Prepare,
     Pretrain,
     Stage,
@@ -65,6 +70,10 @@ def cost(stage: Stage, ledger: Ledger | None = None) -> StageCost:
     """
     if isinstance(stage, Prepare):
         return StageCost(tokens=0, flops=0.0, parameters=0)
+    if isinstance(stage, LoadEncoder):
+        return StageCost(tokens=0, flops=0.0, parameters=encoder_parameters(stage.encoder))
+    if isinstance(stage, LoadDecoder):
+        return StageCost(tokens=0, flops=0.0, parameters=stage.decoder.num_parameters)
     if isinstance(stage, TrainEncoder):
         return _encoder_training_cost(stage)
     if isinstance(stage, Evaluate):
@@ -72,13 +81,13 @@ def cost(stage: Stage, ledger: Ledger | None = None) -> StageCost:
     return _training_cost(stage, ledger)
 
 
-def decoder_flops(config: DecoderConfig, *, context: float) -> float:
+def decoder_flops(config: AnyDecoderConfig, *, context: float) -> float:
     """Forward FLOPs of one position without the head, attending to `context` positions."""
-    d, h = config.hidden_size, config.ffn_size
-    return config.num_layers * (2 * (4 * d * d + 3 * d * h) + 2 * 2 * d * context)
+    attended = 2 * 2 * config.hidden_size * context
+    return 2 * config.linear_parameters + config.num_layers * attended
 
 
-def head_flops(config: DecoderConfig) -> float:
+def head_flops(config: AnyDecoderConfig) -> float:
     """Forward FLOPs of the logits at one position."""
     return 2.0 * config.hidden_size * config.vocab_size
 
@@ -92,37 +101,60 @@ def mean_context(rows: Rows) -> float:
     return (rows.row_length + 1) / 2 if rows.layout == "joined" else float(rows.row_length)
 
 
-def encoder_flops(config: EncoderConfig) -> float:
+def encoder_flops(config: AnyEncoderConfig) -> float:
     """Forward FLOPs of one image up to the layer that the projector sees."""
+    if isinstance(config, FusedEncoder):
+        return sum(encoder_flops(tower) for tower in config.towers)
     e, patches = config.hidden_size, config.num_patches
     embed = 2 * patches * (3 * config.patch_size**2) * e
+    if isinstance(config, PatchProjection):
+        return float(embed)
     block = patches * (2 * (4 * e * e + 2 * e * config.intermediate_size) + 2 * 2 * e * patches)
     return float(embed + (config.num_layers + 1 + config.feature_layer) * block)
 
 
-def encoder_parameters(config: EncoderConfig) -> int:
-    """Parameters of the vision tower, without a pooling head."""
-    e, m = config.hidden_size, config.intermediate_size
+def encoder_parameters(config: AnyEncoderConfig) -> int:
+    """Parameters of the encoder, without a pooling head.
+
+    Class and register tokens and DINOv2's layer scales are not counted: a few in a thousand.
+    """
+    if isinstance(config, FusedEncoder):
+        return sum(encoder_parameters(tower) for tower in config.towers)
+    e = config.hidden_size
+    embed = 3 * config.patch_size**2 * e + e
+    if isinstance(config, PatchProjection):
+        return embed
+    m = config.intermediate_size
     block = 4 * (e * e + e) + 2 * e * m + m + e + 4 * e
-    embed = 3 * config.patch_size**2 * e + e + config.num_patches * e
-    return embed + config.num_layers * block + 2 * e
+    return embed + config.position_patches * e + config.num_layers * block + 2 * e
 
 
 def projector_parameters(
-    config: ProjectorConfig, *, encoder: EncoderConfig, decoder: DecoderConfig
+    config: ProjectorConfig, *, encoder: AnyEncoderConfig, decoder: AnyDecoderConfig
 ) -> int:
     """Weights and biases of the connector; its forward FLOPs are two a patch and weight."""
-    e, d = encoder.hidden_size, decoder.hidden_size
-    third = d * d + d if config.num_layers == 3 else 0
-    return e * 4 * e + 4 * e + 4 * e * d + d + third
+    widths = config.widths(encoder.hidden_size, decoder.hidden_size)
+    return sum(before * after + after for before, after in pairwise(widths))
 
 
 def model_parameters(model: VLMConfig) -> int:
-    """What a training stage trains: the decoder and, with a frozen encoder, the projector."""
-    total = model.decoder.num_parameters
-    if model.encoder is not None:
-        total += projector_parameters(model.projector, encoder=model.encoder, decoder=model.decoder)
+    """The decoder, the projector, and the encoder where it is the model's own."""
+    total = model.decoder.num_parameters + _connector(model)
+    if model.owns_encoder and model.encoder is not None:
+        total += encoder_parameters(model.encoder)
     return total
+
+
+def _connector(model: VLMConfig) -> int:
+    if model.encoder is None:
+        return 0
+    return projector_parameters(model.projector, encoder=model.encoder, decoder=model.decoder)
+
+
+def trains_encoder(stage: Pretrain | Continue | Finetune) -> bool:
+    """Whether gradients go through the encoder."""
+    factor = stage.training.encoder_rate_factor
+    return factor is not None or isinstance(stage.model.encoder, PatchProjection)
 
 
 def _training_cost(stage: Pretrain | Continue | Finetune, ledger: Ledger | None) -> StageCost:
@@ -137,8 +169,9 @@ def _training_cost(stage: Pretrain | Continue | Finetune, ledger: Ledger | None)
     flops = 3 * tokens * decoder_flops(model.decoder, context=mean_context(training.rows))
     flops += 3 * (tokens - images * patches) * head_flops(model.decoder)
     if model.encoder is not None:
-        connector = parameters - model.decoder.num_parameters
-        flops += images * (3 * 2 * patches * connector + encoder_flops(model.encoder))
+        looks = 3 if trains_encoder(stage) else 1
+        flops += images * 3 * 2 * patches * _connector(model)
+        flops += images * looks * encoder_flops(model.encoder)
     return StageCost(tokens=tokens, flops=flops, parameters=parameters)
 
 
@@ -259,6 +292,5 @@ def _evaluation_cost(stage: Evaluate) -> StageCost:
     flops = tokens * decoder_flops(model.decoder, context=context)
     flops += text_tokens * head_flops(model.decoder)
     if model.encoder is not None:
-        connector = parameters - model.decoder.num_parameters
-        flops += images * (2 * patches * connector + encoder_flops(model.encoder))
+        flops += images * (2 * patches * _connector(model) + encoder_flops(model.encoder))
     return StageCost(tokens=tokens, flops=flops, parameters=parameters)

@@ -14,11 +14,18 @@ from math import expm1, log1p, prod
 from pathlib import Path
 from typing import Any, Literal
 
-from midstream.config import EncoderConfig, Epochs, Machine
+from midstream.config import Epochs, Machine, PretrainedEncoder
 from midstream.identity import digest
 from midstream.study.cost import budget_of_sources, cost, encoder_flops
 from midstream.study.ledger import Ledger
-from midstream.study.stage import Continue, Finetune, Prepare, Stage, TrainEncoder
+from midstream.study.stage import (
+    Continue,
+    Finetune,
+    LoadEncoder,
+    Prepare,
+    Stage,
+    TrainEncoder,
+)
 
 # Stored features pay where each picture would be encoded this often at least, on average: below it
 # writing and reading back cost more than the encoder.
@@ -28,6 +35,7 @@ LEAST_VIEWS = 1.5
 FEATURE_FORMAT = 1
 
 Seeing = Continue | Finetune
+Frozen = TrainEncoder | LoadEncoder
 # Counts are exact or expected ones.
 Number = float | int
 Draw = tuple[int, Literal["permutation", "replacement"], Number]
@@ -50,7 +58,7 @@ class FeaturePlan:
     are forward passes; `training_flops` is all that these stages compute with live features.
     """
 
-    encoder: TrainEncoder
+    encoder: Frozen
     data: Prepare
     pictures: Number | None
     views: Number | None
@@ -118,15 +126,15 @@ class FeaturePlan:
         )
 
 
-def picture_bytes(config: EncoderConfig) -> int:
+def picture_bytes(config: PretrainedEncoder) -> int:
     """Bytes of one picture's features on disk: two a number, or one and two a patch (int8)."""
     if config.feature_dtype == "int8":
         return config.num_patches * (config.hidden_size + 2)
     return config.num_patches * config.hidden_size * 2
 
 
-def feature_folder(ledger: Ledger, encoder: TrainEncoder) -> Path | None:
-    """Where the features of an encoder lie in the store; None until it is trained.
+def feature_folder(ledger: Ledger, encoder: Frozen) -> Path | None:
+    """Where the features of an encoder lie in the store; None until it is there.
 
     Encoders with equal weights and configuration share a folder, whatever else they say.
     """
@@ -173,26 +181,29 @@ def feature_plan(stages: Sequence[Stage], ledger: Ledger, machine: Machine) -> l
     """
     groups: dict[tuple[str, str], list[Seeing]] = {}
     for stage in stages:
-        if isinstance(stage, Continue | Finetune) and not ledger.is_done(stage):
-            key = encoder_of(stage).identity, stage.data.identity
-            groups.setdefault(key, []).append(stage)
+        if (encoder := frozen_encoder(stage)) is not None and not ledger.is_done(stage):
+            assert isinstance(stage, Continue | Finetune), "only these see"
+            groups.setdefault((encoder.identity, stage.data.identity), []).append(stage)
     return [_plan_of(group, ledger, machine) for group in groups.values()]
 
 
 def choice_for(stage: Stage, plans: Sequence[FeaturePlan]) -> Choice | None:
-    """The choice of the plan that a stage falls under; None if it looks through no encoder."""
-    if not isinstance(stage, Continue | Finetune):
+    """The choice of the plan that a stage falls under; None if it looks through no frozen one."""
+    encoder = frozen_encoder(stage)
+    if encoder is None or not isinstance(stage, Continue | Finetune):
         return None
-    wanted = encoder_of(stage).identity, stage.data.identity
+    wanted = encoder.identity, stage.data.identity
     for found in plans:
         if (found.encoder.identity, found.data.identity) == wanted:
             return found.choice
     return None
 
 
-def encoder_of(stage: Continue | Finetune) -> TrainEncoder:
-    """The encoder that a stage's model sees through."""
-    return stage.start.encoder if isinstance(stage, Finetune) else stage.encoder
+def frozen_encoder(stage: Stage) -> Frozen | None:
+    """The frozen encoder that a stage trains behind; None where the model owns one or is blind."""
+    if not isinstance(stage, Continue | Finetune) or stage.model.owns_encoder:
+        return None
+    return stage.encoder_stage
 
 
 def distinct_pictures(num_images: int, draws: Sequence[Draw]) -> float:
@@ -215,9 +226,10 @@ def distinct_pictures(num_images: int, draws: Sequence[Draw]) -> float:
 
 
 def _plan_of(stages: Sequence[Seeing], ledger: Ledger, machine: Machine) -> FeaturePlan:
-    encoder, data = encoder_of(stages[0]), stages[0].data
+    encoder, data = frozen_encoder(stages[0]), stages[0].data
+    assert encoder is not None, "these stages look through one"
     each, kept = picture_bytes(encoder.encoder), _kept(ledger, encoder)
-    counted = _count(stages, ledger)
+    counted = _count(stages, encoder, ledger)
     flops = [cost(stage, ledger).flops for stage in stages]
     if counted is not None:
         pictures, views = counted
@@ -241,9 +253,11 @@ def _plan_of(stages: Sequence[Seeing], ledger: Ledger, machine: Machine) -> Feat
     )
 
 
-def _count(stages: Sequence[Seeing], ledger: Ledger) -> tuple[Number, Number] | None:
+def _count(
+    stages: Sequence[Seeing], encoder: Frozen, ledger: Ledger
+) -> tuple[Number, Number] | None:
     """Distinct pictures and views of stages with one encoder and one preparation."""
-    data, patches = stages[0].data, encoder_of(stages[0]).encoder.num_patches
+    data, patches = stages[0].data, encoder.encoder.num_patches
     if not ledger.is_done(data):
         return None
     sources = ledger.results(data)["sources"]
@@ -262,7 +276,7 @@ def _count(stages: Sequence[Seeing], ledger: Ledger) -> tuple[Number, Number] | 
     return pictures, views
 
 
-def _kept(ledger: Ledger, encoder: TrainEncoder) -> int:
+def _kept(ledger: Ledger, encoder: Frozen) -> int:
     folder = feature_folder(ledger, encoder)
     if folder is None:
         return 0

@@ -84,7 +84,7 @@ class TrainEncoder(StageBase):
 
 
 class Imported(Config):
-    """A folder that `midstream import` wrote; `content` stands for weights, moments and position."""
+    """A folder of `midstream import`; `content` stands for weights, moments and position."""
 
     folder: Annotated[Path, Placement]
     content: str
@@ -159,6 +159,14 @@ class ContinueFrom(Config):
     stage: Annotated[Pretrain | LoadDecoder, Field(discriminator="kind")]
     completion: Fraction = 1.0
     optimizer: Literal["carry", "fresh"] = "fresh"
+
+    @model_validator(mode="after")
+    def _held(self) -> "ContinueFrom":
+        if isinstance(self.stage, LoadDecoder) and self.completion != 1.0:
+            raise ValueError(
+                f"an imported model has no weights at {self.completion:.0%} but its own (100%)"
+            )
+        return self
 
 
 class Continue(StageBase):

@@ -25,13 +25,13 @@ class Progress:
     """Where a stage stands: whole steps done, what they held, and the metrics file's length.
 
     `sources` are the counts by source; `rate` is the schedule's learning rate at `tokens_seen`,
-    where a continuation starts.
+    where a continuation starts; None where an imported checkpoint does not tell.
     """
 
     step: int
     tokens_seen: int
     total_tokens: int
-    rate: float
+    rate: float | None
     counts: TokenCount
     sources: Mapping[str, TokenCount] = field(default_factory=dict)
     loss: float = 0.0

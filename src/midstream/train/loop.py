@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from midstream.batch import Batch, add_counts
 from midstream.config import Machine, Training
 from midstream.data.loader import RowDataset, load_steps
 from midstream.data.rows import shares_report
+from midstream.model.vision import load_encoder
 from midstream.model.vlm import VLM
 from midstream.model.weights import load_weights, weights_digest
 from midstream.tokens import TokenCount
 from midstream.train import checkpoint
 from midstream.train.checkpoint import Progress
 from midstream.train.metrics import MetricsLog
-from midstream.train.optim import make_optimizer
+from midstream.train.optim import freeze, make_optimizer
 from midstream.train.parallel import peak_memory_bytes
 from midstream.train.schedule import check_start, rate_at
 from midstream.train.step import NonFiniteError, train_step
@@ -36,12 +37,14 @@ class Interrupted(Exception):  # noqa: N818 - it ends a stage without being an e
 class Start:
     """How a stage begins: a checkpoint whose weights (and moments) it takes, or the initialiser.
 
-    `decoder_only`: the checkpoint is a text model's, the projector starts from its initialiser.
-    `parent_rate` is the parent schedule's rate there.
+    `parts` are what the checkpoint holds of the model; what it lacks starts from its initialiser,
+    an encoder of the model's own from `encoder` where that is given. `parent_rate` is the parent
+    schedule's rate there.
     """
 
     folder: Path | None = None
-    decoder_only: bool = False
+    parts: tuple[str, ...] = ()
+    encoder: Path | None = None
     carry_optimizer: bool = False
     parent_rate: float | None = None
 
@@ -50,13 +53,14 @@ class Start:
 class Job:
     """What to train, on which rows, from where, into which folder.
 
-    `milestones` are shares of the stage's tokens at which the weights are kept by name.
+    `encode` is None where the model looks at pixels itself. `milestones` are shares of the stage's
+    tokens at which the weights are kept by name.
     """
 
     model: VLM
     training: Training
     dataset: RowDataset
-    encode: Callable[[Tensor], Tensor]
+    encode: Callable[[Tensor], Tensor] | None
     start: Start
     folder: Path
     milestones: tuple[float, ...] = ()
@@ -83,7 +87,8 @@ def train(
     total = plan.seen_tokens
     check_start(training.schedule, job.start.parent_rate, str(job.folder))
     job.model.to(device)
-    optimizer = make_optimizer(job.model, training.optimizer)
+    factor = freeze(job.model, training)
+    optimizer = make_optimizer(job.model, training.optimizer, encoder_rate_factor=factor)
     progress = _begin(job, optimizer, total)
     log = MetricsLog(job.folder / "metrics.jsonl", progress.metrics_bytes)
     micro_rows = machine.micro_batch_rows or training.rows.batch_rows
@@ -152,13 +157,13 @@ def _begin(job: Job, optimizer: torch.optim.Optimizer, total: int) -> Progress:
     newest = checkpoint.newest(job.folder / "checkpoints")
     if newest is not None:
         return checkpoint.load(newest, job.model, optimizer)
+    if job.start.encoder is not None:
+        assert job.model.encoder is not None, "the stage's model owns it"
+        load_encoder(job.model.encoder, job.start.encoder / "model.safetensors")
     if job.start.folder is not None:
         checkpoint.read_progress(job.start.folder)
-        weights = job.start.folder / "model.safetensors"
-        if job.start.decoder_only:
-            load_weights(job.model.decoder, weights, prefix="decoder.")
-        else:
-            load_weights(job.model, weights)
+        parts = nn.ModuleDict({name: getattr(job.model, name) for name in job.start.parts})
+        load_weights(parts, job.start.folder / "model.safetensors")
         if job.start.carry_optimizer:
             checkpoint.load_moments(job.start.folder, job.model, optimizer)
     rate = rate_at(job.training.schedule, 0, total, parent_rate=job.start.parent_rate)

@@ -1,25 +1,52 @@
-"""Parameter groups and the optimiser."""
+"""What is trained, at which rate, and the optimiser."""
 
 import torch
 from torch import nn
 
-from midstream.config import AdamW
+from midstream.config import AdamW, PatchProjection, Training
+from midstream.model.vlm import VLM
+
+# The parameters of a model's own encoder.
+_ENCODER = "encoder."
 
 
-def make_optimizer(model: nn.Module, settings: AdamW) -> torch.optim.AdamW:
+def freeze(model: VLM, training: Training) -> float:
+    """Decide by the stage which parameters are trained; returns the encoder's rate factor.
+
+    All of them, but for a model's own encoder where the stage gives it no rate. A patch projection
+    is always trained. Raises ValueError for a rate without an encoder of the model's own.
+    """
+    factor = training.encoder_rate_factor
+    if factor is not None and model.encoder is None:
+        raise ValueError("encoder_rate_factor is given, but the model owns no encoder to train")
+    if factor is None and isinstance(model.config.encoder, PatchProjection):
+        factor = 1.0
+    model.requires_grad_(True)
+    if model.encoder is not None:
+        model.encoder.requires_grad_(factor is not None)
+    return factor or 1.0
+
+
+def make_optimizer(
+    model: nn.Module, settings: AdamW, *, encoder_rate_factor: float = 1.0
+) -> torch.optim.AdamW:
     """Fused AdamW over the trainable parameters, with or without decay on vectors.
 
-    decay = all is OpenLM's choice (its no-decay list is empty), matrices is Prismatic's.
+    decay = all is OpenLM's choice (its no-decay list is empty), matrices is Prismatic's. The
+    encoder's parameters are in groups of their own, at their share of the rate.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [p for p in trainable if settings.decay == "all" or p.ndim >= 2]
-    rest = [p for p in trainable if settings.decay != "all" and p.ndim < 2]
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = settings.decay == "all" or parameter.ndim >= 2
+            factor = encoder_rate_factor if name.startswith(_ENCODER) else 1.0
+            key = (-factor, -settings.weight_decay if decays else 0.0)
+            groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [
+            {"params": groups[key], "weight_decay": -key[1], "rate_factor": -key[0]}
+            for key in sorted(groups)
+        ],
         lr=0.0,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
@@ -28,6 +55,6 @@ def make_optimizer(model: nn.Module, settings: AdamW) -> torch.optim.AdamW:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Use `rate` in every group from the next step on."""
+    """Use `rate` from the next step on, times each group's factor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate_factor", 1.0)

@@ -37,7 +37,10 @@ def check_start(
     if not isinstance(schedule, ContinuedCosine):
         return
     if parent_rate is None:
-        raise ValueError(f"{where}: a continued schedule needs a parent; use WarmupCosine")
+        raise ValueError(
+            f"{where}: a continued schedule starts at its parent's rate, and there is none: re-warm "
+            "with WarmupCosine, or import the checkpoint again with --rate"
+        )
     if parent_rate <= schedule.end_rate:
         raise ValueError(
             f"{where}: the parent's rate at its checkpoint is {parent_rate:g}, not above the end "

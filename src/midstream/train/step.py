@@ -33,14 +33,15 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     micro_batches: Sequence[Batch],
     *,
-    encode: Callable[[Tensor], Tensor],
+    encode: Callable[[Tensor], Tensor] | None,
     rate: float,
     settings: AdamW,
     device: torch.device,
 ) -> StepResult:
     """Move the weights once; the gradient is that of the mean loss over the step's targets.
 
-    `encode` turns a batch's `images` into patch features (the identity for stored ones).
+    `encode` turns a batch's `images` into patch features (the identity for stored ones); None for
+    a model that looks at them itself.
     Raises NonFiniteError before the optimiser moves, ValueError for a step without a target.
     """
     # Counted before the first backward, so that cutting the step into other
@@ -53,7 +54,7 @@ def train_step(
     for cpu_batch in micro_batches:
         batch = cpu_batch.to(device)
         with autocast(device):
-            features = encode(batch.images) if len(batch.images) else None
+            features = encode(batch.images) if encode and len(batch.images) else None
             hidden, targets = supervised_hidden(model(batch, features), batch.targets)
             loss, z_loss = summed_loss(
                 hidden, model.decoder.output.weight, targets, settings.z_loss

@@ -1,0 +1,1 @@
+"""Models of others in, and models of ours out."""

@@ -1,0 +1,210 @@
+"""Writes a model out of a store as a Hugging Face folder that needs no Midstream.
+
+A language model, and the text part of one that sees, become a folder for `AutoModelForCausalLM`; a
+model that sees becomes stock Llava classes where these compute the same, else it brings a modelling
+file of its own (`trust_remote_code`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from midstream.config import EncoderConfig, FusedEncoder
+from midstream.data.examples import TextCodec, question_ids
+from midstream.data.features import encode_fixed
+from midstream.exchange.export_llava import no_llava, write_llava
+from midstream.exchange.export_own import write_own
+from midstream.exchange.export_report import MARK, ExportReport
+from midstream.exchange.export_text import write_text
+from midstream.exchange.model_card import model_card
+from midstream.model.pretrained import TransformersDecoder
+from midstream.model.vlm import VLM
+from midstream.open_model import OpenedModel, open_model
+from midstream.storage import new_folder, write_bytes, write_json
+
+_QUESTION = "What colour is the thing in the middle?"
+# Two ways to the same float32 logits differ by this share of the largest one at most.
+_TOLERANCE = 1e-3
+
+
+def serve(request: dict[str, Any]) -> None:
+    """Export as the request says (`checkpoint`, `out`, `text_only`) and print what was written."""
+    opened = open_model(Path(request["checkpoint"]), torch.device("cpu"))
+    out = Path(request["out"])
+    report = export(opened, out, text_only=bool(request["text_only"]))
+    print(f"{out}: {report.architecture}, {report.num_parameters:,} parameters")
+    print(f"  {report.reason}")
+    for note in report.notes:
+        print(f"  {note}")
+    print(f"  largest difference of a logit from Midstream's: {report.largest_difference:.1e}")
+
+
+def export(opened: OpenedModel, out: Path, *, text_only: bool) -> ExportReport:
+    """Write the folder `out`, whole or not at all, with a model card.
+
+    Raises ValueError before anything is written if `out` is something else than an exported
+    folder, a weight is not finite, `text_only` leaves nothing out, or the tokenizer cannot be
+    written; RuntimeError if the folder, read back, computes something else than the model.
+    """
+    refuse(opened.vlm, opened.codec, opened.encoder, out)
+    if text_only and opened.encoder is None:
+        raise ValueError(f"{opened.name} sees nothing and is exported as text; drop --text-only")
+    with new_folder(out) as folder:
+        encoder = None if text_only else opened.encoder
+        report = write_folder(opened.vlm, opened.codec, encoder, folder)
+        write_bytes(folder / "README.md", model_card(opened, report).encode())
+        write_json(folder / MARK, report.as_json() | {"stage": opened.name})
+    return report
+
+
+def refuse(vlm: VLM, codec: TextCodec, encoder: nn.Module | None, out: Path) -> None:
+    """Raises ValueError if the model cannot be exported to `out`."""
+    if out.exists() and not (out / MARK).is_file() and (out.is_file() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is no exported folder; give another --out")
+    for module in (vlm, encoder):
+        for name, value in module.state_dict().items() if module is not None else ():
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"{name} holds numbers that are not finite; nothing to export")
+    rows = vlm.config.decoder.vocab_size
+    if codec.size > rows:
+        raise ValueError(f"the tokenizer has {codec.size:,} ids, the model {rows:,} rows for them")
+
+
+def write_folder(
+    vlm: VLM, codec: TextCodec, encoder: nn.Module | None, folder: Path
+) -> ExportReport:
+    """Fill an empty folder with the model; without `encoder` its language model alone.
+
+    The folder is read back and compared: see `ExportReport`. Raises RuntimeError if it differs.
+    """
+    chats = vlm.config.encoder is not None
+    with _quiet():
+        if encoder is None:
+            return _text(vlm, codec, folder, chats=chats)
+        reason = no_llava(vlm.config)
+        if reason is None:
+            return _llava(vlm, codec, encoder, folder)
+        model, notes = write_own(vlm, codec, encoder, folder)
+        found = _picture_logits(model, vlm, codec, folder)
+        expected = prompt_logits(vlm, codec, _features(vlm, encoder, rounded=True))
+    return _report("own", model, _same(found, expected), f"Own modelling file: {reason}.", notes)
+
+
+def _text(vlm: VLM, codec: TextCodec, folder: Path, *, chats: bool) -> ExportReport:
+    model = write_text(vlm.decoder, codec, folder, chats=chats)
+    ids = question_ids(codec, _QUESTION, has_image=False)
+    with torch.no_grad():
+        found = model(input_ids=torch.tensor([ids])).logits[0]
+    difference = _same(found, prompt_logits(vlm, codec, None))
+    if isinstance(vlm.decoder, TransformersDecoder):
+        reason = "A decoder of transformers is a folder of its own class."
+    else:
+        reason = "An OpenLM decoder brings its own modelling file."
+    notes = ("Without what the model sees with.",) if chats else ()
+    return _report("text", model, difference, reason, notes)
+
+
+def _llava(vlm: VLM, codec: TextCodec, encoder: nn.Module, folder: Path) -> ExportReport:
+    model, notes = write_llava(vlm, codec, encoder, folder)
+    found = _picture_logits(model, vlm, codec, folder)
+    rows = vlm.config.decoder.vocab_size
+    _same(found[:, :rows], prompt_logits(vlm, codec, _features(vlm, encoder, rounded=False)))
+    # What is left is the rounding of features, which stock classes do not do.
+    trained = prompt_logits(vlm, codec, _features(vlm, encoder, rounded=True))
+    difference = float((found[:, :rows] - trained).abs().max())
+    if not vlm.config.owns_encoder:
+        notes = (*notes, "Features are not rounded as in training; the difference is from that.")
+    reason = "Stock Llava classes compute the same."
+    return _report("llava", model, difference, reason, notes)
+
+
+def _report(
+    kind: Any, model: nn.Module, difference: float, reason: str, notes: tuple[str, ...]
+) -> ExportReport:
+    return ExportReport(
+        kind=kind,
+        architecture=type(model).__name__,
+        own_code=type(model).__module__.startswith("midstream."),
+        reason=reason,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        largest_difference=difference,
+        notes=notes,
+    )
+
+
+def _same(found: Tensor, expected: Tensor) -> float:
+    difference = float((found[:, : expected.shape[1]] - expected).abs().max())
+    limit = _TOLERANCE * max(1.0, float(expected.abs().max()))
+    if not difference <= limit:
+        raise RuntimeError(
+            f"the exported folder, read back, gives logits that differ by {difference:.2e} from "
+            f"the model's, more than {limit:.2e}: this version of transformers computes otherwise"
+        )
+    return difference
+
+
+# ------------------------------------------------------------------- one prompt, asked of both
+
+
+@torch.no_grad()
+def prompt_logits(vlm: VLM, codec: TextCodec, features: Tensor | None) -> Tensor:
+    """Midstream's logits [positions, vocabulary] of one question, behind a picture's features."""
+    ids = torch.tensor([question_ids(codec, _QUESTION, has_image=features is not None)])
+    embeddings = vlm.decoder.embed(ids)
+    if features is not None:
+        projected = vlm.project(features, embeddings)
+        assert projected is not None
+        embeddings = torch.cat((projected, embeddings), dim=1)
+    length = embeddings.shape[1]
+    prefix = vlm.config.attention == "prefix"
+    mask = torch.ones((1, 1, length, length), dtype=torch.bool) if prefix else None
+    hidden = vlm.decoder(embeddings, torch.arange(length)[None], mask)
+    logits: Tensor = vlm.decoder.output(hidden)[0]
+    return logits
+
+
+@torch.no_grad()
+def _picture_logits(model: nn.Module, vlm: VLM, codec: TextCodec, folder: Path) -> Tensor:
+    assert vlm.config.encoder is not None
+    token = int(model.config.image_token_id)  # type: ignore[union-attr, arg-type]
+    ids = [token] * vlm.config.encoder.num_patches
+    ids += question_ids(codec, _QUESTION, has_image=True)
+    found: Tensor = model(input_ids=torch.tensor([ids]), pixel_values=_picture(vlm)).logits[0]
+    return found
+
+
+@torch.no_grad()
+def _features(vlm: VLM, encoder: nn.Module, *, rounded: bool) -> Tensor:
+    config, picture = vlm.config.encoder, _picture(vlm)
+    if rounded and isinstance(config, EncoderConfig | FusedEncoder) and not vlm.config.owns_encoder:
+        return encode_fixed(encoder, picture, config)
+    features: Tensor = encoder(picture)
+    return features
+
+
+def _picture(vlm: VLM) -> Tensor:
+    """Pixels of one picture of waves, the same for everyone."""
+    assert vlm.config.encoder is not None
+    size = vlm.config.encoder.image_size
+    row, column = np.mgrid[:size, :size] / size
+    planes = [np.sin(9 * row * (one + 1) + 5 * column) for one in range(3)]
+    return torch.from_numpy(np.stack(planes).astype(np.float32))[None]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the bars of transformers from the terminal."""
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()

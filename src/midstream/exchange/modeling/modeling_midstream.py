@@ -1,0 +1,259 @@
+"""A vision-language model of Midstream: towers, projector, decoder; for `trust_remote_code`.
+
+The towers are plain vision transformers; what is fixed for one picture size (interpolated
+positions, the class token with its position) is stored as it is added.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention, silu
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_midstream import MidstreamConfig, OpenLMConfig
+from .modeling_openlm import OpenLMForCausalLM, next_token_loss, positions
+
+# ------------------------------------------------------------------------------ the encoder
+
+
+class VisionBlock(nn.Module):
+    """A pre-norm block of a vision transformer; `layer_scale` and `swiglu` are DINOv2's."""
+
+    def __init__(self, tower: dict[str, Any]) -> None:
+        super().__init__()
+        width, inner = tower["hidden_size"], tower["intermediate_size"]
+        self.num_heads = tower["num_heads"]
+        self.swiglu = tower["swiglu"]
+        self.act = ACT2FN[tower["hidden_act"]]
+        self.norm1 = nn.LayerNorm(width, eps=tower["norm_eps"])
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=tower["norm_eps"])
+        self.fc1 = nn.Linear(width, 2 * inner if self.swiglu else inner)
+        self.fc2 = nn.Linear(inner, width)
+        self.scale1 = nn.Parameter(torch.ones(width)) if tower["layer_scale"] else None
+        self.scale2 = nn.Parameter(torch.ones(width)) if tower["layer_scale"] else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The stream after this block."""
+        normed = self.norm1(hidden)
+        heads = (*hidden.shape[:2], self.num_heads, -1)
+        query, key, value = (
+            layer(normed).view(heads).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        mixed = scaled_dot_product_attention(query, key, value)
+        mixed = self.out(mixed.transpose(1, 2).reshape(hidden.shape))
+        hidden = hidden + (mixed if self.scale1 is None else mixed * self.scale1)
+        inner = self.fc1(self.norm2(hidden))
+        if self.swiglu:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = silu(gate) * up
+        else:
+            inner = self.act(inner)
+        new = self.fc2(inner)
+        return hidden + (new if self.scale2 is None else new * self.scale2)
+
+
+class VisionTower(nn.Module):
+    """Pixels -> patch features. `prefix` holds class and register tokens, which are left out of
+    the result."""
+
+    def __init__(self, tower: dict[str, Any]) -> None:
+        super().__init__()
+        width, patch = tower["hidden_size"], tower["patch_size"]
+        self.patch = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
+        num_prefix, num_patches = tower["num_prefix"], tower["num_patches"]
+        self.positions = None
+        if tower["positions"]:
+            self.positions = nn.Parameter(torch.zeros(1, num_patches, width))
+        self.prefix = nn.Parameter(torch.zeros(1, num_prefix, width)) if num_prefix else None
+        self.blocks = nn.ModuleList(VisionBlock(tower) for _ in range(tower["num_blocks"]))
+        self.norm = nn.LayerNorm(width, eps=tower["norm_eps"]) if tower["final_norm"] else None
+        self.repaint = tower["repaint"]
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """[images, 3, size, size] -> [images, patches, width], patches in reading order."""
+        if self.repaint is not None:
+            # Pixels come normalised for the first tower; this one was trained with other colours.
+            factor, offset = (pixel_values.new_tensor(row)[:, None, None] for row in self.repaint)
+            pixel_values = pixel_values * factor + offset
+        hidden = self.patch(pixel_values.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)
+        if self.positions is not None:
+            hidden = hidden + self.positions
+        if self.prefix is not None:
+            hidden = torch.cat((self.prefix.expand(len(hidden), -1, -1), hidden), dim=1)
+        for block in self.blocks:
+            hidden = block(hidden)
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        return hidden if self.prefix is None else hidden[:, self.prefix.shape[1] :]
+
+
+def rounded(features: Tensor, dtype: str | None) -> Tensor:
+    """Features as the model was trained with them: bfloat16, or int8 with one scale a patch."""
+    if dtype is None:
+        return features
+    if dtype == "bfloat16":
+        return features.bfloat16().to(features.dtype)
+    scales = (features.float().abs().amax(-1, keepdim=True) / 127).bfloat16().float()
+    codes = torch.where(scales > 0, features.float() / scales, 0.0).round().clamp(-127, 127)
+    return (codes * scales).to(features.dtype)
+
+
+class Projector(nn.Module):
+    """Linear layers with exact GELU between."""
+
+    def __init__(self, widths: list[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(one, two) for one, two in pairwise(widths))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features at decoder width."""
+        for index, layer in enumerate(self.layers):
+            features = layer(gelu(features) if index else features)
+        return features
+
+
+# -------------------------------------------------------------------------------- the model
+
+
+class MidstreamForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """Pictures and text in, text out: features of each picture in its row's image places."""
+
+    config_class = MidstreamConfig
+    base_model_prefix = "language_model"
+    main_input_name = "input_ids"
+    _no_split_modules = ["OpenLMLayer", "VisionBlock"]  # noqa: RUF012 - transformers' own form
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    def __init__(self, config: MidstreamConfig) -> None:
+        super().__init__(config)
+        self.towers = nn.ModuleList(VisionTower(tower) for tower in config.vision["towers"])
+        self.projector = Projector(config.projector_widths)
+        if isinstance(config.text_config, OpenLMConfig):
+            self.language_model: Any = OpenLMForCausalLM(config.text_config)
+        else:
+            self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embeddings of token ids."""
+        module: nn.Module = self.language_model.get_input_embeddings()
+        return module
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace them."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The layer that gives logits."""
+        module: nn.Module = self.language_model.get_output_embeddings()
+        return module
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """[images, 3, size, size] -> [images, patches, decoder width]."""
+        with torch.no_grad():
+            features = torch.cat([tower(pixel_values) for tower in self.towers], dim=-1)
+            features = rounded(features, self.config.feature_dtype)
+        projected: Tensor = self.projector(features)
+        return projected
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **_: Any,
+    ) -> Any:
+        """Logits of the next token; a picture stands where `image_token_id` is repeated, in order.
+
+        `attention_mask` is 1 at tokens and 0 at padding ([rows, held positions and new ones]).
+        Raises ValueError if pictures and places for them do not agree.
+        """
+        if use_cache is None:
+            use_cache = not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config.get_text_config())
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        embeddings = self._embed(input_ids, pixel_values, past)
+        if position_ids is None:
+            position_ids = positions(attention_mask, embeddings, past)
+        output = self.language_model(
+            inputs_embeds=embeddings,
+            attention_mask=self._mask(input_ids, embeddings, attention_mask, past),
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            return_dict=True,
+        )
+        logits = output.logits
+        missing = self.config.image_token_id + 1 - logits.shape[-1]
+        if missing > 0:
+            # The image's token has no row in the vocabulary; it is never the next one.
+            logits = nn.functional.pad(logits, (0, missing), value=-torch.inf)
+        loss = None if labels is None else next_token_loss(logits, labels)
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return result.to_tuple() if return_dict is False else result
+
+    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None, past: int) -> Tensor:
+        places = input_ids == self.config.image_token_id
+        if past > 0:
+            # Behind a held prompt all ids are tokens of their own; pictures were seen with it.
+            embedded: Tensor = self.get_input_embeddings()(input_ids)
+            return embedded
+        num_images = 0 if pixel_values is None else len(pixel_values)
+        wanted = num_images * self.config.vision["num_patches"]
+        if int(places.sum()) != wanted:
+            raise ValueError(
+                f"{num_images} pictures fill {wanted} places, the prompts have "
+                f"{int(places.sum())}; let the processor write them"
+            )
+        embeddings: Tensor = self.get_input_embeddings()(input_ids.masked_fill(places, 0))
+        if pixel_values is None:
+            return embeddings
+        features = self.get_image_features(pixel_values.to(embeddings.device))
+        return embeddings.masked_scatter(places[..., None], features.to(embeddings.dtype))
+
+    def _mask(
+        self, input_ids: Tensor, embeddings: Tensor, held: Tensor | None, past: int
+    ) -> Tensor:
+        """0 where a position sees another, else the least number: [rows, 1, new, held and new].
+
+        Padding sees itself, so that no softmax is empty.
+        """
+        (rows, length), device = input_ids.shape, input_ids.device
+        row = torch.arange(past, past + length, device=device)[:, None]
+        column = torch.arange(past + length, device=device)[None]
+        sees = (column <= row).expand(rows, -1, -1)
+        if self.config.attention == "prefix" and past == 0:
+            prefix = self._prefix(input_ids)
+            sees = sees | (prefix[:, :, None] & prefix[:, None, :])
+        if held is not None:
+            sees = (sees & held.bool()[:, None, :]) | (column == row)
+        mask = embeddings.new_zeros((rows, 1, length, past + length))
+        return mask.masked_fill(~sees[:, None], torch.finfo(embeddings.dtype).min)
+
+    def _prefix(self, input_ids: Tensor) -> Tensor:
+        """The image and the first question, to the separator that ends it; none in plain text."""
+        ends = (input_ids == self.config.separator_token_id).long()
+        seen = (input_ids == self.config.image_token_id).any(dim=1, keepdim=True)
+        # A picture has a separator behind it, and after a caption's no other one follows.
+        wanted = torch.where(seen, ends.sum(dim=1, keepdim=True).clamp(max=2), 1)
+        before = ends.cumsum(dim=1) - ends
+        has_end = ends.sum(dim=1, keepdim=True) > 0
+        return (before < wanted) & has_end

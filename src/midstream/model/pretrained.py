@@ -1,0 +1,362 @@
+"""Causal language models of `transformers`, behind the decoder's interface.
+
+The module holds the model that `transformers` builds, unchanged, as `model`: a parameter's name is
+"model." and its name there, such as `model.model.layers.0.mlp.up_proj.weight`, and so for good.
+What a family's own code would do beside our masks and positions, or what it would draw at random,
+is refused by name rather than left out.
+
+Initialisers (for training from scratch): weights of two or more dimensions are normals of sigma
+`initializer_range` (0.02 where the settings have none), cut at three sigma; gains of norms 1;
+biases 0.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from midstream.config import TransformersDecoderConfig
+from midstream.model.initialise import Initialiser
+
+PREFIX = "model."
+
+# -------------------------------------------------------------------------------- the families
+
+
+@dataclass(frozen=True)
+class Family:
+    """The models that have a `model_type`; tensors whose names start otherwise in checkpoints."""
+
+    models: str
+    renamed: dict[str, str] = field(default_factory=dict)
+
+
+FAMILIES = {
+    "llama": Family("Llama 2 and 3, SmolLM, SmolLM2, TinyLlama, Amber, OpenCoder"),
+    "mistral": Family("Mistral without a sliding window"),
+    "olmo": Family("OLMo (-hf)"),
+    "olmo2": Family("OLMo 2"),
+    "gpt_neox": Family("Pythia, GPT-NeoX", {"embed_out.": "lm_head."}),
+    "qwen2": Family("Qwen 2 and 2.5"),
+    "qwen3": Family("Qwen 3"),
+    "smollm3": Family("SmolLM3"),
+}
+
+# Where a model came from and how it was last used, not what it is.
+_NOT_THE_MODEL = {
+    *("_name_or_path", "architectures", "auto_map", "chunk_size_feed_forward", "dtype"),
+    *("id2label", "is_encoder_decoder", "label2id", "output_attentions", "output_hidden_states"),
+    *("problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache"),
+}
+
+# Settings that are fine while absent or at one of these values.
+_NEUTRAL: tuple[tuple[tuple[str, ...], tuple[Any, ...], str], ...] = (
+    (("quantization_config",), (), "import the checkpoint that was not quantised"),
+    (
+        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+        (0,),
+        "mixtures of experts are not supported; import a dense model",
+    ),
+    (
+        ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling"),
+        (1.0,),
+        "the loss takes the logits as they are; import a model without it",
+    ),
+    (
+        ("embedding_multiplier", "scale_emb", "attention_multiplier", "residual_multiplier"),
+        (1.0,),
+        "image features enter as they are; import a model without it",
+    ),
+    (
+        ("attention_dropout", "hidden_dropout", "embedding_dropout", "resid_pdrop"),
+        (0.0,),
+        "dropout draws from the global generator; set it to 0.0 in config.json",
+    ),
+    (("is_causal",), (True,), "import a causal language model"),
+    (("add_cross_attention",), (False,), "import a decoder without cross-attention"),
+)
+
+# The others change with the length of the row, so that segments would change each other.
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+def _family(model_type: str) -> Family:
+    if model_type not in FAMILIES:
+        known = "; ".join(f"{name} ({family.models})" for name, family in FAMILIES.items())
+        raise ValueError(f"model_type {model_type!r} is no family known here; known are {known}")
+    return FAMILIES[model_type]
+
+
+def _checked(config: Any) -> Any:
+    """A configuration of `transformers`, if our surface can say all that it means."""
+    kind = config.model_type
+    _family(kind)
+    for names, neutral, remedy in _NEUTRAL:
+        for name in names:
+            value = getattr(config, name, None)
+            if value is not None and value not in neutral:
+                raise ValueError(f"this {kind} model has {name} {value!r}; {remedy}")
+    layers = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if set(layers) != {"full_attention"} if layers else window is not None:
+        raise ValueError(
+            f"this {kind} model has sliding_window {window!r} (layer_types {layers!r}), but who "
+            "sees whom is the recipe's to say; where no row is longer than the window, set "
+            "sliding_window to null and drop layer_types in config.json"
+        )
+    rope = config.rope_parameters["rope_type"]
+    if rope not in _ROPE_TYPES:
+        raise ValueError(
+            f"this {kind} model has rope_type {rope!r}, known are {', '.join(_ROPE_TYPES)}; import "
+            "a model whose positions do not depend on the length of the row"
+        )
+    return config
+
+
+# ------------------------------------------------------------------------------ configurations
+
+
+def describe(hf_config: Any) -> TransformersDecoderConfig:
+    """Our configuration of one of `transformers`, as `AutoConfig` reads it.
+
+    Its `settings` are JSON, without what does not belong to the model (paths, versions, dtype).
+    Raises ValueError for an unknown family, or for a setting that would not be honoured.
+    """
+    _checked(hf_config)
+    stated = hf_config.to_dict()
+    kept = {name: stated[name] for name in sorted(stated.keys() - _NOT_THE_MODEL)}
+    # Through JSON, so that what is stated equals what is read back.
+    settings = json.loads(json.dumps(kept))
+    with torch.device("meta"):
+        model = _build(_from_settings(hf_config.model_type, settings))
+    return TransformersDecoderConfig(
+        model_type=hf_config.model_type,
+        settings=settings,
+        hidden_size=hf_config.hidden_size,
+        num_layers=hf_config.num_hidden_layers,
+        num_heads=hf_config.num_attention_heads,
+        vocab_size=hf_config.vocab_size,
+        num_parameters=_count(model),
+        tied_embeddings=_is_tied(model),
+    )
+
+
+def with_vocabulary(
+    config: TransformersDecoderConfig, vocab_size: int
+) -> TransformersDecoderConfig:
+    """The same model with another number of token ids.
+
+    A padding id that no longer fits is dropped: it only says which row `transformers` leaves out.
+    """
+    settings = config.settings | {"vocab_size": vocab_size}
+    if (settings.get("pad_token_id") or 0) >= vocab_size:
+        settings["pad_token_id"] = None
+    return describe(_from_settings(config.model_type, settings))
+
+
+def transformers_config(config: TransformersDecoderConfig) -> Any:
+    """The configuration object of `transformers`; a new one at each call.
+
+    Raises ValueError as `describe` does, and with both numbers where a stated size differs from
+    the settings.
+    """
+    theirs = _checked(_from_settings(config.model_type, config.settings))
+    sizes = {
+        "hidden_size": theirs.hidden_size,
+        "num_layers": theirs.num_hidden_layers,
+        "num_heads": theirs.num_attention_heads,
+        "vocab_size": theirs.vocab_size,
+        "tied_embeddings": theirs.tie_word_embeddings,
+    }
+    for name, value in sizes.items():
+        _agree(name, getattr(config, name), value)
+    return theirs
+
+
+def _from_settings(model_type: str, settings: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    # The constructors change nested settings in place.
+    settings = copy.deepcopy(settings)
+    named = settings.pop("model_type", model_type)
+    if named != model_type:
+        raise ValueError(f"the settings are of model_type {named!r}, the config of {model_type!r}")
+    _family(model_type)
+    return AutoConfig.for_model(model_type, **settings)
+
+
+def _agree(name: str, stated: int, found: int) -> None:
+    if stated != found:
+        raise ValueError(
+            f"the decoder's config states {name} {stated:,}, its settings make it {found:,}; "
+            "build the config with midstream.model.pretrained.describe"
+        )
+
+
+def _build(hf_config: Any) -> Any:
+    """The model in float32 with unset values, tied where it is tied; nothing is drawn."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            hf_config, dtype=torch.float32, attn_implementation="sdpa"
+        )
+    # Left out together with the initialisers.
+    model.tie_weights()
+    return model
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _is_tied(model: Any) -> bool:
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+# ----------------------------------------------------------------------------------- the cache
+
+
+class TransformersCache:
+    """Keys and values of the positions seen so far, with room for `columns` of them."""
+
+    def __init__(self, columns: int) -> None:
+        from transformers import DynamicCache
+
+        self.columns = columns
+        self.held = DynamicCache()
+
+    @property
+    def length(self) -> int:
+        """Positions held."""
+        return cast(int, self.held.get_seq_length())
+
+    def select(self, rows: Int[Tensor, "chosen"]) -> "TransformersCache":
+        """A new cache of these rows, which may repeat."""
+        chosen = TransformersCache(self.columns)
+        for index, layer in enumerate(self.held.layers):
+            chosen.held.update(layer.keys[rows], layer.values[rows], index)
+        return chosen
+
+    def check_room(self, new: int) -> None:
+        """Raises ValueError with both numbers if `new` more positions do not fit."""
+        if self.length + new > self.columns:
+            raise ValueError(
+                f"the cache has room for {self.columns} positions, {self.length + new} are needed"
+            )
+
+
+# --------------------------------------------------------------------------------- the decoder
+
+
+class TransformersDecoder(nn.Module):
+    """A causal language model of `transformers`; unset (NaN) until initialised or loaded.
+
+    Raises ValueError for a config that `transformers_config` refuses.
+    """
+
+    def __init__(self, config: TransformersDecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = _build(transformers_config(config))
+        _agree("num_parameters", config.num_parameters, _count(self.model))
+        # transformers keeps the gradient from the row of its padding id, which may be the
+        # end-of-text token's; our padding has no targets and needs no row of its own.
+        self.model.get_input_embeddings().padding_idx = None
+        for parameter in self.parameters():
+            nn.init.constant_(parameter, float("nan"))
+
+    @property
+    def output(self) -> nn.Linear:
+        """Hidden states to logits; a tied model shares its weight with the input embeddings."""
+        return cast(nn.Linear, self.model.get_output_embeddings())
+
+    def embed(self, input_ids: Int[Tensor, "rows seq"]) -> Float[Tensor, "rows seq width"]:
+        """The input embeddings of token ids."""
+        return cast(Tensor, self.model.get_input_embeddings()(input_ids))
+
+    def forward(
+        self,
+        embeddings: Float[Tensor, "rows seq width"],
+        position_ids: Int[Tensor, "rows seq"],
+        mask: Bool[Tensor, "rows 1 seq seen"] | None,
+        cache: TransformersCache | None = None,
+    ) -> Float[Tensor, "rows seq width"]:
+        """The hidden states after the final norm; `output` turns them into logits.
+
+        `mask` is True where a position sees another; None is plain causal attention, whatever the
+        position ids, and needs an empty or no cache. With a cache, `seen` counts the held
+        positions and the new ones.
+        """
+        if cache is not None:
+            cache.check_room(embeddings.shape[1])
+        if mask is None:
+            if cache is not None and cache.length > 0:
+                raise ValueError(
+                    f"the cache holds {cache.length} positions; a mask must say who sees"
+                )
+            # Given no mask at all, transformers starts a new segment wherever positions do. Of one
+            # that hides nothing it makes the same plain causal attention without looking at them.
+            seen = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+        outputs = self.model.base_model(
+            inputs_embeds=embeddings,
+            position_ids=position_ids,
+            attention_mask=seen if mask is None else mask,
+            past_key_values=None if cache is None else cache.held,
+            use_cache=cache is not None,
+        )
+        return cast(Tensor, outputs.last_hidden_state)
+
+    def new_cache(
+        self, *, rows: int, columns: int, dtype: torch.dtype, device: torch.device
+    ) -> TransformersCache:
+        """An empty cache with room for `columns` positions.
+
+        Rows, dtype and device are those of the first keys it is given.
+        """
+        return TransformersCache(columns)
+
+    def initialisers(self) -> dict[str, Initialiser]:
+        """The rules at the head of this file, by parameter name; a tied weight has one entry."""
+        sigma = float(self.config.settings.get("initializer_range") or 0.02)
+
+        def rule(name: str, parameter: Tensor) -> Initialiser:
+            if parameter.ndim > 1:
+                return Initialiser("truncated_normal", sigma)
+            return Initialiser("constant", 0.0 if name.endswith(".bias") else 1.0)
+
+        return {name: rule(name, parameter) for name, parameter in self.named_parameters()}
+
+    def parameter_name(self, tensor: str) -> str | None:
+        """This module's name of a tensor of a `transformers` checkpoint.
+
+        None for one that the model computes itself (rotary frequencies, masks). A checkpoint of
+        the model without its output layer has names without the model's own prefix. A name that
+        fits nothing comes back with our prefix and is in no `state_dict`; both names of a tied
+        weight are.
+        """
+        if re.search(r"(^|\.)(rotary_emb\.inv_freq|attention\.(bias|masked_bias))$", tensor):
+            return None
+        for theirs, ours in FAMILIES[self.config.model_type].renamed.items():
+            if tensor.startswith(theirs):
+                tensor = ours + tensor.removeprefix(theirs)
+        bare = f"{PREFIX}{self.model.base_model_prefix}.{tensor}"
+        return bare if bare in self.state_dict() else PREFIX + tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TransformersDecoder":
+        """Moves and casts the module, and computes the rotary frequencies anew: in half precision
+        they would turn far positions wrongly, and from the meta device they would come unset."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        rotary = self.model.base_model.rotary_emb
+        with torch.device("cpu"):
+            fresh = type(rotary)(rotary.config)
+        for name, buffer in fresh.named_buffers():
+            setattr(rotary, name, buffer.to(self.output.weight.device))
+        return self

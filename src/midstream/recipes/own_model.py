@@ -1,0 +1,187 @@
+"""The paper's questions asked of your own checkpoint, encoder and data (`docs/import.md`)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from midstream.config import (
+    Attention,
+    ContinuedCosine,
+    EncoderConfig,
+    Epochs,
+    Evaluation,
+    FusedEncoder,
+    Mixture,
+    PatchProjection,
+    ProjectorConfig,
+    PublicFolder,
+    Rows,
+    Share,
+    TokenizerFile,
+    Training,
+    WarmupCosine,
+)
+from midstream.identity import file_sha256, world_fingerprint
+from midstream.recipes.line import END_RATE, finetuned_line
+from midstream.storage import read_json
+from midstream.study.imported import as_imported, read_import
+from midstream.study.stage import (
+    Continue,
+    ContinueFrom,
+    Evaluate,
+    Figure,
+    LoadDecoder,
+    LoadEncoder,
+    Prepare,
+    Study,
+)
+
+
+def image_shares(
+    checkpoint: str,
+    data: str,
+    encoders: Sequence[str] = (),
+    shares: Sequence[float] = (0.1,),
+    seeds: Sequence[int] = (0,),
+    continue_tokens: int = 28_800_000_000,
+    max_epochs: int = 1,
+    rewarm_rate: float = 0.0,
+    finetune_rate: float = 3e-4,
+    finetune_epochs: int = 2,
+    encoder_rate_factor: float = 0.0,
+    image_size: int = 0,
+    patch_size: int = 14,
+    feature_layer: int = -2,
+    projector_layers: Literal[1, 2, 3] = 2,
+    projector_hidden: Literal["encoder_4x", "decoder"] = "decoder",
+    attention: Attention = "segments",
+    row_length: int = 1024,
+    batch_rows: int = 256,
+    max_new_tokens: int = 32,
+    limit: int = 0,
+) -> Study:
+    """What share of images should an imported language model see, and what becomes of its text?
+
+    `checkpoint` and each of `encoders` are folders of `midstream import` (several encoders are
+    fused; none is a linear map of patches, trained along), `data` is a world (`docs/data.md`).
+    Text and captions are shared out over their sources by name, evenly. The image-text stage goes
+    on at the checkpoint's own rate, or warms up again to `rewarm_rate` where that is given.
+    `image_size` 0 is the encoder's own, `limit` 0 asks all questions. The projector's default is
+    LLaVA's, with which the result exports as one.
+    """
+    root, folder = Path(data).resolve(), Path(checkpoint).resolve()
+    world = _prepare(root, folder)
+    record = read_import(folder)
+    if record.config.kind == "tower":
+        raise ValueError(f"{folder} holds a vision encoder; give it as one of `encoders`")
+    text = LoadDecoder(data=world, checkpoint=as_imported(folder), decoder=record.config)
+    encoder = (
+        _encoder([Path(one).resolve() for one in encoders], image_size, feature_layer)
+        if encoders
+        else _patches(image_size, patch_size, record.config.hidden_size)
+    )
+    tasks = read_json(root / "world.json")
+    asked = Evaluation(
+        visual_tasks=tuple(tasks["visual_tasks"]),
+        text_tasks=tuple(tasks["text_tasks"]),
+        limit=limit or None,
+        max_new_tokens=max_new_tokens,
+    )
+    lines = []
+    for share in shares:
+        for seed in seeds:
+            continued = Continue(
+                data=world,
+                encoder=encoder,
+                decoder=record.config,
+                projector=ProjectorConfig(
+                    num_layers=projector_layers,
+                    hidden=projector_hidden if projector_layers == 2 else "encoder_4x",
+                ),
+                attention=attention,
+                start=ContinueFrom(stage=text),
+                training=Training(
+                    budget=_mixture(root, share, continue_tokens, max_epochs),
+                    rows=Rows(row_length=row_length, batch_rows=batch_rows),
+                    schedule=WarmupCosine(
+                        peak_rate=rewarm_rate, end_rate=END_RATE, warmup_fraction=0.05
+                    )
+                    if rewarm_rate
+                    else ContinuedCosine(end_rate=END_RATE),
+                    encoder_rate_factor=encoder_rate_factor or None,
+                    seed=seed,
+                ),
+            )
+            talks = Epochs(sources=_sources(root, "instruct"), epochs=finetune_epochs)
+            line = finetuned_line(continued, talks, finetune_rate, asked, 1.0)
+            lines.append(
+                line.model_copy(
+                    update={
+                        "name": f"{share:.0%} images, seed {seed}",
+                        "axes": {"image_share": share * 100, "seed": seed},
+                    }
+                )
+            )
+    return Study(
+        name="own_model.image_shares",
+        question="What share of images should this language model see?",
+        lines=tuple(lines),
+        figure=Figure(x="image_share", x_label="images in the image-text stage (% of tokens)"),
+        baselines={
+            "as imported": Evaluate(
+                of=text, evaluation=Evaluation(text_tasks=asked.text_tasks, limit=asked.limit)
+            )
+        },
+    )
+
+
+def _prepare(root: Path, checkpoint: Path) -> Prepare:
+    path = checkpoint / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{checkpoint} has no tokenizer.json; import it again with --tokenizer"
+        )
+    return Prepare(
+        world=PublicFolder(root=root, fingerprint=world_fingerprint(root)),
+        tokenizer=TokenizerFile(path=path, sha256=file_sha256(path)),
+    )
+
+
+def _encoder(folders: list[Path], image_size: int, feature_layer: int) -> LoadEncoder:
+    towers = []
+    for folder in folders:
+        config = read_import(folder).config
+        if not isinstance(config, EncoderConfig):
+            raise ValueError(f"{folder} holds a language model; encoders are vision towers")
+        changes = {
+            "image_size": image_size or config.image_size,
+            "position_size": config.position_size or config.image_size,
+            "feature_layer": feature_layer,
+        }
+        towers.append(EncoderConfig.model_validate(config.model_dump() | changes))
+    return LoadEncoder(
+        towers=tuple(as_imported(folder) for folder in folders),
+        encoder=towers[0] if len(towers) == 1 else FusedEncoder(towers=tuple(towers)),
+    )
+
+
+def _patches(image_size: int, patch_size: int, hidden_size: int) -> PatchProjection:
+    if not image_size:
+        raise ValueError("without encoders patches are projected; give their image_size")
+    return PatchProjection(image_size=image_size, patch_size=patch_size, hidden_size=hidden_size)
+
+
+def _mixture(root: Path, image_share: float, total_tokens: int, max_epochs: int) -> Mixture:
+    groups = {"captions": image_share, "text": 1.0 - image_share}
+    shares = []
+    for section, share in groups.items():
+        names = _sources(root, section) if share else ()
+        shares += [Share(source=name, share=share / len(names)) for name in names]
+    return Mixture(total_tokens=total_tokens, shares=tuple(shares), max_epochs=max_epochs)
+
+
+def _sources(root: Path, section: str) -> tuple[str, ...]:
+    names = tuple(sorted(path.name for path in root.glob(f"{section}/*") if path.is_dir()))
+    if not names:
+        raise FileNotFoundError(f"{root} has no source under {section}/; see docs/data.md")
+    return names

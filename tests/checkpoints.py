@@ -1,0 +1,129 @@
+"""Tiny random checkpoints of the known families of language models, as `transformers` saves them.
+
+A key of FAMILIES is the `model_type`; `llama3` is a Llama with tied embeddings, grouped queries and
+scaled rotary frequencies. Weights are larger than a new model's and no gain or bias is left at one
+or zero, so that using the wrong one shows.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
+
+VOCAB_SIZE = 300
+END_OF_TEXT = "<|endoftext|>"
+_TEXT = "A red circle is left of the blue square. Which shape is below the green triangle? " * 4
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+GROUPED = SIZES | {"num_key_value_heads": 2}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def _family(
+    model: type[PreTrainedModel], config: type[Any], settings: dict[str, Any]
+) -> Callable[[], PreTrainedModel]:
+    return lambda: randomise(model(config(**settings)), seed=0)
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": _family(LlamaForCausalLM, LlamaConfig, SIZES),
+    "llama3": _family(
+        LlamaForCausalLM,
+        LlamaConfig,
+        GROUPED | {"tie_word_embeddings": True, "rope_parameters": _LLAMA3_ROPE},
+    ),
+    # Padding is the end of text, as in many checkpoints, and the embeddings are not tied.
+    "mistral": _family(
+        MistralForCausalLM, MistralConfig, GROUPED | {"sliding_window": None, "pad_token_id": 0}
+    ),
+    "olmo": _family(OlmoForCausalLM, OlmoConfig, SIZES | {"clip_qkv": 0.5}),
+    "olmo2": _family(Olmo2ForCausalLM, Olmo2Config, GROUPED),
+    "gpt_neox": _family(GPTNeoXForCausalLM, GPTNeoXConfig, SIZES),
+    "qwen2": _family(Qwen2ForCausalLM, Qwen2Config, GROUPED | {"tie_word_embeddings": True}),
+    "qwen3": _family(Qwen3ForCausalLM, Qwen3Config, GROUPED | {"head_dim": 16}),
+    # The second of its layers has no rotary embedding.
+    "smollm3": _family(
+        SmolLM3ForCausalLM, SmolLM3Config, GROUPED | {"no_rope_layers": [1, 0], "pad_token_id": 1}
+    ),
+}
+
+
+@torch.no_grad()
+def randomise(model: PreTrainedModel, *, seed: int) -> PreTrainedModel:
+    """The same model in evaluation mode, every parameter drawn anew from the seed."""
+    source = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        centre = 1.0 if parameter.ndim == 1 and not name.endswith("bias") else 0.0
+        parameter.copy_(centre + 0.2 * torch.randn(parameter.shape, generator=source))
+    return model.eval()
+
+
+def build_model(family: str, *, seed: int = 0) -> PreTrainedModel:
+    """A model of a family; equal seeds give equal weights. The global generator is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        return randomise(FAMILIES[family](), seed=seed)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of VOCAB_SIZE tokens at most, its end of text at id 0."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([_TEXT], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT)
+
+
+def save_checkpoint(family: str, folder: Path, *, seed: int = 0, shard: bool = False) -> Path:
+    """Write a checkpoint of a family with its tokenizer; `shard` cuts the weights into several."""
+    model = build_model(family, seed=seed)
+    if shard:
+        model.save_pretrained(folder, max_shard_size="40KB")
+    else:
+        model.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder

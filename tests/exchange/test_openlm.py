@@ -1,0 +1,648 @@
+"""Tiny checkpoints in the layouts that OpenLM and its Hugging Face class write."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from midstream.config import DECODERS, DecoderConfig
+from midstream.exchange.openlm import OpenLMCheckpoint, read_openlm
+from midstream.exchange.openlm_settings import SIZES
+from midstream.model.decoder import Decoder
+from midstream.model.initialise import generator, initialise
+from midstream.model.weights import fill
+
+CONFIG = DecoderConfig(hidden_size=32, num_layers=2, num_heads=4, vocab_size=30)
+PLAIN = CONFIG.model_copy(update={"qk_norm": False})
+# The order of OpenLM's own modules, in which torch's optimiser numbers parameters; ours differs.
+IN_LAYER = (
+    "attention.in_proj",
+    "attention.out_proj",
+    "attention.pos_embed.inv_freq",
+    "attention.q_norm",
+    "attention.k_norm",
+    "feed_forward.w12",
+    "feed_forward.w3",
+    "attention_norm",
+    "ffn_norm",
+)
+# 40 rows of 16 tokens an epoch, 3 epochs, 4 rows a step: 30 steps.
+PARAMS = {
+    "model": "d=32_l=2_h=4",
+    "model_norm": "gain_only_lp_layer_norm",
+    "ffn_type": "swiglu_torch",
+    "positional_embedding_type": "rotary",
+    "attn_name": "torch_attn",
+    "qk_norm": True,
+    "vocab_size": 30,
+    "seq_len": 16,
+    "lr": 0.003,
+    "lr_scheduler": "cosine",
+    "lr_cooldown_end": 3e-05,
+    "force_min_lr": 0.0,
+    "warmup": 5,
+    "epochs": 3,
+    "train_num_samples": 40,
+    "global_batch_size": 4,
+    "dataset_manifest": ["s3://somewhere: with a colon/manifest.jsonl"],
+    "hf_model": None,
+    "moe_freq": 0,
+    "skip_scheduler": False,
+    "wandb_notes": "",
+}
+
+
+def state_of(config: DecoderConfig = CONFIG, *, tables: bool = True) -> dict[str, Tensor]:
+    """Weights as OpenLM's model names and orders them; gains are drawn, too."""
+    decoder = Decoder(config)
+    initialise(decoder, 0)
+    drawn = {
+        name: torch.rand(value.shape, generator=generator(0, name)) if "norm" in name else value
+        for name, value in decoder.state_dict().items()
+    }
+    state = {"tok_embeddings.weight": drawn["tok_embeddings.weight"]}
+    for layer in range(config.num_layers):
+        for part in IN_LAYER:
+            name = f"layers.{layer}.{part}"
+            if f"{name}.weight" in drawn:
+                state[f"{name}.weight"] = drawn[f"{name}.weight"]
+            elif part.endswith("inv_freq") and tables:
+                step = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+                state[name] = 1.0 / 10000**step
+    state |= {name: drawn[name] for name in ("norm.weight", "output.weight")}
+    assert {name for name in state if "inv_freq" not in name} == set(drawn)
+    return state
+
+
+def trained_names(state: dict[str, Tensor]) -> list[str]:
+    return [name for name in state if not name.endswith("inv_freq")]
+
+
+def moments_of(state: dict[str, Tensor], step: int) -> dict[str, dict[str, Any]]:
+    """Adam's state by name, every number different from every other's."""
+    return {
+        name: {
+            "step": torch.tensor(float(step)),
+            "exp_avg": torch.rand(state[name].shape, generator=generator(1, name)),
+            "exp_avg_sq": torch.rand(state[name].shape, generator=generator(2, name)),
+        }
+        for name in trained_names(state)
+    }
+
+
+def numbered(state: dict[str, Tensor], step: int, rate: float) -> dict[str, Any]:
+    """torch's optimiser state with OpenLM's two groups: no decay (empty), and decay."""
+    moments = list(moments_of(state, step).values())
+    return {
+        "state": dict(enumerate(moments)),
+        "param_groups": [
+            {"lr": rate, "weight_decay": 0.0, "params": []},
+            {"lr": rate, "weight_decay": 0.1, "params": list(range(len(moments)))},
+        ],
+    }
+
+
+def gathered(state: dict[str, Tensor], step: int, rate: float) -> dict[str, Any]:
+    """FSDP's optimiser state: by name, in any order."""
+    moments = dict(sorted(moments_of(state, step).items(), reverse=True))
+    return {
+        "state": {f"_orig_mod.{name}": entry for name, entry in moments.items()},
+        "param_groups": [
+            {"lr": rate, "params": []},
+            {"lr": rate, "params": [f"_orig_mod.{name}" for name in moments]},
+        ],
+    }
+
+
+def rate_after(step: int, *, steps: int = 30) -> float:
+    """OpenLM's cosine with PARAMS' numbers, written down once more."""
+    if step < 5:
+        return 0.003 * (step + 1) / 5
+    turn = math.pi * (step - 5) / (steps - 5)
+    return 3e-5 + (0.003 - 3e-5) * 0.5 * (1 + math.cos(turn))
+
+
+@dataclass
+class Run:
+    """What a run leaves; `write` puts it down as OpenLM does and returns the epoch's path."""
+
+    folder: Path
+    state: dict[str, Tensor]
+    step: int = 20
+    prefix: str = ""
+
+    def write(
+        self,
+        *,
+        params: dict[str, Any] | None = PARAMS,
+        optimizer: dict[str, Any] | None = None,
+        params_inside: bool = False,
+        step_in: str = "epoch",
+    ) -> Path:
+        checkpoints = self.folder / "checkpoints"
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        common = {"epoch": 2, "name": "run", "evaluation_metrics": [{"loss": np.float64(2.5)}]}
+        state = {f"{self.prefix}{name}": value for name, value in self.state.items()}
+        step = {"step": self.step}
+        epoch = common | {"state_dict": state} | (step if step_in == "epoch" else {})
+        torch.save(epoch, checkpoints / "epoch_2.pt")
+        torch.save(common | step | {"samples_seen": 80}, checkpoints / "stats_2.pt")
+        if optimizer is not None:
+            torch.save(common | {"optimizer": optimizer}, checkpoints / "optimizer_2.pt")
+        if params is not None:
+            lines = [f"{name}: {value}" for name, value in sorted(params.items())]
+            place = checkpoints if params_inside else self.folder
+            (place / "params.txt").write_text("\n".join(lines) + "\n")
+        return checkpoints / "epoch_2.pt"
+
+
+def assert_holds(found: OpenLMCheckpoint, state: dict[str, Tensor], config: DecoderConfig) -> None:
+    assert found.config == config
+    assert set(found.tensors) == set(trained_names(state))
+    for name, value in found.tensors.items():
+        assert torch.equal(value, state[name]), name
+    fill(Decoder(found.config), found.tensors, path=Path("checkpoint"))
+
+
+# -------------------------------------------------------------------------------- the weights
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "module._orig_mod."])
+@pytest.mark.parametrize("config", [CONFIG, PLAIN], ids=["qk", "no qk"])
+def test_an_epoch_is_read_with_any_wrapping(
+    tmp_path: Path, prefix: str, config: DecoderConfig
+) -> None:
+    state = state_of(config)
+    path = Run(tmp_path, state, prefix=prefix).write(params=PARAMS | {"qk_norm": config.qk_norm})
+    found = read_openlm(path)
+    assert_holds(found, state, config)
+    assert found.dropped == tuple(
+        f"{prefix}layers.{layer}.attention.pos_embed.inv_freq" for layer in (0, 1)
+    )
+    assert found.moments is None
+
+
+def test_a_bare_dict_of_tensors_is_read_too(tmp_path: Path) -> None:
+    state = state_of()
+    torch.save(state, tmp_path / "weights.pt")
+    found = read_openlm(tmp_path / "weights.pt")
+    assert_holds(found, state, CONFIG)
+    assert (found.step, found.tokens_seen, found.rate) == (None, None, None)
+
+
+@pytest.mark.parametrize("layout", ["bin", "safetensors", "shards"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_hugging_face_folder_is_read_in_every_layout(
+    tmp_path: Path, layout: str, nested: bool
+) -> None:
+    state = state_of(tables=layout == "bin")
+    held = {f"model.{name}": value.clone() for name, value in state.items()}
+    if layout == "bin":
+        torch.save(held, tmp_path / "pytorch_model.bin")
+    elif layout == "safetensors":
+        save_file(held, tmp_path / "model.safetensors")
+    else:
+        names = list(held)
+        parts = {"one.safetensors": names[:5], "two.safetensors": names[5:]}
+        for shard, part in parts.items():
+            save_file({name: held[name] for name in part}, tmp_path / shard)
+        where = {name: shard for shard, part in parts.items() for name in part}
+        index = json.dumps({"weight_map": where})
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+    flat = {
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "vocab_size": 30,
+        "norm_eps": 1e-5,
+        "norm_type": "gain_only_lp_layer_norm",
+        "apply_qk_norm": True,
+        "qk_norm": True,
+        "attn_name": "auto",
+        "attn_activation": None,
+        "ffn_type": "swiglu_torch",
+        "positional_embedding_type": "rotary",
+        "weight_tying": False,
+        "post_embed_norm": False,
+        "moe_freq": 0,
+        "params": None,
+    }
+    config = {"params_args_dict": PARAMS} if nested else flat
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "openlm"} | config))
+    found = read_openlm(tmp_path)
+    assert_holds(found, state, CONFIG)
+    assert len(found.dropped) == (2 if layout == "bin" else 0)
+    assert found.origins["settings"] == "config.json"
+    assert found.step is None
+
+
+def test_half_precision_is_widened_and_the_precision_of_norms_kept(tmp_path: Path) -> None:
+    state = {name: value.bfloat16() for name, value in state_of().items()}
+    path = Run(tmp_path, state).write()
+    found = read_openlm(path)  # The rotary table in bfloat16 is within its rounding.
+    assert all(value.dtype == torch.float32 for value in found.tensors.values())
+    assert all(torch.equal(found.tensors[name], state[name].float()) for name in found.tensors)
+
+
+# ------------------------------------------------------------------------------ configurations
+
+
+def test_sizes_come_from_params_tables_and_the_caller_and_must_agree(tmp_path: Path) -> None:
+    bare = {name: value for name, value in PARAMS.items() if name != "model"}
+    with_tables, without = state_of(), state_of(tables=False)
+    assert read_openlm(Run(tmp_path / "a", with_tables).write(params=bare)).config == CONFIG
+    path = Run(tmp_path / "b", without).write(params=None)
+    with pytest.raises(ValueError, match=r"does not tell the number of heads; give num_heads"):
+        read_openlm(path)
+    assert read_openlm(path, num_heads=4).config == CONFIG
+    assert read_openlm(path, num_heads=2).config.num_heads == 2
+    path = Run(tmp_path / "c", with_tables).write()
+    with pytest.raises(ValueError, match=r"'given': 2, 'settings': 4, 'rotary table': 4"):
+        read_openlm(path, num_heads=2)
+    assert read_openlm(path).origins["num_heads"] == "settings"
+
+
+@pytest.mark.parametrize("name", ["my_model", "my_model.json"])
+def test_a_models_own_json_gives_the_sizes_and_outranks_params(tmp_path: Path, name: str) -> None:
+    path = Run(tmp_path, state_of(tables=False)).write(
+        params=PARAMS | {"model": name, "model_norm": "default_layer_norm"}
+    )
+    sizes = {"hidden_dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 30}
+    own = sizes | {"model_norm": "gain_only_lp_layer_norm"}
+    (tmp_path / "my_model.json").write_text(json.dumps(own))
+    assert read_openlm(path).config == CONFIG
+    (tmp_path / "my_model.json").write_text(json.dumps(sizes))
+    with pytest.raises(ValueError, match="default_layer_norm"):
+        read_openlm(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "open_lm_79m_v2"}, r"has hidden_dim 32, its settings say 512"),
+        ({"model": "d=32_l=3_h=4"}, r"has n_layers 2, its settings say 3"),
+        ({"vocab_size": 31}, r"has vocab_size 30, its settings say 31"),
+        ({"qk_norm": False}, r"has qk_norm True, its settings say False"),
+    ],
+)
+def test_params_of_another_run_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_openlm(Run(tmp_path, state_of()).write(params=PARAMS | changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model_norm", "default_layer_norm"),
+        ("model_norm", "rms_norm"),
+        ("model_norm", "no_wb_layer_norm"),
+        ("ffn_type", "gelu"),
+        ("ffn_type", "gemma_geglu"),
+        ("moe_freq", 2),
+        ("positional_embedding_type", "llama_rotary"),
+        ("positional_embedding_type", "head_rotary"),
+        ("positional_embedding_type", "none"),
+        ("attn_name", "custom_attn"),
+        ("weight_tying", True),
+        ("post_embed_norm", True),
+        ("hf_model", "gpt2"),
+    ],
+)
+def test_settings_of_other_variants_are_refused_by_name(
+    tmp_path: Path, name: str, value: object
+) -> None:
+    path = Run(tmp_path, state_of()).write(params=PARAMS | {name: value})
+    with pytest.raises(ValueError, match=rf"variant of OpenLM.*\n  {name} {value!r}"):
+        read_openlm(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("norm.bias", "layers.0.ffn_norm.bias"), r"bias \(.*\): norm\.bias and 1 more"),
+        (("layers.0._ff_w1.weight",), "ffn_type 'gelu'"),
+        (("layers.0.feed_forward.gate_proj.weight",), "ffn_type 'gemma_geglu'"),
+        (("layers.0.feed_forward.router.layer.weight",), "ffn_type 'moe'"),
+        (("post_embed_norm.weight",), "post_embed_norm"),
+    ],
+)
+def test_tensors_of_other_variants_are_refused_by_name(
+    tmp_path: Path, names: tuple[str, ...], message: str
+) -> None:
+    state = state_of() | {name: torch.zeros(32) for name in names}
+    path = Run(tmp_path, state).write(params=None)
+    with pytest.raises(ValueError, match=rf"variant of OpenLM[^\n]*\n  {message}"):
+        read_openlm(path)
+
+
+def test_tied_embeddings_other_angles_and_mamba_are_refused(tmp_path: Path) -> None:
+    state = state_of()
+    state["output.weight"] = state["tok_embeddings.weight"]
+    with pytest.raises(ValueError, match="weight_tying: output"):
+        read_openlm(Run(tmp_path / "a", state).write(params=None))
+    state = state_of()
+    state["layers.1.attention.pos_embed.inv_freq"] = 1.0 / 500000 ** (torch.arange(4) / 4)
+    with pytest.raises(ValueError, match="other angles than base 10000"):
+        read_openlm(Run(tmp_path / "b", state).write())
+    with pytest.raises(ValueError, match="Mamba model mamba_1b"):
+        read_openlm(Run(tmp_path / "c", state_of()).write(params=PARAMS | {"model": "mamba_1b"}))
+
+
+def test_known_names_hold_the_presets_sizes() -> None:
+    for name, preset in DECODERS.items():
+        sizes = (preset.hidden_size, preset.num_layers, preset.num_heads)
+        assert SIZES[name] == sizes
+        assert SIZES.get(f"open_lm_{name}_v2", SIZES.get(f"open_lm_{name}")) == sizes
+
+
+# ---------------------------------------------------------------------- the optimiser's moments
+
+
+@pytest.mark.parametrize("layout", [numbered, gathered])
+@pytest.mark.parametrize("config", [CONFIG, PLAIN], ids=["qk", "no qk"])
+def test_moments_come_back_bit_for_bit_under_our_names(
+    tmp_path: Path, layout: Callable[..., dict[str, Any]], config: DecoderConfig
+) -> None:
+    state = state_of(config)
+    path = Run(tmp_path, state).write(
+        params=PARAMS | {"qk_norm": config.qk_norm}, optimizer=layout(state, 20, rate_after(20))
+    )
+    found = read_openlm(path)
+    expected = {
+        f"{key}.{name}": value
+        for name, entry in moments_of(state, 20).items()
+        for key, value in entry.items()
+    }
+    assert found.moments is not None
+    assert found.moments.keys() == expected.keys()
+    for name, value in found.moments.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, expected[name]), name
+    assert found.origins["moments"] == "optimizer_2.pt"
+
+
+def test_moments_that_real_adam_wrote_go_on_as_if_never_stopped(tmp_path: Path) -> None:
+    state = state_of()
+    names = trained_names(state)
+    theirs = [nn.Parameter(state[name].clone()) for name in names]
+    groups = [{"params": [], "weight_decay": 0.0}, {"params": theirs, "weight_decay": 0.1}]
+    adam = torch.optim.AdamW(groups, lr=0.003, betas=(0.9, 0.95))
+
+    def step(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        for name, parameter in zip(names, parameters, strict=True):
+            parameter.grad = torch.rand(parameter.shape, generator=generator(3, name))
+        optimizer.step()
+
+    step(theirs, adam)
+    after = {name: value.detach().clone() for name, value in zip(names, theirs, strict=True)}
+    bare = {name: PARAMS[name] for name in ("model", "model_norm")}
+    path = Run(tmp_path, after, step=1).write(params=bare, optimizer=adam.state_dict())
+    found = read_openlm(path)
+    step(theirs, adam)
+
+    decoder = Decoder(found.config)
+    fill(decoder, found.tensors, path=path)
+    ours = dict(decoder.named_parameters())
+    again = torch.optim.AdamW(ours.values(), lr=0.003, betas=(0.9, 0.95), weight_decay=0.1)
+    assert found.moments is not None
+    for name, parameter in ours.items():
+        again.state[parameter] = {
+            key: found.moments[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+        }
+    step([ours[name] for name in names], again)
+    for name, parameter in zip(names, theirs, strict=True):
+        assert torch.equal(ours[name], parameter), name
+
+
+def test_moments_of_another_model_are_refused(tmp_path: Path) -> None:
+    state = state_of()
+    rate = rate_after(20)
+    path = Run(tmp_path, state).write(optimizer=numbered(state_of(PLAIN), 20, rate))
+    with pytest.raises(
+        ValueError, match=r"optimizer_2\.pt numbers 15 parameters, the model has 19"
+    ):
+        read_openlm(path)
+    wide = state_of(CONFIG.model_copy(update={"vocab_size": 31}))
+    Run(tmp_path, state).write(optimizer=numbered(wide, 20, rate))
+    with pytest.raises(ValueError, match=r"exp_avg .*\n  mismatched: output\.weight .*\[31, 32\]"):
+        read_openlm(path)
+    half = gathered(state, 20, rate)
+    del half["state"]["_orig_mod.norm.weight"]
+    half["state"]["other.weight"] = {"step": 1}
+    Run(tmp_path, state).write(optimizer=half)
+    with pytest.raises(
+        ValueError, match=r"missing: step\.norm\.weight\n  unexpected: other\.weight$"
+    ):
+        read_openlm(path)
+
+
+def test_what_is_left_out_of_the_optimiser_is_named(tmp_path: Path) -> None:
+    state = state_of()
+    optimizer = numbered(state, 20, rate_after(20))
+    optimizer["state"][0]["max_exp_avg_sq"] = torch.zeros(30, 32)
+    found = read_openlm(Run(tmp_path, state).write(optimizer=optimizer))
+    assert "max_exp_avg_sq.tok_embeddings.weight" in found.dropped
+
+
+def test_an_optimiser_without_state_gives_no_moments(tmp_path: Path) -> None:
+    state = state_of()
+    optimizer = numbered(state, 0, rate_after(0)) | {"state": {}}
+    found = read_openlm(Run(tmp_path, state, step=0).write(optimizer=optimizer))
+    assert (found.moments, found.origins["moments"]) == (None, "none")
+
+
+# -------------------------------------------------------------------------------- the position
+
+
+@pytest.mark.parametrize("step", [0, 3, 4, 5, 20, 30])
+@pytest.mark.parametrize("params_inside", [True, False])
+@pytest.mark.parametrize("step_in", ["epoch", "stats"])
+def test_position_is_that_of_openlms_schedule(
+    tmp_path: Path, step: int, params_inside: bool, step_in: str
+) -> None:
+    state = state_of()
+    path = Run(tmp_path, state, step=step).write(
+        params_inside=params_inside,
+        step_in=step_in,
+        optimizer=numbered(state, step, rate_after(step)),
+    )
+    found = read_openlm(path)
+    assert (found.step, found.tokens_seen, found.total_tokens) == (step, step * 64, 30 * 64)
+    assert found.rate == pytest.approx(rate_after(step), rel=1e-12)
+    assert (found.peak_rate, found.end_rate) == (0.003, 3e-5)
+    assert found.origins["position"] == "params.txt"
+
+
+@pytest.mark.parametrize(
+    ("changes", "rate", "end"),
+    [
+        ({"lr_scheduler": "const"}, 0.003, 0.003),
+        ({"skip_scheduler": True, "warmup": 100}, 0.003, 0.003),
+        ({"force_min_lr": 0.002}, 0.002, 0.002),
+        ({"warmup": 100}, 0.003 * 21 / 100, 3e-5),
+    ],
+)
+def test_other_schedules_are_openlms_too(
+    tmp_path: Path, changes: dict[str, Any], rate: float, end: float
+) -> None:
+    found = read_openlm(Run(tmp_path, state_of()).write(params=PARAMS | changes))
+    assert found.rate == pytest.approx(rate, rel=1e-12)
+    assert found.end_rate == end
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        # 40 rows in batches of 4 by 3 workers: 3.33, so 4 batches each and 12 an epoch.
+        ({"train_data": ["a"], "workers": 3}, 36),
+        ({"train_data": ["a", "b"], "workers": 0}, 30),
+        # 28 rows and 12 rows, 7 and 3 batches by 2 workers: 8 and 4.
+        ({"train_data": ["a", "b"], "workers": 2, "train_data_mix_weights": [0.7, 0.3]}, 36),
+        ({"train_data": ["a"], "train_num_samples": None}, None),
+        ({"dataset_type": "synthetic", "train_data": None}, None),
+    ],
+)
+def test_length_of_a_run_without_manifest_rounds_up_as_its_loader_does(
+    tmp_path: Path, changes: dict[str, Any], steps: int | None
+) -> None:
+    params = PARAMS | {"dataset_manifest": None} | changes
+    found = read_openlm(Run(tmp_path, state_of()).write(params=params))
+    assert found.total_tokens == (None if steps is None else steps * 64)
+    expected = None if steps is None else pytest.approx(rate_after(20, steps=steps), rel=1e-12)
+    assert found.rate == expected
+    assert found.tokens_seen == 20 * 64
+
+
+def test_without_params_the_rate_is_what_the_optimiser_held(tmp_path: Path) -> None:
+    state = state_of()
+    path = Run(tmp_path, state).write(params=None, optimizer=numbered(state, 20, 0.00123))
+    found = read_openlm(path)
+    assert (found.step, found.rate, found.peak_rate) == (20, 0.00123, None)
+    assert (found.tokens_seen, found.total_tokens, found.end_rate) == (None, None, None)
+    assert found.origins["position"] == "rate alone, from optimizer_2.pt"
+    assert "cannot tell" in found.origins["model_norm"]
+
+
+def test_settings_that_contradict_the_checkpoint_are_refused(tmp_path: Path) -> None:
+    state = state_of()
+    path = Run(tmp_path, state).write(optimizer=numbered(state, 20, 0.0005))
+    with pytest.raises(ValueError, match=r"give the rate 0\.0010\d+, the optimiser held 0\.0005"):
+        read_openlm(path)
+    path = Run(tmp_path / "b", state, step=31).write()
+    with pytest.raises(ValueError, match="step 31 of a run of 30 steps"):
+        read_openlm(path)
+    path = Run(tmp_path / "c", state).write(params=PARAMS | {"lr_scheduler": "const-cooldown"})
+    with pytest.raises(ValueError, match="unknown lr_scheduler 'const-cooldown'"):
+        read_openlm(path)
+    path = Run(tmp_path / "d", state).write()
+    (path.parent.parent / "params.txt").write_text("lr: 0.1\nnot a setting\n")
+    with pytest.raises(ValueError, match=r"params\.txt, line 2: 'not a setting'"):
+        read_openlm(path)
+
+
+def test_files_of_different_epochs_are_refused(tmp_path: Path) -> None:
+    path = Run(tmp_path, state_of()).write()
+    other = {"epoch": 3, "name": "run", "optimizer": numbered(state_of(), 20, 0.001)}
+    torch.save(other, path.with_name("optimizer_2.pt"))
+    with pytest.raises(ValueError, match=r"optimizer_2\.pt is of epoch 3, epoch_2\.pt of 2"):
+        read_openlm(path)
+    torch.save({"epoch": 2, "name": "run"}, path.with_name("optimizer_2.pt"))
+    with pytest.raises(ValueError, match=r"optimizer_2\.pt has no 'optimizer', only epoch, name"):
+        read_openlm(path)
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+class WantsToRun:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("file", ["epoch_2.pt", "optimizer_2.pt", "stats_2.pt"])
+def test_no_file_of_a_run_may_run_code(tmp_path: Path, file: str) -> None:
+    state = state_of()
+    path = Run(tmp_path, state).write(optimizer=numbered(state, 20, rate_after(20)))
+    evil = path.with_name(file)
+    content = torch.load(evil, weights_only=False)
+    torch.save(content | {"evaluation_metrics": WantsToRun(tmp_path / "made")}, evil)
+    with pytest.raises(ValueError, match=rf"{re.escape(file)} wants to run code .*\.mkdir"):
+        read_openlm(path)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("file", ["epoch_2.pt", "optimizer_2.pt"])
+def test_a_half_written_file_is_named(tmp_path: Path, file: str) -> None:
+    state = state_of()
+    path = Run(tmp_path, state).write(optimizer=numbered(state, 20, rate_after(20)))
+    cut = path.with_name(file)
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    with pytest.raises(ValueError, match=rf"{re.escape(file)} is no readable checkpoint"):
+        read_openlm(path)
+
+
+def test_missing_and_unexpected_tensors_are_named_with_candidates(tmp_path: Path) -> None:
+    state = state_of()
+    state["layers.1.feed_forward.w4.weight"] = state.pop("layers.1.feed_forward.w3.weight")
+    state["norm.weight"] = torch.zeros(33)
+    with pytest.raises(ValueError, match=r"epoch_2\.pt does not fit this Decoder") as caught:
+        read_openlm(Run(tmp_path, state).write())
+    assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
+        "missing: layers.1.feed_forward.w3.weight [32, 256]; "
+        "nearest unexpected: layers.1.feed_forward.w4.weight [32, 256]",
+        "unexpected: layers.1.feed_forward.w4.weight [32, 256]",
+        "mismatched: norm.weight is torch.float32 [33] in the file, "
+        "torch.float32 [32] in the model",
+    ]
+
+
+def test_what_is_no_openlm_checkpoint_is_said_to_be_none(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"epoch_1\.pt"):
+        read_openlm(tmp_path / "epoch_1.pt")
+    path = tmp_path / "epoch_1.pt"
+    torch.save({"optimizer": {}}, path)
+    with pytest.raises(ValueError, match="no 'state_dict', only optimizer"):
+        read_openlm(path)
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="no 'state_dict', only list"):
+        read_openlm(path)
+    torch.save({"state_dict": {"wte.weight": torch.zeros(3, 4)}}, path)
+    with pytest.raises(ValueError, match=r"holds no OpenLM decoder: .*wte\.weight"):
+        read_openlm(path)
+    twice = {"norm.weight": torch.zeros(2), "module.norm.weight": torch.zeros(2)}
+    torch.save({"state_dict": twice}, path)
+    with pytest.raises(ValueError, match=r"norm\.weight twice, .* module\.norm\.weight"):
+        read_openlm(path)
+
+
+def test_folders_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    Run(tmp_path / "run", state_of()).write()
+    with pytest.raises(ValueError, match=r"training run; give one of checkpoints/epoch_2\.pt"):
+        read_openlm(tmp_path / "run")
+    folder = tmp_path / "other"
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"only nothing"):
+        read_openlm(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match=r"config\.json is of model_type 'llama', not 'openlm'"):
+        read_openlm(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "openlm"}))
+    index = {"weight_map": {"model.norm.weight": "a.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match=r"half downloaded: .* missing: a\.safetensors"):
+        read_openlm(folder)

@@ -1,0 +1,184 @@
+"""What a stage trains gets a gradient, what it freezes gets none: every way to see and connect."""
+
+import pytest
+import torch
+
+from midstream.batch import IGNORE, Batch
+from midstream.config import (
+    AdamW,
+    AnyEncoderConfig,
+    ContinuedCosine,
+    DecoderConfig,
+    EncoderConfig,
+    FusedEncoder,
+    Mixture,
+    PatchProjection,
+    ProjectorConfig,
+    Rows,
+    Share,
+    Training,
+    VLMConfig,
+)
+from midstream.model.initialise import initialise
+from midstream.model.vision import build_encoder
+from midstream.model.vlm import VLM
+from midstream.tokens import TokenCount
+from midstream.train.optim import freeze, make_optimizer
+from midstream.train.step import train_step
+
+CPU = torch.device("cpu")
+DECODER = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=48)
+SIZES = {
+    "image_size": 16,
+    "patch_size": 8,
+    "hidden_size": 16,
+    "num_layers": 3,
+    "num_heads": 2,
+    "intermediate_size": 32,
+}
+SIGLIP = EncoderConfig(**SIZES)
+DINOV2 = EncoderConfig(**SIZES, family="dinov2", hidden_act="gelu")
+ENCODERS: dict[str, AnyEncoderConfig] = {
+    "siglip": SIGLIP,
+    "siglip, last layer and its norm": EncoderConfig(**SIZES, feature_layer=-1, final_norm=True),
+    "siglip, other resolution": EncoderConfig(**SIZES | {"image_size": 24}, position_size=16),
+    "siglip2": EncoderConfig(**SIZES, family="siglip2"),
+    "dinov2": DINOV2,
+    "dinov2 with registers": DINOV2.model_copy(update={"num_registers": 2, "ffn": "swiglu"}),
+    "fused": FusedEncoder(towers=(SIGLIP, DINOV2)),
+    "patches": PatchProjection(image_size=16, patch_size=8, hidden_size=16),
+}
+PROJECTORS = {
+    "linear": ProjectorConfig(num_layers=1),
+    "two layers": ProjectorConfig(num_layers=2),
+    "two layers at decoder width": ProjectorConfig(num_layers=2, hidden="decoder"),
+    "three layers": ProjectorConfig(num_layers=3),
+}
+# Owned by the model, and the rate that the stage gives the encoder.
+STAGES = {
+    "frozen": (False, None),
+    "trained": (True, 0.1),
+    "trained before, frozen now": (True, None),
+}
+
+
+def training(factor: float | None) -> Training:
+    return Training(
+        budget=Mixture(total_tokens=1, shares=(Share(source="x", share=1.0),)),
+        rows=Rows(row_length=8, batch_rows=1),
+        schedule=ContinuedCosine(),
+        encoder_rate_factor=factor,
+    )
+
+
+def batch_of(encoder: AnyEncoderConfig, num_images: int) -> Batch:
+    """Two rows that start with an image each, or rows of text alone."""
+    patches = encoder.num_patches if num_images else 0
+    length = patches + 6
+    source = torch.Generator().manual_seed(3)
+    input_ids = torch.randint(48, (2, length), generator=source)
+    targets = input_ids.roll(-1, 1)
+    targets[:, :patches] = IGNORE
+    slots = torch.tensor([[row, 0] for row in range(num_images)], dtype=torch.int64).reshape(-1, 2)
+    return Batch(
+        input_ids=input_ids,
+        targets=targets,
+        position_ids=torch.arange(length).expand(2, -1),
+        segment_ids=torch.zeros((2, length), dtype=torch.int64),
+        image_slots=slots,
+        images=torch.randn(
+            (num_images, 3, encoder.image_size, encoder.image_size), generator=source
+        ),
+        counts=TokenCount(text=12, target=12),
+    )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("projector", PROJECTORS)
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_gradients_reach_what_is_trained_and_nothing_else(
+    encoder: str, projector: str, stage: str
+) -> None:
+    config, (owned, factor) = ENCODERS[encoder], STAGES[stage]
+    patches = isinstance(config, PatchProjection)
+    model = VLM(
+        VLMConfig(
+            decoder=DECODER,
+            encoder=config,
+            projector=PROJECTORS[projector],
+            owns_encoder=owned or patches,
+        )
+    )
+    initialise(model, 0)
+    rate_factor = freeze(model, training(factor))
+    assert rate_factor == (factor or 1.0)
+    optimizer = make_optimizer(model, AdamW(), encoder_rate_factor=rate_factor)
+    frozen = None
+    if model.encoder is None:
+        outside = build_encoder(config).requires_grad_(False)
+        initialise(outside, 1)
+        frozen = outside
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    train_step(
+        model,
+        optimizer,
+        [batch_of(config, 2)],
+        encode=frozen,
+        rate=1e-3,
+        settings=AdamW(),
+        device=CPU,
+    )
+    trained_encoder = factor is not None or patches
+    for name, parameter in model.named_parameters():
+        if name.startswith("encoder.") and not trained_encoder:
+            assert parameter.grad is None, name
+            assert torch.equal(parameter, before[name]), name
+        else:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+            assert not torch.equal(parameter, before[name]), name
+    if frozen is not None:
+        assert all(parameter.grad is None for parameter in frozen.parameters())
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_a_step_without_pictures_gives_the_encoder_gradients_of_zero(encoder: str) -> None:
+    config = ENCODERS[encoder]
+    model = VLM(VLMConfig(decoder=DECODER, encoder=config, owns_encoder=True))
+    initialise(model, 0)
+    freeze(model, training(0.5))
+    model(batch_of(config, 0), None).sum().backward()
+    assert model.encoder is not None
+    assert model.projector is not None
+    for part in (model.encoder, model.projector):
+        for name, parameter in part.named_parameters():
+            assert parameter.grad is not None, name
+            assert not parameter.grad.any(), name
+
+
+def test_the_encoder_moves_at_its_share_of_the_rate() -> None:
+    model = VLM(VLMConfig(decoder=DECODER, encoder=SIGLIP, owns_encoder=True))
+    initialise(model, 0)
+    settings = AdamW(weight_decay=0.0, clip_norm=1e9)
+    optimizer = make_optimizer(model, settings, encoder_rate_factor=freeze(model, training(0.01)))
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    train_step(
+        model,
+        optimizer,
+        [batch_of(SIGLIP, 2)],
+        encode=None,
+        rate=1e-3,
+        settings=settings,
+        device=CPU,
+    )
+    # Adam's first step is the rate, whatever the gradient.
+    for name, parameter in model.named_parameters():
+        moved = (parameter - before[name]).abs().median()
+        expected = 1e-5 if name.startswith("encoder.") else 1e-3
+        assert moved == pytest.approx(expected, rel=0.05), name
+
+
+def test_a_rate_for_an_encoder_that_is_not_the_models_own_is_refused() -> None:
+    model = VLM(VLMConfig(decoder=DECODER, encoder=SIGLIP))
+    with pytest.raises(ValueError, match="owns no encoder"):
+        freeze(model, training(0.1))
