@@ -33,7 +33,7 @@ from midstream.data.features import (
 from midstream.data.hash_index import HashIndex
 from midstream.data.sources import Source
 from midstream.model.initialise import initialise
-from midstream.model.vision import VisionEncoder
+from midstream.model.vision import build_encoder
 from midstream.storage import CorruptError
 
 CONFIG = EncoderConfig(
@@ -168,7 +168,7 @@ def test_a_real_encoder_gives_equal_bits_alone_and_in_any_company() -> None:
         image_size=100, patch_size=20, hidden_size=88, num_layers=3, num_heads=2,
         intermediate_size=200,
     )  # fmt: skip
-    encoder = VisionEncoder(config)
+    encoder = build_encoder(config)
     initialise(encoder, 0)
     pixels = torch.randn((11, 3, 100, 100), generator=torch.Generator().manual_seed(1))
     alone = torch.cat([encode_raw(encoder, one[None], config) for one in pixels])

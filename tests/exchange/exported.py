@@ -7,14 +7,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
+from torch import nn
 
+from midstream.config import (
+    DecoderConfig,
+    EncoderConfig,
+    ProjectorConfig,
+    TransformersDecoderConfig,
+    VLMConfig,
+)
 from midstream.data.examples import TextCodec
+from midstream.model.pretrained import describe
+from midstream.model.vision import build_encoder
+from midstream.model.vlm import VLM
 
 TEXTS = ("What colour is the big round ball on the left?", "The ball is red.", "In: Out: how many")
 
@@ -69,3 +82,68 @@ def run_fresh(script: str, request: dict[str, Any], scratch: Path) -> Any:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+OPENLM = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=320)
+SIGLIP = EncoderConfig(
+    image_size=24,
+    patch_size=12,
+    hidden_size=16,
+    num_layers=3,
+    num_heads=2,
+    intermediate_size=24,
+    pixel_mean=(0.4, 0.5, 0.6),
+)
+DINOV2 = EncoderConfig(
+    family="dinov2",
+    image_size=24,
+    patch_size=12,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=2,
+    intermediate_size=32,
+    hidden_act="gelu",
+    pixel_mean=(0.5, 0.4, 0.4),
+    pixel_std=(0.2, 0.3, 0.25),
+)
+INNER = ProjectorConfig(num_layers=2, hidden="decoder")
+
+
+def stock(model_type: str = "llama", **changes: Any) -> TransformersDecoderConfig:
+    """A tiny decoder of transformers."""
+    from transformers import AutoConfig
+
+    settings = {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "pad_token_id": None,
+        "eos_token_id": 300,
+        **({} if model_type == "gpt_neox" else {"num_key_value_heads": 1}),
+        **changes,
+    }
+    return describe(AutoConfig.for_model(model_type, **settings))
+
+
+@torch.no_grad()
+def made(config: VLMConfig) -> tuple[VLM, nn.Module | None]:
+    """A model of random weights, wide enough apart that no two tokens are about as likely."""
+    vlm = VLM(config)
+    encoder = vlm.encoder
+    if encoder is None and config.encoder is not None:
+        encoder = build_encoder(config.encoder)
+    source = torch.Generator().manual_seed(7)
+    for module in {vlm, *([] if encoder is None else [encoder])}:
+        for _, value in sorted(module.named_parameters()):
+            value.normal_(std=0.25, generator=source)
+        module.eval()
+    return vlm, encoder
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    """Bytes [height, width, 3] of waves."""
+    row, column = np.mgrid[:height, :width]
+    planes = [128 + 120 * np.sin(0.3 * row * (1 + one) + 0.2 * column) for one in range(3)]
+    return np.stack(planes, axis=-1).astype(np.uint8)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from midstream.config import DecoderConfig
-from midstream.model.decoder import Cache, Decoder, attention_mask, segment_mask
+from midstream.model.attention import Mask, make_mask
+from midstream.model.decoder import Cache, Decoder
 from midstream.model.initialise import initialise
 
 TINY = DecoderConfig(hidden_size=32, num_layers=3, num_heads=2, vocab_size=50)
@@ -24,6 +25,15 @@ def random_ids(rows: int, length: int, seed: int = 0) -> Tensor:
 
 def positions(rows: int, length: int) -> Tensor:
     return torch.arange(length).expand(rows, length)
+
+
+def segment_mask(segment_ids: Tensor) -> Mask:
+    return make_mask(segment_ids, None, "segments", dense=True)
+
+
+def cache_of(decoder: Decoder, *, rows: int, columns: int) -> Cache:
+    device = torch.device("cpu")
+    return decoder.new_cache(rows=rows, columns=columns, dtype=torch.float32, device=device)
 
 
 def logits_of(decoder: Decoder, input_ids: Tensor, segment_ids: Tensor | None = None) -> Tensor:
@@ -151,7 +161,8 @@ def test_a_token_changes_no_logit_before_it(changed: int) -> None:
 
 
 def test_segment_mask_is_causal_within_segments_and_lets_padding_see_itself_only() -> None:
-    mask = segment_mask(torch.tensor([[0, 0, 1, 1, -1, -1]]))[0, 0]
+    mask = segment_mask(torch.tensor([[0, 0, 1, 1, -1, -1]]))
+    assert isinstance(mask, Tensor)
     expected = [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
@@ -160,7 +171,7 @@ def test_segment_mask_is_causal_within_segments_and_lets_padding_see_itself_only
         [0, 0, 0, 0, 1, 0],
         [0, 0, 0, 0, 0, 1],
     ]
-    assert mask.int().tolist() == expected
+    assert mask[0, 0].int().tolist() == expected
 
 
 @pytest.mark.parametrize("length", [12, 1100])  # more positions than one block of the kernel
@@ -198,31 +209,16 @@ def test_padding_gives_no_nan_and_no_gradient() -> None:
     assert all(grad is not None and grad.isfinite().all() for grad in grads)
 
 
-@pytest.mark.parametrize(
-    ("segments", "is_plain"),
-    [
-        ([0, 0, 0, 0], True),
-        ([0, 0, 0, -1], True),
-        ([-1, -1, -1, -1], True),
-        ([0, 0, 1, 1], False),
-        ([-1, 0, 0, 0], False),
-        ([0, -1, 0, 0], False),
-    ],
-)
-def test_plain_causal_attention_is_taken_where_it_is_the_same(
-    segments: list[int], is_plain: bool
-) -> None:
-    segment_ids = torch.tensor([[0, 0, 0, 0], segments])
-    assert (attention_mask(segment_ids) is None) == is_plain
-
-
 def test_plain_causal_attention_equals_the_masked_one_with_gradients() -> None:
-    segment_ids = torch.tensor([[0] * 10, [0] * 7 + [-1] * 3])
-    input_ids = random_ids(2, 10)
+    # A mask is made for the third row's sake; plain attention is the same in the others.
+    segment_ids = torch.tensor([[0] * 10, [0] * 7 + [-1] * 3, [0] * 5 + [1] * 5])
+    input_ids = random_ids(3, 10)
+    compared = (segment_ids >= 0) & torch.tensor([[True], [True], [False]])
+    assert segment_mask(segment_ids) is not None
     results: list[tuple[Tensor, Tensor]] = []
     for mask in (None, segment_mask(segment_ids)):
         decoder = decoder_of()
-        hidden = decoder(decoder.embed(input_ids), positions(2, 10), mask)[segment_ids >= 0]
+        hidden = decoder(decoder.embed(input_ids), positions(3, 10), mask)[compared]
         hidden.sin().sum().backward()
         grad = decoder.layers[0].get_parameter("attention.in_proj.weight").grad
         assert grad is not None
@@ -237,7 +233,7 @@ def test_decoding_with_a_cache_equals_the_whole_sequence(pieces: list[int]) -> N
     decoder = decoder_of()
     input_ids = random_ids(2, 9)
     whole = decoder(decoder.embed(input_ids), positions(2, 9), None)
-    cache = Cache(TINY, rows=2, columns=9, dtype=torch.float32, device=torch.device("cpu"))
+    cache = cache_of(decoder, rows=2, columns=9)
     found, start = [], 0
     causal = torch.ones(9, 9, dtype=torch.bool).tril()
     for size in pieces:
@@ -250,9 +246,29 @@ def test_decoding_with_a_cache_equals_the_whole_sequence(pieces: list[int]) -> N
 
 
 @torch.no_grad()
+def test_selected_rows_of_a_cache_go_on_alone() -> None:
+    decoder, chosen = decoder_of(), torch.tensor([2, 0, 2])
+    first, then = random_ids(3, 4), random_ids(3, 3, seed=1)
+    cache = cache_of(decoder, rows=3, columns=7)
+    decoder(decoder.embed(first), positions(3, 4), None, cache)
+    selected = cache.select(chosen)
+    mask = torch.ones(7, 7, dtype=torch.bool).tril()[4:].expand(3, 1, 3, 7)
+    later = positions(3, 7)[:, 4:]
+    found = decoder(decoder.embed(then), later, mask, selected)
+    joined = torch.cat((first[chosen], then), dim=1)
+    whole = decoder(decoder.embed(joined), positions(3, 7), None)
+    torch.testing.assert_close(found, whole[:, 4:], atol=1e-5, rtol=1e-5)
+    assert (cache.length, selected.length) == (4, 7)
+    # What was selected is a copy: the rows it came from go on as if it had not been.
+    found = decoder(decoder.embed(then), later, mask, cache)
+    whole = decoder(decoder.embed(torch.cat((first, then), dim=1)), positions(3, 7), None)
+    torch.testing.assert_close(found, whole[:, 4:], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_a_full_cache_and_a_missing_mask_are_refused() -> None:
     decoder = decoder_of()
-    cache = Cache(TINY, rows=1, columns=4, dtype=torch.float32, device=torch.device("cpu"))
+    cache = cache_of(decoder, rows=1, columns=4)
     embeddings = decoder.embed(random_ids(1, 4))
     decoder(embeddings, positions(1, 4), None, cache)
     with pytest.raises(ValueError, match="holds 4 positions"):

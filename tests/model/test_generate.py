@@ -1,148 +1,495 @@
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from typing import Any, get_args
+
 import pytest
 import torch
 from torch import Tensor
 
-from midstream.config import DecoderConfig, EncoderConfig, VLMConfig
+from midstream.config import Attention, DecoderConfig, EncoderConfig, VLMConfig
+from midstream.model.conversation import Conversation
 from midstream.model.generate import generate, sequence_logprobs
-from midstream.model.initialise import initialise
+from midstream.model.initialise import generator, initialise
+from midstream.model.pretrained import describe
+from midstream.model.sampling import Sampling, choose
 from midstream.model.vlm import VLM
 
 ENCODER = EncoderConfig(
     image_size=8, patch_size=4, hidden_size=24, num_layers=2, num_heads=2, intermediate_size=48
 )
-DECODER = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=40)
+OPENLM = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=40)
 PROMPTS = [[5, 6, 7], [1], list(range(1, 20)), [9, 8, 7, 6], [3] * 16, [2, 30]]
+KINDS: tuple[Attention, ...] = get_args(Attention)
+DRAWN = Sampling(temperature=1.5, top_p=0.9, top_k=20, seed=3)
+NO_STOP = frozenset[int]()
 
 
-@pytest.fixture(scope="module")
-def vlm() -> VLM:
-    model = VLM(VLMConfig(decoder=DECODER, encoder=ENCODER))
+@cache
+def vlm_of(kind: Attention, decoder: str = "openlm") -> VLM:
+    config: Any = OPENLM
+    if decoder == "llama":
+        from transformers import LlamaConfig
+
+        config = describe(
+            LlamaConfig(
+                vocab_size=40,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                initializer_range=0.2,
+            )
+        )
+    model = VLM(VLMConfig(decoder=config, encoder=ENCODER, attention=kind))
     initialise(model, 0)
     return model
+
+
+@pytest.fixture(params=[(kind, "openlm") for kind in KINDS] + [("prefix", "llama")])
+def vlm(request: pytest.FixtureRequest) -> VLM:
+    return vlm_of(*request.param)
+
+
+@pytest.fixture
+def plain() -> VLM:
+    return vlm_of("segments")
 
 
 def images(count: int) -> Tensor:
     return torch.randn(count, 4, 24, generator=torch.Generator().manual_seed(0))
 
 
+# ------------------------------------------------------------------- a reference without a cache
+
+
 @torch.no_grad()
-def plain_greedy(vlm: VLM, prompt: list[int], features: Tensor | None, new: int) -> list[int]:
-    """One token at a time, the whole sequence each time, no cache and no padding."""
-    ids = list(prompt)
-    for _ in range(new):
-        embeddings = vlm.decoder.embed(torch.tensor([ids]))
-        if features is not None:
-            projected = vlm.project(features, embeddings)
-            assert projected is not None
-            embeddings = torch.cat((projected, embeddings), dim=1)
-        position_ids = torch.arange(embeddings.shape[1])[None]
-        hidden = vlm.decoder(embeddings, position_ids, None)
-        ids.append(int(vlm.decoder.output(hidden[0, -1]).argmax()))
-    return ids[len(prompt) :]
+def next_logits(vlm: VLM, given: list[int], said: list[int], image: Tensor | None) -> Tensor:
+    """Of the whole sequence, without cache and padding; `given` stands in the prefix."""
+    embeddings = vlm.decoder.embed(torch.tensor([given + said]))
+    if image is not None:
+        projected = vlm.project(image, embeddings)
+        assert projected is not None
+        embeddings = torch.cat((projected, embeddings), dim=1)
+    length = embeddings.shape[1]
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    if vlm.config.attention == "prefix":
+        head = length - len(said)
+        mask[:head, :head] = True
+    hidden = vlm.decoder(embeddings, torch.arange(length)[None], mask[None, None])
+    logits: Tensor = vlm.decoder.output(hidden[:, -1])
+    return logits
+
+
+def plain_generate(
+    vlm: VLM,
+    given: list[int],
+    image: Tensor | None,
+    new: int,
+    pick: Callable[[Tensor, int], int] = lambda logits, _step: int(logits.argmax()),
+) -> list[int]:
+    said: list[int] = []
+    for step in range(new):
+        said.append(pick(next_logits(vlm, given, said, image)[0], step))
+    return said
+
+
+def plain_draw(logits: Tensor, sampling: Sampling, index: int, step: int) -> int:
+    """Token by token from the likeliest down, until the drawn place is passed."""
+    chances = (logits.double() / sampling.temperature).softmax(-1).tolist()
+    ranked = sorted(range(len(chances)), key=lambda token: -chances[token])[: sampling.top_k]
+    mass = sum(chances[token] for token in ranked)
+    kept: list[int] = []
+    for token in ranked:
+        if sum(chances[before] for before in kept) < sampling.top_p * mass:
+            kept.append(token)
+    source = generator(sampling.seed, f"token/{index}/{step}")
+    place = float(torch.rand((), generator=source, dtype=torch.float64))
+    place *= sum(chances[token] for token in kept)
+    for token in kept:
+        place -= chances[token]
+        if place < 0:
+            return token
+    return kept[-1]
+
+
+def random_prompts(count: int, seed: int) -> list[list[int]]:
+    source = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 40, (count,), generator=source).tolist()
+    return [torch.randint(0, 40, (n,), generator=source).tolist() for n in lengths]
+
+
+# ------------------------------------------------------------------------------- greedy answers
 
 
 @pytest.mark.parametrize("sees", [True, False])
-def test_greedy_equals_the_whole_sequence_recomputed_for_each_token(vlm: VLM, sees: bool) -> None:
-    features = images(len(PROMPTS)) if sees else None
-    found = generate(vlm, PROMPTS, features, max_new_tokens=7, stop_ids=frozenset(), batch_size=4)
-    for index, prompt in enumerate(PROMPTS):
+@pytest.mark.parametrize("seed", [0, 1])
+def test_answers_equal_the_whole_sequence_recomputed_for_each_token(
+    vlm: VLM, sees: bool, seed: int
+) -> None:
+    prompts = random_prompts(9, seed)
+    features = images(9) if sees else None
+    found = generate(vlm, prompts, features, max_new_tokens=7, stop_ids=NO_STOP, batch_size=4)
+    for index, prompt in enumerate(prompts):
         mine = None if features is None else features[index : index + 1]
-        assert found[index] == plain_greedy(vlm, prompt, mine, 7)
+        assert found[index] == plain_generate(vlm, prompt, mine, 7)
+
+
+def test_shared_images_give_the_answers_of_images_of_their_own(vlm: VLM) -> None:
+    prompts = random_prompts(13, 2)
+    image_of = [4, 0, 4, 2, 2, 4, 1, 0, 4, 4, 2, 4, 4]
+    options: Any = {"max_new_tokens": 6, "stop_ids": NO_STOP, "batch_size": 3}
+    found = generate(vlm, prompts, images(6), image_of=image_of, **options)
+    assert found == generate(vlm, prompts, images(6)[image_of], **options)
+    for index, prompt in enumerate(prompts):
+        image = images(6)[image_of[index]][None]
+        assert found[index] == plain_generate(vlm, prompt, image, 6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shared_image_is_read_once_unless_it_sees_the_prompt(kind: Attention) -> None:
+    vlm = vlm_of(kind)
+    # Ten prompts of one rounded length about three images, in batches of two.
+    prompts, image_of = [[5, number] for number in range(10)], [0, 2, 0, 2, 0, 5, 0, 2, 0, 2]
+    read: list[tuple[int, ...]] = []
+    hook = vlm.decoder.register_forward_hook(
+        lambda _module, inputs, _output: read.append(tuple(inputs[0].shape[:2]))
+    )
+    generate(
+        vlm,
+        prompts,
+        images(6),
+        image_of=image_of,
+        max_new_tokens=2,
+        stop_ids=NO_STOP,
+        batch_size=2,
+    )
+    hook.remove()
+    found = Counter(read)
+    if kind == "prefix":
+        # Image and prompt (rounded to 16) together, five times; then a token each.
+        assert found == {(2, 4 + 16): 5, (2, 1): 5}
+    else:
+        # Images 0 and 2 together, then image 5 with itself; nine prompts about the former.
+        assert found == {(2, 4): 2, (2, 16): 6, (2, 1): 6}
+
+
+def test_attention_changes_the_answer_only_where_a_prefix_sees_itself() -> None:
+    answers = {}
+    for kind in KINDS:
+        model = VLM(vlm_of("causal").config.model_copy(update={"attention": kind}))
+        model.load_state_dict(vlm_of("causal").state_dict())
+        answers[kind] = [
+            generate(model, PROMPTS, given, max_new_tokens=7, stop_ids=NO_STOP, batch_size=4)
+            for given in (None, images(6))
+        ]
+    assert answers["causal"] == answers["segments"]
+    assert all(one != two for one, two in zip(answers["causal"], answers["prefix"], strict=True))
 
 
 def test_an_image_changes_the_answer(vlm: VLM) -> None:
     answers = [
-        generate(vlm, PROMPTS, given, max_new_tokens=7, stop_ids=frozenset(), batch_size=4)
+        generate(vlm, PROMPTS, given, max_new_tokens=7, stop_ids=NO_STOP, batch_size=4)
         for given in (None, images(6), -images(6))
     ]
     assert answers[0] != answers[1] != answers[2]
 
 
-def test_decoding_stops_at_a_stop_id_and_leaves_it_out(vlm: VLM) -> None:
-    options = {"max_new_tokens": 12, "batch_size": 4}
-    free = generate(vlm, PROMPTS, None, stop_ids=frozenset(), **options)  # type: ignore[arg-type]
+@pytest.mark.parametrize("sampling", [None, DRAWN])
+def test_decoding_stops_at_any_stop_id_and_leaves_it_out(
+    vlm: VLM, sampling: Sampling | None
+) -> None:
+    options: Any = {"max_new_tokens": 12, "batch_size": 4, "sampling": sampling}
+    free = generate(vlm, PROMPTS, None, stop_ids=NO_STOP, **options)
     assert all(len(answer) == 12 for answer in free)
-    stop = free[0][3]
-    found = generate(vlm, PROMPTS, None, stop_ids=frozenset({stop, 39}), **options)  # type: ignore[arg-type]
+    stops = frozenset({free[0][3], free[2][5], free[4][1]})
+    found = generate(vlm, PROMPTS, None, stop_ids=stops, **options)
     for whole, cut in zip(free, found, strict=True):
-        ends = [place for place, token in enumerate(whole) if token in (stop, 39)]
+        ends = [place for place, token in enumerate(whole) if token in stops]
         assert cut == whole[: ends[0] if ends else None]
     assert len(found[0]) <= 3
+    assert len(found[2]) <= 5
+    assert len(found[4]) <= 1
 
 
-def test_decoding_ends_early_when_all_rows_are_done(
-    vlm: VLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps = []
-    vlm.decoder.register_forward_hook(lambda *_: steps.append(1))
-    first = generate(vlm, [[5]], None, max_new_tokens=1, stop_ids=frozenset(), batch_size=2)[0][0]
+def test_decoding_ends_early_when_all_rows_are_done(plain: VLM) -> None:
+    steps: list[int] = []
+    hook = plain.decoder.register_forward_hook(lambda *_: steps.append(1))
+    options: Any = {"batch_size": 2}
+    first = generate(plain, [[5]], None, max_new_tokens=1, stop_ids=NO_STOP, **options)[0][0]
     assert len(steps) == 1
-    answer = generate(vlm, [[5]], None, max_new_tokens=50, stop_ids=frozenset({first}), batch_size=2)
-    assert answer == [[]]
+    stops = frozenset({first})
+    assert generate(plain, [[5]], None, max_new_tokens=50, stop_ids=stops, **options) == [[]]
+    hook.remove()
     assert len(steps) == 2
 
 
-def test_logits_do_not_depend_on_neighbours_to_the_last_bit(vlm: VLM) -> None:
-    seen: list[Tensor] = []
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_do_not_depend_on_neighbours_to_the_last_bit(kind: Attention) -> None:
+    vlm, seen = vlm_of(kind), list[Tensor]()
     hook = vlm.decoder.output.register_forward_hook(
         lambda _module, _inputs, output: seen.append(output.clone())
     )
-    options = {"max_new_tokens": 5, "stop_ids": frozenset[int](), "batch_size": 4}
+    options: Any = {"max_new_tokens": 5, "stop_ids": NO_STOP, "batch_size": 4}
     features = images(len(PROMPTS))
-    generate(vlm, [PROMPTS[0]], features[:1], **options)  # type: ignore[arg-type]
+    generate(vlm, [PROMPTS[0]], features[:1], **options)
     alone, seen[:] = [logits[0] for logits in seen], []
     mixed = [2, 3, 0, 1]
-    generate(vlm, [PROMPTS[i] for i in mixed], features[mixed], **options)  # type: ignore[arg-type]
+    # Prompts 3, 0, 1 share the short batch; prompt 2 is longer and comes after it. Prompt 1 is
+    # about the image of prompt 0.
+    generate(vlm, [PROMPTS[i] for i in mixed], features, image_of=[2, 3, 0, 0], **options)
     hook.remove()
-    # Prompts 3, 0, 1 share the short batch; prompt 2 is longer and comes after it.
-    among = [logits[1] for logits in seen[:5]]
+    rows = [seen[step] for step in range(5)]
     assert len(seen) == 10
-    for one, other in zip(alone, among, strict=True):
+    order = [0, 1, 2] if kind == "prefix" else [1, 2, 0]
+    row = order.index(1)
+    for one, other in zip(alone, [logits[row] for logits in rows], strict=True):
         assert torch.equal(one, other)
 
 
-def test_unusable_prompts_are_refused(vlm: VLM) -> None:
-    options = {"max_new_tokens": 5, "stop_ids": frozenset[int](), "batch_size": 4}
+def test_unusable_prompts_are_refused(plain: VLM) -> None:
+    options: Any = {"max_new_tokens": 5, "stop_ids": NO_STOP, "batch_size": 4}
     with pytest.raises(ValueError, match="2 images were given for 1 prompts"):
-        generate(vlm, [[1]], images(2), **options)  # type: ignore[arg-type]
+        generate(plain, [[1]], images(2), **options)
     with pytest.raises(ValueError, match="prompt is empty"):
-        generate(vlm, [[1], []], None, **options)  # type: ignore[arg-type]
-    assert generate(vlm, [], None, **options) == []  # type: ignore[arg-type]
+        generate(plain, [[1], []], None, **options)
+    with pytest.raises(ValueError, match=r"one of 2 images to each of 1 prompts, it is \[2\]"):
+        generate(plain, [[1]], images(2), image_of=[2], **options)
+    with pytest.raises(ValueError, match="one of 2 images to each of 2 prompts"):
+        generate(plain, [[1], [2]], images(2), image_of=[1], **options)
+    with pytest.raises(ValueError, match="one of 0 images"):
+        generate(plain, [[1]], None, image_of=[0], **options)
+    assert generate(plain, [], None, **options) == []
+
+
+# ---------------------------------------------------------------------------------- drawn answers
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        DRAWN,
+        Sampling(temperature=0.7, seed=1),
+        Sampling(temperature=3.0, top_k=3),
+        Sampling(top_p=0.5),
+    ],
+)
+def test_drawn_answers_equal_a_reference_that_draws_token_by_token(sampling: Sampling) -> None:
+    vlm, prompts = vlm_of("prefix"), random_prompts(6, 4)
+    found = generate(
+        vlm,
+        prompts,
+        images(6),
+        max_new_tokens=6,
+        stop_ids=NO_STOP,
+        batch_size=4,
+        sampling=sampling,
+    )
+    for index, prompt in enumerate(prompts):
+        expected = plain_generate(
+            vlm,
+            prompt,
+            images(6)[index : index + 1],
+            6,
+            lambda logits, step, index=index: plain_draw(logits, sampling, index, step),
+        )
+        assert found[index] == expected
+
+
+def test_a_draw_follows_from_seed_and_prompt_number_alone(plain: VLM) -> None:
+    prompts, options = [[5, 6, 7]] * 5, {"max_new_tokens": 8, "stop_ids": NO_STOP}
+    found = [
+        generate(plain, prompts, None, batch_size=size, sampling=DRAWN, **options)  # type: ignore[arg-type]
+        for size in (1, 2, 2, 5)
+    ]
+    assert all(answers == found[0] for answers in found)
+    # Equal prompts get answers of their own.
+    assert len(set(map(tuple, found[0]))) == 5
+    # Neighbours and the global generator change nothing.
+    torch.manual_seed(1)
+    longer = [*prompts[:3], list(range(20)), [8], *prompts[:2]]
+    mixed = generate(plain, longer, None, batch_size=2, sampling=DRAWN, **options)  # type: ignore[arg-type]
+    assert mixed[:3] == found[0][:3]
+    again = Sampling(temperature=1.5, top_p=0.9, top_k=20, seed=4)
+    other = generate(plain, prompts, None, batch_size=2, sampling=again, **options)  # type: ignore[arg-type]
+    assert all(one != two for one, two in zip(other, found[0], strict=True))
+
+
+CHANCES = torch.tensor([0.05, 0.4, 0.0, 0.25, 0.1, 0.2], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(), CHANCES.tolist()),
+        (Sampling(temperature=0.5), (CHANCES**2 / (CHANCES**2).sum()).tolist()),
+        (Sampling(top_k=2), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0, 0]),
+        # 0.4 + 0.25 fall short of 0.7, the third one reaches beyond it.
+        (Sampling(top_p=0.7), [0, 0.4 / 0.85, 0, 0.25 / 0.85, 0, 0.2 / 0.85]),
+        # Of the three that are left, two make up 0.65 / 0.85 of the mass.
+        (Sampling(top_k=3, top_p=0.7), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0, 0]),
+        (Sampling(top_p=1e-9), [0, 1, 0, 0, 0, 0]),
+    ],
+)
+def test_tokens_are_drawn_as_often_as_the_distribution_says(
+    sampling: Sampling, expected: list[float]
+) -> None:
+    num = 4000
+    logits = CHANCES.log().float().expand(num, -1)
+    counts = Counter(choose(logits, sampling, range(num), 0))
+    square = 0.0
+    for token, chance in enumerate(expected):
+        if chance == 0:
+            assert counts[token] == 0
+        else:
+            square += (counts[token] - num * chance) ** 2 / (num * chance)
+    # Chi-square of up to four degrees of freedom passes 20 once in two thousand times.
+    assert square < 20
+    # Later tokens are drawn afresh.
+    assert choose(logits[:50], Sampling(), range(50), 0) != choose(
+        logits[:50], Sampling(), range(50), 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"temperature": 0.0}, "temperature 0.0 must be above 0; leave sampling out"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"top_p": 0.0}, "top_p 0.0 must lie above 0"),
+        ({"top_p": 1.5}, "top_p 1.5"),
+        ({"top_k": 0}, "top_k 0 must be at least 1"),
+    ],
+)
+def test_a_distribution_that_is_none_is_refused(wrong: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampling(**wrong)
+
+
+# ---------------------------------------------------------------------------------- conversations
+
+
+@pytest.mark.parametrize("sees", [True, False])
+@pytest.mark.parametrize("sampling", [None, DRAWN])
+def test_a_conversation_goes_on_as_if_it_were_read_anew_at_each_token(
+    vlm: VLM, sees: bool, sampling: Sampling | None
+) -> None:
+    image = images(1) if sees else None
+    turns = [[5, 6, 7], [11], [3] * 9]
+    talk = Conversation(vlm, image, max_positions=100, sampling=sampling)
+    first, said, drawn = turns[0], list[int](), itertools.count()
+    for number, turn in enumerate(turns):
+        if number:
+            said += turn
+        reply = list(talk.reply(turn, max_new_tokens=5, stop_ids=NO_STOP))
+        for token in reply:
+            logits = next_logits(vlm, first, said, image)[0]
+            step = next(drawn)
+            expected = (
+                int(logits.argmax()) if sampling is None else plain_draw(logits, sampling, 0, step)
+            )
+            assert token == expected
+            said.append(token)
+        assert len(reply) == 5
+    assert talk.ids == first + said
+
+
+@pytest.mark.parametrize("sampling", [None, DRAWN])
+def test_the_first_reply_of_a_conversation_is_that_of_a_batch_of_one(
+    vlm: VLM, sampling: Sampling | None
+) -> None:
+    options: Any = {"max_new_tokens": 9, "stop_ids": frozenset({4, 9, 30})}
+    for prompt in PROMPTS:
+        talk = Conversation(vlm, images(1), max_positions=60, sampling=sampling)
+        (expected,) = generate(vlm, [prompt], images(1), batch_size=1, sampling=sampling, **options)
+        assert list(talk.reply(prompt, **options)) == expected
+        assert talk.ids == prompt + expected
+
+
+def test_a_reply_that_is_left_early_or_stopped_keeps_what_was_said(plain: VLM) -> None:
+    options: Any = {"max_new_tokens": 8, "stop_ids": NO_STOP}
+    whole = list(Conversation(plain, None, max_positions=60).reply([5, 6], **options))
+    left = Conversation(plain, None, max_positions=60)
+    assert list(itertools.islice(left.reply([5, 6], **options), 3)) == whole[:3]
+    stopped = Conversation(plain, None, max_positions=60)
+    stop = next(token for token in whole if token not in whole[:3])
+    until = whole.index(stop)
+    first = stopped.reply([5, 6], max_new_tokens=8, stop_ids=frozenset({stop}))
+    assert list(first) == whole[:until]
+    for talk, kept in ((left, whole[:3]), (stopped, whole[:until])):
+        assert talk.ids == [5, 6, *kept]
+        expected = plain_generate(plain, [5, 6, *kept, 9], None, 4)
+        assert list(talk.reply([9], max_new_tokens=4, stop_ids=NO_STOP)) == expected
+
+
+def test_a_conversation_reads_every_token_once(plain: VLM) -> None:
+    read: list[int] = []
+    hook = plain.decoder.register_forward_hook(
+        lambda _module, inputs, _output: read.append(inputs[0].shape[1])
+    )
+    talk = Conversation(plain, images(1), max_positions=60)
+    for turn in ([5, 6, 7], [8, 9]):
+        list(talk.reply(turn, max_new_tokens=3, stop_ids=NO_STOP))
+    hook.remove()
+    # The image and the first turn; the reply's last token comes with the next turn.
+    assert read == [4 + 3, 1, 1, 1 + 2, 1, 1]
+
+
+def test_a_conversation_ends_where_its_room_does(plain: VLM) -> None:
+    talk = Conversation(plain, images(1), max_positions=12)
+    assert talk.room == 8
+    with pytest.raises(ValueError, match="a turn is empty"):
+        talk.reply([], max_new_tokens=3, stop_ids=NO_STOP)
+    with pytest.raises(ValueError, match="9 tokens, the conversation has room for 8 of 12"):
+        talk.reply([1] * 9, max_new_tokens=3, stop_ids=NO_STOP)
+    reply = list(talk.reply([1] * 5, max_new_tokens=50, stop_ids=NO_STOP))
+    assert reply == plain_generate(plain, [1] * 5, images(1), 3)
+    assert talk.room == 0
+    with pytest.raises(ValueError, match="start a new one"):
+        talk.reply([1], max_new_tokens=3, stop_ids=NO_STOP)
+    blind = VLM(VLMConfig(decoder=OPENLM))
+    with pytest.raises(ValueError, match="without an encoder"):
+        Conversation(blind, images(1), max_positions=12)
+
+
+# ----------------------------------------------------------------------------- log-likelihoods
 
 
 @torch.no_grad()
-def test_logprobs_are_those_of_each_sequence_alone(vlm: VLM) -> None:
+def test_logprobs_are_those_of_each_sequence_alone(plain: VLM) -> None:
     sequences = [[1, 2, 3, 4], list(range(30)), [7, 7], [4, 9, 11]]
     starts = [2, 29, 1, 1]
-    found = sequence_logprobs(vlm, sequences, starts, batch_size=3)
+    found = sequence_logprobs(plain, sequences, starts, batch_size=3)
     for (total, is_greedy), ids, start in zip(found, sequences, starts, strict=True):
-        embeddings = vlm.decoder.embed(torch.tensor([ids]))
-        hidden = vlm.decoder(embeddings, torch.arange(len(ids))[None], None)
-        chances = vlm.decoder.output(hidden)[0].softmax(-1)
+        embeddings = plain.decoder.embed(torch.tensor([ids]))
+        hidden = plain.decoder(embeddings, torch.arange(len(ids))[None], None)
+        chances = plain.decoder.output(hidden)[0].softmax(-1)
         expected = sum(float(chances[t - 1, ids[t]].log()) for t in range(start, len(ids)))
         assert total == pytest.approx(expected, rel=1e-4)
         best = [int(chances[t - 1].argmax()) for t in range(start, len(ids))]
         assert is_greedy == (best == ids[start:])
 
 
-def test_a_greedy_continuation_is_recognised(vlm: VLM) -> None:
+def test_a_greedy_continuation_is_recognised(plain: VLM) -> None:
     prompt = [5, 6, 7]
-    answer = generate(vlm, [prompt], None, max_new_tokens=4, stop_ids=frozenset(), batch_size=1)[0]
+    answer = generate(plain, [prompt], None, max_new_tokens=4, stop_ids=NO_STOP, batch_size=1)[0]
     other = [*answer[:-1], (answer[-1] + 1) % 40]
-    found = sequence_logprobs(vlm, [prompt + answer, prompt + other], [3, 3], batch_size=2)
+    found = sequence_logprobs(plain, [prompt + answer, prompt + other], [3, 3], batch_size=2)
     assert [is_greedy for _, is_greedy in found] == [True, False]
     assert found[0][0] > found[1][0]
 
 
-def test_logprobs_do_not_depend_on_neighbours_to_the_last_bit(vlm: VLM) -> None:
+def test_logprobs_do_not_depend_on_neighbours_to_the_last_bit(plain: VLM) -> None:
     sequences, starts = [[1, 2, 3, 4], list(range(30)), [7, 7], [4, 9, 11]], [2, 29, 1, 1]
-    together = sequence_logprobs(vlm, sequences, starts, batch_size=3)
+    together = sequence_logprobs(plain, sequences, starts, batch_size=3)
     for index in range(4):
-        alone = sequence_logprobs(vlm, [sequences[index]], [starts[index]], batch_size=3)
+        alone = sequence_logprobs(plain, [sequences[index]], [starts[index]], batch_size=3)
         assert alone == [together[index]]
 
 
 @pytest.mark.parametrize("start", [0, 4])
-def test_a_continuation_outside_its_sequence_is_refused(vlm: VLM, start: int) -> None:
+def test_a_continuation_outside_its_sequence_is_refused(plain: VLM, start: int) -> None:
     with pytest.raises(ValueError, match=f"starts at {start} of 3 tokens"):
-        sequence_logprobs(vlm, [[1, 2, 3]], [start], batch_size=1)
+        sequence_logprobs(plain, [[1, 2, 3]], [start], batch_size=1)

@@ -135,8 +135,10 @@ def test_gradients_reach_what_is_trained_and_nothing_else(
             assert torch.equal(parameter, before[name]), name
         else:
             assert parameter.grad is not None, name
-            assert parameter.grad.abs().sum() > 0, name
-            assert not torch.equal(parameter, before[name]), name
+            # A key's bias adds the same to all logits of a query: only rounding is left.
+            if not name.endswith("k_proj.bias"):
+                assert parameter.grad.abs().sum() > 0, name
+                assert not torch.equal(parameter, before[name]), name
     if frozen is not None:
         assert all(parameter.grad is None for parameter in frozen.parameters())
 
@@ -173,7 +175,9 @@ def test_the_encoder_moves_at_its_share_of_the_rate() -> None:
     )
     # Adam's first step is the rate, whatever the gradient.
     for name, parameter in model.named_parameters():
-        moved = (parameter - before[name]).abs().median()
+        if name.endswith("k_proj.bias"):
+            continue
+        moved = (parameter.detach() - before[name]).abs().max()
         expected = 1e-5 if name.startswith("encoder.") else 1e-3
         assert moved == pytest.approx(expected, rel=0.05), name
 

@@ -1,114 +1,216 @@
-import math
+"""Every encoder against `transformers`' own hidden states, on tiny checkpoints of its class."""
+
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from midstream.config import EncoderConfig
+from midstream.config import EncoderConfig, FusedEncoder, PatchProjection
+from midstream.exchange.vision_checkpoints import read_encoder
 from midstream.model.initialise import initialise
-from midstream.model.vision import SiglipPair, VisionEncoder
-from midstream.model.weights import load_weights, weights_digest
+from midstream.model.vision import (
+    FusedTowers,
+    Tower,
+    VisionEncoder,
+    build_encoder,
+    load_encoder,
+    load_towers,
+)
+from midstream.model.weights import save_weights, weights_digest
+from vision_checkpoints import BUILD, build_tower, save_tower, vision_part
 
 CONFIG = EncoderConfig(
     image_size=16, patch_size=4, hidden_size=32, num_layers=3, num_heads=2, intermediate_size=64
 )
+# Two rows of sizes: the checkpoint's own, and one that interpolates its positions.
+NATIVE = {"siglip": 32, "whole siglip": 32, "siglip2": 32}
 
 
-def pictures(count: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+def native(kind: str) -> int:
+    return NATIVE.get(kind, 40)
 
 
-def encoder_of(feature_layer: int) -> VisionEncoder:
-    encoder = VisionEncoder(CONFIG.model_copy(update={"feature_layer": feature_layer}))
-    initialise(encoder, 0)
+def pictures(count: int, size: int = 16, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def loaded(kind: str, folder: Path, **changes: Any) -> VisionEncoder:
+    """Our encoder of a tiny checkpoint, with other options than it has."""
+    config, tensors = read_encoder(save_tower(kind, folder))
+    config = EncoderConfig.model_validate(config.model_dump() | changes)
+    save_file(
+        {name: value.contiguous() for name, value in tensors.items()}, folder / "tower.safetensors"
+    )
+    encoder = build_encoder(config)
+    load_encoder(encoder, folder / "tower.safetensors")
     return encoder
 
 
-def pair_of(seed: int = 0) -> SiglipPair:
-    return SiglipPair(
-        CONFIG, vocab_size=20, hidden_size=16, num_layers=2, max_text_tokens=5, seed=seed
-    )
-
-
-@pytest.mark.parametrize("feature_layer", [-1, -2, -3])
-def test_features_are_the_hidden_states_that_transformers_records(feature_layer: int) -> None:
-    encoder = encoder_of(feature_layer)
-    with torch.no_grad():
-        states = encoder.siglip(pictures(2), output_hidden_states=True).hidden_states
-    found = encoder(pictures(2))
-    assert found.shape == (2, encoder.num_patches, encoder.width) == (2, 16, 32)
+@torch.no_grad()
+def theirs(kind: str, pixels: torch.Tensor, layer: int, final_norm: bool) -> torch.Tensor:
+    """What `transformers` records for a layer: patches only."""
+    tower = vision_part(build_tower(kind))
+    side = pixels.shape[-1] // 8
+    if kind == "siglip2":
+        # NaFlex: patches as its image processor flattens them, row, column, channel.
+        images = []
+        for picture in pixels:
+            rows = [
+                picture[:, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8].permute(1, 2, 0).reshape(-1)
+                for y in range(side)
+                for x in range(side)
+            ]
+            images.append(torch.stack(rows))
+        states = tower(
+            torch.stack(images),
+            pixel_attention_mask=torch.ones(len(pixels), side * side, dtype=torch.long),
+            spatial_shapes=torch.tensor([[side, side]] * len(pixels)),
+            output_hidden_states=True,
+        ).hidden_states
+        skipped, norm = 0, tower.post_layernorm
+    elif kind.startswith("dinov2"):
+        states = tower(pixels, output_hidden_states=True).hidden_states
+        skipped, norm = 1 + getattr(tower.config, "num_register_tokens", 0), tower.layernorm
+    else:
+        states = tower(
+            pixels, output_hidden_states=True, interpolate_pos_encoding=True
+        ).hidden_states
+        skipped, norm = 0, tower.post_layernorm
     assert len(states) == 4
-    torch.testing.assert_close(found, states[feature_layer], atol=1e-6, rtol=1e-6)
+    found = states[layer][:, skipped:]
+    return norm(found) if final_norm else found
 
 
-def test_only_the_blocks_below_the_features_are_computed() -> None:
-    encoder = encoder_of(-2)
-    calls = []
-    for index, block in enumerate(encoder.siglip.encoder.layers):  # type: ignore[union-attr,arg-type]
-        block.register_forward_hook(lambda *_args, index=index: calls.append(index))
-    encoder(pictures(1))
-    assert calls == [0, 1]
+@pytest.mark.parametrize("final_norm", [False, True])
+@pytest.mark.parametrize("layer", [-1, -2, -3])
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+@pytest.mark.parametrize("kind", BUILD)
+@torch.no_grad()
+def test_features_are_the_hidden_states_that_transformers_records(
+    kind: str, scale: float, layer: int, final_norm: bool, tmp_path: Path
+) -> None:
+    size = 8 * round(native(kind) * scale / 8)
+    encoder = loaded(kind, tmp_path, image_size=size, feature_layer=layer, final_norm=final_norm)
+    pixels = pictures(2, size)
+    found = encoder(pixels)
+    assert found.shape == (2, encoder.num_patches, encoder.width) == (2, (size // 8) ** 2, 32)
+    torch.testing.assert_close(found, theirs(kind, pixels, layer, final_norm), atol=2e-6, rtol=2e-6)
 
 
-def test_an_encoder_without_weights_shows_it() -> None:
-    assert VisionEncoder(CONFIG)(pictures(1)).isnan().all()
+@torch.no_grad()
+def test_interpolated_positions_are_others_than_the_checkpoints(tmp_path: Path) -> None:
+    small = loaded("siglip", tmp_path / "a", image_size=24)
+    assert isinstance(small, Tower)
+    assert small.num_patches == 9
+    assert small.tower.get_parameter("embeddings.position_embedding.weight").shape == (16, 32)
 
 
-def test_encoder_records_no_gradient_and_refuses_other_sizes() -> None:
-    encoder = encoder_of(-2)
-    assert not encoder(pictures(1).requires_grad_()).requires_grad
-    with pytest.raises(ValueError, match=r"\(8, 16\), the encoder takes 16 x 16"):
-        encoder(torch.zeros(1, 3, 8, 16))
+@torch.no_grad()
+def test_fused_towers_see_the_same_picture_each_in_its_own_colours(tmp_path: Path) -> None:
+    parts = [loaded("siglip", tmp_path / "a"), loaded("dinov2", tmp_path / "b", image_size=32)]
+    configs = [part.settings for part in parts if isinstance(part, Tower)]
+    fused = build_encoder(FusedEncoder(towers=tuple(configs)))
+    unused = load_towers(fused, [tmp_path / part / "tower.safetensors" for part in "ab"])
+    assert {name.split(".")[1] for name in unused} == {"0", "1"}
+    raw = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def pixels(config: EncoderConfig) -> torch.Tensor:
+        mean, std = torch.tensor(config.pixel_mean), torch.tensor(config.pixel_std)
+        return (raw - mean[:, None, None]) / std[:, None, None]
+
+    found = fused(pixels(configs[0]))
+    assert found.shape == (2, 16, 64) == (2, fused.num_patches, fused.width)
+    for part, config, columns in zip(parts, configs, found.split(32, dim=-1), strict=True):
+        torch.testing.assert_close(columns, part(pixels(config)), atol=5e-6, rtol=5e-6)
+    assert configs[0].pixel_mean != configs[1].pixel_mean
 
 
-def test_start_is_a_function_of_the_seed_and_leaves_global_randomness_alone() -> None:
+@torch.no_grad()
+def test_patches_are_mapped_one_by_one_in_reading_order() -> None:
+    encoder = build_encoder(PatchProjection(image_size=14, patch_size=4, hidden_size=10))
+    initialise(encoder, 0)
+    pixels = pictures(2, 14)
+    weight = encoder.get_parameter("projection.weight")
+    bias = encoder.get_parameter("projection.bias")
+    found = encoder(pixels)
+    assert found.shape == (2, 9, 10)
+    for image in range(2):
+        for y in range(3):
+            for x in range(3):
+                patch = pixels[image, :, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
+                expected = weight @ patch.reshape(-1) + bias
+                torch.testing.assert_close(found[image, 3 * y + x], expected)
+
+
+def test_a_tower_holds_only_what_its_features_are_made_of(tmp_path: Path) -> None:
+    encoder = build_encoder(CONFIG)
+    names = [name for name, _ in encoder.named_parameters()]
+    assert not [name for name in names if "head" in name or "post_layernorm" in name]
+    assert {name.split(".")[3] for name in names if "layers" in name} == {"0", "1"}
+    with_norm = build_encoder(CONFIG.model_copy(update={"final_norm": True}))
+    assert {name for name, _ in with_norm.named_parameters()} - set(names) == {
+        "tower.post_layernorm.weight",
+        "tower.post_layernorm.bias",
+    }
+
+
+def test_so400m_has_the_published_sizes() -> None:
+    config = EncoderConfig(
+        image_size=384, patch_size=14, hidden_size=1152, num_layers=27, num_heads=16,
+        intermediate_size=4304,
+    )  # fmt: skip
+    with torch.device("meta"):
+        encoder = build_encoder(config)
+    assert config.num_patches == encoder.num_patches == 729
+    block = 4 * (1152**2 + 1152) + 2 * 1152 * 4304 + 4304 + 1152 + 4 * 1152
+    embedded = 3 * 14**2 * 1152 + 1152 + 729 * 1152
+    assert sum(p.numel() for p in encoder.parameters()) == 26 * block + embedded
+
+
+def test_an_encoder_without_weights_shows_it_and_building_draws_nothing() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = pair_of(0)
+    with torch.no_grad():
+        for family in ("siglip", "siglip2", "dinov2"):
+            config = EncoderConfig.model_validate(CONFIG.model_dump() | {"family": family})
+            assert build_encoder(config)(pictures(1)).isnan().all()
     assert torch.equal(before, torch.get_rng_state())
-    torch.manual_seed(2)
-    assert weights_digest(first) == weights_digest(pair_of(0)) != weights_digest(pair_of(1))
-    named = dict(first.named_parameters())
-    assert float(named["logit_scale"].exp()) == pytest.approx(10)
-    assert float(named["logit_bias"]) == -10
-    assert float(named["vision.embeddings.patch_embedding.weight"].std()) == pytest.approx(
-        1 / math.sqrt(48), rel=0.1
-    )
-    assert named["vision.encoder.layers.0.mlp.fc1.bias"].abs().max() == 0
-    assert (named["text.encoder.layers.0.layer_norm1.weight"] == 1).all()
 
 
-def test_loss_is_the_sigmoid_loss_summed_over_all_pairs() -> None:
-    pair = pair_of()
-    input_ids = torch.randint(0, 20, (3, 5), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        logits = pair.logits(pictures(3), input_ids)
-        loss = pair(pictures(3), input_ids)
-    expected = 0.0
-    for image in range(3):
-        for text in range(3):
-            value = float(logits[image, text]) * (1 if image == text else -1)
-            expected += math.log1p(math.exp(-value))
-    assert float(loss) == pytest.approx(expected, rel=1e-5)
-    assert (logits.abs() <= 20.001).all()
-    with pytest.raises(ValueError, match="4 ids long, the text tower takes exactly 5"):
-        pair.logits(pictures(3), input_ids[:, :4])
+@torch.no_grad()
+def test_no_picture_gives_no_feature() -> None:
+    encoder = build_encoder(CONFIG)
+    initialise(encoder, 0)
+    assert encoder(pictures(0)).shape == (0, 16, 32)
 
 
-def test_training_the_pair_ranks_each_text_with_its_picture(tmp_path: Path) -> None:
-    pair = pair_of()
-    images, input_ids = pictures(6), torch.arange(30).reshape(6, 5) % 19
-    optimizer = torch.optim.Adam(pair.parameters(), lr=3e-3)
-    for _ in range(60):
-        optimizer.zero_grad()
-        (pair(images, input_ids) / 6).backward()
-        optimizer.step()
-    assert all(parameter.grad is not None for parameter in pair.parameters())
-    with torch.no_grad():
-        assert pair.logits(images, input_ids).argmax(dim=0).tolist() == list(range(6))
-    pair.save_vision(tmp_path / "model.safetensors")
-    encoder = encoder_of(-1)
-    untrained = encoder(images)
-    load_weights(encoder.siglip, tmp_path / "model.safetensors")
-    assert weights_digest(encoder.siglip) == weights_digest(pair.vision)
-    assert (encoder(images) - untrained).abs().max() > 0.01
+def test_pictures_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(8, 16\), the encoder takes 16 x 16"):
+        build_encoder(CONFIG)(torch.zeros(1, 3, 8, 16))
+
+
+def test_an_encoders_own_file_is_read_back_whole(tmp_path: Path) -> None:
+    for config in (CONFIG, FusedEncoder(towers=(CONFIG, CONFIG))):
+        encoder, again = build_encoder(config), build_encoder(config)
+        initialise(encoder, 3)
+        save_weights(encoder, tmp_path / "own.safetensors")
+        assert load_encoder(again, tmp_path / "own.safetensors") == ()
+        assert weights_digest(again) == weights_digest(encoder)
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    loaded("dinov2", tmp_path)
+    with pytest.raises(ValueError, match=r"missing: tower\.embeddings\.position_embedding\.weight"):
+        load_encoder(build_encoder(CONFIG), tmp_path / "tower.safetensors")
+    fused = build_encoder(FusedEncoder(towers=(CONFIG, CONFIG)))
+    assert isinstance(fused, FusedTowers)
+    with pytest.raises(ValueError, match="1 files were given to a FusedTowers"):
+        load_towers(fused, [tmp_path / "tower.safetensors"])
+
+
+def test_towers_that_see_differently_are_not_fused() -> None:
+    other = CONFIG.model_copy(update={"patch_size": 8})
+    with pytest.raises(ValueError, match="must agree in image_size, patches and resize"):
+        FusedEncoder(towers=(CONFIG, other))

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from midstream.config import DecoderConfig, EncoderConfig, ProjectorConfig, Rows
 from midstream.model.decoder import Decoder
 from midstream.model.projector import Projector
-from midstream.model.vision import VisionEncoder
+from midstream.model.vision import build_encoder
 from midstream.study.cost import (
     cost,
     decoder_flops,
@@ -72,7 +72,7 @@ def test_decoder_and_head_flops_are_those_that_torch_counts(length: int) -> None
 @pytest.mark.parametrize("feature_layer", [-1, -2])
 def test_encoder_flops_are_those_that_torch_counts(feature_layer: int) -> None:
     config = EncoderConfig(**{**ENCODER.model_dump(), "feature_layer": feature_layer})
-    encoder = VisionEncoder(config)
+    encoder = build_encoder(config)
     with counting() as counter:
         encoder(torch.zeros(3, 3, 32, 32))
     assert counter.get_total_flops() == 3 * encoder_flops(config)

@@ -9,7 +9,8 @@ import tiny
 from midstream.config import ContrastiveTraining
 from midstream.data.prepare import open_codec, open_sources
 from midstream.data.sources import Source
-from midstream.model.vision import VisionEncoder
+from midstream.model.contrastive_pair import build_siglip
+from midstream.model.vision import build_encoder, load_encoder
 from midstream.model.weights import load_weights, weights_digest
 from midstream.study.ledger import Ledger
 from midstream.train import contrastive
@@ -82,11 +83,14 @@ def test_retrieval_is_measured_on_captions_that_were_never_trained_on(
 
 
 def test_the_weights_kept_are_those_of_the_vision_tower(tiny_ledger: Ledger) -> None:
-    encoder = VisionEncoder(tiny.ENCODER)
+    tower = build_siglip(tiny.ENCODER)
     path = tiny_ledger.folder(tiny.ENCODER_STAGE) / "weights" / "model.safetensors"
-    load_weights(encoder.siglip, path)
+    load_weights(tower, path)
     digest = tiny_ledger.results(tiny.ENCODER_STAGE)["weights_digest"]
-    assert weights_digest(encoder.siglip) == digest
+    assert weights_digest(tower) == digest
+    encoder = build_encoder(tiny.ENCODER)
+    unused = load_encoder(encoder, path)
+    assert {name.split(".")[0] for name in unused} == {"encoder", "head", "post_layernorm"}
     assert all(torch.isfinite(value).all() for value in encoder.parameters())
 
 

@@ -23,6 +23,7 @@ from midstream.exchange.export_report import MARK, ExportReport
 from midstream.exchange.export_text import write_text
 from midstream.exchange.model_card import model_card
 from midstream.model.pretrained import TransformersDecoder
+from midstream.model.vision import VisionEncoder
 from midstream.model.vlm import VLM
 from midstream.open_model import OpenedModel, open_model
 from midstream.storage import new_folder, write_bytes, write_json
@@ -62,7 +63,7 @@ def export(opened: OpenedModel, out: Path, *, text_only: bool) -> ExportReport:
     return report
 
 
-def refuse(vlm: VLM, codec: TextCodec, encoder: nn.Module | None, out: Path) -> None:
+def refuse(vlm: VLM, codec: TextCodec, encoder: VisionEncoder | None, out: Path) -> None:
     """Raises ValueError if the model cannot be exported to `out`."""
     if out.exists() and not (out / MARK).is_file() and (out.is_file() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is no exported folder; give another --out")
@@ -76,7 +77,7 @@ def refuse(vlm: VLM, codec: TextCodec, encoder: nn.Module | None, out: Path) -> 
 
 
 def write_folder(
-    vlm: VLM, codec: TextCodec, encoder: nn.Module | None, folder: Path
+    vlm: VLM, codec: TextCodec, encoder: VisionEncoder | None, folder: Path
 ) -> ExportReport:
     """Fill an empty folder with the model; without `encoder` its language model alone.
 
@@ -109,7 +110,7 @@ def _text(vlm: VLM, codec: TextCodec, folder: Path, *, chats: bool) -> ExportRep
     return _report("text", model, difference, reason, notes)
 
 
-def _llava(vlm: VLM, codec: TextCodec, encoder: nn.Module, folder: Path) -> ExportReport:
+def _llava(vlm: VLM, codec: TextCodec, encoder: VisionEncoder, folder: Path) -> ExportReport:
     model, notes = write_llava(vlm, codec, encoder, folder)
     found = _picture_logits(model, vlm, codec, folder)
     rows = vlm.config.decoder.vocab_size
@@ -179,7 +180,7 @@ def _picture_logits(model: nn.Module, vlm: VLM, codec: TextCodec, folder: Path) 
 
 
 @torch.no_grad()
-def _features(vlm: VLM, encoder: nn.Module, *, rounded: bool) -> Tensor:
+def _features(vlm: VLM, encoder: VisionEncoder, *, rounded: bool) -> Tensor:
     config, picture = vlm.config.encoder, _picture(vlm)
     if rounded and isinstance(config, EncoderConfig | FusedEncoder) and not vlm.config.owns_encoder:
         return encode_fixed(encoder, picture, config)

@@ -49,10 +49,6 @@ def _openlm_config(ours: DecoderConfig) -> Any:
         qk_norm=ours.qk_norm,
         norm_eps=ours.norm_eps,
         rope_base=ours.rope_base,
-        auto_map={
-            "AutoConfig": "configuration_midstream.OpenLMConfig",
-            "AutoModelForCausalLM": "modeling_openlm.OpenLMForCausalLM",
-        },
     )
 
 
@@ -80,6 +76,10 @@ def write_text(
         from midstream.exchange.modeling.modeling_openlm import OpenLMForCausalLM
 
         build = OpenLMForCausalLM
+        config.auto_map = {
+            "AutoConfig": "configuration_midstream.OpenLMConfig",
+            "AutoModelForCausalLM": "modeling_openlm.OpenLMForCausalLM",
+        }
         write_code(folder, *OPENLM_CODE)
     write_tokenizer(codec, folder, sees=False)
     if chats:

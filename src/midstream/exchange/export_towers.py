@@ -1,15 +1,19 @@
 """The tensors of a vision tower under names of our own, whatever version of transformers named them.
 
-    patch.*  positions  class  registers  norm.*
-    blocks.N.{norm1, query, key, value, out, norm2, fc1, fc2}.*   blocks.N.{scale1, scale2}
-    blocks.N.{gate, up}.*   in place of fc1, where a block is gated
+patch.*  positions  class  registers  norm.*
+blocks.N.{norm1, query, key, value, out, norm2, fc1, fc2}.*   blocks.N.{scale1, scale2}
+blocks.N.{gate, up}.*   in place of fc1, where a block is gated
 """
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from midstream.config import AnyEncoderConfig, EncoderConfig, FusedEncoder, PatchProjection
+from midstream.model.vision import FusedTowers, Tower, VisionEncoder
 
 _NAMES = (
     (r"^embeddings\.patch_embedding\.", "patch."),
@@ -66,3 +70,80 @@ def stock_tensors(own: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, 
         else:
             found[name] = own[mine]
     return found
+
+
+def num_blocks(tower: EncoderConfig) -> int:
+    """Blocks up to the features."""
+    return tower.num_layers + 1 + tower.feature_layer
+
+
+def inner_width(tower: EncoderConfig) -> int:
+    """Width between a block's two layers; transformers takes two thirds for DINOv2's gated ones."""
+    inner = tower.intermediate_size
+    return (int(inner * 2 / 3) + 7) // 8 * 8 if tower.ffn == "swiglu" else inner
+
+
+def towers_of(
+    config: AnyEncoderConfig, encoder: VisionEncoder
+) -> list[tuple[AnyEncoderConfig, VisionEncoder]]:
+    """The towers side by side in an encoder, each with its configuration."""
+    if isinstance(config, FusedEncoder):
+        towers = cast(FusedTowers, encoder).towers
+        return [
+            (one, cast(VisionEncoder, tower))
+            for one, tower in zip(config.towers, towers, strict=True)
+        ]
+    return [(config, encoder)]
+
+
+def tower_tensors(tower: VisionEncoder) -> dict[str, Tensor]:
+    """The tensors of one of Midstream's towers under our names."""
+    state = tower.state_dict()
+    return own_tensors({name.removeprefix("tower."): value for name, value in state.items()})
+
+
+@torch.no_grad()
+def fixed_tower(config: AnyEncoderConfig, tower: VisionEncoder) -> dict[str, Tensor]:
+    """The tensors of `modeling_midstream.VisionTower`, for pictures of the encoder's size.
+
+    Positions are interpolated here; a linear map of flat patches becomes a convolution.
+    """
+    size, width = config.patch_size, config.hidden_size
+    if isinstance(config, PatchProjection):
+        weight, bias = (
+            tower.state_dict()["projection.weight"],
+            tower.state_dict()["projection.bias"],
+        )
+        return {"patch.weight": weight.reshape(width, 3, size, size), "patch.bias": bias}
+    assert isinstance(config, EncoderConfig)
+    own = tower_tensors(tower)
+    if config.family == "siglip2":
+        flat = own["patch.weight"].reshape(width, size, size, 3)
+        own["patch.weight"] = flat.permute(0, 3, 1, 2).contiguous()
+    own["positions"] = _positions(config, cast(Tower, tower))
+    if config.family == "dinov2":
+        start = own.pop("class") + own["positions"][:, :1]
+        registers = own.pop("registers", start[:, :0])
+        own["prefix"] = torch.cat((start, registers), dim=1)
+        own["positions"] = own["positions"][:, 1:].contiguous()
+    for name in [name for name in own if ".gate." in name]:
+        up = own.pop(name.replace(".gate.", ".up."))
+        own[name.replace(".gate.", ".fc1.")] = torch.cat((own.pop(name), up))
+    return own
+
+
+def _positions(config: EncoderConfig, tower: Tower) -> Tensor:
+    """What the tower adds to its patches (DINOv2: and to the class token before them)."""
+    embeddings, size = cast(Any, tower.tower).embeddings, config.image_size
+    if config.family == "siglip2":
+        side = size // config.patch_size
+        weight = embeddings.position_embedding.weight
+        grid = weight.unflatten(0, (embeddings.position_embedding_size, -1))
+        shape = torch.tensor([[side, side]])
+        found = embeddings.resize_positional_embeddings(grid, shape, max_length=side * side)
+    else:
+        length = config.num_patches + (1 if config.family == "dinov2" else 0)
+        like = torch.zeros(1, length, config.hidden_size)
+        found = embeddings.interpolate_pos_encoding(like, size, size)
+    positions: Tensor = found.detach().clone()
+    return positions

@@ -244,7 +244,9 @@ def _data(stage: Any, ledger: Ledger) -> str:
     name = {"pocket": "the generated pocket world", "small_real": "small real data sets"}.get(
         world.kind, "a folder of the owner's"
     )
-    known = f", fingerprint {world.fingerprint}" if isinstance(world, SmallReal | PublicFolder) else ""
+    known = (
+        f", fingerprint {world.fingerprint}" if isinstance(world, SmallReal | PublicFolder) else ""
+    )
     results = ledger.results(data) if ledger.is_done(data) else {}
     tokenizer = f"tokenizer sha256 {results.get('tokenizer_sha256', MISSING)}"
     return f"{name}{known} (`{data.name}`), {tokenizer}"
@@ -262,9 +264,7 @@ def _score(stage: Evaluate, ledger: Ledger) -> ScoreEntry:
     asked = stage.evaluation
     limit = "all examples" if asked.limit is None else f"at most {asked.limit:,} examples a task"
     results = ledger.results(stage)
-    stable = ", ".join(
-        f"{name} {_percent(value)}" for name, value in results["stable"].items()
-    )
+    stable = ", ".join(f"{name} {_percent(value)}" for name, value in results["stable"].items())
     rows = tuple(
         (
             task,

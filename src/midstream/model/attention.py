@@ -132,5 +132,6 @@ def attend(
 
 @cache
 def _fused():  # type: ignore[no-untyped-def]
-    # Here rather than at import, which would take a second for everyone.
-    return torch.compile(flex_attention, dynamic=False)
+    # Here rather than at import, which would take a second for everyone. One kernel a shape; past
+    # torch's limit on those, fullgraph raises where torch would go on without a fused kernel.
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)

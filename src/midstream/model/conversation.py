@@ -61,8 +61,7 @@ class Conversation:
         return self._tokens(max_new_tokens, stop_ids)
 
     def _tokens(self, max_new_tokens: int, stop_ids: frozenset[int]) -> Iterator[int]:
-        # The last token needs no position, since nothing follows it yet.
-        for _ in range(min(max_new_tokens, self.room + 1)):
+        for _ in range(min(max_new_tokens, self.room)):
             token = self._next()
             if token in stop_ids:
                 return

@@ -102,7 +102,7 @@ class Rotary:
         angle = position_ids[:, :, None, None].float() * frequency
         self.half = half
         self.cos = torch.cat((angle.cos(), angle.cos()), dim=-1).to(dtype)
-        # The sign of the rotated half is put into the sine, which saves a copy a call, and is exact.
+        # The sign of the rotated half is put into the sine: exact, and a copy less a call.
         self.sin = torch.cat((-angle.sin(), angle.sin()), dim=-1).to(dtype)
 
     def turn(self, value_RTHC: Tensor) -> Tensor:

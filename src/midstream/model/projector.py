@@ -9,17 +9,17 @@ from midstream.model.initialise import Initialiser, Linear
 
 
 class Projector(nn.Sequential):
-    """Linear layers with exact GELU between: encoder -> 4 encoder -> decoder, and a third one at
-    decoder width where the config says 3 layers (Prismatic's fused projector, same indices).
+    """Linear layers of `config.widths`, exact GELU between them; names as in Prismatic ("0", "2",
+    "4").
 
-    Weights and biases start uniform within fan_in^-1/2, as torch's own linear layers do.
+    Weights and biases start uniform within fan_in^-1/2, as torch's own linear layers do (and with
+    them LLaVA's and Prismatic's).
     """
 
     def __init__(self, config: ProjectorConfig, *, in_width: int, out_width: int) -> None:
-        widths = [in_width, 4 * in_width, *[out_width] * (config.num_layers - 1)]
-        modules: list[nn.Module] = [Linear(widths[0], widths[1])]
-        for fan_in, fan_out in pairwise(widths[1:]):
-            modules += [nn.GELU(), Linear(fan_in, fan_out)]
+        modules: list[nn.Module] = []
+        for fan_in, fan_out in pairwise(config.widths(in_width, out_width)):
+            modules += [*([nn.GELU()] if modules else []), Linear(fan_in, fan_out)]
         super().__init__(*modules)
 
     def initialisers(self) -> dict[str, Initialiser]:

@@ -1,67 +1,61 @@
-"""Vision encoders behind one interface, and the contrastive pair that trains a SigLIP tower.
+"""Vision encoders behind one interface: pixels -> [images, patches, width], patches known up front.
 
-Initialiser of every SigLIP parameter here: norm gains 1, biases 0, all else (matrices, patch
-projection, embeddings, pooling probe) normal with sigma = fan_in^-1/2 cut at three sigma, where
-fan_in is the product of all axes but the first; scale and bias of the loss as SigLIP starts them.
+A tower is `transformers`' own, cut down to what its features need: no block above `feature_layer`,
+no pooling head, no last norm unless `final_norm` asks for it. So each parameter has a gradient
+wherever the encoder is trained, zero where there is no picture.
+
+Initialisers: norm gains, layer scales (DINOv2's `layerscale_value`) 1; biases 0; all else
+(matrices, patch embeddings, positions, class and register tokens, pooling probe) normal with sigma
+= fan_in^-1/2 cut at three sigma, where fan_in is the product of all axes but the first, the last
+axis for tokens and DINOv2's positions. The linear map of a patch projection starts uniform within
+fan_in^-1/2 with its bias, as torch's own linear layers do.
 """
 
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid, normalize
 
-from midstream.config import EncoderConfig
-from midstream.model.initialise import Initialiser, initialise
-from midstream.model.weights import save_weights
+from midstream.config import AnyEncoderConfig, EncoderConfig, FusedEncoder, PatchProjection
+from midstream.model.initialise import Initialiser, Linear
+from midstream.model.weights import fill, read_tensors
 
-# Channels of a head of the text tower.
-_TEXT_HEAD_DIM = 64
+# Of a whole tower, what no features are made of: the pooling head, and what masked training used.
+_UNUSED = re.compile(r"(head|pooler)\.|embeddings\.mask_token$")
+_NORMS = ("post_layernorm.", "layernorm.")
+_BLOCK = re.compile(r"encoder\.layers?\.(\d+)\.")
 
 
-def build_siglip(config: EncoderConfig) -> nn.Module:
-    """A `transformers.SiglipVisionModel` with its pooling head, unset (NaN) until initialised or
-    loaded."""
-    # Imported here: transformers takes seconds that text-only work need not wait for.
-    from transformers import SiglipVisionConfig, SiglipVisionModel
-
-    siglip = SiglipVisionConfig(
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        intermediate_size=config.intermediate_size,
-        attn_implementation="sdpa",
-    )
-    # transformers draws weights from the global generator, which stays untouched here.
-    with torch.random.fork_rng(devices=[]):
-        return _unset(SiglipVisionModel(siglip))
+def build_encoder(config: AnyEncoderConfig) -> "VisionEncoder":
+    """The encoder of a configuration, unset (NaN) until initialised or loaded."""
+    match config:
+        case EncoderConfig():
+            return Tower(config)
+        case FusedEncoder():
+            return FusedTowers(config)
+        case PatchProjection():
+            return PatchMap(config)
 
 
 class VisionEncoder(nn.Module):
-    """A frozen SigLIP tower that gives the patch features of one hidden layer, no final norm.
+    """What all encoders share: `num_patches` features an image, each `width` wide."""
 
-    `siglip` is the tower itself: `load_weights(encoder.siglip, path)`. `num_patches` features an
-    image, each `width` wide.
-    """
-
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: AnyEncoderConfig) -> None:
         super().__init__()
+        self.config = config
         self.num_patches = config.num_patches
         self.width = config.hidden_size
         self.image_size = config.image_size
-        self.num_blocks = config.num_layers + 1 + config.feature_layer
-        self.siglip = build_siglip(config).requires_grad_(False)
 
-    @torch.no_grad()
     def forward(
         self, pixel_values: Float[Tensor, "images 3 height width"]
     ) -> Float[Tensor, "images patches hidden"]:
-        """Patch features in reading order; computes only the blocks below them.
+        """Patch features in reading order; autograd is the caller's choice.
 
         Raises ValueError for pictures that are not `image_size` in both directions.
         """
@@ -70,110 +64,252 @@ class VisionEncoder(nn.Module):
                 f"pictures are {tuple(pixel_values.shape[2:])}, the encoder takes "
                 f"{self.image_size} x {self.image_size}; resize them"
             )
-        tower = cast(Any, self.siglip)
-        hidden = tower.embeddings(pixel_values)
-        for block in tower.encoder.layers[: self.num_blocks]:
-            hidden = block(hidden, attention_mask=None)
-        return cast(Tensor, hidden)
+        if not len(pixel_values):
+            # transformers' attention takes no empty batch: look at a blank picture and drop it.
+            return self._features(pixel_values.new_zeros((1, *pixel_values.shape[1:])))[:0]
+        return self._features(pixel_values)
+
+    def _features(self, pixel_values: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def initialisers(self) -> dict[str, Initialiser]:
         """The rule at the head of this file."""
-        return _initialisers(self)
+        return initialisers_of(self)
 
 
-class SiglipPair(nn.Module):
-    """A vision and a text tower trained by the sigmoid loss over all pairs (SigLIP).
+class Tower(VisionEncoder):
+    """SigLIP, SigLIP 2 or DINOv2; `tower` is the trimmed module of `transformers`."""
 
-    Starts initialised, by `seed`. `hidden_size` and `num_layers` are the text tower's; its heads
-    have 64 channels. Texts are `max_text_tokens` ids, padded behind by the caller with any one
-    id; as in SigLIP nothing masks the padding and the last position is pooled.
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        self.settings = config
+        self.num_blocks = config.num_layers + 1 + config.feature_layer
+        # transformers draws weights from the global generator, which stays untouched here.
+        with torch.random.fork_rng(devices=[]):
+            tower = _TOWERS[config.family](config, self.num_blocks)
+        norm = "layernorm" if config.family == "dinov2" else "post_layernorm"
+        self.norm_name = norm
+        if not config.final_norm:
+            setattr(tower, norm, nn.Identity())
+        if getattr(tower.embeddings, "mask_token", None) is not None:
+            tower.embeddings.mask_token = None
+        self.tower = unset(tower)
+
+    def _features(self, pixel_values: Tensor) -> Tensor:
+        tower, config = cast(Any, self.tower), self.settings
+        skipped = 0
+        if config.family == "dinov2":
+            hidden = tower.embeddings(pixel_values)
+            # The class token and the registers stand before the patches.
+            skipped = 1 + config.num_registers
+            for block in tower.encoder.layer:
+                hidden = block(hidden)
+        else:
+            if config.family == "siglip2":
+                hidden = _naflex_embeddings(tower.embeddings, pixel_values, config)
+            else:
+                resized = config.position_patches != config.num_patches
+                hidden = tower.embeddings(pixel_values, interpolate_pos_encoding=resized)
+            for block in tower.encoder.layers:
+                hidden = block(hidden, attention_mask=None)
+        return cast(Tensor, getattr(tower, self.norm_name)(hidden)[:, skipped:])
+
+
+class FusedTowers(VisionEncoder):
+    """Several towers' features of one picture, side by side along the width.
+
+    Pixels are normalised as the first tower's; the others are given theirs.
     """
 
-    def __init__(
-        self,
-        config: EncoderConfig,
-        *,
-        vocab_size: int,
-        hidden_size: int,
-        num_layers: int,
-        max_text_tokens: int,
-        seed: int,
-    ) -> None:
-        super().__init__()
-        from transformers import SiglipTextConfig, SiglipTextModel
+    def __init__(self, config: FusedEncoder) -> None:
+        super().__init__(config)
+        self.towers = nn.ModuleList(Tower(tower) for tower in config.towers)
 
-        text = SiglipTextConfig(
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            intermediate_size=4 * hidden_size,
-            num_hidden_layers=num_layers,
-            num_attention_heads=max(1, hidden_size // _TEXT_HEAD_DIM),
-            max_position_embeddings=max_text_tokens,
-            projection_size=config.hidden_size,
-            pad_token_id=None,
-            bos_token_id=None,
-            eos_token_id=None,
-            attn_implementation="sdpa",
+    def _features(self, pixel_values: Tensor) -> Tensor:
+        first = cast(Tower, self.towers[0]).settings
+        return torch.cat(
+            [
+                tower(_renormalised(pixel_values, first, cast(Tower, tower).settings))
+                for tower in self.towers
+            ],
+            dim=-1,
         )
-        self.max_text_tokens = max_text_tokens
-        self.vision = build_siglip(config)
-        with torch.random.fork_rng(devices=[]):
-            self.text = _unset(SiglipTextModel(text))
-        self.logit_scale = nn.Parameter(torch.full((1,), float("nan")))
-        self.logit_bias = nn.Parameter(torch.full((1,), float("nan")))
-        initialise(self, seed)
 
-    def logits(
-        self,
-        pixel_values: Float[Tensor, "images 3 height width"],
-        input_ids: Int[Tensor, "texts tokens"],
-    ) -> Float[Tensor, "images texts"]:
-        """The logit of each image and text belonging together."""
-        if input_ids.shape[1] != self.max_text_tokens:
-            raise ValueError(
-                f"texts are {input_ids.shape[1]} ids long, the text tower takes exactly "
-                f"{self.max_text_tokens}; pad them to that length"
-            )
-        images = normalize(self.vision(pixel_values).pooler_output, dim=-1)
-        texts = normalize(self.text(input_ids).pooler_output, dim=-1)
-        # In float32 also under autocast: differences between pairs are small beside the scale.
-        with torch.autocast(pixel_values.device.type, enabled=False):
-            return images.float() @ texts.float().T * self.logit_scale.exp() + self.logit_bias
 
-    def forward(
-        self,
-        pixel_values: Float[Tensor, "pairs 3 height width"],
-        input_ids: Int[Tensor, "pairs tokens"],
-    ) -> Float[Tensor, ""]:
-        """The sigmoid loss summed over all pairs; SigLIP divides it by the number of images."""
-        logits = self.logits(pixel_values, input_ids)
-        sign = 2 * torch.eye(len(logits), device=logits.device) - 1
-        return -logsigmoid(sign * logits).sum()
+class PatchMap(VisionEncoder):
+    """A linear map of raw patches (3 x patch x patch values each, channel by channel)."""
 
-    def save_vision(self, path: Path) -> None:
-        """Write the vision tower; `load_weights(encoder.siglip, path)` reads it."""
-        save_weights(self.vision, path)
+    def __init__(self, config: PatchProjection) -> None:
+        super().__init__(config)
+        self.patch_size = config.patch_size
+        self.projection = Linear(3 * config.patch_size**2, config.hidden_size)
+
+    def _features(self, pixel_values: Tensor) -> Tensor:
+        return cast(Tensor, self.projection(_patches(pixel_values, self.patch_size, last="column")))
 
     def initialisers(self) -> dict[str, Initialiser]:
         """The rule at the head of this file."""
-        return _initialisers(self) | {
-            "logit_scale": Initialiser("constant", math.log(10.0)),
-            "logit_bias": Initialiser("constant", -10.0),
-        }
+        uniform = Initialiser("uniform", self.projection.in_features**-0.5)
+        return {"projection.weight": uniform, "projection.bias": uniform}
+
+
+# ---------------------------------------------------------------------------------- loading
+
+
+def load_encoder(encoder: VisionEncoder, path: Path) -> tuple[str, ...]:
+    """Fill an encoder from a file of its own names, or a tower from one of a whole tower.
+
+    Returns the names that were left out because no features are made of them (blocks above the
+    feature layer, the pooling head, a norm that is not applied). Raises FileNotFoundError, or
+    ValueError with every other name that does not fit.
+    """
+    tensors = read_tensors(path)
+    own = tuple(f"{name}." for name, _ in encoder.named_children())
+    if not isinstance(encoder, Tower) or any(name.startswith(own) for name in tensors):
+        fill(encoder, tensors, path=path)
+        return ()
+    unused = {name for name in tensors if _is_unused(name, encoder)}
+    kept = {f"tower.{name}": value for name, value in tensors.items() if name not in unused}
+    fill(encoder, kept, path=path)
+    return tuple(sorted(unused))
+
+
+def load_towers(encoder: VisionEncoder, paths: Sequence[Path]) -> tuple[str, ...]:
+    """Fill each tower of a fused encoder from its own file; returns what was left out."""
+    if not isinstance(encoder, FusedTowers) or len(paths) != len(encoder.towers):
+        raise ValueError(f"{len(paths)} files were given to a {type(encoder).__name__}")
+    unused = []
+    for number, (tower, path) in enumerate(zip(encoder.towers, paths, strict=True)):
+        left = load_encoder(cast(VisionEncoder, tower), path)
+        unused += [f"towers.{number}.{name}" for name in left]
+    return tuple(unused)
+
+
+def _is_unused(name: str, encoder: Tower) -> bool:
+    block = _BLOCK.match(name)
+    above = block is not None and int(block.group(1)) >= encoder.num_blocks
+    norm = not encoder.settings.final_norm and name.startswith(_NORMS)
+    return above or norm or _UNUSED.match(name) is not None
+
+
+# ----------------------------------------------------------------------------------- towers
+
+
+def _siglip(config: EncoderConfig, num_blocks: int) -> Any:
+    # Imported here: transformers takes seconds that text-only work need not wait for.
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    settings = _common(config, num_blocks) | {
+        "image_size": config.position_size or config.image_size,
+        "intermediate_size": config.intermediate_size,
+        "vision_use_head": False,
+    }
+    return SiglipVisionModel(SiglipVisionConfig(**settings))
+
+
+def _siglip2(config: EncoderConfig, num_blocks: int) -> Any:
+    from transformers import Siglip2VisionConfig, Siglip2VisionModel
+
+    settings = _common(config, num_blocks) | {
+        "num_patches": config.position_patches,
+        "intermediate_size": config.intermediate_size,
+        "vision_use_head": False,
+    }
+    return Siglip2VisionModel(Siglip2VisionConfig(**settings))
+
+
+def _dinov2(config: EncoderConfig, num_blocks: int) -> Any:
+    import transformers
+
+    ratio, rest = divmod(config.intermediate_size, config.hidden_size)
+    if rest:
+        raise ValueError(
+            f"DINOv2's intermediate_size {config.intermediate_size} must be a multiple of its "
+            f"hidden_size {config.hidden_size}"
+        )
+    settings = _common(config, num_blocks) | {
+        "image_size": config.position_size or config.image_size,
+        "mlp_ratio": ratio,
+        "use_swiglu_ffn": config.ffn == "swiglu",
+    }
+    if config.num_registers:
+        settings["num_register_tokens"] = config.num_registers
+        with_registers = transformers.Dinov2WithRegistersConfig(**settings)
+        return transformers.Dinov2WithRegistersModel(with_registers)
+    return transformers.Dinov2Model(transformers.Dinov2Config(**settings))
+
+
+_TOWERS = {"siglip": _siglip, "siglip2": _siglip2, "dinov2": _dinov2}
+
+
+def _common(config: EncoderConfig, num_blocks: int) -> dict[str, Any]:
+    return {
+        "patch_size": config.patch_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": num_blocks,
+        "num_attention_heads": config.num_heads,
+        "hidden_act": config.hidden_act,
+        "layer_norm_eps": config.norm_eps,
+        "attn_implementation": "sdpa",
+    }
+
+
+def _naflex_embeddings(embeddings: Any, pixel_values: Tensor, config: EncoderConfig) -> Tensor:
+    """SigLIP 2's embeddings of square pictures: patches flattened row, column, channel."""
+    patches = _patches(pixel_values, config.patch_size, last="channel")
+    side = config.image_size // config.patch_size
+    grid = embeddings.position_embedding.weight.unflatten(
+        0, (embeddings.position_embedding_size, -1)
+    )
+    shape = torch.tensor([[side, side]])
+    # Once for all pictures, also where there is none.
+    positions = embeddings.resize_positional_embeddings(grid, shape, max_length=side * side)
+    return cast(Tensor, embeddings.patch_embedding(patches) + positions)
+
+
+def _patches(pixel_values: Tensor, size: int, *, last: str) -> Float[Tensor, "images patches _"]:
+    """Square patches in reading order, what does not fill a patch cut off at right and bottom.
+
+    Their values run row by row, with the channel first (`last` = column) or last (channel).
+    """
+    images, channels, height, width = pixel_values.shape
+    rows, columns = height // size, width // size
+    whole = pixel_values[:, :, : rows * size, : columns * size]
+    cut = whole.reshape(images, channels, rows, size, columns, size)
+    order = (0, 2, 4, 1, 3, 5) if last == "column" else (0, 2, 4, 3, 5, 1)
+    return cut.permute(order).reshape(images, rows * columns, channels * size * size)
+
+
+def _renormalised(pixels: Tensor, given: EncoderConfig, wanted: EncoderConfig) -> Tensor:
+    """Pixels under another tower's mean and standard deviation."""
+    if (given.pixel_mean, given.pixel_std) == (wanted.pixel_mean, wanted.pixel_std):
+        return pixels
+
+    def channels(values: tuple[float, float, float]) -> Tensor:
+        return pixels.new_tensor(values)[:, None, None]
+
+    plain = pixels * channels(given.pixel_std) + channels(given.pixel_mean)
+    return (plain - channels(wanted.pixel_mean)) / channels(wanted.pixel_std)
+
+
+# ---------------------------------------------------------------------------- initialisation
 
 
 @torch.no_grad()
-def _unset(module: nn.Module) -> nn.Module:
+def unset(module: nn.Module) -> nn.Module:
     """Mark all parameters as neither initialised nor loaded, so that forgetting shows."""
     for parameter in module.parameters():
         parameter.fill_(float("nan"))
     return module.eval()
 
 
-def _initialisers(module: nn.Module) -> dict[str, Initialiser]:
+def initialisers_of(module: nn.Module) -> dict[str, Initialiser]:
+    """The rule at the head of this file, by parameter name."""
+
     def of(name: str, parameter: Tensor) -> Initialiser:
         if parameter.ndim == 1:
             return Initialiser("constant", 0.0 if name.endswith("bias") else 1.0)
-        return Initialiser("truncated_normal", math.prod(parameter.shape[1:]) ** -0.5)
+        axes = parameter.shape[-1:] if parameter.ndim == 3 else parameter.shape[1:]
+        return Initialiser("truncated_normal", math.prod(axes) ** -0.5)
 
     return {name: of(name, parameter) for name, parameter in module.named_parameters()}

@@ -17,7 +17,7 @@ from midstream.data.examples import TextCodec
 from midstream.data.features import load_pixels
 from midstream.data.sources import Source
 from midstream.data.stream import permuted
-from midstream.model.vision import SiglipPair
+from midstream.model.contrastive_pair import SiglipPair
 from midstream.model.weights import weights_digest
 from midstream.storage import new_folder
 from midstream.train.metrics import MetricsLog

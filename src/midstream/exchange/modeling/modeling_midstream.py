@@ -82,8 +82,10 @@ class VisionTower(nn.Module):
         """[images, 3, size, size] -> [images, patches, width], patches in reading order."""
         if self.repaint is not None:
             # Pixels come normalised for the first tower; this one was trained with other colours.
-            factor, offset = (pixel_values.new_tensor(row)[:, None, None] for row in self.repaint)
-            pixel_values = pixel_values * factor + offset
+            given_std, given_mean, mean, std = (
+                pixel_values.new_tensor(row)[:, None, None] for row in self.repaint
+            )
+            pixel_values = (pixel_values * given_std + given_mean - mean) / std
         hidden = self.patch(pixel_values.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)
         if self.positions is not None:
             hidden = hidden + self.positions
@@ -138,7 +140,8 @@ class MidstreamForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         super().__init__(config)
         self.towers = nn.ModuleList(VisionTower(tower) for tower in config.vision["towers"])
         self.projector = Projector(config.projector_widths)
-        if isinstance(config.text_config, OpenLMConfig):
+        # Not by its class: each file of a folder may have been imported on its own.
+        if config.text_config.model_type == OpenLMConfig.model_type:
             self.language_model: Any = OpenLMForCausalLM(config.text_config)
         else:
             self.language_model = AutoModelForCausalLM.from_config(config.text_config)
@@ -160,10 +163,8 @@ class MidstreamForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """[images, 3, size, size] -> [images, patches, decoder width]."""
-        with torch.no_grad():
-            features = torch.cat([tower(pixel_values) for tower in self.towers], dim=-1)
-            features = rounded(features, self.config.feature_dtype)
-        projected: Tensor = self.projector(features)
+        features = torch.cat([tower(pixel_values) for tower in self.towers], dim=-1)
+        projected: Tensor = self.projector(rounded(features, self.config.feature_dtype))
         return projected
 
     def forward(

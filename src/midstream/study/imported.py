@@ -1,0 +1,86 @@
+"""What `midstream import` says about a folder that it wrote, read without torch."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from midstream.config import DecoderConfig, EncoderConfig, TransformersDecoderConfig
+from midstream.config.base import Config
+from midstream.storage import read_json, verify
+from midstream.study.stage import Imported
+
+RECORD = "import.json"
+
+
+class Position(Config):
+    """Where a checkpoint stands in its run; None where nobody told. `origins` says who did."""
+
+    tokens_seen: int | None = None
+    total_tokens: int | None = None
+    rate: float | None = None
+    peak_rate: float | None = None
+    end_rate: float | None = None
+    origins: dict[str, str] = Field(default_factory=dict)
+
+
+class ImportRecord(Config):
+    """`import.json`: what was imported, from where, and what was added or left out.
+
+    `content` stands for weights, moments and position: a stage that loads the folder has it in its
+    identity.
+    """
+
+    kind: Literal["decoder", "encoder"]
+    source: str
+    revision: str | None = None
+    family: str
+    config: Annotated[
+        DecoderConfig | TransformersDecoderConfig | EncoderConfig, Field(discriminator="kind")
+    ]
+    vocabulary: dict[str, Any] | None = None
+    position: Position | None = None
+    dropped: tuple[str, ...] = ()
+    has_moments: bool = False
+    weights_digest: str
+    content: str
+
+
+def read_import(folder: Path) -> ImportRecord:
+    """The record of an imported folder.
+
+    Raises FileNotFoundError if it is none, ValueError if its record cannot be read.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} is no imported folder (it has no {RECORD}); make one with "
+            f"midstream import SRC --out DIR"
+        )
+    try:
+        return ImportRecord.model_validate(read_json(path))
+    except ValidationError as error:
+        fields = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
+        raise ValueError(
+            f"{path} cannot be read by this version ({fields}); import the checkpoint again"
+        ) from None
+
+
+def as_imported(folder: Path) -> Imported:
+    """The value that stages name an imported folder by."""
+    return Imported(folder=folder, content=read_import(folder).content)
+
+
+def open_imported(imported: Imported) -> ImportRecord:
+    """The record of a stage's imported folder, after checking all its bytes.
+
+    Raises CorruptError, or ValueError where the folder holds another import than was planned with.
+    """
+    verify(imported.folder)
+    record = read_import(imported.folder)
+    if record.content != imported.content:
+        raise ValueError(
+            f"{imported.folder} holds {record.content}, the plan was made with {imported.content}; "
+            "plan again, or import the same checkpoint again"
+        )
+    return record

@@ -1,0 +1,383 @@
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exported import DINOV2, INNER, OPENLM, SIGLIP, codec, made, picture, run_fresh, stock
+from PIL import Image
+from torch import Tensor
+
+from midstream.batch import IGNORE, Batch
+from midstream.config import (
+    FusedEncoder,
+    ImageTransform,
+    PatchProjection,
+    ProjectorConfig,
+    VLMConfig,
+)
+from midstream.data.examples import (
+    Example,
+    TextCodec,
+    caption_example,
+    conversation_example,
+    question_ids,
+    text_example,
+)
+from midstream.data.images import decode_pixels
+from midstream.exchange.export_model import write_folder
+from midstream.model.generate import generate
+from midstream.model.vision import VisionEncoder
+from midstream.model.vlm import VLM
+from midstream.open_model import look_through
+from midstream.tokens import TokenCount
+
+FUSED = FusedEncoder(towers=(SIGLIP, DINOV2))
+PATCHES = PatchProjection(image_size=24, patch_size=12, hidden_size=16)
+TURNS = [("What colour is the ball?", "The ball is red."), ("How many?", "2"), ("Left?", "no")]
+
+
+def changed(config: Any, **changes: Any) -> Any:
+    return config.model_copy(update=changes)
+
+
+STOCK = {
+    "siglip": VLMConfig(decoder=stock(), encoder=SIGLIP, projector=INNER),
+    "siglip with a margin": VLMConfig(
+        decoder=stock("qwen2"), encoder=changed(SIGLIP, image_size=27), projector=INNER
+    ),
+    "siglip, last block, linear, tied": VLMConfig(
+        decoder=stock(tie_word_embeddings=True),
+        encoder=changed(SIGLIP, feature_layer=-1),
+        projector=ProjectorConfig(num_layers=1),
+    ),
+    "no spare row": VLMConfig(decoder=stock(vocab_size=302), encoder=SIGLIP, projector=INNER),
+    "dinov2, gpt_neox": VLMConfig(
+        decoder=stock("gpt_neox"), encoder=DINOV2, projector=INNER, attention="causal"
+    ),
+    "dinov2, gated": VLMConfig(
+        decoder=stock("olmo2"), encoder=changed(DINOV2, ffn="swiglu"), projector=INNER
+    ),
+}
+OWN = {
+    "the decoder is OpenLM's": VLMConfig(decoder=OPENLM, encoder=SIGLIP, projector=INNER),
+    "decoder is OpenLM's": VLMConfig(
+        decoder=changed(OPENLM, vocab_size=302, qk_norm=False),
+        encoder=changed(SIGLIP, feature_dtype="int8", final_norm=True),
+        projector=ProjectorConfig(num_layers=1),
+    ),
+    "image and question see each other": VLMConfig(
+        decoder=stock(), encoder=SIGLIP, projector=INNER, attention="prefix"
+    ),
+    "not one tower but fused": VLMConfig(
+        decoder=stock("qwen3"), encoder=FUSED, projector=ProjectorConfig(num_layers=3)
+    ),
+    "not one tower but patches": VLMConfig(
+        decoder=stock("gpt_neox"), encoder=PATCHES, projector=INNER, owns_encoder=True
+    ),
+    "siglip2's patches": VLMConfig(
+        decoder=stock(),
+        encoder=changed(SIGLIP, family="siglip2", position_size=36),
+        projector=INNER,
+    ),
+    "registers": VLMConfig(
+        decoder=stock(),
+        encoder=changed(DINOV2, num_registers=3, position_size=36, ffn="swiglu"),
+        projector=INNER,
+    ),
+    "before the tower's final norm": VLMConfig(
+        decoder=stock(), encoder=changed(DINOV2, final_norm=True), projector=INNER
+    ),
+    "interpolated from 36 pixels": VLMConfig(
+        decoder=stock(), encoder=changed(SIGLIP, position_size=36), projector=INNER
+    ),
+    "inner width is not": VLMConfig(decoder=stock(), encoder=SIGLIP),
+    "three layers": VLMConfig(
+        decoder=stock(), encoder=SIGLIP, projector=ProjectorConfig(num_layers=3)
+    ),
+    "tied embeddings": VLMConfig(
+        decoder=stock("gpt_neox", tie_word_embeddings=True), encoder=SIGLIP, projector=INNER
+    ),
+}
+
+
+def written(folder: Path, config: VLMConfig, words: TextCodec) -> tuple[VLM, VisionEncoder, Any]:
+    vlm, encoder = made(config)
+    assert isinstance(encoder, VisionEncoder)
+    folder.mkdir()
+    return vlm, encoder, write_folder(vlm, words, encoder, folder)
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_llava_classes_hold_what_they_can_compute(tmp_path: Path, name: str) -> None:
+    # The model's own encoder rounds no features: then nothing differs.
+    config = changed(STOCK[name], owns_encoder=True)
+    _, _, report = written(tmp_path / "out", config, codec())
+    assert report.kind == "llava"
+    assert report.architecture == "LlavaForConditionalGeneration"
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert report.largest_difference <= 1e-5
+    assert any("one more row, 302" in note for note in report.notes) == (name == "no spare row")
+
+
+def test_stock_llava_says_how_far_unrounded_features_take_it(tmp_path: Path) -> None:
+    _, _, report = written(tmp_path / "out", STOCK["siglip"], codec())
+    assert 1e-5 < report.largest_difference < 0.1
+    assert any("not rounded as in training" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("reason", OWN)
+def test_a_modelling_file_of_our_own_holds_the_rest_and_says_why(
+    tmp_path: Path, reason: str
+) -> None:
+    _, _, report = written(tmp_path / "out", OWN[reason], codec())
+    assert report.kind == "own"
+    assert reason in report.reason
+    assert report.largest_difference <= 1e-5
+
+
+# ------------------------------------------------------------------- who sees whom, turn by turn
+
+
+def batch_of(example: Example, num_patches: int) -> Batch:
+    ids = np.concatenate([np.zeros(num_patches, np.int64), example.input_ids])
+    learnt = np.concatenate([np.zeros(num_patches), example.supervised])
+    targets = np.full(len(ids), IGNORE)
+    targets[:-1] = np.where(learnt[1:], ids[1:], IGNORE)
+    rows = torch.from_numpy(np.stack([ids, targets]))
+    return Batch(
+        input_ids=rows[:1],
+        targets=rows[1:],
+        position_ids=torch.arange(len(ids))[None],
+        segment_ids=torch.zeros((1, len(ids)), dtype=torch.int64),
+        image_slots=torch.zeros((1 if num_patches else 0, 2), dtype=torch.int64),
+        images=torch.zeros(1 if num_patches else 0, 1),
+        counts=TokenCount(),
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["causal", "segments", "prefix"])
+@pytest.mark.parametrize("decoder", ["openlm", "llama"])
+def test_conversations_captions_and_text_have_the_logits_of_training(
+    tmp_path: Path, attention: str, decoder: str
+) -> None:
+    from midstream.exchange.modeling.modeling_midstream import MidstreamForConditionalGeneration
+
+    words = codec()
+    config = VLMConfig(
+        decoder=OPENLM if decoder == "openlm" else stock(),
+        encoder=FUSED,
+        projector=ProjectorConfig(num_layers=3),
+        attention=attention,  # type: ignore[arg-type]
+    )
+    vlm, encoder, _ = written(tmp_path / "out", config, words)
+    model = MidstreamForConditionalGeneration.from_pretrained(tmp_path / "out")
+    token = model.config.image_token_id
+    pixels = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    features = look_through(vlm, encoder)(pixels)
+    caption, plain = words.encode("The big round ball"), words.encode("The ball is red.")
+    for example, sees in (
+        (conversation_example(words, TURNS, has_image=True), True),
+        (conversation_example(words, TURNS, has_image=False), False),
+        (caption_example(words, caption), True),
+        (text_example(words, plain), False),
+    ):
+        patches = FUSED.num_patches if sees else 0
+        batch = batch_of(example, patches)
+        expected = vlm.decoder.output(vlm(batch, features if sees else None))
+        ids = batch.input_ids.clone()
+        ids[:, :patches] = token
+        # Padding on the left, as the processor puts it, changes nothing.
+        padded = torch.cat((torch.full((1, 3), words.end_of_text), ids), dim=1)
+        held = (torch.arange(padded.shape[1]) >= 3).long()[None]
+        found = model(
+            input_ids=padded, attention_mask=held, pixel_values=pixels if sees else None
+        ).logits[:, 3:]
+        assert (found - expected).abs().max() <= 1e-5
+
+
+def test_prompts_without_their_pictures_are_refused(tmp_path: Path) -> None:
+    from midstream.exchange.modeling.modeling_midstream import MidstreamForConditionalGeneration
+
+    words = codec()
+    written(tmp_path / "out", OWN["the decoder is OpenLM's"], words)
+    model = MidstreamForConditionalGeneration.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([[model.config.image_token_id] * 4 + [words.separator]])
+    with pytest.raises(ValueError, match="0 pictures fill 0 places, the prompts have 4"):
+        model(input_ids=ids)
+    with pytest.raises(ValueError, match="2 pictures fill 8 places, the prompts have 4"):
+        model(input_ids=ids, pixel_values=torch.zeros(2, 3, 24, 24))
+
+
+# -------------------------------------------------------------------------------- pictures
+
+
+def as_file(image: Image.Image, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("resize", ["letterbox", "square", "crop"])
+def test_the_processor_makes_midstreams_pixels_bit_for_bit(tmp_path: Path, resize: str) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    from midstream.exchange.modeling.processing_midstream import MidstreamProcessor
+
+    words = codec()
+    config = changed(OWN["the decoder is OpenLM's"], encoder=changed(SIGLIP, resize=resize))
+    written(tmp_path / "out", config, words)
+    settings = json.loads((tmp_path / "out" / "processor_config.json").read_text())
+    kept = {key: settings[key] for key in settings.keys() - {"processor_class", "auto_map"}}
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    processor = MidstreamProcessor(tokenizer, **kept)
+    transform = ImageTransform(size=24, resize=resize, mean=SIGLIP.pixel_mean)  # type: ignore[arg-type]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = [
+        *[as_file(Image.fromarray(picture(*size))) for size in SIZES],
+        as_file(Image.fromarray(picture(30, 41)), exif=exif),
+        as_file(Image.fromarray(np.dstack([picture(30, 41), picture(30, 41)[..., 0]]))),
+        as_file(Image.fromarray(picture(30, 41)[..., 0].astype(np.uint16) * 250)),
+    ]
+    for data in files:
+        found = processor.pixels(Image.open(io.BytesIO(data)))
+        np.testing.assert_array_equal(found, decode_pixels(data, "here", transform))
+
+
+SIZES = [(24, 24), (24, 31), (31, 24), (60, 90), (91, 60), (7, 200), (5, 5), (100, 100)]
+
+# Pixels of pictures; logits behind Midstream's pixels; replies to the pictures, all at once.
+LOOK = """
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+found = {}
+for folder, trusted in request["folders"].items():
+    trust = {"trust_remote_code": True} if trusted else {}
+    processor = AutoProcessor.from_pretrained(folder, **trust)
+    model = AutoModelForImageTextToText.from_pretrained(folder, **trust)
+    pictures = [Image.open(path) for path in request["pictures"]]
+
+    def asked(question, sees):
+        content = [{"type": "image"}] * sees + [{"type": "text", "text": question}]
+        return [{"role": "user", "content": content}]
+
+    prompts = [processor.apply_chat_template(asked(one, 1)) for one in request["questions"]]
+    inputs = processor(images=pictures, text=prompts, return_tensors="pt", padding=True)
+    given = torch.tensor(request["pixels"])
+    with torch.no_grad():
+        first = processor(images=pictures[0], text=prompts[0], return_tensors="pt")
+        first["pixel_values"] = given[:1]
+        logits = model(**first).logits[0]
+        start = inputs["input_ids"].shape[1]
+        new = model.generate(**inputs, max_new_tokens=10)[:, start:]
+        inputs["pixel_values"] = given
+        exact = model.generate(**inputs, max_new_tokens=10)[:, start:]
+        alone = processor(text=processor.apply_chat_template(asked(request["questions"][0], 0)),
+                          return_tensors="pt")
+        blind = model.generate(**alone, max_new_tokens=10)[:, alone["input_ids"].shape[1]:]
+    whole = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image", "path": request["pictures"][0]},
+                                      {"type": "text", "text": request["questions"][0]}]}],
+        tokenize=True, return_dict=True, return_tensors="pt")
+    pixels = np.concatenate([
+        np.asarray(processor(images=one, text=prompts[0], return_tensors="pt")["pixel_values"])
+        for one in pictures])
+    found[folder] = {
+        "class": type(model).__name__, "logits": logits.tolist(), "pixels": pixels.tolist(),
+        "ids": first["input_ids"][0].tolist(), "whole": whole["input_ids"][0].tolist(),
+        "new": new.tolist(), "exact": exact.tolist(), "blind": blind.tolist(),
+    }
+print(json.dumps(found))
+"""
+
+
+@torch.no_grad()
+def expected_logits(vlm: VLM, features: Tensor, ids: list[int]) -> Tensor:
+    embeddings = vlm.decoder.embed(torch.tensor([ids]))
+    projected = vlm.project(features, embeddings)
+    assert projected is not None
+    length = projected.shape[1] + len(ids)
+    mask = None
+    if vlm.config.attention == "prefix":
+        mask = torch.ones((1, 1, length, length), dtype=torch.bool)
+    rows = torch.cat((projected, embeddings), dim=1)
+    return vlm.decoder.output(vlm.decoder(rows, torch.arange(length)[None], mask))[0]
+
+
+def looked(tmp_path: Path, configs: dict[str, VLMConfig]) -> dict[str, Any]:
+    """What a fresh Python makes of these models, and checks of what all of them share."""
+    words, folders, models = codec(), {}, {}
+    paths = []
+    for number, size in enumerate(SIZES):
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray(picture(*size)).save(paths[-1])
+    questions = [("What colour is the ball?", "How many?", "Left?")[one % 3] for one in range(8)]
+    for name, config in configs.items():
+        *models[name], report = written(tmp_path / name, config, words)
+        folders[str(tmp_path / name)] = report.own_code
+    transform = SIGLIP.transform
+    pixels = np.stack([decode_pixels(path.read_bytes(), "here", transform) for path in paths])
+    request = {
+        "folders": folders,
+        "pictures": [str(path) for path in paths],
+        "questions": questions,
+        "pixels": pixels.tolist(),
+    }
+    answers = run_fresh(LOOK, request, tmp_path)
+    stops = words.stop_ids
+    prompts = [question_ids(words, one, has_image=True) for one in questions]
+    for name, (vlm, encoder) in models.items():
+        found = answers[str(tmp_path / name)]
+        features = look_through(vlm, encoder)(torch.from_numpy(pixels))
+        assert vlm.config.encoder is not None
+        patches = vlm.config.encoder.num_patches
+        assert found["ids"] == found["whole"]
+        assert found["ids"][patches:] == prompts[0]
+        assert len(set(found["ids"][:patches])) == 1
+        rows = vlm.config.decoder.vocab_size
+        logits = torch.tensor(found["logits"])[:, :rows]
+        assert (logits - expected_logits(vlm, features[:1], prompts[0])).abs().max() <= 1e-5
+        made_ = generate(vlm, prompts, features, max_new_tokens=10, stop_ids=stops, batch_size=4)
+        assert cut(found["exact"], stops) == made_
+        print(name, made_)
+        assert len({token for row in made_ for token in row}) > 5
+        blind = question_ids(words, questions[0], has_image=False)
+        told = generate(vlm, [blind], None, max_new_tokens=10, stop_ids=stops, batch_size=1)
+        assert cut(found["blind"], stops) == told
+        found["difference"] = np.abs(np.array(found["pixels"]) - pixels).max(axis=(1, 2, 3))
+        found["expected"] = made_
+    return {name: answers[str(tmp_path / name)] for name in configs}
+
+
+def cut(rows: list[list[int]], stops: frozenset[int]) -> list[list[int]]:
+    return [row[: next((i for i, one in enumerate(row) if one in stops), None)] for row in rows]
+
+
+@pytest.mark.slow
+def test_own_modelling_files_answer_as_midstream_does_in_a_fresh_python(tmp_path: Path) -> None:
+    configs = {
+        "openlm": OWN["the decoder is OpenLM's"],
+        "norow": changed(OWN["decoder is OpenLM's"], attention="prefix"),
+        "fused": changed(OWN["not one tower but fused"], attention="prefix"),
+    }
+    for name, found in looked(tmp_path, configs).items():
+        assert found["class"] == "MidstreamForConditionalGeneration", name
+        assert found["difference"].max() == 0
+        assert found["new"] == found["exact"]
+
+
+@pytest.mark.slow
+def test_stock_llava_folders_answer_as_midstream_does_in_a_fresh_python(tmp_path: Path) -> None:
+    configs = {
+        name.replace(" ", "_"): changed(STOCK[name], owns_encoder=True)
+        for name in ("siglip", "no spare row", "dinov2, gpt_neox")
+    }
+    for name, found in looked(tmp_path, configs).items():
+        assert found["class"] == "LlavaForConditionalGeneration", name
+        if "siglip" in name:
+            # A picture of the encoder's size keeps its pixels.
+            assert found["difference"][0] <= 1e-6

@@ -1,0 +1,69 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from midstream.exchange.vision_checkpoints import is_encoder, read_encoder
+from midstream.storage import read_json, write_json
+from vision_checkpoints import BUILD, build_tower, save_tower, vision_part
+
+PATCHES = {"siglip": 16, "whole siglip": 16, "siglip2": 16}
+
+
+@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("kind", BUILD)
+def test_a_saved_tower_is_read_with_all_that_it_says(
+    kind: str, shard: bool, tmp_path: Path
+) -> None:
+    folder = save_tower(kind, tmp_path, shard=shard)
+    assert len(list(folder.glob("*.safetensors"))) == 1 if not shard else True
+    assert is_encoder(folder)
+    config, tensors = read_encoder(folder)
+    expected = vision_part(build_tower(kind)).state_dict()
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], value) for name, value in expected.items())
+    assert config.num_patches == config.position_patches == PATCHES.get(kind, 25)
+    assert (config.hidden_size, config.num_layers, config.num_heads) == (32, 3, 2)
+    assert config.intermediate_size == 64
+    assert config.family == kind.replace("whole ", "").split(" ")[0]
+    assert config.num_registers == (3 if "registers" in kind else 0)
+    assert config.ffn == ("swiglu" if "swiglu" in kind else "mlp")
+    assert config.hidden_act == ("gelu" if "dinov2" in kind else "gelu_pytorch_tanh")
+    assert config.pixel_mean[0] == (0.485 if "dinov2" in kind else 0.5)
+    assert config.feature_layer == -2
+
+
+def test_a_language_model_is_no_encoder(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {"model_type": "llama"})
+    assert not is_encoder(tmp_path)
+    assert not is_encoder(tmp_path / "nothing")
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    folder = save_tower("siglip", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["encoder.layers.1.mlp.fc1.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing encoder\.layers\.1\.mlp\.fc1\.weight"):
+        read_encoder(folder)
+
+
+def test_a_tower_without_a_pooling_head_is_whole(tmp_path: Path) -> None:
+    folder = save_tower("siglip", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if not name.startswith("head.")}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    _, found = read_encoder(folder)
+    assert found.keys() == kept.keys()
+
+
+def test_half_precision_is_widened(tmp_path: Path) -> None:
+    folder = save_tower("siglip", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    half = {name: value.bfloat16() for name, value in tensors.items()}
+    save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
+    _, found = read_encoder(folder)
+    assert all(value.dtype == torch.float32 for value in found.values())
+    assert all(torch.equal(value, half[name].float()) for name, value in found.items())
+    assert read_json(folder / "config.json")["model_type"] == "siglip_vision_model"

@@ -1,0 +1,283 @@
+import itertools
+import math
+import shutil
+from collections.abc import Iterator
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from midstream.batch import PADDING
+from midstream.config import Attention, DecoderConfig
+from midstream.model import attention
+from midstream.model.attention import Mask, attend, make_mask
+from midstream.model.decoder import Decoder
+from midstream.model.initialise import initialise
+
+KINDS: tuple[Attention, ...] = get_args(Attention)
+TINY = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=50)
+every_kind = pytest.mark.parametrize("kind", KINDS)
+without_flex_warning = pytest.mark.filterwarnings("ignore:flex_attention called without")
+with_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="FlexAttention has kernels and a backward on a GPU only"
+)
+
+
+def random_rows(rows: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Segment ids and prefixes: segments of random lengths, some with a prefix (an image and a
+    question), one position of prefix for the others; padding behind some rows and amid the first,
+    so that no kind of attention is plain."""
+    source = torch.Generator().manual_seed(seed)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=source))
+
+    segment_ids = torch.full((rows, length), PADDING)
+    prefix = torch.zeros(rows, length, dtype=torch.bool)
+    for row in range(rows):
+        end, segment = 0, 0
+        limit = length if row % 2 else number(length // 2, length)
+        while end < limit:
+            size = min(number(1, 2 + length // 2), limit - end)
+            segment_ids[row, end : end + size] = segment
+            prefix[row, end : end + (number(1, size + 1) if number(0, 3) else 1)] = True
+            end, segment = end + size, segment + 1
+    segment_ids[0, length // 3], prefix[0, length // 3] = PADDING, False
+    return segment_ids, prefix
+
+
+def mask_of(kind: Attention, segment_ids: Tensor, prefix: Tensor, *, dense: bool) -> Mask:
+    return make_mask(segment_ids, prefix if kind == "prefix" else None, kind, dense=dense)
+
+
+def sees(kind: str, segments: list[int], prefix: list[bool], query: int, key: int) -> bool:
+    if query == key:
+        return True
+    if PADDING in (segments[query], segments[key]):
+        return False
+    if kind == "causal":
+        return key < query
+    if segments[query] != segments[key]:
+        return False
+    return key < query or (kind == "prefix" and prefix[query] and prefix[key])
+
+
+def plain_attention(
+    kind: str, segment_ids: Tensor, prefix: Tensor, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """Row by row, head by head, position by position."""
+    rows, heads, length, channels = query.shape
+    found = []
+    for row in range(rows):
+        segments, first = segment_ids[row].tolist(), prefix[row].tolist()
+        for head in range(heads):
+            for t in range(length):
+                seen = [s for s in range(length) if sees(kind, segments, first, t, s)]
+                scores = key[row, head, seen] @ query[row, head, t] / math.sqrt(channels)
+                weights = scores.exp() / scores.exp().sum()
+                found.append(weights @ value[row, head, seen])
+    return torch.stack(found).view(rows, heads, length, channels)
+
+
+def random_heads(rows: int, length: int, channels: int, seed: int) -> list[Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    shape = (rows, 2, length, channels)
+    return [torch.randn(shape, generator=source, dtype=torch.float64) for _ in range(4)]
+
+
+def with_gradients(result: Tensor, parts: list[Tensor], upstream: Tensor) -> list[Tensor]:
+    gradients = torch.autograd.grad(result, parts, upstream)
+    return [result.detach(), *gradients]
+
+
+@every_kind
+@pytest.mark.parametrize("seed", range(4))
+def test_dense_attention_and_its_gradients_equal_a_plain_reference(
+    kind: Attention, seed: int
+) -> None:
+    segment_ids, prefix = random_rows(3, 21, seed)
+    *parts, upstream = random_heads(3, 21, 6, seed)
+    parts = [part.requires_grad_() for part in parts]
+    mask = mask_of(kind, segment_ids, prefix, dense=True)
+    assert isinstance(mask, Tensor)
+    found = with_gradients(attend(*parts, mask), parts, upstream)
+    plain = plain_attention(kind, segment_ids, prefix, *parts)
+    for one, other in zip(found, with_gradients(plain, parts, upstream), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
+@every_kind
+@without_flex_warning
+# More positions than one block of FlexAttention, and heads narrower than its kernels take.
+@pytest.mark.parametrize(("length", "channels"), [(21, 6), (150, 24), (256, 16)])
+def test_flex_attention_equals_the_dense_one(kind: Attention, length: int, channels: int) -> None:
+    segment_ids, prefix = random_rows(3, length, length)
+    query, key, value, _ = (part.float() for part in random_heads(3, length, channels, length))
+    blocks = mask_of(kind, segment_ids, prefix, dense=False)
+    dense = mask_of(kind, segment_ids, prefix, dense=True)
+    assert isinstance(blocks, BlockMask)
+    torch.testing.assert_close(
+        attend(query, key, value, blocks), attend(query, key, value, dense), atol=2e-6, rtol=2e-6
+    )
+
+
+@every_kind
+@without_flex_warning
+def test_a_decoder_takes_both_masks_with_equal_results(kind: Attention) -> None:
+    decoder = decoder_of()
+    segment_ids, prefix = random_rows(2, 40, 5)
+    found = [
+        outputs(decoder, ids_of(2, 40), mask_of(kind, segment_ids, prefix, dense=dense))
+        for dense in (True, False)
+    ]
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def no_kernels() -> Iterator[None]:
+    """Torch keeps a limited number of kernels a process."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a compiler of C++")
+@every_kind
+@torch.no_grad()
+def test_compiled_attention_equals_the_dense_one_and_takes_new_masks_as_they_come(
+    kind: Attention, no_kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "flex_attention", attention._fused())
+    for seed in range(4):
+        segment_ids, prefix = random_rows(3, 150, seed)
+        query, key, value, _ = (part.float() for part in random_heads(3, 150, 8, seed))
+        blocks = mask_of(kind, segment_ids, prefix, dense=False)
+        with torch.compiler.set_stance("default" if seed == 0 else "fail_on_recompile"):
+            found = attend(query, key, value, blocks)
+        dense = mask_of(kind, segment_ids, prefix, dense=True)
+        torch.testing.assert_close(found, attend(query, key, value, dense), atol=2e-6, rtol=2e-6)
+
+
+@with_gpu
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("length", "channels"), [(100, 8), (256, 64), (300, 72), (1030, 128)])
+def test_flex_attention_on_a_gpu_and_its_gradients_equal_the_dense_one(
+    kind: Attention, dtype: torch.dtype, length: int, channels: int, no_kernels: None
+) -> None:
+    device = torch.device("cuda")
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    for seed in range(2):
+        segment_ids, prefix = random_rows(3, length, seed)
+        *parts, upstream = (
+            part.to(dtype).to(device) for part in random_heads(3, length, channels, seed)
+        )
+        results = []
+        for dense, exact in ((False, False), (True, True)):
+            mine = [(part.double() if exact else part).requires_grad_() for part in parts]
+            above = upstream.double() if exact else upstream
+            mask = mask_of(kind, segment_ids.to(device), prefix.to(device), dense=dense)
+            results.append(with_gradients(attend(*mine, mask), mine, above))
+        for fast, plain in zip(*results, strict=True):
+            assert (fast.double() - plain).abs().max() < tolerance * plain.abs().max()
+
+
+@with_gpu
+def test_a_new_mask_of_the_same_shape_compiles_nothing_anew(no_kernels: None) -> None:
+    *parts, upstream = (part.float().cuda() for part in random_heads(3, 256, 64, 0))
+    parts = [part.requires_grad_() for part in parts]
+    for seed in range(12):
+        segment_ids, prefix = (part.cuda() for part in random_rows(3, 256, seed))
+        mask = mask_of("prefix", segment_ids, prefix, dense=False)
+        with torch.compiler.set_stance("default" if seed == 0 else "fail_on_recompile"):
+            with_gradients(attend(*parts, mask), parts, upstream)
+
+
+PLAIN_ROWS = [
+    # segments of the second row, prefix of the second row; plain under causal, segments, prefix
+    ([0, 0, 0, 0], [1, 0, 0, 0], (True, True, True)),
+    ([0, 0, 0, 0], [1, 1, 0, 0], (True, True, False)),
+    ([0, 0, 0, -1], [1, 0, 0, 0], (True, True, True)),
+    ([0, 0, 0, -1], [1, 1, 1, 0], (True, True, False)),
+    ([-1, -1, -1, -1], [0, 0, 0, 0], (True, True, True)),
+    ([0, 0, 1, 1], [1, 0, 1, 0], (True, False, False)),
+    ([0, 1, 2, -1], [1, 1, 1, 0], (True, False, False)),
+    ([-1, 0, 0, 0], [0, 1, 0, 0], (False, False, False)),
+    ([0, -1, 0, 0], [1, 0, 0, 0], (False, False, False)),
+]
+
+
+@pytest.mark.parametrize(("segments", "prefix", "plain"), PLAIN_ROWS)
+@pytest.mark.parametrize("dense", [True, False])
+def test_no_mask_is_made_where_plain_causal_attention_is_the_same(
+    segments: list[int], prefix: list[int], plain: tuple[bool, ...], dense: bool
+) -> None:
+    segment_ids = torch.tensor([[0] * 4, segments])
+    prefixes = torch.tensor([[1, 0, 0, 0], prefix]).bool()
+    made = [mask_of(kind, segment_ids, prefixes, dense=dense) is None for kind in KINDS]
+    assert KINDS == ("causal", "segments", "prefix")
+    assert made == list(plain)
+
+
+@every_kind
+def test_no_mask_and_the_rule_agree_at_every_held_position(kind: Attention) -> None:
+    # Every row of three positions whose segments go up, with every prefix.
+    for segments in itertools.product((PADDING, 0, 1), repeat=3):
+        held = [segment for segment in segments if segment != PADDING]
+        if held != sorted(held):
+            continue
+        for flags in itertools.product((False, True), repeat=3):
+            first = [flag and mine != PADDING for flag, mine in zip(flags, segments, strict=True)]
+            made = mask_of(kind, torch.tensor([segments]), torch.tensor([first]), dense=True)
+            allowed = [
+                [sees(kind, list(segments), first, t, s) for s in range(3)] for t in range(3)
+            ]
+            if made is not None:
+                assert isinstance(made, Tensor)
+                assert made[0, 0].tolist() == allowed
+                continue
+            for t in range(3):
+                assert segments[t] == PADDING or allowed[t] == [s <= t for s in range(3)]
+
+
+# -------------------------------------------------------------------------------- in a decoder
+
+
+def decoder_of() -> Decoder:
+    decoder = Decoder(TINY)
+    initialise(decoder, 0)
+    return decoder
+
+
+def ids_of(rows: int, length: int) -> Tensor:
+    return torch.randint(0, 50, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def outputs(decoder: Decoder, input_ids: Tensor, mask: Mask) -> Tensor:
+    position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    found: Tensor = decoder(decoder.embed(input_ids), position_ids, mask)
+    return found
+
+
+@every_kind
+def test_a_changed_token_changes_exactly_the_positions_that_see_it(kind: Attention) -> None:
+    decoder, length, first = decoder_of(), 14, 5
+    segment_ids = torch.tensor([[0] * 9 + [PADDING] + [1] * 4])
+    prefix = torch.tensor([[True] * first + [False] * 4 + [True] * 2 + [False] * 3])
+    mask = mask_of(kind, segment_ids, prefix, dense=True)
+    before = outputs(decoder, ids_of(1, length), mask)
+    for changed in range(length):
+        other = ids_of(1, length)
+        other[0, changed] = (other[0, changed] + 1) % 50
+        differs = (outputs(decoder, other, mask) != before).any(dim=-1)[0].tolist()
+        segments, flags = segment_ids[0].tolist(), prefix[0].tolist()
+        assert differs == [sees(kind, segments, flags, t, changed) for t in range(length)]
+        # In words, for what training depends on: no position outside the prefix hears of what
+        # comes later, and inside it they all hear of each other under prefix attention alone.
+        assert not any(differs[t] for t in range(changed) if not flags[t])
+        if changed < first:
+            assert all(differs[:first]) == (kind == "prefix" or changed == 0)

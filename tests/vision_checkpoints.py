@@ -1,0 +1,68 @@
+"""Tiny vision checkpoints in the layouts of the hub, saved by `transformers`: random weights."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+SIGLIP = SIZES | {"intermediate_size": 64, "image_size": 32, "patch_size": 8}
+DINOV2 = SIZES | {"mlp_ratio": 2, "image_size": 40, "patch_size": 8}
+TEXT = SIZES | {"intermediate_size": 64, "vocab_size": 40}
+
+
+def _whole_siglip() -> Any:
+    parts = {"vision_config": SIGLIP, "text_config": TEXT}
+    return transformers.SiglipModel(transformers.SiglipConfig(**parts))
+
+
+BUILD: dict[str, Callable[[], Any]] = {
+    "siglip": lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SIGLIP)),
+    "whole siglip": _whole_siglip,
+    "siglip2": lambda: transformers.Siglip2VisionModel(
+        transformers.Siglip2VisionConfig(
+            **SIZES, intermediate_size=64, patch_size=8, num_patches=16
+        )
+    ),
+    "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**DINOV2)),
+    "dinov2 swiglu": lambda: transformers.Dinov2Model(
+        transformers.Dinov2Config(**DINOV2, use_swiglu_ffn=True)
+    ),
+    "dinov2 with registers": lambda: transformers.Dinov2WithRegistersModel(
+        transformers.Dinov2WithRegistersConfig(**DINOV2, num_register_tokens=3)
+    ),
+}
+
+
+def build_tower(kind: str, seed: int = 0) -> Any:
+    """A model of one kind whose every tensor is random (norms and tokens too)."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = BUILD[kind]().eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                noise = torch.randn_like(parameter)
+                gain = parameter.ndim == 1 and not name.endswith("bias")
+                parameter.copy_(1 + 0.2 * noise if gain else 0.2 * noise)
+    return model
+
+
+def save_tower(kind: str, folder: Path, *, seed: int = 0, shard: bool = False) -> Path:
+    """Save a tower with its preprocessor_config.json; returns the folder."""
+    model = build_tower(kind, seed)
+    model.save_pretrained(folder, **({"max_shard_size": "20KB"} if shard else {}))
+    if kind.startswith("dinov2"):
+        mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    else:
+        mean, std = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]
+    stated = {"image_mean": mean, "image_std": std, "size": {"height": 32, "width": 32}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(stated))
+    return folder
+
+
+def vision_part(model: Any) -> Any:
+    """The tower itself, also inside a whole SigLIP."""
+    return model.vision_model if isinstance(model, transformers.SiglipModel) else model
