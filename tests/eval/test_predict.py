@@ -90,7 +90,7 @@ def test_the_picture_changes_the_answer(answerer: ModelAnswerer, pictures: list[
     assert len(set(found)) >= 2
 
 
-def by_hand(answerer: ModelAnswerer, ids: list[int], picture: Path | None) -> str:
+def ids_by_hand(answerer: ModelAnswerer, ids: list[int], picture: Path | None) -> list[int]:
     features = None
     if picture is not None:
         pixels = to_pixels(decode(picture.read_bytes(), str(picture)), tiny.ENCODER.transform)
@@ -105,7 +105,11 @@ def by_hand(answerer: ModelAnswerer, ids: list[int], picture: Path | None) -> st
         stop_ids=frozenset({codec.separator, codec.end_of_text}),
         batch_size=4,
     )
-    return codec.decode(new).strip()
+    return new
+
+
+def by_hand(answerer: ModelAnswerer, ids: list[int], picture: Path | None) -> str:
+    return answerer.codec.decode(ids_by_hand(answerer, ids, picture)).strip()
 
 
 def test_questions_stand_as_in_fine_tuning_with_and_without_a_picture(
@@ -116,6 +120,45 @@ def test_questions_stand_as_in_fine_tuning_with_and_without_a_picture(
         head = [] if picture is None else [codec.separator]
         assert question_ids(codec, question, has_image=picture is not None) == head + turn
         assert answerer.generate([question], [picture]) == [by_hand(answerer, head + turn, picture)]
+
+
+def test_a_picture_is_encoded_once_for_all_questions_about_it(
+    codec: TextCodec, encode: Encode, answerer: ModelAnswerer, pictures: list[Path]
+) -> None:
+    seen: list[int] = []
+
+    def counting(pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(pixels))
+        return encode(pixels)
+
+    other = ModelAnswerer(
+        answerer.model,
+        codec,
+        encode=counting,
+        encoder=tiny.ENCODER,
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=4,
+    )
+    images: list[Path | None] = [pictures[k] for k in (2, 0, 2, 2, 0, 2)]
+    assert other.generate(QUESTIONS, images) == answerer.generate(QUESTIONS, images)
+    assert seen == [2]
+    other.generate(QUESTIONS[:2], [pictures[1], pictures[0]])
+    assert seen == [2, 1]
+
+
+def test_an_answer_ends_at_any_stop_id_of_the_codec(
+    answerer: ModelAnswerer,
+    codec: TextCodec,
+    pictures: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ids = question_ids(codec, QUESTIONS[0], has_image=True)
+    whole = ids_by_hand(answerer, ids, pictures[0])
+    stop = whole[2]
+    monkeypatch.setattr(TextCodec, "stop_ids", property(lambda _codec: frozenset({stop})))
+    expected = codec.decode(whole[: whole.index(stop)]).strip()
+    assert answerer.generate(QUESTIONS[:1], pictures[:1]) == [expected]
+    assert expected != codec.decode(whole).strip()
 
 
 def test_a_picture_for_a_model_without_an_encoder_is_refused(

@@ -1,4 +1,4 @@
-"""Tiny tokenizers and decoders, and a fresh Python without Midstream that reads what was exported."""
+"""Tiny tokenizers and models, and a fresh Python without Midstream that reads exports."""
 
 import json
 import os
@@ -135,10 +135,12 @@ def made(config: VLMConfig) -> tuple[VLM, nn.Module | None]:
     if encoder is None and config.encoder is not None:
         encoder = build_encoder(config.encoder)
     source = torch.Generator().manual_seed(7)
-    for module in {vlm, *([] if encoder is None else [encoder])}:
-        for _, value in sorted(module.named_parameters()):
-            value.normal_(std=0.25, generator=source)
-        module.eval()
+    parts = [vlm] if encoder is None or encoder is vlm.encoder else [vlm, encoder]
+    for part in parts:
+        for name, value in part.named_parameters():
+            gain = value.ndim == 1 and not name.endswith("bias")
+            value.normal_(mean=float(gain), std=0.3, generator=source)
+        part.eval()
     return vlm, encoder
 
 

@@ -343,8 +343,7 @@ def looked(tmp_path: Path, configs: dict[str, VLMConfig]) -> dict[str, Any]:
         assert (logits - expected_logits(vlm, features[:1], prompts[0])).abs().max() <= 1e-5
         made_ = generate(vlm, prompts, features, max_new_tokens=10, stop_ids=stops, batch_size=4)
         assert cut(found["exact"], stops) == made_
-        print(name, made_)
-        assert len({token for row in made_ for token in row}) > 5
+        assert len({tuple(row) for row in made_}) > 1
         blind = question_ids(words, questions[0], has_image=False)
         told = generate(vlm, [blind], None, max_new_tokens=10, stop_ids=stops, batch_size=1)
         assert cut(found["blind"], stops) == told

@@ -91,7 +91,7 @@ def write_llava(
     write_chat_template(folder, sees=True)
     _write_processor(tower, folder)
     check_tokenizer(folder, codec, config, chats=True)
-    notes = (
+    notes: tuple[str, ...] = (
         "Pictures are resized by the stock image processor; one that has the encoder's size keeps "
         "its pixels, others come out a little differently.",
     )

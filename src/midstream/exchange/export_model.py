@@ -8,7 +8,7 @@ file of its own (`trust_remote_code`).
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -52,12 +52,12 @@ def export(opened: OpenedModel, out: Path, *, text_only: bool) -> ExportReport:
     folder, a weight is not finite, `text_only` leaves nothing out, or the tokenizer cannot be
     written; RuntimeError if the folder, read back, computes something else than the model.
     """
-    refuse(opened.vlm, opened.codec, opened.encoder, out)
-    if text_only and opened.encoder is None:
+    seeing = cast(VisionEncoder | None, opened.encoder)
+    refuse(opened.vlm, opened.codec, seeing, out)
+    if text_only and seeing is None:
         raise ValueError(f"{opened.name} sees nothing and is exported as text; drop --text-only")
     with new_folder(out) as folder:
-        encoder = None if text_only else opened.encoder
-        report = write_folder(opened.vlm, opened.codec, encoder, folder)
+        report = write_folder(opened.vlm, opened.codec, None if text_only else seeing, folder)
         write_bytes(folder / "README.md", model_card(opened, report).encode())
         write_json(folder / MARK, report.as_json() | {"stage": opened.name})
     return report

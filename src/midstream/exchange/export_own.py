@@ -69,14 +69,15 @@ def write_own(
     weights = _weights(vlm, encoder)
     kind = save_model(MidstreamForConditionalGeneration, config, weights, stops, folder)
     check_tokenizer(folder, codec, config, chats=True)
-    notes = ()
+    notes: tuple[str, ...] = ()
     if token >= vlm.config.decoder.vocab_size:
         notes = (f"{IMAGE_MARK} has the id {token}, behind the vocabulary's rows; it needs none.",)
     return read_back(kind, folder), notes
 
 
 def _weights(vlm: VLM, encoder: VisionEncoder) -> dict[str, Tensor]:
-    assert vlm.projector is not None and vlm.config.encoder is not None
+    assert vlm.projector is not None, "it has an encoder"
+    assert vlm.config.encoder is not None
     found: dict[str, Tensor] = {}
     for index, (config, tower) in enumerate(towers_of(vlm.config.encoder, encoder)):
         for name, value in fixed_tower(config, tower).items():

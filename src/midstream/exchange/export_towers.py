@@ -1,4 +1,4 @@
-"""The tensors of a vision tower under names of our own, whatever version of transformers named them.
+"""The tensors of a vision tower under names of our own, whichever transformers named them.
 
 patch.*  positions  class  registers  norm.*
 blocks.N.{norm1, query, key, value, out, norm2, fc1, fc2}.*   blocks.N.{scale1, scale2}
@@ -108,6 +108,7 @@ def fixed_tower(config: AnyEncoderConfig, tower: VisionEncoder) -> dict[str, Ten
 
     Positions are interpolated here; a linear map of flat patches becomes a convolution.
     """
+    assert not isinstance(config, FusedEncoder), "its towers are asked one by one"
     size, width = config.patch_size, config.hidden_size
     if isinstance(config, PatchProjection):
         weight, bias = (
@@ -115,7 +116,6 @@ def fixed_tower(config: AnyEncoderConfig, tower: VisionEncoder) -> dict[str, Ten
             tower.state_dict()["projection.bias"],
         )
         return {"patch.weight": weight.reshape(width, 3, size, size), "patch.bias": bias}
-    assert isinstance(config, EncoderConfig)
     own = tower_tensors(tower)
     if config.family == "siglip2":
         flat = own["patch.weight"].reshape(width, size, size, 3)

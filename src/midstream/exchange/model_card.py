@@ -6,7 +6,7 @@ The same store gives the same bytes: no date, no path of this machine.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import Environment, StrictUndefined
 from pydantic import ValidationError
@@ -22,7 +22,6 @@ from midstream.config import (
 from midstream.exchange.export_report import ExportReport
 from midstream.model.vlm import VLM
 from midstream.open_model import OpenedModel
-from midstream.storage import read_json
 from midstream.study.ledger import Ledger
 from midstream.study.stage import (
     Continue,
@@ -175,7 +174,7 @@ def _history(opened: OpenedModel) -> Iterator[tuple[Stage, float]]:
     share = opened.completion
     while stage is not None:
         chain.append((stage, share))
-        share, before = 1.0, None
+        share, before = 1.0, cast(Stage | None, None)
         if isinstance(stage, Finetune):
             before = stage.start
         elif isinstance(stage, Continue):

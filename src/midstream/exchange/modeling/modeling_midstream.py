@@ -57,7 +57,7 @@ class VisionBlock(nn.Module):
             inner = silu(gate) * up
         else:
             inner = self.act(inner)
-        new = self.fc2(inner)
+        new: Tensor = self.fc2(inner)
         return hidden + (new if self.scale2 is None else new * self.scale2)
 
 

@@ -114,12 +114,12 @@ class OpenLMModel(nn.Module):
 
     def __init__(self, config: OpenLMConfig) -> None:
         super().__init__()
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.tok_embeddings: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             OpenLMLayer(config, index) for index in range(config.num_hidden_layers)
         )
         self.norm = OpenLMNorm(config.hidden_size, config.norm_eps)
-        self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.output: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
 
 class OpenLMForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]

@@ -100,7 +100,8 @@ def rgb(picture: Any) -> Image.Image:
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    upright: Image.Image = picture.convert("RGB")
+    return upright
 
 
 def fitted(raster: np.ndarray, size: int, resize: str, mean: list[float]) -> np.ndarray:
