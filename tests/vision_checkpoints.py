@@ -66,3 +66,29 @@ def save_tower(kind: str, folder: Path, *, seed: int = 0, shard: bool = False) -
 def vision_part(model: Any) -> Any:
     """The tower itself, also inside a whole SigLIP."""
     return model.vision_model if isinstance(model, transformers.SiglipModel) else model
+
+
+@torch.no_grad()
+def hidden_states(kind: str, pixels: torch.Tensor, seed: int = 0) -> list[torch.Tensor]:
+    """What `transformers` records behind the embeddings and each block: the patches' part."""
+    tower = vision_part(build_tower(kind, seed))
+    if kind.startswith("dinov2"):
+        skipped = 1 + getattr(tower.config, "num_register_tokens", 0)
+        states = tower(pixels, output_hidden_states=True).hidden_states
+        return [state[:, skipped:] for state in states]
+    if kind != "siglip2":
+        found = tower(pixels, output_hidden_states=True, interpolate_pos_encoding=True)
+        return list(found.hidden_states)
+    # NaFlex takes patches as its image processor flattens them: row, column, channel.
+    side = pixels.shape[-1] // 8
+    corners = [(8 * y, 8 * x) for y in range(side) for x in range(side)]
+    patches = [
+        pixels[:, :, y : y + 8, x : x + 8].permute(0, 2, 3, 1).flatten(1) for y, x in corners
+    ]
+    found = tower(
+        torch.stack(patches, dim=1),
+        pixel_attention_mask=torch.ones((len(pixels), side * side), dtype=torch.long),
+        spatial_shapes=torch.tensor([[side, side]] * len(pixels)),
+        output_hidden_states=True,
+    )
+    return list(found.hidden_states)

@@ -40,6 +40,7 @@ CONFIG = EncoderConfig(
     image_size=8, patch_size=4, hidden_size=6, num_layers=2, num_heads=1, intermediate_size=8
 )
 CODED = CONFIG.model_copy(update={"feature_dtype": "int8"})
+WHOLE = CONFIG.model_copy(update={"feature_dtype": "float32"})
 # More pictures than two batches, and examples that share them.
 NUM_PICTURES = 2 * FILL_BATCH + 3
 
@@ -130,7 +131,7 @@ def talks(tmp_path_factory: pytest.TempPathFactory, shown: list[int | None]) -> 
     return make_source(base, "talks", "instruct", [3] * len(shown), pictures=shown, shards=3)
 
 
-@pytest.mark.parametrize("config", [CONFIG, CODED], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("config", [CONFIG, CODED, WHOLE], ids=["bfloat16", "int8", "float32"])
 def test_stored_features_are_the_live_ones_and_each_picture_is_computed_once(
     tmp_path: Path, talks: Source, shown: list[int | None], config: EncoderConfig
 ) -> None:
@@ -149,7 +150,7 @@ def test_stored_features_are_the_live_ones_and_each_picture_is_computed_once(
     assert again.calls == 0
 
 
-@pytest.mark.parametrize("config", [CONFIG, CODED], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("config", [CONFIG, CODED, WHOLE], ids=["bfloat16", "int8", "float32"])
 @settings(deadline=None, max_examples=25)
 @given(cuts=st.lists(st.integers(1, 11), min_size=1, max_size=8))
 def test_live_features_do_not_depend_on_how_pictures_are_grouped(
@@ -321,6 +322,8 @@ def test_a_bfloat16_feature_keeps_eight_bits(seed: int) -> None:
     found = unpack(pack(features, CONFIG), CONFIG)
     assert ((found - features).abs() <= features.abs() * 2**-8).all()
     assert torch.equal(found.bfloat16().float(), found)
+    assert not torch.equal(found, features)
+    assert torch.equal(unpack(pack(features, WHOLE), WHOLE), features)
 
 
 def test_rounding_errors_are_measured_and_kept_with_the_store(
@@ -348,7 +351,7 @@ def test_rounding_errors_are_measured_and_kept_with_the_store(
     )
 
 
-@pytest.mark.parametrize("config", [CONFIG, CODED], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("config", [CONFIG, CODED, WHOLE], ids=["bfloat16", "int8", "float32"])
 def test_features_that_are_no_numbers_stop_the_fill_by_their_record(
     tmp_path: Path, talks: Source, config: EncoderConfig
 ) -> None:

@@ -47,7 +47,7 @@ request = json.loads(sys.stdin.read())
 """
 
 
-def codec(*, adds_start: bool = False) -> TextCodec:
+def codec(*, adds_start: bool = False, texts: tuple[str, ...] = TEXTS) -> TextCodec:
     """A byte-level tokenizer of 300 ids; `adds_start` puts a start token before each text."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -56,7 +56,7 @@ def codec(*, adds_start: bool = False) -> TextCodec:
     trainer = BpeTrainer(
         vocab_size=300, initial_alphabet=ByteLevel.alphabet(), special_tokens=special
     )
-    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    tokenizer.train_from_iterator(texts * 3, trainer)
     if adds_start:
         tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return TextCodec(tokenizer)

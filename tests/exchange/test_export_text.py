@@ -201,6 +201,15 @@ def test_weights_that_are_not_finite_and_tokenizers_that_are_too_large_are_refus
         refuse(small, codec(), None, tmp_path / "out")
 
 
+def test_a_tokenizer_that_transformers_would_read_otherwise_is_refused(tmp_path: Path) -> None:
+    # Qwen's own cuts each digit off; here three of them are one token.
+    words = codec(texts=("In 2049 there were 100 and 200 and 300 of them", "and 400 more of them"))
+    config = VLMConfig(decoder=stock("qwen2"))
+    with pytest.raises(ValueError, match="Qwen2Tokenizer, by which transformers reads.*qwen2 mod"):
+        written(tmp_path / "out", config, words)
+    written(tmp_path / "llama", VLMConfig(decoder=stock()), words)
+
+
 def test_only_a_folder_that_was_exported_is_written_over(tmp_path: Path) -> None:
     vlm, _ = made(VLMConfig(decoder=OPENLM))
     (tmp_path / "out").mkdir()

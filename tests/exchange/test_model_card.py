@@ -31,7 +31,7 @@ def test_the_card_tells_what_the_ledger_knows_and_names_what_is_missing(
     assert f"Tokens seen: {results['tokens_seen']:,} in {results['steps']:,} steps" in card
     assert f"text {results['tokens']['text']:,}" in card
     assert f"| web | text | {results['sources']['web']['realised_tokens']:,} |" in card
-    assert "the weights at 40% of its tokens were used" in card
+    assert "the weights at 40 % of its tokens were used" in card
     assert f"peak_rate {tiny.RATE}, end_rate {tiny.END_RATE}, warmup_fraction 0.1" in card
     assert tiny_ledger.results(tiny.DATA)["tokenizer_sha256"] in card
     assert "Missing: the store holds no finished evaluation of this model." in card

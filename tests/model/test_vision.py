@@ -19,7 +19,7 @@ from midstream.model.vision import (
     load_towers,
 )
 from midstream.model.weights import save_weights, weights_digest
-from vision_checkpoints import BUILD, build_tower, save_tower, vision_part
+from vision_checkpoints import BUILD, build_tower, hidden_states, save_tower, vision_part
 
 CONFIG = EncoderConfig(
     image_size=16, patch_size=4, hidden_size=32, num_layers=3, num_heads=2, intermediate_size=64
@@ -51,40 +51,14 @@ def loaded(kind: str, folder: Path, **changes: Any) -> VisionEncoder:
 @torch.no_grad()
 def theirs(kind: str, pixels: torch.Tensor, layer: int, final_norm: bool) -> torch.Tensor:
     """What `transformers` records for a layer: patches only."""
-    tower = vision_part(build_tower(kind))
-    side = pixels.shape[-1] // 8
-    if kind == "siglip2":
-        # NaFlex: patches as its image processor flattens them, row, column, channel.
-        images = []
-        for picture in pixels:
-            rows = [
-                picture[:, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8].permute(1, 2, 0).reshape(-1)
-                for y in range(side)
-                for x in range(side)
-            ]
-            images.append(torch.stack(rows))
-        states = tower(
-            torch.stack(images),
-            pixel_attention_mask=torch.ones(len(pixels), side * side, dtype=torch.long),
-            spatial_shapes=torch.tensor([[side, side]] * len(pixels)),
-            output_hidden_states=True,
-        ).hidden_states
-        skipped, norm = 0, tower.post_layernorm
-    elif kind.startswith("dinov2"):
-        states = tower(pixels, output_hidden_states=True).hidden_states
-        skipped, norm = 1 + getattr(tower.config, "num_register_tokens", 0), tower.layernorm
-    else:
-        states = tower(
-            pixels, output_hidden_states=True, interpolate_pos_encoding=True
-        ).hidden_states
-        skipped, norm = 0, tower.post_layernorm
+    states = hidden_states(kind, pixels)
     assert len(states) == 4
-    found = states[layer][:, skipped:]
-    return norm(found) if final_norm else found
+    tower = vision_part(build_tower(kind))
+    norm = tower.layernorm if kind.startswith("dinov2") else tower.post_layernorm
+    return norm(states[layer]) if final_norm else states[layer]
 
 
-@pytest.mark.parametrize("final_norm", [False, True])
-@pytest.mark.parametrize("layer", [-1, -2, -3])
+@pytest.mark.parametrize(("layer", "final_norm"), [(-1, True), (-2, False), (-3, False)])
 @pytest.mark.parametrize("scale", [1.0, 1.5])
 @pytest.mark.parametrize("kind", BUILD)
 @torch.no_grad()

@@ -375,7 +375,7 @@ def test_drawing_few_of_a_billion_pictures_loses_no_precision() -> None:
     assert distinct_pictures(0, [(0, "replacement", 1000.0)]) == 0
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_planned_bytes_are_those_that_the_store_writes(dtype: str) -> None:
     config = SO400M.model_copy(update={"feature_dtype": dtype})
     assert picture_bytes(config) == features.picture_bytes(config)

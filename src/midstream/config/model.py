@@ -84,7 +84,8 @@ AnyDecoderConfig = Annotated[DecoderConfig | TransformersDecoderConfig, Field(di
 # ------------------------------------------------------------------------------ the encoder
 
 Colour = tuple[float, float, float]
-FeatureType = Literal["bfloat16", "int8"]
+# float32 rounds nothing: stock Llava classes, which do not round, then see what training saw.
+FeatureType = Literal["float32", "bfloat16", "int8"]
 
 
 class ImageTransform(Config):

@@ -19,6 +19,7 @@ from midstream.data.sources import Source
 
 # The shape of a batch decides the last bits of its results; every batch has this one.
 FILL_BATCH = 8
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # The largest code of an int8 feature; its scale is the patch's largest magnitude over this.
 LARGEST_CODE = 127
 
@@ -37,7 +38,7 @@ def picture_bytes(config: PretrainedEncoder) -> int:
     """Bytes of one picture's features in their stored form."""
     if config.feature_dtype == "int8":
         return config.num_patches * (config.hidden_size + 2)
-    return config.num_patches * config.hidden_size * 2
+    return config.num_patches * config.hidden_size * _DTYPES[config.feature_dtype].itemsize
 
 
 def pack(
@@ -45,10 +46,10 @@ def pack(
 ) -> UInt8[Tensor, "images bytes"]:
     """The stored form, one row a picture, rounded to `feature_dtype`.
 
-    bfloat16: the numbers. int8: codes from -127 to 127, then one bfloat16 scale a patch.
+    float32, bfloat16: the numbers. int8: codes from -127 to 127, then one bfloat16 scale a patch.
     """
-    if config.feature_dtype == "bfloat16":
-        return _bytes(features.bfloat16())
+    if config.feature_dtype in _DTYPES:
+        return _bytes(features.to(_DTYPES[config.feature_dtype]))
     scales = (features.abs().amax(-1, keepdim=True) / LARGEST_CODE).bfloat16()
     wide = scales.float()
     # A patch of zeros has scale 0. The scale is rounded, so that a code may come out at 127.25.
@@ -61,8 +62,8 @@ def unpack(
 ) -> Float32[Tensor, "images patches width"]:
     """The numbers of a stored form; every one is exact in float32."""
     shape = (len(packed), config.num_patches, config.hidden_size)
-    if config.feature_dtype == "bfloat16":
-        return _numbers(packed, torch.bfloat16).reshape(shape)
+    if config.feature_dtype in _DTYPES:
+        return _numbers(packed, _DTYPES[config.feature_dtype]).reshape(shape)
     num_codes = config.num_patches * config.hidden_size
     codes = _numbers(packed[:, :num_codes], torch.int8).reshape(shape)
     return codes * _numbers(packed[:, num_codes:], torch.bfloat16).reshape(*shape[:2], 1)

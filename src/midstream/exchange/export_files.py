@@ -86,7 +86,9 @@ def check_tokenizer(folder: Path, codec: TextCodec, config: Any, *, chats: bool)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
-    for text in _PROBES:
+    # Tokens from all over the vocabulary: where texts are cut otherwise, some come out otherwise.
+    some = range(0, codec.size, max(1, codec.size // 512))
+    for text in (*_PROBES, " ".join(codec.decode([one]) for one in some)):
         pairs = [(text, list(codec.encode(text)))]
         if chats:
             pairs.append(
@@ -96,8 +98,9 @@ def check_tokenizer(folder: Path, codec: TextCodec, config: Any, *, chats: bool)
             found = tokenizer(written)["input_ids"]
             if found != expected:
                 raise ValueError(
-                    f"transformers ({type(tokenizer).__name__}) reads {written!r} as {found}, the "
-                    f"model was trained on {expected}; this tokenizer cannot be exported with "
+                    f"{type(tokenizer).__name__}, by which transformers reads tokenizers of "
+                    f"{config.model_type} models, makes {found[:20]} of {written[:40]!r}, the "
+                    f"model was trained on {expected[:20]}; this tokenizer cannot be exported with "
                     "this family"
                 )
 

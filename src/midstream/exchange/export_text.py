@@ -104,6 +104,9 @@ def save_model(
     model.tie_weights()
     model.generation_config = generation
     model.save_pretrained(folder)
+    for weights_file in folder.glob("*.safetensors"):
+        # They are written for their owner's eyes only.
+        weights_file.chmod((folder / "config.json").stat().st_mode)
     return type(model)
 
 

@@ -189,6 +189,9 @@ def _history(opened: OpenedModel) -> Iterator[tuple[Stage, float]]:
 def _entry(stage: Stage, share: float, ledger: Ledger) -> StageEntry:
     results = ledger.results(stage) if ledger.is_done(stage) else {}
     lines: list[str] = []
+    if isinstance(stage, LoadEncoder):
+        contents = ", ".join(f"`{tower.content}`" for tower in stage.towers)
+        lines.append(f"Imported weights, by their content: {contents}")
     if not results:
         lines.append("Its results are missing: the store does not hold this stage.")
     elif isinstance(stage, TrainEncoder | LoadEncoder | LoadDecoder):
@@ -200,7 +203,7 @@ def _entry(stage: Stage, share: float, ledger: Ledger) -> StageEntry:
     else:
         lines += _trained(results)
     if share != 1.0:
-        lines.append(f"Of this stage, the weights at {share:.0%} of its tokens were used.")
+        lines.append(f"Of this stage, the weights at {share * 100:g} % of its tokens were used.")
     if isinstance(stage, Pretrain | Continue | Finetune):
         lines += _settings(stage)
     if not isinstance(stage, LoadEncoder):
@@ -252,8 +255,16 @@ def _data(stage: Any, ledger: Ledger) -> str:
 
 
 def _source(name: str, source: dict[str, Any]) -> tuple[str, ...]:
-    keys = ("realised_tokens", "planned_tokens", "epochs", "examples")
-    return (name, str(source["kind"]), *(_number(source.get(key)) for key in keys))
+    planned = source.get("planned_tokens")
+    return (
+        name,
+        str(source["kind"]),
+        _number(source.get("realised_tokens")),
+        # The budget says something else than tokens: passes over the source, or sequences.
+        "-" if planned is None else _number(planned),
+        _number(source.get("epochs")),
+        _number(source.get("examples")),
+    )
 
 
 # ------------------------------------------------------------------------------ the scores
@@ -268,7 +279,8 @@ def _score(stage: Evaluate, ledger: Ledger) -> ScoreEntry:
         (
             task,
             str(found["metric"]),
-            *(_percent(found[key]) for key in ("score", "stderr", "chance", "blind")),
+            *(_percent(found[key]) for key in ("score", "stderr", "chance")),
+            "-" if found["kind"] == "text" else _percent(found["blind"]),
             _number(found["num_examples"]),
             _number(found.get("unparsable")),
         )

@@ -10,6 +10,7 @@ from midstream.config import (
     EncoderConfig,
     Epochs,
     Evaluation,
+    FeatureType,
     FusedEncoder,
     Mixture,
     PatchProjection,
@@ -52,6 +53,7 @@ def image_shares(
     image_size: int = 0,
     patch_size: int = 14,
     feature_layer: int = -2,
+    feature_dtype: FeatureType = "bfloat16",
     projector_layers: Literal[1, 2, 3] = 2,
     projector_hidden: Literal["encoder_4x", "decoder"] = "decoder",
     attention: Attention = "segments",
@@ -67,7 +69,7 @@ def image_shares(
     Text and captions are shared out over their sources by name, evenly. The image-text stage goes
     on at the checkpoint's own rate, or warms up again to `rewarm_rate` where that is given.
     `image_size` 0 is the encoder's own, `limit` 0 asks all questions. The projector's default is
-    LLaVA's, with which the result exports as one.
+    LLaVA's, with which the result exports as one; with `feature_dtype` float32 to the last digit.
     """
     root, folder = Path(data).resolve(), Path(checkpoint).resolve()
     world = _prepare(root, folder)
@@ -76,7 +78,9 @@ def image_shares(
         raise ValueError(f"{folder} holds a vision encoder; give it as one of `encoders`")
     text = LoadDecoder(data=world, checkpoint=as_imported(folder), decoder=record.config)
     encoder = (
-        _encoder([Path(one).resolve() for one in encoders], image_size, feature_layer)
+        _encoder(
+            [Path(one).resolve() for one in encoders], image_size, feature_layer, feature_dtype
+        )
         if encoders
         else _patches(image_size, patch_size, record.config.hidden_size)
     )
@@ -147,7 +151,9 @@ def _prepare(root: Path, checkpoint: Path) -> Prepare:
     )
 
 
-def _encoder(folders: list[Path], image_size: int, feature_layer: int) -> LoadEncoder:
+def _encoder(
+    folders: list[Path], image_size: int, feature_layer: int, feature_dtype: FeatureType
+) -> LoadEncoder:
     towers = []
     for folder in folders:
         config = read_import(folder).config
@@ -157,11 +163,14 @@ def _encoder(folders: list[Path], image_size: int, feature_layer: int) -> LoadEn
             "image_size": image_size or config.image_size,
             "position_size": config.position_size or config.image_size,
             "feature_layer": feature_layer,
+            "feature_dtype": feature_dtype,
         }
         towers.append(EncoderConfig.model_validate(config.model_dump() | changes))
     return LoadEncoder(
         towers=tuple(as_imported(folder) for folder in folders),
-        encoder=towers[0] if len(towers) == 1 else FusedEncoder(towers=tuple(towers)),
+        encoder=towers[0]
+        if len(towers) == 1
+        else FusedEncoder(towers=tuple(towers), feature_dtype=feature_dtype),
     )
 
 

@@ -127,10 +127,10 @@ class FeaturePlan:
 
 
 def picture_bytes(config: PretrainedEncoder) -> int:
-    """Bytes of one picture's features on disk: two a number, or one and two a patch (int8)."""
+    """Bytes of one picture's features on disk: four or two a number, or one and two a patch."""
     if config.feature_dtype == "int8":
         return config.num_patches * (config.hidden_size + 2)
-    return config.num_patches * config.hidden_size * 2
+    return config.num_patches * config.hidden_size * (4 if config.feature_dtype == "float32" else 2)
 
 
 def feature_folder(ledger: Ledger, encoder: Frozen) -> Path | None:

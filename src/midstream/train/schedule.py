@@ -38,8 +38,8 @@ def check_start(
         return
     if parent_rate is None:
         raise ValueError(
-            f"{where}: a continued schedule starts at its parent's rate, and there is none: re-warm "
-            "with WarmupCosine, or import the checkpoint again with --rate"
+            f"{where}: a continued schedule needs a rate to start at, and its parent has none; "
+            "re-warm with WarmupCosine, or import the checkpoint again with --rate"
         )
     if parent_rate <= schedule.end_rate:
         raise ValueError(

@@ -95,7 +95,9 @@ class VisionTower(nn.Module):
             hidden = block(hidden)
         if self.norm is not None:
             hidden = self.norm(hidden)
-        return hidden if self.prefix is None else hidden[:, self.prefix.shape[1] :]
+        skipped = 0 if self.prefix is None else self.prefix.shape[1]
+        features: Tensor = hidden[:, skipped:]
+        return features
 
 
 def rounded(features: Tensor, dtype: str | None) -> Tensor:
@@ -256,5 +258,5 @@ class MidstreamForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         # A picture has a separator behind it, and after a caption's no other one follows.
         wanted = torch.where(seen, ends.sum(dim=1, keepdim=True).clamp(max=2), 1)
         before = ends.cumsum(dim=1) - ends
-        has_end = ends.sum(dim=1, keepdim=True) > 0
-        return (before < wanted) & has_end
+        prefix: Tensor = (before < wanted) & (ends.sum(dim=1, keepdim=True) > 0)
+        return prefix

@@ -1,0 +1,105 @@
+"""What a chat says of its model: name, training, scores."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from midstream.open_model import OpenedModel
+from midstream.storage import read_json
+from midstream.study.stage import (
+    Continue,
+    ContinueFrom,
+    Evaluate,
+    Finetune,
+    LoadDecoder,
+    Pretrain,
+    stage_from_json,
+)
+
+_TITLES = {
+    "load_decoder": "imported",
+    "pretrain": "text",
+    "continue": "images and text",
+    "finetune": "conversations",
+}
+
+
+def describe(opened: OpenedModel) -> list[str]:
+    """A line about the model, one for each stage of its training and one for each evaluation."""
+    modules = [opened.vlm, *([] if opened.encoder is None else [opened.encoder])]
+    # An encoder may be a part of the model as well.
+    sizes = {id(value): value.numel() for module in modules for value in module.parameters()}
+    sees = "sees pictures" if opened.encoder is not None else "text only"
+    lines = [f"{opened.name}: {sum(sizes.values()):,} parameters, {sees}"]
+    lines += [f"trained on {line}" for line in _training(opened)]
+    return lines + [f"scores: {line}" for line in _scores(opened)]
+
+
+def caution(opened: OpenedModel) -> str | None:
+    """What to expect of a model that has not learnt conversations; None for one that has."""
+    counts = read_json(opened.weights / "progress.json")["counts"]
+    if counts["instruct"]:
+        return None
+    return (
+        "this model was not fine-tuned on conversations: it goes on with text and captions, and "
+        "may not answer"
+    )
+
+
+def _training(opened: OpenedModel) -> Iterator[str]:
+    chain: list[tuple[Finetune | Continue | Pretrain | LoadDecoder, float]] = []
+    stage, share = opened.stage, opened.completion
+    if isinstance(stage, Finetune):
+        chain.append((stage, share))
+        stage = stage.start
+    if isinstance(stage, Continue):
+        chain.append((stage, 1.0))
+        if isinstance(stage.start, ContinueFrom):
+            chain.append((stage.start.stage, stage.start.completion))
+    else:
+        chain.append((stage, share))
+    for link, part in reversed(chain):
+        folder = opened.ledger.folder(link)
+        of = f"{part * 100:g} % of " if part != 1.0 else ""
+        milestones = isinstance(link, Pretrain)
+        kept = folder / f"milestones/{part * 100:g}" if milestones else folder / "weights"
+        yield f"{_TITLES[link.kind]}: {_tokens(kept / 'progress.json')} ({of}{link.name})"
+
+
+def _tokens(progress: Path) -> str:
+    if not progress.is_file():
+        return "unknown, the stage is not in this store"
+    found = read_json(progress)
+    kinds = ", ".join(
+        f"{kind} {count:,}"
+        for kind, count in found["counts"].items()
+        if count and kind not in ("pad", "target")
+    )
+    return f"{found['tokens_seen']:,} tokens{': ' * bool(kinds)}{kinds}"
+
+
+def _scores(opened: OpenedModel) -> Iterator[str]:
+    for stage in evaluations(opened):
+        tasks = opened.ledger.results(stage)["tasks"]
+        scores = ", ".join(
+            f"{task} {found['score']:.1%} (chance {found['chance']:.1%})"
+            for task, found in sorted(tasks.items())
+        )
+        yield f"{scores} ({stage.name})"
+
+
+def evaluations(opened: OpenedModel) -> list[Evaluate]:
+    """The finished evaluations of this very model in its store, by name."""
+    found = []
+    for mark in sorted(opened.ledger.store.glob("evaluate-*/SUCCESS")):
+        try:
+            stage = stage_from_json((mark.parent / "stage.json").read_bytes())
+        except ValidationError:
+            # Of another version of Midstream, and so of another model.
+            continue
+        assert isinstance(stage, Evaluate), "the folder's name says so"
+        of = (stage.of.identity, stage.completion)
+        if of == (opened.stage.identity, opened.completion):
+            found.append(stage)
+    return found

@@ -1,0 +1,121 @@
+"""The conversation in a terminal, and the same for scripts: questions on standard input."""
+
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.text import Text
+
+from midstream.chat.session import ChatSession
+from midstream.chat.text_pieces import harmless
+
+QUIT = "/quit"
+HELP = """\
+/image FILE  start anew with a picture; /image alone: with none
+/reset       start anew with the same picture
+/help        these lines
+/quit        end the chat; so does Ctrl-D, while Ctrl-C stops an answer
+A question may begin with a slash if there is a space before it."""
+
+
+def converse(session: ChatSession, console: Console, read: Callable[[str], str]) -> None:
+    """Answer what `read` gives until it raises EOFError or gives /quit.
+
+    `read` is `input` or the like. What is refused is said, and the conversation goes on.
+    """
+    while True:
+        try:
+            line = read("> ")
+        except EOFError:
+            console.print()
+            return
+        except KeyboardInterrupt:
+            say(console, "\nCtrl-D or /quit ends the chat", "dim")
+            continue
+        if line.strip() == QUIT:
+            return
+        if not line.strip():
+            continue
+        try:
+            if line.startswith("/"):
+                say(console, obey(session, line), "dim")
+            else:
+                _print_answer(session, line, console)
+        except (ValueError, OSError) as reason:
+            say(console, str(reason), "red")
+
+
+def answer_lines(
+    session: ChatSession, lines: Iterable[str], console: Console, notes: Console
+) -> None:
+    """Answer each line with one line on `console`, commands obeyed; stops behind /quit.
+
+    Line breaks in an answer become `\\n`; what else there is to say goes to `notes`.
+    Raises ValueError with the line's number for what is refused, an empty line among it.
+    """
+    for number, line in enumerate(lines, start=1):
+        if line.strip() == QUIT:
+            return
+        try:
+            if line.startswith("/"):
+                say(notes, obey(session, line))
+                continue
+            answer = "".join(session.ask(line))
+        except (ValueError, OSError) as reason:
+            raise ValueError(f"line {number}: {reason}") from None
+        console.out(harmless(answer).replace("\n", "\\n"), highlight=False)
+        if session.cut is not None:
+            say(notes, f"line {number}: {session.cut}")
+
+
+def obey(session: ChatSession, line: str) -> str:
+    """Carry out a command (a line that starts with a slash); returns what to say of it.
+
+    Raises ValueError for an unknown one, and what `ChatSession.show` does.
+    """
+    command, _, argument = line.strip().partition(" ")
+    argument = argument.strip()
+    if command == "/image":
+        # Terminals put quotes around a file that is dropped on them.
+        name = argument.strip("'\"")
+        session.show(Path(name).expanduser() if name else None)
+        return f"a new conversation about {name}" if name else "a new conversation, no picture"
+    if command == "/reset" and not argument:
+        session.reset()
+        about = "" if session.picture is None else f" about {session.picture}"
+        return f"a new conversation{about}"
+    if command == "/help" and not argument:
+        return HELP
+    raise ValueError(f"there is no command {line.strip()!r}; /help lists what there is")
+
+
+def say(console: Console, text: str, style: str = "") -> None:
+    """Print a line of ours; nothing in it is read as markup."""
+    console.print(Text(harmless(text), style=style), soft_wrap=True)
+
+
+def _print_answer(session: ChatSession, question: str, console: Console) -> None:
+    with _interrupt_stops(session):
+        for piece in session.ask(question):
+            console.out(harmless(piece), highlight=False, end="")
+        console.print()
+    if session.cut is not None:
+        say(console, f"({session.cut})", "dim")
+
+
+@contextmanager
+def _interrupt_stops(session: ChatSession) -> Iterator[None]:
+    """Ctrl-C ends the answer behind its next token, never in the middle of one; twice: the chat."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        session.stop()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
