@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -121,7 +122,11 @@ def chat(
     _process(["midstream.chat", "--request", json.dumps(request)], None)
 
 
-COMMANDS = {"import": import_model, "export": export_model, "chat": chat}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "import": import_model,
+    "export": export_model,
+    "chat": chat,
+}
 
 
 def _process(module: list[str], request: dict[str, Any] | None) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from midstream.config import AnyDecoderConfig, FusedEncoder, PretrainedEncoder
 from midstream.data.examples import TextCodec
 from midstream.data.features import encode_fixed, encode_raw
 from midstream.data.prepare import open_codec
-from midstream.model.vision import build_encoder, load_encoder, load_towers
+from midstream.model.vision import VisionEncoder, build_encoder, load_encoder, load_towers
 from midstream.model.vlm import VLM
 from midstream.model.weights import load_weights
 from midstream.storage import verify
@@ -46,7 +46,7 @@ class OpenedModel:
     weights: Path
     vlm: VLM
     codec: TextCodec
-    encoder: nn.Module | None
+    encoder: VisionEncoder | None
     ledger: Ledger
 
     @property
@@ -65,7 +65,7 @@ class OpenedModel:
         return look_through(self.vlm, self.encoder)(pixels)
 
 
-def look_through(vlm: VLM, encoder: nn.Module) -> Look:
+def look_through(vlm: VLM, encoder: VisionEncoder) -> Look:
     """What makes a model's features of pixels, in batches of one size and without autograd.
 
     A frozen encoder's outputs are rounded as they are stored; a model's own are as they are.
@@ -78,7 +78,7 @@ def look_through(vlm: VLM, encoder: nn.Module) -> Look:
     return partial(encode_fixed, encode, config=config)
 
 
-def on_device(encoder: nn.Module) -> Look:
+def on_device(encoder: VisionEncoder) -> Look:
     """The encoder without autograd, in its device's precision, on pixels from any device."""
     device = next(encoder.parameters()).device
 
@@ -144,7 +144,7 @@ def fill_model(vlm: VLM, weights: Path) -> None:
     load_weights(vlm, weights / "model.safetensors")
 
 
-def open_encoder(ledger: Ledger, stage: TrainEncoder | LoadEncoder) -> nn.Module:
+def open_encoder(ledger: Ledger, stage: TrainEncoder | LoadEncoder) -> VisionEncoder:
     """The frozen encoder of a finished stage, its bytes checked."""
     folder = ledger.folder(stage) / "weights"
     verify(folder)
@@ -155,7 +155,7 @@ def open_encoder(ledger: Ledger, stage: TrainEncoder | LoadEncoder) -> nn.Module
 
 def load_imported(
     config: PretrainedEncoder, folders: list[Path]
-) -> tuple[nn.Module, tuple[str, ...]]:
+) -> tuple[VisionEncoder, tuple[str, ...]]:
     """An encoder from imported towers' folders, one a tower; and the tensors it has no use for."""
     encoder = build_encoder(config)
     files = [folder / "model.safetensors" for folder in folders]

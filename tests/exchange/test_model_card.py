@@ -75,6 +75,17 @@ def test_an_export_replaces_an_older_one_and_leaves_other_folders_alone(
     assert sorted(item.name for item in tmp_path.iterdir()) == ["out"]
 
 
+def test_a_store_that_has_lost_its_tokenizer_exports_nothing(
+    tiny_ledger: Ledger, tmp_path: Path
+) -> None:
+    ledger = tiny.store_with(tiny_ledger, tmp_path / "store", tiny.DATA, tiny.TEXT)
+    next(ledger.folder(tiny.DATA).rglob("tokenizer.json")).unlink()
+    request = {"checkpoint": str(ledger.folder(tiny.TEXT)), "out": str(tmp_path / "out")}
+    with pytest.raises((ValueError, FileNotFoundError), match=r"tokenizer\.json"):
+        serve({**request, "text_only": False})
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_scores_of_this_very_model_stand_in_the_card_with_chance_and_limit(
     tiny_ledger: Ledger, tmp_path: Path

@@ -59,9 +59,9 @@ def run(request: Request) -> None:
 
 
 def _on_page(request: Request, opened: OpenedModel, about: list[str]) -> None:
-    page = Page(opened, request.settings, about, request.image)
     # Refuses a picture that cannot be shown before anything is served.
-    page.begin()
+    ChatSession(opened, request.settings).show(request.image)
+    page = Page(opened, request.settings, about, request.image)
     console = Console()
     for line in about:
         say(console, line, "dim")

@@ -61,10 +61,10 @@ def _training(opened: OpenedModel) -> Iterator[str]:
         chain.append((stage, share))
     for link, part in reversed(chain):
         folder = opened.ledger.folder(link)
-        of = f"{part * 100:g} % of " if part != 1.0 else ""
+        of = f"{part * 100:g} % of" if part != 1.0 else "in"
         milestones = isinstance(link, Pretrain)
         kept = folder / f"milestones/{part * 100:g}" if milestones else folder / "weights"
-        yield f"{_TITLES[link.kind]}: {_tokens(kept / 'progress.json')} ({of}{link.name})"
+        yield f"{_TITLES[link.kind]}: {_tokens(kept / 'progress.json')}, {of} {link.name}"
 
 
 def _tokens(progress: Path) -> str:
@@ -76,7 +76,7 @@ def _tokens(progress: Path) -> str:
         for kind, count in found["counts"].items()
         if count and kind not in ("pad", "target")
     )
-    return f"{found['tokens_seen']:,} tokens{': ' * bool(kinds)}{kinds}"
+    return f"{found['tokens_seen']:,} tokens ({kinds or 'of unknown kinds'})"
 
 
 def _scores(opened: OpenedModel) -> Iterator[str]:

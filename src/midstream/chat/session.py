@@ -100,10 +100,11 @@ class ChatSession:
         ids = question_ids(self.opened.codec, question, has_image=begun)
         held = self.max_positions - self._conversation.room
         if held + len(ids) >= self.max_positions:
+            fits = len(ids) + self._num_patches < self.max_positions
             raise ValueError(
                 f"the question needs {len(ids)} tokens and the conversation holds {held} "
                 f"positions; the model was trained on {self.max_positions} at most: "
-                f"{'start a new conversation' if self.turns else 'ask a shorter question'}"
+                f"{'start a new conversation' if fits else 'ask a shorter question'}"
             )
         self._stopping = False
         return self._answer(question, ids)
@@ -145,6 +146,10 @@ class ChatSession:
         if num_tokens == self.settings.max_new_tokens:
             return f"the answer was cut at {num_tokens} tokens (max_new_tokens)"
         return None
+
+    @property
+    def _num_patches(self) -> int:
+        return 0 if self._features is None else self._features.shape[1]
 
     def _look(self, picture: Path) -> Tensor:
         config = self.opened.vlm.config.encoder

@@ -5,6 +5,7 @@ What its buttons do is in `Page`, which knows nothing of Gradio.
 
 import html
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,15 +21,21 @@ from midstream.open_model import OpenedModel
 
 HOST = "127.0.0.1"
 # The browser itself then asks no other machine for anything.
-_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
-_HEAD = f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+_POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
 Messages = list[dict[str, str]]
 
 
+class Visitor:
+    """A browser session; its conversation begins when it is first needed."""
+
+    def __init__(self) -> None:
+        self.session: ChatSession | None = None
+
+
 @dataclass(frozen=True)
 class Page:
-    """What the page does for the conversation of a browser session; `about` are its lines of text.
+    """What the page does for a visitor; `about` are its lines of text, `picture` its first picture.
 
     Every answer is messages for the chat, and a note (empty where there is nothing to say).
     """
@@ -43,27 +50,25 @@ class Page:
         """Whether the model takes pictures."""
         return self.opened.encoder is not None
 
-    def begin(self) -> ChatSession:
-        """The conversation of a page that was just opened."""
-        session = ChatSession(self.opened, self.settings)
-        session.show(self.picture)
-        return session
-
-    def show(self, session: ChatSession, picture: str | None) -> tuple[Messages, str]:
+    def show(self, visitor: Visitor, picture: str | None) -> tuple[Messages, str]:
         """Start anew about another picture, or about none; the conversation stays if refused."""
-        note = self._turn_to(session, picture)
+        session = self._session(visitor)
+        note = _turn_to(session, picture)
         return _messages(session), note
 
-    def reset(self, session: ChatSession) -> tuple[Messages, str]:
+    def reset(self, visitor: Visitor) -> tuple[Messages, str]:
         """Start anew about the same picture."""
+        session = self._session(visitor)
         session.reset()
         return _messages(session), ""
 
     def ask(
-        self, session: ChatSession, picture: str | None, question: str
+        self, visitor: Visitor, picture: str | None, question: str
     ) -> Iterator[tuple[Messages, str, str]]:
         """The growing conversation, a note, and what is left in the question's box."""
-        if note := self._turn_to(session, picture):
+        session = self._session(visitor)
+        # A question may arrive before the picture's own event.
+        if note := _turn_to(session, picture):
             yield _messages(session), note, question
             return
         try:
@@ -75,24 +80,31 @@ class Page:
             yield _messages(session), "", ""
         yield _messages(session), session.cut or "", ""
 
-    def stop(self, session: ChatSession) -> None:
+    def stop(self, visitor: Visitor) -> None:
         """End the answer that is being made; what there is of it stays."""
-        session.stop()
+        if visitor.session is not None:
+            visitor.session.stop()
 
-    def _turn_to(self, session: ChatSession, picture: str | None) -> str:
-        # A question may arrive before the picture's own event.
-        path = None if picture is None else Path(picture)
-        if path != session.picture:
-            try:
-                session.show(path)
-            except (ValueError, OSError) as reason:
-                return str(reason)
-        return ""
+    def _session(self, visitor: Visitor) -> ChatSession:
+        if visitor.session is None:
+            visitor.session = ChatSession(self.opened, self.settings)
+        return visitor.session
+
+
+def _turn_to(session: ChatSession, picture: str | None) -> str:
+    path = None if picture is None else Path(picture)
+    if path != session.picture:
+        try:
+            session.show(path)
+        except (ValueError, OSError) as reason:
+            return str(reason)
+    return ""
 
 
 def _messages(session: ChatSession) -> Messages:
+    # The chat takes HTML even where it reads no Markdown.
     return [
-        {"role": role, "content": harmless(text)}
+        {"role": role, "content": html.escape(harmless(text), quote=False)}
         for turn in session.turns
         for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
@@ -113,7 +125,8 @@ def make_blocks(page: Page) -> Any:
     # One answer at a time, whoever asks.
     turn: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
     with gr.Blocks(title=page.opened.name, analytics_enabled=False, fill_height=True) as blocks:
-        session = gr.State()
+        # Copied for each browser session.
+        visitor = gr.State(Visitor())
         lines = [html.escape(harmless(line)) for line in page.about]
         gr.HTML(f"<h2>{lines[0]}</h2><p>{'<br>'.join(lines[1:])}</p>")
         with gr.Row():
@@ -126,7 +139,7 @@ def make_blocks(page: Page) -> Any:
                     sources=["upload", "clipboard"],
                     label="Picture",
                     buttons=["fullscreen"],
-                    height=360,
+                    height=320,
                     scale=1,
                 )
             else:
@@ -136,32 +149,30 @@ def make_blocks(page: Page) -> Any:
                     label="Conversation",
                     render_markdown=False,
                     allow_tags=False,
-                    buttons=["copy"],
+                    buttons=[],
                     feedback_options=None,
-                    height=440,
+                    height=380,
                 )
                 note = gr.Textbox(label="Note", interactive=False, lines=1)
                 box = gr.Textbox(label="Question", placeholder="Ask something", autofocus=True)
                 with gr.Row():
-                    send, stop, new = (
-                        gr.Button(text) for text in ("Send", "Stop", "New conversation")
-                    )
-        blocks.load(page.begin, None, session)
+                    send = gr.Button("Send", variant="primary")
+                    stop, new = gr.Button("Stop"), gr.Button("New conversation")
         gr.on(
             [send.click, box.submit],
             page.ask,
-            [session, picture, box],
+            [visitor, picture, box],
             [chat, note, box],
             api_name="ask",
             **turn,
         )
-        stop.click(page.stop, session, None, queue=False, api_name="stop")
-        new.click(page.stop, session, None, queue=False).then(
-            page.reset, session, [chat, note], api_name="reset", **turn
+        stop.click(page.stop, visitor, None, queue=False, api_name="stop")
+        gr.on([new.click, chat.clear], page.stop, visitor, None, queue=False).then(
+            page.reset, visitor, [chat, note], api_name="reset", **turn
         )
         if page.sees:
-            picture.input(page.stop, session, None, queue=False).then(
-                page.show, [session, picture], [chat, note], api_name="show", **turn
+            picture.input(page.stop, visitor, None, queue=False).then(
+                page.show, [visitor, picture], [chat, note], api_name="show", **turn
             )
     return blocks
 
@@ -186,6 +197,7 @@ def serve(page: Page, port: int, announce: Callable[[str], None]) -> None:
 
         app = FastAPI()
         # A site that names this machine in its own domain gets no answer.
+        app.add_middleware(StayHere)
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
         shown = [] if page.picture is None else [str(page.picture.resolve())]
         app = gr.mount_gradio_app(
@@ -200,13 +212,31 @@ def serve(page: Page, port: int, announce: Callable[[str], None]) -> None:
             ssr_mode=False,
             pwa=False,
             mcp_server=False,
-            head=_HEAD,
         )
         announce(f"http://{HOST}:{listener.getsockname()[1]}")
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
-        # Uvicorn raises Ctrl-C again once it has closed everything.
+        # Uvicorn raises Ctrl-C or SIGTERM again once it has closed everything.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listener])
+
+
+class StayHere:
+    """Adds to all that an application serves that browsers must load nothing from elsewhere."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Handle a request (ASGI)."""
+
+        async def send_on(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                header = (b"content-security-policy", _POLICY)
+                message = {**message, "headers": [*message.get("headers", []), header]}
+            await send(message)
+
+        await self.app(scope, receive, send_on)
 
 
 def _bound(port: int) -> socket.socket:

@@ -8,7 +8,7 @@ file of its own (`trust_remote_code`).
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ def export(opened: OpenedModel, out: Path, *, text_only: bool) -> ExportReport:
     folder, a weight is not finite, `text_only` leaves nothing out, or the tokenizer cannot be
     written; RuntimeError if the folder, read back, computes something else than the model.
     """
-    seeing = cast(VisionEncoder | None, opened.encoder)
+    seeing = opened.encoder
     refuse(opened.vlm, opened.codec, seeing, out)
     if text_only and seeing is None:
         raise ValueError(f"{opened.name} sees nothing and is exported as text; drop --text-only")
@@ -118,7 +118,7 @@ def _llava(vlm: VLM, codec: TextCodec, encoder: VisionEncoder, folder: Path) -> 
     # What is left is the rounding of features, which stock classes do not do.
     trained = prompt_logits(vlm, codec, _features(vlm, encoder, rounded=True))
     difference = float((found[:, :rows] - trained).abs().max())
-    if not vlm.config.owns_encoder:
+    if _rounds(vlm):
         notes = (*notes, "Features are not rounded as in training; the difference is from that.")
     reason = "Stock Llava classes compute the same."
     return _report("llava", model, difference, reason, notes)
@@ -136,6 +136,14 @@ def _report(
         largest_difference=difference,
         notes=notes,
     )
+
+
+def _rounds(vlm: VLM) -> bool:
+    """Whether training saw an encoder's features rounded."""
+    config = vlm.config.encoder
+    if vlm.config.owns_encoder or not isinstance(config, EncoderConfig | FusedEncoder):
+        return False
+    return config.feature_dtype != "float32"
 
 
 def _same(found: Tensor, expected: Tensor) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from midstream.study.imported import Position
 
-NUMBERS = ("tokens_seen", "total_tokens", "rate", "peak_rate", "end_rate")
+Steps = int | float
 _BILLION = 10**9
 
 
@@ -34,7 +34,7 @@ class Run:
     total_tokens: int | None = None
     peak_rate: float | None = None
     end_rate: float | None = None
-    rate: Callable[[float], float] | None = None
+    rate: Callable[[Steps], float] | None = None
     final_step: int | None = None
 
 
@@ -50,11 +50,11 @@ class Known:
 
 
 def _cosine(
-    peak: float, end: float, warmup: float, total: float, *, start: float = 0.0
-) -> Callable[[float], float]:
+    peak: float, end: float, warmup: Steps, total: Steps, *, start: float = 0.0
+) -> Callable[[Steps], float]:
     """Linear warm-up from `start`, then half a cosine from peak to end."""
 
-    def rate(step: float) -> float:
+    def rate(step: Steps) -> float:
         if step < warmup:
             return start + (peak - start) * step / warmup
         part = min((step - warmup) / (total - warmup), 1.0)
@@ -63,13 +63,13 @@ def _cosine(
     return rate
 
 
-def _neox_cosine(peak: float) -> Callable[[float], float]:
+def _neox_cosine(peak: float) -> Callable[[Steps], float]:
     # GPT-NeoX before August 2023 (megatron/learning_rates.py up to 3a4af67c; Pythia's README asks
     # for v1.0): the cosine goes towards zero over all steps, its count held at steps - warm-up,
     # and is cut at min_lr, a tenth of the peak.
     steps, warmup = 143_000, 1_430
 
-    def rate(step: float) -> float:
+    def rate(step: Steps) -> float:
         held = min(step, steps - warmup)
         if step <= warmup:
             return peak * held / warmup
@@ -79,10 +79,10 @@ def _neox_cosine(peak: float) -> Callable[[float], float]:
     return rate
 
 
-def _stable(peak: float, warmup: float, decay: float, total: float) -> Callable[[float], float]:
+def _stable(peak: float, warmup: Steps, decay: Steps, total: Steps) -> Callable[[Steps], float]:
     """Linear warm-up from zero, the peak, and from step `decay` on a line down to zero."""
 
-    def rate(step: float) -> float:
+    def rate(step: Steps) -> float:
         return peak * max(0.0, min(step / warmup, 1.0, (total - step) / (total - decay)))
 
     return rate
@@ -297,37 +297,3 @@ def _tokens(run: Run, step: int, billions: str | None) -> tuple[int | None, bool
     if named is not None and abs(counted - named) > _BILLION:
         return before + named, False
     return before + counted, True
-
-
-def settle(given: Position, checkpoint: Position, known: Position) -> tuple[Position, list[str]]:
-    """One position out of what the user gave, the checkpoint's files and the table say, in this
-    order; and a sentence for each number that a source lower down has otherwise.
-
-    Raises ValueError where the numbers contradict each other.
-    """
-    sources = {"given": given, "checkpoint": checkpoint, "known family": known}
-    numbers: dict[str, float] = {}
-    origins: dict[str, str] = {}
-    conflicts = []
-    for name in NUMBERS:
-        for source, position in sources.items():
-            value = getattr(position, name)
-            if value is None:
-                continue
-            if name not in numbers:
-                numbers[name], origins[name] = value, source
-            elif not math.isclose(value, numbers[name], rel_tol=1e-3):
-                conflicts.append(
-                    f"{name} is {numbers[name]:,} ({origins[name]}); {source} says {value:,}"
-                )
-    _check(numbers)
-    return Position.model_validate(numbers | {"origins": origins}), conflicts
-
-
-def _check(numbers: dict[str, float]) -> None:
-    for low, high in (("tokens_seen", "total_tokens"), ("rate", "peak_rate")):
-        if low in numbers and high in numbers and numbers[low] > numbers[high]:
-            raise ValueError(
-                f"{low} {numbers[low]:,} is above {high} {numbers[high]:,}; give them with "
-                f"--{low.replace('_', '-')} and --{high.replace('_', '-')}"
-            )

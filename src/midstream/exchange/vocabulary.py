@@ -2,8 +2,8 @@
 
 Old rows stay as they are. A new row, of the input and of the output matrix alike, is the mean of
 the old ones: its logit is then the mean of the old logits, and as the exponential is convex the new
-token is at most as likely as one of all tokens drawn at random, whatever the model has read. A
-row of zeros could be the most likely of all, and a random one would need a seed. As an input it lies
+token is at most as likely as one of all tokens drawn at random, whatever the model has read. A row
+of zeros could be the most likely of all, and a random one would need a seed. As an input it lies
 where the others do. Adam's moments of a new row are zero.
 """
 
@@ -91,10 +91,15 @@ def with_zero_rows(value: Shaped[Tensor, "rows *more"], rows: int) -> Tensor:
 def resize(
     tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor] | None, rows: dict[str, int]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """Weights and Adam's moments (`exp_avg.<name>`) with more rows where `rows` says how many."""
+    """Weights and Adam's moments (`exp_avg.<name>`) with more rows where `rows` says how many.
+
+    Of the names of a tied weight, those that `tensors` lacks are passed over.
+    """
     grown = dict(tensors)
     carried = None if moments is None else dict(moments)
     for name, number in rows.items():
+        if name not in tensors:
+            continue
         grown[name] = with_mean_rows(tensors[name], number)
         for key in ("exp_avg", "exp_avg_sq"):
             if carried is not None:

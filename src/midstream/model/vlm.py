@@ -17,7 +17,7 @@ from midstream.model.decoder import Decoder
 from midstream.model.initialise import HasInitialisers, Initialiser
 from midstream.model.pretrained import TransformersDecoder
 from midstream.model.projector import Projector
-from midstream.model.vision import build_encoder
+from midstream.model.vision import VisionEncoder, build_encoder
 
 
 def build_decoder(config: AnyDecoderConfig) -> Decoder | TransformersDecoder:
@@ -33,7 +33,7 @@ class VLM(nn.Module):
         super().__init__()
         self.config = config
         self.decoder = build_decoder(config.decoder)
-        self.encoder: nn.Module | None = None
+        self.encoder: VisionEncoder | None = None
         self.projector: Projector | None = None
         if config.encoder is not None:
             if config.owns_encoder:

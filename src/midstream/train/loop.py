@@ -104,6 +104,7 @@ def train(
     job.model.train()
     for micro_batches in steps:
         before = time.monotonic()
+        assert progress.rate is not None, "only an imported checkpoint's may be unknown"
         try:
             result = train_step(
                 job.model,

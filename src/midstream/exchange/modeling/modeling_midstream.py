@@ -102,7 +102,7 @@ class VisionTower(nn.Module):
 
 def rounded(features: Tensor, dtype: str | None) -> Tensor:
     """Features as the model was trained with them: bfloat16, or int8 with one scale a patch."""
-    if dtype is None:
+    if dtype in (None, "float32"):
         return features
     if dtype == "bfloat16":
         return features.bfloat16().to(features.dtype)

@@ -1,0 +1,158 @@
+"""Folders of Hugging Face: brought from the hub, seen to be whole, read as a decoder.
+
+Code that a checkpoint brings along is never run.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from midstream.config import TransformersDecoderConfig
+from midstream.model.pretrained import TransformersDecoder, describe
+from midstream.model.weights import check, read_tensors
+
+# What a model's folder needs, and no more: repositories hold other formats and optimiser states.
+_SMALL = ("*.json", "*.model", "*.txt", "*.jinja")
+_SAFETENSORS = ("model.safetensors", "model-*.safetensors")
+_TORCH = ("pytorch_model.bin", "pytorch_model-*.bin")
+# Names that downloads have while they are under way.
+_UNFINISHED = ("*.incomplete", "*.part", "*.aria2", "*.crdownload")
+_LFS = b"version https://git-lfs"
+
+# -------------------------------------------------------------------------------------- the hub
+
+
+def fetch(name: str, revision: str | None) -> Path:
+    """The local folder of a hub model at a revision, downloaded where the cache lacks it.
+
+    Safetensors where there are any, else torch files. Raises ValueError if the hub has no such
+    model or revision, FileNotFoundError if the hub cannot be reached and the cache lacks it; both
+    name the model, the revision and the way out.
+    """
+    from huggingface_hub import snapshot_download
+
+    def download(patterns: tuple[str, ...]) -> Path:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+            )
+        )
+
+    folder = _from_hub(lambda: download(_SMALL + _SAFETENSORS), name, revision)
+    if not any(folder.glob("model*.safetensors*")):
+        folder = _from_hub(lambda: download(_SMALL + _TORCH), name, revision)
+    return folder
+
+
+def _from_hub(download: Callable[[], Path], name: str, revision: str | None) -> Path:
+    from huggingface_hub import errors
+    from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
+
+    at = f"{name} at revision {revision or 'main'}"
+    page = f"https://huggingface.co/{name}"
+    try:
+        return download()
+    except errors.RevisionNotFoundError:
+        raise ValueError(
+            f"{name} has no revision {revision!r}; {page}/tree/main lists them"
+        ) from None
+    except errors.GatedRepoError:
+        raise ValueError(
+            f"{name} is given to those alone who accept its terms; do so at {page}, then log in "
+            "with: hf auth login"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise ValueError(
+            f"{name} is no file or folder here, and the hub has no public model of this name; "
+            "check the spelling, or log in with: hf auth login"
+        ) from None
+    except errors.HFValidationError:
+        raise FileNotFoundError(
+            f"{name} is no file or folder, nor the name of a hub model"
+        ) from None
+    except OSError as error:
+        why = (
+            "HF_HUB_OFFLINE is set"
+            if HF_HUB_OFFLINE
+            else f"the hub did not answer ({(str(error).splitlines() or [''])[0]})"
+        )
+        raise FileNotFoundError(
+            f"{at} is no file or folder here and not in the cache ({HF_HUB_CACHE}), and {why}; "
+            f"download it with: hf download {name}"
+            + (f" --revision {revision}" if revision else "")
+        ) from None
+
+
+# ----------------------------------------------------------------------------------- the folder
+
+
+def check_downloaded(folder: Path) -> None:
+    """Raises FileNotFoundError that names what a half-downloaded folder lacks or has unfinished.
+
+    Whether each shard is there and whole is seen when they are read.
+    """
+    unfinished = sorted(
+        str(item.relative_to(folder)) for pattern in _UNFINISHED for item in folder.rglob(pattern)
+    )
+    if unfinished:
+        raise FileNotFoundError(
+            f"{folder} is half downloaded: {', '.join(unfinished)}; finish the download"
+        )
+    pointers = sorted(item.name for item in folder.iterdir() if _is_pointer(item))
+    if pointers:
+        raise FileNotFoundError(
+            f"{folder} holds pointers of Git LFS in place of {', '.join(pointers)}; "
+            "get the files with: git lfs pull"
+        )
+    if not (folder / "config.json").is_file():
+        held = ", ".join(sorted(os.listdir(folder))) or "nothing"
+        raise FileNotFoundError(
+            f"{folder} has no config.json, only {held}; download the model to its end, or give an "
+            "OpenLM epoch_N.pt"
+        )
+
+
+def _is_pointer(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(_LFS)) == _LFS
+
+
+def read_decoder(
+    folder: Path,
+) -> tuple[TransformersDecoderConfig, dict[str, Tensor], tuple[str, ...]]:
+    """A causal language model: its configuration, its tensors under the names of
+    `TransformersDecoder`, and the names of those that it computes itself.
+
+    Tensors keep the file's dtype. Raises FileNotFoundError or ValueError as `describe` and
+    `read_tensors` do, and naming every tensor that is missing, unexpected or of another shape.
+    """
+    config = describe(_read_config(folder))
+    with torch.device("meta"):
+        decoder = TransformersDecoder(config)
+    tensors: dict[str, Tensor] = {}
+    dropped = []
+    for name, value in read_tensors(folder).items():
+        ours = decoder.parameter_name(name)
+        if ours is None:
+            dropped.append(name)
+        elif ours in tensors:
+            raise ValueError(f"{folder} holds {ours} twice, the second time as {name}")
+        else:
+            tensors[ours] = value
+    check(decoder, tensors, path=folder)
+    return config, tensors, tuple(sorted(dropped))
+
+
+def _read_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"transformers cannot read {folder / 'config.json'}: {error}") from None

@@ -1,0 +1,165 @@
+"""What `midstream import` is asked for: found, brought here, seen to be whole, and read."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import Field
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from midstream.config import AnyDecoderConfig
+from midstream.config.base import Config, Positive
+from midstream.data.tokenising.tokenise import open_tokenizer
+from midstream.exchange import vision_checkpoints
+from midstream.exchange.families import Known, known_checkpoint
+from midstream.exchange.huggingface import check_downloaded, fetch, read_decoder
+from midstream.exchange.openlm import read_openlm
+from midstream.exchange.position import NUMBERS
+from midstream.model import pretrained
+from midstream.storage import read_json
+from midstream.study.imported import RECORD, Position
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_FILES = (".pt", ".pth", ".bin", ".safetensors", ".json")
+
+
+class ImportRequest(Config):
+    """What to import, to where, and what the user knows about it; see `midstream import --help`."""
+
+    source: str
+    out: Path
+    revision: str | None = None
+    tokenizer: str | None = None
+    pad_vocab_to: Positive = 64
+    add_tokens: tuple[str, ...] = ()
+    tokens_seen: int | None = Field(default=None, ge=0)
+    total_tokens: Positive | None = None
+    rate: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    peak_rate: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    end_rate: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    num_heads: Positive | None = None
+
+    @property
+    def position(self) -> Position:
+        """The numbers that the user gave."""
+        return Position(**{name: getattr(self, name) for name in NUMBERS})
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A decoder as it was found: tensors under its module's names, and what its files tell."""
+
+    family: str
+    config: AnyDecoderConfig
+    tensors: dict[str, Tensor]
+    dropped: tuple[str, ...]
+    moments: dict[str, Tensor] | None = None
+    step: int = 0
+    position: Position = field(default_factory=Position)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint lies on this machine, what it is called, and what is public about it."""
+
+    path: Path
+    name: str
+    revision: str | None = None
+    known: Known | None = None
+
+
+def locate(request: ImportRequest) -> Source:
+    """The file or folder of the source, downloaded if it is a hub name.
+
+    Raises FileNotFoundError or ValueError naming what is missing, unfinished or unknown.
+    """
+    path = Path(request.source).expanduser()
+    source = Source(path, str(path.resolve()))
+    if path.exists():
+        if request.revision is not None:
+            raise ValueError(
+                f"{path} lies here and has no revisions; leave --revision {request.revision} out, "
+                "or give the hub's name"
+            )
+    elif _HUB_NAME.fullmatch(request.source) and path.suffix not in _FILES:
+        path = fetch(request.source, request.revision)
+        # The folder of a snapshot is named by its commit.
+        revision = request.revision or path.name
+        known = known_checkpoint(request.source, request.revision)
+        source = Source(path, request.source, revision, known)
+    else:
+        raise FileNotFoundError(
+            f"{path} does not exist; give an epoch_N.pt, a folder or a hub name (owner/name)"
+        )
+    if path.is_dir():
+        if (path / RECORD).is_file():
+            raise ValueError(f"{path} is imported already; give it to a recipe")
+        if not list(path.glob("**/epoch_*.pt")):
+            check_downloaded(path)
+            _check_family(path)
+    elif path.suffix not in (".pt", ".pth"):
+        raise ValueError(
+            f"{path} is no OpenLM epoch_N.pt; of another model give the folder with its config.json"
+        )
+    return source
+
+
+def _check_family(folder: Path) -> None:
+    content = read_json(folder / "config.json")
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if kind == "openlm" or kind in vision_checkpoints.FAMILIES or kind in pretrained.FAMILIES:
+        return
+    models = ", ".join(f"{name} ({one.models})" for name, one in pretrained.FAMILIES.items())
+    raise ValueError(
+        f"{folder / 'config.json'} is of model_type {kind!r}, no family that is known here. "
+        f"Language models: openlm, {models}. Vision towers: "
+        + ", ".join(vision_checkpoints.FAMILIES)
+    )
+
+
+def read_language_model(request: ImportRequest, path: Path) -> LanguageModel:
+    """A decoder with all its tensors in memory.
+
+    Raises FileNotFoundError or ValueError as `read_openlm` and `read_decoder` do.
+    """
+    openlm = path.is_file() or not (path / "config.json").is_file()
+    if not openlm and read_json(path / "config.json")["model_type"] != "openlm":
+        if request.num_heads is not None:
+            raise ValueError("--num-heads is for OpenLM's files; this model's config.json tells")
+        config, tensors, dropped = read_decoder(path)
+        return LanguageModel(config.model_type, config, tensors, dropped)
+    found = read_openlm(path, num_heads=request.num_heads)
+    numbers = {name: getattr(found, name) for name in NUMBERS}
+    notes = [f"{what}: {origin}" for what, origin in found.origins.items() if origin != "none"]
+    return LanguageModel(
+        family="openlm",
+        config=found.config,
+        tensors=found.tensors,
+        dropped=found.dropped,
+        moments=found.moments,
+        step=found.step or 0,
+        position=Position(**numbers),
+        notes=("read from its files: " + "; ".join(notes),),
+    )
+
+
+def find_tokenizer(request: ImportRequest, path: Path) -> Tokenizer | None:
+    """The one that the user names, else the one in the source's folder, if there is any.
+
+    Raises FileNotFoundError or ValueError if it is not found or of another kind.
+    """
+    if request.tokenizer is not None:
+        return open_tokenizer(request.tokenizer)
+    if not path.is_dir():
+        return None
+    if (path / "tokenizer.json").is_file():
+        return open_tokenizer(str(path))
+    others = [name for name in ("tokenizer.model", "vocab.json") if (path / name).is_file()]
+    if others:
+        raise FileNotFoundError(
+            f"{path} has {' and '.join(others)} but no tokenizer.json, which alone is read; give "
+            "one with --tokenizer"
+        )
+    return None

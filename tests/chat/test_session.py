@@ -1,0 +1,380 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteFallback, Fuse, Sequence
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+
+import tiny
+from midstream.chat.describe import caution, describe
+from midstream.chat.session import ChatSession, ChatSettings
+from midstream.chat.text_pieces import TextPieces, harmless
+from midstream.data.examples import TextCodec, question_ids
+from midstream.data.images import decode_pixels
+from midstream.eval.predict import ModelAnswerer
+from midstream.model.generate import generate
+from midstream.open_model import OpenedModel
+from midstream.study.ledger import Ledger
+from midstream.study.stage import Evaluate, Imported, LoadDecoder
+
+SHORT = ChatSettings(max_new_tokens=8)
+QUESTIONS = ("What colour is it?", "Is it red?", "How many circles are there?")
+ROW = tiny.ROWS.row_length
+
+
+def answer(session: ChatSession, question: str) -> str:
+    return "".join(session.ask(question))
+
+
+def session_about(
+    opened: OpenedModel, picture: Path | None, settings: ChatSettings = SHORT
+) -> ChatSession:
+    session = ChatSession(opened, settings)
+    session.show(picture)
+    return session
+
+
+def reply_ids(opened: OpenedModel, prompt: list[int], picture: Path | None) -> list[int]:
+    """What comes after a prompt, made without a session."""
+    features = None
+    if picture is not None:
+        assert opened.vlm.config.encoder is not None
+        transform = opened.vlm.config.encoder.transform
+        pixels = decode_pixels(picture.read_bytes(), str(picture), transform)
+        features = opened.encode(torch.from_numpy(pixels)[None])
+    return generate(
+        opened.vlm,
+        [prompt],
+        features,
+        max_new_tokens=SHORT.max_new_tokens,
+        stop_ids=opened.codec.stop_ids,
+        batch_size=1,
+    )[0]
+
+
+class Stopping(TextCodec):
+    """A codec where one more token ends a reply."""
+
+    def __init__(self, codec: TextCodec, token: int) -> None:
+        super().__init__(codec.tokenizer)
+        self.token = token
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        return super().stop_ids | {self.token}
+
+
+# -------------------------------------------------------------------------------- the answers
+
+
+def test_first_answers_equal_those_of_an_evaluation(
+    opened: OpenedModel, pictures: list[Path]
+) -> None:
+    answerer = ModelAnswerer(
+        opened.vlm,
+        opened.codec,
+        encode=opened.encode,
+        encoder=opened.vlm.config.encoder,
+        max_new_tokens=SHORT.max_new_tokens,
+        batch_size=1,
+    )
+    found = set()
+    for picture in (*pictures, None):
+        for question in QUESTIONS:
+            said = answer(session_about(opened, picture), question)
+            assert [said] == answerer.generate([question], [picture])
+            found.add(said)
+    assert len(found) > 1
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_later_turns_are_laid_out_as_in_fine_tuning(
+    opened: OpenedModel, pictures: list[Path], shown: bool
+) -> None:
+    picture = pictures[2] if shown else None
+    session, codec = session_about(opened, picture), opened.codec
+    prompt: list[int] = [codec.separator] if shown else []
+    for question in QUESTIONS:
+        prompt += question_ids(codec, question, has_image=False)
+        reply = reply_ids(opened, prompt, picture)
+        assert answer(session, question) == codec.decode(reply).strip()
+        prompt += [*reply, codec.separator]
+    assert [question for question, _ in session.turns] == list(QUESTIONS)
+
+
+def test_an_answer_depends_on_the_turns_before_it(
+    opened: OpenedModel, pictures: list[Path]
+) -> None:
+    session = session_about(opened, pictures[0])
+    first = [answer(session, question) for question in QUESTIONS]
+    alone = [answer(session_about(opened, pictures[0]), question) for question in QUESTIONS]
+    assert first[0] == alone[0]
+    assert first[1:] != alone[1:]
+
+
+def test_reset_forgets_the_turns_and_keeps_the_picture(
+    opened: OpenedModel, pictures: list[Path]
+) -> None:
+    session = session_about(opened, pictures[1])
+    first = [answer(session, question) for question in QUESTIONS]
+    session.reset()
+    assert session.turns == []
+    assert session.picture == pictures[1]
+    assert [answer(session, question) for question in QUESTIONS] == first
+
+
+def test_a_new_picture_starts_a_new_conversation(opened: OpenedModel, pictures: list[Path]) -> None:
+    session = session_about(opened, pictures[0])
+    for picture in (*pictures[1:], None):
+        answer(session, QUESTIONS[0])
+        session.show(picture)
+        assert session.turns == []
+        expected = answer(session_about(opened, picture), QUESTIONS[1])
+        assert answer(session, QUESTIONS[1]) == expected
+
+
+def test_draws_are_a_matter_of_the_seed(opened: OpenedModel) -> None:
+    def drawn(seed: int) -> str:
+        settings = ChatSettings(max_new_tokens=12, temperature=1.0, seed=seed)
+        return answer(ChatSession(opened, settings), QUESTIONS[0])
+
+    said = [drawn(seed) for seed in range(6)]
+    assert [drawn(seed) for seed in range(6)] == said
+    assert len(set(said)) > 2
+
+
+# ---------------------------------------------------------------------------------- the ending
+
+
+def test_an_answer_ends_before_a_stop_token_and_is_whole(opened: OpenedModel) -> None:
+    prompt = question_ids(opened.codec, QUESTIONS[0], has_image=False)
+    whole = reply_ids(opened, prompt, None)
+    assert len(whole) == SHORT.max_new_tokens
+    for token in dict.fromkeys(whole):
+        ended = whole[: whole.index(token)]
+        stopping = replace(opened, codec=Stopping(opened.codec, token))
+        session = ChatSession(stopping, SHORT)
+        assert answer(session, QUESTIONS[0]) == opened.codec.decode(ended).strip()
+        assert session.cut is None
+
+
+def test_an_answer_cut_at_max_new_tokens_says_so(opened: OpenedModel) -> None:
+    session = ChatSession(opened, SHORT)
+    answer(session, QUESTIONS[0])
+    assert session.cut == "the answer was cut at 8 tokens (max_new_tokens)"
+
+
+def test_a_conversation_ends_at_the_positions_the_model_was_trained_on(
+    opened: OpenedModel, pictures: list[Path]
+) -> None:
+    session = session_about(opened, pictures[0], ChatSettings(max_new_tokens=500))
+    answer(session, QUESTIONS[0])
+    assert session.cut is not None
+    assert f"all {ROW} positions" in session.cut
+    before = list(session.turns)
+    with pytest.raises(ValueError, match=rf"holds {ROW} positions.* {ROW} at most: start a new"):
+        session.ask(QUESTIONS[1])
+    assert session.turns == before
+    session.reset()
+    assert answer(session, QUESTIONS[1])
+
+
+def test_the_longest_question_that_leaves_room_is_answered_and_the_next_one_refused(
+    opened: OpenedModel,
+) -> None:
+    codec = opened.codec
+    sizes = {len(question_ids(codec, "x " * n + "x", has_image=False)): n for n in range(ROW)}
+    fits, refused = sizes[ROW - 1], sizes[max(size for size in sizes if size in (ROW, ROW + 1))]
+    session = ChatSession(opened, SHORT)
+    list(session.ask("x " * fits + "x"))
+    assert session.cut is not None
+    assert "fills" in session.cut
+    with pytest.raises(ValueError, match=rf"{ROW} at most: ask a shorter question"):
+        ChatSession(opened, SHORT).ask("x " * refused + "x")
+
+
+def test_stop_ends_an_answer_and_the_conversation_goes_on(opened: OpenedModel) -> None:
+    session = ChatSession(opened, ChatSettings(max_new_tokens=60))
+    pieces = session.ask(QUESTIONS[0])
+    begun = next(pieces)
+    session.stop()
+    said = begun + "".join(pieces)
+    assert session.cut == "the answer was stopped"
+    assert session.turns == [(QUESTIONS[0], said)]
+    whole = answer(ChatSession(opened, ChatSettings(max_new_tokens=60)), QUESTIONS[0])
+    assert len(said) < len(whole)
+    assert whole.startswith(said)
+    assert answer(session, QUESTIONS[1])
+    assert session.cut != "the answer was stopped"
+
+
+def test_an_answer_left_in_its_middle_is_a_turn(opened: OpenedModel) -> None:
+    session = ChatSession(opened, ChatSettings(max_new_tokens=60))
+    pieces = session.ask(QUESTIONS[0])
+    begun = next(pieces)
+    answer(session, QUESTIONS[1])
+    assert session.turns[0] == (QUESTIONS[0], begun)
+    assert len(session.turns) == 2
+
+
+# --------------------------------------------------------------------------------- the refusals
+
+
+@pytest.mark.parametrize("question", ["", " \n\t "])
+def test_an_empty_question_is_refused(opened: OpenedModel, question: str) -> None:
+    with pytest.raises(ValueError, match="the question is empty"):
+        ChatSession(opened, SHORT).ask(question)
+
+
+def test_a_question_of_broken_bytes_is_refused(opened: OpenedModel) -> None:
+    question = b"caf\xe9".decode(errors="surrogateescape")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        ChatSession(opened, SHORT).ask(question)
+
+
+def test_a_model_without_an_encoder_refuses_pictures_and_talks(
+    opened_text: OpenedModel, pictures: list[Path]
+) -> None:
+    session = ChatSession(opened_text, SHORT)
+    with pytest.raises(ValueError, match=rf"without an encoder, it cannot see {pictures[0]}"):
+        session.show(pictures[0])
+    assert answer(session, QUESTIONS[0])
+
+
+def test_what_is_no_picture_is_refused_and_the_conversation_stays(
+    opened: OpenedModel, pictures: list[Path], tmp_path: Path
+) -> None:
+    session = session_about(opened, pictures[0])
+    answer(session, QUESTIONS[0])
+    before = list(session.turns)
+    text = tmp_path / "text.png"
+    text.write_text("no picture")
+    with pytest.raises(ValueError, match=r"text\.png: the picture cannot be decoded"):
+        session.show(text)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        session.show(tmp_path / "missing.png")
+    assert (session.turns, session.picture) == (before, pictures[0])
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens 0"),
+        ({"top_p": 0.5}, "give a temperature"),
+        ({"top_p": 0.5, "temperature": 0.0}, "give a temperature"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(values: dict[str, float], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ChatSettings(**values)
+
+
+# --------------------------------------------------------------------------- what is said of it
+
+
+def test_the_description_tells_training_and_scores(
+    chat_ledger: Ledger, opened: OpenedModel, tmp_path: Path
+) -> None:
+    own = tiny.store_with(
+        chat_ledger, tmp_path, tiny.DATA, tiny.ENCODER_STAGE, tiny.SEEN, tiny.CHAT
+    )
+    for stage in (tiny.RESULT, Evaluate(of=tiny.SEEN, evaluation=tiny.EVALUATION)):
+        with own.open_stage(stage) as work:
+            score = 0.625 if stage is tiny.RESULT else 0.875
+            work.finish({"tasks": {"pope": {"score": score, "chance": 0.5}}})
+    lines = describe(replace(opened, ledger=own))
+    sizes = [sum(value.numel() for value in opened.vlm.parameters())]
+    assert opened.encoder is not None
+    sizes += [value.numel() for value in opened.encoder.parameters()]
+    assert lines[0] == f"{tiny.CHAT.name}: {sum(sizes):,} parameters, sees pictures"
+    seen = own.results(tiny.SEEN)["tokens_seen"]
+    assert lines[1] == (
+        "trained on text: unknown, the stage is not in this store, 40 % of " + tiny.TEXT.name
+    )
+    assert lines[2].startswith(f"trained on images and text: {seen:,} tokens (text ")
+    assert lines[3].startswith("trained on conversations: ")
+    assert lines[4] == f"scores: pope 62.5% (chance 50.0%) ({tiny.RESULT.name})"
+    assert len(lines) == 5
+
+
+def test_a_model_that_learnt_no_conversations_says_so(
+    opened: OpenedModel, opened_text: OpenedModel
+) -> None:
+    assert caution(opened) is None
+    assert "not fine-tuned on conversations" in (caution(opened_text) or "")
+    first, training = describe(opened_text)
+    assert first.startswith(f"{tiny.TEXT.name} at 40 %: ")
+    assert first.endswith("text only")
+    assert training.endswith(f", 40 % of {tiny.TEXT.name}")
+
+
+def test_an_imported_model_may_use_the_positions_of_its_family(opened_text: OpenedModel) -> None:
+    imported = Imported(folder=Path("elsewhere"), content="0" * 16)
+    stage = LoadDecoder(data=tiny.DATA, checkpoint=imported, decoder=tiny.DECODER)
+    assert ChatSession(replace(opened_text, stage=stage), SHORT).max_positions == 2048
+
+
+# ------------------------------------------------------------------------------------- pieces
+
+
+def byte_level_codec() -> TextCodec:
+    """Every byte is a token."""
+    alphabet = sorted(ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    return TextCodec(tokenizer)
+
+
+def byte_fallback_codec() -> TextCodec:
+    """Letters, and all bytes for what they do not spell, as sentencepiece has it."""
+    words = [*"abcdefgh é", *(f"<0x{value:02X}>" for value in range(256))]
+    vocab = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=[], byte_fallback=True))
+    tokenizer.decoder = Sequence([ByteFallback(), Fuse()])
+    return TextCodec(tokenizer)
+
+
+CODECS = {"byte level": byte_level_codec(), "byte fallback": byte_fallback_codec()}
+TEXTS = st.text(st.sampled_from("ab \n€é🎈\ufffd"), max_size=12)
+
+
+@pytest.mark.parametrize("name", CODECS)
+@given(data=st.data())
+def test_pieces_add_up_to_the_decoded_answer(name: str, data: st.DataObject) -> None:
+    codec = CODECS[name]
+    tokens = st.integers(0, codec.tokenizer.get_vocab_size(with_added_tokens=False) - 1)
+    # Texts, and between them bytes at random: most of those are no UTF-8.
+    parts = st.lists(TEXTS.map(codec.encode) | st.lists(tokens, max_size=4), max_size=5)
+    ids = [token for part in data.draw(parts) for token in part]
+    pieces = TextPieces(codec)
+    found = [pieces.push(token) for token in ids]
+    found.append(pieces.finish())
+    assert "".join(found) == codec.decode(ids).strip() == pieces.text
+
+
+@given(text=TEXTS)
+def test_pieces_are_whole_characters(text: str) -> None:
+    codec = CODECS["byte level"]
+    pieces = TextPieces(codec)
+    for token in codec.encode(text.replace("\ufffd", "")):
+        assert "\ufffd" not in pieces.push(token)
+    assert pieces.finish() == ""
+
+
+def test_every_letter_is_a_piece_as_soon_as_it_is_there() -> None:
+    pieces = TextPieces(CODECS["byte level"])
+    found = [pieces.push(token) for token in CODECS["byte level"].encode("a€ b")]
+    assert found == ["a", "", "", "€", "", " b"]
+
+
+def test_control_characters_are_written_out_and_text_is_left_alone() -> None:
+    assert harmless("\x1b[2J\r\x07\x7f\x9b\u202e\u2066") == (r"\x1b[2J\r\x07\x7f\x9b\u202e\u2066")
+    plain = "two\nlines\tand a tab, é, 日本, 👩\u200d🚀, שלום, [bold]"
+    assert harmless(plain) == plain

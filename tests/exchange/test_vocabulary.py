@@ -1,0 +1,143 @@
+"""Tokens that come in, and the rows they get."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+
+from midstream.data.examples import AGENT_STOP, SEPARATOR, TextCodec
+from midstream.exchange.vocabulary import (
+    plan_vocabulary,
+    resize,
+    with_mean_rows,
+    with_zero_rows,
+)
+
+
+def words(number: int, *special: str) -> Tokenizer:
+    """A tokenizer of `number` words, then special tokens."""
+    tokenizer = Tokenizer(WordLevel({f"w{one}": one for one in range(number)}, unk_token="w0"))
+    tokenizer.add_special_tokens([AddedToken(one, special=True) for one in special])
+    return tokenizer
+
+
+@given(
+    words_held=st.integers(2, 200),
+    spare=st.integers(0, 90),
+    multiple=st.integers(1, 130),
+    more=st.integers(0, 3),
+)
+def test_rows_never_shrink_cover_every_id_and_are_the_least_such_multiple(
+    words_held: int, spare: int, multiple: int, more: int
+) -> None:
+    rows = words_held + spare
+    added = [f"<|more{one}|>" for one in range(more)]
+    found = plan_vocabulary(words(words_held), rows, add_tokens=added, multiple=multiple)
+    assert found.codec is not None
+    needed = max(rows, words_held + 2 + more)
+    assert found.rows_after % multiple == 0
+    assert needed <= found.rows_after < needed + multiple
+    assert found.rows_before == rows
+    assert found.codec.size == words_held + 2 + more
+
+
+def test_tokens_that_came_in_are_told_with_their_ids() -> None:
+    found = plan_vocabulary(words(10), 10, add_tokens=[AGENT_STOP], multiple=64)
+    assert found.added == (("<|endoftext|>", 10), (SEPARATOR, 11), (AGENT_STOP, 12))
+    assert found.codec is not None
+    assert found.codec.stop_ids == {10, 11, 12}
+    assert found.as_json() == {
+        "rows_before": 10,
+        "rows_after": 64,
+        "added": [
+            {"token": "<|endoftext|>", "id": 10},
+            {"token": SEPARATOR, "id": 11},
+            {"token": AGENT_STOP, "id": 12},
+        ],
+    }
+
+
+@pytest.mark.parametrize("own", ["<|endoftext|>", "<|end_of_text|>", "</s>"])
+def test_a_tokenizers_own_end_of_text_is_kept(own: str) -> None:
+    found = plan_vocabulary(words(10, own), 11, add_tokens=[], multiple=1)
+    assert found.codec is not None
+    assert found.codec.end_of_text == 10
+    assert found.added == ((SEPARATOR, 11),)
+    assert found.rows_after == 12
+
+
+def test_a_token_that_is_there_already_is_not_told_as_added() -> None:
+    tokenizer = words(10, "<|endoftext|>", SEPARATOR, AGENT_STOP)
+    found = plan_vocabulary(tokenizer, 13, add_tokens=[AGENT_STOP], multiple=1)
+    assert found.added == ()
+    assert found.rows_after == 13
+
+
+def test_spare_rows_are_used_before_any_is_added() -> None:
+    # Pythia: 50,304 rows, 50,277 tokens, its end of text among them.
+    tokenizer = words(276, "<|endoftext|>")
+    found = plan_vocabulary(tokenizer, 304, add_tokens=[], multiple=16)
+    assert found.added == ((SEPARATOR, 277),)
+    assert found.rows_after == 304
+
+
+def test_added_tokens_survive_the_file() -> None:
+    found = plan_vocabulary(words(10), 10, add_tokens=[AGENT_STOP], multiple=1)
+    assert found.codec is not None
+    again = TextCodec(Tokenizer.from_str(found.codec.tokenizer.to_str()))
+    assert again.stop_ids == found.codec.stop_ids
+    assert again.size == 13
+
+
+def test_a_tokenizer_with_more_ids_than_rows_is_another_models() -> None:
+    with pytest.raises(ValueError, match=r"ids up to 299, the model's embedding 256 rows"):
+        plan_vocabulary(words(300), 256, add_tokens=[], multiple=64)
+
+
+def test_tokens_cannot_be_added_without_a_tokenizer_or_without_text() -> None:
+    with pytest.raises(ValueError, match=r"no tokenizer to add <\|agent_stop\|> to.*--tokenizer"):
+        plan_vocabulary(None, 256, add_tokens=[AGENT_STOP], multiple=64)
+    with pytest.raises(ValueError, match="'  ' is no token"):
+        plan_vocabulary(words(5), 256, add_tokens=["  "], multiple=64)
+    assert plan_vocabulary(None, 250, add_tokens=[], multiple=64).rows_after == 256
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_old_rows_are_bit_equal_and_new_ones_their_mean(dtype: torch.dtype) -> None:
+    old = torch.randn(37, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    new = with_mean_rows(old, 64)
+    assert new.dtype == dtype
+    assert torch.equal(new[:37], old)
+    mean = old.double().mean(dim=0).to(dtype)
+    assert torch.equal(new[37:], mean.expand(27, 8))
+    assert torch.equal(with_zero_rows(old, 64)[:37], old)
+    assert not with_zero_rows(old, 64)[37:].any()
+
+
+def test_a_new_token_is_never_likelier_than_a_token_drawn_at_random() -> None:
+    source = torch.Generator().manual_seed(1)
+    output = with_mean_rows(torch.randn(50, 16, generator=source) - 0.3, 53)
+    for scale in (0.1, 1.0, 10.0, 100.0):
+        hidden = scale * torch.randn(200, 16, generator=source)
+        likely = (hidden @ output.T).log_softmax(dim=-1)
+        assert likely[:, 50:].max() <= -torch.log(torch.tensor(50.0)) + 1e-4
+
+
+def test_moments_of_new_rows_are_zero_and_only_named_tensors_grow() -> None:
+    tensors = {"embed": torch.rand(5, 2), "norm": torch.rand(2)}
+    moments = {f"{key}.{name}": value + 1 for name, value in tensors.items()
+               for key in ("exp_avg", "exp_avg_sq")}  # fmt: skip
+    moments |= {"step.embed": torch.tensor(7.0), "step.norm": torch.tensor(7.0)}
+    grown, carried = resize(tensors, moments, {"embed": 8, "tied": 8})
+    assert carried is not None
+    assert grown.keys() == tensors.keys()
+    assert grown["norm"] is tensors["norm"]
+    assert grown["embed"].shape == (8, 2)
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(carried[f"{key}.embed"][:5], moments[f"{key}.embed"])
+        assert not carried[f"{key}.embed"][5:].any()
+        assert torch.equal(carried[f"{key}.norm"], moments[f"{key}.norm"])
+    assert carried["step.embed"] == 7.0
+    assert resize(tensors, None, {"embed": 8})[1] is None
