@@ -186,8 +186,7 @@ class StageRunner:
 
     def _load_encoder(self, stage: LoadEncoder) -> dict[str, Any]:
         """Imported towers to `weights/`, under the encoder's own names."""
-        for imported in stage.towers:
-            open_imported(imported)
+        records = [open_imported(imported) for imported in stage.towers]
         encoder, unused = load_imported(stage.encoder, [one.folder for one in stage.towers])
         with new_folder(self.ledger.folder(stage) / "weights") as temporary:
             save_weights(encoder, temporary / "model.safetensors")
@@ -195,6 +194,7 @@ class StageRunner:
             "weights_digest": weights_digest(encoder),
             "num_parameters": sum(parameter.numel() for parameter in encoder.parameters()),
             "unused": list(unused),
+            "imported_from": [record.origin for record in records],
         }
 
     def _load_decoder(self, stage: LoadDecoder) -> dict[str, Any]:
@@ -215,8 +215,7 @@ class StageRunner:
         return {
             "tokens_seen_before": progress.tokens_seen,
             "last_rate": progress.rate,
-            "source": record.source,
-            "revision": record.revision,
+            "imported_from": [record.origin],
             "weights_digest": weights_digest(model),
         }
 

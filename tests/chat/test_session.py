@@ -15,6 +15,7 @@ import tiny
 from midstream.chat.describe import caution, describe
 from midstream.chat.session import ChatSession, ChatSettings
 from midstream.chat.text_pieces import TextPieces, harmless
+from midstream.config import AnyDecoderConfig, TransformersDecoderConfig
 from midstream.data.examples import TextCodec, question_ids
 from midstream.data.images import decode_pixels
 from midstream.eval.predict import ModelAnswerer
@@ -188,15 +189,14 @@ def test_a_conversation_ends_at_the_positions_the_model_was_trained_on(
 def test_the_longest_question_that_leaves_room_is_answered_and_the_next_one_refused(
     opened: OpenedModel,
 ) -> None:
-    codec = opened.codec
-    sizes = {len(question_ids(codec, "x " * n + "x", has_image=False)): n for n in range(ROW)}
-    fits, refused = sizes[ROW - 1], sizes[max(size for size in sizes if size in (ROW, ROW + 1))]
+    questions = ["x " * number + last for number in range(ROW) for last in ("x", "xx")]
+    sizes = {len(question_ids(opened.codec, q, has_image=False)): q for q in questions}
     session = ChatSession(opened, SHORT)
-    list(session.ask("x " * fits + "x"))
+    list(session.ask(sizes[ROW - 1]))
     assert session.cut is not None
     assert "fills" in session.cut
-    with pytest.raises(ValueError, match=rf"{ROW} at most: ask a shorter question"):
-        ChatSession(opened, SHORT).ask("x " * refused + "x")
+    with pytest.raises(ValueError, match=rf"needs {ROW} tokens.* {ROW} at most: ask a shorter"):
+        ChatSession(opened, SHORT).ask(sizes[ROW])
 
 
 def test_stop_ends_an_answer_and_the_conversation_goes_on(opened: OpenedModel) -> None:
@@ -314,10 +314,25 @@ def test_a_model_that_learnt_no_conversations_says_so(
     assert training.endswith(f", 40 % of {tiny.TEXT.name}")
 
 
-def test_an_imported_model_may_use_the_positions_of_its_family(opened_text: OpenedModel) -> None:
+LLAMA = TransformersDecoderConfig(
+    model_type="llama",
+    settings={"max_position_embeddings": 77},
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    vocab_size=tiny.VOCAB_SIZE,
+    num_parameters=1000,
+    tied_embeddings=False,
+)
+
+
+@pytest.mark.parametrize(("decoder", "positions"), [(tiny.DECODER, 2048), (LLAMA, 77)])
+def test_an_imported_model_may_use_the_positions_of_its_family(
+    opened_text: OpenedModel, decoder: AnyDecoderConfig, positions: int
+) -> None:
     imported = Imported(folder=Path("elsewhere"), content="0" * 16)
-    stage = LoadDecoder(data=tiny.DATA, checkpoint=imported, decoder=tiny.DECODER)
-    assert ChatSession(replace(opened_text, stage=stage), SHORT).max_positions == 2048
+    stage = LoadDecoder(data=tiny.DATA, checkpoint=imported, decoder=decoder)
+    assert ChatSession(replace(opened_text, stage=stage), SHORT).max_positions == positions
 
 
 # ------------------------------------------------------------------------------------- pieces
@@ -351,8 +366,8 @@ def test_pieces_add_up_to_the_decoded_answer(name: str, data: st.DataObject) -> 
     codec = CODECS[name]
     tokens = st.integers(0, codec.tokenizer.get_vocab_size(with_added_tokens=False) - 1)
     # Texts, and between them bytes at random: most of those are no UTF-8.
-    parts = st.lists(TEXTS.map(codec.encode) | st.lists(tokens, max_size=4), max_size=5)
-    ids = [token for part in data.draw(parts) for token in part]
+    parts = data.draw(st.lists(TEXTS | st.lists(tokens, max_size=4), max_size=5))
+    ids = [id for part in parts for id in (codec.encode(part) if isinstance(part, str) else part)]
     pieces = TextPieces(codec)
     found = [pieces.push(token) for token in ids]
     found.append(pieces.finish())

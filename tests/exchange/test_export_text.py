@@ -85,29 +85,11 @@ def test_a_fresh_python_without_midstream_gives_its_logits_and_tokens(
 
 
 HARNESS = """
-try:
-    import accelerate
-    source = {"pretrained": request["folder"], "trust_remote_code": True}
-except ImportError:
-    # One process needs nothing of it but its names, if the model is loaded before.
-    import types
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    for name in ("accelerate", "accelerate.utils"):
-        sys.modules[name] = types.ModuleType(name)
-    for name in ("Accelerator", "InitProcessGroupKwargs", "find_executable_batch_size"):
-        setattr(sys.modules["accelerate"], name, None)
-    sys.modules["accelerate.utils"].get_max_memory = None
-    source = {
-        "pretrained": AutoModelForCausalLM.from_pretrained(
-            request["folder"], trust_remote_code=True
-        ),
-        "tokenizer": AutoTokenizer.from_pretrained(request["folder"], trust_remote_code=True),
-    }
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-model = HFLM(**source, device="cpu", batch_size=2)
+model = HFLM(request["folder"], trust_remote_code=True, device="cpu", batch_size=2)
 asked = [Instance("loglikelihood", {}, tuple(pair), 0) for pair in request["pairs"]]
 scores = [[float(score), bool(best)] for score, best in model.loglikelihood(asked)]
 tasks = TaskManager(include_path=request["tasks"], include_defaults=False)

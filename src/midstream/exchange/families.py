@@ -137,16 +137,17 @@ def _olmo2(name: str, per_step: int, last_step: int, peak: float | None) -> Run:
     )
 
 
-def _olmo2_stage2(name: str, per_step: int, last_step: int, start: float) -> Run:
-    # allenai/OLMo configs, OLMo2-*-stage2-*.yaml: from `start` on a line to zero over 50e9 tokens.
-    before = last_step * per_step
+def _olmo2_stage2(name: str, per_step: int, last_steps: tuple[int, int], start: float) -> Run:
+    # allenai/OLMo configs, OLMo2-*-stage2-*.yaml: from `start` on a line to zero over 50e9 tokens,
+    # and on for ten steps (stop_at).
+    before = last_steps[0] * per_step
     return Run(
         family="OLMo 2, stage 2",
         repositories=rf"allenai/OLMo-2-{name}",
         revisions=_OLMO2_STAGE2,
         tokens_per_step=per_step,
         tokens_before=before,
-        total_tokens=before + 50 * _BILLION,
+        total_tokens=before + last_steps[1] * per_step,
         peak_rate=start,
         end_rate=0.0,
         rate=lambda step: start * max(0.0, 1 - step * per_step / (50 * _BILLION)),
@@ -192,8 +193,8 @@ RUNS = (
     _olmo2("0425-1B", 512 * 4_096, 1_907_359, 4e-4),
     _olmo2("1124-7B", 1_024 * 4_096, 928_646, 3e-4),
     _olmo2("1124-13B", 2_048 * 4_096, 596_057, None),
-    _olmo2_stage2("0425-1B", 512 * 4_096, 1_907_359, 7.4487e-5),
-    _olmo2_stage2("1124-7B", 1_024 * 4_096, 928_646, 6.1499e-5),
+    _olmo2_stage2("0425-1B", 512 * 4_096, (1_907_359, 23_852), 7.4487e-5),
+    _olmo2_stage2("1124-7B", 1_024 * 4_096, (928_646, 11_931), 6.1499e-5),
     Run("OLMo 2", r"allenai/OLMo-2-0325-32B", _OLMO2_STAGE1, None),
     _smollm2("135M", 64 * 8 * 2_048, 3e-3, 1_600_000, 2_000_000),
     _smollm2("360M", 128 * 6 * 2_048, 3e-3, 2_080_000, 2_600_000),
@@ -296,4 +297,5 @@ def _tokens(run: Run, step: int, billions: str | None) -> tuple[int | None, bool
     # The names round up or to the nearest.
     if named is not None and abs(counted - named) > _BILLION:
         return before + named, False
-    return before + counted, True
+    # TinyLlama names thousands of steps, the last of them rounded up.
+    return min(before + counted, run.total_tokens or before + counted), True

@@ -197,9 +197,15 @@ def _entry(stage: Stage, share: float, ledger: Ledger) -> StageEntry:
     elif isinstance(stage, TrainEncoder | LoadEncoder | LoadDecoder):
         lines += [
             f"{name}: {_number(results[name])}"
-            for name in ("source", "revision", "steps", "final_loss", "retrieval")
+            for name in ("steps", "final_loss", "retrieval")
             if name in results
         ]
+        lines += [f"Imported from {one}" for one in results.get("imported_from", ())]
+        if isinstance(stage, LoadDecoder):
+            lines += [
+                f"Tokens seen before: {_number(results['tokens_seen_before'])}",
+                f"Learning rate there: {_number(results['last_rate'])}",
+            ]
     else:
         lines += _trained(results)
     if share != 1.0:

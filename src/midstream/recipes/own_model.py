@@ -72,10 +72,15 @@ def image_shares(
     LLaVA's, with which the result exports as one; with `feature_dtype` float32 to the last digit.
     """
     root, folder = Path(data).resolve(), Path(checkpoint).resolve()
-    world = _prepare(root, folder)
     record = read_import(folder)
     if record.config.kind == "tower":
         raise ValueError(f"{folder} holds a vision encoder; give it as one of `encoders`")
+    if not rewarm_rate and (record.position is None or record.position.rate is None):
+        raise ValueError(
+            f"{folder} does not say the learning rate at its checkpoint; import it again with "
+            "--rate, or warm up again with rewarm_rate"
+        )
+    world = _prepare(root, folder)
     text = LoadDecoder(data=world, checkpoint=as_imported(folder), decoder=record.config)
     encoder = (
         _encoder(

@@ -45,6 +45,13 @@ class ImportRecord(Config):
     weights_digest: str
     content: str
 
+    @property
+    def origin(self) -> str:
+        """The hub name or the file's own name, and the revision: what may be told to others."""
+        path = Path(self.source)
+        name = path.name if path.is_absolute() or path.exists() else self.source
+        return name if self.revision is None else f"{name} at {self.revision}"
+
 
 def read_import(folder: Path) -> ImportRecord:
     """The record of an imported folder.

@@ -169,6 +169,16 @@ class ContinueFrom(Config):
         return self
 
 
+def _check_room(model: VLMConfig, training: Training) -> None:
+    patches = model.encoder.num_patches if model.encoder is not None else 0
+    length = training.rows.row_length
+    if patches >= length:
+        raise ValueError(
+            f"an image takes {patches} positions, a row has {length}; raise row_length, or lower "
+            "the encoder's image_size"
+        )
+
+
 class Continue(StageBase):
     """Image-text training, from scratch or from a milestone of a text run."""
 
@@ -180,6 +190,11 @@ class Continue(StageBase):
     attention: Attention = "segments"
     start: Annotated[FromScratch | ContinueFrom, Field(discriminator="kind")]
     training: Training
+
+    @model_validator(mode="after")
+    def _room(self) -> "Continue":
+        _check_room(self.model, self.training)
+        return self
 
     @property
     def parents(self) -> "tuple[Stage, ...]":
@@ -217,6 +232,11 @@ class Finetune(StageBase):
     kind: Literal["finetune"] = "finetune"
     start: Continue
     training: Training
+
+    @model_validator(mode="after")
+    def _room(self) -> "Finetune":
+        _check_room(self.model, self.training)
+        return self
 
     @property
     def parents(self) -> "tuple[Stage, ...]":

@@ -1,0 +1,650 @@
+"""Imports of tiny local checkpoints, of a fake hub cache, and everything that is refused."""
+
+import io
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import constants, errors
+from safetensors.torch import load_file, save_file
+from test_openlm import CONFIG, PARAMS, Run, numbered, rate_after, state_of
+from torch import Tensor
+
+from checkpoints import FAMILIES, VOCAB_SIZE, build_model, build_tokenizer, save_checkpoint
+from midstream.config import DecoderConfig, EncoderConfig, TransformersDecoderConfig, VLMConfig
+from midstream.data.examples import AGENT_STOP, SEPARATOR, TextCodec
+from midstream.exchange.__main__ import main
+from midstream.exchange.import_model import import_model
+from midstream.exchange.import_source import ImportRequest
+from midstream.exchange.import_summary import summary
+from midstream.model.vision import build_encoder, load_encoder
+from midstream.model.vlm import VLM
+from midstream.model.weights import load_weights, weights_digest
+from midstream.storage import read_json, verify, write_json
+from midstream.study.imported import ImportRecord, as_imported, open_imported, read_import
+from midstream.train.checkpoint import load_moments, read_progress
+from vision_checkpoints import build_tower, save_tower, vision_part
+
+TOLERANCE = 1e-5
+BIG = CONFIG.model_copy(update={"vocab_size": VOCAB_SIZE})
+
+
+@pytest.fixture(scope="module")
+def pythia(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPT-NeoX folder; read it, never change it."""
+    return save_checkpoint("gpt_neox", tmp_path_factory.mktemp("models") / "gpt_neox")
+
+
+def bring(source: object, out: Path, **options: Any) -> ImportRecord:
+    """Import, and the record that a stage will read."""
+    import_model(ImportRequest(source=str(source), out=out, **options))
+    assert open_imported(as_imported(out)) == read_import(out)
+    return read_import(out)
+
+
+def opened(out: Path) -> VLM:
+    """The imported language model, as a LoadDecoder stage opens it."""
+    config = read_import(out).config
+    assert isinstance(config, DecoderConfig | TransformersDecoderConfig)
+    vlm = VLM(VLMConfig(decoder=config))
+    load_weights(vlm, out / "model.safetensors")
+    return vlm.eval()
+
+
+@torch.no_grad()
+def logits(vlm: VLM, ids: Tensor) -> Tensor:
+    places = torch.arange(ids.shape[1]).expand(ids.shape)
+    return vlm.decoder.output(vlm.decoder(vlm.decoder.embed(ids), places, None))
+
+
+def some_ids(vocab_size: int = VOCAB_SIZE) -> Tensor:
+    return torch.randint(0, vocab_size, (2, 24), generator=torch.Generator().manual_seed(3))
+
+
+def refused(source: object, out: Path, match: str, **options: Any) -> None:
+    """An import that must fail with this message and leave nothing behind."""
+    before = sorted(out.parent.rglob("*"))
+    with pytest.raises((ValueError, OSError), match=match):
+        import_model(ImportRequest(source=str(source), out=out, **options))
+    assert sorted(out.parent.rglob("*")) == before
+
+
+# ------------------------------------------------------------------- language models, transformers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_imported_decoder_has_the_logits_of_transformers(family: str, tmp_path: Path) -> None:
+    source = save_checkpoint(family, tmp_path / "source", shard=family in ("olmo2", "llama3"))
+    record = bring(source, tmp_path / "out", add_tokens=(AGENT_STOP,))
+    vlm, ids = opened(tmp_path / "out"), some_ids()
+    found = logits(vlm, ids)
+    with torch.no_grad():
+        expected = build_model(family)(ids).logits
+    assert found.shape[-1] == 320
+    torch.testing.assert_close(found[..., :VOCAB_SIZE], expected, rtol=0, atol=TOLERANCE)
+    assert record.family == read_json(source / "config.json")["model_type"]
+    assert record.config.vocab_size == 320
+    assert record.weights_digest == weights_digest(vlm)
+    assert not any(name.startswith(".") for name in os.listdir(tmp_path))
+
+
+def test_old_rows_are_bit_equal_and_every_other_weight_too(pythia: Path, tmp_path: Path) -> None:
+    bring(pythia, tmp_path / "out", add_tokens=(AGENT_STOP,))
+    old = load_file(pythia / "model.safetensors")
+    new = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(new) == {f"decoder.model.{name.replace('embed_out', 'lm_head')}" for name in old}
+    for name, value in old.items():
+        kept = new[f"decoder.model.{name.replace('embed_out', 'lm_head')}"]
+        if name in ("embed_out.weight", "gpt_neox.embed_in.weight"):
+            assert kept.shape == (320, 32)
+            mean = value.double().mean(dim=0).float()
+            assert torch.equal(kept[VOCAB_SIZE:], mean.expand(20, 32))
+            kept = kept[:VOCAB_SIZE]
+        assert torch.equal(kept, value), name
+
+
+def test_half_precision_is_widened_exactly(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    build_model("llama").bfloat16().save_pretrained(source)
+    bring(source, tmp_path / "out", pad_vocab_to=1)
+    held = load_file(source / "model.safetensors")
+    assert {value.dtype for value in held.values()} == {torch.bfloat16}
+    for name, value in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(value, held[name.removeprefix("decoder.model.")].float()), name
+
+
+def test_the_tokenizer_comes_along_with_midstreams_tokens(pythia: Path, tmp_path: Path) -> None:
+    record = bring(pythia, tmp_path / "out", add_tokens=(AGENT_STOP,))
+    assert record.vocabulary == {
+        "rows_before": 300,
+        "rows_after": 320,
+        "added": [{"token": SEPARATOR, "id": 300}, {"token": AGENT_STOP, "id": 301}],
+    }
+    codec = TextCodec.from_file(tmp_path / "out" / "tokenizer.json")
+    assert codec.stop_ids == {0, 300, 301}
+    text = "A red circle is left of the blue square."
+    assert codec.encode(text) == build_tokenizer()(text)["input_ids"]
+
+
+def test_without_a_tokenizer_none_is_written_and_the_user_is_told(tmp_path: Path) -> None:
+    build_model("llama").save_pretrained(tmp_path / "source")
+    request = ImportRequest(source=str(tmp_path / "source"), out=tmp_path / "out")
+    record, notes = import_model(request)
+    assert record.vocabulary == {"rows_before": 300, "rows_after": 320, "added": []}
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    assert any(note.startswith("no tokenizer:") for note in notes)
+
+
+@pytest.mark.parametrize("given", ["file", "folder"])
+def test_a_tokenizer_may_be_given(given: str, tmp_path: Path) -> None:
+    build_model("llama").save_pretrained(tmp_path / "source")
+    build_tokenizer().save_pretrained(tmp_path / "words")
+    place = tmp_path / "words" / ("tokenizer.json" if given == "file" else "")
+    record = bring(tmp_path / "source", tmp_path / "out", tokenizer=str(place))
+    assert record.vocabulary is not None
+    assert record.vocabulary["added"] == [{"token": SEPARATOR, "id": 300}]
+
+
+def test_another_end_of_text_than_the_models_is_told(tmp_path: Path) -> None:
+    source = save_checkpoint("llama", tmp_path / "source")
+    settings = read_json(source / "config.json")
+    write_json(source / "config.json", settings | {"eos_token_id": 7})
+    _, notes = import_model(ImportRequest(source=str(source), out=tmp_path / "out"))
+    assert "its config.json ends texts with 7, Midstream with 0 of the tokenizer" in notes
+
+
+# ------------------------------------------------------------------------------- the position
+
+
+def test_what_the_user_gives_is_the_position(pythia: Path, tmp_path: Path) -> None:
+    record = bring(
+        pythia,
+        tmp_path / "out",
+        tokens_seen=1000,
+        total_tokens=4000,
+        rate=1e-4,
+        peak_rate=1e-3,
+        end_rate=0.0,
+    )
+    assert record.position is not None
+    assert set(record.position.origins.values()) == {"given"}
+    progress = read_progress(tmp_path / "out")
+    assert (progress.tokens_seen, progress.total_tokens, progress.rate) == (1000, 4000, 1e-4)
+    assert progress.counts.text == progress.counts.target == 1000
+
+
+def test_an_unknown_rate_is_null_and_the_remedy_is_told(pythia: Path, tmp_path: Path) -> None:
+    request = ImportRequest(source=str(pythia), out=tmp_path / "out", tokens_seen=1000)
+    record, notes = import_model(request)
+    assert read_progress(tmp_path / "out").rate is None
+    assert record.position is not None
+    assert record.position.rate is None
+    assert "the learning rate is unknown: give it with --rate, or warm up again" in notes
+
+
+def test_content_stands_for_weights_and_position_and_not_for_the_place(
+    pythia: Path, tmp_path: Path
+) -> None:
+    first = bring(pythia, tmp_path / "a", rate=1e-4)
+    again = bring(shutil.copytree(pythia, tmp_path / "copy"), tmp_path / "b", rate=1e-4)
+    assert again.content == first.content
+    assert len(first.content) == 16
+    assert bring(pythia, tmp_path / "c", rate=2e-4).content != first.content
+    assert bring(pythia, tmp_path / "c", rate=1e-4, pad_vocab_to=1).content != first.content
+    other = save_checkpoint("gpt_neox", tmp_path / "other", seed=1)
+    assert bring(other, tmp_path / "d", rate=1e-4).content != first.content
+
+
+# ------------------------------------------------------------------------------------- the hub
+
+
+def cached(cache: Path, folder: Path, name: str, revision: str, commit: str) -> None:
+    """Lay a folder down as the hub's cache does."""
+    place = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, place / "snapshots" / commit)
+    (place / "refs").mkdir(exist_ok=True)
+    (place / "refs" / revision).write_text(commit)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache, without a network."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def test_a_revision_of_a_known_family_brings_its_position(
+    cache: Path, pythia: Path, tmp_path: Path
+) -> None:
+    cached(cache, pythia, "EleutherAI/pythia-410m", "step71000", "c" * 40)
+    request = ImportRequest(
+        source="EleutherAI/pythia-410m", revision="step71000", out=tmp_path / "out", rate=1e-4
+    )
+    record, notes = import_model(request)
+    assert (record.source, record.revision) == ("EleutherAI/pythia-410m", "step71000")
+    assert record.position is not None
+    assert record.position.tokens_seen == 71_000 * 2_097_152
+    assert record.position.peak_rate == 3e-4
+    assert record.position.origins["rate"] == "given"
+    assert record.position.origins["peak_rate"] == "known family"
+    assert "known family: Pythia" in notes
+    assert [note for note in notes if note.startswith("rate is 0.0001 (given); known family says")]
+    lines = "\n".join(summary(tmp_path / "out", record, notes))
+    assert "tokens seen: 148,897,792,000 (known family)" in lines
+    assert "EleutherAI/pythia-410m at step71000" in lines
+    assert f"next: midstream plan own_model.image_shares --set checkpoint={tmp_path}/out" in lines
+
+
+def test_without_a_revision_the_commit_is_kept(cache: Path, pythia: Path, tmp_path: Path) -> None:
+    cached(cache, pythia, "somebody/model", "main", "d" * 40)
+    record = bring("somebody/model", tmp_path / "out")
+    assert record.revision == "d" * 40
+
+
+def test_a_revision_that_the_cache_lacks_is_named_with_the_way_to_get_it(
+    cache: Path, pythia: Path, tmp_path: Path
+) -> None:
+    cached(cache, pythia, "EleutherAI/pythia-410m", "main", "c" * 40)
+    refused(
+        "EleutherAI/pythia-410m",
+        tmp_path / "out",
+        r"pythia-410m at revision step7 .*HF_HUB_OFFLINE is set; download it with: hf download "
+        r"EleutherAI/pythia-410m --revision step7",
+        revision="step7",
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "match"),
+    [
+        (errors.RevisionNotFoundError, r"has no revision 'step7'; .*/tree/main lists them"),
+        (errors.GatedRepoError, r"accept its terms.*hf auth login"),
+        (errors.RepositoryNotFoundError, r"no file or folder here, and the hub has no public"),
+        (errors.HfHubHTTPError, r"the hub did not answer \(404"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_with_the_remedy(
+    error: type[errors.HfHubHTTPError],
+    match: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> str:
+        response: Any = SimpleNamespace(headers={}, request=None, status_code=404)
+        raise error("404 of the hub", response=response)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    refused("EleutherAI/pythia-410m", tmp_path / "out", match, revision="step7")
+
+
+def test_torch_files_are_asked_for_only_where_there_are_no_safetensors(
+    pythia: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copytree(pythia, tmp_path / "source")
+    held = load_file(source / "model.safetensors")
+    wanted: list[list[str]] = []
+
+    def download(name: str, *, revision: str, allow_patterns: list[str], **options: Any) -> str:
+        wanted.append(allow_patterns)
+        if "pytorch_model.bin" in allow_patterns:
+            torch.save(held, source / "pytorch_model.bin")
+        return str(source)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    bring("a/model", tmp_path / "one", revision="x")
+    assert len(wanted) == 1
+    assert "model.safetensors" in wanted[0]
+    (source / "model.safetensors").unlink()
+    first = weights_digest(opened(tmp_path / "one"))
+    record = bring("a/model", tmp_path / "two", revision="x")
+    assert len(wanted) == 3
+    assert record.weights_digest == first
+
+
+# -------------------------------------------------------------------------------------- OpenLM
+
+
+def test_an_openlm_epoch_comes_with_moments_position_and_more_rows(tmp_path: Path) -> None:
+    state = state_of(BIG)
+    params = PARAMS | {"vocab_size": VOCAB_SIZE}
+    run = Run(tmp_path / "run", state, prefix="module.")
+    source = run.write(params=params, optimizer=numbered(state, 20, rate_after(20)))
+    build_tokenizer().save_pretrained(tmp_path / "words")
+    record = bring(source, tmp_path / "out", tokenizer=str(tmp_path / "words"))
+    assert record.family == "openlm"
+    assert record.config == BIG.model_copy(update={"vocab_size": 320})
+    assert record.position is not None
+    assert record.position.tokens_seen == 20 * 4 * 16
+    assert record.position.rate == pytest.approx(rate_after(20))
+    assert set(record.position.origins.values()) == {"checkpoint"}
+    assert len(record.dropped) == 2
+    assert all(name.endswith("inv_freq") for name in record.dropped)
+    progress = read_progress(tmp_path / "out")
+    assert (progress.step, progress.rate) == (20, record.position.rate)
+
+    vlm = opened(tmp_path / "out")
+    mine = dict(vlm.decoder.state_dict())
+    for name in ("tok_embeddings.weight", "output.weight"):
+        assert torch.equal(mine.pop(name)[:VOCAB_SIZE], state[name])
+    assert all(torch.equal(value, state[name]) for name, value in mine.items())
+
+    assert record.has_moments
+    optimizer = torch.optim.AdamW(vlm.parameters())
+    load_moments(tmp_path / "out", vlm, optimizer)
+    theirs = torch.load(source.with_name("optimizer_2.pt"))["optimizer"]["state"]
+    names = [name for name in state if not name.endswith("inv_freq")]
+    for number, name in enumerate(names):
+        held = optimizer.state[vlm.decoder.get_parameter(name)]
+        rows = len(theirs[number]["exp_avg"])
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(held[key][:rows], theirs[number][key])
+            assert not held[key][rows:].any()
+        assert held["step"] == 20
+
+
+def test_moments_are_part_of_the_content(tmp_path: Path) -> None:
+    state = state_of()
+    plain = Run(tmp_path / "a", state).write()
+    other = Run(tmp_path / "b", state).write(optimizer=numbered(state, 20, rate_after(20)))
+    first, second = bring(plain, tmp_path / "one"), bring(other, tmp_path / "two")
+    assert first.weights_digest == second.weights_digest
+    assert first.position == second.position
+    assert (first.has_moments, second.has_moments) == (False, True)
+    assert first.content != second.content
+
+
+def test_an_openlm_folder_of_hugging_face_is_imported(tmp_path: Path) -> None:
+    state = state_of(tables=False)
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file({f"model.{name}": value for name, value in state.items()},
+              source / "model.safetensors")  # fmt: skip
+    write_json(source / "config.json", {"model_type": "openlm", "params_args_dict": PARAMS})
+    record = bring(source, tmp_path / "out", pad_vocab_to=1)
+    assert record.config == CONFIG
+    mine = opened(tmp_path / "out").decoder.state_dict()
+    assert all(torch.equal(mine[name], value) for name, value in state.items())
+
+
+def test_heads_may_be_given_for_openlm_alone(pythia: Path, tmp_path: Path) -> None:
+    state = state_of(tables=False)
+    torch.save(state, tmp_path / "weights.pt")
+    refused(tmp_path / "weights.pt", tmp_path / "out", "number of heads")
+    record = bring(tmp_path / "weights.pt", tmp_path / "out", num_heads=4)
+    assert record.config == CONFIG.model_copy(update={"vocab_size": 64})
+    refused(pythia, tmp_path / "other", "--num-heads is for OpenLM", num_heads=4)
+
+
+# ------------------------------------------------------------------------------------- encoders
+
+
+@pytest.mark.parametrize(
+    "kind", ["siglip", "whole siglip", "siglip2", "dinov2", "dinov2 with registers"]
+)
+def test_a_tower_is_imported_whole_and_its_encoder_loads(kind: str, tmp_path: Path) -> None:
+    source = save_tower(kind, tmp_path / "source", shard=kind == "siglip")
+    record = bring(source, tmp_path / "out")
+    assert isinstance(record.config, EncoderConfig)
+    assert (record.kind, record.vocabulary, record.position) == ("encoder", None, None)
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    expected = vision_part(build_tower(kind)).state_dict()
+    assert held.keys() == expected.keys()
+    assert all(torch.equal(held[name], value) for name, value in expected.items())
+    load_encoder(build_encoder(record.config), tmp_path / "out" / "model.safetensors")
+    text = [name for name in record.dropped if name.startswith("text_model.")]
+    assert bool(text) == (kind == "whole siglip")
+    if kind == "whole siglip":
+        assert {"logit_scale", "logit_bias"} <= set(record.dropped)
+
+
+def test_what_has_no_sense_for_a_tower_is_refused(tmp_path: Path) -> None:
+    source = save_tower("siglip", tmp_path / "source")
+    refused(
+        source,
+        tmp_path / "out",
+        r"vision tower; leave --rate, --tokenizer, --add-token out",
+        rate=1e-4,
+        tokenizer="words",
+        add_tokens=("<|x|>",),
+    )
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    source = save_checkpoint("olmo2", tmp_path / "source", shard=True)
+    shard = sorted(source.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    refused(source, tmp_path / "out", f"half downloaded.*{shard.name}")
+
+
+def test_a_missing_shard_of_a_tower_is_named(tmp_path: Path) -> None:
+    source = save_tower("siglip", tmp_path / "source", shard=True)
+    shard = sorted(source.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    refused(source, tmp_path / "out", f"half downloaded.*{shard.name}")
+
+
+@pytest.mark.parametrize("kind", ["decoder", "tower"])
+def test_a_cut_file_is_refused(kind: str, pythia: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(pythia, source) if kind == "decoder" else save_tower("siglip", source)
+    whole = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused(source, tmp_path / "out", r"model.safetensors is no readable safetensors file")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors.incomplete", ".cache/huggingface/download/ab.incomplete"]
+)
+def test_a_download_under_way_is_named(name: str, pythia: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(pythia, tmp_path / "source")
+    (source / name).parent.mkdir(parents=True, exist_ok=True)
+    (source / name).write_bytes(b"part")
+    refused(source, tmp_path / "out", f"half downloaded: {name}")
+
+
+def test_a_pointer_of_git_lfs_is_named(pythia: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(pythia, tmp_path / "source")
+    (source / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    refused(source, tmp_path / "out", r"Git LFS in place of model.safetensors.*git lfs pull")
+
+
+def test_a_folder_without_config_or_weights_is_refused(pythia: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(pythia, tmp_path / "source")
+    (source / "model.safetensors").unlink()
+    refused(source, tmp_path / "out", "holds neither model.safetensors nor pytorch_model.bin")
+    (source / "config.json").unlink()
+    refused(source, tmp_path / "out", "has no config.json")
+
+
+def test_an_unknown_family_is_refused_with_the_list(pythia: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(pythia, tmp_path / "source")
+    write_json(source / "config.json", {"model_type": "mamba"})
+    refused(source, tmp_path / "out", r"model_type 'mamba'.*openlm, llama .*gpt_neox.*dinov2")
+
+
+def test_tensors_that_do_not_fit_are_named(pythia: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(pythia, tmp_path / "source")
+    held = load_file(source / "model.safetensors")
+    held["gpt_neox.layers.0.attention.dens.weight"] = held.pop(
+        "gpt_neox.layers.0.attention.dense.weight"
+    )
+    save_file(held, source / "model.safetensors")
+    refused(source, tmp_path / "out", r"missing: .*dense.weight \[32, 32\]; nearest.*dens.weight")
+
+
+def test_weights_that_are_not_finite_are_refused(pythia: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(pythia, tmp_path / "source")
+    held = load_file(source / "model.safetensors")
+    held["gpt_neox.final_layer_norm.bias"][3] = torch.nan
+    save_file(held, source / "model.safetensors")
+    refused(source, tmp_path / "out", r"final_layer_norm.bias holds numbers that are not finite")
+
+
+def test_a_pickle_that_wants_to_run_code_is_refused(pythia: Path, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    source = shutil.copytree(pythia, tmp_path / "source")
+    (source / "model.safetensors").unlink()
+    torch.save({"weight": Evil()}, source / "pytorch_model.bin")
+    refused(source, tmp_path / "out", r"wants to run code.*system")
+    torch.save({"state_dict": Evil()}, tmp_path / "epoch_1.pt")
+    refused(tmp_path / "epoch_1.pt", tmp_path / "out", r"wants to run code.*system")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_of_a_checkpoint_is_never_run(pythia: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(pythia, tmp_path / "source")
+    settings = read_json(source / "config.json")
+    settings["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    write_json(source / "config.json", settings)
+    (source / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    bring(source, tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    state = state_of()  # of 30 rows
+    source = Run(tmp_path / "run", state).write()
+    build_tokenizer().save_pretrained(tmp_path / "words")
+    refused(
+        source,
+        tmp_path / "out",
+        r"ids up to 299, the model's embedding 30 rows",
+        tokenizer=str(tmp_path / "words"),
+    )
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused(pythia: Path, tmp_path: Path) -> None:
+    refused(pythia, tmp_path / "out", "no file nowhere.json", tokenizer="nowhere.json")
+    (tmp_path / "bad.json").write_text("{}")
+    bad = str(tmp_path / "bad.json")
+    refused(pythia, tmp_path / "out", "is not a tokenizer file", tokenizer=bad)
+    source = shutil.copytree(pythia, tmp_path / "source")
+    (source / "tokenizer.json").rename(source / "tokenizer.model")
+    refused(source, tmp_path / "out", r"has tokenizer.model but no tokenizer.json.*--tokenizer")
+
+
+def test_an_out_that_holds_something_else_is_left_alone(pythia: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    bring(pythia, tmp_path / "out")  # An empty folder is nothing.
+    bring(pythia, tmp_path / "out", rate=1e-4)  # An earlier import is replaced.
+    assert read_progress(tmp_path / "out").rate == 1e-4
+    refused(pythia, tmp_path / "out", "--rate|is above", rate=1e-2, peak_rate=1e-4)
+    assert read_progress(tmp_path / "out").rate == 1e-4
+    verify(tmp_path / "out")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("two years")
+    refused(pythia, mine, "exists and is no imported folder")
+    refused(pythia, mine / "thesis.tex", "exists and is no imported folder")
+    assert (mine / "thesis.tex").read_text() == "two years"
+
+
+@pytest.mark.parametrize(
+    ("source", "match"),
+    [
+        ("runs/nowhere/epoch_3.pt", "epoch_3.pt does not exist"),
+        ("/no/such/folder", "does not exist; give an epoch_N.pt, a folder or a hub name"),
+        ("a/b/c", "does not exist"),
+    ],
+)
+def test_a_source_that_is_not_there_is_refused(source: str, match: str, tmp_path: Path) -> None:
+    refused(source, tmp_path / "out", match)
+
+
+def test_other_wrong_sources_are_refused(pythia: Path, tmp_path: Path) -> None:
+    refused(pythia, tmp_path / "out", r"has no revisions; leave --revision step7", revision="step7")
+    refused(pythia / "model.safetensors", tmp_path / "out", "give the folder with its config.json")
+    Run(tmp_path / "run", state_of()).write()
+    refused(tmp_path / "run", tmp_path / "out", r"training run; give one of .*epoch_2.pt")
+    bring(pythia, tmp_path / "out")
+    refused(tmp_path / "out", tmp_path / "again", "is imported already")
+
+
+# ------------------------------------------------------------------------------------ the process
+
+
+def asked(request: object, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request)))
+    return main(list(arguments))
+
+
+def test_the_process_prints_what_it_wrote(
+    pythia: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # As the command sends it: every option, unset ones as null.
+    request = {
+        "source": str(pythia),
+        "out": str(tmp_path / "out"),
+        "revision": None,
+        "tokenizer": None,
+        "add_tokens": ["<|agent_stop|>"],
+        "pad_vocab_to": 64,
+        "tokens_seen": 5,
+        "total_tokens": None,
+        "rate": 0.001,
+        "peak_rate": None,
+        "end_rate": None,
+        "num_heads": None,
+    }
+    assert asked(request, monkeypatch, "import") == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    lines = printed.out.splitlines()
+    assert lines[0] == f"{tmp_path}/out: {pythia.resolve()}"
+    assert lines[1] == "  gpt_neox language model, 35,552 parameters"
+    assert lines[2] == (
+        "  vocabulary: 300 rows, now 320; added <|separator|> = 300, <|agent_stop|> = 301"
+    )
+    assert "  rate: 0.001 (given)" in lines
+    assert "  unknown: total tokens, peak rate, end rate" in lines
+    assert lines[-1].startswith("next: midstream plan own_model.image_shares --set checkpoint=")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"source": "/no/such/folder"}, "error: /no/such/folder does not exist"),
+        ({"rate": -1}, "error: rate: Input should be greater than or equal to 0"),
+        ({"ratio": 1}, "error: request: Value error, ImportRequest has no field 'ratio'; did"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_two(
+    change: dict[str, Any],
+    match: str,
+    pythia: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    request = {"source": str(pythia), "out": str(tmp_path / "out")} | change
+    assert asked(request, monkeypatch, "import") == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(match)
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_word_than_import_or_export_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert asked({}, monkeypatch, "report") == 2
+    assert capsys.readouterr().err == "error: say import or export\n"

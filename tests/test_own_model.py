@@ -1,0 +1,174 @@
+"""Somebody's checkpoint and encoder, through every stage and out again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from checkpoints import save_checkpoint
+from midstream.config import FusedEncoder, PatchProjection
+from midstream.exchange.export_model import export
+from midstream.exchange.import_model import import_model
+from midstream.exchange.import_source import ImportRequest
+from midstream.model.weights import read_tensors
+from midstream.open_model import open_model
+from midstream.recipes.own_model import image_shares
+from midstream.study.graph import plan
+from midstream.study.imported import read_import
+from midstream.study.ledger import Ledger
+from midstream.study.stage import Continue, Finetune, LoadDecoder, Study
+from vision_checkpoints import save_tower
+
+RATE = 2e-3
+
+
+def imported(source: Path, out: Path, **given: Any) -> str:
+    import_model(ImportRequest.model_validate({"source": str(source), "out": str(out)} | given))
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A language model at 5,000 tokens and two encoders, as `midstream import` writes them."""
+    base = tmp_path_factory.mktemp("imported")
+    llama = save_checkpoint("llama", base / "hub" / "llama")
+    position = {"tokens_seen": 5_000, "rate": RATE}
+    found = {"llama": imported(llama, base / "llama", **position)}
+    found["no rate"] = imported(llama, base / "unknown")
+    for kind in ("siglip", "dinov2 with registers"):
+        found[kind] = imported(save_tower(kind, base / "hub" / kind), base / kind)
+    return found
+
+
+@pytest.fixture(scope="module")
+def world(tiny_ledger: Ledger) -> str:
+    return str(tiny_ledger.folder(tiny.DATA) / "world")
+
+
+def study(folders: dict[str, str], world: str, **changes: Any) -> Study:
+    small: dict[str, Any] = {
+        "checkpoint": folders["llama"],
+        "data": world,
+        "encoders": (folders["siglip"],),
+        "shares": (0.5,),
+        "continue_tokens": 4_000,
+        "max_epochs": 4,
+        "finetune_epochs": 1,
+        "row_length": 320,
+        "batch_rows": 4,
+        "max_new_tokens": 3,
+        "limit": 3,
+    }
+    return image_shares(**small | changes)
+
+
+def stages(made: Study) -> tuple[Finetune, Continue, LoadDecoder]:
+    finetuned = made.lines[0].result.of
+    assert isinstance(finetuned, Finetune)
+    start = finetuned.start.start
+    assert start.kind == "continue_from"
+    assert isinstance(start.stage, LoadDecoder)
+    return finetuned, finetuned.start, start.stage
+
+
+def test_an_imported_model_learns_to_see_and_leaves_as_llava(
+    folders: dict[str, str], world: str, tmp_path: Path
+) -> None:
+    made, ledger = study(folders, world, feature_dtype="float32"), Ledger(tmp_path / "store")
+    assert {row.stage.kind for row in plan(made, ledger).rows} == {
+        *("prepare", "load_decoder", "load_encoder", "continue", "finetune", "evaluate")
+    }
+    tiny.run_missing(ledger, *made.results)
+    finetuned, continued, loaded = stages(made)
+    # The very weights, at the very rate, under the data's own tokens.
+    record = read_import(Path(folders["llama"]))
+    assert ledger.results(loaded)["weights_digest"] == record.weights_digest
+    assert ledger.results(continued)["first_rate"] == RATE
+    assert ledger.results(continued)["tokens"]["image"] > 0
+    scores = ledger.results(made.lines[0].result)
+    assert set(scores["stable"]) == {"vision", "vision_blind", "text"}
+    assert "text" in ledger.results(made.baselines["as imported"])["stable"]
+    opened = open_model(ledger.folder(finetuned), torch.device("cpu"))
+    report = export(opened, tmp_path / "out", text_only=False)
+    assert report.architecture == "LlavaForConditionalGeneration"
+    assert report.largest_difference <= 1e-5
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert finetuned.name in card
+    assert "5,000" in card
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "trained encoder": {"encoder_rate_factor": 0.1},
+    "patches": {"encoders": (), "image_size": 24, "patch_size": 8},
+    "fused, three layers, other resolution": {"projector_layers": 3, "image_size": 48},
+    "prefix": {"attention": "prefix"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_way_to_see_goes_through_every_stage(
+    variant: str, folders: dict[str, str], world: str, tmp_path: Path
+) -> None:
+    changes = dict(VARIANTS[variant])
+    if "fused" in variant:
+        changes["encoders"] = (folders["siglip"], folders["dinov2 with registers"])
+    made, ledger = study(folders, world, **changes), Ledger(tmp_path / "store")
+    tiny.run_missing(ledger, made.lines[0].result)
+    finetuned, continued, _ = stages(made)
+    opened = open_model(ledger.folder(finetuned), torch.device("cpu"))
+    config = finetuned.model.encoder
+    owned = variant in ("trained encoder", "patches")
+    assert (opened.vlm.encoder is not None) == owned == finetuned.model.owns_encoder
+    assert isinstance(config, FusedEncoder) == ("fused" in variant)
+    assert isinstance(config, PatchProjection) == (variant == "patches")
+    assert config is not None
+    pixels = torch.zeros(2, 3, config.image_size, config.image_size)
+    assert opened.encode(pixels).shape == (2, config.num_patches, config.hidden_size)
+    if variant == "trained encoder":
+        before = read_tensors(Path(folders["siglip"]) / "model.safetensors")
+        name = "encoder.layers.0.mlp.fc1.weight"
+        weights = [
+            read_tensors(ledger.folder(stage) / "weights" / "model.safetensors")
+            for stage in (continued, finetuned)
+        ]
+        moved = [before[name], *(one[f"encoder.tower.{name}"] for one in weights)]
+        assert not torch.equal(moved[0], moved[1])
+        assert not torch.equal(moved[1], moved[2])
+
+
+def test_what_does_not_fit_is_refused_by_name(folders: dict[str, str], world: str) -> None:
+    with pytest.raises(ValueError, match="does not say the learning rate at its checkpoint"):
+        study(folders, world, checkpoint=folders["no rate"])
+    assert study(folders, world, checkpoint=folders["no rate"], rewarm_rate=1e-3)
+    with pytest.raises(ValueError, match="give it as one of `encoders`"):
+        study(folders, world, checkpoint=folders["siglip"])
+    with pytest.raises(ValueError, match="holds a language model; encoders are vision towers"):
+        study(folders, world, encoders=(folders["llama"],))
+    with pytest.raises(FileNotFoundError, match=r"no imported folder .*midstream import SRC"):
+        study(folders, world, checkpoint=world)
+    with pytest.raises(ValueError, match="without encoders patches are projected"):
+        study(folders, world, encoders=())
+
+
+def test_patches_that_fill_a_row_are_refused_before_anything_runs(
+    folders: dict[str, str], world: str
+) -> None:
+    with pytest.raises(ValueError, match="an image takes 400 positions, a row has 320"):
+        study(folders, world, image_size=160)
+
+
+def test_another_import_under_the_same_name_is_noticed(
+    folders: dict[str, str], world: str, tmp_path: Path
+) -> None:
+    copied = tmp_path / "llama"
+    imported(save_checkpoint("llama", tmp_path / "hub", seed=1), copied, rate=RATE, tokens_seen=1)
+    made, ledger = study(folders, world, checkpoint=str(copied)), Ledger(tmp_path / "store")
+    imported(save_checkpoint("llama", tmp_path / "hub2", seed=2), copied, rate=RATE, tokens_seen=1)
+    _, _, loaded = stages(made)
+    with pytest.raises(ValueError, match="the plan was made with"):
+        tiny.run_missing(ledger, loaded)
+    assert json.loads((ledger.folder(loaded) / "status.json").read_text())["state"] == "failed"
