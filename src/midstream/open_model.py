@@ -20,6 +20,7 @@ from midstream.storage import verify
 from midstream.study.ledger import Ledger
 from midstream.study.stage import (
     Continue,
+    Evaluate,
     Finetune,
     LoadDecoder,
     LoadEncoder,
@@ -124,6 +125,22 @@ def find_model(path: Path) -> tuple[Ledger, WithModel, float]:
         raise ValueError(f"{stage.name} holds no language model; give a training stage's folder")
     completion = 1.0 if folder == path else float(path.name) / 100
     return Ledger(folder.parent), stage, completion
+
+
+def evaluations(opened: OpenedModel) -> list[Evaluate]:
+    """The finished evaluations of this very model in its store, in the order of their names."""
+    found = []
+    for mark in sorted(opened.ledger.store.glob("evaluate-*/SUCCESS")):
+        try:
+            stage = stage_from_json((mark.parent / "stage.json").read_bytes())
+        except ValidationError:
+            # Of another version of Midstream, and so of another model.
+            continue
+        assert isinstance(stage, Evaluate), "the folder's name says so"
+        of = (stage.of.identity, stage.completion)
+        if of == (opened.stage.identity, opened.completion):
+            found.append(stage)
+    return found
 
 
 def weights_folder(ledger: Ledger, stage: WithModel, completion: float) -> Path:

@@ -317,7 +317,8 @@ def test_an_openlm_epoch_comes_with_moments_position_and_more_rows(tmp_path: Pat
     state = state_of(BIG)
     params = PARAMS | {"vocab_size": VOCAB_SIZE}
     run = Run(tmp_path / "run", state, prefix="module.")
-    source = run.write(params=params, optimizer=numbered(state, 20, rate_after(20)))
+    theirs = numbered(state, 20, rate_after(20))
+    source = run.write(params=params, optimizer=theirs)
     build_tokenizer().save_pretrained(tmp_path / "words")
     record = bring(source, tmp_path / "out", tokenizer=str(tmp_path / "words"))
     assert record.family == "openlm"
@@ -340,13 +341,13 @@ def test_an_openlm_epoch_comes_with_moments_position_and_more_rows(tmp_path: Pat
     assert record.has_moments
     optimizer = torch.optim.AdamW(vlm.parameters())
     load_moments(tmp_path / "out", vlm, optimizer)
-    theirs = torch.load(source.with_name("optimizer_2.pt"))["optimizer"]["state"]
     names = [name for name in state if not name.endswith("inv_freq")]
     for number, name in enumerate(names):
         held = optimizer.state[vlm.decoder.get_parameter(name)]
-        rows = len(theirs[number]["exp_avg"])
+        given = theirs["state"][number]
+        rows = len(given["exp_avg"])
         for key in ("exp_avg", "exp_avg_sq"):
-            assert torch.equal(held[key][:rows], theirs[number][key])
+            assert torch.equal(held[key][:rows], given[key])
             assert not held[key][rows:].any()
         assert held["step"] == 20
 
@@ -482,6 +483,14 @@ def test_tensors_that_do_not_fit_are_named(pythia: Path, tmp_path: Path) -> None
     )
     save_file(held, source / "model.safetensors")
     refused(source, tmp_path / "out", r"missing: .*dense.weight \[32, 32\]; nearest.*dens.weight")
+
+
+def test_an_embedding_of_another_size_than_the_configuration_says_is_refused(
+    pythia: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(pythia, tmp_path / "source")
+    write_json(source / "config.json", read_json(source / "config.json") | {"vocab_size": 310})
+    refused(source, tmp_path / "out", r"embed_in.weight is .*\[300, 32\].*\[310, 32\]")
 
 
 def test_weights_that_are_not_finite_are_refused(pythia: Path, tmp_path: Path) -> None:

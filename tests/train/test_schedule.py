@@ -108,9 +108,7 @@ def test_a_continued_schedule_is_refused_where_the_parents_rate_is_at_its_end(
 
 
 def test_a_continued_schedule_is_refused_without_a_parent() -> None:
-    with pytest.raises(
-        ValueError, match=r"stage-7.*its parent has none.*WarmupCosine"
-    ):
+    with pytest.raises(ValueError, match=r"stage-7.*its parent has none.*WarmupCosine"):
         check_start(ContinuedCosine(), None, "stage-7")
 
 

@@ -3,18 +3,14 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from midstream.open_model import OpenedModel
+from midstream.open_model import OpenedModel, evaluations
 from midstream.storage import read_json
 from midstream.study.stage import (
     Continue,
     ContinueFrom,
-    Evaluate,
     Finetune,
     LoadDecoder,
     Pretrain,
-    stage_from_json,
 )
 
 _TITLES = {
@@ -87,19 +83,3 @@ def _scores(opened: OpenedModel) -> Iterator[str]:
             for task, found in sorted(tasks.items())
         )
         yield f"{scores} ({stage.name})"
-
-
-def evaluations(opened: OpenedModel) -> list[Evaluate]:
-    """The finished evaluations of this very model in its store, by name."""
-    found = []
-    for mark in sorted(opened.ledger.store.glob("evaluate-*/SUCCESS")):
-        try:
-            stage = stage_from_json((mark.parent / "stage.json").read_bytes())
-        except ValidationError:
-            # Of another version of Midstream, and so of another model.
-            continue
-        assert isinstance(stage, Evaluate), "the folder's name says so"
-        of = (stage.of.identity, stage.completion)
-        if of == (opened.stage.identity, opened.completion):
-            found.append(stage)
-    return found

@@ -97,7 +97,7 @@ class ChatSession:
             raise ValueError("the question holds bytes that are not UTF-8; type it again")
         # In training the separator stands behind an image and behind each reply.
         begun = bool(self.turns) or self._features is not None
-        ids = question_ids(self.opened.codec, question, has_image=self._features is not None)
+        ids = question_ids(self.opened.codec, question, has_image=begun)
         held = self.max_positions - self._conversation.room
         if held + len(ids) >= self.max_positions:
             fits = len(ids) + self._num_patches < self.max_positions

@@ -9,7 +9,6 @@ from importlib.resources import files
 from typing import Any, cast
 
 from jinja2 import Environment, StrictUndefined
-from pydantic import ValidationError
 
 from midstream.config import (
     AnyEncoderConfig,
@@ -21,7 +20,7 @@ from midstream.config import (
 )
 from midstream.exchange.export_report import ExportReport
 from midstream.model.vlm import VLM
-from midstream.open_model import OpenedModel
+from midstream.open_model import OpenedModel, evaluations
 from midstream.study.ledger import Ledger
 from midstream.study.stage import (
     Continue,
@@ -33,7 +32,6 @@ from midstream.study.stage import (
     Pretrain,
     Stage,
     TrainEncoder,
-    stage_from_json,
 )
 
 MISSING = "missing"
@@ -110,25 +108,6 @@ def model_card(opened: OpenedModel, report: ExportReport) -> str:
         stages=[_entry(stage, share, opened.ledger) for stage, share in _history(opened)],
         scores=[_score(stage, opened.ledger) for stage in evaluations(opened)],
     )
-
-
-def evaluations(opened: OpenedModel) -> list[Evaluate]:
-    """The finished evaluations of this very model in its store, in the order of their names."""
-    found = []
-    for folder in sorted(opened.ledger.store.glob("evaluate-*")):
-        try:
-            stage = stage_from_json((folder / "stage.json").read_bytes())
-        except (FileNotFoundError, ValidationError):
-            # Begun by nobody, or by another version: no result that could be read.
-            continue
-        if (
-            isinstance(stage, Evaluate)
-            and stage.of.identity == opened.stage.identity
-            and stage.completion == opened.completion
-            and opened.ledger.is_done(stage)
-        ):
-            found.append(stage)
-    return found
 
 
 # ------------------------------------------------------------------------------- the model

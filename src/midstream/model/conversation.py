@@ -52,7 +52,7 @@ class Conversation:
         """
         if not ids:
             raise ValueError("a turn is empty; start it with the end-of-text token")
-        if len(ids) > self.room:
+        if len(ids) >= self.room:
             raise ValueError(
                 f"the turn has {len(ids)} tokens, the conversation has room for {self.room} of "
                 f"{self.max_positions}; start a new one"
