@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tiny
 from midstream.config import ContinuedCosine, Machine
@@ -219,6 +220,27 @@ def test_a_stage_that_is_asked_to_stop_goes_on_to_the_same_bits(
     ]
     tiny.runner(mine).run(TEXT)
     assert tiny.bits(mine, TEXT) == tiny.bits(ledger, TEXT)
+
+
+def test_a_stage_that_trains_its_encoder_is_stopped_and_goes_on_to_the_same_bits(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    stage = tiny.image_run(encoder_rate_factor=0.1, total_tokens=4_000)
+    stores = [
+        tiny.store_with(ledger, tmp_path / name, tiny.DATA, tiny.ENCODER_STAGE, TEXT)
+        for name in ("whole", "stopped")
+    ]
+    tiny.runner(stores[0]).run(stage)
+    asked = iter([False, False, True])
+    with pytest.raises(Stopped, match="after step 3 of"):
+        tiny.runner(stores[1], should_stop=lambda: next(asked)).run(stage)
+    tiny.runner(stores[1]).run(stage)
+    assert tiny.bits(stores[0], stage) == tiny.bits(stores[1], stage)
+    kept = stores[0].folder(stage) / "weights" / "model.safetensors"
+    frozen = stores[0].folder(tiny.ENCODER_STAGE) / "weights" / "model.safetensors"
+    name = "encoder.layers.0.mlp.fc1.weight"
+    before, after = load_file(frozen)[name], load_file(kept)[f"encoder.tower.{name}"]
+    assert 0 < float((after - before).abs().max()) < 0.05
 
 
 def test_progress_is_told_with_tokens_loss_and_speed(ledger: Ledger, tmp_path: Path) -> None:

@@ -47,8 +47,9 @@ def choose(
     """
     if sampling is None:
         return [int(token) for token in logits.argmax(dim=-1).tolist()]
-    # In float64, so that the order of summation does not show.
-    scaled, tokens = (logits.double() / sampling.temperature).sort(descending=True, stable=True)
+    # In float64, so that the order of summation does not show, and on the CPU: a GPU's running sum
+    # has no deterministic kernel.
+    scaled, tokens = (logits.double().cpu() / sampling.temperature).sort(descending=True, stable=True)
     mass = scaled[:, : sampling.top_k].softmax(dim=-1).cumsum(dim=-1)
     # A token is kept while those before it make up less than top_p: the first one always is.
     before = torch.cat((torch.zeros_like(mass[:, :1]), mass[:, :-1]), dim=1)
@@ -59,7 +60,7 @@ def choose(
         )
         for index in prompts
     ]
-    place = torch.stack(places).to(mass.device)[:, None] * mass.gather(1, last)
+    place = torch.stack(places)[:, None] * mass.gather(1, last)
     # The first token whose mass reaches beyond the drawn place.
     chosen = torch.minimum((mass <= place).sum(dim=1, keepdim=True), last)
     return [int(token) for token in tokens.gather(1, chosen)[:, 0].tolist()]
