@@ -135,23 +135,46 @@ def towers(scratch: Path) -> Table:
     return title, heads, rows
 
 
+def with_features(config: VLMConfig, dtype: str) -> VLMConfig:
+    """The same model, its encoder's features rounded otherwise."""
+    assert config.encoder is not None
+    encoder = config.encoder.model_copy(update={"feature_dtype": dtype})
+    return config.model_copy(update={"encoder": encoder})
+
+
+def parts_of(config: VLMConfig) -> list[str]:
+    """What a model is made of, for a table."""
+    decoder, encoder = config.decoder, config.encoder
+    kind = getattr(decoder, "model_type", "OpenLM")
+    kind += ", tied" if getattr(decoder, "tied_embeddings", False) else ""
+    if encoder is None:
+        return [kind, "", "", config.attention, ""]
+    sees = getattr(encoder, "family", encoder.kind)
+    sees += ", registers" if getattr(encoder, "num_registers", 0) else ""
+    sees += ", interpolated" if getattr(encoder, "position_size", None) else ""
+    sees += ", final norm" if getattr(encoder, "final_norm", False) else ""
+    widths = config.projector.widths(encoder.hidden_size, decoder.hidden_size)
+    dtype = "owned" if config.owns_encoder else str(getattr(encoder, "feature_dtype", ""))
+    return [kind, sees, "-".join(map(str, widths)), config.attention, dtype]
+
+
 def exports(scratch: Path) -> Table:
     """Logits of exported folders, read back, for one question (about a picture)."""
-    cases: dict[str, tuple[VLMConfig, bool]] = {
-        "OpenLM, text": (VLMConfig(decoder=exported.OPENLM), False),
-        "Llama, text": (VLMConfig(decoder=exported.stock()), False),
-    }
-    cases |= {f"Llava: {name}": (config, True) for name, config in test_export_vlm.STOCK.items()}
-    cases |= {f"own file: {name}": (config, True) for name, config in test_export_vlm.OWN.items()}
+    configs = [VLMConfig(decoder=exported.OPENLM), VLMConfig(decoder=exported.stock())]
+    stock = list(test_export_vlm.STOCK.values())
+    # As trained with float32 features; and once as with the default's bfloat16.
+    configs += [*(with_features(config, "float32") for config in stock), stock[0]]
+    configs += test_export_vlm.OWN.values()
     rows = []
-    for number, (name, (config, sees)) in enumerate(cases.items()):
+    for number, config in enumerate(configs):
         vlm, encoder = exported.made(config)
         folder = scratch / f"export{number}"
         folder.mkdir()
-        report = write_folder(vlm, exported.codec(), encoder if sees else None, folder)
-        rows.append([name, report.architecture, shown(report.largest_difference)])
+        report = write_folder(vlm, exported.codec(), encoder, folder)
+        rows.append([*parts_of(config), report.architecture, shown(report.largest_difference)])
     title = "Exported folders and the models they came from: logits"
-    return title, ["model", "class", "largest difference"], rows
+    heads = ["decoder", "encoder", "projector", "attention", "features", "class"]
+    return title, [*heads, "largest difference"], rows
 
 
 def text_of(table: Table) -> Iterator[str]:
@@ -171,9 +194,10 @@ Written by `benchmarks/differences.py`: largest absolute differences on a CPU in
 OpenLM's are `79m` and a narrow `1b` (24 layers). `tests/` hold each of these below a bound.
 
 Zero means the same bits. What is not zero comes from sums in another order: a row of several
-documents or of one token has other shapes than one alone. Stock Llava classes do not round a frozen
-encoder's features to bfloat16 as training does, which their rows show; a modelling file of our own
-rounds as training does, and so do models that own their encoder (nothing is rounded there).
+documents or of one token has other shapes than one alone. Stock Llava classes round no features:
+where training saw a frozen encoder's features in bfloat16, which is the default of most recipes,
+that is the difference; with `feature_dtype` float32, or an encoder that is the model's own, there
+is none. A modelling file of our own rounds as training does.
 """
 
 

@@ -77,7 +77,7 @@ def stages(made: Study) -> tuple[Finetune, Continue, LoadDecoder]:
 def test_an_imported_model_learns_to_see_and_leaves_as_llava(
     folders: dict[str, str], world: str, tmp_path: Path
 ) -> None:
-    made, ledger = study(folders, world, feature_dtype="float32"), Ledger(tmp_path / "store")
+    made, ledger = study(folders, world), Ledger(tmp_path / "store")
     assert {row.stage.kind for row in plan(made, ledger).rows} == {
         *("prepare", "load_decoder", "load_encoder", "continue", "finetune", "evaluate")
     }

@@ -49,7 +49,9 @@ def choose(
         return [int(token) for token in logits.argmax(dim=-1).tolist()]
     # In float64, so that the order of summation does not show, and on the CPU: a GPU's running sum
     # has no deterministic kernel.
-    scaled, tokens = (logits.double().cpu() / sampling.temperature).sort(descending=True, stable=True)
+    scaled, tokens = (logits.double().cpu() / sampling.temperature).sort(
+        descending=True, stable=True
+    )
     mass = scaled[:, : sampling.top_k].softmax(dim=-1).cumsum(dim=-1)
     # A token is kept while those before it make up less than top_p: the first one always is.
     before = torch.cat((torch.zeros_like(mass[:, :1]), mass[:, :-1]), dim=1)

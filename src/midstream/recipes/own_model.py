@@ -53,7 +53,7 @@ def image_shares(
     image_size: int = 0,
     patch_size: int = 14,
     feature_layer: int = -2,
-    feature_dtype: FeatureType = "bfloat16",
+    feature_dtype: FeatureType = "float32",
     projector_layers: Literal[1, 2, 3] = 2,
     projector_hidden: Literal["encoder_4x", "decoder"] = "decoder",
     attention: Attention = "segments",
@@ -69,7 +69,7 @@ def image_shares(
     Text and captions are shared out over their sources by name, evenly. The image-text stage goes
     on at the checkpoint's own rate, or warms up again to `rewarm_rate` where that is given.
     `image_size` 0 is the encoder's own, `limit` 0 asks all questions. The projector's default is
-    LLaVA's, with which the result exports as one; with `feature_dtype` float32 to the last digit.
+    LLaVA's and features are not rounded, so that the result exports as one to the last digit.
     """
     root, folder = Path(data).resolve(), Path(checkpoint).resolve()
     record = read_import(folder)

@@ -32,8 +32,8 @@ class OpenLMRotary:
 
     def __init__(self, config: OpenLMConfig, position_ids: Tensor, dtype: torch.dtype) -> None:
         half = config.hidden_size // config.num_attention_heads // 2
-        channel = torch.arange(half, dtype=torch.float32, device=position_ids.device)
-        frequency = config.rope_base ** (-channel / half)
+        channel = torch.arange(0, 2 * half, 2, dtype=torch.float32, device=position_ids.device)
+        frequency = 1.0 / config.rope_base ** (channel / (2 * half))
         angle = position_ids[:, :, None, None].float() * frequency
         self.half = half
         self.cos = torch.cat((angle.cos(), angle.cos()), dim=-1).to(dtype)
@@ -41,7 +41,7 @@ class OpenLMRotary:
 
     def turn(self, value_RTHC: Tensor) -> Tensor:
         """The channels turned by their position's angles."""
-        return torch.addcmul(value_RTHC * self.cos, value_RTHC.roll(self.half, -1), self.sin)
+        return value_RTHC * self.cos + value_RTHC.roll(self.half, -1) * self.sin
 
 
 class OpenLMAttention(nn.Module):
