@@ -1,9 +1,14 @@
 """What tests of more than one room share: a store in which tiny stages are done."""
 
 import pytest
+from hypothesis import settings
 
 import tiny
 from midstream.study.ledger import Ledger
+
+# How long an example takes says nothing on shared cores.
+settings.register_profile("midstream", deadline=None)
+settings.load_profile("midstream")
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import torch
 
 import tiny
 from checkpoints import save_checkpoint
-from midstream.config import FusedEncoder, PatchProjection
+from midstream.config import ContinuedCosine, FusedEncoder, PatchProjection
 from midstream.exchange.export_model import export
 from midstream.exchange.import_model import import_model
 from midstream.exchange.import_source import ImportRequest
@@ -19,7 +19,7 @@ from midstream.recipes.own_model import image_shares
 from midstream.study.graph import plan
 from midstream.study.imported import read_import
 from midstream.study.ledger import Ledger
-from midstream.study.stage import Continue, Finetune, LoadDecoder, Study
+from midstream.study.stage import Continue, ContinueFrom, Finetune, LoadDecoder, Study
 from vision_checkpoints import save_tower
 
 RATE = 2e-3
@@ -38,6 +38,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     position = {"tokens_seen": 5_000, "rate": RATE}
     found = {"llama": imported(llama, base / "llama", **position)}
     found["no rate"] = imported(llama, base / "unknown")
+    found["low rate"] = imported(llama, base / "low", rate=3e-5)
     for kind in ("siglip", "dinov2 with registers"):
         found[kind] = imported(save_tower(kind, base / "hub" / kind), base / kind)
     return found
@@ -144,6 +145,8 @@ def test_what_does_not_fit_is_refused_by_name(folders: dict[str, str], world: st
     with pytest.raises(ValueError, match="does not say the learning rate at its checkpoint"):
         study(folders, world, checkpoint=folders["no rate"])
     assert study(folders, world, checkpoint=folders["no rate"], rewarm_rate=1e-3)
+    with pytest.raises(ValueError, match="is 3e-05, not above the end rate 3e-05; warm up again"):
+        study(folders, world, checkpoint=folders["low rate"])
     with pytest.raises(ValueError, match="give it as one of `encoders`"):
         study(folders, world, checkpoint=folders["siglip"])
     with pytest.raises(ValueError, match="holds a language model; encoders are vision towers"):
@@ -152,6 +155,27 @@ def test_what_does_not_fit_is_refused_by_name(folders: dict[str, str], world: st
         study(folders, world, checkpoint=world)
     with pytest.raises(ValueError, match="without encoders patches are projected"):
         study(folders, world, encoders=())
+
+
+def test_a_stage_that_cannot_start_encodes_no_picture(
+    folders: dict[str, str], world: str, tmp_path: Path
+) -> None:
+    made, ledger = study(folders, world), Ledger(tmp_path / "store")
+    _, continued, loaded = stages(made)
+    assert isinstance(continued.start, ContinueFrom)
+    end = ContinuedCosine(end_rate=2 * RATE)
+    for changes, refusal in (
+        (
+            {"training": continued.training.model_copy(update={"schedule": end})},
+            "not above the end",
+        ),
+        ({"start": continued.start.model_copy(update={"optimizer": "carry"})}, "to carry; choose"),
+    ):
+        stage = continued.model_copy(update=changes)
+        with pytest.raises((ValueError, FileNotFoundError), match=refusal):
+            tiny.run_missing(ledger, stage)
+    assert not (ledger.store / "features").exists()
+    assert ledger.results(loaded)["tokens_seen_before"] == 5_000
 
 
 def test_patches_that_fill_a_row_are_refused_before_anything_runs(

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from midstream.config import AnyDecoderConfig, FusedEncoder, PretrainedEncoder
 from midstream.data.examples import TextCodec
 from midstream.data.features import encode_fixed, encode_raw
+from midstream.data.preparation.source import canonical_tokenizer
 from midstream.data.prepare import open_codec
 from midstream.model.vision import VisionEncoder, build_encoder, load_encoder, load_towers
 from midstream.model.vlm import VLM
@@ -189,12 +191,9 @@ def check_vocabulary(codec: TextCodec, decoder: AnyDecoderConfig, folder: Path) 
             f"{decoder.vocab_size:,} rows; import it again with the data's tokenizer (--tokenizer)"
         )
     path = folder / "tokenizer.json"
-    if path.is_file():
-        mine = TextCodec.from_file(path).tokenizer.get_vocab(with_added_tokens=True)
-        theirs = codec.tokenizer.get_vocab(with_added_tokens=True)
-        other = [token for token, number in theirs.items() if mine.get(token) != number]
-        if other:
-            raise ValueError(
-                f"the data was tokenised otherwise than {path} does ({len(other):,} tokens have "
-                f"other ids, {other[0]!r} among them); prepare it with that file"
-            )
+    if path.is_file() and canonical_tokenizer(TextCodec.from_file(path)) != canonical_tokenizer(
+        codec
+    ):
+        raise ValueError(
+            f"the data was tokenised by another tokenizer than {path}; prepare it with that file"
+        )

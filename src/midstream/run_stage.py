@@ -32,9 +32,10 @@ from midstream.eval.benchmark import evaluate
 from midstream.eval.predict import ModelAnswerer
 from midstream.model.initialise import initialise
 from midstream.model.vlm import VLM
-from midstream.model.weights import load_weights, save_weights, weights_digest
+from midstream.model.weights import save_weights, weights_digest
 from midstream.open_model import (
     check_vocabulary,
+    fill_model,
     load_imported,
     on_device,
     open_encoder,
@@ -42,7 +43,7 @@ from midstream.open_model import (
     weights_folder,
 )
 from midstream.storage import new_folder, verify
-from midstream.study.imported import open_imported
+from midstream.study.imported import Position, open_imported
 from midstream.study.ledger import Ledger, Stopped
 from midstream.study.pictures import choice_for, feature_folder, feature_plan
 from midstream.study.stage import (
@@ -63,6 +64,7 @@ from midstream.train import checkpoint
 from midstream.train.contrastive import train_encoder
 from midstream.train.loop import Interrupted, Job, Start, train
 from midstream.train.parallel import peak_memory_bytes, set_up
+from midstream.train.schedule import check_start
 
 Trained = Pretrain | Continue | Finetune
 Report = Callable[[dict[str, Any]], None]
@@ -132,13 +134,16 @@ class StageRunner:
         encoder = stage.model.encoder
         patches = encoder.num_patches if encoder else 0
         training = stage.training
+        # What cannot start is refused before pictures are encoded for it.
+        start = self._start(stage)
+        check_start(training.schedule, start.parent_rate, stage.name)
         plan = plan_rows(sources, patches, training.budget, training.rows, training.seed)
         images, encode = self._seeing(stage, plan, sources)
         dataset = RowDataset(plan, sources, patches, images)
         model = VLM(stage.model)
         initialise(model, training.seed)
         milestones = stage.milestones if isinstance(stage, Pretrain) else ()
-        job = Job(model, training, dataset, encode, self._start(stage), folder, milestones)
+        job = Job(model, training, dataset, encode, start, folder, milestones)
         results = train(
             job, self.machine, self.device, report=self.report, should_stop=self.should_stop
         )
@@ -169,11 +174,16 @@ class StageRunner:
         start = Start(encoder=self._encoder_weights(stage) if owned else None)
         if isinstance(stage.start, ContinueFrom):
             folder = weights_folder(self.ledger, stage.start.stage, stage.start.completion)
+            carry = stage.start.optimizer == "carry"
+            if carry and not (folder / "optimizer.safetensors").is_file():
+                raise FileNotFoundError(
+                    f"{folder} holds no optimiser state to carry; choose optimizer='fresh'"
+                )
             start = replace(
                 start,
                 folder=folder,
                 parts=("decoder",),
-                carry_optimizer=stage.start.optimizer == "carry",
+                carry_optimizer=carry,
                 parent_rate=checkpoint.read_progress(folder).rate,
             )
         return start
@@ -209,12 +219,12 @@ class StageRunner:
             for name in ("model.safetensors", "optimizer.safetensors", "progress.json"):
                 if (stage.checkpoint.folder / name).is_file():
                     shutil.copyfile(stage.checkpoint.folder / name, temporary / name)
-        progress = checkpoint.read_progress(weights)
         model = VLM(stage.model)
-        load_weights(model, weights / "model.safetensors")
+        fill_model(model, weights)
+        position = record.position or Position()
         return {
-            "tokens_seen_before": progress.tokens_seen,
-            "last_rate": progress.rate,
+            "tokens_seen_before": position.tokens_seen,
+            "last_rate": position.rate,
             "imported_from": [record.origin],
             "weights_digest": weights_digest(model),
         }

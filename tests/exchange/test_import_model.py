@@ -382,6 +382,13 @@ def test_heads_may_be_given_for_openlm_alone(pythia: Path, tmp_path: Path) -> No
     refused(tmp_path / "weights.pt", tmp_path / "out", "number of heads")
     record = bring(tmp_path / "weights.pt", tmp_path / "out", num_heads=4)
     assert record.config == CONFIG.model_copy(update={"vocab_size": 64})
+    # Safetensors alone tell no more.
+    (tmp_path / "folder").mkdir()
+    save_file(state, tmp_path / "folder" / "model.safetensors")
+    for number, source in enumerate((tmp_path / "folder", tmp_path / "folder/model.safetensors")):
+        refused(source, tmp_path / "other", "--num-heads")
+        again = bring(source, tmp_path / f"again{number}", num_heads=4)
+        assert (again.config, again.weights_digest) == (record.config, record.weights_digest)
     refused(pythia, tmp_path / "other", "--num-heads is for OpenLM", num_heads=4)
 
 

@@ -17,6 +17,7 @@ from midstream.study.cost import (
     cost,
     decoder_flops,
     encoder_flops,
+    encoder_parameters,
     head_flops,
     mean_context,
     model_parameters,
@@ -76,6 +77,15 @@ def test_encoder_flops_are_those_that_torch_counts(feature_layer: int) -> None:
     with counting() as counter:
         encoder(torch.zeros(3, 3, 32, 32))
     assert counter.get_total_flops() == 3 * encoder_flops(config)
+
+
+@pytest.mark.parametrize("final_norm", [False, True])
+@pytest.mark.parametrize("feature_layer", [-1, -2])
+def test_encoder_parameters_are_those_of_the_module(feature_layer: int, final_norm: bool) -> None:
+    changes = {"feature_layer": feature_layer, "final_norm": final_norm}
+    config = EncoderConfig(**{**ENCODER.model_dump(), **changes})
+    expected = sum(parameter.numel() for parameter in build_encoder(config).parameters())
+    assert encoder_parameters(config) == expected
 
 
 @pytest.mark.parametrize("num_layers", [2, 3])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from midstream.open_model import OpenedModel, evaluations
 from midstream.storage import read_json
+from midstream.study.ledger import Ledger
 from midstream.study.stage import (
     Continue,
     ContinueFrom,
@@ -60,7 +61,15 @@ def _training(opened: OpenedModel) -> Iterator[str]:
         of = f"{part * 100:g} % of" if part != 1.0 else "in"
         milestones = isinstance(link, Pretrain)
         kept = folder / f"milestones/{part * 100:g}" if milestones else folder / "weights"
+        if isinstance(link, LoadDecoder):
+            yield f"{_TITLES[link.kind]}: {_tokens_before(opened.ledger, link)}, in {link.name}"
+            continue
         yield f"{_TITLES[link.kind]}: {_tokens(kept / 'progress.json')}, {of} {link.name}"
+
+
+def _tokens_before(ledger: Ledger, stage: LoadDecoder) -> str:
+    found = ledger.results(stage)["tokens_seen_before"] if ledger.is_done(stage) else None
+    return "tokens unknown" if found is None else f"{found:,} tokens"
 
 
 def _tokens(progress: Path) -> str:

@@ -90,7 +90,7 @@ def _from_hub(download: Callable[[], Path], name: str, revision: str | None) -> 
 # ----------------------------------------------------------------------------------- the folder
 
 
-def check_downloaded(folder: Path) -> None:
+def check_downloaded(folder: Path, *, needed: tuple[str, ...] = ("config.json",)) -> None:
     """Raises FileNotFoundError that names what a half-downloaded folder lacks or has unfinished.
 
     Whether each shard is there and whole is seen when they are read.
@@ -108,11 +108,12 @@ def check_downloaded(folder: Path) -> None:
             f"{folder} holds pointers of Git LFS in place of {', '.join(pointers)}; "
             "get the files with: git lfs pull"
         )
-    if not (folder / "config.json").is_file():
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
         held = ", ".join(sorted(os.listdir(folder))) or "nothing"
         raise FileNotFoundError(
-            f"{folder} has no config.json, only {held}; download the model to its end, or give an "
-            "OpenLM epoch_N.pt"
+            f"{folder} has no {missing[0]}, only {held}; download the model to its end, or give an "
+            "OpenLM epoch_N.pt (or, for OpenLM's safetensors alone, --num-heads)"
         )
 
 

@@ -97,11 +97,16 @@ def locate(request: ImportRequest) -> Source:
         if (path / RECORD).is_file():
             raise ValueError(f"{path} is imported already; give it to a recipe")
         if not list(path.glob("**/epoch_*.pt")):
-            check_downloaded(path)
-            _check_family(path)
-    elif path.suffix not in (".pt", ".pth"):
+            bare = request.num_heads is not None and not (path / "config.json").is_file()
+            check_downloaded(path, needed=() if bare else ("config.json",))
+            if not bare:
+                _check_family(path)
+    elif path.suffix not in (".pt", ".pth") and (
+        path.suffix != ".safetensors" or request.num_heads is None
+    ):
         raise ValueError(
             f"{path} is no OpenLM epoch_N.pt; of another model give the folder with its config.json"
+            " (and of OpenLM's safetensors --num-heads)"
         )
     return source
 

@@ -54,13 +54,15 @@ class OpenLMCheckpoint:
 
 
 def read_openlm(source: Path, *, num_heads: int | None = None) -> OpenLMCheckpoint:
-    """Read an `epoch_N.pt` with what lies around it, or a Hugging Face folder.
+    """Read an `epoch_N.pt` with what lies around it, a Hugging Face folder, or safetensors alone.
 
     `num_heads` is needed where neither settings nor a rotary table tell it. Raises
     FileNotFoundError, or ValueError if a file is broken, wants to run code, is of a variant that
     computes something else, or does not hold exactly the decoder's tensors.
     """
-    return _read_folder(source, num_heads) if source.is_dir() else _read_epoch(source, num_heads)
+    if source.is_dir() or source.suffix == ".safetensors":
+        return _read_tensors(source, num_heads)
+    return _read_epoch(source, num_heads)
 
 
 # -------------------------------------------------------------------------------- two layouts
@@ -107,16 +109,16 @@ def _read_epoch(source: Path, num_heads: int | None) -> OpenLMCheckpoint:
     )
 
 
-def _read_folder(folder: Path, num_heads: int | None) -> OpenLMCheckpoint:
-    epochs = sorted(str(item.relative_to(folder)) for item in folder.glob("**/epoch_*.pt"))
+def _read_tensors(source: Path, num_heads: int | None) -> OpenLMCheckpoint:
+    epochs = sorted(str(item.relative_to(source)) for item in source.glob("**/epoch_*.pt"))
     if epochs:
-        raise ValueError(f"{folder} is a training run; give one of {', '.join(epochs)}")
-    path = folder / "config.json"
+        raise ValueError(f"{source} is a training run; give one of {', '.join(epochs)}")
+    path = source / "config.json"
     settings = read_config(path) if path.is_file() else {}
     return _checkpoint(
-        read_tensors(folder),
+        read_tensors(source),
         settings,
-        folder,
+        source,
         num_heads,
         moments=None,
         step=None,
@@ -226,6 +228,12 @@ def _moments(
         return None, rate, []
     if all(isinstance(key, int) for key in state):
         numbers = [number for group in groups for number in group["params"]]
+        filled = sum(bool(group["params"]) for group in groups)
+        if filled > 1:
+            raise ValueError(
+                f"{path} has {filled} groups of parameters; OpenLM's optimisers have one, in the "
+                "model's order, and which tensor a number stands for is not known here"
+            )
         if len(numbers) != len(order):
             raise ValueError(
                 f"{path} numbers {len(numbers)} parameters, the model has {len(order)}; "

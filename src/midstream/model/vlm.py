@@ -62,6 +62,8 @@ class VLM(nn.Module):
         if projected is not None:
             embeddings = scatter_image_features(embeddings, projected, batch.image_slots)
         attention = self.config.attention
+        # TODO(flex-for-transformers): their decoders get dense masks on a GPU too; giving them the
+        # BlockMask with attn_implementation="flex_attention" lifts it.
         mask = make_mask(
             batch.segment_ids,
             batch.prefix if attention == "prefix" else None,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from midstream.config import (
     Attention,
@@ -52,7 +52,9 @@ def image_shares(
     encoder_rate_factor: float = 0.0,
     image_size: int = 0,
     patch_size: int = 14,
+    resize: Literal["letterbox", "square", "crop"] = "letterbox",
     feature_layer: int = -2,
+    final_norm: bool = False,
     feature_dtype: FeatureType = "float32",
     projector_layers: Literal[1, 2, 3] = 2,
     projector_hidden: Literal["encoder_4x", "decoder"] = "decoder",
@@ -68,8 +70,11 @@ def image_shares(
     fused; none is a linear map of patches, trained along), `data` is a world (`docs/data.md`).
     Text and captions are shared out over their sources by name, evenly. The image-text stage goes
     on at the checkpoint's own rate, or warms up again to `rewarm_rate` where that is given.
-    `image_size` 0 is the encoder's own, `limit` 0 asks all questions. The projector's default is
-    LLaVA's and features are not rounded, so that the result exports as one to the last digit.
+    The encoder stays frozen, or is trained in both stages at `encoder_rate_factor` times the rate
+    where that is not 0. `image_size` 0 is the encoder's own; pictures are letterboxed as in the
+    paper, whatever the encoder's own files say. `limit` 0 asks all questions. The projector's
+    default is LLaVA's and features are not rounded, so that the result exports as one to the last
+    digit; `projector_hidden` is for two layers alone.
     """
     root, folder = Path(data).resolve(), Path(checkpoint).resolve()
     record = read_import(folder)
@@ -80,14 +85,19 @@ def image_shares(
             f"{folder} does not say the learning rate at its checkpoint; import it again with "
             "--rate, or warm up again with rewarm_rate"
         )
+    rate = None if record.position is None else record.position.rate
+    if not rewarm_rate and rate is not None and rate <= END_RATE:
+        raise ValueError(
+            f"the learning rate at {folder} is {rate:g}, not above the end rate {END_RATE:g}; warm "
+            "up again with rewarm_rate"
+        )
     world = _prepare(root, folder)
     text = LoadDecoder(data=world, checkpoint=as_imported(folder), decoder=record.config)
+    looks = {"resize": resize, "feature_layer": feature_layer, "final_norm": final_norm}
     encoder = (
-        _encoder(
-            [Path(one).resolve() for one in encoders], image_size, feature_layer, feature_dtype
-        )
+        _encoder([Path(one).resolve() for one in encoders], image_size, feature_dtype, looks)
         if encoders
-        else _patches(image_size, patch_size, record.config.hidden_size)
+        else _patches(image_size, patch_size, record.config.hidden_size, resize)
     )
     tasks = read_json(root / "world.json")
     asked = Evaluation(
@@ -126,7 +136,7 @@ def image_shares(
             lines.append(
                 line.model_copy(
                     update={
-                        "name": f"{share:.0%} images, seed {seed}",
+                        "name": f"{share * 100:g}% images, seed {seed}",
                         "axes": {"image_share": share * 100, "seed": seed},
                     }
                 )
@@ -157,7 +167,7 @@ def _prepare(root: Path, checkpoint: Path) -> Prepare:
 
 
 def _encoder(
-    folders: list[Path], image_size: int, feature_layer: int, feature_dtype: FeatureType
+    folders: list[Path], image_size: int, feature_dtype: FeatureType, looks: dict[str, Any]
 ) -> LoadEncoder:
     towers = []
     for folder in folders:
@@ -167,10 +177,9 @@ def _encoder(
         changes = {
             "image_size": image_size or config.image_size,
             "position_size": config.position_size or config.image_size,
-            "feature_layer": feature_layer,
             "feature_dtype": feature_dtype,
         }
-        towers.append(EncoderConfig.model_validate(config.model_dump() | changes))
+        towers.append(EncoderConfig.model_validate(config.model_dump() | changes | looks))
     return LoadEncoder(
         towers=tuple(as_imported(folder) for folder in folders),
         encoder=towers[0]
@@ -179,10 +188,12 @@ def _encoder(
     )
 
 
-def _patches(image_size: int, patch_size: int, hidden_size: int) -> PatchProjection:
+def _patches(image_size: int, patch_size: int, hidden_size: int, resize: Any) -> PatchProjection:
     if not image_size:
         raise ValueError("without encoders patches are projected; give their image_size")
-    return PatchProjection(image_size=image_size, patch_size=patch_size, hidden_size=hidden_size)
+    return PatchProjection(
+        image_size=image_size, patch_size=patch_size, hidden_size=hidden_size, resize=resize
+    )
 
 
 def _mixture(root: Path, image_share: float, total_tokens: int, max_epochs: int) -> Mixture:

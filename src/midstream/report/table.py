@@ -11,7 +11,16 @@ from typing import Any
 
 from midstream.storage import write_bytes
 from midstream.study.ledger import Ledger
-from midstream.study.stage import Continue, ContinueFrom, Evaluate, Finetune, Pretrain, Stage, Study
+from midstream.study.stage import (
+    Continue,
+    ContinueFrom,
+    Evaluate,
+    Finetune,
+    LoadDecoder,
+    Pretrain,
+    Stage,
+    Study,
+)
 
 STABLE = ("stable.vision", "stable.vision_blind", "stable.text")
 KINDS = (

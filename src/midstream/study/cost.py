@@ -114,7 +114,7 @@ def encoder_flops(config: AnyEncoderConfig) -> float:
 
 
 def encoder_parameters(config: AnyEncoderConfig) -> int:
-    """Parameters of the encoder, without a pooling head.
+    """Parameters that the encoder's features are made of: no block above `feature_layer`.
 
     Class and register tokens and DINOv2's layer scales are not counted: a few in a thousand.
     """
@@ -126,7 +126,8 @@ def encoder_parameters(config: AnyEncoderConfig) -> int:
         return embed
     m = config.intermediate_size
     block = 4 * (e * e + e) + 2 * e * m + m + e + 4 * e
-    return embed + config.position_patches * e + config.num_layers * block + 2 * e
+    blocks = config.num_layers + 1 + config.feature_layer
+    return embed + config.position_patches * e + blocks * block + 2 * e * config.final_norm
 
 
 def projector_parameters(
@@ -261,11 +262,13 @@ def _encoder_training_cost(stage: TrainEncoder) -> StageCost:
     d, length = training.text_hidden_size, training.max_text_tokens
     layer = 2 * (4 + 2 * TOWER_EXPANSION) * d * d + 2 * 2 * d * length
     caption = training.text_num_layers * length * layer
-    image = encoder_flops(encoder.model_copy(update={"feature_layer": -1}))
+    # The pair trains all of the tower.
+    whole = encoder.model_copy(update={"feature_layer": -1, "final_norm": True})
+    image = encoder_flops(whole)
     return StageCost(
         tokens=pairs * (encoder.num_patches + length),
         flops=3.0 * pairs * (image + caption),
-        parameters=encoder_parameters(encoder),
+        parameters=encoder_parameters(whole),
     )
 
 

@@ -132,6 +132,12 @@ class Pretrain(StageBase):
     training: Training
     milestones: tuple[Fraction, ...] = (1.0,)
 
+    @model_validator(mode="after")
+    def _blind(self) -> "Pretrain":
+        if self.training.encoder_rate_factor is not None:
+            raise ValueError("encoder_rate_factor is given, but a text run has no encoder")
+        return self
+
     @property
     def parents(self) -> "tuple[Stage, ...]":
         return (self.data,)
