@@ -10,12 +10,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from midstream.config import AnyDecoderConfig, FusedEncoder, PretrainedEncoder
 from midstream.data.examples import TextCodec
 from midstream.data.features import encode_fixed, encode_raw
-from midstream.data.preparation.source import canonical_tokenizer
 from midstream.data.prepare import open_codec
-from midstream.model.vision import VisionEncoder, build_encoder, load_encoder, load_towers
+from midstream.model.vision import VisionEncoder, build_encoder, load_encoder
 from midstream.model.vlm import VLM
 from midstream.model.weights import load_weights
 from midstream.storage import verify
@@ -170,30 +168,3 @@ def open_encoder(ledger: Ledger, stage: TrainEncoder | LoadEncoder) -> VisionEnc
     encoder = build_encoder(stage.encoder).requires_grad_(False)
     load_encoder(encoder, folder / "model.safetensors")
     return encoder
-
-
-def load_imported(
-    config: PretrainedEncoder, folders: list[Path]
-) -> tuple[VisionEncoder, tuple[str, ...]]:
-    """An encoder from imported towers' folders, one a tower; and the tensors it has no use for."""
-    encoder = build_encoder(config)
-    files = [folder / "model.safetensors" for folder in folders]
-    if isinstance(config, FusedEncoder):
-        return encoder, load_towers(encoder, files)
-    return encoder, load_encoder(encoder, files[0])
-
-
-def check_vocabulary(codec: TextCodec, decoder: AnyDecoderConfig, folder: Path) -> None:
-    """Raises ValueError where data and an imported decoder do not speak the same tokens."""
-    if codec.size > decoder.vocab_size:
-        raise ValueError(
-            f"the data has ids up to {codec.size - 1:,}, the decoder of {folder} has "
-            f"{decoder.vocab_size:,} rows; import it again with the data's tokenizer (--tokenizer)"
-        )
-    path = folder / "tokenizer.json"
-    if path.is_file() and canonical_tokenizer(TextCodec.from_file(path)) != canonical_tokenizer(
-        codec
-    ):
-        raise ValueError(
-            f"the data was tokenised by another tokenizer than {path}; prepare it with that file"
-        )

@@ -30,20 +30,16 @@ from midstream.data.rows import plan_rows
 from midstream.data.sources import Source
 from midstream.eval.benchmark import evaluate
 from midstream.eval.predict import ModelAnswerer
+from midstream.load_imported import load_decoder_stage, load_encoder_stage
 from midstream.model.initialise import initialise
 from midstream.model.vlm import VLM
-from midstream.model.weights import save_weights, weights_digest
 from midstream.open_model import (
-    check_vocabulary,
-    fill_model,
-    load_imported,
     on_device,
     open_encoder,
     open_model,
     weights_folder,
 )
-from midstream.storage import new_folder, verify
-from midstream.study.imported import Position, open_imported
+from midstream.storage import verify
 from midstream.study.ledger import Ledger, Stopped
 from midstream.study.pictures import choice_for, feature_folder, feature_plan
 from midstream.study.stage import (
@@ -119,9 +115,9 @@ class StageRunner:
                     report=self.report,
                 )
             case LoadEncoder():
-                return self._load_encoder(stage)
+                return load_encoder_stage(stage, self.ledger)
             case LoadDecoder():
-                return self._load_decoder(stage)
+                return load_decoder_stage(stage, self.ledger)
             case Pretrain() | Continue() | Finetune():
                 return self._train(stage)
             case Evaluate():
@@ -193,41 +189,6 @@ class StageRunner:
         folder = self.ledger.folder(stage.encoder_stage) / "weights"
         verify(folder)
         return folder
-
-    def _load_encoder(self, stage: LoadEncoder) -> dict[str, Any]:
-        """Imported towers to `weights/`, under the encoder's own names."""
-        records = [open_imported(imported) for imported in stage.towers]
-        encoder, unused = load_imported(stage.encoder, [one.folder for one in stage.towers])
-        with new_folder(self.ledger.folder(stage) / "weights") as temporary:
-            save_weights(encoder, temporary / "model.safetensors")
-        return {
-            "weights_digest": weights_digest(encoder),
-            "num_parameters": sum(parameter.numel() for parameter in encoder.parameters()),
-            "unused": list(unused),
-            "imported_from": [record.origin for record in records],
-        }
-
-    def _load_decoder(self, stage: LoadDecoder) -> dict[str, Any]:
-        """An imported language model to `weights/`, once its vocabulary is seen to fit the data."""
-        record = open_imported(stage.checkpoint)
-        if record.config != stage.decoder:
-            raise ValueError(f"{stage.checkpoint.folder} holds another decoder than the stage says")
-        codec = open_codec(self.ledger.folder(stage.data))
-        check_vocabulary(codec, stage.decoder, stage.checkpoint.folder)
-        weights = self.ledger.folder(stage) / "weights"
-        with new_folder(weights) as temporary:
-            for name in ("model.safetensors", "optimizer.safetensors", "progress.json"):
-                if (stage.checkpoint.folder / name).is_file():
-                    shutil.copyfile(stage.checkpoint.folder / name, temporary / name)
-        model = VLM(stage.model)
-        fill_model(model, weights)
-        position = record.position or Position()
-        return {
-            "tokens_seen_before": position.tokens_seen,
-            "last_rate": position.rate,
-            "imported_from": [record.origin],
-            "weights_digest": weights_digest(model),
-        }
 
     def _evaluate(self, stage: Evaluate) -> dict[str, Any]:
         folder = self.ledger.folder(stage.of)

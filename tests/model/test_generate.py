@@ -12,8 +12,8 @@ from midstream.config import Attention, DecoderConfig, EncoderConfig, VLMConfig
 from midstream.model.conversation import Conversation
 from midstream.model.generate import generate, sequence_logprobs
 from midstream.model.initialise import generator, initialise
-from midstream.model.pretrained import describe
 from midstream.model.sampling import Sampling, choose
+from midstream.model.transformers_config import describe
 from midstream.model.vlm import VLM
 
 ENCODER = EncoderConfig(

@@ -14,9 +14,9 @@ import checkpoints
 from midstream.config import TransformersDecoderConfig
 from midstream.identity import digest
 from midstream.model.initialise import initialise
-from midstream.model.pretrained import (
+from midstream.model.pretrained import TransformersDecoder
+from midstream.model.transformers_config import (
     FAMILIES,
-    TransformersDecoder,
     describe,
     transformers_config,
     with_vocabulary,

@@ -57,9 +57,9 @@ class DecoderConfig(Config):
 class TransformersDecoderConfig(Config):
     """A causal language model of `transformers`, by its own configuration.
 
-    `model_type` is one of `model/pretrained.py`'s families, `settings` what its `config.json` says.
-    The sizes follow from them and are stated so that planning needs no torch; `midstream import`
-    writes all of it.
+    `model_type` is one of the families of `model/transformers_config.py`, `settings` what its
+    `config.json` says. The sizes follow from them and are stated so that planning needs no torch;
+    `midstream import` writes all of it.
     """
 
     kind: Literal["transformers"] = "transformers"

@@ -21,7 +21,8 @@ from midstream.exchange.export_files import (
     write_tokenizer,
 )
 from midstream.model.decoder import Decoder
-from midstream.model.pretrained import TransformersDecoder, transformers_config
+from midstream.model.pretrained import TransformersDecoder
+from midstream.model.transformers_config import transformers_config
 
 OPENLM_CODE = ("configuration_midstream.py", "modeling_openlm.py")
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from midstream.config import TransformersDecoderConfig
-from midstream.model.pretrained import TransformersDecoder, describe
+from midstream.model.pretrained import TransformersDecoder
+from midstream.model.transformers_config import describe
 from midstream.model.weights import check, read_tensors
 
 # What a model's folder needs, and no more: repositories hold other formats and optimiser states.

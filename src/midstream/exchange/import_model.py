@@ -36,7 +36,7 @@ from midstream.exchange.import_summary import summary
 from midstream.exchange.position import NUMBERS, settle
 from midstream.exchange.vocabulary import Vocabulary, plan_vocabulary, resize
 from midstream.identity import digest
-from midstream.model import pretrained
+from midstream.model.transformers_config import with_vocabulary
 from midstream.model.vision import build_encoder, load_encoder
 from midstream.model.vlm import VLM, build_decoder
 from midstream.model.weights import fill, read_tensors, save_weights, weights_digest
@@ -133,7 +133,7 @@ def with_rows(config: AnyDecoderConfig, rows: int) -> AnyDecoderConfig:
         return config
     if isinstance(config, DecoderConfig):
         return config.model_copy(update={"vocab_size": rows})
-    return pretrained.with_vocabulary(config, rows)
+    return with_vocabulary(config, rows)
 
 
 def _grown(before: AnyDecoderConfig, after: AnyDecoderConfig) -> dict[str, int]:

@@ -16,7 +16,7 @@ from midstream.exchange.families import Known, known_checkpoint
 from midstream.exchange.huggingface import check_downloaded, fetch, read_decoder
 from midstream.exchange.openlm import read_openlm
 from midstream.exchange.position import NUMBERS
-from midstream.model import pretrained
+from midstream.model.transformers_config import FAMILIES
 from midstream.storage import read_json
 from midstream.study.imported import RECORD, Position
 
@@ -114,9 +114,9 @@ def locate(request: ImportRequest) -> Source:
 def _check_family(folder: Path) -> None:
     content = read_json(folder / "config.json")
     kind = content.get("model_type") if isinstance(content, dict) else None
-    if kind == "openlm" or kind in vision_checkpoints.FAMILIES or kind in pretrained.FAMILIES:
+    if kind == "openlm" or kind in vision_checkpoints.FAMILIES or kind in FAMILIES:
         return
-    models = ", ".join(f"{name} ({one.models})" for name, one in pretrained.FAMILIES.items())
+    models = ", ".join(f"{name} ({one.models})" for name, one in FAMILIES.items())
     raise ValueError(
         f"{folder / 'config.json'} is of model_type {kind!r}, no family that is known here. "
         f"Language models: openlm, {models}. Vision towers: "
