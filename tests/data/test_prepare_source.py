@@ -319,10 +319,12 @@ def test_a_shard_that_the_disk_refuses_is_one_error_and_the_others_stay(
     assert process.returncode == 1
     assert f"OSError: [Errno 27] File too large; what is finished in {out} stays" in errors
     shards = sorted(path.name for path in (out / "shards").iterdir())
-    assert shards == ["000000", "000001", "000002"]
+    small = ["000000", "000001", "000002"]
+    # What another process has under way when the disk refuses is left out.
+    assert shards == small if workers == 1 else set(shards) <= set(small)
     for name in shards:
         verify(out / "shards" / name)
-    assert run("text", source, out)["shards"] == {"kept": 3, "new": 1}
+    assert run("text", source, out)["shards"] == {"kept": len(shards), "new": 4 - len(shards)}
     run("text", source, tmp_path / "fresh")
     assert contents(out) == contents(tmp_path / "fresh")
 
