@@ -16,7 +16,7 @@ from midstream.data.loader import RowDataset, load_steps
 from midstream.model.initialise import initialise
 from midstream.model.vlm import VLM
 from midstream.train.optim import make_optimizer
-from midstream.train.parallel import set_up
+from midstream.train.parallel import Place, set_up
 from midstream.train.step import train_step
 
 MIXTURES = {
@@ -57,7 +57,7 @@ def useful_tokens_per_second(datasets: dict[str, RowDataset], steps: int) -> dic
                 encode=lambda features: features,
                 rate=1e-3,
                 settings=AdamW(),
-                device=device,
+                place=Place(device),
             )
             if number:
                 seconds[name].append(time.perf_counter() - before)

@@ -24,7 +24,7 @@ from midstream.data.loader import load_steps
 from midstream.model.initialise import initialise
 from midstream.model.vlm import VLM
 from midstream.train.optim import make_optimizer
-from midstream.train.parallel import autocast, set_up
+from midstream.train.parallel import Place, autocast, set_up
 from midstream.train.step import train_step
 
 RATE = 1e-3
@@ -95,7 +95,7 @@ def midstream_step(model: VLM, device: torch.device) -> Step:
             encode=lambda features: features,
             rate=RATE,
             settings=SETTINGS,
-            device=device,
+            place=Place(device),
         ).loss
 
     return step
@@ -112,7 +112,7 @@ def main() -> None:
     options = parser.parse_args()
     row_length, batch_rows, steps = SIZES[options.scale]
     batch_rows, steps = options.batch_rows or batch_rows, options.steps or steps
-    device = set_up(Machine(threads=options.threads, device=options.device))
+    device = set_up(Machine(threads=options.threads, device=options.device)).device
     config = continue_stage().model if options.scale == "pocket" else model_79m()
     assert config.encoder is not None
     model = VLM(config)

@@ -94,7 +94,7 @@ def features(images: np.ndarray) -> torch.Tensor:
 
 def losses(folder: Path, world: PublicFolder, training: Training, start: Start) -> list[float]:
     """The losses of a stage's steps; weights are kept at its 40 %."""
-    device = set_up(MACHINE)
+    place = set_up(MACHINE)
     seen = start.folder is not None
     model = VLM(VLMConfig(decoder=DECODER, encoder=ENCODER if seen else None))
     initialise(model, training.seed)
@@ -105,7 +105,7 @@ def losses(folder: Path, world: PublicFolder, training: Training, start: Start) 
     dataset = RowDataset(plan, sources, patches, features)
     folder.mkdir()
     job = Job(model, training, dataset, lambda x: x, start, folder, (0.4,))
-    train(job, MACHINE, device, report=lambda event: None, should_stop=lambda: False)
+    train(job, MACHINE, place, report=lambda event: None, should_stop=lambda: False)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines][:NUM_STEPS]
 

@@ -60,7 +60,7 @@ from midstream.train import checkpoint
 from midstream.train.contrastive import train_encoder
 from midstream.train.loop import Interrupted, Job, Start, train
 from midstream.train.parallel import peak_memory_bytes, set_up
-from midstream.train.schedule import check_start
+from midstream.schedule import check_start
 
 Trained = Pretrain | Continue | Finetune
 Report = Callable[[dict[str, Any]], None]
@@ -74,7 +74,8 @@ class StageRunner:
     ) -> None:
         self.ledger, self.machine, self.features = ledger, machine, machine.features
         self.report, self.should_stop = report, should_stop
-        self.device = set_up(machine)
+        self.place = set_up(machine)
+        self.device = self.place.device
 
     def run(self, stage: Stage) -> dict[str, Any]:
         """Execute one stage whose parents are done; returns its results.
@@ -141,7 +142,7 @@ class StageRunner:
         milestones = stage.milestones if isinstance(stage, Pretrain) else ()
         job = Job(model, training, dataset, encode, start, folder, milestones)
         results = train(
-            job, self.machine, self.device, report=self.report, should_stop=self.should_stop
+            job, self.machine, self.place, report=self.report, should_stop=self.should_stop
         )
         if not isinstance(stage, Pretrain):
             progress = checkpoint.Progress(

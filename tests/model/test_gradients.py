@@ -24,6 +24,7 @@ from midstream.model.vision import build_encoder
 from midstream.model.vlm import VLM
 from midstream.tokens import TokenCount
 from midstream.train.optim import freeze, make_optimizer
+from midstream.train.parallel import Place
 from midstream.train.step import train_step
 
 CPU = torch.device("cpu")
@@ -126,7 +127,7 @@ def test_gradients_reach_what_is_trained_and_nothing_else(
         encode=frozen,
         rate=1e-3,
         settings=AdamW(),
-        device=CPU,
+        place=Place(CPU),
     )
     trained_encoder = factor is not None or patches
     for name, parameter in model.named_parameters():
@@ -171,7 +172,7 @@ def test_the_encoder_moves_at_its_share_of_the_rate() -> None:
         encode=None,
         rate=1e-3,
         settings=settings,
-        device=CPU,
+        place=Place(CPU),
     )
     # Adam's first step is the rate, whatever the gradient.
     for name, parameter in model.named_parameters():

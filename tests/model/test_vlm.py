@@ -7,7 +7,6 @@ from torch import Tensor
 from midstream.batch import IGNORE, Batch
 from midstream.config import DecoderConfig, EncoderConfig, ProjectorConfig, VLMConfig
 from midstream.model.initialise import initialise
-from midstream.model.loss import summed_loss
 from midstream.model.vision import build_encoder
 from midstream.model.vlm import VLM, scatter_image_features, supervised_hidden
 from midstream.tokens import TokenCount
@@ -44,8 +43,7 @@ def batch_of(slots: list[tuple[int, int]], length: int = 12) -> Batch:
 
 
 def loss_of(vlm: VLM, batch: Batch, features: Tensor | None) -> Tensor:
-    hidden, targets = supervised_hidden(vlm(batch, features), batch.targets)
-    return sum(summed_loss(hidden, vlm.decoder.output.weight, targets, 1e-4))  # type: ignore[return-value]
+    return vlm.losses(batch, features, 1e-4)[0]
 
 
 def test_features_land_in_their_slots_and_nowhere_else() -> None:

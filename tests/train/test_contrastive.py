@@ -15,7 +15,7 @@ from midstream.model.weights import load_weights, weights_digest
 from midstream.study.ledger import Ledger
 from midstream.train import contrastive
 from midstream.train.contrastive import HELD_APART, PixelCache, train_encoder
-from midstream.train.schedule import rate_at
+from midstream.schedule import rate_at
 
 CPU = torch.device("cpu")
 

@@ -11,6 +11,7 @@ from midstream.model.initialise import initialise
 from midstream.model.vlm import VLM
 from midstream.tokens import TokenCount
 from midstream.train.optim import make_optimizer
+from midstream.train.parallel import Place
 from midstream.train.step import NonFiniteError, StepResult, train_step
 from tiny import DECODER, ENCODER
 
@@ -90,7 +91,7 @@ def step(
         encode=encode,
         rate=rate,
         settings=settings,
-        device=CPU,
+        place=Place(CPU),
     )
 
 

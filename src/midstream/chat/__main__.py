@@ -45,8 +45,8 @@ def run(request: Request) -> None:
     settings = request.settings
     if request.web:
         require_gradio()
-    device = set_up(Machine(threads=os.cpu_count() or 1, device=request.device))
-    opened = open_model(request.checkpoint, device)
+    place = set_up(Machine(threads=os.cpu_count() or 1, device=request.device))
+    opened = open_model(request.checkpoint, place.device)
     about = describe(opened)
     if (warning := caution(opened)) is not None:
         about.append(warning)

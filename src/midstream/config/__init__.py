@@ -44,6 +44,8 @@ from midstream.config.presets import (
 )
 from midstream.config.training import (
     AdamW,
+    AnySchedule,
+    Constant,
     ContinuedCosine,
     ContrastiveTraining,
     Evaluation,
@@ -51,6 +53,7 @@ from midstream.config.training import (
     Schedule,
     Training,
     WarmupCosine,
+    WarmupStableDecay,
 )
 
 __all__ = [
@@ -60,10 +63,12 @@ __all__ = [
     "Amounts",
     "AnyDecoderConfig",
     "AnyEncoderConfig",
+    "AnySchedule",
     "Attention",
     "Budget",
     "Colour",
     "Config",
+    "Constant",
     "ContinuedCosine",
     "ContrastiveTraining",
     "DecoderConfig",
@@ -95,5 +100,6 @@ __all__ = [
     "TransformersDecoderConfig",
     "VLMConfig",
     "WarmupCosine",
+    "WarmupStableDecay",
     "World",
 ]

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from midstream.config.base import Config, Fraction, Positive, Rate
 from midstream.config.data import Budget, Rows
@@ -37,7 +37,26 @@ class ContinuedCosine(Config):
     end_rate: Rate = 3e-5
 
 
-Schedule = Annotated[WarmupCosine | ContinuedCosine, Field(discriminator="kind")]
+class Constant(Config):
+    """Linear warm-up to `peak_rate`, then that rate."""
+
+    kind: Literal["constant"] = "constant"
+    peak_rate: Rate
+    warmup_fraction: Fraction = 0.0
+
+
+class WarmupStableDecay(Config):
+    """Linear warm-up, `peak_rate`, and over the last `decay_fraction` a line down to `end_rate`."""
+
+    kind: Literal["warmup_stable_decay"] = "warmup_stable_decay"
+    peak_rate: Rate
+    end_rate: Rate = 0.0
+    warmup_fraction: Fraction = 0.0
+    decay_fraction: Fraction = 0.2
+
+
+AnySchedule = WarmupCosine | ContinuedCosine | Constant | WarmupStableDecay
+Schedule = Annotated[AnySchedule, Field(discriminator="kind")]
 
 
 class Training(Config):
@@ -86,10 +105,32 @@ class Evaluation(Config):
 
 
 class Machine(Config):
-    """Where work runs; no part of any identity."""
+    """Where and how work runs; no part of any identity.
+
+    workers: stages side by side; ranks: processes of one training stage on this machine, and
+    `nodes` such machines, of which this is number `node`; `master` (HOST:PORT) is node 0's.
+    """
 
     workers: Positive = 2
     threads: Positive = 1
+    ranks: Positive = 1
+    nodes: Positive = 1
+    node: Annotated[int, Field(ge=0)] = 0
+    master: str | None = None
+    # Ranks that hold one copy of the model between them; None: all. Copies are kept alike.
+    shard_ranks: Positive | None = None
+    # A rank that is this long behind the others, or silent, is named and ends the stage.
+    rank_timeout_seconds: Annotated[float, Field(gt=0)] = 45.0
+    # auto: the faster of the two on the device, as measured at the start.
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    # blocks: each block of the decoder is compiled; auto: on a GPU.
+    compile: Literal["auto", "off", "blocks"] = "auto"
+    # blocks: only what enters a block is kept for the backward pass, the rest is computed again.
+    activation_checkpointing: Literal["off", "blocks"] = "off"
+    # Newest checkpoints of a running stage that are kept.
+    keep_checkpoints: Positive = 2
+    # background: training goes on while a checkpoint is written.
+    saving: Literal["background", "foreground"] = "background"
     micro_batch_rows: Positive | None = None
     # Processes that build rows and decode pictures ahead of each training process.
     data_workers: Annotated[int, Field(ge=0)] = 0
@@ -97,3 +138,22 @@ class Machine(Config):
     features: Literal["auto", "stored", "live"] = "auto"
     max_feature_gib: Annotated[float, Field(ge=0)] = 64.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Machine":
+        if self.node >= self.nodes:
+            raise ValueError(f"node {self.node} is none of {self.nodes} nodes (they start at 0)")
+        if self.nodes > 1 and self.master is None:
+            raise ValueError(f"{self.nodes} nodes need to know node 0: give master=HOST:PORT")
+        if self.nodes > 1 and self.workers > 1:
+            raise ValueError(f"over {self.nodes} nodes stages run one by one: give workers=1")
+        if self.shard_ranks is not None and self.world_size % self.shard_ranks:
+            raise ValueError(
+                f"shard_ranks {self.shard_ranks} does not divide the {self.world_size} ranks"
+            )
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """Processes of one training stage, over all nodes."""
+        return self.ranks * self.nodes

@@ -18,15 +18,17 @@ def summed_loss(
     *,
     max_logits: int = MAX_LOGITS,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """The sum of cross-entropies, and `z_loss` times the sum of squared log-normalisers.
+    """What to train on, and the sum of cross-entropies, which is what to report.
 
-    Train on the sum of both; the first alone is the loss to report. `weight` is the decoder's
-    `output.weight`. Both are float32, differentiable, and zero without targets. Where the logits
-    are more than `max_logits` they are computed in pieces and again in the backward pass.
+    The first adds `z_loss` times the sum of squared log-normalisers and is differentiable; the
+    second is not. `weight` is the decoder's `output.weight`. Both are float32, and zero without
+    targets. Where the logits are more than `max_logits` they are computed in pieces and again in
+    the backward pass.
     """
     rows = max(1, max_logits // weight.shape[0])
     if len(targets) <= rows:
-        return _sums(hidden, weight, targets, z_loss)
+        loss, square = _sums(hidden, weight, targets, z_loss)
+        return loss + square, loss.detach()
     losses, squares = [], []
     for some, theirs in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
         loss, square = checkpoint(
@@ -34,7 +36,8 @@ def summed_loss(
         )
         losses.append(loss)
         squares.append(square)
-    return torch.stack(losses).sum(), torch.stack(squares).sum()
+    loss = torch.stack(losses).sum()
+    return loss + torch.stack(squares).sum(), loss.detach()
 
 
 def _sums(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from midstream.config import AnyDecoderConfig, DecoderConfig, VLMConfig
 from midstream.model.attention import make_mask
 from midstream.model.decoder import Decoder
 from midstream.model.initialise import HasInitialisers, Initialiser
+from midstream.model.loss import summed_loss
 from midstream.model.pretrained import TransformersDecoder
 from midstream.model.projector import Projector
 from midstream.model.vision import VisionEncoder, build_encoder
@@ -71,6 +72,20 @@ class VLM(nn.Module):
             dense=embeddings.device.type == "cpu" or isinstance(self.decoder, TransformersDecoder),
         )
         return cast(Tensor, self.decoder(embeddings, batch.position_ids, mask))
+
+    def losses(
+        self,
+        batch: Batch,
+        features: Float[Tensor, "images patches width"] | None,
+        z_loss: float,
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """`summed_loss` of a batch: what to train on, and the sum of cross-entropies to report.
+
+        One call from pixels or features to the loss, so that a sharded model gathers its weights
+        around all that uses them.
+        """
+        hidden, targets = supervised_hidden(self(batch, features), batch.targets)
+        return summed_loss(hidden, self.decoder.output.weight, targets, z_loss)
 
     def project(
         self,

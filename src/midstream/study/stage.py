@@ -157,14 +157,14 @@ class FromScratch(Config):
 class ContinueFrom(Config):
     """Start from a text run's milestone, or from an imported model: weights and schedule position.
 
-    `optimizer` says whether Adam's moments come along (carry) or start at zero (fresh, as
-    OpenLM's `--pretrained` does).
+    `optimizer` says whether Adam's moments come along (carry), start at zero (fresh, as OpenLM's
+    `--pretrained` does), or start at zero while the rate rises to the schedule's (warm).
     """
 
     kind: Literal["continue_from"] = "continue_from"
     stage: Annotated[Pretrain | LoadDecoder, Field(discriminator="kind")]
     completion: Fraction = 1.0
-    optimizer: Literal["carry", "fresh"] = "fresh"
+    optimizer: Literal["carry", "fresh", "warm"] = "fresh"
 
     @model_validator(mode="after")
     def _held(self) -> "ContinueFrom":

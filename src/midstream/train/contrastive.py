@@ -23,7 +23,7 @@ from midstream.storage import new_folder
 from midstream.train.metrics import MetricsLog
 from midstream.train.optim import set_rate
 from midstream.train.parallel import autocast, peak_memory_bytes
-from midstream.train.schedule import rate_at
+from midstream.schedule import rate_at
 from midstream.train.step import NonFiniteError
 
 # Captions kept out of the training to measure retrieval on.
@@ -73,7 +73,7 @@ def train_encoder(
         before = time.monotonic()
         drawn = np.arange(step * training.batch_images, (step + 1) * training.batch_images)
         chosen = HELD_APART + _shuffled(drawn, usable, training.seed)
-        rate = rate_at(training.schedule, step, training.num_steps)
+        rate = rate_at(training.schedule, step, training.num_steps, step_tokens=1)
         set_rate(optimizer, rate)
         optimizer.zero_grad(set_to_none=True)
         with autocast(device):

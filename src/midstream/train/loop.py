@@ -24,8 +24,8 @@ from midstream.train import checkpoint
 from midstream.train.checkpoint import Progress
 from midstream.train.metrics import MetricsLog
 from midstream.train.optim import freeze, make_optimizer
-from midstream.train.parallel import peak_memory_bytes
-from midstream.train.schedule import check_start, rate_at
+from midstream.train.parallel import Place, peak_memory_bytes
+from midstream.schedule import check_start, rate_at
 from midstream.train.step import NonFiniteError, train_step
 
 
@@ -65,6 +65,12 @@ class Job:
     folder: Path
     milestones: tuple[float, ...] = ()
 
+    @property
+    def step_tokens(self) -> int:
+        """Positions of a whole step."""
+        rows = self.training.rows
+        return rows.batch_rows * rows.row_length
+
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -72,7 +78,7 @@ Report = Callable[[dict[str, Any]], None]
 def train(
     job: Job,
     machine: Machine,
-    device: torch.device,
+    place: Place,
     *,
     report: Report,
     should_stop: Callable[[], bool],
@@ -86,7 +92,7 @@ def train(
     training, plan = job.training, job.dataset.plan
     total = plan.seen_tokens
     check_start(training.schedule, job.start.parent_rate, str(job.folder))
-    job.model.to(device)
+    job.model.to(place.device)
     factor = freeze(job.model, training)
     optimizer = make_optimizer(job.model, training.optimizer, encoder_rate_factor=factor)
     progress = _begin(job, optimizer, total)
@@ -97,7 +103,7 @@ def train(
         first_row=progress.step * training.rows.batch_rows,
         micro_rows=micro_rows,
         workers=machine.data_workers,
-        device=device,
+        device=place.device,
     )
     due = sorted(share for share in job.milestones if share * total > progress.tokens_seen)
     shown = 0.0
@@ -113,7 +119,7 @@ def train(
                 encode=job.encode,
                 rate=progress.rate,
                 settings=training.optimizer,
-                device=device,
+                place=place,
             )
         except NonFiniteError as error:
             low = progress.step * training.rows.batch_rows
@@ -167,7 +173,13 @@ def _begin(job: Job, optimizer: torch.optim.Optimizer, total: int) -> Progress:
         load_weights(parts, job.start.folder / "model.safetensors")
         if job.start.carry_optimizer:
             checkpoint.load_moments(job.start.folder, job.model, optimizer)
-    rate = rate_at(job.training.schedule, 0, total, parent_rate=job.start.parent_rate)
+    rate = rate_at(
+        job.training.schedule,
+        0,
+        total,
+        parent_rate=job.start.parent_rate,
+        step_tokens=job.step_tokens,
+    )
     return Progress(0, 0, total, rate, TokenCount())
 
 
@@ -180,6 +192,7 @@ def _advance(
         counts.seen,
         progress.total_tokens,
         parent_rate=job.start.parent_rate,
+        step_tokens=job.step_tokens,
     )
     image_rows = image_row_pad = 0
     for batch in batches:
@@ -218,7 +231,13 @@ def _results(job: Job, progress: Progress) -> dict[str, Any]:
     return {
         "tokens_seen": progress.tokens_seen,
         "steps": progress.step,
-        "first_rate": rate_at(schedule, 0, progress.total_tokens, parent_rate=parent),
+        "first_rate": rate_at(
+            schedule,
+            0,
+            progress.total_tokens,
+            parent_rate=parent,
+            step_tokens=job.step_tokens,
+        ),
         "last_rate": progress.rate,
         "final_loss": progress.loss,
         "tokens": {**progress.counts.__dict__},

@@ -1,35 +1,164 @@
-"""Where a process computes: device, threads, precision, determinism."""
+"""Where a process computes, and with whom: device, precision, determinism, ranks, the mesh."""
 
+import json
 import os
 import resource
+import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from midstream.config import Machine
 
+# How much faster bfloat16 must multiply than float32 to be what a device computes in by itself.
+# Processors without units for it take eight times as long, those with them half or less.
+_WORTH_IT = 1.5
 
-def set_up(machine: Machine) -> torch.device:
-    """Choose the device, fix the thread count, and ask for deterministic kernels.
 
-    On a CPU equal inputs then give equal bits for an equal number of threads.
-    Raises ValueError where cuda is asked for and there is none.
+@dataclass(frozen=True)
+class Place:
+    """The device of this process, what it computes in, and its rank among those of a stage.
+
+    `mesh` is None for one process without a process group; `scalars` is the group on the CPU
+    over which counts, flags and texts travel.
+    """
+
+    device: torch.device
+    precision: torch.dtype = torch.float32
+    rank: int = 0
+    world_size: int = 1
+    mesh: DeviceMesh | None = None
+    scalars: "dist.ProcessGroup | None" = None
+    compile_blocks: bool = False
+    checkpoint_blocks: bool = False
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Matrix products in `precision`, over float32 weights."""
+        enabled = self.precision != torch.float32
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The float64 sums over the ranks."""
+        if self.scalars is None:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.scalars)
+        return cast(list[float], total.tolist())
+
+    def gather(self, value: Any) -> list[Any]:
+        """A JSON-able value of every rank, in their order; on every rank."""
+        if self.scalars is None:
+            return [value]
+        mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(mine)]), group=self.scalars)
+        room = max(int(size) for size in sizes)
+        padded = torch.zeros(room, dtype=torch.uint8)
+        padded[: len(mine)] = mine
+        parts = [torch.zeros(room, dtype=torch.uint8) for _ in sizes]
+        dist.all_gather(parts, padded, group=self.scalars)
+        return [
+            json.loads(part[: int(size)].numpy().tobytes())
+            for part, size in zip(parts, sizes, strict=True)
+        ]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.scalars is not None:
+            dist.barrier(group=self.scalars)
+
+
+def set_up(machine: Machine) -> Place:
+    """Choose device and precision, fix the thread count, ask for deterministic kernels.
+
+    On a CPU equal inputs then give equal bits for an equal number of threads. Where torchrun has
+    started this process among others, the process groups and the mesh are made: one axis that
+    shards, or with `shard_ranks` two, copies and shards. Raises ValueError where cuda is asked
+    for and there is none, or where torchrun started another number of processes than `machine`
+    says.
     """
     torch.set_num_threads(machine.threads)
+    device = _device(machine)
+    torch.use_deterministic_algorithms(True)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size != machine.world_size:
+        raise ValueError(
+            f"{world_size} processes were started, the machine says {machine.ranks} ranks on "
+            f"{machine.nodes} nodes; give both the same"
+        )
+    mesh, scalars = None, None
+    if world_size > 1:
+        timeout = timedelta(seconds=machine.rank_timeout_seconds)
+        kinds = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+        dist.init_process_group(kinds, timeout=timeout)
+        scalars = dist.new_group(backend="gloo", timeout=timeout)
+        mesh = _mesh(device, world_size, machine.shard_ranks or world_size)
+    compiled = machine.compile == "blocks" or (machine.compile == "auto" and device.type == "cuda")
+    return Place(
+        device=device,
+        precision=_precision(machine, device),
+        rank=rank,
+        world_size=world_size,
+        mesh=mesh,
+        scalars=scalars,
+        compile_blocks=compiled,
+        checkpoint_blocks=machine.activation_checkpointing == "blocks",
+    )
+
+
+def _device(machine: Machine) -> torch.device:
     has_cuda = torch.cuda.is_available()
     if machine.device == "cuda" and not has_cuda:
         raise ValueError("device cuda was asked for, but torch sees no GPU; use --device cpu")
-    device = torch.device("cuda" if has_cuda and machine.device != "cpu" else "cpu")
-    if device.type == "cuda":
-        # cuBLAS reads this at its first call; without it deterministic kernels are refused.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.set_float32_matmul_precision("high")
-    torch.use_deterministic_algorithms(True)
+    if not has_cuda or machine.device == "cpu":
+        return torch.device("cpu")
+    # cuBLAS reads this at its first call; without it deterministic kernels are refused.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
     return device
 
 
+def _mesh(device: torch.device, world_size: int, shard_ranks: int) -> DeviceMesh:
+    if shard_ranks == world_size:
+        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
+    shape = (world_size // shard_ranks, shard_ranks)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard"))
+
+
+def _precision(machine: Machine, device: torch.device) -> torch.dtype:
+    if machine.precision == "float32":
+        return torch.float32
+    gain = product_seconds(device, torch.float32) / product_seconds(device, torch.bfloat16)
+    if machine.precision == "bfloat16" and gain < 1:
+        print(f"bfloat16 multiplies at {gain:.2f} of float32's speed on this {device.type}")
+    faster = machine.precision == "bfloat16" or gain >= _WORTH_IT
+    return torch.bfloat16 if faster else torch.float32
+
+
+def product_seconds(device: torch.device, dtype: torch.dtype, size: int = 0) -> float:
+    """The best of three products of two square matrices of `size` (by the device, where 0)."""
+    size = size or (512 if device.type == "cpu" else 4096)
+    left = torch.ones((size, size), dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(4):  # the first warms up and is slower
+        before = time.perf_counter()
+        left @ left
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - before)
+    return best
+
+
 def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """bfloat16 on a GPU over float32 weights; float32 throughout on a CPU."""
+    """What encoders and answers are computed in: bfloat16 on a GPU, float32 on a CPU."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from midstream.batch import Batch
 from midstream.config import AdamW
-from midstream.model.loss import summed_loss
-from midstream.model.vlm import VLM, supervised_hidden
+from midstream.model.vlm import VLM
 from midstream.train.optim import set_rate
-from midstream.train.parallel import autocast
+from midstream.train.parallel import Place
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ def train_step(
     encode: Callable[[Tensor], Tensor] | None,
     rate: float,
     settings: AdamW,
-    device: torch.device,
+    place: Place,
 ) -> StepResult:
     """Move the weights once; the gradient is that of the mean loss over the step's targets.
 
@@ -50,17 +49,14 @@ def train_step(
     if not num_targets:
         raise ValueError("a step holds no target; its rows carry nothing to learn from")
     optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=torch.float64, device=place.device)
     for cpu_batch in micro_batches:
-        batch = cpu_batch.to(device)
-        with autocast(device):
+        batch = cpu_batch.to(place.device)
+        with place.autocast():
             features = encode(batch.images) if encode and len(batch.images) else None
-            hidden, targets = supervised_hidden(model(batch, features), batch.targets)
-            loss, z_loss = summed_loss(
-                hidden, model.decoder.output.weight, targets, settings.z_loss
-            )
-        ((loss + z_loss) / num_targets).backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
+            loss, cross_entropy = model.losses(batch, features, settings.z_loss)
+        (loss / num_targets).backward()  # type: ignore[no-untyped-call]
+        total += cross_entropy
     norm = torch.nn.utils.clip_grad_norm_(
         [p for p in model.parameters() if p.grad is not None], settings.clip_norm
     )

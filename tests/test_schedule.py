@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from midstream.config import ContinuedCosine, WarmupCosine
-from midstream.train.schedule import check_start, rate_at
+from midstream.schedule import check_start, rate_at
 
 # The text run of the paper's 1.4B model: 512 sequences of 2,048 tokens a step.
 STEP_TOKENS = 512 * 2048

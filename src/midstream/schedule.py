@@ -6,33 +6,47 @@ fresh half-cosine from the parent's rate (authors' scripts/lr_plot.py).
 
 import math
 
-from midstream.config import ContinuedCosine, WarmupCosine
+from midstream.config import (
+    AnySchedule,
+    Constant,
+    ContinuedCosine,
+    WarmupStableDecay,
+)
 
 
 def rate_at(
-    schedule: WarmupCosine | ContinuedCosine,
+    schedule: AnySchedule,
     tokens_seen: int,
     total_tokens: int,
     *,
     parent_rate: float | None = None,
+    step_tokens: int = 0,
 ) -> float:
-    """The learning rate after `tokens_seen` of the stage's `total_tokens`.
+    """The learning rate of the step behind `tokens_seen` of the stage's `total_tokens`.
 
     `parent_rate` is the parent schedule's rate at the checkpoint, needed by `ContinuedCosine`.
+    `step_tokens` is what a whole step holds: a warm-up counts the step that is about to be taken,
+    so that the first does not pass at a rate of 0 (OpenLM's `(step + 1) / warmup`).
     """
     if isinstance(schedule, ContinuedCosine):
         assert parent_rate is not None
         return _half_cosine(parent_rate, schedule.end_rate, tokens_seen / total_tokens)
     warmup = schedule.warmup_fraction * total_tokens
-    if tokens_seen < warmup:
-        return schedule.peak_rate * tokens_seen / warmup
+    if tokens_seen + step_tokens < warmup:
+        return schedule.peak_rate * (tokens_seen + step_tokens) / warmup
+    if isinstance(schedule, Constant):
+        return schedule.peak_rate
+    if isinstance(schedule, WarmupStableDecay):
+        decay = schedule.decay_fraction * total_tokens
+        left = max(total_tokens - tokens_seen, 0) / decay if decay else 1.0
+        return schedule.end_rate + (schedule.peak_rate - schedule.end_rate) * min(left, 1.0)
     rest = max(total_tokens - warmup, 1.0)
-    return _half_cosine(schedule.peak_rate, schedule.end_rate, (tokens_seen - warmup) / rest)
+    return _half_cosine(
+        schedule.peak_rate, schedule.end_rate, max(tokens_seen - warmup, 0.0) / rest
+    )
 
 
-def check_start(
-    schedule: WarmupCosine | ContinuedCosine, parent_rate: float | None, where: str
-) -> None:
+def check_start(schedule: AnySchedule, parent_rate: float | None, where: str) -> None:
     """Raises ValueError where a continued schedule would start at or below its own end."""
     if not isinstance(schedule, ContinuedCosine):
         return
