@@ -120,7 +120,7 @@ def computed(folder: Path) -> dict[str, list[float]]:
     start = Start(
         folder=milestone,
         parts=("decoder",),
-        carry_optimizer=True,
+        moments="carry",
         parent_rate=checkpoint.read_progress(milestone).rate,
     )
     budget = mixture(6_000, words=0.7, colours=0.3).model_copy(update={"max_epochs": 2})

@@ -7,7 +7,7 @@ projected patch features.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -76,6 +76,17 @@ class Batch:
         # Targets before each position, in its row.
         before = has_target.cumsum(dim=1) - has_target
         return (before == before.gather(1, head)) & (self.segment_ids != PADDING)
+
+    def trimmed(self) -> "Batch":
+        """Without the columns behind the last that any row holds something in; one at least.
+
+        The same positions see the same ones, so losses and gradients are those of the whole.
+        """
+        held = (self.segment_ids != PADDING).any(dim=0)
+        width = max(1, int(held.nonzero().max()) + 1) if bool(held.any()) else 1
+        by_column = {"input_ids", "targets", "position_ids", "segment_ids"}
+        changed = {name: getattr(self, name)[:, :width] for name in by_column}
+        return replace(self, **changed)
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, from which a GPU copies while it computes."""

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 # Part of every identity: raise it when the meaning of a stored stage changes.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 class Placement:

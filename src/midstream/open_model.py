@@ -158,7 +158,7 @@ def weights_folder(ledger: Ledger, stage: WithModel, completion: float) -> Path:
 def fill_model(vlm: VLM, weights: Path) -> None:
     """Put the weights of a checkpoint folder into a model, after checking all its bytes."""
     checkpoint.read_progress(weights)
-    load_weights(vlm, weights / "model.safetensors")
+    load_weights(vlm, weights)
 
 
 def open_encoder(ledger: Ledger, stage: TrainEncoder | LoadEncoder) -> VisionEncoder:

@@ -6,7 +6,6 @@ line of JSON after the other and tells the launcher how they go; the imports are
 
 import argparse
 import json
-import shutil
 import signal
 import sys
 import time
@@ -30,16 +29,17 @@ from midstream.data.rows import plan_rows
 from midstream.data.sources import Source
 from midstream.eval.benchmark import evaluate
 from midstream.eval.predict import ModelAnswerer
+from midstream.identity import FORMAT_VERSION, digest
 from midstream.load_imported import load_decoder_stage, load_encoder_stage
 from midstream.model.initialise import initialise
-from midstream.model.vlm import VLM
 from midstream.open_model import (
     on_device,
     open_encoder,
     open_model,
     weights_folder,
 )
-from midstream.storage import verify
+from midstream.schedule import check_start
+from midstream.storage import remove_folder, verify
 from midstream.study.ledger import Ledger, Stopped
 from midstream.study.pictures import choice_for, feature_folder, feature_plan
 from midstream.study.stage import (
@@ -60,7 +60,7 @@ from midstream.train import checkpoint
 from midstream.train.contrastive import train_encoder
 from midstream.train.loop import Interrupted, Job, Start, train
 from midstream.train.parallel import peak_memory_bytes, set_up
-from midstream.schedule import check_start
+from midstream.train.sharding import build_model
 
 Trained = Pretrain | Continue | Finetune
 Report = Callable[[dict[str, Any]], None]
@@ -137,10 +137,11 @@ class StageRunner:
         plan = plan_rows(sources, patches, training.budget, training.rows, training.seed)
         images, encode = self._seeing(stage, plan, sources)
         dataset = RowDataset(plan, sources, patches, images)
-        model = VLM(stage.model)
+        model = build_model(stage.model, training, self.place)
         initialise(model, training.seed)
         milestones = stage.milestones if isinstance(stage, Pretrain) else ()
-        job = Job(model, training, dataset, encode, start, folder, milestones)
+        origin = self._origin(stage)
+        job = Job(model, training, dataset, encode, start, folder, milestones, origin)
         results = train(
             job, self.machine, self.place, report=self.report, should_stop=self.should_stop
         )
@@ -152,9 +153,21 @@ class StageRunner:
                 rate=results["last_rate"],
                 counts=TokenCount(**results["tokens"]),
             )
-            checkpoint.save(folder / "weights", model, None, progress)
-        _remove(folder / "checkpoints")
+            checkpoint.save(folder / "weights", model, None, progress, place=self.place)
+        if self.place.rank == 0:
+            remove_folder(folder / "checkpoints")
         return results
+
+    def _origin(self, stage: Trained) -> dict[str, str]:
+        """What the stage's checkpoints are of."""
+        prepared = self.ledger.results(stage.data)["sources"]
+        return {
+            "format": str(FORMAT_VERSION),
+            "stage": stage.identity,
+            "rows of a step": str(stage.training.rows.batch_rows),
+            "model": digest(stage.model),
+            "data": digest({name: source["fingerprint"] for name, source in prepared.items()}),
+        }
 
     def _start(self, stage: Trained) -> Start:
         """What a stage begins from; the schedule's position comes with the checkpoint."""
@@ -171,8 +184,8 @@ class StageRunner:
         start = Start(encoder=self._encoder_weights(stage) if owned else None)
         if isinstance(stage.start, ContinueFrom):
             folder = weights_folder(self.ledger, stage.start.stage, stage.start.completion)
-            carry = stage.start.optimizer == "carry"
-            if carry and not (folder / "optimizer.safetensors").is_file():
+            moments = stage.start.optimizer
+            if moments == "carry" and checkpoint.stored_file(folder, "optimizer") is None:
                 raise FileNotFoundError(
                     f"{folder} holds no optimiser state to carry; choose optimizer='fresh'"
                 )
@@ -180,7 +193,7 @@ class StageRunner:
                 start,
                 folder=folder,
                 parts=("decoder",),
-                carry_optimizer=carry,
+                moments=moments,
                 parent_rate=checkpoint.read_progress(folder).rate,
             )
         return start
@@ -265,12 +278,6 @@ class StageRunner:
 def unchanged(images: torch.Tensor) -> torch.Tensor:
     """Stored features are what the model takes."""
     return images
-
-
-def _remove(folder: Path) -> None:
-    """Delete a folder so that a process killed meanwhile leaves nothing to resume from."""
-    if folder.is_dir():
-        shutil.rmtree(folder.replace(folder.with_name(f".{folder.name}.old")))
 
 
 def serve(store: Path, machine: Machine) -> None:

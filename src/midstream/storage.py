@@ -1,11 +1,12 @@
 """The only place that writes: temporary name, fsync, manifest, rename."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("wb") as stream:
+        with room_for(path), temporary.open("wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
@@ -54,43 +55,97 @@ def new_folder(path: Path) -> Iterator[Path]:
     Every file gets its size and sha256 in `manifest.json`. An existing `path` is replaced only
     then. If the block raises, nothing is left behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.mkdir()
+    temporary = start_folder(path)
     try:
-        yield temporary
-        files = sorted(item for item in temporary.rglob("*") if item.is_file())
-        entries = {item.relative_to(temporary).as_posix(): _entry(item) for item in files}
-        write_json(temporary / MANIFEST, entries)
-        for item in files:
-            _sync_file(item)
-        if path.exists():
-            old = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
-            path.replace(old)
-            temporary.replace(path)
-            shutil.rmtree(old)
-        else:
-            temporary.replace(path)
+        with room_for(path):
+            yield temporary
+            files = sorted(item for item in temporary.rglob("*") if item.is_file())
+            names = [item.relative_to(temporary).as_posix() for item in files]
+            finish_folder(temporary, path, seal(temporary, names))
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def start_folder(path: Path) -> Path:
+    """An empty temporary folder beside `path`, for `seal` and `finish_folder`.
+
+    These three are `new_folder` for several processes that write one folder: one starts and
+    finishes it, each seals what it has written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir()
+    return temporary
+
+
+def seal(temporary: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Bring files to the disk; returns their entries in the manifest."""
+    entries = {}
+    for name in names:
+        _sync_file(temporary / name)
+        entries[name] = _entry(temporary / name)
+    return entries
+
+
+def finish_folder(temporary: Path, path: Path, entries: Mapping[str, dict[str, Any]]) -> None:
+    """Give a temporary folder its manifest and its name; an existing `path` is replaced."""
+    write_json(temporary / MANIFEST, dict(sorted(entries.items())))
+    if path.exists():
+        old = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
+        path.replace(old)
+        temporary.replace(path)
+        shutil.rmtree(old)
+    else:
+        temporary.replace(path)
     _sync_folder(path.parent)
 
 
-def verify(path: Path) -> None:
+def remove_folder(path: Path) -> None:
+    """Delete a folder so that a process killed meanwhile leaves nothing that looks whole."""
+    if path.is_dir():
+        shutil.rmtree(path.replace(path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")))
+
+
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Turn a full disk into an OSError that names `path`, what is free, and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        near = next(place for place in path.parents if place.exists())
+        free = shutil.disk_usage(near).free
+        raise OSError(
+            error.errno,
+            f"no room to write {path} ({error.strerror}; {free / 2**20:,.0f} MiB are free on its "
+            "disk); make room and run the same command again: what was written before is whole",
+        ) from None
+
+
+def verify(path: Path, *, share: tuple[int, int] = (0, 1)) -> None:
     """Check every file of a folder made by `new_folder` against its manifest.
 
-    Raises CorruptError with the first file that is missing or has other bytes.
+    With `share` (k, n) only every n-th file from the k-th on: n processes check all between them.
+    Raises CorruptError with the first file that is missing, has other bytes or is not listed.
     """
     manifest = path / MANIFEST
     if not manifest.is_file():
         raise CorruptError(f"{path} has no {MANIFEST}: it was never finished")
-    for name, entry in read_json(manifest).items():
+    entries = read_json(manifest)
+    if not isinstance(entries, dict) or not entries:
+        raise CorruptError(f"{manifest} lists no file; delete {path} and run again")
+    first, step = share
+    for name, entry in sorted(entries.items())[first::step]:
         file = path / name
         if not file.is_file():
             raise CorruptError(f"{file} is missing though the manifest lists it")
         if _entry(file) != entry:
             raise CorruptError(f"{file} differs from its manifest; delete {path} and run again")
+    held = {item.relative_to(path).as_posix() for item in path.rglob("*") if item.is_file()}
+    if foreign := sorted(held - entries.keys() - {MANIFEST}):
+        raise CorruptError(f"{path} holds {foreign[0]}, which its manifest does not list")
 
 
 def remove_leftovers(folder: Path) -> int:

@@ -123,7 +123,7 @@ def test_a_missing_file_is_refused_by_name_before_a_tensor_is_written(
     assert equal(state(model, optimizer), before)
 
 
-@pytest.mark.parametrize("writer", ["save_file", "write_json", "save_weights"])
+@pytest.mark.parametrize("writer", ["save_file", "write_json", "finish_folder"])
 def test_a_process_killed_between_files_leaves_the_previous_checkpoint(
     saved: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch, writer: str
 ) -> None:
@@ -141,7 +141,7 @@ def test_a_process_killed_between_files_leaves_the_previous_checkpoint(
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save(folder.with_name("step-00000009"), model, optimizer, PROGRESS)
     assert len(list(folder.parent.iterdir())) == 2
-    assert checkpoint.newest(folder.parent) == folder
+    assert checkpoint.by_age(folder.parent) == [folder]
     other, other_optimizer = made(6)
     checkpoint.load(folder, other, other_optimizer)
     assert equal(state(other, other_optimizer), expected)
@@ -149,14 +149,16 @@ def test_a_process_killed_between_files_leaves_the_previous_checkpoint(
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_only_the_newest_checkpoint_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "left"), [(1, [100]), (2, [100, 95]), (5, [100, 95, 5])])
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path, number: int, left: list[int]) -> None:
     model, optimizer = made(0)
     move(model, optimizer, 1)
     for step in (95, 100, 5):
         checkpoint.save(tmp_path / f"step-{step:08d}", model, optimizer, PROGRESS)
-    checkpoint.keep_newest(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000100"]
-    assert checkpoint.newest(tmp_path / "nowhere") is None
+    checkpoint.keep_newest(tmp_path, number)
+    assert [int(path.name.removeprefix("step-")) for path in checkpoint.by_age(tmp_path)] == left
+    assert len(list(tmp_path.iterdir())) == len(left)
+    assert checkpoint.by_age(tmp_path / "nowhere") == []
 
 
 def test_weights_without_moments_can_only_be_started_fresh(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ class Machine(Config):
     shard_ranks: Positive | None = None
     # A rank that is this long behind the others, or silent, is named and ends the stage.
     rank_timeout_seconds: Annotated[float, Field(gt=0)] = 45.0
-    # auto: the faster of the two on the device, as measured at the start.
+    # auto: float32 on a CPU; on a GPU the faster of the two, as measured at the start.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # blocks: each block of the decoder is compiled; auto: on a GPU.
     compile: Literal["auto", "off", "blocks"] = "auto"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 import numpy as np
@@ -10,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from midstream.batch import Batch, Row, stack_rows
+from midstream.batch import IGNORE, PADDING, Batch, Row, stack_rows
 from midstream.data.packing import RowPlan
 from midstream.data.rows import build_row
 from midstream.data.sources import Source
+from midstream.tokens import TokenCount
 
 # (source number, example) pairs, int64 [images, 2] -> pixels or stored features, in their order.
 Images = Callable[[np.ndarray], Float[Tensor, "images ..."]]
@@ -47,6 +49,21 @@ class RowDataset(Dataset[tuple[Row, Tensor]]):
         row = build_row(self.plan, self.sources, index, self.num_patches)
         return row, self.images(row.images)
 
+    def padding(self) -> tuple[Row, Tensor]:
+        """A row that holds nothing: what a rank works on while only others have rows."""
+        length = self.plan.rows.row_length
+        column, nothing = np.arange(length), np.zeros((0, 2), dtype=np.int64)
+        row = Row(
+            input_ids=np.zeros(length, dtype=np.int64),
+            targets=np.full(length, IGNORE, dtype=np.int64),
+            position_ids=column,
+            segment_ids=np.full(length, PADDING, dtype=np.int64),
+            image_starts=np.zeros(0, dtype=np.int64),
+            images=nothing,
+            counts=TokenCount(),
+        )
+        return row, self.images(nothing)
+
 
 @dataclass(frozen=True)
 class View:
@@ -73,17 +90,25 @@ class View:
         Every rank gets the same number of them (some may be empty at the plan's end), so that all
         run the same collectives.
         """
+        return self._parts(step, first_row, self.rank)
+
+    def _parts(self, step: int, first_row: int, rank: int) -> list[list[int]]:
         low, share = step * self.batch_rows, self.batch_rows // self.world_size
-        mine = range(low + self.rank * share, low + (self.rank + 1) * share)
+        mine = range(low + rank * share, low + (rank + 1) * share)
         cut = [mine[at : at + self.micro_rows] for at in range(0, share, self.micro_rows)]
         return [[row for row in part if first_row <= row < self.num_rows] for part in cut]
 
     def steps(self, first_row: int) -> Iterator[list[list[int]]]:
-        """The steps that are left once `first_row` rows are consumed; empty parts are left out."""
+        """The steps that are left once `first_row` rows are consumed.
+
+        A part that is empty on every rank is left out; one that some rank has, every rank has.
+        """
         for step in count(first_row // self.batch_rows):
             if max(first_row, step * self.batch_rows) >= self.num_rows:
                 return
-            yield [part for part in self.step(step, first_row) if part]
+            ranks = [self._parts(step, first_row, rank) for rank in range(self.world_size)]
+            held = [any(parts) for parts in zip(*ranks, strict=True)]
+            yield [part for part, used in zip(ranks[self.rank], held, strict=True) if used]
 
 
 @dataclass(frozen=True)
@@ -116,7 +141,7 @@ def load_steps(
     loader = DataLoader(
         dataset,
         batch_sampler=_Parts(view, first_row),
-        collate_fn=_collate,
+        collate_fn=partial(_collate, dataset),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=device is not None and device.type == "cuda",
@@ -129,5 +154,6 @@ def load_steps(
         yield [next(batches) for _ in step]
 
 
-def _collate(items: list[tuple[Row, Tensor]]) -> Batch:
+def _collate(dataset: RowDataset, items: list[tuple[Row, Tensor]]) -> Batch:
+    items = items or [dataset.padding()]
     return stack_rows([row for row, _ in items], torch.cat([images for _, images in items]))

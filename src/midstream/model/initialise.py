@@ -10,6 +10,8 @@ from typing import Literal, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from midstream.model.weights import put
+
 
 @dataclass(frozen=True)
 class Initialiser:
@@ -54,7 +56,7 @@ def initialise(module: nn.Module, seed: int) -> None:
     parameters = dict(module.named_parameters())
     assert table.keys() == parameters.keys(), table.keys() ^ parameters.keys()
     for name, parameter in parameters.items():
-        parameter.copy_(table[name].draw(parameter.shape, generator(seed, name)))
+        put(parameter, table[name].draw(parameter.shape, generator(seed, name)))
 
 
 class _Unset(nn.Module):

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.serialization import safe_globals
 
 from midstream.storage import read_json, write_bytes
@@ -48,7 +49,7 @@ _NUMBERS: list[Any] = [
 
 def save_weights(module: nn.Module, path: Path) -> None:
     """Write a module's tensors as a safetensors file, completely or not at all."""
-    write_bytes(path, save({name: _plain(value) for name, value in _tensors(module).items()}))
+    write_bytes(path, save({name: _plain(value) for name, value in tensors_of(module).items()}))
 
 
 def load_weights(module: nn.Module, path: Path, *, prefix: str = "") -> None:
@@ -65,9 +66,19 @@ def load_weights(module: nn.Module, path: Path, *, prefix: str = "") -> None:
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], *, path: Path, prefix: str = "") -> None:
     """Put tensors into a module that `check` finds to fit; half precision is widened, exactly."""
     check(module, tensors, path=path, prefix=prefix)
-    held = _tensors(module)
+    held = tensors_of(module)
     for name, aliases in _aliases(module).items():
-        held[name].copy_(tensors[next(prefix + one for one in aliases if prefix + one in tensors)])
+        put(held[name], tensors[next(prefix + one for one in aliases if prefix + one in tensors)])
+
+
+def put(mine: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into `mine`, or a sharded one's own part of it."""
+    if isinstance(mine, DTensor):
+        # No rank sends anything: each cuts its part out of a tensor that all of them have.
+        value = distribute_tensor(
+            value.to(mine.dtype), mine.device_mesh, mine.placements, src_data_rank=None
+        )
+    mine.copy_(value)
 
 
 def check(
@@ -79,7 +90,7 @@ def check(
     Raises ValueError with every missing, unexpected and mismatched name, and for a missing one the
     nearest that were not expected.
     """
-    held, names = _tensors(module), _aliases(module)
+    held, names = tensors_of(module), _aliases(module)
     known = {prefix + one for aliases in names.values() for one in aliases}
     foreign = sorted(tensors.keys() - known)
     missing, others = [], [f"unexpected: {_shown(name, tensors)}" for name in foreign]
@@ -114,12 +125,22 @@ def check(
 
 
 def weights_digest(module: nn.Module) -> str:
-    """The sha256 of a module's tensors: name, dtype, shape and bytes, in the order of names."""
-    state = hashlib.sha256()
-    for name, value in sorted(_tensors(module).items()):
-        state.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        state.update(_plain(value).reshape(-1).view(torch.uint8).numpy().data)
+    """The sha256 that stands for a module's tensors: their names, dtypes, shapes and bytes."""
+    return joint_digest({name: tensor_digest(value) for name, value in tensors_of(module).items()})
+
+
+def tensor_digest(value: Tensor) -> str:
+    """The sha256 of one tensor's dtype, shape and bytes."""
+    state = hashlib.sha256(f"{value.dtype} {list(value.shape)}\n".encode())
+    state.update(_plain(value).reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
+
+
+def joint_digest(digests: Mapping[str, str]) -> str:
+    """The sha256 that stands for tensors by name, of each one's own: several processes may share
+    the work."""
+    text = "".join(f"{name} {value}\n" for name, value in sorted(digests.items()))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _aliases(module: nn.Module) -> dict[str, list[str]]:
@@ -130,7 +151,8 @@ def _aliases(module: nn.Module) -> dict[str, list[str]]:
     return {aliases[0]: aliases for aliases in names.values()}
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """A module's tensors, each under the first of its names."""
     state = module.state_dict()
     return {name: state[name] for name in _aliases(module)}
 

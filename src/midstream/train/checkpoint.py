@@ -1,21 +1,44 @@
 """Save and load a training stage: weights, optimiser state, progress; never a pickle.
 
-Every folder is written under a temporary name, with a sha256 manifest, and renamed; it is checked
-completely before the first tensor goes into the model.
+A folder holds standard safetensors files of whole tensors: `model.safetensors`, or with several
+ranks shards that each rank writes some of, and their index; so any number of ranks loads what any
+other wrote. Every folder is written under a temporary name, with a sha256 manifest, and renamed;
+it is checked completely before the first tensor goes into the model.
 """
 
-import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from midstream.model.weights import load_weights, save_weights
-from midstream.storage import new_folder, read_json, verify, write_json
+from midstream.model.weights import (
+    check,
+    fill,
+    joint_digest,
+    put,
+    read_tensors,
+    tensor_digest,
+    tensors_of,
+)
+from midstream.storage import (
+    CorruptError,
+    finish_folder,
+    read_json,
+    remove_folder,
+    room_for,
+    seal,
+    start_folder,
+    verify,
+    write_json,
+)
 from midstream.tokens import TokenCount
+from midstream.train.parallel import ALONE, Place
+from midstream.train.sharding import whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -41,46 +64,310 @@ class Progress:
     metrics_bytes: int = 0
 
 
+# ---------------------------------------------------------------------------------- saving
+
+
+class Saver:
+    """Writes checkpoints of all ranks, one at a time; in the background training goes on.
+
+    Every rank calls `start` and `settle` at the same steps. What is written is the state at
+    `start`. A full disk, or any other failure of any rank, is raised by `settle` on all of them.
+    """
+
+    def __init__(self, place: Place, *, background: bool) -> None:
+        self._place, self._background = place, background
+        self._thread: threading.Thread | None = None
+        self._finish: Callable[[], None] | None = None
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has written its part, or nothing is under way."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def over(self) -> bool:
+        """Whether every rank has written its part of what is under way; asked by all of them."""
+        if self._finish is None:
+            return False
+        (written,) = self._place.sum([self.written])
+        return written == self._place.world_size
+
+    def start(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        progress: Progress,
+        origin: Mapping[str, str] | None = None,
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Take the state and begin to write it; `then` is called on rank 0 once it is whole.
+
+        `origin` says what the checkpoint is of; a stage that resumes from it must say the same.
+        """
+        self.settle()
+        place = self._place
+        made = str(start_folder(folder)) if place.rank == 0 else None
+        temporary = Path(place.gather(made)[0])
+        stems = {"model": tensors_of(model)}
+        if optimizer is not None:
+            stems["optimizer"] = _moments(model, optimizer)
+        # In the background the optimiser moves on meanwhile: its tensors are copied first.
+        held = {stem: _mine(tensors, place, self._background) for stem, tensors in stems.items()}
+        maps = {
+            stem: {
+                name: _file(stem, rank, place.world_size)
+                for name, rank in _owners(tensors, place.world_size).items()
+            }
+            for stem, tensors in stems.items()
+        }
+        found: dict[str, Any] = {"entries": {}, "digests": {}, "error": None}
+
+        def write() -> None:
+            try:
+                for stem, tensors in held.items():
+                    if tensors:
+                        name = _file(stem, place.rank, place.world_size)
+                        with room_for(folder / name):
+                            save_file(tensors, temporary / name)
+                        found["entries"] |= seal(temporary, [name])
+                    found["digests"][stem] = {n: tensor_digest(t) for n, t in tensors.items()}
+            except Exception as error:
+                found["error"] = f"{type(error).__name__}: {error}"
+
+        def finish() -> None:
+            everyone = place.gather(found)
+            errors = [one["error"] for one in everyone if one["error"]]
+            if place.rank == 0 and not errors:
+                try:
+                    _complete(temporary, folder, everyone, maps, progress, origin or {})
+                    then()
+                except OSError as error:
+                    errors.append(f"{type(error).__name__}: {error}")
+            errors = [text for rank in place.gather(errors) for text in rank]
+            if errors:
+                if place.rank == 0:
+                    remove_folder(temporary)
+                raise OSError(f"checkpoint {folder} could not be written: {errors[0]}")
+
+        self._finish = finish
+        if self._background:
+            self._thread = threading.Thread(target=write, name="checkpoint")
+            self._thread.start()
+        else:
+            write()
+
+    def settle(self) -> None:
+        """Wait until what was started is whole under its name; OSError if it could not be."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._finish is not None:
+            finish, self._finish = self._finish, None
+            finish()
+
+
 def save(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, progress: Progress
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    progress: Progress,
+    *,
+    place: Place = ALONE,
+    origin: Mapping[str, str] | None = None,
 ) -> None:
     """Write `folder` completely or not at all."""
-    with new_folder(folder) as temporary:
-        save_weights(model, temporary / "model.safetensors")
-        if optimizer is not None:
-            save_file(_moments(model, optimizer), temporary / "optimizer.safetensors")
-        write_json(temporary / "progress.json", asdict(progress))
+    saver = Saver(place, background=False)
+    saver.start(folder, model, optimizer, progress, origin)
+    saver.settle()
 
 
-def read_progress(folder: Path) -> Progress:
-    """The progress of a checkpoint, after checking all its bytes (CorruptError)."""
-    verify(folder)
+def _owners(tensors: Mapping[str, Tensor], world_size: int) -> dict[str, int]:
+    """Which rank writes which tensor: the one with the fewest bytes so far."""
+    load, owners = [0] * world_size, {}
+    for name, value in tensors.items():
+        owners[name] = load.index(min(load))
+        load[owners[name]] += value.numel() * value.element_size()
+    return owners
+
+
+def _file(stem: str, rank: int, world_size: int) -> str:
+    if world_size == 1:
+        return f"{stem}.safetensors"
+    return f"{stem}-{rank + 1:05}-of-{world_size:05}.safetensors"
+
+
+def _mine(tensors: Mapping[str, Tensor], place: Place, copy: bool) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, those that this rank writes."""
+    owners, mine = _owners(tensors, place.world_size), {}
+    for name, value in tensors.items():
+        full = whole(value.detach())  # a collective: every rank, whoever writes it
+        if owners[name] == place.rank:
+            kept = full.cpu().contiguous()
+            mine[name] = kept.clone() if copy and kept.data_ptr() == value.data_ptr() else kept
+    return mine
+
+
+def _complete(
+    temporary: Path,
+    folder: Path,
+    ranks: list[dict[str, Any]],
+    maps: Mapping[str, Mapping[str, str]],
+    progress: Progress,
+    origin: Mapping[str, str],
+) -> None:
+    """Rank 0: what is said about the ranks' files, then manifest and name."""
+    entries = {name: entry for rank in ranks for name, entry in rank["entries"].items()}
+    extra = ["progress.json", "origin.json"]
+    write_json(temporary / "progress.json", asdict(progress))
+    digests = {
+        stem: joint_digest({k: v for rank in ranks for k, v in rank["digests"][stem].items()})
+        for stem in maps
+    }
+    write_json(temporary / "origin.json", {"of": dict(origin), "digests": digests})
+    if len(ranks) > 1:
+        for stem, weight_map in maps.items():
+            extra.append(f"{stem}.safetensors.index.json")
+            write_json(temporary / extra[-1], {"metadata": {}, "weight_map": dict(weight_map)})
+    finish_folder(temporary, folder, entries | seal(temporary, extra))
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{key}.{name}": optimizer.state[parameter][key]
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+        for key in MOMENTS
+    }
+
+
+# --------------------------------------------------------------------------------- loading
+
+
+def read_progress(folder: Path, *, place: Place = ALONE) -> Progress:
+    """The progress of a checkpoint, after checking all its bytes (CorruptError).
+
+    Ranks check a part each, and all of them raise what one finds.
+    """
+    error = None
+    try:
+        verify(folder, share=(place.rank, place.world_size))
+    except CorruptError as reason:
+        error = str(reason)
+    if errors := [text for text in place.gather(error) if text]:
+        raise CorruptError(errors[0])
     values = read_json(folder / "progress.json")
     sources = {name: TokenCount(**counts) for name, counts in values["sources"].items()}
     return Progress(**values | {"counts": TokenCount(**values["counts"]), "sources": sources})
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Progress:
-    """Put a checkpoint into model and optimiser; names, shapes and types must match exactly."""
-    progress = read_progress(folder)
-    load_weights(model, folder / "model.safetensors")
+def load(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    place: Place = ALONE,
+    origin: Mapping[str, str] | None = None,
+) -> Progress:
+    """Put a checkpoint into model and optimiser; names, shapes and types must match exactly.
+
+    Raises CorruptError for other bytes than were written, ValueError where `origin` differs from
+    that of the folder, or the tensors from the model's, before anything is changed.
+    """
+    progress = read_progress(folder, place=place)
+    _same_origin(folder, origin or {})
+    weights = read_tensors(folder)
+    check(model, weights, path=folder)
     if optimizer is not None:
-        load_moments(folder, model, optimizer)
+        trained = {name for name, value in model.named_parameters() if value.requires_grad}
+        load_moments(folder, model, optimizer, of=trained)
+    fill(model, weights, path=folder)
+    stored = read_json(folder / "origin.json")["digests"]
+    found = digests(model, optimizer, place=place)
+    if differing := [stem for stem in found if found[stem] != stored[stem]]:
+        raise RuntimeError(
+            f"{folder} was read, but {', '.join(differing)} in memory differ from what was saved; "
+            "this is an error of Midstream or of the machine's memory"
+        )
     return progress
 
 
-def load_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put Adam's moments into the optimiser; parameters that the file lacks start fresh."""
-    path = folder / "optimizer.safetensors"
-    if not path.is_file():
+def load_moments(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    of: set[str] | None = None,
+) -> None:
+    """Put Adam's moments into the optimiser; parameters that the file lacks start fresh.
+
+    With `of` the file must hold those of exactly these parameters. Raises FileNotFoundError
+    without a file, ValueError for moments of other names or shapes; the optimiser is unchanged.
+    """
+    path = stored_file(folder, "optimizer")
+    if path is None:
         raise FileNotFoundError(f"{folder} holds no optimiser state; choose optimizer='fresh'")
-    stored = load_file(path)
-    for name, parameter in model.named_parameters():
-        if f"exp_avg.{name}" in stored:
-            # The step count stays where fused AdamW keeps it: on the parameter's device.
-            optimizer.state[parameter] = {
-                key: stored[f"{key}.{name}"].to(parameter.device) for key in MOMENTS
-            }
+    stored = read_tensors(path)
+    parameters = dict(model.named_parameters())
+    held = {name for name in parameters if f"exp_avg.{name}" in stored}
+    if of is not None and (others := held ^ of):
+        raise ValueError(f"{path} holds moments of other parameters: {', '.join(sorted(others))}")
+    for name in sorted(held):
+        shapes = [list(stored[f"{key}.{name}"].shape) for key in MOMENTS if key != "step"]
+        if any(shape != list(parameters[name].shape) for shape in shapes):
+            raise ValueError(
+                f"{path} holds moments of {name} of shape {shapes[0]}, the model's is "
+                f"{list(parameters[name].shape)}"
+            )
+    for name in held:
+        parameter = parameters[name]
+        state = {key: torch.zeros_like(parameter) for key in MOMENTS if key != "step"}
+        with torch.no_grad():
+            for key, value in state.items():
+                put(value, stored[f"{key}.{name}"])
+        # The step count stays where fused AdamW keeps it: on the parameter's device.
+        optimizer.state[parameter] = state | {
+            "step": stored[f"step.{name}"].clone().to(parameter.device)
+        }
+
+
+def digests(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, *, place: Place = ALONE
+) -> dict[str, str]:
+    """What stands for the weights ("model") and the moments ("optimizer"), on every rank."""
+    stems = {"model": tensors_of(model)}
+    if optimizer is not None:
+        stems["optimizer"] = _moments(model, optimizer)
+    joint = {}
+    for stem, tensors in stems.items():
+        owners, mine = _owners(tensors, place.world_size), {}
+        for name, value in tensors.items():
+            full = whole(value.detach())
+            if owners[name] == place.rank:
+                mine[name] = tensor_digest(full)
+        joint[stem] = joint_digest({k: v for part in place.gather(mine) for k, v in part.items()})
+    return joint
+
+
+def stored_file(folder: Path, stem: str) -> Path | None:
+    """The file of these tensors, or the index of its shards; None where there is neither."""
+    for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
+        if (folder / name).is_file():
+            return folder / name
+    return None
+
+
+def _same_origin(folder: Path, mine: Mapping[str, str]) -> None:
+    theirs = read_json(folder / "origin.json")["of"]
+    differing = [key for key in mine if theirs.get(key) != mine[key]]
+    if differing:
+        told = "; ".join(f"{key} {theirs.get(key)!r}, now {mine[key]!r}" for key in differing)
+        raise ValueError(
+            f"{folder} is a checkpoint of something else: {told}. Undo the change, or move the "
+            "folder away to start the stage again"
+        )
+
+
+# ----------------------------------------------------------------------------------- folders
 
 
 def milestone(folder: Path, share: float) -> Path:
@@ -88,22 +375,12 @@ def milestone(folder: Path, share: float) -> Path:
     return folder / "milestones" / f"{share * 100:g}"
 
 
-def newest(folder: Path) -> Path | None:
-    """The checkpoint with the highest step, by name."""
-    found = sorted(folder.glob("step-*"))
-    return found[-1] if found else None
+def by_age(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, that of the highest step first, by name."""
+    return sorted(folder.glob("step-*"), reverse=True)
 
 
-def keep_newest(folder: Path) -> None:
+def keep_newest(folder: Path, number: int) -> None:
     """Delete all checkpoints but the newest."""
-    for path in sorted(folder.glob("step-*"))[:-1]:
-        shutil.rmtree(path)
-
-
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{key}.{name}": optimizer.state[parameter][key].contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter in optimizer.state
-        for key in MOMENTS
-    }
+    for path in by_age(folder)[number:]:
+        remove_folder(path)

@@ -19,11 +19,11 @@ from midstream.data.sources import Source
 from midstream.data.stream import permuted
 from midstream.model.contrastive_pair import SiglipPair
 from midstream.model.weights import weights_digest
+from midstream.schedule import rate_at
 from midstream.storage import new_folder
 from midstream.train.metrics import MetricsLog
 from midstream.train.optim import set_rate
 from midstream.train.parallel import autocast, peak_memory_bytes
-from midstream.schedule import rate_at
 from midstream.train.step import NonFiniteError
 
 # Captions kept out of the training to measure retrieval on.

@@ -1,32 +1,36 @@
 """One training stage: start or resume, step, measure, checkpoint, stop when asked.
 
-Stages differ in plan, start and schedule, which are values.
+Stages differ in plan, start and schedule, which are values. Every rank runs the same loop over its
+own rows; counts, decisions and results are those of all ranks.
 """
 
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from midstream.batch import Batch, add_counts
+from midstream.batch import Batch
 from midstream.config import Machine, Training
 from midstream.data.loader import RowDataset, load_steps
 from midstream.data.rows import shares_report
 from midstream.model.vision import load_encoder
 from midstream.model.vlm import VLM
-from midstream.model.weights import load_weights, weights_digest
+from midstream.model.weights import load_weights
+from midstream.schedule import check_start, rate_at
+from midstream.storage import CorruptError
 from midstream.tokens import TokenCount
 from midstream.train import checkpoint
-from midstream.train.checkpoint import Progress
+from midstream.train.checkpoint import Progress, Saver
 from midstream.train.metrics import MetricsLog
 from midstream.train.optim import freeze, make_optimizer
 from midstream.train.parallel import Place, peak_memory_bytes
-from midstream.schedule import check_start, rate_at
-from midstream.train.step import NonFiniteError, train_step
+from midstream.train.start_checks import StartChecks
+from midstream.train.step import NonFiniteError, StepResult, train_step
 
 
 class Interrupted(Exception):  # noqa: N818 - it ends a stage without being an error
@@ -38,14 +42,15 @@ class Start:
     """How a stage begins: a checkpoint whose weights (and moments) it takes, or the initialiser.
 
     `parts` are what the checkpoint holds of the model; what it lacks starts from its initialiser,
-    an encoder of the model's own from `encoder` where that is given. `parent_rate` is the parent
+    an encoder of the model's own from `encoder` where that is given. `moments`: whether Adam's come
+    along, start at zero, or start at zero while the rate rises. `parent_rate` is the parent
     schedule's rate there.
     """
 
     folder: Path | None = None
     parts: tuple[str, ...] = ()
     encoder: Path | None = None
-    carry_optimizer: bool = False
+    moments: Literal["carry", "fresh", "warm"] = "fresh"
     parent_rate: float | None = None
 
 
@@ -54,7 +59,8 @@ class Job:
     """What to train, on which rows, from where, into which folder.
 
     `encode` is None where the model looks at pixels itself. `milestones` are shares of the stage's
-    tokens at which the weights are kept by name.
+    tokens at which the weights are kept by name. `origin` says what its checkpoints are of (stage,
+    data, rows): one that says otherwise is refused.
     """
 
     model: VLM
@@ -64,12 +70,23 @@ class Job:
     start: Start
     folder: Path
     milestones: tuple[float, ...] = ()
+    origin: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def step_tokens(self) -> int:
         """Positions of a whole step."""
         rows = self.training.rows
         return rows.batch_rows * rows.row_length
+
+    def rate_at(self, tokens_seen: int) -> float:
+        """The learning rate of the step behind `tokens_seen`."""
+        return rate_at(
+            self.training.schedule,
+            tokens_seen,
+            self.dataset.plan.seen_tokens,
+            parent_rate=self.start.parent_rate,
+            step_tokens=self.step_tokens,
+        )
 
 
 Report = Callable[[dict[str, Any]], None]
@@ -83,54 +100,48 @@ def train(
     report: Report,
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
-    """Run the stage to its end; returns its `results.json`.
+    """Run the stage to its end; returns its `results.json`, on every rank.
 
     Resumes by itself from the newest checkpoint, bit for bit on a CPU. Raises Interrupted when
-    `should_stop` turns true (after a checkpoint at the step boundary), NonFiniteError with the
-    rows of the step before the optimiser moves, ValueError for a schedule that cannot start.
+    `should_stop` turns true on any rank (after a checkpoint at the step boundary), NonFiniteError
+    with the rows of the step before the optimiser moves, OSError where a checkpoint cannot be
+    written, ValueError for a schedule that cannot start, ranks that differ, or a trained parameter
+    that no gradient reaches.
     """
     training, plan = job.training, job.dataset.plan
-    total = plan.seen_tokens
     check_start(training.schedule, job.start.parent_rate, str(job.folder))
-    job.model.to(place.device)
+    if place.mesh is None:
+        job.model.to(place.device)
     factor = freeze(job.model, training)
     optimizer = make_optimizer(job.model, training.optimizer, encoder_rate_factor=factor)
-    progress = _begin(job, optimizer, total)
-    log = MetricsLog(job.folder / "metrics.jsonl", progress.metrics_bytes)
-    micro_rows = machine.micro_batch_rows or training.rows.batch_rows
+    checks = StartChecks(job.model, place, job.origin)
+    progress = _begin(job, optimizer, place)
+    checks.begin(job.folder, optimizer, progress, job.rate_at(progress.tokens_seen), machine)
+    log = MetricsLog(
+        job.folder / "metrics.jsonl" if place.rank == 0 else None, progress.metrics_bytes
+    )
+    saver = Saver(place, background=machine.saving == "background")
+    keeper = _Keeper(job, optimizer, saver, machine.keep_checkpoints, progress)
     steps = load_steps(
         job.dataset,
         first_row=progress.step * training.rows.batch_rows,
-        micro_rows=micro_rows,
+        micro_rows=machine.micro_batch_rows or training.rows.batch_rows,
         workers=machine.data_workers,
+        rank=place.rank,
+        world_size=place.world_size,
         device=place.device,
     )
-    due = sorted(share for share in job.milestones if share * total > progress.tokens_seen)
     shown = 0.0
     job.model.train()
     for micro_batches in steps:
         before = time.monotonic()
-        assert progress.rate is not None, "only an imported checkpoint's may be unknown"
-        try:
-            result = train_step(
-                job.model,
-                optimizer,
-                micro_batches,
-                encode=job.encode,
-                rate=progress.rate,
-                settings=training.optimizer,
-                place=place,
-            )
-        except NonFiniteError as error:
-            low = progress.step * training.rows.batch_rows
-            high = min(low + training.rows.batch_rows, len(plan)) - 1
-            raise NonFiniteError(
-                f"step {progress.step}, rows {low} to {high}: {error}; "
-                "the weights are those before the step. Lower the rate or look at these rows"
-            ) from None
+        result = _step(job, optimizer, micro_batches, progress, place)
+        checks.after_step(result)
         seconds = time.monotonic() - before
         used_rate = progress.rate
-        progress = _advance(progress, micro_batches, job, result.loss, seconds)
+        mine = [float(should_stop()), *_tally(micro_batches, plan.names)]
+        stop, *tally = place.sum(mine)
+        progress = _advance(progress, job, tally, result.loss, seconds)
         log.write(
             step=progress.step,
             tokens_seen=progress.tokens_seen,
@@ -141,71 +152,143 @@ def train(
             seconds=round(seconds, 6),
         )
         progress = replace(progress, metrics_bytes=log.position)
-        while due and progress.tokens_seen >= due[0] * total:
-            folder = checkpoint.milestone(job.folder, due.pop(0))
-            checkpoint.save(folder, job.model, optimizer, progress)
-        stop = should_stop()
-        if stop or progress.step % training.checkpoint_every_steps == 0:
-            log.sync()
-            name = f"step-{progress.step:08d}"
-            checkpoint.save(job.folder / "checkpoints" / name, job.model, optimizer, progress)
-            checkpoint.keep_newest(job.folder / "checkpoints")
+        keeper.keep(progress, log, stop=stop > 0)
         if stop:
             log.close()
             raise Interrupted(f"stopped after step {progress.step} of {plan.num_steps}")
         if time.monotonic() - shown > 0.5:
             shown = time.monotonic()
             report(_event(progress))
+    saver.settle()
     log.close()
-    return _results(job, progress)
+    checks.end()
+    return _results(job, progress, place)
 
 
-def _begin(job: Job, optimizer: torch.optim.Optimizer, total: int) -> Progress:
-    newest = checkpoint.newest(job.folder / "checkpoints")
-    if newest is not None:
-        return checkpoint.load(newest, job.model, optimizer)
+def _step(
+    job: Job,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: list[Batch],
+    progress: Progress,
+    place: Place,
+) -> StepResult:
+    assert progress.rate is not None, "only an imported checkpoint's may be unknown"
+    low = progress.step * job.training.rows.batch_rows
+    high = min(low + job.training.rows.batch_rows, len(job.dataset)) - 1
+    try:
+        return train_step(
+            job.model,
+            optimizer,
+            micro_batches,
+            encode=job.encode,
+            rate=progress.rate,
+            settings=job.training.optimizer,
+            place=place,
+        )
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"step {progress.step}, rows {low} to {high}: {error}; "
+            "the weights are those before the step. Lower the rate or look at these rows"
+        ) from None
+
+
+class _Keeper:
+    """Decides when the state is kept, and where."""
+
+    def __init__(
+        self,
+        job: Job,
+        optimizer: torch.optim.Optimizer,
+        saver: Saver,
+        number: int,
+        progress: Progress,
+    ) -> None:
+        self.job, self.optimizer, self.saver, self.number = job, optimizer, saver, number
+        self.total = progress.total_tokens
+        self.due = sorted(s for s in job.milestones if s * self.total > progress.tokens_seen)
+
+    def keep(self, progress: Progress, log: MetricsLog, *, stop: bool) -> None:
+        """Keep what is due after a step, and let go of older checkpoints once it is whole."""
+        places = []
+        while self.due and progress.tokens_seen >= self.due[0] * self.total:
+            places.append(checkpoint.milestone(self.job.folder, self.due.pop(0)))
+        checkpoints = self.job.folder / "checkpoints"
+        if stop or progress.step % self.job.training.checkpoint_every_steps == 0:
+            places.append(checkpoints / f"step-{progress.step:08d}")
+        if places:
+            log.sync()
+        for folder in places:
+            self.saver.start(
+                folder,
+                self.job.model,
+                self.optimizer,
+                progress,
+                self.job.origin,
+                then=lambda: checkpoint.keep_newest(checkpoints, self.number),
+            )
+        if stop or self.saver.over():
+            self.saver.settle()
+
+
+def _begin(job: Job, optimizer: torch.optim.Optimizer, place: Place) -> Progress:
+    names = place.gather([path.name for path in checkpoint.by_age(job.folder / "checkpoints")])[0]
+    broken: CorruptError | None = None
+    for name in names:
+        folder = job.folder / "checkpoints" / name
+        try:
+            found = checkpoint.load(folder, job.model, optimizer, place=place, origin=job.origin)
+        except CorruptError as error:
+            broken = error
+            print(f"{error}: it is not used, the one before it is", file=sys.stderr)
+        else:
+            return found
+    if broken is not None:
+        raise broken
     if job.start.encoder is not None:
         assert job.model.encoder is not None, "the stage's model owns it"
-        load_encoder(job.model.encoder, job.start.encoder / "model.safetensors")
+        load_encoder(job.model.encoder, job.start.encoder)
     if job.start.folder is not None:
-        checkpoint.read_progress(job.start.folder)
+        checkpoint.read_progress(job.start.folder, place=place)
         parts = nn.ModuleDict({name: getattr(job.model, name) for name in job.start.parts})
-        load_weights(parts, job.start.folder / "model.safetensors")
-        if job.start.carry_optimizer:
+        load_weights(parts, job.start.folder)
+        if job.start.moments == "carry":
             checkpoint.load_moments(job.start.folder, job.model, optimizer)
-    rate = rate_at(
-        job.training.schedule,
-        0,
-        total,
-        parent_rate=job.start.parent_rate,
-        step_tokens=job.step_tokens,
-    )
-    return Progress(0, 0, total, rate, TokenCount())
+    return Progress(0, 0, job.dataset.plan.seen_tokens, job.rate_at(0), TokenCount())
 
 
-def _advance(
-    progress: Progress, batches: list[Batch], job: Job, loss: float, seconds: float
-) -> Progress:
-    counts = sum((batch.counts for batch in batches), progress.counts)
-    rate = rate_at(
-        job.training.schedule,
-        counts.seen,
-        progress.total_tokens,
-        parent_rate=job.start.parent_rate,
-        step_tokens=job.step_tokens,
-    )
+def _tally(batches: list[Batch], names: tuple[str, ...]) -> list[int]:
+    """Rows with images, padding in them, and the counts of all and of each source, in a line."""
     image_rows = image_row_pad = 0
     for batch in batches:
         shown = torch.unique(batch.image_slots[:, 0])
         image_rows += len(shown)
         image_row_pad += int((batch.segment_ids[shown] < 0).sum())
+    nothing = TokenCount()
+    held = [sum((batch.counts for batch in batches), nothing)]
+    for name in names:
+        held.append(sum((batch.sources.get(name, nothing) for batch in batches), nothing))
+    return [image_rows, image_row_pad, *(n for counts in held for n in astuple(counts))]
+
+
+def _advance(
+    progress: Progress, job: Job, tally: list[float], loss: float, seconds: float
+) -> Progress:
+    image_rows, image_row_pad, *numbers = (int(value) for value in tally)
+    width = len(fields(TokenCount))
+    held = [TokenCount(*numbers[at : at + width]) for at in range(0, len(numbers), width)]
+    counts = progress.counts + held[0]
+    sources = {
+        name: progress.sources.get(name, TokenCount()) + part
+        for name, part in zip(job.dataset.plan.names, held[1:], strict=True)
+        if name in progress.sources or part != TokenCount()
+    }
     return replace(
         progress,
         step=progress.step + 1,
         tokens_seen=counts.seen,
-        rate=rate,
+        rate=job.rate_at(counts.seen),
         counts=counts,
-        sources=add_counts([progress.sources, *(batch.sources for batch in batches)]),
+        sources=sources,
         loss=loss,
         image_rows=progress.image_rows + image_rows,
         image_row_pad=progress.image_row_pad + image_row_pad,
@@ -224,20 +307,13 @@ def _event(progress: Progress) -> dict[str, Any]:
     }
 
 
-def _results(job: Job, progress: Progress) -> dict[str, Any]:
-    schedule, parent = job.training.schedule, job.start.parent_rate
+def _results(job: Job, progress: Progress, place: Place) -> dict[str, Any]:
     row_length = job.training.rows.row_length
     image_positions = progress.image_rows * row_length
     return {
         "tokens_seen": progress.tokens_seen,
         "steps": progress.step,
-        "first_rate": rate_at(
-            schedule,
-            0,
-            progress.total_tokens,
-            parent_rate=parent,
-            step_tokens=job.step_tokens,
-        ),
+        "first_rate": job.rate_at(0),
         "last_rate": progress.rate,
         "final_loss": progress.loss,
         "tokens": {**progress.counts.__dict__},
@@ -251,7 +327,7 @@ def _results(job: Job, progress: Progress) -> dict[str, Any]:
         "image_row_pad_fraction": (
             progress.image_row_pad / image_positions if image_positions else None
         ),
-        "weights_digest": weights_digest(job.model),
+        "weights_digest": checkpoint.digests(job.model, None, place=place)["model"],
         "seconds": progress.seconds,
         "tokens_per_second": progress.tokens_seen / max(progress.seconds, 1e-9),
         "peak_memory_bytes": peak_memory_bytes(),

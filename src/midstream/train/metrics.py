@@ -9,10 +9,14 @@ from typing import Any
 class MetricsLog:
     """Appends to `metrics.jsonl`; `position` is its length in bytes, kept in checkpoints.
 
-    Raises ValueError if the file is shorter than the position that a stage resumes from.
+    Without a path (on all ranks but the first) nothing is written. Raises ValueError if the file
+    is shorter than the position that a stage resumes from.
     """
 
-    def __init__(self, path: Path, position: int) -> None:
+    def __init__(self, path: Path | None, position: int) -> None:
+        self._stream = None
+        if path is None:
+            return
         path.touch()
         if (size := path.stat().st_size) < position:
             raise ValueError(
@@ -26,18 +30,24 @@ class MetricsLog:
     @property
     def position(self) -> int:
         """Bytes written so far."""
+        if self._stream is None:
+            return 0
         self._stream.flush()
         return self._stream.tell()
 
     def write(self, **values: Any) -> None:
         """One line; NaN is refused."""
-        self._stream.write(json.dumps(values, allow_nan=False) + "\n")
+        line = json.dumps(values, allow_nan=False) + "\n"
+        if self._stream is not None:
+            self._stream.write(line)
 
     def sync(self) -> None:
         """Bring all lines to the disk: a checkpoint must not outlive the lines it counts."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        if self._stream is not None:
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         """Flush and close."""
-        self._stream.close()
+        if self._stream is not None:
+            self._stream.close()

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -43,10 +44,10 @@ class Place:
         enabled = self.precision != torch.float32
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
-    def sum(self, values: Sequence[float]) -> list[float]:
+    def sum(self, values: Sequence[float | int]) -> list[float]:
         """The float64 sums over the ranks."""
         if self.scalars is None:
-            return list(values)
+            return [float(value) for value in values]
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self.scalars)
         return cast(list[float], total.tolist())
@@ -74,6 +75,10 @@ class Place:
             dist.barrier(group=self.scalars)
 
 
+# One process on a CPU.
+ALONE = Place(torch.device("cpu"))
+
+
 def set_up(machine: Machine) -> Place:
     """Choose device and precision, fix the thread count, ask for deterministic kernels.
 
@@ -94,7 +99,8 @@ def set_up(machine: Machine) -> Place:
         )
     mesh, scalars = None, None
     if world_size > 1:
-        timeout = timedelta(seconds=machine.rank_timeout_seconds)
+        # Whether a rank is lost is for `Watch` to say; one that compiles or loads may take long.
+        timeout = timedelta(days=1)
         kinds = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
         dist.init_process_group(kinds, timeout=timeout)
         scalars = dist.new_group(backend="gloo", timeout=timeout)
@@ -134,13 +140,24 @@ def _mesh(device: torch.device, world_size: int, shard_ranks: int) -> DeviceMesh
 
 
 def _precision(machine: Machine, device: torch.device) -> torch.dtype:
-    if machine.precision == "float32":
-        return torch.float32
+    """What was asked for; by itself float32 on a CPU, and on a GPU the faster of the two.
+
+    A CPU does not choose by measurement: a resumed stage has to go on with equal bits, and to do
+    so on another processor nearly so. What is slower than the other is said on standard error.
+    """
     gain = product_seconds(device, torch.float32) / product_seconds(device, torch.bfloat16)
-    if machine.precision == "bfloat16" and gain < 1:
-        print(f"bfloat16 multiplies at {gain:.2f} of float32's speed on this {device.type}")
-    faster = machine.precision == "bfloat16" or gain >= _WORTH_IT
-    return torch.bfloat16 if faster else torch.float32
+    chosen = machine.precision
+    if chosen == "auto":
+        chosen = "bfloat16" if device.type == "cuda" and gain >= _WORTH_IT else "float32"
+    if chosen == "bfloat16" and gain < 1:
+        print(f"bfloat16 multiplies at {gain:.2f} of float32's speed here", file=sys.stderr)
+    if chosen == "float32" and gain >= _WORTH_IT:
+        print(
+            f"bfloat16 multiplies {gain:.1f} times as fast as float32 here; --machine "
+            "precision=bfloat16 uses it",
+            file=sys.stderr,
+        )
+    return torch.bfloat16 if chosen == "bfloat16" else torch.float32
 
 
 def product_seconds(device: torch.device, dtype: torch.dtype, size: int = 0) -> float:
