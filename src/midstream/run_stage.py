@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ from midstream.open_model import (
 )
 from midstream.schedule import check_start
 from midstream.storage import remove_folder, verify
-from midstream.study.ledger import Ledger, Stopped
+from midstream.study.ledger import Ledger, OpenStage, Stopped
 from midstream.study.pictures import choice_for, feature_folder, feature_plan
 from midstream.study.stage import (
     Continue,
@@ -80,13 +81,15 @@ class StageRunner:
     def run(self, stage: Stage) -> dict[str, Any]:
         """Execute one stage whose parents are done; returns its results.
 
-        Raises Stopped after a checkpoint when asked to stop; ValueError if the folder's lock is
-        held, FileNotFoundError if a parent is not done.
+        Every rank of a training stage calls it; the first alone opens the stage and writes what
+        the ledger keeps. Raises Stopped after a checkpoint when asked to stop; ValueError if the
+        folder's lock is held, FileNotFoundError if a parent is not done.
         """
         started = time.monotonic()
         for parent in stage.parents:
             self.ledger.results(parent)
-        with self.ledger.open_stage(stage) as opened:
+        with ExitStack() as held:
+            opened = self._open(stage, held)
             try:
                 results = self._execute(stage)
             except Interrupted as reason:
@@ -95,8 +98,26 @@ class StageRunner:
                 "seconds": time.monotonic() - started,
                 "peak_memory_bytes": peak_memory_bytes(),
             }
-            opened.finish(measured | results)
+            if opened is not None:
+                opened.finish(measured | results)
         return measured | results
+
+    def _open(self, stage: Stage, held: ExitStack) -> OpenStage | None:
+        """The stage, opened by the first rank; the others wait for it, or hear why not."""
+        refused: Exception | None = None
+        opened = None
+        if self.place.rank == 0:
+            try:
+                opened = held.enter_context(self.ledger.open_stage(stage))
+            except (ValueError, OSError) as error:
+                refused = error
+        if isinstance(stage, Trained):
+            told = self.place.gather(None if refused is None else str(refused))[0]
+            if told is not None and refused is None:
+                raise ValueError(told)
+        if refused is not None:
+            raise refused
+        return opened
 
     def _execute(self, stage: Stage) -> dict[str, Any]:
         folder = self.ledger.folder(stage)
@@ -251,8 +272,9 @@ class StageRunner:
         assert folder is not None, "a parent of the stage"
         store = FeatureStore(folder, config)
         for number, name in enumerate(plan.names):
-            if seen[name].num_images:
+            if seen[name].num_images and self.place.rank == 0:
                 store.fill(seen[name], plan.examples_of(number), encode, self._note)
+        self.place.barrier()
         return StoredImages(store, seen, plan.names), unchanged
 
     def _decide(self, stage: Continue | Finetune) -> str:

@@ -93,6 +93,7 @@ def _shard(model: VLM, place: Place) -> None:
         if isinstance(module, FSDPModule):
             # Losses are sums over the step's targets: gradients are added, never averaged.
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 @contextmanager
