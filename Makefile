@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check format clean
+.PHONY: demo test check faults format clean
 READY := $(VENV)/.ready
 
 # torch first and pinned: the CPU build everywhere, before any other package can ask for another one.
@@ -34,6 +34,10 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q -n 2
+
+# All faults: kills at every write, many ranks, stuck ranks; about twenty minutes.
+faults: $(READY)
+	$(BIN)/python -m pytest -q -n 2 --faults tests/faults tests/train tests/test_resume.py tests/test_ranks.py
 
 format: $(READY)
 	$(BIN)/ruff format .

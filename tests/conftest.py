@@ -11,6 +11,18 @@ settings.register_profile("midstream", deadline=None)
 settings.load_profile("midstream")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", action="store_true", help="also the long tests of faults")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--faults"):
+        return
+    left = [item for item in items if "faults" in item.keywords]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if "faults" not in item.keywords]
+
+
 @pytest.fixture(scope="session")
 def tiny_ledger(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
     """A store with the tiny world, its encoder and the text run; read it, never change it."""

@@ -12,10 +12,10 @@ from midstream.data.sources import Source
 from midstream.model.contrastive_pair import build_siglip
 from midstream.model.vision import build_encoder, load_encoder
 from midstream.model.weights import load_weights, weights_digest
+from midstream.schedule import rate_at
 from midstream.study.ledger import Ledger
 from midstream.train import contrastive
 from midstream.train.contrastive import HELD_APART, PixelCache, train_encoder
-from midstream.schedule import rate_at
 
 CPU = torch.device("cpu")
 

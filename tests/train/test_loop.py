@@ -16,11 +16,11 @@ from midstream.data.rows import build_row, plan_rows
 from midstream.data.sources import Source
 from midstream.model.initialise import initialise
 from midstream.model.vlm import VLM
+from midstream.schedule import rate_at
 from midstream.study.ledger import Ledger, Stopped
 from midstream.study.stage import Continue, ContinueFrom, Pretrain
 from midstream.tokens import TokenCount
 from midstream.train import checkpoint
-from midstream.schedule import rate_at
 from midstream.train.step import NonFiniteError
 from tiny import SEEN, TEXT
 
