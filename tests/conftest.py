@@ -18,9 +18,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--faults"):
         return
-    left = [item for item in items if "faults" in item.keywords]
+    left = [item for item in items if item.get_closest_marker("faults")]
     config.hook.pytest_deselected(items=left)
-    items[:] = [item for item in items if "faults" not in item.keywords]
+    items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture(scope="session")
