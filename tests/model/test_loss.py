@@ -3,70 +3,127 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from midstream.model import loss as module
 from midstream.model.loss import summed_loss
 
 
-def problem(num_targets: int, vocab: int = 40) -> tuple[Tensor, Tensor, Tensor]:
+def problem(
+    num_targets: int, vocab: int = 40, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     source = torch.Generator().manual_seed(num_targets)
-    hidden = torch.randn(num_targets, 16, generator=source).requires_grad_()
-    weight = torch.randn(vocab, 16, generator=source).requires_grad_()
+    hidden = torch.randn(num_targets, 16, generator=source, dtype=dtype).requires_grad_()
+    weight = torch.randn(vocab, 16, generator=source, dtype=dtype).requires_grad_()
     return hidden, weight, torch.randint(0, vocab, (num_targets,), generator=source)
 
 
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    """All logits at once, and autograd."""
+    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    loss = functional.cross_entropy(logits, targets, reduction="sum")
+    return loss + z_loss * logits.logsumexp(dim=1).square().sum(), loss
+
+
 @pytest.mark.parametrize("num_targets", [1, 5, 24])
-def test_loss_is_the_summed_cross_entropy_and_the_summed_squared_normaliser(
-    num_targets: int,
+@pytest.mark.parametrize("z_loss", [0.0, 1e-4, 0.3])
+@pytest.mark.parametrize("max_logits", [1, 40, 5 * 40, 24 * 40, None])
+def test_values_and_gradients_are_those_of_all_logits_at_once(
+    num_targets: int, z_loss: float, max_logits: int | None
 ) -> None:
-    hidden, weight, targets = problem(num_targets)
-    loss, z_sum = summed_loss(hidden, weight, targets, 0.1)
-    logits = (hidden @ weight.T).detach()
-    expected = functional.cross_entropy(logits, targets, reduction="sum")
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
-    square = sum(float(row.double().exp().sum().log()) ** 2 for row in logits)
-    assert float(z_sum.detach()) == pytest.approx(0.1 * square, rel=1e-5)
+    found, expected = [], []
+    for kept, computed in (
+        (found, lambda *given: summed_loss(*given, max_logits=max_logits)),
+        (expected, plain),
+    ):
+        hidden, weight, targets = problem(num_targets, dtype=torch.float64)
+        total, loss = computed(hidden, weight, targets, z_loss)
+        (3 * total).backward()
+        kept += [total.detach(), loss.detach(), hidden.grad, weight.grad]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("max_logits", [1, 40, 5 * 40, 24 * 40])
-@pytest.mark.parametrize(("of_loss", "of_z"), [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)])
-def test_pieces_give_the_loss_and_gradients_of_the_whole(
-    max_logits: int, of_loss: float, of_z: float
+def test_a_second_backward_pass_is_refused_rather_than_scaled_twice() -> None:
+    total, _ = summed_loss(*problem(5), 0.2)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        total.backward()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 30.0, 1e4])
+def test_extreme_logits_give_finite_losses_and_gradients(scale: float) -> None:
+    hidden, weight, targets = problem(24)
+    with torch.no_grad():
+        hidden *= scale
+    expected = plain(hidden.detach().double(), weight.detach().double(), targets, 1e-4)
+    total, loss = summed_loss(hidden, weight, targets, 1e-4)
+    torch.testing.assert_close(total.double(), expected[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(loss.double(), expected[1], rtol=1e-6, atol=1e-6)
+    total.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert hidden.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
+
+
+def test_no_logit_is_computed_twice_and_no_more_than_allowed_are_held(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    grads, values = [], []
-    for limit in (10**9, max_logits):
-        hidden, weight, targets = problem(24)
-        loss, z_sum = summed_loss(hidden, weight, targets, 0.3, max_logits=limit)
-        (of_loss * loss + of_z * z_sum).backward()
-        grads.append((hidden.grad, weight.grad))
-        values.append((loss.detach(), z_sum.detach()))
-    for whole, pieces in zip(*values, strict=True):
-        torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
-    for whole, pieces in zip(*grads, strict=True):
-        torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-5)
-
-
-def test_no_more_logits_than_allowed_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    import midstream.model.loss as module
-
     sizes = []
-    plain = module.linear
+    inner = module.linear
 
     def counted(hidden: Tensor, weight: Tensor) -> Tensor:
-        logits = plain(hidden, weight)
+        logits = inner(hidden, weight)
         sizes.append(logits.numel())
         return logits
 
     monkeypatch.setattr(module, "linear", counted)
     hidden, weight, targets = problem(24)
-    sum(summed_loss(hidden, weight, targets, 0.3, max_logits=200)).backward()  # type: ignore[union-attr]
+    summed_loss(hidden, weight, targets, 0.3, max_logits=200)[0].backward()
     assert max(sizes) <= 200
-    # Once in the forward and once in the backward pass.
-    assert sum(sizes) == 2 * 24 * 40
+    assert sum(sizes) == 24 * 40
+
+
+def test_low_precision_products_keep_float32_losses_and_weight_gradients() -> None:
+    hidden, weight, targets = problem(24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, loss = summed_loss(hidden, weight, targets, 1e-4, max_logits=160)
+    assert total.dtype == loss.dtype == torch.float32
+    total.backward()
+    exact = problem(24)
+    expected, _ = plain(*exact, 1e-4)
+    expected.backward()
+    assert float(total.detach()) == pytest.approx(float(expected.detach()), rel=1e-2)
+    for mine, theirs in zip((hidden, weight), exact[:2], strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert mine.grad.dtype == torch.float32
+        error = (mine.grad - theirs.grad).norm() / theirs.grad.norm()
+        assert error < 2e-2
+
+
+def test_without_gradients_none_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Tensor) -> None:
+        raise AssertionError("a gradient was computed")
+
+    monkeypatch.setattr(module, "_add_product", refused)
+    hidden, weight, targets = problem(24)
+    expected = plain(hidden, weight, targets, 0.1)
+    with torch.no_grad():
+        found = summed_loss(hidden, weight, targets, 0.1)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other.detach())
+
+
+def test_what_is_reported_is_no_way_for_gradients() -> None:
+    total, loss = summed_loss(*problem(5), 0.1)
+    assert total.requires_grad
+    assert not loss.requires_grad
 
 
 def test_no_target_is_a_loss_of_zero_with_zero_gradients() -> None:
     hidden, weight, targets = problem(0)
-    loss, z_sum = summed_loss(hidden, weight, targets, 0.1)
-    (loss + z_sum).backward()
-    assert float(loss.detach()) == float(z_sum.detach()) == 0
+    total, loss = summed_loss(hidden, weight, targets, 0.1)
+    total.backward()
+    assert float(total.detach()) == float(loss) == 0
     assert weight.grad is not None
     assert weight.grad.abs().max() == 0
