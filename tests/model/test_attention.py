@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from midstream.batch import PADDING
 from midstream.config import Attention, DecoderConfig
 from midstream.model import attention
-from midstream.model.attention import Mask, attend, make_mask
+from midstream.model.attention import Mask, MaskKind, Runs, attend, make_mask
 from midstream.model.decoder import Decoder
 from midstream.model.initialise import initialise
 
@@ -49,7 +49,8 @@ def random_rows(rows: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def mask_of(kind: Attention, segment_ids: Tensor, prefix: Tensor, *, dense: bool) -> Mask:
-    return make_mask(segment_ids, prefix if kind == "prefix" else None, kind, dense=dense)
+    made: MaskKind = "dense" if dense else "blocks"
+    return make_mask(segment_ids, prefix if kind == "prefix" else None, kind, kind=made)
 
 
 def sees(kind: str, segments: list[int], prefix: list[bool], query: int, key: int) -> bool:
@@ -106,6 +107,52 @@ def test_dense_attention_and_its_gradients_equal_a_plain_reference(
     plain = plain_attention(kind, segment_ids, prefix, *parts)
     for one, other in zip(found, with_gradients(plain, parts, upstream), strict=True):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
+def rows_of(*lengths: list[int], padding: list[int]) -> Tensor:
+    """Segment ids of rows made of segments of these lengths, padding behind them."""
+    return torch.stack(
+        [
+            torch.cat(
+                [torch.full((size,), number) for number, size in enumerate(row)]
+                + [torch.full((behind,), PADDING)]
+            )
+            for row, behind in zip(lengths, padding, strict=True)
+        ]
+    )
+
+
+def test_segments_cut_apart_give_the_values_and_gradients_of_the_dense_mask() -> None:
+    segment_ids = rows_of([200, 1, 59, 7], [256], [3, 264], padding=[3, 14, 3])
+    *parts, upstream = random_heads(3, 270, 6, 0)
+    parts = [part.requires_grad_() for part in parts]
+    cut = make_mask(segment_ids, None, "segments", kind="cut")
+    assert cut == Runs(((200, 1, 59, 7), (256,), (3, 264)), (3, 14, 3))
+    found = with_gradients(attend(*parts, cut), parts, upstream)
+    dense = attend(*parts, make_mask(segment_ids, None, "segments", kind="dense"))
+    for one, other in zip(found, with_gradients(dense, parts, upstream), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "segment_ids",
+    [
+        rows_of([100, 100], padding=[0]),  # short
+        torch.tensor([[0] * 100 + [PADDING] * 10 + [1] * 200]),
+        torch.tensor([[PADDING] * 10 + [0] * 200 + [1] * 100]),
+        torch.tensor([[0] * 100 + [1] * 100 + [0] * 100]),
+    ],
+    ids=["short", "hole", "before", "again"],
+)
+def test_rows_that_are_short_or_no_plain_runs_keep_a_dense_mask(segment_ids: Tensor) -> None:
+    assert isinstance(make_mask(segment_ids, None, "segments", kind="cut"), Tensor)
+
+
+@pytest.mark.parametrize("kind", ["causal", "prefix"])
+def test_only_segments_are_cut_apart(kind: Attention) -> None:
+    segment_ids = torch.cat((torch.full((1, 9), PADDING), rows_of([200, 100], padding=[0])), dim=1)
+    prefix = (segment_ids == 0) if kind == "prefix" else None
+    assert isinstance(make_mask(segment_ids, prefix, kind, kind="cut"), Tensor)
 
 
 @every_kind

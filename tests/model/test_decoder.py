@@ -28,7 +28,7 @@ def positions(rows: int, length: int) -> Tensor:
 
 
 def segment_mask(segment_ids: Tensor) -> Mask:
-    return make_mask(segment_ids, None, "segments", dense=True)
+    return make_mask(segment_ids, None, "segments", kind="dense")
 
 
 def cache_of(decoder: Decoder, *, rows: int, columns: int) -> Cache:

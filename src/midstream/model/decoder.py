@@ -130,8 +130,9 @@ class Attention(nn.Module):
         rotary: Rotary,
         mask: Mask,
         cache: Cache | None,
-    ) -> Float[Tensor, "rows seq width"]:
-        """Mix what `mask` shows; None is plain causal attention."""
+        at: Int[Tensor, "asked"] | None = None,
+    ) -> Float[Tensor, "*asked width"]:
+        """Mix what `mask` shows; None is plain causal attention. `at`: as in `Layer`."""
         query, key, value = self.in_proj(hidden).chunk(3, dim=-1)
         heads = (*hidden.shape[:2], self.num_heads, -1)
         query_RHTC = rotary.turn(self.q_norm(query).view(heads)).transpose(1, 2)
@@ -140,7 +141,12 @@ class Attention(nn.Module):
         if cache is not None:
             key_RHSC, value_RHSC = cache.extend(self.layer, key_RHSC, value_RHSC)
         mixed = attend(query_RHTC, key_RHSC, value_RHSC, mask)
-        return cast(Tensor, self.out_proj(mixed.transpose(1, 2).reshape(hidden.shape)))
+        return cast(Tensor, self.out_proj(select(mixed.transpose(1, 2).reshape(hidden.shape), at)))
+
+
+def select(hidden: Tensor, at: Tensor | None) -> Tensor:
+    """The positions that are asked for, [asked, width]; all of them, as they are, for None."""
+    return hidden if at is None else hidden.flatten(0, 1).index_select(0, at)
 
 
 class FeedForward(nn.Module):
@@ -151,7 +157,7 @@ class FeedForward(nn.Module):
         self.w12 = Linear(config.hidden_size, 2 * config.ffn_size, bias=False)
         self.w3 = Linear(config.ffn_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden: Float[Tensor, "rows seq width"]) -> Float[Tensor, "rows seq width"]:
+    def forward(self, hidden: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         """w3(silu(gate) * up)."""
         gate, up = self.w12(hidden).chunk(2, dim=-1)
         return cast(Tensor, self.w3(silu(gate) * up))
@@ -173,9 +179,12 @@ class Layer(nn.Module):
         rotary: Rotary,
         mask: Mask,
         cache: Cache | None,
-    ) -> Float[Tensor, "rows seq width"]:
-        """The stream after this block."""
-        hidden = hidden + self.attention(self.attention_norm(hidden), rotary, mask, cache)
+        at: Int[Tensor, "asked"] | None = None,
+    ) -> Float[Tensor, "*asked width"]:
+        """The stream after this block; with `at` (numbers of positions, counted over all rows) at
+        these alone, [asked, width], and no more is computed than they need."""
+        mixed = self.attention(self.attention_norm(hidden), rotary, mask, cache, at)
+        hidden = select(hidden, at) + mixed
         return cast(Tensor, hidden + self.feed_forward(self.ffn_norm(hidden)))
 
 
@@ -200,19 +209,21 @@ class Decoder(nn.Module):
         position_ids: Int[Tensor, "rows seq"],
         mask: Mask,
         cache: Cache | None = None,
-    ) -> Float[Tensor, "rows seq width"]:
+        at: Int[Tensor, "asked"] | None = None,
+    ) -> Float[Tensor, "*asked width"]:
         """The hidden states after the final norm; `output` turns them into logits.
 
         `mask` comes from `make_mask`; None is plain causal attention and needs an empty or no
         cache. With a cache the mask is dense, and `seen` counts the held positions and the new
-        ones.
+        ones. `at` asks for some positions alone (their numbers over all rows): [asked, width].
         """
         if mask is None and cache is not None and cache.length > 0:
             raise ValueError(f"the cache holds {cache.length} positions; a mask must say who sees")
         rotary = Rotary(self.config, position_ids, compute_dtype(embeddings))
         hidden = embeddings
-        for layer in self.layers:
-            hidden = layer(hidden, rotary, mask, cache)
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, rotary, mask, cache, at if index == last else None)
         if cache is not None:
             cache.length += embeddings.shape[1]
         return cast(Tensor, self.norm(hidden))

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from midstream.config import TransformersDecoderConfig
+from midstream.model.decoder import select
 from midstream.model.initialise import Initialiser
 from midstream.model.transformers_config import (
     FAMILIES,
@@ -95,12 +96,14 @@ class TransformersDecoder(nn.Module):
         position_ids: Int[Tensor, "rows seq"],
         mask: Bool[Tensor, "rows 1 seq seen"] | None,
         cache: TransformersCache | None = None,
-    ) -> Float[Tensor, "rows seq width"]:
+        at: Int[Tensor, "asked"] | None = None,
+    ) -> Float[Tensor, "*asked width"]:
         """The hidden states after the final norm; `output` turns them into logits.
 
         `mask` is True where a position sees another; None is plain causal attention, whatever the
         position ids, and needs an empty or no cache. With a cache, `seen` counts the held
-        positions and the new ones.
+        positions and the new ones. `at` asks for some positions alone (their numbers over all
+        rows): [asked, width].
         """
         if cache is not None:
             cache.check_room(embeddings.shape[1])
@@ -119,7 +122,7 @@ class TransformersDecoder(nn.Module):
             past_key_values=None if cache is None else cache.held,
             use_cache=cache is not None,
         )
-        return cast(Tensor, outputs.last_hidden_state)
+        return select(cast(Tensor, outputs.last_hidden_state), at)
 
     def new_cache(
         self, *, rows: int, columns: int, dtype: torch.dtype, device: torch.device

@@ -12,13 +12,16 @@ from torch import Tensor, nn
 
 from midstream.batch import IGNORE, Batch
 from midstream.config import AnyDecoderConfig, DecoderConfig, VLMConfig
-from midstream.model.attention import make_mask
-from midstream.model.decoder import Decoder
+from midstream.model.attention import MaskKind, make_mask
+from midstream.model.decoder import Decoder, select
 from midstream.model.initialise import HasInitialisers, Initialiser
 from midstream.model.loss import summed_loss
 from midstream.model.pretrained import TransformersDecoder
 from midstream.model.projector import Projector
 from midstream.model.vision import VisionEncoder, build_encoder
+
+# Where more of the positions than this have a target, the last block works on all of them.
+_MOST = 0.8
 
 
 def build_decoder(config: AnyDecoderConfig) -> Decoder | TransformersDecoder:
@@ -33,6 +36,8 @@ class VLM(nn.Module):
     def __init__(self, config: VLMConfig) -> None:
         super().__init__()
         self.config = config
+        # Set where each block of the decoder is compiled.
+        self.compiled_blocks = False
         self.decoder = build_decoder(config.decoder)
         self.encoder: VisionEncoder | None = None
         self.projector: Projector | None = None
@@ -46,10 +51,14 @@ class VLM(nn.Module):
             )
 
     def forward(
-        self, batch: Batch, features: Float[Tensor, "images patches width"] | None
-    ) -> Float[Tensor, "rows seq hidden"]:
+        self,
+        batch: Batch,
+        features: Float[Tensor, "images patches width"] | None,
+        at: Int[Tensor, "asked"] | None = None,
+    ) -> Float[Tensor, "*asked hidden"]:
         """The hidden states of a batch, with the features of its images in their slots.
 
+        [rows, seq, hidden], or [asked, hidden] of the positions that `at` numbers over all rows.
         `features` are a frozen encoder's, one entry an image slot; None where the batch has none,
         and for a model that looks at the batch's pixels itself.
         Raises ValueError with both numbers if images and slots do not agree.
@@ -69,9 +78,17 @@ class VLM(nn.Module):
             batch.segment_ids,
             batch.prefix if attention == "prefix" else None,
             attention,
-            dense=embeddings.device.type == "cpu" or isinstance(self.decoder, TransformersDecoder),
+            kind=self._mask_kind(embeddings.device),
         )
-        return cast(Tensor, self.decoder(embeddings, batch.position_ids, mask))
+        return cast(Tensor, self.decoder(embeddings, batch.position_ids, mask, at=at))
+
+    def _mask_kind(self, device: torch.device) -> MaskKind:
+        if isinstance(self.decoder, TransformersDecoder):
+            return "dense"
+        if device.type != "cpu":
+            return "blocks"
+        # The runs of a batch are new shapes for each block that is compiled.
+        return "dense" if self.compiled_blocks else "cut"
 
     def losses(
         self,
@@ -84,7 +101,14 @@ class VLM(nn.Module):
         One call from pixels or features to the loss, so that a sharded model gathers its weights
         around all that uses them.
         """
-        hidden, targets = supervised_hidden(self(batch, features), batch.targets)
+        targets = batch.targets.flatten()
+        at = (targets != IGNORE).nonzero()[:, 0]
+        targets = targets.index_select(0, at)
+        # Not `self(...)`: a sharded model gathers its weights around this method already.
+        if len(at) > _MOST * batch.targets.numel():
+            hidden = select(self.forward(batch, features), at)
+        else:
+            hidden = self.forward(batch, features, at)
         return summed_loss(hidden, self.decoder.output.weight, targets, z_loss)
 
     def project(
@@ -145,11 +169,3 @@ def scatter_image_features(
     columns = starts[:, None] + torch.arange(num_patches, device=starts.device)
     flat = embeddings.reshape(-1, width)
     return flat.index_copy(0, columns.reshape(-1), features.reshape(-1, width)).view_as(embeddings)
-
-
-def supervised_hidden(
-    hidden: Float[Tensor, "rows seq hidden"], targets: Int[Tensor, "rows seq"]
-) -> tuple[Float[Tensor, "num_targets hidden"], Int[Tensor, "num_targets"]]:
-    """The hidden states and targets of the positions that have a target."""
-    kept = targets != IGNORE
-    return hidden[kept], targets[kept]

@@ -65,6 +65,7 @@ def local(value: Tensor) -> Tensor:
 
 
 def _prepare_blocks(model: VLM, place: Place) -> None:
+    model.compiled_blocks = place.compile_blocks
     for block in blocks_of(model):
         if place.checkpoint_blocks:
             block.forward = partial(
