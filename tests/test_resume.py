@@ -22,7 +22,7 @@ import pytest
 import tiny
 from midstream.study.ledger import Ledger
 from midstream.study.stage import Continue, ContinueFrom, Pretrain, Stage
-from midstream.study.workers import work_line, worker_environment
+from midstream.study.workers import work_line, worker_command, worker_environment, write_work
 from midstream.train import checkpoint
 
 # Long enough to be killed along the way: about 60 steps, a checkpoint every third.
@@ -65,8 +65,8 @@ def work(store: str, stage: str) -> None:
     """A worker's life: what `python -m midstream.run_stage` does with one line of input."""
     from midstream.run_stage import serve
 
-    sys.stdin, sys.stdout = io.StringIO(stage), io.StringIO()
-    serve(Path(store), tiny.MACHINE)
+    sys.stdout = io.StringIO()
+    serve(Path(store), tiny.MACHINE, [stage])
 
 
 def born(processes: ForkServerContext, ledger: Ledger, stage: Stage) -> ForkServerProcess:
@@ -149,9 +149,9 @@ def test_a_worker_asked_to_end_keeps_a_checkpoint_and_the_next_goes_on_to_equal_
     ledger: Ledger, tiny_ledger: Ledger, processes: ForkServerContext, tmp_path: Path
 ) -> None:
     mine = own_store(tiny_ledger, tmp_path)
-    command = [sys.executable, "-m", "midstream.run_stage", "--store", str(mine.store)]
+    file = write_work(mine.store / "work.json", mine.store, tiny.MACHINE)
     worker = subprocess.Popen(
-        [*command, "--machine", tiny.MACHINE.model_dump_json()],
+        worker_command(file),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

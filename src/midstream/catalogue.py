@@ -86,16 +86,11 @@ def _arguments(name: str, recipe: Recipe, settings: Sequence[str]) -> dict[str, 
     known = inspect.signature(recipe).parameters
     hints = get_type_hints(recipe)
     arguments: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise ValueError(f"--set takes name=value, got {setting!r}")
+    for key, value in read_settings("--set", settings).items():
         if key not in known:
             takes = ", ".join(known) or "no arguments"
             raise ValueError(f"{name} has no argument {key!r}; it takes {takes}")
-        if key in arguments:
-            raise ValueError(f"--set gives {key!r} twice")
-        arguments[key] = Path(text) if hints.get(key) is Path else _value(text)
+        arguments[key] = Path(str(value)) if hints.get(key) is Path else value
     needed = [
         key
         for key, parameter in known.items()
@@ -106,6 +101,22 @@ def _arguments(name: str, recipe: Recipe, settings: Sequence[str]) -> dict[str, 
     if needed:
         raise ValueError(f"{name} needs {', '.join(needed)}; add --set {needed[0]}=VALUE")
     return arguments
+
+
+def read_settings(option: str, settings: Sequence[str]) -> dict[str, Any]:
+    """The `name=value` pairs of an option, the values JSON or else text.
+
+    Raises ValueError for what is no pair, and for a name given twice.
+    """
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"{option} takes name=value, got {setting!r}")
+        if key in values:
+            raise ValueError(f"{option} gives {key!r} twice")
+        values[key] = _value(text)
+    return values
 
 
 def _value(text: str) -> Any:

@@ -18,6 +18,7 @@ from midstream import __version__
 from midstream.model_commands import COMMANDS
 
 if TYPE_CHECKING:
+    from midstream.config import Machine
     from midstream.study.ledger import Ledger
     from midstream.study.stage import Study
 
@@ -140,15 +141,40 @@ def run(
     ] = 0,
     features: Features = "auto",
     max_feature_gib: MaxFeatureGib = 64.0,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Processes that train one stage together on this machine.")
+    ] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines that train one stage together.")] = 1,
+    node: Annotated[int, typer.Option(min=0, help="Which of them this is; 0 launches.")] = 0,
+    master: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where node 0 is reached by the others.")
+    ] = None,
+    others: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--machine",
+            metavar="NAME=VALUE",
+            help="Any other choice of the machine (docs/training.md); may be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Run the stages of a study that are not done; continue those that were stopped."""
-    from midstream.catalogue import find_study
+    from midstream.catalogue import find_study, read_settings
+    from midstream.config import Machine
     from midstream.study.ledger import Ledger
 
-    machine = {"workers": workers, "threads": threads, "device": device}
-    machine |= {"data_workers": data_workers, "features": features}
-    machine |= {"max_feature_gib": max_feature_gib}
-    _run(find_study(study, settings or []), Ledger(store), machine)
+    chosen = {"workers": workers, "threads": threads, "device": device, "features": features}
+    chosen |= {"data_workers": data_workers, "max_feature_gib": max_feature_gib}
+    chosen |= {"ranks": ranks, "nodes": nodes, "node": node, "master": master}
+    if nodes > 1:
+        chosen["workers"] = 1
+    machine = Machine.model_validate(chosen | read_settings("--machine", others or []))
+    found, ledger = find_study(study, settings or []), Ledger(store)
+    if machine.node:
+        from midstream.study.nodes import join
+
+        raise typer.Exit(join(ledger.store, machine, typer.echo))
+    _run(found, ledger, machine)
 
 
 @app.command()
@@ -313,11 +339,13 @@ def demo(
     """Run the pocket study from generated data to its report, on two CPU cores in minutes."""
     from midstream import terminal
     from midstream.catalogue import find_study
+    from midstream.config import Machine
     from midstream.study.ledger import Ledger
 
     start = time.monotonic()
     study, ledger = find_study(DEMO_STUDY, []), Ledger(store)
-    peak_bytes = _run(study, ledger, {"workers": workers, "threads": threads, "device": device})
+    machine = Machine.model_validate({"workers": workers, "threads": threads, "device": device})
+    peak_bytes = _run(study, ledger, machine)
     _report(study, ledger)
     text = f"wall time {time.monotonic() - start:,.1f} s"
     if peak_bytes:
@@ -338,10 +366,9 @@ def _stored_study(name: str, ledger: "Ledger", settings: list[str]) -> "Study":
     return find_study(name, settings)
 
 
-def _run(study: "Study", ledger: "Ledger", machine: dict[str, Any]) -> int:
+def _run(study: "Study", ledger: "Ledger", machine: "Machine") -> int:
     """Run and tell; returns the peak memory in bytes. Leaves with the outcome's code if not 0."""
     from midstream import terminal
-    from midstream.config import Machine
     from midstream.study import launch
     from midstream.study.graph import plan as plan_study
 
@@ -353,7 +380,7 @@ def _run(study: "Study", ledger: "Ledger", machine: dict[str, Any]) -> int:
             memory.note(event)
             show(event)
 
-        outcome = launch.run(study, ledger, Machine(**machine), on_event)
+        outcome = launch.run(study, ledger, machine, on_event)
     counts = (outcome.num_done, outcome.num_failed, outcome.num_stopped, outcome.num_skipped)
     if not any(counts):
         console.print(

@@ -1,16 +1,18 @@
 """Executes stages by identity: the only place where a study meets training and evaluation.
 
-As a process (`python -m midstream.run_stage --store S --machine JSON`) it takes one stage as a
-line of JSON after the other and tells the launcher how they go; the imports are paid once.
+As a process (`python -m midstream.run_stage WORK.json`, see `study/workers.py`) it takes one stage
+as a line of JSON after the other and tells the launcher how they go; the imports are paid once.
+Under torchrun it is one rank of the stage that stands in the file.
 """
 
-import argparse
 import json
+import os
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -53,30 +55,43 @@ from midstream.study.stage import (
     Prepare,
     Pretrain,
     Stage,
+    Trained,
     TrainEncoder,
     stage_from_json,
 )
+from midstream.study.workers import LAUNCHER
 from midstream.tokens import TokenCount
 from midstream.train import checkpoint
 from midstream.train.contrastive import train_encoder
 from midstream.train.loop import Interrupted, Job, Start, train
 from midstream.train.parallel import peak_memory_bytes, set_up
 from midstream.train.sharding import build_model
+from midstream.train.watch import Watch
 
-Trained = Pretrain | Continue | Finetune
 Report = Callable[[dict[str, Any]], None]
+# How long a process whose launcher has gone may take to keep a checkpoint.
+_ORPHAN_SECONDS = 10.0
 
 
 class StageRunner:
-    """Runs stages in this process; `report` gets progress, `should_stop` is asked between steps."""
+    """Runs stages in this process; `report` gets progress, `should_stop` is asked between steps.
+
+    `lost` gets the reason where a rank is lost; the process then ends.
+    """
 
     def __init__(
-        self, ledger: Ledger, machine: Machine, report: Report, should_stop: Callable[[], bool]
+        self,
+        ledger: Ledger,
+        machine: Machine,
+        report: Report,
+        should_stop: Callable[[], bool],
+        lost: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self.ledger, self.machine, self.features = ledger, machine, machine.features
         self.report, self.should_stop = report, should_stop
         self.place = set_up(machine)
         self.device = self.place.device
+        self.watch = Watch(self.place, machine.rank_timeout_seconds, lost)
 
     def run(self, stage: Stage) -> dict[str, Any]:
         """Execute one stage whose parents are done; returns its results.
@@ -94,6 +109,10 @@ class StageRunner:
                 results = self._execute(stage)
             except Interrupted as reason:
                 raise Stopped(str(reason)) from None
+            except Exception as error:
+                if told := self.watch.failed(error):
+                    raise RuntimeError(told) from error
+                raise
             measured = {
                 "seconds": time.monotonic() - started,
                 "peak_memory_bytes": peak_memory_bytes(),
@@ -101,6 +120,11 @@ class StageRunner:
             if opened is not None:
                 opened.finish(measured | results)
         return measured | results
+
+    def close(self) -> None:
+        """After the last stage: this rank leaves the others in peace."""
+        self.watch.close()
+        self.place.close()
 
     def _open(self, stage: Stage, held: ExitStack) -> OpenStage | None:
         """The stage, opened by the first rank; the others wait for it, or hear why not."""
@@ -164,7 +188,12 @@ class StageRunner:
         origin = self._origin(stage)
         job = Job(model, training, dataset, encode, start, folder, milestones, origin)
         results = train(
-            job, self.machine, self.place, report=self.report, should_stop=self.should_stop
+            job,
+            self.machine,
+            self.place,
+            report=self.report,
+            should_stop=self.should_stop,
+            watch=self.watch,
         )
         if not isinstance(stage, Pretrain):
             progress = checkpoint.Progress(
@@ -302,11 +331,16 @@ def unchanged(images: torch.Tensor) -> torch.Tensor:
     return images
 
 
-def serve(store: Path, machine: Machine) -> None:
-    """Run the stages that arrive as lines on stdin until it ends; answer with events on stdout."""
+def serve(store: Path, machine: Machine, lines: Iterable[str]) -> bool:
+    """Run the stages that arrive as lines until they end; answer with events on stdout.
+
+    SIGTERM, SIGINT and SIGUSR1 stop a training stage at its next step, and all its ranks with it.
+    Returns whether no stage failed.
+    """
     # The channel is ours alone: whatever a library prints goes to stderr, the worker's log.
     channel = sys.stdout
     sys.stdout = sys.stderr
+    rank, ranked = int(os.environ.get("RANK", 0)), machine.world_size > 1
     stopping = False
 
     def stop(signum: int, frame: FrameType | None) -> None:
@@ -314,25 +348,38 @@ def serve(store: Path, machine: Machine) -> None:
         stopping = True
 
     def say(event: str, **values: Any) -> None:
-        channel.write(json.dumps({"event": event, **values}) + "\n")
-        channel.flush()
+        nonlocal stopping
+        try:
+            channel.write(json.dumps({"event": event, **values}) + "\n")
+            channel.flush()
+        except BrokenPipeError:  # nobody listens: the launcher has gone
+            stopping = True
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def tell(event: str, **values: Any) -> None:
+        if rank == 0:
+            say(event, **values)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, stop)
+    if ranked:
+        say("rank", rank=rank, pid=os.getpid())
     ledger = Ledger(store)
     current = ""
     runner = StageRunner(
         ledger,
         machine,
-        report=lambda values: say("progress", stage=current, **values),
+        report=lambda values: tell("progress", stage=current, **values),
         should_stop=lambda: stopping,
+        lost=lambda reason: say("fault", error=reason),
     )
-    say("ready")
-    for line in sys.stdin:
+    tell("ready")
+    good = True
+    for line in lines:
         given = json.loads(line)
         stage, runner.features = stage_from_json(json.dumps(given["stage"])), given["features"]
         current = stage.name
-        say("started", stage=current)
+        tell("started", stage=current)
         state, error = "done", None
         try:
             runner.run(stage)
@@ -340,17 +387,45 @@ def serve(store: Path, machine: Machine) -> None:
             state, error = "stopped", str(reason)
         except Exception as problem:
             traceback.print_exc()
-            state, error = "failed", f"{type(problem).__name__}: {problem}"
-        say("finished", stage=current, state=state, error=error)
+            state, error, good = "failed", f"{type(problem).__name__}: {problem}", False
+        tell("finished", stage=current, state=state, error=error)
+    if good:
+        runner.close()
+    return good
+
+
+def leave_with_the_launcher() -> None:
+    """Stop, with a checkpoint where there is time, once the process that asked for work is gone."""
+    parent, launcher = os.getppid(), int(os.environ.get(LAUNCHER, os.getppid()))
+
+    def is_gone() -> bool:
+        try:
+            os.kill(launcher, 0)
+        except ProcessLookupError:
+            return True
+        return os.getppid() != parent
+
+    def look() -> None:
+        while not is_gone():
+            time.sleep(1.0)
+        print("the launcher has gone; this process leaves", file=sys.stderr)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_ORPHAN_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=look, daemon=True).start()
 
 
 def main() -> None:
-    """The worker process of `midstream.study.launch`."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--store", type=Path, required=True)
-    parser.add_argument("--machine", type=Machine.model_validate_json, required=True)
-    arguments = parser.parse_args()
-    serve(arguments.store, arguments.machine)
+    """The worker process of `midstream.study.workers`, or one rank."""
+    work = json.loads(Path(sys.argv[1]).read_text())
+    leave_with_the_launcher()
+    lines = [json.dumps(work)] if "stage" in work else sys.stdin
+    good = serve(Path(work["store"]), Machine.model_validate(work["machine"]), lines)
+    if not good and "stage" in work:
+        # Waiting for ranks that are lost would take for ever.
+        sys.stderr.flush()
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -30,11 +30,10 @@ from midstream.data.prepare import open_codec, open_sources
 from midstream.data.rows import build_row, plan_rows, shares_report
 from midstream.data.sources import Source
 from midstream.storage import write_bytes
-from midstream.study.choose import Trained
 from midstream.study.cost import cost
 from midstream.study.graph import PlanRow
 from midstream.study.ledger import Ledger, launch_lock
-from midstream.study.stage import Prepare, stage_from_json
+from midstream.study.stage import Prepare, Trained, stage_from_json
 from midstream.study.workers import Event, Worker
 from midstream.tokens import TokenCount
 

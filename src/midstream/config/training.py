@@ -157,3 +157,9 @@ class Machine(Config):
     def world_size(self) -> int:
         """Processes of one training stage, over all nodes."""
         return self.ranks * self.nodes
+
+    def alone(self) -> "Machine":
+        """This machine for what one process does: everything but training."""
+        return self.model_copy(
+            update={"ranks": 1, "nodes": 1, "node": 0, "master": None, "shard_ranks": None}
+        )

@@ -1,9 +1,7 @@
 """One stage of a study, chosen as a person names it."""
 
 from midstream.study.graph import order
-from midstream.study.stage import Continue, Finetune, Pretrain, Study
-
-Trained = Pretrain | Continue | Finetune
+from midstream.study.stage import Continue, Study, Trained
 
 
 def training_stage(study: Study, wanted: str | None = None) -> Trained:

@@ -11,9 +11,10 @@ from types import FrameType
 from midstream.config import Machine
 from midstream.study.graph import Plan, PlanRow, plan
 from midstream.study.ledger import Ledger, launch_lock
+from midstream.study.nodes import Announcer, announcer
 from midstream.study.pictures import choice_for, feature_plan
-from midstream.study.stage import Study
-from midstream.study.workers import Event, Worker
+from midstream.study.stage import Study, Trained
+from midstream.study.workers import Event, Worker, work_line
 
 # What a process ends with that was asked to stop and can be continued (EX_TEMPFAIL).
 STOPPED_EXIT_CODE = 75
@@ -68,7 +69,11 @@ def run(
                 )
         ledger.save_study(study)
         on_event({"event": "plan", "num_stages": len(work.rows), "num_done": work.num_done})
-        return _Launcher(work, ledger, machine, on_event, command).run()
+        with announcer(ledger.store, machine) as nodes:
+            outcome = _Launcher(work, ledger, machine, on_event, command, nodes).run()
+            if nodes is not None:
+                nodes.end(outcome.exit_code)
+        return outcome
 
 
 def remaining_chains(rows: Sequence[PlanRow]) -> dict[str, tuple[float, int]]:
@@ -90,6 +95,7 @@ class _Launcher:
     machine: Machine
     on_event: Callable[[Event], None]
     command: Sequence[str] | None
+    nodes: Announcer | None = None
     waiting: dict[str, PlanRow] = field(default_factory=dict)
     chains: dict[str, tuple[float, int]] = field(default_factory=dict)
     workers: dict[int, Worker] = field(default_factory=dict)
@@ -135,14 +141,27 @@ class _Launcher:
         ready = [row for row in self.waiting.values() if self._is_ready(row)]
         ready.sort(key=lambda row: self.chains[row.stage.name], reverse=True)
         for row in ready:
-            worker = next((w for w in self.workers.values() if w.row is None), None)
-            if worker is None and len(self.workers) < self.machine.workers:
-                worker = self._start_worker()
+            worker = self._free_worker(row)
             if worker is None:
                 return
             worker.row = self.waiting.pop(row.stage.name)
             if worker.ready:
                 worker.send(self._features(row))
+
+    def _free_worker(self, row: PlanRow) -> Worker | None:
+        """One that waits, a new one, or, where several ranks train the stage, theirs."""
+        idle = next((w for w in self.workers.values() if w.row is None), None)
+        in_ranks = self.machine.world_size > 1 and isinstance(row.stage, Trained)
+        if idle is not None and not (in_ranks or idle.is_group):
+            return idle
+        if idle is not None:
+            # It gives its place, and what it holds of the device, to the other kind.
+            self.workers.pop(idle.number)
+            idle.close()
+            idle.leave()
+        if len(self.workers) == self.machine.workers:
+            return None
+        return self._start_worker(work_line(row.stage, self._features(row)) if in_ranks else None)
 
     def _features(self, row: PlanRow) -> str:
         """Stored or live, as it pays over all stages that are still to be done."""
@@ -157,10 +176,13 @@ class _Launcher:
             for parent in row.stage.parents
         )
 
-    def _start_worker(self) -> Worker:
+    def _start_worker(self, group: str | None) -> Worker:
         number = next(n for n in range(1, self.machine.workers + 1) if n not in self.workers)
-        worker = Worker(number, self.ledger.store, self.machine, self.command, self.events.put)
+        store, put = self.ledger.store, self.events.put
+        worker = Worker(number, store, self.machine, self.command, put, group)
         self.workers[number] = worker
+        if group is not None and self.nodes is not None:
+            self.nodes.tell(worker.work)
         return worker
 
     def _handle(self, worker: Worker | None, event: Event) -> None:
@@ -170,12 +192,17 @@ class _Launcher:
             self._bury(worker, event["code"])
         elif event["event"] == "ready":
             worker.ready = True
-            if worker.row is not None and not self.num_signals:
+            if worker.is_group and self.num_signals:
+                worker.signal(signal.SIGTERM)
+            elif worker.row is not None and not self.num_signals:
                 worker.send(self._features(worker.row))
             elif worker.row is not None:
                 self._settle(worker, "stopped", None)
         elif event["event"] == "finished":
             self._settle(worker, event["state"], event.get("error"))
+            if event["state"] == "stopped" and not self.num_signals:
+                # A worker that is told to go is a machine that is about to: the run stops.
+                self._stop(signal.SIGTERM)
         else:
             self.on_event({**event, "worker": worker.number, "log": str(worker.log)})
 
@@ -207,14 +234,15 @@ class _Launcher:
 
     def _bury(self, worker: Worker, code: int) -> None:
         """A worker has ended: its stage failed, unless it was told to stop."""
-        self.workers.pop(worker.number, None)
+        if self.workers.get(worker.number) is worker:
+            self.workers.pop(worker.number)
         if worker.row is None:
             return
         if self.num_signals:
             self._settle(worker, "stopped", None)
             return
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        error = f"its worker process {worker.process.pid} ended with {how}"
+        error = worker.fault or f"its worker process {worker.process.pid} ended with {how}"
         if code == -signal.SIGKILL:
             error += "; the system kills processes when memory runs out: use fewer workers"
         if not worker.ready:

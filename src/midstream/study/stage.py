@@ -266,6 +266,10 @@ class Finetune(StageBase):
         return before.model_copy(update={"owns_encoder": owned})
 
 
+# What several ranks train together.
+Trained = Pretrain | Continue | Finetune
+
+
 class Evaluate(StageBase):
     """Benchmarks of one model; `completion` picks a milestone where `of` is a text run."""
 

@@ -1,15 +1,21 @@
 """A worker: a long-lived process that runs one stage after the other.
 
-The launcher writes a line of JSON to a worker's standard input: the "stage", and whether a frozen
-encoder's outputs are kept on disk ("features": stored | live | auto). The worker answers on
-standard output with JSON lines: {"event": "ready"}, then for each stage "started",
-"progress" (stage, done, tokens_seen, total_tokens, loss, tokens_per_second, note) and "finished"
-(stage, state: done | failed | stopped, error). The end of its input ends a worker. What it prints
-on standard error, and any line that is no event, goes to `worker-N.log` in the store.
+What it works for (the "store", the "machine") stands in `worker-N.json`. The launcher writes a line
+of JSON to a worker's standard input: the "stage", and whether a frozen encoder's outputs are kept
+on disk ("features": stored | live | auto). The worker answers on standard output with JSON lines:
+{"event": "ready"}, then for each stage "started", "progress" (stage, done, tokens_seen,
+total_tokens, loss, tokens_per_second, note) and "finished" (stage, state: done | failed | stopped,
+error). The end of its input ends a worker. What it prints on standard error, and any line that is
+no event, goes to `worker-N.log` in the store.
+
+Where a training stage has several ranks, its worker is torchrun with as many processes, for this
+one stage, which stands in `worker-N.json` too. The first rank speaks as above; every rank says
+{"event": "rank", "rank", "pid"} at its start, and {"event": "fault", "error"} if one was lost.
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -19,18 +25,24 @@ from pathlib import Path
 from typing import Any
 
 from midstream.config import Machine
+from midstream.storage import write_json
 from midstream.study.graph import PlanRow
 from midstream.study.stage import Stage
 
 Event = dict[str, Any]
 # How long an idle worker has to leave after the end of its input.
 LEAVE_SECONDS = 20.0
+# How long the ranks of a node that was told to end may take for their step and its checkpoint.
+SHUTDOWN_SECONDS = 600
+# In a worker's environment: the process that started it, without which it does not go on.
+LAUNCHER = "MIDSTREAM_LAUNCHER"
 
 
 class Worker:
     """A worker process; `row` is the stage it runs, or will run once it is ready.
 
-    Its events, and at its end {"event": "exit", "code"}, go to `put` from a thread of its own.
+    With `group` (a `work_line`) it is the ranks of that one stage. Its events, and at its end
+    {"event": "exit", "code"}, go to `put` from a thread of its own.
     """
 
     def __init__(
@@ -40,13 +52,17 @@ class Worker:
         machine: Machine,
         command: Sequence[str] | None,
         put: Callable[[tuple["Worker", Event]], None],
+        group: str | None = None,
     ) -> None:
         self.number = number
+        self.is_group = group is not None
+        self.pids: dict[int, int] = {}
+        self.fault: str | None = None
         self.row: PlanRow | None = None
         self.ready = False
         self.log = store / f"worker-{number}.log"
-        own = [sys.executable, "-m", "midstream.run_stage", "--store", str(store)]
-        own += ["--machine", machine.model_dump_json()]
+        self.work = write_work(store / f"worker-{number}.json", store, machine, group)
+        own = group_command(machine, self.work) if group else worker_command(self.work)
         with self.log.open("ab") as stream:
             self.process = subprocess.Popen(
                 list(command or own),
@@ -63,8 +79,10 @@ class Worker:
         threading.Thread(target=self._read, daemon=True).start()
 
     def send(self, features: str = "auto") -> None:
-        """Hand over the stage of `row`."""
+        """Hand over the stage of `row`; a group has it already."""
         assert self.row is not None
+        if self.is_group:
+            return
         # A worker that has died cannot read: its exit event follows and settles the stage.
         with suppress(BrokenPipeError):
             self._input.write(work_line(self.row.stage, features).encode())
@@ -76,9 +94,28 @@ class Worker:
             self._input.close()
 
     def signal(self, number: int) -> None:
-        """Send it a signal if it still lives."""
-        if self.process.poll() is None:
+        """Send it a signal if it still lives; SIGKILL to every rank, others to the first.
+
+        The first rank tells the others at the next step. torchrun would pass a signal on as well,
+        but ends ranks that take their time.
+        """
+        if self.process.poll() is not None:
+            return
+        if number == signal.SIGKILL or not self.pids:
             self.process.send_signal(number)
+        to = self.pids.values() if number == signal.SIGKILL else list(self.pids.values())[:1]
+        for pid in to:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def note(self, event: Event) -> bool:
+        """Keep what a rank says of itself; whether it was that."""
+        if event["event"] == "rank":
+            self.pids[event["rank"]] = event["pid"]
+            self.pids = dict(sorted(self.pids.items()))
+        elif event["event"] == "fault":
+            self.fault = self.fault or event["error"]
+        return event["event"] in ("rank", "fault")
 
     def leave(self) -> None:
         """Wait until it has left; one that does not is killed after LEAVE_SECONDS."""
@@ -96,7 +133,8 @@ class Worker:
             except ValueError:
                 event = None
             if isinstance(event, dict) and isinstance(event.get("event"), str):
-                self._put((self, event))
+                if not self.note(event):
+                    self._put((self, event))
             else:
                 with self.log.open("ab") as log:
                     log.write(line)
@@ -108,6 +146,37 @@ def work_line(stage: Stage, features: str = "auto") -> str:
     return json.dumps({"stage": stage.model_dump(mode="json"), "features": features}) + "\n"
 
 
+def write_work(path: Path, store: Path, machine: Machine, line: str | None = None) -> Path:
+    """Write what a worker works for, and with `line` the one stage of its ranks."""
+    given = {} if line is None else json.loads(line)
+    place = machine if line is not None else machine.alone()
+    whole = {"store": str(store.absolute()), "machine": place.model_dump(mode="json"), **given}
+    write_json(path, whole)
+    return path
+
+
+def worker_command(work: Path) -> list[str]:
+    """The command of a worker. It takes a file: torchrun takes options for its own."""
+    return [sys.executable, "-m", "midstream.run_stage", str(work)]
+
+
+def group_command(machine: Machine, work: Path) -> list[str]:
+    """The command of the ranks of one stage on this node."""
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    command += ["--nproc-per-node", str(machine.ranks), "--max-restarts", "0"]
+    # By default torchrun dies of SIGUSR1 and leaves its ranks behind, and kills them after 30 s.
+    command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+    command += ["--shutdown-timeout", str(SHUTDOWN_SECONDS)]
+    if machine.nodes == 1:
+        command += ["--standalone"]
+    else:
+        assert machine.master is not None, "several nodes know it"
+        host, _, port = machine.master.rpartition(":")
+        command += ["--nnodes", str(machine.nodes), "--node-rank", str(machine.node)]
+        command += ["--master-addr", host, "--master-port", port]
+    return [*command, *worker_command(work)[1:]]
+
+
 def worker_environment(machine: Machine) -> dict[str, str]:
     """This process's environment with the workers' thread counts and no downloads."""
     threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -117,4 +186,5 @@ def worker_environment(machine: Machine) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
+        LAUNCHER: str(os.getpid()),
     }

@@ -28,9 +28,10 @@ from midstream.train import checkpoint
 from midstream.train.checkpoint import Progress, Saver
 from midstream.train.metrics import MetricsLog
 from midstream.train.optim import freeze, make_optimizer
-from midstream.train.parallel import Place, peak_memory_bytes
+from midstream.train.parallel import ALONE, Place, peak_memory_bytes
 from midstream.train.start_checks import StartChecks
 from midstream.train.step import NonFiniteError, StepResult, train_step
+from midstream.train.watch import Watch
 
 
 class Interrupted(Exception):  # noqa: N818 - it ends a stage without being an error
@@ -99,6 +100,7 @@ def train(
     *,
     report: Report,
     should_stop: Callable[[], bool],
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Run the stage to its end; returns its `results.json`, on every rank.
 
@@ -116,6 +118,7 @@ def train(
     optimizer = make_optimizer(job.model, training.optimizer, encoder_rate_factor=factor)
     checks = StartChecks(job.model, place, job.origin)
     progress = _begin(job, optimizer, place)
+    begun = progress.step
     checks.begin(job.folder, optimizer, progress, job.rate_at(progress.tokens_seen), machine)
     log = MetricsLog(
         job.folder / "metrics.jsonl" if place.rank == 0 else None, progress.metrics_bytes
@@ -132,8 +135,12 @@ def train(
         device=place.device,
     )
     shown = 0.0
+    watch = watch or Watch(ALONE)
     job.model.train()
     for micro_batches in steps:
+        step = f"step {progress.step + 1} of {plan.num_steps}"
+        started = progress.step > begun
+        watch.at(f"computing {step}", in_steps=started)
         before = time.monotonic()
         result = _step(job, optimizer, micro_batches, progress, place)
         checks.after_step(result)
@@ -141,6 +148,7 @@ def train(
         used_rate = progress.rate
         mine = [float(should_stop()), *_tally(micro_batches, plan.names)]
         stop, *tally = place.sum(mine)
+        watch.at(f"keeping what {step} gave", in_steps=started)
         progress = _advance(progress, job, tally, result.loss, seconds)
         log.write(
             step=progress.step,
@@ -153,6 +161,7 @@ def train(
         )
         progress = replace(progress, metrics_bytes=log.position)
         keeper.keep(progress, log, stop=stop > 0)
+        watch.at(f"reading rows after {step}")
         if stop:
             log.close()
             raise Interrupted(f"stopped after step {progress.step} of {plan.num_steps}")

@@ -69,6 +69,12 @@ class Place:
             for part, size in zip(parts, sizes, strict=True)
         ]
 
+    def close(self) -> None:
+        """Leave the process group, if there is one."""
+        if self.scalars is not None:
+            dist.barrier(group=self.scalars)
+            dist.destroy_process_group()
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.scalars is not None:
