@@ -25,8 +25,10 @@ def recipe(folder: Path) -> str:
     """A recipe file whose study has the one line."""
     line = Line(name="line", axes={"x": 1}, result=RESULT)
     study = Study(name="lost", question="?", lines=(line,), figure=Figure(x="x", x_label="x"))
-    (folder / "study.json").write_text(study.model_dump_json())
     file = folder / "recipe.py"
+    if file.is_file():
+        return f"{file}:study"
+    (folder / "study.json").write_text(study.model_dump_json())
     file.write_text(
         "from pathlib import Path\n"
         "from midstream.study.stage import Study\n\n\n"

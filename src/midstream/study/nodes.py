@@ -20,6 +20,7 @@ from uuid import uuid4
 
 from midstream.config import Machine
 from midstream.storage import read_json, write_bytes, write_json
+from midstream.study.stage import stage_from_json
 from midstream.study.workers import group_command, worker_environment
 
 # Node 0 gives a sign this often, and is taken for gone after so long without one.
@@ -113,7 +114,8 @@ def join(store: Path, machine: Machine, on_note: Callable[[str], None]) -> int:
             if ranks is not None:
                 ranks.wait()
             done, work = task, Path(said["work"])
-            on_note(f"node {machine.node} trains {read_json(work)['stage']['name']}")
+            stage = stage_from_json(json.dumps(read_json(work)["stage"]))
+            on_note(f"node {machine.node} trains {stage.name}")
             ranks = _start(store, machine, work)
     finally:
         if ranks is not None:
