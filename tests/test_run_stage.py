@@ -33,7 +33,7 @@ TRAINED = {
     "image_row_pad_fraction": (float, type(None)),
     "weights_digest": str,
     "seconds": float,
-    "tokens_per_second": float,
+    "meters": dict,
     "peak_memory_bytes": int,
 }
 FIELDS: dict[str, dict[str, Any]] = {

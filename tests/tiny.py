@@ -176,7 +176,7 @@ def store_with(ledger: Ledger, folder: Path, *stages: Stage) -> Ledger:
 
 def bits(ledger: Ledger, stage: Stage) -> dict[str, Any]:
     """What two runs of one stage share where they are equal bit for bit: no seconds, no memory."""
-    timed = {"seconds", "tokens_per_second", "peak_memory_bytes"}
+    timed = {"seconds", "meters", "peak_memory_bytes"}
     lines = [{k: v for k, v in line.items() if k != "seconds"} for line in ledger.metrics(stage)]
     results = {k: v for k, v in ledger.results(stage).items() if k not in timed}
     folder = ledger.folder(stage)

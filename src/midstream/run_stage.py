@@ -171,8 +171,9 @@ class StageRunner:
             case _:
                 assert_never(stage)
 
-    def _train(self, stage: Trained) -> dict[str, Any]:
-        folder, sources = self.ledger.folder(stage), self._sources(stage.data)
+    def job(self, stage: Trained, folder: Path) -> Job:
+        """What a training stage trains, into `folder`; its parents are done."""
+        sources = self._sources(stage.data)
         encoder = stage.model.encoder
         patches = encoder.num_patches if encoder else 0
         training = stage.training
@@ -184,9 +185,21 @@ class StageRunner:
         dataset = RowDataset(plan, sources, patches, images)
         model = build_model(stage.model, training, self.place)
         initialise(model, training.seed)
-        milestones = stage.milestones if isinstance(stage, Pretrain) else ()
-        origin = self._origin(stage)
-        job = Job(model, training, dataset, encode, start, folder, milestones, origin)
+        return Job(
+            model=model,
+            training=training,
+            dataset=dataset,
+            encode=encode,
+            start=start,
+            folder=folder,
+            milestones=stage.milestones if isinstance(stage, Pretrain) else (),
+            looks=encode is not unchanged,
+            origin=self._origin(stage),
+        )
+
+    def _train(self, stage: Trained) -> dict[str, Any]:
+        folder = self.ledger.folder(stage)
+        job = self.job(stage, folder)
         results = train(
             job,
             self.machine,
@@ -203,7 +216,7 @@ class StageRunner:
                 rate=results["last_rate"],
                 counts=TokenCount(**results["tokens"]),
             )
-            checkpoint.save(folder / "weights", model, None, progress, place=self.place)
+            checkpoint.save(folder / "weights", job.model, None, progress, place=self.place)
         if self.place.rank == 0:
             remove_folder(folder / "checkpoints")
         return results

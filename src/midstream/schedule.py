@@ -13,6 +13,9 @@ from midstream.config import (
     WarmupStableDecay,
 )
 
+# The share of a stage's tokens over which `moments_factor` rises.
+_MOMENTS_FRACTION = 0.01
+
 
 def rate_at(
     schedule: AnySchedule,
@@ -46,9 +49,23 @@ def rate_at(
     )
 
 
+def moments_factor(tokens_seen: int, total_tokens: int, *, step_tokens: int) -> float:
+    """What a rate is multiplied by while moments that start at zero fill: a line from 0 to 1.
+
+    It ends after a hundredth of the stage (our choice; the paper carries moments or drops them).
+    """
+    warm = _MOMENTS_FRACTION * total_tokens
+    return min(1.0, (tokens_seen + step_tokens) / warm) if warm else 1.0
+
+
 def check_start(schedule: AnySchedule, parent_rate: float | None, where: str) -> None:
-    """Raises ValueError where a continued schedule would start at or below its own end."""
+    """Raises ValueError for a rate of 0, or where a continued schedule starts at its own end."""
     if not isinstance(schedule, ContinuedCosine):
+        if schedule.peak_rate == 0:
+            raise ValueError(
+                f"{where}: the learning rate is 0 from its first step, so it would learn nothing; "
+                "give the schedule a peak_rate above 0"
+            )
         return
     if parent_rate is None:
         raise ValueError(

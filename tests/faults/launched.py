@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tiny
 from midstream.study.ledger import Ledger
-from midstream.study.stage import Evaluate, Figure, Line, Pretrain, Study
+from midstream.study.stage import Evaluate, Figure, Line, Study
 
 # Long enough to be met along the way; a checkpoint now and then.
 LONG = tiny.text_run(

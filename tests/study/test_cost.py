@@ -10,16 +10,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from midstream.config import DecoderConfig, EncoderConfig, ProjectorConfig, Rows
+from midstream.flops import decoder_flops, encoder_flops, head_flops, mean_context
 from midstream.model.decoder import Decoder
 from midstream.model.projector import Projector
 from midstream.model.vision import build_encoder
 from midstream.study.cost import (
     cost,
-    decoder_flops,
-    encoder_flops,
     encoder_parameters,
-    head_flops,
-    mean_context,
     model_parameters,
     projector_parameters,
 )

@@ -16,7 +16,8 @@ from midstream.catalogue import find_study
 from midstream.cli import app
 from midstream.config import Amount, Amounts, EncoderConfig, Epochs, Machine, Mixture, Share
 from midstream.data import features
-from midstream.study.cost import cost, encoder_flops
+from midstream.flops import encoder_flops
+from midstream.study.cost import cost
 from midstream.study.graph import order
 from midstream.study.ledger import Ledger
 from midstream.study.pictures import (

@@ -54,6 +54,15 @@ class WarmupStableDecay(Config):
     warmup_fraction: Fraction = 0.0
     decay_fraction: Fraction = 0.2
 
+    @model_validator(mode="after")
+    def _fits(self) -> "WarmupStableDecay":
+        if self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError(
+                f"warmup_fraction {self.warmup_fraction} and decay_fraction {self.decay_fraction} "
+                "are more than the whole stage"
+            )
+        return self
+
 
 AnySchedule = WarmupCosine | ContinuedCosine | Constant | WarmupStableDecay
 Schedule = Annotated[AnySchedule, Field(discriminator="kind")]

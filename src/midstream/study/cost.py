@@ -27,11 +27,11 @@ from midstream.config import (
     PatchProjection,
     PocketWorld,
     ProjectorConfig,
-    Rows,
     SmallReal,
     Training,
     VLMConfig,
 )
+from midstream.flops import decoder_flops, encoder_flops, head_flops, mean_context
 from midstream.study.ledger import Ledger
 from midstream.study.stage import (
     Continue,
@@ -79,38 +79,6 @@ def cost(stage: Stage, ledger: Ledger | None = None) -> StageCost:
     if isinstance(stage, Evaluate):
         return _evaluation_cost(stage)
     return _training_cost(stage, ledger)
-
-
-def decoder_flops(config: AnyDecoderConfig, *, context: float) -> float:
-    """Forward FLOPs of one position without the head, attending to `context` positions."""
-    attended = 2 * 2 * config.hidden_size * context
-    return 2 * config.linear_parameters + config.num_layers * attended
-
-
-def head_flops(config: AnyDecoderConfig) -> float:
-    """Forward FLOPs of the logits at one position."""
-    return 2.0 * config.hidden_size * config.vocab_size
-
-
-def mean_context(rows: Rows) -> float:
-    """Positions that one position attends to, on average.
-
-    (T + 1) / 2 under the causal mask of joined rows. Rows with segments count T: a masked
-    attention computes all of it, and the segments' lengths are not known before the packing.
-    """
-    return (rows.row_length + 1) / 2 if rows.layout == "joined" else float(rows.row_length)
-
-
-def encoder_flops(config: AnyEncoderConfig) -> float:
-    """Forward FLOPs of one image up to the layer that the projector sees."""
-    if isinstance(config, FusedEncoder):
-        return sum(encoder_flops(tower) for tower in config.towers)
-    e, patches = config.hidden_size, config.num_patches
-    embed = 2 * patches * (3 * config.patch_size**2) * e
-    if isinstance(config, PatchProjection):
-        return float(embed)
-    block = patches * (2 * (4 * e * e + 2 * e * config.intermediate_size) + 2 * 2 * e * patches)
-    return float(embed + (config.num_layers + 1 + config.feature_layer) * block)
 
 
 def encoder_parameters(config: AnyEncoderConfig) -> int:

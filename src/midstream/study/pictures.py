@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from midstream.config import Epochs, Machine, PretrainedEncoder
+from midstream.flops import encoder_flops
 from midstream.identity import digest
-from midstream.study.cost import budget_of_sources, cost, encoder_flops
+from midstream.study.cost import budget_of_sources, cost
 from midstream.study.ledger import Ledger
 from midstream.study.stage import (
     Continue,

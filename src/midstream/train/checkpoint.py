@@ -48,7 +48,8 @@ class Progress:
     """Where a stage stands: whole steps done, what they held, and the metrics file's length.
 
     `sources` are the counts by source; `rate` is the schedule's learning rate at `tokens_seen`,
-    where a continuation starts; None where an imported checkpoint does not tell.
+    where a continuation starts; None where an imported checkpoint does not tell. `attended` is
+    the sum over positions of how many each looks at; `parts` are seconds by part of the work.
     """
 
     step: int
@@ -60,7 +61,10 @@ class Progress:
     loss: float = 0.0
     image_rows: int = 0
     image_row_pad: int = 0
+    num_images: int = 0
+    attended: int = 0
     seconds: float = 0.0
+    parts: Mapping[str, float] = field(default_factory=dict)
     metrics_bytes: int = 0
 
 

@@ -6,7 +6,7 @@ own rows; counts, decisions and results are those of all ranks.
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +21,12 @@ from midstream.data.rows import shares_report
 from midstream.model.vision import load_encoder
 from midstream.model.vlm import VLM
 from midstream.model.weights import load_weights
-from midstream.schedule import check_start, rate_at
+from midstream.schedule import check_start, moments_factor, rate_at
 from midstream.storage import CorruptError
 from midstream.tokens import TokenCount
-from midstream.train import checkpoint
+from midstream.train import checkpoint, meters
 from midstream.train.checkpoint import Progress, Saver
+from midstream.train.meters import Clock
 from midstream.train.metrics import MetricsLog
 from midstream.train.optim import freeze, make_optimizer
 from midstream.train.parallel import ALONE, Place, peak_memory_bytes
@@ -59,9 +60,10 @@ class Start:
 class Job:
     """What to train, on which rows, from where, into which folder.
 
-    `encode` is None where the model looks at pixels itself. `milestones` are shares of the stage's
-    tokens at which the weights are kept by name. `origin` says what its checkpoints are of (stage,
-    data, rows): one that says otherwise is refused.
+    `encode` is None where the model looks at pixels itself; `looks`: an encoder sees the pictures
+    while the stage runs (False where its features are stored). `milestones` are shares of the
+    stage's tokens at which the weights are kept by name. `origin` says what its checkpoints are of
+    (stage, data, rows): one that says otherwise is refused.
     """
 
     model: VLM
@@ -71,6 +73,7 @@ class Job:
     start: Start
     folder: Path
     milestones: tuple[float, ...] = ()
+    looks: bool = True
     origin: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -81,13 +84,17 @@ class Job:
 
     def rate_at(self, tokens_seen: int) -> float:
         """The learning rate of the step behind `tokens_seen`."""
-        return rate_at(
+        total, step_tokens = self.dataset.plan.seen_tokens, self.step_tokens
+        rate = rate_at(
             self.training.schedule,
             tokens_seen,
-            self.dataset.plan.seen_tokens,
+            total,
             parent_rate=self.start.parent_rate,
-            step_tokens=self.step_tokens,
+            step_tokens=step_tokens,
         )
+        if self.start.moments == "warm":
+            rate *= moments_factor(tokens_seen, total, step_tokens=step_tokens)
+        return rate
 
 
 Report = Callable[[dict[str, Any]], None]
@@ -134,22 +141,21 @@ def train(
         world_size=place.world_size,
         device=place.device,
     )
-    shown = 0.0
-    watch = watch or Watch(ALONE)
+    shown, before = 0.0, time.monotonic()
+    watch, clock = watch or Watch(ALONE), Clock(place.device, progress.parts)
     job.model.train()
-    for micro_batches in steps:
+    while (micro_batches := _next(steps, clock)) is not None:
         step = f"step {progress.step + 1} of {plan.num_steps}"
         started = progress.step > begun
         watch.at(f"computing {step}", in_steps=started)
-        before = time.monotonic()
-        result = _step(job, optimizer, micro_batches, progress, place)
+        result = _step(job, optimizer, micro_batches, progress, place, clock)
         checks.after_step(result)
-        seconds = time.monotonic() - before
+        before, seconds = time.monotonic(), time.monotonic() - before
         used_rate = progress.rate
         mine = [float(should_stop()), *_tally(micro_batches, plan.names)]
         stop, *tally = place.sum(mine)
         watch.at(f"keeping what {step} gave", in_steps=started)
-        progress = _advance(progress, job, tally, result.loss, seconds)
+        progress = _advance(progress, job, tally, result, seconds, clock)
         log.write(
             step=progress.step,
             tokens_seen=progress.tokens_seen,
@@ -160,7 +166,8 @@ def train(
             seconds=round(seconds, 6),
         )
         progress = replace(progress, metrics_bytes=log.position)
-        keeper.keep(progress, log, stop=stop > 0)
+        with clock.part("checkpoint"):
+            keeper.keep(progress, log, stop=stop > 0)
         watch.at(f"reading rows after {step}")
         if stop:
             log.close()
@@ -174,12 +181,18 @@ def train(
     return _results(job, progress, place)
 
 
+def _next(steps: Iterator[list[Batch]], clock: Clock) -> list[Batch] | None:
+    with clock.part("data"):
+        return next(steps, None)
+
+
 def _step(
     job: Job,
     optimizer: torch.optim.Optimizer,
     micro_batches: list[Batch],
     progress: Progress,
     place: Place,
+    clock: Clock,
 ) -> StepResult:
     assert progress.rate is not None, "only an imported checkpoint's may be unknown"
     low = progress.step * job.training.rows.batch_rows
@@ -193,6 +206,7 @@ def _step(
             rate=progress.rate,
             settings=job.training.optimizer,
             place=place,
+            clock=clock,
         )
     except NonFiniteError as error:
         raise NonFiniteError(
@@ -266,9 +280,12 @@ def _begin(job: Job, optimizer: torch.optim.Optimizer, place: Place) -> Progress
 
 
 def _tally(batches: list[Batch], names: tuple[str, ...]) -> list[int]:
-    """Rows with images, padding in them, and the counts of all and of each source, in a line."""
-    image_rows = image_row_pad = 0
+    """Rows with images, padding in them, positions attended to, and the counts of all and of each
+    source, in a line.
+    """
+    image_rows = image_row_pad = attended = 0
     for batch in batches:
+        attended += int((batch.position_ids + 1)[batch.segment_ids >= 0].sum())
         shown = torch.unique(batch.image_slots[:, 0])
         image_rows += len(shown)
         image_row_pad += int((batch.segment_ids[shown] < 0).sum())
@@ -276,13 +293,18 @@ def _tally(batches: list[Batch], names: tuple[str, ...]) -> list[int]:
     held = [sum((batch.counts for batch in batches), nothing)]
     for name in names:
         held.append(sum((batch.sources.get(name, nothing) for batch in batches), nothing))
-    return [image_rows, image_row_pad, *(n for counts in held for n in astuple(counts))]
+    return [image_rows, image_row_pad, attended, *(n for counts in held for n in astuple(counts))]
 
 
 def _advance(
-    progress: Progress, job: Job, tally: list[float], loss: float, seconds: float
+    progress: Progress,
+    job: Job,
+    tally: list[float],
+    result: StepResult,
+    seconds: float,
+    clock: Clock,
 ) -> Progress:
-    image_rows, image_row_pad, *numbers = (int(value) for value in tally)
+    image_rows, image_row_pad, attended, *numbers = (int(value) for value in tally)
     width = len(fields(TokenCount))
     held = [TokenCount(*numbers[at : at + width]) for at in range(0, len(numbers), width)]
     counts = progress.counts + held[0]
@@ -298,10 +320,13 @@ def _advance(
         rate=job.rate_at(counts.seen),
         counts=counts,
         sources=sources,
-        loss=loss,
+        loss=result.loss,
         image_rows=progress.image_rows + image_rows,
         image_row_pad=progress.image_row_pad + image_row_pad,
+        num_images=progress.num_images + result.num_images,
+        attended=progress.attended + attended,
         seconds=progress.seconds + seconds,
+        parts=clock.read(),
     )
 
 
@@ -319,6 +344,16 @@ def _event(progress: Progress) -> dict[str, Any]:
 def _results(job: Job, progress: Progress, place: Place) -> dict[str, Any]:
     row_length = job.training.rows.row_length
     image_positions = progress.image_rows * row_length
+    model = job.model.config
+    flops = meters.training_flops(
+        model.decoder,
+        model.encoder,
+        progress.counts,
+        progress.attended,
+        progress.num_images if job.looks else 0,
+        encoder_trained=job.model.encoder is not None,
+    )
+    (memory,) = place.sum([peak_memory_bytes()])
     return {
         "tokens_seen": progress.tokens_seen,
         "steps": progress.step,
@@ -338,6 +373,14 @@ def _results(job: Job, progress: Progress, place: Place) -> dict[str, Any]:
         ),
         "weights_digest": checkpoint.digests(job.model, None, place=place)["model"],
         "seconds": progress.seconds,
-        "tokens_per_second": progress.tokens_seen / max(progress.seconds, 1e-9),
-        "peak_memory_bytes": peak_memory_bytes(),
+        "meters": meters.report(
+            counts=progress.counts,
+            images=progress.num_images,
+            flops=flops,
+            seconds=progress.seconds,
+            parts=progress.parts,
+            peak_flops=place.peak_flops,
+            peak_memory_bytes=int(memory),
+        ),
+        "peak_memory_bytes": int(memory),
     }

@@ -27,7 +27,8 @@ class Place:
     """The device of this process, what it computes in, and its rank among those of a stage.
 
     `mesh` is None for one process without a process group; `scalars` is the group on the CPU
-    over which counts, flags and texts travel.
+    over which counts, flags and texts travel. `peak_flops`: FLOPs a second of a large matrix
+    product in `precision`, of all ranks together.
     """
 
     device: torch.device
@@ -36,6 +37,7 @@ class Place:
     world_size: int = 1
     mesh: DeviceMesh | None = None
     scalars: "dist.ProcessGroup | None" = None
+    peak_flops: float = 0.0
     compile_blocks: bool = False
     checkpoint_blocks: bool = False
 
@@ -114,14 +116,16 @@ def set_up(machine: Machine) -> Place:
         dist.init_process_group(kinds, timeout=timeout)
         scalars = dist.new_group(backend="gloo", timeout=timeout)
         mesh = _mesh(device, world_size, machine.shard_ranks or world_size)
+    precision = _precision(machine, device)
     compiled = machine.compile == "blocks" or (machine.compile == "auto" and device.type == "cuda")
     return Place(
         device=device,
-        precision=_precision(machine, device),
+        precision=precision,
         rank=rank,
         world_size=world_size,
         mesh=mesh,
         scalars=scalars,
+        peak_flops=world_size * product_flops(device, precision),
         compile_blocks=compiled,
         checkpoint_blocks=machine.activation_checkpointing == "blocks",
     )
@@ -167,6 +171,12 @@ def _precision(machine: Machine, device: torch.device) -> torch.dtype:
             file=sys.stderr,
         )
     return torch.bfloat16 if chosen == "bfloat16" else torch.float32
+
+
+def product_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs a second of a product of two square matrices, the best of three."""
+    size = 768 if device.type == "cpu" else 8192
+    return 2.0 * size**3 / product_seconds(device, dtype, size)
 
 
 def product_seconds(device: torch.device, dtype: torch.dtype, size: int = 0) -> float:

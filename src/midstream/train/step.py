@@ -10,6 +10,7 @@ from torch import Tensor
 from midstream.batch import Batch
 from midstream.config import AdamW
 from midstream.model.vlm import VLM
+from midstream.train.meters import Clock
 from midstream.train.optim import set_rate
 from midstream.train.parallel import Place
 from midstream.train.sharding import whole
@@ -43,11 +44,13 @@ def train_step(
     rate: float,
     settings: AdamW,
     place: Place,
+    clock: Clock | None = None,
 ) -> StepResult:
     """Move the weights once; the gradient is that of the mean loss over the step's targets.
 
     Every rank brings the same number of micro-batches. `encode` turns a batch's `images` into
     patch features (the identity for stored ones); None for a model that looks at them itself.
+    `clock` measures its parts.
     Raises NonFiniteError before the optimiser moves on any rank, ValueError for a step without a
     target.
     """
@@ -61,24 +64,29 @@ def train_step(
             "a step holds no target; its rows carry nothing to learn from: raise batch_rows, or "
             "look at them with `midstream show-data`"
         )
+    clock = clock or Clock(place.device)
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), dtype=torch.float64, device=place.device)
     for cpu_batch, shown in zip(micro_batches, num_images, strict=True):
         batch = _placed(cpu_batch, place)
-        with place.autocast():
+        with clock.part("encoder", on_device=True), place.autocast():
             features = _features(model, batch, encode, shown)
-            loss, cross_entropy = model.losses(batch, features, settings.z_loss)
-        (loss / num_targets).backward()  # type: ignore[no-untyped-call]
-        total += cross_entropy
+        with clock.part("model", on_device=True):
+            with place.autocast():
+                loss, cross_entropy = model.losses(batch, features, settings.z_loss)
+            (loss / num_targets).backward()  # type: ignore[no-untyped-call]
+            total += cross_entropy
     untouched = _touch(model)
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)))
+    with clock.part("optimizer", on_device=True):
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)))
     (summed,) = place.sum([float(total)])
     result = StepResult(summed / num_targets, norm, num_targets, sum(num_images), untouched)
     if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
         raise NonFiniteError(f"loss {result.loss}, gradient norm {result.grad_norm}")
     set_rate(optimizer, rate)
-    optimizer.step()
+    with clock.part("optimizer", on_device=True):
+        optimizer.step()
     return result
 
 
