@@ -1,165 +1,512 @@
-"""Midstream's training step against a plain PyTorch loop, on the same image-text examples.
+"""Midstream's training step against a plain loop, OpenLM, nanoVLM and transformers' models.
 
-Both sides start from the same weights and use the same attention. The plain loop takes one image
-example a row with padding behind it, computes logits at every position and moves the weights with
-AdamW as torch has it by default. Midstream is timed on these padded rows (the step alone) and on
-its own filled rows. The sides take turns in one process; the first round is not counted, and the
-losses of the first step must agree. A rate is tokens that are not padding by the median seconds.
+    python benchmarks/train_step.py --threads 2 --openlm CHECKOUT --nanovlm CHECKOUT
+
+The sides take turns in one process; the first round is not counted. On a CPU a rate is counted a
+CPU second of the process, since cores are shared; on a GPU a wall second. The share of the peak is
+the model FLOPs (6 N a token without the input embedding, and attention) over what a product of two
+matrices of 1,024 and 2,048 reaches, measured in each round. A ratio is the median over the rounds
+of Midstream's rate by the other's in the same round. Peak memory is that of a process of its own.
+It runs without any peer as well. On a GPU: `--device cuda`; `--dry-run` goes through that path
+without one: shapes, kernels chosen, the compiled graph of a block on the meta device.
 """
 
 import argparse
-import copy
+import os
+import resource
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch.nn.functional import cross_entropy
 
-from generated import continue_stage, model_79m, pocket_sources, rows_of
+import peers
+from generated import model_79m
 from midstream.batch import IGNORE, Batch
-from midstream.config import AdamW, Machine, Rows
-from midstream.data.loader import load_steps
+from midstream.config import (
+    DECODERS,
+    AdamW,
+    DecoderConfig,
+    EncoderConfig,
+    Machine,
+    VLMConfig,
+)
+from midstream.data.features import encode_fixed
+from midstream.model.attention import make_mask
+from midstream.model.decoder import Decoder, Rotary
 from midstream.model.initialise import initialise
+from midstream.model.vision import build_encoder
 from midstream.model.vlm import VLM
+from midstream.open_model import on_device
+from midstream.tokens import TokenCount
+from midstream.train.meters import training_flops
 from midstream.train.optim import make_optimizer
-from midstream.train.parallel import Place, autocast, set_up
+from midstream.train.parallel import Place, product_seconds, set_up
 from midstream.train.step import train_step
+from peers import Row, Step, step_of
 
-RATE = 1e-3
 SETTINGS = AdamW()
-SHARES = {"pictures": 0.5, "web": 0.5}
-# By scale: positions of a row, rows of a step, steps that are counted.
-POCKET_ROWS = continue_stage().training.rows
-SIZES = {
-    "pocket": (POCKET_ROWS.row_length, POCKET_ROWS.batch_rows, 12),
-    "79m": (1024, 1, 3),
+# A tower of 27 x 27 patches that is small enough to be looked through on two cores.
+SMALL_TOWER = EncoderConfig(
+    image_size=378,
+    patch_size=14,
+    hidden_size=384,
+    num_layers=5,
+    num_heads=6,
+    intermediate_size=1536,
+    feature_layer=-1,
+)
+CAPTION_TOKENS = 30
+
+
+def decoder_30m(vocab_size: int) -> DecoderConfig:
+    """The size between 11m and 79m that reference measurements used."""
+    return DecoderConfig(hidden_size=512, num_layers=8, num_heads=8, vocab_size=vocab_size)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step is given: a model, the length of its rows and how many, and pictures or none."""
+
+    decoder: DecoderConfig
+    encoder: EncoderConfig | None = None
+    length: int = 1024
+    rows: int = 1
+
+    @property
+    def model(self) -> VLMConfig:
+        return VLMConfig(decoder=self.decoder, encoder=self.encoder)
+
+
+WORKS = {
+    "30m text": Work(decoder_30m(4096)),
+    "79m text": Work(DECODERS["79m"]),
+    "30m image-text": Work(decoder_30m(50432), SMALL_TOWER),
+    "30m image-text, vocabulary 4,096": Work(decoder_30m(4096), SMALL_TOWER),
 }
-Step = Callable[[Batch], float]
+GPU_WORKS = {
+    "79m text": Work(DECODERS["79m"], length=2048, rows=16),
+    "1b text": Work(DECODERS["1b"], length=2048, rows=8),
+    "1b image-text, 10 % image tokens": Work(
+        DECODERS["1b"], model_79m().encoder, length=2048, rows=8
+    ),
+}
 
 
 @dataclass
 class Side:
-    """One contestant: its batches, its step, and what was measured."""
+    """One contestant and what was measured of it; `flops` are those of its step."""
 
     name: str
-    batches: Iterator[list[Batch]]
     step: Step
-    tokens: list[int] = field(default_factory=list)
+    tokens: int
+    images: int
+    flops: float
+    ours: bool = False
     seconds: list[float] = field(default_factory=list)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens that are not padding, a second of the median step."""
-        return statistics.mean(self.tokens) / statistics.median(self.seconds)
+    wall: list[float] = field(default_factory=list)
 
 
-def plain_step(model: VLM, device: torch.device) -> Step:
-    """Logits everywhere, mean cross-entropy, AdamW as it comes."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=RATE,
-        betas=(SETTINGS.beta1, SETTINGS.beta2),
-        eps=SETTINGS.eps,
-        weight_decay=SETTINGS.weight_decay,
+# ------------------------------------------------------------------------------------- rows
+
+
+def drawn(work: Work, device: torch.device) -> Row:
+    """A row that every side can take: text, or a picture, its caption, and padding."""
+    chance = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, work.decoder.vocab_size - 1, (1, work.length + 1), generator=chance)
+    input_ids, targets = ids[:, :-1].clone(), ids[:, 1:].clone()
+    pixels, patches = None, 0
+    if work.encoder is not None:
+        patches, size = work.encoder.num_patches, work.encoder.image_size
+        pixels = torch.rand((1, 3, size, size), generator=chance).to(device) * 2 - 1
+        targets[:, : patches - 1] = peers.IGNORED
+        targets[:, patches + CAPTION_TOKENS :] = peers.IGNORED
+    return Row(input_ids.to(device), targets.to(device), pixels, patches)
+
+
+def batch_of(work: Work, row: Row, *, filled: bool = False, images: int | None = None) -> Batch:
+    """The same row as Midstream reads it; `filled`: a text stands behind the caption.
+
+    With `images`, so many of the work's rows begin with a picture, and all are full of text.
+    """
+    length, patches, rows = work.length, row.num_patches, work.rows
+    with_image = rows if images is None else images
+    if work.encoder is None:
+        with_image = 0
+    input_ids = row.input_ids.cpu().expand(rows, -1).clone()
+    targets = torch.cat([input_ids[:, 1:], input_ids[:, :1]], dim=1)
+    position_ids = torch.arange(length).expand(rows, -1).clone()
+    segment_ids = torch.zeros((rows, length), dtype=torch.long)
+    end = patches + CAPTION_TOKENS + 1
+    for number in range(with_image):
+        input_ids[number, :patches] = 0
+        targets[number, : patches - 1] = IGNORE
+        targets[number, end - 1] = IGNORE
+        if filled or images is not None:
+            segment_ids[number, end:] = 1
+            position_ids[number, end:] -= end
+        else:
+            segment_ids[number, end:] = -1
+            position_ids[number, end:] = 0
+            targets[number, end:] = IGNORE
+    slots = torch.tensor([[number, 0] for number in range(with_image)]).reshape(-1, 2)
+    seen = int((segment_ids >= 0).sum())
+    counts = TokenCount(
+        text=seen - with_image * patches,
+        image=with_image * patches,
+        pad=rows * length - seen,
+        target=int((targets != IGNORE).sum()),
     )
-
-    def step(cpu_batch: Batch) -> float:
-        batch = cpu_batch.to(device)
-        optimizer.zero_grad()
-        with autocast(device):
-            hidden = model(batch, batch.images if len(batch.images) else None)
-            logits = model.decoder.output(hidden).float()
-            targets = batch.targets.flatten()
-            loss = cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORE)
-            squares = torch.logsumexp(logits, dim=-1).flatten().square()
-            z_loss = SETTINGS.z_loss * squares[targets != IGNORE].mean()
-        (loss + z_loss).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), SETTINGS.clip_norm)
-        optimizer.step()
-        return loss.item()
-
-    return step
+    pixels = torch.zeros((0, 3, 1, 1))
+    if row.pixels is not None:
+        pixels = row.pixels.cpu().expand(with_image, -1, -1, -1)
+    return Batch(input_ids, targets, position_ids, segment_ids, slots, pixels, counts)
 
 
-def midstream_step(model: VLM, device: torch.device) -> Step:
+# ------------------------------------------------------------------------------------ sides
+
+
+def model_of(work: Work, place: Place, *, compiled: bool = False) -> VLM:
+    """Midstream's model with its own initial weights."""
+    model = VLM(work.model)
+    initialise(model, 0)
+    model.to(place.device)
+    if compiled:
+        assert isinstance(model.decoder, Decoder)
+        for block in model.decoder.layers:
+            block.compile()
+        model.compiled_blocks = True
+    return model
+
+
+def our_step(model: VLM, batch: Batch, encode: object, place: Place) -> Step:
     """The step of every training stage."""
     optimizer = make_optimizer(model, SETTINGS)
-
-    def step(batch: Batch) -> float:
-        return train_step(
+    return lambda: (
+        train_step(
             model,
             optimizer,
             [batch],
-            encode=lambda features: features,
-            rate=RATE,
+            encode=encode,  # type: ignore[arg-type]
+            rate=1e-4,
             settings=SETTINGS,
-            place=Place(device),
+            place=place,
         ).loss
+    )
 
-    return step
+
+def plain_step(work: Work, row: Row, place: Place) -> Step:
+    """Midstream's own model in a plain loop: padded rows, logits everywhere."""
+    model, batch = model_of(work, place), batch_of(work, row).to(place.device)
+    look = encoder_of(work, place)
+
+    def loss() -> torch.Tensor:
+        features = None if look is None else look(row.pixels).float()  # type: ignore[operator]
+        logits = model.decoder.output(model(batch, features))
+        return cross_entropy(
+            logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE
+        )
+
+    return step_of(model, loss, place.device)
+
+
+def encoder_of(work: Work, place: Place) -> object:
+    """A frozen tower with random weights, as stages look through it; None without pictures."""
+    if work.encoder is None:
+        return None
+    tower = build_encoder(work.encoder)
+    initialise(tower, 0)
+    return on_device(tower.to(place.device).eval())
+
+
+def encode_of(work: Work, place: Place) -> object:
+    """What a stage calls for its pictures: the tower, and features rounded as stores hold them."""
+    look = encoder_of(work, place)
+    return None if look is None else partial(encode_fixed, encode=look, config=work.encoder)
+
+
+def side(work: Work, name: str, step: Step, batch: Batch, *, looks: bool, ours: bool) -> Side:
+    """With the FLOPs of what the batch holds."""
+    attended = int((batch.position_ids + 1)[batch.segment_ids >= 0].sum())
+    images = len(batch.image_slots)
+    flops = training_flops(
+        work.decoder,
+        work.encoder,
+        batch.counts,
+        attended,
+        images if looks else 0,
+        encoder_trained=False,
+    )
+    return Side(name, step, batch.counts.seen, images, flops, ours)
+
+
+def makers(work: Work, options: argparse.Namespace, place: Place) -> dict[str, Callable[[], Side]]:
+    """Every side of a work, to be built where it is measured."""
+    device, row = place.device, drawn(work, place.device)
+    padded = batch_of(work, row)
+    filled = batch_of(work, row, filled=True)
+    other = partial(side, work, batch=padded, looks=True, ours=False)
+    mine = partial(side, work, ours=True)
+    found: dict[str, Callable[[], Side]] = {
+        "plain": lambda: other("plain loop", plain_step(work, row, place))
+    }
+    if work.encoder is None:
+        encode = None
+        found["transformers"] = lambda: other(
+            "transformers Llama", peers.llama_text(work.decoder, row, device)
+        )
+        if options.openlm:
+            found["openlm"] = lambda: other(
+                "OpenLM", peers.openlm_text(options.openlm, work.decoder, row, device)
+            )
+        if options.nanovlm:
+            found["nanovlm"] = lambda: other(
+                "nanoVLM", peers.nanovlm_text(options.nanovlm, work.decoder, row, device)
+            )
+        kinds = {"midstream": (padded, False), "midstream, compiled": (padded, True)}
+        for name, (batch, compiled) in kinds.items():
+            found[name] = partial(
+                lambda name, batch, compiled: mine(
+                    name,
+                    our_step(model_of(work, place, compiled=compiled), batch, encode, place),
+                    batch=batch,
+                    looks=False,
+                ),
+                name,
+                batch,
+                compiled,
+            )
+        return found
+    tower = work.encoder
+    found["transformers"] = lambda: other(
+        "transformers LLaVA", peers.llava_image(work.decoder, tower, row, device)
+    )
+    if options.nanovlm:
+        found["nanovlm"] = lambda: other(
+            "nanoVLM", peers.nanovlm_image(options.nanovlm, work.decoder, tower, row, device)
+        )
+    stored = torch.randn((len(padded.images), tower.num_patches, tower.hidden_size))
+    for name, batch, looks in (
+        ("midstream", padded, True),
+        ("midstream, text behind", filled, True),
+        ("midstream, stored features", padded, False),
+        ("midstream, text behind, stored", filled, False),
+    ):
+        found[name] = partial(
+            lambda name, batch, looks: mine(
+                name,
+                our_step(
+                    model_of(work, place),
+                    batch,
+                    encode_of(work, place) if looks else lambda _pixels: stored.to(device),
+                    place,
+                ),
+                batch=batch,
+                looks=looks,
+            ),
+            name,
+            batch,
+            looks,
+        )
+    return found
+
+
+# -------------------------------------------------------------------------------- measuring
+
+
+def peak_flops(place: Place) -> float:
+    """FLOPs a CPU second (on a GPU a second) of the better of two matrix products."""
+    if place.device.type == "cuda":
+        return 2 * 8192**3 / product_seconds(place.device, place.precision, 8192)
+    best = 0.0
+    for size in (1024, 2048):
+        left = torch.ones((size, size))
+        for _ in range(3):
+            before = time.process_time()
+            left @ left
+            best = max(best, 2 * size**3 / (time.process_time() - before))
+    return best
+
+
+def measure(sides: list[Side], rounds: int, place: Place) -> list[float]:
+    """Let the sides take turns; returns the peak of each round."""
+    clock = time.process_time if place.device.type == "cpu" else time.perf_counter
+    peaks = []
+    for number in range(rounds + 1):
+        peak = peak_flops(place)
+        for one in sides:
+            wall, before = time.perf_counter(), clock()
+            one.step()
+            if place.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds, wall = clock() - before, time.perf_counter() - wall
+            if number:
+                one.seconds.append(seconds)
+                one.wall.append(wall)
+        if number:
+            peaks.append(peak)
+    return peaks
+
+
+def memory(name: str, key: str, options: argparse.Namespace) -> float | None:
+    """Peak memory in MiB of a process that takes three steps of one side."""
+    command = [sys.executable, __file__, "--measure-memory", key, "--work", name]
+    command += ["--threads", str(options.threads), "--device", options.device]
+    for option in ("openlm", "nanovlm"):
+        if getattr(options, option):
+            command += [f"--{option}", str(getattr(options, option))]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    return float(ended.stdout.split()[-1]) if ended.returncode == 0 else None
+
+
+def spread(values: list[float]) -> str:
+    """The median and the quarters around it."""
+    if len(values) < 3:
+        return f"{statistics.median(values):,.2f}"
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:,.2f} ({low:,.2f} to {high:,.2f})"
+
+
+def table(name: str, work: Work, options: argparse.Namespace, place: Place, out: Console) -> None:
+    """Measure one work and print it."""
+    made = makers(work, options, place)
+    sides = {key: make() for key, make in made.items()}
+    peaks = measure(list(sides.values()), options.rounds, place)
+    others = [one for one in sides.values() if not one.ours and one.name != "plain loop"]
+    others = others or [sides["plain"]]
+    rates = [one.tokens / statistics.median(one.seconds) for one in others]
+    fastest = others[rates.index(max(rates))]
+    unit = "CPU second" if place.device.type == "cpu" else "second"
+    shown = Table(title=f"{name}: {work.rows} x {work.length:,} positions")
+    for heading in ("side", f"useful tokens a {unit}", f"images a {unit}", "tokens a wall second"):
+        shown.add_column(heading, justify="left" if heading == "side" else "right")
+    shown.add_column("share of peak", justify="right")
+    shown.add_column(f"tokens, ratio to {fastest.name}", justify="right")
+    shown.add_column("images, ratio", justify="right")
+    shown.add_column("MiB", justify="right")
+    for key, one in sides.items():
+        tokens = [one.tokens / seconds for seconds in one.seconds]
+        share = [one.flops / s / p for s, p in zip(one.seconds, peaks, strict=True)]
+        slower = [b / a for a, b in zip(one.seconds, fastest.seconds, strict=True)]
+        held = memory(name, key, options) if options.memory else None
+        shown.add_row(
+            one.name,
+            f"{statistics.median(tokens):,.0f}",
+            f"{one.images / statistics.median(one.seconds):.3f}" if one.images else "",
+            f"{one.tokens / statistics.median(one.wall):,.0f}",
+            spread(share),
+            spread([ratio * one.tokens / fastest.tokens for ratio in slower]),
+            spread([ratio * one.images / fastest.images for ratio in slower]) if one.images else "",
+            "" if held is None else f"{held:,.0f}",
+        )
+    out.print(shown)
+    gflops = statistics.median(peaks) / 1e9
+    out.print(f"matrix product {gflops:,.0f} GFLOP a {unit}; {options.rounds} rounds\n")
+
+
+def gpu_table(options: argparse.Namespace, place: Place, out: Console) -> None:
+    """Each work on a GPU by each choice: compiled or not, and how its gain over the first."""
+    for name, work in GPU_WORKS.items():
+        row = drawn(work, place.device)
+        # A tenth of the tokens are patches.
+        images = None
+        if work.encoder is not None:
+            images = max(1, round(0.1 * work.rows * work.length / work.encoder.num_patches))
+        batch = batch_of(work, row, images=images)
+        shown = Table(title=f"{name}: {work.rows} x {work.length:,}, {place.precision}")
+        for heading in ("choice", "useful tokens/s", "TFLOP/s", "share of peak", "GiB"):
+            shown.add_column(heading)
+        for compiled in (False, True):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            model = model_of(work, place, compiled=compiled)
+            step = our_step(model, batch, encode_of(work, place), place)
+            one = side(work, name, step, batch, looks=True, ours=True)
+            for _ in range(3):
+                step()
+            peaks = measure([one], options.rounds, place)
+            seconds, peak = statistics.median(one.seconds), statistics.median(peaks)
+            shown.add_row(
+                "compiled blocks" if compiled else "eager",
+                f"{one.tokens / seconds:,.0f}",
+                f"{one.flops / seconds / 1e12:,.1f}",
+                f"{one.flops / seconds / peak:.3f}",
+                f"{torch.cuda.max_memory_allocated() / 2**30:.1f}",
+            )
+            del model, step, one
+        out.print(shown)
+        out.print(f"matrix product {peak / 1e12:,.0f} TFLOP/s\n")
+
+
+def dry_run(out: Console) -> None:
+    """The way of a GPU without one: shapes, kernels, a block's graph in one piece, FLOPs."""
+    for name, work in GPU_WORKS.items():
+        with torch.device("meta"):
+            model = VLM(work.model)
+        assert isinstance(model.decoder, Decoder)
+        size = (work.rows, work.length, work.decoder.hidden_size)
+        hidden = torch.empty(size, device="meta", dtype=torch.bfloat16, requires_grad=True)
+        position_ids = torch.arange(work.length, device="meta").expand(work.rows, -1)
+        graphs: list[int] = []
+
+        def count(graph: torch.fx.GraphModule, _inputs: object) -> object:
+            graphs.append(len(list(graph.graph.nodes)))  # noqa: B023
+            return graph.forward
+
+        block = model.decoder.layers[0].to(torch.bfloat16)
+        compiled = torch.compile(block, backend=count, fullgraph=True)
+        rotary = Rotary(work.decoder, position_ids, torch.bfloat16)
+        compiled(hidden, rotary, None, None).sum().backward()
+        segments = torch.zeros((1, work.length), dtype=torch.long)
+        segments[:, work.length // 2 :] = 1
+        mask = make_mask(segments, None, "segments", kind="blocks")
+        out.print(
+            f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters on meta; a block "
+            f"is {len(graphs)} graph of {graphs[0]} nodes, forward and backward, over {size}; "
+            f"rows of one text: causal SDPA; packed rows: {type(mask).__name__}"
+        )
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", choices=sorted(SIZES), default="pocket")
-    parser.add_argument("--steps", type=int, help="steps of each side that are counted")
-    parser.add_argument("--batch-rows", type=int, help="rows of a step")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    options = parser.parse_args()
-    row_length, batch_rows, steps = SIZES[options.scale]
-    batch_rows, steps = options.batch_rows or batch_rows, options.steps or steps
-    device = set_up(Machine(threads=options.threads, device=options.device)).device
-    config = continue_stage().model if options.scale == "pocket" else model_79m()
-    assert config.encoder is not None
-    model = VLM(config)
-    initialise(model, 0)
-    with pocket_sources() as sources:
-
-        def side(name: str, layout: str, make: Callable[[VLM, torch.device], Step]) -> Side:
-            rows = Rows(row_length=row_length, batch_rows=batch_rows, layout=layout)
-            tokens = (steps + 2) * batch_rows * row_length
-            dataset = rows_of(sources, config.encoder, rows, SHARES, tokens)
-            batches = load_steps(dataset, first_row=0, micro_rows=batch_rows)
-            return Side(name, batches, make(copy.deepcopy(model).to(device), device))
-
-        plain = side("plain loop, padded rows", "padded", plain_step)
-        padded = side("midstream, padded rows", "padded", midstream_step)
-        filled = side("midstream, filled rows", "filled", midstream_step)
-        measure([plain, padded, filled], steps, device)
-    print(
-        f"scale {options.scale}: {batch_rows} rows of {row_length} a step, {steps} steps of each "
-        f"side, {config.encoder.num_patches} patches an image, {device}, "
-        f"{options.threads} thread(s), torch {torch.__version__}"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for one in (plain, padded, filled):
-        print(
-            f"  {one.name:<24} {one.tokens_per_second:>10,.0f} tokens/s   "
-            f"{1000 * statistics.median(one.seconds):>8,.1f} ms a step   "
-            f"{1 - statistics.mean(one.tokens) / (batch_rows * row_length):>4.0%} padding"
-        )
-    print(f"ratio, the step alone:   {padded.tokens_per_second / plain.tokens_per_second:.2f}")
-    print(f"ratio, with filled rows: {filled.tokens_per_second / plain.tokens_per_second:.2f}")
-
-
-def measure(sides: list[Side], steps: int, device: torch.device) -> None:
-    """Let the sides take turns; raises SystemExit if the first losses disagree."""
-    for number in range(steps + 1):
-        losses = []
-        for side in sides:
-            (batch,) = next(side.batches)
-            before = time.perf_counter()
-            losses.append(side.step(batch))
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if number:
-                side.seconds.append(time.perf_counter() - before)
-                side.tokens.append(batch.counts.seen)
-        if number == 0 and abs(losses[0] - losses[1]) > 1e-2:
-            raise SystemExit(f"the sides do other work: first losses {losses[0]}, {losses[1]}")
+    parser.add_argument("--work", choices=sorted(WORKS), action="append")
+    parser.add_argument("--openlm", type=Path, help="a checkout of OpenLM")
+    parser.add_argument("--nanovlm", type=Path, help="a checkout of nanoVLM")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--memory", action="store_true", help="also the peak memory of each side")
+    parser.add_argument("--dry-run", action="store_true", help="the GPU's way without a GPU")
+    parser.add_argument("--measure-memory", metavar="SIDE", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    out = Console(width=180)
+    if options.dry_run:
+        dry_run(out)
+        return
+    place = set_up(Machine(threads=options.threads, device=options.device))
+    if options.measure_memory:
+        step = makers(WORKS[options.work[0]], options, place)[options.measure_memory]().step
+        for _ in range(3):
+            step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    out.print(f"torch {torch.__version__}, {place.device}, {options.threads} threads")
+    if place.device.type == "cuda":
+        gpu_table(options, place, out)
+        return
+    for name in options.work or WORKS:
+        table(name, WORKS[name], options, place, out)
 
 
 if __name__ == "__main__":

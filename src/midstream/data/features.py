@@ -17,8 +17,10 @@ from midstream.config import AnyEncoderConfig, PretrainedEncoder
 from midstream.data.images import decode_pixels
 from midstream.data.sources import Source
 
-# The shape of a batch decides the last bits of its results; every batch has this one.
+# Pictures that are read, and with small towers or on a GPU looked at, together.
 FILL_BATCH = 8
+# A tower of so many patches fills a CPU with one picture.
+_LARGE_TOWER = 256
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # The largest code of an int8 feature; its scale is the patch's largest magnitude over this.
 LARGEST_CODE = 127
@@ -93,16 +95,19 @@ def encode_fixed(
 def encode_raw(
     encode: Encode, pixels: Float32[Tensor, "images 3 size size"], config: AnyEncoderConfig
 ) -> Float32[Tensor, "images patches width"]:
-    """Features before rounding, computed `FILL_BATCH` pictures at a time, the last batch padded."""
-    shape = (config.num_patches, config.hidden_size)
+    """Features before rounding, in batches of one size, the last one padded.
+
+    The shape of a batch decides the last bits of its results.
+    """
+    shape, size = (config.num_patches, config.hidden_size), encode_batch(config)
     if not len(pixels):
         return torch.zeros((0, *shape), device=pixels.device)
     found = []
-    for low in range(0, len(pixels), FILL_BATCH):
-        part = pixels[low : low + FILL_BATCH]
-        padding = part.new_zeros((FILL_BATCH - len(part), *part.shape[1:]))
+    for low in range(0, len(pixels), size):
+        part = pixels[low : low + size]
+        padding = part.new_zeros((size - len(part), *part.shape[1:]))
         features = encode(torch.cat([part, padding]))
-        if features.shape != (FILL_BATCH, *shape):
+        if features.shape != (size, *shape):
             raise ValueError(
                 f"the encoder gives features of shape {tuple(features.shape[1:])} a picture, its "
                 f"configuration says {shape}; load the weights that belong to it"
@@ -189,6 +194,12 @@ def error_of(
     for pixels in pixel_batches(source, sample, config):
         meter.add(encode_raw(encode, pixels, config))
     return meter.errors()
+
+
+def encode_batch(config: AnyEncoderConfig) -> int:
+    """Pictures that an encoder is given at once on this machine."""
+    alone = config.num_patches >= _LARGE_TOWER and not torch.cuda.is_available()
+    return 1 if alone else FILL_BATCH
 
 
 def pixel_batches(

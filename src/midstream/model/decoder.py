@@ -59,7 +59,12 @@ class Cache:
 def compute_dtype(like: Tensor) -> torch.dtype:
     """The dtype that matrix products on the device of `like` have: autocast's, or its own."""
     kind = like.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+    return torch.get_autocast_dtype(kind) if _is_cast(kind) else like.dtype
+
+
+def _is_cast(kind: str) -> bool:
+    """Whether autocast is on; on the meta device, where there are but shapes, there is none."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 class LayerNorm(nn.Module):
@@ -76,7 +81,7 @@ class LayerNorm(nn.Module):
     def forward(self, hidden: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         """Subtract the mean, divide by the standard deviation, multiply by the gain."""
         dtype, kind = compute_dtype(hidden), hidden.device.type
-        if dtype == hidden.dtype == self.weight.dtype and not torch.is_autocast_enabled(kind):
+        if dtype == hidden.dtype == self.weight.dtype and not _is_cast(kind):
             return layer_norm(hidden, self.weight.shape, self.weight, None, self.eps)
         with torch.autocast(kind, enabled=False):
             gain = self.weight.to(dtype)
