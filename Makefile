@@ -37,7 +37,7 @@ test: $(READY)
 
 # All faults: kills at every write, many ranks, stuck ranks; about twenty minutes.
 faults: $(READY)
-	$(BIN)/python -m pytest -q -n 2 --faults tests/faults tests/train tests/test_resume.py tests/test_ranks.py
+	$(BIN)/python -m pytest -q -n 2 --faults tests/faults tests/train tests/test_resume.py
 
 format: $(READY)
 	$(BIN)/ruff format .

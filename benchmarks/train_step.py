@@ -13,7 +13,6 @@ without one: shapes, kernels chosen, the compiled graph of a block on the meta d
 
 import argparse
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -230,7 +229,7 @@ def encoder_of(work: Work, place: Place) -> object:
 def encode_of(work: Work, place: Place) -> object:
     """What a stage calls for its pictures: the tower, and features rounded as stores hold them."""
     look = encoder_of(work, place)
-    return None if look is None else partial(encode_fixed, encode=look, config=work.encoder)
+    return None if look is None else partial(encode_fixed, look, config=work.encoder)
 
 
 def side(work: Work, name: str, step: Step, batch: Batch, *, looks: bool, ours: bool) -> Side:
@@ -499,7 +498,9 @@ def main() -> None:
         step = makers(WORKS[options.work[0]], options, place)[options.measure_memory]().step
         for _ in range(3):
             step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        # Not getrusage's: that starts at what the process was forked from.
+        status = Path("/proc/self/status").read_text()
+        print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
         return
     out.print(f"torch {torch.__version__}, {place.device}, {options.threads} threads")
     if place.device.type == "cuda":

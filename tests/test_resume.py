@@ -4,24 +4,21 @@ Processes are forked from a server that has imported everything and computed not
 life costs what its steps cost.
 """
 
-import io
 import json
-import multiprocessing
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
 
 import tiny
+from lives import DEADLINE_SECONDS, born, has_steps, server, wait_for
 from midstream.study.ledger import Ledger
-from midstream.study.stage import Continue, ContinueFrom, Pretrain, Stage
+from midstream.study.stage import Continue, ContinueFrom, Pretrain
 from midstream.study.workers import work_line, worker_command, worker_environment, write_work
 from midstream.train import checkpoint
 
@@ -35,17 +32,12 @@ LONG_SEEN = tiny.image_run(
     budget=tiny.mixture(44_000, pictures=0.5, web=0.5).model_copy(update={"max_epochs": 4}),
     checkpoint_every_steps=3,
 )
-# What the server imports before it forks: all that a stage needs.
-PRELOADED = ["midstream.run_stage", "transformers.models.siglip.modeling_siglip"]
 Trained = Pretrain | Continue
-DEADLINE_SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")
 def processes() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    return context
+    return server()
 
 
 @pytest.fixture(scope="module")
@@ -59,34 +51,6 @@ def ledger(tiny_ledger: Ledger, tmp_path_factory: pytest.TempPathFactory) -> Led
 
 def own_store(tiny_ledger: Ledger, folder: Path) -> Ledger:
     return tiny.store_with(tiny_ledger, folder, tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT)
-
-
-def work(store: str, stage: str) -> None:
-    """A worker's life: what `python -m midstream.run_stage` does with one line of input."""
-    from midstream.run_stage import serve
-
-    sys.stdout = io.StringIO()
-    serve(Path(store), tiny.MACHINE, [stage])
-
-
-def born(processes: ForkServerContext, ledger: Ledger, stage: Stage) -> ForkServerProcess:
-    process = processes.Process(target=work, args=(str(ledger.store), work_line(stage)))
-    process.start()
-    return process
-
-
-def wait_for(condition: Callable[[], bool], alive: Callable[[], bool]) -> None:
-    end = time.monotonic() + DEADLINE_SECONDS
-    while not condition():
-        assert alive(), "the process ended before it was killed"
-        assert time.monotonic() < end
-        time.sleep(0.001)
-
-
-def has_steps(ledger: Ledger, stage: Stage, number: int) -> Callable[[], bool]:
-    """Whether step `number` has been taken since now: a resumed stage cuts its lines back."""
-    path = ledger.folder(stage) / "metrics.jsonl"
-    return lambda: path.is_file() and path.read_bytes().count(b"\n") >= number
 
 
 @pytest.mark.parametrize("stage", [tiny.TEXT, tiny.SEEN], ids=lambda stage: stage.kind)

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from midstream.config import ContinuedCosine, WarmupCosine
-from midstream.schedule import check_start, rate_at
+from midstream.config import Constant, ContinuedCosine, WarmupCosine, WarmupStableDecay
+from midstream.schedule import check_start, moments_factor, rate_at
 
 # The text run of the paper's 1.4B model: 512 sequences of 2,048 tokens a step.
 STEP_TOKENS = 512 * 2048
@@ -116,3 +116,37 @@ def test_other_starts_are_accepted() -> None:
     check_start(ContinuedCosine(end_rate=3e-5), 3.1e-5, "stage-7")
     check_start(WarmupCosine(peak_rate=1e-3), None, "stage-7")
     check_start(WarmupCosine(peak_rate=1e-3), 3e-5, "stage-7")
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [WarmupCosine(peak_rate=0.0), Constant(peak_rate=0.0), WarmupStableDecay(peak_rate=0.0)],
+)
+def test_a_rate_of_zero_is_refused(schedule: WarmupCosine | Constant | WarmupStableDecay) -> None:
+    with pytest.raises(ValueError, match=r"stage-7: the learning rate is 0 .* peak_rate above 0"):
+        check_start(schedule, None, "stage-7")
+
+
+def test_a_constant_rate_stays_and_a_stable_one_falls_at_its_end() -> None:
+    constant = Constant(peak_rate=2e-3, warmup_fraction=0.5)
+    assert [rate_at(constant, at, 1_000) for at in (250, 500, 1_000)] == [1e-3, 2e-3, 2e-3]
+    stable = WarmupStableDecay(
+        peak_rate=2e-3, end_rate=1e-3, warmup_fraction=0.1, decay_fraction=0.2
+    )
+    rates = [rate_at(stable, at, 1_000) for at in (50, 100, 800, 900, 1_000)]
+    assert rates == pytest.approx([1e-3, 2e-3, 2e-3, 1.5e-3, 1e-3])
+
+
+def test_a_warm_up_and_a_decay_have_room_in_a_stage() -> None:
+    with pytest.raises(ValueError, match=r"0\.7 and decay_fraction 0\.4 are more than the whole"):
+        WarmupStableDecay(peak_rate=1e-3, warmup_fraction=0.7, decay_fraction=0.4)
+
+
+def test_the_first_step_of_a_warm_up_moves_the_weights() -> None:
+    schedule = WarmupCosine(peak_rate=1e-3, warmup_fraction=0.1)
+    assert rate_at(schedule, 0, 10_000, step_tokens=100) == pytest.approx(1e-4)
+
+
+def test_moments_that_start_at_zero_let_the_rate_rise_over_a_hundredth() -> None:
+    factors = [moments_factor(at, 100_000, step_tokens=100) for at in (0, 400, 900, 50_000)]
+    assert factors == pytest.approx([0.1, 0.5, 1.0, 1.0])

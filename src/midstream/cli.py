@@ -16,6 +16,7 @@ import typer
 
 from midstream import __version__
 from midstream.model_commands import COMMANDS
+from midstream.profile_command import profile
 
 if TYPE_CHECKING:
     from midstream.config import Machine
@@ -104,6 +105,10 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print every stage as JSON.")] = False,
     features: Features = "auto",
     max_feature_gib: MaxFeatureGib = 64.0,
+    curves: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw the learning rates (.png, .svg or .pdf)."),
+    ] = None,
 ) -> None:
     """Show what a study would run and what it costs; starts nothing."""
     from midstream import terminal
@@ -125,6 +130,15 @@ def plan(
         for found in kept:
             line = found.sentence(terminal.quantity)
             terminal.out().print(line, markup=False, highlight=False, soft_wrap=True)
+    if curves is not None:
+        from midstream.report.curves import curves as curves_of
+        from midstream.report.curves import write_curves
+
+        drawn, missing = curves_of(find_study(study, settings or []), ledger)
+        write_curves(drawn, curves)
+        for sentence in missing:
+            typer.echo(f"not drawn: {sentence}", err=True)
+        typer.echo(f"learning rates: {curves}", err=as_json)
 
 
 @app.command()
@@ -353,7 +367,7 @@ def demo(
     terminal.out().print(text)
 
 
-for command_name, command_of in COMMANDS.items():
+for command_name, command_of in {**COMMANDS, "profile": profile}.items():
     app.command(command_name)(user_errors(command_of))
 
 

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import pwd
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -107,6 +108,17 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(path.replace(path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")))
 
 
+def require_writable(folder: Path) -> None:
+    """Raises PermissionError, with both users and the remedy, for a folder that is not ours."""
+    if not folder.is_dir() or os.access(folder, os.W_OK | os.X_OK):
+        return
+    owner, me = (_user(number) for number in (folder.stat().st_uid, os.geteuid()))
+    raise PermissionError(
+        f"{folder} belongs to {owner}, and {me} may not write there; give another folder, or have "
+        f"{owner} run: chmod -R a+rwX {folder}"
+    )
+
+
 @contextmanager
 def room_for(path: Path) -> Iterator[None]:
     """Turn a full disk into an OSError that names `path`, what is free, and the remedy."""
@@ -165,6 +177,13 @@ def append_line(path: Path) -> Callable[[dict[str, Any]], None]:
             stream.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
 
     return add
+
+
+def _user(number: int) -> str:
+    try:
+        return f"user {pwd.getpwuid(number).pw_name}"
+    except KeyError:
+        return f"user {number}"
 
 
 def _entry(path: Path) -> dict[str, Any]:

@@ -15,7 +15,13 @@ from typing import Any, Literal, cast
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from midstream.storage import read_json, remove_leftovers, write_bytes, write_json
+from midstream.storage import (
+    read_json,
+    remove_leftovers,
+    require_writable,
+    write_bytes,
+    write_json,
+)
 from midstream.study.stage import Stage, Study, stage_from_json
 
 SUCCESS = "SUCCESS"
@@ -124,6 +130,7 @@ class Ledger:
         """
         folder = self.folder(stage)
         folder.mkdir(parents=True, exist_ok=True)
+        require_writable(folder)
         with _stage_lock(folder):
             if self.is_done(stage):
                 raise ValueError(f"{folder} is done already; delete the folder to run it again")
@@ -202,6 +209,7 @@ def launch_lock(store: Path) -> Iterator[None]:
     holds it; the store is then as it was.
     """
     store.mkdir(parents=True, exist_ok=True)
+    require_writable(store)
     holder = store / "launch.pid"
     lock = FileLock(store / "launch.lock", timeout=GLANCE_SECONDS)
     try:

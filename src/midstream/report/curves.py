@@ -1,0 +1,137 @@
+"""The learning rates of a study before anything runs: `midstream plan --curves`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from midstream.report.figures import INK, SERIES, STYLE
+from midstream.schedule import check_start, moments_factor, rate_at
+from midstream.study.cost import cost
+from midstream.study.graph import order
+from midstream.study.imported import open_imported
+from midstream.study.ledger import Ledger
+from midstream.study.stage import Continue, ContinueFrom, Finetune, LoadDecoder, Study, Trained
+
+NUM_POINTS = 400
+STYLES = {"pretrain": (INK, "-"), "continue": (SERIES[0], "-"), "finetune": (SERIES[1], "--")}
+NAMES = {"pretrain": "text", "continue": "image-text", "finetune": "instruct"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A stage's rate over the tokens that its model has seen since its first stage."""
+
+    stage: str
+    kind: str
+    tokens: tuple[int, ...]
+    rates: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Where a stage begins on the axis, its tokens, and the rate that it goes on from."""
+
+    first: int
+    tokens: int
+    parent_rate: float | None
+
+
+def curves(study: Study, ledger: Ledger | None = None) -> tuple[list[Curve], list[str]]:
+    """Every different curve of the study, and a sentence for each stage that cannot be drawn.
+
+    A stage of whole epochs has a length once its data is prepared, an imported model a rate where
+    its folder tells one. Raises ValueError for a schedule that cannot start.
+    """
+    spans: dict[str, _Span] = {}
+    found: dict[tuple[object, ...], Curve] = {}
+    missing: list[str] = []
+    for stage in order(study):
+        if not isinstance(stage, Trained):
+            continue
+        span = _span(stage, spans, ledger)
+        if span is None:
+            missing.append(f"{stage.name}: its length is known once its data is prepared")
+            continue
+        spans[stage.name] = span
+        check_start(stage.training.schedule, span.parent_rate, stage.name)
+        rates = tuple(_rate(stage, span, share / NUM_POINTS) for share in range(NUM_POINTS + 1))
+        tokens = tuple(
+            span.first + share * span.tokens // NUM_POINTS for share in range(NUM_POINTS + 1)
+        )
+        found.setdefault((stage.kind, tokens, rates), Curve(stage.name, stage.kind, tokens, rates))
+    return list(found.values()), missing
+
+
+def write_curves(drawn: Sequence[Curve], path: Path) -> None:
+    """One picture (.png, .svg or .pdf); ValueError for another ending, or nothing to draw."""
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"{path} is no .png, .svg or .pdf")
+    if not drawn:
+        raise ValueError("no stage of this study has a length yet; prepare its data first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 3.8))
+        axes = figure.add_subplot()
+        for curve in drawn:
+            colour, line = STYLES[curve.kind]
+            axes.plot(curve.tokens, curve.rates, color=colour, linestyle=line, linewidth=1.6)
+        axes.set_xlabel("tokens seen since the first stage")
+        axes.set_ylabel("learning rate")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.tick_params(length=0)
+        kinds = [kind for kind in STYLES if any(curve.kind == kind for curve in drawn)]
+        keys = [
+            Line2D([], [], color=STYLES[kind][0], linestyle=STYLES[kind][1], label=NAMES[kind])
+            for kind in kinds
+        ]
+        figure.legend(handles=keys, loc="outside upper right", ncols=len(keys))
+        figure.savefig(path, dpi=160)
+
+
+def _span(stage: Trained, spans: dict[str, _Span], ledger: Ledger | None) -> _Span | None:
+    tokens = cost(stage, ledger).tokens
+    if tokens is None:
+        return None
+    if isinstance(stage, Finetune):
+        before = spans.get(stage.start.name)
+        return None if before is None else _Span(before.first + before.tokens, tokens, None)
+    if not isinstance(stage, Continue) or not isinstance(stage.start, ContinueFrom):
+        return _Span(0, tokens, None)
+    parent, completion = stage.start.stage, stage.start.completion
+    if isinstance(parent, LoadDecoder):
+        return _Span(0, tokens, _imported_rate(parent))
+    before = spans.get(parent.name)
+    if before is None:
+        return None
+    seen = round(completion * before.tokens)
+    rate = rate_at(parent.training.schedule, seen, before.tokens)
+    return _Span(before.first + seen, tokens, rate)
+
+
+def _rate(stage: Trained, span: _Span, share: float) -> float:
+    seen = round(share * span.tokens)
+    rows = stage.training.rows
+    step_tokens = rows.batch_rows * rows.row_length
+    rate = rate_at(
+        stage.training.schedule,
+        seen,
+        span.tokens,
+        parent_rate=span.parent_rate,
+        step_tokens=step_tokens,
+    )
+    start = stage.start if isinstance(stage, Continue) else None
+    if isinstance(start, ContinueFrom) and start.optimizer == "warm":
+        rate *= moments_factor(seen, span.tokens, step_tokens=step_tokens)
+    return rate
+
+
+def _imported_rate(stage: LoadDecoder) -> float | None:
+    position = open_imported(stage.checkpoint).position
+    return None if position is None else position.rate

@@ -1,0 +1,90 @@
+"""The rates of a study before it runs."""
+
+from pathlib import Path
+
+import pytest
+
+import tiny
+from midstream.config import Constant
+from midstream.report.curves import NUM_POINTS, curves, write_curves
+from midstream.schedule import rate_at
+from midstream.study.ledger import Ledger
+from midstream.study.stage import ContinueFrom, Evaluate, Figure, Line, Study
+
+
+def study_of(*results: Evaluate) -> Study:
+    lines = tuple(
+        Line(name=f"line {number}", axes={"x": number}, result=result)
+        for number, result in enumerate(results)
+    )
+    return Study(name="s", question="?", lines=lines, figure=Figure(x="x", x_label="x"))
+
+
+def evaluated(**changes: object) -> Evaluate:
+    start = ContinueFrom(stage=tiny.TEXT, completion=0.4, **changes)  # type: ignore[arg-type]
+    return Evaluate(of=tiny.image_run(start), evaluation=tiny.EVALUATION)
+
+
+def test_a_continued_stage_begins_where_its_parent_stood_at_the_parents_rate() -> None:
+    found, missing = curves(study_of(evaluated()))
+    assert missing == []
+    text, seen = found
+    assert (text.kind, seen.kind) == ("pretrain", "continue")
+    assert seen.tokens[0] == 6_400
+    at = text.tokens.index(6_400)
+    rate = rate_at(tiny.TEXT.training.schedule, 6_400, 16_000)
+    assert seen.rates[0] == rate == pytest.approx(text.rates[at], rel=0.2)
+    assert seen.tokens[-1] == 6_400 + 8_000
+    assert seen.rates[-1] == pytest.approx(tiny.END_RATE)
+    assert len(seen.rates) == NUM_POINTS + 1
+
+
+def test_moments_that_warm_up_hold_the_rate_back_at_the_start() -> None:
+    (_, carried), (_, warm) = (
+        curves(study_of(evaluated(optimizer=kind)))[0] for kind in ("carry", "warm")
+    )
+    # One step of a stage of eleven is more than a hundredth of it.
+    assert warm.rates == carried.rates
+    long = tiny.image_run(
+        ContinueFrom(stage=tiny.TEXT, completion=0.4, optimizer="warm"),
+        total_tokens=2_000_000,
+    )
+    held = curves(study_of(Evaluate(of=long, evaluation=tiny.EVALUATION)))[0][1]
+    assert held.rates[0] < 0.1 * held.rates[5]
+
+
+def test_a_stage_of_unknown_length_is_named_and_drawn_once_its_data_is_prepared(
+    tiny_ledger: Ledger,
+) -> None:
+    study = study_of(tiny.RESULT)
+    found, (sentence,) = curves(study)
+    assert {curve.kind for curve in found} == {"pretrain", "continue"}
+    assert sentence.startswith(tiny.CHAT.name)
+    assert "once its data is prepared" in sentence
+    found, missing = curves(study, tiny_ledger)
+    assert missing == []
+    assert found[-1].kind == "finetune"
+    assert found[-1].tokens[0] == found[-2].tokens[-1]
+
+
+def test_equal_curves_are_one_and_a_rate_of_zero_is_refused() -> None:
+    found, _ = curves(study_of(evaluated(), evaluated(optimizer="carry")))
+    assert len(found) == 2
+    flat = tiny.text_run(schedule=Constant(peak_rate=0.0))
+    with pytest.raises(ValueError, match=r"pretrain-\w+: the learning rate is 0"):
+        curves(study_of(Evaluate(of=flat, evaluation=tiny.EVALUATION)))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_the_picture_is_written(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / "sub" / f"rates{suffix}"
+    write_curves(curves(study_of(evaluated()))[0], path)
+    assert path.stat().st_size > 5_000
+
+
+def test_another_ending_and_nothing_to_draw_are_refused(tmp_path: Path) -> None:
+    drawn = curves(study_of(evaluated()))[0]
+    with pytest.raises(ValueError, match=r"rates\.jpg is no \.png"):
+        write_curves(drawn, tmp_path / "rates.jpg")
+    with pytest.raises(ValueError, match="no stage of this study has a length"):
+        write_curves([], tmp_path / "rates.png")
