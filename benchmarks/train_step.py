@@ -2,17 +2,20 @@
 
     python benchmarks/train_step.py --threads 2 --openlm CHECKOUT --nanovlm CHECKOUT
 
-The sides take turns in one process; the first round is not counted. On a CPU a rate is counted a
-CPU second of the process, since cores are shared; on a GPU a wall second. The share of the peak is
-the model FLOPs (6 N a token without the input embedding, and attention) over what a product of two
-matrices of 1,024 and 2,048 reaches, measured in each round. A ratio is the median over the rounds
-of Midstream's rate by the other's in the same round. Peak memory is that of a process of its own.
-It runs without any peer as well. On a GPU: `--device cuda`; `--dry-run` goes through that path
-without one: shapes, kernels chosen, the compiled graph of a block on the meta device.
+Each side is a process of its own that lives as long as the comparison, and they take turns: one
+step each a round; the first two rounds are not counted. Midstream's is set up as its workers are,
+the others as torch is by default, with as many threads. On a CPU a rate is counted a CPU second,
+since cores are shared; on a GPU a wall second. The share of the peak is the model FLOPs (6 N a
+token without the input embedding, and attention) over what a product of two matrices of 1,024 or
+2,048 reaches, measured in each round. A ratio is the median over the rounds of the side's rate by
+that of the fastest other one in the same round. Memory is the peak of the side's process, and what
+of it is the step's: beyond the process, its weights and their moments. It runs without any peer as
+well. On a GPU: `--device cuda`; `--dry-run` goes through that path without one: shapes, kernels
+chosen, the compiled graph of a block on the meta device.
 """
 
 import argparse
-import os
+import json
 import statistics
 import subprocess
 import sys
@@ -21,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -109,9 +113,7 @@ class Side:
     tokens: int
     images: int
     flops: float
-    ours: bool = False
     seconds: list[float] = field(default_factory=list)
-    wall: list[float] = field(default_factory=list)
 
 
 # ------------------------------------------------------------------------------------- rows
@@ -232,7 +234,7 @@ def encode_of(work: Work, place: Place) -> object:
     return None if look is None else partial(encode_fixed, look, config=work.encoder)
 
 
-def side(work: Work, name: str, step: Step, batch: Batch, *, looks: bool, ours: bool) -> Side:
+def side(work: Work, name: str, step: Step, batch: Batch, *, looks: bool) -> Side:
     """With the FLOPs of what the batch holds."""
     attended = int((batch.position_ids + 1)[batch.segment_ids >= 0].sum())
     images = len(batch.image_slots)
@@ -244,7 +246,7 @@ def side(work: Work, name: str, step: Step, batch: Batch, *, looks: bool, ours: 
         images if looks else 0,
         encoder_trained=False,
     )
-    return Side(name, step, batch.counts.seen, images, flops, ours)
+    return Side(name, step, batch.counts.seen, images, flops)
 
 
 def makers(work: Work, options: argparse.Namespace, place: Place) -> dict[str, Callable[[], Side]]:
@@ -252,8 +254,8 @@ def makers(work: Work, options: argparse.Namespace, place: Place) -> dict[str, C
     device, row = place.device, drawn(work, place.device)
     padded = batch_of(work, row)
     filled = batch_of(work, row, filled=True)
-    other = partial(side, work, batch=padded, looks=True, ours=False)
-    mine = partial(side, work, ours=True)
+    other = partial(side, work, batch=padded, looks=True)
+    mine = partial(side, work)
     found: dict[str, Callable[[], Side]] = {
         "plain": lambda: other("plain loop", plain_step(work, row, place))
     }
@@ -335,35 +337,90 @@ def peak_flops(place: Place) -> float:
     return best
 
 
-def measure(sides: list[Side], rounds: int, place: Place) -> list[float]:
-    """Let the sides take turns; returns the peak of each round."""
-    clock = time.process_time if place.device.type == "cpu" else time.perf_counter
+def measure(side: Side, rounds: int, place: Place) -> list[float]:
+    """Steps of one side on a GPU; returns the peak of each round."""
     peaks = []
-    for number in range(rounds + 1):
+    for number in range(rounds + 2):
         peak = peak_flops(place)
-        for one in sides:
-            wall, before = time.perf_counter(), clock()
-            one.step()
-            if place.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds, wall = clock() - before, time.perf_counter() - wall
-            if number:
-                one.seconds.append(seconds)
-                one.wall.append(wall)
-        if number:
+        before = time.perf_counter()
+        side.step()
+        torch.cuda.synchronize()
+        if number >= 2:
+            side.seconds.append(time.perf_counter() - before)
             peaks.append(peak)
     return peaks
 
 
-def memory(name: str, key: str, options: argparse.Namespace) -> float | None:
-    """Peak memory in MiB of a process that takes three steps of one side."""
-    command = [sys.executable, __file__, "--measure-memory", key, "--work", name]
-    command += ["--threads", str(options.threads), "--device", options.device]
-    for option in ("openlm", "nanovlm"):
-        if getattr(options, option):
-            command += [f"--{option}", str(getattr(options, option))]
-    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-    return float(ended.stdout.split()[-1]) if ended.returncode == 0 else None
+def held_mib(field_name: str) -> float:
+    """VmRSS or VmHWM of this process. Not getrusage's: that begins at what it was forked from."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field_name}:")[1].split()[0]) / 1024
+
+
+def serve_side(key: str, options: argparse.Namespace) -> None:
+    """The process of one side: a step for each line it gets, and a line of JSON for each step."""
+    work = WORKS[options.work[0]]
+    place = Place(torch.device("cpu"))
+    if key.startswith("midstream"):
+        place = set_up(Machine(threads=options.threads, device="cpu"))
+    torch.set_num_threads(options.threads)
+    before = held_mib("VmRSS")
+    made = makers(work, options, place)[key]()
+    told = {"name": made.name, "tokens": made.tokens, "images": made.images, "flops": made.flops}
+    print(json.dumps(told), flush=True)
+    for _ in sys.stdin:
+        wall, seconds = time.perf_counter(), time.process_time()
+        made.step()
+        seconds, wall = time.process_time() - seconds, time.perf_counter() - wall
+        # Weights and two moments in float32.
+        state = 12 * work.decoder.num_parameters / 2**20
+        peak = held_mib("VmHWM")
+        told = {"seconds": seconds, "wall": wall, "peak": peak, "step": peak - before - state}
+        print(json.dumps(told), flush=True)
+
+
+class Remote:
+    """A side in its process, and what was measured of it."""
+
+    def __init__(self, name: str, key: str, options: argparse.Namespace) -> None:
+        self.ours, self.key = key.startswith("midstream"), key
+        command = [sys.executable, __file__, "--serve-side", key, "--work", name]
+        command += ["--threads", str(options.threads)]
+        for option in ("openlm", "nanovlm"):
+            if getattr(options, option):
+                command += [f"--{option}", str(getattr(options, option))]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        told = self._read()
+        self.name, self.tokens = told["name"], told["tokens"]
+        self.images, self.flops = told["images"], told["flops"]
+        self.steps: list[dict[str, float]] = []
+
+    def step(self) -> dict[str, float]:
+        """Take a step; what it took."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def end(self) -> None:
+        """Let the process go."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def all(self, key: str) -> list[float]:
+        """What was measured in each counted round."""
+        return [step[key] for step in self.steps]
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the process of {self.key} has ended")
+        found: dict[str, Any] = json.loads(line)
+        return found
 
 
 def spread(values: list[float]) -> str:
@@ -374,41 +431,47 @@ def spread(values: list[float]) -> str:
     return f"{middle:,.2f} ({low:,.2f} to {high:,.2f})"
 
 
-def table(name: str, work: Work, options: argparse.Namespace, place: Place, out: Console) -> None:
+def table(name: str, work: Work, options: argparse.Namespace, out: Console) -> None:
     """Measure one work and print it."""
-    made = makers(work, options, place)
-    sides = {key: make() for key, make in made.items()}
-    peaks = measure(list(sides.values()), options.rounds, place)
-    others = [one for one in sides.values() if not one.ours and one.name != "plain loop"]
-    others = others or [sides["plain"]]
-    rates = [one.tokens / statistics.median(one.seconds) for one in others]
-    fastest = others[rates.index(max(rates))]
-    unit = "CPU second" if place.device.type == "cpu" else "second"
+    place = Place(torch.device("cpu"))
+    sides = [Remote(name, key, options) for key in makers(work, options, place)]
+    peaks = []
+    for number in range(options.rounds + 2):
+        peak = peak_flops(place)
+        steps = [side.step() for side in sides]
+        if number >= 2:
+            peaks.append(peak)
+            for side, step in zip(sides, steps, strict=True):
+                side.steps.append(step)
+    for side in sides:
+        side.end()
+    others = [side for side in sides if not side.ours and side.key != "plain"] or sides[:1]
+    fastest = min(others, key=lambda side: statistics.median(side.all("seconds")))
     shown = Table(title=f"{name}: {work.rows} x {work.length:,} positions")
-    for heading in ("side", f"useful tokens a {unit}", f"images a {unit}", "tokens a wall second"):
-        shown.add_column(heading, justify="left" if heading == "side" else "right")
-    shown.add_column("share of peak", justify="right")
-    shown.add_column(f"tokens, ratio to {fastest.name}", justify="right")
-    shown.add_column("images, ratio", justify="right")
-    shown.add_column("MiB", justify="right")
-    for key, one in sides.items():
-        tokens = [one.tokens / seconds for seconds in one.seconds]
-        share = [one.flops / s / p for s, p in zip(one.seconds, peaks, strict=True)]
-        slower = [b / a for a, b in zip(one.seconds, fastest.seconds, strict=True)]
-        held = memory(name, key, options) if options.memory else None
+    shown.add_column("side")
+    columns = ["useful tokens a CPU second", "images a CPU second", "tokens a wall second"]
+    columns += ["share of peak", f"tokens by {fastest.name}'s", "images by theirs"]
+    for heading in [*columns, "process, MiB", "step, MiB"]:
+        shown.add_column(heading, justify="right")
+    for side in sides:
+        seconds = side.all("seconds")
+        share = [side.flops / s / p for s, p in zip(seconds, peaks, strict=True)]
+        slower = [b / a for a, b in zip(seconds, fastest.all("seconds"), strict=True)]
+        images = [ratio * side.images / max(fastest.images, 1) for ratio in slower]
         shown.add_row(
-            one.name,
-            f"{statistics.median(tokens):,.0f}",
-            f"{one.images / statistics.median(one.seconds):.3f}" if one.images else "",
-            f"{one.tokens / statistics.median(one.wall):,.0f}",
+            side.name,
+            f"{side.tokens / statistics.median(seconds):,.0f}",
+            f"{side.images / statistics.median(seconds):.3f}" if side.images else "",
+            f"{side.tokens / statistics.median(side.all('wall')):,.0f}",
             spread(share),
-            spread([ratio * one.tokens / fastest.tokens for ratio in slower]),
-            spread([ratio * one.images / fastest.images for ratio in slower]) if one.images else "",
-            "" if held is None else f"{held:,.0f}",
+            spread([ratio * side.tokens / fastest.tokens for ratio in slower]),
+            spread(images) if side.images else "",
+            f"{max(side.all('peak')):,.0f}",
+            f"{max(side.all('step')):,.0f}",
         )
     out.print(shown)
     gflops = statistics.median(peaks) / 1e9
-    out.print(f"matrix product {gflops:,.0f} GFLOP a {unit}; {options.rounds} rounds\n")
+    out.print(f"matrix product {gflops:,.0f} GFLOP a CPU second; {options.rounds} rounds\n")
 
 
 def gpu_table(options: argparse.Namespace, place: Place, out: Console) -> None:
@@ -428,10 +491,8 @@ def gpu_table(options: argparse.Namespace, place: Place, out: Console) -> None:
             torch.cuda.reset_peak_memory_stats()
             model = model_of(work, place, compiled=compiled)
             step = our_step(model, batch, encode_of(work, place), place)
-            one = side(work, name, step, batch, looks=True, ours=True)
-            for _ in range(3):
-                step()
-            peaks = measure([one], options.rounds, place)
+            one = side(work, name, step, batch, looks=True)
+            peaks = measure(one, options.rounds, place)
             seconds, peak = statistics.median(one.seconds), statistics.median(peaks)
             shown.add_row(
                 "compiled blocks" if compiled else "eager",
@@ -485,29 +546,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--memory", action="store_true", help="also the peak memory of each side")
     parser.add_argument("--dry-run", action="store_true", help="the GPU's way without a GPU")
-    parser.add_argument("--measure-memory", metavar="SIDE", help=argparse.SUPPRESS)
+    parser.add_argument("--serve-side", metavar="KEY", help=argparse.SUPPRESS)
     options = parser.parse_args()
     out = Console(width=180)
     if options.dry_run:
         dry_run(out)
         return
-    place = set_up(Machine(threads=options.threads, device=options.device))
-    if options.measure_memory:
-        step = makers(WORKS[options.work[0]], options, place)[options.measure_memory]().step
-        for _ in range(3):
-            step()
-        # Not getrusage's: that starts at what the process was forked from.
-        status = Path("/proc/self/status").read_text()
-        print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
+    if options.serve_side:
+        serve_side(options.serve_side, options)
         return
-    out.print(f"torch {torch.__version__}, {place.device}, {options.threads} threads")
-    if place.device.type == "cuda":
+    torch.set_num_threads(options.threads)
+    if options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available()):
+        place = set_up(Machine(threads=options.threads, device="cuda"))
+        out.print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
         gpu_table(options, place, out)
         return
+    out.print(f"torch {torch.__version__}, {options.threads} threads")
     for name in options.work or WORKS:
-        table(name, WORKS[name], options, place, out)
+        table(name, WORKS[name], options, out)
 
 
 if __name__ == "__main__":

@@ -237,7 +237,7 @@ def test_failed_stages_leave_everything_that_was_there_as_it_was(ran: Ran) -> No
     new = {path.split("/")[0] for path in ran.after.keys() - ran.before.keys()}
     stages = [ran.failed(name) for name in ("torn", "long", "missing", "gone")]
     parents = {parent.name for parent in stages[1].parents}
-    own = {"studies", "worker-1.log", "features"}
+    own = {"studies", "worker-1.json", "worker-1.log", "features"}
     assert new <= {stage.name for stage in stages} | parents | own
     for stage in stages:
         assert ran.ledger.state(stage) == "failed"

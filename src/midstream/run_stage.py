@@ -91,6 +91,8 @@ class StageRunner:
         self.report, self.should_stop = report, should_stop
         self.place = set_up(machine)
         self.device = self.place.device
+        if self.place.note is not None and self.place.rank == 0:
+            print(self.place.note, file=sys.stderr)
         self.watch = Watch(self.place, machine.rank_timeout_seconds, lost)
 
     def run(self, stage: Stage) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pwd
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -124,23 +125,26 @@ def room_for(path: Path) -> Iterator[None]:
     """Turn a full disk into an OSError that names `path`, what is free, and the remedy."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:
+        number = _error_number(error)
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         near = next(place for place in path.parents if place.exists())
         free = shutil.disk_usage(near).free
+        why = os.strerror(number)
         raise OSError(
-            error.errno,
-            f"no room to write {path} ({error.strerror}; {free / 2**20:,.0f} MiB are free on its "
+            number,
+            f"no room to write {path} ({why}; {free / 2**20:,.0f} MiB are free on its "
             "disk); make room and run the same command again: what was written before is whole",
         ) from None
 
 
-def verify(path: Path, *, share: tuple[int, int] = (0, 1)) -> None:
+def verify(path: Path, *, share: tuple[int, int] = (0, 1), alone: bool = False) -> None:
     """Check every file of a folder made by `new_folder` against its manifest.
 
     With `share` (k, n) only every n-th file from the k-th on: n processes check all between them.
-    Raises CorruptError with the first file that is missing, has other bytes or is not listed.
+    `alone`: no other file may lie there. Raises CorruptError with the first file that is missing,
+    has other bytes or, alone, is not listed.
     """
     manifest = path / MANIFEST
     if not manifest.is_file():
@@ -155,6 +159,8 @@ def verify(path: Path, *, share: tuple[int, int] = (0, 1)) -> None:
             raise CorruptError(f"{file} is missing though the manifest lists it")
         if _entry(file) != entry:
             raise CorruptError(f"{file} differs from its manifest; delete {path} and run again")
+    if not alone:
+        return
     held = {item.relative_to(path).as_posix() for item in path.rglob("*") if item.is_file()}
     if foreign := sorted(held - entries.keys() - {MANIFEST}):
         raise CorruptError(f"{path} holds {foreign[0]}, which its manifest does not list")
@@ -177,6 +183,14 @@ def append_line(path: Path) -> Callable[[dict[str, Any]], None]:
             stream.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
 
     return add
+
+
+def _error_number(error: Exception) -> int | None:
+    """The system's number of an error; libraries in Rust put it into their text."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def _user(number: int) -> str:

@@ -1,14 +1,16 @@
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from midstream.config import DecoderConfig
 from midstream.model.attention import Mask, make_mask
-from midstream.model.decoder import Cache, Decoder
-from midstream.model.initialise import initialise
+from midstream.model.decoder import Cache, Decoder, FeedForward
+from midstream.model.initialise import generator, initialise
 
 TINY = DecoderConfig(hidden_size=32, num_layers=3, num_heads=2, vocab_size=50)
 
@@ -301,3 +303,35 @@ def test_autocast_computes_norms_in_low_precision_and_stays_near() -> None:
         low = logits_of(decoder, input_ids)
     assert seen == [torch.float32, torch.bfloat16]
     assert (exact - low).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_the_gated_product_keeps_half_and_has_the_gradients_of_its_parts_to_the_last_bit() -> None:
+    config = DecoderConfig(hidden_size=32, num_layers=1, num_heads=2, vocab_size=64)
+    block = FeedForward(config)
+    for name, parameter in block.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=generator(0, name))
+    hidden = torch.randn((2, 5, 32), generator=generator(0, "hidden"))
+
+    def grads(run: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        given = hidden.clone().requires_grad_()
+        block.zero_grad()
+        run(given).square().sum().backward()
+        assert given.grad is not None
+        return [given.grad, *(p.grad.clone() for p in block.parameters() if p.grad is not None)]
+
+    def parts(given: Tensor) -> Tensor:
+        gate, up = block.w12(given).chunk(2, dim=-1)
+        return cast(Tensor, block.w3(silu(gate) * up))
+
+    with torch.no_grad():
+        assert torch.equal(block(hidden), parts(hidden))
+    for mine, theirs in zip(grads(block), grads(parts), strict=True):
+        assert torch.equal(mine, theirs)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.data_ptr()) or t,  # type: ignore[func-returns-value]
+        lambda t: t,
+    ):
+        block(hidden.clone().requires_grad_())
+    # The input and the weight of w12, gate and up in one, the weight of w3.
+    assert len(set(kept)) == 4

@@ -4,47 +4,42 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from midstream.train import watch as module
-from midstream.train.parallel import ALONE
+from midstream.train.parallel import ALONE, Place
 from midstream.train.watch import Watch
 
 TIMEOUT = 1.0
+MEETING = threading.Barrier(2)
 
 
-@dataclass
-class Rank:
-    """As much of a Place as a watch needs."""
-
-    rank: int
-    barrier_of: threading.Barrier
-    world_size: int = 2
-    scalars: object = True
+class Rank(Place):
+    """One of two ranks in this process, which meet at a barrier of threads."""
 
     def barrier(self) -> None:
-        self.barrier_of.wait()
+        MEETING.wait()
+
+
+def rank_of(number: int) -> Rank:
+    place = Rank(torch.device("cpu"), rank=number, world_size=2)
+    object.__setattr__(place, "scalars", "a group")
+    return place
 
 
 class Pair:
     """Two watches in one process; a rank that would leave is noted instead."""
 
     def __init__(self) -> None:
-        barrier = threading.Barrier(2)
         self.told: dict[int, str] = {}
         made: dict[int, Watch] = {}
 
         def make(rank: int) -> None:
-            place = Rank(rank, barrier)
-            made[rank] = Watch(
-                place,  # type: ignore[arg-type]
-                TIMEOUT,
-                lambda text: self.told.update({rank: text}),
-            )
+            made[rank] = Watch(rank_of(rank), TIMEOUT, lambda text: self.told.update({rank: text}))
 
         threads = [threading.Thread(target=make, args=(rank,)) for rank in (0, 1)]
         for thread in threads:

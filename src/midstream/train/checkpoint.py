@@ -254,7 +254,7 @@ def read_progress(folder: Path, *, place: Place = ALONE) -> Progress:
     """
     error = None
     try:
-        verify(folder, share=(place.rank, place.world_size))
+        verify(folder, share=(place.rank, place.world_size), alone=True)
     except CorruptError as reason:
         error = str(reason)
     if errors := [text for text in place.gather(error) if text]:

@@ -1,12 +1,12 @@
 """Where a process computes, and with whom: device, precision, determinism, ranks, the mesh."""
 
+import ctypes
 import json
 import os
 import resource
-import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -20,6 +20,8 @@ from midstream.config import Machine
 # How much faster bfloat16 must multiply than float32 to be what a device computes in by itself.
 # Processors without units for it take eight times as long, those with them half or less.
 _WORTH_IT = 1.5
+# glibc's names for what `mallopt` sets (malloc.h).
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Place:
 
     `mesh` is None for one process without a process group; `scalars` is the group on the CPU
     over which counts, flags and texts travel. `peak_flops`: FLOPs a second of a large matrix
-    product in `precision`, of all ranks together.
+    product in `precision`, of all ranks together. `note` says where another precision is faster.
     """
 
     device: torch.device
@@ -40,6 +42,7 @@ class Place:
     peak_flops: float = 0.0
     compile_blocks: bool = False
     checkpoint_blocks: bool = False
+    note: str | None = None
 
     def autocast(self) -> AbstractContextManager[object]:
         """Matrix products in `precision`, over float32 weights."""
@@ -90,7 +93,8 @@ ALONE = Place(torch.device("cpu"))
 def set_up(machine: Machine) -> Place:
     """Choose device and precision, fix the thread count, ask for deterministic kernels.
 
-    On a CPU equal inputs then give equal bits for an equal number of threads. Where torchrun has
+    On a CPU equal inputs then give equal bits for an equal number of threads, and memory that is
+    freed is kept for the next step. Where torchrun has
     started this process among others, the process groups and the mesh are made: one axis that
     shards, or with `shard_ranks` two, copies and shards. Raises ValueError where cuda is asked
     for and there is none, or where torchrun started another number of processes than `machine`
@@ -98,6 +102,8 @@ def set_up(machine: Machine) -> Place:
     """
     torch.set_num_threads(machine.threads)
     device = _device(machine)
+    if device.type == "cpu":
+        _keep_memory()
     torch.use_deterministic_algorithms(True)
     # Else every new tensor is filled first: a twentieth of a step, for programs that read what
     # they have not written.
@@ -116,11 +122,12 @@ def set_up(machine: Machine) -> Place:
         dist.init_process_group(kinds, timeout=timeout)
         scalars = dist.new_group(backend="gloo", timeout=timeout)
         mesh = _mesh(device, world_size, machine.shard_ranks or world_size)
-    precision = _precision(machine, device)
+    precision, note = _precision(machine, device)
     compiled = machine.compile == "blocks" or (machine.compile == "auto" and device.type == "cuda")
     return Place(
         device=device,
         precision=precision,
+        note=note,
         rank=rank,
         world_size=world_size,
         mesh=mesh,
@@ -152,25 +159,34 @@ def _mesh(device: torch.device, world_size: int, shard_ranks: int) -> DeviceMesh
     return init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard"))
 
 
-def _precision(machine: Machine, device: torch.device) -> torch.dtype:
+def _keep_memory() -> None:
+    """Let glibc keep what is freed: a step asks for the same tensors again and again.
+
+    By default each large tensor is a mapping of its own, given back to the system and faulted in
+    anew: a sixth of a step's processor time (`benchmarks/train_step.py`). Elsewhere than in glibc
+    nothing happens.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def _precision(machine: Machine, device: torch.device) -> tuple[torch.dtype, str | None]:
     """What was asked for; by itself float32 on a CPU, and on a GPU the faster of the two.
 
     A CPU does not choose by measurement: a resumed stage has to go on with equal bits, and to do
-    so on another processor nearly so. What is slower than the other is said on standard error.
+    so on another processor nearly so. Where the other one is faster, a sentence says so.
     """
     gain = product_seconds(device, torch.float32) / product_seconds(device, torch.bfloat16)
     chosen = machine.precision
     if chosen == "auto":
         chosen = "bfloat16" if device.type == "cuda" and gain >= _WORTH_IT else "float32"
-    if chosen == "bfloat16" and gain < 1:
-        print(f"bfloat16 multiplies at {gain:.2f} of float32's speed here", file=sys.stderr)
-    if chosen == "float32" and gain >= _WORTH_IT:
-        print(
-            f"bfloat16 multiplies {gain:.1f} times as fast as float32 here; --machine "
-            "precision=bfloat16 uses it",
-            file=sys.stderr,
-        )
-    return torch.bfloat16 if chosen == "bfloat16" else torch.float32
+    if chosen == "bfloat16":
+        slow = f"bfloat16 multiplies at {gain:.2f} of float32's speed here"
+        return torch.bfloat16, slow if gain < 1 else None
+    fast = f"bfloat16 multiplies {gain:.1f} times as fast as float32 here; --machine "
+    return torch.float32, fast + "precision=bfloat16 uses it" if gain >= _WORTH_IT else None
 
 
 def product_flops(device: torch.device, dtype: torch.dtype) -> float:
