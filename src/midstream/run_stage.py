@@ -403,6 +403,8 @@ def serve(store: Path, machine: Machine, lines: Iterable[str]) -> bool:
         except Exception as problem:
             traceback.print_exc()
             state, error, good = "failed", f"{type(problem).__name__}: {problem}", False
+            if rank:  # the first rank may be the one that is lost
+                say("fault", error=str(problem))
         tell("finished", stage=current, state=state, error=error)
     if good:
         runner.close()

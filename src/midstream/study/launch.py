@@ -18,6 +18,8 @@ from midstream.study.workers import Event, Worker, work_line
 
 # What a process ends with that was asked to stop and can be continued (EX_TEMPFAIL).
 STOPPED_EXIT_CODE = 75
+# Signals that ask for it.
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -269,7 +271,7 @@ class _Launcher:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Turn SIGINT and SIGTERM into events; only the main thread can."""
+        """Turn the signals that stop into events; only the main thread can."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -277,7 +279,7 @@ class _Launcher:
         def note(number: int, _frame: FrameType | None) -> None:
             self.events.put((None, {"event": "signal", "signal": number}))
 
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, note) for number in STOPS}
         try:
             yield
         finally:
