@@ -82,7 +82,7 @@ def ranks(launcher: int) -> dict[int, int]:
             continue
         named = dict(value.partition(b"=")[::2] for value in values)
         mine = named.get(b"MIDSTREAM_LAUNCHER") == str(launcher).encode()
-        if mine and b"RANK" in named and b"midstream.run_stage" in words:
+        if mine and b"RANK" in named and b"midstream.worker" in words:
             found[int(named[b"RANK"])] = int(process.name)
     return found
 

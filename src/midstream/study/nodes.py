@@ -28,7 +28,7 @@ SIGN_SECONDS = 5.0
 GONE_SECONDS = 60.0
 # How long a node waits for node 0 to come.
 COME_SECONDS = 1800.0
-_LOOK_SECONDS = 0.5
+_LOOK_SECONDS = 1.0
 
 
 class Announcer:
@@ -93,7 +93,7 @@ def join(store: Path, machine: Machine, on_note: Callable[[str], None]) -> int:
     SIGTERM, SIGINT and SIGUSR1 go to the ranks, which stop all others at the next step. Raises
     TimeoutError where node 0 does not come, or has gone without a word.
     """
-    path = store / "nodes.json"
+    path, mine = store / "nodes.json", store / f".node-{machine.node}"
     ranks: subprocess.Popen[bytes] | None = None
     done: tuple[str, int] | None = None
 
@@ -105,7 +105,7 @@ def join(store: Path, machine: Machine, on_note: Callable[[str], None]) -> int:
         signal.signal(number, forward)
     on_note(f"node {machine.node} of {machine.nodes} waits for node 0 in {path}")
     try:
-        for said in _signs(path, store / f".node-{machine.node}"):
+        for said in _signs(path, mine):
             task = (said["launch"], said["number"])
             if said["code"] is not None:
                 return int(said["code"])
@@ -120,6 +120,7 @@ def join(store: Path, machine: Machine, on_note: Callable[[str], None]) -> int:
     finally:
         if ranks is not None:
             _end(ranks)
+        mine.unlink(missing_ok=True)
     raise AssertionError("signs end with an error")
 
 

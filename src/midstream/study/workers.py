@@ -157,7 +157,7 @@ def write_work(path: Path, store: Path, machine: Machine, line: str | None = Non
 
 def worker_command(work: Path) -> list[str]:
     """The command of a worker. It takes a file: torchrun takes options for its own."""
-    return [sys.executable, "-m", "midstream.run_stage", str(work)]
+    return [sys.executable, "-m", "midstream.worker", str(work)]
 
 
 def group_command(machine: Machine, work: Path) -> list[str]:
