@@ -20,6 +20,7 @@ from midstream.data.prepare import open_codec, open_sources, prepare, world_fold
 from midstream.data.rows import plan_rows
 from midstream.data.sources import Source
 from midstream.eval.benchmark import evaluate
+from midstream.eval.kept_answers import BATCHES_AT_ONCE, EvaluationStopped, KeptAnswers
 from midstream.eval.predict import ModelAnswerer
 from midstream.identity import FORMAT_VERSION, digest
 from midstream.load_imported import load_decoder_stage, load_encoder_stage
@@ -43,6 +44,7 @@ from midstream.study.stage import (
     LoadEncoder,
     Prepare,
     Pretrain,
+    Ranked,
     Stage,
     Trained,
     TrainEncoder,
@@ -122,7 +124,7 @@ class StageRunner:
                 opened = held.enter_context(self.ledger.open_stage(stage))
             except (ValueError, OSError) as error:
                 refused = error
-        if isinstance(stage, Trained):
+        if isinstance(stage, Ranked):
             told = self.place.gather(None if refused is None else str(refused))[0]
             if told is not None and refused is None:
                 raise ValueError(told)
@@ -269,13 +271,27 @@ class StageRunner:
             max_new_tokens=stage.evaluation.max_new_tokens,
             batch_size=stage.evaluation.batch_size,
         )
-        results = evaluate(
+        kept = self.ledger.folder(stage) / "answers"
+        answers = KeptAnswers(
             answerer,
-            stage.evaluation,
-            world_folder(data.world, self.ledger.folder(data)),
-            self.ledger.folder(stage),
-            self._note,
+            kept,
+            at_once=stage.evaluation.batch_size * BATCHES_AT_ONCE,
+            settings=str(stage.evaluation.max_new_tokens),
+            ranks=self.place,
+            should_stop=self.should_stop,
         )
+        try:
+            results = evaluate(
+                answers,
+                stage.evaluation,
+                world_folder(data.world, self.ledger.folder(data)),
+                self.ledger.folder(stage),
+                self._note,
+            )
+        except EvaluationStopped as reason:
+            raise Stopped(str(reason)) from None
+        if self.place.rank == 0:
+            remove_folder(kept)
         return {**results, "weights_digest": answerer.weights_digest}
 
     def _sources(self, data: Prepare) -> dict[str, Any]:

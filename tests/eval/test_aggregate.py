@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from midstream.eval.aggregate import mean_by_split, split_means, stable_score, standard_error
+from midstream.eval.aggregate import stable_score
+from midstream.uncertainty import mean_by_split, split_means, standard_error
 
 # Paper, Table 7, in per cent: AGIEval, ARC-easy, CC, CS algorithms, COPA, HellaSwag, MathQA,
 # PIQA, PubMedQA.

@@ -101,16 +101,41 @@ class Evaluation(Config):
     `visual_tasks` name folders under the world's `bench/`, `text_tasks` files under its
     `text_tasks/`; both stand in its `world.json`. `limit` takes the first examples of a seeded
     order. `prompts` chooses the benchmarks' published wording (official) or the bare question
-    (short).
+    (short); `wordings` replaces either for a task, by a text with {question} in it.
+
+    `fixed_answers`: tasks with given answers (yes or no, letters) are scored by the probability of
+    each answer as the reply, as the paper's evaluator does, by the reply's text, or by the first
+    with the second beside it. `letters`: lettered options are chosen by their letter, or by the
+    likelihood of the option's own text. `box_frame`: boxes are shares of the picture, or of the
+    square that it is padded to.
     """
 
     visual_tasks: tuple[str, ...] = ()
     text_tasks: tuple[str, ...] = ()
     limit: Positive | None = None
     prompts: Literal["official", "short"] = "official"
+    wordings: dict[str, str] = Field(default_factory=dict)
+    fixed_answers: Literal["probability", "text", "both"] = "probability"
+    letters: Literal["letter", "likelihood"] = "letter"
+    box_frame: Literal["picture", "square"] = "picture"
     blind: bool = True
     max_new_tokens: Positive = 32
     batch_size: Annotated[Positive, Placement] = 64
+
+    @model_validator(mode="after")
+    def _asks(self) -> "Evaluation":
+        for task, wording in self.wordings.items():
+            if task not in self.visual_tasks:
+                raise ValueError(
+                    f"wordings names {task!r}, which is none of the visual tasks; there: "
+                    f"{', '.join(self.visual_tasks) or 'none'}"
+                )
+            if "{question}" not in wording:
+                raise ValueError(
+                    f"the wording of {task!r} is {wording!r}; the question goes where {{question}} "
+                    "stands"
+                )
+        return self
 
 
 class Machine(Config):

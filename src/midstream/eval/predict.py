@@ -1,6 +1,6 @@
 """Answers of a model: batched greedy generation and log-likelihoods from text and pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from midstream.config import AnyEncoderConfig
 from midstream.data.examples import TextCodec, question_ids
 from midstream.data.features import FILL_BATCH, Encode
 from midstream.data.images import decode_pixels
-from midstream.model.generate import generate, sequence_logprobs
+from midstream.model.generate import choice_logprobs, generate, sequence_logprobs
 from midstream.model.vlm import VLM
 from midstream.model.weights import weights_digest
 
@@ -46,17 +46,15 @@ class ModelAnswerer:
         is encoded once. Raises ValueError for a picture given to a model without an encoder.
         """
         replies = [""] * len(prompts)
-        for shown in (True, False):
-            chosen = [i for i, image in enumerate(images) if (image is not None) is shown]
-            if not chosen:
-                continue
-            paths = sorted({path for i in chosen if (path := images[i]) is not None})
-            number = {path: index for index, path in enumerate(paths)}
+        for chosen, features, image_of in self._by_sight(images):
             found = generate(
                 self.model,
-                [question_ids(self.codec, prompts[i], has_image=shown) for i in chosen],
-                self._look(paths) if shown else None,
-                image_of=[number[path] for i in chosen if (path := images[i])] if shown else None,
+                [
+                    question_ids(self.codec, prompts[i], has_image=features is not None)
+                    for i in chosen
+                ],
+                features,
+                image_of=image_of,
                 max_new_tokens=self.max_new_tokens,
                 stop_ids=self.codec.stop_ids,
                 batch_size=self.batch_size,
@@ -65,20 +63,92 @@ class ModelAnswerer:
                 replies[i] = self.codec.decode(ids).strip()
         return replies
 
+    def choose(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Path | None],
+        choices: Sequence[Sequence[str]],
+    ) -> list[list[float]]:
+        """Log-probabilities of fixed replies; see `eval.task.Answerer`.
+
+        Raises ValueError for a picture given to a model without an encoder.
+        """
+        ids = [[self.codec.encode(f" {text}") for text in own] for own in choices]
+        replies = [first_tokens(own) for own in ids]
+        results: list[list[float]] = [[] for _ in prompts]
+        for chosen, features, image_of in self._by_sight(images):
+            shown = features is not None
+            found = choice_logprobs(
+                self.model,
+                [question_ids(self.codec, prompts[i], has_image=shown) for i in chosen],
+                features,
+                [replies[i] for i in chosen],
+                image_of=image_of,
+                batch_size=self.batch_size,
+            )
+            for i, own in zip(chosen, found, strict=True):
+                results[i] = [logprob for logprob, _ in own]
+        return results
+
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """For each (context, continuation): summed log-probability, and whether it is greedy.
 
-        An empty context is the end-of-text token, as lm-evaluation-harness has it.
+        Contexts that several continuations share are read once. Both are tokenised together and
+        cut where the context's own tokens end, and an empty context is the end-of-text token, as
+        in lm-evaluation-harness.
         """
-        sequences, starts = [], []
-        for context, continuation in pairs:
-            # Trailing spaces of the context belong to the continuation's first token.
-            trimmed = context.rstrip()
-            tail = context[len(trimmed) :] + continuation
-            head = self.codec.encode(trimmed) or [self.codec.end_of_text]
-            sequences.append(head + self.codec.encode(tail))
-            starts.append(len(head))
-        return sequence_logprobs(self.model, sequences, starts, batch_size=self.batch_size)
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+        by_head: dict[tuple[int, ...], list[int]] = {}
+        tails: list[list[int]] = []
+        for index, (context, continuation) in enumerate(pairs):
+            head, tail = self._parted(context, continuation)
+            tails.append(tail)
+            if tail:
+                by_head.setdefault(tuple(head), []).append(index)
+        asked = choice_logprobs(
+            self.model,
+            [list(head) for head in by_head],
+            None,
+            [[tails[index] for index in members] for members in by_head.values()],
+            batch_size=self.batch_size,
+            plain=True,
+        )
+        for members, own in zip(by_head.values(), asked, strict=True):
+            for index, value in zip(members, own, strict=True):
+                found[index] = value
+        return found
+
+    def _parted(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        # Trailing spaces of the context belong to the continuation's first token.
+        trimmed = context.rstrip()
+        tail = context[len(trimmed) :] + continuation
+        if not trimmed:
+            return [self.codec.end_of_text], self.codec.encode(tail)
+        whole, cut = self.codec.encode(trimmed + tail), len(self.codec.encode(trimmed))
+        return whole[:cut], whole[cut:]
+
+    def generate_until(
+        self, contexts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: Sequence[int]
+    ) -> list[str]:
+        """Greedy continuations of plain texts, up to end-of-text or the first of a text's stops."""
+        heads = [self.codec.encode(text) or [self.codec.end_of_text] for text in contexts]
+        results = [""] * len(contexts)
+        for limit in sorted(set(max_new_tokens)):
+            chosen = [i for i, most in enumerate(max_new_tokens) if most == limit]
+            found = generate(
+                self.model,
+                [heads[i] for i in chosen],
+                None,
+                max_new_tokens=limit,
+                stop_ids=frozenset({self.codec.end_of_text}),
+                batch_size=self.batch_size,
+                plain=True,
+            )
+            for i, ids in zip(chosen, found, strict=True):
+                text = self.codec.decode(ids)
+                places = [text.find(stop) for stop in stops[i] if stop and stop in text]
+                results[i] = text[: min(places)] if places else text
+        return results
 
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
         """The summed log-probability of each text, after an end-of-text token."""
@@ -86,6 +156,20 @@ class ModelAnswerer:
         starts = [1] * len(sequences)
         found = sequence_logprobs(self.model, sequences, starts, batch_size=self.batch_size)
         return [total for total, _ in found]
+
+    def _by_sight(
+        self, images: Sequence[Path | None]
+    ) -> Iterator[tuple[list[int], torch.Tensor | None, list[int] | None]]:
+        """Prompts with a picture, their pictures' features and which is whose; those without."""
+        seen = [i for i, image in enumerate(images) if image is not None]
+        if seen:
+            paths = sorted({path for path in images if path is not None})
+            number = {path: index for index, path in enumerate(paths)}
+            own = [number[path] for path in images if path is not None]
+            yield seen, self._look(paths), own
+        blind = [i for i, image in enumerate(images) if image is None]
+        if blind:
+            yield blind, None, None
 
     def _look(self, paths: Sequence[Path]) -> torch.Tensor:
         if self.encode is None or self.encoder is None:
@@ -99,3 +183,9 @@ class ModelAnswerer:
             features = self.encode(torch.from_numpy(np.stack(pixels))).float().cpu().numpy()
             self._features.update(zip(part, features, strict=True))
         return torch.from_numpy(np.stack([self._features[path] for path in paths]))
+
+
+def first_tokens(answers: list[list[int]]) -> list[list[int]]:
+    """The answers' first tokens where these differ from one another, else the whole answers."""
+    heads = [ids[:1] for ids in answers]
+    return heads if len({tuple(head) for head in heads}) == len(heads) else answers

@@ -3,7 +3,8 @@
 import ast
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 # Contracted forms that people type with an apostrophe missing. The official table holds every
 # variant with one apostrophe left out, and nothing for forms that are words of their own
@@ -27,10 +28,24 @@ CONTRACTIONS: dict[str, str] = {
     for at, character in enumerate(form)
     if character == "'"
 } | {"somebody'd": "somebodyd"}  # the official table takes this one's apostrophe away
+# VizWiz' code writes back-ticks, but for these few.
+VIZWIZ_CONTRACTIONS: dict[str, str] = (
+    {
+        form.replace("'", "`"): whole.replace("'", "`")
+        for form, whole in CONTRACTIONS.items()
+        if form not in ("couldn'tve", "hadn'tve")
+    }
+    | {"couldn'tve": "couldn`t`ve", "hadn'tve": "hadn`t`ve"}
+    | {
+        form: CONTRACTIONS[form]
+        for form in ("aint", "arent", "cant", "couldve", "couldnt", "weve", "wheres", "whove")
+    }
+)
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
 _NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS.split())}
 _ARTICLES = ("a", "an", "the")
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # The official substitution hands a flag of value 32 to `count`: later periods stay.
 _MAX_PERIODS = 32
 
@@ -49,6 +64,46 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     return _leave_one_out(prediction, golds)
 
 
+def vqa_accuracy_prismatic(prediction: str, answers: Sequence[str]) -> float:
+    """VQA v2 as the Prismatic authors score it: the prediction is always normalised whole, of the
+    answers, where they differ, the punctuation alone (vlm-evaluation, vqav2/eval.py)."""
+    golds = [_one_line(answer) for answer in answers]
+    if len(set(golds)) > 1:
+        golds = [_vqa_punctuation(gold) for gold in golds]
+    return _leave_one_out(_normalised(prediction), golds)
+
+
+def vizwiz_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """VizWiz: the prediction is normalised with a table of its own, the answers stay as they are.
+
+    Source: the VizWiz evaluator in vlm-evaluation.
+    """
+    return _leave_one_out(_normalised(prediction, VIZWIZ_CONTRACTIONS), answers)
+
+
+def says_unanswerable(prediction: str) -> bool:
+    """Whether a VizWiz answer, normalised, is "unanswerable"."""
+    return _normalised(prediction, VIZWIZ_CONTRACTIONS) == "unanswerable"
+
+
+def unanswerable_scores(
+    predictions: Sequence[str], answerable: Sequence[bool]
+) -> dict[str, float | None]:
+    """VizWiz' second part, unanswerable questions being what is looked for: average precision and
+    F1 of the predictions that say so; None where no question is unanswerable."""
+    said = [says_unanswerable(text) for text in predictions]
+    hits = sum(one and not can for one, can in zip(said, answerable, strict=True))
+    wanted = sum(not can for can in answerable)
+    if not wanted:
+        return {"unanswerable_average_precision": None, "unanswerable_f1": None}
+    recall = hits / wanted
+    precision = hits / sum(said) if any(said) else 0.0
+    # The curve has two points: those that are said, and all of them.
+    average = recall * precision + (1 - recall) * wanted / len(said)
+    f1 = 2 * hits / (wanted + sum(said))
+    return {"unanswerable_average_precision": average, "unanswerable_f1": f1}
+
+
 def textvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """TextVQA's variant: both sides lowered, "," and "?" dropped, "'s" parted, then normalised
     whether or not the answers agree. Source: the TextVQA evaluator of MMF."""
@@ -56,9 +111,16 @@ def textvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     return _leave_one_out(_textvqa_normalise(prediction), golds)
 
 
-def gqa_exact_match(prediction: str, answer: str) -> float:
-    """1 if both are equal once lowered and without punctuation and outer white space."""
-    return float(_bare(prediction) == _bare(answer))
+def gqa_accuracy(prediction: str, answer: str) -> float:
+    """The official comparison, letter by letter; a last period and capitals of the prediction are
+    forgiven, as in LLaVA's conversion for it (GQA eval.py; convert_gqa_for_eval.py)."""
+    return float(prediction.rstrip(".").lower() == answer)
+
+
+def gqa_accuracy_prismatic(prediction: str, answer: str) -> float:
+    """As the Prismatic authors score it: all punctuation of the prediction goes, the answer's
+    stays, so that nothing matches "t-shirt" (vlm-evaluation, harnesses/gqa.py)."""
+    return float(prediction.translate(_NO_PUNCTUATION).lower() == answer)
 
 
 def pope_answer(text: str) -> str:
@@ -71,6 +133,80 @@ def pope_answer(text: str) -> str:
 def pope_accuracy(prediction: str, answer: str) -> float:
     """1 if POPE's rule reads `answer` ("yes" or "no") out of the prediction."""
     return float(pope_answer(prediction) == answer)
+
+
+def yes_no_scores(answers: list[str], golds: list[str]) -> dict[str, float | None]:
+    """POPE's numbers, "yes" being what is looked for: accuracy, precision, recall, F1, yes_rate.
+
+    Where the official script divides by zero (nothing answered or due is yes) a number is None.
+    """
+    pairs = list(zip(answers, golds, strict=True))
+    hits = sum(one == gold == "yes" for one, gold in pairs)
+    said, due = answers.count("yes"), golds.count("yes")
+    precision = hits / said if said else None
+    recall = hits / due if due else None
+    return {
+        "accuracy": sum(one == gold for one, gold in pairs) / len(pairs),
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * hits / (said + due) if hits else None,
+        "yes_rate": said / len(pairs),
+    }
+
+
+def choice_letter(text: str, num_choices: int) -> int | None:
+    """Which option a text names: "B", "b", "(B)", "B.", "B: ..." or "B) ..." -> 1; else None.
+
+    A capital that merely begins a sentence names nothing.
+    """
+    found = re.match(r"\s*\(?([A-Za-z])\)?\s*(?:$|[.:),])", text)
+    if found is None:
+        return None
+    number = ord(found[1].upper()) - ord("A")
+    return number if number < num_choices else None
+
+
+def letter_accuracy(prediction: str, gold: Mapping[str, Any]) -> float:
+    """1 if the prediction names option `gold["index"]` of `gold["choices"]`."""
+    return float(choice_letter(prediction, len(gold["choices"])) == gold["index"])
+
+
+def word_accuracy(prediction: str, answer: str) -> float:
+    """1 if both are equal once lowered and without punctuation and outer white space."""
+    return float(_bare(prediction) == _bare(answer))
+
+
+def to_square(
+    box: Sequence[float], width: float | int, height: float | int
+) -> tuple[float, float, float, float]:
+    """A box as a share of a picture, as a share of the square it is padded to, centred.
+
+    Source: letterbox preprocessing; for a 640 by 480 picture y' = .75 y + .125.
+    """
+    side = max(width, height)
+    x, y = (side - width) / 2 / side, (side - height) / 2 / side
+    across, down = width / side, height / side
+    return (
+        x + box[0] * across,
+        y + box[1] * down,
+        x + box[2] * across,
+        y + box[3] * down,
+    )
+
+
+def from_square(
+    box: Sequence[float], width: float | int, height: float | int
+) -> tuple[float, float, float, float]:
+    """The inverse of `to_square`."""
+    side = max(width, height)
+    x, y = (side - width) / 2 / side, (side - height) / 2 / side
+    across, down = width / side, height / side
+    return (
+        (box[0] - x) / across,
+        (box[1] - y) / down,
+        (box[2] - x) / across,
+        (box[3] - y) / down,
+    )
 
 
 def parse_box(text: str) -> tuple[float, float, float, float] | None:
@@ -101,10 +237,19 @@ def box_iou(one: Sequence[float], other: Sequence[float]) -> float:
     return shared / union if union > 0 else 0.0
 
 
+def overlap(prediction: str, box: Sequence[float]) -> float:
+    """IoU of the box that a prediction spells with `box`; 0 where it spells none."""
+    predicted = parse_box(prediction)
+    return 0.0 if predicted is None else box_iou(predicted, box)
+
+
 def box_accuracy(prediction: str, box: Sequence[float], threshold: float) -> float:
     """1 if the prediction spells a box that overlaps `box` by at least `threshold`."""
-    predicted = parse_box(prediction)
-    return float(predicted is not None and box_iou(predicted, box) >= threshold)
+    return float(parse_box(prediction) is not None and overlap(prediction, box) >= threshold)
+
+
+def _normalised(text: str, contractions: Mapping[str, str] | None = None) -> str:
+    return _vqa_words(_vqa_punctuation(_one_line(text)), contractions)
 
 
 def _one_line(text: str) -> str:
@@ -121,9 +266,10 @@ def _vqa_punctuation(text: str, thousands: str = r"\d,\d") -> str:
     return re.sub(r"\.(?!\d)", "", out, count=_MAX_PERIODS)
 
 
-def _vqa_words(text: str) -> str:
+def _vqa_words(text: str, contractions: Mapping[str, str] | None = None) -> str:
+    whole = CONTRACTIONS if contractions is None else contractions
     words = (_NUMBERS.get(word, word) for word in text.lower().split())
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+    return " ".join(whole.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def _textvqa_normalise(text: str) -> str:
@@ -139,7 +285,7 @@ def _leave_one_out(prediction: str, golds: Sequence[str]) -> float:
 
 
 def _bare(text: str) -> str:
-    return text.lower().translate(str.maketrans("", "", string.punctuation)).strip()
+    return text.lower().translate(_NO_PUNCTUATION).strip()
 
 
 def _area(box: Sequence[float]) -> float:

@@ -34,6 +34,7 @@ def generate(
     batch_size: int,
     sampling: Sampling | None = None,
     length_multiple: int = 16,
+    plain: bool = False,
 ) -> list[list[int]]:
     """The tokens after each prompt, up to `max_new_tokens` or a stop id (left out): the likeliest
     each time, or drawn as `sampling` says.
@@ -41,6 +42,7 @@ def generate(
     `features` are the encoder's, None without images; image `image_of[i]` (`i`, where that is None)
     stands before prompt i. Among prompts whose lengths round up alike, an image is read once for
     all that ask about it; under prefix attention, where it sees the prompt, for each of them.
+    `plain` prompts are text to go on with, which has no prefix whatever the model's attention.
     Raises ValueError for an empty prompt, or images that do not fit the prompts.
     """
     images = _image_of(prompts, features, image_of)
@@ -49,11 +51,7 @@ def generate(
         room = length + max_new_tokens
         for chosen, image, cache in _looked(vlm, members, features, images, batch_size, room):
             rows = [prompts[i] for i in _filled(chosen, batch_size)]
-            ids = id_tensor([[0] * (length - len(row)) + row for row in rows], vlm)
-            held = id_tensor(
-                [[False] * (length - len(row)) + [True] * len(row) for row in rows], vlm
-            )
-            state = _read(vlm, ids, held, image, cache, max_new_tokens)
+            state = _read(vlm, rows, length, image, cache, max_new_tokens, plain=plain)
             for index, tokens in zip(
                 chosen, _go_on(vlm, state, chosen, max_new_tokens, stop_ids, sampling), strict=True
             ):
@@ -129,29 +127,34 @@ class _State:
 
 def _read(
     vlm: VLM,
-    input_ids: Int[Tensor, "rows seq"],
-    held: Bool[Tensor, "rows seq"],
+    prompts: Sequence[list[int]],
+    length: int,
     image: Float[Tensor, "rows patches hidden"] | None,
     cache: AnyCache | None,
-    max_new_tokens: int,
+    room: int,
+    *,
+    plain: bool,
 ) -> _State:
-    """Read prompts, behind an image that is in the cache or given, or behind none.
+    """Read prompts, behind an image that is in the cache or given, or behind none; a new cache has
+    room for `room` tokens more.
 
     A row is [image, padding, prompt]. The mask hides the padding and positions count around it,
     which makes its place free; behind the image it is the same columns for every row.
     """
+    input_ids = id_tensor([[0] * (length - len(row)) + row for row in prompts], vlm)
+    held = id_tensor([[False] * (length - len(row)) + [True] * len(row) for row in prompts], vlm)
     embeddings = vlm.decoder.embed(input_ids)
     if image is not None:
         embeddings = torch.cat((image, embeddings), dim=1)
         held = torch.cat((held.new_ones(image.shape[:2]), held), dim=1)
     if cache is None:
-        cache = new_cache(vlm, embeddings, embeddings.shape[1] + max_new_tokens)
+        cache = new_cache(vlm, embeddings, embeddings.shape[1] + room)
     num_rows, width = held.shape
     before = held.new_ones((num_rows, cache.length))
     position_ids = (before.shape[1] + held.cumsum(dim=1) - 1).clamp(min=0)
     itself = torch.eye(width, dtype=torch.bool, device=held.device)
     order = itself.new_ones(width, width)
-    if vlm.config.attention != "prefix":
+    if plain or vlm.config.attention != "prefix":
         order = order.tril()
     # What is in the cache already is seen by all.
     seen = torch.cat((before[:, None].expand(-1, width, -1), (order & held[:, None]) | itself), 2)
@@ -187,6 +190,81 @@ def _go_on(
 
 
 # ----------------------------------------------------------------------------- log-likelihoods
+
+
+@torch.no_grad()
+def choice_logprobs(
+    vlm: VLM,
+    prompts: Sequence[list[int]],
+    features: Float[Tensor, "images patches width"] | None,
+    choices: Sequence[Sequence[list[int]]],
+    *,
+    image_of: Sequence[int] | None = None,
+    batch_size: int,
+    length_multiple: int = 16,
+    choice_multiple: int = 4,
+    plain: bool = False,
+) -> list[list[tuple[float, bool]]]:
+    """For each prompt and each of its continuations the summed log-probability of the
+    continuation's tokens, and whether each of them is the most likely one at its place.
+
+    A prompt, and an image that several ask about, is read once for all continuations, and logits
+    are made where a token of theirs stands. Other arguments as in `generate`. Raises ValueError
+    for an empty prompt, images that do not fit the prompts, or an empty continuation.
+    """
+    if any(not ids for own in choices for ids in own):
+        raise ValueError("a continuation is empty; there is nothing to be likely")
+    images = _image_of(prompts, features, image_of)
+    results: list[list[tuple[float, bool]]] = [[(0.0, True)] * len(own) for own in choices]
+    # Fed are all tokens but the last, which is a target only.
+    widths = [
+        -(-(max((len(ids) for ids in own), default=1) - 1) // choice_multiple) * choice_multiple
+        for own in choices
+    ]
+    lengths = [-(-len(prompt) // length_multiple) * length_multiple for prompt in prompts]
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for index, shape in enumerate(zip(lengths, widths, strict=True)):
+        shapes.setdefault(shape, []).append(index)
+    for (length, width), members in sorted(shapes.items()):
+        room = length + width
+        for chosen, image, cache in _looked(vlm, members, features, images, batch_size, room):
+            rows = [prompts[i] for i in _filled(chosen, batch_size)]
+            state = _read(vlm, rows, length, image, cache, width, plain=plain)
+            first = vlm.decoder.output(state.last).float().log_softmax(dim=-1)
+            asked = [(row, i, at) for row, i in enumerate(chosen) for at in range(len(choices[i]))]
+            for row, index, at in asked:
+                token = choices[index][at][0]
+                greedy = int(first[row].argmax()) == token
+                results[index][at] = (float(first[row, token]), greedy)
+            longer = [one for one in asked if len(choices[one[1]][one[2]]) > 1]
+            for part in _parts(list(range(len(longer))), batch_size):
+                own = [longer[number] for number in _filled(part, batch_size)]
+                ids = [choices[index][at] for _, index, at in own]
+                hidden = _read_on(vlm, state, [row for row, _, _ in own], ids, width)
+                for place in range(len(part)):
+                    _, index, at = own[place]
+                    # By continuation rather than by batch, as in `sequence_logprobs`.
+                    logits = vlm.decoder.output(hidden[place, : len(ids[place]) - 1]).float()
+                    before, was_greedy = results[index][at]
+                    more, is_greedy = _logprob(logits, ids[place][1:])
+                    results[index][at] = (before + more, was_greedy and is_greedy)
+    return results
+
+
+def _read_on(
+    vlm: VLM, state: _State, rows: list[int], continuations: Sequence[list[int]], width: int
+) -> Float[Tensor, "rows width hidden"]:
+    """Hidden states of continuations, each behind the read row that it belongs to."""
+    chosen = id_tensor(rows, vlm)
+    cache, held = state.cache.select(chosen), state.held[chosen]
+    fed = [ids[:-1] + [0] * (width - len(ids) + 1) for ids in continuations]
+    embeddings = vlm.decoder.embed(id_tensor(fed, vlm))
+    steps = torch.arange(1, width + 1, device=embeddings.device)
+    position_ids = state.last_position[chosen][:, None] + steps
+    # Padding is behind the tokens, where they do not look.
+    order = held.new_ones(width, width).tril().expand(len(rows), -1, -1)
+    seen = torch.cat((held[:, None].expand(-1, width, -1), order), dim=2)
+    return vlm.decoder(embeddings, position_ids, seen[:, None], cache)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from midstream.study.graph import Plan, PlanRow, plan
 from midstream.study.ledger import Ledger, launch_lock
 from midstream.study.nodes import Announcer, announcer
 from midstream.study.pictures import choice_for, feature_plan
-from midstream.study.stage import Study, Trained
+from midstream.study.stage import Ranked, Study
 from midstream.study.workers import Event, Worker, work_line
 
 # What a process ends with that was asked to stop and can be continued (EX_TEMPFAIL).
@@ -151,9 +151,9 @@ class _Launcher:
                 worker.send(self._features(row))
 
     def _free_worker(self, row: PlanRow) -> Worker | None:
-        """One that waits, a new one, or, where several ranks train the stage, theirs."""
+        """One that waits, a new one, or, where several ranks share the stage, theirs."""
         idle = next((w for w in self.workers.values() if w.row is None), None)
-        in_ranks = self.machine.world_size > 1 and isinstance(row.stage, Trained)
+        in_ranks = self.machine.world_size > 1 and isinstance(row.stage, Ranked)
         if idle is not None and not (in_ranks or idle.is_group):
             return idle
         if idle is not None:

@@ -284,6 +284,9 @@ class Evaluate(StageBase):
         return (self.of, self.of.data, *((sees,) if sees else ()))
 
 
+# What several ranks can share.
+Ranked = Pretrain | Continue | Finetune | Evaluate
+
 Stage = Annotated[
     Prepare | TrainEncoder | LoadEncoder | LoadDecoder | Pretrain | Continue | Finetune | Evaluate,
     Field(discriminator="kind"),

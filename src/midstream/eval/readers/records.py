@@ -1,5 +1,6 @@
 """Records of official benchmark files, whose errors say where they stand and what to do."""
 
+import gzip
 import json
 import pickle
 from collections.abc import Iterator
@@ -74,14 +75,41 @@ def missing(path: Path) -> NoReturn:
     raise FileNotFoundError(f"{path} does not exist; {held}; docs/data.md lists the official files")
 
 
-def _json(path: Path) -> Any:
+def read_text(path: Path) -> str:
+    """A file's text, gzip undone where its first bytes say so; ValueError names what is no text."""
+    content = path.read_bytes()
+    try:
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+        return content.decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no whole text file ({error}); fetch it again") from None
+
+
+def read_json_file(path: Path) -> Any:
+    """A JSON file in which no object holds a key twice."""
     if not path.is_file():
         missing(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
         return json.loads(text, object_pairs_hook=lambda pairs: _no_key_twice(pairs, path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON (line {error.lineno}: {error.msg})") from None
+
+
+def find_file(folder: Path, *patterns: str) -> Path:
+    """The file of a folder that the first fitting pattern names.
+
+    Raises FileNotFoundError that lists what is there, ValueError where a pattern fits several.
+    """
+    for pattern in patterns:
+        found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found[:5])
+            raise ValueError(f"{folder} holds several files like {pattern}: {names}; keep one")
+        if found:
+            return found[0]
+    missing(folder / patterns[0])
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
@@ -96,16 +124,25 @@ def _no_key_twice(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
 
 def records(path: Path, key: str) -> Iterator[Record]:
     """The records of the list `key` in a JSON object; ValueError if there are none."""
-    value = _json(path)
+    value = read_json_file(path)
     if not isinstance(value, dict) or not isinstance(value.get(key), list) or not value[key]:
         raise ValueError(f"{path} holds no list {key!r} of records; give the official file")
     for index, record in enumerate(value[key]):
         yield Record(f"{path} {key} record {index}", record)
 
 
+def items(path: Path) -> Iterator[Record]:
+    """The records of a JSON list; ValueError if there are none."""
+    value = read_json_file(path)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{path} holds no list of records; give the official file")
+    for index, record in enumerate(value):
+        yield Record(f"{path} record {index}", record)
+
+
 def entries(path: Path) -> Iterator[tuple[str, Record]]:
     """The records of a JSON object by id; ValueError if there are none or an id comes twice."""
-    value = _json(path)
+    value = read_json_file(path)
     if not isinstance(value, dict) or not value:
         raise ValueError(f"{path} holds no object of records by id; give the official file")
     for key, record in value.items():
@@ -114,7 +151,7 @@ def entries(path: Path) -> Iterator[tuple[str, Record]]:
 
 def lines(path: Path) -> Iterator[Record]:
     """The records of a file of JSON lines; ValueError if there are none."""
-    found = path.read_text(encoding="utf-8-sig").split("\n")  # a text may hold U+2028
+    found = read_text(path).split("\n")  # a text may hold U+2028
     if not any(line.strip() for line in found):
         raise ValueError(f"{path} is empty; give the official file")
     for number, line in enumerate(found, start=1):

@@ -1,0 +1,234 @@
+"""A model's answers, kept as they come and shared out over ranks.
+
+What has been answered is in a file of JSON lines per rank, so that an evaluation that was stopped
+in the middle of a task goes on behind the last answer, with any number of ranks. Every request has
+a key made of the weights, the kind of request, its words and its picture; an answer is taken from
+the file only for the same key.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from midstream.eval.task import Answerer
+
+# Raise it when the meaning of an answer changes: kept ones of an earlier version are asked again.
+ANSWERS_VERSION = 1
+# Batches handed to the model at a time: it may sort within them, and stops and reports between.
+BATCHES_AT_ONCE = 8
+Progress = Callable[[float, str], None]
+
+
+class Ranks(Protocol):
+    """Who computes: `train.parallel.Place` is one."""
+
+    @property
+    def rank(self) -> int:
+        """This process."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """All of them."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """A JSON-able value of every rank, in their order."""
+        ...
+
+
+class Alone:
+    """One process."""
+
+    rank, world_size = 0, 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """The only value."""
+        return [value]
+
+
+class EvaluationStopped(Exception):  # noqa: N818 - it ends an evaluation without being an error
+    """Asked to stop between two batches; what was answered is kept."""
+
+
+class KeptAnswers:
+    """An `Answerer` in front of another one.
+
+    folder: where the answers are kept, None to keep none. at_once: requests that the model gets
+    together; whatever their number, an answer does not depend on its neighbours. `settings` stand
+    for whatever else an answer depends on. Every rank must make the same requests in the same
+    order.
+    """
+
+    def __init__(
+        self,
+        answerer: Answerer,
+        folder: Path | None,
+        *,
+        at_once: int,
+        settings: str = "",
+        ranks: Ranks | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.answerer, self.at_once, self.should_stop = answerer, at_once, should_stop
+        self.ranks = ranks if ranks is not None else Alone()
+        self.weights_digest = answerer.weights_digest
+        self.progress: Progress = lambda _fraction, _text: None
+        self._about = [ANSWERS_VERSION, self.weights_digest, settings]
+        self._known: dict[str, Any] = {}
+        self._file: Path | None = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in sorted(folder.glob("*.jsonl")):
+                self._known |= dict(_read(path))
+            self._file = folder / f"{self.ranks.rank}.jsonl"
+            # Nobody writes before everybody has read.
+            self.ranks.gather(None)
+        self.num_found = len(self._known)
+
+    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
+        """See `Answerer`; questions about one picture are asked together."""
+        requests = list(zip(prompts, images, strict=True))
+
+        def ask(part: list[int]) -> list[str]:
+            return self.answerer.generate([prompts[i] for i in part], [images[i] for i in part])
+
+        found = self._all("generate", requests, [_by_picture(*one) for one in requests], ask)
+        return [str(text) for text in found]
+
+    def choose(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Path | None],
+        choices: Sequence[Sequence[str]],
+    ) -> list[list[float]]:
+        """See `Answerer`; questions about one picture are asked together."""
+        requests = list(zip(prompts, images, choices, strict=True))
+        order = [_by_picture(prompt, image) for prompt, image, _ in requests]
+
+        def ask(part: list[int]) -> list[list[float]]:
+            return self.answerer.choose(
+                [prompts[i] for i in part], [images[i] for i in part], [choices[i] for i in part]
+            )
+
+        found: list[list[float]] = self._all("choose", requests, order, ask)
+        return found
+
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+        """See `Answerer`; continuations of one context are asked together, contexts by length."""
+        order = [(len(context), context) for context, _ in pairs]
+
+        def ask(part: list[int]) -> list[tuple[float, bool]]:
+            return self.answerer.loglikelihood([pairs[i] for i in part])
+
+        found = self._all("loglikelihood", list(pairs), order, ask)
+        return [(float(value), bool(greedy)) for value, greedy in found]
+
+    def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
+        """See `Answerer`."""
+
+        def ask(part: list[int]) -> list[float]:
+            return self.answerer.loglikelihood_rolling([texts[i] for i in part])
+
+        found = self._all("rolling", list(texts), [(len(text), text) for text in texts], ask)
+        return [float(value) for value in found]
+
+    def generate_until(
+        self, contexts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: Sequence[int]
+    ) -> list[str]:
+        """See `Answerer`."""
+        requests = list(zip(contexts, stops, max_new_tokens, strict=True))
+
+        def ask(part: list[int]) -> list[str]:
+            return self.answerer.generate_until(
+                [contexts[i] for i in part],
+                [stops[i] for i in part],
+                [max_new_tokens[i] for i in part],
+            )
+
+        order = [(len(text), text) for text in contexts]
+        return [str(text) for text in self._all("generate_until", requests, order, ask)]
+
+    def _all(
+        self,
+        kind: str,
+        requests: list[Any],
+        order: list[tuple[int, str]],
+        ask: Callable[[list[int]], Sequence[Any]],
+    ) -> list[Any]:
+        """Every request's answer: known, or asked by one of the ranks; `order` puts together what
+        the model reads once."""
+        keys = [self._key(kind, request) for request in requests]
+        new = {key: index for index, key in enumerate(keys) if key not in self._known}
+        waiting = sorted(new.values(), key=lambda index: (order[index], index))
+        parts = list(_together(waiting, order, self.at_once))
+        size = self.ranks.world_size
+        for first in range(0, len(parts), size):
+            mine = (
+                parts[first + self.ranks.rank :][:1] if first + self.ranks.rank < len(parts) else []
+            )
+            fresh = {}
+            for part in mine:
+                answers = ask(part)
+                assert len(answers) == len(part), "the model left a request without an answer"
+                fresh = {keys[i]: answer for i, answer in zip(part, answers, strict=True)}
+            self._keep(fresh)
+            stop = False
+            for others, wants in self.ranks.gather([fresh, self.should_stop()]):
+                self._known |= others
+                stop = stop or wants
+            done = sum(len(part) for part in parts[: first + size])
+            done += len(requests) - len(waiting)
+            self.progress(done / len(requests), f"{done:,} of {len(requests):,}")
+            if stop and first + size < len(parts):
+                raise EvaluationStopped("asked to stop; its answers so far are kept")
+        return [self._known[key] for key in keys]
+
+    def _key(self, kind: str, request: Any) -> str:
+        text = json.dumps([*self._about, kind, request], default=str, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def _keep(self, answers: dict[str, Any]) -> None:
+        if self._file is None or not answers:
+            return
+        lines = "".join(json.dumps(pair) + "\n" for pair in answers.items())
+        with self._file.open("a", encoding="utf-8") as stream:
+            stream.write(lines)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _by_picture(prompt: str, image: Path | None) -> tuple[int, str]:
+    # Two questions about one picture share its reading where their lengths are alike.
+    return (0 if image is None else 1, f"{image}\0{len(prompt):06d}")
+
+
+def _together(
+    waiting: list[int], order: list[tuple[int, str]], at_once: int
+) -> Iterator[list[int]]:
+    """Parts of about `at_once`, none of which ends between requests of equal order."""
+    part: list[int] = []
+    for index in waiting:
+        if len(part) >= at_once and order[index] != order[part[-1]]:
+            yield part
+            part = []
+        part.append(index)
+    if part:
+        yield part
+
+
+def _read(path: Path) -> Iterator[tuple[str, Any]]:
+    """The kept answers; a last line that was being written when the process ended is left out."""
+    whole, _, rest = path.read_bytes().rpartition(b"\n")
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            key, answer = json.loads(line)
+        except ValueError:
+            raise ValueError(f"{path} line {number} is broken; delete the file") from None
+        yield key, answer
+    if rest:
+        # The next answer must not be written behind half a line.
+        path.write_bytes(whole + b"\n" if whole else b"")

@@ -1,0 +1,230 @@
+"""Questions with free answers: VQA v2, GQA, TextVQA, VizWiz, POPE."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from midstream.eval.readers.examples import Pictures, VisualExample, coco_names
+from midstream.eval.readers.records import (
+    Record,
+    add,
+    entries,
+    find_file,
+    items,
+    lines,
+    missing,
+    read_json_file,
+    records,
+)
+
+VQAV2_QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
+VQAV2_ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
+GQA_QUESTIONS = "testdev_balanced_questions.json"
+TEXTVQA_QUESTIONS = "TextVQA_0.5.1_val.json"
+TEXTVQA_OCR = "textvqa_val_v051_ocr.jsonl"
+VIZWIZ_QUESTIONS = "val.json"
+POPE_SPLITS = ("random", "popular", "adversarial")
+NUM_VQA_ANSWERS = 10
+# What LLaVA's file puts behind the question, and the line of recognised words.
+_OCR_MARK = "\nReference OCR token:"
+_OCR_TAIL = "\nAnswer the question using a single word or phrase."
+
+
+def read_vqav2(folder: Path, *, pictures: bool = True) -> list[VisualExample]:
+    """VQA v2: every question with its ten answers, which are the gold.
+
+    The files are those of one subset, val2014 as published; a cut of them may be named otherwise
+    and packed by gzip.
+    """
+    questions_path = find_file(
+        folder, VQAV2_QUESTIONS, "v2_*questions.json", "*questions*.json", "*questions*.gz*"
+    )
+    annotations_path = find_file(
+        folder, VQAV2_ANNOTATIONS, "v2_*annotations.json", "*annotat*.json*", "*annotat*.gz*"
+    )
+    subset = _same_subset(questions_path, annotations_path)
+    annotations: dict[str, tuple[list[str], dict[str, str]]] = {}
+    for record in records(annotations_path, "annotations"):
+        answers = [
+            Record(f"{record.where} answer {index}", answer).text("answer")
+            for index, answer in enumerate(record.get("answers", list))
+        ]
+        kinds = {
+            key: str(record.value[key])
+            for key in ("answer_type", "question_type")
+            if key in record.value
+        }
+        add(annotations, record.identifier("question_id"), (_ten(answers, record), kinds), record)
+    look = Pictures(folder, (subset, "train2014"), needed=pictures)
+    examples: dict[str, VisualExample] = {}
+    for record in records(questions_path, "questions"):
+        key = record.identifier("question_id")
+        if key not in annotations:
+            record.refuse(f"question {key} has no annotation in {annotations_path}")
+        image = look.find(record, *coco_names(subset, record.get("image_id", int)))
+        answers, kinds = annotations[key]
+        example = VisualExample(key, record.text("question"), image, answers, kinds=kinds)
+        add(examples, key, example, record)
+    if len(annotations) != len(examples):
+        extra = next(key for key in annotations if key not in examples)
+        raise ValueError(
+            f"{annotations_path} holds {len(annotations):,} annotations for {len(examples):,} "
+            f"questions in {questions_path}; question {extra} is missing there; "
+            "give two files of the same release"
+        )
+    return list(examples.values())
+
+
+def read_gqa(folder: Path, *, pictures: bool = True) -> list[VisualExample]:
+    """GQA's balanced test-dev questions; gold is the answer's text."""
+    look = Pictures(folder, ("images",), needed=pictures)
+    examples = []
+    for key, record in entries(
+        find_file(folder, GQA_QUESTIONS, "*balanced_questions.json", "*questions*.json")
+    ):
+        image = look.find(record, f"{record.identifier('imageId')}.jpg")
+        kinds: dict[str, str] = {}
+        if isinstance(record.value.get("types"), dict):
+            types = record.value["types"]
+            kinds = {key: str(types[key]) for key in ("structural", "semantic") if types.get(key)}
+            if "structural" in kinds:
+                # As the official evaluator parts them.
+                kinds["form"] = "open" if kinds["structural"] == "query" else "binary"
+        answer, question = record.text("answer"), record.text("question")
+        examples.append(VisualExample(key, question, image, answer, kinds=kinds))
+    return examples
+
+
+def read_textvqa(folder: Path, *, pictures: bool = True) -> list[VisualExample]:
+    """TextVQA 0.5.1 validation without OCR tokens; gold is the list of ten answers."""
+    look = Pictures(folder, ("train_images",), needed=pictures)
+    examples: dict[str, VisualExample] = {}
+    for record in records(find_file(folder, TEXTVQA_QUESTIONS, "TextVQA_*val*.json"), "data"):
+        key, image_id = record.identifier("question_id"), record.identifier("image_id")
+        answers = record.get("answers", list)
+        if not all(isinstance(answer, str) for answer in answers):
+            record.refuse("its answers are not all texts")
+        example = VisualExample(
+            key,
+            record.text("question"),
+            look.find(record, f"{image_id}.jpg"),
+            _ten(answers, record),
+            other_id=image_id,
+        )
+        add(examples, key, example, record)
+    return list(examples.values())
+
+
+def read_textvqa_ocr(folder: Path, *, pictures: bool = True) -> list[VisualExample]:
+    """The same questions with the words that were recognised in the picture behind them.
+
+    They come from LLaVA's list, whose `question_id` is the picture's id.
+    """
+    path = find_file(folder, TEXTVQA_OCR, "*textvqa*ocr*.jsonl")
+    texts: dict[tuple[str, str], str] = {}
+    for record in lines(path):
+        text = record.text("text").removesuffix(_OCR_TAIL)
+        question = text.split(_OCR_MARK)[0].strip()
+        key = (record.identifier("question_id"), question)
+        if texts.get(key, text) != text:
+            record.refuse(f"question {question!r} about {key[0]} stands there twice")
+        texts[key] = text
+    examples = []
+    for example in read_textvqa(folder, pictures=pictures):
+        found = [
+            texts[(name, example.question.strip())]
+            for name in (example.other_id or "", example.example_id)
+            if (name, example.question.strip()) in texts
+        ]
+        if not found:
+            raise ValueError(
+                f"{path} has no question {example.question!r} about picture {example.other_id}; "
+                "give the list that belongs to this release"
+            )
+        examples.append(replace(example, question=found[0]))
+    return examples
+
+
+def read_vizwiz(folder: Path, *, pictures: bool = True) -> list[VisualExample]:
+    """VizWiz-VQA validation; an example is named by its picture.
+
+    gold: {"answers": ten texts, "answerable": bool}.
+    """
+    look = Pictures(folder, ("val",), needed=pictures)
+    examples: dict[str, VisualExample] = {}
+    for index, record in enumerate(items(find_file(folder, VIZWIZ_QUESTIONS, "*val*.json"))):
+        answers = [
+            Record(f"{record.where} answer {number}", answer).text("answer")
+            for number, answer in enumerate(record.get("answers", list))
+        ]
+        gold = {
+            "answers": _ten(answers, record),
+            "answerable": record.identifier("answerable") == "1",
+        }
+        key = record.text("image")
+        kinds = {"answer_type": str(record.value.get("answer_type"))}
+        example = VisualExample(
+            key,
+            record.text("question"),
+            look.find(record, key),
+            gold,
+            kinds=kinds if "answer_type" in record.value else {},
+            other_id=str(index),
+        )
+        add(examples, key, example, record)
+    return list(examples.values())
+
+
+def read_pope(folder: Path, *, pictures: bool = True) -> list[VisualExample]:
+    """POPE's splits that are there, at least one of three; gold is "yes" or "no"."""
+    found = {split: _pope_file(folder, split) for split in POPE_SPLITS}
+    present = {split: path for split, path in found.items() if path is not None}
+    if not present:
+        missing(folder / "coco_pope_random.json")
+    look = Pictures(folder, ("val2014",), needed=pictures)
+    examples: dict[str, VisualExample] = {}
+    for split, path in present.items():
+        for record in lines(path):
+            number = record.identifier("question_id")
+            label = record.text("label")
+            if label not in ("yes", "no"):
+                record.refuse(f"its label is {label!r}, not 'yes' or 'no'")
+            example = VisualExample(
+                f"{split}-{number}",
+                record.text("text"),
+                look.find(record, record.text("image")),
+                label,
+                split,
+                choices=("Yes", "No"),
+                other_id=number,
+            )
+            add(examples, example.example_id, example, record)
+    return list(examples.values())
+
+
+def _pope_file(folder: Path, split: str) -> Path | None:
+    for name in (f"coco_pope_{split}.json", f"coco_pope_{split}.jsonl"):
+        if (folder / name).is_file():
+            return folder / name
+    return None
+
+
+def _same_subset(questions: Path, annotations: Path) -> str:
+    """The COCO subset that both files say they are of, val2014 where they do not say."""
+    said = {}
+    for path in (questions, annotations):
+        value = read_json_file(path)
+        said[path] = value.get("data_subtype") if isinstance(value, dict) else None
+    if None not in said.values() and len(set(said.values())) > 1:
+        told = ", ".join(f"{path} is of {subset}" for path, subset in said.items())
+        raise ValueError(f"{told}; give the questions and annotations of one subset")
+    return next((str(subset) for subset in said.values() if subset), "val2014")
+
+
+def _ten(answers: list[Any], record: Record) -> list[str]:
+    if len(answers) != NUM_VQA_ANSWERS:
+        record.refuse(
+            f"it has {len(answers)} answers, the metric needs {NUM_VQA_ANSWERS} "
+            "(repeat a single answer ten times)"
+        )
+    return answers
