@@ -279,6 +279,7 @@ class StageRunner:
             settings=str(stage.evaluation.max_new_tokens),
             ranks=self.place,
             should_stop=self.should_stop,
+            at=self.watch.at,
         )
         try:
             results = evaluate(

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from midstream.eval import readers
-from midstream.eval.scoring import box_accuracy, gqa_exact_match, textvqa_accuracy, vqa_accuracy
+from midstream.eval.scoring import box_accuracy, gqa_accuracy, textvqa_accuracy, vqa_accuracy
 from midstream.eval.task import VISUAL_FORMATS, VisualExample
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -135,7 +135,9 @@ def test_gqa_reads_the_object_of_questions(tmp_path: Path) -> None:
 def test_textvqa_reads_the_list_of_questions(tmp_path: Path) -> None:
     textvqa(tmp_path)
     image = tmp_path / "train_images/a1.jpg"
-    assert read("textvqa", tmp_path) == [VisualExample("7", "brand?", image, ["nokia"] * 10)]
+    assert read("textvqa", tmp_path) == [
+        VisualExample("7", "brand?", image, ["nokia"] * 10, other_id="a1")
+    ]
 
 
 def test_pope_reads_three_splits_whose_question_ids_repeat(tmp_path: Path) -> None:
@@ -343,7 +345,7 @@ def test_gqa_and_textvqa_read_real_samples(tmp_path: Path) -> None:
     (tmp_path / readers.GQA_QUESTIONS).symlink_to(folder / "allennlp_fixtures/gqa/questions.json")
     (tmp_path / "images").symlink_to(folder / "allennlp_fixtures/images/gqa")
     questions = read("gqa", tmp_path)
-    assert [gqa_exact_match(str(e.gold).title(), e.gold) for e in questions] == [1.0]
+    assert [gqa_accuracy(f"{str(e.gold).title()}.", e.gold) for e in questions] == [1.0]
     sample = folder / "first100_items/textvqa/TextVQA_0.5.1_val.json_samples.json"
     (tmp_path / readers.TEXTVQA_QUESTIONS).symlink_to(sample)
     (tmp_path / "train_images").mkdir()

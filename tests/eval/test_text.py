@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from midstream.eval.task import Answerer
-from midstream.eval.text import TextItem, adapt, read_text_task, run_text_tasks
+from midstream.eval.text import TextItem, adapt, own_task, read_text_task, run_text_tasks
 
 
 class Fake:
@@ -25,6 +25,23 @@ class Fake:
 
     def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
         return [f"{prompt} is said\nQ: and more" for prompt in prompts]
+
+    def choose(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Path | None],
+        choices: Sequence[Sequence[str]],
+    ) -> list[list[float]]:
+        raise NotImplementedError
+
+    def generate_until(
+        self, contexts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: Sequence[int]
+    ) -> list[str]:
+        self.limits = list(max_new_tokens)
+        return [
+            min((f"{text} is said\nQ: and more".split(stop)[0] for stop in own), key=len)
+            for text, own in zip(contexts, stops, strict=True)
+        ]
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         self.asked += pairs
@@ -91,7 +108,7 @@ def test_a_missing_task_file_is_named_with_those_that_are_there(tmp_path: Path) 
 
 
 def test_no_task_needs_no_harness() -> None:
-    assert run_text_tasks(Fake(None), {}) == {}
+    assert run_text_tasks(Fake(None), []) == {}
 
 
 @pytest.mark.slow
@@ -99,23 +116,29 @@ def test_one_that_prefers_gold_scores_one_and_its_opposite_zero() -> None:
     items = made(50)
     gold = {(item.query, item.choices[item.gold]) for item in items}
     knowing = Fake(lambda query, choice: (query, choice) in gold)
-    result = run_text_tasks(knowing, {"colours": items})["colours"]
-    assert result.accuracy == 1.0
-    assert result.chosen == tuple(item.gold for item in items)
+    result = run_text_tasks(knowing, [own_task(items, "colours", 0.3)])["colours"]
+    assert result.metrics["acc"] == 1.0
+    assert [one.chosen for one in result.answers] == [item.gold for item in items]
+    assert [one.gold for one in result.answers] == [item.gold for item in items]
     contrary = Fake(lambda query, choice: (query, choice) not in gold)
-    assert run_text_tasks(contrary, {"colours": items})["colours"].accuracy == 0.0
+    found = run_text_tasks(contrary, [own_task(items, "colours", 0.3)])
+    assert found["colours"].metrics["acc"] == 0.0
 
 
 @pytest.mark.slow
 def test_one_that_always_says_green_scores_how_often_green_is_right() -> None:
     tasks = {"three ways": made(60), "four/ways": made(40, choices=4, seed=1)}
-    results = run_text_tasks(Fake(lambda _query, choice: choice.startswith(" green")), tasks)
+    asked = [own_task(items, name, 0.3) for name, items in tasks.items()]
+    results = run_text_tasks(Fake(lambda _query, choice: choice.startswith(" green")), asked)
     for name, items in tasks.items():
         greens = sum(item.gold == 1 for item in items) / len(items)
         assert 0 < greens < 1
-        assert results[name].accuracy == pytest.approx(greens)
-        assert results[name].scores == tuple(float(item.gold == 1) for item in items)
-        assert results[name].items == tuple(items)
+        assert results[name].metrics["acc"] == pytest.approx(greens)
+        answers = results[name].answers
+        assert [one.score for one in answers] == [float(item.gold == 1) for item in items]
+        assert [(one.prompt, one.choices) for one in answers] == [
+            (item.query, item.choices) for item in items
+        ]
 
 
 @pytest.mark.slow
@@ -126,7 +149,7 @@ def test_query_and_choices_reach_the_model_as_they_stand() -> None:
         TextItem("3", "", (" ä", " \u2028"), 1),
     ]
     fake = Fake(lambda _query, choice: len(choice))
-    run_text_tasks(fake, {"odd": odd})
+    run_text_tasks(fake, [own_task(odd, "odd", 0.5)])
     assert sorted(fake.asked) == sorted((item.query, c) for item in odd for c in item.choices)
 
 
@@ -146,7 +169,7 @@ def test_nothing_asks_the_network_or_writes_beside_the_temporary_folder(
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    run_text_tasks(Fake(lambda _query, choice: len(choice)), {"colours": made(5)})
+    run_text_tasks(Fake(lambda _query, choice: len(choice)), [own_task(made(5), "colours", 0.3)])
     assert tried == []
     assert list(tmp_path.iterdir()) == []
     assert datasets.config.HF_HUB_OFFLINE is False  # as it was
@@ -156,7 +179,9 @@ def test_nothing_asks_the_network_or_writes_beside_the_temporary_folder(
 def test_progress_ends_at_one() -> None:
     told: list[float] = []
     fake = Fake(lambda _query, choice: len(choice))
-    run_text_tasks(fake, {"a": made(5)}, lambda fraction, _text: told.append(fraction))
+    run_text_tasks(
+        fake, [own_task(made(5), "a", 0.3)], None, lambda fraction, _text: told.append(fraction)
+    )
     assert told[-1] == 1.0
     assert told == sorted(told)
 

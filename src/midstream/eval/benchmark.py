@@ -19,7 +19,14 @@ from midstream.eval.local_tasks import HARNESS_TASKS, find_local
 from midstream.eval.readers.choices import LETTERS
 from midstream.eval.scoring import to_square
 from midstream.eval.task import VISUAL_FORMATS, VisualExample, VisualFormat
-from midstream.eval.text import TextResult, TextTask, harness_task, own_task, run_text_tasks
+from midstream.eval.text import (
+    TextResult,
+    TextTask,
+    harness_task,
+    own_task,
+    read_text_task,
+    run_text_tasks,
+)
 from midstream.storage import read_json, write_bytes
 from midstream.uncertainty import bootstrap, mean_by_split, split_means
 
@@ -115,7 +122,11 @@ def read_choice_task(world: Path, name: str, limit: int | None = None) -> TextTa
     listed = read_json(path).get("text_tasks", {}) if path.is_file() else {}
     if name in listed:
         entry = _declared(world, "text_tasks", name)
-        task = own_task(world / "text_tasks" / f"{name}.jsonl", name, _chance(world, name, entry))
+        task = own_task(
+            read_text_task(world / "text_tasks" / f"{name}.jsonl"),
+            name,
+            _chance(world, name, entry),
+        )
     elif path.is_file() and (name not in HARNESS_TASKS or find_local(world, name) is None):
         _declared(world, "text_tasks", name)  # which says what there is
         raise AssertionError(name)

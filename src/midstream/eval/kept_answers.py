@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from midstream.eval.task import Answerer
 
@@ -22,6 +22,7 @@ BATCHES_AT_ONCE = 8
 Progress = Callable[[float, str], None]
 
 
+@runtime_checkable
 class Ranks(Protocol):
     """Who computes: `train.parallel.Place` is one."""
 
@@ -60,7 +61,7 @@ class KeptAnswers:
     folder: where the answers are kept, None to keep none. at_once: requests that the model gets
     together; whatever their number, an answer does not depend on its neighbours. `settings` stand
     for whatever else an answer depends on. Every rank must make the same requests in the same
-    order.
+    order; `at` hears what each of them comes to.
     """
 
     def __init__(
@@ -72,8 +73,10 @@ class KeptAnswers:
         settings: str = "",
         ranks: Ranks | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        at: Callable[[str], None] = lambda _point: None,
     ) -> None:
         self.answerer, self.at_once, self.should_stop = answerer, at_once, should_stop
+        self.at = at
         self.ranks = ranks if ranks is not None else Alone()
         self.weights_digest = answerer.weights_digest
         self.progress: Progress = lambda _fraction, _text: None

@@ -67,11 +67,10 @@ class TextResult:
     answers: tuple[TextAnswer, ...]
 
 
-def own_task(path: Path, name: str, chance: float) -> TextTask:
-    """The task in a file of JSON lines {"query", "choices", "gold"}; see `read_text_task`."""
+def own_task(items: Sequence[TextItem], name: str, chance: float) -> TextTask:
+    """Items of the caller's own (`read_text_task`) as a task."""
     docs = tuple(
-        {"query": item.query, "choices": list(item.choices), "gold": item.gold}
-        for item in read_text_task(path)
+        {"query": item.query, "choices": list(item.choices), "gold": item.gold} for item in items
     )
     settings = {
         "output_type": "multiple_choice",

@@ -264,7 +264,8 @@ def _read_on(
     # Padding is behind the tokens, where they do not look.
     order = held.new_ones(width, width).tril().expand(len(rows), -1, -1)
     seen = torch.cat((held[:, None].expand(-1, width, -1), order), dim=2)
-    return vlm.decoder(embeddings, position_ids, seen[:, None], cache)
+    hidden: Tensor = vlm.decoder(embeddings, position_ids, seen[:, None], cache)
+    return hidden
 
 
 @torch.no_grad()

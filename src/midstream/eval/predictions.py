@@ -1,0 +1,261 @@
+"""Other people's predictions, matched to a benchmark's questions and scored without a model."""
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from midstream.eval.benchmark import VisualTask, read_visual_task, score_visual
+from midstream.eval.readers.records import read_text
+from midstream.eval.task import VisualExample
+
+# Keys that people use, in the order in which they are looked for.
+_IDS = ("question_id", "questionId", "example_id", "qid", "id", "image")
+_ANSWERS = ("answer", "text", "prediction", "pred", "response", "output", "model_output")
+_QUESTIONS = ("prompt", "question", "query")
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One line of a predictions file; `question` may be a whole prompt around it."""
+
+    where: str
+    answer: str
+    name: str | None = None
+    question: str | None = None
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A benchmark and an answer to each of its questions; how they were matched is in `notes`."""
+
+    task: VisualTask
+    answers: tuple[str, ...]
+    num_missing: int
+    notes: tuple[str, ...]
+
+
+def score_predictions(
+    data: Path, name: str, path: Path, *, split: str | None = None, missing_as_wrong: bool = False
+) -> dict[str, Any]:
+    """Score a file of predictions on a benchmark whose official files are under `data`.
+
+    The row of results.json that a model's answers would give, with `num_missing` and `notes`.
+    Pictures may be absent. Raises ValueError or FileNotFoundError as `match_predictions` and
+    the readers do.
+    """
+    task = read_visual_task(data, name, pictures=False)
+    matched = match_predictions(
+        task, read_predictions(path), path, split=split, missing_as_wrong=missing_as_wrong
+    )
+    row = score_visual(matched.task, matched.answers)
+    return row | {"num_missing": matched.num_missing, "notes": list(matched.notes)}
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """JSON lines, a JSON list, or a JSON object of answers by question id.
+
+    Raises ValueError with the line or the record that holds no answer.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a file of predictions")
+    text = read_text(path)
+    if not text.strip():
+        raise ValueError(f"{path} is empty; give a file of predictions")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if isinstance(value, dict) and not _is_record(value):
+        return [
+            _prediction({"question_id": key, "answer": answer}, f"{path} key {key!r}")
+            for key, answer in value.items()
+        ]
+    if isinstance(value, list):
+        return [_prediction(one, f"{path} record {i}") for i, one in enumerate(value)]
+    found = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number} is not JSON ({error.msg})") from None
+        found.append(_prediction(record, f"{path} line {number}"))
+    return found
+
+
+def match_predictions(
+    task: VisualTask,
+    predictions: Sequence[Prediction],
+    path: Path,
+    *,
+    split: str | None = None,
+    missing_as_wrong: bool = False,
+) -> Matched:
+    """An answer to every question: by id where ids name questions, else by their order, checked
+    against the questions' words where the file has them.
+
+    split: the predictions answer this split alone. Raises ValueError for questions without a
+    prediction (with `missing_as_wrong` they count as wrong), for predictions of no question, for
+    two of one question, and where it is not clear which split is meant.
+    """
+    notes: list[str] = []
+    splits = list(dict.fromkeys(example.split for example in task.examples))
+    if split is not None and split not in splits:
+        known = ", ".join(splits) if splits != [""] else "none"
+        raise ValueError(f"{task.name} has no split {split!r}; it has {known}")
+    if split is None and len(splits) > 1:
+        split = _likely_split(task, predictions, path, notes)
+    if split is not None:
+        own = [example for example in task.examples if example.split == split]
+        task = replace(task, examples=tuple(own), num_all=len(own))
+        notes.append(f"scored on split {split} alone")
+    found = _by_id(task, predictions) or _in_order(task, predictions)
+    if found is None:
+        _no_match(task, predictions, path)
+    missing = [example for example in task.examples if example.example_id not in found]
+    if missing and not missing_as_wrong:
+        names = ", ".join(example.example_id for example in missing[:_SHOWN])
+        raise ValueError(
+            f"{path} answers {len(found):,} of {len(task.examples):,} questions of {task.name}; "
+            f"without an answer are {names}"
+            f"{' and others' if len(missing) > _SHOWN else ''}; complete the file, or count them "
+            "as wrong with --missing-as-wrong"
+        )
+    if missing:
+        notes.append(f"{len(missing):,} questions without a prediction count as wrong")
+    answers = tuple(found.get(example.example_id, "") for example in task.examples)
+    return Matched(task, answers, len(missing), tuple(notes))
+
+
+def _by_id(task: VisualTask, predictions: Sequence[Prediction]) -> dict[str, str] | None:
+    """Answers by example, None where the file's ids do not name this task's questions."""
+    if not all(prediction.name is not None for prediction in predictions):
+        return None
+    by_name: dict[str, list[VisualExample]] = {}
+    for example in task.examples:
+        for name in dict.fromkeys((example.example_id, example.other_id)):
+            if name is not None:
+                by_name.setdefault(name, []).append(example)
+    unknown = [one for one in predictions if one.name not in by_name]
+    if len(unknown) == len(predictions):
+        return None
+    if unknown:
+        raise ValueError(
+            f"{unknown[0].where} answers question {unknown[0].name}, which {task.name} does not "
+            f"have ({len(unknown):,} of {len(predictions):,} predictions are of no question here); "
+            "are they of another split, or the annotations of another release?"
+        )
+    found: dict[str, str] = {}
+    for prediction in predictions:
+        own = by_name[prediction.name or ""]
+        if len(own) > 1:  # an id of a picture, or one that splits share
+            own = [example for example in own if _asks(prediction, example)]
+            own = [example for example in own if example.example_id not in found] or own
+        if len(own) != 1 and not (own and len({e.question for e in own}) == 1):
+            return None
+        if own[0].example_id in found:
+            raise ValueError(
+                f"{prediction.where} answers question {prediction.name} a second time; keep one "
+                "answer to each"
+            )
+        found[own[0].example_id] = prediction.answer
+    return found
+
+
+def _in_order(task: VisualTask, predictions: Sequence[Prediction]) -> dict[str, str] | None:
+    """Answers by example where the file has as many lines as there are questions, whose words it
+    repeats (a file without ids may leave them out); splits may follow in any order."""
+    if len(predictions) != len(task.examples):
+        return None
+    named = any(prediction.name is not None for prediction in predictions)
+    worded = all(prediction.question is not None for prediction in predictions)
+    if named and not worded:
+        return None
+    by_split: dict[str, list[VisualExample]] = {}
+    for example in task.examples:
+        by_split.setdefault(example.split, []).append(example)
+    for order in itertools.permutations(by_split.values()):
+        examples = list(itertools.chain.from_iterable(order))
+        pairs = list(zip(predictions, examples, strict=True))
+        if not worded or all(_asks(prediction, example) for prediction, example in pairs):
+            return {example.example_id: prediction.answer for prediction, example in pairs}
+    return None
+
+
+def _likely_split(
+    task: VisualTask, predictions: Sequence[Prediction], path: Path, notes: list[str]
+) -> str | None:
+    """The only split that the predictions can be of; None where they are of all."""
+    sizes = Counter(example.split for example in task.examples)
+    if len(predictions) > max(sizes.values()):
+        return None
+    named = [split for split in sizes if split in path.name]
+    if len(named) == 1:
+        notes.append(f"the file's name says {named[0]}")
+        return named[0]
+    ids = {prediction.name for prediction in predictions}
+    if ids & {example.example_id for example in task.examples}:
+        return None
+    possible = []
+    for split in sizes:
+        own = {e.other_id: e for e in task.examples if e.split == split}
+        if all(p.name in own and _asks(p, own[p.name]) for p in predictions):
+            possible.append(split)
+    if len(possible) == 1:
+        return possible[0]
+    if possible:
+        raise ValueError(
+            f"{path} has {len(predictions):,} predictions that fit each of the splits "
+            f"{', '.join(possible)} of {task.name}; say which with --split"
+        )
+    return None
+
+
+def _asks(prediction: Prediction, example: VisualExample) -> bool:
+    """Whether a prediction's prompt holds the example's question, as far as it says."""
+    if prediction.question is None:
+        return True
+    return _plain(example.question) in _plain(prediction.question)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _no_match(task: VisualTask, predictions: Sequence[Prediction], path: Path) -> NoReturn:
+    first, example = predictions[0], task.examples[0]
+    raise ValueError(
+        f"{path} has {len(predictions):,} predictions for {len(task.examples):,} questions of "
+        f"{task.name}, and its ids name none of them: {first.where} has "
+        f"{'no id' if first.name is None else f'id {first.name}'}, a question here is called "
+        f"{example.example_id}; give question_id and answer in each line"
+    )
+
+
+def _is_record(value: dict[str, Any]) -> bool:
+    return any(key in value for key in _IDS) and any(key in value for key in _ANSWERS)
+
+
+def _prediction(value: Any, where: str) -> Prediction:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is a {type(value).__name__}, not an object with an answer")
+    keys = [key for key in _ANSWERS if value.get(key) is not None]
+    # LLaVA's files hold the question under "prompt" and the answer under "text"; POPE's the
+    # question under "question" and the answer under "answer".
+    if not keys:
+        raise ValueError(
+            f"{where} has no answer, only {', '.join(map(str, value))}; an answer stands under "
+            f"one of {', '.join(_ANSWERS)}"
+        )
+    answer = value[keys[0]]
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float | list):
+        raise ValueError(f"{where} has {answer!r} under {keys[0]!r}, which is no answer")
+    name = next((str(value[key]) for key in _IDS if value.get(key) is not None), None)
+    question = next((value[key] for key in _QUESTIONS if isinstance(value.get(key), str)), None)
+    return Prediction(where, answer if isinstance(answer, str) else str(answer), name, question)
