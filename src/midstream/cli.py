@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
-from midstream import __version__
+from midstream import __version__, eval_commands
 from midstream.model_commands import COMMANDS
 from midstream.profile_command import profile
 
@@ -367,7 +367,7 @@ def demo(
     terminal.out().print(text)
 
 
-for command_name, command_of in {**COMMANDS, "profile": profile}.items():
+for command_name, command_of in {**COMMANDS, **eval_commands.COMMANDS, "profile": profile}.items():
     app.command(command_name)(user_errors(command_of))
 
 

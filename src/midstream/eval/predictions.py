@@ -115,7 +115,9 @@ def match_predictions(
         own = [example for example in task.examples if example.split == split]
         task = replace(task, examples=tuple(own), num_all=len(own))
         notes.append(f"scored on split {split} alone")
-    found = _by_id(task, predictions) or _in_order(task, predictions)
+    found = _by_id(task, predictions)
+    if found is None:
+        found = _in_order(task, predictions)
     if found is None:
         _no_match(task, predictions, path)
     missing = [example for example in task.examples if example.example_id not in found]
@@ -142,15 +144,8 @@ def _by_id(task: VisualTask, predictions: Sequence[Prediction]) -> dict[str, str
         for name in dict.fromkeys((example.example_id, example.other_id)):
             if name is not None:
                 by_name.setdefault(name, []).append(example)
-    unknown = [one for one in predictions if one.name not in by_name]
-    if len(unknown) == len(predictions):
+    if any(prediction.name not in by_name for prediction in predictions):
         return None
-    if unknown:
-        raise ValueError(
-            f"{unknown[0].where} answers question {unknown[0].name}, which {task.name} does not "
-            f"have ({len(unknown):,} of {len(predictions):,} predictions are of no question here); "
-            "are they of another split, or the annotations of another release?"
-        )
     found: dict[str, str] = {}
     for prediction in predictions:
         own = by_name[prediction.name or ""]
@@ -229,10 +224,18 @@ def _plain(text: str) -> str:
 
 
 def _no_match(task: VisualTask, predictions: Sequence[Prediction], path: Path) -> NoReturn:
+    known = {name for e in task.examples for name in (e.example_id, e.other_id)}
+    unknown = [one for one in predictions if one.name is not None and one.name not in known]
+    if unknown and len(unknown) < len(predictions):
+        raise ValueError(
+            f"{unknown[0].where} answers question {unknown[0].name}, which {task.name} does not "
+            f"have ({len(unknown):,} of {len(predictions):,} predictions are of no question here); "
+            "are they of another split, or the annotations of another release?"
+        )
     first, example = predictions[0], task.examples[0]
     raise ValueError(
         f"{path} has {len(predictions):,} predictions for {len(task.examples):,} questions of "
-        f"{task.name}, and its ids name none of them: {first.where} has "
+        f"{task.name}, and nothing says which is whose: {first.where} has "
         f"{'no id' if first.name is None else f'id {first.name}'}, a question here is called "
         f"{example.example_id}; give question_id and answer in each line"
     )
