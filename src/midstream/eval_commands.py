@@ -71,7 +71,7 @@ def evaluate(
         typer.Option(metavar="A B", help="Where two folders of results differ, and by how much."),
     ] = None,
 ) -> None:
-    """Evaluate models on benchmarks' official files; list the benchmarks, show or compare results."""
+    """Evaluate models on benchmarks' official files; list benchmarks, show or compare results."""
     evaluation = {
         "limit": limit,
         "prompts": prompts,

@@ -66,10 +66,8 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 def vqa_accuracy_prismatic(prediction: str, answers: Sequence[str]) -> float:
     """VQA v2 as the Prismatic authors score it: the prediction is always normalised whole, of the
-    answers, where they differ, the punctuation alone (vlm-evaluation, vqav2/eval.py)."""
-    golds = [_one_line(answer) for answer in answers]
-    if len(set(golds)) > 1:
-        golds = [_vqa_punctuation(gold) for gold in golds]
+    answers the punctuation alone, whether or not they agree (vlm-evaluation, vqav2/eval.py)."""
+    golds = [_vqa_punctuation(answer) for answer in answers]
     return _leave_one_out(_normalised(prediction), golds)
 
 
