@@ -61,6 +61,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "evaluate": {
         "tasks": dict,
         "stable": dict,
+        "suites": dict,
         "weights_digest": str,
         "seconds": float,
         "peak_memory_bytes": int,
@@ -85,7 +86,12 @@ TASK_FIELDS = {
     "blind",
     "num_examples",
     "unparsable",
+    "low",
+    "high",
+    "shortened",
+    "details",
 }
+VISUAL_FIELDS = {"format", "splits", "wording", "answered"}
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -132,9 +138,9 @@ def test_results_have_the_fields_that_the_store_documents(ledger: Ledger, stage:
         for source in results["sources"].values():
             assert source.keys() == SOURCE_FIELDS
     if isinstance(stage, Evaluate):
-        names |= TASK_FIELDS | {"format", "splits", *results["stable"]}
+        names |= TASK_FIELDS | VISUAL_FIELDS | set(results["stable"])
         for task in results["tasks"].values():
-            visual = {"format", "splits"} if task["kind"] == "vision" else set()
+            visual = VISUAL_FIELDS if task["kind"] == "vision" else set()
             assert task.keys() == TASK_FIELDS | visual
     words = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]*)`", page))))
     assert names <= words

@@ -143,6 +143,8 @@ def _process(request: dict[str, Any]) -> None:
     offline = os.environ.get("HF_HUB_OFFLINE")
     environment.pop("HF_HUB_OFFLINE", None)
     environment |= {} if offline is None else {"HF_HUB_OFFLINE": offline}
+    # The harness's own bars, between ours.
+    environment["TQDM_DISABLE"] = "1"
     ended = subprocess.run(
         [sys.executable, "-m", "midstream.evaluate_model"],
         input=json.dumps(request).encode(),

@@ -112,14 +112,15 @@ def test_the_stock_model_of_lm_evaluation_harness_gives_midstreams_likelihoods(
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     # Midstream's own way to say a task of lm-evaluation-harness.
-    text._write_task(tasks, "choices", items)
+    task = text.own_task(items, "choices", 1 / 3)
+    text._write_task(tasks, "choices", task)
     request = {"folder": str(tmp_path / "out"), "pairs": PAIRS, "tasks": str(tasks)}
     found, accuracy = run_fresh(HARNESS, request, tmp_path)
     expected = answerer.loglikelihood(PAIRS)
     assert [best for _, best in found] == [best for _, best in expected]
     for (score, _), (ours, _) in zip(found, expected, strict=True):
         assert score == pytest.approx(ours, abs=1e-4)
-    ours = text.run_text_tasks(answerer, {"choices": items})["choices"].accuracy
+    ours = text.run_text_tasks(answerer, [task])["choices"].metrics["acc"]
     assert 0 < ours < 1
     assert accuracy == ours
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from midstream.config import Attention, DecoderConfig, EncoderConfig, VLMConfig
 from midstream.model.conversation import Conversation
-from midstream.model.generate import generate, sequence_logprobs
+from midstream.model.generate import choice_logprobs, generate, sequence_logprobs
 from midstream.model.initialise import generator, initialise
 from midstream.model.sampling import Sampling, choose
 from midstream.model.transformers_config import describe
@@ -493,3 +493,62 @@ def test_logprobs_do_not_depend_on_neighbours_to_the_last_bit(plain: VLM) -> Non
 def test_a_continuation_outside_its_sequence_is_refused(plain: VLM, start: int) -> None:
     with pytest.raises(ValueError, match=f"starts at {start} of 3 tokens"):
         sequence_logprobs(plain, [[1, 2, 3]], [start], batch_size=1)
+
+
+CHOICES = [
+    [[5], [6, 7, 8], [9, 9]],
+    [[1, 2]],
+    [[30], [31], [32], [33]],
+    [[7, 6, 5, 4, 3, 2, 1], [2]],
+    [],
+    [[8, 8], [8, 8, 8, 8, 8]],
+]
+
+
+@pytest.mark.parametrize("decoder", ["openlm", "llama"])
+def test_choices_behind_a_shared_context_are_as_likely_as_alone(decoder: str) -> None:
+    vlm = vlm_of("causal", decoder)
+    found = choice_logprobs(vlm, PROMPTS, None, CHOICES, batch_size=4, plain=True)
+    for prompt, own, values in zip(PROMPTS, CHOICES, found, strict=True):
+        alone = sequence_logprobs(
+            vlm, [prompt + ids for ids in own], [len(prompt)] * len(own), batch_size=2
+        )
+        assert [greedy for _, greedy in values] == [greedy for _, greedy in alone]
+        for (value, _), (expected, _) in zip(values, alone, strict=True):
+            assert value == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_choices_do_not_depend_on_what_stands_beside_them(kind: Attention) -> None:
+    vlm = vlm_of(kind)
+    features = torch.randn(3, ENCODER.num_patches, 24, generator=generator(0, "test"))
+    image_of = [0, 1, 2, 0, 0, 1]
+    whole = choice_logprobs(vlm, PROMPTS, features, CHOICES, image_of=image_of, batch_size=4)
+    for index in range(len(PROMPTS)):
+        one = choice_logprobs(
+            vlm,
+            PROMPTS[index : index + 1],
+            features[image_of[index]][None],
+            CHOICES[index : index + 1],
+            batch_size=4,
+        )
+        assert one == whole[index : index + 1]
+
+
+def test_a_choice_that_greedy_decoding_gives_is_the_likeliest_of_all_tokens() -> None:
+    vlm = vlm_of("prefix")
+    features = torch.randn(1, ENCODER.num_patches, 24, generator=generator(1, "test"))
+    ((token,),) = generate(
+        vlm, [[4, 5]], features, max_new_tokens=1, stop_ids=NO_STOP, batch_size=2
+    )
+    every = [[other] for other in range(40)]
+    (found,) = choice_logprobs(vlm, [[4, 5]], features, [every], batch_size=2)
+    values = [value for value, _ in found]
+    assert values.index(max(values)) == token
+    assert [greedy for _, greedy in found] == [other == token for other in range(40)]
+    assert sum(map(float, torch.tensor(values).exp())) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_an_empty_choice_is_refused() -> None:
+    with pytest.raises(ValueError, match="a continuation is empty"):
+        choice_logprobs(vlm_of("causal"), [[1]], None, [[[]]], batch_size=1)

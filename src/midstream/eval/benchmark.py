@@ -98,9 +98,15 @@ def evaluate(
 
 
 def read_visual_task(
-    world: Path, name: str, limit: int | None = None, *, pictures: bool = True
+    world: Path,
+    name: str,
+    limit: int | None = None,
+    *,
+    pictures: bool = True,
+    shuffled: bool = True,
 ) -> VisualTask:
-    """A visual benchmark and the first `limit` examples of its seeded order.
+    """A visual benchmark and the first `limit` examples of its seeded order; not `shuffled`, of
+    the files' own order.
 
     `world` is a world whose world.json lists the task, or a folder with the official files under
     the benchmark's own name (`<world>/gqa` or `<world>/bench/gqa`), or of nothing else. Without
@@ -108,8 +114,9 @@ def read_visual_task(
     """
     kind, chance, folder = _visual_folder(world, name)
     examples = VISUAL_FORMATS[kind].read(folder, pictures=pictures)
-    chosen = in_seeded_order(examples, [example.split for example in examples], name)[:limit]
-    num_splits = len({example.split for example in examples})
+    splits = [example.split for example in examples]
+    chosen = (in_seeded_order(examples, splits, name) if shuffled else examples)[:limit]
+    num_splits = len(set(splits))
     if limit is not None and limit < num_splits:
         raise ValueError(f"limit {limit} cannot cover the {num_splits} splits of {name}; raise it")
     return VisualTask(name, VISUAL_FORMATS[kind], chance, tuple(chosen), len(examples))

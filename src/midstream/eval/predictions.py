@@ -48,7 +48,7 @@ def score_predictions(
     Pictures may be absent. Raises ValueError or FileNotFoundError as `match_predictions` and
     the readers do.
     """
-    task = read_visual_task(data, name, pictures=False)
+    task = read_visual_task(data, name, pictures=False, shuffled=False)
     matched = match_predictions(
         task, read_predictions(path), path, split=split, missing_as_wrong=missing_as_wrong
     )
@@ -242,7 +242,7 @@ def _no_match(task: VisualTask, predictions: Sequence[Prediction], path: Path) -
 
 
 def _is_record(value: dict[str, Any]) -> bool:
-    return any(key in value for key in _IDS) and any(key in value for key in _ANSWERS)
+    return any(key in value for key in (*_IDS, *_ANSWERS))
 
 
 def _prediction(value: Any, where: str) -> Prediction:

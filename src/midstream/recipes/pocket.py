@@ -89,7 +89,13 @@ def when_images_arrive(
             schedule=WarmupCosine(peak_rate=text_rate, end_rate=END_RATE, warmup_fraction=0.05),
         ),
     )
-    asked = Evaluation(visual_tasks=VISUAL_TASKS, text_tasks=TEXT_TASKS, prompts="short")
+    asked = Evaluation(
+        visual_tasks=VISUAL_TASKS,
+        text_tasks=TEXT_TASKS,
+        prompts="short",
+        # Its conversations say "yes" and "no"; the official answers begin with a capital.
+        fixed_answers="text",
+    )
     lines = [
         finetuned_line(
             Continue(

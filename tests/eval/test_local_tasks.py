@@ -1,0 +1,246 @@
+"""Published files in the columns of the harness's data sets, and through the harness itself."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from midstream.config import Evaluation
+from midstream.eval.aggregate import TEXT_CHANCE, suites
+from midstream.eval.benchmark import evaluate, read_choice_task
+from midstream.eval.kept_answers import KeptAnswers
+from midstream.eval.local_tasks import HARNESS_TASKS, find_local
+from midstream.eval.text import harness_task, run_text_tasks
+
+BENCH = Path(__file__).parents[3] / "shared" / "data" / "bench_text"
+needs_bench = pytest.mark.skipif(not BENCH.is_dir(), reason=f"{BENCH} is not here")
+
+
+class Longest:
+    """Likes long continuations."""
+
+    weights_digest = "longest"
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+
+    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
+        raise NotImplementedError
+
+    def choose(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Path | None],
+        choices: Sequence[Sequence[str]],
+    ) -> list[list[float]]:
+        raise NotImplementedError
+
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+        self.asked += pairs
+        return [(float(len(tail)), tail == " 3") for _, tail in pairs]
+
+    def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
+        raise NotImplementedError
+
+    def generate_until(
+        self, contexts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: Sequence[int]
+    ) -> list[str]:
+        raise NotImplementedError
+
+
+# What the shared files hold: records, and how they depart from the data set.
+REAL = {
+    "arc_easy": (2376, None, "Question: "),
+    "copa": (100, None, "The man turned on the faucet therefore"),
+    "mathqa": (2983, "four of the five options", "Question: "),
+    "piqa": (1838, None, "Question: "),
+    "pubmedqa": (500, None, "Abstract: "),
+    "hellaswag": (1000, "contexts as the text file writes them", ""),
+    "agieval_lsat_ar": (230, None, "Of the eight students"),
+    "bigbench_conceptual_combinations_multiple_choice": (
+        103,
+        "the wording of llm-foundry's file",
+        "Concept: ",
+    ),
+    "bigbench_cs_algorithms": (1320, None, "Given two strings"),
+}
+
+
+@needs_bench
+@pytest.mark.parametrize("name", REAL)
+def test_real_files_are_read_whole(name: str) -> None:
+    num_docs, departs, _ = REAL[name]
+    task = harness_task(name, BENCH)
+    assert task.docs is not None
+    assert len(task.docs) == num_docs
+    assert task.departs == departs
+    assert task.chance == (0.25 if name == "mathqa" else TEXT_CHANCE[name][0])
+    part = read_choice_task(BENCH, name, limit=7)
+    whole = read_choice_task(BENCH, name)
+    assert part.docs == (whole.docs or ())[:7]
+
+
+@needs_bench
+@pytest.mark.slow
+def test_the_harness_asks_real_records_in_its_own_words(tmp_path: Path) -> None:
+    fake = Longest()
+    evaluation = Evaluation(text_tasks=tuple(REAL), limit=12, blind=False)
+    answers = KeptAnswers(fake, None, at_once=50)
+    results = evaluate(answers, evaluation, BENCH, tmp_path, lambda _fraction, _text: None)
+    assert results["tasks"].keys() == REAL.keys()
+    for name, (num_docs, _, start) in REAL.items():
+        row = results["tasks"][name]
+        assert row["num_examples"] == 12
+        whole = HARNESS_TASKS[name].num_docs
+        assert row["shortened"] == f"12 of {whole:,} examples"
+        assert num_docs <= whole
+        assert any(context.startswith(start) for context, _ in fake.asked), name
+    assert "acc_norm" in results["tasks"]["hellaswag"]["details"]
+    words = dict(fake.asked)
+    assert any(text.endswith("\nAnswer:") for text in words)
+    # No set is whole, so that none has an average.
+    found = results["suites"]["text, Table 7"]
+    assert found["score"] is None
+    assert "bigbench_cs_algorithms_multiple_choice" in found["missing"]
+    assert "arc_easy" in found["shortened"]
+
+
+@needs_bench
+@pytest.mark.slow
+def test_a_likelihood_task_counts_what_greedy_decoding_gives() -> None:
+    task = harness_task("bigbench_cs_algorithms", BENCH)
+    docs = [doc for doc in task.docs or () if doc["continuation"] in (" 3", " 4")][:20]
+    cut = type(task)(**{**vars(task), "docs": tuple(docs)})
+    found = run_text_tasks(Longest(), [cut])[task.name]
+    expected = sum(doc["continuation"] == " 3" for doc in docs) / len(docs)
+    assert 0 < expected < 1
+    assert found.metrics["acc"] == pytest.approx(expected)
+
+
+OFFICIAL: dict[str, tuple[str, Any]] = {
+    "arc_easy": (
+        "ARC-Easy-Test.jsonl",
+        {
+            "id": "x",
+            "question": {
+                "stem": "Why?",
+                "choices": [{"text": "a", "label": "1"}, {"text": "b", "label": "2"}],
+            },
+            "answerKey": "2",
+        },
+    ),
+    "boolq": ("dev.jsonl", {"passage": "P.", "question": "is it", "answer": True, "title": "t"}),
+    "copa": (
+        "val.jsonl",
+        {"premise": "It fell.", "choice1": "A.", "choice2": "B.", "question": "cause", "label": 1},
+    ),
+    "hellaswag": (
+        "hellaswag_val.jsonl",
+        {
+            "ctx_a": "A man",
+            "ctx_b": "he",
+            "activity_label": "Run",
+            "endings": ["a", "b", "c", "d"],
+            "label": 2,
+        },
+    ),
+    "agieval_sat_en": (
+        "sat-en.jsonl",
+        {"passage": "P.", "question": "Q?", "options": ["(A)a", "(B)b"], "label": "B"},
+    ),
+}
+WORDS = {
+    "arc_easy": ("Question: Why?\nAnswer:", (" a", " b"), 1),
+    "boolq": ("P.\nQuestion: is it?\nAnswer:", (" no", " yes"), 1),
+    "copa": ("It fell because", (" a.", " b."), 1),
+    "hellaswag": ("Run: A man He", (" a", " b", " c", " d"), 2),
+    "agieval_sat_en": (
+        "P.Q: Q? Answer Choices: (A)a (B)b\nA: Among A through B, the answer is",
+        (" (A)a", " (B)b"),
+        1,
+    ),
+}
+
+
+@pytest.mark.slow
+def test_published_forms_reach_the_model_in_the_harness_words(tmp_path: Path) -> None:
+    tasks = []
+    for name, (file, record) in OFFICIAL.items():
+        folder = tmp_path / name / ("COPA" if name == "copa" else "boolq")
+        folder.mkdir(parents=True)
+        (folder / file).write_text(json.dumps(record) + "\n")
+        assert find_local(tmp_path / name, name) == folder
+        tasks.append(harness_task(name, tmp_path / name))
+        assert tasks[-1].departs == f"1 of {HARNESS_TASKS[name].num_docs:,} records"
+    found = run_text_tasks(Longest(), tasks)
+    for name, expected in WORDS.items():
+        (answer,) = found[name].answers
+        assert (answer.prompt, answer.choices, answer.gold) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "text", "message"),
+    [
+        ("piqa", "valid.jsonl", '{"goal": "g", "sol1": "a", "sol2": "b"}', "valid-labels"),
+        ("copa", "copa.jsonl", '{"query": "It fell", "choices": ["a"], "gold": 0}', "ends with"),
+        ("arc_easy", "arc_easy.jsonl", '{"query": "q", "choices": ["a"], "gold": 1}', "answer 1"),
+        ("boolq", "boolq.jsonl", '{"passage": "p", "question": "q", "label": 1}', "neither true"),
+        ("hellaswag", "hellaswag_val_x.txt", "a: b\n7\nx\ny\nz\nw\n", "line 1: a task is"),
+        ("hellaswag", "hellaswag_val_x.txt", "a: b\n1\nx\n", "no multiple of six"),
+    ],
+)
+def test_a_broken_file_is_named(
+    tmp_path: Path, name: str, file: str, text: str, message: str
+) -> None:
+    (tmp_path / file).write_text(text + "\n")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        harness_task(name, tmp_path)
+
+
+def test_a_missing_file_is_named_with_who_published_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match=r"piqa: .* lacks valid\.jsonl, published by PIQA"):
+        harness_task("piqa", tmp_path)
+
+
+def test_a_whole_set_has_the_papers_average_and_anything_less_none() -> None:
+    rows = dict(
+        zip(
+            (
+                "agieval_sat_en",
+                "arc_easy",
+                "bigbench_conceptual_combinations_multiple_choice",
+                "bigbench_cs_algorithms_multiple_choice",
+                "copa",
+                "hellaswag",
+                "mathqa",
+                "piqa",
+                "pubmedqa",
+            ),
+            (0.282, 0.771, 0.476, 0.467, 0.92, 0.728, 0.273, 0.791, 0.696),
+            strict=True,
+        )
+    )
+    tasks: dict[str, Any] = {
+        name: {"score": 0.5 if name == "hellaswag" else score, "details": {"acc_norm": score}}
+        for name, score in rows.items()
+    }
+    # Base 100 % of Table 7 (HellaSwag normalised by length) gives 29.67.
+    assert suites(tasks)["text, Table 7"]["score"] == pytest.approx(0.2967, abs=2e-4)
+    assert suites(tasks)["text, authors' list"] == {
+        "score": None,
+        "missing": ["boolq"],
+        "shortened": [],
+    }
+    tasks["piqa"]["shortened"] = "100 of 1,838 examples"
+    assert suites(tasks)["text, Table 7"] == {
+        "score": None,
+        "missing": [],
+        "shortened": ["piqa"],
+    }
+    del tasks["hellaswag"]["details"]["acc_norm"]
+    assert suites(tasks)["text, Table 7"]["missing"] == ["hellaswag"]

@@ -1,0 +1,192 @@
+"""Predictions of others: the forms they come in, whose answer is whose, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from midstream.eval.predictions import read_predictions, score_predictions
+
+GOLD = {"random": "yn" * 3, "popular": "yy" + "nn" * 2, "adversarial": "ny" * 3}
+WORDS = {"y": "yes", "n": "no"}
+
+
+@pytest.fixture
+def pope(tmp_path: Path) -> Path:
+    """Three splits of six questions each, whose ids repeat; no picture anywhere."""
+    folder = tmp_path / "pope"
+    folder.mkdir()
+    for split, golds in GOLD.items():
+        rows = [
+            {
+                "question_id": number,
+                "image": f"{split}.jpg",
+                "text": f"Is there a {split} thing {number} in the image?",
+                "label": WORDS[gold],
+            }
+            for number, gold in enumerate(golds, start=1)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"coco_pope_{split}.json").write_text(text)
+    return folder
+
+
+def lines(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def llava(split: str, said: str, first: int = 1) -> list[dict[str, Any]]:
+    """As LLaVA writes answers: the question under prompt, the answer under text."""
+    return [
+        {
+            "question_id": first + number,
+            "prompt": f"Is there a {split} thing {number + 1} in the image?\nAnswer the question "
+            "using a single word or phrase.",
+            "text": f"{'Yes' if one == 'y' else 'No'}",
+            "answer_id": "x",
+            "model_id": "m",
+        }
+        for number, one in enumerate(said)
+    ]
+
+
+def test_answers_with_ids_and_words_find_their_split(pope: Path, tmp_path: Path) -> None:
+    file = lines(tmp_path / "answers.jsonl", llava("popular", "yynnny"))
+    row = score_predictions(pope, "pope", file)
+    assert row["score"] == pytest.approx(5 / 6)
+    assert row["num_examples"] == 6
+    assert "scored on split popular alone" in row["notes"]
+    assert row["details"]["popular.recall"] == 1.0
+    assert row["details"]["yes_rate"] == 0.5
+
+
+def test_a_file_of_all_splits_is_matched_by_its_words_in_any_order(
+    pope: Path, tmp_path: Path
+) -> None:
+    rows = llava("adversarial", GOLD["adversarial"]) + llava("random", "y" * 6, 1_000_001)
+    rows += llava("popular", GOLD["popular"], 2_000_001)
+    row = score_predictions(pope, "pope", lines(tmp_path / "a.jsonl", rows))
+    assert row["splits"] == {"random": 0.5, "popular": 1.0, "adversarial": 1.0}
+    assert row["score"] == pytest.approx(2.5 / 3)
+
+
+def test_the_official_form_has_no_ids_and_a_name_or_an_option_says_the_split(
+    pope: Path, tmp_path: Path
+) -> None:
+    rows = [{"question": f"q{i}", "answer": "No, it is not."} for i in range(6)]
+    for row in rows:
+        del row["question"]
+    named = lines(tmp_path / "coco_random_answers.json", rows)
+    assert score_predictions(pope, "pope", named)["score"] == 0.5
+    plain = lines(tmp_path / "answers.json", rows)
+    assert score_predictions(pope, "pope", plain, split="popular")["score"] == pytest.approx(4 / 6)
+
+
+def test_splits_that_cannot_be_told_apart_are_asked_for(pope: Path, tmp_path: Path) -> None:
+    rows = [{"question_id": i, "answer": "yes"} for i in range(1, 7)]
+    file = lines(tmp_path / "answers.jsonl", rows)
+    with pytest.raises(ValueError, match=r"fit each of the splits random, popular.*--split"):
+        score_predictions(pope, "pope", file)
+    with pytest.raises(ValueError, match="no split 'easy'; it has random, popular"):
+        score_predictions(pope, "pope", file, split="easy")
+
+
+@pytest.fixture
+def gqa(tmp_path: Path) -> Path:
+    folder = tmp_path / "gqa"
+    folder.mkdir()
+    types = [("query", "attr"), ("verify", "obj"), ("query", "rel")]
+    questions = {
+        str(100 + number): {
+            "imageId": f"n{number}",
+            "question": f"What is {number}?",
+            "answer": answer,
+            "types": {"structural": types[number][0], "semantic": types[number][1]},
+        }
+        for number, answer in enumerate(("red", "yes", "t-shirt"))
+    }
+    (folder / "testdev_balanced_questions.json").write_text(json.dumps(questions))
+    return folder
+
+
+@pytest.mark.parametrize("form", ["official", "llava", "object", "list of text"])
+def test_every_form_of_file_gives_the_same_score(gqa: Path, tmp_path: Path, form: str) -> None:
+    said = {"100": "red", "101": "no", "102": "t-shirt"}
+    rows: Any = {
+        "official": [{"questionId": key, "prediction": text} for key, text in said.items()],
+        "llava": [{"question_id": key, "text": f"{t.title()}."} for key, t in said.items()],
+        "object": said,
+        "list of text": [{"id": int(key), "answer": text} for key, text in said.items()],
+    }[form]
+    file = tmp_path / "predictions"
+    if form == "llava":
+        lines(file, rows)
+    else:
+        file.write_text(json.dumps(rows, indent=1))
+    row = score_predictions(gqa, "gqa", file)
+    assert row["score"] == pytest.approx(2 / 3)
+    assert row["details"]["form=open"] == 1.0
+    assert row["details"]["form=binary"] == 0.0
+    assert row["details"]["semantic=rel"] == 1.0
+    # The Prismatic authors strip the hyphen of the prediction alone.
+    assert row["details"]["vlm-evaluation"] == pytest.approx(1 / 3)
+
+
+def test_questions_without_a_prediction_are_refused_or_counted(gqa: Path, tmp_path: Path) -> None:
+    file = lines(tmp_path / "some.jsonl", [{"question_id": "100", "answer": "red"}])
+    with pytest.raises(ValueError, match=r"1 of 3 questions of gqa; without an answer are 10"):
+        score_predictions(gqa, "gqa", file)
+    row = score_predictions(gqa, "gqa", file, missing_as_wrong=True)
+    assert row["score"] == pytest.approx(1 / 3)
+    assert row["num_missing"] == 2
+    assert any("2 questions without a prediction count as wrong" in note for note in row["notes"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"question_id": "100", "answer": "a"}] * 2, r"line 2 answers question 100 a second time"),
+        (
+            [{"question_id": "100", "answer": "a"}, {"question_id": "7", "answer": "a"}],
+            r"line 2 answers question 7, which gqa does not have \(1 of 2",
+        ),
+        ([{"question_id": "7", "answer": "a"}], r"has id 7, a question here is called 10"),
+        ([{"question_id": "100"}], r"line 1 has no answer, only question_id"),
+        ([{"question_id": "100", "answer": True}], "line 1 has True under 'answer'"),
+        (["red"], "line 1 is a str, not an object"),
+    ],
+)
+def test_what_is_wrong_with_a_predictions_file_is_said_with_its_line(
+    gqa: Path, tmp_path: Path, rows: list[Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        score_predictions(gqa, "gqa", lines(tmp_path / "p.jsonl", rows))
+
+
+def test_an_absent_an_empty_and_a_broken_file_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"p\.jsonl does not exist"):
+        read_predictions(tmp_path / "p.jsonl")
+    (tmp_path / "p.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"p\.jsonl is empty"):
+        read_predictions(tmp_path / "p.jsonl")
+    (tmp_path / "p.jsonl").write_text('{"id": 1, "answer": "a"}\n{"id": 2, "ans')
+    with pytest.raises(ValueError, match=r"p\.jsonl line 2 is not JSON"):
+        read_predictions(tmp_path / "p.jsonl")
+
+
+def test_textvqa_answers_are_found_by_picture_and_words(tmp_path: Path) -> None:
+    folder = tmp_path / "textvqa"
+    folder.mkdir()
+    records = [
+        {"question_id": 7 + i, "image_id": "a1", "question": q, "answers": [a] * 10}
+        for i, (q, a) in enumerate((("what brand?", "nokia"), ("what year?", "1999")))
+    ]
+    (folder / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": records}))
+    rows = [
+        {"question_id": "a1", "prompt": f"{q}\nReference OCR token: x\nAnswer", "text": a}
+        for q, a in (("what year?", "1999"), ("what brand?", "Nokia,"))
+    ]
+    row = score_predictions(folder, "textvqa", lines(tmp_path / "a.jsonl", rows))
+    assert row["score"] == 1.0
