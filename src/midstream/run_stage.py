@@ -290,7 +290,7 @@ class StageRunner:
                 self._note,
             )
         except EvaluationStopped as reason:
-            raise Stopped(str(reason)) from None
+            raise Interrupted(str(reason)) from None
         if self.place.rank == 0:
             remove_folder(kept)
         return {**results, "weights_digest": answerer.weights_digest}

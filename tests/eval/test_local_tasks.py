@@ -53,12 +53,12 @@ class Longest:
 # What the shared files hold: records, and how they depart from the data set.
 REAL = {
     "arc_easy": (2376, None, "Question: "),
-    "copa": (100, None, "The man turned on the faucet therefore"),
+    "copa": (100, None, ""),
     "mathqa": (2983, "four of the five options", "Question: "),
     "piqa": (1838, None, "Question: "),
     "pubmedqa": (500, None, "Abstract: "),
     "hellaswag": (1000, "contexts as the text file writes them", ""),
-    "agieval_lsat_ar": (230, None, "Of the eight students"),
+    "agieval_lsat_ar": (230, None, ""),
     "bigbench_conceptual_combinations_multiple_choice": (
         103,
         "the wording of llm-foundry's file",
@@ -154,7 +154,8 @@ OFFICIAL: dict[str, tuple[str, Any]] = {
 WORDS = {
     "arc_easy": ("Question: Why?\nAnswer:", (" a", " b"), 1),
     "boolq": ("P.\nQuestion: is it?\nAnswer:", (" no", " yes"), 1),
-    "copa": ("It fell because", (" a.", " b."), 1),
+    # The harness's own two spaces.
+    "copa": ("It fell because", ("  a.", "  b."), 1),
     "hellaswag": ("Run: A man He", (" a", " b", " c", " d"), 2),
     "agieval_sat_en": (
         "P.Q: Q? Answer Choices: (A)a (B)b\nA: Among A through B, the answer is",

@@ -172,8 +172,28 @@ def test_a_shared_image_is_read_once_unless_it_sees_the_prompt(kind: Attention) 
         # Image and prompt (rounded to 16) together, five times; then a token each.
         assert found == {(2, 4 + 16): 5, (2, 1): 5}
     else:
-        # Images 0 and 2 together, then image 5 with itself; nine prompts about the former.
-        assert found == {(2, 4): 2, (2, 16): 6, (2, 1): 6}
+        # Images 0 and 2 together, then image 5, in batches of four; nine prompts about the former.
+        assert found == {(4, 4): 2, (2, 16): 6, (2, 1): 6}
+
+
+def test_an_image_is_read_once_though_questions_about_it_differ_in_length() -> None:
+    vlm = vlm_of("segments")
+    prompts = [[5], [6] * 20, [7] * 40, [8] * 3]
+    read: list[tuple[int, ...]] = []
+    hook = vlm.decoder.register_forward_hook(
+        lambda _module, inputs, _output: read.append(tuple(inputs[0].shape[:2]))
+    )
+    generate(
+        vlm,
+        prompts,
+        images(1),
+        image_of=[0] * 4,
+        max_new_tokens=1,
+        stop_ids=NO_STOP,
+        batch_size=2,
+    )
+    hook.remove()
+    assert Counter(read) == {(4, 4): 1, (2, 16): 1, (2, 32): 1, (2, 48): 1}
 
 
 def test_attention_changes_the_answer_only_where_a_prefix_sees_itself() -> None:

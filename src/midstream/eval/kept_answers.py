@@ -52,7 +52,7 @@ class Alone:
 
 
 class EvaluationStopped(Exception):  # noqa: N818 - it ends an evaluation without being an error
-    """Asked to stop between two batches; what was answered is kept."""
+    """Asked to stop, with more to be asked; what was answered is kept."""
 
 
 class KeptAnswers:
@@ -82,6 +82,7 @@ class KeptAnswers:
         self.progress: Progress = lambda _fraction, _text: None
         self._about = [ANSWERS_VERSION, self.weights_digest, settings]
         self._known: dict[str, Any] = {}
+        self._stopping = False
         self._file: Path | None = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -167,27 +168,25 @@ class KeptAnswers:
         keys = [self._key(kind, request) for request in requests]
         new = {key: index for index, key in enumerate(keys) if key not in self._known}
         waiting = sorted(new.values(), key=lambda index: (order[index], index))
-        parts = list(_together(waiting, order, self.at_once))
         size = self.ranks.world_size
+        # Few requests are still work for every rank.
+        at_once = max(1, min(self.at_once, -(-len(waiting) // size)))
+        parts = list(_together(waiting, order, at_once))
         for first in range(0, len(parts), size):
-            mine = (
-                parts[first + self.ranks.rank :][:1] if first + self.ranks.rank < len(parts) else []
-            )
-            fresh = {}
-            for part in mine:
+            if self._stopping:
+                raise EvaluationStopped("asked to stop; its answers so far are kept")
+            self.at(f"answering parts {first + 1} and on of {len(parts)} ({kind})")
+            fresh: dict[str, Any] = {}
+            for part in parts[first : first + size][self.ranks.rank :][:1]:
                 answers = ask(part)
                 assert len(answers) == len(part), "the model left a request without an answer"
                 fresh = {keys[i]: answer for i, answer in zip(part, answers, strict=True)}
             self._keep(fresh)
-            stop = False
             for others, wants in self.ranks.gather([fresh, self.should_stop()]):
                 self._known |= others
-                stop = stop or wants
-            done = sum(len(part) for part in parts[: first + size])
-            done += len(requests) - len(waiting)
+                self._stopping = self._stopping or wants
+            done = len(requests) - sum(len(part) for part in parts[first + size :])
             self.progress(done / len(requests), f"{done:,} of {len(requests):,}")
-            if stop and first + size < len(parts):
-                raise EvaluationStopped("asked to stop; its answers so far are kept")
         return [self._known[key] for key in keys]
 
     def _key(self, kind: str, request: Any) -> str:

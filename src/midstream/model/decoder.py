@@ -13,6 +13,7 @@ size:
     norm gains                         1
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -37,9 +38,23 @@ class Cache:
     values: Float[Tensor, "layers rows heads columns channels"]
     length: int = 0
 
-    def select(self, rows: Int[Tensor, " chosen"]) -> "Cache":
-        """A new cache of these rows, which may repeat, with the same room."""
-        return Cache(self.keys[:, rows], self.values[:, rows], self.length)
+    def select(self, rows: Int[Tensor, " chosen"], columns: int | None = None) -> "Cache":
+        """A new cache of these rows, which may repeat, with the same room or another one."""
+        if columns is None or columns == self.keys.shape[3]:
+            return Cache(self.keys[:, rows], self.values[:, rows], self.length)
+        held = self.length
+        shape = (self.keys.shape[0], len(rows), self.keys.shape[2], columns, self.keys.shape[4])
+        chosen = Cache(self.keys.new_zeros(shape), self.values.new_zeros(shape), held)
+        chosen.keys[:, :, :, :held] = self.keys[:, rows, :, :held]
+        chosen.values[:, :, :, :held] = self.values[:, rows, :, :held]
+        return chosen
+
+    @classmethod
+    def joined(cls, caches: "Sequence[Cache]") -> "Cache":
+        """The rows of caches that hold equally much, one after the other."""
+        keys = torch.cat([cache.keys for cache in caches], dim=1)
+        values = torch.cat([cache.values for cache in caches], dim=1)
+        return cls(keys, values, caches[0].length)
 
     def extend(self, layer: int, key_RHTC: Tensor, value_RHTC: Tensor) -> tuple[Tensor, Tensor]:
         """Put new keys and values behind the held ones of a layer and return all of them.

@@ -5,8 +5,9 @@ rows, and holds only examples whose length rounds up to the same multiple of `le
 The shapes that an example is computed in follow from itself alone, and rows do not mix.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +19,10 @@ from midstream.model.sampling import Sampling, choose
 from midstream.model.vlm import VLM
 
 AnyCache = Cache | TransformersCache
+# Images that the decoder reads together: many positions each, so that few fill a device.
+_IMAGES_AT_ONCE = 4
+# Positions of continuations whose logits are made together.
+_POSITIONS_AT_ONCE = 256
 
 # -------------------------------------------------------------------------------- many prompts
 
@@ -47,15 +52,16 @@ def generate(
     """
     images = _image_of(prompts, features, image_of)
     results: list[list[int]] = [[] for _ in prompts]
-    for length, members in _alike([len(prompt) for prompt in prompts], length_multiple):
-        room = length + max_new_tokens
-        for chosen, image, cache in _looked(vlm, members, features, images, batch_size, room):
-            rows = [prompts[i] for i in _filled(chosen, batch_size)]
-            state = _read(vlm, rows, length, image, cache, max_new_tokens, plain=plain)
-            for index, tokens in zip(
-                chosen, _go_on(vlm, state, chosen, max_new_tokens, stop_ids, sampling), strict=True
-            ):
-                results[index] = tokens
+    groups = {
+        (length, max_new_tokens): members
+        for length, members in _alike([len(prompt) for prompt in prompts], length_multiple)
+    }
+    for length, room, chosen, image, cache in _looked(vlm, groups, features, images, batch_size):
+        rows = [prompts[i] for i in _filled(chosen, batch_size)]
+        state = _read(vlm, rows, length, image, cache, room, plain=plain)
+        found = _go_on(vlm, state, chosen, max_new_tokens, stop_ids, sampling)
+        for index, tokens in zip(chosen, found, strict=True):
+            results[index] = tokens
     return results
 
 
@@ -79,33 +85,45 @@ def _image_of(
 
 def _looked(
     vlm: VLM,
-    members: list[int],
+    groups: Mapping[tuple[int, int], list[int]],
     features: Tensor | None,
     images: Sequence[int],
     batch_size: int,
-    room: int,
-) -> Iterator[tuple[list[int], Tensor | None, AnyCache | None]]:
-    """Batches of prompts, and their images: to be read with the prompts, or in a cache."""
-    if features is None:
-        for chosen in _parts(members, batch_size):
-            yield chosen, None, None
+) -> Iterator[tuple[int, int, list[int], Tensor | None, AnyCache | None]]:
+    """Batches of prompts of one shape (length, room), and their images: to be read with the
+    prompts, or in a cache. An image is read once, whatever the shapes of those that ask."""
+    if features is None or vlm.config.attention == "prefix":
+        for (length, room), members in sorted(groups.items()):
+            for chosen in _parts(members, batch_size):
+                shown = [images[i] for i in _filled(chosen, batch_size)] if len(images) else []
+                image = None if features is None else project_images(vlm, features[shown])
+                yield length, room, chosen, image, None
         return
-    if vlm.config.attention == "prefix":
-        for chosen in _parts(members, batch_size):
-            shown = [images[i] for i in _filled(chosen, batch_size)]
-            yield chosen, project_images(vlm, features[shown]), None
-        return
-    for part in _parts(sorted({images[i] for i in members}), batch_size):
-        # Computed in batches of one size as well, so that an image's neighbours change nothing.
-        embeddings = project_images(vlm, features[_filled(part, batch_size)])
-        position_ids = torch.arange(embeddings.shape[1], device=embeddings.device)
-        cache = new_cache(vlm, embeddings, embeddings.shape[1] + room)
-        vlm.decoder(embeddings, position_ids.expand(embeddings.shape[:2]), None, cache)
+    asked = sorted({images[i] for members in groups.values() for i in members})
+    for part in _parts(asked, batch_size):
+        cache = _read_images(vlm, features, part)
         row_of = {image: row for row, image in enumerate(part)}
-        about = sorted((i for i in members if images[i] in row_of), key=lambda i: images[i])
-        for chosen in _parts(about, batch_size):
-            rows = [row_of[images[i]] for i in _filled(chosen, batch_size)]
-            yield chosen, None, cache.select(id_tensor(rows, vlm))
+        for (length, room), members in sorted(groups.items()):
+            about = sorted((i for i in members if images[i] in row_of), key=lambda i: images[i])
+            for chosen in _parts(about, batch_size):
+                rows = [row_of[images[i]] for i in _filled(chosen, batch_size)]
+                columns = cache.length + length + room
+                yield length, room, chosen, None, cache.select(id_tensor(rows, vlm), columns)
+
+
+def _read_images(vlm: VLM, features: Tensor, images: list[int]) -> AnyCache:
+    """Images in a cache, a row each, in batches of one size so that neighbours change nothing."""
+    caches: list[Any] = []
+    for part in _parts(images, _IMAGES_AT_ONCE):
+        embeddings = project_images(vlm, features[_filled(part, _IMAGES_AT_ONCE)])
+        rows, patches = embeddings.shape[:2]
+        position_ids = torch.arange(patches, device=embeddings.device)
+        cache = new_cache(vlm, embeddings, patches)
+        # Keys and values are wanted: the last block need not be finished, but for one position.
+        at = torch.arange(rows, device=embeddings.device) * patches
+        vlm.decoder(embeddings, position_ids.expand(rows, -1), None, cache, at)
+        caches.append(cache)
+    return type(caches[0]).joined(caches)  # type: ignore[no-any-return]
 
 
 def project_images(vlm: VLM, features: Tensor) -> Float[Tensor, "images patches hidden"]:
@@ -158,8 +176,9 @@ def _read(
         order = order.tril()
     # What is in the cache already is seen by all.
     seen = torch.cat((before[:, None].expand(-1, width, -1), (order & held[:, None]) | itself), 2)
-    hidden = vlm.decoder(embeddings, position_ids, seen[:, None], cache)
-    return _State(hidden[:, -1], position_ids[:, -1], torch.cat((before, held), dim=1), cache)
+    at = torch.arange(1, num_rows + 1, device=embeddings.device) * width - 1
+    last = vlm.decoder(embeddings, position_ids, seen[:, None], cache, at)
+    return _State(last, position_ids[:, -1], torch.cat((before, held), dim=1), cache)
 
 
 def _go_on(
@@ -225,30 +244,58 @@ def choice_logprobs(
     shapes: dict[tuple[int, int], list[int]] = {}
     for index, shape in enumerate(zip(lengths, widths, strict=True)):
         shapes.setdefault(shape, []).append(index)
-    for (length, width), members in sorted(shapes.items()):
-        room = length + width
-        for chosen, image, cache in _looked(vlm, members, features, images, batch_size, room):
-            rows = [prompts[i] for i in _filled(chosen, batch_size)]
-            state = _read(vlm, rows, length, image, cache, width, plain=plain)
-            first = vlm.decoder.output(state.last).float().log_softmax(dim=-1)
-            asked = [(row, i, at) for row, i in enumerate(chosen) for at in range(len(choices[i]))]
-            for row, index, at in asked:
-                token = choices[index][at][0]
-                greedy = int(first[row].argmax()) == token
-                results[index][at] = (float(first[row, token]), greedy)
-            longer = [one for one in asked if len(choices[one[1]][one[2]]) > 1]
-            for part in _parts(list(range(len(longer))), batch_size):
-                own = [longer[number] for number in _filled(part, batch_size)]
-                ids = [choices[index][at] for _, index, at in own]
-                hidden = _read_on(vlm, state, [row for row, _, _ in own], ids, width)
-                for place in range(len(part)):
-                    _, index, at = own[place]
-                    # By continuation rather than by batch, as in `sequence_logprobs`.
-                    logits = vlm.decoder.output(hidden[place, : len(ids[place]) - 1]).float()
-                    before, was_greedy = results[index][at]
-                    more, is_greedy = _logprob(logits, ids[place][1:])
-                    results[index][at] = (before + more, was_greedy and is_greedy)
+    for length, width, chosen, image, cache in _looked(vlm, shapes, features, images, batch_size):
+        rows = [prompts[i] for i in _filled(chosen, batch_size)]
+        state = _read(vlm, rows, length, image, cache, width, plain=plain)
+        likely, best = _scored(vlm, state.last, batch_size)
+        asked = [(row, i, at) for row, i in enumerate(chosen) for at in range(len(choices[i]))]
+        for row, index, at in asked:
+            token = choices[index][at][0]
+            results[index][at] = (float(likely(row, token)), best[row] == token)
+        longer = [one for one in asked if len(choices[one[1]][one[2]]) > 1]
+        for part in _parts(list(range(len(longer))), batch_size):
+            own = [longer[number] for number in _filled(part, batch_size)]
+            ids = [choices[index][at] for _, index, at in own]
+            hidden = _read_on(vlm, state, [row for row, _, _ in own], ids, width)
+            places = [(place, n) for place in range(len(part)) for n in range(len(ids[place]) - 1)]
+            flat = hidden[[place for place, _ in places], [n for _, n in places]]
+            likely, best = _scored(vlm, flat, _POSITIONS_AT_ONCE)
+            sums = [0.0] * len(part)
+            greedy = [True] * len(part)
+            for number, (place, n) in enumerate(places):
+                token = ids[place][n + 1]
+                sums[place] += likely(number, token)
+                greedy[place] = greedy[place] and best[number] == token
+            for place in range(len(part)):
+                _, index, at = own[place]
+                before, was_greedy = results[index][at]
+                results[index][at] = (before + sums[place], was_greedy and greedy[place])
     return results
+
+
+def _scored(
+    vlm: VLM, hidden: Float[Tensor, "positions width"], at_once: int
+) -> tuple[Callable[[int, int], float], list[int]]:
+    """What each position says: the log-probability of a token at it, and its likeliest token.
+
+    Logits are made for `at_once` positions at a time, always as many: a position's are the same
+    whatever stands beside it.
+    """
+    logits: list[Tensor] = []
+    norms: list[float] = []
+    best: list[int] = []
+    for first in range(0, len(hidden), at_once):
+        part = hidden[first : first + at_once]
+        filled = torch.cat((part, part.new_zeros(at_once - len(part), part.shape[1])))
+        found = vlm.decoder.output(filled).float()
+        logits.append(found)
+        norms += found.logsumexp(dim=-1).tolist()
+        best += found.argmax(dim=-1).tolist()
+
+    def likely(position: int, token: int) -> float:
+        return float(logits[position // at_once][position % at_once, token]) - norms[position]
+
+    return likely, best
 
 
 def _read_on(

@@ -9,7 +9,7 @@ biases 0.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -46,12 +46,23 @@ class TransformersCache:
         """Positions held."""
         return cast(int, self.held.get_seq_length())
 
-    def select(self, rows: Int[Tensor, "chosen"]) -> "TransformersCache":
-        """A new cache of these rows, which may repeat."""
-        chosen = TransformersCache(self.columns)
+    def select(
+        self, rows: Int[Tensor, "chosen"], columns: int | None = None
+    ) -> "TransformersCache":
+        """A new cache of these rows, which may repeat, with the same room or another one."""
+        chosen = TransformersCache(self.columns if columns is None else columns)
         for index, layer in enumerate(self.held.layers):
             chosen.held.update(layer.keys[rows], layer.values[rows], index)
         return chosen
+
+    @classmethod
+    def joined(cls, caches: "Sequence[TransformersCache]") -> "TransformersCache":
+        """The rows of caches that hold equally much, one after the other."""
+        whole = cls(caches[0].columns)
+        for index, layers in enumerate(zip(*(cache.held.layers for cache in caches), strict=True)):
+            keys = torch.cat([layer.keys for layer in layers])
+            whole.held.update(keys, torch.cat([layer.values for layer in layers]), index)
+        return whole
 
     def check_room(self, new: int) -> None:
         """Raises ValueError with both numbers if `new` more positions do not fit."""

@@ -1,0 +1,161 @@
+"""Evaluations as stages and by `midstream eval`: stopped, shared out, of other people's models."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+import tiny
+from midstream.config import Machine
+from midstream.storage import read_json
+from midstream.study.ledger import Ledger, Stopped
+from midstream.study.stage import Evaluate
+from midstream.study.workers import worker_environment
+from ranked import STOPPED, run_ranks
+
+pytestmark = pytest.mark.slow
+
+MEASURED = ("seconds", "peak_memory_bytes")
+ASKED = Evaluate(
+    of=tiny.CHAT,
+    evaluation=tiny.EVALUATION.model_copy(update={"limit": 40, "fixed_answers": "both"}),
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_ledger: Ledger, tmp_path_factory: pytest.TempPathFactory) -> Ledger:
+    """A store in which the evaluation ran without an interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    ledger = tiny.store_with(tiny_ledger, folder, tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT)
+    tiny.run_missing(ledger, ASKED)
+    return ledger
+
+
+@pytest.fixture
+def own(whole: Ledger, tmp_path: Path) -> Ledger:
+    """The same without the evaluation."""
+    return tiny.store_with(whole, tmp_path / "store", *ASKED.parents, tiny.SEEN, tiny.TEXT)
+
+
+def found(ledger: Ledger) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Results, but for what is measured, and every row of predictions."""
+    results = {k: v for k, v in ledger.results(ASKED).items() if k not in MEASURED}
+    folder = ledger.folder(ASKED) / "predictions"
+    rows = {path.stem: pq.read_table(path).to_pylist() for path in folder.glob("*.parquet")}
+    for row in (row for own in rows.values() for row in own):
+        # Stores lie in different places.
+        row["image"] = row["image"] and row["image"].split("/prepare-")[1]
+    return results, rows
+
+
+def after(points: int) -> Callable[[], bool]:
+    left = [points]
+
+    def stop() -> bool:
+        left[0] -= 1
+        return left[0] == 0
+
+    return stop
+
+
+@pytest.mark.parametrize("points", [1, 2, 4])
+def test_an_evaluation_stopped_within_a_task_ends_as_one_that_was_not(
+    whole: Ledger, own: Ledger, points: int
+) -> None:
+    with pytest.raises(Stopped):
+        tiny.runner(own, should_stop=after(points)).run(ASKED)
+    kept = own.folder(ASKED) / "answers"
+    assert own.state(ASKED) == "stopped"
+    lines = sum(path.read_text().count("\n") for path in kept.glob("*.jsonl"))
+    assert lines >= points
+    tiny.runner(own).run(ASKED)
+    assert found(own)[0]["tasks"].keys() == found(whole)[0]["tasks"].keys()
+    assert found(own)[1] == found(whole)[1]
+    assert not kept.exists()
+
+
+def test_two_ranks_find_what_one_finds(whole: Ledger, own: Ledger) -> None:
+    ended = run_ranks(own, ASKED, 2, stop_after=2)
+    assert f"exitcode: {STOPPED}" in ended.stderr
+    assert own.state(ASKED) == "stopped"
+    assert len(list((own.folder(ASKED) / "answers").glob("*.jsonl"))) == 2
+    ended = run_ranks(own, ASKED, 2)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert found(own) == found(whole)
+
+
+def command(*words: str | Path, ok: int = 0) -> str:
+    ended = subprocess.run(
+        [sys.executable, "-m", "midstream.cli", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**worker_environment(Machine()), "COLUMNS": "300"},
+    )
+    assert ended.returncode == ok, ended.stderr[-3000:]
+    return ended.stdout if ok == 0 else ended.stderr
+
+
+def test_a_model_and_its_export_stand_in_one_table(whole: Ledger, tmp_path: Path) -> None:
+    stage = whole.folder(tiny.CHAT)
+    exported = tmp_path / "exported"
+    command("export", stage, "--out", exported)
+    world = whole.folder(tiny.DATA) / "world"
+    out = tmp_path / "evaluations"
+    words = ("--data", world, "--out", out, "--limit", "6", "--prompts", "short")
+    words += ("--max-new-tokens", "3", "--task", "vqav2", "--task", "pope", "--task")
+    words += ("pocket_facts", "--trust-remote-code", "--device", "cpu")
+    table = command("eval", stage, exported, *words)
+    assert "vqav2" in table
+    assert "not whole: vqav2 (6 of" in table
+    one, other = (read_json(out / path.name / "results.json") for path in (stage, exported))
+    for task, row in one["tasks"].items():
+        assert other["tasks"][task]["score"] == pytest.approx(row["score"], abs=0.17), task
+    first = pq.read_table(out / stage.name / "predictions/vqav2.parquet").to_pylist()
+    second = pq.read_table(out / "exported/predictions/vqav2.parquet").to_pylist()
+    same = [a["prediction"] == b["prediction"] for a, b in zip(first, second, strict=True)]
+    # Features of a frozen encoder are rounded in training, and by the export's code as well.
+    assert sum(same) >= len(same) - 1
+
+    # What is done is not done again.
+    before = (out / stage.name / "results.json").stat().st_mtime_ns
+    command("eval", stage, *words)
+    assert (out / stage.name / "results.json").stat().st_mtime_ns == before
+
+    shown = command("eval", out / stage.name, "--show", "2", "--task", "pope")
+    assert shown.count("prompt: ") == 2
+    assert "picture: " in shown
+    told = command("eval", "--diff", out / stage.name, out / "exported", "--task", "pope")
+    assert "points" in told
+    assert "on 6 examples" in told
+
+
+def test_what_cannot_be_asked_is_said_in_one_line(whole: Ledger, tmp_path: Path) -> None:
+    stage = whole.folder(tiny.CHAT)
+    wrong = command("eval", stage, "--task", "vqav", "--out", tmp_path, ok=2)
+    assert "did you mean vqav2?" in wrong
+    assert "name a model" in command("eval", ok=2)
+    assert "holds no predictions" in command("eval", tmp_path, "--show", "1", ok=2)
+    strange = command("eval", tmp_path, "--data", tmp_path, ok=2)
+    assert strange.startswith("error: ")
+    assert len(strange.splitlines()) < 12
+
+
+def test_the_list_says_what_is_there_and_what_is_missing(tmp_path: Path) -> None:
+    gqa = tmp_path / "gqa"
+    gqa.mkdir()
+    record = {"imageId": "n1", "question": "?", "answer": "yes"}
+    (gqa / "testdev_balanced_questions.json").write_text(json.dumps({"1": record}))
+    (tmp_path / "vizwiz").mkdir()
+    (tmp_path / "boolq.jsonl").write_text('{"passage": "p", "question": "q", "answer": true}\n')
+    listed = " ".join(command("eval", "--list", "--data", tmp_path).split())
+    assert "1 questions in" in listed
+    assert "1 pictures are missing" in listed
+    assert "missing: v2_OpenEnded_mscoco_val2014_questions.json" in listed
+    assert "not whole:" in listed
+    assert f"yes, in {tmp_path}" in listed
