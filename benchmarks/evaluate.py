@@ -1,6 +1,6 @@
 """Evaluation against batch-1 `generate` and against every ending as a row of its own.
 
-    python benchmarks/evaluate.py --threads 2
+    python benchmarks/evaluate.py --threads 2 --pictures 4
 
 Greedy answers: the same exported model answers the same questions, several a picture, with the
 export's own `generate`, one prompt at a time, and with Midstream's batched decoding, which reads a
@@ -45,7 +45,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pictures", type=int, default=2)
+    parser.add_argument("--pictures", type=int, default=4)
     parser.add_argument("--questions", type=int, default=4, help="about each picture")
     parser.add_argument("--items", type=int, default=16, help="of multiple choice, a round")
     parser.add_argument("--tower", type=int, default=729, help="patches of a picture")

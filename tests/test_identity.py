@@ -79,6 +79,8 @@ def _other(value: Any) -> Any:
         return value / "elsewhere"
     if isinstance(value, tuple):
         return (*value, "more")
+    if isinstance(value, dict):
+        return {**value, "more": "{question}"}
     assert value is None
     return 17
 

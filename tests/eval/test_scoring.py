@@ -1,16 +1,26 @@
 """Hand-worked cases, one rule of the official scorers each."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from midstream.eval.scoring import (
     CONTRACTIONS,
     box_accuracy,
     box_iou,
+    choice_letter,
+    from_square,
     gqa_accuracy,
+    gqa_accuracy_prismatic,
     parse_box,
     pope_answer,
     textvqa_accuracy,
+    to_square,
+    unanswerable_scores,
+    vizwiz_accuracy,
     vqa_accuracy,
+    vqa_accuracy_prismatic,
+    yes_no_scores,
 )
 
 
@@ -166,3 +176,97 @@ def test_box_accuracy_counts_an_overlap_equal_to_the_threshold() -> None:
     assert box_accuracy("[0.0, 0.0, 0.5, 1.0]", [0.0, 0.0, 1.0, 1.0], threshold=0.5) == 1.0
     assert box_accuracy("[0.0, 0.0, 0.49, 1.0]", [0.0, 0.0, 1.0, 1.0], threshold=0.5) == 0.0
     assert box_accuracy("[0.0, 0.0, 0.49, 1.0]", [0.0, 0.0, 1.0, 1.0], threshold=0.25) == 1.0
+
+
+SAME, MIXED = ["blue"] * 10, ["Blue."] * 4 + ["the blue"] * 3 + ["navy"] * 3
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "official", "prismatic", "vizwiz"),
+    [
+        # Nothing but white space is normalised where all agree; the Prismatic authors always do.
+        ("Blue", SAME, 0.0, 1.0, 1.0),
+        ("blue\n", SAME, 1.0, 1.0, 1.0),
+        # Their answers keep capitals and articles, of which a prediction is rid: nothing is equal.
+        ("the Blue", MIXED, 1.0, 0.0, 0.0),
+        ("navy", MIXED, 0.9, 0.9, 0.9),
+        ("arent", ["aren't"] * 5 + ["arent"] * 5, 1.0, 1.0, 1.0),
+        # VizWiz writes back-ticks for most contractions, so that these never match.
+        ("whats", ["what's"] * 5 + ["whats"] * 5, 1.0, 1.0, 0.0),
+    ],
+)
+def test_three_variants_of_vqa_accuracy(
+    prediction: str, answers: list[str], official: float, prismatic: float, vizwiz: float
+) -> None:
+    assert vqa_accuracy(prediction, answers) == pytest.approx(official)
+    assert vqa_accuracy_prismatic(prediction, answers) == pytest.approx(prismatic)
+    assert vizwiz_accuracy(prediction, answers) == pytest.approx(vizwiz)
+
+
+def test_unanswerable_questions_have_a_precision_and_an_f1() -> None:
+    said = ["unanswerable", "Unanswerable.", "red", "no"]
+    found = unanswerable_scores(said, [False, True, False, True])
+    # One of two said is one; one of two that are was said: .5 * .5 + .5 * 2/4.
+    assert found["unanswerable_average_precision"] == pytest.approx(0.5)
+    assert found["unanswerable_f1"] == pytest.approx(0.5)
+    assert unanswerable_scores(["a"], [True])["unanswerable_f1"] is None
+    none_said = unanswerable_scores(["a", "b"], [True, False])
+    assert none_said == {"unanswerable_average_precision": 0.5, "unanswerable_f1": 0.0}
+
+
+def test_popes_numbers() -> None:
+    found = yes_no_scores(["yes", "yes", "no", "no"], ["yes", "no", "yes", "no"])
+    assert found == {"accuracy": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_rate": 0.5}
+    never = yes_no_scores(["no", "no"], ["yes", "no"])
+    assert (never["accuracy"], never["precision"], never["f1"]) == (0.5, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "index"),
+    [
+        ("B", 1),
+        ("b", 1),
+        ("(B)", 1),
+        (" B. two dogs", 1),
+        ("B: two", 1),
+        ("B)", 1),
+        ("Two dogs", None),
+        ("The", None),
+        ("A man", None),
+        ("E", None),
+        ("", None),
+        ("AB", None),
+    ],
+)
+def test_a_letter_is_an_answer_and_a_word_is_none(text: str, index: int | None) -> None:
+    assert choice_letter(text, 4) == index
+
+
+@given(
+    st.lists(st.floats(0.01, 0.98), min_size=4, max_size=4),
+    st.integers(1, 4000),
+    st.integers(1, 4000),
+)
+def test_the_square_of_a_picture_is_left_the_way_it_was_entered(
+    sides: list[float], width: int, height: int
+) -> None:
+    box = to_square(sides, width, height)
+    assert from_square(box, width, height) == pytest.approx(tuple(sides), abs=1e-9)
+    # A share of the longer side stays what it was.
+    at = 0 if width >= height else 1
+    assert (box[at], box[at + 2]) == pytest.approx((sides[at], sides[at + 2]))
+
+
+def test_a_box_of_a_wide_picture_moves_down_in_the_square() -> None:
+    assert to_square((0.1, 0.0, 0.5, 1.0), 640, 480) == pytest.approx((0.1, 0.125, 0.5, 0.875))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "official", "prismatic"),
+    [("T-shirt.", "t-shirt", 1.0, 0.0), ("tshirt", "t-shirt", 0.0, 0.0), ("Red!", "red", 0.0, 1.0)],
+)
+def test_two_variants_of_gqa(
+    prediction: str, answer: str, official: float, prismatic: float
+) -> None:
+    assert gqa_accuracy(prediction, answer) == official
+    assert gqa_accuracy_prismatic(prediction, answer) == prismatic

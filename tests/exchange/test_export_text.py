@@ -92,9 +92,17 @@ from lm_eval.tasks import TaskManager
 model = HFLM(request["folder"], trust_remote_code=True, device="cpu", batch_size=2)
 asked = [Instance("loglikelihood", {}, tuple(pair), 0) for pair in request["pairs"]]
 scores = [[float(score), bool(best)] for score, best in model.loglikelihood(asked)]
+rolling = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in request["texts"]]
+until = {"until": [" b", "\\n"], "max_gen_toks": 6, "do_sample": False}
+goes_on = [Instance("generate_until", {}, (text, until), 0) for text in request["texts"]]
 tasks = TaskManager(include_path=request["tasks"], include_defaults=False)
 found = evaluate(lm=model, task_dict=tasks.load(["choices"]), bootstrap_iters=0)
-print(json.dumps([scores, found["results"]["choices"]["acc,none"]]))
+print(json.dumps([
+    scores,
+    found["results"]["choices"]["acc,none"],
+    model.loglikelihood_rolling(rolling),
+    model.generate_until(goes_on),
+]))
 """
 
 
@@ -114,8 +122,14 @@ def test_the_stock_model_of_lm_evaluation_harness_gives_midstreams_likelihoods(
     # Midstream's own way to say a task of lm-evaluation-harness.
     task = text.own_task(items, "choices", 1 / 3)
     text._write_task(tasks, "choices", task)
+    texts = [*QUESTIONS, "on the ball", "how many"]
     request = {"folder": str(tmp_path / "out"), "pairs": PAIRS, "tasks": str(tasks)}
-    found, accuracy = run_fresh(HARNESS, request, tmp_path)
+    answered = run_fresh(HARNESS, {**request, "texts": texts}, tmp_path)
+    found, accuracy, rolling, goes_on = answered
+    assert answerer.loglikelihood_rolling(texts) == pytest.approx(rolling, abs=1e-4)
+    ours_on = answerer.generate_until(texts, [[" b", "\n"]] * len(texts), [6] * len(texts))
+    assert ours_on == goes_on
+    assert len(set(goes_on)) > 1
     expected = answerer.loglikelihood(PAIRS)
     assert [best for _, best in found] == [best for _, best in expected]
     for (score, _), (ours, _) in zip(found, expected, strict=True):

@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 
 from midstream import __version__
 from midstream.report.figures import curve_figure, score_figure
+from midstream.report.pairs import paired_rows
 from midstream.report.samples import samples
 from midstream.report.table import (
     KINDS,
@@ -58,6 +59,7 @@ def write_report(study: Study, ledger: Ledger) -> Path:
         repeated=_repeated(study),
         answers=[_answer(panel, groups) for panel in ("vision", "text")],
         figures=_score_figures(study, rows, groups, folder),
+        pairs=paired_rows(study, groups, ledger),
         best=_best_line(rows),
         samples=_samples(study, rows, ledger),
         plan=planned,
@@ -259,6 +261,7 @@ def _environment() -> Environment:
         "signed": lambda value: f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}"),
         "engineering": _engineering,
         "duration": _duration,
+        "p_value": lambda value: "< .0001" if value < 1e-4 else f"{value:.2g}",
         "sha256": lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode(),
     }
     return environment
