@@ -40,6 +40,9 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="The first examples of each task's seeded order.")
     ] = None,
+    slim: Annotated[
+        bool, typer.Option("--slim", help="1,024 examples of each split of a visual task.")
+    ] = False,
     prompts: Annotated[str, typer.Option(help="official or short.")] = "official",
     fixed_answers: Annotated[
         str, typer.Option(help="Yes/no and letters by probability, by text, or both.")
@@ -74,6 +77,7 @@ def evaluate(
     """Evaluate models on benchmarks' official files; list benchmarks, show or compare results."""
     evaluation = {
         "limit": limit,
+        "slim": slim,
         "prompts": prompts,
         "fixed_answers": fixed_answers,
         "letters": letters,

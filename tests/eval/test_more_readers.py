@@ -223,7 +223,7 @@ def test_a_wording_of_the_recipes_own_takes_the_place_of_the_official_one(tmp_pa
     assert row["details"]["unanswerable_f1"] == pytest.approx(2 / 3)
     assert row["details"]["answer_type=other"] == 0.0
     for wrong in ({"gqa": "{question}"}, {"vizwiz": "no place"}):
-        with pytest.raises(ValueError, match="none of the visual tasks|goes where"):
+        with pytest.raises(ValueError, match=r"none of the visual tasks|goes where"):
             Evaluation(visual_tasks=("vizwiz",), wordings=wrong)
 
 

@@ -84,6 +84,22 @@ def test_the_official_form_has_no_ids_and_a_name_or_an_option_says_the_split(
     assert score_predictions(pope, "pope", plain, split="popular")["score"] == pytest.approx(4 / 6)
 
 
+def test_a_prediction_goes_before_an_answer_that_is_the_gold_one(
+    pope: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {"question_id": i + 1, "text": f"Is there a random thing {i + 1} in the image?"}
+        for i in range(6)
+    ]
+    golds = [WORDS[gold] for gold in GOLD["random"]]
+    never = [{**row, "label": g, "answer": "no"} for row, g in zip(rows, golds, strict=True)]
+    row = score_predictions(pope, "pope", lines(tmp_path / "a.jsonl", never))
+    assert (row["score"], row["details"]["yes_rate"]) == (0.5, 0.0)
+    both = [{**row, "answer": g, "response": "no"} for row, g in zip(rows, golds, strict=True)]
+    row = score_predictions(pope, "pope", lines(tmp_path / "b.jsonl", both), split="random")
+    assert row["details"]["yes_rate"] == 0.0
+
+
 def test_splits_that_cannot_be_told_apart_are_asked_for(pope: Path, tmp_path: Path) -> None:
     rows = [{"question_id": i, "answer": "yes"} for i in range(1, 7)]
     file = lines(tmp_path / "answers.jsonl", rows)
@@ -156,6 +172,7 @@ def test_questions_without_a_prediction_are_refused_or_counted(gqa: Path, tmp_pa
         ([{"question_id": "100"}], r"line 1 has no answer, only question_id"),
         ([{"question_id": "100", "answer": True}], "line 1 has True under 'answer'"),
         (["red"], "line 1 is a str, not an object"),
+        ([{"id": "100", "question": "?", "answer": "a", "text": "b"}], "both an 'answer' and a"),
     ],
 )
 def test_what_is_wrong_with_a_predictions_file_is_said_with_its_line(

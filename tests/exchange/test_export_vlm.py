@@ -27,6 +27,9 @@ from midstream.data.examples import (
     text_example,
 )
 from midstream.data.images import decode_pixels
+from midstream.eval.predict import ModelAnswerer
+from midstream.eval.task import Answerer
+from midstream.eval.transformers_answerer import TransformersAnswerer
 from midstream.exchange.export_model import write_folder
 from midstream.model.generate import generate
 from midstream.model.vision import VisionEncoder
@@ -406,3 +409,48 @@ def test_stock_llava_folders_answer_as_midstream_does_in_a_fresh_python(tmp_path
             assert found["difference"][0] <= 1e-6
             # Sides that differ by an even number, or not at all: a few of 255 levels.
             assert found["difference"][[3, 7]].max() <= 6 / 127.5
+
+
+def test_a_stock_model_answers_and_chooses_as_midstreams_own(tmp_path: Path) -> None:
+    """Without rounded features, which only Midstream's training has."""
+    words = codec()
+    config = VLMConfig(
+        decoder=stock(), encoder=changed(SIGLIP, feature_dtype="float32"), projector=INNER
+    )
+    vlm, encoder, _ = written(tmp_path / "out", config, words)
+    paths = []
+    for number in range(3):
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray(picture(24, 24) // (number + 1)).save(paths[-1])
+    prompts = ["What colour is the ball?", "how many", "Left?", "on the big round ball"]
+    images = [paths[0], paths[1], paths[2], paths[0]]
+    ours = ModelAnswerer(
+        vlm,
+        words,
+        encode=look_through(vlm, encoder),
+        encoder=config.encoder,
+        max_new_tokens=5,
+        batch_size=2,
+    )
+    theirs = TransformersAnswerer(
+        str(tmp_path / "out"), torch.device("cpu"), max_new_tokens=5, batch_size=3
+    )
+    assert isinstance(theirs, Answerer)
+    assert theirs.generate(prompts, images) == ours.generate(prompts, images)
+    options = [("red", "blue ball"), ("2", "3"), ("yes", "no"), ("on", "off")]
+    found = zip(
+        theirs.choose(prompts, images, options),
+        ours.choose(prompts, images, options),
+        strict=True,
+    )
+    for one, other in found:
+        assert one == pytest.approx(other, abs=1e-3)
+    pairs = [("In: how many", " 2"), ("The ball is", " red and round"), ("", "The ball")]
+    for (one, best), (other, greedy) in zip(
+        theirs.loglikelihood(pairs), ours.loglikelihood(pairs), strict=True
+    ):
+        assert one == pytest.approx(other, abs=1e-3)
+        assert best == greedy
+    assert theirs.loglikelihood_rolling(["The ball"]) == pytest.approx(
+        ours.loglikelihood_rolling(["The ball"]), abs=1e-3
+    )

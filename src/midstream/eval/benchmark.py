@@ -46,6 +46,8 @@ _COLUMNS = pa.schema(
         ("image", pa.string()),
     ]
 )
+# Of each split of a slim task, as the paper's evaluator has them.
+SLIM_EXAMPLES = 1024
 Progress = Callable[[float, str], None]
 Item = TypeVar("Item")
 
@@ -78,7 +80,10 @@ def evaluate(
         raise ValueError(f"tasks are asked for twice: {', '.join(twice)}; name each of them once")
     if not names:
         raise ValueError("the evaluation names no task; set visual_tasks or text_tasks")
-    visual = [read_visual_task(world, name, evaluation.limit) for name in evaluation.visual_tasks]
+    visual = [
+        read_visual_task(world, name, evaluation.limit, slim=evaluation.slim)
+        for name in evaluation.visual_tasks
+    ]
     if evaluation.box_frame == "square":
         visual = [in_the_square(task) for task in visual]
     text = [read_choice_task(world, name, evaluation.limit) for name in evaluation.text_tasks]
@@ -102,6 +107,7 @@ def read_visual_task(
     name: str,
     limit: int | None = None,
     *,
+    slim: bool = False,
     pictures: bool = True,
     shuffled: bool = True,
 ) -> VisualTask:
@@ -117,6 +123,8 @@ def read_visual_task(
     splits = [example.split for example in examples]
     chosen = (in_seeded_order(examples, splits, name) if shuffled else examples)[:limit]
     num_splits = len(set(splits))
+    if slim:
+        chosen = chosen[: SLIM_EXAMPLES * num_splits]
     if limit is not None and limit < num_splits:
         raise ValueError(f"limit {limit} cannot cover the {num_splits} splits of {name}; raise it")
     return VisualTask(name, VISUAL_FORMATS[kind], chance, tuple(chosen), len(examples))

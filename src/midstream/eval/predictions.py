@@ -14,7 +14,7 @@ from midstream.eval.task import VisualExample
 
 # Keys that people use, in the order in which they are looked for.
 _IDS = ("question_id", "questionId", "example_id", "qid", "id", "image")
-_ANSWERS = ("answer", "text", "prediction", "pred", "response", "output", "model_output")
+_ANSWERS = ("prediction", "pred", "response", "output", "model_output", "answer", "text")
 _QUESTIONS = ("prompt", "question", "query")
 _SHOWN = 3
 
@@ -249,8 +249,13 @@ def _prediction(value: Any, where: str) -> Prediction:
     if not isinstance(value, dict):
         raise ValueError(f"{where} is a {type(value).__name__}, not an object with an answer")
     keys = [key for key in _ANSWERS if value.get(key) is not None]
-    # LLaVA's files hold the question under "prompt" and the answer under "text"; POPE's the
-    # question under "question" and the answer under "answer".
+    # LLaVA's files hold the question under "prompt" and the answer under "text"; a question file
+    # with answers in it the question under "text" and the answer under "answer".
+    if keys == ["answer", "text"] and any(key in value for key in _QUESTIONS):
+        raise ValueError(
+            f"{where} has both an 'answer' and a 'text' beside its question, and one of them may "
+            "be the gold answer; put the prediction under 'prediction'"
+        )
     if not keys:
         raise ValueError(
             f"{where} has no answer, only {', '.join(map(str, value))}; an answer stands under "
@@ -260,5 +265,6 @@ def _prediction(value: Any, where: str) -> Prediction:
     if isinstance(answer, bool) or not isinstance(answer, str | int | float | list):
         raise ValueError(f"{where} has {answer!r} under {keys[0]!r}, which is no answer")
     name = next((str(value[key]) for key in _IDS if value.get(key) is not None), None)
-    question = next((value[key] for key in _QUESTIONS if isinstance(value.get(key), str)), None)
+    asked = _QUESTIONS if keys[0] != "answer" else (*_QUESTIONS, "text")
+    question = next((value[key] for key in asked if isinstance(value.get(key), str)), None)
     return Prediction(where, answer if isinstance(answer, str) else str(answer), name, question)

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import logging
 import os
 import random
 import tempfile
@@ -202,6 +203,8 @@ def run_text_tasks(
         from lm_eval.evaluator import evaluate
         from lm_eval.tasks import TaskManager
 
+        # It warns of every default that its own descriptions leave to it.
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
         folder = Path(temporary)
         # lm_eval's own names are "task0", "task1": a file's name may hold any character.
         inner = {f"task{index}": task for index, task in enumerate(tasks)}
