@@ -13,9 +13,9 @@ from PIL import Image
 
 from midstream.config import Evaluation
 from midstream.eval.aggregate import SUITES
-from midstream.eval.benchmark import (
+from midstream.eval.benchmark import evaluate
+from midstream.eval.find_task import (
     VisualTask,
-    evaluate,
     in_seeded_order,
     other_images,
     read_visual_task,
@@ -255,7 +255,7 @@ def test_a_limit_takes_the_first_of_the_full_order_with_splits_in_turn(world: Pa
 
 def test_the_order_is_the_same_in_another_process() -> None:
     code = (
-        "from midstream.eval.benchmark import in_seeded_order;"
+        "from midstream.eval.find_task import in_seeded_order;"
         "print(in_seeded_order(range(30), [str(i % 3) for i in range(30)], 'gqa'))"
     )
     command = [sys.executable, "-c", code]

@@ -9,7 +9,8 @@ import pytest
 
 from midstream.config import Evaluation
 from midstream.eval.aggregate import TEXT_CHANCE, suites
-from midstream.eval.benchmark import evaluate, read_choice_task
+from midstream.eval.benchmark import evaluate
+from midstream.eval.find_task import read_choice_task
 from midstream.eval.kept_answers import KeptAnswers
 from midstream.eval.local_tasks import HARNESS_TASKS, find_local
 from midstream.eval.text import harness_task, run_text_tasks

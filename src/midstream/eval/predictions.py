@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from midstream.eval.benchmark import VisualTask, read_visual_task, score_visual
+from midstream.eval.benchmark import score_visual
+from midstream.eval.find_task import VisualTask, read_visual_task
 from midstream.eval.readers.records import read_text
 from midstream.eval.task import VisualExample
 
