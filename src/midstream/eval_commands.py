@@ -117,6 +117,9 @@ def score(
     missing_as_wrong: Annotated[
         bool, typer.Option("--missing-as-wrong", help="Questions without a prediction are wrong.")
     ] = False,
+    ignore_unknown: Annotated[
+        bool, typer.Option("--ignore-unknown", help="Leave out predictions of no question here.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Score a file of predictions without a model; the pictures may be absent."""
@@ -128,6 +131,7 @@ def score(
             "data": str(data),
             "split": split,
             "missing_as_wrong": missing_as_wrong,
+            "ignore_unknown": ignore_unknown,
             "json": as_json,
         }
     )

@@ -285,6 +285,7 @@ def _score(request: dict[str, Any], console: Console) -> None:
         Path(request["predictions"]),
         split=request["split"],
         missing_as_wrong=request["missing_as_wrong"],
+        ignore_unknown=request["ignore_unknown"],
     )
     if request["json"]:
         print(json.dumps(row, indent=2))

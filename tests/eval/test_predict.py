@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import tiny
 from midstream.config import VLMConfig
@@ -10,6 +11,7 @@ from midstream.data.examples import TextCodec, question_ids
 from midstream.data.features import Encode, encode_fixed
 from midstream.data.images import decode, to_pixels
 from midstream.data.prepare import open_codec
+from midstream.eval import predict
 from midstream.eval.predict import ModelAnswerer
 from midstream.eval.task import Answerer
 from midstream.model.generate import generate
@@ -247,6 +249,22 @@ def test_the_continuation_that_greedy_decoding_gives_is_told_as_greedy(
         assert told == ([codec.decode(best)] if codec.decode(best) in own else [])
         num_greedy += len(told)
     assert num_greedy
+
+
+def test_features_of_no_more_pictures_are_kept_than_there_is_room_for(
+    answerer: ModelAnswerer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    paths = []
+    for number in range(6):
+        paths.append(tmp_path / f"{number}.png")
+        Image.new("RGB", (30, 20), (40 * number, 90, 10)).save(paths[-1])
+    whole = answerer._look(paths)
+    monkeypatch.setattr(predict, "_KEPT_BYTES", 3 * whole[0].numpy().nbytes)
+    for first in range(0, 6, 2):
+        assert torch.equal(answerer._look(paths[first : first + 2]), whole[first : first + 2])
+        assert len(answerer._features) <= 3
+    assert paths[5] in answerer._features
+    assert paths[0] not in answerer._features
 
 
 def test_a_rolling_log_likelihood_covers_every_token_behind_end_of_text(

@@ -84,6 +84,32 @@ def test_the_official_form_has_no_ids_and_a_name_or_an_option_says_the_split(
     assert score_predictions(pope, "pope", plain, split="popular")["score"] == pytest.approx(4 / 6)
 
 
+def test_the_official_form_of_one_split_is_known_by_its_words(pope: Path, tmp_path: Path) -> None:
+    rows = [
+        {"question": f"Is there a popular thing {i + 1} in the image?", "answer": "yes, there is"}
+        for i in range(6)
+    ]
+    row = score_predictions(pope, "pope", lines(tmp_path / "answers.json", rows))
+    assert "scored on split popular alone" in row["notes"]
+    assert row["score"] == pytest.approx(2 / 6)
+    pictured = [{**row, "image": "popular.jpg"} for row in rows]
+    row = score_predictions(pope, "pope", lines(tmp_path / "b.json", pictured))
+    assert row["score"] == pytest.approx(2 / 6)
+    bare = lines(tmp_path / "c.json", [{"answer": "yes"}] * 18)
+    with pytest.raises(ValueError, match="nothing says which is whose"):
+        score_predictions(pope, "pope", bare)
+
+
+def test_predictions_of_a_larger_set_can_be_cut_to_what_is_here(gqa: Path, tmp_path: Path) -> None:
+    rows = [{"question_id": str(100 + i), "answer": "red"} for i in range(5)]
+    file = lines(tmp_path / "more.jsonl", rows)
+    with pytest.raises(ValueError, match="--ignore-unknown"):
+        score_predictions(gqa, "gqa", file)
+    row = score_predictions(gqa, "gqa", file, ignore_unknown=True)
+    assert row["score"] == pytest.approx(1 / 3)
+    assert row["notes"] == ["2 predictions of no question here were left out"]
+
+
 def test_a_prediction_goes_before_an_answer_that_is_the_gold_one(
     pope: Path, tmp_path: Path
 ) -> None:

@@ -329,8 +329,11 @@ def test_events_tell_plan_and_stages_and_other_output_goes_to_the_log(
     assert "and complains" in log.read_text()
 
 
-def test_workers_get_their_threads_and_no_network() -> None:
+def test_workers_get_their_threads_and_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     environment = worker_environment(Machine(threads=3))
     assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == "3"
     assert environment["TOKENIZERS_PARALLELISM"] == "false"
     assert environment["HF_HUB_OFFLINE"] == "1"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert worker_environment(Machine())["HF_HUB_OFFLINE"] == "0"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from midstream.eval.local_tasks import HARNESS_TASKS, find_local
+from midstream.eval.local_tasks import HARNESS_TASKS
 from midstream.eval.scoring import to_square
 from midstream.eval.task import VISUAL_FORMATS, VisualExample, VisualFormat
 from midstream.eval.text import TextTask, harness_task, own_task, read_text_task
@@ -73,7 +73,7 @@ def read_choice_task(world: Path, name: str, limit: int | None = None) -> TextTa
             name,
             _chance(world, name, entry),
         )
-    elif path.is_file() and (name not in HARNESS_TASKS or find_local(world, name) is None):
+    elif path.is_file() and name not in HARNESS_TASKS:
         _declared(world, "text_tasks", name)  # which says what there is
         raise AssertionError(name)
     else:

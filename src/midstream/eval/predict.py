@@ -14,6 +14,10 @@ from midstream.model.generate import choice_logprobs, generate, sequence_logprob
 from midstream.model.vlm import VLM
 from midstream.model.weights import weights_digest
 
+# Features of pictures that are kept for questions to come: all of a small benchmark's, and not the
+# 136 GB that VQA v2's would be with 729 patches of 1,152 numbers.
+_KEPT_BYTES = 2 * 2**30
+
 
 class ModelAnswerer:
     """A model behind the `eval.task.Answerer` protocol; questions are asked as in fine-tuning.
@@ -37,6 +41,7 @@ class ModelAnswerer:
         self.encode, self.encoder = encode, encoder
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         self.weights_digest = weights_digest(model)
+        # The newest last; see `_KEPT_BYTES`.
         self._features: dict[Path, np.ndarray] = {}
 
     def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
@@ -182,7 +187,14 @@ class ModelAnswerer:
             ]
             features = self.encode(torch.from_numpy(np.stack(pixels))).float().cpu().numpy()
             self._features.update(zip(part, features, strict=True))
-        return torch.from_numpy(np.stack([self._features[path] for path in paths]))
+        found = [self._features.pop(path) for path in paths]
+        self._features.update(zip(paths, found, strict=True))
+        held = sum(value.nbytes for value in self._features.values())
+        for path in list(self._features)[: -len(paths)]:
+            if held <= _KEPT_BYTES:
+                break
+            held -= self._features.pop(path).nbytes
+        return torch.from_numpy(np.stack(found))
 
 
 def first_tokens(answers: list[list[int]]) -> list[list[int]]:

@@ -41,20 +41,33 @@ class Matched:
 
 
 def score_predictions(
-    data: Path, name: str, path: Path, *, split: str | None = None, missing_as_wrong: bool = False
+    data: Path,
+    name: str,
+    path: Path,
+    *,
+    split: str | None = None,
+    missing_as_wrong: bool = False,
+    ignore_unknown: bool = False,
 ) -> dict[str, Any]:
     """Score a file of predictions on a benchmark whose official files are under `data`.
 
     The row of results.json that a model's answers would give, with `num_missing` and `notes`.
-    Pictures may be absent. Raises ValueError or FileNotFoundError as `match_predictions` and
+    With `ignore_unknown` predictions whose id no question has are left out and counted (the
+    annotations are a cut of what was answered). Pictures may be absent. Raises ValueError or FileNotFoundError as `match_predictions` and
     the readers do.
     """
     task = read_visual_task(data, name, pictures=False, shuffled=False)
+    predictions, notes = read_predictions(path), []
+    if ignore_unknown:
+        known = {name for e in task.examples for name in (e.example_id, e.other_id)}
+        kept = [one for one in predictions if one.name is None or one.name in known]
+        notes = [f"{len(predictions) - len(kept):,} predictions of no question here were left out"]
+        predictions = kept
     matched = match_predictions(
-        task, read_predictions(path), path, split=split, missing_as_wrong=missing_as_wrong
+        task, predictions, path, split=split, missing_as_wrong=missing_as_wrong
     )
     row = score_visual(matched.task, matched.answers)
-    return row | {"num_missing": matched.num_missing, "notes": list(matched.notes)}
+    return row | {"num_missing": matched.num_missing, "notes": [*notes, *matched.notes]}
 
 
 def read_predictions(path: Path) -> list[Prediction]:
@@ -176,6 +189,8 @@ def _in_order(task: VisualTask, predictions: Sequence[Prediction]) -> dict[str, 
     by_split: dict[str, list[VisualExample]] = {}
     for example in task.examples:
         by_split.setdefault(example.split, []).append(example)
+    if not worded and len(by_split) > 1:
+        return None  # nothing says which split comes first
     for order in itertools.permutations(by_split.values()):
         examples = list(itertools.chain.from_iterable(order))
         pairs = list(zip(predictions, examples, strict=True))
@@ -188,21 +203,18 @@ def _likely_split(
     task: VisualTask, predictions: Sequence[Prediction], path: Path, notes: list[str]
 ) -> str | None:
     """The only split that the predictions can be of; None where they are of all."""
-    sizes = Counter(example.split for example in task.examples)
-    if len(predictions) > max(sizes.values()):
+    by_split: dict[str, list[VisualExample]] = {}
+    for example in task.examples:
+        by_split.setdefault(example.split, []).append(example)
+    if len(predictions) > max(len(own) for own in by_split.values()):
         return None
-    named = [split for split in sizes if split in path.name]
+    named = [split for split in by_split if split in path.name]
     if len(named) == 1:
         notes.append(f"the file's name says {named[0]}")
         return named[0]
-    ids = {prediction.name for prediction in predictions}
-    if ids & {example.example_id for example in task.examples}:
+    if {prediction.name for prediction in predictions} & {e.example_id for e in task.examples}:
         return None
-    possible = []
-    for split in sizes:
-        own = {e.other_id: e for e in task.examples if e.split == split}
-        if all(p.name in own and _asks(p, own[p.name]) for p in predictions):
-            possible.append(split)
+    possible = [split for split, own in by_split.items() if _fits(own, predictions)]
     if len(possible) == 1:
         return possible[0]
     if possible:
@@ -211,6 +223,18 @@ def _likely_split(
             f"{', '.join(possible)} of {task.name}; say which with --split"
         )
     return None
+
+
+def _fits(examples: Sequence[VisualExample], predictions: Sequence[Prediction]) -> bool:
+    """Whether predictions may be of these questions: by their ids, or by their order."""
+    by_id = {example.other_id: example for example in examples}
+    if all(one.name in by_id and _asks(one, by_id[one.name]) for one in predictions):
+        return True
+    worded = [one.question is not None for one in predictions]
+    unnamed = all(one.name is None for one in predictions)
+    if len(predictions) != len(examples) or not (unnamed or all(worded)):
+        return False
+    return all(_asks(one, example) for one, example in zip(predictions, examples, strict=True))
 
 
 def _asks(prediction: Prediction, example: VisualExample) -> bool:
@@ -231,7 +255,8 @@ def _no_match(task: VisualTask, predictions: Sequence[Prediction], path: Path) -
         raise ValueError(
             f"{unknown[0].where} answers question {unknown[0].name}, which {task.name} does not "
             f"have ({len(unknown):,} of {len(predictions):,} predictions are of no question here); "
-            "are they of another split, or the annotations of another release?"
+            "are they of another split, or the annotations of another release or a cut "
+            "(--ignore-unknown)?"
         )
     first, example = predictions[0], task.examples[0]
     raise ValueError(

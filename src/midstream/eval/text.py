@@ -121,8 +121,8 @@ def harness_task(name: str, folder: Path | None) -> TextTask:
             f"{' or '.join(known.files)}, published by {known.published}" if known else "its data"
         )
         raise FileNotFoundError(
-            f"text task {name}: {folder} lacks {what}; put the files there, or unset "
-            "HF_HUB_OFFLINE to let lm-evaluation-harness fetch them"
+            f"text task {name}: {folder} lacks {what}; put the files there, or set "
+            "HF_HUB_OFFLINE=0 to let lm-evaluation-harness fetch them"
         )
     entry = {"include": str(_yaml_of(name)), "num_fewshot": 0}
     return TextTask(name, chance if chance is not None else 0.0, entry, None)

@@ -178,13 +178,14 @@ def group_command(machine: Machine, work: Path) -> list[str]:
 
 
 def worker_environment(machine: Machine) -> dict[str, str]:
-    """This process's environment with the workers' thread counts and no downloads."""
+    """This process's environment with the workers' thread counts, and no downloads unless
+    HF_HUB_OFFLINE=0 asks for them."""
     threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
     return {
         **os.environ,
         **dict.fromkeys(threads, str(machine.threads)),
         "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
         "PYTHONUNBUFFERED": "1",
         LAUNCHER: str(os.getpid()),
     }
