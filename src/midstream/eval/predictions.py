@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,8 +52,8 @@ def score_predictions(
 
     The row of results.json that a model's answers would give, with `num_missing` and `notes`.
     With `ignore_unknown` predictions whose id no question has are left out and counted (the
-    annotations are a cut of what was answered). Pictures may be absent. Raises ValueError or FileNotFoundError as `match_predictions` and
-    the readers do.
+    annotations are a cut of what was answered). Pictures may be absent. Raises ValueError or
+    FileNotFoundError as `match_predictions` and the readers do.
     """
     task = read_visual_task(data, name, pictures=False, shuffled=False)
     predictions, notes = read_predictions(path), []
