@@ -8,6 +8,7 @@ Initialisers (for training from scratch): weights of two or more dimensions are 
 biases 0.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -89,6 +90,9 @@ class TransformersDecoder(nn.Module):
         # transformers keeps the gradient from the row of its padding id, which may be the
         # end-of-text token's; our padding has no targets and needs no row of its own.
         self.model.get_input_embeddings().padding_idx = None
+        # From 5.24 on transformers says `cache`.
+        named = inspect.signature(self.model.base_model.forward).parameters
+        self._held_name = "cache" if "cache" in named else "past_key_values"
         for parameter in self.parameters():
             nn.init.constant_(parameter, float("nan"))
 
@@ -130,8 +134,8 @@ class TransformersDecoder(nn.Module):
             inputs_embeds=embeddings,
             position_ids=position_ids,
             attention_mask=seen if mask is None else mask,
-            past_key_values=None if cache is None else cache.held,
             use_cache=cache is not None,
+            **({} if cache is None else {self._held_name: cache.held}),
         )
         return select(cast(Tensor, outputs.last_hidden_state), at)
 

@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_midstream import MidstreamConfig, OpenLMConfig
-from .modeling_openlm import OpenLMForCausalLM, next_token_loss, positions
+from .modeling_openlm import CACHE, OpenLMForCausalLM, next_token_loss, positions
 
 # ------------------------------------------------------------------------------ the encoder
 
@@ -135,7 +135,7 @@ class MidstreamForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
     base_model_prefix = "language_model"
     main_input_name = "input_ids"
     _no_split_modules = ["OpenLMLayer", "VisionBlock"]  # noqa: RUF012 - transformers' own form
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
 
     def __init__(self, config: MidstreamConfig) -> None:
@@ -180,18 +180,21 @@ class MidstreamForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        cache: Any = None,
         **_: Any,
     ) -> Any:
         """Logits of the next token; a picture stands where `image_token_id` is repeated, in order.
 
         `attention_mask` is 1 at tokens and 0 at padding ([rows, held positions and new ones]).
+        `cache` and `past_key_values` are two names of one thing.
         Raises ValueError if pictures and places for them do not agree.
         """
+        cache = past_key_values if cache is None else cache
         if use_cache is None:
             use_cache = not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config.get_text_config())
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config.get_text_config())
+        past = 0 if cache is None else int(cache.get_seq_length())
         embeddings = self._embed(input_ids, pixel_values, past)
         if position_ids is None:
             position_ids = positions(attention_mask, embeddings, past)
@@ -199,10 +202,10 @@ class MidstreamForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             inputs_embeds=embeddings,
             attention_mask=self._mask(input_ids, embeddings, attention_mask, past),
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             return_dict=True,
+            **{CACHE: cache},
         )
         logits = output.logits
         missing = self.config.image_token_id + 1 - logits.shape[-1]
@@ -210,7 +213,7 @@ class MidstreamForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             # The image's token has no row in the vocabulary; it is never the next one.
             logits = nn.functional.pad(logits, (0, missing), value=-torch.inf)
         loss = None if labels is None else next_token_loss(logits, labels)
-        result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
         return result.to_tuple() if return_dict is False else result
 
     def _embed(self, input_ids: Tensor, pixel_values: Tensor | None, past: int) -> Tensor:

@@ -13,6 +13,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_midstream import OpenLMConfig
 
+# What transformers calls the keys and values held so far: from 5.24 on `cache`.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__annotations__ else "past_key_values"
+
 
 class OpenLMNorm(nn.Module):
     """Layer normalisation with a gain and no bias."""
@@ -128,7 +131,7 @@ class OpenLMForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     config_class = OpenLMConfig
     base_model_prefix = "model"
     _no_split_modules = ["OpenLMLayer"]  # noqa: RUF012 - transformers' own form
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
 
     def __init__(self, config: OpenLMConfig) -> None:
@@ -163,22 +166,25 @@ class OpenLMForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        cache: Any = None,
         **_: Any,
     ) -> Any:
         """Logits of the next token.
 
         `attention_mask` is 1 at tokens and 0 at padding ([rows, held positions and new ones]), or
-        four-dimensional: True, or 0 among -inf, where a position sees another.
+        four-dimensional: True, or 0 among -inf, where a position sees another. `cache` and
+        `past_key_values` are two names of one thing.
         """
+        cache = past_key_values if cache is None else cache
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds")
             inputs_embeds = self.model.tok_embeddings(input_ids)
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        past = 0 if cache is None else int(cache.get_seq_length())
         if position_ids is None:
             position_ids = positions(attention_mask, inputs_embeds, past)
         if attention_mask is None or attention_mask.ndim == 2:
@@ -186,11 +192,11 @@ class OpenLMForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         rotary = OpenLMRotary(self.config, position_ids, inputs_embeds.dtype)
         hidden = inputs_embeds
         for layer in self.model.layers:
-            hidden = layer(hidden, rotary, attention_mask, past_key_values)
+            hidden = layer(hidden, rotary, attention_mask, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.output(self.model.norm(hidden)[:, kept])
         loss = None if labels is None else next_token_loss(logits, labels)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
         return output.to_tuple() if return_dict is False else output
 
 
