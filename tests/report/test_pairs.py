@@ -11,9 +11,10 @@ import pytest
 
 import tiny
 from midstream.config import Evaluation
+from midstream.report.page import write_report
 from midstream.report.pairs import paired_rows
 from midstream.report.table import summary
-from midstream.storage import write_json
+from midstream.storage import read_json, write_json
 from midstream.study.ledger import SUCCESS, Ledger
 from midstream.study.stage import Evaluate, Figure, Line, Study
 
@@ -51,6 +52,11 @@ def fill(ledger: Ledger, x: float, seed: int, right: float, *, tasks: dict[str, 
             {
                 "example_id": str(index),
                 "split": "",
+                "prompt": f"Question {index}?",
+                "prediction": "red",
+                "gold": '"red"',
+                "blind_prediction": None,
+                "blind_score": None,
                 "score": score,
                 "image": f"/somewhere/{x}/bench/{task}/{index // 2}.png",
             }
@@ -104,3 +110,14 @@ def test_what_is_not_done_or_was_asked_otherwise_is_left_out(ledger: Ledger) -> 
     rows = paired_rows(study(), summary(study(), ledger), ledger)
     (worst,) = (row for row in rows if row["x"] == 0.0)
     assert set(worst["tasks"]) == {"gqa"}
+
+
+def test_the_page_says_which_tasks_are_not_whole(ledger: Ledger) -> None:
+    page = write_report(study(), ledger).read_text()
+    assert "Not whole" not in page
+    assert "On the same examples" in page
+    path = ledger.folder(result(50.0, 0)) / "results.json"
+    results = read_json(path)
+    results["tasks"]["gqa"]["shortened"] = "80 of 12,578 examples"
+    write_json(path, results)
+    assert "gqa (80 of 12,578 examples)" in write_report(study(), ledger).read_text()

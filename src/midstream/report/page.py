@@ -59,6 +59,7 @@ def write_report(study: Study, ledger: Ledger) -> Path:
         repeated=_repeated(study),
         answers=[_answer(panel, groups) for panel in ("vision", "text")],
         figures=_score_figures(study, rows, groups, folder),
+        shortened=_shortened(study, ledger),
         pairs=paired_rows(study, groups, ledger),
         best=_best_line(rows),
         samples=_samples(study, rows, ledger),
@@ -84,6 +85,17 @@ def _task(name: str, kind: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any
             f"task {name!r} has {len(chances)} chance levels {sorted(chances)}; run it again"
         )
     return {"name": name, "kind": kind, "chance": chances.pop() if chances else None}
+
+
+def _shortened(study: Study, ledger: Ledger) -> dict[str, str]:
+    """Why a task is not whole in some of the results, by task."""
+    found: dict[str, str] = {}
+    for result in study.results:
+        if ledger.is_done(result):
+            for task, row in ledger.results(result)["tasks"].items():
+                if row.get("shortened"):
+                    found[task] = row["shortened"]
+    return found
 
 
 def _answer(panel: str, groups: Sequence[Group]) -> dict[str, Any]:
