@@ -69,6 +69,8 @@ def fill(ledger: Ledger, x: float, seed: int, right: float, *, tasks: dict[str, 
     results = {"tasks": rows, "stable": {"vision": stable, "vision_blind": None, "text": None}}
     write_json(folder / "results.json", {**results, "seconds": 1.0, "peak_memory_bytes": 1})
     write_json(folder / "stage.json", json.loads(stage.model_dump_json()))
+    when = {"started": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T00:00:01+00:00"}
+    write_json(folder / "status.json", {"state": "done", "error": None, **when})
     (folder / SUCCESS).write_text(stage.identity)
 
 
