@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
-from midstream import __version__, eval_commands
+from midstream import __version__, eval_commands, store_commands
 from midstream.model_commands import COMMANDS
 from midstream.profile_command import profile
 
@@ -369,6 +369,14 @@ def demo(
 
 for command_name, command_of in {**COMMANDS, **eval_commands.COMMANDS, "profile": profile}.items():
     app.command(command_name)(user_errors(command_of))
+
+
+store_app = typer.Typer(
+    help="What a store holds, which studies need it; delete and verify.", no_args_is_help=True
+)
+for store_name, store_command in store_commands.COMMANDS.items():
+    store_app.command(store_name)(user_errors(store_command))
+app.add_typer(store_app, name="store")
 
 
 def _stored_study(name: str, ledger: "Ledger", settings: list[str]) -> "Study":
