@@ -113,24 +113,29 @@ def test_a_model_and_its_export_stand_in_one_table(whole: Ledger, tmp_path: Path
     table = command("eval", stage, exported, *words)
     assert "vqav2" in table
     assert "not whole: vqav2 (6 of" in table
-    one, other = (read_json(out / path.name / "results.json") for path in (stage, exported))
+    mine, theirs = (next(out.glob(f"{path.name}-*")) for path in (stage, exported))
+    one, other = (read_json(folder / "results.json") for folder in (mine, theirs))
     for task, row in one["tasks"].items():
         assert other["tasks"][task]["score"] == pytest.approx(row["score"], abs=0.17), task
-    first = pq.read_table(out / stage.name / "predictions/vqav2.parquet").to_pylist()
-    second = pq.read_table(out / "exported/predictions/vqav2.parquet").to_pylist()
+    first = pq.read_table(mine / "predictions/vqav2.parquet").to_pylist()
+    second = pq.read_table(theirs / "predictions/vqav2.parquet").to_pylist()
     same = [a["prediction"] == b["prediction"] for a, b in zip(first, second, strict=True)]
     # Features of a frozen encoder are rounded in training, and by the export's code as well.
     assert sum(same) >= len(same) - 1
 
     # What is done is not done again.
-    before = (out / stage.name / "results.json").stat().st_mtime_ns
+    before = (mine / "results.json").stat().st_mtime_ns
     command("eval", stage, *words)
-    assert (out / stage.name / "results.json").stat().st_mtime_ns == before
+    assert (mine / "results.json").stat().st_mtime_ns == before
+    # Asked otherwise, it has another folder, and the first one stays.
+    command("eval", stage, *words, "--fixed-answers", "text")
+    assert len(list(out.glob(f"{stage.name}-*"))) == 2
+    assert (mine / "results.json").stat().st_mtime_ns == before
 
-    shown = command("eval", out / stage.name, "--show", "2", "--task", "pope")
+    shown = command("eval", mine, "--show", "2", "--task", "pope")
     assert shown.count("prompt: ") == 2
     assert "picture: " in shown
-    told = command("eval", "--diff", out / stage.name, out / "exported", "--task", "pope")
+    told = command("eval", "--diff", mine, theirs, "--task", "pope")
     assert "points" in told
     assert "on 6 examples" in told
 

@@ -1,10 +1,10 @@
 """The process of `midstream eval` and `midstream score`: one JSON request on standard input."""
 
+import difflib
 import json
 import os
 import signal
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,6 @@ def _evaluate(request: dict[str, Any], console: Console) -> None:
     for name in request["models"]:
         answerer, data = _open_model(name, request)
         evaluation = _asked(request, data)
-        folder = Path(request["out"]) / Path(name.rstrip("/")).name
         about = {
             "model": name,
             "data": str(data),
@@ -87,9 +86,13 @@ def _evaluate(request: dict[str, Any], console: Console) -> None:
             "evaluation": digest(evaluation),
             "answers_version": ANSWERS_VERSION,
         }
+        # Two models may have one name, and one model may be asked in several ways.
+        stem = name.rstrip("/").split("/")[-1]
+        folder = Path(request["out"]) / f"{stem}-{digest(about)[:8]}"
         done = folder / "results.json"
         if done.is_file() and read_json(done).get("about") == about:
             rows[name] = read_json(done)
+            console.print(f"{name}: {folder}", soft_wrap=True, markup=False)
             continue
         answers = KeptAnswers(
             answerer,
@@ -117,8 +120,6 @@ def _evaluate(request: dict[str, Any], console: Console) -> None:
 
 def _open_model(name: str, request: dict[str, Any]) -> tuple[Answerer, Path]:
     """A model by its folder or its name, and the data that it is asked about."""
-    import torch
-
     from midstream.train.parallel import set_up
 
     machine = Machine.model_validate(
@@ -149,11 +150,8 @@ def _open_model(name: str, request: dict[str, Any]) -> tuple[Answerer, Path]:
         raise ValueError(f"{name} is no stage of a store: say with --data what it is asked about")
     from midstream.eval.transformers_answerer import TransformersAnswerer
 
-    with torch.device("cpu"):
-        peer = TransformersAnswerer(
-            name, device, trust_remote_code=request["trust_remote_code"], **options
-        )
-    return peer, data
+    trusted = request["trust_remote_code"]
+    return TransformersAnswerer(name, device, trust_remote_code=trusted, **options), data
 
 
 def _asked(request: dict[str, Any], data: Path) -> Evaluation:
@@ -175,17 +173,11 @@ def _asked(request: dict[str, Any], data: Path) -> Evaluation:
     known = set(VISUAL_FORMATS) | set(text) | set(HARNESS_TASKS)
     unknown = [name for name in names if name not in chosen and name not in known]
     # The harness knows many more than stand here; a slip of the pen it would not find.
-    chosen += [name for name in unknown if _near(name, VISUAL_FORMATS)]
+    chosen += [name for name in unknown if difflib.get_close_matches(name, VISUAL_FORMATS, 1)]
     rest = [name for name in names if name not in chosen]
     return Evaluation.model_validate(
         {**request["evaluation"], "visual_tasks": chosen, "text_tasks": rest}
     )
-
-
-def _near(name: str, names: Iterable[str]) -> bool:
-    import difflib
-
-    return bool(difflib.get_close_matches(name, list(names), 1))
 
 
 if __name__ == "__main__":

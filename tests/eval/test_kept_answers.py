@@ -176,6 +176,24 @@ def test_ranks_share_the_work_and_all_have_every_answer(tmp_path: Path, size: in
     assert alone.asked == []
 
 
+def test_ranks_that_find_half_a_line_know_the_same(tmp_path: Path) -> None:
+    whole = KeptAnswers(Counting(), tmp_path, at_once=4).generate(PROMPTS, IMAGES)
+    file = tmp_path / "0.jsonl"
+    file.write_bytes(file.read_bytes()[:-9])
+    meeting, found = Meeting(2), {}
+
+    def work(number: int) -> None:
+        answers = KeptAnswers(Counting(), tmp_path, at_once=4, ranks=meeting.rank(number))
+        found[number] = (answers.num_found, answers.generate(PROMPTS, IMAGES))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {number: (len(PROMPTS) - 1, whole) for number in range(2)}
+
+
 def test_all_ranks_stop_at_the_same_point_though_one_alone_is_told_to(tmp_path: Path) -> None:
     meeting, stopped = Meeting(2), []
 

@@ -9,7 +9,6 @@ from midstream.eval.scoring import (
     box_accuracy,
     box_iou,
     choice_letter,
-    from_square,
     gqa_accuracy,
     gqa_accuracy_prismatic,
     parse_box,
@@ -247,14 +246,14 @@ def test_a_letter_is_an_answer_and_a_word_is_none(text: str, index: int | None) 
     st.integers(1, 4000),
     st.integers(1, 4000),
 )
-def test_the_square_of_a_picture_is_left_the_way_it_was_entered(
+def test_a_box_keeps_its_pixels_in_the_square_that_its_picture_is_padded_to(
     sides: list[float], width: int, height: int
 ) -> None:
     box = to_square(sides, width, height)
-    assert from_square(box, width, height) == pytest.approx(tuple(sides), abs=1e-9)
-    # A share of the longer side stays what it was.
-    at = 0 if width >= height else 1
-    assert (box[at], box[at + 2]) == pytest.approx((sides[at], sides[at + 2]))
+    longest = max(width, height)
+    for at, side in enumerate((width, height, width, height)):
+        pixel = sides[at] * side + (longest - side) / 2
+        assert box[at] * longest == pytest.approx(pixel, abs=1e-6)
 
 
 def test_a_box_of_a_wide_picture_moves_down_in_the_square() -> None:

@@ -176,17 +176,6 @@ def test_nothing_asks_the_network_or_writes_beside_the_temporary_folder(
 
 
 @pytest.mark.slow
-def test_progress_ends_at_one() -> None:
-    told: list[float] = []
-    fake = Fake(lambda _query, choice: len(choice))
-    run_text_tasks(
-        fake, [own_task(made(5), "a", 0.3)], None, lambda fraction, _text: told.append(fraction)
-    )
-    assert told[-1] == 1.0
-    assert told == sorted(told)
-
-
-@pytest.mark.slow
 def test_the_adaptor_generates_up_to_a_stop_and_rolls_whole_texts() -> None:
     model = adapt(Fake(None))
     requests = [SimpleNamespace(args=("This", {"until": ["\nQ:", "never"]}))]

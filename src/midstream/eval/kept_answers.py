@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from midstream.eval.task import Answerer
+from midstream.storage import write_bytes
 
 # Raise it when the meaning of an answer changes: kept ones of an earlier version are asked again.
 ANSWERS_VERSION = 1
@@ -86,10 +87,15 @@ class KeptAnswers:
         self._file: Path | None = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            for path in sorted(folder.glob("*.jsonl")):
+            paths = sorted(folder.glob("*.jsonl"))
+            if self.ranks.rank == 0:
+                for path in paths:
+                    _mend(path)
+            # Nobody reads before that, and nobody writes before everybody has read.
+            self.ranks.gather(None)
+            for path in paths:
                 self._known |= dict(_read(path))
             self._file = folder / f"{self.ranks.rank}.jsonl"
-            # Nobody writes before everybody has read.
             self.ranks.gather(None)
         self.num_found = len(self._known)
 
@@ -222,15 +228,20 @@ def _together(
         yield part
 
 
+def _mend(path: Path) -> None:
+    """Take off a last line that was being written when its process ended: the next answer must not
+    stand behind half a line."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        write_bytes(path, whole)
+
+
 def _read(path: Path) -> Iterator[tuple[str, Any]]:
-    """The kept answers; a last line that was being written when the process ended is left out."""
-    whole, _, rest = path.read_bytes().rpartition(b"\n")
-    for number, line in enumerate(whole.splitlines(), start=1):
+    """The kept answers; ValueError names a line that is none."""
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             key, answer = json.loads(line)
         except ValueError:
             raise ValueError(f"{path} line {number} is broken; delete the file") from None
         yield key, answer
-    if rest:
-        # The next answer must not be written behind half a line.
-        path.write_bytes(whole + b"\n" if whole else b"")

@@ -192,21 +192,6 @@ def to_square(
     )
 
 
-def from_square(
-    box: Sequence[float], width: float | int, height: float | int
-) -> tuple[float, float, float, float]:
-    """The inverse of `to_square`."""
-    side = max(width, height)
-    x, y = (side - width) / 2 / side, (side - height) / 2 / side
-    across, down = width / side, height / side
-    return (
-        (box[0] - x) / across,
-        (box[1] - y) / down,
-        (box[2] - x) / across,
-        (box[3] - y) / down,
-    )
-
-
 def parse_box(text: str) -> tuple[float, float, float, float] | None:
     """The box [x1, y1, x2, y2] a text spells as a Python list of four numbers, or None.
 

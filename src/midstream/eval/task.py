@@ -68,7 +68,6 @@ class VisualFormat:
     """
 
     name: str
-    title: str
     metric: str
     read: Callable[..., list[VisualExample]]
     official_prompt: str
@@ -184,10 +183,9 @@ def _is_letter(prediction: str) -> bool:
     return scoring.choice_letter(prediction, len(readers.choices.LETTERS)) is not None
 
 
-def _boxes(name: str, title: str, read: Any, threshold: float, **more: Any) -> VisualFormat:
+def _boxes(name: str, read: Any, threshold: float, **more: Any) -> VisualFormat:
     return VisualFormat(
         name=name,
-        title=title,
         metric=f"accuracy at IoU {threshold}",
         read=read,
         official_prompt=_BOX,
@@ -214,7 +212,6 @@ _REFER: dict[str, Any] = {
 _TABLE = (
     VisualFormat(
         name="vqav2",
-        title="VQA v2",
         metric="VQA accuracy",
         read=readers.read_vqav2,
         official_prompt=_BRIEFLY,
@@ -227,7 +224,6 @@ _TABLE = (
     ),
     VisualFormat(
         name="gqa",
-        title="GQA",
         metric="exact match",
         read=readers.read_gqa,
         official_prompt=_BRIEFLY,
@@ -240,21 +236,18 @@ _TABLE = (
     ),
     VisualFormat(
         name="textvqa",
-        title="TextVQA",
         read=readers.read_textvqa,
         files=(readers.TEXTVQA_QUESTIONS, "train_images/"),
         **_TEXTVQA,
     ),
     VisualFormat(
         name="textvqa_ocr",
-        title="TextVQA with OCR tokens",
         read=readers.read_textvqa_ocr,
         files=(readers.TEXTVQA_QUESTIONS, readers.questions.TEXTVQA_OCR, "train_images/"),
         **_TEXTVQA,
     ),
     VisualFormat(
         name="vizwiz",
-        title="VizWiz",
         metric="VQA accuracy",
         read=readers.read_vizwiz,
         official_prompt=_VIZWIZ,
@@ -267,7 +260,6 @@ _TABLE = (
     ),
     VisualFormat(
         name="pope",
-        title="POPE",
         metric="accuracy",
         read=readers.read_pope,
         official_prompt=_BRIEFLY,
@@ -281,7 +273,6 @@ _TABLE = (
     ),
     _boxes(
         "refcoco",
-        "RefCOCO",
         readers.read_refcoco,
         0.5,
         files=(readers.REFCOCO_REFS, readers.REFCOCO_INSTANCES, "train2014/"),
@@ -289,7 +280,6 @@ _TABLE = (
     ),
     _boxes(
         "refcoco_plus",
-        "RefCOCO+",
         readers.read_refcoco,
         0.5,
         files=(readers.REFCOCO_REFS, readers.REFCOCO_INSTANCES, "train2014/"),
@@ -297,7 +287,6 @@ _TABLE = (
     ),
     _boxes(
         "refcocog",
-        "RefCOCOg",
         readers.read_refcocog,
         0.5,
         files=(readers.boxes.REFCOCOG_REFS, readers.REFCOCO_INSTANCES, "train2014/"),
@@ -305,7 +294,6 @@ _TABLE = (
     ),
     _boxes(
         "ocid_ref",
-        "OCID-Ref",
         readers.read_ocid_ref,
         0.25,
         files=(readers.OCID_EXPRESSIONS, "OCID-dataset/"),
@@ -314,7 +302,6 @@ _TABLE = (
     ),
     VisualFormat(
         name="vsr",
-        title="VSR",
         metric="accuracy",
         read=readers.read_vsr,
         official_prompt=_VSR,
@@ -327,7 +314,6 @@ _TABLE = (
     ),
     VisualFormat(
         name="tallyqa",
-        title="TallyQA",
         metric="accuracy",
         read=readers.read_tallyqa,
         official_prompt=_LETTER,
@@ -341,7 +327,6 @@ _TABLE = (
     ),
     VisualFormat(
         name="ai2d",
-        title="AI2D",
         metric="accuracy",
         read=readers.read_ai2d,
         official_prompt=_LETTER,

@@ -6,7 +6,7 @@ import logging
 import os
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,6 @@ from midstream.eval.aggregate import TEXT_CHANCE
 from midstream.eval.local_tasks import HARNESS_TASKS, find_local
 from midstream.eval.task import Answerer
 
-# Pairs handed to the model at a time, so that a long run can say how far it is.
-_PAIRS_AT_ONCE = 4096
 # The harness's own default where a task does not say.
 _MAX_NEW_TOKENS = 256
 
@@ -186,7 +184,6 @@ def run_text_tasks(
     answerer: Answerer,
     tasks: Sequence[TextTask],
     limit: int | None = None,
-    progress: Callable[[float, str], None] = lambda _fraction, _text: None,
 ) -> dict[str, TextResult]:
     """Ask the tasks zero-shot; of data that the harness fetches itself, `limit` records drawn by
     its own order's seed.
@@ -218,7 +215,7 @@ def run_text_tasks(
             if task.docs is None and limit is not None
         }
         found = evaluate(
-            lm=adapt(answerer, progress),
+            lm=adapt(answerer),
             task_dict=loaded,
             bootstrap_iters=0,
             log_samples=True,
@@ -234,9 +231,7 @@ def _some(count: int, limit: int) -> list[int]:
     return sorted(random.Random(0).sample(range(count), min(limit, count)))
 
 
-def adapt(
-    answerer: Answerer, progress: Callable[[float, str], None] = lambda _fraction, _text: None
-) -> Any:
+def adapt(answerer: Answerer) -> Any:
     """The `lm_eval.api.model.LM` that asks `answerer`."""
     from lm_eval.api.model import LM
 
@@ -244,12 +239,7 @@ def adapt(
         """Unpacks the harness's requests and hands them over as they are."""
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            found: list[tuple[float, bool]] = []
-            for start in range(0, len(requests), _PAIRS_AT_ONCE):
-                pairs = [request.args for request in requests[start : start + _PAIRS_AT_ONCE]]
-                found += answerer.loglikelihood(pairs)
-                progress(len(found) / len(requests), f"{len(found):,} choices")
-            return found
+            return answerer.loglikelihood([request.args for request in requests])
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
             return answerer.loglikelihood_rolling([request.args[0] for request in requests])
