@@ -26,18 +26,18 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
 
 test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 # All faults: kills at every write, many ranks, stuck ranks; about twenty minutes.
 faults: $(READY)
-	$(BIN)/python -m pytest -q -n 2 --faults tests/faults tests/train tests/test_resume.py
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --faults tests/faults tests/train tests/test_resume.py
 
 format: $(READY)
 	$(BIN)/ruff format .

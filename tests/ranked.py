@@ -65,7 +65,10 @@ def main() -> None:
     try:
         runner.run(stage_from_json(json.dumps(given["stage"])))
     except Stopped:
+        runner.close()
         sys.exit(STOPPED)
+    # A thread that still speaks with the store when the interpreter ends aborts the process.
+    runner.close()
 
 
 if __name__ == "__main__":

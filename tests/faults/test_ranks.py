@@ -17,7 +17,8 @@ from faults import launched
 from faults.launched import LONG, RESULT, agent, finish, has_steps, launch, losses, ranks, wait_for
 from midstream.study.ledger import Ledger
 
-pytestmark = pytest.mark.slow
+# One after the other: each test is several processes already.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 
 STOPPED = 75
 
@@ -117,7 +118,7 @@ def test_a_dead_or_silent_rank_is_named_within_a_minute_and_the_next_run_goes_on
     assert said in status["error"]
     again = launch(ledger, "--ranks", "2")
     text = finish(again)
-    assert again.returncode == 0, text
+    assert again.returncode == 0, text + (ledger.store / "worker-1.log").read_text()
     assert losses(ledger) == pytest.approx(whole, rel=1e-6)
 
 
