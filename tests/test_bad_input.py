@@ -16,7 +16,8 @@ from midstream.catalogue import find_study
 from midstream.cli import app
 from midstream.identity import file_sha256
 from midstream.study.ledger import Ledger, launch_lock
-from midstream.study.stage import Continue, Prepare, Stage, Study
+from midstream.study.stage import Continue, Prepare, Stage
+from midstream.study.studies import Study
 
 STUDY_FILE = """
 from pathlib import Path

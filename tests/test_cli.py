@@ -14,7 +14,7 @@ from midstream.cli import app
 from midstream.study import launch
 from midstream.study.graph import order, plan
 from midstream.study.ledger import Ledger, launch_lock
-from midstream.study.stage import Study
+from midstream.study.studies import Study
 
 STUDY_FILE = """
 from pathlib import Path

@@ -19,7 +19,13 @@ from midstream.recipes.own_model import image_shares
 from midstream.study.graph import plan
 from midstream.study.imported import read_import
 from midstream.study.ledger import Ledger
-from midstream.study.stage import Continue, ContinueFrom, Finetune, LoadDecoder, Study
+from midstream.study.stage import (
+    Continue,
+    ContinueFrom,
+    Finetune,
+    LoadDecoder,
+)
+from midstream.study.studies import Study
 from vision_checkpoints import save_tower
 
 RATE = 2e-3

@@ -39,7 +39,8 @@ from midstream.show_data import Shown, print_row, print_stats
 from midstream.study.choose import training_stage
 from midstream.study.graph import order
 from midstream.study.ledger import Ledger
-from midstream.study.stage import Evaluate, Figure, Line, Study
+from midstream.study.stage import Evaluate
+from midstream.study.studies import Figure, Line, Study
 from midstream.tokens import TokenCount
 
 PATCHES, SIZE = 4, 12

@@ -12,12 +12,12 @@ from types import ModuleType
 from typing import Any, get_type_hints
 
 from midstream import recipes
-from midstream.study.stage import Study
+from midstream.study.studies import AnyStudy, Study, Suite
 
-Recipe = Callable[..., Study]
+Recipe = Callable[..., AnyStudy]
 
 
-def find_study(name: str, settings: Sequence[str]) -> Study:
+def find_study(name: str, settings: Sequence[str]) -> AnyStudy:
     """The study of a recipe (`pocket.when_images_arrive`, `my_file.py:function`).
 
     `settings` are `name=value` pairs for its arguments, the values JSON or else text.
@@ -25,8 +25,8 @@ def find_study(name: str, settings: Sequence[str]) -> Study:
     """
     recipe = _from_file(name) if ".py" in name else _from_catalogue(name)
     study = recipe(**_arguments(name, recipe, settings))
-    if not isinstance(study, Study):
-        raise ValueError(f"{name} returned a {type(study).__name__}, not a Study")
+    if not isinstance(study, Study | Suite):
+        raise ValueError(f"{name} returned a {type(study).__name__}, not a Study or a Suite")
     return study
 
 
@@ -78,7 +78,7 @@ def _recipes_of(module: ModuleType) -> dict[str, Recipe]:
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if not name.startswith("_")
         and function.__module__ == module.__name__
-        and get_type_hints(function).get("return") is Study
+        and get_type_hints(function).get("return") in (Study, Suite)
     }
 
 

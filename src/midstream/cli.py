@@ -21,7 +21,7 @@ from midstream.profile_command import profile
 if TYPE_CHECKING:
     from midstream.config import Machine
     from midstream.study.ledger import Ledger
-    from midstream.study.stage import Study
+    from midstream.study.studies import AnyStudy
 
 Arguments = ParamSpec("Arguments")
 USER_ERROR_EXIT_CODE = 2
@@ -379,7 +379,7 @@ for store_name, store_command in store_commands.COMMANDS.items():
 app.add_typer(store_app, name="store")
 
 
-def _stored_study(name: str, ledger: "Ledger", settings: list[str]) -> "Study":
+def _stored_study(name: str, ledger: "Ledger", settings: list[str]) -> "AnyStudy":
     """The study last run in the store under this name, else the recipe's."""
     from midstream.catalogue import find_study
 
@@ -388,7 +388,7 @@ def _stored_study(name: str, ledger: "Ledger", settings: list[str]) -> "Study":
     return find_study(name, settings)
 
 
-def _run(study: "Study", ledger: "Ledger", machine: "Machine") -> int:
+def _run(study: "AnyStudy", ledger: "Ledger", machine: "Machine") -> int:
     """Run and tell; returns the peak memory in bytes. Leaves with the outcome's code if not 0."""
     from midstream import terminal
     from midstream.study import launch
@@ -426,15 +426,16 @@ def _run(study: "Study", ledger: "Ledger", machine: "Machine") -> int:
     return memory.total_bytes(plan_study(study, ledger), ledger)
 
 
-def _report(study: "Study", ledger: "Ledger") -> None:
+def _report(study: "AnyStudy", ledger: "Ledger") -> None:
     from midstream import terminal
     from midstream.report.page import write_report
     from midstream.report.table import line_rows
 
-    path = write_report(study, ledger)
     console = terminal.out()
-    terminal.print_results(line_rows(study, ledger), console)
-    console.print(f"report: {path}", soft_wrap=True, markup=False)
+    for one in study.studies:
+        path = write_report(one, ledger)
+        terminal.print_results(line_rows(one, ledger), console)
+        console.print(f"report: {path}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import tiny
 from midstream.study.ledger import Ledger
-from midstream.study.stage import Evaluate, Figure, Line, Study
+from midstream.study.stage import Evaluate
+from midstream.study.studies import Figure, Line, Study
 
 # Long enough to be met along the way; a checkpoint now and then.
 LONG = tiny.text_run(
@@ -31,7 +32,7 @@ def recipe(folder: Path) -> str:
     (folder / "study.json").write_text(study.model_dump_json())
     file.write_text(
         "from pathlib import Path\n"
-        "from midstream.study.stage import Study\n\n\n"
+        "from midstream.study.studies import Study\n\n\n"
         "def study() -> Study:\n"
         "    file = Path(__file__).parent / 'study.json'\n"
         "    return Study.model_validate_json(file.read_bytes())\n"

@@ -9,7 +9,8 @@ from midstream.config import Constant
 from midstream.report.curves import NUM_POINTS, curves, write_curves
 from midstream.schedule import rate_at
 from midstream.study.ledger import Ledger
-from midstream.study.stage import ContinueFrom, Evaluate, Figure, Line, Study
+from midstream.study.stage import ContinueFrom, Evaluate
+from midstream.study.studies import Figure, Line, Study
 
 
 def study_of(*results: Evaluate) -> Study:

@@ -16,7 +16,8 @@ from midstream.report.pairs import paired_rows
 from midstream.report.table import summary
 from midstream.storage import read_json, write_json
 from midstream.study.ledger import SUCCESS, Ledger
-from midstream.study.stage import Evaluate, Figure, Line, Study
+from midstream.study.stage import Evaluate
+from midstream.study.studies import Figure, Line, Study
 
 ASKED = Evaluation(visual_tasks=("gqa", "pope"))
 NUM = 80

@@ -37,16 +37,14 @@ from midstream.study.stage import (
     Continue,
     ContinueFrom,
     Evaluate,
-    Figure,
     Finetune,
     FromScratch,
-    Line,
     Prepare,
     Pretrain,
     Stage,
-    Study,
     TrainEncoder,
 )
+from midstream.study.studies import Figure, Line, Study
 
 PERCENTS = (0, 20, 80, 100)
 SEEDS = (0, 1, 2)

@@ -23,14 +23,12 @@ from midstream.study.stage import (
     Continue,
     ContinueFrom,
     Evaluate,
-    Figure,
     Finetune,
-    Line,
     Prepare,
     Pretrain,
-    Study,
     TrainEncoder,
 )
+from midstream.study.studies import Figure, Line, Study
 
 DECODER = DecoderConfig(hidden_size=64, num_layers=2, num_heads=2, vocab_size=300)
 ENCODER = EncoderConfig(

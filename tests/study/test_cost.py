@@ -22,7 +22,13 @@ from midstream.study.cost import (
 )
 from midstream.study.graph import order
 from midstream.study.ledger import Ledger
-from midstream.study.stage import Evaluate, Finetune, Prepare, Stage, Study
+from midstream.study.stage import (
+    Evaluate,
+    Finetune,
+    Prepare,
+    Stage,
+)
+from midstream.study.studies import Study
 
 MakeStudy = Callable[..., Study]
 DECODER = DecoderConfig(hidden_size=64, num_layers=3, num_heads=2, vocab_size=500)

@@ -8,7 +8,7 @@ import pytest
 from midstream.study import stage as stage_module
 from midstream.study.graph import order, plan
 from midstream.study.ledger import Ledger
-from midstream.study.stage import Study
+from midstream.study.studies import Study
 
 MakeStudy = Callable[..., Study]
 

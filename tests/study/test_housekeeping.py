@@ -19,7 +19,8 @@ from midstream.study.housekeeping import (
     unneeded,
 )
 from midstream.study.ledger import Ledger
-from midstream.study.stage import Evaluate, Figure, Line, Study
+from midstream.study.stage import Evaluate
+from midstream.study.studies import Figure, Line, Study
 
 RESULT = Evaluate(of=tiny.TEXT, evaluation=tiny.EVALUATION.model_copy(update={"visual_tasks": ()}))
 

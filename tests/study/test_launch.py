@@ -12,7 +12,8 @@ from midstream.config import Machine
 from midstream.study.graph import order, plan
 from midstream.study.launch import STOPPED_EXIT_CODE, remaining_chains, run
 from midstream.study.ledger import Ledger, launch_lock
-from midstream.study.stage import Stage, Study
+from midstream.study.stage import Stage
+from midstream.study.studies import Study
 from midstream.study.workers import worker_environment
 
 MakeStudy = Callable[..., Study]

@@ -13,7 +13,8 @@ from midstream.storage import read_json
 from midstream.study import ledger as ledger_module
 from midstream.study.graph import order
 from midstream.study.ledger import Ledger, Stopped, is_held, launch_lock
-from midstream.study.stage import Prepare, Stage, Study, stage_from_json
+from midstream.study.stage import Prepare, Stage, stage_from_json
+from midstream.study.studies import Study
 
 MakeStudy = Callable[..., Study]
 

@@ -30,7 +30,14 @@ from midstream.study.pictures import (
     feature_plan,
     picture_bytes,
 )
-from midstream.study.stage import Continue, Finetune, Prepare, Stage, Study, TrainEncoder
+from midstream.study.stage import (
+    Continue,
+    Finetune,
+    Prepare,
+    Stage,
+    TrainEncoder,
+)
+from midstream.study.studies import Study
 from midstream.terminal import quantity
 
 MakeStudy = Callable[..., Study]

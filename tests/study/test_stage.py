@@ -10,9 +10,9 @@ from midstream.study.stage import (
     Evaluate,
     Finetune,
     FromScratch,
-    Study,
     stage_from_json,
 )
+from midstream.study.studies import Study
 
 MakeStudy = Callable[..., Study]
 

@@ -10,12 +10,17 @@ from midstream.identity import Placement
 
 
 class PocketWorld(Config):
-    """The generated world (`data/worlds/pocket.py`): how much of each thing, and its seed."""
+    """The generated world (`data/worlds/pocket.py`): how much of each thing, and its seed.
+
+    `num_alt_texts` pictures come a second time with what a web page would say of them, as a caption
+    source of its own (`alt_texts`); 0: there is none.
+    """
 
     kind: Literal["pocket"] = "pocket"
     seed: int = 0
     num_documents: Positive = 14_000
     num_captions: Positive = 6_000
+    num_alt_texts: Annotated[int, Field(ge=0)] = 0
     num_conversations: Positive = 10_000
     num_questions: Positive = 200
     num_text_items: Positive = 200
@@ -73,6 +78,21 @@ class PublicFolder(Config):
 
 
 World = Annotated[PocketWorld | SmallReal | PublicFolder, Field(discriminator="kind")]
+
+
+class ExpectedSource(Config):
+    """What a source is expected to hold, for plans that are made before it is prepared.
+
+    `num_tokens` are text positions, separators included, patches not; `num_targets` those among
+    them with a loss.
+    """
+
+    name: str
+    kind: Literal["text", "caption", "instruct"]
+    num_examples: Positive
+    num_tokens: Positive
+    num_targets: Positive
+    num_images: Annotated[int, Field(ge=0)] = 0
 
 
 class TrainedTokenizer(Config):

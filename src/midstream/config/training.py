@@ -77,6 +77,8 @@ class Training(Config):
     schedule: Schedule
     # The encoder's learning rate over that of the rest; None keeps it frozen (paper, appendix H).
     encoder_rate_factor: Annotated[float, Field(gt=0)] | None = None
+    # The language model stays as it is; the projector, and the encoder where it has a rate, learn.
+    freeze_decoder: bool = False
     seed: int = 0
     checkpoint_every_steps: Annotated[Positive, Placement] = 500
 

@@ -14,9 +14,9 @@ from midstream.study.stage import (
     Evaluate,
     Finetune,
     FromScratch,
-    Line,
     Pretrain,
 )
+from midstream.study.studies import Line
 
 # Every schedule but the fine-tuning's ends here (run records of the paper).
 END_RATE = 3e-5

@@ -30,12 +30,11 @@ from midstream.study.stage import (
     Continue,
     ContinueFrom,
     Evaluate,
-    Figure,
     LoadDecoder,
     LoadEncoder,
     Prepare,
-    Study,
 )
+from midstream.study.studies import Figure, Study
 
 
 def image_shares(

@@ -20,12 +20,11 @@ from midstream.recipes.line import END_RATE, finetuned_line, image_text_schedule
 from midstream.study.stage import (
     Continue,
     Evaluate,
-    Figure,
     Prepare,
     Pretrain,
-    Study,
     TrainEncoder,
 )
+from midstream.study.studies import Figure, Study
 
 VOCAB_SIZE = 640
 DECODER = DecoderConfig(hidden_size=64, num_layers=2, num_heads=2, vocab_size=VOCAB_SIZE)

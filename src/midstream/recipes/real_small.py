@@ -24,12 +24,11 @@ from midstream.recipes.line import END_RATE, finetuned_line, image_text_schedule
 from midstream.study.stage import (
     Continue,
     Evaluate,
-    Figure,
     Prepare,
     Pretrain,
-    Study,
     TrainEncoder,
 )
+from midstream.study.studies import Figure, Study
 
 TOKENIZER = "gpt_neox_tokenizer/20B_tokenizer.json"
 TEXT_SHARES = {"novels": 0.6, "wikitext2": 0.1, "web_wiki": 0.3}

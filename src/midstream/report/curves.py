@@ -15,7 +15,15 @@ from midstream.study.cost import cost
 from midstream.study.graph import order
 from midstream.study.imported import open_imported
 from midstream.study.ledger import Ledger
-from midstream.study.stage import Continue, ContinueFrom, Finetune, LoadDecoder, Study, Trained
+from midstream.study.stage import (
+    PLANNED,
+    Continue,
+    ContinueFrom,
+    Finetune,
+    LoadDecoder,
+    Trained,
+)
+from midstream.study.studies import AnyStudy
 
 NUM_POINTS = 400
 STYLES = {"pretrain": (INK, "-"), "continue": (SERIES[0], "-"), "finetune": (SERIES[1], "--")}
@@ -41,7 +49,7 @@ class _Span:
     parent_rate: float | None
 
 
-def curves(study: Study, ledger: Ledger | None = None) -> tuple[list[Curve], list[str]]:
+def curves(study: AnyStudy, ledger: Ledger | None = None) -> tuple[list[Curve], list[str]]:
     """Every different curve of the study, and a sentence for each stage that cannot be drawn.
 
     A stage of whole epochs has a length once its data is prepared, an imported model a rate where
@@ -133,5 +141,7 @@ def _rate(stage: Trained, span: _Span, share: float) -> float:
 
 
 def _imported_rate(stage: LoadDecoder) -> float | None:
+    if stage.checkpoint.content == PLANNED:
+        return stage.planned_rate
     position = open_imported(stage.checkpoint).position
     return None if position is None else position.rate

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from midstream.report.table import Group, Spread
-from midstream.study.stage import Study
+from midstream.study.studies import Study
 
 # Okabe and Ito's colours, told apart with every common colour vision; markers differ as well.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")

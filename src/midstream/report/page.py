@@ -32,7 +32,7 @@ from midstream.report.table import (
 from midstream.storage import write_bytes
 from midstream.study.graph import Plan, PlanRow, plan
 from midstream.study.ledger import Ledger
-from midstream.study.stage import Study
+from midstream.study.studies import Study
 
 TRAINING = ("train_encoder", "pretrain", "continue", "finetune")
 

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 
 from midstream.report.table import Group, best_group, tasks_of
 from midstream.study.ledger import Ledger
-from midstream.study.stage import Evaluate, Study
+from midstream.study.stage import Evaluate
+from midstream.study.studies import Study
 from midstream.uncertainty import CONFIDENCE, PairedDifference, paired_difference
 
 Place = tuple[Any, Any]

@@ -19,8 +19,8 @@ from midstream.study.stage import (
     LoadDecoder,
     Pretrain,
     Stage,
-    Study,
 )
+from midstream.study.studies import Study
 
 STABLE = ("stable.vision", "stable.vision_blind", "stable.text")
 KINDS = (

@@ -1,10 +1,11 @@
 """One stage of a study, chosen as a person names it."""
 
 from midstream.study.graph import order
-from midstream.study.stage import Continue, Study, Trained
+from midstream.study.stage import Continue, Trained
+from midstream.study.studies import AnyStudy
 
 
-def training_stage(study: Study, wanted: str | None = None) -> Trained:
+def training_stage(study: AnyStudy, wanted: str | None = None) -> Trained:
     """The first training stage of a kind (pretrain, continue, finetune), or the one whose name
     begins with `wanted`.
 

@@ -3,9 +3,22 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from midstream.config import PublicFolder
 from midstream.study.cost import StageCost, cost
 from midstream.study.ledger import Ledger, State
-from midstream.study.stage import Continue, ContinueFrom, Evaluate, Pretrain, Stage, Study
+from midstream.study.stage import (
+    PLANNED,
+    Continue,
+    ContinueFrom,
+    Evaluate,
+    Imported,
+    LoadDecoder,
+    LoadEncoder,
+    Prepare,
+    Pretrain,
+    Stage,
+)
+from midstream.study.studies import AnyStudy
 
 
 @dataclass(frozen=True)
@@ -31,7 +44,7 @@ class PlanRow:
 class Plan:
     """A study against a ledger: its distinct stages, parents first."""
 
-    study: Study
+    study: AnyStudy
     rows: tuple[PlanRow, ...]
 
     @property
@@ -76,7 +89,7 @@ class Plan:
         return sum((row.cost.flops or 0.0 for row in self.to_run), 0.0)
 
 
-def order(study: Study) -> tuple[Stage, ...]:
+def order(study: AnyStudy) -> tuple[Stage, ...]:
     """The distinct stages of all lines and baselines, parents first, in the study's order."""
     found: dict[str, Stage] = {}
     for result in study.results:
@@ -84,7 +97,23 @@ def order(study: Study) -> tuple[Stage, ...]:
     return tuple(found.values())
 
 
-def plan(study: Study, ledger: Ledger) -> Plan:
+def missing_inputs(study: AnyStudy) -> tuple[str, ...]:
+    """What a study was planned without: data, tokenizers and imported folders, in words."""
+    found: dict[str, None] = {}
+    for stage in order(study):
+        match stage:
+            case Prepare(world=PublicFolder() as world) if world.fingerprint == PLANNED:
+                found[f"the data of {world.root}"] = None
+            case LoadDecoder(checkpoint=Imported() as model) if model.content == PLANNED:
+                found[f"the language model of {model.folder}"] = None
+            case LoadEncoder():
+                for tower in stage.towers:
+                    if tower.content == PLANNED:
+                        found[f"the encoder of {tower.folder}"] = None
+    return tuple(found)
+
+
+def plan(study: AnyStudy, ledger: Ledger) -> Plan:
     """What running `study` in `ledger` would do; changes nothing.
 
     Raises ValueError if two lines or baselines have one name.
@@ -103,8 +132,8 @@ def plan(study: Study, ledger: Ledger) -> Plan:
     return Plan(study, rows)
 
 
-def _named_results(study: Study) -> list[tuple[str, Evaluate]]:
-    named = [(line.name, line.result) for line in study.lines] + list(study.baselines.items())
+def _named_results(study: AnyStudy) -> tuple[tuple[str, Evaluate], ...]:
+    named = study.named_results
     twice = [name for name, count in Counter(name for name, _ in named).items() if count > 1]
     if twice:
         raise ValueError(f"study {study.name!r} names {twice[0]!r} twice; give each line its name")

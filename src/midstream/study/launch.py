@@ -9,11 +9,12 @@ from queue import SimpleQueue
 from types import FrameType
 
 from midstream.config import Machine
-from midstream.study.graph import Plan, PlanRow, plan
+from midstream.study.graph import Plan, PlanRow, missing_inputs, plan
 from midstream.study.ledger import Ledger, launch_lock
 from midstream.study.nodes import Announcer, announcer
 from midstream.study.pictures import choice_for, feature_plan
-from midstream.study.stage import Ranked, Study
+from midstream.study.stage import Ranked
+from midstream.study.studies import AnyStudy
 from midstream.study.workers import Event, Worker, work_line
 
 # What a process ends with that was asked to stop and can be continued (EX_TEMPFAIL).
@@ -43,7 +44,7 @@ class Outcome:
 
 
 def run(
-    study: Study,
+    study: AnyStudy,
     ledger: Ledger,
     machine: Machine,
     on_event: Callable[[Event], None],
@@ -57,6 +58,11 @@ def run(
     study that is done starts and writes nothing. Raises ValueError if another launcher holds the
     store or a stage still runs elsewhere.
     """
+    if missing := missing_inputs(study):
+        raise ValueError(
+            f"{study.name} was planned without {', '.join(missing)}; name their folders in the "
+            "recipe's arguments (--set)"
+        )
     before = plan(study, ledger)
     if not before.to_run:
         return Outcome(num_before=before.num_done)

@@ -22,7 +22,8 @@ from midstream.storage import (
     write_bytes,
     write_json,
 )
-from midstream.study.stage import Stage, Study, stage_from_json
+from midstream.study.stage import Stage, stage_from_json
+from midstream.study.studies import AnyStudy, study_from_json
 
 SUCCESS = "SUCCESS"
 # A reader asks whether a lock is held by taking it for an instant; who means to keep the lock
@@ -169,19 +170,19 @@ class Ledger:
         with _stage_lock(folder):
             self._write_status(stage, "failed", error=error, started=started)
 
-    def save_study(self, study: Study) -> Path:
+    def save_study(self, study: AnyStudy) -> Path:
         """Keep the study as last run in `studies/`; returns the file."""
         path = self.store / "studies" / f"{study.name}.json"
         write_json(path, study.model_dump(mode="json"))
         return path
 
-    def load_study(self, name: str) -> Study:
+    def load_study(self, name: str) -> AnyStudy:
         """The study last run under this name; FileNotFoundError lists those there are."""
         path = self.store / "studies" / f"{name}.json"
         if not path.is_file():
             known = ", ".join(self.study_names()) or "none"
             raise FileNotFoundError(f"no study {name!r} in {path.parent}; it has {known}")
-        return Study.model_validate_json(path.read_bytes())
+        return study_from_json(path.read_bytes())
 
     def study_names(self) -> list[str]:
         """The studies that were run in this store, in the order of the alphabet."""

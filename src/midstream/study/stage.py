@@ -19,11 +19,13 @@ from midstream.config import (
     ContrastiveTraining,
     EncoderConfig,
     Evaluation,
+    ExpectedSource,
     Fraction,
     FusedEncoder,
     PatchProjection,
     PretrainedEncoder,
     ProjectorConfig,
+    Rate,
     Tokenizer,
     Training,
     VLMConfig,
@@ -31,6 +33,8 @@ from midstream.config import (
 )
 from midstream.identity import Placement, digest, fields_of
 
+# Stands where a fingerprint or digest would, in a plan made without the data or the checkpoint.
+PLANNED = "planned"
 # Not `Self`, which the tests' type checks of single methods cannot read.
 Own = TypeVar("Own", bound="StageBase")
 
@@ -63,11 +67,15 @@ class StageBase(Config):
 
 
 class Prepare(StageBase):
-    """A world's public files -> indexed sources, tokenizer and benchmarks."""
+    """A world's public files -> indexed sources, tokenizer and benchmarks.
+
+    `expected` is what plans count with until the sources are there.
+    """
 
     kind: Literal["prepare"] = "prepare"
     world: World
     tokenizer: Tokenizer
+    expected: Annotated[tuple[ExpectedSource, ...], Placement] = ()
 
 
 class TrainEncoder(StageBase):
@@ -106,12 +114,16 @@ class LoadEncoder(StageBase):
 
 
 class LoadDecoder(StageBase):
-    """An imported language model as a text run that is done; `data` must speak its tokens."""
+    """An imported language model as a text run that is done; `data` must speak its tokens.
+
+    `planned_rate`: the learning rate that plans draw while the folder is not at hand.
+    """
 
     kind: Literal["load_decoder"] = "load_decoder"
     data: Prepare
     checkpoint: Imported
     decoder: AnyDecoderConfig
+    planned_rate: Annotated[Rate | None, Placement] = None
 
     @property
     def parents(self) -> "tuple[Stage, ...]":
@@ -298,42 +310,3 @@ _ADAPTER: TypeAdapter[Stage] = TypeAdapter(Stage)
 def stage_from_json(text: str | bytes) -> Stage:
     """The stage written by `stage.model_dump_json()`; ValidationError if it is none."""
     return _ADAPTER.validate_json(text)
-
-
-class Line(Config):
-    """A chain of stages that ends in an evaluated model, and where it lies on the axes."""
-
-    name: str
-    axes: dict[str, float | int | str]
-    result: Evaluate
-
-
-class Figure(Config):
-    """The study's picture: stable score over one axis, one curve per value of `by`.
-
-    `hollow` lists the x values whose learning rate was re-warmed (paper, Figure 4).
-    """
-
-    x: str
-    x_label: str
-    by: str | None = None
-    hollow: tuple[float, ...] = ()
-
-
-class Study(Config):
-    """A set of lines, the question they answer and the figure that shows it.
-
-    `baselines` are evaluations beside the lines: text-only models, by a name for the table.
-    """
-
-    name: str
-    question: str
-    lines: tuple[Line, ...]
-    figure: Figure
-    baselines: dict[str, Evaluate] = Field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def results(self) -> tuple[Evaluate, ...]:
-        """Every evaluation the study asks for."""
-        return (*(line.result for line in self.lines), *self.baselines.values())

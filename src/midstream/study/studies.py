@@ -1,0 +1,173 @@
+"""Lines, and what is asked of them: studies, their figure and table, and suites of studies."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter, model_validator
+
+from midstream.config import Config
+from midstream.study.stage import Evaluate
+
+Axis = float | int | str
+
+
+class Line(Config):
+    """A chain of stages that ends in an evaluated model, and where it lies on the axes."""
+
+    name: str
+    axes: dict[str, Axis]
+    result: Evaluate
+
+
+class Figure(Config):
+    """The study's picture: stable score over one axis, one curve per value of `by`.
+
+    `hollow` lists the x values whose learning rate was re-warmed (paper, Figure 4).
+    """
+
+    x: str
+    x_label: str
+    by: str | None = None
+    hollow: tuple[float, ...] = ()
+
+
+class Printed(Config):
+    """A number that a paper prints: the `score` (0 to 1) of the lines that lie `at` these axes.
+
+    `score` is a task's name, or stable.vision or stable.text.
+    """
+
+    at: dict[str, Axis]
+    score: str
+    value: float
+
+
+class Published(Config):
+    """A model of others with the scores (0 to 1) that `source` prints for it."""
+
+    name: str
+    scores: dict[str, float]
+    source: str
+
+
+class Table(Config):
+    """The study's table: means over repetitions of `scores`, the paper's numbers beside them.
+
+    Rows are the values of the axis `rows`, and columns those of `columns`, or the scores where that
+    is None. "scores" as `rows` turns the table: a row a score, a column a value of `columns`,
+    baselines and `published` models in columns of their own. `source` says where `printed` stand.
+    """
+
+    title: str
+    rows: str
+    columns: str | None = None
+    scores: tuple[str, ...]
+    printed: tuple[Printed, ...] = ()
+    published: tuple[Published, ...] = ()
+    source: str = ""
+
+
+class Claim(Config):
+    """A finding that the study can repeat or not: `score` is higher at one place than at another.
+
+    `higher` and `lower` are values of axes; all lines that have them count, paired by the other
+    axes. `source` is where the finding stands.
+    """
+
+    text: str
+    higher: dict[str, Axis]
+    lower: dict[str, Axis]
+    score: str = "stable.vision"
+    source: str = ""
+
+
+class Study(Config):
+    """A set of lines, the question they answer and the figure that shows it.
+
+    `baselines` are evaluations beside the lines: text-only models, by a name for the table.
+    """
+
+    kind: Literal["study"] = "study"
+    name: str
+    question: str
+    lines: tuple[Line, ...]
+    figure: Figure
+    table: Table | None = None
+    claims: tuple[Claim, ...] = ()
+    baselines: dict[str, Evaluate] = Field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def named_results(self) -> tuple[tuple[str, Evaluate], ...]:
+        """Every evaluation the study asks for, under the name of its line or baseline."""
+        return (*((line.name, line.result) for line in self.lines), *self.baselines.items())
+
+    @property
+    def results(self) -> tuple[Evaluate, ...]:
+        """Every evaluation the study asks for."""
+        return tuple(result for _, result in self.named_results)
+
+    @property
+    def studies(self) -> "tuple[Study, ...]":
+        """The studies to report on: this one."""
+        return (self,)
+
+
+class Suite(Config):
+    """Several studies run as one, so that they share their stages; each has its own report."""
+
+    kind: Literal["suite"] = "suite"
+    name: str
+    question: str
+    studies: tuple[Study, ...]
+    notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Suite":
+        by_name: dict[str, Study] = {}
+        for study in self.studies:
+            other = by_name.setdefault(study.name, study)
+            if other is not study:
+                raise ValueError(
+                    f"suite {self.name!r} has two studies of the name {study.name!r}"
+                    + ("" if other == study else " and different content")
+                    + "; give each its own"
+                )
+        return self
+
+    @property
+    def named_results(self) -> tuple[tuple[str, Evaluate], ...]:
+        """Every evaluation of every study, under "<study>: <line or baseline>"."""
+        return tuple(
+            (f"{study.name}: {name}", result)
+            for study in self.studies
+            for name, result in study.named_results
+        )
+
+    @property
+    def results(self) -> tuple[Evaluate, ...]:
+        """Every evaluation the studies ask for."""
+        return tuple(result for _, result in self.named_results)
+
+    @property
+    def lines(self) -> tuple[Line, ...]:
+        """The lines of all studies."""
+        return tuple(line for study in self.studies for line in study.lines)
+
+    @property
+    def baselines(self) -> dict[str, Evaluate]:
+        """The baselines of all studies, under "<study>: <baseline>"."""
+        return {
+            f"{study.name}: {name}": result
+            for study in self.studies
+            for name, result in study.baselines.items()
+        }
+
+
+AnyStudy = Study | Suite
+
+_ADAPTER: TypeAdapter[AnyStudy] = TypeAdapter(Annotated[AnyStudy, Field(discriminator="kind")])
+
+
+def study_from_json(text: str | bytes) -> AnyStudy:
+    """The study or suite written by `model_dump_json()`; ValidationError if it is neither."""
+    return _ADAPTER.validate_json(text)
