@@ -77,7 +77,7 @@ def _recipes_of(module: ModuleType) -> dict[str, Recipe]:
         name: function
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if not name.startswith("_")
-        and function.__module__ == module.__name__
+        and f"{function.__module__}.".startswith(f"{module.__name__}.")
         and get_type_hints(function).get("return") in (Study, Suite)
     }
 

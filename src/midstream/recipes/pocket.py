@@ -46,6 +46,46 @@ VISUAL_TASKS = ("vqav2", "gqa", "textvqa", "pope", "refcoco", "ocid_ref")
 TEXT_TASKS = ("pocket_reading", "pocket_words", "pocket_facts")
 
 
+ASKED = Evaluation(
+    visual_tasks=VISUAL_TASKS,
+    text_tasks=TEXT_TASKS,
+    prompts="short",
+    # Its conversations say "yes" and "no"; the official answers begin with a capital.
+    fixed_answers="text",
+)
+
+
+def encoder_stage(data: Prepare, *, num_steps: int) -> TrainEncoder:
+    """The tiny SigLIP encoder, trained on the world's captions."""
+    return TrainEncoder(
+        data=data,
+        encoder=ENCODER,
+        training=ContrastiveTraining(
+            source="pictures",
+            text_hidden_size=64,
+            text_num_layers=1,
+            max_text_tokens=80,
+            batch_images=64,
+            num_steps=num_steps,
+            schedule=WarmupCosine(peak_rate=1e-3, end_rate=1e-5, warmup_fraction=0.1),
+        ),
+    )
+
+
+def text_stage(data: Prepare, *, total_tokens: int, rate: float = 2e-3) -> Pretrain:
+    """The text run, with checkpoints along the way."""
+    return Pretrain(
+        data=data,
+        decoder=DECODER,
+        milestones=MILESTONES,
+        training=Training(
+            budget=Mixture(total_tokens=total_tokens, shares=(Share(source="web", share=1.0),)),
+            rows=TEXT_ROWS,
+            schedule=WarmupCosine(peak_rate=rate, end_rate=END_RATE, warmup_fraction=0.05),
+        ),
+    )
+
+
 def when_images_arrive(
     completions: Sequence[float] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
     seeds: Sequence[int] = (7, 365),
@@ -65,36 +105,8 @@ def when_images_arrive(
     seed draws the order of captions and conversations, and the projector.
     """
     data = Prepare(world=PocketWorld(), tokenizer=TrainedTokenizer(vocab_size=VOCAB_SIZE))
-    encoder = TrainEncoder(
-        data=data,
-        encoder=ENCODER,
-        training=ContrastiveTraining(
-            source="pictures",
-            text_hidden_size=64,
-            text_num_layers=1,
-            max_text_tokens=80,
-            batch_images=64,
-            num_steps=encoder_steps,
-            schedule=WarmupCosine(peak_rate=1e-3, end_rate=1e-5, warmup_fraction=0.1),
-        ),
-    )
-    text = Pretrain(
-        data=data,
-        decoder=DECODER,
-        milestones=MILESTONES,
-        training=Training(
-            budget=Mixture(total_tokens=text_tokens, shares=(Share(source="web", share=1.0),)),
-            rows=TEXT_ROWS,
-            schedule=WarmupCosine(peak_rate=text_rate, end_rate=END_RATE, warmup_fraction=0.05),
-        ),
-    )
-    asked = Evaluation(
-        visual_tasks=VISUAL_TASKS,
-        text_tasks=TEXT_TASKS,
-        prompts="short",
-        # Its conversations say "yes" and "no"; the official answers begin with a capital.
-        fixed_answers="text",
-    )
+    encoder = encoder_stage(data, num_steps=encoder_steps)
+    text = text_stage(data, total_tokens=text_tokens, rate=text_rate)
     lines = [
         finetuned_line(
             Continue(
@@ -117,7 +129,7 @@ def when_images_arrive(
             ),
             Epochs(sources=("talks",), epochs=epochs),
             finetune_rate,
-            asked,
+            ASKED,
             completion,
         )
         for completion in completions

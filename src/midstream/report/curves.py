@@ -141,7 +141,7 @@ def _rate(stage: Trained, span: _Span, share: float) -> float:
 
 
 def _imported_rate(stage: LoadDecoder) -> float | None:
-    if stage.checkpoint.content == PLANNED:
+    if stage.checkpoint.content.startswith(PLANNED):
         return stage.planned_rate
     position = open_imported(stage.checkpoint).position
     return None if position is None else position.rate

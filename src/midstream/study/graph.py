@@ -102,13 +102,13 @@ def missing_inputs(study: AnyStudy) -> tuple[str, ...]:
     found: dict[str, None] = {}
     for stage in order(study):
         match stage:
-            case Prepare(world=PublicFolder() as world) if world.fingerprint == PLANNED:
+            case Prepare(world=PublicFolder() as world) if world.fingerprint.startswith(PLANNED):
                 found[f"the data of {world.root}"] = None
-            case LoadDecoder(checkpoint=Imported() as model) if model.content == PLANNED:
+            case LoadDecoder(checkpoint=Imported() as model) if model.content.startswith(PLANNED):
                 found[f"the language model of {model.folder}"] = None
             case LoadEncoder():
                 for tower in stage.towers:
-                    if tower.content == PLANNED:
+                    if tower.content.startswith(PLANNED):
                         found[f"the encoder of {tower.folder}"] = None
     return tuple(found)
 

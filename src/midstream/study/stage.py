@@ -33,7 +33,7 @@ from midstream.config import (
 )
 from midstream.identity import Placement, digest, fields_of
 
-# Stands where a fingerprint or digest would, in a plan made without the data or the checkpoint.
+# Begins what stands for a fingerprint or digest in a plan made without the data or checkpoint.
 PLANNED = "planned"
 # Not `Self`, which the tests' type checks of single methods cannot read.
 Own = TypeVar("Own", bound="StageBase")

@@ -1,0 +1,141 @@
+"""Axes over any field of any stage: one model varied into the lines of a study.
+
+A field is named by the stage's kind and its path: `continue.training.schedule.end_rate`,
+`finetune.training.budget.epochs`, `prepare.world.num_captions`. It is changed wherever the chain
+has a stage of that kind; everything in front of it stays the same value, and is shared.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import product
+from typing import Any
+
+from pydantic import BaseModel
+
+from midstream.study.stage import Evaluate, Stage, StageBase
+from midstream.study.studies import Axis as Value
+from midstream.study.studies import Line
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A field and the values that it takes.
+
+    `values` are the field's own, or maps what the figure calls them to them: {"short": Rows(...)}.
+    """
+
+    field: str
+    values: Sequence[Any] | Mapping[Value, Any]
+
+    @property
+    def points(self) -> tuple[tuple[Value, Any], ...]:
+        """What the figure calls each value, and the value."""
+        if isinstance(self.values, Mapping):
+            return tuple(self.values.items())
+        for value in self.values:
+            if not isinstance(value, int | float | str):
+                raise ValueError(
+                    f"axis over {self.field}: {type(value).__name__} has no place on an axis; give "
+                    "a dict from a number or a name to it"
+                )
+        return tuple((value, value) for value in self.values)
+
+
+def grid(base: Evaluate, **axes: Axis) -> tuple[Line, ...]:
+    """A line for every combination of the axes' values, each axis under its own name.
+
+    Raises ValueError for a field that the chain of `base` does not have, and what the changed
+    stages refuse.
+    """
+    lines = []
+    for points in product(*(axis.points for axis in axes.values())):
+        result = base
+        for axis, (_, value) in zip(axes.values(), points, strict=True):
+            result = with_field(result, axis.field, value)
+        at = dict(zip(axes, (place for place, _ in points), strict=True))
+        name = ", ".join(f"{axis} {_plain(place)}" for axis, place in at.items())
+        lines.append(Line(name=name, axes=at, result=result))
+    return tuple(lines)
+
+
+def with_field(result: Evaluate, field: str, value: Any) -> Evaluate:
+    """The same model but for one field of one kind of stage in its chain.
+
+    Raises ValueError that names the nearest field, or the kinds of stage there are.
+    """
+    kind, _, path = field.partition(".")
+    kinds = _kinds(result)
+    if kind not in kinds or not path:
+        near = get_close_matches(kind, kinds, n=1)
+        hint = f"did you mean {near[0]!r}? " if near and kind not in kinds else ""
+        raise ValueError(
+            f"axis over {field!r}: a field begins with a kind of stage and a dot; {hint}this model "
+            f"has {', '.join(kinds)}"
+        )
+    changed = _rebuilt(result, kind, path.split("."), field, value, {})
+    assert isinstance(changed, Evaluate)
+    return changed
+
+
+def _kinds(result: Evaluate) -> tuple[str, ...]:
+    found: dict[str, None] = {}
+
+    def look(stage: Stage) -> None:
+        found.setdefault(stage.kind)
+        for parent in stage.parents:
+            look(parent)
+
+    look(result)
+    return tuple(found)
+
+
+def _rebuilt(
+    model: BaseModel,
+    kind: str,
+    path: Sequence[str],
+    field: str,
+    value: Any,
+    done: dict[int, BaseModel],
+) -> BaseModel:
+    """`model` with the field changed in every stage of that kind that it is or holds."""
+    if id(model) in done:
+        return done[id(model)]
+    values = {name: getattr(model, name) for name in type(model).model_fields}
+    changed = {
+        name: _rebuilt(part, kind, path, field, value, done)
+        for name, part in values.items()
+        if isinstance(part, BaseModel)
+    }
+    changed = {name: part for name, part in changed.items() if part is not values[name]}
+    found = type(model)(**{**values, **changed}) if changed else model
+    if isinstance(found, StageBase) and getattr(found, "kind", None) == kind:
+        found = _with_path(found, path, field, value)
+    done[id(model)] = found
+    return found
+
+
+def _with_path(model: BaseModel, path: Sequence[str], field: str, value: Any) -> Any:
+    """A copy of `model` that is checked as if it had been written so."""
+    name, rest = path[0], path[1:]
+    known = type(model).model_fields
+    if name not in known:
+        near = get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"axis over {field!r}: {type(model).__name__} has no field {name!r}{hint} "
+            f"fields: {', '.join(known)}"
+        )
+    part = getattr(model, name)
+    if rest:
+        if not isinstance(part, BaseModel):
+            raise ValueError(
+                f"axis over {field!r}: {name} is a {type(part).__name__} and has no fields; give "
+                "the whole of it as the value"
+            )
+        value = _with_path(part, rest, field, value)
+    return type(model)(**{each: getattr(model, each) for each in known} | {name: value})
+
+
+def _plain(value: Value) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else value
