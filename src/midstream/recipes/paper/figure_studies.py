@@ -234,7 +234,7 @@ def figure_14(
     seeds: Sequence[int] = (),
     epochs: Sequence[int] = (1, 2, 3, 4),
     shares: Sequence[float] = (0.01, 0.05, 0.1, 0.3, 0.5),
-    multiples: Sequence[float] = (1, 2, 4),
+    multiples: Sequence[float] = (1.0, 2.0, 4.0),
     inputs: str = "",
     text: str = "",
 ) -> Study:

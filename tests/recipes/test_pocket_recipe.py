@@ -1,4 +1,4 @@
-"""The pocket recipe's resolved configuration, pinned; `python tests/test_recipes.py` renews it."""
+"""The pocket recipe, pinned; `python tests/recipes/test_pocket_recipe.py` renews it."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from midstream.storage import write_json
 from midstream.study.graph import order
 from midstream.study.stage import Pretrain
 
-GOLDEN = Path(__file__).parent / "golden" / "pocket.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "pocket.json"
 
 
 def resolved() -> dict[str, object]:

@@ -1,0 +1,207 @@
+"""The paper's experiments: counted as by hand, with its settings, at every scale.
+
+`python tests/recipes/test_paper.py` renews the golden file of resolved recipes.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from midstream.catalogue import catalogue, find_study
+from midstream.config import ContinuedCosine, Mixture, WarmupCosine
+from midstream.identity import digest
+from midstream.recipes import paper
+from midstream.recipes.scales import SIZES, find_scale
+from midstream.schedule import rate_at
+from midstream.storage import write_json
+from midstream.study.graph import missing_inputs, order
+from midstream.study.stage import Continue, ContinueFrom, Evaluate, Finetune, LoadDecoder, Pretrain
+from midstream.study.studies import AnyStudy, Study, Suite
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "paper.json"
+SCALED = sorted(name for name in catalogue() if name.startswith("paper.") and "slice" not in name)
+
+
+def resolved() -> dict[str, Any]:
+    """Every recipe at its own scale, by the stages that it makes."""
+    found = {}
+    for name in SCALED:
+        stages = order(find_study(name, []))
+        found[name] = {
+            "stages": dict(sorted(Counter(stage.kind for stage in stages).items())),
+            "digest": digest([stage.name for stage in stages]),
+        }
+    return found
+
+
+def kinds(study: AnyStudy) -> Counter[str]:
+    return Counter(stage.kind for stage in order(study))
+
+
+def continued(study: Study) -> list[Continue]:
+    return [stage for stage in order(study) if isinstance(stage, Continue)]
+
+
+def test_the_recipes_resolve_to_the_pinned_stages() -> None:
+    assert resolved() == json.loads(GOLDEN.read_text())
+
+
+def test_the_papers_sections_are_114_lines_on_24_image_text_stages() -> None:
+    sections = paper.sections(scale="1b")
+    counted = kinds(sections)
+    assert len(sections.lines) == 114
+    assert (counted["continue"], counted["finetune"]) == (24, 98)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_experiment_is_a_study_at_every_scale(size: str) -> None:
+    for study in (paper.figures(scale=size), *paper.suite(scale=size).studies):
+        assert study.name.endswith(f".{size}")
+        assert len({line for line, _ in study.named_results}) == len(study.named_results) > 0
+
+
+@pytest.mark.parametrize("size", ["pocket", "1b"])
+def test_claims_and_printed_numbers_lie_on_axes_that_lines_have(size: str) -> None:
+    for study in paper.suite(scale=size).studies:
+        places = [claim.higher for claim in study.claims] + [claim.lower for claim in study.claims]
+        places += [number.at for number in (study.table.printed if study.table else ())]
+        for place in places:
+            assert any(place.items() <= line.axes.items() for line in study.lines), place
+
+
+def test_a_whole_suite_at_1b_has_the_authors_runs_and_runs_no_text() -> None:
+    suite = paper.suite(scale="1b")
+    assert {study.name.split(".")[1] for study in suite.studies} >= {
+        *(f"figure_{number}" for number in (4, 5, 6, 7, 8, 14)),
+        *(f"table_{number}" for number in range(3, 9)),
+        "authors_runs",
+    }
+    assert not any(isinstance(stage, Pretrain) for stage in order(suite))
+    assert {stage.planned_rate for stage in order(suite) if isinstance(stage, LoadDecoder)} >= {
+        0.009080349589287376,
+        0.0009788970261355868,
+    }
+
+
+def test_a_study_without_inputs_says_what_it_lacks() -> None:
+    lacks = missing_inputs(paper.figure_4(scale="1b"))
+    assert any("data" in one for one in lacks)
+    assert any("siglip" in one for one in lacks)
+    assert sum("language model" in one for one in lacks) == 5
+    assert missing_inputs(paper.figure_4(scale="pocket")) == ()
+
+
+def test_image_text_training_at_1b_has_the_settings_of_the_run_records() -> None:
+    for stage in continued(paper.figure_4(scale="1b")):
+        training = stage.training
+        assert isinstance(training.budget, Mixture)
+        assert training.budget.total_tokens == 28_795_904_000
+        assert training.budget.sampling == "replacement"
+        assert (training.rows.row_length, training.rows.batch_rows) == (1024, 256)
+        assert (training.optimizer.weight_decay, training.seed) == (0.033, 124)
+        schedule = training.schedule
+        assert not isinstance(schedule, ContinueFrom)
+        if isinstance(schedule, WarmupCosine):
+            steps = schedule.warmup_fraction * 28_795_904_000 / (1024 * 256)
+            assert round(steps) == 5000
+            assert schedule.peak_rate == 3e-3
+        else:
+            assert isinstance(schedule, ContinuedCosine)
+            assert schedule.end_rate == 3e-5
+
+
+def test_only_0_and_100_percent_warm_up_again() -> None:
+    study = paper.figure_4(scale="79m")
+    warmed = {
+        line.axes["text_completion"]
+        for line in study.lines
+        if isinstance(_image_text(line.result).training.schedule, WarmupCosine)
+    }
+    assert warmed == {0.0, 100.0} == set(study.figure.hollow)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.6, 0.8])
+def test_the_trained_text_run_at_1b_passes_near_the_recorded_rates(share: float) -> None:
+    text = find_scale("1b", text="trained").text
+    given = find_scale("1b").text
+    assert isinstance(text, Pretrain)
+    assert not isinstance(given, Pretrain)
+    total = text.training.budget.total_tokens  # type: ignore[union-attr]
+    here = rate_at(text.training.schedule, round(share * total), total)
+    # The records' checkpoints lie at 19.7, 40.4, 60.2 and 80.1 %.
+    assert here == pytest.approx(given[share].planned_rate, rel=0.012)
+
+
+@pytest.mark.parametrize("make", [paper.figure_5, paper.figure_6])
+def test_shares_of_captions_leave_the_rest_to_text(make: Callable[..., Study]) -> None:
+    for line in make(scale="79m").lines:
+        budget = _image_text(line.result).training.budget
+        assert isinstance(budget, Mixture)
+        shares = {share.source: share.share for share in budget.shares}
+        assert shares.get("datacompdr", 0.0) == pytest.approx(line.axes["image_share"] / 100)  # type: ignore[operator]
+        assert sum(shares.values()) == pytest.approx(1.0)
+
+
+def test_figure_7_keeps_a_tenth_for_pictures() -> None:
+    for line in paper.figure_7(scale="79m").lines:
+        budget = _image_text(line.result).training.budget
+        assert isinstance(budget, Mixture)
+        shares = {share.source: share.share for share in budget.shares}
+        assert shares["dclm"] == pytest.approx(0.9)
+
+
+def test_figure_14_multiplies_tokens_and_keeps_the_warm_up() -> None:
+    tokens = {
+        line.axes["multiple"]: _image_text(line.result).training.budget.total_tokens  # type: ignore[union-attr]
+        for line in paper.figure_14(scale="79m").lines
+    }
+    assert {round(tokens[multiple] / tokens[1]) for multiple in (2, 4)} == {2, 4}
+
+
+def test_seeds_of_table_6_share_their_image_text_stages() -> None:
+    assert kinds(paper.table_6(scale="1b"))["continue"] == 3
+
+
+def test_pocket_seeds_are_of_the_whole_line() -> None:
+    study = paper.figure_8(scale="pocket")
+    assert len({stage.training.seed for stage in continued(study)}) == 3
+
+
+def test_table_7_evaluates_the_stages_of_one_model() -> None:
+    study = paper.table_7(scale="1b")
+    of = [type(line.result.of) for line in study.lines]
+    assert of == [Finetune, Continue]
+    assert all(not result.evaluation.visual_tasks for result in study.results)
+
+
+def test_a_suite_refuses_two_studies_of_one_name() -> None:
+    one, other = paper.figure_8(seeds=(7,)), paper.figure_8(seeds=(8,))
+    with pytest.raises(ValueError, match="and different content"):
+        Suite(name="both", question="?", studies=(one, other))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["scale=2b"], "no scale '2b'; there are pocket"),
+        (["scale=1b", "text=borrowed"], "'given' or 'trained'"),
+        (["text=given"], "pocket scale is generated"),
+    ],
+)
+def test_what_no_scale_has_is_refused(settings: list[str], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        find_study("paper.figure_4", settings)
+
+
+def _image_text(result: Evaluate) -> Continue:
+    assert isinstance(result.of, Finetune)
+    assert isinstance(result.of.start, Continue)
+    return result.of.start
+
+
+if __name__ == "__main__":
+    write_json(GOLDEN, resolved())
