@@ -32,6 +32,7 @@ from midstream.config import (
     World,
 )
 from midstream.identity import Placement, digest, fields_of
+from midstream.schedule import check_end
 
 # Begins what stands for a fingerprint or digest in a plan made without the data or checkpoint.
 PLANNED = "planned"
@@ -162,6 +163,11 @@ class Pretrain(StageBase):
         return VLMConfig(decoder=self.decoder)
 
 
+AnyEncoderSource = Annotated[
+    TrainEncoder | LoadEncoder | PatchProjection, Field(discriminator="kind")
+]
+
+
 class FromScratch(Config):
     """Start from the initialiser."""
 
@@ -182,11 +188,79 @@ class ContinueFrom(Config):
 
     @model_validator(mode="after")
     def _held(self) -> "ContinueFrom":
-        if isinstance(self.stage, LoadDecoder) and self.completion != 1.0:
-            raise ValueError(
-                f"an imported model has no weights at {self.completion:.0%} but its own (100%)"
-            )
+        _check_held(self.stage, self.completion)
         return self
+
+
+class InitFrom(Config):
+    """Start from an earlier image-text stage: the weights that it ended with, and its rate there.
+
+    Its moments are not kept: they start at zero (fresh), or so while the rate rises (warm).
+    """
+
+    kind: Literal["init_from"] = "init_from"
+    stage: "Continue"
+    optimizer: Literal["fresh", "warm"] = "fresh"
+
+
+class StartText(Config):
+    """Fine-tune a text model directly: an encoder beside it, a projector from the initialiser.
+
+    `optimizer` as in `ContinueFrom`; the data is that of the text model.
+    """
+
+    kind: Literal["start_text"] = "start_text"
+    stage: Annotated[Pretrain | LoadDecoder, Field(discriminator="kind")]
+    completion: Fraction = 1.0
+    optimizer: Literal["carry", "fresh", "warm"] = "fresh"
+    encoder: AnyEncoderSource
+    projector: ProjectorConfig = ProjectorConfig()
+    attention: Attention = "segments"
+
+    @model_validator(mode="after")
+    def _held(self) -> "StartText":
+        _check_held(self.stage, self.completion)
+        return self
+
+    @property
+    def data(self) -> Prepare:
+        """The prepared world, that of the text model."""
+        return self.stage.data
+
+    @property
+    def encoder_stage(self) -> TrainEncoder | LoadEncoder | None:
+        """Where the encoder's weights come from; None for a patch projection."""
+        return None if isinstance(self.encoder, PatchProjection) else self.encoder
+
+    @property
+    def model(self) -> VLMConfig:
+        """The text model and what it will see with, before anything is trained."""
+        return VLMConfig(
+            decoder=self.stage.decoder,
+            encoder=_sees(self.encoder),
+            projector=self.projector,
+            attention=self.attention,
+            owns_encoder=self.encoder_stage is None,
+        )
+
+
+def _check_held(stage: Pretrain | LoadDecoder, completion: float) -> None:
+    if isinstance(stage, LoadDecoder) and completion != 1.0:
+        raise ValueError(
+            f"an imported model has no weights at {completion:.0%} but its own (100%)"
+        )
+
+
+def _check_moments(optimizer: str, training: Training) -> None:
+    if optimizer == "carry" and training.freeze_decoder:
+        raise ValueError(
+            "optimizer='carry' is given, but the decoder is frozen and has no moments; choose "
+            "optimizer='fresh'"
+        )
+
+
+def _sees(encoder: TrainEncoder | LoadEncoder | PatchProjection) -> AnyEncoderConfig:
+    return encoder if isinstance(encoder, PatchProjection) else encoder.encoder
 
 
 def _check_room(model: VLMConfig, training: Training) -> None:
@@ -200,26 +274,41 @@ def _check_room(model: VLMConfig, training: Training) -> None:
 
 
 class Continue(StageBase):
-    """Image-text training, from scratch or from a milestone of a text run."""
+    """Image-text training: from scratch, a milestone of a text run, or an earlier such stage."""
 
     kind: Literal["continue"] = "continue"
     data: Prepare
-    encoder: Annotated[TrainEncoder | LoadEncoder | PatchProjection, Field(discriminator="kind")]
+    encoder: AnyEncoderSource
     decoder: AnyDecoderConfig
     projector: ProjectorConfig = ProjectorConfig()
     attention: Attention = "segments"
-    start: Annotated[FromScratch | ContinueFrom, Field(discriminator="kind")]
+    start: Annotated[FromScratch | ContinueFrom | InitFrom, Field(discriminator="kind")]
     training: Training
 
     @model_validator(mode="after")
     def _room(self) -> "Continue":
         _check_room(self.model, self.training)
+        if isinstance(self.start, ContinueFrom):
+            _check_moments(self.start.optimizer, self.training)
+        return self
+
+    @model_validator(mode="after")
+    def _goes_on(self) -> "Continue":
+        if isinstance(self.start, InitFrom):
+            before = self.start.stage
+            for part in ("decoder", "encoder", "projector"):
+                if getattr(self, part) != getattr(before, part):
+                    raise ValueError(
+                        f"the {part} differs from that of {before.name}, which this stage starts "
+                        "from; give it the same"
+                    )
+            check_end(before.training.schedule, self.training.schedule, before.name)
         return self
 
     @property
     def parents(self) -> "tuple[Stage, ...]":
-        text = () if isinstance(self.start, FromScratch) else (self.start.stage,)
-        return (self.data, *self._encoders, *text)
+        before = () if isinstance(self.start, FromScratch) else (self.start.stage,)
+        return (self.data, *self._encoders, *before)
 
     @property
     def encoder_stage(self) -> TrainEncoder | LoadEncoder | None:
@@ -233,34 +322,39 @@ class Continue(StageBase):
     @property
     def model(self) -> VLMConfig:
         """The model this stage trains."""
-        sees: AnyEncoderConfig = (
-            self.encoder if isinstance(self.encoder, PatchProjection) else self.encoder.encoder
-        )
+        before = isinstance(self.start, InitFrom) and self.start.stage.model.owns_encoder
         return VLMConfig(
             decoder=self.decoder,
-            encoder=sees,
+            encoder=_sees(self.encoder),
             projector=self.projector,
             attention=self.attention,
-            owns_encoder=self.encoder_stage is None
+            owns_encoder=before
+            or self.encoder_stage is None
             or self.training.encoder_rate_factor is not None,
         )
 
 
 class Finetune(StageBase):
-    """Conversations; starts from the weights of an image-text stage."""
+    """Conversations; starts from the weights of an image-text stage, or from a text model."""
 
     kind: Literal["finetune"] = "finetune"
-    start: Continue
+    start: Annotated[Continue | StartText, Field(discriminator="kind")]
     training: Training
 
     @model_validator(mode="after")
     def _room(self) -> "Finetune":
         _check_room(self.model, self.training)
+        if isinstance(self.start, StartText):
+            _check_moments(self.start.optimizer, self.training)
+        else:
+            check_end(self.start.training.schedule, self.training.schedule, self.start.name)
         return self
 
     @property
     def parents(self) -> "tuple[Stage, ...]":
-        return (self.start, self.start.data, *self.start._encoders)
+        before = self.start.stage if isinstance(self.start, StartText) else self.start
+        encoder = self.encoder_stage
+        return (before, self.data, *(() if encoder is None else (encoder,)))
 
     @property
     def data(self) -> Prepare:
@@ -278,6 +372,29 @@ class Finetune(StageBase):
         before = self.start.model
         owned = before.owns_encoder or self.training.encoder_rate_factor is not None
         return before.model_copy(update={"owns_encoder": owned})
+
+
+def came_from(
+    stage: "Stage",
+) -> "tuple[Pretrain | LoadDecoder | Continue, float] | None":
+    """The stage whose weights a training stage starts from, and the share of its tokens there.
+
+    None where it starts from the initialiser, and for what trains nothing.
+    """
+    if isinstance(stage, Finetune):
+        before = stage.start
+        return (before, 1.0) if isinstance(before, Continue) else (before.stage, before.completion)
+    if isinstance(stage, Continue) and isinstance(stage.start, InitFrom):
+        return stage.start.stage, 1.0
+    if isinstance(stage, Continue) and isinstance(stage.start, ContinueFrom):
+        return stage.start.stage, stage.start.completion
+    return None
+
+
+def warms_up_moments(stage: "Stage") -> bool:
+    """Whether the rate is held back while moments that start at zero fill."""
+    start = stage.start if isinstance(stage, Continue | Finetune) else None
+    return isinstance(start, ContinueFrom | InitFrom | StartText) and start.optimizer == "warm"
 
 
 # What several ranks train together.
