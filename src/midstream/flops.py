@@ -25,9 +25,7 @@ def head_flops(config: AnyDecoderConfig) -> float:
     return 2.0 * config.hidden_size * config.vocab_size
 
 
-def frozen_saving(
-    config: AnyDecoderConfig, positions: float | int, asked: float | int
-) -> float:
+def frozen_saving(config: AnyDecoderConfig, positions: float | int, asked: float | int) -> float:
     """What a decoder that stays as it is saves of three forward passes: its weights' gradients.
 
     `positions` go through the blocks, `asked` of them through the head. Attention has no weights.

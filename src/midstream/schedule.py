@@ -90,9 +90,9 @@ def check_end(before: AnySchedule, schedule: AnySchedule, where: str) -> None:
     """Raises ValueError where `schedule` would continue one that ends at its own end rate."""
     if isinstance(schedule, ContinuedCosine) and end_rate(before) <= schedule.end_rate:
         raise ValueError(
-            f"a continued schedule starts at the rate of {where} at its end, {end_rate(before):g}, "
-            f"which is not above its own end rate {schedule.end_rate:g}; let that stage end higher, "
-            "or re-warm with WarmupCosine"
+            f"a continued schedule starts at the rate with which {where} ends, "
+            f"{end_rate(before):g}, which is not above its own end rate {schedule.end_rate:g}; let "
+            "that stage end higher, or re-warm with WarmupCosine"
         )
 
 

@@ -246,9 +246,7 @@ class StartText(Config):
 
 def _check_held(stage: Pretrain | LoadDecoder, completion: float) -> None:
     if isinstance(stage, LoadDecoder) and completion != 1.0:
-        raise ValueError(
-            f"an imported model has no weights at {completion:.0%} but its own (100%)"
-        )
+        raise ValueError(f"an imported model has no weights at {completion:.0%} but its own (100%)")
 
 
 def _check_moments(optimizer: str, training: Training) -> None:
