@@ -33,6 +33,7 @@ from midstream.open_model import (
 )
 from midstream.schedule import check_start
 from midstream.storage import remove_folder, verify
+from midstream.study.chain import came_from
 from midstream.study.ledger import Ledger, OpenStage, Stopped
 from midstream.study.pictures import choice_for, feature_folder, feature_plan
 from midstream.study.stage import (
@@ -48,7 +49,6 @@ from midstream.study.stage import (
     Stage,
     Trained,
     TrainEncoder,
-    came_from,
 )
 from midstream.tokens import TokenCount
 from midstream.train import checkpoint

@@ -86,11 +86,11 @@ def end_rate(schedule: AnySchedule) -> float:
     return rate_at(schedule, 1, 1)
 
 
-def check_end(before: AnySchedule, schedule: AnySchedule, where: str) -> None:
+def check_end(before: AnySchedule, schedule: AnySchedule) -> None:
     """Raises ValueError where `schedule` would continue one that ends at its own end rate."""
     if isinstance(schedule, ContinuedCosine) and end_rate(before) <= schedule.end_rate:
         raise ValueError(
-            f"a continued schedule starts at the rate with which {where} ends, "
+            f"a continued schedule starts at the rate with which the stage before ends, "
             f"{end_rate(before):g}, which is not above its own end rate {schedule.end_rate:g}; let "
             "that stage end higher, or re-warm with WarmupCosine"
         )

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from midstream.open_model import OpenedModel, WithModel, evaluations
 from midstream.storage import read_json
+from midstream.study.chain import came_from
 from midstream.study.ledger import Ledger
-from midstream.study.stage import LoadDecoder, Pretrain, came_from
+from midstream.study.stage import LoadDecoder, Pretrain
 
 _TITLES = {
     "load_decoder": "imported",

@@ -21,6 +21,7 @@ from midstream.config import (
 from midstream.exchange.export_report import ExportReport
 from midstream.model.vlm import VLM
 from midstream.open_model import OpenedModel, evaluations
+from midstream.study.chain import came_from
 from midstream.study.ledger import Ledger
 from midstream.study.stage import (
     Continue,
@@ -31,7 +32,6 @@ from midstream.study.stage import (
     Pretrain,
     Stage,
     TrainEncoder,
-    came_from,
 )
 
 MISSING = "missing"

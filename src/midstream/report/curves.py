@@ -11,6 +11,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from midstream.report.figures import INK, SERIES, STYLE
 from midstream.schedule import check_start, moments_factor, rate_at
+from midstream.study.chain import came_from, warms_up_moments
 from midstream.study.cost import cost
 from midstream.study.graph import order
 from midstream.study.imported import open_imported
@@ -19,8 +20,6 @@ from midstream.study.stage import (
     PLANNED,
     LoadDecoder,
     Trained,
-    came_from,
-    warms_up_moments,
 )
 from midstream.study.studies import AnyStudy
 

@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from midstream.storage import write_bytes
+from midstream.study.chain import came_from
 from midstream.study.ledger import Ledger
 from midstream.study.stage import (
     Continue,
@@ -18,7 +19,6 @@ from midstream.study.stage import (
     LoadDecoder,
     Pretrain,
     Stage,
-    came_from,
 )
 from midstream.study.studies import Study
 

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from midstream.config import PublicFolder
+from midstream.study.chain import came_from
 from midstream.study.cost import StageCost, cost
 from midstream.study.ledger import Ledger, State
 from midstream.study.stage import (
@@ -15,7 +16,6 @@ from midstream.study.stage import (
     Prepare,
     Pretrain,
     Stage,
-    came_from,
 )
 from midstream.study.studies import AnyStudy
 

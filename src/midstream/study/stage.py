@@ -1,13 +1,9 @@
 """The kinds of stage: frozen values that name their parents, with an identity each.
 
-Identity covers what changes the result (configuration, parents, data fingerprints, format
-version); fields marked `Placement` are left out. Equal identity means the same folder.
+Those before the first picture are in `first_stages.py`, and named here too.
 """
 
-from collections.abc import Mapping
-from functools import cached_property
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, model_validator
 
@@ -16,152 +12,46 @@ from midstream.config import (
     AnyEncoderConfig,
     Attention,
     Config,
-    ContrastiveTraining,
-    EncoderConfig,
     Evaluation,
-    ExpectedSource,
     Fraction,
-    FusedEncoder,
     PatchProjection,
-    PretrainedEncoder,
     ProjectorConfig,
-    Rate,
-    Tokenizer,
     Training,
     VLMConfig,
-    World,
 )
-from midstream.identity import Placement, digest, fields_of
 from midstream.schedule import check_end
+from midstream.study.first_stages import (
+    PLANNED,
+    Imported,
+    LoadDecoder,
+    LoadEncoder,
+    Prepare,
+    Pretrain,
+    StageBase,
+    TrainEncoder,
+)
 
-# Begins what stands for a fingerprint or digest in a plan made without the data or checkpoint.
-PLANNED = "planned"
-# Not `Self`, which the tests' type checks of single methods cannot read.
-Own = TypeVar("Own", bound="StageBase")
-
-
-class StageBase(Config):
-    """What all stages share: an identity, parents, a folder name."""
-
-    @cached_property
-    def identity(self) -> str:
-        """Sixteen digits of configuration and ancestry."""
-        return digest([type(self).__name__, fields_of(self)])
-
-    def model_copy(
-        self: Own, *, update: Mapping[str, Any] | None = None, deep: bool = False
-    ) -> Own:
-        """A copy with other values, and therefore with an identity of its own."""
-        copied = super().model_copy(update=update, deep=deep)
-        copied.__dict__.pop("identity", None)
-        return copied
-
-    @property
-    def name(self) -> str:
-        """The folder's name in the store: kind and identity."""
-        return f"{type(self).__name__.lower()}-{self.identity}"
-
-    @property
-    def parents(self) -> "tuple[Stage, ...]":
-        """The stages whose results this one reads."""
-        return ()
-
-
-class Prepare(StageBase):
-    """A world's public files -> indexed sources, tokenizer and benchmarks.
-
-    `expected` is what plans count with until the sources are there.
-    """
-
-    kind: Literal["prepare"] = "prepare"
-    world: World
-    tokenizer: Tokenizer
-    expected: Annotated[tuple[ExpectedSource, ...], Placement] = ()
-
-
-class TrainEncoder(StageBase):
-    """A SigLIP encoder trained on captions where no public one is at hand."""
-
-    kind: Literal["train_encoder"] = "train_encoder"
-    data: Prepare
-    encoder: EncoderConfig
-    training: ContrastiveTraining
-
-    @property
-    def parents(self) -> "tuple[Stage, ...]":
-        return (self.data,)
-
-
-class Imported(Config):
-    """A folder of `midstream import`; `content` stands for weights, moments and position."""
-
-    folder: Annotated[Path, Placement]
-    content: str
-
-
-class LoadEncoder(StageBase):
-    """Imported vision towers, checked and put together as one encoder; one folder a tower."""
-
-    kind: Literal["load_encoder"] = "load_encoder"
-    towers: Annotated[tuple[Imported, ...], Field(min_length=1)]
-    encoder: PretrainedEncoder
-
-    @model_validator(mode="after")
-    def _paired(self) -> "LoadEncoder":
-        wanted = len(self.encoder.towers) if isinstance(self.encoder, FusedEncoder) else 1
-        if len(self.towers) != wanted:
-            raise ValueError(f"the encoder has {wanted} towers, {len(self.towers)} were given")
-        return self
-
-
-class LoadDecoder(StageBase):
-    """An imported language model as a text run that is done; `data` must speak its tokens.
-
-    `planned_rate`: the learning rate that plans draw while the folder is not at hand.
-    """
-
-    kind: Literal["load_decoder"] = "load_decoder"
-    data: Prepare
-    checkpoint: Imported
-    decoder: AnyDecoderConfig
-    planned_rate: Annotated[Rate | None, Placement] = None
-
-    @property
-    def parents(self) -> "tuple[Stage, ...]":
-        return (self.data,)
-
-    @property
-    def model(self) -> VLMConfig:
-        """The model this stage loads."""
-        return VLMConfig(decoder=self.decoder)
-
-
-class Pretrain(StageBase):
-    """Text only; weights are kept at `milestones` (shares of its tokens) along one run."""
-
-    kind: Literal["pretrain"] = "pretrain"
-    data: Prepare
-    decoder: AnyDecoderConfig
-    training: Training
-    milestones: tuple[Fraction, ...] = (1.0,)
-
-    @model_validator(mode="after")
-    def _blind(self) -> "Pretrain":
-        if self.training.encoder_rate_factor is not None:
-            raise ValueError("encoder_rate_factor is given, but a text run has no encoder")
-        if self.training.freeze_decoder:
-            raise ValueError("freeze_decoder is given, but a text run has nothing else to train")
-        return self
-
-    @property
-    def parents(self) -> "tuple[Stage, ...]":
-        return (self.data,)
-
-    @property
-    def model(self) -> VLMConfig:
-        """The model this stage trains."""
-        return VLMConfig(decoder=self.decoder)
-
+__all__ = [
+    "PLANNED",
+    "Continue",
+    "ContinueFrom",
+    "Evaluate",
+    "Finetune",
+    "FromScratch",
+    "Imported",
+    "InitFrom",
+    "LoadDecoder",
+    "LoadEncoder",
+    "Prepare",
+    "Pretrain",
+    "Ranked",
+    "Stage",
+    "StageBase",
+    "StartText",
+    "TrainEncoder",
+    "Trained",
+    "stage_from_json",
+]
 
 AnyEncoderSource = Annotated[
     TrainEncoder | LoadEncoder | PatchProjection, Field(discriminator="kind")
@@ -300,7 +190,7 @@ class Continue(StageBase):
                         f"the {part} differs from that of {before.name}, which this stage starts "
                         "from; give it the same"
                     )
-            check_end(before.training.schedule, self.training.schedule, before.name)
+            check_end(before.training.schedule, self.training.schedule)
         return self
 
     @property
@@ -345,7 +235,7 @@ class Finetune(StageBase):
         if isinstance(self.start, StartText):
             _check_moments(self.start.optimizer, self.training)
         else:
-            check_end(self.start.training.schedule, self.training.schedule, self.start.name)
+            check_end(self.start.training.schedule, self.training.schedule)
         return self
 
     @property
@@ -370,29 +260,6 @@ class Finetune(StageBase):
         before = self.start.model
         owned = before.owns_encoder or self.training.encoder_rate_factor is not None
         return before.model_copy(update={"owns_encoder": owned})
-
-
-def came_from(
-    stage: "Stage",
-) -> "tuple[Pretrain | LoadDecoder | Continue, float] | None":
-    """The stage whose weights a training stage starts from, and the share of its tokens there.
-
-    None where it starts from the initialiser, and for what trains nothing.
-    """
-    if isinstance(stage, Finetune):
-        before = stage.start
-        return (before, 1.0) if isinstance(before, Continue) else (before.stage, before.completion)
-    if isinstance(stage, Continue) and isinstance(stage.start, InitFrom):
-        return stage.start.stage, 1.0
-    if isinstance(stage, Continue) and isinstance(stage.start, ContinueFrom):
-        return stage.start.stage, stage.start.completion
-    return None
-
-
-def warms_up_moments(stage: "Stage") -> bool:
-    """Whether the rate is held back while moments that start at zero fill."""
-    start = stage.start if isinstance(stage, Continue | Finetune) else None
-    return isinstance(start, ContinueFrom | InitFrom | StartText) and start.optimizer == "warm"
 
 
 # What several ranks train together.
