@@ -1,6 +1,8 @@
 """Floating-point operations of the models, a product and a sum as two; no torch.
 
-Forward passes; training is three of them for what is trained, and one for what is frozen.
+Forward passes; training is three of them for what is trained, and one for what is frozen before
+it. Weights that are frozen behind what is trained pass its gradient on and need none of their own:
+two.
 """
 
 from midstream.config import (
@@ -21,6 +23,14 @@ def decoder_flops(config: AnyDecoderConfig, *, context: float) -> float:
 def head_flops(config: AnyDecoderConfig) -> float:
     """Forward FLOPs of the logits at one position."""
     return 2.0 * config.hidden_size * config.vocab_size
+
+
+def frozen_saving(config: AnyDecoderConfig, positions: float | int, asked: float | int) -> float:
+    """What a decoder that stays as it is saves of three forward passes: its weights' gradients.
+
+    `positions` go through the blocks, `asked` of them through the head. Attention has no weights.
+    """
+    return 2.0 * config.linear_parameters * positions + head_flops(config) * asked
 
 
 def mean_context(rows: Rows) -> float:

@@ -24,7 +24,7 @@ from midstream.study.stage import Trained, stage_from_json
 from midstream.tokens import TokenCount
 from midstream.train import meters
 from midstream.train.meters import Clock
-from midstream.train.optim import freeze, make_optimizer
+from midstream.train.optim import freeze, is_trained, make_optimizer
 from midstream.train.parallel import peak_memory_bytes
 from midstream.train.start_checks import parameter_table
 from midstream.train.step import train_step
@@ -103,7 +103,8 @@ def profile_stage(
             counts,
             attended,
             images if job.looks else 0,
-            encoder_trained=job.model.encoder is not None,
+            encoder_trained=is_trained(job.model.encoder),
+            decoder_trained=is_trained(job.model.decoder),
         ),
         seconds=seconds,
         parts=parts,

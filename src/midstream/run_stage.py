@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any, Literal, assert_never
 
 import torch
 
@@ -33,13 +33,14 @@ from midstream.open_model import (
 )
 from midstream.schedule import check_start
 from midstream.storage import remove_folder, verify
+from midstream.study.chain import came_from
 from midstream.study.ledger import Ledger, OpenStage, Stopped
 from midstream.study.pictures import choice_for, feature_folder, feature_plan
 from midstream.study.stage import (
     Continue,
-    ContinueFrom,
     Evaluate,
     Finetune,
+    FromScratch,
     LoadDecoder,
     LoadEncoder,
     Prepare,
@@ -170,6 +171,11 @@ class StageRunner:
         start = self._start(stage)
         check_start(training.schedule, start.parent_rate, stage.name)
         plan = plan_rows(sources, patches, training.budget, training.rows, training.seed)
+        if training.freeze_decoder and not any(sources[name].num_images for name in plan.names):
+            raise ValueError(
+                f"{stage.name} keeps the decoder frozen and shows no picture, so it would learn "
+                f"nothing; {', '.join(plan.names)} hold none: add a source that does"
+            )
         images, encode = self._seeing(stage, plan, sources)
         dataset = RowDataset(plan, sources, patches, images)
         model = build_model(stage.model, training, self.place)
@@ -226,29 +232,25 @@ class StageRunner:
         if isinstance(stage, Pretrain):
             return Start()
         owned = stage.model.owns_encoder and stage.encoder_stage is not None
-        if isinstance(stage, Finetune):
-            had = stage.start.model.owns_encoder
-            return Start(
-                folder=self.ledger.folder(stage.start) / "weights",
-                parts=("decoder", "projector", *(("encoder",) if had else ())),
-                encoder=self._encoder_weights(stage) if owned and not had else None,
+        found = came_from(stage)
+        if found is None:
+            return Start(encoder=self._encoder_weights(stage) if owned else None)
+        before, share = found
+        had = before.model.owns_encoder
+        folder = weights_folder(self.ledger, before, share)
+        start = Start(
+            folder=folder,
+            parts=("decoder",),
+            encoder=self._encoder_weights(stage) if owned and not had else None,
+            moments=_moments(stage),
+        )
+        if start.moments == "carry" and checkpoint.stored_file(folder, "optimizer") is None:
+            raise FileNotFoundError(
+                f"{folder} holds no optimiser state to carry; choose optimizer='fresh'"
             )
-        start = Start(encoder=self._encoder_weights(stage) if owned else None)
-        if isinstance(stage.start, ContinueFrom):
-            folder = weights_folder(self.ledger, stage.start.stage, stage.start.completion)
-            moments = stage.start.optimizer
-            if moments == "carry" and checkpoint.stored_file(folder, "optimizer") is None:
-                raise FileNotFoundError(
-                    f"{folder} holds no optimiser state to carry; choose optimizer='fresh'"
-                )
-            start = replace(
-                start,
-                folder=folder,
-                parts=("decoder",),
-                moments=moments,
-                parent_rate=checkpoint.read_progress(folder).rate,
-            )
-        return start
+        if isinstance(before, Continue):
+            start = replace(start, parts=("decoder", "projector", *(("encoder",) if had else ())))
+        return replace(start, parent_rate=checkpoint.read_progress(folder).rate)
 
     def _encoder_weights(self, stage: Continue | Finetune) -> Path:
         assert stage.encoder_stage is not None, "a patch projection has no weights before"
@@ -341,6 +343,12 @@ class StageRunner:
                 "note": note,
             }
         )
+
+
+def _moments(stage: Continue | Finetune) -> Literal["carry", "fresh", "warm"]:
+    """Whether Adam's moments come along; image-text stages keep none of theirs."""
+    start = stage.start
+    return "fresh" if isinstance(start, Continue | FromScratch) else start.optimizer
 
 
 def unchanged(images: torch.Tensor) -> torch.Tensor:

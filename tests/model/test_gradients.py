@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from midstream.batch import IGNORE, Batch
 from midstream.config import (
@@ -19,6 +20,7 @@ from midstream.config import (
     Training,
     VLMConfig,
 )
+from midstream.flops import frozen_saving
 from midstream.model.initialise import initialise
 from midstream.model.vision import build_encoder
 from midstream.model.vlm import VLM
@@ -63,12 +65,13 @@ STAGES = {
 }
 
 
-def training(factor: float | None) -> Training:
+def training(factor: float | None, *, freeze_decoder: bool = False) -> Training:
     return Training(
         budget=Mixture(total_tokens=1, shares=(Share(source="x", share=1.0),)),
         rows=Rows(row_length=8, batch_rows=1),
         schedule=ContinuedCosine(),
         encoder_rate_factor=factor,
+        freeze_decoder=freeze_decoder,
     )
 
 
@@ -187,3 +190,84 @@ def test_a_rate_for_an_encoder_that_is_not_the_models_own_is_refused() -> None:
     model = VLM(VLMConfig(decoder=DECODER, encoder=SIGLIP))
     with pytest.raises(ValueError, match="owns no encoder"):
         freeze(model, training(0.1))
+
+
+# Owned by the model, and the rate that the stage gives the encoder; the decoder is frozen.
+BESIDE = {
+    "projector alone": (False, None),
+    "projector and encoder": (True, 0.5),
+    "encoder trained before": (True, None),
+}
+
+
+@pytest.mark.parametrize("stage", BESIDE)
+@pytest.mark.parametrize("encoder", ["siglip", "fused", "patches"])
+@pytest.mark.parametrize("num_images", [2, 1])
+def test_a_frozen_decoder_stays_bit_equal_while_what_sees_learns(
+    encoder: str, stage: str, num_images: int
+) -> None:
+    config, (owned, factor) = ENCODERS[encoder], BESIDE[stage]
+    patches = isinstance(config, PatchProjection)
+    model = VLM(VLMConfig(decoder=DECODER, encoder=config, owns_encoder=owned or patches))
+    initialise(model, 0)
+    chosen = training(factor, freeze_decoder=True)
+    optimizer = make_optimizer(model, AdamW(), encoder_rate_factor=freeze(model, chosen))
+    outside = None
+    if model.encoder is None:
+        outside = build_encoder(config).requires_grad_(False)
+        initialise(outside, 1)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    for _ in range(2):
+        train_step(
+            model,
+            optimizer,
+            [batch_of(config, num_images)],
+            encode=outside,
+            rate=1e-3,
+            settings=AdamW(),
+            place=Place(CPU),
+        )
+    learns = {"projector"} | ({"encoder"} if factor is not None or patches else set())
+    for name, parameter in model.named_parameters():
+        if name.split(".")[0] in learns:
+            assert parameter in optimizer.state, name
+            if not name.endswith("k_proj.bias"):
+                assert not torch.equal(parameter, before[name]), name
+        else:
+            assert parameter.grad is None, name
+            assert parameter not in optimizer.state, name
+            assert torch.equal(parameter, before[name]), name
+
+
+def test_a_frozen_decoder_gives_the_rest_the_gradients_of_a_trained_one() -> None:
+    found = []
+    for frozen in (True, False):
+        model = VLM(VLMConfig(decoder=DECODER, encoder=SIGLIP, owns_encoder=True))
+        initialise(model, 0)
+        freeze(model, training(0.5, freeze_decoder=frozen))
+        model.losses(batch_of(SIGLIP, 2), None, 1e-4)[0].backward()
+        found.append({name: value.grad for name, value in model.named_parameters()})
+    mine, theirs = found
+    for name, gradient in mine.items():
+        if not name.startswith("decoder."):
+            assert gradient is not None, name
+            assert torch.equal(gradient, theirs[name]), name
+
+
+def test_a_frozen_decoder_saves_the_products_of_its_weights_gradients() -> None:
+    batch, flops = batch_of(SIGLIP, 2), []
+    for frozen in (True, False):
+        model = VLM(VLMConfig(decoder=DECODER, encoder=SIGLIP, owns_encoder=True))
+        initialise(model, 0)
+        freeze(model, training(0.5, freeze_decoder=frozen))
+        # All positions: the last block works on no selection of them.
+        with FlopCounterMode(display=False) as counted:
+            model(batch, None).sum().backward()
+        flops.append(counted.get_total_flops())
+    assert flops[1] - flops[0] == frozen_saving(DECODER, batch.input_ids.numel(), 0)
+
+
+def test_a_frozen_decoder_with_nothing_beside_it_is_refused() -> None:
+    model = VLM(VLMConfig(decoder=DECODER))
+    with pytest.raises(ValueError, match="nothing else to train"):
+        freeze(model, training(None, freeze_decoder=True))

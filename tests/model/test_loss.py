@@ -127,3 +127,26 @@ def test_no_target_is_a_loss_of_zero_with_zero_gradients() -> None:
     assert float(total.detach()) == float(loss) == 0
     assert weight.grad is not None
     assert weight.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("frozen", ["weight", "hidden"])
+def test_what_is_frozen_gets_no_gradient_and_the_rest_gets_its_own(
+    frozen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, targets = problem(24)
+    both = [value.detach().clone().requires_grad_() for value in (hidden, weight)]
+    summed_loss(*both, targets, 0.1)[0].backward()
+    if frozen == "weight":
+
+        def refused(*_: Tensor) -> None:
+            raise AssertionError("a gradient of the weight was computed")
+
+        monkeypatch.setattr(module, "_add_product", refused)
+    {"weight": weight, "hidden": hidden}[frozen].requires_grad_(False)
+    summed_loss(hidden, weight, targets, 0.1)[0].backward()
+    for mine, other in zip((hidden, weight), both, strict=True):
+        if mine.requires_grad:
+            assert mine.grad is not None
+            assert torch.equal(mine.grad, other.grad)
+        else:
+            assert mine.grad is None

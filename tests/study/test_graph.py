@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from midstream.study import stage as stage_module
+from midstream.study import first_stages as stage_module
 from midstream.study.graph import order, plan
 from midstream.study.ledger import Ledger
 from midstream.study.studies import Study

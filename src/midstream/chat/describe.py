@@ -3,16 +3,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from midstream.open_model import OpenedModel, evaluations
+from midstream.open_model import OpenedModel, WithModel, evaluations
 from midstream.storage import read_json
+from midstream.study.chain import came_from
 from midstream.study.ledger import Ledger
-from midstream.study.stage import (
-    Continue,
-    ContinueFrom,
-    Finetune,
-    LoadDecoder,
-    Pretrain,
-)
+from midstream.study.stage import LoadDecoder, Pretrain
 
 _TITLES = {
     "load_decoder": "imported",
@@ -45,17 +40,11 @@ def caution(opened: OpenedModel) -> str | None:
 
 
 def _training(opened: OpenedModel) -> Iterator[str]:
-    chain: list[tuple[Finetune | Continue | Pretrain | LoadDecoder, float]] = []
-    stage, share = opened.stage, opened.completion
-    if isinstance(stage, Finetune):
-        chain.append((stage, share))
-        stage = stage.start
-    if isinstance(stage, Continue):
-        chain.append((stage, 1.0))
-        if isinstance(stage.start, ContinueFrom):
-            chain.append((stage.start.stage, stage.start.completion))
-    else:
-        chain.append((stage, share))
+    chain: list[tuple[WithModel, float]] = []
+    found: tuple[WithModel, float] | None = (opened.stage, opened.completion)
+    while found is not None:
+        chain.append(found)
+        found = came_from(found[0])
     for link, part in reversed(chain):
         folder = opened.ledger.folder(link)
         of = f"{part * 100:g} % of" if part != 1.0 else "in"

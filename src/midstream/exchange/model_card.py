@@ -6,7 +6,7 @@ The same store gives the same bytes: no date, no path of this machine.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, cast
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
@@ -21,10 +21,10 @@ from midstream.config import (
 from midstream.exchange.export_report import ExportReport
 from midstream.model.vlm import VLM
 from midstream.open_model import OpenedModel, evaluations
+from midstream.study.chain import came_from
 from midstream.study.ledger import Ledger
 from midstream.study.stage import (
     Continue,
-    ContinueFrom,
     Evaluate,
     Finetune,
     LoadDecoder,
@@ -153,15 +153,12 @@ def _history(opened: OpenedModel) -> Iterator[tuple[Stage, float]]:
     share = opened.completion
     while stage is not None:
         chain.append((stage, share))
-        share, before = 1.0, cast(Stage | None, None)
-        if isinstance(stage, Finetune):
-            before = stage.start
-        elif isinstance(stage, Continue):
-            if stage.encoder_stage is not None:
-                chain.append((stage.encoder_stage, 1.0))
-            if isinstance(stage.start, ContinueFrom):
-                before, share = stage.start.stage, stage.start.completion
-        stage = before
+        before = came_from(stage)
+        encoder = stage.encoder_stage if isinstance(stage, Continue | Finetune) else None
+        # Before the first stage that sees.
+        if encoder is not None and not (before and isinstance(before[0], Continue)):
+            chain.append((encoder, 1.0))
+        stage, share = before or (None, 1.0)
     yield from reversed(chain)
 
 
@@ -222,6 +219,8 @@ def _settings(stage: Pretrain | Continue | Finetune) -> list[str]:
         f"Rows of {rows.row_length:,} tokens, {rows.batch_rows:,} a step; seed {training.seed}; "
         f"weight decay {training.optimizer.weight_decay}",
     ]
+    if training.freeze_decoder:
+        lines.append("Language model: frozen")
     return lines if isinstance(stage, Pretrain) else [*lines, f"Encoder: {encoder}"]
 
 

@@ -29,8 +29,9 @@ def summed_loss(
     """What to train on, and the sum of cross-entropies, which is what to report.
 
     The first adds `z_loss` times the sum of squared log-normalisers and is differentiable, once;
-    the second is not. `weight` is the decoder's `output.weight`. Both are float32, and zero
-    without targets; products have autocast's precision, everything else is float32.
+    the second is not. `weight` is the decoder's `output.weight`; where it is frozen no gradient of
+    it is made. Both are float32, and zero without targets; products have autocast's precision,
+    everything else is float32.
     """
     room = max_logits or MAX_LOGITS.get(hidden.device.type, MAX_LOGITS["cuda"])
     kind = hidden.device.type
@@ -39,7 +40,8 @@ def summed_loss(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     elif weight.dtype != hidden.dtype:
         hidden = hidden.to(weight.dtype)
-    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    learns = torch.is_grad_enabled()
+    wanted = (learns and hidden.requires_grad, learns and weight.requires_grad)
     total, cross_entropy = _SummedLoss.apply(  # type: ignore[no-untyped-call]
         hidden, weight, targets, z_loss, room, wanted
     )
@@ -57,15 +59,15 @@ class _SummedLoss(torch.autograd.Function):
         targets: Tensor,
         z_loss: float,
         room: int,
-        wanted: bool,
+        wanted: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
             rows = max(1, room // weight.shape[0])
             # float64 stays what it is, for checks of the gradient.
             exact = torch.promote_types(hidden.dtype, torch.float32)
             sums = torch.zeros(2, dtype=exact, device=hidden.device)
-            of_hidden = torch.empty_like(hidden) if wanted else None
-            of_weight = torch.zeros_like(weight, dtype=exact) if wanted else None
+            of_hidden = torch.empty_like(hidden) if wanted[0] else None
+            of_weight = torch.zeros_like(weight, dtype=exact) if wanted[1] else None
             for low in range(0, len(targets), rows):
                 piece, theirs = hidden[low : low + rows], targets[low : low + rows, None]
                 logits = linear(piece, weight).to(exact)
@@ -76,7 +78,7 @@ class _SummedLoss(torch.autograd.Function):
                 normaliser = largest - share.gather(1, where).log()
                 sums[0] += (normaliser - at_target).sum()
                 sums[1] += z_loss * normaliser.square().sum()
-                if of_hidden is None or of_weight is None:
+                if not any(wanted):
                     continue
                 # d(total)/d(logits) = scale * (share - one-hot / scale), row by row; the scale
                 # goes into the smaller factors of the two products.
@@ -84,8 +86,10 @@ class _SummedLoss(torch.autograd.Function):
                 index = torch.arange(len(piece), device=piece.device)
                 share[index, theirs[:, 0]] -= 1 / scale[:, 0]
                 share = share.to(weight.dtype)
-                of_hidden[low : low + rows] = (share @ weight) * scale
-                _add_product(of_weight, share, (piece * scale).to(weight.dtype))
+                if of_hidden is not None:
+                    of_hidden[low : low + rows] = (share @ weight) * scale
+                if of_weight is not None:
+                    _add_product(of_weight, share, (piece * scale).to(weight.dtype))
         ctx.save_for_backward(of_hidden, of_weight)
         ctx.weight_dtype = weight.dtype
         cross_entropy = sums[0].clone()

@@ -1,7 +1,7 @@
 """One stage of a study, chosen as a person names it."""
 
 from midstream.study.graph import order
-from midstream.study.stage import Continue, Trained
+from midstream.study.stage import Pretrain, Trained
 from midstream.study.studies import AnyStudy
 
 
@@ -16,7 +16,7 @@ def training_stage(study: AnyStudy, wanted: str | None = None) -> Trained:
     if not stages:
         raise ValueError(f"{study.name} trains nothing: it has no line and no baseline")
     if wanted is None:
-        return next((stage for stage in stages if isinstance(stage, Continue)), stages[0])
+        return next((stage for stage in stages if not isinstance(stage, Pretrain)), stages[0])
     of_kind = [stage for stage in stages if stage.kind == wanted][:1]
     found = of_kind or [stage for stage in stages if stage.name.startswith(wanted)]
     if len(found) != 1:

@@ -2,7 +2,7 @@
 
 Matrix multiplications are counted exactly, at two FLOPs a multiply-add; norms, activations and
 the optimiser are left out. Training is three forward passes (one forward, two backward) of what
-is trained and one forward pass of a frozen encoder.
+is trained, one of a frozen encoder, and two of a frozen decoder's weights.
 
 Letters: d decoder width, h SwiGLU width, V vocabulary, T row length, P patches of an image, e
 encoder width.
@@ -31,7 +31,13 @@ from midstream.config import (
     Training,
     VLMConfig,
 )
-from midstream.flops import decoder_flops, encoder_flops, head_flops, mean_context
+from midstream.flops import (
+    decoder_flops,
+    encoder_flops,
+    frozen_saving,
+    head_flops,
+    mean_context,
+)
 from midstream.study.ledger import Ledger
 from midstream.study.stage import (
     Continue,
@@ -136,7 +142,10 @@ def _training_cost(stage: Pretrain | Continue | Finetune, ledger: Ledger | None)
         return StageCost(tokens=None, flops=None, parameters=parameters)
     tokens, images = counted
     flops = 3 * tokens * decoder_flops(model.decoder, context=mean_context(training.rows))
-    flops += 3 * (tokens - images * patches) * head_flops(model.decoder)
+    asked = tokens - images * patches
+    flops += 3 * asked * head_flops(model.decoder)
+    if training.freeze_decoder:
+        flops -= frozen_saving(model.decoder, tokens, asked)
     if model.encoder is not None:
         looks = 3 if trains_encoder(stage) else 1
         flops += images * 3 * 2 * patches * _connector(model)

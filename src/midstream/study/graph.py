@@ -4,12 +4,11 @@ from collections import Counter
 from dataclasses import dataclass
 
 from midstream.config import PublicFolder
+from midstream.study.chain import came_from
 from midstream.study.cost import StageCost, cost
 from midstream.study.ledger import Ledger, State
 from midstream.study.stage import (
     PLANNED,
-    Continue,
-    ContinueFrom,
     Evaluate,
     Imported,
     LoadDecoder,
@@ -90,7 +89,10 @@ class Plan:
 
 
 def order(study: AnyStudy) -> tuple[Stage, ...]:
-    """The distinct stages of all lines and baselines, parents first, in the study's order."""
+    """The distinct stages of all lines and baselines, parents first, in the study's order.
+
+    Raises ValueError that names the stages of a cycle.
+    """
     found: dict[str, Stage] = {}
     for result in study.results:
         _visit(result, found)
@@ -140,12 +142,24 @@ def _named_results(study: AnyStudy) -> tuple[tuple[str, Evaluate], ...]:
     return named
 
 
-def _visit(stage: Stage, found: dict[str, Stage]) -> None:
-    """Add `stage` behind its parents."""
+def _visit(stage: Stage, found: dict[str, Stage], above: tuple[Stage, ...] = ()) -> None:
+    """Add `stage` behind its parents.
+
+    Fields cannot hold a stage within itself, but a class of a user's own may name any stage among
+    its `parents`: ValueError names the stages of a cycle.
+    """
     if stage.identity in found:
         return
+    path = [one.identity for one in above]
+    if stage.identity in path:
+        cycle = [*above[path.index(stage.identity) :], stage]
+        raise ValueError(
+            "a stage waits for itself: "
+            + " needs ".join(one.name for one in cycle)
+            + "; take one of them out of the other's `parents`"
+        )
     for parent in stage.parents:
-        _visit(parent, found)
+        _visit(parent, found, (*above, stage))
     found[stage.identity] = stage
 
 
@@ -155,8 +169,8 @@ def _needs(result: Evaluate) -> dict[str, float]:
     _visit(result, ancestry)
     shares = dict.fromkeys(ancestry, 1.0)
     for stage in ancestry.values():
-        if isinstance(stage, Continue) and isinstance(stage.start, ContinueFrom):
-            shares[stage.start.stage.identity] = stage.start.completion
+        if (before := came_from(stage)) is not None:
+            shares[before[0].identity] = before[1]
         if isinstance(stage, Evaluate) and isinstance(stage.of, Pretrain):
             shares[stage.of.identity] = stage.completion
     return shares

@@ -1,13 +1,9 @@
 """The kinds of stage: frozen values that name their parents, with an identity each.
 
-Identity covers what changes the result (configuration, parents, data fingerprints, format
-version); fields marked `Placement` are left out. Equal identity means the same folder.
+Those before the first picture are in `first_stages.py`, and named here too.
 """
 
-from collections.abc import Mapping
-from functools import cached_property
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, model_validator
 
@@ -16,148 +12,50 @@ from midstream.config import (
     AnyEncoderConfig,
     Attention,
     Config,
-    ContrastiveTraining,
-    EncoderConfig,
     Evaluation,
-    ExpectedSource,
     Fraction,
-    FusedEncoder,
     PatchProjection,
-    PretrainedEncoder,
     ProjectorConfig,
-    Rate,
-    Tokenizer,
     Training,
     VLMConfig,
-    World,
 )
-from midstream.identity import Placement, digest, fields_of
+from midstream.schedule import check_end
+from midstream.study.first_stages import (
+    PLANNED,
+    Imported,
+    LoadDecoder,
+    LoadEncoder,
+    Prepare,
+    Pretrain,
+    StageBase,
+    TrainEncoder,
+)
 
-# Begins what stands for a fingerprint or digest in a plan made without the data or checkpoint.
-PLANNED = "planned"
-# Not `Self`, which the tests' type checks of single methods cannot read.
-Own = TypeVar("Own", bound="StageBase")
+__all__ = [
+    "PLANNED",
+    "Continue",
+    "ContinueFrom",
+    "Evaluate",
+    "Finetune",
+    "FromScratch",
+    "Imported",
+    "InitFrom",
+    "LoadDecoder",
+    "LoadEncoder",
+    "Prepare",
+    "Pretrain",
+    "Ranked",
+    "Stage",
+    "StageBase",
+    "StartText",
+    "TrainEncoder",
+    "Trained",
+    "stage_from_json",
+]
 
-
-class StageBase(Config):
-    """What all stages share: an identity, parents, a folder name."""
-
-    @cached_property
-    def identity(self) -> str:
-        """Sixteen digits of configuration and ancestry."""
-        return digest([type(self).__name__, fields_of(self)])
-
-    def model_copy(
-        self: Own, *, update: Mapping[str, Any] | None = None, deep: bool = False
-    ) -> Own:
-        """A copy with other values, and therefore with an identity of its own."""
-        copied = super().model_copy(update=update, deep=deep)
-        copied.__dict__.pop("identity", None)
-        return copied
-
-    @property
-    def name(self) -> str:
-        """The folder's name in the store: kind and identity."""
-        return f"{type(self).__name__.lower()}-{self.identity}"
-
-    @property
-    def parents(self) -> "tuple[Stage, ...]":
-        """The stages whose results this one reads."""
-        return ()
-
-
-class Prepare(StageBase):
-    """A world's public files -> indexed sources, tokenizer and benchmarks.
-
-    `expected` is what plans count with until the sources are there.
-    """
-
-    kind: Literal["prepare"] = "prepare"
-    world: World
-    tokenizer: Tokenizer
-    expected: Annotated[tuple[ExpectedSource, ...], Placement] = ()
-
-
-class TrainEncoder(StageBase):
-    """A SigLIP encoder trained on captions where no public one is at hand."""
-
-    kind: Literal["train_encoder"] = "train_encoder"
-    data: Prepare
-    encoder: EncoderConfig
-    training: ContrastiveTraining
-
-    @property
-    def parents(self) -> "tuple[Stage, ...]":
-        return (self.data,)
-
-
-class Imported(Config):
-    """A folder of `midstream import`; `content` stands for weights, moments and position."""
-
-    folder: Annotated[Path, Placement]
-    content: str
-
-
-class LoadEncoder(StageBase):
-    """Imported vision towers, checked and put together as one encoder; one folder a tower."""
-
-    kind: Literal["load_encoder"] = "load_encoder"
-    towers: Annotated[tuple[Imported, ...], Field(min_length=1)]
-    encoder: PretrainedEncoder
-
-    @model_validator(mode="after")
-    def _paired(self) -> "LoadEncoder":
-        wanted = len(self.encoder.towers) if isinstance(self.encoder, FusedEncoder) else 1
-        if len(self.towers) != wanted:
-            raise ValueError(f"the encoder has {wanted} towers, {len(self.towers)} were given")
-        return self
-
-
-class LoadDecoder(StageBase):
-    """An imported language model as a text run that is done; `data` must speak its tokens.
-
-    `planned_rate`: the learning rate that plans draw while the folder is not at hand.
-    """
-
-    kind: Literal["load_decoder"] = "load_decoder"
-    data: Prepare
-    checkpoint: Imported
-    decoder: AnyDecoderConfig
-    planned_rate: Annotated[Rate | None, Placement] = None
-
-    @property
-    def parents(self) -> "tuple[Stage, ...]":
-        return (self.data,)
-
-    @property
-    def model(self) -> VLMConfig:
-        """The model this stage loads."""
-        return VLMConfig(decoder=self.decoder)
-
-
-class Pretrain(StageBase):
-    """Text only; weights are kept at `milestones` (shares of its tokens) along one run."""
-
-    kind: Literal["pretrain"] = "pretrain"
-    data: Prepare
-    decoder: AnyDecoderConfig
-    training: Training
-    milestones: tuple[Fraction, ...] = (1.0,)
-
-    @model_validator(mode="after")
-    def _blind(self) -> "Pretrain":
-        if self.training.encoder_rate_factor is not None:
-            raise ValueError("encoder_rate_factor is given, but a text run has no encoder")
-        return self
-
-    @property
-    def parents(self) -> "tuple[Stage, ...]":
-        return (self.data,)
-
-    @property
-    def model(self) -> VLMConfig:
-        """The model this stage trains."""
-        return VLMConfig(decoder=self.decoder)
+AnyEncoderSource = Annotated[
+    TrainEncoder | LoadEncoder | PatchProjection, Field(discriminator="kind")
+]
 
 
 class FromScratch(Config):
@@ -180,11 +78,77 @@ class ContinueFrom(Config):
 
     @model_validator(mode="after")
     def _held(self) -> "ContinueFrom":
-        if isinstance(self.stage, LoadDecoder) and self.completion != 1.0:
-            raise ValueError(
-                f"an imported model has no weights at {self.completion:.0%} but its own (100%)"
-            )
+        _check_held(self.stage, self.completion)
         return self
+
+
+class InitFrom(Config):
+    """Start from an earlier image-text stage: the weights that it ended with, and its rate there.
+
+    Its moments are not kept: they start at zero (fresh), or so while the rate rises (warm).
+    """
+
+    kind: Literal["init_from"] = "init_from"
+    stage: "Continue"
+    optimizer: Literal["fresh", "warm"] = "fresh"
+
+
+class StartText(Config):
+    """Fine-tune a text model directly: an encoder beside it, a projector from the initialiser.
+
+    `optimizer` as in `ContinueFrom`; the data is that of the text model.
+    """
+
+    kind: Literal["start_text"] = "start_text"
+    stage: Annotated[Pretrain | LoadDecoder, Field(discriminator="kind")]
+    completion: Fraction = 1.0
+    optimizer: Literal["carry", "fresh", "warm"] = "fresh"
+    encoder: AnyEncoderSource
+    projector: ProjectorConfig = ProjectorConfig()
+    attention: Attention = "segments"
+
+    @model_validator(mode="after")
+    def _held(self) -> "StartText":
+        _check_held(self.stage, self.completion)
+        return self
+
+    @property
+    def data(self) -> Prepare:
+        """The prepared world, that of the text model."""
+        return self.stage.data
+
+    @property
+    def encoder_stage(self) -> TrainEncoder | LoadEncoder | None:
+        """Where the encoder's weights come from; None for a patch projection."""
+        return None if isinstance(self.encoder, PatchProjection) else self.encoder
+
+    @property
+    def model(self) -> VLMConfig:
+        """The text model and what it will see with, before anything is trained."""
+        return VLMConfig(
+            decoder=self.stage.decoder,
+            encoder=_sees(self.encoder),
+            projector=self.projector,
+            attention=self.attention,
+            owns_encoder=self.encoder_stage is None,
+        )
+
+
+def _check_held(stage: Pretrain | LoadDecoder, completion: float) -> None:
+    if isinstance(stage, LoadDecoder) and completion != 1.0:
+        raise ValueError(f"an imported model has no weights at {completion:.0%} but its own (100%)")
+
+
+def _check_moments(optimizer: str, training: Training) -> None:
+    if optimizer == "carry" and training.freeze_decoder:
+        raise ValueError(
+            "optimizer='carry' is given, but the decoder is frozen and has no moments; choose "
+            "optimizer='fresh'"
+        )
+
+
+def _sees(encoder: TrainEncoder | LoadEncoder | PatchProjection) -> AnyEncoderConfig:
+    return encoder if isinstance(encoder, PatchProjection) else encoder.encoder
 
 
 def _check_room(model: VLMConfig, training: Training) -> None:
@@ -198,26 +162,41 @@ def _check_room(model: VLMConfig, training: Training) -> None:
 
 
 class Continue(StageBase):
-    """Image-text training, from scratch or from a milestone of a text run."""
+    """Image-text training: from scratch, a milestone of a text run, or an earlier such stage."""
 
     kind: Literal["continue"] = "continue"
     data: Prepare
-    encoder: Annotated[TrainEncoder | LoadEncoder | PatchProjection, Field(discriminator="kind")]
+    encoder: AnyEncoderSource
     decoder: AnyDecoderConfig
     projector: ProjectorConfig = ProjectorConfig()
     attention: Attention = "segments"
-    start: Annotated[FromScratch | ContinueFrom, Field(discriminator="kind")]
+    start: Annotated[FromScratch | ContinueFrom | InitFrom, Field(discriminator="kind")]
     training: Training
 
     @model_validator(mode="after")
     def _room(self) -> "Continue":
         _check_room(self.model, self.training)
+        if isinstance(self.start, ContinueFrom):
+            _check_moments(self.start.optimizer, self.training)
+        return self
+
+    @model_validator(mode="after")
+    def _goes_on(self) -> "Continue":
+        if isinstance(self.start, InitFrom):
+            before = self.start.stage
+            for part in ("decoder", "encoder", "projector"):
+                if getattr(self, part) != getattr(before, part):
+                    raise ValueError(
+                        f"the {part} differs from that of {before.name}, which this stage starts "
+                        "from; give it the same"
+                    )
+            check_end(before.training.schedule, self.training.schedule)
         return self
 
     @property
     def parents(self) -> "tuple[Stage, ...]":
-        text = () if isinstance(self.start, FromScratch) else (self.start.stage,)
-        return (self.data, *self._encoders, *text)
+        before = () if isinstance(self.start, FromScratch) else (self.start.stage,)
+        return (self.data, *self._encoders, *before)
 
     @property
     def encoder_stage(self) -> TrainEncoder | LoadEncoder | None:
@@ -231,34 +210,39 @@ class Continue(StageBase):
     @property
     def model(self) -> VLMConfig:
         """The model this stage trains."""
-        sees: AnyEncoderConfig = (
-            self.encoder if isinstance(self.encoder, PatchProjection) else self.encoder.encoder
-        )
+        before = isinstance(self.start, InitFrom) and self.start.stage.model.owns_encoder
         return VLMConfig(
             decoder=self.decoder,
-            encoder=sees,
+            encoder=_sees(self.encoder),
             projector=self.projector,
             attention=self.attention,
-            owns_encoder=self.encoder_stage is None
+            owns_encoder=before
+            or self.encoder_stage is None
             or self.training.encoder_rate_factor is not None,
         )
 
 
 class Finetune(StageBase):
-    """Conversations; starts from the weights of an image-text stage."""
+    """Conversations; starts from the weights of an image-text stage, or from a text model."""
 
     kind: Literal["finetune"] = "finetune"
-    start: Continue
+    start: Annotated[Continue | StartText, Field(discriminator="kind")]
     training: Training
 
     @model_validator(mode="after")
     def _room(self) -> "Finetune":
         _check_room(self.model, self.training)
+        if isinstance(self.start, StartText):
+            _check_moments(self.start.optimizer, self.training)
+        else:
+            check_end(self.start.training.schedule, self.training.schedule)
         return self
 
     @property
     def parents(self) -> "tuple[Stage, ...]":
-        return (self.start, self.start.data, *self.start._encoders)
+        before = self.start.stage if isinstance(self.start, StartText) else self.start
+        encoder = self.encoder_stage
+        return (before, self.data, *(() if encoder is None else (encoder,)))
 
     @property
     def data(self) -> Prepare:

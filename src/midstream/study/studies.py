@@ -55,6 +55,7 @@ class Table(Config):
     Rows are the values of the axis `rows`, and columns those of `columns`, or the scores where that
     is None. "scores" as `rows` turns the table: a row a score, a column a value of `columns`,
     baselines and `published` models in columns of their own. `source` says where `printed` stand.
+    `labels` says in words what a row is: texts by column, by the row's value.
     """
 
     title: str
@@ -64,6 +65,7 @@ class Table(Config):
     printed: tuple[Printed, ...] = ()
     published: tuple[Published, ...] = ()
     source: str = ""
+    labels: dict[str, dict[str, str]] = Field(default_factory=dict)
 
 
 class Claim(Config):

@@ -302,7 +302,8 @@ def load_moments(
     *,
     of: set[str] | None = None,
 ) -> None:
-    """Put Adam's moments into the optimiser; parameters that the file lacks start fresh.
+    """Put Adam's moments into the optimiser; parameters that the file lacks start fresh, and those
+    that are frozen have none.
 
     With `of` the file must hold those of exactly these parameters. Raises FileNotFoundError
     without a file, ValueError for moments of other names or shapes; the optimiser is unchanged.
@@ -312,7 +313,9 @@ def load_moments(
         raise FileNotFoundError(f"{folder} holds no optimiser state; choose optimizer='fresh'")
     stored = read_tensors(path)
     parameters = dict(model.named_parameters())
+    trained = {name for name, value in parameters.items() if value.requires_grad}
     held = {name for name in parameters if f"exp_avg.{name}" in stored}
+    held &= trained if of is None else set(parameters)
     if of is not None and (others := held ^ of):
         raise ValueError(f"{path} holds moments of other parameters: {', '.join(sorted(others))}")
     for name in sorted(held):

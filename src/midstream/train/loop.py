@@ -28,7 +28,7 @@ from midstream.train import checkpoint, meters
 from midstream.train.checkpoint import Progress, Saver
 from midstream.train.meters import Clock
 from midstream.train.metrics import MetricsLog
-from midstream.train.optim import freeze, make_optimizer
+from midstream.train.optim import freeze, is_trained, make_optimizer
 from midstream.train.parallel import ALONE, Place, peak_memory_bytes
 from midstream.train.start_checks import StartChecks
 from midstream.train.step import NonFiniteError, StepResult, train_step
@@ -351,7 +351,8 @@ def _results(job: Job, progress: Progress, place: Place) -> dict[str, Any]:
         progress.counts,
         progress.attended,
         progress.num_images if job.looks else 0,
-        encoder_trained=job.model.encoder is not None,
+        encoder_trained=is_trained(job.model.encoder),
+        decoder_trained=is_trained(job.model.decoder),
     )
     (memory,) = place.sum([peak_memory_bytes()])
     return {

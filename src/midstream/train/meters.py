@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from midstream.config import AnyDecoderConfig, AnyEncoderConfig
-from midstream.flops import encoder_flops, head_flops
+from midstream.flops import encoder_flops, frozen_saving, head_flops
 from midstream.tokens import TokenCount
 
 # The parts of a step. An encoder that the stage trains is part of the model's work.
@@ -58,8 +58,11 @@ def training_flops(
     encoded: float | int,
     *,
     encoder_trained: bool,
+    decoder_trained: bool = True,
 ) -> float:
     """The model FLOPs of training on these positions: 6 N a token, attention, and the encoder.
+
+    A frozen decoder has no gradients of its weights: 4 N a token.
 
     `attended`: the sum over positions of how many each looks at; `encoded`: images that the
     encoder saw. The input embedding costs nothing, padding does not count, and the head counts at
@@ -69,7 +72,10 @@ def training_flops(
     forward += 4.0 * decoder.num_layers * decoder.hidden_size * attended
     forward += head_flops(decoder) * (counts.seen - counts.image)
     looks = encoder_flops(encoder) * encoded if encoder is not None else 0.0
-    return 3 * forward + (3 if encoder_trained else 1) * looks
+    saved = 0.0
+    if not decoder_trained:
+        saved = frozen_saving(decoder, counts.seen, counts.seen - counts.image)
+    return 3 * forward - saved + (3 if encoder_trained else 1) * looks
 
 
 def report(

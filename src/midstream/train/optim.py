@@ -13,18 +13,27 @@ _ENCODER = "encoder."
 def freeze(model: VLM, training: Training) -> float:
     """Decide by the stage which parameters are trained; returns the encoder's rate factor.
 
-    All of them, but for a model's own encoder where the stage gives it no rate. A patch projection
-    is always trained. Raises ValueError for a rate without an encoder of the model's own.
+    All of them, but for the decoder where the stage keeps it, and a model's own encoder where the
+    stage gives it no rate. A patch projection is always trained. Raises ValueError for a rate
+    without an encoder of the model's own, and where nothing is left to train.
     """
     factor = training.encoder_rate_factor
     if factor is not None and model.encoder is None:
         raise ValueError("encoder_rate_factor is given, but the model owns no encoder to train")
     if factor is None and isinstance(model.config.encoder, PatchProjection):
         factor = 1.0
+    if training.freeze_decoder and model.projector is None:
+        raise ValueError("freeze_decoder is given, but the model has nothing else to train")
     model.requires_grad_(True)
+    model.decoder.requires_grad_(not training.freeze_decoder)
     if model.encoder is not None:
         model.encoder.requires_grad_(factor is not None)
     return factor or 1.0
+
+
+def is_trained(part: nn.Module | None) -> bool:
+    """Whether a part of the model is there and learns anything."""
+    return part is not None and any(value.requires_grad for value in part.parameters())
 
 
 def make_optimizer(
