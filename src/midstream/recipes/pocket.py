@@ -72,14 +72,16 @@ def encoder_stage(data: Prepare, *, num_steps: int) -> TrainEncoder:
     )
 
 
-def text_stage(data: Prepare, *, total_tokens: int, rate: float = 2e-3) -> Pretrain:
+def text_stage(
+    data: Prepare, *, total_tokens: int, rate: float = 2e-3, source: str = "web"
+) -> Pretrain:
     """The text run, with checkpoints along the way."""
     return Pretrain(
         data=data,
         decoder=DECODER,
         milestones=MILESTONES,
         training=Training(
-            budget=Mixture(total_tokens=total_tokens, shares=(Share(source="web", share=1.0),)),
+            budget=Mixture(total_tokens=total_tokens, shares=(Share(source=source, share=1.0),)),
             rows=TEXT_ROWS,
             schedule=WarmupCosine(peak_rate=rate, end_rate=END_RATE, warmup_fraction=0.05),
         ),

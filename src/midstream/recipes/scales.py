@@ -195,7 +195,31 @@ def _pocket_scale(shrink: float) -> Scale:
 
 
 # What the generated world holds at its full size, as prepared.
-_POCKET_EXPECTED: tuple[ExpectedSource, ...] = ()
+_POCKET_EXPECTED = (
+    ExpectedSource(
+        name="web",
+        kind="text",
+        num_examples=14_000,
+        num_tokens=1_466_404,
+        num_targets=1_452_404,
+    ),
+    ExpectedSource(
+        name="pictures",
+        kind="caption",
+        num_examples=6_000,
+        num_images=6_000,
+        num_tokens=178_578,
+        num_targets=172_578,
+    ),
+    ExpectedSource(
+        name="talks",
+        kind="instruct",
+        num_examples=_CONVERSATIONS,
+        num_images=_CONVERSATIONS,
+        num_tokens=208_260,
+        num_targets=40_512,
+    ),
+)
 
 # ------------------------------------------------------------------------------- the paper's own
 
