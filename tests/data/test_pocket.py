@@ -61,9 +61,9 @@ def documents(root: Path) -> list[str]:
     return texts
 
 
-def captions(root: Path) -> list[dict[str, bytes]]:
+def captions(root: Path, source: str = "pictures") -> list[dict[str, bytes]]:
     files: dict[str, dict[str, bytes]] = defaultdict(dict)
-    for path in sorted((root / "captions/pictures").iterdir()):
+    for path in sorted((root / "captions" / source).iterdir()):
         with tarfile.open(path) as shard:
             for member in shard.getmembers():
                 key, extension = member.name.split(".")
@@ -331,3 +331,74 @@ def test_vocabulary_is_small_and_lower_case(root: Path):
     words = {word for text in texts for word in re.findall(r"[A-Za-z]+", text)}
     assert len(words) < 220
     assert {word for word in words if word != word.lower()} == {"In", "Out", "Is", "Where"}
+
+
+def test_alt_texts_change_nothing_else_in_the_world(root: Path, tmp_path: Path):
+    without = digests(root)
+    world = SMALL.model_copy(update={"num_alt_texts": 30})
+    write_pocket_world(world, tmp_path / "world")
+    found = digests(tmp_path / "world")
+    added = found.keys() - without.keys()
+    assert added == {"captions/alt_texts/alt_texts-00000.tar"}
+    assert {name: found[name] for name in without} == without
+
+
+def test_the_words_of_a_world_are_those_of_every_version_before(root: Path):
+    words = hashlib.sha256()
+    for text in documents(root):
+        words.update(text.encode())
+    for files in captions(root):
+        words.update(files["txt"] + files["json"])
+    # Without the pictures' bytes, which follow from the JPEG library too.
+    for name in ("instruct/talks/llava.json", "text_tasks/pocket_facts.jsonl", "world.json"):
+        words.update((root / name).read_bytes())
+    assert words.hexdigest()[:16] == "b879fac804e8963e"
+
+
+@pytest.fixture(scope="module")
+def alt_texts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, bytes]]:
+    """Four hundred alt texts, more than there are captions."""
+    folder = tmp_path_factory.mktemp("alt") / "world"
+    write_pocket_world(SMALL.model_copy(update={"num_alt_texts": 400}), folder)
+    return captions(folder, "alt_texts")
+
+
+def test_alt_texts_are_of_the_same_pictures(root: Path, alt_texts: list[dict[str, bytes]]):
+    described = captions(root)
+    for files, alt in zip(described, alt_texts, strict=False):
+        assert (alt["jpg"], alt["json"]) == (files["jpg"], files["json"])
+        assert alt["txt"] != files["txt"]
+    assert len(alt_texts) == 400
+    keys = {json.loads(files["json"])["key"] for files in alt_texts}
+    assert len(keys) > 350
+
+
+def test_alt_texts_are_the_first_of_more(root: Path, alt_texts: list[dict[str, bytes]], tmp_path):
+    few = SMALL.model_copy(update={"num_alt_texts": 7})
+    write_pocket_world(few, tmp_path / "world")
+    assert captions(tmp_path / "world", "alt_texts") == alt_texts[:7]
+
+
+def test_alt_texts_are_short_and_say_neither_where_nor_all_nor_only_what_is_there(
+    alt_texts: list[dict[str, bytes]],
+):
+    true = wrong = silent = 0
+    for files in alt_texts:
+        text = files["txt"].decode()
+        things = json.loads(files["json"])["objects"]
+        assert len(text) <= 80
+        assert not any(place in text for place in POSITIONS)
+        words = set(re.findall("[a-z]+", text))
+        named = words & {*COLORS, *SHAPES}
+        present = {thing[what] for thing in things for what in ("color", "shape")}
+        true += bool(named) and named <= present
+        wrong += not named <= present
+        silent += not named
+        pairs = {(t["color"], t["shape"]) for t in things}
+        told = set(re.findall(rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})", text))
+        if len(pairs) > 2:
+            assert not pairs <= told
+    # Three quarters name what is there, a tenth name nothing; the rest name what is not.
+    assert 0.6 < true / 400 < 0.85
+    assert 0.05 < silent / 400 < 0.2
+    assert 0.08 < wrong / 400 < 0.3

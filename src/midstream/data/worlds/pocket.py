@@ -6,10 +6,8 @@ even over each question, and scenes are in one split only (`Scene.split`). The o
 benchmarks are written by `pocket_files.py`.
 """
 
-import io
 import json
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -20,6 +18,7 @@ import zstandard
 
 from midstream.config import PocketWorld
 from midstream.data.worlds.pocket_bench import balanced, has_answer, scene_with
+from midstream.data.worlds.pocket_captions import write_alt_texts, write_captions
 from midstream.data.worlds.pocket_files import write_benchmarks, write_json, write_lines
 from midstream.data.worlds.pocket_language import (
     COUNTS,
@@ -54,7 +53,7 @@ from midstream.data.worlds.pocket_scenes import (
 TEXT_TASKS = ("pocket_reading", "pocket_words", "pocket_facts")
 # What guessing scores, by the convention of the paper: 0 for open words and boxes.
 CHANCES = dict(zip(TASKS, (0.25, 0.25, 0.0, 0.5, 0.0, 0.0), strict=True))
-DOCUMENTS_A_FILE, SCENES_A_SHARD = 8_000, 1_000
+DOCUMENTS_A_FILE = 8_000
 FACT_DOCUMENTS_FRACTION = 0.25
 # How many things a scene has, each entry as likely. Many scenes are simple, so that colours and
 # shapes can be read off them before things have to be told apart.
@@ -73,7 +72,11 @@ def write_pocket_world(world: PocketWorld, root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     _write_documents(world, root / "text" / "web")
     captioned = [caption_scene(world, index) for index in range(world.num_captions)]
-    _write_captions(world, captioned, root / "captions" / "pictures")
+    write_captions(world, captioned, root / "captions" / "pictures")
+    if world.num_alt_texts:
+        # One more than there are texts: each knows the next picture's scene.
+        scenes = [caption_scene(world, index) for index in range(world.num_alt_texts + 1)]
+        write_alt_texts(world, scenes, root / "captions" / "alt_texts")
     _write_talks(world, root / "instruct" / "talks")
     write_benchmarks(world, captioned, root / "bench")
     for task in TEXT_TASKS:
@@ -254,26 +257,6 @@ def _write_documents(world: PocketWorld, folder: Path) -> None:
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
         path = folder / f"web-{start // DOCUMENTS_A_FILE:05d}.jsonl.zst"
         path.write_bytes(zstandard.ZstdCompressor(level=6).compress(lines))
-
-
-def _write_captions(world: PocketWorld, scenes: Sequence[Scene], folder: Path) -> None:
-    folder.mkdir(parents=True)
-    for start in range(0, len(scenes), SCENES_A_SHARD):
-        path = folder / f"pictures-{start // SCENES_A_SHARD:05d}.tar"
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as shard:
-            for index in range(start, min(start + SCENES_A_SHARD, len(scenes))):
-                for name, data in _caption_files(world, scenes[index], index):
-                    # Everything else in the header keeps its default, which does not vary.
-                    header = tarfile.TarInfo(name)
-                    header.size = len(data)
-                    shard.addfile(header, io.BytesIO(data))
-
-
-def _caption_files(world: PocketWorld, scene: Scene, index: int) -> Iterator[tuple[str, bytes]]:
-    rng = generator(world.seed, "caption", index)
-    yield f"{index:08d}.jpg", draw_jpeg(rng, scene)
-    yield f"{index:08d}.txt", describe(rng, scene).encode()
-    yield f"{index:08d}.json", json.dumps(scene.record()).encode()
 
 
 def _write_talks(world: PocketWorld, folder: Path) -> None:

@@ -1,12 +1,15 @@
-"""The pocket world's visual benchmarks in the official files of the six that they stand for.
+"""The pocket world's shards, and its benchmarks in the official files of the six they stand for.
 
 Beside the official files lies `scenes.jsonl`, with what every picture shows.
 """
 
+import io
 import json
 import pickle
+import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,9 @@ VQA_TYPES = {
 NUM_POPULAR = 12
 # OCID-Ref's clutter levels are ranges of take_id: up to 9, 16 and 20.
 TAKES = {4: (1, 9), 5: (10, 16), 6: (17, 20)}
+SAMPLES_A_SHARD = 1_000
+# The files of one picture in a shard: names and bytes.
+Sample = Iterator[tuple[str, bytes]]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -49,6 +55,19 @@ def write_json(path: Path, value: Any) -> None:
 def write_lines(path: Path, values: Sequence[Any]) -> None:
     """Write one JSON value a line; creates the folder."""
     write_text(path, "".join(json.dumps(value) + "\n" for value in values))
+
+
+def write_shards(samples: Iterator[Sample], number: int, folder: Path) -> None:
+    """Write `number` samples as WebDataset tars named after the folder, which must be new."""
+    folder.mkdir(parents=True)
+    for start in range(0, number, SAMPLES_A_SHARD):
+        path = folder / f"{folder.name}-{start // SAMPLES_A_SHARD:05d}.tar"
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as shard:
+            for name, data in chain.from_iterable(islice(samples, SAMPLES_A_SHARD)):
+                # Everything else in the header keeps its default, which does not vary.
+                header = tarfile.TarInfo(name)
+                header.size = len(data)
+                shard.addfile(header, io.BytesIO(data))
 
 
 def write_benchmarks(world: PocketWorld, captioned: Sequence[Scene], folder: Path) -> None:
