@@ -1,4 +1,7 @@
-"""What `midstream import` wrote becomes a stage of a store, once it is seen to fit."""
+"""Weights that are there already become a stage of a store, once they are seen to fit.
+
+They are what `midstream import` wrote, or the encoders of other stages.
+"""
 
 import shutil
 from pathlib import Path
@@ -12,10 +15,10 @@ from midstream.model.vision import VisionEncoder, build_encoder, load_encoder, l
 from midstream.model.vlm import VLM
 from midstream.model.weights import save_weights, weights_digest
 from midstream.open_model import fill_model
-from midstream.storage import new_folder
+from midstream.storage import new_folder, verify
 from midstream.study.imported import Position, open_imported
 from midstream.study.ledger import Ledger
-from midstream.study.stage import LoadDecoder, LoadEncoder
+from midstream.study.stage import FuseEncoders, LoadDecoder, LoadEncoder
 
 
 def load_encoder_stage(stage: LoadEncoder, ledger: Ledger) -> dict[str, Any]:
@@ -25,14 +28,22 @@ def load_encoder_stage(stage: LoadEncoder, ledger: Ledger) -> dict[str, Any]:
     """
     records = [open_imported(imported) for imported in stage.towers]
     encoder, unused = put_together(stage.encoder, [one.folder for one in stage.towers])
-    with new_folder(ledger.folder(stage) / "weights") as temporary:
-        save_weights(encoder, temporary / "model.safetensors")
-    return {
-        "weights_digest": weights_digest(encoder),
-        "num_parameters": sum(parameter.numel() for parameter in encoder.parameters()),
+    return _kept(encoder, ledger.folder(stage)) | {
         "unused": list(unused),
         "imported_from": [record.origin for record in records],
     }
+
+
+def fuse_encoders_stage(stage: FuseEncoders, ledger: Ledger) -> dict[str, Any]:
+    """The towers of finished stages to one encoder's `weights/`; returns the stage's results.
+
+    Raises CorruptError for weights whose bytes differ from their manifest.
+    """
+    folders = [ledger.folder(tower) / "weights" for tower in stage.towers]
+    for folder in folders:
+        verify(folder)
+    encoder, unused = put_together(stage.encoder, folders)
+    return _kept(encoder, ledger.folder(stage)) | {"unused": list(unused)}
 
 
 def load_decoder_stage(stage: LoadDecoder, ledger: Ledger) -> dict[str, Any]:
@@ -63,7 +74,7 @@ def load_decoder_stage(stage: LoadDecoder, ledger: Ledger) -> dict[str, Any]:
 def put_together(
     config: PretrainedEncoder, folders: list[Path]
 ) -> tuple[VisionEncoder, tuple[str, ...]]:
-    """An encoder from imported towers' folders, one a tower; and the tensors it has no use for."""
+    """An encoder from folders of weights, one a tower; and the tensors it has no use for."""
     encoder = build_encoder(config)
     files = [folder / "model.safetensors" for folder in folders]
     if isinstance(config, FusedEncoder):
@@ -85,3 +96,13 @@ def check_vocabulary(codec: TextCodec, decoder: AnyDecoderConfig, folder: Path) 
         raise ValueError(
             f"the data was tokenised by another tokenizer than {path}; prepare it with that file"
         )
+
+
+def _kept(encoder: VisionEncoder, folder: Path) -> dict[str, Any]:
+    """Write an encoder's weights into a stage's folder; what its results say of them."""
+    with new_folder(folder / "weights") as temporary:
+        save_weights(encoder, temporary / "model.safetensors")
+    return {
+        "weights_digest": weights_digest(encoder),
+        "num_parameters": sum(parameter.numel() for parameter in encoder.parameters()),
+    }

@@ -20,12 +20,11 @@ from midstream.storage import verify
 from midstream.study.ledger import Ledger
 from midstream.study.stage import (
     Continue,
+    EncoderStage,
     Evaluate,
     Finetune,
     LoadDecoder,
-    LoadEncoder,
     Pretrain,
-    TrainEncoder,
     stage_from_json,
 )
 from midstream.train import checkpoint
@@ -161,7 +160,7 @@ def fill_model(vlm: VLM, weights: Path) -> None:
     load_weights(vlm, weights)
 
 
-def open_encoder(ledger: Ledger, stage: TrainEncoder | LoadEncoder) -> VisionEncoder:
+def open_encoder(ledger: Ledger, stage: EncoderStage) -> VisionEncoder:
     """The frozen encoder of a finished stage, its bytes checked."""
     folder = ledger.folder(stage) / "weights"
     verify(folder)

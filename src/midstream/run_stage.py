@@ -23,7 +23,11 @@ from midstream.eval.benchmark import evaluate
 from midstream.eval.kept_answers import BATCHES_AT_ONCE, EvaluationStopped, KeptAnswers
 from midstream.eval.predict import ModelAnswerer
 from midstream.identity import FORMAT_VERSION, digest
-from midstream.load_imported import load_decoder_stage, load_encoder_stage
+from midstream.load_imported import (
+    fuse_encoders_stage,
+    load_decoder_stage,
+    load_encoder_stage,
+)
 from midstream.model.initialise import initialise
 from midstream.open_model import (
     on_device,
@@ -41,6 +45,7 @@ from midstream.study.stage import (
     Evaluate,
     Finetune,
     FromScratch,
+    FuseEncoders,
     LoadDecoder,
     LoadEncoder,
     Prepare,
@@ -152,6 +157,8 @@ class StageRunner:
                 )
             case LoadEncoder():
                 return load_encoder_stage(stage, self.ledger)
+            case FuseEncoders():
+                return fuse_encoders_stage(stage, self.ledger)
             case LoadDecoder():
                 return load_decoder_stage(stage, self.ledger)
             case Pretrain() | Continue() | Finetune():

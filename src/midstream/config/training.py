@@ -84,7 +84,7 @@ class Training(Config):
 
 
 class ContrastiveTraining(Config):
-    """Training of a SigLIP encoder by the sigmoid image-text loss on a caption source."""
+    """Training of a vision tower by the sigmoid image-text loss on a caption source."""
 
     source: str
     text_hidden_size: Positive

@@ -27,6 +27,7 @@ from midstream.study.stage import (
     Continue,
     Evaluate,
     Finetune,
+    FuseEncoders,
     LoadDecoder,
     LoadEncoder,
     Pretrain,
@@ -39,6 +40,7 @@ MISSING = "missing"
 _TITLES = {
     "train_encoder": "Encoder",
     "load_encoder": "Encoder, imported",
+    "fuse_encoders": "Encoders, side by side",
     "load_decoder": "Language model, imported",
     "pretrain": "Text",
     "continue": "Images and text",
@@ -158,6 +160,8 @@ def _history(opened: OpenedModel) -> Iterator[tuple[Stage, float]]:
         # Before the first stage that sees.
         if encoder is not None and not (before and isinstance(before[0], Continue)):
             chain.append((encoder, 1.0))
+            towers = encoder.towers if isinstance(encoder, FuseEncoders) else ()
+            chain += [(tower, 1.0) for tower in reversed(towers)]
         stage, share = before or (None, 1.0)
     yield from reversed(chain)
 
@@ -168,9 +172,11 @@ def _entry(stage: Stage, share: float, ledger: Ledger) -> StageEntry:
     if isinstance(stage, LoadEncoder):
         contents = ", ".join(f"`{tower.content}`" for tower in stage.towers)
         lines.append(f"Imported weights, by their content: {contents}")
+    if isinstance(stage, FuseEncoders):
+        lines += [f"Tower: `{tower.name}`" for tower in stage.towers]
     if not results:
         lines.append("Its results are missing: the store does not hold this stage.")
-    elif isinstance(stage, TrainEncoder | LoadEncoder | LoadDecoder):
+    elif isinstance(stage, TrainEncoder | LoadEncoder | FuseEncoders | LoadDecoder):
         lines += [
             f"{name}: {_number(results[name])}"
             for name in ("steps", "final_loss", "retrieval")
@@ -188,7 +194,7 @@ def _entry(stage: Stage, share: float, ledger: Ledger) -> StageEntry:
         lines.append(f"Of this stage, the weights at {share * 100:g} % of its tokens were used.")
     if isinstance(stage, Pretrain | Continue | Finetune):
         lines += _settings(stage)
-    if not isinstance(stage, LoadEncoder):
+    if not isinstance(stage, LoadEncoder | FuseEncoders):
         lines.append(f"Data: {_data(stage, ledger)}")
     sources = tuple(
         _source(name, source) for name, source in sorted(results.get("sources", {}).items())

@@ -1,4 +1,6 @@
-"""A SigLIP vision tower and a text tower that are trained as a pair.
+"""A vision tower, SigLIP or DINOv2, and SigLIP's text tower that are trained as a pair.
+
+A picture is SigLIP's pooling head over its patches; of DINOv2, which has none, their mean.
 
 Parameters start by the rule of `vision.initialisers_of`; scale and bias of the loss as SigLIP
 starts them.
@@ -14,7 +16,7 @@ from torch.nn.functional import logsigmoid, normalize
 
 from midstream.config import EncoderConfig
 from midstream.model.initialise import Initialiser, initialise
-from midstream.model.vision import initialisers_of, unset
+from midstream.model.vision import Tower, initialisers_of, unset
 from midstream.model.weights import save_weights
 
 # Channels of a head of the text tower.
@@ -43,6 +45,8 @@ def build_siglip(config: EncoderConfig) -> nn.Module:
 
 class SiglipPair(nn.Module):
     """A vision and a text tower trained by the sigmoid loss over all pairs (SigLIP).
+
+    The vision tower is whole, whatever its configuration's `feature_layer` and `final_norm`.
 
     Starts initialised, by `seed`. `hidden_size` and `num_layers` are the text tower's; its heads
     have 64 channels. Texts are `max_text_tokens` ids, padded behind by the caller with any one
@@ -76,7 +80,11 @@ class SiglipPair(nn.Module):
             attn_implementation="sdpa",
         )
         self.max_text_tokens = max_text_tokens
-        self.vision = build_siglip(config)
+        self.vision: nn.Module
+        if config.family == "siglip":
+            self.vision = build_siglip(config)
+        else:
+            self.vision = Tower(config.model_copy(update={"feature_layer": -1, "final_norm": True}))
         with torch.random.fork_rng(devices=[]):
             self.text = unset(SiglipTextModel(text))
         self.logit_scale = nn.Parameter(torch.full((1,), float("nan")))
@@ -94,7 +102,7 @@ class SiglipPair(nn.Module):
                 f"texts are {input_ids.shape[1]} ids long, the text tower takes exactly "
                 f"{self.max_text_tokens}; pad them to that length"
             )
-        images = normalize(self.vision(pixel_values).pooler_output, dim=-1)
+        images = normalize(self._looks(pixel_values), dim=-1)
         texts = normalize(self.text(input_ids).pooler_output, dim=-1)
         # In float32 also under autocast: differences between pairs are small beside the scale.
         with torch.autocast(pixel_values.device.type, enabled=False):
@@ -110,9 +118,22 @@ class SiglipPair(nn.Module):
         sign = 2 * torch.eye(len(logits), device=logits.device) - 1
         return -logsigmoid(sign * logits).sum()
 
+    @property
+    def tower(self) -> nn.Module:
+        """The vision tower of transformers, as it is kept."""
+        return self.vision.tower if isinstance(self.vision, Tower) else self.vision
+
     def save_vision(self, path: Path) -> None:
         """Write the vision tower; `load_encoder` reads it."""
-        save_weights(self.vision, path)
+        save_weights(self.tower, path)
+
+    def _looks(self, pixel_values: Tensor) -> Tensor:
+        """Pictures as vectors [images, width]."""
+        if isinstance(self.vision, Tower):
+            features: Tensor = self.vision(pixel_values)
+            return features.mean(dim=1)
+        pooled: Tensor = self.vision(pixel_values).pooler_output
+        return pooled
 
     def initialisers(self) -> dict[str, Initialiser]:
         """One entry for each parameter."""

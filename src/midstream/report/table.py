@@ -14,8 +14,10 @@ from midstream.study.chain import came_from
 from midstream.study.ledger import Ledger
 from midstream.study.stage import (
     Continue,
+    EncoderStage,
     Evaluate,
     Finetune,
+    FuseEncoders,
     LoadDecoder,
     Pretrain,
     Stage,
@@ -27,6 +29,7 @@ KINDS = (
     "prepare",
     "train_encoder",
     "load_encoder",
+    "fuse_encoders",
     "load_decoder",
     "pretrain",
     "continue",
@@ -40,7 +43,7 @@ CONFIDENCE = 0.95
 class Part:
     """A stage that a result rests on, and the share of its tokens that the result uses.
 
-    `before` are stages of its kind that it starts from: image-text training in two stages.
+    `before` are others of its kind: image-text stages that it starts from, towers beside it.
     """
 
     stage: Stage
@@ -126,16 +129,26 @@ def parts_of(result: Evaluate) -> dict[str, Part]:
         )
         parts["prepare"] = Part(stage.data)
         if isinstance(stage, Continue | Finetune) and stage.encoder_stage is not None:
-            parts[stage.encoder_stage.kind] = Part(stage.encoder_stage)
+            parts |= _seeing(stage.encoder_stage)
         found = came_from(stage)
     return {kind: parts[kind] for kind in KINDS if kind in parts}
+
+
+def _seeing(encoder: EncoderStage) -> dict[str, Part]:
+    """An encoder's stage and, where it fuses them, its towers', by kind."""
+    parts: dict[str, Part] = {encoder.kind: Part(encoder)}
+    for tower in encoder.towers if isinstance(encoder, FuseEncoders) else ():
+        last = parts.get(tower.kind)
+        before = () if last is None else (*last.before, last.stage)
+        parts[tower.kind] = Part(tower, before=before)
+    return parts
 
 
 def spent(part: Part, ledger: Ledger) -> tuple[int | None, float | None]:
     """Tokens seen and seconds of the used share of a stage; None where it is not done or has none.
 
-    A share of a text run ends with the first step that reaches it, as its milestones do. Stages of
-    its kind that it starts from are added.
+    A share of a text run ends with the first step that reaches it, as its milestones do. Others of
+    its kind are added.
     """
     if part.before:
         each = [spent(Part(stage), ledger) for stage in part.before]
@@ -170,7 +183,7 @@ def line_rows(study: Study, ledger: Ledger) -> list[dict[str, Any]]:
     tasks = [task for task, _ in tasks_of(study)]
     rows = []
     # A stage that a hundred lines share is read once.
-    known: dict[tuple[str, float], tuple[int | None, float | None]] = {}
+    known: dict[tuple[float | str, ...], tuple[int | None, float | None]] = {}
     for name, role, at, result in named:
         row: dict[str, Any] = {"name": name, "role": role, "state": ledger.state(result)}
         row |= {"stage": result.name} | {f"axis.{axis}": at.get(axis) for axis in axes}
@@ -183,7 +196,8 @@ def line_rows(study: Study, ledger: Ledger) -> list[dict[str, Any]]:
         uses = {}
         for kind, part in parts_of(result).items():
             # A line's earlier stages of one kind follow from the last.
-            place = (part.stage.identity, part.share)
+            others = (other.identity for other in part.before)
+            place = (part.stage.identity, part.share, *others)
             uses[kind] = known[place] = known.get(place) or spent(part, ledger)
         for kind in ("pretrain", "continue", "finetune"):
             row[f"tokens.{kind}"] = uses[kind][0] if kind in uses else None

@@ -43,6 +43,7 @@ from midstream.study.stage import (
     Continue,
     Evaluate,
     Finetune,
+    FuseEncoders,
     LoadDecoder,
     LoadEncoder,
     Prepare,
@@ -76,7 +77,7 @@ def cost(stage: Stage, ledger: Ledger | None = None) -> StageCost:
     """
     if isinstance(stage, Prepare):
         return StageCost(tokens=0, flops=0.0, parameters=0)
-    if isinstance(stage, LoadEncoder):
+    if isinstance(stage, LoadEncoder | FuseEncoders):
         return StageCost(tokens=0, flops=0.0, parameters=encoder_parameters(stage.encoder))
     if isinstance(stage, LoadDecoder):
         return StageCost(tokens=0, flops=0.0, parameters=stage.decoder.num_parameters)

@@ -17,6 +17,7 @@ from midstream.config import (
     ContrastiveTraining,
     EncoderConfig,
     ExpectedSource,
+    FeatureType,
     Fraction,
     FusedEncoder,
     PretrainedEncoder,
@@ -73,12 +74,20 @@ class Prepare(StageBase):
 
 
 class TrainEncoder(StageBase):
-    """A SigLIP encoder trained on captions where no public one is at hand."""
+    """A SigLIP or DINOv2 tower trained on captions where no public one is at hand."""
 
     kind: Literal["train_encoder"] = "train_encoder"
     data: Prepare
     encoder: EncoderConfig
     training: ContrastiveTraining
+
+    @model_validator(mode="after")
+    def _trainable(self) -> "TrainEncoder":
+        if self.encoder.family == "siglip2":
+            raise ValueError(
+                "a siglip2 tower is imported, not trained on captions; choose siglip or dinov2"
+            )
+        return self
 
     @property
     def parents(self) -> "tuple[Prepare, ...]":
@@ -109,6 +118,42 @@ class LoadEncoder(StageBase):
     @property
     def parents(self) -> "tuple[()]":
         return ()
+
+
+class FuseEncoders(StageBase):
+    """Encoders of other stages put side by side as one; each tower's features are its own.
+
+    Prismatic's SigLIP + DINOv2, of towers that are trained here.
+    """
+
+    kind: Literal["fuse_encoders"] = "fuse_encoders"
+    towers: Annotated[
+        tuple[Annotated[TrainEncoder | LoadEncoder, Field(discriminator="kind")], ...],
+        Field(min_length=2),
+    ]
+    feature_dtype: FeatureType = "bfloat16"
+
+    @model_validator(mode="after")
+    def _alike(self) -> "FuseEncoders":
+        for tower in self.towers:
+            if isinstance(tower.encoder, FusedEncoder):
+                raise ValueError(f"{tower.name} is fused itself; give its towers one by one")
+        _ = self.encoder  # Refuses towers that do not look at the same pictures.
+        return self
+
+    @property
+    def parents(self) -> "tuple[TrainEncoder | LoadEncoder, ...]":
+        return self.towers
+
+    @property
+    def encoder(self) -> FusedEncoder:
+        """The towers as one encoder."""
+        towers = tuple(t.encoder for t in self.towers if isinstance(t.encoder, EncoderConfig))
+        return FusedEncoder(towers=towers, feature_dtype=self.feature_dtype)
+
+
+# What brings an encoder that is frozen unless a later stage trains it.
+EncoderStage = TrainEncoder | LoadEncoder | FuseEncoders
 
 
 class LoadDecoder(StageBase):

@@ -21,11 +21,10 @@ from midstream.study.cost import budget_of_sources, cost
 from midstream.study.ledger import Ledger
 from midstream.study.stage import (
     Continue,
+    EncoderStage,
     Finetune,
-    LoadEncoder,
     Prepare,
     Stage,
-    TrainEncoder,
 )
 
 # Stored features pay where each picture would be encoded this often at least, on average: below it
@@ -36,7 +35,7 @@ LEAST_VIEWS = 1.5
 FEATURE_FORMAT = 1
 
 Seeing = Continue | Finetune
-Frozen = TrainEncoder | LoadEncoder
+Frozen = EncoderStage
 # Counts are exact or expected ones.
 Number = float | int
 Draw = tuple[int, Literal["permutation", "replacement"], Number]

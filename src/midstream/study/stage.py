@@ -22,6 +22,8 @@ from midstream.config import (
 from midstream.schedule import check_end
 from midstream.study.first_stages import (
     PLANNED,
+    EncoderStage,
+    FuseEncoders,
     Imported,
     LoadDecoder,
     LoadEncoder,
@@ -35,9 +37,11 @@ __all__ = [
     "PLANNED",
     "Continue",
     "ContinueFrom",
+    "EncoderStage",
     "Evaluate",
     "Finetune",
     "FromScratch",
+    "FuseEncoders",
     "Imported",
     "InitFrom",
     "LoadDecoder",
@@ -53,9 +57,7 @@ __all__ = [
     "stage_from_json",
 ]
 
-AnyEncoderSource = Annotated[
-    TrainEncoder | LoadEncoder | PatchProjection, Field(discriminator="kind")
-]
+AnyEncoderSource = Annotated[EncoderStage | PatchProjection, Field(discriminator="kind")]
 
 
 class FromScratch(Config):
@@ -118,7 +120,7 @@ class StartText(Config):
         return self.stage.data
 
     @property
-    def encoder_stage(self) -> TrainEncoder | LoadEncoder | None:
+    def encoder_stage(self) -> EncoderStage | None:
         """Where the encoder's weights come from; None for a patch projection."""
         return None if isinstance(self.encoder, PatchProjection) else self.encoder
 
@@ -147,7 +149,7 @@ def _check_moments(optimizer: str, training: Training) -> None:
         )
 
 
-def _sees(encoder: TrainEncoder | LoadEncoder | PatchProjection) -> AnyEncoderConfig:
+def _sees(encoder: EncoderStage | PatchProjection) -> AnyEncoderConfig:
     return encoder if isinstance(encoder, PatchProjection) else encoder.encoder
 
 
@@ -199,7 +201,7 @@ class Continue(StageBase):
         return (self.data, *self._encoders, *before)
 
     @property
-    def encoder_stage(self) -> TrainEncoder | LoadEncoder | None:
+    def encoder_stage(self) -> EncoderStage | None:
         """Where the encoder's weights come from; None for a patch projection."""
         return None if isinstance(self.encoder, PatchProjection) else self.encoder
 
@@ -250,7 +252,7 @@ class Finetune(StageBase):
         return self.start.data
 
     @property
-    def encoder_stage(self) -> TrainEncoder | LoadEncoder | None:
+    def encoder_stage(self) -> EncoderStage | None:
         """Where the encoder's weights come from before any stage trains them."""
         return self.start.encoder_stage
 
@@ -284,7 +286,15 @@ class Evaluate(StageBase):
 Ranked = Pretrain | Continue | Finetune | Evaluate
 
 Stage = Annotated[
-    Prepare | TrainEncoder | LoadEncoder | LoadDecoder | Pretrain | Continue | Finetune | Evaluate,
+    Prepare
+    | TrainEncoder
+    | LoadEncoder
+    | FuseEncoders
+    | LoadDecoder
+    | Pretrain
+    | Continue
+    | Finetune
+    | Evaluate,
     Field(discriminator="kind"),
 ]
 

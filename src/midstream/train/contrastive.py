@@ -1,4 +1,4 @@
-"""Training of a SigLIP encoder on captions by the sigmoid image-text loss.
+"""Training of a SigLIP or DINOv2 tower on captions by the sigmoid image-text loss.
 
 It stands where a public encoder stands at scale. A killed run starts again; it is short, and equal
 seeds give equal bits.
@@ -111,7 +111,7 @@ def train_encoder(
         "num_parameters": sum(parameter.numel() for parameter in pair.parameters()),
         "retrieval": float(right),
         "retrieval_chance": 1 / HELD_APART,
-        "weights_digest": weights_digest(pair.vision),
+        "weights_digest": weights_digest(pair.tower),
         "seconds": time.monotonic() - started,
         "peak_memory_bytes": peak_memory_bytes(),
     }
