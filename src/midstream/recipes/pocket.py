@@ -37,6 +37,7 @@ ENCODER = EncoderConfig(
     intermediate_size=256,
     feature_layer=-3,
 )
+DINOV2 = ENCODER.model_copy(update={"family": "dinov2"})
 # Small steps: at this size many of them teach more than large ones over the same tokens.
 TEXT_ROWS = Rows(row_length=256, batch_rows=2, layout="filled")
 IMAGE_ROWS = Rows(row_length=256, batch_rows=1, layout="filled")
@@ -55,11 +56,13 @@ ASKED = Evaluation(
 )
 
 
-def encoder_stage(data: Prepare, *, num_steps: int) -> TrainEncoder:
-    """The tiny SigLIP encoder, trained on the world's captions."""
+def encoder_stage(
+    data: Prepare, *, num_steps: int, encoder: EncoderConfig = ENCODER
+) -> TrainEncoder:
+    """The tiny SigLIP encoder, or another tower, trained on the world's captions."""
     return TrainEncoder(
         data=data,
-        encoder=ENCODER,
+        encoder=encoder,
         training=ContrastiveTraining(
             source="pictures",
             text_hidden_size=64,

@@ -44,16 +44,17 @@ from midstream.study.stage import (
     PLANNED,
     Continue,
     ContinueFrom,
+    EncoderStage,
     FromScratch,
+    FuseEncoders,
     Imported,
     LoadDecoder,
     LoadEncoder,
     Prepare,
     Pretrain,
-    TrainEncoder,
 )
 
-Encoder = TrainEncoder | LoadEncoder | PatchProjection
+Encoder = EncoderStage | PatchProjection
 SIZES = ("pocket", *(size for size in DECODERS if size != "7b"))
 COMPLETIONS = (0.2, 0.4, 0.6, 0.8, 1.0)
 DATACOMP_DR = "DataComp-DR"
@@ -159,7 +160,10 @@ def _pocket_scale(shrink: float) -> Scale:
         )
 
     def scale(data: Prepare, captions: dict[str, str]) -> Scale:
-        encoder = pocket.encoder_stage(data, num_steps=few(700, 20))
+        encoder, dinov2 = (
+            pocket.encoder_stage(data, num_steps=few(700, 20), encoder=tower)
+            for tower in (pocket.ENCODER, pocket.DINOV2)
+        )
         return Scale(
             name="pocket",
             decoder=pocket.DECODER,
@@ -167,6 +171,7 @@ def _pocket_scale(shrink: float) -> Scale:
             text=pocket.text_stage(data, total_tokens=few(1_200_000, 60_000)),
             encoders={
                 "SigLIP": encoder,
+                "SigLIP + DINOv2": FuseEncoders(towers=(encoder, dinov2)),
                 "patch projection": PatchProjection(
                     image_size=pocket.ENCODER.image_size,
                     patch_size=pocket.ENCODER.patch_size,

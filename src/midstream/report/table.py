@@ -183,7 +183,7 @@ def line_rows(study: Study, ledger: Ledger) -> list[dict[str, Any]]:
     tasks = [task for task, _ in tasks_of(study)]
     rows = []
     # A stage that a hundred lines share is read once.
-    known: dict[tuple[float | str, ...], tuple[int | None, float | None]] = {}
+    known: dict[tuple[str, float, tuple[str, ...]], tuple[int | None, float | None]] = {}
     for name, role, at, result in named:
         row: dict[str, Any] = {"name": name, "role": role, "state": ledger.state(result)}
         row |= {"stage": result.name} | {f"axis.{axis}": at.get(axis) for axis in axes}
@@ -196,8 +196,8 @@ def line_rows(study: Study, ledger: Ledger) -> list[dict[str, Any]]:
         uses = {}
         for kind, part in parts_of(result).items():
             # A line's earlier stages of one kind follow from the last.
-            others = (other.identity for other in part.before)
-            place = (part.stage.identity, part.share, *others)
+            others = tuple(other.identity for other in part.before)
+            place = (part.stage.identity, part.share, others)
             uses[kind] = known[place] = known.get(place) or spent(part, ledger)
         for kind in ("pretrain", "continue", "finetune"):
             row[f"tokens.{kind}"] = uses[kind][0] if kind in uses else None
