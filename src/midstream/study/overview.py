@@ -16,6 +16,7 @@ from midstream.study.studies import AnyStudy
 
 # How the stages are listed: what moves or needs help first.
 STATES: tuple[State, ...] = ("running", "failed", "stopped", "new", "done")
+_TRAINING = ("pretrain", "continue", "finetune")
 # Slurm's states of a job that has not ended.
 _ALIVE = frozenset(
     ("PENDING", "RUNNING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING", "COMPLETING", "SUSPENDED")
@@ -172,7 +173,8 @@ class Board:
     def _estimate(self, views: Sequence[StageView]) -> dict[str, float | None]:
         """Seconds that are left of each stage: its own word, else its FLOPs at its kind's speed.
 
-        A kind without planned FLOPs is given the mean time of its finished stages.
+        A kind of training that nothing is known of has the speed of the other kinds. One without
+        planned FLOPs is given the mean time of its finished stages.
         """
         timed: dict[str, list[tuple[float, float]]] = {}
         for view in views:
@@ -182,13 +184,14 @@ class Board:
                 seconds = left / (1 - done)
             if seconds is not None:
                 timed.setdefault(view.kind, []).append((view.flops or 0.0, seconds))
+        trained = [one for kind in _TRAINING for one in timed.get(kind, ())]
         found: dict[str, float | None] = {}
         for view in views:
             if view.state == "done" or view.sign.seconds_left is not None:
                 found[view.name] = 0.0 if view.state == "done" else view.sign.seconds_left
                 continue
-            samples = timed.get(view.kind)
-            if samples is None:
+            samples = timed.get(view.kind) or (trained if view.kind in _TRAINING else None)
+            if not samples or (view.flops is None and view.kind not in timed):
                 found[view.name] = None
                 continue
             flops, seconds = sum(one for one, _ in samples), sum(one for _, one in samples)
