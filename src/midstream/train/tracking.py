@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 # Rows are handed to the trackers this often.
 SEND_SECONDS = 5.0
@@ -30,6 +30,7 @@ class TrackedRow:
     at: float
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """One place that metrics go to."""
 
