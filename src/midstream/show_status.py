@@ -67,7 +67,7 @@ def print_reasons(seen: Overview, folders: dict[str, str], console: Console) -> 
             )
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | int) -> str:
     """Seconds as a person says them, two units at most: 42 s, 3 min, 2 h 5 min, 3 d 4 h."""
     whole = round(seconds)
     if whole < 60:
@@ -85,8 +85,8 @@ def duration(seconds: float) -> str:
 def _stages(views: Sequence[StageView], width: int, names: Sequence[str]) -> Table:
     columns = [name for name, needed in _NEEDS.items() if width >= needed]
     columns = [name for name in ("loss", "tokens/s", "left", "where", "since") if name in columns]
-    table = Table(width=width, box=None, pad_edge=False, show_edge=False)
-    table.add_column("stage", no_wrap=True, overflow="ellipsis", ratio=1)
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    table.add_column("stage", no_wrap=True, overflow="ellipsis")
     table.add_column("state", no_wrap=True)
     table.add_column("done", justify="right", no_wrap=True)
     for name in columns:

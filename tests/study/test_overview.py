@@ -59,9 +59,9 @@ def test_a_study_that_nobody_has_run_is_new_idle_and_of_unknown_time(
     study: Study, ledger: Ledger
 ) -> None:
     seen = Board(study, ledger).look()
-    assert seen.counts == {"running": 0, "failed": 0, "stopped": 0, "new": 9, "done": 0}
+    assert seen.counts == {"running": 0, "failed": 0, "stopped": 0, "new": 10, "done": 0}
     assert (seen.active, seen.settled, seen.seconds_left) == (False, False, None)
-    assert seen.num_unestimated == len(seen.stages) == 9
+    assert seen.num_unestimated == len(seen.stages) == 10
 
 
 def test_a_running_stage_tells_share_loss_speed_time_left_and_place(
