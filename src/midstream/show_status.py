@@ -87,8 +87,8 @@ def _stages(views: Sequence[StageView], width: int, names: Sequence[str]) -> Tab
     columns = [name for name in ("loss", "tokens/s", "left", "where", "since") if name in columns]
     table = Table(box=None, pad_edge=False, show_edge=False)
     table.add_column("stage", no_wrap=True, overflow="ellipsis")
-    table.add_column("state", no_wrap=True)
-    table.add_column("done", justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True, min_width=7)
+    table.add_column("done", justify="right", no_wrap=True, min_width=4)
     for name in columns:
         number = name in ("loss", "tokens/s", "left")
         table.add_column(
