@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, get_type_hints
 
 from midstream import recipes
+from midstream.study.ledger import Ledger
 from midstream.study.studies import AnyStudy, Study, Suite
 
 Recipe = Callable[..., AnyStudy]
@@ -28,6 +29,24 @@ def find_study(name: str, settings: Sequence[str]) -> AnyStudy:
     if not isinstance(study, Study | Suite):
         raise ValueError(f"{name} returned a {type(study).__name__}, not a Study or a Suite")
     return study
+
+
+def stored_study(name: str, ledger: Ledger, settings: Sequence[str]) -> AnyStudy:
+    """The study last run in the store under this name, else the recipe's.
+
+    As `find_study`; a name that is neither is answered with the nearest of both.
+    """
+    stored = ledger.study_names()
+    if not settings and name in stored:
+        return ledger.load_study(name)
+    if ".py" not in name and name not in (known := catalogue()):
+        near = get_close_matches(name, [*stored, *known], n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"no study {name!r}; {hint}store {ledger.store} holds {', '.join(stored) or 'none'}, "
+            f"and there are the recipes {', '.join(known) or 'none'}"
+        )
+    return find_study(name, settings)
 
 
 def catalogue() -> dict[str, Recipe]:

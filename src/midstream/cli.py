@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
-from midstream import __version__, eval_commands, store_commands
+from midstream import __version__, eval_commands, status_command, store_commands
 from midstream.model_commands import COMMANDS
 from midstream.profile_command import profile
 
@@ -193,35 +193,13 @@ def run(
 
 @app.command()
 @user_errors
-def status(
-    study: Annotated[
-        str | None, typer.Argument(help="All studies of the store without it.")
-    ] = None,
-    store: Store = DEFAULT_STORE,
-    settings: Settings = None,
-) -> None:
-    """Show how far the studies of a store are."""
-    from midstream import terminal
-    from midstream.study.graph import plan as plan_study
-    from midstream.study.ledger import Ledger
-
-    ledger = Ledger(store)
-    names = ledger.study_names() if study is None else [study]
-    if not names:
-        raise FileNotFoundError(f"store {store} holds no study; run one, or give another --store")
-    for name in names:
-        work = plan_study(_stored_study(name, ledger, settings or []), ledger)
-        terminal.print_states(work, ledger, terminal.out())
-
-
-@app.command()
-@user_errors
 def report(study: StudyName, store: Store = DEFAULT_STORE, settings: Settings = None) -> None:
     """Write a study's page, table and figures from what is done."""
+    from midstream.catalogue import stored_study
     from midstream.study.ledger import Ledger
 
     ledger = Ledger(store)
-    _report(_stored_study(study, ledger, settings or []), ledger)
+    _report(stored_study(study, ledger, settings or []), ledger)
 
 
 class Section(StrEnum):
@@ -367,7 +345,13 @@ def demo(
     terminal.out().print(text)
 
 
-for command_name, command_of in {**COMMANDS, **eval_commands.COMMANDS, "profile": profile}.items():
+ALL_COMMANDS = {
+    **COMMANDS,
+    **eval_commands.COMMANDS,
+    **status_command.COMMANDS,
+    "profile": profile,
+}
+for command_name, command_of in ALL_COMMANDS.items():
     app.command(command_name)(user_errors(command_of))
 
 
@@ -377,15 +361,6 @@ store_app = typer.Typer(
 for store_name, store_command in store_commands.COMMANDS.items():
     store_app.command(store_name)(user_errors(store_command))
 app.add_typer(store_app, name="store")
-
-
-def _stored_study(name: str, ledger: "Ledger", settings: list[str]) -> "AnyStudy":
-    """The study last run in the store under this name, else the recipe's."""
-    from midstream.catalogue import find_study
-
-    if not settings and name in ledger.study_names():
-        return ledger.load_study(name)
-    return find_study(name, settings)
 
 
 def _run(study: "AnyStudy", ledger: "Ledger", machine: "Machine") -> int:

@@ -40,6 +40,7 @@ from midstream.storage import remove_folder, verify
 from midstream.study.chain import came_from
 from midstream.study.ledger import Ledger, OpenStage, Stopped
 from midstream.study.pictures import choice_for, feature_folder, feature_plan
+from midstream.study.placement import require_trackers
 from midstream.study.stage import (
     Continue,
     Evaluate,
@@ -61,6 +62,8 @@ from midstream.train.contrastive import train_encoder
 from midstream.train.loop import Interrupted, Job, Start, train
 from midstream.train.parallel import peak_memory_bytes, set_up
 from midstream.train.sharding import build_model
+from midstream.train.trackers import tracking_of
+from midstream.train.tracking import Tracking
 from midstream.train.watch import Watch
 
 Report = Callable[[dict[str, Any]], None]
@@ -81,9 +84,14 @@ class StageRunner:
         lost: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self.ledger, self.machine, self.features = ledger, machine, machine.features
-        self.report, self.should_stop = report, should_stop
+        self.should_stop = should_stop
+        self._tell = report
+        self._opened: OpenStage | None = None
+        self._tracking: Tracking | None = None
         self.place = set_up(machine)
         self.device = self.place.device
+        if self.place.rank == 0:
+            require_trackers(machine)
         if self.place.note is not None and self.place.rank == 0:
             print(self.place.note, file=sys.stderr)
         self.watch = Watch(self.place, machine.rank_timeout_seconds, lost)
@@ -99,9 +107,9 @@ class StageRunner:
         for parent in stage.parents:
             self.ledger.results(parent)
         with ExitStack() as held:
-            opened = self._open(stage, held)
+            opened = self._opened = self._open(stage, held)
             try:
-                results = self._execute(stage)
+                results = self._tracked(stage)
             except Interrupted as reason:
                 raise Stopped(str(reason)) from None
             except Exception as error:
@@ -115,6 +123,31 @@ class StageRunner:
             if opened is not None:
                 opened.finish(measured | results)
         return measured | results
+
+    def report(self, values: dict[str, Any]) -> None:
+        """Tell how far the stage is, and keep it in its folder."""
+        self._tell(values)
+        if self._opened is not None:
+            self._opened.progress.note(values)
+
+    def _tracked(self, stage: Stage) -> dict[str, Any]:
+        """Execute with the machine's trackers; `tracking` says which of them failed, if any did."""
+        self._tracking = None
+        if self._opened is not None and isinstance(stage, Ranked | TrainEncoder):
+            about, folder = stage.model_dump(mode="json"), self._opened.folder
+            self._tracking = tracking_of(self.machine, folder, stage.name, stage.kind, about)
+        if self._tracking is None:
+            return self._execute(stage)
+        failed = True
+        try:
+            results = self._execute(stage)
+            failed = False
+        except Interrupted:
+            failed = False
+            raise
+        finally:
+            troubles = self._tracking.close(failed)
+        return results | ({"tracking": troubles} if troubles else {})
 
     def close(self) -> None:
         """After the last stage: this rank leaves the others in peace."""
@@ -154,6 +187,7 @@ class StageRunner:
                     folder,
                     self.device,
                     report=self.report,
+                    tracking=self._tracking,
                 )
             case LoadEncoder():
                 return load_encoder_stage(stage, self.ledger)
@@ -209,6 +243,7 @@ class StageRunner:
             report=self.report,
             should_stop=self.should_stop,
             watch=self.watch,
+            tracking=self._tracking,
         )
         if not isinstance(stage, Pretrain):
             progress = checkpoint.Progress(
@@ -302,6 +337,9 @@ class StageRunner:
             raise Interrupted(str(reason)) from None
         if self.place.rank == 0:
             remove_folder(kept)
+        if self._tracking is not None:
+            self._tracking.begin()
+            self._tracking.log(scores_of(results), prefix="score")
         return {**results, "weights_digest": answerer.weights_digest}
 
     def _sources(self, data: Prepare) -> dict[str, Any]:
@@ -356,6 +394,13 @@ def _moments(stage: Continue | Finetune) -> Literal["carry", "fresh", "warm"]:
     """Whether Adam's moments come along; image-text stages keep none of theirs."""
     start = stage.start
     return "fresh" if isinstance(start, Continue | FromScratch) else start.optimizer
+
+
+def scores_of(results: Mapping[str, Any]) -> dict[str, float | int]:
+    """What an evaluation found, as one line of metrics: each task's score, and the stable ones."""
+    scores = {name: task["score"] for name, task in results["tasks"].items()}
+    stable = {f"stable.{name}": value for name, value in results["stable"].items()}
+    return {"step": 0, **scores, **{k: v for k, v in stable.items() if v is not None}}
 
 
 def unchanged(images: torch.Tensor) -> torch.Tensor:

@@ -232,25 +232,6 @@ def print_plan(plan: Plan, console: Console) -> None:
         )
 
 
-def print_states(plan: Plan, ledger: Ledger, console: Console) -> None:
-    """How many stages of each kind are in which state, and every one that failed or runs."""
-    table = Table("kind", *STATES, title=escape(plan.study.name))
-    for kind in dict.fromkeys(row.stage.kind for row in plan.rows):
-        counts = Counter(row.state for row in plan.rows if row.stage.kind == kind)
-        table.add_row(kind, *(str(counts[state]) if counts[state] else "" for state in STATES))
-    console.print(table)
-    for row in plan.rows:
-        if row.state in ("failed", "stopped", "running"):
-            status = ledger.status(row.stage)
-            text = f": {status['error']}" if status.get("error") else ""
-            console.print(
-                f"{ledger.folder(row.stage)} is {row.state} since "
-                f"{status.get('ended') or status.get('started')}{text}",
-                markup=False,
-                soft_wrap=True,
-            )
-
-
 def print_results(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """The lines of a study with their axes, stable scores (in points) and seconds."""
     axes = [name for name in (rows[0] if rows else {}) if name.startswith("axis.")]

@@ -176,9 +176,14 @@ class Machine(Config):
     features: Literal["auto", "stored", "live"] = "auto"
     max_feature_gib: Annotated[float, Field(ge=0)] = 64.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Where metrics go beside metrics.jsonl, and under which project.
+    tracking: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    tracking_project: Annotated[str, Field(min_length=1)] = "midstream"
 
     @model_validator(mode="after")
     def _consistent(self) -> "Machine":
+        if len(set(self.tracking)) < len(self.tracking):
+            raise ValueError(f"tracking names one twice: {', '.join(self.tracking)}")
         if self.node >= self.nodes:
             raise ValueError(f"node {self.node} is none of {self.nodes} nodes (they start at 0)")
         if self.nodes > 1 and self.master is None:

@@ -6,9 +6,8 @@ The success mark is the last file written; a folder without it is unfinished.
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,6 +21,7 @@ from midstream.storage import (
     write_bytes,
     write_json,
 )
+from midstream.study.progress import ProgressFile, log_here, now
 from midstream.study.stage import Stage, stage_from_json
 from midstream.study.studies import AnyStudy, study_from_json
 
@@ -29,6 +29,8 @@ SUCCESS = "SUCCESS"
 # A reader asks whether a lock is held by taking it for an instant; who means to keep the lock
 # tries again for this long, so that a glance at the store never fails a stage.
 GLANCE_SECONDS = 0.5
+# What status.json says of the process that ran a stage; `docs/store.md`.
+ABOUT = ("host", "pid", "ranks", "started", "log", "log_start")
 
 State = Literal["done", "running", "failed", "stopped", "new"]
 
@@ -44,6 +46,7 @@ class OpenStage:
         self.stage = stage
         self.folder = folder
         self.results: dict[str, Any] | None = None
+        self.progress = ProgressFile(folder)
 
     def finish(self, results: dict[str, Any]) -> None:
         """Hand in what becomes `results.json` when the block ends well."""
@@ -140,8 +143,8 @@ class Ledger:
             subfolders = [item for item in folder.iterdir() if item.is_dir()]
             for place in (*subfolders, folder):
                 remove_leftovers(place)
-            started = _now()
-            self._write_status(stage, "running", started=started)
+            about = _about(self.store, stage)
+            self._write_status(stage, "running", about)
             work = OpenStage(stage, folder)
             try:
                 yield work
@@ -149,13 +152,14 @@ class Ledger:
                     raise RuntimeError(f"stage {stage.name} ended without handing in its results")
                 write_json(folder / "results.json", work.results)
             except (Stopped, KeyboardInterrupt) as reason:
-                self._write_status(stage, "stopped", error=str(reason) or None, started=started)
+                self._write_status(stage, "stopped", about, error=str(reason) or None)
                 raise
             except BaseException as error:
                 text = f"{type(error).__name__}: {error}"
-                self._write_status(stage, "failed", error=text, started=started)
+                self._write_status(stage, "failed", about, error=text)
                 raise
-            self._write_status(stage, "done", started=started)
+            work.progress.remove()
+            self._write_status(stage, "done", about)
             write_bytes(folder / SUCCESS, f"{stage.identity}\n".encode())
 
     def mark_failed(self, stage: Stage, error: str) -> None:
@@ -166,9 +170,10 @@ class Ledger:
         folder = self.folder(stage)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "status.json"
-        started = read_json(path).get("started") if path.is_file() else None
+        before = read_json(path) if path.is_file() else {}
+        about = _about(None, stage) | {key: before[key] for key in ABOUT if key in before}
         with _stage_lock(folder):
-            self._write_status(stage, "failed", error=error, started=started)
+            self._write_status(stage, "failed", about, error=error)
 
     def save_study(self, study: AnyStudy) -> Path:
         """Keep the study as last run in `studies/`; returns the file."""
@@ -189,17 +194,22 @@ class Ledger:
         return sorted(path.stem for path in (self.store / "studies").glob("*.json"))
 
     def _write_status(
-        self, stage: Stage, state: State, *, started: str | None, error: str | None = None
+        self, stage: Stage, state: State, about: Mapping[str, Any], *, error: str | None = None
     ) -> None:
-        value = {
-            "state": state,
-            "error": error,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": started,
-            "ended": None if state == "running" else _now(),
-        }
+        ended = None if state == "running" else now()
+        value = {"state": state, "error": error, **about, "ended": ended}
         write_json(self.folder(stage) / "status.json", value)
+
+
+def _about(store: Path | None, stage: Stage) -> dict[str, Any]:
+    """ABOUT of a stage that this process starts; without a store, of one that it never saw."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "ranks": int(os.environ.get("WORLD_SIZE", 1)),
+        "started": None if store is None else now(),
+        **({} if store is None else log_here(store, stage.name)),
+    }
 
 
 @contextmanager
@@ -273,7 +283,3 @@ def _refuse_another(folder: Path, stage: Stage) -> None:
             f"{path} holds a {found.kind} of identity {found.identity}, not {stage.identity}; "
             f"the folder was renamed or edited: move it away"
         )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,13 +1,23 @@
 """Lines, and what is asked of them: studies, their figure and table, and suites of studies."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, model_validator
+from pydantic import AfterValidator, Field, TypeAdapter, model_validator
 
-from midstream.config import Config
+from midstream.config import Config, Machine
 from midstream.study.stage import Evaluate
 
 Axis = float | int | str
+
+
+def _placed(values: dict[str, Any]) -> dict[str, Any]:
+    """As they came, if a machine can be made of them."""
+    Machine.model_validate(values)
+    return values
+
+
+# Fields of `Machine` that a study's runs take unless they are told otherwise; no identity has them.
+Placed = Annotated[dict[str, Any], AfterValidator(_placed)]
 
 
 class Line(Config):
@@ -86,6 +96,7 @@ class Study(Config):
     """A set of lines, the question they answer and the figure that shows it.
 
     `baselines` are evaluations beside the lines: text-only models, by a name for the table.
+    `machine` is where it runs unless a run says otherwise (`study/placement.py`).
     """
 
     kind: Literal["study"] = "study"
@@ -97,6 +108,7 @@ class Study(Config):
     claims: tuple[Claim, ...] = ()
     baselines: dict[str, Evaluate] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    machine: Placed = Field(default_factory=dict)
 
     @property
     def named_results(self) -> tuple[tuple[str, Evaluate], ...]:
@@ -115,13 +127,17 @@ class Study(Config):
 
 
 class Suite(Config):
-    """Several studies run as one, so that they share their stages; each has its own report."""
+    """Several studies run as one, so that they share their stages; each has its own report.
+
+    `machine` places all of them; what the studies say of it themselves counts where they run alone.
+    """
 
     kind: Literal["suite"] = "suite"
     name: str
     question: str
     studies: tuple[Study, ...]
     notes: tuple[str, ...] = ()
+    machine: Placed = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _distinct(self) -> "Suite":

@@ -27,6 +27,7 @@ from typing import Any
 from midstream.config import Machine
 from midstream.storage import write_json
 from midstream.study.graph import PlanRow
+from midstream.study.progress import LOG
 from midstream.study.stage import Stage
 
 Event = dict[str, Any]
@@ -69,7 +70,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stream,
-                env=worker_environment(machine),
+                env=worker_environment(machine) | {LOG: str(self.log.absolute())},
                 # Ctrl-C goes to the launcher alone, which asks the workers to stop.
                 start_new_session=True,
             )

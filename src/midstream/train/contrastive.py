@@ -25,6 +25,7 @@ from midstream.train.metrics import MetricsLog
 from midstream.train.optim import set_rate
 from midstream.train.parallel import autocast, peak_memory_bytes
 from midstream.train.step import NonFiniteError
+from midstream.train.tracking import Tracking
 
 # Captions kept out of the training to measure retrieval on.
 HELD_APART = 256
@@ -39,6 +40,7 @@ def train_encoder(
     device: torch.device,
     *,
     report: Callable[[dict[str, Any]], None],
+    tracking: Tracking | None = None,
 ) -> dict[str, Any]:
     """Train, write `weights/` (vision tower only), return the stage's `results.json`.
 
@@ -66,7 +68,7 @@ def train_encoder(
     optimizer = torch.optim.AdamW(
         pair.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=training.weight_decay, fused=True
     )
-    log = MetricsLog(folder / "metrics.jsonl", 0)
+    log = MetricsLog(folder / "metrics.jsonl", 0, tracking)
     losses = []
     shown = 0.0
     for step in range(training.num_steps):

@@ -32,6 +32,7 @@ from midstream.train.optim import freeze, is_trained, make_optimizer
 from midstream.train.parallel import ALONE, Place, peak_memory_bytes
 from midstream.train.start_checks import StartChecks
 from midstream.train.step import NonFiniteError, StepResult, train_step
+from midstream.train.tracking import Tracking
 from midstream.train.watch import Watch
 
 
@@ -108,6 +109,7 @@ def train(
     report: Report,
     should_stop: Callable[[], bool],
     watch: Watch | None = None,
+    tracking: Tracking | None = None,
 ) -> dict[str, Any]:
     """Run the stage to its end; returns its `results.json`, on every rank.
 
@@ -127,9 +129,8 @@ def train(
     progress = _begin(job, optimizer, place)
     begun = progress.step
     checks.begin(job.folder, optimizer, progress, job.rate_at(progress.tokens_seen), machine)
-    log = MetricsLog(
-        job.folder / "metrics.jsonl" if place.rank == 0 else None, progress.metrics_bytes
-    )
+    metrics = job.folder / "metrics.jsonl" if place.rank == 0 else None
+    log = MetricsLog(metrics, progress.metrics_bytes, tracking)
     saver = Saver(place, background=machine.saving == "background")
     keeper = _Keeper(job, optimizer, saver, machine.keep_checkpoints, progress)
     steps = load_steps(

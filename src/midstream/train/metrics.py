@@ -5,16 +5,20 @@ import os
 from pathlib import Path
 from typing import Any
 
+from midstream.train.tracking import Tracking
+
 
 class MetricsLog:
     """Appends to `metrics.jsonl`; `position` is its length in bytes, kept in checkpoints.
 
-    Without a path (on all ranks but the first) nothing is written. Raises ValueError if the file
+    Without a path (on all ranks but the first) nothing is written. `tracking` gets every line too,
+    and is begun here: it knows then which lines are kept. Raises ValueError if the file
     is shorter than the position that a stage resumes from.
     """
 
-    def __init__(self, path: Path | None, position: int) -> None:
+    def __init__(self, path: Path | None, position: int, tracking: Tracking | None = None) -> None:
         self._stream = None
+        self._tracking = tracking
         if path is None:
             return
         path.touch()
@@ -26,6 +30,8 @@ class MetricsLog:
         # Lines behind the checkpoint belong to steps that are about to be taken again.
         os.truncate(path, position)
         self._stream = path.open("a", encoding="utf-8")
+        if tracking is not None:
+            tracking.begin(path, position)
 
     @property
     def position(self) -> int:
@@ -40,6 +46,8 @@ class MetricsLog:
         line = json.dumps(values, allow_nan=False) + "\n"
         if self._stream is not None:
             self._stream.write(line)
+            if self._tracking is not None:
+                self._tracking.log(values)
 
     def sync(self) -> None:
         """Bring all lines to the disk: a checkpoint must not outlive the lines it counts."""

@@ -1,0 +1,249 @@
+"""Where a study stands, from its store alone: each stage's state, progress, place, time left."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from midstream.storage import read_json
+from midstream.study.cost import StageCost, cost
+from midstream.study.graph import order
+from midstream.study.ledger import Ledger, State, is_held
+from midstream.study.progress import Sign, read_sign
+from midstream.study.stage import Prepare, Stage, TrainEncoder
+from midstream.study.studies import AnyStudy
+
+# How the stages are listed: what moves or needs help first.
+STATES: tuple[State, ...] = ("running", "failed", "stopped", "new", "done")
+_TRAINING = ("pretrain", "continue", "finetune")
+# Slurm's states of a job that has not ended.
+_ALIVE = frozenset(
+    ("PENDING", "RUNNING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING", "COMPLETING", "SUSPENDED")
+)
+
+
+@dataclass(frozen=True)
+class StageView:
+    """One stage: how it stands, how far it is (`sign`), and where it runs or ran."""
+
+    name: str
+    kind: str
+    state: State
+    sign: Sign = field(default_factory=Sign)
+    flops: float | None = None
+    host: str | None = None
+    pid: int | None = None
+    ranks: int = 1
+    job: str | None = None
+    job_state: str | None = None
+    since: str | None = None
+    error: str | None = None
+
+    @property
+    def has_job(self) -> bool:
+        """Whether Slurm still has something to do for it."""
+        return self.state != "done" and (self.job_state or "").split(" ")[0] in _ALIVE
+
+    @property
+    def where(self) -> str:
+        """Host, process, ranks and job, as far as they are known."""
+        parts = [] if self.host is None else [f"{self.host}:{self.pid}"]
+        parts += [f"{self.ranks} ranks"] if self.ranks > 1 else []
+        if self.job is not None:
+            parts.append(f"job {self.job}" + (f" ({self.job_state})" if self.job_state else ""))
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A study at one moment.
+
+    `seconds_left` is an estimate, None where nothing is left or nothing is known; it leaves out
+    `num_unestimated` stages. `blocked` counts the new stages that wait for a failed one. `active`:
+    a stage or a launcher runs, or Slurm holds a job.
+    """
+
+    study: str
+    stages: tuple[StageView, ...]
+    seconds_left: float | None
+    num_unestimated: int
+    num_blocked: int
+    active: bool
+
+    @property
+    def counts(self) -> dict[State, int]:
+        """Stages by state."""
+        found = Counter(view.state for view in self.stages)
+        return {state: found[state] for state in STATES}
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left that could still be started: all are done, failed or blocked."""
+        counts = self.counts
+        return counts["new"] == self.num_blocked and not counts["running"] + counts["stopped"]
+
+
+class Board:
+    """Looks at a study again and again; what cannot change is read once."""
+
+    def __init__(self, study: AnyStudy, ledger: Ledger) -> None:
+        self.study, self.ledger = study, ledger
+        self.stages = {stage.name: stage for stage in order(study)}
+        self.parents = {name: stage.parents for name, stage in self.stages.items()}
+        self._costs: dict[str, StageCost] = {}
+        self._seconds: dict[str, float] = {}
+        self._prepared: frozenset[str] = frozenset()
+
+    def look(self) -> Overview:
+        """The study as it stands; changes nothing."""
+        jobs = slurm_jobs(self.ledger.store)
+        states = {name: self.ledger.state(stage) for name, stage in self.stages.items()}
+        self._read_costs(states)
+        views = [
+            self._view(stage, states[name], jobs.get(name, {}))
+            for name, stage in self.stages.items()
+        ]
+        blocked = self._blocked(states)
+        seconds = self._estimate([view for view in views if view.name not in blocked])
+        open_ones = [v.name for v in views if v.state != "done" and v.name not in blocked]
+        known = {n: left for n in open_ones if (left := seconds[n]) is not None}
+        running = sum(view.state == "running" for view in views)
+        launcher = is_held(self.ledger.store / "launch.lock")
+        return Overview(
+            study=self.study.name,
+            stages=tuple(views),
+            seconds_left=self._left(known, max(running, 1)) if known else None,
+            num_unestimated=len(open_ones) - len(known),
+            num_blocked=sum(states[name] == "new" for name in blocked),
+            active=running > 0 or launcher or any(view.has_job for view in views),
+        )
+
+    def _read_costs(self, states: Mapping[str, State]) -> None:
+        """What a stage costs is known better once its data is prepared."""
+        prepared = frozenset(
+            name
+            for name, stage in self.stages.items()
+            if isinstance(stage, Prepare) and states[name] == "done"
+        )
+        if prepared != self._prepared or not self._costs:
+            self._prepared = prepared
+            self._costs = {name: cost(stage, self.ledger) for name, stage in self.stages.items()}
+        for name, stage in self.stages.items():
+            if states[name] == "done" and name not in self._seconds:
+                self._seconds[name] = float(self.ledger.results(stage)["seconds"])
+
+    def _view(self, stage: Stage, state: State, job: Mapping[str, Any]) -> StageView:
+        costs = self._costs[stage.name]
+        view = StageView(
+            stage.name,
+            stage.kind,
+            state,
+            flops=costs.flops,
+            job=None if job.get("id") is None else str(job["id"]),
+            job_state=None if job.get("state") is None else str(job["state"]),
+        )
+        if state in ("new", "done"):
+            return view
+        status = self.ledger.status(stage)
+        # An encoder's steps count patches, its cost captions too: only its own notes know.
+        total = None if isinstance(stage, TrainEncoder) else costs.tokens
+        sign = read_sign(self.ledger.folder(stage), total)
+        if state != "running":
+            sign = replace(sign, tokens_per_second=0.0, seconds_left=None)
+        return replace(
+            view,
+            sign=sign,
+            host=status.get("host"),
+            pid=status.get("pid"),
+            ranks=int(status.get("ranks") or 1),
+            since=status.get("ended") or status.get("started"),
+            error=status.get("error"),
+        )
+
+    def _blocked(self, states: Mapping[str, State]) -> set[str]:
+        """Those that are not done and stand behind a failed one."""
+        found: set[str] = set()
+        for name, parents in self.parents.items():  # parents stand before their children
+            lost = any(states[p.name] == "failed" or p.name in found for p in parents)
+            if lost and states[name] != "done":
+                found.add(name)
+        return found
+
+    def _estimate(self, views: Sequence[StageView]) -> dict[str, float | None]:
+        """Seconds that are left of each stage: its own word, else its FLOPs at its kind's speed.
+
+        A kind of training that nothing is known of has the speed of the other kinds. One without
+        planned FLOPs is given the mean time of its finished stages.
+        """
+        timed: dict[str, list[tuple[float, float]]] = {}
+        for view in views:
+            seconds = self._seconds.get(view.name)
+            left, done = view.sign.seconds_left, view.sign.done
+            if seconds is None and left is not None and done is not None and done < 1:
+                seconds = left / (1 - done)
+            if seconds is not None:
+                timed.setdefault(view.kind, []).append((view.flops or 0.0, seconds))
+        trained = [one for kind in _TRAINING for one in timed.get(kind, ())]
+        found: dict[str, float | None] = {}
+        for view in views:
+            if view.state == "done" or view.sign.seconds_left is not None:
+                found[view.name] = 0.0 if view.state == "done" else view.sign.seconds_left
+                continue
+            samples = timed.get(view.kind) or (trained if view.kind in _TRAINING else None)
+            if not samples or (view.flops is None and view.kind not in timed):
+                found[view.name] = None
+                continue
+            flops, seconds = sum(one for one, _ in samples), sum(one for _, one in samples)
+            whole = seconds / len(samples)
+            if flops and view.flops is not None:
+                whole = view.flops * seconds / flops
+            found[view.name] = whole * (1 - (view.sign.done or 0.0))
+        return found
+
+    def _left(self, seconds: Mapping[str, float], side_by_side: int) -> float:
+        """The longest chain, or all of it over as many stages as run now, whichever is more."""
+        chains: dict[str, float] = {}
+        for name, parents in self.parents.items():
+            before = max((chains.get(parent.name, 0.0) for parent in parents), default=0.0)
+            chains[name] = before + seconds.get(name, 0.0)
+        return max(max(chains.values()), sum(seconds.values()) / side_by_side)
+
+
+def slurm_jobs(store: Path) -> dict[str, dict[str, Any]]:
+    """What `slurm.json` says of the stages' jobs (`id`, `state`); nothing where there is none."""
+    path = store / "slurm.json"
+    found = read_json(path) if path.is_file() else {}
+    jobs = found.get("jobs") if isinstance(found, dict) else None
+    if not isinstance(jobs, dict):
+        return {}
+    return {name: job for name, job in jobs.items() if isinstance(job, dict)}
+
+
+def overview_json(seen: Overview) -> dict[str, Any]:
+    """An overview as plain values."""
+    return {
+        "study": seen.study,
+        "counts": seen.counts,
+        "num_blocked": seen.num_blocked,
+        "active": seen.active,
+        "seconds_left": seen.seconds_left,
+        "num_unestimated": seen.num_unestimated,
+        "stages": [
+            {
+                "name": view.name,
+                "kind": view.kind,
+                "state": view.state,
+                **{key: getattr(view.sign, key) for key in Sign.__dataclass_fields__},
+                "flops": view.flops,
+                "host": view.host,
+                "pid": view.pid,
+                "ranks": view.ranks,
+                "job": view.job,
+                "job_state": view.job_state,
+                "since": view.since,
+                "error": view.error,
+            }
+            for view in seen.stages
+        ],
+    }

@@ -1,0 +1,286 @@
+import json
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from midstream.config import Machine
+from midstream.study.placement import require_trackers
+from midstream.train import tracking as tracking_module
+from midstream.train.metrics import MetricsLog
+from midstream.train.trackers import TensorBoard, tracking_of
+from midstream.train.tracking import TrackedRow, Tracking
+
+pytest.importorskip("tensorboard", reason="the extra 'tensorboard' is not installed")
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+NAME = "continue-0123456789abcdef"
+
+
+def rows(*steps: int) -> list[TrackedRow]:
+    return [TrackedRow(step, {"train/loss": step / 8}, 1000.0 + step) for step in steps]
+
+
+def scalars(folder: Path, tag: str = "train/loss") -> list[tuple[int, float]]:
+    """Every value in the event files, as TensorBoard reads them; all of them are kept."""
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    found.Reload()
+    return [(event.step, event.value) for event in found.Scalars(tag)]
+
+
+class Recorder:
+    """A tracker that keeps what it gets, and fails where it is told to."""
+
+    def __init__(self, last: int | None = None, fails: Sequence[str] = ()) -> None:
+        self.last, self.fails = last, fails
+        self.began: int | None = None
+        self.steps: list[int] = []
+        self.ended: bool | None = None
+
+    def begin(self, step: int) -> int:
+        if "begin" in self.fails:
+            raise ConnectionError("no network")
+        self.began = step
+        return step if self.last is None else self.last
+
+    def send(self, rows: Sequence[TrackedRow]) -> None:
+        if "send" in self.fails:
+            raise ConnectionError("no network")
+        self.steps += [row.step for row in rows]
+
+    def finish(self, failed: bool) -> None:
+        self.ended = failed
+
+
+def log_of(path: Path, position: int, tracker: object) -> tuple[MetricsLog, Tracking]:
+    made = Tracking({"recorder": lambda: tracker})  # type: ignore[dict-item, return-value]
+    return MetricsLog(path, position, made), made
+
+
+def write(log: MetricsLog, *steps: int) -> None:
+    for step in steps:
+        log.write(step=step, loss=step / 8)
+
+
+# ------------------------------------------------------------------------------ TensorBoard
+
+
+def test_an_event_file_holds_each_steps_values_and_times(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    assert board.begin(-1) == -1
+    board.send(rows(1, 2))
+    board.send(rows(3))
+    board.finish(False)
+    assert scalars(tmp_path) == [(1, 0.125), (2, 0.25), (3, 0.375)]
+    found = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
+    assert [event.wall_time for event in found] == [1001.0, 1002.0, 1003.0]
+
+
+def test_an_event_file_is_cut_back_to_the_step_that_a_stage_goes_on_from(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    board.begin(-1)
+    board.send(rows(1, 2, 3, 4))
+    board.finish(False)
+    again = TensorBoard(tmp_path)
+    assert again.begin(2) == 2
+    again.send([TrackedRow(3, {"train/loss": 9.0}, 0.0)])
+    again.finish(False)
+    assert scalars(tmp_path) == [(1, 0.125), (2, 0.25), (3, 9.0)]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_record_that_a_killed_process_left_torn_is_cut_off(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    board.begin(-1)
+    board.send(rows(1, 2))
+    board.finish(False)
+    (path,) = tmp_path.iterdir()
+    os.truncate(path, path.stat().st_size - 5)
+    again = TensorBoard(tmp_path)
+    assert again.begin(2) == 1
+    again.send(rows(2, 3))
+    again.finish(False)
+    assert [step for step, _ in scalars(tmp_path)] == [1, 2, 3]
+
+
+def test_a_stage_that_starts_again_without_a_checkpoint_begins_an_empty_series(
+    tmp_path: Path,
+) -> None:
+    for _ in range(2):
+        board = TensorBoard(tmp_path)
+        assert board.begin(-1) == -1
+        board.send(rows(1, 2))
+        board.finish(False)
+    assert [step for step, _ in scalars(tmp_path)] == [1, 2]
+
+
+# ------------------------------------------------------------------------------ the series
+
+
+def test_a_tracker_gets_every_line_once_and_those_from_before_it_was_asked_for(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    plain = MetricsLog(path, 0)
+    write(plain, 1, 2)
+    position = plain.position
+    write(plain, 3)
+    plain.close()
+    recorder = Recorder(last=-1)
+    log, made = log_of(path, position, recorder)
+    write(log, 3, 4)
+    log.close()
+    assert made.close() == {}
+    assert recorder.began == 2
+    assert recorder.steps == [1, 2, 3, 4]
+    assert recorder.ended is False
+
+
+def test_a_tracker_that_only_takes_more_is_not_sent_what_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    recorder = Recorder(last=3)
+    log, made = log_of(path, 0, recorder)
+    write(log, 1, 2, 3, 4, 5)
+    log.close()
+    made.close()
+    assert recorder.steps == [4, 5]
+
+
+@pytest.mark.parametrize(("fails", "number"), [("begin", 1), ("send", 1)])
+def test_a_tracker_that_fails_is_counted_told_once_and_changes_no_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: str, number: int
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log, made = log_of(path, 0, Recorder(fails=[fails]))
+    write(log, 1, 2)
+    log.close()
+    first = "ConnectionError: no network"
+    assert made.close() == {"recorder": {"failures": number, "first": first}}
+    assert capsys.readouterr().err.count(f"tracking by recorder failed: {first}") == 1
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_every_failure_is_counted_and_one_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking_module, "SEND_SECONDS", 0.001)
+    failed = threading.Event()
+
+    class Twice(Recorder):
+        def send(self, rows: Sequence[TrackedRow]) -> None:
+            failed.set()
+            raise ConnectionError("gone")
+
+    log, made = log_of(tmp_path / "metrics.jsonl", 0, Twice())
+    write(log, 1)
+    assert failed.wait(20)
+    write(log, 2)
+    log.close()
+    assert made.close()["recorder"]["failures"] == 2
+    assert capsys.readouterr().err.count("failed") == 1
+
+
+def test_a_tracker_that_hangs_does_not_hold_the_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking_module, "CLOSE_SECONDS", 0.05)
+    release = threading.Event()
+
+    class Hanging(Recorder):
+        def begin(self, step: int) -> int:
+            release.wait(20)
+            return step
+
+    log, made = log_of(tmp_path / "metrics.jsonl", 0, Hanging())
+    write(log, 1)
+    log.close()
+    assert "TimeoutError: it was not done within 0.05 s" in made.close()["recorder"]["first"]
+    release.set()
+
+
+# ------------------------------------------------------------------------------ which, and where
+
+
+def test_a_machine_without_trackers_has_none(tmp_path: Path) -> None:
+    assert tracking_of(Machine(), tmp_path, NAME, "continue", {}) is None
+
+
+def test_a_tracker_that_is_not_installed_is_refused_with_its_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = Machine.model_validate({"tracking": ["tensorboard", "wandb"]})
+    there = lambda name: None if name == "wandb" else object()  # noqa: E731
+    monkeypatch.setattr("midstream.study.placement.find_spec", there)
+    with pytest.raises(ValueError, match=r"asks for wandb.*pip install 'midstream\[wandb\]'"):
+        require_trackers(machine)
+    require_trackers(Machine.model_validate({"tracking": ["tensorboard"]}))
+
+
+def test_trackers_that_do_not_exist_or_stand_twice_are_refused() -> None:
+    with pytest.raises(ValueError, match="tensorboard"):
+        Machine.model_validate({"tracking": ["tensorbord"]})
+    with pytest.raises(ValueError, match="names one twice"):
+        Machine.model_validate({"tracking": ["wandb", "wandb"]})
+
+
+def test_weights_and_biases_offline_goes_on_with_its_run_and_sends_no_step_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb", reason="the extra 'wandb' is not installed")
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    machine = Machine.model_validate({"tracking": ["wandb"], "tracking_project": "mine"})
+    path, positions = tmp_path / "metrics.jsonl", [0]
+    for steps in ((1, 2, 3), (3, 4)):
+        made = tracking_of(machine, tmp_path, NAME, "continue", {"seed": 3})
+        log = MetricsLog(path, positions[-1], made)
+        write(log, *steps[:2])
+        positions.append(log.position)
+        write(log, *steps[2:])
+        log.close()
+        assert made is not None
+        assert made.close() == {}
+    found: list[int] = []
+    runs = set()
+    for file in sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb")):
+        store = DataStore()
+        store.open_for_scan(str(file))
+        while (data := store.scan_data()) is not None:
+            record = wandb_internal_pb2.Record.FromString(data)
+            if record.HasField("run"):
+                runs.add((record.run.run_id, record.run.project))
+            if record.HasField("history"):
+                found.append(record.history.step.num)
+    assert sorted(found) == [1, 2, 3, 4]
+    (run,) = runs
+    assert run[0].startswith(NAME)
+    assert run[1] == "mine"
+
+
+def test_trackio_goes_on_with_its_run_and_sends_no_step_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Trackio fixes its folder when it is imported.
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackio = pytest.importorskip("trackio", reason="the extra 'trackio' is not installed")
+    machine = Machine.model_validate({"tracking": ["trackio"], "tracking_project": "mine"})
+    position = 0
+    for steps in ((1, 2), (2, 3)):
+        made = tracking_of(machine, tmp_path, NAME, "continue", {})
+        log = MetricsLog(tmp_path / "metrics.jsonl", position, made)
+        write(log, steps[0])
+        position = log.position
+        write(log, steps[1])
+        log.close()
+        assert made is not None
+        assert made.close() == {}
+    (run,) = trackio.Api().runs("mine")
+    assert [(one["step"], one["value"]) for one in run.history("train/loss")] == [
+        (1, 0.125),
+        (2, 0.25),
+        (3, 0.375),
+    ]
