@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
-from midstream import __version__, eval_commands, store_commands
+from midstream import __version__, eval_commands, report_command, store_commands
 from midstream.model_commands import COMMANDS
 from midstream.profile_command import profile
+from midstream.report_command import stored_study
 
 if TYPE_CHECKING:
     from midstream.config import Machine
@@ -210,18 +211,8 @@ def status(
     if not names:
         raise FileNotFoundError(f"store {store} holds no study; run one, or give another --store")
     for name in names:
-        work = plan_study(_stored_study(name, ledger, settings or []), ledger)
+        work = plan_study(stored_study(name, ledger, settings or []), ledger)
         terminal.print_states(work, ledger, terminal.out())
-
-
-@app.command()
-@user_errors
-def report(study: StudyName, store: Store = DEFAULT_STORE, settings: Settings = None) -> None:
-    """Write a study's page, table and figures from what is done."""
-    from midstream.study.ledger import Ledger
-
-    ledger = Ledger(store)
-    _report(_stored_study(study, ledger, settings or []), ledger)
 
 
 class Section(StrEnum):
@@ -360,14 +351,15 @@ def demo(
     study, ledger = find_study(DEMO_STUDY, []), Ledger(store)
     machine = Machine.model_validate({"workers": workers, "threads": threads, "device": device})
     peak_bytes = _run(study, ledger, machine)
-    _report(study, ledger)
+    report_command.write(study, ledger)
     text = f"wall time {time.monotonic() - start:,.1f} s"
     if peak_bytes:
         text += f", peak memory {peak_bytes / 2**30:.2f} GiB (sum over the workers)"
     terminal.out().print(text)
 
 
-for command_name, command_of in {**COMMANDS, **eval_commands.COMMANDS, "profile": profile}.items():
+OTHERS = {"profile": profile, "report": report_command.report}
+for command_name, command_of in {**COMMANDS, **eval_commands.COMMANDS, **OTHERS}.items():
     app.command(command_name)(user_errors(command_of))
 
 
@@ -377,15 +369,6 @@ store_app = typer.Typer(
 for store_name, store_command in store_commands.COMMANDS.items():
     store_app.command(store_name)(user_errors(store_command))
 app.add_typer(store_app, name="store")
-
-
-def _stored_study(name: str, ledger: "Ledger", settings: list[str]) -> "AnyStudy":
-    """The study last run in the store under this name, else the recipe's."""
-    from midstream.catalogue import find_study
-
-    if not settings and name in ledger.study_names():
-        return ledger.load_study(name)
-    return find_study(name, settings)
 
 
 def _run(study: "AnyStudy", ledger: "Ledger", machine: "Machine") -> int:
@@ -424,18 +407,6 @@ def _run(study: "AnyStudy", ledger: "Ledger", machine: "Machine") -> int:
             terminal.error("stopped; the same command continues where it was")
         raise typer.Exit(outcome.exit_code)
     return memory.total_bytes(plan_study(study, ledger), ledger)
-
-
-def _report(study: "AnyStudy", ledger: "Ledger") -> None:
-    from midstream import terminal
-    from midstream.report.page import write_report
-    from midstream.report.table import line_rows
-
-    console = terminal.out()
-    for one in study.studies:
-        path = write_report(one, ledger)
-        terminal.print_results(line_rows(one, ledger), console)
-        console.print(f"report: {path}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":
