@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from midstream.report.drawing import (
     FILES,
+    INK,
     MARKERS,
     MUTED,
     PAPER,
@@ -96,7 +97,8 @@ def small_figure(study: Study, groups: Sequence[Group], panel: Panel) -> bytes:
         axes = figure.add_subplot()
         draw_panel(axes, study, groups, panel)
         axes.set(title=panel.title)
-        axes.set_xlabel(x_label(study, groups), fontsize=8.5)
+        label = x_label(study, groups)
+        axes.set_xlabel(label, fontsize=max(5.5, 8.5 * min(1.0, 40 / len(label))))
         return saved(figure, ("svg",))["svg"]
 
 
@@ -116,8 +118,8 @@ def grid_figure(
             axes.set(title=panel.title)
             if number % columns == 0:
                 axes.set_ylabel(panel.y_label)
-            if number + columns >= len(panels):
-                axes.set_xlabel(x_label(study, groups))
+        # Once for all panels: it is as long as several of them.
+        figure.supxlabel(x_label(study, groups), fontsize=10, color=INK)
         shown = list(keys.values())
         figure.legend(handles=shown, loc="outside lower left", ncols=max(2, 2 * columns - 2))
         return saved(figure, suffixes)

@@ -114,8 +114,8 @@ def _claim(claim: Claim, study: Study, rows: Sequence[Row], examples: Examples) 
             verdict = "agrees" if gap.mean > 0 else "disagrees"
     one, two = place_words(claim.higher), place_words(claim.lower)
     text = (
-        f"{name} at {one} less {two}: {_interval(gap)}"
-        f"{_rest(matched)}{_examples_words(on_examples)}."
+        f"{name} is {_higher(gap)} at {one} than at {two} ({_interval(gap)}"
+        f"{_rest(matched)}){_examples_words(on_examples)}."
     )
     return Finding(claim.text, claim.source, verdict, text, gap, on_examples)
 
@@ -221,7 +221,7 @@ def _best(study: Study, groups: Sequence[Group], column: str) -> Finding:
     if len(known) < 2:
         text = f"{name}{where}: {len(known)} of {len(groups)} places have a score; two are needed."
         return Finding(None, "", "not measured", text)
-    (top, best), (second, runner) = known[:2]
+    (top, best), (_, runner) = known[:2]
     spreads = best.spreads[column], runner.spreads[column]
     gap = paired_difference(*spreads) or difference(*spreads)
     assert gap is not None
@@ -230,8 +230,9 @@ def _best(study: Study, groups: Sequence[Group], column: str) -> Finding:
         verdict = "decided" if gap.exceeds_spread else "undecided"
     rest = "" if len(known) == len(groups) else f"; {len(groups) - len(known)} places are missing"
     text = (
-        f"{name} is highest at {place_words({x: best.x})}{where} with {points(top)} points, then "
-        f"{place_words({x: runner.x})} with {points(second)}: {_interval(gap)}{rest}."
+        f"{name} is highest at {place_words({x: best.x})}{where} with {points(top)} points, "
+        f"{_higher(gap)} than at {place_words({x: runner.x})}, the next best ({_interval(gap)})"
+        f"{rest}."
     )
     return Finding(None, "", verdict, text, gap)
 
@@ -239,16 +240,18 @@ def _best(study: Study, groups: Sequence[Group], column: str) -> Finding:
 # -------------------------------------------------------------------------------------- words
 
 
+def _higher(gap: Difference) -> str:
+    return f"{points(abs(gap.mean))} points {'lower' if gap.mean < 0 else 'higher'}"
+
+
 def _interval(gap: Difference) -> str:
     first, second = gap.n
     n = f"{first}" if first == second else f"{first} and {second}"
     paired = "paired" if gap.paired else "not paired"
+    repetitions = f"{n} repetition{'s' if n != '1' else ''}"
     if gap.low is None or gap.high is None:
-        return f"{signed(gap.mean)} points, no interval ({n} repetition{'s' * (n != '1')})"
-    return (
-        f"{signed(gap.mean)} points (95 % interval {signed(gap.low)} to {signed(gap.high)}, "
-        f"{paired}, {n} repetitions)"
-    )
+        return f"no interval: {repetitions}"
+    return f"95 % interval {signed(gap.low)} to {signed(gap.high)}, {paired}, {repetitions}"
 
 
 def _rest(matched: _Matched) -> str:
