@@ -7,10 +7,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import made
 import pytest
 from typer.testing import CliRunner
 
-import made
 from midstream.cli import app
 from midstream.report.drawing import scale_of
 from midstream.report.exports import exports, write_exports
@@ -215,7 +215,7 @@ def test_a_suite_has_an_index_that_links_its_studies_and_gives_its_totals(filled
 
 def test_a_suite_of_the_name_of_its_study_is_refused(filled: Ledger) -> None:
     about = suite().model_copy(update={"name": "one"})
-    with pytest.raises(ValueError, match="reports/one/index.html"):
+    with pytest.raises(ValueError, match=r"reports/one/index\.html"):
         write_index(about, [], filled)
 
 

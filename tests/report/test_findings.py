@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+import made
 import pytest
 
-import made
 from midstream.report.findings import Finding
 from midstream.report.gather import gather
 from midstream.study.ledger import Ledger
-from midstream.study.studies import Claim, Study
+from midstream.study.studies import Claim
 
 BETTER = Claim(
     text="80 is better than 20", higher={"x": 80}, lower={"x": 20}, source="paper, section 3.1"
