@@ -11,15 +11,13 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from midstream.report.drawing import FILES, INK, SERIES, STYLE, saved
 from midstream.schedule import check_start, moments_factor, rate_at
+from midstream.study.chain import came_from, warms_up_moments
 from midstream.study.cost import cost
 from midstream.study.graph import order
 from midstream.study.imported import open_imported
 from midstream.study.ledger import Ledger
 from midstream.study.stage import (
     PLANNED,
-    Continue,
-    ContinueFrom,
-    Finetune,
     LoadDecoder,
     Trained,
 )
@@ -137,22 +135,19 @@ def _span(stage: Trained, spans: dict[str, _Span], ledger: Ledger | None) -> _Sp
     tokens = cost(stage, ledger).tokens
     if tokens is None:
         return None
-    if isinstance(stage, Finetune):
-        before = spans.get(stage.start.name)
-        if before is None:
-            return None
-        return _Span(before.first + before.tokens, tokens, None, before.leaves)
-    if not isinstance(stage, Continue) or not isinstance(stage.start, ContinueFrom):
+    found = came_from(stage)
+    if found is None:
         return _Span(0, tokens, None)
-    parent, completion = stage.start.stage, stage.start.completion
+    parent, completion = found
     if isinstance(parent, LoadDecoder):
         return _Span(0, tokens, _imported_rate(parent))
     before = spans.get(parent.name)
     if before is None:
         return None
     seen = round(completion * before.tokens)
-    rate = rate_at(parent.training.schedule, seen, before.tokens)
-    return _Span(before.first + seen, tokens, rate, before.first + seen)
+    rate = rate_at(parent.training.schedule, seen, before.tokens, parent_rate=before.parent_rate)
+    first = before.first + seen
+    return _Span(first, tokens, rate, first if parent.kind == "pretrain" else before.leaves)
 
 
 def _rate(stage: Trained, span: _Span, share: float) -> float:
@@ -166,14 +161,13 @@ def _rate(stage: Trained, span: _Span, share: float) -> float:
         parent_rate=span.parent_rate,
         step_tokens=step_tokens,
     )
-    start = stage.start if isinstance(stage, Continue) else None
-    if isinstance(start, ContinueFrom) and start.optimizer == "warm":
+    if warms_up_moments(stage):
         rate *= moments_factor(seen, span.tokens, step_tokens=step_tokens)
     return rate
 
 
 def _imported_rate(stage: LoadDecoder) -> float | None:
-    if stage.checkpoint.content == PLANNED:
+    if stage.checkpoint.content.startswith(PLANNED):
         return stage.planned_rate
     position = open_imported(stage.checkpoint).position
     return None if position is None else position.rate

@@ -1,12 +1,12 @@
 """What a result rests on and what that took, read from the store once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from midstream.study.chain import came_from
 from midstream.study.ledger import Ledger, State
 from midstream.study.stage import (
     Continue,
-    ContinueFrom,
     Evaluate,
     Finetune,
     LoadDecoder,
@@ -28,40 +28,47 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Part:
-    """A stage that a result rests on, and the share of its tokens that the result uses."""
+    """A stage that a result rests on, and the share of its tokens that the result uses.
+
+    `before` are stages of its kind that it starts from: image-text training in two stages.
+    """
 
     stage: Stage
     share: float = 1.0
+    before: tuple[Stage, ...] = ()
 
 
 def parts_of(result: Evaluate) -> dict[str, Part]:
     """The stages that one result rests on, by kind, in the order in which they run."""
     parts = {"evaluate": Part(result)}
-    stage: LoadDecoder | Pretrain | Continue | Finetune | None = result.of
-    share = result.completion
-    while stage is not None:
-        parts[stage.kind] = Part(stage, share)
+    found: tuple[LoadDecoder | Pretrain | Continue | Finetune, float] | None
+    found = result.of, result.completion
+    while found is not None:
+        stage, share = found
+        last = parts.get(stage.kind)
+        parts[stage.kind] = (
+            replace(last, before=(stage, *last.before)) if last else Part(stage, share)
+        )
         parts["prepare"] = Part(stage.data)
-        share = 1.0
-        if isinstance(stage, Finetune):
-            stage = stage.start
-        elif isinstance(stage, Continue):
-            if stage.encoder_stage is not None:
-                parts[stage.encoder_stage.kind] = Part(stage.encoder_stage)
-            start = stage.start
-            stage = None
-            if isinstance(start, ContinueFrom):
-                stage, share = start.stage, start.completion
-        else:
-            stage = None
+        if isinstance(stage, Continue | Finetune) and stage.encoder_stage is not None:
+            parts[stage.encoder_stage.kind] = Part(stage.encoder_stage)
+        found = came_from(stage)
     return {kind: parts[kind] for kind in KINDS if kind in parts}
 
 
 def spent(part: Part, ledger: Ledger) -> tuple[int | None, float | None]:
     """Tokens seen and seconds of the used share of a stage; None where it is not done or has none.
 
-    A share of a text run ends with the first step that reaches it, as its milestones do.
+    A share of a text run ends with the first step that reaches it, as its milestones do. Stages of
+    its kind that it starts from are added.
     """
+    if part.before:
+        each = [spent(Part(stage), ledger) for stage in part.before]
+        each.append(spent(replace(part, before=()), ledger))
+        tokens, seconds = (
+            None if None in numbers else sum(numbers) for numbers in zip(*each, strict=True)
+        )
+        return tokens, seconds
     if not ledger.is_done(part.stage):
         return None, None
     results = ledger.results(part.stage)
@@ -111,7 +118,7 @@ class Snapshot(Ledger):
         return self._results[stage.identity]
 
     def spent(self, part: Part) -> tuple[int | None, float | None]:
-        """As the function `spent`."""
+        """As the function `spent`; a line's earlier stages of one kind follow from the last."""
         place = (part.stage.identity, part.share)
         if place not in self._spent:
             self._spent[place] = spent(part, self)
