@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -84,7 +85,7 @@ def panel_figure(study: Study, groups: Sequence[Group], panel: Panel) -> dict[st
         figure = Figure(figsize=(4.5, 3.9))
         axes = figure.add_subplot()
         keys = draw_panel(axes, study, groups, panel)
-        axes.set(title=panel.title, xlabel=x_label(study, groups), ylabel=panel.y_label)
+        axes.set(title=panel.title, xlabel=fill(x_label(study, groups), 46), ylabel=panel.y_label)
         figure.legend(handles=keys, loc="outside lower left", ncols=2, columnspacing=1.2)
         return saved(figure)
 
@@ -93,12 +94,11 @@ def small_figure(study: Study, groups: Sequence[Group], panel: Panel) -> bytes:
     """One panel of many as SVG: small, without keys."""
     with matplotlib.rc_context(SMALL | {"figure.constrained_layout.use": False}):
         figure = Figure(figsize=(3.3, 2.5))
-        figure.subplots_adjust(left=0.15, right=0.97, top=0.89, bottom=0.19)
+        figure.subplots_adjust(left=0.15, right=0.97, top=0.89, bottom=0.23)
         axes = figure.add_subplot()
         draw_panel(axes, study, groups, panel)
         axes.set(title=panel.title)
-        label = x_label(study, groups)
-        axes.set_xlabel(label, fontsize=max(5.5, 8.5 * min(1.0, 40 / len(label))))
+        axes.set_xlabel(fill(x_label(study, groups), 46), fontsize=8)
         return saved(figure, ("svg",))["svg"]
 
 

@@ -19,7 +19,8 @@ def settings_line(study: Study, ledger: Ledger) -> str:
     stages: dict[str, dict[str, Stage]] = {}
     for line in study.lines:
         for kind, part in parts_of(line.result).items():
-            stages.setdefault(kind, {})[part.stage.identity] = part.stage
+            for stage in (*part.before, part.stage):
+                stages.setdefault(kind, {})[stage.identity] = stage
     lines = [line.result.of for line in study.lines]
     said = [_join(_world(model.data.world) for model in lines)]
     said.append(f"decoder of {_range(m.model.decoder.num_parameters for m in lines)} parameters")
