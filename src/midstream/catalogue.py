@@ -32,13 +32,17 @@ def find_study(name: str, settings: Sequence[str]) -> AnyStudy:
 
 
 def stored_study(name: str, ledger: Ledger, settings: Sequence[str]) -> AnyStudy:
-    """The study last run in the store under this name, else the recipe's.
+    """The study last run in the store under this name or within a suite, else the recipe's.
 
     As `find_study`; a name that is neither is answered with the nearest of both.
     """
     stored = ledger.study_names()
     if not settings and name in stored:
         return ledger.load_study(name)
+    for other in () if settings else stored:
+        for study in ledger.load_study(other).studies:
+            if study.name == name:
+                return study
     if ".py" not in name and name not in (known := catalogue()):
         near = get_close_matches(name, [*stored, *known], n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
-from midstream import __version__, eval_commands, status_command, store_commands
+from midstream import (
+    __version__,
+    eval_commands,
+    report_command,
+    status_command,
+    store_commands,
+)
 from midstream.model_commands import COMMANDS
 from midstream.profile_command import profile
 
@@ -191,17 +197,6 @@ def run(
     _run(found, ledger, machine)
 
 
-@app.command()
-@user_errors
-def report(study: StudyName, store: Store = DEFAULT_STORE, settings: Settings = None) -> None:
-    """Write a study's page, table and figures from what is done."""
-    from midstream.catalogue import stored_study
-    from midstream.study.ledger import Ledger
-
-    ledger = Ledger(store)
-    _report(stored_study(study, ledger, settings or []), ledger)
-
-
 class Section(StrEnum):
     """What `midstream prepare` makes a source of."""
 
@@ -338,18 +333,19 @@ def demo(
     study, ledger = find_study(DEMO_STUDY, []), Ledger(store)
     machine = Machine.model_validate({"workers": workers, "threads": threads, "device": device})
     peak_bytes = _run(study, ledger, machine)
-    _report(study, ledger)
+    report_command.write(study, ledger)
     text = f"wall time {time.monotonic() - start:,.1f} s"
     if peak_bytes:
         text += f", peak memory {peak_bytes / 2**30:.2f} GiB (sum over the workers)"
     terminal.out().print(text)
 
 
-ALL_COMMANDS = {
+ALL_COMMANDS: dict[str, Callable[..., None]] = {
     **COMMANDS,
     **eval_commands.COMMANDS,
     **status_command.COMMANDS,
     "profile": profile,
+    "report": report_command.report,
 }
 for command_name, command_of in ALL_COMMANDS.items():
     app.command(command_name)(user_errors(command_of))
@@ -399,18 +395,6 @@ def _run(study: "AnyStudy", ledger: "Ledger", machine: "Machine") -> int:
             terminal.error("stopped; the same command continues where it was")
         raise typer.Exit(outcome.exit_code)
     return memory.total_bytes(plan_study(study, ledger), ledger)
-
-
-def _report(study: "AnyStudy", ledger: "Ledger") -> None:
-    from midstream import terminal
-    from midstream.report.page import write_report
-    from midstream.report.table import line_rows
-
-    console = terminal.out()
-    for one in study.studies:
-        path = write_report(one, ledger)
-        terminal.print_results(line_rows(one, ledger), console)
-        console.print(f"report: {path}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

@@ -16,20 +16,13 @@ import pytest
 from PIL import Image, ImageDraw
 
 from midstream import config
-from midstream.report.figures import MAX_POINTS, curve_figure, score_figure
-from midstream.report.page import write_report
-from midstream.report.table import Part as Used
-from midstream.report.table import (
-    Spread,
-    best_group,
-    difference,
-    line_rows,
-    paired_difference,
-    spent,
-    summary,
-    t_quantile,
-    write_csv,
-)
+from midstream.report.figures import score_figure
+from midstream.report.losses import MAX_POINTS, curve_figure
+from midstream.report.page import MAX_CURVES, write_report
+from midstream.report.parts import Part as Used
+from midstream.report.parts import spent
+from midstream.report.spread import Spread, difference, paired_difference, t_quantile
+from midstream.report.table import best_group, line_rows, summary, write_csv
 from midstream.storage import read_json, write_json
 from midstream.study.graph import order
 from midstream.study.ledger import Ledger
@@ -292,7 +285,7 @@ def finished(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def store(finished: Path, tmp_path: Path) -> Iterator[Ledger]:
+def store(finished: Path, tmp_path: Path, undrawn: None) -> Iterator[Ledger]:
     """A copy of the finished store that the test may change; it has no report yet."""
     shutil.copytree(finished, tmp_path / "store", ignore=shutil.ignore_patterns("reports"))
     return Ledger(tmp_path / "store")
@@ -594,6 +587,7 @@ def test_page_needs_no_network_and_no_scripts(finished: Path) -> None:
     sources = re.findall(r'\b(?:src|href)="([^"]*)"', text)
     assert len(sources) > 20
     assert all(source.startswith("data:image/") for source in sources)
+    assert "<link" not in text
     assert not re.search(r"\son\w+=|\bstyle=|@import|url\(", text.split("</style>")[0])
     assert not re.search(r"<[^>]*\s(?:on\w+|style)=", text)
 
@@ -612,12 +606,20 @@ def test_page_of_twelve_lines_stays_small(finished: Path) -> None:
     assert len(page_of(finished)) < 3_000_000
 
 
-def test_figures_lie_beside_the_page_as_svg_and_png(study: Study, finished: Path) -> None:
+def test_figures_lie_beside_the_page_as_svg_png_and_pdf(study: Study, finished: Path) -> None:
     folder = finished / "reports" / "when"
-    drawn = {path.stem for path in folder.glob("*.svg")}
-    assert drawn == {path.stem for path in folder.glob("*.png")}
-    curves = [stage for stage in order(study) if stage.kind not in ("prepare", "evaluate")]
-    assert drawn == {"stable_vision", "stable_text"} | {f"curves_{s.name}" for s in curves}
+    drawn = {path.stem for path in folder.glob("*.png")}
+    panels = ("stable", "common", "benchmarks")
+    kinds = {f"{panel}_{kind}" for panel in panels for kind in ("vision", "text")}
+    assert drawn == kinds | {"rates"}
+    assert drawn == {path.stem for path in folder.glob("*.pdf")}
+    assert all(path.read_bytes().startswith(b"%PDF") for path in folder.glob("*.pdf"))
+    losses = {path.stem for path in folder.glob("*.svg")} - drawn
+    trained = {f"curves_{s.name}" for s in order(study) if s.kind not in ("prepare", "evaluate")}
+    assert losses < trained
+    assert len(losses) == MAX_CURVES
+    text = " ".join(page_of(finished).split())
+    assert f"{MAX_CURVES} of {len(trained)} training stages are drawn" in text
 
 
 def test_missing_and_failed_stages_are_said_first(study: Study, store: Ledger) -> None:
@@ -640,6 +642,7 @@ def test_missing_and_failed_stages_are_said_first(study: Study, store: Ledger) -
     assert "(n = 2 of 3 planned)" in after
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_page_of_an_empty_store_claims_nothing(study: Study, tmp_path: Path) -> None:
     text = write_report(study, Ledger(tmp_path)).read_text()
     assert f"{len(order(study))} of {len(order(study))} stages are not done" in text

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from midstream.report.figures import INK, SERIES, STYLE
+from midstream.report.drawing import FILES, INK, SERIES, STYLE, saved
 from midstream.schedule import check_start, moments_factor, rate_at
 from midstream.study.chain import came_from, warms_up_moments
 from midstream.study.cost import cost
@@ -36,15 +36,19 @@ class Curve:
     kind: str
     tokens: tuple[int, ...]
     rates: tuple[float, ...]
+    # Where its chain leaves the text run; 0 for a chain that starts from scratch.
+    leaves: int = 0
 
 
 @dataclass(frozen=True)
 class _Span:
-    """Where a stage begins on the axis, its tokens, and the rate that it goes on from."""
+    """Where a stage begins on the axis, its tokens, the rate that it goes on from, and where its
+    chain leaves the text run."""
 
     first: int
     tokens: int
     parent_rate: float | None
+    leaves: int = 0
 
 
 def curves(study: AnyStudy, ledger: Ledger | None = None) -> tuple[list[Curve], list[str]]:
@@ -69,7 +73,8 @@ def curves(study: AnyStudy, ledger: Ledger | None = None) -> tuple[list[Curve], 
         tokens = tuple(
             span.first + share * span.tokens // NUM_POINTS for share in range(NUM_POINTS + 1)
         )
-        found.setdefault((stage.kind, tokens, rates), Curve(stage.name, stage.kind, tokens, rates))
+        curve = Curve(stage.name, stage.kind, tokens, rates, span.leaves)
+        found.setdefault((stage.kind, tokens, rates), curve)
     return list(found.values()), missing
 
 
@@ -80,13 +85,38 @@ def write_curves(drawn: Sequence[Curve], path: Path) -> None:
     if not drawn:
         raise ValueError("no stage of this study has a length yet; prepare its data first")
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(rates_figure(drawn, suffixes=(path.suffix[1:],))[path.suffix[1:]])
+
+
+def stretch(drawn: Sequence[Curve]) -> int | None:
+    """How many times longer to draw what follows the text run so that it can be seen.
+
+    The longest chain then takes a quarter of the text run. None without a text run, or where the
+    chains can be seen as they are.
+    """
+    text = max((curve.tokens[-1] for curve in drawn if curve.kind == "pretrain"), default=0)
+    chains = [c.tokens[-1] - c.leaves for c in drawn if c.kind != "pretrain"]
+    times = round(0.25 * text / max(chains)) if chains else 0
+    return times if times >= 2 else None
+
+
+def rates_figure(
+    drawn: Sequence[Curve], times: int = 1, suffixes: Sequence[str] = FILES
+) -> dict[str, bytes]:
+    """The rates over tokens, the stages after the text run drawn `times` as long (Figure 3)."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 3.8))
+        figure = Figure(figsize=(7.2, 3.8) if times == 1 else (7.2, 3.9))
         axes = figure.add_subplot()
         for curve in drawn:
             colour, line = STYLES[curve.kind]
-            axes.plot(curve.tokens, curve.rates, color=colour, linestyle=line, linewidth=1.6)
-        axes.set_xlabel("tokens seen since the first stage")
+            at = [curve.leaves + times * (token - curve.leaves) for token in curve.tokens]
+            if curve.kind == "pretrain":
+                at = list(curve.tokens)
+            axes.plot(at, curve.rates, color=colour, linestyle=line, linewidth=1.6)
+        label = "tokens seen since the first stage"
+        axes.set_xlabel(
+            label if times == 1 else f"tokens; image stages drawn {times} times as long"
+        )
         axes.set_ylabel("learning rate")
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -98,7 +128,7 @@ def write_curves(drawn: Sequence[Curve], path: Path) -> None:
             for kind in kinds
         ]
         figure.legend(handles=keys, loc="outside upper right", ncols=len(keys))
-        figure.savefig(path, dpi=160)
+        return saved(figure, suffixes)
 
 
 def _span(stage: Trained, spans: dict[str, _Span], ledger: Ledger | None) -> _Span | None:
@@ -116,7 +146,8 @@ def _span(stage: Trained, spans: dict[str, _Span], ledger: Ledger | None) -> _Sp
         return None
     seen = round(completion * before.tokens)
     rate = rate_at(parent.training.schedule, seen, before.tokens, parent_rate=before.parent_rate)
-    return _Span(before.first + seen, tokens, rate)
+    first = before.first + seen
+    return _Span(first, tokens, rate, first if parent.kind == "pretrain" else before.leaves)
 
 
 def _rate(stage: Trained, span: _Span, share: float) -> float:

@@ -1,152 +1,181 @@
-"""The figures: stable scores over the study's axis, loss and learning rate over tokens."""
+"""The figures: stable scores and benchmarks over the study's axis."""
 
-import io
-import itertools
 from collections.abc import Sequence
-from statistics import fmean
+from dataclasses import dataclass, field
+from textwrap import fill
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
-from midstream.report.table import Group, Spread
+from midstream.report.drawing import (
+    FILES,
+    INK,
+    MARKERS,
+    MUTED,
+    PAPER,
+    SERIES,
+    STYLE,
+    Scale,
+    saved,
+    scale_of,
+    set_places,
+)
+from midstream.report.spread import Spread
+from midstream.report.table import Group
 from midstream.study.studies import Study
 
-# Okabe and Ito's colours, told apart with every common colour vision; markers differ as well.
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-MARKERS = ("o", "s", "^", "D", "v", "P")
-INK, MUTED, GRID, PAPER = "#1b1f24", "#5b6470", "#dde2e8", "#ffffff"
-# What each colour becomes where the reader prefers a dark page.
-DARK = {
-    INK: "#e8eaed",
-    MUTED: "#a3acb8",
-    GRID: "#333a44",
-    PAPER: "#1c2027",
-    "#0072b2": "#4aa8e8",
-    "#d55e00": "#f08a4b",
-    "#009e73": "#3fc79c",
-}
-STYLE = {
-    "axes.edgecolor": MUTED,
-    "axes.facecolor": PAPER,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "figure.constrained_layout.use": True,
-    "figure.facecolor": PAPER,
-    "font.family": "DejaVu Sans",
-    "font.size": 11,
-    "grid.color": GRID,
-    "legend.fontsize": 10,
-    "legend.frameon": False,
-    # The same figure is the same bytes, glyphs included, wherever it is drawn.
-    "svg.fonttype": "path",
-    "svg.hashsalt": "midstream",
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-}
 TITLES = {"vision": "Vision: mean score above chance", "text": "Text: mean score above chance"}
-MAX_POINTS = 200
+# With more curves than this single repetitions and the keys' names give way to the means.
+FEW_CURVES = 3
+GRID_COLUMNS = 3
+SMALL = STYLE | {"font.size": 9.5, "legend.fontsize": 9, "axes.titlesize": 10.5}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel: a score over the study's axis, one curve for each value of `by`.
+
+    `score` and `blind` are columns of `Group.spreads`; `chance` is drawn as a line, and so are
+    `baselines`. All from 0 to 1.
+    """
+
+    score: str
+    title: str
+    blind: str | None = None
+    chance: float | None = None
+    baselines: dict[str, float | int | None] = field(default_factory=dict)
+    y_label: str = "score (points)"
+
+
+def stable_panel(kind: str, baselines: dict[str, float | int | None]) -> Panel:
+    """The panel of a stable score, `vision` or `text`; text-only `baselines` only for text."""
+    sees = kind == "vision"
+    blind = "stable.vision_blind" if sees else None
+    beside = {} if sees else baselines
+    label = "stable score (points)"
+    return Panel(f"stable.{kind}", TITLES[kind], blind, None, beside, label)
+
+
+def task_panel(task: dict[str, Any], baselines: dict[str, float | int | None]) -> Panel:
+    """The panel of one benchmark; `task` has its name, kind and chance."""
+    name = task["name"]
+    blind = f"{name}.blind" if task["kind"] == "vision" else None
+    return Panel(f"{name}.score", name, blind, task["chance"], baselines)
 
 
 def score_figure(
     study: Study, groups: Sequence[Group], baselines: dict[str, float | int | None], panel: str
 ) -> dict[str, bytes]:
-    """One panel, `vision` or `text`, of the study's figure as {"svg": ..., "png": ...}.
+    """The stable score of `vision` or `text` as {"svg": ..., "png": ..., "pdf": ...}.
 
     Mean over repetitions with its standard deviation, each repetition as a small dot beside it,
     hollow marks at the x values of `study.figure.hollow`; in vision the blind score as a dashed
     line, in text the `baselines` (name to stable text score) as dotted ones.
     """
+    return panel_figure(study, groups, stable_panel(panel, baselines))
+
+
+def panel_figure(study: Study, groups: Sequence[Group], panel: Panel) -> dict[str, bytes]:
+    """One panel with its keys."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.5, 3.9))
         axes = figure.add_subplot()
-        keys = _draw_curves(axes, study, groups, f"stable.{panel}")
-        if panel == "text":
-            keys += _draw_baselines(axes, baselines)
-        axes.margins(x=0.07, y=0.12)
-        if axes.dataLim.y0 < 0 < axes.dataLim.y1:
-            axes.axhline(0, color=MUTED, linewidth=0.8)
-        elif axes.get_ylim()[0] < 0:
-            axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}")
-        axes.yaxis.set_major_locator(MaxNLocator(6))
-        axes.tick_params(length=0)
-        axes.set(title=TITLES[panel], xlabel=study.figure.x_label, ylabel="stable score (points)")
+        keys = draw_panel(axes, study, groups, panel)
+        axes.set(title=panel.title, xlabel=fill(x_label(study, groups), 46), ylabel=panel.y_label)
         figure.legend(handles=keys, loc="outside lower left", ncols=2, columnspacing=1.2)
-        return _saved(figure)
+        return saved(figure)
 
 
-def curve_figure(metrics: Sequence[dict[str, Any]]) -> dict[str, bytes]:
-    """Loss and learning rate of one training stage over its tokens.
-
-    At most 200 points; a point is the mean loss of equally many steps and their last rate.
-    """
-    if not metrics:
-        raise ValueError("no metrics to draw: the stage has taken no step")
-    bins = _bins(metrics, MAX_POINTS)
-    at = [lines[-1]["tokens_seen"] for lines in bins]
-    loss = [fmean(line["loss"] for line in lines) for lines in bins]
-    rate = [lines[-1]["rate"] for lines in bins]
-    # Fixed margins: a layout that is solved draws each of many figures twice.
-    with matplotlib.rc_context(STYLE | {"font.size": 9.5, "figure.constrained_layout.use": False}):
-        figure = Figure(figsize=(3.6, 2.7))
-        figure.subplots_adjust(left=0.19, right=0.96, top=0.97, bottom=0.17, hspace=0.12)
-        upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 2))
-        upper.plot(at, loss, color=SERIES[0], linewidth=1.4)
-        upper.set_ylabel("loss")
-        lower.plot(at, rate, color=SERIES[1], linewidth=1.4)
-        lower.set_ylabel("rate")
-        lower.set_ylim(bottom=0)
-        lower.yaxis.set_major_formatter(lambda value, _: _power(value))
-        lower.set_xlabel("tokens seen")
-        lower.xaxis.set_major_formatter(EngFormatter(sep=""))
-        for axes in (upper, lower):
-            axes.xaxis.set_major_locator(MaxNLocator(5))
-            axes.yaxis.set_major_locator(MaxNLocator(3))
-            axes.tick_params(length=0)
-        figure.align_ylabels()
-        return _saved(figure)
+def small_figure(study: Study, groups: Sequence[Group], panel: Panel) -> bytes:
+    """One panel of many as SVG: small, without keys."""
+    with matplotlib.rc_context(SMALL | {"figure.constrained_layout.use": False}):
+        figure = Figure(figsize=(3.3, 2.5))
+        figure.subplots_adjust(left=0.15, right=0.97, top=0.89, bottom=0.23)
+        axes = figure.add_subplot()
+        draw_panel(axes, study, groups, panel)
+        axes.set(title=panel.title)
+        axes.set_xlabel(fill(x_label(study, groups), 46), fontsize=8)
+        return saved(figure, ("svg",))["svg"]
 
 
-def _draw_curves(axes: Axes, study: Study, groups: Sequence[Group], column: str) -> list[Line2D]:
-    """Draw the curve of each value of `by`; returns the legend's keys."""
+def grid_figure(
+    study: Study, groups: Sequence[Group], panels: Sequence[Panel], suffixes: Sequence[str] = FILES
+) -> dict[str, bytes]:
+    """Many panels with one set of keys, for print (the paper's Figures 9 to 13)."""
+    columns = min(GRID_COLUMNS, len(panels))
+    lines = -(-len(panels) // columns)
+    with matplotlib.rc_context(SMALL):
+        figure = Figure(figsize=(3.1 * columns, 2.4 * lines + 0.6))
+        keys: dict[str, Line2D] = {}
+        for number, panel in enumerate(panels):
+            axes = figure.add_subplot(lines, columns, number + 1)
+            for key in draw_panel(axes, study, groups, panel):
+                keys.setdefault(str(key.get_label()), key)
+            axes.set(title=panel.title)
+            if number % columns == 0:
+                axes.set_ylabel(panel.y_label)
+        # Once for all panels: it is as long as several of them.
+        figure.supxlabel(x_label(study, groups), fontsize=10, color=INK)
+        shown = list(keys.values())
+        figure.legend(handles=shown, loc="outside lower left", ncols=max(2, 2 * columns - 2))
+        return saved(figure, suffixes)
+
+
+def x_label(study: Study, groups: Sequence[Group]) -> str:
+    """The axis in words; it says where the places do not stand to scale."""
+    even = scale_of([group.x for group in groups]).even if groups else False
+    return study.figure.x_label + (" \N{MIDDLE DOT} not to scale" if even else "")
+
+
+def draw_panel(axes: Axes, study: Study, groups: Sequence[Group], panel: Panel) -> list[Line2D]:
+    """Draw curves, chance and baselines on axes of their own; returns the legend's keys."""
+    keys = _draw_curves(axes, study, groups, panel)
+    if panel.chance is not None:
+        look: dict[str, Any] = {"color": MUTED, "linestyle": "-.", "linewidth": 1.0}
+        axes.axhline(panel.chance, **look)
+        keys.append(Line2D([], [], label="chance", **look))
+    keys += _draw_baselines(axes, panel.baselines)
+    axes.margins(x=0.07, y=0.12)
+    if axes.dataLim.y0 < 0 < axes.dataLim.y1:
+        axes.axhline(0, color=MUTED, linewidth=0.8)
+    elif axes.get_ylim()[0] < 0:
+        axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}")
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.tick_params(length=0)
+    return keys
+
+
+def _draw_curves(axes: Axes, study: Study, groups: Sequence[Group], panel: Panel) -> list[Line2D]:
     about = study.figure
-    places = list(dict.fromkeys(group.x for group in groups))
-    numeric = all(isinstance(place, int | float) for place in places)
-    at: dict[Any, Any] = {place: place if numeric else i for i, place in enumerate(places)}
-    reach = max(at.values()) - min(at.values()) or 1
+    scale = scale_of([group.x for group in groups])
     curves = list(dict.fromkeys(group.by for group in groups))
-    keys = []
+    few = len(curves) <= FEW_CURVES
+    keys, dots, blind = [], False, False
     for index, by in enumerate(curves):
         own = [group for group in groups if group.by == by]
-        look: dict[str, Any] = {
-            "color": SERIES[index % len(SERIES)],
-            "marker": MARKERS[index % len(MARKERS)],
-        }
+        look = _look(index)
         # Curves stand side by side by a hair, so that error bars do not hide each other.
-        shift = (index - (len(curves) - 1) / 2) * 0.012 * reach
-        points = [(at[group.x] + shift, group.spreads[column], group.x) for group in own]
-        known = [point for point in points if point[1].n]
-        _draw_curve(axes, known, look, about.hollow, 0.025 * reach)
-        label = "mean ± sd over seeds" if about.by is None else f"{about.by} = {by}"
+        shift = (index - (len(curves) - 1) / 2) * 0.012 * scale.reach
+        known = [group for group in own if group.spreads[panel.score].n]
+        _draw_curve(axes, known, panel.score, look, about.hollow, scale, shift, single=few)
+        dots |= few and any(group.spreads[panel.score].n > 1 for group in known)
+        label = "mean ± sd over seeds" if about.by is None else f"{about.by} = {_name(by)}"
         keys.append(Line2D([], [], label=label, markersize=8, linewidth=1.6, **look))
-        if column == "stable.vision":
-            blind: list[Any] = [
-                (at[g.x] + shift, g.spreads["stable.vision_blind"].mean) for g in own
+        if panel.blind is not None:
+            seen: list[Any] = [
+                (scale.at[g.x] + shift, g.spreads[panel.blind].mean)
+                for g in own
+                if g.spreads[panel.blind].n
             ]
-            seen = [point for point in blind if point[1] is not None]
-            axes.plot([x for x, _ in seen], [y for _, y in seen], "--", color=look["color"])
-    if set(about.hollow) & set(places):
+            thin: dict[str, Any] = {"color": look["color"], "linewidth": 1.6 if few else 0.8}
+            axes.plot([x for x, _ in seen], [y for _, y in seen], "--", **thin)
+            blind |= bool(seen)
+    if set(about.hollow) & scale.at.keys():
         hollow: dict[str, Any] = {
             "marker": "o",
             "markerfacecolor": PAPER,
@@ -154,30 +183,43 @@ def _draw_curves(axes: Axes, study: Study, groups: Sequence[Group], column: str)
             "linestyle": "none",
         }
         keys.append(Line2D([], [], label="rate warmed up again", markersize=8, **hollow))
-    keys.append(Line2D([], [], label="one seed", color=MUTED, marker=".", linestyle="none"))
-    if column == "stable.vision":
+    if dots:
+        keys.append(Line2D([], [], label="one seed", color=MUTED, marker=".", linestyle="none"))
+    if blind:
         keys.append(Line2D([], [], label="blind (wrong picture)", color=MUTED, linestyle="--"))
-    names = None if numeric else [str(place) for place in places]
-    axes.set_xticks(list(at.values()), names)
-    if numeric and _crowded(sorted(at.values())):
-        axes.xaxis.set_major_locator(MaxNLocator(6))
+    set_places(axes, scale)
     return keys
+
+
+def _look(index: int) -> dict[str, Any]:
+    # Beyond the last colour the markers move on by one, so that no pair comes twice.
+    turns = index // len(SERIES)
+    return {
+        "color": SERIES[index % len(SERIES)],
+        "marker": MARKERS[(index + turns) % len(MARKERS)],
+    }
 
 
 def _draw_curve(
     axes: Axes,
-    points: Sequence[tuple[float | int, Spread, Any]],
+    groups: Sequence[Group],
+    column: str,
     look: dict[str, Any],
     hollow: Sequence[float | int],
-    beside: float,
+    scale: Scale,
+    shift: float,
+    *,
+    single: bool,
 ) -> None:
-    means: list[Any] = [spread.mean for _, spread, _ in points]
-    axes.plot([x for x, _, _ in points], means, color=look["color"], linewidth=1.6)
-    for (x, spread, place), mean in zip(points, means, strict=True):
+    spreads: list[Spread] = [group.spreads[column] for group in groups]
+    at = [scale.at[group.x] + shift for group in groups]
+    means: list[Any] = [spread.mean for spread in spreads]
+    axes.plot(at, means, color=look["color"], linewidth=1.6)
+    for x, group, spread, mean in zip(at, groups, spreads, means, strict=True):
         values = [value for _, value in spread.values]
-        if len(values) > 1:
+        if single and len(values) > 1:
             dots: dict[str, Any] = {"color": look["color"], "alpha": 0.6, "markersize": 5}
-            axes.plot([x + beside] * len(values), values, ".", **dots)
+            axes.plot([x + 0.025 * scale.reach] * len(values), values, ".", **dots)
         axes.errorbar(
             x,
             mean,
@@ -185,8 +227,8 @@ def _draw_curve(
             ecolor=look["color"],
             capsize=3,
             marker=look["marker"],
-            markersize=8,
-            markerfacecolor=PAPER if place in hollow else look["color"],
+            markersize=8 if single else 6,
+            markerfacecolor=PAPER if group.x in hollow else look["color"],
             markeredgecolor=look["color"],
             markeredgewidth=1.6,
             linestyle="none",
@@ -208,39 +250,5 @@ def _draw_baselines(axes: Axes, baselines: dict[str, float | int | None]) -> lis
     return keys
 
 
-def _crowded(values: Sequence[float | int]) -> bool:
-    gaps = [right - left for left, right in itertools.pairwise(values)]
-    return bool(gaps) and min(gaps) < 0.07 * (values[-1] - values[0])
-
-
-def _power(value: float | int) -> str:
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}" if value else "0"
-
-
-def _bins(lines: Sequence[dict[str, Any]], limit: int) -> list[Sequence[dict[str, Any]]]:
-    size = -(-len(lines) // limit)
-    return [lines[start : start + size] for start in range(0, len(lines), size)]
-
-
-def _saved(figure: Figure) -> dict[str, bytes]:
-    files = {}
-    for suffix, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 160})):
-        stream = io.BytesIO()
-        figure.savefig(stream, format=suffix, **options)
-        files[suffix] = stream.getvalue()
-    return files | {"svg": _with_dark(files["svg"])}
-
-
-def _with_dark(svg: bytes) -> bytes:
-    """The same drawing with a style sheet that recolours it on a dark page."""
-    text = svg.decode()
-    rules = [
-        f'[style*="{kind}: {light}"]{{{kind}:{dark}!important}}'
-        for light, dark in DARK.items()
-        for kind in ("fill", "stroke")
-        if f"{kind}: {light}" in text
-    ]
-    sheet = f"<style>@media (prefers-color-scheme: dark){{{''.join(rules)}}}</style>"
-    head, tag, rest = text.partition("<defs>")
-    return f"{head}{sheet}{tag}{rest}".encode()
+def _name(value: float | int | str | None) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)

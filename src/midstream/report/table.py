@@ -1,76 +1,19 @@
-"""From the ledger to one flat row a line, means over seeds, and differences with their spread."""
+"""From the ledger to one flat row a line, and the lines of one place as a group."""
 
 import csv
 import io
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
+from midstream.report.parts import KINDS, Snapshot, parts_of
+from midstream.report.spread import Spread
 from midstream.storage import write_bytes
-from midstream.study.chain import came_from
 from midstream.study.ledger import Ledger
-from midstream.study.stage import (
-    Continue,
-    EncoderStage,
-    Evaluate,
-    Finetune,
-    FuseEncoders,
-    LoadDecoder,
-    Pretrain,
-    Stage,
-)
 from midstream.study.studies import Study
 
 STABLE = ("stable.vision", "stable.vision_blind", "stable.text")
-KINDS = (
-    "prepare",
-    "train_encoder",
-    "load_encoder",
-    "fuse_encoders",
-    "load_decoder",
-    "pretrain",
-    "continue",
-    "finetune",
-    "evaluate",
-)
-CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Part:
-    """A stage that a result rests on, and the share of its tokens that the result uses.
-
-    `before` are others of its kind: image-text stages that it starts from, towers beside it.
-    """
-
-    stage: Stage
-    share: float = 1.0
-    before: tuple[Stage, ...] = ()
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Values of one quantity, each under the name of its repetition (such as "seed=0")."""
-
-    values: tuple[tuple[str, float | int], ...]
-
-    @property
-    def n(self) -> int:
-        """How many repetitions have the value."""
-        return len(self.values)
-
-    @property
-    def mean(self) -> float | None:
-        """The mean; None without a value."""
-        return fmean(value for _, value in self.values) if self.values else None
-
-    @property
-    def sd(self) -> float | None:
-        """The sample standard deviation; None below two values, where no spread is known."""
-        return stdev(value for _, value in self.values) if self.n > 1 else None
 
 
 @dataclass(frozen=True)
@@ -93,83 +36,6 @@ class Group:
         return max((spread.n for spread in self.spreads.values()), default=0)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Mean of one group less the mean of another, and its 95 % interval by Student's t.
-
-    `low`, `high` and `sd` are None where too few repetitions leave the spread unknown. `sd` is the
-    pooled one, or that of the differences where `paired`.
-    """
-
-    mean: float | int
-    sd: float | int | None
-    n: tuple[int, int]
-    low: float | None
-    high: float | None
-    paired: bool
-
-    @property
-    def exceeds_spread(self) -> bool | None:
-        """Whether the interval leaves out zero; None where there is no interval."""
-        if self.low is None or self.high is None:
-            return None
-        return self.low > 0 or self.high < 0
-
-
-def parts_of(result: Evaluate) -> dict[str, Part]:
-    """The stages that one result rests on, by kind, in the order in which they run."""
-    parts = {"evaluate": Part(result)}
-    found: tuple[LoadDecoder | Pretrain | Continue | Finetune, float] | None
-    found = result.of, result.completion
-    while found is not None:
-        stage, share = found
-        last = parts.get(stage.kind)
-        parts[stage.kind] = (
-            replace(last, before=(stage, *last.before)) if last else Part(stage, share)
-        )
-        parts["prepare"] = Part(stage.data)
-        if isinstance(stage, Continue | Finetune) and stage.encoder_stage is not None:
-            parts |= _seeing(stage.encoder_stage)
-        found = came_from(stage)
-    return {kind: parts[kind] for kind in KINDS if kind in parts}
-
-
-def _seeing(encoder: EncoderStage) -> dict[str, Part]:
-    """An encoder's stage and, where it fuses them, its towers', by kind."""
-    parts: dict[str, Part] = {encoder.kind: Part(encoder)}
-    for tower in encoder.towers if isinstance(encoder, FuseEncoders) else ():
-        last = parts.get(tower.kind)
-        before = () if last is None else (*last.before, last.stage)
-        parts[tower.kind] = Part(tower, before=before)
-    return parts
-
-
-def spent(part: Part, ledger: Ledger) -> tuple[int | None, float | None]:
-    """Tokens seen and seconds of the used share of a stage; None where it is not done or has none.
-
-    A share of a text run ends with the first step that reaches it, as its milestones do. Others of
-    its kind are added.
-    """
-    if part.before:
-        each = [spent(Part(stage), ledger) for stage in part.before]
-        each.append(spent(replace(part, before=()), ledger))
-        tokens, seconds = (
-            None if None in numbers else sum(numbers) for numbers in zip(*each, strict=True)
-        )
-        return tokens, seconds
-    if not ledger.is_done(part.stage):
-        return None, None
-    results = ledger.results(part.stage)
-    if part.share == 1.0:
-        return results.get("tokens_seen"), results["seconds"]
-    tokens, seconds = 0, 0.0
-    for line in ledger.metrics(part.stage):
-        if tokens >= part.share * results["tokens_seen"]:
-            break
-        tokens, seconds = line["tokens_seen"], seconds + line["seconds"]
-    return tokens, seconds
-
-
 def line_rows(study: Study, ledger: Ledger) -> list[dict[str, Any]]:
     """One flat row a line and a baseline; every row has all columns, None where nothing is known.
 
@@ -181,9 +47,7 @@ def line_rows(study: Study, ledger: Ledger) -> list[dict[str, Any]]:
     named += [(name, "baseline", {}, result) for name, result in study.baselines.items()]
     axes = list(dict.fromkeys(axis for line in study.lines for axis in line.axes))
     tasks = [task for task, _ in tasks_of(study)]
-    rows = []
-    # A stage that a hundred lines share is read once.
-    known: dict[tuple[str, float, tuple[str, ...]], tuple[int | None, float | None]] = {}
+    rows, ledger = [], Snapshot.of(ledger)
     for name, role, at, result in named:
         row: dict[str, Any] = {"name": name, "role": role, "state": ledger.state(result)}
         row |= {"stage": result.name} | {f"axis.{axis}": at.get(axis) for axis in axes}
@@ -193,12 +57,7 @@ def line_rows(study: Study, ledger: Ledger) -> list[dict[str, Any]]:
             score = found["tasks"].get(task, {})
             for key in ("score", "blind", "chance", "stderr", "num_examples"):
                 row[f"{task}.{key}"] = score.get(key)
-        uses = {}
-        for kind, part in parts_of(result).items():
-            # A line's earlier stages of one kind follow from the last.
-            others = tuple(other.identity for other in part.before)
-            place = (part.stage.identity, part.share, others)
-            uses[kind] = known[place] = known.get(place) or spent(part, ledger)
+        uses = {kind: ledger.spent(part) for kind, part in parts_of(result).items()}
         for kind in ("pretrain", "continue", "finetune"):
             row[f"tokens.{kind}"] = uses[kind][0] if kind in uses else None
         for kind in KINDS:
@@ -267,75 +126,6 @@ def best_group(groups: Sequence[Group], column: str) -> Group | None:
     means = [(group.spreads[column].mean, group) for group in groups]
     known = [(mean, group) for mean, group in means if mean is not None]
     return max(known, key=lambda pair: pair[0])[1] if known else None
-
-
-def difference(one: Spread, other: Spread) -> Difference | None:
-    """Mean of `one` less mean of `other`, both with one pooled spread; None without two means."""
-    if one.mean is None or other.mean is None:
-        return None
-    freedom = one.n + other.n - 2
-    squares = sum(
-        (value - spread.mean) ** 2
-        for spread in (one, other)
-        for _, value in spread.values
-        if spread.mean is not None
-    )
-    sd = math.sqrt(squares / freedom) if freedom else None
-    error = None if sd is None else sd * math.sqrt(1 / one.n + 1 / other.n)
-    return _difference(one.mean - other.mean, sd, error, (one.n, other.n), freedom, paired=False)
-
-
-def paired_difference(one: Spread, other: Spread) -> Difference | None:
-    """As `difference`, from the differences within each repetition; None unless they match."""
-    first, second = dict(one.values), dict(other.values)
-    if not first or first.keys() != second.keys():
-        return None
-    gaps = Spread(tuple((name, first[name] - second[name]) for name in first))
-    error = None if gaps.sd is None else gaps.sd / math.sqrt(gaps.n)
-    assert gaps.mean is not None
-    return _difference(gaps.mean, gaps.sd, error, (one.n, other.n), gaps.n - 1, paired=True)
-
-
-def _difference(
-    mean: float,
-    sd: float | None,
-    error: float | None,
-    n: tuple[int, int],
-    freedom: int,
-    *,
-    paired: bool,
-) -> Difference:
-    if error is None:
-        return Difference(mean, sd, n, None, None, paired)
-    half = t_quantile(freedom) * error
-    return Difference(mean, sd, n, mean - half, mean + half, paired)
-
-
-def t_quantile(freedom: int) -> float:
-    """The half width, in standard errors, of a 95 % interval at `freedom` degrees of freedom.
-
-    Source: the finite series for whole degrees, Abramowitz and Stegun 26.7.3 and 26.7.4.
-    """
-    if freedom < 1:
-        raise ValueError(f"an interval needs 1 degree of freedom or more, got {freedom}")
-    low, high = 0.0, 1000.0
-    while high - low > 1e-10 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < CONFIDENCE else (low, middle)
-    return high
-
-
-def _within(t: float, freedom: int) -> float:
-    angle = math.atan(t / math.sqrt(freedom))
-    odd = freedom % 2
-    term = math.cos(angle) if odd else 1.0
-    total = 0.0
-    for k in range(2 + odd, freedom + 1, 2):
-        total += term
-        term *= math.cos(angle) ** 2 * (k - 1) / k
-    if not odd:
-        return math.sin(angle) * total
-    return 2 / math.pi * (angle + math.sin(angle) * total)
 
 
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -1,0 +1,224 @@
+"""The study's table: our means over repetitions, and beside them what the paper prints."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from midstream.report.findings import column_of, rows_at
+from midstream.report.latex import Grid
+from midstream.report.spread import Spread
+from midstream.report.words import place, place_words, points, score_name
+from midstream.study.studies import Study, Table
+
+Row = Mapping[str, Any]
+SCORES = "scores"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Ours, what the paper prints there (by the axes that the table does not show), or others'.
+
+    `planned` counts the study's lines there; `ours` is None in a column of a published model.
+    """
+
+    score: str
+    ours: Spread | None
+    planned: int
+    printed: tuple[tuple[str, float | int], ...] = ()
+    published: float | int | None = None
+
+    @property
+    def our_words(self) -> str:
+        """Mean ± sd (n), or why there is none."""
+        if self.ours is None:
+            return ""
+        if self.ours.mean is None:
+            return "missing" if self.planned else "not measured"
+        sd = "" if self.ours.sd is None else f" ± {points(self.ours.sd)}"
+        return f"{points(self.ours.mean)}{sd} ({self.ours.n})"
+
+    @property
+    def printed_words(self) -> str:
+        """What the paper prints, each with the axes that tell it from the others."""
+        several = len(self.printed) > 1
+        return ", ".join(
+            f"{100 * value:.2f}{f' ({at})' if several and at else ''}" for at, value in self.printed
+        )
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table; `kind` is ours, baseline or published."""
+
+    name: str
+    kind: str = "ours"
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class View:
+    """The table as it is shown, exported and quoted."""
+
+    title: str
+    corner: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+    source: str
+    sources: tuple[str, ...]
+
+    @property
+    def has_printed(self) -> bool:
+        """Whether the paper prints any number of it."""
+        return any(cell.printed for _, cells in self.rows for cell in cells)
+
+
+def table_view(study: Study, rows: Sequence[Row]) -> View | None:
+    """The study's table from the rows of `line_rows`; None where the study has none.
+
+    Places that only the paper has stand there too, as not measured.
+    """
+    table = study.table
+    if table is None:
+        return None
+    if table.rows == SCORES:
+        columns, found = _turned(table, rows)
+    else:
+        columns, found = _upright(table, rows)
+    sources = tuple(f"{model.name}: {model.source}" for model in table.published)
+    corner = "score" if table.rows == SCORES else table.rows.replace("_", " ")
+    return View(table.title, corner, columns, found, table.source, sources)
+
+
+def view_grid(view: View) -> Grid:
+    """The table as words; the paper's numbers in columns of their own, named so."""
+    heads: list[str] = [view.corner]
+    keep = [
+        (column, any(cells[index].printed for _, cells in view.rows))
+        for index, column in enumerate(view.columns)
+    ]
+    for column, printed in keep:
+        heads += [column.name, *([f"{column.name} (paper)"] if printed else [])]
+    lines = []
+    for name, cells in view.rows:
+        line = [name]
+        for cell, (_, printed) in zip(cells, keep, strict=True):
+            own = cell.our_words
+            if cell.published is not None:
+                own = f"{100 * cell.published:.2f}"
+            line += [own or "–", *([cell.printed_words or "–"] if printed else [])]
+        lines.append(tuple(line))
+    return Grid(view.title, tuple(heads), tuple(lines), view_notes(view))
+
+
+def view_notes(view: View) -> tuple[str, ...]:
+    """What the numbers are and where those of others stand."""
+    notes = ["ours: mean ± standard deviation (number of repetitions), in points of 100"]
+    if view.has_printed:
+        notes.append(f"paper: as printed in {view.source or 'the paper'}, not computed here")
+    notes += [f"quoted, not computed here: {source}" for source in view.sources]
+    return tuple(notes)
+
+
+def view_records(view: View) -> list[dict[str, Any]]:
+    """One flat record for each number, for CSV; scores from 0 to 1."""
+    records = []
+    for name, cells in view.rows:
+        for column, cell in zip(view.columns, cells, strict=True):
+            at = {"row": name, "column": column.name, "kind": column.kind, "score": cell.score}
+            ours = cell.ours or Spread(())
+            records.append(
+                at
+                | {"mean": ours.mean, "sd": ours.sd, "n": ours.n, "published": cell.published}
+                | {"printed": None, "printed_at": None}
+            )
+            records += [
+                at
+                | {"mean": None, "sd": None, "n": None, "published": None}
+                | {"printed": value, "printed_at": where}
+                for where, value in cell.printed
+            ]
+    return records
+
+
+# ------------------------------------------------------------------------------------ layouts
+
+
+def _upright(table: Table, rows: Sequence[Row]) -> tuple[tuple[Column, ...], Any]:
+    """A row for each value of an axis; columns are values of another, or the scores."""
+    across: list[tuple[dict[str, Any], str]] = []
+    names = []
+    for at in _places(table, table.columns, rows) if table.columns else [None]:
+        for score in table.scores:
+            across.append(({} if table.columns is None else {table.columns: at}, score))
+            words = "" if table.columns is None else place_words({table.columns: at})
+            alone = table.columns is not None and len(table.scores) == 1
+            names.append(words if alone else f"{words}, {score_name(score)}".removeprefix(", "))
+    found = []
+    for value in _places(table, table.rows, rows):
+        cells = [_cell(table, rows, {table.rows: value} | at, score) for at, score in across]
+        found.append((str(place(value)), tuple(cells)))
+    if table.columns is None:
+        for row in rows:
+            if row["role"] == "baseline":
+                cells = [_baseline(table, row, score) for score in table.scores]
+                found.append((row["name"], tuple(cells)))
+        for model in table.published:
+            quoted = [Cell(s, None, 0, (), model.scores.get(s)) for s in table.scores]
+            found.append((f"{model.name} (quoted)", tuple(quoted)))
+    return tuple(Column(name) for name in names), tuple(found)
+
+
+def _turned(table: Table, rows: Sequence[Row]) -> tuple[tuple[Column, ...], Any]:
+    """A row for each score; our places, then baselines, then published models as columns."""
+    places = _places(table, table.columns, rows) if table.columns else [None]
+    ats: list[dict[str, Any]] = [{table.columns: at} if table.columns else {} for at in places]
+    baselines = [row for row in rows if row["role"] == "baseline"]
+    columns = [Column(place_words(at) if at else "ours") for at in ats]
+    columns += [Column(row["name"], "baseline") for row in baselines]
+    columns += [Column(model.name, "published", model.source) for model in table.published]
+    found = []
+    for score in table.scores:
+        cells = [_cell(table, rows, at, score) for at in ats]
+        cells += [_baseline(table, row, score) for row in baselines]
+        cells += [Cell(score, None, 0, (), model.scores.get(score)) for model in table.published]
+        found.append((score_name(score), tuple(cells)))
+    return tuple(columns), tuple(found)
+
+
+def _places(table: Table, axis: str | None, rows: Sequence[Row]) -> list[Any]:
+    """The values of an axis that lines have, then those that only the paper has."""
+    if axis is None:
+        return []
+    names = {row["name"] for row in rows if row["role"] == "baseline"}
+    lines = [row.get(f"axis.{axis}") for row in rows if row["role"] == "line"]
+    printed = [number.at.get(axis) for number in table.printed]
+    found = [v for v in dict.fromkeys([*lines, *printed]) if v is not None and v not in names]
+    if all(isinstance(value, int | float) for value in found):
+        found.sort()
+    return found
+
+
+def _cell(table: Table, rows: Sequence[Row], at: dict[str, Any], score: str) -> Cell:
+    members = rows_at(rows, at)
+    column = column_of(score)
+    values = tuple((row["name"], row[column]) for row in members if row.get(column) is not None)
+    asked = [row for row in members if column in row]
+    return Cell(score, Spread(values), len(asked), _printed(table, at, score))
+
+
+def _baseline(table: Table, row: Row, score: str) -> Cell:
+    value = row.get(column_of(score))
+    values = () if value is None else ((row["name"], value),)
+    printed = ()
+    if table.columns is not None:
+        printed = _printed(table, {table.columns: row["name"]}, score)
+    planned = 0 if row["state"] == "done" else 1
+    return Cell(score, Spread(values), planned, printed)
+
+
+def _printed(table: Table, at: dict[str, Any], score: str) -> tuple[tuple[str, float | int], ...]:
+    return tuple(
+        (place_words({axis: v for axis, v in number.at.items() if axis not in at}), number.value)
+        for number in table.printed
+        if number.score == score and all(number.at.get(axis) == v for axis, v in at.items())
+    )

@@ -1,0 +1,142 @@
+"""Sentences about the data: what decides, what does not, and what was not measured."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import made
+import pytest
+
+from midstream.report.findings import Finding
+from midstream.report.gather import gather
+from midstream.study.ledger import Ledger
+from midstream.study.studies import Claim
+
+BETTER = Claim(
+    text="80 is better than 20", higher={"x": 80}, lower={"x": 20}, source="paper, section 3.1"
+)
+
+
+def claimed(
+    ledger: Ledger,
+    scores: dict[tuple[Any, ...], Sequence[float]],
+    *claims: Claim,
+    axes: tuple[str, ...] = ("x",),
+    examples: bool = True,
+) -> list[Finding]:
+    """Findings of a study with a line for each place and seed; scores are stable vision ones."""
+    study = made.study(scores, axes=axes, claims=claims or (BETTER,))
+    made.fill(ledger, study, scores, axes=axes, examples=examples)
+    return gather(study, ledger).findings
+
+
+def test_a_difference_beyond_the_seeds_agrees_with_a_claim_or_disagrees(ledger: Ledger) -> None:
+    scores = {(20,): (0.20, 0.22, 0.24), (80,): (0.30, 0.33, 0.33)}
+    turned = BETTER.model_copy(update={"higher": {"x": 20}, "lower": {"x": 80}})
+    agrees, disagrees, *_ = claimed(ledger, scores, BETTER, turned)
+    assert agrees.verdict_words == "our data agree"
+    assert agrees.source == "paper, section 3.1"
+    # Differences 0.10, 0.11, 0.09: t of two degrees 4.303, sd 0.01.
+    assert agrees.sentence.startswith(
+        "Vision, stable is 10.0 points higher at x 80 than at x 20 "
+        "(95 % interval +7.5 to +12.5, paired, 3 repetitions)"
+    )
+    assert disagrees.verdict_words == "our data disagree"
+    assert "10.0 points lower at x 20 than at x 80" in disagrees.sentence
+
+
+def test_an_interval_with_zero_does_not_decide(ledger: Ledger) -> None:
+    found = claimed(ledger, {(20,): (0.20, 0.30, 0.25), (80,): (0.24, 0.28, 0.26)})[0]
+    assert found.verdict_words == "the data do not decide"
+    assert found.difference is not None
+    assert found.difference.low is not None
+    assert found.difference.low < 0 < found.difference.mean
+
+
+def test_one_seed_has_no_interval_but_the_examples_have_one(ledger: Ledger) -> None:
+    found = claimed(ledger, {(20,): (0.2,), (80,): (0.6,)})[0]
+    assert found.verdict_words == "no interval: one seed"
+    assert "(no interval: 1 repetition)" in found.sentence
+    assert found.examples is not None
+    assert found.examples.low is not None
+    assert found.examples.low > 0
+    assert "which says nothing about other seeds" in found.sentence
+
+
+def test_without_predictions_of_the_same_examples_nothing_is_said_of_them(ledger: Ledger) -> None:
+    found = claimed(ledger, {(20,): (0.2, 0.3), (80,): (0.6, 0.6)}, examples=False)[0]
+    assert found.examples is None
+    assert "same examples" not in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("claim", "words"),
+    [
+        ({"higher": {"x": 60}}, "The study has no line at x 60."),
+        ({"higher": {"place": 80}}, "The study has no line at place 80."),
+        ({"score": "vqav2"}, "No line of this study is asked vqav2."),
+    ],
+)
+def test_what_no_line_can_tell_is_not_measured(
+    ledger: Ledger, claim: dict[str, Any], words: str
+) -> None:
+    scores = {(20,): (0.2, 0.3), (80,): (0.6, 0.6)}
+    found = claimed(ledger, scores, BETTER.model_copy(update=claim))[0]
+    assert (found.verdict_words, found.sentence) == ("not measured", words)
+    assert found.difference is None
+
+
+def test_lines_that_are_not_done_are_not_measured(ledger: Ledger) -> None:
+    scores = {(20,): (0.2, 0.3), (80,): (0.6, 0.6)}
+    study = made.study(scores, claims=(BETTER,))
+    made.fill(ledger, study, {(20,): (0.2, 0.3)})
+    found = gather(study, ledger).findings
+    assert found[0].verdict == "not measured"
+    assert "No line at x 80 has a score of Vision, stable yet (0 of 2 done)." in found[0].sentence
+    assert found[1].sentence.endswith("1 of 2 places have a score; two are needed.")
+
+
+def test_other_axes_are_averaged_within_each_seed_and_are_no_repetitions(ledger: Ledger) -> None:
+    # By seed the difference is 0.10 and 0.20; over four pairs it would be much surer.
+    scores = {
+        (20, "a"): (0.20, 0.20),
+        (20, "b"): (0.40, 0.40),
+        (80, "a"): (0.30, 0.40),
+        (80, "b"): (0.50, 0.60),
+    }
+    found = claimed(ledger, scores, axes=("x", "kind"))[0]
+    assert found.difference is not None
+    assert found.difference.n == (2, 2)
+    assert found.difference.mean == pytest.approx(0.15)
+    assert found.verdict == "undecided"
+    assert "mean over 2 places of kind" in found.sentence
+
+
+def test_a_place_that_one_seed_lacks_is_left_out_for_all_and_counted(ledger: Ledger) -> None:
+    scores = {
+        (20, "a"): (0.20, 0.20),
+        (20, "b"): (0.90, 0.90),
+        (80, "a"): (0.30, 0.31),
+        (80, "b"): (0.10,),
+    }
+    found = claimed(ledger, scores, axes=("x", "kind"))[0]
+    assert found.difference is not None
+    assert found.difference.mean == pytest.approx(0.105)
+    assert "2 without a counterpart left out" in found.sentence
+
+
+def test_the_best_place_is_told_from_the_next_best_only_beyond_the_seeds(ledger: Ledger) -> None:
+    scores = {(0,): (0.1, 0.1, 0.1), (20,): (0.30, 0.32, 0.34), (80,): (0.31, 0.34, 0.32)}
+    best = next(f for f in claimed(ledger, scores) if f.claim is None)
+    assert best.verdict_words == "the data do not decide"
+    assert best.sentence.startswith(
+        "Vision, stable is highest at x 80 with 32.3 points, 0.3 points higher than at x 20, "
+        "the next best (95 % interval"
+    )
+
+
+def test_a_claim_about_seeds_is_repeated_by_the_other_axes(ledger: Ledger) -> None:
+    seeds = Claim(text="seeds differ", higher={"seed": 1}, lower={"seed": 0})
+    found = claimed(ledger, {(20,): (0.2, 0.3), (80,): (0.6, 0.72)}, seeds)[0]
+    assert found.difference is not None
+    assert found.difference.n == (2, 2)
+    assert found.difference.mean == pytest.approx(0.11)
