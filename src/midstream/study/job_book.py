@@ -55,6 +55,13 @@ class JobBook:
             self.entries.pop(name, None)
         self._write()
 
+    def drop_unsure(self) -> None:
+        """End jobs whose submission was cut off: they may miss what they are to do."""
+        for name, entry in list(self.entries.items()):
+            if entry.job is None:
+                scheduler.cancel_named(entry.name)
+                self.forget(name)
+
     def _write(self) -> None:
         write_json(self.path, {"jobs": {name: asdict(one) for name, one in self.entries.items()}})
 

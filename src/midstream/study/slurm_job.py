@@ -46,13 +46,15 @@ class StageFailed(Exception):  # noqa: N818 - the stage's own error is told befo
 class StageJob:
     """Runs one stage that the file `work` describes; called in the job, once a node.
 
-    `restarts`: how often the stage may be begun again after its processes were killed.
+    `restarts`: how often the stage may be begun again after its processes were killed. `command`
+    stands in for that of a worker, which its work file is added to.
     """
 
     store: Path
     work: Path
     restarts: int
     port: int
+    command: tuple[str, ...] | None = None
 
     def __call__(self) -> None:
         given = read_json(self.work)
@@ -93,7 +95,8 @@ class _Run:
         work = write_work(self.files.work(node), self.job.store, self.machine, line)
         log = self.files.log(node)
         is_group = self.machine.world_size > 1
-        worker = Worker(node, work, log, self.machine, self.queue.put, is_group)
+        command = (*self.job.command, str(work)) if self.job.command else None
+        worker = Worker(node, work, log, self.machine, self.queue.put, is_group, command)
         code = self._follow(worker)
         # The ranks of node 0 say how it went; torchrun ends with 1 after a good stop as well.
         if self.place.node == 0:

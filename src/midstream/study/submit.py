@@ -31,13 +31,22 @@ class Task:
 
 
 class Submitter:
-    """Turns tasks into jobs with the cluster's settings, and notes them in the book."""
+    """Turns tasks into jobs with the cluster's settings, and notes them in the book.
+
+    `command` stands in for that of a worker, which its work file is added to.
+    """
 
     def __init__(
-        self, store: Path, machine: Machine, settings: SlurmSettings, book: JobBook
+        self,
+        store: Path,
+        machine: Machine,
+        settings: SlurmSettings,
+        book: JobBook,
+        command: Sequence[str] | None = None,
     ) -> None:
         self.store, self.machine = store.absolute(), machine
         self.settings, self.book = settings, book
+        self.command = tuple(command) if command else None
 
     def submit(self, tasks: Sequence[Task]) -> None:
         """Submit tasks that are ready or wait for jobs; what is equal becomes an array.
@@ -78,7 +87,9 @@ class Submitter:
             work = work_line(task.stage, task.features)
             write_work(files.given, self.store, machine, work)
             left = max(0, self.settings.restarts - task.restarts)
-            functions.append(StageJob(self.store, files.given, left, self.settings.port))
+            functions.append(
+                StageJob(self.store, files.given, left, self.settings.port, self.command)
+            )
         entries = {task.stage.name: Entry(name, None, str(folder), task.restarts) for task in tasks}
         self.book.intend(entries)
         executor = submitit.SlurmExecutor(folder=folder)
