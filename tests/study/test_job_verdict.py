@@ -8,7 +8,7 @@ import pytest
 from midstream.study.graph import order
 from midstream.study.job_book import Entry, JobBook, require_no_jobs
 from midstream.study.job_events import events_since
-from midstream.study.job_verdict import MAX_FORGOTTEN, Ended, verdict
+from midstream.study.job_verdict import MAX_FORGOTTEN, NEVER, Ended, verdict
 from midstream.study.ledger import Ledger, Stopped
 from midstream.study.scheduler import Job
 from midstream.study.stage import Stage
@@ -94,6 +94,9 @@ def test_a_stage_that_kept_a_checkpoint_when_told_to_stop_goes_on_for_nothing(
 def test_a_job_whose_parent_was_lost_waits_for_the_next_one(ledger: Ledger, stage: Stage) -> None:
     found = verdict(ended(stage, "CANCELLED", parent_lost=True), ledger)
     assert (found.action, found.text) == ("again", "")
+    # Its parent may have been submitted anew by now.
+    never = Job("12", "midstream-x", "CANCELLED", NEVER)
+    assert verdict(Ended(stage, "12", never, 0), ledger).action == "again"
 
 
 def test_a_job_that_slurm_has_forgotten_is_submitted_again_a_few_times(

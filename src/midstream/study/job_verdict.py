@@ -9,6 +9,8 @@ from midstream.study.stage import Stage
 
 # So often a job that Slurm has forgotten is submitted again.
 MAX_FORGOTTEN = 3
+# Why Slurm cancels a job: the one that it waited for will not end well, though its stage may yet.
+NEVER = "DependencyNeverSatisfied"
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def verdict(ended: Ended, ledger: Ledger) -> Verdict:
     is_news = status.get("ended") not in (None, ended.told_before)
     if status["state"] == "failed" and is_news:
         return Verdict("failed", status["error"] or "it did not say why", is_noted=True)
-    if ended.parent_lost:
+    if ended.parent_lost or (job is not None and job.reason == NEVER):
         return Verdict("again")
     if job is None:
         return _forgotten(ended)
