@@ -241,7 +241,7 @@ def test_the_exit_code_tells_how_a_run_ended(
     outcome: launch.Outcome,
     code: int,
 ) -> None:
-    monkeypatch.setattr(launch, "run", lambda *_: outcome)
+    monkeypatch.setattr(launch, "run", lambda *_, **__: outcome)
     result = midstream("run", f"{file}:study", "--store", store)
     assert result.exit_code == code, result.output
     assert f"{outcome.num_done} stages done now" in result.stdout

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 
@@ -23,11 +23,10 @@ from midstream import (
 )
 from midstream.model_commands import COMMANDS
 from midstream.profile_command import profile
+from midstream.run_command import run, run_and_tell
 
 if TYPE_CHECKING:
-    from midstream.config import Machine
-    from midstream.study.ledger import Ledger
-    from midstream.study.studies import AnyStudy
+    pass
 
 Arguments = ParamSpec("Arguments")
 USER_ERROR_EXIT_CODE = 2
@@ -147,54 +146,7 @@ def plan(
         typer.echo(f"learning rates: {curves}", err=as_json)
 
 
-@app.command()
-@user_errors
-def run(
-    study: StudyName,
-    store: Store = DEFAULT_STORE,
-    settings: Settings = None,
-    workers: Workers = 2,
-    threads: Threads = 1,
-    device: Device = "auto",
-    data_workers: Annotated[
-        int, typer.Option(min=0, help="Processes that load rows ahead of each training process.")
-    ] = 0,
-    features: Features = "auto",
-    max_feature_gib: MaxFeatureGib = 64.0,
-    ranks: Annotated[
-        int, typer.Option(min=1, help="Processes that train one stage together on this machine.")
-    ] = 1,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines that train one stage together.")] = 1,
-    node: Annotated[int, typer.Option(min=0, help="Which of them this is; 0 launches.")] = 0,
-    master: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Where node 0 is reached by the others.")
-    ] = None,
-    others: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--machine",
-            metavar="NAME=VALUE",
-            help="Any other choice of the machine (docs/training.md); may be repeated.",
-        ),
-    ] = None,
-) -> None:
-    """Run the stages of a study that are not done; continue those that were stopped."""
-    from midstream.catalogue import find_study, read_settings
-    from midstream.config import Machine
-    from midstream.study.ledger import Ledger
-
-    chosen = {"workers": workers, "threads": threads, "device": device, "features": features}
-    chosen |= {"data_workers": data_workers, "max_feature_gib": max_feature_gib}
-    chosen |= {"ranks": ranks, "nodes": nodes, "node": node, "master": master}
-    if nodes > 1:
-        chosen["workers"] = 1
-    machine = Machine.model_validate(chosen | read_settings("--machine", others or []))
-    found, ledger = find_study(study, settings or []), Ledger(store)
-    if machine.node:
-        from midstream.study.nodes import join
-
-        raise typer.Exit(join(ledger.store, machine, typer.echo))
-    _run(found, ledger, machine)
+app.command("run")(user_errors(run))
 
 
 class Section(StrEnum):
@@ -248,7 +200,7 @@ def prepare(
 ) -> None:
     """Turn public formats into a prepared source; the same command goes on where it was."""
     from midstream import prepare_command, terminal
-    from midstream.study.launch import STOPPED_EXIT_CODE
+    from midstream.study.outcome import STOPPED_EXIT_CODE
 
     options = {"text_key": text_key, "caption": caption, "images": images, "seed": seed}
     options["max_tokens"] = max_tokens
@@ -332,7 +284,7 @@ def demo(
     start = time.monotonic()
     study, ledger = find_study(DEMO_STUDY, []), Ledger(store)
     machine = Machine.model_validate({"workers": workers, "threads": threads, "device": device})
-    peak_bytes = _run(study, ledger, machine)
+    peak_bytes = run_and_tell(study, ledger, machine, retry=True)
     report_command.write(study, ledger)
     text = f"wall time {time.monotonic() - start:,.1f} s"
     if peak_bytes:
@@ -357,44 +309,6 @@ store_app = typer.Typer(
 for store_name, store_command in store_commands.COMMANDS.items():
     store_app.command(store_name)(user_errors(store_command))
 app.add_typer(store_app, name="store")
-
-
-def _run(study: "AnyStudy", ledger: "Ledger", machine: "Machine") -> int:
-    """Run and tell; returns the peak memory in bytes. Leaves with the outcome's code if not 0."""
-    from midstream import terminal
-    from midstream.study import launch
-    from midstream.study.graph import plan as plan_study
-
-    memory = terminal.PeakMemory()
-    console = terminal.out()
-    with terminal.progress(console) as show:
-
-        def on_event(event: dict[str, Any]) -> None:
-            memory.note(event)
-            show(event)
-
-        outcome = launch.run(study, ledger, machine, on_event)
-    counts = (outcome.num_done, outcome.num_failed, outcome.num_stopped, outcome.num_skipped)
-    if not any(counts):
-        console.print(
-            f"nothing to do: all {outcome.num_before} stages of {study.name} are done "
-            f"({ledger.store})",
-            soft_wrap=True,
-        )
-        return 0
-    done, failed, stopped, skipped = counts
-    console.print(
-        f"{study.name}: {done} stages done now, {outcome.num_before} before, {failed} failed, "
-        f"{stopped} stopped, {skipped} not started",
-        soft_wrap=True,
-    )
-    for message in outcome.messages:
-        terminal.error(message)
-    if outcome.exit_code:
-        if outcome.interrupted:
-            terminal.error("stopped; the same command continues where it was")
-        raise typer.Exit(outcome.exit_code)
-    return memory.total_bytes(plan_study(study, ledger), ledger)
 
 
 if __name__ == "__main__":

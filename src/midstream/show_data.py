@@ -34,7 +34,7 @@ from midstream.study.cost import cost
 from midstream.study.graph import PlanRow
 from midstream.study.ledger import Ledger, launch_lock
 from midstream.study.stage import Prepare, Trained, stage_from_json
-from midstream.study.workers import Event, Worker
+from midstream.study.workers import Event, Worker, write_work
 from midstream.tokens import TokenCount
 
 REFUSED_EXIT_CODE, INTERRUPTED_EXIT_CODE = 1, 130
@@ -234,7 +234,9 @@ def run_preparation(stage: Prepare, ledger: Ledger, note: Callable[[str], None])
     """
     events: SimpleQueue[tuple[Worker, Event]] = SimpleQueue()
     with launch_lock(ledger.store):
-        worker = Worker(1, ledger.store, Machine(workers=1), None, events.put)
+        machine, place = Machine(workers=1), ledger.store / "worker-1"
+        work = write_work(place.with_suffix(".json"), ledger.store, machine)
+        worker = Worker(1, work, place.with_suffix(".log"), machine, events.put, is_group=False)
         worker.row = PlanRow(stage, ledger.state(stage), {}, cost(stage, ledger))
         try:
             while not ledger.is_done(stage):

@@ -75,6 +75,8 @@ class _Bars:
                 self.bars.update(self.overall, details=details)
         elif kind == "stopping":
             self.bars.console.print("stopping: the running stages keep a checkpoint")
+        elif kind == "note":
+            self.bars.console.print(event["text"], markup=False)
 
 
 class _Lines:
@@ -103,6 +105,8 @@ class _Lines:
             self._print(f"{_finish_line(event)} ({self.num_done}/{self.num_stages})")
         elif kind == "stopping":
             self._print("stopping: the running stages keep a checkpoint")
+        elif kind == "note":
+            self._print(event["text"])
 
     def _print(self, text: str) -> None:
         stamp = time.strftime("%H:%M:%S")

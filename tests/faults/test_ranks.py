@@ -97,7 +97,7 @@ def test_a_signal_to_any_process_stops_all_at_the_next_step_and_costs_none(
         ),
     ],
 )
-def test_a_dead_or_silent_rank_is_named_within_a_minute_and_the_next_run_goes_on(
+def test_a_dead_or_silent_rank_is_named_within_a_minute_and_a_retry_goes_on(
     ledger: Ledger, whole: list[float], number: signal.Signals, rank: int, said: str
 ) -> None:
     process = launch(ledger, "--ranks", "2")
@@ -116,7 +116,7 @@ def test_a_dead_or_silent_rank_is_named_within_a_minute_and_the_next_run_goes_on
     status = ledger.status(LONG)
     assert status["state"] == "failed"
     assert said in status["error"]
-    again = launch(ledger, "--ranks", "2")
+    again = launch(ledger, "--ranks", "2", "--retry")
     text = finish(again)
     assert again.returncode == 0, text + (ledger.store / "worker-1.log").read_text()
     assert losses(ledger) == pytest.approx(whole, rel=1e-6)

@@ -104,6 +104,7 @@ class Launch:
         workers: int = 1,
         behaviour: Mapping[str, str] | None = None,
         on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+        retry: bool = False,
     ) -> Any:
         self.events = []
 
@@ -113,7 +114,7 @@ class Launch:
 
         command = [sys.executable, str(self.script), str(self.ledger.store)]
         command += [json.dumps(behaviour or {})]
-        return run(study, self.ledger, Machine(workers=workers), keep, command)
+        return run(study, self.ledger, Machine(workers=workers), keep, command, retry)
 
     def notes(self, what: str) -> list[str]:
         path = self.ledger.store / "notes.jsonl"
@@ -202,7 +203,7 @@ def test_a_finished_study_starts_and_writes_nothing(launch: Launch, make_study: 
     assert {path: path.stat().st_mtime_ns for path in store.rglob("*")} == before
 
 
-def test_a_failed_stage_stops_its_descendants_only_and_is_tried_again(
+def test_a_failed_stage_stops_its_descendants_only_and_runs_again_with_retry(
     launch: Launch, make_study: MakeStudy
 ) -> None:
     study = make_study()
@@ -217,8 +218,52 @@ def test_a_failed_stage_stops_its_descendants_only_and_is_tried_again(
     states = launch.states(study)
     assert states.pop(lost.name) == "failed"
     assert sorted(states.values()) == ["done"] * 7 + ["new"] * 2
-    again = launch(study)
+    assert "--retry" in outcome.messages[0]
+    begun = launch.notes("begin")
+    same = launch(study)
+    assert (same.num_before, same.num_done, same.num_failed, same.num_skipped) == (7, 0, 1, 2)
+    assert same.exit_code == 1
+    assert lost.name in same.messages[0]
+    assert "failed before: ValueError: bad luck" in same.messages[0]
+    assert "--retry" in same.messages[0]
+    assert launch.notes("begin") == begun
+    again = launch(study, retry=True)
     assert (again.num_before, again.num_done, again.exit_code) == (7, 3, 0)
+
+
+def test_a_stage_that_failed_before_leaves_the_others_their_turn(
+    launch: Launch, make_study: MakeStudy
+) -> None:
+    study = make_study()
+    launch(study, behaviour={_stage(study, "train_encoder").name: "fail"})
+    wider = make_study((0.2, 0.6, 1.0))
+    outcome = launch(wider)
+    # The text run has another milestone and is another stage; what needs the encoder is left.
+    assert (outcome.num_done, outcome.num_failed, outcome.num_skipped) == (2, 1, 9)
+    assert launch.ledger.state(_stage(wider, "pretrain")) == "done"
+
+
+def test_a_study_edited_while_it_runs_is_refused_and_planned_anew_afterwards(
+    launch: Launch, make_study: MakeStudy
+) -> None:
+    study, edited = make_study((0.2, 1.0)), make_study((0.2, 0.6, 1.0))
+    refusals = []
+
+    def edit(event: dict[str, Any]) -> None:
+        if event["event"] == "started" and not refusals:
+            with pytest.raises(ValueError, match="in use by another launcher") as refused:
+                run(edited, launch.ledger, Machine(workers=1), lambda event: None)
+            refusals.append(str(refused.value))
+
+    outcome = launch(study, on_event=edit)
+    assert len(refusals) == 1
+    # The run goes by the plan that it has made.
+    assert (outcome.num_done, outcome.exit_code) == (10, 0)
+    assert launch.ledger.load_study("small") == study
+    again = launch(edited)
+    # Data and encoder are shared; the text run has one milestone more.
+    assert (again.num_before, again.num_done, again.exit_code) == (2, 11, 0)
+    assert launch.ledger.load_study("small") == edited
 
 
 @pytest.mark.parametrize(("act", "how"), [("kill", "SIGKILL"), ("exit", "exit code 7")])

@@ -43,6 +43,11 @@ from midstream.config.model import (
 from midstream.config.presets import (
     DECODERS,
 )
+from midstream.config.slurm import (
+    SlurmResources,
+    SlurmSettings,
+    StageKind,
+)
 from midstream.config.training import (
     AdamW,
     AnySchedule,
@@ -94,7 +99,10 @@ __all__ = [
     "Sampling",
     "Schedule",
     "Share",
+    "SlurmResources",
+    "SlurmSettings",
     "SmallReal",
+    "StageKind",
     "Tokenizer",
     "TokenizerFile",
     "TrainedTokenizer",

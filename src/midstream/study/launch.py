@@ -1,46 +1,31 @@
 """Runs what a study lacks: one launcher a store, a few workers, one stage a worker at a time."""
 
 import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from types import FrameType
 
 from midstream.config import Machine
-from midstream.study.graph import Plan, PlanRow, missing_inputs, plan
+from midstream.study.graph import Plan, PlanRow, plan
+from midstream.study.job_book import require_no_jobs
 from midstream.study.ledger import Ledger, launch_lock
 from midstream.study.nodes import Announcer, announcer
+from midstream.study.outcome import (
+    STOPPED_EXIT_CODE,
+    Outcome,
+    failed_before,
+    failure,
+    not_started,
+    require_inputs,
+    require_not_running,
+    stop_signals,
+)
 from midstream.study.pictures import choice_for, feature_plan
 from midstream.study.stage import Ranked
 from midstream.study.studies import AnyStudy
-from midstream.study.workers import Event, Worker, work_line
+from midstream.study.workers import Event, Worker, work_line, write_work
 
-# What a process ends with that was asked to stop and can be continued (EX_TEMPFAIL).
-STOPPED_EXIT_CODE = 75
-# Signals that ask for it.
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run did: stages done before it and in it, failed, stopped; skipped never started."""
-
-    num_before: int
-    num_done: int = 0
-    num_failed: int = 0
-    num_skipped: int = 0
-    num_stopped: int = 0
-    interrupted: bool = False
-    messages: tuple[str, ...] = ()
-
-    @property
-    def exit_code(self) -> int:
-        """0 if all stages are done, 75 if the run was stopped, 1 if a stage failed."""
-        if self.num_stopped or (self.interrupted and self.num_skipped):
-            return STOPPED_EXIT_CODE
-        return 1 if self.num_failed or self.num_skipped else 0
+__all__ = ["STOPPED_EXIT_CODE", "Outcome", "remaining_chains", "run"]
 
 
 def run(
@@ -49,36 +34,31 @@ def run(
     machine: Machine,
     on_event: Callable[[Event], None],
     command: Sequence[str] | None = None,
+    retry: bool = False,
 ) -> Outcome:
-    """Run every stage of `study` that is not done, parents first; failed ones are tried again.
+    """Run every stage of `study` that is not done, parents first; stopped ones go on.
 
-    `on_event` gets {"event": "plan", "num_stages", "num_done"}, then the workers' events with the
-    number of the "worker" and its "log" added. A failed stage stops its descendants only; SIGINT
-    or SIGTERM asks the running stages to keep a checkpoint and stop, a second one ends them. A
-    study that is done starts and writes nothing. Raises ValueError if another launcher holds the
-    store or a stage still runs elsewhere.
+    A stage that failed before is tried again only with `retry`; without it, it and its descendants
+    are left and named. `on_event` gets {"event": "plan", "num_stages", "num_done"}, then the
+    workers' events with the number of the "worker" and its "log" added. A failed stage stops its
+    descendants only; SIGINT or SIGTERM asks the running stages to keep a checkpoint and stop, a
+    second one ends them. A study that is done starts and writes nothing. Raises ValueError if
+    another launcher holds the store, if jobs of it are in a cluster's queue or if a stage still
+    runs elsewhere.
     """
-    if missing := missing_inputs(study):
-        raise ValueError(
-            f"{study.name} was planned without {', '.join(missing)}; name their folders in the "
-            "recipe's arguments (--set)"
-        )
+    require_inputs(study)
     before = plan(study, ledger)
     if not before.to_run:
         return Outcome(num_before=before.num_done)
     with launch_lock(ledger.store):
+        require_no_jobs(ledger.store)
         work = plan(study, ledger)
-        for row in work.rows:
-            if row.state == "running":
-                raise ValueError(
-                    f"{ledger.folder(row.stage)} is still being run by process "
-                    f"{ledger.status(row.stage).get('pid')}, which an earlier launcher left; "
-                    f"wait until it ends, or stop it"
-                )
+        require_not_running(work.rows, ledger)
         ledger.save_study(study)
         on_event({"event": "plan", "num_stages": len(work.rows), "num_done": work.num_done})
         with announcer(ledger.store, machine) as nodes:
-            outcome = _Launcher(work, ledger, machine, on_event, command, nodes).run()
+            launcher = _Launcher(work, ledger, machine, on_event, command, nodes)
+            outcome = launcher.run({} if retry else failed_before(work.rows, ledger))
             if nodes is not None:
                 nodes.end(outcome.exit_code)
         return outcome
@@ -115,10 +95,14 @@ class _Launcher:
     # A SimpleQueue, since a signal handler may put into it while the main thread reads it.
     events: "SimpleQueue[tuple[Worker | None, Event]]" = field(default_factory=SimpleQueue)
 
-    def run(self) -> Outcome:
+    def run(self, left: dict[str, str]) -> Outcome:
+        """All stages but those `left` as they are, of which the given words are said."""
         self.waiting = {row.stage.name: row for row in self.plan.to_run}
         self.chains = remaining_chains(self.plan.to_run)
-        with self._signals():
+        for name, told in left.items():
+            self.waiting.pop(name)
+            self._lose(name, told)
+        with stop_signals(self._note_signal):
             try:
                 self._fill()
                 while any(worker.row is not None for worker in self.workers.values()):
@@ -186,8 +170,10 @@ class _Launcher:
 
     def _start_worker(self, group: str | None) -> Worker:
         number = next(n for n in range(1, self.machine.workers + 1) if n not in self.workers)
-        store, put = self.ledger.store, self.events.put
-        worker = Worker(number, store, self.machine, self.command, put, group)
+        store, place = self.ledger.store, self.ledger.store / f"worker-{number}"
+        work = write_work(place.with_suffix(".json"), store, self.machine, group)
+        log, put = place.with_suffix(".log"), self.events.put
+        worker = Worker(number, work, log, self.machine, put, group is not None, self.command)
         self.workers[number] = worker
         if group is not None and self.nodes is not None:
             self.nodes.tell(worker.work)
@@ -226,19 +212,12 @@ class _Launcher:
         event = {"event": "finished", "stage": name, "state": state, "error": error}
         self.on_event({**event, "worker": worker.number, "log": str(worker.log)})
         if state == "failed":
-            told = "; ".join(line.strip() for line in (error or "").splitlines())
-            self.messages.append(f"{name} failed: {told} (see {worker.log})")
-            lost = [other for other in self.waiting.values() if self._descends(other, name)]
-            if lost:
-                self.messages.append(f"{len(lost)} stages that need {name} were not started")
+            self._lose(name, failure(name, error, worker.log))
 
-    def _descends(self, row: PlanRow, ancestor: str) -> bool:
-        """Whether a waiting stage needs `ancestor`, itself or through other waiting stages."""
-        return any(
-            parent.name == ancestor
-            or (parent.name in self.waiting and self._descends(self.waiting[parent.name], ancestor))
-            for parent in row.stage.parents
-        )
+    def _lose(self, name: str, told: str) -> None:
+        """A stage has failed: say so, and what is not started for it."""
+        self.states[name] = "failed"
+        self.messages += [text for text in (told, not_started(self.waiting, name)) if text]
 
     def _bury(self, worker: Worker, code: int) -> None:
         """A worker has ended: its stage failed, unless it was told to stop."""
@@ -275,19 +254,5 @@ class _Launcher:
         for worker in self.workers.values():
             worker.leave()
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Turn the signals that stop into events; only the main thread can."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(number: int, _frame: FrameType | None) -> None:
-            self.events.put((None, {"event": "signal", "signal": number}))
-
-        before = {number: signal.signal(number, note) for number in STOPS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _note_signal(self, number: int) -> None:
+        self.events.put((None, {"event": "signal", "signal": number}))

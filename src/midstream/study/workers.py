@@ -42,28 +42,27 @@ LAUNCHER = "MIDSTREAM_LAUNCHER"
 class Worker:
     """A worker process; `row` is the stage it runs, or will run once it is ready.
 
-    With `group` (a `work_line`) it is the ranks of that one stage. Its events, and at its end
-    {"event": "exit", "code"}, go to `put` from a thread of its own.
+    It works for what the file `work` says (`write_work`), and is the ranks of one stage where it
+    `is_group`. Its events, and at its end {"event": "exit", "code"}, go to `put` from a thread of
+    its own.
     """
 
     def __init__(
         self,
         number: int,
-        store: Path,
+        work: Path,
+        log: Path,
         machine: Machine,
-        command: Sequence[str] | None,
         put: Callable[[tuple["Worker", Event]], None],
-        group: str | None = None,
+        is_group: bool,
+        command: Sequence[str] | None = None,
     ) -> None:
-        self.number = number
-        self.is_group = group is not None
+        self.number, self.work, self.log, self.is_group = number, work, log, is_group
         self.pids: dict[int, int] = {}
         self.fault: str | None = None
         self.row: PlanRow | None = None
         self.ready = False
-        self.log = store / f"worker-{number}.log"
-        self.work = write_work(store / f"worker-{number}.json", store, machine, group)
-        own = group_command(machine, self.work) if group else worker_command(self.work)
+        own = group_command(machine, work) if is_group else worker_command(work)
         with self.log.open("ab") as stream:
             self.process = subprocess.Popen(
                 list(command or own),

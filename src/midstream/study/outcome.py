@@ -1,0 +1,130 @@
+"""How a run ends, whoever ran it: what became of the stages, the exit code, what is said."""
+
+import signal
+import threading
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from midstream.study.graph import PlanRow, missing_inputs
+from midstream.study.ledger import Ledger
+from midstream.study.studies import AnyStudy
+
+# What a process ends with that was asked to stop and can be continued (EX_TEMPFAIL).
+STOPPED_EXIT_CODE = 75
+# Signals that ask for it.
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Of many stages that a sentence is about, so many are named.
+MAX_NAMED = 12
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did: stages done before it and in it, failed, stopped; skipped never started.
+
+    `num_failed` counts those that failed before and were not tried again; `num_queued` those whose
+    jobs were left to a cluster's queue.
+    """
+
+    num_before: int
+    num_done: int = 0
+    num_failed: int = 0
+    num_skipped: int = 0
+    num_stopped: int = 0
+    num_queued: int = 0
+    interrupted: bool = False
+    messages: tuple[str, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        """0 if all stages are done or queued, 75 if the run was stopped, 1 if a stage failed."""
+        if self.num_stopped or (self.interrupted and (self.num_skipped or self.num_queued)):
+            return STOPPED_EXIT_CODE
+        return 1 if self.num_failed or self.num_skipped else 0
+
+
+def require_inputs(study: AnyStudy) -> None:
+    """Raises ValueError for a study that was planned without its data or checkpoints."""
+    if missing := missing_inputs(study):
+        raise ValueError(
+            f"{study.name} was planned without {', '.join(missing)}; name their folders in the "
+            "recipe's arguments (--set)"
+        )
+
+
+def failed_before(rows: Sequence[PlanRow], ledger: Ledger) -> dict[str, str]:
+    """By stage name, what is said of the stages that failed before and are not tried again."""
+    told = {}
+    for row in rows:
+        if row.state == "failed":
+            error = one_line(ledger.status(row.stage).get("error"))
+            told[row.stage.name] = (
+                f"{row.stage.name} failed before: {error}; to run it again, add --retry"
+            )
+    return told
+
+
+def failure(name: str, error: str | None, log: object) -> str:
+    """What is said of a stage that failed in this run."""
+    return f"{name} failed: {one_line(error)} (see {log}); to run it again, add --retry"
+
+
+def not_started(waiting: Mapping[str, PlanRow], name: str) -> str | None:
+    """What is said of the waiting stages that need `name`; None if there are none."""
+    lost = [other for other, row in waiting.items() if descends(row, name, waiting)]
+    if not lost:
+        return None
+    return f"{len(lost)} stages that need {name} were not started: {named(lost)}"
+
+
+def descends(row: PlanRow, ancestor: str, waiting: Mapping[str, PlanRow]) -> bool:
+    """Whether a waiting stage needs `ancestor`, itself or through other waiting stages."""
+    return any(
+        parent.name == ancestor
+        or (parent.name in waiting and descends(waiting[parent.name], ancestor, waiting))
+        for parent in row.stage.parents
+    )
+
+
+def named(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def one_line(error: str | None) -> str:
+    """A text of several lines as one."""
+    return "; ".join(line.strip() for line in (error or "no reason was kept").splitlines())
+
+
+@contextmanager
+def stop_signals(note: Callable[[int], None]) -> Iterator[None]:
+    """Call `note` for the signals that stop, while the block runs; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        note(number)
+
+    before = {number: signal.signal(number, handle) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def require_not_running(
+    rows: Sequence[PlanRow], ledger: Ledger, known: Container[str] = ()
+) -> None:
+    """Raises ValueError if a stage, but a `known` one, still runs under an earlier launcher."""
+    for row in rows:
+        if row.state == "running" and row.stage.name not in known:
+            status = ledger.status(row.stage)
+            raise ValueError(
+                f"{ledger.folder(row.stage)} is still being run by process {status.get('pid')} on "
+                f"{status.get('host')}, which an earlier launcher left; wait until it ends, or "
+                "stop it"
+            )
