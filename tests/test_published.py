@@ -152,7 +152,15 @@ def test_table_1_can_be_planned_and_its_rates_drawn_at_every_scale(
 def test_what_stands_in_for_a_recipes_own_is_said() -> None:
     notes = table1(recipes=("Flamingo", "Qwen-VL")).notes
     assert any(note.startswith("Flamingo: captions with their one picture") for note in notes)
-    assert not any(note.startswith("BLIP3") for note in notes)
+    assert not any("BLIP3" in note for note in notes)
+    study = table1()
+    assert any(note.startswith("IDEFICS and MM1 100:0 differ in what") for note in study.notes)
+    same = {
+        line.result.identity
+        for line in study.lines
+        if line.axes["recipe"] in ("IDEFICS", "MM1 100:0") and line.axes["seed"] == 7
+    }
+    assert len(same) == 1
 
 
 def test_an_unknown_recipe_is_refused_with_those_there_are() -> None:
