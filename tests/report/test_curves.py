@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 import tiny
-from midstream.config import Constant
+from midstream.config import Constant, WarmupCosine
 from midstream.report.curves import NUM_POINTS, curves, write_curves
 from midstream.schedule import rate_at
 from midstream.study.ledger import Ledger
-from midstream.study.stage import ContinueFrom, Evaluate
+from midstream.study.stage import Continue, ContinueFrom, Evaluate, InitFrom
 from midstream.study.studies import Figure, Line, Study
 
 
@@ -38,6 +38,17 @@ def test_a_continued_stage_begins_where_its_parent_stood_at_the_parents_rate() -
     assert seen.tokens[-1] == 6_400 + 8_000
     assert seen.rates[-1] == pytest.approx(tiny.END_RATE)
     assert len(seen.rates) == NUM_POINTS + 1
+
+
+def test_a_second_image_text_stage_goes_on_where_and_as_fast_as_the_first_ended() -> None:
+    high = WarmupCosine(peak_rate=4e-3, end_rate=1e-3, warmup_fraction=0.1)
+    first = tiny.image_run(schedule=high)
+    second = Continue(**{**dict(tiny.image_run()), "start": InitFrom(stage=first)})
+    found, _ = curves(study_of(Evaluate(of=second, evaluation=tiny.EVALUATION)))
+    _, before, after = found
+    assert after.tokens[0] == before.tokens[-1] == 6_400 + 8_000
+    assert after.rates[0] == before.rates[-1] == 1e-3
+    assert after.rates[-1] == pytest.approx(tiny.END_RATE)
 
 
 def test_moments_that_warm_up_hold_the_rate_back_at_the_start() -> None:

@@ -2,11 +2,11 @@
 
 import pytest
 
-from midstream.config import Rows
+from midstream.config import Rows, WarmupCosine
 from midstream.recipes.paper import figure_8
 from midstream.study.axes import Axis, grid, with_field
 from midstream.study.graph import order
-from midstream.study.stage import Continue, Evaluate, Finetune, Prepare
+from midstream.study.stage import Continue, Evaluate, Finetune, InitFrom, Prepare
 from midstream.study.studies import Figure, Study
 
 
@@ -42,6 +42,19 @@ def test_a_field_of_the_first_stage_changes_every_stage_behind_it(base: Evaluate
     before = base.of.data  # type: ignore[union-attr]
     assert isinstance(before, Prepare)
     assert start.data.identity != before.identity
+
+
+def test_a_field_changes_in_both_stages_where_one_starts_from_the_other(base: Evaluate) -> None:
+    seen = base.of.start  # type: ignore[union-attr]
+    assert isinstance(seen, Continue)
+    again = seen.training.model_copy(update={"schedule": WarmupCosine(peak_rate=1e-3)})
+    second = seen.model_copy(update={"start": InitFrom(stage=seen), "training": again})
+    changed = with_field(
+        Evaluate(of=second, evaluation=base.evaluation), "continue.projector.num_layers", 1
+    )
+    assert isinstance(changed.of, Continue)
+    assert isinstance(changed.of.start, InitFrom)
+    assert changed.of.projector.num_layers == changed.of.start.stage.projector.num_layers == 1
 
 
 def test_the_value_that_a_field_has_already_changes_no_identity(base: Evaluate) -> None:

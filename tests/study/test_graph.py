@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 
+from midstream.config import WarmupCosine
 from midstream.study import first_stages as stage_module
 from midstream.study.graph import order, plan
 from midstream.study.ledger import Ledger
+from midstream.study.stage import Continue, ContinueFrom, Evaluate, Finetune, Stage, StartText
 from midstream.study.studies import Study
 
 MakeStudy = Callable[..., Study]
@@ -86,6 +88,54 @@ def test_plan_of_300_lines_computes_each_identity_once(
     assert len(work.rows) == 3 + 3 * 300 + 1
     assert set(calls.values()) == {1}
     assert len(calls) == len(work.rows)
+
+
+class Waits(Continue):
+    """An image-text stage of somebody's own that also wants what is fine-tuned from it."""
+
+    @property
+    def parents(self) -> tuple[Stage, ...]:
+        schedule = WarmupCosine(peak_rate=1e-3)
+        chat = Finetune(
+            start=self, training=self.training.model_copy(update={"schedule": schedule})
+        )
+        return (*super().parents, chat)
+
+
+def test_a_cycle_is_refused_and_its_stages_are_named(make_study: MakeStudy, tmp_path: Path) -> None:
+    study = make_study((0.2,))
+    line = study.lines[0]
+    chat = line.result.of
+    assert isinstance(chat, Finetune)
+    waits = Waits(**{name: getattr(chat.start, name) for name in Continue.model_fields})
+    result = Evaluate(of=waits, evaluation=line.result.evaluation)
+    looped = study.model_copy(
+        update={"lines": (line.model_copy(update={"result": result}),), "baselines": {}}
+    )
+    message = rf"a stage waits for itself: {waits.name} needs finetune-\w+ needs {waits.name};"
+    with pytest.raises(ValueError, match=message):
+        order(looped)
+    with pytest.raises(ValueError, match=message):
+        plan(looped, Ledger(tmp_path))
+
+
+def test_a_text_model_that_is_fine_tuned_directly_counts_up_to_its_milestone(
+    make_study: MakeStudy, tmp_path: Path
+) -> None:
+    study = make_study((0.2, 1.0))
+    chat = study.lines[0].result.of
+    assert isinstance(chat, Finetune)
+    assert isinstance(chat.start, Continue)
+    assert isinstance(chat.start.start, ContinueFrom)
+    start = StartText(stage=chat.start.start.stage, completion=0.2, encoder=chat.start.encoder)
+    direct = Evaluate(
+        of=Finetune(start=start, training=chat.training),
+        evaluation=study.lines[0].result.evaluation,
+    )
+    lines = (study.lines[1], study.lines[1].model_copy(update={"name": "d", "result": direct}))
+    work = plan(study.model_copy(update={"lines": lines}), Ledger(tmp_path))
+    needs = {row.stage.kind: row.needs for row in work.rows if row.stage.kind == "pretrain"}
+    assert needs["pretrain"] == {"1.0 0": 1.0, "d": 0.2, "text only": 1.0}
 
 
 def test_two_lines_of_one_name_are_refused(make_study: MakeStudy, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from midstream.config import WarmupCosine
 from midstream.study.graph import order
 from midstream.study.stage import (
     Continue,
@@ -10,6 +12,10 @@ from midstream.study.stage import (
     Evaluate,
     Finetune,
     FromScratch,
+    Imported,
+    InitFrom,
+    LoadDecoder,
+    StartText,
     stage_from_json,
 )
 from midstream.study.studies import Study
@@ -96,3 +102,30 @@ def test_stages_of_another_kind_are_refused_where_they_do_not_fit(make_study: Ma
         Evaluate(of=result.of.data, evaluation=result.evaluation)
     with pytest.raises(ValidationError):
         stage_from_json('{"kind": "distil"}')
+
+
+def test_new_ways_to_start_keep_their_identity_through_json(make_study: MakeStudy) -> None:
+    chat = make_study().lines[0].result.of
+    assert isinstance(chat, Finetune)
+    seen = chat.start
+    assert isinstance(seen, Continue)
+    assert isinstance(seen.start, ContinueFrom)
+    high = seen.training.model_copy(update={"schedule": WarmupCosine(peak_rate=1e-3)})
+    second = Continue(**{**dict(seen), "start": InitFrom(stage=seen), "training": high})
+    straight = StartText(stage=seen.start.stage, completion=0.2, encoder=seen.encoder)
+    for stage in (second, Finetune(start=second, training=chat.training)):
+        assert stage_from_json(stage.model_dump_json()).identity == stage.identity
+    direct = Finetune(start=straight, training=chat.training)
+    assert stage_from_json(direct.model_dump_json()).identity == direct.identity
+    assert len({seen.identity, second.identity, direct.identity, chat.identity}) == 4
+
+
+def test_an_imported_model_has_no_milestone_to_fine_tune(make_study: MakeStudy) -> None:
+    seen = make_study().lines[0].result.of.start
+    loaded = LoadDecoder(
+        data=seen.data,
+        checkpoint=Imported(folder=Path("x"), content="x"),
+        decoder=seen.decoder,
+    )
+    with pytest.raises(ValidationError, match="no weights at 40% but its own"):
+        StartText(stage=loaded, completion=0.4, encoder=seen.encoder)

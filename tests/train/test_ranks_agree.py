@@ -24,6 +24,9 @@ LONG = tiny.image_run(
 OWN_ENCODER = tiny.image_run(
     budget=tiny.mixture(5_000, pictures=0.3, web=0.7), encoder_rate_factor=0.1
 )
+FROZEN_DECODER = tiny.image_run(
+    budget=tiny.mixture(5_000, pictures=0.3, web=0.7), encoder_rate_factor=0.1, freeze_decoder=True
+)
 # As measured, with two threads and one: 3e-7 of the loss, 6e-7 of the gradient's norm.
 TOLERANCE = 1e-6
 
@@ -39,7 +42,7 @@ def store(tiny_ledger: Ledger, folder: Path) -> Ledger:
 def alone(tiny_ledger: Ledger, tmp_path_factory: pytest.TempPathFactory) -> Ledger:
     """Each stage in one process."""
     mine = store(tiny_ledger, tmp_path_factory.mktemp("alone"))
-    tiny.run_missing(mine, LONG, OWN_ENCODER)
+    tiny.run_missing(mine, LONG, OWN_ENCODER, FROZEN_DECODER)
     return mine
 
 
@@ -68,9 +71,10 @@ def check_equal(found: Ledger, expected: Ledger, stage: Continue) -> None:
         (LONG, 2, {"shard_ranks": 1}),
         pytest.param(LONG, 4, {"shard_ranks": 2}, marks=pytest.mark.faults),
         (OWN_ENCODER, 2, {"micro_batch_rows": 1}),
+        (FROZEN_DECODER, 2, {"micro_batch_rows": 1}),
         pytest.param(LONG, 2, {"activation_checkpointing": "blocks"}, marks=pytest.mark.faults),
     ],
-    ids=["two", "four", "copies", "hybrid", "own-encoder", "checkpointed"],
+    ids=["two", "four", "copies", "hybrid", "own-encoder", "frozen-decoder", "checkpointed"],
 )
 def test_ranks_train_as_one_process_does(
     alone: Ledger,

@@ -71,7 +71,7 @@ def table1(
         notes=(
             *notes_of(at),
             "Every recipe has this scale's language model, encoder, captions and conversations.",
-            *(f"{recipe.name}: {note}." for recipe in chosen for note in recipe.notes),
+            *_notes(chosen),
         ),
     )
 
@@ -117,6 +117,24 @@ def words(recipe: Recipe) -> dict[str, str]:
         MIXTURE: "; ".join(_mixed(stage) for stage in seen) or "none",
         SCHEDULE: "; ".join(how),
     }
+
+
+def _notes(recipes: Sequence[Recipe]) -> list[str]:
+    """What stands in for a recipe's own, and recipes that are one and the same here."""
+    found: dict[str, list[str]] = {}
+    same: dict[tuple[object, ...], list[str]] = {}
+    for recipe in recipes:
+        for note in recipe.notes:
+            found.setdefault(note, []).append(recipe.name)
+        values = (recipe.completion, recipe.image_text, recipe.instruct, recipe.attention)
+        same.setdefault(values, []).append(recipe.name)
+    notes = [f"{', '.join(names)}: {note}." for note, names in found.items()]
+    notes += [
+        f"{' and '.join(names)} differ in what stands in here alone, and are one model."
+        for names in same.values()
+        if len(names) > 1
+    ]
+    return notes
 
 
 _SCHEDULES = {

@@ -96,7 +96,7 @@ def idefics() -> Recipe:
     )
 
 
-def mm1(image: float = 91, text: float = 9) -> Recipe:
+def mm1(image: float | int = 91, text: float | int = 9) -> Recipe:
     """MM1 at one of its ratios of image-text to text, normalised. Everything trained in both stages
     (G).
     """

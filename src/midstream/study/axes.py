@@ -108,33 +108,39 @@ def _rebuilt(
         if isinstance(part, BaseModel)
     }
     changed = {name: part for name, part in changed.items() if part is not values[name]}
-    found = type(model)(**{**values, **changed}) if changed else model
-    if isinstance(found, StageBase) and getattr(found, "kind", None) == kind:
-        found = _with_path(found, path, field, value)
+    found: BaseModel
+    # At once: a stage that starts from another one of its kind is checked against it.
+    if isinstance(model, StageBase) and getattr(model, "kind", None) == kind:
+        found = _with_path(model, values | changed, path, field, value)
+    else:
+        found = type(model)(**values | changed) if changed else model
     done[id(model)] = found
     return found
 
 
-def _with_path(model: BaseModel, path: Sequence[str], field: str, value: Any) -> Any:
-    """A copy of `model` that is checked as if it had been written so."""
+def _with_path(
+    model: BaseModel, values: Mapping[str, Any], path: Sequence[str], field: str, value: Any
+) -> Any:
+    """A model like `model` with these values but one, checked as if it had been written so."""
     name, rest = path[0], path[1:]
     known = type(model).model_fields
-    if name not in known:
+    if name not in values:
         near = get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
             f"axis over {field!r}: {type(model).__name__} has no field {name!r}{hint} "
             f"fields: {', '.join(known)}"
         )
-    part = getattr(model, name)
+    part = values[name]
     if rest:
         if not isinstance(part, BaseModel):
             raise ValueError(
                 f"axis over {field!r}: {name} is a {type(part).__name__} and has no fields; give "
                 "the whole of it as the value"
             )
-        value = _with_path(part, rest, field, value)
-    return type(model)(**{each: getattr(model, each) for each in known} | {name: value})
+        inner = {each: getattr(part, each) for each in type(part).model_fields}
+        value = _with_path(part, inner, rest, field, value)
+    return type(model)(**{**values, name: value})
 
 
 def _plain(value: Value) -> str:
