@@ -71,7 +71,9 @@ def write(study: "AnyStudy", ledger: "Ledger", curves: int = DEFAULT_CURVES) -> 
     facts = []
     for one in study.studies:
         facts.append(gather(one, snapshot))
-        path = write_facts(facts[-1], suite=suite and suite.name, max_curves=curves)
+        path = write_facts(
+            facts[-1], suite=None if suite is None else suite.name, max_curves=curves
+        )
         terminal.print_results(facts[-1].rows, console)
         console.print(f"report: {path}", soft_wrap=True, markup=False)
     if suite is not None:

@@ -15,7 +15,7 @@ from midstream.study.ledger import SUCCESS, Ledger
 from midstream.study.stage import Evaluate, Stage
 from midstream.study.studies import Figure, Line, Study
 
-Scores = Mapping[tuple[Any, ...], Sequence[float]]
+Scores = Mapping[Any, Sequence[float]]
 ASKED = Evaluation(visual_tasks=("gqa", "pope"), text_tasks=("pocket_facts",))
 CHANCES = {"gqa": 0.0, "pope": 0.0, "pocket_facts": 0.25}
 NUM_EXAMPLES = 60

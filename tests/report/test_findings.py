@@ -1,6 +1,6 @@
 """Sentences about the data: what decides, what does not, and what was not measured."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import made
@@ -18,7 +18,7 @@ BETTER = Claim(
 
 def claimed(
     ledger: Ledger,
-    scores: dict[tuple[Any, ...], Sequence[float]],
+    scores: Mapping[Any, Sequence[float]],
     *claims: Claim,
     axes: tuple[str, ...] = ("x",),
     examples: bool = True,

@@ -75,7 +75,7 @@ class Examples:
             return None
         keys = sorted(first)
         gaps = [first[key][0] - second[key][0] for key in keys]
-        images, splits = ([first[key][part] for key in keys] for part in (1, 2))
+        images, splits = [first[key][1] for key in keys], [first[key][2] for key in keys]
         error = standard_error(gaps, images, splits)
         return Gap(mean_by_split(gaps, splits), error, len(keys), len(set(images)))
 

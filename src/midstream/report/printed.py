@@ -121,21 +121,19 @@ def view_notes(view: View) -> tuple[str, ...]:
 
 def view_records(view: View) -> list[dict[str, Any]]:
     """One flat record for each number, for CSV; scores from 0 to 1."""
-    records = []
+    records: list[dict[str, Any]] = []
+    nothing: dict[str, Any] = dict.fromkeys(
+        ("mean", "sd", "n", "published", "printed", "printed_at")
+    )
     for name, cells in view.rows:
         for column, cell in zip(view.columns, cells, strict=True):
-            at = {"row": name, "column": column.name, "kind": column.kind, "score": cell.score}
+            place_of = {"row": name, "column": column.name, "kind": column.kind}
+            at: dict[str, Any] = place_of | {"score": cell.score} | nothing
             ours = cell.ours or Spread(())
-            records.append(
-                at
-                | {"mean": ours.mean, "sd": ours.sd, "n": ours.n, "published": cell.published}
-                | {"printed": None, "printed_at": None}
-            )
+            numbers = {"mean": ours.mean, "sd": ours.sd, "n": ours.n, "published": cell.published}
+            records.append(at | numbers)
             records += [
-                at
-                | {"mean": None, "sd": None, "n": None, "published": None}
-                | {"printed": value, "printed_at": where}
-                for where, value in cell.printed
+                at | {"printed": value, "printed_at": where} for where, value in cell.printed
             ]
     return records
 
@@ -209,7 +207,7 @@ def _cell(table: Table, rows: Sequence[Row], at: dict[str, Any], score: str) -> 
 def _baseline(table: Table, row: Row, score: str) -> Cell:
     value = row.get(column_of(score))
     values = () if value is None else ((row["name"], value),)
-    printed = ()
+    printed: tuple[tuple[str, float | int], ...] = ()
     if table.columns is not None:
         printed = _printed(table, {table.columns: row["name"]}, score)
     planned = 0 if row["state"] == "done" else 1

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from midstream.config import Epochs, PocketWorld, PublicFolder, SmallReal
+from midstream.config import Epochs, Mixture, PocketWorld, PublicFolder, SmallReal
 from midstream.report.parts import Snapshot, parts_of
 from midstream.report.words import engineering, place
 from midstream.study.cost import encoder_parameters
@@ -54,7 +54,7 @@ def _budgets(name: str, stages: list[Stage]) -> str:
         budget = stage.training.budget
         if isinstance(budget, Epochs):
             epochs.append(budget.epochs)
-        elif getattr(budget, "total_tokens", None) is not None:
+        elif isinstance(budget, Mixture):
             tokens.append(budget.total_tokens)
         else:
             unknown = True
