@@ -53,6 +53,11 @@ def stored_study(name: str, ledger: Ledger, settings: Sequence[str]) -> AnyStudy
     return find_study(name, settings)
 
 
+def with_scale(settings: Sequence[str] | None, scale: str | None) -> list[str]:
+    """The settings, and the scale that an option of its own may give."""
+    return [*(settings or []), *([] if scale is None else [f"scale={json.dumps(scale)}"])]
+
+
 def catalogue() -> dict[str, Recipe]:
     """Every recipe of the package that returns a study, by `module.function`."""
     found = {}

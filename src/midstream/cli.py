@@ -244,16 +244,20 @@ def show_data(
     ] = False,
     store: Store = DEFAULT_STORE,
     settings: Settings = None,
+    scale: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Short for --set scale=NAME.")
+    ] = None,
 ) -> None:
     """Print a row of a training stage as a person reads it, or what its rows hold."""
-    from midstream.catalogue import find_study
+    from midstream.catalogue import find_study, with_scale
     from midstream.config import Machine
     from midstream.study.choose import training_stage
     from midstream.study.workers import worker_environment
 
-    shown = training_stage(find_study(study, settings or []), stage)
+    arguments = with_scale(settings, scale)
+    shown = training_stage(find_study(study, arguments), stage)
     remedy = ["midstream", "run", study, "--store", str(store)]
-    remedy += [part for setting in settings or [] for part in ("--set", setting)]
+    remedy += [part for setting in arguments for part in ("--set", setting)]
     command = [sys.executable, "-m", "midstream.show_data", "--store", str(store)]
     command += ["--out", str(out), "--remedy", shlex.join(remedy)]
     command += ["--prepare"] if prepare else []

@@ -34,6 +34,9 @@ def profile(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="An argument of the recipe."),
     ] = None,
+    scale: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Short for --set scale=NAME.")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the process.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     others: Annotated[
@@ -43,14 +46,14 @@ def profile(
 ) -> None:
     """Take some steps of a stage: a trace, and a page of speed, memory and shares of time."""
     from midstream import terminal
-    from midstream.catalogue import find_study, read_settings
+    from midstream.catalogue import find_study, read_settings, with_scale
     from midstream.config import Machine
     from midstream.study.choose import training_stage
     from midstream.study.workers import worker_environment
 
     chosen: dict[str, Any] = {"threads": threads, "device": device, "features": "live"}
     machine = Machine.model_validate(chosen | read_settings("--machine", others or []))
-    found = training_stage(find_study(study, settings or []), stage)
+    found = training_stage(find_study(study, with_scale(settings, scale)), stage)
     request = {
         "store": str(store.absolute()),
         "stage": found.model_dump(mode="json"),

@@ -31,6 +31,9 @@ def report(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="An argument of the recipe."),
     ] = None,
+    scale: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Short for --set scale=NAME.")
+    ] = None,
     markdown: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write a summary of all of them.")
     ] = None,
@@ -39,17 +42,17 @@ def report(
     ] = DEFAULT_CURVES,
 ) -> None:
     """Write a study's page, tables and figures from what is done; a suite's, and its index."""
-    from midstream.catalogue import stored_study
+    from midstream.catalogue import stored_study, with_scale
     from midstream.report.markdown import summary_text
     from midstream.storage import write_bytes
     from midstream.study.ledger import Ledger
 
-    ledger = Ledger(store)
-    found = [stored_study(name, ledger, settings or []) for name in studies]
+    ledger, settings = Ledger(store), with_scale(settings, scale)
+    found = [stored_study(name, ledger, settings) for name in studies]
     facts = [one for study in found for one in write(study, ledger, curves)]
     if markdown is not None:
         parts = ["midstream", "report", *studies]
-        parts += [part for setting in settings or [] for part in ("--set", setting)]
+        parts += [part for setting in settings for part in ("--set", setting)]
         command = shlex.join([*parts, "--markdown", markdown.name])
         distinct = list({one.study.name: one for one in facts}.values())
         title = f"Results of {', '.join(study.name for study in found)}"

@@ -31,26 +31,35 @@ def run(
     retry: Annotated[
         bool, typer.Option("--retry", help="Also run stages that failed before.")
     ] = False,
+    scale: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Short for --set scale=NAME.")
+    ] = None,
     workers: Annotated[
-        int, typer.Option(min=1, help="Processes that run stages side by side.")
-    ] = 2,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of each process.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+        int | None, typer.Option(min=1, help="Processes that run stages side by side (2).")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each process (1).")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     data_workers: Annotated[
-        int, typer.Option(min=0, help="Processes that load rows ahead of each training process.")
-    ] = 0,
+        int | None,
+        typer.Option(min=0, help="Processes that load rows ahead of each training process."),
+    ] = None,
     features: Annotated[
-        str,
+        str | None,
         typer.Option(help="Frozen encoders' outputs: stored, live, or auto where storing pays."),
-    ] = "auto",
+    ] = None,
     max_feature_gib: Annotated[
-        float, typer.Option(min=0.0, help="auto stores no more than this.")
-    ] = 64.0,
+        float | None, typer.Option(min=0.0, help="auto stores no more than this (64).")
+    ] = None,
     ranks: Annotated[
-        int, typer.Option(min=1, help="Processes that train one stage together on this machine.")
-    ] = 1,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines that train one stage together.")] = 1,
-    node: Annotated[int, typer.Option(min=0, help="Which of them this is; 0 launches.")] = 0,
+        int | None,
+        typer.Option(min=1, help="Processes that train one stage together on this machine."),
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Machines that train one stage together.")
+    ] = None,
+    node: Annotated[
+        int | None, typer.Option(min=0, help="Which of them this is; 0 launches.")
+    ] = None,
     master: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Where node 0 is reached by the others.")
     ] = None,
@@ -82,23 +91,23 @@ def run(
     ] = False,
 ) -> None:
     """Run the stages of a study that are not done; continue those that were stopped."""
-    from midstream.catalogue import find_study, read_settings
-    from midstream.config import Machine
+    from midstream.catalogue import find_study, read_settings, with_scale
     from midstream.study.ledger import Ledger
+    from midstream.study.placement import machine_for
 
     cluster = _slurm_settings(slurm, slurm_file, slurm_sets or [], detach)
-    if cluster is not None and (nodes > 1 or node or master):
+    if cluster is not None and (nodes or node or master):
         raise ValueError(
             "--nodes, --node and --master are for machines without Slurm; with it, "
             "--slurm-set nodes=N"
         )
-    chosen = {"workers": workers, "threads": threads, "device": device, "features": features}
-    chosen |= {"data_workers": data_workers, "max_feature_gib": max_feature_gib}
-    chosen |= {"ranks": ranks, "nodes": nodes, "node": node, "master": master}
-    if nodes > 1 or cluster is not None:
+    chosen: dict[str, Any] = {"workers": workers, "threads": threads, "device": device}
+    chosen |= {"data_workers": data_workers, "features": features, "ranks": ranks}
+    chosen |= {"max_feature_gib": max_feature_gib, "nodes": nodes, "node": node, "master": master}
+    if cluster is not None:
         chosen["workers"] = 1
-    machine = Machine.model_validate(chosen | read_settings("--machine", others or []))
-    found, ledger = find_study(study, settings or []), Ledger(store)
+    found, ledger = find_study(study, with_scale(settings, scale)), Ledger(store)
+    machine = machine_for(found, chosen | read_settings("--machine", others or []))
     if machine.node:
         from midstream.study.nodes import join
 

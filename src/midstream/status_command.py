@@ -27,6 +27,9 @@ def status(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="An argument of the recipe."),
     ] = None,
+    scale: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Short for --set scale=NAME.")
+    ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Look again and again, until nothing runs any more.")
     ] = False,
@@ -36,7 +39,7 @@ def status(
     ] = False,
 ) -> None:
     """Show how far the studies of a store are: every stage that runs, and the time that is left."""
-    from midstream.catalogue import stored_study
+    from midstream.catalogue import stored_study, with_scale
     from midstream.study.ledger import Ledger
     from midstream.study.overview import Board
 
@@ -44,7 +47,9 @@ def status(
     names = ledger.study_names() if study is None else [study]
     if not names:
         raise FileNotFoundError(f"store {store} holds no study; run one, or give another --store")
-    boards = [Board(stored_study(name, ledger, settings or []), ledger) for name in names]
+    boards = [
+        Board(stored_study(name, ledger, with_scale(settings, scale)), ledger) for name in names
+    ]
     if watch:
         try:
             _watch(boards, every, as_json, time.sleep)
