@@ -10,6 +10,7 @@ StageKind = Literal[
     "prepare",
     "train_encoder",
     "load_encoder",
+    "fuse_encoders",
     "load_decoder",
     "pretrain",
     "continue",
