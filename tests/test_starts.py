@@ -15,7 +15,8 @@ from midstream.model.initialise import initialise
 from midstream.model.vlm import VLM
 from midstream.open_model import open_encoder, open_model
 from midstream.profile_stage import profile_stage
-from midstream.report.table import line_rows, parts_of
+from midstream.report.parts import parts_of
+from midstream.report.table import line_rows
 from midstream.study.chain import came_from
 from midstream.study.ledger import Ledger, Stopped
 from midstream.study.stage import Continue, ContinueFrom, Evaluate, Finetune, InitFrom, StartText

@@ -13,7 +13,8 @@ from midstream.data.prepare import open_sources
 from midstream.exchange.export_model import export
 from midstream.model.weights import read_tensors
 from midstream.open_model import open_encoder, open_model
-from midstream.report.table import Part, line_rows, parts_of
+from midstream.report.parts import Part, parts_of
+from midstream.report.table import line_rows
 from midstream.storage import CorruptError
 from midstream.study.cost import cost, encoder_parameters
 from midstream.study.graph import order, plan
