@@ -14,7 +14,20 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-NEEDED = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "sinfo", "scontrol")
+NEEDED = (
+    "setpriv",
+    "munged",
+    "munge",
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "srun",
+    "squeue",
+    "sinfo",
+    "scontrol",
+)
+# A daemon ends with the process that has started it, also where that is killed.
+TIED = ("setpriv", "--pdeathsig", "TERM")
 MUNGE_SOCKET = Path("/run/munge/munge.socket.2")
 READY_SECONDS = 60.0
 CPUS = 2
@@ -166,7 +179,7 @@ class OneNodeSlurm:
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
         place.chmod(0o755)
-        command = ["munged", "--foreground", "--force", f"--socket={self.socket}"]
+        command = [*TIED, "munged", "--foreground", "--force", f"--socket={self.socket}"]
         command += [f"--key-file={key}", f"--pid-file={place}/munged.pid"]
         command += [f"--seed-file={place}/munged.seed", f"--log-file={place}/munged.log"]
         with (place / "output").open("wb") as stream:
@@ -193,7 +206,7 @@ class OneNodeSlurm:
     def _daemon(self, *command: str) -> "subprocess.Popen[bytes]":
         with (self.folder / "log" / f"{command[0]}.out").open("ab") as stream:
             return subprocess.Popen(
-                command,
+                [*TIED, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
