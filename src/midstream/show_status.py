@@ -14,6 +14,8 @@ from midstream.study.overview import STATES, Overview, StageView
 _NEEDS = {"since": 112, "where": 88, "tokens/s": 66, "loss": 56, "left": 44}
 # Below this a stage's name is as long as it needs to be to be told from the others.
 _FULL_NAMES = 120
+# Columns of a terminal that "running", "100%" and the spaces before them take.
+_STATE_AND_SHARE = 15
 # A running stage that says nothing for so long is said to be silent.
 SILENT_SECONDS = 120
 _STYLES = {"running": "green", "failed": "bold red", "stopped": "yellow"}
@@ -86,9 +88,11 @@ def _stages(views: Sequence[StageView], width: int, names: Sequence[str]) -> Tab
     columns = [name for name, needed in _NEEDS.items() if width >= needed]
     columns = [name for name in ("loss", "tokens/s", "left", "where", "since") if name in columns]
     table = Table(box=None, pad_edge=False, show_edge=False)
-    table.add_column("stage", no_wrap=True, overflow="ellipsis")
-    table.add_column("state", no_wrap=True, min_width=7)
-    table.add_column("done", justify="right", no_wrap=True, min_width=4)
+    # Names give way before states and shares do.
+    room = None if columns else max(width - _STATE_AND_SHARE, 6)
+    table.add_column("stage", no_wrap=True, overflow="ellipsis", max_width=room)
+    table.add_column("state", no_wrap=True)
+    table.add_column("done", justify="right", no_wrap=True)
     for name in columns:
         number = name in ("loss", "tokens/s", "left")
         table.add_column(
