@@ -20,6 +20,7 @@ STUDY_FILE = """
 from pathlib import Path
 from midstream.config import *
 from midstream.study.stage import *
+from midstream.study.studies import *
 
 
 def study(tokens: int = 1000, name: str = "mine", data: Path | None = None) -> Study:
