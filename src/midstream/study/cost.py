@@ -58,6 +58,8 @@ TEXT_ITEM_TOKENS = 64
 TEXT_ITEM_CHOICES = 2
 # A slim evaluation's questions of a visual task, where it has one split.
 SLIM_QUESTIONS = 1024
+# Questions of a whole task of a user's world: about the mean of the published ones.
+WHOLE_TASK = 5000
 # Width of a Transformer's feed-forward part over its own, in the caption tower of TrainEncoder.
 TOWER_EXPANSION = 4
 
@@ -271,10 +273,7 @@ def _encoder_training_cost(stage: TrainEncoder) -> StageCost:
 def _evaluation_cost(stage: Evaluate) -> StageCost:
     model, evaluation = stage.of.model, stage.evaluation
     parameters = model_parameters(model)
-    asked = _questions(stage)
-    if asked is None:
-        return StageCost(None, None, parameters)
-    questions, texts = asked
+    questions, texts = _questions(stage)
     images = len(evaluation.visual_tasks) * questions
     items = len(evaluation.text_tasks) * texts * TEXT_ITEM_CHOICES
     rounds = 2 if evaluation.blind else 1
@@ -297,8 +296,8 @@ def _evaluation_cost(stage: Evaluate) -> StageCost:
     return StageCost(tokens, parts, parameters, "expected")
 
 
-def _questions(stage: Evaluate) -> tuple[int, int] | None:
-    """Questions a visual task and items a text task; None where only the benchmarks know."""
+def _questions(stage: Evaluate) -> tuple[int, int]:
+    """Questions a visual task and items a text task; WHOLE_TASK where only the data know."""
     world, limit = stage.of.data.world, stage.evaluation.limit
     if isinstance(world, PocketWorld):
         most = limit or max(world.num_questions, world.num_text_items)
@@ -308,4 +307,4 @@ def _questions(stage: Evaluate) -> tuple[int, int] | None:
         return questions, questions
     if limit is None and stage.evaluation.slim:
         limit = SLIM_QUESTIONS
-    return None if limit is None else (limit, limit)
+    return (limit, limit) if limit else (WHOLE_TASK, WHOLE_TASK)

@@ -188,8 +188,8 @@ def _batches(training: Training, parts: list[Part], patches: int, device: Device
     points = _points(whole, patches)
     if layout == "filled":
         held = text_tokens + sum(part.tokens for _, part in whole)
-        rows = max(ceil(1000 * held / (FILL * length)), rows_of(points, length), 1)
-        return [_Batches(rows, length, targets)]
+        filled = max(ceil(1000 * held / (FILL * length)), rows_of(points, length), 1)
+        return [_Batches(filled, length, targets)]
     text_rows, whole_rows = ceil(text_tokens / length), sum(part.examples for _, part in whole)
     rows = text_rows + whole_rows
     if device == "cuda" or not whole_rows:
