@@ -28,7 +28,7 @@ def attention_flops(config: AnyDecoderConfig) -> float:
     return 4.0 * config.hidden_size * config.num_layers
 
 
-def decoder_flops(config: AnyDecoderConfig, *, context: float) -> float:
+def decoder_flops(config: AnyDecoderConfig, *, context: float | int) -> float:
     """Forward FLOPs of one position without the head, attending to `context` positions."""
     return weight_flops(config) + attention_flops(config) * context
 
@@ -48,7 +48,7 @@ def head_flops(config: AnyDecoderConfig) -> float:
     return 2.0 * config.hidden_size * config.vocab_size
 
 
-def frozen_saving(config: AnyDecoderConfig, positions: float, asked: float) -> float:
+def frozen_saving(config: AnyDecoderConfig, positions: float | int, asked: float | int) -> float:
     """What training saves where the decoder is frozen: the gradients of its weights.
 
     `asked`: positions with logits. Attention has no weights; its backward pass stays.
@@ -90,6 +90,6 @@ def extra_tokens(config: EncoderConfig) -> int:
     return 1 + config.num_registers if config.family == "dinov2" else 0
 
 
-def projector_flops(widths: Sequence[int], patches: float) -> float:
+def projector_flops(widths: Sequence[int], patches: float | int) -> float:
     """Forward FLOPs of this many patches through linear layers of these widths."""
     return 2.0 * patches * sum(before * after for before, after in pairwise(widths))

@@ -208,11 +208,11 @@ def _memory(stages: "Sequence[StagePrice]") -> str:
     return f"{several}{_gib(most.memory.total)}" + ("" if most.fits else " !")
 
 
-def _gib(size: float) -> str:
+def _gib(size: float | int) -> str:
     return f"{size / GIB:,.0f}" if size >= 100 * GIB else f"{size / GIB:,.2g}"
 
 
-def _hours(hours: float) -> str:
+def _hours(hours: float | int) -> str:
     if 0 < hours < LEAST_HOURS:
         return f"<{LEAST_HOURS:g}"
     return f"{hours:,.0f}" if hours >= 100 else f"{hours:,.2g}"
@@ -225,14 +225,14 @@ def _count_states(states: Sequence[str]) -> str:
     return ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
 
 
-def _flops(value: float) -> str:
+def _flops(value: float | int) -> str:
     from midstream.terminal import quantity
 
     # 5.07 TFLOPs, but 0 FLOPs.
     return quantity(value) + ("FLOPs" if value >= 1e3 else " FLOPs")
 
 
-def _times(alone: float, once: float) -> str:
+def _times(alone: float | int, once: float | int) -> str:
     return f"{alone / once if once else 1.0:.2f} times as many"
 
 
@@ -292,7 +292,7 @@ def _prices(plan: "Plan", priced: "Price") -> list[str]:
     return lines
 
 
-def _memory_line(name: str, fit: "Fit", room: float) -> str:
+def _memory_line(name: str, fit: "Fit", room: float | int) -> str:
     found = fit.memory
     parts = ("weights", "moments", "gradients", "gathered", "activations", "head", "encoder")
     told = ", ".join(f"{part} {_gib(getattr(found, part))}" for part in parts)
@@ -306,7 +306,7 @@ def _path(names: Sequence[str]) -> str:
     return " -> ".join(names) or "nothing is left"
 
 
-def _duration(hours: float) -> str:
+def _duration(hours: float | int) -> str:
     if hours >= 2 * DAY:
         return f"{hours / DAY:,.1f} days"
     if hours >= 1:

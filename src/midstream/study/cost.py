@@ -39,7 +39,7 @@ from midstream.flops import (
     weight_flops,
 )
 from midstream.study.ledger import Ledger
-from midstream.study.sources import Basis, Facts, facts_of_text, sources_of
+from midstream.study.sources import Basis, Facts, Number, facts_of_text, sources_of
 from midstream.study.stage import (
     Evaluate,
     LoadDecoder,
@@ -68,13 +68,13 @@ TOWER_EXPANSION = 4
 class Flops:
     """Floating-point operations by part of the model."""
 
-    decoder: float = 0.0
-    head: float = 0.0
-    encoder: float = 0.0
-    projector: float = 0.0
+    decoder: Number = 0.0
+    head: Number = 0.0
+    encoder: Number = 0.0
+    projector: Number = 0.0
 
     @property
-    def total(self) -> float:
+    def total(self) -> Number:
         """All of them."""
         return self.decoder + self.head + self.encoder + self.projector
 
@@ -100,7 +100,7 @@ class StageCost:
     basis: Basis = "counted"
 
     @property
-    def flops(self) -> float | None:
+    def flops(self) -> Number | None:
         """All FLOPs of the stage."""
         return None if self.parts is None else self.parts.total
 

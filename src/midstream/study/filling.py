@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from functools import cache
 from math import ceil
 
+from midstream.study.sources import Number
+
 # Lengths and how many examples have them, in ascending order.
-Points = tuple[tuple[float, float], ...]
+Points = tuple[tuple[Number, Number], ...]
 # Rows that are laid out to find out: those of a block in `data/placement.py`.
 BLOCK_ROWS = 1024
 
@@ -23,7 +25,7 @@ def rows_of(points: Points, row_length: int) -> int:
     # A plan of several blocks is a block, several times.
     blocks = max(1, round(held / (BLOCK_ROWS * row_length)))
     lengths = _drawn(points, ceil(number / blocks))
-    room: list[float] = []
+    room: list[int] = []
     rows = 0
     for length in reversed(lengths):
         at = bisect_left(room, length)
@@ -36,10 +38,10 @@ def rows_of(points: Points, row_length: int) -> int:
     return ceil(rows * number / len(lengths))
 
 
-def _drawn(points: Points, number: int) -> list[float]:
+def _drawn(points: Points, number: int) -> list[int]:
     """This many lengths that stand for all, in ascending order."""
     total = sum(count for _, count in points)
-    found: list[float] = []
+    found: list[int] = []
     upto = 0.0
     for length, count in points:
         upto += count / total
@@ -47,7 +49,7 @@ def _drawn(points: Points, number: int) -> list[float]:
     return found
 
 
-def longest_of(points: Sequence[tuple[float, float]], number: int) -> float:
+def longest_of(points: Sequence[tuple[Number, Number]], number: int) -> Number:
     """The longest of `number` examples drawn from these lengths, as expected."""
     total = sum(count for _, count in points)
     below = longest = upto = 0.0

@@ -16,8 +16,8 @@ class Gpu:
     """TFLOP/s of dense bfloat16 products, and GiB of memory."""
 
     name: str
-    tflops: float
-    gib: float
+    tflops: float | int
+    gib: float | int
 
     @property
     def room(self) -> float:

@@ -26,6 +26,7 @@ from midstream.study.cost import (
     trained_parameters,
     trains_encoder,
 )
+from midstream.study.sources import Number
 from midstream.study.stage import Pretrain, Trained
 from midstream.study.workload import LEAST_CUT_ROW, Device, Workload
 
@@ -47,15 +48,15 @@ class Memory:
     Gradients stand there in full at the peak only where `total` says so.
     """
 
-    weights: float
-    moments: float
-    gradients: float
-    gathered: float
-    activations: float
-    head: float
-    backward: float
-    encoder: float
-    total: float
+    weights: Number
+    moments: Number
+    gradients: Number
+    gathered: Number
+    activations: Number
+    head: Number
+    backward: Number
+    encoder: Number
+    total: Number
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,13 @@ def ffn_width(config: AnyDecoderConfig) -> int:
     return max(config.linear_parameters // config.num_layers - 4 * d * d, 0) // (3 * d)
 
 
-def _block_parameters(config: AnyDecoderConfig) -> float:
+def _block_parameters(config: AnyDecoderConfig) -> Number:
     return config.linear_parameters / config.num_layers
 
 
 def _activations(
-    stage: Trained, work: Workload, part: float, low: int, setting: Setting
-) -> tuple[float, float]:
+    stage: Trained, work: Workload, part: Number, low: int, setting: Setting
+) -> tuple[Number, Number]:
     """Bytes kept for the backward pass by all blocks, and by one of them."""
     decoder, rows = stage.model.decoder, stage.training.rows
     d, h, layers = decoder.hidden_size, ffn_width(decoder), decoder.num_layers
@@ -138,7 +139,7 @@ def _activations(
     return kept + _seen_activations(stage, work.images * part, low), one
 
 
-def _seen_activations(stage: Trained, images: float, low: int) -> float:
+def _seen_activations(stage: Trained, images: Number, low: int) -> Number:
     """What projector and a trained encoder keep."""
     model = stage.model
     if model.encoder is None:
@@ -151,7 +152,7 @@ def _seen_activations(stage: Trained, images: float, low: int) -> float:
     return kept
 
 
-def _tower(config: AnyEncoderConfig, low: int) -> float:
+def _tower(config: AnyEncoderConfig, low: int) -> Number:
     """Bytes that one picture's features keep for their backward pass."""
     if isinstance(config, FusedEncoder):
         return sum(_tower(tower, low) for tower in config.towers)
@@ -163,19 +164,19 @@ def _tower(config: AnyEncoderConfig, low: int) -> float:
     return float(pixels + blocks * config.num_patches * width * low)
 
 
-def _head(stage: Trained, targets: float, low: int, setting: Setting) -> tuple[float, float]:
+def _head(stage: Trained, targets: Number, low: int, setting: Setting) -> tuple[Number, Number]:
     """Pieces of logits and of their softmax, gone when the backward pass begins; the gradients of
     states and weight, made with them."""
     config = stage.model.decoder
     rows = min(targets, max(MAX_LOGITS[setting.device] // config.vocab_size, 1))
-    pieces = rows * config.vocab_size * (2 * FLOAT + (0 if low == FLOAT else 2 * low))
+    pieces = float(rows) * config.vocab_size * (2 * FLOAT + (0 if low == FLOAT else 2 * low))
     ready = 2 * targets * config.hidden_size * low
     if not stage.training.freeze_decoder:
         ready += config.vocab_size * config.hidden_size * (FLOAT + (0 if low == FLOAT else low))
     return pieces, ready
 
 
-def _gathered(stage: Trained, low: int, setting: Setting) -> float:
+def _gathered(stage: Trained, low: int, setting: Setting) -> Number:
     model = stage.model
     block = _block_parameters(model.decoder)
     rest = model_parameters(model) - model.decoder.linear_parameters
@@ -186,7 +187,7 @@ def _gathered(stage: Trained, low: int, setting: Setting) -> float:
     return 2 * low * (2 * block + rest) + FLOAT * block
 
 
-def _encoder(stage: Trained) -> float:
+def _encoder(stage: Trained) -> Number:
     """A frozen encoder beside the model."""
     config = stage.model.encoder
     if config is None or stage.model.owns_encoder or isinstance(stage, Pretrain):

@@ -10,6 +10,7 @@ from midstream.study.graph import Plan, PlanRow
 from midstream.study.ledger import Ledger
 from midstream.study.memory import FLOAT, Memory, Setting, memory
 from midstream.study.pictures import FeaturePlan
+from midstream.study.sources import Number
 from midstream.study.stage import (
     Continue,
     Evaluate,
@@ -38,7 +39,7 @@ class Fleet:
     gpu: Gpu
     number: int = 1
     per_stage: int | None = None
-    utilisation: float = UTILISATION
+    utilisation: Number = UTILISATION
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -48,7 +49,7 @@ class Fleet:
                 f"{self.utilisation:g}"
             )
 
-    def gpu_hours(self, flops: float) -> float:
+    def gpu_hours(self, flops: Number) -> Number:
         """Hours of one GPU at this utilisation."""
         return flops / (self.gpu.tflops * 1e12 * self.utilisation * 3600)
 
@@ -80,11 +81,11 @@ class StagePrice:
 
     row: PlanRow
     gpus: int
-    gpu_hours: float | None
-    wall_hours: float | None
+    gpu_hours: Number | None
+    wall_hours: Number | None
     fit: Fit | None
-    kept: float
-    running: float
+    kept: Number
+    running: Number
 
 
 @dataclass(frozen=True)
@@ -94,22 +95,22 @@ class Price:
     fleet: Fleet
     stages: tuple[StagePrice, ...]
     timing: Schedule
-    feature_bytes: float
+    feature_bytes: Number
 
     @property
-    def gpu_hours(self) -> float:
+    def gpu_hours(self) -> Number:
         """Of all stages that are to run."""
-        return sum(stage.gpu_hours or 0.0 for stage in self.stages)
+        return sum((stage.gpu_hours or 0.0 for stage in self.stages), 0.0)
 
     @property
-    def kept_bytes(self) -> float:
+    def kept_bytes(self) -> Number:
         """What all stages leave on disk, stored features among it."""
-        return sum(stage.kept for stage in self.stages) + self.feature_bytes
+        return sum((stage.kept for stage in self.stages), self.feature_bytes)
 
     @property
-    def peak_bytes(self) -> float:
+    def peak_bytes(self) -> Number:
         """The most on disk at once: what is there, and what stages take while they run."""
-        done = sum(stage.kept for stage in self.stages if stage.row.state == "done")
+        done = sum((s.kept for s in self.stages if s.row.state == "done"), 0.0)
         return done + self.timing.peak_bytes + self.feature_bytes
 
     @property
@@ -145,7 +146,7 @@ def price(plan: Plan, ledger: Ledger, fleet: Fleet, features: Sequence[FeaturePl
         if stage.row.state != "done"
     ]
     stored = [found.store_bytes or 0.0 for found in features if found.choice.decision == "stored"]
-    return Price(fleet, stages, schedule(tasks, fleet.number), sum(stored))
+    return Price(fleet, stages, schedule(tasks, fleet.number), float(sum(stored)))
 
 
 def _price_of(row: PlanRow, ledger: Ledger, fleet: Fleet) -> StagePrice:
@@ -207,7 +208,7 @@ def _largest(stage: Trained, work: Workload, fleet: Fleet, ranks: int) -> Fit:
     return Fit(ranks, low, taken(max(low, 1)))
 
 
-def _disk(row: PlanRow, work: Workload | None) -> tuple[float, float]:
+def _disk(row: PlanRow, work: Workload | None) -> tuple[Number, Number]:
     """Bytes that a stage leaves, and that it takes beside while it runs."""
     stage = row.stage
     match stage:

@@ -10,7 +10,8 @@ from midstream.study.ledger import Ledger
 from midstream.study.stage import Prepare
 
 # Examples, their text tokens, and the sum of the squares of those, by class of length.
-Lengths = tuple[tuple[float, float, float], ...]
+Number = float | int
+Lengths = tuple[tuple[Number, Number, Number], ...]
 Basis = Literal["counted", "expected"]
 # Where nobody says how lengths vary: texts as if they ended by chance, in so many classes of equal
 # number; captions and conversations half as long and half as long again as the mean.
@@ -33,11 +34,11 @@ class Facts:
     """
 
     kind: str
-    examples: float
-    tokens: float
-    targets: float
-    images: float
-    distinct_images: float
+    examples: Number
+    tokens: Number
+    targets: Number
+    images: Number
+    distinct_images: Number
     plain: Lengths
     shown: Lengths
     basis: Basis
@@ -46,7 +47,7 @@ class Facts:
         """Positions of all examples, `patches` for each picture."""
         return int(self.tokens + self.images * patches)
 
-    def squares(self, patches: int, row_length: int) -> float:
+    def squares(self, patches: int, row_length: int) -> Number:
         """Sum of squared segment lengths of all examples; texts are cut at the row's length."""
         total = sum(
             squares + 2 * patches * tokens + number * patches**2
@@ -127,7 +128,9 @@ def facts_of_text(tokens: int) -> Facts:
     return Facts("text", examples, tokens, tokens - examples, 0, 0, plain, shown, "expected")
 
 
-def _typical(kind: str, examples: float, tokens: float, images: float) -> tuple[Lengths, Lengths]:
+def _typical(
+    kind: str, examples: Number, tokens: Number, images: Number
+) -> tuple[Lengths, Lengths]:
     """Lengths that have the mean and a usual spread; examples with and without picture alike."""
     mean = tokens / max(examples, 1)
     shown = min(images, examples)
@@ -137,7 +140,7 @@ def _typical(kind: str, examples: float, tokens: float, images: float) -> tuple[
     )
 
 
-def _spread(kind: str, number: float, mean: float) -> Iterator[tuple[float, float, float]]:
+def _spread(kind: str, number: Number, mean: float) -> Iterator[tuple[float, float, float]]:
     if not number:
         return
     if kind == "text":
@@ -149,7 +152,7 @@ def _spread(kind: str, number: float, mean: float) -> Iterator[tuple[float, floa
         yield each, each * length * scale, each * (length * scale) ** 2
 
 
-def _cut_squares(row: tuple[float, float, float], row_length: int) -> float:
+def _cut_squares(row: tuple[Number, Number, Number], row_length: int) -> Number:
     number, tokens, squares = row
     length = tokens / max(number, 1)
     if length <= row_length:

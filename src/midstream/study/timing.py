@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
+from midstream.study.sources import Number
+
 
 @dataclass(frozen=True)
 class Task:
@@ -13,11 +15,11 @@ class Task:
     """
 
     name: str
-    hours: float
+    hours: Number
     gpus: int
     parents: tuple[str, ...]
-    kept: float = 0.0
-    running: float = 0.0
+    kept: Number = 0.0
+    running: Number = 0.0
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,12 @@ class Schedule:
     GPUs. `starts` are in hours; `peak_bytes` is the most on disk at once.
     """
 
-    hours: float
+    hours: Number
     critical_path: tuple[str, ...]
-    critical_hours: float
-    lower_bound: float
-    starts: Mapping[str, float]
-    peak_bytes: float
+    critical_hours: Number
+    lower_bound: Number
+    starts: Mapping[str, Number]
+    peak_bytes: Number
 
 
 def schedule(tasks: Sequence[Task], gpus: int) -> Schedule:
@@ -57,8 +59,8 @@ def schedule(tasks: Sequence[Task], gpus: int) -> Schedule:
             children[parent].append(task.name)
     ready = [(-way[name], name) for name, number in waiting.items() if not number]
     ready.sort()
-    running: list[tuple[float, str]] = []
-    starts: dict[str, float] = {}
+    running: list[tuple[Number, str]] = []
+    starts: dict[str, Number] = {}
     free, now, disk, peak = gpus, 0.0, 0.0, 0.0
     while ready or running:
         left = []
@@ -85,10 +87,10 @@ def schedule(tasks: Sequence[Task], gpus: int) -> Schedule:
     return Schedule(now, path, critical, max(critical, work), starts, peak)
 
 
-def _ways(tasks: Sequence[Task]) -> tuple[dict[str, float], dict[str, str]]:
+def _ways(tasks: Sequence[Task]) -> tuple[dict[str, Number], dict[str, str]]:
     """Hours from each task's start to the end of the longest chain behind it; who is next there."""
-    way: dict[str, float] = {}
-    behind: dict[str, float] = {}
+    way: dict[str, Number] = {}
+    behind: dict[str, Number] = {}
     following: dict[str, str] = {}
     for task in reversed(tasks):
         way[task.name] = task.hours + behind.get(task.name, 0.0)
@@ -98,7 +100,7 @@ def _ways(tasks: Sequence[Task]) -> tuple[dict[str, float], dict[str, str]]:
     return way, following
 
 
-def _path(way: Mapping[str, float], following: Mapping[str, str]) -> tuple[str, ...]:
+def _path(way: Mapping[str, Number], following: Mapping[str, str]) -> tuple[str, ...]:
     if not way:
         return ()
     name = max(way, key=lambda one: way[one])

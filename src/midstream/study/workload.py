@@ -21,7 +21,7 @@ from midstream.config import (
     VLMConfig,
 )
 from midstream.study.filling import Points, longest_of, rows_of
-from midstream.study.sources import Basis, Facts
+from midstream.study.sources import Basis, Facts, Number
 
 Device = Literal["cpu", "cuda"]
 # As in `data/filling.py`: how full filled rows are, in thousandths.
@@ -40,8 +40,8 @@ class Taken:
     """What a budget takes of a source: positions that are not padding, examples, pictures."""
 
     tokens: int
-    examples: float
-    images: float
+    examples: Number
+    images: Number
 
 
 Part = tuple[Facts, Taken]
@@ -58,12 +58,12 @@ class Workload:
     """
 
     tokens: int
-    images: float
-    positions: float
-    squares: float
-    targets: float
-    asked: float
-    encoded: float
+    images: Number
+    positions: Number
+    squares: Number
+    targets: Number
+    asked: Number
+    encoded: Number
     rows: int
     steps: int
     basis: Basis
@@ -136,16 +136,16 @@ def workload(
 class _Batches:
     """Rows of batches that are alike: their columns, and the targets in all of them."""
 
-    rows: float
-    width: float
-    targets: float
+    rows: Number
+    width: Number
+    targets: Number
 
     @property
-    def positions(self) -> float:
+    def positions(self) -> Number:
         return self.rows * self.width
 
     @property
-    def asked(self) -> float:
+    def asked(self) -> Number:
         """Positions that the last block computes whole."""
         few = self.targets <= MOST_TARGETS * self.positions
         return self.targets if few else self.positions
@@ -159,12 +159,12 @@ def _source(sources: Mapping[str, Facts], name: str) -> Facts:
     return sources[name]
 
 
-def _of_tokens(tokens: float, source: Facts, patches: int) -> Taken:
+def _of_tokens(tokens: Number, source: Facts, patches: int) -> Taken:
     part = tokens / max(source.size(patches), 1)
     return Taken(int(tokens), part * source.examples, part * source.images)
 
 
-def _part(source: Facts, part: float, patches: int) -> Taken:
+def _part(source: Facts, part: Number, patches: int) -> Taken:
     return Taken(int(part * source.size(patches)), part * source.examples, part * source.images)
 
 
@@ -214,7 +214,7 @@ def _points(whole: list[Part], patches: int) -> Points:
     )
 
 
-def _targets(training: Training, source: Facts, part: Taken) -> float:
+def _targets(training: Training, source: Facts, part: Taken) -> Number:
     if source.kind == "text" and training.rows.layout != "filled":
         # Joined documents predict each other's beginning.
         return float(part.tokens)
@@ -228,7 +228,7 @@ def _squares(
     patches: int,
     batches: list[_Batches],
     device: Device,
-) -> float:
+) -> Number:
     """Pairs of positions: of whole rows, or of segments where those are cut apart or masked by
     blocks."""
     length, openlm = training.rows.row_length, isinstance(model.decoder, DecoderConfig)
@@ -242,7 +242,7 @@ def _squares(
     )
 
 
-def _encoded(images: float, steps: int, encoder: AnyEncoderConfig, device: Device) -> float:
+def _encoded(images: Number, steps: int, encoder: AnyEncoderConfig, device: Device) -> Number:
     """Pictures in batches of one size, the last of each step filled up; steps hold pictures by
     chance."""
     if not images or (device == "cpu" and encoder.num_patches >= LARGE_TOWER):
