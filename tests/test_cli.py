@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from midstream import __version__, catalogue, terminal
+from midstream import __version__, catalogue, plan_command, terminal
 from midstream.cli import app
 from midstream.study import launch
 from midstream.study.graph import order, plan
@@ -140,7 +140,7 @@ def test_plan_as_json_lists_every_stage(file: Path, store: Path) -> None:
 def test_a_long_plan_is_printed_by_kind(
     file: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(terminal, "MAX_PLAN_ROWS", 2)
+    monkeypatch.setattr(plan_command, "MAX_PLAN_ROWS", 2)
     result = midstream("plan", f"{file}:study", "--store", store)
     assert "1 pretrain" in result.stdout
     assert "pretrain-" not in result.stdout

@@ -1,6 +1,5 @@
 """The commands. Whatever is slow to import is imported by the command that needs it."""
 
-import json
 import os
 import shlex
 import subprocess
@@ -22,6 +21,7 @@ from midstream import (
     store_commands,
 )
 from midstream.model_commands import COMMANDS
+from midstream.plan_command import plan
 from midstream.profile_command import profile
 from midstream.run_command import run, run_and_tell
 
@@ -99,54 +99,6 @@ def user_errors(command: Callable[Arguments, None]) -> Callable[Arguments, None]
             raise typer.Exit(USER_ERROR_EXIT_CODE) from None
 
     return checked
-
-
-@app.command()
-@user_errors
-def plan(
-    study: StudyName,
-    store: Store = DEFAULT_STORE,
-    settings: Settings = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print every stage as JSON.")] = False,
-    features: Features = "auto",
-    max_feature_gib: MaxFeatureGib = 64.0,
-    curves: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Also draw the learning rates (.png, .svg or .pdf)."),
-    ] = None,
-) -> None:
-    """Show what a study would run and what it costs; starts nothing."""
-    from midstream import terminal
-    from midstream.catalogue import find_study
-    from midstream.config import Machine
-    from midstream.study.graph import plan as plan_study
-    from midstream.study.ledger import Ledger
-    from midstream.study.pictures import feature_plan
-
-    ledger = Ledger(store)
-    work = plan_study(find_study(study, settings or []), ledger)
-    machine = Machine.model_validate({"features": features, "max_feature_gib": max_feature_gib})
-    kept = feature_plan([row.stage for row in work.rows], ledger, machine)
-    if as_json:
-        values = {"features": [found.values() for found in kept]}
-        typer.echo(json.dumps(terminal.plan_json(work) | values, indent=2))
-    else:
-        terminal.print_plan(work, terminal.out())
-        for found in kept:
-            line = found.sentence(terminal.quantity)
-            terminal.out().print(line, markup=False, highlight=False, soft_wrap=True)
-    if curves is not None:
-        from midstream.report.curves import curves as curves_of
-        from midstream.report.curves import write_curves
-
-        drawn, missing = curves_of(find_study(study, settings or []), ledger)
-        write_curves(drawn, curves)
-        for sentence in missing:
-            typer.echo(f"not drawn: {sentence}", err=True)
-        typer.echo(f"learning rates: {curves}", err=as_json)
-
-
-app.command("run")(user_errors(run))
 
 
 class Section(StrEnum):
@@ -300,6 +252,8 @@ ALL_COMMANDS: dict[str, Callable[..., None]] = {
     **COMMANDS,
     **eval_commands.COMMANDS,
     **status_command.COMMANDS,
+    "plan": plan,
+    "run": run,
     "profile": profile,
     "report": report_command.report,
 }

@@ -1,23 +1,46 @@
 """Floating-point operations of the models, a product and a sum as two; no torch.
 
-Forward passes; training is three of them for what is trained, and one for what is frozen before
-it. Weights that are frozen behind what is trained pass its gradient on and need none of their own:
-two.
+Matrix products alone are counted: norms, activations and the optimiser are left out. A position's
+attention counts what it looks at; torch's own counter takes a causal mask for none, so that who
+wants its numbers says that every position of a row looks at all of them.
 """
+
+from collections.abc import Sequence
+from itertools import pairwise
 
 from midstream.config import (
     AnyDecoderConfig,
     AnyEncoderConfig,
+    DecoderConfig,
+    EncoderConfig,
     FusedEncoder,
     PatchProjection,
-    Rows,
 )
 
 
-def decoder_flops(config: AnyDecoderConfig, *, context: float) -> float:
+def weight_flops(config: AnyDecoderConfig) -> float:
+    """Forward FLOPs of one position in the blocks' matrices."""
+    return 2.0 * config.linear_parameters
+
+
+def attention_flops(config: AnyDecoderConfig) -> float:
+    """Forward FLOPs of one position that looks at another, in all blocks: scores and mixing."""
+    return 4.0 * config.hidden_size * config.num_layers
+
+
+def decoder_flops(config: AnyDecoderConfig, *, context: float | int) -> float:
     """Forward FLOPs of one position without the head, attending to `context` positions."""
-    attended = 2 * 2 * config.hidden_size * context
-    return 2 * config.linear_parameters + config.num_layers * attended
+    return weight_flops(config) + attention_flops(config) * context
+
+
+def last_block_flops(config: AnyDecoderConfig) -> float:
+    """What a position saves in the last block where nothing is asked of it: all behind the mixing.
+
+    0 for decoders of `transformers`, whose blocks are computed whole.
+    """
+    if not isinstance(config, DecoderConfig):
+        return 0.0
+    return 2.0 * config.hidden_size * (config.hidden_size + 3 * config.ffn_size)
 
 
 def head_flops(config: AnyDecoderConfig) -> float:
@@ -26,29 +49,47 @@ def head_flops(config: AnyDecoderConfig) -> float:
 
 
 def frozen_saving(config: AnyDecoderConfig, positions: float | int, asked: float | int) -> float:
-    """What a decoder that stays as it is saves of three forward passes: its weights' gradients.
+    """What training saves where the decoder is frozen: the gradients of its weights.
 
-    `positions` go through the blocks, `asked` of them through the head. Attention has no weights.
+    `asked`: positions with logits. Attention has no weights; its backward pass stays.
     """
-    return 2.0 * config.linear_parameters * positions + head_flops(config) * asked
+    return weight_flops(config) * positions + head_flops(config) * asked
 
 
-def mean_context(rows: Rows) -> float:
-    """Positions that one position attends to, on average.
-
-    (T + 1) / 2 under the causal mask of joined rows. Rows with segments count T: a masked
-    attention computes all of it, and the segments' lengths are not known before the packing.
-    """
-    return (rows.row_length + 1) / 2 if rows.layout == "joined" else float(rows.row_length)
+def patch_flops(config: AnyEncoderConfig) -> float:
+    """Forward FLOPs of one image's patches as the encoder takes them in."""
+    if isinstance(config, FusedEncoder):
+        return sum(patch_flops(tower) for tower in config.towers)
+    return 2.0 * config.num_patches * (3 * config.patch_size**2) * config.hidden_size
 
 
 def encoder_flops(config: AnyEncoderConfig) -> float:
     """Forward FLOPs of one image up to the layer that the projector sees."""
     if isinstance(config, FusedEncoder):
         return sum(encoder_flops(tower) for tower in config.towers)
-    e, patches = config.hidden_size, config.num_patches
-    embed = 2 * patches * (3 * config.patch_size**2) * e
     if isinstance(config, PatchProjection):
-        return float(embed)
-    block = patches * (2 * (4 * e * e + 2 * e * config.intermediate_size) + 2 * 2 * e * patches)
-    return float(embed + (config.num_layers + 1 + config.feature_layer) * block)
+        return patch_flops(config)
+    e, length = config.hidden_size, config.num_patches + extra_tokens(config)
+    matrices = 4 * e * e + feed_forward_parameters(config)
+    block = length * (2 * matrices + 2 * 2 * e * length)
+    return patch_flops(config) + (config.num_layers + 1 + config.feature_layer) * block
+
+
+def feed_forward_parameters(config: EncoderConfig) -> int:
+    """Weights of one block's feed-forward part, biases left out."""
+    e, m = config.hidden_size, config.intermediate_size
+    if config.ffn == "mlp":
+        return 2 * e * m
+    # DINOv2's SwiGLU: two thirds, rounded up to a multiple of 8; gate and value, then out.
+    inner = (int(m * 2 / 3) + 7) // 8 * 8
+    return 3 * e * inner
+
+
+def extra_tokens(config: EncoderConfig) -> int:
+    """Positions beside the patches: DINOv2's class token and registers."""
+    return 1 + config.num_registers if config.family == "dinov2" else 0
+
+
+def projector_flops(widths: Sequence[int], patches: float | int) -> float:
+    """Forward FLOPs of this many patches through linear layers of these widths."""
+    return 2.0 * patches * sum(before * after for before, after in pairwise(widths))

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +18,6 @@ from midstream.study.ledger import Ledger, State
 Event = dict[str, Any]
 # Where standard output is no terminal, a stage prints its progress this often.
 QUIET_SECONDS = 10.0
-# A plan of more stages than this is printed by kind.
-MAX_PLAN_ROWS = 48
 STATES: tuple[State, ...] = ("done", "running", "stopped", "failed", "new")
 UNKNOWN = "unknown"
 
@@ -144,96 +142,10 @@ def quantity(value: float | int | None) -> str:
     """A number in three digits with a unit, such as 1.25 G; None is unknown."""
     if value is None:
         return UNKNOWN
-    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
+    for place, unit in enumerate("ZEPTGMk"):
+        if value >= (size := 1000.0 ** (7 - place)):
             return f"{value / size:.3g} {unit}"
     return f"{value:.3g}"
-
-
-def plan_json(plan: Plan) -> dict[str, Any]:
-    """The plan as plain values."""
-    return {
-        "study": plan.study.name,
-        "num_lines": len(plan.study.lines),
-        "num_baselines": len(plan.study.baselines),
-        "num_stages": len(plan.rows),
-        "num_stages_alone": plan.num_alone,
-        "num_shared": plan.num_shared,
-        "num_done": plan.num_done,
-        "num_to_run": len(plan.to_run),
-        "num_unknown": plan.num_unknown,
-        "flops": plan.shared_flops,
-        "flops_alone": plan.naive_flops,
-        "flops_to_run": plan.remaining_flops,
-        "stages": [
-            {
-                "name": row.stage.name,
-                "kind": row.stage.kind,
-                "state": row.state,
-                "tokens": row.cost.tokens,
-                "flops": row.cost.flops,
-                "parameters": row.cost.parameters,
-                "parents": [parent.name for parent in row.stage.parents],
-                "lines": list(row.lines),
-            }
-            for row in plan.rows
-        ],
-    }
-
-
-def print_plan(plan: Plan, console: Console) -> None:
-    """The plan as a table, by stage or (long ones) by kind, and its totals."""
-    study = plan.study
-    console.print(f"{study.name}: {study.question}", style="bold", markup=False)
-    by_kind = len(plan.rows) > MAX_PLAN_ROWS
-    table = Table()
-    table.add_column("kind" if by_kind else "stage", no_wrap=True, min_width=29)
-    for column in ("state", "lines", "tokens", "FLOPs"):
-        table.add_column(column)
-    if by_kind:
-        for kind in dict.fromkeys(row.stage.kind for row in plan.rows):
-            rows = [row for row in plan.rows if row.stage.kind == kind]
-            uses = sum(len(row.lines) for row in rows)
-            tokens = [row.cost.tokens for row in rows if row.cost.tokens is not None]
-            flops = [row.cost.flops for row in rows if row.cost.flops is not None]
-            table.add_row(
-                f"{len(rows)} {kind}",
-                _count_states([row.state for row in rows]),
-                f"{uses}",
-                quantity(sum(tokens) if tokens else None),
-                quantity(sum(flops) if flops else None),
-            )
-    else:
-        for row in plan.rows:
-            table.add_row(
-                row.stage.name,
-                row.state,
-                escape(row.lines[0]) if len(row.lines) == 1 else f"{len(row.lines)} lines",
-                quantity(row.cost.tokens),
-                quantity(row.cost.flops),
-            )
-    console.print(table)
-    console.print(
-        f"lines: {len(study.lines)}, baselines: {len(study.baselines)}, stages: {len(plan.rows)} "
-        f"({plan.num_alone} if each ran alone), {plan.num_shared} of them shared; "
-        f"{plan.num_done} done, {len(plan.to_run)} to run",
-        soft_wrap=True,
-    )
-    saved = plan.naive_flops / plan.shared_flops if plan.shared_flops else 1.0
-    # 5.07 TFLOPs, but 0 FLOPs.
-    shared, alone, left = (
-        quantity(flops) + ("FLOPs" if flops >= 1e3 else " FLOPs")
-        for flops in (plan.shared_flops, plan.naive_flops, plan.remaining_flops)
-    )
-    console.print(
-        f"{shared} shared, {alone} if each line ran alone ({saved:.2f} times as many); "
-        f"{left} to run",
-        soft_wrap=True,
-    )
-    if plan.num_unknown:
-        console.print(
-            f"{plan.num_unknown} stages are not in these sums: unknown until their data is prepared"
-        )
 
 
 def print_results(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
@@ -272,8 +184,3 @@ class PeakMemory:
             max(int(ledger.results(stages[name])["peak_memory_bytes"]) for name in names)
             for names in self.stages.values()
         )
-
-
-def _count_states(states: Sequence[State]) -> str:
-    counts = Counter(states)
-    return ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])

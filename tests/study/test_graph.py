@@ -52,7 +52,11 @@ def test_plan_compares_the_flops_of_sharing_with_those_of_lines_alone(
         sum(value * uses.get(kind, 1.0) for kind, value in flops)
     )
     assert work.naive_flops > work.shared_flops > 0
-    assert work.num_unknown == 2
+    # What sees is unknown until its data is prepared or expected.
+    assert work.num_unknown == 4
+    once, alone = work.text_given
+    assert 0 < once < work.shared_flops
+    assert once < alone < work.naive_flops
 
 
 def test_plan_counts_what_is_done_and_leaves_the_store_alone(
@@ -145,5 +149,12 @@ def test_two_lines_of_one_name_are_refused(make_study: MakeStudy, tmp_path: Path
         plan(twice, Ledger(tmp_path))
 
 
-def _sources() -> dict[str, dict[str, int]]:
-    return {name: {"num_tokens": 100, "num_images": 0} for name in ("stories", "captions", "chats")}
+def _sources() -> dict[str, dict[str, Any]]:
+    held = {
+        "kind": "text",
+        "num_examples": 10,
+        "num_tokens": 100,
+        "num_images": 0,
+        "distinct_images": 0,
+    }
+    return {name: dict(held) for name in ("stories", "captions", "chats")}

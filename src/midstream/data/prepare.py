@@ -23,10 +23,11 @@ from midstream.data.formats.records import (
     Section,
     TextRecord,
 )
+from midstream.data.length_facts import length_facts
 from midstream.data.preparation.records import read_unit, units_of
 from midstream.data.preparation.source import canonical_tokenizer, prepare_source
 from midstream.data.preparation.workers import Progress
-from midstream.data.sources import INDEX, Source
+from midstream.data.sources import INDEX, Shard, Source
 from midstream.data.worlds.pocket import write_pocket_world
 from midstream.data.worlds.small_real import write_small_real
 from midstream.identity import file_sha256, world_fingerprint
@@ -76,11 +77,11 @@ def prepare(
         tell = partial(_tell, progress, number, len(found), name)
         if name in ready:
             tell(1.0, "is prepared")
-            summaries[name] = _summary(Source(name, folder).index)
+            summaries[name] = _summary(Source(name, folder))
             continue
         tell(0.0, "")
-        done = _prepare_folder(world, kind, folder, out, options, tell)
-        summaries[name] = _summary(done)
+        _prepare_folder(world, kind, folder, out, options, tell)
+        summaries[name] = _summary(Source(name, _sources(out) / name))
     return {"sources": summaries, "vocab_size": codec.size, "tokenizer_sha256": sha256}
 
 
@@ -208,9 +209,9 @@ def _lay_out(world: PocketWorld | SmallReal, out: Path) -> None:
 
 def _prepare_folder(
     world: World, kind: str, folder: Path, out: Path, options: ReadOptions, tell: Progress
-) -> dict[str, Any]:
+) -> None:
     public = world if isinstance(world, PublicFolder) else None
-    return prepare_source(
+    prepare_source(
         SECTIONS[kind],
         [str(folder)],
         _sources(out) / folder.name,
@@ -247,8 +248,15 @@ def _remove_others(out: Path, names: set[str]) -> None:
             shutil.rmtree(path)
 
 
-def _summary(index: dict[str, Any]) -> dict[str, Any]:
+def _summary(source: Source) -> dict[str, Any]:
     """A source's part of `results.json`."""
+    index = source.index
+    names = ("num_targets", "lengths")
+    facts: dict[str, Any] = {name: index[name] for name in names if name in index}
+    if len(facts) < len(names):
+        # Prepared before the index said so: its columns do.
+        shards = (Shard(source.folder / "shards" / shard["name"]) for shard in index["shards"])
+        facts = length_facts(shards)
     train, validation = index["train"], index["validation"]
     return {
         "kind": index["kind"],
@@ -260,6 +268,7 @@ def _summary(index: dict[str, Any]) -> dict[str, Any]:
         "records": index["records"],
         "rejects": index["rejects"],
         "fingerprint": index["fingerprint"],
+        **facts,
     }
 
 

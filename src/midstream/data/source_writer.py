@@ -9,7 +9,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from midstream.data.sources import FORMAT, INDEX, SHARD_INDEX, Kind, content_hash
+from midstream.data.length_facts import length_facts
+from midstream.data.sources import FORMAT, INDEX, SHARD_INDEX, Kind, Shard, content_hash
 from midstream.storage import MANIFEST, read_json, write_bytes, write_json
 
 REJECTS = "rejects.jsonl"
@@ -209,6 +210,7 @@ def finish_source(
     for split in ("train", "validation"):
         keys = ("examples", "tokens", "images")
         summary[split] = {key: sum(shard[split][key] for shard in shards) for key in keys}
+    summary |= length_facts(Shard(folder / "shards" / shard["name"]) for shard in shards)
     write_json(folder / INDEX, summary | {"shards": shards})
     return summary
 

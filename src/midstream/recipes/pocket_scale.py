@@ -33,7 +33,7 @@ def pocket_scale(shrink: float) -> Scale:
         return Prepare(
             world=PocketWorld(
                 num_documents=few(14_000, 2_000),
-                num_captions=few(6_000, 300),
+                num_captions=few(6_000, 400),
                 num_alt_texts=alt_texts,
                 num_conversations=few(_CONVERSATIONS, 100),
                 num_questions=few(200, 20),
@@ -78,7 +78,7 @@ def pocket_scale(shrink: float) -> Scale:
 
     main = scale(world(0), {DATACOMP_DR: "pictures"})
     captioned = scale(
-        world(few(_ALT_TEXTS, 300)), {DATACOMP_DR: "pictures", "DataComp": "alt_texts"}
+        world(few(_ALT_TEXTS, 400)), {DATACOMP_DR: "pictures", "DataComp": "alt_texts"}
     )
     return replace(main, others={"captions": captioned})
 

@@ -1,27 +1,22 @@
-"""What a stage costs, before anything runs: tokens, FLOPs, parameters.
+"""What a stage costs, before anything runs: tokens, FLOPs by part of the model, parameters.
 
-Matrix multiplications are counted exactly, at two FLOPs a multiply-add; norms, activations and
-the optimiser are left out. Training is three forward passes (one forward, two backward) of what
-is trained, one of a frozen encoder, and two of a frozen decoder's weights.
+Matrix products are counted as torch's own counter counts them, at two FLOPs a multiply-add and a
+causal mask for none; norms, activations and the optimiser are left out. Training is one forward and
+two backward passes of what is trained; through what is frozen but stands behind something trained
+goes one backward pass; a frozen encoder has none.
 
-Letters: d decoder width, h SwiGLU width, V vocabulary, T row length, P patches of an image, e
-encoder width.
-
-What is not known before the data is prepared is said so: the tokens of an `Epochs` budget are
-None, and a `Mixture` is taken to be all text, each token with a loss. With a ledger in which the
-stage's `Prepare` is done, the images among the tokens are known and counted. Padding is not
-counted.
+Sources are those of the finished preparation, else what the recipe expects of them. Where there is
+neither, the FLOPs of a stage that sees are unknown, and so are the tokens of whole passes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 from midstream.config import (
     Amounts,
     AnyDecoderConfig,
     AnyEncoderConfig,
-    Epochs,
     FusedEncoder,
     Mixture,
     PatchProjection,
@@ -32,66 +27,122 @@ from midstream.config import (
     VLMConfig,
 )
 from midstream.flops import (
+    attention_flops,
     decoder_flops,
     encoder_flops,
-    frozen_saving,
+    extra_tokens,
+    feed_forward_parameters,
     head_flops,
-    mean_context,
+    last_block_flops,
+    patch_flops,
+    projector_flops,
+    weight_flops,
 )
 from midstream.study.ledger import Ledger
+from midstream.study.sources import Basis, Facts, Number, facts_of_text, sources_of
 from midstream.study.stage import (
-    Continue,
     Evaluate,
-    Finetune,
     FuseEncoders,
     LoadDecoder,
     LoadEncoder,
     Prepare,
     Pretrain,
     Stage,
+    Trained,
     TrainEncoder,
 )
+from midstream.study.workload import Device, Workload, workload
 
 # Lengths for the estimate of an evaluation: a question with its prompt, a text item with a choice.
 PROMPT_TOKENS = 48
 TEXT_ITEM_TOKENS = 64
 TEXT_ITEM_CHOICES = 2
+# A slim evaluation's questions of a visual task, where it has one split.
+SLIM_QUESTIONS = 1024
+# Questions of a whole task of a user's world: about the mean of the published ones.
+WHOLE_TASK = 5000
 # Width of a Transformer's feed-forward part over its own, in the caption tower of TrainEncoder.
 TOWER_EXPANSION = 4
 
 
 @dataclass(frozen=True)
+class Flops:
+    """Floating-point operations by part of the model."""
+
+    decoder: Number = 0.0
+    head: Number = 0.0
+    encoder: Number = 0.0
+    projector: Number = 0.0
+
+    @property
+    def total(self) -> Number:
+        """All of them."""
+        return self.decoder + self.head + self.encoder + self.projector
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(
+            self.decoder + other.decoder,
+            self.head + other.head,
+            self.encoder + other.encoder,
+            self.projector + other.projector,
+        )
+
+
+@dataclass(frozen=True)
 class StageCost:
-    """Tokens seen, FLOPs, trained (or evaluated) parameters; None where unknown until prepared."""
+    """Tokens seen, FLOPs by part, trained (or evaluated) parameters; None where unknown.
+
+    `basis`: whether the sources were counted, or are what the recipe expects.
+    """
 
     tokens: int | None
-    flops: float | None
+    parts: Flops | None
     parameters: int
+    basis: Basis = "counted"
+
+    @property
+    def flops(self) -> Number | None:
+        """All FLOPs of the stage."""
+        return None if self.parts is None else self.parts.total
 
 
-def cost(stage: Stage, ledger: Ledger | None = None) -> StageCost:
-    """The cost of one stage without its parents.
+def cost(stage: Stage, ledger: Ledger | None = None, device: Device = "cuda") -> StageCost:
+    """The cost of one stage without its parents, as `device` computes it.
 
-    `ledger` adds what finished preparations know about their sources. Evaluations are estimates:
+    `ledger` adds what finished preparations know about their sources. A frozen encoder is taken to
+    look anew at every picture (`pictures.py` says what storing saves). Evaluations are estimates:
     PROMPT_TOKENS a question and the longest answer allowed, twice if asked blind as well.
     """
     if isinstance(stage, Prepare):
-        return StageCost(tokens=0, flops=0.0, parameters=0)
+        return StageCost(0, Flops(), 0)
     if isinstance(stage, LoadEncoder | FuseEncoders):
-        return StageCost(tokens=0, flops=0.0, parameters=encoder_parameters(stage.encoder))
+        return StageCost(0, Flops(), encoder_parameters(stage.encoder))
     if isinstance(stage, LoadDecoder):
-        return StageCost(tokens=0, flops=0.0, parameters=stage.decoder.num_parameters)
+        return StageCost(0, Flops(), stage.decoder.num_parameters)
     if isinstance(stage, TrainEncoder):
         return _encoder_training_cost(stage)
     if isinstance(stage, Evaluate):
         return _evaluation_cost(stage)
-    return _training_cost(stage, ledger)
+    return _training_cost(stage, ledger, device)
+
+
+def work_of(stage: Trained, ledger: Ledger | None, device: Device = "cuda") -> Workload | None:
+    """The positions, pictures and steps of a training stage; None where they are unknown.
+
+    Raises ValueError for a budget of a source that the world does not have.
+    """
+    sources = sources_of(stage.data, ledger)
+    if sources is None:
+        sources = _texts(stage)
+    if sources is None:
+        return None
+    return workload(stage.model, stage.training, sources, device)
 
 
 def encoder_parameters(config: AnyEncoderConfig) -> int:
     """Parameters that the encoder's features are made of: no block above `feature_layer`.
 
-    Class and register tokens and DINOv2's layer scales are not counted: a few in a thousand.
+    DINOv2's layer scales are not counted: a few in ten thousand.
     """
     if isinstance(config, FusedEncoder):
         return sum(encoder_parameters(tower) for tower in config.towers)
@@ -100,137 +151,106 @@ def encoder_parameters(config: AnyEncoderConfig) -> int:
     if isinstance(config, PatchProjection):
         return embed
     m = config.intermediate_size
-    block = 4 * (e * e + e) + 2 * e * m + m + e + 4 * e
+    block = 4 * (e * e + e) + feed_forward_parameters(config) + m + e + 4 * e
     blocks = config.num_layers + 1 + config.feature_layer
-    return embed + config.position_patches * e + blocks * block + 2 * e * config.final_norm
+    positions = config.position_patches + 2 * extra_tokens(config)
+    return embed + positions * e + blocks * block + 2 * e * config.final_norm
 
 
 def projector_parameters(
     config: ProjectorConfig, *, encoder: AnyEncoderConfig, decoder: AnyDecoderConfig
 ) -> int:
-    """Weights and biases of the connector; its forward FLOPs are two a patch and weight."""
+    """Weights and biases of the connector."""
     widths = config.widths(encoder.hidden_size, decoder.hidden_size)
     return sum(before * after + after for before, after in pairwise(widths))
 
 
 def model_parameters(model: VLMConfig) -> int:
     """The decoder, the projector, and the encoder where it is the model's own."""
-    total = model.decoder.num_parameters + _connector(model)
+    total = model.decoder.num_parameters + connector_parameters(model)
     if model.owns_encoder and model.encoder is not None:
         total += encoder_parameters(model.encoder)
     return total
 
 
-def _connector(model: VLMConfig) -> int:
+def trained_parameters(stage: Trained) -> int:
+    """Those of the model's parameters that learn, and so have gradients and moments."""
+    model = stage.model
+    total = connector_parameters(model)
+    if not stage.training.freeze_decoder:
+        total += model.decoder.num_parameters
+    if trains_encoder(stage) and model.encoder is not None:
+        total += encoder_parameters(model.encoder)
+    return total
+
+
+def connector_parameters(model: VLMConfig) -> int:
+    """The projector's; 0 for a model that does not see."""
     if model.encoder is None:
         return 0
     return projector_parameters(model.projector, encoder=model.encoder, decoder=model.decoder)
 
 
-def trains_encoder(stage: Pretrain | Continue | Finetune) -> bool:
+def trains_encoder(stage: Trained) -> bool:
     """Whether gradients go through the encoder."""
     factor = stage.training.encoder_rate_factor
     return factor is not None or isinstance(stage.model.encoder, PatchProjection)
 
 
-def _training_cost(stage: Pretrain | Continue | Finetune, ledger: Ledger | None) -> StageCost:
-    model, training = stage.model, stage.training
-    parameters = model_parameters(model)
-    sources = _prepared_sources(stage.data, ledger)
-    patches = model.encoder.num_patches if model.encoder is not None else 0
-    counted = _tokens_and_images(training, sources, patches)
-    if counted is None:
-        return StageCost(tokens=None, flops=None, parameters=parameters)
-    tokens, images = counted
-    flops = 3 * tokens * decoder_flops(model.decoder, context=mean_context(training.rows))
-    asked = tokens - images * patches
-    flops += 3 * asked * head_flops(model.decoder)
-    if training.freeze_decoder:
-        flops -= frozen_saving(model.decoder, tokens, asked)
-    if model.encoder is not None:
-        looks = 3 if trains_encoder(stage) else 1
-        flops += images * 3 * 2 * patches * _connector(model)
-        flops += images * looks * encoder_flops(model.encoder)
-    return StageCost(tokens=tokens, flops=flops, parameters=parameters)
+def _training_cost(stage: Trained, ledger: Ledger | None, device: Device) -> StageCost:
+    parameters = model_parameters(stage.model)
+    work = work_of(stage, ledger, device)
+    if work is None:
+        return StageCost(_stated_tokens(stage.training), None, parameters)
+    return StageCost(work.tokens, training_flops(stage, work), parameters, work.basis)
 
 
-def _prepared_sources(data: Prepare, ledger: Ledger | None) -> dict[str, Any] | None:
-    if ledger is None or not ledger.is_done(data):
+def training_flops(stage: Trained, work: Workload) -> Flops:
+    """Forward and backward passes over all that a stage computes on."""
+    model, decoder = stage.model, stage.model.decoder
+    # One forward pass, one to the activations, one to the weights that learn.
+    passes = 2 if stage.training.freeze_decoder else 3
+    matrices = weight_flops(decoder) * work.positions
+    matrices -= last_block_flops(decoder) * (work.positions - work.asked)
+    blocks = passes * matrices + 3 * attention_flops(decoder) * work.squares
+    head = passes * head_flops(decoder) * work.targets
+    if model.encoder is None:
+        return Flops(decoder=blocks, head=head)
+    looks, learns = encoder_flops(model.encoder), trains_encoder(stage)
+    widths = model.projector.widths(model.encoder.hidden_size, decoder.hidden_size)
+    patches = work.images * model.encoder.num_patches
+    connector = 3 * projector_flops(widths, patches)
+    if learns:
+        # Nothing stands before the pixels.
+        seeing = work.images * (3 * looks - patch_flops(model.encoder))
+    else:
+        seeing = looks * (work.images if model.owns_encoder else work.encoded)
+        connector -= projector_flops(widths[:2], patches)
+    return Flops(decoder=blocks, head=head, encoder=seeing, projector=connector)
+
+
+def _texts(stage: Trained) -> Mapping[str, Facts] | None:
+    """A text run's sources where nothing is known: texts of any length, all of which is learnt."""
+    budget = stage.training.budget
+    if not isinstance(stage, Pretrain) or _stated_tokens(stage.training) is None:
         return None
-    sources: dict[str, Any] = ledger.results(data)["sources"]
-    return sources
-
-
-def budget_of_sources(
-    training: Training, sources: dict[str, Any], patches: int
-) -> dict[str, tuple[int, float]]:
-    """By source: tokens (patches included) and images that a budget takes of prepared sources."""
-    budget = training.budget
-    found: dict[str, tuple[int, float]] = {}
     match budget:
-        case Mixture(by="sequences"):
-            sequences = budget.total_tokens // training.rows.row_length
-            for share in budget.shares:
-                source, number = _source(sources, share.source), sequences * share.share
-                if source["kind"] == "text":
-                    found[share.source] = int(number * training.rows.row_length), 0.0
-                else:
-                    size = _size(source, patches) / max(source["num_examples"], 1)
-                    found[share.source] = int(number * size), number * _images_each(source)
         case Mixture():
-            for share in budget.shares:
-                source = _source(sources, share.source)
-                found[share.source] = _of_tokens(budget.total_tokens * share.share, source, patches)
+            return {share.source: facts_of_text(budget.total_tokens) for share in budget.shares}
         case Amounts():
-            for amount in budget.amounts:
-                source = _source(sources, amount.source)
-                tokens = amount.tokens or (amount.epochs or 0) * _size(source, patches)
-                found[amount.source] = _of_tokens(tokens, source, patches)
-        case Epochs():
-            for name in budget.sources:
-                source = _source(sources, name)
-                found[name] = _of_tokens(budget.epochs * _size(source, patches), source, patches)
-    return found
+            return {one.source: facts_of_text(one.tokens or 1) for one in budget.amounts}
+        case _:
+            return None
 
 
-def _size(source: dict[str, Any], patches: int) -> int:
-    return int(source["num_tokens"] + source["num_images"] * patches)
-
-
-def _images_each(source: dict[str, Any]) -> float:
-    return float(source["num_images"] / max(source["num_examples"], 1))
-
-
-def _of_tokens(tokens: float | int, source: dict[str, Any], patches: int) -> tuple[int, float]:
-    size = _size(source, patches)
-    return int(tokens), tokens * source["num_images"] / size if size else 0.0
-
-
-def _tokens_and_images(
-    training: Training, sources: dict[str, Any] | None, patches: int
-) -> tuple[int, float] | None:
-    """Tokens (patches included) and images of a budget; None if nobody knows yet."""
+def _stated_tokens(training: Training) -> int | None:
+    """Tokens of a budget that says so itself."""
     budget = training.budget
-    if sources is not None:
-        parts = budget_of_sources(training, sources, patches).values()
-        images = sum(images for _, images in parts)
-        if isinstance(budget, Mixture) and budget.by == "tokens":
-            return budget.total_tokens, images
-        return sum(tokens for tokens, _ in parts), images
     if isinstance(budget, Mixture):
-        return budget.total_tokens, 0.0
+        return budget.total_tokens
     if isinstance(budget, Amounts) and all(amount.tokens for amount in budget.amounts):
-        return sum(amount.tokens or 0 for amount in budget.amounts), 0.0
+        return sum(amount.tokens or 0 for amount in budget.amounts)
     return None
-
-
-def _source(sources: dict[str, Any], name: str) -> dict[str, Any]:
-    if name not in sources:
-        raise ValueError(
-            f"the budget names source {name!r}; the prepared world has {', '.join(sorted(sources))}"
-        )
-    source: dict[str, Any] = sources[name]
-    return source
 
 
 def _encoder_training_cost(stage: TrainEncoder) -> StageCost:
@@ -242,26 +262,19 @@ def _encoder_training_cost(stage: TrainEncoder) -> StageCost:
     caption = training.text_num_layers * length * layer
     # The pair trains all of the tower.
     whole = encoder.model_copy(update={"feature_layer": -1, "final_norm": True})
-    image = encoder_flops(whole)
+    image = 3 * encoder_flops(whole) - patch_flops(whole)
     return StageCost(
         tokens=pairs * (encoder.num_patches + length),
-        flops=3.0 * pairs * (image + caption),
+        parts=Flops(encoder=pairs * (image + 3 * caption)),
         parameters=encoder_parameters(whole),
+        basis="expected",
     )
 
 
 def _evaluation_cost(stage: Evaluate) -> StageCost:
-    model, evaluation, world = stage.of.model, stage.evaluation, stage.of.data.world
+    model, evaluation = stage.of.model, stage.evaluation
     parameters = model_parameters(model)
-    questions = texts = evaluation.limit
-    if isinstance(world, PocketWorld):
-        questions = min(world.num_questions, questions or world.num_questions)
-        texts = min(world.num_text_items, texts or world.num_text_items)
-    elif isinstance(world, SmallReal):
-        questions = min(world.num_questions, questions or world.num_questions)
-        texts = questions
-    if questions is None or texts is None:
-        return StageCost(tokens=None, flops=None, parameters=parameters)
+    questions, texts = _questions(stage)
     images = len(evaluation.visual_tasks) * questions
     items = len(evaluation.text_tasks) * texts * TEXT_ITEM_CHOICES
     rounds = 2 if evaluation.blind else 1
@@ -270,8 +283,29 @@ def _evaluation_cost(stage: Evaluate) -> StageCost:
     text_tokens = images * rounds * answer_tokens + items * TEXT_ITEM_TOKENS
     tokens = images * patches + text_tokens
     context = float(patches + answer_tokens)
-    flops = tokens * decoder_flops(model.decoder, context=context)
-    flops += text_tokens * head_flops(model.decoder)
+    seeing = connecting = 0.0
     if model.encoder is not None:
-        flops += images * (2 * patches * _connector(model) + encoder_flops(model.encoder))
-    return StageCost(tokens=tokens, flops=flops, parameters=parameters)
+        widths = model.projector.widths(model.encoder.hidden_size, model.decoder.hidden_size)
+        seeing = images * encoder_flops(model.encoder)
+        connecting = projector_flops(widths, images * patches)
+    parts = Flops(
+        decoder=tokens * decoder_flops(model.decoder, context=context),
+        head=text_tokens * head_flops(model.decoder),
+        encoder=seeing,
+        projector=connecting,
+    )
+    return StageCost(tokens, parts, parameters, "expected")
+
+
+def _questions(stage: Evaluate) -> tuple[int, int]:
+    """Questions a visual task and items a text task; WHOLE_TASK where only the data know."""
+    world, limit = stage.of.data.world, stage.evaluation.limit
+    if isinstance(world, PocketWorld):
+        most = limit or max(world.num_questions, world.num_text_items)
+        return min(world.num_questions, most), min(world.num_text_items, most)
+    if isinstance(world, SmallReal):
+        questions = min(world.num_questions, limit or world.num_questions)
+        return questions, questions
+    if limit is None and stage.evaluation.slim:
+        limit = SLIM_QUESTIONS
+    return (limit, limit) if limit else (WHOLE_TASK, WHOLE_TASK)

@@ -83,6 +83,19 @@ class Plan:
         return sum(alone, 0.0)
 
     @property
+    def text_given(self) -> tuple[float, float]:
+        """FLOPs once and for every line alone, if the text runs were there already."""
+        rows = [row for row in self.rows if not isinstance(row.stage, Pretrain)]
+        once = sum((row.cost.flops or 0.0 for row in rows), 0.0)
+        alone = sum(((row.cost.flops or 0.0) * sum(row.needs.values()) for row in rows), 0.0)
+        return once, alone
+
+    @property
+    def num_expected(self) -> int:
+        """Stages whose cost rests on what the recipe expects of its data, or is an estimate."""
+        return sum(row.cost.basis == "expected" for row in self.rows)
+
+    @property
     def remaining_flops(self) -> float:
         """FLOPs of the stages that are not done."""
         return sum((row.cost.flops or 0.0 for row in self.to_run), 0.0)

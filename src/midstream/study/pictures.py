@@ -1,6 +1,7 @@
 """What keeping a frozen encoder's outputs on disk would cost and save, before anything runs.
 
-Pictures are counted from the prepared sources: a budget sees `num_images` of a source in its share.
+Pictures are counted from the prepared sources, or from those that a recipe expects: a budget sees
+those of a source in its share.
 Stages with one seed see the same first pictures of a source, since the order follows from the seed;
 stages with different seeds are taken to draw independently. A picture that several examples share
 counts once for each until all are seen, so that a store is at most as large as said here and saves
@@ -17,8 +18,9 @@ from typing import Any, Literal
 from midstream.config import Epochs, Machine, PretrainedEncoder
 from midstream.flops import encoder_flops
 from midstream.identity import digest
-from midstream.study.cost import budget_of_sources, cost
+from midstream.study.cost import cost
 from midstream.study.ledger import Ledger
+from midstream.study.sources import sources_of
 from midstream.study.stage import (
     Continue,
     EncoderStage,
@@ -26,6 +28,7 @@ from midstream.study.stage import (
     Prepare,
     Stage,
 )
+from midstream.study.workload import taken
 
 # Stored features pay where each picture would be encoded this often at least, on average: below it
 # writing and reading back cost more than the encoder.
@@ -258,18 +261,18 @@ def _count(
 ) -> tuple[Number, Number] | None:
     """Distinct pictures and views of stages with one encoder and one preparation."""
     data, patches = stages[0].data, encoder.encoder.num_patches
-    if not ledger.is_done(data):
+    sources = sources_of(data, ledger)
+    if sources is None:
         return None
-    sources = ledger.results(data)["sources"]
     draws: dict[str, list[Draw]] = {}
     for stage in stages:
         budget = stage.training.budget
         sampling = "permutation" if isinstance(budget, Epochs) else budget.sampling
-        for name, (_, images) in budget_of_sources(stage.training, sources, patches).items():
-            draws.setdefault(name, []).append((stage.training.seed, sampling, images))
+        for name, part in taken(stage.training, sources, patches).items():
+            draws.setdefault(name, []).append((stage.training.seed, sampling, part.images))
     # Several captions may show one picture.
     pictures = sum(
-        min(distinct_pictures(sources[n]["num_images"], d), sources[n]["distinct_images"])
+        min(distinct_pictures(round(sources[n].images), d), sources[n].distinct_images)
         for n, d in draws.items()
     )
     views = sum(number for drawn in draws.values() for _, _, number in drawn)

@@ -1,0 +1,161 @@
+"""What a plan knows about the sources of a world: counted once they are prepared, else expected."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import log
+from typing import Any, Literal
+
+from midstream.config import ExpectedSource
+from midstream.study.ledger import Ledger
+from midstream.study.stage import Prepare
+
+# Examples, their text tokens, and the sum of the squares of those, by class of length.
+Number = float | int
+Lengths = tuple[tuple[Number, Number, Number], ...]
+Basis = Literal["counted", "expected"]
+# Where nobody says how lengths vary: texts as if they ended by chance, in so many classes of equal
+# number; captions and conversations half as long and half as long again as the mean.
+TEXT_CLASSES = 32
+# A text's tokens where nobody says them: about those of the web's.
+TEXT_TOKENS = 1000
+WHOLE_SPREAD = 0.5
+# Places in a class of lengths, evenly spread, and their standard deviation.
+PLACES, PLACES_DEVIATION = (-1.5, -0.5, 0.5, 1.5), 1.25**0.5
+# Where nobody says how much of a conversation is reply.
+REPLY_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A source: examples, text tokens, targets among them, pictures, and the lengths of examples.
+
+    `plain` and `shown` are examples without and with a picture. `basis` says whether the lengths
+    are those of the prepared source.
+    """
+
+    kind: str
+    examples: Number
+    tokens: Number
+    targets: Number
+    images: Number
+    distinct_images: Number
+    plain: Lengths
+    shown: Lengths
+    basis: Basis
+
+    def size(self, patches: int) -> int:
+        """Positions of all examples, `patches` for each picture."""
+        return int(self.tokens + self.images * patches)
+
+    def squares(self, patches: int, row_length: int) -> Number:
+        """Sum of squared segment lengths of all examples; texts are cut at the row's length."""
+        total = sum(
+            squares + 2 * patches * tokens + number * patches**2
+            for number, tokens, squares in self.shown
+        )
+        return total + sum(_cut_squares(row, row_length) for row in self.plain)
+
+    def points(self, patches: int) -> list[tuple[float, float]]:
+        """Lengths in a row and how many examples have them: each class by some of its lengths."""
+        found = []
+        for lengths, more in ((self.plain, 0), (self.shown, patches)):
+            for number, tokens, squares in lengths:
+                mean = tokens / number
+                apart = max(squares / number - mean**2, 0.0) ** 0.5 / PLACES_DEVIATION
+                found += [(mean + more + place * apart, number / len(PLACES)) for place in PLACES]
+        return found
+
+
+def sources_of(data: Prepare, ledger: Ledger | None) -> Mapping[str, Facts] | None:
+    """The sources by name: those of the finished preparation, or the expected ones.
+
+    None where neither is there.
+    """
+    if ledger is not None and ledger.is_done(data):
+        found = ledger.results(data)["sources"]
+        return {name: facts_of_results(source) for name, source in found.items()}
+    if data.expected:
+        return {source.name: facts_of_expected(source) for source in data.expected}
+    return None
+
+
+def facts_of_results(source: Mapping[str, Any]) -> Facts:
+    """From a source's part of a preparation's results; older ones lack targets and lengths."""
+    examples, tokens = source["num_examples"], source["num_tokens"]
+    lengths, images = source.get("lengths"), source["num_images"]
+    unlearnt = tokens - examples
+    targets = source.get(
+        "num_targets", unlearnt * (REPLY_SHARE if source["kind"] == "instruct" else 1.0)
+    )
+    plain, shown = (
+        _typical(source["kind"], examples, tokens, images)
+        if lengths is None
+        else (tuple(map(tuple, lengths[name])) for name in ("plain", "image"))
+    )
+    return Facts(
+        kind=source["kind"],
+        examples=examples,
+        tokens=tokens,
+        targets=max(targets, 0),
+        images=images,
+        distinct_images=source["distinct_images"],
+        plain=plain,
+        shown=shown,
+        basis="expected" if lengths is None else "counted",
+    )
+
+
+def facts_of_expected(source: ExpectedSource) -> Facts:
+    """From what a recipe expects; each picture is taken to stand in one example."""
+    plain, shown = _typical(source.kind, source.num_examples, source.num_tokens, source.num_images)
+    return Facts(
+        kind=source.kind,
+        examples=source.num_examples,
+        tokens=source.num_tokens,
+        targets=source.num_targets,
+        images=source.num_images,
+        distinct_images=source.num_images,
+        plain=plain,
+        shown=shown,
+        basis="expected",
+    )
+
+
+def facts_of_text(tokens: int) -> Facts:
+    """Texts of which only the number of tokens is known."""
+    examples = max(tokens // TEXT_TOKENS, 1)
+    plain, shown = _typical("text", examples, tokens, 0)
+    return Facts("text", examples, tokens, tokens - examples, 0, 0, plain, shown, "expected")
+
+
+def _typical(
+    kind: str, examples: Number, tokens: Number, images: Number
+) -> tuple[Lengths, Lengths]:
+    """Lengths that have the mean and a usual spread; examples with and without picture alike."""
+    mean = tokens / max(examples, 1)
+    shown = min(images, examples)
+    return (
+        tuple(_spread(kind, examples - shown, mean)),
+        tuple(_spread(kind, shown, mean)),
+    )
+
+
+def _spread(kind: str, number: Number, mean: float) -> Iterator[tuple[float, float, float]]:
+    if not number:
+        return
+    if kind == "text":
+        drawn = [-log(1 - (place + 0.5) / TEXT_CLASSES) for place in range(TEXT_CLASSES)]
+    else:
+        drawn = [1 - WHOLE_SPREAD, 1 + WHOLE_SPREAD]
+    scale, each = mean * len(drawn) / sum(drawn), number / len(drawn)
+    for length in drawn:
+        yield each, each * length * scale, each * (length * scale) ** 2
+
+
+def _cut_squares(row: tuple[Number, Number, Number], row_length: int) -> Number:
+    number, tokens, squares = row
+    length = tokens / max(number, 1)
+    if length <= row_length:
+        return squares
+    whole, rest = divmod(length, row_length)
+    return number * (whole * row_length**2 + rest**2)

@@ -1,0 +1,92 @@
+"""`midstream plan` of the paper's suite: what it says, and what it takes to say it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from midstream.cli import app
+
+MAX_MIB = 500
+# The peak of a process that is asked for a plan, with torch never imported.
+PROGRAM = """
+import resource, sys
+from midstream.cli import app
+try:
+    app(sys.argv[1:])
+except SystemExit as reason:
+    assert not reason.code
+assert "torch" not in sys.modules
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def planned(*arguments: str) -> Any:
+    return CliRunner(env={"COLUMNS": "120"}).invoke(app, ["plan", *arguments])
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    store = tmp_path_factory.mktemp("empty")
+    arguments = ["plan", "paper.suite", "--set", "scale=1b", "--store", str(store), "--json"]
+    arguments += ["--gpu", "H100", "--gpus", "64"]
+    found = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    text, _, peak = found.stdout.rstrip().rpartition("\n")
+    values: dict[str, Any] = json.loads(text)
+    return values | {"peak_mib": int(peak)}
+
+
+def test_the_suite_at_1b_is_planned_in_little_memory_and_without_torch(
+    suite: dict[str, Any],
+) -> None:
+    assert suite["num_lines"] >= 200
+    assert suite["peak_mib"] < MAX_MIB
+
+
+def test_the_suite_at_1b_is_priced_whole_before_any_data_is_there(suite: dict[str, Any]) -> None:
+    price = suite["price"]
+    assert suite["num_unknown"] == 0
+    assert price["too_large"] == []
+    assert sum(price["flops_by_part"].values()) == pytest.approx(suite["flops"])
+    hours = [stage["gpu_hours"] for stage in price["by_stage"].values()]
+    assert sum(hours) == pytest.approx(price["gpu_hours"])
+    assert price["gpu_hours_alone"] / price["gpu_hours_once"] == pytest.approx(
+        suite["flops_alone"] / suite["flops"]
+    )
+    assert price["wall_hours"] >= price["lower_bound_hours"] >= price["critical_path_hours"]
+    chain = [stage.split("-")[0] for stage in price["critical_path"]]
+    assert chain[-1] == "evaluate"
+    trained = [stage for stage in price["by_stage"].values() if stage["memory"]]
+    assert trained
+    for stage in trained:
+        assert stage["fits"]
+        assert stage["micro_rows"] >= 1
+
+
+def test_a_plan_says_hours_wall_time_memory_and_disk(tmp_path: Path) -> None:
+    found = planned(
+        "pocket.when_images_arrive", "--store", str(tmp_path), "--gpu", "100:10", "--gpus", "2"
+    )
+    assert found.exit_code == 0, found.output
+    for text in ("by part: decoder", "100:10 at 30.3%", "GPU-hours", "on 2:", "critical path"):
+        assert text in found.stdout
+    assert "GiB stay" in found.stdout
+    assert "memory: at most" in found.stdout
+    assert "with the text runs given" in found.stdout
+    assert "unknown until their data is prepared" in found.stdout
+
+
+def test_what_is_no_gpu_or_no_utilisation_is_refused_with_what_there_is(tmp_path: Path) -> None:
+    found = planned("pocket.when_images_arrive", "--store", str(tmp_path), "--gpu", "A100")
+    assert found.exit_code == 2
+    assert "A100-80" in found.output
+    found = planned("pocket.when_images_arrive", "--store", str(tmp_path), "--utilisation", "40")
+    assert found.exit_code == 2
+    assert "not 40" in found.output
