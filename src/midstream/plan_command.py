@@ -42,6 +42,9 @@ def plan(
             "--set", metavar="NAME=VALUE", help="An argument of the recipe; may be repeated."
         ),
     ] = None,
+    scale: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Short for --set scale=NAME.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print every stage as JSON.")] = False,
     features: Annotated[
         str, typer.Option(help="Frozen encoders' outputs: stored, live, or auto.")
@@ -71,7 +74,7 @@ def plan(
 ) -> None:
     """Show what a study would run and what it costs; starts nothing."""
     from midstream import terminal
-    from midstream.catalogue import find_study
+    from midstream.catalogue import find_study, with_scale
     from midstream.config import Machine
     from midstream.study.gpus import find_gpu
     from midstream.study.graph import plan as plan_study
@@ -80,7 +83,7 @@ def plan(
     from midstream.study.price import Fleet, price, price_json
 
     fleet = Fleet(find_gpu(gpu), gpus, gpus_per_stage, utilisation, checkpointing)
-    found, ledger = find_study(study, settings or []), Ledger(store)
+    found, ledger = find_study(study, with_scale(settings, scale)), Ledger(store)
     work = plan_study(found, ledger)
     machine = Machine.model_validate({"features": features, "max_feature_gib": max_feature_gib})
     kept = feature_plan([row.stage for row in work.rows], ledger, machine)

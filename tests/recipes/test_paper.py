@@ -18,7 +18,8 @@ from midstream.recipes import paper
 from midstream.recipes.scales import SIZES, find_scale
 from midstream.schedule import rate_at
 from midstream.storage import write_json
-from midstream.study.graph import missing_inputs, order
+from midstream.study.graph import missing_inputs, order, plan
+from midstream.study.ledger import Ledger
 from midstream.study.stage import Continue, ContinueFrom, Evaluate, Finetune, LoadDecoder, Pretrain
 from midstream.study.studies import AnyStudy, Study, Suite
 
@@ -55,6 +56,14 @@ def test_the_papers_sections_are_114_lines_on_24_image_text_stages() -> None:
     counted = kinds(sections)
     assert len(sections.lines) == 114
     assert (counted["continue"], counted["finetune"]) == (24, 98)
+
+
+@pytest.mark.parametrize(("text", "by_hand"), [("given", 3.98), ("trained", 49.5)])
+def test_sharing_saves_what_was_computed_by_hand(text: str, by_hand: float, tmp_path: Path) -> None:
+    # By hand: 665 thousand conversations, logits everywhere; here 625 thousand, logits at targets.
+    work = plan(paper.sections(scale="1b", text=text), Ledger(tmp_path))
+    assert work.naive_flops / work.shared_flops == pytest.approx(by_hand, rel=0.025)
+    assert work.num_unknown == 0
 
 
 @pytest.mark.parametrize("size", SIZES)
