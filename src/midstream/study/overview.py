@@ -213,7 +213,7 @@ class Board:
 
 
 def slurm_jobs(store: Path) -> dict[str, dict[str, Any]]:
-    """What `slurm.json` (`job_book.py`) says of the stages' jobs: `job`, and `state` where it does."""
+    """What `slurm.json` (`job_book.py`) says of the stages' jobs: `job`, and `state` if it does."""
     path = store / "slurm.json"
     found = read_json(path) if path.is_file() else {}
     jobs = found.get("jobs") if isinstance(found, dict) else None
