@@ -73,7 +73,9 @@ def test_a_running_stage_tells_share_loss_speed_time_left_and_place(
     work = held.enter_context(ledger.open_stage(text))
     held.callback(work.finish, {})
     steps(ledger, text, 1_000, 2_000, 3_000)
-    write_json(ledger.store / "slurm.json", {"jobs": {text.name: {"id": 77, "state": "RUNNING"}}})
+    write_json(
+        ledger.store / "slurm.json", {"jobs": {text.name: {"job": "77", "state": "RUNNING"}}}
+    )
     seen = Board(study, ledger).look()
     found = view(seen, text)
     assert (found.state, found.sign.done, found.sign.loss) == ("running", 0.3, 2.0)
@@ -145,8 +147,15 @@ def test_a_launcher_and_a_job_in_the_queue_keep_a_study_alive(study: Study, ledg
         assert board.look().active
     assert not board.look().active
     result = first(study, Evaluate)
-    for state, alive in (("PENDING", True), ("FAILED", False), ("CANCELLED by 0", False)):
-        write_json(ledger.store / "slurm.json", {"jobs": {result.name: {"id": 5, "state": state}}})
+    for state, alive in (
+        (None, True),
+        ("PENDING", True),
+        ("FAILED", False),
+        ("CANCELLED by 0", False),
+    ):
+        write_json(
+            ledger.store / "slurm.json", {"jobs": {result.name: {"job": "5", "state": state}}}
+        )
         seen = board.look()
         assert (seen.active, view(seen, result).has_job) == (alive, alive)
 

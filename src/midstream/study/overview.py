@@ -42,8 +42,9 @@ class StageView:
 
     @property
     def has_job(self) -> bool:
-        """Whether Slurm still has something to do for it."""
-        return self.state != "done" and (self.job_state or "").split(" ")[0] in _ALIVE
+        """Whether Slurm still has something to do for it: a job that has ended is not kept."""
+        alive = self.job_state is None or self.job_state.split(" ")[0] in _ALIVE
+        return self.state != "done" and self.job is not None and alive
 
     @property
     def where(self) -> str:
@@ -135,12 +136,13 @@ class Board:
 
     def _view(self, stage: Stage, state: State, job: Mapping[str, Any]) -> StageView:
         costs = self._costs[stage.name]
+        number = job.get("job", job.get("id"))
         view = StageView(
             stage.name,
             stage.kind,
             state,
             flops=costs.flops,
-            job=None if job.get("id") is None else str(job["id"]),
+            job=None if number is None else str(number),
             job_state=None if job.get("state") is None else str(job["state"]),
         )
         if state in ("new", "done"):
@@ -211,7 +213,7 @@ class Board:
 
 
 def slurm_jobs(store: Path) -> dict[str, dict[str, Any]]:
-    """What `slurm.json` says of the stages' jobs (`id`, `state`); nothing where there is none."""
+    """What `slurm.json` (`job_book.py`) says of the stages' jobs: `job`, and `state` if it does."""
     path = store / "slurm.json"
     found = read_json(path) if path.is_file() else {}
     jobs = found.get("jobs") if isinstance(found, dict) else None
