@@ -149,7 +149,9 @@ def main() -> None:
         if given.slurm:
             with closing(OneNodeSlurm(folder / "cluster")) as slurm:
                 environment = clean(os.environ) | slurm.environment
-                jobs = ["--slurm", "--slurm-set", "poll_seconds=1", "--slurm-set", "restarts=2"]
+                jobs = ["--slurm"]
+                for setting in ("poll_seconds=1", "time_minutes=30", "restarts=2"):
+                    jobs += ["--slurm-set", setting]
                 measure("slurm", jobs, environment=environment)
                 disturb = disturber(slurm, Ledger(folder / "disturbed"), stages)
                 measure("disturbed", jobs, environment=environment, meanwhile=disturb)

@@ -10,7 +10,7 @@ from midstream.study.job_book import Entry, JobBook, require_no_jobs
 from midstream.study.job_events import events_since
 from midstream.study.job_verdict import MAX_FORGOTTEN, NEVER, Ended, verdict
 from midstream.study.ledger import Ledger, Stopped
-from midstream.study.scheduler import Job
+from midstream.study.scheduler import Job, limit_minutes
 from midstream.study.stage import Stage
 from midstream.study.studies import Study
 
@@ -147,3 +147,11 @@ def test_events_are_read_from_where_reading_ended_and_never_in_half(tmp_path: Pa
     events, offset = events_since(path, offset)
     assert [event["event"] for event in events] == ["started"]
     assert events_since(path, offset) == ([], offset)
+
+
+@pytest.mark.parametrize(
+    ("limit", "minutes"),
+    [("2-12:00:00", 3600), ("1:00:00", 60), ("30:00", 30), ("infinite", float("inf"))],
+)
+def test_a_partitions_time_is_read_as_slurm_prints_it(limit: str, minutes: float) -> None:
+    assert limit_minutes(limit) == minutes

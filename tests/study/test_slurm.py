@@ -244,12 +244,17 @@ def test_equal_stages_are_one_array_and_children_wait_for_their_parents(cluster:
     assert "--array=0-2%1" in script.read_text()
 
 
-def test_a_partition_that_does_not_exist_is_named_and_nothing_is_submitted(
+def test_a_partition_that_does_not_exist_or_gives_less_time_is_named_before_all_else(
     cluster: Cluster,
 ) -> None:
     before = sorted(cluster.ledger.store.rglob("*"))
     with pytest.raises(ValueError, match=r"no partition 'hgih'; did you mean 'high'\? it has ci"):
         cluster(study_of(text_run(1)), stages={"evaluate": {"partition": "hgih"}})
+    # Without the check its jobs would wait for ever.
+    with pytest.raises(ValueError, match=r"time_minutes is 61, but partition high gives 60"):
+        cluster(study_of(text_run(1)), stages={"evaluate": {"partition": "high"}}, time_minutes=61)
+    with pytest.raises(ValueError, match=r"time_minutes is 61, but the default partition"):
+        cluster(study_of(text_run(1)), time_minutes=61)
     assert sorted(cluster.ledger.store.rglob("*")) == before
     assert cluster.queue() == []
 

@@ -4,6 +4,7 @@ Slurm's own commands are asked, without accounting where there is none: `squeue`
 `MinJobAge` seconds after its end, `sacct` for ever.
 """
 
+import math
 import os
 import re
 import shutil
@@ -11,6 +12,8 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+
+from midstream.config import SlurmResources
 
 COMMANDS = ("sbatch", "srun", "squeue", "sinfo", "scontrol", "scancel")
 # A command that says nothing for so long has not reached the controller.
@@ -65,8 +68,9 @@ class Job:
         return f"{text}: {remedy}" if remedy else text
 
 
-def require_slurm(partitions: Iterable[str | None]) -> None:
-    """Raises ValueError where Slurm's commands, submitit, or one of the partitions are missing.
+def require_slurm(asked: Iterable[SlurmResources]) -> None:
+    """Raises ValueError where Slurm's commands or submitit are missing, or a partition that is
+    asked for does not exist or gives less time: a job would wait there for ever.
 
     Raises Unreachable if the controller does not answer.
     """
@@ -83,15 +87,55 @@ def require_slurm(partitions: Iterable[str | None]) -> None:
             "jobs are submitted with submitit, which is not installed: "
             "pip install 'midstream[cluster]'"
         ) from None
-    known = _ask("sinfo", "--noheader", "--all", "--format=%R").split()
-    for name in (one for given in partitions if given for one in given.split(",")):
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(
-                f"Slurm has no partition {name!r}; {hint}it has {', '.join(sorted(set(known)))}: "
-                "choose one with --slurm-set partition=NAME"
-            )
+    minutes = _partitions()
+    for resources in asked:
+        # None is the one that the cluster marks as its default.
+        names = [None] if resources.partition is None else resources.partition.split(",")
+        for name in names:
+            _require_partition(name, resources.time_minutes or 0, minutes)
+
+
+def _require_partition(name: str | None, asked: int, minutes: dict[str | None, float]) -> None:
+    if name is None and name not in minutes:
+        return
+    if name not in minutes:
+        known = sorted(one for one in minutes if one is not None)
+        near = get_close_matches(name or "", known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"Slurm has no partition {name!r}; {hint}it has {', '.join(known)}: choose one with "
+            "--slurm-set partition=NAME"
+        )
+    if asked > minutes[name]:
+        place = "the default partition" if name is None else f"partition {name}"
+        raise ValueError(
+            f"time_minutes is {asked}, but {place} gives {minutes[name]:.0f}: ask for less with "
+            "--slurm-set time_minutes=N; a stage that needs longer goes on in the next piece"
+        )
+
+
+def _partitions() -> dict[str | None, float]:
+    """The minutes that each partition gives at the most; the default one also under None."""
+    found: dict[str | None, float] = {}
+    for line in _ask("sinfo", "--noheader", "--all", "--format=%P|%l").splitlines():
+        name, limit = line.strip().rsplit("|", 1)
+        most = limit_minutes(limit)
+        if name.endswith("*"):
+            name = name.removesuffix("*")
+            found[None] = most
+        found[name] = most
+    return found
+
+
+def limit_minutes(limit: str) -> float:
+    """Minutes of a time as sinfo prints it: 2-12:00:00, 1:00:00, 30:00, infinite."""
+    days, dash, rest = limit.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdigit() for part in parts):  # infinite, n/a
+        return math.inf
+    values = [0.0, 0.0, *(float(part) for part in parts)][-3:]
+    hours, minutes, seconds = values
+    return (int(days) if dash else 0) * 1440 + hours * 60 + minutes + seconds / 60
 
 
 def queue() -> dict[str, Job]:

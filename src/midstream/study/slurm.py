@@ -35,7 +35,7 @@ def run_on_slurm(
     something to say. A job that fails, or that Slurm ends, fails its stage and cancels the jobs of
     its descendants. SIGINT or SIGTERM ends the following, never a job; `detach` ends it once all
     is submitted. Raises ValueError, with nothing submitted, without Slurm's commands, for a
-    partition that does not exist, and where another launcher holds the store.
+    partition that does not exist or gives less time, and where another launcher holds the store.
     """
     require_inputs(study)
     before = plan(study, ledger)
@@ -43,7 +43,7 @@ def run_on_slurm(
         return Outcome(num_before=before.num_done)
     kinds = {row.stage.kind for row in before.to_run}
     try:
-        scheduler.require_slurm(settings.resources(kind).partition for kind in kinds)
+        scheduler.require_slurm(settings.resources(kind) for kind in kinds)
     except scheduler.Unreachable as reason:
         raise ValueError(f"{reason}; run the same command again once Slurm answers") from None
     with launch_lock(ledger.store):
