@@ -260,3 +260,15 @@ def test_the_command_reports_a_suite_and_a_study_of_it_and_writes_the_summary(
     assert ended.exit_code == 0, ended.output
     ended = CliRunner().invoke(app, ["report", "three", "--store", str(filled.store)])
     assert ended.exit_code == 2
+
+
+def test_rows_are_described_in_columns_of_words(filled: Ledger) -> None:
+    labels = {"20": {"stages": "text, image-text", "mixture": HOSTILE}}
+    study = tabled(labels=labels)
+    grid = grid_of(study, filled)
+    assert grid.heads[:3] == ("x", "stages", "mixture")
+    assert grid.rows[0][:3] == ("20", "text, image-text", HOSTILE)
+    assert grid.rows[1][:3] == ("80", "–", "–")
+    page = write_facts(gather(study, filled)).read_text()
+    assert "text, image-text" in page
+    assert "<script>alert" not in page

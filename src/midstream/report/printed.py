@@ -1,7 +1,7 @@
 """The study's table: our means over repetitions, and beside them what the paper prints."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from midstream.report.findings import column_of, rows_at
@@ -57,7 +57,10 @@ class Column:
 
 @dataclass(frozen=True)
 class View:
-    """The table as it is shown, exported and quoted."""
+    """The table as it is shown, exported and quoted.
+
+    `labels` are heads of columns of words, which stand in `words` by the row's name.
+    """
 
     title: str
     corner: str
@@ -65,6 +68,12 @@ class View:
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
     source: str
     sources: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def words_of(self, row: str) -> tuple[str, ...]:
+        """What describes a row, by `labels`; nothing where it is not described."""
+        return tuple(self.words.get(row, {}).get(label, "") for label in self.labels)
 
     @property
     def has_printed(self) -> bool:
@@ -86,12 +95,13 @@ def table_view(study: Study, rows: Sequence[Row]) -> View | None:
         columns, found = _upright(table, rows)
     sources = tuple(f"{model.name}: {model.source}" for model in table.published)
     corner = "score" if table.rows == SCORES else table.rows.replace("_", " ")
-    return View(table.title, corner, columns, found, table.source, sources)
+    labels = tuple(dict.fromkeys(label for words in table.labels.values() for label in words))
+    return View(table.title, corner, columns, found, table.source, sources, labels, table.labels)
 
 
 def view_grid(view: View) -> Grid:
     """The table as words; the paper's numbers in columns of their own, named so."""
-    heads: list[str] = [view.corner]
+    heads: list[str] = [view.corner, *view.labels]
     keep = [
         (column, any(cells[index].printed for _, cells in view.rows))
         for index, column in enumerate(view.columns)
@@ -100,7 +110,7 @@ def view_grid(view: View) -> Grid:
         heads += [column.name, *([f"{column.name} (paper)"] if printed else [])]
     lines = []
     for name, cells in view.rows:
-        line = [name]
+        line = [name, *(words or "–" for words in view.words_of(name))]
         for cell, (_, printed) in zip(cells, keep, strict=True):
             own = cell.our_words
             if cell.published is not None:
