@@ -20,6 +20,8 @@ from midstream.study.studies import Line
 
 # Every schedule but the fine-tuning's ends here (run records of the paper).
 END_RATE = 3e-5
+# The text run has no rate to continue there, so that it is warmed up again (paper, section 3.1).
+REWARMED = (0.0, 1.0)
 
 
 def start_at(text: Pretrain, completion: float) -> FromScratch | ContinueFrom:
@@ -29,7 +31,7 @@ def start_at(text: Pretrain, completion: float) -> FromScratch | ContinueFrom:
 
 def image_text_schedule(completion: float, rewarm_rate: float) -> WarmupCosine | ContinuedCosine:
     """Re-warmed where the text schedule has no rate to continue: at 0 % and 100 % (paper, 3.1)."""
-    if completion in (0.0, 1.0):
+    if completion in REWARMED:
         return WarmupCosine(peak_rate=rewarm_rate, end_rate=END_RATE, warmup_fraction=0.05)
     return ContinuedCosine(end_rate=END_RATE)
 

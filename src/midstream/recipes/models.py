@@ -14,13 +14,10 @@ from midstream.config import (
     Training,
     WarmupCosine,
 )
-from midstream.recipes.line import END_RATE
+from midstream.recipes.line import END_RATE, REWARMED
 from midstream.recipes.scales import DATACOMP_DR, Scale
 from midstream.study.stage import Continue, Evaluate, Finetune
 from midstream.study.studies import Axis, Line
-
-# The text run whose checkpoints these are has no rate to continue there (paper, section 3.1).
-REWARMED = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
