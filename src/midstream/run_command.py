@@ -127,8 +127,8 @@ def run_and_tell(
     """Run and tell; returns the peak memory in bytes. Leaves with the outcome's code if not 0."""
     from midstream import terminal
     from midstream.study import launch
+    from midstream.study.cluster.slurm import run_on_slurm
     from midstream.study.graph import plan as plan_study
-    from midstream.study.slurm import run_on_slurm
 
     memory = terminal.PeakMemory()
     console = terminal.out()

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 from midstream.config import Machine
+from midstream.study.cluster.job_book import require_no_jobs
 from midstream.study.graph import Plan, PlanRow, plan
-from midstream.study.job_book import require_no_jobs
 from midstream.study.ledger import Ledger, launch_lock
 from midstream.study.nodes import Announcer, announcer
 from midstream.study.outcome import (

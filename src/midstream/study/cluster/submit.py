@@ -6,9 +6,9 @@ from pathlib import Path
 from uuid import uuid4
 
 from midstream.config import Machine, SlurmSettings
-from midstream.study import scheduler
-from midstream.study.job_book import Entry, JobBook
-from midstream.study.job_events import JobFiles
+from midstream.study.cluster import scheduler
+from midstream.study.cluster.job_book import Entry, JobBook
+from midstream.study.cluster.job_events import JobFiles
 from midstream.study.stage import Ranked, Stage
 from midstream.study.workers import work_line, write_work
 
@@ -76,7 +76,7 @@ class Submitter:
     def _submit_array(self, kind: str, tasks: Sequence[Task]) -> None:
         import submitit
 
-        from midstream.study.slurm_job import StageJob
+        from midstream.study.cluster.slurm_job import StageJob
 
         name = f"midstream-{kind}-{uuid4().hex[:12]}"
         folder = self.store / "slurm" / "jobs" / name

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from midstream.study.cluster.scheduler import Job
 from midstream.study.ledger import Ledger
-from midstream.study.scheduler import Job
 from midstream.study.stage import Stage
 
 # So often a job that Slurm has forgotten is submitted again.

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from midstream.study.cluster.job_events import JobFiles, events_since
 from midstream.study.graph import PlanRow
-from midstream.study.job_events import JobFiles, events_since
 from midstream.study.ledger import Ledger
 from midstream.study.workers import Event
 

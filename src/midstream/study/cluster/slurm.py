@@ -7,14 +7,14 @@ process may end at any time, and the same command finds them again in `slurm.jso
 from collections.abc import Callable, Sequence
 
 from midstream.config import Machine, SlurmSettings
-from midstream.study import scheduler
-from midstream.study.follow import Follower
+from midstream.study.cluster import scheduler
+from midstream.study.cluster.follow import Follower
+from midstream.study.cluster.job_book import JobBook
+from midstream.study.cluster.submit import Submitter
 from midstream.study.graph import plan
-from midstream.study.job_book import JobBook
 from midstream.study.ledger import Ledger, launch_lock
 from midstream.study.outcome import Outcome, failed_before, require_inputs, require_not_running
 from midstream.study.studies import AnyStudy
-from midstream.study.submit import Submitter
 from midstream.study.workers import Event
 
 

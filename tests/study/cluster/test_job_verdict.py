@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from midstream.study.cluster.job_book import Entry, JobBook, require_no_jobs
+from midstream.study.cluster.job_events import events_since
+from midstream.study.cluster.job_verdict import MAX_FORGOTTEN, NEVER, Ended, verdict
+from midstream.study.cluster.scheduler import Job, limit_minutes
 from midstream.study.graph import order
-from midstream.study.job_book import Entry, JobBook, require_no_jobs
-from midstream.study.job_events import events_since
-from midstream.study.job_verdict import MAX_FORGOTTEN, NEVER, Ended, verdict
 from midstream.study.ledger import Ledger, Stopped
-from midstream.study.scheduler import Job, limit_minutes
 from midstream.study.stage import Stage
 from midstream.study.studies import Study
 

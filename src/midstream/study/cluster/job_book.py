@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from midstream.storage import read_json, write_json
-from midstream.study import scheduler
+from midstream.study.cluster import scheduler
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ import submitit
 
 from midstream.config import Machine
 from midstream.storage import append_line, read_json
-from midstream.study import scheduler
-from midstream.study.job_events import JobFiles, events_since
+from midstream.study.cluster import scheduler
+from midstream.study.cluster.job_events import JobFiles, events_since
 from midstream.study.ledger import Ledger, is_held
 from midstream.study.outcome import STOPPED_EXIT_CODE
 from midstream.study.stage import Stage, stage_from_json

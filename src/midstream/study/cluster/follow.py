@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
 from midstream.config import Machine, SlurmSettings
-from midstream.study import scheduler
+from midstream.study.cluster import scheduler
+from midstream.study.cluster.job_book import Entry, JobBook
+from midstream.study.cluster.job_events import JobFiles
+from midstream.study.cluster.job_verdict import Ended, verdict
+from midstream.study.cluster.queued import Queued
+from midstream.study.cluster.scheduler import Job
+from midstream.study.cluster.submit import Submitter, Task
 from midstream.study.graph import Plan, PlanRow
-from midstream.study.job_book import Entry, JobBook
-from midstream.study.job_events import JobFiles
-from midstream.study.job_verdict import Ended, verdict
 from midstream.study.ledger import Ledger
 from midstream.study.outcome import Outcome, descends, failure, named, not_started, stop_signals
 from midstream.study.pictures import FeaturePlan, choice_for, feature_plan
-from midstream.study.queued import Queued
-from midstream.study.scheduler import Job
-from midstream.study.submit import Submitter, Task
 from midstream.study.workers import Event
 
 

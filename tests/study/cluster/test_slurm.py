@@ -15,9 +15,9 @@ import tiny
 from midstream.config import Evaluation, SlurmSettings
 from midstream.storage import read_json
 from midstream.study import launch
+from midstream.study.cluster.slurm import run_on_slurm
 from midstream.study.ledger import Ledger
 from midstream.study.outcome import STOPPED_EXIT_CODE, Outcome
-from midstream.study.slurm import run_on_slurm
 from midstream.study.stage import Evaluate, Pretrain, Stage
 from midstream.study.studies import Figure, Line, Study
 from one_node_slurm import OneNodeSlurm, Unavailable, clean
