@@ -53,6 +53,10 @@ def number() -> int:
 """
 
 
+# What a preparation says of a source.
+FACTS = {"kind": "text", "num_examples": 1, "distinct_images": 0}
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "my_study.py"
@@ -84,7 +88,7 @@ def _finish(study: Study, store: Path, **results: Any) -> None:
     for stage in order(study):
         if not ledger.is_done(stage):
             with ledger.open_stage(stage) as work:
-                sources = {"stories": {"num_tokens": 5, "num_images": 0}}
+                sources = {"stories": {**FACTS, "num_tokens": 5, "num_images": 0}}
                 work.finish({"sources": sources, "peak_memory_bytes": 1, **results})
 
 
@@ -143,7 +147,7 @@ def test_a_long_plan_is_printed_by_kind(
     monkeypatch.setattr(plan_command, "MAX_PLAN_ROWS", 2)
     result = midstream("plan", f"{file}:study", "--store", store)
     assert "1 pretrain" in result.stdout
-    assert "pretrain-" not in result.stdout
+    assert "prepare-" not in result.stdout
 
 
 def test_an_unknown_study_is_told_with_those_there_are() -> None:
@@ -350,7 +354,7 @@ def test_peak_memory_is_the_sum_of_the_largest_stage_of_each_worker(
     ledger, memory = Ledger(store), terminal.PeakMemory()
     for number, stage in enumerate(order(study)):
         with ledger.open_stage(stage) as work:
-            sources = {"stories": {"num_tokens": 5, "num_images": 0}}
+            sources = {"stories": {**FACTS, "num_tokens": 5, "num_images": 0}}
             work.finish({"sources": sources, "peak_memory_bytes": (10, 300, 20)[number]})
         worker = (1, 1, 2)[number]
         memory.note({"event": "finished", "state": "done", "stage": stage.name, "worker": worker})
@@ -365,7 +369,7 @@ def test_peak_memory_is_the_sum_of_the_largest_stage_of_each_worker(
         (999, "999"),
         (1000, "1 k"),
         (2.5e13, "25 T"),
-        (3.1e21, "3.1e+03 E"),
+        (3.1e21, "3.1 Z"),
     ],
 )
 def test_quantities_have_three_digits_and_a_unit(value: float | None, text: str) -> None:
