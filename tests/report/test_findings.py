@@ -6,7 +6,7 @@ from typing import Any
 import made
 import pytest
 
-from midstream.report.findings import Finding
+from midstream.report.finding import Finding
 from midstream.report.gather import gather
 from midstream.study.ledger import Ledger
 from midstream.study.studies import Claim
@@ -140,3 +140,35 @@ def test_a_claim_about_seeds_is_repeated_by_the_other_axes(ledger: Ledger) -> No
     assert found.difference is not None
     assert found.difference.n == (2, 2)
     assert found.difference.mean == pytest.approx(0.11)
+
+
+def trend_of(ledger: Ledger, scores: Mapping[Any, Sequence[float]]) -> Finding | None:
+    found = [one for one in claimed(ledger, scores) if one.sentence.startswith("Over all")]
+    return found[0] if found else None
+
+
+def test_a_rise_over_all_places_is_decided_where_neighbours_are_not(ledger: Ledger) -> None:
+    scores = {
+        (0,): (0.10, 0.14, 0.12),
+        (20,): (0.15, 0.13, 0.15),
+        (80,): (0.16, 0.18, 0.19),
+        (100,): (0.20, 0.22, 0.19),
+    }
+    trend = trend_of(ledger, scores)
+    assert trend is not None
+    assert trend.verdict_words == "the data decide"
+    # Lines of least squares rise by 0.093, 0.087 and 0.075 over three steps.
+    assert trend.difference is not None
+    assert trend.difference.mean == pytest.approx(0.085)
+    assert "Vision, stable is 8.5 points higher at x 100 than at x 0" in trend.sentence
+
+
+def test_a_curve_that_goes_both_ways_shows_no_trend(ledger: Ledger) -> None:
+    scores = {(0,): (0.1, 0.2, 0.1), (20,): (0.5, 0.4, 0.5), (80,): (0.2, 0.1, 0.1)}
+    trend = trend_of(ledger, scores)
+    assert trend is not None
+    assert trend.verdict_words == "the data do not decide"
+
+
+def test_two_places_are_no_trend(ledger: Ledger) -> None:
+    assert trend_of(ledger, {(20,): (0.1, 0.2), (80,): (0.4, 0.5)}) is None

@@ -8,44 +8,20 @@ and an interval that includes zero decides nothing.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
+from midstream.report.finding import Finding, Verdict, higher, interval_words
+from midstream.report.overall import best_finding, trend_finding
 from midstream.report.pairs import Examples, Gap, mean_gap
-from midstream.report.spread import Difference, Spread, difference, paired_difference
+from midstream.report.spread import Spread, paired_difference
 from midstream.report.table import STABLE, Group, tasks_of
-from midstream.report.words import place_words, points, score_name, signed
+from midstream.report.words import place_words, score_name, signed
 from midstream.study.ledger import Ledger
 from midstream.study.stage import Evaluate
 from midstream.study.studies import Claim, Study
 
 Row = Mapping[str, Any]
-Verdict = Literal["agrees", "disagrees", "undecided", "no interval", "not measured", "decided"]
 SEED = "seed"
-VERDICTS: dict[Verdict, str] = {
-    "agrees": "our data agree",
-    "disagrees": "our data disagree",
-    "decided": "the data decide",
-    "undecided": "the data do not decide",
-    "no interval": "no interval: one seed",
-    "not measured": "not measured",
-}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One sentence about the data, under the claim (and its source) that it answers, if any."""
-
-    claim: str | None
-    source: str
-    verdict: Verdict
-    sentence: str
-    difference: Difference | None = None
-    examples: Gap | None = None
-
-    @property
-    def verdict_words(self) -> str:
-        """The verdict as it stands on a page."""
-        return VERDICTS[self.verdict]
 
 
 @dataclass(frozen=True)
@@ -67,14 +43,16 @@ def findings(
     ledger: Ledger,
     examples: Examples | None = None,
 ) -> list[Finding]:
-    """The study's claims in their order, then the best place for each stable score and curve."""
+    """The study's claims in their order, then for each stable score and curve its best place and
+    whether it rises or falls."""
     examples = examples or Examples(ledger)
     found = [_claim(claim, study, rows, examples) for claim in study.claims]
     for column in ("stable.vision", "stable.text"):
         for by in dict.fromkeys(group.by for group in groups):
             own = [group for group in groups if group.by == by]
             if len(own) > 1:
-                found.append(_best(study, own, column))
+                trend = trend_finding(study, own, column)
+                found += [best_finding(study, own, column), *([] if trend is None else [trend])]
     return found
 
 
@@ -114,7 +92,7 @@ def _claim(claim: Claim, study: Study, rows: Sequence[Row], examples: Examples) 
             verdict = "agrees" if gap.mean > 0 else "disagrees"
     one, two = place_words(claim.higher), place_words(claim.lower)
     text = (
-        f"{name} is {_higher(gap)} at {one} than at {two} ({_interval(gap)}"
+        f"{name} is {higher(gap)} at {one} than at {two} ({interval_words(gap)}"
         f"{_rest(matched)}){_examples_words(on_examples)}."
     )
     return Finding(claim.text, claim.source, verdict, text, gap, on_examples)
@@ -209,49 +187,7 @@ def _on_examples(score: str, study: Study, matched: _Matched, examples: Examples
     return mean_gap(known) if known and len(known) == len(gaps) else None
 
 
-# --------------------------------------------------------------------------------------- best
-
-
-def _best(study: Study, groups: Sequence[Group], column: str) -> Finding:
-    name, x = score_name(column), study.figure.x
-    by = groups[0].by
-    where = f", {place_words({str(study.figure.by): by})}" if by is not None else ""
-    means = [(group.spreads[column].mean, group) for group in groups]
-    known = sorted(((m, g) for m, g in means if m is not None), key=lambda pair: -pair[0])
-    if len(known) < 2:
-        text = f"{name}{where}: {len(known)} of {len(groups)} places have a score; two are needed."
-        return Finding(None, "", "not measured", text)
-    (top, best), (_, runner) = known[:2]
-    spreads = best.spreads[column], runner.spreads[column]
-    gap = paired_difference(*spreads) or difference(*spreads)
-    assert gap is not None
-    verdict: Verdict = "no interval"
-    if gap.exceeds_spread is not None:
-        verdict = "decided" if gap.exceeds_spread else "undecided"
-    rest = "" if len(known) == len(groups) else f"; {len(groups) - len(known)} places are missing"
-    text = (
-        f"{name} is highest at {place_words({x: best.x})}{where} with {points(top)} points, "
-        f"{_higher(gap)} than at {place_words({x: runner.x})}, the next best ({_interval(gap)})"
-        f"{rest}."
-    )
-    return Finding(None, "", verdict, text, gap)
-
-
 # -------------------------------------------------------------------------------------- words
-
-
-def _higher(gap: Difference) -> str:
-    return f"{points(abs(gap.mean))} points {'lower' if gap.mean < 0 else 'higher'}"
-
-
-def _interval(gap: Difference) -> str:
-    first, second = gap.n
-    n = f"{first}" if first == second else f"{first} and {second}"
-    paired = "paired" if gap.paired else "not paired"
-    repetitions = f"{n} repetition{'s' if n != '1' else ''}"
-    if gap.low is None or gap.high is None:
-        return f"no interval: {repetitions}"
-    return f"95 % interval {signed(gap.low)} to {signed(gap.high)}, {paired}, {repetitions}"
 
 
 def _rest(matched: _Matched) -> str:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from midstream.report.costs import cost_rows
-from midstream.report.findings import Finding, findings
+from midstream.report.finding import Finding
+from midstream.report.findings import findings
 from midstream.report.pairs import Examples, paired_rows
 from midstream.report.parts import Part, Snapshot, parts_of
 from midstream.report.printed import View, table_view

@@ -26,7 +26,8 @@ def summary_text(facts: Sequence[Facts], title: str, command: str) -> str:
         f"from the store's results. Scores are in points of 100, means ± one standard deviation "
         f"over seeds; a stable score is the mean over tasks of score minus chance. Intervals are "
         f"95 %, Student's over seeds, paired by seed; an interval that includes zero decides "
-        f"nothing.",
+        f"nothing. The best of several places is picked after looking at all of them, for which no "
+        f"interval is widened.",
         "",
     ]
     for one in facts:

@@ -17,6 +17,6 @@ def notes_of(at: Scale) -> tuple[str, ...]:
     if at.name != "pocket":
         return ()
     return (
-        "Pocket scale: a generated world and models of some 140,000 parameters. It shows how the "
+        "Pocket scale: a generated world and models of some 200,000 parameters. It shows how the "
         "study works and which way its curves run there; it says nothing about the paper's models.",
     )
