@@ -98,7 +98,7 @@ def facts_of_results(source: Mapping[str, Any]) -> Facts:
         tokens=tokens,
         targets=max(targets, 0),
         images=images,
-        distinct_images=source["distinct_images"],
+        distinct_images=source.get("distinct_images", images),
         plain=plain,
         shown=shown,
         basis="expected" if lengths is None else "counted",
