@@ -117,7 +117,7 @@ def disturber(
 def main() -> None:
     """Run and compare."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("study", nargs="?", default="paper.slice")
+    parser.add_argument("study", nargs="?", default="paper.slice_of_four_axes")
     parser.add_argument("--set", action="append", default=[], dest="settings")
     parser.add_argument("--folder", type=Path, help="where the stores go; it is kept")
     parser.add_argument("--slurm", action="store_true")
