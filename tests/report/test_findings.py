@@ -172,3 +172,9 @@ def test_a_curve_that_goes_both_ways_shows_no_trend(ledger: Ledger) -> None:
 
 def test_two_places_are_no_trend(ledger: Ledger) -> None:
     assert trend_of(ledger, {(20,): (0.1, 0.2), (80,): (0.4, 0.5)}) is None
+
+
+def test_two_seeds_decide_nothing_however_alike_they_are(ledger: Ledger) -> None:
+    found = claimed(ledger, {(20,): (0.20, 0.30), (80,): (0.30, 0.40)})[0]
+    assert found.verdict_words == "the data do not decide"
+    assert "+10.0 to +10.0, paired, 2 repetitions" in found.sentence

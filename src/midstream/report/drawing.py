@@ -68,6 +68,10 @@ FILES = ("svg", "png", "pdf")
 MAX_EVEN_PLACES = 14
 
 
+# Names longer than this together stand aslant.
+MAX_NAMES_LENGTH = 30
+
+
 @dataclass(frozen=True)
 class Scale:
     """Where each value of an axis stands; `even` where numbers stand as far apart as names do."""
@@ -107,7 +111,7 @@ def set_places(axes: Axes, scale: Scale) -> None:
         return
     names = [f"{place:g}" if isinstance(place, int | float) else place for place in scale.at]
     axes.set_xticks(list(scale.at.values()), names)
-    if not scale.numeric and sum(map(len, names)) > 44:
+    if not scale.numeric and sum(map(len, names)) > MAX_NAMES_LENGTH:
         axes.tick_params(axis="x", rotation=20)
         for label in axes.get_xticklabels():
             label.set_horizontalalignment("right")

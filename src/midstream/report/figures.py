@@ -165,7 +165,8 @@ def _draw_curves(axes: Axes, study: Study, groups: Sequence[Group], panel: Panel
         _draw_curve(axes, known, panel.score, look, about.hollow, scale, shift, single=few)
         dots |= few and any(group.spreads[panel.score].n > 1 for group in known)
         label = "mean ± sd over seeds" if about.by is None else f"{about.by} = {_name(by)}"
-        keys.append(Line2D([], [], label=label, markersize=8, linewidth=1.6, **look))
+        drawn = {"linewidth": 1.6} if scale.numeric else {"linestyle": "none"}
+        keys.append(Line2D([], [], label=label, markersize=8, **drawn, **look))
         if panel.blind is not None:
             seen: list[Any] = [
                 (scale.at[g.x] + shift, g.spreads[panel.blind].mean)
@@ -214,7 +215,9 @@ def _draw_curve(
     spreads: list[Spread] = [group.spreads[column] for group in groups]
     at = [scale.at[group.x] + shift for group in groups]
     means: list[Any] = [spread.mean for spread in spreads]
-    axes.plot(at, means, color=look["color"], linewidth=1.6)
+    # Between names there is nothing that a line could stand for.
+    if scale.numeric:
+        axes.plot(at, means, color=look["color"], linewidth=1.6)
     for x, group, spread, mean in zip(at, groups, spreads, means, strict=True):
         values = [value for _, value in spread.values]
         if single and len(values) > 1:

@@ -18,6 +18,18 @@ VERDICTS: dict[Verdict, str] = {
 }
 
 
+# Two repetitions can agree to the last digit by chance, and their interval is then a point.
+LEAST_REPETITIONS = 3
+
+
+def decides(gap: Difference) -> bool | None:
+    """Whether a difference is told from zero: its interval leaves zero out, and rests on three
+    repetitions at least. None where there is no interval."""
+    if gap.exceeds_spread is None:
+        return None
+    return gap.exceeds_spread and min(gap.n) >= LEAST_REPETITIONS
+
+
 @dataclass(frozen=True)
 class Finding:
     """One sentence about the data, under the claim (and its source) that it answers, if any."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from midstream.report.finding import Finding, Verdict, higher, interval_words
+from midstream.report.finding import Finding, Verdict, decides, higher, interval_words
 from midstream.report.overall import best_finding, trend_finding
 from midstream.report.pairs import Examples, Gap, mean_gap
 from midstream.report.spread import Spread, paired_difference
@@ -86,9 +86,9 @@ def _claim(claim: Claim, study: Study, rows: Sequence[Row], examples: Examples) 
     assert gap is not None
     on_examples = _on_examples(claim.score, study, matched, examples)
     verdict: Verdict = "no interval"
-    if gap.exceeds_spread is not None:
+    if (decided := decides(gap)) is not None:
         verdict = "undecided"
-        if gap.exceeds_spread:
+        if decided:
             verdict = "agrees" if gap.mean > 0 else "disagrees"
     one, two = place_words(claim.higher), place_words(claim.lower)
     text = (

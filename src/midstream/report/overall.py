@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from midstream.report.finding import Finding, Verdict, higher, interval_words
+from midstream.report.finding import Finding, Verdict, decides, higher, interval_words
 from midstream.report.spread import Spread, difference, paired_difference
 from midstream.report.table import Group
 from midstream.report.words import place_words, points, score_name
@@ -25,8 +25,8 @@ def best_finding(study: Study, groups: Sequence[Group], column: str) -> Finding:
     gap = paired_difference(*spreads) or difference(*spreads)
     assert gap is not None
     verdict: Verdict = "no interval"
-    if gap.exceeds_spread is not None:
-        verdict = "decided" if gap.exceeds_spread else "undecided"
+    if (decided := decides(gap)) is not None:
+        verdict = "decided" if decided else "undecided"
     rest = "" if len(known) == len(groups) else f"; {len(groups) - len(known)} places are missing"
     text = (
         f"{name} is highest at {place_words({x: best.x})}{where} with {points(top)} points, "
@@ -53,8 +53,8 @@ def trend_finding(study: Study, groups: Sequence[Group], column: str) -> Finding
     gap = paired_difference(rises, Spread(tuple((name, 0.0) for name in whole)))
     assert gap is not None
     verdict: Verdict = "no interval"
-    if gap.exceeds_spread is not None:
-        verdict = "decided" if gap.exceeds_spread else "undecided"
+    if (decided := decides(gap)) is not None:
+        verdict = "decided" if decided else "undecided"
     by = groups[0].by
     where = f", {place_words({str(study.figure.by): by})}" if by is not None else ""
     first, last = (place_words({study.figure.x: groups[at].x}) for at in (0, -1))
