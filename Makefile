@@ -37,7 +37,8 @@ test: $(READY)
 
 # All faults: kills at every write, many ranks, stuck ranks; about twenty minutes.
 faults: $(READY)
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --faults tests/faults tests/train tests/test_resume.py
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --faults tests/faults tests/train tests/test_resume.py \
+		tests/study/test_plan_reality.py
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -11,7 +11,7 @@ from typing import Any, Literal, assert_never
 
 import torch
 
-from midstream.config import Machine
+from midstream.config import ContinuedCosine, Machine
 from midstream.data.feature_store import FeatureStore, StoredImages
 from midstream.data.features import Encode, LiveImages, encode_fixed
 from midstream.data.loader import Images, NoImages, RowDataset
@@ -292,6 +292,8 @@ class StageRunner:
             )
         if isinstance(before, Continue):
             start = replace(start, parts=("decoder", "projector", *(("encoder",) if had else ())))
+            if not isinstance(stage.training.schedule, ContinuedCosine):
+                return start  # All its bytes are read once, when they are loaded.
         return replace(start, parent_rate=checkpoint.read_progress(folder).rate)
 
     def _encoder_weights(self, stage: Continue | Finetune) -> Path:
