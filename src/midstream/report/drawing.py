@@ -68,8 +68,8 @@ FILES = ("svg", "png", "pdf")
 MAX_EVEN_PLACES = 14
 
 
-# Names longer than this together stand aslant.
-MAX_NAMES_LENGTH = 30
+# Names longer than this together stand aslant, more than so many of them steeply.
+MAX_NAMES_LENGTH, MAX_ASLANT_NAMES = 30, 5
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def set_places(axes: Axes, scale: Scale) -> None:
     names = [f"{place:g}" if isinstance(place, int | float) else place for place in scale.at]
     axes.set_xticks(list(scale.at.values()), names)
     if not scale.numeric and sum(map(len, names)) > MAX_NAMES_LENGTH:
-        axes.tick_params(axis="x", rotation=20)
+        axes.tick_params(axis="x", rotation=20 if len(names) <= MAX_ASLANT_NAMES else 60)
         for label in axes.get_xticklabels():
             label.set_horizontalalignment("right")
 
