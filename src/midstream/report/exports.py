@@ -10,7 +10,7 @@ from typing import Any
 from midstream.report.latex import Grid, to_latex
 from midstream.report.printed import View, view_grid, view_records
 from midstream.report.spread import Spread
-from midstream.report.table import STABLE, Group, tasks_of
+from midstream.report.table import Group, stable_of, tasks_of
 from midstream.report.words import (
     KIND_NAMES,
     duration,
@@ -67,7 +67,7 @@ def write_exports(made: Sequence[Export], folder: Path) -> None:
 def scores_export(study: Study, groups: Sequence[Group]) -> Export:
     """Means over repetitions: a row a place, a column a score."""
     tasks = [f"{task}.score" for task, _ in tasks_of(study)]
-    columns = [*STABLE, *tasks]
+    columns = [*stable_of(study), *tasks]
     columns = [c for c in columns if any(group.spreads[c].n for group in groups)]
     about = study.figure
     heads = [about.x_label + (f", {about.by}" if about.by else ""), "n"]

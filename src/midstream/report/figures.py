@@ -140,6 +140,9 @@ def draw_panel(axes: Axes, study: Study, groups: Sequence[Group], panel: Panel) 
         keys.append(Line2D([], [], label="chance", **look))
     keys += _draw_baselines(axes, panel.baselines)
     axes.margins(x=0.07, y=0.12)
+    if len({group.x for group in groups}) == 1:
+        middle = sum(axes.get_xlim()) / 2
+        axes.set_xlim(middle - 0.5, middle + 0.5)
     if axes.dataLim.y0 < 0 < axes.dataLim.y1:
         axes.axhline(0, color=MUTED, linewidth=0.8)
     elif axes.get_ylim()[0] < 0:

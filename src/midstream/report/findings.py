@@ -14,7 +14,7 @@ from midstream.report.finding import Finding, Verdict, decides, higher, interval
 from midstream.report.overall import best_finding, trend_finding
 from midstream.report.pairs import Examples, Gap, mean_gap
 from midstream.report.spread import Spread, paired_difference
-from midstream.report.table import STABLE, Group, tasks_of
+from midstream.report.table import STABLE, Group, kinds_of, tasks_of
 from midstream.report.words import place_words, score_name, signed
 from midstream.study.ledger import Ledger
 from midstream.study.stage import Evaluate
@@ -47,7 +47,7 @@ def findings(
     whether it rises or falls."""
     examples = examples or Examples(ledger)
     found = [_claim(claim, study, rows, examples) for claim in study.claims]
-    for column in ("stable.vision", "stable.text"):
+    for column in (f"stable.{kind}" for kind in kinds_of(study)):
         for by in dict.fromkeys(group.by for group in groups):
             own = [group for group in groups if group.by == by]
             if len(own) > 1:

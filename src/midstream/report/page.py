@@ -21,7 +21,7 @@ from midstream.report.losses import curve_figure
 from midstream.report.printed import view_notes
 from midstream.report.samples import samples
 from midstream.report.settings import generated_data
-from midstream.report.table import STABLE, write_csv
+from midstream.report.table import kinds_of, stable_of, write_csv
 from midstream.report.templating import data_uri, render
 from midstream.storage import write_bytes
 from midstream.study.graph import PlanRow
@@ -58,11 +58,11 @@ def write_facts(facts: Facts, *, suite: str | None = None, max_curves: int = MAX
         suite=suite,
         rows=facts.rows,
         groups=facts.groups,
-        stable=STABLE,
+        stable=stable_of(study),
         tasks=facts.tasks,
         troubles=[trouble(row, ledger) for row in facts.plan.to_run],
         repeated=repeated(study),
-        answers=[answer(panel, facts.groups) for panel in ("vision", "text")],
+        answers=[answer(panel, facts.groups) for panel in kinds_of(study)],
         figures=_score_figures(facts, folder),
         benchmarks=_benchmarks(facts, folder),
         rates=_rates(facts, folder),
@@ -109,7 +109,7 @@ def _score_figures(facts: Facts, folder: Path) -> list[dict[str, str]]:
     """The stable scores, then the two common benchmarks, as pictures of the page."""
     panels = {
         f"stable_{kind}": stable_panel(kind, facts.baselines("stable.text"))
-        for kind in ("vision", "text")
+        for kind in kinds_of(facts.study)
     }
     for kind, task in COMMON.items():
         own = [one for one in facts.tasks if one["kind"] == kind]

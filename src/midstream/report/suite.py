@@ -8,6 +8,7 @@ from midstream.report.costs import cost_rows
 from midstream.report.figures import small_figure, stable_panel
 from midstream.report.gather import Facts
 from midstream.report.parts import Snapshot
+from midstream.report.table import kinds_of
 from midstream.report.templating import data_uri, render
 from midstream.storage import write_bytes
 from midstream.study.graph import plan
@@ -40,7 +41,7 @@ def write_index(suite: Suite, facts: Sequence[Facts], ledger: Ledger) -> Path:
 
 
 def _study(facts: Facts) -> dict[str, Any]:
-    panel = stable_panel("vision", {})
+    panel = stable_panel(kinds_of(facts.study)[0], {})
     drawn = small_figure(facts.study, facts.groups, panel)
     return {
         "name": facts.study.name,

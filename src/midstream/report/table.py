@@ -78,6 +78,18 @@ def tasks_of(study: Study) -> list[tuple[str, str]]:
     return list(found.items())
 
 
+def kinds_of(study: Study) -> tuple[str, ...]:
+    """The kinds of task that the study asks: vision, text, or both."""
+    asked = {kind for _, kind in tasks_of(study)}
+    return tuple(kind for kind in ("vision", "text") if kind in asked)
+
+
+def stable_of(study: Study) -> tuple[str, ...]:
+    """The stable scores that the study can have."""
+    kinds = kinds_of(study)
+    return tuple(name for name in STABLE if name.split(".")[1].split("_")[0] in kinds)
+
+
 def summary(study: Study, ledger: Ledger) -> list[Group]:
     """The lines grouped by the figure's x and by, in rising order of x, with every score's spread.
 
