@@ -27,6 +27,7 @@ from tiny import DECODER, ROWS, VOCAB_SIZE, Training, encoder_of, mixture, warm
 from midstream.config import Evaluation, PublicFolder, TrainedTokenizer
 from midstream.identity import folder_fingerprint
 from midstream.study.stage import *
+from midstream.study.studies import *
 
 ASKED = Evaluation(text_tasks=("pocket_facts",), limit=4)
 
@@ -226,8 +227,8 @@ def test_a_run_with_failed_stages_tells_no_traceback_and_ends_with_an_error(ran:
     assert "Traceback" not in ran.result.output
     lines = ran.result.stderr.splitlines()
     assert sum(" failed: " in line for line in lines) == 4
-    # Beside them only how many stages could not start for that.
-    assert all(" failed: " in line or line.endswith("were not started") for line in lines)
+    # Beside them only which stages could not start for that.
+    assert all(" failed: " in line or " were not started: " in line for line in lines)
 
 
 @pytest.mark.slow

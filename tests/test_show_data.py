@@ -385,6 +385,7 @@ def test_a_stage_is_chosen_by_kind_or_by_how_its_name_begins() -> None:
 STUDY_FILE = """
 import tiny
 from midstream.study.stage import *
+from midstream.study.studies import *
 
 
 def study(tokens: int = 8_000) -> Study:

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import made
+import made_studies as made
 import pytest
 from typer.testing import CliRunner
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import made
+import made_studies as made
 import pytest
 
 from midstream.report.finding import Finding

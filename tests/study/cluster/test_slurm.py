@@ -186,7 +186,7 @@ def test_jobs_give_the_bits_of_a_local_run_though_preempted_and_killed_with_the_
     cluster: Cluster, prepared: Ledger, tmp_path: Path
 ) -> None:
     # Long enough to be met along the way twice, and a checkpoint now and then.
-    budget = tiny.mixture(50_000, web=1.0).model_copy(update={"max_epochs": 8})
+    budget = tiny.mixture(160_000, web=1.0).model_copy(update={"max_epochs": 32})
     long = text_run(1, budget=budget, checkpoint_every_steps=5)
     study, steps = study_of(long), ["preempt", "requeued", "kill", "restart"]
     urgent = ("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=true")

@@ -88,7 +88,8 @@ def require_slurm(asked: Iterable[SlurmResources]) -> None:
             "pip install 'midstream[cluster]'"
         ) from None
     minutes = _partitions()
-    for resources in asked:
+    # Those that somebody named first, in an order of their own: `asked` may be a set.
+    for resources in sorted(asked, key=lambda one: (one.partition is None, one.partition or "")):
         # None is the one that the cluster marks as its default.
         names = [None] if resources.partition is None else resources.partition.split(",")
         for name in names:
