@@ -248,9 +248,7 @@ def figure_14(
             at,
             Model(completion=0.6, captions=share, epochs=number, seed=seed, multiple=multiple),
             image_share=round(100 * share, 10),
-            curve=f"{multiple:g} x, {number} epochs",
-            multiple=multiple,
-            epochs=number,
+            curve=_curve(multiple, number),
         )
         for multiple, number, share, seed in product(multiples, epochs, shares, seeds or at.seeds)
     ]
@@ -262,13 +260,17 @@ def figure_14(
         claims=(
             Claim(
                 text="A longer image-text training helps vision",
-                higher={"multiple": max(multiples)},
-                lower={"multiple": min(multiples)},
+                higher={"curve": _curve(max(multiples), epochs[-1])},
+                lower={"curve": _curve(min(multiples), epochs[-1])},
                 source="paper, appendix G (trends look alike; no order is stated)",
             ),
         ),
         notes=notes_of(at),
     )
+
+
+def _curve(multiple: float, epochs: int) -> str:
+    return f"{multiple:g} x, {epochs} epoch{'' if epochs == 1 else 's'}"
 
 
 def _image_shares(
