@@ -9,7 +9,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec
+from typing import Annotated, ParamSpec
 
 import typer
 
@@ -24,9 +24,6 @@ from midstream.model_commands import COMMANDS
 from midstream.plan_command import plan
 from midstream.profile_command import profile
 from midstream.run_command import run, run_and_tell
-
-if TYPE_CHECKING:
-    pass
 
 Arguments = ParamSpec("Arguments")
 USER_ERROR_EXIT_CODE = 2

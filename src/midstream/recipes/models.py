@@ -1,6 +1,6 @@
 """One model of the paper's study, from the values that its experiments vary to an evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,20 +59,23 @@ def image_text_stage(scale: Scale, model: Model) -> Continue:
         decoder=scale.decoder,
         start=scale.start(model.completion),
         training=Training(
-            budget=Mixture(
-                total_tokens=round(scale.image_text_tokens * model.multiple),
-                shares=tuple(
-                    Share(source=name, share=share) for name, share in shares.items() if share
-                ),
-                max_epochs=scale.max_epochs,
-                sampling=scale.sampling,
-            ),
+            budget=mixture(scale, shares, model.multiple),
             rows=scale.rows,
             optimizer=scale.optimizer,
             schedule=schedule,
             encoder_rate_factor=1.0 if model.trains_encoder else None,
             seed=seed,
         ),
+    )
+
+
+def mixture(scale: Scale, shares: Mapping[str, float], multiple: float) -> Mixture:
+    """Shares of so many times the scale's image-text tokens; sources without one are left out."""
+    return Mixture(
+        total_tokens=round(scale.image_text_tokens * multiple),
+        shares=tuple(Share(source=name, share=share) for name, share in shares.items() if share),
+        max_epochs=scale.max_epochs,
+        sampling=scale.sampling,
     )
 
 

@@ -12,13 +12,11 @@ from midstream.config import (
     AnySchedule,
     Constant,
     ContinuedCosine,
-    Mixture,
     ProjectorConfig,
-    Share,
     Training,
 )
 from midstream.recipes.line import END_RATE
-from midstream.recipes.models import Model, finetune_stage
+from midstream.recipes.models import Model, finetune_stage, mixture
 from midstream.recipes.paper.common import notes_of
 from midstream.recipes.published_recipes import ImageText, Recipe, table_of_recipes
 from midstream.recipes.scales import DATACOMP_DR, Scale, find_scale
@@ -174,14 +172,7 @@ def _image_text(
         attention=recipe.attention,
         start=scale.start(recipe.completion) if before is None else InitFrom(stage=before),
         training=Training(
-            budget=Mixture(
-                total_tokens=round(scale.image_text_tokens * stage.tokens),
-                shares=tuple(
-                    Share(source=name, share=share) for name, share in shares.items() if share
-                ),
-                max_epochs=scale.max_epochs,
-                sampling=scale.sampling,
-            ),
+            budget=mixture(scale, shares, stage.tokens),
             rows=scale.rows,
             optimizer=scale.optimizer,
             schedule=_schedule(scale, stage, before),
