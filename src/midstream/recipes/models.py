@@ -17,7 +17,7 @@ from midstream.config import (
 from midstream.recipes.line import END_RATE, REWARMED
 from midstream.recipes.scales import DATACOMP_DR, Scale
 from midstream.study.stage import Continue, Evaluate, Finetune
-from midstream.study.studies import Axis, Line
+from midstream.study.studies import Axis, Line, line_name
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,7 @@ def finetune_stage(scale: Scale, model: Model, continued: Continue | None = None
 def line(scale: Scale, model: Model, /, **axes: Axis) -> Line:
     """A model as a line that lies at these axes and its seed; its name is made of them."""
     return Line(
-        name=", ".join(
-            f"{name} {_plain(value)}" for name, value in {**axes, "seed": model.seed}.items()
-        ),
+        name=line_name({**axes, "seed": model.seed}),
         axes={**axes, "seed": model.seed},
         result=Evaluate(of=finetune_stage(scale, model), evaluation=scale.asked),
     )
@@ -125,7 +123,3 @@ def text_only(asked: Evaluation) -> Evaluation:
 def _evaluated(scale: Scale, completion: float) -> dict[str, Any]:
     held = scale.text_at(completion)
     return {"of": held["stage"], "completion": held["completion"]}
-
-
-def _plain(value: Axis) -> str:
-    return f"{value:g}" if isinstance(value, int | float) else value

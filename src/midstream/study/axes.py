@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from midstream.study.stage import Evaluate, Stage, StageBase
 from midstream.study.studies import Axis as Value
-from midstream.study.studies import Line
+from midstream.study.studies import Line, line_name
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ def grid(base: Evaluate, **axes: Axis) -> tuple[Line, ...]:
         for axis, (_, value) in zip(axes.values(), points, strict=True):
             result = with_field(result, axis.field, value)
         at = dict(zip(axes, (place for place, _ in points), strict=True))
-        name = ", ".join(f"{axis} {_plain(place)}" for axis, place in at.items())
-        lines.append(Line(name=name, axes=at, result=result))
+        lines.append(Line(name=line_name(at), axes=at, result=result))
     return tuple(lines)
 
 
@@ -141,7 +140,3 @@ def _with_path(
         inner = {each: getattr(part, each) for each in type(part).model_fields}
         value = _with_path(part, inner, rest, field, value)
     return type(model)(**{**values, name: value})
-
-
-def _plain(value: Value) -> str:
-    return f"{value:g}" if isinstance(value, int | float) else value

@@ -1,5 +1,6 @@
 """Lines, and what is asked of them: studies, their figure and table, and suites of studies."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, TypeAdapter, model_validator
@@ -26,6 +27,14 @@ class Line(Config):
     name: str
     axes: dict[str, Axis]
     result: Evaluate
+
+
+def line_name(axes: Mapping[str, Axis]) -> str:
+    """The name of a line by where it lies: "epochs 4, seed 7"."""
+    return ", ".join(
+        f"{axis} {f'{place:g}' if isinstance(place, int | float) else place}"
+        for axis, place in axes.items()
+    )
 
 
 class Figure(Config):
