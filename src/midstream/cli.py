@@ -21,6 +21,7 @@ from midstream import (
     store_commands,
 )
 from midstream.model_commands import COMMANDS
+from midstream.options import DEFAULT_STORE, ScaleName, Settings, Store, StudyName
 from midstream.plan_command import plan
 from midstream.profile_command import profile
 from midstream.run_command import run, run_and_tell
@@ -36,25 +37,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-StudyName = Annotated[
-    str,
-    typer.Argument(
-        metavar="STUDY", help="A recipe (pocket.when_images_arrive) or my_file.py:function."
-    ),
-]
-Store = Annotated[Path, typer.Option(help="The folder that holds every stage once.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="An argument of the recipe; may be repeated."),
-]
 Workers = Annotated[int, typer.Option(min=1, help="Processes that run stages side by side.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of each process.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Features = Annotated[
-    str, typer.Option(help="Frozen encoders' outputs: stored, live, or auto where storing pays.")
-]
-MaxFeatureGib = Annotated[float, typer.Option(min=0.0, help="auto stores no more than this.")]
-DEFAULT_STORE = Path("runs")
 
 
 def _version(wanted: bool) -> bool:
@@ -193,9 +178,7 @@ def show_data(
     ] = False,
     store: Store = DEFAULT_STORE,
     settings: Settings = None,
-    scale: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Short for --set scale=NAME.")
-    ] = None,
+    scale: ScaleName = None,
 ) -> None:
     """Print a row of a training stage as a person reads it, or what its rows hold."""
     from midstream.catalogue import find_study, with_scale

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from midstream.options import DEFAULT_STORE, ScaleName, Settings, Store, StudyName
 from midstream.study.gpus import UTILISATION
 
 if TYPE_CHECKING:
@@ -27,24 +28,10 @@ GIB = 2**30
 
 
 def plan(
-    study: Annotated[
-        str,
-        typer.Argument(
-            metavar="STUDY", help="A recipe (pocket.when_images_arrive) or my_file.py:function."
-        ),
-    ],
-    store: Annotated[Path, typer.Option(help="The folder that holds every stage once.")] = Path(
-        "runs"
-    ),
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="NAME=VALUE", help="An argument of the recipe; may be repeated."
-        ),
-    ] = None,
-    scale: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Short for --set scale=NAME.")
-    ] = None,
+    study: StudyName,
+    store: Store = DEFAULT_STORE,
+    settings: Settings = None,
+    scale: ScaleName = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print every stage as JSON.")] = False,
     features: Annotated[
         str, typer.Option(help="Frozen encoders' outputs: stored, live, or auto.")

@@ -9,14 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from midstream.options import DEFAULT_STORE, ScaleName, Settings, Store, StudyName
+
 
 def profile(
-    study: Annotated[
-        str,
-        typer.Argument(
-            metavar="STUDY", help="A recipe (pocket.when_images_arrive) or my_file.py:function."
-        ),
-    ],
+    study: StudyName,
     stage: Annotated[
         str | None,
         typer.Option(
@@ -27,16 +24,9 @@ def profile(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps that are measured.")] = 10,
     out: Annotated[Path, typer.Option(help="Where trace and page go.")] = Path("profile"),
-    store: Annotated[Path, typer.Option(help="The folder that holds every stage once.")] = Path(
-        "runs"
-    ),
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="An argument of the recipe."),
-    ] = None,
-    scale: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Short for --set scale=NAME.")
-    ] = None,
+    store: Store = DEFAULT_STORE,
+    settings: Settings = None,
+    scale: ScaleName = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the process.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     others: Annotated[

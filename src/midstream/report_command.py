@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from midstream.options import DEFAULT_STORE, ScaleName, Settings, Store
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -24,16 +26,9 @@ def report(
             help="Recipes (pocket.when_images_arrive), my_file.py:function, or suites of them.",
         ),
     ],
-    store: Annotated[Path, typer.Option(help="The folder that holds every stage once.")] = Path(
-        "runs"
-    ),
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="An argument of the recipe."),
-    ] = None,
-    scale: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Short for --set scale=NAME.")
-    ] = None,
+    store: Store = DEFAULT_STORE,
+    settings: Settings = None,
+    scale: ScaleName = None,
     markdown: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write a summary of all of them.")
     ] = None,

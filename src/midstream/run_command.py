@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from midstream.options import DEFAULT_STORE, ScaleName, Settings, Store, StudyName
+
 if TYPE_CHECKING:
     from midstream.config import Machine, SlurmSettings
     from midstream.study.ledger import Ledger
@@ -13,27 +15,13 @@ if TYPE_CHECKING:
 
 
 def run(
-    study: Annotated[
-        str,
-        typer.Argument(
-            metavar="STUDY", help="A recipe (pocket.when_images_arrive) or my_file.py:function."
-        ),
-    ],
-    store: Annotated[Path, typer.Option(help="The folder that holds every stage once.")] = Path(
-        "runs"
-    ),
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="NAME=VALUE", help="An argument of the recipe; may be repeated."
-        ),
-    ] = None,
+    study: StudyName,
+    store: Store = DEFAULT_STORE,
+    settings: Settings = None,
     retry: Annotated[
         bool, typer.Option("--retry", help="Also run stages that failed before.")
     ] = False,
-    scale: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Short for --set scale=NAME.")
-    ] = None,
+    scale: ScaleName = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes that run stages side by side (2).")
     ] = None,

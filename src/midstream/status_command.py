@@ -3,16 +3,15 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from midstream.options import DEFAULT_STORE, ScaleName, Settings, Store
+
 if TYPE_CHECKING:
     from midstream.study.overview import Board, Overview
 
-Store = Annotated[Path, typer.Option(help="The folder that holds every stage once.")]
-DEFAULT_STORE = Path("runs")
 # Lines of metrics.jsonl that `logs` shows.
 METRICS_LINES = 5
 FOLLOW_SECONDS = 1.0
@@ -23,13 +22,8 @@ def status(
         str | None, typer.Argument(help="All studies of the store without it.")
     ] = None,
     store: Store = DEFAULT_STORE,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="An argument of the recipe."),
-    ] = None,
-    scale: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Short for --set scale=NAME.")
-    ] = None,
+    settings: Settings = None,
+    scale: ScaleName = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Look again and again, until nothing runs any more.")
     ] = False,

@@ -1,14 +1,12 @@
 """`midstream store`: what a store holds, which studies need it, deleting, verifying."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-Store = Annotated[Path, typer.Option(help="The folder that holds every stage once.")]
-DEFAULT_STORE = Path("runs")
+from midstream.options import DEFAULT_STORE, Store
 
 
 def ls(store: Store = DEFAULT_STORE) -> None:
