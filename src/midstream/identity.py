@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 # Part of every identity: raise it when the meaning of a stored stage changes.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 class Placement:
@@ -48,12 +48,18 @@ def canonical(value: Any) -> Any:
 
 
 def fields_of(model: BaseModel) -> dict[str, Any]:
-    """The canonical form of a model's own fields, `Placement` left out."""
+    """The canonical form of a model's own fields, without `Placement` and without defaults.
+
+    A field that has its default says nothing, so that a new option renames no stage that does not
+    use it. A default is therefore a part of what stored identities mean: it never changes without a
+    new FORMAT_VERSION (`tests/golden/defaults.json` holds them).
+    """
     fields = type(model).model_fields
     return {
-        name: canonical(getattr(model, name))
+        name: canonical(value)
         for name in sorted(fields)
         if Placement not in fields[name].metadata
+        and (value := getattr(model, name)) != fields[name].get_default(call_default_factory=True)
     }
 
 

@@ -113,11 +113,17 @@ class TokenizerFile(Config):
 Tokenizer = Annotated[TrainedTokenizer | TokenizerFile, Field(discriminator="kind")]
 
 
+# Which of a picture's captions is seen: its own, the first synthetic one, or a synthetic one drawn
+# from the plan's seed each time that the picture is seen.
+Caption = Literal["original", "synthetic", "random"]
+
+
 class Share(Config):
     """A named source and its share of a token budget (all its tokens that are not padding)."""
 
     source: str
     share: Fraction
+    caption: Caption = "original"
 
 
 Sampling = Literal["permutation", "replacement"]
@@ -168,6 +174,7 @@ class Amount(Config):
     source: str
     tokens: Positive | None = None
     epochs: Positive | None = None
+    caption: Caption = "original"
 
     @model_validator(mode="after")
     def _one(self) -> "Amount":
@@ -205,8 +212,12 @@ class Rows(Config):
     joined: documents joined by end-of-text and cut at the row length, no document mask (OpenLM).
     filled: examples side by side, kept apart by segments, as full as they fit.
     padded: one image example a row and padding behind it, text rows as in `joined` (the paper).
+    overflow: a caption or conversation longer than its row is cut behind the last whole turn that
+    fits, and counted (cut), or refused when the rows are planned (refuse); None: cut in
+    fine-tuning, as Prismatic truncates, refused elsewhere.
     """
 
     row_length: Positive
     batch_rows: Positive
     layout: Literal["joined", "filled", "padded"] = "filled"
+    overflow: Literal["cut", "refuse"] | None = None

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from midstream.config.base import Config, Fraction, Positive, Rate
-from midstream.config.data import Budget, Rows
+from midstream.config.data import Budget, Caption, Rows
 from midstream.identity import Placement
 
 
@@ -95,6 +95,7 @@ class ContrastiveTraining(Config):
     schedule: WarmupCosine
     weight_decay: float = 0.01
     seed: int = 0
+    caption: Caption = "original"
 
 
 class Evaluation(Config):

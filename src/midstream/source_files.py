@@ -1,0 +1,73 @@
+"""Which files of a folder of data count: the same rule for what reads them and what stands for them.
+
+Links are followed. Hidden files and folders are nobody's data, nor are the notes that lie beside
+data everywhere (README, LICENSE, requirements.txt, ...).
+"""
+
+import os
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+# Folders and files that systems, editors and notebooks leave behind, beside those with a dot.
+LEFT_BEHIND = (
+    "__MACOSX",
+    "__pycache__",
+    "@eaDir",
+    "lost+found",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "Thumbs.db",
+    "desktop.ini",
+    "*~",
+    "#*#",
+    "*.swp",
+)
+# Documents about data, whatever the case of their letters.
+NOTES = (
+    "readme*",
+    "license*",
+    "licence*",
+    "copying*",
+    "notice*",
+    "citation*",
+    "changelog*",
+    "requirements*.txt",
+    "dataset_infos.json",
+    "dataset_card*",
+    "md5sums*",
+    "sha256sums*",
+    "checksums*",
+)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name (no path) is hidden or left behind by a program."""
+    return name.startswith(".") or any(fnmatch(name, pattern) for pattern in LEFT_BEHIND)
+
+
+def is_note(name: str) -> bool:
+    """Whether a file of this name (no path) is about data rather than data."""
+    return any(fnmatch(name.lower(), pattern) for pattern in NOTES)
+
+
+def walk(root: str | Path) -> Iterator[str]:
+    """The files under `root` that are not hidden, in order, as paths that begin with it.
+
+    Linked folders are entered, but for a link to a folder that it lies in; a link to nowhere is
+    listed, so that opening it says so. Raises OSError for a folder that cannot be read.
+    """
+    yield from _walk(os.fspath(root), frozenset())
+
+
+def _walk(folder: str, above: frozenset[str]) -> Iterator[str]:
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    with os.scandir(folder) as entries:
+        shown = sorted((e for e in entries if not is_hidden(e.name)), key=lambda entry: entry.name)
+    for entry in shown:
+        if entry.is_dir():
+            yield from _walk(entry.path, above | {real})
+        else:
+            yield entry.path
