@@ -111,7 +111,7 @@ def change_shard(path: Path, change: Callable[[str, bytes], bytes]) -> None:
 
 def copied_world(ledger: Ledger, folder: Path) -> Path:
     """The tiny world as a user's own folder, without the pictures of its benchmarks."""
-    world = ledger.folder(tiny.DATA) / "world"
+    world = ledger.folder(tiny.WORLD) / "world"
     shutil.copytree(world, folder, ignore=shutil.ignore_patterns("bench", "manifest.json"))
     return folder
 

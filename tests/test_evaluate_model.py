@@ -105,7 +105,7 @@ def test_a_model_and_its_export_stand_in_one_table(whole: Ledger, tmp_path: Path
     stage = whole.folder(tiny.CHAT)
     exported = tmp_path / "exported"
     command("export", stage, "--out", exported)
-    world = whole.folder(tiny.DATA) / "world"
+    world = whole.folder(tiny.WORLD) / "world"
     out = tmp_path / "evaluations"
     words = ("--data", world, "--out", out, "--limit", "6", "--prompts", "short")
     words += ("--max-new-tokens", "3", "--task", "vqav2", "--task", "pope", "--task")

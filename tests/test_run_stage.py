@@ -37,10 +37,27 @@ TRAINED = {
     "peak_memory_bytes": int,
 }
 FIELDS: dict[str, dict[str, Any]] = {
-    "prepare": {
-        "sources": dict,
+    "prepare_world": {"holds": list, "seconds": float, "peak_memory_bytes": int},
+    "prepare_tokenizer": {
         "vocab_size": int,
         "tokenizer_sha256": str,
+        "seconds": float,
+        "peak_memory_bytes": int,
+    },
+    "prepare_source": {
+        "source": str,
+        "kind": str,
+        "num_examples": int,
+        "num_tokens": int,
+        "num_targets": int,
+        "num_images": int,
+        "distinct_images": int,
+        "lengths": dict,
+        "longest": dict,
+        "validation": dict,
+        "records": int,
+        "rejects": dict,
+        "fingerprint": str,
         "seconds": float,
         "peak_memory_bytes": int,
     },
@@ -115,7 +132,7 @@ def ledger(tiny_ledger: Ledger, tmp_path_factory: pytest.TempPathFactory) -> Led
 ASKED_TEXT = Evaluate(
     of=TEXT, completion=0.4, evaluation=Evaluation(text_tasks=("pocket_facts",), limit=6)
 )
-LINE: tuple[Stage, ...] = (tiny.DATA, tiny.ENCODER_STAGE, TEXT, SEEN, CHAT, RESULT)
+LINE: tuple[Stage, ...] = (*tiny.PREPARED, tiny.ENCODER_STAGE, TEXT, SEEN, CHAT, RESULT)
 
 
 @pytest.fixture
@@ -166,7 +183,9 @@ def test_the_store_holds_what_its_page_says(ledger: Ledger) -> None:
         return {path.name for path in folder.iterdir()}
 
     common = {"stage.json", "status.json", "lock", "results.json", "SUCCESS"}
-    assert there(tiny.DATA) == common | {"world", "prepared"}
+    assert there(tiny.WORLD) == common | {"world"}
+    assert there(tiny.TOKENIZER) == common | {"tokenizer.json"}
+    assert {*map(frozenset, map(there, tiny.PREPARED[2:]))} == {frozenset(common | {"source"})}
     assert there(tiny.ENCODER_STAGE) == common | {"metrics.jsonl", "weights"}
     trained = common | {"metrics.jsonl", "starts.jsonl"}
     assert there(TEXT) == trained | {"milestones"}

@@ -81,7 +81,7 @@ def drawn(seen: Overview, width: int, height: int | None = None) -> str:
 
 
 def test_status_shows_what_runs_and_counts_the_rest(ledger: Ledger, held: ExitStack) -> None:
-    finish(ledger, tiny.DATA, tiny.ENCODER_STAGE)
+    finish(ledger, tiny.WORLD, tiny.ENCODER_STAGE)
     run(held, ledger, tiny.TEXT)
     for arguments in ((), ("mine.small",)):
         result = midstream("status", *arguments, "--store", ledger.store)
@@ -95,7 +95,7 @@ def test_status_shows_what_runs_and_counts_the_rest(ledger: Ledger, held: ExitSt
 
 
 def test_status_as_json_has_every_stage(ledger: Ledger, held: ExitStack) -> None:
-    run(held, ledger, tiny.DATA)
+    run(held, ledger, tiny.WORLD)
     (study,) = json.loads(midstream("status", "--store", ledger.store, "--json").stdout)["studies"]
     assert study["study"] == "mine.small"
     assert study["counts"]["running"] == 1
@@ -210,7 +210,7 @@ def watched(
 def test_watching_ends_when_what_ran_has_ended(
     ledger: Ledger, held: ExitStack, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    end = run(held, ledger, tiny.DATA)
+    end = run(held, ledger, tiny.WORLD)
     slept: list[float] = []
 
     def sleep(seconds: float) -> None:
@@ -229,7 +229,7 @@ def test_watching_ends_when_what_ran_has_ended(
 def test_watching_what_is_settled_ends_at_once(
     ledger: Ledger, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ledger.mark_failed(tiny.DATA, "bad")
+    ledger.mark_failed(tiny.WORLD, "bad")
 
     def never(seconds: float) -> None:
         raise AssertionError("nothing is left to wait for")
@@ -248,7 +248,7 @@ def test_watching_what_nobody_runs_yet_waits_for_it(
         nonlocal count
         count += 1
         if count == 3:
-            ends.append(run(held, ledger, tiny.DATA))
+            ends.append(run(held, ledger, tiny.WORLD))
         if count == 4:
             ends[0]()
 
@@ -270,7 +270,7 @@ def test_a_terminal_gets_one_table_that_changes(
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=70, height=30, color_system=None)
     monkeypatch.setattr(terminal, "out", lambda: console)
-    end = run(held, ledger, tiny.DATA)
+    end = run(held, ledger, tiny.WORLD)
     status_command._watch([Board(STUDY, ledger)], 1.0, False, lambda seconds: end())
     assert "\x1b[?25l" in screen.getvalue()  # the cursor is hidden
     assert screen.getvalue().rindex("\x1b[?25h") > screen.getvalue().rindex("1 of 6 stages done")
@@ -279,7 +279,7 @@ def test_a_terminal_gets_one_table_that_changes(
 def test_watching_as_json_prints_a_line_a_look(
     ledger: Ledger, held: ExitStack, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    end = run(held, ledger, tiny.DATA)
+    end = run(held, ledger, tiny.WORLD)
     status_command._watch([Board(STUDY, ledger)], 1.0, True, lambda seconds: end())
     looks = [json.loads(line)["studies"][0] for line in capsys.readouterr().out.splitlines()]
     assert [look["counts"]["running"] for look in looks] == [1, 0]
@@ -309,8 +309,8 @@ def test_logs_show_a_stages_state_steps_and_its_own_part_of_the_log(
     ledger: Ledger, held: ExitStack, log: Path
 ) -> None:
     say(log, "of nobody\n")
-    end = run(held, ledger, tiny.DATA)
-    mark(log, tiny.DATA)
+    end = run(held, ledger, tiny.WORLD)
+    mark(log, tiny.WORLD)
     say(log, "first\ntwo\nthree\n")
     end()
     mark(log, tiny.TEXT)
@@ -319,7 +319,7 @@ def test_logs_show_a_stages_state_steps_and_its_own_part_of_the_log(
     say(log, "a traceback that came later\n")
     first = midstream("logs", "prepare", "--store", ledger.store, "--lines", 2)
     assert first.exit_code == 0, first.output
-    assert f"{ledger.folder(tiny.DATA)} is done" in first.stdout
+    assert f"{ledger.folder(tiny.WORLD)} is done" in first.stdout
     assert '"loss": 2.0' in first.stdout
     assert "two\nthree\n" in first.stdout
     for other in ("nobody", "first", "traceback"):
@@ -334,8 +334,8 @@ def test_logs_show_a_stages_state_steps_and_its_own_part_of_the_log(
 def test_following_a_stage_prints_what_comes_and_ends_with_it(
     ledger: Ledger, held: ExitStack, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    end = run(held, ledger, tiny.DATA)
-    mark(log, tiny.DATA)
+    end = run(held, ledger, tiny.WORLD)
+    mark(log, tiny.WORLD)
     say(log, "before\nhalf a ")
     texts = iter(["line\nafter\n", None])
 
@@ -355,19 +355,19 @@ def test_following_a_stage_prints_what_comes_and_ends_with_it(
 
 def test_a_stage_without_a_log_says_so(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(progress.LOG, raising=False)
-    finish(ledger, tiny.DATA)
+    finish(ledger, tiny.WORLD)
     assert "had no log file" in midstream("logs", "prepare", "--store", ledger.store).stdout
 
 
 def test_a_stage_that_is_unknown_or_not_alone_is_answered_with_names(ledger: Ledger) -> None:
     assert "holds no stage" in midstream("logs", "x", "--store", ledger.store).stderr
-    finish(ledger, tiny.DATA, tiny.TEXT)
+    finish(ledger, tiny.WORLD, tiny.TEXT)
     result = midstream("logs", "p", "--store", ledger.store)
     assert result.exit_code == 2
-    assert tiny.DATA.name in result.stderr
+    assert tiny.WORLD.name in result.stderr
     assert tiny.TEXT.name in result.stderr
     wrong = midstream("logs", "prepair", "--store", ledger.store).stderr
-    assert f"did you mean {tiny.DATA.name}?" in " ".join(wrong.split())
+    assert f"did you mean {tiny.WORLD.name}?" in " ".join(wrong.split())
 
 
 def test_ctrl_c_leaves_the_following_with_0(
@@ -376,7 +376,7 @@ def test_ctrl_c_leaves_the_following_with_0(
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    run(held, ledger, tiny.DATA)
+    run(held, ledger, tiny.WORLD)
     monkeypatch.setattr(status_command.time, "sleep", interrupted)
     with pytest.raises(typer.Exit) as left:
         status_command.logs("prepare", store=ledger.store, lines=1, follow=True)

@@ -1,7 +1,7 @@
 """A tiny world and tiny stages, so that tests run every kind of stage in about a second."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,14 @@ DATA = Prepare(
         num_questions=12,
         num_text_items=8,
     ),
-    tokenizer=TrainedTokenizer(vocab_size=VOCAB_SIZE),
+    tokenizer=TrainedTokenizer(vocab_size=VOCAB_SIZE, sources=("web", "pictures", "talks")),
 )
+
+
+WORLD = DATA.laid_out[0]
+TOKENIZER = DATA.vocabulary
+# All that prepares the data of the stages below.
+PREPARED = (WORLD, TOKENIZER, *map(DATA.source, ("web", "pictures", "talks")))
 
 
 def encoder_of(data: Prepare, **changes: Any) -> TrainEncoder:
@@ -156,18 +162,25 @@ def runner(
     return StageRunner(ledger, machine, report, should_stop)
 
 
-def run_missing(ledger: Ledger, *stages: Stage) -> None:
+def run_missing(ledger: Ledger, *stages: Stage | Prepare) -> None:
     """Run stages and, before them, their ancestors, where they are not done."""
-    for stage in stages:
+    for stage in _expanded(stages):
         if not ledger.is_done(stage):
             run_missing(ledger, *stage.parents)
             runner(ledger).run(stage)
 
 
-def store_with(ledger: Ledger, folder: Path, *stages: Stage) -> Ledger:
-    """A store of its own that holds copies of stages that are done in `ledger`."""
+def _expanded(stages: Sequence[Stage | Prepare]) -> tuple[Stage, ...]:
+    return tuple(
+        one for stage in stages for one in (PREPARED if isinstance(stage, Prepare) else (stage,))
+    )
+
+
+def store_with(ledger: Ledger, folder: Path, *stages: Stage | Prepare) -> Ledger:
+    """A store of its own that holds copies of stages that are done in `ledger`; DATA stands for
+    the stages that prepare it."""
     run_missing(ledger, *stages)
-    for stage in stages:
+    for stage in _expanded(stages):
         shutil.copytree(ledger.folder(stage), folder / stage.name, dirs_exist_ok=True)
     if (ledger.store / "features").is_dir():
         shutil.copytree(ledger.store / "features", folder / "features", dirs_exist_ok=True)

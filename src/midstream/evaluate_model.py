@@ -130,14 +130,13 @@ def _open_model(name: str, request: dict[str, Any]) -> tuple[Answerer, Path]:
     data = None if request["data"] is None else Path(request["data"])
     options = {key: evaluation[key] for key in ("max_new_tokens", "batch_size")}
     if (path / "stage.json").is_file() or path.parent.name == "milestones":
-        from midstream.data.prepare import world_folder
         from midstream.eval.predict import ModelAnswerer
+        from midstream.open_data import world_root
         from midstream.open_model import open_model
 
         opened = open_model(path, device)
         if data is None:
-            prepared = opened.stage.data
-            data = world_folder(prepared.world, opened.ledger.folder(prepared))
+            data = world_root(opened.stage.data, opened.ledger)
         answerer = ModelAnswerer(
             opened.vlm,
             opened.codec,

@@ -1,78 +1,145 @@
-"""Canonical text and hash of a frozen model; refuses what has no stable form."""
+"""What stands for data: each source of a world and each of its benchmarks by its own digest.
 
-import hashlib
+A source's digest covers the names and bytes of its files, links followed; hidden files and notes
+(`source_files.py`) are left out. A benchmark's covers its files and its entry in `world.json`.
+"""
+
 import json
-import math
-from enum import Enum
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
-# Part of every identity: raise it when the meaning of a stored stage changes.
-FORMAT_VERSION = 5
+from midstream.benchmark_files import benchmark_digest, benchmark_names
+from midstream.digests import (
+    FORMAT_VERSION,
+    Placement,
+    canonical,
+    digest,
+    fields_of,
+    file_sha256,
+    kept_digests,
+)
+from midstream.source_files import is_note, walk
+
+__all__ = [
+    "FORMAT_VERSION",
+    "SECTIONS",
+    "Placement",
+    "WorldFingerprint",
+    "canonical",
+    "digest",
+    "fields_of",
+    "file_sha256",
+    "folder_fingerprint",
+    "kept_digests",
+    "left_out",
+    "source_digest",
+    "source_folders",
+    "text_column",
+    "world_fingerprint",
+]
+
+Kind = Literal["text", "caption", "instruct"]
+# Where a world keeps its sources, and what their text counts as.
+SECTIONS: dict[str, Kind] = {"text": "text", "captions": "caption", "instruct": "instruct"}
+# The index that makes a folder a prepared source.
+PREPARED = "source.json"
 
 
-class Placement:
-    """Marks a field that says where or how work runs and never what comes out.
+class SourceFingerprint(BaseModel):
+    """What a source's text counts as, and what stands for its bytes."""
 
-    Use as `Annotated[Path, Placement]`; such fields are left out of the identity.
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Kind
+    digest: str
+
+
+class WorldFingerprint(BaseModel):
+    """What stands for each source and each benchmark that a world held when it was planned."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sources: Mapping[str, SourceFingerprint]
+    benchmarks: Mapping[str, str] = {}
+
+
+def world_fingerprint(root: Path) -> WorldFingerprint:
+    """What stands for the bytes of a world's sources and benchmarks.
+
+    A prepared source counts by the fingerprint that its `source.json` names, and its bytes are not
+    read. Raises FileNotFoundError if the folder is missing or holds no source, ValueError for a
+    name that two sources have.
     """
+    return WorldFingerprint(
+        sources={
+            name: SourceFingerprint(kind=kind, digest=source_digest(root, name, folder))
+            for name, (kind, folder) in source_folders(root).items()
+        },
+        benchmarks=_benchmarks(root),
+    )
 
 
-def canonical(value: Any) -> Any:
-    """The JSON-able form of `value` that its identity is made of.
-
-    Models become objects of their fields, with the class name under "is" and without the fields
-    marked `Placement`; an object with an attribute `identity` is replaced by that string.
-    Raises TypeError for what has no stable form (sets, paths, functions) and ValueError for NaN.
-    """
-    identity = getattr(value, "identity", None)
-    if isinstance(identity, str):
-        return {"is": type(value).__name__, "identity": identity}
-    if isinstance(value, BaseModel):
-        return {"is": type(value).__name__} | fields_of(value)
-    if isinstance(value, bool | int | str) or value is None:
-        return value.value if isinstance(value, Enum) else value
-    if isinstance(value, float):
-        if math.isnan(value):
-            raise ValueError("NaN has no identity")
-        return repr(value)
-    if isinstance(value, list | tuple):
-        return [canonical(item) for item in value]
-    if isinstance(value, dict):
-        if not all(isinstance(key, str) for key in value):
-            raise TypeError(f"only text keys have a stable form, got {list(value)!r}")
-        return {key: canonical(value[key]) for key in sorted(value)}
-    raise TypeError(f"{type(value).__name__} {value!r} has no stable form for an identity")
+def _benchmarks(root: Path) -> dict[str, str]:
+    digests = {}
+    for name in benchmark_names(root):
+        # One that is listed and not there is asked for by no digest, and refused by the checks.
+        with suppress(FileNotFoundError):
+            digests[name] = benchmark_digest(root, name)
+    return digests
 
 
-def fields_of(model: BaseModel) -> dict[str, Any]:
-    """The canonical form of a model's own fields, without `Placement` and without defaults.
-
-    A field that has its default says nothing, so that a new option renames no stage that does not
-    use it. A default is therefore a part of what stored identities mean: it never changes without a
-    new FORMAT_VERSION (`tests/golden/defaults.json` holds them).
-    """
-    fields = type(model).model_fields
-    return {
-        name: canonical(value)
-        for name in sorted(fields)
-        if Placement not in fields[name].metadata
-        and (value := getattr(model, name)) != fields[name].get_default(call_default_factory=True)
-    }
-
-
-def digest(value: Any) -> str:
-    """Sixteen hexadecimal digits that stand for `value` and the format version."""
-    text = json.dumps([FORMAT_VERSION, canonical(value)], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def source_folders(root: Path) -> dict[str, tuple[Kind, Path]]:
+    """Kind and folder of each source of a world; ValueError for a name that is used twice."""
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"world folder {root} does not exist; give the folder that holds it"
+        )
+    listed: dict[str, tuple[Kind, Path]] = {}
+    for section, kind in SECTIONS.items():
+        for folder in sorted(path for path in root.glob(f"{section}/[!.]*") if path.is_dir()):
+            if folder.name in listed:
+                raise ValueError(f"{folder}: the name {folder.name!r} is used by another source")
+            listed[folder.name] = (kind, folder)
+    if not listed:
+        raise FileNotFoundError(
+            f"{root} holds no source under {', '.join(SECTIONS)}; see docs/data.md"
+        )
+    return listed
 
 
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, read in pieces."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def source_digest(root: Path, name: str, folder: Path) -> str:
+    """Sixteen digits for a source's files, and for the column of its text where one is named."""
+    index = folder / PREPARED
+    if index.is_file():
+        return str(json.loads(index.read_text(encoding="utf-8"))["fingerprint"])
+    listing: list[Any] = [
+        [Path(path).relative_to(folder).as_posix(), file_sha256(Path(path))]
+        for path in walk(folder)
+        if not is_note(Path(path).name)
+    ]
+    column = text_column(root, name)
+    return digest([listing] if column is None else [listing, {"column": column}])
+
+
+def text_column(root: Path, name: str) -> str | None:
+    """The field or column of a source's text, where `world.json` names one under `text`."""
+    path = root / "world.json"
+    if not path.is_file():
+        return None
+    entry = json.loads(path.read_text(encoding="utf-8")).get("text", {}).get(name, {})
+    column = entry.get("column")
+    return None if column is None else str(column)
+
+
+def left_out(root: Path) -> Iterator[str]:
+    """The notes among a world's sources, which no fingerprint covers."""
+    for _, folder in source_folders(root).values():
+        if not (folder / PREPARED).is_file():
+            yield from (path for path in walk(folder) if is_note(Path(path).name))
 
 
 def folder_fingerprint(root: Path, patterns: tuple[str, ...] = ("**/*",)) -> str:
@@ -86,25 +153,4 @@ def folder_fingerprint(root: Path, patterns: tuple[str, ...] = ("**/*",)) -> str
     if not found:
         raise FileNotFoundError(f"no file under {root} matches {', '.join(patterns)}")
     listing = [[path.relative_to(root).as_posix(), file_sha256(path)] for path in sorted(found)]
-    return digest(listing)
-
-
-def world_fingerprint(root: Path) -> str:
-    """As `folder_fingerprint`, but a prepared source in `root/*/*` counts by the fingerprint that
-    its `source.json` names, and its bytes are not read.
-
-    Raises FileNotFoundError if the folder is missing or empty.
-    """
-    indices = sorted(root.glob("*/*/source.json"))
-    if not indices:
-        return folder_fingerprint(root)
-    prepared = {index.parent for index in indices}
-    listing = [
-        [path.relative_to(root).as_posix(), file_sha256(path)]
-        for path in sorted(root.glob("**/*"))
-        if path.is_file() and prepared.isdisjoint(path.parents)
-    ]
-    for index in indices:
-        content = json.loads(index.read_text(encoding="utf-8"))["fingerprint"]
-        listing.append([index.parent.relative_to(root).as_posix(), content])
     return digest(listing)

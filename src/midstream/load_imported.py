@@ -10,10 +10,10 @@ from typing import Any
 from midstream.config import AnyDecoderConfig, FusedEncoder, PretrainedEncoder
 from midstream.data.examples import TextCodec
 from midstream.data.preparation.source import canonical_tokenizer
-from midstream.data.prepare import open_codec
 from midstream.model.vision import VisionEncoder, build_encoder, load_encoder, load_towers
 from midstream.model.vlm import VLM
 from midstream.model.weights import save_weights, weights_digest
+from midstream.open_data import open_tokenizer
 from midstream.open_model import fill_model
 from midstream.storage import new_folder, verify
 from midstream.study.imported import Position, open_imported
@@ -54,7 +54,7 @@ def load_decoder_stage(stage: LoadDecoder, ledger: Ledger) -> dict[str, Any]:
     record = open_imported(stage.checkpoint)
     if record.config != stage.decoder:
         raise ValueError(f"{stage.checkpoint.folder} holds another decoder than the stage says")
-    check_vocabulary(open_codec(ledger.folder(stage.data)), stage.decoder, stage.checkpoint.folder)
+    check_vocabulary(open_tokenizer(stage.data, ledger), stage.decoder, stage.checkpoint.folder)
     weights = ledger.folder(stage) / "weights"
     with new_folder(weights) as temporary:
         for name in ("model.safetensors", "optimizer.safetensors", "progress.json"):

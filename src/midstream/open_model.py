@@ -12,10 +12,10 @@ from torch import Tensor
 
 from midstream.data.examples import TextCodec
 from midstream.data.features import encode_fixed, encode_raw
-from midstream.data.prepare import open_codec
 from midstream.model.vision import VisionEncoder, build_encoder, load_encoder
 from midstream.model.vlm import VLM
 from midstream.model.weights import load_weights
+from midstream.open_data import open_tokenizer
 from midstream.storage import verify
 from midstream.study.ledger import Ledger
 from midstream.study.stage import (
@@ -106,7 +106,7 @@ def open_model(path: Path, device: torch.device) -> OpenedModel:
     if isinstance(stage, Continue | Finetune) and encoder is None:
         assert stage.encoder_stage is not None, "a patch projection is the model's own"
         encoder = open_encoder(ledger, stage.encoder_stage).to(device).eval()
-    codec = open_codec(ledger.folder(stage.data))
+    codec = open_tokenizer(stage.data, ledger)
     return OpenedModel(stage, completion, weights, vlm, codec, encoder, ledger)
 
 

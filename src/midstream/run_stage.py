@@ -16,19 +16,25 @@ from midstream.data.feature_store import FeatureStore, StoredImages
 from midstream.data.features import Encode, LiveImages, encode_fixed
 from midstream.data.loader import Images, NoImages, RowDataset
 from midstream.data.packing import RowPlan
-from midstream.data.prepare import open_codec, open_sources, prepare, world_folder
+from midstream.data.prepare import (
+    prepare_tokenizer,
+    prepare_world,
+    prepare_world_source,
+    tokenizer_path,
+)
 from midstream.data.rows import plan_rows
 from midstream.data.sources import Source
 from midstream.eval.benchmark import evaluate
 from midstream.eval.kept_answers import BATCHES_AT_ONCE, EvaluationStopped, KeptAnswers
 from midstream.eval.predict import ModelAnswerer
-from midstream.identity import FORMAT_VERSION, digest
+from midstream.identity import FORMAT_VERSION, digest, kept_digests
 from midstream.load_imported import (
     fuse_encoders_stage,
     load_decoder_stage,
     load_encoder_stage,
 )
 from midstream.model.initialise import initialise
+from midstream.open_data import open_sources, open_tokenizer, world_root
 from midstream.open_model import (
     on_device,
     open_encoder,
@@ -49,7 +55,9 @@ from midstream.study.stage import (
     FuseEncoders,
     LoadDecoder,
     LoadEncoder,
-    Prepare,
+    PrepareSource,
+    PrepareTokenizer,
+    PrepareWorld,
     Pretrain,
     Ranked,
     Stage,
@@ -174,11 +182,15 @@ class StageRunner:
     def _execute(self, stage: Stage) -> dict[str, Any]:
         folder = self.ledger.folder(stage)
         match stage:
-            case Prepare():
-                return prepare(stage.world, stage.tokenizer, folder, self._note)
+            case PrepareWorld():
+                self._note(0.0, "writing the world")
+                return prepare_world(stage.world, folder)
+            case PrepareTokenizer() | PrepareSource():
+                return self._prepare(stage, folder)
             case TrainEncoder():
-                source = self._sources(stage.data)[stage.training.source]
-                codec = open_codec(self.ledger.folder(stage.data))
+                name = stage.training.source
+                source = open_sources(stage.data, [name], self.ledger)[name]
+                codec = open_tokenizer(stage.data, self.ledger)
                 return train_encoder(
                     stage.encoder,
                     stage.training,
@@ -202,9 +214,22 @@ class StageRunner:
             case _:
                 assert_never(stage)
 
+    def _prepare(self, stage: PrepareTokenizer | PrepareSource, folder: Path) -> dict[str, Any]:
+        root = world_root(stage, self.ledger)
+        with kept_digests(self.ledger.digests):
+            if isinstance(stage, PrepareTokenizer):
+                return prepare_tokenizer(
+                    stage.tokenizer, stage.world, root, stage.trained_on, folder
+                )
+            tokenizer_file = tokenizer_path(self.ledger.folder(stage.tokenizer))
+            return prepare_world_source(
+                stage.world, root, stage.source, tokenizer_file, folder, self._note
+            )
+
     def job(self, stage: Trained, folder: Path) -> Job:
         """What a training stage trains, into `folder`; its parents are done."""
-        sources = self._sources(stage.data)
+        names = stage.training.budget.source_names
+        sources = open_sources(stage.data, names, self.ledger)
         encoder = stage.model.encoder
         patches = encoder.num_patches if encoder else 0
         training = stage.training
@@ -260,13 +285,14 @@ class StageRunner:
 
     def _origin(self, stage: Trained) -> dict[str, str]:
         """What the stage's checkpoints are of."""
-        prepared = self.ledger.results(stage.data)["sources"]
+        sources = {name: stage.data.source(name) for name in stage.training.budget.source_names}
+        read = {name: self.ledger.results(source) for name, source in sources.items()}
         return {
             "format": str(FORMAT_VERSION),
             "stage": stage.identity,
             "rows of a step": str(stage.training.rows.batch_rows),
             "model": digest(stage.model),
-            "data": digest({name: source["fingerprint"] for name, source in prepared.items()}),
+            "data": digest({name: source["fingerprint"] for name, source in read.items()}),
         }
 
     def _start(self, stage: Trained) -> Start:
@@ -308,7 +334,6 @@ class StageRunner:
             weights_folder(self.ledger, stage.of, stage.completion)
             folder = folder / "milestones" / f"{stage.completion * 100:g}"
         opened = open_model(folder, self.device)
-        data = stage.of.data
         answerer = ModelAnswerer(
             opened.vlm,
             opened.codec,
@@ -331,7 +356,7 @@ class StageRunner:
             results = evaluate(
                 answers,
                 stage.evaluation,
-                world_folder(data.world, self.ledger.folder(data)),
+                world_root(stage.of.data, self.ledger),
                 self.ledger.folder(stage),
                 self._note,
             )
@@ -343,9 +368,6 @@ class StageRunner:
             self._tracking.begin()
             self._tracking.log(scores_of(results), prefix="score")
         return {**results, "weights_digest": answerer.weights_digest}
-
-    def _sources(self, data: Prepare) -> dict[str, Any]:
-        return open_sources(data.world, self.ledger.folder(data))
 
     def _seeing(
         self, stage: Trained, plan: RowPlan, sources: Mapping[str, Source]

@@ -26,14 +26,14 @@ from midstream.data.examples import TextCodec
 from midstream.data.images import decode_pixels
 from midstream.data.packing import RowPlan
 from midstream.data.pieces import Span, pieces_of
-from midstream.data.prepare import open_codec, open_sources
 from midstream.data.rows import build_row, plan_rows, shares_report
 from midstream.data.sources import Source
+from midstream.open_data import open_sources, open_tokenizer
 from midstream.storage import write_bytes
 from midstream.study.cost import cost
-from midstream.study.graph import PlanRow
+from midstream.study.graph import PlanRow, order_of
 from midstream.study.ledger import Ledger, launch_lock
-from midstream.study.stage import Prepare, Trained, stage_from_json
+from midstream.study.stage import DataStage, Stage, Trained, stage_from_json
 from midstream.study.workers import Event, Worker, write_work
 from midstream.tokens import TokenCount
 
@@ -61,14 +61,14 @@ class Shown:
 
 def open_stage(stage: Trained, ledger: Ledger) -> Shown:
     """Plan a stage whose data is prepared, as its training does."""
-    folder, training, encoder = ledger.folder(stage.data), stage.training, stage.model.encoder
-    sources = open_sources(stage.data.world, folder)
+    training, encoder = stage.training, stage.model.encoder
+    sources = open_sources(stage.data, training.budget.source_names, ledger)
     patches = encoder.num_patches if encoder else 0
     return Shown(
         name=stage.name,
         plan=plan_rows(sources, patches, training.budget, training.rows, training.seed),
         sources=sources,
-        codec=open_codec(folder),
+        codec=open_tokenizer(stage.data, ledger),
         budget=training.budget,
         num_patches=patches,
         transform=encoder.transform if encoder else None,
@@ -227,21 +227,23 @@ def _asked(budget: Budget) -> dict[str, str]:
             return {part.source: f"{part.share:.4%} of {budget.by}" for part in budget.shares}
 
 
-def run_preparation(stage: Prepare, ledger: Ledger, note: Callable[[str], None]) -> None:
-    """Run a Prepare stage as the launcher does: the store locked, in a worker process.
+def run_preparation(stages: Sequence[Stage], ledger: Ledger, note: Callable[[str], None]) -> None:
+    """Run data stages as the launcher does: the store locked, in a worker process, one by one.
 
-    Raises ValueError with the reason and the log if it does not end well.
+    Raises ValueError with the reason and the log if one does not end well.
     """
     events: SimpleQueue[tuple[Worker, Event]] = SimpleQueue()
     with launch_lock(ledger.store):
         machine, place = Machine(workers=1), ledger.store / "worker-1"
         work = write_work(place.with_suffix(".json"), ledger.store, machine)
         worker = Worker(1, work, place.with_suffix(".log"), machine, events.put, is_group=False)
-        worker.row = PlanRow(stage, ledger.state(stage), {}, cost(stage, ledger))
+        left = list(stages)
         try:
-            while not ledger.is_done(stage):
+            while left := [stage for stage in left if not ledger.is_done(stage)]:
                 _, event = events.get()
+                stage = left[0]
                 if event["event"] == "ready":
+                    worker.row = PlanRow(stage, ledger.state(stage), {}, cost(stage, ledger))
                     worker.send()
                 elif event["event"] == "progress":
                     note(event["note"])
@@ -270,15 +272,20 @@ def main() -> int:
     assert isinstance(stage, Trained)
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
     try:
-        if not ledger.is_done(stage.data):
+        data = [parent for parent in stage.parents if isinstance(parent, DataStage)]
+        read = [one for parent in data for one in order_of(parent)]
+        needed = [
+            one for one in {one.name: one for one in read}.values() if not ledger.is_done(one)
+        ]
+        if needed:
             if not arguments.prepare:
+                states = ", ".join(f"{one.name} is {ledger.state(one)}" for one in needed)
                 raise FileNotFoundError(
-                    f"the data of {stage.name} is not prepared: {stage.data.name} is "
-                    f"{ledger.state(stage.data)} in {ledger.store}; add --prepare to prepare it "
-                    f"now, or run the study: {arguments.remedy}"
+                    f"the data of {stage.name} is not prepared: {states} in {ledger.store}; add "
+                    f"--prepare to prepare it now, or run the study: {arguments.remedy}"
                 )
-            with errors.status(f"preparing {stage.data.name}") as status:
-                run_preparation(stage.data, ledger, lambda note: status.update(Text(note)))
+            with errors.status(f"preparing the data of {stage.name}") as status:
+                run_preparation(needed, ledger, lambda note: status.update(Text(note)))
         shown = open_stage(stage, ledger)
         if arguments.row is not None:
             print_row(shown, arguments.row, arguments.out, console)

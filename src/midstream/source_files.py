@@ -1,4 +1,4 @@
-"""Which files of a folder of data count: the same rule for what reads them and what stands for them.
+"""Which files of a folder are data: one rule for what reads them and for what stands for them.
 
 Links are followed. Hidden files and folders are nobody's data, nor are the notes that lie beside
 data everywhere (README, LICENSE, requirements.txt, ...).

@@ -26,7 +26,7 @@ MAX_NEW_TOKENS = 6
 
 @pytest.fixture(scope="module")
 def codec(tiny_ledger: Ledger) -> TextCodec:
-    return open_codec(tiny_ledger.folder(tiny.DATA))
+    return open_codec(tiny_ledger.folder(tiny.TOKENIZER))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def encode(tiny_ledger: Ledger) -> Encode:
 
 @pytest.fixture(scope="module")
 def pictures(tiny_ledger: Ledger) -> list[Path]:
-    folder = tiny_ledger.folder(tiny.DATA) / "world" / "bench" / "vqav2" / "val2014"
+    folder = tiny_ledger.folder(tiny.WORLD) / "world" / "bench" / "vqav2" / "val2014"
     return sorted(folder.glob("*.jpg"))[:6]
 
 

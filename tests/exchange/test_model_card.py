@@ -33,7 +33,7 @@ def test_the_card_tells_what_the_ledger_knows_and_names_what_is_missing(
     assert f"| web | text | {results['sources']['web']['realised_tokens']:,} |" in card
     assert "the weights at 40 % of its tokens were used" in card
     assert f"peak_rate {tiny.RATE}, end_rate {tiny.END_RATE}, warmup_fraction 0.1" in card
-    assert tiny_ledger.results(tiny.DATA)["tokenizer_sha256"] in card
+    assert tiny_ledger.results(tiny.TOKENIZER)["tokenizer_sha256"] in card
     assert "Missing: the store holds no finished evaluation of this model." in card
     assert "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)" in card
     assert "Encoder" not in card
@@ -79,7 +79,7 @@ def test_a_store_that_has_lost_its_tokenizer_exports_nothing(
     tiny_ledger: Ledger, tmp_path: Path
 ) -> None:
     ledger = tiny.store_with(tiny_ledger, tmp_path / "store", tiny.DATA, tiny.TEXT)
-    next(ledger.folder(tiny.DATA).rglob("tokenizer.json")).unlink()
+    next(ledger.folder(tiny.TOKENIZER).rglob("tokenizer.json")).unlink()
     request = {"checkpoint": str(ledger.folder(tiny.TEXT)), "out": str(tmp_path / "out")}
     with pytest.raises((ValueError, FileNotFoundError), match=r"tokenizer\.json"):
         serve({**request, "text_only": False})

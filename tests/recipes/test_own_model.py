@@ -52,7 +52,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def world(tiny_ledger: Ledger) -> str:
-    return str(tiny_ledger.folder(tiny.DATA) / "world")
+    return str(tiny_ledger.folder(tiny.WORLD) / "world")
 
 
 def study(folders: dict[str, str], world: str, **changes: Any) -> Study:

@@ -29,7 +29,7 @@ def example(name: str, **settings: Any) -> Study:
 
 @pytest.fixture(scope="module")
 def world(tiny_ledger: Ledger) -> Path:
-    return tiny_ledger.folder(tiny.DATA) / "world"
+    return tiny_ledger.folder(tiny.WORLD) / "world"
 
 
 def small_own_data(world: Path) -> Study:

@@ -9,9 +9,9 @@ from pydantic import ValidationError
 import tiny
 from midstream.config import EncoderConfig, FusedEncoder, Machine
 from midstream.data.features import load_pixels
-from midstream.data.prepare import open_sources
 from midstream.exchange.export_model import export
 from midstream.model.weights import read_tensors
+from midstream.open_data import open_sources
 from midstream.open_model import open_encoder, open_model
 from midstream.report.parts import Part, parts_of
 from midstream.report.table import line_rows
@@ -76,7 +76,7 @@ def test_a_dinov2_tower_learns_from_captions_by_the_mean_of_its_patches(ledger: 
 
 
 def test_fused_features_are_those_of_the_towers_side_by_side(ledger: Ledger):
-    source = open_sources(tiny.DATA.world, ledger.folder(tiny.DATA))["pictures"]
+    source = open_sources(tiny.DATA, ["pictures"], ledger)["pictures"]
 
     def looked(stage: TrainEncoder | FuseEncoders) -> torch.Tensor:
         encoder = open_encoder(ledger, stage)

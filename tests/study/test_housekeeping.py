@@ -48,7 +48,8 @@ def test_a_stage_is_needed_by_the_studies_that_lead_to_it(ledger: Ledger) -> Non
     ledger.save_study(study("other"))
     needed = {stage.name: stage.studies for stage in stored_stages(ledger)}
     assert needed == {
-        tiny.DATA.name: ("kept", "other"),
+        **dict.fromkeys((stage.name for stage in tiny.PREPARED[:3]), ("kept", "other")),
+        **dict.fromkeys((stage.name for stage in tiny.PREPARED[3:]), ()),
         tiny.TEXT.name: ("kept", "other"),
         tiny.ENCODER_STAGE.name: (),
     }
@@ -73,7 +74,9 @@ def test_only_what_no_study_needs_is_deleted(ledger: Ledger) -> None:
     assert not ledger.folder(tiny.ENCODER_STAGE).exists()
     assert ledger.is_done(tiny.TEXT)
     forget_study(ledger, "kept")
-    assert {stage.name for stage in unneeded(ledger)} == {tiny.DATA.name, tiny.TEXT.name}
+    assert {stage.name for stage in unneeded(ledger)} == {
+        stage.name for stage in (*tiny.PREPARED, tiny.TEXT)
+    }
     with pytest.raises(FileNotFoundError, match="no study 'kept'"):
         forget_study(ledger, "kept")
 
@@ -111,7 +114,7 @@ def test_a_flipped_byte_and_a_foreign_stage_are_found(ledger: Ledger) -> None:
     content[-1] ^= 1
     weights.write_bytes(bytes(content))
     strange = ledger.store / "pretrain-0123456789abcdef"
-    shutil.copytree(ledger.folder(tiny.DATA), strange)
+    shutil.copytree(ledger.folder(tiny.WORLD), strange)
     (strange / "stage.json").write_text('{"kind": "pretrain"}')
     found = dict(check(ledger).problems)
     assert weights.name in found[tiny.TEXT.name]

@@ -7,11 +7,12 @@ import torch
 
 import tiny
 from midstream.config import ContrastiveTraining
-from midstream.data.prepare import open_codec, open_sources
+from midstream.data.prepare import open_codec
 from midstream.data.sources import Source
 from midstream.model.contrastive_pair import build_siglip
 from midstream.model.vision import build_encoder, load_encoder
 from midstream.model.weights import load_weights, weights_digest
+from midstream.open_data import open_sources
 from midstream.schedule import rate_at
 from midstream.study.ledger import Ledger
 from midstream.train import contrastive
@@ -22,12 +23,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def source(tiny_ledger: Ledger) -> Source:
-    return open_sources(tiny.DATA.world, tiny_ledger.folder(tiny.DATA))["pictures"]
+    return open_sources(tiny.DATA, ["pictures"], tiny_ledger)["pictures"]
 
 
 def train(ledger: Ledger, source: Source, folder: Path, **changes: Any) -> dict[str, Any]:
     training = ContrastiveTraining(**{**dict(tiny.ENCODER_STAGE.training), **changes})
-    codec = open_codec(ledger.folder(tiny.DATA))
+    codec = open_codec(ledger.folder(tiny.TOKENIZER))
     folder.mkdir(exist_ok=True)
     return train_encoder(
         tiny.ENCODER, training, source, codec, folder, CPU, report=lambda event: None

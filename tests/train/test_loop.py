@@ -11,11 +11,11 @@ import tiny
 from midstream.config import ContinuedCosine, Machine
 from midstream.data.features import LiveImages
 from midstream.data.packing import RowPlan
-from midstream.data.prepare import open_sources
 from midstream.data.rows import build_row, plan_rows
 from midstream.data.sources import Source
 from midstream.model.initialise import initialise
 from midstream.model.vlm import VLM
+from midstream.open_data import open_sources
 from midstream.schedule import rate_at
 from midstream.study.ledger import Ledger, Stopped
 from midstream.study.stage import Continue, ContinueFrom, Pretrain
@@ -35,7 +35,7 @@ def ledger(tiny_ledger: Ledger, tmp_path_factory: pytest.TempPathFactory) -> Led
 
 
 def planned(ledger: Ledger, stage: Pretrain | Continue) -> tuple[RowPlan, dict[str, Source], int]:
-    sources = open_sources(stage.data.world, ledger.folder(stage.data))
+    sources = open_sources(stage.data, stage.training.budget.source_names, ledger)
     encoder = stage.model.encoder
     patches = encoder.num_patches if encoder else 0
     training = stage.training

@@ -1,12 +1,13 @@
 """Options of the data: worlds, tokenizers, budgets, rows."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from midstream.config.base import Config, Fraction, Positive
-from midstream.identity import Placement
+from midstream.identity import Placement, WorldFingerprint
 
 
 class PocketWorld(Config):
@@ -16,6 +17,14 @@ class PocketWorld(Config):
     source of its own (`alt_texts`); 0: there is none.
     """
 
+    # What of the world each source is made of, beside the seed.
+    SOURCES: ClassVar[Mapping[str, str]] = {
+        "web": "num_documents",
+        "pictures": "num_captions",
+        "alt_texts": "num_alt_texts",
+        "talks": "num_conversations",
+    }
+
     kind: Literal["pocket"] = "pocket"
     seed: int = 0
     num_documents: Positive = 14_000
@@ -24,6 +33,25 @@ class PocketWorld(Config):
     num_conversations: Positive = 10_000
     num_questions: Positive = 200
     num_text_items: Positive = 200
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The sources that the world has."""
+        return tuple(name for name, number in self.SOURCES.items() if getattr(self, number))
+
+    @property
+    def text_names(self) -> tuple[str, ...]:
+        """The sources of text alone."""
+        return ("web",)
+
+    def source_part(self, name: str) -> Any:
+        """What a source's bytes follow from."""
+        number = self.SOURCES.get(name)
+        return [self.kind, self.seed, name, getattr(self, number) if number else 0]
+
+    def benchmark_part(self, name: str) -> Any:
+        """What a benchmark's bytes follow from; POPE's popular pairs are those of the captions."""
+        return [self.kind, self.seed, self.num_questions, self.num_text_items, self.num_captions]
 
 
 class SmallReal(Config):
@@ -55,26 +83,71 @@ class SmallReal(Config):
         "bench_text/piqa/valid-labels.lst",
     )
 
+    TEXTS: ClassVar[tuple[str, ...]] = ("novels", "wikitext2", "web_wiki")
+
     kind: Literal["small_real"] = "small_real"
     root: Annotated[Path, Placement]
     fingerprint: str
     seed: int = 0
     num_questions: Positive = 400
 
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The sources that the world has."""
+        return (*self.TEXTS, "flickr8k", "emoji", "vqa_easy", "daquar", "flickr_match")
+
+    @property
+    def text_names(self) -> tuple[str, ...]:
+        """The sources of text alone."""
+        return self.TEXTS
+
+    def source_part(self, name: str) -> Any:
+        """What a source's bytes follow from: questions are held apart from conversations."""
+        return [self.kind, self.fingerprint, self.seed, self.num_questions, name]
+
+    def benchmark_part(self, name: str) -> Any:
+        """What a benchmark's bytes follow from."""
+        return [self.kind, self.fingerprint, self.seed, self.num_questions]
+
 
 class PublicFolder(Config):
     """A user's own folder in the public formats (see `docs/data.md` for its layout).
 
-    More bad records than `max_reject_fraction` of a source stop its preparation; fewer are left
-    out, counted and listed. `caption` picks among a picture's captions (`midstream prepare`).
+    `fingerprint` is `world_fingerprint(root)`; None: planned before the data is there. More bad
+    records than `max_reject_fraction` of a source stop its preparation; fewer are left out, counted
+    and listed. `caption` picks among a picture's captions (`midstream prepare`).
     """
 
     kind: Literal["folder"] = "folder"
     root: Annotated[Path, Placement]
-    fingerprint: str
+    fingerprint: WorldFingerprint | None
     max_reject_fraction: Fraction = 0.001
     validation_fraction: Fraction = 0.0
     caption: Literal["original", "synthetic", "random"] = "original"
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The sources that the world has; none where it is only planned."""
+        return () if self.fingerprint is None else tuple(self.fingerprint.sources)
+
+    @property
+    def text_names(self) -> tuple[str, ...]:
+        """The sources of text alone."""
+        listed = () if self.fingerprint is None else self.fingerprint.sources.items()
+        return tuple(name for name, source in listed if source.kind == "text")
+
+    def source_part(self, name: str) -> Any:
+        """What a prepared source follows from: its files, and which records are left out."""
+        found = None if self.fingerprint is None else self.fingerprint.sources.get(name)
+        return [
+            found.digest if found else f"absent {name}",
+            self.max_reject_fraction,
+            self.validation_fraction,
+        ]
+
+    def benchmark_part(self, name: str) -> Any:
+        """What a benchmark's bytes follow from; None for one that the world does not hold."""
+        return None if self.fingerprint is None else self.fingerprint.benchmarks.get(name)
 
 
 World = Annotated[PocketWorld | SmallReal | PublicFolder, Field(discriminator="kind")]
@@ -96,10 +169,14 @@ class ExpectedSource(Config):
 
 
 class TrainedTokenizer(Config):
-    """A byte-level BPE trained on the world's own text, captions and conversations."""
+    """A byte-level BPE trained on `sources` of the world; without any, on all of its text.
+
+    Another caption or conversation then changes no token of the text.
+    """
 
     kind: Literal["trained"] = "trained"
     vocab_size: Positive
+    sources: tuple[str, ...] = ()
 
 
 class TokenizerFile(Config):
@@ -144,6 +221,11 @@ class Mixture(Config):
     by: Literal["tokens", "sequences"] = "tokens"
     sampling: Sampling = "permutation"
 
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The sources that the budget draws from."""
+        return tuple(share.source for share in self.shares)
+
     @model_validator(mode="after")
     def _whole(self) -> "Mixture":
         names = [share.source for share in self.shares]
@@ -160,6 +242,11 @@ class Epochs(Config):
     kind: Literal["epochs"] = "epochs"
     sources: Annotated[tuple[str, ...], Field(min_length=1)]
     epochs: Positive
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The sources that the budget draws from."""
+        return self.sources
 
     @model_validator(mode="after")
     def _distinct(self) -> "Epochs":
@@ -190,6 +277,11 @@ class Amounts(Config):
     amounts: Annotated[tuple[Amount, ...], Field(min_length=1)]
     max_epochs: Positive = 1
     sampling: Sampling = "permutation"
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The sources that the budget draws from."""
+        return tuple(amount.source for amount in self.amounts)
 
     @model_validator(mode="after")
     def _distinct(self) -> "Amounts":

@@ -7,7 +7,9 @@ from pydantic import Field, model_validator
 from midstream.config.base import Config, Positive
 
 StageKind = Literal[
-    "prepare",
+    "prepare_world",
+    "prepare_tokenizer",
+    "prepare_source",
     "train_encoder",
     "load_encoder",
     "fuse_encoders",

@@ -1,8 +1,7 @@
-"""A Prepare stage: a world laid out, its tokenizer, and every source of it indexed."""
+"""What the data stages do: a world laid out, its tokenizer, and each source of it indexed."""
 
 import shutil
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,81 +29,99 @@ from midstream.data.preparation.workers import Progress
 from midstream.data.sources import INDEX, Shard, Source
 from midstream.data.worlds.pocket import write_pocket_world
 from midstream.data.worlds.small_real import write_small_real
-from midstream.identity import file_sha256, world_fingerprint
-from midstream.storage import new_folder, read_json, write_bytes, write_json
+from midstream.identity import file_sha256, source_digest, source_folders, text_column
+from midstream.storage import new_folder, write_bytes
 
-KINDS = {"text": "text", "captions": "caption", "instruct": "instruct"}
 SECTIONS: dict[str, Section] = {
     "text": "text",
     "caption": "captions",
     "instruct": "conversations",
 }
-PLAIN = ReadOptions()
 World = PocketWorld | SmallReal | PublicFolder
 
 
-def prepare(
-    world: World,
-    tokenizer: TrainedTokenizer | TokenizerFile,
-    out: Path,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Lay the world out, make its tokenizer, index every source.
+def prepare_world(world: PocketWorld | SmallReal, out: Path) -> dict[str, Any]:
+    """Write a generated world's public files to `out/world`; returns its sources' names.
 
-    Writes `world/` (generated worlds) and, under `prepared/`, `tokenizer.json` and `sources/`;
-    returns `results.json` of a Prepare stage, which alone says that all of it is there: what a run
-    that was ended has finished is kept by the next one. Sources of a user's folder that are
-    prepared already stay where they are. Raises FileNotFoundError or ValueError that names the file
-    and the record for what is missing or malformed, or made for another tokenizer.
+    Raises FileNotFoundError or ValueError for small real data that lack a file or hold others.
     """
-    root = world_folder(world, out)
+    shutil.rmtree(out / "world", ignore_errors=True)
+    with new_folder(out / "world") as temporary:
+        if isinstance(world, PocketWorld):
+            write_pocket_world(world, temporary)
+        else:
+            write_small_real(world, temporary)
+    return {"holds": sorted(source_folders(out / "world"))}
+
+
+def prepare_tokenizer(
+    tokenizer: TrainedTokenizer | TokenizerFile,
+    world: World,
+    root: Path,
+    names: Sequence[str],
+    out: Path,
+) -> dict[str, Any]:
+    """Read the tokenizer's file, or train a byte-level BPE on the sources `names` of the world at
+    `root`, and save it as `out/tokenizer.json`; returns its size and sha256.
+
+    Prepared sources are passed over: only their tokens are there. Raises FileNotFoundError or
+    ValueError for a file that is gone or another, and for a source that is gone or changed.
+    """
     if isinstance(world, PublicFolder):
-        check_fingerprint(root, world.fingerprint)
-    else:
-        progress(0.0, "writing the world")
-        _lay_out(world, out)
-    found = source_folders(root)
-    progress(0.3, "tokenizer")
-    options = ReadOptions(caption=world.caption if isinstance(world, PublicFolder) else "original")
-    codec = make_codec(tokenizer, root, _tokenizer_path(out), options)
-    sha256 = file_sha256(_tokenizer_path(out))
-    ready = {name: folder for name, (_, folder) in found.items() if is_prepared(folder)}
-    for name, folder in ready.items():
-        _check_prepared(Source(name, folder), found[name][0], codec, sha256)
-    _remove_others(out, found.keys() - ready.keys())
-    summaries = {}
-    for number, (name, (kind, folder)) in enumerate(found.items()):
-        tell = partial(_tell, progress, number, len(found), name)
-        if name in ready:
-            tell(1.0, "is prepared")
-            summaries[name] = _summary(Source(name, folder))
-            continue
-        tell(0.0, "")
-        _prepare_folder(world, kind, folder, out, options, tell)
-        summaries[name] = _summary(Source(name, _sources(out) / name))
-    return {"sources": summaries, "vocab_size": codec.size, "tokenizer_sha256": sha256}
+        for name in names:
+            _check_unchanged(world, name, _folder_of(root, name)[1])
+    codec = _open_tokenizer(tokenizer, root, names)
+    write_bytes(tokenizer_path(out), canonical_tokenizer(codec))
+    return {"vocab_size": codec.size, "tokenizer_sha256": file_sha256(tokenizer_path(out))}
 
 
-def world_folder(world: World, out: Path) -> Path:
-    """Where a world's public files lie: the user's folder, or inside the stage `out`."""
-    return world.root if isinstance(world, PublicFolder) else out / "world"
+def prepare_world_source(
+    world: World, root: Path, name: str, tokenizer_file: Path, out: Path, progress: Progress
+) -> dict[str, Any]:
+    """Index the source `name` of the world at `root` in `out/source`; returns what it holds.
+
+    A source that `midstream prepare` made stays where it is, if it was made with this tokenizer.
+    What an earlier try finished is kept. Raises FileNotFoundError or ValueError that names the file
+    and the record for what is missing, malformed, or changed since it was planned.
+    """
+    kind, folder = _folder_of(root, name)
+    public = world if isinstance(world, PublicFolder) else None
+    if public is not None:
+        _check_unchanged(public, name, folder)
+    if not is_prepared(folder):
+        prepare_source(
+            SECTIONS[kind],
+            [str(folder)],
+            out / "source",
+            tokenizer_file=tokenizer_file,
+            options=ReadOptions(text_key=text_column(root, name) or ReadOptions().text_key),
+            root=str(root),
+            # Other stages run beside this one; `midstream prepare` takes more processes.
+            workers=1,
+            max_reject_fraction=public.max_reject_fraction if public else 0.0,
+            validation_fraction=public.validation_fraction if public else 0.0,
+            progress=progress,
+        )
+    source = open_source(root, name, out)
+    if is_prepared(folder):
+        _check_prepared(source, kind, TextCodec.from_file(tokenizer_file), tokenizer_file)
+    return _summary(source)
+
+
+def tokenizer_path(out: Path) -> Path:
+    """The tokenizer's file in the folder of its stage."""
+    return out / "tokenizer.json"
 
 
 def open_codec(out: Path) -> TextCodec:
-    """The tokenizer of a finished preparation."""
-    return TextCodec.from_file(_tokenizer_path(out))
+    """The tokenizer of a finished stage."""
+    return TextCodec.from_file(tokenizer_path(out))
 
 
-def open_sources(world: World, out: Path) -> dict[str, Source]:
-    """The indexed sources of a finished preparation, by name."""
-    root = world_folder(world, out)
-    found = {
-        name: Source(name, folder)
-        if is_prepared(folder)
-        else Source(name, _sources(out) / name, root)
-        for name, (_, folder) in source_folders(root).items()
-    }
-    return dict(sorted(found.items()))
+def open_source(root: Path, name: str, out: Path) -> Source:
+    """A source of the world at `root`, prepared there, or in the folder `out` of its stage."""
+    _, folder = _folder_of(root, name)
+    return Source(name, folder) if is_prepared(folder) else Source(name, out / "source", root)
 
 
 def is_prepared(folder: Path) -> bool:
@@ -112,51 +129,14 @@ def is_prepared(folder: Path) -> bool:
     return (folder / INDEX).is_file()
 
 
-def check_fingerprint(root: Path, expected: str) -> None:
-    """Raises ValueError if the bytes under `root` are others than those that were planned with."""
-    found = world_fingerprint(root)
-    if found != expected:
-        raise ValueError(
-            f"{root} has fingerprint {found}, the plan was made for {expected}: the data changed; "
-            "plan again"
-        )
-
-
-def source_folders(root: Path) -> dict[str, tuple[str, Path]]:
-    """Kind and folder of each source of a world; ValueError for a name that is used twice."""
-    if not root.is_dir():
-        raise FileNotFoundError(f"world folder {root} does not exist")
-    found: dict[str, tuple[str, Path]] = {}
-    for section, kind in KINDS.items():
-        for folder in sorted(path for path in root.glob(f"{section}/*") if path.is_dir()):
-            if folder.name in found:
-                raise ValueError(f"{folder}: the name {folder.name!r} is used by another source")
-            found[folder.name] = (kind, folder)
-    if not found:
-        raise FileNotFoundError(
-            f"{root} holds no source under {', '.join(KINDS)}; see docs/data.md"
-        )
-    return found
-
-
-def make_codec(
-    tokenizer: TrainedTokenizer | TokenizerFile,
-    root: Path,
-    path: Path,
-    options: ReadOptions = PLAIN,
-) -> TextCodec:
-    """Train a byte-level BPE on the world's language or read the file named, and save it."""
-    codec = _open_tokenizer(tokenizer, root, options)
-    write_bytes(path, canonical_tokenizer(codec))
-    return codec
-
-
-def language_of(root: Path, options: ReadOptions = PLAIN) -> Iterator[str]:
-    """Every text, caption and turn of a world's public files, for training a tokenizer."""
-    for kind, folder in source_folders(root).values():
+def language_of(root: Path, names: Sequence[str]) -> Iterator[str]:
+    """Every text, caption and turn of some sources' public files, for training a tokenizer."""
+    for name in names:
+        kind, folder = _folder_of(root, name)
         if is_prepared(folder):
             continue
         section = SECTIONS[kind]
+        options = ReadOptions(text_key=text_column(root, name) or ReadOptions().text_key)
         for unit in units_of(section, [str(folder)], options):
             for item in read_unit(section, unit, options):
                 match item:
@@ -170,8 +150,26 @@ def language_of(root: Path, options: ReadOptions = PLAIN) -> Iterator[str]:
                         )
 
 
+def _folder_of(root: Path, name: str) -> tuple[str, Path]:
+    listed = source_folders(root)
+    if name not in listed:
+        raise FileNotFoundError(f"{root} has no source {name!r}; it has {', '.join(listed)}")
+    return listed[name]
+
+
+def _check_unchanged(world: PublicFolder, name: str, folder: Path) -> None:
+    planned = None if world.fingerprint is None else world.fingerprint.sources.get(name)
+    found = source_digest(world.root, name, folder)
+    if planned is None or planned.digest != found:
+        had = "nothing" if planned is None else planned.digest
+        raise ValueError(
+            f"{folder} has fingerprint {found}, the plan was made for {had}: the data changed; "
+            "plan again"
+        )
+
+
 def _open_tokenizer(
-    tokenizer: TrainedTokenizer | TokenizerFile, root: Path, options: ReadOptions
+    tokenizer: TrainedTokenizer | TokenizerFile, root: Path, names: Sequence[str]
 ) -> TextCodec:
     if isinstance(tokenizer, TokenizerFile):
         if not tokenizer.path.is_file():
@@ -188,46 +186,12 @@ def _open_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(language_of(root, options), trainer)
+    bpe.train_from_iterator(language_of(root, names), trainer)
     return TextCodec(bpe)
 
 
-def _lay_out(world: PocketWorld | SmallReal, out: Path) -> None:
-    """Write a generated world, unless it stands there whole: its sources' shards then stay."""
-    root, record = world_folder(world, out), out / "prepared" / "world_made_from.json"
-    made_from = world.model_dump(mode="json")
-    if record.is_file() and root.is_dir() and read_json(record) == made_from:
-        return
-    record.unlink(missing_ok=True)
-    with new_folder(root) as temporary:
-        if isinstance(world, PocketWorld):
-            write_pocket_world(world, temporary)
-        else:
-            write_small_real(world, temporary)
-    write_json(record, made_from)
-
-
-def _prepare_folder(
-    world: World, kind: str, folder: Path, out: Path, options: ReadOptions, tell: Progress
-) -> None:
-    public = world if isinstance(world, PublicFolder) else None
-    prepare_source(
-        SECTIONS[kind],
-        [str(folder)],
-        _sources(out) / folder.name,
-        tokenizer_file=_tokenizer_path(out),
-        options=options,
-        root=str(world_folder(world, out)),
-        # Other stages run beside this one; `midstream prepare` takes more processes.
-        workers=1,
-        max_reject_fraction=public.max_reject_fraction if public else 0.0,
-        validation_fraction=public.validation_fraction if public else 0.0,
-        progress=tell,
-    )
-
-
-def _check_prepared(source: Source, kind: str, codec: TextCodec, digest: str) -> None:
-    index = source.index
+def _check_prepared(source: Source, kind: str, codec: TextCodec, tokenizer_file: Path) -> None:
+    index, digest = source.index, file_sha256(tokenizer_file)
     if index["kind"] != kind:
         raise ValueError(
             f"{source.folder} is prepared as {index['kind']} and lies among the sources of {kind}; "
@@ -242,14 +206,8 @@ def _check_prepared(source: Source, kind: str, codec: TextCodec, digest: str) ->
         )
 
 
-def _remove_others(out: Path, names: set[str]) -> None:
-    for path in _sources(out).glob("*"):
-        if path.name not in names:
-            shutil.rmtree(path)
-
-
 def _summary(source: Source) -> dict[str, Any]:
-    """A source's part of `results.json`."""
+    """A source's counts, as `results.json` of its stage holds them."""
     index = source.index
     names = ("num_targets", "lengths")
     facts: dict[str, Any] = {name: index[name] for name in names if name in index}
@@ -259,6 +217,7 @@ def _summary(source: Source) -> dict[str, Any]:
         facts = length_facts(shards)
     train, validation = index["train"], index["validation"]
     return {
+        "source": source.name,
         "kind": index["kind"],
         "num_examples": train["examples"],
         "num_tokens": train["tokens"],
@@ -267,19 +226,7 @@ def _summary(source: Source) -> dict[str, Any]:
         "validation": validation,
         "records": index["records"],
         "rejects": index["rejects"],
+        "longest": index["longest"],
         "fingerprint": index["fingerprint"],
         **facts,
     }
-
-
-def _tell(progress: Progress, number: int, total: int, name: str, done: float, note: str) -> None:
-    text = f"indexing {name}" + (f": {note}" if note else "")
-    progress(0.4 + 0.6 * (number + done) / total, text)
-
-
-def _sources(out: Path) -> Path:
-    return out / "prepared" / "sources"
-
-
-def _tokenizer_path(out: Path) -> Path:
-    return out / "prepared" / "tokenizer.json"

@@ -15,8 +15,6 @@ from midstream.config import (
     DecoderConfig,
     FusedEncoder,
     PatchProjection,
-    PublicFolder,
-    SmallReal,
 )
 from midstream.exchange.export_report import ExportReport
 from midstream.model.vlm import VLM
@@ -236,12 +234,12 @@ def _data(stage: Any, ledger: Ledger) -> str:
     name = {"pocket": "the generated pocket world", "small_real": "small real data sets"}.get(
         world.kind, "a folder of the owner's"
     )
-    known = (
-        f", fingerprint {world.fingerprint}" if isinstance(world, SmallReal | PublicFolder) else ""
-    )
-    results = ledger.results(data) if ledger.is_done(data) else {}
-    tokenizer = f"tokenizer sha256 {results.get('tokenizer_sha256', MISSING)}"
-    return f"{name}{known} (`{data.name}`), {tokenizer}"
+    names = () if isinstance(stage, LoadDecoder) else stage.training.budget.source_names
+    sources = ", ".join(f"{source} (`{data.source(source).name}`)" for source in names)
+    tokenizer = data.vocabulary
+    results = ledger.results(tokenizer) if ledger.is_done(tokenizer) else {}
+    sha256 = f"tokenizer sha256 {results.get('tokenizer_sha256', MISSING)}"
+    return f"{name}{': ' if sources else ''}{sources}; {sha256}"
 
 
 def _source(name: str, source: dict[str, Any]) -> tuple[str, ...]:

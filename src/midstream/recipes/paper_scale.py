@@ -22,7 +22,7 @@ from midstream.config import (
     Training,
     WarmupCosine,
 )
-from midstream.identity import file_sha256, world_fingerprint
+from midstream.identity import WorldFingerprint, file_sha256, world_fingerprint
 from midstream.recipes.line import END_RATE
 from midstream.recipes.scale import COMPLETIONS, DATACOMP_DR, Encoder, Scale
 from midstream.study.imported import as_imported
@@ -191,7 +191,8 @@ def paper_scale(name: str, inputs: Path | None, given: bool) -> Scale:
 def _world(inputs: Path | None) -> Prepare:
     root = Path("data") if inputs is None else inputs / "data"
     path = root / "tokenizer.json"
-    fingerprint, sha256 = PLANNED, PLANNED
+    fingerprint: WorldFingerprint | None = None
+    sha256 = PLANNED
     if inputs is not None:
         if not path.is_file():
             raise FileNotFoundError(

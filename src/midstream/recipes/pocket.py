@@ -27,6 +27,8 @@ from midstream.study.stage import (
 from midstream.study.studies import Figure, Study
 
 VOCAB_SIZE = 640
+# So few that words of captions and conversations are learnt for themselves.
+TOKENIZER = TrainedTokenizer(vocab_size=VOCAB_SIZE, sources=("web", "pictures", "talks"))
 DECODER = DecoderConfig(hidden_size=64, num_layers=2, num_heads=2, vocab_size=VOCAB_SIZE)
 ENCODER = EncoderConfig(
     image_size=72,
@@ -109,7 +111,7 @@ def when_images_arrive(
     continued on captions and text, fine-tuned on conversations and evaluated, once a seed. The
     seed draws the order of captions and conversations, and the projector.
     """
-    data = Prepare(world=PocketWorld(), tokenizer=TrainedTokenizer(vocab_size=VOCAB_SIZE))
+    data = Prepare(world=PocketWorld(), tokenizer=TOKENIZER)
     encoder = encoder_stage(data, num_steps=encoder_steps)
     text = text_stage(data, total_tokens=text_tokens, rate=text_rate)
     lines = [

@@ -7,7 +7,6 @@ from midstream.config import (
     ExpectedSource,
     PatchProjection,
     PocketWorld,
-    TrainedTokenizer,
     WarmupCosine,
 )
 from midstream.recipes import pocket
@@ -39,7 +38,7 @@ def pocket_scale(shrink: float) -> Scale:
                 num_questions=few(200, 20),
                 num_text_items=few(200, 20),
             ),
-            tokenizer=TrainedTokenizer(vocab_size=pocket.VOCAB_SIZE),
+            tokenizer=pocket.TOKENIZER,
             expected=_POCKET_EXPECTED if shrink == 1.0 and not alt_texts else (),
         )
 

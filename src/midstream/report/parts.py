@@ -1,5 +1,6 @@
 """What a result rests on and what that took, read from the store once."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -7,6 +8,7 @@ from midstream.study.chain import came_from
 from midstream.study.ledger import Ledger, State
 from midstream.study.stage import (
     Continue,
+    DataStage,
     EncoderStage,
     Evaluate,
     Finetune,
@@ -17,7 +19,9 @@ from midstream.study.stage import (
 )
 
 KINDS = (
-    "prepare",
+    "prepare_world",
+    "prepare_tokenizer",
+    "prepare_source",
     "train_encoder",
     "load_encoder",
     "fuse_encoders",
@@ -52,11 +56,25 @@ def parts_of(result: Evaluate) -> dict[str, Part]:
         parts[stage.kind] = (
             replace(last, before=(stage, *last.before)) if last else Part(stage, share)
         )
-        parts["prepare"] = Part(stage.data)
+        parts |= _prepared(stage, parts)
         if isinstance(stage, Continue | Finetune) and stage.encoder_stage is not None:
             parts |= _seeing(stage.encoder_stage)
         found = came_from(stage)
     return {kind: parts[kind] for kind in KINDS if kind in parts}
+
+
+def _prepared(stage: Stage, parts: Mapping[str, Part]) -> dict[str, Part]:
+    """The data stages that a stage reads, beside those of `parts`, by kind."""
+    added: dict[str, Part] = {}
+    for parent in stage.parents:
+        if not isinstance(parent, DataStage):
+            continue
+        last = added.get(parent.kind) or parts.get(parent.kind)
+        if last is None:
+            added[parent.kind] = Part(parent)
+        elif parent.identity not in {one.identity for one in (last.stage, *last.before)}:
+            added[parent.kind] = Part(last.stage, before=(*last.before, parent))
+    return added
 
 
 def _seeing(encoder: EncoderStage) -> dict[str, Part]:

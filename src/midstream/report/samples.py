@@ -29,7 +29,9 @@ def samples(result: Evaluate, ledger: Ledger) -> list[dict[str, Any]]:
 
     A picture that cannot be read is named in `problem`; boxes are drawn where gold is one.
     """
-    shown, prepared = [], ledger.folder(result.of.data)
+    shown = []
+    # Where a generated world's benchmarks lie; those of a user's folder are where they were.
+    written = [ledger.folder(stage) for stage in result.of.data.laid_out]
     for task in result.evaluation.visual_tasks:
         examples = pq.read_table(ledger.predictions(result, task)).to_pylist()
         right = [example for example in examples if example["score"] >= RIGHT]
@@ -40,13 +42,13 @@ def samples(result: Evaluate, ledger: Ledger) -> list[dict[str, Any]]:
                 "task": task,
                 "num_right": len(right),
                 "num_examples": len(examples),
-                "examples": [_sample(example, prepared) for example in picked],
+                "examples": [_sample(example, written) for example in picked],
             }
         )
     return shown
 
 
-def _sample(example: dict[str, Any], prepared: Path) -> dict[str, Any]:
+def _sample(example: dict[str, Any], written: list[Path]) -> dict[str, Any]:
     gold = json.loads(example["gold"])
     shown = {"right": example["score"] >= RIGHT, "picture": None, "tiny": False, "problem": None}
     boxes = {GOLD_COLOR: _gold_box(gold), ANSWER_COLOR: None}
@@ -54,10 +56,10 @@ def _sample(example: dict[str, Any], prepared: Path) -> dict[str, Any]:
         boxes[ANSWER_COLOR] = _answered_box(example["prediction"])
     if example["image"] is not None:
         path = Path(example["image"])
-        if prepared.name in path.parts:
+        for folder in written:
             # The store may lie elsewhere than when the picture was shown.
-            inside = path.parts[path.parts.index(prepared.name) + 1 :]
-            path = prepared.joinpath(*inside)
+            if folder.name in path.parts:
+                path = folder.joinpath(*path.parts[path.parts.index(folder.name) + 1 :])
         try:
             shown["picture"], shown["tiny"] = _picture(path, boxes)
         except (OSError, UnidentifiedImageError) as error:

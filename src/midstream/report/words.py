@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 KIND_NAMES = {
-    "prepare": "Data preparation",
+    "prepare_world": "World laid out",
+    "prepare_tokenizer": "Tokenizer",
+    "prepare_source": "Data preparation",
     "train_encoder": "Encoder training",
     "load_encoder": "Imported encoder",
     "fuse_encoders": "Encoders side by side",

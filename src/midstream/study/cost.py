@@ -41,11 +41,11 @@ from midstream.flops import (
 from midstream.study.ledger import Ledger
 from midstream.study.sources import Basis, Facts, Number, facts_of_text, sources_of
 from midstream.study.stage import (
+    DataStage,
     Evaluate,
     FuseEncoders,
     LoadDecoder,
     LoadEncoder,
-    Prepare,
     Pretrain,
     Stage,
     Trained,
@@ -113,7 +113,7 @@ def cost(stage: Stage, ledger: Ledger | None = None, device: Device = "cuda") ->
     look anew at every picture (`pictures.py` says what storing saves). Evaluations are estimates:
     PROMPT_TOKENS a question and the longest answer allowed, twice if asked blind as well.
     """
-    if isinstance(stage, Prepare):
+    if isinstance(stage, DataStage):
         return StageCost(0, Flops(), 0)
     if isinstance(stage, LoadEncoder | FuseEncoders):
         return StageCost(0, Flops(), encoder_parameters(stage.encoder))
@@ -131,7 +131,7 @@ def work_of(stage: Trained, ledger: Ledger | None, device: Device = "cuda") -> W
 
     Raises ValueError for a budget of a source that the world does not have.
     """
-    sources = sources_of(stage.data, ledger)
+    sources = sources_of(stage.data, stage.training.budget.source_names, ledger)
     if sources is None:
         sources = _texts(stage)
     if sources is None:

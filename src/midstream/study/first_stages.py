@@ -20,14 +20,18 @@ from midstream.config import (
     FeatureType,
     Fraction,
     FusedEncoder,
+    PocketWorld,
     PretrainedEncoder,
+    PublicFolder,
     Rate,
+    SmallReal,
     Tokenizer,
+    TokenizerFile,
     Training,
     VLMConfig,
     World,
 )
-from midstream.identity import Placement, digest, fields_of
+from midstream.identity import Placement, canonical, digest, fields_of
 
 # Begins what stands for a fingerprint or digest in a plan made without the data or checkpoint.
 PLANNED = "planned"
@@ -41,7 +45,25 @@ class StageBase(Config):
     @cached_property
     def identity(self) -> str:
         """Sixteen digits of configuration and ancestry."""
-        return digest([type(self).__name__, fields_of(self)])
+        return digest([type(self).__name__, self.identity_fields])
+
+    @property
+    def identity_fields(self) -> dict[str, Any]:
+        """What the identity is made of: the fields, and of the data only what the stage reads."""
+        fields = fields_of(self)
+        if "data" in fields:
+            del fields["data"]
+            fields |= self._reads()
+        return fields
+
+    @property
+    def parents(self) -> "tuple[StageBase, ...]":
+        """The stages that this one reads."""
+        raise NotImplementedError
+
+    def _reads(self) -> dict[str, Any]:
+        """The identities of the data stages among the parents."""
+        return {"reads": [p.identity for p in self.parents if isinstance(p, DataStage)]}
 
     def model_copy(
         self: Own, *, update: Mapping[str, Any] | None = None, deep: bool = False
@@ -57,10 +79,79 @@ class StageBase(Config):
         return f"{type(self).__name__.lower()}-{self.identity}"
 
 
-class Prepare(StageBase):
-    """A world's public files -> indexed sources, tokenizer and benchmarks.
+class PrepareWorld(StageBase):
+    """A generated world's public files, laid out once for all that read them."""
 
-    `expected` is what plans count with until the sources are there.
+    kind: Literal["prepare_world"] = "prepare_world"
+    world: Annotated[PocketWorld | SmallReal, Field(discriminator="kind")]
+
+    @property
+    def parents(self) -> "tuple[()]":
+        return ()
+
+
+class PrepareTokenizer(StageBase):
+    """A tokenizer: a file's, or one trained on sources of `world`."""
+
+    kind: Literal["prepare_tokenizer"] = "prepare_tokenizer"
+    world: World
+    tokenizer: Tokenizer
+
+    @property
+    def trained_on(self) -> tuple[str, ...]:
+        """The sources that it is trained on; none for a file."""
+        if isinstance(self.tokenizer, TokenizerFile):
+            return ()
+        return self.tokenizer.sources or self.world.text_names or self.world.source_names
+
+    @property
+    def identity_fields(self) -> dict[str, Any]:
+        fields = {"tokenizer": canonical(self.tokenizer)}
+        parts = [self.world.source_part(name) for name in self.trained_on]
+        return fields | ({"trained on": parts} if parts else {})
+
+    @property
+    def laid_out(self) -> "tuple[PrepareWorld, ...]":
+        """The stage that writes a generated world; none for a folder of a user."""
+        return _laid_out(self.world)
+
+    @property
+    def parents(self) -> "tuple[PrepareWorld, ...]":
+        return self.laid_out if self.trained_on else ()
+
+
+class PrepareSource(StageBase):
+    """One source of a world, its examples indexed in the tokens of a tokenizer.
+
+    `expected` is what plans count with until it is there.
+    """
+
+    kind: Literal["prepare_source"] = "prepare_source"
+    world: World
+    source: str
+    tokenizer: PrepareTokenizer
+    expected: Annotated[ExpectedSource | None, Placement] = None
+
+    @property
+    def identity_fields(self) -> dict[str, Any]:
+        part = self.world.source_part(self.source)
+        return {"source": self.source, "part": part, "tokenizer": self.tokenizer.identity}
+
+    @property
+    def laid_out(self) -> "tuple[PrepareWorld, ...]":
+        """The stage that writes a generated world; none for a folder of a user."""
+        return _laid_out(self.world)
+
+    @property
+    def parents(self) -> "tuple[PrepareWorld | PrepareTokenizer, ...]":
+        return (*self.laid_out, self.tokenizer)
+
+
+class Prepare(Config):
+    """A world and a tokenizer: what stages name their sources in.
+
+    Each source that a stage uses is a stage of its own (`source`), and so is the tokenizer; what
+    no stage uses is never prepared. `expected` is what plans count with until sources are there.
     """
 
     kind: Literal["prepare"] = "prepare"
@@ -68,9 +159,40 @@ class Prepare(StageBase):
     tokenizer: Tokenizer
     expected: Annotated[tuple[ExpectedSource, ...], Placement] = ()
 
+    @cached_property
+    def vocabulary(self) -> PrepareTokenizer:
+        """The tokenizer's stage."""
+        return PrepareTokenizer(world=self.world, tokenizer=self.tokenizer)
+
     @property
-    def parents(self) -> "tuple[()]":
-        return ()
+    def laid_out(self) -> tuple[PrepareWorld, ...]:
+        """The stage that writes a generated world; none for a folder of a user."""
+        return _laid_out(self.world)
+
+    def source(self, name: str) -> PrepareSource:
+        """The stage of one source, there or not."""
+        if name not in self._sources:
+            expected = next((source for source in self.expected if source.name == name), None)
+            self._sources[name] = PrepareSource(
+                world=self.world, source=name, tokenizer=self.vocabulary, expected=expected
+            )
+        return self._sources[name]
+
+    @cached_property
+    def _sources(self) -> dict[str, PrepareSource]:
+        return {}
+
+    def needed_by(self, training: Training) -> "tuple[PrepareTokenizer | PrepareSource, ...]":
+        """The tokenizer, and the sources that a budget draws from."""
+        return (self.vocabulary, *map(self.source, training.budget.source_names))
+
+
+def _laid_out(world: World) -> tuple[PrepareWorld, ...]:
+    return () if isinstance(world, PublicFolder) else (PrepareWorld(world=world),)
+
+
+# What makes data of public files.
+DataStage = PrepareWorld | PrepareTokenizer | PrepareSource
 
 
 class TrainEncoder(StageBase):
@@ -90,8 +212,8 @@ class TrainEncoder(StageBase):
         return self
 
     @property
-    def parents(self) -> "tuple[Prepare, ...]":
-        return (self.data,)
+    def parents(self) -> "tuple[PrepareTokenizer | PrepareSource, ...]":
+        return (self.data.vocabulary, self.data.source(self.training.source))
 
 
 class Imported(Config):
@@ -169,8 +291,8 @@ class LoadDecoder(StageBase):
     planned_rate: Annotated[Rate | None, Placement] = None
 
     @property
-    def parents(self) -> "tuple[Prepare, ...]":
-        return (self.data,)
+    def parents(self) -> "tuple[PrepareTokenizer, ...]":
+        return (self.data.vocabulary,)
 
     @property
     def model(self) -> VLMConfig:
@@ -196,8 +318,8 @@ class Pretrain(StageBase):
         return self
 
     @property
-    def parents(self) -> "tuple[Prepare, ...]":
-        return (self.data,)
+    def parents(self) -> "tuple[PrepareTokenizer | PrepareSource, ...]":
+        return self.data.needed_by(self.training)
 
     @property
     def model(self) -> VLMConfig:

@@ -13,7 +13,7 @@ from midstream.study.stage import (
     Imported,
     LoadDecoder,
     LoadEncoder,
-    Prepare,
+    PrepareSource,
     Pretrain,
     Stage,
 )
@@ -112,12 +112,19 @@ def order(study: AnyStudy) -> tuple[Stage, ...]:
     return tuple(found.values())
 
 
+def order_of(stage: Stage) -> tuple[Stage, ...]:
+    """A stage and all that it rests on, parents first."""
+    found: dict[str, Stage] = {}
+    _visit(stage, found)
+    return tuple(found.values())
+
+
 def missing_inputs(study: AnyStudy) -> tuple[str, ...]:
     """What a study was planned without: data, tokenizers and imported folders, in words."""
     found: dict[str, None] = {}
     for stage in order(study):
         match stage:
-            case Prepare(world=PublicFolder() as world) if world.fingerprint.startswith(PLANNED):
+            case PrepareSource(world=PublicFolder(fingerprint=None) as world):
                 found[f"the data of {world.root}"] = None
             case LoadDecoder(checkpoint=Imported() as model) if model.content.startswith(PLANNED):
                 found[f"the language model of {model.folder}"] = None

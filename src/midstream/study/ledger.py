@@ -59,6 +59,11 @@ class Ledger:
     def __init__(self, store: Path) -> None:
         self.store = store
 
+    @property
+    def digests(self) -> Path:
+        """Where the digests of data files are kept, so that each is read once."""
+        return self.store / "digests.sqlite"
+
     def folder(self, stage: Stage) -> Path:
         """Where the stage lives, whether or not it exists yet."""
         return self.store / stage.name

@@ -11,7 +11,7 @@ from midstream.study.cost import StageCost, cost
 from midstream.study.graph import order
 from midstream.study.ledger import Ledger, State, is_held
 from midstream.study.progress import Sign, read_sign
-from midstream.study.stage import Prepare, Stage, TrainEncoder
+from midstream.study.stage import PrepareSource, Stage, TrainEncoder
 from midstream.study.studies import AnyStudy
 
 # How the stages are listed: what moves or needs help first.
@@ -125,7 +125,7 @@ class Board:
         prepared = frozenset(
             name
             for name, stage in self.stages.items()
-            if isinstance(stage, Prepare) and states[name] == "done"
+            if isinstance(stage, PrepareSource) and states[name] == "done"
         )
         if prepared != self._prepared or not self._costs:
             self._prepared = prepared

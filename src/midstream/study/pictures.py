@@ -20,12 +20,11 @@ from midstream.flops import encoder_flops
 from midstream.identity import digest
 from midstream.study.cost import cost
 from midstream.study.ledger import Ledger
-from midstream.study.sources import sources_of
+from midstream.study.sources import Facts, sources_of
 from midstream.study.stage import (
     Continue,
     EncoderStage,
     Finetune,
-    Prepare,
     Stage,
 )
 from midstream.study.workload import taken
@@ -54,7 +53,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class FeaturePlan:
-    """One encoder on the pictures of one preparation, over the stages that are not done.
+    """One encoder on the pictures of a study, over the stages that are not done.
 
     pictures: distinct ones that they see; views: how often they see one; kept: pictures whose
     features the store has already. Counts are None until the data is prepared. FLOPs of encoding
@@ -62,7 +61,6 @@ class FeaturePlan:
     """
 
     encoder: Frozen
-    data: Prepare
     pictures: Number | None
     views: Number | None
     kept: int
@@ -100,7 +98,6 @@ class FeaturePlan:
         names = ("pictures", "views", "kept", "store_bytes", "live_flops", "stored_flops")
         return {
             "encoder": self.encoder.name,
-            "data": self.data.name,
             "decision": self.choice.decision,
             "reason": self.choice.reason,
             "training_flops": self.training_flops,
@@ -178,15 +175,15 @@ def choose(
 
 
 def feature_plan(stages: Sequence[Stage], ledger: Ledger, machine: Machine) -> list[FeaturePlan]:
-    """For each frozen encoder and the data that it looks at: what storing costs and saves.
+    """For each frozen encoder: what storing what it makes of pictures costs and saves.
 
     `stages` are a study's (`graph.order`); those that are done count no more.
     """
-    groups: dict[tuple[str, str], list[Seeing]] = {}
+    groups: dict[str, list[Seeing]] = {}
     for stage in stages:
         if (encoder := frozen_encoder(stage)) is not None and not ledger.is_done(stage):
             assert isinstance(stage, Continue | Finetune), "only these see"
-            groups.setdefault((encoder.identity, stage.data.identity), []).append(stage)
+            groups.setdefault(encoder.identity, []).append(stage)
     return [_plan_of(group, ledger, machine) for group in groups.values()]
 
 
@@ -195,11 +192,7 @@ def choice_for(stage: Stage, plans: Sequence[FeaturePlan]) -> Choice | None:
     encoder = frozen_encoder(stage)
     if encoder is None or not isinstance(stage, Continue | Finetune):
         return None
-    wanted = encoder.identity, stage.data.identity
-    for found in plans:
-        if (found.encoder.identity, found.data.identity) == wanted:
-            return found.choice
-    return None
+    return next((plan.choice for plan in plans if plan.encoder == encoder), None)
 
 
 def frozen_encoder(stage: Stage) -> Frozen | None:
@@ -229,7 +222,7 @@ def distinct_pictures(num_images: int, draws: Sequence[Draw]) -> float:
 
 
 def _plan_of(stages: Sequence[Seeing], ledger: Ledger, machine: Machine) -> FeaturePlan:
-    encoder, data = frozen_encoder(stages[0]), stages[0].data
+    encoder = frozen_encoder(stages[0])
     assert encoder is not None, "these stages look through one"
     each, kept = picture_bytes(encoder.encoder), _kept(ledger, encoder)
     counted = _count(stages, encoder, ledger)
@@ -247,7 +240,6 @@ def _plan_of(stages: Sequence[Seeing], ledger: Ledger, machine: Machine) -> Feat
     known = [one for one in flops if one is not None]
     return FeaturePlan(
         encoder=encoder,
-        data=data,
         pictures=pictures,
         views=views,
         kept=kept,
@@ -259,21 +251,24 @@ def _plan_of(stages: Sequence[Seeing], ledger: Ledger, machine: Machine) -> Feat
 def _count(
     stages: Sequence[Seeing], encoder: Frozen, ledger: Ledger
 ) -> tuple[Number, Number] | None:
-    """Distinct pictures and views of stages with one encoder and one preparation."""
-    data, patches = stages[0].data, encoder.encoder.num_patches
-    sources = sources_of(data, ledger)
-    if sources is None:
-        return None
+    """Distinct pictures and views of stages with one encoder."""
+    patches = encoder.encoder.num_patches
     draws: dict[str, list[Draw]] = {}
+    known: dict[str, Facts] = {}
     for stage in stages:
         budget = stage.training.budget
+        sources = sources_of(stage.data, budget.source_names, ledger)
+        if sources is None:
+            return None
         sampling = "permutation" if isinstance(budget, Epochs) else budget.sampling
         for name, part in taken(stage.training, sources, patches).items():
-            draws.setdefault(name, []).append((stage.training.seed, sampling, part.images))
+            source = stage.data.source(name).identity
+            known[source] = sources[name]
+            draws.setdefault(source, []).append((stage.training.seed, sampling, part.images))
     # Several captions may show one picture.
     pictures = sum(
-        min(distinct_pictures(round(sources[n].images), d), sources[n].distinct_images)
-        for n, d in draws.items()
+        min(distinct_pictures(round(known[one].images), drawn), known[one].distinct_images)
+        for one, drawn in draws.items()
     )
     views = sum(number for drawn in draws.values() for _, _, number in drawn)
     return pictures, views

@@ -1,6 +1,6 @@
 """What a plan knows about the sources of a world: counted once they are prepared, else expected."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import log
 from typing import Any, Literal
@@ -66,21 +66,27 @@ class Facts:
         return found
 
 
-def sources_of(data: Prepare, ledger: Ledger | None) -> Mapping[str, Facts] | None:
-    """The sources by name: those of the finished preparation, or the expected ones.
+def sources_of(
+    data: Prepare, names: Iterable[str], ledger: Ledger | None
+) -> Mapping[str, Facts] | None:
+    """Sources by name, each counted where its stage is done, else as the recipe expects it.
 
-    None where neither is there.
+    None where one of them is neither.
     """
-    if ledger is not None and ledger.is_done(data):
-        found = ledger.results(data)["sources"]
-        return {name: facts_of_results(source) for name, source in found.items()}
-    if data.expected:
-        return {source.name: facts_of_expected(source) for source in data.expected}
-    return None
+    facts: dict[str, Facts] = {}
+    for name in names:
+        source = data.source(name)
+        if ledger is not None and ledger.is_done(source):
+            facts[name] = facts_of_results(ledger.results(source))
+        elif source.expected is not None:
+            facts[name] = facts_of_expected(source.expected)
+        else:
+            return None
+    return facts
 
 
 def facts_of_results(source: Mapping[str, Any]) -> Facts:
-    """From a source's part of a preparation's results; older ones lack targets and lengths."""
+    """From the results of a source's stage; older ones lack targets and lengths."""
     examples, tokens = source["num_examples"], source["num_tokens"]
     lengths, images = source.get("lengths"), source["num_images"]
     unlearnt = tokens - examples

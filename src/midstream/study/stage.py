@@ -3,7 +3,7 @@
 Those before the first picture are in `first_stages.py`, and named here too.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, model_validator
 
@@ -22,12 +22,16 @@ from midstream.config import (
 from midstream.schedule import check_end
 from midstream.study.first_stages import (
     PLANNED,
+    DataStage,
     EncoderStage,
     FuseEncoders,
     Imported,
     LoadDecoder,
     LoadEncoder,
     Prepare,
+    PrepareSource,
+    PrepareTokenizer,
+    PrepareWorld,
     Pretrain,
     StageBase,
     TrainEncoder,
@@ -37,6 +41,7 @@ __all__ = [
     "PLANNED",
     "Continue",
     "ContinueFrom",
+    "DataStage",
     "EncoderStage",
     "Evaluate",
     "Finetune",
@@ -47,6 +52,9 @@ __all__ = [
     "LoadDecoder",
     "LoadEncoder",
     "Prepare",
+    "PrepareSource",
+    "PrepareTokenizer",
+    "PrepareWorld",
     "Pretrain",
     "Ranked",
     "Stage",
@@ -198,7 +206,7 @@ class Continue(StageBase):
     @property
     def parents(self) -> "tuple[Stage, ...]":
         before = () if isinstance(self.start, FromScratch) else (self.start.stage,)
-        return (self.data, *self._encoders, *before)
+        return (*self.data.needed_by(self.training), *self._encoders, *before)
 
     @property
     def encoder_stage(self) -> EncoderStage | None:
@@ -244,7 +252,12 @@ class Finetune(StageBase):
     def parents(self) -> "tuple[Stage, ...]":
         before = self.start.stage if isinstance(self.start, StartText) else self.start
         encoder = self.encoder_stage
-        return (before, self.data, *(() if encoder is None else (encoder,)))
+        needed = self.data.needed_by(self.training)
+        return (before, *needed, *(() if encoder is None else (encoder,)))
+
+    @property
+    def identity_fields(self) -> dict[str, Any]:
+        return super().identity_fields | self._reads()
 
     @property
     def data(self) -> Prepare:
@@ -279,14 +292,28 @@ class Evaluate(StageBase):
     @property
     def parents(self) -> "tuple[Stage, ...]":
         sees = isinstance(self.of, Continue | Finetune) and self.of.encoder_stage
-        return (self.of, self.of.data, *((sees,) if sees else ()))
+        data = self.of.data
+        return (self.of, data.vocabulary, *data.laid_out, *((sees,) if sees else ()))
+
+    @property
+    def identity_fields(self) -> dict[str, Any]:
+        return super().identity_fields | {"benchmarks": self.benchmarks}
+
+    @property
+    def benchmarks(self) -> dict[str, Any]:
+        """By task, what stands for its files; None for one that the world does not hold."""
+        world = self.of.data.world
+        tasks = (*self.evaluation.visual_tasks, *self.evaluation.text_tasks)
+        return {task: world.benchmark_part(task) for task in tasks}
 
 
 # What several ranks can share.
 Ranked = Pretrain | Continue | Finetune | Evaluate
 
 Stage = Annotated[
-    Prepare
+    PrepareWorld
+    | PrepareTokenizer
+    | PrepareSource
     | TrainEncoder
     | LoadEncoder
     | FuseEncoders

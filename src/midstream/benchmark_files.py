@@ -1,0 +1,157 @@
+"""Where a benchmark's files lie under a world or a folder of official files, and what they hold.
+
+Needs neither torch nor a reader: planning asks for the digest of a benchmark before any work.
+"""
+
+import difflib
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from midstream.digests import digest, file_sha256
+from midstream.source_files import is_note, walk
+from midstream.storage import read_json
+
+# Published files of text tasks, by lm-evaluation-harness's names: alternatives, the data set's own
+# form first; the files of one alternative lie in one folder, under the names of the patterns.
+TEXT_FILES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "agieval_lsat_ar": (("lsat-ar.jsonl",),),
+    "agieval_sat_en": (("sat-en.jsonl",),),
+    "arc_easy": (("ARC-Easy-Test.jsonl",), ("arc_easy.jsonl",)),
+    "bigbench_conceptual_combinations_multiple_choice": (
+        ("conceptual_combinations/task.json",),
+        ("bigbench_conceptual_combinations.jsonl",),
+    ),
+    "bigbench_cs_algorithms": (("bigbench_cs_algorithms.jsonl",),),
+    "bigbench_cs_algorithms_multiple_choice": (("cs_algorithms/task.json",),),
+    "boolq": (("BoolQ/val.jsonl",), ("boolq/dev.jsonl",), ("boolq.jsonl",)),
+    "copa": (("COPA/val.jsonl",), ("copa.jsonl",)),
+    "hellaswag": (("hellaswag_val.jsonl",), ("hellaswag_val*.txt",)),
+    "mathqa": (("MathQA/test.json",), ("math_qa.jsonl",)),
+    "piqa": (("valid.jsonl", "valid-labels.lst"),),
+    "pubmedqa": (("ori_pqal.json", "test_ground_truth.json"),),
+}
+# Folders of a world that hold what is trained on.
+_SOURCES = ("text", "captions", "instruct")
+# A picture may be called notice.jpg; only documents are notes.
+_DOCUMENTS = ("", ".md", ".txt", ".rst", ".cff", ".pdf", ".html")
+
+
+def benchmark_digest(
+    world: Path, task: str, *, file_digest: Callable[[Path], str] = file_sha256
+) -> str:
+    """Sixteen digits for all that a benchmark asks: its entry in world.json, and the names and
+    bytes of its files, questions and pictures; links are followed.
+
+    `world` is a world, or a folder of official files; `file_digest` may remember what it hashed.
+    A text task of which nothing is there (lm-evaluation-harness fetches it) counts by its name.
+    Raises FileNotFoundError where a visual benchmark's folder or a listed file is missing.
+    """
+    entry, root, files = _parts(world, task)
+    listing = [[path.relative_to(root).as_posix(), file_digest(path)] for path in files]
+    return digest([task, entry, sorted(listing)])
+
+
+def benchmark_names(world: Path) -> list[str]:
+    """The benchmarks whose files a world holds: those of world.json, and text tasks' published
+    files or folders."""
+    listed = [*listed_tasks(world, "visual_tasks"), *listed_tasks(world, "text_tasks")]
+    published = [name for name in TEXT_FILES if published_files(world, name)]
+    folders = [path.name for path in world.glob("text_tasks/[!.]*") if path.is_dir()]
+    return sorted({*listed, *published, *folders})
+
+
+def listed_tasks(world: Path, kind: str) -> dict[str, Any]:
+    """The entries of a world.json under `kind` ("visual_tasks", "text_tasks"); {} without one."""
+    path = world / "world.json"
+    found = read_json(path).get(kind, {}) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: {kind!r} is no object of tasks by name (docs/data.md)")
+    return found
+
+
+def visual_folder(world: Path, name: str) -> Path:
+    """Where a visual benchmark's official files lie: `bench/<name>` of a world; without world.json
+    also `<name>`, or the folder itself."""
+    own = world / "bench" / name
+    if (world / "world.json").is_file():
+        if not own.is_dir():
+            there = sorted(path.name for path in own.parent.glob("*") if path.is_dir())
+            raise FileNotFoundError(
+                f"benchmark folder {own} does not exist; there: {', '.join(there) or 'nothing'}"
+            )
+        return own
+    if not world.is_dir():
+        raise FileNotFoundError(f"{world} does not exist; give the folder of the official files")
+    return next(path for path in (own, world / name, world) if path.is_dir())
+
+
+def own_text_file(world: Path, name: str) -> Path:
+    """The file of a text task that world.json lists."""
+    return world / "text_tasks" / f"{name}.jsonl"
+
+
+def published_files(world: Path, name: str) -> tuple[Path, ...]:
+    """The published files of a text task, wherever they lie under `world`; () where none does."""
+    alternatives = TEXT_FILES.get(name, ())
+    paths = [Path(path) for path in _outside_sources(world)] if alternatives else []
+    for first, *others in alternatives:
+        for path in paths:
+            if fnmatch(f"/{path.as_posix()}", f"*/{first}"):
+                return (path, *(path.parent / other for other in others))
+    return ()
+
+
+def hub_folder(world: Path, name: str) -> Path | None:
+    """The folder that holds a text task's data set as a hub has it: one with the task's name."""
+    places = (world / "text_tasks" / name, world / "bench" / name, world / name)
+    return next((path for path in places if path.is_dir()), None)
+
+
+def _parts(world: Path, task: str) -> tuple[Any, Path, list[Path]]:
+    """A benchmark's entry in world.json, the folder that names are relative to, and its files."""
+    visual, text = (listed_tasks(world, kind) for kind in ("visual_tasks", "text_tasks"))
+    if task in visual:
+        folder = visual_folder(world, task)
+        return visual[task], folder, _all(folder)
+    if task in text:
+        path = own_text_file(world, task)
+        if not path.is_file():
+            raise FileNotFoundError(f"text task {path} does not exist; world.json lists it")
+        return text[task], world, [path]
+    published = published_files(world, task)
+    if published:
+        return None, published[0].parent, [path for path in published if path.is_file()]
+    own = hub_folder(world, task)
+    if own is not None:
+        return None, own, _all(own)
+    if task not in TEXT_FILES and not (world / "world.json").is_file():
+        return None, world, _all(visual_folder(world, task))
+    near = difflib.get_close_matches(task, [*visual, *text], 1, cutoff=0.85)
+    if near and task not in TEXT_FILES:
+        raise FileNotFoundError(
+            f"{world / 'world.json'} lists no task {task!r}; did you mean {near[0]}?"
+        )
+    return None, world, []
+
+
+def _all(folder: Path) -> list[Path]:
+    paths = (Path(path) for path in walk(folder))
+    return [p for p in paths if not (is_note(p.name) and p.suffix.lower() in _DOCUMENTS)]
+
+
+def _outside_sources(world: Path) -> Iterator[str]:
+    """The files of a world that are neither trained on nor a visual benchmark's; of another folder
+    all."""
+    if not (world / "world.json").is_file():
+        yield from walk(world)
+        return
+    visual = listed_tasks(world, "visual_tasks")
+    for top in sorted(world.iterdir()):
+        inner = sorted(top.iterdir()) if top.name == "bench" and top.is_dir() else [top]
+        for path in inner:
+            if path.is_dir() and path.name not in (*_SOURCES, *visual):
+                yield from walk(path)
+            elif path.is_file():
+                yield str(path)
