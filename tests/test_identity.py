@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, create_model
 
-from midstream import config, identity
+from midstream import config, digests
 from midstream.config import (
     Config,
     ContinuedCosine,
@@ -28,12 +28,22 @@ from midstream.config import (
     Training,
     WarmupCosine,
 )
-from midstream.identity import Placement, canonical, digest, file_sha256, folder_fingerprint
+from midstream.identity import (
+    FORMAT_VERSION,
+    Placement,
+    canonical,
+    digest,
+    file_sha256,
+    folder_fingerprint,
+)
+from midstream.study import stage
 from midstream.study.stage import Prepare, Pretrain
 
 ENCODER = EncoderConfig(
     image_size=32, patch_size=16, hidden_size=24, num_layers=3, num_heads=2, intermediate_size=40
 )
+DEFAULTS = Path(__file__).parent / "golden" / "defaults.json"
+ROWS = Rows(row_length=8, batch_rows=2)
 TRAINING = Training(
     budget=Mixture(total_tokens=100, shares=(Share(source="a", share=1.0),)),
     rows=Rows(row_length=8, batch_rows=2),
@@ -45,7 +55,7 @@ EXAMPLES: tuple[Config, ...] = (
     ProjectorConfig(),
     PocketWorld(),
     SmallReal(root=Path("data"), fingerprint="f"),
-    PublicFolder(root=Path("data"), fingerprint="f"),
+    PublicFolder(root=Path("data"), fingerprint=None),
     TrainedTokenizer(vocab_size=300),
     TokenizerFile(path=Path("t.json"), sha256="0"),
     TRAINING,
@@ -157,8 +167,46 @@ def test_an_identity_is_the_same_in_another_process() -> None:
 
 def test_the_format_version_is_part_of_every_identity(monkeypatch: pytest.MonkeyPatch) -> None:
     before = digest(TRAINING)
-    monkeypatch.setattr(identity, "FORMAT_VERSION", identity.FORMAT_VERSION + 1)
+    monkeypatch.setattr(digests, "FORMAT_VERSION", digests.FORMAT_VERSION + 1)
     assert digest(TRAINING) != before
+
+
+def test_a_new_option_that_has_its_default_renames_nothing() -> None:
+    def model(**more: Any) -> type[Config]:
+        fields = {"size": (int, ...), "rate": (float, 0.5), **more}
+        return create_model("Model", __base__=Config, **fields)
+
+    before = model()
+    for new in ((int | None, None), (bool, False), (tuple[str, ...], ("a",)), (Rows, ROWS)):
+        after = model(option=new)
+        assert digest(before(size=1)) == digest(after(size=1))
+        assert digest(before(size=1, rate=0.25)) == digest(after(size=1, rate=0.25))
+    other = after(size=1, option=ROWS.model_copy(update={"batch_rows": 3}))
+    assert digest(other) != digest(before(size=1))
+    made = model(option=(dict[str, str], Field(default_factory=dict)))
+    assert digest(made(size=1)) == digest(before(size=1)) != digest(made(size=1, option={"a": "b"}))
+
+
+def test_defaults_are_those_that_stored_identities_were_made_with() -> None:
+    """A default that changes means something else by every name it is left out of: give the option
+    another name, or raise FORMAT_VERSION, and write the file anew with this module's `defaults`."""
+    stored = json.loads(DEFAULTS.read_text())
+    assert stored == {"format": FORMAT_VERSION, "defaults": defaults()}
+
+
+def defaults() -> dict[str, dict[str, Any]]:
+    """By class and field, what identities leave out."""
+    kinds = [kind for module in (config, stage) for kind in vars(module).values()]
+    models = {kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Config)}
+    return {
+        kind.__name__: {
+            name: canonical(field.get_default(call_default_factory=True))
+            for name, field in sorted(kind.model_fields.items())
+            if not field.is_required() and Placement not in field.metadata
+        }
+        for kind in sorted(models, key=lambda kind: kind.__name__)
+        if not kind.__name__.startswith(("Machine", "Slurm"))
+    }
 
 
 def test_models_of_equal_fields_but_other_classes_differ() -> None:
@@ -186,7 +234,8 @@ def test_what_has_no_stable_form_is_refused() -> None:
         mode: Literal["a", "b"] = "a"
         root: Annotated[Path, Placement] = Path("here")
 
-    assert canonical(Placed()) == {"is": "Placed", "mode": "a"}
+    assert canonical(Placed()) == {"is": "Placed"}
+    assert canonical(Placed(mode="b")) == {"is": "Placed", "mode": "b"}
     for value in ({"a", "b"}, Path("x"), len, b"bytes"):
         with pytest.raises(TypeError, match="no stable form"):
             digest(value)
@@ -231,3 +280,8 @@ def test_a_file_is_known_by_its_bytes(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"abc")
     assert file_sha256(path).startswith("ba7816bf")
+
+
+if __name__ == "__main__":
+    values = {"format": FORMAT_VERSION, "defaults": defaults()}
+    DEFAULTS.write_text(json.dumps(values, indent=1) + "\n")

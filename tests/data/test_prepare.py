@@ -13,6 +13,8 @@ from made_world import (
     TEXTS,
     TRAINED,
     jpeg,
+    open_sources,
+    prepare,
     prepared,
     samples,
     world_of,
@@ -20,10 +22,9 @@ from made_world import (
     write_world,
 )
 
-from midstream.config import PocketWorld, PublicFolder, TokenizerFile, TrainedTokenizer
-from midstream.data import prepare as prepare_module
+from midstream.config import PocketWorld, TokenizerFile, TrainedTokenizer
 from midstream.data.formats.records import Section
-from midstream.data.prepare import open_codec, open_sources, prepare
+from midstream.data.prepare import open_codec, prepare_world
 from midstream.data.sources import Source
 from midstream.identity import file_sha256, folder_fingerprint, world_fingerprint
 from midstream.storage import verify
@@ -43,7 +44,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def tokenizer_of(out: Path) -> TokenizerFile:
-    path = out / "prepared/tokenizer.json"
+    path = out / "tokenizer.json"
     return TokenizerFile(path=path, sha256=file_sha256(path))
 
 
@@ -52,17 +53,15 @@ def test_a_folder_is_indexed_from_end_to_end(root: Path, tmp_path: Path) -> None
     before = folder_fingerprint(root)
     results = prepare(world_of(root), TRAINED, out, lambda done, what: notes.append((done, what)))
     assert folder_fingerprint(root) == before
-    assert [path.name for path in out.iterdir()] == ["prepared"]
-    shards = list(out.glob("prepared/sources/*/shards/*"))
+    assert sorted(path.name for path in out.iterdir()) == ["sources", "tokenizer.json"]
+    shards = list(out.glob("sources/*/source/shards/*"))
     assert len(shards) == 5
     for shard in shards:
         verify(shard)
-    assert notes == sorted(notes, key=lambda note: note[0])
-    for name in ("web", "pics", "talks"):
-        assert any(what.startswith(f"indexing {name}") for _, what in notes)
+    assert len([done for done, _ in notes if done == 1.0]) >= 3
 
     codec, sources = open_codec(out), open_sources(world_of(root), out)
-    assert results["tokenizer_sha256"] == file_sha256(out / "prepared/tokenizer.json")
+    assert results["tokenizer_sha256"] == file_sha256(out / "tokenizer.json")
     assert results["vocab_size"] == codec.size <= 300
     assert list(sources) == ["pics", "talks", "web"]
     for name, kind, examples, images in [
@@ -108,7 +107,7 @@ def test_preparing_twice_elsewhere_gives_the_same_results(root: Path, tmp_path: 
 def test_a_named_tokenizer_file_is_used_and_kept(root: Path, tmp_path: Path) -> None:
     one = prepared(root, tmp_path / "one")
     path = tmp_path / "mine.json"
-    shutil.copy(tmp_path / "one/prepared/tokenizer.json", path)
+    shutil.copy(tmp_path / "one/tokenizer.json", path)
     two = prepared(root, tmp_path / "two", TokenizerFile(path=path, sha256=file_sha256(path)))
     path.unlink()
     assert two == one
@@ -131,7 +130,7 @@ def test_rejects_under_a_folders_limit_are_counted_and_the_rest_is_prepared(
     with pytest.raises(ValueError, match=r"(?s)1 of 6 records .* sample 00009: no picture"):
         prepared(root, tmp_path / "strict")
     world = world_of(root, max_reject_fraction=0.2)
-    results = prepare(world, TRAINED, tmp_path / "out", lambda done, what: None)
+    results = prepare(world, TRAINED, tmp_path / "out")
     assert results["sources"]["pics"]["rejects"] == {"no picture": 1}
     assert results["sources"]["pics"]["records"] == 6
     assert len(open_sources(world, tmp_path / "out")["pics"]) == 5
@@ -140,67 +139,40 @@ def test_rejects_under_a_folders_limit_are_counted_and_the_rest_is_prepared(
 def test_a_share_of_every_source_may_be_held_out(root: Path, tmp_path: Path) -> None:
     whole = prepared(root, tmp_path / "whole")["sources"]["web"]
     world = world_of(root, validation_fraction=0.4)
-    results = prepare(world, TRAINED, tmp_path / "out", lambda done, what: None)
+    results = prepare(world, TRAINED, tmp_path / "out")
     web = results["sources"]["web"]
     assert 0 < web["validation"]["examples"] < 12
     assert web["num_examples"] + web["validation"]["examples"] == whole["num_examples"]
     assert web["num_tokens"] + web["validation"]["tokens"] == whole["num_tokens"]
 
 
-# ------------------------------------------------------------------------ continued work
-
-
-class KilledError(BaseException):
-    """Stands for the end of the process."""
-
-
-@pytest.mark.parametrize(
-    ("kind", "share"),
-    [*(("folder", share) for share in (0.35, 0.45, 0.6, 0.75, 0.9)), ("pocket", 0.9)],
-)
-def test_a_preparation_that_was_ended_goes_on_with_what_was_finished(
-    root: Path, tmp_path: Path, kind: str, share: float
-) -> None:
-    world: PublicFolder | PocketWorld = world_of(root)
-    if kind == "pocket":
-        sizes = dict.fromkeys(["num_documents", "num_captions", "num_conversations"], 20)
-        world = PocketWorld(**sizes, num_questions=6, num_text_items=6)
-    fresh = prepare(world, TRAINED, tmp_path / "fresh", lambda done, what: None)
-
-    def end(done: float, what: str) -> None:
-        if done >= share:
-            raise KilledError
-
-    out = tmp_path / "out"
-    with pytest.raises(KilledError):
-        prepare(world, TRAINED, out, end)
-    finished = [path.parent for path in out.glob("prepared/sources/*/source.json")]
-    assert len(finished) == {0.35: 0, 0.45: 0, 0.6: 0, 0.75: 1, 0.9: 2}[share]
-    before = {path: times(path) for path in finished}
-    assert prepare(world, TRAINED, out, lambda done, what: None) == fresh
-    assert before == {path: times(path) for path in finished}
-
-
-def test_a_source_that_left_the_world_leaves_the_preparation(root: Path, tmp_path: Path) -> None:
-    prepared(root, tmp_path / "one")
-    tokenizer = tokenizer_of(tmp_path / "one")
-    prepared(root, tmp_path / "out", tokenizer)
-    shutil.rmtree(root / "text/web")
-    prepared(root, tmp_path / "out", tokenizer)
-    assert list(open_sources(world_of(root), tmp_path / "out")) == ["pics", "talks"]
-    names = [path.name for path in (tmp_path / "out/prepared/sources").iterdir()]
-    assert sorted(names) == ["pics", "talks"]
-
-
-def test_another_generated_world_in_the_same_place_is_written_anew(tmp_path: Path) -> None:
+def test_a_generated_world_is_written_anew_where_another_lies(tmp_path: Path) -> None:
     sizes = dict.fromkeys(["num_documents", "num_captions", "num_conversations"], 20)
     worlds = [PocketWorld(seed=n, **sizes, num_questions=6, num_text_items=6) for n in (1, 2)]
     for world in worlds:
-        prepare(world, TRAINED, tmp_path / "out", lambda done, what: None)
-    prepare(worlds[1], TRAINED, tmp_path / "fresh", lambda done, what: None)
+        assert prepare_world(world, tmp_path / "out")["holds"] == ["pictures", "talks", "web"]
+    prepare_world(worlds[1], tmp_path / "fresh")
     assert folder_fingerprint(tmp_path / "out/world") == folder_fingerprint(
         tmp_path / "fresh/world"
     )
+
+
+@pytest.mark.parametrize("source", ["web", "pictures", "talks", "alt_texts"])
+def test_a_generated_source_follows_from_its_own_part_of_the_world(
+    tmp_path: Path, source: str
+) -> None:
+    numbers = {**PocketWorld.SOURCES, "bench": "num_questions", "text": "num_text_items"}
+    sizes = dict.fromkeys(numbers.values(), 12)
+    one = PocketWorld(**sizes)
+    others = {name: 13 for key, name in numbers.items() if key != source}
+    two = one.model_copy(update=others)
+    assert one.source_part(source) == two.source_part(source)
+    folders = []
+    for number, world in enumerate((one, two)):
+        prepare_world(world, tmp_path / str(number))
+        section = {"web": "text", "talks": "instruct"}.get(source, "captions")
+        folders.append(tmp_path / str(number) / "world" / section / source)
+    assert folder_fingerprint(folders[0]) == folder_fingerprint(folders[1])
 
 
 # ------------------------------------------------------------------- sources prepared before
@@ -240,7 +212,7 @@ def test_sources_prepared_before_are_taken_as_they_are(
     }
     assert [found["pics"].image_bytes(n) for n in range(5)] == [jpeg(n) for n in range(5)]
     assert found["talks"].image_bytes(0) == png(1)
-    own = {path.name for path in (tmp_path / "second/prepared").glob("sources/*")}
+    own = {path.parent.name for path in (tmp_path / "second").glob("sources/*/source")}
     assert own == expected.keys() - {name.split("/")[1] for name in names}
 
 
@@ -250,7 +222,7 @@ def test_a_source_prepared_with_another_tokenizer_is_refused_with_both(
 ) -> None:
     for vocab_size in (300, 290):
         tokenizer = TrainedTokenizer(vocab_size=vocab_size)
-        prepare(world_of(root), tokenizer, tmp_path / str(vocab_size), lambda done, what: None)
+        prepare(world_of(root), tokenizer, tmp_path / str(vocab_size))
     one, two = (tokenizer_of(tmp_path / name) for name in ("300", "290"))
     if size == 300:
         # As many ids, two of them exchanged.
@@ -264,7 +236,7 @@ def test_a_source_prepared_with_another_tokenizer_is_refused_with_both(
     with pytest.raises(ValueError, match=message) as caught:
         prepared(root, tmp_path / "out", two)
     assert (two.sha256 in str(caught.value)) == (size == 290)
-    assert not list((tmp_path / "out").rglob("shards"))
+    assert not (tmp_path / "out/sources/pics").exists()
     # The remedy that the message names.
     path = root / "captions/pics/tokenizer.json"
     prepared(root, tmp_path / "out", TokenizerFile(path=path, sha256=file_sha256(path)))
@@ -284,7 +256,6 @@ def test_a_prepared_source_among_those_of_another_kind_is_refused(
 def test_the_fingerprint_of_a_world_reads_no_byte_of_a_prepared_source(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert world_fingerprint(root) == folder_fingerprint(root)
     prepared(root, tmp_path / "first")
     replace_by_prepared(root, tmp_path, ["captions/pics"], tokenizer_of(tmp_path / "first").path)
     read: list[Path] = []
@@ -313,4 +284,3 @@ def test_the_stage_does_not_prepare_in_the_users_folder(root: Path, tmp_path: Pa
     before = times(root)
     prepared(root, tmp_path / "out")
     assert times(root) == before
-    assert prepare_module.world_folder(world_of(root), tmp_path / "out") == root

@@ -19,6 +19,7 @@ from made_world import (
     TRAINED,
     jpeg,
     lines,
+    prepare,
     prepared,
     samples,
     world_of,
@@ -28,8 +29,7 @@ from made_world import (
 )
 
 from midstream.config import TokenizerFile
-from midstream.data.prepare import prepare
-from midstream.identity import file_sha256, folder_fingerprint
+from midstream.identity import file_sha256
 from midstream.storage import read_json, verify
 
 
@@ -257,12 +257,12 @@ def test_broken_data_is_one_error_that_names_file_and_record_and_leaves_nothing_
     with pytest.raises(kind, match=message):
         prepared(root, out)
     assert [path.name for path in out.rglob(".*")] == []
-    for path in out.glob("prepared/sources/*/shards/*"):
+    for path in out.glob("sources/*/source/shards/*"):
         verify(path)
     # What is finished are sources without fault; at least one lacks its index.
-    for path in out.glob("prepared/sources/*/source.json"):
+    for path in out.glob("sources/*/source/source.json"):
         assert read_json(path)["rejects"] == {}
-    assert len(list(out.glob("prepared/sources/*/source.json"))) < 3
+    assert len(list(out.glob("sources/*/source/source.json"))) < 3
 
 
 @pytest.mark.parametrize("name", REJECTED)
@@ -272,11 +272,11 @@ def test_under_the_limit_a_bad_record_is_counted_and_the_others_are_there(
     breaks, _, message = REJECTED[name]
     breaks(root)
     world = world_of(root, max_reject_fraction=0.5)
-    results = prepare(world, TRAINED, tmp_path / "out", lambda done, what: None)
+    results = prepare(world, TRAINED, tmp_path / "out")
     assert sorted(sum(x["rejects"].values()) for x in results["sources"].values()) == [0, 0, 1]
     for source, summary in results["sources"].items():
         assert summary["num_examples"] == summary["records"] - sum(summary["rejects"].values())
-        listed = (tmp_path / "out/prepared/sources" / source / "rejects.jsonl").read_text()
+        listed = (tmp_path / "out/sources" / source / "source/rejects.jsonl").read_text()
         if summary["rejects"]:
             reject = json.loads(listed)
             place, reason = message.rpartition("\n  ")[2].split(": ", 1)
@@ -302,10 +302,11 @@ def test_data_that_changed_since_the_plan_is_refused_with_both_fingerprints(
         shutil.rmtree(root)
     error = FileNotFoundError if change == "no folder" else ValueError
     with pytest.raises(error, match="my data") as caught:
-        prepare(world, TRAINED, tmp_path / "out", lambda done, what: None)
+        prepare(world, TRAINED, tmp_path / "out")
     if change != "no folder":
-        assert world.fingerprint in str(caught.value)
-        assert folder_fingerprint(root) in str(caught.value)
+        assert world.fingerprint is not None
+        assert world.fingerprint.sources["web"].digest in str(caught.value)
+        assert world_of(root).fingerprint.sources["web"].digest in str(caught.value)
     assert list((tmp_path / "out").rglob("*")) == []
 
 
@@ -331,15 +332,15 @@ def test_a_failed_preparation_leaves_the_sources_that_did_not_change(
 ) -> None:
     out = tmp_path / "out"
     prepared(root, out)
-    tokenizer = out / "prepared/tokenizer.json"
+    tokenizer = out / "tokenizer.json"
     path = tmp_path / "same.json"
     shutil.copy(tokenizer, path)
     named = TokenizerFile(path=path, sha256=file_sha256(path))
     (root / "instruct/talks/llava.json").write_bytes(b"gone")
-    before = times(out / "prepared/sources/web")
+    before = times(out / "sources/web")
     with pytest.raises(ValueError, match=r"llava\.json"):
         prepared(root, out, named)
-    assert times(out / "prepared/sources/web") == before
+    assert times(out / "sources/web") == before
     write_talks(root, TALKS)
     prepared(root, out, named)
-    assert times(out / "prepared/sources/web") == before
+    assert times(out / "sources/web") == before

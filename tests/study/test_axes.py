@@ -36,12 +36,12 @@ def test_a_field_of_the_first_stage_changes_every_stage_behind_it(base: Evaluate
     assert isinstance(changed.of, Finetune)
     start = changed.of.start
     assert isinstance(start, Continue)
-    seen = {start.data.identity, start.encoder_stage.data.identity, start.start.stage.data.identity}  # type: ignore[union-attr]
-    assert len(seen) == 1
+    assert start.data == start.encoder_stage.data == start.start.stage.data  # type: ignore[union-attr]
     assert start.data.world.seed == 5  # type: ignore[union-attr]
     before = base.of.data  # type: ignore[union-attr]
     assert isinstance(before, Prepare)
-    assert start.data.identity != before.identity
+    assert start.data.source("web").identity != before.source("web").identity
+    assert changed.identity != base.identity
 
 
 def test_a_field_changes_in_both_stages_where_one_starts_from_the_other(base: Evaluate) -> None:

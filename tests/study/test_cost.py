@@ -25,7 +25,7 @@ from midstream.study.ledger import Ledger
 from midstream.study.stage import (
     Evaluate,
     Finetune,
-    Prepare,
+    PrepareSource,
     Stage,
 )
 from midstream.study.studies import Study
@@ -83,8 +83,10 @@ def _by_kind(study: Study) -> dict[str, Stage]:
 
 def _prepared(study: Study, store: Path) -> Ledger:
     ledger = Ledger(store)
-    with ledger.open_stage(order(study)[0]) as work:
-        work.finish({"sources": SOURCES})
+    for stage in order(study):
+        if isinstance(stage, PrepareSource):
+            with ledger.open_stage(stage) as work:
+                work.finish(SOURCES[stage.source])
     return ledger
 
 
@@ -239,9 +241,8 @@ def test_evaluations_cost_more_with_more_questions_and_when_asked_blind(
 
 def test_preparing_and_training_an_encoder_have_a_cost(make_study: MakeStudy) -> None:
     stages = _by_kind(make_study())
-    prepare = stages["prepare"]
-    assert isinstance(prepare, Prepare)
-    assert (cost(prepare).tokens, cost(prepare).flops) == (0, 0.0)
+    for kind in ("prepare_world", "prepare_tokenizer", "prepare_source"):
+        assert (cost(stages[kind]).tokens, cost(stages[kind]).flops) == (0, 0.0)
     found = cost(stages["train_encoder"])
     assert found.tokens == 80 * (4 + 16)
     assert found.flops is not None

@@ -13,7 +13,7 @@ from midstream.storage import read_json
 from midstream.study import ledger as ledger_module
 from midstream.study.graph import order
 from midstream.study.ledger import Ledger, Stopped, is_held, launch_lock
-from midstream.study.stage import Prepare, Stage, stage_from_json
+from midstream.study.stage import PrepareWorld, Stage, stage_from_json
 from midstream.study.studies import Study
 
 MakeStudy = Callable[..., Study]
@@ -206,8 +206,8 @@ def test_leftovers_of_a_killed_writer_are_removed(ledger: Ledger, stage: Stage) 
 def test_a_folder_of_another_stage_is_refused(
     ledger: Ledger, stage: Stage, make_study: MakeStudy
 ) -> None:
-    assert isinstance(stage, Prepare)
-    other = Prepare(world=stage.world.model_copy(update={"seed": 5}), tokenizer=stage.tokenizer)
+    assert isinstance(stage, PrepareWorld)
+    other = PrepareWorld(world=stage.world.model_copy(update={"seed": 5}))
     folder = ledger.folder(stage)
     storage.write_json(folder / "stage.json", other.model_dump(mode="json"))
     with (

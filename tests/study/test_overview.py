@@ -9,7 +9,7 @@ from midstream.storage import write_json
 from midstream.study.graph import order
 from midstream.study.ledger import Ledger, launch_lock
 from midstream.study.overview import Board, Overview, StageView, overview_json
-from midstream.study.stage import Evaluate, Finetune, Prepare, Pretrain, Stage, TrainEncoder
+from midstream.study.stage import Evaluate, Finetune, PrepareWorld, Pretrain, Stage, TrainEncoder
 from midstream.study.studies import Study
 
 MakeStudy = Callable[..., Study]
@@ -68,7 +68,7 @@ def test_a_running_stage_tells_share_loss_speed_time_left_and_place(
     study: Study, ledger: Ledger, held: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    finish(ledger, first(study, Prepare))
+    finish(ledger, first(study, PrepareWorld))
     text = first(study, Pretrain)
     work = held.enter_context(ledger.open_stage(text))
     held.callback(work.finish, {})
@@ -93,7 +93,7 @@ def test_a_running_stage_tells_share_loss_speed_time_left_and_place(
 def test_the_time_left_follows_from_finished_stages_speed_and_planned_flops(
     study: Study, ledger: Ledger
 ) -> None:
-    data, text = first(study, Prepare), first(study, Pretrain)
+    data, text = first(study, PrepareWorld), first(study, Pretrain)
     finish(ledger, data, 5.0)
     finish(ledger, first(study, TrainEncoder), 5.0)
     finish(ledger, text, 100.0)
@@ -120,7 +120,7 @@ def test_the_time_left_follows_from_finished_stages_speed_and_planned_flops(
 def test_stages_behind_a_failed_one_are_blocked_and_settle_the_study(
     study: Study, ledger: Ledger
 ) -> None:
-    data = first(study, Prepare)
+    data = first(study, PrepareWorld)
     ledger.mark_failed(data, "ValueError: bad")
     seen = Board(study, ledger).look()
     assert view(seen, data).error == "ValueError: bad"
@@ -132,7 +132,7 @@ def test_stages_behind_a_failed_one_are_blocked_and_settle_the_study(
 def test_a_stage_whose_process_died_is_stopped_and_says_how_far_it_was(
     study: Study, ledger: Ledger
 ) -> None:
-    finish(ledger, first(study, Prepare))
+    finish(ledger, first(study, PrepareWorld))
     text = first(study, Pretrain)
     with pytest.raises(KeyboardInterrupt), ledger.open_stage(text):
         raise KeyboardInterrupt
@@ -169,7 +169,7 @@ def test_a_slurm_file_of_another_form_says_nothing(
 
 
 def test_looking_changes_nothing_in_the_store(study: Study, ledger: Ledger) -> None:
-    finish(ledger, first(study, Prepare))
+    finish(ledger, first(study, PrepareWorld))
     ledger.mark_failed(first(study, Pretrain), "bad")
     before = {path: path.stat().st_mtime_ns for path in ledger.store.rglob("*")}
     Board(study, ledger).look()

@@ -33,7 +33,7 @@ from midstream.study.pictures import (
 from midstream.study.stage import (
     Continue,
     Finetune,
-    Prepare,
+    PrepareSource,
     Stage,
     TrainEncoder,
 )
@@ -84,8 +84,8 @@ def finish(ledger: Ledger, stage: Stage, results: dict[str, Any]) -> None:
 def prepared(stages: tuple[Stage, ...], store: Path, sources: dict[str, Any]) -> Ledger:
     ledger = Ledger(store)
     for stage in stages:
-        if isinstance(stage, Prepare):
-            finish(ledger, stage, {"sources": sources})
+        if isinstance(stage, PrepareSource):
+            finish(ledger, stage, sources[stage.source])
     return ledger
 
 

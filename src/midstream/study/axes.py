@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from midstream.study.stage import Evaluate, Stage, StageBase
+from midstream.study.stage import DataStage, Evaluate, Prepare, Stage, StageBase
 from midstream.study.studies import Axis as Value
 from midstream.study.studies import Line, line_name
 
@@ -78,12 +78,14 @@ def with_field(result: Evaluate, field: str, value: Any) -> Evaluate:
 
 
 def _kinds(result: Evaluate) -> tuple[str, ...]:
-    found: dict[str, None] = {}
+    # Data stages follow from what the others call their data.
+    found: dict[str, None] = {"prepare": None}
 
     def look(stage: Stage) -> None:
         found.setdefault(stage.kind)
         for parent in stage.parents:
-            look(parent)
+            if not isinstance(parent, DataStage):
+                look(parent)
 
     look(result)
     return tuple(found)
@@ -109,7 +111,7 @@ def _rebuilt(
     changed = {name: part for name, part in changed.items() if part is not values[name]}
     found: BaseModel
     # At once: a stage that starts from another one of its kind is checked against it.
-    if isinstance(model, StageBase) and getattr(model, "kind", None) == kind:
+    if isinstance(model, StageBase | Prepare) and getattr(model, "kind", None) == kind:
         found = _with_path(model, values | changed, path, field, value)
     else:
         found = type(model)(**values | changed) if changed else model
