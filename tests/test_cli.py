@@ -88,8 +88,8 @@ def _finish(study: Study, store: Path, **results: Any) -> None:
     for stage in order(study):
         if not ledger.is_done(stage):
             with ledger.open_stage(stage) as work:
-                sources = {"stories": {**FACTS, "num_tokens": 5, "num_images": 0}}
-                work.finish({"sources": sources, "peak_memory_bytes": 1, **results})
+                facts = {**FACTS, "num_tokens": 5, "num_images": 0}
+                work.finish({**facts, "peak_memory_bytes": 1, **results})
 
 
 def test_help_and_version_start_without_the_slow_imports() -> None:
@@ -126,7 +126,7 @@ def test_plan_prints_stages_and_totals(file: Path, store: Path) -> None:
     for stage in order(study):
         assert stage.name in result.stdout
     assert "2 k" in result.stdout
-    assert "0 done, 3 to run" in result.stdout
+    assert "0 done, 5 to run" in result.stdout
     assert "[bold]Why?" in result.stdout
 
 
@@ -135,9 +135,9 @@ def test_plan_as_json_lists_every_stage(file: Path, store: Path) -> None:
     found = json.loads(result.stdout)
     study = catalogue.find_study(f"{file}:study", [])
     assert [stage["name"] for stage in found["stages"]] == [s.name for s in order(study)]
-    assert found["num_to_run"] == found["num_stages"] == 3
-    assert found["stages"][1]["tokens"] == 1000
-    assert found["stages"][2]["parents"] == [s.name for s in order(study)[2].parents]
+    assert found["num_to_run"] == found["num_stages"] == 5
+    assert found["stages"][3]["tokens"] == 1000
+    assert found["stages"][3]["parents"] == [s.name for s in order(study)[3].parents]
     assert found["stages"][0]["lines"] == ["text"]
 
 
@@ -147,7 +147,7 @@ def test_a_long_plan_is_printed_by_kind(
     monkeypatch.setattr(plan_command, "MAX_PLAN_ROWS", 2)
     result = midstream("plan", f"{file}:study", "--store", store)
     assert "1 pretrain" in result.stdout
-    assert "prepare-" not in result.stdout
+    assert "preparesource-" not in result.stdout
 
 
 def test_an_unknown_study_is_told_with_those_there_are() -> None:
@@ -214,7 +214,7 @@ def test_a_finished_study_has_nothing_to_do(
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started a process"))
     result = midstream("run", f"{file}:study", "--store", store)
     assert result.exit_code == 0, result.output
-    assert result.stdout == f"nothing to do: all 3 stages of mine are done ({store})\n"
+    assert result.stdout == f"nothing to do: all 5 stages of mine are done ({store})\n"
 
 
 def test_a_store_in_use_is_refused(file: Path, store: Path) -> None:
@@ -354,9 +354,9 @@ def test_peak_memory_is_the_sum_of_the_largest_stage_of_each_worker(
     ledger, memory = Ledger(store), terminal.PeakMemory()
     for number, stage in enumerate(order(study)):
         with ledger.open_stage(stage) as work:
-            sources = {"stories": {**FACTS, "num_tokens": 5, "num_images": 0}}
-            work.finish({"sources": sources, "peak_memory_bytes": (10, 300, 20)[number]})
-        worker = (1, 1, 2)[number]
+            facts = {**FACTS, "num_tokens": 5, "num_images": 0}
+            work.finish({**facts, "peak_memory_bytes": (10, 10, 10, 300, 20)[number]})
+        worker = (1, 1, 1, 1, 2)[number]
         memory.note({"event": "finished", "state": "done", "stage": stage.name, "worker": worker})
     assert memory.total_bytes(plan(study, ledger), ledger) == 320
 

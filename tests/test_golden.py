@@ -27,15 +27,15 @@ from midstream.config import (
     VLMConfig,
 )
 from midstream.data.loader import RowDataset
-from midstream.data.prepare import open_sources, prepare
 from midstream.data.rows import plan_rows
-from midstream.identity import folder_fingerprint
+from midstream.identity import world_fingerprint
 from midstream.model.initialise import initialise
 from midstream.model.vlm import VLM
 from midstream.storage import write_json
 from midstream.train import checkpoint
 from midstream.train.loop import Job, Start, train
 from midstream.train.parallel import set_up
+from preparing import open_sources, prepare
 from tiny import DECODER, ENCODER, MACHINE, mixture, warm
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -82,7 +82,7 @@ def write_world(root: Path) -> PublicFolder:
                 entry = tarfile.TarInfo(f"{number:04d}.{suffix}")
                 entry.size = len(data)
                 shard.addfile(entry, io.BytesIO(data))
-    return PublicFolder(root=root, fingerprint=folder_fingerprint(root))
+    return PublicFolder(root=root, fingerprint=world_fingerprint(root))
 
 
 def features(images: np.ndarray) -> torch.Tensor:
@@ -113,7 +113,8 @@ def losses(folder: Path, world: PublicFolder, training: Training, start: Start) 
 def computed(folder: Path) -> dict[str, list[float]]:
     """By golden file: the losses."""
     world = write_world(folder / "world")
-    prepare(world, TrainedTokenizer(vocab_size=300), folder / "data", lambda done, note: None)
+    tokenizer = TrainedTokenizer(vocab_size=300, sources=("words", "colours"))
+    prepare(world, tokenizer, folder / "data")
     text = Training(budget=mixture(6_000, words=1.0), rows=ROWS, schedule=warm())
     found = {"pretrain": losses(folder / "pretrain", world, text, Start())}
     milestone = checkpoint.milestone(folder / "pretrain", 0.4)

@@ -13,8 +13,6 @@ from made_world import (
     TEXTS,
     TRAINED,
     jpeg,
-    open_sources,
-    prepare,
     prepared,
     samples,
     world_of,
@@ -28,6 +26,7 @@ from midstream.data.prepare import open_codec, prepare_world
 from midstream.data.sources import Source
 from midstream.identity import file_sha256, folder_fingerprint, world_fingerprint
 from midstream.storage import verify
+from preparing import open_sources, prepare
 
 SECTIONS: dict[str, Section] = {
     "text/web": "text",

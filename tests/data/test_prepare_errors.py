@@ -19,7 +19,6 @@ from made_world import (
     TRAINED,
     jpeg,
     lines,
-    prepare,
     prepared,
     samples,
     world_of,
@@ -31,6 +30,7 @@ from made_world import (
 from midstream.config import TokenizerFile
 from midstream.identity import file_sha256
 from midstream.storage import read_json, verify
+from preparing import prepare
 
 
 @pytest.fixture

@@ -29,10 +29,12 @@ from midstream.study.ledger import Ledger
 from midstream.study.stage import (
     Continue,
     ContinueFrom,
+    DataStage,
     Evaluate,
     Finetune,
     FromScratch,
     Prepare,
+    PrepareSource,
     Pretrain,
     Stage,
     TrainEncoder,
@@ -127,14 +129,16 @@ def fill(ledger: Ledger, study: Study, pictures: Path) -> None:
     for number, stage in enumerate(order(study)):
         chance = random.Random(number)
         common = {"seconds": 10.0 + number, "peak_memory_bytes": 10_000_000 + number}
-        if isinstance(stage, Prepare):
+        if isinstance(stage, PrepareSource):
             source = {"num_examples": 900, "num_images": 0, "dropped": {}}
             sources = {
                 "stories": source | {"kind": "text", "num_tokens": 2_000_000},
                 "scenes": source | {"kind": "caption", "num_tokens": 90_000, "num_images": 6000},
                 "dialogues": source | {"kind": "instruct", "num_tokens": 200_000},
             }
-            finish(ledger, stage, common | {"sources": sources, "vocab_size": 512})
+            finish(ledger, stage, common | sources[stage.source])
+        elif isinstance(stage, DataStage):
+            finish(ledger, stage, common | {"vocab_size": 512})
         elif isinstance(stage, TrainEncoder):
             metrics(ledger, stage, 300, 2048, chance)
             found = {"steps": 300, "first_loss": 6.0, "final_loss": 1.5, "retrieval": 0.5}
@@ -511,7 +515,7 @@ def test_page_says_when_a_budget_is_missed(study: Study, store: Ledger) -> None:
 
 
 def test_pictures_are_found_after_the_store_has_moved(study: Study, store: Ledger) -> None:
-    prepared = store.folder(study.lines[0].result.of.data)
+    prepared = store.folder(study.lines[0].result.of.data.laid_out[0])
     (prepared / "world").mkdir()
     Image.new("RGB", (40, 30), "red").save(prepared / "world" / "a.png")
     for line in study.lines:
@@ -615,7 +619,11 @@ def test_figures_lie_beside_the_page_as_svg_png_and_pdf(study: Study, finished: 
     assert drawn == {path.stem for path in folder.glob("*.pdf")}
     assert all(path.read_bytes().startswith(b"%PDF") for path in folder.glob("*.pdf"))
     losses = {path.stem for path in folder.glob("*.svg")} - drawn
-    trained = {f"curves_{s.name}" for s in order(study) if s.kind not in ("prepare", "evaluate")}
+    trained = {
+        f"curves_{s.name}"
+        for s in order(study)
+        if s.kind != "evaluate" and not isinstance(s, DataStage)
+    }
     assert losses < trained
     assert len(losses) == MAX_CURVES
     text = " ".join(page_of(finished).split())

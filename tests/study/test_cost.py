@@ -214,16 +214,6 @@ def test_a_frozen_decoder_saves_the_gradients_of_its_weights(
     assert whole.decoder * 2 / 3 < saved.decoder < whole.decoder
 
 
-def test_a_budget_of_a_source_that_the_world_lacks_is_refused(
-    make_study: MakeStudy, tmp_path: Path
-) -> None:
-    study, ledger = make_study(), Ledger(tmp_path)
-    with ledger.open_stage(order(study)[0]) as work:
-        work.finish({"sources": {"poems": SOURCES["stories"]}})
-    with pytest.raises(ValueError, match="'stories'; the world has poems"):
-        cost(_by_kind(study)["pretrain"], ledger)
-
-
 def test_evaluations_cost_more_with_more_questions_and_when_asked_blind(
     make_study: MakeStudy,
 ) -> None:

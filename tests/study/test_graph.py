@@ -18,7 +18,7 @@ MakeStudy = Callable[..., Study]
 def test_order_lists_each_stage_once_and_parents_first(make_study: MakeStudy) -> None:
     stages = order(make_study((0.2, 0.6, 1.0), (0, 1)))
     names = [stage.name for stage in stages]
-    assert len(names) == len(set(names)) == 3 + 3 * 6 + 1
+    assert len(names) == len(set(names)) == 7 + 3 * 6 + 1
     for index, stage in enumerate(stages):
         assert {parent.name for parent in stage.parents} <= set(names[:index])
 
@@ -34,11 +34,12 @@ def test_order_does_not_depend_on_which_objects_stand_for_equal_stages(
 def test_plan_names_the_lines_that_share_a_stage(make_study: MakeStudy, tmp_path: Path) -> None:
     work = plan(make_study(), Ledger(tmp_path))
     lines = {row.stage.kind: row.lines for row in work.rows}
-    assert lines["prepare"] == lines["pretrain"] == ("0.2 0", "1.0 0", "text only")
+    whole = ("0.2 0", "1.0 0", "text only")
+    assert lines["prepare_tokenizer"] == lines["prepare_world"] == lines["pretrain"] == whole
     assert lines["train_encoder"] == ("0.2 0", "1.0 0")
     assert lines["finetune"] == ("1.0 0",)
-    assert work.num_shared == 3
-    assert work.num_alone == 6 + 6 + 3
+    assert work.num_shared == 7
+    assert work.num_alone == 10 + 10 + 5
 
 
 def test_plan_compares_the_flops_of_sharing_with_those_of_lines_alone(
@@ -46,7 +47,7 @@ def test_plan_compares_the_flops_of_sharing_with_those_of_lines_alone(
 ) -> None:
     work = plan(make_study(), Ledger(tmp_path))
     flops = [(row.stage.kind, row.cost.flops or 0.0) for row in work.rows]
-    uses = {"prepare": 3.0, "train_encoder": 2.0, "pretrain": 0.2 + 1.0 + 1.0}
+    uses = {"train_encoder": 2.0, "pretrain": 0.2 + 1.0 + 1.0}
     assert work.shared_flops == pytest.approx(sum(value for _, value in flops))
     assert work.naive_flops == pytest.approx(
         sum(value * uses.get(kind, 1.0) for kind, value in flops)
@@ -67,7 +68,7 @@ def test_plan_counts_what_is_done_and_leaves_the_store_alone(
     assert not ledger.store.exists()
     first = order(study)[0]
     with ledger.open_stage(first) as work:
-        work.finish({"sources": _sources()})
+        work.finish({})
     after = plan(study, ledger)
     assert after.num_done == 1
     assert first.name not in {row.stage.name for row in after.to_run}
@@ -89,7 +90,7 @@ def test_plan_of_300_lines_computes_each_identity_once(
     study = make_study(tuple(step / 100 for step in range(1, 101)), (0, 1, 2))
     work = plan(study, Ledger(tmp_path))
     assert len(study.lines) == 300
-    assert len(work.rows) == 3 + 3 * 300 + 1
+    assert len(work.rows) == 7 + 3 * 300 + 1
     assert set(calls.values()) == {1}
     assert len(calls) == len(work.rows)
 
@@ -147,14 +148,3 @@ def test_two_lines_of_one_name_are_refused(make_study: MakeStudy, tmp_path: Path
     twice = study.model_copy(update={"lines": (*study.lines, study.lines[0])})
     with pytest.raises(ValueError, match=r"'0\.2 0' twice"):
         plan(twice, Ledger(tmp_path))
-
-
-def _sources() -> dict[str, dict[str, Any]]:
-    held = {
-        "kind": "text",
-        "num_examples": 10,
-        "num_tokens": 100,
-        "num_images": 0,
-        "distinct_images": 0,
-    }
-    return {name: dict(held) for name in ("stories", "captions", "chats")}

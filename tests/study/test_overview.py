@@ -9,7 +9,15 @@ from midstream.storage import write_json
 from midstream.study.graph import order
 from midstream.study.ledger import Ledger, launch_lock
 from midstream.study.overview import Board, Overview, StageView, overview_json
-from midstream.study.stage import Evaluate, Finetune, PrepareWorld, Pretrain, Stage, TrainEncoder
+from midstream.study.stage import (
+    DataStage,
+    Evaluate,
+    Finetune,
+    PrepareWorld,
+    Pretrain,
+    Stage,
+    TrainEncoder,
+)
 from midstream.study.studies import Study
 
 MakeStudy = Callable[..., Study]
@@ -37,9 +45,8 @@ def first(study: Study, kind: type) -> Stage:
 
 def finish(ledger: Ledger, stage: Stage, seconds: float = 10.0) -> None:
     made = {"kind": "text", "num_examples": 10, "num_tokens": 900, "num_images": 0}
-    sources = {name: {**made, "distinct_images": 0} for name in ("stories", "captions", "chats")}
     with ledger.open_stage(stage) as work:
-        work.finish({"seconds": seconds, "sources": sources})
+        work.finish({"seconds": seconds, **made, "distinct_images": 0})
 
 
 def view(seen: Overview, stage: Stage) -> StageView:
@@ -59,9 +66,9 @@ def test_a_study_that_nobody_has_run_is_new_idle_and_of_unknown_time(
     study: Study, ledger: Ledger
 ) -> None:
     seen = Board(study, ledger).look()
-    assert seen.counts == {"running": 0, "failed": 0, "stopped": 0, "new": 10, "done": 0}
+    assert seen.counts == {"running": 0, "failed": 0, "stopped": 0, "new": 14, "done": 0}
     assert (seen.active, seen.settled, seen.seconds_left) == (False, False, None)
-    assert seen.num_unestimated == len(seen.stages) == 10
+    assert seen.num_unestimated == len(seen.stages) == 14
 
 
 def test_a_running_stage_tells_share_loss_speed_time_left_and_place(
@@ -93,8 +100,10 @@ def test_a_running_stage_tells_share_loss_speed_time_left_and_place(
 def test_the_time_left_follows_from_finished_stages_speed_and_planned_flops(
     study: Study, ledger: Ledger
 ) -> None:
-    data, text = first(study, PrepareWorld), first(study, Pretrain)
-    finish(ledger, data, 5.0)
+    text = first(study, Pretrain)
+    for data in order(study):
+        if isinstance(data, DataStage):
+            finish(ledger, data, 5.0)
     finish(ledger, first(study, TrainEncoder), 5.0)
     finish(ledger, text, 100.0)
     board = Board(study, ledger)

@@ -251,7 +251,7 @@ def test_the_reference_sizes_are_live_at_the_default_limit_and_stored_above_it(
     budget = Mixture(total_tokens=28 * 10**9, by="sequences", shares=shares)
     rows = first.training.rows.model_copy(update={"row_length": 1024})
     pairs = with_budget(first, budget, rows=rows)
-    ledger = prepared((first.data,), tmp_path, sources)
+    ledger = prepared(tuple(map(first.data.source, ("web", "pairs", "mix"))), tmp_path, sources)
 
     # A tenth of 28 B tokens: 2.7 M pictures, none of them twice.
     alone = only([pairs], ledger, Machine(max_feature_gib=5000))
@@ -418,7 +418,8 @@ def test_the_plan_command_prints_each_encoder_as_text_and_as_json(tmp_path: Path
         for name in budget_names(stage)
     }
     sources = {name: SOURCES["chats" if name == "talks" else "captions"] for name in names}
-    finish(ledger, encoder.data, {"sources": sources})
+    for name, source in sources.items():
+        finish(ledger, encoder.data.source(name), source)
     found = CliRunner().invoke(app, [*command, "--json"])
     (values,) = json.loads(found.output)["features"]
     assert values == only(list(stages), ledger).values()

@@ -58,7 +58,7 @@ def test_gpu_hours_follow_from_flops_peak_and_utilisation(work: Plan, tmp_path: 
 def test_done_stages_take_no_more_hours(make_study: MakeStudy, tmp_path: Path) -> None:
     study, ledger = make_study(), Ledger(tmp_path)
     before = price(plan(study, ledger), ledger, Fleet(A100))
-    encoder = order(study)[1]
+    encoder = next(stage for stage in order(study) if stage.kind == "train_encoder")
     with ledger.open_stage(encoder) as opened:
         opened.finish({"weights_digest": "w"})
     after = price(plan(study, ledger), ledger, Fleet(A100))
@@ -136,9 +136,11 @@ def test_expected_sources_price_a_study_whole(make_study: MakeStudy, tmp_path: P
         ExpectedSource(name="chats", kind="instruct", num_images=50, **told),
     )
     text = study.model_dump_json()
-    data = order(study)[0].model_dump_json()
-    told_data = order(study)[0].model_copy(update={"expected": expected}).model_dump_json()
-    work = plan(Study.model_validate_json(text.replace(data, told_data)), Ledger(tmp_path))
+    data = study.lines[0].result.of.data
+    told_data = data.model_copy(update={"expected": expected}).model_dump_json()
+    work = plan(
+        Study.model_validate_json(text.replace(data.model_dump_json(), told_data)), Ledger(tmp_path)
+    )
     assert work.num_unknown == 0
-    assert work.num_expected == len(work.rows) - 1
+    assert work.num_expected == len([r for r in work.rows if "prepare" not in r.stage.kind])
     assert all(row.cost.flops is not None for row in work.rows)

@@ -26,7 +26,9 @@ MakeStudy = Callable[..., Study]
 def test_every_kind_of_stage_keeps_its_identity_through_json(make_study: MakeStudy) -> None:
     stages = order(make_study())
     assert {stage.kind for stage in stages} == {
-        "prepare",
+        "prepare_world",
+        "prepare_tokenizer",
+        "prepare_source",
         "train_encoder",
         "pretrain",
         "continue",
@@ -64,12 +66,19 @@ def test_a_change_in_an_ancestor_changes_every_descendant(make_study: MakeStudy)
 
 
 def test_a_changed_copy_has_an_identity_of_its_own(make_study: MakeStudy) -> None:
-    changes = {"prepare": ("tokenizer", "vocab_size"), "evaluate": ("evaluation", "limit")}
+    changes = {
+        "prepare_world": ("world", "seed"),
+        "prepare_tokenizer": ("tokenizer", "vocab_size"),
+        "evaluate": ("evaluation", "limit"),
+    }
     for stage in order(make_study()):
         first = stage.identity
         assert stage.model_copy().identity == stage.model_copy(deep=True).identity == first
-        part, name = changes.get(stage.kind, ("training", "seed"))
-        value = getattr(stage, part).model_copy(update={name: 77})
+        if stage.kind == "prepare_source":
+            part, value = "source", "other"
+        else:
+            part, name = changes.get(stage.kind, ("training", "seed"))
+            value = getattr(stage, part).model_copy(update={name: 77})
         changed = stage.model_copy(update={part: value})
         assert type(changed) is type(stage)
         assert changed.identity != first
@@ -85,15 +94,20 @@ def test_stages_name_what_they_read_as_parents(make_study: MakeStudy) -> None:
     assert isinstance(chat, Finetune)
     seen = chat.start
     kinds = [stage.kind for stage in result.parents]
-    assert kinds == ["finetune", "prepare", "train_encoder"]
-    assert [stage.kind for stage in seen.parents] == ["prepare", "train_encoder", "pretrain"]
+    assert kinds == ["finetune", "prepare_tokenizer", "prepare_world", "train_encoder"]
+    read = ["prepare_tokenizer", "prepare_source", "prepare_source", "train_encoder"]
+    assert [stage.kind for stage in seen.parents] == [*read, "pretrain"]
     scratch = Continue(**{**dict(seen), "start": FromScratch()})
-    assert [stage.kind for stage in scratch.parents] == ["prepare", "train_encoder"]
+    assert [stage.kind for stage in scratch.parents] == read
 
 
 def test_the_evaluation_of_a_text_model_needs_no_encoder(make_study: MakeStudy) -> None:
     baseline = make_study().baselines["text only"]
-    assert [stage.kind for stage in baseline.parents] == ["pretrain", "prepare"]
+    assert [stage.kind for stage in baseline.parents] == [
+        "pretrain",
+        "prepare_tokenizer",
+        "prepare_world",
+    ]
 
 
 def test_stages_of_another_kind_are_refused_where_they_do_not_fit(make_study: MakeStudy) -> None:

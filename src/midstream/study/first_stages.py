@@ -5,7 +5,7 @@ version); fields marked `Placement` are left out. Equal identity means the same 
 """
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -37,6 +37,7 @@ from midstream.identity import Placement, canonical, digest, fields_of
 PLANNED = "planned"
 # Not `Self`, which the tests' type checks of single methods cannot read.
 Own = TypeVar("Own", bound="StageBase")
+Value = TypeVar("Value", bound="Prepare")
 
 
 class StageBase(Config):
@@ -182,13 +183,28 @@ class Prepare(Config):
     def _sources(self) -> dict[str, PrepareSource]:
         return {}
 
+    def model_copy(
+        self: Value, *, update: Mapping[str, Any] | None = None, deep: bool = False
+    ) -> Value:
+        """A copy with other values, and therefore with stages of its own."""
+        copied = super().model_copy(update=update, deep=deep)
+        for made in ("vocabulary", "_sources"):
+            copied.__dict__.pop(made, None)
+        return copied
+
     def needed_by(self, training: Training) -> "tuple[PrepareTokenizer | PrepareSource, ...]":
         """The tokenizer, and the sources that a budget draws from."""
         return (self.vocabulary, *map(self.source, training.budget.source_names))
 
 
 def _laid_out(world: World) -> tuple[PrepareWorld, ...]:
-    return () if isinstance(world, PublicFolder) else (PrepareWorld(world=world),)
+    return () if isinstance(world, PublicFolder) else (_world_stage(world),)
+
+
+@lru_cache(maxsize=64)
+def _world_stage(world: PocketWorld | SmallReal) -> PrepareWorld:
+    # One object, whose identity is worked out once for all that read the world.
+    return PrepareWorld(world=world)
 
 
 # What makes data of public files.
