@@ -74,7 +74,6 @@ for line in sys.stdin:
                 say(event="progress", stage=stage.name, done=0.5, tokens_seen=1, total_tokens=2,
                     loss=1.0, tokens_per_second=3.0, note="")
                 time.sleep(60)
-            sources = ("stories", "captions", "chats")
             made = dict(kind="caption", num_examples=1, num_tokens=9, num_images=1)
             made["distinct_images"] = 1
             work.finish({"weights_digest": "w", **made})
