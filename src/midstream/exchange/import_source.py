@@ -12,7 +12,7 @@ from midstream.config import AnyDecoderConfig
 from midstream.config.base import Config, Positive
 from midstream.data.tokenising.tokenise import open_tokenizer
 from midstream.exchange import vision_checkpoints
-from midstream.exchange.families import Known, known_checkpoint
+from midstream.study.families import Known, known_checkpoint
 from midstream.exchange.huggingface import check_downloaded, fetch, read_decoder
 from midstream.exchange.openlm import read_openlm
 from midstream.exchange.position import NUMBERS

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from midstream.exchange.families import RUNS, known_checkpoint
+from midstream.study.families import RUNS, known_checkpoint
 from midstream.exchange.position import settle
 from midstream.study.imported import Position
 
