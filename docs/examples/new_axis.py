@@ -21,7 +21,7 @@ def study(
     shrink: float = 1.0,
 ) -> Study:
     """Moments x end rate x seed, from 80 % of text training on."""
-    at = find_scale(scale, inputs, text="trained", shrink=shrink)
+    at = find_scale(scale, shrink, inputs=inputs, text="trained")
     lines: list[Line] = []
     for seed in seeds:
         base = line(at, Model(completion=0.8, epochs=2, seed=seed)).result

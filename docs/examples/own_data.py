@@ -15,6 +15,7 @@ from midstream.config import Evaluation, PublicFolder, TrainedTokenizer
 from midstream.identity import world_fingerprint
 from midstream.recipes import pocket
 from midstream.recipes.models import Model, line, text_baselines
+from midstream.recipes.scale import CaptionSet
 from midstream.recipes.scales import DATACOMP_DR, find_scale
 from midstream.storage import read_json
 from midstream.study.axes import with_field
@@ -64,8 +65,8 @@ def study(
         decoder=decoder,
         text=run.model_copy(update={"decoder": decoder}),
         encoders={"SigLIP": encoder},
-        captions={DATACOMP_DR: captions},
-        text_source=text,
+        captions={DATACOMP_DR: CaptionSet(captions)},
+        text_sources=((text, 1.0),),
         instruct_source=talks,
         image_text_tokens=image_text_tokens,
         rows=rows,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from midstream import recipes
 from midstream.study.ledger import Ledger
@@ -111,7 +111,7 @@ def _recipes_of(module: ModuleType) -> dict[str, Recipe]:
 
 
 def _arguments(name: str, recipe: Recipe, settings: Sequence[str]) -> dict[str, Any]:
-    known = inspect.signature(recipe).parameters
+    known = _parameters(recipe)
     hints = get_type_hints(recipe)
     arguments: dict[str, Any] = {}
     for key, value in read_settings("--set", settings).items():
@@ -129,6 +129,19 @@ def _arguments(name: str, recipe: Recipe, settings: Sequence[str]) -> dict[str, 
     if needed:
         raise ValueError(f"{name} needs {', '.join(needed)}; add --set {needed[0]}=VALUE")
     return arguments
+
+
+def _parameters(recipe: Recipe) -> dict[str, inspect.Parameter]:
+    """A recipe's parameters by name, those of a `**given: Unpack[TypedDict]` one by one."""
+    found: dict[str, inspect.Parameter] = {}
+    for name, parameter in inspect.signature(recipe).parameters.items():
+        keys = get_args(get_type_hints(recipe).get(name))
+        if parameter.kind is parameter.VAR_KEYWORD and keys:
+            for key in get_type_hints(keys[0]):
+                found[key] = inspect.Parameter(key, parameter.KEYWORD_ONLY, default=None)
+        else:
+            found[name] = parameter
+    return found
 
 
 def read_settings(option: str, settings: Sequence[str]) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from midstream.config import AnyDecoderConfig
 from midstream.config.base import Config, Positive
 from midstream.data.tokenising.tokenise import open_tokenizer
 from midstream.exchange import vision_checkpoints
-from midstream.study.families import Known, known_checkpoint
 from midstream.exchange.huggingface import check_downloaded, fetch, read_decoder
 from midstream.exchange.openlm import read_openlm
 from midstream.exchange.position import NUMBERS
 from midstream.model.transformers_config import FAMILIES
 from midstream.storage import read_json
+from midstream.study.families import Known, known_checkpoint
 from midstream.study.imported import RECORD, Position
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")

@@ -1,14 +1,17 @@
-"""The fine-tuned 1.4B runs of the paper's authors, as facts: mixture, start, fine-tuning epochs.
+"""The fine-tuned runs of the paper's authors, as facts: mixture, start, fine-tuning epochs.
 
 Decoded from the run names in the authors' evaluation script (github.com/mlfoundations/open_lm,
 scripts/lm_eval.sh). Its version on the branch prismatic_openlm lists the 279 of AUTHORS_RUNS
 (names that are commented out included: a run is commented out once it is evaluated). A later
 version (commit a89c15e7) lists the 93 of AUTHORS_LATER_RUNS: what was missing of the grid of 13
-mixtures, 6 starts and 4 epochs, mixtures with 20 % of pictures, and one run on other captions. The
-epochs of one mixture and start are fine-tunings of one image-text model; all else is equal among
-the runs (siglip, fused projector, token multiplier 1, seed 124).
+mixtures, 6 starts and 4 epochs, mixtures with 20 % of pictures, and one run on other captions.
+Beside it lm_eval_154.sh and lm_eval_411.sh list the 40 and 80 of the smaller sizes; of 79M they
+name the text run alone. The epochs of one mixture and start are fine-tunings of one image-text
+model; all else is equal among the runs of a size (siglip, fused projector, token multiplier 1,
+seed 124).
 """
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 CaptionSet = Literal["DataComp-DR", "DataComp"]
@@ -72,6 +75,21 @@ _EPOCHS: dict[str, tuple[int, ...]] = {
     "34": (3, 4),
     "124": (1, 2, 4),
 }
+# The same of the smaller sizes: captions and conversations 4:1 throughout.
+_LISTED_154M: tuple[_Row, ...] = (
+    ((8, 2, 990), "0 15 15 15 15 0"),
+    ((40, 10, 950), "0 15 0 0 0 0"),
+    ((80, 20, 900), "0 15 0 0 0 0"),
+    ((160, 40, 800), "0 15 0 0 0 0"),
+    ((400, 100, 500), "0 15 0 0 0 0"),
+)
+_LISTED_411M: tuple[_Row, ...] = (
+    ((8, 2, 990), "0 15 15 15 15 0"),
+    ((40, 10, 950), "0 15 0 15 15 0"),
+    ((80, 20, 900), "0 15 0 15 15 0"),
+    ((160, 40, 800), "0 15 0 15 15 0"),
+    ((400, 100, 500), "0 15 0 15 15 0"),
+)
 # Table 4's row of DataComp's own captions.
 _OTHER_CAPTIONS = AuthorsRun(0.1, 0.0, 0.9, 0.8, 4, "DataComp")
 
@@ -96,3 +114,9 @@ def _expand(rows: tuple[_Row, ...]) -> tuple[AuthorsRun, ...]:
 AUTHORS_RUNS: tuple[AuthorsRun, ...] = _expand(_LISTED)
 # What the later list adds.
 AUTHORS_LATER_RUNS: tuple[AuthorsRun, ...] = (*_expand(_LATER), _OTHER_CAPTIONS)
+# By size; those of 1.4B together.
+LISTS: Mapping[str, tuple[AuthorsRun, ...]] = {
+    "154m": _expand(_LISTED_154M),
+    "411m": _expand(_LISTED_411M),
+    "1b": (*AUTHORS_RUNS, *AUTHORS_LATER_RUNS),
+}

@@ -1,6 +1,6 @@
 """One model of the paper's study, from the values that its experiments vary to an evaluation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from midstream.config import (
     Training,
     WarmupCosine,
 )
-from midstream.recipes.line import END_RATE, REWARMED
+from midstream.recipes.line import REWARMED
 from midstream.recipes.scales import DATACOMP_DR, Scale
 from midstream.study.stage import Continue, Evaluate, Finetune
 from midstream.study.studies import Axis, Line, line_name
@@ -41,13 +41,7 @@ class Model:
 
 def image_text_stage(scale: Scale, model: Model) -> Continue:
     """The image-text stage of a model: 0 % and 100 % warm up again, others continue (Figure 3)."""
-    text = round(1.0 - model.captions - model.instruct, 10)
-    shares = {
-        scale.captions[model.caption_set]: model.captions,
-        scale.instruct_source: model.instruct,
-        scale.text_source: text,
-    }
-    schedule: WarmupCosine | ContinuedCosine = ContinuedCosine(end_rate=END_RATE)
+    schedule: WarmupCosine | ContinuedCosine = ContinuedCosine(end_rate=scale.end_rate)
     if model.completion in REWARMED:
         # The same number of tokens, whatever the length (paper, Figure 3).
         fraction = scale.rewarm.warmup_fraction / model.multiple
@@ -59,7 +53,13 @@ def image_text_stage(scale: Scale, model: Model) -> Continue:
         decoder=scale.decoder,
         start=scale.start(model.completion),
         training=Training(
-            budget=mixture(scale, shares, model.multiple),
+            budget=mixture(
+                scale,
+                model.captions,
+                model.instruct,
+                multiple=model.multiple,
+                caption_set=model.caption_set,
+            ),
             rows=scale.rows,
             optimizer=scale.optimizer,
             schedule=schedule,
@@ -69,12 +69,30 @@ def image_text_stage(scale: Scale, model: Model) -> Continue:
     )
 
 
-def mixture(scale: Scale, shares: Mapping[str, float], multiple: float) -> Mixture:
-    """Shares of so many times the scale's image-text tokens; sources without one are left out."""
+def mixture(
+    scale: Scale,
+    captions: float,
+    instruct: float,
+    *,
+    multiple: float,
+    caption_set: str = DATACOMP_DR,
+) -> Mixture:
+    """`multiple` times the scale's image-text tokens: captions, conversations, the rest text.
+
+    Sources without a share are left out.
+    """
+    source, caption = scale.captions[caption_set]
+    text = round(1.0 - captions - instruct, 10)
+    shares = [
+        Share(source=source, share=captions, caption=caption),
+        Share(source=scale.instruct_source, share=instruct),
+        *(Share(source=name, share=round(text * part, 12)) for name, part in scale.text_sources),
+    ]
     return Mixture(
         total_tokens=round(scale.image_text_tokens * multiple),
-        shares=tuple(Share(source=name, share=share) for name, share in shares.items() if share),
+        shares=tuple(share for share in shares if share.share),
         max_epochs=scale.max_epochs,
+        by=scale.by,
         sampling=scale.sampling,
     )
 
@@ -107,11 +125,15 @@ def line(scale: Scale, model: Model, /, **axes: Axis) -> Line:
 
 
 def text_baselines(scale: Scale, completions: Sequence[float]) -> dict[str, Evaluate]:
-    """The text run itself at these shares of its tokens, on the text tasks."""
+    """The text run itself at these shares of its tokens, on the text tasks.
+
+    Shares at which the scale has no weights are left out.
+    """
     asked = text_only(scale.asked)
     return {
         f"text only, {share:.0%}": Evaluate(**_evaluated(scale, share), evaluation=asked)
         for share in completions
+        if share in scale.completions
     }
 
 

@@ -4,14 +4,17 @@ K, I and U stand for known, inferred and unknown: whether a number is the paper'
 follows from them, or is our choice.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from midstream.config import (
     DECODERS,
     AdamW,
+    AnyDecoderConfig,
+    Caption,
     EncoderConfig,
     Evaluation,
-    ExpectedSource,
     FusedEncoder,
     Mixture,
     PatchProjection,
@@ -24,7 +27,15 @@ from midstream.config import (
 )
 from midstream.identity import WorldFingerprint, file_sha256, world_fingerprint
 from midstream.recipes.line import END_RATE
-from midstream.recipes.scale import COMPLETIONS, DATACOMP_DR, Encoder, Scale
+from midstream.recipes.paper_sources import (
+    EXPECTED,
+    IMAGE_TEXT,
+    PRIVATE,
+    TEXT_RUN,
+    caption_sets,
+)
+from midstream.recipes.scale import COMPLETIONS, CaptionSet, Encoder, Scale, TextMixture
+from midstream.schedule import rate_at
 from midstream.study.imported import as_imported
 from midstream.study.stage import (
     PLANNED,
@@ -42,6 +53,9 @@ _IMAGE_ROWS = Rows(row_length=1024, batch_rows=256, layout="filled")
 # K: 256 conversations a step; U: their length. Prismatic's default is 2,048 tokens at most; a
 # filled row of that length holds two conversations with a picture.
 _FINETUNE_ROWS = Rows(row_length=2048, batch_rows=128, layout="filled")
+# I: the authors' own rows: one picture and its caption, or one conversation, and padding.
+_IMAGE_PADDED = Rows(row_length=1024, batch_rows=256, layout="padded")
+_FINETUNE_PADDED = Rows(row_length=2048, batch_rows=256, layout="padded")
 # K: text run of 1.4B and its peak; multiplier 150 (x 20) of 79M. I: the same for the other sizes.
 _TEXT_TOKENS = {"1b": 4_319_385_600_000}
 _TEXT_MULTIPLE, _IMAGE_TEXT_MULTIPLE = 3000, 20
@@ -52,22 +66,40 @@ _REWARM_STEPS = {"11m": 100, "79m": 400, "154m": 1000, "411m": 2500, "1b": 5000}
 _REWARM_PEAK = 3e-3
 _TEXT_PEAK = {"1b": 1e-2}
 _TEXT_DECAY = {"1b": 0.01}
+# K at 1b (records of the hero run), and at 411m (411m_1x.json); I: the others as that.
+_TEXT_Z_LOSS = {"1b": 1e-6}
 _TEXT_WARMUP_STEPS = {"1b": 5000, "154m": 1000, "411m": 2500}
-# K: rates of the records at 20, 40, 60 and 80 % of the 1.4B text run; its end.
-_RATES_1B = dict(
-    zip(
-        COMPLETIONS,
-        (
+# K: rates of the records at 20, 40, 60 and 80 % of the text runs; at 100 % their end.
+_RATES = {
+    name: dict(zip(COMPLETIONS, (*rates, END_RATE), strict=True))
+    for name, rates in {
+        "154m": (
+            0.0027302113853274333,
+            0.002032983979588796,
+            0.001150377107417605,
+            0.000388134179188036,
+        ),
+        "411m": (
+            0.0027314818349182604,
+            0.002010618392029235,
+            0.0011054291676185495,
+            0.0003519129789093403,
+        ),
+        "1b": (
             0.009080349589287376,
             0.006499974971416897,
             0.0034466737184832607,
             0.0009788970261355868,
-            END_RATE,
         ),
-        strict=True,
-    )
-)
-# K: Prismatic's siglip-vit-so400m-384px, second-to-last block; its DINOv2 partner at 384 pixels.
+    }.items()
+}
+# What `midstream import` makes the encoders' folders of. K: Prismatic's DINOv2 has registers.
+_TOWERS = {
+    "siglip": "google/siglip-so400m-patch14-384",
+    "dinov2": "facebook/dinov2-with-registers-large",
+}
+# K: Prismatic's siglip-vit-so400m-384px, second-to-last block, with the exact GELU of its timm
+# (0.9.10; the weights were trained with the tanh's); its DINOv2 partner at 384 pixels.
 SIGLIP = EncoderConfig(
     image_size=384,
     patch_size=14,
@@ -75,6 +107,7 @@ SIGLIP = EncoderConfig(
     num_layers=27,
     num_heads=16,
     intermediate_size=4304,
+    hidden_act="gelu",
 )
 DINOV2 = EncoderConfig(
     family="dinov2",
@@ -90,13 +123,8 @@ DINOV2 = EncoderConfig(
     pixel_std=(0.229, 0.224, 0.225),
     hidden_act="gelu",
 )
-CAPTION_SETS = {
-    "DataComp": "datacomp",
-    DATACOMP_DR: "datacompdr",
-    "CC12M": "cc12m",
-    "Shutterstock": "shutterstock",
-}
-VISUAL_TASKS = ("vqav2", "gqa", "textvqa", "pope", "refcoco", "ocid_ref")
+# VizWiz is asked and shown, and in no average (paper, appendix F).
+VISUAL_TASKS = ("vqav2", "gqa", "textvqa", "pope", "refcoco", "ocid_ref", "vizwiz")
 # The authors' scripts average these (recipe facts 8), Table 7 has BIG-bench CS for BoolQ.
 TEXT_TASKS = (
     "agieval_sat_en",
@@ -109,50 +137,71 @@ TEXT_TASKS = (
     "piqa",
     "pubmedqa",
 )
-# K: numbers of pictures (DataComp-1B and its DR, CC12M as on the hub, LLaVA's without text-only
-# conversations) and of text tokens. U: caption length, 30 tokens with its separators; text of a
-# conversation, the 295 positions that 729 patches leave of 1,024, 120 of them answers. Shutterstock
-# is private: as many as CC12M.
-_EXPECTED = (
-    ExpectedSource(
-        name="dclm",
-        kind="text",
-        num_examples=3_200_000_000,
-        num_tokens=4_172_903_282_931,
-        num_targets=4_172_903_282_931,
-    ),
-    *(
-        ExpectedSource(
-            name=name,
-            kind="caption",
-            num_examples=number,
-            num_images=number,
-            num_tokens=30 * number,
-            num_targets=29 * number,
-        )
-        for name, number in (
-            ("datacompdr", 1_280_000_000),
-            ("datacomp", 1_280_000_000),
-            ("cc12m", 10_970_000),
-            ("shutterstock", 10_970_000),
-        )
-    ),
-    ExpectedSource(
-        name="llava",
-        kind="instruct",
-        num_examples=624_610,
-        num_images=624_610,
-        num_tokens=295 * 624_610,
-        num_targets=120 * 624_610,
-    ),
-)
 
 
-def paper_scale(name: str, inputs: Path | None, given: bool) -> Scale:
+@dataclass(frozen=True)
+class Asked:
+    """What a user chooses of a scale of the paper; see `scales.Settings`."""
+
+    inputs: Path | None = None
+    rows: Literal["filled", "paper"] = "filled"
+    caption: Caption = "random"
+    text_mixture: TextMixture | None = None
+
+
+def paper_scale(name: str, asked: Asked, *, given: bool) -> Scale:
+    """A size of OpenLM's decoder; `given`: along imported checkpoints, not a text run here."""
     decoder = DECODERS[name]
-    data = _world(inputs)
+    data = world(asked.inputs, None)
     tokens = _IMAGE_TEXT_TOKENS.get(name, _IMAGE_TEXT_MULTIPLE * decoder.num_parameters)
-    steps = tokens / (_IMAGE_ROWS.row_length * _IMAGE_ROWS.batch_rows)
+    notes: tuple[str, ...] = ()
+    if name == "1b":
+        notes = (
+            "Where the paper and its run records differ, this follows the records: the text run "
+            "and the image-text stages end at a rate of 3e-5 (paper, section 2.1.1: 1e-5), and the "
+            "text run has batches of 512 sequences (paper, Table 2: 256).",
+        )
+    return scale_of(
+        name,
+        decoder,
+        data,
+        _checkpoints(name, data, asked.inputs)
+        if given
+        else _text_run(name, data, asked.text_mixture or TEXT_RUN),
+        asked,
+        image_text_tokens=tokens,
+        rewarm_peak=_REWARM_PEAK,
+        rewarm_steps=_REWARM_STEPS[name],
+        text_rates=_rates_along(name) if given else (),
+        notes=notes,
+    )
+
+
+def scale_of(
+    name: str,
+    decoder: AnyDecoderConfig,
+    data: Prepare,
+    text: Pretrain | dict[float, LoadDecoder],
+    asked: Asked,
+    *,
+    image_text_tokens: int,
+    rewarm_peak: float,
+    rewarm_steps: float | int,
+    end_rate: float = END_RATE,
+    text_rates: tuple[tuple[int, float], ...] = (),
+    notes: tuple[str, ...] = (),
+) -> Scale:
+    """The paper's settings around a language model and its text run."""
+    inputs, paper_rows = asked.inputs, asked.rows == "paper"
+    rows, finetune_rows = (
+        (_IMAGE_PADDED, _FINETUNE_PADDED)
+        if paper_rows
+        else (
+            _IMAGE_ROWS,
+            _FINETUNE_ROWS,
+        )
+    )
+    steps = image_text_tokens / (rows.row_length * rows.batch_rows)
     encoders: dict[str, Encoder] = {
         "SigLIP": LoadEncoder(towers=(_tower(inputs, "siglip"),), encoder=SIGLIP),
         "SigLIP + DINOv2": LoadEncoder(
@@ -167,30 +216,66 @@ def paper_scale(name: str, inputs: Path | None, given: bool) -> Scale:
         name=name,
         decoder=decoder,
         data=data,
-        text=_checkpoints(name, data, inputs) if given else _text_run(name, data),
+        text=text,
         encoders=encoders,
-        captions=CAPTION_SETS,
-        text_source="dclm",
+        captions=_captions(asked),
+        text_sources=asked.text_mixture or IMAGE_TEXT,
         instruct_source="llava",
-        image_text_tokens=tokens,
+        image_text_tokens=image_text_tokens,
         rewarm=WarmupCosine(
-            peak_rate=_REWARM_PEAK, end_rate=END_RATE, warmup_fraction=_REWARM_STEPS[name] / steps
+            peak_rate=rewarm_peak, end_rate=end_rate, warmup_fraction=rewarm_steps / steps
         ),
-        rows=_IMAGE_ROWS,
-        finetune_rows=_FINETUNE_ROWS,
+        rows=rows,
+        finetune_rows=finetune_rows,
         # K: weight decay. I: z-loss, clipping, beta2, as in DCLM's 1b_1x_fast.json.
         optimizer=AdamW(weight_decay=0.033, z_loss=1e-4),
         finetune_rate=3e-4,
         asked=Evaluation(visual_tasks=VISUAL_TASKS, text_tasks=TEXT_TASKS, max_new_tokens=128),
         seeds=(7,),
         image_text_seed=124,
+        by="sequences" if paper_rows else "tokens",
         sampling="replacement",
+        end_rate=end_rate,
+        text_rates=text_rates,
+        notes=(*notes, *_choices(asked)),
     )
 
 
-def _world(inputs: Path | None) -> Prepare:
+def _choices(asked: Asked) -> tuple[str, ...]:
+    """What the paper leaves open, and how it is decided here."""
+    seen = {
+        "random": "a synthetic caption drawn at each view",
+        "synthetic": "the first synthetic caption",
+        "original": "the text that the picture came with",
+    }[asked.caption]
+    shares = {
+        "filled": "tokens, in rows filled with whole examples (rows='paper' chooses otherwise); "
+        "the authors' code seems to count sequences, one picture each",
+        "paper": "sequences, one picture each, as the authors' code seems to count them",
+    }[asked.rows]
+    return (
+        "The paper does not say which of DataComp-DR's captions a picture is seen with; here it "
+        f"is {seen}.",
+        f"Shares of the image-text stage are of {shares}.",
+    )
+
+
+def _captions(asked: Asked) -> dict[str, CaptionSet]:
+    """Table 4's caption sets, the private one where it is at hand alone."""
+    found = caption_sets(asked.caption)
+    private = found[PRIVATE].source
+    if asked.inputs is None or not (asked.inputs / "data" / "captions" / private).is_dir():
+        del found[PRIVATE]
+    return found
+
+
+def world(inputs: Path | None, tokenizer: Path | None) -> Prepare:
+    """The world of `inputs`, in the tokens of its own tokenizer.json or of another file.
+
+    Raises FileNotFoundError where `inputs` is given and the tokenizer is not there.
+    """
     root = Path("data") if inputs is None else inputs / "data"
-    path = root / "tokenizer.json"
+    path = tokenizer or root / "tokenizer.json"
     fingerprint: WorldFingerprint | None = None
     sha256 = PLANNED
     if inputs is not None:
@@ -203,53 +288,86 @@ def _world(inputs: Path | None) -> Prepare:
     return Prepare(
         world=PublicFolder(root=root, fingerprint=fingerprint),
         tokenizer=TokenizerFile(path=path, sha256=sha256),
-        expected=_EXPECTED,
+        expected=EXPECTED,
     )
 
 
-def _imported(inputs: Path | None, part: str, name: str) -> Imported:
-    if inputs is None:
-        return Imported(folder=Path(part) / name, content=f"{PLANNED} {part}/{name}")
-    return as_imported(inputs / part / name)
+def imported(inputs: Path | None, part: str, name: str, source: str) -> Imported:
+    """A folder of `midstream import` under `inputs`; planned where it is not there.
+
+    A study that does not use a checkpoint or an encoder can be run without its folder. `source` is
+    what an import makes it of; empty: nothing public.
+    """
+    folder = Path(part) / name if inputs is None else inputs / part / name
+    if inputs is None or not folder.is_dir():
+        return Imported(folder=folder, content=f"{PLANNED} {part}/{name}", source=source)
+    return as_imported(folder).model_copy(update={"source": source})
 
 
 def _tower(inputs: Path | None, name: str) -> Imported:
-    # A study that does not use an encoder can be run without its folder.
-    if inputs is not None and not (inputs / "encoders" / name).is_dir():
-        return _imported(None, "encoders", name)
-    return _imported(inputs, "encoders", name)
+    return imported(inputs, "encoders", name, _TOWERS[name])
 
 
 def _checkpoints(name: str, data: Prepare, inputs: Path | None) -> dict[float, LoadDecoder]:
+    known = _RATES.get(name, {})
     return {
         share: LoadDecoder(
             data=data,
-            checkpoint=_imported(inputs, "checkpoints", f"{share * 100:.0f}"),
+            checkpoint=imported(
+                inputs,
+                "checkpoints",
+                f"{share * 100:.0f}",
+                "TRI-ML/DCLM-1B" if (name, share) == ("1b", 1.0) else "",
+            ),
             decoder=DECODERS[name],
-            planned_rate=_RATES_1B[share] if name == "1b" else None,
+            planned_rate=known.get(share, _text_rate(name, share)),
+            planned_tokens=round(share * _text_tokens(name)),
         )
         for share in COMPLETIONS
     }
 
 
-def _text_run(name: str, data: Prepare) -> Pretrain:
-    decoder = DECODERS[name]
-    tokens = _TEXT_TOKENS.get(name, _TEXT_MULTIPLE * decoder.num_parameters)
-    steps = tokens / (_TEXT_ROWS.row_length * _TEXT_ROWS.batch_rows)
+def _text_tokens(name: str) -> int:
+    return _TEXT_TOKENS.get(name, _TEXT_MULTIPLE * DECODERS[name].num_parameters)
+
+
+def _text_schedule(name: str) -> WarmupCosine:
+    steps = _text_tokens(name) / (_TEXT_ROWS.row_length * _TEXT_ROWS.batch_rows)
+    return WarmupCosine(
+        peak_rate=_TEXT_PEAK.get(name, 3e-3),
+        end_rate=END_RATE,
+        warmup_fraction=_TEXT_WARMUP_STEPS.get(name, 400) / steps,
+    )
+
+
+def _text_rate(name: str, share: float) -> float:
+    total = _text_tokens(name)
+    return rate_at(_text_schedule(name), round(share * total), total)
+
+
+def _rates_along(name: str) -> tuple[tuple[int, float], ...]:
+    """The text run's rate at some of its tokens, the end of its warm-up among them."""
+    shares = {_text_schedule(name).warmup_fraction, *(part / 100 for part in range(101))}
+    return tuple(
+        (round(share * _text_tokens(name)), _text_rate(name, share)) for share in sorted(shares)
+    )
+
+
+def _text_run(name: str, data: Prepare, mixture: TextMixture) -> Pretrain:
     return Pretrain(
         data=data,
-        decoder=decoder,
+        decoder=DECODERS[name],
         milestones=COMPLETIONS,
         training=Training(
             budget=Mixture(
-                total_tokens=tokens, shares=(Share(source="dclm", share=1.0),), max_epochs=2
+                total_tokens=_text_tokens(name),
+                shares=tuple(Share(source=source, share=share) for source, share in mixture),
+                max_epochs=2,
             ),
             rows=_TEXT_ROWS,
-            optimizer=AdamW(weight_decay=_TEXT_DECAY.get(name, 0.033)),
-            schedule=WarmupCosine(
-                peak_rate=_TEXT_PEAK.get(name, 3e-3),
-                end_rate=END_RATE,
-                warmup_fraction=_TEXT_WARMUP_STEPS.get(name, 400) / steps,
+            optimizer=AdamW(
+                weight_decay=_TEXT_DECAY.get(name, 0.033), z_loss=_TEXT_Z_LOSS.get(name, 1e-4)
             ),
+            schedule=_text_schedule(name),
         ),
     )

@@ -1,6 +1,7 @@
 """The pocket scale: generated, and run in minutes on two cores. Our choice throughout."""
 
 from dataclasses import replace
+from typing import Literal
 
 from midstream.config import (
     AdamW,
@@ -11,7 +12,7 @@ from midstream.config import (
 )
 from midstream.recipes import pocket
 from midstream.recipes.line import END_RATE
-from midstream.recipes.scale import DATACOMP_DR, Scale
+from midstream.recipes.scale import DATACOMP_DR, CaptionSet, Scale, TextMixture
 from midstream.study.stage import (
     FuseEncoders,
     Prepare,
@@ -22,8 +23,15 @@ _CONVERSATIONS = 2_500
 _ALT_TEXTS = 6_000
 
 
-def pocket_scale(shrink: float) -> Scale:
+def pocket_scale(
+    shrink: float = 1.0,
+    rows: Literal["filled", "paper"] = "filled",
+    text_mixture: TextMixture | None = None,
+) -> Scale:
     """Our choice throughout (U): what two cores do in minutes, at the paper's shares."""
+    image_rows = pocket.IMAGE_ROWS
+    if rows == "paper":
+        image_rows = image_rows.model_copy(update={"layout": "padded"})
 
     def few(number: int, least: int) -> int:
         return max(least, round(number * shrink))
@@ -42,7 +50,7 @@ def pocket_scale(shrink: float) -> Scale:
             expected=_POCKET_EXPECTED if shrink == 1.0 and not alt_texts else (),
         )
 
-    def scale(data: Prepare, captions: dict[str, str]) -> Scale:
+    def scale(data: Prepare, captions: dict[str, CaptionSet]) -> Scale:
         encoder, dinov2 = (
             pocket.encoder_stage(data, num_steps=few(700, 20), encoder=tower)
             for tower in (pocket.ENCODER, pocket.DINOV2)
@@ -62,22 +70,30 @@ def pocket_scale(shrink: float) -> Scale:
                 ),
             },
             captions=captions,
-            text_source="web",
+            text_sources=text_mixture or (("web", 1.0),),
             instruct_source="talks",
             image_text_tokens=few(200_000, 10_000),
             rewarm=WarmupCosine(peak_rate=1e-3, end_rate=END_RATE, warmup_fraction=0.05),
-            rows=pocket.IMAGE_ROWS,
-            finetune_rows=pocket.IMAGE_ROWS,
+            rows=image_rows,
+            finetune_rows=image_rows,
             optimizer=AdamW(),
             finetune_rate=1e-3,
             asked=pocket.ASKED,
             seeds=(7, 365, 124),
+            by="sequences" if rows == "paper" else "tokens",
             max_epochs=4,
+            notes=(
+                "Pocket scale: a generated world and models of some 200,000 parameters. It shows "
+                "how the study works and which way its curves run there; it says nothing about the "
+                "paper's models.",
+            ),
         )
 
-    main = scale(world(0), {DATACOMP_DR: "pictures"})
+    pictures = CaptionSet("pictures")
+    main = scale(world(0), {DATACOMP_DR: pictures})
     captioned = scale(
-        world(few(_ALT_TEXTS, 400)), {DATACOMP_DR: "pictures", "DataComp": "alt_texts"}
+        world(few(_ALT_TEXTS, 400)),
+        {DATACOMP_DR: pictures, "DataComp": CaptionSet("alt_texts")},
     )
     return replace(main, others={"captions": captioned})
 

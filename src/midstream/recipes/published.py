@@ -7,6 +7,7 @@ the same conversations, so that what differs between lines is what Table 1 tells
 
 from collections.abc import Sequence
 from itertools import product
+from typing import Unpack
 
 from midstream.config import (
     AnySchedule,
@@ -15,11 +16,9 @@ from midstream.config import (
     ProjectorConfig,
     Training,
 )
-from midstream.recipes.line import END_RATE
 from midstream.recipes.models import Model, finetune_stage, mixture
-from midstream.recipes.paper.common import notes_of
 from midstream.recipes.published_recipes import ImageText, Recipe, table_of_recipes
-from midstream.recipes.scales import DATACOMP_DR, Scale, find_scale
+from midstream.recipes.scales import Scale, Settings, find_scale
 from midstream.study.stage import Continue, Evaluate, Finetune, InitFrom, StartText
 from midstream.study.studies import Figure, Line, Study, Table
 
@@ -32,16 +31,16 @@ def table1(
     seeds: Sequence[int] = (),
     epochs: int = 4,
     recipes: Sequence[str] = (),
-    inputs: str = "",
-    text: str = "",
     shrink: float = 1.0,
+    **given: Unpack[Settings],
 ) -> Study:
     """Table 1's recipes trained at one scale, side by side.
 
-    `recipes` picks some by their name (all without it); `epochs` are those of fine-tuning. Raises
-    ValueError that lists the recipes for a name that is none.
+    `recipes` picks some by their name (all without it); `epochs` are those of fine-tuning; the
+    other settings are those of the paper's studies (`scales.Settings`). Raises ValueError that
+    lists the recipes for a name that is none.
     """
-    at = find_scale(scale, inputs, text, shrink)
+    at = find_scale(scale, shrink, **given)
     known = {recipe.name: recipe for recipe in table_of_recipes()}
     if unknown := [name for name in recipes if name not in known]:
         raise ValueError(f"no recipe {unknown[0]!r}; Table 1 has {', '.join(known)}")
@@ -67,10 +66,11 @@ def table1(
             labels={recipe.name: words(recipe) for recipe in chosen},
         ),
         notes=(
-            *notes_of(at),
+            *at.notes,
             "Every recipe has this scale's language model, encoder, captions and conversations.",
             *_notes(chosen),
         ),
+        text_rates=at.text_rates,
     )
 
 
@@ -159,11 +159,6 @@ def _mixed(stage: ImageText) -> str:
 def _image_text(
     scale: Scale, recipe: Recipe, stage: ImageText, before: Continue | None, seed: int
 ) -> Continue:
-    shares = {
-        scale.captions[DATACOMP_DR]: stage.captions,
-        scale.instruct_source: stage.instruct,
-        scale.text_source: stage.text,
-    }
     return Continue(
         data=scale.data,
         encoder=scale.encoders[ENCODER],
@@ -172,7 +167,7 @@ def _image_text(
         attention=recipe.attention,
         start=scale.start(recipe.completion) if before is None else InitFrom(stage=before),
         training=Training(
-            budget=mixture(scale, shares, stage.tokens),
+            budget=mixture(scale, stage.captions, stage.instruct, multiple=stage.tokens),
             rows=scale.rows,
             optimizer=scale.optimizer,
             schedule=_schedule(scale, stage, before),
@@ -191,7 +186,7 @@ def _schedule(scale: Scale, stage: ImageText, before: Continue | None) -> AnySch
     if stage.schedule == "plateau":
         return Constant(peak_rate=scale.rewarm.peak_rate, warmup_fraction=fraction)
     # One that goes on from an image-text stage leaves a rate to go on from in fine-tuning.
-    end = END_RATE if before is None else min(scale.finetune_rate, scale.rewarm.peak_rate / 2)
+    end = scale.end_rate if before is None else min(scale.finetune_rate, scale.rewarm.peak_rate / 2)
     return ContinuedCosine(end_rate=end)
 
 

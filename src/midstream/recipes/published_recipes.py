@@ -92,7 +92,11 @@ def idefics() -> Recipe:
         source="Laurençon et al., 2024, arXiv 2405.02246",
         image_text=(ImageText(captions=1.0, trains_encoder=True),),
         instruct=Instruct(trains_encoder=True),
-        notes=(ONE_PICTURE, "all weights are trained where it trains adapters of low rank"),
+        notes=(
+            ONE_PICTURE,
+            "the projector stands in for its resampler and the layers before it",
+            "all weights are trained where it trains adapters of low rank",
+        ),
     )
 
 
@@ -109,7 +113,7 @@ def mm1(image: float | int = 91, text: float | int = 9) -> Recipe:
             ),
         ),
         instruct=Instruct(trains_encoder=True),
-        notes=(ONE_PICTURE,),
+        notes=(ONE_PICTURE, "the projector stands in for its convolutions and pooling"),
     )
 
 
@@ -128,6 +132,7 @@ def deepseek_vl() -> Recipe:
         instruct=Instruct(trains_encoder=True),
         notes=(
             MULTITASK,
+            "one encoder and the projector stand in for its two towers and their adaptor",
             "the first training of its adaptor alone is left out, as in the table",
         ),
     )
@@ -147,6 +152,7 @@ def qwen_vl() -> Recipe:
         instruct=Instruct(),
         notes=(
             MULTITASK,
+            "the projector stands in for its layer of cross-attention with learned queries",
             "pictures keep their size where its second stage has larger ones",
         ),
     )
@@ -181,7 +187,10 @@ def prismatic() -> Recipe:
         source="Karamcheti et al., 2024, arXiv 2402.07865",
         image_text=(),
         instruct=Instruct(),
-        notes=("without an image-text stage it sees fewer tokens than the others",),
+        notes=(
+            "the projector is four times as wide between its layers as its own",
+            "without an image-text stage it sees fewer tokens than the others",
+        ),
     )
 
 
@@ -193,6 +202,7 @@ def ours() -> Recipe:
         image_text=(ImageText(captions=0.1, text=0.9, schedule="continue"),),
         instruct=Instruct(),
         completion=0.8,
+        notes=("the projector is that of its text; its run names say one of three layers",),
     )
 
 

@@ -299,3 +299,21 @@ def _tokens(run: Run, step: int, billions: str | None) -> tuple[int | None, bool
         return before + named, False
     # TinyLlama names thousands of steps, the last of them rounded up.
     return min(before + counted, run.total_tokens or before + counted), True
+
+
+def rates_along(name: str) -> tuple[tuple[int, float], ...]:
+    """(tokens seen, rate) along a hub name's first run, from its start to its end.
+
+    Nothing for a run whose length or rates are not public. Raises ValueError for an unknown name.
+    """
+    for run in RUNS:
+        if re.fullmatch(run.repositories, name) is None:
+            continue
+        if run.rate is None or run.total_tokens is None or run.tokens_per_step is None:
+            return ()
+        steps = run.total_tokens / run.tokens_per_step
+        return tuple(
+            (round(part * run.total_tokens / 200), run.rate(part * steps / 200))
+            for part in range(201)
+        )
+    raise ValueError(f"no run of {name!r} is known; study/families.py lists those that are")

@@ -233,10 +233,14 @@ class TrainEncoder(StageBase):
 
 
 class Imported(Config):
-    """A folder of `midstream import`; `content` stands for weights, moments and position."""
+    """A folder of `midstream import`; `content` stands for weights, moments and position.
+
+    `source` is what `midstream import` makes it of, where that is public.
+    """
 
     folder: Annotated[Path, Placement]
     content: str
+    source: Annotated[str, Placement] = ""
 
 
 class LoadEncoder(StageBase):
@@ -297,7 +301,8 @@ EncoderStage = TrainEncoder | LoadEncoder | FuseEncoders
 class LoadDecoder(StageBase):
     """An imported language model as a text run that is done; `data` must speak its tokens.
 
-    `planned_rate`: the learning rate that plans draw while the folder is not at hand.
+    `planned_rate` and `planned_tokens`: the learning rate, and the tokens seen, that plans draw
+    while the folder is not at hand.
     """
 
     kind: Literal["load_decoder"] = "load_decoder"
@@ -305,6 +310,7 @@ class LoadDecoder(StageBase):
     checkpoint: Imported
     decoder: AnyDecoderConfig
     planned_rate: Annotated[Rate | None, Placement] = None
+    planned_tokens: Annotated[int | None, Placement] = None
 
     @property
     def parents(self) -> "tuple[PrepareTokenizer, ...]":

@@ -52,7 +52,8 @@ class Figure(Config):
 class Printed(Config):
     """A number that a paper prints: the `score` (0 to 1) of the lines that lie `at` these axes.
 
-    `score` is a task's name, or stable.vision or stable.text.
+    `score` is a task's name, one of its metrics ("hellaswag:acc_norm"), stable.vision or
+    stable.text, or the stable score of a published set of tasks ("suite:text, Table 7").
     """
 
     at: dict[str, Axis]
@@ -61,11 +62,12 @@ class Printed(Config):
 
 
 class Published(Config):
-    """A model of others with the scores (0 to 1) that `source` prints for it."""
+    """A model of others with the scores (0 to 1) that `source` prints for it, and their ±."""
 
     name: str
     scores: dict[str, float]
     source: str
+    errors: dict[str, float] = Field(default_factory=dict)
 
 
 class Table(Config):
@@ -105,7 +107,8 @@ class Study(Config):
     """A set of lines, the question they answer and the figure that shows it.
 
     `baselines` are evaluations beside the lines: text-only models, by a name for the table.
-    `machine` is where it runs unless a run says otherwise (`study/placement.py`).
+    `machine` is where it runs unless a run says otherwise (`study/placement.py`). `text_rates` are
+    (tokens, rate) along the text run whose checkpoints are given, for pictures of the rates.
     """
 
     kind: Literal["study"] = "study"
@@ -118,6 +121,7 @@ class Study(Config):
     baselines: dict[str, Evaluate] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
     machine: Placed = Field(default_factory=dict)
+    text_rates: tuple[tuple[int, float], ...] = ()
 
     @property
     def named_results(self) -> tuple[tuple[str, Evaluate], ...]:

@@ -1,10 +1,17 @@
-"""What the paper's experiments share: labels, notes, the curve of each number of epochs."""
+"""What the paper's experiments share: labels, the curve of each number of epochs, claims."""
 
 from collections.abc import Sequence
 
 from midstream.recipes.scales import Scale
+from midstream.study.studies import Claim, Line
 
 SHARE_LABEL = "captions in the image-text stage (% of tokens)"
+SEQUENCES_LABEL = "captions in the image-text stage (% of sequences)"
+
+
+def share_label(at: Scale) -> str:
+    """What an axis of shares counts."""
+    return SEQUENCES_LABEL if at.by == "sequences" else SHARE_LABEL
 
 
 def curve_of(epochs: Sequence[int]) -> str | None:
@@ -12,11 +19,13 @@ def curve_of(epochs: Sequence[int]) -> str | None:
     return "epochs" if len(epochs) > 1 else None
 
 
-def notes_of(at: Scale) -> tuple[str, ...]:
-    """What a reader must know of the scale."""
-    if at.name != "pocket":
-        return ()
-    return (
-        "Pocket scale: a generated world and models of some 200,000 parameters. It shows how the "
-        "study works and which way its curves run there; it says nothing about the paper's models.",
+def decidable(claims: Sequence[Claim], lines: Sequence[Line]) -> tuple[Claim, ...]:
+    """The claims that have lines on both sides."""
+    return tuple(
+        claim
+        for claim in claims
+        if all(
+            any(place.items() <= line.axes.items() for line in lines)
+            for place in (claim.higher, claim.lower)
+        )
     )

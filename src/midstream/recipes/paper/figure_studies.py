@@ -2,25 +2,57 @@
 
 from collections.abc import Sequence
 from itertools import product
+from typing import Unpack
 
 from midstream.recipes.models import Model, line, text_baselines
-from midstream.recipes.paper.common import SHARE_LABEL, curve_of, notes_of
-from midstream.recipes.scales import COMPLETIONS, Scale, find_scale
+from midstream.recipes.paper.common import curve_of, decidable, share_label
+from midstream.recipes.scales import Scale, Settings, find_scale
 from midstream.study.studies import Claim, Figure, Study
 
+# K, I, U as in `recipes/paper_scale.py`. K: 0, 1, 5, 10, 20 and 100 % captions (run records of
+# 1.4B); U: 30 and 50 %, which Table 3 has at 79M.
 IMAGE_SHARES = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
-INSTRUCT_SHARES = (0.0, 0.025, 0.05, 0.075, 0.1)
+# K: 0, 2 and 10 % conversations of the tenth that has pictures (run records); U: 5 and 7.5 %.
+INSTRUCT_SHARES = (0.0, 0.02, 0.05, 0.075, 0.1)
+
+
+FIGURE_4_CLAIMS = (
+    Claim(
+        text="Images from 80 % of text training on give better vision scores than images "
+        "after all of it, with the rate warmed up again",
+        higher={"text_completion": 80.0},
+        lower={"text_completion": 100.0},
+        source="paper, section 3.1",
+    ),
+    Claim(
+        text="A longer text training before images helps vision, up to 80 %",
+        higher={"text_completion": 80.0},
+        lower={"text_completion": 20.0},
+        source="paper, section 3.1",
+    ),
+    Claim(
+        text="A longer text training before images helps text, up to 80 %",
+        score="stable.text",
+        higher={"text_completion": 80.0},
+        lower={"text_completion": 0.0},
+        source="paper, section 3.1",
+    ),
+)
 
 
 def figure_4(
     scale: str = "pocket",
     seeds: Sequence[int] = (),
     epochs: Sequence[int] = (4,),
-    inputs: str = "",
-    text: str = "",
+    completions: Sequence[float] = (),
+    **given: Unpack[Settings],
 ) -> Study:
-    """Figures 4 and 9: how much text training should come before the first image?"""
-    at = find_scale(scale, inputs, text)
+    """Figures 4 and 9: how much text training should come before the first image?
+
+    Without `completions` all starts that the scale has weights at, and the initialiser (0).
+    """
+    at = find_scale(scale, **given)
+    starts = completions or (0.0, *at.completions)
     lines = [
         line(
             at,
@@ -28,10 +60,10 @@ def figure_4(
             text_completion=100 * share,
             epochs=number,
         )
-        for share, number, seed in product((0.0, *COMPLETIONS), epochs, seeds or at.seeds)
+        for share, number, seed in product(starts, epochs, seeds or at.seeds)
     ]
     return Study(
-        name=f"paper.figure_4.{scale}",
+        name=f"paper.figure_4.{at.name}",
         question="After what share of text training should a language model first see images?",
         lines=tuple(lines),
         figure=Figure(
@@ -40,30 +72,10 @@ def figure_4(
             by=curve_of(epochs),
             hollow=(0.0, 100.0),
         ),
-        claims=(
-            Claim(
-                text="Images from 80 % of text training on give better vision scores than images "
-                "after all of it, with the rate warmed up again",
-                higher={"text_completion": 80.0},
-                lower={"text_completion": 100.0},
-                source="paper, section 3.1",
-            ),
-            Claim(
-                text="A longer text training before images helps vision, up to 80 %",
-                higher={"text_completion": 80.0},
-                lower={"text_completion": 20.0},
-                source="paper, section 3.1",
-            ),
-            Claim(
-                text="A longer text training before images helps text, up to 80 %",
-                score="stable.text",
-                higher={"text_completion": 80.0},
-                lower={"text_completion": 0.0},
-                source="paper, section 3.1",
-            ),
-        ),
+        claims=decidable(FIGURE_4_CLAIMS, lines),
         baselines=text_baselines(at, (0.8, 1.0)),
-        notes=notes_of(at),
+        notes=at.notes,
+        text_rates=at.text_rates,
     )
 
 
@@ -72,11 +84,10 @@ def figure_5(
     seeds: Sequence[int] = (),
     epochs: Sequence[int] = (4,),
     shares: Sequence[float] = IMAGE_SHARES,
-    inputs: str = "",
-    text: str = "",
+    **given: Unpack[Settings],
 ) -> Study:
     """Figures 5 and 10: the share of captions, from 80 % of text training on."""
-    at = find_scale(scale, inputs, text)
+    at = find_scale(scale, **given)
     return _image_shares(
         at,
         "figure_5",
@@ -111,11 +122,10 @@ def figure_6(
     seeds: Sequence[int] = (),
     epochs: Sequence[int] = (4,),
     shares: Sequence[float] = IMAGE_SHARES,
-    inputs: str = "",
-    text: str = "",
+    **given: Unpack[Settings],
 ) -> Study:
     """Figures 6 and 12: the share of captions, from scratch."""
-    at = find_scale(scale, inputs, text)
+    at = find_scale(scale, **given)
     return _image_shares(
         at,
         "figure_6",
@@ -144,11 +154,10 @@ def figure_7(
     seeds: Sequence[int] = (),
     epochs: Sequence[int] = (4,),
     shares: Sequence[float] = INSTRUCT_SHARES,
-    inputs: str = "",
-    text: str = "",
+    **given: Unpack[Settings],
 ) -> Study:
     """Figures 7 and 13: conversations in place of captions, a tenth of the tokens together."""
-    at = find_scale(scale, inputs, text)
+    at = find_scale(scale, **given)
     lines = [
         line(
             at,
@@ -159,12 +168,12 @@ def figure_7(
         for share, number, seed in product(shares, epochs, seeds or at.seeds)
     ]
     return Study(
-        name=f"paper.figure_7.{scale}",
+        name=f"paper.figure_7.{at.name}",
         question="Should conversations be part of image-text training?",
         lines=tuple(lines),
         figure=Figure(
             x="instruct_share",
-            x_label="conversations in the image-text stage (% of tokens, 10 with captions)",
+            x_label=f"conversations in the image-text stage (% of {at.by}, 10 with captions)",
             by=curve_of(epochs),
         ),
         claims=(
@@ -182,7 +191,8 @@ def figure_7(
                 source="paper, section 3.4",
             ),
         ),
-        notes=notes_of(at),
+        notes=at.notes,
+        text_rates=at.text_rates,
     )
 
 
@@ -190,17 +200,16 @@ def figure_8(
     scale: str = "pocket",
     seeds: Sequence[int] = (),
     epochs: Sequence[int] = (1, 2, 3, 4, 5, 6),
-    inputs: str = "",
-    text: str = "",
+    **given: Unpack[Settings],
 ) -> Study:
     """Figures 8 and 11: how many epochs of fine-tuning?"""
-    at = find_scale(scale, inputs, text)
+    at = find_scale(scale, **given)
     lines = [
         line(at, Model(epochs=number, seed=seed), epochs=number)
         for number, seed in product(epochs, seeds or at.seeds)
     ]
     return Study(
-        name=f"paper.figure_8.{scale}",
+        name=f"paper.figure_8.{at.name}",
         question="For how many epochs should a model be fine-tuned on conversations?",
         lines=tuple(lines),
         figure=Figure(x="epochs", x_label="epochs of fine-tuning"),
@@ -225,7 +234,8 @@ def figure_8(
                 source="paper, section 3.5",
             ),
         ),
-        notes=notes_of(at),
+        notes=at.notes,
+        text_rates=at.text_rates,
     )
 
 
@@ -235,14 +245,13 @@ def figure_14(
     epochs: Sequence[int] = (1, 2, 3, 4),
     shares: Sequence[float] = (0.01, 0.05, 0.1, 0.3, 0.5),
     multiples: Sequence[float] = (1.0, 2.0, 4.0),
-    inputs: str = "",
-    text: str = "",
+    **given: Unpack[Settings],
 ) -> Study:
     """Figure 14: 1, 2 and 4 times the image-text tokens, from 60 % of text training on.
 
     The paper shows curves without saying over which shares; the choice of `shares` is ours.
     """
-    at = find_scale(scale, inputs, text)
+    at = find_scale(scale, **given)
     lines = [
         line(
             at,
@@ -253,10 +262,10 @@ def figure_14(
         for multiple, number, share, seed in product(multiples, epochs, shares, seeds or at.seeds)
     ]
     return Study(
-        name=f"paper.figure_14.{scale}",
+        name=f"paper.figure_14.{at.name}",
         question="Do trends over the share of captions hold when image-text training is longer?",
         lines=tuple(lines),
-        figure=Figure(x="image_share", x_label=SHARE_LABEL, by="curve"),
+        figure=Figure(x="image_share", x_label=share_label(at), by="curve"),
         claims=(
             Claim(
                 text="A longer image-text training helps vision",
@@ -265,7 +274,8 @@ def figure_14(
                 source="paper, appendix G (trends look alike; no order is stated)",
             ),
         ),
-        notes=notes_of(at),
+        notes=at.notes,
+        text_rates=at.text_rates,
     )
 
 
@@ -295,7 +305,8 @@ def _image_shares(
         name=f"paper.{name}.{at.name}",
         question=f"What share of captions should image-text training have, {begun}?",
         lines=tuple(lines),
-        figure=Figure(x="image_share", x_label=SHARE_LABEL, by=curve_of(epochs)),
+        figure=Figure(x="image_share", x_label=share_label(at), by=curve_of(epochs)),
         claims=claims,
-        notes=notes_of(at),
+        notes=at.notes,
+        text_rates=at.text_rates,
     )

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
+from typing import Any, Unpack
 
-from midstream.recipes.authors_runs import AUTHORS_RUNS
+from midstream.recipes.authors_runs import LISTS
 from midstream.recipes.models import Model, line
-from midstream.recipes.paper.common import SHARE_LABEL, notes_of
+from midstream.recipes.paper.common import share_label
 from midstream.recipes.paper.figure_studies import (
     figure_4,
     figure_5,
@@ -23,15 +23,13 @@ from midstream.recipes.paper.table_studies import (
     table_7,
     table_8,
 )
-from midstream.recipes.scales import DATACOMP_DR, find_scale
+from midstream.recipes.scales import Settings, find_scale
 from midstream.study.studies import Figure, Study, Suite
 
 
-def figures(
-    scale: str = "pocket", seeds: Sequence[int] = (), inputs: str = "", text: str = ""
-) -> Suite:
+def figures(scale: str = "pocket", seeds: Sequence[int] = (), **given: Unpack[Settings]) -> Suite:
     """Figures 4 to 8 as the paper draws them: one curve each."""
-    common: dict[str, Any] = {"scale": scale, "seeds": seeds, "inputs": inputs, "text": text}
+    common: dict[str, Any] = {"scale": scale, "seeds": seeds, **given}
     drawn = (figure_4, figure_5, figure_6, figure_7, figure_8)
     return Suite(
         name=f"paper.figures.{scale}",
@@ -40,14 +38,12 @@ def figures(
     )
 
 
-def sections(
-    scale: str = "1b", seeds: Sequence[int] = (), inputs: str = "", text: str = ""
-) -> Suite:
+def sections(scale: str = "1b", seeds: Sequence[int] = (), **given: Unpack[Settings]) -> Suite:
     """Sections 3.1 to 3.5 with every model at 1 to 4 epochs (Figure 8: 6), as one suite.
 
     114 lines and nothing beside them: what sharing their stages saves.
     """
-    common: dict[str, Any] = {"scale": scale, "seeds": seeds, "inputs": inputs, "text": text}
+    common: dict[str, Any] = {"scale": scale, "seeds": seeds, **given}
     four = (1, 2, 3, 4)
     figures = (figure_4, figure_5, figure_6, figure_7)
     studies = (*(figure(epochs=four, **common) for figure in figures), figure_8(**common))
@@ -58,11 +54,16 @@ def sections(
     )
 
 
-def authors_runs(
-    scale: str = "1b", seeds: Sequence[int] = (), inputs: str = "", text: str = ""
-) -> Study:
-    """The fine-tuned 1.4B models that the authors' scripts name (recipe facts, section 0)."""
-    at = find_scale(scale, inputs, text)
+def authors_runs(scale: str = "1b", seeds: Sequence[int] = (), **given: Unpack[Settings]) -> Study:
+    """The fine-tuned models that the authors' scripts name: both lists of 1.4B, or those of a size.
+
+    At a size that has no list of its own the lists of 1.4B are asked. Runs on captions that the
+    scale does not have are left out, and counted in the notes.
+    """
+    at = find_scale(scale, **given)
+    at = at.others.get("captions", at)
+    listed = LISTS.get(scale, LISTS["1b"])
+    runs = [run for run in listed if run.caption_set in at.captions]
     lines = [
         line(
             at,
@@ -72,7 +73,7 @@ def authors_runs(
                 instruct=run.instruct_share,
                 epochs=run.epochs,
                 seed=seed,
-                caption_set=run.caption_set if run.caption_set in at.captions else DATACOMP_DR,
+                caption_set=run.caption_set,
             ),
             image_share=round(100 * (run.caption_share + run.instruct_share), 10),
             instruct_share=round(100 * run.instruct_share, 10),
@@ -80,8 +81,14 @@ def authors_runs(
             epochs=run.epochs,
             captions=run.caption_set,
         )
-        for run, seed in product(AUTHORS_RUNS, seeds or at.seeds)
+        for run, seed in product(runs, seeds or at.seeds)
+        if not run.completion or run.completion in at.completions
     ]
+    notes = [] if scale in LISTS else [f"{scale} has no list of its own: these are 1.4B's runs."]
+    if len(runs) < len(listed):
+        notes.append(
+            f"{len(listed) - len(runs)} runs on captions that this scale lacks are left out."
+        )
     return Study(
         name=f"paper.authors_runs.{scale}",
         question="Which of all mixtures, starts and epochs that the authors ran is best?",
@@ -91,16 +98,17 @@ def authors_runs(
             x_label="pictures' sources (% of image-text tokens)",
             by="text_completion",
         ),
-        notes=notes_of(at),
+        notes=(*at.notes, *notes),
+        text_rates=at.text_rates,
     )
 
 
-def suite(scale: str = "1b", seeds: Sequence[int] = (), inputs: str = "", text: str = "") -> Suite:
+def suite(scale: str = "1b", seeds: Sequence[int] = (), **given: Unpack[Settings]) -> Suite:
     """The whole paper: every figure and table, and the authors' other runs, sharing their stages.
 
     Figure 14 and Table 3 are of 79M models in the paper; here they are of the asked scale too.
     """
-    common: dict[str, Any] = {"scale": scale, "seeds": seeds, "inputs": inputs, "text": text}
+    common: dict[str, Any] = {"scale": scale, "seeds": seeds, **given}
     seeded: dict[str, Any] = common if seeds else {**common, "seeds": (7, 365)}
     return Suite(
         name=f"paper.suite.{scale}",
@@ -137,5 +145,5 @@ def slice_of_four_axes(shrink: float = 1.0, seeds: Sequence[int] = (7, 365, 124)
         name="paper.slice_of_four_axes",
         question="Do start, share, epochs and seed share what they can?",
         lines=tuple(lines),
-        figure=Figure(x="image_share", x_label=SHARE_LABEL, by="text_completion"),
+        figure=Figure(x="image_share", x_label=share_label(at), by="text_completion"),
     )

@@ -2,11 +2,12 @@
 
 from collections.abc import Collection, Sequence
 from itertools import product
+from typing import Unpack
 
 from midstream.recipes.models import Model, image_text_stage, line, text_baselines, text_only
-from midstream.recipes.paper.common import SHARE_LABEL, notes_of
+from midstream.recipes.paper.common import share_label
 from midstream.recipes.paper.printed import TABLE_7, TABLE_8
-from midstream.recipes.scales import DATACOMP_DR, find_scale
+from midstream.recipes.scales import DATACOMP_DR, Settings, find_scale
 from midstream.study.stage import Evaluate
 from midstream.study.studies import Claim, Figure, Line, Printed, Study, Table
 
@@ -15,11 +16,10 @@ def table_3(
     scale: str = "79m",
     seeds: Sequence[int] = (),
     shares: Sequence[float] = (0.05, 0.3, 0.5),
-    inputs: str = "",
-    text: str = "",
+    **given: Unpack[Settings],
 ) -> Study:
     """Table 3: should the encoder stay frozen?"""
-    at = find_scale(scale, inputs, text)
+    at = find_scale(scale, **given)
     trained = {"yes": False, "no": True}
     lines = [
         line(
@@ -35,10 +35,10 @@ def table_3(
         "no": {5.0: 0.6855, 30.0: 0.6942, 50.0: 0.71},
     }
     return Study(
-        name=f"paper.table_3.{scale}",
+        name=f"paper.table_3.{at.name}",
         question="Should the vision encoder stay frozen?",
         lines=tuple(lines),
-        figure=Figure(x="image_share", x_label=SHARE_LABEL, by="frozen"),
+        figure=Figure(x="image_share", x_label=share_label(at), by="frozen"),
         table=Table(
             title="Frozen or trained encoder",
             rows="frozen",
@@ -63,16 +63,15 @@ def table_3(
         notes=(
             "The rows that the paper prints as frozen score lower than those it prints as trained, "
             "while its text and caption say the opposite: they may be exchanged.",
-            *notes_of(at),
+            *at.notes,
         ),
+        text_rates=at.text_rates,
     )
 
 
-def table_4(
-    scale: str = "1b", seeds: Sequence[int] = (), inputs: str = "", text: str = ""
-) -> Study:
+def table_4(scale: str = "1b", seeds: Sequence[int] = (), **given: Unpack[Settings]) -> Study:
     """Table 4: which captions? (80 %, 10 % captions, 4 epochs: recipe facts 9.3)"""
-    at = find_scale(scale, inputs, text)
+    at = find_scale(scale, **given)
     at = at.others.get("captions", at)
     lines = [
         line(at, Model(caption_set=name, seed=seed), captions=name)
@@ -100,21 +99,20 @@ def table_4(
         ),
     )
     return Study(
-        name=f"paper.table_4.{scale}",
+        name=f"paper.table_4.{at.name}",
         question="Which captions should image-text training use?",
         lines=tuple(lines),
         figure=Figure(x="captions", x_label="caption data set"),
         table=_stable_table("Caption data set", "captions", printed, at.captions, "Table 4 (1.4B)"),
         claims=claims,
-        notes=notes_of(at),
+        notes=at.notes,
+        text_rates=at.text_rates,
     )
 
 
-def table_5(
-    scale: str = "1b", seeds: Sequence[int] = (), inputs: str = "", text: str = ""
-) -> Study:
+def table_5(scale: str = "1b", seeds: Sequence[int] = (), **given: Unpack[Settings]) -> Study:
     """Table 5: which encoder? (80 %, 10 % captions, 4 epochs: recipe facts 9.3)"""
-    at = find_scale(scale, inputs, text)
+    at = find_scale(scale, **given)
     lines = [
         line(at, Model(encoder=name, seed=seed), encoder=name)
         for name, seed in product(at.encoders, seeds or at.seeds)
@@ -125,7 +123,7 @@ def table_5(
         "patch projection": (0.1564, 0.1503),
     }
     return Study(
-        name=f"paper.table_5.{scale}",
+        name=f"paper.table_5.{at.name}",
         question="Which vision encoder should a model have?",
         lines=tuple(lines),
         figure=Figure(x="encoder", x_label="vision encoder"),
@@ -144,7 +142,8 @@ def table_5(
                 source="paper, appendix I.2",
             ),
         ),
-        notes=notes_of(at),
+        notes=at.notes,
+        text_rates=at.text_rates,
     )
 
 
@@ -153,11 +152,10 @@ def table_6(
     seeds: Sequence[int] = (7, 365),
     shares: Sequence[float] = (0.01, 0.05, 0.1),
     epochs: Sequence[int] = (1, 2),
-    inputs: str = "",
-    text: str = "",
+    **given: Unpack[Settings],
 ) -> Study:
     """Table 6: what do seeds change? (20 % of text training; seeds of fine-tuning)"""
-    at = find_scale(scale, inputs, text)
+    at = find_scale(scale, **given)
     lines = [
         line(
             at,
@@ -174,10 +172,10 @@ def table_6(
         | {(10, 2): 0.7658},
     }
     return Study(
-        name=f"paper.table_6.{scale}",
+        name=f"paper.table_6.{at.name}",
         question="How much do seeds change?",
         lines=tuple(lines),
-        figure=Figure(x="image_share", x_label=SHARE_LABEL, by="epochs"),
+        figure=Figure(x="image_share", x_label=share_label(at), by="epochs"),
         table=Table(
             title="Seeds",
             rows="image_share",
@@ -194,15 +192,14 @@ def table_6(
             ),
             source="paper, Table 6 (1.4B)",
         ),
-        notes=notes_of(at),
+        notes=at.notes,
+        text_rates=at.text_rates,
     )
 
 
-def table_7(
-    scale: str = "1b", seeds: Sequence[int] = (), inputs: str = "", text: str = ""
-) -> Study:
+def table_7(scale: str = "1b", seeds: Sequence[int] = (), **given: Unpack[Settings]) -> Study:
     """Table 7: what becomes of text ability from stage to stage of one model?"""
-    at = find_scale(scale, inputs, text)
+    at = find_scale(scale, **given)
     asked = text_only(at.asked)
     # Its rows have BIG-bench CS algorithms in place of BoolQ.
     tasks = tuple("bigbench_cs_algorithms_multiple_choice" if task == "boolq" else task
@@ -228,7 +225,7 @@ def table_7(
         for share, result in zip((0.8, 1.0), text_baselines(at, (0.8, 1.0)).values(), strict=True)
     }
     return Study(
-        name=f"paper.table_7.{scale}",
+        name=f"paper.table_7.{at.name}",
         question="What becomes of a model's text ability from stage to stage?",
         lines=tuple(lines),
         figure=Figure(x="stage", x_label="stage of one model"),
@@ -250,17 +247,16 @@ def table_7(
             ),
         ),
         baselines=bases,
-        notes=notes_of(at),
+        notes=at.notes,
+        text_rates=at.text_rates,
     )
 
 
-def table_8(
-    scale: str = "1b", seeds: Sequence[int] = (), inputs: str = "", text: str = ""
-) -> Study:
+def table_8(scale: str = "1b", seeds: Sequence[int] = (), **given: Unpack[Settings]) -> Study:
     """Table 8: the paper's model beside published ones, whose numbers are quoted."""
-    at = find_scale(scale, inputs, text)
+    at = find_scale(scale, **given)
     return Study(
-        name=f"paper.table_8.{scale}",
+        name=f"paper.table_8.{at.name}",
         question="How does a model of this recipe compare with published ones?",
         lines=tuple(line(at, Model(seed=seed), model="ours") for seed in seeds or at.seeds),
         figure=Figure(x="model", x_label="model"),
@@ -274,8 +270,9 @@ def table_8(
         ),
         notes=(
             "The published stable score with OCID-Ref averages six tasks, as stable.vision does.",
-            *notes_of(at),
+            *at.notes,
         ),
+        text_rates=at.text_rates,
     )
 
 
