@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from midstream.config import Evaluation
-from midstream.eval.aggregate import stable_score, suites
+from midstream.eval.aggregate import NEVER_AVERAGED, stable_score, suites
 from midstream.eval.find_task import (
     VisualTask,
     in_the_square,
@@ -235,7 +235,11 @@ def _shortened(asked: int, num_all: int) -> str | None:
 
 def _stable(tasks: dict[str, dict[str, Any]]) -> dict[str, float | None]:
     def mean_over_chance(kind: str, column: str) -> float | None:
-        rows = {name: row for name, row in tasks.items() if row["kind"] == kind}
+        rows = {
+            name: row
+            for name, row in tasks.items()
+            if row["kind"] == kind and name not in NEVER_AVERAGED
+        }
         if not rows or any(row[column] is None for row in rows.values()):
             return None
         return stable_score(
