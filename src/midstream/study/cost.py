@@ -9,7 +9,7 @@ Sources are those of the finished preparation, else what the recipe expects of t
 neither, the FLOPs of a stage that sees are unknown, and so are the tokens of whole passes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,6 +25,12 @@ from midstream.config import (
     SmallReal,
     Training,
     VLMConfig,
+)
+from midstream.config.benchmark_sizes import (
+    TEXT_SIZES,
+    VISUAL_SIZES,
+    TextSize,
+    VisualSize,
 )
 from midstream.flops import (
     attention_flops,
@@ -57,9 +63,9 @@ from midstream.study.workload import Device, Workload, workload
 PROMPT_TOKENS = 48
 TEXT_ITEM_TOKENS = 64
 TEXT_ITEM_CHOICES = 2
-# A slim evaluation's questions of a visual task, where it has one split.
+# A slim evaluation's questions of each split of a visual task.
 SLIM_QUESTIONS = 1024
-# Questions of a whole task of a user's world: about the mean of the published ones.
+# Questions of a whole task that no table has the size of.
 WHOLE_TASK = 5000
 # Width of a Transformer's feed-forward part over its own, in the caption tower of TrainEncoder.
 TOWER_EXPANSION = 4
@@ -111,7 +117,8 @@ def cost(stage: Stage, ledger: Ledger | None = None, device: Device = "cuda") ->
 
     `ledger` adds what finished preparations know about their sources. A frozen encoder is taken to
     look anew at every picture (`pictures.py` says what storing saves). Evaluations are estimates:
-    PROMPT_TOKENS a question and the longest answer allowed, twice if asked blind as well.
+    as many questions as the world or the published task has, each with its picture anew,
+    PROMPT_TOKENS and the longest answer allowed, twice if asked blind as well.
     """
     if isinstance(stage, DataStage):
         return StageCost(0, Flops(), 0)
@@ -274,20 +281,19 @@ def _encoder_training_cost(stage: TrainEncoder) -> StageCost:
 def _evaluation_cost(stage: Evaluate) -> StageCost:
     model, evaluation = stage.of.model, stage.evaluation
     parameters = model_parameters(model)
-    questions, texts = _questions(stage)
-    images = len(evaluation.visual_tasks) * questions
-    items = len(evaluation.text_tasks) * texts * TEXT_ITEM_CHOICES
-    rounds = 2 if evaluation.blind else 1
+    questions = sum(map(_questions_of(stage), evaluation.visual_tasks))
+    questions *= 2 if evaluation.blind else 1
+    choices = sum(map(_choices_of(stage), evaluation.text_tasks))
     answer_tokens = PROMPT_TOKENS + evaluation.max_new_tokens
     patches = model.encoder.num_patches if model.encoder is not None else 0
-    text_tokens = images * rounds * answer_tokens + items * TEXT_ITEM_TOKENS
-    tokens = images * patches + text_tokens
+    text_tokens = questions * answer_tokens + choices * TEXT_ITEM_TOKENS
+    tokens = questions * patches + text_tokens
     context = float(patches + answer_tokens)
     seeing = connecting = 0.0
     if model.encoder is not None:
         widths = model.projector.widths(model.encoder.hidden_size, model.decoder.hidden_size)
-        seeing = images * encoder_flops(model.encoder)
-        connecting = projector_flops(widths, images * patches)
+        seeing = questions * encoder_flops(model.encoder)
+        connecting = projector_flops(widths, questions * patches)
     parts = Flops(
         decoder=tokens * decoder_flops(model.decoder, context=context),
         head=text_tokens * head_flops(model.decoder),
@@ -297,15 +303,30 @@ def _evaluation_cost(stage: Evaluate) -> StageCost:
     return StageCost(tokens, parts, parameters, "expected")
 
 
-def _questions(stage: Evaluate) -> tuple[int, int]:
-    """Questions a visual task and items a text task; WHOLE_TASK where only the data know."""
+def _questions_of(stage: Evaluate) -> Callable[[str], int]:
+    """Questions of a visual task: the world's own number, else the published one."""
+    world, limit, slim = stage.of.data.world, stage.evaluation.limit, stage.evaluation.slim
+
+    def questions(task: str) -> int:
+        if isinstance(world, PocketWorld | SmallReal):
+            return min(world.num_questions, limit or world.num_questions)
+        size = VISUAL_SIZES.get(task, VisualSize(WHOLE_TASK))
+        whole = min(size.questions, SLIM_QUESTIONS * size.splits) if slim else size.questions
+        return min(whole, limit or whole)
+
+    return questions
+
+
+def _choices_of(stage: Evaluate) -> Callable[[str], int]:
+    """Items of a text task times the answers that each is asked with."""
     world, limit = stage.of.data.world, stage.evaluation.limit
-    if isinstance(world, PocketWorld):
-        most = limit or max(world.num_questions, world.num_text_items)
-        return min(world.num_questions, most), min(world.num_text_items, most)
-    if isinstance(world, SmallReal):
-        questions = min(world.num_questions, limit or world.num_questions)
-        return questions, questions
-    if limit is None and stage.evaluation.slim:
-        limit = SLIM_QUESTIONS
-    return (limit, limit) if limit else (WHOLE_TASK, WHOLE_TASK)
+
+    def choices(task: str) -> int:
+        size = TEXT_SIZES.get(task, TextSize(WHOLE_TASK, TEXT_ITEM_CHOICES))
+        if isinstance(world, PocketWorld):
+            size = TextSize(world.num_text_items, TEXT_ITEM_CHOICES)
+        elif isinstance(world, SmallReal):
+            size = TextSize(world.num_questions, TEXT_ITEM_CHOICES)
+        return min(size.items, limit or size.items) * size.choices
+
+    return choices
