@@ -57,8 +57,12 @@ def findings(
 
 
 def column_of(score: str) -> str:
-    """The column of a claim's or table's score: stable.vision, stable.text, or a task's name."""
-    return score if score in STABLE else f"{score}.score"
+    """The column of a claim's or table's score: stable.vision, stable.text, or a task's name.
+
+    A metric of a task ("hellaswag:acc_norm") and a published set of tasks ("suite:text, Table 7")
+    are columns of their own.
+    """
+    return score if score in STABLE or ":" in score else f"{score}.score"
 
 
 def rows_at(rows: Sequence[Row], at: Mapping[str, Any]) -> list[Row]:

@@ -8,7 +8,7 @@ from midstream.report.findings import column_of, rows_at
 from midstream.report.latex import Grid
 from midstream.report.spread import Spread
 from midstream.report.words import place, place_words, points, score_name
-from midstream.study.studies import Study, Table
+from midstream.study.studies import Published, Study, Table
 
 Row = Mapping[str, Any]
 SCORES = "scores"
@@ -26,6 +26,15 @@ class Cell:
     planned: int
     printed: tuple[tuple[str, float | int], ...] = ()
     published: float | int | None = None
+    error: float | int | None = None
+
+    @property
+    def published_words(self) -> str:
+        """What is quoted of others, with its ±."""
+        if self.published is None:
+            return ""
+        error = "" if self.error is None else f" ± {100 * self.error:.1f}"
+        return f"{100 * self.published:.2f}{error}"
 
     @property
     def our_words(self) -> str:
@@ -112,9 +121,7 @@ def view_grid(view: View) -> Grid:
     for name, cells in view.rows:
         line = [name, *(words or "–" for words in view.words_of(name))]
         for cell, (_, printed) in zip(cells, keep, strict=True):
-            own = cell.our_words
-            if cell.published is not None:
-                own = f"{100 * cell.published:.2f}"
+            own = cell.published_words or cell.our_words
             line += [own or "–", *([cell.printed_words or "–"] if printed else [])]
         lines.append(tuple(line))
     return Grid(view.title, tuple(heads), tuple(lines), view_notes(view))
@@ -171,7 +178,7 @@ def _upright(table: Table, rows: Sequence[Row]) -> tuple[tuple[Column, ...], Any
                 cells = [_baseline(table, row, score) for score in table.scores]
                 found.append((row["name"], tuple(cells)))
         for model in table.published:
-            quoted = [Cell(s, None, 0, (), model.scores.get(s)) for s in table.scores]
+            quoted = [_quoted(model, score) for score in table.scores]
             found.append((f"{model.name} (quoted)", tuple(quoted)))
     return tuple(Column(name) for name in names), tuple(found)
 
@@ -188,7 +195,7 @@ def _turned(table: Table, rows: Sequence[Row]) -> tuple[tuple[Column, ...], Any]
     for score in table.scores:
         cells = [_cell(table, rows, at, score) for at in ats]
         cells += [_baseline(table, row, score) for row in baselines]
-        cells += [Cell(score, None, 0, (), model.scores.get(score)) for model in table.published]
+        cells += [_quoted(model, score) for model in table.published]
         found.append((score_name(score), tuple(cells)))
     return tuple(columns), tuple(found)
 
@@ -222,6 +229,10 @@ def _baseline(table: Table, row: Row, score: str) -> Cell:
         printed = _printed(table, {table.columns: row["name"]}, score)
     planned = 0 if row["state"] == "done" else 1
     return Cell(score, Spread(values), planned, printed)
+
+
+def _quoted(model: Published, score: str) -> Cell:
+    return Cell(score, None, 0, (), model.scores.get(score), model.errors.get(score))
 
 
 def _printed(table: Table, at: dict[str, Any], score: str) -> tuple[tuple[str, float | int], ...]:

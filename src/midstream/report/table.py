@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,18 +41,21 @@ def line_rows(study: Study, ledger: Ledger) -> list[dict[str, Any]]:
 
     Columns: name, role (line | baseline), state, stage; `axis.<name>`; `stable.vision`,
     `stable.vision_blind`, `stable.text` and `<task>.score`, `.blind`, `.chance`, `.stderr`,
-    `.num_examples` (scores from 0 to 1); `tokens.<kind>`, `seconds.<kind>` and `seconds`, the sum.
+    `.num_examples` (scores from 0 to 1); what else the table shows, `<task>:<metric>` and
+    `suite:<name>`; `tokens.<kind>`, `seconds.<kind>` and `seconds`, the sum.
     """
     named = [(line.name, "line", line.axes, line.result) for line in study.lines]
     named += [(name, "baseline", {}, result) for name, result in study.baselines.items()]
     axes = list(dict.fromkeys(axis for line in study.lines for axis in line.axes))
     tasks = [task for task, _ in tasks_of(study)]
+    further = [score for score in study.table.scores if ":" in score] if study.table else []
     rows, ledger = [], Snapshot.of(ledger)
     for name, role, at, result in named:
         row: dict[str, Any] = {"name": name, "role": role, "state": ledger.state(result)}
         row |= {"stage": result.name} | {f"axis.{axis}": at.get(axis) for axis in axes}
         found = ledger.results(result) if ledger.is_done(result) else {"stable": {}, "tasks": {}}
         row |= {column: found["stable"].get(column.split(".")[1]) for column in STABLE}
+        row |= {score: _further(score, found) for score in further}
         for task in tasks:
             score = found["tasks"].get(task, {})
             for key in ("score", "blind", "chance", "stderr", "num_examples"):
@@ -66,6 +69,16 @@ def line_rows(study: Study, ledger: Ledger) -> list[dict[str, Any]]:
         row["seconds"] = None if None in seconds else sum(s for s in seconds if s is not None)
         rows.append(row)
     return rows
+
+
+def _further(score: str, found: Mapping[str, Any]) -> float | None:
+    """A metric of a task, or the stable score of a published set of tasks."""
+    name, _, part = score.partition(":")
+    if name == "suite":
+        value = found.get("suites", {}).get(part, {}).get("score")
+    else:
+        value = found["tasks"].get(name, {}).get("details", {}).get(part)
+    return None if value is None else float(value)
 
 
 def tasks_of(study: Study) -> list[tuple[str, str]]:

@@ -25,6 +25,9 @@ SCORE_NAMES = {
 
 def score_name(score: str) -> str:
     """A column or a score as a table's head names it."""
+    name, _, part = score.partition(":")
+    if part:
+        return f"stable score, {part}" if name == "suite" else f"{name} ({part})"
     return SCORE_NAMES.get(score, score.removesuffix(".score"))
 
 
