@@ -322,6 +322,7 @@ def _checkpoints(name: str, data: Prepare, inputs: Path | None) -> dict[float, L
             decoder=DECODERS[name],
             planned_rate=known.get(share, _text_rate(name, share)),
             planned_tokens=round(share * _text_tokens(name)),
+            planned_total_tokens=_text_tokens(name),
         )
         for share in COMPLETIONS
     }

@@ -50,6 +50,7 @@ def public_scale(name: str, asked: Asked) -> Scale:
             decoder=decoder,
             planned_rate=positions[share].rate,
             planned_tokens=positions[share].tokens_seen,
+            planned_total_tokens=positions[share].total_tokens,
         )
         for share, (one, _) in found.items()
     }

@@ -1,6 +1,6 @@
 """The learning rates of a study before anything runs: `midstream plan --curves`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +9,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from midstream.config import ContinuedCosine
 from midstream.report.drawing import FILES, INK, SERIES, STYLE, saved
 from midstream.schedule import check_start, moments_factor, rate_at
 from midstream.study.chain import came_from, warms_up_moments
 from midstream.study.cost import cost
 from midstream.study.graph import order
-from midstream.study.imported import open_imported
+from midstream.study.imported import Position, open_imported
 from midstream.study.ledger import Ledger
 from midstream.study.stage import (
     PLANNED,
@@ -24,13 +25,23 @@ from midstream.study.stage import (
 from midstream.study.studies import AnyStudy
 
 NUM_POINTS = 400
-STYLES = {"pretrain": (INK, "-"), "continue": (SERIES[0], "-"), "finetune": (SERIES[1], "--")}
-NAMES = {"pretrain": "text", "continue": "image-text", "finetune": "instruct"}
+# What the paper draws its image-text stages longer by.
+TIMES = 10
+NAMES = {
+    "pretrain": "text",
+    "given": "text, given",
+    "continue": "image-text",
+    "finetune": "instruct",
+}
+LINES = {"pretrain": "--", "given": "--", "continue": "-", "finetune": ":"}
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A stage's rate over the tokens that its model has seen since its first stage."""
+    """A stage's rate over the tokens that its model has seen since its first stage.
+
+    kind: the stage's, or "given" for a text run whose checkpoints are imported.
+    """
 
     stage: str
     kind: str
@@ -38,34 +49,42 @@ class Curve:
     rates: tuple[float, ...]
     # Where its chain leaves the text run; 0 for a chain that starts from scratch.
     leaves: int = 0
+    # How its chain starts image-text training: "20 %, continued".
+    start: str = ""
 
 
 @dataclass(frozen=True)
 class _Span:
-    """Where a stage begins on the axis, its tokens, the rate that it goes on from, and where its
-    chain leaves the text run."""
+    """Where a stage begins on the axis, its tokens, the rate that it goes on from, where its chain
+    leaves the text run, and how."""
 
     first: int
     tokens: int
     parent_rate: float | None
     leaves: int = 0
+    start: str = ""
 
 
 def curves(study: AnyStudy, ledger: Ledger | None = None) -> tuple[list[Curve], list[str]]:
     """Every different curve of the study, and a sentence for each stage that cannot be drawn.
 
-    A stage of whole epochs has a length once its data is prepared, an imported model a rate where
-    its folder tells one. Raises ValueError for a schedule that cannot start.
+    A text run whose checkpoints are given is one of them. A stage of whole epochs has a length once
+    its data is prepared, an imported model a rate where its folder tells one. Raises ValueError for
+    a schedule that cannot start.
     """
     spans: dict[str, _Span] = {}
     found: dict[tuple[object, ...], Curve] = {}
     missing: list[str] = []
+    for one in study.studies:
+        if one.text_rates:
+            tokens, rates = zip(*one.text_rates, strict=True)
+            found.setdefault(("given", tokens, rates), Curve("", "given", tokens, rates))
     for stage in order(study):
         if not isinstance(stage, Trained):
             continue
         span = _span(stage, spans, ledger)
-        if span is None:
-            missing.append(f"{stage.name}: its length is known once its data is prepared")
+        if isinstance(span, str):
+            missing.append(f"{stage.name}: {span}")
             continue
         spans[stage.name] = span
         check_start(stage.training.schedule, span.parent_rate, stage.name)
@@ -73,7 +92,7 @@ def curves(study: AnyStudy, ledger: Ledger | None = None) -> tuple[list[Curve], 
         tokens = tuple(
             span.first + share * span.tokens // NUM_POINTS for share in range(NUM_POINTS + 1)
         )
-        curve = Curve(stage.name, stage.kind, tokens, rates, span.leaves)
+        curve = Curve(stage.name, stage.kind, tokens, rates, span.leaves, span.start)
         found.setdefault((stage.kind, tokens, rates), curve)
     return list(found.values()), missing
 
@@ -85,34 +104,42 @@ def write_curves(drawn: Sequence[Curve], path: Path) -> None:
     if not drawn:
         raise ValueError("no stage of this study has a length yet; prepare its data first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(rates_figure(drawn, suffixes=(path.suffix[1:],))[path.suffix[1:]])
+    times = stretch(drawn) or 1
+    path.write_bytes(rates_figure(drawn, times, (path.suffix[1:],))[path.suffix[1:]])
 
 
 def stretch(drawn: Sequence[Curve]) -> int | None:
     """How many times longer to draw what follows the text run so that it can be seen.
 
-    The longest chain then takes a quarter of the text run. None without a text run, or where the
-    chains can be seen as they are.
+    Ten times, as the paper does, or less where the longest chain would then take more than a
+    quarter of the text run. None without a text run, or where chains can be seen as they are.
     """
-    text = max((curve.tokens[-1] for curve in drawn if curve.kind == "pretrain"), default=0)
-    chains = [c.tokens[-1] - c.leaves for c in drawn if c.kind != "pretrain"]
-    times = round(0.25 * text / max(chains)) if chains else 0
+    text = max((curve.tokens[-1] for curve in drawn if _is_text(curve)), default=0)
+    chains = [curve.tokens[-1] - curve.leaves for curve in drawn if not _is_text(curve)]
+    times = min(TIMES, round(0.25 * text / max(chains))) if chains else 0
     return times if times >= 2 else None
 
 
 def rates_figure(
     drawn: Sequence[Curve], times: int = 1, suffixes: Sequence[str] = FILES
 ) -> dict[str, bytes]:
-    """The rates over tokens, the stages after the text run drawn `times` as long (Figure 3)."""
+    """The rates over tokens, the stages after the text run drawn `times` as long (Figure 3).
+
+    The text run is dashed; each start of image-text training has a colour and a label, and what
+    follows it is dotted in the same.
+    """
+    starts = list(dict.fromkeys(curve.start for curve in drawn if not _is_text(curve)))
+    # As many colours as starts, however many there are.
+    colours = {start: SERIES[index % len(SERIES)] for index, start in enumerate(starts)}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 3.8) if times == 1 else (7.2, 3.9))
+        figure = Figure(figsize=(7.2, 4.2))
         axes = figure.add_subplot()
         for curve in drawn:
-            colour, line = STYLES[curve.kind]
+            colour = INK if _is_text(curve) else colours[curve.start]
             at = [curve.leaves + times * (token - curve.leaves) for token in curve.tokens]
-            if curve.kind == "pretrain":
+            if _is_text(curve):
                 at = list(curve.tokens)
-            axes.plot(at, curve.rates, color=colour, linestyle=line, linewidth=1.6)
+            axes.plot(at, curve.rates, color=colour, linestyle=LINES[curve.kind], linewidth=1.6)
         label = "tokens seen since the first stage"
         axes.set_xlabel(
             label if times == 1 else f"tokens; image stages drawn {times} times as long"
@@ -122,32 +149,48 @@ def rates_figure(
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.tick_params(length=0)
-        kinds = [kind for kind in STYLES if any(curve.kind == kind for curve in drawn)]
-        keys = [
-            Line2D([], [], color=STYLES[kind][0], linestyle=STYLES[kind][1], label=NAMES[kind])
-            for kind in kinds
-        ]
-        figure.legend(handles=keys, loc="outside upper right", ncols=len(keys))
+        figure.legend(handles=_keys(drawn, colours), loc="outside upper right", ncols=3)
         return saved(figure, suffixes)
 
 
-def _span(stage: Trained, spans: dict[str, _Span], ledger: Ledger | None) -> _Span | None:
+def _keys(drawn: Sequence[Curve], colours: Mapping[str, str]) -> list[Line2D]:
+    kinds = [kind for kind in LINES if any(curve.kind == kind for curve in drawn)]
+    keys = [Line2D([], [], color=colour, label=start) for start, colour in colours.items()]
+    keys += [
+        Line2D([], [], color=INK, linestyle=LINES[kind], label=NAMES[kind])
+        for kind in kinds
+        if kind != "continue"
+    ]
+    return keys
+
+
+def _is_text(curve: Curve) -> bool:
+    return curve.kind in ("pretrain", "given")
+
+
+def _span(stage: Trained, spans: dict[str, _Span], ledger: Ledger | None) -> _Span | str:
+    """Where a stage stands on the axis, or why that is not known."""
     tokens = cost(stage, ledger).tokens
     if tokens is None:
-        return None
+        return "its length is known once its data is prepared"
+    how = "continued" if isinstance(stage.training.schedule, ContinuedCosine) else "warmed up again"
     found = came_from(stage)
     if found is None:
-        return _Span(0, tokens, None)
+        return _Span(0, tokens, None, start=f"0 %, {how}")
     parent, completion = found
     if isinstance(parent, LoadDecoder):
-        return _Span(0, tokens, _imported_rate(parent))
+        first, total, rate = _position(parent)
+        share = "given" if not total else f"{100 * first / total:.3g} %"
+        return _Span(first, tokens, rate, first, f"{share}, {how}")
     before = spans.get(parent.name)
     if before is None:
-        return None
+        return f"it goes on from {parent.name}, which is not drawn"
     seen = round(completion * before.tokens)
     rate = rate_at(parent.training.schedule, seen, before.tokens, parent_rate=before.parent_rate)
     first = before.first + seen
-    return _Span(first, tokens, rate, first if parent.kind == "pretrain" else before.leaves)
+    if parent.kind == "pretrain":
+        return _Span(first, tokens, rate, first, f"{100 * completion:.3g} %, {how}")
+    return _Span(first, tokens, rate, before.leaves, before.start)
 
 
 def _rate(stage: Trained, span: _Span, share: float) -> float:
@@ -166,8 +209,9 @@ def _rate(stage: Trained, span: _Span, share: float) -> float:
     return rate
 
 
-def _imported_rate(stage: LoadDecoder) -> float | None:
+def _position(stage: LoadDecoder) -> tuple[int, int | None, float | None]:
+    """Tokens that an imported model has seen, those of its whole run, and its learning rate."""
     if stage.checkpoint.content.startswith(PLANNED):
-        return stage.planned_rate
-    position = open_imported(stage.checkpoint).position
-    return None if position is None else position.rate
+        return stage.planned_tokens or 0, stage.planned_total_tokens, stage.planned_rate
+    position = open_imported(stage.checkpoint).position or Position()
+    return position.tokens_seen or 0, position.total_tokens, position.rate

@@ -301,8 +301,8 @@ EncoderStage = TrainEncoder | LoadEncoder | FuseEncoders
 class LoadDecoder(StageBase):
     """An imported language model as a text run that is done; `data` must speak its tokens.
 
-    `planned_rate` and `planned_tokens`: the learning rate, and the tokens seen, that plans draw
-    while the folder is not at hand.
+    `planned_rate`, `planned_tokens` and `planned_total_tokens`: its learning rate, the tokens that
+    it has seen and those of its whole run, which plans draw while the folder is not at hand.
     """
 
     kind: Literal["load_decoder"] = "load_decoder"
@@ -311,6 +311,7 @@ class LoadDecoder(StageBase):
     decoder: AnyDecoderConfig
     planned_rate: Annotated[Rate | None, Placement] = None
     planned_tokens: Annotated[int | None, Placement] = None
+    planned_total_tokens: Annotated[int | None, Placement] = None
 
     @property
     def parents(self) -> "tuple[PrepareTokenizer, ...]":
