@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -17,6 +17,7 @@ from midstream.study.gpus import UTILISATION
 
 if TYPE_CHECKING:
     from midstream.study.graph import Plan
+    from midstream.study.ledger import Ledger
     from midstream.study.price import Fit, Price, StagePrice
 
 # A plan of more stages than this is printed by kind.
@@ -80,7 +81,7 @@ def plan(
         typer.echo(json.dumps(plan_json(work) | values, indent=2))
     else:
         console = terminal.out()
-        print_plan(work, priced, console)
+        print_plan(work, priced, console, ledger)
         for one in kept:
             line = one.sentence(terminal.quantity)
             console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -130,12 +131,12 @@ def plan_json(plan: "Plan") -> dict[str, Any]:
     }
 
 
-def print_plan(plan: "Plan", priced: "Price", console: Console) -> None:
+def print_plan(plan: "Plan", priced: "Price", console: Console, ledger: "Ledger") -> None:
     """The plan as a table, by stage or (long ones) by kind, and its totals."""
     console.print(f"{plan.study.name}: {plan.study.question}", style="bold", markup=False)
     by_kind = len(plan.rows) > MAX_PLAN_ROWS
     console.print(_kinds_table(priced) if by_kind else _stages_table(priced))
-    for line in [*_totals(plan), *_prices(plan, priced)]:
+    for line in [*_totals(plan), *_pictures(plan, ledger), *_prices(plan, priced)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -251,6 +252,27 @@ def _totals(plan: "Plan") -> list[str]:
             "estimated"
         )
     return lines
+
+
+def _pictures(plan: "Plan", ledger: "Ledger") -> list[str]:
+    """Pictures that the image-text stages see, under either unit of a share."""
+    from midstream.study.cost import images_seen
+    from midstream.study.stage import Continue
+    from midstream.terminal import quantity
+
+    stages = [row.stage for row in plan.rows if isinstance(row.stage, Continue)]
+    told = []
+    units: tuple[tuple[Literal["tokens", "sequences"], str], ...] = (
+        ("tokens", "filled"),
+        ("sequences", "padded"),
+    )
+    for by, rows in units:
+        known = [images_seen(stage, ledger, by) for stage in stages]
+        numbers = sorted({round(images) for images in known if images is not None})
+        if numbers:
+            most = "" if len(numbers) == 1 else f" to {quantity(numbers[-1])}"
+            told.append(f"{quantity(numbers[0])}{most} with shares of {by} ({rows} rows)")
+    return [f"pictures seen by an image-text stage: {', '.join(told)}"] if told else []
 
 
 def _prices(plan: "Plan", priced: "Price") -> list[str]:

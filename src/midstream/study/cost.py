@@ -12,6 +12,7 @@ neither, the FLOPs of a stage that sees are unknown, and so are the tokens of wh
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from midstream.config import (
     Amounts,
@@ -57,7 +58,7 @@ from midstream.study.stage import (
     Trained,
     TrainEncoder,
 )
-from midstream.study.workload import Device, Workload, workload
+from midstream.study.workload import Device, Workload, taken, workload
 
 # Lengths for the estimate of an evaluation: a question with its prompt, a text item with a choice.
 PROMPT_TOKENS = 48
@@ -144,6 +145,23 @@ def work_of(stage: Trained, ledger: Ledger | None, device: Device = "cuda") -> W
     if sources is None:
         return None
     return workload(stage.model, stage.training, sources, device)
+
+
+def images_seen(
+    stage: Trained, ledger: Ledger | None, by: Literal["tokens", "sequences"]
+) -> Number | None:
+    """Pictures that a stage would see if the shares of its mixture were of tokens or of sequences.
+
+    None where its sources are unknown, or where its budget has no shares.
+    """
+    budget, model = stage.training.budget, stage.model
+    sources = sources_of(stage.data, budget.source_names, ledger)
+    if sources is None or not isinstance(budget, Mixture):
+        return None
+    mixed = budget.model_copy(update={"by": by})
+    training = stage.training.model_copy(update={"budget": mixed})
+    patches = model.encoder.num_patches if model.encoder is not None else 0
+    return sum(part.images for part in taken(training, sources, patches).values())
 
 
 def encoder_parameters(config: AnyEncoderConfig) -> int:

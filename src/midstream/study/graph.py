@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from midstream.config import PublicFolder
 from midstream.study.chain import came_from
 from midstream.study.cost import StageCost, cost
+from midstream.study.lacking import how_to_have, is_lacking
 from midstream.study.ledger import Ledger, State
 from midstream.study.stage import (
-    PLANNED,
     Evaluate,
     Imported,
     LoadDecoder,
@@ -126,12 +126,12 @@ def missing_inputs(study: AnyStudy) -> tuple[str, ...]:
         match stage:
             case PrepareSource(world=PublicFolder(fingerprint=None) as world):
                 found[f"the data of {world.root}"] = None
-            case LoadDecoder(checkpoint=Imported() as model) if model.content.startswith(PLANNED):
-                found[f"the language model of {model.folder}"] = None
+            case LoadDecoder(checkpoint=Imported() as model) if is_lacking(model):
+                found[f"the language model of {how_to_have(model)}"] = None
             case LoadEncoder():
                 for tower in stage.towers:
-                    if tower.content.startswith(PLANNED):
-                        found[f"the encoder of {tower.folder}"] = None
+                    if is_lacking(tower):
+                        found[f"the encoder of {how_to_have(tower)}"] = None
     return tuple(found)
 
 

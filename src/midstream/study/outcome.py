@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from midstream.study.graph import PlanRow, missing_inputs
+from midstream.study.lacking import what_can_run
 from midstream.study.ledger import Ledger
 from midstream.study.studies import AnyStudy
 
@@ -47,9 +48,10 @@ class Outcome:
 def require_inputs(study: AnyStudy) -> None:
     """Raises ValueError for a study that was planned without its data or checkpoints."""
     if missing := missing_inputs(study):
+        can = what_can_run(study)
         raise ValueError(
             f"{study.name} was planned without {', '.join(missing)}; name their folders in the "
-            "recipe's arguments (--set)"
+            f"recipe's arguments (--set){'' if can is None else f'; {can}'}"
         )
 
 
