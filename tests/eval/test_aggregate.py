@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from midstream.eval.aggregate import stable_score
+from midstream.eval.aggregate import SUITES, averages, stable_score
 from midstream.uncertainty import mean_by_split, split_means, standard_error
 
 # Paper, Table 7, in per cent: AGIEval, ARC-easy, CC, CS algorithms, COPA, HellaSwag, MathQA,
@@ -52,6 +52,21 @@ def test_stable_score_gives_table_8_from_its_rows_within_rounding(model: str) ->
     assert score_of(row[:5], VISION_CHANCE[:5]) == pytest.approx(without_ocid, abs=0.0151)
     if with_ocid is not None:
         assert score_of(row, VISION_CHANCE) == pytest.approx(with_ocid, abs=0.0151)
+
+
+def test_vizwiz_is_shown_and_in_no_average() -> None:
+    row = {"kind": "vision", "score": 0.8, "blind": 0.5, "chance": 0.5}
+    tasks = {"pope": row, "vizwiz": row | {"score": 0.1, "blind": 0.0, "chance": 0.0}}
+    assert averages(tasks) == {"vision": pytest.approx(0.3), "vision_blind": 0.0, "text": None}
+    assert averages({"vizwiz": row})["vision"] is None
+    assert not any("vizwiz" in members for members in SUITES.values())
+
+
+def test_the_authors_script_averages_nine_tasks_with_boolq_in_place_of_cs() -> None:
+    nine, authors = SUITES["text, Table 7"], SUITES["text, authors' list"]
+    assert len(nine) == len(authors) == 9
+    assert set(authors) - set(nine) == {"boolq"}
+    assert set(nine) - set(authors) == {"bigbench_cs_algorithms_multiple_choice"}
 
 
 def test_stable_score_refuses_a_task_that_is_missing_on_either_side() -> None:

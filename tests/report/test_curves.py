@@ -1,12 +1,15 @@
 """The rates of a study before it runs."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import tiny
 from midstream.config import Constant, WarmupCosine
-from midstream.report.curves import NUM_POINTS, curves, write_curves
+from midstream.recipes import paper
+from midstream.report import curves as module
+from midstream.report.curves import NUM_POINTS, curves, rates_figure, stretch, write_curves
 from midstream.schedule import rate_at
 from midstream.study.ledger import Ledger
 from midstream.study.stage import Continue, ContinueFrom, Evaluate, InitFrom
@@ -77,6 +80,50 @@ def test_a_stage_of_unknown_length_is_named_and_drawn_once_its_data_is_prepared(
     assert missing == []
     assert found[-1].kind == "finetune"
     assert found[-1].tokens[0] == found[-2].tokens[-1]
+
+
+def test_a_text_run_whose_checkpoints_are_given_is_drawn_and_each_start_stands_on_it() -> None:
+    drawn, missing = curves(paper.figure_4(scale="1b"))
+    assert missing == []
+    (given,) = [curve for curve in drawn if curve.kind == "given"]
+    assert (given.tokens[-1], max(given.rates)) == (4_319_385_600_000, 1e-2)
+    seen = {curve.start: curve for curve in drawn if curve.kind == "continue"}
+    assert list(seen) == [
+        "0 %, warmed up again",
+        *(f"{share} %, continued" for share in (20, 40, 60, 80)),
+        "100 %, warmed up again",
+    ]
+    for curve in list(seen.values())[1:5]:
+        near = min(given.tokens, key=lambda token: abs(token - curve.leaves))
+        assert curve.tokens[0] == curve.leaves == pytest.approx(near, rel=0.02)
+        # The records' checkpoints lie up to 0.3 % beside their nominal shares.
+        assert curve.rates[0] == pytest.approx(given.rates[given.tokens.index(near)], rel=0.012)
+        assert curve.rates[-1] == pytest.approx(3e-5)
+    # Every chain ends in fine-tuning, behind its own start.
+    chats = {curve.start for curve in drawn if curve.kind == "finetune"}
+    assert chats == set(seen)
+
+
+def test_image_stages_are_drawn_ten_times_as_long_as_in_the_paper() -> None:
+    drawn, _ = curves(paper.figure_4(scale="1b"))
+    assert stretch(drawn) == 10
+    assert stretch([curve for curve in drawn if curve.kind != "given"]) is None
+
+
+def test_the_text_run_is_dashed_and_every_start_has_a_colour_and_a_label(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(module, "saved", lambda figure, _: figures.append(figure) or {})
+    drawn, _ = curves(paper.figure_4(scale="1b"))
+    rates_figure(drawn, 10)
+    axes = figures[0].axes[0]
+    lines = dict(zip([(c.kind, c.start) for c in drawn], axes.lines, strict=True))
+    assert lines["given", ""].get_linestyle() == "--"
+    seen = [line.get_color() for (kind, _), line in lines.items() if kind == "continue"]
+    assert len(set(seen)) == 6
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert {start for kind, start in lines if kind == "continue"} <= set(labels)
 
 
 def test_equal_curves_are_one_and_a_rate_of_zero_is_refused() -> None:

@@ -1,6 +1,7 @@
 """Tables beside a paper's, exports, suites, the summary, and where an axis has its places."""
 
 import csv
+import json
 import re
 import shutil
 import subprocess
@@ -67,6 +68,31 @@ def test_printed_numbers_stand_beside_ours_under_the_papers_name(filled: Ledger)
     assert grid.rows[0] == ("20", "21.0 ± 1.4 (2)", "58.71", "32.0 ± 2.8 (2)")
     assert grid.rows[1] == ("80", "41.0 ± 1.4 (2)", "–", "52.0 ± 2.8 (2)")
     assert "paper: as printed in paper, Table 3, not computed here" in grid.notes
+
+
+def test_a_row_may_be_a_tasks_metric_or_a_published_set_and_quoted_numbers_keep_their_error(
+    ledger: Ledger,
+) -> None:
+    other = Published(
+        name="Other",
+        scores={"pope": 0.87, "suite:two": 0.5814},
+        errors={"pope": 0.003},
+        source="its paper",
+    )
+    study = tabled(
+        rows="scores", columns="kind", scores=("pope", "pope:f1", "suite:two"), published=(other,)
+    )
+    made.fill(ledger, study, SCORES, axes=AXES)
+    for line in study.lines:
+        folder = ledger.folder(line.result)
+        found = json.loads((folder / "results.json").read_text())
+        found["tasks"]["pope"]["details"] = {"f1": 0.25}
+        found["suites"] = {"two": {"score": 0.5, "missing": [], "shortened": []}}
+        (folder / "results.json").write_text(json.dumps(found))
+    grid = grid_of(study, ledger)
+    assert [row[0] for row in grid.rows] == ["pope", "pope (f1)", "stable score, two"]
+    assert [row[1].split()[0] for row in grid.rows[1:]] == ["25.0", "50.0"]
+    assert [row[-1] for row in grid.rows] == ["87.00 ± 0.3", "–", "58.14"]
 
 
 def test_printed_seeds_are_told_apart_and_places_of_the_paper_alone_are_not_measured(

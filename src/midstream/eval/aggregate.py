@@ -80,6 +80,32 @@ def stable_score(scores: Mapping[str, float], chances: Mapping[str, float]) -> f
     return math.fsum(scores[task] - chances[task] for task in scores) / len(scores)
 
 
+def averages(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """The stable scores of all tasks that were asked: of vision, vision blind, and text.
+
+    None where nothing was asked, or where a task has no score.
+    """
+
+    def mean_over_chance(kind: str, column: str) -> float | None:
+        rows = {
+            name: row
+            for name, row in tasks.items()
+            if row["kind"] == kind and name not in NEVER_AVERAGED
+        }
+        if not rows or any(row[column] is None for row in rows.values()):
+            return None
+        return stable_score(
+            {name: row[column] for name, row in rows.items()},
+            {name: row["chance"] for name, row in rows.items()},
+        )
+
+    return {
+        "vision": mean_over_chance("vision", "score"),
+        "vision_blind": mean_over_chance("vision", "blind"),
+        "text": mean_over_chance("text", "score"),
+    }
+
+
 def suites(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """The stable score of every named set that some of the tasks belong to.
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from midstream.config import Evaluation
-from midstream.eval.aggregate import NEVER_AVERAGED, stable_score, suites
+from midstream.eval.aggregate import averages, suites
 from midstream.eval.find_task import (
     VisualTask,
     in_the_square,
@@ -76,7 +76,7 @@ def evaluate(
     found = run_text_tasks(answers, text, evaluation.limit)
     for choice in text:
         tasks[choice.name] = _report_text(choice, found[choice.name], writes, evaluation.limit)
-    return {"tasks": tasks, "stable": _stable(tasks), "suites": suites(tasks)}
+    return {"tasks": tasks, "stable": averages(tasks), "suites": suites(tasks)}
 
 
 def _run_visual(
@@ -231,27 +231,6 @@ def _report_text(
 def _shortened(asked: int, num_all: int) -> str | None:
     """Why a task is not whole, None where it is."""
     return None if asked == num_all else f"{asked:,} of {num_all:,} examples"
-
-
-def _stable(tasks: dict[str, dict[str, Any]]) -> dict[str, float | None]:
-    def mean_over_chance(kind: str, column: str) -> float | None:
-        rows = {
-            name: row
-            for name, row in tasks.items()
-            if row["kind"] == kind and name not in NEVER_AVERAGED
-        }
-        if not rows or any(row[column] is None for row in rows.values()):
-            return None
-        return stable_score(
-            {name: row[column] for name, row in rows.items()},
-            {name: row["chance"] for name, row in rows.items()},
-        )
-
-    return {
-        "vision": mean_over_chance("vision", "score"),
-        "vision_blind": mean_over_chance("vision", "blind"),
-        "text": mean_over_chance("text", "score"),
-    }
 
 
 def write_predictions(path: Path, **columns: list[Any] | None) -> None:

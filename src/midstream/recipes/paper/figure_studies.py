@@ -52,7 +52,7 @@ def figure_4(
     Without `completions` all starts that the scale has weights at, and the initialiser (0).
     """
     at = find_scale(scale, **given)
-    starts = completions or (0.0, *at.completions)
+    starts = tuple(map(float, completions)) or (0.0, *at.completions)
     lines = [
         line(
             at,
@@ -73,7 +73,7 @@ def figure_4(
             hollow=(0.0, 100.0),
         ),
         claims=decidable(FIGURE_4_CLAIMS, lines),
-        baselines=text_baselines(at, (0.8, 1.0)),
+        baselines=text_baselines(at, [share for share in (0.8, 1.0) if share in starts]),
         notes=at.notes,
         text_rates=at.text_rates,
     )
