@@ -4,7 +4,12 @@ from pathlib import Path
 
 import pytest
 
+import tiny
+from checkpoints import save_checkpoint
 from midstream.catalogue import find_study
+from midstream.config import WarmupCosine
+from midstream.exchange.import_model import import_model
+from midstream.exchange.import_source import ImportRequest
 from midstream.recipes import paper
 from midstream.recipes.scales import find_scale
 from midstream.report.curves import curves
@@ -13,7 +18,7 @@ from midstream.study.lacking import what_can_run
 from midstream.study.ledger import Ledger
 from midstream.study.outcome import require_inputs
 from midstream.study.revisions import PUBLIC_MODELS, SHARES
-from midstream.study.stage import LoadDecoder
+from midstream.study.stage import Continue, LoadDecoder
 
 
 @pytest.mark.parametrize("name", PUBLIC_MODELS)
@@ -97,3 +102,55 @@ def test_own_checkpoints_without_any_and_a_text_run_of_a_public_model_are_refuse
         find_scale("imported", inputs=str(tmp_path))
     with pytest.raises(ValueError, match="is there already"):
         find_scale("pythia-70m", text="trained")
+
+
+def test_checkpoints_of_ones_own_are_a_scale_with_the_starts_that_are_there(
+    tiny_ledger: Ledger, tmp_path: Path
+) -> None:
+    inputs = _inputs(tiny_ledger, tmp_path, {"20": (2_000, 2e-3), "100": (10_000, 1e-4)})
+    study = find_study("paper.figure_4", ["scale=imported", f"inputs={inputs}", "text_mixture=web"])
+    assert [line.axes["text_completion"] for line in study.lines] == [0.0, 20.0, 100.0]
+    assert what_can_run(study) is None
+    loaded = [stage for stage in order(study) if isinstance(stage, LoadDecoder)]
+    assert [(one.planned_tokens, one.planned_rate) for one in loaded] == [
+        (2_000, 2e-3),
+        (10_000, 1e-4),
+    ]
+    continued = [stage for stage in order(study) if isinstance(stage, Continue)]
+    assert all(stage.decoder == loaded[0].decoder for stage in continued)
+    # The peak that the imports tell, and a hundredth of it.
+    assert continued[0].training.schedule == WarmupCosine(
+        peak_rate=3e-3, end_rate=3e-5, warmup_fraction=0.05
+    )
+    chart, _ = curves(study)
+    assert "20 %, continued" in {curve.start for curve in chart}
+
+
+def test_checkpoints_that_are_there_are_used_and_the_others_planned(
+    tiny_ledger: Ledger, tmp_path: Path
+) -> None:
+    inputs = _inputs(tiny_ledger, tmp_path, {"pythia-160m/80": (8_000, 1e-3)})
+    told = missing_inputs(find_study("paper.figure_8", ["scale=pythia-160m", f"inputs={inputs}"]))
+    assert not any("language model" in one for one in told)
+    told = missing_inputs(find_study("paper.figure_4", ["scale=pythia-160m", f"inputs={inputs}"]))
+    assert sum("language model" in one for one in told) == 4
+
+
+def _inputs(tiny_ledger: Ledger, folder: Path, kept: dict[str, tuple[int, float]]) -> Path:
+    """A folder of inputs: the tiny world, and imports of a tiny model at these tokens and rates."""
+    inputs = folder / "inputs"
+    inputs.mkdir()
+    (inputs / "data").symlink_to(tiny_ledger.folder(tiny.WORLD) / "world")
+    source = save_checkpoint("gpt_neox", folder / "hub" / "neox")
+    for name, (tokens, rate) in kept.items():
+        request = {
+            "source": str(source),
+            "out": str(inputs / "checkpoints" / name),
+            "tokens_seen": tokens,
+            "total_tokens": 10_000,
+            "rate": rate,
+            "peak_rate": 3e-3,
+        }
+        (inputs / "checkpoints" / name).parent.mkdir(parents=True, exist_ok=True)
+        import_model(ImportRequest.model_validate(request))
+    return inputs

@@ -16,29 +16,22 @@ from midstream.config import (
     EncoderConfig,
     Evaluation,
     FusedEncoder,
-    Mixture,
     PatchProjection,
-    PublicFolder,
     Rows,
-    Share,
-    TokenizerFile,
-    Training,
     WarmupCosine,
 )
-from midstream.identity import WorldFingerprint, file_sha256, world_fingerprint
 from midstream.recipes.line import END_RATE
 from midstream.recipes.paper_sources import (
-    EXPECTED,
     IMAGE_TEXT,
     PRIVATE,
     TEXT_RUN,
     caption_sets,
+    imported,
+    world,
 )
-from midstream.recipes.scale import COMPLETIONS, CaptionSet, Encoder, Scale, TextMixture
-from midstream.schedule import rate_at
-from midstream.study.imported import as_imported
+from midstream.recipes.paper_text import checkpoints, rates_along, text_run
+from midstream.recipes.scale import CaptionSet, Encoder, Scale, TextMixture
 from midstream.study.stage import (
-    PLANNED,
     Imported,
     LoadDecoder,
     LoadEncoder,
@@ -46,9 +39,7 @@ from midstream.study.stage import (
     Pretrain,
 )
 
-# K: OpenLM's batches of 512 sequences of 2,048 for text (Table 2, run records), 256 of 1,024 for
-# image-text training (run names, paper 2.1.2).
-_TEXT_ROWS = Rows(row_length=2048, batch_rows=512, layout="joined")
+# K: batches of 256 rows of 1,024 for image-text training (run names, paper 2.1.2).
 _IMAGE_ROWS = Rows(row_length=1024, batch_rows=256, layout="filled")
 # K: 256 conversations a step; U: their length. Prismatic's default is 2,048 tokens at most; a
 # filled row of that length holds two conversations with a picture.
@@ -56,43 +47,12 @@ _FINETUNE_ROWS = Rows(row_length=2048, batch_rows=128, layout="filled")
 # I: the authors' own rows: one picture and its caption, or one conversation, and padding.
 _IMAGE_PADDED = Rows(row_length=1024, batch_rows=256, layout="padded")
 _FINETUNE_PADDED = Rows(row_length=2048, batch_rows=256, layout="padded")
-# K: text run of 1.4B and its peak; multiplier 150 (x 20) of 79M. I: the same for the other sizes.
-_TEXT_TOKENS = {"1b": 4_319_385_600_000}
-_TEXT_MULTIPLE, _IMAGE_TEXT_MULTIPLE = 3000, 20
+_IMAGE_TEXT_MULTIPLE = 20
 # K: 20 x the parameters without qk gains.
 _IMAGE_TEXT_TOKENS = {"1b": 28_795_904_000}
 # K but for 11m: warm-up steps of a re-warmed image-text stage, at a peak of 3e-3 everywhere.
 _REWARM_STEPS = {"11m": 100, "79m": 400, "154m": 1000, "411m": 2500, "1b": 5000}
 _REWARM_PEAK = 3e-3
-_TEXT_PEAK = {"1b": 1e-2}
-_TEXT_DECAY = {"1b": 0.01}
-# K at 1b (records of the hero run), and at 411m (411m_1x.json); I: the others as that.
-_TEXT_Z_LOSS = {"1b": 1e-6}
-_TEXT_WARMUP_STEPS = {"1b": 5000, "154m": 1000, "411m": 2500}
-# K: rates of the records at 20, 40, 60 and 80 % of the text runs; at 100 % their end.
-_RATES = {
-    name: dict(zip(COMPLETIONS, (*rates, END_RATE), strict=True))
-    for name, rates in {
-        "154m": (
-            0.0027302113853274333,
-            0.002032983979588796,
-            0.001150377107417605,
-            0.000388134179188036,
-        ),
-        "411m": (
-            0.0027314818349182604,
-            0.002010618392029235,
-            0.0011054291676185495,
-            0.0003519129789093403,
-        ),
-        "1b": (
-            0.009080349589287376,
-            0.006499974971416897,
-            0.0034466737184832607,
-            0.0009788970261355868,
-        ),
-    }.items()
-}
 # What `midstream import` makes the encoders' folders of. K: Prismatic's DINOv2 has registers.
 _TOWERS = {
     "siglip": "google/siglip-so400m-patch14-384",
@@ -165,14 +125,14 @@ def paper_scale(name: str, asked: Asked, *, given: bool) -> Scale:
         name,
         decoder,
         data,
-        _checkpoints(name, data, asked.inputs)
+        checkpoints(name, data, asked.inputs)
         if given
-        else _text_run(name, data, asked.text_mixture or TEXT_RUN),
+        else text_run(name, data, asked.text_mixture or TEXT_RUN),
         asked,
         image_text_tokens=tokens,
         rewarm_peak=_REWARM_PEAK,
         rewarm_steps=_REWARM_STEPS[name],
-        text_rates=_rates_along(name) if given else (),
+        text_rates=rates_along(name) if given else (),
         notes=notes,
     )
 
@@ -269,106 +229,5 @@ def _captions(asked: Asked) -> dict[str, CaptionSet]:
     return found
 
 
-def world(inputs: Path | None, tokenizer: Path | None) -> Prepare:
-    """The world of `inputs`, in the tokens of its own tokenizer.json or of another file.
-
-    Raises FileNotFoundError where `inputs` is given and the tokenizer is not there.
-    """
-    root = Path("data") if inputs is None else inputs / "data"
-    path = tokenizer or root / "tokenizer.json"
-    fingerprint: WorldFingerprint | None = None
-    sha256 = PLANNED
-    if inputs is not None:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} does not exist; `inputs` is the folder of recipes/scales.py, its world "
-                "has the tokenizer's file beside its sources"
-            )
-        fingerprint, sha256 = world_fingerprint(root), file_sha256(path)
-    return Prepare(
-        world=PublicFolder(root=root, fingerprint=fingerprint),
-        tokenizer=TokenizerFile(path=path, sha256=sha256),
-        expected=EXPECTED,
-    )
-
-
-def imported(inputs: Path | None, part: str, name: str, source: str) -> Imported:
-    """A folder of `midstream import` under `inputs`; planned where it is not there.
-
-    A study that does not use a checkpoint or an encoder can be run without its folder. `source` is
-    what an import makes it of; empty: nothing public.
-    """
-    folder = Path(part) / name if inputs is None else inputs / part / name
-    if inputs is None or not folder.is_dir():
-        return Imported(folder=folder, content=f"{PLANNED} {part}/{name}", source=source)
-    return as_imported(folder).model_copy(update={"source": source})
-
-
 def _tower(inputs: Path | None, name: str) -> Imported:
     return imported(inputs, "encoders", name, _TOWERS[name])
-
-
-def _checkpoints(name: str, data: Prepare, inputs: Path | None) -> dict[float, LoadDecoder]:
-    known = _RATES.get(name, {})
-    return {
-        share: LoadDecoder(
-            data=data,
-            checkpoint=imported(
-                inputs,
-                "checkpoints",
-                f"{share * 100:.0f}",
-                "TRI-ML/DCLM-1B" if (name, share) == ("1b", 1.0) else "",
-            ),
-            decoder=DECODERS[name],
-            planned_rate=known.get(share, _text_rate(name, share)),
-            planned_tokens=round(share * _text_tokens(name)),
-            planned_total_tokens=_text_tokens(name),
-        )
-        for share in COMPLETIONS
-    }
-
-
-def _text_tokens(name: str) -> int:
-    return _TEXT_TOKENS.get(name, _TEXT_MULTIPLE * DECODERS[name].num_parameters)
-
-
-def _text_schedule(name: str) -> WarmupCosine:
-    steps = _text_tokens(name) / (_TEXT_ROWS.row_length * _TEXT_ROWS.batch_rows)
-    return WarmupCosine(
-        peak_rate=_TEXT_PEAK.get(name, 3e-3),
-        end_rate=END_RATE,
-        warmup_fraction=_TEXT_WARMUP_STEPS.get(name, 400) / steps,
-    )
-
-
-def _text_rate(name: str, share: float) -> float:
-    total = _text_tokens(name)
-    return rate_at(_text_schedule(name), round(share * total), total)
-
-
-def _rates_along(name: str) -> tuple[tuple[int, float], ...]:
-    """The text run's rate at some of its tokens, the end of its warm-up among them."""
-    shares = {_text_schedule(name).warmup_fraction, *(part / 100 for part in range(101))}
-    return tuple(
-        (round(share * _text_tokens(name)), _text_rate(name, share)) for share in sorted(shares)
-    )
-
-
-def _text_run(name: str, data: Prepare, mixture: TextMixture) -> Pretrain:
-    return Pretrain(
-        data=data,
-        decoder=DECODERS[name],
-        milestones=COMPLETIONS,
-        training=Training(
-            budget=Mixture(
-                total_tokens=_text_tokens(name),
-                shares=tuple(Share(source=source, share=share) for source, share in mixture),
-                max_epochs=2,
-            ),
-            rows=_TEXT_ROWS,
-            optimizer=AdamW(
-                weight_decay=_TEXT_DECAY.get(name, 0.033), z_loss=_TEXT_Z_LOSS.get(name, 1e-4)
-            ),
-            schedule=_text_schedule(name),
-        ),
-    )

@@ -1,12 +1,17 @@
-"""The paper's data as sources: captions, texts and their shares, and what plans expect of them.
+"""The paper's data as sources: captions, texts and their shares, what plans expect of them, and
+where they and imported models lie.
 
 K, I and U as in `paper_scale.py`.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
-from midstream.config import Caption, ExpectedSource
+from midstream.config import Caption, ExpectedSource, PublicFolder, TokenizerFile
+from midstream.identity import WorldFingerprint, file_sha256, world_fingerprint
 from midstream.recipes.scale import DATACOMP_DR, CaptionSet, TextMixture
+from midstream.study.imported import as_imported
+from midstream.study.stage import PLANNED, Imported, Prepare
 
 # One source's name, or shares by source.
 TextGiven = str | Mapping[str, float | int] | None
@@ -93,3 +98,38 @@ EXPECTED = (
         num_targets=120 * 624_610,
     ),
 )
+
+
+def world(inputs: Path | None, tokenizer: Path | None) -> Prepare:
+    """The world of `inputs`, in the tokens of its own tokenizer.json or of another file.
+
+    Raises FileNotFoundError where `inputs` is given and the tokenizer is not there.
+    """
+    root = Path("data") if inputs is None else inputs / "data"
+    path = tokenizer or root / "tokenizer.json"
+    fingerprint: WorldFingerprint | None = None
+    sha256 = PLANNED
+    if inputs is not None:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist; `inputs` is the folder of recipes/scales.py, its world "
+                "has the tokenizer's file beside its sources"
+            )
+        fingerprint, sha256 = world_fingerprint(root), file_sha256(path)
+    return Prepare(
+        world=PublicFolder(root=root, fingerprint=fingerprint),
+        tokenizer=TokenizerFile(path=path, sha256=sha256),
+        expected=EXPECTED,
+    )
+
+
+def imported(inputs: Path | None, part: str, name: str, source: str) -> Imported:
+    """A folder of `midstream import` under `inputs`; planned where it is not there.
+
+    A study that does not use a checkpoint or an encoder can be run without its folder. `source` is
+    what an import makes it of; empty: nothing public.
+    """
+    folder = Path(part) / name if inputs is None else inputs / part / name
+    if inputs is None or not folder.is_dir():
+        return Imported(folder=folder, content=f"{PLANNED} {part}/{name}", source=source)
+    return as_imported(folder).model_copy(update={"source": source})

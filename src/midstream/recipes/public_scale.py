@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from midstream.config import AnyDecoderConfig, EncoderConfig
-from midstream.recipes.paper_scale import Asked, imported, scale_of, world
+from midstream.recipes.paper_scale import Asked, scale_of
+from midstream.recipes.paper_sources import imported, world
 from midstream.recipes.scale import Scale
 from midstream.study.families import rates_along
 from midstream.study.imported import ImportRecord, Position, read_import

@@ -92,7 +92,7 @@ class Scale:
         if completion not in self.text:
             known = ", ".join(f"{share:.0%}" for share in self.text)
             raise ValueError(
-                f"scale {self.name} has checkpoints at {known}, none at {completion:.0%}; give "
-                "text='trained' for a text run of your own"
+                f"scale {self.name} has checkpoints at {known}, none at {completion:.0%}; import "
+                "one there, or run the text of a size of the paper here (text='trained')"
             )
         return {"stage": self.text[completion], "completion": 1.0}

@@ -95,7 +95,7 @@ def authors_runs(scale: str = "1b", seeds: Sequence[int] = (), **given: Unpack[S
         lines=tuple(lines),
         figure=Figure(
             x="image_share",
-            x_label="pictures' sources (% of image-text tokens)",
+            x_label=f"pictures' sources in the image-text stage (% of {at.by})",
             by="text_completion",
         ),
         notes=(*at.notes, *notes),
