@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from midstream.study.families import RUNS, known_checkpoint
 from midstream.exchange.position import settle
+from midstream.study.families import RUNS, known_checkpoint
 from midstream.study.imported import Position
 
 
