@@ -57,6 +57,7 @@ def image_text_stage(scale: Scale, model: Model) -> Continue:
                 scale,
                 model.captions,
                 model.instruct,
+                round(1.0 - model.captions - model.instruct, 10),
                 multiple=model.multiple,
                 caption_set=model.caption_set,
             ),
@@ -73,20 +74,23 @@ def mixture(
     scale: Scale,
     captions: float,
     instruct: float,
+    text: float,
     *,
     multiple: float,
     caption_set: str = DATACOMP_DR,
 ) -> Mixture:
-    """`multiple` times the scale's image-text tokens: captions, conversations, the rest text.
+    """`multiple` times the scale's image-text tokens: captions, conversations and text.
 
     Sources without a share are left out.
     """
     source, caption = scale.captions[caption_set]
-    text = round(1.0 - captions - instruct, 10)
     shares = [
         Share(source=source, share=captions, caption=caption),
         Share(source=scale.instruct_source, share=instruct),
-        *(Share(source=name, share=round(text * part, 12)) for name, part in scale.text_sources),
+        *(
+            Share(source=name, share=text if part == 1.0 else round(text * part, 12))
+            for name, part in scale.text_sources
+        ),
     ]
     return Mixture(
         total_tokens=round(scale.image_text_tokens * multiple),

@@ -167,7 +167,9 @@ def _image_text(
         attention=recipe.attention,
         start=scale.start(recipe.completion) if before is None else InitFrom(stage=before),
         training=Training(
-            budget=mixture(scale, stage.captions, stage.instruct, multiple=stage.tokens),
+            budget=mixture(
+                scale, stage.captions, stage.instruct, stage.text, multiple=stage.tokens
+            ),
             rows=scale.rows,
             optimizer=scale.optimizer,
             schedule=_schedule(scale, stage, before),
