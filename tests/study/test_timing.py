@@ -45,6 +45,18 @@ def test_what_runs_takes_disk_only_while_it_runs() -> None:
     assert schedule(side_by_side, 1).peak_bytes == 4.0
 
 
+@given(hours=st.lists(st.floats(0.001, 1e3), min_size=2, max_size=6))
+def test_a_chain_takes_no_less_than_its_bound_to_the_last_digit(hours: list[float]) -> None:
+    names = [str(place) for place in range(len(hours))]
+    tasks = [task("0", hours[0])]
+    tasks += [
+        task(name, time, before)
+        for before, name, time in zip(names[:-1], names[1:], hours[1:], strict=True)
+    ]
+    found = schedule(tasks, 2)
+    assert found.hours >= found.lower_bound >= found.critical_hours
+
+
 def test_nothing_to_run_takes_no_time() -> None:
     found = schedule([], 4)
     assert (found.hours, found.critical_path, found.peak_bytes) == (0.0, (), 0.0)

@@ -84,7 +84,9 @@ def schedule(tasks: Sequence[Task], gpus: int) -> Schedule:
     path = _path(way, following)
     critical = way[path[0]] if path else 0.0
     work = sum(task.hours * task.gpus for task in tasks) / gpus
-    return Schedule(now, path, critical, max(critical, work), starts, peak)
+    bound = max(critical, work)
+    # Hours summed from the other end may be less in their last digit.
+    return Schedule(max(now, bound), path, critical, bound, starts, peak)
 
 
 def _ways(tasks: Sequence[Task]) -> tuple[dict[str, Number], dict[str, str]]:
