@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def tiny_ledger(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
-    """A store with the tiny world, its encoder and the text run; read it, never change it."""
+    """A store with the tiny world, prepared, its encoder and text run; read it, never change it."""
     ledger = Ledger(tmp_path_factory.mktemp("tiny-store"))
-    tiny.run_missing(ledger, tiny.ENCODER_STAGE, tiny.TEXT)
+    tiny.run_missing(ledger, tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT)
     return ledger
