@@ -23,6 +23,8 @@ TABLE = 256
 class DrawnLengths:
     """Lengths of `count` examples, none of them stored: a table, turned by a hash of the block."""
 
+    drawn = False
+
     def __init__(self, count: int, table: np.ndarray) -> None:
         self.count, self.table = count, table.astype(np.int64)
 
@@ -35,13 +37,17 @@ class DrawnLengths:
         blocks, rest = divmod(self.count, TABLE)
         return blocks * int(self.table.sum()) + int(self.of(np.arange(rest) + blocks * TABLE).sum())
 
-    def of(self, examples: np.ndarray) -> np.ndarray:
+    def captions(self, examples: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
+        """The only one of each."""
+        return np.zeros(len(examples), dtype=np.int64)
+
+    def of(self, examples: np.ndarray, draws: np.ndarray | None = None) -> np.ndarray:
         """The length of each of these examples."""
         turned = (examples // TABLE) * 2654435761 + examples
         found: np.ndarray = self.table[turned % TABLE]
         return found
 
-    def totals(self, chunks: np.ndarray, size: int) -> np.ndarray:
+    def totals(self, chunks: np.ndarray, size: int, draws: np.ndarray | None = None) -> np.ndarray:
         """Summed length of each chunk of `size` examples."""
         assert size % TABLE == 0
         full = np.full(len(chunks), size // TABLE * int(self.table.sum()))

@@ -88,7 +88,7 @@ def test_what_a_user_can_put_right_is_one_message(
 
 
 @pytest.mark.parametrize(
-    "more", [["--max-rejects", "2"], ["--caption", "best"], ["--workers", "0"]]
+    "more", [["--max-rejects", "2"], ["--require", "best"], ["--workers", "0"]]
 )
 def test_arguments_out_of_range_start_nothing(
     tmp_path: Path, tokenizer: Path, more: list[str]

@@ -92,6 +92,7 @@ SOURCE_FIELDS = {
     "examples",
     "epochs",
     "largest_example_tokens",
+    "cut",
     "seen",
 }
 TASK_FIELDS = {

@@ -31,7 +31,7 @@ from midstream.data.examples import (
 )
 from midstream.data.images import decode_pixels
 from midstream.data.pieces import pieces_of
-from midstream.data.rows import build_row, plan_rows
+from midstream.data.rows import build_row, plan_rows, shares_report
 from midstream.data.source_writer import Image as Placed
 from midstream.data.source_writer import ShardWriter, finish_source
 from midstream.data.sources import Kind, Source
@@ -496,3 +496,21 @@ def test_a_preparation_that_fails_is_told_with_its_reason_and_log(
     last = ended.stderr.splitlines()[-1]
     told = rf"error: prepare-\w+ is not prepared: \w+Error: .*{root}.*\(see {store}/worker-1.log\)"
     assert re.fullmatch(told, last), ended.stderr
+
+
+def test_what_is_cut_off_of_a_conversation_is_said_in_its_row_and_in_the_mixture(
+    tmp_path: Path, sources: dict[str, Source], codec: TextCodec
+) -> None:
+    longest = max(len(sources["talks"].input_ids(n)) for n in range(len(TURNS)))
+    rows, budget = Rows(row_length=longest - 1, batch_rows=2), Epochs(sources=("talks",), epochs=1)
+    plan = plan_rows(sources, PATCHES, budget, rows, 3, "cut")
+    shown = Shown("finetune-1", plan, sources, codec, budget, PATCHES)
+    report = shares_report(plan, sources, PATCHES)["talks"]["cut"]
+    assert 1 <= report["examples"] <= len(TURNS)
+    text = "".join(printed(shown, index, tmp_path) for index in range(len(plan)))
+    assert text.count("(cut to fit into a row: ") == report["examples"]
+    assert "goes on in another row" not in text
+    stream = io.StringIO()
+    print_stats(shown, 4, Console(file=stream, highlight=False))
+    expected = f"{report['examples']} of {len(TURNS)} examples are cut to fit into a row, "
+    assert f"talks: {expected}{report['tokens']} tokens are left out" in stream.getvalue()

@@ -91,12 +91,11 @@ class Section(StrEnum):
     CONVERSATIONS = "conversations"
 
 
-class Caption(StrEnum):
-    """Which of a picture's captions is taken."""
+class Required(StrEnum):
+    """A kind of caption that every picture must have."""
 
     ORIGINAL = "original"
     SYNTHETIC = "synthetic"
-    RANDOM = "random"
 
 
 @app.command()
@@ -111,13 +110,13 @@ def prepare(
         str, typer.Option(metavar="NAME_OR_FILE", help="A hub name, or a tokenizer file or folder.")
     ],
     text_key: Annotated[str, typer.Option(help="The field or column of a text.")] = "text",
-    caption: Annotated[
-        Caption, typer.Option(help="Which caption; random: one of the synthetic ones.")
-    ] = Caption.ORIGINAL,
+    require: Annotated[
+        Required | None,
+        typer.Option(help="Leave pictures without this kind of caption out, as rejects."),
+    ] = None,
     images: Annotated[
         str | None, typer.Option(help="Where picture names start, if not beside their list.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Draws the random captions.")] = 0,
     max_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Leave longer captions and conversations out, as rejects."),
@@ -136,8 +135,8 @@ def prepare(
     from midstream import prepare_command, terminal
     from midstream.study.outcome import STOPPED_EXIT_CODE
 
-    options = {"text_key": text_key, "caption": caption, "images": images, "seed": seed}
-    options["max_tokens"] = max_tokens
+    options: dict[str, str | int | None] = {"text_key": text_key, "require": require}
+    options |= {"images": images, "max_tokens": max_tokens}
     request = {"section": section, "sources": sources, "out": str(out), "tokenizer": tokenizer}
     limits = {"max_rejects": max_rejects, "validation": validation}
     cores = workers or os.cpu_count() or 1

@@ -52,6 +52,15 @@ def print_summary(summary: dict[str, Any], seconds: float, console: Console) -> 
     for reason, times in sorted(summary["rejects"].items()):
         table.add_row(escape(f"rejected: {reason}"), f"{times:,}", "", "", "")
     console.print(table)
+    captions = summary["captions"]
+    if captions["synthetic"]:
+        console.print(
+            f"of the training pictures {captions['original']:,} have a caption of their own, "
+            f"{captions['synthetic']:,} synthetic ones; {captions['left_out']:,} captions cannot "
+            "be used and are left out",
+            soft_wrap=True,
+            highlight=False,
+        )
     shards = summary["shards"]
     console.print(
         f"{shards['kept']:,} shards kept, {shards['new']:,} new; {seconds:,.1f} s; "

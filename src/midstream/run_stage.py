@@ -63,6 +63,7 @@ from midstream.study.stage import (
     Stage,
     Trained,
     TrainEncoder,
+    overflow_of,
 )
 from midstream.tokens import TokenCount
 from midstream.train import checkpoint
@@ -236,7 +237,14 @@ class StageRunner:
         # What cannot start is refused before pictures are encoded for it.
         start = self._start(stage)
         check_start(training.schedule, start.parent_rate, stage.name)
-        plan = plan_rows(sources, patches, training.budget, training.rows, training.seed)
+        plan = plan_rows(
+            sources,
+            patches,
+            training.budget,
+            training.rows,
+            training.seed,
+            overflow_of(stage),
+        )
         if training.freeze_decoder and not any(sources[name].num_images for name in plan.names):
             raise ValueError(
                 f"{stage.name} keeps the decoder frozen and shows no picture, so it would learn "

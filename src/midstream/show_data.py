@@ -33,7 +33,7 @@ from midstream.storage import write_bytes
 from midstream.study.cost import cost
 from midstream.study.graph import PlanRow, order_of
 from midstream.study.ledger import Ledger, launch_lock
-from midstream.study.stage import DataStage, Stage, Trained, stage_from_json
+from midstream.study.stage import DataStage, Stage, Trained, overflow_of, stage_from_json
 from midstream.study.workers import Event, Worker, write_work
 from midstream.tokens import TokenCount
 
@@ -66,7 +66,9 @@ def open_stage(stage: Trained, ledger: Ledger) -> Shown:
     patches = encoder.num_patches if encoder else 0
     return Shown(
         name=stage.name,
-        plan=plan_rows(sources, patches, training.budget, training.rows, training.seed),
+        plan=plan_rows(
+            sources, patches, training.budget, training.rows, training.seed, overflow_of(stage)
+        ),
         sources=sources,
         codec=open_tokenizer(stage.data, ledger),
         budget=training.budget,
@@ -102,6 +104,9 @@ def print_row(shown: Shown, index: int, out: Path, console: Console) -> None:
         if piece.continued:
             _say(console, "(goes on from another row)", style="italic")
         console.print(_body(piece.spans, colour, _is_plain(console)), soft_wrap=True)
+        if piece.left_out:
+            text = f"(cut to fit into a row: {piece.left_out:,} tokens are left out)"
+            _say(console, text, style="italic")
         if piece.goes_on:
             note = Text("(cut here, goes on in another row", style="italic")
             if piece.following:
@@ -180,7 +185,8 @@ def print_stats(shown: Shown, num_rows: int, console: Console) -> None:
     asked = _asked(shown.budget)
     heads = "source kind planned planned_tokens realised_tokens difference share examples epochs"
     table = [[head.replace("_", " ") for head in heads.split()]]
-    for name, found in shares_report(plan, shown.sources, shown.num_patches).items():
+    report = shares_report(plan, shown.sources, shown.num_patches)
+    for name, found in report.items():
         planned, realised = found["planned_tokens"], found["realised_tokens"]
         known = planned is not None
         table.append([name, found["kind"], asked[name], f"{planned:,}" if known else "-"])
@@ -192,6 +198,10 @@ def print_stats(shown: Shown, num_rows: int, console: Console) -> None:
     _say(console, f"{shown.name}: {len(plan):,} rows, {plan.rows.layout}", style="bold")
     _print_table(table, console)
     _print_padding("all rows", len(plan), positions - plan.seen_tokens, positions, console)
+    for name, found in report.items():
+        if (cut := found["cut"])["examples"]:
+            text = f"{name}: {cut['examples']:,} of {found['examples']:,} examples are cut to fit "
+            _say(console, f"{text}into a row, {cut['tokens']:,} tokens are left out")
 
     chosen = min(num_rows, len(plan))
     total, pictured, by_source = TokenCount(), TokenCount(), dict[str, TokenCount]()

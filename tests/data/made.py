@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from midstream.config import Mixture, Share
+from midstream.data.examples import Example
 from midstream.data.source_writer import Image as Placed
 from midstream.data.source_writer import ShardWriter, finish_source
 from midstream.data.sources import Kind, Source
@@ -33,10 +34,13 @@ def make_source(
     number: int = 0,
     pictures: Sequence[int | None] | None = None,
     shards: int = 1,
+    synthetic: Sequence[Sequence[int]] | None = None,
+    supervised: Sequence[Sequence[int]] | None = None,
 ) -> Source:
     """A source of examples with these lengths; `pictures` says which file each one shows.
 
-    The examples are dealt to `shards` shards in consecutive runs.
+    The examples are dealt to `shards` shards in consecutive runs. `synthetic` are lengths of each
+    one's synthetic captions, `supervised` what of each is learnt (without it: by chance).
     """
     world, folder = base / "world", base / "sources" / name
     world.mkdir(parents=True, exist_ok=True)
@@ -47,7 +51,9 @@ def make_source(
         )
         for example in run.tolist():
             length = lengths[example]
-            supervised = np.ones(length) if kind == "text" else random.integers(0, 2, length)
+            marks = np.ones(length) if kind == "text" else random.integers(0, 2, length)
+            if supervised is not None:
+                marks = np.array(supervised[example], dtype=np.uint8)
             shown = None if pictures is None else pictures[example]
             label, image = f"{name}-000.tar, sample {example}", None
             content = label.encode()
@@ -58,8 +64,12 @@ def make_source(
                 content = path.read_bytes()
                 image = Placed(path.name, 0, len(content))
             ids = np.arange(low, low + length)
-            writer.add(ids, supervised, name=label, content=content, image=image)
             low += length
+            made = []
+            for size in synthetic[example] if synthetic is not None else ():
+                made.append(Example(np.arange(low, low + size), np.minimum(np.arange(size), 1)))
+                low += size
+            writer.add(ids, marks, name=label, content=content, image=image, synthetic=made)
         writer.close()
     finish_source(folder, tokenizer_digest="made", vocab_size=low, root=str(world))
     return Source(name, folder, world)

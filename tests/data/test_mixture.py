@@ -284,9 +284,9 @@ def test_an_unknown_source_is_refused_with_those_there_are() -> None:
 def test_every_beginning_of_merged_examples_has_the_shares_of_the_whole_within_half_an_example_each(
     seed: int, counts: list[int]
 ) -> None:
-    random = np.random.default_rng(seed)
+    random, nothing = np.random.default_rng(seed), np.zeros(40, np.int64)
     stretches = [
-        Stretch(np.arange(n), np.zeros(n, np.int64), random.integers(1, 50, n)) for n in counts
+        Stretch(np.arange(n), nothing[:n], random.integers(1, 50, n), nothing[:n]) for n in counts
     ]
     number, place = interleaved(stretches)
     for source, stretch in enumerate(stretches):

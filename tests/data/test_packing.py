@@ -376,6 +376,8 @@ def test_a_plan_lists_the_whole_examples_of_a_source_in_its_order() -> None:
 class Counted:
     """Lengths of very many examples, told apart by a hash; it counts what it is asked for."""
 
+    drawn = False
+
     def __init__(self, count: int, low: int, spread: int) -> None:
         self.count, self.low, self.spread = count, low, spread
         self.asked = self.chunks = 0
@@ -396,12 +398,16 @@ class Counted:
         )
         return turned
 
-    def of(self, examples: np.ndarray) -> np.ndarray:
+    def captions(self, examples: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
+        """The only one of each."""
+        return np.zeros(len(examples), dtype=np.int64)
+
+    def of(self, examples: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
         """Length of each."""
         self.asked += len(examples)
         return self._of(examples)
 
-    def totals(self, chunks: np.ndarray, size: int) -> np.ndarray:
+    def totals(self, chunks: np.ndarray, size: int, draws: np.ndarray | None) -> np.ndarray:
         """Summed lengths of whole turns; the last chunk is added up."""
         assert size % self.spread == 0
         self.chunks += len(chunks)

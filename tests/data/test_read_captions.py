@@ -7,7 +7,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 import pytest
@@ -144,51 +144,49 @@ def test_the_caption_in_the_json_stands_in_where_there_is_no_txt(tmp_path: Path)
     assert outcome(missing) == ["- no caption", "- no caption"]
 
 
-def test_datacompdr_gives_the_original_or_the_first_synthetic_caption(tmp_path: Path) -> None:
+def synthetic_of(records: Sequence[CaptionRecord | Reject]) -> list[list[str]]:
+    return [list(record.synthetic) for record in records if isinstance(record, CaptionRecord)]
+
+
+def test_datacompdr_gives_the_original_and_all_synthetic_captions(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", joined("k0") | joined("k1", 1))
     assert caption_units([path], ReadOptions()) == [Unit("datacompdr", (path,))]
     assert captions(read(path)) == ["original of k0", "original of k1"]
-    first = [f"{SYNTHETIC[0]} of k0", f"{SYNTHETIC[0]} of k1"]
-    assert captions(read(path, ReadOptions(caption="synthetic"))) == first
+    made = [[f"{text} of {key}" for text in SYNTHETIC] for key in ("k0", "k1")]
+    assert synthetic_of(read(path)) == made
 
 
 def test_synthetic_captions_may_stand_in_the_samples_own_json(tmp_path: Path) -> None:
     about = as_json({"caption": "original", "syn_text": SYNTHETIC})
     path = write_tar(tmp_path / "a.tar", {"0.jpg": picture(0), "0.json": about})
     assert captions(read(path)) == ["original"]
-    assert captions(read(path, ReadOptions(caption="synthetic"))) == SYNTHETIC[:1]
-    assert captions(read(path, ReadOptions(caption="random")))[0] in SYNTHETIC
+    assert synthetic_of(read(path)) == [SYNTHETIC]
 
 
-def drawn(path: str, seed: int) -> dict[str, int]:
-    """Which of its synthetic captions each sample got."""
-    found = {}
-    for caption in captions(read(path, ReadOptions(caption="random", seed=seed))):
-        text, key = caption.split(" of ")
-        found[key] = SYNTHETIC.index(text)
-    return found
-
-
-def test_random_captions_hang_on_seed_and_key_alone_and_are_spread_evenly(tmp_path: Path) -> None:
-    keys = [f"k{number:04d}" for number in range(1000)]
-    samples = [joined(key) for key in keys]
-    path = write_tar(tmp_path / "a.tar", {k: v for s in samples for k, v in s.items()})
-    other = tmp_path / "other" / "b.tar"
-    backwards = write_tar(other, {k: v for s in samples[::-2] for k, v in s.items()})
-    first = drawn(path, 0)
-    assert len(first) == 1000
-    assert drawn(path, 0) == first
-    assert drawn(backwards, 0) == {key: first[key] for key in keys[::-2]}
-    # Of 1,000, 200 for each; a standard deviation is 13.
-    assert all(140 < count < 260 for count in Counter(first.values()).values())
-    second = drawn(path, 1)
-    assert 140 < sum(first[key] == second[key] for key in keys) < 260
+@pytest.mark.parametrize("require", ["original", "synthetic", None])
+def test_a_picture_without_the_required_kind_of_caption_is_left_out(
+    tmp_path: Path, require: Literal["original", "synthetic"] | None
+) -> None:
+    only = {
+        "a.jpg": picture(0),
+        "a.syn.json": as_json({"syn_text": SYNTHETIC[:2]}),
+        "b.jpg": picture(1),
+        "b.txt": b"its own",
+    }
+    records = read(write_tar(tmp_path / "a.tar", only), ReadOptions(require=require))
+    made = SYNTHETIC[:2]
+    found = {
+        "original": (["- no caption", "its own"], [[]]),
+        "synthetic": (["", "- no synthetic caption"], [made]),
+        None: (["", "its own"], [made, []]),
+    }
+    assert (outcome(records), synthetic_of(records)) == found[require]
 
 
 def test_datacompdr_without_pictures_says_what_to_join(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", apple("k0") | apple("k1"))
-    for caption in ("original", "synthetic", "random"):
-        records = read(path, ReadOptions(caption=caption))
+    for require in ("original", "synthetic", None):
+        records = read(path, ReadOptions(require=require))  # type: ignore[arg-type]
         assert outcome(records) == ["- no picture"] * 2
         assert "join them by uid" in str(records[0])
 
@@ -235,24 +233,35 @@ def test_a_bad_sample_is_left_out_with_its_reason_and_its_neighbours_stay(
 @pytest.mark.parametrize(
     ("parts", "reason"),
     [
-        ({}, "too few synthetic captions"),
-        ({"syn.json": b'{"syn_text": []}'}, "too few synthetic captions"),
-        ({"syn.json": b'{"syn_text": "one"}'}, "too few synthetic captions"),
-        ({"json": b'{"caption": "a"}'}, "too few synthetic captions"),
+        ({}, "no synthetic caption"),
+        ({"syn.json": b'{"syn_text": []}'}, "no synthetic caption"),
+        ({"syn.json": b'{"syn_text": "one"}'}, "no synthetic caption"),
+        ({"json": b'{"caption": "a"}'}, "no synthetic caption"),
         ({"syn.json": b'{"syn_text": [7]}'}, "no caption"),
         ({"syn.json": b'{"syn_text": [" "]}'}, "empty caption"),
         ({"syn.json": b'{"syn_text": ["\\udfff"]}'}, "caption not Unicode"),
         ({"syn.json": b'{"syn_text": ['}, "metadata not JSON"),
     ],
 )
-@pytest.mark.parametrize("caption", ["synthetic", "random"])
-def test_bad_synthetic_captions_are_left_out_with_their_reason(
-    tmp_path: Path, caption: str, parts: dict[str, bytes], reason: str
+def test_bad_synthetic_captions_cost_a_picture_that_needs_one_and_no_other(
+    tmp_path: Path, parts: dict[str, bytes], reason: str
 ) -> None:
     sample = {"b.jpg": picture(0), "b.txt": b"original"}
     path = write_tar(tmp_path / "a.tar", sample | {f"b.{k}": v for k, v in parts.items()})
-    assert outcome(read(path, ReadOptions(caption=caption))) == [f"- {reason}"]
-    assert outcome(read(path)) == ["original"]
+    assert outcome(read(path, ReadOptions(require="synthetic"))) == [f"- {reason}"]
+    (record,) = read(path)
+    assert isinstance(record, CaptionRecord)
+    assert (record.caption, record.synthetic) == ("original", ())
+    assert record.left_out == (reason != "no synthetic caption")
+
+
+def test_captions_that_cannot_be_used_beside_others_are_counted(tmp_path: Path) -> None:
+    made = as_json({"syn_text": ["one", " ", "two", None]})
+    members = {"b.jpg": picture(0), "b.txt": b" ", "b.syn.json": made}
+    (record,) = read(write_tar(tmp_path / "a.tar", members))
+    assert isinstance(record, CaptionRecord)
+    assert record.captions == ("one", "two")
+    assert (record.caption, record.left_out) == ("", 3)
 
 
 def test_a_cut_tar_stops_the_reading_and_names_it(tmp_path: Path) -> None:
@@ -693,9 +702,8 @@ def test_synthetic_captions_are_refused_where_the_format_has_none(
     tmp_path: Path, make: Callable[[Path, int], str]
 ) -> None:
     path = make(tmp_path, 1)
-    for caption in ("synthetic", "random"):
-        with pytest.raises(ValueError, match="has no synthetic captions"):
-            caption_units([path], ReadOptions(caption=caption))
+    with pytest.raises(ValueError, match="has no synthetic captions"):
+        caption_units([path], ReadOptions(require="synthetic"))
 
 
 # Real ones.

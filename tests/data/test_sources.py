@@ -1,5 +1,6 @@
 """Prepared sources: what is written is read back, split and in shards, and damage is noticed."""
 
+import json
 import os
 import pickle
 import shutil
@@ -14,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import make_source, png
 
+from midstream.config import Epochs, Rows
+from midstream.data.rows import plan_rows
 from midstream.data.source_writer import (
     MAX_TEXT_TOKENS,
     REJECTS,
@@ -235,9 +238,28 @@ def test_a_source_without_an_index_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_source_of_another_format_is_refused_with_both(tmp_path: Path) -> None:
     source = make_source(tmp_path, "web", "text", [3])
     path = source.folder / "source.json"
-    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
-    with pytest.raises(ValueError, match=r"source\.json has format 1, this version reads 2"):
+    path.write_text(path.read_text().replace('"format": 3', '"format": 1'))
+    with pytest.raises(ValueError, match=r"source\.json has format 1, this version reads 3"):
         _ = source.kind
+
+
+@pytest.mark.parametrize("kind", ["text", "caption", "instruct"])
+def test_of_the_format_before_all_but_captions_is_read(tmp_path: Path, kind: Kind) -> None:
+    source = make_source(tmp_path, "old", kind, [3, 5])
+    path = source.folder / "source.json"
+    index = json.loads(path.read_text()) | {"format": 2}
+    for name in ("captions", "seen"):
+        index.pop(name, None)
+    for shard in index["shards"]:
+        del shard["longest"]
+    path.write_text(json.dumps(index))
+    if kind == "caption":
+        with pytest.raises(ValueError, match=r"source\.json has format 2, this version reads 3"):
+            _ = source.kind
+    else:
+        assert [len(source.input_ids(example)) for example in range(2)] == [3, 5]
+        rows, budget = Rows(row_length=5, batch_rows=1), Epochs(sources=("old",), epochs=1)
+        assert plan_rows({"old": source}, 0, budget, rows, 0).seen_tokens == 8
 
 
 def test_a_source_travels_to_a_worker_without_its_tokens(tmp_path: Path) -> None:

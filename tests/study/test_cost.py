@@ -1,6 +1,6 @@
 """Counted against what torch itself counts on the real modules."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,7 +9,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from midstream.config import DecoderConfig, EncoderConfig, ExpectedSource, ProjectorConfig
+from midstream.config import (
+    Amount,
+    Amounts,
+    DecoderConfig,
+    EncoderConfig,
+    ExpectedSource,
+    ProjectorConfig,
+)
 from midstream.flops import attention_flops, decoder_flops, encoder_flops, head_flops
 from midstream.model.decoder import Decoder
 from midstream.model.projector import Projector
@@ -23,6 +30,7 @@ from midstream.study.cost import (
 from midstream.study.graph import order
 from midstream.study.ledger import Ledger
 from midstream.study.stage import (
+    Continue,
     Evaluate,
     Finetune,
     PrepareSource,
@@ -81,12 +89,12 @@ def _by_kind(study: Study) -> dict[str, Stage]:
     return {stage.kind: stage for stage in order(study)}
 
 
-def _prepared(study: Study, store: Path) -> Ledger:
+def _prepared(study: Study, store: Path, **changes: Mapping[str, object]) -> Ledger:
     ledger = Ledger(store)
     for stage in order(study):
         if isinstance(stage, PrepareSource):
             with ledger.open_stage(stage) as work:
-                work.finish(SOURCES[stage.source])
+                work.finish(SOURCES[stage.source] | changes.get(stage.source, {}))
     return ledger
 
 
@@ -170,6 +178,44 @@ def test_tokens_of_epochs_are_unknown_until_the_data_is_prepared(
     assert found.parameters == model_parameters(stage.model)
     assert found.flops is not None
     assert found.flops > 0
+
+
+def test_conversations_that_are_cut_to_their_rows_are_priced_as_cut(
+    make_study: MakeStudy, tmp_path: Path
+) -> None:
+    study = make_study()
+    stage = _by_kind(study)["finetune"]
+    assert isinstance(stage, Finetune)
+    patches = stage.start.encoder.encoder.num_patches
+    row_length = stage.training.rows.row_length
+    number, tokens = 5, 5 * (row_length + 100)
+    lengths = {"plain": [], "image": [[30, 700, 16_400], [number, tokens, tokens**2 // number]]}
+    longer = {"num_examples": 35, "num_images": 35, "num_tokens": 700 + tokens, "lengths": lengths}
+    found = cost(stage, _prepared(study, tmp_path, chats=longer))
+    assert found.tokens == 2 * (700 + 30 * patches + number * row_length)
+
+
+def test_a_plan_counts_with_the_captions_that_the_budget_asks_for(
+    make_study: MakeStudy, tmp_path: Path
+) -> None:
+    study = make_study()
+    lengths = {"plain": [], "image": [[100, 900, 8_100]]}
+    seen = {"num_tokens": 900, "num_targets": 800, "lengths": lengths}
+    held = {"captions": {"original": 100, "synthetic": 100}, "seen": {"random": seen}}
+    ledger = _prepared(study, tmp_path, captions=held)
+    stage = _by_kind(study)["continue"]
+    assert isinstance(stage, Continue)
+    patches = stage.encoder.encoder.num_patches
+
+    def tokens(caption: str, source: str = "captions") -> int | None:
+        amount = Amount(source=source, epochs=2, caption=caption)  # type: ignore[arg-type]
+        training = stage.training.model_copy(update={"budget": Amounts(amounts=(amount,))})
+        return cost(stage.model_copy(update={"training": training}), ledger).tokens
+
+    assert tokens("original") == 2 * (600 + 100 * patches)
+    assert tokens("random") == 2 * (900 + 100 * patches)
+    with pytest.raises(ValueError, match="source 'chats' holds instruct, which has no synthetic"):
+        tokens("synthetic", "chats")
 
 
 def test_a_stage_that_sees_is_unknown_without_facts_and_priced_from_expected_ones(

@@ -16,6 +16,7 @@ from midstream.study.stage import (
     InitFrom,
     LoadDecoder,
     StartText,
+    overflow_of,
     stage_from_json,
 )
 from midstream.study.studies import Study
@@ -143,3 +144,15 @@ def test_an_imported_model_has_no_milestone_to_fine_tune(make_study: MakeStudy) 
     )
     with pytest.raises(ValidationError, match="no weights at 40% but its own"):
         StartText(stage=loaded, completion=0.4, encoder=seen.encoder)
+
+
+def test_fine_tuning_cuts_what_is_longer_than_its_row_and_other_stages_refuse_it(
+    make_study: MakeStudy,
+) -> None:
+    chat = make_study().lines[0].result.of
+    assert isinstance(chat, Finetune)
+    assert (overflow_of(chat), overflow_of(chat.start)) == ("cut", "refuse")  # type: ignore[arg-type]
+    for asked in ("cut", "refuse"):
+        rows = chat.training.rows.model_copy(update={"overflow": asked})
+        training = chat.training.model_copy(update={"rows": rows})
+        assert overflow_of(chat.model_copy(update={"training": training})) == asked

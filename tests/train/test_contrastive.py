@@ -109,6 +109,13 @@ def test_a_caption_longer_than_the_text_tower_is_named(
         train(tiny_ledger, source, tmp_path, max_text_tokens=8)
 
 
+def test_a_source_without_the_asked_captions_is_refused_before_the_training(
+    tiny_ledger: Ledger, source: Source, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"'pictures': 0 of its 320 pictures have a synthetic"):
+        train(tiny_ledger, source, tmp_path, caption="random")
+
+
 def test_a_step_that_is_not_finite_stops_the_training(
     tiny_ledger: Ledger, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from midstream.config.data import (
     Epochs,
     ExpectedSource,
     Mixture,
+    Overflow,
     PocketWorld,
     PublicFolder,
     Rows,
@@ -24,6 +25,7 @@ from midstream.config.data import (
     TokenizerFile,
     TrainedTokenizer,
     World,
+    check_caption,
 )
 from midstream.config.model import (
     AnyDecoderConfig,
@@ -90,6 +92,7 @@ __all__ = [
     "ImageTransform",
     "Machine",
     "Mixture",
+    "Overflow",
     "PatchProjection",
     "PocketWorld",
     "Positive",
@@ -114,4 +117,5 @@ __all__ = [
     "WarmupCosine",
     "WarmupStableDecay",
     "World",
+    "check_caption",
 ]

@@ -115,7 +115,7 @@ class PublicFolder(Config):
 
     `fingerprint` is `world_fingerprint(root)`; None: planned before the data is there. More bad
     records than `max_reject_fraction` of a source stop its preparation; fewer are left out, counted
-    and listed. `caption` picks among a picture's captions (`midstream prepare`).
+    and listed.
     """
 
     kind: Literal["folder"] = "folder"
@@ -123,7 +123,6 @@ class PublicFolder(Config):
     fingerprint: WorldFingerprint | None
     max_reject_fraction: Fraction = 0.001
     validation_fraction: Fraction = 0.0
-    caption: Literal["original", "synthetic", "random"] = "original"
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -195,8 +194,36 @@ Tokenizer = Annotated[TrainedTokenizer | TokenizerFile, Field(discriminator="kin
 Caption = Literal["original", "synthetic", "random"]
 
 
+def check_caption(
+    name: str, kind: str, caption: Caption, have: Mapping[str, int], num_examples: int
+) -> None:
+    """Refuse a budget that asks a source for captions which some of its pictures lack.
+
+    `have` counts the examples with an "original" and with a "synthetic" caption. Raises ValueError
+    with the source, both numbers and the remedy.
+    """
+    asked = "original" if caption == "original" else "synthetic"
+    if have[asked] == num_examples:
+        return
+    if kind != "caption":
+        raise ValueError(
+            f"source {name!r} holds {kind}, which has no {asked} captions; leave its caption at "
+            '"original"'
+        )
+    other = '"synthetic" or "random"' if asked == "original" else '"original"'
+    raise ValueError(
+        f"source {name!r}: {have[asked]:,} of its {num_examples:,} pictures have "
+        f"{'an' if asked == 'original' else 'a'} {asked} caption, and caption={caption!r} asks for "
+        f"one of each; ask for caption={other}, or leave the other pictures out (midstream prepare "
+        f"captions --require {asked})"
+    )
+
+
 class Share(Config):
-    """A named source and its share of a token budget (all its tokens that are not padding)."""
+    """A named source and its share of a token budget (all its tokens that are not padding).
+
+    `caption` says which of a picture's captions is seen.
+    """
 
     source: str
     share: Fraction
@@ -235,6 +262,11 @@ class Mixture(Config):
             raise ValueError(f"shares add up to {sum(s.share for s in self.shares)}, not to 1")
         return self
 
+    @property
+    def captions(self) -> dict[str, Caption]:
+        """By source: which caption is seen; the sources in the budget's order."""
+        return {share.source: share.caption for share in self.shares}
+
 
 class Epochs(Config):
     """Every example of the sources, `epochs` times."""
@@ -254,9 +286,17 @@ class Epochs(Config):
             raise ValueError(f"a source is named twice: {list(self.sources)}; raise epochs instead")
         return self
 
+    @property
+    def captions(self) -> dict[str, Caption]:
+        """By source: which caption is seen, its own; the sources in the budget's order."""
+        return dict.fromkeys(self.sources, "original")
+
 
 class Amount(Config):
-    """A source and how much of it: either tokens, patches included, or whole passes."""
+    """A source and how much of it: either tokens, patches included, or whole passes.
+
+    `caption` says which of a picture's captions is seen.
+    """
 
     source: str
     tokens: Positive | None = None
@@ -294,8 +334,17 @@ class Amounts(Config):
             )
         return self
 
+    @property
+    def captions(self) -> dict[str, Caption]:
+        """By source: which caption is seen; the sources in the budget's order."""
+        return {amount.source: amount.caption for amount in self.amounts}
+
 
 Budget = Annotated[Mixture | Amounts | Epochs, Field(discriminator="kind")]
+
+
+# What becomes of a caption or conversation that is longer than its row.
+Overflow = Literal["cut", "refuse"]
 
 
 class Rows(Config):
@@ -312,4 +361,4 @@ class Rows(Config):
     row_length: Positive
     batch_rows: Positive
     layout: Literal["joined", "filled", "padded"] = "filled"
-    overflow: Literal["cut", "refuse"] | None = None
+    overflow: Overflow | None = None

@@ -97,11 +97,13 @@ class Filled:
         return packer.rows
 
     def _items(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """[items, 4] of source, example, start, length: whole examples, and text cut to rows."""
+        """[items, 5] of source, example, start, length, caption: whole examples, and text cut to
+        rows."""
         parts: dict[bool, list[np.ndarray]] = {False: [], True: []}
         for number, quota in enumerate(self.quotas):
             found = quota.block(block, self.num_blocks)
             examples, starts, lengths = found.examples, found.starts, found.lengths
+            captions = found.captions
             if quota.divisible:
                 pieces = -(-lengths // self.row_length)
                 examples = np.repeat(examples, pieces)
@@ -110,14 +112,16 @@ class Filled:
                     self.row_length, np.repeat(lengths, pieces) - inside * self.row_length
                 )
                 starts = np.repeat(starts, pieces) + inside * self.row_length
+                captions = np.zeros_like(examples)
             source = np.full_like(examples, number)
-            parts[quota.divisible].append(np.stack([source, examples, starts, lengths], axis=1))
-        empty = np.zeros((0, 4), dtype=np.int64)
+            columns = [source, examples, starts, lengths, captions]
+            parts[quota.divisible].append(np.stack(columns, axis=1))
+        empty = np.zeros((0, 5), dtype=np.int64)
         return np.concatenate([empty, *parts[False]]), np.concatenate([empty, *parts[True]])
 
 
 class Packer:
-    """Rows that items (source, example, start, length) are put into."""
+    """Rows that items (source, example, start, length, caption) are put into."""
 
     def __init__(self, row_length: int) -> None:
         self.row_length = row_length
@@ -143,11 +147,11 @@ class Packer:
 
     def pour(self, items: list[list[int]]) -> None:
         """Cut items to fill the emptiest rows."""
-        for source, example, start, length in items:
+        for source, example, start, length, caption in items:
             while length:
                 left, row = self._room.pop()
                 size = min(left, length)
-                self.rows[row].append([source, example, start, size])
+                self.rows[row].append([source, example, start, size, caption])
                 start, length = start + size, length - size
                 if left > size:
                     insort(self._room, (left - size, row))
@@ -170,7 +174,7 @@ def _rows_for_all(needed: Sequence[int]) -> int:
 
 
 def with_columns(items: Items) -> Items:
-    """Items side by side: to source, example, start and length, the column where each begins."""
+    """Items side by side: each with the column where it begins."""
     found, column = [], 0
     for item in items:
         found.append([*item, column])

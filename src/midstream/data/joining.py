@@ -105,7 +105,7 @@ class JoinedBlock:
             source, example, start = self.items[item]
             end, first = self.ends[item], max(begin, low)
             size = min(end, high) - first
-            found.append(Placement(source, example, start + first - begin, size, first - low))
+            found.append(Placement(source, example, start + first - begin, size, 0, first - low))
             begin, item = end, item + 1
 
 
@@ -134,9 +134,10 @@ class Padded:
         if number == len(self.whole):
             return self.text.row(place)
         found = self.whole[number].stream.places(place, place + 1)
-        return [
-            Placement(self.numbers[number], int(found.examples[0]), 0, int(found.lengths[0]), 0)
-        ]
+        example, length, caption = (
+            int(values[0]) for values in (found.examples, found.lengths, found.captions)
+        )
+        return [Placement(self.numbers[number], example, 0, length, caption, 0)]
 
     def _bounds(self, block: int) -> list[int]:
         # Examples of each source, and rows of text, before a block.

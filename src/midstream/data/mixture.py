@@ -133,12 +133,13 @@ def _by_count(supply: Supply, row_length: int) -> bool:
 
 
 def _passes(supply: Supply, epochs: int, row_length: int, seed: int) -> Quota:
+    stream, examples = _stream(supply, None, seed), epochs * len(supply.lengths)
     return Quota(
         name=supply.name,
-        stream=_stream(supply, None, seed),
+        stream=stream,
         divisible=supply.divisible,
-        tokens=epochs * supply.lengths.total,
-        examples=epochs * len(supply.lengths),
+        tokens=stream.tokens_before(examples),
+        examples=examples,
         planned_tokens=None,
         planned_sequences=None,
         by_count=_by_count(supply, row_length),
@@ -149,9 +150,13 @@ def _passes(supply: Supply, epochs: int, row_length: int, seed: int) -> Quota:
 def _tokens(
     supply: Supply, tokens: int, budget: Mixture | Amounts, row_length: int, seed: int
 ) -> Quota:
-    _check(supply, tokens, supply.lengths.total, "tokens", budget)
+    if not supply.lengths.drawn:
+        _check(supply, tokens, supply.lengths.total, "tokens", budget)
     stream = _stream(supply, budget, seed)
-    stream.reach(tokens)
+    limit = None if budget.sampling == "replacement" else budget.max_epochs * len(supply.lengths)
+    if not stream.reach(tokens, limit if supply.lengths.drawn else None):
+        # Other captions, another sum: what the passes hold is known once they are drawn.
+        raise _too_few(supply, tokens, stream.tokens_before(limit or 0), "tokens", budget)
     examples, taken = 0, tokens
     if not supply.divisible and tokens:
         # A share that is less than half an example is seen all the same.
@@ -193,10 +198,16 @@ def _sequences(
 
 def _check(supply: Supply, need: int, have: int, unit: str, budget: Mixture | Amounts) -> None:
     if budget.sampling == "permutation" and need > have * budget.max_epochs:
-        raise ValueError(
-            f"source {supply.name!r} holds {have:,} {unit}, the plan needs {need:,}; "
-            f"raise max_epochs above {budget.max_epochs} or lower the budget"
-        )
+        raise _too_few(supply, need, have, unit, budget)
+
+
+def _too_few(
+    supply: Supply, need: int, have: int, unit: str, budget: Mixture | Amounts
+) -> ValueError:
+    return ValueError(
+        f"source {supply.name!r} holds {have:,} {unit}, the plan needs {need:,}; "
+        f"raise max_epochs above {budget.max_epochs} or lower the budget"
+    )
 
 
 def interleaved(stretches: Sequence[Stretch]) -> tuple[np.ndarray, np.ndarray]:

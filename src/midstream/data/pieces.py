@@ -31,6 +31,7 @@ class Piece:
 
     `picture` numbers it among the row's pictures. `continued`: it began in another row. `goes_on`:
     its end lies elsewhere; `following` is the token there that the last position has as its target.
+    `left_out`: tokens that were cut off for good, since a row does not hold them.
     """
 
     where: str
@@ -41,6 +42,7 @@ class Piece:
     continued: bool
     goes_on: bool
     following: tuple[Span, ...]
+    left_out: int
 
 
 def pieces_of(
@@ -66,13 +68,14 @@ def pieces_of(
         first, end = placed.column + patches, placed.column + placed.length
         supervised = predicted[first:end].tolist()
         supervised[0] &= joins or bool(patches) or not placed.column
-        length = patches + int(source.sizes(placed.example, placed.example + 1)[0, 0])
-        goes_on = placed.start + placed.length < length
+        length = patches + len(source.input_ids(placed.example, caption=placed.caption))
+        behind = length - placed.start - placed.length
+        goes_on = behind > 0 and plan.quotas[placed.source].divisible
         last = int(row.targets[end - 1])
         following = [last] if goes_on and last != IGNORE else []
         found.append(
             Piece(
-                where=source.describe(placed.example),
+                where=source.describe(placed.example, placed.caption),
                 columns=range(placed.column, end),
                 num_targets=int((row.targets[placed.column : end] != IGNORE).sum()),
                 picture=num_pictures if patches else None,
@@ -80,6 +83,7 @@ def pieces_of(
                 continued=placed.start > 0,
                 goes_on=goes_on,
                 following=tuple(_spans(codec, specials, following, [True] * len(following))),
+                left_out=0 if goes_on else behind,
             )
         )
         num_pictures += patches > 0

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 BLOCK_ROWS = 1024
 KEPT_BLOCKS = 3
 
-# Each is source, example, start and length, then the column where that is known.
+# Each is source, example, start, length and caption, then the column where that is known.
 Items = list[list[int]]
 
 
@@ -14,12 +14,14 @@ class Placement(NamedTuple):
     """`length` positions of an example, from its position `start` on, at `column` of a row.
 
     `source` numbers the plan's `names`. An example's image patches are its first positions.
+    `caption` is 0 for the example's own text, n for its picture's n-th synthetic caption.
     """
 
     source: int
     example: int
     start: int
     length: int
+    caption: int
     column: int
 
 

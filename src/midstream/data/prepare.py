@@ -22,7 +22,7 @@ from midstream.data.formats.records import (
     Section,
     TextRecord,
 )
-from midstream.data.length_facts import length_facts
+from midstream.data.length_facts import caption_facts, length_facts
 from midstream.data.preparation.records import read_unit, units_of
 from midstream.data.preparation.source import canonical_tokenizer, prepare_source
 from midstream.data.preparation.workers import Progress
@@ -143,7 +143,7 @@ def language_of(root: Path, names: Sequence[str]) -> Iterator[str]:
                     case TextRecord():
                         yield item.text
                     case CaptionRecord():
-                        yield item.caption
+                        yield from item.captions
                     case ConversationRecord():
                         yield from (
                             f"In: {question}\nOut: {reply}" for question, reply in item.turns
@@ -209,12 +209,12 @@ def _check_prepared(source: Source, kind: str, codec: TextCodec, tokenizer_file:
 def _summary(source: Source) -> dict[str, Any]:
     """A source's counts, as `results.json` of its stage holds them."""
     index = source.index
-    names = ("num_targets", "lengths")
-    facts: dict[str, Any] = {name: index[name] for name in names if name in index}
-    if len(facts) < len(names):
+    names = ("num_targets", "lengths", "captions")
+    counted: dict[str, Any] = {name: index[name] for name in names if name in index}
+    if len(counted) < len(names):
         # Prepared before the index said so: its columns do.
-        shards = (Shard(source.folder / "shards" / shard["name"]) for shard in index["shards"])
-        facts = length_facts(shards)
+        shards = [Shard(source.folder / "shards" / shard["name"]) for shard in index["shards"]]
+        counted = length_facts(shards) | caption_facts(shards)
     train, validation = index["train"], index["validation"]
     return {
         "source": source.name,
@@ -228,5 +228,6 @@ def _summary(source: Source) -> dict[str, Any]:
         "rejects": index["rejects"],
         "longest": index["longest"],
         "fingerprint": index["fingerprint"],
-        **facts,
+        "seen": index.get("seen", {}),
+        **counted,
     }

@@ -7,78 +7,43 @@ from typing import Any
 import numpy as np
 
 from midstream.batch import IGNORE, PADDING, Row
-from midstream.config import Budget, Rows
-from midstream.data.mixture import Supply, names_of
+from midstream.config import Budget, Overflow, Rows
+from midstream.data.lengths import SourceLengths, fitted
+from midstream.data.mixture import Quota, Supply
 from midstream.data.packing import RowPlan, make_plan
 from midstream.data.sources import Source
 from midstream.tokens import TokenCount
 
+EXAMPLES_AT_ONCE = 2**14
 NO_IMAGES = np.zeros((0, 3), dtype=np.int64)
 
 
-class SourceLengths:
-    """The lengths of a source's examples in a row, `num_patches` for each picture."""
-
-    def __init__(self, source: Source, num_patches: int) -> None:
-        self.source, self.num_patches = source, num_patches
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    @property
-    def total(self) -> int:
-        """Sum over all examples."""
-        return self.source.num_tokens + self.num_patches * self.source.num_images
-
-    def of(self, examples: np.ndarray) -> np.ndarray:
-        """The length of each of these examples."""
-        found: np.ndarray = self._before(examples + 1) - self._before(examples)
-        return found
-
-    def totals(self, chunks: np.ndarray, size: int) -> np.ndarray:
-        """Summed length of each chunk of `size` examples."""
-        ends = np.minimum((chunks + 1) * size, len(self))
-        found: np.ndarray = self._before(ends) - self._before(chunks * size)
-        return found
-
-    def _before(self, examples: np.ndarray) -> np.ndarray:
-        found = self.source.before(examples)
-        before: np.ndarray = found[:, 0] + self.num_patches * found[:, 1]
-        return before
-
-
 def plan_rows(
-    sources: Mapping[str, Source], num_patches: int, budget: Budget, rows: Rows, seed: int
+    sources: Mapping[str, Source],
+    num_patches: int,
+    budget: Budget,
+    rows: Rows,
+    seed: int,
+    overflow: Overflow = "refuse",
 ) -> RowPlan:
-    """Plan a whole stage from lengths alone.
+    """Plan a whole stage from lengths alone; `overflow` is what `rows` asks for, resolved.
 
-    Raises ValueError for an example that must stay whole and is longer than a row (with its
-    record), an unknown source, an empty one, or a budget that cannot be met.
+    Raises ValueError for an unknown source, an empty one, one that lacks the asked captions, a
+    budget that cannot be met, or, with its record, a caption or conversation that is longer than
+    a row and not to be cut.
     """
-    names = names_of(budget)
-    missing = [name for name in names if name not in sources]
+    missing = [name for name in budget.captions if name not in sources]
     if missing:
         raise ValueError(f"no source {missing[0]!r} in the data; it holds {sorted(sources)}")
-    for name in names:
-        _check_longest(sources[name], num_patches, rows.row_length)
-    supplies = [
-        Supply(name, SourceLengths(sources[name], num_patches), sources[name].kind == "text")
-        for name in names
-    ]
+    supplies = []
+    for name, caption in budget.captions.items():
+        source, divisible = sources[name], sources[name].kind == "text"
+        source.check_caption(caption)
+        lengths = SourceLengths(source, num_patches, caption)
+        if not divisible:
+            fitted(lengths, rows.row_length, overflow)
+        supplies.append(Supply(name, lengths, divisible))
     return make_plan(supplies, budget, rows, seed)
-
-
-def _check_longest(source: Source, num_patches: int, row_length: int) -> None:
-    if source.kind == "text":
-        return
-    for shown, found in source.index["longest"].items():
-        length = found["tokens"] + (num_patches if shown == "image" else 0)
-        if length > row_length:
-            raise ValueError(
-                f"source {source.name!r}, {found['where']}: {length} positions do not fit into a "
-                f"row of {row_length}; raise row_length, or leave such records out "
-                "(midstream prepare --max-tokens)"
-            )
 
 
 def build_row(plan: RowPlan, sources: Mapping[str, Source], index: int, num_patches: int) -> Row:
@@ -96,17 +61,21 @@ def build_row(plan: RowPlan, sources: Mapping[str, Source], index: int, num_patc
     end = 0
     # The source whose document just ended, in joined rows.
     ended: int | None = None
-    for segment, (number, example, start, size, column) in enumerate(plan.layout.row(index)):
+    for segment, (number, example, start, size, caption, column) in enumerate(
+        plan.layout.row(index)
+    ):
         shard, local = sources[plan.names[number]].locate(example)
         patches = num_patches if shard.images is not None and shard.images[local, 0] >= 0 else 0
         text, end = column + patches, column + size
         if patches:
             images.append((column, number, example))
             input_ids[column:text], targets[column:text] = 0, IGNORE
-        low, after = int(shard.offsets[local]) + start, int(shard.offsets[local + 1])
+        offsets = shard.offsets_of(caption) if caption else shard.offsets
+        low, after = int(offsets[local]) + start, int(offsets[local + 1])
         high = low + size - patches
         input_ids[text:end] = shard.tokens[low:high]
-        last = min(high + 1, after)
+        # What is cut off of a whole example is nobody's target; a text goes on in another row.
+        last = min(high + 1, after) if shard.supervised is None else high
         counted = found.setdefault(number, [0, 0, 0])
         if shard.supervised is None:
             known = text + last - low - 1
@@ -163,7 +132,8 @@ def _shared(length: int) -> tuple[np.ndarray, np.ndarray]:
 def shares_report(
     plan: RowPlan, sources: Mapping[str, Source], num_patches: int
 ) -> dict[str, dict[str, Any]]:
-    """By source: planned and realised tokens, examples, passes and the largest example it has."""
+    """By source: planned and realised tokens, examples, passes, the largest example it has, and how
+    many examples are cut to fit into a row and how many tokens that leaves out."""
     report: dict[str, dict[str, Any]] = {}
     for quota in plan.quotas:
         source, examples = sources[quota.name], quota.examples
@@ -171,10 +141,6 @@ def shares_report(
             # The example that the budget ends in counts.
             examples = quota.stream.count_before(2 * quota.tokens)
             examples += quota.stream.tokens_before(examples) < quota.tokens
-        longest = [
-            found["tokens"] + (num_patches if shown == "image" else 0)
-            for shown, found in source.index["longest"].items()
-        ]
         report[quota.name] = {
             "kind": source.kind,
             "planned_tokens": quota.planned_tokens,
@@ -182,6 +148,33 @@ def shares_report(
             "realised_tokens": quota.tokens,
             "examples": examples,
             "epochs": quota.tokens / quota.stream.lengths.total,
-            "largest_example_tokens": max(longest, default=0),
+            "largest_example_tokens": _largest(quota, source, num_patches),
+            "cut": _cut_of(quota),
         }
     return report
+
+
+def _largest(quota: Quota, source: Source, num_patches: int) -> int:
+    lengths = quota.stream.lengths
+    assert isinstance(lengths, SourceLengths)
+    longest = max(
+        (
+            tokens + (num_patches if shown == "image" else 0)
+            for shown, tokens in source.longest(lengths.caption).items()
+        ),
+        default=0,
+    )
+    return longest if quota.divisible else min(longest, quota.row_length)
+
+
+def _cut_of(quota: Quota) -> dict[str, int]:
+    """How many of the examples that the plan takes are cut to fit, and what that leaves out."""
+    lengths = quota.stream.lengths
+    assert isinstance(lengths, SourceLengths)
+    number = tokens = 0
+    # Only where the source has such examples is the plan gone through.
+    for low in range(0, quota.examples if lengths.cuts else 0, EXAMPLES_AT_ONCE):
+        taken = quota.stream.places(low, min(low + EXAMPLES_AT_ONCE, quota.examples))
+        excess = lengths.excess(taken.examples, taken.captions)
+        number, tokens = number + int(np.count_nonzero(excess)), tokens + int(excess.sum())
+    return {"examples": number, "tokens": tokens}

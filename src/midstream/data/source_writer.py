@@ -3,13 +3,15 @@
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
-from midstream.data.length_facts import length_facts
+from midstream.data.examples import Example
+from midstream.data.length_facts import caption_facts, length_facts
 from midstream.data.sources import FORMAT, INDEX, SHARD_INDEX, Kind, Shard, content_hash
 from midstream.storage import MANIFEST, read_json, write_bytes, write_json
 
@@ -47,6 +49,7 @@ class _Added:
     name: str
     image: Image | None
     hash: bytes
+    synthetic: tuple[Example, ...]
 
 
 class ShardWriter:
@@ -77,8 +80,9 @@ class ShardWriter:
         self._hashes: list[bytes] = []
         self._files: dict[str, int] = {}
         self._rejects: list[Reject] = []
-        self._records = 0
+        self._records = self._left_out = 0
         self._longest: dict[str, dict[str, Any]] = {}
+        self._synthetic: list[tuple[Example, ...]] = []
         self._tokens = (folder / "tokens.bin").open("wb")
         self._supervised = None if kind == "text" else (folder / "supervised.bin").open("wb")
         self._names = None if kind == "text" else _open_names(folder)
@@ -91,17 +95,22 @@ class ShardWriter:
         name: str,
         content: bytes,
         image: Image | None = None,
+        synthetic: Sequence[Example] = (),
+        left_out: int = 0,
     ) -> None:
         """One example; `content` is its picture's bytes, or its text's where it has none.
 
-        Texts of more than MAX_TEXT_TOKENS become several examples.
+        Texts of more than MAX_TEXT_TOKENS become several examples. A picture with `synthetic`
+        captions may have none of its own (no `input_ids`); `left_out` counts those of its captions
+        that cannot be used.
         """
         hashed = content_hash(content)
         self._records += 1
+        self._left_out += left_out
         size = MAX_TEXT_TOKENS if self.kind == "text" else max(len(input_ids), 1)
-        for low in range(0, len(input_ids), size):
+        for low in range(0, max(len(input_ids), bool(synthetic)), size):
             part = slice(low, low + size)
-            added = _Added(input_ids[part], supervised[part], name, image, hashed)
+            added = _Added(input_ids[part], supervised[part], name, image, hashed, tuple(synthetic))
             if int.from_bytes(hashed[:8], "big") < self._validation_below:
                 self._validation.append(added)
             else:
@@ -112,9 +121,8 @@ class ShardWriter:
         self._rejects.append(reject)
 
     def _write(self, added: _Added) -> None:
-        self._tokens.write(added.input_ids.astype(self.dtype).tobytes())
-        if self._supervised is not None:
-            self._supervised.write(added.supervised.astype(np.uint8).tobytes())
+        self._write_tokens(added.input_ids, added.supervised)
+        self._synthetic.append(added.synthetic)
         if self._names is not None:
             self._names.write(added.name.replace("\n", " ").replace("\r", " ") + "\n")
         shown = "plain" if added.image is None else "image"
@@ -128,6 +136,25 @@ class ShardWriter:
             file = self._files.setdefault(added.image.file, len(self._files))
             self._images.append((file, added.image.offset, added.image.size))
 
+    def _write_tokens(self, input_ids: np.ndarray, supervised: np.ndarray) -> None:
+        self._tokens.write(input_ids.astype(self.dtype).tobytes())
+        if self._supervised is not None:
+            self._supervised.write(supervised.astype(np.uint8).tobytes())
+
+    def _write_synthetic(self) -> np.ndarray:
+        """Behind all own captions every picture's first synthetic one, then the second, ...
+
+        Returns the lengths, int64 [captions, examples], 0 where a picture has fewer.
+        """
+        most = max((len(captions) for captions in self._synthetic), default=0)
+        lengths = np.zeros((most, len(self._synthetic)), dtype=np.int64)
+        for number in range(most):
+            for example, captions in enumerate(self._synthetic):
+                if number < len(captions):
+                    self._write_tokens(captions[number].input_ids, captions[number].supervised)
+                    lengths[number, example] = len(captions[number].input_ids)
+        return lengths
+
     def _counts(self) -> np.ndarray:
         shown = sum(file >= 0 for file, _, _ in self._images)
         return np.array([len(self._lengths), sum(self._lengths), shown])
@@ -138,12 +165,14 @@ class ShardWriter:
         for added in self._validation:
             self._write(added)
         both = self._counts()
+        synthetic = self._write_synthetic()
         for stream in (self._tokens, self._supervised, self._names):
             if stream is not None:
                 stream.close()
         images = np.array(self._images, np.int64).reshape(-1, 3)
+        lengths = np.array(self._lengths, dtype=np.int64)
         columns = {
-            "offsets": _sums(np.array(self._lengths, dtype=np.int64)),
+            "offsets": _offsets(lengths, synthetic) if len(synthetic) else _sums(lengths),
             "hashes": np.frombuffer(b"".join(self._hashes), np.uint8).reshape(-1, 16),
         }
         if self.kind != "text":
@@ -168,6 +197,8 @@ class ShardWriter:
             ),
             "files": list(self._files),
         }
+        if len(synthetic):
+            index["synthetic"] = _about(lengths, synthetic, int(train[0]), self._left_out)
         write_json(self.folder / SHARD_INDEX, index)
         return index
 
@@ -181,12 +212,14 @@ def finish_source(
     """
     shards, rejects, hashes = [], Counter[str](), hashlib.sha256()
     records, distinct, longest = 0, 0, dict[str, dict[str, Any]]()
+    left_out = 0
     for path in sorted((folder / "shards").iterdir()):
         index = read_json(path / SHARD_INDEX)
         manifest = read_json(path / MANIFEST) if (path / MANIFEST).exists() else index
         hashes.update(json.dumps([path.name, manifest], sort_keys=True).encode())
         rejects.update(index["rejects"])
-        shards.append({"name": path.name} | {k: index[k] for k in ("train", "validation", "input")})
+        shards.append(_entry(path.name, index))
+        left_out += index.get("synthetic", {}).get("left_out", 0)
         kind, dtype = index["kind"], index["dtype"]
         records += index["records"]
         distinct += index["distinct_images"]
@@ -210,9 +243,45 @@ def finish_source(
     for split in ("train", "validation"):
         keys = ("examples", "tokens", "images")
         summary[split] = {key: sum(shard[split][key] for shard in shards) for key in keys}
-    summary |= length_facts(Shard(folder / "shards" / shard["name"]) for shard in shards)
+    made = [Shard(folder / "shards" / shard["name"]) for shard in shards]
+    summary |= length_facts(made) | caption_facts(made)
+    summary["captions"]["left_out"] = left_out
     write_json(folder / INDEX, summary | {"shards": shards})
     return summary
+
+
+def _entry(name: str, index: dict[str, Any]) -> dict[str, Any]:
+    """What `source.json` says of a shard."""
+    longest = max((found["tokens"] for found in index["longest"].values()), default=0)
+    keys = ("train", "validation", "input", "synthetic")
+    return {"name": name, "longest": longest} | {key: index[key] for key in keys if key in index}
+
+
+def _about(
+    lengths: np.ndarray, synthetic: np.ndarray, num_training: int, left_out: int
+) -> dict[str, Any]:
+    """What `shard.json` says of synthetic captions; `each`: how many every picture has, else 0."""
+    found: dict[str, Any] = {}
+    numbers = np.count_nonzero(synthetic, axis=0)
+    for split, mine in (("train", slice(num_training)), ("validation", slice(num_training, None))):
+        part, number = synthetic[:, mine], numbers[mine]
+        means = part.sum(axis=0)[number > 0] / number[number > 0]
+        found[split] = {
+            "examples": len(number),
+            "originals": int(np.count_nonzero(lengths[mine])),
+            "pictures": int(np.count_nonzero(number)),
+            "tokens": part.sum(axis=1).tolist(),
+            "mean_tokens": round(float(means.sum())),
+        }
+    even = len(synthetic) if (numbers == len(synthetic)).all() else 0
+    return found | {"each": even, "longest": int(synthetic.max()), "left_out": left_out}
+
+
+def _offsets(lengths: np.ndarray, synthetic: np.ndarray) -> np.ndarray:
+    """int64 [1 + captions, examples + 1]: where each begins; a row ends where the next begins."""
+    rows = np.vstack([lengths, synthetic])
+    ends = np.cumsum(rows).reshape(rows.shape)
+    return np.hstack([ends[:, -1:] - rows.sum(axis=1, keepdims=True), ends]).astype(np.int64)
 
 
 def _sums(values: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ of the preparation; all its columns are memory-mapped, and nothing of it is read
 import mmap
 import sys
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +17,15 @@ import fsspec
 import numpy as np
 import xxhash
 
+from midstream.config import Caption, check_caption
 from midstream.data.kept import Kept
 from midstream.storage import read_json
 
 Kind = Literal["text", "caption", "instruct"]
 Split = Literal["train", "validation"]
-FORMAT = 2
+FORMAT = 3
+# The format before kept one caption a picture; its other kinds are as they are now.
+OLDER, OLDER_KINDS = 2, ("text", "instruct")
 INDEX, SHARD_INDEX = "source.json", "shard.json"
 # Shards and archives that stay mapped in one process; each takes a few file handles.
 OPEN_SHARDS, OPEN_FILES = 64, 64
@@ -47,7 +51,22 @@ class Shard:
     @cached_property
     def offsets(self) -> np.ndarray:
         """int64, one more than examples: where each starts in the tokens."""
-        return self._column("offsets", None)
+        return self.offsets_of(0)
+
+    def offsets_of(self, caption: int) -> np.ndarray:
+        """The same for the examples' `caption`-th synthetic caption (0: `offsets`)."""
+        row: np.ndarray = self._offsets[caption]
+        return row
+
+    @property
+    def num_synthetic(self) -> int:
+        """Synthetic captions of the example that has the most."""
+        return len(self._offsets) - 1
+
+    @cached_property
+    def _offsets(self) -> np.ndarray:
+        found = self._column("offsets", None)
+        return found if found.ndim == 2 else found[None]
 
     @cached_property
     def num_images(self) -> np.ndarray | None:
@@ -93,7 +112,7 @@ class Shard:
             # A plain view: NumPy's own class for maps makes every slice ten times slower.
             column: np.ndarray = np.load(self.folder / f"{name}.npy", mmap_mode="r")
             return column.view(np.ndarray)
-        path, expected = self.folder / f"{name}.bin", int(self.offsets[-1])
+        path, expected = self.folder / f"{name}.bin", int(self._offsets[-1, -1])
         if path.stat().st_size != expected * dtype.itemsize:
             raise ValueError(
                 f"{path} holds {path.stat().st_size:,} bytes, its index needs "
@@ -123,6 +142,8 @@ class Source:
         if not path.is_file():
             raise FileNotFoundError(f"source {self.name!r} has no {path}; prepare the data again")
         found: dict[str, Any] = read_json(path)
+        if found.get("format") == OLDER and found.get("kind") in OLDER_KINDS:
+            return found
         if found.get("format") != FORMAT:
             raise ValueError(
                 f"{path} has format {found.get('format')}, this version reads {FORMAT}; "
@@ -145,7 +166,7 @@ class Source:
 
     @property
     def num_tokens(self) -> int:
-        """Text tokens of all examples."""
+        """Text tokens of all examples, of a picture those of its own caption."""
         return int(self._before[-1, 1])
 
     @property
@@ -162,6 +183,49 @@ class Source:
         ]
         sums = np.cumsum(np.array(counts, dtype=np.int64).reshape(-1, 3), axis=0)
         return np.concatenate([np.zeros((1, 3), np.int64), sums])
+
+    @cached_property
+    def num_with(self) -> dict[str, int]:
+        """Examples that have an "original" and a "synthetic" caption; a text is an original."""
+        made = [shard["synthetic"][self.split] for shard in self._synthetic_shards]
+        lack = sum(part["examples"] - part["originals"] for part in made)
+        return {
+            "original": len(self) - lack,
+            "synthetic": sum(part["pictures"] for part in made),
+        }
+
+    def check_caption(self, caption: Caption) -> None:
+        """Raises ValueError with both numbers if an example lacks this caption."""
+        check_caption(self.name, self.kind, caption, self.num_with, len(self))
+
+    @property
+    def _synthetic_shards(self) -> list[dict[str, Any]]:
+        return [shard for shard in self.index["shards"] if "synthetic" in shard]
+
+    @cached_property
+    def even_synthetic(self) -> int:
+        """How many synthetic captions every picture has; 0 where they are not equally many."""
+        numbers = {shard.get("synthetic", {}).get("each", 0) for shard in self.index["shards"]}
+        return int(numbers.pop()) if len(numbers) == 1 else 0
+
+    @cached_property
+    def most_synthetic(self) -> int:
+        """Synthetic captions of the picture that has the most."""
+        parts = [shard["synthetic"][self.split] for shard in self._synthetic_shards]
+        return max((len(part["tokens"]) for part in parts), default=0)
+
+    def longest(self, caption: Caption) -> dict[str, int]:
+        """Text tokens of the longest example without ("plain") and with a picture ("image"), in
+        either split, as it is seen with this caption."""
+        seen = self.index if caption == "original" else self.index["seen"][caption]
+        return {shown: int(found["tokens"]) for shown, found in seen["longest"].items()}
+
+    @property
+    def mean_tokens(self) -> int:
+        """Text tokens of all examples, of each the mean of its synthetic captions; rounded."""
+        return sum(
+            int(shard["synthetic"][self.split]["mean_tokens"]) for shard in self._synthetic_shards
+        )
 
     @cached_property
     def _shards(self) -> "Kept[int, Shard]":
@@ -195,34 +259,103 @@ class Source:
         number = bisect_right(self._starts, (example, sys.maxsize)) - 1
         return self._shards[number], example + self._starts[number][1]
 
-    def before(self, examples: np.ndarray) -> np.ndarray:
-        """int64 [n, 2]: text tokens and pictures in the examples before each (0 to len)."""
+    def before(self, examples: np.ndarray, caption: int = 0) -> np.ndarray:
+        """int64 [n, 2]: text tokens and pictures in the examples before each (0 to len).
+
+        Above 0, `caption` counts the tokens of the `caption`-th synthetic caption of each.
+        """
         examples = np.asarray(examples, dtype=np.int64)
-        numbers = np.searchsorted(self._before[:-1, 0], examples, side="right") - 1
+        tokens = self._tokens_before(caption)
         found = np.zeros((len(examples), 2), dtype=np.int64)
-        for number in np.unique(numbers).tolist():
-            mine, first = numbers == number, self._first(number)
-            shard, base = self._shards[number], self._before[number]
-            local = examples[mine] - base[0] + first
-            found[mine, 0] = base[1] + shard.offsets[local] - shard.offsets[first]
+        for number, mine, local in self._by_shard(examples):
+            first, shard = self._first(number), self._shards[number]
+            found[mine, 0] = tokens[number]
+            if caption <= shard.num_synthetic:
+                offsets = shard.offsets_of(caption)
+                found[mine, 0] += offsets[local] - offsets[first]
             if shard.num_images is not None:
-                found[mine, 1] = base[2] + shard.num_images[local] - shard.num_images[first]
+                images = int(self._before[number, 2]) - shard.num_images[first]
+                found[mine, 1] = images + shard.num_images[local]
         return found
+
+    def _by_shard(self, examples: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Shards, which of the examples (0 to len) are theirs, and where those lie in them."""
+        numbers = np.searchsorted(self._before[:-1, 0], examples, side="right") - 1
+        for number in np.unique(numbers).tolist():
+            mine = numbers == number
+            yield number, mine, examples[mine] + self._starts[number][1]
+
+    def _tokens_before(self, caption: int) -> np.ndarray:
+        # int64 [shards + 1]: tokens of one caption of each example in the shards before each.
+        if not caption:
+            return self._before[:, 1]
+        if caption not in self._caption_sums:
+            held = [
+                shard.get("synthetic", {}).get(self.split, {}).get("tokens", [])
+                for shard in self.index["shards"]
+            ]
+            counts = [part[caption - 1] if caption <= len(part) else 0 for part in held]
+            self._caption_sums[caption] = np.cumsum([0, *counts], dtype=np.int64)
+        return self._caption_sums[caption]
+
+    @cached_property
+    def _caption_sums(self) -> dict[int, np.ndarray]:
+        return {}
+
+    def num_synthetic(self, examples: np.ndarray) -> np.ndarray:
+        """int64: how many synthetic captions each of these examples has."""
+        if self.even_synthetic:
+            return np.full(len(examples), self.even_synthetic)
+        found = np.zeros(len(examples), dtype=np.int64)
+        for number, mine, local in self._by_shard(examples):
+            shard = self._shards[number]
+            for caption in range(1, shard.num_synthetic + 1):
+                offsets = shard.offsets_of(caption)
+                found[mine] += offsets[local + 1] > offsets[local]
+        return found
+
+    def sizes_of(self, examples: np.ndarray, captions: np.ndarray) -> np.ndarray:
+        """int64 [n, 2]: text tokens of one caption of each example, and pictures (0 or 1)."""
+        found = np.zeros((len(examples), 2), dtype=np.int64)
+        for number, mine, local in self._by_shard(examples):
+            shard = self._shards[number]
+            for caption in np.unique(captions[mine]).tolist():
+                chosen = np.flatnonzero(mine)[captions[mine] == caption]
+                at, offsets = local[captions[mine] == caption], shard.offsets_of(caption)
+                found[chosen, 0] = offsets[at + 1] - offsets[at]
+            if shard.num_images is not None:
+                found[mine, 1] = shard.num_images[local + 1] - shard.num_images[local]
+        return found
+
+    def longer_shards(self, longer_than: int, caption: int) -> Iterator[tuple[int, Shard, slice]]:
+        """The shards that hold an example of more text tokens: the number of their first example,
+        and which are this split's. Some that hold none may be among them."""
+        for number, about in enumerate(self.index["shards"]):
+            longest = about.get("synthetic", {"longest": 0}) if caption else about
+            # Older sources do not say it by shard.
+            if longest.get("longest", sys.maxsize) > longer_than and about[self.split]["examples"]:
+                first = self._first(number)
+                mine = slice(first, first + int(about[self.split]["examples"]))
+                yield int(self._before[number, 0]), self._shards[number], mine
 
     def sizes(self, low: int, high: int) -> np.ndarray:
         """int64 [high - low, 2]: text tokens and pictures (0 or 1) of consecutive examples."""
         return np.diff(self.before(np.arange(low, high + 1)), axis=0)
 
-    def input_ids(self, example: int, low: int = 0, high: int | None = None) -> np.ndarray:
-        """The example's text tokens `low` to `high`."""
+    def input_ids(
+        self, example: int, low: int = 0, high: int | None = None, caption: int = 0
+    ) -> np.ndarray:
+        """The text tokens `low` to `high` of the example, or of its `caption`-th synthetic one."""
         shard, local = self.locate(example)
-        return shard.tokens[_within(shard, local, low, high)]
+        return shard.tokens[_within(shard, local, low, high, caption)]
 
-    def supervised(self, example: int, low: int = 0, high: int | None = None) -> np.ndarray | None:
+    def supervised(
+        self, example: int, low: int = 0, high: int | None = None, caption: int = 0
+    ) -> np.ndarray | None:
         """Which of these tokens are targets (uint8), or None where all are."""
         shard, local = self.locate(example)
         column = shard.supervised
-        return None if column is None else column[_within(shard, local, low, high)]
+        return None if column is None else column[_within(shard, local, low, high, caption)]
 
     def has_image(self, example: int) -> bool:
         """Whether the example shows a picture."""
@@ -268,10 +401,11 @@ class Source:
         root = str(self.world) if self.world is not None else self.index["root"]
         return file if "://" in file or file.startswith("/") else f"{root}/{file}"
 
-    def describe(self, example: int) -> str:
-        """Where an example comes from, for messages."""
+    def describe(self, example: int, caption: int = 0) -> str:
+        """Where an example comes from, and which synthetic caption of it is meant, for messages."""
         shard, local = self.locate(example)
-        return f"source {self.name!r}, {shard.name_of(local)}"
+        which = f", synthetic caption {caption}" if caption else ""
+        return f"source {self.name!r}, {shard.name_of(local)}{which}"
 
 
 class Archive:
@@ -296,6 +430,6 @@ class Archive:
         return self._mapped[offset : offset + size]
 
 
-def _within(shard: Shard, local: int, low: int, high: int | None) -> slice:
-    start, end = int(shard.offsets[local]), int(shard.offsets[local + 1])
+def _within(shard: Shard, local: int, low: int, high: int | None, caption: int) -> slice:
+    start, end = (int(offset) for offset in shard.offsets_of(caption)[local : local + 2])
     return slice(min(start + low, end), end if high is None else min(start + high, end))

@@ -4,10 +4,13 @@ A source is cut into chunks of consecutive examples (of one, up to four million 
 chunks are read in the order of a keyed permutation, or drawn with replacement, and the examples of
 neighbouring chunks are permuted once more. Only the sizes of these groups are kept, so that any
 place of the order costs the same and a billion examples need a few megabytes.
+
+A number is drawn for each chunk each time that it is read; where a picture has several captions,
+the one that is seen follows from it.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,24 +30,40 @@ KEPT_GROUPS = 8
 
 @runtime_checkable
 class Lengths(Protocol):
-    """The lengths, in positions of a row, of a source's examples; none is below 1."""
+    """The lengths, in positions of a row, of a source's examples; none is below 1.
+
+    Where `drawn`, which caption of an example is seen, and so its length, follows from a number
+    that is drawn for each view (`draws`, uint64); elsewhere `draws` is None.
+    """
+
+    @property
+    def drawn(self) -> bool:
+        """Whether lengths follow from draws."""
 
     def __len__(self) -> int:
         """Examples."""
 
     @property
     def total(self) -> int:
-        """Sum over all examples."""
+        """Sum over all examples; where drawn, as expected."""
 
-    def of(self, examples: np.ndarray) -> np.ndarray:
+    def captions(self, examples: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
+        """int64: which caption of each is seen (0: its own, n: its n-th synthetic one)."""
+
+    def of(self, examples: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
         """int64: the length of each of these examples."""
 
-    def totals(self, chunks: np.ndarray, size: int) -> np.ndarray:
-        """int64: for each c the summed length of examples c * size to (c + 1) * size or the end."""
+    def totals(self, chunks: np.ndarray, size: int, draws: np.ndarray | None) -> np.ndarray:
+        """int64: for each c the summed length of examples c * size to (c + 1) * size or the end.
+
+        A draw stands for all examples of its chunk.
+        """
 
 
 class ArrayLengths:
     """Lengths held in an array."""
+
+    drawn = False
 
     def __init__(self, lengths: np.ndarray) -> None:
         self.lengths = np.asarray(lengths, dtype=np.int64)
@@ -58,12 +77,16 @@ class ArrayLengths:
         """Sum over all examples."""
         return int(self._before[-1])
 
-    def of(self, examples: np.ndarray) -> np.ndarray:
+    def captions(self, examples: np.ndarray, draws: np.ndarray | None = None) -> np.ndarray:
+        """The only one of each."""
+        return np.zeros(len(examples), dtype=np.int64)
+
+    def of(self, examples: np.ndarray, draws: np.ndarray | None = None) -> np.ndarray:
         """The length of each of these examples."""
         found: np.ndarray = self.lengths[examples]
         return found
 
-    def totals(self, chunks: np.ndarray, size: int) -> np.ndarray:
+    def totals(self, chunks: np.ndarray, size: int, draws: np.ndarray | None = None) -> np.ndarray:
         """Summed length of each chunk of `size` examples."""
         ends = np.minimum((chunks + 1) * size, len(self))
         found: np.ndarray = self._before[ends] - self._before[chunks * size]
@@ -72,7 +95,8 @@ class ArrayLengths:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Consecutive examples of a stream: numbers, first position of each that counts, lengths.
+    """Consecutive examples of a stream: numbers, first position of each that counts, lengths, and
+    which caption is seen.
 
     `starts` is above 0 and `lengths` below the example's own only where a stretch that was asked
     for by tokens begins or ends inside an example.
@@ -81,6 +105,11 @@ class Stretch:
     examples: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
+    captions: np.ndarray
+
+    def part(self, items: slice) -> "Stretch":
+        """Some of them."""
+        return Stretch(*(getattr(self, field.name)[items] for field in fields(self)))
 
 
 class Stream:
@@ -106,9 +135,14 @@ class Stream:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
-    def reach(self, tokens: int) -> None:
-        """Learn the sizes of all groups up to a token, so that later look-ups cost the same."""
-        self._group_at(tokens)
+    def reach(self, tokens: int, examples: int | None = None) -> bool:
+        """Learn the sizes of all groups up to a token, so that later look-ups cost the same.
+
+        False if the first `examples` examples hold fewer tokens.
+        """
+        while self._tokens[-1] <= tokens and (examples is None or self._examples[-1] < examples):
+            self._extend()
+        return examples is None or self.tokens_before(examples) >= tokens
 
     def count_before(self, twice_tokens: int) -> int:
         """Examples whose middle lies before token `twice_tokens` / 2 of the stream."""
@@ -141,9 +175,8 @@ class Stream:
             return _EMPTY
         parts = []
         for group in range(self._group_of(low), self._group_of(high - 1) + 1):
-            first, found = int(self._examples[group]), self._kept[group]
-            mine = slice(max(0, low - first), high - first)
-            parts.append(Stretch(found.examples[mine], found.starts[mine], found.lengths[mine]))
+            first = int(self._examples[group])
+            parts.append(self._kept[group].part(slice(max(0, low - first), high - first)))
         return _joined(parts)
 
     def tokens(self, low: int, high: int) -> Stretch:
@@ -159,7 +192,7 @@ class Stream:
             mine = slice(first, int(np.searchsorted(begins, high)))
             cut = np.maximum(low - begins[mine], 0)
             kept = np.minimum(ends[mine], high) - np.maximum(begins[mine], low)
-            parts.append(Stretch(found.examples[mine], cut, kept))
+            parts.append(replace(found.part(mine), starts=cut, lengths=kept))
         return _joined(parts)
 
     def _group_of(self, place: int) -> int:
@@ -179,8 +212,12 @@ class Stream:
         chunks = [self._chunks(int(group)) for group in groups]
         flat = np.concatenate(chunks)
         first = np.cumsum([0, *(len(part) for part in chunks[:-1])])
+        drawn = None
+        if self.lengths.drawn:
+            read = zip(groups.tolist(), chunks, strict=True)
+            drawn = np.concatenate([self._draws(group, part) for group, part in read])
         sizes = np.minimum(self.chunk, len(self.lengths) - flat * self.chunk)
-        tokens = np.add.reduceat(self.lengths.totals(flat, self.chunk), first)
+        tokens = np.add.reduceat(self.lengths.totals(flat, self.chunk, drawn), first)
         examples = np.add.reduceat(sizes, first)
         self._examples = np.append(self._examples, self._examples[-1] + np.cumsum(examples))
         self._tokens = np.append(self._tokens, self._tokens[-1] + np.cumsum(tokens))
@@ -196,30 +233,43 @@ class Stream:
         high = min(low + self.chunks_of_group, self.num_chunks)
         return permuted(np.arange(low, high), self.num_chunks, f"{self.key}/pass {epoch}")
 
+    def _draws(self, group: int, chunks: np.ndarray) -> np.ndarray:
+        """uint64: what is drawn for each chunk of a group, another number each time it is read."""
+        if self.sampling == "replacement":
+            low = group * self.chunks_of_group
+            return draws(np.arange(low, low + self.chunks_of_group), f"{self.key}/captions")
+        return draws(chunks, f"{self.key}/captions/pass {group // self._groups_of_pass}")
+
     @cached_property
     def _kept(self) -> Kept[int, Stretch]:
         return Kept(self._load, KEPT_GROUPS)
 
     def _load(self, group: int) -> Stretch:
-        first = self._chunks(group) * self.chunk
-        examples = (first[:, None] + np.arange(self.chunk)).reshape(-1)
-        examples = examples[examples < len(self.lengths)]
+        chunks, drawn = self._chunks(group), None
+        examples = (chunks[:, None] * self.chunk + np.arange(self.chunk)).reshape(-1)
+        held = examples < len(self.lengths)
+        examples = examples[held]
+        if self.lengths.drawn:
+            drawn = np.repeat(self._draws(group, chunks), self.chunk)[held]
         if self.chunk > 1:
             order = permuted(np.arange(len(examples)), len(examples), f"{self.key}/group {group}")
-            examples = examples[order]
-        return Stretch(examples, np.zeros_like(examples), self.lengths.of(examples))
+            examples, drawn = examples[order], None if drawn is None else drawn[order]
+        return Stretch(
+            examples=examples,
+            starts=np.zeros_like(examples),
+            lengths=self.lengths.of(examples, drawn),
+            captions=self.lengths.captions(examples, drawn),
+        )
 
 
-_EMPTY = Stretch(*(np.zeros(0, dtype=np.int64) for _ in range(3)))
+_EMPTY = Stretch(*(np.zeros(0, dtype=np.int64) for _ in range(4)))
 
 
 def _joined(parts: list[Stretch]) -> Stretch:
     if len(parts) == 1:
         return parts[0]
     return Stretch(
-        np.concatenate([part.examples for part in parts]),
-        np.concatenate([part.starts for part in parts]),
-        np.concatenate([part.lengths for part in parts]),
+        *(np.concatenate([getattr(p, field.name) for p in parts]) for field in fields(Stretch))
     )
 
 
@@ -252,11 +302,16 @@ def permuted(indices: np.ndarray, size: int, key: str) -> np.ndarray:
 
 def drawn_from(indices: np.ndarray, size: int, key: str) -> np.ndarray:
     """For each index a draw from `range(size)`, independent of the others (int64)."""
+    drawn: np.ndarray = (draws(indices, key) % np.uint64(size)).astype(np.int64)
+    return drawn
+
+
+def draws(indices: np.ndarray, key: str) -> np.ndarray:
+    """For each index a number of 64 random bits, independent of the others (uint64)."""
     seed = np.uint64(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
     with np.errstate(over="ignore"):
         spread = indices.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + seed
-    drawn: np.ndarray = (_mix(spread) % np.uint64(size)).astype(np.int64)
-    return drawn
+    return _mix(spread)
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

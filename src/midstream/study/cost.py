@@ -139,7 +139,7 @@ def work_of(stage: Trained, ledger: Ledger | None, device: Device = "cuda") -> W
 
     Raises ValueError for a budget of a source that the world does not have.
     """
-    sources = sources_of(stage.data, stage.training.budget.source_names, ledger)
+    sources = sources_of(stage.data, stage.training.budget.captions, ledger)
     if sources is None:
         sources = _texts(stage)
     if sources is None:

@@ -257,7 +257,7 @@ def _count(
     known: dict[str, Facts] = {}
     for stage in stages:
         budget = stage.training.budget
-        sources = sources_of(stage.data, budget.source_names, ledger)
+        sources = sources_of(stage.data, budget.captions, ledger)
         if sources is None:
             return None
         sampling = "permutation" if isinstance(budget, Epochs) else budget.sampling

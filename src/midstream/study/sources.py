@@ -1,11 +1,11 @@
 """What a plan knows about the sources of a world: counted once they are prepared, else expected."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import log
 from typing import Any, Literal
 
-from midstream.config import ExpectedSource
+from midstream.config import Caption, ExpectedSource, check_caption
 from midstream.study.ledger import Ledger
 from midstream.study.stage import Prepare
 
@@ -47,6 +47,19 @@ class Facts:
         """Positions of all examples, `patches` for each picture."""
         return int(self.tokens + self.images * patches)
 
+    def fitted(self, patches: int, row_length: int) -> "Facts":
+        """The source with captions and conversations cut to rows, class by class; as it is where
+        its lengths are only expected."""
+        if self.kind == "text" or self.basis == "expected":
+            return self
+        plain = tuple(_clipped(part, row_length) for part in self.plain)
+        shown = tuple(_clipped(part, row_length - patches) for part in self.shown)
+        if (plain, shown) == (self.plain, self.shown):
+            return self
+        tokens = sum(part[1] for part in (*plain, *shown))
+        targets = self.targets * tokens / max(self.tokens, 1)
+        return replace(self, tokens=tokens, targets=targets, plain=plain, shown=shown)
+
     def squares(self, patches: int, row_length: int) -> Number:
         """Sum of squared segment lengths of all examples; texts are cut at the row's length."""
         total = sum(
@@ -67,22 +80,33 @@ class Facts:
 
 
 def sources_of(
-    data: Prepare, names: Iterable[str], ledger: Ledger | None
+    data: Prepare, captions: Mapping[str, Caption], ledger: Ledger | None
 ) -> Mapping[str, Facts] | None:
     """Sources by name, each counted where its stage is done, else as the recipe expects it.
 
-    None where one of them is neither.
+    `captions` names them, each with the caption that is seen of it. None where one of them is
+    neither. Raises ValueError for captions that a counted source lacks.
     """
     facts: dict[str, Facts] = {}
-    for name in names:
+    for name, caption in captions.items():
         source = data.source(name)
         if ledger is not None and ledger.is_done(source):
-            facts[name] = facts_of_results(ledger.results(source))
+            facts[name] = facts_of_results(seen_as(name, ledger.results(source), caption))
         elif source.expected is not None:
             facts[name] = facts_of_expected(source.expected)
         else:
             return None
     return facts
+
+
+def seen_as(name: str, source: Mapping[str, Any], caption: Caption) -> Mapping[str, Any]:
+    """The results of a source's stage, counted with this caption of each picture."""
+    if caption == "original":
+        return source
+    # Results from before captions were counted know of none but the own ones.
+    have = source.get("captions", {"original": source["num_examples"], "synthetic": 0})
+    check_caption(name, source["kind"], caption, have, source["num_examples"])
+    return {**source, **source["seen"][caption]}
 
 
 def facts_of_results(source: Mapping[str, Any]) -> Facts:
@@ -156,6 +180,11 @@ def _spread(kind: str, number: Number, mean: float) -> Iterator[tuple[float, flo
     scale, each = mean * len(drawn) / sum(drawn), number / len(drawn)
     for length in drawn:
         yield each, each * length * scale, each * (length * scale) ** 2
+
+
+def _clipped(part: tuple[Number, Number, Number], most: int) -> tuple[Number, Number, Number]:
+    number, tokens, _ = part
+    return part if tokens <= number * most else (number, number * most, number * most**2)
 
 
 def _cut_squares(row: tuple[Number, Number, Number], row_length: int) -> Number:

@@ -14,6 +14,7 @@ from midstream.config import (
     Config,
     Evaluation,
     Fraction,
+    Overflow,
     PatchProjection,
     ProjectorConfig,
     Training,
@@ -62,6 +63,7 @@ __all__ = [
     "StartText",
     "TrainEncoder",
     "Trained",
+    "overflow_of",
     "stage_from_json",
 ]
 
@@ -279,6 +281,12 @@ class Finetune(StageBase):
 
 # What several ranks train together.
 Trained = Pretrain | Continue | Finetune
+
+
+def overflow_of(stage: Trained) -> Overflow:
+    """What becomes of a caption or conversation longer than the stage's rows."""
+    default: Overflow = "cut" if isinstance(stage, Finetune) else "refuse"
+    return stage.training.rows.overflow or default
 
 
 class Evaluate(StageBase):

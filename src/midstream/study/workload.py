@@ -71,7 +71,7 @@ class Workload:
 
 def taken(training: Training, sources: Mapping[str, Facts], patches: int) -> dict[str, Taken]:
     """By source, what a budget takes of it. Raises ValueError for a source that is not there."""
-    budget = training.budget
+    budget, sources = training.budget, _fitted(training, sources, patches)
     found: dict[str, Taken] = {}
     match budget:
         case Mixture(by="sequences"):
@@ -108,6 +108,7 @@ def workload(
 ) -> Workload:
     """The work of a stage over its whole budget."""
     patches = model.encoder.num_patches if model.encoder is not None else 0
+    sources = _fitted(training, sources, patches)
     parts = [
         (_source(sources, name), part) for name, part in taken(training, sources, patches).items()
     ]
@@ -149,6 +150,11 @@ class _Batches:
         """Positions that the last block computes whole."""
         few = self.targets <= MOST_TARGETS * self.positions
         return self.targets if few else self.positions
+
+
+def _fitted(training: Training, sources: Mapping[str, Facts], patches: int) -> Mapping[str, Facts]:
+    length = training.rows.row_length
+    return {name: source.fitted(patches, length) for name, source in sources.items()}
 
 
 def _source(sources: Mapping[str, Facts], name: str) -> Facts:

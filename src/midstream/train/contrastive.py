@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from midstream.config import ContrastiveTraining, EncoderConfig
 from midstream.data.examples import TextCodec
 from midstream.data.features import load_pixels
+from midstream.data.lengths import SourceLengths
 from midstream.data.sources import Source
-from midstream.data.stream import permuted
+from midstream.data.stream import draws, permuted
 from midstream.model.contrastive_pair import SiglipPair
 from midstream.model.weights import weights_digest
 from midstream.schedule import rate_at
@@ -44,15 +47,16 @@ def train_encoder(
 ) -> dict[str, Any]:
     """Train, write `weights/` (vision tower only), return the stage's `results.json`.
 
-    Raises ValueError if the source is too small for one batch beside the held-apart captions or a
-    caption is longer than `max_text_tokens`.
+    Raises ValueError if the source lacks the asked captions or is too small for one batch beside
+    those held apart, or a caption is longer than `max_text_tokens`.
     """
     started = time.monotonic()
-    captions = _captions(source, codec, training.max_text_tokens)
-    usable = len(captions) - HELD_APART
+    source.check_caption(training.caption)
+    captions = Captions(source, codec, training)
+    usable = len(source) - HELD_APART
     if usable < training.batch_images:
         raise ValueError(
-            f"source {source.name!r} holds {len(captions)} captions; batch_images "
+            f"source {source.name!r} holds {len(source)} captions; batch_images "
             f"{training.batch_images} and {HELD_APART} held apart need more"
         )
     pair = SiglipPair(
@@ -79,7 +83,7 @@ def train_encoder(
         set_rate(optimizer, rate)
         optimizer.zero_grad(set_to_none=True)
         with autocast(device):
-            loss = pair(pixels.batch(chosen).to(device), captions[chosen].to(device))
+            loss = pair(pixels.batch(chosen).to(device), captions.seen(chosen, drawn).to(device))
         loss = loss / training.batch_images
         loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(pair.parameters(), 1.0))
@@ -102,7 +106,7 @@ def train_encoder(
     log.close()
     with torch.no_grad():
         held = np.arange(HELD_APART)
-        ranked = pair.logits(pixels.batch(held).to(device), captions[held].to(device))
+        ranked = pair.logits(pixels.batch(held).to(device), captions.first(held).to(device))
     right = (ranked.argmax(dim=0).cpu() == torch.arange(HELD_APART)).float().mean()
     with new_folder(folder / "weights") as temporary:
         pair.save_vision(temporary / "model.safetensors")
@@ -142,17 +146,46 @@ class PixelCache:
         return pixels
 
 
-def _captions(source: Source, codec: TextCodec, length: int) -> torch.Tensor:
-    """int64 [captions, length]: each caption without its separator, end-of-text behind it."""
+class Captions:
+    """The captions that a source's pictures may be seen with, as the text tower takes them."""
+
+    def __init__(self, source: Source, codec: TextCodec, training: ContrastiveTraining) -> None:
+        lengths = SourceLengths(source, 0, training.caption)
+        self.drawn, self.key = lengths.drawn, f"{training.seed}/{source.name}/captions"
+        self.numbers = source.num_synthetic(np.arange(len(source)))
+        tables = [
+            _table(source, codec, training.max_text_tokens, caption) for caption in lengths.numbers
+        ]
+        # [captions, examples, length], as `_table` makes them.
+        self._tables = torch.stack(tables)
+
+    def first(self, examples: np.ndarray) -> Int[Tensor, "examples length"]:
+        """The asked caption of each; of several the first."""
+        return self._tables[0, examples]
+
+    def seen(self, examples: np.ndarray, views: np.ndarray) -> Int[Tensor, "examples length"]:
+        """The asked caption of each, drawn for each view where there are several."""
+        if not self.drawn:
+            return self.first(examples)
+        chosen = draws(views, self.key) % self.numbers[examples].astype(np.uint64)
+        return self._tables[chosen.astype(np.int64), examples]
+
+
+def _table(
+    source: Source, codec: TextCodec, length: int, caption: int
+) -> Int[Tensor, "examples length"]:
+    """Each picture's caption without its separator, end-of-text behind it."""
     found = torch.full((len(source), length), codec.end_of_text, dtype=torch.int64)
-    for example in range(len(source)):
-        caption = source.input_ids(example, 1).astype(np.int64)
-        if len(caption) > length:
+    # A picture may have fewer synthetic captions than another.
+    numbers = source.num_synthetic(np.arange(len(source)))
+    for example in np.flatnonzero(numbers >= caption).tolist():
+        tokens = source.input_ids(example, 1, caption=caption).astype(np.int64)
+        if len(tokens) > length:
             raise ValueError(
-                f"{source.describe(example)}: the caption has {len(caption)} tokens, the text "
-                f"tower takes {length}; raise max_text_tokens"
+                f"{source.describe(example, caption)}: the caption has {len(tokens)} tokens, the "
+                f"text tower takes {length}; raise max_text_tokens"
             )
-        found[example, : len(caption)] = torch.from_numpy(caption)
+        found[example, : len(tokens)] = torch.from_numpy(tokens)
     return found
 
 

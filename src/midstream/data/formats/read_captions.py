@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from midstream.data.formats.caption_checks import caption_of, field_of, json_object, record_of
+from midstream.data.formats.caption_checks import caption_of, field_of, json_object
 from midstream.data.formats.caption_lists import (
     count_annotations,
     first_line,
@@ -23,9 +23,10 @@ from midstream.data.formats.files import base_name, find_files, is_folder
 from midstream.data.formats.records import CaptionRecord, Picture, ReadOptions, Unit
 from midstream.data.formats.tars import TOO_LARGE, Sample, samples_of
 from midstream.data.source_writer import Reject
-from midstream.data.sources import content_hash
 
 NUM_UNIT_RECORDS = 20_000
+# A sample that says nothing of a caption, as against one whose caption is no text.
+ABSENT = "no caption"
 PICTURES = ("jpg", "jpeg", "png", "webp")
 FORMATS = {
     "webdataset": "a .tar of samples with a picture, .txt and .json",
@@ -50,7 +51,7 @@ def caption_units(sources: Sequence[str], options: ReadOptions) -> list[Unit]:
     A tar is one unit; other files are cut every 20,000 records. The first tar of a source tells
     the format of all its tars. Raises FileNotFoundError for what is not there, and ValueError for
     a file of an unknown format, one without a record or given twice, a folder with captions of two
-    formats, and for synthetic captions asked of a format that has none.
+    formats, and for synthetic captions required of a format that has none.
     """
     if options.images is not None and not is_folder(options.images):
         raise FileNotFoundError(f"{options.images} is no folder of pictures; correct its name")
@@ -75,8 +76,9 @@ def read_captions(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | 
 
     The reasons are "no picture", "more than one picture", "missing picture", "zero-byte picture",
     "picture too large", "picture outside the folder", "no caption", "empty caption", "caption not
-    UTF-8", "caption not Unicode", "too few synthetic captions", "metadata not JSON", "wrong number
-    of columns", "unsafe member name" and "member there twice". A tar's records are its samples.
+    UTF-8", "caption not Unicode", "no synthetic caption", "metadata not JSON", "wrong number of
+    columns", "unsafe member name" and "member there twice". A tar's records are its samples, each
+    with all its captions: one that cannot be used is left out where others can.
 
     Raises ValueError that names the file if it is damaged or lacks a column or list.
     """
@@ -127,8 +129,8 @@ def _lone_format(path: str) -> str:
 
 
 def _cut(path: str, form: str, options: ReadOptions) -> list[Unit]:
-    if options.caption != "original":
-        raise ValueError(f"{path}: {form} has no synthetic captions; ask for the original ones")
+    if options.require == "synthetic":
+        raise ValueError(f"{path}: {form} has no synthetic captions; do not require them")
     if form == "coco":
         count = count_annotations(path, options)
     elif form == "csv":
@@ -167,37 +169,52 @@ def _sample_record(sample: Sample, options: ReadOptions) -> CaptionRecord | Reje
     if not pictures[0].data:
         return Reject(where, "zero-byte picture", pictures[0].name)
     picture = Picture(sample.path, pictures[0].offset, pictures[0].data)
-    return record_of(where, _sample_caption(sample, options), picture)
+    own, synthetic = _own_caption(sample, options), _synthetic_captions(sample)
+    usable = tuple(caption for caption in synthetic if isinstance(caption, str))
+    unusable = [caption for caption in synthetic if isinstance(caption, Reject)]
+    if options.require == "synthetic" and not usable:
+        return unusable[0] if unusable else _without(sample, "no synthetic caption")
+    if isinstance(own, Reject) and (options.require == "original" or not usable):
+        return own
+    if isinstance(own, Reject):
+        unusable += [own] if own.reason != ABSENT else []
+        own = ""
+    return CaptionRecord(where, own, picture, usable, len(unusable))
 
 
-def _sample_caption(sample: Sample, options: ReadOptions) -> str | Reject:
-    """Of the original caption, `text_key` in .json comes before .txt only where a user names it."""
+def _own_caption(sample: Sample, options: ReadOptions) -> str | Reject:
+    """`text_key` in .json comes before .txt only where a user names it."""
     members, where = sample.members, sample.where
-    if options.caption == "original" and "txt" in members and options.text_key == "text":
+    if "txt" in members and options.text_key == "text":
         return caption_of(members["txt"].data, where)
-    name = "json"
-    if options.caption != "original" and "syn.json" in members:
-        name = "syn.json"
-    if name not in members:
-        return _none(options, where, f"it has {', '.join(sorted(members))}")
-    values, reason = json_object(members[name].data)
+    if "json" not in members:
+        return _without(sample, ABSENT)
+    values, reason = json_object(members["json"].data)
     if values is None:
-        return Reject(where, reason, members[name].name)
-    if options.caption == "original":
-        return caption_of(field_of(values, options), where, reason)
+        return Reject(where, reason, members["json"].name)
+    caption = field_of(values, options)
+    if caption is None:
+        return Reject(where, ABSENT, f"{members['json'].name} has none under {options.text_key!r}")
+    return caption_of(caption, where, reason)
+
+
+def _synthetic_captions(sample: Sample) -> list[str | Reject]:
+    """DataCompDR's list `syn_text`, in .syn.json or else in .json."""
+    member = sample.members.get("syn.json", sample.members.get("json"))
+    if member is None:
+        return []
+    values, reason = json_object(member.data)
+    if values is None:
+        own = member is sample.members.get("json")
+        return [] if own else [Reject(sample.where, reason, member.name)]
     captions = values.get("syn_text")
-    if not isinstance(captions, list) or not captions:
-        return _none(options, where, f"{members[name].name} has no list syn_text")
-    chosen = 0
-    if options.caption == "random":
-        text = f"caption/{options.seed}/{sample.key}".encode("utf-8", "surrogatepass")
-        chosen = int.from_bytes(content_hash(text)[:8], "big") % len(captions)
-    return caption_of(captions[chosen], where, reason)
+    if not isinstance(captions, list):
+        return []
+    return [caption_of(caption, sample.where, reason) for caption in captions]
 
 
-def _none(options: ReadOptions, where: str, detail: str) -> Reject:
-    original = options.caption == "original"
-    return Reject(where, "no caption" if original else "too few synthetic captions", detail)
+def _without(sample: Sample, reason: str) -> Reject:
+    return Reject(sample.where, reason, f"it has {', '.join(sorted(sample.members))}")
 
 
 _READERS: dict[str, Callable[[Unit, ReadOptions], Iterator[CaptionRecord | Reject]]] = {

@@ -26,16 +26,14 @@ class Unit:
 class ReadOptions:
     """What a user says about the records.
 
-    text_key: the field or column of the text. caption: which of a sample's captions (original,
-    synthetic: its first synthetic one; random: one of its synthetic ones, drawn by `seed` and the
-    sample's key). images: the folder or URL that relative picture names start from, where it is
-    not the file's own folder. max_tokens: captions and conversations of more tokens are left out.
+    text_key: the field or column of the text. require: a picture without this kind of caption is
+    left out. images: the folder or URL that relative picture names start from, where it is not the
+    file's own folder. max_tokens: captions and conversations of more tokens are left out.
     """
 
     text_key: str = "text"
-    caption: Literal["original", "synthetic", "random"] = "original"
+    require: Literal["original", "synthetic"] | None = None
     images: str | None = None
-    seed: int = 0
     max_tokens: int | None = None
 
 
@@ -66,11 +64,21 @@ class TokenRecord:
 
 @dataclass(frozen=True)
 class CaptionRecord:
-    """A picture and its caption."""
+    """A picture and its captions: its own, "" for none, and synthetic ones.
+
+    `left_out` counts those of its captions that cannot be used.
+    """
 
     where: str
     caption: str
     picture: Picture
+    synthetic: tuple[str, ...] = ()
+    left_out: int = 0
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All that there are, its own first."""
+        return (self.caption, *self.synthetic) if self.caption else self.synthetic
 
 
 @dataclass(frozen=True)

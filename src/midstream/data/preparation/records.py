@@ -82,7 +82,7 @@ def text_bytes(item: Record) -> bytes:
         case TextRecord():
             return item.text.encode()
         case CaptionRecord():
-            return item.caption.encode()
+            return "\n".join(item.captions).encode()
         case ConversationRecord():
             return "\n".join(text for turn in item.turns for text in turn).encode()
         case TokenRecord():
@@ -97,7 +97,7 @@ def num_characters(item: Item) -> int:
         case TextRecord():
             return len(item.text)
         case CaptionRecord():
-            return len(item.caption)
+            return sum(map(len, item.captions))
         case ConversationRecord():
             return sum(len(text) for turn in item.turns for text in turn)
         case TokenRecord():

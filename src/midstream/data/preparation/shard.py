@@ -43,6 +43,8 @@ KINDS: dict[Section, Kind] = {"text": "text", "captions": "caption", "conversati
 # Verdicts on pictures that are kept, for records that share one and stand near each other.
 KEPT_VERDICTS = 1000
 
+# A picture without a caption of its own.
+NO_CAPTION = Example(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.uint8))
 # Equal to no file's stamp: the shard is made anew every time.
 UNKNOWN: Stamp = ["unknown"]
 
@@ -56,6 +58,22 @@ class Ended:
 
     problem: str = ""
     rejects: tuple[Reject, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Versions:
+    """A record as examples: its own text, and the synthetic captions of its picture.
+
+    `left_out` counts captions that cannot be used.
+    """
+
+    own: Example
+    synthetic: tuple[Example, ...] = ()
+    left_out: int = 0
+
+    @property
+    def all(self) -> tuple[Example, ...]:
+        return (self.own, *self.synthetic)
 
 
 class StoppedError(Exception):
@@ -119,34 +137,53 @@ class _Work:
 
     def write(self, batch: Sequence[Item], writer: ShardWriter) -> int:
         """Tokenise a batch and add it to the shard; returns how many tokens that were."""
-        texts = [
-            item.text if isinstance(item, TextRecord) else item.caption
-            for item in batch
-            if isinstance(item, TextRecord | CaptionRecord)
-        ]
+        texts = [text for item in batch for text in _texts(item)]
         encoded = iter(self.codec.encode_many(texts))
         num_tokens = 0
         for item in batch:
             if isinstance(item, Reject):
                 self._reject(item, writer)
                 continue
-            example = self._example(item, encoded)
-            limit = self.job.options.max_tokens
-            whole = isinstance(item, CaptionRecord | ConversationRecord)
-            if limit is not None and whole and len(example.input_ids) > limit:
-                detail = f"{len(example.input_ids):,}, the limit is {limit:,}"
-                self._reject(Reject(item.where, "too many tokens", detail), writer)
+            if isinstance(item, CaptionRecord):
+                versions = self._versions(item, encoded)
+            else:
+                versions = self._whole(item, self._example(item, encoded))
+            if isinstance(versions, Reject):
+                self._reject(versions, writer)
                 continue
-            num_tokens += len(example.input_ids)
+            num_tokens += sum(len(example.input_ids) for example in versions.all)
             picture = picture_of(item)
             writer.add(
-                example.input_ids,
-                example.supervised,
+                versions.own.input_ids,
+                versions.own.supervised,
                 name=self.short(item.where),
                 content=text_bytes(item) if picture is None else picture.data,
                 image=None if picture is None else self._placed(picture),
+                synthetic=versions.synthetic,
+                left_out=versions.left_out,
             )
         return num_tokens
+
+    def _whole(self, item: Record, example: Example) -> "_Versions | Reject":
+        limit = self.job.options.max_tokens
+        number = len(example.input_ids)
+        if limit is None or not isinstance(item, ConversationRecord) or number <= limit:
+            return _Versions(example)
+        return _too_many(item, number, limit)
+
+    def _versions(self, item: CaptionRecord, encoded: Iterator[list[int]]) -> "_Versions | Reject":
+        """All captions of a picture, or why it is left out: none that is wanted is short enough."""
+        examples = [caption_example(self.codec, next(encoded)) for _ in item.captions]
+        limit, require = self.job.options.max_tokens, self.job.options.require
+        own, synthetic = examples[: bool(item.caption)], examples[bool(item.caption) :]
+        if limit is not None:
+            own = [example for example in own if len(example.input_ids) <= limit]
+            synthetic = [example for example in synthetic if len(example.input_ids) <= limit]
+            wanted = {"original": own, "synthetic": synthetic, None: own + synthetic}[require]
+            if not wanted:
+                return _too_many(item, min(len(one.input_ids) for one in examples), limit)
+        left_out = item.left_out + len(examples) - len(own) - len(synthetic)
+        return _Versions(own[0] if own else NO_CAPTION, tuple(synthetic), left_out)
 
     def _reject(self, reject: Reject, writer: ShardWriter) -> None:
         named = replace(reject, where=self.short(reject.where))
@@ -189,12 +226,12 @@ class _Work:
             self._verdicts.popitem(last=False)
         return problem
 
-    def _example(self, item: Record, encoded: Iterator[list[int]]) -> Example:
+    def _example(
+        self, item: TextRecord | TokenRecord | ConversationRecord, encoded: Iterator[list[int]]
+    ) -> Example:
         match item:
             case TextRecord():
                 return text_example(self.codec, next(encoded))
-            case CaptionRecord():
-                return caption_example(self.codec, next(encoded))
             case ConversationRecord():
                 has_image = item.picture is not None
                 return conversation_example(self.codec, item.turns, has_image=has_image)
@@ -205,6 +242,17 @@ class _Work:
 
     def _placed(self, picture: Picture) -> Image:
         return Image(self.short(picture.file), picture.offset, len(picture.data))
+
+
+def _texts(item: Item) -> tuple[str, ...]:
+    """What goes through the tokenizer in one call for many records."""
+    if isinstance(item, CaptionRecord):
+        return item.captions
+    return (item.text,) if isinstance(item, TextRecord) else ()
+
+
+def _too_many(item: Record, number: int, limit: int) -> Reject:
+    return Reject(item.where, "too many tokens", f"{number:,}, the limit is {limit:,}")
 
 
 def _input_name(unit: Unit) -> str:

@@ -1,0 +1,193 @@
+"""How long a source's examples are in a row: which caption is seen, what is cut to fit.
+
+Lengths are read from the source's columns where they are asked for. Of what is too long for a row
+only its number and its excess are held: it is looked for in shards that have such an example.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from midstream.config import Caption, Overflow
+from midstream.data.sources import Shard, Source
+
+# Examples whose draws are followed at once.
+BLOCK_EXAMPLES = 2**16
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Examples that do not fit into a row, in ascending order, and how many positions go beyond.
+
+    A conversation is cut behind the last reply that fits, a caption (and a conversation whose first
+    reply does not fit) at the row's last position.
+    """
+
+    examples: np.ndarray
+    excess: np.ndarray
+
+    def before(self, examples: np.ndarray) -> np.ndarray:
+        """int64: what is cut off in the examples before each."""
+        sums = np.concatenate([[0], np.cumsum(self.excess)])
+        found: np.ndarray = sums[np.searchsorted(self.examples, examples)]
+        return found
+
+    def of(self, examples: np.ndarray) -> np.ndarray:
+        """int64: what is cut off of each."""
+        found: np.ndarray = self.before(examples + 1) - self.before(examples)
+        return found
+
+
+class SourceLengths:
+    """The lengths of a source's examples in a row, `num_patches` for each picture, none cut."""
+
+    def __init__(self, source: Source, num_patches: int, caption: Caption = "original") -> None:
+        self.source, self.num_patches, self.caption = source, num_patches, caption
+        # By caption, as `cut_to` finds them.
+        self.cuts: dict[int, Cuts] = {}
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the caption that is seen is drawn for each view."""
+        return self.caption == "random"
+
+    @property
+    def numbers(self) -> range:
+        """The captions that may be seen: 0 the picture's own, n its n-th synthetic one."""
+        if self.drawn:
+            return range(1, 1 + self.source.most_synthetic)
+        return range(1, 2) if self.caption == "synthetic" else range(1)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def total(self) -> int:
+        """Sum over all examples; where captions are drawn, as expected."""
+        images = self.num_patches * self.source.num_images
+        if not self.drawn:
+            ends = np.array([len(self)])
+            return int(self._before(ends, self.numbers[0])[0])
+        off = sum(
+            float((cuts.excess / self.source.num_synthetic(cuts.examples)).sum())
+            for cuts in self.cuts.values()
+        )
+        return self.source.mean_tokens + images - round(off)
+
+    def captions(self, examples: np.ndarray, draws: np.ndarray | None = None) -> np.ndarray:
+        """Which caption of each example is seen."""
+        if draws is None:
+            return np.full(len(examples), self.numbers[0])
+        chosen = draws % self.source.num_synthetic(examples).astype(np.uint64)
+        return 1 + chosen.astype(np.int64)
+
+    def of(self, examples: np.ndarray, draws: np.ndarray | None = None) -> np.ndarray:
+        """The length of each of these examples."""
+        if draws is None:
+            number = self.numbers[0]
+            found: np.ndarray = self._before(examples + 1, number) - self._before(examples, number)
+            return found
+        captions = self.captions(examples, draws)
+        sizes = self.source.sizes_of(examples, captions)
+        found = sizes[:, 0] + self.num_patches * sizes[:, 1] - self.excess(examples, captions)
+        return found
+
+    def excess(self, examples: np.ndarray, captions: np.ndarray) -> np.ndarray:
+        """int64: positions that are cut off of each example with this caption."""
+        found = np.zeros(len(examples), dtype=np.int64)
+        for caption, cuts in self.cuts.items():
+            mine = captions == caption
+            found[mine] = cuts.of(examples[mine])
+        return found
+
+    def totals(self, chunks: np.ndarray, size: int, draws: np.ndarray | None = None) -> np.ndarray:
+        """Summed length of each chunk of `size` examples."""
+        found = np.zeros(len(chunks), dtype=np.int64)
+        if draws is not None and not self.source.even_synthetic:
+            self._follow(chunks, size, draws, found)
+            return found
+        starts, ends = chunks * size, np.minimum((chunks + 1) * size, len(self))
+        captions = self.captions(chunks, draws)
+        for caption in np.unique(captions).tolist():
+            mine = captions == caption
+            found[mine] = self._before(ends[mine], caption) - self._before(starts[mine], caption)
+        return found
+
+    def _follow(self, chunks: np.ndarray, size: int, draws: np.ndarray, found: np.ndarray) -> None:
+        """The totals where a draw means another caption from picture to picture: one by one."""
+        at_once = max(1, BLOCK_EXAMPLES // size)
+        for low in range(0, len(chunks), at_once):
+            part = slice(low, low + at_once)
+            examples = chunks[part, None] * size + np.arange(size)
+            held = examples < len(self)
+            lengths = np.zeros(examples.shape, dtype=np.int64)
+            lengths[held] = self.of(
+                examples[held], np.broadcast_to(draws[part, None], examples.shape)[held]
+            )
+            found[part] = lengths.sum(axis=1)
+
+    def _before(self, examples: np.ndarray, caption: int) -> np.ndarray:
+        found = self.source.before(examples, caption)
+        before: np.ndarray = found[:, 0] + self.num_patches * found[:, 1]
+        if caption in self.cuts:
+            before -= self.cuts[caption].before(examples)
+        return before
+
+
+def fitted(lengths: SourceLengths, row_length: int, overflow: Overflow) -> None:
+    """Cut what is longer than a row.
+
+    Raises ValueError instead, with the longest record and both numbers, if that is to be refused.
+    """
+    for caption in lengths.numbers:
+        cuts = _cuts(lengths.source, lengths.num_patches, caption, row_length)
+        if not len(cuts.examples):
+            continue
+        if overflow == "refuse":
+            raise _too_long(lengths, cuts, caption, row_length)
+        lengths.cuts[caption] = cuts
+
+
+def _cuts(source: Source, num_patches: int, caption: int, row_length: int) -> Cuts:
+    found = [Cuts(np.zeros(0, np.int64), np.zeros(0, np.int64))]
+    least = row_length - (num_patches if source.num_images else 0)
+    for first, shard, mine in source.longer_shards(least, caption):
+        part = _cuts_of_shard(shard, mine, num_patches, caption, row_length)
+        found.append(replace(part, examples=part.examples + first))
+    return Cuts(*(np.concatenate([getattr(p, n) for p in found]) for n in ("examples", "excess")))
+
+
+def _cuts_of_shard(
+    shard: Shard, mine: slice, num_patches: int, caption: int, row_length: int
+) -> Cuts:
+    offsets = shard.offsets_of(caption)[mine.start : mine.stop + 1]
+    lengths = np.diff(offsets)
+    limits = np.full(len(lengths), row_length)
+    if shard.images is not None:
+        limits[shard.images[mine, 0] >= 0] -= num_patches
+    long = np.flatnonzero(lengths > limits)
+    if not len(long):
+        return Cuts(long, long)
+    starts, kept = offsets[long], limits[long]
+    if shard.index["kind"] == "instruct":
+        # A reply ends where a token that is learnt has one that is not behind it.
+        assert shard.supervised is not None
+        learnt = shard.supervised[int(offsets[0]) : int(offsets[-1])] > 0
+        ends = offsets[0] + 1 + np.flatnonzero(learnt[:-1] & ~learnt[1:])
+        last = np.searchsorted(ends, starts + kept, side="right") - 1
+        whole = np.where(last >= 0, ends[np.maximum(last, 0)] if len(ends) else 0, 0) - starts
+        kept = np.where(whole > 0, whole, kept)
+    return Cuts(long, lengths[long] - kept)
+
+
+def _too_long(lengths: SourceLengths, cuts: Cuts, caption: int, row_length: int) -> ValueError:
+    source, captions = lengths.source, np.full(len(cuts.examples), caption)
+    sizes = source.sizes_of(cuts.examples, captions)
+    positions = sizes[:, 0] + lengths.num_patches * sizes[:, 1]
+    worst = int(positions.argmax())
+    others = f" (nor do {len(positions) - 1:,} others)" if len(positions) > 1 else ""
+    return ValueError(
+        f"{source.describe(int(cuts.examples[worst]), caption)}: {int(positions[worst]):,} "
+        f"positions do not fit into a row of {row_length:,}{others}; raise row_length, cut such "
+        'records (rows: overflow="cut"), or leave them out (midstream prepare --max-tokens)'
+    )
