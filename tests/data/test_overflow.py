@@ -109,7 +109,7 @@ def test_a_caption_is_cut_at_the_last_position_that_fits(
         own = random.integers(2, 30, 12).tolist()
         synthetic = [random.integers(2, 30, random.integers(1, 4)).tolist() for _ in own]
         source = make_source(
-            Path(folder), "dr", "caption", own, pictures=[0] * 12, synthetic=synthetic
+            Path(folder), "dr", "caption", own, pictures=[0] * 12, synthetic=synthetic, shards=4
         )
         amount = Amount(source="dr", epochs=2, caption="random" if made else "original")
         rows = Rows(row_length=row_length, batch_rows=4)

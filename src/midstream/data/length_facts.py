@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from midstream.data.sources import Shard
+from midstream.data.columns import Shard
 
 CLASSES_PER_DOUBLING = 4
 

@@ -5,11 +5,13 @@ only its number and its excess are held: it is looked for in shards that have su
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from midstream.config import Caption, Overflow
-from midstream.data.sources import Shard, Source
+from midstream.data.columns import Shard
+from midstream.data.sources import Source
 
 # Examples whose draws are followed at once.
 BLOCK_EXAMPLES = 2**16
@@ -28,9 +30,12 @@ class Cuts:
 
     def before(self, examples: np.ndarray) -> np.ndarray:
         """int64: what is cut off in the examples before each."""
-        sums = np.concatenate([[0], np.cumsum(self.excess)])
-        found: np.ndarray = sums[np.searchsorted(self.examples, examples)]
+        found: np.ndarray = self._sums[np.searchsorted(self.examples, examples)]
         return found
+
+    @cached_property
+    def _sums(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self.excess)])
 
     def of(self, examples: np.ndarray) -> np.ndarray:
         """int64: what is cut off of each."""
@@ -134,7 +139,7 @@ class SourceLengths:
         return before
 
 
-def fitted(lengths: SourceLengths, row_length: int, overflow: Overflow) -> None:
+def fit_to_rows(lengths: SourceLengths, row_length: int, overflow: Overflow) -> None:
     """Cut what is longer than a row.
 
     Raises ValueError instead, with the longest record and both numbers, if that is to be refused.

@@ -14,6 +14,7 @@ from midstream.config import (
     TokenizerFile,
     TrainedTokenizer,
 )
+from midstream.data.columns import Shard
 from midstream.data.examples import END_OF_TEXT, SEPARATOR, TextCodec
 from midstream.data.formats.records import (
     CaptionRecord,
@@ -26,7 +27,7 @@ from midstream.data.length_facts import caption_facts, length_facts
 from midstream.data.preparation.records import read_unit, units_of
 from midstream.data.preparation.source import canonical_tokenizer, prepare_source
 from midstream.data.preparation.workers import Progress
-from midstream.data.sources import INDEX, Shard, Source
+from midstream.data.sources import INDEX, Source
 from midstream.data.worlds.pocket import write_pocket_world
 from midstream.data.worlds.small_real import write_small_real
 from midstream.identity import file_sha256, source_digest, source_folders, text_column

@@ -8,7 +8,7 @@ import numpy as np
 
 from midstream.batch import IGNORE, PADDING, Row
 from midstream.config import Budget, Overflow, Rows
-from midstream.data.lengths import SourceLengths, fitted
+from midstream.data.lengths import SourceLengths, fit_to_rows
 from midstream.data.mixture import Quota, Supply
 from midstream.data.packing import RowPlan, make_plan
 from midstream.data.sources import Source
@@ -41,7 +41,7 @@ def plan_rows(
         source.check_caption(caption)
         lengths = SourceLengths(source, num_patches, caption)
         if not divisible:
-            fitted(lengths, rows.row_length, overflow)
+            fit_to_rows(lengths, rows.row_length, overflow)
         supplies.append(Supply(name, lengths, divisible))
     return make_plan(supplies, budget, rows, seed)
 

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
 
+from midstream.data.columns import SHARD_INDEX
 from midstream.data.preparation.state import Job
 from midstream.data.source_writer import REJECTS, Reject
-from midstream.data.sources import SHARD_INDEX
 from midstream.storage import read_json
 
 # How many rejects, and how many broken files, an error lists.

@@ -11,6 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from midstream.data.columns import SHARD_INDEX
 from midstream.data.examples import TextCodec
 from midstream.data.formats.files import is_url
 from midstream.data.formats.records import ReadOptions, Section, Unit
@@ -19,7 +20,7 @@ from midstream.data.preparation.rejects import NUM_LISTED, refuse_rejects
 from midstream.data.preparation.state import Job, Todo, settle, wanted_shards
 from midstream.data.preparation.workers import Progress, Watch, make_shards
 from midstream.data.source_writer import finish_source
-from midstream.data.sources import INDEX, SHARD_INDEX
+from midstream.data.sources import INDEX
 from midstream.storage import read_json, remove_leftovers, write_bytes
 
 LOCK = "prepare.lock"

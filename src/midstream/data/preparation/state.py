@@ -12,9 +12,10 @@ from typing import Any
 
 import fsspec
 
+from midstream.data.columns import SHARD_INDEX
 from midstream.data.formats.files import is_url
 from midstream.data.formats.records import ReadOptions, Section, Unit
-from midstream.data.sources import FORMAT, INDEX, SHARD_INDEX
+from midstream.data.sources import FORMAT, INDEX
 from midstream.storage import MANIFEST, read_json
 
 # Raise it when equal input would give another shard: every shard is then made anew.
