@@ -77,10 +77,10 @@ def quotas_of(
     with both numbers.
     """
     by_name = {supply.name: supply for supply in supplies}
-    for name in names_of(budget):
+    for name in budget.source_names:
         if name not in by_name:
             raise ValueError(f"no source {name!r} in the data; it holds {sorted(by_name)}")
-    used = [by_name[name] for name in names_of(budget)]
+    used = [by_name[name] for name in budget.source_names]
     match budget:
         case Epochs():
             found = [_passes(supply, budget.epochs, row_length, seed) for supply in used]
@@ -105,17 +105,6 @@ def quotas_of(
     if not any(quota.tokens for quota in found):
         raise ValueError(f"the plan holds no token; raise the budget {budget.model_dump()}")
     return found
-
-
-def names_of(budget: Budget) -> tuple[str, ...]:
-    """The sources that a budget names, in its order."""
-    match budget:
-        case Epochs():
-            return budget.sources
-        case Amounts():
-            return tuple(amount.source for amount in budget.amounts)
-        case Mixture():
-            return tuple(share.source for share in budget.shares)
 
 
 def _shares(budget: Mixture) -> Mapping[str, float]:
