@@ -155,7 +155,7 @@ def images_seen(
     None where its sources are unknown, or where its budget has no shares.
     """
     budget, model = stage.training.budget, stage.model
-    sources = sources_of(stage.data, budget.source_names, ledger)
+    sources = sources_of(stage.data, budget.captions, ledger)
     if sources is None or not isinstance(budget, Mixture):
         return None
     mixed = budget.model_copy(update={"by": by})
