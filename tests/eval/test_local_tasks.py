@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 
+from midstream.benchmark_files import published_files
 from midstream.config import Evaluation
 from midstream.eval.aggregate import TEXT_CHANCE, suites
 from midstream.eval.benchmark import evaluate
 from midstream.eval.find_task import read_choice_task
+from midstream.eval.harness_tasks import harness_task
 from midstream.eval.kept_answers import KeptAnswers
-from midstream.eval.local_tasks import HARNESS_TASKS, find_local
-from midstream.eval.text import harness_task, run_text_tasks
+from midstream.eval.local_tasks import HARNESS_TASKS
+from midstream.eval.text import run_text_tasks
 
 BENCH = Path(__file__).parents[3] / "shared" / "data" / "bench_text"
 needs_bench = pytest.mark.skipif(not BENCH.is_dir(), reason=f"{BENCH} is not here")
@@ -154,7 +156,7 @@ OFFICIAL: dict[str, tuple[str, Any]] = {
 }
 WORDS = {
     "arc_easy": ("Question: Why?\nAnswer:", (" a", " b"), 1),
-    "boolq": ("P.\nQuestion: is it?\nAnswer:", (" no", " yes"), 1),
+    "boolq": ("t -- P.\nQuestion: is it?\nAnswer:", (" no", " yes"), 1),
     # The harness's own two spaces.
     "copa": ("It fell because", ("  a.", "  b."), 1),
     "hellaswag": ("Run: A man He", (" a", " b", " c", " d"), 2),
@@ -173,7 +175,7 @@ def test_published_forms_reach_the_model_in_the_harness_words(tmp_path: Path) ->
         folder = tmp_path / name / ("COPA" if name == "copa" else "boolq")
         folder.mkdir(parents=True)
         (folder / file).write_text(json.dumps(record) + "\n")
-        assert find_local(tmp_path / name, name) == folder
+        assert published_files(tmp_path / name, name)[0].parent == folder
         tasks.append(harness_task(name, tmp_path / name))
         assert tasks[-1].departs == f"1 of {HARNESS_TASKS[name].num_docs:,} records"
     found = run_text_tasks(Longest(), tasks)
@@ -205,7 +207,9 @@ def test_a_missing_file_is_named_with_who_published_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match=r"piqa: .* lacks valid\.jsonl, published by PIQA"):
+    with pytest.raises(
+        FileNotFoundError, match=r"piqa: .* lacks valid\.jsonl and .*, published by PIQA"
+    ):
         harness_task("piqa", tmp_path)
 
 
