@@ -59,7 +59,7 @@ def _list_own(data: Path, table: Table) -> None:
     visual, text = (listed_tasks(data, kind) for kind in ("visual_tasks", "text_tasks"))
     told = "this world" if visual or text else ""
     for name, entry in visual.items():
-        kind = entry.get("format")
+        kind = entry.get("format") if isinstance(entry, dict) else None
         if kind in VISUAL_FORMATS:
             there = _visual_files(data / "bench" / name, kind)
         else:
@@ -80,7 +80,7 @@ def _list_own(data: Path, table: Table) -> None:
 
 def _chance(entry: Any) -> str:
     chance = entry.get("chance") if isinstance(entry, dict) else None
-    return _percent(chance) if isinstance(chance, int | float) else "none given"
+    return _percent(float(chance)) if isinstance(chance, int | float) else "none given"
 
 
 def _visual_files(place: Path, name: str) -> str:
