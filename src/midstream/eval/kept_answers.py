@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from midstream.digests import file_sha256
 from midstream.eval.task import Answerer
-from midstream.identity import file_sha256
 from midstream.storage import write_bytes
 
 # Raise it when the meaning of an answer changes: kept ones of an earlier version are asked again.
