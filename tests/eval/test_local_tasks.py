@@ -319,6 +319,8 @@ def test_a_group_and_a_slip_are_told_from_a_task(tmp_path: Path) -> None:
         harness_task("mmlu", tmp_path)
     with pytest.raises(ValueError, match="did you mean winogrande"):
         harness_task("winogrand", tmp_path)
+    with pytest.raises(ValueError, match=r"word_perplexity.*, none of which is a share of right"):
+        harness_task("wikitext", tmp_path)
 
 
 def test_a_hub_that_does_not_answer_is_said_at_once(

@@ -323,3 +323,37 @@ def test_recognised_words_are_found_by_questions_in_another_case(tmp_path: Path)
     ]
     row = score_predictions(folder, "textvqa_ocr", lines(tmp_path / "answers.jsonl", answers))
     assert row["score"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "read"),
+    [
+        (["yes"], "yes"),
+        ([["yes"]], "yes"),
+        (2, "2"),
+        (2.0, "2"),
+        (2.5, "2.5"),
+        ([0.1, 0.2, 0.3, 0.4], "[0.1, 0.2, 0.3, 0.4]"),
+        (float("nan"), None),
+        (["yes", "no"], None),
+        ([], None),
+        (True, None),
+    ],
+)
+def test_an_answer_in_a_list_is_that_answer_and_no_number_is_none(
+    tmp_path: Path, answer: Any, read: str | None
+) -> None:
+    file = lines(tmp_path / "answers.jsonl", [{"id": 1, "answer": answer}])
+    if read is None:
+        with pytest.raises(ValueError, match=r"line 1 has .* under 'answer', which is no answer"):
+            read_predictions(file)
+    else:
+        assert [one.answer for one in read_predictions(file)] == [read]
+
+
+def test_an_object_of_records_by_id_is_read(tmp_path: Path) -> None:
+    record = {"question": "Is it?", "model_output": "red", "ground_truth_answer": "blue"}
+    path = tmp_path / "full-results.json"
+    path.write_text(json.dumps({"1000": record}))
+    (one,) = read_predictions(path)
+    assert (one.name, one.answer, one.question) == ("1000", "red", "Is it?")

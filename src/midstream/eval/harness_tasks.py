@@ -10,7 +10,7 @@ from typing import Any
 from midstream.benchmark_files import TEXT_FILES, hub_folder, published_files
 from midstream.eval.aggregate import TEXT_CHANCE
 from midstream.eval.local_tasks import HARNESS_TASKS
-from midstream.eval.text import TextTask
+from midstream.eval.text import SHARES, TextTask
 from midstream.source_files import is_note, walk
 
 # By the end of a name, what `datasets` calls it.
@@ -39,6 +39,7 @@ def harness_task(name: str, folder: Path) -> TextTask:
     if paths:
         return _published(name, paths)
     yaml, settings = _description(name)
+    _check_metrics(name, settings)
     chance = TEXT_CHANCE[name][0] if name in TEXT_CHANCE else None
     entry = {"include": str(yaml), "num_fewshot": 0}
     own = hub_folder(folder, name)
@@ -94,6 +95,16 @@ def _description(name: str) -> tuple[Path, dict[str, Any]]:
             f"is a {entry.kind.name.lower()}); name its tasks one by one"
         )
     return Path(entry.yaml_path), dict(entry.cfg or {})
+
+
+def _check_metrics(name: str, settings: dict[str, Any]) -> None:
+    """Raise ValueError, before anything is asked, for a task that has no share of right answers."""
+    listed = [str(one.get("metric")) for one in settings.get("metric_list") or []]
+    if listed and not set(listed) & set(SHARES):
+        raise ValueError(
+            f"text task {name} has the metrics {', '.join(listed)}, none of which is a share of "
+            f"right answers ({', '.join(SHARES)}); leave it out"
+        )
 
 
 def _split_files(

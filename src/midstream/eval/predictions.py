@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,7 +73,7 @@ def score_predictions(
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """JSON lines, a JSON list, or a JSON object of answers by question id.
+    """JSON lines, a JSON list, or a JSON object of answers, or of records, by question id.
 
     Raises ValueError with the line or the record that holds no answer.
     """
@@ -87,7 +88,13 @@ def read_predictions(path: Path) -> list[Prediction]:
         value = None
     if isinstance(value, dict) and not _is_record(value):
         return [
-            _prediction({"question_id": key, "answer": answer}, f"{path} key {key!r}")
+            _prediction(
+                {
+                    "question_id": key,
+                    **(answer if isinstance(answer, dict) else {"answer": answer}),
+                },
+                f"{path} key {key!r}",
+            )
             for key, answer in value.items()
         ]
     if isinstance(value, list):
@@ -323,10 +330,25 @@ def _prediction(value: Any, where: str) -> Prediction:
             f"{where} has no answer, only {', '.join(map(str, value))}; an answer stands under "
             f"one of {', '.join(_ANSWERS)}"
         )
-    answer = value[keys[0]]
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float | list):
-        raise ValueError(f"{where} has {answer!r} under {keys[0]!r}, which is no answer")
+    answer = _answer(value[keys[0]])
+    if answer is None:
+        raise ValueError(f"{where} has {value[keys[0]]!r} under {keys[0]!r}, which is no answer")
     name = next((str(value[key]) for key in _IDS if value.get(key) is not None), None)
     asked = _QUESTIONS if keys[0] != "answer" else (*_QUESTIONS, "text")
     question = next((value[key] for key in asked if isinstance(value.get(key), str)), None)
-    return Prediction(where, answer if isinstance(answer, str) else str(answer), name, question)
+    return Prediction(where, answer, name, question)
+
+
+def _answer(value: Any) -> str | None:
+    """An answer's text; None for what is none. A list of one answer is that answer, a longer one
+    of numbers a box, and 2.0 is the count 2."""
+    if isinstance(value, list) and len(value) == 1:
+        return _answer(value[0])
+    if isinstance(value, list) and value:
+        numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in value)
+        return str(value) if numbers else None
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return str(int(value)) if value.is_integer() else str(value)
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None

@@ -15,7 +15,7 @@ from midstream.eval.task import Answerer
 # The harness's own default where a task does not say.
 _MAX_NEW_TOKENS = 256
 # Metrics of the harness that are a share of right answers, in the order in which one is chosen.
-_SHARES = ("acc", "exact_match", "em", "acc_norm")
+SHARES = ("acc", "exact_match", "em", "acc_norm")
 
 
 @dataclass(frozen=True)
@@ -242,11 +242,11 @@ def _result(
         metric, _, read = name.partition(",")
         if read and "stderr" not in metric and isinstance(value, int | float):
             kept[metric if read == way else f"{metric}.{read}"] = float(value)
-    share = next((metric for metric in _SHARES if metric in kept and metric in samples[0]), None)
+    share = next((metric for metric in SHARES if metric in kept and metric in samples[0]), None)
     if share is None:
         raise ValueError(
             f"text task {task.name} has the metrics {', '.join(kept) or 'none'}, none of which is "
-            f"a share of right answers ({', '.join(_SHARES)}); leave it out"
+            f"a share of right answers ({', '.join(SHARES)}); leave it out"
         )
     answers = tuple(_answer(by_doc[number], share) for number in sorted(by_doc))
     chance = task.chance
