@@ -195,6 +195,14 @@ def test_a_row_without_its_predictions_is_not_done(
     assert heard == {"hue"}
 
 
+def test_another_programs_results_are_left_alone(tmp_path: Path) -> None:
+    for number, text in enumerate(("[]", '{"tasks": [1]}', '{"tasks": {"hue": 0.5}}', "{}")):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "results.json").write_text(text)
+    (tmp_path / "notes.txt").touch()
+    assert earlier_tasks(sorted(tmp_path.glob("*"))) == {}
+
+
 def test_the_command_finds_the_score_of_a_changed_file_and_keeps_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

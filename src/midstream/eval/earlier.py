@@ -40,10 +40,12 @@ def earlier_tasks(folders: Iterable[Path]) -> dict[str, EarlierTask]:
     found: dict[str, EarlierTask] = {}
     for folder in folders:
         path = folder / "results.json"
-        tasks = read_json(path).get("tasks", {}) if path.is_file() else {}
-        for name, row in tasks.items():
+        value = read_json(path) if path.is_file() else {}
+        # Other programs' folders may lie beside ours, and have files of this name.
+        tasks = value.get("tasks") if isinstance(value, dict) else None
+        for name, row in tasks.items() if isinstance(tasks, dict) else ():
             predictions = folder / "predictions" / f"{name}.parquet"
-            if "key" in row and predictions.is_file():
+            if isinstance(row, dict) and "key" in row and predictions.is_file():
                 found[row["key"]] = EarlierTask(row, predictions)
     return found
 
