@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from midstream.benchmark_files import benchmark_digest, published_files
-from midstream.identity import file_sha256
+from midstream.digests import file_sha256
 
 
 @pytest.fixture

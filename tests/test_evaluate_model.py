@@ -49,7 +49,7 @@ def found(ledger: Ledger) -> tuple[dict[str, Any], dict[str, Any]]:
     rows = {path.stem: pq.read_table(path).to_pylist() for path in folder.glob("*.parquet")}
     for row in (row for own in rows.values() for row in own):
         # Stores lie in different places.
-        row["image"] = row["image"] and row["image"].split("/prepare-")[1]
+        row["image"] = row["image"] and row["image"].split("/world/")[1]
     return results, rows
 
 

@@ -104,12 +104,13 @@ TASK_FIELDS = {
     "blind",
     "num_examples",
     "unparsable",
+    "key",
     "low",
     "high",
     "shortened",
     "details",
 }
-VISUAL_FIELDS = {"format", "splits", "wording", "answered"}
+VISUAL_FIELDS = {"format", "splits", "wording", "answered", "note"}
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -4,13 +4,12 @@ Needs neither torch nor a reader: planning asks for the digest of a benchmark be
 """
 
 import difflib
-from collections.abc import Callable, Iterator
-from fnmatch import fnmatch
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from midstream.digests import digest, file_sha256
-from midstream.source_files import is_note, walk
+from midstream.source_files import is_hidden, is_note, walk
 from midstream.storage import read_json
 
 # Published files of text tasks, by lm-evaluation-harness's names: alternatives, the data set's own
@@ -18,6 +17,7 @@ from midstream.storage import read_json
 TEXT_FILES: dict[str, tuple[tuple[str, ...], ...]] = {
     "agieval_lsat_ar": (("lsat-ar.jsonl",),),
     "agieval_sat_en": (("sat-en.jsonl",),),
+    "arc_challenge": (("ARC-Challenge-Test.jsonl",), ("arc_challenge.jsonl",)),
     "arc_easy": (("ARC-Easy-Test.jsonl",), ("arc_easy.jsonl",)),
     "bigbench_conceptual_combinations_multiple_choice": (
         ("conceptual_combinations/task.json",),
@@ -29,9 +29,13 @@ TEXT_FILES: dict[str, tuple[tuple[str, ...], ...]] = {
     "copa": (("COPA/val.jsonl",), ("copa.jsonl",)),
     "hellaswag": (("hellaswag_val.jsonl",), ("hellaswag_val*.txt",)),
     "mathqa": (("MathQA/test.json",), ("math_qa.jsonl",)),
+    "openbookqa": (("Main/test.jsonl",), ("openbook_qa.jsonl",)),
     "piqa": (("valid.jsonl", "valid-labels.lst"),),
     "pubmedqa": (("ori_pqal.json", "test_ground_truth.json"),),
+    "winogrande": (("winogrande_1.1/dev.jsonl",), ("winogrande.jsonl",)),
 }
+# llm-foundry has files of the same names in another form, for models behind an interface.
+_OTHER_FORM = "api_compatible_gauntlet"
 # Folders of a world that hold what is trained on.
 _SOURCES = ("text", "captions", "instruct")
 # A picture may be called notice.jpg; only documents are notes.
@@ -57,9 +61,9 @@ def benchmark_names(world: Path) -> list[str]:
     """The benchmarks whose files a world holds: those of world.json, and text tasks' published
     files or folders."""
     listed = [*listed_tasks(world, "visual_tasks"), *listed_tasks(world, "text_tasks")]
-    published = [name for name in TEXT_FILES if published_files(world, name)]
-    folders = [path.name for path in world.glob("text_tasks/[!.]*") if path.is_dir()]
-    return sorted({*listed, *published, *folders})
+    paths = [Path(path) for path in _outside_sources(world)]
+    published = [name for name in TEXT_FILES if _published(paths, name)]
+    return sorted({*listed, *published, *hub_folders(world)})
 
 
 def listed_tasks(world: Path, kind: str) -> dict[str, Any]:
@@ -94,11 +98,16 @@ def own_text_file(world: Path, name: str) -> Path:
 
 def published_files(world: Path, name: str) -> tuple[Path, ...]:
     """The published files of a text task, wherever they lie under `world`; () where none does."""
-    alternatives = TEXT_FILES.get(name, ())
-    paths = [Path(path) for path in _outside_sources(world)] if alternatives else []
-    for first, *others in alternatives:
+    if name not in TEXT_FILES:
+        return ()
+    return _published([Path(path) for path in _outside_sources(world)], name)
+
+
+def _published(paths: Sequence[Path], name: str) -> tuple[Path, ...]:
+    """The first alternative of a task's files that begins with one of `paths`."""
+    for first, *others in TEXT_FILES[name]:
         for path in paths:
-            if fnmatch(f"/{path.as_posix()}", f"*/{first}"):
+            if path.match(first) and _OTHER_FORM not in path.parts:
                 return (path, *(path.parent / other for other in others))
     return ()
 
@@ -107,6 +116,12 @@ def hub_folder(world: Path, name: str) -> Path | None:
     """The folder that holds a text task's data set as a hub has it: one with the task's name."""
     places = (world / "text_tasks" / name, world / "bench" / name, world / name)
     return next((path for path in places if path.is_dir()), None)
+
+
+def hub_folders(world: Path) -> list[str]:
+    """The text tasks whose data sets' own files lie in a folder `text_tasks/<name>`."""
+    folders = sorted((world / "text_tasks").glob("*"))
+    return [path.name for path in folders if path.is_dir() and not is_hidden(path.name)]
 
 
 def _parts(world: Path, task: str) -> tuple[Any, Path, list[Path]]:

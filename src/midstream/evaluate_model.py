@@ -11,15 +11,17 @@ from typing import Any
 from pydantic import ValidationError
 from rich.console import Console
 
+from midstream.benchmark_files import hub_folders, listed_tasks, published_files
 from midstream.config import Evaluation, Machine
 from midstream.eval.benchmark import evaluate
+from midstream.eval.earlier import earlier_tasks
 from midstream.eval.kept_answers import (
     ANSWERS_VERSION,
     BATCHES_AT_ONCE,
     EvaluationStopped,
     KeptAnswers,
 )
-from midstream.eval.local_tasks import HARNESS_TASKS, find_local
+from midstream.eval.local_tasks import HARNESS_TASKS
 from midstream.eval.task import VISUAL_FORMATS, Answerer
 from midstream.identity import digest
 from midstream.show_scores import (
@@ -31,7 +33,7 @@ from midstream.show_scores import (
     show_examples,
 )
 from midstream.storage import read_json, remove_folder, write_json
-from midstream.terminal import out
+from midstream.terminal import out, reporting
 
 USER_ERROR_EXIT_CODE, STOPPED_EXIT_CODE = 2, 75
 
@@ -81,7 +83,7 @@ def _evaluate(request: dict[str, Any], console: Console) -> None:
         evaluation = _asked(request, data)
         about = {
             "model": name,
-            "data": str(data),
+            "data": str(data.resolve()),
             "weights_digest": answerer.weights_digest,
             "evaluation": digest(evaluation),
             "answers_version": ANSWERS_VERSION,
@@ -89,11 +91,6 @@ def _evaluate(request: dict[str, Any], console: Console) -> None:
         # Two models may have one name, and one model may be asked in several ways.
         stem = name.rstrip("/").split("/")[-1]
         folder = Path(request["out"]) / f"{stem}-{digest(about)[:8]}"
-        done = folder / "results.json"
-        if done.is_file() and read_json(done).get("about") == about:
-            rows[name] = read_json(done)
-            console.print(f"{name}: {folder}", soft_wrap=True, markup=False)
-            continue
         answers = KeptAnswers(
             answerer,
             folder / "answers",
@@ -101,20 +98,18 @@ def _evaluate(request: dict[str, Any], console: Console) -> None:
             settings=str(evaluation.max_new_tokens),
             should_stop=lambda: stopping,
         )
-        with console.status(name) as line:
-            results = evaluate(
-                answers,
-                evaluation,
-                data,
-                folder,
-                lambda done, text, name=name, line=line: line.update(  # type: ignore[misc]
-                    f"{name}: {done:.0%}, {text}"
-                ),
-            )
+        # Whatever folder a task's result lies in, the same question has the same answer.
+        done = earlier_tasks(sorted(Path(request["out"]).glob("*")))
+        with reporting(console, name) as progress:
+            results = evaluate(answers, evaluation, data, folder, progress, done=done)
         rows[name] = {**results, "about": about}
-        write_json(done, rows[name])
+        path = folder / "results.json"
+        if not path.is_file() or read_json(path) != rows[name]:
+            write_json(path, rows[name])
         remove_folder(folder / "answers")
-        console.print(f"{name}: {folder}", soft_wrap=True, markup=False)
+        kept = [task for task, row in results["tasks"].items() if row["key"] in done]
+        told = f"; as before: {', '.join(kept)}" if kept else ""
+        console.print(f"{name}: {folder}{told}", soft_wrap=True, markup=False)
     print_scores(rows, console)
 
 
@@ -155,17 +150,16 @@ def _open_model(name: str, request: dict[str, Any]) -> tuple[Answerer, Path]:
 
 def _asked(request: dict[str, Any], data: Path) -> Evaluation:
     """The named tasks by kind, or all that the data holds."""
-    listed = read_json(data / "world.json") if (data / "world.json").is_file() else None
     names = list(request["tasks"])
-    if listed is not None:
-        visual, text = listed.get("visual_tasks", {}), listed.get("text_tasks", {})
-        names = names or [*visual, *text]
+    if (data / "world.json").is_file():
+        visual, text = (listed_tasks(data, kind) for kind in ("visual_tasks", "text_tasks"))
+        names = names or [*visual, *text, *hub_folders(data)]
         chosen = [name for name in names if name in visual]
     else:
         here = [name for name in VISUAL_FORMATS if find_place(data, name) is not None]
-        local = [name for name in HARNESS_TASKS if find_local(data, name) is not None]
-        names = names or [*here, *local]
-        text = HARNESS_TASKS
+        local = [name for name in HARNESS_TASKS if published_files(data, name)]
+        names = names or [*here, *local, *hub_folders(data)]
+        text = dict.fromkeys(HARNESS_TASKS)
         chosen = [name for name in names if name in VISUAL_FORMATS]
     if not names:
         raise ValueError(f"{data} holds no task that is known; see midstream eval --list")

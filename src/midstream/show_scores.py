@@ -9,10 +9,18 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from midstream.benchmark_files import (
+    TEXT_FILES,
+    hub_folders,
+    listed_tasks,
+    own_text_file,
+    published_files,
+)
 from midstream.eval.aggregate import SUITES, TEXT_CHANCE, VISUAL_CHANCE
-from midstream.eval.local_tasks import HARNESS_TASKS, find_local
+from midstream.eval.local_tasks import HARNESS_TASKS
 from midstream.eval.predictions import score_predictions
 from midstream.eval.task import VISUAL_FORMATS
+from midstream.eval.text import read_text_task
 from midstream.uncertainty import paired_difference
 
 # A score from which an example counts as right, where a person is shown which.
@@ -25,12 +33,17 @@ def list_tasks(request: dict[str, Any], console: Console) -> None:
     table = Table(box=None, pad_edge=False)
     for title in ("task", "chance", "on disk", "published by", "licence"):
         table.add_column(title, overflow="fold")
+    if data is not None:
+        _list_own(data, table)
     for name, row in VISUAL_FORMATS.items():
-        there = _visual_files(data, name)
+        place = None if data is None else find_place(data, name)
+        there = "-" if data is None else f"missing: {', '.join(row.files)}"
+        there = there if place is None else _visual_files(place, name)
         table.add_row(name, _percent(row.chance), there, row.published, row.licence)
     for name, task in HARNESS_TASKS.items():
-        found = None if data is None else find_local(data, name)
-        there = f"missing: {' or '.join(task.files)}" if found is None else f"yes, in {found}"
+        found = () if data is None else published_files(data, name)
+        files = " or ".join(" and ".join(paths) for paths in TEXT_FILES[name])
+        there = f"yes, in {found[0].parent}" if found else f"missing: {files}"
         table.add_row(name, _percent(TEXT_CHANCE[name][0]), there, task.published, task.licence)
     console.print(table)
     for suite, members in SUITES.items():
@@ -40,12 +53,38 @@ def list_tasks(request: dict[str, Any], console: Console) -> None:
         console.print(f"  {name}: {source}")
 
 
-def _visual_files(data: Path | None, name: str) -> str:
-    if data is None:
-        return "-"
-    place = find_place(data, name)
-    if place is None:
-        return f"missing: {', '.join(VISUAL_FORMATS[name].files)}"
+def _list_own(data: Path, table: Table) -> None:
+    """A row for each task that world.json lists, and for each text task with a folder of its own:
+    what is there, or what is wrong with it."""
+    visual, text = (listed_tasks(data, kind) for kind in ("visual_tasks", "text_tasks"))
+    told = "this world" if visual or text else ""
+    for name, entry in visual.items():
+        kind = entry.get("format") if isinstance(entry, dict) else None
+        if kind in VISUAL_FORMATS:
+            there = _visual_files(data / "bench" / name, kind)
+        else:
+            there = f"not whole: its format is {kind!r}; use {', '.join(VISUAL_FORMATS)}"
+        table.add_row(name, _chance(entry), f"{there} (format {kind})", told, "")
+    for name, entry in text.items():
+        path = own_text_file(data, name)
+        try:
+            there = f"{len(read_text_task(path)):,} items in {path}"
+        except (ValueError, OSError) as error:
+            there = f"not whole: {error}"
+        table.add_row(name, _chance(entry), there, told, "")
+    for name in hub_folders(data):
+        chance = _percent(TEXT_CHANCE[name][0]) if name in TEXT_CHANCE else "-"
+        there = f"a data set's own files in {data / 'text_tasks' / name}"
+        table.add_row(name, chance, there, "lm-evaluation-harness", "")
+
+
+def _chance(entry: Any) -> str:
+    chance = entry.get("chance") if isinstance(entry, dict) else None
+    return _percent(float(chance)) if isinstance(chance, int | float) else "none given"
+
+
+def _visual_files(place: Path, name: str) -> str:
+    """What a folder holds of a format: questions, and pictures that are missing."""
     try:
         examples = VISUAL_FORMATS[name].read(place, pictures=False)
     except (ValueError, OSError) as error:
@@ -80,6 +119,9 @@ def print_scores(rows: dict[str, dict[str, Any]], console: Console) -> None:
         parts += [f"{suite} {_suite(found)}" for suite, found in row["suites"].items()]
         console.print(f"{name}: {'; '.join(parts)}", soft_wrap=True, markup=False)
         short = {t: r["shortened"] for t, r in row["tasks"].items() if r["shortened"]}
+        for task, found in row["tasks"].items():
+            if found.get("note"):
+                console.print(f"{task}: {found['note']}", soft_wrap=True, markup=False)
         if short:
             told_short = ", ".join(f"{task} ({why})" for task, why in short.items())
             console.print(f"not whole: {told_short}", soft_wrap=True, markup=False)
@@ -135,7 +177,7 @@ def score_file(request: dict[str, Any], console: Console) -> None:
     console.print(table)
     if row["unparsable"]:
         console.print(f"{row['unparsable']:,} answers cannot be read and count as wrong")
-    for note in row["notes"]:
+    for note in [*row["notes"], *([row["note"]] if row["note"] else [])]:
         console.print(note, soft_wrap=True, markup=False)
 
 

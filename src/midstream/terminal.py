@@ -39,6 +39,32 @@ def progress(console: Console) -> Iterator[Callable[[Event], None]]:
         yield _Bars(bars).show
 
 
+@contextmanager
+def reporting(console: Console, what: str) -> Iterator[Callable[[float, str], None]]:
+    """Yield what shows how far one piece of work is (a fraction and a text): a line that changes in
+    a terminal, else a line of its own at the start, every QUIET_SECONDS and at the end."""
+    if console.is_terminal:
+        with console.status(what) as line:
+            yield lambda fraction, text: line.update(_share(what, fraction, text))
+        return
+    last = -QUIET_SECONDS
+
+    def show(fraction: float, text: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if fraction >= 1.0 or now - last >= QUIET_SECONDS:
+            last = now
+            told = f"{time.strftime('%H:%M:%S')} {_share(what, fraction, text)}"
+            console.print(told, soft_wrap=True, markup=False, highlight=False)
+
+    yield show
+
+
+def _share(what: str, fraction: float, text: str) -> str:
+    # Not rounded up: 100 % is said when all is done.
+    return f"{what}: {text}, {int(100 * fraction)} % of all"
+
+
 class _Bars:
     """One bar for the stages and one for each that runs."""
 

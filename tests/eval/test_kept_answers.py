@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from midstream.eval.kept_answers import EvaluationStopped, KeptAnswers
 
 PROMPTS = [f"Question {index}?" for index in range(30)]
+# The pictures are names alone.
+kept = partial(KeptAnswers, file_digest=str)
 IMAGES: list[Path | None] = [Path(f"{index % 7}.jpg") for index in range(30)]
 
 
@@ -102,63 +105,63 @@ def test_answers_come_in_the_order_of_the_requests_whatever_is_asked_together() 
     expected = [f"{prompt} {image}" for prompt, image in zip(PROMPTS, IMAGES, strict=True)]
     for at_once in (1, 4, 100):
         fake = Counting()
-        assert KeptAnswers(fake, None, at_once=at_once).generate(PROMPTS, IMAGES) == expected
+        assert kept(fake, None, at_once=at_once).generate(PROMPTS, IMAGES) == expected
     pairs = [("c", "b"), ("cc", "b"), ("c", "a")]
-    assert KeptAnswers(fake, None, at_once=1).loglikelihood(pairs) == fake.loglikelihood(pairs)
+    assert kept(fake, None, at_once=1).loglikelihood(pairs) == fake.loglikelihood(pairs)
 
 
 def test_equal_requests_are_asked_once_and_one_context_stays_together() -> None:
     fake = Counting()
-    answers = KeptAnswers(fake, None, at_once=2)
+    answers = kept(fake, None, at_once=2)
     pairs = [("context", str(index)) for index in range(5)] + [("other one", "x")] * 3
     assert len(answers.loglikelihood(pairs)) == 8
     assert fake.parts == [5, 1]
 
 
 def test_a_stopped_evaluation_goes_on_behind_its_last_answer(tmp_path: Path) -> None:
-    whole = everything(KeptAnswers(Counting(), None, at_once=4))
+    whole = everything(kept(Counting(), None, at_once=4))
     first = Counting()
     with pytest.raises(EvaluationStopped):
-        everything(KeptAnswers(first, tmp_path, at_once=4, should_stop=after(3)))
+        everything(kept(first, tmp_path, at_once=4, should_stop=after(3)))
     second = Counting()
-    answers = KeptAnswers(second, tmp_path, at_once=4)
+    answers = kept(second, tmp_path, at_once=4)
     assert answers.num_found == len(first.asked)
     assert 0 < len(first.asked) < len(PROMPTS)
     assert everything(answers) == whole
     assert not set(map(str, first.asked)) & set(map(str, second.asked))
     third = Counting()
-    assert everything(KeptAnswers(third, tmp_path, at_once=4)) == whole
+    assert everything(kept(third, tmp_path, at_once=4)) == whole
     assert third.asked == []
 
 
 def test_half_a_line_is_left_out_and_written_over(tmp_path: Path) -> None:
-    whole = KeptAnswers(Counting(), tmp_path, at_once=50).generate(PROMPTS, IMAGES)
+    whole = kept(Counting(), tmp_path, at_once=50).generate(PROMPTS, IMAGES)
     file = tmp_path / "0.jsonl"
     file.write_bytes(file.read_bytes()[:-9])
     for _ in range(2):
         fake = Counting()
-        assert KeptAnswers(fake, tmp_path, at_once=4).generate(PROMPTS, IMAGES) == whole
+        assert kept(fake, tmp_path, at_once=4).generate(PROMPTS, IMAGES) == whole
         assert len(fake.asked) == (1 if _ == 0 else 0)
     file.write_text(file.read_text().replace('["', "[", 1))
     with pytest.raises(ValueError, match=r"0\.jsonl line 1 is broken; delete the file"):
-        KeptAnswers(Counting(), tmp_path, at_once=4)
+        kept(Counting(), tmp_path, at_once=4)
 
 
 def test_answers_of_other_weights_or_settings_are_not_taken(tmp_path: Path) -> None:
-    KeptAnswers(Counting(), tmp_path, at_once=4, settings="8").generate(PROMPTS, IMAGES)
+    kept(Counting(), tmp_path, at_once=4, settings="8").generate(PROMPTS, IMAGES)
     for weights, settings in (("v", "8"), ("w", "9")):
         fake = Counting(weights)
-        KeptAnswers(fake, tmp_path, at_once=4, settings=settings).generate(PROMPTS, IMAGES)
+        kept(fake, tmp_path, at_once=4, settings=settings).generate(PROMPTS, IMAGES)
         assert len(fake.asked) == len(PROMPTS)
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_share_the_work_and_all_have_every_answer(tmp_path: Path, size: int) -> None:
-    whole = everything(KeptAnswers(Counting(), None, at_once=4))
+    whole = everything(kept(Counting(), None, at_once=4))
     meeting, found, fakes = Meeting(size), {}, [Counting() for _ in range(size)]
 
     def work(number: int) -> None:
-        answers = KeptAnswers(fakes[number], tmp_path, at_once=4, ranks=meeting.rank(number))
+        answers = kept(fakes[number], tmp_path, at_once=4, ranks=meeting.rank(number))
         found[number] = everything(answers)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(size)]
@@ -172,18 +175,18 @@ def test_ranks_share_the_work_and_all_have_every_answer(tmp_path: Path, size: in
     assert not set.intersection(*asked)
     # What ranks kept, one process takes.
     alone = Counting()
-    assert everything(KeptAnswers(alone, tmp_path, at_once=4)) == whole
+    assert everything(kept(alone, tmp_path, at_once=4)) == whole
     assert alone.asked == []
 
 
 def test_ranks_that_find_half_a_line_know_the_same(tmp_path: Path) -> None:
-    whole = KeptAnswers(Counting(), tmp_path, at_once=4).generate(PROMPTS, IMAGES)
+    whole = kept(Counting(), tmp_path, at_once=4).generate(PROMPTS, IMAGES)
     file = tmp_path / "0.jsonl"
     file.write_bytes(file.read_bytes()[:-9])
     meeting, found = Meeting(2), {}
 
     def work(number: int) -> None:
-        answers = KeptAnswers(Counting(), tmp_path, at_once=4, ranks=meeting.rank(number))
+        answers = kept(Counting(), tmp_path, at_once=4, ranks=meeting.rank(number))
         found[number] = (answers.num_found, answers.generate(PROMPTS, IMAGES))
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
@@ -199,7 +202,7 @@ def test_all_ranks_stop_at_the_same_point_though_one_alone_is_told_to(tmp_path: 
 
     def work(number: int) -> None:
         stop = after(2) if number else after(1000)
-        answers = KeptAnswers(
+        answers = kept(
             Counting(), tmp_path, at_once=3, ranks=meeting.rank(number), should_stop=stop
         )
         try:
@@ -213,3 +216,28 @@ def test_all_ranks_stop_at_the_same_point_though_one_alone_is_told_to(tmp_path: 
     for thread in threads:
         thread.join()
     assert sorted(stopped) == [0, 1]
+
+
+def test_an_answer_belongs_to_its_pictures_bytes_wherever_they_lie(tmp_path: Path) -> None:
+    paths: list[Path | None] = [tmp_path / "a.jpg", tmp_path / "b.jpg"]
+    for path, content in ((tmp_path / "a.jpg", b"one"), (tmp_path / "b.jpg", b"two")):
+        path.write_bytes(content)
+    KeptAnswers(Counting(), tmp_path / "kept", at_once=4).generate(["Q?"] * 2, paths)
+    (tmp_path / "b.jpg").rename(tmp_path / "c.jpg")
+    (tmp_path / "a.jpg").write_bytes(b"changed")
+    fake = Counting()
+    answers = KeptAnswers(fake, tmp_path / "kept", at_once=4)
+    answers.generate(["Q?"] * 2, [tmp_path / "a.jpg", tmp_path / "c.jpg"])
+    assert fake.asked == [("Q?", tmp_path / "a.jpg")]
+
+
+def test_progress_tells_counts_and_shares_that_agree_and_ends_at_all() -> None:
+    told: list[tuple[float, str]] = []
+    answers = kept(Counting(), None, at_once=1)
+    answers.progress = lambda fraction, text: told.append((fraction, text))
+    answers.generate(PROMPTS, IMAGES)
+    answers.generate(PROMPTS, IMAGES)  # all known: nobody is asked, and it is said
+    for fraction, text in told:
+        done = round(30 * fraction)
+        assert text == f"{done} of 30 ({100 * done // 30} %)"
+    assert [fraction for fraction, _ in told[-2:]] == [1.0, 1.0]

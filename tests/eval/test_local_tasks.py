@@ -5,15 +5,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from midstream.benchmark_files import published_files
 from midstream.config import Evaluation
+from midstream.eval import harness_tasks
 from midstream.eval.aggregate import TEXT_CHANCE, suites
 from midstream.eval.benchmark import evaluate
 from midstream.eval.find_task import read_choice_task
+from midstream.eval.harness_tasks import harness_task
 from midstream.eval.kept_answers import KeptAnswers
-from midstream.eval.local_tasks import HARNESS_TASKS, find_local
-from midstream.eval.text import harness_task, run_text_tasks
+from midstream.eval.local_tasks import HARNESS_TASKS
+from midstream.eval.text import run_text_tasks
 
 BENCH = Path(__file__).parents[3] / "shared" / "data" / "bench_text"
 needs_bench = pytest.mark.skipif(not BENCH.is_dir(), reason=f"{BENCH} is not here")
@@ -121,6 +126,22 @@ def test_a_likelihood_task_counts_what_greedy_decoding_gives() -> None:
 
 
 OFFICIAL: dict[str, tuple[str, Any]] = {
+    "arc_challenge": (
+        "arc_challenge.jsonl",
+        {"query": "Question: Why?\n", "choices": ["a", "b", "c"], "gold": 1},
+    ),
+    "openbookqa": (
+        "openbook_qa.jsonl",
+        {"query": "Predators eat", "choices": ["lions", "bunnies"], "gold": 1},
+    ),
+    "winogrande": (
+        "winogrande.jsonl",
+        {
+            "context_options": ["Sue helped Ann so Sue", "Sue helped Ann so Ann"],
+            "continuation": "was glad_ly helped.",
+            "gold": 1,
+        },
+    ),
     "arc_easy": (
         "ARC-Easy-Test.jsonl",
         {
@@ -153,8 +174,16 @@ OFFICIAL: dict[str, tuple[str, Any]] = {
     ),
 }
 WORDS = {
+    "arc_challenge": ("Question: Why?\nAnswer:", (" a", " b", " c"), 1),
+    "openbookqa": ("Predators eat", (" lions", " bunnies"), 1),
+    # The likelihood of the end behind each beginning.
+    "winogrande": (
+        "... was glad_ly helped.",
+        ("Sue helped Ann so Sue", "Sue helped Ann so Ann"),
+        1,
+    ),
     "arc_easy": ("Question: Why?\nAnswer:", (" a", " b"), 1),
-    "boolq": ("P.\nQuestion: is it?\nAnswer:", (" no", " yes"), 1),
+    "boolq": ("t -- P.\nQuestion: is it?\nAnswer:", (" no", " yes"), 1),
     # The harness's own two spaces.
     "copa": ("It fell because", ("  a.", "  b."), 1),
     "hellaswag": ("Run: A man He", (" a", " b", " c", " d"), 2),
@@ -173,7 +202,7 @@ def test_published_forms_reach_the_model_in_the_harness_words(tmp_path: Path) ->
         folder = tmp_path / name / ("COPA" if name == "copa" else "boolq")
         folder.mkdir(parents=True)
         (folder / file).write_text(json.dumps(record) + "\n")
-        assert find_local(tmp_path / name, name) == folder
+        assert published_files(tmp_path / name, name)[0].parent == folder
         tasks.append(harness_task(name, tmp_path / name))
         assert tasks[-1].departs == f"1 of {HARNESS_TASKS[name].num_docs:,} records"
     found = run_text_tasks(Longest(), tasks)
@@ -189,6 +218,13 @@ def test_published_forms_reach_the_model_in_the_harness_words(tmp_path: Path) ->
         ("copa", "copa.jsonl", '{"query": "It fell", "choices": ["a"], "gold": 0}', "ends with"),
         ("arc_easy", "arc_easy.jsonl", '{"query": "q", "choices": ["a"], "gold": 1}', "answer 1"),
         ("boolq", "boolq.jsonl", '{"passage": "p", "question": "q", "label": 1}', "neither true"),
+        ("boolq", "boolq.jsonl", '{"query": "p", "choices": ["no", "yes"], "gold": 1}', "no line"),
+        (
+            "winogrande",
+            "winogrande.jsonl",
+            '{"context_options": ["a"], "continuation": "c", "gold": 0}',
+            "1 context_options",
+        ),
         ("hellaswag", "hellaswag_val_x.txt", "a: b\n7\nx\ny\nz\nw\n", "line 1: a task is"),
         ("hellaswag", "hellaswag_val_x.txt", "a: b\n1\nx\n", "no multiple of six"),
     ],
@@ -201,11 +237,115 @@ def test_a_broken_file_is_named(
         harness_task(name, tmp_path)
 
 
+BOOLQ = {
+    "query": "Passage: A pie.\nQuestion: not this\nQuestion: is a pie food?\n",
+    "choices": ["no", "yes"],
+    "gold": 1,
+}
+SENTENCE = {"sentence": "Sue helped Ann so _ was glad.", "option1": "Sue", "option2": "Ann"}
+
+
+def test_llm_foundrys_boolq_is_taken_apart_and_departs_in_its_titles(tmp_path: Path) -> None:
+    for end in ("\n", ""):
+        record = BOOLQ | {"query": BOOLQ["query"].rstrip("\n") + end}  # type: ignore[attr-defined]
+        (tmp_path / "boolq.jsonl").write_text(json.dumps(record) + "\n")
+        task = harness_task("boolq", tmp_path)
+        assert task.docs == (
+            {"passage": "A pie.\nQuestion: not this", "question": "is a pie food", "label": 1},
+        )
+        assert task.departs is not None
+        assert "titles" in task.departs
+
+
+@pytest.mark.slow
+def test_any_task_is_read_from_its_data_sets_own_files(tmp_path: Path) -> None:
+    """As a hub has them: parts of a parquet split, a folder a configuration, JSON lines."""
+    asked = SENTENCE | {"answer": "2"}
+    folder = tmp_path / "text_tasks" / "winogrande" / "winogrande_xl"
+    folder.mkdir(parents=True)
+    for part in range(2):
+        pq.write_table(
+            pa.Table.from_pylist([asked]), folder / f"validation-0000{part}-of-2.parquet"
+        )
+    pq.write_table(pa.Table.from_pylist([asked] * 9), folder / "train-00000-of-1.parquet")
+    (tmp_path / "text_tasks/winogrande/README.md").write_text("About.")
+    other = {"question": "How?", "subject": "s", "choices": ["a", "b", "c", "d"], "answer": 3}
+    (tmp_path / "mmlu_anatomy").mkdir()
+    (tmp_path / "mmlu_anatomy/test.jsonl").write_text((json.dumps(other) + "\n") * 5)
+    sums = {"question": "1+1?", "answer": "It is. #### 2"}
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k/test.jsonl").write_text(json.dumps(sums) + "\n")
+    names = ("winogrande", "mmlu_anatomy", "gsm8k")
+
+    class Says(Longest):
+        def generate_until(
+            self,
+            contexts: Sequence[str],
+            stops: Sequence[Sequence[str]],
+            max_new_tokens: Sequence[int],
+        ) -> list[str]:
+            return ["#### 2"] * len(contexts)
+
+    evaluation = Evaluation(text_tasks=names, blind=False)
+    answers = KeptAnswers(Says(), None, at_once=50)
+    rows = evaluate(answers, evaluation, tmp_path, tmp_path / "out", lambda *_: None)["tasks"]
+    found = {
+        name: (row["num_examples"], row["chance"], row["metric"]) for name, row in rows.items()
+    }
+    assert found == {
+        "winogrande": (2, 0.5, "accuracy"),
+        "mmlu_anatomy": (5, 0.25, "accuracy"),
+        "gsm8k": (1, 0.0, "exact_match"),
+    }
+    assert rows["gsm8k"]["score"] == 1.0
+    assert {row["shortened"] for row in rows.values()} == {None}
+    before = rows["mmlu_anatomy"]["key"]
+    evaluation = Evaluation(text_tasks=("mmlu_anatomy",), blind=False, limit=3)
+    rows = evaluate(answers, evaluation, tmp_path, tmp_path / "out", lambda *_: None)["tasks"]
+    assert rows["mmlu_anatomy"]["shortened"] == "3 of 5 examples"
+    assert rows["mmlu_anatomy"]["key"] != before
+
+
+def test_a_split_that_a_folder_lacks_is_named(tmp_path: Path) -> None:
+    (tmp_path / "winogrande").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / f"winogrande/{split}.jsonl").write_text("{}\n")
+    with pytest.raises(FileNotFoundError, match=r"no file of the split 'validation', only test"):
+        harness_task("winogrande", tmp_path)
+
+
+def test_a_group_and_a_slip_are_told_from_a_task(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mmlu is no single task"):
+        harness_task("mmlu", tmp_path)
+    with pytest.raises(ValueError, match="did you mean winogrande"):
+        harness_task("winogrand", tmp_path)
+    with pytest.raises(ValueError, match=r"word_perplexity.*, none of which is a share of right"):
+        harness_task("wikitext", tmp_path)
+
+
+def test_a_hub_that_does_not_answer_is_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    harness_tasks._hub_problem.cache_clear()
+    try:
+        with pytest.raises(FileNotFoundError) as error:
+            harness_task("lambada_openai", tmp_path)
+    finally:
+        harness_tasks._hub_problem.cache_clear()
+    assert "the hub does not answer (Connect" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_a_missing_file_is_named_with_who_published_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match=r"piqa: .* lacks valid\.jsonl, published by PIQA"):
+    with pytest.raises(
+        FileNotFoundError, match=r"piqa: .* lacks valid\.jsonl and .*, published by PIQA"
+    ):
         harness_task("piqa", tmp_path)
 
 

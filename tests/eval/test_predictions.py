@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from midstream.eval.find_task import read_visual_task
 from midstream.eval.predictions import read_predictions, score_predictions
 
 GOLD = {"random": "yn" * 3, "popular": "yy" + "nn" * 2, "adversarial": "ny" * 3}
@@ -233,3 +234,126 @@ def test_textvqa_answers_are_found_by_picture_and_words(tmp_path: Path) -> None:
     ]
     row = score_predictions(folder, "textvqa", lines(tmp_path / "a.jsonl", rows))
     assert row["score"] == 1.0
+
+
+def test_prompts_about_other_questions_are_refused_though_their_ids_match(
+    pope: Path, tmp_path: Path
+) -> None:
+    rows = llava("popular", "yynnnn")[:2] + llava("adversarial", "nynyny")[2:]
+    message = (
+        r"popular\.jsonl: 4 of 6 prompts are about other questions than those of pope, split "
+        r"popular: .* line 3 asks 'Is there a adversarial thing 3 .*', question 3 here is "
+        r"'Is there a popular thing 3 in the image\?'"
+    )
+    for split in ("popular", None):
+        file = lines(tmp_path / "answers-popular.jsonl", rows)
+        with pytest.raises(ValueError, match=message):
+            score_predictions(pope, "pope", file, split=split)
+    # Prompts that not every line repeats are looked at where they are.
+    for row in rows[:5]:
+        row.pop("prompt")
+    file = lines(tmp_path / "answers-popular.jsonl", rows)
+    with pytest.raises(ValueError, match="1 of 1 prompts are about other questions"):
+        score_predictions(pope, "pope", file, split="popular")
+
+
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_prompts_in_another_case_and_spacing_ask_the_same(
+    pope: Path, tmp_path: Path, with_ids: bool
+) -> None:
+    rows = llava("popular", "yynnny")
+    for row in rows:
+        row["prompt"] = "USER:  " + row["prompt"].upper().replace(" ", "  ")
+        if not with_ids:
+            row.pop("question_id")
+    file = lines(tmp_path / "answers.jsonl", rows)
+    score = score_predictions(pope, "pope", file, split="popular")["score"]
+    assert score == pytest.approx(5 / 6)
+
+
+def test_a_part_of_a_word_is_not_the_question(gqa: Path, tmp_path: Path) -> None:
+    questions = json.loads((gqa / "testdev_balanced_questions.json").read_text())
+    for number, question in enumerate(questions.values()):
+        question["question"] = f"the cat {number}"
+    (gqa / "testdev_balanced_questions.json").write_text(json.dumps(questions))
+    rows = [{"question_id": key, "prompt": "the cat 01", "text": "x"} for key in questions]
+    with pytest.raises(ValueError, match=f"{len(rows)} of {len(rows)} prompts"):
+        score_predictions(gqa, "gqa", lines(tmp_path / "answers.jsonl", rows))
+
+
+POPE = Path(__file__).parents[3] / "shared" / "data" / "pope_questions"
+
+
+@pytest.mark.skipif(not POPE.is_dir(), reason=f"{POPE} is not here")
+def test_answers_to_the_official_adversarial_questions_are_not_scored_as_popular(
+    tmp_path: Path,
+) -> None:
+    asked = [json.loads(line) for line in (POPE / "coco_pope_adversarial.json").open()]
+    rows = [
+        {"question_id": row["question_id"], "prompt": f"{row['text']}\nBriefly.", "text": "Yes"}
+        for row in asked
+    ]
+    file = lines(tmp_path / "answers.jsonl", rows)
+    with pytest.raises(ValueError, match=r"1,132 of 3,000 prompts are about other questions"):
+        score_predictions(POPE, "pope", file, split="popular")
+    assert score_predictions(POPE, "pope", file, split="adversarial")["score"] == 0.5
+
+
+def test_recognised_words_are_found_by_questions_in_another_case(tmp_path: Path) -> None:
+    folder = tmp_path / "textvqa"
+    folder.mkdir()
+    asked = [("what Brand?", "a"), (" What brand? ", "b"), ("what size?", "c")]
+    data = [
+        {"question_id": 7 + i, "image_id": "a1", "question": question, "answers": [answer] * 10}
+        for i, (question, answer) in enumerate(asked)
+    ]
+    (folder / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": data}))
+    tail = "\nAnswer the question using a single word or phrase."
+    listed = [("What brand?", "NOKIA"), ("What size?", "XL")]
+    rows = [
+        {"question_id": "a1", "text": f"{question}\nReference OCR token: {seen}{tail}"}
+        for question, seen in listed
+    ]
+    lines(folder / "textvqa_val_v051_ocr.jsonl", rows)
+    examples = read_visual_task(folder, "textvqa_ocr", pictures=False, shuffled=False).examples
+    assert [example.question.split(": ")[-1] for example in examples] == ["NOKIA", "NOKIA", "XL"]
+    answers = [
+        {"question_id": "a1", "prompt": question.lower(), "text": answer}
+        for question, answer in asked
+    ]
+    row = score_predictions(folder, "textvqa_ocr", lines(tmp_path / "answers.jsonl", answers))
+    assert row["score"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "read"),
+    [
+        (["yes"], "yes"),
+        ([["yes"]], "yes"),
+        (2, "2"),
+        (2.0, "2"),
+        (2.5, "2.5"),
+        ([0.1, 0.2, 0.3, 0.4], "[0.1, 0.2, 0.3, 0.4]"),
+        (float("nan"), None),
+        (["yes", "no"], None),
+        ([], None),
+        (True, None),
+    ],
+)
+def test_an_answer_in_a_list_is_that_answer_and_no_number_is_none(
+    tmp_path: Path, answer: Any, read: str | None
+) -> None:
+    file = lines(tmp_path / "answers.jsonl", [{"id": 1, "answer": answer}])
+    if read is None:
+        with pytest.raises(ValueError, match=r"line 1 has .* under 'answer', which is no answer"):
+            read_predictions(file)
+    else:
+        assert [one.answer for one in read_predictions(file)] == [read]
+
+
+def test_an_object_of_records_by_id_is_read(tmp_path: Path) -> None:
+    record = {"question": "Is it?", "model_output": "red", "ground_truth_answer": "blue"}
+    path = tmp_path / "full-results.json"
+    path.write_text(json.dumps({"1000": record}))
+    (one,) = read_predictions(path)
+    assert (one.name, one.answer, one.question) == ("1000", "red", "Is it?")

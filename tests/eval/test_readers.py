@@ -226,7 +226,7 @@ def test_other_than_ten_answers_are_refused_with_the_way_out(tmp_path: Path) -> 
     path = tmp_path / readers.TEXTVQA_QUESTIONS
     change(path, lambda value: value["data"][0].update(answers=["nokia"]))
     with pytest.raises(
-        ValueError, match=r"data record 0: it has 1 answers, the metric needs 10.*re"
+        ValueError, match=r"data record 0: it has 1 answers, the metric compares 10.*re"
     ):
         read("textvqa", tmp_path)
 

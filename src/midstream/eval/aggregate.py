@@ -20,6 +20,7 @@ VISUAL_CHANCE: dict[str, tuple[float, str]] = {
     "vsr": (0.5, "two answers"),
     "tallyqa": (1 / 16, "sixteen options"),
     "ai2d": (0.25, "four options"),
+    "qa": (0.0, "free answers; a world says its own"),
 }
 TEXT_CHANCE: dict[str, tuple[float, str]] = {
     "agieval_sat_en": (0.20, "the authors' script; the task has four options"),
@@ -34,6 +35,9 @@ TEXT_CHANCE: dict[str, tuple[float, str]] = {
     "pubmedqa": (1 / 3, "the authors' script; yes, no, maybe"),
     # Beside the paper's own.
     "agieval_lsat_ar": (0.20, "five options"),
+    "arc_challenge": (0.25, "four options"),
+    "openbookqa": (0.25, "four options"),
+    "winogrande": (0.50, "two options"),
     "bigbench_cs_algorithms": (0.0, "free continuation, as DCLM has it"),
 }
 _NINE = (

@@ -2,15 +2,21 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from midstream.config import Evaluation
 from midstream.eval.aggregate import averages, suites
+from midstream.eval.earlier import (
+    EarlierTask,
+    take_predictions,
+    text_key,
+    visual_key,
+    write_table,
+)
 from midstream.eval.find_task import (
     VisualTask,
     in_the_square,
@@ -21,7 +27,6 @@ from midstream.eval.find_task import (
 from midstream.eval.kept_answers import KeptAnswers
 from midstream.eval.readers.choices import LETTERS
 from midstream.eval.text import TextResult, TextTask, run_text_tasks
-from midstream.storage import write_bytes
 from midstream.uncertainty import bootstrap, mean_by_split, split_means
 
 _COLUMNS = pa.schema(
@@ -42,15 +47,52 @@ Progress = Callable[[float, str], None]
 
 
 def evaluate(
-    answers: KeptAnswers, evaluation: Evaluation, world: Path, out: Path, progress: Progress
+    answers: KeptAnswers,
+    evaluation: Evaluation,
+    world: Path,
+    out: Path,
+    progress: Progress,
+    *,
+    done: Mapping[str, EarlierTask] | None = None,
 ) -> dict[str, Any]:
     """Run the benchmarks; the `tasks`, `stable` and `suites` parts of results.json (docs/store.md).
 
     Every task is read before the first answer, so that a missing file costs nothing. Writes
-    out/predictions/<task>.parquet. `progress` gets a fraction and a text. Of several ranks all
-    make the same call, and the first one writes.
+    out/predictions/<task>.parquet. `progress` gets a fraction and a text. A task whose key is in
+    `done` (`earlier_tasks`) is taken from there and not asked. Of several ranks all make the same
+    call, and the first one writes and says what is done.
     Raises FileNotFoundError or ValueError for files that are missing or malformed.
     """
+    visual, text = _read_tasks(evaluation, world)
+    keys = _keys(answers, evaluation, visual, text)
+    earlier = {name: done[key] for name, key in keys.items() if key in done} if done else {}
+    rows = {name: dict(one.row) for name, one in earlier.items()}
+    tasks: dict[str, dict[str, Any]] = answers.ranks.gather(rows)[0]
+    blind_images = {task.name: other_images(task) for task in visual} if evaluation.blind else {}
+    writes = out if answers.ranks.rank == 0 else None
+    if writes is not None:
+        images = {task.name: [example.image for example in task.examples] for task in visual}
+        for name, one in earlier.items():
+            take_predictions(one, _predictions_of(out, name), images.get(name))
+    visual = [task for task in visual if task.name not in tasks]
+    text = [task for task in text if task.name not in tasks]
+    # Shares of the whole are of questions, those of every pass.
+    sizes = [len(task.examples) * len(_passes(task, evaluation)) for task in visual]
+    in_text = sum(len(t.docs) if t.docs is not None else evaluation.limit or 1000 for t in text)
+    total = sum(sizes) + in_text
+    for index, task in enumerate(visual):
+        share = _part(progress, sum(sizes[:index]), total, sizes[index])
+        blind = blind_images.get(task.name)
+        tasks[task.name] = _run_visual(answers, evaluation, task, blind, writes, share)
+    answers.progress = _part(progress, sum(sizes), total, in_text, text="choices of text tasks: ")
+    found = run_text_tasks(answers, text, evaluation.limit)
+    for choice in text:
+        tasks[choice.name] = _report_text(choice, found[choice.name], writes)
+    tasks = {name: {**tasks[name], "key": key} for name, key in keys.items()}
+    return {"tasks": tasks, "stable": averages(tasks), "suites": suites(tasks)}
+
+
+def _read_tasks(evaluation: Evaluation, world: Path) -> tuple[list[VisualTask], list[TextTask]]:
     names = [*evaluation.visual_tasks, *evaluation.text_tasks]
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
@@ -63,20 +105,30 @@ def evaluate(
     ]
     if evaluation.box_frame == "square":
         visual = [in_the_square(task) for task in visual]
-    text = [read_choice_task(world, name, evaluation.limit) for name in evaluation.text_tasks]
-    blind_images = {task.name: other_images(task) for task in visual} if evaluation.blind else {}
-    tasks: dict[str, dict[str, Any]] = {}
-    writes = out if answers.ranks.rank == 0 else None
-    for index, task in enumerate(visual):
-        share = _part(progress, index, len(names))
-        blind = blind_images.get(task.name)
-        tasks[task.name] = _run_visual(answers, evaluation, task, blind, writes, share)
-    share = _part(progress, len(visual), len(names), len(text))
-    answers.progress = share
-    found = run_text_tasks(answers, text, evaluation.limit)
-    for choice in text:
-        tasks[choice.name] = _report_text(choice, found[choice.name], writes, evaluation.limit)
-    return {"tasks": tasks, "stable": averages(tasks), "suites": suites(tasks)}
+    return visual, [read_choice_task(world, n, evaluation.limit) for n in evaluation.text_tasks]
+
+
+def _keys(
+    answers: KeptAnswers,
+    evaluation: Evaluation,
+    visual: Sequence[VisualTask],
+    text: Sequence[TextTask],
+) -> dict[str, str]:
+    """Each task's key, by its name."""
+    weights, file_digest = answers.weights_digest, answers.file_digest
+    return {
+        task.name: visual_key(task, _prompts(task, evaluation), evaluation, weights, file_digest)
+        for task in visual
+    } | {task.name: text_key(task, evaluation.limit, weights, file_digest) for task in text}
+
+
+def _prompts(task: VisualTask, evaluation: Evaluation) -> list[str]:
+    wording = evaluation.wordings.get(task.name, evaluation.prompts)
+    return [task.format.prompt(example.question, wording) for example in task.examples]
+
+
+def _predictions_of(out: Path, name: str) -> Path:
+    return out / "predictions" / f"{name}.parquet"
 
 
 def _run_visual(
@@ -88,33 +140,27 @@ def _run_visual(
     progress: Progress,
 ) -> dict[str, Any]:
     wording = evaluation.wordings.get(task.name, evaluation.prompts)
-    prompts = [task.format.prompt(example.question, wording) for example in task.examples]
-    by_chance = task.format.fixed is not None and evaluation.fixed_answers != "text"
-    also_text = by_chance and evaluation.fixed_answers == "both"
-    passes = [([example.image for example in task.examples], by_chance, "")]
-    if blind_images is not None:
-        passes.append((list(blind_images), by_chance, " blind"))
-    if also_text:
-        passes.append((passes[0][0], False, " as text"))
+    prompts = _prompts(task, evaluation)
+    images = [example.image for example in task.examples]
+    passes = _passes(task, evaluation)
     said = []
-    for index, (images, chooses, how) in enumerate(passes):
-        answers.progress = _part(progress, index, len(passes), text=f"{task.name}{how}: ")
-        said.append(
-            _choose(answers, task, prompts, images, evaluation.letters)
-            if chooses
-            else [text.strip() for text in answers.generate(prompts, images)]
-        )
+    for index, (how, chooses) in enumerate(passes):
+        seen = images if how != "blind" else list(blind_images or ())
+        title = f"{task.name} {how}: " if how else f"{task.name}: "
+        answers.progress = _part(progress, index, len(passes), text=title)
+        said.append(_ask(answers, task, prompts, seen, evaluation.letters if chooses else None))
+    also_text = passes[-1][0] == "as text"
     blind = said[1] if blind_images is not None else None
     spoken = said[-1] if also_text else None
     row = score_visual(task, said[0], blind, spoken)
-    row |= {"wording": wording, "answered": "probability" if by_chance else "text"}
+    row |= {"wording": wording, "answered": "probability" if passes[0][1] else "text"}
     if out is not None:
         scores, blind_scores = (
             None if texts is None else _scores(task, texts) for texts in (said[0], blind)
         )
         nothing = [None] * len(prompts)
         write_predictions(
-            out / "predictions" / f"{task.name}.parquet",
+            _predictions_of(out, task.name),
             example_id=[example.example_id for example in task.examples],
             split=[example.split for example in task.examples],
             prompt=prompts,
@@ -129,25 +175,46 @@ def _run_visual(
     return row
 
 
-def _choose(
+def _passes(task: VisualTask, evaluation: Evaluation) -> list[tuple[str, bool]]:
+    """How often a task is asked: what each time is called, and whether fixed answers are chosen."""
+    fixed = task.format.fixed is not None and any(e.choices for e in task.examples)
+    chooses = fixed and evaluation.fixed_answers != "text"
+    passes = [("", chooses)]
+    if evaluation.blind:
+        passes.append(("blind", chooses))
+    if chooses and evaluation.fixed_answers == "both":
+        passes.append(("as text", False))
+    return passes
+
+
+def _ask(
     answers: KeptAnswers,
     task: VisualTask,
     prompts: Sequence[str],
     images: Sequence[Path],
-    letters: str,
+    letters: str | None,
 ) -> list[str]:
-    """The likeliest of each example's fixed answers, as the scorer reads it."""
-    lettered = task.format.fixed == "letters"
-    options = [
-        LETTERS[: len(example.choices)] if lettered and letters == "letter" else example.choices
-        for example in task.examples
-    ]
-    found = answers.choose(prompts, images, [list(own) for own in options])
-    likeliest = [values.index(max(values)) for values in found]
-    return [
-        LETTERS[at] if lettered else example.choices[at]
-        for at, example in zip(likeliest, task.examples, strict=True)
-    ]
+    """An answer to each example, as the scorer reads it: written, or with `letters` the likeliest
+    of its fixed answers where it has some."""
+    said = [""] * len(prompts)
+    chosen = [i for i, e in enumerate(task.examples) if e.choices and letters is not None]
+    free = sorted({*range(len(prompts))} - {*chosen})
+    if free:
+        told = answers.generate([prompts[i] for i in free], [images[i] for i in free])
+        for i, text in zip(free, told, strict=True):
+            said[i] = text.strip()
+    if chosen:
+        lettered = task.format.fixed == "letters"
+        own = [task.examples[i].choices for i in chosen]
+        options = [
+            list(LETTERS[: len(choices)] if lettered and letters == "letter" else choices)
+            for choices in own
+        ]
+        found = answers.choose([prompts[i] for i in chosen], [images[i] for i in chosen], options)
+        for i, choices, values in zip(chosen, own, found, strict=True):
+            likeliest = values.index(max(values))
+            said[i] = LETTERS[likeliest] if lettered else choices[likeliest]
+    return said
 
 
 def score_visual(
@@ -181,6 +248,7 @@ def score_visual(
         "unparsable": sum(not task.format.parses(text) for text in predictions),
         "splits": split_means(scores, splits) if len(set(splits)) > 1 else {},
         "details": details,
+        "note": None if task.format.note is None else task.format.note(predictions, examples),
     }
 
 
@@ -188,14 +256,12 @@ def _scores(task: VisualTask, texts: Sequence[str]) -> list[float]:
     return [task.format.score(text, e.gold) for text, e in zip(texts, task.examples, strict=True)]
 
 
-def _report_text(
-    task: TextTask, result: TextResult, out: Path | None, limit: int | None
-) -> dict[str, Any]:
+def _report_text(task: TextTask, result: TextResult, out: Path | None) -> dict[str, Any]:
     rows = result.answers
     if out is not None:
         nothing = [None] * len(rows)
         write_predictions(
-            out / "predictions" / f"{task.name}.parquet",
+            _predictions_of(out, task.name),
             example_id=[str(number) for number in range(1, len(rows) + 1)],
             split=[""] * len(rows),
             prompt=[row.prompt for row in rows],
@@ -208,18 +274,15 @@ def _report_text(
             image=nothing,
         )
     sure = bootstrap([row.score for row in rows])
-    # What the harness fetched itself is whole unless a limit was set.
-    num_all = task.num_docs
-    if num_all is None:
-        num_all = len(rows) + (limit is not None)
+    num_all = task.num_docs if task.num_docs is not None else result.num_docs
     return {
         "kind": "text",
-        "metric": "accuracy",
-        "score": result.metrics["acc"],
+        "metric": "accuracy" if result.metric == "acc" else result.metric,
+        "score": result.metrics[result.metric],
         "stderr": sure.stderr,
         "low": sure.low,
         "high": sure.high,
-        "chance": task.chance,
+        "chance": result.chance,
         "blind": None,
         "num_examples": len(rows),
         "shortened": _shortened(len(rows), num_all) or task.departs,
@@ -235,9 +298,7 @@ def _shortened(asked: int, num_all: int) -> str | None:
 
 def write_predictions(path: Path, **columns: list[Any] | None) -> None:
     """One row an example (docs/store.md)."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, schema=_COLUMNS), sink)
-    write_bytes(path, sink.getvalue().to_pybytes())
+    write_table(path, pa.table(columns, schema=_COLUMNS))
 
 
 def _part(progress: Progress, index: int, total: int, span: int = 1, text: str = "") -> Progress:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from midstream.benchmark_files import listed_tasks, own_text_file, visual_folder
+from midstream.eval.harness_tasks import harness_task, in_harness
 from midstream.eval.local_tasks import HARNESS_TASKS
 from midstream.eval.scoring import to_square
 from midstream.eval.task import VISUAL_FORMATS, VisualExample, VisualFormat
-from midstream.eval.text import TextTask, harness_task, own_task, read_text_task
-from midstream.storage import read_json
+from midstream.eval.text import TextTask, own_task, read_text_task
 
 # The order of examples and the wrong pictures are part of the benchmark, not of a run.
 _SEED = 0
@@ -64,18 +65,11 @@ def read_visual_task(
 def read_choice_task(world: Path, name: str, limit: int | None = None) -> TextTask:
     """A text benchmark and the first `limit` records of its seeded order: one that world.json
     lists, or one of the harness by its name."""
-    path = world / "world.json"
-    listed = read_json(path).get("text_tasks", {}) if path.is_file() else {}
-    if name in listed:
+    listed = name in listed_tasks(world, "text_tasks")
+    if listed or ((world / "world.json").is_file() and not in_harness(name)):
         entry = _declared(world, "text_tasks", name)
-        task = own_task(
-            read_text_task(world / "text_tasks" / f"{name}.jsonl"),
-            name,
-            _chance(world, name, entry),
-        )
-    elif path.is_file() and name not in HARNESS_TASKS:
-        _declared(world, "text_tasks", name)  # which says what there is
-        raise AssertionError(name)
+        items = read_text_task(own_text_file(world, name))
+        task = own_task(items, name, _chance(world, name, entry))
     else:
         task = harness_task(name, world)
     if task.docs is None:
@@ -145,27 +139,20 @@ def _visual_folder(world: Path, name: str) -> tuple[str, float, Path]:
             raise ValueError(
                 f"{world / 'world.json'}: task {name!r} has format {kind!r}; use {known}"
             )
-        folder = world / "bench" / name
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"benchmark folder {folder} does not exist; there: {_folders(folder.parent)}"
-            )
+        folder = visual_folder(world, name)
         return str(kind), _chance(world, name, entry), folder
     if name not in VISUAL_FORMATS:
         near = difflib.get_close_matches(name, [*VISUAL_FORMATS, *HARNESS_TASKS], 1)
         hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(VISUAL_FORMATS)}"
         raise ValueError(f"no visual benchmark is called {name!r}{hint}")
-    if not world.is_dir():
-        raise FileNotFoundError(f"{world} does not exist; give the folder of the official files")
-    places = [world / "bench" / name, world / name, world]
-    return name, VISUAL_FORMATS[name].chance, next(path for path in places if path.is_dir())
+    return name, VISUAL_FORMATS[name].chance, visual_folder(world, name)
 
 
 def _declared(world: Path, kind: str, name: str) -> dict[str, Any]:
     path = world / "world.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it names the world's tasks (docs/data.md)")
-    tasks = read_json(path).get(kind, {})
+    tasks = listed_tasks(world, kind)
     if name not in tasks:
         near = difflib.get_close_matches(name, tasks, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
@@ -185,7 +172,3 @@ def _chance(world: Path, name: str, entry: dict[str, Any]) -> float:
             "say what guessing scores, 0 to 1"
         )
     return float(chance)
-
-
-def _folders(folder: Path) -> str:
-    return ", ".join(sorted(item.name for item in folder.glob("*") if item.is_dir())) or "nothing"

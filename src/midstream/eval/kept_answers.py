@@ -2,10 +2,11 @@
 
 What has been answered is in a file of JSON lines per rank, so that an evaluation that was stopped
 in the middle of a task goes on behind the last answer, with any number of ranks. Every request has
-a key made of the weights, the kind of request, its words and its picture; an answer is taken from
-the file only for the same key.
+a key made of the weights, the kind of request, its words and its picture's bytes; an answer is
+taken from the file only for the same key.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -13,11 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from midstream.digests import file_sha256
 from midstream.eval.task import Answerer
 from midstream.storage import write_bytes
 
 # Raise it when the meaning of an answer changes: kept ones of an earlier version are asked again.
-ANSWERS_VERSION = 1
+ANSWERS_VERSION = 2
 # Batches handed to the model at a time: it may sort within them, and stops and reports between.
 BATCHES_AT_ONCE = 8
 Progress = Callable[[float, str], None]
@@ -61,8 +63,9 @@ class KeptAnswers:
 
     folder: where the answers are kept, None to keep none. at_once: requests that the model gets
     together; whatever their number, an answer does not depend on its neighbours. `settings` stand
-    for whatever else an answer depends on. Every rank must make the same requests in the same
-    order; `at` hears what each of them comes to.
+    for whatever else an answer depends on. `file_digest` stands for a picture's bytes and is asked
+    once for each. Every rank must make the same requests in the same order; `at` hears what each of
+    them comes to.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class KeptAnswers:
         *,
         at_once: int,
         settings: str = "",
+        file_digest: Callable[[Path], str] = file_sha256,
         ranks: Ranks | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         at: Callable[[str], None] = lambda _point: None,
@@ -80,6 +84,7 @@ class KeptAnswers:
         self.at = at
         self.ranks = ranks if ranks is not None else Alone()
         self.weights_digest = answerer.weights_digest
+        self.file_digest = functools.cache(file_digest)
         self.progress: Progress = lambda _fraction, _text: None
         self._about = [ANSWERS_VERSION, self.weights_digest, settings]
         self._known: dict[str, Any] = {}
@@ -191,12 +196,17 @@ class KeptAnswers:
             for others, wants in self.ranks.gather([fresh, self.should_stop()]):
                 self._known |= others
                 self._stopping = self._stopping or wants
-            done = len(requests) - sum(len(part) for part in parts[first + size :])
-            self.progress(done / len(requests), f"{done:,} of {len(requests):,}")
+            self._report(len(requests) - sum(map(len, parts[first + size :])), len(requests))
+        if not parts and requests:
+            self._report(len(requests), len(requests))
         return [self._known[key] for key in keys]
 
+    def _report(self, done: int, of: int) -> None:
+        # Not rounded up, as the share of the whole evaluation is not.
+        self.progress(done / of, f"{done:,} of {of:,} ({100 * done // of} %)")
+
     def _key(self, kind: str, request: Any) -> str:
-        text = json.dumps([*self._about, kind, request], default=str, ensure_ascii=False)
+        text = json.dumps([*self._about, kind, request], default=self.file_digest)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def _keep(self, answers: dict[str, Any]) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 from midstream.eval.readers.records import (
     Record,
     entries,
-    find_file,
     items,
     lines,
+    missing,
     read_json_file,
     read_text,
 )
@@ -41,45 +41,81 @@ class LocalTask:
 
 @dataclass(frozen=True)
 class HarnessTask:
-    """A task of the harness: where its description lies, and its published files."""
+    """A task of the harness: where its description lies, and what reads its published files
+    (`benchmark_files.TEXT_FILES`)."""
 
     yaml: str
     split: str
-    read: Callable[[Path], LocalTask]
-    files: tuple[str, ...]
+    read: Callable[..., LocalTask]
     num_docs: int
     published: str
     licence: str
 
 
-def _arc(folder: Path) -> LocalTask:
-    path = find_file(folder, "ARC-Easy-Test.jsonl", "arc_easy.jsonl")
+def _arc(path: Path) -> LocalTask:
     docs = []
     for record in lines(path):
         if "query" in _keys(record):  # llm-foundry's form
-            choices, gold = _texts(record, "choices"), record.get("gold", int)
-            labels = [chr(ord("A") + index) for index in range(len(choices))]
-            question = record.text("query").removeprefix("Question: ")
-            answer = labels[_below(gold, len(choices), record)]
+            docs.append({"question": _stem(record), **_foundry_choices(record)})
         else:
-            asked = Record(record.where, record.get("question", dict))
-            options = [Record(asked.where, one) for one in asked.get("choices", list)]
-            choices = [option.text("text") for option in options]
-            labels = [option.text("label") for option in options]
-            question, answer = asked.text("stem"), record.text("answerKey")
-        docs.append(
-            {
-                "question": question,
-                "choices": {"text": choices, "label": labels},
-                "answerKey": answer,
-            }
-        )
+            docs.append(_stem_and_choices(record, "question"))
     return LocalTask(tuple(docs))
 
 
-def _copa(folder: Path) -> LocalTask:
+def _openbookqa(path: Path) -> LocalTask:
     docs = []
-    for record in lines(find_file(folder, "val.jsonl", "copa.jsonl")):
+    for record in lines(path):
+        if "query" in _keys(record):
+            docs.append({"question_stem": _stem(record), **_foundry_choices(record)})
+        else:
+            docs.append(_stem_and_choices(record, "question_stem"))
+    return LocalTask(tuple(docs))
+
+
+def _stem(record: Record) -> str:
+    return record.text("query").removeprefix("Question: ").removesuffix("\n")
+
+
+def _foundry_choices(record: Record) -> Doc:
+    """llm-foundry's list of choices as ARC's, lettered."""
+    choices = _texts(record, "choices")
+    labels = [chr(ord("A") + index) for index in range(len(choices))]
+    gold = _below(record.get("gold", int), len(choices), record)
+    return {"choices": {"text": choices, "label": labels}, "answerKey": labels[gold]}
+
+
+def _stem_and_choices(record: Record, key: str) -> Doc:
+    """A published record of ARC or OpenBookQA, the question under `key`."""
+    asked = Record(record.where, record.get("question", dict))
+    options = [Record(asked.where, one) for one in asked.get("choices", list)]
+    labels = [option.text("label") for option in options]
+    choices = {"text": [option.text("text") for option in options], "label": labels}
+    return {key: asked.text("stem"), "choices": choices, "answerKey": record.text("answerKey")}
+
+
+def _winogrande(path: Path) -> LocalTask:
+    docs = []
+    for record in lines(path):
+        if "context_options" not in _keys(record):
+            keys = ("sentence", "option1", "option2", "answer")
+            doc = {key: record.text(key) for key in keys}
+            if "_" not in doc["sentence"] or doc["answer"] not in ("1", "2"):
+                record.refuse("a sentence needs a blank '_' and the answer 1 or 2")
+            docs.append(doc)
+            continue
+        options = _texts(record, "context_options")  # llm-foundry's form
+        if len(options) != 2:
+            record.refuse(f"it has {len(options)} context_options, not two")
+        gold = _below(record.get("gold", int), 2, record)
+        # The harness puts an option in place of the blank, and what stands behind it after.
+        doc = {"sentence": f"_ {record.text('continuation').strip()}", "answer": str(gold + 1)}
+        docs.append(doc | {"option1": options[0], "option2": options[1]})
+    return LocalTask(tuple(docs))
+
+
+def _copa(path: Path) -> LocalTask:
+    docs = []
+    for record in lines(path):
         if "query" in _keys(record):  # llm-foundry's form: "The woman retired, therefore"
             premise, _, connector = record.text("query").rpartition(", ")
             if connector not in _CONNECTORS:
@@ -97,14 +133,12 @@ def _copa(folder: Path) -> LocalTask:
 _CONNECTORS = {"because": "cause", "therefore": "effect"}
 
 
-def _mathqa(folder: Path) -> LocalTask:
-    if (folder / "test.json").is_file():
+def _mathqa(path: Path) -> LocalTask:
+    if path.suffix == ".json":
         keys = ("Problem", "options", "correct")
-        return LocalTask(
-            tuple({key: one.text(key) for key in keys} for one in items(folder / "test.json"))
-        )
+        return LocalTask(tuple({key: one.text(key) for key in keys} for one in items(path)))
     docs = []
-    for record in lines(find_file(folder, "math_qa.jsonl")):
+    for record in lines(path):
         # "Question: ... ?\nA. 30\nB. ...\nAnswer: "
         question, *rest = record.text("query").removeprefix("Question: ").split("\nA. ")
         listed = ("A. " + "\nA. ".join(rest)).removesuffix("\nAnswer: ").split("\n")
@@ -117,8 +151,9 @@ def _mathqa(folder: Path) -> LocalTask:
     return LocalTask(tuple(docs), settings, "four of the five options", 0.25)
 
 
-def _piqa(folder: Path) -> LocalTask:
-    asked, labels = find_file(folder, "valid.jsonl"), find_file(folder, "valid-labels.lst")
+def _piqa(asked: Path, labels: Path) -> LocalTask:
+    if not labels.is_file():
+        missing(labels)
     golds = read_text(labels).split()
     records = list(lines(asked))
     if len(records) != len(golds) or not set(golds) <= {"0", "1"}:
@@ -134,13 +169,12 @@ def _piqa(folder: Path) -> LocalTask:
     )
 
 
-def _pubmedqa(folder: Path) -> LocalTask:
-    asked = dict(entries(find_file(folder, "ori_pqal.json")))
-    path = find_file(folder, "test_ground_truth.json")
+def _pubmedqa(questions: Path, path: Path) -> LocalTask:
+    asked = dict(entries(questions))
     docs = []
     for key, gold in read_json_file(path).items():
         if key not in asked:
-            raise ValueError(f"{path} names {key}, which ori_pqal.json lacks; give one release")
+            raise ValueError(f"{path} names {key}, which {questions} lacks; give one release")
         record = asked[key]
         docs.append(
             {
@@ -152,18 +186,16 @@ def _pubmedqa(folder: Path) -> LocalTask:
     return LocalTask(tuple(docs))
 
 
-def _hellaswag(folder: Path) -> LocalTask:
-    official = folder / "hellaswag_val.jsonl"
-    if official.is_file():
+def _hellaswag(path: Path) -> LocalTask:
+    if path.suffix == ".jsonl":
         keys = ("ctx_a", "ctx_b", "activity_label")
         return LocalTask(
             tuple(
                 {key: record.text(key) for key in keys}
                 | {"endings": _texts(record, "endings"), "label": record.identifier("label")}
-                for record in lines(official)
+                for record in lines(path)
             )
         )
-    path = find_file(folder, "hellaswag_val*.txt")
     rows = [line for line in read_text(path).split("\n") if line]
     if len(rows) % 6:
         raise ValueError(f"{path} holds {len(rows):,} lines, no multiple of six; it is cut off")
@@ -180,55 +212,61 @@ def _hellaswag(folder: Path) -> LocalTask:
     return LocalTask(tuple(docs), departs="contexts as the text file writes them")
 
 
-def _boolq(folder: Path) -> LocalTask:
-    docs = []
-    for record in lines(find_file(folder, "val.jsonl", "dev.jsonl", "boolq*.jsonl")):
+def _boolq(path: Path) -> LocalTask:
+    docs, departs = [], None
+    for record in lines(path):
+        if "query" in _keys(record):  # llm-foundry's form
+            docs.append(_foundry_boolq(record))
+            departs = "passages without their titles, as llm-foundry's file has them"
+            continue
         key = "label" if "label" in _keys(record) else "answer"
         value = record.value[key] if key in _keys(record) else None
         if not isinstance(value, bool):
             record.refuse(f"its {key!r} is {value!r}, neither true nor false")
-        docs.append(
-            {
-                "passage": record.text("passage"),
-                "question": record.text("question"),
-                "label": int(value),
-            }
+        # SuperGLUE, whose wording the harness has, puts the title before the passage.
+        title = f"{record.text('title')} -- " if "title" in _keys(record) else ""
+        passage, question = title + record.text("passage"), record.text("question")
+        docs.append({"passage": passage, "question": question, "label": int(value)})
+    return LocalTask(tuple(docs), departs=departs)
+
+
+def _foundry_boolq(record: Record) -> Doc:
+    # "Passage: ...\nQuestion: does ...?\n"
+    passage, mark, question = record.text("query").rpartition("\nQuestion: ")
+    if not mark or _texts(record, "choices") != ["no", "yes"]:
+        record.refuse("its query has no line 'Question: ', or its choices are not no and yes")
+    return {
+        "passage": passage.removeprefix("Passage: "),
+        "question": question.rstrip("\n").removesuffix("?"),
+        "label": _below(record.get("gold", int), 2, record),
+    }
+
+
+def _agieval(path: Path) -> LocalTask:
+    docs = []
+    for record in lines(path):
+        options = _texts(record, "options")
+        gold = _below(ord(record.text("label")) - ord("A"), len(options), record)
+        last = chr(ord("A") + len(options) - 1)
+        # AGIEval's zero-shot wording of its multiple-choice tasks.
+        query = (
+            f"{record.text('passage')}Q: {record.text('question')} Answer Choices: "
+            f"{' '.join(options)}\nA: Among A through {last}, the answer is"
         )
+        docs.append({"query": query, "choices": options, "gold": [gold]})
     return LocalTask(tuple(docs))
 
 
-def _agieval(name: str) -> Callable[[Path], LocalTask]:
-    def read(folder: Path) -> LocalTask:
-        docs = []
-        for record in lines(find_file(folder, f"{name}.jsonl")):
-            options = _texts(record, "options")
-            gold = _below(ord(record.text("label")) - ord("A"), len(options), record)
-            last = chr(ord("A") + len(options) - 1)
-            # AGIEval's zero-shot wording of its multiple-choice tasks.
-            query = (
-                f"{record.text('passage')}Q: {record.text('question')} Answer Choices: "
-                f"{' '.join(options)}\nA: Among A through {last}, the answer is"
-            )
-            docs.append({"query": query, "choices": options, "gold": [gold]})
-        return LocalTask(tuple(docs))
-
-    return read
-
-
-def _bigbench(name: str) -> Callable[[Path], LocalTask]:
-    def read(folder: Path) -> LocalTask:
-        published = folder / "task.json"
-        if published.is_file():
-            return LocalTask(tuple(_bigbench_docs(published)))
-        docs = []
-        for record in lines(find_file(folder, f"{name}.jsonl")):
-            choices = _texts(record, "choices")
-            gold = choices[_below(record.get("gold", int), len(choices), record)]
-            inputs = record.text("query").rstrip()
-            docs.append({"inputs": inputs, "multiple_choice_targets": choices, "targets": [gold]})
-        return LocalTask(tuple(docs), departs="the wording of llm-foundry's file")
-
-    return read
+def _bigbench(path: Path) -> LocalTask:
+    if path.suffix == ".json":
+        return LocalTask(tuple(_bigbench_docs(path)))
+    docs = []
+    for record in lines(path):
+        choices = _texts(record, "choices")
+        gold = choices[_below(record.get("gold", int), len(choices), record)]
+        inputs = record.text("query").rstrip()
+        docs.append({"inputs": inputs, "multiple_choice_targets": choices, "targets": [gold]})
+    return LocalTask(tuple(docs), departs="the wording of llm-foundry's file")
 
 
 def _bigbench_docs(path: Path) -> list[Doc]:
@@ -248,134 +286,105 @@ def _bigbench_docs(path: Path) -> list[Doc]:
     return docs
 
 
-def _cs_algorithms(folder: Path) -> LocalTask:
+def _cs_algorithms(path: Path) -> LocalTask:
     docs = []
-    for record in lines(find_file(folder, "bigbench_cs_algorithms.jsonl")):
+    for record in lines(path):
         continuation = f" {record.text('continuation').strip()}"
         docs.append({"context": record.text("context"), "continuation": continuation})
     return LocalTask(tuple(docs), {"output_type": "loglikelihood"})
 
 
 _FOUNDRY = "mosaicml/llm-foundry, scripts/eval/local_data"
-HARNESS_TASKS: dict[str, HarnessTask] = {
-    "agieval_sat_en": HarnessTask(
-        "agieval/sat-en.yaml",
-        "test",
-        _agieval("sat-en"),
-        ("sat-en.jsonl",),
-        206,
-        "AGIEval v1",
-        "MIT",
-    ),
-    "agieval_lsat_ar": HarnessTask(
-        "agieval/lsat-ar.yaml",
-        "test",
-        _agieval("lsat-ar"),
-        ("lsat-ar.jsonl",),
-        230,
-        "AGIEval v1",
-        "MIT",
-    ),
-    "arc_easy": HarnessTask(
+_AI2 = "Allen Institute for AI"
+_BIGBENCH = "bigbench/multiple_choice"
+_ROWS: dict[str, tuple[str, str, Callable[..., LocalTask], int, str, str]] = {
+    "agieval_sat_en": ("agieval/sat-en.yaml", "test", _agieval, 206, "AGIEval v1", "MIT"),
+    "agieval_lsat_ar": ("agieval/lsat-ar.yaml", "test", _agieval, 230, "AGIEval v1", "MIT"),
+    "arc_easy": (
         "arc/arc_easy.yaml",
         "test",
         _arc,
-        ("arc_easy.jsonl", "ARC-Easy-Test.jsonl"),
         2376,
-        f"ARC (Allen Institute for AI), or {_FOUNDRY}",
+        f"ARC ({_AI2}), or {_FOUNDRY}",
         "CC BY-SA 4.0",
     ),
-    "bigbench_conceptual_combinations_multiple_choice": HarnessTask(
-        "bigbench/multiple_choice/conceptual_combinations.yaml",
+    "arc_challenge": (
+        "arc/arc_challenge.yaml",
+        "test",
+        _arc,
+        1172,
+        f"ARC ({_AI2}), or {_FOUNDRY}",
+        "CC BY-SA 4.0",
+    ),
+    "bigbench_conceptual_combinations_multiple_choice": (
+        f"{_BIGBENCH}/conceptual_combinations.yaml",
         "default",
-        _bigbench("bigbench_conceptual_combinations"),
-        ("bigbench_conceptual_combinations.jsonl", "conceptual_combinations/task.json"),
+        _bigbench,
         103,
         f"BIG-bench, or {_FOUNDRY}",
         "Apache-2.0",
     ),
-    "bigbench_cs_algorithms_multiple_choice": HarnessTask(
-        "bigbench/multiple_choice/cs_algorithms.yaml",
+    "bigbench_cs_algorithms_multiple_choice": (
+        f"{_BIGBENCH}/cs_algorithms.yaml",
         "default",
-        _bigbench("bigbench_cs_algorithms_multiple_choice"),
-        ("cs_algorithms/task.json",),
+        _bigbench,
         1320,
         "BIG-bench",
         "Apache-2.0",
     ),
-    "bigbench_cs_algorithms": HarnessTask(
-        "",
-        "test",
-        _cs_algorithms,
-        ("bigbench_cs_algorithms.jsonl",),
-        1320,
-        _FOUNDRY,
-        "Apache-2.0",
-    ),
-    "boolq": HarnessTask(
+    "bigbench_cs_algorithms": ("", "test", _cs_algorithms, 1320, _FOUNDRY, "Apache-2.0"),
+    "boolq": (
         "super_glue/boolq/default.yaml",
         "validation",
         _boolq,
-        ("BoolQ/val.jsonl", "boolq/dev.jsonl", "boolq.jsonl"),
         3270,
-        "BoolQ (Google), or SuperGLUE",
+        f"BoolQ (Google), SuperGLUE, or {_FOUNDRY}",
         "CC BY-SA 3.0",
     ),
-    "copa": HarnessTask(
+    "copa": (
         "super_glue/copa/default.yaml",
         "validation",
         _copa,
-        ("COPA/val.jsonl", "copa.jsonl"),
         100,
         f"SuperGLUE, or {_FOUNDRY}",
         "BSD-2-Clause",
     ),
-    "hellaswag": HarnessTask(
+    "hellaswag": (
         "hellaswag/hellaswag.yaml",
         "validation",
         _hellaswag,
-        ("hellaswag_val.jsonl", "hellaswag_val*.txt"),
         10042,
         "HellaSwag (rowanz)",
         "MIT",
     ),
-    "mathqa": HarnessTask(
+    "mathqa": (
         "mathqa/mathqa.yaml",
         "test",
         _mathqa,
-        ("MathQA/test.json", "math_qa.jsonl"),
         2985,
         f"MathQA, or {_FOUNDRY}",
         "Apache-2.0",
     ),
-    "piqa": HarnessTask(
-        "piqa/piqa.yaml",
-        "validation",
-        _piqa,
-        ("valid.jsonl",),
-        1838,
-        "PIQA (Y. Bisk)",
-        "AFL-3.0",
-    ),
-    "pubmedqa": HarnessTask(
-        "pubmedqa/pubmedqa.yaml",
+    "openbookqa": (
+        "openbookqa/openbookqa.yaml",
         "test",
-        _pubmedqa,
-        ("ori_pqal.json",),
+        _openbookqa,
         500,
-        "PubMedQA",
-        "MIT",
+        f"OpenBookQA ({_AI2}), or {_FOUNDRY}",
+        "Apache-2.0",
+    ),
+    "piqa": ("piqa/piqa.yaml", "validation", _piqa, 1838, "PIQA (Y. Bisk)", "AFL-3.0"),
+    "pubmedqa": ("pubmedqa/pubmedqa.yaml", "test", _pubmedqa, 500, "PubMedQA", "MIT"),
+    "winogrande": (
+        "winogrande/default.yaml",
+        "validation",
+        _winogrande,
+        1267,
+        f"WinoGrande ({_AI2}), or {_FOUNDRY}",
+        "CC BY 4.0",
     ),
 }
-
-
-def find_local(folder: Path, name: str) -> Path | None:
-    """The folder under `folder` that holds a task's published files, None where none does."""
-    for pattern in HARNESS_TASKS[name].files:
-        found = sorted(path for path in folder.rglob(pattern) if path.is_file())
-        if found:
-            return found[0].parent
-    return None
+HARNESS_TASKS: dict[str, HarnessTask] = {name: HarnessTask(*row) for name, row in _ROWS.items()}
 
 
 def _keys(record: Record) -> set[str]:

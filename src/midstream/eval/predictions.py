@@ -2,13 +2,16 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from midstream.eval.benchmark import score_visual
 from midstream.eval.find_task import VisualTask, read_visual_task
+from midstream.eval.readers.examples import plain_words
 from midstream.eval.readers.records import read_text
 from midstream.eval.task import VisualExample
 
@@ -70,7 +73,7 @@ def score_predictions(
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """JSON lines, a JSON list, or a JSON object of answers by question id.
+    """JSON lines, a JSON list, or a JSON object of answers, or of records, by question id.
 
     Raises ValueError with the line or the record that holds no answer.
     """
@@ -85,7 +88,13 @@ def read_predictions(path: Path) -> list[Prediction]:
         value = None
     if isinstance(value, dict) and not _is_record(value):
         return [
-            _prediction({"question_id": key, "answer": answer}, f"{path} key {key!r}")
+            _prediction(
+                {
+                    "question_id": key,
+                    **(answer if isinstance(answer, dict) else {"answer": answer}),
+                },
+                f"{path} key {key!r}",
+            )
             for key, answer in value.items()
         ]
     if isinstance(value, list):
@@ -110,12 +119,13 @@ def match_predictions(
     split: str | None = None,
     missing_as_wrong: bool = False,
 ) -> Matched:
-    """An answer to every question: by id where ids name questions, else by their order, checked
-    against the questions' words where the file has them.
+    """An answer to every question: by id where ids name questions, else by their order; either way
+    checked against the questions' words where the file has them.
 
     split: the predictions answer this split alone. Raises ValueError for questions without a
-    prediction (with `missing_as_wrong` they count as wrong), for predictions of no question, for
-    two of one question, and where it is not clear which split is meant.
+    prediction (with `missing_as_wrong` they count as wrong), for predictions of no question or
+    whose prompts ask something else, for two of one question, and where it is not clear which split
+    is meant.
     """
     notes: list[str] = []
     splits = list(dict.fromkeys(example.split for example in task.examples))
@@ -133,6 +143,7 @@ def match_predictions(
         found = _in_order(task, predictions)
     if found is None:
         _no_match(task, predictions, path)
+    _check_words(task, found, path)
     missing = [example for example in task.examples if example.example_id not in found]
     if missing and not missing_as_wrong:
         names = ", ".join(example.example_id for example in missing[:_SHOWN])
@@ -144,12 +155,41 @@ def match_predictions(
         )
     if missing:
         notes.append(f"{len(missing):,} questions without a prediction count as wrong")
-    answers = tuple(found.get(example.example_id, "") for example in task.examples)
+    said = [found.get(example.example_id) for example in task.examples]
+    answers = tuple("" if one is None else one.answer for one in said)
     return Matched(task, answers, len(missing), tuple(notes))
 
 
-def _by_id(task: VisualTask, predictions: Sequence[Prediction]) -> dict[str, str] | None:
-    """Answers by example, None where the file's ids do not name this task's questions."""
+def _check_words(task: VisualTask, found: Mapping[str, Prediction], path: Path) -> None:
+    """Raise ValueError where prompts that the file repeats ask something else than the questions
+    that they were matched to."""
+    pairs = [(found[e.example_id], e) for e in task.examples if e.example_id in found]
+    _refuse_others([pair for pair in pairs if pair[0].question is not None], task, path)
+
+
+def _refuse_others(
+    pairs: Sequence[tuple[Prediction, VisualExample]], task: VisualTask, path: Path
+) -> None:
+    others = [(one, example) for one, example in pairs if not _asks(one, example)]
+    if not others:
+        return
+    one, example = others[0]
+    raise ValueError(
+        f"{path}: {len(others):,} of {len(pairs):,} prompts are about other questions than those "
+        f"of {task.name}{f', split {example.split}' if example.split else ''}: {one.where} asks "
+        f"{_short(one.question or '')}, question {example.other_id or example.example_id} here is "
+        f"{_short(example.question)}; give the predictions of these questions (another --split?), "
+        "or the annotations of those"
+    )
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return repr(line if len(line) <= 80 else line[:77] + "...")
+
+
+def _by_id(task: VisualTask, predictions: Sequence[Prediction]) -> dict[str, Prediction] | None:
+    """Predictions by example, None where the file's ids do not name this task's questions."""
     if not all(prediction.name is not None for prediction in predictions):
         return None
     by_name: dict[str, list[VisualExample]] = {}
@@ -159,7 +199,7 @@ def _by_id(task: VisualTask, predictions: Sequence[Prediction]) -> dict[str, str
                 by_name.setdefault(name, []).append(example)
     if any(prediction.name not in by_name for prediction in predictions):
         return None
-    found: dict[str, str] = {}
+    found: dict[str, Prediction] = {}
     for prediction in predictions:
         own = by_name[prediction.name or ""]
         if len(own) > 1:  # an id of a picture, or one that splits share
@@ -172,13 +212,13 @@ def _by_id(task: VisualTask, predictions: Sequence[Prediction]) -> dict[str, str
                 f"{prediction.where} answers question {prediction.name} a second time; keep one "
                 "answer to each"
             )
-        found[own[0].example_id] = prediction.answer
+        found[own[0].example_id] = prediction
     return found
 
 
-def _in_order(task: VisualTask, predictions: Sequence[Prediction]) -> dict[str, str] | None:
-    """Answers by example where the file has as many lines as there are questions, whose words it
-    repeats (a file without ids may leave them out); splits may follow in any order."""
+def _in_order(task: VisualTask, predictions: Sequence[Prediction]) -> dict[str, Prediction] | None:
+    """Predictions by example where the file has as many lines as there are questions, whose words
+    it repeats (a file without ids may leave them out); splits may follow in any order."""
     if len(predictions) != len(task.examples):
         return None
     named = any(prediction.name is not None for prediction in predictions)
@@ -194,7 +234,7 @@ def _in_order(task: VisualTask, predictions: Sequence[Prediction]) -> dict[str, 
         examples = list(itertools.chain.from_iterable(order))
         pairs = list(zip(predictions, examples, strict=True))
         if not worded or all(_asks(prediction, example) for prediction, example in pairs):
-            return {example.example_id: prediction.answer for prediction, example in pairs}
+            return {example.example_id: prediction for prediction, example in pairs}
     return None
 
 
@@ -237,14 +277,16 @@ def _fits(examples: Sequence[VisualExample], predictions: Sequence[Prediction]) 
 
 
 def _asks(prediction: Prediction, example: VisualExample) -> bool:
-    """Whether a prediction's prompt holds the example's question, as far as it says."""
+    """Whether a prediction's prompt holds the example's question, as far as it says.
+
+    Of a question with lines behind it (options, recognised words) the first line has to be there:
+    people lay the others out in their own way.
+    """
     if prediction.question is None:
         return True
-    return _plain(example.question) in _plain(prediction.question)
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split()).casefold()
+    question = re.escape(plain_words(example.question.strip().split("\n")[0]))
+    whole = re.compile(rf"(?<!\w){question}(?!\w)" if question[-1:].isalnum() else question)
+    return whole.search(plain_words(prediction.question)) is not None
 
 
 def _no_match(task: VisualTask, predictions: Sequence[Prediction], path: Path) -> NoReturn:
@@ -257,6 +299,8 @@ def _no_match(task: VisualTask, predictions: Sequence[Prediction], path: Path) -
             "are they of another split, or the annotations of another release or a cut "
             "(--ignore-unknown)?"
         )
+    if len(predictions) == len(task.examples) and all(one.question for one in predictions):
+        _refuse_others(list(zip(predictions, task.examples, strict=True)), task, path)
     first, example = predictions[0], task.examples[0]
     raise ValueError(
         f"{path} has {len(predictions):,} predictions for {len(task.examples):,} questions of "
@@ -286,10 +330,25 @@ def _prediction(value: Any, where: str) -> Prediction:
             f"{where} has no answer, only {', '.join(map(str, value))}; an answer stands under "
             f"one of {', '.join(_ANSWERS)}"
         )
-    answer = value[keys[0]]
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float | list):
-        raise ValueError(f"{where} has {answer!r} under {keys[0]!r}, which is no answer")
+    answer = _answer(value[keys[0]])
+    if answer is None:
+        raise ValueError(f"{where} has {value[keys[0]]!r} under {keys[0]!r}, which is no answer")
     name = next((str(value[key]) for key in _IDS if value.get(key) is not None), None)
     asked = _QUESTIONS if keys[0] != "answer" else (*_QUESTIONS, "text")
     question = next((value[key] for key in asked if isinstance(value.get(key), str)), None)
-    return Prediction(where, answer if isinstance(answer, str) else str(answer), name, question)
+    return Prediction(where, answer, name, question)
+
+
+def _answer(value: Any) -> str | None:
+    """An answer's text; None for what is none. A list of one answer is that answer, a longer one
+    of numbers a box, and 2.0 is the count 2."""
+    if isinstance(value, list) and len(value) == 1:
+        return _answer(value[0])
+    if isinstance(value, list) and value:
+        numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in value)
+        return str(value) if numbers else None
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return str(int(value)) if value.is_integer() else str(value)
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None

@@ -71,6 +71,21 @@ def vqa_accuracy_prismatic(prediction: str, answers: Sequence[str]) -> float:
     return _leave_one_out(_normalised(prediction), golds)
 
 
+def qa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """1 if the prediction is one of the answers, both normalised, however many there are.
+
+    Normalised is what VQA v2's rule does where people disagree: lowered, punctuation away or a
+    space, number words as digits, no articles, contractions whole. What that leaves nothing of
+    ("A", "the") counts by its lowered letters.
+    """
+    return float(plain_answer(prediction) in {plain_answer(answer) for answer in answers})
+
+
+def plain_answer(text: str) -> str:
+    """A text as `qa_accuracy` compares it."""
+    return _normalised(text) or " ".join(text.lower().split())
+
+
 def vizwiz_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """VizWiz: the prediction is normalised with a table of its own, the answers stay as they are.
 

@@ -62,9 +62,10 @@ class VisualFormat:
     """A benchmark's files, wording and metric; `{question}` stands in both prompts.
 
     `parses` says whether the scorer can read an answer at all; what it cannot read is wrong and
-    counted. `fixed`: "answers", where a choice is made among the examples' `choices`, "letters"
-    where among the letters of these, None where answers are free. `variants` are other people's
-    scorers of the same answers, by whose they are. `summarise` adds numbers over all examples.
+    counted. `fixed`: "answers", where a choice is made among the examples' `choices` (an example
+    without any is answered freely), "letters" where among the letters of these, None where answers
+    are free. `variants` are other people's scorers of the same answers, by whose they are.
+    `summarise` adds numbers over all examples; `note` says what is odd about a score, if anything.
     """
 
     name: str
@@ -79,6 +80,7 @@ class VisualFormat:
     fixed: Literal["answers", "letters"] | None = None
     variants: Mapping[str, Score] = field(default_factory=dict)
     summarise: Callable[[Sequence[str], Sequence[VisualExample]], Numbers] | None = None
+    note: Callable[[Sequence[str], Sequence[VisualExample]], str | None] | None = None
     parses: Callable[[str], bool] = lambda _prediction: True
 
     @property
@@ -129,6 +131,22 @@ _RESEARCH = "for research; see its terms"
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+def _single_answers(predictions: Sequence[str], examples: Sequence[VisualExample]) -> str | None:
+    """What normalising would change, where every list of ten holds one answer ten times."""
+    if any(len(set(example.gold)) > 1 for example in examples):
+        return None
+    pairs = list(zip(predictions, examples, strict=True))
+    official = _mean([scoring.vqa_accuracy(text, e.gold) for text, e in pairs])
+    plain = _mean([scoring.qa_accuracy(text, e.gold) for text, e in pairs])
+    if official is None or plain is None or official == plain:
+        return None
+    return (
+        "each question has one answer, written ten times, which VQA v2's rule compares letter by "
+        f"letter (here {100 * official:.2f}; normalised {100 * plain:.2f}); format qa is made for "
+        "single answers (docs/evaluation.md)"
+    )
 
 
 def _vizwiz_score(prediction: str, gold: Mapping[str, Any]) -> float:
@@ -221,6 +239,7 @@ _TABLE = (
         published="VQA v2 (visualqa.org); pictures: COCO val2014",
         licence=_COCO,
         variants={"vlm-evaluation": scoring.vqa_accuracy_prismatic},
+        note=_single_answers,
     ),
     VisualFormat(
         name="gqa",
@@ -337,6 +356,18 @@ _TABLE = (
         licence=_RESEARCH,
         fixed="letters",
         parses=_is_letter,
+    ),
+    VisualFormat(
+        name="qa",
+        metric="normalised exact match",
+        read=readers.read_qa,
+        official_prompt=_BRIEFLY,
+        short_prompt="{question}",
+        score=scoring.qa_accuracy,
+        files=(readers.QA_QUESTIONS,),
+        published="your own: JSON lines of question, answer and image",
+        licence="yours",
+        fixed="answers",
     ),
 )
 VISUAL_FORMATS: dict[str, VisualFormat] = {row.name: row for row in _TABLE}

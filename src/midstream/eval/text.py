@@ -1,9 +1,7 @@
-"""Text benchmarks through lm-evaluation-harness: an adaptor, its tasks, and local JSON tasks."""
+"""Text benchmarks through lm-evaluation-harness: an adaptor, and local JSON tasks."""
 
-import difflib
 import json
 import logging
-import os
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -12,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from midstream.eval.aggregate import TEXT_CHANCE
-from midstream.eval.local_tasks import HARNESS_TASKS, find_local
 from midstream.eval.task import Answerer
 
 # The harness's own default where a task does not say.
 _MAX_NEW_TOKENS = 256
+# Metrics of the harness that are a share of right answers, in the order in which one is chosen.
+SHARES = ("acc", "exact_match", "em", "acc_norm")
 
 
 @dataclass(frozen=True)
@@ -34,22 +32,27 @@ class TextItem:
 class TextTask:
     """A task for the harness: its description, and the records that it is asked on.
 
-    settings: lm-evaluation-harness's own, without the data. docs: None where the harness fetches
-    the data itself, else the records, in `split`. departs: see `local_tasks.LocalTask`.
+    settings: lm-evaluation-harness's own, without the data. docs: the records, in `split`; None
+    where the harness reads `files` of its own columns, or fetches the data itself. chance: None
+    where it is one over the number of choices. departs: see `local_tasks.LocalTask`.
     """
 
     name: str
-    chance: float
+    chance: float | None
     settings: dict[str, Any]
     docs: tuple[dict[str, Any], ...] | None
     split: str = "test"
     num_docs: int | None = None
     departs: str | None = None
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
 class TextAnswer:
-    """One record's prompt, its choices, which was chosen, which is right, and its score."""
+    """One record's prompt, its choices, which was chosen, which is right, and its score.
+
+    Of a free answer the choices are what was said, and where it is known what is right.
+    """
 
     prompt: str
     choices: tuple[str, ...]
@@ -60,10 +63,14 @@ class TextAnswer:
 
 @dataclass(frozen=True)
 class TextResult:
-    """A task's metrics by the harness's names ("acc", "acc_norm"), and its records' answers."""
+    """A task's metrics by the harness's names ("acc", "acc_norm"), its records' answers, which
+    metric their scores are, of how many records in all, and what guessing scores."""
 
     metrics: dict[str, float]
     answers: tuple[TextAnswer, ...]
+    metric: str
+    num_docs: int
+    chance: float
 
 
 def own_task(items: Sequence[TextItem], name: str, chance: float) -> TextTask:
@@ -82,79 +89,6 @@ def own_task(items: Sequence[TextItem], name: str, chance: float) -> TextTask:
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
     return TextTask(name, chance, settings, docs, num_docs=len(docs))
-
-
-def harness_task(name: str, folder: Path | None) -> TextTask:
-    """A task of the harness by its name, from its published files under `folder`, if they are
-    there, else from where the harness has them (a hub).
-
-    Raises ValueError for a name that neither knows, with the nearest; FileNotFoundError where the
-    files are not there and hubs are not asked.
-    """
-    known = HARNESS_TASKS.get(name)
-    chance = TEXT_CHANCE[name][0] if name in TEXT_CHANCE else None
-    place = find_local(folder, name) if folder is not None and known is not None else None
-    if known is not None and place is not None:
-        local = known.read(place)
-        settings = _CONTINUATION if not known.yaml else {"include": str(_tasks() / known.yaml)}
-        departs = local.departs
-        if departs is None and len(local.docs) < known.num_docs:
-            departs = f"{len(local.docs):,} of {known.num_docs:,} records"
-        chance = local.chance if local.chance is not None else chance
-        return TextTask(
-            name,
-            chance if chance is not None else 0.0,
-            {**settings, **local.settings, "num_fewshot": 0},
-            local.docs,
-            known.split,
-            known.num_docs,
-            departs,
-        )
-    if known is None and chance is None and not _in_harness(name):
-        near = difflib.get_close_matches(name, HARNESS_TASKS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"no text task is called {name!r}{hint}")
-    if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
-        what = (
-            f"{' or '.join(known.files)}, published by {known.published}" if known else "its data"
-        )
-        raise FileNotFoundError(
-            f"text task {name}: {folder} lacks {what}; put the files there, or set "
-            "HF_HUB_OFFLINE=0 to let lm-evaluation-harness fetch them"
-        )
-    entry = {"include": str(_yaml_of(name)), "num_fewshot": 0}
-    return TextTask(name, chance if chance is not None else 0.0, entry, None)
-
-
-# A task that the harness does not have: the continuation's words, if greedy decoding gives them.
-_CONTINUATION: dict[str, Any] = {
-    "doc_to_text": "context",
-    "doc_to_target": "continuation",
-    "target_delimiter": "",
-    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-}
-
-
-def _tasks() -> Path:
-    import lm_eval.tasks
-
-    return Path(lm_eval.tasks.__file__).parent
-
-
-def _yaml_of(name: str) -> Path:
-    known = HARNESS_TASKS.get(name)
-    if known is not None and (_tasks() / known.yaml).is_file():
-        return _tasks() / known.yaml
-    from lm_eval.tasks import TaskManager
-
-    return Path(TaskManager().task_index[name].yaml_path)
-
-
-def _in_harness(name: str) -> bool:
-    from lm_eval.tasks import TaskManager
-
-    entry = TaskManager().task_index.get(name)
-    return entry is not None and entry.yaml_path is not None
 
 
 def read_text_task(path: Path) -> list[TextItem]:
@@ -185,14 +119,14 @@ def run_text_tasks(
     tasks: Sequence[TextTask],
     limit: int | None = None,
 ) -> dict[str, TextResult]:
-    """Ask the tasks zero-shot; of data that the harness fetches itself, `limit` records drawn by
-    its own order's seed.
+    """Ask the tasks zero-shot; of data that the harness reads or fetches itself, `limit` records
+    drawn by its own order's seed.
 
     Without such data nothing is fetched; nothing is kept outside a temporary folder.
     """
     if not tasks:
         return {}
-    fetches = any(task.docs is None for task in tasks)
+    fetches = any(task.docs is None and not task.files for task in tasks)
     with (
         tempfile.TemporaryDirectory(prefix="midstream-text-") as temporary,
         nullcontext() if fetches else _offline(),
@@ -222,7 +156,9 @@ def run_text_tasks(
             **({"samples": drawn} if drawn else {}),
         )
     return {
-        task.name: _result(found["results"][key], found["samples"][key])
+        task.name: _result(
+            task, found["results"][key], found["samples"][key], found["n-samples"][key]["original"]
+        )
         for key, task in inner.items()
     }
 
@@ -274,14 +210,17 @@ def _text_item(record: Any, where: str, example_id: str) -> TextItem:
 
 def _write_task(folder: Path, key: str, task: TextTask) -> None:
     settings = {**task.settings, "task": key, "tag": []}
+    paths = task.files
     if task.docs is not None:
-        data = folder / f"{key}.jsonl"
-        data.write_text("".join(json.dumps(doc) + "\n" for doc in task.docs), encoding="utf-8")
+        paths = (folder / f"{key}.jsonl",)
+        lines = "".join(json.dumps(doc) + "\n" for doc in task.docs)
+        paths[0].write_text(lines, encoding="utf-8")
+        settings["dataset_path"] = "json"
+    if paths:
         settings |= {
-            "dataset_path": "json",
             "dataset_name": None,
             "dataset_kwargs": {
-                "data_files": {task.split: str(data)},
+                "data_files": {task.split: [str(path.resolve()) for path in paths]},
                 "cache_dir": str(folder / "cache"),
             },
             "training_split": None,
@@ -292,26 +231,48 @@ def _write_task(folder: Path, key: str, task: TextTask) -> None:
     (folder / f"{key}.yaml").write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
 
 
-def _result(metrics: dict[str, Any], samples: list[dict[str, Any]]) -> TextResult:
-    by_doc: dict[int, dict[str, Any]] = {sample["doc_id"]: sample for sample in samples}
-    kept = {
-        name.removesuffix(",none"): float(value)
-        for name, value in metrics.items()
-        if name.endswith(",none") and "stderr" not in name and isinstance(value, int | float)
-    }
-    return TextResult(kept, tuple(_answer(by_doc[number]) for number in sorted(by_doc)))
+def _result(
+    task: TextTask, metrics: dict[str, Any], samples: list[dict[str, Any]], num_docs: int
+) -> TextResult:
+    # A task may read answers in several ways; its first is its own.
+    way = samples[0]["filter"]
+    by_doc = {sample["doc_id"]: sample for sample in samples if sample["filter"] == way}
+    kept: dict[str, float] = {}
+    for name, value in metrics.items():
+        metric, _, read = name.partition(",")
+        if read and "stderr" not in metric and isinstance(value, int | float):
+            kept[metric if read == way else f"{metric}.{read}"] = float(value)
+    share = next((metric for metric in SHARES if metric in kept and metric in samples[0]), None)
+    if share is None:
+        raise ValueError(
+            f"text task {task.name} has the metrics {', '.join(kept) or 'none'}, none of which is "
+            f"a share of right answers ({', '.join(SHARES)}); leave it out"
+        )
+    answers = tuple(_answer(by_doc[number], share) for number in sorted(by_doc))
+    chance = task.chance
+    if chance is None:
+        several = [len(sample["arguments"]) for sample in by_doc.values()]
+        chance = sum(1 / count for count in several if count > 1) / len(several)
+    return TextResult(kept, answers, share, num_docs, chance)
 
 
-def _answer(sample: dict[str, Any]) -> TextAnswer:
-    asked = sample["arguments"]
-    pairs = list(asked.values()) if isinstance(asked, dict) else list(asked)
-    pairs = [list(pair.values()) if isinstance(pair, dict) else list(pair) for pair in pairs]
-    choices = tuple(str(pair[1]) for pair in pairs)
-    score = float(sample["acc"])
+def _answer(sample: dict[str, Any], share: str) -> TextAnswer:
+    pairs = [tuple(pair) for pair in sample["arguments"]]
+    prompt, score = str(pairs[0][0]), float(sample[share])
+    if len(pairs) == 1 and not isinstance(pairs[0][1], str):  # written freely
+        said = sample["filtered_resps"][0]
+        said = said if isinstance(said, str) else json.dumps(said)
+        return TextAnswer(prompt, (said, str(sample["target"])), 0, 1, score)
     if len(pairs) == 1:  # a continuation, right if greedy decoding gives it
-        return TextAnswer(str(pairs[0][0]), choices, 0 if score else None, 0, score)
+        return TextAnswer(prompt, (str(pairs[0][1]),), 0 if score else None, 0, score)
     values = [pair[0] for pair in sample["filtered_resps"]]
     chosen = values.index(max(values))
+    if len({str(pair[0]) for pair in pairs}) > 1:
+        # The choices are beginnings, all with one end (WinoGrande).
+        choices = tuple(str(pair[0]) for pair in pairs)
+        other = 1 - chosen if len(pairs) == 2 else None
+        return TextAnswer(f"...{pairs[0][1]}", choices, chosen, chosen if score else other, score)
+    choices = tuple(str(pair[1]) for pair in pairs)
     gold = sample["target"]
     gold = gold[0] if isinstance(gold, list) and len(gold) == 1 else gold
     if isinstance(gold, str) and gold.lstrip("-").isdecimal():
@@ -319,7 +280,7 @@ def _answer(sample: dict[str, Any]) -> TextAnswer:
     if not isinstance(gold, int):
         words = [choice.strip() for choice in choices]
         gold = words.index(str(gold).strip()) if str(gold).strip() in words else None
-    return TextAnswer(str(pairs[0][0]), choices, chosen, gold, score)
+    return TextAnswer(prompt, choices, chosen, gold, score)
 
 
 @contextmanager

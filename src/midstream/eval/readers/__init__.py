@@ -10,6 +10,7 @@ from midstream.eval.readers.boxes import (
 )
 from midstream.eval.readers.choices import read_ai2d, read_tallyqa, read_vsr
 from midstream.eval.readers.examples import VisualExample
+from midstream.eval.readers.plain import QA_QUESTIONS, read_qa
 from midstream.eval.readers.questions import (
     GQA_QUESTIONS,
     POPE_SPLITS,
@@ -28,6 +29,7 @@ __all__ = [
     "GQA_QUESTIONS",
     "OCID_EXPRESSIONS",
     "POPE_SPLITS",
+    "QA_QUESTIONS",
     "REFCOCO_INSTANCES",
     "REFCOCO_REFS",
     "TEXTVQA_QUESTIONS",
@@ -38,6 +40,7 @@ __all__ = [
     "read_gqa",
     "read_ocid_ref",
     "read_pope",
+    "read_qa",
     "read_refcoco",
     "read_refcocog",
     "read_tallyqa",

@@ -68,6 +68,11 @@ class Pictures:
         return paths[0]
 
 
+def plain_words(text: str) -> str:
+    """A text without regard to case and white space, as joins by words compare it."""
+    return " ".join(text.split()).casefold()
+
+
 def picture_size(path: Path) -> tuple[int, int]:
     """Width and height in pixels; ValueError names a file that is no picture."""
     try:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from midstream.eval.readers.examples import Pictures, VisualExample, coco_names
+from midstream.eval.readers.examples import Pictures, VisualExample, coco_names, plain_words
 from midstream.eval.readers.records import (
     Record,
     add,
@@ -118,10 +118,12 @@ def read_textvqa(folder: Path, *, pictures: bool = True) -> list[VisualExample]:
 def read_textvqa_ocr(folder: Path, *, pictures: bool = True) -> list[VisualExample]:
     """The same questions with the words that were recognised in the picture behind them.
 
-    They come from LLaVA's list, whose `question_id` is the picture's id.
+    They come from LLaVA's list, whose `question_id` is the picture's id; its questions are found
+    by their words, the same letters first, then whatever their case and white space.
     """
     path = find_file(folder, TEXTVQA_OCR, "*textvqa*ocr*.jsonl")
     texts: dict[tuple[str, str], str] = {}
+    alike: dict[tuple[str, str], str] = {}
     for record in lines(path):
         text = record.text("text").removesuffix(_OCR_TAIL)
         question = text.split(_OCR_MARK)[0].strip()
@@ -129,13 +131,14 @@ def read_textvqa_ocr(folder: Path, *, pictures: bool = True) -> list[VisualExamp
         if texts.get(key, text) != text:
             record.refuse(f"question {question!r} about {key[0]} stands there twice")
         texts[key] = text
+        alike.setdefault((key[0], plain_words(question)), text)
     examples = []
     for example in read_textvqa(folder, pictures=pictures):
-        found = [
-            texts[(name, example.question.strip())]
-            for name in (example.other_id or "", example.example_id)
-            if (name, example.question.strip()) in texts
-        ]
+        names = [name for name in (example.other_id, example.example_id) if name is not None]
+        asked = example.question
+        found = [texts[name, asked.strip()] for name in names if (name, asked.strip()) in texts]
+        plain = plain_words(asked)
+        found += [alike[name, plain] for name in names if (name, plain) in alike]
         if not found:
             raise ValueError(
                 f"{path} has no question {example.question!r} about picture {example.other_id}; "
@@ -224,7 +227,8 @@ def _same_subset(questions: Path, annotations: Path) -> str:
 def _ten(answers: list[Any], record: Record) -> list[str]:
     if len(answers) != NUM_VQA_ANSWERS:
         record.refuse(
-            f"it has {len(answers)} answers, the metric needs {NUM_VQA_ANSWERS} "
-            "(repeat a single answer ten times)"
+            f"it has {len(answers)} answers, the metric compares {NUM_VQA_ANSWERS} people's (for "
+            "questions with one answer each there is format qa: JSON lines of question, answer and "
+            "image, docs/evaluation.md)"
         )
     return answers

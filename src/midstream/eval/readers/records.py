@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from midstream.source_files import is_hidden
+
 
 @dataclass(frozen=True)
 class Record:
@@ -72,7 +74,9 @@ def missing(path: Path) -> NoReturn:
     """Raise FileNotFoundError that lists what the folder holds instead."""
     there = sorted(item.name for item in path.parent.glob("*"))
     held = f"the folder holds {', '.join(there[:20])}" if there else "the folder is empty or absent"
-    raise FileNotFoundError(f"{path} does not exist; {held}; docs/data.md lists the official files")
+    raise FileNotFoundError(
+        f"{path} does not exist; {held}; docs/evaluation.md lists the official files"
+    )
 
 
 def read_text(path: Path) -> str:
@@ -103,7 +107,7 @@ def find_file(folder: Path, *patterns: str) -> Path:
     Raises FileNotFoundError that lists what is there, ValueError where a pattern fits several.
     """
     for pattern in patterns:
-        found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        found = sorted(p for p in folder.glob(pattern) if p.is_file() and not is_hidden(p.name))
         if len(found) > 1:
             names = ", ".join(path.name for path in found[:5])
             raise ValueError(f"{folder} holds several files like {pattern}: {names}; keep one")
