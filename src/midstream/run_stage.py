@@ -11,7 +11,8 @@ from typing import Any, Literal, assert_never
 
 import torch
 
-from midstream.config import ContinuedCosine, Machine
+from midstream.benchmark_files import benchmark_digest
+from midstream.config import ContinuedCosine, Machine, PublicFolder, World
 from midstream.data.feature_store import FeatureStore, StoredImages
 from midstream.data.features import Encode, LiveImages, encode_fixed
 from midstream.data.loader import Images, NoImages, RowDataset
@@ -25,6 +26,7 @@ from midstream.data.prepare import (
 from midstream.data.rows import plan_rows
 from midstream.data.sources import Source
 from midstream.eval.benchmark import evaluate
+from midstream.eval.earlier import earlier_tasks
 from midstream.eval.kept_answers import BATCHES_AT_ONCE, EvaluationStopped, KeptAnswers
 from midstream.eval.predict import ModelAnswerer
 from midstream.identity import FORMAT_VERSION, digest, kept_digests
@@ -36,6 +38,7 @@ from midstream.load_imported import (
 from midstream.model.initialise import initialise
 from midstream.open_data import open_sources, open_tokenizer, world_root
 from midstream.open_model import (
+    evaluations,
     on_device,
     open_encoder,
     open_model,
@@ -360,13 +363,18 @@ class StageRunner:
             should_stop=self.should_stop,
             at=self.watch.at,
         )
+        root = world_root(stage.of.data, self.ledger)
+        with kept_digests(self.ledger.digests):
+            check_benchmarks(stage.of.data.world, root, stage.benchmarks)
+        earlier = [self.ledger.folder(one) for one in evaluations(opened)]
         try:
             results = evaluate(
                 answers,
                 stage.evaluation,
-                world_root(stage.of.data, self.ledger),
+                root,
                 self.ledger.folder(stage),
                 self._note,
+                done=earlier_tasks(earlier),
             )
         except EvaluationStopped as reason:
             raise Interrupted(str(reason)) from None
@@ -433,6 +441,19 @@ def scores_of(results: Mapping[str, Any]) -> dict[str, float | int]:
     scores = {name: task["score"] for name, task in results["tasks"].items()}
     stable = {f"stable.{name}": value for name, value in results["stable"].items()}
     return {"step": 0, **scores, **{k: v for k, v in stable.items() if v is not None}}
+
+
+def check_benchmarks(world: World, root: Path, planned: Mapping[str, Any]) -> None:
+    """Raises ValueError for a benchmark of a user's folder that changed since it was planned."""
+    if not isinstance(world, PublicFolder):
+        return
+    for task, expected in planned.items():
+        found = benchmark_digest(root, task) if expected is not None else None
+        if found != expected:
+            raise ValueError(
+                f"benchmark {task!r} of {root} has fingerprint {found}, the plan was made for "
+                f"{expected}: its files changed; plan again"
+            )
 
 
 def unchanged(images: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ from midstream.study.stage import (
     FuseEncoders,
     LoadDecoder,
     LoadEncoder,
+    PrepareSource,
     Pretrain,
     Stage,
     TrainEncoder,
@@ -234,8 +235,8 @@ def _data(stage: Any, ledger: Ledger) -> str:
     name = {"pocket": "the generated pocket world", "small_real": "small real data sets"}.get(
         world.kind, "a folder of the owner's"
     )
-    names = () if isinstance(stage, LoadDecoder) else stage.training.budget.source_names
-    sources = ", ".join(f"{source} (`{data.source(source).name}`)" for source in names)
+    read = [parent for parent in stage.parents if isinstance(parent, PrepareSource)]
+    sources = ", ".join(f"{source.source} (`{source.name}`)" for source in read)
     tokenizer = data.vocabulary
     results = ledger.results(tokenizer) if ledger.is_done(tokenizer) else {}
     sha256 = f"tokenizer sha256 {results.get('tokenizer_sha256', MISSING)}"
