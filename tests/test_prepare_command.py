@@ -32,7 +32,8 @@ def tokenizer(tmp_path: Path) -> Path:
 def texts(folder: Path, num_files: int, num_lines: int) -> Path:
     folder.mkdir()
     for number in range(num_files):
-        lines = "".join(json.dumps({"text": f"line {n}"}) + "\n" for n in range(num_lines))
+        found = [{"text": f"line {n} of {number}"} for n in range(num_lines)]
+        lines = "".join(json.dumps(line) + "\n" for line in found)
         (folder / f"{number}.jsonl").write_text(lines)
     return folder
 
@@ -68,7 +69,7 @@ def test_the_command_prepares_a_source_and_prints_its_counts(
     [
         ("no source", "nowhere"),
         ("no tokenizer", "lost.json"),
-        ("broken file", "0.jsonl.gz is cut short or damaged"),
+        ("broken file", "1.jsonl.gz is cut short or damaged"),
     ],
 )
 def test_what_a_user_can_put_right_is_one_message(
@@ -80,7 +81,7 @@ def test_what_a_user_can_put_right_is_one_message(
     elif change == "no tokenizer":
         tokenizer = tmp_path / "lost.json"
     else:
-        (source / "0.jsonl.gz").write_bytes(b"no gzip")
+        (source / "1.jsonl.gz").write_bytes(b"no gzip")
     result = CliRunner().invoke(app, arguments(source, tmp_path / "out", tokenizer))
     assert result.exit_code == 1
     assert message in result.stderr

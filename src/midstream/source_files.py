@@ -23,7 +23,8 @@ LEFT_BEHIND = (
     "#*#",
     "*.swp",
 )
-# Documents about data, whatever the case of their letters.
+# Documents about data, whatever the case of their letters; a file of records is none of them.
+_RECORDS = (".jsonl", ".parquet", ".tar", ".csv", ".tsv", ".gz", ".zst", ".zstd", ".bz2", ".xz")
 NOTES = (
     "readme*",
     "license*",
@@ -48,14 +49,15 @@ def is_hidden(name: str) -> bool:
 
 def is_note(name: str) -> bool:
     """Whether a file of this name (no path) is about data rather than data."""
-    return any(fnmatch(name.lower(), pattern) for pattern in NOTES)
+    name = name.lower()
+    return not name.endswith(_RECORDS) and any(fnmatch(name, pattern) for pattern in NOTES)
 
 
 def walk(root: str | Path) -> Iterator[str]:
     """The files under `root` that are not hidden, in order, as paths that begin with it.
 
-    Linked folders are entered, but for a link to a folder that it lies in; a link to nowhere is
-    listed, so that opening it says so. Raises OSError for a folder that cannot be read.
+    Linked folders are entered, but for a link to a folder that it lies in; a link to nowhere, or to
+    itself, is listed, so that opening it says so. Raises OSError for a folder that cannot be read.
     """
     yield from _walk(os.fspath(root), frozenset())
 
@@ -67,7 +69,9 @@ def _walk(folder: str, above: frozenset[str]) -> Iterator[str]:
     with os.scandir(folder) as entries:
         shown = sorted((e for e in entries if not is_hidden(e.name)), key=lambda entry: entry.name)
     for entry in shown:
-        if entry.is_dir():
+        # `entry.is_dir` would end the walk at a link that leads to itself.
+        linked = entry.is_symlink() and os.path.isdir(entry.path)
+        if linked or entry.is_dir(follow_symlinks=False):
             yield from _walk(entry.path, above | {real})
         else:
             yield entry.path
