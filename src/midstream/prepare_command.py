@@ -51,8 +51,8 @@ def print_summary(summary: dict[str, Any], seconds: float, console: Console) -> 
         table.add_row(split, f"{summary['records']:,}" if split == "train" else "", *numbers)
     for reason, times in sorted(summary["rejects"].items()):
         table.add_row(escape(f"rejected: {reason}"), f"{times:,}", "", "", "")
-    for reason, times in sorted(summary["left_out"].items()):
-        table.add_row(escape(f"turns left out: {reason}"), f"{times:,}", "", "", "")
+    for reason, times in sorted(summary["dropped_turns"].items()):
+        table.add_row(escape(f"turns dropped: {reason}"), f"{times:,}", "", "", "")
     console.print(table)
     shards = summary["shards"]
     console.print(

@@ -78,7 +78,7 @@ class ShardWriter:
         self._hashes: list[bytes] = []
         self._files: dict[str, int] = {}
         self._rejects: list[Reject] = []
-        self._left_out = Counter[str]()
+        self._dropped_turns = Counter[str]()
         self._records = 0
         self._longest: dict[str, dict[str, Any]] = {}
         self._tokens = (folder / "tokens.bin").open("wb")
@@ -113,9 +113,9 @@ class ShardWriter:
         """Leave a record out, counted and named."""
         self._rejects.append(reject)
 
-    def leave_out(self, reasons: Iterable[str]) -> None:
-        """Count what a record that is added does without: questions whose reply is empty, ..."""
-        self._left_out.update(reasons)
+    def drop_turns(self, reasons: Iterable[str]) -> None:
+        """Count the turns that a conversation does without: why each of them is left out."""
+        self._dropped_turns.update(reasons)
 
     def _write(self, added: _Added) -> None:
         self._tokens.write(added.input_ids.astype(self.dtype).tobytes())
@@ -174,8 +174,8 @@ class ShardWriter:
             ),
             "files": list(self._files),
         }
-        if self._left_out:
-            index["left_out"] = dict(self._left_out)
+        if self._dropped_turns:
+            index["dropped_turns"] = dict(self._dropped_turns)
         write_json(self.folder / SHARD_INDEX, index)
         return index
 
@@ -188,14 +188,14 @@ def finish_source(
     `root` is where relative picture files lie. The fingerprint stands for every byte of the shards.
     """
     shards, hashes = [], hashlib.sha256()
-    rejects, left_out = Counter[str](), Counter[str]()
+    rejects, dropped = Counter[str](), Counter[str]()
     records, distinct, longest = 0, 0, dict[str, dict[str, Any]]()
     for path in sorted((folder / "shards").iterdir()):
         index = read_json(path / SHARD_INDEX)
         manifest = read_json(path / MANIFEST) if (path / MANIFEST).exists() else index
         hashes.update(json.dumps([path.name, manifest], sort_keys=True).encode())
         rejects.update(index["rejects"])
-        left_out.update(index.get("left_out", {}))
+        dropped.update(index.get("dropped_turns", {}))
         shards.append({"name": path.name} | {k: index[k] for k in ("train", "validation", "input")})
         kind, dtype = index["kind"], index["dtype"]
         records += index["records"]
@@ -213,7 +213,7 @@ def finish_source(
         "root": root,
         "records": records,
         "rejects": dict(rejects),
-        "left_out": dict(left_out),
+        "dropped_turns": dict(dropped),
         "longest": longest,
         # Pictures that stand in several shards count once in each.
         "distinct_images": distinct,

@@ -139,7 +139,7 @@ class _Work:
                 continue
             num_tokens += len(example.input_ids)
             if isinstance(item, ConversationRecord):
-                writer.leave_out(item.left_out)
+                writer.drop_turns(item.left_out)
             picture = picture_of(item)
             writer.add(
                 example.input_ids,
