@@ -23,8 +23,8 @@ LEFT_BEHIND = (
     "#*#",
     "*.swp",
 )
-# Documents about data, whatever the case of their letters; a file of records is none of them.
-_RECORDS = (".jsonl", ".parquet", ".tar", ".csv", ".tsv", ".gz", ".zst", ".zstd", ".bz2", ".xz")
+# Documents about data, whatever the case of their letters. Records and pictures are none, whatever
+# they are called.
 NOTES = (
     "readme*",
     "license*",
@@ -34,12 +34,13 @@ NOTES = (
     "citation*",
     "changelog*",
     "requirements*.txt",
-    "dataset_infos.json",
     "dataset_card*",
     "md5sums*",
     "sha256sums*",
     "checksums*",
 )
+_DOCUMENTS = ("", ".md", ".txt", ".rst", ".html", ".pdf", ".cff", ".bib", ".yaml", ".yml")
+_INFOS = ("dataset_infos.json", "dataset_card.json")
 
 
 def is_hidden(name: str) -> bool:
@@ -50,7 +51,9 @@ def is_hidden(name: str) -> bool:
 def is_note(name: str) -> bool:
     """Whether a file of this name (no path) is about data rather than data."""
     name = name.lower()
-    return not name.endswith(_RECORDS) and any(fnmatch(name, pattern) for pattern in NOTES)
+    if os.path.splitext(name)[1] not in _DOCUMENTS:
+        return name in _INFOS
+    return any(fnmatch(name, pattern) for pattern in NOTES)
 
 
 def walk(root: str | Path) -> Iterator[str]:

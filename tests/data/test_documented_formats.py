@@ -9,9 +9,9 @@ from made import png
 from made_inputs import run, texts_of
 from made_world import write_tar
 
-from midstream.data.formats.read_text import column_of
 from midstream.data.formats.records import Section
 from midstream.data.sources import Source
+from midstream.identity import text_column
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "data.md"
 _FILE = re.compile(r"<!-- test: file (\S+) -->\n```\w*\n(.*?)```", re.DOTALL)
@@ -71,4 +71,4 @@ def test_the_manifest_that_the_page_shows_belongs_to_its_shard(
 
 def test_the_world_that_the_page_shows_names_a_column(folder: Path) -> None:
     (folder / "text/starcoder").mkdir(parents=True)
-    assert column_of(folder, "starcoder") == "content"
+    assert text_column(folder, "starcoder") == "content"

@@ -66,8 +66,11 @@ def test_a_note_or_a_hidden_file_that_is_named_is_read(put: Put) -> None:
         ]
 
 
-@pytest.mark.parametrize("name", ["notice-board.jsonl", "README.parquet", "licences.csv", "a.txt"])
-def test_a_file_of_records_is_no_note(name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["notice-board.jsonl", "README.parquet", "licences.csv", "license_plate.jpg", "a.txt", "note"],
+)
+def test_records_and_pictures_are_no_notes_whatever_they_are_called(name: str) -> None:
     assert not is_note(name)
 
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from midstream.data.formats import read_text as module
-from midstream.data.formats.read_text import column_of, read_text, text_units
+from midstream.data.formats.read_text import read_text, text_units
 from midstream.data.formats.records import ReadOptions, TextRecord, Unit
 from midstream.data.source_writer import Reject
 
@@ -270,46 +270,6 @@ def test_every_document_is_read_or_rejected_as_empty(
         d for d in documents if d.strip()
     ]
     assert len(found) == len(documents)
-
-
-# Where a source of a world keeps its text.
-
-
-def say(root: Path, said: Any) -> None:
-    (root / "text/starcoder").mkdir(parents=True, exist_ok=True)
-    (root / "text/web").mkdir(exist_ok=True)
-    (root / "world.json").write_text(json.dumps(said))
-
-
-def test_a_world_says_where_a_source_keeps_its_text(tmp_path: Path) -> None:
-    say(tmp_path, {"name": "w", "text": {"starcoder": {"column": "content"}}})
-    assert column_of(tmp_path, "starcoder") == "content"
-    assert column_of(tmp_path, "web") == "text"
-    say(tmp_path, {"name": "w"})
-    assert column_of(tmp_path, "starcoder") == "text"
-    (tmp_path / "world.json").unlink()
-    assert column_of(tmp_path, "starcoder") == "text"
-
-
-@pytest.mark.parametrize(
-    ("said", "message"),
-    [
-        ({"starcodr": {"column": "content"}}, "'starcodr'; did you mean 'starcoder'.*web"),
-        ({"code": {"column": "content"}}, "'code'; .*text holds starcoder, web"),
-        ({"web": {"columns": "content"}}, "says {'columns': 'content'} of 'web'; write"),
-        ({"web": {"column": "content", "kind": "x"}}, "of 'web'; write"),
-        ({"web": {"column": 3}}, "of 'web'; write"),
-        ({"web": {"column": ""}}, "of 'web'; write"),
-        ({"web": "content"}, "says 'content' of 'web'; write"),
-        (["web"], "'text' is \\['web'\\]; write"),
-    ],
-)
-def test_a_world_that_says_it_wrongly_is_refused_by_name(
-    tmp_path: Path, said: Any, message: str
-) -> None:
-    say(tmp_path, {"text": said})
-    with pytest.raises(ValueError, match=rf"world\.json: .*{message}"):
-        column_of(tmp_path, "starcoder")
 
 
 # The real samples.

@@ -6,8 +6,6 @@ with one of the reasons below; a file that cannot be read as its format is a Val
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from difflib import get_close_matches
-from pathlib import Path
 
 import pyarrow
 from pyarrow.parquet import ParquetFile
@@ -24,7 +22,6 @@ from midstream.data.formats.json_records import NOT_UNICODE, NOT_UTF8, json_obje
 from midstream.data.formats.read_tokens import EMPTY, Manifests, read_tokens
 from midstream.data.formats.records import ReadOptions, TextRecord, TokenRecord, Unit
 from midstream.data.source_writer import Reject
-from midstream.storage import read_json
 
 NO_TEXT = "no text"
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zstd")
@@ -38,34 +35,6 @@ MAX_DOCUMENT_BYTES = 256 * 2**20
 _BATCH_ROWS, _BUFFER_BYTES = 256, 2**20
 
 Item = TextRecord | TokenRecord | Reject
-
-
-def column_of(root: Path, source: str) -> str:
-    """Where the text source `source` of the world `root` keeps its text: a key, or a column.
-
-    The world's `world.json` may say it, {"text": {source: {"column": name}}}; it is "text"
-    otherwise. Raises ValueError that names the file if it says it of a source that is not there,
-    or says something else.
-    """
-    path = root / "world.json"
-    world = read_json(path) if path.is_file() else {}
-    said = world.get("text", {}) if isinstance(world, dict) else world
-    form = '{"text": {"SOURCE": {"column": "NAME"}}}'
-    if not isinstance(said, dict):
-        raise ValueError(f"{path}: 'text' is {said!r}; write {form}")
-    there = sorted(folder.name for folder in root.glob("text/*") if folder.is_dir())
-    for name, values in said.items():
-        if name not in there:
-            near = get_close_matches(name, there, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(
-                f"{path}: 'text' names the source {name!r}; {hint}{root / 'text'} holds "
-                f"{', '.join(there) or 'none'}"
-            )
-        column = values.get("column") if isinstance(values, dict) else None
-        if not isinstance(column, str) or not column or len(values) > 1:
-            raise ValueError(f"{path}: 'text' says {values!r} of {name!r}; write {form}")
-    return str(said[source]["column"]) if source in said else "text"
 
 
 def text_units(sources: Sequence[str], options: ReadOptions) -> list[Unit]:
