@@ -64,6 +64,26 @@ def test_the_command_prepares_a_source_and_prints_its_counts(
     assert "2 shards kept, 0 new" in result.stdout
 
 
+def test_what_is_not_read_and_what_is_dropped_is_printed_once(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "part.jsonl.bz2").write_bytes(b"BZh")
+    turns = [("human", "Why?"), ("gpt", "So."), ("human", "And?"), ("gpt", "")]
+    talk = [{"from": who, "value": text} for who, text in turns]
+    (source / "talks.jsonl").write_text(json.dumps({"conversations": talk}) + "\n")
+    command = arguments(source, tmp_path / "out", tokenizer)
+    command[1] = "conversations"
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("1 file is not read: part.jsonl.bz2; ") == 1
+    assert result.stdout.count("turns dropped: empty reply") == 1
+    index = json.loads((tmp_path / "out/source.json").read_text())
+    assert index["dropped_turns"] == {"empty reply": 1}
+    assert index["unread"] == {"files": 1, "first": ["part.jsonl.bz2"]}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -12,7 +12,10 @@ from midstream.source_files import is_note
 
 READ: dict[Section, tuple[str, ...]] = {
     "text": tuple(f"*{end}" for ends in SUFFIXES.values() for end in ends),
-    "captions": ("*.tar", "captions*.csv", "captions*.txt", "captions_*.json", "metadata.*"),
+    "captions": (
+        *("*.tar", "captions*.csv", "captions*.txt", "captions_*.json"),
+        *("metadata.jsonl", "metadata*.csv"),
+    ),
     "conversations": tuple(f"*{end}" for end in read_conversations.SUFFIXES),
 }
 # Pictures of captions and conversations are read by the records that name them.

@@ -67,10 +67,7 @@ def prepare_source(
     job = Job(section, out, options, root, digest_of(tokenizer), validation_fraction)
     wanted = wanted_shards(job, units)
     refuse_twins(_sizes(wanted))
-    found = (job.short(file) for file in unread_files(section, absolute, units))
-    unread = [name.encode("utf-8", "backslashreplace").decode() for name in found]
-    for note in notes_on(section, unread, [job.short(unit.files[0]) for unit in units]):
-        (notice or partial(progress, 0.0))(note)
+    unread = _unread(job, absolute, units, notice or partial(progress, 0.0))
     job.shards.mkdir(parents=True, exist_ok=True)
     with _only_one(out):
         remove_leftovers(out)
@@ -83,8 +80,8 @@ def prepare_source(
             finish_source(out, tokenizer_digest=job.tokenizer, vocab_size=codec.size, root=root)
         index: dict[str, Any] = read_json(out / INDEX)
         # It may have changed where no shard has.
-        if index.get("unread") != (left := {"files": len(unread), "first": unread[:NUM_LISTED]}):
-            index["unread"] = left
+        if index.get("unread") != unread:
+            index["unread"] = unread
             write_json(out / INDEX, index)
     kept = len(wanted) - len(todo)
     progress(1.0, f"{kept:,} shards kept, {len(todo):,} new")
@@ -127,6 +124,19 @@ def _check_units(units: Sequence[Unit], sources: Sequence[str], out: Path) -> No
         file.is_relative_to(out) for file in files
     ):
         raise ValueError(f"{out} lies inside its own input; prepare into a folder beside it")
+
+
+def _unread(
+    job: Job, sources: Sequence[str], units: Sequence[Unit], notice: Callable[[str], None]
+) -> dict[str, Any]:
+    """Tell what a person should know of the folder; returns how many files are not read, and the
+    first of them."""
+    found = (job.short(file) for file in unread_files(job.section, sources, units))
+    # Names may be bytes that are no UTF-8.
+    names = [name.encode("utf-8", "backslashreplace").decode() for name in found]
+    for note in notes_on(job.section, names, [job.short(unit.files[0]) for unit in units]):
+        notice(note)
+    return {"files": len(names), "first": names[:NUM_LISTED]}
 
 
 def _sizes(wanted: Sequence[Todo]) -> dict[str, int]:
