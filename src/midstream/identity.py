@@ -5,6 +5,7 @@ A source's digest covers the names and bytes of its files, links followed; hidde
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
@@ -23,7 +24,7 @@ from midstream.digests import (
     file_sha256,
     kept_digests,
 )
-from midstream.source_files import is_note, walk
+from midstream.source_files import is_note, is_text, walk
 from midstream.storage import read_json
 
 __all__ = [
@@ -121,7 +122,7 @@ def source_digest(root: Path, name: str, folder: Path) -> str:
     listing: list[Any] = [
         [Path(path).relative_to(folder).as_posix(), file_sha256(Path(path))]
         for path in walk(folder)
-        if not is_note(Path(path).name)
+        if _is_data(path, folder)
     ]
     column = text_column(root, name)
     return digest([listing] if column is None else [listing, {"column": column}])
@@ -155,10 +156,16 @@ def text_column(root: Path, name: str) -> str | None:
 
 
 def left_out(root: Path) -> Iterator[str]:
-    """The notes among a world's sources, which no fingerprint covers."""
+    """The files among a world's sources that no fingerprint covers: notes, what no reader takes."""
     for _, folder in source_folders(root).values():
         if not (folder / PREPARED).is_file():
-            yield from (path for path in walk(folder) if is_note(Path(path).name))
+            yield from (path for path in walk(folder) if not _is_data(path, folder))
+
+
+def _is_data(path: str, folder: Path) -> bool:
+    """Whether a file of a source may be read: of captions and talks any, which records may name."""
+    name = os.path.basename(path)
+    return is_text(name) if folder.parent.name == "text" else not is_note(name)
 
 
 def folder_fingerprint(root: Path, patterns: tuple[str, ...] = ("**/*",)) -> str:

@@ -23,6 +23,14 @@ LEFT_BEHIND = (
     "#*#",
     "*.swp",
 )
+# What the names of text files end in, by their format; no other file of a text source is read.
+JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zstd")
+TEXT_SUFFIXES = {
+    "jsonl": (*JSON_LINES, ".json", ".json.gz", ".json.zst", ".json.zstd"),
+    "parquet": (".parquet",),
+    "txt": (".txt", ".tex"),
+    "tokens": (".tar",),
+}
 # Documents about data, whatever the case of their letters. Records and pictures are none, whatever
 # they are called.
 NOTES = (
@@ -54,6 +62,12 @@ def is_note(name: str) -> bool:
     if os.path.splitext(name)[1] not in _DOCUMENTS:
         return name in _INFOS
     return any(fnmatch(name, pattern) for pattern in NOTES)
+
+
+def is_text(name: str) -> bool:
+    """Whether a file of this name (no path) is one that a text source may be read from."""
+    ends = tuple(end for ends in TEXT_SUFFIXES.values() for end in ends)
+    return name.endswith(ends) and not is_note(name)
 
 
 def walk(root: str | Path) -> Iterator[str]:

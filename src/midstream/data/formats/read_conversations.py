@@ -28,9 +28,9 @@ from midstream.data.formats.json_records import (
     list_entries,
     unicode_problem,
 )
-from midstream.data.formats.read_text import JSON_LINES
 from midstream.data.formats.records import ConversationRecord, Picture, ReadOptions, Unit
 from midstream.data.source_writer import Reject
+from midstream.source_files import JSON_LINES
 
 UNIT_RECORDS = 20_000
 MAX_PICTURE_BYTES = 256 * 2**20

@@ -5,13 +5,12 @@ from collections.abc import Iterator, Sequence
 
 from midstream.data.formats import read_conversations
 from midstream.data.formats.files import base_name, name_some, shown_files
-from midstream.data.formats.read_text import SUFFIXES
 from midstream.data.formats.read_tokens import MANIFEST
 from midstream.data.formats.records import Section, Unit
-from midstream.source_files import is_note
+from midstream.source_files import TEXT_SUFFIXES, is_note
 
 READ: dict[Section, tuple[str, ...]] = {
-    "text": tuple(f"*{end}" for ends in SUFFIXES.values() for end in ends),
+    "text": tuple(f"*{end}" for ends in TEXT_SUFFIXES.values() for end in ends),
     "captions": (
         *("*.tar", "captions*.csv", "captions*.txt", "captions_*.json"),
         *("metadata.jsonl", "metadata*.csv"),
@@ -20,7 +19,7 @@ READ: dict[Section, tuple[str, ...]] = {
 }
 # Pictures of captions and conversations are read by the records that name them.
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_DOCUMENTS = SUFFIXES["txt"]
+_DOCUMENTS = TEXT_SUFFIXES["txt"]
 _SPLITS = re.compile(r"(?<![a-z])(train|validation|valid|val|dev|test)(?![a-z])")
 _NAMES = {"valid": "validation", "val": "validation"}
 
