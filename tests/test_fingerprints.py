@@ -5,13 +5,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import tiny
 from midstream import digests
 from midstream.config import Evaluation, PublicFolder, TokenizerFile, TrainedTokenizer
-from midstream.identity import file_sha256, kept_digests, world_fingerprint
+from midstream.identity import file_sha256, kept_digests, text_column, world_fingerprint
 from midstream.study.stage import (
     Continue,
     ContinueFrom,
@@ -104,6 +105,9 @@ def written(name: str, text: str = "other") -> Callable[[Path], None]:
         "text/web/.DS_Store",
         "text/web/README.md",
         "text/web/LICENSE",
+        "text/web/requirements.txt",
+        "text/web/part-1.jsonl.bz2",
+        "text/web/stats.csv",
         "text/web/.ipynb_checkpoints/part-0-checkpoint.jsonl",
         "captions/pictures/Thumbs.db",
         "captions/pictures/._00000.tar",
@@ -173,8 +177,46 @@ def test_a_named_column_of_a_source_is_part_of_what_it_is(world: Path) -> None:
     listed = json.loads((world / "world.json").read_text())
     named = {**listed, "text": {"web": {"column": "content"}}}
     assert "web" in renamed(world, lambda root: write_listing(root, named))
-    other = {**named, "text": {**named["text"], "unused": {"column": "content"}}}
-    assert renamed(world, lambda root: write_listing(root, other)) == set()
+    write_listing(world, {**named, "text": {"wbe": {"column": "content"}}})
+    with pytest.raises(ValueError, match="names the source 'wbe'; did you mean 'web'"):
+        world_fingerprint(world)
+
+
+def say(root: Path, said: Any) -> None:
+    (root / "text/starcoder").mkdir(parents=True, exist_ok=True)
+    (root / "text/web").mkdir(exist_ok=True)
+    (root / "world.json").write_text(json.dumps(said))
+
+
+def test_a_world_says_where_a_source_keeps_its_text(tmp_path: Path) -> None:
+    say(tmp_path, {"name": "w", "text": {"starcoder": {"column": "content"}}})
+    assert text_column(tmp_path, "starcoder") == "content"
+    assert text_column(tmp_path, "web") is None
+    say(tmp_path, {"name": "w"})
+    assert text_column(tmp_path, "starcoder") is None
+    (tmp_path / "world.json").unlink()
+    assert text_column(tmp_path, "starcoder") is None
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"starcodr": {"column": "content"}}, "'starcodr'; did you mean 'starcoder'.*web"),
+        ({"code": {"column": "content"}}, "'code'; .*text holds starcoder, web"),
+        ({"web": {"columns": "content"}}, "says {'columns': 'content'} of 'web'; write"),
+        ({"web": {"column": "content", "kind": "x"}}, "of 'web'; write"),
+        ({"web": {"column": 3}}, "of 'web'; write"),
+        ({"web": {"column": ""}}, "of 'web'; write"),
+        ({"web": "content"}, "says 'content' of 'web'; write"),
+        (["web"], "'text' is \\['web'\\]; write"),
+    ],
+)
+def test_a_world_that_says_it_wrongly_is_refused_by_name(
+    tmp_path: Path, said: Any, message: str
+) -> None:
+    say(tmp_path, {"text": said})
+    with pytest.raises(ValueError, match=rf"world\.json: .*{message}"):
+        text_column(tmp_path, "starcoder")
 
 
 def test_a_tokenizer_file_shields_the_text_from_other_texts(world: Path, tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ def tokenizer(tmp_path: Path) -> Path:
 def texts(folder: Path, num_files: int, num_lines: int) -> Path:
     folder.mkdir()
     for number in range(num_files):
-        lines = "".join(json.dumps({"text": f"line {n}"}) + "\n" for n in range(num_lines))
+        found = [{"text": f"line {n} of {number}"} for n in range(num_lines)]
+        lines = "".join(json.dumps(line) + "\n" for line in found)
         (folder / f"{number}.jsonl").write_text(lines)
     return folder
 
@@ -63,12 +64,32 @@ def test_the_command_prepares_a_source_and_prints_its_counts(
     assert "2 shards kept, 0 new" in result.stdout
 
 
+def test_what_is_not_read_and_what_is_dropped_is_printed_once(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "part.jsonl.bz2").write_bytes(b"BZh")
+    turns = [("human", "Why?"), ("gpt", "So."), ("human", "And?"), ("gpt", "")]
+    talk = [{"from": who, "value": text} for who, text in turns]
+    (source / "talks.jsonl").write_text(json.dumps({"conversations": talk}) + "\n")
+    command = arguments(source, tmp_path / "out", tokenizer)
+    command[1] = "conversations"
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("1 file is not read: part.jsonl.bz2; ") == 1
+    assert result.stdout.count("turns dropped: empty reply") == 1
+    index = json.loads((tmp_path / "out/source.json").read_text())
+    assert index["dropped_turns"] == {"empty reply": 1}
+    assert index["unread"] == {"files": 1, "first": ["part.jsonl.bz2"]}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ("no source", "nowhere"),
         ("no tokenizer", "lost.json"),
-        ("broken file", "0.jsonl.gz is cut short or damaged"),
+        ("broken file", "1.jsonl.gz is cut short or damaged"),
     ],
 )
 def test_what_a_user_can_put_right_is_one_message(
@@ -80,7 +101,7 @@ def test_what_a_user_can_put_right_is_one_message(
     elif change == "no tokenizer":
         tokenizer = tmp_path / "lost.json"
     else:
-        (source / "0.jsonl.gz").write_bytes(b"no gzip")
+        (source / "1.jsonl.gz").write_bytes(b"no gzip")
     result = CliRunner().invoke(app, arguments(source, tmp_path / "out", tokenizer))
     assert result.exit_code == 1
     assert message in result.stderr

@@ -5,8 +5,10 @@ A source's digest covers the names and bytes of its files, links followed; hidde
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +24,8 @@ from midstream.digests import (
     file_sha256,
     kept_digests,
 )
-from midstream.source_files import is_note, walk
+from midstream.source_files import is_note, is_text, walk
+from midstream.storage import read_json
 
 __all__ = [
     "FORMAT_VERSION",
@@ -119,27 +122,50 @@ def source_digest(root: Path, name: str, folder: Path) -> str:
     listing: list[Any] = [
         [Path(path).relative_to(folder).as_posix(), file_sha256(Path(path))]
         for path in walk(folder)
-        if not is_note(Path(path).name)
+        if _is_data(path, folder)
     ]
     column = text_column(root, name)
     return digest([listing] if column is None else [listing, {"column": column}])
 
 
 def text_column(root: Path, name: str) -> str | None:
-    """The field or column of a source's text, where `world.json` names one under `text`."""
+    """The field or column of a source's text, where `world.json` names one under `text`.
+
+    It says {"text": {source: {"column": name}}}. Raises ValueError that names the file if that is
+    said of a source that is not there, or in another form.
+    """
     path = root / "world.json"
-    if not path.is_file():
-        return None
-    entry = json.loads(path.read_text(encoding="utf-8")).get("text", {}).get(name, {})
-    column = entry.get("column")
-    return None if column is None else str(column)
+    world = read_json(path) if path.is_file() else {}
+    said = world.get("text", {}) if isinstance(world, dict) else world
+    form = '{"text": {"SOURCE": {"column": "NAME"}}}'
+    if not isinstance(said, dict):
+        raise ValueError(f"{path}: 'text' is {said!r}; write {form}")
+    there = [path.name for path in sorted(root.glob("text/[!.]*")) if path.is_dir()]
+    for source, values in said.items():
+        if source not in there:
+            near = get_close_matches(source, there, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"{path}: 'text' names the source {source!r}; {hint}{root / 'text'} holds "
+                f"{', '.join(there) or 'none'}"
+            )
+        column = values.get("column") if isinstance(values, dict) else None
+        if not isinstance(column, str) or not column or len(values) > 1:
+            raise ValueError(f"{path}: 'text' says {values!r} of {source!r}; write {form}")
+    return str(said[name]["column"]) if name in said else None
 
 
 def left_out(root: Path) -> Iterator[str]:
-    """The notes among a world's sources, which no fingerprint covers."""
+    """The files among a world's sources that no fingerprint covers: notes, what no reader takes."""
     for _, folder in source_folders(root).values():
         if not (folder / PREPARED).is_file():
-            yield from (path for path in walk(folder) if is_note(Path(path).name))
+            yield from (path for path in walk(folder) if not _is_data(path, folder))
+
+
+def _is_data(path: str, folder: Path) -> bool:
+    """Whether a file of a source may be read: of captions and talks any, which records may name."""
+    name = os.path.basename(path)
+    return is_text(name) if folder.parent.name == "text" else not is_note(name)
 
 
 def folder_fingerprint(root: Path, patterns: tuple[str, ...] = ("**/*",)) -> str:

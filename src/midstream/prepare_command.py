@@ -51,6 +51,8 @@ def print_summary(summary: dict[str, Any], seconds: float, console: Console) -> 
         table.add_row(split, f"{summary['records']:,}" if split == "train" else "", *numbers)
     for reason, times in sorted(summary["rejects"].items()):
         table.add_row(escape(f"rejected: {reason}"), f"{times:,}", "", "", "")
+    for reason, times in sorted(summary["dropped_turns"].items()):
+        table.add_row(escape(f"turns dropped: {reason}"), f"{times:,}", "", "", "")
     console.print(table)
     captions = summary["captions"]
     if captions["synthetic"]:
@@ -88,7 +90,7 @@ def _events(process: "subprocess.Popen[str]") -> Iterator[Event]:
 
 
 def _shown(events: Iterator[Event], console: Console) -> Iterator[Event]:
-    """Show progress events; yields the others."""
+    """Show progress and notices; yields the other events."""
     told = 0.0
     columns = (
         TextColumn("preparing"),
@@ -100,6 +102,9 @@ def _shown(events: Iterator[Event], console: Console) -> Iterator[Event]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         task = bars.add_task("", total=1.0)
         for event in events:
+            if event["event"] == "notice":
+                console.print(event["note"], markup=False, highlight=False, soft_wrap=True)
+                continue
             if event["event"] != "progress":
                 yield event
                 continue

@@ -1,9 +1,10 @@
 """Prepares one source as a process of its own: `midstream prepare` starts it.
 
 `python -m midstream.prepare_data` takes one line of JSON with the fields of `Request` on standard
-input and answers with JSON lines on standard output: {"event": "progress", "done", "note"}, at
-last {"event": "done", "summary"}, {"event": "failed", "error"} or {"event": "stopped"}. The end of
-its input, SIGINT and SIGTERM stop it; what it has finished stays.
+input and answers with JSON lines on standard output: {"event": "notice", "note"} for what a person
+should know, {"event": "progress", "done", "note"}, at last {"event": "done", "summary"}, {"event":
+"failed", "error"} or {"event": "stopped"}. The end of its input, SIGINT and SIGTERM stop it; what
+it has finished stays.
 """
 
 import json
@@ -41,7 +42,11 @@ class Request:
     workers: int
 
 
-def run(request: Request, progress: Callable[[float, str], None]) -> dict[str, Any]:
+def run(
+    request: Request,
+    progress: Callable[[float, str], None],
+    notice: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
     """Prepare the source; returns its counts (see `prepare_source` for them and the errors)."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer_file = Path(folder) / "tokenizer.json"
@@ -58,6 +63,7 @@ def run(request: Request, progress: Callable[[float, str], None]) -> dict[str, A
             max_reject_fraction=request.max_rejects,
             validation_fraction=request.validation,
             progress=progress,
+            notice=notice,
         )
 
 
@@ -103,7 +109,11 @@ def main() -> None:
     try:
         request = Request(**json.loads(sys.stdin.readline()))
         threading.Thread(target=stop_with_parent, daemon=True).start()
-        summary = run(request, lambda done, note: say("progress", done=done, note=note))
+        summary = run(
+            request,
+            lambda done, note: say("progress", done=done, note=note),
+            lambda note: say("notice", note=note),
+        )
     except KeyboardInterrupt:
         with suppress(KeyboardInterrupt):
             say("stopped")

@@ -23,7 +23,16 @@ LEFT_BEHIND = (
     "#*#",
     "*.swp",
 )
-# Documents about data, whatever the case of their letters.
+# What the names of text files end in, by their format; no other file of a text source is read.
+JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zstd")
+TEXT_SUFFIXES = {
+    "jsonl": (*JSON_LINES, ".json", ".json.gz", ".json.zst", ".json.zstd"),
+    "parquet": (".parquet",),
+    "txt": (".txt", ".tex"),
+    "tokens": (".tar",),
+}
+# Documents about data, whatever the case of their letters. Records and pictures are none, whatever
+# they are called.
 NOTES = (
     "readme*",
     "license*",
@@ -33,12 +42,13 @@ NOTES = (
     "citation*",
     "changelog*",
     "requirements*.txt",
-    "dataset_infos.json",
     "dataset_card*",
     "md5sums*",
     "sha256sums*",
     "checksums*",
 )
+_DOCUMENTS = ("", ".md", ".txt", ".rst", ".html", ".pdf", ".cff", ".bib", ".yaml", ".yml")
+_INFOS = ("dataset_infos.json", "dataset_card.json")
 
 
 def is_hidden(name: str) -> bool:
@@ -48,14 +58,23 @@ def is_hidden(name: str) -> bool:
 
 def is_note(name: str) -> bool:
     """Whether a file of this name (no path) is about data rather than data."""
-    return any(fnmatch(name.lower(), pattern) for pattern in NOTES)
+    name = name.lower()
+    if os.path.splitext(name)[1] not in _DOCUMENTS:
+        return name in _INFOS
+    return any(fnmatch(name, pattern) for pattern in NOTES)
+
+
+def is_text(name: str) -> bool:
+    """Whether a file of this name (no path) is one that a text source may be read from."""
+    ends = tuple(end for ends in TEXT_SUFFIXES.values() for end in ends)
+    return name.endswith(ends) and not is_note(name)
 
 
 def walk(root: str | Path) -> Iterator[str]:
     """The files under `root` that are not hidden, in order, as paths that begin with it.
 
-    Linked folders are entered, but for a link to a folder that it lies in; a link to nowhere is
-    listed, so that opening it says so. Raises OSError for a folder that cannot be read.
+    Linked folders are entered, but for a link to a folder that it lies in; a link to nowhere, or to
+    itself, is listed, so that opening it says so. Raises OSError for a folder that cannot be read.
     """
     yield from _walk(os.fspath(root), frozenset())
 
@@ -67,7 +86,9 @@ def _walk(folder: str, above: frozenset[str]) -> Iterator[str]:
     with os.scandir(folder) as entries:
         shown = sorted((e for e in entries if not is_hidden(e.name)), key=lambda entry: entry.name)
     for entry in shown:
-        if entry.is_dir():
+        # `entry.is_dir` would end the walk at a link that leads to itself.
+        linked = entry.is_symlink() and os.path.isdir(entry.path)
+        if linked or entry.is_dir(follow_symlinks=False):
             yield from _walk(entry.path, above | {real})
         else:
             yield entry.path

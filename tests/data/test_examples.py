@@ -12,11 +12,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from midstream.data.examples import (
     END_OF_TEXT,
     SEPARATOR,
+    Conversation,
     ConversationError,
     TextCodec,
+    Turn,
     caption_example,
     conversation_example,
-    conversation_turns,
+    conversation_of,
     picture_names,
     question_ids,
     text_example,
@@ -116,9 +118,8 @@ def test_a_record_gives_its_turns_without_the_image_mark(
     others = {"image": "a.jpg"} if image else {}
     if image:
         turns[0] = ("human", "<image>\n" + turns[0][1])
-    found, has_image = conversation_turns(record(*turns, **others), "here")
-    assert found == [(q.strip(), a.strip()) for q, a in clean]
-    assert has_image is image
+    expected = tuple(Turn(q.strip(), a.strip()) for q, a in clean)
+    assert conversation_of(record(*turns, **others), "here") == Conversation(expected, image)
 
 
 ASK, REPLY = ("human", "What?"), ("gpt", "A cat.")
@@ -138,15 +139,21 @@ SHOWN = ("human", "<image>\nWhat?")
         ({"conversations": [{"value": "What?"}, {"value": "A cat."}]}, "no conversation"),
         (record(ASK, ("gpt", 3)), "no conversation"),
         (record(("human", [{"type": "text", "text": "What?"}]), REPLY), "no conversation"),
-        (record(ASK), "ends without a reply"),
-        (record(ASK, REPLY, ASK), "ends without a reply"),
+        ({"conversations": [{"from": "gpt"}], "system": ["Be nice."]}, "no conversation"),
+        (record(("system", "Be nice.")), "no reply left"),
+        (record(ASK), "no reply left"),
+        (record(ASK, ASK), "no reply left"),
+        (record(ASK, ("gpt", " \n ")), "no reply left"),
+        (record(ASK, ("gpt", None)), "no reply left"),
+        (record(ASK, ("tool", "42"), REPLY), "no reply left"),
         (record(REPLY, ASK), "starts with a reply"),
         (record(REPLY, ASK, REPLY), "starts with a reply"),
-        (record(ASK, ASK), "roles do not alternate"),
         (record(ASK, REPLY, REPLY), "roles do not alternate"),
-        (record(ASK, ("tool", "42")), "roles do not alternate"),
-        (record(("system", "Be nice."), ASK, REPLY), "system turn"),
-        (record(ASK, REPLY, system="Be nice."), "system turn"),
+        (record(ASK, ("gpt", ""), REPLY), "roles do not alternate"),
+        (record(ASK, REPLY, ("critic", "Well.")), "roles do not alternate"),
+        (record(("tool", "42"), ASK, REPLY), "roles do not alternate"),
+        (record(("system", "Be <image>."), ASK, REPLY), "<image> without a picture"),
+        (record(("system", "<image>"), SHOWN, REPLY, image="a"), "picture not in the first turn"),
         (record(SHOWN, REPLY), "<image> without a picture"),
         (record(SHOWN, REPLY, image=""), "<image> without a picture"),
         (record(SHOWN, REPLY, image=None), "<image> without a picture"),
@@ -166,8 +173,7 @@ SHOWN = ("human", "<image>\nWhat?")
         (record(SHOWN, REPLY, images=[""]), "not a picture name"),
         (record(ASK, REPLY, videos=["a.mp4"]), "video or sound"),
         (record(("human", ""), REPLY), "empty turn"),
-        (record(ASK, ("gpt", " \n ")), "empty turn"),
-        (record(ASK, ("gpt", None)), "empty turn"),
+        (record(ASK, REPLY, ("human", ""), REPLY), "empty turn"),
         (record(("human", "<image>\n"), REPLY, image="a.jpg"), "empty turn"),
     ],
 )
@@ -175,7 +181,7 @@ def test_a_malformed_conversation_is_refused_by_its_record_and_reason(
     bad: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ConversationError, match=r"^llava\.json, record 'r7': ") as caught:
-        conversation_turns(bad, "llava.json, record 'r7'")
+        conversation_of(bad, "llava.json, record 'r7'")
     assert caught.value.reason == reason
     renamed = {"value": "content", "from": "role", "human": "user", "gpt": "assistant"}
     turns = bad.get("conversations")
@@ -186,16 +192,14 @@ def test_a_malformed_conversation_is_refused_by_its_record_and_reason(
         ]
         other = {key: value for key, value in bad.items() if key != "conversations"}
         with pytest.raises(ConversationError) as caught:
-            conversation_turns({"messages": moved, **other}, "here")
+            conversation_of({"messages": moved, **other}, "here")
         assert caught.value.reason == reason
 
 
 @pytest.mark.parametrize("others", [{}, {"image": ""}, {"image": None}, {"images": []}])
 def test_an_absent_picture_makes_a_text_only_record(others: dict[str, Any]) -> None:
-    assert conversation_turns(record(ASK, REPLY, **others), "here") == (
-        [("What?", "A cat.")],
-        False,
-    )
+    expected = Conversation((Turn("What?", "A cat."),), False)
+    assert conversation_of(record(ASK, REPLY, **others), "here") == expected
 
 
 @pytest.mark.parametrize("others", [{"image": "a.jpg"}, {"images": ["a.jpg"]}])
@@ -207,10 +211,88 @@ def test_both_layouts_give_the_same_turns_and_picture(others: dict[str, Any]) ->
         {"role": "assistant", "content": "Yes"},
     ]
     shown = record(SHOWN, REPLY, ("human", "Sure?"), ("gpt", "Yes"), **others)
-    expected = ([("What?", "A cat."), ("Sure?", "Yes")], True)
-    assert conversation_turns(shown, "here") == expected
-    assert conversation_turns({"messages": messages, **others}, "here") == expected
+    expected = Conversation((Turn("What?", "A cat."), Turn("Sure?", "Yes")), True)
+    assert conversation_of(shown, "here") == expected
+    assert conversation_of({"messages": messages, **others}, "here") == expected
     assert picture_names(shown, "here") == ["a.jpg"]
+
+
+def test_a_system_text_stands_masked_before_the_question_that_it_comes_before() -> None:
+    nice, brief = ("system", " Be nice.\n"), ("system", "Be brief.")
+    sure, yes = ("human", "Sure?"), ("gpt", "Yes")
+    found = conversation_of(record(nice, ASK, REPLY, brief, sure, yes), "here")
+    assert found.turns == (Turn("What?", "A cat.", "Be nice."), Turn("Sure?", "Yes", "Be brief."))
+    for same in (
+        record(ASK, REPLY, system="Be nice."),
+        record(nice, ASK, REPLY, system="Be nice."),
+        record(ASK, nice, REPLY),
+        record(("system", ""), nice, ASK, REPLY),
+    ):
+        assert conversation_of(same, "here").turns == found.turns[:1]
+    both = conversation_of(record(nice, SHOWN, REPLY, system="See.", image="a.jpg"), "here")
+    assert both == Conversation((Turn("What?", "A cat.", "See.\nBe nice."),), True)
+    example = conversation_example(CODEC, found.turns, has_image=True)
+    expected = [(CODEC.separator, 0)]
+    for asked, reply in (
+        ("Be nice.\nIn: What?\nOut:", " A cat."),
+        ("Be brief.\nIn: Sure?\nOut:", " Yes"),
+    ):
+        expected += [(t, 0) for t in [*CODEC.encode(asked), CODEC.separator]]
+        expected += [(t, 1) for t in [*CODEC.encode(reply), CODEC.separator]]
+    assert list(zip(example.input_ids, example.supervised, strict=True)) == expected
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+
+
+@pytest.mark.parametrize(
+    ("left", "reason"),
+    [
+        ([("human", "And?"), ("gpt", "")], "empty reply"),
+        ([("human", "And?"), ("gpt", " \n")], "empty reply"),
+        ([("human", "And?"), ("gpt", None)], "empty reply"),
+        ([("human", ""), ("gpt", "")], "empty reply"),
+        ([("human", "And?")], "question without a reply"),
+        ([("human", "And?"), ("tool", "42"), ("gpt", "It is 42.")], "tool turn"),
+        ([("human", "And?"), ("function_call", "{}"), ("observation", "42"), REPLY], "tool turn"),
+    ],
+)
+def test_a_question_without_a_reply_to_learn_is_left_out_and_counted(
+    left: list[tuple[str, Any]], reason: str
+) -> None:
+    whole = [Turn("What?", "A cat."), Turn("Sure?", "Yes")]
+    sure, yes = ("human", "Sure?"), ("gpt", "Yes")
+    for turns in ([*left, ASK, REPLY, sure, yes], [ASK, REPLY, *left, sure, yes]):
+        found = conversation_of(record(*turns), "here")
+        assert found == Conversation(tuple(whole), False, (reason,))
+    found = conversation_of(record(ASK, REPLY, *left), "here")
+    assert found == Conversation(tuple(whole[:1]), False, (reason,))
+    # What it was told goes on to the next question, or is counted where there is none.
+    told = [("system", "Be nice."), *left]
+    found = conversation_of(record(*told, ASK, REPLY), "here")
+    assert found.turns == (Turn("What?", "A cat.", "Be nice."),)
+    found = conversation_of(record(ASK, REPLY, *told), "here")
+    assert found.left_out == (reason, "system turn without a question")
+
+
+def test_a_reply_that_is_a_call_is_left_out_with_all_up_to_the_next_question() -> None:
+    messages = [
+        {"role": "user", "content": "What is 6 times 7?"},
+        CALL,
+        {"role": "tool", "content": {"result": 42}, "tool_call_id": "1"},
+        {"role": "assistant", "content": "It is 42."},
+        {"role": "user", "content": "Thanks."},
+        {"role": "assistant", "content": "Any time."},
+    ]
+    found = conversation_of({"messages": messages}, "here")
+    assert found == Conversation((Turn("Thanks.", "Any time."),), False, ("tool turn",))
+
+
+def test_a_picture_stays_where_the_question_that_shows_it_is_left_out() -> None:
+    talk = record(SHOWN, ("gpt", ""), ("human", "Sure?"), ("gpt", "Yes"), image="a.jpg")
+    assert conversation_of(talk, "here") == Conversation(
+        (Turn("Sure?", "Yes"),), True, ("empty reply",)
+    )
 
 
 def test_a_tokenizer_file_reads_back_and_its_own_cut_and_padding_are_off(tmp_path: Path) -> None:

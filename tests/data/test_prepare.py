@@ -5,17 +5,21 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from made import png
 from made_inputs import run, times
 from made_world import (
     CAPTIONS,
+    TALKS,
     TEXTS,
     TRAINED,
     jpeg,
     prepared,
     samples,
     world_of,
+    write_talks,
     write_tar,
     write_world,
 )
@@ -113,6 +117,39 @@ def test_a_named_tokenizer_file_is_used_and_kept(root: Path, tmp_path: Path) -> 
     assert open_codec(tmp_path / "two").encode(TEXTS[3]) == open_codec(tmp_path / "one").encode(
         TEXTS[3]
     )
+
+
+def test_each_text_source_is_read_from_the_column_that_the_world_names(
+    root: Path, tmp_path: Path
+) -> None:
+    table = pa.table({"content": ["def one(): pass", "two = 2"], "path": ["a.py", "b.py"]})
+    (root / "text/code").mkdir()
+    pq.write_table(table, root / "text/code/0.parquet")
+    with pytest.raises(ValueError, match=r"no column 'text'; name one of \['content', 'path'\]"):
+        prepared(root, tmp_path / "none")
+    said = {"text": {"code": {"column": "content"}}}
+    (root / "world.json").write_text(json.dumps(said))
+    results = prepared(root, tmp_path / "out")
+    assert results["sources"]["code"]["num_examples"] == 2
+    assert results["sources"]["web"]["num_examples"] == len(TEXTS)
+    source, codec = (
+        open_sources(world_of(root), tmp_path / "out")["code"],
+        open_codec(tmp_path / "out"),
+    )
+    assert codec.decode(source.input_ids(0).tolist()) == "def one(): pass"
+    (root / "world.json").write_text(json.dumps({"text": {"code": {"column": "body"}}}))
+    with pytest.raises(ValueError, match=r"no column 'body'; name one of \['content', 'path'\]"):
+        prepared(root, tmp_path / "body")
+
+
+def test_what_is_left_out_and_not_read_stands_in_the_results(root: Path, tmp_path: Path) -> None:
+    left = {"conversations": [*TALKS[1]["conversations"], {"from": "human", "value": "And?"}]}
+    write_talks(root, [*TALKS, left])
+    (root / "text/web/c.jsonl.xz").write_bytes(b"xz")
+    found = prepared(root, tmp_path / "out")["sources"]
+    assert found["talks"]["num_examples"] == 4
+    assert found["talks"]["dropped_turns"] == {"question without a reply": 1}
+    assert found["web"]["unread"] == {"files": 1, "first": ["text/web/c.jsonl.xz"]}
 
 
 @pytest.mark.parametrize("lost", ["captions", "instruct", "text"])

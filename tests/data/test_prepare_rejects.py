@@ -183,8 +183,8 @@ def test_a_long_list_of_rejects_is_cut_in_the_message_and_whole_in_its_file(
 @pytest.mark.parametrize("workers", [1, 2])
 def test_far_too_many_rejects_end_it_before_all_is_read(tmp_path: Path, workers: int) -> None:
     source, out = write_texts(tmp_path / "in", 1, 2000), tmp_path / "out"
-    bad = '{"body": "no text"}\n' * 40_000
     for number in range(1, 5):
+        bad = f'{{"body": "no text {number}"}}\n' * 40_000
         (source / f"part-{number}.jsonl").write_text(bad)
     with pytest.raises(ValueError, match="are rejects") as caught:
         run("text", source, out, max_reject_fraction=0.01, workers=workers)

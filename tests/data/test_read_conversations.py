@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from midstream.data.examples import Turn
 from midstream.data.formats import read_conversations as module
 from midstream.data.formats.read_conversations import conversation_units, read_conversations
 from midstream.data.formats.records import ConversationRecord, Picture, ReadOptions
@@ -51,7 +52,8 @@ def shown(item: Any) -> Any:
     """What a record holds without its place, or its reason."""
     if isinstance(item, Reject):
         return item.reason
-    return item.turns, None if item.picture is None else item.picture.data
+    turns = tuple(tuple(text for text in turn if text) for turn in item.turns)
+    return turns, None if item.picture is None else item.picture.data
 
 
 # As in the mix of 665k: many turns, questions before and behind the mark, rows without a picture.
@@ -78,7 +80,7 @@ MIX_SHOWN: list[Any] = [
     ((("Name a prime.", "Seven."),), None),
     ((("Name a colour.", "Red."),), None),
     ((("Name a town.", "Paris."),), None),
-    "ends without a reply",
+    ((("Why?", "Because."),), None),
     "starts with a reply",
     "missing picture",
 ]
@@ -126,7 +128,7 @@ def test_the_layouts_of_sharegpt_with_a_list_of_images_are_read(put: Put) -> Non
         "more than one picture",
         "picture not in the first turn",
         ((("Who?", "Ben."),), None),
-        "system turn",
+        ((("Who is he?", "Ben.", "You see."), ("Why?", "So.")), CAT),
     ]
 
 
@@ -151,7 +153,9 @@ def test_bad_records_are_rejected_with_their_place_and_good_ones_stay(put: Put) 
         ([good], "not a JSON object"),
         (None, "not a JSON object"),
         ({"text": "x"}, "no conversation"),
-        (llava("Why?", " \n"), "empty turn"),
+        (llava("Why?", " \n"), "no reply left"),
+        (llava("", "So."), "empty turn"),
+        (llava("Why?", "So.", system="\udc00"), "not Unicode"),
         (llava("<image>", "So.", image="a.jpg"), "empty turn"),
         (llava("Why?", "half \ud83d"), "not Unicode"),
         (llava("\udc00", "So."), "not Unicode"),
@@ -215,7 +219,7 @@ def test_a_picture_at_the_limit_is_whole_and_one_above_is_too_large(
 def test_texts_of_many_characters_are_taken_whole(put: Put) -> None:
     question, reply = "why " * 50_000 + "?", "\u65e5" * 150_000
     (found,) = read(put("a.json", as_list([llava(question, reply)])))
-    assert found.turns == ((question, reply),)
+    assert found.turns == (Turn(question, reply),)
 
 
 def test_the_real_sharegpt_sample_gives_its_records_with_one_picture() -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from midstream.config import SmallReal
-from midstream.data.examples import conversation_turns
+from midstream.data.examples import conversation_of
 from midstream.data.formats.read_captions import caption_units, read_captions
 from midstream.data.formats.read_text import read_text, text_units
 from midstream.data.formats.records import CaptionRecord, ReadOptions, TextRecord
@@ -177,9 +177,9 @@ def check_nothing_is_on_both_sides(world: Path) -> None:
 def check_pictures_exist(world: Path) -> None:
     for name in ("vqa_easy", "daquar", "flickr_match"):
         for record in conversations(world, name):
-            turns, has_image = conversation_turns(record, record["id"])
-            assert has_image
-            assert turns
+            talk = conversation_of(record, record["id"])
+            assert talk.has_image
+            assert talk.turns
             assert (world / "instruct" / name / record["image"]).is_file()
     for name, entry in read_json(world / "world.json")["visual_tasks"].items():
         for example in VISUAL_FORMATS[entry["format"]].read(world / "bench" / name):
@@ -276,14 +276,14 @@ def test_conversations_hold_every_question_once_in_the_benchmarks_wording(
     assert prompt == VISUAL_FORMATS["pope"].official_prompt
     found: Counter[tuple[str, str, str]] = Counter()
     for record in conversations(world, "vqa_easy"):
-        turns, _ = conversation_turns(record, record["id"])
+        turns = conversation_of(record, record["id"]).turns
         assert len(turns) <= QUESTIONS_PER_CONVERSATION
-        found.update((text, reply, record["image"]) for text, reply in turns)
+        found.update((text, reply, record["image"]) for text, reply, _ in turns)
     expected = [(prompt.replace("{question}", q), a, f"images/{n}.png") for q, a, n in EASY_TRAIN]
     assert found == Counter(expected)
     for record in conversations(world, "flickr_match"):
         number = Path(record["image"]).stem.removeprefix("photo_")
-        for text, reply in conversation_turns(record, record["id"])[0]:
+        for text, reply, _ in conversation_of(record, record["id"]).turns:
             own = f'Does the caption "A dog number {number} ." match the image?'
             assert reply == ("Yes" if text == prompt.replace("{question}", own) else "No")
 

@@ -8,13 +8,17 @@ example's tokens: the packer puts them before the first token.
     caption       [image] <sep> caption <eot>                      caption and <eot> are targets
     conversation  [image] <sep> In: question\\nOut: <sep> reply <sep> In: ...   replies and their
                                                                    <sep> are targets
+    with a system text  [image] <sep> system\\nIn: question\\nOut: <sep> reply ...   the same
+
+A system text stands before the question that it comes before, a line of its own (paper, appendix C:
+it is masked as the question is).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
@@ -30,7 +34,16 @@ _ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>")
 IMAGE_MARK = "<image>"
 # Where the layouts of conversations keep their turns, and in a turn its role and its text.
 _LAYOUTS = (("conversations", "from", "value"), ("messages", "role", "content"))
-_ROLES = {"user": "human", "assistant": "gpt"}
+_TOOL = "tool"
+_TOOLS = (
+    *("tool", "tools", "tool_call", "tool_calls", "tool_response", "tool_result", "function"),
+    *("function_call", "function_response", "function_result", "observation", "ipython"),
+)
+_ROLES = {"user": "human", "assistant": "gpt"} | dict.fromkeys(_TOOLS, _TOOL)
+# Why a question, or a system text, is left out; why a conversation is.
+NO_REPLY, EMPTY_REPLY, TOOL_TURN = "question without a reply", "empty reply", "tool turn"
+NO_QUESTION, NO_REPLIES = "system turn without a question", "no reply left"
+_DETAIL_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,28 @@ class Example:
 
     input_ids: np.ndarray
     supervised: np.ndarray
+
+
+class Turn(NamedTuple):
+    """A question and its reply, and the system text that stands before the question ("": none)."""
+
+    question: str
+    reply: str
+    system: str = ""
+
+    @property
+    def asked(self) -> str:
+        """All that stands before the separator in front of the reply."""
+        return (f"{self.system}\n" if self.system else "") + f"In: {self.question}\nOut:"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a record says: its turns, whether it shows a picture, and why questions are left out."""
+
+    turns: tuple[Turn, ...]
+    has_image: bool
+    left_out: tuple[str, ...] = ()
 
 
 class TextCodec:
@@ -125,18 +160,18 @@ def caption_example(codec: TextCodec, ids: list[int]) -> Example:
 def question_ids(codec: TextCodec, question: str, *, has_image: bool) -> list[int]:
     """What stands before a reply: training and evaluation share it."""
     head = [codec.separator] if has_image else []
-    return head + _human_turn(codec, question)
+    return head + _asked(codec, Turn(question, ""))
 
 
 def conversation_example(
-    codec: TextCodec, turns: Sequence[tuple[str, str]], *, has_image: bool
+    codec: TextCodec, turns: Sequence[tuple[str, str] | Turn], *, has_image: bool
 ) -> Example:
-    """Question and reply pairs; only replies and the separators behind them are targets."""
+    """A conversation's tokens; only replies and the separators behind them are targets."""
     tokens: list[int] = [codec.separator] if has_image else []
     supervised = [0] * len(tokens)
-    for question, reply in turns:
-        human = _human_turn(codec, question)
-        answer = [*codec.encode(f" {reply.strip()}"), codec.separator]
+    for turn in (Turn(*turn) for turn in turns):
+        human = _asked(codec, turn)
+        answer = [*codec.encode(f" {turn.reply.strip()}"), codec.separator]
         tokens += human + answer
         supervised += [0] * len(human) + [1] * len(answer)
     return Example(np.array(tokens, dtype=np.int64), np.array(supervised, dtype=np.uint8))
@@ -153,31 +188,29 @@ class ConversationError(ValueError):
         self.reason, self.detail = reason, detail
 
 
-def conversation_turns(record: dict[str, Any], where: str) -> tuple[list[tuple[str, str]], bool]:
-    """Question and reply pairs of a record, and whether it shows a picture (`picture_names`).
+def conversation_of(record: dict[str, Any], where: str) -> Conversation:
+    """The questions and replies of a record, and whether it shows a picture (`picture_names`).
 
     Layouts: LLaVA's and ShareGPT's `conversations` of {from: human or gpt, value}, and `messages`
-    of {role: user or assistant, content}. The image mark is taken out of the first question.
-    Raises ConversationError that names `where` if roles do not alternate from question to reply, a
-    text is missing or empty, or marks and pictures disagree.
+    of {role: user or assistant, content}. The image mark is taken out of the first question. What
+    a system turn or the record's `system` says goes to the next question that stays. A question
+    whose reply is missing, empty or behind a tool's turn is left out with what follows on it.
+
+    Raises ConversationError that names `where` if a reply is not to a question, a role is unknown,
+    a question is empty, no reply is left, or marks and pictures disagree.
     """
     roles, texts = _roles_and_texts(record, where)
-    if "system" in roles or record.get("system"):
-        raise ConversationError(where, "system turn", "only questions and replies are learnt")
-    if roles[0] == "gpt":
-        raise ConversationError(where, "starts with a reply", f"{len(roles)} turns")
-    if roles != (["human", "gpt"] * len(roles))[: len(roles)]:
-        raise ConversationError(where, "roles do not alternate", f"found {roles}"[:200])
-    if len(roles) % 2:
-        raise ConversationError(where, "ends without a reply", f"{len(roles)} turns")
     names = picture_names(record, where)
-    _check_marks(where, [text.count(IMAGE_MARK) for text in texts], names)
+    first = roles.index("human") if "human" in roles else 0
+    marks = [text.count(IMAGE_MARK) for text in texts]
+    _check_marks(where, [marks.pop(first), *marks], names)
     if names:
-        texts[0] = texts[0].replace(IMAGE_MARK, "", 1)
-    texts = [text.strip() for text in texts]
-    if "" in texts:
-        raise ConversationError(where, "empty turn", f"turn {texts.index('')} has no text")
-    return list(zip(texts[::2], texts[1::2], strict=True)), bool(names)
+        texts[first] = texts[first].replace(IMAGE_MARK, "", 1)
+    turns, left_out = _turns(roles, [text.strip() for text in texts], where)
+    if not turns:
+        detail = ", ".join(left_out) or "it has no question"
+        raise ConversationError(where, NO_REPLIES, detail[:_DETAIL_CHARACTERS])
+    return Conversation(tuple(turns), bool(names), tuple(left_out))
 
 
 def picture_names(record: dict[str, Any], where: str) -> list[str]:
@@ -208,19 +241,57 @@ def _roles_and_texts(record: dict[str, Any], where: str) -> tuple[list[str], lis
     if not isinstance(turns, list) or not turns:
         keys = " or ".join(repr(keys[0]) for keys in _LAYOUTS)
         raise ConversationError(where, "no conversation", f"it needs a list of turns under {keys}")
-    roles: list[str] = []
-    texts: list[str] = []
+    system = "" if record.get("system") is None else record["system"]
+    if not isinstance(system, str):
+        raise ConversationError(where, "no conversation", "it has no text under 'system'")
+    roles: list[str] = ["system"] if system else []
+    texts: list[str] = [system] if system else []
     for number, turn in enumerate(turns):
         who = turn.get(role) if isinstance(turn, dict) else None
         if not isinstance(who, str):
             raise ConversationError(where, "no conversation", f"turn {number} has no {role!r}")
-        text = "" if turn.get(content) is None else turn[content]
+        called = any(turn.get(name) for name in _TOOLS)
+        roles.append(_TOOL if called else _ROLES.get(who, who))
+        text = "" if turn.get(content) is None or roles[-1] == _TOOL else turn[content]
         if not isinstance(text, str):
             detail = f"turn {number} has no text under {content!r}"
             raise ConversationError(where, "no conversation", detail)
-        roles.append(_ROLES.get(who, who))
         texts.append(text)
     return roles, texts
+
+
+def _turns(roles: Sequence[str], texts: Sequence[str], where: str) -> tuple[list[Turn], list[str]]:
+    """The turns with a reply to learn, and why each other question is left out."""
+    turns: list[Turn] = []
+    left_out: list[str] = []
+    system: list[str] = []
+    # `missing` says what the last question lacks so far; "" where it is answered.
+    question = missing = ""
+    for role, text in zip(roles, texts, strict=True):
+        if role == "system":
+            system.append(text)
+        elif role == "human":
+            left_out += [missing] if missing else []
+            question, missing = text, NO_REPLY
+        elif role == _TOOL and (turns or left_out or missing):
+            missing = TOOL_TURN
+        elif role == "gpt" and missing == NO_REPLY and not text:
+            left_out.append(EMPTY_REPLY)
+            missing = ""
+        elif role == "gpt" and missing == NO_REPLY:
+            if not question:
+                raise ConversationError(where, "empty turn", f"to which the reply is {text[:80]!r}")
+            # Some files give it twice: in the record and as its first turn.
+            told = "\n".join(dict.fromkeys(filter(None, system)))
+            turns.append(Turn(question, text, told))
+            system, missing = [], ""
+        elif role != "gpt" or not missing:
+            begins = role == "gpt" and not (turns or left_out)
+            reason = "starts with a reply" if begins else "roles do not alternate"
+            raise ConversationError(where, reason, f"found {list(roles)}"[:_DETAIL_CHARACTERS])
+    left_out += [missing] if missing else []
+    left_out += [NO_QUESTION] if turns and any(system) else []
+    return turns, left_out
 
 
 def _check_marks(where: str, marks: list[int], names: list[str]) -> None:
@@ -238,5 +309,5 @@ def _check_marks(where: str, marks: list[int], names: list[str]) -> None:
         raise ConversationError(where, "more than one picture", found)
 
 
-def _human_turn(codec: TextCodec, question: str) -> list[int]:
-    return [*codec.encode(f"In: {question}\nOut:"), codec.separator]
+def _asked(codec: TextCodec, turn: Turn) -> list[int]:
+    return [*codec.encode(turn.asked), codec.separator]

@@ -146,9 +146,7 @@ def language_of(root: Path, names: Sequence[str]) -> Iterator[str]:
                     case CaptionRecord():
                         yield from item.captions
                     case ConversationRecord():
-                        yield from (
-                            f"In: {question}\nOut: {reply}" for question, reply in item.turns
-                        )
+                        yield from (f"{turn.asked} {turn.reply}" for turn in item.turns)
 
 
 def _folder_of(root: Path, name: str) -> tuple[str, Path]:
@@ -227,6 +225,8 @@ def _summary(source: Source) -> dict[str, Any]:
         "validation": validation,
         "records": index["records"],
         "rejects": index["rejects"],
+        "dropped_turns": index.get("dropped_turns", {}),
+        "unread": index.get("unread", {}),
         "longest": index["longest"],
         "fingerprint": index["fingerprint"],
         "seen": index.get("seen", {}),

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -82,6 +82,7 @@ class ShardWriter:
         self._files: dict[str, int] = {}
         self._rejects: list[Reject] = []
         self._records = self._left_out = 0
+        self._dropped_turns = Counter[str]()
         self._longest: dict[str, dict[str, Any]] = {}
         self._synthetic: list[tuple[Example, ...]] = []
         self._tokens = (folder / "tokens.bin").open("wb")
@@ -120,6 +121,10 @@ class ShardWriter:
     def reject(self, reject: Reject) -> None:
         """Leave a record out, counted and named."""
         self._rejects.append(reject)
+
+    def drop_turns(self, reasons: Iterable[str]) -> None:
+        """Count the turns that a conversation does without: why each of them is left out."""
+        self._dropped_turns.update(reasons)
 
     def _write(self, added: _Added) -> None:
         self._write_tokens(added.input_ids, added.supervised)
@@ -200,6 +205,8 @@ class ShardWriter:
         }
         if len(synthetic):
             index["synthetic"] = _about(lengths, synthetic, int(train[0]), self._left_out)
+        if self._dropped_turns:
+            index["dropped_turns"] = dict(self._dropped_turns)
         write_json(self.folder / SHARD_INDEX, index)
         return index
 
@@ -211,7 +218,8 @@ def finish_source(
 
     `root` is where relative picture files lie. The fingerprint stands for every byte of the shards.
     """
-    shards, rejects, hashes = [], Counter[str](), hashlib.sha256()
+    shards, hashes = [], hashlib.sha256()
+    rejects, dropped = Counter[str](), Counter[str]()
     records, distinct, longest = 0, 0, dict[str, dict[str, Any]]()
     left_out = 0
     for path in sorted((folder / "shards").iterdir()):
@@ -219,6 +227,7 @@ def finish_source(
         manifest = read_json(path / MANIFEST) if (path / MANIFEST).exists() else index
         hashes.update(json.dumps([path.name, manifest], sort_keys=True).encode())
         rejects.update(index["rejects"])
+        dropped.update(index.get("dropped_turns", {}))
         shards.append(_entry(path.name, index))
         left_out += index.get("synthetic", {}).get("left_out", 0)
         kind, dtype = index["kind"], index["dtype"]
@@ -237,6 +246,7 @@ def finish_source(
         "root": root,
         "records": records,
         "rejects": dict(rejects),
+        "dropped_turns": dict(dropped),
         "longest": longest,
         # Pictures that stand in several shards count once in each.
         "distinct_images": distinct,

@@ -8,15 +8,18 @@ import io
 import os
 import re
 import zlib
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from glob import glob
+from itertools import takewhile
 from pathlib import PurePosixPath
 from typing import Any, cast
 from urllib.parse import unquote
 
 import fsspec
 import pyarrow
+
+from midstream.source_files import is_hidden, is_note, walk
 
 GZIP, ZSTD = (".gz",), (".zst", ".zstd")
 MAX_LINE_BYTES = 256 * 2**20
@@ -32,20 +35,38 @@ def is_url(name: str) -> bool:
 def find_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
     """The files that `source` stands for, sorted by name.
 
-    A file is itself, whatever its name; a folder is all files under it whose names end in one of
-    `suffixes`; a glob pattern is the files that match it or lie in folders that match it, with
-    such names. Linked folders are entered. Raises FileNotFoundError with `source` and `suffixes`
-    if there is none.
+    A file is itself, whatever its name; a folder or a glob pattern is those of `shown_files` whose
+    names end in one of `suffixes` and that are no notes (README, LICENSE.txt). Raises
+    FileNotFoundError with `source` and `suffixes` if there is none.
     """
-    found = _url_files(source) if is_url(source) else _local_files(source)
+    found = shown = shown_files(source)
     if found != [source]:
-        found = sorted({file for file in found if base_name(file).endswith(suffixes)})
+        named = ((file, base_name(file)) for file in shown)
+        found = [file for file, name in named if name.endswith(suffixes) and not is_note(name)]
     if not found:
+        others = f", but with {name_some(map(base_name, shown), 5)}" if shown else ""
         raise FileNotFoundError(
-            f"{source} is no file, folder or pattern with a file named *{', *'.join(suffixes)}; "
-            "give the file or the folder that holds them"
+            f"{source} is no file, folder or pattern with a file named *{', *'.join(suffixes)}"
+            f"{others}; give the file or the folder that holds them"
         )
     return found
+
+
+def name_some(names: Iterable[str], most: int) -> str:
+    """The first `most` names, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - most:,} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
+
+
+def shown_files(source: str) -> list[str]:
+    """All files that `source` could mean, sorted by name: a file is itself; a folder is all under
+    it, a glob pattern what matches it or lies in folders that match it, but for what is hidden.
+
+    Linked folders are entered. What the source itself names is never hidden.
+    """
+    found = _url_files(source) if is_url(source) else _local_files(source)
+    return sorted(set(found))
 
 
 def is_folder(source: str) -> bool:
@@ -149,16 +170,9 @@ def read_lines(path: str) -> Iterator[bytes]:
     Raises ValueError that names the file if it is compressed and empty, cut short or damaged, or
     if a line is longer than 256 MiB.
     """
-    with ExitStack() as stack:
-        stream = stack.enter_context(open_binary(path))
-        lines, name = stream, base_name(path)
-        if name.endswith(GZIP + ZSTD):
-            if not size_of(path):
-                raise ValueError(f"{path} is an empty file, not a compressed one; fetch it again")
-            unpack = _unpack_gzip if name.endswith(GZIP) else _unpack_zstd
-            lines = stack.enter_context(unpack(path, stream))
+    with _unpacked(path) as lines:
         number = 0
-        while line := _next_line(path, lines):
+        while line := _checked(path, lines.readline, MAX_LINE_BYTES + 1):
             number += 1
             if len(line) > MAX_LINE_BYTES:
                 raise ValueError(
@@ -168,9 +182,27 @@ def read_lines(path: str) -> Iterator[bytes]:
             yield line
 
 
-def _next_line(path: str, stream: io.BufferedReader) -> bytes:
+def read_head(path: str, size: int) -> bytes:
+    """The first `size` bytes of a file, unpacked as its name says; errors as of `read_lines`."""
+    with _unpacked(path) as stream:
+        return _checked(path, stream.read, size)
+
+
+@contextmanager
+def _unpacked(path: str) -> Iterator[io.BufferedReader]:
+    with ExitStack() as stack:
+        stream, name = stack.enter_context(open_binary(path)), base_name(path)
+        if name.endswith(GZIP + ZSTD):
+            if not size_of(path):
+                raise ValueError(f"{path} is an empty file, not a compressed one; fetch it again")
+            unpack = _unpack_gzip if name.endswith(GZIP) else _unpack_zstd
+            stream = stack.enter_context(unpack(path, stream))
+        yield stream
+
+
+def _checked(path: str, read: Callable[[int], bytes], size: int) -> bytes:
     try:
-        return stream.readline(MAX_LINE_BYTES + 1)
+        return read(size)
     except (EOFError, OSError, zlib.error, pyarrow.ArrowException) as error:
         raise ValueError(f"{path} is cut short or damaged ({error}); fetch it again") from None
 
@@ -188,26 +220,15 @@ def _unpack_zstd(path: str, stream: io.BufferedReader) -> io.BufferedReader:
 def _local_files(source: str) -> list[str]:
     if os.path.isfile(source):
         return [source]
-    matches = [source] if os.path.isdir(source) else glob(source, recursive=True)
+    if os.path.isdir(source):
+        return list(walk(source))
+    if not _MAGIC.search(source):
+        return []
+    matches = [match for match in glob(source, recursive=True) if _is_shown(match, source)]
     # A link to nowhere stays in the list: opening it says so.
-    lists = [_walk(match) if os.path.isdir(match) else [match] for match in matches]
-    return [file for files in lists for file in files if _MAGIC.search(source) or file != source]
-
-
-def _walk(folder: str) -> Iterator[str]:
-    # A link to a folder above it would never end.
-    entered: set[str] = set()
-    for name, folders, files in os.walk(folder, followlinks=True, onerror=_stop):
-        real = os.path.realpath(name)
-        if real in entered:
-            folders.clear()
-            continue
-        entered.add(real)
-        yield from (os.path.join(name, file) for file in files)
-
-
-def _stop(error: OSError) -> None:
-    raise error
+    return [
+        file for match in matches for file in (walk(match) if os.path.isdir(match) else [match])
+    ]
 
 
 def _url_files(source: str) -> list[str]:
@@ -223,7 +244,15 @@ def _url_files(source: str) -> list[str]:
         files += [file for folder in folders for file in system.find(folder)]
     else:
         files = []
-    return [_full_name(system, file, source) for file in files]
+    return [_full_name(system, file, source) for file in files if _is_shown(file, path)]
+
+
+def _is_shown(file: str, source: str) -> bool:
+    """Whether nothing is hidden of what a folder or pattern leaves open of a file's name."""
+    asked = source.rstrip("/").split("/")
+    fixed = sum(1 for _ in takewhile(lambda part: not _MAGIC.search(part), asked))
+    parts = file.split("/")[fixed:]
+    return not any(is_hidden(part) and part not in asked[fixed:] for part in parts)
 
 
 def _full_name(system: Any, file: str, source: str) -> str:

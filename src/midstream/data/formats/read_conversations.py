@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from midstream.data.examples import ConversationError, conversation_turns, picture_names
+from midstream.data.examples import ConversationError, conversation_of, picture_names
 from midstream.data.formats.files import (
     base_name,
     exists,
@@ -28,13 +28,14 @@ from midstream.data.formats.json_records import (
     list_entries,
     unicode_problem,
 )
-from midstream.data.formats.read_text import JSON_LINES
 from midstream.data.formats.records import ConversationRecord, Picture, ReadOptions, Unit
 from midstream.data.source_writer import Reject
+from midstream.source_files import JSON_LINES
 
 UNIT_RECORDS = 20_000
 MAX_PICTURE_BYTES = 256 * 2**20
 LLAVA = "llava.json"
+SUFFIXES = (".json", *JSON_LINES)
 _ID_CHARACTERS = 80
 
 
@@ -70,9 +71,9 @@ def read_conversations(unit: Unit, options: ReadOptions) -> Iterator[Conversatio
 def _files(source: str) -> list[str]:
     if is_folder(source) and exists(llava := join(source, LLAVA, source)):
         return [llava]
-    files = find_files(source, (".json", *JSON_LINES))
+    files = find_files(source, SUFFIXES)
     for path in files:
-        if not base_name(path).endswith((".json", *JSON_LINES)):
+        if not base_name(path).endswith(SUFFIXES):
             raise ValueError(
                 f"{path} is of no known format of conversations; known are .json (a list of "
                 f"records) and lines of records ({', '.join(JSON_LINES)})"
@@ -107,17 +108,17 @@ def _conversation(record: dict[str, Any], where: str, root: str) -> Conversation
     if isinstance(record.get("id"), str | int):
         where = f"{where} ({str(record['id'])[:_ID_CHARACTERS]!r})"
     try:
-        turns, _ = conversation_turns(record, where)
+        talk = conversation_of(record, where)
         names = picture_names(record, where)
     except ConversationError as error:
         return Reject(where, error.reason, error.detail)
-    for number, turn in enumerate(turns):
+    for number, turn in enumerate(talk.turns):
         if problem := unicode_problem("\n".join(turn)):
             return Reject(where, NOT_UNICODE, f"in question or reply {number}: {problem}")
     picture = _picture(names[0], where, root) if names else None
     if isinstance(picture, Reject):
         return picture
-    return ConversationRecord(where, tuple(turns), picture)
+    return ConversationRecord(where, talk.turns, picture, talk.left_out)
 
 
 def _picture(name: str, where: str, root: str) -> Picture | Reject:

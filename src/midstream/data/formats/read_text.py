@@ -22,15 +22,9 @@ from midstream.data.formats.json_records import NOT_UNICODE, NOT_UTF8, json_obje
 from midstream.data.formats.read_tokens import EMPTY, Manifests, read_tokens
 from midstream.data.formats.records import ReadOptions, TextRecord, TokenRecord, Unit
 from midstream.data.source_writer import Reject
+from midstream.source_files import TEXT_SUFFIXES
 
 NO_TEXT = "no text"
-JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zstd")
-SUFFIXES = {
-    "jsonl": (*JSON_LINES, ".json", ".json.gz", ".json.zst", ".json.zstd"),
-    "parquet": (".parquet",),
-    "txt": (".txt", ".tex"),
-    "tokens": (".tar",),
-}
 MAX_DOCUMENT_BYTES = 256 * 2**20
 _BATCH_ROWS, _BUFFER_BYTES = 256, 2**20
 
@@ -66,7 +60,7 @@ def read_text(unit: Unit, options: ReadOptions) -> Iterator[Item]:
 
 
 def _units(source: str) -> list[Unit]:
-    files = find_files(source, tuple(end for ends in SUFFIXES.values() for end in ends))
+    files = find_files(source, tuple(end for ends in TEXT_SUFFIXES.values() for end in ends))
     manifests = Manifests()
     lists = {path: listed for path in files if (listed := manifests.listed(path)) is not None}
     shards = {shard: path for path, listed in lists.items() for shard in listed}
@@ -85,14 +79,14 @@ def _units(source: str) -> list[Unit]:
 
 def _format(path: str) -> str:
     name = base_name(path)
-    found = next((kind for kind, ends in SUFFIXES.items() if name.endswith(ends)), None)
+    found = next((kind for kind, ends in TEXT_SUFFIXES.items() if name.endswith(ends)), None)
     if found is None:
         raise ValueError(f"{path} is of no known format of texts; {_known()}")
     return found
 
 
 def _known() -> str:
-    return "known are " + "; ".join(f"{name} ({', '.join(e)})" for name, e in SUFFIXES.items())
+    return "known are " + "; ".join(f"{name} ({', '.join(e)})" for name, e in TEXT_SUFFIXES.items())
 
 
 def _read_jsonl(unit: Unit, options: ReadOptions) -> Iterator[Item]:

@@ -5,6 +5,8 @@ from typing import Literal
 
 import numpy as np
 
+from midstream.data.examples import Turn
+
 Section = Literal["text", "captions", "conversations"]
 
 
@@ -83,11 +85,12 @@ class CaptionRecord:
 
 @dataclass(frozen=True)
 class ConversationRecord:
-    """Question and reply pairs, and the picture that the first question shows."""
+    """Questions and replies, the picture that the first one shows, and why others are left out."""
 
     where: str
-    turns: tuple[tuple[str, str], ...]
+    turns: tuple[Turn, ...]
     picture: Picture | None
+    left_out: tuple[str, ...] = ()
 
 
 Record = TextRecord | TokenRecord | CaptionRecord | ConversationRecord

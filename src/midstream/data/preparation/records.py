@@ -84,7 +84,8 @@ def text_bytes(item: Record) -> bytes:
         case CaptionRecord():
             return "\n".join(item.captions).encode()
         case ConversationRecord():
-            return "\n".join(text for turn in item.turns for text in turn).encode()
+            # A turn without a system text is its question and its reply.
+            return "\n".join(text for turn in item.turns for text in turn if text).encode()
         case TokenRecord():
             return item.input_ids.astype("<u4").tobytes()
         case _:

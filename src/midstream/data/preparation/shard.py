@@ -92,7 +92,7 @@ def make_shard(job: Job, codec: TextCodec, item: Todo, beat: Beat) -> Ended:
                 folder,
                 kind=KINDS[job.section],
                 dtype="<u2" if codec.size <= 2**16 else "<u4",
-                input_name=work.short(_input_name(item.unit)),
+                input_name=job.short(_input_name(item.unit)),
                 validation_fraction=job.validation_fraction,
             )
             for batch in batches(work.items()):
@@ -152,11 +152,13 @@ class _Work:
                 self._reject(versions, writer)
                 continue
             num_tokens += sum(len(example.input_ids) for example in versions.all)
+            if isinstance(item, ConversationRecord):
+                writer.drop_turns(item.left_out)
             picture = picture_of(item)
             writer.add(
                 versions.own.input_ids,
                 versions.own.supervised,
-                name=self.short(item.where),
+                name=self.job.short(item.where),
                 content=text_bytes(item) if picture is None else picture.data,
                 image=None if picture is None else self._placed(picture),
                 synthetic=versions.synthetic,
@@ -186,13 +188,9 @@ class _Work:
         return _Versions(own[0] if own else NO_CAPTION, tuple(synthetic), left_out)
 
     def _reject(self, reject: Reject, writer: ShardWriter) -> None:
-        named = replace(reject, where=self.short(reject.where))
+        named = replace(reject, where=self.job.short(reject.where))
         self.rejects.append(named)
         writer.reject(named)
-
-    def short(self, name: str) -> str:
-        """A local file's name, or a place in it, without the folder that all names start from."""
-        return name.removeprefix(self.job.root.rstrip("/") + "/") if self.job.root else name
 
     def _checked(self, item: Record) -> Item:
         try:
@@ -218,7 +216,7 @@ class _Work:
             return self._verdicts[key]
         problem = None
         try:
-            decode(picture.data, self.short(picture.file))
+            decode(picture.data, self.job.short(picture.file))
         except ValueError as error:
             problem = str(error)
         self._verdicts[key] = problem
@@ -241,7 +239,7 @@ class _Work:
                 assert_never(item)
 
     def _placed(self, picture: Picture) -> Image:
-        return Image(self.short(picture.file), picture.offset, len(picture.data))
+        return Image(self.job.short(picture.file), picture.offset, len(picture.data))
 
 
 def _texts(item: Item) -> tuple[str, ...]:

@@ -3,9 +3,10 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from midstream.data.columns import SHARD_INDEX
 from midstream.data.examples import TextCodec
 from midstream.data.formats.files import is_url
 from midstream.data.formats.records import ReadOptions, Section, Unit
+from midstream.data.formats.twins import refuse_twins
+from midstream.data.preparation.folder_notes import notes_on, unread_files
 from midstream.data.preparation.records import units_of
 from midstream.data.preparation.rejects import NUM_LISTED, refuse_rejects
 from midstream.data.preparation.state import Job, Todo, settle, wanted_shards
 from midstream.data.preparation.workers import Progress, Watch, make_shards
 from midstream.data.source_writer import finish_source
 from midstream.data.sources import INDEX
-from midstream.storage import read_json, remove_leftovers, write_bytes
+from midstream.storage import read_json, remove_leftovers, write_bytes, write_json
 
 LOCK = "prepare.lock"
 
@@ -38,6 +41,7 @@ def prepare_source(
     max_reject_fraction: float,
     validation_fraction: float,
     progress: Progress,
+    notice: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Prepare files, folders, patterns or URLs as one source in `out`; returns its counts.
 
@@ -45,39 +49,44 @@ def prepare_source(
     their input, the options or the tokenizer change; "shards" in the counts says how many were
     kept and how many are new. Names of files under the folder `root` are kept relative to it.
     `max_reject_fraction` of the records may be rejects; `validation_fraction` of the others, chosen
-    by content, are held out. `progress` gets the done fraction and a line of text.
+    by content, are held out. `progress` gets the done fraction and a line of text; `notice` gets
+    what a person should know of the folder (files that are not read), else `progress` does.
 
     Raises FileNotFoundError or ValueError that names the file for input that is missing or cannot
-    be read (after all others are done), ValueError that lists rejects if they are too many, and
-    OSError for what cannot be written or a process that dies.
+    be read (after all others are done), ValueError for two files that are one and for rejects that
+    are too many, with their list, and OSError for what cannot be written or a process that dies.
     """
     _check_settings(sources, workers, max_reject_fraction, validation_fraction)
     out, root = out.absolute(), os.path.abspath(root) if root else ""
     if options.images is not None:
         options = replace(options, images=_absolute(options.images))
-    units = units_of(section, [_absolute(source) for source in sources], options)
+    absolute = [_absolute(source) for source in sources]
+    units = units_of(section, absolute, options)
     _check_units(units, sources, out)
     codec = TextCodec.from_file(tokenizer_file)
     tokenizer = canonical_tokenizer(codec)
     job = Job(section, out, options, root, digest_of(tokenizer), validation_fraction)
+    wanted = wanted_shards(job, units)
+    refuse_twins(_sizes(wanted))
+    unread = _unread(job, absolute, units, notice or partial(progress, 0.0))
     job.shards.mkdir(parents=True, exist_ok=True)
     with _only_one(out):
         remove_leftovers(out)
         remove_leftovers(job.shards)
-        wanted = wanted_shards(job, units)
         todo = settle(job, wanted)
         if not (job.tokenizer_file.is_file() and job.tokenizer_file.read_bytes() == tokenizer):
             write_bytes(job.tokenizer_file, tokenizer)
         _make(job, wanted, todo, workers, max_reject_fraction, progress)
-        if (out / INDEX).is_file():
-            summary = {k: v for k, v in read_json(out / INDEX).items() if k != "shards"}
-        else:
-            summary = finish_source(
-                out, tokenizer_digest=job.tokenizer, vocab_size=codec.size, root=root
-            )
+        if not (out / INDEX).is_file():
+            finish_source(out, tokenizer_digest=job.tokenizer, vocab_size=codec.size, root=root)
+        index: dict[str, Any] = read_json(out / INDEX)
+        # It may have changed where no shard has.
+        if index.get("unread") != unread:
+            index["unread"] = unread
+            write_json(out / INDEX, index)
     kept = len(wanted) - len(todo)
     progress(1.0, f"{kept:,} shards kept, {len(todo):,} new")
-    return summary | {"shards": {"kept": kept, "new": len(todo)}}
+    return index | {"shards": {"kept": kept, "new": len(todo)}}
 
 
 def canonical_tokenizer(codec: TextCodec) -> bytes:
@@ -116,6 +125,25 @@ def _check_units(units: Sequence[Unit], sources: Sequence[str], out: Path) -> No
         file.is_relative_to(out) for file in files
     ):
         raise ValueError(f"{out} lies inside its own input; prepare into a folder beside it")
+
+
+def _unread(
+    job: Job, sources: Sequence[str], units: Sequence[Unit], notice: Callable[[str], None]
+) -> dict[str, Any]:
+    """Tell what a person should know of the folder; returns how many files are not read, and the
+    first of them."""
+    found = (job.short(file) for file in unread_files(job.section, sources, units))
+    # Names may be bytes that are no UTF-8.
+    names = [name.encode("utf-8", "backslashreplace").decode() for name in found]
+    for note in notes_on(job.section, names, [job.short(unit.files[0]) for unit in units]):
+        notice(note)
+    return {"files": len(names), "first": names[:NUM_LISTED]}
+
+
+def _sizes(wanted: Sequence[Todo]) -> dict[str, int]:
+    """Bytes of the files that are there, each unit's first."""
+    stamps = {item.unit.files[0]: item.made_from["stamps"][0] for item in wanted}
+    return {file: int(stamp[0] or 0) for file, stamp in stamps.items() if stamp}
 
 
 def _absolute(name: str) -> str:

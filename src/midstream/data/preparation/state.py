@@ -19,7 +19,7 @@ from midstream.data.sources import FORMAT, INDEX
 from midstream.storage import MANIFEST, read_json
 
 # Raise it when equal input would give another shard: every shard is then made anew.
-PREPARATION = 1
+PREPARATION = 2
 MADE_FROM, PICTURES = "made_from.json", "pictures"
 # What file systems call the things that change with a file's bytes.
 VERSIONS = (
@@ -56,6 +56,10 @@ class Job:
         """The source's own copy of its tokenizer."""
         return self.out / "tokenizer.json"
 
+    def short(self, name: str) -> str:
+        """A local file's name, or a place in it, without the folder that all names start from."""
+        return name.removeprefix(self.root.rstrip("/") + "/") if self.root else name
+
     def folder(self, number: int) -> Path:
         """Where a shard lies."""
         return self.shards / f"{number:06d}"
@@ -72,7 +76,7 @@ class Todo:
     @property
     def num_bytes(self) -> int:
         """Size of the unit's files."""
-        return sum(int(stamp[0] or 0) for stamp in self.made_from["stamps"])
+        return sum(int(stamp[0] or 0) for stamp in self.made_from["stamps"] if stamp)
 
 
 def wanted_shards(job: Job, units: Sequence[Unit]) -> list[Todo]:
