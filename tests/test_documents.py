@@ -51,6 +51,9 @@ COMMANDS = get_command(app)
 EXECUTED = {"plan", "report", "status", "logs", "store"}
 # Words that stand for a name of the reader's.
 PLACEHOLDER = re.compile(r"[A-Z]+(\.\.\.)?")
+# Studies of the catalogue, with their arguments, that a page has planned.
+PLANNED: set[str] = set()
+READERS_OWN = re.compile(r"my_\w+\.py|file\.py")
 PYTHON_FILE = re.compile(r"[\w./-]+\.py")
 # Programs of others that the documents start, and the first words that may follow.
 PROGRAMS = {"python3", "tensorboard", "wandb", "lm_eval", "printf"}
@@ -105,13 +108,18 @@ def desk(
     """Where a reader sits: a folder with the data and with the files that the page has saved."""
     page = request.node.callspec.params["page"]
     shutil.copytree(public, tmp_path / "my_data", copy_function=_link)
+    shutil.copytree(ROOT / "docs" / "examples", tmp_path / "docs" / "examples")
     for block in marked("file", page=page):
         (tmp_path / block.name).write_text(block.text)
     # What reports draw has tests of its own and takes half a minute.
-    nothing = {kind: b"<svg/>" for kind in ("svg", "png", "pdf")}
+    nothing = dict.fromkeys(("svg", "png", "pdf"), b"<svg/>")
     for name in ("panel_figure", "grid_figure", "rates_figure", "curve_figure"):
         monkeypatch.setattr(f"midstream.report.page.{name}", lambda *args, **kwargs: nothing)
+    for module in ("page", "suite"):
+        monkeypatch.setattr(f"midstream.report.{module}.small_figure", lambda *args: b"<svg/>")
     monkeypatch.chdir(tmp_path)
+    # What was run here before: a store holds it.
+    Ledger(Path("runs")).save_study(find_study("pocket.when_images_arrive", []))
     return tmp_path
 
 
@@ -131,28 +139,41 @@ def parsed(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     return name, context.params
 
 
-def check_study(name: str, settings: Sequence[str], names: Sequence[str]) -> None:
-    """A study of the catalogue, one of `names`, or a file that is there; and its arguments."""
-    if PLACEHOLDER.fullmatch(name) or name in names:
+def check_study(name: str, settings: Sequence[str], page: str) -> None:
+    """A study of the catalogue or of a file, with its arguments; or the name of one that ran."""
+    saved = {block.name: block.text for block in marked("file", page=page)}
+    ran = re.findall(r'name="([\w.]+)"', " ".join(saved.values()))
+    if PLACEHOLDER.fullmatch(name) or name in ran:
         return
     if ".py" in name:
         path = name.partition(":")[0]
-        known = [b.name for b in marked("file")] + list(files())
-        assert path in known, f"no block and no file is {path}"
-        return
-    assert name in catalogue(), f"{name} is no study"
-    takes = inspect.signature(catalogue()[name]).parameters
-    unknown = read_settings("--set", settings).keys() - takes.keys()
+        if path not in saved and READERS_OWN.fullmatch(path):
+            return
+        assert path in {*saved, *files()}, f"no block of {page} and no file is {path}"
+        takes = file_arguments(name, saved.get(path) or (ROOT / path).read_text())
+    else:
+        assert name in catalogue(), f"{name} is no study"
+        takes = [*inspect.signature(catalogue()[name]).parameters]
+    unknown = read_settings("--set", settings).keys() - {*takes}
     assert not unknown, f"{name} takes {', '.join(takes)}, not {', '.join(unknown)}"
 
 
-def check_midstream(words: Sequence[str], names: Sequence[str]) -> tuple[str, dict[str, Any]]:
+def file_arguments(name: str, source: str) -> list[str]:
+    """The arguments of FILE:FUNCTION, whose file holds this."""
+    path, _, function = name.partition(":")
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and node.name == function:
+            return [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)]
+    raise AssertionError(f"{path} has no function {function}")
+
+
+def check_midstream(words: Sequence[str], page: str) -> tuple[str, dict[str, Any]]:
     """Parse a `midstream` command; what it names is there."""
     command, values = parsed(words)
     settings = with_scale(values.get("settings"), values.get("scale"))
     for name in [values.get("study"), *(values.get("studies") or [])]:
         if name is not None:
-            check_study(name, settings, names)
+            check_study(name, settings, page)
     if values.get("others") and "=" in values["others"][0]:
         several = values.get("nodes") or 1
         given = read_settings("--machine", values["others"])
@@ -223,12 +244,10 @@ def test_a_block_without_a_mark_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 @by_place([b for b in marked("run", "parse") if b.language in ("shell", "bash")])
 def test_every_command_is_one_that_there_is(block: Block) -> None:
-    saved = " ".join(b.text for b in marked("file", page=block.page))
-    names = re.findall(r'name="([\w.]+)"', saved)
     for number, words in commands(block.text):
         try:
             if Path(words[0]).name == "midstream":
-                check_midstream(words, names)
+                check_midstream(words, block.page)
             else:
                 check_other(words)
         except Exception as error:
@@ -249,6 +268,16 @@ def test_every_block_of_a_language_is_written_in_it(block: Block) -> None:
             raise AssertionError(f"{block.place}: nothing here reads {block.language}")
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "examples").glob("*.py")), ids=str)
+def test_commands_of_the_examples_are_some_that_there_are(path: Path) -> None:
+    about = ast.get_docstring(ast.parse(path.read_text())) or ""
+    block = "\n".join(line for line in about.split("\n") if line.startswith("    "))
+    shown = [words for _, words in commands(block)]
+    assert shown
+    for words in shown:
+        check_midstream(words, path.name)
+
+
 @pytest.mark.parametrize("page", sorted({block.page for block in marked("run")}))
 @pytest.mark.usefixtures("desk")
 def test_what_a_page_runs_runs(page: str) -> None:
@@ -264,16 +293,25 @@ def test_what_a_page_runs_runs(page: str) -> None:
 
 
 def run_command(place: str, words: Sequence[str]) -> None:
-    """Give a command as it stands, or plan the study that it would run."""
-    if words[1] in EXECUTED:
+    """Give a command as it stands, or plan the study that it would run.
+
+    What another page has planned is not planned again; a suite's stages are only ordered, since
+    their prices take as long as all the rest.
+    """
+    _, values = parsed(words)
+    settings = with_scale(values.get("settings"), values.get("scale"))
+    named, store = values.get("study"), values.get("store")
+    asked = f"{named} {read_settings('--set', settings)}"
+    if words[1] in EXECUTED and asked not in PLANNED and named != "paper.suite":
         ended = CliRunner().invoke(app, list(words[1:]))
         assert ended.exit_code == 0, f"{place} ended with {ended.exit_code}: {ended.output}"
-        return
-    _, values = parsed(words)
-    assert values.get("study"), f"{place} names no study; mark its block parse"
-    study = find_study(values["study"], with_scale(values["settings"], values["scale"]))
-    assert plan(study, Ledger(values["store"])).rows, place
-    Ledger(values["store"]).save_study(study)
+    elif asked not in PLANNED:
+        assert named, f"{place} names no study; mark its block parse"
+        assert plan(find_study(named, settings), Ledger(store)).rows, place
+    if words[1] == "run":
+        Ledger(store).save_study(find_study(named, settings))
+    elif words[1] == "plan" and ".py" not in named:
+        PLANNED.add(asked)
 
 
 def _options(command: Any) -> set[str]:
@@ -364,7 +402,9 @@ def test_files_of_code_in_the_text_are_there(page: str) -> None:
     problems = []
     for line, span in spans(page):
         for name in PYTHON_FILE.findall(span.partition("::")[0]):
-            if "*" not in span and not any(one.endswith(f"/{name}") for one in known):
+            if not READERS_OWN.fullmatch(name) and not any(
+                one.endswith(f"/{name}") for one in known
+            ):
                 problems.append(f"{page}:{line}: there is no {name}")
         path, two, test = span.partition("::")
         if two and PYTHON_FILE.fullmatch(path):
