@@ -84,7 +84,7 @@ def blocks(page: str) -> tuple[Block, ...]:
             Block(
                 page=page,
                 line=start + 1,
-                language=lines[start][3:].strip() or "shell",
+                language=_language(lines[start][3:].strip(), mark[2] or ""),
                 mark=mark[1],
                 name=mark[2] or "",
                 text="\n".join(lines[start + 1 : number]) + "\n",
@@ -94,6 +94,13 @@ def blocks(page: str) -> tuple[Block, ...]:
     if start is not None:
         raise ValueError(f"{page}:{start + 1}: the block has no end")
     return tuple(found)
+
+
+def _language(said: str, name: str) -> str:
+    """What a block is written in: as its fence or the name of its file says, else shell."""
+    if said == "bash" or not (said or name):
+        return "shell"
+    return said or Path(name).suffix.removeprefix(".")
 
 
 @cache

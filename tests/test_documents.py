@@ -242,7 +242,7 @@ def test_a_block_without_a_mark_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         blocks("docs/none.md")
 
 
-@by_place([b for b in marked("run", "parse") if b.language in ("shell", "bash")])
+@by_place([b for b in marked("run", "parse") if b.language == "shell"])
 def test_every_command_is_one_that_there_is(block: Block) -> None:
     for number, words in commands(block.text):
         try:
@@ -255,11 +255,13 @@ def test_every_command_is_one_that_there_is(block: Block) -> None:
             raise AssertionError(f"{place}: {' '.join(words)}: {error}") from error
 
 
-@by_place([b for b in ALL_BLOCKS if b.language not in ("shell", "bash")])
+@by_place([b for b in ALL_BLOCKS if b.language != "shell"])
 def test_every_block_of_a_language_is_written_in_it(block: Block) -> None:
     match block.language:
-        case "python":
+        case "python" | "py":
             check_python(block.text)
+        case "jsonl":
+            assert [json.loads(line) for line in block.text.splitlines()]
         case "toml":
             SlurmSettings.model_validate(tomllib.loads(block.text))
         case "json":
@@ -270,7 +272,7 @@ def test_every_block_of_a_language_is_written_in_it(block: Block) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "examples").glob("*.py")), ids=str)
 def test_commands_of_the_examples_are_some_that_there_are(path: Path) -> None:
-    about = ast.get_docstring(ast.parse(path.read_text())) or ""
+    about = ast.get_docstring(ast.parse(path.read_text()), clean=False) or ""
     block = "\n".join(line for line in about.split("\n") if line.startswith("    "))
     shown = [words for _, words in commands(block)]
     assert shown
