@@ -1,6 +1,6 @@
 """What a document says, read against the code: commands, studies, options, imports, fields.
 
-Each check raises AssertionError, or what the command line itself says, where something is not there.
+Each check raises AssertionError, or what the command line says, where something is not there.
 """
 
 import ast

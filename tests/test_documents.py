@@ -84,9 +84,8 @@ def public(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made data in the public layout, under the names that docs/how-to.md gives to its folders."""
     folder = tmp_path_factory.mktemp("public") / "my_data"
     folder.mkdir()
-    world = tiny.DATA.world
-    assert isinstance(world, options.PocketWorld)
-    write_pocket_world(world, folder)
+    few = {"num_documents": 40, "num_captions": 40, "num_conversations": 10}
+    write_pocket_world(options.PocketWorld(**few, num_questions=6, num_text_items=4), folder)
     about = read_json(folder / "world.json")
     (folder / "text_tasks" / "pocket_facts.jsonl").rename(folder / "text_tasks" / "quiz.jsonl")
     about["text_tasks"]["quiz"] = about["text_tasks"].pop("pocket_facts")
