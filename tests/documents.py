@@ -6,7 +6,8 @@ A mark is a comment that no reader sees, on the line above a block:
                                they are cheap (`test_documents.py` says which)
     <!-- test: parse -->       read against the code, not run: it needs a GPU, a cluster, a network
                                or somebody's model
-    <!-- test: file NAME -->   a file that a reader saves; the page's commands find it under NAME
+    <!-- test: file NAME -->   a file that a reader saves; the page's commands find it under NAME.
+                               A fence that has the name itself, ```json NAME, needs no mark
     <!-- test: shape -->       a listing or a synopsis; of its commands the options must exist
 
 A block without a mark is refused, so that none is forgotten.
@@ -73,7 +74,8 @@ def blocks(page: str) -> tuple[Block, ...]:
         if start is None:
             start = number
             continue
-        mark = _MARK.fullmatch(lines[start - 1])
+        language, _, name = lines[start][3:].strip().partition(" ")
+        mark = _MARK.fullmatch(f"<!-- test: file {name} -->" if name else lines[start - 1])
         place = f"{page}:{start + 1}"
         if mark is None or mark[1] not in MARKS or (mark[1] == "file") != bool(mark[2]):
             raise ValueError(
@@ -84,7 +86,7 @@ def blocks(page: str) -> tuple[Block, ...]:
             Block(
                 page=page,
                 line=start + 1,
-                language=_language(lines[start][3:].strip(), mark[2] or ""),
+                language=_language(language, mark[2] or ""),
                 mark=mark[1],
                 name=mark[2] or "",
                 text="\n".join(lines[start + 1 : number]) + "\n",
