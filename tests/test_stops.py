@@ -63,7 +63,7 @@ def test_a_stage_that_stores_features_stops_there_and_then_stores_the_rest(
     tiny_ledger: Ledger, tmp_path: Path
 ) -> None:
     ledger = tiny.store_with(tiny_ledger, tmp_path, *PREPARING, tiny.ENCODER_STAGE, tiny.TEXT)
-    assert "features were stored" in stopped(ledger, tiny.SEEN, 6)
+    assert "features were stored" in stopped(ledger, tiny.SEEN, 2)
     before = {path: path.read_bytes() for path in (tmp_path / "features").rglob("features.bin")}
     assert before
     assert not ledger.metrics(tiny.SEEN)

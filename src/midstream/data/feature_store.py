@@ -101,16 +101,22 @@ class FeatureStore:
         `examples` are arrays of example numbers; examples without a picture are passed over.
         Processes that fill at the same time take turns part by part, and none computes what
         another did. `progress` gets the share done (0 where `examples` are given) and may raise:
-        finished parts stay. `should_stop` is asked before every batch and while another process is
-        waited for; what was computed until then is stored. Returns False if it said yes, True once
-        all is there. Raises ValueError that names the record for a picture that cannot be read or
-        whose features are not finite.
+        finished parts stay. `should_stop` is asked before every batch that is to be computed and
+        while another process is waited for; what was computed until then is stored. Returns False
+        if it said yes, True once all is there. Raises ValueError that names the record for a
+        picture that cannot be read or whose features are not finite.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         size = max(1, self.part_bytes // picture_bytes(self.config))
         total = source.num_images if examples is None else None
         waiting: dict[bytes, int] = {}
         num_seen = num_computed = 0
+        stopped = False
+
+        def stops() -> bool:
+            nonlocal stopped
+            stopped = stopped or should_stop()
+            return stopped
 
         def tell(note: str) -> None:
             done = 0.0 if total is None else (num_seen - len(waiting)) / max(1, total)
@@ -119,25 +125,25 @@ class FeatureStore:
         def write(count: int) -> None:
             nonlocal num_computed
             chosen = {key: waiting.pop(key) for key in list(waiting)[:count]}
-            with self._turn(tell, should_stop) as ours:
+            with self._turn(tell, stops) as ours:
                 if ours:
                     num_computed += self._write_part(
-                        source, chosen, encode, num_computed, tell, should_stop
+                        source, chosen, encode, num_computed, tell, stops
                     )
 
         for numbers, hashes in _shown(source, examples):
-            if should_stop():
-                return False
             num_seen += len(numbers)
             self._refresh()
             missing = self._index.find(hashes) < 0
             for example, row in zip(numbers[missing], hashes[missing], strict=True):
                 waiting.setdefault(row.tobytes(), int(example))
-            while len(waiting) >= size and not should_stop():
+            while len(waiting) >= size and not stopped:
                 write(size)
-        if waiting and not should_stop():
+            if stopped:
+                return False
+        if waiting:
             write(len(waiting))
-        return not should_stop()
+        return not stopped
 
     def read(self, source: Source, example: int) -> np.ndarray:
         """float32 [patches, width] of one example's picture; ValueError if it is not stored."""
@@ -280,7 +286,7 @@ class FeatureStore:
                             )
                         sums.append(xxhash.xxh3_64_intdigest(row.data))
                         stream.write(row.data)
-                    if should_stop():
+                    if len(sums) < len(examples) and should_stop():
                         break
             np.save(temporary / "hashes.npy", hashes[: len(sums)])
             np.save(temporary / "sums.npy", np.array(sums, np.uint64))
