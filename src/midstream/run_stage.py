@@ -203,6 +203,7 @@ class StageRunner:
                     folder,
                     self.device,
                     report=self.report,
+                    should_stop=self.should_stop,
                     tracking=self._tracking,
                 )
             case LoadEncoder():
@@ -227,7 +228,7 @@ class StageRunner:
                 )
             tokenizer_file = tokenizer_path(self.ledger.folder(stage.tokenizer))
             return prepare_world_source(
-                stage.world, root, stage.source, tokenizer_file, folder, self._note
+                stage.world, root, stage.source, tokenizer_file, folder, self._note_or_stop
             )
 
     def job(self, stage: Trained, folder: Path) -> Job:
@@ -404,10 +405,14 @@ class StageRunner:
         folder = feature_folder(self.ledger, stage.encoder_stage)
         assert folder is not None, "a parent of the stage"
         store = FeatureStore(folder, config)
-        for number, name in enumerate(plan.names):
-            if seen[name].num_images and self.place.rank == 0:
-                store.fill(seen[name], plan.examples_of(number), encode, self._note)
-        self.place.barrier()
+        filled = self.place.rank != 0 or all(
+            store.fill(seen[name], plan.examples_of(number), encode, self._note, self.should_stop)
+            for number, name in enumerate(plan.names)
+            if seen[name].num_images
+        )
+        # Every rank waits here for the first one, and all of them stop where it did.
+        if not all(self.place.gather(filled)):
+            raise Interrupted("asked to stop while features were stored; those so far are kept")
         return StoredImages(store, seen, plan.names), unchanged
 
     def _decide(self, stage: Continue | Finetune) -> str:
@@ -416,6 +421,12 @@ class StageRunner:
         chosen = choice_for(stage, feature_plan([stage], self.ledger, self.machine))
         assert chosen is not None
         return chosen.decision
+
+    def _note_or_stop(self, done: float, note: str) -> None:
+        """As `_note`, for work that keeps what it has finished wherever it is ended."""
+        if self.should_stop():
+            raise Interrupted("asked to stop; what it had finished is kept")
+        self._note(done, note)
 
     def _note(self, done: float, note: str) -> None:
         self.report(

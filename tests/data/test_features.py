@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import make_source, png
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from midstream.config import EncoderConfig
+from midstream.data import feature_store
 from midstream.data.feature_store import FeatureStore, StoredImages
 from midstream.data.features import (
     FILL_BATCH,
@@ -267,6 +269,52 @@ def test_a_fill_can_be_stopped_by_whom_it_tells(tmp_path: Path, talks: Source) -
     with pytest.raises(InterruptedError):
         FeatureStore(tmp_path, CONFIG, room).fill(talks, None, Encode(), impatient)
     assert len(FeatureStore(tmp_path, CONFIG)) == FILL_BATCH
+
+
+def features_of(folder: Path) -> dict[bytes, bytes]:
+    """The stored bytes of every picture, by its hash."""
+    found = {}
+    for part in parts(folder):
+        hashes = np.load(part / "hashes.npy")
+        rows = np.fromfile(part / "features.bin", np.uint8).reshape(len(hashes), -1)
+        found |= {key.tobytes(): row.tobytes() for key, row in zip(hashes, rows, strict=True)}
+    return found
+
+
+@pytest.mark.parametrize("batches", [0, 1, 2])
+def test_a_fill_that_is_asked_to_stop_keeps_its_batches_and_none_is_computed_twice(
+    tmp_path: Path, talks: Source, shown: list[int | None], batches: int
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    uninterrupted, first, second = Encode(), Encode(), Encode()
+    assert FeatureStore(whole, CONFIG).fill(talks, None, uninterrupted, quiet)
+    # One part would hold all: what was computed is kept even though its part was not full.
+    store = FeatureStore(stopped, CONFIG)
+    assert not store.fill(talks, None, first, quiet, lambda: first.calls >= batches)
+    assert first.calls == batches
+    assert len(store) == stored_pictures(stopped) == batches * FILL_BATCH
+    assert not list(stopped.glob("*.tmp"))
+    assert FeatureStore(stopped, CONFIG).fill(talks, None, second, quiet)
+    assert first.calls + second.calls == uninterrupted.calls
+    assert features_of(stopped) == features_of(whole)
+    assert store.measured() is not None
+    check_all(FeatureStore(stopped, CONFIG), talks, shown)
+
+
+def test_a_fill_that_waits_for_another_process_stops_when_asked(
+    tmp_path: Path, talks: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_store, "WAIT_SECONDS", 0.05)
+    said, encode = list[str](), Encode()
+
+    def told(done: float, note: str) -> None:
+        said.append(note)
+
+    with FileLock(tmp_path / "fill.lock"):
+        store = FeatureStore(tmp_path, CONFIG)
+        assert not store.fill(talks, None, encode, told, lambda: bool(said))
+    assert ("waiting for another process" in said[0], encode.calls) == (True, 0)
+    assert store.fill(talks, None, encode, quiet)
 
 
 def test_processes_that_fill_at_the_same_time_compute_each_picture_once(

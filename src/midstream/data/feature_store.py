@@ -56,6 +56,7 @@ MEASURED = "measured.json"
 WAIT_SECONDS = 5.0
 
 Progress = Callable[[float, str], None]
+ShouldStop = Callable[[], bool]
 
 
 class FeatureStore:
@@ -93,20 +94,29 @@ class FeatureStore:
         examples: Iterator[np.ndarray] | None,
         encode: Encode,
         progress: Progress,
-    ) -> None:
+        should_stop: ShouldStop = lambda: False,
+    ) -> bool:
         """Compute and store what is missing of the pictures of these examples, of all without.
 
         `examples` are arrays of example numbers; examples without a picture are passed over.
         Processes that fill at the same time take turns part by part, and none computes what
-        another did. `progress` gets the share done (0 where `examples` are given) and may raise to
-        stop: finished parts stay. Raises ValueError that names the record for a picture that
-        cannot be read or whose features are not finite.
+        another did. `progress` gets the share done (0 where `examples` are given) and may raise:
+        finished parts stay. `should_stop` is asked before every batch that is to be computed and
+        while another process is waited for; what was computed until then is stored. Returns False
+        if it said yes, True once all is there. Raises ValueError that names the record for a
+        picture that cannot be read or whose features are not finite.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         size = max(1, self.part_bytes // picture_bytes(self.config))
         total = source.num_images if examples is None else None
         waiting: dict[bytes, int] = {}
         num_seen = num_computed = 0
+        stopped = False
+
+        def stops() -> bool:
+            nonlocal stopped
+            stopped = stopped or should_stop()
+            return stopped
 
         def tell(note: str) -> None:
             done = 0.0 if total is None else (num_seen - len(waiting)) / max(1, total)
@@ -115,8 +125,11 @@ class FeatureStore:
         def write(count: int) -> None:
             nonlocal num_computed
             chosen = {key: waiting.pop(key) for key in list(waiting)[:count]}
-            with self._turn(tell):
-                num_computed += self._write_part(source, chosen, encode, num_computed, tell)
+            with self._turn(tell, stops) as ours:
+                if ours:
+                    num_computed += self._write_part(
+                        source, chosen, encode, num_computed, tell, stops
+                    )
 
         for numbers, hashes in _shown(source, examples):
             num_seen += len(numbers)
@@ -124,10 +137,13 @@ class FeatureStore:
             missing = self._index.find(hashes) < 0
             for example, row in zip(numbers[missing], hashes[missing], strict=True):
                 waiting.setdefault(row.tobytes(), int(example))
-            while len(waiting) >= size:
+            while len(waiting) >= size and not stopped:
                 write(size)
+            if stopped:
+                return False
         if waiting:
             write(len(waiting))
+        return not stopped
 
     def read(self, source: Source, example: int) -> np.ndarray:
         """float32 [patches, width] of one example's picture; ValueError if it is not stored."""
@@ -210,20 +226,25 @@ class FeatureStore:
         return features, np.load(path / "sums.npy")
 
     @contextmanager
-    def _turn(self, tell: Callable[[str], None]) -> Iterator[None]:
-        """Hold the store's lock, and know all that is stored, while the block runs."""
+    def _turn(self, tell: Callable[[str], None], should_stop: ShouldStop) -> Iterator[bool]:
+        """Hold the store's lock, and know all that is stored, while the block runs.
+
+        False, without the lock, where a stop was asked for while another process held it.
+        """
         lock = FileLock(str(self.folder / "fill.lock"))
-        while True:
+        while not lock.is_locked:
             try:
                 lock.acquire(timeout=WAIT_SECONDS)
-                break
             except Timeout:
                 tell("waiting for another process that computes them")
+                if should_stop():
+                    yield False
+                    return
         try:
             # Nobody else writes here now: what lies under a temporary name was left by the killed.
             remove_leftovers(self.folder)
             self._refresh()
-            yield
+            yield True
         finally:
             lock.release()
 
@@ -234,12 +255,16 @@ class FeatureStore:
         encode: Encode,
         num_before: int,
         tell: Callable[[str], None],
+        should_stop: ShouldStop,
     ) -> int:
-        """Store what is still missing of these pictures as one part; returns how many."""
+        """Store what is still missing of these pictures as one part; returns how many.
+
+        A part that is stopped is whole as well: it holds the pictures of the batches before.
+        """
         every = np.frombuffer(b"".join(chosen), np.uint8).reshape(-1, 16)
         missing = self._index.find(every) < 0
         hashes, examples = every[missing], np.array(list(chosen.values()))[missing].tolist()
-        if not examples:
+        if not examples or should_stop():
             return 0
         measured = self.folder / MEASURED
         meter = None if measured.is_file() else ErrorMeter(self.config)
@@ -261,9 +286,14 @@ class FeatureStore:
                             )
                         sums.append(xxhash.xxh3_64_intdigest(row.data))
                         stream.write(row.data)
-            np.save(temporary / "hashes.npy", hashes)
+                    if len(sums) < len(examples) and should_stop():
+                        break
+            np.save(temporary / "hashes.npy", hashes[: len(sums)])
             np.save(temporary / "sums.npy", np.array(sums, np.uint64))
-            if meter is not None:
+            # A part that was cut short leaves the measuring to the next, if it had too few.
+            if meter is not None and (
+                len(sums) == len(examples) or meter.pictures >= MEASURED_PICTURES
+            ):
                 write_json(measured, {e.dtype: asdict(e) for e in meter.errors()})
         self._refresh()
         return len(sums)

@@ -1,7 +1,7 @@
 """Training of a SigLIP or DINOv2 tower on captions by the sigmoid image-text loss.
 
-It stands where a public encoder stands at scale. A killed run starts again; it is short, and equal
-seeds give equal bits.
+It stands where a public encoder stands at scale. A run that is stopped or killed starts again; it
+is short, and equal seeds give equal bits.
 """
 
 import time
@@ -24,6 +24,7 @@ from midstream.model.contrastive_pair import SiglipPair
 from midstream.model.weights import weights_digest
 from midstream.schedule import rate_at
 from midstream.storage import new_folder
+from midstream.train.loop import Interrupted
 from midstream.train.metrics import MetricsLog
 from midstream.train.optim import set_rate
 from midstream.train.parallel import autocast, peak_memory_bytes
@@ -43,12 +44,14 @@ def train_encoder(
     device: torch.device,
     *,
     report: Callable[[dict[str, Any]], None],
+    should_stop: Callable[[], bool] = lambda: False,
     tracking: Tracking | None = None,
 ) -> dict[str, Any]:
     """Train, write `weights/` (vision tower only), return the stage's `results.json`.
 
     Raises ValueError if the source lacks the asked captions or is too small for one batch beside
-    those held apart, or a caption is longer than `max_text_tokens`.
+    those held apart, or a caption is longer than `max_text_tokens`; Interrupted where `should_stop`
+    says so between steps.
     """
     started = time.monotonic()
     source.check_caption(training.caption)
@@ -76,6 +79,11 @@ def train_encoder(
     losses = []
     shown = 0.0
     for step in range(training.num_steps):
+        if should_stop():
+            raise Interrupted(
+                f"stopped after step {step} of {training.num_steps}; this kind of stage keeps no "
+                "checkpoint and begins again"
+            )
         before = time.monotonic()
         drawn = np.arange(step * training.batch_images, (step + 1) * training.batch_images)
         chosen = HELD_APART + _shuffled(drawn, usable, training.seed)
