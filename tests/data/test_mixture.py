@@ -8,9 +8,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from midstream.budgets import names_of
 from midstream.config import Amount, Amounts, Budget, Epochs, Mixture, Share
 from midstream.data import stream
-from midstream.data.mixture import Quota, Supply, interleaved, names_of, quotas_of
+from midstream.data.mixture import Quota, Supply, interleaved, quotas_of
 from midstream.data.stream import ArrayLengths, Stretch
 from midstream.tokens import apportion
 

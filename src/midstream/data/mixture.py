@@ -5,14 +5,14 @@ examples that stay whole (captions, conversations) are taken as long as more tha
 inside the budget. What a block holds follows from the block's number alone.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from midstream.budgets import Need, names_of, needs_of, passes_needed
 from midstream.config import Amounts, Budget, Epochs, Mixture
 from midstream.data.stream import Lengths, Stream, Stretch
-from midstream.tokens import apportion
 
 
 @dataclass(frozen=True)
@@ -80,46 +80,26 @@ def quotas_of(
     for name in names_of(budget):
         if name not in by_name:
             raise ValueError(f"no source {name!r} in the data; it holds {sorted(by_name)}")
-    used = [by_name[name] for name in names_of(budget)]
-    match budget:
-        case Epochs():
-            found = [_passes(supply, budget.epochs, row_length, seed) for supply in used]
-        case Amounts():
-            amounts = {amount.source: amount for amount in budget.amounts}
-            found = [
-                _passes(supply, epochs, row_length, seed)
-                if (epochs := amounts[supply.name].epochs)
-                else _tokens(supply, amounts[supply.name].tokens or 0, budget, row_length, seed)
-                for supply in used
-            ]
-        case Mixture(by="tokens"):
-            parts = apportion(budget.total_tokens, _shares(budget))
-            found = [
-                _tokens(supply, parts[supply.name], budget, row_length, seed) for supply in used
-            ]
-        case Mixture():
-            parts = apportion(budget.total_tokens // row_length, _shares(budget))
-            found = [
-                _sequences(supply, parts[supply.name], budget, row_length, seed) for supply in used
-            ]
+    texts = {supply.name for supply in supplies if supply.divisible}
+    found = [
+        _quota(by_name[need.source], need, budget, row_length, seed)
+        for need in needs_of(budget, row_length, texts)
+    ]
     if not any(quota.tokens for quota in found):
         raise ValueError(f"the plan holds no token; raise the budget {budget.model_dump()}")
     return found
 
 
-def names_of(budget: Budget) -> tuple[str, ...]:
-    """The sources that a budget names, in its order."""
-    match budget:
-        case Epochs():
-            return budget.sources
-        case Amounts():
-            return tuple(amount.source for amount in budget.amounts)
-        case Mixture():
-            return tuple(share.source for share in budget.shares)
-
-
-def _shares(budget: Mixture) -> Mapping[str, float]:
-    return {share.source: share.share for share in budget.shares}
+def _quota(supply: Supply, need: Need, budget: Budget, row_length: int, seed: int) -> Quota:
+    if isinstance(budget, Epochs) or need.unit == "epochs":
+        return _passes(supply, need.amount, row_length, seed)
+    _check(supply, need, budget)
+    if need.unit == "examples":
+        return _sequences(supply, need.amount, budget, row_length, seed)
+    found = _tokens(supply, need.amount, budget, row_length, seed)
+    if need.sequences is None:
+        return found
+    return replace(found, planned_tokens=None, planned_sequences=need.sequences)
 
 
 def _stream(supply: Supply, budget: Mixture | Amounts | None, seed: int) -> Stream:
@@ -149,7 +129,6 @@ def _passes(supply: Supply, epochs: int, row_length: int, seed: int) -> Quota:
 def _tokens(
     supply: Supply, tokens: int, budget: Mixture | Amounts, row_length: int, seed: int
 ) -> Quota:
-    _check(supply, tokens, supply.lengths.total, "tokens", budget)
     stream = _stream(supply, budget, seed)
     stream.reach(tokens)
     examples, taken = 0, tokens
@@ -171,12 +150,8 @@ def _tokens(
 
 
 def _sequences(
-    supply: Supply, sequences: int, budget: Mixture, row_length: int, seed: int
+    supply: Supply, sequences: int, budget: Mixture | Amounts, row_length: int, seed: int
 ) -> Quota:
-    if supply.divisible:
-        found = _tokens(supply, sequences * row_length, budget, row_length, seed)
-        return Quota(**{**found.__dict__, "planned_tokens": None, "planned_sequences": sequences})
-    _check(supply, sequences, len(supply.lengths), "examples", budget)
     stream = _stream(supply, budget, seed)
     return Quota(
         name=supply.name,
@@ -191,10 +166,12 @@ def _sequences(
     )
 
 
-def _check(supply: Supply, need: int, have: int, unit: str, budget: Mixture | Amounts) -> None:
-    if budget.sampling == "permutation" and need > have * budget.max_epochs:
+def _check(supply: Supply, need: Need, budget: Mixture | Amounts) -> None:
+    tokens, examples = supply.lengths.total, len(supply.lengths)
+    if passes_needed(need, budget, tokens=tokens, examples=examples) is not None:
+        have = tokens if need.unit == "tokens" else examples
         raise ValueError(
-            f"source {supply.name!r} holds {have:,} {unit}, the plan needs {need:,}; "
+            f"source {supply.name!r} holds {have:,} {need.unit}, the plan needs {need.amount:,}; "
             f"raise max_epochs above {budget.max_epochs} or lower the budget"
         )
 

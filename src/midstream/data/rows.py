@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from midstream.batch import IGNORE, PADDING, Row
+from midstream.budgets import names_of
 from midstream.config import Budget, Rows
-from midstream.data.mixture import Supply, names_of
+from midstream.data.mixture import Supply
 from midstream.data.packing import RowPlan, make_plan
 from midstream.data.sources import Source
 from midstream.tokens import TokenCount
