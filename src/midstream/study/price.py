@@ -96,6 +96,7 @@ class Price:
     stages: tuple[StagePrice, ...]
     timing: Schedule
     feature_bytes: Number
+    new_feature_bytes: Number
 
     @property
     def gpu_hours(self) -> Number:
@@ -112,6 +113,11 @@ class Price:
         """The most on disk at once: what is there, and what stages take while they run."""
         done = sum((s.kept for s in self.stages if s.row.state == "done"), 0.0)
         return done + self.timing.peak_bytes + self.feature_bytes
+
+    @property
+    def needed_bytes(self) -> Number:
+        """The most that the disk must take beside what is there."""
+        return self.timing.peak_bytes + self.new_feature_bytes
 
     @property
     def parts(self) -> Flops:
@@ -145,8 +151,14 @@ def price(plan: Plan, ledger: Ledger, fleet: Fleet, features: Sequence[FeaturePl
         for stage in stages
         if stage.row.state != "done"
     ]
-    stored = [found.store_bytes or 0.0 for found in features if found.choice.decision == "stored"]
-    return Price(fleet, stages, schedule(tasks, fleet.number), float(sum(stored)))
+    stored = [found for found in features if found.choice.decision == "stored"]
+    return Price(
+        fleet,
+        stages,
+        schedule(tasks, fleet.number),
+        sum((found.store_bytes or 0.0 for found in stored), 0.0),
+        sum((found.new_bytes or 0.0 for found in stored), 0.0),
+    )
 
 
 def _price_of(row: PlanRow, ledger: Ledger, fleet: Fleet) -> StagePrice:
@@ -246,6 +258,7 @@ def price_json(found: Price, plan: Plan) -> dict[str, Any]:
         "flops_by_part": asdict(found.parts),
         "disk_kept_bytes": found.kept_bytes,
         "disk_peak_bytes": found.peak_bytes,
+        "disk_needed_bytes": found.needed_bytes,
         "feature_bytes": found.feature_bytes,
         "too_large": [stage.row.stage.name for stage in found.too_large],
         "by_stage": {stage.row.stage.name: _stage_json(stage, timing) for stage in found.stages},
