@@ -20,6 +20,7 @@ from midstream.study.ledger import Ledger
 from midstream.study.pictures import feature_plan
 from midstream.study.price import Fleet, price
 from midstream.study.problem import Problem, merged
+from midstream.study.sources import Number
 from midstream.study.stage import (
     PLANNED,
     Continue,
@@ -48,7 +49,7 @@ MAX_FIELDS = 4
 GIB = 2**30
 
 
-def problems(plan: Plan, ledger: Ledger, needed_bytes: float | None = None) -> tuple[Problem, ...]:
+def problems(plan: Plan, ledger: Ledger, needed_bytes: Number | None = None) -> tuple[Problem, ...]:
     """All that is wrong with what is left of a plan, the gravest level first.
 
     `needed_bytes` is what it will write at most (`Price.needed_bytes`). Benchmarks of a user's own
@@ -85,7 +86,7 @@ def _missing(plan: Plan) -> Iterator[Problem]:
         )
 
 
-def _disk(ledger: Ledger, needed: float) -> Iterator[Problem]:
+def _disk(ledger: Ledger, needed: Number) -> Iterator[Problem]:
     free = free_bytes(ledger.store)
     if needed > free:
         yield Problem(
@@ -95,7 +96,7 @@ def _disk(ledger: Ledger, needed: float) -> Iterator[Problem]:
         )
 
 
-def _gib(size: float) -> str:
+def _gib(size: Number) -> str:
     return f"{size / GIB:,.0f}" if size >= 100 * GIB else f"{size / GIB:,.2g}"
 
 

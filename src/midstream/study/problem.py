@@ -22,7 +22,7 @@ class Problem:
     stages: tuple[str, ...] = ()
     level: Level = "wrong"
     key: str = ""
-    weight: float = 0.0
+    weight: float | int = 0
 
     def __str__(self) -> str:
         more = len(self.stages) - 1
