@@ -22,17 +22,6 @@ class Need:
     sequences: int | None = None
 
 
-def names_of(budget: Budget) -> tuple[str, ...]:
-    """The sources that a budget names, in its order."""
-    match budget:
-        case Epochs():
-            return budget.sources
-        case Amounts():
-            return tuple(amount.source for amount in budget.amounts)
-        case Mixture():
-            return tuple(share.source for share in budget.shares)
-
-
 def needs_of(budget: Budget, row_length: int, texts: Container[str]) -> tuple[Need, ...]:
     """What a budget asks of its sources, in its order; `texts` says which may be cut anywhere."""
     match budget:

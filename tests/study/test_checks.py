@@ -28,6 +28,7 @@ from midstream.config import (
     Training,
 )
 from midstream.data.rows import plan_rows
+from midstream.open_data import open_sources
 from midstream.storage import read_json, write_json
 from midstream.study import check_tasks, checks
 from midstream.study.checks import problems
@@ -170,11 +171,8 @@ def refusal_of(budget: Budget, sources: dict[str, Any]) -> str:
 def test_a_budget_is_refused_exactly_where_the_plan_of_rows_would_refuse_it(
     world: Path, prepared: Ledger
 ) -> None:
-    from midstream.data.sources import Source
-
     data = own_world.data_of(world)
-    folders = {path.parent.name: path.parent for path in prepared.store.rglob("source.json")}
-    sources = {name: Source(name, folder) for name, folder in folders.items()}
+    sources = open_sources(data, ("web", "pictures", "talks"), prepared)
     outcomes = set()
     for budget in budgets_around(sources):
         refusal = refusal_of(budget, sources)
@@ -193,9 +191,9 @@ def test_a_budget_of_a_source_that_was_prepared_before_is_known_without_a_run(
 ) -> None:
     mine = tmp_path / "mine"
     shutil.copytree(world, mine)
-    (index,) = [p for p in prepared.store.rglob("source.json") if p.parent.name == "web"]
     shutil.rmtree(mine / "text/web")
-    shutil.copytree(index.parent, mine / "text/web")
+    made = prepared.folder(own_world.data_of(world).source("web"))
+    shutil.copytree(made / "source", mine / "text/web")
     (problem,) = told(empty, text_run(own_world.data_of(mine), mixed(10**6, web=1.0)))
     assert problem.level == "wrong"
     assert "source 'web' holds" in problem.what

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from midstream.budgets import Need, names_of, needs_of, passes_needed
+from midstream.budgets import Need, needs_of, passes_needed
 from midstream.config import Amounts, Budget, Epochs, Mixture
 from midstream.data.stream import Lengths, Stream, Stretch
 
@@ -77,7 +77,7 @@ def quotas_of(
     with both numbers.
     """
     by_name = {supply.name: supply for supply in supplies}
-    for name in names_of(budget):
+    for name in budget.source_names:
         if name not in by_name:
             raise ValueError(f"no source {name!r} in the data; it holds {sorted(by_name)}")
     texts = {supply.name for supply in supplies if supply.divisible}

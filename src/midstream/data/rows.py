@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from midstream.batch import IGNORE, PADDING, Row
-from midstream.budgets import names_of
 from midstream.config import Budget, Rows
 from midstream.data.mixture import Supply
 from midstream.data.packing import RowPlan, make_plan
@@ -56,7 +55,7 @@ def plan_rows(
     Raises ValueError for an example that must stay whole and is longer than a row (with its
     record), an unknown source, an empty one, or a budget that cannot be met.
     """
-    names = names_of(budget)
+    names = budget.source_names
     missing = [name for name in names if name not in sources]
     if missing:
         raise ValueError(f"no source {missing[0]!r} in the data; it holds {sorted(sources)}")

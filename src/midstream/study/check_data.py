@@ -7,37 +7,36 @@ for an estimate, and what speaks against that is doubtful rather than wrong.
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
-from midstream.budgets import names_of, needs_of, passes_needed
+from midstream.budgets import needs_of, passes_needed
 from midstream.config import (
     Amounts,
     Caption,
     Mixture,
+    PocketWorld,
     PublicFolder,
-    SmallReal,
     TokenizerFile,
     TrainedTokenizer,
 )
 from midstream.identity import file_sha256
-from midstream.source_files import is_hidden
 from midstream.storage import read_json
 from midstream.study.ledger import Ledger
 from midstream.study.problem import Level, Problem
+from midstream.study.sources import prepared_index
 from midstream.study.stage import (
     PLANNED,
     Continue,
     Finetune,
     Prepare,
+    PrepareSource,
+    PrepareTokenizer,
+    PrepareWorld,
     Pretrain,
     Stage,
     Trained,
     TrainEncoder,
 )
-
-# Folders of a world that hold sources, and what `midstream prepare` leaves in one.
-SECTIONS, INDEX = ("text", "captions", "instruct"), "source.json"
 
 
 @dataclass(frozen=True)
@@ -58,69 +57,31 @@ class Counted:
     expected: bool = False
 
 
-@dataclass(frozen=True)
-class Known:
-    """The sources of a world: those of which something is known, and the names of all of them
-    (None where nobody knows them yet)."""
-
-    sources: Mapping[str, Counted]
-    names: frozenset[str] | None
-
-
 def data_problems(stages: Iterable[Stage], ledger: Ledger) -> Iterator[Problem]:
     """What the stages ask of their data that these do not hold."""
-    worlds: dict[str, Known] = {}
     for stage in stages:
-        if isinstance(stage, Prepare):
-            yield from _inputs(stage)
-        elif isinstance(stage, Pretrain | Continue | Finetune | TrainEncoder):
-            data = stage.data
-            if data.name not in worlds:
-                worlds[data.name] = known_sources(data, ledger)
-            if isinstance(stage, TrainEncoder):
-                yield from _encoder_data(stage, worlds[data.name])
-            else:
-                yield from _training_data(stage, worlds[data.name])
+        match stage:
+            case PrepareSource() | PrepareWorld():
+                yield from _folder(stage)
+            case PrepareTokenizer():
+                yield from _tokenizer(stage)
+            case TrainEncoder():
+                yield from _encoder_data(stage, ledger)
+            case Pretrain() | Continue() | Finetune():
+                yield from _training_data(stage, ledger)
         if isinstance(stage, Pretrain):
             yield from _vocabulary(stage)
 
 
-def known_sources(data: Prepare, ledger: Ledger) -> Known:
-    """What is known of a world's sources before, or after, they are prepared."""
-    world = data.world
-    root = world.root if isinstance(world, PublicFolder) else None
-    if ledger.is_done(data):
-        found = ledger.results(data)["sources"]
-        folder = ledger.folder(data) / "prepared" / "sources"
-        counted = {name: _of_results(one, folder / name) for name, one in found.items()}
-        if root is not None:
-            counted |= _prepared(root)
-        return Known(counted, frozenset(counted))
-    expected = {
-        one.name: Counted(one.kind, one.num_tokens, one.num_examples, one.num_images, expected=True)
-        for one in data.expected
-    }
-    if not isinstance(world, PublicFolder) or root is None or not root.is_dir():
-        return Known(expected, frozenset(expected) or None)
-    if world.fingerprint.startswith(PLANNED):
-        return Known(expected, frozenset(expected) or None)
-    names = frozenset(folder.name for folder in _folders(root))
-    return Known({n: c for n, c in (expected | _prepared(root)).items() if n in names}, names)
-
-
-def _folders(root: Path) -> list[Path]:
-    """The sources' folders of a user's world."""
-    found = (path for section in SECTIONS for path in sorted(root.glob(f"{section}/*")))
-    return [path for path in found if path.is_dir() and not is_hidden(path.name)]
-
-
-def _prepared(root: Path) -> dict[str, Counted]:
-    """The sources of a user's world that `midstream prepare` has finished."""
-    return {
-        folder.name: _of_index(read_json(folder / INDEX))
-        for folder in _folders(root)
-        if (folder / INDEX).is_file()
-    }
+def counted(source: PrepareSource, ledger: Ledger) -> Counted | None:
+    """What is known of a source before, or after, it is prepared; None where nothing is."""
+    if ledger.is_done(source):
+        return _of_results(ledger.results(source))
+    if (index := prepared_index(source)) is not None:
+        return _of_index(read_json(index))
+    if (told := source.expected) is None:
+        return None
+    return Counted(told.kind, told.num_tokens, told.num_examples, told.num_images, expected=True)
 
 
 def _of_index(index: Mapping[str, Any]) -> Counted:
@@ -135,15 +96,13 @@ def _of_index(index: Mapping[str, Any]) -> Counted:
     )
 
 
-def _of_results(source: Mapping[str, Any], folder: Path) -> Counted:
-    """From a source's part of a preparation's results, and the index that lies beside them."""
-    index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
+def _of_results(source: Mapping[str, Any]) -> Counted:
     return Counted(
         kind=source["kind"],
         tokens=source["num_tokens"],
         examples=source["num_examples"],
         images=source["num_images"],
-        longest=source.get("longest") or index.get("longest", {}),
+        longest=source.get("longest", {}),
         captions=source.get("captions"),
     )
 
@@ -151,29 +110,25 @@ def _of_results(source: Mapping[str, Any], folder: Path) -> Counted:
 # ------------------------------------------------------------------------------------- one check
 
 
-def _inputs(stage: Prepare) -> Iterator[Problem]:
-    """Folders and files that were there when the study was planned."""
-    world, tokenizer = stage.world, stage.tokenizer
-    if (
-        isinstance(world, PublicFolder | SmallReal)
-        and not world.fingerprint.startswith(PLANNED)
-        and not world.root.is_dir()
-    ):
-        yield Problem(
-            f"data folder {world.root} does not exist",
-            "give the folder that holds it",
-            (stage.name,),
-        )
+def _folder(stage: PrepareSource | PrepareWorld) -> Iterator[Problem]:
+    """A folder that was there when the study was planned."""
+    world = stage.world
+    if isinstance(world, PocketWorld) or world.fingerprint is None or world.root.is_dir():
+        return
+    told = f"data folder {world.root} does not exist"
+    yield Problem(told, "give the folder that holds it", (stage.name,))
+
+
+def _tokenizer(stage: PrepareTokenizer) -> Iterator[Problem]:
+    tokenizer = stage.tokenizer
     if not isinstance(tokenizer, TokenizerFile) or tokenizer.sha256.startswith(PLANNED):
         return
-    if not tokenizer.path.is_file():
-        yield Problem(
-            f"tokenizer file {tokenizer.path} does not exist", "give its path", (stage.name,)
-        )
-    elif file_sha256(tokenizer.path) != tokenizer.sha256:
-        yield Problem(
-            f"{tokenizer.path} has another sha256 than the plan says", "plan again", (stage.name,)
-        )
+    path = tokenizer.path
+    if not path.is_file():
+        yield Problem(f"tokenizer file {path} does not exist", "give its path", (stage.name,))
+    elif file_sha256(path) != tokenizer.sha256:
+        told = f"{path} has another sha256 than the plan says"
+        yield Problem(told, "plan again", (stage.name,))
 
 
 def _vocabulary(stage: Pretrain) -> Iterator[Problem]:
@@ -186,45 +141,47 @@ def _vocabulary(stage: Pretrain) -> Iterator[Problem]:
         )
 
 
-def _absent(name: str, known: Known, data: Prepare, stage: Stage) -> Iterator[Problem]:
-    if known.names is None or name in known.names:
-        return
-    near = get_close_matches(name, known.names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    there = ", ".join(sorted(known.names))
+def _absent(name: str, data: Prepare, stage: Stage) -> Iterator[Problem]:
     world = data.world
+    names = world.source_names or tuple(source.name for source in data.expected)
+    if not names or name in names:
+        return
+    near = get_close_matches(name, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
     add = f", or put its folder into {world.root}" if isinstance(world, PublicFolder) else ""
     yield Problem(
-        f"no source {name!r} in the data{hint}", f"choose from {there}{add}", (stage.name,)
+        f"no source {name!r} in the data{hint}",
+        f"choose from {', '.join(sorted(names))}{add}",
+        (stage.name,),
     )
 
 
-def _encoder_data(stage: TrainEncoder, known: Known) -> Iterator[Problem]:
+def _encoder_data(stage: TrainEncoder, ledger: Ledger) -> Iterator[Problem]:
     training = stage.training
-    yield from _absent(training.source, known, stage.data, stage)
-    source = known.sources.get(training.source)
+    yield from _absent(training.source, stage.data, stage)
+    source = counted(stage.data.source(training.source), ledger)
     if source is None:
         return
     yield from _captions(training.source, training.caption, source, stage)
-    for found in source.longest.values():
+    for longest in source.longest.values():
         # The separator before a caption is not given to the tower.
-        if (length := found["tokens"] - 1) > training.max_text_tokens:
+        if (length := longest["tokens"] - 1) > training.max_text_tokens:
             yield Problem(
-                f"source {training.source!r}, {found['where']}: the caption has {length} tokens, "
+                f"source {training.source!r}, {longest['where']}: the caption has {length} tokens, "
                 f"the text tower takes {training.max_text_tokens}",
                 "raise max_text_tokens",
                 (stage.name,),
             )
 
 
-def _training_data(stage: Trained, known: Known) -> Iterator[Problem]:
-    budget = stage.training.budget
-    names = names_of(budget)
+def _training_data(stage: Trained, ledger: Ledger) -> Iterator[Problem]:
+    budget, encoder = stage.training.budget, stage.model.encoder
+    names, patches = budget.source_names, 0 if encoder is None else encoder.num_patches
+    sources = {}
     for name in names:
-        yield from _absent(name, known, stage.data, stage)
-    sources = {name: known.sources[name] for name in names if name in known.sources}
-    encoder = stage.model.encoder
-    patches = 0 if encoder is None else encoder.num_patches
+        yield from _absent(name, stage.data, stage)
+        if (source := counted(stage.data.source(name), ledger)) is not None:
+            sources[name] = source
     asked: dict[str, Caption] = {}
     if isinstance(budget, Mixture):
         asked = {share.source: share.caption for share in budget.shares}
@@ -275,7 +232,7 @@ def _budget(sources: Mapping[str, Counted], patches: int, stage: Trained) -> Ite
             f"raise max_epochs to {passes:,} or lower the budget",
             (stage.name,),
             level,
-            f"budget {stage.data.name} {need.source} {patches}",
+            f"budget {stage.data.source(need.source).name} {patches}",
             passes,
         )
 
@@ -293,7 +250,7 @@ def _longest(name: str, source: Counted, patches: int, stage: Trained) -> Iterat
                 f"{rows.row_length}",
                 "raise row_length, or leave such records out (midstream prepare --max-tokens)",
                 (stage.name,),
-                key=f"longest {stage.data.name} {name} {rows.row_length}",
+                key=f"longest {stage.data.source(name).name} {rows.row_length}",
                 weight=length,
             )
 

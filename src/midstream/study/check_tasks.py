@@ -1,7 +1,7 @@
 """Benchmarks of a user's own data, read whole before a study starts.
 
 The readers import more than a plan may: a process of its own reads (`midstream.read_tasks`). What
-was read whole is noted in the store with the files' names, sizes and times, and not read again.
+was read whole is noted in the store by the digest of all its files, and not read again.
 """
 
 import json
@@ -9,16 +9,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from midstream.config import Machine, PublicFolder
-from midstream.identity import digest
-from midstream.source_files import walk
 from midstream.storage import read_json, write_json
 from midstream.study.ledger import Ledger
 from midstream.study.problem import Problem
-from midstream.study.stage import PLANNED, Evaluate, Stage
+from midstream.study.stage import Evaluate, Stage
 from midstream.study.workers import worker_environment
 
 # What was read whole, by what it was.
@@ -29,21 +26,23 @@ REMEDY = "mend the benchmark, or leave the task out"
 def task_problems(stages: Iterable[Stage], ledger: Ledger) -> Iterator[Problem]:
     """Tasks that the world does not have, and files and pictures that are missing or broken."""
     asked: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    digests: dict[str, str | None] = {}
     for stage in stages:
         if isinstance(stage, Evaluate):
             for request in _requests(stage):
-                asked.setdefault(json.dumps(request), (request, []))[1].append(stage.name)
+                key = json.dumps(request)
+                asked.setdefault(key, (request, []))[1].append(stage.name)
+                digests[key] = stage.of.data.world.benchmark_part(request["task"])
     note = ledger.store / NOTE
     known: dict[str, str] = read_json(note) if note.is_file() else {}
-    marks = {key: _mark(request) for key, (request, _) in asked.items()}
-    unread = [key for key in asked if marks[key] is None or known.get(key) != marks[key]]
+    unread = [key for key in asked if digests[key] is None or known.get(key) != digests[key]]
     if not unread:
         return
     told = _read([asked[key][0] for key in unread])
     passed: dict[str, str] = {}
     for key, error in zip(unread, told, strict=True):
         if error is None:
-            if (mark := marks[key]) is not None:
+            if (mark := digests[key]) is not None:
                 passed[key] = mark
             continue
         what, _, remedy = error.partition("; ")
@@ -55,7 +54,7 @@ def task_problems(stages: Iterable[Stage], ledger: Ledger) -> Iterator[Problem]:
 def _requests(stage: Evaluate) -> Iterator[dict[str, Any]]:
     """What `midstream.read_tasks` is asked for the tasks of an evaluation."""
     world, asked = stage.of.data.world, stage.evaluation
-    if not isinstance(world, PublicFolder) or world.fingerprint.startswith(PLANNED):
+    if not isinstance(world, PublicFolder) or world.fingerprint is None:
         return
     if not world.root.is_dir():
         return
@@ -64,27 +63,6 @@ def _requests(stage: Evaluate) -> Iterator[dict[str, Any]]:
         yield own | {"task": name, "kind": "visual", "slim": asked.slim, "blind": asked.blind}
     for name in asked.text_tasks:
         yield own | {"task": name, "kind": "text"}
-
-
-def _mark(request: dict[str, Any]) -> str | None:
-    """Stands for a task's files as they are now; None for a task that lies nowhere of its own."""
-    root, name = Path(request["world"]), request["task"]
-    places = [root / "bench" / name, root / "text_tasks" / f"{name}.jsonl"]
-    files = [
-        path
-        for place in places
-        for path in (walk(place) if place.is_dir() else [str(place)] if place.is_file() else [])
-    ]
-    if not files:
-        return None
-    stamps = []
-    for path in [str(root / "world.json"), *files]:
-        try:
-            found = os.stat(path)
-        except OSError:
-            return None
-        stamps.append([path, found.st_size, found.st_mtime_ns, found.st_ino])
-    return digest(stamps)
 
 
 def _read(requests: Sequence[dict[str, Any]]) -> list[str | None]:

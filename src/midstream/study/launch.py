@@ -23,7 +23,7 @@ from midstream.study.outcome import (
 )
 from midstream.study.pictures import choice_for, feature_plan
 from midstream.study.problem import Problem, refused
-from midstream.study.stage import Prepare, Ranked
+from midstream.study.stage import DataStage, Ranked
 from midstream.study.studies import AnyStudy
 from midstream.study.workers import Event, Worker, work_line, write_work
 
@@ -69,7 +69,7 @@ def run(
             on_event({"event": "note", "text": str(doubtful)})
         with announcer(ledger.store, machine) as nodes:
             launcher = _Launcher(work, ledger, machine, on_event, command, nodes)
-            prepares = any(isinstance(row.stage, Prepare) for row in work.to_run)
+            prepares = any(isinstance(row.stage, DataStage) for row in work.to_run)
             launcher.preparing = prepares and not skip_checks
             outcome = launcher.run({} if retry else failed_before(work.rows, ledger))
             if nodes is not None:
@@ -166,7 +166,7 @@ class _Launcher:
     def _prepares(self) -> bool:
         """Whether data is being prepared, or can be."""
         if any(
-            w.row is not None and isinstance(w.row.stage, Prepare) for w in self.workers.values()
+            w.row is not None and isinstance(w.row.stage, DataStage) for w in self.workers.values()
         ):
             return True
         return any(self._is_ready(row) for row in self.waiting.values())
@@ -194,7 +194,7 @@ class _Launcher:
 
     def _is_ready(self, row: PlanRow) -> bool:
         """Whether no parent is still to be done, nor the data that it must wait for."""
-        if self.preparing and not isinstance(row.stage, Prepare):
+        if self.preparing and not isinstance(row.stage, DataStage):
             return False
         return all(
             parent.name not in self.chains or self.states.get(parent.name) == "done"

@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import log
+from pathlib import Path
 from typing import Any, Literal
 
-from midstream.config import ExpectedSource
+from midstream.config import ExpectedSource, PublicFolder
+from midstream.identity import PREPARED, SECTIONS
 from midstream.study.ledger import Ledger
-from midstream.study.stage import Prepare
+from midstream.study.stage import Prepare, PrepareSource
 
 # Examples, their text tokens, and the sum of the squares of those, by class of length.
 Number = float | int
@@ -75,14 +77,26 @@ def sources_of(
     """
     facts: dict[str, Facts] = {}
     for name in names:
-        source = data.source(name)
-        if ledger is not None and ledger.is_done(source):
-            facts[name] = facts_of_results(ledger.results(source))
-        elif source.expected is not None:
-            facts[name] = facts_of_expected(source.expected)
-        else:
+        if (found := facts_of(data.source(name), ledger)) is None:
             return None
+        facts[name] = found
     return facts
+
+
+def facts_of(source: PrepareSource, ledger: Ledger | None) -> Facts | None:
+    """A source counted where its stage is done, else as the recipe expects it; None for neither."""
+    if ledger is not None and ledger.is_done(source):
+        return facts_of_results(ledger.results(source))
+    return None if source.expected is None else facts_of_expected(source.expected)
+
+
+def prepared_index(source: PrepareSource) -> Path | None:
+    """The index of a source that lies prepared in a user's own world, None where none does."""
+    world = source.world
+    if not isinstance(world, PublicFolder) or world.fingerprint is None:
+        return None
+    paths = (world.root / section / source.source / PREPARED for section in SECTIONS)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def facts_of_results(source: Mapping[str, Any]) -> Facts:
