@@ -92,3 +92,37 @@ def test_what_is_no_gpu_or_no_utilisation_is_refused_with_what_there_is(tmp_path
     found = planned("pocket.when_images_arrive", "--store", str(tmp_path), "--utilisation", "40")
     assert found.exit_code == 2
     assert "not 40" in found.output
+
+
+def test_a_plan_ends_with_2_where_the_study_is_wrong_and_with_0_where_a_machine_lacks_something(
+    tmp_path: Path,
+) -> None:
+    arguments = ("pocket.when_images_arrive", "--store", str(tmp_path), "--json")
+    good = planned(*arguments)
+    assert good.exit_code == 0, good.output
+    assert json.loads(good.stdout)["problems"] == []
+    lacking = planned("paper.table_5", "--set", "scale=79m", "--store", str(tmp_path), "--json")
+    assert lacking.exit_code == 0, lacking.output
+    told = json.loads(lacking.stdout)["problems"]
+    assert {problem["level"] for problem in told} == {"lacking"}
+    assert "planned without the data of" in told[0]["what"]
+
+
+def test_a_completion_that_no_weights_are_kept_at_is_told_by_the_plan(tmp_path: Path) -> None:
+    study = tmp_path / "mine.py"
+    study.write_text(
+        "from midstream.recipes.pocket import when_images_arrive\n"
+        "from midstream.study.stage import *\n"
+        "from midstream.study.studies import Study\n\n\n"
+        "def study() -> Study:\n"
+        "    whole = when_images_arrive(completions=(0.4,), seeds=(7,))\n"
+        "    line = whole.lines[0]\n"
+        "    text = whole.baselines[next(iter(whole.baselines))].of\n"
+        "    early = Evaluate(of=text, completion=0.55, evaluation=line.result.evaluation)\n"
+        "    lines = (line.model_copy(update={'result': early}),)\n"
+        "    return whole.model_copy(update={'lines': lines})\n"
+    )
+    found = planned(f"{study}:study", "--store", str(tmp_path / "store"))
+    assert found.exit_code == 2
+    assert "keeps its weights at 20, 40, 60, 80, 100 %, not at 55 %" in found.stdout
+    assert "add 0.55 to its milestones" in found.stdout
