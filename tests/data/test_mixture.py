@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from midstream.config import Amount, Amounts, Budget, Epochs, Mixture, Share
 from midstream.data import stream
-from midstream.data.mixture import Quota, Supply, interleaved, quotas_of
+from midstream.data.mixture import Quota, Supply, interleaved, names_of, quotas_of
 from midstream.data.stream import ArrayLengths, Stretch
 from midstream.tokens import apportion
 
@@ -99,7 +99,7 @@ def held(supply: Supply, by: str, row_length: int) -> int:
 def wanted(case: Case) -> Mapping[str, tuple[str, int, int]]:
     """By source: the unit that its budget counts in, how many of it, and how many a pass has."""
     budget, found = case.budget, {}
-    for name in budget.source_names:
+    for name in names_of(budget):
         supply = case.supplies[name]
         tokens = supply.lengths.total
         match budget:
@@ -154,7 +154,7 @@ def check(case: Case, seed: int) -> None:
             case.quotas(seed)
         return
     found = case.quotas(seed)
-    assert tuple(found) == case.budget.source_names
+    assert tuple(found) == names_of(case.budget)
     for name, (unit, need, _) in wanted(case).items():
         quota, lengths = found[name], case.supplies[name].lengths
         assert isinstance(lengths, ArrayLengths)

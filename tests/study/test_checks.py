@@ -289,7 +289,8 @@ def test_a_caption_that_the_caption_tower_cannot_take_is_named(
         ({"original": 5, "synthetic": 0}, "synthetic", "synthetic"),
         ({"original": 5}, "random", "synthetic"),
         ({"original": 0, "synthetic": 5}, "original", "original"),
-        ({"original": 5, "synthetic": 4}, "random", None),
+        ({"original": 5, "synthetic": 4}, "random", "synthetic"),
+        ({"original": 5, "synthetic": 5}, "random", None),
         (None, "synthetic", None),
     ],
 )
@@ -314,8 +315,31 @@ def test_a_caption_that_a_source_lacks_is_refused_by_name(
         assert found == []
     else:
         (problem,) = found
-        assert "source 'pictures' has" in problem.what
-        assert f"caption={caption!r} asks for {refused_for} ones" in problem.what
+        assert f"of the 5 examples of source 'pictures' have {refused_for}" in problem.what
+        assert f"caption={caption!r} asks for one of each" in problem.what
+
+
+def test_a_budget_counts_the_captions_that_it_asks_for(
+    world: Path, tmp_path: Path, empty: Ledger
+) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(world, mine)
+    counts = {"examples": 5, "tokens": 50, "images": 5}
+    seen_as = {"synthetic": {"num_tokens": 400, "longest": {"image": 70}}}
+    index = {"kind": "caption", "fingerprint": "1" * 16, "train": counts, "longest": {"image": 11}}
+    index |= {"captions": {"original": 5, "synthetic": 5}, "seen": seen_as}
+    write_json(mine / "captions/pictures/source.json", index)
+    data = own_world.data_of(mine)
+
+    def wrong(caption: str) -> list[str]:
+        share = Share.model_validate({"source": "pictures", "share": 1.0, "caption": caption})
+        model = seen(data, Mixture(total_tokens=300, shares=(share,)))
+        return [problem.what for problem in told(empty, model)]
+
+    (own,) = wrong("original")
+    assert "holds 70 tokens, 4 patches a picture among them, the plan needs 300" in own
+    (synthetic,) = wrong("synthetic")
+    assert "its longest example: 74 positions do not fit into a row of 64" in synthetic
 
 
 def test_a_frozen_decoder_that_sees_no_picture_and_joined_captions_are_refused(

@@ -6,11 +6,11 @@ inside the budget. What a block holds follows from the block's number alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from midstream.budgets import Need, needs_of, passes_needed
+from midstream.budgets import Need, needs_of
 from midstream.config import Amounts, Budget, Epochs, Mixture
 from midstream.data.stream import Lengths, Stream, Stretch
 
@@ -77,7 +77,7 @@ def quotas_of(
     with both numbers.
     """
     by_name = {supply.name: supply for supply in supplies}
-    for name in budget.source_names:
+    for name in names_of(budget):
         if name not in by_name:
             raise ValueError(f"no source {name!r} in the data; it holds {sorted(by_name)}")
     texts = {supply.name for supply in supplies if supply.divisible}
@@ -90,16 +90,23 @@ def quotas_of(
     return found
 
 
+def names_of(budget: Budget) -> tuple[str, ...]:
+    """The sources that a budget names, in its order."""
+    match budget:
+        case Epochs():
+            return budget.sources
+        case Amounts():
+            return tuple(amount.source for amount in budget.amounts)
+        case Mixture():
+            return tuple(share.source for share in budget.shares)
+
+
 def _quota(supply: Supply, need: Need, budget: Budget, row_length: int, seed: int) -> Quota:
     if isinstance(budget, Epochs) or need.unit == "epochs":
         return _passes(supply, need.amount, row_length, seed)
-    _check(supply, need, budget)
-    if need.unit == "examples":
-        return _sequences(supply, need.amount, budget, row_length, seed)
-    found = _tokens(supply, need.amount, budget, row_length, seed)
-    if need.sequences is None:
-        return found
-    return replace(found, planned_tokens=None, planned_sequences=need.sequences)
+    if need.sequences is not None and isinstance(budget, Mixture):
+        return _sequences(supply, need.sequences, budget, row_length, seed)
+    return _tokens(supply, need.amount, budget, row_length, seed)
 
 
 def _stream(supply: Supply, budget: Mixture | Amounts | None, seed: int) -> Stream:
@@ -129,6 +136,7 @@ def _passes(supply: Supply, epochs: int, row_length: int, seed: int) -> Quota:
 def _tokens(
     supply: Supply, tokens: int, budget: Mixture | Amounts, row_length: int, seed: int
 ) -> Quota:
+    _check(supply, tokens, supply.lengths.total, "tokens", budget)
     stream = _stream(supply, budget, seed)
     stream.reach(tokens)
     examples, taken = 0, tokens
@@ -150,8 +158,12 @@ def _tokens(
 
 
 def _sequences(
-    supply: Supply, sequences: int, budget: Mixture | Amounts, row_length: int, seed: int
+    supply: Supply, sequences: int, budget: Mixture, row_length: int, seed: int
 ) -> Quota:
+    if supply.divisible:
+        found = _tokens(supply, sequences * row_length, budget, row_length, seed)
+        return Quota(**{**found.__dict__, "planned_tokens": None, "planned_sequences": sequences})
+    _check(supply, sequences, len(supply.lengths), "examples", budget)
     stream = _stream(supply, budget, seed)
     return Quota(
         name=supply.name,
@@ -166,12 +178,10 @@ def _sequences(
     )
 
 
-def _check(supply: Supply, need: Need, budget: Mixture | Amounts) -> None:
-    tokens, examples = supply.lengths.total, len(supply.lengths)
-    if passes_needed(need, budget, tokens=tokens, examples=examples) is not None:
-        have = tokens if need.unit == "tokens" else examples
+def _check(supply: Supply, need: int, have: int, unit: str, budget: Mixture | Amounts) -> None:
+    if budget.sampling == "permutation" and need > have * budget.max_epochs:
         raise ValueError(
-            f"source {supply.name!r} holds {have:,} {need.unit}, the plan needs {need.amount:,}; "
+            f"source {supply.name!r} holds {have:,} {unit}, the plan needs {need:,}; "
             f"raise max_epochs above {budget.max_epochs} or lower the budget"
         )
 

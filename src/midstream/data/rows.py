@@ -8,7 +8,7 @@ import numpy as np
 
 from midstream.batch import IGNORE, PADDING, Row
 from midstream.config import Budget, Rows
-from midstream.data.mixture import Supply
+from midstream.data.mixture import Supply, names_of
 from midstream.data.packing import RowPlan, make_plan
 from midstream.data.sources import Source
 from midstream.tokens import TokenCount
@@ -55,7 +55,7 @@ def plan_rows(
     Raises ValueError for an example that must stay whole and is longer than a row (with its
     record), an unknown source, an empty one, or a budget that cannot be met.
     """
-    names = budget.source_names
+    names = names_of(budget)
     missing = [name for name in names if name not in sources]
     if missing:
         raise ValueError(f"no source {missing[0]!r} in the data; it holds {sorted(sources)}")

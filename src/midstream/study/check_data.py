@@ -5,7 +5,7 @@ for an estimate, and what speaks against that is doubtful rather than wrong.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -44,17 +44,29 @@ class Counted:
     """A source as far as it is known; `tokens` without patches, `images` examples with a picture.
 
     `longest` is, of examples without ("plain") and with ("image") a picture, the longest one's
-    "tokens" and "where" it stands. `captions` counts the kinds of caption, None where nobody did.
-    `expected`: nothing was counted, the recipe says so.
+    tokens and where it stands. `captions` counts the examples with each kind of caption, None where
+    nobody did; `seen` has these numbers for captions that are not a picture's own. `expected`:
+    nothing was counted, the recipe says so.
     """
 
     kind: str
     tokens: int
     examples: int
     images: int
-    longest: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    longest: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     captions: Mapping[str, int] | None = None
+    seen: Mapping[str, Any] = field(default_factory=dict)
     expected: bool = False
+
+    def with_caption(self, caption: Caption) -> "Counted":
+        """The source as it is seen with this caption of each picture."""
+        if (other := self.seen.get(caption)) is None:
+            return self
+        return replace(
+            self,
+            tokens=round(other["num_tokens"]),
+            longest=_longest_of(other.get("longest", {})),
+        )
 
 
 def data_problems(stages: Iterable[Stage], ledger: Ledger) -> Iterator[Problem]:
@@ -91,8 +103,9 @@ def _of_index(index: Mapping[str, Any]) -> Counted:
         tokens=train["tokens"],
         examples=train["examples"],
         images=train["images"],
-        longest=index["longest"],
+        longest=_longest_of(index["longest"]),
         captions=index.get("captions"),
+        seen=index.get("seen", {}),
     )
 
 
@@ -102,9 +115,20 @@ def _of_results(source: Mapping[str, Any]) -> Counted:
         tokens=source["num_tokens"],
         examples=source["num_examples"],
         images=source["num_images"],
-        longest=source.get("longest", {}),
+        longest=_longest_of(source.get("longest", {})),
         captions=source.get("captions"),
+        seen=source.get("seen", {}),
     )
+
+
+def _longest_of(longest: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
+    """Where nobody says which example it is, it is the longest one."""
+    return {
+        shown: (one, "its longest example")
+        if isinstance(one, int)
+        else (one["tokens"], one["where"])
+        for shown, one in longest.items()
+    }
 
 
 # ------------------------------------------------------------------------------------- one check
@@ -163,11 +187,11 @@ def _encoder_data(stage: TrainEncoder, ledger: Ledger) -> Iterator[Problem]:
     if source is None:
         return
     yield from _captions(training.source, training.caption, source, stage)
-    for longest in source.longest.values():
+    for tokens, where in source.with_caption(training.caption).longest.values():
         # The separator before a caption is not given to the tower.
-        if (length := longest["tokens"] - 1) > training.max_text_tokens:
+        if (length := tokens - 1) > training.max_text_tokens:
             yield Problem(
-                f"source {training.source!r}, {longest['where']}: the caption has {length} tokens, "
+                f"source {training.source!r}, {where}: the caption has {length} tokens, "
                 f"the text tower takes {training.max_text_tokens}",
                 "raise max_text_tokens",
                 (stage.name,),
@@ -177,19 +201,20 @@ def _encoder_data(stage: TrainEncoder, ledger: Ledger) -> Iterator[Problem]:
 def _training_data(stage: Trained, ledger: Ledger) -> Iterator[Problem]:
     budget, encoder = stage.training.budget, stage.model.encoder
     names, patches = budget.source_names, 0 if encoder is None else encoder.num_patches
-    sources = {}
-    for name in names:
-        yield from _absent(name, stage.data, stage)
-        if (source := counted(stage.data.source(name), ledger)) is not None:
-            sources[name] = source
     asked: dict[str, Caption] = {}
     if isinstance(budget, Mixture):
         asked = {share.source: share.caption for share in budget.shares}
     elif isinstance(budget, Amounts):
         asked = {amount.source: amount.caption for amount in budget.amounts}
-    for name, source in sources.items():
-        yield from _captions(name, asked.get(name, "original"), source, stage)
-        yield from _longest(name, source, patches, stage)
+    sources = {}
+    for name in names:
+        yield from _absent(name, stage.data, stage)
+        if (source := counted(stage.data.source(name), ledger)) is None:
+            continue
+        caption = asked.get(name, "original")
+        yield from _captions(name, caption, source, stage)
+        sources[name] = source.with_caption(caption)
+        yield from _longest(name, sources[name], patches, stage)
     yield from _budget(sources, patches, stage)
     whole = [name for name, source in sources.items() if source.kind != "text"]
     if stage.training.rows.layout == "joined" and whole:
@@ -242,11 +267,11 @@ def _longest(name: str, source: Counted, patches: int, stage: Trained) -> Iterat
     cut = (rows.overflow or ("cut" if isinstance(stage, Finetune) else "refuse")) == "cut"
     if source.kind == "text" or cut:
         return
-    for shown, found in source.longest.items():
-        length = found["tokens"] + (patches if shown == "image" else 0)
+    for shown, (tokens, where) in source.longest.items():
+        length = tokens + (patches if shown == "image" else 0)
         if length > rows.row_length:
             yield Problem(
-                f"source {name!r}, {found['where']}: {length} positions do not fit into a row of "
+                f"source {name!r}, {where}: {length} positions do not fit into a row of "
                 f"{rows.row_length}",
                 "raise row_length, or leave such records out (midstream prepare --max-tokens)",
                 (stage.name,),
@@ -256,13 +281,13 @@ def _longest(name: str, source: Counted, patches: int, stage: Trained) -> Iterat
 
 
 def _captions(name: str, asked: Caption, source: Counted, stage: Stage) -> Iterator[Problem]:
-    # A random caption is one of the synthetic ones.
+    # A random caption is one of the synthetic ones; each picture must have one to be seen with.
     kind = "original" if asked == "original" else "synthetic"
-    if source.captions is None or source.captions.get(kind):
+    if source.captions is None or source.captions.get(kind, 0) >= source.examples:
         return
-    held = ", ".join(one for one, number in source.captions.items() if number) or "no"
     yield Problem(
-        f"source {name!r} has {held} captions, caption={asked!r} asks for {kind} ones",
+        f"{source.captions.get(kind, 0):,} of the {source.examples:,} examples of source {name!r} "
+        f"have {kind} captions, caption={asked!r} asks for one of each",
         "prepare it from files that have them, or choose another caption",
         (stage.name,),
     )
