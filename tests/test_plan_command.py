@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from midstream.catalogue import find_study
 from midstream.cli import app
+from midstream.storage import write_json
+from midstream.study.ledger import Ledger
 
 MAX_MIB = 500
 # The peak of a process that is asked for a plan, with torch never imported.
@@ -126,3 +129,27 @@ def test_a_completion_that_no_weights_are_kept_at_is_told_by_the_plan(tmp_path: 
     assert found.exit_code == 2
     assert "keeps its weights at 20, 40, 60, 80, 100 %, not at 55 %" in found.stdout
     assert "add 0.55 to its milestones" in found.stdout
+
+
+@pytest.mark.parametrize("command", ["plan", "status"])
+def test_a_store_of_an_earlier_version_is_named_in_one_sentence(
+    tmp_path: Path, command: str
+) -> None:
+    study = "pocket.when_images_arrive"
+    ledger = Ledger(tmp_path)
+    ledger.save_study(find_study(study, []))
+    found = CliRunner().invoke(app, [command, study, "--store", str(tmp_path)])
+    assert found.stderr == ""
+    # Up to format 4 the data of a study was one stage.
+    write_json(tmp_path / "prepare-0123456789abcdef" / "stage.json", {"kind": "prepare"})
+    found = CliRunner().invoke(app, [command, study, "--store", str(tmp_path)])
+    assert found.exit_code == 0, found.output
+    (line,) = found.stderr.splitlines()
+    assert f"store {tmp_path} holds stages of an earlier version" in line
+    assert "give another --store" in line
+    # Its kept studies may hold what no longer can be read.
+    write_json(tmp_path / "studies" / "mine.json", {"kind": "study", "name": "mine"})
+    found = CliRunner().invoke(app, ["status", "mine", "--store", str(tmp_path)])
+    assert found.exit_code == 2
+    assert isinstance(found.exception, SystemExit)
+    assert "mine.json is of another version of Midstream" in found.stderr

@@ -76,6 +76,7 @@ def plan(
 
     fleet = Fleet(find_gpu(gpu), gpus, gpus_per_stage, utilisation, checkpointing)
     found, ledger = find_study(study, with_scale(settings, scale)), Ledger(store)
+    terminal.tell_older(ledger)
     work = plan_study(found, ledger)
     machine = Machine.model_validate({"features": features, "max_feature_gib": max_feature_gib})
     kept = feature_plan([row.stage for row in work.rows], ledger, machine)

@@ -125,6 +125,7 @@ def run_and_tell(
     from midstream.study.cluster.slurm import run_on_slurm
     from midstream.study.graph import plan as plan_study
 
+    terminal.tell_older(ledger)
     memory = terminal.PeakMemory()
     console = terminal.out()
     with terminal.progress(console) as show:

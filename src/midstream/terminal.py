@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from midstream.study.graph import Plan
+from midstream.study.housekeeping import older_stages
 from midstream.study.ledger import Ledger, State
 from midstream.study.problem import Level, Problem
 
@@ -142,6 +143,12 @@ def error(text: str) -> None:
     """Print an error in red on standard error."""
     console = errors()
     console.print(text, style="bold red", markup=False, highlight=False)
+
+
+def tell_older(ledger: Ledger) -> None:
+    """Say so on standard error where an earlier version has worked in the store."""
+    if (told := older_stages(ledger)) is not None:
+        errors().print(told, markup=False, highlight=False)
 
 
 def print_problems(problems: Sequence[Problem], console: Console) -> None:
