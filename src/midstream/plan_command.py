@@ -153,7 +153,7 @@ def print_plan(plan: "Plan", priced: "Price", console: Console, ledger: "Ledger"
 def _table(first: str) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     # What is squeezed on a narrow terminal is the names of lines.
-    table.add_column(first, no_wrap=True, min_width=29)
+    table.add_column(first, no_wrap=True, min_width=33)
     widths = {"state": 4, "lines": 8, "tokens": 6, "FLOPs": 6, "GPU-h": 6, "GiB": 6}
     for column, width in widths.items():
         table.add_column(column, no_wrap=True, min_width=width)
