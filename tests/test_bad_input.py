@@ -15,8 +15,9 @@ import tiny
 from midstream.catalogue import find_study
 from midstream.cli import app
 from midstream.identity import file_sha256
+from midstream.study.graph import order, order_of
 from midstream.study.ledger import Ledger, launch_lock
-from midstream.study.stage import Continue, Prepare, Stage
+from midstream.study.stage import Continue, PrepareSource, Stage
 from midstream.study.studies import Study
 
 STUDY_FILE = """
@@ -25,7 +26,7 @@ from pathlib import Path
 from tiny import DECODER, ROWS, VOCAB_SIZE, Training, encoder_of, mixture, warm
 
 from midstream.config import Evaluation, PublicFolder, TrainedTokenizer
-from midstream.identity import folder_fingerprint
+from midstream.identity import SourceFingerprint, WorldFingerprint, world_fingerprint
 from midstream.study.stage import *
 from midstream.study.studies import *
 
@@ -33,7 +34,7 @@ ASKED = Evaluation(text_tasks=("pocket_facts",), limit=4)
 
 
 def prepare(root: Path) -> Prepare:
-    world = PublicFolder(root=root, fingerprint=folder_fingerprint(root))
+    world = PublicFolder(root=root, fingerprint=world_fingerprint(root))
     return Prepare(world=world, tokenizer=TrainedTokenizer(vocab_size=VOCAB_SIZE))
 
 
@@ -46,7 +47,7 @@ def text(root: Path) -> Evaluate:
 
 
 def seen(data: Prepare) -> Evaluate:
-    budget = mixture(2_000, pictures=0.5, web=0.5)
+    budget = mixture(2_000, pictures=0.4, web=0.4, talks=0.2)
     model = Continue(
         data=data,
         encoder=encoder_of(data, max_text_tokens=600, num_steps=1),
@@ -72,7 +73,9 @@ def good(root: Path) -> Study:
 
 
 def worlds(root: Path) -> Study:
-    gone = PublicFolder(root=root / "gone", fingerprint="0" * 16)
+    kinds = {"web": "text", "pictures": "caption", "talks": "instruct"}
+    digests = {name: SourceFingerprint(kind=kind, digest="0") for name, kind in kinds.items()}
+    gone = PublicFolder(root=root / "gone", fingerprint=WorldFingerprint(sources=digests))
     return made(
         good=text(root / "good"),
         torn=seen(prepare(root / "torn")),
@@ -89,11 +92,12 @@ def midstream(*arguments: object) -> Result:
 
 
 def listing(store: Path) -> dict[str, str]:
-    """By path: the sha256 of each file; lock files, which hold nothing, are left out."""
+    """By path: the sha256 of each file; locks, which hold nothing, and what is only remembered are
+    left out."""
     return {
         path.relative_to(store).as_posix(): file_sha256(path)
         for path in sorted(store.rglob("*"))
-        if path.is_file() and not path.name.endswith("lock")
+        if path.is_file() and not path.name.endswith("lock") and path != Ledger(store).digests
     }
 
 
@@ -135,11 +139,10 @@ class Ran:
     after: dict[str, str]
     result: Result
 
-    def failed(self, line: str) -> Prepare | Continue:
-        """The first stage of a line that is not done."""
-        model = next(item for item in self.study.lines if item.name == line).result.of
-        assert isinstance(model, Continue)
-        return model if self.ledger.is_done(model.data) else model.data
+    def failed(self, line: str) -> Stage:
+        """The first stage of a line that is not done, parents first."""
+        result = next(item for item in self.study.lines if item.name == line).result
+        return next(stage for stage in order_of(result) if not self.ledger.is_done(stage))
 
     def message(self, stage: Stage) -> str:
         """The one line on standard error that says why a stage failed."""
@@ -173,7 +176,8 @@ def ran(tiny_ledger: Ledger, file: Path, tmp_path_factory: pytest.TempPathFactor
     study = find_study(f"{file}:worlds", settings)
     tiny.run_missing(ledger, study.lines[0].result)
     before = listing(ledger.store)
-    options = ("--workers", 1, "--device", "cpu", "--store", ledger.store)
+    # What is wrong beforehand is refused otherwise, and with it the lines that are not to blame.
+    options = ("--skip-checks", "--workers", 1, "--device", "cpu", "--store", ledger.store)
     result = midstream("run", f"{file}:worlds", "--set", settings[0], *options)
     return Ran(ledger, folder, study, before, listing(ledger.store), result)
 
@@ -183,7 +187,7 @@ def test_a_picture_that_cannot_be_decoded_is_named_with_shard_sample_and_remedy(
     stage = ran.failed("torn")
     shard, key = shard_of(ran.worlds / "torn")
     message = ran.message(stage)
-    assert isinstance(stage, Prepare)
+    assert isinstance(stage, PrepareSource)
     where = f"{shard.relative_to(ran.worlds / 'torn')}, sample {key}"
     assert "1 of 320 records" in message
     assert f"{where}: picture cannot be decoded" in message
@@ -209,7 +213,7 @@ def test_a_missing_picture_of_a_conversation_is_named_with_record_and_remedy(ran
     talks = ran.worlds / "missing" / "instruct" / "talks"
     record = json.loads((talks / "llava.json").read_text())[2]
     message = ran.message(stage)
-    assert isinstance(stage, Prepare)
+    assert isinstance(stage, PrepareSource)
     assert f"llava.json, record 2 ({record['id']!r})" in message
     assert f"missing picture ({talks / record['image']})" in message
     assert "mend the data, or raise the limit" in message
@@ -238,16 +242,15 @@ def test_failed_stages_leave_everything_that_was_there_as_it_was(ran: Ran) -> No
     assert kept == ran.before
     new = {path.split("/")[0] for path in ran.after.keys() - ran.before.keys()}
     stages = [ran.failed(name) for name in ("torn", "long", "missing", "gone")]
-    parents = {parent.name for parent in stages[1].parents}
     own = {"studies", "worker-1.json", "worker-1.log", "features"}
-    assert new <= {stage.name for stage in stages} | parents | own
+    assert new <= {stage.name for stage in order(ran.study)} | own
     for stage in stages:
         assert ran.ledger.state(stage) == "failed"
         assert not ran.ledger.is_done(stage)
         files = {path for path in ran.after if path.startswith(f"{stage.name}/")}
         left = {path.removeprefix(f"{stage.name}/") for path in files}
         # Shards that are whole stay for the next try.
-        rest = {path for path in left if not path.startswith("prepared/")}
+        rest = {path for path in left if not path.startswith("source/")}
         assert rest <= {"stage.json", "status.json", "metrics.jsonl"}
         error = ran.ledger.status(stage)["error"]
         assert all(line.strip() in ran.message(stage) for line in error.splitlines())
@@ -269,7 +272,7 @@ def finished(tiny_ledger: Ledger, file: Path, tmp_path: Path) -> tuple[Ledger, P
     world = copied_world(tiny_ledger, tmp_path / "world")
     ledger = Ledger(tmp_path / "store")
     study = find_study(f"{file}:good", [f"root={world}"])
-    tiny.run_missing(ledger, study.lines[0].result.of.data)
+    tiny.run_missing(ledger, *study.lines[0].result.of.parents)
     return ledger, world
 
 
@@ -293,7 +296,7 @@ def test_a_data_folder_that_does_not_exist_is_named(
     ledger, world = finished
     nowhere = world.with_name("nowhere")
     message = refused(ledger, command, f"{file}:good", "--set", f"root={nowhere}")
-    assert f"data folder {nowhere} does not exist; give the folder that holds it" in message
+    assert f"world folder {nowhere} does not exist; give the folder that holds it" in message
 
 
 @pytest.mark.parametrize("study", ["pocket.when_images_arrive", "good"])
@@ -322,4 +325,27 @@ def test_a_folder_without_files_is_refused(
 ) -> None:
     (tmp_path / "empty").mkdir()
     message = refused(finished[0], "plan", f"{file}:good", "--set", f"root={tmp_path / 'empty'}")
-    assert f"no file under {tmp_path / 'empty'}" in message
+    assert f"{tmp_path / 'empty'} holds no source under text, captions, instruct" in message
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_all_that_is_wrong_stands_in_one_list_and_nothing_is_started(
+    tiny_ledger: Ledger, file: Path, tmp_path: Path, command: str
+) -> None:
+    for name in ("good", "torn", "long", "missing"):
+        copied_world(tiny_ledger, tmp_path / name)
+    tasks = tmp_path / "good" / "text_tasks" / "pocket_facts.jsonl"
+    tasks.write_text(tasks.read_text() + "{\n")
+    store = tmp_path / "store"
+    asked = ("--set", f"root={tmp_path}", "--store", store)
+    result = midstream(command, f"{file}:worlds", *asked)
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
+    lines = (result.stderr if command == "run" else result.stdout).splitlines()
+    told = [line for line in lines if line.startswith("  - ")]
+    assert len(told) == 2
+    assert f"{tmp_path / 'gone'} does not exist; give the folder" in told[0]
+    assert "pocket_facts.jsonl line 9 is not JSON" in told[1]
+    if command == "run":
+        assert "nothing was started; put right what is listed, or add --skip-checks" in lines[0]
+        assert not list(store.glob("*/stage.json"))

@@ -29,7 +29,7 @@ def study(tokens: int = 1000, name: str = "mine", data: Path | None = None) -> S
         data=prepare,
         decoder=DecoderConfig(hidden_size=64, num_layers=1, num_heads=2, vocab_size=300),
         training=Training(
-            budget=Mixture(total_tokens=tokens, shares=(Share(source="stories", share=1.0),)),
+            budget=Mixture(total_tokens=tokens, shares=(Share(source="web", share=1.0),)),
             rows=Rows(row_length=8, batch_rows=2),
             schedule=WarmupCosine(peak_rate=1e-3),
         ),

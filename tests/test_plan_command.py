@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from midstream.catalogue import find_study
 from midstream.cli import app
+from midstream.storage import write_json
+from midstream.study.ledger import Ledger
 
 MAX_MIB = 500
 # The peak of a process that is asked for a plan, with torch never imported.
@@ -92,3 +95,61 @@ def test_what_is_no_gpu_or_no_utilisation_is_refused_with_what_there_is(tmp_path
     found = planned("pocket.when_images_arrive", "--store", str(tmp_path), "--utilisation", "40")
     assert found.exit_code == 2
     assert "not 40" in found.output
+
+
+def test_a_plan_ends_with_2_where_the_study_is_wrong_and_with_0_where_a_machine_lacks_something(
+    tmp_path: Path,
+) -> None:
+    arguments = ("pocket.when_images_arrive", "--store", str(tmp_path), "--json")
+    good = planned(*arguments)
+    assert good.exit_code == 0, good.output
+    assert json.loads(good.stdout)["problems"] == []
+    lacking = planned("paper.table_5", "--set", "scale=79m", "--store", str(tmp_path), "--json")
+    assert lacking.exit_code == 0, lacking.output
+    told = json.loads(lacking.stdout)["problems"]
+    assert {problem["level"] for problem in told} == {"lacking"}
+    assert "planned without the data of" in told[0]["what"]
+
+
+def test_a_completion_that_no_weights_are_kept_at_is_told_by_the_plan(tmp_path: Path) -> None:
+    study = tmp_path / "mine.py"
+    study.write_text(
+        "from midstream.recipes.pocket import when_images_arrive\n"
+        "from midstream.study.stage import *\n"
+        "from midstream.study.studies import Study\n\n\n"
+        "def study() -> Study:\n"
+        "    whole = when_images_arrive(completions=(0.4,), seeds=(7,))\n"
+        "    line = whole.lines[0]\n"
+        "    text = whole.baselines[next(iter(whole.baselines))].of\n"
+        "    early = Evaluate(of=text, completion=0.55, evaluation=line.result.evaluation)\n"
+        "    lines = (line.model_copy(update={'result': early}),)\n"
+        "    return whole.model_copy(update={'lines': lines})\n"
+    )
+    found = planned(f"{study}:study", "--store", str(tmp_path / "store"))
+    assert found.exit_code == 2
+    assert "keeps its weights at 20, 40, 60, 80, 100 %, not at 55 %" in found.stdout
+    assert "add 0.55 to its milestones" in found.stdout
+
+
+@pytest.mark.parametrize("command", ["plan", "status"])
+def test_a_store_of_an_earlier_version_is_named_in_one_sentence(
+    tmp_path: Path, command: str
+) -> None:
+    study = "pocket.when_images_arrive"
+    ledger = Ledger(tmp_path)
+    ledger.save_study(find_study(study, []))
+    found = CliRunner().invoke(app, [command, study, "--store", str(tmp_path)])
+    assert found.stderr == ""
+    # Up to format 4 the data of a study was one stage.
+    write_json(tmp_path / "prepare-0123456789abcdef" / "stage.json", {"kind": "prepare"})
+    found = CliRunner().invoke(app, [command, study, "--store", str(tmp_path)])
+    assert found.exit_code == 0, found.output
+    (line,) = found.stderr.splitlines()
+    assert f"store {tmp_path} holds stages of an earlier version" in line
+    assert "give another --store" in line
+    # Its kept studies may hold what no longer can be read.
+    write_json(tmp_path / "studies" / "mine.json", {"kind": "study", "name": "mine"})
+    found = CliRunner().invoke(app, ["status", "mine", "--store", str(tmp_path)])
+    assert found.exit_code == 2
+    assert isinstance(found.exception, SystemExit)
+    assert "mine.json is of another version of Midstream" in found.stderr

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 # A plan of more stages than this is printed by kind.
 MAX_PLAN_ROWS = 48
 DAY = 24.0
+# What a plan ends with that has something wrong in it; what this machine lacks is none of that.
+WRONG_EXIT_CODE = 2
 # Fewer GPU-hours are not told apart.
 LEAST_HOURS = 0.01
 GIB = 2**30
@@ -64,6 +67,7 @@ def plan(
     from midstream import terminal
     from midstream.catalogue import find_study, with_scale
     from midstream.config import Machine
+    from midstream.study.checks import problems
     from midstream.study.gpus import find_gpu
     from midstream.study.graph import plan as plan_study
     from midstream.study.ledger import Ledger
@@ -72,12 +76,15 @@ def plan(
 
     fleet = Fleet(find_gpu(gpu), gpus, gpus_per_stage, utilisation, checkpointing)
     found, ledger = find_study(study, with_scale(settings, scale)), Ledger(store)
+    terminal.tell_older(ledger)
     work = plan_study(found, ledger)
     machine = Machine.model_validate({"features": features, "max_feature_gib": max_feature_gib})
     kept = feature_plan([row.stage for row in work.rows], ledger, machine)
     priced = price(work, ledger, fleet, kept)
+    found_wrong = problems(work, ledger, priced.needed_bytes)
     if as_json:
         values = {"features": [one.values() for one in kept], "price": price_json(priced, work)}
+        values["problems"] = [asdict(problem) for problem in found_wrong]
         typer.echo(json.dumps(plan_json(work) | values, indent=2))
     else:
         console = terminal.out()
@@ -85,6 +92,7 @@ def plan(
         for one in kept:
             line = one.sentence(terminal.quantity)
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+        terminal.print_problems(found_wrong, console)
     if curves is not None:
         from midstream.report.curves import curves as curves_of
         from midstream.report.curves import write_curves
@@ -94,6 +102,8 @@ def plan(
         for sentence in missing:
             typer.echo(f"not drawn: {sentence}", err=True)
         typer.echo(f"learning rates: {curves}", err=as_json)
+    if any(problem.level == "wrong" for problem in found_wrong):
+        raise typer.Exit(WRONG_EXIT_CODE)
 
 
 def plan_json(plan: "Plan") -> dict[str, Any]:
@@ -143,7 +153,7 @@ def print_plan(plan: "Plan", priced: "Price", console: Console, ledger: "Ledger"
 def _table(first: str) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     # What is squeezed on a narrow terminal is the names of lines.
-    table.add_column(first, no_wrap=True, min_width=29)
+    table.add_column(first, no_wrap=True, min_width=33)
     widths = {"state": 4, "lines": 8, "tokens": 6, "FLOPs": 6, "GPU-h": 6, "GiB": 6}
     for column, width in widths.items():
         table.add_column(column, no_wrap=True, min_width=width)

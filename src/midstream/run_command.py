@@ -74,6 +74,10 @@ def run(
             help="One of these values, for all stages or one kind of them; may be repeated.",
         ),
     ] = None,
+    skip_checks: Annotated[
+        bool,
+        typer.Option("--skip-checks", help="Start at once, whatever is wrong with study or data."),
+    ] = False,
     detach: Annotated[
         bool, typer.Option("--detach", help="With --slurm: leave once all jobs are submitted.")
     ] = False,
@@ -100,7 +104,9 @@ def run(
         from midstream.study.nodes import join
 
         raise typer.Exit(join(ledger.store, machine, typer.echo))
-    run_and_tell(found, ledger, machine, retry=retry, slurm=cluster, detach=detach)
+    run_and_tell(
+        found, ledger, machine, retry=retry, slurm=cluster, detach=detach, skip_checks=skip_checks
+    )
 
 
 def run_and_tell(
@@ -111,6 +117,7 @@ def run_and_tell(
     retry: bool = False,
     slurm: "SlurmSettings | None" = None,
     detach: bool = False,
+    skip_checks: bool = False,
 ) -> int:
     """Run and tell; returns the peak memory in bytes. Leaves with the outcome's code if not 0."""
     from midstream import terminal
@@ -118,6 +125,7 @@ def run_and_tell(
     from midstream.study.cluster.slurm import run_on_slurm
     from midstream.study.graph import plan as plan_study
 
+    terminal.tell_older(ledger)
     memory = terminal.PeakMemory()
     console = terminal.out()
     with terminal.progress(console) as show:
@@ -127,11 +135,27 @@ def run_and_tell(
             show(event)
 
         if slurm is None:
-            outcome = launch.run(study, ledger, machine, on_event, retry=retry)
+            outcome = launch.run(
+                study, ledger, machine, on_event, retry=retry, skip_checks=skip_checks
+            )
         else:
             outcome = run_on_slurm(
-                study, ledger, machine, slurm, on_event, retry=retry, detach=detach
+                study,
+                ledger,
+                machine,
+                slurm,
+                on_event,
+                retry=retry,
+                detach=detach,
+                skip_checks=skip_checks,
             )
+    if outcome.refused:
+        started = "the data is prepared, nothing else" if outcome.num_done else "nothing"
+        terminal.error(
+            f"error: {started} was started; put right what is listed, or add --skip-checks"
+        )
+        terminal.print_problems(outcome.refused, terminal.errors())
+        raise typer.Exit(outcome.exit_code)
     counts = (outcome.num_done, outcome.num_failed, outcome.num_stopped, outcome.num_skipped)
     if not any(counts) and not outcome.num_queued:
         console.print(

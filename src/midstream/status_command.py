@@ -33,11 +33,13 @@ def status(
     ] = False,
 ) -> None:
     """Show how far the studies of a store are: every stage that runs, and the time that is left."""
+    from midstream import terminal
     from midstream.catalogue import stored_study, with_scale
     from midstream.study.ledger import Ledger
     from midstream.study.overview import Board
 
     ledger = Ledger(store)
+    terminal.tell_older(ledger)
     names = ledger.study_names() if study is None else [study]
     if not names:
         raise FileNotFoundError(f"store {store} holds no study; run one, or give another --store")

@@ -13,13 +13,20 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from midstream.study.graph import Plan
+from midstream.study.housekeeping import older_stages
 from midstream.study.ledger import Ledger, State
+from midstream.study.problem import Level, Problem
 
 Event = dict[str, Any]
 # Where standard output is no terminal, a stage prints its progress this often.
 QUIET_SECONDS = 10.0
 STATES: tuple[State, ...] = ("done", "running", "stopped", "failed", "new")
 UNKNOWN = "unknown"
+LEVEL_WORDS: Mapping[Level, str] = {
+    "wrong": "wrong with the study or its data",
+    "lacking": "not on this machine",
+    "doubtful": "doubtful, by what the recipe expects of its data",
+}
 
 
 @contextmanager
@@ -153,10 +160,30 @@ def _finish_line(event: Event) -> str:
     return f"{text}: {event['error']} (see {event['log']})" if event.get("error") else text
 
 
+def errors() -> Console:
+    """The console of standard error."""
+    return Console(stderr=True, soft_wrap=True)
+
+
 def error(text: str) -> None:
     """Print an error in red on standard error."""
-    console = Console(stderr=True, soft_wrap=True)
+    console = errors()
     console.print(text, style="bold red", markup=False, highlight=False)
+
+
+def tell_older(ledger: Ledger) -> None:
+    """Say so on standard error where an earlier version has worked in the store."""
+    if (told := older_stages(ledger)) is not None:
+        errors().print(told, markup=False, highlight=False)
+
+
+def print_problems(problems: Sequence[Problem], console: Console) -> None:
+    """Each problem as a line of its own, of several levels under what they mean."""
+    for level in dict.fromkeys(problem.level for problem in problems):
+        console.print(f"{LEVEL_WORDS[level]}:", style="bold", markup=False, highlight=False)
+        for problem in problems:
+            if problem.level == level:
+                console.print(f"  - {problem}", markup=False, highlight=False, soft_wrap=True)
 
 
 def out() -> Console:

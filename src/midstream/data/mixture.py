@@ -5,14 +5,14 @@ examples that stay whole (captions, conversations) are taken as long as more tha
 inside the budget. What a block holds follows from the block's number alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from midstream.budgets import Need, needs_of
 from midstream.config import Amounts, Budget, Epochs, Mixture
 from midstream.data.stream import Lengths, Stream, Stretch
-from midstream.tokens import apportion
 
 
 @dataclass(frozen=True)
@@ -80,35 +80,22 @@ def quotas_of(
     for name in budget.source_names:
         if name not in by_name:
             raise ValueError(f"no source {name!r} in the data; it holds {sorted(by_name)}")
-    used = [by_name[name] for name in budget.source_names]
-    match budget:
-        case Epochs():
-            found = [_passes(supply, budget.epochs, row_length, seed) for supply in used]
-        case Amounts():
-            amounts = {amount.source: amount for amount in budget.amounts}
-            found = [
-                _passes(supply, epochs, row_length, seed)
-                if (epochs := amounts[supply.name].epochs)
-                else _tokens(supply, amounts[supply.name].tokens or 0, budget, row_length, seed)
-                for supply in used
-            ]
-        case Mixture(by="tokens"):
-            parts = apportion(budget.total_tokens, _shares(budget))
-            found = [
-                _tokens(supply, parts[supply.name], budget, row_length, seed) for supply in used
-            ]
-        case Mixture():
-            parts = apportion(budget.total_tokens // row_length, _shares(budget))
-            found = [
-                _sequences(supply, parts[supply.name], budget, row_length, seed) for supply in used
-            ]
+    texts = {supply.name for supply in supplies if supply.divisible}
+    found = [
+        _quota(by_name[need.source], need, budget, row_length, seed)
+        for need in needs_of(budget, row_length, texts)
+    ]
     if not any(quota.tokens for quota in found):
         raise ValueError(f"the plan holds no token; raise the budget {budget.model_dump()}")
     return found
 
 
-def _shares(budget: Mixture) -> Mapping[str, float]:
-    return {share.source: share.share for share in budget.shares}
+def _quota(supply: Supply, need: Need, budget: Budget, row_length: int, seed: int) -> Quota:
+    if isinstance(budget, Epochs) or need.unit == "epochs":
+        return _passes(supply, need.amount, row_length, seed)
+    if need.sequences is not None and isinstance(budget, Mixture):
+        return _sequences(supply, need.sequences, budget, row_length, seed)
+    return _tokens(supply, need.amount, budget, row_length, seed)
 
 
 def _stream(supply: Supply, budget: Mixture | Amounts | None, seed: int) -> Stream:

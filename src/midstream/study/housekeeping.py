@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from midstream.identity import FORMAT_VERSION
 from midstream.storage import CorruptError, read_json, remove_folder, require_writable, verify
 from midstream.study.graph import order
 from midstream.study.ledger import Ledger, launch_lock
@@ -141,16 +142,29 @@ def check(ledger: Ledger) -> Checked:
     return Checked(len(done), num_folders, num_bytes, tuple(problems))
 
 
+def older_stages(ledger: Ledger) -> str | None:
+    """What is said of a store in which an earlier version has worked; None for any other.
+
+    Up to format 4 the data of a study was one stage, whose folder no later version makes.
+    """
+    if next(ledger.store.glob("prepare-*/stage.json"), None) is None:
+        return None
+    return (
+        f"store {ledger.store} holds stages of an earlier version of Midstream (format 4 or less, "
+        f"this one writes {FORMAT_VERSION}), which are not used: give another --store, or delete "
+        "them (midstream store rm --unneeded)"
+    )
+
+
 def _needs(ledger: Ledger) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for name in ledger.study_names():
         try:
             study = ledger.load_study(name)
-        except ValidationError as error:
+        except ValueError:
             raise ValueError(
                 f"study {name} in {ledger.store / 'studies'} is of another version, so that nobody "
-                f"knows what it needs; forget it, or use that version ({error.error_count()} "
-                "problems)"
+                "knows what it needs; forget it, or use that version"
             ) from None
         for stage in order(study):
             found[stage.name] = (*found.get(stage.name, ()), name)

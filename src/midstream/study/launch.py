@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 from midstream.config import Machine
+from midstream.study.checks import problems_of_run
 from midstream.study.cluster.job_book import require_no_jobs
 from midstream.study.graph import Plan, PlanRow, plan
 from midstream.study.ledger import Ledger, launch_lock
@@ -21,7 +22,8 @@ from midstream.study.outcome import (
     stop_signals,
 )
 from midstream.study.pictures import choice_for, feature_plan
-from midstream.study.stage import Ranked
+from midstream.study.problem import Problem, refused
+from midstream.study.stage import DataStage, Ranked
 from midstream.study.studies import AnyStudy
 from midstream.study.workers import Event, Worker, work_line, write_work
 
@@ -35,6 +37,7 @@ def run(
     on_event: Callable[[Event], None],
     command: Sequence[str] | None = None,
     retry: bool = False,
+    skip_checks: bool = False,
 ) -> Outcome:
     """Run every stage of `study` that is not done, parents first; stopped ones go on.
 
@@ -42,11 +45,14 @@ def run(
     are left and named. `on_event` gets {"event": "plan", "num_stages", "num_done"}, then the
     workers' events with the number of the "worker" and its "log" added. A failed stage stops its
     descendants only; SIGINT or SIGTERM asks the running stages to keep a checkpoint and stop, a
-    second one ends them. A study that is done starts and writes nothing. Raises ValueError if
-    another launcher holds the store, if jobs of it are in a cluster's queue or if a stage still
-    runs elsewhere.
+    second one ends them. A study that is done starts and writes nothing. What `study/checks.py`
+    finds wrong is refused, at first and again when the data is prepared, before which nothing else
+    starts; with `skip_checks` all starts at once, and what is wrong fails where it is met. Raises
+    ValueError if another launcher holds the store, if jobs of it are in a cluster's queue or if a
+    stage still runs elsewhere.
     """
-    require_inputs(study)
+    if skip_checks:
+        require_inputs(study)
     before = plan(study, ledger)
     if not before.to_run:
         return Outcome(num_before=before.num_done)
@@ -54,10 +60,17 @@ def run(
         require_no_jobs(ledger.store)
         work = plan(study, ledger)
         require_not_running(work.rows, ledger)
+        found = () if skip_checks else problems_of_run(work, ledger, machine)
+        if wrong := refused(found):
+            return Outcome(work.num_done, num_skipped=len(work.to_run), refused=wrong)
         ledger.save_study(study)
         on_event({"event": "plan", "num_stages": len(work.rows), "num_done": work.num_done})
+        for doubtful in found:
+            on_event({"event": "note", "text": str(doubtful)})
         with announcer(ledger.store, machine) as nodes:
             launcher = _Launcher(work, ledger, machine, on_event, command, nodes)
+            prepares = any(isinstance(row.stage, DataStage) for row in work.to_run)
+            launcher.preparing = prepares and not skip_checks
             outcome = launcher.run({} if retry else failed_before(work.rows, ledger))
             if nodes is not None:
                 nodes.end(outcome.exit_code)
@@ -90,6 +103,9 @@ class _Launcher:
     states: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
     num_signals: int = 0
+    # Until the data is prepared and checked once more, nothing else starts.
+    preparing: bool = False
+    refused: tuple[Problem, ...] = ()
     # Set when a worker dies before it was ready: then the others would die as well.
     broken: bool = False
     # A SimpleQueue, since a signal handler may put into it while the main thread reads it.
@@ -124,12 +140,19 @@ class _Launcher:
             num_stopped=states.count("stopped"),
             interrupted=self.num_signals > 0,
             messages=tuple(self.messages),
+            refused=self.refused,
         )
 
     def _fill(self) -> None:
         """Give ready stages, longest remaining chain first, to free or new workers."""
-        if self.num_signals or self.broken:
+        if self.num_signals or self.broken or self.refused:
             return
+        if self.preparing and not self._prepares():
+            self.preparing = False
+            now = plan(self.plan.study, self.ledger)
+            self.refused = refused(problems_of_run(now, self.ledger, self.machine))
+            if self.refused:
+                return
         ready = [row for row in self.waiting.values() if self._is_ready(row)]
         ready.sort(key=lambda row: self.chains[row.stage.name], reverse=True)
         for row in ready:
@@ -139,6 +162,14 @@ class _Launcher:
             worker.row = self.waiting.pop(row.stage.name)
             if worker.ready:
                 worker.send(self._features(row))
+
+    def _prepares(self) -> bool:
+        """Whether data is being prepared, or can be."""
+        if any(
+            w.row is not None and isinstance(w.row.stage, DataStage) for w in self.workers.values()
+        ):
+            return True
+        return any(self._is_ready(row) for row in self.waiting.values())
 
     def _free_worker(self, row: PlanRow) -> Worker | None:
         """One that waits, a new one, or, where several ranks share the stage, theirs."""
@@ -162,7 +193,9 @@ class _Launcher:
         return "auto" if chosen is None or chosen.decision == "unknown" else chosen.decision
 
     def _is_ready(self, row: PlanRow) -> bool:
-        """Whether no parent is still to be done."""
+        """Whether no parent is still to be done, nor the data that it must wait for."""
+        if self.preparing and not isinstance(row.stage, DataStage):
+            return False
         return all(
             parent.name not in self.chains or self.states.get(parent.name) == "done"
             for parent in row.stage.parents

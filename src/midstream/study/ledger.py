@@ -187,12 +187,21 @@ class Ledger:
         return path
 
     def load_study(self, name: str) -> AnyStudy:
-        """The study last run under this name; FileNotFoundError lists those there are."""
+        """The study last run under this name.
+
+        Raises FileNotFoundError that lists those there are, ValueError for one of another version.
+        """
         path = self.store / "studies" / f"{name}.json"
         if not path.is_file():
             known = ", ".join(self.study_names()) or "none"
             raise FileNotFoundError(f"no study {name!r} in {path.parent}; it has {known}")
-        return study_from_json(path.read_bytes())
+        try:
+            return study_from_json(path.read_bytes())
+        except ValidationError:
+            raise ValueError(
+                f"{path} is of another version of Midstream, whose studies and stages this one "
+                "does not read; run the study again, or give another --store"
+            ) from None
 
     def study_names(self) -> list[str]:
         """The studies that were run in this store, in the order of the alphabet."""

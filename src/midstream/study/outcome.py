@@ -10,10 +10,13 @@ from types import FrameType
 from midstream.study.graph import PlanRow, missing_inputs
 from midstream.study.lacking import what_can_run
 from midstream.study.ledger import Ledger
+from midstream.study.problem import Problem
 from midstream.study.studies import AnyStudy
 
 # What a process ends with that was asked to stop and can be continued (EX_TEMPFAIL).
 STOPPED_EXIT_CODE = 75
+# What a process ends with that refused to start, as for any error of who uses it.
+REFUSED_EXIT_CODE = 2
 # Signals that ask for it.
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # Of many stages that a sentence is about, so many are named.
@@ -25,7 +28,8 @@ class Outcome:
     """What a run did: stages done before it and in it, failed, stopped; skipped never started.
 
     `num_failed` counts those that failed before and were not tried again; `num_queued` those whose
-    jobs were left to a cluster's queue.
+    jobs were left to a cluster's queue. `refused`: what kept all stages from starting, or those
+    behind the preparation of the data.
     """
 
     num_before: int
@@ -36,12 +40,16 @@ class Outcome:
     num_queued: int = 0
     interrupted: bool = False
     messages: tuple[str, ...] = ()
+    refused: tuple[Problem, ...] = ()
 
     @property
     def exit_code(self) -> int:
-        """0 if all stages are done or queued, 75 if the run was stopped, 1 if a stage failed."""
+        """0 if all stages are done or queued, 75 if the run was stopped, 2 if it was refused, 1 if
+        a stage failed."""
         if self.num_stopped or (self.interrupted and (self.num_skipped or self.num_queued)):
             return STOPPED_EXIT_CODE
+        if self.refused:
+            return REFUSED_EXIT_CODE
         return 1 if self.num_failed or self.num_skipped else 0
 
 

@@ -75,6 +75,13 @@ class FeaturePlan:
         return max(self.pictures, self.kept) * picture_bytes(self.encoder.encoder)
 
     @property
+    def new_bytes(self) -> Number | None:
+        """What storing adds to what the store holds already."""
+        if self.pictures is None:
+            return None
+        return max(0.0, self.pictures - self.kept) * picture_bytes(self.encoder.encoder)
+
+    @property
     def live_flops(self) -> Number | None:
         """Encoding every picture each time it is seen."""
         return None if self.views is None else self.views * encoder_flops(self.encoder.encoder)

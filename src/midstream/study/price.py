@@ -4,19 +4,21 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from midstream.config import TrainedTokenizer
 from midstream.study.cost import Flops, model_parameters, trained_parameters, work_of
 from midstream.study.gpus import UTILISATION, Gpu
 from midstream.study.graph import Plan, PlanRow
 from midstream.study.ledger import Ledger
 from midstream.study.memory import FLOAT, Memory, Setting, memory
 from midstream.study.pictures import FeaturePlan
-from midstream.study.sources import Number
+from midstream.study.sources import Number, facts_of, prepared_index
 from midstream.study.stage import (
     Continue,
     Evaluate,
     Finetune,
     LoadDecoder,
     LoadEncoder,
+    PrepareSource,
     Pretrain,
     Trained,
     TrainEncoder,
@@ -26,6 +28,8 @@ from midstream.study.workload import Workload
 
 # Checkpoints of a running stage: those that are kept (`Machine.keep_checkpoints`), one in writing.
 CHECKPOINTS = 3
+# The name of a caption's or a conversation's record, about.
+NAME_BYTES = 40
 # What an evaluation keeps of each question: prompt, answer, scores.
 ANSWER_BYTES = 512
 # Positions of a question, in the estimate of an evaluation.
@@ -96,6 +100,7 @@ class Price:
     stages: tuple[StagePrice, ...]
     timing: Schedule
     feature_bytes: Number
+    new_feature_bytes: Number
 
     @property
     def gpu_hours(self) -> Number:
@@ -112,6 +117,11 @@ class Price:
         """The most on disk at once: what is there, and what stages take while they run."""
         done = sum((s.kept for s in self.stages if s.row.state == "done"), 0.0)
         return done + self.timing.peak_bytes + self.feature_bytes
+
+    @property
+    def needed_bytes(self) -> Number:
+        """The most that the disk must take beside what is there."""
+        return self.timing.peak_bytes + self.new_feature_bytes
 
     @property
     def parts(self) -> Flops:
@@ -145,8 +155,14 @@ def price(plan: Plan, ledger: Ledger, fleet: Fleet, features: Sequence[FeaturePl
         for stage in stages
         if stage.row.state != "done"
     ]
-    stored = [found.store_bytes or 0.0 for found in features if found.choice.decision == "stored"]
-    return Price(fleet, stages, schedule(tasks, fleet.number), float(sum(stored)))
+    stored = [found for found in features if found.choice.decision == "stored"]
+    return Price(
+        fleet,
+        stages,
+        schedule(tasks, fleet.number),
+        sum((found.store_bytes or 0.0 for found in stored), 0.0),
+        sum((found.new_bytes or 0.0 for found in stored), 0.0),
+    )
 
 
 def _price_of(row: PlanRow, ledger: Ledger, fleet: Fleet) -> StagePrice:
@@ -163,7 +179,7 @@ def _price_of(row: PlanRow, ledger: Ledger, fleet: Fleet) -> StagePrice:
     if row.state != "done" and flops:
         hours = fleet.gpu_hours(flops)
         wall = hours / max(gpus, 1)
-    kept, running = _disk(row, work)
+    kept, running = _disk(row, work, ledger)
     known = flops is not None
     return StagePrice(
         row, gpus, hours if known else None, wall if known else None, fit, kept, running
@@ -208,7 +224,22 @@ def _largest(stage: Trained, work: Workload, fleet: Fleet, ranks: int) -> Fit:
     return Fit(ranks, low, taken(max(low, 1)))
 
 
-def _disk(row: PlanRow, work: Workload | None) -> tuple[Number, Number]:
+def _source_bytes(stage: PrepareSource, ledger: Ledger) -> Number:
+    """What a prepared source takes: the columns of `data/source_writer.py`; 0 where nothing is
+    known of it, or where it lies prepared in the user's own folder."""
+    facts = facts_of(stage, ledger)
+    if facts is None or prepared_index(stage) is not None:
+        return 0.0
+    tokenizer = stage.tokenizer.tokenizer
+    large = isinstance(tokenizer, TrainedTokenizer) and tokenizer.vocab_size > 2**16
+    token, example = 4 if large else 2, 24
+    if facts.kind != "text":
+        # Which tokens are targets; pictures and where they lie; the record's name.
+        token, example = token + 1, example + 32 + NAME_BYTES
+    return facts.tokens * token + facts.examples * example
+
+
+def _disk(row: PlanRow, work: Workload | None, ledger: Ledger) -> tuple[Number, Number]:
     """Bytes that a stage leaves, and that it takes beside while it runs."""
     stage = row.stage
     match stage:
@@ -220,6 +251,8 @@ def _disk(row: PlanRow, work: Workload | None) -> tuple[Number, Number]:
                 written = min(written, work.steps // stage.training.checkpoint_every_steps)
             kept = len(stage.milestones) * state if isinstance(stage, Pretrain) else weights
             return kept, written * state
+        case PrepareSource():
+            return _source_bytes(stage, ledger), 0.0
         case LoadDecoder() | LoadEncoder() | TrainEncoder():
             return FLOAT * float(row.cost.parameters), 0.0
         case Evaluate():
@@ -246,6 +279,7 @@ def price_json(found: Price, plan: Plan) -> dict[str, Any]:
         "flops_by_part": asdict(found.parts),
         "disk_kept_bytes": found.kept_bytes,
         "disk_peak_bytes": found.peak_bytes,
+        "disk_needed_bytes": found.needed_bytes,
         "feature_bytes": found.feature_bytes,
         "too_large": [stage.row.stage.name for stage in found.too_large],
         "by_stage": {stage.row.stage.name: _stage_json(stage, timing) for stage in found.stages},

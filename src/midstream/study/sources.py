@@ -3,11 +3,13 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import log
+from pathlib import Path
 from typing import Any, Literal
 
-from midstream.config import Caption, ExpectedSource, check_caption
+from midstream.config import Caption, ExpectedSource, PublicFolder
+from midstream.identity import PREPARED, SECTIONS
 from midstream.study.ledger import Ledger
-from midstream.study.stage import Prepare
+from midstream.study.stage import Prepare, PrepareSource
 
 # Examples, their text tokens, and the sum of the squares of those, by class of length.
 Number = float | int
@@ -85,28 +87,45 @@ def sources_of(
     """Sources by name, each counted where its stage is done, else as the recipe expects it.
 
     `captions` names them, each with the caption that is seen of it. None where one of them is
-    neither. Raises ValueError for captions that a counted source lacks.
+    neither, and where pictures lack the caption: that is refused before a run.
     """
     facts: dict[str, Facts] = {}
     for name, caption in captions.items():
-        source = data.source(name)
-        if ledger is not None and ledger.is_done(source):
-            facts[name] = facts_of_results(seen_as(name, ledger.results(source), caption))
-        elif source.expected is not None:
-            facts[name] = facts_of_expected(source.expected)
-        else:
+        if (found := facts_of(data.source(name), ledger, caption)) is None:
             return None
+        facts[name] = found
     return facts
 
 
-def seen_as(name: str, source: Mapping[str, Any], caption: Caption) -> Mapping[str, Any]:
-    """The results of a source's stage, counted with this caption of each picture."""
+def facts_of(
+    source: PrepareSource, ledger: Ledger | None, caption: Caption = "original"
+) -> Facts | None:
+    """A source counted where its stage is done, else as the recipe expects it; None for neither,
+    and where pictures lack the caption that is asked."""
+    if ledger is None or not ledger.is_done(source):
+        return None if source.expected is None else facts_of_expected(source.expected)
+    seen = seen_as(ledger.results(source), caption)
+    return None if seen is None else facts_of_results(seen)
+
+
+def seen_as(results: Mapping[str, Any], caption: Caption) -> Mapping[str, Any] | None:
+    """The results of a source's stage, counted with this caption of each picture; None where some
+    pictures lack it."""
     if caption == "original":
-        return source
+        return results
     # Results from before captions were counted know of none but the own ones.
-    have = source.get("captions", {"original": source["num_examples"], "synthetic": 0})
-    check_caption(name, source["kind"], caption, have, source["num_examples"])
-    return {**source, **source["seen"][caption]}
+    if results.get("captions", {}).get("synthetic", 0) < results["num_examples"]:
+        return None
+    return {**results, **results["seen"][caption]}
+
+
+def prepared_index(source: PrepareSource) -> Path | None:
+    """The index of a source that lies prepared in a user's own world, None where none does."""
+    world = source.world
+    if not isinstance(world, PublicFolder) or world.fingerprint is None:
+        return None
+    paths = (world.root / section / source.source / PREPARED for section in SECTIONS)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def facts_of_results(source: Mapping[str, Any]) -> Facts:
