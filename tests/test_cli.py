@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from midstream import __version__, catalogue, plan_command, terminal
 from midstream.cli import app
+from midstream.quantities import quantity
 from midstream.study import launch
 from midstream.study.graph import order, plan
 from midstream.study.ledger import Ledger, launch_lock
@@ -373,4 +374,4 @@ def test_peak_memory_is_the_sum_of_the_largest_stage_of_each_worker(
     ],
 )
 def test_quantities_have_three_digits_and_a_unit(value: float | None, text: str) -> None:
-    assert terminal.quantity(value) == text
+    assert quantity(value) == text

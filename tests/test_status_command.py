@@ -14,7 +14,8 @@ from typer.testing import CliRunner, Result
 import tiny
 from midstream import status_command, terminal
 from midstream.cli import app
-from midstream.show_status import duration, overview_table, totals
+from midstream.quantities import duration
+from midstream.show_status import overview_table, totals
 from midstream.study import progress
 from midstream.study.graph import order
 from midstream.study.ledger import Ledger

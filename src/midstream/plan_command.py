@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from midstream.options import DEFAULT_STORE, ScaleName, Settings, Store, StudyName
+from midstream.quantities import UNKNOWN, quantity
 from midstream.study.gpus import UTILISATION
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def plan(
         console = terminal.out()
         print_plan(work, priced, console, ledger)
         for one in kept:
-            line = one.sentence(terminal.quantity)
+            line = one.sentence()
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     if curves is not None:
         from midstream.report.curves import curves as curves_of
@@ -151,8 +152,6 @@ def _table(first: str) -> Table:
 
 
 def _stages_table(priced: "Price") -> Table:
-    from midstream.terminal import UNKNOWN, quantity
-
     table = _table("stage")
     for stage in priced.stages:
         row = stage.row
@@ -169,8 +168,6 @@ def _stages_table(priced: "Price") -> Table:
 
 
 def _kinds_table(priced: "Price") -> Table:
-    from midstream.terminal import quantity
-
     table = _table("kind")
     for kind in dict.fromkeys(stage.row.stage.kind for stage in priced.stages):
         mine = [stage for stage in priced.stages if stage.row.stage.kind == kind]
@@ -217,8 +214,6 @@ def _count_states(states: Sequence[str]) -> str:
 
 
 def _flops(value: float | int) -> str:
-    from midstream.terminal import quantity
-
     # 5.07 TFLOPs, but 0 FLOPs.
     return quantity(value) + ("FLOPs" if value >= 1e3 else " FLOPs")
 

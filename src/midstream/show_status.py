@@ -7,6 +7,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from midstream.quantities import duration
 from midstream.study.overview import STATES, Overview, StageView
 
 # Columns beside stage, state and done, in the order in which a narrow terminal goes without them:
@@ -67,21 +68,6 @@ def print_reasons(seen: Overview, folders: dict[str, str], console: Console) -> 
                 highlight=False,
                 soft_wrap=True,
             )
-
-
-def duration(seconds: float | int) -> str:
-    """Seconds as a person says them, two units at most: 42 s, 3 min, 2 h 5 min, 3 d 4 h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes = round(whole / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 24:
-        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
-    days, hours = divmod(hours, 24)
-    return f"{days} d {hours} h" if hours else f"{days} d"
 
 
 def _stages(views: Sequence[StageView], width: int, names: Sequence[str]) -> Table:

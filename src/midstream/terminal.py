@@ -19,7 +19,6 @@ Event = dict[str, Any]
 # Where standard output is no terminal, a stage prints its progress this often.
 QUIET_SECONDS = 10.0
 STATES: tuple[State, ...] = ("done", "running", "stopped", "failed", "new")
-UNKNOWN = "unknown"
 
 
 @contextmanager
@@ -162,16 +161,6 @@ def error(text: str) -> None:
 def out() -> Console:
     """The console of standard output."""
     return Console(file=sys.stdout)
-
-
-def quantity(value: float | int | None) -> str:
-    """A number in three digits with a unit, such as 1.25 G; None is unknown."""
-    if value is None:
-        return UNKNOWN
-    for place, unit in enumerate("ZEPTGMk"):
-        if value >= (size := 1000.0 ** (7 - place)):
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.3g}"
 
 
 def print_results(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
