@@ -143,10 +143,11 @@ def draw_panel(axes: Axes, study: Study, groups: Sequence[Group], panel: Panel) 
     if len({group.x for group in groups}) == 1:
         middle = sum(axes.get_xlim()) / 2
         axes.set_xlim(middle - 0.5, middle + 0.5)
-    if axes.dataLim.y0 < 0 < axes.dataLim.y1:
+    lowest, highest = axes.dataLim.intervaly
+    if lowest <= 0 <= highest:
         axes.axhline(0, color=MUTED, linewidth=0.8)
-    elif axes.get_ylim()[0] < 0:
-        axes.set_ylim(bottom=0)
+    elif lowest > 0 > axes.get_ylim()[0]:
+        axes.set_ylim(bottom=0)  # Only the margin reached below it.
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}")
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.tick_params(length=0)
