@@ -313,12 +313,15 @@ EVENTS: list[dict[str, Any]] = [
 ]
 
 
+LABELS = {"pretrain-1": "text, 1 k tokens · 1", "evaluate-2": "evaluation [x] · 2"}
+
+
 def _shown(*, terminal_width: int, interactive: bool) -> str:
     with open(os.devnull, "w") as nowhere:
         console = Console(
             width=terminal_width, record=True, file=nowhere, force_terminal=interactive
         )
-        with terminal.progress(console) as show:
+        with terminal.progress(console, LABELS) as show:
             for event in EVENTS:
                 show(event)
         return console.export_text()
@@ -329,23 +332,24 @@ def test_without_a_terminal_progress_is_a_line_a_stage_and_few_between(
 ) -> None:
     lines = _shown(terminal_width=80, interactive=False).splitlines()
     assert [line.split(" ", 1)[1] for line in lines] == [
-        "1 of 3 stages are done already",
-        "pretrain-1 started",
-        "pretrain-1 done (2/3)",
-        "evaluate-2 started",
-        "evaluate-2 failed: [x] (see w) (2/3)",
+        "1 of 3 stages done already",
+        "text, 1 k tokens · 1 started",
+        "text, 1 k tokens · 1 done (2/3)",
+        "evaluation [x] · 2 started",
+        "evaluation [x] · 2 failed: [x] (see w) (2/3)",
         "stopping: the running stages keep a checkpoint",
     ]
     monkeypatch.setattr(terminal, "QUIET_SECONDS", 0.0)
     lines = _shown(terminal_width=80, interactive=False).splitlines()
-    assert any("pretrain-1 50% 1,234 tokens/s, loss 2.500" in line for line in lines)
+    assert any("text, 1 k tokens · 1 50% 1,234 tokens/s, loss 2.500" in line for line in lines)
 
 
 def test_in_a_terminal_progress_is_bars_and_failures_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     text = _shown(terminal_width=120, interactive=True)
     assert "stages" in text
     assert "2/3" in text
-    assert "evaluate-2 failed: [x] (see w)" in text
+    assert "evaluation [x] · 2 failed: [x] (see w)" in text
+    assert "text, 1 k tokens · 1" in text
 
 
 def test_peak_memory_is_the_sum_of_the_largest_stage_of_each_worker(

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,8 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from midstream.options import DEFAULT_STORE, ScaleName, Settings, Store, StudyName
-from midstream.quantities import UNKNOWN, quantity
+from midstream.quantities import UNKNOWN, counted, quantity
 from midstream.study.gpus import UTILISATION
+from midstream.study.label import kind_words, wrapped
 
 if TYPE_CHECKING:
     from midstream.study.graph import Plan
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 # A plan of more stages than this is printed by kind.
 MAX_PLAN_ROWS = 48
+# Columns that a table's numbers take, and that a stage's name is given at least.
+NUMBERS_WIDTH, LEAST_LABEL_WIDTH = 54, 24
 DAY = 24.0
 # Fewer GPU-hours are not told apart.
 LEAST_HOURS = 0.01
@@ -119,6 +122,7 @@ def plan_json(plan: "Plan") -> dict[str, Any]:
         "stages": [
             {
                 "name": row.stage.name,
+                "label": plan.labels[row.stage.name],
                 "kind": row.stage.kind,
                 "state": row.state,
                 "tokens": row.cost.tokens,
@@ -136,29 +140,28 @@ def print_plan(plan: "Plan", priced: "Price", console: Console, ledger: "Ledger"
     """The plan as a table, by stage or (long ones) by kind, and its totals."""
     console.print(f"{plan.study.name}: {plan.study.question}", style="bold", markup=False)
     by_kind = len(plan.rows) > MAX_PLAN_ROWS
-    console.print(_kinds_table(priced) if by_kind else _stages_table(priced))
+    room = max(console.width - NUMBERS_WIDTH, LEAST_LABEL_WIDTH)
+    console.print(_kinds_table(priced) if by_kind else _stages_table(priced, plan.labels, room))
     for line in [*_totals(plan), *_pictures(plan, ledger), *_prices(plan, priced)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(first: str) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    # What is squeezed on a narrow terminal is the names of lines.
-    table.add_column(first, no_wrap=True, min_width=29)
-    widths = {"state": 4, "lines": 8, "tokens": 6, "FLOPs": 6, "GPU-h": 6, "GiB": 6}
-    for column, width in widths.items():
-        table.add_column(column, no_wrap=True, min_width=width)
+    table.add_column(first, no_wrap=True)
+    for column in ("state", "lines", "tokens", "FLOPs", "GPU-h", "GiB"):
+        table.add_column(column, no_wrap=True)
     return table
 
 
-def _stages_table(priced: "Price") -> Table:
+def _stages_table(priced: "Price", labels: Mapping[str, str], room: int) -> Table:
     table = _table("stage")
     for stage in priced.stages:
         row = stage.row
         table.add_row(
-            row.stage.name,
+            escape(wrapped(labels[row.stage.name], room)),
             row.state,
-            escape(row.lines[0]) if len(row.lines) == 1 else f"{len(row.lines)} lines",
+            str(len(row.lines)),
             quantity(row.cost.tokens),
             quantity(row.cost.flops),
             UNKNOWN if stage.gpu_hours is None else _hours(stage.gpu_hours),
@@ -175,7 +178,7 @@ def _kinds_table(priced: "Price") -> Table:
         tokens = [row.cost.tokens for row in rows if row.cost.tokens is not None]
         flops = [row.cost.flops for row in rows if row.cost.flops is not None]
         table.add_row(
-            f"{len(rows)} {kind}",
+            f"{len(rows)} {kind_words(kind)}",
             _count_states([row.state for row in rows]),
             f"{sum(len(row.lines) for row in rows)}",
             quantity(sum(tokens) if tokens else None),
@@ -239,12 +242,13 @@ def _totals(plan: "Plan") -> list[str]:
         )
     if plan.num_unknown:
         lines.append(
-            f"{plan.num_unknown} stages are not in these sums: unknown until their data is prepared"
+            f"{counted(plan.num_unknown, 'stage is', 'stages are')} not in these sums: unknown "
+            "until their data is prepared"
         )
     if plan.num_expected:
         lines.append(
-            f"{plan.num_expected} stages are counted from what the recipe expects of its data, or "
-            "estimated"
+            f"{counted(plan.num_expected, 'stage is', 'stages are')} counted from what the recipe "
+            "expects of its data, or estimated"
         )
     return lines
 
@@ -273,6 +277,7 @@ def _pictures(plan: "Plan", ledger: "Ledger") -> list[str]:
 def _prices(plan: "Plan", priced: "Price") -> list[str]:
     fleet, timing, parts = priced.fleet, priced.timing, priced.parts
     once, alone = (fleet.gpu_hours(flops) for flops in (plan.shared_flops, plan.naive_flops))
+    path = " -> ".join(plan.labels[name] for name in timing.critical_path) or "nothing is left"
     lines = [
         f"by part: decoder {_flops(parts.decoder)}, head {_flops(parts.head)}, encoder "
         f"{_flops(parts.encoder)} (live), projector {_flops(parts.projector)}",
@@ -280,18 +285,19 @@ def _prices(plan: "Plan", priced: "Price") -> list[str]:
         f"{_hours(priced.gpu_hours)} GPU-hours to run; {_hours(once)} for all stages once, "
         f"{_hours(alone)} if each line ran alone",
         f"on {fleet.number}: {_duration(timing.hours)}, at least {_duration(timing.lower_bound)}; "
-        f"critical path {_duration(timing.critical_hours)}: {_path(timing.critical_path)}",
+        f"critical path {_duration(timing.critical_hours)}: {path}",
         f"disk: {_gib(priced.kept_bytes)} GiB stay, {_gib(priced.peak_bytes)} GiB at most at once",
     ]
     if fits := [stage for stage in priced.stages if stage.fit and stage.fit.fits]:
         most = max(fits, key=lambda stage: stage.fit.memory.total if stage.fit else 0.0)
         assert most.fit is not None, "it fits"
-        lines.append(_memory_line(most.row.stage.name, most.fit, fleet.gpu.room))
+        lines.append(_memory_line(plan.labels[most.row.stage.name], most.fit, fleet.gpu.room))
     if too_large := priced.too_large:
         worst = max(too_large, key=lambda stage: stage.fit.memory.total if stage.fit else 0.0)
         assert worst.fit is not None, "it is too large"
         lines.append(
-            f"{len(too_large)} stages do not fit: {worst.row.stage.name} takes "
+            f"{counted(len(too_large), 'stage does', 'stages do')} not fit: "
+            f"{plan.labels[worst.row.stage.name]} takes "
             f"{worst.fit.memory.total / GIB:,.1f} GiB on each of {worst.fit.gpus} GPUs with one "
             f"row at a time, {fleet.gpu.room / GIB:,.1f} GiB are free; raise --gpus or "
             "--gpus-per-stage, give --checkpointing, or choose a larger --gpu"
@@ -307,10 +313,6 @@ def _memory_line(name: str, fit: "Fit", room: float | int) -> str:
         f"memory: at most {_gib(found.total)} GiB of {_gib(room)} on each GPU ({name}, GPUs: "
         f"{fit.gpus}, micro-batches of up to {fit.micro_rows} rows): {told}"
     )
-
-
-def _path(names: Sequence[str]) -> str:
-    return " -> ".join(names) or "nothing is left"
 
 
 def _duration(hours: float | int) -> str:

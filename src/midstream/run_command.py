@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from midstream.options import DEFAULT_STORE, ScaleName, Settings, Store, StudyName
+from midstream.quantities import counted
 
 if TYPE_CHECKING:
     from midstream.config import Machine, SlurmSettings
@@ -100,7 +101,7 @@ def run(
         from midstream.study.nodes import join
 
         raise typer.Exit(join(ledger.store, machine, typer.echo))
-    run_and_tell(found, ledger, machine, retry=retry, slurm=cluster, detach=detach)
+    run_and_tell(found, ledger, machine, asked=study, retry=retry, slurm=cluster, detach=detach)
 
 
 def run_and_tell(
@@ -108,21 +109,31 @@ def run_and_tell(
     ledger: "Ledger",
     machine: "Machine",
     *,
+    asked: str | None = None,
     retry: bool = False,
     slurm: "SlurmSettings | None" = None,
     detach: bool = False,
 ) -> int:
-    """Run and tell; returns the peak memory in bytes. Leaves with the outcome's code if not 0."""
+    """Run and tell; returns the peak memory in bytes. Leaves with the outcome's code if not 0.
+
+    `asked`: the name under which `status` and `report` find the study again.
+    """
     from midstream import terminal
+    from midstream.catalogue import keep_asked
     from midstream.study import launch
     from midstream.study.cluster.slurm import run_on_slurm
+    from midstream.study.graph import order
     from midstream.study.graph import plan as plan_study
+    from midstream.study.label import labels
 
     memory = terminal.PeakMemory()
     console = terminal.out()
-    with terminal.progress(console) as show:
+    names = labels(order(study))
+    with terminal.progress(console, names) as show:
 
         def on_event(event: dict[str, Any]) -> None:
+            if event["event"] == "plan" and asked is not None:
+                keep_asked(ledger, asked, study)
             memory.note(event)
             show(event)
 
@@ -135,7 +146,7 @@ def run_and_tell(
     counts = (outcome.num_done, outcome.num_failed, outcome.num_stopped, outcome.num_skipped)
     if not any(counts) and not outcome.num_queued:
         console.print(
-            f"nothing to do: all {outcome.num_before} stages of {study.name} are done "
+            f"nothing to do: {counted(outcome.num_before, 'stage')} of {study.name} done "
             f"({ledger.store})",
             soft_wrap=True,
         )
@@ -143,8 +154,8 @@ def run_and_tell(
     done, failed, stopped, skipped = counts
     queued = f", {outcome.num_queued} in Slurm's queue" if outcome.num_queued else ""
     console.print(
-        f"{study.name}: {done} stages done now, {outcome.num_before} before, {failed} failed, "
-        f"{stopped} stopped, {skipped} not started{queued}",
+        f"{study.name}: {counted(done, 'stage')} done now, {outcome.num_before} before, "
+        f"{failed} failed, {stopped} stopped, {skipped} not started{queued}",
         soft_wrap=True,
     )
     for message in outcome.messages:

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from midstream.quantities import counted
 from midstream.study.graph import Plan
 from midstream.study.ledger import Ledger, State
 
@@ -22,10 +23,13 @@ STATES: tuple[State, ...] = ("done", "running", "stopped", "failed", "new")
 
 
 @contextmanager
-def progress(console: Console) -> Iterator[Callable[[Event], None]]:
-    """Yield what shows a launcher's events: bars in a terminal, lines of text elsewhere."""
+def progress(console: Console, labels: Mapping[str, str]) -> Iterator[Callable[[Event], None]]:
+    """Yield what shows a launcher's events: bars in a terminal, lines of text elsewhere.
+
+    `labels` says what stages are called, by the names that the events have.
+    """
     if not console.is_terminal:
-        yield _Lines(console).show
+        yield _named(_Lines(console).show, labels)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -35,7 +39,15 @@ def progress(console: Console) -> Iterator[Callable[[Event], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bars:
-        yield _Bars(bars).show
+        yield _named(_Bars(bars).show, labels)
+
+
+def _named(show: Callable[[Event], None], labels: Mapping[str, str]) -> Callable[[Event], None]:
+    def show_named(event: Event) -> None:
+        stage = event.get("stage")
+        show(event if stage is None else {**event, "stage": labels.get(stage, stage)})
+
+    return show_named
 
 
 @contextmanager
@@ -82,7 +94,9 @@ class _Bars:
                 details=f"{event['num_done']}/{event['num_stages']}",
             )
         elif kind == "started":
-            self.running[event["stage"]] = self.bars.add_task(event["stage"], total=1.0, details="")
+            self.running[event["stage"]] = self.bars.add_task(
+                escape(event["stage"]), total=1.0, details=""
+            )
         elif kind == "progress" and event["stage"] in self.running:
             task = self.running[event["stage"]]
             self.bars.update(task, completed=event["done"], details=_details(event))
@@ -114,7 +128,7 @@ class _Lines:
         kind = event["event"]
         if kind == "plan":
             self.num_stages, self.num_done = event["num_stages"], event["num_done"]
-            self._print(f"{self.num_done} of {self.num_stages} stages are done already")
+            self._print(f"{self.num_done} of {counted(self.num_stages, 'stage')} done already")
         elif kind == "started":
             self.last[event["stage"]] = time.monotonic()
             self._print(f"{event['stage']} started")

@@ -44,6 +44,18 @@ from midstream.study.stage import (
 
 DIGITS = 7
 MARK = " \N{MIDDLE DOT} "
+# What a kind of stage is called among others.
+KINDS = {
+    "prepare": "data",
+    "train_encoder": "encoder",
+    "load_encoder": "imported encoder",
+    "fuse_encoders": "encoders side by side",
+    "load_decoder": "imported text model",
+    "pretrain": "text",
+    "continue": "image-text",
+    "finetune": "fine-tuning",
+    "evaluate": "evaluation",
+}
 # Of the values that tell stages of the same words apart, no more are named.
 MAX_DIFFERENCES = 3
 # Longer values are cut.
@@ -79,9 +91,37 @@ def handle(identity: str, digits: int = DIGITS) -> str:
     return identity[:digits]
 
 
+def digits_of(folder: str) -> str:
+    """The identity that a stage's folder name ends with."""
+    return folder.rpartition("-")[2]
+
+
 def joined(text: str, short: str) -> str:
     """Words and handle as they are printed together."""
     return f"{text}{MARK}{short}"
+
+
+def shortened(text: str, width: int) -> str:
+    """A label in so many columns: the words are cut, the handle stays as long as there is room."""
+    if len(text) <= width:
+        return text
+    said, _, short = text.rpartition(MARK)
+    room = width - len(MARK) - len(short) - 1
+    return f"{said[:room].rstrip(' ,')}…{MARK}{short}" if room > 0 else short[:width]
+
+
+def wrapped(text: str, width: int) -> str:
+    """A label in lines of so many columns, as far as its parts are no longer: cut at commas."""
+    lines = [""]
+    for part in text.split(", "):
+        longer = f"{lines[-1]}, {part}" if lines[-1] else part
+        lines = [*lines[:-1], longer] if len(longer) <= width or not lines[-1] else [*lines, part]
+    return ",\n".join(lines)
+
+
+def kind_words(kind: str) -> str:
+    """What stages of a kind are called."""
+    return KINDS.get(kind, kind.replace("_", " "))
 
 
 def shortest(identities: Sequence[str]) -> int:
@@ -127,7 +167,7 @@ def _parts(stage: Stage) -> tuple[str, ...]:
             return _evaluation(stage)
     # A kind that has no words of its own: those of its name, and the source that it is about.
     source = getattr(stage, "source", None)
-    return (str(stage.kind).replace("_", " "), *((source,) if isinstance(source, str) else ()))
+    return (kind_words(stage.kind), *((source,) if isinstance(source, str) else ()))
 
 
 def _evaluation(stage: Evaluate) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 from midstream.storage import read_json
 from midstream.study.cost import StageCost, cost
 from midstream.study.graph import order
+from midstream.study.label import labels
 from midstream.study.ledger import Ledger, State, is_held
 from midstream.study.progress import Sign, read_sign
 from midstream.study.stage import PrepareSource, Stage, TrainEncoder
@@ -25,9 +26,13 @@ _ALIVE = frozenset(
 
 @dataclass(frozen=True)
 class StageView:
-    """One stage: how it stands, how far it is (`sign`), and where it runs or ran."""
+    """One stage: how it stands, how far it is (`sign`), and where it runs or ran.
+
+    `name` is its folder's, `label` what it is called.
+    """
 
     name: str
+    label: str
     kind: str
     state: State
     sign: Sign = field(default_factory=Sign)
@@ -91,6 +96,7 @@ class Board:
     def __init__(self, study: AnyStudy, ledger: Ledger) -> None:
         self.study, self.ledger = study, ledger
         self.stages = {stage.name: stage for stage in order(study)}
+        self.labels = labels(list(self.stages.values()))
         self.parents = {name: stage.parents for name, stage in self.stages.items()}
         self._costs: dict[str, StageCost] = {}
         self._seconds: dict[str, float] = {}
@@ -139,6 +145,7 @@ class Board:
         number = job.get("job", job.get("id"))
         view = StageView(
             stage.name,
+            self.labels[stage.name],
             stage.kind,
             state,
             flops=costs.flops,
@@ -234,6 +241,7 @@ def overview_json(seen: Overview) -> dict[str, Any]:
         "stages": [
             {
                 "name": view.name,
+                "label": view.label,
                 "kind": view.kind,
                 "state": view.state,
                 **{key: getattr(view.sign, key) for key in Sign.__dataclass_fields__},

@@ -20,6 +20,7 @@ from midstream.flops import encoder_flops
 from midstream.identity import digest
 from midstream.quantities import quantity
 from midstream.study.cost import cost
+from midstream.study.label import label
 from midstream.study.ledger import Ledger
 from midstream.study.sources import Facts, sources_of
 from midstream.study.stage import (
@@ -109,7 +110,7 @@ class FeaturePlan:
         """One line for a reader."""
         config = self.encoder.encoder
         text = (
-            f"features of {self.encoder.name} ({config.num_patches} x {config.hidden_size} "
+            f"features of {label(self.encoder)} ({config.num_patches} x {config.hidden_size} "
             f"{config.feature_dtype}): {self.choice.decision}, {self.choice.reason}"
         )
         if self.pictures is None or self.views is None:
