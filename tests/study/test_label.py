@@ -14,7 +14,20 @@ from midstream.study.stage import (
     Stage,
     StartText,
 )
-from tiny import CHAT, DATA, ENCODER_STAGE, EVALUATION, ROWS, SEEN, TEXT, image_run, mixture, warm
+from tiny import (
+    CHAT,
+    DATA,
+    ENCODER_STAGE,
+    EVALUATION,
+    ROWS,
+    SEEN,
+    TEXT,
+    TOKENIZER,
+    WORLD,
+    image_run,
+    mixture,
+    warm,
+)
 
 
 def tuned(start: Continue | StartText, budget: Budget | None = None) -> Finetune:
@@ -27,7 +40,9 @@ def tuned(start: Continue | StartText, budget: Budget | None = None) -> Finetune
 @pytest.mark.parametrize(
     ("stage", "words"),
     [
-        (DATA, "data, pocket world"),
+        (WORLD, "pocket world laid out"),
+        (TOKENIZER, "tokenizer of 400 tokens"),
+        (DATA.source("web"), "source web"),
         (ENCODER_STAGE, "encoder siglip, pictures, seed 0"),
         (TEXT, "text, 16 k tokens, seed 0"),
         (SEEN, "image-text, text 40 %, seed 0"),

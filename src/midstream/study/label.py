@@ -7,7 +7,6 @@ the identity. Folders keep their long names (`docs/store.md`).
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -20,8 +19,11 @@ from midstream.config import (
     FusedEncoder,
     Mixture,
     PatchProjection,
+    PublicFolder,
     Share,
+    TokenizerFile,
     Training,
+    World,
 )
 from midstream.identity import Placement
 from midstream.quantities import counted, quantity
@@ -34,7 +36,9 @@ from midstream.study.stage import (
     FuseEncoders,
     LoadDecoder,
     LoadEncoder,
-    Prepare,
+    PrepareSource,
+    PrepareTokenizer,
+    PrepareWorld,
     Pretrain,
     Stage,
     StageBase,
@@ -46,7 +50,9 @@ DIGITS = 7
 MARK = " \N{MIDDLE DOT} "
 # What a kind of stage is called among others.
 KINDS = {
-    "prepare": "data",
+    "prepare_world": "world",
+    "prepare_tokenizer": "tokenizer",
+    "prepare_source": "source",
     "train_encoder": "encoder",
     "load_encoder": "imported encoder",
     "fuse_encoders": "encoders side by side",
@@ -145,8 +151,12 @@ def words(stage: Stage) -> str:
 
 def _parts(stage: Stage) -> tuple[str, ...]:
     match stage:
-        case Prepare():
-            return ("data", _world(stage))
+        case PrepareWorld():
+            return (f"{_world(stage.world)} laid out",)
+        case PrepareTokenizer():
+            return (_tokenizer(stage),)
+        case PrepareSource():
+            return (f"source {stage.source}",)
         case TrainEncoder():
             name = _encoder(stage.encoder)
             return (f"encoder {name}", stage.training.source, f"seed {stage.training.seed}")
@@ -165,9 +175,7 @@ def _parts(stage: Stage) -> tuple[str, ...]:
             return ("fine-tuning", *_origin(stage), amount, f"seed {stage.training.seed}")
         case Evaluate():
             return _evaluation(stage)
-    # A kind that has no words of its own: those of its name, and the source that it is about.
-    source = getattr(stage, "source", None)
-    return (kind_words(stage.kind), *((source,) if isinstance(source, str) else ()))
+    return (kind_words(stage.kind),)
 
 
 def _evaluation(stage: Evaluate) -> tuple[str, ...]:
@@ -212,9 +220,16 @@ def _place(stage: Pretrain | LoadDecoder, completion: float = 1.0) -> str:
     return f"text {name} %" if name.isdecimal() and int(name) <= 100 else f"text of {name}"
 
 
-def _world(stage: Prepare) -> str:
-    root = getattr(stage.world, "root", None)
-    return f"{stage.world.kind.replace('_', ' ')} world" if root is None else Path(root).name
+def _world(world: World) -> str:
+    if isinstance(world, PublicFolder):
+        return world.root.name
+    return f"{world.kind.replace('_', ' ')} world"
+
+
+def _tokenizer(stage: PrepareTokenizer) -> str:
+    if isinstance(stage.tokenizer, TokenizerFile):
+        return f"tokenizer {stage.tokenizer.path.name}"
+    return f"tokenizer of {stage.tokenizer.vocab_size:,} tokens"
 
 
 def _encoder(encoder: AnyEncoderConfig) -> str:
