@@ -15,7 +15,6 @@ from rich.table import Table
 from midstream.options import DEFAULT_STORE, ScaleName, Settings, Store, StudyName
 from midstream.quantities import UNKNOWN, counted, quantity
 from midstream.study.gpus import UTILISATION
-from midstream.study.label import kind_words, wrapped
 
 if TYPE_CHECKING:
     from midstream.study.graph import Plan
@@ -155,6 +154,8 @@ def _table(first: str) -> Table:
 
 
 def _stages_table(priced: "Price", labels: Mapping[str, str], room: int) -> Table:
+    from midstream.study.label import wrapped
+
     table = _table("stage")
     for stage in priced.stages:
         row = stage.row
@@ -171,6 +172,8 @@ def _stages_table(priced: "Price", labels: Mapping[str, str], room: int) -> Tabl
 
 
 def _kinds_table(priced: "Price") -> Table:
+    from midstream.study.label import kind_words
+
     table = _table("kind")
     for kind in dict.fromkeys(stage.row.stage.kind for stage in priced.stages):
         mine = [stage for stage in priced.stages if stage.row.stage.kind == kind]
