@@ -11,9 +11,10 @@ from typer.testing import CliRunner, Result
 
 from midstream import __version__, catalogue, plan_command, terminal
 from midstream.cli import app
-from midstream.quantities import quantity
+from midstream.quantities import counted, quantity
 from midstream.study import launch
 from midstream.study.graph import order, plan
+from midstream.study.label import label
 from midstream.study.ledger import Ledger, launch_lock
 from midstream.study.studies import Study
 
@@ -125,7 +126,8 @@ def test_plan_prints_stages_and_totals(file: Path, store: Path) -> None:
     assert result.exit_code == 0, result.output
     study = catalogue.find_study(f"{file}:study", ["tokens=2000"])
     for stage in order(study):
-        assert stage.name in result.stdout
+        assert stage.identity[:7] in result.stdout
+        assert label(stage).partition(",")[0] in result.stdout
     assert "2 k" in result.stdout
     assert "0 done, 5 to run" in result.stdout
     assert "[bold]Why?" in result.stdout
@@ -147,7 +149,7 @@ def test_a_long_plan_is_printed_by_kind(
 ) -> None:
     monkeypatch.setattr(plan_command, "MAX_PLAN_ROWS", 2)
     result = midstream("plan", f"{file}:study", "--store", store)
-    assert "1 pretrain" in result.stdout
+    assert "1 text" in result.stdout
     assert "preparesource-" not in result.stdout
 
 
@@ -250,7 +252,7 @@ def test_the_exit_code_tells_how_a_run_ended(
     monkeypatch.setattr(launch, "run", lambda *_, **__: outcome)
     result = midstream("run", f"{file}:study", "--store", store)
     assert result.exit_code == code, result.output
-    assert f"{outcome.num_done} stages done now" in result.stdout
+    assert f"{counted(outcome.num_done, 'stage')} done now" in result.stdout
     assert ("a failed: b" in result.stderr) == (code == 1)
     assert ("continues" in result.stderr) == (code == 75)
 

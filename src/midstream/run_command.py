@@ -146,7 +146,7 @@ def run_and_tell(
     counts = (outcome.num_done, outcome.num_failed, outcome.num_stopped, outcome.num_skipped)
     if not any(counts) and not outcome.num_queued:
         console.print(
-            f"nothing to do: {counted(outcome.num_before, 'stage')} of {study.name} done "
+            f"nothing to do: all {outcome.num_before} stages of {study.name} are done "
             f"({ledger.store})",
             soft_wrap=True,
         )
