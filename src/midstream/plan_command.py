@@ -19,6 +19,7 @@ from midstream.study.gpus import UTILISATION
 if TYPE_CHECKING:
     from midstream.study.graph import Plan
     from midstream.study.ledger import Ledger
+    from midstream.study.measured import Measured
     from midstream.study.price import Fit, Price, StagePrice
 
 # A plan of more stages than this is printed by kind.
@@ -70,6 +71,7 @@ def plan(
     from midstream.study.gpus import find_gpu
     from midstream.study.graph import plan as plan_study
     from midstream.study.ledger import Ledger
+    from midstream.study.measured import measured
     from midstream.study.pictures import feature_plan
     from midstream.study.price import Fleet, price, price_json
 
@@ -79,12 +81,16 @@ def plan(
     machine = Machine.model_validate({"features": features, "max_feature_gib": max_feature_gib})
     kept = feature_plan([row.stage for row in work.rows], ledger, machine)
     priced = price(work, ledger, fleet, kept)
+    here = measured(work, ledger, Machine.model_validate(found.machine).workers)
     if as_json:
         values = {"features": [one.values() for one in kept], "price": price_json(priced, work)}
+        values["this_machine"] = here.values()
         typer.echo(json.dumps(plan_json(work) | values, indent=2))
     else:
         console = terminal.out()
         print_plan(work, priced, console, ledger)
+        for line in _here(here):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         for one in kept:
             line = one.sentence()
             console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -306,6 +312,21 @@ def _prices(plan: "Plan", priced: "Price") -> list[str]:
             "--gpus-per-stage, give --checkpointing, or choose a larger --gpu"
         )
     return lines
+
+
+def _here(found: "Measured") -> list[str]:
+    """The time on this machine, where stages were done on it."""
+    if found.timing is None:
+        return []
+    where = "this machine" if found.device is None else f"this machine ({found.device})"
+    line = (
+        f"{where}: about {_duration(found.timing.hours)} with "
+        f"{counted(found.workers, 'worker')}, {_duration(sum(found.hours.values()))} one after "
+        f"another; by the time that {counted(found.num_samples, 'done stage')} took"
+    )
+    if found.num_untimed:
+        line += f"; {counted(found.num_untimed, 'stage')} of kinds not measured left out"
+    return [line]
 
 
 def _memory_line(name: str, fit: "Fit", room: float | int) -> str:
