@@ -266,7 +266,6 @@ def _pictures(plan: "Plan", ledger: "Ledger") -> list[str]:
     """Pictures that the image-text stages see, under either unit of a share."""
     from midstream.study.cost import images_seen
     from midstream.study.stage import Continue
-    from midstream.terminal import quantity
 
     stages = [row.stage for row in plan.rows if isinstance(row.stage, Continue)]
     told = []
