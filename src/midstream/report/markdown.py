@@ -42,7 +42,8 @@ def _section(facts: Facts) -> list[str]:
     lines += [f"Settings: {escape_markdown(facts.settings)}.", ""]
     if not facts.complete:
         left, whole = len(facts.plan.to_run), len(facts.plan.rows)
-        lines += [f"**Not complete: {left} of {counted(whole, 'stage')} not done.**", ""]
+        stages, are = counted(whole, "stage"), "is" if left == 1 else "are"
+        lines += [f"**Not complete: {left} of {stages} {are} not done.**", ""]
     lines += [to_markdown(scores_export(study, facts.groups).grid)]
     lines += [line for text in _cuts(facts) for line in (text, "")]
     if facts.view is not None:
