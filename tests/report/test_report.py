@@ -553,7 +553,7 @@ def test_page_shows_realised_tokens_padding_and_memory_of_the_store(
     assert "+23,456" in text
     assert "43.2 %" in text
     assert "7.0 GiB" in text
-    assert stage.name in text
+    assert stage.identity[:7] in text
 
 
 def test_page_says_what_sharing_saved(study: Study, finished: Path) -> None:
