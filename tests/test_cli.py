@@ -11,8 +11,10 @@ from typer.testing import CliRunner, Result
 
 from midstream import __version__, catalogue, plan_command, terminal
 from midstream.cli import app
+from midstream.quantities import counted, quantity
 from midstream.study import launch
 from midstream.study.graph import order, plan
+from midstream.study.label import label
 from midstream.study.ledger import Ledger, launch_lock
 from midstream.study.studies import Study
 
@@ -124,7 +126,8 @@ def test_plan_prints_stages_and_totals(file: Path, store: Path) -> None:
     assert result.exit_code == 0, result.output
     study = catalogue.find_study(f"{file}:study", ["tokens=2000"])
     for stage in order(study):
-        assert stage.name in result.stdout
+        assert stage.identity[:7] in result.stdout
+        assert label(stage).partition(",")[0] in result.stdout
     assert "2 k" in result.stdout
     assert "0 done, 5 to run" in result.stdout
     assert "[bold]Why?" in result.stdout
@@ -146,7 +149,7 @@ def test_a_long_plan_is_printed_by_kind(
 ) -> None:
     monkeypatch.setattr(plan_command, "MAX_PLAN_ROWS", 2)
     result = midstream("plan", f"{file}:study", "--store", store)
-    assert "1 pretrain" in result.stdout
+    assert "1 text" in result.stdout
     assert "preparesource-" not in result.stdout
 
 
@@ -249,7 +252,7 @@ def test_the_exit_code_tells_how_a_run_ended(
     monkeypatch.setattr(launch, "run", lambda *_, **__: outcome)
     result = midstream("run", f"{file}:study", "--store", store)
     assert result.exit_code == code, result.output
-    assert f"{outcome.num_done} stages done now" in result.stdout
+    assert f"{counted(outcome.num_done, 'stage')} done now" in result.stdout
     assert ("a failed: b" in result.stderr) == (code == 1)
     assert ("continues" in result.stderr) == (code == 75)
 
@@ -312,12 +315,15 @@ EVENTS: list[dict[str, Any]] = [
 ]
 
 
+LABELS = {"pretrain-1": "text, 1 k tokens · 1", "evaluate-2": "evaluation [x] · 2"}
+
+
 def _shown(*, terminal_width: int, interactive: bool) -> str:
     with open(os.devnull, "w") as nowhere:
         console = Console(
             width=terminal_width, record=True, file=nowhere, force_terminal=interactive
         )
-        with terminal.progress(console) as show:
+        with terminal.progress(console, LABELS) as show:
             for event in EVENTS:
                 show(event)
         return console.export_text()
@@ -328,23 +334,24 @@ def test_without_a_terminal_progress_is_a_line_a_stage_and_few_between(
 ) -> None:
     lines = _shown(terminal_width=80, interactive=False).splitlines()
     assert [line.split(" ", 1)[1] for line in lines] == [
-        "1 of 3 stages are done already",
-        "pretrain-1 started",
-        "pretrain-1 done (2/3)",
-        "evaluate-2 started",
-        "evaluate-2 failed: [x] (see w) (2/3)",
+        "1 of 3 stages done already",
+        "text, 1 k tokens · 1 started",
+        "text, 1 k tokens · 1 done (2/3)",
+        "evaluation [x] · 2 started",
+        "evaluation [x] · 2 failed: [x] (see w) (2/3)",
         "stopping: the running stages keep a checkpoint",
     ]
     monkeypatch.setattr(terminal, "QUIET_SECONDS", 0.0)
     lines = _shown(terminal_width=80, interactive=False).splitlines()
-    assert any("pretrain-1 50% 1,234 tokens/s, loss 2.500" in line for line in lines)
+    assert any("text, 1 k tokens · 1 50% 1,234 tokens/s, loss 2.500" in line for line in lines)
 
 
 def test_in_a_terminal_progress_is_bars_and_failures_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     text = _shown(terminal_width=120, interactive=True)
     assert "stages" in text
     assert "2/3" in text
-    assert "evaluate-2 failed: [x] (see w)" in text
+    assert "evaluation [x] · 2 failed: [x] (see w)" in text
+    assert "text, 1 k tokens · 1" in text
 
 
 def test_peak_memory_is_the_sum_of_the_largest_stage_of_each_worker(
@@ -373,4 +380,4 @@ def test_peak_memory_is_the_sum_of_the_largest_stage_of_each_worker(
     ],
 )
 def test_quantities_have_three_digits_and_a_unit(value: float | None, text: str) -> None:
-    assert terminal.quantity(value) == text
+    assert quantity(value) == text

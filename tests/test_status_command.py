@@ -3,7 +3,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,13 @@ from typer.testing import CliRunner, Result
 
 import tiny
 from midstream import status_command, terminal
+from midstream.catalogue import keep_asked
 from midstream.cli import app
-from midstream.show_status import duration, overview_table, totals
+from midstream.quantities import duration
+from midstream.show_status import overview_table, totals
 from midstream.study import progress
 from midstream.study.graph import order
+from midstream.study.label import label
 from midstream.study.ledger import Ledger
 from midstream.study.overview import Board, Overview, StageView
 from midstream.study.progress import Sign
@@ -87,9 +89,9 @@ def test_status_shows_what_runs_and_counts_the_rest(ledger: Ledger, held: ExitSt
     for arguments in ((), ("mine.small",)):
         result = midstream("status", *arguments, "--store", ledger.store)
         assert result.exit_code == 0, result.output
-        assert "pretrain-" in result.stdout
+        assert label(tiny.TEXT) in result.stdout
         assert "25%" in result.stdout
-        assert f"{ledger.folder(tiny.TEXT)} is running since" in result.stdout
+        assert f"{label(tiny.TEXT)}: {ledger.folder(tiny.TEXT)} is running" in result.stdout
         assert "2 of 6 stages done, 1 running, 0 failed, 3 to run" in " ".join(
             result.stdout.split()
         )
@@ -101,6 +103,7 @@ def test_status_as_json_has_every_stage(ledger: Ledger, held: ExitStack) -> None
     assert study["study"] == "mine.small"
     assert study["counts"]["running"] == 1
     assert [one["name"] for one in study["stages"]] == [one.name for one in order(STUDY)]
+    assert [one["label"] for one in study["stages"]] == [label(one) for one in order(STUDY)]
 
 
 def test_an_unknown_study_is_answered_with_the_nearest_of_store_and_recipes(
@@ -121,14 +124,69 @@ def test_a_suite_is_shown_as_one(ledger: Ledger) -> None:
     assert "0 of 6 stages done" in result.stdout
 
 
+# ------------------------------------------------------------------------- which study is meant
+
+
+def renamed(name: str) -> Study:
+    return STUDY.model_copy(update={"name": name})
+
+
+def ran(ledger: Ledger, name: str, at: int) -> None:
+    """A study that was run under this name, at so many seconds."""
+    os.utime(ledger.save_study(renamed(name)), (at, at))
+
+
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_a_study_is_found_without_the_scale_in_its_name(ledger: Ledger, command: str) -> None:
+    ran(ledger, "paper.figure_4.79m", at=1)
+    result = midstream(command, "paper.figure_4", "--store", ledger.store)
+    assert result.exit_code == 0, result.output
+    assert "paper.figure_4.79m" in result.stdout
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_of_several_scales_the_last_run_is_shown_and_the_others_are_named(
+    ledger: Ledger, command: str
+) -> None:
+    ran(ledger, "paper.figure_4.1b", at=1)
+    ran(ledger, "paper.figure_4.pocket", at=3)
+    ran(ledger, "paper.figure_4.79m", at=2)
+    result = midstream(command, "paper.figure_4", "--store", ledger.store)
+    assert result.exit_code == 0, result.output
+    assert "paper.figure_4.pocket" in result.stdout
+    assert "paper.figure_4.pocket was run last" in result.stderr
+    assert "there is also paper.figure_4.79m, paper.figure_4.1b" in result.stderr
+    named = midstream(command, "paper.figure_4.1b", "--store", ledger.store)
+    assert "paper.figure_4.1b" in named.stdout
+    assert named.stderr == ""
+
+
+def test_a_study_within_a_suite_is_found_without_its_scale(ledger: Ledger) -> None:
+    suite = Suite(name="paper.figures.79m", question="?", studies=(renamed("paper.figure_4.79m"),))
+    ledger.save_study(suite)
+    result = midstream("status", "paper.figure_4", "--store", ledger.store)
+    assert "paper.figure_4.79m" in result.stdout
+
+
+def test_a_study_of_a_file_is_found_by_what_run_was_given(ledger: Ledger, tmp_path: Path) -> None:
+    file = tmp_path / "my.py"
+    file.write_text("raise RuntimeError('it is not asked again')")
+    keep_asked(ledger, f"{file}:study", STUDY)
+    result = midstream("status", f"{file}:study", "--store", ledger.store)
+    assert result.exit_code == 0, result.output
+    assert "mine.small" in result.stdout
+
+
 # ---------------------------------------------------------------------------------- the table
 
 
 def stage_view(number: int, state: str = "running", **values: object) -> StageView:
     name = f"continue-{number:04x}000000000000"
+    called = f"image-text, text 80 %, seed {number} · {number:04x}000"
     sign = Sign(done=0.5, loss=1.25, tokens_per_second=12_345.0, seconds_left=90.0)
     place = {"sign": sign, "host": "node7", "pid": 4, "since": "2026-01-02T03:04:05+00:00"}
-    return StageView(name, "continue", state, **{**place, **values})  # type: ignore[arg-type]
+    return StageView(name, called, "continue", state, **{**place, **values})  # type: ignore[arg-type]
 
 
 def overview(*stages: StageView) -> Overview:
@@ -142,15 +200,9 @@ def test_the_table_fits_any_width_and_says_more_where_there_is_room(width: int) 
     assert max(len(line) for line in text.splitlines()) <= width
     assert "50%" in text
     assert ("1.250" in text) == (width >= 56)
-    assert ("node7:4" in text) == (width >= 88)
-    assert ("continue-0001000000000000" in text) == (width >= 120)
-
-
-def test_names_are_as_long_as_tells_them_apart() -> None:
-    twins = tuple(replace(stage_view(1), name=f"continue-1234567{k}00000000") for k in (8, 9))
-    text = drawn(overview(*twins), 80)
-    assert "continue-12345678 " in text
-    assert "continue-12345679 " in text
+    assert ("node7:4" in text) == (width >= 100)
+    assert "0001000" in text
+    assert ("image-text, text 80 %, seed 1 · 0001000" in text) == (width >= 80)
 
 
 def test_many_stages_are_shown_as_far_as_there_is_room_and_the_rest_is_counted() -> None:
@@ -166,7 +218,7 @@ def test_many_stages_are_shown_as_far_as_there_is_room_and_the_rest_is_counted()
 def test_what_runs_stands_before_what_failed_and_that_before_what_was_stopped() -> None:
     seen = overview(stage_view(1, "stopped"), stage_view(2, "failed"), stage_view(3))
     text = drawn(seen, 100)
-    places = [text.index(f"continue-000{k}") for k in (3, 2, 1)]
+    places = [text.index(f"seed {k}") for k in (3, 2, 1)]
     assert places == sorted(places)
 
 
@@ -320,13 +372,14 @@ def test_logs_show_a_stages_state_steps_and_its_own_part_of_the_log(
     say(log, "a traceback that came later\n")
     first = midstream("logs", "prepare", "--store", ledger.store, "--lines", 2)
     assert first.exit_code == 0, first.output
-    assert f"{ledger.folder(tiny.WORLD)} is done" in first.stdout
+    assert f"{label(tiny.WORLD)}: {ledger.folder(tiny.WORLD)} is done" in first.stdout
     assert '"loss": 2.0' in first.stdout
     assert "two\nthree\n" in first.stdout
     for other in ("nobody", "first", "traceback"):
         assert other not in first.stdout
-    second = midstream("logs", tiny.TEXT.name[:12], "--store", ledger.store)
-    assert "is failed" in second.stdout
+    for wanted in (tiny.TEXT.name, tiny.TEXT.name[:12], tiny.TEXT.identity[:7], label(tiny.TEXT)):
+        second = midstream("logs", wanted, "--store", ledger.store)
+        assert f"{label(tiny.TEXT)}: {ledger.folder(tiny.TEXT)} is failed" in second.stdout
     assert "error: ValueError: bad" in second.stdout
     assert "a traceback that came later" in second.stdout
     assert "three" not in second.stdout

@@ -6,16 +6,20 @@ import inspect
 import json
 import pkgutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args, get_type_hints
 
 from midstream import recipes
+from midstream.storage import read_json, write_json
 from midstream.study.ledger import Ledger
 from midstream.study.studies import AnyStudy, Study, Suite
 
 Recipe = Callable[..., AnyStudy]
+# By the names that `run` was given, those of the studies that it ran.
+ASKED = "asked.json"
 
 
 def find_study(name: str, settings: Sequence[str]) -> AnyStudy:
@@ -31,26 +35,77 @@ def find_study(name: str, settings: Sequence[str]) -> AnyStudy:
     return study
 
 
-def stored_study(name: str, ledger: Ledger, settings: Sequence[str]) -> AnyStudy:
-    """The study last run in the store under this name or within a suite, else the recipe's.
+@dataclass(frozen=True)
+class LastStudy:
+    """A study, and what is to be said of how it was found: `note` is None where all was clear."""
 
-    As `find_study`; a name that is neither is answered with the nearest of both.
+    study: AnyStudy
+    note: str | None = None
+
+
+def last_study(name: str, ledger: Ledger, settings: Sequence[str]) -> LastStudy:
+    """The study last run in the store under this name, else the recipe's.
+
+    A name is what `run` was given, that of a stored study, or of one within a stored suite; the
+    scale at its end may be left out. `settings` ask for the recipe with these arguments. Raises as
+    `find_study`; a name that is nothing of these is answered with the nearest.
     """
-    stored = ledger.study_names()
-    if not settings and name in stored:
-        return ledger.load_study(name)
-    for other in () if settings else stored:
+    kept = [] if settings else _last_first(ledger)
+    asked = _asked(ledger).get(_asked_as(name))
+    if found := [other for other in kept if other == asked or _answers(other, name)]:
+        return LastStudy(ledger.load_study(found[0]), _choice(name, found))
+    within: dict[str, Study] = {}
+    for other in kept:
         for study in ledger.load_study(other).studies:
-            if study.name == name:
-                return study
+            if _answers(study.name, name):
+                within.setdefault(study.name, study)
+    if within:
+        return LastStudy(next(iter(within.values())), _choice(name, list(within)))
     if ".py" not in name and name not in (known := catalogue()):
+        stored = ledger.study_names()
         near = get_close_matches(name, [*stored, *known], n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
             f"no study {name!r}; {hint}store {ledger.store} holds {', '.join(stored) or 'none'}, "
             f"and there are the recipes {', '.join(known) or 'none'}"
         )
-    return find_study(name, settings)
+    return LastStudy(find_study(name, settings))
+
+
+def keep_asked(ledger: Ledger, name: str, study: AnyStudy) -> None:
+    """Note which study `run` was given under a name of its own, so that `last_study` finds it."""
+    key, asked = _asked_as(name), _asked(ledger)
+    if key != study.name and asked.get(key) != study.name:
+        write_json(ledger.store / ASKED, {**asked, key: study.name})
+
+
+def _asked(ledger: Ledger) -> dict[str, str]:
+    path = ledger.store / ASKED
+    names: dict[str, str] = read_json(path) if path.is_file() else {}
+    return names
+
+
+def _asked_as(name: str) -> str:
+    """A recipe's name; that of a file is the same from every folder."""
+    return str(Path(name).absolute()) if ".py" in name else name
+
+
+def _last_first(ledger: Ledger) -> list[str]:
+    """The stored studies, the one that was run last before the others."""
+    folder = ledger.store / "studies"
+    times = {name: (folder / f"{name}.json").stat().st_mtime_ns for name in ledger.study_names()}
+    return sorted(times, key=lambda name: times[name], reverse=True)
+
+
+def _answers(stored: str, name: str) -> bool:
+    return stored == name or stored.startswith(f"{name}.")
+
+
+def _choice(name: str, found: Sequence[str]) -> str | None:
+    """Which of several was taken, and how to have another."""
+    if len(found) == 1:
+        return None
+    return f"{name}: {found[0]} was run last and is shown; there is also {', '.join(found[1:])}"
 
 
 def with_scale(settings: Sequence[str] | None, scale: str | None) -> list[str]:

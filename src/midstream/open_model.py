@@ -17,6 +17,7 @@ from midstream.model.vlm import VLM
 from midstream.model.weights import load_weights
 from midstream.open_data import open_tokenizer
 from midstream.storage import verify
+from midstream.study.label import label
 from midstream.study.ledger import Ledger
 from midstream.study.stage import (
     Continue,
@@ -121,7 +122,7 @@ def find_model(path: Path) -> tuple[Ledger, WithModel, float]:
         )
     stage = stage_from_json((folder / "stage.json").read_bytes())
     if not isinstance(stage, WithModel):
-        raise ValueError(f"{stage.name} holds no language model; give a training stage's folder")
+        raise ValueError(f"{label(stage)} holds no language model; give a training stage's folder")
     completion = 1.0 if folder == path else float(path.name) / 100
     return Ledger(folder.parent), stage, completion
 
@@ -150,7 +151,7 @@ def weights_folder(ledger: Ledger, stage: WithModel, completion: float) -> Path:
     found = checkpoint.milestone(folder, completion)
     if not found.is_dir():
         kept = ", ".join(f"{share * 100:g} %" for share in stage.milestones)
-        raise ValueError(f"{stage.name} kept no weights at {completion * 100:g} %; it has {kept}")
+        raise ValueError(f"{label(stage)} kept no weights at {completion * 100:g} %; it has {kept}")
     return found
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,15 +14,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from midstream.options import DEFAULT_STORE, ScaleName, Settings, Store, StudyName
+from midstream.quantities import UNKNOWN, counted, quantity
 from midstream.study.gpus import UTILISATION
 
 if TYPE_CHECKING:
     from midstream.study.graph import Plan
     from midstream.study.ledger import Ledger
+    from midstream.study.measured import Measured
     from midstream.study.price import Fit, Price, StagePrice
 
 # A plan of more stages than this is printed by kind.
 MAX_PLAN_ROWS = 48
+# Columns that a table's numbers take, and that a stage's name is given at least.
+NUMBERS_WIDTH, LEAST_LABEL_WIDTH = 54, 24
 DAY = 24.0
 # What a plan ends with that has something wrong in it; what this machine lacks is none of that.
 WRONG_EXIT_CODE = 2
@@ -71,6 +75,7 @@ def plan(
     from midstream.study.gpus import find_gpu
     from midstream.study.graph import plan as plan_study
     from midstream.study.ledger import Ledger
+    from midstream.study.measured import measured
     from midstream.study.pictures import feature_plan
     from midstream.study.price import Fleet, price, price_json
 
@@ -82,15 +87,19 @@ def plan(
     kept = feature_plan([row.stage for row in work.rows], ledger, machine)
     priced = price(work, ledger, fleet, kept)
     found_wrong = problems(work, ledger, priced.needed_bytes)
+    here = measured(work, ledger, Machine.model_validate(found.machine).workers)
     if as_json:
         values = {"features": [one.values() for one in kept], "price": price_json(priced, work)}
+        values["this_machine"] = here.values()
         values["problems"] = [asdict(problem) for problem in found_wrong]
         typer.echo(json.dumps(plan_json(work) | values, indent=2))
     else:
         console = terminal.out()
         print_plan(work, priced, console, ledger)
+        for line in _here(here):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         for one in kept:
-            line = one.sentence(terminal.quantity)
+            line = one.sentence()
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         terminal.print_problems(found_wrong, console)
     if curves is not None:
@@ -128,6 +137,7 @@ def plan_json(plan: "Plan") -> dict[str, Any]:
         "stages": [
             {
                 "name": row.stage.name,
+                "label": plan.labels[row.stage.name],
                 "kind": row.stage.kind,
                 "state": row.state,
                 "tokens": row.cost.tokens,
@@ -145,31 +155,30 @@ def print_plan(plan: "Plan", priced: "Price", console: Console, ledger: "Ledger"
     """The plan as a table, by stage or (long ones) by kind, and its totals."""
     console.print(f"{plan.study.name}: {plan.study.question}", style="bold", markup=False)
     by_kind = len(plan.rows) > MAX_PLAN_ROWS
-    console.print(_kinds_table(priced) if by_kind else _stages_table(priced))
+    room = max(console.width - NUMBERS_WIDTH, LEAST_LABEL_WIDTH)
+    console.print(_kinds_table(priced) if by_kind else _stages_table(priced, plan.labels, room))
     for line in [*_totals(plan), *_pictures(plan, ledger), *_prices(plan, priced)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(first: str) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    # What is squeezed on a narrow terminal is the names of lines.
-    table.add_column(first, no_wrap=True, min_width=33)
-    widths = {"state": 4, "lines": 8, "tokens": 6, "FLOPs": 6, "GPU-h": 6, "GiB": 6}
-    for column, width in widths.items():
-        table.add_column(column, no_wrap=True, min_width=width)
+    table.add_column(first, no_wrap=True)
+    for column in ("state", "lines", "tokens", "FLOPs", "GPU-h", "GiB"):
+        table.add_column(column, no_wrap=True)
     return table
 
 
-def _stages_table(priced: "Price") -> Table:
-    from midstream.terminal import UNKNOWN, quantity
+def _stages_table(priced: "Price", labels: Mapping[str, str], room: int) -> Table:
+    from midstream.study.label import wrapped
 
     table = _table("stage")
     for stage in priced.stages:
         row = stage.row
         table.add_row(
-            row.stage.name,
+            escape(wrapped(labels[row.stage.name], room)),
             row.state,
-            escape(row.lines[0]) if len(row.lines) == 1 else f"{len(row.lines)} lines",
+            str(len(row.lines)),
             quantity(row.cost.tokens),
             quantity(row.cost.flops),
             UNKNOWN if stage.gpu_hours is None else _hours(stage.gpu_hours),
@@ -179,7 +188,7 @@ def _stages_table(priced: "Price") -> Table:
 
 
 def _kinds_table(priced: "Price") -> Table:
-    from midstream.terminal import quantity
+    from midstream.study.label import kind_words
 
     table = _table("kind")
     for kind in dict.fromkeys(stage.row.stage.kind for stage in priced.stages):
@@ -188,7 +197,7 @@ def _kinds_table(priced: "Price") -> Table:
         tokens = [row.cost.tokens for row in rows if row.cost.tokens is not None]
         flops = [row.cost.flops for row in rows if row.cost.flops is not None]
         table.add_row(
-            f"{len(rows)} {kind}",
+            f"{len(rows)} {kind_words(kind)}",
             _count_states([row.state for row in rows]),
             f"{sum(len(row.lines) for row in rows)}",
             quantity(sum(tokens) if tokens else None),
@@ -227,8 +236,6 @@ def _count_states(states: Sequence[str]) -> str:
 
 
 def _flops(value: float | int) -> str:
-    from midstream.terminal import quantity
-
     # 5.07 TFLOPs, but 0 FLOPs.
     return quantity(value) + ("FLOPs" if value >= 1e3 else " FLOPs")
 
@@ -254,12 +261,13 @@ def _totals(plan: "Plan") -> list[str]:
         )
     if plan.num_unknown:
         lines.append(
-            f"{plan.num_unknown} stages are not in these sums: unknown until their data is prepared"
+            f"{counted(plan.num_unknown, 'stage is', 'stages are')} not in these sums: unknown "
+            "until their data is prepared"
         )
     if plan.num_expected:
         lines.append(
-            f"{plan.num_expected} stages are counted from what the recipe expects of its data, or "
-            "estimated"
+            f"{counted(plan.num_expected, 'stage is', 'stages are')} counted from what the recipe "
+            "expects of its data, or estimated"
         )
     return lines
 
@@ -268,7 +276,6 @@ def _pictures(plan: "Plan", ledger: "Ledger") -> list[str]:
     """Pictures that the image-text stages see, under either unit of a share."""
     from midstream.study.cost import images_seen
     from midstream.study.stage import Continue
-    from midstream.terminal import quantity
 
     stages = [row.stage for row in plan.rows if isinstance(row.stage, Continue)]
     told = []
@@ -288,6 +295,7 @@ def _pictures(plan: "Plan", ledger: "Ledger") -> list[str]:
 def _prices(plan: "Plan", priced: "Price") -> list[str]:
     fleet, timing, parts = priced.fleet, priced.timing, priced.parts
     once, alone = (fleet.gpu_hours(flops) for flops in (plan.shared_flops, plan.naive_flops))
+    path = " -> ".join(plan.labels[name] for name in timing.critical_path) or "nothing is left"
     lines = [
         f"by part: decoder {_flops(parts.decoder)}, head {_flops(parts.head)}, encoder "
         f"{_flops(parts.encoder)} (live), projector {_flops(parts.projector)}",
@@ -295,23 +303,39 @@ def _prices(plan: "Plan", priced: "Price") -> list[str]:
         f"{_hours(priced.gpu_hours)} GPU-hours to run; {_hours(once)} for all stages once, "
         f"{_hours(alone)} if each line ran alone",
         f"on {fleet.number}: {_duration(timing.hours)}, at least {_duration(timing.lower_bound)}; "
-        f"critical path {_duration(timing.critical_hours)}: {_path(timing.critical_path)}",
+        f"critical path {_duration(timing.critical_hours)}: {path}",
         f"disk: {_gib(priced.kept_bytes)} GiB stay, {_gib(priced.peak_bytes)} GiB at most at once",
     ]
     if fits := [stage for stage in priced.stages if stage.fit and stage.fit.fits]:
         most = max(fits, key=lambda stage: stage.fit.memory.total if stage.fit else 0.0)
         assert most.fit is not None, "it fits"
-        lines.append(_memory_line(most.row.stage.name, most.fit, fleet.gpu.room))
+        lines.append(_memory_line(plan.labels[most.row.stage.name], most.fit, fleet.gpu.room))
     if too_large := priced.too_large:
         worst = max(too_large, key=lambda stage: stage.fit.memory.total if stage.fit else 0.0)
         assert worst.fit is not None, "it is too large"
         lines.append(
-            f"{len(too_large)} stages do not fit: {worst.row.stage.name} takes "
+            f"{counted(len(too_large), 'stage does', 'stages do')} not fit: "
+            f"{plan.labels[worst.row.stage.name]} takes "
             f"{worst.fit.memory.total / GIB:,.1f} GiB on each of {worst.fit.gpus} GPUs with one "
             f"row at a time, {fleet.gpu.room / GIB:,.1f} GiB are free; raise --gpus or "
             "--gpus-per-stage, give --checkpointing, or choose a larger --gpu"
         )
     return lines
+
+
+def _here(found: "Measured") -> list[str]:
+    """The time on this machine, where stages were done on it."""
+    if found.timing is None:
+        return []
+    where = "this machine" if found.device is None else f"this machine ({found.device})"
+    line = (
+        f"{where}: about {_duration(found.timing.hours)} with "
+        f"{counted(found.workers, 'worker')}, {_duration(sum(found.hours.values()))} one after "
+        f"another; by the time that {counted(found.num_samples, 'done stage')} took"
+    )
+    if found.num_untimed:
+        line += f"; {counted(found.num_untimed, 'stage')} of kinds not measured left out"
+    return [line]
 
 
 def _memory_line(name: str, fit: "Fit", room: float | int) -> str:
@@ -322,10 +346,6 @@ def _memory_line(name: str, fit: "Fit", room: float | int) -> str:
         f"memory: at most {_gib(found.total)} GiB of {_gib(room)} on each GPU ({name}, GPUs: "
         f"{fit.gpus}, micro-batches of up to {fit.micro_rows} rows): {told}"
     )
-
-
-def _path(names: Sequence[str]) -> str:
-    return " -> ".join(names) or "nothing is left"
 
 
 def _duration(hours: float | int) -> str:

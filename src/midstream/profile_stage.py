@@ -19,6 +19,7 @@ from midstream.config import Machine
 from midstream.data.loader import load_steps
 from midstream.run_stage import StageRunner
 from midstream.storage import write_bytes, write_json
+from midstream.study.label import label
 from midstream.study.ledger import Ledger
 from midstream.study.stage import Trained, stage_from_json
 from midstream.tokens import TokenCount
@@ -53,7 +54,7 @@ def profile_stage(
     needed = WARM_STEPS + num_steps + TRACED_STEPS
     if job.dataset.plan.num_steps < needed:
         raise ValueError(
-            f"{stage.name} has {job.dataset.plan.num_steps} steps, {needed} are wanted; "
+            f"{label(stage)} has {job.dataset.plan.num_steps} steps, {needed} are wanted; "
             "give a smaller --steps"
         )
     factor = freeze(job.model, job.training)
@@ -119,7 +120,7 @@ def profile_stage(
             take(Clock(place.device))
     traced.export_chrome_trace(str(out / "trace.json"))
     summary = {
-        "stage": stage.name,
+        "stage": label(stage),
         "device": str(place.device),
         "precision": str(place.precision).removeprefix("torch."),
         "torch": torch.__version__,

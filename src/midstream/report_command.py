@@ -37,13 +37,16 @@ def report(
     ] = DEFAULT_CURVES,
 ) -> None:
     """Write a study's page, tables and figures from what is done; a suite's, and its index."""
-    from midstream.catalogue import stored_study, with_scale
+    from midstream.catalogue import last_study, with_scale
     from midstream.report.markdown import summary_text
     from midstream.storage import write_bytes
     from midstream.study.ledger import Ledger
 
     ledger, settings = Ledger(store), with_scale(settings, scale)
-    found = [stored_study(name, ledger, settings) for name in studies]
+    chosen = [last_study(name, ledger, settings) for name in studies]
+    for note in (one.note for one in chosen if one.note is not None):
+        typer.echo(note, err=True)
+    found = [one.study for one in chosen]
     facts = [one for study in found for one in write(study, ledger, curves)]
     if markdown is not None:
         parts = ["midstream", "report", *studies]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from midstream.options import DEFAULT_STORE, ScaleName, Settings, Store, StudyName
+from midstream.quantities import counted
 
 if TYPE_CHECKING:
     from midstream.config import Machine, SlurmSettings
@@ -105,7 +106,14 @@ def run(
 
         raise typer.Exit(join(ledger.store, machine, typer.echo))
     run_and_tell(
-        found, ledger, machine, retry=retry, slurm=cluster, detach=detach, skip_checks=skip_checks
+        found,
+        ledger,
+        machine,
+        asked=study,
+        retry=retry,
+        slurm=cluster,
+        detach=detach,
+        skip_checks=skip_checks,
     )
 
 
@@ -114,23 +122,33 @@ def run_and_tell(
     ledger: "Ledger",
     machine: "Machine",
     *,
+    asked: str | None = None,
     retry: bool = False,
     slurm: "SlurmSettings | None" = None,
     detach: bool = False,
     skip_checks: bool = False,
 ) -> int:
-    """Run and tell; returns the peak memory in bytes. Leaves with the outcome's code if not 0."""
+    """Run and tell; returns the peak memory in bytes. Leaves with the outcome's code if not 0.
+
+    `asked`: the name under which `status` and `report` find the study again.
+    """
     from midstream import terminal
+    from midstream.catalogue import keep_asked
     from midstream.study import launch
     from midstream.study.cluster.slurm import run_on_slurm
+    from midstream.study.graph import order
     from midstream.study.graph import plan as plan_study
+    from midstream.study.label import labels
 
     terminal.tell_older(ledger)
     memory = terminal.PeakMemory()
     console = terminal.out()
-    with terminal.progress(console) as show:
+    names = labels(order(study))
+    with terminal.progress(console, names) as show:
 
         def on_event(event: dict[str, Any]) -> None:
+            if event["event"] == "plan" and asked is not None:
+                keep_asked(ledger, asked, study)
             memory.note(event)
             show(event)
 
@@ -167,8 +185,8 @@ def run_and_tell(
     done, failed, stopped, skipped = counts
     queued = f", {outcome.num_queued} in Slurm's queue" if outcome.num_queued else ""
     console.print(
-        f"{study.name}: {done} stages done now, {outcome.num_before} before, {failed} failed, "
-        f"{stopped} stopped, {skipped} not started{queued}",
+        f"{study.name}: {counted(done, 'stage')} done now, {outcome.num_before} before, "
+        f"{failed} failed, {stopped} stopped, {skipped} not started{queued}",
         soft_wrap=True,
     )
     for message in outcome.messages:

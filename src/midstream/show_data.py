@@ -32,6 +32,7 @@ from midstream.open_data import open_sources, open_tokenizer
 from midstream.storage import write_bytes
 from midstream.study.cost import cost
 from midstream.study.graph import PlanRow, order_of
+from midstream.study.label import label
 from midstream.study.ledger import Ledger, launch_lock
 from midstream.study.stage import DataStage, Stage, Trained, overflow_of, stage_from_json
 from midstream.study.workers import Event, Worker, write_work
@@ -65,7 +66,7 @@ def open_stage(stage: Trained, ledger: Ledger) -> Shown:
     sources = open_sources(stage.data, training.budget.source_names, ledger)
     patches = encoder.num_patches if encoder else 0
     return Shown(
-        name=stage.name,
+        name=label(stage),
         plan=plan_rows(
             sources, patches, training.budget, training.rows, training.seed, overflow_of(stage)
         ),
@@ -259,7 +260,7 @@ def run_preparation(stages: Sequence[Stage], ledger: Ledger, note: Callable[[str
                     note(event["note"])
                 elif event["event"] == "exit" or event.get("state") in ("failed", "stopped"):
                     why = event.get("error") or f"its process ended with code {event.get('code')}"
-                    raise ValueError(f"{stage.name} is not prepared: {why} (see {worker.log})")
+                    raise ValueError(f"{label(stage)} is not prepared: {why} (see {worker.log})")
         except BaseException:
             worker.signal(signal.SIGTERM)
             raise
@@ -289,12 +290,12 @@ def main() -> int:
         ]
         if needed:
             if not arguments.prepare:
-                states = ", ".join(f"{one.name} is {ledger.state(one)}" for one in needed)
+                states = ", ".join(f"{label(one)} is {ledger.state(one)}" for one in needed)
                 raise FileNotFoundError(
-                    f"the data of {stage.name} is not prepared: {states} in {ledger.store}; add "
+                    f"the data of {label(stage)} is not prepared: {states} in {ledger.store}; add "
                     f"--prepare to prepare it now, or run the study: {arguments.remedy}"
                 )
-            with errors.status(f"preparing the data of {stage.name}") as status:
+            with errors.status(f"preparing the data of {label(stage)}") as status:
                 run_preparation(needed, ledger, lambda note: status.update(Text(note)))
         shown = open_stage(stage, ledger)
         if arguments.row is not None:

@@ -2,20 +2,24 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Literal
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from midstream.quantities import counted, duration
+from midstream.study.label import DIGITS, kind_words, shortened
 from midstream.study.overview import STATES, Overview, StageView
 
 # Columns beside stage, state and done, in the order in which a narrow terminal goes without them:
 # the width below which each is left out.
-_NEEDS = {"since": 112, "where": 88, "tokens/s": 66, "loss": 56, "left": 44}
-# Below this a stage's name is as long as it needs to be to be told from the others.
-_FULL_NAMES = 120
-# Columns of a terminal that "running", "100%" and the spaces before them take.
-_STATE_AND_SHARE = 15
+_NEEDS = {"since": 124, "where": 100, "tokens/s": 72, "loss": 60, "left": 44}
+# A label is cut to no less, so that its handle can be read.
+_SHORTEST = DIGITS
+_WHERE_LENGTH = 40
+# Spaces between two columns.
+_GAP = 2
 # A running stage that says nothing for so long is said to be silent.
 SILENT_SECONDS = 120
 _STYLES = {"running": "green", "failed": "bold red", "stopped": "yellow"}
@@ -32,7 +36,7 @@ def overview_table(seen: Overview, width: int, height: int | None = None) -> Ren
     room = len(shown) if height is None else max(height - 12 - kinds.row_count, 1)
     parts: list[RenderableType] = [Text(seen.study, style="bold", overflow="ellipsis")]
     if shown:
-        parts.append(_stages(shown[:room], width, [view.name for view in seen.stages]))
+        parts.append(_stages(shown[:room], width))
     if len(shown) > room:
         left = _count([view.state for view in shown[room:]])
         parts.append(Text(f"and {left}, for which there is no room here", overflow="fold"))
@@ -44,8 +48,8 @@ def totals(seen: Overview) -> str:
     """How many stages are in which state, and the time that is left, in a line."""
     counts = seen.counts
     to_run = counts["new"] + counts["stopped"] - seen.num_blocked
-    text = f"{counts['done']} of {len(seen.stages)} stages done, {counts['running']} running, "
-    text += f"{counts['failed']} failed, {to_run} to run"
+    text = f"{counts['done']} of {counted(len(seen.stages), 'stage')} done, "
+    text += f"{counts['running']} running, {counts['failed']} failed, {to_run} to run"
     if seen.num_blocked:
         text += f", {seen.num_blocked} behind a failed one"
     if seen.seconds_left is not None:
@@ -57,59 +61,48 @@ def totals(seen: Overview) -> str:
 
 
 def print_reasons(seen: Overview, folders: dict[str, str], console: Console) -> None:
-    """A line for each stage that failed, was stopped or runs: its folder, since when, and why."""
+    """A line for each stage that failed, was stopped or runs: folder, since when, and why."""
     for view in seen.stages:
         if view.state in ("failed", "stopped", "running"):
             text = f": {view.error}" if view.error else ""
             console.print(
-                f"{folders[view.name]} is {view.state} since {view.since}{text}",
+                f"{view.label}: {folders[view.name]} is {view.state} since {view.since}{text}",
                 markup=False,
                 highlight=False,
                 soft_wrap=True,
             )
 
 
-def duration(seconds: float | int) -> str:
-    """Seconds as a person says them, two units at most: 42 s, 3 min, 2 h 5 min, 3 d 4 h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes = round(whole / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 24:
-        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
-    days, hours = divmod(hours, 24)
-    return f"{days} d {hours} h" if hours else f"{days} d"
-
-
-def _stages(views: Sequence[StageView], width: int, names: Sequence[str]) -> Table:
+def _stages(views: Sequence[StageView], width: int) -> Table:
     columns = [name for name, needed in _NEEDS.items() if width >= needed]
     columns = [name for name in ("loss", "tokens/s", "left", "where", "since") if name in columns]
-    table = Table(box=None, pad_edge=False, show_edge=False)
-    # Names give way before states and shares do.
-    room = None if columns else max(width - _STATE_AND_SHARE, 6)
-    table.add_column("stage", no_wrap=True, overflow="ellipsis", max_width=room)
-    table.add_column("state", no_wrap=True)
-    table.add_column("done", justify="right", no_wrap=True)
-    for name in columns:
-        number = name in ("loss", "tokens/s", "left")
-        table.add_column(
-            name,
-            justify="right" if number else "left",
-            no_wrap=True,
-            overflow="ellipsis",
-            max_width=None if number else 40,
-        )
-    length = None if width >= _FULL_NAMES else _shortest(names)
-    for view in views:
-        name = view.name if length is None else f"{view.name[: len(view.kind) + 1 + length]}"
-        table.add_row(
-            Text(name),
-            Text(view.state, style=_STYLES.get(view.state, "")),
+    rows = [
+        (
+            view.state,
             "" if view.sign.done is None else f"{view.sign.done:.0%}",
-            *(Text(_cell(view, column)) for column in columns),
+            *(_cell(view, column) for column in columns),
+        )
+        for view in views
+    ]
+    heads = ("state", "done", *columns)
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    table.add_column("stage", no_wrap=True, overflow="ellipsis")
+    for head in heads:
+        left = head in ("state", "where", "since")
+        justify: Literal["left", "right"] = "left" if left else "right"
+        longest = _WHERE_LENGTH if head == "where" else None
+        table.add_column(
+            head, justify=justify, no_wrap=True, overflow="ellipsis", max_width=longest
+        )
+    taken = sum(
+        min(max(len(head), *(len(row[k]) for row in rows)), _WHERE_LENGTH) + _GAP
+        for k, head in enumerate(heads)
+    )
+    for view, (state, *cells) in zip(views, rows, strict=True):
+        table.add_row(
+            Text(shortened(view.label, max(width - taken, _SHORTEST))),
+            Text(state, style=_STYLES.get(view.state, "")),
+            *(Text(cell) for cell in cells),
         )
     return table
 
@@ -145,25 +138,16 @@ def _clock(moment: str) -> str:
     return local.strftime("%H:%M:%S" if same else "%d %b %H:%M")
 
 
-def _shortest(names: Sequence[str]) -> int:
-    """How many digits of the identities tell all stages apart, six at least."""
-    for length in range(6, 16):
-        cut = {(name.rpartition("-")[0], name.rpartition("-")[2][:length]) for name in names}
-        if len(cut) == len(set(names)):
-            return length
-    return 16
-
-
 def _kinds(seen: Overview) -> Table:
     """How many stages of each kind are in which state."""
     states = [state for state in STATES if seen.counts[state]]
     table = Table(box=None, pad_edge=False, show_edge=False)
-    table.add_column("kind", no_wrap=True, overflow="ellipsis")
+    table.add_column("stages", no_wrap=True, overflow="ellipsis")
     for state in states:
         table.add_column(state, justify="right", no_wrap=True)
     for kind in dict.fromkeys(view.kind for view in seen.stages):
         own = [view.state for view in seen.stages if view.kind == kind]
-        table.add_row(kind, *(str(own.count(state) or "") for state in states))
+        table.add_row(kind_words(kind), *(str(own.count(state) or "") for state in states))
     return table
 
 

@@ -34,7 +34,7 @@ def status(
 ) -> None:
     """Show how far the studies of a store are: every stage that runs, and the time that is left."""
     from midstream import terminal
-    from midstream.catalogue import stored_study, with_scale
+    from midstream.catalogue import last_study, with_scale
     from midstream.study.ledger import Ledger
     from midstream.study.overview import Board
 
@@ -43,9 +43,10 @@ def status(
     names = ledger.study_names() if study is None else [study]
     if not names:
         raise FileNotFoundError(f"store {store} holds no study; run one, or give another --store")
-    boards = [
-        Board(stored_study(name, ledger, with_scale(settings, scale)), ledger) for name in names
-    ]
+    chosen = [last_study(name, ledger, with_scale(settings, scale)) for name in names]
+    for note in (one.note for one in chosen if one.note is not None):
+        typer.echo(note, err=True)
+    boards = [Board(one.study, ledger) for one in chosen]
     if watch:
         try:
             _watch(boards, every, as_json, time.sleep)
@@ -117,7 +118,10 @@ def _watch(
 
 
 def logs(
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="How the stage's name begins.")],
+    stage: Annotated[
+        str,
+        typer.Argument(metavar="STAGE", help="Its first digits, or how its folder's name begins."),
+    ],
     store: Store = DEFAULT_STORE,
     lines: Annotated[int, typer.Option(min=1, help="How many of the log's last lines.")] = 40,
     follow: Annotated[
@@ -126,6 +130,7 @@ def logs(
 ) -> None:
     """Show a stage's state and error, its last steps, and what its process printed."""
     from midstream.study.choose import stored_stage
+    from midstream.study.label import label
     from midstream.study.ledger import Ledger
     from midstream.study.progress import metrics_tail
     from midstream.study.stage_log import StageLog
@@ -133,7 +138,7 @@ def logs(
     ledger = Ledger(store)
     found = stored_stage(ledger, stage)
     seen = ledger.status(found)
-    typer.echo(f"{ledger.folder(found)} is {seen['state']}")
+    typer.echo(f"{label(found)}: {ledger.folder(found)} is {seen['state']}")
     for key in ("error", "started", "ended", "host", "pid"):
         if seen.get(key) is not None:
             typer.echo(f"{key}: {seen[key]}")

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from midstream.options import DEFAULT_STORE, Store
+from midstream.quantities import counted
 
 
 def ls(store: Store = DEFAULT_STORE) -> None:
@@ -20,7 +22,7 @@ def ls(store: Store = DEFAULT_STORE) -> None:
         table.add_column(title, overflow="fold", justify="right" if title == "size" else "left")
     for stage in stored_stages(Ledger(store)):
         needed = ", ".join(stage.studies) or "-"
-        table.add_row(stage.name, stage.state, _size(stage.num_bytes), needed)
+        table.add_row(escape(stage.label), stage.state, _size(stage.num_bytes), needed)
     terminal.out().print(table)
 
 
@@ -51,7 +53,11 @@ def du(store: Store = DEFAULT_STORE) -> None:
 
 def rm(
     stages: Annotated[
-        list[str] | None, typer.Argument(metavar="STAGE...", help="Names as ls prints them.")
+        list[str] | None,
+        typer.Argument(
+            metavar="STAGE...",
+            help="As ls prints them: the digits at the end, or the folder's name.",
+        ),
     ] = None,
     store: Store = DEFAULT_STORE,
     unneeded: Annotated[
@@ -61,24 +67,26 @@ def rm(
 ) -> None:
     """Delete stages that no kept study needs; without --yes it only says which."""
     from midstream import terminal
+    from midstream.study.choose import stored_name
     from midstream.study.housekeeping import remove_stages, stored_stages
     from midstream.study.housekeeping import unneeded as unneeded_stages
     from midstream.study.ledger import Ledger
 
     ledger = Ledger(store)
-    names = list(dict.fromkeys(stages or []))
+    names = list(dict.fromkeys(stored_name(ledger, stage) for stage in stages or ()))
     if unneeded:
-        names += [stage.name for stage in unneeded_stages(ledger) if stage.name not in names]
+        names += [one.name for one in unneeded_stages(ledger) if one.name not in names]
     if not names and not unneeded:
         raise ValueError("name stages, or give --unneeded")
-    sizes = {stage.name: stage.num_bytes for stage in stored_stages(ledger)}
     if yes:
         freed = remove_stages(ledger, names)
-        terminal.out().print(f"deleted {len(names):,} stages, {_size(freed)}")
+        terminal.out().print(f"deleted {counted(len(names), 'stage')}, {_size(freed)}")
         return
-    for name in names:
-        terminal.out().print(f"{name} {_size(sizes.get(name, 0))}", soft_wrap=True)
-    terminal.out().print(f"{len(names):,} stages would go; say --yes to delete them")
+    for one in stored_stages(ledger):
+        if one.name in names:
+            text = f"{one.label} {_size(one.num_bytes)}"
+            terminal.out().print(text, soft_wrap=True, markup=False)
+    terminal.out().print(f"{counted(len(names), 'stage')} would go; say --yes to delete them")
 
 
 def forget(
@@ -102,8 +110,8 @@ def verify(store: Store = DEFAULT_STORE) -> None:
 
     found = check(Ledger(store))
     terminal.out().print(
-        f"{found.num_stages:,} stages that are done, {found.num_folders:,} folders with checksums, "
-        f"{_size(found.num_bytes)}: {len(found.problems):,} problems"
+        f"{counted(found.num_stages, 'done stage')}, {counted(found.num_folders, 'folder')} with "
+        f"checksums, {_size(found.num_bytes)}: {counted(len(found.problems), 'problem')}"
     )
     for stage, problem in found.problems:
         terminal.error(f"{stage}: {problem}")

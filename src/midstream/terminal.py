@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from midstream.quantities import counted
 from midstream.study.graph import Plan
 from midstream.study.housekeeping import older_stages
 from midstream.study.ledger import Ledger, State
@@ -21,7 +22,6 @@ Event = dict[str, Any]
 # Where standard output is no terminal, a stage prints its progress this often.
 QUIET_SECONDS = 10.0
 STATES: tuple[State, ...] = ("done", "running", "stopped", "failed", "new")
-UNKNOWN = "unknown"
 LEVEL_WORDS: Mapping[Level, str] = {
     "wrong": "wrong with the study or its data",
     "lacking": "not on this machine",
@@ -30,10 +30,13 @@ LEVEL_WORDS: Mapping[Level, str] = {
 
 
 @contextmanager
-def progress(console: Console) -> Iterator[Callable[[Event], None]]:
-    """Yield what shows a launcher's events: bars in a terminal, lines of text elsewhere."""
+def progress(console: Console, labels: Mapping[str, str]) -> Iterator[Callable[[Event], None]]:
+    """Yield what shows a launcher's events: bars in a terminal, lines of text elsewhere.
+
+    `labels` says what stages are called, by the names that the events have.
+    """
     if not console.is_terminal:
-        yield _Lines(console).show
+        yield _named(_Lines(console).show, labels)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -43,7 +46,15 @@ def progress(console: Console) -> Iterator[Callable[[Event], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bars:
-        yield _Bars(bars).show
+        yield _named(_Bars(bars).show, labels)
+
+
+def _named(show: Callable[[Event], None], labels: Mapping[str, str]) -> Callable[[Event], None]:
+    def show_named(event: Event) -> None:
+        stage = event.get("stage")
+        show(event if stage is None else {**event, "stage": labels.get(stage, stage)})
+
+    return show_named
 
 
 @contextmanager
@@ -90,7 +101,9 @@ class _Bars:
                 details=f"{event['num_done']}/{event['num_stages']}",
             )
         elif kind == "started":
-            self.running[event["stage"]] = self.bars.add_task(event["stage"], total=1.0, details="")
+            self.running[event["stage"]] = self.bars.add_task(
+                escape(event["stage"]), total=1.0, details=""
+            )
         elif kind == "progress" and event["stage"] in self.running:
             task = self.running[event["stage"]]
             self.bars.update(task, completed=event["done"], details=_details(event))
@@ -122,7 +135,7 @@ class _Lines:
         kind = event["event"]
         if kind == "plan":
             self.num_stages, self.num_done = event["num_stages"], event["num_done"]
-            self._print(f"{self.num_done} of {self.num_stages} stages are done already")
+            self._print(f"{self.num_done} of {counted(self.num_stages, 'stage')} done already")
         elif kind == "started":
             self.last[event["stage"]] = time.monotonic()
             self._print(f"{event['stage']} started")
@@ -189,16 +202,6 @@ def print_problems(problems: Sequence[Problem], console: Console) -> None:
 def out() -> Console:
     """The console of standard output."""
     return Console(file=sys.stdout)
-
-
-def quantity(value: float | int | None) -> str:
-    """A number in three digits with a unit, such as 1.25 G; None is unknown."""
-    if value is None:
-        return UNKNOWN
-    for place, unit in enumerate("ZEPTGMk"):
-        if value >= (size := 1000.0 ** (7 - place)):
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.3g}"
 
 
 def print_results(rows: Sequence[Mapping[str, Any]], console: Console) -> None:

@@ -18,6 +18,7 @@ from midstream.study.housekeeping import (
     stored_stages,
     unneeded,
 )
+from midstream.study.label import label
 from midstream.study.ledger import Ledger
 from midstream.study.stage import Evaluate
 from midstream.study.studies import Figure, Line, Study
@@ -70,7 +71,7 @@ def test_a_stage_is_needed_by_the_studies_that_lead_to_it(ledger: Ledger) -> Non
 
 
 def test_only_what_no_study_needs_is_deleted(ledger: Ledger) -> None:
-    with pytest.raises(ValueError, match=f"{tiny.TEXT.name} is needed by kept; forget"):
+    with pytest.raises(ValueError, match=r"text, 16 k .* is needed by kept; forget"):
         remove_stages(ledger, [tiny.ENCODER_STAGE.name, tiny.TEXT.name])
     assert ledger.is_done(tiny.ENCODER_STAGE)
     freed = remove_stages(ledger, [tiny.ENCODER_STAGE.name])
@@ -121,19 +122,23 @@ def test_a_flipped_byte_and_a_foreign_stage_are_found(ledger: Ledger) -> None:
     shutil.copytree(ledger.folder(tiny.WORLD), strange)
     (strange / "stage.json").write_text('{"kind": "pretrain"}')
     found = dict(check(ledger).problems)
-    assert weights.name in found[tiny.TEXT.name]
-    assert "another version" in found[strange.name]
+    assert weights.name in found[label(tiny.TEXT)]
+    assert "another version" in found["pretrain · 0123456"]
 
 
 def test_the_commands_say_what_they_would_delete_before_they_do(ledger: Ledger) -> None:
     code, told = run("ls", "--store", ledger.store)
     assert code == 0
-    assert [line.split()[-1] for line in told.splitlines() if tiny.TEXT.name in line] == ["kept"]
+    assert [line.split()[-1] for line in told.splitlines() if label(tiny.TEXT) in line] == ["kept"]
     assert "of these unneeded" in run("du", "--store", ledger.store)[1]
     code, told = run("rm", "--unneeded", "--store", ledger.store)
-    assert (code, tiny.ENCODER_STAGE.name in told) == (0, True)
+    assert (code, label(tiny.ENCODER_STAGE) in told) == (0, True)
     assert "say --yes" in told
     assert ledger.is_done(tiny.ENCODER_STAGE)
+    for wanted in (tiny.ENCODER_STAGE.identity[:7], tiny.ENCODER_STAGE.name):
+        code, told = run("rm", wanted, "--store", ledger.store)
+        assert (code, "1 stage would go" in told) == (0, True)
+    assert run("rm", "fffffff", "--store", ledger.store)[0] == 2
     code, told = run("rm", "--unneeded", "--yes", "--store", ledger.store)
     assert (code, "deleted 3 stages" in told) == (0, True)
     assert not ledger.folder(tiny.ENCODER_STAGE).exists()

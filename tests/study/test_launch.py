@@ -10,6 +10,7 @@ import pytest
 
 from midstream.config import Machine
 from midstream.study.graph import order, plan
+from midstream.study.label import label
 from midstream.study.launch import STOPPED_EXIT_CODE, remaining_chains, run
 from midstream.study.ledger import Ledger, launch_lock
 from midstream.study.stage import Stage
@@ -220,7 +221,7 @@ def test_a_failed_stage_stops_its_descendants_only_and_runs_again_with_retry(
     assert (outcome.num_done, outcome.num_failed, outcome.num_skipped) == (7, 1, 2)
     assert outcome.exit_code == 1
     assert "bad luck" in outcome.messages[0]
-    assert lost.name in outcome.messages[0]
+    assert label(lost) in outcome.messages[0]
     assert "worker-" in outcome.messages[0]
     assert "2 stages" in outcome.messages[1]
     states = launch.states(study)
@@ -231,7 +232,7 @@ def test_a_failed_stage_stops_its_descendants_only_and_runs_again_with_retry(
     same = launch(study)
     assert (same.num_before, same.num_done, same.num_failed, same.num_skipped) == (7, 0, 1, 2)
     assert same.exit_code == 1
-    assert lost.name in same.messages[0]
+    assert label(lost) in same.messages[0]
     assert "failed before: ValueError: bad luck" in same.messages[0]
     assert "--retry" in same.messages[0]
     assert launch.notes("begin") == begun
@@ -363,7 +364,7 @@ def test_a_stage_that_an_earlier_launcher_left_running_is_named(
     with (
         launch.ledger.open_stage(stage) as work,
     ):
-        with pytest.raises(ValueError, match=rf"{stage.name}.*process {os.getpid()}"):
+        with pytest.raises(ValueError, match=rf"{stage.identity[:7]} .*process {os.getpid()}"):
             launch(study)
         work.finish({})
     assert launch.notes("begin") == []

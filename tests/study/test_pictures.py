@@ -17,6 +17,7 @@ from midstream.cli import app
 from midstream.config import Amount, Amounts, EncoderConfig, Epochs, Machine, Mixture, Share
 from midstream.data import features
 from midstream.flops import encoder_flops
+from midstream.quantities import quantity
 from midstream.study.cost import cost
 from midstream.study.graph import order
 from midstream.study.ledger import Ledger
@@ -38,7 +39,6 @@ from midstream.study.stage import (
     TrainEncoder,
 )
 from midstream.study.studies import Study
-from midstream.terminal import quantity
 
 MakeStudy = Callable[..., Study]
 AUTO = Machine()
@@ -208,7 +208,7 @@ def test_nothing_is_known_before_the_data_is_prepared(
     assert (found.pictures, found.views, found.store_bytes) == (None, None, None)
     assert (found.live_flops, found.stored_flops, found.saved_fraction) == (None, None, None)
     assert found.choice.decision == "unknown"
-    assert "unknown, until its data is prepared" in found.sentence(quantity)
+    assert "unknown, until its data is prepared" in found.sentence()
     for forced in ("stored", "live"):
         machine = Machine.model_validate({"features": forced})
         assert only(stages, Ledger(tmp_path), machine).choice.decision == forced
@@ -394,7 +394,7 @@ def test_a_plan_says_in_one_line_what_it_decides_and_why(
 ) -> None:
     stages = order(make_study())
     found = only(list(stages), prepared(stages, tmp_path, SOURCES))
-    text = found.sentence(quantity)
+    text = found.sentence()
     assert "\n" not in text
     assert text.startswith(f"features of {found.encoder.name} (4 x 24 bfloat16): stored, ")
     assert "130 pictures (0 kept already), 520 views" in text

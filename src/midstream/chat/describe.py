@@ -6,6 +6,7 @@ from pathlib import Path
 from midstream.open_model import OpenedModel, WithModel, evaluations
 from midstream.storage import read_json
 from midstream.study.chain import came_from
+from midstream.study.label import label
 from midstream.study.ledger import Ledger
 from midstream.study.stage import LoadDecoder, Pretrain
 
@@ -80,4 +81,4 @@ def _scores(opened: OpenedModel) -> Iterator[str]:
             f"{task} {found['score']:.1%} (chance {found['chance']:.1%})"
             for task, found in sorted(tasks.items())
         )
-        yield f"{scores} ({stage.name})"
+        yield f"{scores} ({label(stage)})"

@@ -9,10 +9,10 @@ from midstream.study.graph import Plan, PlanRow
 BUDGETED = ("pretrain", "continue", "finetune")
 
 
-def trouble(row: PlanRow, ledger: Snapshot) -> dict[str, Any]:
+def trouble(row: PlanRow, label: str, ledger: Snapshot) -> dict[str, Any]:
     """A stage that is not done, and why."""
     error = ledger.status(row.stage).get("error")
-    return {"stage": row.stage.name, "state": row.state, "error": error, "lines": row.lines}
+    return {"label": label, "state": row.state, "error": error, "lines": row.lines}
 
 
 def cost_rows(planned: Plan, ledger: Snapshot) -> list[dict[str, Any]]:
@@ -69,6 +69,6 @@ def made(planned: Plan, ledger: Snapshot) -> dict[str, Any]:
         "first": min(started for started, _ in times) if times else None,
         "last": max(ended for _, ended in times) if times else None,
         "wall": sum((ended - started for started, ended in times), timedelta()).total_seconds(),
-        "peak_stage": max(memory, key=lambda name: memory[name]) if memory else None,
+        "peak_stage": planned.labels[max(memory, key=memory.__getitem__)] if memory else None,
         "peak_bytes": max(memory.values()) if memory else None,
     }

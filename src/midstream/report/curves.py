@@ -16,6 +16,7 @@ from midstream.study.chain import came_from, warms_up_moments
 from midstream.study.cost import cost
 from midstream.study.graph import order
 from midstream.study.imported import Position, open_imported
+from midstream.study.label import label
 from midstream.study.ledger import Ledger
 from midstream.study.stage import (
     PLANNED,
@@ -84,10 +85,10 @@ def curves(study: AnyStudy, ledger: Ledger | None = None) -> tuple[list[Curve], 
             continue
         span = _span(stage, spans, ledger)
         if isinstance(span, str):
-            missing.append(f"{stage.name}: {span}")
+            missing.append(f"{label(stage)}: {span}")
             continue
         spans[stage.name] = span
-        check_start(stage.training.schedule, span.parent_rate, stage.name)
+        check_start(stage.training.schedule, span.parent_rate, label(stage))
         rates = tuple(_rate(stage, span, share / NUM_POINTS) for share in range(NUM_POINTS + 1))
         tokens = tuple(
             span.first + share * span.tokens // NUM_POINTS for share in range(NUM_POINTS + 1)

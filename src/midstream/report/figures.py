@@ -32,6 +32,8 @@ TITLES = {"vision": "Vision: mean score above chance", "text": "Text: mean score
 # With more curves than this single repetitions and the keys' names give way to the means.
 FEW_CURVES = 3
 GRID_COLUMNS = 3
+# Columns of a key: two of them stand side by side.
+KEY_LENGTH = 30
 SMALL = STYLE | {"font.size": 9.5, "legend.fontsize": 9, "axes.titlesize": 10.5}
 
 
@@ -143,10 +145,11 @@ def draw_panel(axes: Axes, study: Study, groups: Sequence[Group], panel: Panel) 
     if len({group.x for group in groups}) == 1:
         middle = sum(axes.get_xlim()) / 2
         axes.set_xlim(middle - 0.5, middle + 0.5)
-    if axes.dataLim.y0 < 0 < axes.dataLim.y1:
+    lowest, highest = axes.dataLim.intervaly
+    if lowest <= 0 <= highest:
         axes.axhline(0, color=MUTED, linewidth=0.8)
-    elif axes.get_ylim()[0] < 0:
-        axes.set_ylim(bottom=0)
+    elif lowest > 0 > axes.get_ylim()[0]:
+        axes.set_ylim(bottom=0)  # Only the margin reached below it.
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}")
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.tick_params(length=0)
@@ -168,6 +171,7 @@ def _draw_curves(axes: Axes, study: Study, groups: Sequence[Group], panel: Panel
         _draw_curve(axes, known, panel.score, look, about.hollow, scale, shift, single=few)
         dots |= few and any(group.spreads[panel.score].n > 1 for group in known)
         label = "mean ± sd over seeds" if about.by is None else f"{about.by} = {_name(by)}"
+        label = fill(label, KEY_LENGTH)
         drawn = {"linewidth": 1.6} if scale.numeric else {"linestyle": "none"}
         keys.append(Line2D([], [], label=label, markersize=8, **drawn, **look))
         if panel.blind is not None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from midstream import __version__
+from midstream.quantities import counted
 from midstream.report.exports import scores_export
 from midstream.report.gather import Facts, shortened
 from midstream.report.latex import escape_markdown, to_markdown
@@ -41,7 +42,8 @@ def _section(facts: Facts) -> list[str]:
     lines += [f"Settings: {escape_markdown(facts.settings)}.", ""]
     if not facts.complete:
         left, whole = len(facts.plan.to_run), len(facts.plan.rows)
-        lines += [f"**Not complete: {left} of {whole} stages are not done.**", ""]
+        stages, are = counted(whole, "stage"), "is" if left == 1 else "are"
+        lines += [f"**Not complete: {left} of {stages} {are} not done.**", ""]
     lines += [to_markdown(scores_export(study, facts.groups).grid)]
     lines += [line for text in _cuts(facts) for line in (text, "")]
     if facts.view is not None:
@@ -69,7 +71,9 @@ def _cuts(facts: Facts) -> list[str]:
 
 def _decided(facts: Facts) -> str:
     undecided = sum(finding.verdict in UNDECIDED for finding in facts.findings)
-    return f"{len(facts.findings) - undecided} of {len(facts.findings)} findings are decided."
+    return (
+        f"{len(facts.findings) - undecided} of {counted(len(facts.findings), 'finding')} decided."
+    )
 
 
 def _cost(facts: Facts) -> str:
@@ -77,8 +81,8 @@ def _cost(facts: Facts) -> str:
     seconds = sum(cost["seconds"] for cost in facts.costs)
     alone = sum(cost["seconds_alone"] for cost in facts.costs)
     text = (
-        f"Cost: {len(planned.rows)} stages ({planned.num_shared} shared) for {planned.num_alone} "
-        f"without sharing; {duration(seconds)} of compute for {duration(alone)}"
+        f"Cost: {counted(len(planned.rows), 'stage')} ({planned.num_shared} shared) for "
+        f"{planned.num_alone} without sharing; {duration(seconds)} of compute for {duration(alone)}"
     )
     if planned.naive_flops:
         text += (

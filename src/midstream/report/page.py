@@ -60,7 +60,9 @@ def write_facts(facts: Facts, *, suite: str | None = None, max_curves: int = MAX
         groups=facts.groups,
         stable=stable_of(study),
         tasks=facts.tasks,
-        troubles=[trouble(row, ledger) for row in facts.plan.to_run],
+        troubles=[
+            trouble(row, facts.plan.labels[row.stage.name], ledger) for row in facts.plan.to_run
+        ],
         repeated=repeated(study),
         answers=[answer(panel, facts.groups) for panel in kinds_of(study)],
         figures=_score_figures(facts, folder),
@@ -199,7 +201,7 @@ def _one_trained(row: PlanRow, facts: Facts, folder: Path, drawn: bool) -> dict[
     metrics = facts.ledger.metrics(row.stage) if drawn else []
     name = f"curves_{row.stage.name}"
     return {
-        "name": row.stage.name,
+        "label": facts.plan.labels[row.stage.name],
         "kind": row.stage.kind,
         "state": row.state,
         "lines": row.lines,

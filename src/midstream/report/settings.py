@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from midstream.config import Epochs, Mixture, PocketWorld, PublicFolder, SmallReal
+from midstream.quantities import counted
 from midstream.report.parts import Snapshot, parts_of
 from midstream.report.words import engineering, place
 from midstream.study.cost import encoder_parameters
@@ -31,7 +32,8 @@ def settings_line(study: Study, ledger: Ledger) -> str:
         words = _budgets(name, list(stages.get(kind, {}).values()))
         said += [words] if words else []
     seeds = {line.axes["seed"] for line in study.lines if "seed" in line.axes}
-    said.append(f"{len(study.lines)} lines" + (f", {len(seeds)} seeds" if seeds else ""))
+    repeated = f", {counted(len(seeds), 'seed')}" if seeds else ""
+    said.append(counted(len(study.lines), "line") + repeated)
     return "; ".join(said)
 
 
@@ -62,7 +64,7 @@ def _budgets(name: str, stages: list[Stage]) -> str:
     if epochs:
         low, high = min(epochs), max(epochs)
         span = place(low) if low == high else f"{place(low)} to {place(high)}"
-        words.append(f"{span} {name} epochs")
+        words.append(f"{span} {name} {'epoch' if high == 1 else 'epochs'}")
     if unknown:
         words.append(f"{name} by amounts")
     return ", ".join(words)

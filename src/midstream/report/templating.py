@@ -7,6 +7,7 @@ from importlib.resources import files
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from midstream import __version__
+from midstream.quantities import counted
 from midstream.report.words import (
     KIND_NAMES,
     SCORE_NAMES,
@@ -45,6 +46,7 @@ def _environment() -> Environment:
     )
     environment.globals |= {"kinds": KIND_NAMES, "heads": SCORE_NAMES}
     environment.filters |= {
+        "counted": counted,
         "place": place,
         "points": points,
         "signed": signed,

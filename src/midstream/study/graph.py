@@ -2,10 +2,12 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 from midstream.config import PublicFolder
 from midstream.study.chain import came_from
 from midstream.study.cost import StageCost, cost
+from midstream.study.label import labels
 from midstream.study.lacking import how_to_have, is_lacking
 from midstream.study.ledger import Ledger, State
 from midstream.study.stage import (
@@ -45,6 +47,11 @@ class Plan:
 
     study: AnyStudy
     rows: tuple[PlanRow, ...]
+
+    @cached_property
+    def labels(self) -> dict[str, str]:
+        """By folder name, what each stage is called."""
+        return labels([row.stage for row in self.rows])
 
     @property
     def to_run(self) -> tuple[PlanRow, ...]:

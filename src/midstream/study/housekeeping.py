@@ -12,19 +12,22 @@ from pydantic import ValidationError
 from midstream.identity import FORMAT_VERSION
 from midstream.storage import CorruptError, read_json, remove_folder, require_writable, verify
 from midstream.study.graph import order
+from midstream.study.label import digits_of, handle, joined, shortest, words
 from midstream.study.ledger import Ledger, launch_lock
 from midstream.study.stage import stage_from_json
 
 
 @dataclass(frozen=True)
 class StoredStage:
-    """A stage's folder: its state, the bytes of its files, and the kept studies that need it.
+    """A stage's folder, what the stage is called, its state, the bytes of its files, and the kept
+    studies that need it.
 
     `state` is "unreadable" for a folder whose stage.json this version cannot read, and "stale" for
     one that it would give another name: made before an option was added, it is not used any more.
     """
 
     name: str
+    label: str
     kind: str
     state: str
     num_bytes: int
@@ -33,7 +36,7 @@ class StoredStage:
 
 @dataclass(frozen=True)
 class Checked:
-    """What `check` looked at, and what is wrong: (stage, what)."""
+    """What `check` looked at, and what is wrong: (stage's label, what)."""
 
     num_stages: int
     num_folders: int
@@ -51,18 +54,21 @@ def stored_stages(ledger: Ledger) -> list[StoredStage]:
         raise FileNotFoundError(f"store {ledger.store} does not exist; give another --store")
     needs = _needs(ledger)
     found = []
-    for path in sorted(ledger.store.glob("*/stage.json")):
-        folder = path.parent
+    folders = [path.parent for path in sorted(ledger.store.glob("*/stage.json"))]
+    length = shortest([digits_of(folder.name) for folder in folders])
+    for folder in folders:
         kind: str
         state: str
         try:
-            stage = stage_from_json(path.read_bytes())
-            kind, state = stage.kind, ledger.state(stage) if stage.name == folder.name else "stale"
+            stage = stage_from_json((folder / "stage.json").read_bytes())
+            kind, text = stage.kind, words(stage)
+            state = ledger.state(stage) if stage.name == folder.name else "stale"
         except ValidationError:
-            kind, state = folder.name.rsplit("-", 1)[0], "unreadable"
-        found.append(
-            StoredStage(folder.name, kind, state, _bytes(folder), needs.get(folder.name, ()))
-        )
+            kind, state = folder.name.rpartition("-")[0], "unreadable"
+            text = kind
+        label = joined(text, handle(digits_of(folder.name), length))
+        lines = needs.get(folder.name, ())
+        found.append(StoredStage(folder.name, label, kind, state, _bytes(folder), lines))
     return found
 
 
@@ -76,7 +82,9 @@ def other_bytes(ledger: Ledger) -> dict[str, int]:
 
 
 def remove_stages(ledger: Ledger, names: Sequence[str]) -> int:
-    """Delete stages' folders; returns the bytes. No launcher may use the store meanwhile.
+    """Delete stages by their folders' names; returns the bytes.
+
+    No launcher may use the store meanwhile.
 
     Raises ValueError, with nothing deleted, for a name that is no stage here, a stage that a kept
     study needs, or one that runs.
@@ -88,11 +96,11 @@ def remove_stages(ledger: Ledger, names: Sequence[str]) -> int:
         stage = by_name[name]
         if stage.studies:
             raise ValueError(
-                f"{name} is needed by {', '.join(stage.studies)}; forget that study first "
+                f"{stage.label} is needed by {', '.join(stage.studies)}; forget that study first "
                 "(midstream store forget)"
             )
         if stage.state == "running":
-            raise ValueError(f"{name} is running; wait until it ends, or stop it")
+            raise ValueError(f"{stage.label} is running; wait until it ends, or stop it")
     require_writable(ledger.store)
     with launch_lock(ledger.store):
         for name in names:
@@ -127,15 +135,15 @@ def check(ledger: Ledger) -> Checked:
         try:
             read_json(folder / "results.json")
         except (OSError, ValueError) as error:
-            problems.append((stage.name, f"results.json cannot be read: {error}"))
+            problems.append((stage.label, f"results.json cannot be read: {error}"))
         for manifest in sorted(folder.rglob("manifest.json")):
             num_folders, num_bytes = num_folders + 1, num_bytes + _bytes(manifest.parent)
             try:
                 verify(manifest.parent)
             except CorruptError as error:
-                problems.append((stage.name, str(error)))
+                problems.append((stage.label, str(error)))
     problems += [
-        (stage.name, "stage.json is of another version of Midstream, or broken")
+        (stage.label, "stage.json is of another version of Midstream, or broken")
         for stage in stages
         if stage.state == "unreadable"
     ]

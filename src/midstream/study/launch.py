@@ -71,7 +71,7 @@ def run(
             launcher = _Launcher(work, ledger, machine, on_event, command, nodes)
             prepares = any(isinstance(row.stage, DataStage) for row in work.to_run)
             launcher.preparing = prepares and not skip_checks
-            outcome = launcher.run({} if retry else failed_before(work.rows, ledger))
+            outcome = launcher.run({} if retry else failed_before(work, ledger))
             if nodes is not None:
                 nodes.end(outcome.exit_code)
         return outcome
@@ -245,12 +245,13 @@ class _Launcher:
         event = {"event": "finished", "stage": name, "state": state, "error": error}
         self.on_event({**event, "worker": worker.number, "log": str(worker.log)})
         if state == "failed":
-            self._lose(name, failure(name, error, worker.log))
+            self._lose(name, failure(self.plan.labels[name], error, worker.log))
 
     def _lose(self, name: str, told: str) -> None:
         """A stage has failed: say so, and what is not started for it."""
         self.states[name] = "failed"
-        self.messages += [text for text in (told, not_started(self.waiting, name)) if text]
+        lost = not_started(self.waiting, name, self.plan.labels)
+        self.messages += [text for text in (told, lost) if text]
 
     def _bury(self, worker: Worker, code: int) -> None:
         """A worker has ended: its stage failed, unless it was told to stop."""

@@ -21,6 +21,7 @@ from midstream.storage import (
     write_bytes,
     write_json,
 )
+from midstream.study.label import label
 from midstream.study.progress import ProgressFile, log_here, now
 from midstream.study.stage import Stage, stage_from_json
 from midstream.study.studies import AnyStudy, study_from_json
@@ -97,7 +98,7 @@ class Ledger:
         """What the stage found; FileNotFoundError names stage, state and folder if not done."""
         if not self.is_done(stage):
             raise FileNotFoundError(
-                f"stage {stage.name} is {self.state(stage)}, not done, in {self.folder(stage)}; "
+                f"{label(stage)} is {self.state(stage)}, not done, in {self.folder(stage)}; "
                 f"run it first"
             )
         return cast(dict[str, Any], read_json(self.folder(stage) / "results.json"))
@@ -123,7 +124,7 @@ class Ledger:
         if not path.is_file():
             known = ", ".join(sorted(item.stem for item in folder.glob("*.parquet"))) or "none"
             raise FileNotFoundError(
-                f"{stage.name} kept no predictions of {task!r} in {folder}; it has {known}"
+                f"{label(stage)} kept no predictions of {task!r} in {folder}; it has {known}"
             )
         return path
 
@@ -154,7 +155,7 @@ class Ledger:
             try:
                 yield work
                 if work.results is None:
-                    raise RuntimeError(f"stage {stage.name} ended without handing in its results")
+                    raise RuntimeError(f"{label(stage)} ended without handing in its results")
                 write_json(folder / "results.json", work.results)
             except (Stopped, KeyboardInterrupt) as reason:
                 self._write_status(stage, "stopped", about, error=str(reason) or None)

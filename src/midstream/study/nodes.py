@@ -20,6 +20,7 @@ from uuid import uuid4
 
 from midstream.config import Machine
 from midstream.storage import read_json, write_bytes, write_json
+from midstream.study.label import label
 from midstream.study.stage import stage_from_json
 from midstream.study.workers import group_command, worker_environment
 
@@ -115,7 +116,7 @@ def join(store: Path, machine: Machine, on_note: Callable[[str], None]) -> int:
                 ranks.wait()
             done, work = task, Path(said["work"])
             stage = stage_from_json(json.dumps(read_json(work)["stage"]))
-            on_note(f"node {machine.node} trains {stage.name}")
+            on_note(f"node {machine.node} trains {label(stage)}")
             ranks = _start(store, machine, work)
     finally:
         if ranks is not None:

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from midstream.study.graph import PlanRow, missing_inputs
+from midstream.quantities import counted
+from midstream.study.graph import Plan, PlanRow, missing_inputs
+from midstream.study.label import label
 from midstream.study.lacking import what_can_run
 from midstream.study.ledger import Ledger
 from midstream.study.problem import Problem
@@ -63,29 +65,28 @@ def require_inputs(study: AnyStudy) -> None:
         )
 
 
-def failed_before(rows: Sequence[PlanRow], ledger: Ledger) -> dict[str, str]:
+def failed_before(work: Plan, ledger: Ledger) -> dict[str, str]:
     """By stage name, what is said of the stages that failed before and are not tried again."""
     told = {}
-    for row in rows:
+    for row in work.rows:
         if row.state == "failed":
-            error = one_line(ledger.status(row.stage).get("error"))
-            told[row.stage.name] = (
-                f"{row.stage.name} failed before: {error}; to run it again, add --retry"
-            )
+            error, name = one_line(ledger.status(row.stage).get("error")), row.stage.name
+            told[name] = f"{work.labels[name]} failed before: {error}; to run it again, add --retry"
     return told
 
 
-def failure(name: str, error: str | None, log: object) -> str:
+def failure(who: str, error: str | None, log: object) -> str:
     """What is said of a stage that failed in this run."""
-    return f"{name} failed: {one_line(error)} (see {log}); to run it again, add --retry"
+    return f"{who} failed: {one_line(error)} (see {log}); to run it again, add --retry"
 
 
-def not_started(waiting: Mapping[str, PlanRow], name: str) -> str | None:
+def not_started(waiting: Mapping[str, PlanRow], name: str, labels: Mapping[str, str]) -> str | None:
     """What is said of the waiting stages that need `name`; None if there are none."""
-    lost = [other for other, row in waiting.items() if descends(row, name, waiting)]
+    lost = [labels[other] for other, row in waiting.items() if descends(row, name, waiting)]
     if not lost:
         return None
-    return f"{len(lost)} stages that need {name} were not started: {named(lost)}"
+    count, were = counted(len(lost), "stage"), "was" if len(lost) == 1 else "were"
+    return f"{count} behind {labels[name]} {were} not started: {named(lost)}"
 
 
 def descends(row: PlanRow, ancestor: str, waiting: Mapping[str, PlanRow]) -> bool:
@@ -98,9 +99,9 @@ def descends(row: PlanRow, ancestor: str, waiting: Mapping[str, PlanRow]) -> boo
 
 
 def named(names: Sequence[str]) -> str:
-    """The first names of a list, and how many more there are."""
+    """The first names of a list, and how many more there are; names have commas of their own."""
     more = len(names) - MAX_NAMED
-    return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return "; ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def one_line(error: str | None) -> str:
@@ -134,7 +135,7 @@ def require_not_running(
         if row.state == "running" and row.stage.name not in known:
             status = ledger.status(row.stage)
             raise ValueError(
-                f"{ledger.folder(row.stage)} is still being run by process {status.get('pid')} on "
-                f"{status.get('host')}, which an earlier launcher left; wait until it ends, or "
-                "stop it"
+                f"{label(row.stage)} is still being run by process {status.get('pid')} on "
+                f"{status.get('host')}, which an earlier launcher left "
+                f"({ledger.folder(row.stage)}); wait until it ends, or stop it"
             )

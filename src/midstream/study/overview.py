@@ -9,14 +9,15 @@ from typing import Any
 from midstream.storage import read_json
 from midstream.study.cost import StageCost, cost
 from midstream.study.graph import order
+from midstream.study.label import labels
 from midstream.study.ledger import Ledger, State, is_held
+from midstream.study.measured import seconds_of
 from midstream.study.progress import Sign, read_sign
 from midstream.study.stage import PrepareSource, Stage, TrainEncoder
 from midstream.study.studies import AnyStudy
 
 # How the stages are listed: what moves or needs help first.
 STATES: tuple[State, ...] = ("running", "failed", "stopped", "new", "done")
-_TRAINING = ("pretrain", "continue", "finetune")
 # Slurm's states of a job that has not ended.
 _ALIVE = frozenset(
     ("PENDING", "RUNNING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING", "COMPLETING", "SUSPENDED")
@@ -25,9 +26,13 @@ _ALIVE = frozenset(
 
 @dataclass(frozen=True)
 class StageView:
-    """One stage: how it stands, how far it is (`sign`), and where it runs or ran."""
+    """One stage: how it stands, how far it is (`sign`), and where it runs or ran.
+
+    `name` is its folder's, `label` what it is called.
+    """
 
     name: str
+    label: str
     kind: str
     state: State
     sign: Sign = field(default_factory=Sign)
@@ -91,6 +96,7 @@ class Board:
     def __init__(self, study: AnyStudy, ledger: Ledger) -> None:
         self.study, self.ledger = study, ledger
         self.stages = {stage.name: stage for stage in order(study)}
+        self.labels = labels(list(self.stages.values()))
         self.parents = {name: stage.parents for name, stage in self.stages.items()}
         self._costs: dict[str, StageCost] = {}
         self._seconds: dict[str, float] = {}
@@ -139,6 +145,7 @@ class Board:
         number = job.get("job", job.get("id"))
         view = StageView(
             stage.name,
+            self.labels[stage.name],
             stage.kind,
             state,
             flops=costs.flops,
@@ -173,11 +180,7 @@ class Board:
         return found
 
     def _estimate(self, views: Sequence[StageView]) -> dict[str, float | None]:
-        """Seconds that are left of each stage: its own word, else its FLOPs at its kind's speed.
-
-        A kind of training that nothing is known of has the speed of the other kinds. One without
-        planned FLOPs is given the mean time of its finished stages.
-        """
+        """Seconds that are left of each stage: its own word, else as `measured.py` has it."""
         timed: dict[str, list[tuple[float, float]]] = {}
         for view in views:
             seconds = self._seconds.get(view.name)
@@ -186,21 +189,13 @@ class Board:
                 seconds = left / (1 - done)
             if seconds is not None:
                 timed.setdefault(view.kind, []).append((view.flops or 0.0, seconds))
-        trained = [one for kind in _TRAINING for one in timed.get(kind, ())]
         found: dict[str, float | None] = {}
         for view in views:
             if view.state == "done" or view.sign.seconds_left is not None:
                 found[view.name] = 0.0 if view.state == "done" else view.sign.seconds_left
                 continue
-            samples = timed.get(view.kind) or (trained if view.kind in _TRAINING else None)
-            if not samples or (view.flops is None and view.kind not in timed):
-                found[view.name] = None
-                continue
-            flops, seconds = sum(one for one, _ in samples), sum(one for _, one in samples)
-            whole = seconds / len(samples)
-            if flops and view.flops is not None:
-                whole = view.flops * seconds / flops
-            found[view.name] = whole * (1 - (view.sign.done or 0.0))
+            whole = seconds_of(view.kind, view.flops, timed)
+            found[view.name] = None if whole is None else whole * (1 - (view.sign.done or 0.0))
         return found
 
     def _left(self, seconds: Mapping[str, float], side_by_side: int) -> float:
@@ -234,6 +229,7 @@ def overview_json(seen: Overview) -> dict[str, Any]:
         "stages": [
             {
                 "name": view.name,
+                "label": view.label,
                 "kind": view.kind,
                 "state": view.state,
                 **{key: getattr(view.sign, key) for key in Sign.__dataclass_fields__},

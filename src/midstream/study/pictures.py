@@ -8,7 +8,7 @@ counts once for each until all are seen, so that a store is at most as large as 
 at least as much.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import expm1, log1p, prod
@@ -18,7 +18,9 @@ from typing import Any, Literal
 from midstream.config import Epochs, Machine, PretrainedEncoder
 from midstream.flops import encoder_flops
 from midstream.identity import digest
+from midstream.quantities import quantity
 from midstream.study.cost import cost
+from midstream.study.label import label
 from midstream.study.ledger import Ledger
 from midstream.study.sources import Facts, sources_of
 from midstream.study.stage import (
@@ -111,11 +113,11 @@ class FeaturePlan:
             "saved_fraction": self.saved_fraction,
         } | {name: getattr(self, name) for name in names}
 
-    def sentence(self, quantity: Callable[[Number | None], str]) -> str:
-        """One line for a reader; `quantity` writes numbers with their unit's prefix."""
+    def sentence(self) -> str:
+        """One line for a reader."""
         config = self.encoder.encoder
         text = (
-            f"features of {self.encoder.name} ({config.num_patches} x {config.hidden_size} "
+            f"features of {label(self.encoder)} ({config.num_patches} x {config.hidden_size} "
             f"{config.feature_dtype}): {self.choice.decision}, {self.choice.reason}"
         )
         if self.pictures is None or self.views is None:

@@ -8,6 +8,7 @@ from midstream.config import TrainedTokenizer
 from midstream.study.cost import Flops, model_parameters, trained_parameters, work_of
 from midstream.study.gpus import UTILISATION, Gpu
 from midstream.study.graph import Plan, PlanRow
+from midstream.study.label import label
 from midstream.study.ledger import Ledger
 from midstream.study.memory import FLOAT, Memory, Setting, memory
 from midstream.study.pictures import FeaturePlan
@@ -194,8 +195,8 @@ def _fit(stage: Trained, work: Workload, fleet: Fleet) -> Fit:
     for number in numbers:
         if batch % number:
             raise ValueError(
-                f"{stage.name}: batch_rows {batch} is no multiple of {number} GPUs; choose another "
-                "--gpus-per-stage"
+                f"{label(stage)}: batch_rows {batch} is no multiple of {number} GPUs; choose "
+                "another --gpus-per-stage"
             )
         found = _largest(stage, work, fleet, number)
         if found.fits:

@@ -16,6 +16,7 @@ from midstream.config import Evaluation, SlurmSettings
 from midstream.storage import read_json
 from midstream.study import launch
 from midstream.study.cluster.slurm import run_on_slurm
+from midstream.study.label import label
 from midstream.study.ledger import Ledger
 from midstream.study.outcome import STOPPED_EXIT_CODE, Outcome
 from midstream.study.stage import Evaluate, Pretrain, Stage
@@ -199,7 +200,7 @@ def test_jobs_give_the_bits_of_a_local_run_though_preempted_and_killed_with_the_
         match steps[:1]:
             case ["preempt"] if is_running:
                 cluster.slurm.ask(*urgent)
-            case ["requeued"] if f"{long.name} is requeued: told to stop" in text:
+            case ["requeued"] if f"{label(long)} is requeued: told to stop" in text:
                 pass
             case ["kill"] if is_running:
                 cluster.slurm.kill_controller()
@@ -216,7 +217,7 @@ def test_jobs_give_the_bits_of_a_local_run_though_preempted_and_killed_with_the_
     assert (outcome.num_done, outcome.exit_code) == (2, 0), outcome.messages
     assert steps == []
     assert "Slurm answers again" in cluster.notes()
-    assert f"{long.name} is submitted again: Slurm ended job" in cluster.notes()
+    assert f"{label(long)} is submitted again: Slurm ended job" in cluster.notes()
     assert cluster.jobs() == {}
     local = tiny.store_with(prepared, tmp_path / "local", tiny.DATA)
     result = study.lines[0].result
@@ -290,8 +291,8 @@ def test_a_failed_stage_cancels_its_descendants_only_and_runs_again_with_retry(
     assert (outcome.num_done, outcome.num_failed, outcome.num_skipped) == (2, 1, 1)
     assert outcome.exit_code == 1
     child = study.lines[0].result.name
-    assert f"{bad.name} failed: ValueError: bad luck" in outcome.messages[0]
-    assert f"were not started: {child}" in outcome.messages[1]
+    assert f"{label(bad)} failed: ValueError: bad luck" in outcome.messages[0]
+    assert f"was not started: {label(study.lines[0].result)}" in outcome.messages[1]
     assert cluster.ledger.status(bad)["error"] == "ValueError: bad luck"
     assert child not in cluster.begun()
     cluster.act(bad, None)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
 from midstream.config import Machine, SlurmSettings
+from midstream.quantities import counted
 from midstream.study.cluster import scheduler
 from midstream.study.cluster.job_book import Entry, JobBook
 from midstream.study.cluster.job_events import JobFiles
@@ -71,9 +72,9 @@ class Follower:
                     self._ask(self._look)
         if self.queued:
             ids = " ".join(self.book.entries[name].job or "" for name in self.queued)
+            count = counted(len(self.queued), "job is", "jobs are")
             self._note(
-                f"{len(self.queued)} jobs are left to Slurm: the same command follows them, "
-                f"scancel {ids} ends them"
+                f"{count} left to Slurm: the same command follows them, scancel {ids} ends them"
             )
         states = list(self.states.values())
         return Outcome(
@@ -115,9 +116,11 @@ class Follower:
             else:
                 self.book.forget(name)
         if others:
-            self._note(f"{len(others)} jobs of another study go on: {' '.join(others)}")
+            count = counted(len(others), "job of another study goes", "jobs of another study go")
+            self._note(f"{count} on: {' '.join(others)}")
         if self.queued:
-            self._note(f"the jobs of {len(self.queued)} stages, submitted before, are followed")
+            count = counted(len(self.queued), "stage")
+            self._note(f"the jobs of {count}, submitted before, are followed")
         for name, state in list(self.states.items()):
             if state == "failed":
                 self._cancel_descendants(name)
@@ -182,7 +185,7 @@ class Follower:
             if job is None or not job.is_live:
                 self._end(name, one, entry, scheduler.ended_job(entry.job, entry.name, job))
             elif job.state == "PENDING" and one.waits_for(job.reason):
-                self._note(f"job {job.id} of {name} waits: {job.reason}")
+                self._note(f"job {job.id} of {self.plan.labels[name]} waits: {job.reason}")
 
     def _end(self, name: str, one: Queued, entry: Entry, job: Job | None) -> None:
         """A stage's job is not in the queue any more."""
@@ -207,7 +210,7 @@ class Follower:
             self.waiting[name] = self.queued.pop(name).row
             self.book.forget(name)
             if found.text:
-                self._note(f"{name} is submitted again: {found.text}")
+                self._note(f"{self.plan.labels[name]} is submitted again: {found.text}")
         elif found.action == "failed":
             noted = found.text if found.is_noted else self._mark_failed(one.row, found.text)
             self._settle(name, "failed", noted)
@@ -231,13 +234,14 @@ class Follower:
         event = {"event": "finished", "stage": name, "state": state, "error": error}
         self.on_event(event | {"worker": self.numbers[name], "log": log})
         if state == "failed":
-            self._lose(name, failure(name, error, log))
+            self._lose(name, failure(self.plan.labels[name], error, log))
 
     def _lose(self, name: str, told: str) -> None:
         """A stage has failed: say so, and what is not started for it."""
         self.states[name] = "failed"
         rows = self.waiting | {other: one.row for other, one in self.queued.items()}
-        self.messages += [text for text in (told, not_started(rows, name)) if text]
+        lost = not_started(rows, name, self.plan.labels)
+        self.messages += [text for text in (told, lost) if text]
         self._cancel_descendants(name)
 
     def _cancel_descendants(self, name: str) -> None:
@@ -251,7 +255,9 @@ class Follower:
             self.waiting[other] = self.queued.pop(other).row
         if lost:
             self.book.forget(*lost)
-            self._note(f"the jobs of {named(lost)} are cancelled, since {name} failed")
+            labels = self.plan.labels
+            who = named([labels[other] for other in lost])
+            self._note(f"the jobs of {who} are cancelled, since {labels[name]} failed")
 
     def _log(self, name: str) -> str:
         """Where the stage's worker writes; before there is one, its job."""

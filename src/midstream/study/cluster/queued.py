@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from midstream.study.cluster.job_events import JobFiles, events_since
 from midstream.study.graph import PlanRow
+from midstream.study.label import label
 from midstream.study.ledger import Ledger
 from midstream.study.workers import Event
 
@@ -43,7 +44,7 @@ class Queued:
             told.append(begun[-1])
         told += [event for event in events if event["event"] == "progress"][-1:]
         told += [
-            {"event": "note", "text": f"{self.row.stage.name} is {event['event']}: {why}"}
+            {"event": "note", "text": f"{label(self.row.stage)} is {event['event']}: {why}"}
             for event in events
             if (why := event.get("why") or event.get("error")) and event["event"] in AGAIN
         ]

@@ -67,6 +67,6 @@ def run_on_slurm(
         on_event({"event": "plan", "num_stages": len(work.rows), "num_done": work.num_done})
         for doubtful in found:
             on_event({"event": "note", "text": str(doubtful)})
-        left = {} if retry else failed_before(work.rows, ledger)
+        left = {} if retry else failed_before(work, ledger)
         submitter = Submitter(ledger.store, machine, settings, book, command)
         return Follower(work, ledger, machine, settings, on_event, submitter).run(left, detach)

@@ -23,6 +23,7 @@ from midstream.config import Machine
 from midstream.storage import append_line, read_json
 from midstream.study.cluster import scheduler
 from midstream.study.cluster.job_events import JobFiles, events_since
+from midstream.study.label import label
 from midstream.study.ledger import Ledger, is_held
 from midstream.study.outcome import STOPPED_EXIT_CODE
 from midstream.study.stage import Stage, stage_from_json
@@ -148,7 +149,7 @@ class _Run:
             return
         if state == "failed":
             assert self.finished is not None
-            raise StageFailed(f"{self.stage.name}: {self.finished['error']}")
+            raise StageFailed(f"{label(self.stage)}: {self.finished['error']}")
         if state == "stopped" or self.stopping:
             self._queue_again("told to stop")
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -160,7 +161,7 @@ class _Run:
             self._queue_again(error)
         with suppress(ValueError):  # a process that it left behind still holds the stage
             self.ledger.mark_failed(self.stage, error)
-        raise StageFailed(f"{self.stage.name}: {error}")
+        raise StageFailed(f"{label(self.stage)}: {error}")
 
     def _num_restarts(self) -> int:
         """How often this job has begun the stage again."""
@@ -179,7 +180,7 @@ class _Run:
             try:
                 # COMPLETING: it was cancelled, or is being queued again already.
                 if scheduler.job_state(self.place.job_id) == "RUNNING":
-                    print(f"{self.stage.name} is queued again: {why}", flush=True)
+                    print(f"{label(self.stage)} is queued again: {why}", flush=True)
                     self.keep({"event": "requeued", "why": why, "job": self.place.job_id})
                     scheduler.requeue(self.place.job_id)
                 break
