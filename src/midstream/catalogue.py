@@ -6,6 +6,7 @@ import inspect
 import json
 import pkgutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import ModuleType
 from typing import Any, get_args, get_type_hints
 
 from midstream import recipes
+from midstream.identity import kept_digests
 from midstream.storage import read_json, write_json
 from midstream.study.ledger import Ledger
 from midstream.study.studies import AnyStudy, Study, Suite
@@ -22,14 +24,19 @@ Recipe = Callable[..., AnyStudy]
 ASKED = "asked.json"
 
 
-def find_study(name: str, settings: Sequence[str]) -> AnyStudy:
+def find_study(
+    name: str, settings: Sequence[str], ledger: Ledger | None = None, *, verify: bool = False
+) -> AnyStudy:
     """The study of a recipe (`pocket.when_images_arrive`, `my_file.py:function`).
 
-    `settings` are `name=value` pairs for its arguments, the values JSON or else text.
+    `settings` are `name=value` pairs for its arguments, the values JSON or else text. With a
+    `ledger` the bytes of data files that it knows are not read again, unless to `verify` them.
     Raises ValueError or FileNotFoundError with what there is if a name is unknown.
     """
     recipe = _from_file(name) if ".py" in name else _from_catalogue(name)
-    study = recipe(**_arguments(name, recipe, settings))
+    arguments = _arguments(name, recipe, settings)
+    with nullcontext() if ledger is None else kept_digests(ledger.digests, again=verify):
+        study = recipe(**arguments)
     if not isinstance(study, Study | Suite):
         raise ValueError(f"{name} returned a {type(study).__name__}, not a Study or a Suite")
     return study
@@ -69,7 +76,7 @@ def last_study(name: str, ledger: Ledger, settings: Sequence[str]) -> LastStudy:
             f"no study {name!r}; {hint}store {ledger.store} holds {', '.join(stored) or 'none'}, "
             f"and there are the recipes {', '.join(known) or 'none'}"
         )
-    return LastStudy(find_study(name, settings))
+    return LastStudy(find_study(name, settings, ledger))
 
 
 def keep_asked(ledger: Ledger, name: str, study: AnyStudy) -> None:

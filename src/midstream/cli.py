@@ -183,10 +183,11 @@ def show_data(
     from midstream.catalogue import find_study, with_scale
     from midstream.config import Machine
     from midstream.study.choose import training_stage
+    from midstream.study.ledger import Ledger
     from midstream.study.workers import worker_environment
 
     arguments = with_scale(settings, scale)
-    shown = training_stage(find_study(study, arguments), stage)
+    shown = training_stage(find_study(study, arguments, Ledger(store)), stage)
     remedy = ["midstream", "run", study, "--store", str(store)]
     remedy += [part for setting in arguments for part in ("--set", setting)]
     command = [sys.executable, "-m", "midstream.show_data", "--store", str(store)]

@@ -17,6 +17,9 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="An argument of the recipe; may be repeated."),
 ]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Read every data file again, known to the store or not.")
+]
 ScaleName = Annotated[
     str | None, typer.Option("--scale", metavar="NAME", help="Short for --set scale=NAME.")
 ]

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from midstream.options import DEFAULT_STORE, ScaleName, Settings, Store, StudyName
+from midstream.options import DEFAULT_STORE, ScaleName, Settings, Store, StudyName, Verify
 from midstream.quantities import UNKNOWN, counted, quantity
 from midstream.study.gpus import UTILISATION
 
@@ -66,6 +66,7 @@ def plan(
         bool,
         typer.Option("--checkpointing", help="Memory with the blocks' activations made again."),
     ] = False,
+    verify: Verify = False,
 ) -> None:
     """Show what a study would run and what it costs; starts nothing."""
     from midstream import terminal
@@ -80,7 +81,8 @@ def plan(
     from midstream.study.price import Fleet, price, price_json
 
     fleet = Fleet(find_gpu(gpu), gpus, gpus_per_stage, utilisation, checkpointing)
-    found, ledger = find_study(study, with_scale(settings, scale)), Ledger(store)
+    ledger = Ledger(store)
+    found = find_study(study, with_scale(settings, scale), ledger, verify=verify)
     terminal.tell_older(ledger)
     work = plan_study(found, ledger)
     machine = Machine.model_validate({"features": features, "max_feature_gib": max_feature_gib})

@@ -39,11 +39,12 @@ def profile(
     from midstream.catalogue import find_study, read_settings, with_scale
     from midstream.config import Machine
     from midstream.study.choose import training_stage
+    from midstream.study.ledger import Ledger
     from midstream.study.workers import worker_environment
 
     chosen: dict[str, Any] = {"threads": threads, "device": device, "features": "live"}
     machine = Machine.model_validate(chosen | read_settings("--machine", others or []))
-    found = training_stage(find_study(study, with_scale(settings, scale)), stage)
+    found = training_stage(find_study(study, with_scale(settings, scale), Ledger(store)), stage)
     request = {
         "store": str(store.absolute()),
         "stage": found.model_dump(mode="json"),

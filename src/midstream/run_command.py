@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from midstream.options import DEFAULT_STORE, ScaleName, Settings, Store, StudyName
+from midstream.options import DEFAULT_STORE, ScaleName, Settings, Store, StudyName, Verify
 from midstream.quantities import counted
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def run(
         bool,
         typer.Option("--skip-checks", help="Start at once, whatever is wrong with study or data."),
     ] = False,
+    verify: Verify = False,
     detach: Annotated[
         bool, typer.Option("--detach", help="With --slurm: leave once all jobs are submitted.")
     ] = False,
@@ -99,7 +100,8 @@ def run(
     chosen |= {"max_feature_gib": max_feature_gib, "nodes": nodes, "node": node, "master": master}
     if cluster is not None:
         chosen["workers"] = 1
-    found, ledger = find_study(study, with_scale(settings, scale)), Ledger(store)
+    ledger = Ledger(store)
+    found = find_study(study, with_scale(settings, scale), ledger, verify=verify)
     machine = machine_for(found, chosen | read_settings("--machine", others or []))
     if machine.node:
         from midstream.study.nodes import join

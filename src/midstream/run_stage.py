@@ -11,8 +11,7 @@ from typing import Any, Literal, assert_never
 
 import torch
 
-from midstream.benchmark_files import benchmark_digest
-from midstream.config import ContinuedCosine, Machine, PublicFolder, World
+from midstream.config import ContinuedCosine, Machine
 from midstream.data.feature_store import FeatureStore, StoredImages
 from midstream.data.features import Encode, LiveImages, encode_fixed
 from midstream.data.loader import Images, NoImages, RowDataset
@@ -25,10 +24,7 @@ from midstream.data.prepare import (
 )
 from midstream.data.rows import plan_rows
 from midstream.data.sources import Source
-from midstream.eval.benchmark import evaluate
-from midstream.eval.earlier import earlier_tasks
-from midstream.eval.kept_answers import BATCHES_AT_ONCE, EvaluationStopped, KeptAnswers
-from midstream.eval.predict import ModelAnswerer
+from midstream.evaluate_stage import evaluate_stage, scores_of
 from midstream.identity import FORMAT_VERSION, digest, kept_digests
 from midstream.load_imported import (
     fuse_encoders_stage,
@@ -38,10 +34,8 @@ from midstream.load_imported import (
 from midstream.model.initialise import initialise
 from midstream.open_data import open_sources, open_tokenizer, world_root
 from midstream.open_model import (
-    evaluations,
     on_device,
     open_encoder,
-    open_model,
     weights_folder,
 )
 from midstream.schedule import check_start
@@ -341,50 +335,18 @@ class StageRunner:
         return folder
 
     def _evaluate(self, stage: Evaluate) -> dict[str, Any]:
-        folder = self.ledger.folder(stage.of)
-        if isinstance(stage.of, Pretrain) and stage.completion != 1.0:
-            weights_folder(self.ledger, stage.of, stage.completion)
-            folder = folder / "milestones" / f"{stage.completion * 100:g}"
-        opened = open_model(folder, self.device)
-        answerer = ModelAnswerer(
-            opened.vlm,
-            opened.codec,
-            encode=opened.encode if opened.encoder is not None else None,
-            encoder=stage.of.model.encoder,
-            max_new_tokens=stage.evaluation.max_new_tokens,
-            batch_size=stage.evaluation.batch_size,
-        )
-        kept = self.ledger.folder(stage) / "answers"
-        answers = KeptAnswers(
-            answerer,
-            kept,
-            at_once=stage.evaluation.batch_size * BATCHES_AT_ONCE,
-            settings=str(stage.evaluation.max_new_tokens),
-            ranks=self.place,
+        results = evaluate_stage(
+            stage,
+            self.ledger,
+            self.place,
             should_stop=self.should_stop,
             at=self.watch.at,
+            note=self._note,
         )
-        root = world_root(stage.of.data, self.ledger)
-        with kept_digests(self.ledger.digests):
-            check_benchmarks(stage.of.data.world, root, stage.benchmarks)
-        earlier = [self.ledger.folder(one) for one in evaluations(opened)]
-        try:
-            results = evaluate(
-                answers,
-                stage.evaluation,
-                root,
-                self.ledger.folder(stage),
-                self._note,
-                done=earlier_tasks(earlier),
-            )
-        except EvaluationStopped as reason:
-            raise Interrupted(str(reason)) from None
-        if self.place.rank == 0:
-            remove_folder(kept)
         if self._tracking is not None:
             self._tracking.begin()
             self._tracking.log(scores_of(results), prefix="score")
-        return {**results, "weights_digest": answerer.weights_digest}
+        return results
 
     def _seeing(
         self, stage: Trained, plan: RowPlan, sources: Mapping[str, Source]
@@ -445,26 +407,6 @@ def _moments(stage: Continue | Finetune) -> Literal["carry", "fresh", "warm"]:
     """Whether Adam's moments come along; image-text stages keep none of theirs."""
     start = stage.start
     return "fresh" if isinstance(start, Continue | FromScratch) else start.optimizer
-
-
-def scores_of(results: Mapping[str, Any]) -> dict[str, float | int]:
-    """What an evaluation found, as one line of metrics: each task's score, and the stable ones."""
-    scores = {name: task["score"] for name, task in results["tasks"].items()}
-    stable = {f"stable.{name}": value for name, value in results["stable"].items()}
-    return {"step": 0, **scores, **{k: v for k, v in stable.items() if v is not None}}
-
-
-def check_benchmarks(world: World, root: Path, planned: Mapping[str, Any]) -> None:
-    """Raises ValueError for a benchmark of a user's folder that changed since it was planned."""
-    if not isinstance(world, PublicFolder):
-        return
-    for task, expected in planned.items():
-        found = benchmark_digest(root, task) if expected is not None else None
-        if found != expected:
-            raise ValueError(
-                f"benchmark {task!r} of {root} has fingerprint {found}, the plan was made for "
-                f"{expected}: its files changed; plan again"
-            )
 
 
 def unchanged(images: torch.Tensor) -> torch.Tensor:

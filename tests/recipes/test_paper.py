@@ -1,42 +1,22 @@
-"""The paper's experiments: counted as by hand, with its settings, at every scale.
+"""The paper's experiments: counted as by hand, with its settings, at every scale."""
 
-`python tests/recipes/test_paper.py` renews the golden file of resolved recipes.
-"""
-
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from midstream.catalogue import catalogue, find_study
 from midstream.config import ContinuedCosine, Mixture, WarmupCosine
-from midstream.identity import digest
 from midstream.recipes import paper
 from midstream.recipes.scales import SIZES, find_scale
 from midstream.schedule import rate_at
-from midstream.storage import write_json
 from midstream.study.graph import missing_inputs, order, plan
 from midstream.study.ledger import Ledger
 from midstream.study.stage import Continue, ContinueFrom, Evaluate, Finetune, LoadDecoder, Pretrain
 from midstream.study.studies import AnyStudy, Study, Suite
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "paper.json"
 SCALED = sorted(name for name in catalogue() if name.startswith("paper.") and "slice" not in name)
-
-
-def resolved() -> dict[str, Any]:
-    """Every recipe at its own scale, by the stages that it makes."""
-    found = {}
-    for name in SCALED:
-        stages = order(find_study(name, []))
-        found[name] = {
-            "stages": dict(sorted(Counter(stage.kind for stage in stages).items())),
-            "digest": digest([stage.name for stage in stages]),
-        }
-    return found
 
 
 def kinds(study: AnyStudy) -> Counter[str]:
@@ -45,10 +25,6 @@ def kinds(study: AnyStudy) -> Counter[str]:
 
 def continued(study: Study) -> list[Continue]:
     return [stage for stage in order(study) if isinstance(stage, Continue)]
-
-
-def test_the_recipes_resolve_to_the_pinned_stages() -> None:
-    assert resolved() == json.loads(GOLDEN.read_text())
 
 
 def test_the_papers_sections_are_114_lines_on_24_image_text_stages() -> None:
@@ -213,7 +189,3 @@ def _image_text(result: Evaluate) -> Continue:
     assert isinstance(result.of, Finetune)
     assert isinstance(result.of.start, Continue)
     return result.of.start
-
-
-if __name__ == "__main__":
-    write_json(GOLDEN, resolved())

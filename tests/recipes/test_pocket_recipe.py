@@ -1,30 +1,12 @@
-"""The pocket recipe, pinned; `python tests/recipes/test_pocket_recipe.py` renews it."""
-
-import json
-from pathlib import Path
+"""The pocket recipe: one text run, whose rate is continued where there is one."""
 
 import pytest
 
 from midstream.config import ContinuedCosine, WarmupCosine
 from midstream.recipes.line import image_text_schedule
 from midstream.recipes.pocket import MILESTONES, when_images_arrive
-from midstream.storage import write_json
 from midstream.study.graph import order
 from midstream.study.stage import Pretrain
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "pocket.json"
-
-
-def resolved() -> dict[str, object]:
-    study = when_images_arrive()
-    return {
-        "last_line": study.lines[-1].model_dump(mode="json"),
-        "stages": [stage.name for stage in order(study)],
-    }
-
-
-def test_the_pocket_recipe_resolves_to_the_pinned_configuration() -> None:
-    assert resolved() == json.loads(GOLDEN.read_text())
 
 
 def test_all_lines_share_one_text_run_whatever_completions_are_asked_for() -> None:
@@ -43,7 +25,3 @@ def test_the_rate_is_warmed_up_again_only_where_there_is_none_to_continue(
 ) -> None:
     kind = WarmupCosine if completion in (0.0, 1.0) else ContinuedCosine
     assert isinstance(image_text_schedule(completion, 1e-3), kind)
-
-
-if __name__ == "__main__":
-    write_json(GOLDEN, resolved())

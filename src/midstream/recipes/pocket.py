@@ -78,13 +78,18 @@ def encoder_stage(
 
 
 def text_stage(
-    data: Prepare, *, total_tokens: int, rate: float = 2e-3, source: str = "web"
+    data: Prepare,
+    *,
+    total_tokens: int,
+    rate: float = 2e-3,
+    source: str = "web",
+    milestones: Sequence[float] = MILESTONES,
 ) -> Pretrain:
     """The text run, with checkpoints along the way."""
     return Pretrain(
         data=data,
         decoder=DECODER,
-        milestones=MILESTONES,
+        milestones=tuple(milestones),
         training=Training(
             budget=Mixture(total_tokens=total_tokens, shares=(Share(source=source, share=1.0),)),
             rows=TEXT_ROWS,
@@ -113,7 +118,9 @@ def when_images_arrive(
     """
     data = Prepare(world=PocketWorld(), tokenizer=TOKENIZER)
     encoder = encoder_stage(data, num_steps=encoder_steps)
-    text = text_stage(data, total_tokens=text_tokens, rate=text_rate)
+    # A start of one's own is kept beside those that all such studies share.
+    kept = sorted({*MILESTONES, *completions} - {0.0})
+    text = text_stage(data, total_tokens=text_tokens, rate=text_rate, milestones=kept)
     lines = [
         finetuned_line(
             Continue(

@@ -21,6 +21,7 @@ from midstream.config import (
 )
 from midstream.identity import file_sha256
 from midstream.storage import read_json
+from midstream.study.label import label
 from midstream.study.ledger import Ledger
 from midstream.study.problem import Level, Problem
 from midstream.study.sources import prepared_index
@@ -140,7 +141,7 @@ def _folder(stage: PrepareSource | PrepareWorld) -> Iterator[Problem]:
     if isinstance(world, PocketWorld) or world.fingerprint is None or world.root.is_dir():
         return
     told = f"data folder {world.root} does not exist"
-    yield Problem(told, "give the folder that holds it", (stage.name,))
+    yield Problem(told, "give the folder that holds it", (label(stage),))
 
 
 def _tokenizer(stage: PrepareTokenizer) -> Iterator[Problem]:
@@ -149,10 +150,10 @@ def _tokenizer(stage: PrepareTokenizer) -> Iterator[Problem]:
         return
     path = tokenizer.path
     if not path.is_file():
-        yield Problem(f"tokenizer file {path} does not exist", "give its path", (stage.name,))
+        yield Problem(f"tokenizer file {path} does not exist", "give its path", (label(stage),))
     elif file_sha256(path) != tokenizer.sha256:
         told = f"{path} has another sha256 than the plan says"
-        yield Problem(told, "plan again", (stage.name,))
+        yield Problem(told, "plan again", (label(stage),))
 
 
 def _vocabulary(stage: Pretrain) -> Iterator[Problem]:
@@ -161,7 +162,7 @@ def _vocabulary(stage: Pretrain) -> Iterator[Problem]:
         yield Problem(
             f"the tokenizer is trained to {tokenizer.vocab_size:,} ids, the decoder has {size:,}",
             "raise the decoder's vocab_size, or lower the tokenizer's",
-            (stage.name,),
+            (label(stage),),
         )
 
 
@@ -176,7 +177,7 @@ def _absent(name: str, data: Prepare, stage: Stage) -> Iterator[Problem]:
     yield Problem(
         f"no source {name!r} in the data{hint}",
         f"choose from {', '.join(sorted(names))}{add}",
-        (stage.name,),
+        (label(stage),),
     )
 
 
@@ -194,7 +195,7 @@ def _encoder_data(stage: TrainEncoder, ledger: Ledger) -> Iterator[Problem]:
                 f"source {training.source!r}, {where}: the caption has {length} tokens, "
                 f"the text tower takes {training.max_text_tokens}",
                 "raise max_text_tokens",
-                (stage.name,),
+                (label(stage),),
             )
 
 
@@ -221,7 +222,7 @@ def _training_data(stage: Trained, ledger: Ledger) -> Iterator[Problem]:
         yield Problem(
             f"the joined layout is for text only, {', '.join(whole)} are none",
             "choose filled or padded",
-            (stage.name,),
+            (label(stage),),
         )
     blind = len(sources) == len(names) and not any(one.images for one in sources.values())
     if stage.training.freeze_decoder and blind:
@@ -229,7 +230,7 @@ def _training_data(stage: Trained, ledger: Ledger) -> Iterator[Problem]:
             f"the decoder is frozen and {', '.join(names)} hold no picture, so that nothing would "
             "be learnt",
             "add a source that does",
-            (stage.name,),
+            (label(stage),),
         )
 
 
@@ -244,7 +245,7 @@ def _budget(sources: Mapping[str, Counted], patches: int, stage: Trained) -> Ite
         holds = "is expected to hold" if source.expected else "holds"
         if not source.examples or not tokens:
             yield Problem(
-                f"source {need.source!r} holds no example", "leave it out", (stage.name,), level
+                f"source {need.source!r} holds no example", "leave it out", (label(stage),), level
             )
         passes = passes_needed(need, training.budget, tokens=tokens, examples=source.examples)
         if passes is None or not tokens:
@@ -255,7 +256,7 @@ def _budget(sources: Mapping[str, Counted], patches: int, stage: Trained) -> Ite
             f"source {need.source!r} {holds} {have:,} {need.unit}{counted}, the plan needs "
             f"{need.amount:,}",
             f"raise max_epochs to {passes:,} or lower the budget",
-            (stage.name,),
+            (label(stage),),
             level,
             f"budget {stage.data.source(need.source).name} {patches}",
             passes,
@@ -274,7 +275,7 @@ def _longest(name: str, source: Counted, patches: int, stage: Trained) -> Iterat
                 f"source {name!r}, {where}: {length} positions do not fit into a row of "
                 f"{rows.row_length}",
                 "raise row_length, or leave such records out (midstream prepare --max-tokens)",
-                (stage.name,),
+                (label(stage),),
                 key=f"longest {stage.data.source(name).name} {rows.row_length}",
                 weight=length,
             )
@@ -289,5 +290,5 @@ def _captions(name: str, asked: Caption, source: Counted, stage: Stage) -> Itera
         f"{source.captions.get(kind, 0):,} of the {source.examples:,} examples of source {name!r} "
         f"have {kind} captions, caption={asked!r} asks for one of each",
         "prepare it from files that have them, or choose another caption",
-        (stage.name,),
+        (label(stage),),
     )

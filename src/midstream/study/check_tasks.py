@@ -13,6 +13,7 @@ from typing import Any
 
 from midstream.config import Machine, PublicFolder
 from midstream.storage import read_json, write_json
+from midstream.study.label import label
 from midstream.study.ledger import Ledger
 from midstream.study.problem import Problem
 from midstream.study.stage import Evaluate, Stage
@@ -31,7 +32,7 @@ def task_problems(stages: Iterable[Stage], ledger: Ledger) -> Iterator[Problem]:
         if isinstance(stage, Evaluate):
             for request in _requests(stage):
                 key = json.dumps(request)
-                asked.setdefault(key, (request, []))[1].append(stage.name)
+                asked.setdefault(key, (request, []))[1].append(label(stage))
                 digests[key] = stage.of.data.world.benchmark_part(request["task"])
     note = ledger.store / NOTE
     known: dict[str, str] = read_json(note) if note.is_file() else {}

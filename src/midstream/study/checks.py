@@ -16,6 +16,8 @@ from midstream.study.check_tasks import task_problems
 from midstream.study.gpus import GPUS
 from midstream.study.graph import Plan, missing_inputs
 from midstream.study.imported import ImportRecord, read_import
+from midstream.study.label import label
+from midstream.study.lacking import what_can_run
 from midstream.study.ledger import Ledger
 from midstream.study.pictures import feature_plan
 from midstream.study.price import Fleet, price
@@ -79,9 +81,10 @@ def problems_of_run(plan: Plan, ledger: Ledger, machine: Machine) -> tuple[Probl
 
 def _missing(plan: Plan) -> Iterator[Problem]:
     if missing := missing_inputs(plan.study):
+        can = what_can_run(plan.study)
         yield Problem(
             f"{plan.study.name} was planned without {', '.join(missing)}",
-            "name their folders in the recipe's arguments (--set)",
+            "name their folders in the recipe's arguments (--set)" + (f"; {can}" if can else ""),
             level="lacking",
         )
 
@@ -126,9 +129,9 @@ def _milestones(stages: Iterable[Stage]) -> Iterator[Problem]:
         kept = [f"{milestone * 100:g}" for milestone in text.milestones]
         if f"{share * 100:g}" not in kept:
             yield Problem(
-                f"{text.name} keeps its weights at {', '.join(kept)} %, not at {share * 100:g} %",
+                f"{label(text)} keeps its weights at {', '.join(kept)} %, not at {share * 100:g} %",
                 f"add {share:g} to its milestones, or choose one of those",
-                (stage.name,),
+                (label(stage),),
             )
 
 
@@ -156,10 +159,10 @@ def _starts(plan: Plan) -> Iterator[Problem]:
         elif before is not None:
             continue  # Both stages' own values say it, when they are made.
         try:
-            check_start(stage.training.schedule, rate, before[0].name if before else stage.name)
+            check_start(stage.training.schedule, rate, label(before[0] if before else stage))
         except ValueError as reason:
             what, _, remedy = str(reason).partition("; ")
-            yield Problem(what, remedy, (stage.name,))
+            yield Problem(what, remedy, (label(stage),))
 
 
 # ------------------------------------------------------------------------------- imported folders
@@ -204,14 +207,14 @@ def _record(imported: Imported) -> ImportRecord | str | None:
 
 def _import_problem(told: str, stage: Stage) -> Problem:
     what, _, remedy = told.partition("; ")
-    return Problem(what, remedy or "import the checkpoint again", (stage.name,))
+    return Problem(what, remedy or "import the checkpoint again", (label(stage),))
 
 
 def _other_model(imported: Imported, part: str, other: str, stage: Stage) -> Problem:
     return Problem(
         f"{imported.folder} holds another {part} than the recipe takes: {other}",
         f"give the folder of that {part}, or a scale that is made of this one",
-        (stage.name,),
+        (label(stage),),
     )
 
 
