@@ -6,7 +6,7 @@ A source's digest covers the names and bytes of its files, links followed; hidde
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -38,7 +38,6 @@ __all__ = [
     "file_sha256",
     "folder_fingerprint",
     "kept_digests",
-    "left_out",
     "source_digest",
     "source_folders",
     "text_column",
@@ -153,13 +152,6 @@ def text_column(root: Path, name: str) -> str | None:
         if not isinstance(column, str) or not column or len(values) > 1:
             raise ValueError(f"{path}: 'text' says {values!r} of {source!r}; write {form}")
     return str(said[name]["column"]) if name in said else None
-
-
-def left_out(root: Path) -> Iterator[str]:
-    """The files among a world's sources that no fingerprint covers: notes, what no reader takes."""
-    for _, folder in source_folders(root).values():
-        if not (folder / PREPARED).is_file():
-            yield from (path for path in walk(folder) if not _is_data(path, folder))
 
 
 def _is_data(path: str, folder: Path) -> bool:

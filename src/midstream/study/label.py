@@ -117,12 +117,19 @@ def shortened(text: str, width: int) -> str:
 
 
 def wrapped(text: str, width: int) -> str:
-    """A label in lines of so many columns, as far as its parts are no longer: cut at commas."""
+    """A label in lines of so many columns: broken at commas, then before the handle, which is never
+    cut; a part that is longer still is shortened."""
     lines = [""]
     for part in text.split(", "):
         longer = f"{lines[-1]}, {part}" if lines[-1] else part
         lines = [*lines[:-1], longer] if len(longer) <= width or not lines[-1] else [*lines, part]
-    return ",\n".join(lines)
+    last, mark, short = lines[-1].rpartition(MARK)
+    if mark and len(lines[-1]) > width:
+        lines[-1] = last
+    else:
+        mark = ""
+    kept = [line if len(line) <= width else f"{line[: width - 1]}…" for line in lines]
+    return ",\n".join(kept) + (f"\n{mark.strip()} {short}" if mark else "")
 
 
 def kind_words(kind: str) -> str:
