@@ -62,15 +62,7 @@ def train_encoder(
             f"source {source.name!r} holds {len(source)} captions; batch_images "
             f"{training.batch_images} and {HELD_APART} held apart need more"
         )
-    pair = SiglipPair(
-        config,
-        vocab_size=codec.size,
-        hidden_size=training.text_hidden_size,
-        num_layers=training.text_num_layers,
-        max_text_tokens=training.max_text_tokens,
-        seed=training.seed,
-    )
-    pair.to(device).train()
+    pair = _pair(config, training, codec).to(device).train()
     pixels = PixelCache(source, config)
     optimizer = torch.optim.AdamW(
         pair.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=training.weight_decay, fused=True
@@ -112,10 +104,6 @@ def train_encoder(
             shown = time.monotonic()
             report(_event(step + 1, training, config, losses[-1], shown - started))
     log.close()
-    with torch.no_grad():
-        held = np.arange(HELD_APART)
-        ranked = pair.logits(pixels.batch(held).to(device), captions.first(held).to(device))
-    right = (ranked.argmax(dim=0).cpu() == torch.arange(HELD_APART)).float().mean()
     with new_folder(folder / "weights") as temporary:
         pair.save_vision(temporary / "model.safetensors")
     return {
@@ -123,12 +111,33 @@ def train_encoder(
         "first_loss": losses[0],
         "final_loss": losses[-1],
         "num_parameters": sum(parameter.numel() for parameter in pair.parameters()),
-        "retrieval": float(right),
+        "retrieval": _retrieval(pair, pixels, captions, device),
         "retrieval_chance": 1 / HELD_APART,
         "weights_digest": weights_digest(pair.tower),
         "seconds": time.monotonic() - started,
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def _pair(config: EncoderConfig, training: ContrastiveTraining, codec: TextCodec) -> SiglipPair:
+    return SiglipPair(
+        config,
+        vocab_size=codec.size,
+        hidden_size=training.text_hidden_size,
+        num_layers=training.text_num_layers,
+        max_text_tokens=training.max_text_tokens,
+        seed=training.seed,
+    )
+
+
+@torch.no_grad()
+def _retrieval(
+    pair: SiglipPair, pixels: "PixelCache", captions: "Captions", device: torch.device
+) -> float:
+    """Share of the captions held apart whose picture is ranked first among theirs."""
+    held = np.arange(HELD_APART)
+    ranked = pair.logits(pixels.batch(held).to(device), captions.first(held).to(device))
+    return float((ranked.argmax(dim=0).cpu() == torch.arange(HELD_APART)).float().mean())
 
 
 class PixelCache:
