@@ -377,7 +377,7 @@ def test_events_tell_plan_and_stages_and_other_output_goes_to_the_log(
     launch(study)
     assert launch.events[0] == {"event": "plan", "num_stages": 11, "num_done": 0}
     kinds = [event["event"] for event in launch.events[1:]]
-    assert kinds == ["started", "finished"] * 7
+    assert kinds == ["started", "finished"] * 11
     log = Path(launch.events[1]["log"])
     assert log == launch.ledger.store / "worker-1.log"
     assert "a library says hello" in log.read_text()
