@@ -19,7 +19,13 @@ from midstream.config import (
     VLMConfig,
 )
 from midstream.data.loader import RowDataset
-from midstream.data.prepare import open_sources, prepare
+from midstream.data.prepare import (
+    open_source,
+    prepare_tokenizer,
+    prepare_world,
+    prepare_world_source,
+    tokenizer_path,
+)
 from midstream.data.rows import plan_rows
 from midstream.data.sources import Source
 from midstream.recipes.pocket import when_images_arrive
@@ -39,8 +45,14 @@ def pocket_sources() -> Iterator[dict[str, Source]]:
     tokenizer = TrainedTokenizer(vocab_size=stage.decoder.vocab_size)
     with tempfile.TemporaryDirectory(prefix="midstream-benchmark-") as name:
         folder = Path(name)
-        prepare(WORLD, tokenizer, folder, lambda _done, _note: None)
-        yield open_sources(WORLD, folder)
+        root, names = folder / "world", WORLD.source_names
+        prepare_world(WORLD, folder)
+        prepare_tokenizer(tokenizer, WORLD, root, names, folder)
+        for one in names:
+            prepare_world_source(
+                WORLD, root, one, tokenizer_path(folder), folder / one, lambda _done, _note: None
+            )
+        yield {one: open_source(root, one, folder / one) for one in names}
 
 
 def continue_stage() -> Continue:

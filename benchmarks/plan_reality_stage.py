@@ -150,16 +150,15 @@ class Reality:
     def prepare(self, *stages: Stage) -> None:
         """Run what these stages need; the image-text stage before a fine-tuning is not needed."""
         for stage in stages:
-            if isinstance(stage, Finetune):
-                self.prepare(stage.start.data, *stage.start._encoders)
-                continue
-            for parent in stage.parents:
+            parents = stage.parents[1:] if isinstance(stage, Finetune) else stage.parents
+            for parent in parents:
                 if not self.ledger.is_done(parent):
                     self.prepare(parent)
                     self.runner.run(parent)
 
     def planned_flops(self, stage: Trained) -> float:
-        """What the plan says."""
+        """What the plan says, once the data is prepared."""
+        self.prepare(stage)
         found = cost(stage, self.ledger, self.device).flops  # type: ignore[arg-type]
         assert found is not None
         return found

@@ -52,7 +52,7 @@ def test_what_is_no_model_is_refused_by_name(store: Ledger, tmp_path: Path) -> N
     with pytest.raises(FileNotFoundError, match="is no stage of a store"):
         find_model(tmp_path)
     with pytest.raises(ValueError, match="holds no language model"):
-        find_model(store.folder(tiny.DATA))
+        find_model(store.folder(tiny.WORLD))
     with pytest.raises(ValueError, match="kept no weights at 33 %; it has 20 %, 40 %"):
         open_model(store.folder(tiny.TEXT) / "milestones" / "33", CPU)
     weights = store.folder(tiny.TEXT) / "milestones" / "40" / "model.safetensors"

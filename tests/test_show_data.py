@@ -374,7 +374,7 @@ def test_a_stage_is_chosen_by_kind_or_by_how_its_name_begins() -> None:
             training_stage(study, wanted)
     with pytest.raises(ValueError, match="2 training stages begin with 'cont'") as error:
         training_stage(study, "cont")
-    assert tiny.SEEN.name in str(error.value)
+    assert tiny.SEEN.identity[:7] in str(error.value)
     assert late.name in str(error.value)
     text = Evaluate(of=tiny.TEXT, evaluation=tiny.EVALUATION)
     assert training_stage(study_of(text)) == tiny.TEXT
@@ -420,7 +420,7 @@ def test_the_command_shows_any_training_stage_before_it_has_run_and_changes_no_s
         result = midstream(*asked, "--stage", kind, "--row", 1, "--stats", "--rows", 5)
         text, errors = capfd.readouterr()
         assert result.exit_code == 0, (result.output, errors)
-        assert f"{stage.name}: row 1 of " in text
+        assert f"{stage.identity[:7]}: row 1 of " in text
         assert "sample: 5 of " in text
         assert "⟦" in text
         patches = tiny.ENCODER.num_patches

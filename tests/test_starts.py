@@ -240,9 +240,11 @@ def test_every_start_leads_back_to_the_text_run() -> None:
     assert came_from(ALIGNED) == (TEXT, 0.4)
     assert came_from(DIRECT) == (TEXT, 0.4)
     assert came_from(TEXT) is None
-    assert [stage.kind for stage in DIRECT.parents] == ["pretrain", "prepare", "train_encoder"]
-    kinds = [stage.kind for stage in SECOND.parents]
-    assert kinds == ["prepare", "train_encoder", "continue"]
+    data = ("prepare_tokenizer", "prepare_source")
+    kinds = [stage.kind for stage in DIRECT.parents]
+    assert kinds == ["pretrain", *data, "train_encoder"]
+    kinds = list(dict.fromkeys(stage.kind for stage in SECOND.parents))
+    assert kinds == [*data, "train_encoder", "continue"]
 
 
 def test_a_row_of_the_report_adds_both_image_text_stages_up(ledger: Ledger) -> None:
@@ -264,7 +266,9 @@ def test_a_row_of_the_report_adds_both_image_text_stages_up(ledger: Ledger) -> N
     assert two["tokens.pretrain"] == none["tokens.pretrain"] == share
     assert parts_of(results["two"])["continue"].before == (ALIGNED,)
     assert list(parts_of(results["none"])) == [
-        "prepare",
+        "prepare_world",
+        "prepare_tokenizer",
+        "prepare_source",
         "train_encoder",
         "pretrain",
         "finetune",

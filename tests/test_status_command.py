@@ -92,7 +92,7 @@ def test_status_shows_what_runs_and_counts_the_rest(ledger: Ledger, held: ExitSt
         assert label(tiny.TEXT) in result.stdout
         assert "25%" in result.stdout
         assert f"{label(tiny.TEXT)}: {ledger.folder(tiny.TEXT)} is running" in result.stdout
-        assert "2 of 6 stages done, 1 running, 0 failed, 3 to run" in " ".join(
+        assert "2 of 10 stages done, 1 running, 0 failed, 7 to run" in " ".join(
             result.stdout.split()
         )
 
@@ -121,7 +121,7 @@ def test_a_suite_is_shown_as_one(ledger: Ledger) -> None:
     ledger.save_study(suite)
     result = midstream("status", "all", "--store", ledger.store)
     assert result.exit_code == 0, result.output
-    assert "0 of 6 stages done" in result.stdout
+    assert "0 of 10 stages done" in result.stdout
 
 
 # ------------------------------------------------------------------------- which study is meant
@@ -275,7 +275,7 @@ def test_watching_ends_when_what_ran_has_ended(
     lines = watched(ledger, sleep, capsys)
     assert slept == [1.0, 1.0]
     assert "1 running" in lines[0]
-    assert "1 of 6 stages done" in lines[1]
+    assert "1 of 10 stages done" in lines[1]
     assert "nothing runs any more" in lines[-1]
 
 
@@ -288,7 +288,7 @@ def test_watching_what_is_settled_ends_at_once(
         raise AssertionError("nothing is left to wait for")
 
     (line,) = watched(ledger, never, capsys)
-    assert "1 failed, 0 to run, 5 behind a failed one" in line
+    assert "1 failed, 0 to run, 9 behind a failed one" in line
 
 
 def test_watching_what_nobody_runs_yet_waits_for_it(
@@ -305,7 +305,7 @@ def test_watching_what_nobody_runs_yet_waits_for_it(
         if count == 4:
             ends[0]()
 
-    assert "1 of 6 stages done" in watched(ledger, sleep, capsys)[-2]
+    assert "1 of 10 stages done" in watched(ledger, sleep, capsys)[-2]
     assert count == 4
 
 
@@ -326,7 +326,7 @@ def test_a_terminal_gets_one_table_that_changes(
     end = run(held, ledger, tiny.WORLD)
     status_command._watch([Board(STUDY, ledger)], 1.0, False, lambda seconds: end())
     assert "\x1b[?25l" in screen.getvalue()  # the cursor is hidden
-    assert screen.getvalue().rindex("\x1b[?25h") > screen.getvalue().rindex("1 of 6 stages done")
+    assert screen.getvalue().rindex("\x1b[?25h") > screen.getvalue().rindex("1 of 10 stages done")
 
 
 def test_watching_as_json_prints_a_line_a_look(

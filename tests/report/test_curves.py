@@ -11,6 +11,7 @@ from midstream.recipes import paper
 from midstream.report import curves as module
 from midstream.report.curves import NUM_POINTS, curves, rates_figure, stretch, write_curves
 from midstream.schedule import rate_at
+from midstream.study.label import label
 from midstream.study.ledger import Ledger
 from midstream.study.stage import Continue, ContinueFrom, Evaluate, InitFrom
 from midstream.study.studies import Figure, Line, Study
@@ -74,7 +75,7 @@ def test_a_stage_of_unknown_length_is_named_and_drawn_once_its_data_is_prepared(
     study = study_of(tiny.RESULT)
     found, (sentence,) = curves(study)
     assert {curve.kind for curve in found} == {"pretrain", "continue"}
-    assert sentence.startswith(tiny.CHAT.name)
+    assert sentence.startswith(label(tiny.CHAT))
     assert "once its data is prepared" in sentence
     found, missing = curves(study, tiny_ledger)
     assert missing == []
@@ -130,7 +131,7 @@ def test_equal_curves_are_one_and_a_rate_of_zero_is_refused() -> None:
     found, _ = curves(study_of(evaluated(), evaluated(optimizer="carry")))
     assert len(found) == 2
     flat = tiny.text_run(schedule=Constant(peak_rate=0.0))
-    with pytest.raises(ValueError, match=r"pretrain-\w+: the learning rate is 0"):
+    with pytest.raises(ValueError, match=r"· \w{7}: the learning rate is 0"):
         curves(study_of(Evaluate(of=flat, evaluation=tiny.EVALUATION)))
 
 

@@ -22,6 +22,7 @@ from midstream.data.rows import plan_rows
 from midstream.open_data import open_sources
 from midstream.storage import write_json
 from midstream.study import check_tasks
+from midstream.study.label import label
 from midstream.study.ledger import Ledger
 from midstream.study.problem import Problem, merged, refused
 from midstream.study.stage import (
@@ -152,7 +153,7 @@ def test_one_problem_of_many_stages_is_one_line_that_says_the_gravest(
     models = [text_run(data, mixed(10**5 + n, web=1.0)) for n in range(20)]
     (problem,) = told(prepared, *models)
     assert len(problem.stages) == 20
-    assert str(problem).endswith(f"[{models[0].name} and 19 more]")
+    assert str(problem).endswith(f"[{label(models[0])} and 19 more]")
     gravest = merged([Problem("a", "b", key="k", weight=1), Problem("c", "d", key="k", weight=2)])
     assert [one.what for one in gravest] == ["c"]
 

@@ -18,6 +18,7 @@ from midstream.study import check_tasks, checks
 from midstream.study.checks import problems
 from midstream.study.graph import plan
 from midstream.study.imported import RECORD, ImportRecord
+from midstream.study.label import label
 from midstream.study.ledger import Ledger
 from midstream.study.problem import Problem
 from midstream.study.stage import (
@@ -65,7 +66,7 @@ def test_a_completion_that_is_no_milestone_is_refused_with_those_there_are(
     evaluated = Evaluate(of=text, completion=0.7, evaluation=ASKED)
     found = told(empty, after(0.5), evaluated)
     assert [problem.what for problem in found] == [
-        f"{text.name} keeps its weights at 20, 30, 100 %, not at {share} %" for share in (50, 70)
+        f"{label(text)} keeps its weights at 20, 30, 100 %, not at {share} %" for share in (50, 70)
     ]
     assert "add 0.5 to its milestones" in found[0].remedy
 

@@ -92,7 +92,8 @@ def test_plan_of_300_lines_computes_each_identity_once(
     assert len(study.lines) == 300
     assert len(work.rows) == 7 + 3 * 300 + 1
     assert set(calls.values()) == {1}
-    assert len(calls) == len(work.rows)
+    # The world's is made once for the whole process, by whoever asks first.
+    assert len(work.rows) - len(calls) in (0, 1)
 
 
 class Waits(Continue):

@@ -194,7 +194,9 @@ def test_the_longest_remaining_chain_starts_first(launch: Launch, make_study: Ma
     chains = remaining_chains(plan(study, Ledger(launch.ledger.store / "none")).rows)
     begun = launch.notes("begin")
     pair = [_stage(study, "train_encoder").name, _stage(study, "pretrain").name]
-    assert [name for name in begun if name in pair] == sorted(pair, key=lambda name: chains[name], reverse=True)
+    assert [name for name in begun if name in pair] == sorted(
+        pair, key=lambda name: chains[name], reverse=True
+    )
     # In the study's order the first line would end before the second one begins.
     continued = [begun.index(_stage(study, "continue", number).name) for number in (0, 1)]
     tuned = [begun.index(_stage(study, "finetune", number).name) for number in (0, 1)]

@@ -190,7 +190,7 @@ def test_a_killed_end_without_the_success_mark_is_not_done(ledger: Ledger, stage
         work.finish({})
     (ledger.folder(stage) / "SUCCESS").unlink()
     assert ledger.state(stage) == "stopped"
-    with pytest.raises(FileNotFoundError, match=f"{stage.name} is stopped"):
+    with pytest.raises(FileNotFoundError, match=f"{stage.identity[:7]} is stopped"):
         ledger.results(stage)
 
 

@@ -20,6 +20,7 @@ from midstream.flops import encoder_flops
 from midstream.quantities import quantity
 from midstream.study.cost import cost
 from midstream.study.graph import order
+from midstream.study.label import label
 from midstream.study.ledger import Ledger
 from midstream.study.pictures import (
     LEAST_VIEWS,
@@ -396,7 +397,7 @@ def test_a_plan_says_in_one_line_what_it_decides_and_why(
     found = only(list(stages), prepared(stages, tmp_path, SOURCES))
     text = found.sentence()
     assert "\n" not in text
-    assert text.startswith(f"features of {found.encoder.name} (4 x 24 bfloat16): stored, ")
+    assert text.startswith(f"features of {label(found.encoder)} (4 x 24 bfloat16): stored, ")
     assert "130 pictures (0 kept already), 520 views" in text
     assert f"{quantity(found.live_flops)}FLOPs live" in text
     assert f"({100 * (found.saved_fraction or 0):.1f} % saved)" in text
@@ -409,7 +410,7 @@ def test_the_plan_command_prints_each_encoder_as_text_and_as_json(tmp_path: Path
     command = ["plan", "pocket.when_images_arrive", "--store", str(tmp_path)]
     before = CliRunner().invoke(app, command)
     assert before.exit_code == 0
-    assert f"features of {encoder.name}" in before.output
+    assert f"features of {label(encoder)}" in before.output
     assert "unknown, until its data is prepared" in before.output
     names = {
         name

@@ -47,7 +47,7 @@ class Part:
 
 def parts_of(result: Evaluate) -> dict[str, Part]:
     """The stages that one result rests on, by kind, in the order in which they run."""
-    parts = {"evaluate": Part(result)}
+    parts = {"evaluate": Part(result), **_prepared(result, {})}
     found: tuple[LoadDecoder | Pretrain | Continue | Finetune, float] | None
     found = result.of, result.completion
     while found is not None:
