@@ -375,7 +375,7 @@ def test_a_stage_is_chosen_by_kind_or_by_how_its_name_begins() -> None:
     with pytest.raises(ValueError, match="2 training stages begin with 'cont'") as error:
         training_stage(study, "cont")
     assert tiny.SEEN.identity[:7] in str(error.value)
-    assert late.name in str(error.value)
+    assert late.identity[:7] in str(error.value)
     text = Evaluate(of=tiny.TEXT, evaluation=tiny.EVALUATION)
     assert training_stage(study_of(text)) == tiny.TEXT
     with pytest.raises(ValueError, match="trains nothing"):
@@ -432,7 +432,7 @@ def test_the_command_shows_any_training_stage_before_it_has_run_and_changes_no_s
     # Without options: the first row of the first continue.
     midstream(*asked, "--set", "tokens=9000")
     stage = tiny.image_run(total_tokens=9_000)
-    assert f"{stage.name}: row 0 of " in capfd.readouterr().out
+    assert f"{stage.identity[:7]}: row 0 of " in capfd.readouterr().out
     assert contents(tiny_ledger.store) == before
 
 
@@ -444,7 +444,7 @@ def test_bad_use_is_one_line_that_says_what_to_do(
     cases = [
         ((tiny_ledger.store, "--row", 99_999), r"row 99,999 is not in the plan: it has \d+ rows"),
         ((tiny_ledger.store, "--row", -1), r"row -1 is not in the plan: it has \d+ rows"),
-        ((store, "--set", "tokens=9000"), r"is not prepared: prepare-\w+ is new in .*--prepare"),
+        ((store, "--set", "tokens=9000"), r"is not prepared: .* · \w{7} is new in .*--prepare"),
     ]
     for arguments, message in cases:
         result = midstream(recipe, "--out", tmp_path / "out", "--store", *arguments)
@@ -494,7 +494,7 @@ def test_a_preparation_that_fails_is_told_with_its_reason_and_log(
     assert ended.returncode == 1
     assert ended.stdout == ""
     last = ended.stderr.splitlines()[-1]
-    told = rf"error: prepare-\w+ is not prepared: \w+Error: .*{root}.*\(see {store}/worker-1.log\)"
+    told = rf"error: .* · \w{{7}} is not prepared: \w+Error: .*{root}.*\(see {store}/worker-1.log\)"
     assert re.fullmatch(told, last), ended.stderr
 
 

@@ -21,6 +21,7 @@ from midstream.data.images import decode_pixels
 from midstream.eval.predict import ModelAnswerer
 from midstream.model.generate import generate
 from midstream.open_model import OpenedModel
+from midstream.study.label import label
 from midstream.study.ledger import Ledger
 from midstream.study.stage import Evaluate, Imported, LoadDecoder
 
@@ -299,7 +300,7 @@ def test_the_description_tells_training_and_scores(
     )
     assert lines[2].startswith(f"trained on images and text: {seen:,} tokens (text ")
     assert lines[3].startswith("trained on conversations: ")
-    assert lines[4] == f"scores: pope 62.5% (chance 50.0%) ({tiny.RESULT.name})"
+    assert lines[4] == f"scores: pope 62.5% (chance 50.0%) ({label(tiny.RESULT)})"
     assert len(lines) == 5
 
 

@@ -86,7 +86,15 @@ def test_an_imported_model_learns_to_see_and_leaves_as_llava(
 ) -> None:
     made, ledger = study(folders, world), Ledger(tmp_path / "store")
     assert {row.stage.kind for row in plan(made, ledger).rows} == {
-        *("prepare", "load_decoder", "load_encoder", "continue", "finetune", "evaluate")
+        *(
+            "prepare_tokenizer",
+            "prepare_source",
+            "load_decoder",
+            "load_encoder",
+            "continue",
+            "finetune",
+            "evaluate",
+        )
     }
     tiny.run_missing(ledger, *made.results)
     finetuned, continued, loaded = stages(made)
