@@ -15,7 +15,7 @@ from midstream.study.studies import Claim, Figure, Line, Study
 
 def study(
     scale: str = "pocket",
-    end_rates: tuple[float, ...] = (3e-5, 3e-4),
+    end_rates: tuple[float, ...] = (3e-5, 1e-4),
     seeds: tuple[int, ...] = (7, 365, 124),
     inputs: str = "",
     shrink: float = 1.0,
