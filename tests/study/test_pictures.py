@@ -420,9 +420,10 @@ def test_the_plan_command_prints_each_encoder_as_text_and_as_json(tmp_path: Path
     }
     sources = {name: SOURCES["chats" if name == "talks" else "captions"] for name in names}
     for name, source in sources.items():
-        finish(ledger, encoder.data.source(name), source)
+        finish(ledger, encoder.data.source(name), source | {"seconds": 1.0})
     found = CliRunner().invoke(app, [*command, "--json"])
-    (values,) = json.loads(found.output)["features"]
+    assert found.exit_code in (0, 2), repr(found.exception)
+    (values,) = json.loads(found.stdout)["features"]
     assert values == only(list(stages), ledger).values()
     assert values["decision"] == "stored"
     shown = CliRunner().invoke(app, [*command, "--max-feature-gib", "0"]).output
