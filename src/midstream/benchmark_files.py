@@ -4,7 +4,7 @@ Needs neither torch nor a reader: planning asks for the digest of a benchmark be
 """
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +38,18 @@ TEXT_FILES: dict[str, tuple[tuple[str, ...], ...]] = {
 _OTHER_FORM = "api_compatible_gauntlet"
 # Folders of a world that hold what is trained on.
 _SOURCES = ("text", "captions", "instruct")
-# A picture may be called notice.jpg; only documents are notes.
-_DOCUMENTS = ("", ".md", ".txt", ".rst", ".cff", ".pdf", ".html")
 
 
-def benchmark_digest(
-    world: Path, task: str, *, file_digest: Callable[[Path], str] = file_sha256
-) -> str:
+def benchmark_digest(world: Path, task: str) -> str:
     """Sixteen digits for all that a benchmark asks: its entry in world.json, and the names and
     bytes of its files, questions and pictures; links are followed.
 
-    `world` is a world, or a folder of official files; `file_digest` may remember what it hashed.
+    `world` is a world, or a folder of official files.
     A text task of which nothing is there (lm-evaluation-harness fetches it) counts by its name.
     Raises FileNotFoundError where a visual benchmark's folder or a listed file is missing.
     """
     entry, root, files = _parts(world, task)
-    listing = [[path.relative_to(root).as_posix(), file_digest(path)] for path in files]
+    listing = [[path.relative_to(root).as_posix(), file_sha256(path)] for path in files]
     return digest([task, entry, sorted(listing)])
 
 
@@ -152,8 +148,7 @@ def _parts(world: Path, task: str) -> tuple[Any, Path, list[Path]]:
 
 
 def _all(folder: Path) -> list[Path]:
-    paths = (Path(path) for path in walk(folder))
-    return [p for p in paths if not (is_note(p.name) and p.suffix.lower() in _DOCUMENTS)]
+    return [path for path in map(Path, walk(folder)) if not is_note(path.name)]
 
 
 def _outside_sources(world: Path) -> Iterator[str]:

@@ -59,13 +59,14 @@ def evaluate_stage(
         at=at,
     )
     root = world_root(stage.of.data, ledger)
-    with kept_digests(ledger.digests):
-        check_benchmarks(stage.of.data.world, root, stage.benchmarks)
     earlier = earlier_tasks(ledger.folder(one) for one in evaluations(opened))
     try:
-        results = evaluate(
-            answers, stage.evaluation, root, ledger.folder(stage), note, done=earlier
-        )
+        # The pictures of a benchmark are the same for all models of a study.
+        with kept_digests(ledger.digests):
+            check_benchmarks(stage.of.data.world, root, stage.benchmarks)
+            results = evaluate(
+                answers, stage.evaluation, root, ledger.folder(stage), note, done=earlier
+            )
     except EvaluationStopped as reason:
         raise Interrupted(str(reason)) from None
     if place.rank == 0:

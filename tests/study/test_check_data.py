@@ -214,7 +214,7 @@ def test_a_caption_that_the_caption_tower_cannot_take_is_named(
     ("held", "caption", "refused_for"),
     [
         ({"original": 5, "synthetic": 0}, "synthetic", "synthetic"),
-        ({"original": 5}, "random", "synthetic"),
+        ({"original": 5, "synthetic": 0}, "random", "synthetic"),
         ({"original": 0, "synthetic": 5}, "original", "original"),
         ({"original": 5, "synthetic": 4}, "random", "synthetic"),
         ({"original": 5, "synthetic": 5}, "random", None),
@@ -242,7 +242,10 @@ def test_a_caption_that_a_source_lacks_is_refused_by_name(
         assert found == []
     else:
         (problem,) = found
-        assert f"of the 5 examples of source 'pictures' have {refused_for}" in problem.what
+        assert "source 'pictures': " in problem.what
+        assert f"{held[refused_for] if held else 0} of its 5 pictures" in problem.what
+        assert f"{refused_for} caption" in problem.what
+        assert f"--require {refused_for}" in problem.remedy
         assert f"caption={caption!r} asks for one of each" in problem.what
 
 

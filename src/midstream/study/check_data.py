@@ -11,13 +11,12 @@ from typing import Any
 
 from midstream.budgets import needs_of, passes_needed
 from midstream.config import (
-    Amounts,
     Caption,
-    Mixture,
     PocketWorld,
     PublicFolder,
     TokenizerFile,
     TrainedTokenizer,
+    check_caption,
 )
 from midstream.identity import file_sha256
 from midstream.storage import read_json
@@ -37,6 +36,7 @@ from midstream.study.stage import (
     Stage,
     Trained,
     TrainEncoder,
+    overflow_of,
 )
 
 
@@ -202,17 +202,11 @@ def _encoder_data(stage: TrainEncoder, ledger: Ledger) -> Iterator[Problem]:
 def _training_data(stage: Trained, ledger: Ledger) -> Iterator[Problem]:
     budget, encoder = stage.training.budget, stage.model.encoder
     names, patches = budget.source_names, 0 if encoder is None else encoder.num_patches
-    asked: dict[str, Caption] = {}
-    if isinstance(budget, Mixture):
-        asked = {share.source: share.caption for share in budget.shares}
-    elif isinstance(budget, Amounts):
-        asked = {amount.source: amount.caption for amount in budget.amounts}
     sources = {}
-    for name in names:
+    for name, caption in budget.captions.items():
         yield from _absent(name, stage.data, stage)
         if (source := counted(stage.data.source(name), ledger)) is None:
             continue
-        caption = asked.get(name, "original")
         yield from _captions(name, caption, source, stage)
         sources[name] = source.with_caption(caption)
         yield from _longest(name, sources[name], patches, stage)
@@ -265,8 +259,7 @@ def _budget(sources: Mapping[str, Counted], patches: int, stage: Trained) -> Ite
 
 def _longest(name: str, source: Counted, patches: int, stage: Trained) -> Iterator[Problem]:
     rows = stage.training.rows
-    cut = (rows.overflow or ("cut" if isinstance(stage, Finetune) else "refuse")) == "cut"
-    if source.kind == "text" or cut:
+    if source.kind == "text" or overflow_of(stage) == "cut":
         return
     for shown, (tokens, where) in source.longest.items():
         length = tokens + (patches if shown == "image" else 0)
@@ -282,13 +275,10 @@ def _longest(name: str, source: Counted, patches: int, stage: Trained) -> Iterat
 
 
 def _captions(name: str, asked: Caption, source: Counted, stage: Stage) -> Iterator[Problem]:
-    # A random caption is one of the synthetic ones; each picture must have one to be seen with.
-    kind = "original" if asked == "original" else "synthetic"
-    if source.captions is None or source.captions.get(kind, 0) >= source.examples:
+    if source.captions is None:
         return
-    yield Problem(
-        f"{source.captions.get(kind, 0):,} of the {source.examples:,} examples of source {name!r} "
-        f"have {kind} captions, caption={asked!r} asks for one of each",
-        "prepare it from files that have them, or choose another caption",
-        (label(stage),),
-    )
+    try:
+        check_caption(name, source.kind, asked, source.captions, source.examples)
+    except ValueError as reason:
+        what, _, remedy = str(reason).partition("; ")
+        yield Problem(what, remedy, (label(stage),))
