@@ -35,10 +35,9 @@ test: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
-# All faults: kills at every write, many ranks, stuck ranks; about twenty minutes.
+# What `make test` leaves out: kills at every write, many ranks, stuck ranks; about twenty minutes.
 faults: $(READY)
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --faults tests/faults tests/train tests/test_resume.py \
-		tests/study/test_plan_reality.py
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --faults -m faults
 
 format: $(READY)
 	$(BIN)/ruff format .

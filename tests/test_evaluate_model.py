@@ -95,7 +95,7 @@ def command(*words: str | Path, ok: int = 0) -> str:
         capture_output=True,
         text=True,
         check=False,
-        env={**worker_environment(Machine()), "COLUMNS": "300"},
+        env={**worker_environment(Machine()), "COLUMNS": "600"},
     )
     assert ended.returncode == ok, ended.stderr[-3000:]
     return ended.stdout if ok == 0 else ended.stderr

@@ -38,6 +38,7 @@ from midstream.data.sources import Kind, Source
 from midstream.show_data import Shown, print_row, print_stats
 from midstream.study.choose import training_stage
 from midstream.study.graph import order
+from midstream.study.label import label
 from midstream.study.ledger import Ledger
 from midstream.study.stage import Evaluate
 from midstream.study.studies import Figure, Line, Study
@@ -465,9 +466,9 @@ def test_the_data_is_prepared_on_demand_and_only_once(
     ledger = Ledger(tmp_path / "store")
     asked = (recipe, "--store", ledger.store, "--out", tmp_path / "out", "--prepare")
     assert midstream(*asked).exit_code == 0, capfd.readouterr().err
-    assert f"{tiny.SEEN.name}: row 0 of " in capfd.readouterr().out
+    assert f"{label(tiny.SEEN)}: row 0 of " in capfd.readouterr().out
     done = [stage.kind for stage in order(study_of(tiny.RESULT)) if ledger.is_done(stage)]
-    assert done == ["prepare"]
+    assert {"prepare_world", "prepare_tokenizer", "prepare_source"} == set(done)
     before = contents(ledger.store)
     assert midstream(*asked).exit_code == 0
     assert contents(ledger.store) == before
@@ -479,7 +480,8 @@ def test_a_preparation_that_fails_is_told_with_its_reason_and_log(
 ) -> None:
     root, store = tmp_path / "empty", tmp_path / "store"
     root.mkdir()
-    world = {"kind": "folder", "root": str(root), "fingerprint": "0" * 16}
+    sources = {"web": {"kind": "text", "digest": "0" * 16}}
+    world = {"kind": "folder", "root": str(root), "fingerprint": {"sources": sources}}
     stage = json.loads(tiny.TEXT.model_dump_json())
     stage["data"]["world"] = world
     options = ["--out", str(tmp_path / "out"), "--prepare"]

@@ -250,17 +250,20 @@ def run_preparation(stages: Sequence[Stage], ledger: Ledger, note: Callable[[str
         worker = Worker(1, work, place.with_suffix(".log"), machine, events.put, is_group=False)
         left = list(stages)
         try:
-            while left := [stage for stage in left if not ledger.is_done(stage)]:
+            while left:
                 _, event = events.get()
-                stage = left[0]
-                if event["event"] == "ready":
-                    worker.row = PlanRow(stage, ledger.state(stage), {}, cost(stage, ledger))
-                    worker.send()
-                elif event["event"] == "progress":
+                if event["event"] == "progress":
                     note(event["note"])
                 elif event["event"] == "exit" or event.get("state") in ("failed", "stopped"):
                     why = event.get("error") or f"its process ended with code {event.get('code')}"
-                    raise ValueError(f"{label(stage)} is not prepared: {why} (see {worker.log})")
+                    raise ValueError(f"{label(left[0])} is not prepared: {why} (see {worker.log})")
+                elif event["event"] in ("ready", "finished"):
+                    left = [stage for stage in left if not ledger.is_done(stage)]
+                    if left:
+                        worker.row = PlanRow(
+                            left[0], ledger.state(left[0]), {}, cost(left[0], ledger)
+                        )
+                        worker.send()
         except BaseException:
             worker.signal(signal.SIGTERM)
             raise

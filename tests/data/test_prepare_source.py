@@ -236,7 +236,7 @@ def descendants(pid: int) -> set[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.faults), 2])
 def test_killed_at_any_time_it_goes_on_with_what_was_finished(tmp_path: Path, workers: int) -> None:
     source, out = write_texts(tmp_path / "in", 9, 1500), tmp_path / "out"
     kept = 0
@@ -307,7 +307,7 @@ def test_a_full_disk_at_any_write_leaves_whole_shards_and_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.faults)])
 def test_a_shard_that_the_disk_refuses_is_one_error_and_the_others_stay(
     tmp_path: Path, workers: int
 ) -> None:

@@ -111,7 +111,7 @@ def test_some_of_the_real_text_gets_the_ids_of_tokenizers(folder: str) -> None:
         assert encoder(text) == plain_ids(tokenizer, text)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_all_real_text_gets_the_ids_of_tokenizers(folder: str) -> None:
     tokenizer, _ = pair("neox")

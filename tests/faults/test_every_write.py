@@ -30,7 +30,7 @@ LONG = tiny.text_run(
 )
 NUM_KILLS = 60
 # Of the changes of a run, those that `make test` tries.
-SHARE = 12
+SHARE = 24
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import pytest
 import tiny
 from faults import launched
 from faults.launched import LONG, RESULT, agent, finish, has_steps, launch, losses, ranks, wait_for
+from midstream.study.label import label
 from midstream.study.ledger import Ledger
 
 # One after the other: each test is several processes already.
@@ -47,11 +48,10 @@ def target(name: str, launcher: int) -> int:
 
 
 def signalled(number: signal.Signals, to: str) -> object:
-    # One of each signal and of each target in every run, all pairs among the faults.
+    # What a cluster and what a person sends in every run, all pairs among the faults.
     short = (number, to) in (
         (signal.SIGTERM, "launcher"),
         (signal.SIGUSR1, "rank 1"),
-        (signal.SIGUSR1, "torchrun"),
     )
     marks = () if short else (pytest.mark.faults,)
     return pytest.param(number, to, marks=marks, id=f"{number.name} to {to}")
@@ -91,7 +91,9 @@ def test_a_signal_to_any_process_stops_all_at_the_next_step_and_costs_none(
     ("number", "rank", "said"),
     [
         pytest.param(signal.SIGKILL, 1, "rank 1 is dead", id="killed"),
-        pytest.param(signal.SIGSTOP, 1, "rank 1 is dead: silent", id="frozen"),
+        pytest.param(
+            signal.SIGSTOP, 1, "rank 1 is dead: silent", id="frozen", marks=pytest.mark.faults
+        ),
         pytest.param(
             signal.SIGKILL, 0, "rank 0 is dead", id="first killed", marks=pytest.mark.faults
         ),
@@ -168,6 +170,6 @@ def test_two_nodes_train_one_stage_through_one_store(ledger: Ledger, whole: list
     assert first.returncode == 0, text
     told = finish(second)
     assert second.returncode == 0, told
-    assert f"node 1 trains {LONG.name}" in told
+    assert f"node 1 trains {label(LONG)}" in told
     assert losses(ledger) == pytest.approx(whole, rel=1e-6)
     assert launched.has_steps(ledger, len(whole))()

@@ -104,7 +104,7 @@ def test_a_benchmark_that_is_not_whole_is_told_before_anything_runs(
     (problem,) = found()
     assert said in str(problem)
     assert problem.level == "wrong"
-    assert problem.stages[0].startswith("evaluate-")
+    assert problem.stages[0].startswith("evaluation before fine-tuning")
 
 
 def test_a_benchmark_that_was_read_whole_is_read_again_only_when_it_changes(
