@@ -4,12 +4,13 @@ Needs neither torch nor a reader: planning asks for the digest of a benchmark be
 """
 
 import difflib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from midstream.digests import digest, file_sha256
-from midstream.source_files import is_hidden, is_note, walk
+from midstream.source_files import any_of, is_hidden, is_note, walk
 from midstream.storage import read_json
 
 # Published files of text tasks, by lm-evaluation-harness's names: alternatives, the data set's own
@@ -34,6 +35,9 @@ TEXT_FILES: dict[str, tuple[tuple[str, ...], ...]] = {
     "pubmedqa": (("ori_pqal.json", "test_ground_truth.json"),),
     "winogrande": (("winogrande_1.1/dev.jsonl",), ("winogrande.jsonl",)),
 }
+_FIRST_NAMES = any_of(
+    first.rpartition("/")[2] for ways in TEXT_FILES.values() for first, *_ in ways
+)
 # llm-foundry has files of the same names in another form, for models behind an interface.
 _OTHER_FORM = "api_compatible_gauntlet"
 # Folders of a world that hold what is trained on.
@@ -57,7 +61,7 @@ def benchmark_names(world: Path) -> list[str]:
     """The benchmarks whose files a world holds: those of world.json, and text tasks' published
     files or folders."""
     listed = [*listed_tasks(world, "visual_tasks"), *listed_tasks(world, "text_tasks")]
-    paths = [Path(path) for path in _outside_sources(world)]
+    paths = _maybe_published(world)
     published = [name for name in TEXT_FILES if _published(paths, name)]
     return sorted({*listed, *published, *hub_folders(world)})
 
@@ -96,7 +100,14 @@ def published_files(world: Path, name: str) -> tuple[Path, ...]:
     """The published files of a text task, wherever they lie under `world`; () where none does."""
     if name not in TEXT_FILES:
         return ()
-    return _published([Path(path) for path in _outside_sources(world)], name)
+    return _published(_maybe_published(world), name)
+
+
+def _maybe_published(world: Path) -> list[Path]:
+    """The files that are called as a published one: of a million pictures none."""
+    return [
+        Path(path) for path in _outside_sources(world) if _FIRST_NAMES.match(os.path.basename(path))
+    ]
 
 
 def _published(paths: Sequence[Path], name: str) -> tuple[Path, ...]:

@@ -83,7 +83,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: str | Path) -> str:
     """The sha256 of a file's bytes, read in pieces; the kept one where the file is as it was."""
     if _kept is None:
         return _read_sha256(path)
@@ -119,7 +119,7 @@ class _Digests:
                 rows = database.execute("SELECT * FROM digests")
                 self._known = {row[0]: (tuple(row[1:5]), row[5]) for row in rows}
 
-    def sha256(self, path: Path) -> str:
+    def sha256(self, path: str | Path) -> str:
         name = os.path.abspath(path)
         before = _seen(name)
         held = self._new.get(name) or self._known.get(name)
@@ -156,6 +156,6 @@ def _seen(path: str) -> Seen:
     return found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _read_sha256(path: Path) -> str:
-    with path.open("rb") as stream:
+def _read_sha256(path: str | Path) -> str:
+    with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -119,7 +119,7 @@ def source_digest(root: Path, name: str, folder: Path) -> str:
     if index.is_file():
         return str(json.loads(index.read_text(encoding="utf-8"))["fingerprint"])
     listing: list[Any] = [
-        [Path(path).relative_to(folder).as_posix(), file_sha256(Path(path))]
+        [path.removeprefix(f"{folder}{os.sep}"), file_sha256(path)]
         for path in walk(folder)
         if _is_data(path, folder)
     ]

@@ -5,8 +5,9 @@ data everywhere (README, LICENSE, requirements.txt, ...).
 """
 
 import os
-from collections.abc import Iterator
-from fnmatch import fnmatch
+import re
+from collections.abc import Iterable, Iterator
+from fnmatch import translate
 from pathlib import Path
 
 # Folders and files that systems, editors and notebooks leave behind, beside those with a dot.
@@ -51,9 +52,18 @@ _DOCUMENTS = ("", ".md", ".txt", ".rst", ".html", ".pdf", ".cff", ".bib", ".yaml
 _INFOS = ("dataset_infos.json", "dataset_card.json")
 
 
+def any_of(patterns: Iterable[str]) -> re.Pattern[str]:
+    """What matches a name (no path) that fits one of the shell's `patterns`."""
+    return re.compile("|".join(map(translate, patterns)))
+
+
+_LEFT_BEHIND, _NOTES = any_of(LEFT_BEHIND), any_of(NOTES)
+_TEXT_ENDS = tuple(end for ends in TEXT_SUFFIXES.values() for end in ends)
+
+
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name (no path) is hidden or left behind by a program."""
-    return name.startswith(".") or any(fnmatch(name, pattern) for pattern in LEFT_BEHIND)
+    return name.startswith(".") or _LEFT_BEHIND.match(name) is not None
 
 
 def is_note(name: str) -> bool:
@@ -61,13 +71,12 @@ def is_note(name: str) -> bool:
     name = name.lower()
     if os.path.splitext(name)[1] not in _DOCUMENTS:
         return name in _INFOS
-    return any(fnmatch(name, pattern) for pattern in NOTES)
+    return _NOTES.match(name) is not None
 
 
 def is_text(name: str) -> bool:
     """Whether a file of this name (no path) is one that a text source may be read from."""
-    ends = tuple(end for ends in TEXT_SUFFIXES.values() for end in ends)
-    return name.endswith(ends) and not is_note(name)
+    return name.endswith(_TEXT_ENDS) and not is_note(name)
 
 
 def walk(root: str | Path) -> Iterator[str]:
