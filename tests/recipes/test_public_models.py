@@ -76,7 +76,7 @@ def test_a_study_asks_for_the_checkpoints_that_its_lines_use_and_no_others() -> 
     told = [one for one in missing_inputs(paper.table_8(scale="1b")) if "language model" in one]
     assert len(told) == 1
     assert "checkpoints/80" in told[0]
-    stages = order(find_study("paper.figure_4", ["scale=1b", "completions=[0,0.2]"]))
+    stages = order(find_study("paper.figure_4", ["scale=1b", "completions=[0.0,0.2]"]))
     assert [s.planned_tokens for s in stages if isinstance(s, LoadDecoder)] == [863_877_120_000]
 
 
