@@ -85,7 +85,7 @@ def test_planned_memory_is_within_a_tenth_of_the_allocators_peak(
     tmp_path: Path, kind: str, width: int, layers: int, micro_rows: int
 ) -> None:
     rows = Rows(row_length=256, batch_rows=4)
-    stage = stage_of(kind, width, layers, rows, 8_000, vocab_size=600)
+    stage = stage_of(kind, width, layers, rows, 4_000, vocab_size=600)
     real = Reality(Ledger(tmp_path), "cpu", micro_rows)
     measured, _ = real.memory(stage)
     assert real.planned_memory(stage) == pytest.approx(measured, rel=0.1)
