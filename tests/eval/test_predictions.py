@@ -280,7 +280,10 @@ def test_a_part_of_a_word_is_not_the_question(gqa: Path, tmp_path: Path) -> None
     for number, question in enumerate(questions.values()):
         question["question"] = f"the cat {number}"
     (gqa / "testdev_balanced_questions.json").write_text(json.dumps(questions))
-    rows = [{"question_id": key, "prompt": "the cat 01", "text": "x"} for key in questions]
+    rows = [
+        {"question_id": key, "prompt": f"the cat {number}1", "text": "x"}
+        for number, key in enumerate(questions)
+    ]
     with pytest.raises(ValueError, match=f"{len(rows)} of {len(rows)} prompts"):
         score_predictions(gqa, "gqa", lines(tmp_path / "answers.jsonl", rows))
 
@@ -388,6 +391,12 @@ def test_null_and_nan_are_no_answers_and_wrong_only_where_one_says_so(
     unnamed = lines(tmp_path / "in_order.jsonl", [{"answer": row["prediction"]} for row in rows])
     row = score_predictions(gqa, "gqa", unnamed, missing_as_wrong=True)
     assert (row["score"], row["num_missing"]) == (pytest.approx(1 / 3), 1)
+
+
+def test_one_text_for_every_question_is_none(gqa: Path, tmp_path: Path) -> None:
+    rows = [{"id": key, "question": "x", "model_output": said} for key, said in SAID.items()]
+    row = score_predictions(gqa, "gqa", lines(tmp_path / "answers.jsonl", rows))
+    assert row["score"] == pytest.approx(2 / 3)
 
 
 SAID = {"100": "red", "101": 'no, "not"\nat all', "102": "t-shirt"}

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,9 @@ def read_predictions(path: Path) -> list[Prediction]:
         raise ValueError(f"{path} is empty; give a file of predictions")
     if all(one.place is not None for one in found):
         found.sort(key=lambda one: one.place or 0)
+    if len(found) > 1 and len({one.question for one in found}) == 1:
+        # One text for all of them is an instruction or a stand-in, and no question.
+        found = [replace(one, question=None) for one in found]
     return found
 
 
