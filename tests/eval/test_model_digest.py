@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from midstream.eval import transformers_answerer
-from midstream.eval.transformers_answerer import _digest
+from midstream.eval.transformers_answerer import _digest as digest_of
 
 PARTS = (
     "model.safetensors",
@@ -24,6 +26,10 @@ PARTS = (
     "parts/tower.py",
 )
 CONFIG = SimpleNamespace()
+
+
+def _digest(folder: Path, config: Any, dtype: torch.dtype = torch.float32) -> str:
+    return digest_of(folder, config, dtype)
 
 
 @pytest.fixture
@@ -56,6 +62,7 @@ def test_notes_hidden_files_results_and_the_place_do_not_count(folder: Path) -> 
 
 def test_versions_that_change_answers_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = _digest(folder, CONFIG)
+    assert _digest(folder, CONFIG, torch.bfloat16) != before
     monkeypatch.setattr(
         transformers_answerer, "version", lambda name: {"transformers": "99"}.get(name, "1")
     )

@@ -45,7 +45,7 @@ class TransformersAnswerer:
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.weights_digest = _digest(Path(name), self.config)
+        self.weights_digest = _digest(Path(name), self.config, self.model.dtype)
 
     def _open(self, trusted: dict[str, bool]) -> tuple[Any, Any, Any]:
         import transformers
@@ -189,15 +189,16 @@ def _logprob(logits: torch.Tensor, ids: torch.Tensor) -> tuple[float, bool]:
     return float(chances.double().sum()), bool((logits.argmax(dim=-1) == ids).all())
 
 
-def _digest(folder: Path, config: Any) -> str:
+def _digest(folder: Path, config: Any, dtype: torch.dtype) -> str:
     """Stands for what answers depend on: weights, configurations, templates, tokenizer and code in
-    a folder, or the commit on the hub; and the versions of what turns a question into tensors.
+    a folder, or the commit on the hub; the weights' type in memory, and the versions of what turns
+    a question into tensors.
 
     Of a folder every file counts that is no note, and code and templates below it. torch is left
     out: its versions differ in last bits alone.
     """
     found = [f"{name} {_version(name)}" for name in ("transformers", "tokenizers", "torchvision")]
-    found.append(f"pillow {_version('pillow')}")
+    found += [f"pillow {_version('pillow')}", str(dtype)]
     if any("--" in str(place) for place in (getattr(config, "auto_map", None) or {}).values()):
         found.append(type(config).__module__)  # code of another repository, with its commit
     if folder.is_dir():
