@@ -1,22 +1,31 @@
 """Evaluations as stages and by `midstream eval`: stopped, shared out, of other people's models."""
 
+import io
 import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import typer
+from PIL import Image
 
 import tiny
+from midstream import cli, eval_commands, evaluate_model
 from midstream.config import Machine
+from midstream.eval.kept_answers import EvaluationStopped
+from midstream.exchange import export_model
+from midstream.show_scores import short_names
 from midstream.storage import read_json
 from midstream.study.ledger import Ledger, Stopped
 from midstream.study.stage import Evaluate
 from midstream.study.workers import worker_environment
-from ranked import STOPPED, run_ranks
+from ranked import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -80,16 +89,14 @@ def test_an_evaluation_stopped_within_a_task_ends_as_one_that_was_not(
 
 
 def test_two_ranks_find_what_one_finds(whole: Ledger, own: Ledger) -> None:
-    ended = run_ranks(own, ASKED, 2, stop_after=2)
-    assert f"exitcode: {STOPPED}" in ended.stderr
-    assert own.state(ASKED) == "stopped"
-    assert len(list((own.folder(ASKED) / "answers").glob("*.jsonl"))) == 2
+    with pytest.raises(Stopped):
+        tiny.runner(own, should_stop=after(2)).run(ASKED)
     ended = run_ranks(own, ASKED, 2)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert found(own) == found(whole)
 
 
-def command(*words: str | Path, ok: int = 0) -> str:
+def process(*words: str | Path) -> str:
     ended = subprocess.run(
         [sys.executable, "-m", "midstream.cli", *map(str, words)],
         capture_output=True,
@@ -97,14 +104,46 @@ def command(*words: str | Path, ok: int = 0) -> str:
         check=False,
         env={**worker_environment(Machine()), "COLUMNS": "600"},
     )
-    assert ended.returncode == ok, ended.stderr[-3000:]
-    return ended.stdout if ok == 0 else ended.stderr
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended.stdout
 
 
-def test_a_model_and_its_export_stand_in_one_table(whole: Ledger, tmp_path: Path) -> None:
+Command = Callable[..., str]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command line with its work done in this process, which has imported torch already."""
+
+    def work(request: dict[str, Any]) -> None:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request)))
+        code = evaluate_model.main()
+        if code:
+            raise typer.Exit(code)
+
+    monkeypatch.setenv("COLUMNS", "600")
+    monkeypatch.setattr(eval_commands, "_process", work)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+
+    def run(*words: str | Path, ok: int = 0) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.app([str(word) for word in words])
+        printed = capsys.readouterr()
+        assert ended.value.code == ok, printed.err[-3000:]
+        return printed.out if ok == 0 else printed.err
+
+    return run
+
+
+def test_a_model_and_its_export_stand_in_one_table(
+    whole: Ledger, tmp_path: Path, command: Command
+) -> None:
     stage = whole.folder(tiny.CHAT)
     exported = tmp_path / "exported"
-    command("export", stage, "--out", exported)
+    request = {"checkpoint": str(stage), "out": str(exported), "text_only": False}
+    export_model.serve(request)
     world = whole.folder(tiny.WORLD) / "world"
     out = tmp_path / "evaluations"
     words = ("--data", world, "--out", out, "--limit", "6", "--prompts", "short")
@@ -125,7 +164,8 @@ def test_a_model_and_its_export_stand_in_one_table(whole: Ledger, tmp_path: Path
 
     # What is done is not done again.
     before = (mine / "results.json").stat().st_mtime_ns
-    command("eval", stage, *words)
+    again = process("eval", stage, *words)
+    assert "; as before: vqav2 (of 20" in again
     assert (mine / "results.json").stat().st_mtime_ns == before
     # Asked otherwise, it has another folder, and the first one stays.
     command("eval", stage, *words, "--fixed-answers", "text")
@@ -140,15 +180,97 @@ def test_a_model_and_its_export_stand_in_one_table(whole: Ledger, tmp_path: Path
     assert "on 6 examples" in told
 
 
-def test_what_cannot_be_asked_is_said_in_one_line(whole: Ledger, tmp_path: Path) -> None:
+def test_what_cannot_be_asked_is_said_in_one_line(
+    whole: Ledger, tmp_path: Path, command: Command
+) -> None:
     stage = whole.folder(tiny.CHAT)
     wrong = command("eval", stage, "--task", "vqav", "--out", tmp_path, ok=2)
     assert "did you mean vqav2?" in wrong
     assert "name a model" in command("eval", ok=2)
     assert "holds no predictions" in command("eval", tmp_path, "--show", "1", ok=2)
     strange = command("eval", tmp_path, "--data", tmp_path, ok=2)
-    assert strange.startswith("error: ")
-    assert len(strange.splitlines()) < 12
+    assert strange.startswith(f"error: {tmp_path}: ")
+    assert len(strange.splitlines()) == 1
+
+
+class Broken:
+    """A model whose own code fails."""
+
+    weights_digest = "w"
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
+        # As if it stood in the model's own file.
+        exec("raise error", {"__name__": "modeling_own", "error": self.error})
+        return []
+
+    choose = loglikelihood = loglikelihood_rolling = generate_until = generate
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Path:
+    """One free question about one picture."""
+    (tmp_path / "data/qa").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "data/qa/a.png")
+    record = {"question": "What is it?", "answer": "red", "image": "a.png"}
+    (tmp_path / "data/qa/questions.jsonl").write_text(json.dumps(record) + "\n")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("sizes\n  3 and 4"), ValueError("sizes 3 and 4"), AssertionError("x")]
+)
+def test_an_error_of_a_models_own_code_is_one_line_with_its_name(
+    asked: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(evaluate_model, "_open_model", lambda *_: (Broken(error), asked))
+    words = ("eval", "org/model", "--data", asked, "--task", "qa", "--out", tmp_path / "out")
+    told = " ".join(str(error).split())
+    line = f"error: org/model: {type(error).__name__}: {told} (--debug shows where)\n"
+    assert command(*words, ok=2) == line
+    shown = command(*words, "--debug", ok=2)
+    assert shown.startswith("Traceback (most recent call last):\n")
+    assert "in generate" in shown
+    assert shown.endswith(line)
+    stopped = Broken(EvaluationStopped("asked to"))
+    monkeypatch.setattr(evaluate_model, "_open_model", lambda *_: (stopped, asked))
+    assert command(*words, ok=75).startswith("stopped; ")
+
+
+class Says(Broken):
+    """A model that says one thing."""
+
+    def __init__(self, text: str) -> None:
+        self.weights_digest = self.text = text
+
+    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
+        return [self.text] * len(prompts)
+
+
+def test_two_models_of_one_name_have_two(
+    asked: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {"x/A/model": "red", "x/B/model/": "blue", "org/other": "red"}
+    monkeypatch.setattr(evaluate_model, "_open_model", lambda name, _: (Says(said[name]), asked))
+    out = tmp_path / "out"
+    table = command("eval", *said, "--data", asked, "--task", "qa", "--out", out)
+    head = next(line for line in table.splitlines() if line.startswith("task"))
+    assert head.split() == ["task", "A/model", "B/model", "other"]
+    scores = next(line for line in table.splitlines() if line.startswith("qa "))
+    assert scores.split()[1:] == ["100.0", "0.0", "100.0"]
+    rows = [read_json(path) for path in out.glob("*/results.json")]
+    assert sorted(row["about"]["model"] for row in rows) == sorted(said)
+
+
+def test_names_are_as_long_as_it_takes_to_tell_them_apart() -> None:
+    names = ["s/1/milestones/80", "s/2/milestones/80", "model", "A/model", "org/model-b/"]
+    here = Path.cwd().name
+    assert short_names(names) == [
+        *("1/milestones/80", "2/milestones/80", f"{here}/model", "A/model", "model-b")
+    ]
+    assert short_names(["a/b", "a/b/"]) == ["b", "b"]
 
 
 def test_the_list_says_what_is_there_and_what_is_missing(tmp_path: Path) -> None:
@@ -158,7 +280,7 @@ def test_the_list_says_what_is_there_and_what_is_missing(tmp_path: Path) -> None
     (gqa / "testdev_balanced_questions.json").write_text(json.dumps({"1": record}))
     (tmp_path / "vizwiz").mkdir()
     (tmp_path / "boolq.jsonl").write_text('{"passage": "p", "question": "q", "answer": true}\n')
-    listed = " ".join(command("eval", "--list", "--data", tmp_path).split())
+    listed = " ".join(process("eval", "--list", "--data", tmp_path).split())
     assert "1 questions in" in listed
     assert "1 pictures are missing" in listed
     assert "missing: v2_OpenEnded_mscoco_val2014_questions.json" in listed

@@ -60,6 +60,9 @@ def evaluate(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that a model's folder brings.")
     ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Print the traceback of an error as well.")
+    ] = False,
     listing: Annotated[
         bool, typer.Option("--list", help="Say which tasks there are, and what is missing.")
     ] = False,
@@ -87,6 +90,7 @@ def evaluate(
         "batch_size": batch_size,
     }
     request: dict[str, Any] = {"data": None if data is None else str(data), "tasks": task or []}
+    request |= {"debug": debug}
     if listing:
         request |= {"action": "list"}
     elif diff is not None:
@@ -108,7 +112,8 @@ def evaluate(
 def score(
     task: Annotated[str, typer.Argument(metavar="TASK", help="A visual benchmark.")],
     predictions: Annotated[
-        Path, typer.Option(help="JSON lines, a JSON list, or a JSON object of answers by id.")
+        Path,
+        typer.Option(help="JSON lines, a JSON list or object, or a table (.tsv, .csv, .xlsx)."),
     ],
     data: Annotated[Path, typer.Option(help="The folder of the official annotations.")],
     split: Annotated[

@@ -5,6 +5,10 @@ import json
 import os
 import signal
 import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ from midstream.eval.kept_answers import (
 )
 from midstream.eval.local_tasks import HARNESS_TASKS
 from midstream.eval.task import VISUAL_FORMATS, Answerer
-from midstream.identity import digest
+from midstream.identity import digest, kept_digests
 from midstream.show_scores import (
     find_place,
     list_tasks,
@@ -38,8 +42,13 @@ from midstream.terminal import out, reporting
 USER_ERROR_EXIT_CODE, STOPPED_EXIT_CODE = 2, 75
 
 
+class ModelFailed(Exception):  # noqa: N818 - the error itself is the cause
+    """A model, or a library on its behalf, raised an error; the text is the model's and its."""
+
+
 def main() -> int:
-    """Do what is asked; an error that the user can put right is one line and exit code 2."""
+    """Do what is asked; an error that the user can put right, or that a model raises, is one line
+    and exit code 2, with `debug` below its traceback."""
     request = json.load(sys.stdin)
     actions = {
         "list": list_tasks,
@@ -57,8 +66,10 @@ def main() -> int:
     except EvaluationStopped:
         print("stopped; the same command continues where it was", file=sys.stderr)
         return STOPPED_EXIT_CODE
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, ModelFailed) as error:
+        if request.get("debug"):
+            traceback.print_exception(error)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR_EXIT_CODE
     return 0
 
@@ -78,39 +89,73 @@ def _evaluate(request: dict[str, Any], console: Console) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     rows = {}
-    for name in request["models"]:
-        answerer, data = _open_model(name, request)
-        evaluation = _asked(request, data)
-        about = {
-            "model": name,
-            "data": str(data.resolve()),
-            "weights_digest": answerer.weights_digest,
-            "evaluation": digest(evaluation),
-            "answers_version": ANSWERS_VERSION,
-        }
-        # Two models may have one name, and one model may be asked in several ways.
-        stem = name.rstrip("/").split("/")[-1]
-        folder = Path(request["out"]) / f"{stem}-{digest(about)[:8]}"
-        answers = KeptAnswers(
-            answerer,
-            folder / "answers",
-            at_once=evaluation.batch_size * BATCHES_AT_ONCE,
-            settings=str(evaluation.max_new_tokens),
-            should_stop=lambda: stopping,
-        )
-        # Whatever folder a task's result lies in, the same question has the same answer.
-        done = earlier_tasks(sorted(Path(request["out"]).glob("*")))
-        with reporting(console, name) as progress:
-            results = evaluate(answers, evaluation, data, folder, progress, done=done)
-        rows[name] = {**results, "about": about}
-        path = folder / "results.json"
-        if not path.is_file() or read_json(path) != rows[name]:
-            write_json(path, rows[name])
-        remove_folder(folder / "answers")
-        kept = [task for task, row in results["tasks"].items() if row["key"] in done]
-        told = f"; as before: {', '.join(kept)}" if kept else ""
-        console.print(f"{name}: {folder}{told}", soft_wrap=True, markup=False)
+    # A model's weights are read whole, so their digests are kept.
+    with kept_digests(Path(request["out"]) / ".digests.sqlite"):
+        for name in dict.fromkeys(request["models"]):
+            with _failures_named(name):
+                rows[name] = _evaluate_one(name, request, console, lambda: stopping)
     print_scores(rows, console)
+
+
+def _evaluate_one(
+    name: str, request: dict[str, Any], console: Console, should_stop: Callable[[], bool]
+) -> dict[str, Any]:
+    """A model's results, written into their folder, and a line about them."""
+    answerer, data = _open_model(name, request)
+    evaluation = _asked(request, data)
+    about = {
+        "model": name,
+        "data": str(data.resolve()),
+        "weights_digest": answerer.weights_digest,
+        "evaluation": digest(evaluation),
+        "answers_version": ANSWERS_VERSION,
+    }
+    # Two models may have one name, and one model may be asked in several ways.
+    stem = Path(os.path.abspath(name)).name
+    folder = Path(request["out"]) / f"{stem}-{digest(about)[:8]}"
+    answers = KeptAnswers(
+        answerer,
+        folder / "answers",
+        at_once=evaluation.batch_size * BATCHES_AT_ONCE,
+        settings=str(evaluation.max_new_tokens),
+        should_stop=should_stop,
+    )
+    # Whatever folder a task's result lies in, the same question has the same answer.
+    done = earlier_tasks(sorted(Path(request["out"]).glob("*")))
+    with reporting(console, name) as progress:
+        results = evaluate(answers, evaluation, data, folder, progress, done=done)
+    row = {**results, "about": about}
+    path = folder / "results.json"
+    if not path.is_file() or read_json(path) != row:
+        write_json(path, row)
+    remove_folder(folder / "answers")
+    kept = [
+        f"{task} (of {time.strftime('%Y-%m-%d %H:%M', time.localtime(when))})"
+        for task, found in results["tasks"].items()
+        if found["key"] in done
+        for when in [done[found["key"]].predictions.stat().st_mtime]
+    ]
+    told = f"; as before: {', '.join(kept)}" if kept else ""
+    console.print(f"{name}: {folder}{told}", soft_wrap=True, markup=False, highlight=False)
+    return row
+
+
+@contextmanager
+def _failures_named(name: str) -> Iterator[None]:
+    """Raise ModelFailed for what a model's own code, or a library's on its behalf, raises; errors
+    of this package say themselves what is wrong."""
+    try:
+        yield
+    except (EvaluationStopped, ValidationError):
+        raise
+    except Exception as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        ours = frame.f_globals.get("__name__", "").startswith("midstream.")
+        if ours and isinstance(error, ValueError | OSError):
+            raise
+        raise ModelFailed(
+            f"{name}: {type(error).__name__}: {error} (--debug shows where)"
+        ) from error
 
 
 def _open_model(name: str, request: dict[str, Any]) -> tuple[Answerer, Path]:

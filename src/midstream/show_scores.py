@@ -1,6 +1,7 @@
 """What `midstream eval` and `midstream score` print: tasks, scores, examples, differences."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,8 @@ def print_scores(rows: dict[str, dict[str, Any]], console: Console) -> None:
     """One column a model: score and standard error of each task, blind scores, stable scores."""
     table = Table(box=None, pad_edge=False)
     table.add_column("task")
-    for name in rows:
-        table.add_column(Path(name.rstrip("/")).name, justify="right", overflow="fold")
+    for title in short_names(list(rows)):
+        table.add_column(title, justify="right", overflow="fold")
     tasks = dict.fromkeys(task for row in rows.values() for task in row["tasks"])
     for task in tasks:
         table.add_row(task, *(_cell(row["tasks"].get(task)) for row in rows.values()))
@@ -125,6 +126,19 @@ def print_scores(rows: dict[str, dict[str, Any]], console: Console) -> None:
         if short:
             told_short = ", ".join(f"{task} ({why})" for task, why in short.items())
             console.print(f"not whole: {told_short}", soft_wrap=True, markup=False)
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The end of each path or hub name, as long as it takes to tell it from the others."""
+    parts = [Path(os.path.abspath(name)).parts[1:] for name in names]
+    told = []
+    for own in parts:
+        others = [other for other in parts if other != own]
+        length = 1
+        while length < len(own) and any(other[-length:] == own[-length:] for other in others):
+            length += 1
+        told.append("/".join(own[-length:]))
+    return told
 
 
 def _cell(row: dict[str, Any] | None) -> str:

@@ -1,7 +1,9 @@
 """What was asked before is not asked again, unless a byte of what is asked is another."""
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from rich.console import Console
 
 from midstream import evaluate_model
 from midstream.config import Evaluation
+from midstream.eval import earlier
 from midstream.eval.benchmark import evaluate
 from midstream.eval.earlier import earlier_tasks
 from midstream.eval.kept_answers import KeptAnswers
@@ -225,7 +228,7 @@ def test_the_command_finds_the_score_of_a_changed_file_and_keeps_the_others(
         with Console(record=True, width=200) as console:
             evaluate_model._evaluate(request, console)
         heard[:] = sorted({prompt.split()[0] for prompt in fake.asked})
-        folders = sorted((tmp_path / "out").glob("*"), key=lambda path: path.stat().st_mtime_ns)
+        folders = list((tmp_path / "out").glob("model-*"))
         latest = max(folders, key=lambda path: (path / "results.json").stat().st_mtime_ns)
         return {
             name: row["score"] for name, row in read_json(latest / "results.json")["tasks"].items()
@@ -236,9 +239,44 @@ def test_the_command_finds_the_score_of_a_changed_file_and_keeps_the_others(
     monkeypatch.chdir(tmp_path / "b")
     assert run(".") == {"hue": 0.75, "odd": 0.0, "letters": 0.5}
     assert heard == ["odd"]
-    assert len(list((tmp_path / "out").glob("*"))) == 2
+    assert len(list((tmp_path / "out").glob("model-*"))) == 2
     edit("text_tasks/letters.jsonl", lambda rows: [row.update(gold=0) for row in rows])(
         tmp_path / "b"
     )
     assert run(".") == {"hue": 0.75, "odd": 0.0, "letters": 1.0}
     assert heard == ["letters"]
+
+
+def test_what_is_shown_again_says_from_when_it_is_wherever_it_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_world(tmp_path / "world")
+    monkeypatch.setattr(evaluate_model, "_open_model", lambda *_: (Yes(), tmp_path / "world"))
+
+    def run(**options: Any) -> str:
+        request = {"models": ["model"], "out": str(tmp_path / "out"), "tasks": []}
+        request |= {"evaluation": {"blind": False, **options}}
+        with Console(record=True, width=200) as console:
+            evaluate_model._evaluate(request, console)
+        return next(line for line in console.export_text().splitlines() if "/out/model-" in line)
+
+    assert "as before" not in run()
+    (first,) = (tmp_path / "out").glob("model-*")
+    for path in (first / "predictions").glob("*.parquet"):
+        os.utime(path, (1e9, 1e9))
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(1e9))
+    before = (first / "results.json").read_bytes()
+    told = f"as before: {', '.join(f'{name} (of {when})' for name in TASKS)}"
+    assert run().endswith(told)
+    assert (first / "results.json").read_bytes() == before
+    # Another folder takes the text task over, and says the same of it the next time.
+    for _ in range(2):
+        assert f"letters (of {when})" in run(max_new_tokens=7)
+
+
+def test_answers_of_another_version_are_asked_again(
+    first: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(earlier, "ANSWERS_VERSION", earlier.ANSWERS_VERSION + 1)
+    _, heard = again(first[0] / "world", tmp_path / "out", first[0] / "out")
+    assert heard == set(TASKS)

@@ -1,13 +1,17 @@
 """Predictions of others: the forms they come in, whose answer is whose, and what is refused."""
 
+import csv
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from midstream.eval.find_task import read_visual_task
-from midstream.eval.predictions import read_predictions, score_predictions
+from midstream.eval.prediction_files import read_predictions
+from midstream.eval.predictions import score_predictions
 
 GOLD = {"random": "yn" * 3, "popular": "yy" + "nn" * 2, "adversarial": "ny" * 3}
 WORDS = {"y": "yes", "n": "no"}
@@ -276,7 +280,10 @@ def test_a_part_of_a_word_is_not_the_question(gqa: Path, tmp_path: Path) -> None
     for number, question in enumerate(questions.values()):
         question["question"] = f"the cat {number}"
     (gqa / "testdev_balanced_questions.json").write_text(json.dumps(questions))
-    rows = [{"question_id": key, "prompt": "the cat 01", "text": "x"} for key in questions]
+    rows = [
+        {"question_id": key, "prompt": f"the cat {number}1", "text": "x"}
+        for number, key in enumerate(questions)
+    ]
     with pytest.raises(ValueError, match=f"{len(rows)} of {len(rows)} prompts"):
         score_predictions(gqa, "gqa", lines(tmp_path / "answers.jsonl", rows))
 
@@ -330,25 +337,148 @@ def test_recognised_words_are_found_by_questions_in_another_case(tmp_path: Path)
     [
         (["yes"], "yes"),
         ([["yes"]], "yes"),
+        (" yes\n", "yes"),
+        ([" yes\n"], "yes"),
         (2, "2"),
         (2.0, "2"),
         (2.5, "2.5"),
+        ("2.0", "2.0"),
         ([0.1, 0.2, 0.3, 0.4], "[0.1, 0.2, 0.3, 0.4]"),
         (float("nan"), None),
-        (["yes", "no"], None),
-        ([], None),
-        (True, None),
+        ([float("nan")], None),
+        (None, None),
     ],
 )
-def test_an_answer_in_a_list_is_that_answer_and_no_number_is_none(
+def test_an_answer_is_cleaned_in_the_same_way_in_every_layout(
     tmp_path: Path, answer: Any, read: str | None
 ) -> None:
+    record = {"question_id": 1, "answer": answer}
+    layouts: dict[str, Any] = {
+        "line": record,
+        "list": [record],
+        "pretty": record,
+        "map": {"1": answer},
+        "vlm-evaluation": {"1": {"question_id": 1, "model_output": answer}},
+        "lmms-eval": {"doc_id": 0, "doc": {"question_id": 1}, "filtered_resps": [answer]},
+    }
+    for name, value in layouts.items():
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(value, indent=2 if name == "pretty" else None))
+        assert [(one.name, one.answer) for one in read_predictions(path)] == [("1", read)], name
+
+
+@pytest.mark.parametrize("answer", [["yes", "no"], [], True, {}, float("inf"), [["a", 1]]])
+def test_what_is_no_answer_is_refused(tmp_path: Path, answer: Any) -> None:
     file = lines(tmp_path / "answers.jsonl", [{"id": 1, "answer": answer}])
-    if read is None:
-        with pytest.raises(ValueError, match=r"line 1 has .* under 'answer', which is no answer"):
-            read_predictions(file)
-    else:
-        assert [one.answer for one in read_predictions(file)] == [read]
+    with pytest.raises(ValueError, match=r"line 1 has .* under 'answer', which is no answer; gi"):
+        read_predictions(file)
+
+
+@pytest.mark.parametrize("nothing", [float("nan"), None])
+def test_null_and_nan_are_no_answers_and_wrong_only_where_one_says_so(
+    gqa: Path, tmp_path: Path, nothing: float | None
+) -> None:
+    rows = [{"question_id": 100 + i, "prediction": "red", "answer": "yes"} for i in range(3)]
+    rows[1]["prediction"] = nothing  # and the right answer beside it is not taken for it
+    file = lines(tmp_path / "answers.jsonl", rows)
+    message = (
+        r"answers 2 of 3 .* without an answer are 101 \(.*line 2 is null or NaN\); .*missing-as"
+    )
+    with pytest.raises(ValueError, match=message):
+        score_predictions(gqa, "gqa", file)
+    row = score_predictions(gqa, "gqa", file, missing_as_wrong=True)
+    assert (row["score"], row["num_missing"]) == (pytest.approx(1 / 3), 1)
+    unnamed = lines(tmp_path / "in_order.jsonl", [{"answer": row["prediction"]} for row in rows])
+    row = score_predictions(gqa, "gqa", unnamed, missing_as_wrong=True)
+    assert (row["score"], row["num_missing"]) == (pytest.approx(1 / 3), 1)
+
+
+def test_one_text_for_every_question_is_none(gqa: Path, tmp_path: Path) -> None:
+    rows = [{"id": key, "question": "x", "model_output": said} for key, said in SAID.items()]
+    row = score_predictions(gqa, "gqa", lines(tmp_path / "answers.jsonl", rows))
+    assert row["score"] == pytest.approx(2 / 3)
+
+
+SAID = {"100": "red", "101": 'no, "not"\nat all', "102": "t-shirt"}
+
+
+@pytest.mark.parametrize("separator", ["\t", ","])
+def test_a_table_is_read_whose_answer_column_is_the_right_one(
+    gqa: Path, tmp_path: Path, separator: str
+) -> None:
+    path = tmp_path / "predictions"
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream, delimiter=separator)
+        writer.writerow(["index", "question", "answer", "prediction"])
+        for number, (key, said) in enumerate(SAID.items()):
+            writer.writerow([key, f"What is {number}?", "gold", said])
+    assert [one.answer for one in read_predictions(path)] == list(SAID.values())
+    assert score_predictions(gqa, "gqa", path)["score"] == pytest.approx(2 / 3)
+    path.write_text(path.read_text().replace("prediction", "output_text"))
+    with pytest.raises(ValueError, match=r"row 2 has no answer, .* VLMEvalKit's .*add prediction$"):
+        read_predictions(path)
+    path.write_text(f"index{separator}prediction\n1\n")
+    with pytest.raises(ValueError, match="row 2 has 1 cells, the first row names 2 columns"):
+        read_predictions(path)
+
+
+def test_a_tables_whole_numbers_are_no_fractions_and_its_empty_cells_no_answers(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "counts.csv"
+    path.write_text("question_id,prediction\n1.0,2.0\n2.0,\n3.0,NaN\n4.0,-3.0\n")
+    read = [(one.name, one.answer) for one in read_predictions(path)]
+    assert read == [("1", "2"), ("2", None), ("3", None), ("4", "-3")]
+    path.write_text("question_id,prediction\n1,2.0\n2,None\n")
+    assert [one.answer for one in read_predictions(path)] == ["2.0", "None"]
+
+
+def test_an_excel_table_is_read_where_openpyxl_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "MODEL_GQA.xlsx"
+    path.touch()
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(ValueError, match=r"which openpyxl reads; install that, or save it as"):
+        read_predictions(path)
+    rows = [("index", "answer", "prediction"), (100, "gold", "red"), (101, "gold", None)]
+    sheet = SimpleNamespace(iter_rows=lambda values_only: iter(rows))
+    stand_in = SimpleNamespace(load_workbook=lambda *_, **__: SimpleNamespace(active=sheet))
+    monkeypatch.setitem(sys.modules, "openpyxl", stand_in)
+    read = [(one.name, one.answer) for one in read_predictions(path)]
+    assert read == [("100", "red"), ("101", None)]
+
+
+def test_samples_of_lmms_eval_without_ids_come_in_their_documents_order(
+    gqa: Path, tmp_path: Path
+) -> None:
+    said = ["red", "no", "t-shirt"]
+    rows = [
+        {"doc_id": i, "target": "gold", "resps": [[text]], "filtered_resps": [text]}
+        for i, text in enumerate(said)
+    ]
+    file = lines(tmp_path / "samples.jsonl", rows[::-1])
+    assert [one.answer for one in read_predictions(file)] == said
+    assert score_predictions(gqa, "gqa", file)["score"] == pytest.approx(2 / 3)
+    scored = [{**row, "filtered_resps": [[-1.5, False], [-2.0, True]]} for row in rows]
+    with pytest.raises(ValueError, match="which is no answer"):
+        read_predictions(lines(tmp_path / "choices.jsonl", scored))
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"doc_id": 0, "doc": {}, "resps": [["a"]]}, "lmms-eval's samples .*: add filtered_resps"),
+        ({"question_id": 1, "prompt": "?", "answer_id": 3}, r"LLaVA's JSON lines .*: add text"),
+        ({"question_id": 1, "question": "?"}, "vlm-evaluation's .*: add model_output"),
+        ({"questionId": 1}, "GQA's JSON list .*: add prediction"),
+    ],
+)
+def test_a_record_without_an_answer_is_told_the_nearest_layout(
+    tmp_path: Path, record: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"has no answer, only .*; nearest is {message}"):
+        read_predictions(lines(tmp_path / "p.jsonl", [record] * 2))
 
 
 def test_an_object_of_records_by_id_is_read(tmp_path: Path) -> None:

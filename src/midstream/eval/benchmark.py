@@ -26,6 +26,7 @@ from midstream.eval.find_task import (
 )
 from midstream.eval.kept_answers import KeptAnswers
 from midstream.eval.readers.choices import LETTERS
+from midstream.eval.scoring import cleaned
 from midstream.eval.text import TextResult, TextTask, run_text_tasks
 from midstream.uncertainty import bootstrap, mean_by_split, split_means
 
@@ -202,7 +203,7 @@ def _ask(
     if free:
         told = answers.generate([prompts[i] for i in free], [images[i] for i in free])
         for i, text in zip(free, told, strict=True):
-            said[i] = text.strip()
+            said[i] = cleaned(text)
     if chosen:
         lettered = task.format.fixed == "letters"
         own = [task.examples[i].choices for i in chosen]

@@ -1,11 +1,13 @@
 """Results of tasks that were asked before: under which key they are found, and how they are taken.
 
-A key stands for everything that a task's result depends on: the weights, what is asked (questions,
-pictures, answers, order), how it is asked, and how it is scored. Where files lie is no part of it.
+A key stands for everything that a task's result depends on: the model (its `weights_digest`), what
+is asked (questions, pictures, answers, order), how it is asked, and how it is scored. Where files
+lie is no part of it.
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,6 +19,7 @@ import pyarrow.parquet as pq
 
 from midstream.config import Evaluation
 from midstream.eval.find_task import VisualTask
+from midstream.eval.kept_answers import ANSWERS_VERSION
 from midstream.eval.text import TextTask
 from midstream.storage import read_json, write_bytes
 
@@ -26,7 +29,8 @@ SCORES_VERSION = 1
 
 @dataclass(frozen=True)
 class EarlierTask:
-    """A task's row of a results.json, and the file of its predictions."""
+    """A task's row of a results.json, and the file of its predictions, whose time is that of the
+    asking wherever it is taken."""
 
     row: dict[str, Any]
     predictions: Path
@@ -54,11 +58,13 @@ def take_predictions(earlier: EarlierTask, path: Path, images: Sequence[Path] | 
     """The same predictions as a file of their own, with the pictures where they lie now."""
     if earlier.predictions.resolve() == path.resolve():
         return
+    asked = earlier.predictions.stat()
     table = pq.read_table(earlier.predictions)
     if images is not None:
         column = table.schema.get_field_index("image")
         table = table.set_column(column, "image", pa.array([str(image) for image in images]))
     write_table(path, table)
+    os.utime(path, ns=(asked.st_atime_ns, asked.st_mtime_ns))
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -116,5 +122,5 @@ def text_key(
 
 
 def _digest(*parts: Any) -> str:
-    text = json.dumps([SCORES_VERSION, *parts], sort_keys=True)
+    text = json.dumps([SCORES_VERSION, ANSWERS_VERSION, *parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -19,7 +19,7 @@ from midstream.eval.task import Answerer
 from midstream.storage import write_bytes
 
 # Raise it when the meaning of an answer changes: kept ones of an earlier version are asked again.
-ANSWERS_VERSION = 2
+ANSWERS_VERSION = 3
 # Batches handed to the model at a time: it may sort within them, and stops and reports between.
 BATCHES_AT_ONCE = 8
 Progress = Callable[[float, str], None]
@@ -107,12 +107,8 @@ class KeptAnswers:
     def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
         """See `Answerer`; questions about one picture are asked together."""
         requests = list(zip(prompts, images, strict=True))
-
-        def ask(part: list[int]) -> list[str]:
-            return self.answerer.generate([prompts[i] for i in part], [images[i] for i in part])
-
-        found = self._all("generate", requests, [_by_picture(*one) for one in requests], ask)
-        return [str(text) for text in found]
+        order = [_by_picture(*request) for request in requests]
+        return list(map(str, self._all("generate", requests, order, self.answerer.generate)))
 
     def choose(
         self,
@@ -123,56 +119,34 @@ class KeptAnswers:
         """See `Answerer`; questions about one picture are asked together."""
         requests = list(zip(prompts, images, choices, strict=True))
         order = [_by_picture(prompt, image) for prompt, image, _ in requests]
-
-        def ask(part: list[int]) -> list[list[float]]:
-            return self.answerer.choose(
-                [prompts[i] for i in part], [images[i] for i in part], [choices[i] for i in part]
-            )
-
-        found: list[list[float]] = self._all("choose", requests, order, ask)
-        return found
+        return self._all("choose", requests, order, self.answerer.choose)
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """See `Answerer`; continuations of one context are asked together, contexts by length."""
         order = [(len(context), context) for context, _ in pairs]
-
-        def ask(part: list[int]) -> list[tuple[float, bool]]:
-            return self.answerer.loglikelihood([pairs[i] for i in part])
-
-        found = self._all("loglikelihood", list(pairs), order, ask)
+        requests = [(pair,) for pair in pairs]
+        found = self._all("loglikelihood", requests, order, self.answerer.loglikelihood)
         return [(float(value), bool(greedy)) for value, greedy in found]
 
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
         """See `Answerer`."""
-
-        def ask(part: list[int]) -> list[float]:
-            return self.answerer.loglikelihood_rolling([texts[i] for i in part])
-
-        found = self._all("rolling", list(texts), [(len(text), text) for text in texts], ask)
-        return [float(value) for value in found]
+        order, requests = [(len(text), text) for text in texts], [(text,) for text in texts]
+        return self._all("rolling", requests, order, self.answerer.loglikelihood_rolling)
 
     def generate_until(
         self, contexts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: Sequence[int]
     ) -> list[str]:
         """See `Answerer`."""
         requests = list(zip(contexts, stops, max_new_tokens, strict=True))
-
-        def ask(part: list[int]) -> list[str]:
-            return self.answerer.generate_until(
-                [contexts[i] for i in part],
-                [stops[i] for i in part],
-                [max_new_tokens[i] for i in part],
-            )
-
         order = [(len(text), text) for text in contexts]
-        return [str(text) for text in self._all("generate_until", requests, order, ask)]
+        return self._all("generate_until", requests, order, self.answerer.generate_until)
 
     def _all(
         self,
         kind: str,
-        requests: list[Any],
+        requests: Sequence[tuple[Any, ...]],
         order: list[tuple[int, str]],
-        ask: Callable[[list[int]], Sequence[Any]],
+        ask: Callable[..., Sequence[Any]],
     ) -> list[Any]:
         """Every request's answer: known, or asked by one of the ranks; `order` puts together what
         the model reads once."""
@@ -189,7 +163,7 @@ class KeptAnswers:
             self.at(f"answering parts {first + 1} and on of {len(parts)} ({kind})")
             fresh: dict[str, Any] = {}
             for part in parts[first : first + size][self.ranks.rank :][:1]:
-                answers = ask(part)
+                answers = ask(*map(list, zip(*(requests[i] for i in part), strict=True)))
                 assert len(answers) == len(part), "the model left a request without an answer"
                 fresh = {keys[i]: answer for i, answer in zip(part, answers, strict=True)}
             self._keep(fresh)

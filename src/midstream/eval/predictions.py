@@ -1,8 +1,6 @@
 """Other people's predictions, matched to a benchmark's questions and scored without a model."""
 
 import itertools
-import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,25 +9,11 @@ from typing import Any, NoReturn
 
 from midstream.eval.benchmark import score_visual
 from midstream.eval.find_task import VisualTask, read_visual_task
+from midstream.eval.prediction_files import Prediction, read_predictions
 from midstream.eval.readers.examples import plain_words
-from midstream.eval.readers.records import read_text
 from midstream.eval.task import VisualExample
 
-# Keys that people use, in the order in which they are looked for.
-_IDS = ("question_id", "questionId", "example_id", "qid", "id", "image")
-_ANSWERS = ("prediction", "pred", "response", "output", "model_output", "answer", "text")
-_QUESTIONS = ("prompt", "question", "query")
 _SHOWN = 3
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One line of a predictions file; `question` may be a whole prompt around it."""
-
-    where: str
-    answer: str
-    name: str | None = None
-    question: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,45 +56,6 @@ def score_predictions(
     return row | {"num_missing": matched.num_missing, "notes": [*notes, *matched.notes]}
 
 
-def read_predictions(path: Path) -> list[Prediction]:
-    """JSON lines, a JSON list, or a JSON object of answers, or of records, by question id.
-
-    Raises ValueError with the line or the record that holds no answer.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a file of predictions")
-    text = read_text(path)
-    if not text.strip():
-        raise ValueError(f"{path} is empty; give a file of predictions")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
-    if isinstance(value, dict) and not _is_record(value):
-        return [
-            _prediction(
-                {
-                    "question_id": key,
-                    **(answer if isinstance(answer, dict) else {"answer": answer}),
-                },
-                f"{path} key {key!r}",
-            )
-            for key, answer in value.items()
-        ]
-    if isinstance(value, list):
-        return [_prediction(one, f"{path} record {i}") for i, one in enumerate(value)]
-    found = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON ({error.msg})") from None
-        found.append(_prediction(record, f"{path} line {number}"))
-    return found
-
-
 def match_predictions(
     task: VisualTask,
     predictions: Sequence[Prediction],
@@ -144,19 +89,22 @@ def match_predictions(
     if found is None:
         _no_match(task, predictions, path)
     _check_words(task, found, path)
-    missing = [example for example in task.examples if example.example_id not in found]
+    said = {name: one.answer for name, one in found.items() if one.answer is not None}
+    missing = [e.example_id for e in task.examples if e.example_id not in said]
     if missing and not missing_as_wrong:
-        names = ", ".join(example.example_id for example in missing[:_SHOWN])
+        names = ", ".join(
+            f"{name} ({found[name].where} is null or NaN)" if name in found else name
+            for name in missing[:_SHOWN]
+        )
         raise ValueError(
-            f"{path} answers {len(found):,} of {len(task.examples):,} questions of {task.name}; "
+            f"{path} answers {len(said):,} of {len(task.examples):,} questions of {task.name}; "
             f"without an answer are {names}"
             f"{' and others' if len(missing) > _SHOWN else ''}; complete the file, or count them "
             "as wrong with --missing-as-wrong"
         )
     if missing:
         notes.append(f"{len(missing):,} questions without a prediction count as wrong")
-    said = [found.get(example.example_id) for example in task.examples]
-    answers = tuple("" if one is None else one.answer for one in said)
+    answers = tuple(said.get(example.example_id, "") for example in task.examples)
     return Matched(task, answers, len(missing), tuple(notes))
 
 
@@ -308,47 +256,3 @@ def _no_match(task: VisualTask, predictions: Sequence[Prediction], path: Path) -
         f"{'no id' if first.name is None else f'id {first.name}'}, a question here is called "
         f"{example.example_id}; give question_id and answer in each line"
     )
-
-
-def _is_record(value: dict[str, Any]) -> bool:
-    return any(key in value for key in (*_IDS, *_ANSWERS))
-
-
-def _prediction(value: Any, where: str) -> Prediction:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is a {type(value).__name__}, not an object with an answer")
-    keys = [key for key in _ANSWERS if value.get(key) is not None]
-    # LLaVA's files hold the question under "prompt" and the answer under "text"; a question file
-    # with answers in it the question under "text" and the answer under "answer".
-    if keys == ["answer", "text"] and any(key in value for key in _QUESTIONS):
-        raise ValueError(
-            f"{where} has both an 'answer' and a 'text' beside its question, and one of them may "
-            "be the gold answer; put the prediction under 'prediction'"
-        )
-    if not keys:
-        raise ValueError(
-            f"{where} has no answer, only {', '.join(map(str, value))}; an answer stands under "
-            f"one of {', '.join(_ANSWERS)}"
-        )
-    answer = _answer(value[keys[0]])
-    if answer is None:
-        raise ValueError(f"{where} has {value[keys[0]]!r} under {keys[0]!r}, which is no answer")
-    name = next((str(value[key]) for key in _IDS if value.get(key) is not None), None)
-    asked = _QUESTIONS if keys[0] != "answer" else (*_QUESTIONS, "text")
-    question = next((value[key] for key in asked if isinstance(value.get(key), str)), None)
-    return Prediction(where, answer, name, question)
-
-
-def _answer(value: Any) -> str | None:
-    """An answer's text; None for what is none. A list of one answer is that answer, a longer one
-    of numbers a box, and 2.0 is the count 2."""
-    if isinstance(value, list) and len(value) == 1:
-        return _answer(value[0])
-    if isinstance(value, list) and value:
-        numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in value)
-        return str(value) if numbers else None
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return None
-        return str(int(value)) if value.is_integer() else str(value)
-    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None

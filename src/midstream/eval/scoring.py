@@ -50,6 +50,12 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _MAX_PERIODS = 32
 
 
+def cleaned(text: str) -> str:
+    """An answer as every scorer gets it, whether a model gave it now or a file holds it: without
+    outer white space, as the official evaluators' own runs write answers down."""
+    return text.strip()
+
+
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """VQA v2: the mean over the answers of min(1, equal ones among the others / 3).
 

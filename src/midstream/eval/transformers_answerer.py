@@ -5,7 +5,9 @@ bits on what stands beside it: only Midstream's own models are asked in batches 
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from PIL import Image
 
 from midstream.identity import file_sha256
+from midstream.source_files import is_hidden, is_note
 
 
 class TransformersAnswerer:
@@ -42,7 +45,7 @@ class TransformersAnswerer:
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.weights_digest = _digest(Path(name), self.config)
+        self.weights_digest = _digest(Path(name), self.config, self.model.dtype)
 
     def _open(self, trusted: dict[str, bool]) -> tuple[Any, Any, Any]:
         import transformers
@@ -186,11 +189,32 @@ def _logprob(logits: torch.Tensor, ids: torch.Tensor) -> tuple[float, bool]:
     return float(chances.double().sum()), bool((logits.argmax(dim=-1) == ids).all())
 
 
-def _digest(folder: Path, config: Any) -> str:
-    """Stands for the weights: the folder's files, or the commit on the hub."""
-    if not folder.is_dir():
-        return f"hub:{getattr(config, '_commit_hash', None)}"
-    found = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        found.update(f"{path.name} {file_sha256(path)}\n".encode())
-    return found.hexdigest()
+def _digest(folder: Path, config: Any, dtype: torch.dtype) -> str:
+    """Stands for what answers depend on: weights, configurations, templates, tokenizer and code in
+    a folder, or the commit on the hub; the weights' type in memory, and the versions of what turns
+    a question into tensors.
+
+    Of a folder every file counts that is no note, and code and templates below it. torch is left
+    out: its versions differ in last bits alone.
+    """
+    found = [f"{name} {_version(name)}" for name in ("transformers", "tokenizers", "torchvision")]
+    found += [f"pillow {_version('pillow')}", str(dtype)]
+    if any("--" in str(place) for place in (getattr(config, "auto_map", None) or {}).values()):
+        found.append(type(config).__module__)  # code of another repository, with its commit
+    if folder.is_dir():
+        below = [*folder.glob("*"), *folder.rglob("*.py"), *folder.glob("*/*.jinja")]
+        for path in sorted({path for path in below if path.is_file()}):
+            name = path.relative_to(folder)
+            if not any(map(is_hidden, name.parts)) and not is_note(path.name):
+                found.append(f"{name.as_posix()} {file_sha256(path)}")
+    else:
+        # Where no commit is known, nothing that was asked before is known to be the same.
+        found.append(f"hub {getattr(config, '_commit_hash', None) or os.urandom(16).hex()}")
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
