@@ -193,6 +193,107 @@ def test_what_is_no_study_is_refused(file: Path) -> None:
     assert "returned a int" in refused("plan", f"{file}:number")
 
 
+ANNOTATED = """
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from midstream.study.studies import Study
+
+
+def study(
+    short: bool = False,
+    seeds: Sequence[int] = (0,),
+    shares: Sequence[float] = (0.1,),
+    names: Sequence[str] = (),
+    checkpoint: str = "",
+    folder: Path | None = None,
+    rate: float | int = 0.1,
+    tokens: int = 1,
+    resize: Literal["crop", "square"] = "crop",
+    mixture: str | Mapping[str, float] = "",
+    plain=None,
+    anything: Any = None,
+) -> Study:
+    raise ValueError(repr(locals()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        *[(f"short={text}", False) for text in ("false", "False", "no", "0", "off")],
+        *[(f"short={text}", True) for text in ("true", "True", "yes", "1")],
+        ("seeds=7", [7]),
+        ("seeds=7,365", [7, 365]),
+        ("seeds=[7, 365]", [7, 365]),
+        ("seeds=[]", []),
+        *[(f"shares={text}", [0.1, 0.3]) for text in ("0.1,0.3", "[0.1,.3]", "[0.1, 0.3]")],
+        ("shares=0.1", [0.1]),
+        ("names=2024", ["2024"]),
+        ("names=[a/b,c]", ["a/b", "c"]),
+        ('names=["a,b"]', ["a,b"]),
+        ("checkpoint=2024", "2024"),
+        ("checkpoint=true", "true"),
+        ("checkpoint=a,b", "a,b"),
+        ('checkpoint="pocket"', "pocket"),
+        ("folder=2024", Path("2024")),
+        ("folder=null", None),
+        ("rate=3", 3),
+        ("rate=3e-4", 3e-4),
+        ("tokens=1e3", 1000),
+        ("resize=square", "square"),
+        ("mixture=web", "web"),
+        ('mixture={"web": 1}', {"web": 1.0}),
+        ("plain=False", "False"),
+        ("plain=[1]", [1]),
+        ("anything=7", 7),
+    ],
+)
+def test_a_setting_is_read_as_its_argument_is_annotated(
+    tmp_path: Path, setting: str, expected: Any
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(ANNOTATED)
+    key = setting.partition("=")[0]
+    with pytest.raises(ValueError, match="short") as told:
+        catalogue.find_study(f"{path}:study", [setting])
+    assert f"'{key}': {expected!r}" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("short=maybe", "short of {} takes true or false, such as --set short=true"),
+        ("seeds=x", "seeds of {} takes a list of whole numbers, such as --set seeds=7,365"),
+        ("seeds=7.5", "takes a list of whole numbers"),
+        ("shares={}", "shares of {} takes a list of numbers, such as --set shares=0.1,0.5"),
+        ("rate=fast", "rate of {} takes a number, such as --set rate=0.5"),
+        ("tokens=", "tokens of {} takes a whole number, such as --set tokens=7"),
+        ("resize=round", "resize of {} takes one of crop, square, such as --set resize=crop"),
+    ],
+)
+def test_a_setting_that_its_argument_does_not_take_is_one_line(
+    tmp_path: Path, setting: str, told: str
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(ANNOTATED)
+    message = refused("plan", f"{path}:study", "--set", setting)
+    assert message.startswith(f"error: --set {setting}: ")
+    assert told.format(f"{path}:study") in message
+    assert len(message.splitlines()) == 1
+
+
+def test_python_m_midstream_is_the_command() -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "midstream", "--version"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (found.returncode, found.stdout) == (0, f"midstream {__version__}\n")
+
+
 def test_settings_are_json_or_text_and_must_be_arguments(file: Path) -> None:
     def name(*settings: str) -> str:
         return catalogue.find_study(f"{file}:study", settings).name

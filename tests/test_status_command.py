@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from filelock import FileLock
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
@@ -19,11 +20,12 @@ from midstream.show_status import overview_table, totals
 from midstream.study import progress
 from midstream.study.graph import order
 from midstream.study.label import label
-from midstream.study.ledger import Ledger
+from midstream.study.ledger import Ledger, is_held, launch_lock
 from midstream.study.overview import Board, Overview, StageView
 from midstream.study.progress import Sign
 from midstream.study.stage import Stage
 from midstream.study.studies import Figure, Line, Study, Suite
+from read_only import only_read
 
 STUDY = Study(
     name="mine.small",
@@ -122,6 +124,43 @@ def test_a_suite_is_shown_as_one(ledger: Ledger) -> None:
     result = midstream("status", "all", "--store", ledger.store)
     assert result.exit_code == 0, result.output
     assert "0 of 10 stages done" in result.stdout
+
+
+@pytest.mark.parametrize("options", [(), ("--json",), ("--watch",), ("--watch", "--json")])
+def test_a_store_that_may_only_be_read_is_watched(
+    ledger: Ledger, held: ExitStack, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(ledger, tiny.WORLD, tiny.ENCODER_STAGE)
+    with launch_lock(ledger.store):
+        pass
+    with pytest.raises(ZeroDivisionError), ledger.open_stage(tiny.TEXT):
+        raise ZeroDivisionError
+    run(held, ledger, tiny.RESULT)
+    looks = iter((None, KeyboardInterrupt()))
+    monkeypatch.setattr(status_command.time, "sleep", lambda _: _raised(next(looks)))
+    with only_read(ledger.store):
+        result = midstream("status", *options, "--store", ledger.store)
+    assert result.exit_code == 0, result.output
+    assert "running" in result.stdout
+
+
+def _raised(error: BaseException | None) -> None:
+    if error is not None:
+        raise error
+
+
+def test_a_lock_is_seen_by_those_who_may_only_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    assert not is_held(path)
+    with FileLock(path), only_read(tmp_path):
+        assert is_held(path)
+        assert is_held(path)
+    path.touch()
+    with only_read(tmp_path):
+        assert not is_held(path)
+    # Who looks keeps nobody from it.
+    with FileLock(path, timeout=0):
+        pass
 
 
 # ------------------------------------------------------------------------- which study is meant

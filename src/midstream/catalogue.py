@@ -5,13 +5,15 @@ import importlib.util
 import inspect
 import json
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from types import ModuleType
-from typing import Any, get_args, get_type_hints
+from types import ModuleType, NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from midstream import recipes
 from midstream.identity import kept_digests
@@ -29,9 +31,10 @@ def find_study(
 ) -> AnyStudy:
     """The study of a recipe (`pocket.when_images_arrive`, `my_file.py:function`).
 
-    `settings` are `name=value` pairs for its arguments, the values JSON or else text. With a
+    `settings` are `name=value` pairs for its arguments, read as these are annotated. With a
     `ledger` the bytes of data files that it knows are not read again, unless to `verify` them.
-    Raises ValueError or FileNotFoundError with what there is if a name is unknown.
+    Raises ValueError or FileNotFoundError with what there is if a name is unknown, ValueError with
+    an example for a value that its argument does not take.
     """
     recipe = _from_file(name) if ".py" in name else _from_catalogue(name)
     arguments = _arguments(name, recipe, settings)
@@ -174,13 +177,12 @@ def _recipes_of(module: ModuleType) -> dict[str, Recipe]:
 
 def _arguments(name: str, recipe: Recipe, settings: Sequence[str]) -> dict[str, Any]:
     known = _parameters(recipe)
-    hints = get_type_hints(recipe)
     arguments: dict[str, Any] = {}
-    for key, value in read_settings("--set", settings).items():
+    for key, text in _pairs("--set", settings).items():
         if key not in known:
             takes = ", ".join(known) or "no arguments"
             raise ValueError(f"{name} has no argument {key!r}; it takes {takes}")
-        arguments[key] = Path(str(value)) if hints.get(key) is Path else value
+        arguments[key] = _annotated(name, key, text, known[key].annotation)
     needed = [
         key
         for key, parameter in known.items()
@@ -196,14 +198,72 @@ def _arguments(name: str, recipe: Recipe, settings: Sequence[str]) -> dict[str, 
 def _parameters(recipe: Recipe) -> dict[str, inspect.Parameter]:
     """A recipe's parameters by name, those of a `**given: Unpack[TypedDict]` one by one."""
     found: dict[str, inspect.Parameter] = {}
+    hints = get_type_hints(recipe)
     for name, parameter in inspect.signature(recipe).parameters.items():
-        keys = get_args(get_type_hints(recipe).get(name))
+        keys = get_args(hints.get(name))
         if parameter.kind is parameter.VAR_KEYWORD and keys:
-            for key in get_type_hints(keys[0]):
-                found[key] = inspect.Parameter(key, parameter.KEYWORD_ONLY, default=None)
+            for key, hint in get_type_hints(keys[0]).items():
+                found[key] = inspect.Parameter(
+                    key, parameter.KEYWORD_ONLY, default=None, annotation=hint
+                )
         else:
-            found[name] = parameter
+            found[name] = parameter.replace(annotation=hints.get(name, Any))
     return found
+
+
+def _annotated(name: str, key: str, text: str, hint: Any) -> Any:
+    """A value as its annotation reads it: as JSON, as text, or as a list without its quotes."""
+    try:
+        adapter = TypeAdapter(hint)
+    except PydanticSchemaGenerationError:
+        return _value(text)
+    bare = text.strip().removeprefix("[").removesuffix("]")
+    parts = [part.strip().strip("\"'") for part in bare.split(",")] if bare else []
+    for value in (_value(text), text, parts):
+        try:
+            return adapter.validate_python(value)
+        except ValidationError:
+            continue
+    words, example = _described(hint)
+    raise ValueError(
+        f"--set {key}={text}: {key} of {name} takes {words}, such as --set {key}={example}"
+    )
+
+
+_PLAIN = {
+    bool: ("true or false", "true"),
+    int: ("a whole number", "7"),
+    float: ("a number", "0.5"),
+    str: ("a text", "some-name"),
+    Path: ("a path", "some/folder"),
+    NoneType: ("null", "null"),
+}
+_PLAIN_LISTS = {
+    int: ("a list of whole numbers", "7,365"),
+    float: ("a list of numbers", "0.1,0.5"),
+    str: ("a list of texts", "one,other"),
+    Path: ("a list of paths", "some/folder,other/folder"),
+}
+
+
+def _described(hint: Any) -> tuple[str, str]:
+    """What an annotation takes, in plain words, and an example of it."""
+    if hint in _PLAIN:
+        return _PLAIN[hint]
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return f"one of {', '.join(map(str, inner))}", str(inner[0])
+    if kind in (Union, UnionType):
+        found = [_described(one) for one in inner if (one, float in inner) != (int, True)]
+        return " or ".join(dict.fromkeys(words for words, _ in found)), found[0][1]
+    if isinstance(kind, type) and issubclass(kind, Mapping):
+        return "a map", """'{"name": 0.5}'"""
+    if isinstance(kind, type) and issubclass(kind, Sequence) and inner:
+        if inner[0] in _PLAIN_LISTS:
+            return _PLAIN_LISTS[inner[0]]
+        words, example = _described(inner[0])
+        return f"a list, each of it {words}", example
+    return str(getattr(hint, "__name__", hint)), "VALUE"
 
 
 def read_settings(option: str, settings: Sequence[str]) -> dict[str, Any]:
@@ -211,14 +271,18 @@ def read_settings(option: str, settings: Sequence[str]) -> dict[str, Any]:
 
     Raises ValueError for what is no pair, and for a name given twice.
     """
-    values: dict[str, Any] = {}
+    return {key: _value(text) for key, text in _pairs(option, settings).items()}
+
+
+def _pairs(option: str, settings: Sequence[str]) -> dict[str, str]:
+    values: dict[str, str] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
             raise ValueError(f"{option} takes name=value, got {setting!r}")
         if key in values:
             raise ValueError(f"{option} gives {key!r} twice")
-        values[key] = _value(text)
+        values[key] = text
     return values
 
 

@@ -1,6 +1,8 @@
+import base64
 import io
-import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -250,17 +252,12 @@ def as_file(image: Image.Image, **options: Any) -> bytes:
 
 @pytest.mark.parametrize("resize", ["letterbox", "square", "crop"])
 def test_the_processor_makes_midstreams_pixels_bit_for_bit(tmp_path: Path, resize: str) -> None:
-    from transformers import PreTrainedTokenizerFast
-
-    from midstream.exchange.modeling.processing_midstream import MidstreamProcessor
+    from midstream.exchange.modeling.image_processing_midstream import MidstreamImageProcessor
 
     words = codec()
     config = changed(OWN["the decoder is OpenLM's"], encoder=changed(SIGLIP, resize=resize))
     written(tmp_path / "out", config, words)
-    settings = json.loads((tmp_path / "out" / "processor_config.json").read_text())
-    kept = {key: settings[key] for key in settings.keys() - {"processor_class", "auto_map"}}
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
-    processor = MidstreamProcessor(tokenizer, **kept)
+    processor = MidstreamImageProcessor.from_pretrained(tmp_path / "out")
     transform = ImageTransform(size=24, resize=resize, mean=SIGLIP.pixel_mean)  # type: ignore[arg-type]
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -273,6 +270,68 @@ def test_the_processor_makes_midstreams_pixels_bit_for_bit(tmp_path: Path, resiz
     for data in files:
         found = processor.pixels(Image.open(io.BytesIO(data)))
         np.testing.assert_array_equal(found, decode_pixels(data, "here", transform))
+
+
+def forms(path: Path, url: str) -> dict[str, Any]:
+    """One picture in every form that stock processors take."""
+    data = path.read_bytes()
+    held = np.asarray(Image.open(path))
+    written = base64.b64encode(data).decode()
+    return {
+        "path": str(path),
+        "Path": path,
+        "URL": url,
+        "base64": written,
+        "data URI": f"data:image/png;base64,{written}",
+        "Pillow": Image.open(path),
+        "channels last": held,
+        "channels first": held.transpose(2, 0, 1),
+        "tensor": torch.from_numpy(held.transpose(2, 0, 1).copy()),
+        "fractions": torch.from_numpy(held.copy()).float() / 255,
+    }
+
+
+def test_the_image_processor_takes_what_stock_ones_take(tmp_path: Path) -> None:
+    from midstream.exchange.modeling.image_processing_midstream import MidstreamImageProcessor
+
+    path = tmp_path / "clear.png"
+    Image.fromarray(np.dstack([picture(30, 41), picture(30, 41)[..., 0]])).save(path)
+    processor = MidstreamImageProcessor(image_size=24, image_mean=SIGLIP.pixel_mean)
+    expected = decode_pixels(path.read_bytes(), "here", SIGLIP.transform)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler(path.read_bytes())) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        given = forms(path, f"http://127.0.0.1:{server.server_port}/clear.png")
+        for name, one in given.items():
+            found = processor(one, return_tensors="np")["pixel_values"]
+            np.testing.assert_array_equal(found, expected[None], err_msg=name)
+        server.shutdown()
+    array = given["channels last"]
+    for batch in ([[array], [str(path), array.copy()]], [array] * 3, np.stack([array] * 3)):
+        found = processor(batch, return_tensors="pt")["pixel_values"]
+        assert found.shape == (3, 3, 24, 24)
+        assert np.abs(found.numpy() - expected).max() == 0
+    grey = picture(30, 41)[..., 0]
+    by_row = processor([grey, grey[..., None], grey.astype(np.uint16) << 8])["pixel_values"]
+    np.testing.assert_array_equal(by_row[0], by_row[1])
+    np.testing.assert_array_equal(by_row[0], by_row[2])
+    for wrong, told in (("nowhere.png", "'nowhere.png' is no file"), (7, "not <class 'int'>")):
+        with pytest.raises(ValueError, match=told):
+            processor(wrong)
+    with pytest.raises(ValueError, match="are no bytes"):
+        processor(np.full((4, 5, 3), 300))
+
+
+def handler(data: bytes) -> type[BaseHTTPRequestHandler]:
+    class One(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    return One
 
 
 SIZES = [(24, 24), (24, 31), (31, 24), (60, 90), (91, 60), (7, 200), (5, 5), (100, 100)]
@@ -409,6 +468,54 @@ def test_stock_llava_folders_answer_as_midstream_does_in_a_fresh_python(tmp_path
             assert found["difference"][0] <= 1e-6
             # Sides that differ by an even number, or not at all: a few of 255 levels.
             assert found["difference"][[3, 7]].max() <= 6 / 127.5
+
+
+# The stock pipeline, one by one and two at a time; a saved processor read again.
+PIPE = """
+import transformers
+from transformers import AutoProcessor, pipeline
+folder = request["folder"]
+pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True, device="cpu")
+
+def chat(question, **part):
+    content = [{"type": "image", **part}, {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
+
+def asked(processor, conversation):
+    inputs = processor.apply_chat_template(
+        conversation, add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt")
+    return {name: value.tolist() for name, value in inputs.items()}
+
+one, other = request["pictures"]
+chats = [chat("What colour?", image=one), chat("how many balls on the left?", url=other)]
+found = {}
+for size in (1, 2):
+    answers = pipe(text=chats, max_new_tokens=6, return_full_text=False, batch_size=size)
+    found[str(size)] = [answer[0]["generated_text"] for answer in answers]
+held = asked(pipe.processor, chats)
+pipe.processor.save_pretrained("again")
+again = AutoProcessor.from_pretrained("again", trust_remote_code=True)
+found["same"] = asked(again, chats) == held
+found["pictures"] = len(held["pixel_values"])
+found["names"] = sorted(held)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_the_stock_pipeline_answers_in_batches_and_the_processor_is_saved(tmp_path: Path) -> None:
+    written(tmp_path / "out", OWN["the decoder is OpenLM's"], codec())
+    paths = []
+    for number in range(2):
+        paths.append(str(tmp_path / f"{number}.png"))
+        Image.fromarray(picture(30, 41) // (number + 1)).save(paths[-1])
+    request = {"folder": str(tmp_path / "out"), "pictures": paths}
+    found = run_fresh(PIPE, request, tmp_path)
+    assert found["1"] == found["2"]
+    assert found["same"]
+    assert found["pictures"] == 2
+    assert found["names"] == ["attention_mask", "input_ids", "pixel_values"]
 
 
 def test_a_stock_model_answers_and_chooses_as_midstreams_own(tmp_path: Path) -> None:

@@ -92,10 +92,10 @@ def test_text_shares_that_do_not_add_up_are_refused_with_their_sum() -> None:
         ({"caption": "synthetic", "scale": "pocket"}, "own captions alone"),
     ],
 )
-def test_settings_that_are_none_are_refused(settings: dict[str, str], told: str) -> None:
-    values = {"scale": "79m"} | settings
+def test_settings_that_are_none_are_refused(settings: dict[str, Any], told: str) -> None:
+    values: dict[str, Any] = {"scale": "79m"} | settings
     with pytest.raises(ValueError, match=told):
-        find_study("paper.figure_8", [f"{name}={value}" for name, value in values.items()])
+        paper.figure_8(**values)
 
 
 # ---------------------------------------------------------------------------------- rows

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -14,8 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
+from typer.testing import CliRunner
 
 from midstream import config
+from midstream.cli import app
 from midstream.report.figures import score_figure
 from midstream.report.losses import MAX_POINTS, curve_figure
 from midstream.report.page import MAX_CURVES, write_report
@@ -40,6 +43,7 @@ from midstream.study.stage import (
     TrainEncoder,
 )
 from midstream.study.studies import Figure, Line, Study
+from read_only import only_read
 
 PERCENTS = (0, 20, 80, 100)
 SEEDS = (0, 1, 2)
@@ -628,6 +632,30 @@ def test_figures_lie_beside_the_page_as_svg_png_and_pdf(study: Study, finished: 
     assert len(losses) == MAX_CURVES
     text = " ".join(page_of(finished).split())
     assert f"{MAX_CURVES} of {len(trained)} training stages are drawn" in text
+
+
+def test_a_report_goes_elsewhere_from_a_store_that_may_only_be_read(
+    study: Study, store: Ledger, tmp_path: Path
+) -> None:
+    store.save_study(study)
+    out = tmp_path / "mine"
+    asked = ["report", "when", "--store", str(store.store), "--out", str(out)]
+    with only_read(store.store):
+        result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    assert f"report: {out / 'when' / 'index.html'}" in result.stdout
+    assert (out / "when" / "results.csv").is_file()
+
+
+def test_a_store_that_takes_no_report_is_refused_with_the_way_out(
+    study: Study, store: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save_study(study)
+    monkeypatch.setattr("midstream.storage.os.access", lambda _, mode, **more: not mode & os.W_OK)
+    result = CliRunner().invoke(app, ["report", "when", "--store", str(store.store)])
+    assert result.exit_code == 2
+    assert f"{store.store} belongs to" in result.stderr
+    assert "--out DIR" in result.stderr
 
 
 def test_missing_and_failed_stages_are_said_first(study: Study, store: Ledger) -> None:

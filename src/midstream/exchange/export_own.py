@@ -30,7 +30,13 @@ from midstream.model.vision import VisionEncoder
 from midstream.model.vlm import VLM
 from midstream.storage import write_json
 
-CODE = (*OPENLM_CODE, "modeling_midstream.py", "processing_midstream.py")
+CODE = (
+    *OPENLM_CODE,
+    "modeling_midstream.py",
+    "processing_midstream.py",
+    "image_processing_midstream.py",
+)
+_IMAGE_PROCESSOR = "image_processing_midstream.MidstreamImageProcessor"
 
 
 def write_own(
@@ -59,12 +65,14 @@ def write_own(
             "AutoConfig": "configuration_midstream.MidstreamConfig",
             "AutoModelForImageTextToText": "modeling_midstream.MidstreamForConditionalGeneration",
             "AutoProcessor": "processing_midstream.MidstreamProcessor",
+            "AutoImageProcessor": _IMAGE_PROCESSOR,
         },
     )
     write_code(folder, *CODE)
     write_tokenizer(codec, folder, sees=True)
     write_chat_template(folder, sees=True)
     write_json(folder / "processor_config.json", _processor(sees))
+    write_json(folder / "preprocessor_config.json", _image_processor(sees.transform))
     stops = generation_config(codec, chats=True)
     weights = _weights(vlm, encoder)
     kind = save_model(MidstreamForConditionalGeneration, config, weights, stops, folder)
@@ -136,14 +144,20 @@ def _repaint(tower: EncoderConfig, given: ImageTransform) -> list[list[float]] |
 
 
 def _processor(sees: AnyEncoderConfig) -> dict[str, Any]:
-    transform = sees.transform
     return {
         "processor_class": "MidstreamProcessor",
         "auto_map": {"AutoProcessor": "processing_midstream.MidstreamProcessor"},
+        "num_image_tokens": sees.num_patches,
+        "image_token": IMAGE_MARK,
+    }
+
+
+def _image_processor(transform: ImageTransform) -> dict[str, Any]:
+    return {
+        "image_processor_type": "MidstreamImageProcessor",
+        "auto_map": {"AutoImageProcessor": _IMAGE_PROCESSOR},
         "image_size": transform.size,
         "resize": transform.resize,
         "image_mean": list(transform.mean),
         "image_std": list(transform.std),
-        "num_image_tokens": sees.num_patches,
-        "image_token": IMAGE_MARK,
     }

@@ -39,14 +39,21 @@ def write_report(study: Study, ledger: Ledger, max_curves: int = MAX_CURVES) -> 
     return write_facts(gather(study, ledger), max_curves=max_curves)
 
 
-def write_facts(facts: Facts, *, suite: str | None = None, max_curves: int = MAX_CURVES) -> Path:
+def write_facts(
+    facts: Facts,
+    *,
+    suite: str | None = None,
+    max_curves: int = MAX_CURVES,
+    out: Path | None = None,
+) -> Path:
     """Write index.html, results.csv, findings.md, tables (CSV, LaTeX) and figures; the page.
 
     What is not there yet is shown as missing. `suite` is the suite whose index the page links;
-    at most `max_curves` training stages have their loss drawn.
+    at most `max_curves` training stages have their loss drawn. All of it goes to `<out>/<study>/`,
+    `out` being `<store>/reports` without it.
     """
     study, ledger = facts.study, facts.ledger
-    folder = ledger.store / "reports" / study.name
+    folder = (out or ledger.store / "reports") / study.name
     write_csv(facts.rows, folder / "results.csv")
     write_exports(exports(study, facts.groups, facts.pairs, facts.costs, facts.view), folder)
     write_bytes(folder / "findings.md", findings_text(facts).encode())

@@ -16,8 +16,12 @@ from midstream.study.ledger import Ledger
 from midstream.study.studies import Suite
 
 
-def write_index(suite: Suite, facts: Sequence[Facts], ledger: Ledger) -> Path:
-    """Write `<store>/reports/<suite>/index.html`, which links the studies' pages beside it.
+def write_index(
+    suite: Suite, facts: Sequence[Facts], ledger: Ledger, out: Path | None = None
+) -> Path:
+    """Write `<out>/<suite>/index.html`, which links the studies' pages beside it.
+
+    Without `out` it is `<store>/reports`.
 
     Raises ValueError where a study has the suite's name, whose page this would write over.
     """
@@ -35,7 +39,7 @@ def write_index(suite: Suite, facts: Sequence[Facts], ledger: Ledger) -> Path:
         costs=cost_rows(planned, snapshot),
         studies=[_study(one) for one in facts],
     )
-    path = ledger.store / "reports" / suite.name / "index.html"
+    path = (out or ledger.store / "reports") / suite.name / "index.html"
     write_bytes(path, text.encode())
     return path
 

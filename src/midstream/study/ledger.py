@@ -3,6 +3,8 @@
 The success mark is the last file written; a folder without it is unfinished.
 """
 
+import errno
+import fcntl
 import json
 import os
 import socket
@@ -255,15 +257,20 @@ def launch_lock(store: Path) -> Iterator[None]:
 
 
 def is_held(path: Path) -> bool:
-    """Whether some process holds the lock file at `path`."""
-    if not path.is_file():
-        return False
-    lock = FileLock(path, timeout=0)
+    """Whether some process holds the lock file at `path`; reading rights are enough to ask."""
     try:
-        lock.acquire()
-    except Timeout:
+        with path.open("rb") as stream:
+            # What `FileLock` holds is exclusive; closing the file gives this one back.
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
-    lock.release()
+    except OSError as error:
+        if error.errno == errno.ENOSYS:
+            # Without flock `FileLock` goes by the file, which is there while the lock is held.
+            return True
+        if error.errno in (errno.ENOENT, errno.ENOLCK, errno.EOPNOTSUPP):
+            return False
+        raise
     return False
 
 

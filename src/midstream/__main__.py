@@ -1,0 +1,8 @@
+"""`python -m midstream`: the command line."""
+
+import sys
+
+from midstream.cli import app
+
+if __name__ == "__main__":
+    sys.exit(app(prog_name="midstream"))
