@@ -3,6 +3,7 @@
 Code that a checkpoint brings along is never run.
 """
 
+import filecmp
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -93,6 +94,49 @@ def _from_hub(download: Callable[[], Path], name: str, revision: str | None) -> 
             f"download it with: hf download {name}"
             + (f" --revision {revision}" if revision else "")
         ) from None
+
+
+def same_weights(name: str, revision: str, folder: Path, *, ask_hub: bool) -> tuple[str, ...]:
+    """Other revisions of a hub model whose weight files are the very same: of those in the cache,
+    and with `ask_hub` of `main` as the hub describes it, where it answers.
+
+    `folder` is the local snapshot of `revision`.
+    """
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    weights = sorted(item for pattern in (*_SAFETENSORS, *_TORCH) for item in folder.glob(pattern))
+    refs = folder.parent.parent / "refs"
+    commits = {item.name: item.read_text().strip() for item in refs.glob("*") if item.is_file()}
+    same = []
+    for other, commit in sorted(commits.items()):
+        there = folder.parent / commit
+        if other == revision or there == folder or not there.is_dir() or not weights:
+            continue
+        if all(_is_same(item, there / item.name) for item in weights):
+            same.append(other)
+    if ask_hub and weights and "main" not in commits and not HF_HUB_OFFLINE:
+        mine, main = _digests(name, revision), _digests(name, "main")
+        if all(mine.get(item.name, "") == main.get(item.name) for item in weights):
+            same.append("main")
+    return tuple(same)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    # The cache keeps one copy of equal files.
+    if not other.is_file():
+        return False
+    return one.resolve() == other.resolve() or filecmp.cmp(one, other, shallow=False)
+
+
+def _digests(name: str, revision: str) -> dict[str, str]:
+    """The sha256 of a revision's large files, as the hub tells it; nothing if it does not."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        files = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or []
+    except (errors.HfHubHTTPError, OSError):
+        return {}
+    return {item.rfilename: item.lfs.sha256 for item in files if item.lfs is not None}
 
 
 # ----------------------------------------------------------------------------------- the folder

@@ -107,9 +107,7 @@ def read_decoder_part(folder: Path) -> DecoderPart:
 
 def read_own_text(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
     """An OpenLM decoder that Midstream exported as a language model."""
-    config, tensors = _own_decoder(
-        read_json(folder / "config.json"), read_tensors(folder), folder
-    )
+    config, tensors = _own_decoder(read_json(folder / "config.json"), read_tensors(folder), folder)
     assert isinstance(config, DecoderConfig)
     return config, tensors
 
@@ -140,9 +138,7 @@ def _own_decoder(
     return ours, tensors
 
 
-def _named(
-    config: TransformersDecoderConfig, inner: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def _named(config: TransformersDecoderConfig, inner: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a model of `transformers` under the names of `TransformersDecoder`."""
     with torch.device("meta"):
         decoder = TransformersDecoder(config)
@@ -208,9 +204,7 @@ def _own_tower(folder: Path, content: dict[str, Any], index: int) -> EncoderPart
     return config, tensors, left, (_LEFT_OUT,)
 
 
-def _own_config(
-    folder: Path, tower: dict[str, Any], feature_dtype: str | None
-) -> EncoderConfig:
+def _own_config(folder: Path, tower: dict[str, Any], feature_dtype: str | None) -> EncoderConfig:
     family = "dinov2" if tower["layer_scale"] else "clip" if tower.get("pre_norm") else "siglip"
     mean, std = colours(folder, (0.5,) * 3, (0.5,) * 3)
     if tower["repaint"] is not None:
