@@ -99,3 +99,12 @@ def test_a_dinov3_with_other_biases_is_refused(tmp_path: Path) -> None:
     write_json(folder / "config.json", settings | {"query_bias": False})
     with pytest.raises(ValueError, match="DINOv3 with query_bias False, which is not read"):
         read_encoder(folder)
+
+
+def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
+    folder = save_tower("clip", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["pre_layrnorm.weight"] = torch.ones(31)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"mismatched .*pre_layrnorm\.weight.*31.*32"):
+        read_encoder(folder)

@@ -75,7 +75,7 @@ def refuse(vlm: VLM, codec: TextCodec, encoder: VisionEncoder | None, out: Path)
     towers = sees.towers if isinstance(sees, FusedEncoder) else (sees,)
     if encoder is not None and any(getattr(one, "family", None) == "dinov3" for one in towers):
         raise ValueError(
-            "a model that sees through DINOv3 cannot be exported yet, since no exported class turns "
+            "a model that sees through DINOv3 cannot be exported, since no exported class turns "
             "patches by their place; export its language model with --text-only"
         )
     rows = vlm.config.decoder.vocab_size

@@ -18,7 +18,7 @@ from midstream.config import (
 )
 from midstream.exchange.export_towers import inner_width, stock_tensors
 from midstream.exchange.huggingface import read_config, unwrapped
-from midstream.exchange.vision_checkpoints import colours, encoder_config, few, fitting
+from midstream.exchange.vision_checkpoints import LOADING, colours, encoder_config, few, fitting
 from midstream.model.decoder import Decoder
 from midstream.model.pretrained import TransformersDecoder
 from midstream.model.transformers_config import describe, with_vocabulary
@@ -168,17 +168,16 @@ def read_encoder_part(folder: Path, part: str) -> EncoderPart:
     content = read_json(folder / "config.json")
     if content["model_type"] == OWN:
         return _own_tower(folder, content, int(part.removeprefix("encoder") or 1) - 1)
-    model, left, notes = _loaded(folder, "vision_tower")
-    config = encoder_config(model.config.vision_config, folder)
-    layer = model.config.vision_feature_layer
+    layer = content.get("vision_feature_layer", -2)
     if not isinstance(layer, int):
         raise ValueError(
-            f"{folder} takes features of the layers {layer}; a stage takes those of one"
+            f"{folder} takes features of the layers {layer}; a stage takes one layer's"
         )
+    model, left, notes = _loaded(folder, "vision_tower")
+    stated = model.config.vision_config
     # Counted from behind, the embeddings being number 0.
-    layer = layer - config.num_layers - 1 if layer >= 0 else layer
-    seen = {"feature_layer": layer, "resize": fitting(folder)}
-    config = EncoderConfig.model_validate(config.model_dump() | seen)
+    layer = layer - stated.num_hidden_layers - 1 if layer >= 0 else layer
+    config = encoder_config(stated, folder, feature_layer=layer, resize=fitting(folder))
     if config.num_prefix and model.config.vision_feature_select_strategy == "full":
         notes = (*notes, "its projector saw the class token, too; features here are of patches")
     tensors = dict(model.model.vision_tower.state_dict())
@@ -275,7 +274,7 @@ def _loaded(folder: Path, part: str) -> tuple[Any, tuple[str, ...], tuple[str, .
     name = _LLAVA[config.model_type]
     stored, notes = unwrapped(read_tensors(folder), lambda name: part in name, path=folder)
     model, loading = getattr(transformers, name).from_pretrained(
-        None, config=config, state_dict=dict(stored), dtype=torch.float32, output_loading_info=True
+        None, config=config, state_dict=dict(stored), **LOADING
     )
     marks = ("vision_tower",) if part == "vision_tower" else ("language_model", "lm_head")
     missing = [
@@ -283,7 +282,7 @@ def _loaded(folder: Path, part: str) -> tuple[Any, tuple[str, ...], tuple[str, .
         for key in sorted(loading["missing_keys"])
         if any(mark in key for mark in marks) and ".head." not in key
     ]
-    wrong = [str(item) for item in loading["mismatched_keys"]]
+    wrong = [one for one in map(str, loading["mismatched_keys"]) if any(m in one for m in marks)]
     if missing or wrong:
         raise ValueError(
             f"{folder} is no whole {name}: missing {few(missing)}; mismatched {few(wrong)}; "

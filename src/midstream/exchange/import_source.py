@@ -141,15 +141,13 @@ def _twins(request: ImportRequest, folder: Path, known: Known | None) -> tuple[s
     if not same:
         return ()
     those = f"{name} at {revision} holds the same weights as {', '.join(same)}"
-    others = [known_checkpoint(name, one) for one in same]
-    wrong = [one for one in others if one is not None and known is not None]
-    if middle and any(known is not None and one.position != known.position for one in wrong):
-        if not request.allow_same_weights:
-            raise ValueError(
-                f"{those}, so that its tokens and rate are not those of step "
-                f"{revision.removeprefix('step')}; take another revision, or say "
-                "--allow-same-weights and give --tokens-seen and --rate"
-            )
+    positions = [one.position for one in (known_checkpoint(name, each) for each in same) if one]
+    differs = known is not None and any(one != known.position for one in positions)
+    if middle and differs and not request.allow_same_weights:
+        raise ValueError(
+            f"{those}, so that the tokens and the rate of {revision} may not be theirs; take "
+            "another revision, or say --allow-same-weights and give --tokens-seen and --rate"
+        )
     return (those,)
 
 

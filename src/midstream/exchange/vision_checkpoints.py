@@ -38,6 +38,12 @@ _COLOURS = {
     "dinov2": _IMAGENET,
     "dinov3": _IMAGENET,
 }
+# Tensors of another shape are told, not raised for.
+LOADING: dict[str, Any] = {
+    "dtype": torch.float32,
+    "output_loading_info": True,
+    "ignore_mismatched_sizes": True,
+}
 _OF_A_TOWER = re.compile(r"(vision_model|embeddings|encoder|layer|text_model)\.")
 # A DINOv3 that has another value computes something that `EncoderConfig` cannot say.
 _DINOV3 = {
@@ -74,7 +80,7 @@ def read_encoder(
         read_tensors(folder), lambda name: _OF_A_TOWER.match(name) is not None, path=folder
     )
     model, loading = getattr(transformers, name).from_pretrained(
-        None, config=stated, state_dict=dict(stored), dtype=torch.float32, output_loading_info=True
+        None, config=stated, state_dict=dict(stored), **LOADING
     )
     # A checkpoint may leave out its pooling head, of which no features are made.
     missing = [key for key in sorted(loading["missing_keys"]) if not key.startswith("head.")]
@@ -96,8 +102,9 @@ def few(names: list[str], most: int = 3) -> str:
     return (", ".join(names[:most]) or "nothing") + more
 
 
-def encoder_config(stated: Any, folder: Path) -> EncoderConfig:
-    """The configuration of a tower out of `transformers`' own; its colours are the folder's.
+def encoder_config(stated: Any, folder: Path, **seen: Any) -> EncoderConfig:
+    """The configuration of a tower out of `transformers`' own; its colours are the folder's, and
+    `seen` are settings that the folder says elsewhere.
 
     Raises ValueError for a model_type that is not known, or a setting that would not be honoured.
     """
@@ -138,6 +145,7 @@ def encoder_config(stated: Any, folder: Path) -> EncoderConfig:
         norm_eps=stated.layer_norm_eps,
         pixel_mean=tuple(mean),
         pixel_std=tuple(std),
+        **seen,
     )
 
 
