@@ -22,6 +22,16 @@ def _whole_siglip() -> Any:
 BUILD: dict[str, Callable[[], Any]] = {
     "siglip": lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SIGLIP)),
     "whole siglip": _whole_siglip,
+    "clip": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SIGLIP)),
+    "whole clip": lambda: transformers.CLIPModel(
+        transformers.CLIPConfig(vision_config=SIGLIP, text_config=TEXT, projection_dim=16)
+    ),
+    "dinov3": lambda: transformers.DINOv3ViTModel(
+        transformers.DINOv3ViTConfig(**SIGLIP, num_register_tokens=2)
+    ),
+    "dinov3 swiglu": lambda: transformers.DINOv3ViTModel(
+        transformers.DINOv3ViTConfig(**SIGLIP, num_register_tokens=4, use_gated_mlp=True)
+    ),
     "siglip2": lambda: transformers.Siglip2VisionModel(
         transformers.Siglip2VisionConfig(
             **SIZES, intermediate_size=64, patch_size=8, num_patches=16
@@ -54,8 +64,10 @@ def save_tower(kind: str, folder: Path, *, seed: int = 0, shard: bool = False) -
     """Save a tower with its preprocessor_config.json; returns the folder."""
     model = build_tower(kind, seed)
     model.save_pretrained(folder, **({"max_shard_size": "20KB"} if shard else {}))
-    if kind.startswith("dinov2"):
+    if kind.startswith("dino"):
         mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    elif "clip" in kind:
+        mean, std = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
     else:
         mean, std = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]
     stated = {"image_mean": mean, "image_std": std, "size": {"height": 32, "width": 32}}
@@ -64,18 +76,22 @@ def save_tower(kind: str, folder: Path, *, seed: int = 0, shard: bool = False) -
 
 
 def vision_part(model: Any) -> Any:
-    """The tower itself, also inside a whole SigLIP."""
-    return model.vision_model if isinstance(model, transformers.SiglipModel) else model
+    """The tower itself, also inside a whole SigLIP or CLIP."""
+    whole = (transformers.SiglipModel, transformers.CLIPModel)
+    return model.vision_model if isinstance(model, whole) else model
 
 
 @torch.no_grad()
 def hidden_states(kind: str, pixels: torch.Tensor, seed: int = 0) -> list[torch.Tensor]:
     """What `transformers` records behind the embeddings and each block: the patches' part."""
     tower = vision_part(build_tower(kind, seed))
-    if kind.startswith("dinov2"):
+    if kind.startswith("dino"):
         skipped = 1 + getattr(tower.config, "num_register_tokens", 0)
         states = tower(pixels, output_hidden_states=True).hidden_states
         return [state[:, skipped:] for state in states]
+    if "clip" in kind:
+        states = tower(pixels, output_hidden_states=True, interpolate_pos_encoding=True)
+        return [state[:, 1:] for state in states.hidden_states]
     if kind != "siglip2":
         found = tower(pixels, output_hidden_states=True, interpolate_pos_encoding=True)
         return list(found.hidden_states)

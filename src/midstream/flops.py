@@ -80,14 +80,14 @@ def feed_forward_parameters(config: EncoderConfig) -> int:
     e, m = config.hidden_size, config.intermediate_size
     if config.ffn == "mlp":
         return 2 * e * m
-    # DINOv2's SwiGLU: two thirds, rounded up to a multiple of 8; gate and value, then out.
-    inner = (int(m * 2 / 3) + 7) // 8 * 8
+    # Gate and value, then out; DINOv2 takes two thirds, rounded up to a multiple of 8.
+    inner = m if config.family == "dinov3" else (int(m * 2 / 3) + 7) // 8 * 8
     return 3 * e * inner
 
 
 def extra_tokens(config: EncoderConfig) -> int:
-    """Positions beside the patches: DINOv2's class token and registers."""
-    return 1 + config.num_registers if config.family == "dinov2" else 0
+    """Positions beside the patches: class token and registers."""
+    return config.num_prefix
 
 
 def projector_flops(widths: Sequence[int], patches: float | int) -> float:

@@ -36,6 +36,17 @@ def import_model(
     revision: Annotated[
         str | None, typer.Option(help="A hub revision, such as step71000 or stage1-step10000.")
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(help="Of a whole vision-language model: decoder or encoder."),
+    ] = None,
+    allow_same_weights: Annotated[
+        bool,
+        typer.Option(
+            "--allow-same-weights",
+            help="Take a revision that holds the weights of another step of its run.",
+        ),
+    ] = False,
     tokenizer: Annotated[
         str | None,
         typer.Option(metavar="NAME_OR_FILE", help="The model's tokenizer, if not beside it."),
@@ -66,6 +77,8 @@ def import_model(
         "source": source,
         "out": str(out),
         "revision": revision,
+        "part": part,
+        "allow_same_weights": allow_same_weights,
         "tokenizer": tokenizer,
         "add_tokens": add_token or [],
         "pad_vocab_to": pad_vocab_to,

@@ -106,6 +106,7 @@ DINOV2 = EncoderConfig(
     pixel_mean=(0.5, 0.4, 0.4),
     pixel_std=(0.2, 0.3, 0.25),
 )
+CLIP = SIGLIP.model_copy(update={"family": "clip", "hidden_act": "quick_gelu"})
 INNER = ProjectorConfig(num_layers=2, hidden="decoder")
 
 

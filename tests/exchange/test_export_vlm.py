@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exported import DINOV2, INNER, OPENLM, SIGLIP, codec, made, picture, run_fresh, stock
+from exported import CLIP, DINOV2, INNER, OPENLM, SIGLIP, codec, made, picture, run_fresh, stock
 from PIL import Image
 from torch import Tensor
 
@@ -32,7 +32,7 @@ from midstream.data.images import decode_pixels
 from midstream.eval.predict import ModelAnswerer
 from midstream.eval.task import Answerer
 from midstream.eval.transformers_answerer import TransformersAnswerer
-from midstream.exchange.export_model import write_folder
+from midstream.exchange.export_model import refuse, write_folder
 from midstream.model.generate import generate
 from midstream.model.vision import VisionEncoder
 from midstream.model.vlm import VLM
@@ -62,6 +62,7 @@ STOCK = {
     "dinov2, gpt_neox": VLMConfig(
         decoder=stock("gpt_neox"), encoder=DINOV2, projector=INNER, attention="causal"
     ),
+    "clip": VLMConfig(decoder=stock(), encoder=CLIP, projector=INNER),
     "dinov2, gated": VLMConfig(
         decoder=stock("olmo2"), encoder=changed(DINOV2, ffn="swiglu"), projector=INNER
     ),
@@ -75,6 +76,12 @@ OWN = {
     ),
     "image and question see each other": VLMConfig(
         decoder=stock(), encoder=SIGLIP, projector=INNER, attention="prefix"
+    ),
+    "see each other": VLMConfig(
+        decoder=stock(),
+        encoder=changed(CLIP, position_size=36),
+        projector=INNER,
+        attention="prefix",
     ),
     "not one tower but fused": VLMConfig(
         decoder=stock("qwen3"), encoder=FUSED, projector=ProjectorConfig(num_layers=3)
@@ -125,6 +132,17 @@ def test_stock_llava_classes_hold_what_they_can_compute(tmp_path: Path, name: st
     assert not list((tmp_path / "out").glob("*.py"))
     assert report.largest_difference <= 1e-5
     assert any("one more row, 302" in note for note in report.notes) == (name == "no spare row")
+
+
+def test_dinov3_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    config = VLMConfig(
+        decoder=OPENLM, encoder=changed(CLIP, family="dinov3", num_registers=2), projector=INNER
+    )
+    vlm, encoder = made(config)
+    assert isinstance(encoder, VisionEncoder)
+    with pytest.raises(ValueError, match=r"sees through DINOv3 cannot be exported.*--text-only"):
+        refuse(vlm, codec(), encoder, tmp_path / "out")
+    refuse(vlm, codec(), None, tmp_path / "out")
 
 
 def test_stock_llava_says_how_far_unrounded_features_take_it(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from midstream.exchange.vision_checkpoints import is_encoder, read_encoder
 from midstream.storage import read_json, write_json
 from vision_checkpoints import BUILD, build_tower, save_tower, vision_part
 
-PATCHES = {"siglip": 16, "whole siglip": 16, "siglip2": 16}
+PATCHES = {"dinov2": 25, "dinov2 swiglu": 25, "dinov2 with registers": 25}
+REGISTERS = {"dinov2 with registers": 3, "dinov3": 2, "dinov3 swiglu": 4}
 
 
 @pytest.mark.parametrize("shard", [False, True])
@@ -19,18 +20,21 @@ def test_a_saved_tower_is_read_with_all_that_it_says(
     folder = save_tower(kind, tmp_path, shard=shard)
     assert len(list(folder.glob("*.safetensors"))) == 1 if not shard else True
     assert is_encoder(folder)
-    config, tensors = read_encoder(folder)
+    config, tensors, _, notes = read_encoder(folder)
+    assert notes == ()
     expected = vision_part(build_tower(kind)).state_dict()
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], value) for name, value in expected.items())
-    assert config.num_patches == config.position_patches == PATCHES.get(kind, 25)
+    assert config.num_patches == config.position_patches == PATCHES.get(kind, 16)
     assert (config.hidden_size, config.num_layers, config.num_heads) == (32, 3, 2)
     assert config.intermediate_size == 64
     assert config.family == kind.replace("whole ", "").split(" ")[0]
-    assert config.num_registers == (3 if "registers" in kind else 0)
+    assert config.num_registers == REGISTERS.get(kind, 0)
     assert config.ffn == ("swiglu" if "swiglu" in kind else "mlp")
-    assert config.hidden_act == ("gelu" if "dinov2" in kind else "gelu_pytorch_tanh")
-    assert config.pixel_mean[0] == (0.485 if "dinov2" in kind else 0.5)
+    acts = {"dinov2": "gelu", "dinov3": "gelu", "clip": "quick_gelu"}
+    assert config.hidden_act == acts.get(config.family, "gelu_pytorch_tanh")
+    means = {"dinov2": 0.485, "dinov3": 0.485, "clip": 0.48}
+    assert config.pixel_mean[0] == means.get(config.family, 0.5)
     assert config.feature_layer == -2
 
 
@@ -54,7 +58,7 @@ def test_a_tower_without_a_pooling_head_is_whole(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     kept = {name: value for name, value in tensors.items() if not name.startswith("head.")}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    _, found = read_encoder(folder)
+    _, found, _, _ = read_encoder(folder)
     assert found.keys() == kept.keys()
 
 
@@ -63,7 +67,44 @@ def test_half_precision_is_widened(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     half = {name: value.bfloat16() for name, value in tensors.items()}
     save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
-    _, found = read_encoder(folder)
+    _, found, _, _ = read_encoder(folder)
     assert all(value.dtype == torch.float32 for value in found.values())
     assert all(torch.equal(value, half[name].float()) for name, value in found.items())
     assert read_json(folder / "config.json")["model_type"] == "siglip_vision_model"
+
+
+@pytest.mark.parametrize("start", ["_orig_mod.", "module."])
+def test_a_wrapped_towers_names_are_brought_back(start: str, tmp_path: Path) -> None:
+    folder = save_tower("clip", tmp_path)
+    held = load_file(folder / "model.safetensors")
+    wrapped = {start + name: value for name, value in held.items()}
+    save_file(wrapped, folder / "model.safetensors", metadata={"format": "pt"})
+    _, found, _, notes = read_encoder(folder)
+    assert all(torch.equal(found[name], value) for name, value in held.items())
+    assert notes == (f"took {start} off the names of {len(held)} tensors",)
+
+
+def test_clips_own_colours_are_taken_where_no_processor_is_beside_it(tmp_path: Path) -> None:
+    folder = save_tower("clip", tmp_path)
+    (folder / "preprocessor_config.json").unlink()
+    assert read_encoder(folder)[0].pixel_mean == (0.48145466, 0.4578275, 0.40821073)
+    nested = {"image_processor": {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}}
+    write_json(folder / "processor_config.json", nested)
+    assert read_encoder(folder)[0].pixel_mean == (0.1, 0.2, 0.3)
+
+
+def test_a_dinov3_with_other_biases_is_refused(tmp_path: Path) -> None:
+    folder = save_tower("dinov3", tmp_path)
+    settings = read_json(folder / "config.json")
+    write_json(folder / "config.json", settings | {"query_bias": False})
+    with pytest.raises(ValueError, match="DINOv3 with query_bias False, which is not read"):
+        read_encoder(folder)
+
+
+def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
+    folder = save_tower("clip", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["pre_layrnorm.weight"] = torch.ones(31)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"mismatched .*pre_layrnorm\.weight.*31.*32"):
+        read_encoder(folder)

@@ -25,11 +25,11 @@ CONFIG = EncoderConfig(
     image_size=16, patch_size=4, hidden_size=32, num_layers=3, num_heads=2, intermediate_size=64
 )
 # Two rows of sizes: the checkpoint's own, and one that interpolates its positions.
-NATIVE = {"siglip": 32, "whole siglip": 32, "siglip2": 32}
+NATIVE = {"dinov2": 40, "dinov2 swiglu": 40, "dinov2 with registers": 40}
 
 
 def native(kind: str) -> int:
-    return NATIVE.get(kind, 40)
+    return NATIVE.get(kind, 32)
 
 
 def pictures(count: int, size: int = 16, seed: int = 0) -> torch.Tensor:
@@ -38,7 +38,7 @@ def pictures(count: int, size: int = 16, seed: int = 0) -> torch.Tensor:
 
 def loaded(kind: str, folder: Path, **changes: Any) -> VisionEncoder:
     """Our encoder of a tiny checkpoint, with other options than it has."""
-    config, tensors = read_encoder(save_tower(kind, folder))
+    config, tensors, _, _ = read_encoder(save_tower(kind, folder))
     config = EncoderConfig.model_validate(config.model_dump() | changes)
     save_file(
         {name: value.contiguous() for name, value in tensors.items()}, folder / "tower.safetensors"
@@ -54,7 +54,8 @@ def theirs(kind: str, pixels: torch.Tensor, layer: int, final_norm: bool) -> tor
     states = hidden_states(kind, pixels)
     assert len(states) == 4
     tower = vision_part(build_tower(kind))
-    norm = tower.layernorm if kind.startswith("dinov2") else tower.post_layernorm
+    names = {"dinov2": "layernorm", "dinov3": "norm"}
+    norm = getattr(tower, names.get(kind.partition(" ")[0], "post_layernorm"))
     return norm(states[layer]) if final_norm else states[layer]
 
 
@@ -147,7 +148,7 @@ def test_an_encoder_without_weights_shows_it_and_building_draws_nothing() -> Non
     torch.manual_seed(1)
     before = torch.get_rng_state()
     with torch.no_grad():
-        for family in ("siglip", "siglip2", "dinov2"):
+        for family in ("siglip", "siglip2", "clip", "dinov2", "dinov3"):
             config = EncoderConfig.model_validate(CONFIG.model_dump() | {"family": family})
             assert build_encoder(config)(pictures(1)).isnan().all()
     assert torch.equal(before, torch.get_rng_state())

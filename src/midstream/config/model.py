@@ -102,17 +102,18 @@ class ImageTransform(Config):
 
 
 class EncoderConfig(Config):
-    """A vision tower: SigLIP, SigLIP 2 (`siglip2` is its NaFlex class) or DINOv2.
+    """A vision tower: SigLIP, SigLIP 2 (`siglip2` is its NaFlex class), CLIP, DINOv2 or DINOv3.
 
     `feature_layer` picks the hidden states that the projector sees: -1 is the last block's output,
     -2 the second to last as Prismatic takes it; `final_norm` applies the tower's last norm to them.
     Features are rounded to `feature_dtype`, whether they are stored or computed anew (int8: one
     scale a patch). `position_size` is the image size whose positions the weights hold; another
-    `image_size` interpolates them. Registers and `ffn` are DINOv2's.
+    `image_size` interpolates them (DINOv3 turns patches by where they lie and holds none).
+    Registers and `ffn` are DINOv2's and DINOv3's.
     """
 
     kind: Literal["tower"] = "tower"
-    family: Literal["siglip", "siglip2", "dinov2"] = "siglip"
+    family: Literal["siglip", "siglip2", "clip", "dinov2", "dinov3"] = "siglip"
     image_size: Positive
     patch_size: Positive
     hidden_size: Positive
@@ -148,14 +149,20 @@ class EncoderConfig(Config):
             )
         if self.image_size < self.patch_size:
             raise ValueError(f"image_size {self.image_size} holds no patch of {self.patch_size}")
-        if self.family != "dinov2" and (self.num_registers or self.ffn != "mlp"):
-            raise ValueError(f"registers and swiglu are DINOv2's, this is {self.family}")
+        is_dino = self.family in ("dinov2", "dinov3")
+        if not is_dino and (self.num_registers or self.ffn != "mlp"):
+            raise ValueError(f"registers and swiglu are DINO's, this is {self.family}")
         return self
 
     @property
     def num_patches(self) -> int:
         """Patch features per image: the length of an image in a row."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before the patches, no part of the features: a class token and registers."""
+        return 0 if self.family in ("siglip", "siglip2") else 1 + self.num_registers
 
     @property
     def position_patches(self) -> int:

@@ -75,7 +75,7 @@ def write_llava(
         image_token_index=token,
         image_seq_length=tower.num_patches,
         projector_hidden_act="linear" if vlm.config.projector.num_layers == 1 else "gelu",
-        vision_feature_select_strategy="default" if tower.family == "dinov2" else "full",
+        vision_feature_select_strategy="default" if tower.num_prefix else "full",
         vision_feature_layer=-1,
         tie_word_embeddings=text.tie_word_embeddings,
     )
@@ -104,7 +104,7 @@ def write_llava(
 
 
 def _vision_config(tower: EncoderConfig) -> Any:
-    from transformers import Dinov2Config, SiglipVisionConfig
+    from transformers import CLIPVisionConfig, Dinov2Config, SiglipVisionConfig
 
     shared = {
         "image_size": tower.image_size,
@@ -119,6 +119,8 @@ def _vision_config(tower: EncoderConfig) -> Any:
         return SiglipVisionConfig(
             **shared, intermediate_size=tower.intermediate_size, vision_use_head=False
         )
+    if tower.family == "clip":
+        return CLIPVisionConfig(**shared, intermediate_size=tower.intermediate_size)
     return Dinov2Config(
         **shared,
         mlp_ratio=tower.intermediate_size // tower.hidden_size,
@@ -191,7 +193,7 @@ def _write_processor(tower: EncoderConfig, folder: Path) -> None:
         "image_std": list(tower.pixel_std),
         "processor_class": "LlavaProcessor",
     }
-    has_class_token = tower.family == "dinov2"
+    has_class_token = tower.num_prefix > 0
     words = {
         "processor_class": "LlavaProcessor",
         "patch_size": tower.patch_size,

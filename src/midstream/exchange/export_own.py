@@ -110,7 +110,13 @@ def _descriptions(sees: AnyEncoderConfig) -> list[dict[str, Any]]:
         {
             **{"hidden_size": sees.hidden_size, "patch_size": sees.patch_size},
             **{"num_patches": sees.num_patches, "num_prefix": 0, "num_blocks": 0},
-            **{"positions": False, "final_norm": False, "repaint": None, "norm_eps": 1e-6},
+            **{
+                "positions": False,
+                "pre_norm": False,
+                "final_norm": False,
+                "repaint": None,
+                "norm_eps": 1e-6,
+            },
         }
     ]
 
@@ -124,7 +130,8 @@ def _description(tower: EncoderConfig, given: ImageTransform) -> dict[str, Any]:
         "num_blocks": num_blocks(tower),
         "patch_size": tower.patch_size,
         "num_patches": tower.num_patches,
-        "num_prefix": 1 + tower.num_registers if is_dino else 0,
+        "num_prefix": tower.num_prefix,
+        "pre_norm": tower.family == "clip",
         "positions": True,
         "layer_scale": is_dino,
         "swiglu": tower.ffn == "swiglu",

@@ -1,6 +1,6 @@
 """The tensors of a vision tower under names of our own, whichever transformers named them.
 
-patch.*  positions  class  registers  norm.*
+patch.*  positions  class  registers  prenorm.*  norm.*
 blocks.N.{norm1, query, key, value, out, norm2, fc1, fc2}.*   blocks.N.{scale1, scale2}
 blocks.N.{gate, up}.*   in place of fc1, where a block is gated
 """
@@ -20,7 +20,8 @@ _NAMES = (
     (r"^embeddings\.patch_embeddings\.projection\.", "patch."),
     (r"^embeddings\.position_embedding\.weight$", "positions"),
     (r"^embeddings\.position_embeddings$", "positions"),
-    (r"^embeddings\.cls_token$", "class"),
+    (r"^embeddings\.(cls_token|class_embedding)$", "class"),
+    (r"^pre_layrnorm\.", "prenorm."),
     (r"^embeddings\.register_tokens$", "registers"),
     (r"^(encoder\.)?layers?\.(\d+)\.", r"blocks.\2."),
     (r"\.layer_norm([12])\.", r".norm\1."),
@@ -40,7 +41,7 @@ _NAMES = (
 
 
 def own_name(name: str) -> str:
-    """Our name of a tensor of a SigLIP or DINOv2 tower of transformers 5."""
+    """Our name of a tensor of a SigLIP, CLIP or DINOv2 tower of transformers 5."""
     for pattern, replacement in _NAMES:
         name = re.sub(pattern, replacement, name)
     return name
@@ -121,7 +122,9 @@ def fixed_tower(config: AnyEncoderConfig, tower: VisionEncoder) -> dict[str, Ten
         flat = own["patch.weight"].reshape(width, size, size, 3)
         own["patch.weight"] = flat.permute(0, 3, 1, 2).contiguous()
     own["positions"] = _positions(config, cast(Tower, tower))
-    if config.family == "dinov2":
+    if config.family == "clip":
+        own["patch.bias"] = torch.zeros(width)
+    if config.num_prefix:
         start = own.pop("class") + own["positions"][:, :1]
         registers = own.pop("registers", start[:, :0])
         own["prefix"] = torch.cat((start, registers), dim=1)
@@ -133,7 +136,7 @@ def fixed_tower(config: AnyEncoderConfig, tower: VisionEncoder) -> dict[str, Ten
 
 
 def _positions(config: EncoderConfig, tower: Tower) -> Tensor:
-    """What the tower adds to its patches (DINOv2: and to the class token before them)."""
+    """What the tower adds to its patches, and to a class token before them."""
     embeddings, size = cast(Any, tower.tower).embeddings, config.image_size
     if config.family == "siglip2":
         side = size // config.patch_size
@@ -142,7 +145,7 @@ def _positions(config: EncoderConfig, tower: Tower) -> Tensor:
         shape = torch.tensor([[side, side]])
         found = embeddings.resize_positional_embeddings(grid, shape, max_length=side * side)
     else:
-        length = config.num_patches + (1 if config.family == "dinov2" else 0)
+        length = config.num_patches + (1 if config.num_prefix else 0)
         like = torch.zeros(1, length, config.hidden_size)
         found = embeddings.interpolate_pos_encoding(like, size, size)
     positions: Tensor = found.detach().clone()

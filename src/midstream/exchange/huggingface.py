@@ -3,8 +3,10 @@
 Code that a checkpoint brings along is never run.
 """
 
+import filecmp
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,23 @@ import torch
 from torch import Tensor
 
 from midstream.config import TransformersDecoderConfig
-from midstream.model.pretrained import TransformersDecoder
+from midstream.model.pretrained import PREFIX, TransformersDecoder
 from midstream.model.transformers_config import describe
 from midstream.model.weights import check, read_tensors
 
 # What a model's folder needs, and no more: repositories hold other formats and optimiser states.
 _SMALL = ("*.json", "*.model", "*.txt", "*.jinja")
-_SAFETENSORS = ("model.safetensors", "model-*.safetensors")
+_SAFETENSORS = ("model.safetensors", "model-*.safetensors", "adapter_model.safetensors")
 _TORCH = ("pytorch_model.bin", "pytorch_model-*.bin")
 # Names that downloads have while they are under way.
 _UNFINISHED = ("*.incomplete", "*.part", "*.aria2", "*.crdownload")
 _LFS = b"version https://git-lfs"
+# What data parallelism, torch.compile, FSDP, activation checkpointing and Lightning's strategies
+# put into names.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+ADAPTER = "adapter_config.json"
 
 # -------------------------------------------------------------------------------------- the hub
 
@@ -44,7 +52,7 @@ def fetch(name: str, revision: str | None) -> Path:
         )
 
     folder = _from_hub(lambda: download(_SMALL + _SAFETENSORS), name, revision)
-    if not any(folder.glob("model*.safetensors*")):
+    if not any(folder.glob("*model*.safetensors*")):
         folder = _from_hub(lambda: download(_SMALL + _TORCH), name, revision)
     return folder
 
@@ -88,6 +96,49 @@ def _from_hub(download: Callable[[], Path], name: str, revision: str | None) -> 
         ) from None
 
 
+def same_weights(name: str, revision: str, folder: Path, *, ask_hub: bool) -> tuple[str, ...]:
+    """Other revisions of a hub model whose weight files are the very same: of those in the cache,
+    and with `ask_hub` of `main` as the hub describes it, where it answers.
+
+    `folder` is the local snapshot of `revision`.
+    """
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    weights = sorted(item for pattern in (*_SAFETENSORS, *_TORCH) for item in folder.glob(pattern))
+    refs = folder.parent.parent / "refs"
+    commits = {item.name: item.read_text().strip() for item in refs.glob("*") if item.is_file()}
+    same = []
+    for other, commit in sorted(commits.items()):
+        there = folder.parent / commit
+        if other == revision or there == folder or not there.is_dir() or not weights:
+            continue
+        if all(_is_same(item, there / item.name) for item in weights):
+            same.append(other)
+    if ask_hub and weights and "main" not in commits and not HF_HUB_OFFLINE:
+        mine, main = _digests(name, revision), _digests(name, "main")
+        if all(mine.get(item.name, "") == main.get(item.name) for item in weights):
+            same.append("main")
+    return tuple(same)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    # The cache keeps one copy of equal files.
+    if not other.is_file():
+        return False
+    return one.resolve() == other.resolve() or filecmp.cmp(one, other, shallow=False)
+
+
+def _digests(name: str, revision: str) -> dict[str, str]:
+    """The sha256 of a revision's large files, as the hub tells it; nothing if it does not."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        files = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or []
+    except (errors.HfHubHTTPError, OSError):
+        return {}
+    return {item.rfilename: item.lfs.sha256 for item in files if item.lfs is not None}
+
+
 # ----------------------------------------------------------------------------------- the folder
 
 
@@ -127,19 +178,23 @@ def _is_pointer(path: Path) -> bool:
 
 def read_decoder(
     folder: Path,
-) -> tuple[TransformersDecoderConfig, dict[str, Tensor], tuple[str, ...]]:
+) -> tuple[TransformersDecoderConfig, dict[str, Tensor], tuple[str, ...], tuple[str, ...]]:
     """A causal language model: its configuration, its tensors under the names of
-    `TransformersDecoder`, and the names of those that it computes itself.
+    `TransformersDecoder`, the names of those that it computes itself, and sentences about names.
 
     Tensors keep the file's dtype. Raises FileNotFoundError or ValueError as `describe` and
-    `read_tensors` do, and naming every tensor that is missing, unexpected or of another shape.
+    `read_tensors` do, and naming tensors that are missing, unexpected or of another shape.
     """
-    config = describe(_read_config(folder))
+    config = describe(read_config(folder))
     with torch.device("meta"):
         decoder = TransformersDecoder(config)
+    known = decoder.state_dict().keys()
+    stored, notes = unwrapped(
+        read_tensors(folder), lambda name: decoder.parameter_name(name) in known, path=folder
+    )
     tensors: dict[str, Tensor] = {}
     dropped = []
-    for name, value in read_tensors(folder).items():
+    for name, value in stored.items():
         ours = decoder.parameter_name(name)
         if ours is None:
             dropped.append(name)
@@ -147,11 +202,45 @@ def read_decoder(
             raise ValueError(f"{folder} holds {ours} twice, the second time as {name}")
         else:
             tensors[ours] = value
-    check(decoder, tensors, path=folder)
-    return config, tensors, tuple(sorted(dropped))
+    # Under the library's names, which are the file's.
+    check(
+        decoder.model,
+        {name.removeprefix(PREFIX): value for name, value in tensors.items()},
+        path=folder,
+    )
+    return config, tensors, tuple(sorted(dropped)), notes
 
 
-def _read_config(folder: Path) -> Any:
+def unwrapped(
+    tensors: Mapping[str, Tensor], fits: Callable[[str], bool], *, path: Path
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Tensors under their model's own names, and a sentence if these were wrapped.
+
+    What training wrappers put into names comes off, and so does a beginning that all share while
+    not one `fits`. Raises ValueError if two names become one.
+    """
+    names = {name: _WRAPPERS.sub("", name) for name in tensors}
+    taken = {found[0] for name in names for found in _WRAPPERS.finditer(name)}
+    while not any(fits(name) for name in names.values()):
+        starts = {name.partition(".")[0] for name in names.values()}
+        if len(starts) != 1 or not all("." in name for name in names.values()):
+            break
+        start = f"{starts.pop()}."
+        names = {name: short.removeprefix(start) for name, short in names.items()}
+        taken.add(start)
+    found: dict[str, Tensor] = {}
+    for name, short in names.items():
+        if short in found:
+            raise ValueError(f"{path} holds {short} twice, the second time as {name}")
+        found[short] = tensors[name]
+    if not taken:
+        return found, ()
+    num = sum(name != short for name, short in names.items())
+    return found, (f"took {' and '.join(sorted(taken))} off the names of {num} tensors",)
+
+
+def read_config(folder: Path) -> Any:
+    """The configuration in a folder, as `transformers` reads it; ValueError if it cannot."""
     from transformers import AutoConfig
 
     try:

@@ -23,7 +23,7 @@ from midstream.config import (
     VLMConfig,
 )
 from midstream.data.preparation.source import canonical_tokenizer
-from midstream.exchange import vision_checkpoints
+from midstream.exchange import import_parts, vision_checkpoints
 from midstream.exchange.import_source import (
     ImportRequest,
     LanguageModel,
@@ -34,12 +34,12 @@ from midstream.exchange.import_source import (
 )
 from midstream.exchange.import_summary import summary
 from midstream.exchange.position import NUMBERS, settle
-from midstream.exchange.vocabulary import Vocabulary, plan_vocabulary, resize
+from midstream.exchange.vocabulary import Vocabulary, plan_vocabulary, resize, without_token
 from midstream.identity import digest
 from midstream.model.transformers_config import with_vocabulary
 from midstream.model.vision import build_encoder, load_encoder
 from midstream.model.vlm import VLM, build_decoder
-from midstream.model.weights import fill, read_tensors, save_weights, weights_digest
+from midstream.model.weights import fill, save_weights, weights_digest
 from midstream.storage import new_folder, write_bytes, write_json
 from midstream.study.imported import RECORD, ImportRecord, Position
 from midstream.tokens import TokenCount
@@ -69,7 +69,8 @@ def import_model(request: ImportRequest) -> tuple[ImportRecord, list[str]]:
     if out.exists() and not (out / RECORD).is_file() and (out.is_file() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is no imported folder; give another --out")
     source = locate(request)
-    if source.path.is_dir() and vision_checkpoints.is_encoder(source.path):
+    tower = source.path.is_dir() and vision_checkpoints.is_encoder(source.path)
+    if tower or (request.part or "").startswith("encoder"):
         return _import_encoder(request, source, out)
     model = read_language_model(request, source.path)
     return _import_decoder(request, source, model, out)
@@ -84,8 +85,13 @@ def _import_decoder(
     path, known = source.path, source.known
     public = Position() if known is None else known.position
     position, conflicts = settle(request.position, model.position, public)
+    tokenizer = find_tokenizer(request, path)
+    if tokenizer is None and model.tokenizer_folder is not None:
+        tokenizer = find_tokenizer(request, model.tokenizer_folder)
+    if tokenizer is not None and model.picture_token is not None:
+        tokenizer = without_token(tokenizer, model.picture_token)
     vocabulary = plan_vocabulary(
-        find_tokenizer(request, path),
+        tokenizer,
         model.config.vocab_size,
         add_tokens=request.add_tokens,
         multiple=request.pad_vocab_to,
@@ -124,7 +130,8 @@ def _import_decoder(
         write_json(folder / "progress.json", asdict(_progress(model.step, position)))
         write_json(folder / RECORD, record.model_dump(mode="json"))
     named = () if known is None else (f"known family: {known.family}",)
-    return record, [*named, *model.notes, *conflicts, *_remarks(model.config, vocabulary, position)]
+    remarks = _remarks(model.config, vocabulary, position)
+    return record, [*named, *source.notes, *model.notes, *conflicts, *remarks]
 
 
 def with_rows(config: AnyDecoderConfig, rows: int) -> AnyDecoderConfig:
@@ -161,6 +168,11 @@ def _progress(step: int, position: Position) -> Progress:
 
 
 def _remarks(config: AnyDecoderConfig, vocabulary: Vocabulary, position: Position) -> Iterator[str]:
+    if vocabulary.behind:
+        yield (
+            f"the tokenizer has {', '.join(vocabulary.behind)} behind the model's last row; new "
+            "rows were made"
+        )
     if vocabulary.codec is None:
         yield (
             "no tokenizer: no token was added and the data cannot be compared; give the model's "
@@ -192,10 +204,10 @@ def _import_encoder(
     ]
     if senseless:
         raise ValueError(f"{path} is a vision tower; leave {', '.join(senseless)} out")
-    # Reading the files first names a missing or broken shard; transformers would not.
-    stored = read_tensors(path)
-    config, tensors = vision_checkpoints.read_encoder(path)
-    dropped = _left_out(stored)
+    if request.part is None:
+        config, tensors, dropped, notes = vision_checkpoints.read_encoder(path)
+    else:
+        config, tensors, dropped, notes = import_parts.read_encoder_part(path, request.part)
     _check_finite(tensors, path)
     weights = tensors_digest(tensors)
     record = ImportRecord(
@@ -214,13 +226,7 @@ def _import_encoder(
         # What cannot be used later is refused now.
         load_encoder(build_encoder(config), saved)
         write_json(folder / RECORD, record.model_dump(mode="json"))
-    others = len(stored) - len(dropped) - len(tensors)
-    return record, [f"left out {others} more, no part of the tower"] if others > 0 else []
-
-
-def _left_out(stored: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Names of a whole SigLIP's other half: its text tower, scale and bias of its loss."""
-    return tuple(sorted(name for name in stored if name.startswith(("text_model.", "logit_"))))
+    return record, [*source.notes, *notes]
 
 
 # ---------------------------------------------------------------------------------------- together

@@ -1,5 +1,7 @@
 """What the user reads after an import."""
 
+import json
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,9 +28,33 @@ def summary(out: Path, record: ImportRecord, notes: Sequence[str]) -> Iterator[s
         some = ", ".join(record.dropped[:3]) + (", ..." if len(record.dropped) > 3 else "")
         yield f"  left out {len(record.dropped)} stored tensors: {some}"
     yield from (f"  {note}" for note in notes)
-    given = f"encoders='[\"{out}\"]'" if record.kind == "encoder" else f"checkpoint={out}"
-    rest = "checkpoint=DIR" if record.kind == "encoder" else "encoders='[\"DIR\"]'"
-    yield f"next: midstream plan own_model.image_shares --set {given} --set {rest} --set data=WORLD"
+    other, what = ("LANGUAGE_MODEL", "language model")
+    if record.kind == "decoder":
+        other, what = ("VISION_TOWER", "vision tower")
+    yield f"  to go on, put an imported {what} for {other} and your data for WORLD:"
+    yield _next(out.expanduser(), record, other)
+
+
+def _next(out: Path, record: ImportRecord, other: str) -> str:
+    """The next command, as a shell takes it."""
+    encoder = record.kind == "encoder"
+    checkpoint, tower = (other, str(out)) if encoder else (str(out), other)
+    values = {
+        "checkpoint": checkpoint,
+        "encoders": json.dumps([tower], ensure_ascii=False),
+        "data": "WORLD",
+    }
+    if isinstance(record.config, EncoderConfig):
+        # Where the model that a tower comes from saw otherwise than the recipe does by itself.
+        usual = {"feature_layer": -2, "final_norm": False, "resize": "letterbox"}
+        told = {name: getattr(record.config, name) for name in usual}
+        values |= {
+            name: value if isinstance(value, str) else json.dumps(value)
+            for name, value in told.items()
+            if value != usual[name]
+        }
+    options = " ".join(f"--set {shlex.quote(f'{name}={one}')}" for name, one in values.items())
+    return f"next: midstream plan own_model.image_shares {options}"
 
 
 def _about_text(record: ImportRecord) -> Iterator[str]:

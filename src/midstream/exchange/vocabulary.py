@@ -7,6 +7,7 @@ of zeros could be the most likely of all, and a random one would need a seed. As
 where the others do. Adam's moments of a new row are zero.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +25,14 @@ class Vocabulary:
     """Rows of the embeddings before and after, the tokens that came in, and the tokenizer.
 
     `rows_after` is at least `rows_before` and covers every id. Without a tokenizer `codec` is None.
+    `behind` are the tokenizer's own tokens that the model had no rows for.
     """
 
     rows_before: int
     rows_after: int
     added: tuple[tuple[str, int], ...] = ()
     codec: TextCodec | None = None
+    behind: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """What stands in import.json."""
@@ -46,8 +49,10 @@ def plan_vocabulary(
     """Add Midstream's special tokens and `add_tokens` to a model's tokenizer, which is changed.
 
     Rows that the model has to spare are used first; then rows become a multiple of `multiple`, and
-    never fewer. Raises ValueError if the tokenizer has ids that the model has no rows for (it is
-    another model's), if there is none to add tokens to, or if a token to add is empty.
+    never fewer. Special tokens behind the model's last row (a pad token that was added to the
+    tokenizer alone) get rows as new ones do. Raises ValueError if the tokenizer has other ids that
+    the model has no rows for (it is another model's), if there is none to add tokens to, or if a
+    token to add is empty.
     """
     if tokenizer is None:
         if add_tokens:
@@ -57,7 +62,11 @@ def plan_vocabulary(
         return Vocabulary(rows, _padded(rows, multiple))
     before = tokenizer.get_vocab(with_added_tokens=True)
     ids = 1 + max(before.values(), default=-1)
-    if ids > rows:
+    special = {
+        number for number, one in tokenizer.get_added_tokens_decoder().items() if one.special
+    }
+    behind = {token for token, number in before.items() if number >= rows}
+    if any(before[token] not in special for token in behind):
         raise ValueError(
             f"the tokenizer has ids up to {ids - 1:,}, the model's embedding {rows:,} rows: it is "
             "another model's tokenizer; give the model's own with --tokenizer"
@@ -68,13 +77,23 @@ def plan_vocabulary(
     codec = TextCodec(tokenizer)
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in add_tokens])
     after = tokenizer.get_vocab(with_added_tokens=True)
-    added = sorted((number, token) for token, number in after.items() if token not in before)
+    added = sorted(
+        (number, token) for token, number in after.items() if token not in before or token in behind
+    )
     return Vocabulary(
         rows_before=rows,
         rows_after=_padded(max(rows, codec.size), multiple),
         added=tuple((token, number) for number, token in added),
         codec=codec,
+        behind=tuple(sorted(behind)),
     )
+
+
+def without_token(tokenizer: Tokenizer, number: int) -> Tokenizer:
+    """A tokenizer that lacks one added token."""
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = [one for one in content["added_tokens"] if one["id"] != number]
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def with_mean_rows(value: Shaped[Tensor, "rows *more"], rows: int) -> Tensor:

@@ -27,8 +27,8 @@ from midstream.model.weights import fill, read_tensors
 
 # Of a whole tower, what no features are made of: the pooling head, and what masked training used.
 _UNUSED = re.compile(r"(head|pooler)\.|embeddings\.mask_token$")
-_NORMS = ("post_layernorm.", "layernorm.")
-_BLOCK = re.compile(r"encoder\.layers?\.(\d+)\.")
+_NORMS = ("post_layernorm.", "layernorm.", "norm.")
+_BLOCK = re.compile(r"(?:encoder|model)\.layers?\.(\d+)\.")
 
 
 def build_encoder(config: AnyEncoderConfig) -> "VisionEncoder":
@@ -78,7 +78,10 @@ class VisionEncoder(nn.Module):
 
 
 class Tower(VisionEncoder):
-    """SigLIP, SigLIP 2 or DINOv2; `tower` is the trimmed module of `transformers`."""
+    """SigLIP, SigLIP 2, CLIP, DINOv2 or DINOv3; `tower` is the trimmed module of `transformers`.
+
+    Class token and registers stand before the patches and are no part of the features.
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
@@ -87,7 +90,7 @@ class Tower(VisionEncoder):
         # transformers draws weights from the global generator, which stays untouched here.
         with torch.random.fork_rng(devices=[]):
             tower = _TOWERS[config.family](config, self.num_blocks)
-        norm = "layernorm" if config.family == "dinov2" else "post_layernorm"
+        norm = {"dinov2": "layernorm", "dinov3": "norm"}.get(config.family, "post_layernorm")
         self.norm_name = norm
         if not config.final_norm:
             setattr(tower, norm, nn.Identity())
@@ -97,22 +100,25 @@ class Tower(VisionEncoder):
 
     def _features(self, pixel_values: Tensor) -> Tensor:
         tower, config = cast(Any, self.tower), self.settings
-        skipped = 0
+        known: dict[str, Any] = {}
         if config.family == "dinov2":
-            hidden = tower.embeddings(pixel_values)
-            # The class token and the registers stand before the patches.
-            skipped = 1 + config.num_registers
-            for block in tower.encoder.layer:
-                hidden = block(hidden)
+            hidden, blocks = tower.embeddings(pixel_values), tower.encoder.layer
+        elif config.family == "dinov3":
+            hidden, blocks = tower.embeddings(pixel_values), tower.model.layer
+            known = {"position_embeddings": tower.rope_embeddings(pixel_values)}
         else:
+            blocks, known = tower.encoder.layers, {"attention_mask": None}
             if config.family == "siglip2":
                 hidden = _naflex_embeddings(tower.embeddings, pixel_values, config)
             else:
-                resized = config.position_patches != config.num_patches
+                # CLIP's leaves positions of the right number as they are.
+                resized = config.position_patches != config.num_patches or config.family == "clip"
                 hidden = tower.embeddings(pixel_values, interpolate_pos_encoding=resized)
-            for block in tower.encoder.layers:
-                hidden = block(hidden, attention_mask=None)
-        return cast(Tensor, getattr(tower, self.norm_name)(hidden)[:, skipped:])
+            if config.family == "clip":
+                hidden = tower.pre_layrnorm(hidden)
+        for block in blocks:
+            hidden = block(hidden, **known)
+        return cast(Tensor, getattr(tower, self.norm_name)(hidden)[:, config.num_prefix :])
 
 
 class FusedTowers(VisionEncoder):
@@ -207,6 +213,16 @@ def _siglip(config: EncoderConfig, num_blocks: int) -> Any:
     return SiglipVisionModel(SiglipVisionConfig(**settings))
 
 
+def _clip(config: EncoderConfig, num_blocks: int) -> Any:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    settings = _common(config, num_blocks) | {
+        "image_size": config.position_size or config.image_size,
+        "intermediate_size": config.intermediate_size,
+    }
+    return CLIPVisionModel(CLIPVisionConfig(**settings))
+
+
 def _siglip2(config: EncoderConfig, num_blocks: int) -> Any:
     from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
@@ -239,7 +255,24 @@ def _dinov2(config: EncoderConfig, num_blocks: int) -> Any:
     return transformers.Dinov2Model(transformers.Dinov2Config(**settings))
 
 
-_TOWERS = {"siglip": _siglip, "siglip2": _siglip2, "dinov2": _dinov2}
+def _dinov3(config: EncoderConfig, num_blocks: int) -> Any:
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    settings = _common(config, num_blocks) | {
+        "image_size": config.image_size,
+        "intermediate_size": config.intermediate_size,
+        "use_gated_mlp": config.ffn == "swiglu",
+        "num_register_tokens": config.num_registers,
+        # While training it would draw scales of positions from the global generator.
+        "pos_embed_rescale": None,
+    }
+    return DINOv3ViTModel(DINOv3ViTConfig(**settings))
+
+
+_TOWERS = {
+    **{"siglip": _siglip, "siglip2": _siglip2, "clip": _clip},
+    **{"dinov2": _dinov2, "dinov3": _dinov3},
+}
 
 
 def _common(config: EncoderConfig, num_blocks: int) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from torch.serialization import safe_globals
 from midstream.storage import read_json, write_bytes
 
 WEIGHTS = "model.safetensors"
+# Of tensors that do not fit, so many of each kind are told.
+_SHOWN = 3
 
 # Reading the first as the second changes no value.
 _EXACT = {
@@ -87,20 +89,23 @@ def check(
     """Whether tensors, read from `path`, are a module's, each in its dtype or one that widens to
     it exactly; the module may be on the meta device.
 
-    Raises ValueError with every missing, unexpected and mismatched name, and for a missing one the
-    nearest that were not expected.
+    Raises ValueError with the first of the missing, unexpected and mismatched names and the number
+    of the others, and for a missing one the nearest that were not expected.
     """
     held, names = tensors_of(module), _aliases(module)
     known = {prefix + one for aliases in names.values() for one in aliases}
     foreign = sorted(tensors.keys() - known)
-    missing, others = [], [f"unexpected: {_shown(name, tensors)}" for name in foreign]
+    missing: list[str] = []
+    others: list[str] = []
     for name, aliases in sorted(names.items()):
         mine = held[name]
         found = [prefix + one for one in aliases if prefix + one in tensors]
         if not found:
             missing.append(f"missing: {prefix}{name} {list(mine.shape)}")
             alike = [one for one in foreign if tensors[one].shape == mine.shape]
-            near = get_close_matches(prefix + name, alike) or get_close_matches(name, foreign)
+            near = []
+            if len(missing) <= _SHOWN:
+                near = get_close_matches(prefix + name, alike) or get_close_matches(name, foreign)
             if near:
                 shown = ", ".join(_shown(one, tensors) for one in near)
                 missing[-1] += f"; nearest unexpected: {shown}"
@@ -117,11 +122,21 @@ def check(
             if tensors[one].dtype != tensors[found[0]].dtype
             or not torch.equal(tensors[one], tensors[found[0]])
         ]
-    if missing or others:
+    if missing or foreign or others:
+        unexpected = [f"unexpected: {_shown(name, tensors)}" for name in foreign]
+        wrong = [line for kind in (missing, unexpected, others) for line in _first(kind)]
         raise ValueError(
             f"{path} does not fit this {type(module).__name__}; build the model from the config "
-            "that the file was written with:\n  " + "\n  ".join(missing + others)
+            "that the file was written with:\n  " + "\n  ".join(wrong)
         )
+
+
+def _first(lines: list[str]) -> list[str]:
+    """The first lines of a kind, and how many more there are."""
+    if len(lines) <= _SHOWN + 1:
+        return lines
+    kind = lines[0].partition(":")[0]
+    return [*lines[:_SHOWN], f"{kind}: {len(lines) - _SHOWN} more"]
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -172,6 +187,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or torch file, of an index with its shards beside it
     (`*.index.json`), or of a folder with one of these under its usual name; all on the CPU.
 
+    Of a training checkpoint (`{"model": {...}, "step": 5}`) those of its one dict of tensors,
+    under names that start with its key ("model.").
+
     Raises FileNotFoundError if a file is missing (naming every missing shard), ValueError if one
     is broken or a shard's tensors are not those that the index names.
     """
@@ -182,7 +200,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".json":
         return _read_shards(path)
     if path.suffix in (".bin", ".pt", ".pth"):
-        return only_tensors(read_pickle(path), path)
+        return _one_set(read_pickle(path), path)
     try:
         tensors: dict[str, Tensor] = load_file(path)
         return tensors
@@ -227,6 +245,27 @@ def only_tensors(content: Any, path: Path) -> dict[str, Tensor]:
         held = ", ".join(other) or "nothing"
         raise ValueError(f"{path} is no dict of tensors by name; not tensors: {held}")
     return dict(content)
+
+
+def _one_set(content: Any, path: Path) -> dict[str, Tensor]:
+    """`only_tensors`, or those of the one dict of tensors that `content` holds among other things:
+    a training checkpoint; their names then start with its key."""
+    if not isinstance(content, dict) or any(isinstance(one, Tensor) for one in content.values()):
+        return only_tensors(content, path)
+    sets = [key for key, value in content.items() if _is_set(value)]
+    if len(sets) > 1:
+        raise ValueError(
+            f"{path} holds several sets of tensors, {', '.join(map(str, sets))}; save the one that "
+            "is meant by itself, as a dict of tensors by name"
+        )
+    if not sets:
+        return only_tensors(content, path)
+    return {f"{sets[0]}.{name}": value for name, value in content[sets[0]].items()}
+
+
+def _is_set(value: Any) -> bool:
+    tensors = value.values() if isinstance(value, dict) else ()
+    return bool(tensors) and all(isinstance(one, Tensor) for one in tensors)
 
 
 def _in_folder(folder: Path) -> Path:

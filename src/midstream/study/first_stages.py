@@ -221,9 +221,10 @@ class TrainEncoder(StageBase):
 
     @model_validator(mode="after")
     def _trainable(self) -> "TrainEncoder":
-        if self.encoder.family == "siglip2":
+        if self.encoder.family not in ("siglip", "dinov2"):
             raise ValueError(
-                "a siglip2 tower is imported, not trained on captions; choose siglip or dinov2"
+                f"a {self.encoder.family} tower is imported, not trained on captions; choose "
+                "siglip or dinov2"
             )
         return self
 

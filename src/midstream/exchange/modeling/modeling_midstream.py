@@ -74,6 +74,9 @@ class VisionTower(nn.Module):
         if tower["positions"]:
             self.positions = nn.Parameter(torch.zeros(1, num_patches, width))
         self.prefix = nn.Parameter(torch.zeros(1, num_prefix, width)) if num_prefix else None
+        # Of folders that were written before CLIP's was known, none has it.
+        pre_norm = tower.get("pre_norm", False)
+        self.prenorm = nn.LayerNorm(width, eps=tower["norm_eps"]) if pre_norm else None
         self.blocks = nn.ModuleList(VisionBlock(tower) for _ in range(tower["num_blocks"]))
         self.norm = nn.LayerNorm(width, eps=tower["norm_eps"]) if tower["final_norm"] else None
         self.repaint = tower["repaint"]
@@ -91,6 +94,8 @@ class VisionTower(nn.Module):
             hidden = hidden + self.positions
         if self.prefix is not None:
             hidden = torch.cat((self.prefix.expand(len(hidden), -1, -1), hidden), dim=1)
+        if self.prenorm is not None:
+            hidden = self.prenorm(hidden)
         for block in self.blocks:
             hidden = block(hidden)
         if self.norm is not None:

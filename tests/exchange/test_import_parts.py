@@ -1,0 +1,192 @@
+"""Whole vision-language models taken apart: exports come back bit for bit, others as they are."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from exported import OPENLM, codec, made
+from safetensors.torch import load_file, save_file
+from test_export_vlm import OWN, STOCK, written
+
+from checkpoints import build_tokenizer
+from midstream.config import DecoderConfig, EncoderConfig, FusedEncoder, VLMConfig
+from midstream.exchange.export_model import write_folder
+from midstream.exchange.import_model import import_model
+from midstream.exchange.import_source import ImportRequest
+from midstream.exchange.import_summary import summary
+from midstream.model.vision import VisionEncoder, build_encoder, load_encoder
+from midstream.storage import read_json, write_json
+from midstream.study.imported import ImportRecord
+
+TEXT = {
+    **{"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2},
+}
+TOWER = {
+    **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3},
+    **{"num_attention_heads": 2, "image_size": 32, "patch_size": 8},
+}
+
+
+def bring(source: Path, out: Path, **options: Any) -> tuple[ImportRecord, list[str]]:
+    return import_model(ImportRequest(source=str(source), out=out, pad_vocab_to=1, **options))
+
+
+def opened(record: ImportRecord, out: Path) -> VisionEncoder:
+    assert isinstance(record.config, EncoderConfig)
+    encoder = build_encoder(record.config)
+    load_encoder(encoder, out / "model.safetensors")
+    return encoder
+
+
+def some_pixels(size: int) -> torch.Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", [*STOCK, *OWN])
+@torch.no_grad()
+def test_what_is_exported_comes_back(name: str, tmp_path: Path) -> None:
+    config = STOCK[name] if name in STOCK else OWN[name]
+    vlm, encoder, _ = written(tmp_path / "export", config, codec())
+    record, _ = bring(tmp_path / "export", tmp_path / "decoder", part="decoder")
+    held = load_file(tmp_path / "decoder" / "model.safetensors")
+    expected = vlm.decoder.state_dict()
+    assert record.config.num_parameters == config.decoder.num_parameters  # type: ignore[union-attr]
+    assert all(torch.equal(value, expected[key[8:]]) for key, value in held.items())
+    if isinstance(config.encoder, EncoderConfig):
+        record, _ = bring(tmp_path / "export", tmp_path / "encoder", part="encoder")
+        again, pixels = opened(record, tmp_path / "encoder"), some_pixels(again_size(record))
+        if config.encoder.family == "siglip2":
+            # It comes back as a SigLIP, whose patches a convolution cuts.
+            torch.testing.assert_close(again(pixels), encoder(pixels))
+        else:
+            assert torch.equal(again(pixels), encoder(pixels))
+        for field in ("resize", "final_norm", "pixel_mean", "pixel_std", "image_size"):
+            assert getattr(record.config, field) == getattr(config.encoder, field), field
+
+
+def again_size(record: ImportRecord) -> int:
+    assert isinstance(record.config, EncoderConfig)
+    return record.config.image_size
+
+
+@torch.no_grad()
+def test_fused_towers_come_back_one_by_one(tmp_path: Path) -> None:
+    config = OWN["not one tower but fused"]
+    _, encoder, _ = written(tmp_path / "export", config, codec())
+    assert isinstance(config.encoder, FusedEncoder)
+    with pytest.raises(ValueError, match=r"--part decoder or --part encoder1 or --part encoder2$"):
+        bring(tmp_path / "export", tmp_path / "none")
+    parts = []
+    for number, tower in enumerate(config.encoder.towers):
+        out = tmp_path / f"tower{number}"
+        record, _ = bring(tmp_path / "export", out, part=f"encoder{number + 1}")
+        again, pixels = opened(record, out), some_pixels(24)
+        assert torch.equal(again(pixels), encoder.towers[number](pixels))  # type: ignore[index,operator]
+        assert record.config.pixel_mean == tower.pixel_mean  # type: ignore[union-attr]
+        parts.append(record.family)
+    assert parts == ["siglip", "dinov2"]
+
+
+def test_patches_are_no_part_and_a_text_export_of_openlm_is_whole(tmp_path: Path) -> None:
+    written(tmp_path / "export", OWN["not one tower but patches"], codec())
+    with pytest.raises(ValueError, match=r"--part decoder, it has no 'encoder'$"):
+        bring(tmp_path / "export", tmp_path / "out", part="encoder")
+    vlm, _ = made(VLMConfig(decoder=OPENLM))
+    (tmp_path / "text").mkdir()
+    write_folder(vlm, codec(), None, tmp_path / "text")
+    with pytest.raises(ValueError, match="leave --part out"):
+        bring(tmp_path / "text", tmp_path / "out", part="decoder")
+    record, _ = bring(tmp_path / "text", tmp_path / "out")
+    assert isinstance(record.config, DecoderConfig)
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(
+        torch.equal(held[f"decoder.{key}"], one) for key, one in vlm.decoder.named_parameters()
+    )
+
+
+# --------------------------------------------------------------------------- others' Llava folders
+
+
+def save_llava(folder: Path, *, half: bool = False, **changes: Any) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.LlavaConfig(
+            vision_config=transformers.CLIPVisionConfig(**TOWER),
+            text_config=transformers.LlamaConfig(**TEXT | {"vocab_size": 301}),
+            image_token_index=300,
+            **{"vision_feature_layer": -2, "vision_feature_select_strategy": "default"} | changes,
+        )
+        model = transformers.LlavaForConditionalGeneration(config).eval()
+    if half:
+        model = model.bfloat16()
+    model.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    pictures = {"do_center_crop": True, "image_mean": [0.4] * 3, "image_std": [0.2] * 3}
+    write_json(folder / "processor_config.json", {"image_processor": pictures})
+    return model
+
+
+@torch.no_grad()
+def test_parts_of_a_llava_are_those_of_transformers(tmp_path: Path) -> None:
+    model = save_llava(tmp_path / "source")
+    record, notes = bring(tmp_path / "source", tmp_path / "tower", part="encoder")
+    encoder, pixels = opened(record, tmp_path / "tower"), some_pixels(32)
+    theirs = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    torch.testing.assert_close(encoder(pixels), theirs, rtol=0, atol=2e-6)
+    assert record.config.resize == "crop"  # type: ignore[union-attr]
+    assert record.config.pixel_mean == (0.4, 0.4, 0.4)  # type: ignore[union-attr]
+    assert "the projector is left out, since no stage starts from one" in notes
+    assert any(name.startswith("multi_modal_projector") for name in record.dropped)
+    lines = list(summary(tmp_path / "tower", record, notes))
+    assert lines[-1].endswith(" --set data=WORLD --set resize=crop")
+    record, _ = bring(tmp_path / "source", tmp_path / "text", part="decoder")
+    held = load_file(tmp_path / "text" / "model.safetensors")
+    # The last row is of weights, not of zeros: it stays, though it stands for pictures.
+    assert record.config.vocab_size == 301  # type: ignore[union-attr]
+    mine = held["decoder.model.model.embed_tokens.weight"]
+    assert torch.equal(mine[:301], model.get_input_embeddings().weight)
+    assert torch.equal(held["decoder.model.lm_head.weight"][:301], model.lm_head.weight)
+
+
+def test_names_of_older_llavas_wrapped_and_in_half_precision_are_read(tmp_path: Path) -> None:
+    model = save_llava(tmp_path / "source", half=True)
+    held = load_file(tmp_path / "source" / "model.safetensors")
+    old = {
+        f"module.{name.replace('vision_tower.', 'vision_tower.vision_model.')}": value
+        for name, value in held.items()
+    }
+    save_file(old, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    _, notes = bring(tmp_path / "source", tmp_path / "tower", part="encoder")
+    assert any(note.startswith("took module. off the names") for note in notes)
+    found = load_file(tmp_path / "tower" / "model.safetensors")
+    expected = model.model.vision_tower.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value.float()) for name, value in expected.items())
+
+
+def test_a_llava_says_what_is_amiss_in_one_line(tmp_path: Path) -> None:
+    save_llava(tmp_path / "source")
+    with pytest.raises(ValueError, match=r"import --part decoder or --part encoder$"):
+        bring(tmp_path / "source", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"or --part encoder, it has no 'projector'$"):
+        bring(tmp_path / "source", tmp_path / "out", part="projector")
+    held = load_file(tmp_path / "source" / "model.safetensors")
+    name = next(name for name in held if name.endswith("vision_tower.pre_layrnorm.weight"))
+    held.pop(name)
+    save_file(held, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing .*pre_layrnorm.weight; mismatched nothing"):
+        bring(tmp_path / "source", tmp_path / "out", part="encoder")
+    settings = read_json(tmp_path / "source" / "config.json")
+    write_json(tmp_path / "source" / "config.json", settings | {"vision_feature_layer": [-2, -5]})
+    with pytest.raises(ValueError, match=r"features of the layers \[-2, -5\]"):
+        bring(tmp_path / "source", tmp_path / "out", part="encoder")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_positive_feature_layer_is_counted_from_behind(tmp_path: Path) -> None:
+    save_llava(tmp_path / "source", vision_feature_layer=3)
+    record, _ = bring(tmp_path / "source", tmp_path / "out", part="encoder")
+    assert record.config.feature_layer == -1  # type: ignore[union-attr]
