@@ -187,6 +187,17 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hub"
 
 
+@pytest.mark.parametrize(
+    ("name", "revision"),
+    [("pythia-2.8b", "step0"), ("pythia-2.8b", "step29000"), ("pythia-12b", "step58000")],
+)
+def test_a_branch_that_is_known_to_hold_the_final_weights_is_refused_before_it_is_fetched(
+    tmp_path: Path, name: str, revision: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"{name} at {revision} is publicly known .*--allow-same"):
+        bring(f"EleutherAI/{name}", tmp_path, revision=revision)
+
+
 def test_a_step_with_the_final_weights_is_refused_unless_allowed(
     cache: Path, tmp_path: Path
 ) -> None:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from midstream.exchange.position import settle
-from midstream.study.families import RUNS, known_checkpoint
+from midstream.study.families import RUNS, holds_final_weights, known_checkpoint
 from midstream.study.imported import Position
 
 
@@ -186,3 +186,13 @@ def test_numbers_that_cannot_both_be_true_are_refused() -> None:
         settle(Position(tokens_seen=200), nothing, Position(total_tokens=100))
     with pytest.raises(ValueError, match=r"rate 0.01 is above peak_rate 0.001"):
         settle(Position(rate=1e-2), Position(peak_rate=1e-3), nothing)
+
+
+@pytest.mark.parametrize(
+    ("revision", "final"),
+    [("step512", True), ("step64000", True), ("step66000", False), ("step71000", False)]
+    + [("step103000", True), ("step142000", False), ("main", False), (None, False)],
+)
+def test_branches_that_serve_the_final_weights_are_known(revision: str | None, final: bool) -> None:
+    assert holds_final_weights("EleutherAI/pythia-2.8b", revision) is final
+    assert not holds_final_weights("EleutherAI/pythia-410m", revision)

@@ -23,7 +23,7 @@ from midstream.exchange.openlm import read_openlm
 from midstream.exchange.position import NUMBERS
 from midstream.model.transformers_config import FAMILIES
 from midstream.storage import read_json
-from midstream.study.families import Known, known_checkpoint
+from midstream.study.families import Known, holds_final_weights, known_checkpoint
 from midstream.study.imported import RECORD, Position
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -96,6 +96,14 @@ def locate(request: ImportRequest) -> Source:
                 "or give the hub's name"
             )
     elif _HUB_NAME.fullmatch(request.source) and path.suffix not in _FILES:
+        if holds_final_weights(request.source, request.revision) and (
+            not request.allow_same_weights
+        ):
+            raise ValueError(
+                f"{request.source} at {request.revision} is publicly known to serve the weights of "
+                "the run's end, not of that step; take another revision, or say "
+                "--allow-same-weights and give --tokens-seen and --rate"
+            )
         path = fetch(request.source, request.revision)
         # The folder of a snapshot is named by its commit.
         revision = request.revision or path.name

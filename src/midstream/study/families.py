@@ -114,6 +114,24 @@ def _pythia(sizes: str, peak: float | None) -> Run:
     )
 
 
+# Steps whose branch serves the weights of the run's end instead of its own (by the files' sha256:
+# EleutherAI/pythia issues 205 of 2.8b, 206 of 12b, there the first of three files).
+_FINAL_WEIGHTS = {
+    "EleutherAI/pythia-2.8b": {
+        *(0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+        *range(1_000, 65_000, 1_000),
+        *(65_000, 70_000, 80_000, 90_000, 100_000, 103_000, 110_000, 120_000, 130_000, 140_000),
+    },
+    "EleutherAI/pythia-12b": {50_000, 58_000},
+}
+
+
+def holds_final_weights(repository: str, revision: str | None) -> bool:
+    """Whether a branch that is named for a step is publicly known to serve the last one's weights."""
+    step = re.fullmatch(r"step(\d+)", revision or "")
+    return step is not None and int(step[1]) in _FINAL_WEIGHTS.get(repository, ())
+
+
 _OLMO_REVISION = r"step(?P<step>\d+)-tokens(?P<billions>\d+)B"
 _OLMO2_STAGE1 = rf"(stage1-)?{_OLMO_REVISION}"
 _OLMO2_STAGE2 = rf"stage2-ingredient\d+-{_OLMO_REVISION}"
