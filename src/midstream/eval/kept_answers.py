@@ -19,7 +19,7 @@ from midstream.eval.task import Answerer
 from midstream.storage import write_bytes
 
 # Raise it when the meaning of an answer changes: kept ones of an earlier version are asked again.
-ANSWERS_VERSION = 2
+ANSWERS_VERSION = 3
 # Batches handed to the model at a time: it may sort within them, and stops and reports between.
 BATCHES_AT_ONCE = 8
 Progress = Callable[[float, str], None]
