@@ -317,7 +317,7 @@ def test_a_split_that_a_folder_lacks_is_named(tmp_path: Path) -> None:
 
 
 def test_a_group_and_a_slip_are_told_from_a_task(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="ai2_arc is a tag .*; name its tasks: arc_challenge"):
+    with pytest.raises(ValueError, match=r"ai2_arc is a tag .*; name its tasks: arc_challenge"):
         harness_task("ai2_arc", tmp_path)
     with pytest.raises(ValueError, match="did you mean winogrande"):
         harness_task("winogrand", tmp_path)
