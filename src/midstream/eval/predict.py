@@ -174,7 +174,8 @@ class ModelAnswerer:
         lm-evaluation-harness cuts and adds up texts that are longer than the model reads."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-        windows, owners = [], []
+        windows: list[tuple[list[int], list[int]]] = []
+        owners: list[int] = []
         for number, text in enumerate(texts):
             parts = get_rolling_token_windows(
                 self._text_ids(text), self._prefix, self._max_positions, context_len=1

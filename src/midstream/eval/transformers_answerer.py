@@ -136,11 +136,12 @@ class TransformersAnswerer:
             batch_size=self.batch_size,
         )
 
-    def _asked(self, kind: str, requests: Sequence[tuple[Any, ...]]) -> Any:
+    def _asked(self, kind: str, requests: Sequence[tuple[Any, ...]]) -> list[Any]:
         from lm_eval.api.instance import Instance
 
         instances = [Instance(kind, {}, request, 0) for request in requests]
-        return getattr(self._harness_model, kind)(instances, disable_tqdm=True)
+        found: list[Any] = getattr(self._harness_model, kind)(instances, disable_tqdm=True)
+        return found
 
     def _encode(self, text: str) -> list[int]:
         found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
