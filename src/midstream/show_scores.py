@@ -144,6 +144,8 @@ def short_names(names: Sequence[str]) -> list[str]:
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return "-"
+    if row["chance"] is None:  # no share of right answers
+        return f"{row['metric']} {row['score']:.4g}"
     error = "" if row["stderr"] is None else f" ±{100 * row['stderr']:.1f}"
     blind = "" if row["blind"] is None else f" (blind {100 * row['blind']:.1f})"
     return f"{100 * row['score']:.1f}{error}{blind}"

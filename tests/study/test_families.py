@@ -190,8 +190,10 @@ def test_numbers_that_cannot_both_be_true_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("revision", "final"),
-    [("step512", True), ("step64000", True), ("step66000", False), ("step71000", False)]
-    + [("step103000", True), ("step142000", False), ("main", False), (None, False)],
+    [
+        *(("step512", True), ("step64000", True), ("step66000", False), ("step71000", False)),
+        *(("step103000", True), ("step142000", False), ("main", False), (None, False)),
+    ],
 )
 def test_branches_that_serve_the_final_weights_are_known(revision: str | None, final: bool) -> None:
     assert holds_final_weights("EleutherAI/pythia-2.8b", revision) is final

@@ -79,6 +79,8 @@ def _scores(opened: OpenedModel) -> Iterator[str]:
         tasks = opened.ledger.results(stage)["tasks"]
         scores = ", ".join(
             f"{task} {found['score']:.1%} (chance {found['chance']:.1%})"
+            if found["chance"] is not None
+            else f"{task} {found['metric']} {found['score']:.4g}"
             for task, found in sorted(tasks.items())
         )
         yield f"{scores} ({label(stage)})"

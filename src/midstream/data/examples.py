@@ -114,6 +114,14 @@ class TextCodec:
         """One more than the largest id."""
         return 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
 
+    @cached_property
+    def begin_of_text(self) -> int | None:
+        """The token that the tokenizer's own rule puts before each text (Llama's `<s>`); None for a
+        tokenizer without such a rule."""
+        plain = self.tokenizer.encode("a", add_special_tokens=False).ids
+        whole = self.tokenizer.encode("a", add_special_tokens=True).ids
+        return int(whole[0]) if plain and whole[1 : 1 + len(plain)] == plain else None
+
     @property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end a reply: end of text, the separator, the agent's stop where there is one."""

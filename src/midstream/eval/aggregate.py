@@ -87,14 +87,15 @@ def stable_score(scores: Mapping[str, float], chances: Mapping[str, float]) -> f
 def averages(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
     """The stable scores of all tasks that were asked: of vision, vision blind, and text.
 
-    None where nothing was asked, or where a task has no score.
+    None where nothing was asked, or where a task has no score. A task without a chance level has no
+    share of right answers (a perplexity) and is passed over.
     """
 
     def mean_over_chance(kind: str, column: str) -> float | None:
         rows = {
             name: row
             for name, row in tasks.items()
-            if row["kind"] == kind and name not in NEVER_AVERAGED
+            if row["kind"] == kind and name not in NEVER_AVERAGED and row["chance"] is not None
         }
         if not rows or any(row[column] is None for row in rows.values()):
             return None

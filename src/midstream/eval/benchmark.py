@@ -1,6 +1,7 @@
 """One model on benchmarks: answers, scores, predictions, the stable score."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,8 +28,8 @@ from midstream.eval.find_task import (
 from midstream.eval.kept_answers import KeptAnswers
 from midstream.eval.readers.choices import LETTERS
 from midstream.eval.scoring import cleaned
-from midstream.eval.text import TextResult, TextTask, run_text_tasks
-from midstream.uncertainty import bootstrap, mean_by_split, split_means
+from midstream.eval.text import TextResult, TextTask, loaded_tasks
+from midstream.uncertainty import Estimate, bootstrap, mean_by_split, split_means
 
 _COLUMNS = pa.schema(
     [
@@ -81,12 +82,13 @@ def evaluate(
     sizes = [len(task.examples) * len(_passes(task, evaluation)) for task in visual]
     in_text = sum(len(t.docs) if t.docs is not None else evaluation.limit or 1000 for t in text)
     total = sum(sizes) + in_text
-    for index, task in enumerate(visual):
-        share = _part(progress, sum(sizes[:index]), total, sizes[index])
-        blind = blind_images.get(task.name)
-        tasks[task.name] = _run_visual(answers, evaluation, task, blind, writes, share)
-    answers.progress = _part(progress, sum(sizes), total, in_text, text="choices of text tasks: ")
-    found = run_text_tasks(answers, text, evaluation.limit)
+    with loaded_tasks(text, evaluation.limit) as ask:
+        for index, task in enumerate(visual):
+            share = _part(progress, sum(sizes[:index]), total, sizes[index])
+            blind = blind_images.get(task.name)
+            tasks[task.name] = _run_visual(answers, evaluation, task, blind, writes, share)
+        answers.progress = _part(progress, sum(sizes), total, in_text, text="text tasks: ")
+        found = ask(answers)
     for choice in text:
         tasks[choice.name] = _report_text(choice, found[choice.name], writes)
     tasks = {name: {**tasks[name], "key": key} for name, key in keys.items()}
@@ -264,7 +266,7 @@ def _report_text(task: TextTask, result: TextResult, out: Path | None) -> dict[s
         write_predictions(
             _predictions_of(out, task.name),
             example_id=[str(number) for number in range(1, len(rows) + 1)],
-            split=[""] * len(rows),
+            split=[row.split for row in rows],
             prompt=[row.prompt for row in rows],
             prediction=["" if r.chosen is None else r.choices[r.chosen] for r in rows],
             gold=[json.dumps(None if r.gold is None else r.choices[r.gold]) for r in rows],
@@ -274,12 +276,14 @@ def _report_text(task: TextTask, result: TextResult, out: Path | None) -> dict[s
             text_prediction=nothing,
             image=nothing,
         )
-    sure = bootstrap([row.score for row in rows])
+    splits, value = [row.split for row in rows], result.metrics[result.metric]
+    sure = _how_sure([row.score for row in rows], splits, value)
     num_all = task.num_docs if task.num_docs is not None else result.num_docs
     return {
         "kind": "text",
         "metric": "accuracy" if result.metric == "acc" else result.metric,
-        "score": result.metrics[result.metric],
+        "score": value,
+        "higher_is_better": result.higher_is_better,
         "stderr": sure.stderr,
         "low": sure.low,
         "high": sure.high,
@@ -288,8 +292,19 @@ def _report_text(task: TextTask, result: TextResult, out: Path | None) -> dict[s
         "num_examples": len(rows),
         "shortened": _shortened(len(rows), num_all) or task.departs,
         "unparsable": 0,
+        "splits": {name: result.metrics[f"{name}.{result.metric}"] for name in splits if name},
         "details": result.metrics,
     }
+
+
+def _how_sure(scores: Sequence[float], splits: Sequence[str], value: float) -> Estimate:
+    """How sure a metric of the harness is, which may be a mean over examples or over the tasks of
+    a group; of any other nothing is said."""
+    for parts in (None, splits):
+        sure = bootstrap(scores, None, parts)
+        if math.isclose(sure.mean, value, rel_tol=1e-6, abs_tol=1e-9):
+            return sure
+    return Estimate(value, None, None, None)
 
 
 def _shortened(asked: int, num_all: int) -> str | None:

@@ -24,7 +24,7 @@ from midstream.eval.text import TextTask
 from midstream.storage import read_json, write_bytes
 
 # Raise it when a scorer, or what a row of results holds, changes: tasks are asked again.
-SCORES_VERSION = 1
+SCORES_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from midstream.benchmark_files import TEXT_FILES, hub_folder, published_files
 from midstream.eval.aggregate import TEXT_CHANCE
 from midstream.eval.local_tasks import HARNESS_TASKS
-from midstream.eval.text import SHARES, TextTask
+from midstream.eval.text import TextTask, manager
 from midstream.source_files import is_note, walk
 
 # By the end of a name, what `datasets` calls it.
@@ -32,29 +32,40 @@ def harness_task(name: str, folder: Path) -> TextTask:
     """A task of the harness from what lies under `folder`: its published files, wherever they are,
     or a folder of the task's name with its data set's files as a hub has them; else from the hub.
 
-    Raises ValueError for a name that the harness does not have, with the nearest, and for a group;
-    FileNotFoundError where nothing is there and the hub is not asked or does not answer.
+    Raises ValueError for a name that the harness does not have, with the nearest, and for a group
+    without a number of its own, with its tasks; FileNotFoundError where nothing is there and the
+    hub is not asked or does not answer.
     """
     paths = published_files(folder, name)
     if paths:
         return _published(name, paths)
-    yaml, settings = _description(name)
-    _check_metrics(name, settings)
+    entry = _entry(name)
+    # The paper's tasks are asked without examples in the prompt, others as they are described.
+    settings = {"num_fewshot": 0} if name in HARNESS_TASKS else {}
     chance = TEXT_CHANCE[name][0] if name in TEXT_CHANCE else None
-    entry = {"include": str(yaml), "num_fewshot": 0}
     own = hub_folder(folder, name)
-    if own is not None:
-        split = str(settings.get("test_split") or settings.get("validation_split")).split("[")[0]
-        kind, files = _split_files(own, split, settings.get("dataset_name"), name)
-        more = {"dataset_path": kind, "fewshot_split": None}
-        return TextTask(name, chance, {**entry, **more}, None, split, files=files)
+    if own is not None and entry.kind.name == "TASK":
+        return _from_files(name, own, entry, chance)
     _require_hub(name, folder)
-    return TextTask(name, chance, entry, None)
+    return TextTask(name, chance, settings, None)
 
 
 def in_harness(name: str) -> bool:
     """Whether the harness has a task or a group of this name."""
-    return name in HARNESS_TASKS or name in _index()
+    return name in HARNESS_TASKS or name in manager().task_index
+
+
+def _from_files(name: str, own: Path, entry: Any, chance: float | None) -> TextTask:
+    """A task of the harness on its data set's own files; without examples in its prompts, which
+    are of a split that need not be here."""
+    described = dict(entry.cfg)
+    split = str(described.get("test_split") or described.get("validation_split")).split("[")[0]
+    kind, files = _split_files(own, split, described.get("dataset_name"), name)
+    settings = {"include": str(entry.yaml_path), "num_fewshot": 0}
+    settings |= {"dataset_path": kind, "fewshot_split": None}
+    shots = described.get("num_fewshot")
+    departs = f"without the {shots} examples in its prompts" if shots else None
+    return TextTask(name, chance, settings, None, split, departs=departs, files=files)
 
 
 def _published(name: str, paths: tuple[Path, ...]) -> TextTask:
@@ -75,36 +86,24 @@ def _tasks() -> Path:
     return Path(lm_eval.tasks.__file__).parent
 
 
-@functools.cache
-def _index() -> dict[str, Any]:
-    from lm_eval.tasks import TaskManager
-
-    return dict(TaskManager().task_index)
-
-
-def _description(name: str) -> tuple[Path, dict[str, Any]]:
-    """Where the harness's description of a task lies, and what stands in it."""
-    entry = _index().get(name)
+def _entry(name: str) -> Any:
+    """The harness's entry of a task, or of a group with a number of its own."""
+    index = manager().task_index
+    entry = index.get(name)
     if entry is None:
-        near = difflib.get_close_matches(name, [*HARNESS_TASKS, *_index()], 1)
+        near = difflib.get_close_matches(name, [*HARNESS_TASKS, *index], 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"no text task is called {name!r}{hint}")
-    if entry.kind.name != "TASK" or entry.yaml_path is None:
+    kind, described = entry.kind.name, entry.cfg or {}
+    if kind == "TAG" or (kind == "GROUP" and not described.get("aggregate_metric_list")):
+        listed = sorted(entry.tags) if kind == "TAG" else described.get("task", [])
+        listed = [one if isinstance(one, str) else one.get("task", "?") for one in listed]
+        more = ", ..." if len(listed) > 20 else ""
         raise ValueError(
-            f"{name} is no single task of lm-evaluation-harness that a description alone makes (it "
-            f"is a {entry.kind.name.lower()}); name its tasks one by one"
+            f"{name} is a {kind.lower()} of lm-evaluation-harness without a number of its own; "
+            f"name its tasks: {', '.join(listed[:20])}{more}"
         )
-    return Path(entry.yaml_path), dict(entry.cfg or {})
-
-
-def _check_metrics(name: str, settings: dict[str, Any]) -> None:
-    """Raise ValueError, before anything is asked, for a task that has no share of right answers."""
-    listed = [str(one.get("metric")) for one in settings.get("metric_list") or []]
-    if listed and not set(listed) & set(SHARES):
-        raise ValueError(
-            f"text task {name} has the metrics {', '.join(listed)}, none of which is a share of "
-            f"right answers ({', '.join(SHARES)}); leave it out"
-        )
+    return entry
 
 
 def _split_files(

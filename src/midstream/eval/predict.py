@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from midstream.config import AnyEncoderConfig
+from midstream.config import AnyEncoderConfig, TransformersDecoderConfig
 from midstream.data.examples import TextCodec, question_ids
 from midstream.data.features import FILL_BATCH, Encode
 from midstream.data.images import decode_pixels
@@ -17,6 +17,8 @@ from midstream.model.weights import weights_digest
 # Features of pictures that are kept for questions to come: all of a small benchmark's, and not the
 # 136 GB that VQA v2's would be with 729 patches of 1,152 numbers.
 _KEPT_BYTES = 2 * 2**30
+# lm-evaluation-harness's default for a model that states no longest text.
+_MAX_POSITIONS = 2048
 
 
 class ModelAnswerer:
@@ -98,9 +100,10 @@ class ModelAnswerer:
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """For each (context, continuation): summed log-probability, and whether it is greedy.
 
-        Contexts that several continuations share are read once. Both are tokenised together and
-        cut where the context's own tokens end, and an empty context is the end-of-text token, as
-        in lm-evaluation-harness.
+        Contexts that several continuations share are read once. As in lm-evaluation-harness, both
+        are tokenised together and cut where the context's own tokens end, a context begins with
+        the token that the tokenizer's rule puts there, and an empty one is that token, or else
+        end-of-text.
         """
         found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         by_head: dict[tuple[int, ...], list[int]] = {}
@@ -128,15 +131,26 @@ class ModelAnswerer:
         trimmed = context.rstrip()
         tail = context[len(trimmed) :] + continuation
         if not trimmed:
-            return [self.codec.end_of_text], self.codec.encode(tail)
-        whole, cut = self.codec.encode(trimmed + tail), len(self.codec.encode(trimmed))
+            return [self._prefix], self.codec.encode(tail)
+        whole, cut = self._text_ids(trimmed + tail), len(self._text_ids(trimmed))
         return whole[:cut], whole[cut:]
+
+    @property
+    def _prefix(self) -> int:
+        """What the first token of a text is read behind."""
+        begin = self.codec.begin_of_text
+        return self.codec.end_of_text if begin is None else begin
+
+    def _text_ids(self, text: str) -> list[int]:
+        """A plain text by the tokenizer's own rule."""
+        begin = self.codec.begin_of_text
+        return ([] if begin is None else [begin]) + self.codec.encode(text)
 
     def generate_until(
         self, contexts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: Sequence[int]
     ) -> list[str]:
         """Greedy continuations of plain texts, up to end-of-text or the first of a text's stops."""
-        heads = [self.codec.encode(text) or [self.codec.end_of_text] for text in contexts]
+        heads = [self._text_ids(text) or [self._prefix] for text in contexts]
         results = [""] * len(contexts)
         for limit in sorted(set(max_new_tokens)):
             chosen = [i for i, most in enumerate(max_new_tokens) if most == limit]
@@ -156,11 +170,35 @@ class ModelAnswerer:
         return results
 
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
-        """The summed log-probability of each text, after an end-of-text token."""
-        sequences = [[self.codec.end_of_text, *self.codec.encode(text)] for text in texts]
-        starts = [1] * len(sequences)
-        found = sequence_logprobs(self.model, sequences, starts, batch_size=self.batch_size)
-        return [total for total, _ in found]
+        """The summed log-probability of each text behind what it begins with, as
+        lm-evaluation-harness cuts and adds up texts that are longer than the model reads."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        windows: list[tuple[list[int], list[int]]] = []
+        owners: list[int] = []
+        for number, text in enumerate(texts):
+            parts = get_rolling_token_windows(
+                self._text_ids(text), self._prefix, self._max_positions, context_len=1
+            )
+            windows += [make_disjoint_window(part) for part in parts]
+            owners += [number] * (len(windows) - len(owners))
+        found = sequence_logprobs(
+            self.model,
+            [[*context, *tail] for context, tail in windows],
+            [len(context) for context, _ in windows],
+            batch_size=self.batch_size,
+        )
+        totals = [0.0] * len(texts)
+        for number, (total, _) in zip(owners, found, strict=True):
+            totals[number] += total
+        return totals
+
+    @property
+    def _max_positions(self) -> int:
+        config = self.model.config.decoder
+        if isinstance(config, TransformersDecoderConfig):
+            return int(config.settings.get("max_position_embeddings", _MAX_POSITIONS))
+        return _MAX_POSITIONS
 
     def _by_sight(
         self, images: Sequence[Path | None]

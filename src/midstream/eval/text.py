@@ -1,10 +1,11 @@
 """Text benchmarks through lm-evaluation-harness: an adaptor, and local JSON tasks."""
 
+import functools
 import json
 import logging
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,10 @@ from typing import Any
 
 from midstream.eval.task import Answerer
 
-# The harness's own default where a task does not say.
-_MAX_NEW_TOKENS = 256
+# The harness's own default where a task does not say, and the seed of its command line.
+_MAX_NEW_TOKENS, _FEWSHOT_SEED = 256, 1234
 # Metrics of the harness that are a share of right answers, in the order in which one is chosen.
-SHARES = ("acc", "exact_match", "em", "acc_norm")
+_SHARES = ("acc", "exact_match", "em", "acc_norm")
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class TextTask:
     """A task for the harness: its description, and the records that it is asked on.
 
     settings: lm-evaluation-harness's own, without the data. docs: the records, in `split`; None
-    where the harness reads `files` of its own columns, or fetches the data itself. chance: None
-    where it is one over the number of choices. departs: see `local_tasks.LocalTask`.
+    where the harness reads `files` of its own columns, or (`fetched`) loads its task or group of
+    this name itself. chance: None where it is one over the number of choices. departs: see
+    `local_tasks.LocalTask`.
     """
 
     name: str
@@ -46,12 +48,19 @@ class TextTask:
     departs: str | None = None
     files: tuple[Path, ...] = ()
 
+    @property
+    def fetched(self) -> bool:
+        """Whether the harness loads its own task of this name, data and all."""
+        return self.docs is None and not self.files
+
 
 @dataclass(frozen=True)
 class TextAnswer:
-    """One record's prompt, its choices, which was chosen, which is right, and its score.
+    """One record's prompt, its choices, which was chosen, which is right, its score, and the task
+    of a group that it belongs to ("": no group).
 
-    Of a free answer the choices are what was said, and where it is known what is right.
+    Of a free answer the choices are what was said, and where it is known what is right; of a text
+    that is read as a whole its log-probability.
     """
 
     prompt: str
@@ -59,18 +68,24 @@ class TextAnswer:
     chosen: int | None
     gold: int | None
     score: float
+    split: str = ""
 
 
 @dataclass(frozen=True)
 class TextResult:
     """A task's metrics by the harness's names ("acc", "acc_norm"), its records' answers, which
-    metric their scores are, of how many records in all, and what guessing scores."""
+    metric their scores are, whether more of it is better, of how many records in all, and what
+    guessing scores: None for a metric that is no share of right answers (a perplexity).
+
+    A group has its own metrics, and those of its tasks as "<task>.<metric>".
+    """
 
     metrics: dict[str, float]
     answers: tuple[TextAnswer, ...]
     metric: str
+    higher_is_better: bool
     num_docs: int
-    chance: float
+    chance: float | None
 
 
 def own_task(items: Sequence[TextItem], name: str, chance: float) -> TextTask:
@@ -114,53 +129,121 @@ def read_text_task(path: Path) -> list[TextItem]:
     return items
 
 
+@functools.cache
+def manager() -> Any:
+    """The `lm_eval.tasks.TaskManager` of all that the harness has."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
 def run_text_tasks(
-    answerer: Answerer,
-    tasks: Sequence[TextTask],
-    limit: int | None = None,
+    answerer: Answerer, tasks: Sequence[TextTask], limit: int | None = None
 ) -> dict[str, TextResult]:
-    """Ask the tasks zero-shot; of data that the harness reads or fetches itself, `limit` records
-    drawn by its own order's seed.
+    """Ask the tasks; see `loaded_tasks`."""
+    with loaded_tasks(tasks, limit) as ask:
+        return ask(answerer)
+
+
+@contextmanager
+def loaded_tasks(
+    tasks: Sequence[TextTask], limit: int | None = None
+) -> Iterator[Callable[[Answerer], dict[str, TextResult]]]:
+    """What asks a model the tasks, with all their data at hand; of data that the harness reads or
+    fetches itself, `limit` records drawn by its own order's seed, of each task of a group.
 
     Without such data nothing is fetched; nothing is kept outside a temporary folder.
+    Raises ValueError, before anything is asked, for a task that the harness cannot load, and for
+    one that asks for pictures, for running a model's code, or for answers drawn at random.
     """
     if not tasks:
-        return {}
-    fetches = any(task.docs is None and not task.files for task in tasks)
+        yield lambda _answerer: {}
+        return
     with (
         tempfile.TemporaryDirectory(prefix="midstream-text-") as temporary,
-        nullcontext() if fetches else _offline(),
+        nullcontext() if any(task.fetched for task in tasks) else _offline(),
     ):
-        from lm_eval.evaluator import evaluate
-        from lm_eval.tasks import TaskManager
-
         # It warns of every default that its own descriptions leave to it.
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        folder = Path(temporary)
         # lm_eval's own names are "task0", "task1": a file's name may hold any character.
-        inner = {f"task{index}": task for index, task in enumerate(tasks)}
-        for key, task in inner.items():
-            _write_task(folder, key, task)
-        manager = TaskManager(include_path=str(folder), include_defaults=False)
-        loaded = manager.load(list(inner))
+        keys = {t.name if t.fetched else f"task{i}": t for i, t in enumerate(tasks)}
+        loaded = _load(Path(temporary), keys)
         drawn = {
-            key: _some(len(loaded["tasks"][key].eval_docs), limit)
-            for key, task in inner.items()
+            leaf: _some(len(loaded["tasks"][leaf].eval_docs), limit)
+            for key, task in keys.items()
+            for leaf in _leaves(key, loaded["group_map"])
             if task.docs is None and limit is not None
         }
-        found = evaluate(
-            lm=adapt(answerer),
-            task_dict=loaded,
-            bootstrap_iters=0,
-            log_samples=True,
-            **({"samples": drawn} if drawn else {}),
-        )
-    return {
-        task.name: _result(
-            task, found["results"][key], found["samples"][key], found["n-samples"][key]["original"]
-        )
-        for key, task in inner.items()
+        yield lambda answerer: _ask(answerer, keys, loaded, drawn)
+
+
+def _load(folder: Path, tasks: Mapping[str, TextTask]) -> dict[str, dict[str, Any]]:
+    """The harness's tasks and groups, as its `TaskManager.load` gives them."""
+    from lm_eval.tasks import TaskManager
+
+    for key, task in tasks.items():
+        if not task.fetched:
+            _write_task(folder, key, task)
+    written = TaskManager(include_path=str(folder), include_defaults=False)
+    loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
+    for key, task in tasks.items():
+        try:
+            found = (manager() if task.fetched else written).load([key])
+        except Exception as error:  # whatever a task's own code or its data set's reader raises
+            told = f"{type(error).__name__}: {error}".split("\n")[0][:300]
+            raise ValueError(
+                f"text task {task.name}: lm-evaluation-harness cannot load it ({told}); put its "
+                f"data set's own files into a folder {task.name}/ of the data, or leave it out"
+            ) from error
+        for leaf in found["tasks"].values():
+            _check_askable(task.name, leaf)
+            if task.fetched and "num_fewshot" in task.settings:
+                leaf.set_config("num_fewshot", task.settings["num_fewshot"])
+            elif leaf.get_config("num_fewshot") is None:
+                leaf.set_config("num_fewshot", 0)
+            leaf.set_fewshot_seed(_FEWSHOT_SEED)
+        for kind, values in found.items():
+            loaded[kind] |= values
+    return loaded
+
+
+def _check_askable(name: str, leaf: Any) -> None:
+    settings = leaf.get_config("generation_kwargs") or {}
+    reasons = {
+        "shows pictures or plays sound": getattr(leaf, "MULTIMODAL", False),
+        "runs code that the model writes": getattr(leaf, "UNSAFE_CODE", False),
+        "draws its answers at random": settings.get("do_sample", False),
     }
+    for why in (why for why, holds in reasons.items() if holds):
+        raise ValueError(
+            f"text task {name} {why}; ask tasks of lm-evaluation-harness with choices, greedy "
+            "answers or whole texts (arc_easy, gsm8k, wikitext)"
+        )
+
+
+def _ask(
+    answerer: Answerer,
+    tasks: Mapping[str, TextTask],
+    loaded: Mapping[str, Any],
+    drawn: dict[str, list[int]],
+) -> dict[str, TextResult]:
+    from lm_eval.evaluator import evaluate
+
+    found = evaluate(
+        lm=adapt(answerer),
+        task_dict=loaded,
+        bootstrap_iters=0,
+        log_samples=True,
+        **({"samples": drawn} if drawn else {}),
+    )
+    return {task.name: _result(task, key, loaded, found) for key, task in tasks.items()}
+
+
+def _leaves(key: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """The tasks of a group and of its groups, or the task itself."""
+    if key not in groups:
+        return [key]
+    return [leaf for child in groups[key] for leaf in _leaves(child, groups)]
 
 
 def _some(count: int, limit: int) -> list[int]:
@@ -170,6 +253,7 @@ def _some(count: int, limit: int) -> list[int]:
 def adapt(answerer: Answerer) -> Any:
     """The `lm_eval.api.model.LM` that asks `answerer`."""
     from lm_eval.api.model import LM
+    from lm_eval.models.utils import normalize_gen_kwargs
 
     class AnswererLM(LM):  # type: ignore[misc]  # lm_eval is not typed
         """Unpacks the harness's requests and hands them over as they are."""
@@ -181,18 +265,14 @@ def adapt(answerer: Answerer) -> Any:
             return answerer.loglikelihood_rolling([request.args[0] for request in requests])
 
         def generate_until(self, requests: list[Any]) -> list[str]:
-            settings = [request.args[1] for request in requests]
+            settings = [normalize_gen_kwargs(r.args[1], _MAX_NEW_TOKENS) for r in requests]
             return answerer.generate_until(
                 [request.args[0] for request in requests],
-                [_stops(given.get("until")) for given in settings],
-                [int(given.get("max_gen_toks") or _MAX_NEW_TOKENS) for given in settings],
+                [given["until"] for given in settings],
+                [int(given["max_gen_toks"]) for given in settings],
             )
 
     return AnswererLM()
-
-
-def _stops(until: str | Sequence[str] | None) -> list[str]:
-    return [until] if isinstance(until, str) else list(until or [])
 
 
 def _text_item(record: Any, where: str, example_id: str) -> TextItem:
@@ -232,55 +312,90 @@ def _write_task(folder: Path, key: str, task: TextTask) -> None:
 
 
 def _result(
-    task: TextTask, metrics: dict[str, Any], samples: list[dict[str, Any]], num_docs: int
+    task: TextTask, key: str, loaded: Mapping[str, Any], found: Mapping[str, Any]
 ) -> TextResult:
+    leaves = _leaves(key, loaded["group_map"])
     # A task may read answers in several ways; its first is its own.
-    way = samples[0]["filter"]
-    by_doc = {sample["doc_id"]: sample for sample in samples if sample["filter"] == way}
+    way = found["samples"][leaves[0]][0]["filter"]
+    own = _numbers(found["results"][key], way)
+    first = found["samples"][leaves[0]][0]["metrics"]
+    of_each = [name for name in own if name in first] or first[:1]
+    metric = next((name for name in _SHARES if name in of_each), of_each[0])
+    answers, several = [], []
+    for leaf in leaves:
+        by_doc = {one["doc_id"]: one for one in found["samples"][leaf] if one["filter"] == way}
+        average = loaded["tasks"][leaf].aggregation()[metric]
+        split = leaf if leaf != key else ""
+        answers += [_answer(by_doc[n], metric, average, split) for n in sorted(by_doc)]
+        several += [len(one["arguments"]) for one in by_doc.values()]
+    details = own | {
+        f"{leaf}.{name}": value
+        for leaf in leaves
+        if leaf != key
+        for name, value in _numbers(found["results"][leaf], way).items()
+    }
+    chance = task.chance if metric in _SHARES else None
+    if task.chance is None and metric in _SHARES:
+        chance = sum(1 / count for count in several if count > 1) / len(several)
+    return TextResult(
+        metrics=details,
+        answers=tuple(answers),
+        metric=metric,
+        higher_is_better=bool(found["higher_is_better"][leaves[0]].get(metric, True)),
+        num_docs=sum(found["n-samples"][leaf]["original"] for leaf in leaves),
+        chance=chance,
+    )
+
+
+def _numbers(metrics: Mapping[str, Any], way: str) -> dict[str, float]:
+    """A row of the harness's table: metrics as answers are read in the given `way`, others' with
+    their way behind them."""
     kept: dict[str, float] = {}
     for name, value in metrics.items():
         metric, _, read = name.partition(",")
-        if read and "stderr" not in metric and isinstance(value, int | float):
+        if read and not metric.endswith("_stderr") and isinstance(value, int | float):
             kept[metric if read == way else f"{metric}.{read}"] = float(value)
-    share = next((metric for metric in SHARES if metric in kept and metric in samples[0]), None)
-    if share is None:
-        raise ValueError(
-            f"text task {task.name} has the metrics {', '.join(kept) or 'none'}, none of which is "
-            f"a share of right answers ({', '.join(SHARES)}); leave it out"
-        )
-    answers = tuple(_answer(by_doc[number], share) for number in sorted(by_doc))
-    chance = task.chance
-    if chance is None:
-        several = [len(sample["arguments"]) for sample in by_doc.values()]
-        chance = sum(1 / count for count in several if count > 1) / len(several)
-    return TextResult(kept, answers, share, num_docs, chance)
+    return kept
 
 
-def _answer(sample: dict[str, Any], share: str) -> TextAnswer:
-    pairs = [tuple(pair) for pair in sample["arguments"]]
-    prompt, score = str(pairs[0][0]), float(sample[share])
-    if len(pairs) == 1 and not isinstance(pairs[0][1], str):  # written freely
-        said = sample["filtered_resps"][0]
-        said = said if isinstance(said, str) else json.dumps(said)
-        return TextAnswer(prompt, (said, str(sample["target"])), 0, 1, score)
+def _answer(
+    sample: Mapping[str, Any], metric: str, average: Callable[[list[Any]], Any], split: str
+) -> TextAnswer:
+    pairs, said = [tuple(pair) for pair in sample["arguments"]], sample["filtered_resps"]
+    value = sample[metric]
+    # What is no number is made one by the harness's own aggregation, over this record alone.
+    score = float(value if isinstance(value, int | float) else average([value]))
+    prompt = str(pairs[0][0])
+    if len(pairs[0]) == 1:  # a whole text
+        return TextAnswer(prompt, (str(said[0]),), 0, None, score, split)
+    if not isinstance(pairs[0][1], str):  # written freely
+        told = said[0] if isinstance(said[0], str) else json.dumps(said[0], default=str)
+        return TextAnswer(prompt, (told, str(sample["target"])), 0, 1, score, split)
     if len(pairs) == 1:  # a continuation, right if greedy decoding gives it
-        return TextAnswer(prompt, (str(pairs[0][1]),), 0 if score else None, 0, score)
-    values = [pair[0] for pair in sample["filtered_resps"]]
+        right = metric not in _SHARES or score
+        return TextAnswer(prompt, (str(pairs[0][1]),), 0 if right else None, 0, score, split)
+    values = [pair[0] for pair in said]
     chosen = values.index(max(values))
     if len({str(pair[0]) for pair in pairs}) > 1:
         # The choices are beginnings, all with one end (WinoGrande).
         choices = tuple(str(pair[0]) for pair in pairs)
         other = 1 - chosen if len(pairs) == 2 else None
-        return TextAnswer(f"...{pairs[0][1]}", choices, chosen, chosen if score else other, score)
+        gold = chosen if score else other
+        return TextAnswer(f"...{pairs[0][1]}", choices, chosen, gold, score, split)
     choices = tuple(str(pair[1]) for pair in pairs)
-    gold = sample["target"]
-    gold = gold[0] if isinstance(gold, list) and len(gold) == 1 else gold
-    if isinstance(gold, str) and gold.lstrip("-").isdecimal():
-        gold = int(gold)
-    if not isinstance(gold, int):
+    gold = _gold(sample["target"], choices)
+    return TextAnswer(prompt, choices, chosen, gold, score, split)
+
+
+def _gold(target: Any, choices: tuple[str, ...]) -> int | None:
+    """Which choice a task's target is; None where it is none of them, or several."""
+    target = target[0] if isinstance(target, list) and len(target) == 1 else target
+    if isinstance(target, str) and target.lstrip("-").isdecimal():
+        target = int(target)
+    if not isinstance(target, int):
         words = [choice.strip() for choice in choices]
-        gold = words.index(str(gold).strip()) if str(gold).strip() in words else None
-    return TextAnswer(prompt, choices, chosen, gold, score)
+        target = words.index(str(target).strip()) if str(target).strip() in words else -1
+    return target if 0 <= target < len(choices) else None
 
 
 @contextmanager

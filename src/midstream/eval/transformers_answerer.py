@@ -7,6 +7,7 @@ bits on what stands beside it: only Midstream's own models are asked in batches 
 import hashlib
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -100,42 +101,50 @@ class TransformersAnswerer:
             results.append(row)
         return results
 
-    @torch.no_grad()
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """Of continuations of plain texts, tokenised as lm-evaluation-harness does."""
-        return [self._continuation(*pair) for pair in pairs]
+        """Of continuations of plain texts, by lm-evaluation-harness's `hf` model."""
+        return self._asked("loglikelihood", pairs)
 
-    @torch.no_grad()
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
-        """The log-probability of each whole text, after the end-of-text token."""
-        return [self._continuation("", text)[0] for text in texts]
+        """Of whole texts, by lm-evaluation-harness's `hf` model."""
+        return self._asked("loglikelihood_rolling", [(text,) for text in texts])
 
-    @torch.no_grad()
     def generate_until(
         self, contexts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: Sequence[int]
     ) -> list[str]:
-        """Greedy continuations of plain texts, each up to the first of its stops."""
-        results = []
-        for context, own, limit in zip(contexts, stops, max_new_tokens, strict=True):
-            inputs = self.tokenizer(context, return_tensors="pt", add_special_tokens=False)
-            ids = inputs["input_ids"].to(self.device)
-            found = self.model.generate(input_ids=ids, do_sample=False, max_new_tokens=limit)
-            text = self.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
-            places = [text.find(stop) for stop in own if stop and stop in text]
-            results.append(text[: min(places)] if places else text)
-        return results
+        """Greedy continuations of plain texts, by lm-evaluation-harness's `hf` model.
 
-    def _continuation(self, context: str, continuation: str) -> tuple[float, bool]:
-        trimmed = context.rstrip()
-        tail = context[len(trimmed) :] + continuation
-        if trimmed:
-            whole, head = self._encode(trimmed + tail), self._encode(trimmed)
-        else:
-            head = [self.tokenizer.eos_token_id]
-            whole = head + self._encode(tail)
-        ids = torch.tensor([whole], device=self.device)
-        logits = self.model(input_ids=ids).logits[0]
-        return _logprob(logits[len(head) - 1 : -1], ids[0, len(head) :])
+        Raises ValueError for as many new tokens as the model holds in all.
+        """
+        longest, room = max(max_new_tokens, default=0), self._harness_model.max_length
+        if longest >= room:
+            raise ValueError(
+                f"{self.name} holds {room:,} tokens and is asked for {longest:,} new ones; leave "
+                "tasks with written answers out"
+            )
+        settings = [
+            {"until": list(own), "max_gen_toks": limit, "do_sample": False}
+            for own, limit in zip(stops, max_new_tokens, strict=True)
+        ]
+        return self._asked("generate_until", list(zip(contexts, settings, strict=True)))
+
+    @cached_property
+    def _harness_model(self) -> Any:
+        from lm_eval.models.huggingface import HFLM
+
+        return HFLM(
+            pretrained=self.model,
+            tokenizer=self.tokenizer,
+            backend="causal",
+            batch_size=self.batch_size,
+        )
+
+    def _asked(self, kind: str, requests: Sequence[tuple[Any, ...]]) -> list[Any]:
+        from lm_eval.api.instance import Instance
+
+        instances = [Instance(kind, {}, request, 0) for request in requests]
+        found: list[Any] = getattr(self._harness_model, kind)(instances, disable_tqdm=True)
+        return found
 
     def _encode(self, text: str) -> list[int]:
         found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -22,6 +22,7 @@ from midstream.config import (
     TransformersDecoderConfig,
     VLMConfig,
 )
+from midstream.data.examples import TextCodec
 from midstream.data.preparation.source import canonical_tokenizer
 from midstream.exchange import import_parts, vision_checkpoints
 from midstream.exchange.import_source import (
@@ -167,6 +168,16 @@ def _progress(step: int, position: Position) -> Progress:
     )
 
 
+def _about_begin(codec: TextCodec) -> str:
+    begin = codec.begin_of_text
+    if begin is None:
+        return "BOS: none, the tokenizer puts no token before a text"
+    return (
+        f"BOS: {codec.tokenizer.id_to_token(begin)} = {begin:,} stands before each text of a text "
+        "task (the tokenizer's rule); training rows and questions about pictures go without it"
+    )
+
+
 def _remarks(config: AnyDecoderConfig, vocabulary: Vocabulary, position: Position) -> Iterator[str]:
     if vocabulary.behind:
         yield (
@@ -178,7 +189,9 @@ def _remarks(config: AnyDecoderConfig, vocabulary: Vocabulary, position: Positio
             "no tokenizer: no token was added and the data cannot be compared; give the model's "
             "own with --tokenizer"
         )
-    elif isinstance(config, TransformersDecoderConfig):
+    else:
+        yield _about_begin(vocabulary.codec)
+    if vocabulary.codec is not None and isinstance(config, TransformersDecoderConfig):
         stated = config.settings.get("eos_token_id")
         ends = stated if isinstance(stated, list) else [stated]
         if stated is not None and vocabulary.codec.end_of_text not in ends:

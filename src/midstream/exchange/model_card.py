@@ -268,7 +268,10 @@ def _score(stage: Evaluate, ledger: Ledger) -> ScoreEntry:
         (
             task,
             str(found["metric"]),
-            *(_percent(found[key]) for key in ("score", "stderr", "chance")),
+            *(
+                _percent(found[key]) if found["chance"] is not None else _number(found[key])
+                for key in ("score", "stderr", "chance")
+            ),
             "-" if found["kind"] == "text" else _percent(found["blind"]),
             _number(found["num_examples"]),
             _number(found.get("unparsable")),

@@ -127,7 +127,7 @@ _FINAL_WEIGHTS = {
 
 
 def holds_final_weights(repository: str, revision: str | None) -> bool:
-    """Whether a branch that is named for a step is publicly known to serve the last one's weights."""
+    """Whether a branch named for a step is publicly known to serve the last one's weights."""
     step = re.fullmatch(r"step(\d+)", revision or "")
     return step is not None and int(step[1]) in _FINAL_WEIGHTS.get(repository, ())
 
