@@ -6,17 +6,27 @@ tokens. Embeddings and heads are scaled up, so that answers differ from one prom
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
-WORDS = (
+SENTENCE = (
     "Is there a cat dog car in the image ? Yes No yes no True False A B C D red blue . Answer with "
     "using single word or phrase What colour is it : USER ASSISTANT user assistant model"
-).split()
+)
+WORDS = SENTENCE.split()
 PAIRED = [word for word in WORDS if word.isalpha()]
 TEXT = {
     "hidden_size": 32,
@@ -156,10 +166,15 @@ PALIGEMMA = template("<image>", turn="", text="{{ c.text }}", end="", asks="")
 
 
 def save(model: Any, processor: Any, folder: Path, *, by: float = 8.0) -> None:
-    """Write both, tokens' rows `by` times as large."""
+    """Write both, projections and tokens' rows `by` times as large, but for rows that are tied: a
+    model would repeat its last token."""
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    scaled = ("proj",) if tied else ("proj", "lm_head", "embed")
     with torch.no_grad():
         for name, value in model.named_parameters():
-            if value.ndim > 1 and ("lm_head" in name or "embed_tokens" in name):
+            if "mm_input_projection_weight" in name:
+                value.normal_(0, 0.5)
+            elif value.ndim > 1 and any(part in name for part in scaled):
                 value.mul_(by)
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -268,14 +283,7 @@ def gemma3(folder: Path) -> None:
         chat_template=GEMMA,
         image_seq_length=4,
     )
-    model = transformers.Gemma3ForConditionalGeneration(config)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if "mm_input_projection_weight" in name:
-                value.normal_(0, 0.5)
-            elif "proj" in name and value.ndim == 2:
-                value.mul_(12)
-    save(model, processor, folder, by=4.0)
+    save(transformers.Gemma3ForConditionalGeneration(config), processor, folder, by=12.0)
 
 
 def paligemma(folder: Path, *, chat_template: str | None = PALIGEMMA) -> None:
@@ -301,7 +309,7 @@ def paligemma(folder: Path, *, chat_template: str | None = PALIGEMMA) -> None:
         projection_dim=32,
         hidden_size=32,
     )
-    save(transformers.PaliGemmaForConditionalGeneration(config), processor, folder, by=4.0)
+    save(transformers.PaliGemmaForConditionalGeneration(config), processor, folder)
 
 
 def mllama(folder: Path) -> None:
@@ -452,7 +460,8 @@ def put_together(name: str, parts: dict[str, Any], text: str, more: dict[str, An
         for key in ("fake_image", "image", "end_of_utterance", "global_image"):
             setattr(made, f"{key}_token", getattr(tokens, f"{key}_token"))
         made.image_token_id = tokens.convert_tokens_to_ids("<image>")
-        made.global_image_token = "<global-img>"
+        # Asked for its settings also where there are no videos.
+        made.video_processor = SimpleNamespace(num_frames=1, fps=1)
     for key, value in more.items():
         setattr(made, key, value)
     return made
@@ -461,9 +470,7 @@ def put_together(name: str, parts: dict[str, Any], text: str, more: dict[str, An
 def language_model(folder: Path, tokenizer: Tokenizer | None = None, **more: Any) -> None:
     """A Llama without eyes, with a chat template."""
     tokens = llama2(tokenizer)
-    tokens.chat_template = (
-        "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
-    )
+    tokens.chat_template = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
     model = transformers.LlamaForCausalLM(text_config(transformers.LlamaConfig, tokens, **more))
     save(model, tokens, folder)
 
