@@ -6,7 +6,6 @@ tokens. Embeddings and heads are scaled up, so that answers differ from one prom
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -460,8 +459,6 @@ def put_together(name: str, parts: dict[str, Any], text: str, more: dict[str, An
         for key in ("fake_image", "image", "end_of_utterance", "global_image"):
             setattr(made, f"{key}_token", getattr(tokens, f"{key}_token"))
         made.image_token_id = tokens.convert_tokens_to_ids("<image>")
-        # Asked for its settings also where there are no videos.
-        made.video_processor = SimpleNamespace(num_frames=1, fps=1)
     for key, value in more.items():
         setattr(made, key, value)
     return made

@@ -144,7 +144,12 @@ class TransformersAnswerer:
         results: list[list[float]] = [[] for _ in prompts]
         for part in self._parts(images):
             inputs = self._inputs([prompts[i] for i in part], [images[i] for i in part])
-            replies = [self._replies(prompts[i], images[i], choices[i]) for i in part]
+            # Padding stands on the left.
+            ends = self.tokenizer.batch_decode(inputs["input_ids"][:, -1:])
+            replies = [
+                self._replies(prompts[i], images[i], choices[i], end)
+                for i, end in zip(part, ends, strict=True)
+            ]
             # All first tokens are read off one step.
             short = all(len(ids) == 1 for own in replies for ids in own)
             for place in range(1 if short else max(map(len, replies))):
@@ -272,12 +277,14 @@ class TransformersAnswerer:
             ) from None
         return str(text)
 
-    def _replies(self, prompt: str, image: Path | None, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of the replies behind their prompt, a space between them where the template
-        writes one; a template that has no word on replies stands for one unless it ends in one."""
+    def _replies(
+        self, prompt: str, image: Path | None, texts: Sequence[str], end: str
+    ) -> list[list[int]]:
+        """Tokens of the replies behind their prompt, whose last token is `end`. A space parts them
+        where the template writes one; where it has no word on replies, unless the prompt ends in
+        white space."""
         question = self._question(prompt, image)
         head = self._rendered([question])
-        lead = "" if head[-1:].isspace() else " "
         reply = {"role": "assistant", "content": texts[0]}
         if self.processor is not None:
             reply = _turn("assistant", texts[0], [])
@@ -286,8 +293,11 @@ class TransformersAnswerer:
         except ValueError:
             whole = ""
         between, known, _ = whole[len(head) :].partition(texts[0])
-        if whole.startswith(head) and known and not between.strip():
-            lead = between
+        told = whole.startswith(head) and known and not between.strip()
+        # PaliGemma's processor ends a prompt with a line that its text does not have.
+        if end.isspace() and not head.endswith(end):
+            head += end
+        lead = between if told else "" if head[-1:].isspace() else " "
         return reply_tokens(self._encode, head, [lead + text for text in texts])
 
 
