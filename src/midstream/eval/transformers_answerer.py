@@ -99,7 +99,10 @@ class TransformersAnswerer:
                 "ask it text tasks, or name a vision-language model"
             )
         self._check_template()
-        shown, bare = (self._rendered([_turn("user", "What?", p)]) for p in ([{}], []))
+        shown, bare = (
+            self._rendered([_turn("user", "What?", [{}])]),
+            self._rendered([_turn("user", "What?", [])]),
+        )
         if shown == bare or "'type': 'image'" in shown:
             raise ValueError(
                 f"{self.name}: its chat template drops the picture of a message; put the template "
