@@ -190,7 +190,10 @@ def _open_model(name: str, request: dict[str, Any]) -> tuple[Answerer, Path]:
     from midstream.eval.transformers_answerer import TransformersAnswerer
 
     trusted = request["trust_remote_code"]
-    return TransformersAnswerer(name, device, trust_remote_code=trusted, **options), data
+    peer = TransformersAnswerer(name, device, trust_remote_code=trusted, **options)
+    if _asked(request, data).visual_tasks:
+        peer.check_pictures()
+    return peer, data
 
 
 def _asked(request: dict[str, Any], data: Path) -> Evaluation:

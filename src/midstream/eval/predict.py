@@ -10,6 +10,7 @@ from midstream.config import AnyEncoderConfig, TransformersDecoderConfig
 from midstream.data.examples import TextCodec, question_ids
 from midstream.data.features import FILL_BATCH, Encode
 from midstream.data.images import decode_pixels
+from midstream.eval.replies import reply_tokens
 from midstream.model.generate import choice_logprobs, generate, sequence_logprobs
 from midstream.model.vlm import VLM
 from midstream.model.weights import weights_digest
@@ -80,8 +81,10 @@ class ModelAnswerer:
 
         Raises ValueError for a picture given to a model without an encoder.
         """
-        ids = [[self.codec.encode(f" {text}") for text in own] for own in choices]
-        replies = [first_tokens(own) for own in ids]
+        # As in training: behind a separator, a text of their own.
+        replies = [
+            reply_tokens(self.codec.encode, "", [f" {text}" for text in own]) for own in choices
+        ]
         results: list[list[float]] = [[] for _ in prompts]
         for chosen, features, image_of in self._by_sight(images):
             shown = features is not None
@@ -233,9 +236,3 @@ class ModelAnswerer:
                 break
             held -= self._features.pop(path).nbytes
         return torch.from_numpy(np.stack(found))
-
-
-def first_tokens(answers: list[list[int]]) -> list[list[int]]:
-    """The answers' first tokens where these differ from one another, else the whole answers."""
-    heads = [ids[:1] for ids in answers]
-    return heads if len({tuple(head) for head in heads}) == len(heads) else answers

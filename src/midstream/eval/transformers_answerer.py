@@ -1,29 +1,36 @@
 """Models of `transformers` behind the `Answerer` protocol: exported folders, and other people's.
 
-Prompts go through the model's own processor and chat template. An answer may depend in its last
-bits on what stands beside it: only Midstream's own models are asked in batches of fixed shape.
+Prompts are what the model's own processor makes of a conversation by its chat template, and all of
+its tensors go in. An answer may depend in its last bits on what stands beside it: only Midstream's
+own models are asked in batches of fixed shape.
 """
 
 import hashlib
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from jinja2 import TemplateError
 
+from midstream.data.images import decode
+from midstream.eval.replies import reply_tokens
 from midstream.identity import file_sha256
 from midstream.source_files import is_hidden, is_note
+
+# Made by some processors for models that do not take them, or for training alone.
+_UNASKED = ("token_type_ids", "labels")
 
 
 class TransformersAnswerer:
     """A vision-language model of the image-text-to-text auto class, or a causal language model.
 
-    name: a folder, or a name on the hub. Raises ValueError for a model without a chat template
-    when it is asked about pictures, OSError where `transformers` finds no model.
+    name: a folder, or a name on the hub. Raises OSError where `transformers` finds no model, and
+    ValueError for a model with eyes whose processor is missing or needs a package that is.
     """
 
     def __init__(
@@ -59,23 +66,79 @@ class TransformersAnswerer:
             tokenizer = transformers.AutoTokenizer.from_pretrained(self.name, **trusted)
             model = transformers.AutoModelForCausalLM.from_pretrained(self.name, **options)
             return None, tokenizer, model
-        processor = transformers.AutoProcessor.from_pretrained(self.name, **trusted)
+        processor = self._open_processor(trusted)
         model = transformers.AutoModelForImageTextToText.from_pretrained(self.name, **options)
         return processor, processor.tokenizer, model
+
+    def _open_processor(self, trusted: dict[str, bool]) -> Any:
+        import transformers
+
+        try:
+            processor = transformers.AutoProcessor.from_pretrained(self.name, **trusted)
+        except Exception as error:
+            told = " ".join(str(error).split())
+            absent = not transformers.utils.is_torchvision_available()
+            if absent and any(word in told.lower() for word in ("torchvision", "video")):
+                raise ValueError(
+                    f"{self.name}: its processor needs torchvision, which is not installed; "
+                    "pip install torchvision"
+                ) from None
+            raise ValueError(
+                f"{self.name} has weights and no processor that can be opened ({told}); put its "
+                "processor_config.json or preprocessor_config.json beside the weights"
+            ) from None
+        if not isinstance(processor, transformers.ProcessorMixin):
+            raise ValueError(
+                f"{self.name} has weights and no processor, only a {type(processor).__name__}; put "
+                "its processor_config.json or preprocessor_config.json beside the weights"
+            )
+        return processor
+
+    def check_pictures(self) -> None:
+        """Raises ValueError, with what to do, for a model that cannot be asked about pictures: it
+        takes none, it has no chat template, or its template drops them."""
+        if self.processor is None:
+            raise ValueError(
+                f"{self.name} takes no pictures ({self.config.model_type} is a language model); "
+                "ask it text tasks, or name a vision-language model"
+            )
+        self._check_template()
+        shown, bare = (
+            self._rendered([_turn("user", "What?", [{}])]),
+            self._rendered([_turn("user", "What?", [])]),
+        )
+        if shown == bare or "'type': 'image'" in shown:
+            raise ValueError(
+                f"{self.name}: its chat template drops the picture of a message; put the template "
+                "that the model was trained with into its folder as chat_template.jinja"
+            )
+
+    def _check_template(self) -> None:
+        teller = self.processor or self.tokenizer
+        held = getattr(teller, "chat_template", None)
+        if held is None or (isinstance(held, dict) and "default" not in held):
+            known = [repr(key) for key in held or {}]
+            if held is None and getattr(self.tokenizer, "chat_template", None) is not None:
+                known.append("its tokenizer's, which the processor does not use")
+            raise ValueError(
+                f"{self.name} has no chat template, so that nobody knows how it is asked (known: "
+                f"{', '.join(known) or 'none'}); put one into its folder as chat_template.jinja"
+            )
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
         """Greedy answers, one a prompt; see `eval.task.Answerer`."""
-        replies: list[str] = []
-        for start in range(0, len(prompts), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            inputs = self._inputs(prompts[part], images[part])
+        replies = [""] * len(prompts)
+        for part in self._parts(images):
+            inputs = self._inputs([prompts[i] for i in part], [images[i] for i in part])
             found = self.model.generate(
                 **inputs, do_sample=False, max_new_tokens=self.max_new_tokens
             )
             new = found[:, inputs["input_ids"].shape[1] :]
-            replies += self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [reply.strip() for reply in replies]
+            texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+            for i, text in zip(part, texts, strict=True):
+                replies[i] = text.strip()
+        return replies
 
     @torch.no_grad()
     def choose(
@@ -85,21 +148,43 @@ class TransformersAnswerer:
         choices: Sequence[Sequence[str]],
     ) -> list[list[float]]:
         """Log-probabilities of fixed replies; see `eval.task.Answerer`."""
-        results = []
-        for prompt, image, own in zip(prompts, images, choices, strict=True):
-            inputs = self._inputs([prompt], [image])
-            head = inputs.pop("input_ids")
-            inputs.pop("attention_mask", None)
-            whole = [self._reply(head[0], text) for text in own]
-            firsts = {ids[0] for ids in whole}
-            replies = [ids[:1] for ids in whole] if len(firsts) == len(whole) else whole
-            row = []
-            for ids in replies:
-                tail = torch.tensor([ids], device=self.device)
-                logits = self.model(input_ids=torch.cat((head, tail), dim=1), **inputs).logits
-                row.append(_logprob(logits[0, -len(ids) - 1 : -1], tail[0])[0])
-            results.append(row)
+        results: list[list[float]] = [[] for _ in prompts]
+        for part in self._parts(images):
+            inputs = self._inputs([prompts[i] for i in part], [images[i] for i in part])
+            # Padding stands on the left.
+            ends = self.tokenizer.batch_decode(inputs["input_ids"][:, -1:])
+            replies = [
+                self._replies(prompts[i], images[i], choices[i], end)
+                for i, end in zip(part, ends, strict=True)
+            ]
+            # All first tokens are read off one step.
+            short = all(len(ids) == 1 for own in replies for ids in own)
+            for place in range(1 if short else max(map(len, replies))):
+                logprobs = self._written(inputs, [own[min(place, len(own) - 1)] for own in replies])
+                for row, (i, own) in enumerate(zip(part, replies, strict=True)):
+                    for ids in own if short else own[place : place + 1]:
+                        steps = zip(logprobs, ids, strict=False)
+                        results[i].append(sum(float(step[row, token]) for step, token in steps))
         return results
+
+    def _written(self, inputs: dict[str, Any], replies: list[list[int]]) -> list[torch.Tensor]:
+        """Log-probabilities [rows, vocabulary] at each step of generation that is made to write the
+        replies, so that every tensor grows as the model's own code lets it grow."""
+        start = inputs["input_ids"].shape[1]
+
+        def only(row: int, ids: torch.Tensor) -> list[int]:
+            return replies[row][len(ids) - start :][:1] or replies[row][-1:]
+
+        found = self.model.generate(
+            **inputs,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max(map(len, replies)),
+            prefix_allowed_tokens_fn=only,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return [logits.float().log_softmax(dim=-1).cpu() for logits in found.logits]
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Of continuations of plain texts, by lm-evaluation-harness's `hf` model."""
@@ -150,52 +235,95 @@ class TransformersAnswerer:
         found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return found
 
-    def _reply(self, head: torch.Tensor, text: str) -> list[int]:
-        """A reply's tokens behind a prompt; a space comes first unless the prompt ends in one."""
-        ends = self.tokenizer.decode(head[-1:])
-        return self._encode(text if ends[-1:].isspace() else f" {text}")
+    def _parts(self, images: Sequence[Path | None]) -> Iterator[list[int]]:
+        """Batches: of prompts with pictures, then of prompts without."""
+        for seen in (True, False):
+            own = [i for i, image in enumerate(images) if (image is not None) == seen]
+            for start in range(0, len(own), self.batch_size):
+                yield own[start : start + self.batch_size]
 
     def _inputs(self, prompts: Sequence[str], images: Sequence[Path | None]) -> dict[str, Any]:
-        """Prompts laid out by the model's chat template, with their pictures."""
-        texts = []
-        for prompt, image in zip(prompts, images, strict=True):
-            if image is not None and self.processor is None:
-                raise ValueError(f"{self.name} sees nothing and cannot be asked about {image}")
-            if getattr(self.processor or self.tokenizer, "chat_template", None) is None:
-                raise ValueError(
-                    f"{self.name} has no chat template, so that nobody knows how it is asked; put "
-                    "a chat_template.jinja into its folder"
-                )
-            shown: list[dict[str, str]] = [{"type": "image"}] if image is not None else []
-            content: Any = [*shown, {"type": "text", "text": prompt}]
-            teller = self.processor or self.tokenizer
-            message = {"role": "user", "content": content if self.processor else prompt}
-            texts.append(
-                teller.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        """Prompts, all with a picture or all without, as the processor makes them."""
+        if images[0] is not None:
+            self.check_pictures()
+        self._check_template()
+        options: dict[str, Any] = {"padding": True}
+        if self.processor is not None:
+            options = {"processor_kwargs": options}
+        inputs = (self.processor or self.tokenizer).apply_chat_template(
+            [
+                [self._question(prompt, image, opened=True)]
+                for prompt, image in zip(prompts, images, strict=True)
+            ],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            **options,
+        )
+        floats = {"dtype": self.model.dtype} if self.processor is not None else {}
+        taken = {
+            name
+            for way in (self.model.forward, self.model.prepare_inputs_for_generation)
+            for name in inspect.signature(way).parameters
+        } - {"labels"}
+        moved = inputs.to(self.device, **floats)
+        return {key: value for key, value in moved.items() if key in taken or key not in _UNASKED}
+
+    def _question(self, prompt: str, image: Path | None, *, opened: bool = False) -> dict[str, Any]:
+        if self.processor is None:
+            return {"role": "user", "content": prompt}
+        pictures: list[dict[str, Any]] = [] if image is None else [{}]
+        if image is not None and opened:
+            pictures = [{"image": decode(image.read_bytes(), str(image))}]
+        return _turn("user", prompt, pictures)
+
+    def _rendered(self, conversation: list[dict[str, Any]], *, asks: bool = True) -> str:
+        """The text of a conversation; with `asks` up to where the model's reply begins."""
+        teller = self.processor or self.tokenizer
+        try:
+            text = teller.apply_chat_template(
+                conversation, add_generation_prompt=asks, tokenize=False
             )
-        shown_images = [_open(image) for image in images if image is not None]
-        options: dict[str, Any] = {"return_tensors": "pt", "padding": True}
-        if shown_images:
-            inputs = self.processor(text=texts, images=shown_images, **options)
-        else:
-            inputs = self.tokenizer(texts, add_special_tokens=False, **options)
-        inputs.pop("token_type_ids", None)
-        return {key: value.to(self.device) for key, value in inputs.items()}
+        except (TemplateError, TypeError) as error:
+            raise ValueError(
+                f"{self.name}: its chat template cannot lay a question out ({error}); put one that "
+                "can into its folder as chat_template.jinja"
+            ) from None
+        return str(text)
+
+    def _replies(
+        self, prompt: str, image: Path | None, texts: Sequence[str], end: str
+    ) -> list[list[int]]:
+        """Tokens of the replies behind their prompt, whose last token is `end`. A space parts them
+        where the template writes one; where it has no word on replies, unless the prompt ends in
+        white space."""
+        question = self._question(prompt, image)
+        head = self._rendered([question])
+        reply = {"role": "assistant", "content": texts[0]}
+        if self.processor is not None:
+            reply = _turn("assistant", texts[0], [])
+        try:
+            whole = self._rendered([question, reply], asks=False)
+        except ValueError:
+            whole = ""
+        between, known, _ = whole[len(head) :].partition(texts[0])
+        told = whole.startswith(head) and known and not between.strip()
+        # PaliGemma's processor ends a prompt with a line that its text does not have.
+        if end.isspace() and not head.endswith(end):
+            head += end
+        lead = between if told else "" if head[-1:].isspace() else " "
+        return reply_tokens(self._encode, head, [lead + text for text in texts])
 
 
-def _open(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
+def _turn(role: str, text: str, pictures: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    shown = [{"type": "image", **picture} for picture in pictures]
+    return {"role": role, "content": [*shown, {"type": "text", "text": text}]}
 
 
 def _maps_pictures(config: Any) -> bool:
     known = getattr(config, "auto_map", None) or {}
     return "AutoModelForImageTextToText" in known
-
-
-def _logprob(logits: torch.Tensor, ids: torch.Tensor) -> tuple[float, bool]:
-    chances = logits.float().log_softmax(dim=-1).gather(1, ids[:, None])
-    return float(chances.double().sum()), bool((logits.argmax(dim=-1) == ids).all())
 
 
 def _digest(folder: Path, config: Any, dtype: torch.dtype) -> str:

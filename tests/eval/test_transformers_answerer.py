@@ -1,0 +1,249 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from transformers import PreTrainedTokenizerFast
+
+import peer_checkpoints
+from midstream.data.images import decode
+from midstream.eval.replies import reply_tokens
+from midstream.eval.transformers_answerer import TransformersAnswerer
+
+PROMPTS = ["Is there a cat in the image?", "What colour is it? Answer with a single word.", "A"]
+FAMILIES = ["LLaVA 1.5", "LLaVA-NeXT", "Gemma 3", "Llama 3.2 Vision", "Idefics 3", "PaliGemma"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("families")
+
+    def folder(family: str) -> Path:
+        place = root / family.replace(" ", "-")
+        if not place.is_dir():
+            peer_checkpoints.build(family, place)
+        return place
+
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    paths = []
+    for number, (width, height) in enumerate([(64, 48), (40, 90), (32, 32)]):
+        raster = np.random.default_rng(number).integers(0, 255, (height, width, 3), dtype=np.uint8)
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray(raster).save(paths[-1])
+    return paths
+
+
+def opened(folder: Path, batch_size: int = 4) -> TransformersAnswerer:
+    return TransformersAnswerer(
+        str(folder), torch.device("cpu"), max_new_tokens=8, batch_size=batch_size
+    )
+
+
+def documented(peer: TransformersAnswerer, prompt: str, picture: Path) -> Any:
+    content = [{"type": "image", "image": Image.open(picture).convert("RGB")}]
+    message = {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}
+    return peer.processor.apply_chat_template(
+        [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_of_pictures_is_answered_as_the_library_answers_one_by_one(
+    folders: Callable[[str], Path], pictures: list[Path], family: str
+) -> None:
+    peer = opened(folders(family))
+    expected = []
+    for prompt, picture in zip(PROMPTS, pictures, strict=True):
+        inputs = documented(peer, prompt, picture)
+        ours = peer._inputs([prompt], [picture])
+        for key, value in inputs.items():
+            if key != "labels":
+                torch.testing.assert_close(ours[key], value)
+        new = peer.model.generate(**inputs, do_sample=False, max_new_tokens=8)
+        new = new[0, inputs["input_ids"].shape[1] :]
+        expected.append(peer.tokenizer.decode(new, skip_special_tokens=True).strip())
+    assert peer.generate(PROMPTS, list(pictures)) == expected
+    assert len(set(expected)) > 1
+
+
+@pytest.mark.parametrize("family", ["LLaVA 1.5", "Gemma 3", "Llama 3.2 Vision"])
+def test_a_whole_reply_has_the_probability_that_one_pass_over_it_gives(
+    folders: Callable[[str], Path], pictures: list[Path], family: str
+) -> None:
+    peer = opened(folders(family))
+    options = ("red cat", "red dog in the image")
+    found = peer.choose(PROMPTS, list(pictures), [options] * 3)
+    for prompt, picture, values in zip(PROMPTS, pictures, found, strict=True):
+        inputs = documented(peer, prompt, picture)
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        head = peer.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        length = inputs["input_ids"].shape[1]
+        for text, value in zip(options, values, strict=True):
+            lead = "" if head[-1].isspace() else " "
+            whole = peer.processor(
+                text=[head + lead + text],
+                images=[[Image.open(picture).convert("RGB")]],
+                add_special_tokens=family == "LLaVA 1.5",
+                return_tensors="pt",
+            )
+            ids = whole["input_ids"][0]
+            assert ids[:length].tolist() == inputs["input_ids"][0].tolist()
+            with torch.no_grad():
+                logits = peer.model(**whole).logits[0, length - 1 : -1].log_softmax(dim=-1)
+            total = logits.gather(1, ids[length:, None]).sum()
+            assert value == pytest.approx(float(total), abs=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_likeliest_choice_is_what_a_plain_model_writes(
+    folders: Callable[[str], Path], pictures: list[Path], family: str
+) -> None:
+    peer = opened(folders(family))
+    written = ["Yes", "No", "yes", "no", "True", "False", "A", "B", "C", "D", "red", "blue"]
+    for prompt, picture in zip(PROMPTS, pictures, strict=True):
+        inputs = documented(peer, prompt, picture)
+        end = peer.tokenizer.decode(inputs["input_ids"][0, -1:])
+        ids = [own[0] for own in peer._replies(prompt, picture, written, end)]
+        with torch.no_grad():
+            logits = peer.model(**inputs).logits[0, -1]
+        chances = logits.log_softmax(dim=-1)[ids]
+        [found] = peer.choose([prompt], [picture], [written])
+        assert found == pytest.approx(chances.tolist(), abs=1e-3)
+        texts = peer.tokenizer.batch_decode([[one] for one in ids])
+        assert [text.strip() for text in texts] == written
+
+
+def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
+    start = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    marked = {
+        name: peer_checkpoints.fast(
+            peer_checkpoints.sentencepiece(name), ["<x>"], adds_start=True, **start
+        )
+        for name in ("legacy", "first", "always", None)
+    }
+    level = peer_checkpoints.fast(peer_checkpoints.byte_level(), ["<x>"], adds_start=True, **start)
+    return {**{f"sentencepiece {name}": one for name, one in marked.items()}, "byte level": level}
+
+
+@pytest.mark.parametrize("reply", ["Yes", "No", "A", "True", "red"])
+@pytest.mark.parametrize("head", ["USER: What? ASSISTANT:", "user\nWhat?<x>\n", "a [/INST]"])
+def test_a_reply_is_one_word_that_stands_where_it_is_written(head: str, reply: str) -> None:
+    for name, one in tokenizers().items():
+
+        def encode(text: str, one: PreTrainedTokenizerFast = one) -> list[int]:
+            return list(one(text, add_special_tokens=False)["input_ids"])
+
+        lead = "" if head[-1].isspace() else " "
+        [ids] = reply_tokens(encode, head, [lead + reply])
+        spelt = one.convert_ids_to_tokens(ids)
+        if lead:
+            assert spelt == [("Ġ" if name == "byte level" else "▁") + reply], name
+        else:
+            assert reply.startswith("".join(spelt)), name
+
+
+def test_a_reply_that_melts_into_its_prompt_is_taken_without_a_space_of_its_own() -> None:
+    for name, one in tokenizers().items():
+        ids = reply_tokens(
+            lambda text, one=one: list(one(text, add_special_tokens=False)["input_ids"]),
+            "Answer with a ",
+            ["Yes", "No"],
+        )
+        for row in ids:
+            assert one.convert_ids_to_tokens(row)[0][0] in "YN", name
+
+
+def test_a_picture_is_opened_as_the_stages_open_it(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    peer = opened(folders("LLaVA 1.5"))
+    scene = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    clear = np.dstack([scene, np.where(scene[..., 0] > 99, 255, 0).astype(np.uint8)])
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(clear, "RGBA").save(tmp_path / "clear.png")
+    Image.fromarray(scene[..., 0].astype(np.uint16) * 257).save(tmp_path / "grey.png")
+    Image.fromarray(scene).save(tmp_path / "turned.jpg", exif=turned)
+    for path in sorted(tmp_path.iterdir()):
+        upright = decode(path.read_bytes(), path.name)
+        expected = peer.processor.image_processor(upright, return_tensors="pt")["pixel_values"]
+        assert peer._inputs(["A"], [path])["pixel_values"].equal(expected), path.name
+
+
+def test_a_model_without_eyes_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    peer_checkpoints.language_model(tmp_path / "blind")
+    peer = opened(tmp_path / "blind")
+    with pytest.raises(ValueError, match=r"takes no pictures .* text tasks"):
+        peer.check_pictures()
+    with pytest.raises(ValueError, match="takes no pictures"):
+        peer.choose(["A"], [tmp_path / "none.png"], [["Yes", "No"]])
+    assert len(peer.generate(["A", "What colour"], [None, None])) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "no chat template.*known: none"),
+        ("{% for m in messages %}{{ m.content[-1].text }}{% endfor %}", "drops the picture"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "drops the picture"),
+        ("{% for m in messages %}{{ 'a' + m.content }}{% endfor %}", "cannot lay a question out"),
+    ],
+)
+def test_a_template_that_cannot_ask_about_pictures_is_refused(
+    tmp_path: Path, text: str | None, told: str
+) -> None:
+    peer_checkpoints.llava(tmp_path / "odd", chat_template=text)
+    with pytest.raises(ValueError, match=told) as caught:
+        opened(tmp_path / "odd").check_pictures()
+    assert "odd" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_templates_that_are_known_are_named(tmp_path: Path) -> None:
+    peer_checkpoints.llava(tmp_path / "odd", chat_template=None)
+    peer = opened(tmp_path / "odd")
+    peer.tokenizer.chat_template = peer_checkpoints.VICUNA
+    with pytest.raises(ValueError, match="known: its tokenizer's"):
+        peer.check_pictures()
+    peer.processor.chat_template = {"rag": "a", "tool_use": "b"}
+    with pytest.raises(ValueError, match="known: 'rag', 'tool_use'"):
+        peer.check_pictures()
+
+
+def test_weights_without_a_processor_are_refused(tmp_path: Path) -> None:
+    peer_checkpoints.llava(tmp_path / "bare")
+    (tmp_path / "bare" / "processor_config.json").unlink()
+    with pytest.raises(ValueError, match="weights and no processor") as caught:
+        opened(tmp_path / "bare")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(
+    transformers.utils.is_torchvision_available(), reason="torchvision is installed"
+)
+def test_a_processor_that_needs_torchvision_says_so(folders: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match=r"needs torchvision.*pip install torchvision"):
+        opened(folders("Qwen2-VL"))
+
+
+def test_a_start_token_that_the_template_writes_is_not_written_twice(tmp_path: Path) -> None:
+    peer_checkpoints.llava(
+        tmp_path / "bos", chat_template="{{ bos_token }}" + peer_checkpoints.VICUNA
+    )
+    peer = opened(tmp_path / "bos")
+    config = json.loads((tmp_path / "bos" / "config.json").read_text())
+    image = tmp_path / "0.png"
+    Image.new("RGB", (32, 32), "red").save(image)
+    ids = peer._inputs(["A"], [image])["input_ids"][0].tolist()
+    assert ids.count(config["text_config"]["bos_token_id"]) == 1
