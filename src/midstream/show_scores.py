@@ -118,7 +118,8 @@ def print_scores(rows: dict[str, dict[str, Any]], console: Console) -> None:
         told = {f"stable {kind}": value for kind, value in row["stable"].items()}
         parts = [f"{kind} {_percent(v)}" for kind, v in told.items() if v is not None]
         parts += [f"{suite} {_suite(found)}" for suite, found in row["suites"].items()]
-        console.print(f"{name}: {'; '.join(parts)}", soft_wrap=True, markup=False)
+        if parts:
+            console.print(f"{name}: {'; '.join(parts)}", soft_wrap=True, markup=False)
         short = {t: r["shortened"] for t, r in row["tasks"].items() if r["shortened"]}
         for task, found in row["tasks"].items():
             if found.get("note"):

@@ -296,8 +296,8 @@ def test_the_fingerprint_of_a_world_reads_no_byte_of_a_prepared_source(
     replace_by_prepared(root, tmp_path, ["captions/pics"], tokenizer_of(tmp_path / "first").path)
     read: list[Path] = []
 
-    def note(path: Path) -> str:
-        read.append(path)
+    def note(path: str | Path) -> str:
+        read.append(Path(path))
         return file_sha256(path)
 
     monkeypatch.setattr("midstream.identity.file_sha256", note)

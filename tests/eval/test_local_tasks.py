@@ -339,6 +339,19 @@ def test_a_hub_that_does_not_answer_is_said_at_once(
     assert "\n" not in str(error.value)
 
 
+def test_a_data_set_that_was_downloaded_before_needs_no_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE=0"):
+        harness_task("gsm8k", tmp_path)
+    (tmp_path / "openai___gsm8k").mkdir()
+    assert harness_task("gsm8k", tmp_path).fetched
+    with pytest.raises(FileNotFoundError, match="lambada_openai"):
+        harness_task("lambada_openai", tmp_path)
+
+
 def test_a_missing_file_is_named_with_who_published_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

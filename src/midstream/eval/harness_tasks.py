@@ -46,7 +46,8 @@ def harness_task(name: str, folder: Path) -> TextTask:
     own = hub_folder(folder, name)
     if own is not None and entry.kind.name == "TASK":
         return _from_files(name, own, entry, chance)
-    _require_hub(name, folder)
+    if not _may_be_cached(entry):
+        _require_hub(name, folder)
     return TextTask(name, chance, settings, None)
 
 
@@ -135,6 +136,15 @@ def _split_files(
 def _first_word(name: str) -> str:
     """ "test-00000-of-00001.parquet" -> "test"."""
     return name.split(".")[0].split("-")[0].split("_")[0].lower()
+
+
+def _may_be_cached(entry: Any) -> bool:
+    """Whether the cache of `datasets` holds a task's data set, from an earlier download."""
+    import datasets  # type: ignore[import-untyped]
+
+    path = (entry.cfg or {}).get("dataset_path") if entry.kind.name == "TASK" else None
+    known = str(path).replace("/", "___")
+    return path is not None and (Path(datasets.config.HF_DATASETS_CACHE) / known).is_dir()
 
 
 def _require_hub(name: str, folder: Path) -> None:
