@@ -18,7 +18,14 @@ from midstream.config import (
 )
 from midstream.exchange.export_towers import inner_width, stock_tensors
 from midstream.exchange.huggingface import read_config, unwrapped
-from midstream.exchange.vision_checkpoints import LOADING, colours, encoder_config, few, fitting
+from midstream.exchange.vision_checkpoints import (
+    LOADING,
+    colours,
+    encoder_config,
+    few,
+    fitting,
+    pictures,
+)
 from midstream.model.decoder import Decoder
 from midstream.model.pretrained import TransformersDecoder
 from midstream.model.transformers_config import describe, with_vocabulary
@@ -208,7 +215,7 @@ def _own_config(folder: Path, tower: dict[str, Any], feature_dtype: str | None) 
     mean, std = colours(folder, (0.5,) * 3, (0.5,) * 3)
     if tower["repaint"] is not None:
         _, _, mean, std = tower["repaint"]
-    size = int(read_json(folder / "processor_config.json")["image_size"])
+    size = int(pictures(folder)["image_size"])
     settings = {
         "family": family,
         "image_size": size,

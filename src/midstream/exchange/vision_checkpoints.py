@@ -2,7 +2,6 @@
 them."""
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,18 +150,13 @@ def encoder_config(stated: Any, folder: Path, **seen: Any) -> EncoderConfig:
 
 def colours(folder: Path, mean: Any, std: Any) -> tuple[Any, Any]:
     """Mean and standard deviation that a folder's own processor takes, else those given."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        values = _pictures(folder / name)
-        if "image_mean" in values:
-            return values["image_mean"], values.get("image_std", std)
-    return mean, std
+    values = pictures(folder)
+    return values.get("image_mean", mean), values.get("image_std", std)
 
 
 def fitting(folder: Path) -> Literal["letterbox", "square", "crop"]:
     """How a folder's own processor makes a picture square."""
-    values = _pictures(folder / "processor_config.json")
-    if "resize" not in values:
-        values = _pictures(folder / "preprocessor_config.json") or values
+    values = pictures(folder)
     if "resize" in values:
         named: Literal["letterbox", "square", "crop"] = values["resize"]
         return named
@@ -171,7 +165,10 @@ def fitting(folder: Path) -> Literal["letterbox", "square", "crop"]:
     return "crop" if values.get("do_center_crop") else "square"
 
 
-def _pictures(path: Path) -> Mapping[str, Any]:
-    """What a processor's file says of pictures, whole or as a part of it."""
-    values = read_json(path) if path.is_file() else {}
-    return values.get("image_processor", values) if isinstance(values, dict) else {}
+def pictures(folder: Path) -> dict[str, Any]:
+    """What a folder's processor files say of pictures, in a file of their own or as a part."""
+    found: dict[str, Any] = {}
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        values = read_json(folder / name) if (folder / name).is_file() else {}
+        found |= values.get("image_processor", values) if isinstance(values, dict) else {}
+    return found
