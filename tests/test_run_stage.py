@@ -100,6 +100,7 @@ SOURCE_FIELDS = {
     "seen",
 }
 TASK_FIELDS = {
+    "splits",
     "kind",
     "metric",
     "score",
@@ -114,7 +115,8 @@ TASK_FIELDS = {
     "shortened",
     "details",
 }
-VISUAL_FIELDS = {"format", "splits", "wording", "answered", "note"}
+VISUAL_FIELDS = {"format", "wording", "answered", "note"}
+TEXT_FIELDS = {"higher_is_better"}
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -161,10 +163,10 @@ def test_results_have_the_fields_that_the_store_documents(ledger: Ledger, stage:
         for source in results["sources"].values():
             assert source.keys() == SOURCE_FIELDS
     if isinstance(stage, Evaluate):
-        names |= TASK_FIELDS | VISUAL_FIELDS | set(results["stable"])
+        names |= TASK_FIELDS | VISUAL_FIELDS | TEXT_FIELDS | set(results["stable"])
         for task in results["tasks"].values():
-            visual = VISUAL_FIELDS if task["kind"] == "vision" else set()
-            assert task.keys() == TASK_FIELDS | visual
+            own = VISUAL_FIELDS if task["kind"] == "vision" else TEXT_FIELDS
+            assert task.keys() == TASK_FIELDS | own
     words = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]*)`", page))))
     assert names <= words
     assert ledger.state(stage) == "done"
