@@ -35,7 +35,7 @@ test: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
-# What `make test` leaves out: kills at every write, many ranks, stuck ranks; about twenty minutes.
+# What `make test` leaves out: kills at every write, many ranks, stuck ranks.
 faults: $(READY)
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --faults -m faults
 

@@ -101,8 +101,12 @@ def _evaluate_one(
     name: str, request: dict[str, Any], console: Console, should_stop: Callable[[], bool]
 ) -> dict[str, Any]:
     """A model's results, written into their folder, and a line about them."""
+    from midstream.eval.transformers_answerer import TransformersAnswerer
+
     answerer, data = _open_model(name, request)
     evaluation = _asked(request, data)
+    if evaluation.visual_tasks and isinstance(answerer, TransformersAnswerer):
+        answerer.check_pictures()
     about = {
         "model": name,
         "data": str(data.resolve()),
@@ -190,10 +194,7 @@ def _open_model(name: str, request: dict[str, Any]) -> tuple[Answerer, Path]:
     from midstream.eval.transformers_answerer import TransformersAnswerer
 
     trusted = request["trust_remote_code"]
-    peer = TransformersAnswerer(name, device, trust_remote_code=trusted, **options)
-    if _asked(request, data).visual_tasks:
-        peer.check_pictures()
-    return peer, data
+    return TransformersAnswerer(name, device, trust_remote_code=trusted, **options), data
 
 
 def _asked(request: dict[str, Any], data: Path) -> Evaluation:

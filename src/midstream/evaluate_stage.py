@@ -33,7 +33,8 @@ def evaluate_stage(
 
     Tasks that another evaluation of this model in the store asked in the same way, of the same
     files, are taken from there. Every rank makes the call. Raises Interrupted when asked to stop,
-    ValueError for a benchmark that changed since it was planned.
+    ValueError for a benchmark that changed since it was planned, and for a task whose metric is no
+    share of right answers.
     """
     folder = ledger.folder(stage.of)
     if isinstance(stage.of, Pretrain) and stage.completion != 1.0:
@@ -69,6 +70,12 @@ def evaluate_stage(
             )
     except EvaluationStopped as reason:
         raise Interrupted(str(reason)) from None
+    others = [name for name, task in results["tasks"].items() if task["chance"] is None]
+    if others:
+        raise ValueError(
+            f"{', '.join(others)}: no share of right answers, as a study's scores are; leave out "
+            "of the study and ask with midstream eval"
+        )
     if place.rank == 0:
         remove_folder(kept)
     return {**results, "weights_digest": answerer.weights_digest}

@@ -69,7 +69,7 @@ def encoder_flops(config: AnyEncoderConfig) -> float:
         return sum(encoder_flops(tower) for tower in config.towers)
     if isinstance(config, PatchProjection):
         return patch_flops(config)
-    e, length = config.hidden_size, config.num_patches + extra_tokens(config)
+    e, length = config.hidden_size, config.num_patches + config.num_prefix
     matrices = 4 * e * e + feed_forward_parameters(config)
     block = length * (2 * matrices + 2 * 2 * e * length)
     return patch_flops(config) + (config.num_layers + 1 + config.feature_layer) * block
@@ -83,11 +83,6 @@ def feed_forward_parameters(config: EncoderConfig) -> int:
     # Gate and value, then out; DINOv2 takes two thirds, rounded up to a multiple of 8.
     inner = m if config.family == "dinov3" else (int(m * 2 / 3) + 7) // 8 * 8
     return 3 * e * inner
-
-
-def extra_tokens(config: EncoderConfig) -> int:
-    """Positions beside the patches: class token and registers."""
-    return config.num_prefix
 
 
 def projector_flops(widths: Sequence[int], patches: float | int) -> float:

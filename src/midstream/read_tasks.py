@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from midstream.eval.find_task import other_images, read_choice_task, read_visual_task
+from midstream.eval.harness_tasks import require_share
 
 # Of a task's pictures all are looked for, and so many decoded: always the same ones.
 NUM_DECODED = 64
@@ -27,7 +28,7 @@ def read(request: dict[str, Any]) -> None:
     """
     world, name, limit = Path(request["world"]), request["task"], request["limit"]
     if request["kind"] == "text":
-        read_choice_task(world, name, limit)
+        require_share(read_choice_task(world, name, limit))
         return
     task = read_visual_task(world, name, limit, slim=request["slim"])
     if request["blind"]:

@@ -15,10 +15,11 @@ from midstream.eval import harness_tasks
 from midstream.eval.aggregate import TEXT_CHANCE, suites
 from midstream.eval.benchmark import evaluate
 from midstream.eval.find_task import read_choice_task
-from midstream.eval.harness_tasks import harness_task
+from midstream.eval.harness_tasks import harness_task, require_share
 from midstream.eval.kept_answers import KeptAnswers
 from midstream.eval.local_tasks import HARNESS_TASKS
-from midstream.eval.text import run_text_tasks
+from midstream.eval.text import TextTask
+from text_tasks import run_text_tasks
 
 BENCH = Path(__file__).parents[3] / "shared" / "data" / "bench_text"
 needs_bench = pytest.mark.skipif(not BENCH.is_dir(), reason=f"{BENCH} is not here")
@@ -399,3 +400,13 @@ def test_a_whole_set_has_the_papers_average_and_anything_less_none() -> None:
     }
     del tasks["hellaswag"]["details"]["acc_norm"]
     assert suites(tasks)["text, Table 7"]["missing"] == ["hellaswag"]
+
+
+@pytest.mark.parametrize(("name", "metric"), [("wikitext", "word_perplexity"), ("mmlu", None)])
+def test_a_study_asks_for_shares_of_right_answers(name: str, metric: str | None) -> None:
+    task = TextTask(name, None, {}, None)
+    if metric is None:
+        require_share(task)
+        return
+    with pytest.raises(ValueError, match=rf"{name} has the metrics {metric}.*midstream eval"):
+        require_share(task)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from midstream.eval.task import Answerer
-from midstream.eval.text import TextItem, adapt, own_task, read_text_task, run_text_tasks
+from midstream.eval.text import TextItem, adapt, own_task, read_text_task
+from text_tasks import run_text_tasks
 
 
 class Fake:

@@ -16,6 +16,7 @@ from midstream.exchange import export_model
 from midstream.exchange.export_model import refuse, write_folder
 from midstream.model.generate import generate
 from midstream.model.vlm import VLM
+from text_tasks import run_text_tasks
 
 QUESTIONS = ("What colour is the ball?", "How many?", "Is the big round ball on the left red?")
 PAIRS = [("The ball is", " red"), ("The ball is", " on the left"), ("", "How many?"), ("In: ", "2")]
@@ -134,7 +135,7 @@ def test_the_stock_model_of_lm_evaluation_harness_gives_midstreams_likelihoods(
     assert [best for _, best in found] == [best for _, best in expected]
     for (score, _), (ours, _) in zip(found, expected, strict=True):
         assert score == pytest.approx(ours, abs=1e-4)
-    ours = text.run_text_tasks(answerer, [task])["choices"].metrics["acc"]
+    ours = run_text_tasks(answerer, [task])["choices"].metrics["acc"]
     assert 0 < ours < 1
     assert accuracy == ours
 

@@ -10,7 +10,7 @@ from typing import Any
 from midstream.benchmark_files import TEXT_FILES, hub_folder, published_files
 from midstream.eval.aggregate import TEXT_CHANCE
 from midstream.eval.local_tasks import HARNESS_TASKS
-from midstream.eval.text import TextTask, manager
+from midstream.eval.text import SHARES, TextTask, manager
 from midstream.source_files import is_note, walk
 
 # By the end of a name, what `datasets` calls it.
@@ -49,6 +49,21 @@ def harness_task(name: str, folder: Path) -> TextTask:
     if not _may_be_cached(entry):
         _require_hub(name, folder)
     return TextTask(name, chance, settings, None)
+
+
+def require_share(task: TextTask) -> None:
+    """Raise ValueError for a task of the harness that has no share of right answers: a study's
+    scores, figures and tables are such shares."""
+    entry = manager().task_index.get(task.name) if task.docs is None else None
+    described = entry.cfg or {} if entry is not None else {}
+    key = "aggregate_metric_list" if entry is not None and entry.kind.name == "GROUP" else ""
+    listed = [str(one.get("metric")) for one in described.get(key or "metric_list") or []]
+    if listed and not set(listed) & set(SHARES):
+        raise ValueError(
+            f"text task {task.name} has the metrics {', '.join(listed)}, none of which is a share "
+            f"of right answers ({', '.join(SHARES)}) as a study needs it; leave it out of the "
+            "study and ask it with midstream eval"
+        )
 
 
 def in_harness(name: str) -> bool:

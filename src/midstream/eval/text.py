@@ -16,7 +16,7 @@ from midstream.eval.task import Answerer
 # The harness's own default where a task does not say, and the seed of its command line.
 _MAX_NEW_TOKENS, _FEWSHOT_SEED = 256, 1234
 # Metrics of the harness that are a share of right answers, in the order in which one is chosen.
-_SHARES = ("acc", "exact_match", "em", "acc_norm")
+SHARES = ("acc", "exact_match", "em", "acc_norm")
 
 
 @dataclass(frozen=True)
@@ -135,14 +135,6 @@ def manager() -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
-
-
-def run_text_tasks(
-    answerer: Answerer, tasks: Sequence[TextTask], limit: int | None = None
-) -> dict[str, TextResult]:
-    """Ask the tasks; see `loaded_tasks`."""
-    with loaded_tasks(tasks, limit) as ask:
-        return ask(answerer)
 
 
 @contextmanager
@@ -320,7 +312,7 @@ def _result(
     own = _numbers(found["results"][key], way)
     first = found["samples"][leaves[0]][0]["metrics"]
     of_each = [name for name in own if name in first] or first[:1]
-    metric = next((name for name in _SHARES if name in of_each), of_each[0])
+    metric = next((name for name in SHARES if name in of_each), of_each[0])
     answers, several = [], []
     for leaf in leaves:
         by_doc = {one["doc_id"]: one for one in found["samples"][leaf] if one["filter"] == way}
@@ -334,8 +326,8 @@ def _result(
         if leaf != key
         for name, value in _numbers(found["results"][leaf], way).items()
     }
-    chance = task.chance if metric in _SHARES else None
-    if task.chance is None and metric in _SHARES:
+    chance = task.chance if metric in SHARES else None
+    if task.chance is None and metric in SHARES:
         chance = sum(1 / count for count in several if count > 1) / len(several)
     return TextResult(
         metrics=details,
@@ -372,7 +364,7 @@ def _answer(
         told = said[0] if isinstance(said[0], str) else json.dumps(said[0], default=str)
         return TextAnswer(prompt, (told, str(sample["target"])), 0, 1, score, split)
     if len(pairs) == 1:  # a continuation, right if greedy decoding gives it
-        right = metric not in _SHARES or score
+        right = metric not in SHARES or score
         return TextAnswer(prompt, (str(pairs[0][1]),), 0 if right else None, 0, score, split)
     values = [pair[0] for pair in said]
     chosen = values.index(max(values))

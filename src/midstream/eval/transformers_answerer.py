@@ -53,6 +53,7 @@ class TransformersAnswerer:
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        self._checked = False
         self.weights_digest = _digest(Path(name), self.config, self.model.dtype)
 
     def _open(self, trusted: dict[str, bool]) -> tuple[Any, Any, Any]:
@@ -112,6 +113,7 @@ class TransformersAnswerer:
                 f"{self.name}: its chat template drops the picture of a message; put the template "
                 "that the model was trained with into its folder as chat_template.jinja"
             )
+        self._checked = True
 
     def _check_template(self) -> None:
         teller = self.processor or self.tokenizer
@@ -244,7 +246,7 @@ class TransformersAnswerer:
 
     def _inputs(self, prompts: Sequence[str], images: Sequence[Path | None]) -> dict[str, Any]:
         """Prompts, all with a picture or all without, as the processor makes them."""
-        if images[0] is not None:
+        if images[0] is not None and not self._checked:
             self.check_pictures()
         self._check_template()
         options: dict[str, Any] = {"padding": True}
@@ -262,13 +264,16 @@ class TransformersAnswerer:
             **options,
         )
         floats = {"dtype": self.model.dtype} if self.processor is not None else {}
-        taken = {
-            name
-            for way in (self.model.forward, self.model.prepare_inputs_for_generation)
-            for name in inspect.signature(way).parameters
-        } - {"labels"}
         moved = inputs.to(self.device, **floats)
-        return {key: value for key, value in moved.items() if key in taken or key not in _UNASKED}
+        return {
+            key: value for key, value in moved.items() if key in self._taken or key not in _UNASKED
+        }
+
+    @cached_property
+    def _taken(self) -> set[str]:
+        """The names of what the model takes."""
+        ways = (self.model.forward, self.model.prepare_inputs_for_generation)
+        return {name for way in ways for name in inspect.signature(way).parameters} - {"labels"}
 
     def _question(self, prompt: str, image: Path | None, *, opened: bool = False) -> dict[str, Any]:
         if self.processor is None:

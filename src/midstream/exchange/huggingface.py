@@ -211,6 +211,17 @@ def read_decoder(
     return config, tensors, tuple(sorted(dropped)), notes
 
 
+def decoder_tensors(
+    config: TransformersDecoderConfig, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Tensors of a model of `transformers` under the names of `TransformersDecoder`, without those
+    that it computes itself."""
+    with torch.device("meta"):
+        decoder = TransformersDecoder(config)
+    named = {decoder.parameter_name(name): value for name, value in state.items()}
+    return {name: value for name, value in named.items() if name is not None}
+
+
 def unwrapped(
     tensors: Mapping[str, Tensor], fits: Callable[[str], bool], *, path: Path
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:

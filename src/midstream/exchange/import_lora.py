@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from midstream.config import TransformersDecoderConfig
-from midstream.exchange.huggingface import ADAPTER, fetch
-from midstream.model.pretrained import TransformersDecoder
+from midstream.exchange.huggingface import ADAPTER, decoder_tensors, fetch
 from midstream.model.transformers_config import describe
 from midstream.storage import read_json
 
@@ -55,8 +54,9 @@ def merged(
     )
     model = PeftModel.from_pretrained(whole, folder).merge_and_unload()
     config = describe(model.config)
-    with torch.device("meta"):
-        decoder = TransformersDecoder(config)
-    named = {decoder.parameter_name(name): one for name, one in model.state_dict().items()}
-    tensors = {name: value for name, value in named.items() if name is not None}
-    return config, tensors, here, (f"merged with {base} by peft",)
+    return (
+        config,
+        decoder_tensors(config, model.state_dict()),
+        here,
+        (f"merged with {base} by peft",),
+    )

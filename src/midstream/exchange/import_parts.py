@@ -17,7 +17,7 @@ from midstream.config import (
     TransformersDecoderConfig,
 )
 from midstream.exchange.export_towers import inner_width, stock_tensors
-from midstream.exchange.huggingface import read_config, unwrapped
+from midstream.exchange.huggingface import decoder_tensors, read_config, unwrapped
 from midstream.exchange.vision_checkpoints import (
     LOADING,
     colours,
@@ -107,7 +107,7 @@ def read_decoder_part(folder: Path) -> DecoderPart:
     config = describe(text)
     inner = dict(model.model.language_model.state_dict())
     inner["lm_head.weight"] = model.lm_head.weight.detach()
-    tensors = _named(config, inner)
+    tensors = decoder_tensors(config, inner)
     config, tensors = _without_picture_row(config, tensors, image_token(folder))
     return config, tensors, left, (_LEFT_OUT, *notes)
 
@@ -129,7 +129,7 @@ def _own_decoder(
         from transformers import AutoConfig
 
         config = describe(AutoConfig.for_model(**settings))
-        return config, _named(config, inner)
+        return config, decoder_tensors(config, inner)
     ours = DecoderConfig(
         hidden_size=settings["hidden_size"],
         num_layers=settings["num_hidden_layers"],
@@ -143,14 +143,6 @@ def _own_decoder(
     with torch.device("meta"):
         check(Decoder(ours), tensors, path=folder)
     return ours, tensors
-
-
-def _named(config: TransformersDecoderConfig, inner: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a model of `transformers` under the names of `TransformersDecoder`."""
-    with torch.device("meta"):
-        decoder = TransformersDecoder(config)
-    named = {decoder.parameter_name(name): value for name, value in inner.items()}
-    return {name: value for name, value in named.items() if name is not None}
 
 
 def _without_picture_row(

@@ -66,7 +66,7 @@ def read_encoder(
     Older files' names are brought to today's by `transformers` itself; of a whole SigLIP or CLIP
     only the vision tower is read. Features are those of the second to last block (recipe of
     Prismatic and LLaVA). Raises FileNotFoundError or ValueError as `read_tensors` does, and
-    ValueError that names every tensor that is missing or of another shape.
+    ValueError with the first tensors that are missing or of another shape.
     """
     import transformers
 

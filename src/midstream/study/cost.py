@@ -37,7 +37,6 @@ from midstream.flops import (
     attention_flops,
     decoder_flops,
     encoder_flops,
-    extra_tokens,
     feed_forward_parameters,
     head_flops,
     last_block_flops,
@@ -178,7 +177,7 @@ def encoder_parameters(config: AnyEncoderConfig) -> int:
     m = config.intermediate_size
     block = 4 * (e * e + e) + feed_forward_parameters(config) + m + e + 4 * e
     blocks = config.num_layers + 1 + config.feature_layer
-    positions = config.position_patches + 2 * extra_tokens(config)
+    positions = config.position_patches + 2 * config.num_prefix
     return embed + positions * e + blocks * block + 2 * e * config.final_norm
 
 

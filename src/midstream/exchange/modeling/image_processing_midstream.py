@@ -22,6 +22,8 @@ from transformers.image_utils import (
 
 # A strip longer than this many widths is cropped to its middle before it is resized.
 MAX_STRIP = 8
+# A host that sends nothing for so long is given up.
+URL_SECONDS = 60
 # EXIF orientations and what undoes them.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -103,7 +105,8 @@ def from_text(text: str) -> Image.Image:
     """The picture that a path, a URL (`data:` and `file:` as well) or base64 leads to."""
     if text.startswith(("http://", "https://", "data:", "file:")):
         # Some hosts refuse clients without a name.
-        with urlopen(Request(text, headers={"User-Agent": "transformers"})) as answer:
+        request = Request(text, headers={"User-Agent": "transformers"})
+        with urlopen(request, timeout=URL_SECONDS) as answer:
             return Image.open(BytesIO(answer.read()))
     if os.path.isfile(text):
         return Image.open(text)
