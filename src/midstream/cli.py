@@ -109,6 +109,13 @@ def prepare(
     tokenizer: Annotated[
         str, typer.Option(metavar="NAME_OR_FILE", help="A hub name, or a tokenizer file or folder.")
     ],
+    begin_of_text: Annotated[
+        str,
+        typer.Option(
+            metavar="TOKEN",
+            help="What begins each example: a token, none, or the tokenizer's rule.",
+        ),
+    ] = "rule",
     text_key: Annotated[str, typer.Option(help="The field or column of a text.")] = "text",
     require: Annotated[
         Required | None,
@@ -138,7 +145,7 @@ def prepare(
     options: dict[str, str | int | None] = {"text_key": text_key, "require": require}
     options |= {"images": images, "max_tokens": max_tokens}
     request = {"section": section, "sources": sources, "out": str(out), "tokenizer": tokenizer}
-    limits = {"max_rejects": max_rejects, "validation": validation}
+    limits = {"max_rejects": max_rejects, "validation": validation, "begin_of_text": begin_of_text}
     cores = workers or os.cpu_count() or 1
     last = prepare_command.prepare(
         request | limits | {"options": options, "workers": cores}, terminal.out()

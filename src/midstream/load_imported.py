@@ -90,9 +90,10 @@ def check_vocabulary(codec: TextCodec, decoder: AnyDecoderConfig, folder: Path) 
             f"{decoder.vocab_size:,} rows; import it again with the data's tokenizer (--tokenizer)"
         )
     path = folder / "tokenizer.json"
-    if path.is_file() and canonical_tokenizer(TextCodec.from_file(path)) != canonical_tokenizer(
-        codec
-    ):
+    # What begins a text is the recipe's choice.
+    if path.is_file() and canonical_tokenizer(
+        TextCodec.from_file(path).beginning_with("")
+    ) != canonical_tokenizer(codec.beginning_with("")):
         raise ValueError(
             f"the data was tokenised by another tokenizer than {path}; prepare it with that file"
         )

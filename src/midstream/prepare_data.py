@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from midstream.config import OWN_RULE, begin_of_text_named
 from midstream.data.examples import TextCodec
 from midstream.data.formats.files import is_url
 from midstream.data.formats.records import ReadOptions, Section
@@ -40,6 +41,7 @@ class Request:
     max_rejects: float
     validation: float
     workers: int
+    begin_of_text: str = OWN_RULE
 
 
 def run(
@@ -50,7 +52,9 @@ def run(
     """Prepare the source; returns its counts (see `prepare_source` for them and the errors)."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer_file = Path(folder) / "tokenizer.json"
-        codec = TextCodec(open_tokenizer(request.tokenizer))
+        opened = open_tokenizer(request.tokenizer)
+        begins = begin_of_text_named(opened, request.begin_of_text, request.tokenizer)
+        codec = TextCodec(opened).beginning_with(begins)
         write_bytes(tokenizer_file, canonical_tokenizer(codec))
         return prepare_source(
             request.section,

@@ -101,6 +101,8 @@ def print_row(shown: Shown, index: int, out: Path, console: Console) -> None:
         )
         if piece.picture is not None:
             path = pictures[piece.picture]
+            if piece.before:
+                console.print(_body(piece.before, colour, _is_plain(console)), soft_wrap=True)
             _say(console, f"[image {shown.num_patches} patches -> {path.name}]", style=colour)
         if piece.continued:
             _say(console, "(goes on from another row)", style="italic")

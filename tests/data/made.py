@@ -36,11 +36,13 @@ def make_source(
     shards: int = 1,
     synthetic: Sequence[Sequence[int]] | None = None,
     supervised: Sequence[Sequence[int]] | None = None,
+    begins: bool = False,
 ) -> Source:
     """A source of examples with these lengths; `pictures` says which file each one shows.
 
     The examples are dealt to `shards` shards in consecutive runs. `synthetic` are lengths of each
     one's synthetic captions, `supervised` what of each is learnt (without it: by chance).
+    With `begins` the first token of each is what begins a text.
     """
     world, folder = base / "world", base / "sources" / name
     world.mkdir(parents=True, exist_ok=True)
@@ -71,13 +73,18 @@ def make_source(
                 low += size
             writer.add(ids, marks, name=label, content=content, image=image, synthetic=made)
         writer.close()
-    finish_source(folder, tokenizer_digest="made", vocab_size=low, root=str(world))
+    begin = 1 if begins else None
+    finish_source(
+        folder, tokenizer_digest="made", vocab_size=low, root=str(world), begin_of_text=begin
+    )
     return Source(name, folder, world)
 
 
-def make_sources(base: Path, seed: int, *, longest: int, images: bool = True) -> dict[str, Source]:
+def make_sources(
+    base: Path, seed: int, *, longest: int, images: bool = True, begins: bool = False
+) -> dict[str, Source]:
     """Texts up to three rows long, captions and conversations that fit; `longest` is a row's
-    room behind an image."""
+    room beside an image."""
     random = np.random.default_rng(seed)
 
     def draw(count: int, high: int) -> list[int]:
@@ -89,7 +96,13 @@ def make_sources(base: Path, seed: int, *, longest: int, images: bool = True) ->
     }
     if images:
         found["pics"] = make_source(
-            base, "pics", "caption", draw(50, longest), number=2, pictures=list(range(50))
+            base,
+            "pics",
+            "caption",
+            draw(50, longest),
+            number=2,
+            pictures=list(range(50)),
+            begins=begins,
         )
         found["talks"] = make_source(
             base,
@@ -98,6 +111,7 @@ def make_sources(base: Path, seed: int, *, longest: int, images: bool = True) ->
             draw(30, longest),
             number=3,
             pictures=[None if x % 3 == 0 else x % 7 for x in range(30)],
+            begins=begins,
         )
     return found
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from midstream.config import TokenizerFile
 from midstream.data.examples import (
     END_OF_TEXT,
     SEPARATOR,
@@ -38,6 +39,8 @@ def byte_tokenizer() -> Tokenizer:
 
 
 CODEC = TextCodec(byte_tokenizer())
+# The same tokenizer with a rule: "th" begins each text.
+BEGINS = CODEC.beginning_with("th")
 SPECIAL = {CODEC.end_of_text, CODEC.separator}
 # Texts that contain what looks like special tokens.
 TEXTS = st.lists(
@@ -95,6 +98,61 @@ def test_only_replies_and_their_separators_are_targets(
     assert list(found) == expected
     # One separator behind the image, every human turn and every reply.
     assert (example.input_ids == CODEC.separator).sum() == has_image + 2 * len(turns)
+
+
+@given(text=TEXTS, turns=TURNS, has_image=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_what_begins_a_text_stands_first_in_every_example_and_is_learnt_in_texts_alone(
+    text: str, turns: list[tuple[str, str]], has_image: bool
+) -> None:
+    begin, ids = CODEC.tokenizer.token_to_id("th"), CODEC.encode(text)
+    assert BEGINS.begin_of_text == begin
+    for plain, begun, learnt in (
+        (text_example(CODEC, ids), text_example(BEGINS, ids), 1),
+        (caption_example(CODEC, ids), caption_example(BEGINS, ids), 0),
+        (
+            conversation_example(CODEC, turns, has_image=has_image),
+            conversation_example(BEGINS, turns, has_image=has_image),
+            0,
+        ),
+    ):
+        assert begun.input_ids.tolist() == [begin, *plain.input_ids]
+        assert begun.supervised.tolist() == [learnt, *plain.supervised]
+    # Of a question about a picture it stands before the picture.
+    asked = question_ids(CODEC, text, has_image=has_image)
+    head = [] if has_image else [begin]
+    assert question_ids(BEGINS, text, has_image=has_image) == head + asked
+
+
+def test_a_choice_replaces_the_rule_of_a_tokenizer_and_nothing_else() -> None:
+    assert CODEC.begin_of_text is None
+    assert CODEC.beginning_with(None) is CODEC.beginning_with("") is CODEC
+    assert BEGINS.beginning_with(None) is BEGINS.beginning_with("th") is BEGINS
+    none, other = BEGINS.beginning_with(""), BEGINS.beginning_with("he")
+    assert none.begin_of_text is None
+    assert other.begin_of_text == CODEC.tokenizer.token_to_id("he")
+    for codec in (BEGINS, none, other):
+        assert codec.encode("the é") == CODEC.encode("the é")
+        assert (codec.size, codec.stop_ids) == (CODEC.size, CODEC.stop_ids)
+
+
+def test_a_tokenizers_file_says_what_begins_its_texts(tmp_path: Path) -> None:
+    plain, begins = tmp_path / "plain.json", tmp_path / "begins.json"
+    CODEC.tokenizer.save(str(plain))
+    BEGINS.tokenizer.save(str(begins))
+    for path, choice, expected in (
+        (plain, "rule", None),
+        (plain, "none", None),
+        (plain, "he", "he"),
+        (begins, "rule", "th"),
+        (begins, "none", ""),
+        (begins, "he", "he"),
+    ):
+        assert TokenizerFile.read(path, choice).begin_of_text == expected
+    with pytest.raises(ValueError, match=r"plain\.json has no token '<s>'.*'rule'.*'none'"):
+        TokenizerFile.read(plain, "<s>")
+    with pytest.raises(FileNotFoundError, match=r"gone\.json does not exist"):
+        TokenizerFile.read(tmp_path / "gone.json")
 
 
 @given(turns=TURNS, has_image=st.booleans())

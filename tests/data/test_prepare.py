@@ -25,6 +25,7 @@ from made_world import (
 )
 
 from midstream.config import PocketWorld, TokenizerFile, TrainedTokenizer
+from midstream.data.examples import END_OF_TEXT
 from midstream.data.formats.records import Section
 from midstream.data.prepare import open_codec, prepare_world
 from midstream.data.sources import Source
@@ -117,6 +118,34 @@ def test_a_named_tokenizer_file_is_used_and_kept(root: Path, tmp_path: Path) -> 
     assert open_codec(tmp_path / "two").encode(TEXTS[3]) == open_codec(tmp_path / "one").encode(
         TEXTS[3]
     )
+
+
+def test_examples_begin_as_the_study_says_whatever_the_tokenizers_own_rule(
+    root: Path, tmp_path: Path
+) -> None:
+    plain = prepared(root, tmp_path / "plain")
+    path = tmp_path / "begins.json"
+    begins = open_codec(tmp_path / "plain").beginning_with(END_OF_TEXT)
+    begins.tokenizer.save(str(path))
+    silent = TokenizerFile(path=path, sha256=file_sha256(path))
+    with pytest.raises(
+        ValueError, match=r"begins each text with '<\|endoftext\|>' by its own rule"
+    ):
+        prepared(root, tmp_path / "silent", silent)
+    one = prepared(root, tmp_path / "one", TokenizerFile.read(path))
+    none = prepared(root, tmp_path / "none", TokenizerFile.read(path, "none"))
+    for name, counts in plain["sources"].items():
+        assert none["sources"][name]["num_tokens"] == counts["num_tokens"]
+        more = one["sources"][name]["num_tokens"] - counts["num_tokens"]
+        assert more == counts["num_examples"]
+        first, second, without = (
+            open_sources(world_of(root), tmp_path / out)[name] for out in ("one", "plain", "none")
+        )
+        assert first.input_ids(0).tolist() == [begins.end_of_text, *second.input_ids(0)]
+        assert without.input_ids(0).tolist() == second.input_ids(0).tolist()
+        assert (first.begin_of_text, without.begin_of_text) == (begins.end_of_text, None)
+    assert open_codec(tmp_path / "one").begin_of_text == begins.end_of_text
+    assert open_codec(tmp_path / "none").begin_of_text is None
 
 
 def test_each_text_source_is_read_from_the_column_that_the_world_names(
@@ -276,6 +305,24 @@ def test_a_source_prepared_with_another_tokenizer_is_refused_with_both(
     # The remedy that the message names.
     path = root / "captions/pics/tokenizer.json"
     prepared(root, tmp_path / "out", TokenizerFile(path=path, sha256=file_sha256(path)))
+
+
+def test_a_source_whose_examples_begin_otherwise_is_refused_with_both_beginnings(
+    root: Path, tmp_path: Path
+) -> None:
+    prepared(root, tmp_path / "first")
+    path = tmp_path / "begins.json"
+    open_codec(tmp_path / "first").beginning_with(END_OF_TEXT).tokenizer.save(str(path))
+    replace_by_prepared(root, tmp_path, ["captions/pics"], path)
+    prepared(root, tmp_path / "same", TokenizerFile.read(path))
+    # As a version that knew of no beginning left it.
+    index = root / "captions/pics/source.json"
+    found = json.loads(index.read_text())
+    del found["begin_of_text"]
+    index.write_text(json.dumps(found))
+    message = r"source 'pics' in .* begin with no token, .* '<\|endoftext\|>'; prepare it again"
+    with pytest.raises(ValueError, match=message):
+        prepared(root, tmp_path / "other", TokenizerFile.read(path))
 
 
 def test_a_prepared_source_among_those_of_another_kind_is_refused(

@@ -59,13 +59,15 @@ def plain_row(plan: RowPlan, sources: Mapping[str, Source], index: int, patches:
         source = sources[plan.names[placed.source]]
         example = examples_of(source)[placed.example]
         head = patches if example.image else 0
+        # What begins a text, before the picture.
+        first = int(head > 0 and source.begin_of_text is not None)
         assert placed.column == len(ids)
         if head:
-            starts.append(len(ids))
+            starts.append(len(ids) + first)
             images.append([placed.source, placed.example])
         mine = slice(placed.start, placed.start + placed.length)
-        inside = ([0] * head + example.tokens)[mine]
-        predicted = ([IGNORE] * head + example.targets)[mine]
+        inside = (example.tokens[:first] + [0] * head + example.tokens[first:])[mine]
+        predicted = ([IGNORE] * (first + head) + example.targets[first:])[mine]
         if joined and targets and targets[-1] == IGNORE:
             targets[-1] = inside[0]
         ids, targets = ids + inside, targets + predicted
@@ -114,17 +116,22 @@ def rows_of(plan: RowPlan, sources: Mapping[str, Source], patches: int) -> list[
     row_length=st.integers(10, 48),
     patches=st.integers(0, 8),
     whole=st.booleans(),
+    begins=st.booleans(),
 )
 @settings(max_examples=10, deadline=None)
 def test_every_position_target_segment_and_picture_is_that_of_the_plain_form(
-    seed: int, layout: Layout, row_length: int, patches: int, whole: bool
+    seed: int, layout: Layout, row_length: int, patches: int, whole: bool, begins: bool
 ) -> None:
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         for module in (filling, joining):
             patch.setattr(module, "BLOCK_ROWS", 9)
         names = ALL[:2] if layout == "joined" else ALL
         sources = make_sources(
-            Path(folder), seed, longest=row_length - patches, images=layout != "joined"
+            Path(folder),
+            seed,
+            longest=row_length - patches,
+            images=layout != "joined",
+            begins=begins,
         )
         rows = Rows(row_length=row_length, batch_rows=4, layout=layout)
         budget: Budget = Epochs(sources=names, epochs=2)

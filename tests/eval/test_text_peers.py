@@ -124,7 +124,7 @@ def test_an_imported_decoder_follows_its_tokenizers_rule(begins: bool, tmp_path:
     out = tmp_path / "imported"
     record, notes = import_model(ImportRequest(source=str(folder), out=out))
     line = next(note for note in notes if note.startswith("BOS: "))
-    assert line.startswith("BOS: <s> = 0 stands" if begins else "BOS: none")
+    assert line.startswith("BOS: <s> = 0 begins" if begins else "BOS: none")
     model = VLM(VLMConfig(decoder=record.config))
     load_weights(model, out / "model.safetensors")
     codec = TextCodec.from_file(out / "tokenizer.json")

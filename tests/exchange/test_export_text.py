@@ -74,7 +74,7 @@ def test_a_fresh_python_without_midstream_gives_its_logits_and_tokens(
     name, ids, logits, loss, new = run_fresh(ASK, request, tmp_path)
     assert name == report.architecture
     assert report.own_code == (kind == "openlm")
-    assert ids == [words.encode(one) for one in QUESTIONS]
+    assert ids == [[words.begin_of_text, *words.encode(one)] for one in QUESTIONS]
     expected = logits_of(vlm, ids[0])
     assert (torch.tensor(logits) - expected).abs().max() <= 1e-5
     targets = torch.tensor(ids[0][1:])
@@ -111,7 +111,7 @@ print(json.dumps([
 def test_the_stock_model_of_lm_evaluation_harness_gives_midstreams_likelihoods(
     tmp_path: Path,
 ) -> None:
-    words = codec()
+    words = codec(adds_start=True)
     vlm, _ = written(tmp_path / "out", VLMConfig(decoder=OPENLM), words)
     answerer = ModelAnswerer(vlm, words, encode=None, encoder=None, max_new_tokens=4, batch_size=2)
     items = [
@@ -153,13 +153,14 @@ def test_a_decoder_of_transformers_becomes_a_folder_of_its_own_class_without_cod
     assert report.num_parameters == decoder.num_parameters
 
 
+@pytest.mark.parametrize("begins", [True, False])
 def test_the_text_part_of_a_model_that_sees_stops_at_separators_and_refuses_pictures(
-    tmp_path: Path,
+    tmp_path: Path, begins: bool
 ) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 
     sees = PatchProjection(image_size=24, patch_size=12, hidden_size=16)
-    words = codec()
+    words = codec(adds_start=begins)
     plain, seeing = tmp_path / "plain", tmp_path / "seeing"
     written(plain, VLMConfig(decoder=OPENLM), words)
     written(seeing, VLMConfig(decoder=OPENLM, encoder=sees, owns_encoder=True), words)

@@ -175,11 +175,10 @@ def test_the_chat_template_lays_turns_out_as_training_does(tmp_path: Path, name:
     messages[0]["content"].insert(0, {"type": "image"})
     token = tokenizer.convert_tokens_to_ids("<image>")
     for turns in range(1, 4):
-        found = tokenizer.apply_chat_template(
-            messages[: 2 * turns], tokenize=True, return_dict=False
-        )
-        example = conversation_example(words, TURNS[:turns], has_image=True)
-        assert found == [token, *example.input_ids.tolist()]
+        laid = tokenizer.apply_chat_template(messages[: 2 * turns], tokenize=False)
+        begin, *rest = conversation_example(words, TURNS[:turns], has_image=True).input_ids.tolist()
+        # A processor hands it to its tokenizer, which begins each text.
+        assert tokenizer(laid)["input_ids"] == [begin, token, *rest]
     second = [*messages[:2], {"role": "user", "content": [{"type": "image"}]}]
     with pytest.raises(Exception, match="one image, in the first turn"):
         tokenizer.apply_chat_template(second, tokenize=False)
@@ -188,9 +187,11 @@ def test_the_chat_template_lays_turns_out_as_training_does(tmp_path: Path, name:
 # ------------------------------------------------------------------- who sees whom, turn by turn
 
 
-def batch_of(example: Example, num_patches: int) -> Batch:
-    ids = np.concatenate([np.zeros(num_patches, np.int64), example.input_ids])
-    learnt = np.concatenate([np.zeros(num_patches), example.supervised])
+def batch_of(example: Example, num_patches: int, head: int) -> Batch:
+    """One row; a picture stands behind the first `head` tokens."""
+    first = example.input_ids[:head], example.supervised[:head]
+    ids = np.concatenate([first[0], np.zeros(num_patches, np.int64), example.input_ids[head:]])
+    learnt = np.concatenate([first[1], np.zeros(num_patches), example.supervised[head:]])
     targets = np.full(len(ids), IGNORE)
     targets[:-1] = np.where(learnt[1:], ids[1:], IGNORE)
     rows = torch.from_numpy(np.stack([ids, targets]))
@@ -199,7 +200,7 @@ def batch_of(example: Example, num_patches: int) -> Batch:
         targets=rows[1:],
         position_ids=torch.arange(len(ids))[None],
         segment_ids=torch.zeros((1, len(ids)), dtype=torch.int64),
-        image_slots=torch.zeros((1 if num_patches else 0, 2), dtype=torch.int64),
+        image_slots=torch.tensor([[0, head]] if num_patches else []).reshape(-1, 2).long(),
         images=torch.zeros(1 if num_patches else 0, 1),
         counts=TokenCount(),
     )
@@ -207,13 +208,13 @@ def batch_of(example: Example, num_patches: int) -> Batch:
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["causal", "segments", "prefix"])
-@pytest.mark.parametrize("decoder", ["openlm", "llama"])
+@pytest.mark.parametrize(("decoder", "begins"), [("openlm", False), ("llama", True)])
 def test_conversations_captions_and_text_have_the_logits_of_training(
-    tmp_path: Path, attention: str, decoder: str
+    tmp_path: Path, attention: str, decoder: str, begins: bool
 ) -> None:
     from midstream.exchange.modeling.modeling_midstream import MidstreamForConditionalGeneration
 
-    words = codec()
+    words = codec(adds_start=begins)
     config = VLMConfig(
         decoder=OPENLM if decoder == "openlm" else stock(),
         encoder=FUSED,
@@ -233,10 +234,10 @@ def test_conversations_captions_and_text_have_the_logits_of_training(
         (text_example(words, plain), False),
     ):
         patches = FUSED.num_patches if sees else 0
-        batch = batch_of(example, patches)
+        batch = batch_of(example, patches, int(begins))
         expected = vlm.decoder.output(vlm(batch, features if sees else None))
         ids = batch.input_ids.clone()
-        ids[:, :patches] = token
+        ids[:, begins : begins + patches] = token
         # Padding on the left, as the processor puts it, changes nothing.
         padded = torch.cat((torch.full((1, 3), words.end_of_text), ids), dim=1)
         held = (torch.arange(padded.shape[1]) >= 3).long()[None]
@@ -400,21 +401,20 @@ print(json.dumps(found))
 
 
 @torch.no_grad()
-def expected_logits(vlm: VLM, features: Tensor, ids: list[int]) -> Tensor:
-    embeddings = vlm.decoder.embed(torch.tensor([ids]))
+def expected_logits(vlm: VLM, features: Tensor, head: list[int], ids: list[int]) -> Tensor:
+    embeddings = vlm.decoder.embed(torch.tensor([head + ids]))
     projected = vlm.project(features, embeddings)
     assert projected is not None
-    length = projected.shape[1] + len(ids)
-    mask = None
+    rows = torch.cat((embeddings[:, : len(head)], projected, embeddings[:, len(head) :]), dim=1)
+    length, mask = rows.shape[1], None
     if vlm.config.attention == "prefix":
         mask = torch.ones((1, 1, length, length), dtype=torch.bool)
-    rows = torch.cat((projected, embeddings), dim=1)
     return vlm.decoder.output(vlm.decoder(rows, torch.arange(length)[None], mask))[0]
 
 
 def looked(tmp_path: Path, configs: dict[str, VLMConfig]) -> dict[str, Any]:
     """What a fresh Python makes of these models, and checks of what all of them share."""
-    words, folders, models = codec(), {}, {}
+    words, folders, models = codec(adds_start=True), {}, {}
     paths = []
     for number, size in enumerate(SIZES):
         paths.append(tmp_path / f"{number}.png")
@@ -440,12 +440,23 @@ def looked(tmp_path: Path, configs: dict[str, VLMConfig]) -> dict[str, Any]:
         assert vlm.config.encoder is not None
         patches = vlm.config.encoder.num_patches
         assert found["ids"] == found["whole"]
-        assert found["ids"][patches:] == prompts[0]
-        assert len(set(found["ids"][:patches])) == 1
+        head = words.begin_ids
+        assert found["ids"][: len(head)] == head
+        assert found["ids"][len(head) + patches :] == prompts[0]
+        assert len(set(found["ids"][len(head) : len(head) + patches])) == 1
         rows = vlm.config.decoder.vocab_size
         logits = torch.tensor(found["logits"])[:, :rows]
-        assert (logits - expected_logits(vlm, features[:1], prompts[0])).abs().max() <= 1e-5
-        made_ = generate(vlm, prompts, features, max_new_tokens=10, stop_ids=stops, batch_size=4)
+        expected = expected_logits(vlm, features[:1], head, prompts[0])
+        assert (logits - expected).abs().max() <= 1e-5
+        made_ = generate(
+            vlm,
+            prompts,
+            features,
+            begin=words.begin_of_text,
+            max_new_tokens=10,
+            stop_ids=stops,
+            batch_size=4,
+        )
         assert cut(found["exact"], stops) == made_
         assert len({tuple(row) for row in made_}) > 1
         blind = question_ids(words, questions[0], has_image=False)
@@ -538,7 +549,7 @@ def test_the_stock_pipeline_answers_in_batches_and_the_processor_is_saved(tmp_pa
 
 def test_a_stock_model_answers_and_chooses_as_midstreams_own(tmp_path: Path) -> None:
     """Without rounded features, which only Midstream's training has."""
-    words = codec()
+    words = codec(adds_start=True)
     config = VLMConfig(
         decoder=stock(), encoder=changed(SIGLIP, feature_dtype="float32"), projector=INNER
     )

@@ -66,13 +66,18 @@ def images(count: int) -> Tensor:
 
 
 @torch.no_grad()
-def next_logits(vlm: VLM, given: list[int], said: list[int], image: Tensor | None) -> Tensor:
-    """Of the whole sequence, without cache and padding; `given` stands in the prefix."""
+def next_logits(
+    vlm: VLM, given: list[int], said: list[int], image: Tensor | None, begin: int | None = None
+) -> Tensor:
+    """Of the whole sequence, without cache and padding; `given` stands in the prefix, `begin`
+    before the image."""
     embeddings = vlm.decoder.embed(torch.tensor([given + said]))
     if image is not None:
         projected = vlm.project(image, embeddings)
         assert projected is not None
         embeddings = torch.cat((projected, embeddings), dim=1)
+        if begin is not None:
+            embeddings = torch.cat((vlm.decoder.embed(torch.tensor([[begin]])), embeddings), dim=1)
     length = embeddings.shape[1]
     mask = torch.ones(length, length, dtype=torch.bool).tril()
     if vlm.config.attention == "prefix":
@@ -89,10 +94,11 @@ def plain_generate(
     image: Tensor | None,
     new: int,
     pick: Callable[[Tensor, int], int] = lambda logits, _step: int(logits.argmax()),
+    begin: int | None = None,
 ) -> list[int]:
     said: list[int] = []
     for step in range(new):
-        said.append(pick(next_logits(vlm, given, said, image)[0], step))
+        said.append(pick(next_logits(vlm, given, said, image, begin)[0], step))
     return said
 
 
@@ -135,6 +141,33 @@ def test_answers_equal_the_whole_sequence_recomputed_for_each_token(
     for index, prompt in enumerate(prompts):
         mine = None if features is None else features[index : index + 1]
         assert found[index] == plain_generate(vlm, prompt, mine, 7)
+
+
+def test_what_begins_a_text_is_read_before_its_image(vlm: VLM) -> None:
+    prompts, features, image_of = random_prompts(6, 5), images(2), [0, 1, 1, 0, 1, 1]
+    options: Any = {"image_of": image_of, "begin": 39, "batch_size": 2}
+    found = generate(vlm, prompts, features, max_new_tokens=6, stop_ids=NO_STOP, **options)
+    for index, prompt in enumerate(prompts):
+        image = features[image_of[index]][None]
+        assert found[index] == plain_generate(vlm, prompt, image, 6, begin=39)
+    choices = [[[7], [8, 9]]] * len(prompts)
+    scored = choice_logprobs(vlm, prompts, features, choices, **options)
+    for index, prompt in enumerate(prompts):
+        image = features[image_of[index]][None]
+        for one, (found_logprob, _) in zip(choices[index], scored[index], strict=True):
+            expected = sum(
+                float(next_logits(vlm, prompt, one[:at], image, 39)[0].log_softmax(-1)[token])
+                for at, token in enumerate(one)
+            )
+            assert found_logprob == pytest.approx(expected, abs=1e-4)
+    talk = Conversation(vlm, features[:1], max_positions=60, begin=39)
+    assert talk.room == 60 - 4 - 1
+    reply = list(talk.reply(prompts[0], max_new_tokens=6, stop_ids=NO_STOP))
+    assert reply == found[0]
+    # Otherwise the comparison says nothing.
+    assert found != generate(
+        vlm, prompts, features, max_new_tokens=6, stop_ids=NO_STOP, **options | {"begin": None}
+    )
 
 
 def test_shared_images_give_the_answers_of_images_of_their_own(vlm: VLM) -> None:

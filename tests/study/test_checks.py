@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, processors
 
 import own_world
 import tiny
@@ -12,7 +13,9 @@ from midstream.config import (
     Config,
     ContinuedCosine,
     EncoderConfig,
+    TokenizerFile,
 )
+from midstream.identity import file_sha256
 from midstream.storage import write_json
 from midstream.study import check_tasks, checks
 from midstream.study.checks import problems
@@ -191,3 +194,21 @@ def test_a_world_or_tokenizer_that_has_gone_since_planning_is_named(
     text = text_run(own_world.data_of(mine))
     shutil.rmtree(mine)
     assert f"data folder {mine} does not exist" in [one.what for one in told(empty, text)]
+
+
+def test_a_tokenizer_with_a_rule_that_the_study_does_not_state_is_refused(
+    world: Path, tmp_path: Path, empty: Ledger
+) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "?": 2}, unk_token="?"))
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    data = own_world.data_of(world)
+    for file, refused in (
+        (TokenizerFile(path=path, sha256=file_sha256(path)), True),
+        (TokenizerFile.read(path), False),
+        (TokenizerFile.read(path, "none"), False),
+    ):
+        text = text_run(data.model_copy(update={"tokenizer": file}))
+        found = [one for one in told(empty, text) if "begins each text with a token" in one.what]
+        assert len(found) == refused

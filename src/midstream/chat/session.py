@@ -70,6 +70,7 @@ class ChatSession:
             self.opened.vlm,
             self._features,
             max_positions=self.max_positions,
+            begin=self.opened.codec.begin_of_text,
             sampling=self.settings.sampling,
         )
 
@@ -149,7 +150,9 @@ class ChatSession:
 
     @property
     def _num_patches(self) -> int:
-        return 0 if self._features is None else self._features.shape[1]
+        if self._features is None:
+            return 0
+        return self._features.shape[1] + len(self.opened.codec.begin_ids)
 
     def _look(self, picture: Path) -> Tensor:
         config = self.opened.vlm.config.encoder

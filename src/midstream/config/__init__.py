@@ -7,6 +7,8 @@ from midstream.config.base import (
     Rate,
 )
 from midstream.config.data import (
+    NO_BEGIN,
+    OWN_RULE,
     Amount,
     Amounts,
     Budget,
@@ -25,7 +27,10 @@ from midstream.config.data import (
     TokenizerFile,
     TrainedTokenizer,
     World,
+    begin_of_text_named,
     check_caption,
+    own_begin_of_text,
+    read_tokenizer,
 )
 from midstream.config.model import (
     AnyDecoderConfig,
@@ -67,6 +72,8 @@ from midstream.config.training import (
 
 __all__ = [
     "DECODERS",
+    "NO_BEGIN",
+    "OWN_RULE",
     "AdamW",
     "Amount",
     "Amounts",
@@ -117,5 +124,8 @@ __all__ = [
     "WarmupCosine",
     "WarmupStableDecay",
     "World",
+    "begin_of_text_named",
     "check_caption",
+    "own_begin_of_text",
+    "read_tokenizer",
 ]

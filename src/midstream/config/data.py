@@ -2,12 +2,18 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from midstream.config.base import Config, Fraction, Positive
-from midstream.identity import Placement, WorldFingerprint
+from midstream.identity import Placement, WorldFingerprint, file_sha256
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# Choices of the token that begins an example; any other is the token itself.
+OWN_RULE, NO_BEGIN = "rule", "none"
 
 
 class PocketWorld(Config):
@@ -179,11 +185,66 @@ class TrainedTokenizer(Config):
 
 
 class TokenizerFile(Config):
-    """A `tokenizers` JSON file, known by its sha256."""
+    """A `tokenizers` JSON file, known by its sha256.
+
+    begin_of_text: the token that begins each example, before its picture, and each text that the
+    model is asked about (Llama's `<s>`); "": none. It must be said of a file whose own rule puts
+    one there (`read` says it); None is for files that have no such rule.
+    """
 
     kind: Literal["file"] = "file"
     path: Annotated[Path, Placement]
     sha256: str
+    begin_of_text: str | None = None
+
+    @classmethod
+    def read(cls, path: Path, begin_of_text: str = OWN_RULE) -> "TokenizerFile":
+        """The file as it is now; `begin_of_text` is a token, "rule" (the file's own) or "none".
+
+        Raises FileNotFoundError without the file, ValueError for another file or an unknown token.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"tokenizer file {path} does not exist; give its path")
+        begins = begin_of_text_named(read_tokenizer(path), begin_of_text, str(path))
+        return cls(path=path, sha256=file_sha256(path), begin_of_text=begins)
+
+
+def read_tokenizer(path: Path) -> "tokenizers.Tokenizer":
+    """A `tokenizers` JSON file; ValueError names it if it is none."""
+    # Here, since most plans train their tokenizer.
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise ValueError(f"{path} is not a tokenizer file of `tokenizers`: {error}") from None
+
+
+def own_begin_of_text(tokenizer: "tokenizers.Tokenizer") -> int | None:
+    """The token that a tokenizer's own rule puts before each text (Llama's `<s>`); None for a
+    tokenizer without such a rule."""
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a", add_special_tokens=True).ids
+    return int(whole[0]) if plain and whole[1 : 1 + len(plain)] == plain else None
+
+
+def begin_of_text_named(tokenizer: "tokenizers.Tokenizer", choice: str, name: str) -> str | None:
+    """What a choice ("rule", "none" or a token) means for a tokenizer called `name`, as
+    `TokenizerFile.begin_of_text` says it.
+
+    Raises ValueError for a token that the tokenizer does not have.
+    """
+    own = own_begin_of_text(tokenizer)
+    if choice == OWN_RULE:
+        return None if own is None else str(tokenizer.id_to_token(own))
+    if choice == NO_BEGIN:
+        return None if own is None else ""
+    if tokenizer.token_to_id(choice) is None:
+        raise ValueError(
+            f"tokenizer {name} has no token {choice!r} to begin texts with; give one of its own, "
+            f"{OWN_RULE!r} for its own rule or {NO_BEGIN!r} for none"
+        )
+    return choice
 
 
 Tokenizer = Annotated[TrainedTokenizer | TokenizerFile, Field(discriminator="kind")]

@@ -12,8 +12,12 @@ example's tokens: the packer puts them before the first token.
 
 A system text stands before the question that it comes before, a line of its own (paper, appendix C:
 it is masked as the question is).
+
+A tokenizer whose texts begin with a token (`TextCodec.begin_of_text`) has it first in each example,
+before the image (where Prismatic and LLaVA have it): a target in a text, masked elsewhere.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,8 +25,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, processors
 
+from midstream.config import own_begin_of_text, read_tokenizer
 from midstream.data.tokenising.tokenise import fast_encoder
 
 END_OF_TEXT = "<|endoftext|>"
@@ -104,10 +109,7 @@ class TextCodec:
     @classmethod
     def from_file(cls, path: Path) -> "TextCodec":
         """Read a `tokenizers` JSON file; ValueError names it if it is none."""
-        try:
-            return cls(Tokenizer.from_file(str(path)))
-        except Exception as error:
-            raise ValueError(f"{path} is not a tokenizer file of `tokenizers`: {error}") from None
+        return cls(read_tokenizer(path))
 
     @property
     def size(self) -> int:
@@ -116,11 +118,28 @@ class TextCodec:
 
     @cached_property
     def begin_of_text(self) -> int | None:
-        """The token that the tokenizer's own rule puts before each text (Llama's `<s>`); None for a
-        tokenizer without such a rule."""
-        plain = self.tokenizer.encode("a", add_special_tokens=False).ids
-        whole = self.tokenizer.encode("a", add_special_tokens=True).ids
-        return int(whole[0]) if plain and whole[1 : 1 + len(plain)] == plain else None
+        """The token that begins each text by the tokenizer's rule (Llama's `<s>`), if it has one.
+
+        `beginning_with` changes the rule.
+        """
+        return own_begin_of_text(self.tokenizer)
+
+    @property
+    def begin_ids(self) -> list[int]:
+        """`begin_of_text` as the head of an example: one id or none."""
+        return [] if self.begin_of_text is None else [self.begin_of_text]
+
+    def beginning_with(self, token: str | None) -> "TextCodec":
+        """The same with another rule: `token` begins each text; "": none does, None: as it is."""
+        own = self.begin_of_text
+        if token is None or token == ("" if own is None else self.tokenizer.id_to_token(own)):
+            return self
+        tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
+        if token:
+            tokenizer.post_processor = begins_with(token, int(tokenizer.token_to_id(token) or 0))
+            return TextCodec(tokenizer)
+        content = json.loads(tokenizer.to_str())
+        return TextCodec(Tokenizer.from_str(json.dumps(content | {"post_processor": None})))
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -151,23 +170,34 @@ class TextCodec:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
+def begins_with(token: str, number: int) -> processors.TemplateProcessing:
+    """The rule of `tokenizers` that puts a token before each text."""
+    return processors.TemplateProcessing(
+        single=[token, "$A"], pair=[token, "$A", token, "$B:1"], special_tokens=[(token, number)]
+    )
+
+
 def text_example(codec: TextCodec, ids: list[int]) -> Example:
     """A document and the end-of-text behind it."""
-    tokens = np.array([*ids, codec.end_of_text], dtype=np.int64)
+    tokens = np.array([*codec.begin_ids, *ids, codec.end_of_text], dtype=np.int64)
     return Example(tokens, np.ones(len(tokens), dtype=np.uint8))
 
 
 def caption_example(codec: TextCodec, ids: list[int]) -> Example:
     """The separator behind the image, the caption, end-of-text."""
-    tokens = np.array([codec.separator, *ids, codec.end_of_text], dtype=np.int64)
+    head = [*codec.begin_ids, codec.separator]
+    tokens = np.array([*head, *ids, codec.end_of_text], dtype=np.int64)
     supervised = np.ones(len(tokens), dtype=np.uint8)
-    supervised[0] = 0
+    supervised[: len(head)] = 0
     return Example(tokens, supervised)
 
 
 def question_ids(codec: TextCodec, question: str, *, has_image: bool) -> list[int]:
-    """What stands before a reply: training and evaluation share it."""
-    head = [codec.separator] if has_image else []
+    """What stands before a reply, of an image what is behind it; training and evaluation share it.
+
+    Before the image stands `codec.begin_of_text`.
+    """
+    head = [codec.separator] if has_image else codec.begin_ids
     return head + _asked(codec, Turn(question, ""))
 
 
@@ -175,7 +205,7 @@ def conversation_example(
     codec: TextCodec, turns: Sequence[tuple[str, str] | Turn], *, has_image: bool
 ) -> Example:
     """A conversation's tokens; only replies and the separators behind them are targets."""
-    tokens: list[int] = [codec.separator] if has_image else []
+    tokens = codec.begin_ids + ([codec.separator] if has_image else [])
     supervised = [0] * len(tokens)
     for turn in (Turn(*turn) for turn in turns):
         human = _asked(codec, turn)

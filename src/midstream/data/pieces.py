@@ -29,8 +29,9 @@ class Span:
 class Piece:
     """What stands side by side in a row: an example, or a part of one.
 
-    `picture` numbers it among the row's pictures. `continued`: it began in another row. `goes_on`:
-    its end lies elsewhere; `following` is the token there that the last position has as its target.
+    `picture` numbers it among the row's pictures; `before` stands before it. `continued`: it began
+    in another row. `goes_on`: its end lies elsewhere; `following` is the token there that the last
+    position has as its target.
     `left_out`: tokens that were cut off for good, since a row does not hold them.
     """
 
@@ -38,6 +39,7 @@ class Piece:
     columns: range
     num_targets: int
     picture: int | None
+    before: tuple[Span, ...]
     spans: tuple[Span, ...]
     continued: bool
     goes_on: bool
@@ -65,7 +67,9 @@ def pieces_of(
     for placed in plan.layout.row(index):
         source = sources[plan.names[placed.source]]
         patches = num_patches if source.has_image(placed.example) else 0
-        first, end = placed.column + patches, placed.column + placed.length
+        head = int(bool(patches) and source.begin_of_text is not None)
+        first, end = placed.column + head + patches, placed.column + placed.length
+        begin = row.input_ids[placed.column : placed.column + head].tolist()
         supervised = predicted[first:end].tolist()
         supervised[0] &= joins or bool(patches) or not placed.column
         length = patches + len(source.input_ids(placed.example, caption=placed.caption))
@@ -79,6 +83,7 @@ def pieces_of(
                 columns=range(placed.column, end),
                 num_targets=int((row.targets[placed.column : end] != IGNORE).sum()),
                 picture=num_pictures if patches else None,
+                before=tuple(_spans(codec, specials, begin, [False] * head)),
                 spans=tuple(_spans(codec, specials, row.input_ids[first:end].tolist(), supervised)),
                 continued=placed.start > 0,
                 goes_on=goes_on,

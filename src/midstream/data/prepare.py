@@ -175,7 +175,15 @@ def _open_tokenizer(
             raise FileNotFoundError(f"tokenizer file {tokenizer.path} does not exist")
         if file_sha256(tokenizer.path) != tokenizer.sha256:
             raise ValueError(f"{tokenizer.path} has another sha256 than the plan says; plan again")
-        return TextCodec.from_file(tokenizer.path)
+        codec = TextCodec.from_file(tokenizer.path)
+        if tokenizer.begin_of_text is None and codec.begin_of_text is not None:
+            token = codec.tokenizer.id_to_token(codec.begin_of_text)
+            raise ValueError(
+                f"{tokenizer.path} begins each text with {token!r} by its own rule; say so in the "
+                f"study: TokenizerFile.read(path), or begin_of_text={token!r}, or "
+                'begin_of_text="" to go without'
+            )
+        return codec.beginning_with(tokenizer.begin_of_text)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -202,6 +210,15 @@ def _check_prepared(source: Source, kind: str, codec: TextCodec, tokenizer_file:
             f"source {source.name!r} in {source.folder} is prepared with the tokenizer {found} of "
             f"{size:,} ids, the plan has {digest} of {codec.size:,}; prepare it with that one, or "
             f"plan with the tokenizer file {source.folder / 'tokenizer.json'}"
+        )
+    if source.begin_of_text != codec.begin_of_text:
+        had, has = (
+            "no token" if number is None else repr(codec.tokenizer.id_to_token(number))
+            for number in (source.begin_of_text, codec.begin_of_text)
+        )
+        raise ValueError(
+            f"the examples of source {source.name!r} in {source.folder} begin with {had}, those "
+            f"of the plan with {has}; prepare it again"
         )
 
 

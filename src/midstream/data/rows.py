@@ -67,12 +67,16 @@ def build_row(plan: RowPlan, sources: Mapping[str, Source], index: int, num_patc
         shard, local = sources[plan.names[number]].locate(example)
         patches = num_patches if shard.images is not None and shard.images[local, 0] >= 0 else 0
         text, end = column + patches, column + size
-        if patches:
-            images.append((column, number, example))
-            input_ids[column:text], targets[column:text] = 0, IGNORE
         offsets = shard.offsets_of(caption) if caption else shard.offsets
         low, after = int(offsets[local]) + start, int(offsets[local + 1])
         high = low + size - patches
+        if patches:
+            # What begins an example stands before its image.
+            head = 0 if sources[plan.names[number]].begin_of_text is None else 1
+            images.append((column + head, number, example))
+            input_ids[column : text + head], targets[column : text + head] = 0, IGNORE
+            input_ids[column : column + head] = shard.tokens[low : low + head]
+            text, low = text + head, low + head
         input_ids[text:end] = shard.tokens[low:high]
         # What is cut off of a whole example is nobody's target; a text goes on in another row.
         last = min(high + 1, after) if shard.supervised is None else high

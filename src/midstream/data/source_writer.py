@@ -212,11 +212,17 @@ class ShardWriter:
 
 
 def finish_source(
-    folder: Path, *, tokenizer_digest: str, vocab_size: int, root: str
+    folder: Path,
+    *,
+    tokenizer_digest: str,
+    vocab_size: int,
+    root: str,
+    begin_of_text: int | None = None,
 ) -> dict[str, Any]:
     """Write `source.json` over the shards that lie under `folder/shards`; returns what it says.
 
-    `root` is where relative picture files lie. The fingerprint stands for every byte of the shards.
+    `root` is where relative picture files lie, `begin_of_text` is the codec's. The fingerprint
+    stands for every byte of the shards.
     """
     shards, hashes = [], hashlib.sha256()
     rejects, dropped = Counter[str](), Counter[str]()
@@ -251,6 +257,8 @@ def finish_source(
         # Pictures that stand in several shards count once in each.
         "distinct_images": distinct,
     }
+    if begin_of_text is not None:
+        summary["begin_of_text"] = begin_of_text
     for split in ("train", "validation"):
         keys = ("examples", "tokens", "images")
         summary[split] = {key: sum(shard[split][key] for shard in shards) for key in keys}

@@ -69,6 +69,12 @@ class Source:
         kind: Kind = self.index["kind"]
         return kind
 
+    @property
+    def begin_of_text(self) -> int | None:
+        """The token that begins each example, before its picture; None where none does."""
+        begin: int | None = self.index.get("begin_of_text")
+        return begin
+
     def __len__(self) -> int:
         return self._num_examples
 

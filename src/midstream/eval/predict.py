@@ -63,6 +63,7 @@ class ModelAnswerer:
                 ],
                 features,
                 image_of=image_of,
+                begin=self.codec.begin_of_text,
                 max_new_tokens=self.max_new_tokens,
                 stop_ids=self.codec.stop_ids,
                 batch_size=self.batch_size,
@@ -94,6 +95,7 @@ class ModelAnswerer:
                 features,
                 [replies[i] for i in chosen],
                 image_of=image_of,
+                begin=self.codec.begin_of_text,
                 batch_size=self.batch_size,
             )
             for i, own in zip(chosen, found, strict=True):
@@ -146,8 +148,7 @@ class ModelAnswerer:
 
     def _text_ids(self, text: str) -> list[int]:
         """A plain text by the tokenizer's own rule."""
-        begin = self.codec.begin_of_text
-        return ([] if begin is None else [begin]) + self.codec.encode(text)
+        return self.codec.begin_ids + self.codec.encode(text)
 
     def generate_until(
         self, contexts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: Sequence[int]

@@ -8,7 +8,13 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from midstream.data.examples import IMAGE_MARK, SEPARATOR, TextCodec, question_ids
+from midstream.data.examples import (
+    IMAGE_MARK,
+    SEPARATOR,
+    TextCodec,
+    begins_with,
+    question_ids,
+)
 from midstream.storage import write_bytes, write_json
 
 # Texts on which a folder's tokenizer must give the codec's ids.
@@ -24,8 +30,8 @@ def image_token(codec: TextCodec) -> int:
 def write_tokenizer(codec: TextCodec, folder: Path, *, sees: bool) -> None:
     """tokenizer.json and its settings; with `sees` it has the image's token.
 
-    Nothing is put around a text, as the codec puts nothing; pieces between special tokens are read
-    as texts of their own, as the codec reads them.
+    A text begins as the codec's texts do, and nothing is put behind it; pieces between special
+    tokens are read as texts of their own, as the codec reads them.
     """
     tokenizer = Tokenizer.from_str(codec.tokenizer.to_str())
     if sees:
@@ -35,8 +41,12 @@ def write_tokenizer(codec: TextCodec, folder: Path, *, sees: bool) -> None:
                 f"{IMAGE_MARK} got id {tokenizer.token_to_id(IMAGE_MARK)} from the tokenizer, the "
                 f"first free one is {image_token(codec)}; its ids have gaps, renumber its tokens"
             )
+    begin = begin_token(codec)
+    if begin:
+        tokenizer.post_processor = begins_with(begin, codec.begin_ids[0])
     content = json.loads(tokenizer.to_str())
-    content["post_processor"] = None
+    if not begin:
+        content["post_processor"] = None
     for part in _parts(content["pre_tokenizer"]):
         if part.get("prepend_scheme") == "first":
             part["prepend_scheme"] = "always"
@@ -46,6 +56,7 @@ def write_tokenizer(codec: TextCodec, folder: Path, *, sees: bool) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": end_of_text,
         "pad_token": end_of_text,
+        **({"bos_token": begin} if begin else {}),
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],
@@ -53,10 +64,20 @@ def write_tokenizer(codec: TextCodec, folder: Path, *, sees: bool) -> None:
     write_json(folder / "tokenizer_config.json", settings)
 
 
-def write_chat_template(folder: Path, *, sees: bool) -> None:
-    """chat_template.jinja; without `sees` it refuses pictures."""
+def begin_token(codec: TextCodec) -> str:
+    """What begins each text; "" where nothing does."""
+    return "".join(str(codec.tokenizer.id_to_token(number)) for number in codec.begin_ids)
+
+
+def write_chat_template(codec: TextCodec, folder: Path, *, sees: bool) -> None:
+    """chat_template.jinja; without `sees` it refuses pictures.
+
+    What begins a text is written by the template of a tokenizer, which adds nothing to a chat, and
+    not by that of a processor, whose tokenizer does.
+    """
     template = _resource("chat_template.jinja")
     if not sees:
+        template = template.replace('begin = ""', f"begin = {json.dumps(begin_token(codec))}")
         template = template.replace(f'image_mark = "{IMAGE_MARK}"', 'image_mark = ""')
     write_bytes(folder / "chat_template.jinja", template.encode())
 
@@ -89,7 +110,7 @@ def check_tokenizer(folder: Path, codec: TextCodec, config: Any, *, chats: bool)
     # Tokens from all over the vocabulary: where texts are cut otherwise, some come out otherwise.
     some = range(0, codec.size, max(1, codec.size // 512))
     for text in (*_PROBES, " ".join(codec.decode([one]) for one in some)):
-        pairs = [(text, list(codec.encode(text)))]
+        pairs = [(text, [*codec.begin_ids, *codec.encode(text)])]
         if chats:
             pairs.append(
                 (f"In: {text}\nOut:{SEPARATOR}", question_ids(codec, text, has_image=False))

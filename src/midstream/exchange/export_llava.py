@@ -88,7 +88,7 @@ def write_llava(
     stops = generation_config(codec, chats=True, suppressed=suppressed)
     kind = save_model(LlavaForConditionalGeneration, config, weights, stops, folder)
     write_tokenizer(codec, folder, sees=True)
-    write_chat_template(folder, sees=True)
+    write_chat_template(codec, folder, sees=True)
     _write_processor(tower, folder)
     check_tokenizer(folder, codec, config, chats=True)
     notes: tuple[str, ...] = (

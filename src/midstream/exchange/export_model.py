@@ -175,7 +175,8 @@ def prompt_logits(vlm: VLM, codec: TextCodec, features: Tensor | None) -> Tensor
     if features is not None:
         projected = vlm.project(features, embeddings)
         assert projected is not None
-        embeddings = torch.cat((projected, embeddings), dim=1)
+        begin = vlm.decoder.embed(torch.tensor([codec.begin_ids], dtype=torch.int64))
+        embeddings = torch.cat((begin, projected, embeddings), dim=1)
     length = embeddings.shape[1]
     prefix = vlm.config.attention == "prefix"
     mask = torch.ones((1, 1, length, length), dtype=torch.bool) if prefix else None
@@ -188,7 +189,7 @@ def prompt_logits(vlm: VLM, codec: TextCodec, features: Tensor | None) -> Tensor
 def _picture_logits(model: nn.Module, vlm: VLM, codec: TextCodec, folder: Path) -> Tensor:
     assert vlm.config.encoder is not None
     token = int(model.config.image_token_id)  # type: ignore[union-attr, arg-type]
-    ids = [token] * vlm.config.encoder.num_patches
+    ids = codec.begin_ids + [token] * vlm.config.encoder.num_patches
     ids += question_ids(codec, _QUESTION, has_image=True)
     found: Tensor = model(input_ids=torch.tensor([ids]), pixel_values=_picture(vlm)).logits[0]
     return found

@@ -70,7 +70,7 @@ def write_own(
     )
     write_code(folder, *CODE)
     write_tokenizer(codec, folder, sees=True)
-    write_chat_template(folder, sees=True)
+    write_chat_template(codec, folder, sees=True)
     write_json(folder / "processor_config.json", _processor(sees))
     write_json(folder / "preprocessor_config.json", _image_processor(sees.transform))
     stops = generation_config(codec, chats=True)

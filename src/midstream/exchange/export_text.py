@@ -33,7 +33,7 @@ def text_config(decoder: Decoder | TransformersDecoder, codec: TextCodec) -> Any
         config = transformers_config(decoder.config)
     else:
         config = _openlm_config(decoder.config)
-    config.bos_token_id = None
+    config.bos_token_id = codec.begin_of_text
     config.eos_token_id = config.pad_token_id = codec.end_of_text
     return config
 
@@ -84,7 +84,7 @@ def write_text(
         write_code(folder, *OPENLM_CODE)
     write_tokenizer(codec, folder, sees=False)
     if chats:
-        write_chat_template(folder, sees=False)
+        write_chat_template(codec, folder, sees=False)
     kind = save_model(
         build, config, text_weights(decoder), generation_config(codec, chats=chats), folder
     )

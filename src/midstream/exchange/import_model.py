@@ -173,8 +173,9 @@ def _about_begin(codec: TextCodec) -> str:
     if begin is None:
         return "BOS: none, the tokenizer puts no token before a text"
     return (
-        f"BOS: {codec.tokenizer.id_to_token(begin)} = {begin:,} stands before each text of a text "
-        "task (the tokenizer's rule); training rows and questions about pictures go without it"
+        f"BOS: {codec.tokenizer.id_to_token(begin)} = {begin:,} begins each text in training, "
+        "image-text rows (before the picture) and evaluation, as the tokenizer's rule says; a "
+        'recipe may choose another or "none" (begin_of_text)'
     )
 
 

@@ -14,7 +14,8 @@ from midstream.model.vlm import VLM
 class Conversation:
     """The cache of one conversation, about one image or none; each turn goes on where it ended.
 
-    `features` are the encoder's. `max_positions` bounds image, turns and replies together.
+    `features` are the encoder's, `begin` is a token that stands before the image.
+    `max_positions` bounds image, turns and replies together.
     Under prefix attention the image and the first turn see each other, as in training.
     """
 
@@ -24,11 +25,12 @@ class Conversation:
         features: Float[Tensor, "1 patches width"] | None,
         *,
         max_positions: int,
+        begin: int | None = None,
         sampling: Sampling | None = None,
     ) -> None:
         self.vlm, self.sampling, self.max_positions = vlm, sampling, max_positions
         with torch.no_grad():
-            self._image = None if features is None else project_images(vlm, features)
+            self._image = None if features is None else project_images(vlm, features, begin)
         self._num_patches = 0 if self._image is None else self._image.shape[1]
         self._cache: AnyCache | None = None
         self._num_drawn = 0

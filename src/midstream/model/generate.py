@@ -34,6 +34,7 @@ def generate(
     features: Float[Tensor, "images patches width"] | None,
     *,
     image_of: Sequence[int] | None = None,
+    begin: int | None = None,
     max_new_tokens: int,
     stop_ids: frozenset[int],
     batch_size: int,
@@ -47,6 +48,7 @@ def generate(
     `features` are the encoder's, None without images; image `image_of[i]` (`i`, where that is None)
     stands before prompt i. Among prompts whose lengths round up alike, an image is read once for
     all that ask about it; under prefix attention, where it sees the prompt, for each of them.
+    `begin` is a token that stands before each image.
     `plain` prompts are text to go on with, which has no prefix whatever the model's attention.
     Raises ValueError for an empty prompt, or images that do not fit the prompts.
     """
@@ -56,7 +58,8 @@ def generate(
         (length, max_new_tokens): members
         for length, members in _alike([len(prompt) for prompt in prompts], length_multiple)
     }
-    for length, room, chosen, image, cache in _looked(vlm, groups, features, images, batch_size):
+    looked = _looked(vlm, groups, features, images, begin, batch_size)
+    for length, room, chosen, image, cache in looked:
         rows = [prompts[i] for i in _filled(chosen, batch_size)]
         state = _read(vlm, rows, length, image, cache, room, plain=plain)
         found = _go_on(vlm, state, chosen, max_new_tokens, stop_ids, sampling)
@@ -88,6 +91,7 @@ def _looked(
     groups: Mapping[tuple[int, int], list[int]],
     features: Tensor | None,
     images: Sequence[int],
+    begin: int | None,
     batch_size: int,
 ) -> Iterator[tuple[int, int, list[int], Tensor | None, AnyCache | None]]:
     """Batches of prompts of one shape (length, room), and their images: to be read with the
@@ -96,12 +100,12 @@ def _looked(
         for (length, room), members in sorted(groups.items()):
             for chosen in _parts(members, batch_size):
                 shown = [images[i] for i in _filled(chosen, batch_size)] if len(images) else []
-                image = None if features is None else project_images(vlm, features[shown])
+                image = None if features is None else project_images(vlm, features[shown], begin)
                 yield length, room, chosen, image, None
         return
     asked = sorted({images[i] for members in groups.values() for i in members})
     for part in _parts(asked, batch_size):
-        cache = _read_images(vlm, features, part)
+        cache = _read_images(vlm, features, part, begin)
         row_of = {image: row for row, image in enumerate(part)}
         for (length, room), members in sorted(groups.items()):
             about = sorted((i for i in members if images[i] in row_of), key=lambda i: images[i])
@@ -111,26 +115,32 @@ def _looked(
                 yield length, room, chosen, None, cache.select(id_tensor(rows, vlm), columns)
 
 
-def _read_images(vlm: VLM, features: Tensor, images: list[int]) -> AnyCache:
+def _read_images(vlm: VLM, features: Tensor, images: list[int], begin: int | None) -> AnyCache:
     """Images in a cache, a row each, in batches of one size so that neighbours change nothing."""
     caches: list[Any] = []
     for part in _parts(images, _IMAGES_AT_ONCE):
-        embeddings = project_images(vlm, features[_filled(part, _IMAGES_AT_ONCE)])
-        rows, patches = embeddings.shape[:2]
-        position_ids = torch.arange(patches, device=embeddings.device)
-        cache = new_cache(vlm, embeddings, patches)
+        embeddings = project_images(vlm, features[_filled(part, _IMAGES_AT_ONCE)], begin)
+        rows, width = embeddings.shape[:2]
+        position_ids = torch.arange(width, device=embeddings.device)
+        cache = new_cache(vlm, embeddings, width)
         # Keys and values are wanted: the last block need not be finished, but for one position.
-        at = torch.arange(rows, device=embeddings.device) * patches
+        at = torch.arange(rows, device=embeddings.device) * width
         vlm.decoder(embeddings, position_ids.expand(rows, -1), None, cache, at)
         caches.append(cache)
     return type(caches[0]).joined(caches)  # type: ignore[no-any-return]
 
 
-def project_images(vlm: VLM, features: Tensor) -> Float[Tensor, "images patches hidden"]:
-    """Features at decoder width; ValueError for a model without an encoder."""
+def project_images(
+    vlm: VLM, features: Float[Tensor, "images patches width"], begin: int | None
+) -> Float[Tensor, "images seen hidden"]:
+    """Features at decoder width, behind the token `begin` where there is one: `seen` is `patches`
+    or one more. Raises ValueError for a model without an encoder."""
     projected = vlm.project(features, vlm.decoder.output.weight[None])
     assert projected is not None, "features were given"
-    return projected
+    if begin is None:
+        return projected
+    first = vlm.decoder.embed(id_tensor([[begin]] * len(features), vlm))
+    return torch.cat((first.to(projected.dtype), projected), dim=1)
 
 
 @dataclass
@@ -219,6 +229,7 @@ def choice_logprobs(
     choices: Sequence[Sequence[list[int]]],
     *,
     image_of: Sequence[int] | None = None,
+    begin: int | None = None,
     batch_size: int,
     length_multiple: int = 16,
     choice_multiple: int = 4,
@@ -244,7 +255,8 @@ def choice_logprobs(
     shapes: dict[tuple[int, int], list[int]] = {}
     for index, shape in enumerate(zip(lengths, widths, strict=True)):
         shapes.setdefault(shape, []).append(index)
-    for length, width, chosen, image, cache in _looked(vlm, shapes, features, images, batch_size):
+    looked = _looked(vlm, shapes, features, images, begin, batch_size)
+    for length, width, chosen, image, cache in looked:
         rows = [prompts[i] for i in _filled(chosen, batch_size)]
         state = _read(vlm, rows, length, image, cache, width, plain=plain)
         likely, best = _scored(vlm, state.last, batch_size)

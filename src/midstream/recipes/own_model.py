@@ -22,7 +22,7 @@ from midstream.config import (
     Training,
     WarmupCosine,
 )
-from midstream.identity import file_sha256, world_fingerprint
+from midstream.identity import world_fingerprint
 from midstream.recipes.line import END_RATE, finetuned_line
 from midstream.storage import read_json
 from midstream.study.imported import as_imported, read_import
@@ -60,6 +60,7 @@ def image_shares(
     attention: Attention = "segments",
     row_length: int = 1024,
     batch_rows: int = 256,
+    begin_of_text: str = "rule",
     max_new_tokens: int = 32,
     limit: int = 0,
 ) -> Study:
@@ -71,7 +72,8 @@ def image_shares(
     on at the checkpoint's own rate, or warms up again to `rewarm_rate` where that is given.
     The encoder stays frozen, or is trained in both stages at `encoder_rate_factor` times the rate
     where that is not 0. `image_size` 0 is the encoder's own; pictures are letterboxed as in the
-    paper, whatever the encoder's own files say. `limit` 0 asks all questions. The projector's
+    paper, whatever the encoder's own files say. `begin_of_text` is a token that begins each
+    example, "none", or the tokenizer's own "rule". `limit` 0 asks all questions. The projector's
     default is LLaVA's and features are not rounded, so that the result exports as one to the last
     digit; `projector_hidden` is for two layers alone.
     """
@@ -90,7 +92,7 @@ def image_shares(
             f"the learning rate at {folder} is {rate:g}, not above the end rate {END_RATE:g}; warm "
             "up again with rewarm_rate"
         )
-    world = _prepare(root, folder)
+    world = _prepare(root, folder, begin_of_text)
     text = LoadDecoder(data=world, checkpoint=as_imported(folder), decoder=record.config)
     looks = {"resize": resize, "feature_layer": feature_layer, "final_norm": final_norm}
     encoder = (
@@ -153,7 +155,7 @@ def image_shares(
     )
 
 
-def _prepare(root: Path, checkpoint: Path) -> Prepare:
+def _prepare(root: Path, checkpoint: Path, begin_of_text: str) -> Prepare:
     path = checkpoint / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -161,7 +163,7 @@ def _prepare(root: Path, checkpoint: Path) -> Prepare:
         )
     return Prepare(
         world=PublicFolder(root=root, fingerprint=world_fingerprint(root)),
-        tokenizer=TokenizerFile(path=path, sha256=file_sha256(path)),
+        tokenizer=TokenizerFile.read(path, begin_of_text),
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from midstream.config import Caption, ExpectedSource, PublicFolder, TokenizerFile
-from midstream.identity import WorldFingerprint, file_sha256, world_fingerprint
+from midstream.identity import WorldFingerprint, world_fingerprint
 from midstream.recipes.scale import DATACOMP_DR, CaptionSet, TextMixture
 from midstream.study.imported import as_imported
 from midstream.study.stage import PLANNED, Imported, Prepare
@@ -108,17 +108,17 @@ def world(inputs: Path | None, tokenizer: Path | None) -> Prepare:
     root = Path("data") if inputs is None else inputs / "data"
     path = tokenizer or root / "tokenizer.json"
     fingerprint: WorldFingerprint | None = None
-    sha256 = PLANNED
+    tokenizer_file = TokenizerFile(path=path, sha256=PLANNED)
     if inputs is not None:
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} does not exist; `inputs` is the folder of recipes/scales.py, its world "
                 "has the tokenizer's file beside its sources"
             )
-        fingerprint, sha256 = world_fingerprint(root), file_sha256(path)
+        fingerprint, tokenizer_file = world_fingerprint(root), TokenizerFile.read(path)
     return Prepare(
         world=PublicFolder(root=root, fingerprint=fingerprint),
-        tokenizer=TokenizerFile(path=path, sha256=sha256),
+        tokenizer=tokenizer_file,
         expected=EXPECTED,
     )
 

@@ -19,7 +19,7 @@ from midstream.config import (
     Training,
     WarmupCosine,
 )
-from midstream.identity import file_sha256, folder_fingerprint
+from midstream.identity import folder_fingerprint
 from midstream.recipes.line import END_RATE, finetuned_line, image_text_schedule, start_at
 from midstream.study.stage import (
     Continue,
@@ -175,7 +175,7 @@ def _prepare(root: Path, num_questions: int) -> Prepare:
             fingerprint=folder_fingerprint(root, SmallReal.FILES),
             num_questions=num_questions,
         ),
-        tokenizer=TokenizerFile(path=path, sha256=file_sha256(path)),
+        tokenizer=TokenizerFile.read(path),
     )
 
 

@@ -154,6 +154,12 @@ def _tokenizer(stage: PrepareTokenizer) -> Iterator[Problem]:
     elif file_sha256(path) != tokenizer.sha256:
         told = f"{path} has another sha256 than the plan says"
         yield Problem(told, "plan again", (label(stage),))
+    elif tokenizer.begin_of_text is None and TokenizerFile.read(path).begin_of_text is not None:
+        told = (
+            f"{path} begins each text with a token by its own rule, and the study does not say so"
+        )
+        remedy = "make it with TokenizerFile.read(path), or give begin_of_text"
+        yield Problem(told, remedy, (label(stage),))
 
 
 def _vocabulary(stage: Pretrain) -> Iterator[Problem]:

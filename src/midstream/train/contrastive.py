@@ -197,12 +197,13 @@ class Captions:
 def _table(
     source: Source, codec: TextCodec, length: int, caption: int
 ) -> Int[Tensor, "examples length"]:
-    """Each picture's caption without its separator, end-of-text behind it."""
+    """Each picture's caption without what stands before it, end-of-text behind it."""
+    head = 1 if source.begin_of_text is None else 2
     found = torch.full((len(source), length), codec.end_of_text, dtype=torch.int64)
     # A picture may have fewer synthetic captions than another.
     numbers = source.num_synthetic(np.arange(len(source)))
     for example in np.flatnonzero(numbers >= caption).tolist():
-        tokens = source.input_ids(example, 1, caption=caption).astype(np.int64)
+        tokens = source.input_ids(example, head, caption=caption).astype(np.int64)
         if len(tokens) > length:
             raise ValueError(
                 f"{source.describe(example, caption)}: the caption has {len(tokens)} tokens, the "

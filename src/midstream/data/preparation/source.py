@@ -65,7 +65,15 @@ def prepare_source(
     _check_units(units, sources, out)
     codec = TextCodec.from_file(tokenizer_file)
     tokenizer = canonical_tokenizer(codec)
-    job = Job(section, out, options, root, digest_of(tokenizer), validation_fraction)
+    job = Job(
+        section,
+        out,
+        options,
+        root,
+        digest_of(tokenizer),
+        validation_fraction,
+        codec.begin_of_text,
+    )
     wanted = wanted_shards(job, units)
     refuse_twins(_sizes(wanted))
     unread = _unread(job, absolute, units, notice or partial(progress, 0.0))
@@ -78,7 +86,13 @@ def prepare_source(
             write_bytes(job.tokenizer_file, tokenizer)
         _make(job, wanted, todo, workers, max_reject_fraction, progress)
         if not (out / INDEX).is_file():
-            finish_source(out, tokenizer_digest=job.tokenizer, vocab_size=codec.size, root=root)
+            finish_source(
+                out,
+                tokenizer_digest=job.tokenizer,
+                vocab_size=codec.size,
+                root=root,
+                begin_of_text=job.begin_of_text,
+            )
         index: dict[str, Any] = read_json(out / INDEX)
         # It may have changed where no shard has.
         if index.get("unread") != unread:

@@ -34,7 +34,8 @@ Stamp = list[int | str | None]
 
 @dataclass(frozen=True)
 class Job:
-    """What all shards of a source have in common; `tokenizer` is the digest of its file in `out`.
+    """What all shards of a source have in common; `tokenizer` is the digest of its file in `out`,
+    `begin_of_text` the token that its examples begin with.
 
     Names of files under the folder `root` are kept relative to it.
     """
@@ -45,6 +46,7 @@ class Job:
     root: str
     tokenizer: str
     validation_fraction: float
+    begin_of_text: int | None = None
 
     @property
     def shards(self) -> Path:
@@ -97,6 +99,8 @@ def wanted_shards(job: Job, units: Sequence[Unit]) -> list[Todo]:
         "tokenizer": job.tokenizer,
         "validation_fraction": job.validation_fraction,
     }
+    if job.begin_of_text is not None:
+        common["begin_of_text"] = job.begin_of_text
     found = []
     for number, unit in enumerate(units):
         own = {"unit": asdict(unit), "stamps": [stamps[file] for file in unit.files]}
