@@ -217,7 +217,12 @@ def test_published_forms_reach_the_model_in_the_harness_words(tmp_path: Path) ->
     [
         ("piqa", "valid.jsonl", '{"goal": "g", "sol1": "a", "sol2": "b"}', "valid-labels"),
         ("copa", "copa.jsonl", '{"query": "It fell", "choices": ["a"], "gold": 0}', "ends with"),
-        ("arc_easy", "arc_easy.jsonl", '{"query": "q", "choices": ["a"], "gold": 1}', "answer 1"),
+        (
+            "arc_easy",
+            "arc_easy.jsonl",
+            '{"query": "q", "choices": ["a"], "gold": 1}',
+            "gold 1 is none of 1",
+        ),
         ("boolq", "boolq.jsonl", '{"passage": "p", "question": "q", "label": 1}', "neither true"),
         ("boolq", "boolq.jsonl", '{"query": "p", "choices": ["no", "yes"], "gold": 1}', "no line"),
         (

@@ -26,8 +26,7 @@ from midstream.eval.find_task import (
     read_visual_task,
 )
 from midstream.eval.kept_answers import KeptAnswers
-from midstream.eval.readers.choices import LETTERS
-from midstream.eval.scoring import cleaned
+from midstream.eval.scoring import LETTERS, cleaned
 from midstream.eval.text import TextResult, TextTask, loaded_tasks
 from midstream.uncertainty import Estimate, bootstrap, mean_by_split, split_means
 

@@ -13,10 +13,15 @@ from midstream.source_files import is_hidden
 
 @dataclass(frozen=True)
 class Record:
-    """One record of a file; its errors say where it stands."""
+    """One record of a file; its errors say where it stands, and how it is mended."""
 
     where: str
     value: Any
+    remedy: str = "give the official file, or mend this record"
+
+    def __contains__(self, key: str) -> bool:
+        """Whether it says something under `key`; null says nothing."""
+        return isinstance(self.value, dict) and self.value.get(key) is not None
 
     def get(self, key: str, kind: type) -> Any:
         """The value under `key`; ValueError if it is absent or no `kind` (bool never is)."""
@@ -33,6 +38,30 @@ class Record:
         """The text under `key`."""
         return str(self.get(key, str))
 
+    def texts(self, key: str, least: int = 1) -> list[str]:
+        """The list of `least` texts or more under `key`."""
+        values = list(self.get(key, list))
+        if len(values) < least or not all(isinstance(value, str) for value in values):
+            told = json.dumps(values)[:80]
+            self.refuse(f"its {key!r} is no list of {least} or more texts: {told}")
+        return values
+
+    def index(self, key: str, count: int) -> int:
+        """The number under `key`, which counts `count` options from 0."""
+        index = self.get(key, int)
+        if not 0 <= index < count:
+            self.refuse(f"its {key} {index} is none of {count} options")
+        return int(index)
+
+    def records(self, key: str) -> list["Record"]:
+        """The records in the list under `key`."""
+        values = enumerate(self.get(key, list))
+        return [Record(f"{self.where} {key} {number}", value) for number, value in values]
+
+    def kinds(self, *keys: str) -> dict[str, str]:
+        """As text what it says under `keys`, of those that it has."""
+        return {key: str(self.value[key]) for key in keys if key in self.value}
+
     def identifier(self, key: str) -> str:
         """The number or text under `key`, as text."""
         value = self.get(key, object)
@@ -42,7 +71,7 @@ class Record:
 
     def refuse(self, problem: str) -> NoReturn:
         """Raise ValueError with the place, the problem and the remedy."""
-        raise ValueError(f"{self.where}: {problem}; give the official file, or mend this record")
+        raise ValueError(f"{self.where}: {problem}; {self.remedy}")
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -153,7 +182,7 @@ def entries(path: Path) -> Iterator[tuple[str, Record]]:
         yield key, Record(f"{path} record {key!r}", record)
 
 
-def lines(path: Path) -> Iterator[Record]:
+def lines(path: Path, remedy: str = Record.remedy) -> Iterator[Record]:
     """The records of a file of JSON lines; ValueError if there are none."""
     found = read_text(path).split("\n")  # a text may hold U+2028
     if not any(line.strip() for line in found):
@@ -162,7 +191,7 @@ def lines(path: Path) -> Iterator[Record]:
         if not line.strip():
             continue
         try:
-            yield Record(f"{path} line {number}", json.loads(line))
+            yield Record(f"{path} line {number}", json.loads(line), remedy)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} line {number} is not JSON ({error.msg})") from None
 
