@@ -72,25 +72,19 @@ def suites(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         here = [task for task in members if task in tasks]
         if not here:
             continue
-        missing = [task for task in members if not _has(name, task, tasks)]
+        scores = {task: _suite_score(name, task, tasks[task]) for task in here}
+        missing = [task for task in members if scores.get(task) is None]
         shortened = [task for task in here if tasks[task].get("shortened")]
+        chances = {**VISUAL_CHANCE, **TEXT_CHANCE}
+        whole = {task: score for task, score in scores.items() if score is not None}
         value = None
         if not missing and not shortened:
-            chances = {**VISUAL_CHANCE, **TEXT_CHANCE}
-            value = stable_score(
-                {task: _suite_score(name, task, tasks[task]) for task in members},
-                {task: chances[task][0] for task in members},
-            )
+            value = stable_score(whole, {task: chances[task][0] for task in members})
         found[name] = {"score": value, "missing": missing, "shortened": shortened}
     return found
 
 
-def _has(suite: str, task: str, tasks: Mapping[str, Mapping[str, Any]]) -> bool:
+def _suite_score(suite: str, task: str, row: Mapping[str, Any]) -> float | None:
+    """By the metric that the set takes; None where the task has it not."""
     metric = SUITE_METRICS.get(suite, {}).get(task)
-    return task in tasks and (metric is None or metric in tasks[task].get("details", {}))
-
-
-def _suite_score(suite: str, task: str, row: Mapping[str, Any]) -> float:
-    metric = SUITE_METRICS.get(suite, {}).get(task)
-    value = row["score"] if metric is None else row["details"][metric]
-    return float(value)
+    return row["score"] if metric is None else row.get("details", {}).get(metric)

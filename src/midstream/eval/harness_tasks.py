@@ -21,13 +21,6 @@ _KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv
 _SPLITS = {"validation": ("validation", "valid", "val", "dev")}
 # A hub that does not answer for so long is not there.
 _HUB_SECONDS = 5.0
-# A task that the harness does not have: the continuation's words, if greedy decoding gives them.
-_CONTINUATION: dict[str, Any] = {
-    "doc_to_text": "context",
-    "doc_to_target": "continuation",
-    "target_delimiter": "",
-    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-}
 
 
 def harness_task(name: str, folder: Path) -> TextTask:
@@ -87,21 +80,19 @@ def _from_files(name: str, own: Path, entry: Any, chance: float | None) -> TextT
 
 
 def _published(name: str, paths: tuple[Path, ...]) -> TextTask:
+    import lm_eval.tasks
+
     known = HARNESS_TASKS[name]
     local = known.read(*paths)
-    settings = _CONTINUATION if not known.yaml else {"include": str(_tasks() / known.yaml)}
+    settings = known.settings
+    if known.yaml is not None:
+        settings = {"include": str(Path(lm_eval.tasks.__file__).parent / known.yaml)}
     departs = local.departs
     if departs is None and len(local.docs) < known.num_docs:
         departs = f"{len(local.docs):,} of {known.num_docs:,} records"
     chance = local.chance if local.chance is not None else TEXT_CHANCE[name][0]
     settings = {**settings, **local.settings, "num_fewshot": 0}
     return TextTask(name, chance, settings, local.docs, known.split, known.num_docs, departs)
-
-
-def _tasks() -> Path:
-    import lm_eval.tasks
-
-    return Path(lm_eval.tasks.__file__).parent
 
 
 def _entry(name: str) -> Any:

@@ -44,15 +44,16 @@ class LocalTask:
 
 @dataclass(frozen=True)
 class HarnessTask:
-    """A task of the harness: where its description lies, and what reads its published files
-    (`benchmark_files.TEXT_FILES`)."""
+    """A task of the harness, a row of benchmarks.toml: where its description lies (or `settings` of
+    our own), and what reads its published files (`benchmark_files.TEXT_FILES`)."""
 
-    yaml: str
     split: str
     read: Callable[..., LocalTask]
     num_docs: int
     published: str
     licence: str
+    yaml: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def read_arc(path: Path, key: str = "question") -> LocalTask:
@@ -248,7 +249,7 @@ def read_cs_algorithms(path: Path) -> LocalTask:
     docs = [{key: one.text(key) for key in ("context", "continuation")} for one in lines(path)]
     for doc in docs:
         doc["continuation"] = f" {doc['continuation'].strip()}"
-    return LocalTask(tuple(docs), {"output_type": "loglikelihood"})
+    return LocalTask(tuple(docs))
 
 
 def _each_line(path: Path, doc_of: Callable[[Record], Doc]) -> LocalTask:

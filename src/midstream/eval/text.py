@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from midstream.eval.aggregate import BENCHMARKS
 from midstream.eval.readers.records import lines
 from midstream.eval.task import Answerer
 
@@ -82,16 +83,7 @@ class TextResult:
 def own_task(items: Sequence[dict[str, Any]], name: str, chance: float) -> TextTask:
     """Items of the caller's own (`read_text_task`) as a task: the choices continue the query as
     they stand, space included."""
-    settings = {
-        "output_type": "multiple_choice",
-        "num_fewshot": 0,
-        # Names of columns, not templates: a template would turn a query of digits into a number.
-        "doc_to_text": "query",
-        "doc_to_choice": "choices",
-        "doc_to_target": "gold",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
+    settings = dict(BENCHMARKS["own_text_task"])
     return TextTask(name, chance, settings, tuple(items), num_docs=len(items))
 
 

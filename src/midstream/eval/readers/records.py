@@ -186,14 +186,14 @@ def lines(path: Path, remedy: str = Record.remedy) -> Iterator[Record]:
     """The records of a file of JSON lines; ValueError if there are none."""
     found = read_text(path).split("\n")  # a text may hold U+2028
     if not any(line.strip() for line in found):
-        raise ValueError(f"{path} is empty; give the official file")
+        raise ValueError(f"{path} is empty; {remedy}")
     for number, line in enumerate(found, start=1):
         if not line.strip():
             continue
         try:
             yield Record(f"{path} line {number}", json.loads(line), remedy)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON ({error.msg})") from None
+            raise ValueError(f"{path} line {number} is not JSON ({error.msg}); {remedy}") from None
 
 
 def add(table: dict[str, Any], key: str, value: Any, record: Record) -> None:
