@@ -87,4 +87,5 @@ def suites(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 def _suite_score(suite: str, task: str, row: Mapping[str, Any]) -> float | None:
     """By the metric that the set takes; None where the task has it not."""
     metric = SUITE_METRICS.get(suite, {}).get(task)
-    return row["score"] if metric is None else row.get("details", {}).get(metric)
+    score: float | None = row["score"] if metric is None else row.get("details", {}).get(metric)
+    return score

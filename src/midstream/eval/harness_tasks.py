@@ -5,6 +5,7 @@ import difflib
 import functools
 import glob
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,6 @@ from midstream.source_files import is_note, walk
 
 # By the end of a name, what `datasets` calls it.
 _KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-# What people call a split, by the hub's name for it.
-_SPLITS = {"validation": ("validation", "valid", "val", "dev")}
 # A hub that does not answer for so long is not there.
 _HUB_SECONDS = 5.0
 
@@ -121,8 +120,9 @@ def _split_files(
     root = folder / configuration if configuration else folder
     found = [Path(path) for path in walk(root if root.is_dir() else folder)]
     data = [path for path in found if path.suffix in _KINDS and not is_note(path.name)]
-    called = _SPLITS.get(split, (split,))
-    named = [path for path in data if _first_word(path.name) in called]
+    called = ("validation", "valid", "val", "dev") if split == "validation" else (split,)
+    # "test-00000-of-00001.parquet" is of the split "test".
+    named = [path for path in data if re.split(r"[._-]", path.name.lower())[0] in called]
     named = named or [path for path in data if path.parent.name in called]
     if not named and len(data) == 1:
         named = data
@@ -140,27 +140,20 @@ def _split_files(
     return kinds.pop(), tuple(named)
 
 
-def _first_word(name: str) -> str:
-    """ "test-00000-of-00001.parquet" -> "test"."""
-    return name.split(".")[0].split("-")[0].split("_")[0].lower()
-
-
 def _data_sets(member: Any, changed: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
     """The path and the configuration of each data set that a task, or a member of a group, asks:
     a name, or a name or a list of members with what is `changed` in them."""
     own = member if isinstance(member, dict) else {"task": member}
     entry = None if isinstance(own.get("task"), list) else manager().task_index.get(_called(own))
     told = {**(entry.cfg or {} if entry else {}), **changed, **own}
-    inner = own["task"] if entry is None else _members(entry)
+    inner = own.get("task") if entry is None else _members(entry)
     if isinstance(inner, list):
         changed = {key: told[key] for key in ("dataset_path", "dataset_name") if key in told}
         for one in inner:
             yield from _data_sets(one, changed)
     else:
-        yield (
-            str(told.get("dataset_path") or f"the data of {_called(own)}"),
-            told.get("dataset_name"),
-        )
+        path = told.get("dataset_path") or f"the data of {_called(own)}"
+        yield str(path), told.get("dataset_name")
 
 
 def _called(member: Any) -> str:
@@ -208,14 +201,13 @@ def _require_hub(entry: Any, folder: Path) -> None:
         lacks = f"text task {name}: the cache of data sets lacks {', '.join(absent[:10])}{more}"
         remedy = ""
     if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
-        raise FileNotFoundError(
-            f"{lacks}; {remedy}set HF_HUB_OFFLINE=0 to let lm-evaluation-harness fetch them"
-        )
-    problem = _hub_problem()
-    if problem is not None:
-        raise FileNotFoundError(
-            f"{lacks}, and the hub does not answer ({problem}); {remedy}try again with a network"
-        )
+        then = "set HF_HUB_OFFLINE=0 to let lm-evaluation-harness fetch them"
+    elif problem := _hub_problem():
+        lacks += f", and the hub does not answer ({problem})"
+        then = "try again with a network"
+    else:
+        return
+    raise FileNotFoundError(f"{lacks}; {remedy}{then}")
 
 
 @functools.cache

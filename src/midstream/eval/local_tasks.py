@@ -17,7 +17,6 @@ from midstream.eval.aggregate import BENCHMARKS
 from midstream.eval.readers.records import (
     Record,
     entries,
-    items,
     lines,
     missing,
     read_json_file,
@@ -113,7 +112,7 @@ def read_mathqa(path: Path) -> LocalTask:
     """MathQA's own list, or llm-foundry's lines, of four options."""
     if path.suffix == ".json":
         keys = ("Problem", "options", "correct")
-        return LocalTask(tuple({key: one.text(key) for key in keys} for one in items(path)))
+        return LocalTask(tuple({key: one.text(key) for key in keys} for one in records(path)))
     docs = []
     for record in lines(path):
         # "Question: ... ?\nA. 30\nB. ...\nAnswer: "

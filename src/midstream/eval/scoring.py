@@ -123,30 +123,18 @@ def plain_answer(text: str) -> str:
     return _normalised(text) or " ".join(text.lower().split())
 
 
-def vizwiz_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """VizWiz: the prediction is normalised with a table of its own, the answers stay as they are.
-
-    Source: the VizWiz evaluator in vlm-evaluation.
-    """
-    return _leave_one_out(_normalised(prediction, VIZWIZ_CONTRACTIONS), answers)
-
-
-def vizwiz_score(prediction: str, gold: Mapping[str, Any]) -> float:
-    """`vizwiz_accuracy` with `gold["answers"]`."""
-    return vizwiz_accuracy(prediction, gold["answers"])
+def vizwiz_accuracy(prediction: str, gold: Mapping[str, Any]) -> float:
+    """VizWiz: the prediction is normalised with a table of its own, `gold["answers"]` stay as they
+    are. Source: the VizWiz evaluator in vlm-evaluation."""
+    return _leave_one_out(_normalised(prediction, VIZWIZ_CONTRACTIONS), gold["answers"])
 
 
 def vizwiz_numbers(predictions: Sequence[str], examples: Sequence[VisualExample]) -> Numbers:
-    """`unanswerable_scores` of the whole benchmark."""
-    return unanswerable_scores(predictions, [bool(e.gold["answerable"]) for e in examples])
-
-
-def unanswerable_scores(predictions: Sequence[str], answerable: Sequence[bool]) -> Numbers:
     """VizWiz' second part, unanswerable questions being what is looked for: average precision and
     F1 of the predictions that say so; None where no question is unanswerable."""
     said = [_normalised(text, VIZWIZ_CONTRACTIONS) == "unanswerable" for text in predictions]
-    hits = sum(one and not can for one, can in zip(said, answerable, strict=True))
-    wanted = sum(not can for can in answerable)
+    due = [not example.gold["answerable"] for example in examples]
+    hits, wanted = sum(one and is_due for one, is_due in zip(said, due, strict=True)), sum(due)
     if not wanted:
         return {"unanswerable_average_precision": None, "unanswerable_f1": None}
     recall = hits / wanted

@@ -124,4 +124,6 @@ def _format(name: str, row: Mapping[str, Any]) -> VisualFormat:
     return VisualFormat(name=name, **{**row, **changed})
 
 
-VISUAL_FORMATS = {name: _format(name, row) for name, row in BENCHMARKS["visual"].items()}
+VISUAL_FORMATS: dict[str, VisualFormat] = {
+    name: _format(name, row) for name, row in BENCHMARKS["visual"].items()
+}

@@ -6,7 +6,7 @@ import logging
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -359,17 +359,13 @@ def _offline() -> Iterator[None]:
     import datasets  # type: ignore[import-untyped]
     import huggingface_hub.constants
 
-    # The environment is read at import, which may be long past; these are what is looked at.
-    switches = [(datasets.config, "HF_HUB_OFFLINE"), (huggingface_hub.constants, "HF_HUB_OFFLINE")]
-    before = [getattr(module, name) for module, name in switches]
-    bars = datasets.are_progress_bars_disabled()
-    for module, name in switches:
-        setattr(module, name, True)
-    datasets.disable_progress_bars()
-    try:
+    with ExitStack() as undo:
+        # The environment is read at import, which may be long past; these are what is looked at.
+        modules: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+        for module in modules:
+            undo.callback(setattr, module, "HF_HUB_OFFLINE", module.HF_HUB_OFFLINE)
+            module.HF_HUB_OFFLINE = True
+        if not datasets.are_progress_bars_disabled():
+            datasets.disable_progress_bars()
+            undo.callback(datasets.enable_progress_bars)
         yield
-    finally:
-        for (module, name), value in zip(switches, before, strict=True):
-            setattr(module, name, value)
-        if not bars:
-            datasets.enable_progress_bars()

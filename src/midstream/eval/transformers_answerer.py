@@ -123,9 +123,8 @@ class TransformersAnswerer:
         if self._blind is not None:
             raise ValueError(self._blind)
         self._check_template()
-        shown, bare = (
-            self._rendered([_turn("user", "What?", pictures)]) for pictures in ([{}], [])
-        )
+        shown = self._rendered([_turn("user", "What?", [{}])])
+        bare = self._rendered([_turn("user", "What?", [])])
         if shown == bare or "'type': 'image'" in shown:
             raise ValueError(
                 f"{self.name}: its chat template drops the picture of a message; put the template "

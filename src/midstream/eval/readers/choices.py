@@ -7,11 +7,11 @@ from midstream.eval.readers.records import (
     Record,
     add,
     find_file,
-    items,
     lines,
     missing,
     read_json_file,
     read_text,
+    records,
 )
 from midstream.eval.scoring import LETTERS
 
@@ -51,7 +51,7 @@ def read_tallyqa(folder: Path, *, pictures: bool = True) -> list[VisualExample]:
     look = Pictures(folder, (".",), needed=pictures)
     counts = tuple(str(count) for count in range(NUM_COUNTS))
     examples: dict[str, VisualExample] = {}
-    for record in items(find_file(folder, "test.json", "*test*.json")):
+    for record in records(find_file(folder, "test.json", "*test*.json")):
         count = record.get("answer", int)
         if not 0 <= count < NUM_COUNTS:
             record.refuse(f"its answer is {count}, not one of 0 to {NUM_COUNTS - 1}")

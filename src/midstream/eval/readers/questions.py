@@ -10,7 +10,6 @@ from midstream.eval.readers.records import (
     add,
     entries,
     find_file,
-    items,
     lines,
     missing,
     read_json_file,
@@ -137,7 +136,7 @@ def read_vizwiz(folder: Path, *, pictures: bool = True) -> list[VisualExample]:
     """
     look = Pictures(folder, ("val",), needed=pictures)
     examples: dict[str, VisualExample] = {}
-    for index, record in enumerate(items(find_file(folder, VIZWIZ_QUESTIONS, "*val*.json"))):
+    for index, record in enumerate(records(find_file(folder, VIZWIZ_QUESTIONS, "*val*.json"))):
         answers = _ten([one.text("answer") for one in record.records("answers")], record)
         key, answerable = record.text("image"), record.identifier("answerable") == "1"
         example = VisualExample(

@@ -155,22 +155,16 @@ def _no_key_twice(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
     return value
 
 
-def records(path: Path, key: str) -> Iterator[Record]:
-    """The records of the list `key` in a JSON object; ValueError if there are none."""
+def records(path: Path, key: str = "") -> Iterator[Record]:
+    """The records of a JSON list, or of the list `key` in a JSON object; ValueError if there are
+    none."""
     value = read_json_file(path)
-    if not isinstance(value, dict) or not isinstance(value.get(key), list) or not value[key]:
-        raise ValueError(f"{path} holds no list {key!r} of records; give the official file")
-    for index, record in enumerate(value[key]):
-        yield Record(f"{path} {key} record {index}", record)
-
-
-def items(path: Path) -> Iterator[Record]:
-    """The records of a JSON list; ValueError if there are none."""
-    value = read_json_file(path)
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{path} holds no list of records; give the official file")
-    for index, record in enumerate(value):
-        yield Record(f"{path} record {index}", record)
+    found = (value.get(key) if isinstance(value, dict) else None) if key else value
+    if not isinstance(found, list) or not found:
+        listed = f"list {key!r}" if key else "list"
+        raise ValueError(f"{path} holds no {listed} of records; give the official file")
+    for index, record in enumerate(found):
+        yield Record(f"{path} {key} record {index}" if key else f"{path} record {index}", record)
 
 
 def entries(path: Path) -> Iterator[tuple[str, Record]]:
