@@ -194,7 +194,9 @@ def family_rows(folder: Path, paths: list[Path]) -> Iterator[list[str]]:
         peer_checkpoints.build(family, place)
         documented = "text" if family == "PaliGemma" else "chat"
         try:
-            TransformersAnswerer(str(place), torch.device("cpu"), max_new_tokens=1, batch_size=1)
+            TransformersAnswerer(
+                str(place), torch.device("cpu"), max_new_tokens=1, batch_size=1
+            ).check_pictures()
         except ValueError as error:
             print(f"{family}: {error}", file=sys.stderr)
             with without_videos(family, place):

@@ -321,14 +321,18 @@ def test_visual_answers_are_the_owners(root: Path, tmp_path: Path) -> None:
 
 def test_text_choices_continue_their_queries(root: Path, tmp_path: Path) -> None:
     folder = written(root, tmp_path / "world") / "text_tasks"
-    (piqa,) = read_text_task(folder / "piqa.jsonl")
-    assert piqa.query + piqa.choices[piqa.gold] == "Question: Boil.\nAnswer: Heat."
-    (copa,) = read_text_task(folder / "copa.jsonl")
-    assert copa.query + copa.choices[copa.gold] == "It rained, therefore it was wet."
-    arc = [
-        item.query + item.choices[item.gold] for item in read_text_task(folder / "arc_easy.jsonl")
-    ]
-    assert arc == ["Question: Why?\nAnswer: d", "Question: How?\nAnswer: a"]
+    told = {
+        name: [
+            item["query"] + item["choices"][item["gold"]]
+            for item in read_text_task(folder / f"{name}.jsonl")
+        ]
+        for name in ("piqa", "copa", "arc_easy")
+    }
+    assert told == {
+        "piqa": ["Question: Boil.\nAnswer: Heat."],
+        "copa": ["It rained, therefore it was wet."],
+        "arc_easy": ["Question: Why?\nAnswer: d", "Question: How?\nAnswer: a"],
+    }
 
 
 def test_num_questions_limits_every_benchmark_but_copa(root: Path, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_every_format_has_an_example_that_its_reader_takes(name: str, tmp_path: 
 def test_the_text_task_of_ones_own_is_read(tmp_path: Path) -> None:
     lay_out(tmp_path, "text_tasks")
     items = read_text_task(tmp_path / "colours.jsonl")
-    assert [item.gold for item in items] == [0, 1, 1]
+    assert [item["gold"] for item in items] == [0, 1, 1]
 
 
 def test_no_block_is_of_a_format_that_does_not_exist() -> None:

@@ -1,6 +1,7 @@
 """Published files in the columns of the harness's data sets, and through the harness itself."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,12 @@ def test_published_forms_reach_the_model_in_the_harness_words(tmp_path: Path) ->
     [
         ("piqa", "valid.jsonl", '{"goal": "g", "sol1": "a", "sol2": "b"}', "valid-labels"),
         ("copa", "copa.jsonl", '{"query": "It fell", "choices": ["a"], "gold": 0}', "ends with"),
-        ("arc_easy", "arc_easy.jsonl", '{"query": "q", "choices": ["a"], "gold": 1}', "answer 1"),
+        (
+            "arc_easy",
+            "arc_easy.jsonl",
+            '{"query": "q", "choices": ["a"], "gold": 1}',
+            "gold 1 is none of 1",
+        ),
         ("boolq", "boolq.jsonl", '{"passage": "p", "question": "q", "label": 1}', "neither true"),
         ("boolq", "boolq.jsonl", '{"query": "p", "choices": ["no", "yes"], "gold": 1}', "no line"),
         (
@@ -340,6 +346,30 @@ def test_a_hub_that_does_not_answer_is_said_at_once(
     assert "\n" not in str(error.value)
 
 
+def cached(cache: Path, path: str, configuration: str, docs: list[dict[str, Any]] | None) -> Path:
+    """A data set as `datasets` has it in its cache after a download."""
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+
+    owner, name = path.split("/")
+    name = camelcase_to_snakecase(name)
+    folder = cache / f"{owner}___{name}" / configuration / "0.0.0" / "0123456789abcdef"
+    if docs is None:
+        folder.mkdir(parents=True)
+        return folder
+    made = datasets.Dataset.from_list(docs)
+    made.info.update(datasets.DatasetInfo(config_name=configuration, dataset_name=name))
+    made.info.splits = datasets.SplitDict.from_split_dict(
+        {"test": datasets.SplitInfo("test", num_examples=len(docs))}, name
+    )
+    made.save_to_disk(str(folder.parent / "made"))
+    folder.mkdir()
+    (folder.parent / "made/data-00000-of-00001.arrow").rename(folder / f"{name}-test.arrow")
+    shutil.rmtree(folder.parent / "made")
+    made.info.write_to_directory(str(folder))
+    return folder
+
+
 def test_a_data_set_that_was_downloaded_before_needs_no_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,10 +377,65 @@ def test_a_data_set_that_was_downloaded_before_needs_no_hub(
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE=0"):
         harness_task("gsm8k", tmp_path)
-    (tmp_path / "openai___gsm8k").mkdir()
+    other = cached(tmp_path, "openai/gsm8k", "socratic", None)
+    with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE=0"):
+        harness_task("gsm8k", tmp_path)
+    other.parents[1].rename(other.parents[2] / "main")
     assert harness_task("gsm8k", tmp_path).fetched
     with pytest.raises(FileNotFoundError, match="lambada_openai"):
         harness_task("lambada_openai", tmp_path)
+
+
+STATEMENT = {
+    "region": "Nile Valley",
+    "first_statement": "s",
+    "options": {
+        "text": ["one", "two", "three"],
+        "arabic_keys": ["\u0623", "\u0628", "\u062c"],
+        "english_keys": ["A", "B", "C"],
+    },
+    "answer_key": {"arabic_answer_key": "\u0628", "english_answer_key": "B"},
+}
+
+
+@pytest.mark.slow
+def test_a_group_whose_data_sets_were_downloaded_before_needs_no_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, name = tmp_path / "cache", "arab_culture_nile_valley"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for module in ("datasets.config", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+    for at, country in enumerate(("Egypt", "Sudan"), start=1):
+        with pytest.raises(FileNotFoundError) as error:
+            harness_task(name, tmp_path)
+        assert ("(Egypt), " in str(error.value)) == (at == 1)
+        assert "lacks MBZUAI/ArabCulture (" in str(error.value)
+        assert "(Sudan); set HF_HUB_OFFLINE=0" in str(error.value)
+        cached(cache, "MBZUAI/ArabCulture", country, [{**STATEMENT, "country": country}] * 2 * at)
+    fake = Longest()
+    answers = KeptAnswers(fake, None, at_once=50)
+    evaluation = Evaluation(text_tasks=(name,), blind=False)
+    row = evaluate(answers, evaluation, tmp_path, tmp_path / "out", lambda *_: None)["tasks"][name]
+    assert row["num_examples"] == 6
+    assert set(row["splits"]) == {"arab_culture_egypt", "arab_culture_sudan"}
+    assert {tail for _, tail in fake.asked} == {"A", "B", "C"}
+    require_share(harness_task(name, tmp_path))
+
+
+def test_the_data_sets_that_a_large_group_lacks_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    cached(tmp_path, "cais/mmlu", "abstract_algebra", None)
+    with pytest.raises(
+        FileNotFoundError, match=r"mmlu \(.*\) and 46 others; set HF_HUB_OFF"
+    ) as error:
+        harness_task("mmlu", tmp_path)
+    assert "abstract_algebra" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_missing_file_is_named_with_who_published_it(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from midstream.eval import readers
+from midstream.eval.readers import boxes, questions
 from midstream.eval.scoring import box_accuracy, gqa_accuracy, textvqa_accuracy, vqa_accuracy
 from midstream.eval.task import VISUAL_FORMATS, VisualExample
 
@@ -30,21 +30,21 @@ def put(path: Path, value: Any) -> None:
 def vqav2(folder: Path) -> None:
     answers = [{"answer": "red", "answer_id": i, "answer_confidence": "yes"} for i in range(10)]
     question = {"image_id": 42, "question": "What colour?", "question_id": 42000}
-    put(folder / readers.VQAV2_QUESTIONS, {"questions": [question]})
+    put(folder / questions.VQAV2_QUESTIONS, {"questions": [question]})
     annotation = {"question_id": 42000, "image_id": 42, "answers": answers}
-    put(folder / readers.VQAV2_ANNOTATIONS, {"annotations": [annotation]})
+    put(folder / questions.VQAV2_ANNOTATIONS, {"annotations": [annotation]})
     picture(folder / "val2014/COCO_val2014_000000000042.jpg")
 
 
 def gqa(folder: Path) -> None:
     record = {"imageId": "n1", "question": "Is it red?", "answer": "yes", "semantic": []}
-    put(folder / readers.GQA_QUESTIONS, {"201": record})
+    put(folder / questions.GQA_QUESTIONS, {"201": record})
     picture(folder / "images/n1.jpg")
 
 
 def textvqa(folder: Path) -> None:
     record = {"question_id": 7, "image_id": "a1", "question": "brand?", "answers": ["nokia"] * 10}
-    put(folder / readers.TEXTVQA_QUESTIONS, {"data": [record]})
+    put(folder / questions.TEXTVQA_QUESTIONS, {"data": [record]})
     picture(folder / "train_images/a1.jpg")
 
 
@@ -53,7 +53,7 @@ def pope(folder: Path) -> None:
         {"question_id": index, "image": "x.jpg", "text": "Is there a dog?", "label": label}
         for index, label in ((1, "yes"), (2, "no"))
     ]
-    for split in readers.POPE_SPLITS:
+    for split in questions.POPE_SPLITS:
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / f"coco_pope_{split}.json").write_text(text)
     picture(folder / "val2014/x.jpg")
@@ -76,13 +76,13 @@ def ref(split: str, ref_id: int, *sentences: str) -> dict[str, Any]:
 def refcoco(folder: Path) -> None:
     refs = [ref("train", 1, "not this"), ref("val", 2, "left dog", "dog"), ref("testA", 3, "nor")]
     # Protocol 0 is what Python 2 wrote.
-    (folder / readers.REFCOCO_REFS).write_bytes(pickle.dumps(refs, protocol=0))
+    (folder / boxes.REFCOCO_REFS).write_bytes(pickle.dumps(refs, protocol=0))
     name = "COCO_train2014_000000000005.jpg"
     instances = {
         "images": [{"id": 5, "file_name": name, "width": 640, "height": 480}],
         "annotations": [{"id": 11, "image_id": 5, "bbox": [64.0, 48.0, 100.5, 240.0]}],
     }
-    put(folder / readers.REFCOCO_INSTANCES, instances)
+    put(folder / boxes.REFCOCO_INSTANCES, instances)
     picture(folder / "train2014" / name)
 
 
@@ -93,7 +93,7 @@ def ocid_ref(folder: Path) -> None:
         "sentence": "the red mug",
         "take_id": 3,
     }
-    put(folder / readers.OCID_EXPRESSIONS, {"9": record})
+    put(folder / boxes.OCID_EXPRESSIONS, {"9": record})
     picture(folder / "OCID-dataset" / record["scene_path"], (640, 480))
 
 
@@ -143,7 +143,9 @@ def test_textvqa_reads_the_list_of_questions(tmp_path: Path) -> None:
 def test_pope_reads_three_splits_whose_question_ids_repeat(tmp_path: Path) -> None:
     pope(tmp_path)
     examples = read("pope", tmp_path)
-    assert [example.split for example in examples] == [s for s in readers.POPE_SPLITS for _ in "ab"]
+    assert [example.split for example in examples] == [
+        s for s in questions.POPE_SPLITS for _ in "ab"
+    ]
     assert [example.gold for example in examples] == ["yes", "no"] * 3
     assert len({example.example_id for example in examples}) == 6
 
@@ -188,8 +190,8 @@ def test_a_missing_file_is_named_with_what_the_folder_holds(name: str, tmp_path:
 
 def test_a_question_without_annotation_is_refused(tmp_path: Path) -> None:
     vqav2(tmp_path)
-    questions = tmp_path / readers.VQAV2_QUESTIONS
-    change(questions, lambda value: value["questions"][0].update(question_id=1))
+    path = tmp_path / questions.VQAV2_QUESTIONS
+    change(path, lambda value: value["questions"][0].update(question_id=1))
     with pytest.raises(ValueError, match="questions record 0: question 1 has no annotation"):
         read("vqav2", tmp_path)
 
@@ -197,7 +199,7 @@ def test_a_question_without_annotation_is_refused(tmp_path: Path) -> None:
 def test_an_annotation_without_question_is_refused(tmp_path: Path) -> None:
     vqav2(tmp_path)
     change(
-        tmp_path / readers.VQAV2_ANNOTATIONS,
+        tmp_path / questions.VQAV2_ANNOTATIONS,
         lambda value: value["annotations"].append(value["annotations"][0] | {"question_id": 5}),
     )
     with pytest.raises(ValueError, match=r"2 annotations for 1 questions.*question 5"):
@@ -206,15 +208,15 @@ def test_an_annotation_without_question_is_refused(tmp_path: Path) -> None:
 
 def test_a_question_id_that_stands_twice_is_refused(tmp_path: Path) -> None:
     vqav2(tmp_path)
-    questions = tmp_path / readers.VQAV2_QUESTIONS
-    change(questions, lambda value: value["questions"].append(value["questions"][0]))
+    path = tmp_path / questions.VQAV2_QUESTIONS
+    change(path, lambda value: value["questions"].append(value["questions"][0]))
     with pytest.raises(ValueError, match="questions record 1: id 42000 stands there twice"):
         read("vqav2", tmp_path)
 
 
 def test_a_key_that_stands_twice_in_an_object_is_refused(tmp_path: Path) -> None:
     gqa(tmp_path)
-    path = tmp_path / readers.GQA_QUESTIONS
+    path = tmp_path / questions.GQA_QUESTIONS
     one = path.read_text()[1:-1]
     path.write_text(f"{{{one}, {one}}}")
     with pytest.raises(ValueError, match="key '201' twice"):
@@ -223,7 +225,7 @@ def test_a_key_that_stands_twice_in_an_object_is_refused(tmp_path: Path) -> None
 
 def test_other_than_ten_answers_are_refused_with_the_way_out(tmp_path: Path) -> None:
     textvqa(tmp_path)
-    path = tmp_path / readers.TEXTVQA_QUESTIONS
+    path = tmp_path / questions.TEXTVQA_QUESTIONS
     change(path, lambda value: value["data"][0].update(answers=["nokia"]))
     with pytest.raises(
         ValueError, match=r"data record 0: it has 1 answers, the metric compares 10.*re"
@@ -268,7 +270,7 @@ def test_a_pickle_that_names_code_is_refused_and_not_run(protocol: int, tmp_path
     refcoco(tmp_path)
     trace = tmp_path / "attacked"
     attack = pickle.dumps([Attack(trace)], protocol=protocol)
-    (tmp_path / readers.REFCOCO_REFS).write_bytes(attack)
+    (tmp_path / boxes.REFCOCO_REFS).write_bytes(attack)
     with pytest.raises(ValueError, match=r"refs\(unc\)\.p is refused: it names .*system"):
         read("refcoco", tmp_path)
     assert not trace.exists()
@@ -278,7 +280,7 @@ def test_a_pickle_that_names_code_is_refused_and_not_run(protocol: int, tmp_path
 
 def test_a_truncated_pickle_is_refused(tmp_path: Path) -> None:
     refcoco(tmp_path)
-    path = tmp_path / readers.REFCOCO_REFS
+    path = tmp_path / boxes.REFCOCO_REFS
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match="is refused"):
         read("refcoco", tmp_path)
@@ -286,7 +288,7 @@ def test_a_truncated_pickle_is_refused(tmp_path: Path) -> None:
 
 def test_a_reference_to_an_absent_box_is_named(tmp_path: Path) -> None:
     refcoco(tmp_path)
-    path = tmp_path / readers.REFCOCO_INSTANCES
+    path = tmp_path / boxes.REFCOCO_INSTANCES
     change(path, lambda value: value["annotations"][0].update(id=12))
     with pytest.raises(ValueError, match=r"record 1: annotation 11 is not in .*instances\.json"):
         read("refcoco", tmp_path)
@@ -295,7 +297,7 @@ def test_a_reference_to_an_absent_box_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bbox", ["64, 120", "[1, 2, 3]", "[5, 5, 5, 9]", '["1", 2, 3, 4]', "null"])
 def test_a_box_that_is_none_is_refused(bbox: str, tmp_path: Path) -> None:
     ocid_ref(tmp_path)
-    change(tmp_path / readers.OCID_EXPRESSIONS, lambda value: value["9"].update(bbox=bbox))
+    change(tmp_path / boxes.OCID_EXPRESSIONS, lambda value: value["9"].update(bbox=bbox))
     with pytest.raises(ValueError, match="record '9': its bbox"):
         read("ocid_ref", tmp_path)
 
@@ -309,7 +311,7 @@ def shared(name: str) -> Path:
 
 def test_pope_reads_the_real_question_files(tmp_path: Path) -> None:
     folder = shared("pope_questions")
-    for split in readers.POPE_SPLITS:
+    for split in questions.POPE_SPLITS:
         name = f"coco_pope_{split}.json"
         (tmp_path / name).symlink_to(folder / name)
         for line in (folder / name).read_text().splitlines():
@@ -326,13 +328,13 @@ def test_pope_reads_the_real_question_files(tmp_path: Path) -> None:
 def test_vqav2_reads_real_questions_and_the_commonest_answer_scores_well(tmp_path: Path) -> None:
     folder = shared("vqa_v2_text")
     pairs = [
-        ("vqa_questions_test.gzip", readers.VQAV2_QUESTIONS),
-        ("vqa_annotatons_test.gzip", readers.VQAV2_ANNOTATIONS),
+        ("vqa_questions_test.gzip", questions.VQAV2_QUESTIONS),
+        ("vqa_annotatons_test.gzip", questions.VQAV2_ANNOTATIONS),
     ]
     for source, target in pairs:
         (tmp_path / target).write_bytes(gzip.decompress((folder / source).read_bytes()))
     (tmp_path / "val2014").mkdir()
-    for question in json.loads((tmp_path / readers.VQAV2_QUESTIONS).read_text())["questions"]:
+    for question in json.loads((tmp_path / questions.VQAV2_QUESTIONS).read_text())["questions"]:
         (tmp_path / f"val2014/COCO_val2014_{question['image_id']:012d}.jpg").touch()
     examples = read("vqav2", tmp_path)
     assert len(examples) == 2962
@@ -342,12 +344,12 @@ def test_vqav2_reads_real_questions_and_the_commonest_answer_scores_well(tmp_pat
 
 def test_gqa_and_textvqa_read_real_samples(tmp_path: Path) -> None:
     folder = shared("vqa_official_samples")
-    (tmp_path / readers.GQA_QUESTIONS).symlink_to(folder / "allennlp_fixtures/gqa/questions.json")
+    (tmp_path / questions.GQA_QUESTIONS).symlink_to(folder / "allennlp_fixtures/gqa/questions.json")
     (tmp_path / "images").symlink_to(folder / "allennlp_fixtures/images/gqa")
-    questions = read("gqa", tmp_path)
-    assert [gqa_accuracy(f"{str(e.gold).title()}.", e.gold) for e in questions] == [1.0]
+    asked = read("gqa", tmp_path)
+    assert [gqa_accuracy(f"{str(e.gold).title()}.", e.gold) for e in asked] == [1.0]
     sample = folder / "first100_items/textvqa/TextVQA_0.5.1_val.json_samples.json"
-    (tmp_path / readers.TEXTVQA_QUESTIONS).symlink_to(sample)
+    (tmp_path / questions.TEXTVQA_QUESTIONS).symlink_to(sample)
     (tmp_path / "train_images").mkdir()
     for record in json.loads(sample.read_text())["data"]:
         (tmp_path / f"train_images/{record['image_id']}.jpg").touch()
@@ -369,7 +371,7 @@ def test_real_boxes_score_one_against_their_own_text(tmp_path: Path) -> None:
             "bbox": box,
             "sentence": record["normal_caption"],
         }
-    put(tmp_path / readers.OCID_EXPRESSIONS, expressions)
+    put(tmp_path / boxes.OCID_EXPRESSIONS, expressions)
     examples = read("ocid_ref", tmp_path)
     assert len(examples) == len(records) > 100
     assert all(box_accuracy(str(e.gold), e.gold, threshold=0.99) == 1.0 for e in examples)

@@ -1,9 +1,12 @@
 """Hand-worked cases, one rule of the official scorers each."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from midstream.eval.readers.examples import VisualExample
 from midstream.eval.scoring import (
     CONTRACTIONS,
     box_accuracy,
@@ -15,8 +18,8 @@ from midstream.eval.scoring import (
     pope_answer,
     textvqa_accuracy,
     to_square,
-    unanswerable_scores,
     vizwiz_accuracy,
+    vizwiz_numbers,
     vqa_accuracy,
     vqa_accuracy_prismatic,
     yes_no_scores,
@@ -199,17 +202,21 @@ def test_three_variants_of_vqa_accuracy(
 ) -> None:
     assert vqa_accuracy(prediction, answers) == pytest.approx(official)
     assert vqa_accuracy_prismatic(prediction, answers) == pytest.approx(prismatic)
-    assert vizwiz_accuracy(prediction, answers) == pytest.approx(vizwiz)
+    assert vizwiz_accuracy(prediction, {"answers": answers}) == pytest.approx(vizwiz)
+
+
+def answerable(*each: bool) -> list[VisualExample]:
+    return [VisualExample("1", "Is it?", Path("a.jpg"), {"answerable": one}) for one in each]
 
 
 def test_unanswerable_questions_have_a_precision_and_an_f1() -> None:
     said = ["unanswerable", "Unanswerable.", "red", "no"]
-    found = unanswerable_scores(said, [False, True, False, True])
+    found = vizwiz_numbers(said, answerable(False, True, False, True))
     # One of two said is one; one of two that are was said: .5 * .5 + .5 * 2/4.
     assert found["unanswerable_average_precision"] == pytest.approx(0.5)
     assert found["unanswerable_f1"] == pytest.approx(0.5)
-    assert unanswerable_scores(["a"], [True])["unanswerable_f1"] is None
-    none_said = unanswerable_scores(["a", "b"], [True, False])
+    assert vizwiz_numbers(["a"], answerable(True))["unanswerable_f1"] is None
+    none_said = vizwiz_numbers(["a", "b"], answerable(True, False))
     assert none_said == {"unanswerable_average_precision": 0.5, "unanswerable_f1": 0.0}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from midstream.eval.task import Answerer
-from midstream.eval.text import TextItem, adapt, own_task, read_text_task
+from midstream.eval.text import adapt, own_task, read_text_task
 from text_tasks import run_text_tasks
 
 
@@ -52,14 +52,18 @@ class Fake:
         return [-float(len(text)) for text in texts]
 
 
-def made(count: int, *, choices: int = 3, seed: int = 0) -> list[TextItem]:
+def item(query: str, choices: Sequence[str], gold: int) -> dict[str, Any]:
+    return {"query": query, "choices": list(choices), "gold": gold}
+
+
+def made(count: int, *, choices: int = 3, seed: int = 0) -> list[dict[str, Any]]:
     draws = random.Random(seed)
+    words = ("red", "green", "blue", "grey")[:choices]
     return [
-        TextItem(
-            example_id=str(index),
-            query=f"Question {index}: which?\nAnswer:",
-            choices=tuple(f" {word}{index}" for word in ("red", "green", "blue", "grey")[:choices]),
-            gold=draws.randrange(choices),
+        item(
+            f"Question {index}: which?\nAnswer:",
+            [f" {word}{index}" for word in words],
+            draws.randrange(choices),
         )
         for index in range(count)
     ]
@@ -77,8 +81,8 @@ def test_a_task_file_is_read_with_its_line_numbers(tmp_path: Path) -> None:
     path = tmp_path / "colours.jsonl"
     path.write_text(line() + "\n\n" + line(query="a\u2028b", gold=0) + "\n", encoding="utf-8")
     assert read_text_task(path) == [
-        TextItem("1", "It is", (" red", " blue"), 1),
-        TextItem("3", "a\u2028b", (" red", " blue"), 0),
+        item("It is", [" red", " blue"], 1),
+        item("a\u2028b", (" red", " blue"), 0),
     ]
 
 
@@ -86,11 +90,11 @@ def test_a_task_file_is_read_with_its_line_numbers(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "line 2 is not JSON"),
-        ('{"query": "It is"}', "line 2 lacks a key"),
-        (line(choices=[" red"]), "line 2 needs a text and two or more choices"),
-        (line(choices=[" red", ""]), "line 2 needs"),
-        (line(gold=2), "line 2 has gold 2 for 2 choices"),
-        (line(gold=True), "line 2 has gold True"),
+        ('{"query": "It is"}', "line 2: it has no 'choices', only query; a line is"),
+        (line(choices=[" red"]), "line 2: its 'choices' is no list of 2 or more texts"),
+        (line(choices=[" red", ""]), "line 2: one of its choices is empty"),
+        (line(gold=2), "line 2: its gold 2 is none of 2 options"),
+        (line(gold=True), "line 2: its 'gold' is True, not a int"),
     ],
 )
 def test_a_malformed_line_is_named(text: str, message: str, tmp_path: Path) -> None:
@@ -115,12 +119,12 @@ def test_no_task_needs_no_harness() -> None:
 @pytest.mark.slow
 def test_one_that_prefers_gold_scores_one_and_its_opposite_zero() -> None:
     items = made(50)
-    gold = {(item.query, item.choices[item.gold]) for item in items}
+    gold = {(one["query"], one["choices"][one["gold"]]) for one in items}
     knowing = Fake(lambda query, choice: (query, choice) in gold)
     result = run_text_tasks(knowing, [own_task(items, "colours", 0.3)])["colours"]
     assert result.metrics["acc"] == 1.0
-    assert [one.chosen for one in result.answers] == [item.gold for item in items]
-    assert [one.gold for one in result.answers] == [item.gold for item in items]
+    assert [one.chosen for one in result.answers] == [one["gold"] for one in items]
+    assert [one.gold for one in result.answers] == [one["gold"] for one in items]
     contrary = Fake(lambda query, choice: (query, choice) not in gold)
     found = run_text_tasks(contrary, [own_task(items, "colours", 0.3)])
     assert found["colours"].metrics["acc"] == 0.0
@@ -132,26 +136,26 @@ def test_one_that_always_says_green_scores_how_often_green_is_right() -> None:
     asked = [own_task(items, name, 0.3) for name, items in tasks.items()]
     results = run_text_tasks(Fake(lambda _query, choice: choice.startswith(" green")), asked)
     for name, items in tasks.items():
-        greens = sum(item.gold == 1 for item in items) / len(items)
+        greens = sum(one["gold"] == 1 for one in items) / len(items)
         assert 0 < greens < 1
         assert results[name].metrics["acc"] == pytest.approx(greens)
         answers = results[name].answers
-        assert [one.score for one in answers] == [float(item.gold == 1) for item in items]
+        assert [one.score for one in answers] == [float(one["gold"] == 1) for one in items]
         assert [(one.prompt, one.choices) for one in answers] == [
-            (item.query, item.choices) for item in items
+            (one["query"], tuple(one["choices"])) for one in items
         ]
 
 
 @pytest.mark.slow
 def test_query_and_choices_reach_the_model_as_they_stand() -> None:
     odd = [
-        TextItem("1", "12", (" 1", " 2"), 0),  # a number is no template
-        TextItem("2", "{{ 1 + 1 }} is \n", ("{{x}}", "two "), 1),
-        TextItem("3", "", (" ä", " \u2028"), 1),
+        item("12", (" 1", " 2"), 0),  # a number is no template
+        item("{{ 1 + 1 }} is \n", ("{{x}}", "two "), 1),
+        item("", (" ä", " \u2028"), 1),
     ]
     fake = Fake(lambda _query, choice: len(choice))
     run_text_tasks(fake, [own_task(odd, "odd", 0.5)])
-    assert sorted(fake.asked) == sorted((item.query, c) for item in odd for c in item.choices)
+    assert sorted(fake.asked) == sorted((one["query"], c) for one in odd for c in one["choices"])
 
 
 @pytest.mark.slow

@@ -221,20 +221,84 @@ def test_the_templates_that_are_known_are_named(tmp_path: Path) -> None:
         peer.check_pictures()
 
 
-def test_weights_without_a_processor_are_refused(tmp_path: Path) -> None:
+TEXTS = [
+    ("What colour is it ?", " red"),
+    ("What colour is it ?", " blue cat"),
+    ("Is there a cat ?", " Yes"),
+    ("", "no cat"),
+]
+
+
+def check_texts(peer: TransformersAnswerer) -> None:
+    """Its likelihoods are those of one pass of the library's model over each text."""
+    found = peer.loglikelihood(TEXTS)
+    for (context, reply), (value, greedy) in zip(TEXTS, found, strict=True):
+        head = peer.tokenizer(context)["input_ids"]
+        ids = peer.tokenizer(context + reply)["input_ids"]
+        if not head:
+            head, ids = [peer.tokenizer.eos_token_id], [peer.tokenizer.eos_token_id, *ids]
+        with torch.no_grad():
+            logits = peer.model(input_ids=torch.tensor([ids])).logits[0, len(head) - 1 : -1]
+        new = torch.tensor(ids[len(head) :])
+        expected = logits.log_softmax(dim=-1).gather(1, new[:, None]).sum()
+        assert value == pytest.approx(float(expected), abs=1e-3)
+        assert greedy == bool((logits.argmax(dim=-1) == new).all())
+
+
+@pytest.mark.parametrize("family", ["LLaVA 1.5", "Gemma 3", "Llama 3.2 Vision"])
+def test_a_model_with_eyes_gives_texts_the_likelihoods_of_the_library(
+    folders: Callable[[str], Path], family: str
+) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    peer = opened(folders(family))
+    check_texts(peer)
+    if family == "LLaVA 1.5":  # no causal model of the library, which the harness would open
+        return
+    theirs = HFLM(pretrained=str(folders(family)), dtype="float32", device="cpu", batch_size=2)
+    requests = [Instance("loglikelihood", {}, pair, 0) for pair in TEXTS]
+    for (value, greedy), (expected, same) in zip(
+        peer.loglikelihood(TEXTS), theirs.loglikelihood(requests, disable_tqdm=True), strict=True
+    ):
+        assert (value, greedy) == (pytest.approx(expected, abs=1e-3), same)
+
+
+def test_weights_without_a_processor_are_asked_about_texts_alone(tmp_path: Path) -> None:
     peer_checkpoints.llava(tmp_path / "bare")
     (tmp_path / "bare" / "processor_config.json").unlink()
-    with pytest.raises(ValueError, match="weights and no processor") as caught:
-        opened(tmp_path / "bare")
-    assert "\n" not in str(caught.value)
+    peer = opened(tmp_path / "bare")
+    for ask in (peer.check_pictures, lambda: peer.generate(["A"], [tmp_path / "none.png"])):
+        with pytest.raises(
+            ValueError, match=r"weights and no processor.*text tasks alone"
+        ) as error:
+            ask()
+        assert "\n" not in str(error.value)
+    check_texts(peer)
 
 
 @pytest.mark.skipif(
     transformers.utils.is_torchvision_available(), reason="torchvision is installed"
 )
-def test_a_processor_that_needs_torchvision_says_so(folders: Callable[[str], Path]) -> None:
-    with pytest.raises(ValueError, match=r"needs torchvision.*pip install torchvision"):
-        opened(folders("Qwen2-VL"))
+def test_a_processor_that_needs_torchvision_says_so_where_pictures_are_asked(
+    folders: Callable[[str], Path],
+) -> None:
+    peer = opened(folders("Qwen2-VL"))
+    with pytest.raises(ValueError, match=r"needs torchvision.*pip install torchvision, or ask"):
+        peer.check_pictures()
+    check_texts(peer)
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, told in {
+        str(tmp_path / "gone"): "gone does not exist; give a model's folder",
+        str(tmp_path / "empty"): "empty holds no config.json; give a model's whole folder",
+        "no-such-owner/no-such-model": r"is no folder here, and the hub gives no .*check the name$",
+    }.items():
+        with pytest.raises(FileNotFoundError, match=told) as error:
+            TransformersAnswerer(name, torch.device("cpu"), max_new_tokens=1, batch_size=1)
+        assert "\n" not in str(error.value)
 
 
 def test_a_start_token_that_the_template_writes_is_not_written_twice(tmp_path: Path) -> None:

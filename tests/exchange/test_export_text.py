@@ -11,7 +11,6 @@ from midstream.config import PatchProjection, VLMConfig
 from midstream.data.examples import TextCodec, conversation_example, question_ids
 from midstream.eval import text
 from midstream.eval.predict import ModelAnswerer
-from midstream.eval.text import TextItem
 from midstream.exchange import export_model
 from midstream.exchange.export_model import refuse, write_folder
 from midstream.model.generate import generate
@@ -115,7 +114,7 @@ def test_the_stock_model_of_lm_evaluation_harness_gives_midstreams_likelihoods(
     vlm, _ = written(tmp_path / "out", VLMConfig(decoder=OPENLM), words)
     answerer = ModelAnswerer(vlm, words, encode=None, encoder=None, max_new_tokens=4, batch_size=2)
     items = [
-        TextItem(str(one), query, (" red", " the big round ball", " left"), one % 3)
+        {"query": query, "choices": [" red", " the big round ball", " left"], "gold": one % 3}
         for one, query in enumerate([*QUESTIONS, "The", "ball is", "on the", "how many", "is"])
     ]
     tasks = tmp_path / "tasks"

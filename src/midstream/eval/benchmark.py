@@ -26,8 +26,7 @@ from midstream.eval.find_task import (
     read_visual_task,
 )
 from midstream.eval.kept_answers import KeptAnswers
-from midstream.eval.readers.choices import LETTERS
-from midstream.eval.scoring import cleaned
+from midstream.eval.scoring import LETTERS, cleaned
 from midstream.eval.text import TextResult, TextTask, loaded_tasks
 from midstream.uncertainty import Estimate, bootstrap, mean_by_split, split_means
 
@@ -66,7 +65,11 @@ def evaluate(
     Raises FileNotFoundError or ValueError for files that are missing or malformed.
     """
     visual, text = _read_tasks(evaluation, world)
-    keys = _keys(answers, evaluation, visual, text)
+    weights, digest = answers.weights_digest, answers.file_digest
+    keys = {
+        task.name: visual_key(task, _prompts(task, evaluation), evaluation, weights, digest)
+        for task in visual
+    } | {task.name: text_key(task, evaluation.limit, weights, digest) for task in text}
     earlier = {name: done[key] for name, key in keys.items() if key in done} if done else {}
     rows = {name: dict(one.row) for name, one in earlier.items()}
     tasks: dict[str, dict[str, Any]] = answers.ranks.gather(rows)[0]
@@ -111,20 +114,6 @@ def _read_tasks(evaluation: Evaluation, world: Path) -> tuple[list[VisualTask], 
     return visual, [read_choice_task(world, n, evaluation.limit) for n in evaluation.text_tasks]
 
 
-def _keys(
-    answers: KeptAnswers,
-    evaluation: Evaluation,
-    visual: Sequence[VisualTask],
-    text: Sequence[TextTask],
-) -> dict[str, str]:
-    """Each task's key, by its name."""
-    weights, file_digest = answers.weights_digest, answers.file_digest
-    return {
-        task.name: visual_key(task, _prompts(task, evaluation), evaluation, weights, file_digest)
-        for task in visual
-    } | {task.name: text_key(task, evaluation.limit, weights, file_digest) for task in text}
-
-
 def _prompts(task: VisualTask, evaluation: Evaluation) -> list[str]:
     wording = evaluation.wordings.get(task.name, evaluation.prompts)
     return [task.format.prompt(example.question, wording) for example in task.examples]
@@ -158,10 +147,6 @@ def _run_visual(
     row = score_visual(task, said[0], blind, spoken)
     row |= {"wording": wording, "answered": "probability" if passes[0][1] else "text"}
     if out is not None:
-        scores, blind_scores = (
-            None if texts is None else _scores(task, texts) for texts in (said[0], blind)
-        )
-        nothing = [None] * len(prompts)
         write_predictions(
             _predictions_of(out, task.name),
             example_id=[example.example_id for example in task.examples],
@@ -169,10 +154,10 @@ def _run_visual(
             prompt=prompts,
             prediction=said[0],
             gold=[json.dumps(example.gold, ensure_ascii=False) for example in task.examples],
-            score=scores,
-            blind_prediction=nothing if blind is None else blind,
-            blind_score=nothing if blind_scores is None else blind_scores,
-            text_prediction=nothing if spoken is None else spoken,
+            score=_scores(task, said[0]),
+            blind_prediction=blind,
+            blind_score=None if blind is None else _scores(task, blind),
+            text_prediction=spoken,
             image=[str(example.image) for example in task.examples],
         )
     return row
@@ -262,7 +247,6 @@ def _scores(task: VisualTask, texts: Sequence[str]) -> list[float]:
 def _report_text(task: TextTask, result: TextResult, out: Path | None) -> dict[str, Any]:
     rows = result.answers
     if out is not None:
-        nothing = [None] * len(rows)
         write_predictions(
             _predictions_of(out, task.name),
             example_id=[str(number) for number in range(1, len(rows) + 1)],
@@ -271,10 +255,6 @@ def _report_text(task: TextTask, result: TextResult, out: Path | None) -> dict[s
             prediction=["" if r.chosen is None else r.choices[r.chosen] for r in rows],
             gold=[json.dumps(None if r.gold is None else r.choices[r.gold]) for r in rows],
             score=[row.score for row in rows],
-            blind_prediction=nothing,
-            blind_score=nothing,
-            text_prediction=nothing,
-            image=nothing,
         )
     splits, value = [row.split for row in rows], result.metrics[result.metric]
     sure = _how_sure([row.score for row in rows], splits, value)
@@ -313,8 +293,11 @@ def _shortened(asked: int, num_all: int) -> str | None:
 
 
 def write_predictions(path: Path, **columns: list[Any] | None) -> None:
-    """One row an example (docs/store.md)."""
-    write_table(path, pa.table(columns, schema=_COLUMNS))
+    """One row an example; null in a column that is not given."""
+    nothing = [None] * len(columns["example_id"] or ())
+    write_table(
+        path, pa.table([columns.get(name) or nothing for name in _COLUMNS.names], schema=_COLUMNS)
+    )
 
 
 def _part(progress: Progress, index: int, total: int, span: int = 1, text: str = "") -> Progress:

@@ -3,7 +3,10 @@ on this machine, or from where the harness fetches it."""
 
 import difflib
 import functools
+import glob
 import os
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +18,8 @@ from midstream.source_files import is_note, walk
 
 # By the end of a name, what `datasets` calls it.
 _KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-# What people call a split, by the hub's name for it.
-_SPLITS = {"validation": ("validation", "valid", "val", "dev")}
 # A hub that does not answer for so long is not there.
 _HUB_SECONDS = 5.0
-# A task that the harness does not have: the continuation's words, if greedy decoding gives them.
-_CONTINUATION: dict[str, Any] = {
-    "doc_to_text": "context",
-    "doc_to_target": "continuation",
-    "target_delimiter": "",
-    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-}
 
 
 def harness_task(name: str, folder: Path) -> TextTask:
@@ -46,8 +40,7 @@ def harness_task(name: str, folder: Path) -> TextTask:
     own = hub_folder(folder, name)
     if own is not None and entry.kind.name == "TASK":
         return _from_files(name, own, entry, chance)
-    if not _may_be_cached(entry):
-        _require_hub(name, folder)
+    _require_hub(entry, folder)
     return TextTask(name, chance, settings, None)
 
 
@@ -56,8 +49,9 @@ def require_share(task: TextTask) -> None:
     scores, figures and tables are such shares."""
     entry = manager().task_index.get(task.name) if task.docs is None else None
     described = entry.cfg or {} if entry is not None else {}
-    key = "aggregate_metric_list" if entry is not None and entry.kind.name == "GROUP" else ""
-    listed = [str(one.get("metric")) for one in described.get(key or "metric_list") or []]
+    stated = described.get("aggregate_metric_list") or described.get("metric_list") or []
+    stated = [stated] if isinstance(stated, dict) else stated
+    listed = [str(one.get("metric")) for one in stated]
     if listed and not set(listed) & set(SHARES):
         raise ValueError(
             f"text task {task.name} has the metrics {', '.join(listed)}, none of which is a share "
@@ -85,21 +79,19 @@ def _from_files(name: str, own: Path, entry: Any, chance: float | None) -> TextT
 
 
 def _published(name: str, paths: tuple[Path, ...]) -> TextTask:
+    import lm_eval.tasks
+
     known = HARNESS_TASKS[name]
     local = known.read(*paths)
-    settings = _CONTINUATION if not known.yaml else {"include": str(_tasks() / known.yaml)}
+    settings = known.settings
+    if known.yaml is not None:
+        settings = {"include": str(Path(lm_eval.tasks.__file__).parent / known.yaml)}
     departs = local.departs
     if departs is None and len(local.docs) < known.num_docs:
         departs = f"{len(local.docs):,} of {known.num_docs:,} records"
     chance = local.chance if local.chance is not None else TEXT_CHANCE[name][0]
     settings = {**settings, **local.settings, "num_fewshot": 0}
     return TextTask(name, chance, settings, local.docs, known.split, known.num_docs, departs)
-
-
-def _tasks() -> Path:
-    import lm_eval.tasks
-
-    return Path(lm_eval.tasks.__file__).parent
 
 
 def _entry(name: str) -> Any:
@@ -112,8 +104,7 @@ def _entry(name: str) -> Any:
         raise ValueError(f"no text task is called {name!r}{hint}")
     kind, described = entry.kind.name, entry.cfg or {}
     if kind == "TAG" or (kind == "GROUP" and not described.get("aggregate_metric_list")):
-        listed = sorted(entry.tags) if kind == "TAG" else described.get("task", [])
-        listed = [one if isinstance(one, str) else one.get("task", "?") for one in listed]
+        listed = [_called(one) for one in _members(entry) or []]
         more = ", ..." if len(listed) > 20 else ""
         raise ValueError(
             f"{name} is a {kind.lower()} of lm-evaluation-harness without a number of its own; "
@@ -129,8 +120,9 @@ def _split_files(
     root = folder / configuration if configuration else folder
     found = [Path(path) for path in walk(root if root.is_dir() else folder)]
     data = [path for path in found if path.suffix in _KINDS and not is_note(path.name)]
-    called = _SPLITS.get(split, (split,))
-    named = [path for path in data if _first_word(path.name) in called]
+    called = ("validation", "valid", "val", "dev") if split == "validation" else (split,)
+    # "test-00000-of-00001.parquet" is of the split "test".
+    named = [path for path in data if re.split(r"[._-]", path.name.lower())[0] in called]
     named = named or [path for path in data if path.parent.name in called]
     if not named and len(data) == 1:
         named = data
@@ -148,39 +140,74 @@ def _split_files(
     return kinds.pop(), tuple(named)
 
 
-def _first_word(name: str) -> str:
-    """ "test-00000-of-00001.parquet" -> "test"."""
-    return name.split(".")[0].split("-")[0].split("_")[0].lower()
+def _data_sets(member: Any, changed: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
+    """The path and the configuration of each data set that a task, or a member of a group, asks:
+    a name, or a name or a list of members with what is `changed` in them."""
+    own = member if isinstance(member, dict) else {"task": member}
+    entry = None if isinstance(own.get("task"), list) else manager().task_index.get(_called(own))
+    told = {**(entry.cfg or {} if entry else {}), **changed, **own}
+    inner = own.get("task") if entry is None else _members(entry)
+    if isinstance(inner, list):
+        changed = {key: told[key] for key in ("dataset_path", "dataset_name") if key in told}
+        for one in inner:
+            yield from _data_sets(one, changed)
+    else:
+        path = told.get("dataset_path") or f"the data of {_called(own)}"
+        yield str(path), told.get("dataset_name")
 
 
-def _may_be_cached(entry: Any) -> bool:
-    """Whether the cache of `datasets` holds a task's data set, from an earlier download."""
+def _called(member: Any) -> str:
+    """The name of a member of a group."""
+    return str(member.get("task", member.get("group"))) if isinstance(member, dict) else str(member)
+
+
+def _members(entry: Any) -> list[Any] | None:
+    """The members of a tag or a group; None of a task."""
+    if entry.kind.name == "TAG":
+        return sorted(entry.tags)
+    listed = (entry.cfg or {}).get("task", []) if entry.kind.name == "GROUP" else None
+    return [listed] if isinstance(listed, str) else listed
+
+
+def _at_hand(path: str, configuration: str | None) -> bool:
+    """Whether a data set is here: in files of its own, or in the cache of `datasets`, from an
+    earlier download."""
     import datasets  # type: ignore[import-untyped]
+    from datasets.naming import camelcase_to_snakecase  # type: ignore[import-untyped]
 
-    path = (entry.cfg or {}).get("dataset_path") if entry.kind.name == "TASK" else None
-    known = str(path).replace("/", "___")
-    return path is not None and (Path(datasets.config.HF_DATASETS_CACHE) / known).is_dir()
+    *owner, last = path.split("/")
+    folder = "___".join([*owner, camelcase_to_snakecase(last)])
+    part = glob.escape(configuration) if configuration else "*"
+    root = Path(datasets.config.HF_DATASETS_CACHE) / folder
+    cached = [found for name in (part, f"{part}-*") for found in root.glob(f"{name}/*/*")]
+    return bool(cached) or path in _KINDS.values() or Path(path).is_dir()
 
 
-def _require_hub(name: str, folder: Path) -> None:
-    """Raise FileNotFoundError, at once, where the hub is not to be asked or does not answer."""
-    known = HARNESS_TASKS.get(name)
+def _require_hub(entry: Any, folder: Path) -> None:
+    """Raise FileNotFoundError, at once, where data sets of a task or a group have to be fetched and
+    the hub is not to be asked or does not answer."""
+    sets = dict.fromkeys(_data_sets(entry.name, {}))
+    absent = [f"{p} ({name})" if name else p for p, name in sets if not _at_hand(p, name)]
+    if not absent:
+        return
+    known, name, remedy = HARNESS_TASKS.get(entry.name), entry.name, "put the files there, or "
     what = f"a folder {name}/ with its data set's files"
     if known is not None:
         files = " or ".join(" and ".join(names) for names in TEXT_FILES[name])
         what = f"{files}, published by {known.published}, or {what}"
     lacks = f"text task {name}: {folder} lacks {what}"
+    if _members(entry) is not None:
+        more = f" and {len(absent) - 10} others" if len(absent) > 10 else ""
+        lacks = f"text task {name}: the cache of data sets lacks {', '.join(absent[:10])}{more}"
+        remedy = ""
     if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
-        raise FileNotFoundError(
-            f"{lacks}; put the files there, or set HF_HUB_OFFLINE=0 to let lm-evaluation-harness "
-            "fetch them"
-        )
-    problem = _hub_problem()
-    if problem is not None:
-        raise FileNotFoundError(
-            f"{lacks}, and the hub does not answer ({problem}); put the files there, or try again "
-            "with a network"
-        )
+        then = "set HF_HUB_OFFLINE=0 to let lm-evaluation-harness fetch them"
+    elif problem := _hub_problem():
+        lacks += f", and the hub does not answer ({problem})"
+        then = "try again with a network"
+    else:
+        return
+    raise FileNotFoundError(f"{lacks}; {remedy}{then}")
 
 
 @functools.cache

@@ -16,7 +16,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from midstream.digests import file_sha256
 from midstream.eval.task import Answerer
-from midstream.storage import write_bytes
 
 # Raise it when the meaning of an answer changes: kept ones of an earlier version are asked again.
 ANSWERS_VERSION = 3
@@ -92,15 +91,13 @@ class KeptAnswers:
         self._file: Path | None = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            paths = sorted(folder.glob("*.jsonl"))
-            if self.ranks.rank == 0:
-                for path in paths:
-                    _mend(path)
-            # Nobody reads before that, and nobody writes before everybody has read.
-            self.ranks.gather(None)
-            for path in paths:
+            for path in sorted(folder.glob("*.jsonl")):
                 self._known |= dict(_read(path))
             self._file = folder / f"{self.ranks.rank}.jsonl"
+            if self._file.is_file():
+                # The next answer must not stand behind half a line.
+                os.truncate(self._file, len(_whole_lines(self._file)))
+            # Nobody writes before everybody has read.
             self.ranks.gather(None)
         self.num_found = len(self._known)
 
@@ -212,18 +209,15 @@ def _together(
         yield part
 
 
-def _mend(path: Path) -> None:
-    """Take off a last line that was being written when its process ended: the next answer must not
-    stand behind half a line."""
+def _whole_lines(path: Path) -> bytes:
+    """Without a last line that was being written when its process ended."""
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        write_bytes(path, whole)
+    return content[: content.rfind(b"\n") + 1]
 
 
 def _read(path: Path) -> Iterator[tuple[str, Any]]:
     """The kept answers; ValueError names a line that is none."""
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(_whole_lines(path).splitlines(), start=1):
         try:
             key, answer = json.loads(line)
         except ValueError:

@@ -6,20 +6,22 @@ Where a file holds less than the data set, or other words, `departs` says so, an
 average takes the score.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
+from midstream.eval.aggregate import BENCHMARKS
 from midstream.eval.readers.records import (
     Record,
     entries,
-    items,
     lines,
     missing,
     read_json_file,
     read_text,
+    records,
 )
 
 Doc = dict[str, Any]
@@ -41,117 +43,92 @@ class LocalTask:
 
 @dataclass(frozen=True)
 class HarnessTask:
-    """A task of the harness: where its description lies, and what reads its published files
-    (`benchmark_files.TEXT_FILES`)."""
+    """A task of the harness, a row of benchmarks.toml: where its description lies (or `settings` of
+    our own), and what reads its published files (`benchmark_files.TEXT_FILES`)."""
 
-    yaml: str
     split: str
     read: Callable[..., LocalTask]
     num_docs: int
     published: str
     licence: str
+    yaml: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
-def _arc(path: Path) -> LocalTask:
+def read_arc(path: Path, key: str = "question") -> LocalTask:
+    """ARC and, by another `key`, OpenBookQA: their own form, or llm-foundry's."""
     docs = []
     for record in lines(path):
-        if "query" in _keys(record):  # llm-foundry's form
-            docs.append({"question": _stem(record), **_foundry_choices(record)})
+        if "query" in record:
+            asked = record.text("query").removeprefix("Question: ").removesuffix("\n")
+            texts = record.texts("choices")
+            labels = list(ascii_uppercase[: len(texts)])
+            answer = labels[record.index("gold", len(texts))]
         else:
-            docs.append(_stem_and_choices(record, "question"))
+            own = Record(record.where, record.get("question", dict))
+            asked, options = own.text("stem"), own.records("choices")
+            texts, labels = ([one.text(name) for one in options] for name in ("text", "label"))
+            answer = record.text("answerKey")
+        docs.append({key: asked, "choices": {"text": texts, "label": labels}, "answerKey": answer})
     return LocalTask(tuple(docs))
 
 
-def _openbookqa(path: Path) -> LocalTask:
-    docs = []
-    for record in lines(path):
-        if "query" in _keys(record):
-            docs.append({"question_stem": _stem(record), **_foundry_choices(record)})
-        else:
-            docs.append(_stem_and_choices(record, "question_stem"))
-    return LocalTask(tuple(docs))
+read_openbookqa = partial(read_arc, key="question_stem")
 
 
-def _stem(record: Record) -> str:
-    return record.text("query").removeprefix("Question: ").removesuffix("\n")
+def _winogrande(record: Record) -> Doc:
+    if "context_options" not in record:
+        doc: Doc = {one: record.text(one) for one in ("sentence", "option1", "option2", "answer")}
+        if "_" not in doc["sentence"] or doc["answer"] not in ("1", "2"):
+            record.refuse("a sentence needs a blank '_' and the answer 1 or 2")
+        return doc
+    options = record.texts("context_options")  # llm-foundry's form
+    if len(options) != 2:
+        record.refuse(f"it has {len(options)} context_options, not two")
+    # The harness puts an option in place of the blank, and what stands behind it after.
+    doc = {"sentence": f"_ {record.text('continuation').strip()}"}
+    doc |= {"answer": str(record.index("gold", 2) + 1)}
+    return doc | {"option1": options[0], "option2": options[1]}
 
 
-def _foundry_choices(record: Record) -> Doc:
-    """llm-foundry's list of choices as ARC's, lettered."""
-    choices = _texts(record, "choices")
-    labels = [chr(ord("A") + index) for index in range(len(choices))]
-    gold = _below(record.get("gold", int), len(choices), record)
-    return {"choices": {"text": choices, "label": labels}, "answerKey": labels[gold]}
+def _copa(record: Record) -> Doc:
+    if "query" not in record:
+        doc: Doc = {key: record.text(key) for key in ("premise", "question", "choice1", "choice2")}
+        return doc | {"label": record.get("label", int)}
+    # llm-foundry's form: "The woman retired, therefore"
+    premise, _, connector = record.text("query").rpartition(", ")
+    question = {"because": "cause", "therefore": "effect"}.get(connector)
+    choices = record.texts("choices")
+    if question is None or len(choices) != 2:
+        record.refuse(
+            f"its query ends with {connector!r}, not with because or therefore, or its "
+            "choices are not two"
+        )
+    doc = {"premise": premise + ".", "question": question, "label": record.get("gold", int)}
+    return doc | {"choice1": choices[0], "choice2": choices[1]}
 
 
-def _stem_and_choices(record: Record, key: str) -> Doc:
-    """A published record of ARC or OpenBookQA, the question under `key`."""
-    asked = Record(record.where, record.get("question", dict))
-    options = [Record(asked.where, one) for one in asked.get("choices", list)]
-    labels = [option.text("label") for option in options]
-    choices = {"text": [option.text("text") for option in options], "label": labels}
-    return {key: asked.text("stem"), "choices": choices, "answerKey": record.text("answerKey")}
-
-
-def _winogrande(path: Path) -> LocalTask:
-    docs = []
-    for record in lines(path):
-        if "context_options" not in _keys(record):
-            keys = ("sentence", "option1", "option2", "answer")
-            doc = {key: record.text(key) for key in keys}
-            if "_" not in doc["sentence"] or doc["answer"] not in ("1", "2"):
-                record.refuse("a sentence needs a blank '_' and the answer 1 or 2")
-            docs.append(doc)
-            continue
-        options = _texts(record, "context_options")  # llm-foundry's form
-        if len(options) != 2:
-            record.refuse(f"it has {len(options)} context_options, not two")
-        gold = _below(record.get("gold", int), 2, record)
-        # The harness puts an option in place of the blank, and what stands behind it after.
-        doc = {"sentence": f"_ {record.text('continuation').strip()}", "answer": str(gold + 1)}
-        docs.append(doc | {"option1": options[0], "option2": options[1]})
-    return LocalTask(tuple(docs))
-
-
-def _copa(path: Path) -> LocalTask:
-    docs = []
-    for record in lines(path):
-        if "query" in _keys(record):  # llm-foundry's form: "The woman retired, therefore"
-            premise, _, connector = record.text("query").rpartition(", ")
-            if connector not in _CONNECTORS:
-                record.refuse(f"its query ends with {connector!r}, not with because or therefore")
-            first, second = _texts(record, "choices")
-            doc = {"premise": premise + ".", "question": _CONNECTORS[connector]}
-            doc |= {"choice1": first, "choice2": second, "label": record.get("gold", int)}
-        else:
-            doc = {key: record.text(key) for key in ("premise", "question", "choice1", "choice2")}
-            doc["label"] = record.get("label", int)
-        docs.append(doc)
-    return LocalTask(tuple(docs))
-
-
-_CONNECTORS = {"because": "cause", "therefore": "effect"}
-
-
-def _mathqa(path: Path) -> LocalTask:
+def read_mathqa(path: Path) -> LocalTask:
+    """MathQA's own list, or llm-foundry's lines, of four options."""
     if path.suffix == ".json":
         keys = ("Problem", "options", "correct")
-        return LocalTask(tuple({key: one.text(key) for key in keys} for one in items(path)))
+        return LocalTask(tuple({key: one.text(key) for key in keys} for one in records(path)))
     docs = []
     for record in lines(path):
         # "Question: ... ?\nA. 30\nB. ...\nAnswer: "
         question, *rest = record.text("query").removeprefix("Question: ").split("\nA. ")
         listed = ("A. " + "\nA. ".join(rest)).removesuffix("\nAnswer: ").split("\n")
         choices = [line[3:] for line in listed]
-        if len(choices) != len(_texts(record, "choices")):
+        if len(choices) != len(record.texts("choices")):
             record.refuse(f"its query lists {len(choices)} options, its choices are others")
-        gold = _below(record.get("gold", int), len(choices), record)
+        gold = record.index("gold", len(choices))
         docs.append({"Problem": question, "choices": choices, "gold": gold})
     settings = {"doc_to_choice": "choices", "doc_to_target": "gold"}
     return LocalTask(tuple(docs), settings, "four of the five options", 0.25)
 
 
-def _piqa(asked: Path, labels: Path) -> LocalTask:
+def read_piqa(asked: Path, labels: Path) -> LocalTask:
+    """PIQA's questions, and its file of labels."""
     if not labels.is_file():
         missing(labels)
     golds = read_text(labels).split()
@@ -161,45 +138,35 @@ def _piqa(asked: Path, labels: Path) -> LocalTask:
             f"{labels} holds {len(golds):,} labels, {asked} {len(records):,} questions; each needs "
             "one label, 0 or 1: give the two files of one release"
         )
+    docs: list[Doc] = [{key: one.text(key) for key in ("goal", "sol1", "sol2")} for one in records]
     return LocalTask(
-        tuple(
-            {key: record.text(key) for key in ("goal", "sol1", "sol2")} | {"label": int(gold)}
-            for record, gold in zip(records, golds, strict=True)
-        )
+        tuple(doc | {"label": int(gold)} for doc, gold in zip(docs, golds, strict=True))
     )
 
 
-def _pubmedqa(questions: Path, path: Path) -> LocalTask:
+def read_pubmedqa(questions: Path, path: Path) -> LocalTask:
+    """PubMedQA's questions, and its file of the test set's answers."""
     asked = dict(entries(questions))
     docs = []
     for key, gold in read_json_file(path).items():
         if key not in asked:
             raise ValueError(f"{path} names {key}, which {questions} lacks; give one release")
-        record = asked[key]
-        docs.append(
-            {
-                "QUESTION": record.text("QUESTION"),
-                "CONTEXTS": _texts(record, "CONTEXTS"),
-                "final_decision": gold,
-            }
-        )
+        texts = {"QUESTION": asked[key].text("QUESTION"), "CONTEXTS": asked[key].texts("CONTEXTS")}
+        docs.append({**texts, "final_decision": gold})
     return LocalTask(tuple(docs))
 
 
-def _hellaswag(path: Path) -> LocalTask:
+def read_hellaswag(path: Path) -> LocalTask:
+    """HellaSwag's own lines, or a text file of six lines a task."""
+    docs: list[Doc] = []
     if path.suffix == ".jsonl":
-        keys = ("ctx_a", "ctx_b", "activity_label")
-        return LocalTask(
-            tuple(
-                {key: record.text(key) for key in keys}
-                | {"endings": _texts(record, "endings"), "label": record.identifier("label")}
-                for record in lines(path)
-            )
-        )
+        for record in lines(path):
+            docs.append({key: record.text(key) for key in ("ctx_a", "ctx_b", "activity_label")})
+            docs[-1] |= {"endings": record.texts("endings"), "label": record.identifier("label")}
+        return LocalTask(tuple(docs))
     rows = [line for line in read_text(path).split("\n") if line]
     if len(rows) % 6:
         raise ValueError(f"{path} holds {len(rows):,} lines, no multiple of six; it is cut off")
-    docs = []
     for number in range(0, len(rows), 6):
         activity, mark, context = rows[number].partition(": ")
         if not mark or rows[number + 1] not in ("0", "1", "2", "3"):
@@ -212,193 +179,86 @@ def _hellaswag(path: Path) -> LocalTask:
     return LocalTask(tuple(docs), departs="contexts as the text file writes them")
 
 
-def _boolq(path: Path) -> LocalTask:
-    docs, departs = [], None
-    for record in lines(path):
-        if "query" in _keys(record):  # llm-foundry's form
-            docs.append(_foundry_boolq(record))
-            departs = "passages without their titles, as llm-foundry's file has them"
-            continue
-        key = "label" if "label" in _keys(record) else "answer"
-        value = record.value[key] if key in _keys(record) else None
+def read_boolq(path: Path) -> LocalTask:
+    """BoolQ's own form, SuperGLUE's, or llm-foundry's."""
+    asked = list(lines(path))
+    departs = "passages without their titles, as llm-foundry's file has them"
+    foundry = any("query" in record for record in asked)
+    return LocalTask(tuple(map(_boolq, asked)), departs=departs if foundry else None)
+
+
+def _boolq(record: Record) -> Doc:
+    if "query" not in record:
+        value = next((record.value[key] for key in ("label", "answer") if key in record), None)
         if not isinstance(value, bool):
-            record.refuse(f"its {key!r} is {value!r}, neither true nor false")
+            record.refuse(f"its label or answer is {value!r}, neither true nor false")
         # SuperGLUE, whose wording the harness has, puts the title before the passage.
-        title = f"{record.text('title')} -- " if "title" in _keys(record) else ""
+        title = f"{record.text('title')} -- " if "title" in record else ""
         passage, question = title + record.text("passage"), record.text("question")
-        docs.append({"passage": passage, "question": question, "label": int(value)})
-    return LocalTask(tuple(docs), departs=departs)
-
-
-def _foundry_boolq(record: Record) -> Doc:
+        return {"passage": passage, "question": question, "label": int(value)}
     # "Passage: ...\nQuestion: does ...?\n"
     passage, mark, question = record.text("query").rpartition("\nQuestion: ")
-    if not mark or _texts(record, "choices") != ["no", "yes"]:
+    if not mark or record.texts("choices") != ["no", "yes"]:
         record.refuse("its query has no line 'Question: ', or its choices are not no and yes")
     return {
         "passage": passage.removeprefix("Passage: "),
         "question": question.rstrip("\n").removesuffix("?"),
-        "label": _below(record.get("gold", int), 2, record),
+        "label": record.index("gold", 2),
     }
 
 
-def _agieval(path: Path) -> LocalTask:
+def _agieval(record: Record) -> Doc:
+    options = record.texts("options")
+    letters = list(ascii_uppercase[: len(options)])
+    if record.text("label") not in letters:
+        record.refuse(f"its label {record.text('label')!r} is none of {', '.join(letters)}")
+    # AGIEval's zero-shot wording of its multiple-choice tasks.
+    query = (
+        f"{record.text('passage')}Q: {record.text('question')} Answer Choices: "
+        f"{' '.join(options)}\nA: Among A through {letters[-1]}, the answer is"
+    )
+    return {"query": query, "choices": options, "gold": [letters.index(record.text("label"))]}
+
+
+def read_bigbench(path: Path) -> LocalTask:
+    """BIG-bench's own task.json (inputs, and a score for each choice), or llm-foundry's lines."""
     docs = []
-    for record in lines(path):
-        options = _texts(record, "options")
-        gold = _below(ord(record.text("label")) - ord("A"), len(options), record)
-        last = chr(ord("A") + len(options) - 1)
-        # AGIEval's zero-shot wording of its multiple-choice tasks.
-        query = (
-            f"{record.text('passage')}Q: {record.text('question')} Answer Choices: "
-            f"{' '.join(options)}\nA: Among A through {last}, the answer is"
-        )
-        docs.append({"query": query, "choices": options, "gold": [gold]})
+    if path.suffix != ".json":
+        for record in lines(path):
+            choices = record.texts("choices")
+            gold, inputs = record.index("gold", len(choices)), record.text("query").rstrip()
+            docs.append(_bigbench(inputs, choices, choices[gold]))
+        return LocalTask(tuple(docs), departs="the wording of llm-foundry's file")
+    examples = list(records(path, "examples"))
+    prefix, suffix = read_json_file(path).get("example_input_prefix", "\nQ: "), "\nA:"
+    for record in examples:
+        scores = record.get("target_scores", dict)
+        listed = "".join(f"\n  choice: {choice}" for choice in scores)
+        inputs = f"{prefix}{record.text('input')}{listed}{suffix}"
+        docs.append(_bigbench(inputs, list(scores), max(scores, key=scores.__getitem__)))
     return LocalTask(tuple(docs))
 
 
-def _bigbench(path: Path) -> LocalTask:
-    if path.suffix == ".json":
-        return LocalTask(tuple(_bigbench_docs(path)))
-    docs = []
-    for record in lines(path):
-        choices = _texts(record, "choices")
-        gold = choices[_below(record.get("gold", int), len(choices), record)]
-        inputs = record.text("query").rstrip()
-        docs.append({"inputs": inputs, "multiple_choice_targets": choices, "targets": [gold]})
-    return LocalTask(tuple(docs), departs="the wording of llm-foundry's file")
+def _bigbench(inputs: str, choices: list[str], gold: str) -> Doc:
+    return {"inputs": inputs, "multiple_choice_targets": choices, "targets": [gold]}
 
 
-def _bigbench_docs(path: Path) -> list[Doc]:
-    """BIG-bench's own task.json: inputs, and a score for each choice."""
-    value = read_json_file(path)
-    prefix, suffix = value.get("example_input_prefix", "\nQ: "), "\nA:"
-    docs = []
-    for number, example in enumerate(value.get("examples", [])):
-        record = Record(f"{path} examples record {number}", example)
-        scores = record.get("target_scores", dict)
-        best = max(scores, key=lambda choice: scores[choice])
-        listed = "".join(f"\n  choice: {choice}" for choice in scores)
-        inputs = f"{prefix}{record.text('input')}{listed}{suffix}"
-        docs.append({"inputs": inputs, "multiple_choice_targets": list(scores), "targets": [best]})
-    if not docs:
-        raise ValueError(f"{path} holds no examples; give BIG-bench's own file")
-    return docs
+def read_cs_algorithms(path: Path) -> LocalTask:
+    """llm-foundry's lines, a context and its continuation."""
+    docs = [{key: one.text(key) for key in ("context", "continuation")} for one in lines(path)]
+    for doc in docs:
+        doc["continuation"] = f" {doc['continuation'].strip()}"
+    return LocalTask(tuple(docs))
 
 
-def _cs_algorithms(path: Path) -> LocalTask:
-    docs = []
-    for record in lines(path):
-        continuation = f" {record.text('continuation').strip()}"
-        docs.append({"context": record.text("context"), "continuation": continuation})
-    return LocalTask(tuple(docs), {"output_type": "loglikelihood"})
+def _each_line(path: Path, doc_of: Callable[[Record], Doc]) -> LocalTask:
+    return LocalTask(tuple(map(doc_of, lines(path))))
 
 
-_FOUNDRY = "mosaicml/llm-foundry, scripts/eval/local_data"
-_AI2 = "Allen Institute for AI"
-_BIGBENCH = "bigbench/multiple_choice"
-_ROWS: dict[str, tuple[str, str, Callable[..., LocalTask], int, str, str]] = {
-    "agieval_sat_en": ("agieval/sat-en.yaml", "test", _agieval, 206, "AGIEval v1", "MIT"),
-    "agieval_lsat_ar": ("agieval/lsat-ar.yaml", "test", _agieval, 230, "AGIEval v1", "MIT"),
-    "arc_easy": (
-        "arc/arc_easy.yaml",
-        "test",
-        _arc,
-        2376,
-        f"ARC ({_AI2}), or {_FOUNDRY}",
-        "CC BY-SA 4.0",
-    ),
-    "arc_challenge": (
-        "arc/arc_challenge.yaml",
-        "test",
-        _arc,
-        1172,
-        f"ARC ({_AI2}), or {_FOUNDRY}",
-        "CC BY-SA 4.0",
-    ),
-    "bigbench_conceptual_combinations_multiple_choice": (
-        f"{_BIGBENCH}/conceptual_combinations.yaml",
-        "default",
-        _bigbench,
-        103,
-        f"BIG-bench, or {_FOUNDRY}",
-        "Apache-2.0",
-    ),
-    "bigbench_cs_algorithms_multiple_choice": (
-        f"{_BIGBENCH}/cs_algorithms.yaml",
-        "default",
-        _bigbench,
-        1320,
-        "BIG-bench",
-        "Apache-2.0",
-    ),
-    "bigbench_cs_algorithms": ("", "test", _cs_algorithms, 1320, _FOUNDRY, "Apache-2.0"),
-    "boolq": (
-        "super_glue/boolq/default.yaml",
-        "validation",
-        _boolq,
-        3270,
-        f"BoolQ (Google), SuperGLUE, or {_FOUNDRY}",
-        "CC BY-SA 3.0",
-    ),
-    "copa": (
-        "super_glue/copa/default.yaml",
-        "validation",
-        _copa,
-        100,
-        f"SuperGLUE, or {_FOUNDRY}",
-        "BSD-2-Clause",
-    ),
-    "hellaswag": (
-        "hellaswag/hellaswag.yaml",
-        "validation",
-        _hellaswag,
-        10042,
-        "HellaSwag (rowanz)",
-        "MIT",
-    ),
-    "mathqa": (
-        "mathqa/mathqa.yaml",
-        "test",
-        _mathqa,
-        2985,
-        f"MathQA, or {_FOUNDRY}",
-        "Apache-2.0",
-    ),
-    "openbookqa": (
-        "openbookqa/openbookqa.yaml",
-        "test",
-        _openbookqa,
-        500,
-        f"OpenBookQA ({_AI2}), or {_FOUNDRY}",
-        "Apache-2.0",
-    ),
-    "piqa": ("piqa/piqa.yaml", "validation", _piqa, 1838, "PIQA (Y. Bisk)", "AFL-3.0"),
-    "pubmedqa": ("pubmedqa/pubmedqa.yaml", "test", _pubmedqa, 500, "PubMedQA", "MIT"),
-    "winogrande": (
-        "winogrande/default.yaml",
-        "validation",
-        _winogrande,
-        1267,
-        f"WinoGrande ({_AI2}), or {_FOUNDRY}",
-        "CC BY 4.0",
-    ),
+read_winogrande = partial(_each_line, doc_of=_winogrande)
+read_copa = partial(_each_line, doc_of=_copa)
+read_agieval = partial(_each_line, doc_of=_agieval)
+HARNESS_TASKS: dict[str, HarnessTask] = {
+    name: HarnessTask(**{**row, "read": globals()[row["read"]]})
+    for name, row in BENCHMARKS["text"].items()
 }
-HARNESS_TASKS: dict[str, HarnessTask] = {name: HarnessTask(*row) for name, row in _ROWS.items()}
-
-
-def _keys(record: Record) -> set[str]:
-    return set(record.value) if isinstance(record.value, dict) else set()
-
-
-def _texts(record: Record, key: str) -> list[str]:
-    values = record.get(key, list)
-    if len(values) < 1 or not all(isinstance(value, str) for value in values):
-        record.refuse(f"its {key!r} is no list of texts: {json.dumps(values)[:80]}")
-    return list(values)
-
-
-def _below(index: int, count: int, record: Record) -> int:
-    if not 0 <= index < count:
-        record.refuse(f"its answer {index} is none of {count} choices")
-    return index

@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from midstream.eval.readers.records import read_text
+from midstream.eval.readers.records import lines, read_text
 from midstream.eval.scoring import cleaned
 
 # Keys that people use, in the order in which they are looked for.
 _IDS = ("question_id", "questionId", "example_id", "qid", "id", "index", "image")
 _ANSWERS = ("prediction", "pred", "response", "output", "model_output", "answer", "text")
 _QUESTIONS = ("prompt", "question", "query")
+_LINES = "give JSON lines of question_id and answer, or a table whose first line names its columns"
 _LAYOUTS = {
     "JSON of answers": ("question_id", "answer"),
     "GQA's JSON list": ("questionId", "prediction"),
@@ -83,19 +84,7 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
         cells = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",")
         yield from _table(path, cells)
     else:
-        yield from _json_lines(path, text)
-
-
-def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield f"{path} line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path} line {number} is not JSON ({error.msg}); give JSON lines of "
-                    "question_id and answer, or a table whose first line names its columns"
-                ) from None
+        yield from ((one.where, one.value) for one in lines(path, _LINES))
 
 
 def _table(path: Path, rows: Iterable[Sequence[Any]]) -> Iterator[tuple[str, Any]]:

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -73,22 +73,24 @@ def match_predictions(
     is meant.
     """
     notes: list[str] = []
-    splits = list(dict.fromkeys(example.split for example in task.examples))
+    splits = _splits(task)
     if split is not None and split not in splits:
-        known = ", ".join(splits) if splits != [""] else "none"
-        raise ValueError(f"{task.name} has no split {split!r}; it has {known}")
+        raise ValueError(
+            f"{task.name} has no split {split!r}; it has {', '.join(splits) or 'none'}"
+        )
     if split is None and len(splits) > 1:
         split = _likely_split(task, predictions, path, notes)
     if split is not None:
-        own = [example for example in task.examples if example.split == split]
-        task = replace(task, examples=tuple(own), num_all=len(own))
+        task = replace(task, examples=tuple(splits[split]), num_all=len(splits[split]))
         notes.append(f"scored on split {split} alone")
     found = _by_id(task, predictions)
     if found is None:
         found = _in_order(task, predictions)
     if found is None:
         _no_match(task, predictions, path)
-    _check_words(task, found, path)
+    _refuse_others(
+        [(found[e.example_id], e) for e in task.examples if e.example_id in found], task, path
+    )
     said = {name: one.answer for name, one in found.items() if one.answer is not None}
     missing = [e.example_id for e in task.examples if e.example_id not in said]
     if missing and not missing_as_wrong:
@@ -108,16 +110,12 @@ def match_predictions(
     return Matched(task, answers, len(missing), tuple(notes))
 
 
-def _check_words(task: VisualTask, found: Mapping[str, Prediction], path: Path) -> None:
-    """Raise ValueError where prompts that the file repeats ask something else than the questions
-    that they were matched to."""
-    pairs = [(found[e.example_id], e) for e in task.examples if e.example_id in found]
-    _refuse_others([pair for pair in pairs if pair[0].question is not None], task, path)
-
-
 def _refuse_others(
     pairs: Sequence[tuple[Prediction, VisualExample]], task: VisualTask, path: Path
 ) -> None:
+    """Raise ValueError where prompts that the file repeats ask something else than the questions
+    that they are matched to."""
+    pairs = [(one, example) for one, example in pairs if one.question is not None]
     others = [(one, example) for one, example in pairs if not _asks(one, example)]
     if not others:
         return
@@ -134,6 +132,13 @@ def _refuse_others(
 def _short(text: str) -> str:
     line = " ".join(text.split())
     return repr(line if len(line) <= 80 else line[:77] + "...")
+
+
+def _splits(task: VisualTask) -> dict[str, list[VisualExample]]:
+    found: dict[str, list[VisualExample]] = {}
+    for example in task.examples:
+        found.setdefault(example.split, []).append(example)
+    return found
 
 
 def _by_id(task: VisualTask, predictions: Sequence[Prediction]) -> dict[str, Prediction] | None:
@@ -173,12 +178,10 @@ def _in_order(task: VisualTask, predictions: Sequence[Prediction]) -> dict[str, 
     worded = all(prediction.question is not None for prediction in predictions)
     if named and not worded:
         return None
-    by_split: dict[str, list[VisualExample]] = {}
-    for example in task.examples:
-        by_split.setdefault(example.split, []).append(example)
-    if not worded and len(by_split) > 1:
+    splits = _splits(task).values()
+    if not worded and len(splits) > 1:
         return None  # nothing says which split comes first
-    for order in itertools.permutations(by_split.values()):
+    for order in itertools.permutations(splits):
         examples = list(itertools.chain.from_iterable(order))
         pairs = list(zip(predictions, examples, strict=True))
         if not worded or all(_asks(prediction, example) for prediction, example in pairs):
@@ -190,9 +193,7 @@ def _likely_split(
     task: VisualTask, predictions: Sequence[Prediction], path: Path, notes: list[str]
 ) -> str | None:
     """The only split that the predictions can be of; None where they are of all."""
-    by_split: dict[str, list[VisualExample]] = {}
-    for example in task.examples:
-        by_split.setdefault(example.split, []).append(example)
+    by_split = _splits(task)
     if len(predictions) > max(len(own) for own in by_split.values()):
         return None
     named = [split for split in by_split if split in path.name]

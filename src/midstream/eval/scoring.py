@@ -1,10 +1,18 @@
-"""Pure metric functions, equal to the official ones: one prediction and its gold -> 0 to 1."""
+"""Pure metric functions, equal to the official ones: one prediction and its gold -> 0 to 1; and
+numbers over all examples of a benchmark. benchmarks.toml names them."""
 
 import ast
 import re
 import string
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
+
+from midstream.eval.readers.examples import VisualExample
+
+Numbers = dict[str, float | None]
+# The options of a question, in their order.
+LETTERS = "ABCDEFGHIJKLMNOP"
 
 # Contracted forms that people type with an apostrophe missing. The official table holds every
 # variant with one apostrophe left out, and nothing for forms that are words of their own
@@ -50,6 +58,11 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _MAX_PERIODS = 32
 
 
+def mean(values: Sequence[float]) -> float | None:
+    """None of nothing."""
+    return sum(values) / len(values) if values else None
+
+
 def cleaned(text: str) -> str:
     """An answer as every scorer gets it, whether a model gave it now or a file holds it: without
     outer white space, as the official evaluators' own runs write answers down."""
@@ -68,6 +81,24 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
         golds = [_vqa_words(_vqa_punctuation(gold)) for gold in golds]
         prediction = _vqa_words(_vqa_punctuation(prediction))
     return _leave_one_out(prediction, golds)
+
+
+def single_answers_note(
+    predictions: Sequence[str], examples: Sequence[VisualExample]
+) -> str | None:
+    """What normalising would change, where every list of ten holds one answer ten times."""
+    if any(len(set(example.gold)) > 1 for example in examples):
+        return None
+    pairs = list(zip(predictions, examples, strict=True))
+    official = mean([vqa_accuracy(text, e.gold) for text, e in pairs])
+    plain = mean([qa_accuracy(text, e.gold) for text, e in pairs])
+    if official is None or plain is None or official == plain:
+        return None
+    return (
+        "each question has one answer, written ten times, which VQA v2's rule compares letter by "
+        f"letter (here {100 * official:.2f}; normalised {100 * plain:.2f}); format qa is made for "
+        "single answers (docs/evaluation.md)"
+    )
 
 
 def vqa_accuracy_prismatic(prediction: str, answers: Sequence[str]) -> float:
@@ -92,27 +123,18 @@ def plain_answer(text: str) -> str:
     return _normalised(text) or " ".join(text.lower().split())
 
 
-def vizwiz_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """VizWiz: the prediction is normalised with a table of its own, the answers stay as they are.
-
-    Source: the VizWiz evaluator in vlm-evaluation.
-    """
-    return _leave_one_out(_normalised(prediction, VIZWIZ_CONTRACTIONS), answers)
+def vizwiz_accuracy(prediction: str, gold: Mapping[str, Any]) -> float:
+    """VizWiz: the prediction is normalised with a table of its own, `gold["answers"]` stay as they
+    are. Source: the VizWiz evaluator in vlm-evaluation."""
+    return _leave_one_out(_normalised(prediction, VIZWIZ_CONTRACTIONS), gold["answers"])
 
 
-def says_unanswerable(prediction: str) -> bool:
-    """Whether a VizWiz answer, normalised, is "unanswerable"."""
-    return _normalised(prediction, VIZWIZ_CONTRACTIONS) == "unanswerable"
-
-
-def unanswerable_scores(
-    predictions: Sequence[str], answerable: Sequence[bool]
-) -> dict[str, float | None]:
+def vizwiz_numbers(predictions: Sequence[str], examples: Sequence[VisualExample]) -> Numbers:
     """VizWiz' second part, unanswerable questions being what is looked for: average precision and
     F1 of the predictions that say so; None where no question is unanswerable."""
-    said = [says_unanswerable(text) for text in predictions]
-    hits = sum(one and not can for one, can in zip(said, answerable, strict=True))
-    wanted = sum(not can for can in answerable)
+    said = [_normalised(text, VIZWIZ_CONTRACTIONS) == "unanswerable" for text in predictions]
+    due = [not example.gold["answerable"] for example in examples]
+    hits, wanted = sum(one and is_due for one, is_due in zip(said, due, strict=True)), sum(due)
     if not wanted:
         return {"unanswerable_average_precision": None, "unanswerable_f1": None}
     recall = hits / wanted
@@ -154,7 +176,25 @@ def pope_accuracy(prediction: str, answer: str) -> float:
     return float(pope_answer(prediction) == answer)
 
 
-def yes_no_scores(answers: list[str], golds: list[str]) -> dict[str, float | None]:
+def pope_numbers(predictions: Sequence[str], examples: Sequence[VisualExample]) -> Numbers:
+    """The official numbers of each split, and their means."""
+    said = [(e.split, pope_answer(t), e.gold) for t, e in zip(predictions, examples, strict=True)]
+    by_split = {
+        split: yes_no_scores(
+            [s for at, s, _ in said if at == split], [g for at, _, g in said if at == split]
+        )
+        for split in dict.fromkeys(at for at, _, _ in said)
+    }
+    found: Numbers = {}
+    for key in ("accuracy", "precision", "recall", "f1", "yes_rate"):
+        values = [numbers[key] for numbers in by_split.values()]
+        known = [value for value in values if value is not None]
+        found[key] = mean(known) if len(known) == len(values) else None
+        found |= {f"{split}.{key}": numbers[key] for split, numbers in by_split.items()}
+    return found
+
+
+def yes_no_scores(answers: list[str], golds: list[str]) -> Numbers:
     """POPE's numbers, "yes" being what is looked for: accuracy, precision, recall, F1, yes_rate.
 
     Where the official script divides by zero (nothing answered or due is yes) a number is None.
@@ -185,6 +225,11 @@ def choice_letter(text: str, num_choices: int) -> int | None:
     return number if number < num_choices else None
 
 
+def is_letter(text: str) -> bool:
+    """Whether a text names an option of any question."""
+    return choice_letter(text, len(LETTERS)) is not None
+
+
 def letter_accuracy(prediction: str, gold: Mapping[str, Any]) -> float:
     """1 if the prediction names option `gold["index"]` of `gold["choices"]`."""
     return float(choice_letter(prediction, len(gold["choices"])) == gold["index"])
@@ -205,12 +250,8 @@ def to_square(
     side = max(width, height)
     x, y = (side - width) / 2 / side, (side - height) / 2 / side
     across, down = width / side, height / side
-    return (
-        x + box[0] * across,
-        y + box[1] * down,
-        x + box[2] * across,
-        y + box[3] * down,
-    )
+    x1, y1, x2, y2 = box
+    return (x + x1 * across, y + y1 * down, x + x2 * across, y + y2 * down)
 
 
 def parse_box(text: str) -> tuple[float, float, float, float] | None:
@@ -222,14 +263,17 @@ def parse_box(text: str) -> tuple[float, float, float, float] | None:
         value = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None  # not a literal: the model's answer, not a fault of the program
-    if not isinstance(value, list) or len(value) != 4:
-        return None
-    if any(isinstance(x, bool) or not isinstance(x, int | float) for x in value):
+    if not isinstance(value, list) or len(value) != 4 or {*map(type, value)} - {int, float}:
         return None
     x1, y1, x2, y2 = (float(x) for x in value)
     if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):
         return None
     return (x1, y1, x2, y2)
+
+
+def is_box(text: str) -> bool:
+    """Whether a text spells a box."""
+    return parse_box(text) is not None
 
 
 def box_iou(one: Sequence[float], other: Sequence[float]) -> float:
@@ -247,9 +291,22 @@ def overlap(prediction: str, box: Sequence[float]) -> float:
     return 0.0 if predicted is None else box_iou(predicted, box)
 
 
-def box_accuracy(prediction: str, box: Sequence[float], threshold: float) -> float:
+def box_accuracy(prediction: str, box: Sequence[float], threshold: float = 0.5) -> float:
     """1 if the prediction spells a box that overlaps `box` by at least `threshold`."""
-    return float(parse_box(prediction) is not None and overlap(prediction, box) >= threshold)
+    return float(is_box(prediction) and overlap(prediction, box) >= threshold)
+
+
+# OCID-Ref's.
+loose_box_accuracy = partial(box_accuracy, threshold=0.25)
+
+
+def box_numbers(predictions: Sequence[str], examples: Sequence[VisualExample]) -> Numbers:
+    """The mean IoU, and the accuracy at both thresholds."""
+    pairs = [(text, e.gold) for text, e in zip(predictions, examples, strict=True)]
+    found: Numbers = {"mean_iou": mean([overlap(*pair) for pair in pairs])}
+    for threshold in (0.5, 0.25):
+        found[f"iou_{threshold}"] = mean([box_accuracy(*pair, threshold) for pair in pairs])
+    return found
 
 
 def _normalised(text: str, contractions: Mapping[str, str] | None = None) -> str:

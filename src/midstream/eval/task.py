@@ -3,17 +3,17 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from midstream.eval import readers, scoring
-from midstream.eval.aggregate import VISUAL_CHANCE
-from midstream.eval.readers import VisualExample
+from midstream.eval import scoring
+from midstream.eval.aggregate import BENCHMARKS, VISUAL_CHANCE
+from midstream.eval.readers.examples import VisualExample
+from midstream.eval.scoring import Numbers
 
 __all__ = ["VISUAL_FORMATS", "Answerer", "VisualExample", "VisualFormat"]
 
-Numbers = dict[str, float | None]
 Score = Callable[[str, Any], float]
 
 
@@ -59,7 +59,8 @@ class Answerer(Protocol):
 
 @dataclass(frozen=True)
 class VisualFormat:
-    """A benchmark's files, wording and metric; `{question}` stands in both prompts.
+    """A benchmark's files, wording and metric, a row of benchmarks.toml; `{question}` stands in
+    both prompts.
 
     `parses` says whether the scorer can read an answer at all; what it cannot read is wrong and
     counted. `fixed`: "answers", where a choice is made among the examples' `choices` (an example
@@ -72,11 +73,11 @@ class VisualFormat:
     metric: str
     read: Callable[..., list[VisualExample]]
     official_prompt: str
-    short_prompt: str
     score: Score
     files: tuple[str, ...]
     published: str
     licence: str
+    short_prompt: str = "{question}"
     fixed: Literal["answers", "letters"] | None = None
     variants: Mapping[str, Score] = field(default_factory=dict)
     summarise: Callable[[Sequence[str], Sequence[VisualExample]], Numbers] | None = None
@@ -93,281 +94,36 @@ class VisualFormat:
         known = {"official": self.official_prompt, "short": self.short_prompt}
         return known.get(wording, wording).replace("{question}", question)
 
-    def details(
-        self, predictions: Sequence[str], examples: Sequence[VisualExample]
-    ) -> dict[str, float | None]:
+    def details(self, predictions: Sequence[str], examples: Sequence[VisualExample]) -> Numbers:
         """Numbers beside the score: other people's scorers, the benchmark's own further ones, and
         the score by each kind of question ("answer_type=number")."""
-        found: dict[str, float | None] = {}
-        for name, score in self.variants.items():
-            found[name] = _mean(
-                [score(text, e.gold) for text, e in zip(predictions, examples, strict=True)]
-            )
+        pairs = list(zip(predictions, examples, strict=True))
+        found: Numbers = {
+            name: scoring.mean([score(text, e.gold) for text, e in pairs])
+            for name, score in self.variants.items()
+        }
         if self.summarise is not None:
             found |= self.summarise(predictions, examples)
         by_kind: dict[str, list[float]] = defaultdict(list)
-        for text, example in zip(predictions, examples, strict=True):
+        for text, example in pairs:
             for kind, value in example.kinds.items():
                 by_kind[f"{kind}={value}"].append(self.score(text, example.gold))
-        return found | {kind: _mean(values) for kind, values in sorted(by_kind.items())}
+        return found | {kind: scoring.mean(values) for kind, values in sorted(by_kind.items())}
 
 
-_BRIEFLY = "{question}\nAnswer the question using a single word or phrase."
-_VIZWIZ = (
-    "{question}\nWhen the provided information is insufficient, respond with 'Unanswerable'.\n"
-    "Answer the question using a single word or phrase."
-)
-_BOX = (
-    'Please provide the bounding box coordinate of the region this sentence describes: "{question}"'
-)
-_VSR = (
-    'Based on the image, is this statement "True" or "False"? {question}\n'
-    'Respond with "True" or "False" directly.'
-)
-_LETTER = "{question}\nAnswer with the option's letter from the given choices directly."
-_COCO = "annotations CC BY 4.0; COCO pictures under their authors' Creative Commons licences"
-_RESEARCH = "for research; see its terms"
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def _single_answers(predictions: Sequence[str], examples: Sequence[VisualExample]) -> str | None:
-    """What normalising would change, where every list of ten holds one answer ten times."""
-    if any(len(set(example.gold)) > 1 for example in examples):
-        return None
-    pairs = list(zip(predictions, examples, strict=True))
-    official = _mean([scoring.vqa_accuracy(text, e.gold) for text, e in pairs])
-    plain = _mean([scoring.qa_accuracy(text, e.gold) for text, e in pairs])
-    if official is None or plain is None or official == plain:
-        return None
-    return (
-        "each question has one answer, written ten times, which VQA v2's rule compares letter by "
-        f"letter (here {100 * official:.2f}; normalised {100 * plain:.2f}); format qa is made for "
-        "single answers (docs/evaluation.md)"
-    )
-
-
-def _vizwiz_score(prediction: str, gold: Mapping[str, Any]) -> float:
-    return scoring.vizwiz_accuracy(prediction, gold["answers"])
-
-
-def _vizwiz_numbers(predictions: Sequence[str], examples: Sequence[VisualExample]) -> Numbers:
-    can = [bool(example.gold["answerable"]) for example in examples]
-    return dict(scoring.unanswerable_scores(predictions, can))
-
-
-def _pope_numbers(predictions: Sequence[str], examples: Sequence[VisualExample]) -> Numbers:
-    """The official numbers of each split, and their means."""
-    by_split: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for text, example in zip(predictions, examples, strict=True):
-        by_split[example.split].append((scoring.pope_answer(text), example.gold))
-    found: Numbers = {}
-    keys = ("accuracy", "precision", "recall", "f1", "yes_rate")
-    by_name = {
-        split: scoring.yes_no_scores([one for one, _ in pairs], [gold for _, gold in pairs])
-        for split, pairs in by_split.items()
+def _format(name: str, row: Mapping[str, Any]) -> VisualFormat:
+    """A row of benchmarks.toml, functions in place of their names."""
+    scorers = {key: row[key] for key in ("score", "summarise", "note", "parses") if key in row}
+    changed = {
+        "read": resolve_name(f"midstream.eval.readers.{row['read']}"),
+        "files": tuple(row["files"]),
+        "official_prompt": BENCHMARKS["prompts"][row["official_prompt"]],
+        "variants": {who: getattr(scoring, own) for who, own in row.get("variants", {}).items()},
     }
-    for key in keys:
-        values = [numbers[key] for numbers in by_name.values()]
-        known = [value for value in values if value is not None]
-        found[key] = _mean(known) if len(known) == len(values) else None
-        found |= {f"{split}.{key}": numbers[key] for split, numbers in by_name.items()}
-    return found
+    changed |= {key: getattr(scoring, own) for key, own in scorers.items()}
+    return VisualFormat(name=name, **{**row, **changed})
 
 
-def _box_numbers(predictions: Sequence[str], examples: Sequence[VisualExample]) -> Numbers:
-    """Accuracy at both thresholds in the frame that was declared, and in the other."""
-    overlaps = [
-        scoring.overlap(text, example.gold)
-        for text, example in zip(predictions, examples, strict=True)
-    ]
-    found: Numbers = {"mean_iou": _mean(overlaps)}
-    for threshold in (0.5, 0.25):
-        hits = [
-            scoring.box_accuracy(text, example.gold, threshold)
-            for text, example in zip(predictions, examples, strict=True)
-        ]
-        found[f"iou_{threshold}"] = _mean(hits)
-    return found
-
-
-def _is_box(prediction: str) -> bool:
-    return scoring.parse_box(prediction) is not None
-
-
-def _is_letter(prediction: str) -> bool:
-    return scoring.choice_letter(prediction, len(readers.choices.LETTERS)) is not None
-
-
-def _boxes(name: str, read: Any, threshold: float, **more: Any) -> VisualFormat:
-    return VisualFormat(
-        name=name,
-        metric=f"accuracy at IoU {threshold}",
-        read=read,
-        official_prompt=_BOX,
-        short_prompt="Where is {question}?",
-        score=partial(scoring.box_accuracy, threshold=threshold),
-        summarise=_box_numbers,
-        parses=_is_box,
-        **more,
-    )
-
-
-_TEXTVQA: dict[str, Any] = {
-    "metric": "VQA accuracy",
-    "official_prompt": _BRIEFLY,
-    "short_prompt": "{question}",
-    "score": scoring.textvqa_accuracy,
-    "published": "TextVQA 0.5.1 (Facebook AI Research)",
-    "licence": "CC BY 4.0",
+VISUAL_FORMATS: dict[str, VisualFormat] = {
+    name: _format(name, row) for name, row in BENCHMARKS["visual"].items()
 }
-_REFER: dict[str, Any] = {
-    "published": "refer (UNC Chapel Hill); pictures: COCO train2014",
-    "licence": _COCO,
-}
-_TABLE = (
-    VisualFormat(
-        name="vqav2",
-        metric="VQA accuracy",
-        read=readers.read_vqav2,
-        official_prompt=_BRIEFLY,
-        short_prompt="{question}",
-        score=scoring.vqa_accuracy,
-        files=(readers.VQAV2_QUESTIONS, readers.VQAV2_ANNOTATIONS, "val2014/"),
-        published="VQA v2 (visualqa.org); pictures: COCO val2014",
-        licence=_COCO,
-        variants={"vlm-evaluation": scoring.vqa_accuracy_prismatic},
-        note=_single_answers,
-    ),
-    VisualFormat(
-        name="gqa",
-        metric="exact match",
-        read=readers.read_gqa,
-        official_prompt=_BRIEFLY,
-        short_prompt="{question}",
-        score=scoring.gqa_accuracy,
-        files=(readers.GQA_QUESTIONS, "images/"),
-        published="GQA (Stanford)",
-        licence="CC BY 4.0",
-        variants={"vlm-evaluation": scoring.gqa_accuracy_prismatic},
-    ),
-    VisualFormat(
-        name="textvqa",
-        read=readers.read_textvqa,
-        files=(readers.TEXTVQA_QUESTIONS, "train_images/"),
-        **_TEXTVQA,
-    ),
-    VisualFormat(
-        name="textvqa_ocr",
-        read=readers.read_textvqa_ocr,
-        files=(readers.TEXTVQA_QUESTIONS, readers.questions.TEXTVQA_OCR, "train_images/"),
-        **_TEXTVQA,
-    ),
-    VisualFormat(
-        name="vizwiz",
-        metric="VQA accuracy",
-        read=readers.read_vizwiz,
-        official_prompt=_VIZWIZ,
-        short_prompt="{question}",
-        score=_vizwiz_score,
-        files=(readers.questions.VIZWIZ_QUESTIONS, "val/"),
-        published="VizWiz-VQA (vizwiz.org)",
-        licence="CC BY 4.0",
-        summarise=_vizwiz_numbers,
-    ),
-    VisualFormat(
-        name="pope",
-        metric="accuracy",
-        read=readers.read_pope,
-        official_prompt=_BRIEFLY,
-        short_prompt="{question}",
-        score=scoring.pope_accuracy,
-        files=(*(f"coco_pope_{split}.json" for split in readers.POPE_SPLITS), "val2014/"),
-        published="POPE (AoiDragon/POPE, output/coco); pictures: COCO val2014",
-        licence="MIT; " + _COCO,
-        fixed="answers",
-        summarise=_pope_numbers,
-    ),
-    _boxes(
-        "refcoco",
-        readers.read_refcoco,
-        0.5,
-        files=(readers.REFCOCO_REFS, readers.REFCOCO_INSTANCES, "train2014/"),
-        **_REFER,
-    ),
-    _boxes(
-        "refcoco_plus",
-        readers.read_refcoco,
-        0.5,
-        files=(readers.REFCOCO_REFS, readers.REFCOCO_INSTANCES, "train2014/"),
-        **_REFER,
-    ),
-    _boxes(
-        "refcocog",
-        readers.read_refcocog,
-        0.5,
-        files=(readers.boxes.REFCOCOG_REFS, readers.REFCOCO_INSTANCES, "train2014/"),
-        **_REFER,
-    ),
-    _boxes(
-        "ocid_ref",
-        readers.read_ocid_ref,
-        0.25,
-        files=(readers.OCID_EXPRESSIONS, "OCID-dataset/"),
-        published="OCID-Ref (National Taiwan University); pictures: OCID (TU Wien)",
-        licence=_RESEARCH,
-    ),
-    VisualFormat(
-        name="vsr",
-        metric="accuracy",
-        read=readers.read_vsr,
-        official_prompt=_VSR,
-        short_prompt='Is "{question}" true or false?',
-        score=scoring.word_accuracy,
-        files=("test.jsonl", "train2017/"),
-        published="VSR zero-shot (cambridgeltl/visual-spatial-reasoning); pictures: COCO 2017",
-        licence="Apache-2.0; " + _COCO,
-        fixed="answers",
-    ),
-    VisualFormat(
-        name="tallyqa",
-        metric="accuracy",
-        read=readers.read_tallyqa,
-        official_prompt=_LETTER,
-        short_prompt="{question}",
-        score=scoring.letter_accuracy,
-        files=("test.json", "VG_100K/", "val2014/"),
-        published="TallyQA (RIT); pictures: Visual Genome, COCO val2014",
-        licence=_RESEARCH,
-        fixed="letters",
-        parses=_is_letter,
-    ),
-    VisualFormat(
-        name="ai2d",
-        metric="accuracy",
-        read=readers.read_ai2d,
-        official_prompt=_LETTER,
-        short_prompt="{question}",
-        score=scoring.letter_accuracy,
-        files=("questions/", readers.choices.AI2D_TEST_IDS, "images/"),
-        published="AI2D (Allen Institute for AI)",
-        licence=_RESEARCH,
-        fixed="letters",
-        parses=_is_letter,
-    ),
-    VisualFormat(
-        name="qa",
-        metric="normalised exact match",
-        read=readers.read_qa,
-        official_prompt=_BRIEFLY,
-        short_prompt="{question}",
-        score=scoring.qa_accuracy,
-        files=(readers.QA_QUESTIONS,),
-        published="your own: JSON lines of question, answer and image",
-        licence="yours",
-        fixed="answers",
-    ),
-)
-VISUAL_FORMATS: dict[str, VisualFormat] = {row.name: row for row in _TABLE}

@@ -6,27 +6,19 @@ import logging
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from midstream.eval.aggregate import BENCHMARKS
+from midstream.eval.readers.records import lines
 from midstream.eval.task import Answerer
 
 # The harness's own default where a task does not say, and the seed of its command line.
 _MAX_NEW_TOKENS, _FEWSHOT_SEED = 256, 1234
 # Metrics of the harness that are a share of right answers, in the order in which one is chosen.
 SHARES = ("acc", "exact_match", "em", "acc_norm")
-
-
-@dataclass(frozen=True)
-class TextItem:
-    """A line of a text task: the choices continue the query as they stand, space included."""
-
-    example_id: str
-    query: str
-    choices: tuple[str, ...]
-    gold: int
 
 
 @dataclass(frozen=True)
@@ -88,25 +80,14 @@ class TextResult:
     chance: float | None
 
 
-def own_task(items: Sequence[TextItem], name: str, chance: float) -> TextTask:
-    """Items of the caller's own (`read_text_task`) as a task."""
-    docs = tuple(
-        {"query": item.query, "choices": list(item.choices), "gold": item.gold} for item in items
-    )
-    settings = {
-        "output_type": "multiple_choice",
-        "num_fewshot": 0,
-        # Names of columns, not templates: a template would turn a query of digits into a number.
-        "doc_to_text": "query",
-        "doc_to_choice": "choices",
-        "doc_to_target": "gold",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-    return TextTask(name, chance, settings, docs, num_docs=len(docs))
+def own_task(items: Sequence[dict[str, Any]], name: str, chance: float) -> TextTask:
+    """Items of the caller's own (`read_text_task`) as a task: the choices continue the query as
+    they stand, space included."""
+    settings = dict(BENCHMARKS["own_text_task"])
+    return TextTask(name, chance, settings, tuple(items), num_docs=len(items))
 
 
-def read_text_task(path: Path) -> list[TextItem]:
+def read_text_task(path: Path) -> list[dict[str, Any]]:
     """The items of a JSON-lines task {"query", "choices", "gold"}.
 
     Raises FileNotFoundError with the tasks that are there, ValueError with the line at fault.
@@ -115,17 +96,12 @@ def read_text_task(path: Path) -> list[TextItem]:
         there = ", ".join(sorted(item.stem for item in path.parent.glob("*.jsonl"))) or "none"
         raise FileNotFoundError(f"text task {path} does not exist; tasks there: {there}")
     items = []
-    # Not splitlines: a JSON text may hold U+2028 and its like.
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON ({error.msg})") from None
-        items.append(_text_item(record, f"{path} line {number}", str(number)))
-    if not items:
-        raise ValueError(f"{path} holds no item; give a file with one JSON object a line")
+    for record in lines(path, 'a line is {"query": text, "choices": [text, ..], "gold": index}'):
+        choices = record.texts("choices", least=2)
+        if not all(choices):
+            record.refuse("one of its choices is empty")
+        gold = record.index("gold", len(choices))
+        items.append({"query": record.text("query"), "choices": choices, "gold": gold})
     return items
 
 
@@ -267,19 +243,6 @@ def adapt(answerer: Answerer) -> Any:
     return AnswererLM()
 
 
-def _text_item(record: Any, where: str, example_id: str) -> TextItem:
-    remedy = 'a line is {"query": text, "choices": [text, ..], "gold": index}'
-    if not isinstance(record, dict) or not {"query", "choices", "gold"} <= set(record):
-        raise ValueError(f"{where} lacks a key; {remedy}")
-    query, choices, gold = record["query"], record["choices"], record["gold"]
-    texts = isinstance(choices, list) and all(isinstance(item, str) and item for item in choices)
-    if not isinstance(query, str) or not texts or len(choices) < 2:
-        raise ValueError(f"{where} needs a text and two or more choices of text; {remedy}")
-    if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
-        raise ValueError(f"{where} has gold {gold!r} for {len(choices)} choices; {remedy}")
-    return TextItem(example_id, query, tuple(choices), gold)
-
-
 def _write_task(folder: Path, key: str, task: TextTask) -> None:
     settings = {**task.settings, "task": key, "tag": []}
     paths = task.files
@@ -396,17 +359,13 @@ def _offline() -> Iterator[None]:
     import datasets  # type: ignore[import-untyped]
     import huggingface_hub.constants
 
-    # The environment is read at import, which may be long past; these are what is looked at.
-    switches = [(datasets.config, "HF_HUB_OFFLINE"), (huggingface_hub.constants, "HF_HUB_OFFLINE")]
-    before = [getattr(module, name) for module, name in switches]
-    bars = datasets.are_progress_bars_disabled()
-    for module, name in switches:
-        setattr(module, name, True)
-    datasets.disable_progress_bars()
-    try:
+    with ExitStack() as undo:
+        # The environment is read at import, which may be long past; these are what is looked at.
+        modules: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+        for module in modules:
+            undo.callback(setattr, module, "HF_HUB_OFFLINE", module.HF_HUB_OFFLINE)
+            module.HF_HUB_OFFLINE = True
+        if not datasets.are_progress_bars_disabled():
+            datasets.disable_progress_bars()
+            undo.callback(datasets.enable_progress_bars)
         yield
-    finally:
-        for (module, name), value in zip(switches, before, strict=True):
-            setattr(module, name, value)
-        if not bars:
-            datasets.enable_progress_bars()

@@ -29,8 +29,8 @@ _UNASKED = ("token_type_ids", "labels")
 class TransformersAnswerer:
     """A vision-language model of the image-text-to-text auto class, or a causal language model.
 
-    name: a folder, or a name on the hub. Raises OSError where `transformers` finds no model, and
-    ValueError for a model with eyes whose processor is missing or needs a package that is.
+    name: a folder, or a name on the hub. A model with eyes whose processor is missing, or needs a
+    package that is, is asked about texts alone. Raises FileNotFoundError where there is no model.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class TransformersAnswerer:
         batch_size: int,
         trust_remote_code: bool = False,
     ) -> None:
-        from transformers import AutoConfig
-
         self.name, self.device = name, device
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         trusted = {"trust_remote_code": trust_remote_code}
-        self.config = AutoConfig.from_pretrained(name, **trusted)
+        self.config = self._open_config(trusted)
+        # Why it cannot be asked about pictures.
+        self._blind: str | None = None
         self.processor, self.tokenizer, self.model = self._open(trusted)
         self.model = self.model.to(device).eval()
         self.tokenizer.padding_side = "left"
@@ -56,20 +56,43 @@ class TransformersAnswerer:
         self._checked = False
         self.weights_digest = _digest(Path(name), self.config, self.model.dtype)
 
+    def _open_config(self, trusted: dict[str, bool]) -> Any:
+        from transformers import AutoConfig
+
+        folder = Path(self.name)
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{self.name} holds no config.json; give a model's whole folder"
+            )
+        try:
+            return AutoConfig.from_pretrained(self.name, **trusted)
+        except OSError as error:
+            told = str(error).split("\n")[0]
+            why = f"is no folder here, and the hub gives no such model ({told}); check the name"
+            if self.name.startswith((".", "/", "~")) or self.name.count("/") > 1:
+                why = "does not exist; give a model's folder, or its name on the hub"
+            raise FileNotFoundError(f"{self.name} {why if not folder.is_dir() else told}") from None
+
     def _open(self, trusted: dict[str, bool]) -> tuple[Any, Any, Any]:
         import transformers
 
         options = {**trusted, "dtype": torch.float32 if self.device.type == "cpu" else "auto"}
-        sees = getattr(self.config, "vision_config", None) is not None or _maps_pictures(
-            self.config
-        )
-        if not sees:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.name, **trusted)
-            model = transformers.AutoModelForCausalLM.from_pretrained(self.name, **options)
-            return None, tokenizer, model
-        processor = self._open_processor(trusted)
-        model = transformers.AutoModelForImageTextToText.from_pretrained(self.name, **options)
-        return processor, processor.tokenizer, model
+        processor, kind = None, transformers.AutoModelForCausalLM
+        if getattr(self.config, "vision_config", None) is None and not _maps_pictures(self.config):
+            self._blind = (
+                f"{self.name} takes no pictures ({self.config.model_type} is a language model); "
+                "ask it text tasks, or name a vision-language model"
+            )
+        else:
+            kind = transformers.AutoModelForImageTextToText
+            try:
+                processor = self._open_processor(trusted)
+            except ValueError as error:  # texts need none
+                self._blind = f"{error}, or ask it text tasks alone"
+        model = kind.from_pretrained(self.name, **options)
+        if processor is not None:
+            return processor, processor.tokenizer, model
+        return None, transformers.AutoTokenizer.from_pretrained(self.name, **trusted), model
 
     def _open_processor(self, trusted: dict[str, bool]) -> Any:
         import transformers
@@ -84,30 +107,24 @@ class TransformersAnswerer:
                     f"{self.name}: its processor needs torchvision, which is not installed; "
                     "pip install torchvision"
                 ) from None
-            raise ValueError(
-                f"{self.name} has weights and no processor that can be opened ({told}); put its "
-                "processor_config.json or preprocessor_config.json beside the weights"
-            ) from None
-        if not isinstance(processor, transformers.ProcessorMixin):
-            raise ValueError(
-                f"{self.name} has weights and no processor, only a {type(processor).__name__}; put "
-                "its processor_config.json or preprocessor_config.json beside the weights"
-            )
-        return processor
+            lacks = f"that can be opened ({told})"
+        else:
+            if isinstance(processor, transformers.ProcessorMixin):
+                return processor
+            lacks = f"but a {type(processor).__name__}"
+        raise ValueError(
+            f"{self.name} has weights and no processor {lacks}; put its processor_config.json or "
+            "preprocessor_config.json beside the weights"
+        )
 
     def check_pictures(self) -> None:
         """Raises ValueError, with what to do, for a model that cannot be asked about pictures: it
-        takes none, it has no chat template, or its template drops them."""
-        if self.processor is None:
-            raise ValueError(
-                f"{self.name} takes no pictures ({self.config.model_type} is a language model); "
-                "ask it text tasks, or name a vision-language model"
-            )
+        takes none, its processor cannot be opened, it has no chat template, or that drops them."""
+        if self._blind is not None:
+            raise ValueError(self._blind)
         self._check_template()
-        shown, bare = (
-            self._rendered([_turn("user", "What?", [{}])]),
-            self._rendered([_turn("user", "What?", [])]),
-        )
+        shown = self._rendered([_turn("user", "What?", [{}])])
+        bare = self._rendered([_turn("user", "What?", [])])
         if shown == bare or "'type': 'image'" in shown:
             raise ValueError(
                 f"{self.name}: its chat template drops the picture of a message; put the template "

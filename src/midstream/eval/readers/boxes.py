@@ -27,11 +27,10 @@ def read_refcoco(
     """
     instances_path, refs_path = folder / REFCOCO_INSTANCES, folder / refs
     images: dict[str, Record] = {}
-    for record in records(instances_path, "images"):
-        add(images, record.identifier("id"), record, record)
     boxes: dict[str, Record] = {}
-    for record in records(instances_path, "annotations"):
-        add(boxes, record.identifier("id"), record, record)
+    for table, key in ((images, "images"), (boxes, "annotations")):
+        for record in records(instances_path, key):
+            add(table, record.identifier("id"), record, record)
     look = Pictures(folder, ("train2014",), needed=pictures)
     examples: dict[str, VisualExample] = {}
     for index, value in enumerate(load_plain_pickle(refs_path)):
@@ -46,8 +45,7 @@ def read_refcoco(
         size = _size(images[picture])
         gold = _coco_box(boxes[annotation], size)
         image = look.find(ref, images[picture].text("file_name"))
-        for at, sentence_value in enumerate(ref.get("sentences", list)):
-            sentence = Record(f"{ref.where} sentence {at}", sentence_value)
+        for sentence in ref.records("sentences"):
             number = sentence.identifier("sent_id")
             key = f"{ref.identifier('ref_id')}-{number}"
             example = VisualExample(
@@ -75,16 +73,8 @@ def read_ocid_ref(folder: Path, *, pictures: bool = True) -> list[VisualExample]
             record.refuse(f"its bbox {box} is empty; [x1, y1, x2, y2] needs x1 < x2, y1 < y2")
         size = picture_size(image) if image.is_file() else _OCID_SIZE
         _inside(box, size, record)
-        example = VisualExample(
-            key,
-            record.text("sentence"),
-            image,
-            _rounded(box, size),
-            "val",
-            kinds=_clutter(record),
-            size=size,
-        )
-        examples.append(example)
+        gold, asked, kinds = _rounded(box, size), record.text("sentence"), _clutter(record)
+        examples.append(VisualExample(key, asked, image, gold, "val", kinds=kinds, size=size))
     return examples
 
 
@@ -128,10 +118,7 @@ def _corners(text: str) -> Any:
 
 
 def _four_numbers(value: Any, record: Record) -> list[float]:
-    numbers = isinstance(value, list) and all(
-        isinstance(item, int | float) and not isinstance(item, bool) for item in value
-    )
-    if not numbers or len(value) != 4:
+    if not isinstance(value, list) or len(value) != 4 or {*map(type, value)} - {int, float}:
         record.refuse(f"its bbox {record.value['bbox']!r} is no list of four numbers")
     return [float(item) for item in value]
 

@@ -7,15 +7,15 @@ from midstream.eval.readers.records import (
     Record,
     add,
     find_file,
-    items,
     lines,
     missing,
     read_json_file,
     read_text,
+    records,
 )
+from midstream.eval.scoring import LETTERS
 
 NUM_COUNTS = 16
-LETTERS = "ABCDEFGHIJKLMNOP"
 AI2D_TEST_IDS = "ai2d_test_ids.csv"
 
 
@@ -31,13 +31,12 @@ def read_vsr(folder: Path, *, pictures: bool = True) -> list[VisualExample]:
         label = record.identifier("label")
         if label not in ("0", "1"):
             record.refuse(f"its label is {label}, not 0 or 1")
-        kinds = {"relation": str(record.value["relation"])} if "relation" in record.value else {}
         example = VisualExample(
             str(number),
             record.text("caption"),
             look.find(record, name, *others),
             "True" if label == "1" else "False",
-            kinds=kinds,
+            kinds=record.kinds("relation"),
             choices=("True", "False"),
         )
         add(examples, example.example_id, example, record)
@@ -52,7 +51,7 @@ def read_tallyqa(folder: Path, *, pictures: bool = True) -> list[VisualExample]:
     look = Pictures(folder, (".",), needed=pictures)
     counts = tuple(str(count) for count in range(NUM_COUNTS))
     examples: dict[str, VisualExample] = {}
-    for record in items(find_file(folder, "test.json", "*test*.json")):
+    for record in records(find_file(folder, "test.json", "*test*.json")):
         count = record.get("answer", int)
         if not 0 <= count < NUM_COUNTS:
             record.refuse(f"its answer is {count}, not one of 0 to {NUM_COUNTS - 1}")
@@ -87,11 +86,8 @@ def read_ai2d(folder: Path, *, pictures: bool = True) -> list[VisualExample]:
         picture = page.text("imageName")
         for text, value in page.get("questions", dict).items():
             record = Record(f"{path} question {text!r}", value)
-            options, index = record.get("answerTexts", list), record.get("correctAnswer", int)
-            if not all(isinstance(option, str) for option in options) or len(options) < 2:
-                record.refuse("its answerTexts are no list of two texts or more")
-            if not 0 <= index < len(options):
-                record.refuse(f"its correctAnswer {index} is none of {len(options)} options")
+            options = record.texts("answerTexts", least=2)
+            index = record.index("correctAnswer", len(options))
             key = record.identifier("questionId")
             example = VisualExample(
                 key,

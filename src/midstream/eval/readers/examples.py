@@ -48,24 +48,19 @@ class Pictures:
         Raises FileNotFoundError with the record and the path, ValueError for a name that leads
         out of the folder.
         """
-        if names[0] not in self._found:
-            self._found[names[0]] = self._look(record, names)
-        return self._found[names[0]]
-
-    def _look(self, record: Record, names: Sequence[str]) -> Path:
+        if names[0] in self._found:
+            return self._found[names[0]]
         for name in names:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 record.refuse(f"picture {name!r} leads out of {self.folder}")
         paths = [self.folder / place / name for name in names for place in self.places]
-        for path in paths:
-            if path.is_file():
-                return path
-        if self.needed:
+        there = next((path for path in paths if path.is_file()), None)
+        if there is None and self.needed:
             raise FileNotFoundError(
                 f"{record.where} asks for picture {paths[0]}, which does not exist; "
                 "put the benchmark's pictures there (docs/evaluation.md)"
             )
-        return paths[0]
+        return self._found.setdefault(names[0], there or paths[0])
 
 
 def plain_words(text: str) -> str:

@@ -21,7 +21,7 @@ def read_qa(folder: Path, *, pictures: bool = True) -> list[VisualExample]:
     examples: dict[str, VisualExample] = {}
     path = find_file(folder, QA_QUESTIONS, "*.jsonl", "*.jsonl.gz")
     for number, record in enumerate(lines(path), start=1):
-        key = record.identifier("id") if _has(record, "id") else str(number)
+        key = record.identifier("id") if "id" in record else str(number)
         golds, choices = _golds(record), _choices(record)
         by_plain = {plain_answer(choice): choice for choice in choices}
         if len(by_plain) < len(choices):
@@ -34,7 +34,7 @@ def read_qa(folder: Path, *, pictures: bool = True) -> list[VisualExample]:
             record.text("question"),
             look.find(record, record.text("image")),
             golds,
-            record.identifier("split") if _has(record, "split") else "",
+            record.identifier("split") if "split" in record else "",
             choices=choices,
         )
         add(examples, key, example, record)
@@ -42,10 +42,10 @@ def read_qa(folder: Path, *, pictures: bool = True) -> list[VisualExample]:
 
 
 def _golds(record: Record) -> list[str]:
-    if _has(record, "answer") and _has(record, "answers"):
+    if "answer" in record and "answers" in record:
         record.refuse("it has both 'answer' and 'answers'; keep one of them")
-    if not _has(record, "answers"):
-        value = record.value["answer"] if _has(record, "answer") else record.get("answer", str)
+    if "answers" not in record:
+        value = record.value["answer"] if "answer" in record else record.get("answer", str)
         return [_text(value, "answer", record)]
     golds = [_text(value, "answers", record) for value in record.get("answers", list)]
     if not golds:
@@ -54,7 +54,7 @@ def _golds(record: Record) -> list[str]:
 
 
 def _choices(record: Record) -> tuple[str, ...]:
-    if not _has(record, "choices"):
+    if "choices" not in record:
         return ()
     choices = tuple(_text(value, "choices", record) for value in record.get("choices", list))
     if len(choices) < 2:
@@ -64,15 +64,6 @@ def _choices(record: Record) -> tuple[str, ...]:
 
 def _text(value: Any, key: str, record: Record) -> str:
     """A text or a number, as text."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, str | int | float)
-        or not str(value).strip()
-    ):
+    if type(value) not in (str, int, float) or not str(value).strip():
         record.refuse(f"{value!r} under {key!r} is neither a text nor a number")
     return str(value)
-
-
-def _has(record: Record, key: str) -> bool:
-    """Whether a record says something under `key`; null says nothing."""
-    return isinstance(record.value, dict) and record.value.get(key) is not None

@@ -10,7 +10,6 @@ from midstream.eval.readers.records import (
     add,
     entries,
     find_file,
-    items,
     lines,
     missing,
     read_json_file,
@@ -45,16 +44,9 @@ def read_vqav2(folder: Path, *, pictures: bool = True) -> list[VisualExample]:
     subset = _same_subset(questions_path, annotations_path)
     annotations: dict[str, tuple[list[str], dict[str, str]]] = {}
     for record in records(annotations_path, "annotations"):
-        answers = [
-            Record(f"{record.where} answer {index}", answer).text("answer")
-            for index, answer in enumerate(record.get("answers", list))
-        ]
-        kinds = {
-            key: str(record.value[key])
-            for key in ("answer_type", "question_type")
-            if key in record.value
-        }
-        add(annotations, record.identifier("question_id"), (_ten(answers, record), kinds), record)
+        answers = _ten([one.text("answer") for one in record.records("answers")], record)
+        found = answers, record.kinds("answer_type", "question_type")
+        add(annotations, record.identifier("question_id"), found, record)
     look = Pictures(folder, (subset, "train2014"), needed=pictures)
     examples: dict[str, VisualExample] = {}
     for record in records(questions_path, "questions"):
@@ -83,13 +75,11 @@ def read_gqa(folder: Path, *, pictures: bool = True) -> list[VisualExample]:
         find_file(folder, GQA_QUESTIONS, "*balanced_questions.json", "*questions*.json")
     ):
         image = look.find(record, f"{record.identifier('imageId')}.jpg")
-        kinds: dict[str, str] = {}
-        if isinstance(record.value.get("types"), dict):
-            types = record.value["types"]
-            kinds = {key: str(types[key]) for key in ("structural", "semantic") if types.get(key)}
-            if "structural" in kinds:
-                # As the official evaluator parts them.
-                kinds["form"] = "open" if kinds["structural"] == "query" else "binary"
+        types = record.get("types", dict) if "types" in record else {}
+        kinds = {name: str(types[name]) for name in ("structural", "semantic") if types.get(name)}
+        if "structural" in kinds:
+            # As the official evaluator parts them.
+            kinds["form"] = "open" if kinds["structural"] == "query" else "binary"
         answer, question = record.text("answer"), record.text("question")
         examples.append(VisualExample(key, question, image, answer, kinds=kinds))
     return examples
@@ -101,16 +91,8 @@ def read_textvqa(folder: Path, *, pictures: bool = True) -> list[VisualExample]:
     examples: dict[str, VisualExample] = {}
     for record in records(find_file(folder, TEXTVQA_QUESTIONS, "TextVQA_*val*.json"), "data"):
         key, image_id = record.identifier("question_id"), record.identifier("image_id")
-        answers = record.get("answers", list)
-        if not all(isinstance(answer, str) for answer in answers):
-            record.refuse("its answers are not all texts")
-        example = VisualExample(
-            key,
-            record.text("question"),
-            look.find(record, f"{image_id}.jpg"),
-            _ten(answers, record),
-            other_id=image_id,
-        )
+        answers, image = _ten(record.texts("answers"), record), look.find(record, f"{image_id}.jpg")
+        example = VisualExample(key, record.text("question"), image, answers, other_id=image_id)
         add(examples, key, example, record)
     return list(examples.values())
 
@@ -134,10 +116,9 @@ def read_textvqa_ocr(folder: Path, *, pictures: bool = True) -> list[VisualExamp
         alike.setdefault((key[0], plain_words(question)), text)
     examples = []
     for example in read_textvqa(folder, pictures=pictures):
-        names = [name for name in (example.other_id, example.example_id) if name is not None]
-        asked = example.question
-        found = [texts[name, asked.strip()] for name in names if (name, asked.strip()) in texts]
-        plain = plain_words(asked)
+        names = (example.other_id or "", example.example_id)
+        exact, plain = example.question.strip(), plain_words(example.question)
+        found = [texts[name, exact] for name in names if (name, exact) in texts]
         found += [alike[name, plain] for name in names if (name, plain) in alike]
         if not found:
             raise ValueError(
@@ -155,23 +136,15 @@ def read_vizwiz(folder: Path, *, pictures: bool = True) -> list[VisualExample]:
     """
     look = Pictures(folder, ("val",), needed=pictures)
     examples: dict[str, VisualExample] = {}
-    for index, record in enumerate(items(find_file(folder, VIZWIZ_QUESTIONS, "*val*.json"))):
-        answers = [
-            Record(f"{record.where} answer {number}", answer).text("answer")
-            for number, answer in enumerate(record.get("answers", list))
-        ]
-        gold = {
-            "answers": _ten(answers, record),
-            "answerable": record.identifier("answerable") == "1",
-        }
-        key = record.text("image")
-        kinds = {"answer_type": str(record.value.get("answer_type"))}
+    for index, record in enumerate(records(find_file(folder, VIZWIZ_QUESTIONS, "*val*.json"))):
+        answers = _ten([one.text("answer") for one in record.records("answers")], record)
+        key, answerable = record.text("image"), record.identifier("answerable") == "1"
         example = VisualExample(
             key,
             record.text("question"),
             look.find(record, key),
-            gold,
-            kinds=kinds if "answer_type" in record.value else {},
+            {"answers": answers, "answerable": answerable},
+            kinds=record.kinds("answer_type"),
             other_id=str(index),
         )
         add(examples, key, example, record)
@@ -180,16 +153,17 @@ def read_vizwiz(folder: Path, *, pictures: bool = True) -> list[VisualExample]:
 
 def read_pope(folder: Path, *, pictures: bool = True) -> list[VisualExample]:
     """POPE's splits that are there, at least one of three; gold is "yes" or "no"."""
-    found = {split: _pope_file(folder, split) for split in POPE_SPLITS}
-    present = {split: path for split, path in found.items() if path is not None}
+    names = [
+        (s, folder / f"coco_pope_{s}{end}") for s in POPE_SPLITS for end in (".jsonl", ".json")
+    ]
+    present = {split: path for split, path in names if path.is_file()}
     if not present:
         missing(folder / "coco_pope_random.json")
     look = Pictures(folder, ("val2014",), needed=pictures)
     examples: dict[str, VisualExample] = {}
     for split, path in present.items():
         for record in lines(path):
-            number = record.identifier("question_id")
-            label = record.text("label")
+            number, label = record.identifier("question_id"), record.text("label")
             if label not in ("yes", "no"):
                 record.refuse(f"its label is {label!r}, not 'yes' or 'no'")
             example = VisualExample(
@@ -203,13 +177,6 @@ def read_pope(folder: Path, *, pictures: bool = True) -> list[VisualExample]:
             )
             add(examples, example.example_id, example, record)
     return list(examples.values())
-
-
-def _pope_file(folder: Path, split: str) -> Path | None:
-    for name in (f"coco_pope_{split}.json", f"coco_pope_{split}.jsonl"):
-        if (folder / name).is_file():
-            return folder / name
-    return None
 
 
 def _same_subset(questions: Path, annotations: Path) -> str:

@@ -13,10 +13,15 @@ from midstream.source_files import is_hidden
 
 @dataclass(frozen=True)
 class Record:
-    """One record of a file; its errors say where it stands."""
+    """One record of a file; its errors say where it stands, and how it is mended."""
 
     where: str
     value: Any
+    remedy: str = "give the official file, or mend this record"
+
+    def __contains__(self, key: str) -> bool:
+        """Whether it says something under `key`; null says nothing."""
+        return isinstance(self.value, dict) and self.value.get(key) is not None
 
     def get(self, key: str, kind: type) -> Any:
         """The value under `key`; ValueError if it is absent or no `kind` (bool never is)."""
@@ -33,6 +38,30 @@ class Record:
         """The text under `key`."""
         return str(self.get(key, str))
 
+    def texts(self, key: str, least: int = 1) -> list[str]:
+        """The list of `least` texts or more under `key`."""
+        values = list(self.get(key, list))
+        if len(values) < least or not all(isinstance(value, str) for value in values):
+            told = json.dumps(values)[:80]
+            self.refuse(f"its {key!r} is no list of {least} or more texts: {told}")
+        return values
+
+    def index(self, key: str, count: int) -> int:
+        """The number under `key`, which counts `count` options from 0."""
+        index = self.get(key, int)
+        if not 0 <= index < count:
+            self.refuse(f"its {key} {index} is none of {count} options")
+        return int(index)
+
+    def records(self, key: str) -> list["Record"]:
+        """The records in the list under `key`."""
+        values = enumerate(self.get(key, list))
+        return [Record(f"{self.where} {key} {number}", value) for number, value in values]
+
+    def kinds(self, *keys: str) -> dict[str, str]:
+        """As text what it says under `keys`, of those that it has."""
+        return {key: str(self.value[key]) for key in keys if key in self.value}
+
     def identifier(self, key: str) -> str:
         """The number or text under `key`, as text."""
         value = self.get(key, object)
@@ -42,7 +71,7 @@ class Record:
 
     def refuse(self, problem: str) -> NoReturn:
         """Raise ValueError with the place, the problem and the remedy."""
-        raise ValueError(f"{self.where}: {problem}; give the official file, or mend this record")
+        raise ValueError(f"{self.where}: {problem}; {self.remedy}")
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -126,22 +155,16 @@ def _no_key_twice(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
     return value
 
 
-def records(path: Path, key: str) -> Iterator[Record]:
-    """The records of the list `key` in a JSON object; ValueError if there are none."""
+def records(path: Path, key: str = "") -> Iterator[Record]:
+    """The records of a JSON list, or of the list `key` in a JSON object; ValueError if there are
+    none."""
     value = read_json_file(path)
-    if not isinstance(value, dict) or not isinstance(value.get(key), list) or not value[key]:
-        raise ValueError(f"{path} holds no list {key!r} of records; give the official file")
-    for index, record in enumerate(value[key]):
-        yield Record(f"{path} {key} record {index}", record)
-
-
-def items(path: Path) -> Iterator[Record]:
-    """The records of a JSON list; ValueError if there are none."""
-    value = read_json_file(path)
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{path} holds no list of records; give the official file")
-    for index, record in enumerate(value):
-        yield Record(f"{path} record {index}", record)
+    found = (value.get(key) if isinstance(value, dict) else None) if key else value
+    if not isinstance(found, list) or not found:
+        listed = f"list {key!r}" if key else "list"
+        raise ValueError(f"{path} holds no {listed} of records; give the official file")
+    for index, record in enumerate(found):
+        yield Record(f"{path} {key} record {index}" if key else f"{path} record {index}", record)
 
 
 def entries(path: Path) -> Iterator[tuple[str, Record]]:
@@ -153,18 +176,18 @@ def entries(path: Path) -> Iterator[tuple[str, Record]]:
         yield key, Record(f"{path} record {key!r}", record)
 
 
-def lines(path: Path) -> Iterator[Record]:
+def lines(path: Path, remedy: str = Record.remedy) -> Iterator[Record]:
     """The records of a file of JSON lines; ValueError if there are none."""
     found = read_text(path).split("\n")  # a text may hold U+2028
     if not any(line.strip() for line in found):
-        raise ValueError(f"{path} is empty; give the official file")
+        raise ValueError(f"{path} is empty; {remedy}")
     for number, line in enumerate(found, start=1):
         if not line.strip():
             continue
         try:
-            yield Record(f"{path} line {number}", json.loads(line))
+            yield Record(f"{path} line {number}", json.loads(line), remedy)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON ({error.msg})") from None
+            raise ValueError(f"{path} line {number} is not JSON ({error.msg}); {remedy}") from None
 
 
 def add(table: dict[str, Any], key: str, value: Any, record: Record) -> None:
