@@ -8,14 +8,15 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check faults format clean
+.PHONY: demo test check faults docs format clean
 READY := $(VENV)/.ready
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-# torch first and pinned: the CPU build everywhere, before any other package can ask for another one.
-$(READY): pyproject.toml
+# torch first: the CPU build everywhere, before any other package can ask for another one.
+$(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(INSTALL) torch
+	$(INSTALL) -e ".[dev]"
 	touch $@
 
 demo: $(READY)
@@ -38,6 +39,11 @@ test: $(READY)
 # What `make test` leaves out: kills at every write, many ranks, stuck ranks.
 faults: $(READY)
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --faults -m faults
+
+# The site in build/site; a broken link fails.
+docs: $(READY)
+	$(INSTALL) -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(READY)
 	$(BIN)/ruff format .
