@@ -16,7 +16,7 @@ from midstream.config import (
     EncoderConfig,
     TransformersDecoderConfig,
 )
-from midstream.exchange.export_towers import inner_width, stock_tensors
+from midstream.exchange.export_towers import inner_width, own_tensors, stock_tensors
 from midstream.exchange.huggingface import decoder_tensors, read_config, unwrapped
 from midstream.exchange.vision_checkpoints import (
     LOADING,
@@ -59,7 +59,7 @@ def parts_of(folder: Path) -> tuple[str, ...]:
     towers = content["vision"]["towers"]
     if len(towers) == 1:
         # A linear map of patches is no tower; each model learns its own.
-        return ("decoder", "encoder") if towers[0]["positions"] else ("decoder",)
+        return ("decoder", "encoder") if towers[0]["num_blocks"] else ("decoder",)
     return ("decoder", *(f"encoder{number + 1}" for number in range(len(towers))))
 
 
@@ -196,14 +196,20 @@ def _own_tower(folder: Path, content: dict[str, Any], index: int) -> EncoderPart
     shapes = {
         name.removeprefix("tower."): value.shape for name, value in encoder.state_dict().items()
     }
-    tensors = stock_tensors(_unfixed(config, own), shapes)
+    if config.family == "dinov3":
+        # The library's own class, under whatever names this version of it saved.
+        own = own_tensors({name.removeprefix("tower."): value for name, value in own.items()})
+    else:
+        own = _unfixed(config, own)
+    tensors = stock_tensors(own, shapes)
     tensors = {name: value.reshape(shapes[name]) for name, value in tensors.items()}
     left = tuple(sorted(name for name in stored if not name.startswith(prefix)))
     return config, tensors, left, (_LEFT_OUT,)
 
 
 def _own_config(folder: Path, tower: dict[str, Any], feature_dtype: str | None) -> EncoderConfig:
-    family = "dinov2" if tower["layer_scale"] else "clip" if tower.get("pre_norm") else "siglip"
+    marks = {"dinov3": "rotary", "dinov2": "layer_scale", "clip": "pre_norm"}
+    family = next((one for one, mark in marks.items() if tower.get(mark)), "siglip")
     mean, std = colours(folder, (0.5,) * 3, (0.5,) * 3)
     if tower["repaint"] is not None:
         _, _, mean, std = tower["repaint"]
@@ -229,7 +235,7 @@ def _own_config(folder: Path, tower: dict[str, Any], feature_dtype: str | None) 
         **({} if feature_dtype is None else {"feature_dtype": feature_dtype}),
     }
     config = EncoderConfig.model_validate(settings)
-    if config.ffn == "mlp":
+    if config.ffn == "mlp" or family == "dinov3":
         return config
     # The folder holds the width that transformers makes of the stated one.
     for ratio in range(1, 17):
