@@ -17,6 +17,8 @@ from midstream.exchange.import_model import import_model
 from midstream.exchange.import_source import ImportRequest
 from midstream.exchange.import_summary import summary
 from midstream.model.vision import VisionEncoder, build_encoder, load_encoder
+from midstream.model.vlm import VLM
+from midstream.model.weights import load_weights
 from midstream.storage import read_json, write_json
 from midstream.study.imported import ImportRecord
 
@@ -110,21 +112,24 @@ def test_patches_are_no_part_and_a_text_export_of_openlm_is_whole(tmp_path: Path
 # --------------------------------------------------------------------------- others' Llava folders
 
 
-def save_llava(folder: Path, *, half: bool = False, **changes: Any) -> Any:
+def save_llava(folder: Path, *, half: bool = False, kind: str = "Llava", **changes: Any) -> Any:
+    settings = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+    settings |= {"vision_config": transformers.CLIPVisionConfig(**TOWER)} | changes
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = transformers.LlavaConfig(
-            vision_config=transformers.CLIPVisionConfig(**TOWER),
+        config = getattr(transformers, f"{kind}Config")(
             text_config=transformers.LlamaConfig(**TEXT | {"vocab_size": 301}),
             image_token_index=300,
-            **{"vision_feature_layer": -2, "vision_feature_select_strategy": "default"} | changes,
+            **settings,
         )
-        model = transformers.LlavaForConditionalGeneration(config).eval()
+        model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
     if half:
         model = model.bfloat16()
     model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     pictures = {"do_center_crop": True, "image_mean": [0.4] * 3, "image_std": [0.2] * 3}
+    if kind == "LlavaNext":
+        pictures |= {"do_pad": True}
     write_json(folder / "processor_config.json", {"image_processor": pictures})
     return model
 
@@ -190,3 +195,54 @@ def test_a_positive_feature_layer_is_counted_from_behind(tmp_path: Path) -> None
     save_llava(tmp_path / "source", vision_feature_layer=3)
     record, _ = bring(tmp_path / "source", tmp_path / "out", part="encoder")
     assert record.config.feature_layer == -1  # type: ignore[union-attr]
+
+
+# ------------------------------------------------------------------------------- Llava-NeXT, others
+
+
+@pytest.mark.parametrize("layer", [-1, -3, 2])
+@torch.no_grad()
+def test_parts_of_a_llava_next_are_those_of_transformers(layer: int, tmp_path: Path) -> None:
+    model = save_llava(tmp_path / "source", kind="LlavaNext", vision_feature_layer=layer)
+    record, notes = bring(tmp_path / "source", tmp_path / "tower", part="encoder")
+    pixels = some_pixels(32)
+    theirs = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[layer]
+    again = opened(record, tmp_path / "tower")
+    torch.testing.assert_close(again(pixels), theirs[:, 1:], rtol=0, atol=2e-6)
+    # Its processor pads batches, and squeezes the whole picture into the tower's square.
+    assert record.config.resize == "square"  # type: ignore[union-attr]
+    assert any("saw tiles of a picture, too" in note for note in notes)
+    record, _ = bring(tmp_path / "source", tmp_path / "text", part="decoder")
+    vlm = VLM(VLMConfig(decoder=record.config))  # type: ignore[arg-type]
+    load_weights(vlm, tmp_path / "text")
+    ids = torch.arange(20)[None]
+    found = vlm.decoder.output(vlm.decoder(vlm.decoder.embed(ids), ids, None))
+    torch.testing.assert_close(found[..., :301], model(input_ids=ids).logits, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["Llava", "LlavaNext"])
+@pytest.mark.parametrize("strategy", ["default", "full"])
+@pytest.mark.parametrize(("tower", "told"), [("CLIP", "class token"), ("Siglip", "first patch")])
+def test_features_that_a_projector_saw_otherwise_are_told(
+    kind: str, strategy: str, tower: str, told: str, tmp_path: Path
+) -> None:
+    vision = getattr(transformers, f"{tower}VisionConfig")(**TOWER)
+    changes = {"vision_config": vision, "vision_feature_select_strategy": strategy}
+    save_llava(tmp_path / "source", kind=kind, **changes)
+    _, notes = bring(tmp_path / "source", tmp_path / "tower", part="encoder")
+    expected = (tower, strategy) in (("CLIP", "full"), ("Siglip", "default"))
+    assert any(told in note for note in notes) == expected
+
+
+@pytest.mark.parametrize(
+    "kind", ["idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "gemma3", "paligemma", "mllama"]
+)
+@pytest.mark.parametrize("part", [None, "decoder", "encoder"])
+def test_whole_models_of_other_kinds_are_refused_by_name(
+    kind: str, part: str | None, tmp_path: Path
+) -> None:
+    transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path / "source")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "source" / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{kind!r}, a whole vision-language model of which no"):
+        bring(tmp_path / "source", tmp_path / "out", part=part)
+    assert not (tmp_path / "out").exists()

@@ -176,11 +176,28 @@ def read_encoder_part(folder: Path, part: str) -> EncoderPart:
     stated = model.config.vision_config
     # Counted from behind, the embeddings being number 0.
     layer = layer - stated.num_hidden_layers - 1 if layer >= 0 else layer
-    config = encoder_config(stated, folder, feature_layer=layer, resize=fitting(folder))
-    if config.num_prefix and model.config.vision_feature_select_strategy == "full":
-        notes = (*notes, "its projector saw the class token, too; features here are of patches")
+    # Llava-NeXT resizes a whole picture whatever its shape; it pads tiles, and batches of them.
+    resize = "square" if content["model_type"] == "llava_next" else fitting(folder)
+    config = encoder_config(stated, folder, feature_layer=layer, resize=resize)
+    if note := _selected_otherwise(config, model.config.vision_feature_select_strategy):
+        notes = (*notes, f"{note}; features here are of all patches")
+    if content["model_type"] == "llava_next":
+        notes = (*notes, "its model saw tiles of a picture, too; features here are of the whole")
     tensors = dict(model.model.vision_tower.state_dict())
     return config, tensors, left, (_LEFT_OUT, *notes)
+
+
+def _selected_otherwise(config: EncoderConfig, strategy: str) -> str | None:
+    """How the features that a Llava's projector sees differ from the patches'; None if they do not.
+
+    `default` leaves the first token out, `full` none.
+    """
+    left = 1 if strategy == "default" else 0
+    if left == config.num_prefix:
+        return None
+    if left > config.num_prefix:
+        return "its projector did not see the first patch"
+    return "its projector saw the class token, too" if not left else "its projector saw registers"
 
 
 def _own_tower(folder: Path, content: dict[str, Any], index: int) -> EncoderPart:
