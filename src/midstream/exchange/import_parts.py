@@ -1,7 +1,7 @@
 """One part of a folder that holds a whole vision-language model: its language model, or a tower.
 
-Llava's layout, whoever wrote it, and the one of Midstream's own exports. The projector is left
-out, since no stage starts from one.
+Llava's layout, whoever wrote it, and the one of Midstream's own exports; `import_whole.py` reads
+the rest.
 """
 
 from pathlib import Path
@@ -52,15 +52,16 @@ def is_whole(folder: Path) -> bool:
 
 
 def parts_of(folder: Path) -> tuple[str, ...]:
-    """What may be taken: `decoder`, and `encoder` or, of several towers, `encoder1`, ..."""
+    """What may be taken: `model` (all of it), `decoder`, and `encoder` or, of several towers,
+    `encoder1`, ..."""
     content = read_json(folder / "config.json")
     if content["model_type"] != OWN:
-        return ("decoder", "encoder")
+        return ("model", "decoder", "encoder")
     towers = content["vision"]["towers"]
     if len(towers) == 1:
         # A linear map of patches is no tower; each model learns its own.
-        return ("decoder", "encoder") if towers[0]["num_blocks"] else ("decoder",)
-    return ("decoder", *(f"encoder{number + 1}" for number in range(len(towers))))
+        return ("model", "decoder", *(("encoder",) if towers[0]["num_blocks"] else ()))
+    return ("model", "decoder", *(f"encoder{number + 1}" for number in range(len(towers))))
 
 
 def check_part(folder: Path, part: str | None) -> None:
@@ -99,7 +100,7 @@ def read_decoder_part(folder: Path) -> DecoderPart:
         }
         config, tensors = _own_decoder(content["text_config"], inner, folder)
         left = tuple(sorted(stored.keys() - {f"language_model.{name}" for name in inner}))
-        return config, tensors, left, (_LEFT_OUT,)
+        return config, tensors, left, (LEFT_OUT,)
     model, left, notes = _loaded(folder, "language_model")
     text = model.config.text_config
     # Who ties is said for the whole model.
@@ -109,7 +110,7 @@ def read_decoder_part(folder: Path) -> DecoderPart:
     inner["lm_head.weight"] = model.lm_head.weight.detach()
     tensors = decoder_tensors(config, inner)
     config, tensors = _without_picture_row(config, tensors, image_token(folder))
-    return config, tensors, left, (_LEFT_OUT, *notes)
+    return config, tensors, left, (LEFT_OUT, *notes)
 
 
 def read_own_text(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
@@ -119,7 +120,7 @@ def read_own_text(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
     return config, tensors
 
 
-_LEFT_OUT = "the projector is left out, since no stage starts from one"
+LEFT_OUT = "the projector is left out; --part model takes the whole model"
 
 
 def _own_decoder(
@@ -184,7 +185,7 @@ def read_encoder_part(folder: Path, part: str) -> EncoderPart:
     if content["model_type"] == "llava_next":
         notes = (*notes, "its model saw tiles of a picture, too; features here are of the whole")
     tensors = dict(model.model.vision_tower.state_dict())
-    return config, tensors, left, (_LEFT_OUT, *notes)
+    return config, tensors, left, (LEFT_OUT, *notes)
 
 
 def _selected_otherwise(config: EncoderConfig, strategy: str) -> str | None:
@@ -221,7 +222,7 @@ def _own_tower(folder: Path, content: dict[str, Any], index: int) -> EncoderPart
     tensors = stock_tensors(own, shapes)
     tensors = {name: value.reshape(shapes[name]) for name, value in tensors.items()}
     left = tuple(sorted(name for name in stored if not name.startswith(prefix)))
-    return config, tensors, left, (_LEFT_OUT,)
+    return config, tensors, left, (LEFT_OUT,)
 
 
 def _own_config(folder: Path, tower: dict[str, Any], feature_dtype: str | None) -> EncoderConfig:
