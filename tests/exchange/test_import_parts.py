@@ -79,7 +79,9 @@ def test_fused_towers_come_back_one_by_one(tmp_path: Path) -> None:
     config = OWN["not one tower but fused"]
     _, encoder, _ = written(tmp_path / "export", config, codec())
     assert isinstance(config.encoder, FusedEncoder)
-    with pytest.raises(ValueError, match=r"--part decoder or --part encoder1 or --part encoder2$"):
+    with pytest.raises(
+        ValueError, match=r"--part model or --part decoder or --part encoder1 or --part encoder2$"
+    ):
         bring(tmp_path / "export", tmp_path / "none")
     parts = []
     for number, tower in enumerate(config.encoder.towers):
@@ -94,7 +96,7 @@ def test_fused_towers_come_back_one_by_one(tmp_path: Path) -> None:
 
 def test_patches_are_no_part_and_a_text_export_of_openlm_is_whole(tmp_path: Path) -> None:
     written(tmp_path / "export", OWN["not one tower but patches"], codec())
-    with pytest.raises(ValueError, match=r"--part decoder, it has no 'encoder'$"):
+    with pytest.raises(ValueError, match=r"--part model or --part decoder, it has no 'encoder'$"):
         bring(tmp_path / "export", tmp_path / "out", part="encoder")
     vlm, _ = made(VLMConfig(decoder=OPENLM))
     (tmp_path / "text").mkdir()
@@ -143,7 +145,7 @@ def test_parts_of_a_llava_are_those_of_transformers(tmp_path: Path) -> None:
     torch.testing.assert_close(encoder(pixels), theirs, rtol=0, atol=2e-6)
     assert record.config.resize == "crop"  # type: ignore[union-attr]
     assert record.config.pixel_mean == (0.4, 0.4, 0.4)  # type: ignore[union-attr]
-    assert "the projector is left out, since no stage starts from one" in notes
+    assert "the projector is left out; --part model takes the whole model" in notes
     assert any(name.startswith("multi_modal_projector") for name in record.dropped)
     lines = list(summary(tmp_path / "tower", record, notes))
     assert lines[-1].endswith(" --set data=WORLD --set resize=crop")
@@ -174,7 +176,9 @@ def test_names_of_older_llavas_wrapped_and_in_half_precision_are_read(tmp_path: 
 
 def test_a_llava_says_what_is_amiss_in_one_line(tmp_path: Path) -> None:
     save_llava(tmp_path / "source")
-    with pytest.raises(ValueError, match=r"import --part decoder or --part encoder$"):
+    with pytest.raises(
+        ValueError, match=r"import --part model or --part decoder or --part encoder$"
+    ):
         bring(tmp_path / "source", tmp_path / "out")
     with pytest.raises(ValueError, match=r"or --part encoder, it has no 'projector'$"):
         bring(tmp_path / "source", tmp_path / "out", part="projector")
