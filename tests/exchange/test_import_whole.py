@@ -8,19 +8,23 @@ import torch
 import transformers
 from exported import codec
 from safetensors.torch import load_file, save_file
-from test_export_vlm import OWN, STOCK, changed, written
+from test_export_vlm import OWN, PATCHES, STOCK, changed, written
 from test_import_parts import TOWER, bring, save_llava, some_pixels
 
 import tiny
+from midstream.config import VLMConfig
 from midstream.exchange.export_model import prompt_logits
 from midstream.exchange.import_summary import summary
 from midstream.load_imported import put_together
 from midstream.model.vision import VisionEncoder
 from midstream.model.vlm import VLM
 from midstream.model.weights import load_weights
+from midstream.open_data import open_tokenizer
 from midstream.open_model import look_through
 from midstream.storage import read_json, write_json
 from midstream.study.imported import ImportRecord, load_model, tower_folders
+from midstream.study.ledger import Ledger
+from midstream.study.stage import Continue, InitFrom
 
 
 def opened(record: ImportRecord, folder: Path) -> tuple[VLM, VisionEncoder]:
@@ -135,3 +139,27 @@ def test_a_folder_of_a_part_is_no_whole_model(tmp_path: Path) -> None:
     bring(tmp_path / "source", tmp_path / "tower", part="encoder")
     with pytest.raises(ValueError, match=r"holds no whole vision-language model; .*--part model"):
         load_model(tmp_path / "tower", tiny.DATA)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tower", "patches"])
+def test_image_text_training_goes_on_from_an_imported_model(
+    name: str, tiny_ledger: Ledger, tmp_path: Path
+) -> None:
+    ledger = tiny.store_with(tiny_ledger, tmp_path / "store", tiny.DATA)
+    sees = {"tower": tiny.ENCODER, "patches": PATCHES}[name]
+    config = VLMConfig(decoder=tiny.DECODER, encoder=sees, owns_encoder=name == "patches")
+    vlm, _, _ = written(tmp_path / "export", config, open_tokenizer(tiny.DATA, ledger))
+    record, _ = bring(tmp_path / "export", tmp_path / "whole", part="model", rate=2e-3)
+    loaded = load_model(tmp_path / "whole", tiny.DATA)
+    parts = {"encoder": loaded.encoder, "projector": loaded.projector}
+    goes_on = Continue(**dict(tiny.SEEN) | parts | {"start": InitFrom(stage=loaded)})
+    tiny.run_missing(ledger, goes_on)
+    results = ledger.results(goes_on)
+    # At the rate that the import was told, from these weights, the map of patches with them.
+    assert results["first_rate"] == 2e-3
+    assert ledger.results(loaded)["weights_digest"] == record.weights_digest
+    after = load_file(ledger.folder(goes_on) / "weights" / "model.safetensors")
+    assert after.keys() == vlm.state_dict().keys()
+    for key, value in vlm.state_dict().items():
+        assert 0 < (after[key] - value).abs().max() < 0.1, key
