@@ -16,9 +16,9 @@ from midstream.model.weights import save_weights, weights_digest
 from midstream.open_data import open_tokenizer
 from midstream.open_model import fill_model
 from midstream.storage import new_folder, verify
-from midstream.study.imported import Position, open_imported
+from midstream.study.imported import ImportRecord, Position, open_imported
 from midstream.study.ledger import Ledger
-from midstream.study.stage import FuseEncoders, LoadDecoder, LoadEncoder
+from midstream.study.stage import FuseEncoders, LoadDecoder, LoadEncoder, LoadModel
 
 
 def load_encoder_stage(stage: LoadEncoder, ledger: Ledger) -> dict[str, Any]:
@@ -54,6 +54,21 @@ def load_decoder_stage(stage: LoadDecoder, ledger: Ledger) -> dict[str, Any]:
     record = open_imported(stage.checkpoint)
     if record.config != stage.decoder:
         raise ValueError(f"{stage.checkpoint.folder} holds another decoder than the stage says")
+    return _copied(stage, record, ledger)
+
+
+def load_model_stage(stage: LoadModel, ledger: Ledger) -> dict[str, Any]:
+    """An imported vision-language model to `weights/`, its towers aside; returns results.
+
+    Raises CorruptError or ValueError for a folder that is not the one that was planned with.
+    """
+    record = open_imported(stage.checkpoint)
+    if record.model != stage.model:
+        raise ValueError(f"{stage.checkpoint.folder} holds another model than the stage says")
+    return _copied(stage, record, ledger)
+
+
+def _copied(stage: LoadDecoder | LoadModel, record: ImportRecord, ledger: Ledger) -> dict[str, Any]:
     check_vocabulary(open_tokenizer(stage.data, ledger), stage.decoder, stage.checkpoint.folder)
     weights = ledger.folder(stage) / "weights"
     with new_folder(weights) as temporary:

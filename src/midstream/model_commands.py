@@ -38,7 +38,7 @@ def import_model(
     ] = None,
     part: Annotated[
         str | None,
-        typer.Option(help="Of a whole vision-language model: decoder or encoder."),
+        typer.Option(help="Of a whole vision-language model: model (all), decoder or encoder."),
     ] = None,
     allow_same_weights: Annotated[
         bool,

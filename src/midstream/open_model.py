@@ -25,13 +25,14 @@ from midstream.study.stage import (
     Evaluate,
     Finetune,
     LoadDecoder,
+    LoadModel,
     Pretrain,
     stage_from_json,
 )
 from midstream.train import checkpoint
 from midstream.train.parallel import autocast
 
-WithModel = Pretrain | LoadDecoder | Continue | Finetune
+WithModel = Pretrain | LoadDecoder | LoadModel | Continue | Finetune
 Look = Callable[[Tensor], Tensor]
 
 
@@ -104,7 +105,7 @@ def open_model(path: Path, device: torch.device) -> OpenedModel:
     fill_model(vlm, weights)
     vlm.to(device).eval()
     encoder = vlm.encoder
-    if isinstance(stage, Continue | Finetune) and encoder is None:
+    if isinstance(stage, LoadModel | Continue | Finetune) and encoder is None:
         assert stage.encoder_stage is not None, "a patch projection is the model's own"
         encoder = open_encoder(ledger, stage.encoder_stage).to(device).eval()
     codec = open_tokenizer(stage.data, ledger)

@@ -30,6 +30,7 @@ from midstream.load_imported import (
     fuse_encoders_stage,
     load_decoder_stage,
     load_encoder_stage,
+    load_model_stage,
 )
 from midstream.model.initialise import initialise
 from midstream.open_data import open_sources, open_tokenizer, world_root
@@ -52,6 +53,7 @@ from midstream.study.stage import (
     FuseEncoders,
     LoadDecoder,
     LoadEncoder,
+    LoadModel,
     PrepareSource,
     PrepareTokenizer,
     PrepareWorld,
@@ -206,6 +208,8 @@ class StageRunner:
                 return fuse_encoders_stage(stage, self.ledger)
             case LoadDecoder():
                 return load_decoder_stage(stage, self.ledger)
+            case LoadModel():
+                return load_model_stage(stage, self.ledger)
             case Pretrain() | Continue() | Finetune():
                 return self._train(stage)
             case Evaluate():
@@ -322,7 +326,7 @@ class StageRunner:
             raise FileNotFoundError(
                 f"{folder} holds no optimiser state to carry; choose optimizer='fresh'"
             )
-        if isinstance(before, Continue):
+        if isinstance(before, LoadModel | Continue):
             start = replace(start, parts=("decoder", "projector", *(("encoder",) if had else ())))
             if not isinstance(stage.training.schedule, ContinuedCosine):
                 return start  # All its bytes are read once, when they are loaded.
@@ -406,7 +410,7 @@ class StageRunner:
 def _moments(stage: Continue | Finetune) -> Literal["carry", "fresh", "warm"]:
     """Whether Adam's moments come along; image-text stages keep none of theirs."""
     start = stage.start
-    return "fresh" if isinstance(start, Continue | FromScratch) else start.optimizer
+    return "fresh" if isinstance(start, Continue | LoadModel | FromScratch) else start.optimizer
 
 
 def unchanged(images: torch.Tensor) -> torch.Tensor:

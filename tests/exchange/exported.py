@@ -107,6 +107,12 @@ DINOV2 = EncoderConfig(
     pixel_std=(0.2, 0.3, 0.25),
 )
 CLIP = SIGLIP.model_copy(update={"family": "clip", "hidden_act": "quick_gelu"})
+DINOV3 = DINOV2.model_copy(
+    update={
+        **{"family": "dinov3", "num_registers": 2, "num_layers": 3},
+        **{"pixel_mean": SIGLIP.pixel_mean, "pixel_std": SIGLIP.pixel_std},
+    }
+)
 INNER = ProjectorConfig(num_layers=2, hidden="decoder")
 
 

@@ -8,7 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exported import CLIP, DINOV2, INNER, OPENLM, SIGLIP, codec, made, picture, run_fresh, stock
+from exported import (
+    CLIP,
+    DINOV2,
+    DINOV3,
+    INNER,
+    OPENLM,
+    SIGLIP,
+    codec,
+    made,
+    picture,
+    run_fresh,
+    stock,
+)
 from PIL import Image
 from torch import Tensor
 
@@ -32,7 +44,7 @@ from midstream.data.images import decode_pixels
 from midstream.eval.predict import ModelAnswerer
 from midstream.eval.task import Answerer
 from midstream.eval.transformers_answerer import TransformersAnswerer
-from midstream.exchange.export_model import refuse, write_folder
+from midstream.exchange.export_model import write_folder
 from midstream.model.generate import generate
 from midstream.model.vision import VisionEncoder
 from midstream.model.vlm import VLM
@@ -48,6 +60,9 @@ def changed(config: Any, **changes: Any) -> Any:
     return config.model_copy(update=changes)
 
 
+FUSED_3 = FusedEncoder(
+    towers=(SIGLIP, changed(DINOV3, final_norm=True, ffn="swiglu", pixel_std=(0.2, 0.3, 0.25)))
+)
 STOCK = {
     "siglip": VLMConfig(decoder=stock(), encoder=SIGLIP, projector=INNER),
     "siglip with a margin": VLMConfig(
@@ -77,6 +92,9 @@ OWN = {
     "image and question see each other": VLMConfig(
         decoder=stock(), encoder=SIGLIP, projector=INNER, attention="prefix"
     ),
+    "Llava does not leave DINOv3's registers out": VLMConfig(
+        decoder=stock(), encoder=DINOV3, projector=INNER
+    ),
     "see each other": VLMConfig(
         decoder=stock(),
         encoder=changed(CLIP, position_size=36),
@@ -86,6 +104,7 @@ OWN = {
     "not one tower but fused": VLMConfig(
         decoder=stock("qwen3"), encoder=FUSED, projector=ProjectorConfig(num_layers=3)
     ),
+    "one tower but fused": VLMConfig(decoder=stock("smollm3"), encoder=FUSED_3, projector=INNER),
     "not one tower but patches": VLMConfig(
         decoder=stock("gpt_neox"), encoder=PATCHES, projector=INNER, owns_encoder=True
     ),
@@ -132,17 +151,6 @@ def test_stock_llava_classes_hold_what_they_can_compute(tmp_path: Path, name: st
     assert not list((tmp_path / "out").glob("*.py"))
     assert report.largest_difference <= 1e-5
     assert any("one more row, 302" in note for note in report.notes) == (name == "no spare row")
-
-
-def test_dinov3_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    config = VLMConfig(
-        decoder=OPENLM, encoder=changed(CLIP, family="dinov3", num_registers=2), projector=INNER
-    )
-    vlm, encoder = made(config)
-    assert isinstance(encoder, VisionEncoder)
-    with pytest.raises(ValueError, match=r"sees through DINOv3 cannot be exported.*--text-only"):
-        refuse(vlm, codec(), encoder, tmp_path / "out")
-    refuse(vlm, codec(), None, tmp_path / "out")
 
 
 def test_stock_llava_says_how_far_unrounded_features_take_it(tmp_path: Path) -> None:
@@ -477,6 +485,8 @@ def test_own_modelling_files_answer_as_midstream_does_in_a_fresh_python(tmp_path
         "openlm": OWN["the decoder is OpenLM's"],
         "norow": changed(OWN["decoder is OpenLM's"], attention="prefix"),
         "fused": changed(OWN["not one tower but fused"], attention="prefix"),
+        "dinov3": OWN["Llava does not leave DINOv3's registers out"],
+        "fused3": changed(OWN["one tower but fused"], owns_encoder=True),
     }
     for name, found in looked(tmp_path, configs).items():
         assert found["class"] == "MidstreamForConditionalGeneration", name

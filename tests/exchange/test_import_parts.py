@@ -17,6 +17,8 @@ from midstream.exchange.import_model import import_model
 from midstream.exchange.import_source import ImportRequest
 from midstream.exchange.import_summary import summary
 from midstream.model.vision import VisionEncoder, build_encoder, load_encoder
+from midstream.model.vlm import VLM
+from midstream.model.weights import load_weights
 from midstream.storage import read_json, write_json
 from midstream.study.imported import ImportRecord
 
@@ -77,7 +79,9 @@ def test_fused_towers_come_back_one_by_one(tmp_path: Path) -> None:
     config = OWN["not one tower but fused"]
     _, encoder, _ = written(tmp_path / "export", config, codec())
     assert isinstance(config.encoder, FusedEncoder)
-    with pytest.raises(ValueError, match=r"--part decoder or --part encoder1 or --part encoder2$"):
+    with pytest.raises(
+        ValueError, match=r"--part model or --part decoder or --part encoder1 or --part encoder2$"
+    ):
         bring(tmp_path / "export", tmp_path / "none")
     parts = []
     for number, tower in enumerate(config.encoder.towers):
@@ -92,7 +96,7 @@ def test_fused_towers_come_back_one_by_one(tmp_path: Path) -> None:
 
 def test_patches_are_no_part_and_a_text_export_of_openlm_is_whole(tmp_path: Path) -> None:
     written(tmp_path / "export", OWN["not one tower but patches"], codec())
-    with pytest.raises(ValueError, match=r"--part decoder, it has no 'encoder'$"):
+    with pytest.raises(ValueError, match=r"--part model or --part decoder, it has no 'encoder'$"):
         bring(tmp_path / "export", tmp_path / "out", part="encoder")
     vlm, _ = made(VLMConfig(decoder=OPENLM))
     (tmp_path / "text").mkdir()
@@ -110,21 +114,24 @@ def test_patches_are_no_part_and_a_text_export_of_openlm_is_whole(tmp_path: Path
 # --------------------------------------------------------------------------- others' Llava folders
 
 
-def save_llava(folder: Path, *, half: bool = False, **changes: Any) -> Any:
+def save_llava(folder: Path, *, half: bool = False, kind: str = "Llava", **changes: Any) -> Any:
+    settings = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+    settings |= {"vision_config": transformers.CLIPVisionConfig(**TOWER)} | changes
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = transformers.LlavaConfig(
-            vision_config=transformers.CLIPVisionConfig(**TOWER),
+        config = getattr(transformers, f"{kind}Config")(
             text_config=transformers.LlamaConfig(**TEXT | {"vocab_size": 301}),
             image_token_index=300,
-            **{"vision_feature_layer": -2, "vision_feature_select_strategy": "default"} | changes,
+            **settings,
         )
-        model = transformers.LlavaForConditionalGeneration(config).eval()
+        model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
     if half:
         model = model.bfloat16()
     model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     pictures = {"do_center_crop": True, "image_mean": [0.4] * 3, "image_std": [0.2] * 3}
+    if kind == "LlavaNext":
+        pictures |= {"do_pad": True}
     write_json(folder / "processor_config.json", {"image_processor": pictures})
     return model
 
@@ -138,7 +145,7 @@ def test_parts_of_a_llava_are_those_of_transformers(tmp_path: Path) -> None:
     torch.testing.assert_close(encoder(pixels), theirs, rtol=0, atol=2e-6)
     assert record.config.resize == "crop"  # type: ignore[union-attr]
     assert record.config.pixel_mean == (0.4, 0.4, 0.4)  # type: ignore[union-attr]
-    assert "the projector is left out, since no stage starts from one" in notes
+    assert "the projector is left out; --part model takes the whole model" in notes
     assert any(name.startswith("multi_modal_projector") for name in record.dropped)
     lines = list(summary(tmp_path / "tower", record, notes))
     assert lines[-1].endswith(" --set data=WORLD --set resize=crop")
@@ -169,7 +176,9 @@ def test_names_of_older_llavas_wrapped_and_in_half_precision_are_read(tmp_path: 
 
 def test_a_llava_says_what_is_amiss_in_one_line(tmp_path: Path) -> None:
     save_llava(tmp_path / "source")
-    with pytest.raises(ValueError, match=r"import --part decoder or --part encoder$"):
+    with pytest.raises(
+        ValueError, match=r"import --part model or --part decoder or --part encoder$"
+    ):
         bring(tmp_path / "source", tmp_path / "out")
     with pytest.raises(ValueError, match=r"or --part encoder, it has no 'projector'$"):
         bring(tmp_path / "source", tmp_path / "out", part="projector")
@@ -190,3 +199,54 @@ def test_a_positive_feature_layer_is_counted_from_behind(tmp_path: Path) -> None
     save_llava(tmp_path / "source", vision_feature_layer=3)
     record, _ = bring(tmp_path / "source", tmp_path / "out", part="encoder")
     assert record.config.feature_layer == -1  # type: ignore[union-attr]
+
+
+# ------------------------------------------------------------------------------- Llava-NeXT, others
+
+
+@pytest.mark.parametrize("layer", [-1, -3, 2])
+@torch.no_grad()
+def test_parts_of_a_llava_next_are_those_of_transformers(layer: int, tmp_path: Path) -> None:
+    model = save_llava(tmp_path / "source", kind="LlavaNext", vision_feature_layer=layer)
+    record, notes = bring(tmp_path / "source", tmp_path / "tower", part="encoder")
+    pixels = some_pixels(32)
+    theirs = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[layer]
+    again = opened(record, tmp_path / "tower")
+    torch.testing.assert_close(again(pixels), theirs[:, 1:], rtol=0, atol=2e-6)
+    # Its processor pads batches, and squeezes the whole picture into the tower's square.
+    assert record.config.resize == "square"  # type: ignore[union-attr]
+    assert any("saw tiles of a picture, too" in note for note in notes)
+    record, _ = bring(tmp_path / "source", tmp_path / "text", part="decoder")
+    vlm = VLM(VLMConfig(decoder=record.config))  # type: ignore[arg-type]
+    load_weights(vlm, tmp_path / "text")
+    ids = torch.arange(20)[None]
+    found = vlm.decoder.output(vlm.decoder(vlm.decoder.embed(ids), ids, None))
+    torch.testing.assert_close(found[..., :301], model(input_ids=ids).logits, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["Llava", "LlavaNext"])
+@pytest.mark.parametrize("strategy", ["default", "full"])
+@pytest.mark.parametrize(("tower", "told"), [("CLIP", "class token"), ("Siglip", "first patch")])
+def test_features_that_a_projector_saw_otherwise_are_told(
+    kind: str, strategy: str, tower: str, told: str, tmp_path: Path
+) -> None:
+    vision = getattr(transformers, f"{tower}VisionConfig")(**TOWER)
+    changes = {"vision_config": vision, "vision_feature_select_strategy": strategy}
+    save_llava(tmp_path / "source", kind=kind, **changes)
+    _, notes = bring(tmp_path / "source", tmp_path / "tower", part="encoder")
+    expected = (tower, strategy) in (("CLIP", "full"), ("Siglip", "default"))
+    assert any(told in note for note in notes) == expected
+
+
+@pytest.mark.parametrize(
+    "kind", ["idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "gemma3", "paligemma", "mllama"]
+)
+@pytest.mark.parametrize("part", [None, "decoder", "encoder"])
+def test_whole_models_of_other_kinds_are_refused_by_name(
+    kind: str, part: str | None, tmp_path: Path
+) -> None:
+    transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path / "source")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "source" / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{kind!r}, a whole vision-language model of which no"):
+        bring(tmp_path / "source", tmp_path / "out", part=part)
+    assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pyarrow.parquet import read_table
 
 import tiny
 from checkpoints import save_checkpoint
@@ -15,15 +16,18 @@ from midstream.exchange.import_model import import_model
 from midstream.exchange.import_source import ImportRequest
 from midstream.model.weights import read_tensors
 from midstream.open_model import open_model
-from midstream.recipes.own_model import image_shares
+from midstream.recipes.own_model import fine_tuning, image_shares
+from midstream.study.checks import problems
 from midstream.study.graph import plan
 from midstream.study.imported import read_import
+from midstream.study.label import label
 from midstream.study.ledger import Ledger
 from midstream.study.stage import (
     Continue,
     ContinueFrom,
     Finetune,
     LoadDecoder,
+    Stage,
 )
 from midstream.study.studies import Study
 from vision_checkpoints import save_tower
@@ -81,10 +85,20 @@ def stages(made: Study) -> tuple[Finetune, Continue, LoadDecoder]:
     return finetuned, finetuned.start, start.stage
 
 
+@pytest.fixture(scope="module")
+def ran(
+    folders: dict[str, str], world: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Study, Ledger]:
+    """The study, all of it done in a store of its own."""
+    made, ledger = study(folders, world), Ledger(tmp_path_factory.mktemp("store"))
+    tiny.run_missing(ledger, *made.results)
+    return made, ledger
+
+
 def test_an_imported_model_learns_to_see_and_leaves_as_llava(
-    folders: dict[str, str], world: str, tmp_path: Path
+    folders: dict[str, str], ran: tuple[Study, Ledger], tmp_path: Path
 ) -> None:
-    made, ledger = study(folders, world), Ledger(tmp_path / "store")
+    made, ledger = ran
     assert {row.stage.kind for row in plan(made, ledger).rows} == {
         *(
             "prepare_tokenizer",
@@ -96,7 +110,6 @@ def test_an_imported_model_learns_to_see_and_leaves_as_llava(
             "evaluate",
         )
     }
-    tiny.run_missing(ledger, *made.results)
     finetuned, continued, loaded = stages(made)
     # The very weights, at the very rate, under the data's own tokens.
     record = read_import(Path(folders["llama"]))
@@ -113,6 +126,45 @@ def test_an_imported_model_learns_to_see_and_leaves_as_llava(
     card = (tmp_path / "out" / "README.md").read_text()
     assert finetuned.name in card
     assert "5,000" in card
+
+
+def predicted(ledger: Ledger, result: Stage) -> dict[str, list[Any]]:
+    """By task, what a model said, chose and how likely that was."""
+    return {
+        path.name: read_table(path).to_pylist()
+        for path in sorted(ledger.folder(result).glob("predictions/*"))
+    }
+
+
+@pytest.mark.slow
+def test_what_left_comes_back_whole_answers_the_same_and_is_fine_tuned(
+    ran: tuple[Study, Ledger], world: str, tmp_path: Path
+) -> None:
+    before, ledger = ran
+    finetuned, _, _ = stages(before)
+    opened = open_model(ledger.folder(finetuned), torch.device("cpu"))
+    export(opened, tmp_path / "out", text_only=False)
+    whole = imported(tmp_path / "out", tmp_path / "whole", part="model")
+    with pytest.raises(ValueError, match=r"whole vision-language model; .*--part decoder"):
+        image_shares(checkpoint=whole, data=world)
+    small = {"row_length": 320, "batch_rows": 4, "max_new_tokens": 3, "limit": 3}
+    made = fine_tuning(model=whole, data=world, encoder_rate_factor=0.1, **small)
+    assert not problems(plan(made, ledger), ledger)
+    tiny.run_missing(ledger, *made.results)
+    as_imported = made.baselines["as imported"]
+    said = predicted(ledger, before.lines[0].result)
+    assert said
+    assert predicted(ledger, as_imported) == said
+    result = made.lines[0].result
+    assert ledger.results(result.of)["steps"] > 0
+    assert isinstance(result.of, Finetune)
+    # It started from these weights, and trains the encoder that came with them.
+    loaded = result.of.start
+    assert ledger.results(loaded)["weights_digest"] == read_import(Path(whole)).weights_digest
+    assert open_model(ledger.folder(result.of), torch.device("cpu")).vlm.encoder is not None
+    assert "vision" in ledger.results(result)["stable"]
+    assert "imported model whole" in label(result)
+    assert "imported model whole" in label(loaded)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -8,10 +8,11 @@ from midstream.storage import read_json
 from midstream.study.chain import came_from
 from midstream.study.label import label
 from midstream.study.ledger import Ledger
-from midstream.study.stage import LoadDecoder, Pretrain
+from midstream.study.stage import LoadDecoder, LoadModel, Pretrain
 
 _TITLES = {
     "load_decoder": "imported",
+    "load_model": "imported",
     "pretrain": "text",
     "continue": "images and text",
     "finetune": "conversations",
@@ -51,13 +52,13 @@ def _training(opened: OpenedModel) -> Iterator[str]:
         of = f"{part * 100:g} % of" if part != 1.0 else "in"
         milestones = isinstance(link, Pretrain)
         kept = folder / f"milestones/{part * 100:g}" if milestones else folder / "weights"
-        if isinstance(link, LoadDecoder):
+        if isinstance(link, LoadDecoder | LoadModel):
             yield f"{_TITLES[link.kind]}: {_tokens_before(opened.ledger, link)}, in {link.name}"
             continue
         yield f"{_TITLES[link.kind]}: {_tokens(kept / 'progress.json')}, {of} {link.name}"
 
 
-def _tokens_before(ledger: Ledger, stage: LoadDecoder) -> str:
+def _tokens_before(ledger: Ledger, stage: LoadDecoder | LoadModel) -> str:
     found = ledger.results(stage)["tokens_seen_before"] if ledger.is_done(stage) else None
     return "tokens unknown" if found is None else f"{found:,} tokens"
 

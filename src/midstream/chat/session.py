@@ -14,7 +14,7 @@ from midstream.data.images import decode_pixels
 from midstream.model.conversation import Conversation
 from midstream.model.sampling import Sampling
 from midstream.open_model import OpenedModel
-from midstream.study.stage import LoadDecoder
+from midstream.study.stage import LoadDecoder, LoadModel
 
 # The `seq_len` of OpenLM's published text models (open_lm/model_configs).
 OPENLM_POSITIONS = 2048
@@ -168,7 +168,7 @@ class ChatSession:
 def trained_positions(opened: OpenedModel) -> int:
     """The longest sequence that the model has seen in training, image included."""
     stage = opened.stage
-    if not isinstance(stage, LoadDecoder):
+    if not isinstance(stage, LoadDecoder | LoadModel):
         return stage.training.rows.row_length
     if isinstance(stage.decoder, DecoderConfig):
         return OPENLM_POSITIONS

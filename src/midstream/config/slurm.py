@@ -14,6 +14,7 @@ StageKind = Literal[
     "load_encoder",
     "fuse_encoders",
     "load_decoder",
+    "load_model",
     "pretrain",
     "continue",
     "finetune",

@@ -45,6 +45,8 @@ def no_llava(config: VLMConfig) -> str | None:
         return f"the encoder is not one tower but {getattr(encoder, 'kind', None)}"
     if encoder.family == "siglip2":
         return "Llava does not cut pictures into siglip2's patches"
+    if encoder.family == "dinov3":
+        return "Llava does not leave DINOv3's registers out"
     if encoder.num_registers:
         return "Llava does not leave DINOv2's registers out"
     if encoder.final_norm:

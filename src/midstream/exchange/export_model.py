@@ -71,13 +71,6 @@ def refuse(vlm: VLM, codec: TextCodec, encoder: VisionEncoder | None, out: Path)
         for name, value in module.state_dict().items() if module is not None else ():
             if not bool(value.isfinite().all()):
                 raise ValueError(f"{name} holds numbers that are not finite; nothing to export")
-    sees = vlm.config.encoder
-    towers = sees.towers if isinstance(sees, FusedEncoder) else (sees,)
-    if encoder is not None and any(getattr(one, "family", None) == "dinov3" for one in towers):
-        raise ValueError(
-            "a model that sees through DINOv3 cannot be exported, since no exported class turns "
-            "patches by their place; export its language model with --text-only"
-        )
     rows = vlm.config.decoder.vocab_size
     if codec.size > rows:
         raise ValueError(f"the tokenizer has {codec.size:,} ids, the model {rows:,} rows for them")

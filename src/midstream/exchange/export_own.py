@@ -112,6 +112,7 @@ def _descriptions(sees: AnyEncoderConfig) -> list[dict[str, Any]]:
             **{"num_patches": sees.num_patches, "num_prefix": 0, "num_blocks": 0},
             **{
                 "positions": False,
+                "rotary": False,
                 "pre_norm": False,
                 "final_norm": False,
                 "repaint": None,
@@ -132,8 +133,9 @@ def _description(tower: EncoderConfig, given: ImageTransform) -> dict[str, Any]:
         "num_patches": tower.num_patches,
         "num_prefix": tower.num_prefix,
         "pre_norm": tower.family == "clip",
-        "positions": True,
+        "positions": tower.family != "dinov3",
         "layer_scale": is_dino,
+        "rotary": tower.family == "dinov3",
         "swiglu": tower.ffn == "swiglu",
         "hidden_act": tower.hidden_act,
         "norm_eps": tower.norm_eps,

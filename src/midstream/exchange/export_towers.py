@@ -17,13 +17,13 @@ from midstream.model.vision import FusedTowers, Tower, VisionEncoder
 
 _NAMES = (
     (r"^embeddings\.patch_embedding\.", "patch."),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch."),
+    (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch."),
     (r"^embeddings\.position_embedding\.weight$", "positions"),
     (r"^embeddings\.position_embeddings$", "positions"),
     (r"^embeddings\.(cls_token|class_embedding)$", "class"),
     (r"^pre_layrnorm\.", "prenorm."),
     (r"^embeddings\.register_tokens$", "registers"),
-    (r"^(encoder\.)?layers?\.(\d+)\.", r"blocks.\2."),
+    (r"^((encoder|model)\.)?layers?\.(\d+)\.", r"blocks.\3."),
     (r"\.layer_norm([12])\.", r".norm\1."),
     (r"\.(self_attn|attention)\.q_proj\.", ".query."),
     (r"\.(self_attn|attention)\.k_proj\.", ".key."),
@@ -41,7 +41,7 @@ _NAMES = (
 
 
 def own_name(name: str) -> str:
-    """Our name of a tensor of a SigLIP, CLIP or DINOv2 tower of transformers 5."""
+    """Our name of a tensor of a SigLIP, CLIP, DINOv2 or DINOv3 tower of transformers 5."""
     for pattern, replacement in _NAMES:
         name = re.sub(pattern, replacement, name)
     return name
@@ -81,7 +81,8 @@ def num_blocks(tower: EncoderConfig) -> int:
 def inner_width(tower: EncoderConfig) -> int:
     """Width between a block's two layers; transformers takes two thirds for DINOv2's gated ones."""
     inner = tower.intermediate_size
-    return (int(inner * 2 / 3) + 7) // 8 * 8 if tower.ffn == "swiglu" else inner
+    gated = tower.family == "dinov2" and tower.ffn == "swiglu"
+    return (int(inner * 2 / 3) + 7) // 8 * 8 if gated else inner
 
 
 def towers_of(
@@ -105,7 +106,7 @@ def tower_tensors(tower: VisionEncoder) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fixed_tower(config: AnyEncoderConfig, tower: VisionEncoder) -> dict[str, Tensor]:
-    """The tensors of `modeling_midstream.VisionTower`, for pictures of the encoder's size.
+    """The tensors of the tower's class in `modeling_midstream`, for pictures of the encoder's size.
 
     Positions are interpolated here; a linear map of flat patches becomes a convolution.
     """
@@ -117,6 +118,10 @@ def fixed_tower(config: AnyEncoderConfig, tower: VisionEncoder) -> dict[str, Ten
             tower.state_dict()["projection.bias"],
         )
         return {"patch.weight": weight.reshape(width, 3, size, size), "patch.bias": bias}
+    if config.family == "dinov3":
+        # The class has a token for masked patches, which no picture has.
+        unused = {"tower.embeddings.mask_token": torch.zeros(1, 1, width)}
+        return unused | tower.state_dict()
     own = tower_tensors(tower)
     if config.family == "siglip2":
         flat = own["patch.weight"].reshape(width, size, size, 3)

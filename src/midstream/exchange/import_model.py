@@ -3,7 +3,8 @@
 A decoder's folder holds model.safetensors (float32, names of `VLM`), optimizer.safetensors where
 the checkpoint has Adam's moments, progress.json, tokenizer.json where one is known, and import.json
 (`study/imported.py`); an encoder's holds model.safetensors (the whole tower under `transformers`'
-names) and import.json. It is written whole or not at all, after everything has been read.
+names) and import.json; a whole model's holds what a decoder's does, with the projector, and its
+towers as folders of their own. It is written whole or not at all, after everything has been read.
 """
 
 import hashlib
@@ -19,12 +20,13 @@ from torch import Tensor
 from midstream.config import (
     AnyDecoderConfig,
     DecoderConfig,
+    EncoderConfig,
     TransformersDecoderConfig,
     VLMConfig,
 )
 from midstream.data.examples import TextCodec
 from midstream.data.preparation.source import canonical_tokenizer
-from midstream.exchange import import_parts, vision_checkpoints
+from midstream.exchange import import_parts, import_whole, vision_checkpoints
 from midstream.exchange.import_source import (
     ImportRequest,
     LanguageModel,
@@ -42,7 +44,7 @@ from midstream.model.vision import build_encoder, load_encoder
 from midstream.model.vlm import VLM, build_decoder
 from midstream.model.weights import fill, save_weights, weights_digest
 from midstream.storage import new_folder, write_bytes, write_json
-from midstream.study.imported import RECORD, ImportRecord, Position
+from midstream.study.imported import RECORD, ImportRecord, Position, tower_folders
 from midstream.tokens import TokenCount
 from midstream.train.checkpoint import Progress
 
@@ -73,15 +75,20 @@ def import_model(request: ImportRequest) -> tuple[ImportRecord, list[str]]:
     tower = source.path.is_dir() and vision_checkpoints.is_encoder(source.path)
     if tower or (request.part or "").startswith("encoder"):
         return _import_encoder(request, source, out)
+    sight = import_whole.read_sight(source.path) if request.part == "model" else None
     model = read_language_model(request, source.path)
-    return _import_decoder(request, source, model, out)
+    return _import_decoder(request, source, model, sight, out)
 
 
 # ------------------------------------------------------------------------------------ the decoder
 
 
 def _import_decoder(
-    request: ImportRequest, source: Source, model: LanguageModel, out: Path
+    request: ImportRequest,
+    source: Source,
+    model: LanguageModel,
+    sight: import_whole.Sight | None,
+    out: Path,
 ) -> tuple[ImportRecord, list[str]]:
     path, known = source.path, source.known
     public = Position() if known is None else known.position
@@ -98,10 +105,11 @@ def _import_decoder(
         multiple=request.pad_vocab_to,
     )
     config = with_rows(model.config, vocabulary.rows_after)
-    vlm = VLM(VLMConfig(decoder=config))
+    vlm = VLM(VLMConfig(decoder=config) if sight is None else sight.model(config))
     grown = _grown(model.config, config)
     tensors, moments = resize(model.tensors, model.moments, grown)
-    fill(vlm.decoder, tensors, path=path)
+    tensors = {f"decoder.{name}": value for name, value in tensors.items()}
+    fill(vlm, tensors | ({} if sight is None else sight.tensors), path=path)
     _check_finite(vlm.state_dict(), path)
     del tensors
     moments = None if moments is None else {_moment_name(name): moments[name] for name in moments}
@@ -110,14 +118,15 @@ def _import_decoder(
     learnt = None if moments is None else tensors_digest(moments)
     numbers = [getattr(position, name) for name in NUMBERS]
     record = ImportRecord(
-        kind="decoder",
+        kind="decoder" if sight is None else "model",
         source=source.name,
         revision=source.revision,
         family=model.family,
         config=config,
+        model=None if sight is None else vlm.config,
         vocabulary=vocabulary.as_json(),
         position=position,
-        dropped=model.dropped,
+        dropped=model.dropped if sight is None else (),
         has_moments=moments is not None,
         weights_digest=weights,
         content=digest([weights, learnt, numbers]),
@@ -130,9 +139,13 @@ def _import_decoder(
             write_bytes(folder / "tokenizer.json", canonical_tokenizer(vocabulary.codec))
         write_json(folder / "progress.json", asdict(_progress(model.step, position)))
         write_json(folder / RECORD, record.model_dump(mode="json"))
+        if sight is not None:
+            for name, (tower, held) in zip(tower_folders(vlm.config), sight.towers, strict=True):
+                _write_encoder(folder / name, source, tower, held, ())
     named = () if known is None else (f"known family: {known.family}",)
     remarks = _remarks(model.config, vocabulary, position)
-    return record, [*named, *source.notes, *model.notes, *conflicts, *remarks]
+    told = (note for note in model.notes if sight is None or note != import_parts.LEFT_OUT)
+    return record, [*named, *source.notes, *told, *conflicts, *remarks]
 
 
 def with_rows(config: AnyDecoderConfig, rows: int) -> AnyDecoderConfig:
@@ -222,7 +235,17 @@ def _import_encoder(
         config, tensors, dropped, notes = vision_checkpoints.read_encoder(path)
     else:
         config, tensors, dropped, notes = import_parts.read_encoder_part(path, request.part)
-    _check_finite(tensors, path)
+    return _write_encoder(out, source, config, tensors, dropped), [*source.notes, *notes]
+
+
+def _write_encoder(
+    out: Path,
+    source: Source,
+    config: EncoderConfig,
+    tensors: dict[str, Tensor],
+    dropped: tuple[str, ...],
+) -> ImportRecord:
+    _check_finite(tensors, source.path)
     weights = tensors_digest(tensors)
     record = ImportRecord(
         kind="encoder",
@@ -240,7 +263,7 @@ def _import_encoder(
         # What cannot be used later is refused now.
         load_encoder(build_encoder(config), saved)
         write_json(folder / RECORD, record.model_dump(mode="json"))
-    return record, [*source.notes, *notes]
+    return record
 
 
 # ---------------------------------------------------------------------------------------- together

@@ -1,7 +1,7 @@
 """One part of a folder that holds a whole vision-language model: its language model, or a tower.
 
-Llava's layout, whoever wrote it, and the one of Midstream's own exports. The projector is left
-out, since no stage starts from one.
+Llava's layout, whoever wrote it, and the one of Midstream's own exports; `import_whole.py` reads
+the rest.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from midstream.config import (
     EncoderConfig,
     TransformersDecoderConfig,
 )
-from midstream.exchange.export_towers import inner_width, stock_tensors
+from midstream.exchange.export_towers import inner_width, own_tensors, stock_tensors
 from midstream.exchange.huggingface import decoder_tensors, read_config, unwrapped
 from midstream.exchange.vision_checkpoints import (
     LOADING,
@@ -52,15 +52,16 @@ def is_whole(folder: Path) -> bool:
 
 
 def parts_of(folder: Path) -> tuple[str, ...]:
-    """What may be taken: `decoder`, and `encoder` or, of several towers, `encoder1`, ..."""
+    """What may be taken: `model` (all of it), `decoder`, and `encoder` or, of several towers,
+    `encoder1`, ..."""
     content = read_json(folder / "config.json")
     if content["model_type"] != OWN:
-        return ("decoder", "encoder")
+        return ("model", "decoder", "encoder")
     towers = content["vision"]["towers"]
     if len(towers) == 1:
         # A linear map of patches is no tower; each model learns its own.
-        return ("decoder", "encoder") if towers[0]["positions"] else ("decoder",)
-    return ("decoder", *(f"encoder{number + 1}" for number in range(len(towers))))
+        return ("model", "decoder", *(("encoder",) if towers[0]["num_blocks"] else ()))
+    return ("model", "decoder", *(f"encoder{number + 1}" for number in range(len(towers))))
 
 
 def check_part(folder: Path, part: str | None) -> None:
@@ -99,7 +100,7 @@ def read_decoder_part(folder: Path) -> DecoderPart:
         }
         config, tensors = _own_decoder(content["text_config"], inner, folder)
         left = tuple(sorted(stored.keys() - {f"language_model.{name}" for name in inner}))
-        return config, tensors, left, (_LEFT_OUT,)
+        return config, tensors, left, (LEFT_OUT,)
     model, left, notes = _loaded(folder, "language_model")
     text = model.config.text_config
     # Who ties is said for the whole model.
@@ -109,7 +110,7 @@ def read_decoder_part(folder: Path) -> DecoderPart:
     inner["lm_head.weight"] = model.lm_head.weight.detach()
     tensors = decoder_tensors(config, inner)
     config, tensors = _without_picture_row(config, tensors, image_token(folder))
-    return config, tensors, left, (_LEFT_OUT, *notes)
+    return config, tensors, left, (LEFT_OUT, *notes)
 
 
 def read_own_text(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
@@ -119,7 +120,7 @@ def read_own_text(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
     return config, tensors
 
 
-_LEFT_OUT = "the projector is left out, since no stage starts from one"
+LEFT_OUT = "the projector is left out; --part model takes the whole model"
 
 
 def _own_decoder(
@@ -176,11 +177,28 @@ def read_encoder_part(folder: Path, part: str) -> EncoderPart:
     stated = model.config.vision_config
     # Counted from behind, the embeddings being number 0.
     layer = layer - stated.num_hidden_layers - 1 if layer >= 0 else layer
-    config = encoder_config(stated, folder, feature_layer=layer, resize=fitting(folder))
-    if config.num_prefix and model.config.vision_feature_select_strategy == "full":
-        notes = (*notes, "its projector saw the class token, too; features here are of patches")
+    # Llava-NeXT resizes a whole picture whatever its shape; it pads tiles, and batches of them.
+    resize = "square" if content["model_type"] == "llava_next" else fitting(folder)
+    config = encoder_config(stated, folder, feature_layer=layer, resize=resize)
+    if note := _selected_otherwise(config, model.config.vision_feature_select_strategy):
+        notes = (*notes, f"{note}; features here are of all patches")
+    if content["model_type"] == "llava_next":
+        notes = (*notes, "its model saw tiles of a picture, too; features here are of the whole")
     tensors = dict(model.model.vision_tower.state_dict())
-    return config, tensors, left, (_LEFT_OUT, *notes)
+    return config, tensors, left, (LEFT_OUT, *notes)
+
+
+def _selected_otherwise(config: EncoderConfig, strategy: str) -> str | None:
+    """How the features that a Llava's projector sees differ from the patches'; None if they do not.
+
+    `default` leaves the first token out, `full` none.
+    """
+    left = 1 if strategy == "default" else 0
+    if left == config.num_prefix:
+        return None
+    if left > config.num_prefix:
+        return "its projector did not see the first patch"
+    return "its projector saw the class token, too" if not left else "its projector saw registers"
 
 
 def _own_tower(folder: Path, content: dict[str, Any], index: int) -> EncoderPart:
@@ -196,14 +214,20 @@ def _own_tower(folder: Path, content: dict[str, Any], index: int) -> EncoderPart
     shapes = {
         name.removeprefix("tower."): value.shape for name, value in encoder.state_dict().items()
     }
-    tensors = stock_tensors(_unfixed(config, own), shapes)
+    if config.family == "dinov3":
+        # The library's own class, under whatever names this version of it saved.
+        own = own_tensors({name.removeprefix("tower."): value for name, value in own.items()})
+    else:
+        own = _unfixed(config, own)
+    tensors = stock_tensors(own, shapes)
     tensors = {name: value.reshape(shapes[name]) for name, value in tensors.items()}
     left = tuple(sorted(name for name in stored if not name.startswith(prefix)))
-    return config, tensors, left, (_LEFT_OUT,)
+    return config, tensors, left, (LEFT_OUT,)
 
 
 def _own_config(folder: Path, tower: dict[str, Any], feature_dtype: str | None) -> EncoderConfig:
-    family = "dinov2" if tower["layer_scale"] else "clip" if tower.get("pre_norm") else "siglip"
+    marks = {"dinov3": "rotary", "dinov2": "layer_scale", "clip": "pre_norm"}
+    family = next((one for one, mark in marks.items() if tower.get(mark)), "siglip")
     mean, std = colours(folder, (0.5,) * 3, (0.5,) * 3)
     if tower["repaint"] is not None:
         _, _, mean, std = tower["repaint"]
@@ -229,7 +253,7 @@ def _own_config(folder: Path, tower: dict[str, Any], feature_dtype: str | None) 
         **({} if feature_dtype is None else {"feature_dtype": feature_dtype}),
     }
     config = EncoderConfig.model_validate(settings)
-    if config.ffn == "mlp":
+    if config.ffn == "mlp" or family == "dinov3":
         return config
     # The folder holds the width that transformers makes of the stated one.
     for ratio in range(1, 17):

@@ -166,6 +166,12 @@ def _check_family(folder: Path) -> None:
     if kind in own or kind in vision_checkpoints.FAMILIES or kind in FAMILIES:
         return
     models = ", ".join(f"{name} ({one.models})" for name, one in FAMILIES.items())
+    if isinstance(content, dict) and isinstance(content.get("vision_config"), dict):
+        raise ValueError(
+            f"{folder / 'config.json'} is of model_type {kind!r}, a whole vision-language model of "
+            f"which no part is read; parts are read of {', '.join(import_parts.WHOLE)}. Save its "
+            f"language model as a folder of its own, if that is one of {', '.join(FAMILIES)}"
+        )
     raise ValueError(
         f"{folder / 'config.json'} is of model_type {kind!r}, no family that is known here. "
         f"Language models: openlm, {models}. Vision towers: "

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from midstream.config import EncoderConfig
+from midstream.config import EncoderConfig, VLMConfig
 from midstream.exchange.position import NUMBERS
 from midstream.study.imported import ImportRecord
 
@@ -23,11 +23,18 @@ def summary(out: Path, record: ImportRecord, notes: Sequence[str]) -> Iterator[s
         )
     else:
         yield f"  {record.family} language model, {config.num_parameters:,} parameters"
+        if record.model is not None:
+            yield from _about_sight(record.model)
         yield from _about_text(record)
     if record.dropped:
         some = ", ".join(record.dropped[:3]) + (", ..." if len(record.dropped) > 3 else "")
         yield f"  left out {len(record.dropped)} stored tensors: {some}"
     yield from (f"  {note}" for note in notes)
+    if record.model is not None:
+        yield "  to go on, put your data for WORLD:"
+        whole = shlex.quote(f"model={out.expanduser()}")
+        yield f"next: midstream plan own_model.fine_tuning --set {whole} --set data=WORLD"
+        return
     other, what = ("LANGUAGE_MODEL", "language model")
     if record.kind == "decoder":
         other, what = ("VISION_TOWER", "vision tower")
@@ -55,6 +62,17 @@ def _next(out: Path, record: ImportRecord, other: str) -> str:
         }
     options = " ".join(f"--set {shlex.quote(f'{name}={one}')}" for name, one in values.items())
     return f"next: midstream plan own_model.image_shares {options}"
+
+
+def _about_sight(model: VLMConfig) -> Iterator[str]:
+    encoder = model.encoder
+    assert encoder is not None, "it sees"
+    widths = model.projector.widths(encoder.hidden_size, model.decoder.hidden_size)
+    yield (
+        f"  sees {encoder.num_patches} patches of a picture of {encoder.image_size} x "
+        f"{encoder.image_size} ({encoder.transform.resize}), projector widths "
+        f"{', '.join(map(str, widths))}"
+    )
 
 
 def _about_text(record: ImportRecord) -> Iterator[str]:

@@ -28,6 +28,7 @@ from midstream.study.stage import (
     FuseEncoders,
     LoadDecoder,
     LoadEncoder,
+    LoadModel,
     PrepareSource,
     Pretrain,
     Stage,
@@ -41,6 +42,7 @@ _TITLES = {
     "load_encoder": "Encoder, imported",
     "fuse_encoders": "Encoders, side by side",
     "load_decoder": "Language model, imported",
+    "load_model": "Images and text, imported",
     "pretrain": "Text",
     "continue": "Images and text",
     "finetune": "Conversations",
@@ -155,9 +157,11 @@ def _history(opened: OpenedModel) -> Iterator[tuple[Stage, float]]:
     while stage is not None:
         chain.append((stage, share))
         before = came_from(stage)
-        encoder = stage.encoder_stage if isinstance(stage, Continue | Finetune) else None
+        encoder = None
+        if isinstance(stage, LoadModel | Continue | Finetune):
+            encoder = stage.encoder_stage
         # Before the first stage that sees.
-        if encoder is not None and not (before and isinstance(before[0], Continue)):
+        if encoder is not None and not (before and isinstance(before[0], LoadModel | Continue)):
             chain.append((encoder, 1.0))
             towers = encoder.towers if isinstance(encoder, FuseEncoders) else ()
             chain += [(tower, 1.0) for tower in reversed(towers)]
@@ -175,14 +179,14 @@ def _entry(stage: Stage, share: float, ledger: Ledger) -> StageEntry:
         lines += [f"Tower: `{tower.name}`" for tower in stage.towers]
     if not results:
         lines.append("Its results are missing: the store does not hold this stage.")
-    elif isinstance(stage, TrainEncoder | LoadEncoder | FuseEncoders | LoadDecoder):
+    elif isinstance(stage, TrainEncoder | LoadEncoder | FuseEncoders | LoadDecoder | LoadModel):
         lines += [
             f"{name}: {_number(results[name])}"
             for name in ("steps", "final_loss", "retrieval")
             if name in results
         ]
         lines += [f"Imported from {one}" for one in results.get("imported_from", ())]
-        if isinstance(stage, LoadDecoder):
+        if isinstance(stage, LoadDecoder | LoadModel):
             lines += [
                 f"Tokens seen before: {_number(results['tokens_seen_before'])}",
                 f"Learning rate there: {_number(results['last_rate'])}",

@@ -22,6 +22,7 @@ from midstream.study.studies import Line
 END_RATE = 3e-5
 # The text run has no rate to continue there, so that it is warmed up again (paper, section 3.1).
 REWARMED = (0.0, 1.0)
+FINETUNING = AdamW(weight_decay=0.1, decay="matrices", z_loss=0.0)
 
 
 def start_at(text: Pretrain, completion: float) -> FromScratch | ContinueFrom:
@@ -49,7 +50,7 @@ def finetuned_line(
         training=Training(
             budget=budget,
             rows=continued.training.rows,
-            optimizer=AdamW(weight_decay=0.1, decay="matrices", z_loss=0.0),
+            optimizer=FINETUNING,
             schedule=WarmupCosine(peak_rate=rate, end_rate=0.0, warmup_fraction=0.05),
             encoder_rate_factor=continued.training.encoder_rate_factor,
             seed=seed,

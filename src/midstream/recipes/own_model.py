@@ -23,18 +23,19 @@ from midstream.config import (
     WarmupCosine,
 )
 from midstream.identity import world_fingerprint
-from midstream.recipes.line import END_RATE, finetuned_line
+from midstream.recipes.line import END_RATE, FINETUNING, finetuned_line
 from midstream.storage import read_json
-from midstream.study.imported import as_imported, read_import
+from midstream.study.imported import as_imported, load_model, read_import
 from midstream.study.stage import (
     Continue,
     ContinueFrom,
     Evaluate,
+    Finetune,
     LoadDecoder,
     LoadEncoder,
     Prepare,
 )
-from midstream.study.studies import Figure, Study
+from midstream.study.studies import Figure, Line, Study
 
 
 def image_shares(
@@ -81,6 +82,11 @@ def image_shares(
     record = read_import(folder)
     if record.config.kind == "tower":
         raise ValueError(f"{folder} holds a vision encoder; give it as one of `encoders`")
+    if record.model is not None:
+        raise ValueError(
+            f"{folder} holds a whole vision-language model; import its language model alone "
+            "(--part decoder), or fine-tune all of it (own_model.fine_tuning)"
+        )
     if not rewarm_rate and (record.position is None or record.position.rate is None):
         raise ValueError(
             f"{folder} does not say the learning rate at its checkpoint; import it again with "
@@ -100,13 +106,7 @@ def image_shares(
         if encoders
         else _patches(image_size, patch_size, record.config.hidden_size, resize)
     )
-    tasks = read_json(root / "world.json")
-    asked = Evaluation(
-        visual_tasks=tuple(tasks["visual_tasks"]),
-        text_tasks=tuple(tasks["text_tasks"]),
-        limit=limit or None,
-        max_new_tokens=max_new_tokens,
-    )
+    asked = _asked(root, limit, max_new_tokens)
     lines = []
     for share in shares:
         for seed in seeds:
@@ -152,6 +152,62 @@ def image_shares(
                 of=text, evaluation=Evaluation(text_tasks=asked.text_tasks, limit=asked.limit)
             )
         },
+    )
+
+
+def fine_tuning(
+    model: str,
+    data: str,
+    seeds: Sequence[int] = (0,),
+    finetune_rate: float = 2e-5,
+    finetune_epochs: int = 1,
+    encoder_rate_factor: float = 0.0,
+    row_length: int = 2048,
+    batch_rows: int = 64,
+    max_new_tokens: int = 32,
+    limit: int = 0,
+) -> Study:
+    """What does fine-tuning on your conversations make of an imported vision-language model?
+
+    `model` is a folder of `midstream import --part model`, `data` a world (`docs/data.md`). All of
+    it is trained but the encoder, which is trained at `encoder_rate_factor` times the rate where
+    that is not 0. `limit` 0 asks all questions, of the model as imported too.
+    """
+    root, folder = Path(data).resolve(), Path(model).resolve()
+    whole = load_model(folder, _prepare(root, folder, "rule"))
+    asked = _asked(root, limit, max_new_tokens)
+    lines = []
+    for seed in seeds:
+        tuned = Finetune(
+            start=whole,
+            training=Training(
+                budget=Epochs(sources=_sources(root, "instruct"), epochs=finetune_epochs),
+                rows=Rows(row_length=row_length, batch_rows=batch_rows),
+                optimizer=FINETUNING,
+                schedule=WarmupCosine(peak_rate=finetune_rate, end_rate=0.0, warmup_fraction=0.05),
+                encoder_rate_factor=encoder_rate_factor or None,
+                seed=seed,
+            ),
+        )
+        result = Evaluate(of=tuned, evaluation=asked)
+        lines.append(Line(name=f"seed {seed}", axes={"seed": seed}, result=result))
+    return Study(
+        name="own_model.fine_tuning",
+        question="What does fine-tuning make of this vision-language model?",
+        lines=tuple(lines),
+        figure=Figure(x="seed", x_label="seed"),
+        baselines={"as imported": Evaluate(of=whole, evaluation=asked)},
+    )
+
+
+def _asked(root: Path, limit: int, max_new_tokens: int) -> Evaluation:
+    """All tasks of a world."""
+    tasks = read_json(root / "world.json")
+    return Evaluation(
+        visual_tasks=tuple(tasks["visual_tasks"]),
+        text_tasks=tuple(tasks["text_tasks"]),
+        limit=limit or None,
+        max_new_tokens=max_new_tokens,
     )
 
 

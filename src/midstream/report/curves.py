@@ -21,6 +21,7 @@ from midstream.study.ledger import Ledger
 from midstream.study.stage import (
     PLANNED,
     LoadDecoder,
+    LoadModel,
     Trained,
 )
 from midstream.study.studies import AnyStudy
@@ -179,7 +180,7 @@ def _span(stage: Trained, spans: dict[str, _Span], ledger: Ledger | None) -> _Sp
     if found is None:
         return _Span(0, tokens, None, start=f"0 %, {how}")
     parent, completion = found
-    if isinstance(parent, LoadDecoder):
+    if isinstance(parent, LoadDecoder | LoadModel):
         first, total, rate = _position(parent)
         share = "given" if not total else f"{100 * first / total:.3g} %"
         return _Span(first, tokens, rate, first, f"{share}, {how}")
@@ -210,9 +211,9 @@ def _rate(stage: Trained, span: _Span, share: float) -> float:
     return rate
 
 
-def _position(stage: LoadDecoder) -> tuple[int, int | None, float | None]:
+def _position(stage: LoadDecoder | LoadModel) -> tuple[int, int | None, float | None]:
     """Tokens that an imported model has seen, those of its whole run, and its learning rate."""
-    if stage.checkpoint.content.startswith(PLANNED):
+    if isinstance(stage, LoadDecoder) and stage.checkpoint.content.startswith(PLANNED):
         return stage.planned_tokens or 0, stage.planned_total_tokens, stage.planned_rate
     position = open_imported(stage.checkpoint).position or Position()
     return position.tokens_seen or 0, position.total_tokens, position.rate

@@ -14,6 +14,7 @@ from midstream.study.stage import (
     Finetune,
     FuseEncoders,
     LoadDecoder,
+    LoadModel,
     Pretrain,
     Stage,
 )
@@ -26,6 +27,7 @@ KINDS = (
     "load_encoder",
     "fuse_encoders",
     "load_decoder",
+    "load_model",
     "pretrain",
     "continue",
     "finetune",
@@ -48,7 +50,7 @@ class Part:
 def parts_of(result: Evaluate) -> dict[str, Part]:
     """The stages that one result rests on, by kind, in the order in which they run."""
     parts = {"evaluate": Part(result), **_prepared(result, {})}
-    found: tuple[LoadDecoder | Pretrain | Continue | Finetune, float] | None
+    found: tuple[LoadDecoder | LoadModel | Pretrain | Continue | Finetune, float] | None
     found = result.of, result.completion
     while found is not None:
         stage, share = found
@@ -57,7 +59,7 @@ def parts_of(result: Evaluate) -> dict[str, Part]:
             replace(last, before=(stage, *last.before)) if last else Part(stage, share)
         )
         parts |= _prepared(stage, parts)
-        if isinstance(stage, Continue | Finetune) and stage.encoder_stage is not None:
+        if isinstance(stage, LoadModel | Continue | Finetune) and stage.encoder_stage is not None:
             parts |= _seeing(stage.encoder_stage)
         found = came_from(stage)
     return {kind: parts[kind] for kind in KINDS if kind in parts}

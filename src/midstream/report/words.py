@@ -11,6 +11,7 @@ KIND_NAMES = {
     "load_encoder": "Imported encoder",
     "fuse_encoders": "Encoders side by side",
     "load_decoder": "Imported language model",
+    "load_model": "Imported model that sees",
     "pretrain": "Text pre-training",
     "continue": "Image-text training",
     "finetune": "Fine-tuning",

@@ -6,6 +6,7 @@ from midstream.study.stage import (
     Finetune,
     InitFrom,
     LoadDecoder,
+    LoadModel,
     Pretrain,
     Stage,
     StartText,
@@ -14,14 +15,16 @@ from midstream.study.stage import (
 
 def came_from(
     stage: Stage,
-) -> tuple[Pretrain | LoadDecoder | Continue, float] | None:
+) -> tuple[Pretrain | LoadDecoder | LoadModel | Continue, float] | None:
     """The stage whose weights a training stage starts from, and the share of its tokens there.
 
     None where it starts from the initialiser, and for what trains nothing.
     """
     if isinstance(stage, Finetune):
         before = stage.start
-        return (before, 1.0) if isinstance(before, Continue) else (before.stage, before.completion)
+        if isinstance(before, StartText):
+            return before.stage, before.completion
+        return before, 1.0
     if isinstance(stage, Continue) and isinstance(stage.start, InitFrom):
         return stage.start.stage, 1.0
     if isinstance(stage, Continue) and isinstance(stage.start, ContinueFrom):

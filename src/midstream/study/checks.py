@@ -31,6 +31,7 @@ from midstream.study.stage import (
     Imported,
     LoadDecoder,
     LoadEncoder,
+    LoadModel,
     Pretrain,
     Stage,
 )
@@ -150,7 +151,7 @@ def _starts(plan: Plan) -> Iterator[Problem]:
             # Beyond a warm-up rates only fall; within one the milestone's is at most so high.
             ahead = 2 * training.rows.row_length * training.rows.batch_rows
             rate = rate_at(training.schedule, int(share * tokens), tokens, step_tokens=ahead)
-        elif before is not None and isinstance(before[0], LoadDecoder):
+        elif before is not None and isinstance(before[0], LoadDecoder | LoadModel):
             record = _record(before[0].checkpoint)
             if isinstance(record, ImportRecord) and record.position is not None:
                 rate = record.position.rate
@@ -179,6 +180,12 @@ def _imports(stages: Iterable[Stage]) -> Iterator[Problem]:
                 elif record is not None and record.config != stage.decoder:
                     other = _differences(dict(stage.decoder), dict(record.config))
                     yield _other_model(stage.checkpoint, "decoder", other, stage)
+            case LoadModel():
+                record = _record(stage.checkpoint)
+                if isinstance(record, str):
+                    yield _import_problem(record, stage)
+                elif record is not None and (other := _model_differs(stage, record)):
+                    yield _other_model(stage.checkpoint, "model", other, stage)
             case LoadEncoder():
                 for imported, tower in zip(stage.towers, _towers(stage.encoder), strict=True):
                     record = _record(imported)
@@ -233,6 +240,13 @@ def _tower_differs(tower: EncoderConfig, record: ImportRecord) -> str:
     if blocks > there.num_layers:
         wanted, held = wanted | {"num_layers": blocks}, held | {"num_layers": there.num_layers}
     return _differences(wanted, held)
+
+
+def _model_differs(stage: LoadModel, record: ImportRecord) -> str:
+    """In which parts a folder holds another model; empty where it is the one."""
+    if record.model is None:
+        return "it is no whole vision-language model"
+    return _differences(dict(stage.model), dict(record.model))
 
 
 def _differences(wanted: Mapping[str, object], held: Mapping[str, object]) -> str:

@@ -52,6 +52,7 @@ from midstream.study.stage import (
     FuseEncoders,
     LoadDecoder,
     LoadEncoder,
+    LoadModel,
     Pretrain,
     Stage,
     Trained,
@@ -126,6 +127,8 @@ def cost(stage: Stage, ledger: Ledger | None = None, device: Device = "cuda") ->
         return StageCost(0, Flops(), encoder_parameters(stage.encoder))
     if isinstance(stage, LoadDecoder):
         return StageCost(0, Flops(), stage.decoder.num_parameters)
+    if isinstance(stage, LoadModel):
+        return StageCost(0, Flops(), model_parameters(stage.model))
     if isinstance(stage, TrainEncoder):
         return _encoder_training_cost(stage)
     if isinstance(stage, Evaluate):

@@ -15,6 +15,7 @@ from midstream.study.stage import (
     Imported,
     LoadDecoder,
     LoadEncoder,
+    LoadModel,
     PrepareSource,
     Pretrain,
     Stage,
@@ -135,6 +136,8 @@ def missing_inputs(study: AnyStudy) -> tuple[str, ...]:
                 found[f"the data of {world.root}"] = None
             case LoadDecoder(checkpoint=Imported() as model) if is_lacking(model):
                 found[f"the language model of {how_to_have(model)}"] = None
+            case LoadModel(checkpoint=Imported() as model) if is_lacking(model):
+                found[f"the vision-language model of {how_to_have(model)}"] = None
             case LoadEncoder():
                 for tower in stage.towers:
                     if is_lacking(tower):

@@ -5,10 +5,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from midstream.config import DecoderConfig, EncoderConfig, TransformersDecoderConfig
+from midstream.config import (
+    DecoderConfig,
+    EncoderConfig,
+    FusedEncoder,
+    PatchProjection,
+    TransformersDecoderConfig,
+    VLMConfig,
+)
 from midstream.config.base import Config
 from midstream.storage import read_json, verify
-from midstream.study.stage import Imported
+from midstream.study.stage import Imported, LoadEncoder, LoadModel, Prepare
 
 RECORD = "import.json"
 
@@ -28,16 +35,18 @@ class ImportRecord(Config):
     """`import.json`: what was imported, from where, and what was added or left out.
 
     `content` stands for weights, moments and position: a stage that loads the folder has it in its
-    identity.
+    identity. Of a whole vision-language model `config` is the decoder's and `model` all of it; its
+    towers lie in the folders of `tower_folders`, imported folders themselves.
     """
 
-    kind: Literal["decoder", "encoder"]
+    kind: Literal["decoder", "encoder", "model"]
     source: str
     revision: str | None = None
     family: str
     config: Annotated[
         DecoderConfig | TransformersDecoderConfig | EncoderConfig, Field(discriminator="kind")
     ]
+    model: VLMConfig | None = None
     vocabulary: dict[str, Any] | None = None
     position: Position | None = None
     dropped: tuple[str, ...] = ()
@@ -76,6 +85,44 @@ def read_import(folder: Path) -> ImportRecord:
 def as_imported(folder: Path) -> Imported:
     """The value that stages name an imported folder by."""
     return Imported(folder=folder, content=read_import(folder).content)
+
+
+def tower_folders(model: VLMConfig) -> tuple[str, ...]:
+    """Where in the folder of an imported model its towers lie; nowhere for a map of patches."""
+    match model.encoder:
+        case FusedEncoder(towers=towers):
+            return tuple(f"tower{number + 1}" for number in range(len(towers)))
+        case EncoderConfig():
+            return ("tower",)
+    return ()
+
+
+def load_model(folder: Path, data: Prepare) -> LoadModel:
+    """The stage that loads an imported vision-language model; `data` must speak its tokens.
+
+    Raises FileNotFoundError or ValueError as `read_import` does, ValueError for a folder that
+    holds something else.
+    """
+    record = read_import(folder)
+    model = record.model
+    if model is None:
+        raise ValueError(
+            f"{folder} holds no whole vision-language model; import one with --part model"
+        )
+    assert model.encoder is not None, "it sees"
+    if isinstance(model.encoder, PatchProjection):
+        encoder: LoadEncoder | PatchProjection = model.encoder
+    else:
+        towers = tuple(as_imported(folder / name) for name in tower_folders(model))
+        encoder = LoadEncoder(towers=towers, encoder=model.encoder)
+    return LoadModel(
+        data=data,
+        checkpoint=as_imported(folder),
+        encoder=encoder,
+        decoder=model.decoder,
+        projector=model.projector,
+        attention=model.attention,
+    )
 
 
 def open_imported(imported: Imported) -> ImportRecord:

@@ -34,8 +34,10 @@ from midstream.study.stage import (
     Finetune,
     FromScratch,
     FuseEncoders,
+    InitFrom,
     LoadDecoder,
     LoadEncoder,
+    LoadModel,
     PrepareSource,
     PrepareTokenizer,
     PrepareWorld,
@@ -57,6 +59,7 @@ KINDS = {
     "load_encoder": "imported encoder",
     "fuse_encoders": "encoders side by side",
     "load_decoder": "imported text model",
+    "load_model": "imported model that sees",
     "pretrain": "text",
     "continue": "image-text",
     "finetune": "fine-tuning",
@@ -173,6 +176,8 @@ def _parts(stage: Stage) -> tuple[str, ...]:
             return (f"encoders {_encoder(stage.encoder)}",)
         case LoadDecoder():
             return (f"imported {_place(stage)}",)
+        case LoadModel():
+            return (_imported_model(stage),)
         case Pretrain():
             return ("text", _amount(stage.training), f"seed {stage.training.seed}")
         case Continue():
@@ -192,6 +197,8 @@ def _evaluation(stage: Evaluate) -> tuple[str, ...]:
             return (f"evaluation of text at {_percent(stage.completion)}", f"seed {_seed(of)}")
         case LoadDecoder():
             return (f"evaluation of imported {_place(of)}",)
+        case LoadModel():
+            return (f"evaluation of {_imported_model(of)}",)
         case Continue():
             return ("evaluation before fine-tuning", *_origin(of), f"seed {_seed(of)}")
     return ("evaluation", *_parts(of)[1:])
@@ -200,7 +207,7 @@ def _evaluation(stage: Evaluate) -> tuple[str, ...]:
 def _image_text(stage: Continue) -> tuple[str, ...]:
     """Its kind, with which part of it this is where it goes on from another one, and its start."""
     number, first = 1, stage
-    while not isinstance(first.start, FromScratch | ContinueFrom):
+    while isinstance(first.start, InitFrom) and isinstance(first.start.stage, Continue):
         number, first = number + 1, first.start.stage
     part = () if number == 1 else (f"part {number}",)
     return ("image-text", *part, *_origin(first))
@@ -209,6 +216,8 @@ def _image_text(stage: Continue) -> tuple[str, ...]:
 def _origin(stage: Continue | Finetune) -> tuple[str, ...]:
     """Where in a text run the first picture was seen."""
     if isinstance(stage, Finetune):
+        if isinstance(stage.start, LoadModel):
+            return (_imported_model(stage.start),)
         if not isinstance(stage.start, StartText):
             return _image_text(stage.start)[1:]
         return ("no image-text", _place(stage.start.stage, stage.start.completion))
@@ -216,7 +225,13 @@ def _origin(stage: Continue | Finetune) -> tuple[str, ...]:
         return ("text 0 %",)
     if isinstance(stage.start, ContinueFrom):
         return (_place(stage.start.stage, stage.start.completion),)
+    if isinstance(stage.start.stage, LoadModel):
+        return (_imported_model(stage.start.stage),)
     return _image_text(stage)[1:]
+
+
+def _imported_model(stage: LoadModel) -> str:
+    return f"imported model {stage.checkpoint.folder.name}"
 
 
 def _place(stage: Pretrain | LoadDecoder, completion: float = 1.0) -> str:
@@ -367,7 +382,9 @@ def _told(path: _Path, value: Any) -> str:
 
 def _short(value: Any) -> str:
     match value:
-        case TrainEncoder() | LoadEncoder() | FuseEncoders() | LoadDecoder() | Pretrain():
+        case TrainEncoder() | LoadEncoder() | FuseEncoders():
+            text = _parts(value)[0]
+        case LoadDecoder() | LoadModel() | Pretrain():
             text = _parts(value)[0]
         case float():
             text = f"{value:g}"

@@ -1,7 +1,7 @@
 """What a study was planned without: how each of it is had, and what can be run meanwhile."""
 
 from midstream.study.first_stages import PLANNED, Imported, LoadDecoder
-from midstream.study.stage import Evaluate, Stage
+from midstream.study.stage import Evaluate, LoadModel, Stage
 from midstream.study.studies import AnyStudy
 
 # Lines and studies that a sentence names before it counts.
@@ -46,11 +46,11 @@ def what_can_run(study: AnyStudy) -> str | None:
 
 
 def _lacks(result: Evaluate) -> bool:
-    """Whether an evaluation rests on a language model that is missing."""
+    """Whether an evaluation rests on an imported model that is missing."""
     stages: list[Stage] = [result]
     while stages:
         stage = stages.pop()
-        if isinstance(stage, LoadDecoder):
+        if isinstance(stage, LoadDecoder | LoadModel):
             return is_lacking(stage.checkpoint)
         stages += stage.parents
     return False

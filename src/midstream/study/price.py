@@ -19,6 +19,7 @@ from midstream.study.stage import (
     Finetune,
     LoadDecoder,
     LoadEncoder,
+    LoadModel,
     PrepareSource,
     Pretrain,
     Trained,
@@ -254,7 +255,7 @@ def _disk(row: PlanRow, work: Workload | None, ledger: Ledger) -> tuple[Number, 
             return kept, written * state
         case PrepareSource():
             return _source_bytes(stage, ledger), 0.0
-        case LoadDecoder() | LoadEncoder() | TrainEncoder():
+        case LoadDecoder() | LoadModel() | LoadEncoder() | TrainEncoder():
             return FLOAT * float(row.cost.parameters), 0.0
         case Evaluate():
             tokens = row.cost.tokens or 0

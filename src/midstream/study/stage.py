@@ -52,6 +52,7 @@ __all__ = [
     "InitFrom",
     "LoadDecoder",
     "LoadEncoder",
+    "LoadModel",
     "Prepare",
     "PrepareSource",
     "PrepareTokenizer",
@@ -97,11 +98,12 @@ class ContinueFrom(Config):
 class InitFrom(Config):
     """Start from an earlier image-text stage: the weights that it ended with, and its rate there.
 
-    Its moments are not kept: they start at zero (fresh), or so while the rate rises (warm).
+    Or from an imported vision-language model. Moments are not kept: they start at zero (fresh), or
+    so while the rate rises (warm).
     """
 
     kind: Literal["init_from"] = "init_from"
-    stage: "Continue"
+    stage: Annotated["Continue | LoadModel", Field(discriminator="kind")]
     optimizer: Literal["fresh", "warm"] = "fresh"
 
 
@@ -173,6 +175,43 @@ def _check_room(model: VLMConfig, training: Training) -> None:
         )
 
 
+class LoadModel(StageBase):
+    """An imported vision-language model as an image-text stage that is done; `data` must speak its
+    tokens.
+
+    `encoder` loads the towers that were imported with it; a map of patches is the model's own.
+    """
+
+    kind: Literal["load_model"] = "load_model"
+    data: Prepare
+    checkpoint: Imported
+    encoder: Annotated[LoadEncoder | PatchProjection, Field(discriminator="kind")]
+    decoder: AnyDecoderConfig
+    projector: ProjectorConfig
+    attention: Attention
+
+    @property
+    def parents(self) -> "tuple[Stage, ...]":
+        encoder = self.encoder_stage
+        return (self.data.vocabulary, *(() if encoder is None else (encoder,)))
+
+    @property
+    def encoder_stage(self) -> LoadEncoder | None:
+        """Where the encoder's weights come from; None for a patch projection."""
+        return None if isinstance(self.encoder, PatchProjection) else self.encoder
+
+    @property
+    def model(self) -> VLMConfig:
+        """The model this stage loads."""
+        return VLMConfig(
+            decoder=self.decoder,
+            encoder=_sees(self.encoder),
+            projector=self.projector,
+            attention=self.attention,
+            owns_encoder=self.encoder_stage is None,
+        )
+
+
 class Continue(StageBase):
     """Image-text training: from scratch, a milestone of a text run, or an earlier such stage."""
 
@@ -202,7 +241,8 @@ class Continue(StageBase):
                         f"the {part} differs from that of {before.name}, which this stage starts "
                         "from; give it the same"
                     )
-            check_end(before.training.schedule, self.training.schedule)
+            if isinstance(before, Continue):
+                check_end(before.training.schedule, self.training.schedule)
         return self
 
     @property
@@ -235,10 +275,11 @@ class Continue(StageBase):
 
 
 class Finetune(StageBase):
-    """Conversations; starts from the weights of an image-text stage, or from a text model."""
+    """Conversations; starts from the weights of an image-text stage or an imported model that sees,
+    or from a text model."""
 
     kind: Literal["finetune"] = "finetune"
-    start: Annotated[Continue | StartText, Field(discriminator="kind")]
+    start: Annotated[Continue | LoadModel | StartText, Field(discriminator="kind")]
     training: Training
 
     @model_validator(mode="after")
@@ -246,7 +287,7 @@ class Finetune(StageBase):
         _check_room(self.model, self.training)
         if isinstance(self.start, StartText):
             _check_moments(self.start.optimizer, self.training)
-        else:
+        elif isinstance(self.start, Continue):
             check_end(self.start.training.schedule, self.training.schedule)
         return self
 
@@ -293,13 +334,15 @@ class Evaluate(StageBase):
     """Benchmarks of one model; `completion` picks a milestone where `of` is a text run."""
 
     kind: Literal["evaluate"] = "evaluate"
-    of: Annotated[Pretrain | LoadDecoder | Continue | Finetune, Field(discriminator="kind")]
+    of: Annotated[
+        Pretrain | LoadDecoder | LoadModel | Continue | Finetune, Field(discriminator="kind")
+    ]
     completion: Fraction = 1.0
     evaluation: Evaluation
 
     @property
     def parents(self) -> "tuple[Stage, ...]":
-        sees = isinstance(self.of, Continue | Finetune) and self.of.encoder_stage
+        sees = isinstance(self.of, LoadModel | Continue | Finetune) and self.of.encoder_stage
         data = self.of.data
         return (self.of, data.vocabulary, *data.laid_out, *((sees,) if sees else ()))
 
@@ -326,6 +369,7 @@ Stage = Annotated[
     | LoadEncoder
     | FuseEncoders
     | LoadDecoder
+    | LoadModel
     | Pretrain
     | Continue
     | Finetune

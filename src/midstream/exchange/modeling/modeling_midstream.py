@@ -1,7 +1,8 @@
 """A vision-language model of Midstream: towers, projector, decoder; for `trust_remote_code`.
 
 The towers are plain vision transformers; what is fixed for one picture size (interpolated
-positions, the class token with its position) is stored as it is added.
+positions, the class token with its position) is stored as it is added. DINOv3, which turns patches
+by their place, is transformers' own.
 """
 
 from itertools import pairwise
@@ -10,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -83,12 +91,7 @@ class VisionTower(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[images, 3, size, size] -> [images, patches, width], patches in reading order."""
-        if self.repaint is not None:
-            # Pixels come normalised for the first tower; this one was trained with other colours.
-            given_std, given_mean, mean, std = (
-                pixel_values.new_tensor(row)[:, None, None] for row in self.repaint
-            )
-            pixel_values = (pixel_values * given_std + given_mean - mean) / std
+        pixel_values = repainted(pixel_values, self.repaint)
         hidden = self.patch(pixel_values.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)
         if self.positions is not None:
             hidden = hidden + self.positions
@@ -103,6 +106,46 @@ class VisionTower(nn.Module):
         skipped = 0 if self.prefix is None else self.prefix.shape[1]
         features: Tensor = hidden[:, skipped:]
         return features
+
+
+class RotaryTower(nn.Module):
+    """DINOv3: pixels -> patch features, without class token and registers."""
+
+    def __init__(self, tower: dict[str, Any]) -> None:
+        super().__init__()
+        self.num_prefix, self.repaint = tower["num_prefix"], tower["repaint"]
+        settings = DINOv3ViTConfig(
+            patch_size=tower["patch_size"],
+            hidden_size=tower["hidden_size"],
+            intermediate_size=tower["intermediate_size"],
+            num_hidden_layers=tower["num_blocks"],
+            num_attention_heads=tower["num_heads"],
+            num_register_tokens=tower["num_prefix"] - 1,
+            hidden_act=tower["hidden_act"],
+            layer_norm_eps=tower["norm_eps"],
+            use_gated_mlp=tower["swiglu"],
+            # While training it would draw scales of positions.
+            pos_embed_rescale=None,
+        )
+        self.tower = DINOv3ViTModel(settings)
+        if not tower["final_norm"]:
+            self.tower.norm = nn.Identity()
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """[images, 3, size, size] -> [images, patches, width], patches in reading order."""
+        pixel_values = repainted(pixel_values, self.repaint)
+        features: Tensor = self.tower(pixel_values).last_hidden_state[:, self.num_prefix :]
+        return features
+
+
+def repainted(pixel_values: Tensor, colours: list[list[float]] | None) -> Tensor:
+    """Pixels, normalised for the first tower, as one wants them that was trained with others."""
+    if colours is None:
+        return pixel_values
+    given_std, given_mean, mean, std = (
+        pixel_values.new_tensor(row)[:, None, None] for row in colours
+    )
+    return (pixel_values * given_std + given_mean - mean) / std
 
 
 def rounded(features: Tensor, dtype: str | None) -> Tensor:
@@ -145,7 +188,11 @@ class MidstreamForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
 
     def __init__(self, config: MidstreamConfig) -> None:
         super().__init__(config)
-        self.towers = nn.ModuleList(VisionTower(tower) for tower in config.vision["towers"])
+        self.towers = nn.ModuleList(
+            # Folders that were written before DINOv3 was known do not say.
+            RotaryTower(tower) if tower.get("rotary", False) else VisionTower(tower)
+            for tower in config.vision["towers"]
+        )
         self.projector = Projector(config.projector_widths)
         # Not by its class: each file of a folder may have been imported on its own.
         if config.text_config.model_type == OpenLMConfig.model_type:
