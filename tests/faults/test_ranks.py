@@ -18,8 +18,7 @@ from faults.launched import LONG, RESULT, agent, finish, has_steps, launch, loss
 from midstream.study.label import label
 from midstream.study.ledger import Ledger
 
-# One after the other: each test is several processes already.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.slow
 
 STOPPED = 75
 
@@ -77,9 +76,8 @@ def test_a_signal_to_any_process_stops_all_at_the_next_step_and_costs_none(
     assert kept[-1].name == f"step-{num_steps:08d}"
     assert num_steps < len(whole)
     assert not [pid for pid in mine.values() if Path(f"/proc/{pid}").exists()]
-    text = finish(again := launch(ledger, "--ranks", "2"))
-    assert again.returncode == 0, text
-    assert ledger.is_done(RESULT)
+    # Here, on one rank: that ranks go on by a command is for the tests of lost ones.
+    tiny.run_missing(ledger, RESULT)
     assert losses(ledger) == pytest.approx(whole, rel=1e-6)
 
 
@@ -133,10 +131,7 @@ def test_ranks_leave_a_launcher_that_was_killed_and_keep_a_checkpoint(
         time.sleep(0.1)
     process.communicate()
     assert ledger.status(LONG)["state"] == "stopped"
-    # On another number of ranks, since why not.
-    again = launch(ledger)
-    text = finish(again)
-    assert again.returncode == 0, text
+    tiny.run_missing(ledger, LONG)
     assert losses(ledger) == pytest.approx(whole, rel=1e-6)
 
 

@@ -30,8 +30,7 @@ FROZEN_DECODER = tiny.image_run(
 # As measured, with two threads and one: 3e-7 of the loss, 6e-7 of the gradient's norm.
 TOLERANCE = 1e-6
 
-# One after the other: each test is several processes already.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.slow
 
 
 def store(tiny_ledger: Ledger, folder: Path) -> Ledger:
