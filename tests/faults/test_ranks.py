@@ -14,7 +14,18 @@ import pytest
 
 import tiny
 from faults import launched
-from faults.launched import LONG, RESULT, agent, finish, has_steps, launch, losses, ranks, wait_for
+from faults.launched import (
+    ENDLESS,
+    LONG,
+    RESULT,
+    agent,
+    finish,
+    has_steps,
+    launch,
+    losses,
+    ranks,
+    wait_for,
+)
 from midstream.study.label import label
 from midstream.study.ledger import Ledger
 
@@ -136,11 +147,11 @@ def test_ranks_leave_a_launcher_that_was_killed_and_keep_a_checkpoint(
 
 
 def test_a_second_launcher_leaves_at_once_and_writes_nothing(ledger: Ledger) -> None:
-    process = launch(ledger, "--ranks", "2")
-    wait_for(has_steps(ledger, 5), process)
+    process = launch(ledger, stage=ENDLESS)
+    wait_for(has_steps(ledger, 5, ENDLESS), process)
     mine = sorted(path for path in ledger.store.rglob("*") if "worker-" in path.name)
     before = {path: path.stat().st_mtime_ns for path in mine if path.suffix == ".json"}
-    second = launch(ledger, "--ranks", "2")
+    second = launch(ledger, "--ranks", "2", stage=ENDLESS)
     text = finish(second, 20.0)
     assert second.returncode == 2, text
     assert "in use by another launcher" in " ".join(text.split())
