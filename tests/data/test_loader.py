@@ -200,6 +200,7 @@ def test_restoring_at_every_row_twice_in_a_row_gives_the_uninterrupted_sequence(
             assert three.is_done()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "first_row"), [(1, 8), (3, 11)])
 def test_worker_processes_load_the_same_rows(
     dataset: RowDataset, rows: list[Row], workers: int, first_row: int
