@@ -13,7 +13,6 @@ from midstream.study.stage import Evaluate, Pretrain
 from midstream.study.studies import Figure, Line, Study
 
 
-
 def long_run(total_tokens: int) -> Pretrain:
     """A text run with a checkpoint now and then."""
     budget = tiny.mixture(total_tokens, web=1.0).model_copy(update={"max_epochs": 64})
