@@ -7,6 +7,10 @@ STORE ?= runs/demo
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
+# Every process that a test starts would compile the sources again.
+unexport PYTHONDONTWRITEBYTECODE
+# A file to a worker: what its tests share is made once. `tests/conftest.py` says which come first.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test check faults docs format clean
 READY := $(VENV)/.ready
@@ -27,18 +31,18 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(PYTEST)
 
 # What `make test` leaves out: kills at every write, many ranks, stuck ranks.
 faults: $(READY)
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --faults -m faults
+	$(PYTEST) --faults -m faults
 
 # The site in build/site; a broken link fails.
 docs: $(READY)

@@ -50,16 +50,22 @@ VOCAB_SIZE = 2048
 WARM_STEPS = 2
 
 
+DATA = Prepare(
+    world=PocketWorld(num_documents=2_000, num_captions=1_500, num_conversations=600),
+    tokenizer=TrainedTokenizer(vocab_size=VOCAB_SIZE),
+)
+
+
 def stage_of(
-    kind: str, width: int, layers: int, rows: Rows, tokens: int, vocab_size: int = VOCAB_SIZE
+    kind: str, width: int, layers: int, rows: Rows, tokens: int, data: Prepare = DATA
 ) -> Trained:
-    """A stage of that kind over a small pocket world."""
-    data = Prepare(
-        world=PocketWorld(num_documents=2_000, num_captions=1_500, num_conversations=600),
-        tokenizer=TrainedTokenizer(vocab_size=vocab_size),
-    )
+    """A stage of that kind over a small pocket world, whose tokenizer is to be trained."""
+    assert isinstance(data.tokenizer, TrainedTokenizer)
     decoder = DecoderConfig(
-        hidden_size=width, num_layers=layers, num_heads=width // 64, vocab_size=vocab_size
+        hidden_size=width,
+        num_layers=layers,
+        num_heads=width // 64,
+        vocab_size=data.tokenizer.vocab_size,
     )
     schedule = WarmupCosine(peak_rate=1e-3)
 

@@ -1,10 +1,16 @@
 """What tests of more than one room share: a store in which tiny stages are done."""
 
+import os
+from collections.abc import Iterator
+from multiprocessing.context import BaseContext
+from typing import TYPE_CHECKING
+
 import pytest
 from hypothesis import settings
 
-import tiny
-from midstream.study.ledger import Ledger
+# The process that hands the tests out loads this file and runs none: torch is left to the others.
+if TYPE_CHECKING:
+    from midstream.study.ledger import Ledger
 
 # How long an example takes says nothing on shared cores.
 settings.register_profile("midstream", deadline=None)
@@ -16,16 +22,38 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--faults"):
-        return
-    left = [item for item in items if item.get_closest_marker("faults")]
-    config.hook.pytest_deselected(items=left)
-    items[:] = [item for item in items if item not in left]
+    if not config.getoption("--faults"):
+        left = [item for item in items if item.get_closest_marker("faults")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
+    # Files that take long first, so that none is left to one worker at the end.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_processes() -> Iterator[None]:
+    """No waiting for disks, and one server to fork from, which has imported all that any needs.
+
+    What is killed in a test is a process, not the machine: the order of writes is what counts,
+    and that stays.
+    """
+    import lives
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        lives.server()
+        # It starts when first asked for; whoever that is would have it import its own only.
+        patch.setattr(BaseContext, "set_forkserver_preload", lambda self, names: None)
+        yield
 
 
 @pytest.fixture(scope="session")
-def tiny_ledger(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
+def tiny_ledger(tmp_path_factory: pytest.TempPathFactory) -> "Ledger":
     """A store with the tiny world, prepared, its encoder and text run; read it, never change it."""
+    import tiny
+    from midstream.study.ledger import Ledger
+
     ledger = Ledger(tmp_path_factory.mktemp("tiny-store"))
     tiny.run_missing(ledger, tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT)
     return ledger

@@ -1,21 +1,32 @@
-"""Run a stage in several processes under torchrun, as a test needs it.
+"""Run a stage in several processes, which find one another as under torchrun.
 
-As a script (`ranked.py FILE.json`) it is one rank: it runs the stage of the file and may stop, as
-if asked to, after some steps.
+The ranks are forked from the server of `lives`; torchrun itself is started in `faults`.
 """
 
 import json
-import subprocess
+import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import TCPStore
+
+from lives import server
 from midstream.config import Machine
 from midstream.study.ledger import Ledger
 from midstream.study.stage import Stage, stage_from_json
-from midstream.study.workers import worker_environment
 
 STOPPED = 75
+DEADLINE_SECONDS = 240.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The first exit code of a rank that is not 0, and what all of them wrote to stderr."""
+
+    returncode: int
+    stderr: str
 
 
 def run_ranks(
@@ -25,34 +36,49 @@ def run_ranks(
     *,
     stop_after: int | None = None,
     **machine: Any,
-) -> subprocess.CompletedProcess[str]:
+) -> Ended:
     """Run a stage, whose parents are done, on so many ranks; `stop_after` steps of this start."""
     place = Machine(workers=1, device="cpu", ranks=ranks, **machine)
-    file = ledger.store / "ranked.json"
-    file.write_text(
-        json.dumps(
-            {
-                "store": str(ledger.store),
-                "machine": place.model_dump(mode="json"),
-                "stage": stage.model_dump(mode="json"),
-                "stop_after": stop_after,
-            }
-        )
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), __file__, str(file)]
-    return subprocess.run(
-        command, env=worker_environment(place), capture_output=True, text=True, timeout=240
-    )
+    given = {
+        "store": str(ledger.store),
+        "machine": place.model_dump(mode="json"),
+        "stage": stage.model_dump(mode="json"),
+        "stop_after": stop_after,
+    }
+    # The agent's store, as torchrun's.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    errors = ledger.store / "ranked.log"
+    errors.write_bytes(b"")
+    context = server()
+    processes = []
+    for rank in range(ranks):
+        own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        process = context.Process(target=_rank, args=(json.dumps(given), own, str(errors)))
+        process.start()
+        processes.append(process)
+    for process in processes:
+        process.join(DEADLINE_SECONDS)
+        process.kill()
+        process.join()
+    codes = [process.exitcode for process in processes]
+    return Ended(next((code for code in codes if code), 0), errors.read_text())
 
 
-def main() -> None:
-    """One rank."""
+def _rank(given: str, environment: dict[str, str], errors: str) -> None:
+    os.environ.update(environment)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_APPEND), sys.stderr.fileno())
     from midstream.run_stage import StageRunner
     from midstream.study.ledger import Stopped
 
-    given = json.loads(Path(sys.argv[1]).read_text())
-    left = given["stop_after"]
+    values = json.loads(given)
+    left = values["stop_after"]
 
     def should_stop() -> bool:
         nonlocal left
@@ -60,16 +86,12 @@ def main() -> None:
             left -= 1
         return left == 0
 
-    machine = Machine.model_validate(given["machine"])
-    runner = StageRunner(Ledger(Path(given["store"])), machine, lambda event: None, should_stop)
+    machine = Machine.model_validate(values["machine"])
+    runner = StageRunner(Ledger(Path(values["store"])), machine, lambda event: None, should_stop)
     try:
-        runner.run(stage_from_json(json.dumps(given["stage"])))
+        runner.run(stage_from_json(json.dumps(values["stage"])))
     except Stopped:
         runner.close()
         sys.exit(STOPPED)
     # A thread that still speaks with the store when the interpreter ends aborts the process.
     runner.close()
-
-
-if __name__ == "__main__":
-    main()

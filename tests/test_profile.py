@@ -4,14 +4,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
 import tiny
 from faults.launched import recipe
+from midstream import profile_command, profile_stage
+from midstream.cli import app
 from midstream.study.ledger import Ledger
-
-pytestmark = pytest.mark.slow
 
 
 def profiled(ledger: Ledger, out: Path, *options: str) -> "subprocess.CompletedProcess[str]":
@@ -20,6 +22,7 @@ def profiled(ledger: Ledger, out: Path, *options: str) -> "subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_profile_has_meters_a_trace_and_a_page_and_leaves_the_store_alone(
     tiny_ledger: Ledger, tmp_path: Path
 ) -> None:
@@ -43,13 +46,22 @@ def test_a_profile_has_meters_a_trace_and_a_page_and_leaves_the_store_alone(
 
 
 def test_a_stage_that_is_too_short_or_lacks_its_data_is_refused(
-    tiny_ledger: Ledger, tmp_path: Path
+    tiny_ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine = tiny.store_with(tiny_ledger, tmp_path / "store", tiny.DATA)
-    ended = profiled(mine, tmp_path / "out", "--steps", "3000")
-    assert ended.returncode == 2
-    assert "3004 are wanted; give a smaller --steps" in ended.stderr
-    ended = profiled(Ledger(tmp_path / "empty"), tmp_path / "out", "--steps", "3")
-    assert ended.returncode == 2
-    assert "not done" in ended.stderr
+    def run(command: list[str], env: object, stdout: object) -> SimpleNamespace:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", command[2:])
+            return SimpleNamespace(returncode=profile_stage.main())
+
+    # What the command starts is done in this process, which has imported torch already.
+    monkeypatch.setattr(profile_command, "subprocess", SimpleNamespace(run=run, PIPE=None))
+    for ledger, steps, said in (
+        (tiny_ledger, 3000, "3004 are wanted; give a smaller --steps"),
+        (Ledger(tmp_path / "empty"), 3, "not done"),
+    ):
+        command = ["profile", recipe(tmp_path), "--store", str(ledger.store), "--device", "cpu"]
+        command += ["--out", str(tmp_path / "out"), "--steps", str(steps)]
+        ended = CliRunner().invoke(app, command)
+        assert ended.exit_code == 2
+        assert said in ended.stderr
     assert not (tmp_path / "out").exists()

@@ -149,6 +149,6 @@ def test_a_budget_that_the_data_cannot_give_ends_a_run_before_its_text_run(
 def test_a_study_with_nothing_wrong_runs_to_its_end(
     asked: tuple[str, str, str], tmp_path: Path
 ) -> None:
-    result = midstream("run", *asked, "--store", tmp_path, "--device", "cpu")
+    result = midstream("run", *asked, "--store", tmp_path, "--workers", 1, "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert midstream("plan", *asked, "--store", tmp_path).exit_code == 0

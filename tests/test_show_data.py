@@ -2,12 +2,11 @@
 
 import io
 import json
-import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from typer.testing import CliRunner, Result
 
 import tiny
-from midstream import show_data
+from midstream import cli, show_data
 from midstream.batch import IGNORE
 from midstream.cli import app
 from midstream.config import Budget, Epochs, ImageTransform, Mixture, Rows
@@ -408,19 +407,42 @@ def midstream(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["show-data", *(str(argument) for argument in arguments)])
 
 
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the command starts is done in this process, which has imported torch already."""
+
+    def run(command: list[str], input: bytes, env: object) -> SimpleNamespace:
+        assert command[:3] == [sys.executable, "-m", show_data.__name__]
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", command[2:])
+            patch.setattr(sys, "stdin", io.StringIO(input.decode()))
+            return SimpleNamespace(returncode=show_data.main())
+
+    monkeypatch.setattr(cli, "subprocess", SimpleNamespace(run=run))
+
+
 def contents(store: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in store.rglob("*")}
 
 
 def test_the_command_shows_any_training_stage_before_it_has_run_and_changes_no_store(
-    recipe: str, tiny_ledger: Ledger, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    recipe: str,
+    tiny_ledger: Ledger,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     before, out = contents(tiny_ledger.store), tmp_path / "pictures"
+    # Without options: the first row of the first continue, in a process as for everybody.
+    midstream(recipe, "--store", tiny_ledger.store, "--set", "tokens=9000")
+    stage = tiny.image_run(total_tokens=9_000)
+    assert f"{stage.identity[:7]}: row 0 of " in capfd.readouterr().out
+    request.getfixturevalue("in_process")
     asked = (recipe, "--store", tiny_ledger.store, "--out", out)
     for kind, stage in (("continue", tiny.SEEN), ("pretrain", tiny.TEXT), ("finetune", tiny.CHAT)):
         result = midstream(*asked, "--stage", kind, "--row", 1, "--stats", "--rows", 5)
-        text, errors = capfd.readouterr()
-        assert result.exit_code == 0, (result.output, errors)
+        text = result.stdout
+        assert result.exit_code == 0, result.output
         assert f"{stage.identity[:7]}: row 1 of " in text
         assert "sample: 5 of " in text
         assert "⟦" in text
@@ -430,16 +452,12 @@ def test_the_command_shows_any_training_stage_before_it_has_run_and_changes_no_s
         assert bool(names) == (kind != "pretrain")
         for path in out.glob("*"):
             path.unlink()
-    # Without options: the first row of the first continue.
-    midstream(*asked, "--set", "tokens=9000")
-    stage = tiny.image_run(total_tokens=9_000)
-    assert f"{stage.identity[:7]}: row 0 of " in capfd.readouterr().out
     assert contents(tiny_ledger.store) == before
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
 def test_bad_use_is_one_line_that_says_what_to_do(
-    recipe: str, tiny_ledger: Ledger, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    recipe: str, tiny_ledger: Ledger, tmp_path: Path
 ) -> None:
     store = tmp_path / "new store"
     cases = [
@@ -449,9 +467,9 @@ def test_bad_use_is_one_line_that_says_what_to_do(
     ]
     for arguments, message in cases:
         result = midstream(recipe, "--out", tmp_path / "out", "--store", *arguments)
-        text, errors = capfd.readouterr()
+        errors = result.stderr
         assert result.exit_code == 1
-        assert text == ""
+        assert result.stdout == ""
         assert re.search(message, errors), errors
         assert errors.count("\n") == 1
     assert errors.endswith(f"midstream run {recipe} --store '{store}' --set tokens=9000\n")
@@ -460,13 +478,13 @@ def test_bad_use_is_one_line_that_says_what_to_do(
 
 
 @pytest.mark.slow
-def test_the_data_is_prepared_on_demand_and_only_once(
-    recipe: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("in_process")
+def test_the_data_is_prepared_on_demand_and_only_once(recipe: str, tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "store")
     asked = (recipe, "--store", ledger.store, "--out", tmp_path / "out", "--prepare")
-    assert midstream(*asked).exit_code == 0, capfd.readouterr().err
-    assert f"{label(tiny.SEEN)}: row 0 of " in capfd.readouterr().out
+    result = midstream(*asked)
+    assert result.exit_code == 0, result.stderr
+    assert f"{label(tiny.SEEN)}: row 0 of " in result.stdout
     done = [stage.kind for stage in order(study_of(tiny.RESULT)) if ledger.is_done(stage)]
     assert {"prepare_world", "prepare_tokenizer", "prepare_source"} == set(done)
     before = contents(ledger.store)
@@ -476,7 +494,7 @@ def test_the_data_is_prepared_on_demand_and_only_once(
 
 @pytest.mark.slow
 def test_a_preparation_that_fails_is_told_with_its_reason_and_log(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, store = tmp_path / "empty", tmp_path / "store"
     root.mkdir()
@@ -484,20 +502,15 @@ def test_a_preparation_that_fails_is_told_with_its_reason_and_log(
     world = {"kind": "folder", "root": str(root), "fingerprint": {"sources": sources}}
     stage = json.loads(tiny.TEXT.model_dump_json())
     stage["data"]["world"] = world
-    options = ["--out", str(tmp_path / "out"), "--prepare"]
-    ended = subprocess.run(
-        [sys.executable, "-m", show_data.__name__, "--store", str(store), "--row", "0", *options],
-        input=json.dumps(stage),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert ended.returncode == 1
-    assert ended.stdout == ""
-    last = ended.stderr.splitlines()[-1]
+    options = ["--row", "0", "--out", str(tmp_path / "out"), "--prepare"]
+    monkeypatch.setattr(sys, "argv", ["show-data", "--store", str(store), *options])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(stage)))
+    assert show_data.main() == 1
+    out, errors = capsys.readouterr()
+    assert out == ""
+    last = errors.splitlines()[-1]
     told = rf"error: .* · \w{{7}} is not prepared: \w+Error: .*{root}.*\(see {store}/worker-1.log\)"
-    assert re.fullmatch(told, last), ended.stderr
+    assert re.fullmatch(told, last), errors
 
 
 def test_what_is_cut_off_of_a_conversation_is_said_in_its_row_and_in_the_mixture(

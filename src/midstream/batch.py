@@ -114,20 +114,20 @@ def stack_rows(rows: Sequence[Row], images: Float[Tensor, "images ..."]) -> Batc
         raise ValueError(f"the rows hold {num_images} images, {len(images)} were given")
     slots = [(index, int(start)) for index, row in enumerate(rows) for start in row.image_starts]
     counts = sum((row.counts for row in rows), TokenCount())
-
-    def stacked(name: str) -> Tensor:
-        return torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
-
     return Batch(
-        input_ids=stacked("input_ids"),
-        targets=stacked("targets"),
-        position_ids=stacked("position_ids"),
-        segment_ids=stacked("segment_ids"),
+        input_ids=_stacked(rows, "input_ids"),
+        targets=_stacked(rows, "targets"),
+        position_ids=_stacked(rows, "position_ids"),
+        segment_ids=_stacked(rows, "segment_ids"),
         image_slots=torch.tensor(slots, dtype=torch.int64).reshape(-1, 2),
         images=images,
         counts=counts,
         sources=add_counts(row.sources for row in rows),
     )
+
+
+def _stacked(rows: Sequence[Row], name: str) -> Tensor:
+    return torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
 
 
 def add_counts(parts: Iterable[Mapping[str, TokenCount]]) -> dict[str, TokenCount]:

@@ -189,7 +189,7 @@ def test_plans_of_more_blocks_than_are_looked_at_hold_every_token_too(seed: int)
         assert sum(not row for row in rows) == 0
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.faults)])
 @pytest.mark.slow
 def test_no_block_of_a_long_plan_needs_more_rows_than_it_has(seed: int) -> None:
     # How many conversations fit side by side is up to chance, and no text evens it out.

@@ -423,7 +423,7 @@ def test_the_recipe_refuses_a_folder_without_the_tokenizer(root: Path) -> None:
         real_small.when_images_arrive(data=str(root))
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_the_real_data_is_written_without_overlap(tmp_path: Path) -> None:
     if not (SHARED / "caption_flickr8k").is_dir():
         pytest.skip(f"the real data are not at {SHARED}; docs/real-data.md lists them")

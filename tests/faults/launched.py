@@ -9,22 +9,29 @@ from pathlib import Path
 
 import tiny
 from midstream.study.ledger import Ledger
-from midstream.study.stage import Evaluate
+from midstream.study.stage import Evaluate, Pretrain
 from midstream.study.studies import Figure, Line, Study
 
-# Long enough to be met along the way; a checkpoint now and then.
-LONG = tiny.text_run(
-    budget=tiny.mixture(160_000, web=1.0).model_copy(update={"max_epochs": 16}),
-    checkpoint_every_steps=25,
-)
+
+def long_run(total_tokens: int) -> Pretrain:
+    """A text run with a checkpoint now and then."""
+    budget = tiny.mixture(total_tokens, web=1.0).model_copy(update={"max_epochs": 64})
+    return tiny.text_run(budget=budget, checkpoint_every_steps=25)
+
+
+# Long enough to be met along the way: a hundred steps.
+LONG = long_run(80_000)
+# Never seen to its end.
+ENDLESS = long_run(640_000)
 TEXT_TASKS = tiny.EVALUATION.model_copy(update={"visual_tasks": ()})
 RESULT = Evaluate(of=LONG, evaluation=TEXT_TASKS)
 DEADLINE_SECONDS = 120.0
 
 
-def recipe(folder: Path) -> str:
+def recipe(folder: Path, stage: Pretrain = LONG) -> str:
     """A recipe file whose study has the one line."""
-    line = Line(name="line", axes={"x": 1}, result=RESULT)
+    result = Evaluate(of=stage, evaluation=TEXT_TASKS)
+    line = Line(name="line", axes={"x": 1}, result=result)
     study = Study(name="lost", question="?", lines=(line,), figure=Figure(x="x", x_label="x"))
     file = folder / "recipe.py"
     if file.is_file():
@@ -40,9 +47,9 @@ def recipe(folder: Path) -> str:
     return f"{file}:study"
 
 
-def launch(ledger: Ledger, *options: str) -> "subprocess.Popen[str]":
+def launch(ledger: Ledger, *options: str, stage: Pretrain = LONG) -> "subprocess.Popen[str]":
     """Start the command; its ranks are silent for at most six seconds."""
-    command = [sys.executable, "-m", "midstream.cli", "run", recipe(ledger.store)]
+    command = [sys.executable, "-m", "midstream.cli", "run", recipe(ledger.store, stage)]
     command += ["--store", str(ledger.store), "--workers", "1", "--device", "cpu"]
     command += ["--machine", "rank_timeout_seconds=6", *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -66,9 +73,9 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") ->
         time.sleep(0.005)
 
 
-def has_steps(ledger: Ledger, number: int) -> Callable[[], bool]:
+def has_steps(ledger: Ledger, number: int, stage: Pretrain = LONG) -> Callable[[], bool]:
     """Whether this many steps have been noted."""
-    path = ledger.folder(LONG) / "metrics.jsonl"
+    path = ledger.folder(stage) / "metrics.jsonl"
     return lambda: path.is_file() and path.read_bytes().count(b"\n") >= number
 
 

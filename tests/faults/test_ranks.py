@@ -14,12 +14,22 @@ import pytest
 
 import tiny
 from faults import launched
-from faults.launched import LONG, RESULT, agent, finish, has_steps, launch, losses, ranks, wait_for
+from faults.launched import (
+    ENDLESS,
+    LONG,
+    RESULT,
+    agent,
+    finish,
+    has_steps,
+    launch,
+    losses,
+    ranks,
+    wait_for,
+)
 from midstream.study.label import label
 from midstream.study.ledger import Ledger
 
-# One after the other: each test is several processes already.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.slow
 
 STOPPED = 75
 
@@ -77,9 +87,8 @@ def test_a_signal_to_any_process_stops_all_at_the_next_step_and_costs_none(
     assert kept[-1].name == f"step-{num_steps:08d}"
     assert num_steps < len(whole)
     assert not [pid for pid in mine.values() if Path(f"/proc/{pid}").exists()]
-    text = finish(again := launch(ledger, "--ranks", "2"))
-    assert again.returncode == 0, text
-    assert ledger.is_done(RESULT)
+    # Here, on one rank: that ranks go on by a command is for the tests of lost ones.
+    tiny.run_missing(ledger, RESULT)
     assert losses(ledger) == pytest.approx(whole, rel=1e-6)
 
 
@@ -133,19 +142,16 @@ def test_ranks_leave_a_launcher_that_was_killed_and_keep_a_checkpoint(
         time.sleep(0.1)
     process.communicate()
     assert ledger.status(LONG)["state"] == "stopped"
-    # On another number of ranks, since why not.
-    again = launch(ledger)
-    text = finish(again)
-    assert again.returncode == 0, text
+    tiny.run_missing(ledger, LONG)
     assert losses(ledger) == pytest.approx(whole, rel=1e-6)
 
 
 def test_a_second_launcher_leaves_at_once_and_writes_nothing(ledger: Ledger) -> None:
-    process = launch(ledger, "--ranks", "2")
-    wait_for(has_steps(ledger, 5), process)
+    process = launch(ledger, stage=ENDLESS)
+    wait_for(has_steps(ledger, 5, ENDLESS), process)
     mine = sorted(path for path in ledger.store.rglob("*") if "worker-" in path.name)
     before = {path: path.stat().st_mtime_ns for path in mine if path.suffix == ".json"}
-    second = launch(ledger, "--ranks", "2")
+    second = launch(ledger, "--ranks", "2", stage=ENDLESS)
     text = finish(second, 20.0)
     assert second.returncode == 2, text
     assert "in use by another launcher" in " ".join(text.split())

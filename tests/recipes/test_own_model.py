@@ -18,7 +18,7 @@ from midstream.model.weights import read_tensors
 from midstream.open_model import open_model
 from midstream.recipes.own_model import fine_tuning, image_shares
 from midstream.study.checks import problems
-from midstream.study.graph import plan
+from midstream.study.graph import order_of, plan
 from midstream.study.imported import read_import
 from midstream.study.label import label
 from midstream.study.ledger import Ledger
@@ -59,6 +59,21 @@ def world(tiny_ledger: Ledger) -> str:
     return str(tiny_ledger.folder(tiny.WORLD) / "world")
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
+    """A store for the data of all studies here, which is prepared once."""
+    return Ledger(tmp_path_factory.mktemp("prepared"))
+
+
+def run_in(folder: Path, prepared: Ledger, *results: Stage) -> Ledger:
+    """A store in which these are done."""
+    parents = {stage.name: stage for result in results for stage in order_of(result)}
+    data = [stage for stage in parents.values() if stage.kind.startswith("prepare_")]
+    ledger = tiny.store_with(prepared, folder, *data)
+    tiny.run_missing(ledger, *results)
+    return ledger
+
+
 def study(folders: dict[str, str], world: str, **changes: Any) -> Study:
     small: dict[str, Any] = {
         "checkpoint": folders["llama"],
@@ -87,12 +102,14 @@ def stages(made: Study) -> tuple[Finetune, Continue, LoadDecoder]:
 
 @pytest.fixture(scope="module")
 def ran(
-    folders: dict[str, str], world: str, tmp_path_factory: pytest.TempPathFactory
+    folders: dict[str, str],
+    world: str,
+    prepared: Ledger,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Study, Ledger]:
     """The study, all of it done in a store of its own."""
-    made, ledger = study(folders, world), Ledger(tmp_path_factory.mktemp("store"))
-    tiny.run_missing(ledger, *made.results)
-    return made, ledger
+    made = study(folders, world)
+    return made, run_in(tmp_path_factory.mktemp("own") / "store", prepared, *made.results)
 
 
 def test_an_imported_model_learns_to_see_and_leaves_as_llava(
@@ -178,13 +195,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_way_to_see_goes_through_every_stage(
-    variant: str, folders: dict[str, str], world: str, tmp_path: Path
+    variant: str, folders: dict[str, str], world: str, prepared: Ledger, tmp_path: Path
 ) -> None:
     changes = dict(VARIANTS[variant])
     if "fused" in variant:
         changes["encoders"] = (folders["siglip"], folders["dinov2 with registers"])
-    made, ledger = study(folders, world, **changes), Ledger(tmp_path / "store")
-    tiny.run_missing(ledger, made.lines[0].result)
+    made = study(folders, world, **changes)
+    ledger = run_in(tmp_path / "store", prepared, made.lines[0].result)
     finetuned, continued, _ = stages(made)
     opened = open_model(ledger.folder(finetuned), torch.device("cpu"))
     config = finetuned.model.encoder
@@ -224,10 +241,11 @@ def test_what_does_not_fit_is_refused_by_name(folders: dict[str, str], world: st
 
 
 def test_a_stage_that_cannot_start_encodes_no_picture(
-    folders: dict[str, str], world: str, tmp_path: Path
+    folders: dict[str, str], world: str, prepared: Ledger, tmp_path: Path
 ) -> None:
-    made, ledger = study(folders, world), Ledger(tmp_path / "store")
+    made = study(folders, world)
     _, continued, loaded = stages(made)
+    ledger = run_in(tmp_path / "store", prepared, loaded)
     assert isinstance(continued.start, ContinueFrom)
     end = ContinuedCosine(end_rate=2 * RATE)
     for changes, refusal in (

@@ -48,11 +48,14 @@ STAGES: dict[str, Trained] = {
 }
 
 
+def store(folder: Path, tiny_ledger: Ledger) -> Ledger:
+    """With the tiny data and its encoder."""
+    return tiny.store_with(tiny_ledger, folder, tiny.DATA, tiny.ENCODER_STAGE)
+
+
 @pytest.fixture(scope="module")
-def reality(tmp_path_factory: pytest.TempPathFactory) -> Reality:
-    ledger = Ledger(tmp_path_factory.mktemp("reality"))
-    tiny.run_missing(ledger, tiny.ENCODER_STAGE)
-    return Reality(ledger, "cpu")
+def reality(tiny_ledger: Ledger, tmp_path_factory: pytest.TempPathFactory) -> Reality:
+    return Reality(store(tmp_path_factory.mktemp("reality"), tiny_ledger), "cpu")
 
 
 @pytest.mark.slow
@@ -82,21 +85,22 @@ def test_planned_flops_of_padded_rows_are_close_though_batches_are_cut(reality: 
     ],
 )
 def test_planned_memory_is_within_a_tenth_of_the_allocators_peak(
-    tmp_path: Path, kind: str, width: int, layers: int, micro_rows: int
+    tiny_ledger: Ledger, tmp_path: Path, kind: str, width: int, layers: int, micro_rows: int
 ) -> None:
     rows = Rows(row_length=256, batch_rows=4)
-    stage = stage_of(kind, width, layers, rows, 4_000, vocab_size=600)
-    real = Reality(Ledger(tmp_path), "cpu", micro_rows)
+    stage = stage_of(kind, width, layers, rows, 4_000, tiny.DATA)
+    real = Reality(store(tmp_path, tiny_ledger), "cpu", micro_rows)
     measured, _ = real.memory(stage)
     assert real.planned_memory(stage) == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.faults
 def test_planned_memory_falls_with_the_blocks_made_again_as_the_allocators_does(
-    tmp_path: Path,
+    tiny_ledger: Ledger, tmp_path: Path
 ) -> None:
-    stage = stage_of("text", 256, 4, Rows(row_length=256, batch_rows=4), 8_000, vocab_size=600)
-    plain, less = (Reality(Ledger(tmp_path), "cpu", 0, again) for again in (False, True))
+    stage = stage_of("text", 256, 4, Rows(row_length=256, batch_rows=4), 8_000, tiny.DATA)
+    mine = store(tmp_path, tiny_ledger)
+    plain, less = (Reality(mine, "cpu", 0, again) for again in (False, True))
     measured, _ = less.memory(stage)
     assert less.planned_memory(stage) == pytest.approx(measured, rel=0.1)
     assert less.planned_memory(stage) < plain.planned_memory(stage)

@@ -30,8 +30,7 @@ FROZEN_DECODER = tiny.image_run(
 # As measured, with two threads and one: 3e-7 of the loss, 6e-7 of the gradient's norm.
 TOLERANCE = 1e-6
 
-# One after the other: each test is several processes already.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.slow
 
 
 def store(tiny_ledger: Ledger, folder: Path) -> Ledger:
@@ -40,9 +39,9 @@ def store(tiny_ledger: Ledger, folder: Path) -> Ledger:
 
 @pytest.fixture(scope="module")
 def alone(tiny_ledger: Ledger, tmp_path_factory: pytest.TempPathFactory) -> Ledger:
-    """Each stage in one process."""
+    """A store for stages that run in one process."""
     mine = store(tiny_ledger, tmp_path_factory.mktemp("alone"))
-    tiny.run_missing(mine, LONG, OWN_ENCODER, FROZEN_DECODER)
+    tiny.run_missing(mine, LONG)
     return mine
 
 
@@ -84,6 +83,7 @@ def test_ranks_train_as_one_process_does(
     ranks: int,
     machine: dict[str, object],
 ) -> None:
+    tiny.run_missing(alone, stage)
     mine = store(tiny_ledger, tmp_path)
     ended = run_ranks(mine, stage, ranks, **machine)
     assert ended.returncode == 0, ended.stderr

@@ -280,24 +280,24 @@ def permuted(indices: np.ndarray, size: int, key: str) -> np.ndarray:
     sent through it again until they fall inside. Random access, no memory.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half) - 1)
     seed = hashlib.sha256(key.encode()).digest()
     keys = np.frombuffer(seed + hashlib.sha256(seed).digest(), dtype=np.uint64)[:ROUNDS]
-    shift = np.uint64(half)
-
-    def network(values: np.ndarray) -> np.ndarray:
-        left, right = values >> shift, values & mask
-        for round_key in keys:
-            left, right = right, left ^ (_mix(right + round_key) & mask)
-        mixed: np.ndarray = (left << shift) | right
-        return mixed
-
-    result = network(indices.astype(np.uint64).reshape(-1))
+    result = _network(indices.astype(np.uint64).reshape(-1), keys, half)
     outside = result >= size
     while outside.any():
-        result[outside] = network(result[outside])
+        result[outside] = _network(result[outside], keys, half)
         outside = result >= size
     return result.astype(np.int64).reshape(indices.shape)
+
+
+def _network(values: np.ndarray, keys: np.ndarray, half: int) -> np.ndarray:
+    # Of numbers of 2 * half bits.
+    mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
+    left, right = values >> shift, values & mask
+    for round_key in keys:
+        left, right = right, left ^ (_mix(right + round_key) & mask)
+    mixed: np.ndarray = (left << shift) | right
+    return mixed
 
 
 def drawn_from(indices: np.ndarray, size: int, key: str) -> np.ndarray:

@@ -9,7 +9,7 @@ Sources are those of the finished preparation, else what the recipe expects of t
 neither, the FLOPs of a stage that sees are unknown, and so are the tokens of whole passes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -301,9 +301,9 @@ def _encoder_training_cost(stage: TrainEncoder) -> StageCost:
 def _evaluation_cost(stage: Evaluate) -> StageCost:
     model, evaluation = stage.of.model, stage.evaluation
     parameters = model_parameters(model)
-    questions = sum(map(_questions_of(stage), evaluation.visual_tasks))
+    questions = sum(_questions(stage, task) for task in evaluation.visual_tasks)
     questions *= 2 if evaluation.blind else 1
-    choices = sum(map(_choices_of(stage), evaluation.text_tasks))
+    choices = sum(_choices(stage, task) for task in evaluation.text_tasks)
     answer_tokens = PROMPT_TOKENS + evaluation.max_new_tokens
     patches = model.encoder.num_patches if model.encoder is not None else 0
     text_tokens = questions * answer_tokens + choices * TEXT_ITEM_TOKENS
@@ -323,30 +323,23 @@ def _evaluation_cost(stage: Evaluate) -> StageCost:
     return StageCost(tokens, parts, parameters, "expected")
 
 
-def _questions_of(stage: Evaluate) -> Callable[[str], int]:
-    """Questions of a visual task: the world's own number, else the published one."""
-    world, limit, slim = stage.of.data.world, stage.evaluation.limit, stage.evaluation.slim
-
-    def questions(task: str) -> int:
-        if isinstance(world, PocketWorld | SmallReal):
-            return min(world.num_questions, limit or world.num_questions)
-        size = VISUAL_SIZES.get(task, VisualSize(WHOLE_TASK))
-        whole = min(size.questions, SLIM_QUESTIONS * size.splits) if slim else size.questions
-        return min(whole, limit or whole)
-
-    return questions
-
-
-def _choices_of(stage: Evaluate) -> Callable[[str], int]:
-    """Items of a text task times the answers that each is asked with."""
+def _questions(stage: Evaluate, task: str) -> int:
+    # Of a visual task: the world's own number, else the published one.
     world, limit = stage.of.data.world, stage.evaluation.limit
+    if isinstance(world, PocketWorld | SmallReal):
+        return min(world.num_questions, limit or world.num_questions)
+    size = VISUAL_SIZES.get(task, VisualSize(WHOLE_TASK))
+    slim = min(size.questions, SLIM_QUESTIONS * size.splits)
+    whole = slim if stage.evaluation.slim else size.questions
+    return min(whole, limit or whole)
 
-    def choices(task: str) -> int:
-        size = TEXT_SIZES.get(task, TextSize(WHOLE_TASK, TEXT_ITEM_CHOICES))
-        if isinstance(world, PocketWorld):
-            size = TextSize(world.num_text_items, TEXT_ITEM_CHOICES)
-        elif isinstance(world, SmallReal):
-            size = TextSize(world.num_questions, TEXT_ITEM_CHOICES)
-        return min(size.items, limit or size.items) * size.choices
 
-    return choices
+def _choices(stage: Evaluate, task: str) -> int:
+    # Items of a text task times the answers that each is asked with.
+    world, limit = stage.of.data.world, stage.evaluation.limit
+    size = TEXT_SIZES.get(task, TextSize(WHOLE_TASK, TEXT_ITEM_CHOICES))
+    if isinstance(world, PocketWorld):
+        size = TextSize(world.num_text_items, TEXT_ITEM_CHOICES)
+    elif isinstance(world, SmallReal):
+        size = TextSize(world.num_questions, TEXT_ITEM_CHOICES)
+    return min(size.items, limit or size.items) * size.choices

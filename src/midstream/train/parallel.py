@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -195,9 +196,14 @@ def product_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2.0 * size**3 / product_seconds(device, dtype, size)
 
 
+@cache
 def product_seconds(device: torch.device, dtype: torch.dtype, size: int = 0) -> float:
-    """The best of three products of two square matrices of `size` (by the device, where 0)."""
-    size = size or (512 if device.type == "cpu" else 4096)
+    """The best of three products of two square matrices of `size` (by the device, where 0).
+
+    Measured once a process.
+    """
+    # Larger ones take processors without units for bfloat16 a second.
+    size = size or (256 if device.type == "cpu" else 4096)
     left = torch.ones((size, size), dtype=dtype, device=device)
     best = float("inf")
     for _ in range(4):  # the first warms up and is slower

@@ -23,7 +23,7 @@ from midstream.study.stage import Evaluate, Pretrain, Stage
 from midstream.study.studies import Figure, Line, Study
 from one_node_slurm import OneNodeSlurm, Unavailable, clean
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
 DEADLINE_SECONDS = 120.0
 TEXT = Evaluation(text_tasks=("pocket_facts",), limit=6, prompts="short", max_new_tokens=3)
