@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from tokenizers import Tokenizer, models
 
 from midstream.config import SmallReal
 from midstream.data.examples import conversation_of
@@ -391,7 +392,7 @@ def test_a_malformed_record_is_named(
 
 
 def test_the_recipe_names_what_the_world_holds(root: Path, tmp_path: Path) -> None:
-    write(root / real_small.TOKENIZER, "{}")
+    write(root / real_small.TOKENIZER, Tokenizer(models.WordLevel({"a": 0}, "a")).to_str())
     study = real_small.when_images_arrive(data=str(root), completions=(0.0, 0.4, 1.0), seeds=(1, 2))
     world = written(root, tmp_path / "world")
     described = read_json(world / "world.json")
