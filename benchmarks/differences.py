@@ -29,10 +29,9 @@ import checkpoints
 import openlm_parity
 import vision_checkpoints
 from midstream.config import VLMConfig
-from midstream.exchange.export_model import write_folder
-from midstream.exchange.vision_checkpoints import read_encoder
-from midstream.model.pretrained import TransformersDecoder
-from midstream.model.transformers_config import describe
+from midstream.exchange.export import write_folder
+from midstream.exchange.towers import read_encoder
+from midstream.model.pretrained import TransformersDecoder, describe
 from midstream.model.vision import build_encoder, load_encoder
 
 Table = tuple[str, list[str], list[list[str]]]

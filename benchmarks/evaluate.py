@@ -27,12 +27,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from midstream.config import DecoderConfig, EncoderConfig, ProjectorConfig, VLMConfig
 from midstream.data.examples import TextCodec, question_ids
-from midstream.exchange.export_model import write_folder
+from midstream.exchange.export import write_folder
 from midstream.model.generate import choice_logprobs, generate
-from midstream.model.initialise import initialise
 from midstream.model.vision import build_encoder
 from midstream.model.vlm import VLM
-from midstream.open_model import look_through
+from midstream.model.weights import initialise
+from midstream.work.open_model import look_through
 
 VOCABULARY = 50_432
 # As many words as a prompt of a benchmark has tokens, with the turn around it.

@@ -18,7 +18,6 @@ from midstream.config import (
     TrainedTokenizer,
     VLMConfig,
 )
-from midstream.data.loader import RowDataset
 from midstream.data.prepare import (
     open_source,
     prepare_tokenizer,
@@ -26,10 +25,10 @@ from midstream.data.prepare import (
     prepare_world_source,
     tokenizer_path,
 )
-from midstream.data.rows import plan_rows
+from midstream.data.rows import RowDataset, plan_rows
 from midstream.data.sources import Source
 from midstream.recipes.pocket import when_images_arrive
-from midstream.study.stage import Continue, Finetune
+from midstream.study.stages import Continue, Finetune
 
 WORLD = PocketWorld(
     num_documents=1000, num_captions=600, num_conversations=200, num_questions=12, num_text_items=8

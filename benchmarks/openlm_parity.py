@@ -22,7 +22,7 @@ from torch import nn
 
 from midstream.config import DECODERS, DecoderConfig
 from midstream.model.decoder import Decoder
-from midstream.model.initialise import generator, initialise
+from midstream.model.weights import generator, initialise
 
 ROWS, LENGTH = 2, 512
 MODELS = {

@@ -12,12 +12,11 @@ import torch
 
 from generated import continue_stage, pocket_sources, rows_of
 from midstream.config import AdamW, Machine
-from midstream.data.loader import RowDataset, load_steps
-from midstream.model.initialise import initialise
+from midstream.data.rows import RowDataset, load_steps
 from midstream.model.vlm import VLM
-from midstream.train.optim import make_optimizer
+from midstream.model.weights import initialise
 from midstream.train.parallel import Place, set_up
-from midstream.train.step import train_step
+from midstream.train.step import make_optimizer, train_step
 
 MIXTURES = {
     "captions": {"pictures": 1.0},

@@ -14,10 +14,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from midstream.config import Mixture, Rows, Share
-from midstream.data.mixture import Supply
-from midstream.data.packing import RowPlan, make_plan
 from midstream.data.source_writer import MAX_TEXT_TOKENS
-from midstream.data.stream import ArrayLengths
+from midstream.order.mixture import Supply
+from midstream.order.plan import RowPlan, make_plan
+from midstream.order.stream import ArrayLengths
 
 PATCHES, ROW_LENGTH = 729, 1024
 

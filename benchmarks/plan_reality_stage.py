@@ -25,12 +25,10 @@ from midstream.config import (
     Training,
     WarmupCosine,
 )
-from midstream.data.loader import load_steps
-from midstream.run_stage import StageRunner
-from midstream.study.cost import cost, work_of
-from midstream.study.ledger import Ledger
-from midstream.study.memory import Setting, memory
-from midstream.study.stage import (
+from midstream.cost.cost import cost, work_of
+from midstream.cost.taken import Setting, memory
+from midstream.data.rows import load_steps
+from midstream.study.stages import (
     Continue,
     Finetune,
     FromScratch,
@@ -40,9 +38,10 @@ from midstream.study.stage import (
     Trained,
     TrainEncoder,
 )
-from midstream.train.optim import freeze, make_optimizer
+from midstream.study.store import Ledger
 from midstream.train.parallel import peak_memory_bytes
-from midstream.train.step import train_step
+from midstream.train.step import freeze, make_optimizer, train_step
+from midstream.work.run_stage import StageRunner
 from plan_reality import SIZES
 
 VOCAB_SIZE = 2048

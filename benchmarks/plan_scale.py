@@ -12,8 +12,8 @@ import time
 import numpy as np
 
 from midstream.config import Mixture, Rows, Share
-from midstream.data.mixture import Supply
-from midstream.data.packing import make_plan
+from midstream.order.mixture import Supply
+from midstream.order.plan import make_plan
 
 PATCHES = 729
 # Lengths repeat a drawn table, turned by another amount in each block of its size.

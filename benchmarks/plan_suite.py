@@ -18,7 +18,7 @@ def main() -> None:
     command = [sys.executable, "-m", "midstream", "plan", options.study, "--store", options.store]
     command += [part for setting in settings for part in ("--set", setting)]
     program = (
-        "import sys\nfrom midstream.cli import app\n"
+        "import sys\nfrom midstream.cli.app import app\n"
         "try:\n    app(sys.argv[1:])\nexcept SystemExit as reason:\n    assert not reason.code\n"
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )

@@ -33,11 +33,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from midstream.config import EncoderConfig, Epochs, ImageTransform, Rows
 from midstream.data.examples import TextCodec, caption_example
-from midstream.data.features import LiveImages
 from midstream.data.formats.read_captions import caption_units, read_captions
 from midstream.data.formats.records import CaptionRecord, ReadOptions
-from midstream.data.loader import RowDataset
-from midstream.data.rows import plan_rows
+from midstream.data.images import LiveImages
+from midstream.data.rows import RowDataset, plan_rows
 from midstream.data.source_writer import Image, ShardWriter, finish_source
 from midstream.data.sources import Source
 

@@ -18,12 +18,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from midstream.catalogue import find_study
-from midstream.identity import file_sha256
-from midstream.storage import read_json
-from midstream.study.graph import order
-from midstream.study.ledger import Ledger
-from midstream.study.stage import Stage
+from midstream.cli.catalogue import find_study
+from midstream.core.identity import file_sha256
+from midstream.core.storage import read_json
+from midstream.cost.graph import order
+from midstream.study.stages import Stage
+from midstream.study.store import Ledger
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
@@ -105,7 +105,7 @@ def disturber(
         slurm.kill_controller()
         killed = slurm.job_processes(job)
         for pid, words in killed.items():
-            if "midstream.worker" in words or "submitit" in words:
+            if "midstream.work.worker" in words or "submitit" in words:
                 os.kill(pid, signal.SIGKILL)
         print(f"killed: the controller, and job {job} after {wanted:.0f} stages", flush=True)
         time.sleep(AWAY_SECONDS)
@@ -126,7 +126,7 @@ def main() -> None:
     study = find_study(given.study, given.settings)
     stages = order(study)
     print(f"{study.name}: {len(study.lines)} lines, {len(stages)} stages", flush=True)
-    command = [sys.executable, "-m", "midstream.cli", "run", given.study, "--device", "cpu"]
+    command = [sys.executable, "-m", "midstream.cli.app", "run", given.study, "--device", "cpu"]
     command += [part for setting in given.settings for part in ("--set", setting)]
     with tempfile.TemporaryDirectory(prefix="midstream-slice-") as temporary:
         folder = given.folder or Path(temporary)

@@ -21,7 +21,7 @@ def seconds_of(arguments: list[str], repeats: int) -> list[float]:
     for _ in range(repeats):
         before = time.perf_counter()
         subprocess.run(
-            [sys.executable, "-m", "midstream.cli", *arguments], check=True, capture_output=True
+            [sys.executable, "-m", "midstream.cli.app", *arguments], check=True, capture_output=True
         )
         found.append(time.perf_counter() - before)
     return found

@@ -18,7 +18,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from midstream.data.examples import TextCodec
-from midstream.data.tokenising.tokenise import open_tokenizer
+from midstream.data.tokenise import open_tokenizer
 
 # Characters of one text: about a long web page.
 TEXT_LENGTH = 10_000

@@ -33,27 +33,18 @@ from torch.nn.functional import cross_entropy
 
 import peers
 from generated import model_79m
-from midstream.batch import IGNORE, Batch
-from midstream.config import (
-    DECODERS,
-    AdamW,
-    DecoderConfig,
-    EncoderConfig,
-    Machine,
-    VLMConfig,
-)
-from midstream.data.features import encode_fixed
+from midstream.config import DECODERS, AdamW, DecoderConfig, EncoderConfig, Machine, VLMConfig
+from midstream.core.batch import IGNORE, Batch
+from midstream.core.tokens import TokenCount
+from midstream.data.images import encode_fixed
 from midstream.model.attention import make_mask
 from midstream.model.decoder import Decoder, Rotary
-from midstream.model.initialise import initialise
 from midstream.model.vision import build_encoder
 from midstream.model.vlm import VLM
-from midstream.open_model import on_device
-from midstream.tokens import TokenCount
-from midstream.train.meters import training_flops
-from midstream.train.optim import make_optimizer
+from midstream.model.weights import initialise
 from midstream.train.parallel import Place, product_seconds, set_up
-from midstream.train.step import train_step
+from midstream.train.step import make_optimizer, train_step, training_flops
+from midstream.work.open_model import on_device
 from peers import Row, Step, step_of
 
 SETTINGS = AdamW()

@@ -10,7 +10,7 @@ from hypothesis import settings
 
 # The process that hands the tests out loads this file and runs none: torch is left to the others.
 if TYPE_CHECKING:
-    from midstream.study.ledger import Ledger
+    from midstream.study.store import Ledger
 
 # How long an example takes says nothing on shared cores.
 settings.register_profile("midstream", deadline=None)
@@ -52,7 +52,7 @@ def cheap_processes() -> Iterator[None]:
 def tiny_ledger(tmp_path_factory: pytest.TempPathFactory) -> "Ledger":
     """A store with the tiny world, prepared, its encoder and text run; read it, never change it."""
     import tiny
-    from midstream.study.ledger import Ledger
+    from midstream.study.store import Ledger
 
     ledger = Ledger(tmp_path_factory.mktemp("tiny-store"))
     tiny.run_missing(ledger, tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT)

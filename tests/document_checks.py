@@ -17,10 +17,10 @@ from typer.main import get_command
 
 import midstream.config as options
 from documents import PAGES, ROOT, Block, blocks, files
-from midstream.catalogue import catalogue, read_settings, with_scale
-from midstream.cli import app
+from midstream.cli.app import app
+from midstream.cli.catalogue import catalogue, read_settings, with_scale
 from midstream.config import Machine, SlurmResources, SlurmSettings
-from midstream.study import stage, studies
+from midstream.study import stages, studies
 
 COMMANDS = get_command(app)
 # Words that stand for a name of the reader's.
@@ -31,7 +31,7 @@ PROGRAMS = {"python3", "tensorboard", "wandb", "lm_eval", "printf"}
 ALL_BLOCKS = [block for page in PAGES for block in blocks(page)]
 MODELS = {
     name: value
-    for module in (options, stage, studies)
+    for module in (options, stages, studies)
     for name, value in vars(module).items()
     if inspect.isclass(value) and issubclass(value, BaseModel)
 }

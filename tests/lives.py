@@ -17,12 +17,12 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import tiny
-from midstream.study.ledger import Ledger
-from midstream.study.stage import Stage
-from midstream.study.workers import work_line
+from midstream.launch.workers import work_line
+from midstream.study.stages import Stage
+from midstream.study.store import Ledger
 
 # What the server imports before it forks: all that a stage needs.
-PRELOADED = ["midstream.worker", "transformers.models.siglip.modeling_siglip"]
+PRELOADED = ["midstream.work.worker", "transformers.models.siglip.modeling_siglip"]
 DEADLINE_SECONDS = 60.0
 # Audit events (docs.python.org, "Audit events table") that change files, with the path's place.
 CHANGES = {"os.rename": 0, "os.remove": 0, "os.mkdir": 0, "os.rmdir": 0, "shutil.rmtree": 0}
@@ -58,8 +58,8 @@ def born(
 
 
 def live(store: str, line: str, fault: Fault | None) -> None:
-    """What `python -m midstream.worker` does with one line of input."""
-    from midstream.worker import serve
+    """What `python -m midstream.work.worker` does with one line of input."""
+    from midstream.work.worker import serve
 
     if fault is not None and fault.kind == "limit":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

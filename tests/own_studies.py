@@ -14,11 +14,10 @@ from midstream.config import (
     Share,
     Training,
 )
-from midstream.study.checks import problems
-from midstream.study.graph import plan
-from midstream.study.ledger import Ledger
-from midstream.study.problem import Problem
-from midstream.study.stage import (
+from midstream.cost.graph import plan
+from midstream.launch.check_data import Problem
+from midstream.launch.checks import problems
+from midstream.study.stages import (
     Continue,
     Evaluate,
     Finetune,
@@ -27,6 +26,7 @@ from midstream.study.stage import (
     Prepare,
     Pretrain,
 )
+from midstream.study.store import Ledger
 from midstream.study.studies import Figure, Line, Study
 
 DECODER = DecoderConfig(hidden_size=16, num_layers=1, num_heads=2, vocab_size=own_world.VOCAB_SIZE)

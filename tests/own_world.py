@@ -9,8 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 from midstream.config import PublicFolder, TrainedTokenizer
-from midstream.identity import world_fingerprint
-from midstream.study.stage import Prepare
+from midstream.core.identity import world_fingerprint
+from midstream.study.stages import Prepare
 
 VOCAB_SIZE = 320
 NUM_QUESTIONS = 6

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from midstream.config import PublicFolder
-from midstream.data.preparation.workers import Progress
+from midstream.core.identity import source_folders
 from midstream.data.prepare import (
     open_source,
     prepare_tokenizer,
@@ -12,9 +12,9 @@ from midstream.data.prepare import (
     prepare_world_source,
     tokenizer_path,
 )
+from midstream.data.prepare_source import Progress
 from midstream.data.sources import Source
-from midstream.identity import source_folders
-from midstream.study.stage import Prepare
+from midstream.study.stages import Prepare
 
 
 def quiet(done: float, what: str) -> None:

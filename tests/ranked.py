@@ -14,8 +14,8 @@ from torch.distributed import TCPStore
 
 from lives import server
 from midstream.config import Machine
-from midstream.study.ledger import Ledger
-from midstream.study.stage import Stage, stage_from_json
+from midstream.study.stages import Stage, stage_from_json
+from midstream.study.store import Ledger
 
 STOPPED = 75
 DEADLINE_SECONDS = 240.0
@@ -74,8 +74,8 @@ def run_ranks(
 def _rank(given: str, environment: dict[str, str], errors: str) -> None:
     os.environ.update(environment)
     os.dup2(os.open(errors, os.O_WRONLY | os.O_APPEND), sys.stderr.fileno())
-    from midstream.run_stage import StageRunner
-    from midstream.study.ledger import Stopped
+    from midstream.study.store import Stopped
+    from midstream.work.run_stage import StageRunner
 
     values = json.loads(given)
     left = values["stop_after"]

@@ -47,14 +47,14 @@ from documents import (
     read,
     spans,
 )
-from midstream.catalogue import find_study, read_settings, with_scale
-from midstream.cli import app
+from midstream.cli.app import app
+from midstream.cli.catalogue import find_study, read_settings, with_scale
 from midstream.config import Machine, SlurmSettings
-from midstream.data.worlds.pocket import write_pocket_world
-from midstream.storage import read_json, write_json
-from midstream.study import stage, studies
-from midstream.study.graph import plan
-from midstream.study.ledger import Ledger
+from midstream.core.storage import read_json, write_json
+from midstream.cost.graph import plan
+from midstream.study import stages, studies
+from midstream.study.store import Ledger
+from midstream.worlds.pocket_world import write_pocket_world
 
 # Run as they stand, in this process.
 EXECUTED = {"plan", "report", "status", "logs", "store"}
@@ -108,7 +108,7 @@ def desk(
     nothing = dict.fromkeys(("svg", "png", "pdf"), b"<svg/>")
     for name in ("panel_figure", "grid_figure", "rates_figure", "curve_figure"):
         monkeypatch.setattr(f"midstream.report.page.{name}", lambda *args, **kwargs: nothing)
-    for module in ("page", "suite"):
+    for module in ("page",):
         monkeypatch.setattr(f"midstream.report.{module}.small_figure", lambda *args: b"<svg/>")
     monkeypatch.chdir(tmp_path)
     # What was run here before: a store holds it.
@@ -185,7 +185,7 @@ def test_what_a_page_runs_runs(page: str) -> None:
             run_command(block.place, ["midstream", "plan", f"{block.name}:study"])
     for block in marked("run", page=page):
         if block.language == "python":
-            known = {**{n: v for m in (options, stage, studies) for n, v in vars(m).items()}}
+            known = {**{n: v for m in (options, stages, studies) for n, v in vars(m).items()}}
             exec(compile(block.text, block.place, "exec"), {**known, **AT_HAND})
             continue
         for number, words in commands(block.text):

@@ -26,12 +26,11 @@ from midstream.config import (
     Training,
     VLMConfig,
 )
-from midstream.data.loader import RowDataset
-from midstream.data.rows import plan_rows
-from midstream.identity import world_fingerprint
-from midstream.model.initialise import initialise
+from midstream.core.identity import world_fingerprint
+from midstream.core.storage import write_json
+from midstream.data.rows import RowDataset, plan_rows
 from midstream.model.vlm import VLM
-from midstream.storage import write_json
+from midstream.model.weights import initialise
 from midstream.train import checkpoint
 from midstream.train.loop import Job, Start, train
 from midstream.train.parallel import set_up

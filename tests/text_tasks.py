@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from midstream.eval.task import Answerer
+from midstream.eval.tasks import Answerer
 from midstream.eval.text import TextResult, TextTask, loaded_tasks
 
 

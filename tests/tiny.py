@@ -21,10 +21,8 @@ from midstream.config import (
     Training,
     WarmupCosine,
 )
-from midstream.identity import file_sha256
-from midstream.run_stage import StageRunner
-from midstream.study.ledger import Ledger
-from midstream.study.stage import (
+from midstream.core.identity import file_sha256
+from midstream.study.stages import (
     Continue,
     ContinueFrom,
     Evaluate,
@@ -35,6 +33,8 @@ from midstream.study.stage import (
     Stage,
     TrainEncoder,
 )
+from midstream.study.store import Ledger
+from midstream.work.run_stage import StageRunner
 
 MACHINE = Machine(workers=1, threads=1, device="cpu")
 VOCAB_SIZE = 400

@@ -7,8 +7,7 @@ start, so the question is a grid over it:
     midstream report docs/examples/new_axis.py:study
 """
 
-from midstream.recipes.models import Model, line
-from midstream.recipes.scales import find_scale
+from midstream.recipes.scales import Model, find_scale, line
 from midstream.study.axes import Axis, grid
 from midstream.study.studies import Claim, Figure, Line, Study
 

@@ -12,14 +12,13 @@ from itertools import product
 from pathlib import Path
 
 from midstream.config import Evaluation, PublicFolder, TrainedTokenizer
-from midstream.identity import world_fingerprint
+from midstream.core.identity import world_fingerprint
+from midstream.core.storage import read_json
 from midstream.recipes import pocket
-from midstream.recipes.models import Model, line, text_baselines
-from midstream.recipes.scale import CaptionSet
-from midstream.recipes.scales import DATACOMP_DR, find_scale
-from midstream.storage import read_json
+from midstream.recipes.lines import CaptionSet
+from midstream.recipes.scales import DATACOMP_DR, Model, find_scale, line, text_baselines
 from midstream.study.axes import with_field
-from midstream.study.stage import Prepare
+from midstream.study.stages import Prepare
 from midstream.study.studies import Figure, Study
 
 VOCAB_SIZE = 8_000

@@ -2,7 +2,7 @@
 
 import sys
 
-from midstream.cli import app
+from midstream.cli.app import app
 
 if __name__ == "__main__":
     sys.exit(app(prog_name="midstream"))

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 import tiny
-from midstream.open_model import OpenedModel, open_model
-from midstream.study.ledger import Ledger
+from midstream.study.store import Ledger
+from midstream.work.open_model import OpenedModel, open_model
 
 CPU = torch.device("cpu")
 

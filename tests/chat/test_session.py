@@ -12,18 +12,23 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 import tiny
-from midstream.chat.describe import caution, describe
-from midstream.chat.session import ChatSession, ChatSettings
-from midstream.chat.text_pieces import TextPieces, harmless
+from midstream.chat.session import (
+    ChatSession,
+    ChatSettings,
+    TextPieces,
+    caution,
+    describe,
+    harmless,
+)
 from midstream.config import AnyDecoderConfig, TransformersDecoderConfig
 from midstream.data.examples import TextCodec, question_ids
 from midstream.data.images import decode_pixels
 from midstream.eval.predict import ModelAnswerer
 from midstream.model.generate import generate
-from midstream.open_model import OpenedModel
 from midstream.study.label import label
-from midstream.study.ledger import Ledger
-from midstream.study.stage import Evaluate, Imported, LoadDecoder
+from midstream.study.stages import Evaluate, Imported, LoadDecoder
+from midstream.study.store import Ledger
+from midstream.work.open_model import OpenedModel
 
 SHORT = ChatSettings(max_new_tokens=8)
 QUESTIONS = ("What colour is it?", "Is it red?", "How many circles are there?")

@@ -17,8 +17,8 @@ import pytest
 import tiny
 from midstream.chat.session import ChatSession, ChatSettings
 from midstream.chat.web_page import Page, StayHere, Visitor, require_gradio, serve
-from midstream.open_model import OpenedModel
-from midstream.study.ledger import Ledger
+from midstream.study.store import Ledger
+from midstream.work.open_model import OpenedModel
 
 SHORT = ChatSettings(max_new_tokens=6)
 QUESTIONS = ["What colour is it?", "Is it red?"]

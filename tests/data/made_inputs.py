@@ -11,7 +11,7 @@ from made import png
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from midstream.data.formats.records import ReadOptions, Section
-from midstream.data.preparation.source import prepare_source
+from midstream.data.prepare_source import prepare_source
 from midstream.data.sources import Source
 
 

@@ -21,8 +21,8 @@ from tokenizers import (
 )
 
 from midstream.data.examples import END_OF_TEXT, SEPARATOR
-from midstream.data.tokenising.split_pattern import GPT2_PATTERN
-from midstream.data.tokenising.tokenise import FastEncoder, fast_encoder, open_tokenizer
+from midstream.data.tiktoken_core import GPT2_PATTERN
+from midstream.data.tokenise import FastEncoder, fast_encoder, open_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 NEOX = SHARED / "gpt_neox_tokenizer" / "20B_tokenizer.json"

@@ -11,7 +11,7 @@ from made import png
 from PIL import Image
 
 from midstream.config import PublicFolder, TrainedTokenizer
-from midstream.identity import world_fingerprint
+from midstream.core.identity import world_fingerprint
 from preparing import prepare
 
 TEXTS = [f"Document {n} says: the river is {'very ' * (n % 4)}wide.\nCafé {n}." for n in range(12)]

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from midstream.data.formats import read_conversations as module
-from midstream.data.formats.read_conversations import conversation_units, read_conversations
+from midstream.data.formats import read_captions as module
+from midstream.data.formats.read_captions import conversation_units, read_conversations
 from midstream.data.formats.records import ReadOptions
 
 OPTIONS = ReadOptions()

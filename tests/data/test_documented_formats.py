@@ -9,9 +9,9 @@ from made import png
 from made_inputs import run, texts_of
 from made_world import write_tar
 
+from midstream.core.identity import text_column
 from midstream.data.formats.records import Section
 from midstream.data.sources import Source
-from midstream.identity import text_column
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "data.md"
 _FILE = re.compile(r"<!-- test: file (\S+) -->\n```\w*\n(.*?)```", re.DOTALL)

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from midstream.config import EncoderConfig
+from midstream.core.storage import CorruptError
 from midstream.data import feature_store
-from midstream.data.feature_store import FeatureStore, StoredImages
-from midstream.data.features import (
+from midstream.data.feature_store import FeatureStore, HashIndex, StoredImages
+from midstream.data.images import (
     FILL_BATCH,
     LiveImages,
     encode_fixed,
@@ -32,11 +33,9 @@ from midstream.data.features import (
     picture_bytes,
     unpack,
 )
-from midstream.data.hash_index import HashIndex
 from midstream.data.sources import Source
-from midstream.model.initialise import initialise
 from midstream.model.vision import build_encoder
-from midstream.storage import CorruptError
+from midstream.model.weights import initialise
 
 CONFIG = EncoderConfig(
     image_size=8, patch_size=4, hidden_size=6, num_layers=2, num_heads=1, intermediate_size=8

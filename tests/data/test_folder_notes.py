@@ -10,10 +10,10 @@ from made import png
 from made_inputs import run, texts_of, write_pictures
 from made_world import samples, write_tar
 
+from midstream.core.digests import is_note
+from midstream.core.storage import read_json
 from midstream.data.formats.files import find_files
 from midstream.data.sources import Source
-from midstream.source_files import is_note
-from midstream.storage import read_json
 
 Put = Callable[[str, bytes], str]
 

@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from made import make_sources, mixture
 from torch import Tensor
 
-from midstream.batch import PADDING, Batch, Row, add_counts
 from midstream.config import Rows
-from midstream.data import filling, joining
-from midstream.data.loader import RowDataset, View, load_steps
-from midstream.data.rows import build_row, plan_rows
-from midstream.tokens import TokenCount
+from midstream.core.batch import PADDING, Batch, Row, add_counts
+from midstream.core.tokens import TokenCount
+from midstream.data.rows import RowDataset, View, build_row, load_steps, plan_rows
+from midstream.order import plan as order_plan
 
 PATCHES, BATCH_ROWS = 4, 8
 
@@ -179,7 +178,7 @@ class Consumer:
 def test_restoring_at_every_row_twice_in_a_row_gives_the_uninterrupted_sequence(
     tmp_path: Path, layout: Literal["filled", "padded"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (filling, joining):
+    for module in (order_plan, order_plan):
         monkeypatch.setattr(module, "BLOCK_ROWS", 6)
     sources = make_sources(tmp_path, 3, longest=28)
     budget = mixture(300, {"web": 0.4, "pics": 0.4, "talks": 0.2})

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from made_tokenizers import plain_ids, trained
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from midstream.data.tokenising.merge_ranks import ranks_of
-from midstream.data.tokenising.tokenise import fast_encoder
+from midstream.data.tiktoken_core import ranks_of
+from midstream.data.tokenise import fast_encoder
 
 
 @given(seed=st.integers(0, 10**9))

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import make_source
 
-from midstream.batch import IGNORE
 from midstream.config import Amount, Amounts, Budget, Epochs, Mixture, Rows, Share
+from midstream.core.batch import IGNORE
 from midstream.data.rows import build_row, plan_rows, shares_report
 from midstream.data.sources import Source
 

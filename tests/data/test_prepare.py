@@ -25,12 +25,12 @@ from made_world import (
 )
 
 from midstream.config import PocketWorld, TokenizerFile, TrainedTokenizer
+from midstream.core.identity import file_sha256, folder_fingerprint, world_fingerprint
+from midstream.core.storage import verify
 from midstream.data.examples import END_OF_TEXT
 from midstream.data.formats.records import Section
 from midstream.data.prepare import open_codec, prepare_world
 from midstream.data.sources import Source
-from midstream.identity import file_sha256, folder_fingerprint, world_fingerprint
-from midstream.storage import verify
 from preparing import open_sources, prepare
 
 SECTIONS: dict[str, Section] = {
@@ -347,7 +347,7 @@ def test_the_fingerprint_of_a_world_reads_no_byte_of_a_prepared_source(
         read.append(Path(path))
         return file_sha256(path)
 
-    monkeypatch.setattr("midstream.identity.file_sha256", note)
+    monkeypatch.setattr("midstream.core.identity.file_sha256", note)
     one = world_fingerprint(root)
     assert len(read) == 4
     assert not [path for path in read if "captions" in path.parts]

@@ -28,8 +28,8 @@ from made_world import (
 )
 
 from midstream.config import TokenizerFile
-from midstream.identity import file_sha256
-from midstream.storage import read_json, verify
+from midstream.core.identity import file_sha256
+from midstream.core.storage import read_json, verify
 from preparing import prepare
 
 

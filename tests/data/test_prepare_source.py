@@ -32,11 +32,11 @@ from made_inputs import (
 )
 from made_world import CAPTIONS, samples, write_tar
 
+from midstream.core.storage import read_json, verify
+from midstream.data import shards as prepare_records
 from midstream.data.formats.records import CaptionRecord, Picture, ReadOptions, TextRecord
-from midstream.data.preparation import records as prepare_records
 from midstream.data.source_writer import Reject
 from midstream.data.sources import Source
-from midstream.storage import read_json, verify
 
 
 @pytest.mark.slow

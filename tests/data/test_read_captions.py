@@ -12,7 +12,9 @@ from typing import Any, Literal
 import fsspec
 import pytest
 
-from midstream.data.formats import caption_checks, read_captions, tars
+from midstream.data.formats import captions as formats_captions
+from midstream.data.formats import read_captions
+from midstream.data.formats import records as formats_records
 from midstream.data.formats.files import read_range
 from midstream.data.formats.read_captions import FORMATS, caption_units
 from midstream.data.formats.records import CaptionRecord, ReadOptions, Unit
@@ -219,7 +221,7 @@ BAD_SAMPLES: dict[str, tuple[list[tuple[str, bytes]], str]] = {
 def test_a_bad_sample_is_left_out_with_its_reason_and_its_neighbours_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(tars, "LARGEST_BYTES", 200_000)
+    monkeypatch.setattr(formats_records, "LARGEST_BYTES", 200_000)
     bad, reason = BAD_SAMPLES[name]
     around = [("a.jpg", picture(0)), ("a.txt", b"first")]
     behind = [("c.jpg", picture(1)), ("c.txt", b"last")]
@@ -540,7 +542,7 @@ def test_an_imagefolder_is_read_from_metadata_jsonl_and_csv(tmp_path: Path) -> N
 def test_lines_of_an_imagefolder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, expected: str
 ) -> None:
-    monkeypatch.setattr(caption_checks, "LARGEST_BYTES", 10_000)
+    monkeypatch.setattr(formats_captions, "LARGEST_BYTES", 10_000)
     folder = tmp_path / "set"
     write(tmp_path / "up.png", picture(1))
     write(folder / "0.png", picture(0))

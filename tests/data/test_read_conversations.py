@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from midstream.data.examples import Turn
-from midstream.data.formats import read_conversations as module
-from midstream.data.formats.read_conversations import conversation_units, read_conversations
+from midstream.data.formats import read_captions as module
+from midstream.data.formats.read_captions import conversation_units, read_conversations
 from midstream.data.formats.records import ConversationRecord, Picture, ReadOptions
 from midstream.data.source_writer import Reject
 

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import make_source, make_sources, mixture
 
-from midstream.batch import IGNORE, PADDING, Row
 from midstream.config import Budget, Epochs, Rows
-from midstream.data import filling, joining
-from midstream.data.packing import RowPlan
+from midstream.core.batch import IGNORE, PADDING, Row
+from midstream.core.tokens import TokenCount
 from midstream.data.rows import build_row, plan_rows, shares_report
 from midstream.data.sources import Source
-from midstream.tokens import TokenCount
+from midstream.order import plan as order_plan
+from midstream.order.plan import RowPlan
 
 Layout = Literal["joined", "filled", "padded"]
 ALL = ("web", "notes", "pics", "talks")
@@ -123,7 +123,7 @@ def test_every_position_target_segment_and_picture_is_that_of_the_plain_form(
     seed: int, layout: Layout, row_length: int, patches: int, whole: bool, begins: bool
 ) -> None:
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        for module in (filling, joining):
+        for module in (order_plan, order_plan):
             patch.setattr(module, "BLOCK_ROWS", 9)
         names = ALL[:2] if layout == "joined" else ALL
         sources = make_sources(

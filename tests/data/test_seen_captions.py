@@ -15,7 +15,6 @@ from made import make_source
 from made_inputs import run, texts_of, tokenizer_file
 from made_world import jpeg, write_tar
 
-from midstream.batch import IGNORE
 from midstream.config import (
     Amount,
     Amounts,
@@ -27,15 +26,15 @@ from midstream.config import (
     Share,
     WarmupCosine,
 )
-from midstream.data import stream
+from midstream.core.batch import IGNORE
+from midstream.cost.known import facts_of_results, seen_as
 from midstream.data.examples import TextCodec
 from midstream.data.formats.records import ReadOptions
 from midstream.data.lengths import SourceLengths
-from midstream.data.loader import RowDataset, load_steps
-from midstream.data.rows import build_row, plan_rows, shares_report
+from midstream.data.rows import RowDataset, build_row, load_steps, plan_rows, shares_report
 from midstream.data.sources import Source
-from midstream.data.stream import Stream
-from midstream.study.sources import facts_of_results, seen_as
+from midstream.order import stream
+from midstream.order.stream import Stream
 from midstream.train.contrastive import Captions
 
 PATCHES = 3

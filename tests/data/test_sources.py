@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from made import make_source, png
 
 from midstream.config import Epochs, Rows
+from midstream.core.storage import read_json
 from midstream.data.rows import plan_rows
 from midstream.data.source_writer import (
     MAX_TEXT_TOKENS,
@@ -26,7 +27,6 @@ from midstream.data.source_writer import (
     finish_source,
 )
 from midstream.data.sources import Kind, Source, Split, content_hash
-from midstream.storage import read_json
 
 
 @dataclass(frozen=True)

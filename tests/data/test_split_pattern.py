@@ -7,8 +7,8 @@ import tiktoken
 from made_tokenizers import plain_ids, split, with_split
 from tokenizers import Regex
 
-from midstream.data.tokenising.split_pattern import GPT2_PATTERN, Agreement, read_pattern
-from midstream.data.tokenising.tokenise import fast_encoder
+from midstream.data.tiktoken_core import GPT2_PATTERN, Agreement, read_pattern
+from midstream.data.tokenise import fast_encoder
 
 
 def test_a_split_that_removes_gaps_drops_them_in_both() -> None:

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from midstream.data.formats import tars
-from midstream.data.formats.tars import TOO_LARGE, TWICE, UNSAFE, Member, samples_of, scan_tar
+from midstream.data.formats import records
+from midstream.data.formats.records import TOO_LARGE, TWICE, UNSAFE, Member, samples_of, scan_tar
 
 FORMATS = {"gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT, "ustar": tarfile.USTAR_FORMAT}
 LONG = "folder/" * 30 + "ünïcode-" * 20 + "0.jpg"
@@ -155,7 +155,7 @@ def test_folders_are_left_out(tmp_path: Path) -> None:
 def test_a_member_over_the_limit_is_flagged_unread_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tars, "LARGEST_BYTES", 100)
+    monkeypatch.setattr(records, "LARGEST_BYTES", 100)
     path = written(tmp_path, tar_bytes([("a.jpg", b"x" * 101), ("b.jpg", b"y" * 100)]))
     large, fitting = scan_tar(path)
     assert (large.problem, large.size, large.data) == (TOO_LARGE, 101, b"")
@@ -270,7 +270,7 @@ def test_a_bad_sample_is_told_once_and_its_neighbours_stay(
 def test_a_sample_over_the_limit_is_told_and_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tars, "LARGEST_BYTES", 100)
+    monkeypatch.setattr(records, "LARGEST_BYTES", 100)
     members = [("0.jpg", b"x" * 60), ("0.npz", b"x" * 60), ("1.jpg", b"y"), ("2.jpg", b"z" * 101)]
     found = keys(written(tmp_path, tar_bytes(members)))
     assert found == [("0", [], TOO_LARGE), ("1", ["jpg"], ""), ("2", [], TOO_LARGE)]

@@ -18,7 +18,7 @@ from made_tokenizers import LANGUAGE, LLAMA, MADE, SHARED, TEXTS, pair, plain_id
 from tokenizers import Tokenizer, normalizers
 
 from midstream.data.examples import END_OF_TEXT, SEPARATOR, TextCodec
-from midstream.data.tokenising.tokenise import COMPOSABLE, LONG_RUN, fast_encoder, open_tokenizer
+from midstream.data.tokenise import COMPOSABLE, LONG_RUN, fast_encoder, open_tokenizer
 
 # Characters of a folder's first text that the quick test looks at.
 NUM_HEAD = 20_000

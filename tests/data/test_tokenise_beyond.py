@@ -7,7 +7,7 @@ from made_tokenizers import LLAMA, byte_level, changed, plain_ids, split, traine
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from midstream.data.examples import END_OF_TEXT, TextCodec
-from midstream.data.tokenising.tokenise import fast_encoder
+from midstream.data.tokenise import fast_encoder
 
 
 def with_token(token: AddedToken) -> Tokenizer:

@@ -13,8 +13,8 @@ import pytest
 import zstandard
 from made_inputs import run
 
-from midstream.data.formats import twins
-from midstream.data.formats.twins import refuse_twins
+from midstream.data.formats import files as formats_files
+from midstream.data.formats.files import refuse_twins
 
 Put = Callable[[str, bytes], str]
 
@@ -98,13 +98,13 @@ def test_only_files_of_one_size_and_equal_ends_are_read_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[tuple[str, int]] = []
-    whole = twins.read_range
+    whole = formats_files.read_range
 
     def counted(path: str, offset: int, size: int) -> bytes:
         read.append((Path(path).name, size))
         return whole(path, offset, size)
 
-    monkeypatch.setattr(twins, "read_range", counted)
+    monkeypatch.setattr(formats_files, "read_range", counted)
     sizes = {}
     for number in range(20):
         path = tmp_path / f"{number:02d}.tar"

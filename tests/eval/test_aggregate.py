@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from midstream.eval.aggregate import SUITES, averages, stable_score
-from midstream.uncertainty import mean_by_split, split_means, standard_error
+from midstream.core.stats import mean_by_split, split_means, standard_error
+from midstream.eval.scoring import SUITES, averages, stable_score
 
 # Paper, Table 7, in per cent: AGIEval, ARC-easy, CC, CS algorithms, COPA, HellaSwag, MathQA,
 # PIQA, PubMedQA.

@@ -12,16 +12,11 @@ import pytest
 from PIL import Image
 
 from midstream.config import Evaluation
-from midstream.eval.aggregate import SUITES
+from midstream.eval.answers import KeptAnswers
 from midstream.eval.benchmark import evaluate
-from midstream.eval.find_task import (
-    VisualTask,
-    in_seeded_order,
-    other_images,
-    read_visual_task,
-)
-from midstream.eval.kept_answers import KeptAnswers
-from midstream.eval.task import VISUAL_FORMATS, VisualExample
+from midstream.eval.find_task import VisualTask, in_seeded_order, other_images, read_visual_task
+from midstream.eval.scoring import SUITES
+from midstream.eval.tasks import VISUAL_FORMATS, VisualExample
 
 NUM_PICTURES = 6
 

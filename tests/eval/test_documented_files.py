@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from midstream.eval.task import VISUAL_FORMATS
+from midstream.eval.tasks import VISUAL_FORMATS
 from midstream.eval.text import read_text_task
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"

@@ -13,13 +13,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from midstream import evaluate_model
 from midstream.config import Evaluation
-from midstream.eval import earlier
+from midstream.core.storage import read_json, write_json
+from midstream.eval import answers as eval_answers
+from midstream.eval.answers import KeptAnswers, earlier_tasks
 from midstream.eval.benchmark import evaluate
-from midstream.eval.earlier import earlier_tasks
-from midstream.eval.kept_answers import KeptAnswers
-from midstream.storage import read_json, write_json
+from midstream.work import evaluate_model
 
 TASKS = ("hue", "odd", "letters")
 ASKED: dict[str, Any] = {"visual_tasks": ("hue", "odd"), "text_tasks": ("letters",)}
@@ -277,6 +276,6 @@ def test_what_is_shown_again_says_from_when_it_is_wherever_it_is_taken(
 def test_answers_of_another_version_are_asked_again(
     first: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(earlier, "ANSWERS_VERSION", earlier.ANSWERS_VERSION + 1)
+    monkeypatch.setattr(eval_answers, "ANSWERS_VERSION", eval_answers.ANSWERS_VERSION + 1)
     _, heard = again(first[0] / "world", tmp_path / "out", first[0] / "out")
     assert heard == set(TASKS)

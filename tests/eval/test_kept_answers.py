@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from midstream.eval.kept_answers import EvaluationStopped, KeptAnswers
+from midstream.eval.answers import EvaluationStopped, KeptAnswers
 
 PROMPTS = [f"Question {index}?" for index in range(30)]
 # The pictures are names alone.

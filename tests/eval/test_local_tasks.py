@@ -10,15 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from midstream.benchmark_files import published_files
 from midstream.config import Evaluation
-from midstream.eval import harness_tasks
-from midstream.eval.aggregate import TEXT_CHANCE, suites
+from midstream.core.identity import published_files
+from midstream.eval import find_task
+from midstream.eval.answers import KeptAnswers
 from midstream.eval.benchmark import evaluate
-from midstream.eval.find_task import read_choice_task
-from midstream.eval.harness_tasks import harness_task, require_share
-from midstream.eval.kept_answers import KeptAnswers
-from midstream.eval.local_tasks import HARNESS_TASKS
+from midstream.eval.find_task import harness_task, read_choice_task, require_share
+from midstream.eval.scoring import TEXT_CHANCE, suites
+from midstream.eval.tasks import HARNESS_TASKS
 from midstream.eval.text import TextTask
 from text_tasks import run_text_tasks
 
@@ -336,12 +335,12 @@ def test_a_hub_that_does_not_answer_is_said_at_once(
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    harness_tasks._hub_problem.cache_clear()
+    find_task._hub_problem.cache_clear()
     try:
         with pytest.raises(FileNotFoundError) as error:
             harness_task("lambada_openai", tmp_path)
     finally:
-        harness_tasks._hub_problem.cache_clear()
+        find_task._hub_problem.cache_clear()
     assert "the hub does not answer (Connect" in str(error.value)
     assert "\n" not in str(error.value)
 

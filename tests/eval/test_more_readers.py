@@ -12,10 +12,10 @@ from PIL import Image
 from test_benchmark import Fake, ignore
 
 from midstream.config import Evaluation
+from midstream.eval.answers import KeptAnswers
 from midstream.eval.benchmark import evaluate
 from midstream.eval.find_task import read_visual_task
-from midstream.eval.kept_answers import KeptAnswers
-from midstream.eval.task import VISUAL_FORMATS, VisualExample
+from midstream.eval.tasks import VISUAL_FORMATS, VisualExample
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

@@ -10,7 +10,7 @@ from PIL import Image
 from midstream.eval.benchmark import score_visual
 from midstream.eval.find_task import VisualTask, read_visual_task
 from midstream.eval.scoring import qa_accuracy
-from midstream.eval.task import VISUAL_FORMATS, VisualExample
+from midstream.eval.tasks import VISUAL_FORMATS, VisualExample
 
 
 def write(folder: Path, *records: dict[str, Any], name: str = "questions.jsonl") -> None:

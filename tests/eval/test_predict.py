@@ -8,18 +8,16 @@ from PIL import Image
 import tiny
 from midstream.config import VLMConfig
 from midstream.data.examples import TextCodec, question_ids
-from midstream.data.features import Encode, encode_fixed
-from midstream.data.images import decode, to_pixels
+from midstream.data.images import Encode, decode, encode_fixed, to_pixels
 from midstream.data.prepare import open_codec
 from midstream.eval import predict
 from midstream.eval.predict import ModelAnswerer
-from midstream.eval.task import Answerer
+from midstream.eval.tasks import Answerer
 from midstream.model.generate import generate
-from midstream.model.initialise import initialise
 from midstream.model.vlm import VLM
-from midstream.model.weights import weights_digest
-from midstream.open_model import on_device, open_encoder
-from midstream.study.ledger import Ledger
+from midstream.model.weights import initialise, weights_digest
+from midstream.study.store import Ledger
+from midstream.work.open_model import on_device, open_encoder
 
 MAX_NEW_TOKENS = 6
 

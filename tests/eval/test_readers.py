@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from midstream.eval.readers import boxes, questions
+from midstream.eval.readers import choices, questions
 from midstream.eval.scoring import box_accuracy, gqa_accuracy, textvqa_accuracy, vqa_accuracy
-from midstream.eval.task import VISUAL_FORMATS, VisualExample
+from midstream.eval.tasks import VISUAL_FORMATS, VisualExample
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -76,13 +76,13 @@ def ref(split: str, ref_id: int, *sentences: str) -> dict[str, Any]:
 def refcoco(folder: Path) -> None:
     refs = [ref("train", 1, "not this"), ref("val", 2, "left dog", "dog"), ref("testA", 3, "nor")]
     # Protocol 0 is what Python 2 wrote.
-    (folder / boxes.REFCOCO_REFS).write_bytes(pickle.dumps(refs, protocol=0))
+    (folder / choices.REFCOCO_REFS).write_bytes(pickle.dumps(refs, protocol=0))
     name = "COCO_train2014_000000000005.jpg"
     instances = {
         "images": [{"id": 5, "file_name": name, "width": 640, "height": 480}],
         "annotations": [{"id": 11, "image_id": 5, "bbox": [64.0, 48.0, 100.5, 240.0]}],
     }
-    put(folder / boxes.REFCOCO_INSTANCES, instances)
+    put(folder / choices.REFCOCO_INSTANCES, instances)
     picture(folder / "train2014" / name)
 
 
@@ -93,7 +93,7 @@ def ocid_ref(folder: Path) -> None:
         "sentence": "the red mug",
         "take_id": 3,
     }
-    put(folder / boxes.OCID_EXPRESSIONS, {"9": record})
+    put(folder / choices.OCID_EXPRESSIONS, {"9": record})
     picture(folder / "OCID-dataset" / record["scene_path"], (640, 480))
 
 
@@ -270,7 +270,7 @@ def test_a_pickle_that_names_code_is_refused_and_not_run(protocol: int, tmp_path
     refcoco(tmp_path)
     trace = tmp_path / "attacked"
     attack = pickle.dumps([Attack(trace)], protocol=protocol)
-    (tmp_path / boxes.REFCOCO_REFS).write_bytes(attack)
+    (tmp_path / choices.REFCOCO_REFS).write_bytes(attack)
     with pytest.raises(ValueError, match=r"refs\(unc\)\.p is refused: it names .*system"):
         read("refcoco", tmp_path)
     assert not trace.exists()
@@ -280,7 +280,7 @@ def test_a_pickle_that_names_code_is_refused_and_not_run(protocol: int, tmp_path
 
 def test_a_truncated_pickle_is_refused(tmp_path: Path) -> None:
     refcoco(tmp_path)
-    path = tmp_path / boxes.REFCOCO_REFS
+    path = tmp_path / choices.REFCOCO_REFS
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match="is refused"):
         read("refcoco", tmp_path)
@@ -288,7 +288,7 @@ def test_a_truncated_pickle_is_refused(tmp_path: Path) -> None:
 
 def test_a_reference_to_an_absent_box_is_named(tmp_path: Path) -> None:
     refcoco(tmp_path)
-    path = tmp_path / boxes.REFCOCO_INSTANCES
+    path = tmp_path / choices.REFCOCO_INSTANCES
     change(path, lambda value: value["annotations"][0].update(id=12))
     with pytest.raises(ValueError, match=r"record 1: annotation 11 is not in .*instances\.json"):
         read("refcoco", tmp_path)
@@ -297,7 +297,7 @@ def test_a_reference_to_an_absent_box_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bbox", ["64, 120", "[1, 2, 3]", "[5, 5, 5, 9]", '["1", 2, 3, 4]', "null"])
 def test_a_box_that_is_none_is_refused(bbox: str, tmp_path: Path) -> None:
     ocid_ref(tmp_path)
-    change(tmp_path / boxes.OCID_EXPRESSIONS, lambda value: value["9"].update(bbox=bbox))
+    change(tmp_path / choices.OCID_EXPRESSIONS, lambda value: value["9"].update(bbox=bbox))
     with pytest.raises(ValueError, match="record '9': its bbox"):
         read("ocid_ref", tmp_path)
 
@@ -371,7 +371,7 @@ def test_real_boxes_score_one_against_their_own_text(tmp_path: Path) -> None:
             "bbox": box,
             "sentence": record["normal_caption"],
         }
-    put(tmp_path / boxes.OCID_EXPRESSIONS, expressions)
+    put(tmp_path / choices.OCID_EXPRESSIONS, expressions)
     examples = read("ocid_ref", tmp_path)
     assert len(examples) == len(records) > 100
     assert all(box_accuracy(str(e.gold), e.gold, threshold=0.99) == 1.0 for e in examples)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from midstream.eval.task import Answerer
+from midstream.eval.tasks import Answerer
 from midstream.eval.text import adapt, own_task, read_text_task
 from text_tasks import run_text_tasks
 

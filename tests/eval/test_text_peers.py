@@ -11,11 +11,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from midstream.config import Evaluation
 from midstream.data.examples import TextCodec
 from midstream.eval import text as text_module
-from midstream.eval.aggregate import averages
+from midstream.eval.answers import KeptAnswers
 from midstream.eval.benchmark import evaluate
-from midstream.eval.harness_tasks import harness_task
-from midstream.eval.kept_answers import KeptAnswers
+from midstream.eval.find_task import harness_task
 from midstream.eval.predict import ModelAnswerer
+from midstream.eval.scoring import averages
 from midstream.eval.text import TextTask, loaded_tasks
 from midstream.eval.transformers_answerer import TransformersAnswerer
 
@@ -196,7 +196,7 @@ def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "both.yaml").write_text(json.dumps(group))
     (folder / "bare.yaml").write_text(json.dumps({"group": "bare", "task": ["write"]}))
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    for module in ("text", "harness_tasks"):
+    for module in ("text", "find_task"):
         monkeypatch.setattr(f"midstream.eval.{module}.manager", lambda: manager)
     # All of it is here.
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

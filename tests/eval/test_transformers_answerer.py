@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import peer_checkpoints
 from midstream.data.images import decode
-from midstream.eval.replies import reply_tokens
+from midstream.eval.tasks import reply_tokens
 from midstream.eval.transformers_answerer import TransformersAnswerer
 
 PROMPTS = ["Is there a cat in the image?", "What colour is it? Answer with a single word.", "A"]

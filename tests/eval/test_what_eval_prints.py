@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from midstream import terminal
-from midstream.show_scores import list_tasks
-from midstream.terminal import reporting
+from midstream.launch import terminal
+from midstream.launch.terminal import reporting
+from midstream.work.show_scores import list_tasks
 
 
 def listed(data: Path) -> str:

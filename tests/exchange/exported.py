@@ -25,7 +25,7 @@ from midstream.config import (
     VLMConfig,
 )
 from midstream.data.examples import TextCodec
-from midstream.model.transformers_config import describe
+from midstream.model.pretrained import describe
 from midstream.model.vision import build_encoder
 from midstream.model.vlm import VLM
 

@@ -11,8 +11,8 @@ from midstream.config import PatchProjection, VLMConfig
 from midstream.data.examples import TextCodec, conversation_example, question_ids
 from midstream.eval import text
 from midstream.eval.predict import ModelAnswerer
-from midstream.exchange import export_model
-from midstream.exchange.export_model import refuse, write_folder
+from midstream.exchange import export
+from midstream.exchange.export import refuse, write_folder
 from midstream.model.generate import generate
 from midstream.model.vlm import VLM
 from text_tasks import run_text_tasks
@@ -223,7 +223,7 @@ def test_a_folder_that_computes_something_else_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vlm, _ = made(VLMConfig(decoder=OPENLM))
-    write = export_model.write_text
+    write = export.write_text
 
     def spoilt(*given: Any, **options: Any) -> Any:
         model = write(*given, **options)
@@ -231,6 +231,6 @@ def test_a_folder_that_computes_something_else_is_refused(
             model.model.norm.weight *= 1.01
         return model
 
-    monkeypatch.setattr(export_model, "write_text", spoilt)
+    monkeypatch.setattr(export, "write_text", spoilt)
     with pytest.raises(RuntimeError, match="gives logits that differ by"):
         write_folder(vlm, codec(), None, tmp_path)

@@ -24,7 +24,6 @@ from exported import (
 from PIL import Image
 from torch import Tensor
 
-from midstream.batch import IGNORE, Batch
 from midstream.config import (
     FusedEncoder,
     ImageTransform,
@@ -32,6 +31,8 @@ from midstream.config import (
     ProjectorConfig,
     VLMConfig,
 )
+from midstream.core.batch import IGNORE, Batch
+from midstream.core.tokens import TokenCount
 from midstream.data.examples import (
     Example,
     TextCodec,
@@ -42,14 +43,13 @@ from midstream.data.examples import (
 )
 from midstream.data.images import decode_pixels
 from midstream.eval.predict import ModelAnswerer
-from midstream.eval.task import Answerer
+from midstream.eval.tasks import Answerer
 from midstream.eval.transformers_answerer import TransformersAnswerer
-from midstream.exchange.export_model import write_folder
+from midstream.exchange.export import write_folder
 from midstream.model.generate import generate
 from midstream.model.vision import VisionEncoder
 from midstream.model.vlm import VLM
-from midstream.open_model import look_through
-from midstream.tokens import TokenCount
+from midstream.work.open_model import look_through
 
 FUSED = FusedEncoder(towers=(SIGLIP, DINOV2))
 PATCHES = PatchProjection(image_size=24, patch_size=12, hidden_size=16)

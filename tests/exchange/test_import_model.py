@@ -19,15 +19,14 @@ from torch import Tensor
 
 from checkpoints import FAMILIES, VOCAB_SIZE, build_model, build_tokenizer, save_checkpoint
 from midstream.config import DecoderConfig, EncoderConfig, TransformersDecoderConfig, VLMConfig
+from midstream.core.storage import read_json, verify, write_json
 from midstream.data.examples import AGENT_STOP, SEPARATOR, TextCodec
 from midstream.exchange.__main__ import main
 from midstream.exchange.import_model import import_model
-from midstream.exchange.import_source import ImportRequest
-from midstream.exchange.import_summary import summary
+from midstream.exchange.import_source import ImportRequest, summary
 from midstream.model.vision import build_encoder, load_encoder
 from midstream.model.vlm import VLM
 from midstream.model.weights import load_weights, weights_digest
-from midstream.storage import read_json, verify, write_json
 from midstream.study.imported import ImportRecord, as_imported, open_imported, read_import
 from midstream.train.checkpoint import load_moments, read_progress
 from vision_checkpoints import build_tower, save_tower, vision_part

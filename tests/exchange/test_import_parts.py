@@ -12,14 +12,13 @@ from test_export_vlm import OWN, STOCK, written
 
 from checkpoints import build_tokenizer
 from midstream.config import DecoderConfig, EncoderConfig, FusedEncoder, VLMConfig
-from midstream.exchange.export_model import write_folder
+from midstream.core.storage import read_json, write_json
+from midstream.exchange.export import write_folder
 from midstream.exchange.import_model import import_model
-from midstream.exchange.import_source import ImportRequest
-from midstream.exchange.import_summary import summary
+from midstream.exchange.import_source import ImportRequest, summary
 from midstream.model.vision import VisionEncoder, build_encoder, load_encoder
 from midstream.model.vlm import VLM
 from midstream.model.weights import load_weights
-from midstream.storage import read_json, write_json
 from midstream.study.imported import ImportRecord
 
 TEXT = {

@@ -16,11 +16,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 from checkpoints import VOCAB_SIZE, build_model, build_tokenizer, save_checkpoint
-from midstream.cli import app
+from midstream.cli.app import app
+from midstream.core.storage import write_json
 from midstream.exchange.import_model import import_model
-from midstream.exchange.import_source import ImportRequest
-from midstream.exchange.import_summary import summary
-from midstream.storage import write_json
+from midstream.exchange.import_source import ImportRequest, summary
 from midstream.study.imported import ImportRecord
 from vision_checkpoints import save_tower
 

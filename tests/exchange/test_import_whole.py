@@ -13,18 +13,17 @@ from test_import_parts import TOWER, bring, save_llava, some_pixels
 
 import tiny
 from midstream.config import VLMConfig
-from midstream.exchange.export_model import prompt_logits
-from midstream.exchange.import_summary import summary
-from midstream.load_imported import put_together
+from midstream.core.storage import read_json, write_json
+from midstream.exchange.export import prompt_logits
+from midstream.exchange.import_source import summary
 from midstream.model.vision import VisionEncoder
 from midstream.model.vlm import VLM
 from midstream.model.weights import load_weights
-from midstream.open_data import open_tokenizer
-from midstream.open_model import look_through
-from midstream.storage import read_json, write_json
 from midstream.study.imported import ImportRecord, load_model, tower_folders
-from midstream.study.ledger import Ledger
-from midstream.study.stage import Continue, InitFrom
+from midstream.study.stages import Continue, InitFrom
+from midstream.study.store import Ledger
+from midstream.work.evaluate_stage import put_together
+from midstream.work.open_model import look_through, open_tokenizer
 
 
 def opened(record: ImportRecord, folder: Path) -> tuple[VLM, VisionEncoder]:

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import tiny
-from midstream.exchange.export_model import export, serve
-from midstream.open_model import open_model
-from midstream.study.ledger import Ledger
-from midstream.study.stage import Evaluate
+from midstream.exchange.export import export, serve
+from midstream.study.stages import Evaluate
+from midstream.study.store import Ledger
+from midstream.work.open_model import open_model
 
 CPU = torch.device("cpu")
 MILESTONE = tiny.TEXT.name, "milestones", "40"

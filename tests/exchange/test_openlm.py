@@ -19,8 +19,7 @@ from midstream.config import DECODERS, DecoderConfig
 from midstream.exchange.openlm import OpenLMCheckpoint, read_openlm
 from midstream.exchange.openlm_settings import SIZES
 from midstream.model.decoder import Decoder
-from midstream.model.initialise import generator, initialise
-from midstream.model.weights import fill
+from midstream.model.weights import fill, generator, initialise
 
 CONFIG = DecoderConfig(hidden_size=32, num_layers=2, num_heads=4, vocab_size=30)
 PLAIN = CONFIG.model_copy(update={"qk_norm": False})

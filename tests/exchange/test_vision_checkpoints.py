@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from midstream.exchange.vision_checkpoints import is_encoder, read_encoder
-from midstream.storage import read_json, write_json
+from midstream.core.storage import read_json, write_json
+from midstream.exchange.towers import is_encoder, read_encoder
 from vision_checkpoints import BUILD, build_tower, save_tower, vision_part
 
 PATCHES = {"dinov2": 25, "dinov2 swiglu": 25, "dinov2 with registers": 25}

@@ -8,12 +8,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 
 from midstream.data.examples import AGENT_STOP, SEPARATOR, TextCodec
-from midstream.exchange.vocabulary import (
-    plan_vocabulary,
-    resize,
-    with_mean_rows,
-    with_zero_rows,
-)
+from midstream.exchange.import_model import plan_vocabulary, resize, with_mean_rows, with_zero_rows
 
 
 def words(number: int, *special: str) -> Tokenizer:

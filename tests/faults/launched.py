@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import tiny
-from midstream.study.ledger import Ledger
-from midstream.study.stage import Evaluate, Pretrain
+from midstream.study.stages import Evaluate, Pretrain
+from midstream.study.store import Ledger
 from midstream.study.studies import Figure, Line, Study
 
 
@@ -49,7 +49,7 @@ def recipe(folder: Path, stage: Pretrain = LONG) -> str:
 
 def launch(ledger: Ledger, *options: str, stage: Pretrain = LONG) -> "subprocess.Popen[str]":
     """Start the command; its ranks are silent for at most six seconds."""
-    command = [sys.executable, "-m", "midstream.cli", "run", recipe(ledger.store, stage)]
+    command = [sys.executable, "-m", "midstream.cli.app", "run", recipe(ledger.store, stage)]
     command += ["--store", str(ledger.store), "--workers", "1", "--device", "cpu"]
     command += ["--machine", "rank_timeout_seconds=6", *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -90,7 +90,7 @@ def ranks(launcher: int) -> dict[int, int]:
             continue
         named = dict(value.partition(b"=")[::2] for value in values)
         mine = named.get(b"MIDSTREAM_LAUNCHER") == str(launcher).encode()
-        if mine and b"RANK" in named and b"midstream.worker" in words:
+        if mine and b"RANK" in named and b"midstream.work.worker" in words:
             found[int(named[b"RANK"])] = int(process.name)
     return found
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from midstream.storage import require_writable
+from midstream.core.storage import require_writable
 
 NOBODY = 65534
 

@@ -11,14 +11,14 @@ import torch
 
 import tiny
 from midstream.config import AdamW, VLMConfig
-from midstream.model.initialise import initialise
+from midstream.core.storage import CorruptError
+from midstream.core.tokens import TokenCount
 from midstream.model.vlm import VLM
-from midstream.storage import CorruptError
-from midstream.study.ledger import Ledger, Stopped
-from midstream.tokens import TokenCount
+from midstream.model.weights import initialise
+from midstream.study.store import Ledger, Stopped
 from midstream.train import checkpoint
 from midstream.train.checkpoint import Progress
-from midstream.train.optim import make_optimizer, set_rate
+from midstream.train.step import make_optimizer, set_rate
 
 PROGRESS = Progress(7, 4_321, 10_000, 0.01, TokenCount(text=4_321, target=4_000))
 ORIGIN = {"stage": "one", "format": "4"}

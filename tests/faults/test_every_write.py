@@ -16,7 +16,7 @@ import pytest
 
 import tiny
 from lives import DEADLINE_SECONDS, Fault, born, has_steps, server, wait_for
-from midstream.study.ledger import Ledger
+from midstream.study.store import Ledger
 
 pytestmark = pytest.mark.slow
 

@@ -27,7 +27,7 @@ from faults.launched import (
     wait_for,
 )
 from midstream.study.label import label
-from midstream.study.ledger import Ledger
+from midstream.study.store import Ledger
 
 pytestmark = pytest.mark.slow
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from midstream.batch import PADDING
 from midstream.config import Attention, DecoderConfig
+from midstream.core.batch import PADDING
 from midstream.model import attention
 from midstream.model.attention import Mask, MaskKind, Runs, attend, make_mask
 from midstream.model.decoder import Decoder
-from midstream.model.initialise import initialise
+from midstream.model.weights import initialise
 
 KINDS: tuple[Attention, ...] = get_args(Attention)
 TINY = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=50)

@@ -10,7 +10,7 @@ from torch.nn.functional import silu
 from midstream.config import DecoderConfig
 from midstream.model.attention import Mask, make_mask
 from midstream.model.decoder import Cache, Decoder, FeedForward
-from midstream.model.initialise import generator, initialise
+from midstream.model.weights import generator, initialise
 
 TINY = DecoderConfig(hidden_size=32, num_layers=3, num_heads=2, vocab_size=50)
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from midstream.chat.session import Conversation
 from midstream.config import Attention, DecoderConfig, EncoderConfig, VLMConfig
-from midstream.model.conversation import Conversation
+from midstream.model.decoder import Sampling, choose
 from midstream.model.generate import choice_logprobs, generate, sequence_logprobs
-from midstream.model.initialise import generator, initialise
-from midstream.model.sampling import Sampling, choose
-from midstream.model.transformers_config import describe
+from midstream.model.pretrained import describe
 from midstream.model.vlm import VLM
+from midstream.model.weights import generator, initialise
 
 ENCODER = EncoderConfig(
     image_size=8, patch_size=4, hidden_size=24, num_layers=2, num_heads=2, intermediate_size=48

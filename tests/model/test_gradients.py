@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from midstream.batch import IGNORE, Batch
 from midstream.config import (
     AdamW,
     AnyEncoderConfig,
@@ -20,14 +19,14 @@ from midstream.config import (
     Training,
     VLMConfig,
 )
-from midstream.flops import frozen_saving
-from midstream.model.initialise import initialise
+from midstream.config.model import frozen_saving
+from midstream.core.batch import IGNORE, Batch
+from midstream.core.tokens import TokenCount
 from midstream.model.vision import build_encoder
 from midstream.model.vlm import VLM
-from midstream.tokens import TokenCount
-from midstream.train.optim import freeze, make_optimizer
+from midstream.model.weights import initialise
 from midstream.train.parallel import Place
-from midstream.train.step import train_step
+from midstream.train.step import freeze, make_optimizer, train_step
 
 CPU = torch.device("cpu")
 DECODER = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=48)

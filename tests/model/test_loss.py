@@ -3,8 +3,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from midstream.model import loss as module
-from midstream.model.loss import summed_loss
+from midstream.model import vlm as module
+from midstream.model.vlm import summed_loss
 
 
 def problem(

@@ -12,15 +12,15 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedModel, Qwen2Config
 
 import checkpoints
 from midstream.config import TransformersDecoderConfig
-from midstream.identity import digest
-from midstream.model.initialise import initialise
-from midstream.model.pretrained import TransformersDecoder
-from midstream.model.transformers_config import (
+from midstream.core.identity import digest
+from midstream.model.pretrained import (
     FAMILIES,
+    TransformersDecoder,
     describe,
     transformers_config,
     with_vocabulary,
 )
+from midstream.model.weights import initialise
 
 every_family = pytest.mark.parametrize("family", checkpoints.FAMILIES)
 # Against transformers' own kernels on the same mask nothing may differ; between two masks or two

@@ -3,8 +3,8 @@ import torch
 from torch.nn.functional import gelu, linear
 
 from midstream.config import ProjectorConfig
-from midstream.model.initialise import initialise
-from midstream.model.projector import Projector
+from midstream.model.vlm import Projector
+from midstream.model.weights import initialise
 
 CASES = {
     "linear": (ProjectorConfig(num_layers=1), (6, 10)),

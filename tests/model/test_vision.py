@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from midstream.config import EncoderConfig, FusedEncoder, PatchProjection
-from midstream.exchange.vision_checkpoints import read_encoder
-from midstream.model.initialise import initialise
+from midstream.exchange.towers import read_encoder
 from midstream.model.vision import (
     FusedTowers,
     Tower,
@@ -18,7 +17,7 @@ from midstream.model.vision import (
     load_encoder,
     load_towers,
 )
-from midstream.model.weights import save_weights, weights_digest
+from midstream.model.weights import initialise, save_weights, weights_digest
 from vision_checkpoints import BUILD, build_tower, hidden_states, save_tower, vision_part
 
 CONFIG = EncoderConfig(

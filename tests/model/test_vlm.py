@@ -5,13 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from midstream.batch import IGNORE, Batch
 from midstream.config import DecoderConfig, EncoderConfig, ProjectorConfig, VLMConfig
-from midstream.model.initialise import initialise
-from midstream.model.loss import summed_loss
+from midstream.core.batch import IGNORE, Batch
+from midstream.core.tokens import TokenCount
 from midstream.model.vision import build_encoder
-from midstream.model.vlm import VLM, scatter_image_features
-from midstream.tokens import TokenCount
+from midstream.model.vlm import VLM, scatter_image_features, summed_loss
+from midstream.model.weights import initialise
 
 ENCODER = EncoderConfig(
     image_size=8, patch_size=4, hidden_size=24, num_layers=2, num_heads=2, intermediate_size=48
@@ -128,7 +127,7 @@ def test_a_text_batch_is_computed_as_the_language_model_alone_does() -> None:
 
 @pytest.mark.parametrize(("num_layers", "count"), [(2, 14_752_256), (3, 18_948_608)])
 def test_projector_has_the_size_of_the_published_one(num_layers: int, count: int) -> None:
-    from midstream.model.projector import Projector
+    from midstream.model.vlm import Projector
 
     with torch.device("meta"):
         config = ProjectorConfig.model_validate({"num_layers": num_layers})

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from midstream.config import DecoderConfig, VLMConfig
 from midstream.model.decoder import Decoder
-from midstream.model.initialise import initialise
 from midstream.model.vlm import VLM
 from midstream.model.weights import (
     check,
     fill,
+    initialise,
     load_weights,
     read_pickle,
     read_tensors,

@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from midstream.identity import Placement, WorldFingerprint, canonical, digest
-from midstream.study.graph import order
-from midstream.study.stage import Prepare, StageBase
+from midstream.core.identity import Placement, WorldFingerprint, canonical, digest
+from midstream.cost.graph import order
+from midstream.study.stages import Prepare, StageBase
 from midstream.study.studies import AnyStudy
 
 # More different values than these are told by their number, ends and digest.

@@ -4,12 +4,7 @@ from collections import Counter
 
 import pytest
 
-from midstream.recipes.authors_runs import (
-    AUTHORS_LATER_RUNS,
-    AUTHORS_RUNS,
-    STARTS,
-    AuthorsRun,
-)
+from midstream.recipes.paper.suites import AUTHORS_LATER_RUNS, AUTHORS_RUNS, STARTS, AuthorsRun
 
 
 def mixture(run: AuthorsRun) -> tuple[float, float, float]:

@@ -11,25 +11,19 @@ from pyarrow.parquet import read_table
 import tiny
 from checkpoints import save_checkpoint
 from midstream.config import ContinuedCosine, FusedEncoder, PatchProjection
-from midstream.exchange.export_model import export
+from midstream.cost.graph import order_of, plan
+from midstream.exchange.export import export
 from midstream.exchange.import_model import import_model
 from midstream.exchange.import_source import ImportRequest
+from midstream.launch.checks import problems
 from midstream.model.weights import read_tensors
-from midstream.open_model import open_model
 from midstream.recipes.own_model import fine_tuning, image_shares
-from midstream.study.checks import problems
-from midstream.study.graph import order_of, plan
 from midstream.study.imported import read_import
 from midstream.study.label import label
-from midstream.study.ledger import Ledger
-from midstream.study.stage import (
-    Continue,
-    ContinueFrom,
-    Finetune,
-    LoadDecoder,
-    Stage,
-)
+from midstream.study.stages import Continue, ContinueFrom, Finetune, LoadDecoder, Stage
+from midstream.study.store import Ledger
 from midstream.study.studies import Study
+from midstream.work.open_model import open_model
 from vision_checkpoints import save_tower
 
 RATE = 2e-3

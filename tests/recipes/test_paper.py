@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from midstream.catalogue import catalogue, find_study
+from midstream.cli.catalogue import catalogue, find_study
 from midstream.config import ContinuedCosine, Mixture, WarmupCosine
+from midstream.config.training import rate_at
+from midstream.cost.graph import missing_inputs, order, plan
 from midstream.recipes import paper
 from midstream.recipes.scales import SIZES, find_scale
-from midstream.schedule import rate_at
-from midstream.study.graph import missing_inputs, order, plan
-from midstream.study.ledger import Ledger
-from midstream.study.stage import Continue, ContinueFrom, Evaluate, Finetune, LoadDecoder, Pretrain
+from midstream.study.stages import Continue, ContinueFrom, Evaluate, Finetune, LoadDecoder, Pretrain
+from midstream.study.store import Ledger
 from midstream.study.studies import AnyStudy, Study, Suite
 
 SCALED = sorted(name for name in catalogue() if name.startswith("paper.") and "slice" not in name)

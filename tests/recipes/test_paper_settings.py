@@ -5,19 +5,18 @@ from typing import Any
 
 import pytest
 
-from midstream.catalogue import find_study
+from midstream.cli.catalogue import find_study
 from midstream.config import Mixture, PublicFolder, TokenizerFile
-from midstream.config.benchmark_sizes import TEXT_SIZES, VISUAL_SIZES
+from midstream.cost.cost import TEXT_SIZES, VISUAL_SIZES, cost, images_seen
+from midstream.cost.graph import order
 from midstream.recipes import paper
-from midstream.recipes.authors_runs import AUTHORS_LATER_RUNS, LISTS
-from midstream.recipes.paper.printed import TABLE_7, TABLE_8
+from midstream.recipes.lines import IMAGE_TEXT, TEXT_RUN
+from midstream.recipes.paper.suites import AUTHORS_LATER_RUNS, LISTS
+from midstream.recipes.paper.table_studies import TABLE_7, TABLE_8
 from midstream.recipes.paper_scale import DINOV2, SIGLIP
-from midstream.recipes.paper_sources import IMAGE_TEXT, TEXT_RUN
-from midstream.recipes.published_recipes import table_of_recipes
+from midstream.recipes.published import table_of_recipes
 from midstream.recipes.scales import find_scale
-from midstream.study.cost import cost, images_seen
-from midstream.study.graph import order
-from midstream.study.stage import Continue, Evaluate, Finetune, LoadEncoder, Pretrain
+from midstream.study.stages import Continue, Evaluate, Finetune, LoadEncoder, Pretrain
 from midstream.study.studies import Study
 
 

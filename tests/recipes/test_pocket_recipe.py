@@ -3,10 +3,10 @@
 import pytest
 
 from midstream.config import ContinuedCosine, WarmupCosine
-from midstream.recipes.line import image_text_schedule
+from midstream.cost.graph import order
+from midstream.recipes.lines import image_text_schedule
 from midstream.recipes.pocket import MILESTONES, when_images_arrive
-from midstream.study.graph import order
-from midstream.study.stage import Pretrain
+from midstream.study.stages import Pretrain
 
 
 def test_all_lines_share_one_text_run_whatever_completions_are_asked_for() -> None:

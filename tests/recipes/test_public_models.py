@@ -6,19 +6,19 @@ import pytest
 
 import tiny
 from checkpoints import save_checkpoint
-from midstream.catalogue import find_study
+from midstream.cli.catalogue import find_study
 from midstream.config import WarmupCosine
+from midstream.cost.graph import missing_inputs, order, plan
 from midstream.exchange.import_model import import_model
 from midstream.exchange.import_source import ImportRequest
+from midstream.launch.terminal import require_inputs
 from midstream.recipes import paper
+from midstream.recipes.lines import PUBLIC_MODELS, SHARES
 from midstream.recipes.scales import find_scale
 from midstream.report.curves import curves
-from midstream.study.graph import missing_inputs, order, plan
-from midstream.study.lacking import what_can_run
-from midstream.study.ledger import Ledger
-from midstream.study.outcome import require_inputs
-from midstream.study.revisions import PUBLIC_MODELS, SHARES
-from midstream.study.stage import Continue, LoadDecoder
+from midstream.study.imported import what_can_run
+from midstream.study.stages import Continue, LoadDecoder
+from midstream.study.store import Ledger
 
 
 @pytest.mark.parametrize("name", PUBLIC_MODELS)

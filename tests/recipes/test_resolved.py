@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from resolved import resolved
 
-from midstream.catalogue import catalogue, find_study
+from midstream.cli.catalogue import catalogue, find_study
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "recipes"
 PINNED = sorted(

@@ -7,13 +7,13 @@ import pytest
 
 import tiny
 from checkpoints import save_checkpoint
-from midstream.catalogue import find_study
+from midstream.cli.catalogue import find_study
 from midstream.config import ContinuedCosine, WarmupCosine
+from midstream.cost.graph import order, plan
 from midstream.exchange.import_model import import_model
 from midstream.exchange.import_source import ImportRequest
-from midstream.study.graph import order, plan
-from midstream.study.ledger import Ledger
-from midstream.study.stage import Continue, ContinueFrom, Pretrain, TrainEncoder
+from midstream.study.stages import Continue, ContinueFrom, Pretrain, TrainEncoder
+from midstream.study.store import Ledger
 from midstream.study.studies import Study
 from vision_checkpoints import save_tower
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from midstream.study.ledger import Ledger
+from midstream.study.store import Ledger
 
 DRAWING = ("panel_figure", "grid_figure", "rates_figure", "curve_figure")
 EMPTY = {"svg": b"<svg/>", "png": b"\x89PNG", "pdf": b"%PDF"}
@@ -20,7 +20,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in DRAWING:
         monkeypatch.setattr(f"midstream.report.page.{name}", nothing)
-    for module in ("page", "suite"):
+    for module in ("page",):
         monkeypatch.setattr(f"midstream.report.{module}.small_figure", lambda *args: EMPTY["svg"])
 
 

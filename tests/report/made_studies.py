@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 
 import tiny
 from midstream.config import Evaluation
-from midstream.storage import write_json
-from midstream.study.ledger import SUCCESS, Ledger
-from midstream.study.stage import Evaluate, Stage
+from midstream.core.storage import write_json
+from midstream.study.stages import Evaluate, Stage
+from midstream.study.store import SUCCESS, Ledger
 from midstream.study.studies import Figure, Line, Study
 
 Scores = Mapping[Any, Sequence[float]]

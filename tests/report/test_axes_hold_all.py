@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from midstream.report import curves, figures, losses
+from midstream.report import curves, figures
 from midstream.report.figures import Panel, stable_panel, task_panel
-from midstream.report.spread import Spread
-from midstream.report.table import Group
+from midstream.report.results import Group, Spread
 
 STUDY = made_studies.study({("a",): (0.1,)}, axes=("x",))
 TASK = {"name": "gqa", "kind": "vision", "chance": 0.25}
@@ -113,7 +112,7 @@ def test_losses_and_rates_lie_inside_their_axes(steps: list[tuple[float, float]]
         {"tokens_seen": 100 * k, "loss": loss, "rate": rate}
         for k, (loss, rate) in enumerate(steps, start=1)
     ]
-    for axes in figure_of(lambda: losses.curve_figure(lines), losses).axes:
+    for axes in figure_of(lambda: curves.curve_figure(lines), curves).axes:
         require_inside(axes)
 
 

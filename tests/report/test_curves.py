@@ -7,13 +7,13 @@ import pytest
 
 import tiny
 from midstream.config import Constant, WarmupCosine
+from midstream.config.training import rate_at
 from midstream.recipes import paper
 from midstream.report import curves as module
 from midstream.report.curves import NUM_POINTS, curves, rates_figure, stretch, write_curves
-from midstream.schedule import rate_at
 from midstream.study.label import label
-from midstream.study.ledger import Ledger
-from midstream.study.stage import Continue, ContinueFrom, Evaluate, InitFrom
+from midstream.study.stages import Continue, ContinueFrom, Evaluate, InitFrom
+from midstream.study.store import Ledger
 from midstream.study.studies import Figure, Line, Study
 
 

@@ -12,18 +12,21 @@ import made_studies as made
 import pytest
 from typer.testing import CliRunner
 
-from midstream.cli import app
-from midstream.report.drawing import scale_of
-from midstream.report.exports import exports, write_exports
-from midstream.report.figures import score_figure, x_label
-from midstream.report.gather import gather
-from midstream.report.latex import Grid, escape_latex, to_latex, to_markdown
-from midstream.report.markdown import summary_text
-from midstream.report.page import write_facts
-from midstream.report.printed import table_view, view_grid, view_records
-from midstream.report.suite import write_index
-from midstream.report.table import line_rows
-from midstream.study.ledger import Ledger
+from midstream.cli.app import app
+from midstream.report.figures import scale_of, score_figure, x_label
+from midstream.report.gather import exports, gather, write_exports
+from midstream.report.page import summary_text, write_facts, write_index
+from midstream.report.results import line_rows
+from midstream.report.table import (
+    Grid,
+    escape_latex,
+    table_view,
+    to_latex,
+    to_markdown,
+    view_grid,
+    view_records,
+)
+from midstream.study.store import Ledger
 from midstream.study.studies import Claim, Printed, Published, Study, Suite, Table
 
 SCORES = {

@@ -6,9 +6,9 @@ from typing import Any
 import made_studies as made
 import pytest
 
-from midstream.report.finding import Finding
+from midstream.report.findings import Finding
 from midstream.report.gather import gather
-from midstream.study.ledger import Ledger
+from midstream.study.store import Ledger
 from midstream.study.studies import Claim
 
 BETTER = Claim(

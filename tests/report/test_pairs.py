@@ -11,12 +11,12 @@ import pytest
 
 import tiny
 from midstream.config import Evaluation
+from midstream.core.storage import read_json, write_json
 from midstream.report.page import write_report
 from midstream.report.pairs import paired_rows
-from midstream.report.table import summary
-from midstream.storage import read_json, write_json
-from midstream.study.ledger import SUCCESS, Ledger
-from midstream.study.stage import Evaluate
+from midstream.report.results import summary
+from midstream.study.stages import Evaluate
+from midstream.study.store import SUCCESS, Ledger
 from midstream.study.studies import Figure, Line, Study
 
 ASKED = Evaluation(visual_tasks=("gqa", "pope"))

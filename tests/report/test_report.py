@@ -18,18 +18,25 @@ from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
 from midstream import config
-from midstream.cli import app
+from midstream.cli.app import app
+from midstream.core.storage import read_json, write_json
+from midstream.cost.graph import order
+from midstream.report.curves import MAX_POINTS, curve_figure
 from midstream.report.figures import score_figure
-from midstream.report.losses import MAX_POINTS, curve_figure
 from midstream.report.page import MAX_CURVES, write_report
-from midstream.report.parts import Part as Used
-from midstream.report.parts import spent
-from midstream.report.spread import Spread, difference, paired_difference, t_quantile
-from midstream.report.table import best_group, line_rows, summary, write_csv
-from midstream.storage import read_json, write_json
-from midstream.study.graph import order
-from midstream.study.ledger import Ledger
-from midstream.study.stage import (
+from midstream.report.results import Part as Used
+from midstream.report.results import (
+    Spread,
+    best_group,
+    difference,
+    line_rows,
+    paired_difference,
+    spent,
+    summary,
+    t_quantile,
+    write_csv,
+)
+from midstream.study.stages import (
     Continue,
     ContinueFrom,
     DataStage,
@@ -42,6 +49,7 @@ from midstream.study.stage import (
     Stage,
     TrainEncoder,
 )
+from midstream.study.store import Ledger
 from midstream.study.studies import Figure, Line, Study
 from read_only import only_read
 
@@ -651,7 +659,9 @@ def test_a_store_that_takes_no_report_is_refused_with_the_way_out(
     study: Study, store: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.save_study(study)
-    monkeypatch.setattr("midstream.storage.os.access", lambda _, mode, **more: not mode & os.W_OK)
+    monkeypatch.setattr(
+        "midstream.core.storage.os.access", lambda _, mode, **more: not mode & os.W_OK
+    )
     result = CliRunner().invoke(app, ["report", "when", "--store", str(store.store)])
     assert result.exit_code == 2
     assert f"{store.store} belongs to" in result.stderr

@@ -3,10 +3,10 @@
 import pytest
 
 from midstream.config import Rows, WarmupCosine
+from midstream.cost.graph import order
 from midstream.recipes.paper import figure_8
 from midstream.study.axes import Axis, grid, with_field
-from midstream.study.graph import order
-from midstream.study.stage import Continue, Evaluate, Finetune, InitFrom, Prepare
+from midstream.study.stages import Continue, Evaluate, Finetune, InitFrom, Prepare
 from midstream.study.studies import Figure, Study
 
 

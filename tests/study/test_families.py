@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from midstream.exchange.position import settle
+from midstream.exchange.import_source import settle
 from midstream.study.families import RUNS, holds_final_weights, known_checkpoint
 from midstream.study.imported import Position
 

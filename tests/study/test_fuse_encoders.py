@@ -8,19 +8,15 @@ from pydantic import ValidationError
 
 import tiny
 from midstream.config import EncoderConfig, FusedEncoder, Machine
-from midstream.data.features import load_pixels
-from midstream.exchange.export_model import export
+from midstream.core.storage import CorruptError
+from midstream.cost.cost import cost, encoder_parameters
+from midstream.cost.graph import order, plan
+from midstream.cost.pictures import feature_folder, feature_plan
+from midstream.data.images import load_pixels
+from midstream.exchange.export import export
 from midstream.model.weights import read_tensors
-from midstream.open_data import open_sources
-from midstream.open_model import open_encoder, open_model
-from midstream.report.parts import Part, parts_of
-from midstream.report.table import line_rows
-from midstream.storage import CorruptError
-from midstream.study.cost import cost, encoder_parameters
-from midstream.study.graph import order, plan
-from midstream.study.ledger import Ledger
-from midstream.study.pictures import feature_folder, feature_plan
-from midstream.study.stage import (
+from midstream.report.results import Part, line_rows, parts_of
+from midstream.study.stages import (
     DataStage,
     Evaluate,
     Finetune,
@@ -28,7 +24,9 @@ from midstream.study.stage import (
     TrainEncoder,
     stage_from_json,
 )
+from midstream.study.store import Ledger
 from midstream.study.studies import Figure, Line, Study
+from midstream.work.open_model import open_encoder, open_model, open_sources
 
 DINOV2 = EncoderConfig(
     family="dinov2",

@@ -16,8 +16,7 @@ from midstream.config import (
     ProjectorConfig,
     VLMConfig,
 )
-from midstream.storage import CorruptError, new_folder, read_json, write_bytes, write_json
-from midstream.study.chain import came_from
+from midstream.core.storage import CorruptError, new_folder, read_json, write_bytes, write_json
 from midstream.study.imported import (
     RECORD,
     ImportRecord,
@@ -29,8 +28,15 @@ from midstream.study.imported import (
     tower_folders,
 )
 from midstream.study.label import label
-from midstream.study.ledger import Ledger
-from midstream.study.stage import Continue, Finetune, InitFrom, LoadModel, stage_from_json
+from midstream.study.stages import (
+    Continue,
+    Finetune,
+    InitFrom,
+    LoadModel,
+    came_from,
+    stage_from_json,
+)
+from midstream.study.store import Ledger
 
 WRITTEN = ImportRecord(
     kind="decoder",

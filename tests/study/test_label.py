@@ -2,12 +2,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from midstream.catalogue import find_study
+from midstream.cli.catalogue import find_study
 from midstream.config import Budget, Epochs, Training
-from midstream.quantities import counted
-from midstream.study.graph import order
+from midstream.core.tokens import counted
+from midstream.cost.graph import order
 from midstream.study.label import MARK, joined, label, labels, shortest, wrapped
-from midstream.study.stage import (
+from midstream.study.stages import (
     Continue,
     Evaluate,
     Finetune,

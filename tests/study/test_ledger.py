@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from midstream import storage
-from midstream.storage import read_json
-from midstream.study import ledger as ledger_module
-from midstream.study.graph import order
-from midstream.study.ledger import Ledger, Stopped, is_held, launch_lock
-from midstream.study.stage import PrepareWorld, Stage, stage_from_json
+from midstream.core import storage
+from midstream.core.storage import read_json
+from midstream.cost.graph import order
+from midstream.study import store as ledger_module
+from midstream.study.stages import PrepareWorld, Stage, stage_from_json
+from midstream.study.store import Ledger, Stopped, is_held, launch_lock
 from midstream.study.studies import Study
 
 MakeStudy = Callable[..., Study]
@@ -22,8 +22,8 @@ MakeStudy = Callable[..., Study]
 HOLD = """
 import sys
 from pathlib import Path
-from midstream.study.ledger import Ledger
-from midstream.study.stage import stage_from_json
+from midstream.study.store import Ledger
+from midstream.study.stages import stage_from_json
 stage = stage_from_json(sys.stdin.readline())
 with Ledger(Path(sys.argv[1])).open_stage(stage) as work:
     print("open", flush=True)

@@ -5,8 +5,8 @@ import pytest
 from pydantic import ValidationError
 
 from midstream.config import WarmupCosine
-from midstream.study.graph import order
-from midstream.study.stage import (
+from midstream.cost.graph import order
+from midstream.study.stages import (
     Continue,
     ContinueFrom,
     Evaluate,

@@ -4,16 +4,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from midstream import storage
 from midstream.config import AdamW, VLMConfig
-from midstream.model.initialise import initialise
+from midstream.core import storage
+from midstream.core.storage import CorruptError, remove_leftovers
+from midstream.core.tokens import TokenCount
 from midstream.model.vlm import VLM
-from midstream.storage import CorruptError, remove_leftovers
-from midstream.study.ledger import Ledger
-from midstream.tokens import TokenCount
+from midstream.model.weights import initialise
+from midstream.study.store import Ledger
 from midstream.train import checkpoint
 from midstream.train.checkpoint import Progress
-from midstream.train.optim import make_optimizer, set_rate
+from midstream.train.step import make_optimizer, set_rate
 from tiny import DECODER, ENCODER, ROWS, TEXT
 
 FILES = ("model.safetensors", "optimizer.safetensors", "progress.json", "manifest.json")

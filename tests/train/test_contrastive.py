@@ -7,16 +7,15 @@ import torch
 
 import tiny
 from midstream.config import ContrastiveTraining
+from midstream.config.training import rate_at
 from midstream.data.prepare import open_codec
 from midstream.data.sources import Source
-from midstream.model.contrastive_pair import build_siglip
 from midstream.model.vision import build_encoder, load_encoder
 from midstream.model.weights import load_weights, weights_digest
-from midstream.open_data import open_sources
-from midstream.schedule import rate_at
-from midstream.study.ledger import Ledger
+from midstream.study.store import Ledger
 from midstream.train import contrastive
-from midstream.train.contrastive import HELD_APART, PixelCache, train_encoder
+from midstream.train.contrastive import HELD_APART, PixelCache, build_siglip, train_encoder
+from midstream.work.open_model import open_sources
 
 CPU = torch.device("cpu")
 

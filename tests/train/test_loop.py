@@ -9,19 +9,19 @@ from safetensors.torch import load_file
 
 import tiny
 from midstream.config import ContinuedCosine, Machine
-from midstream.data.features import LiveImages
-from midstream.data.packing import RowPlan
+from midstream.config.training import rate_at
+from midstream.core.tokens import TokenCount
+from midstream.data.images import LiveImages
 from midstream.data.rows import build_row, plan_rows
 from midstream.data.sources import Source
-from midstream.model.initialise import initialise
 from midstream.model.vlm import VLM
-from midstream.open_data import open_sources
-from midstream.schedule import rate_at
-from midstream.study.ledger import Ledger, Stopped
-from midstream.study.stage import Continue, ContinueFrom, Pretrain
-from midstream.tokens import TokenCount
+from midstream.model.weights import initialise
+from midstream.order.plan import RowPlan
+from midstream.study.stages import Continue, ContinueFrom, Pretrain
+from midstream.study.store import Ledger, Stopped
 from midstream.train import checkpoint
 from midstream.train.step import NonFiniteError
+from midstream.work.open_model import open_sources
 from tiny import SEEN, TEXT
 
 
@@ -185,7 +185,7 @@ def test_a_nan_weight_at_the_start_stops_before_the_first_step(
         initialise(model, seed)
         model.decoder.output.weight.data[3, 7] = float("nan")
 
-    monkeypatch.setattr("midstream.run_stage.initialise", broken)
+    monkeypatch.setattr("midstream.work.run_stage.initialise", broken)
     with pytest.raises(NonFiniteError, match="step 0, rows 0 to 3"):
         tiny.runner(mine).run(stage)
     assert mine.metrics(stage) == []
@@ -277,7 +277,7 @@ def test_a_stage_killed_while_it_clears_up_ends_in_the_same_bits(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("midstream.run_stage.remove_folder", killed)
+        patch.setattr("midstream.work.run_stage.remove_folder", killed)
         with pytest.raises(KeyboardInterrupt):
             tiny.runner(mine).run(TEXT)
     assert mine.state(TEXT) == "stopped"

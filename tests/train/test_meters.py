@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import tiny
-from midstream.study.ledger import Ledger
-from midstream.tokens import TokenCount
-from midstream.train.meters import PARTS, Clock, report, training_flops
+from midstream.core.tokens import TokenCount
+from midstream.study.store import Ledger
+from midstream.train.step import PARTS, Clock, report, training_flops
 
 
 def test_the_flops_of_a_text_token_are_six_a_weight_and_attention() -> None:

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from midstream.config import AdamW, VLMConfig
-from midstream.model.initialise import initialise
 from midstream.model.vlm import VLM
-from midstream.train.optim import make_optimizer, set_rate
+from midstream.model.weights import initialise
+from midstream.train.step import make_optimizer, set_rate
 from tiny import DECODER
 
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 import tiny
 from midstream.config import Machine
 from midstream.model.weights import read_tensors
-from midstream.study.ledger import Ledger
-from midstream.study.stage import Continue, ContinueFrom, FromScratch
+from midstream.study.stages import Continue, ContinueFrom, FromScratch
+from midstream.study.store import Ledger
 from midstream.train import checkpoint
 from ranked import run_ranks
 

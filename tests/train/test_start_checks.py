@@ -9,15 +9,14 @@ import torch
 
 import tiny
 from midstream.config import AdamW, VLMConfig
-from midstream.model.initialise import initialise
+from midstream.core.tokens import TokenCount
 from midstream.model.vlm import VLM
-from midstream.study.ledger import Ledger
-from midstream.tokens import TokenCount
+from midstream.model.weights import initialise
+from midstream.study.store import Ledger
 from midstream.train.checkpoint import Progress
-from midstream.train.optim import make_optimizer
+from midstream.train.guards import StartChecks, parameter_table
 from midstream.train.parallel import ALONE, Place
-from midstream.train.start_checks import StartChecks, parameter_table
-from midstream.train.step import StepResult
+from midstream.train.step import StepResult, make_optimizer
 from ranked import run_ranks
 
 STEP = StepResult(loss=1.0, grad_norm=1.0, num_targets=3)

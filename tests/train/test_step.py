@@ -5,14 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from midstream.batch import IGNORE, PADDING, Batch, Row, stack_rows
 from midstream.config import AdamW, VLMConfig
-from midstream.model.initialise import initialise
+from midstream.core.batch import IGNORE, PADDING, Batch, Row, stack_rows
+from midstream.core.tokens import TokenCount
 from midstream.model.vlm import VLM
-from midstream.tokens import TokenCount
-from midstream.train.optim import make_optimizer
+from midstream.model.weights import initialise
 from midstream.train.parallel import Place
-from midstream.train.step import NonFiniteError, StepResult, train_step
+from midstream.train.step import NonFiniteError, StepResult, make_optimizer, train_step
 from tiny import DECODER, ENCODER
 
 LENGTH = 48

@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 
 from midstream.config import Machine
-from midstream.study.placement import require_trackers
-from midstream.train import tracking as tracking_module
-from midstream.train.metrics import MetricsLog
-from midstream.train.trackers import TensorBoard, tracking_of
-from midstream.train.tracking import TrackedRow, Tracking
+from midstream.launch.local import require_trackers
+from midstream.train import metrics as tracking_module
+from midstream.train.metrics import MetricsLog, TensorBoard, TrackedRow, Tracking, tracking_of
 
 pytest.importorskip("tensorboard", reason="the extra 'tensorboard' is not installed")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -213,7 +211,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_its_command(
 ) -> None:
     machine = Machine.model_validate({"tracking": ["tensorboard", "wandb"]})
     there = lambda name: None if name == "wandb" else object()  # noqa: E731
-    monkeypatch.setattr("midstream.study.placement.find_spec", there)
+    monkeypatch.setattr("midstream.launch.local.find_spec", there)
     with pytest.raises(ValueError, match=r"asks for wandb.*pip install 'midstream\[wandb\]'"):
         require_trackers(machine)
     require_trackers(Machine.model_validate({"tracking": ["tensorboard"]}))

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from midstream.train import watch as module
+from midstream.train import guards as module
+from midstream.train.guards import Watch
 from midstream.train.parallel import ALONE, Place
-from midstream.train.watch import Watch
 
 TIMEOUT = 1.0
 MEETING = threading.Barrier(2)

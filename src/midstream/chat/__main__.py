@@ -10,13 +10,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 from rich.console import Console
 
-from midstream.chat.describe import caution, describe
-from midstream.chat.session import ChatSession, ChatSettings
+from midstream.chat.session import ChatSession, ChatSettings, caution, describe
 from midstream.chat.terminal_chat import answer_lines, converse, say
 from midstream.chat.web_page import Page, require_gradio, serve
 from midstream.config import Config, Machine
-from midstream.open_model import OpenedModel, open_model
 from midstream.train.parallel import set_up
+from midstream.work.open_model import OpenedModel, open_model
 
 REFUSED_EXIT_CODE, INTERRUPTED_EXIT_CODE = 1, 130
 

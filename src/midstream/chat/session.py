@@ -1,20 +1,162 @@
-"""One conversation with an opened model: pictures, questions, streamed answers."""
+"""A conversation with an opened model, and what is said of that model.
 
-from collections.abc import Iterator
+Token ids of an answer -> whole characters as they come, harmless to whoever shows them. One
+conversation, token by token, with a cache over its turns. One conversation with an opened model:
+pictures, questions, streamed answers. What a chat says of its model: name, training, scores.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from midstream.chat.text_pieces import TextPieces
 from midstream.config import DecoderConfig
-from midstream.data.examples import question_ids
+from midstream.core.storage import read_json
+from midstream.data.examples import TextCodec, question_ids
 from midstream.data.images import decode_pixels
-from midstream.model.conversation import Conversation
-from midstream.model.sampling import Sampling
-from midstream.open_model import OpenedModel
-from midstream.study.stage import LoadDecoder, LoadModel
+from midstream.model.decoder import Sampling, choose
+from midstream.model.generate import AnyCache, id_tensor, new_cache, project_images
+from midstream.model.vlm import VLM
+from midstream.study.label import label
+from midstream.study.stages import LoadDecoder, LoadModel, Pretrain, came_from
+from midstream.study.store import Ledger
+from midstream.work.open_model import OpenedModel, WithModel, evaluations
+
+# A byte in the vocabularies that spell unknown characters out (sentencepiece's byte fallback).
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_INCOMPLETE = "\ufffd"
+# Controls that turn the direction of what follows them, beyond the answer.
+_TURNS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
+
+
+class TextPieces:
+    """The text of a growing list of ids, in pieces that are never taken back.
+
+    The pieces together are `codec.decode(ids).strip()`, as an evaluation reads an answer.
+    """
+
+    def __init__(self, codec: TextCodec) -> None:
+        self.codec = codec
+        self.ids: list[int] = []
+        self.text = ""
+
+    def push(self, token: int) -> str:
+        """What one more token adds; empty where it ends in the middle of a character."""
+        self.ids.append(token)
+        if _BYTE.fullmatch(self.codec.tokenizer.id_to_token(token) or ""):
+            # Such bytes are read together: a later one may turn all of them into other characters.
+            return ""
+        # White space waits as well, since at the end of an answer it is left out.
+        return self._grow(self.codec.decode(self.ids).rstrip(_INCOMPLETE))
+
+    def finish(self) -> str:
+        """What was held back: the replacement character for bytes that never became a character."""
+        return self._grow(self.codec.decode(self.ids))
+
+    def _grow(self, text: str) -> str:
+        known, self.text = len(self.text), text.strip()
+        return self.text[known:]
+
+
+def harmless(text: str) -> str:
+    """Text with its control characters written out (`\\x1b`), all but line breaks and tabs.
+
+    Those that turn the reading direction are written out too; joiners of emoji and scripts stay.
+    """
+    return "".join(_written_out(character) for character in text)
+
+
+def _written_out(character: str) -> str:
+    controls = unicodedata.category(character) == "Cc" and character not in "\n\t"
+    if controls or unicodedata.bidirectional(character) in _TURNS:
+        return character.encode("unicode_escape").decode()
+    return character
+
+
+class Conversation:
+    """The cache of one conversation, about one image or none; each turn goes on where it ended.
+
+    `features` are the encoder's, `begin` is a token that stands before the image.
+    `max_positions` bounds image, turns and replies together.
+    Under prefix attention the image and the first turn see each other, as in training.
+    """
+
+    def __init__(
+        self,
+        vlm: VLM,
+        features: Float[Tensor, "1 patches width"] | None,
+        *,
+        max_positions: int,
+        begin: int | None = None,
+        sampling: Sampling | None = None,
+    ) -> None:
+        self.vlm, self.sampling, self.max_positions = vlm, sampling, max_positions
+        with torch.no_grad():
+            self._image = None if features is None else project_images(vlm, features, begin)
+        self._num_patches = 0 if self._image is None else self._image.shape[1]
+        self._cache: AnyCache | None = None
+        self._num_drawn = 0
+        # Turns and replies so far; the cache holds the image and the first of them.
+        self.ids: list[int] = []
+
+    @property
+    def room(self) -> int:
+        """Positions that are left."""
+        return self.max_positions - self._num_patches - len(self.ids)
+
+    def reply(
+        self, ids: Sequence[int], *, max_new_tokens: int, stop_ids: frozenset[int]
+    ) -> Iterator[int]:
+        """Add a turn; then its reply, token by token, up to a stop id (left out), `max_new_tokens`
+        or the end of the room.
+
+        The stop id is not kept either: a later turn begins with what ends a reply in training.
+        Leaving the iterator early keeps the reply so far.
+        Raises ValueError for an empty turn, or one that leaves no room for a reply.
+        """
+        if not ids:
+            raise ValueError("a turn is empty; start it with the end-of-text token")
+        if len(ids) >= self.room:
+            raise ValueError(
+                f"the turn has {len(ids)} tokens, the conversation has room for {self.room} of "
+                f"{self.max_positions}; start a new one"
+            )
+        self.ids += ids
+        return self._tokens(max_new_tokens, stop_ids)
+
+    def _tokens(self, max_new_tokens: int, stop_ids: frozenset[int]) -> Iterator[int]:
+        for _ in range(min(max_new_tokens, self.room)):
+            token = self._next()
+            if token in stop_ids:
+                return
+            self.ids.append(token)
+            yield token
+
+    @torch.no_grad()
+    def _next(self) -> int:
+        decoder = self.vlm.decoder
+        start = 0 if self._cache is None else self._cache.length
+        new = self.ids[max(0, start - self._num_patches) :]
+        embeddings = decoder.embed(id_tensor([new], self.vlm))
+        if self._cache is None:
+            if self._image is not None:
+                embeddings = torch.cat((self._image, embeddings), dim=1)
+            self._cache = new_cache(self.vlm, embeddings, self.max_positions)
+        width = embeddings.shape[1]
+        position_ids = torch.arange(start, start + width, device=embeddings.device)[None]
+        seen = torch.ones(width, start + width, dtype=torch.bool, device=embeddings.device)
+        if start > 0 or self.vlm.config.attention != "prefix":
+            seen = seen.tril(diagonal=start)
+        hidden = decoder(embeddings, position_ids, seen[None, None], self._cache)
+        (token,) = choose(decoder.output(hidden[:, -1]), self.sampling, [0], self._num_drawn)
+        self._num_drawn += 1
+        return token
+
 
 # The `seq_len` of OpenLM's published text models (open_lm/model_configs).
 OPENLM_POSITIONS = 2048
@@ -173,3 +315,80 @@ def trained_positions(opened: OpenedModel) -> int:
     if isinstance(stage.decoder, DecoderConfig):
         return OPENLM_POSITIONS
     return int(stage.decoder.settings["max_position_embeddings"])
+
+
+_TITLES = {
+    "load_decoder": "imported",
+    "load_model": "imported",
+    "pretrain": "text",
+    "continue": "images and text",
+    "finetune": "conversations",
+}
+
+
+def describe(opened: OpenedModel) -> list[str]:
+    """A line about the model, one for each stage of its training and one for each evaluation."""
+    modules = [opened.vlm, *([] if opened.encoder is None else [opened.encoder])]
+    # An encoder may be a part of the model as well.
+    sizes = {id(value): value.numel() for module in modules for value in module.parameters()}
+    sees = "sees pictures" if opened.encoder is not None else "text only"
+    lines = [f"{opened.name}: {sum(sizes.values()):,} parameters, {sees}"]
+    lines += [f"trained on {line}" for line in _training(opened)]
+    return lines + [f"scores: {line}" for line in _scores(opened)]
+
+
+def caution(opened: OpenedModel) -> str | None:
+    """What to expect of a model that has not learnt conversations; None for one that has."""
+    counts = read_json(opened.weights / "progress.json")["counts"]
+    if counts["instruct"]:
+        return None
+    return (
+        "this model was not fine-tuned on conversations: it goes on with text and captions, and "
+        "may not answer"
+    )
+
+
+def _training(opened: OpenedModel) -> Iterator[str]:
+    chain: list[tuple[WithModel, float]] = []
+    found: tuple[WithModel, float] | None = (opened.stage, opened.completion)
+    while found is not None:
+        chain.append(found)
+        found = came_from(found[0])
+    for link, part in reversed(chain):
+        folder = opened.ledger.folder(link)
+        of = f"{part * 100:g} % of" if part != 1.0 else "in"
+        milestones = isinstance(link, Pretrain)
+        kept = folder / f"milestones/{part * 100:g}" if milestones else folder / "weights"
+        if isinstance(link, LoadDecoder | LoadModel):
+            yield f"{_TITLES[link.kind]}: {_tokens_before(opened.ledger, link)}, in {link.name}"
+            continue
+        yield f"{_TITLES[link.kind]}: {_tokens(kept / 'progress.json')}, {of} {link.name}"
+
+
+def _tokens_before(ledger: Ledger, stage: LoadDecoder | LoadModel) -> str:
+    found = ledger.results(stage)["tokens_seen_before"] if ledger.is_done(stage) else None
+    return "tokens unknown" if found is None else f"{found:,} tokens"
+
+
+def _tokens(progress: Path) -> str:
+    if not progress.is_file():
+        return "unknown, the stage is not in this store"
+    found = read_json(progress)
+    kinds = ", ".join(
+        f"{kind} {count:,}"
+        for kind, count in found["counts"].items()
+        if count and kind not in ("pad", "target")
+    )
+    return f"{found['tokens_seen']:,} tokens ({kinds or 'of unknown kinds'})"
+
+
+def _scores(opened: OpenedModel) -> Iterator[str]:
+    for stage in evaluations(opened):
+        tasks = opened.ledger.results(stage)["tasks"]
+        scores = ", ".join(
+            f"{task} {found['score']:.1%} (chance {found['chance']:.1%})"
+            if found["chance"] is not None
+            else f"{task} {found['metric']} {found['score']:.4g}"
+            for task, found in sorted(tasks.items())
+        )
+        yield f"{scores} ({label(stage)})"

@@ -9,8 +9,7 @@ from types import FrameType
 from rich.console import Console
 from rich.text import Text
 
-from midstream.chat.session import ChatSession
-from midstream.chat.text_pieces import harmless
+from midstream.chat.session import ChatSession, harmless
 
 QUIT = "/quit"
 HELP = """\

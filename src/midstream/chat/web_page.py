@@ -15,9 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from midstream.chat.session import ChatSession, ChatSettings
-from midstream.chat.text_pieces import harmless
-from midstream.open_model import OpenedModel
+from midstream.chat.session import ChatSession, ChatSettings, harmless
+from midstream.work.open_model import OpenedModel
 
 HOST = "127.0.0.1"
 # The browser itself then asks no other machine for anything.

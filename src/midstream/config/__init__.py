@@ -1,11 +1,5 @@
 """Every option there is, as frozen models that check themselves and start nothing."""
 
-from midstream.config.base import (
-    Config,
-    Fraction,
-    Positive,
-    Rate,
-)
 from midstream.config.data import (
     NO_BEGIN,
     OWN_RULE,
@@ -33,28 +27,25 @@ from midstream.config.data import (
     read_tokenizer,
 )
 from midstream.config.model import (
+    DECODERS,
     AnyDecoderConfig,
     AnyEncoderConfig,
     Attention,
     Colour,
+    Config,
     DecoderConfig,
     EncoderConfig,
     FeatureType,
+    Fraction,
     FusedEncoder,
     ImageTransform,
     PatchProjection,
+    Positive,
     PretrainedEncoder,
     ProjectorConfig,
+    Rate,
     TransformersDecoderConfig,
     VLMConfig,
-)
-from midstream.config.presets import (
-    DECODERS,
-)
-from midstream.config.slurm import (
-    SlurmResources,
-    SlurmSettings,
-    StageKind,
 )
 from midstream.config.training import (
     AdamW,
@@ -65,6 +56,9 @@ from midstream.config.training import (
     Evaluation,
     Machine,
     Schedule,
+    SlurmResources,
+    SlurmSettings,
+    StageKind,
     Training,
     WarmupCosine,
     WarmupStableDecay,

@@ -6,18 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from midstream.config.base import Config, Fraction, Positive
-from midstream.identity import Placement, WorldFingerprint, file_sha256
+from midstream.config.model import Config, Fraction, Positive
+from midstream.core.identity import Placement, WorldFingerprint, file_sha256
 
 if TYPE_CHECKING:
     import tokenizers
+
 
 # Choices of the token that begins an example; any other is the token itself.
 OWN_RULE, NO_BEGIN = "rule", "none"
 
 
 class PocketWorld(Config):
-    """The generated world (`data/worlds/pocket.py`): how much of each thing, and its seed.
+    """The generated world (`worlds/pocket_world.py`): how much of each thing, and its seed.
 
     `num_alt_texts` pictures come a second time with what a web page would say of them, as a caption
     source of its own (`alt_texts`); 0: there is none.
@@ -61,7 +62,7 @@ class PocketWorld(Config):
 
 
 class SmallReal(Config):
-    """Small real data sets in their owners' layout (`data/worlds/small_real.py`).
+    """Small real data sets in their owners' layout (`worlds/small_real.py`).
 
     `fingerprint` stands for the bytes under `root`; a preparation refuses other bytes.
     """

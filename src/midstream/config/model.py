@@ -1,10 +1,45 @@
-"""Options of the model: decoder, encoder, projector, who sees whom."""
+"""Options of the model, the paper's sizes, and the FLOPs that follow from them.
 
+What every option's model is made of. Options of the model: decoder, encoder, projector, who sees
+whom. The sizes of the paper, by name.
+
+Floating-point operations of the models, a product and a sum as two; no torch.
+
+Matrix products alone are counted: norms, activations and the optimiser are left out. A position's
+attention counts what it looks at; torch's own counter takes a causal mask for none, so that who
+wants its numbers says that every position of a row looks at all of them.
+"""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from midstream.config.base import Config, Positive
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Config(BaseModel):
+    """A frozen model; an unknown key is an error that names the nearest known one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suggest(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for key in values:
+            if key not in cls.model_fields:
+                near = get_close_matches(key, cls.model_fields, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}?" if near else ""
+                known = ", ".join(cls.model_fields)
+                raise ValueError(f"{cls.__name__} has no field {key!r}; {hint} fields: {known}")
+        return values
+
 
 # ------------------------------------------------------------------------------ the decoder
 
@@ -57,7 +92,7 @@ class DecoderConfig(Config):
 class TransformersDecoderConfig(Config):
     """A causal language model of `transformers`, by its own configuration.
 
-    `model_type` is one of the families of `model/transformers_config.py`, `settings` what its
+    `model_type` is one of the families of `model/pretrained.py`, `settings` what its
     `config.json` says. The sizes follow from them and are stated so that planning needs no torch;
     `midstream import` writes all of it.
     """
@@ -289,3 +324,87 @@ class VLMConfig(Config):
         if self.owns_encoder and self.encoder is None:
             raise ValueError("owns_encoder is set, but there is no encoder")
         return self
+
+
+# OpenLM's open_lm/model_configs: open_lm_11m_v2, 79m_v2, 154m_v2, 411m_v2, 1b (the paper's 1.4B)
+# and 7b. All with qk-norm, as in DCLM.
+DECODERS = {
+    "11m": DecoderConfig(hidden_size=96, num_layers=8, num_heads=4),
+    "79m": DecoderConfig(hidden_size=512, num_layers=8, num_heads=4),
+    "154m": DecoderConfig(hidden_size=576, num_layers=24, num_heads=8),
+    "411m": DecoderConfig(hidden_size=1024, num_layers=24, num_heads=8),
+    "1b": DecoderConfig(hidden_size=2048, num_layers=24, num_heads=16),
+    "7b": DecoderConfig(hidden_size=4096, num_layers=32, num_heads=32),
+}
+
+
+def weight_flops(config: AnyDecoderConfig) -> float:
+    """Forward FLOPs of one position in the blocks' matrices."""
+    return 2.0 * config.linear_parameters
+
+
+def attention_flops(config: AnyDecoderConfig) -> float:
+    """Forward FLOPs of one position that looks at another, in all blocks: scores and mixing."""
+    return 4.0 * config.hidden_size * config.num_layers
+
+
+def decoder_flops(config: AnyDecoderConfig, *, context: float | int) -> float:
+    """Forward FLOPs of one position without the head, attending to `context` positions."""
+    return weight_flops(config) + attention_flops(config) * context
+
+
+def last_block_flops(config: AnyDecoderConfig) -> float:
+    """What a position saves in the last block where nothing is asked of it: all behind the mixing.
+
+    0 for decoders of `transformers`, whose blocks are computed whole.
+    """
+    if not isinstance(config, DecoderConfig):
+        return 0.0
+    return 2.0 * config.hidden_size * (config.hidden_size + 3 * config.ffn_size)
+
+
+def head_flops(config: AnyDecoderConfig) -> float:
+    """Forward FLOPs of the logits at one position."""
+    return 2.0 * config.hidden_size * config.vocab_size
+
+
+def frozen_saving(config: AnyDecoderConfig, positions: float | int, asked: float | int) -> float:
+    """What training saves where the decoder is frozen: the gradients of its weights.
+
+    `asked`: positions with logits. Attention has no weights; its backward pass stays.
+    """
+    return weight_flops(config) * positions + head_flops(config) * asked
+
+
+def patch_flops(config: AnyEncoderConfig) -> float:
+    """Forward FLOPs of one image's patches as the encoder takes them in."""
+    if isinstance(config, FusedEncoder):
+        return sum(patch_flops(tower) for tower in config.towers)
+    return 2.0 * config.num_patches * (3 * config.patch_size**2) * config.hidden_size
+
+
+def encoder_flops(config: AnyEncoderConfig) -> float:
+    """Forward FLOPs of one image up to the layer that the projector sees."""
+    if isinstance(config, FusedEncoder):
+        return sum(encoder_flops(tower) for tower in config.towers)
+    if isinstance(config, PatchProjection):
+        return patch_flops(config)
+    e, length = config.hidden_size, config.num_patches + config.num_prefix
+    matrices = 4 * e * e + feed_forward_parameters(config)
+    block = length * (2 * matrices + 2 * 2 * e * length)
+    return patch_flops(config) + (config.num_layers + 1 + config.feature_layer) * block
+
+
+def feed_forward_parameters(config: EncoderConfig) -> int:
+    """Weights of one block's feed-forward part, biases left out."""
+    e, m = config.hidden_size, config.intermediate_size
+    if config.ffn == "mlp":
+        return 2 * e * m
+    # Gate and value, then out; DINOv2 takes two thirds, rounded up to a multiple of 8.
+    inner = m if config.family == "dinov3" else (int(m * 2 / 3) + 7) // 8 * 8
+    return 3 * e * inner
+
+
+def projector_flops(widths: Sequence[int], patches: float | int) -> float:
+    """Forward FLOPs of this many patches through linear layers of these widths."""
+    return 2.0 * patches * sum(before * after for before, after in pairwise(widths))

@@ -1,12 +1,22 @@
-"""Options of training, of evaluation, and of the machine that does either."""
+"""Options of training and of the machine, and the learning rate that follows from them.
 
+Options of training, of evaluation, and of the machine that does either. What a job on a Slurm
+cluster is given; no part of any identity (docs/cluster.md).
+
+Learning rate as a function of tokens seen: warm up, anneal, continue a parent's schedule.
+
+Shapes as in OpenLM (open_lm/scheduler.py) with tokens in place of steps; the continuation is a
+fresh half-cosine from the parent's rate (authors' scripts/lr_plot.py).
+"""
+
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from midstream.config.base import Config, Fraction, Positive, Rate
 from midstream.config.data import Budget, Caption, Rows
-from midstream.identity import Placement
+from midstream.config.model import Config, Fraction, Positive, Rate
+from midstream.core.identity import Placement
 
 
 class AdamW(Config):
@@ -207,3 +217,175 @@ class Machine(Config):
         return self.model_copy(
             update={"ranks": 1, "nodes": 1, "node": 0, "master": None, "shard_ranks": None}
         )
+
+
+StageKind = Literal[
+    "prepare_world",
+    "prepare_tokenizer",
+    "prepare_source",
+    "train_encoder",
+    "load_encoder",
+    "fuse_encoders",
+    "load_decoder",
+    "load_model",
+    "pretrain",
+    "continue",
+    "finetune",
+    "evaluate",
+]
+# Below it the warning before the end of a job's time comes as the job starts.
+LEAST_MINUTES = 10
+Minutes = Annotated[int, Field(ge=LEAST_MINUTES)]
+
+
+class SlurmResources(Config):
+    """What a job asks for; None leaves it to the cluster, or for a kind of stage to the others.
+
+    `memory` is of a node, as `sbatch --mem` takes it (64G). `gpus`, `ranks` and `cpus` are of a
+    node too: ranks are as many as GPUs where nothing is said, CPUs what the ranks' threads and
+    data workers take. `nodes` and `ranks` count for stages that several ranks share. `extra` are
+    further parameters of sbatch, without their dashes; true stands for a flag.
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time_minutes: Minutes | None = None
+    nodes: Positive | None = None
+    gpus: Annotated[int, Field(ge=0)] | None = None
+    ranks: Positive | None = None
+    cpus: Positive | None = None
+    memory: str | None = None
+    extra: dict[str, str | int | bool] = Field(default_factory=dict)
+
+
+class SlurmSettings(SlurmResources):
+    """How a study is run by Slurm: what jobs get, by kind of stage, and how they are followed.
+
+    A job is told to keep a checkpoint `warn_seconds` before its time ends, and goes on in the next
+    piece of time. `restarts`: how often a stage whose processes were killed is begun again by
+    itself; 0 leaves it failed. `max_jobs`: so many jobs are in the queue at once, `array_limit`: so
+    many of an array run at once. `setup` are lines of shell before the job's command.
+    """
+
+    time_minutes: Minutes = 240
+    nodes: Positive = 1
+    warn_seconds: Positive = 90
+    restarts: Annotated[int, Field(ge=0)] = 0
+    max_jobs: Positive = 500
+    array_limit: Positive | None = None
+    poll_seconds: Annotated[float, Field(gt=0)] = 10.0
+    setup: tuple[str, ...] = ()
+    # Where the first rank of a stage on several nodes is reached by the others.
+    port: Annotated[int, Field(ge=1024, le=65535)] = 29500
+    stages: dict[StageKind, SlurmResources] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _time_to_stop(self) -> "SlurmSettings":
+        minutes = [self.time_minutes, *(one.time_minutes for one in self.stages.values())]
+        for given in minutes:
+            if given is not None and self.warn_seconds * 2 > given * 60:
+                raise ValueError(
+                    f"warn_seconds {self.warn_seconds} is more than half of time_minutes {given}; "
+                    "ask for more time, or be warned later"
+                )
+        return self
+
+    def resources(self, kind: StageKind) -> SlurmResources:
+        """What a job of this kind of stage asks for: its own values, else those of all."""
+        names = SlurmResources.model_fields
+        common = {name: getattr(self, name) for name in names}
+        own = self.stages.get(kind, SlurmResources())
+        given = {name: getattr(own, name) for name in names if getattr(own, name) is not None}
+        extra = {**self.extra, **own.extra}
+        return SlurmResources.model_validate({**common, **given, "extra": extra})
+
+
+# The share of a stage's tokens over which `moments_factor` rises.
+_MOMENTS_FRACTION = 0.01
+
+
+def rate_at(
+    schedule: AnySchedule,
+    tokens_seen: int,
+    total_tokens: int,
+    *,
+    parent_rate: float | None = None,
+    step_tokens: int = 0,
+) -> float:
+    """The learning rate of the step behind `tokens_seen` of the stage's `total_tokens`.
+
+    `parent_rate` is the parent schedule's rate at the checkpoint, needed by `ContinuedCosine`.
+    `step_tokens` is what a whole step holds: a warm-up counts the step that is about to be taken,
+    so that the first does not pass at a rate of 0 (OpenLM's `(step + 1) / warmup`).
+    """
+    if isinstance(schedule, ContinuedCosine):
+        assert parent_rate is not None
+        return _half_cosine(parent_rate, schedule.end_rate, tokens_seen / total_tokens)
+    warmup = schedule.warmup_fraction * total_tokens
+    if tokens_seen + step_tokens < warmup:
+        return schedule.peak_rate * (tokens_seen + step_tokens) / warmup
+    if isinstance(schedule, Constant):
+        return schedule.peak_rate
+    if isinstance(schedule, WarmupStableDecay):
+        decay = schedule.decay_fraction * total_tokens
+        left = max(total_tokens - tokens_seen, 0) / decay if decay else 1.0
+        return schedule.end_rate + (schedule.peak_rate - schedule.end_rate) * min(left, 1.0)
+    rest = max(total_tokens - warmup, 1.0)
+    return _half_cosine(
+        schedule.peak_rate, schedule.end_rate, max(tokens_seen - warmup, 0.0) / rest
+    )
+
+
+def moments_factor(tokens_seen: int, total_tokens: int, *, step_tokens: int) -> float:
+    """What a rate is multiplied by while moments that start at zero fill: a line from 0 to 1.
+
+    It ends after a hundredth of the stage (our choice; the paper carries moments or drops them).
+    """
+    warm = _MOMENTS_FRACTION * total_tokens
+    return min(1.0, (tokens_seen + step_tokens) / warm) if warm else 1.0
+
+
+def check_start(schedule: AnySchedule, parent_rate: float | None, where: str) -> None:
+    """Raises ValueError for a rate of 0, or where a continued schedule starts at its own end."""
+    if not isinstance(schedule, ContinuedCosine):
+        if schedule.peak_rate == 0:
+            raise ValueError(
+                f"{where}: the learning rate is 0 from its first step, so it would learn nothing; "
+                "give the schedule a peak_rate above 0"
+            )
+        return
+    if parent_rate is None:
+        raise ValueError(
+            f"{where}: a continued schedule needs a rate to start at, and its parent has none; "
+            "re-warm with WarmupCosine, or import the checkpoint again with --rate"
+        )
+    if parent_rate <= schedule.end_rate:
+        raise ValueError(
+            f"{where}: the parent's rate at its checkpoint is {parent_rate:g}, not above the end "
+            f"rate {schedule.end_rate:g}; re-warm with WarmupCosine instead"
+        )
+
+
+def end_rate(schedule: AnySchedule) -> float:
+    """The rate that a schedule ends with."""
+    if isinstance(schedule, ContinuedCosine):
+        return schedule.end_rate
+    return rate_at(schedule, 1, 1)
+
+
+def check_end(before: AnySchedule, schedule: AnySchedule) -> None:
+    """Raises ValueError where `schedule` would continue one that ends at its own end rate."""
+    if isinstance(schedule, ContinuedCosine) and end_rate(before) <= schedule.end_rate:
+        raise ValueError(
+            f"a continued schedule starts at the rate with which the stage before ends, "
+            f"{end_rate(before):g}, which is not above its own end rate {schedule.end_rate:g}; let "
+            "that stage end higher, or re-warm with WarmupCosine"
+        )
+
+
+def _half_cosine(start: float, end: float, done: float) -> float:
+    # Weighted so that both ends are exact: a continuation starts at its parent's very rate.
+    weight = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    return weight * start + (1 - weight) * end

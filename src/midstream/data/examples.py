@@ -1,4 +1,4 @@
-"""Example -> tokens, and which of them are targets: separators, masks, conversation turns.
+r"""Example -> tokens, and which of them are targets: separators, masks, conversation turns.
 
 One separator token ends the image, every human turn and every reply (paper, sections 2.1.2-2.1.3);
 its identity is unknown in the paper, here it is a token of its own. Image slots are not part of an
@@ -6,9 +6,9 @@ example's tokens: the packer puts them before the first token.
 
     text          tokens <eot>                                     all are targets
     caption       [image] <sep> caption <eot>                      caption and <eot> are targets
-    conversation  [image] <sep> In: question\\nOut: <sep> reply <sep> In: ...   replies and their
+    conversation  [image] <sep> In: question\nOut: <sep> reply <sep> In: ...   replies and their
                                                                    <sep> are targets
-    with a system text  [image] <sep> system\\nIn: question\\nOut: <sep> reply ...   the same
+    with a system text  [image] <sep> system\nIn: question\nOut: <sep> reply ...   the same
 
 A system text stands before the question that it comes before, a line of its own (paper, appendix C:
 it is masked as the question is).
@@ -28,7 +28,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, processors
 
 from midstream.config import own_begin_of_text, read_tokenizer
-from midstream.data.tokenising.tokenise import fast_encoder
+from midstream.data.tokenise import fast_encoder
 
 END_OF_TEXT = "<|endoftext|>"
 SEPARATOR = "<|separator|>"

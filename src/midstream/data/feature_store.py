@@ -1,4 +1,8 @@
-"""Outputs of a frozen encoder on disk, by the content of the picture.
+"""A frozen encoder's outputs on disk, found by the content of the picture.
+
+Where content hashes lie: a growing map of many millions in bounded memory.
+
+Outputs of a frozen encoder on disk, by the content of the picture.
 
 `<folder>/part-<digest>/` holds features.bin (uint8 [n, bytes of a picture], `features.pack`),
 hashes.npy (uint8 [n, 16], `sources.content_hash`) and sums.npy (uint64 [n], XXH3 of each row of
@@ -21,7 +25,17 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from midstream.config import PretrainedEncoder
-from midstream.data.features import (
+from midstream.core.identity import file_sha256
+from midstream.core.storage import (
+    MANIFEST,
+    CorruptError,
+    new_folder,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
+from midstream.core.tokens import Kept
+from midstream.data.images import (
     Encode,
     ErrorMeter,
     encode_raw,
@@ -30,18 +44,42 @@ from midstream.data.features import (
     pixel_batches,
     unpack,
 )
-from midstream.data.hash_index import HashIndex
-from midstream.data.kept import Kept
 from midstream.data.sources import Source, content_hash
-from midstream.identity import file_sha256
-from midstream.storage import (
-    MANIFEST,
-    CorruptError,
-    new_folder,
-    read_json,
-    remove_leftovers,
-    write_json,
-)
+
+
+class HashIndex:
+    """Places of sixteen-byte hashes: 24 bytes each, in a few sorted runs that grow by merging."""
+
+    def __init__(self) -> None:
+        self._runs: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def __len__(self) -> int:
+        return sum(len(places) for _, places in self._runs)
+
+    def add(self, hashes: np.ndarray, places: np.ndarray) -> None:
+        """Note where the hashes (uint8 [n, 16]) lie (int64 [n], 0 or more)."""
+        run = _keys(hashes), places
+        # A run is merged into one at most twice its size: each hash moves a few times in all.
+        while self._runs and len(self._runs[-1][1]) <= 2 * len(run[1]):
+            before = self._runs.pop()
+            run = np.concatenate([before[0], run[0]]), np.concatenate([before[1], run[1]])
+        order = np.argsort(run[0], kind="stable")
+        self._runs.append((run[0][order], run[1][order]))
+
+    def find(self, hashes: np.ndarray) -> np.ndarray:
+        """int64 [n]: the place of each hash, -1 where it is not there."""
+        wanted, found = _keys(hashes), np.full(len(hashes), -1, np.int64)
+        for keys, places in self._runs:
+            if len(keys):
+                at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+                found = np.where(keys[at] == wanted, places[at], found)
+        return found
+
+
+def _keys(hashes: np.ndarray) -> np.ndarray:
+    # Byte strings sort fast; numpy drops their trailing zeros, which at one length loses nothing.
+    return np.ascontiguousarray(hashes, np.uint8).reshape(-1, 16).view("S16")[:, 0]
+
 
 # A part holds at most this much; a fill that is killed loses the part that it was writing.
 PART_BYTES = 256 * 2**20

@@ -7,14 +7,9 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from midstream.config import (
-    PocketWorld,
-    PublicFolder,
-    SmallReal,
-    TokenizerFile,
-    TrainedTokenizer,
-)
-from midstream.data.columns import Shard
+from midstream.config import PocketWorld, PublicFolder, SmallReal, TokenizerFile, TrainedTokenizer
+from midstream.core.identity import file_sha256, source_digest, source_folders, text_column
+from midstream.core.storage import new_folder, write_bytes
 from midstream.data.examples import END_OF_TEXT, SEPARATOR, TextCodec
 from midstream.data.formats.records import (
     CaptionRecord,
@@ -23,15 +18,12 @@ from midstream.data.formats.records import (
     Section,
     TextRecord,
 )
-from midstream.data.length_facts import caption_facts, length_facts
-from midstream.data.preparation.records import read_unit, units_of
-from midstream.data.preparation.source import canonical_tokenizer, prepare_source
-from midstream.data.preparation.workers import Progress
-from midstream.data.sources import INDEX, Source
-from midstream.data.worlds.pocket import write_pocket_world
-from midstream.data.worlds.small_real import write_small_real
-from midstream.identity import file_sha256, source_digest, source_folders, text_column
-from midstream.storage import new_folder, write_bytes
+from midstream.data.lengths import caption_facts, length_facts
+from midstream.data.prepare_source import Progress, canonical_tokenizer, prepare_source
+from midstream.data.shards import read_unit, units_of
+from midstream.data.sources import INDEX, Shard, Source
+from midstream.worlds.pocket_world import write_pocket_world
+from midstream.worlds.small_real import write_small_real
 
 SECTIONS: dict[str, Section] = {
     "text": "text",

@@ -10,11 +10,10 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from midstream.data.columns import SHARD_INDEX, Shard
+from midstream.core.storage import MANIFEST, read_json, write_bytes, write_json
 from midstream.data.examples import Example
-from midstream.data.length_facts import caption_facts, length_facts
-from midstream.data.sources import FORMAT, INDEX, Kind, content_hash
-from midstream.storage import MANIFEST, read_json, write_bytes, write_json
+from midstream.data.lengths import caption_facts, length_facts
+from midstream.data.sources import FORMAT, INDEX, SHARD_INDEX, Kind, Shard, content_hash
 
 REJECTS = "rejects.jsonl"
 # A longer text is stored in parts of this many tokens, each an example: what is shuffled, and what

@@ -10,9 +10,10 @@ from typing import Any
 import pyarrow as pa
 
 from midstream.config import Evaluation
-from midstream.eval.aggregate import averages, suites
-from midstream.eval.earlier import (
+from midstream.core.stats import Estimate, bootstrap, mean_by_split, split_means
+from midstream.eval.answers import (
     EarlierTask,
+    KeptAnswers,
     take_predictions,
     text_key,
     visual_key,
@@ -25,10 +26,8 @@ from midstream.eval.find_task import (
     read_choice_task,
     read_visual_task,
 )
-from midstream.eval.kept_answers import KeptAnswers
-from midstream.eval.scoring import LETTERS, cleaned
+from midstream.eval.scoring import LETTERS, averages, cleaned, suites
 from midstream.eval.text import TextResult, TextTask, loaded_tasks
-from midstream.uncertainty import Estimate, bootstrap, mean_by_split, split_means
 
 _COLUMNS = pa.schema(
     [

@@ -1,19 +1,241 @@
-"""A benchmark by its name: where its files lie, which of its examples are asked, in which order."""
+"""A benchmark by its name: a world's, a folder's, lm-evaluation-harness's own.
+
+A benchmark by its name: where its files lie, which of its examples are asked, in which order.
+
+A task of lm-evaluation-harness by its name: from published files, from its data set's own files
+on this machine, or from where the harness fetches it.
+"""
 
 import difflib
+import functools
+import glob
+import os
 import random
+import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from midstream.benchmark_files import listed_tasks, own_text_file, visual_folder
-from midstream.eval.harness_tasks import harness_task, in_harness
-from midstream.eval.local_tasks import HARNESS_TASKS
-from midstream.eval.scoring import to_square
-from midstream.eval.task import VISUAL_FORMATS, VisualExample, VisualFormat
-from midstream.eval.text import TextTask, own_task, read_text_task
+from midstream.core.digests import is_note, walk
+from midstream.core.identity import (
+    TEXT_FILES,
+    hub_folder,
+    listed_tasks,
+    own_text_file,
+    published_files,
+    visual_folder,
+)
+from midstream.eval.scoring import TEXT_CHANCE, to_square
+from midstream.eval.tasks import HARNESS_TASKS, VISUAL_FORMATS, VisualExample, VisualFormat
+from midstream.eval.text import SHARES, TextTask, manager, own_task, read_text_task
+
+# By the end of a name, what `datasets` calls it.
+_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+# A hub that does not answer for so long is not there.
+_HUB_SECONDS = 5.0
+
+
+def harness_task(name: str, folder: Path) -> TextTask:
+    """A task of the harness from what lies under `folder`: its published files, wherever they are,
+    or a folder of the task's name with its data set's files as a hub has them; else from the hub.
+
+    Raises ValueError for a name that the harness does not have, with the nearest, and for a group
+    without a number of its own, with its tasks; FileNotFoundError where nothing is there and the
+    hub is not asked or does not answer.
+    """
+    paths = published_files(folder, name)
+    if paths:
+        return _published(name, paths)
+    entry = _entry(name)
+    # The paper's tasks are asked without examples in the prompt, others as they are described.
+    settings = {"num_fewshot": 0} if name in HARNESS_TASKS else {}
+    chance = TEXT_CHANCE[name][0] if name in TEXT_CHANCE else None
+    own = hub_folder(folder, name)
+    if own is not None and entry.kind.name == "TASK":
+        return _from_files(name, own, entry, chance)
+    _require_hub(entry, folder)
+    return TextTask(name, chance, settings, None)
+
+
+def require_share(task: TextTask) -> None:
+    """Raise ValueError for a task of the harness that has no share of right answers: a study's
+    scores, figures and tables are such shares."""
+    entry = manager().task_index.get(task.name) if task.docs is None else None
+    described = entry.cfg or {} if entry is not None else {}
+    stated = described.get("aggregate_metric_list") or described.get("metric_list") or []
+    stated = [stated] if isinstance(stated, dict) else stated
+    listed = [str(one.get("metric")) for one in stated]
+    if listed and not set(listed) & set(SHARES):
+        raise ValueError(
+            f"text task {task.name} has the metrics {', '.join(listed)}, none of which is a share "
+            f"of right answers ({', '.join(SHARES)}) as a study needs it; leave it out of the "
+            "study and ask it with midstream eval"
+        )
+
+
+def in_harness(name: str) -> bool:
+    """Whether the harness has a task or a group of this name."""
+    return name in HARNESS_TASKS or name in manager().task_index
+
+
+def _from_files(name: str, own: Path, entry: Any, chance: float | None) -> TextTask:
+    """A task of the harness on its data set's own files; without examples in its prompts, which
+    are of a split that need not be here."""
+    described = dict(entry.cfg)
+    split = str(described.get("test_split") or described.get("validation_split")).split("[")[0]
+    kind, files = _split_files(own, split, described.get("dataset_name"), name)
+    settings = {"include": str(entry.yaml_path), "num_fewshot": 0}
+    settings |= {"dataset_path": kind, "fewshot_split": None}
+    shots = described.get("num_fewshot")
+    departs = f"without the {shots} examples in its prompts" if shots else None
+    return TextTask(name, chance, settings, None, split, departs=departs, files=files)
+
+
+def _published(name: str, paths: tuple[Path, ...]) -> TextTask:
+    import lm_eval.tasks
+
+    known = HARNESS_TASKS[name]
+    local = known.read(*paths)
+    settings = known.settings
+    if known.yaml is not None:
+        settings = {"include": str(Path(lm_eval.tasks.__file__).parent / known.yaml)}
+    departs = local.departs
+    if departs is None and len(local.docs) < known.num_docs:
+        departs = f"{len(local.docs):,} of {known.num_docs:,} records"
+    chance = local.chance if local.chance is not None else TEXT_CHANCE[name][0]
+    settings = {**settings, **local.settings, "num_fewshot": 0}
+    return TextTask(name, chance, settings, local.docs, known.split, known.num_docs, departs)
+
+
+def _entry(name: str) -> Any:
+    """The harness's entry of a task, or of a group with a number of its own."""
+    index = manager().task_index
+    entry = index.get(name)
+    if entry is None:
+        near = difflib.get_close_matches(name, [*HARNESS_TASKS, *index], 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"no text task is called {name!r}{hint}")
+    kind, described = entry.kind.name, entry.cfg or {}
+    if kind == "TAG" or (kind == "GROUP" and not described.get("aggregate_metric_list")):
+        listed = [_called(one) for one in _members(entry) or []]
+        more = ", ..." if len(listed) > 20 else ""
+        raise ValueError(
+            f"{name} is a {kind.lower()} of lm-evaluation-harness without a number of its own; "
+            f"name its tasks: {', '.join(listed[:20])}{more}"
+        )
+    return entry
+
+
+def _split_files(
+    folder: Path, split: str, configuration: str | None, name: str
+) -> tuple[str, tuple[Path, ...]]:
+    """The files of a split and what kind they are: by their names, or by their folder's."""
+    root = folder / configuration if configuration else folder
+    found = [Path(path) for path in walk(root if root.is_dir() else folder)]
+    data = [path for path in found if path.suffix in _KINDS and not is_note(path.name)]
+    called = ("validation", "valid", "val", "dev") if split == "validation" else (split,)
+    # "test-00000-of-00001.parquet" is of the split "test".
+    named = [path for path in data if re.split(r"[._-]", path.name.lower())[0] in called]
+    named = named or [path for path in data if path.parent.name in called]
+    if not named and len(data) == 1:
+        named = data
+    if not named:
+        there = ", ".join(str(path.relative_to(folder)) for path in data[:10]) or "no data file"
+        raise FileNotFoundError(
+            f"text task {name}: {folder} holds no file of the split {split!r}, only {there}; put "
+            f"the data set's files there as its hub has them, such as {split}.parquet, .jsonl or "
+            ".csv"
+        )
+    kinds = {_KINDS[path.suffix] for path in named}
+    if len(kinds) > 1:
+        names = ", ".join(path.name for path in named[:5])
+        raise ValueError(f"text task {name}: {folder} holds {split!r} in two forms ({names})")
+    return kinds.pop(), tuple(named)
+
+
+def _data_sets(member: Any, changed: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
+    """The path and the configuration of each data set that a task, or a member of a group, asks:
+    a name, or a name or a list of members with what is `changed` in them."""
+    own = member if isinstance(member, dict) else {"task": member}
+    entry = None if isinstance(own.get("task"), list) else manager().task_index.get(_called(own))
+    told = {**(entry.cfg or {} if entry else {}), **changed, **own}
+    inner = own.get("task") if entry is None else _members(entry)
+    if isinstance(inner, list):
+        changed = {key: told[key] for key in ("dataset_path", "dataset_name") if key in told}
+        for one in inner:
+            yield from _data_sets(one, changed)
+    else:
+        path = told.get("dataset_path") or f"the data of {_called(own)}"
+        yield str(path), told.get("dataset_name")
+
+
+def _called(member: Any) -> str:
+    """The name of a member of a group."""
+    return str(member.get("task", member.get("group"))) if isinstance(member, dict) else str(member)
+
+
+def _members(entry: Any) -> list[Any] | None:
+    """The members of a tag or a group; None of a task."""
+    if entry.kind.name == "TAG":
+        return sorted(entry.tags)
+    listed = (entry.cfg or {}).get("task", []) if entry.kind.name == "GROUP" else None
+    return [listed] if isinstance(listed, str) else listed
+
+
+def _at_hand(path: str, configuration: str | None) -> bool:
+    """Whether a data set is here: in files of its own, or in the cache of `datasets`, from an
+    earlier download."""
+    import datasets  # type: ignore[import-untyped]
+    from datasets.naming import camelcase_to_snakecase  # type: ignore[import-untyped]
+
+    *owner, last = path.split("/")
+    folder = "___".join([*owner, camelcase_to_snakecase(last)])
+    part = glob.escape(configuration) if configuration else "*"
+    root = Path(datasets.config.HF_DATASETS_CACHE) / folder
+    cached = [found for name in (part, f"{part}-*") for found in root.glob(f"{name}/*/*")]
+    return bool(cached) or path in _KINDS.values() or Path(path).is_dir()
+
+
+def _require_hub(entry: Any, folder: Path) -> None:
+    """Raise FileNotFoundError, at once, where data sets of a task or a group have to be fetched and
+    the hub is not to be asked or does not answer."""
+    sets = dict.fromkeys(_data_sets(entry.name, {}))
+    absent = [f"{p} ({name})" if name else p for p, name in sets if not _at_hand(p, name)]
+    if not absent:
+        return
+    known, name, remedy = HARNESS_TASKS.get(entry.name), entry.name, "put the files there, or "
+    what = f"a folder {name}/ with its data set's files"
+    if known is not None:
+        files = " or ".join(" and ".join(names) for names in TEXT_FILES[name])
+        what = f"{files}, published by {known.published}, or {what}"
+    lacks = f"text task {name}: {folder} lacks {what}"
+    if _members(entry) is not None:
+        more = f" and {len(absent) - 10} others" if len(absent) > 10 else ""
+        lacks = f"text task {name}: the cache of data sets lacks {', '.join(absent[:10])}{more}"
+        remedy = ""
+    if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
+        then = "set HF_HUB_OFFLINE=0 to let lm-evaluation-harness fetch them"
+    elif problem := _hub_problem():
+        lacks += f", and the hub does not answer ({problem})"
+        then = "try again with a network"
+    else:
+        return
+    raise FileNotFoundError(f"{lacks}; {remedy}{then}")
+
+
+@functools.cache
+def _hub_problem() -> str | None:
+    """Why the hub cannot be asked, None where it answers at all; asked once in a process."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_HUB_SECONDS)
+    except Exception as error:  # whatever the HTTP client in use raises
+        return f"{type(error).__name__}: {error}".split("\n")[0][:120]
+    return None
+
 
 # The order of examples and the wrong pictures are part of the benchmark, not of a run.
 _SEED = 0

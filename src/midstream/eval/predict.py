@@ -8,9 +8,8 @@ import torch
 
 from midstream.config import AnyEncoderConfig, TransformersDecoderConfig
 from midstream.data.examples import TextCodec, question_ids
-from midstream.data.features import FILL_BATCH, Encode
-from midstream.data.images import decode_pixels
-from midstream.eval.replies import reply_tokens
+from midstream.data.images import FILL_BATCH, Encode, decode_pixels
+from midstream.eval.tasks import reply_tokens
 from midstream.model.generate import choice_logprobs, generate, sequence_logprobs
 from midstream.model.vlm import VLM
 from midstream.model.weights import weights_digest

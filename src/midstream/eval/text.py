@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from midstream.eval.aggregate import BENCHMARKS
-from midstream.eval.readers.records import lines
-from midstream.eval.task import Answerer
+from midstream.eval.readers.benchmark_records import lines
+from midstream.eval.scoring import BENCHMARKS
+from midstream.eval.tasks import Answerer
 
 # The harness's own default where a task does not say, and the seed of its command line.
 _MAX_NEW_TOKENS, _FEWSHOT_SEED = 256, 1234

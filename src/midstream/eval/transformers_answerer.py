@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
+from midstream.core.digests import is_hidden, is_note
+from midstream.core.identity import file_sha256
 from midstream.data.images import decode
-from midstream.eval.replies import reply_tokens
-from midstream.identity import file_sha256
-from midstream.source_files import is_hidden, is_note
+from midstream.eval.tasks import reply_tokens
 
 # Made by some processors for models that do not take them, or for training alone.
 _UNASKED = ("token_type_ids", "labels")

@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> int:
         if arguments == ["import"]:
             from midstream.exchange.import_model import serve
         else:
-            from midstream.exchange.export_model import serve
+            from midstream.exchange.export import serve
         serve(request)
     except ValidationError as error:
         wrong = [

@@ -16,22 +16,23 @@ from midstream.config import (
     EncoderConfig,
     TransformersDecoderConfig,
 )
-from midstream.exchange.export_towers import inner_width, own_tensors, stock_tensors
-from midstream.exchange.huggingface import decoder_tensors, read_config, unwrapped
-from midstream.exchange.vision_checkpoints import (
+from midstream.core.storage import read_json
+from midstream.exchange.hub import decoder_tensors, read_config, unwrapped
+from midstream.exchange.towers import (
     LOADING,
     colours,
     encoder_config,
     few,
     fitting,
+    inner_width,
+    own_tensors,
     pictures,
+    stock_tensors,
 )
 from midstream.model.decoder import Decoder
-from midstream.model.pretrained import TransformersDecoder
-from midstream.model.transformers_config import describe, with_vocabulary
+from midstream.model.pretrained import TransformersDecoder, describe, with_vocabulary
 from midstream.model.vision import build_encoder
 from midstream.model.weights import check, read_tensors
-from midstream.storage import read_json
 
 # model_type in config.json -> the class that knows its files' names.
 _LLAVA = {

@@ -1,6 +1,15 @@
-"""What `midstream import` is asked for: found, brought here, seen to be whole, and read."""
+"""What `midstream import` is asked for, where it stands in its run, and what is printed.
 
+Where a checkpoint stands in its run, out of what the user, the files and the table say. What
+`midstream import` is asked for: found, brought here, seen to be whole, and read. What the user
+reads after an import.
+"""
+
+import json
+import math
 import re
+import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,23 +17,53 @@ from pydantic import Field
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from midstream.config import AnyDecoderConfig, TransformersDecoderConfig
-from midstream.config.base import Config, Positive
-from midstream.data.tokenising.tokenise import open_tokenizer
-from midstream.exchange import import_lora, import_parts, vision_checkpoints
-from midstream.exchange.huggingface import (
-    ADAPTER,
-    check_downloaded,
-    fetch,
-    read_decoder,
-    same_weights,
-)
+from midstream.config import AnyDecoderConfig, EncoderConfig, TransformersDecoderConfig, VLMConfig
+from midstream.config.model import Config, Positive
+from midstream.core.storage import read_json
+from midstream.data.tokenise import open_tokenizer
+from midstream.exchange import hub, import_parts, towers
+from midstream.exchange.hub import ADAPTER, check_downloaded, fetch, read_decoder, same_weights
 from midstream.exchange.openlm import read_openlm
-from midstream.exchange.position import NUMBERS
-from midstream.model.transformers_config import FAMILIES
-from midstream.storage import read_json
+from midstream.model.pretrained import FAMILIES
 from midstream.study.families import Known, holds_final_weights, known_checkpoint
-from midstream.study.imported import RECORD, Position
+from midstream.study.imported import RECORD, ImportRecord, Position
+
+NUMBERS = ("tokens_seen", "total_tokens", "rate", "peak_rate", "end_rate")
+
+
+def settle(given: Position, checkpoint: Position, known: Position) -> tuple[Position, list[str]]:
+    """One position out of what the user gave, the checkpoint's files and the table say, in this
+    order; and a sentence for each number that a source lower down has otherwise.
+
+    Raises ValueError where the numbers contradict each other.
+    """
+    sources = {"given": given, "checkpoint": checkpoint, "known family": known}
+    numbers: dict[str, int | float] = {}
+    origins: dict[str, str] = {}
+    conflicts = []
+    for name in NUMBERS:
+        for source, position in sources.items():
+            value = getattr(position, name)
+            if value is None:
+                continue
+            if name not in numbers:
+                numbers[name], origins[name] = value, source
+            elif not math.isclose(value, numbers[name], rel_tol=1e-3):
+                conflicts.append(
+                    f"{name} is {numbers[name]:,} ({origins[name]}); {source} says {value:,}"
+                )
+    _check(numbers)
+    return Position.model_validate(numbers | {"origins": origins}), conflicts
+
+
+def _check(numbers: dict[str, int | float]) -> None:
+    for low, high in (("tokens_seen", "total_tokens"), ("rate", "peak_rate")):
+        if low in numbers and high in numbers and numbers[low] > numbers[high]:
+            raise ValueError(
+                f"{low} {numbers[low]:,} is above {high} {numbers[high]:,}; give them with "
+                f"--{low.replace('_', '-')} and --{high.replace('_', '-')}"
+            )
+
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _FILES = (".pt", ".pth", ".bin", ".safetensors", ".json")
@@ -119,7 +158,7 @@ def locate(request: ImportRequest) -> Source:
             raise ValueError(f"{path} is imported already; give it to a recipe")
         if not list(path.glob("**/epoch_*.pt")):
             bare = request.num_heads is not None and not (path / "config.json").is_file()
-            adapter = import_lora.is_adapter(path)
+            adapter = hub.is_adapter(path)
             needed = ADAPTER if adapter else "config.json"
             check_downloaded(path, needed=() if bare else (needed,))
             if not bare and not adapter:
@@ -163,7 +202,7 @@ def _check_family(folder: Path) -> None:
     content = read_json(folder / "config.json")
     kind = content.get("model_type") if isinstance(content, dict) else None
     own = ("openlm", import_parts.OWN_TEXT, *import_parts.WHOLE)
-    if kind in own or kind in vision_checkpoints.FAMILIES or kind in FAMILIES:
+    if kind in own or kind in towers.FAMILIES or kind in FAMILIES:
         return
     models = ", ".join(f"{name} ({one.models})" for name, one in FAMILIES.items())
     if isinstance(content, dict) and isinstance(content.get("vision_config"), dict):
@@ -175,7 +214,7 @@ def _check_family(folder: Path) -> None:
     raise ValueError(
         f"{folder / 'config.json'} is of model_type {kind!r}, no family that is known here. "
         f"Language models: openlm, {models}. Vision towers: "
-        + ", ".join(vision_checkpoints.FAMILIES)
+        + ", ".join(towers.FAMILIES)
         + ". Whole models, by their parts: "
         + ", ".join(import_parts.WHOLE)
     )
@@ -186,7 +225,7 @@ def read_language_model(request: ImportRequest, path: Path) -> LanguageModel:
 
     Raises FileNotFoundError or ValueError as `read_openlm` and `read_decoder` do.
     """
-    adapter = path.is_dir() and import_lora.is_adapter(path)
+    adapter = path.is_dir() and hub.is_adapter(path)
     openlm = path.is_file() or not (path / "config.json").is_file()
     if adapter or (not openlm and read_json(path / "config.json")["model_type"] != "openlm"):
         if request.num_heads is not None:
@@ -209,7 +248,7 @@ def read_language_model(request: ImportRequest, path: Path) -> LanguageModel:
 
 def _read_folder(path: Path, *, adapter: bool) -> LanguageModel:
     if adapter:
-        ours, tensors, base, notes = import_lora.merged(path)
+        ours, tensors, base, notes = hub.merged(path)
         return LanguageModel(ours.model_type, ours, tensors, (), notes=notes, tokenizer_folder=base)
     kind = read_json(path / "config.json")["model_type"]
     if kind == import_parts.OWN_TEXT:
@@ -249,3 +288,89 @@ def find_tokenizer(request: ImportRequest, path: Path) -> Tokenizer | None:
             "one with --tokenizer"
         )
     return None
+
+
+def summary(out: Path, record: ImportRecord, notes: Sequence[str]) -> Iterator[str]:
+    """What was imported, line by line, and the next command."""
+    at = f" at {record.revision}" if record.revision else ""
+    yield f"{out}: {record.source}{at}"
+    config = record.config
+    if isinstance(config, EncoderConfig):
+        yield (
+            f"  {record.family} vision tower: {config.num_layers} blocks, "
+            f"{config.hidden_size} wide, {config.num_patches} patches of a picture of "
+            f"{config.image_size} x {config.image_size}"
+        )
+    else:
+        yield f"  {record.family} language model, {config.num_parameters:,} parameters"
+        if record.model is not None:
+            yield from _about_sight(record.model)
+        yield from _about_text(record)
+    if record.dropped:
+        some = ", ".join(record.dropped[:3]) + (", ..." if len(record.dropped) > 3 else "")
+        yield f"  left out {len(record.dropped)} stored tensors: {some}"
+    yield from (f"  {note}" for note in notes)
+    if record.model is not None:
+        yield "  to go on, put your data for WORLD:"
+        whole = shlex.quote(f"model={out.expanduser()}")
+        yield f"next: midstream plan own_model.fine_tuning --set {whole} --set data=WORLD"
+        return
+    other, what = ("LANGUAGE_MODEL", "language model")
+    if record.kind == "decoder":
+        other, what = ("VISION_TOWER", "vision tower")
+    yield f"  to go on, put an imported {what} for {other} and your data for WORLD:"
+    yield _next(out.expanduser(), record, other)
+
+
+def _next(out: Path, record: ImportRecord, other: str) -> str:
+    """The next command, as a shell takes it."""
+    encoder = record.kind == "encoder"
+    checkpoint, tower = (other, str(out)) if encoder else (str(out), other)
+    values = {
+        "checkpoint": checkpoint,
+        "encoders": json.dumps([tower], ensure_ascii=False),
+        "data": "WORLD",
+    }
+    if isinstance(record.config, EncoderConfig):
+        # Where the model that a tower comes from saw otherwise than the recipe does by itself.
+        usual = {"feature_layer": -2, "final_norm": False, "resize": "letterbox"}
+        told = {name: getattr(record.config, name) for name in usual}
+        values |= {
+            name: value if isinstance(value, str) else json.dumps(value)
+            for name, value in told.items()
+            if value != usual[name]
+        }
+    options = " ".join(f"--set {shlex.quote(f'{name}={one}')}" for name, one in values.items())
+    return f"next: midstream plan own_model.image_shares {options}"
+
+
+def _about_sight(model: VLMConfig) -> Iterator[str]:
+    encoder = model.encoder
+    assert encoder is not None, "it sees"
+    widths = model.projector.widths(encoder.hidden_size, model.decoder.hidden_size)
+    yield (
+        f"  sees {encoder.num_patches} patches of a picture of {encoder.image_size} x "
+        f"{encoder.image_size} ({encoder.transform.resize}), projector widths "
+        f"{', '.join(map(str, widths))}"
+    )
+
+
+def _about_text(record: ImportRecord) -> Iterator[str]:
+    assert record.vocabulary is not None
+    assert record.position is not None
+    before, after = record.vocabulary["rows_before"], record.vocabulary["rows_after"]
+    rows = f"{before:,} rows as before" if before == after else f"{before:,} rows, now {after:,}"
+    added = [f"{one['token']} = {one['id']:,}" for one in record.vocabulary["added"]]
+    yield f"  vocabulary: {rows}; added {', '.join(added) or 'no token'}"
+    numbers = {name: getattr(record.position, name) for name in NUMBERS}
+    for name, value in numbers.items():
+        if value is not None:
+            yield f"  {_words(name)}: {value:,} ({record.position.origins[name]})"
+    unknown = [_words(name) for name, value in numbers.items() if value is None]
+    if unknown:
+        yield f"  unknown: {', '.join(unknown)}"
+    yield f"  Adam's moments: {'as in the checkpoint' if record.has_moments else 'none'}"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")

@@ -20,11 +20,11 @@ from midstream.config import (
     ProjectorConfig,
     VLMConfig,
 )
-from midstream.exchange.huggingface import read_config, unwrapped
+from midstream.core.storage import read_json
+from midstream.exchange.hub import read_config, unwrapped
 from midstream.exchange.import_parts import OWN, parts_of, read_encoder_part
-from midstream.exchange.vision_checkpoints import fitting, pictures
+from midstream.exchange.towers import fitting, pictures
 from midstream.model.weights import read_tensors
-from midstream.storage import read_json
 
 _PROJECTORS = (
     *(ProjectorConfig(num_layers=2, hidden=hidden) for hidden in ("decoder", "encoder_4x")),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from midstream.config import DecoderConfig
-from midstream.storage import read_json
+from midstream.core.storage import read_json
 
 # Hidden size, layers and heads by the model names of OpenLM, DCLM and the paper's runs.
 SIZES = {

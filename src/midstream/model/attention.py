@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from midstream.batch import PADDING
 from midstream.config import Attention
+from midstream.core.batch import PADDING
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from midstream.model.decoder import Cache, compute_dtype
+from midstream.model.decoder import Cache, Sampling, choose, compute_dtype
 from midstream.model.pretrained import TransformersCache
-from midstream.model.sampling import Sampling, choose
 from midstream.model.vlm import VLM
 
 AnyCache = Cache | TransformersCache

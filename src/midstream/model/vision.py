@@ -22,8 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from midstream.config import AnyEncoderConfig, EncoderConfig, FusedEncoder, PatchProjection
-from midstream.model.initialise import Initialiser, Linear
-from midstream.model.weights import fill, read_tensors
+from midstream.model.weights import Initialiser, Linear, fill, read_tensors
 
 # Of a whole tower, what no features are made of: the pooling head, and what masked training used.
 _UNUSED = re.compile(r"(head|pooler)\.|embeddings\.mask_token$")

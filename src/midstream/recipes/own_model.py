@@ -22,11 +22,11 @@ from midstream.config import (
     Training,
     WarmupCosine,
 )
-from midstream.identity import world_fingerprint
-from midstream.recipes.line import END_RATE, FINETUNING, finetuned_line
-from midstream.storage import read_json
+from midstream.core.identity import world_fingerprint
+from midstream.core.storage import read_json
+from midstream.recipes.lines import END_RATE, FINETUNING, finetuned_line
 from midstream.study.imported import as_imported, load_model, read_import
-from midstream.study.stage import (
+from midstream.study.stages import (
     Continue,
     ContinueFrom,
     Evaluate,

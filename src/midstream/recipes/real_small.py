@@ -19,15 +19,9 @@ from midstream.config import (
     Training,
     WarmupCosine,
 )
-from midstream.identity import folder_fingerprint
-from midstream.recipes.line import END_RATE, finetuned_line, image_text_schedule, start_at
-from midstream.study.stage import (
-    Continue,
-    Evaluate,
-    Prepare,
-    Pretrain,
-    TrainEncoder,
-)
+from midstream.core.identity import folder_fingerprint
+from midstream.recipes.lines import END_RATE, finetuned_line, image_text_schedule, start_at
+from midstream.study.stages import Continue, Evaluate, Prepare, Pretrain, TrainEncoder
 from midstream.study.studies import Figure, Study
 
 TOKENIZER = "gpt_neox_tokenizer/20B_tokenizer.json"

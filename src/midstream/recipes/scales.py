@@ -1,8 +1,19 @@
-"""What a study of the paper is made of at each size: models, data, budgets, rates.
+"""What a study is made of at each size, and one model of it.
+
+One model of the paper's study, from the values that its experiments vary to an evaluation. What the
+paper's experiments share: labels, the curve of each number of epochs, claims.
+
+Scales along the checkpoints of other people's models: the paper's settings around them.
+
+Our choice (U) where the paper's numbers are its models': 20 image-text tokens a parameter, a
+twentieth of them warming up again to the run's own peak, and an end at a hundredth of that (as the
+paper's 3e-3 and 3e-5).
+
+What a study of the paper is made of at each size: models, data, budgets, rates.
 
 `pocket` is generated and runs in minutes. The others of SIZES are the paper's: OpenLM decoders,
 SigLIP and DINOv2 as public, three text sources, four caption sets, LLaVA's conversations. The names
-of `study/revisions.py` (pythia-160m, ...) are public models along whose checkpoints the study goes,
+of `recipes/lines.py` (pythia-160m, ...) are public models along whose checkpoints the study goes,
 and `imported` is any model of yours. Their folders are named once, by `inputs`; without it a study
 can be planned and priced, and says so when it is to run:
 
@@ -14,16 +25,154 @@ can be planned and priced, and says so when it is to run:
                             public model in a folder of its name
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
-from midstream.config import DECODERS, Caption
-from midstream.recipes.paper_scale import Asked, paper_scale
-from midstream.recipes.paper_sources import TextGiven, text_mixture_of
-from midstream.recipes.pocket_scale import pocket_scale
-from midstream.recipes.public_scale import IMPORTED, public_scale
-from midstream.recipes.scale import COMPLETIONS, DATACOMP_DR, Encoder, Scale
-from midstream.study.revisions import PUBLIC_MODELS
+from midstream.config import (
+    DECODERS,
+    AdamW,
+    AnyDecoderConfig,
+    Caption,
+    ContinuedCosine,
+    EncoderConfig,
+    Epochs,
+    Evaluation,
+    Mixture,
+    Share,
+    Training,
+    WarmupCosine,
+)
+from midstream.recipes.lines import (
+    COMPLETIONS,
+    DATACOMP_DR,
+    PUBLIC_MODELS,
+    REWARMED,
+    Encoder,
+    Scale,
+    TextGiven,
+    imported,
+    text_mixture_of,
+    world,
+)
+from midstream.recipes.paper_scale import Asked, paper_scale, scale_of
+from midstream.recipes.pocket import pocket_scale
+from midstream.study.families import rates_along
+from midstream.study.imported import ImportRecord, Position, read_import
+from midstream.study.stages import PLANNED, Continue, Evaluate, Finetune, Imported, LoadDecoder
+from midstream.study.studies import Axis, Claim, Line, line_name
+
+IMPORTED = "imported"
+IMAGE_TEXT_MULTIPLE = 20
+WARMUP_SHARE = 0.05
+END_SHARE = 0.01
+# Where neither a table nor an import tells the run's peak: the paper's at most of its sizes.
+PEAK = 3e-3
+
+
+def public_scale(name: str, asked: Asked) -> Scale:
+    """A public model by its name in `recipes/lines.py`, or the checkpoints of your own.
+
+    Those of your own lie under INPUTS/checkpoints, in folders named by the percentage of their run.
+    Raises ValueError where there are none, or where they are not of one model.
+    """
+    found = _own(asked) if name == IMPORTED else _public(name, asked)
+    records = {
+        share: read_import(one.folder) for share, (one, _) in found.items() if _is_there(one)
+    }
+    decoder = _decoder(name, records)
+    folders = [one.folder for one, _ in found.values() if _is_there(one)]
+    positions = {share: position for share, (_, position) in found.items()}
+    positions |= {share: one.position for share, one in records.items() if one.position is not None}
+    peak = next((p.peak_rate for p in positions.values() if p.peak_rate), PEAK)
+    end = round(END_SHARE * peak, 12)
+    tokens = IMAGE_TEXT_MULTIPLE * decoder.num_parameters
+    tokenizer = folders[0] / "tokenizer.json" if folders else None
+    data = world(asked.inputs if folders else None, tokenizer)
+    text = {
+        share: LoadDecoder(
+            data=data,
+            checkpoint=one,
+            decoder=decoder,
+            planned_rate=positions[share].rate,
+            planned_tokens=positions[share].tokens_seen,
+            planned_total_tokens=positions[share].total_tokens,
+        )
+        for share, (one, _) in found.items()
+    }
+    made = scale_of(
+        name,
+        decoder,
+        data,
+        text,
+        asked,
+        image_text_tokens=tokens,
+        rewarm_peak=peak,
+        rewarm_steps=0.0,
+        end_rate=end,
+        text_rates=() if name == IMPORTED else rates_along(PUBLIC_MODELS[name].repository),
+        notes=(
+            f"{name} is no model of the paper. Settings are the paper's; {IMAGE_TEXT_MULTIPLE} "
+            "image-text tokens a parameter, and a rate that is warmed up again to "
+            f"{peak:g} or ends at {end:g}, are our choice.",
+        ),
+    )
+    return replace(made, rewarm=made.rewarm.model_copy(update={"warmup_fraction": WARMUP_SHARE}))
+
+
+def _public(name: str, asked: Asked) -> dict[float, tuple[Imported, Position]]:
+    model = PUBLIC_MODELS[name]
+    return {
+        share: (
+            imported(asked.inputs, "checkpoints", f"{name}/{share * 100:.0f}", model.source(share)),
+            model.position(share),
+        )
+        for share in model.revisions
+    }
+
+
+def _own(asked: Asked) -> dict[float, tuple[Imported, Position]]:
+    folder = (asked.inputs or Path("INPUTS")) / "checkpoints"
+    found: dict[float, tuple[Imported, Position]] = {}
+    for path in folder.glob("*") if asked.inputs else ():
+        try:
+            share = float(path.name) / 100
+        except ValueError:
+            continue
+        found[share] = (imported(asked.inputs, "checkpoints", path.name, ""), Position())
+    if not found:
+        raise ValueError(
+            f"scale 'imported' goes along the checkpoints of {folder}, in folders named by the "
+            "percentage of their run (20, 37.5, 100), and there is none; make them with midstream "
+            "import and name their folder with --set inputs=DIR"
+        )
+    return dict(sorted(found.items()))
+
+
+def _is_there(one: Imported) -> bool:
+    return not one.content.startswith(PLANNED)
+
+
+def _decoder(name: str, records: dict[float, ImportRecord]) -> AnyDecoderConfig:
+    """The model that all imported checkpoints are of; as published where none is there."""
+    known = {share: record.config for share, record in records.items()}
+    for share, config in known.items():
+        first, other = next(iter(known.items()))
+        if isinstance(config, EncoderConfig):
+            raise ValueError(
+                f"the checkpoint at {share:.0%} is a vision encoder, no language model"
+            )
+        if config != other:
+            raise ValueError(
+                f"the checkpoints at {first:.0%} and {share:.0%} are of two models; import "
+                "revisions of one, with the same --add-token and --pad-vocab-to"
+            )
+    for config in known.values():
+        assert not isinstance(config, EncoderConfig), "refused above"
+        return config
+    return PUBLIC_MODELS[name].decoder
+
 
 __all__ = ["COMPLETIONS", "DATACOMP_DR", "SIZES", "Encoder", "Scale", "Settings", "find_scale"]
 SIZES = ("pocket", *(size for size in DECODERS if size != "7b"))
@@ -92,3 +241,160 @@ def find_scale(name: str, shrink: float = 1.0, **given: Unpack[Settings]) -> Sca
     if text == "trained":
         raise ValueError(f"the text of {name} is there already; leave text='trained' out")
     return public_scale(name, asked)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What tells one model of the paper from another; the defaults are those it varies least.
+
+    completion: share of the text run before the first picture. captions, instruct: shares of the
+    image-text tokens, the rest is text. multiple: image-text tokens over those of the scale.
+    """
+
+    completion: float = 0.8
+    captions: float = 0.1
+    instruct: float = 0.0
+    epochs: int = 4
+    seed: int = 7
+    caption_set: str = DATACOMP_DR
+    encoder: str = "SigLIP"
+    trains_encoder: bool = False
+    multiple: float = 1.0
+
+
+def image_text_stage(scale: Scale, model: Model) -> Continue:
+    """The image-text stage of a model: 0 % and 100 % warm up again, others continue (Figure 3)."""
+    schedule: WarmupCosine | ContinuedCosine = ContinuedCosine(end_rate=scale.end_rate)
+    if model.completion in REWARMED:
+        # The same number of tokens, whatever the length (paper, Figure 3).
+        fraction = scale.rewarm.warmup_fraction / model.multiple
+        schedule = scale.rewarm.model_copy(update={"warmup_fraction": fraction})
+    seed = model.seed if scale.image_text_seed is None else scale.image_text_seed
+    return Continue(
+        data=scale.data,
+        encoder=scale.encoders[model.encoder],
+        decoder=scale.decoder,
+        start=scale.start(model.completion),
+        training=Training(
+            budget=mixture(
+                scale,
+                model.captions,
+                model.instruct,
+                round(1.0 - model.captions - model.instruct, 10),
+                multiple=model.multiple,
+                caption_set=model.caption_set,
+            ),
+            rows=scale.rows,
+            optimizer=scale.optimizer,
+            schedule=schedule,
+            encoder_rate_factor=1.0 if model.trains_encoder else None,
+            seed=seed,
+        ),
+    )
+
+
+def mixture(
+    scale: Scale,
+    captions: float,
+    instruct: float,
+    text: float,
+    *,
+    multiple: float,
+    caption_set: str = DATACOMP_DR,
+) -> Mixture:
+    """`multiple` times the scale's image-text tokens: captions, conversations and text.
+
+    Sources without a share are left out.
+    """
+    source, caption = scale.captions[caption_set]
+    shares = [
+        Share(source=source, share=captions, caption=caption),
+        Share(source=scale.instruct_source, share=instruct),
+        *(
+            Share(source=name, share=text if part == 1.0 else round(text * part, 12))
+            for name, part in scale.text_sources
+        ),
+    ]
+    return Mixture(
+        total_tokens=round(scale.image_text_tokens * multiple),
+        shares=tuple(share for share in shares if share.share),
+        max_epochs=scale.max_epochs,
+        by=scale.by,
+        sampling=scale.sampling,
+    )
+
+
+def finetune_stage(scale: Scale, model: Model, continued: Continue | None = None) -> Finetune:
+    """Conversations for whole epochs, its own schedule each (paper, section 2.1.3, appendix D)."""
+    return Finetune(
+        start=image_text_stage(scale, model) if continued is None else continued,
+        training=Training(
+            budget=Epochs(sources=(scale.instruct_source,), epochs=model.epochs),
+            rows=scale.finetune_rows,
+            # Prismatic's: matrices decay by 0.1, no z-loss; beta2 is the paper's.
+            optimizer=AdamW(weight_decay=0.1, decay="matrices", z_loss=0.0),
+            schedule=WarmupCosine(
+                peak_rate=scale.finetune_rate, end_rate=0.0, warmup_fraction=0.05
+            ),
+            encoder_rate_factor=1.0 if model.trains_encoder else None,
+            seed=model.seed,
+        ),
+    )
+
+
+def line(scale: Scale, model: Model, /, **axes: Axis) -> Line:
+    """A model as a line that lies at these axes and its seed; its name is made of them."""
+    return Line(
+        name=line_name({**axes, "seed": model.seed}),
+        axes={**axes, "seed": model.seed},
+        result=Evaluate(of=finetune_stage(scale, model), evaluation=scale.asked),
+    )
+
+
+def text_baselines(scale: Scale, completions: Sequence[float]) -> dict[str, Evaluate]:
+    """The text run itself at these shares of its tokens, on the text tasks.
+
+    Shares at which the scale has no weights are left out.
+    """
+    asked = text_only(scale.asked)
+    return {
+        f"text only, {share:.0%}": Evaluate(**_evaluated(scale, share), evaluation=asked)
+        for share in completions
+        if share in scale.completions
+    }
+
+
+def text_only(asked: Evaluation) -> Evaluation:
+    """The same evaluation without its visual tasks."""
+    return Evaluation(text_tasks=asked.text_tasks, limit=asked.limit)
+
+
+def _evaluated(scale: Scale, completion: float) -> dict[str, Any]:
+    held = scale.text_at(completion)
+    return {"of": held["stage"], "completion": held["completion"]}
+
+
+SHARE_LABEL = "captions in the image-text stage (% of tokens)"
+SEQUENCES_LABEL = "captions in the image-text stage (% of sequences)"
+
+
+def share_label(at: Scale) -> str:
+    """What an axis of shares counts."""
+    return SEQUENCES_LABEL if at.by == "sequences" else SHARE_LABEL
+
+
+def curve_of(epochs: Sequence[int]) -> str | None:
+    """The axis that tells curves apart: epochs where there are several."""
+    return "epochs" if len(epochs) > 1 else None
+
+
+def decidable(claims: Sequence[Claim], lines: Sequence[Line]) -> tuple[Claim, ...]:
+    """The claims that have lines on both sides."""
+    return tuple(
+        claim
+        for claim in claims
+        if all(
+            any(place.items() <= line.axes.items() for line in lines)
+            for place in (claim.higher, claim.lower)
+        )
+    )

@@ -1,8 +1,14 @@
-"""The learning rates of a study before anything runs: `midstream plan --curves`."""
+"""Curves over tokens: rates before a study runs, loss and rate of a stage.
+
+The learning rates of a study before anything runs: `midstream plan --curves`. Loss and learning
+rate of a stage over its tokens.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -10,20 +16,21 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from midstream.config import ContinuedCosine
-from midstream.report.drawing import FILES, INK, SERIES, STYLE, saved
-from midstream.schedule import check_start, moments_factor, rate_at
-from midstream.study.chain import came_from, warms_up_moments
-from midstream.study.cost import cost
-from midstream.study.graph import order
+from midstream.config.training import check_start, moments_factor, rate_at
+from midstream.cost.cost import cost
+from midstream.cost.graph import order
+from midstream.report.figures import FILES, INK, SERIES, STYLE, saved
 from midstream.study.imported import Position, open_imported
 from midstream.study.label import label
-from midstream.study.ledger import Ledger
-from midstream.study.stage import (
+from midstream.study.stages import (
     PLANNED,
     LoadDecoder,
     LoadModel,
     Trained,
+    came_from,
+    warms_up_moments,
 )
+from midstream.study.store import Ledger
 from midstream.study.studies import AnyStudy
 
 NUM_POINTS = 400
@@ -217,3 +224,48 @@ def _position(stage: LoadDecoder | LoadModel) -> tuple[int, int | None, float | 
         return stage.planned_tokens or 0, stage.planned_total_tokens, stage.planned_rate
     position = open_imported(stage.checkpoint).position or Position()
     return position.tokens_seen or 0, position.total_tokens, position.rate
+
+
+MAX_POINTS = 200
+
+
+def curve_figure(metrics: Sequence[dict[str, Any]]) -> dict[str, bytes]:
+    """Loss and learning rate of one training stage over its tokens.
+
+    At most 200 points; a point is the mean loss of equally many steps and their last rate.
+    """
+    if not metrics:
+        raise ValueError("no metrics to draw: the stage has taken no step")
+    bins = _bins(metrics, MAX_POINTS)
+    at = [lines[-1]["tokens_seen"] for lines in bins]
+    loss = [fmean(line["loss"] for line in lines) for lines in bins]
+    rate = [lines[-1]["rate"] for lines in bins]
+    # Fixed margins: a layout that is solved draws each of many figures twice.
+    with matplotlib.rc_context(STYLE | {"font.size": 9.5, "figure.constrained_layout.use": False}):
+        figure = Figure(figsize=(3.6, 2.7))
+        figure.subplots_adjust(left=0.19, right=0.96, top=0.97, bottom=0.17, hspace=0.12)
+        upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 2))
+        upper.plot(at, loss, color=SERIES[0], linewidth=1.4)
+        upper.set_ylabel("loss")
+        lower.plot(at, rate, color=SERIES[1], linewidth=1.4)
+        lower.set_ylabel("rate")
+        lower.set_ylim(bottom=0)
+        lower.yaxis.set_major_formatter(lambda value, _: _power(value))
+        lower.set_xlabel("tokens seen")
+        lower.xaxis.set_major_formatter(EngFormatter(sep=""))
+        for axes in (upper, lower):
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.yaxis.set_major_locator(MaxNLocator(3))
+            axes.tick_params(length=0)
+        figure.align_ylabels()
+        return saved(figure, ("svg",))
+
+
+def _power(value: float | int) -> str:
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}" if value else "0"
+
+
+def _bins(lines: Sequence[dict[str, Any]], limit: int) -> list[Sequence[dict[str, Any]]]:
+    size = -(-len(lines) // limit)
+    return [lines[start : start + size] for start in range(0, len(lines), size)]

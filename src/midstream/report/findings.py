@@ -1,4 +1,10 @@
-"""What the data show, in plain sentences: the study's claims, and which place is best.
+"""What the data show, in sentences.
+
+How numbers, places and scores are written. One sentence about the data, and the words that its
+numbers are put in. What a whole curve shows: its best place against the next best, and whether it
+rises or falls.
+
+What the data show, in plain sentences: the study's claims, and which place is best.
 
 Repetitions are seeds. A difference is first averaged over whatever else two places have in common
 (other axes), within each seed; its interval is Student's over the seeds. One seed has no interval,
@@ -8,17 +14,207 @@ and an interval that includes zero decides nothing.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
-from midstream.report.finding import Finding, Verdict, decides, higher, interval_words
-from midstream.report.overall import best_finding, trend_finding
 from midstream.report.pairs import Examples, Gap, mean_gap
-from midstream.report.spread import Spread, paired_difference
-from midstream.report.table import STABLE, Group, kinds_of, tasks_of
-from midstream.report.words import place_words, score_name, signed
-from midstream.study.ledger import Ledger
-from midstream.study.stage import Evaluate
+from midstream.report.results import (
+    STABLE,
+    Difference,
+    Group,
+    Spread,
+    difference,
+    kinds_of,
+    paired_difference,
+    tasks_of,
+)
+from midstream.study.stages import Evaluate
+from midstream.study.store import Ledger
 from midstream.study.studies import Claim, Study
+
+KIND_NAMES = {
+    "prepare_world": "World laid out",
+    "prepare_tokenizer": "Tokenizer",
+    "prepare_source": "Data preparation",
+    "train_encoder": "Encoder training",
+    "load_encoder": "Imported encoder",
+    "fuse_encoders": "Encoders side by side",
+    "load_decoder": "Imported language model",
+    "load_model": "Imported model that sees",
+    "pretrain": "Text pre-training",
+    "continue": "Image-text training",
+    "finetune": "Fine-tuning",
+    "evaluate": "Evaluation",
+}
+SCORE_NAMES = {
+    "stable.vision": "Vision, stable",
+    "stable.vision_blind": "Vision, blind",
+    "stable.text": "Text, stable",
+}
+
+
+def score_name(score: str) -> str:
+    """A column or a score as a table's head names it."""
+    name, _, part = score.partition(":")
+    if part:
+        return f"stable score, {part}" if name == "suite" else f"{name} ({part})"
+    return SCORE_NAMES.get(score, score.removesuffix(".score"))
+
+
+def place(value: Any) -> Any:
+    """A value of an axis."""
+    return f"{value:g}" if isinstance(value, int | float) else value
+
+
+def place_words(at: Mapping[str, Any]) -> str:
+    """Values of axes: "text completion 80, seed 7"."""
+    return ", ".join(f"{axis.replace('_', ' ')} {place(value)}" for axis, value in at.items())
+
+
+def points(value: float | int) -> str:
+    """A score from 0 to 1 in points of 100."""
+    return f"{100 * value:.1f}"
+
+
+def signed(value: float | int) -> str:
+    """A difference in points, with its sign; never minus nothing."""
+    text = f"{100 * value:+.1f}"
+    return ("0.0" if float(text) == 0 else text).replace("-", "\N{MINUS SIGN}")
+
+
+def engineering(value: float | int) -> str:
+    """Three digits with a unit's letter up to tera, powers of ten above."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value:.2e}" if value >= 1e15 else f"{value / size:.3g} {letter}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float | int) -> str:
+    """Seconds, minutes or hours."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+Verdict = Literal["agrees", "disagrees", "undecided", "no interval", "not measured", "decided"]
+VERDICTS: dict[Verdict, str] = {
+    "agrees": "our data agree",
+    "disagrees": "our data disagree",
+    "decided": "the data decide",
+    "undecided": "the data do not decide",
+    "no interval": "no interval: one seed",
+    "not measured": "not measured",
+}
+
+
+# Two repetitions can agree to the last digit by chance, and their interval is then a point.
+LEAST_REPETITIONS = 3
+
+
+def decides(gap: Difference) -> bool | None:
+    """Whether a difference is told from zero: its interval leaves zero out, and rests on three
+    repetitions at least. None where there is no interval."""
+    if gap.exceeds_spread is None:
+        return None
+    return gap.exceeds_spread and min(gap.n) >= LEAST_REPETITIONS
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence about the data, under the claim (and its source) that it answers, if any."""
+
+    claim: str | None
+    source: str
+    verdict: Verdict
+    sentence: str
+    difference: Difference | None = None
+    examples: Gap | None = None
+
+    @property
+    def verdict_words(self) -> str:
+        """The verdict as it stands on a page."""
+        return VERDICTS[self.verdict]
+
+
+def higher(gap: Difference) -> str:
+    """A difference as so many points higher or lower."""
+    return f"{points(abs(gap.mean))} points {'lower' if gap.mean < 0 else 'higher'}"
+
+
+def interval_words(gap: Difference) -> str:
+    """The interval of a difference, or why there is none."""
+    first, second = gap.n
+    n = f"{first}" if first == second else f"{first} and {second}"
+    paired = "paired" if gap.paired else "not paired"
+    repetitions = f"{n} repetition{'s' if n != '1' else ''}"
+    if gap.low is None or gap.high is None:
+        return f"no interval: {repetitions}"
+    return f"95 % interval {signed(gap.low)} to {signed(gap.high)}, {paired}, {repetitions}"
+
+
+def best_finding(study: Study, groups: Sequence[Group], column: str) -> Finding:
+    """The place with the highest mean, and how far the next best lies."""
+    name, x = score_name(column), study.figure.x
+    by = groups[0].by
+    where = f", {place_words({str(study.figure.by): by})}" if by is not None else ""
+    means = [(group.spreads[column].mean, group) for group in groups]
+    known = sorted(((m, g) for m, g in means if m is not None), key=lambda pair: -pair[0])
+    if len(known) < 2:
+        text = f"{name}{where}: {len(known)} of {len(groups)} places have a score; two are needed."
+        return Finding(None, "", "not measured", text)
+    (top, best), (_, runner) = known[:2]
+    spreads = best.spreads[column], runner.spreads[column]
+    gap = paired_difference(*spreads) or difference(*spreads)
+    assert gap is not None
+    verdict: Verdict = "no interval"
+    if (decided := decides(gap)) is not None:
+        verdict = "decided" if decided else "undecided"
+    rest = "" if len(known) == len(groups) else f"; {len(groups) - len(known)} places are missing"
+    text = (
+        f"{name} is highest at {place_words({x: best.x})}{where} with {points(top)} points, "
+        f"{higher(gap)} than at {place_words({x: runner.x})}, the next best ({interval_words(gap)})"
+        f"{rest}."
+    )
+    return Finding(None, "", verdict, text, gap)
+
+
+def trend_finding(study: Study, groups: Sequence[Group], column: str) -> Finding | None:
+    """Whether a score rises or falls over all places of a numeric axis; None below three of them.
+
+    A line is fitted through each repetition's places, evenly spaced as the figure draws them, and
+    its rise from the first to the last is what repetitions are compared by. Repetitions that lack a
+    place are left out.
+    """
+    if len(groups) < 3 or not all(isinstance(group.x, int | float) for group in groups):
+        return None
+    values = [dict(group.spreads[column].values) for group in groups]
+    whole = [name for name in values[0] if all(name in each for each in values)]
+    if not whole:
+        return None
+    rises = Spread(tuple((name, _rise([each[name] for each in values])) for name in whole))
+    gap = paired_difference(rises, Spread(tuple((name, 0.0) for name in whole)))
+    assert gap is not None
+    verdict: Verdict = "no interval"
+    if (decided := decides(gap)) is not None:
+        verdict = "decided" if decided else "undecided"
+    by = groups[0].by
+    where = f", {place_words({str(study.figure.by): by})}" if by is not None else ""
+    first, last = (place_words({study.figure.x: groups[at].x}) for at in (0, -1))
+    text = (
+        f"Over all {len(groups)} places, {score_name(column)}{where} is {higher(gap)} at {last} "
+        f"than at {first} on a line fitted through them, evenly spaced ({interval_words(gap)})."
+    )
+    return Finding(None, "", verdict, text, gap)
+
+
+def _rise(values: Sequence[float | int]) -> float:
+    """From the first to the last place of the line of least squares."""
+    middle, mean = (len(values) - 1) / 2, fmean(values)
+    products = sum((at - middle) * (value - mean) for at, value in enumerate(values))
+    return products / sum((at - middle) ** 2 for at in range(len(values))) * (len(values) - 1)
+
 
 Row = Mapping[str, Any]
 SEED = "seed"

@@ -1,21 +1,131 @@
-"""All that a report of one study says, as values, before any of it is drawn or written."""
+r"""All that a report says, as values and as files.
 
-from collections.abc import Sequence
+What a study was run with, in one line: data, sizes, tokens, repetitions. All that a report of one
+study says, as values, before any of it is drawn or written. A study's tables as files: CSV with all
+digits, LaTeX to \input.
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from midstream.report.costs import cost_rows
-from midstream.report.finding import Finding
-from midstream.report.findings import findings
+from midstream.config import Epochs, Mixture, PocketWorld, PublicFolder, SmallReal
+from midstream.core.storage import write_bytes
+from midstream.core.tokens import counted
+from midstream.cost.cost import encoder_parameters
+from midstream.cost.graph import Plan, plan
+from midstream.report.findings import (
+    KIND_NAMES,
+    Finding,
+    duration,
+    engineering,
+    findings,
+    place,
+    points,
+    score_name,
+    signed,
+)
 from midstream.report.pairs import Examples, paired_rows
-from midstream.report.parts import Part, Snapshot, parts_of
-from midstream.report.printed import View, table_view
-from midstream.report.settings import settings_line
-from midstream.report.spread import difference, paired_difference
-from midstream.report.table import Group, best_group, group_rows, line_rows, tasks_of
-from midstream.study.graph import Plan, plan
-from midstream.study.ledger import Ledger
+from midstream.report.results import (
+    Group,
+    Part,
+    Snapshot,
+    Spread,
+    best_group,
+    difference,
+    group_rows,
+    line_rows,
+    paired_difference,
+    parts_of,
+    stable_of,
+    tasks_of,
+)
+from midstream.report.table import (
+    Grid,
+    View,
+    cost_rows,
+    table_view,
+    to_latex,
+    view_grid,
+    view_records,
+)
+from midstream.study.stages import Continue, Finetune, Pretrain, Stage
+from midstream.study.store import Ledger
 from midstream.study.studies import Study
+
+TOKENS = {"pretrain": "text", "continue": "image-text", "finetune": "fine-tuning"}
+
+
+def settings_line(study: Study, ledger: Ledger) -> str:
+    """Data, parameters, tokens of each kind of stage (as planned), seeds and what is asked."""
+    ledger = Snapshot.of(ledger)
+    stages: dict[str, dict[str, Stage]] = {}
+    for line in study.lines:
+        for kind, part in parts_of(line.result).items():
+            for stage in (*part.before, part.stage):
+                stages.setdefault(kind, {})[stage.identity] = stage
+    lines = [line.result.of for line in study.lines]
+    said = [_join(_world(model.data.world) for model in lines)]
+    said.append(f"decoder of {_range(m.model.decoder.num_parameters for m in lines)} parameters")
+    towers = [m.model.encoder for m in lines if m.model.encoder is not None]
+    if towers:
+        said.append(f"encoder of {_range(encoder_parameters(tower) for tower in towers)}")
+    for kind, name in TOKENS.items():
+        words = _budgets(name, list(stages.get(kind, {}).values()))
+        said += [words] if words else []
+    seeds = {line.axes["seed"] for line in study.lines if "seed" in line.axes}
+    repeated = f", {counted(len(seeds), 'seed')}" if seeds else ""
+    said.append(counted(len(study.lines), "line") + repeated)
+    return "; ".join(said)
+
+
+def generated_data(study: Study) -> bool:
+    """Whether a line of the study rests on the generated pocket world."""
+    return any(isinstance(line.result.of.data.world, PocketWorld) for line in study.lines)
+
+
+def _world(world: PocketWorld | SmallReal | PublicFolder) -> str:
+    if isinstance(world, PocketWorld):
+        return "a generated pocket world"
+    return "small real data sets" if isinstance(world, SmallReal) else f"data {world.root.name}"
+
+
+def _budgets(name: str, stages: list[Stage]) -> str:
+    tokens, epochs, unknown = [], [], False
+    for stage in stages:
+        if not isinstance(stage, Pretrain | Continue | Finetune):
+            continue
+        budget = stage.training.budget
+        if isinstance(budget, Epochs):
+            epochs.append(budget.epochs)
+        elif isinstance(budget, Mixture):
+            tokens.append(budget.total_tokens)
+        else:
+            unknown = True
+    words = [f"{_range(tokens)} {name} tokens"] if tokens else []
+    if epochs:
+        low, high = min(epochs), max(epochs)
+        span = place(low) if low == high else f"{place(low)} to {place(high)}"
+        words.append(f"{span} {name} {'epoch' if high == 1 else 'epochs'}")
+    if unknown:
+        words.append(f"{name} by amounts")
+    return ", ".join(words)
+
+
+def _range(values: Iterable[float | int]) -> str:
+    found = sorted(set(values))
+    if not found:
+        return "none"
+    ends = [engineering(found[0]), engineering(found[-1])]
+    return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
+
+
+def _join(words: Iterable[str]) -> str:
+    return " and ".join(dict.fromkeys(words)) or "no data"
+
 
 TRAINING = ("train_encoder", "pretrain", "continue", "finetune")
 
@@ -146,3 +256,121 @@ def _task(name: str, kind: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any
             f"task {name!r} has {len(chances)} chance levels {sorted(chances)}; run it again"
         )
     return {"name": name, "kind": kind, "chance": chances.pop() if chances else None}
+
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Export:
+    """One table under a file name: words for people, records with all digits."""
+
+    name: str
+    grid: Grid
+    records: tuple[Record, ...]
+
+
+def exports(
+    study: Study,
+    groups: Sequence[Group],
+    pairs: Sequence[Record],
+    costs: Sequence[Record],
+    view: View | None,
+) -> list[Export]:
+    """Means, differences on the same examples, cost, and the study's own table if it has one."""
+    made = [scores_export(study, groups), _cost_export(study, costs)]
+    if pairs:
+        made.append(_pairs_export(study, pairs))
+    if view is not None:
+        made.append(Export("table", view_grid(view), tuple(view_records(view))))
+    return made
+
+
+def write_exports(made: Sequence[Export], folder: Path) -> None:
+    """`<name>.csv` and `<name>.tex` for each."""
+    for export in made:
+        write_bytes(folder / f"{export.name}.tex", to_latex(export.grid).encode())
+        if export.records:
+            stream = io.StringIO(newline="")
+            names = list(dict.fromkeys(key for record in export.records for key in record))
+            writer = csv.DictWriter(stream, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(export.records)
+            write_bytes(folder / f"{export.name}.csv", stream.getvalue().encode())
+
+
+def scores_export(study: Study, groups: Sequence[Group]) -> Export:
+    """Means over repetitions: a row a place, a column a score."""
+    tasks = [f"{task}.score" for task, _ in tasks_of(study)]
+    columns = [*stable_of(study), *tasks]
+    columns = [c for c in columns if any(group.spreads[c].n for group in groups)]
+    about = study.figure
+    heads = [about.x_label + (f", {about.by}" if about.by else ""), "n"]
+    rows, records = [], []
+    for group in groups:
+        name = f"{place(group.x)}" + ("" if group.by is None else f", {place(group.by)}")
+        n = str(group.n) if group.n == group.planned else f"{group.n} of {group.planned}"
+        rows.append((name, n, *(spread_words(group.spreads[c]) for c in columns)))
+        record: Record = {about.x: group.x} | ({about.by: group.by} if about.by else {})
+        record |= {"planned": group.planned}
+        for column in columns:
+            spread = group.spreads[column]
+            record |= {f"{column}.mean": spread.mean, f"{column}.sd": spread.sd}
+            record |= {f"{column}.n": spread.n}
+        records.append(record)
+    note = "mean ± standard deviation over repetitions, in points of 100"
+    grid = Grid(f"{study.name}: scores", (*heads, *map(score_name, columns)), tuple(rows), (note,))
+    return Export("scores", grid, tuple(records))
+
+
+def spread_words(spread: Spread) -> str:
+    """Mean ± sd in points; missing without a value."""
+    if spread.mean is None:
+        return "missing"
+    return points(spread.mean) + ("" if spread.sd is None else f" ± {points(spread.sd)}")
+
+
+def _pairs_export(study: Study, pairs: Sequence[Record]) -> Export:
+    tasks = list(dict.fromkeys(task for row in pairs for task in row["tasks"]))
+    rows, records = [], []
+    for row in pairs:
+        name = f"{place(row['best'])} less {place(row['x'])}"
+        name += "" if row["by"] is None else f", {study.figure.by} {place(row['by'])}"
+        gaps = {"all": row["all"]} | row["tasks"]
+        cells = [_gap_words(gaps.get(task)) for task in ("all", *tasks)]
+        rows.append((name, *cells))
+        for task, gap in gaps.items():
+            at = {"best": row["best"], "x": row["x"], "by": row["by"], "task": task}
+            numbers = {"mean": gap.mean, "low": gap.low, "high": gap.high, "p": gap.p_value}
+            records.append(at | numbers)
+    note = "differences in points on the same examples, with 95 % intervals over examples"
+    heads = (study.figure.x_label, "all tasks", *tasks)
+    grid = Grid(f"{study.name}: on the same examples", heads, tuple(rows), (note,))
+    return Export("pairs", grid, tuple(records))
+
+
+def _gap_words(gap: Any) -> str:
+    if gap is None:
+        return "–"
+    if gap.low is None:
+        return signed(gap.mean)
+    return f"{signed(gap.mean)} ({signed(gap.low)} to {signed(gap.high)})"
+
+
+def _cost_export(study: Study, costs: Sequence[Record]) -> Export:
+    heads = ("stages", "number", "done", "alone", "tokens seen", "FLOPs", "time", "time alone")
+    rows = tuple(
+        (
+            KIND_NAMES[cost["kind"]],
+            str(cost["stages"]),
+            str(cost["done"]),
+            str(cost["alone"]),
+            f"{cost['tokens']:,}" if cost["tokens"] else "–",
+            engineering(cost["flops"]) if cost["flops"] else "–",
+            duration(cost["seconds"]),
+            duration(cost["seconds_alone"]),
+        )
+        for cost in costs
+    )
+    grid = Grid(f"{study.name}: cost", heads, rows, ("FLOPs are planned, the rest was spent",))
+    return Export("cost", grid, tuple(costs))

@@ -1,12 +1,25 @@
-"""One self-contained page for a study: every number, figure and picture comes from its store."""
+"""The page of a study, the index of a suite, the summary in Markdown.
 
+Templates with everything escaped, and a policy that lets a page load nothing. One self-contained
+page for a study: every number, figure and picture comes from its store. The index of a suite: each
+study with its picture and first finding, and the totals. A summary of studies as Markdown, made of
+nothing but what their store holds.
+"""
+
+import base64
+import hashlib
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from midstream.report.costs import budgets, made, trouble
-from midstream.report.curves import curves, rates_figure, stretch
-from midstream.report.exports import exports, write_exports
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+from midstream import __version__
+from midstream.core.storage import write_bytes
+from midstream.core.tokens import counted
+from midstream.cost.graph import PlanRow, plan
+from midstream.report.curves import curve_figure, curves, rates_figure, stretch
 from midstream.report.figures import (
     Panel,
     grid_figure,
@@ -15,18 +28,81 @@ from midstream.report.figures import (
     stable_panel,
     task_panel,
 )
-from midstream.report.gather import TRAINING, Facts, answer, best_line, gather, repeated, shortened
-from midstream.report.latex import escape_markdown
-from midstream.report.losses import curve_figure
-from midstream.report.printed import view_notes
-from midstream.report.samples import samples
-from midstream.report.settings import generated_data
-from midstream.report.table import kinds_of, stable_of, write_csv
-from midstream.report.templating import data_uri, render
-from midstream.storage import write_bytes
-from midstream.study.graph import PlanRow
-from midstream.study.ledger import Ledger
-from midstream.study.studies import Study
+from midstream.report.findings import (
+    KIND_NAMES,
+    SCORE_NAMES,
+    duration,
+    engineering,
+    place,
+    points,
+    signed,
+)
+from midstream.report.gather import (
+    TRAINING,
+    Facts,
+    answer,
+    best_line,
+    exports,
+    gather,
+    generated_data,
+    repeated,
+    scores_export,
+    shortened,
+    write_exports,
+)
+from midstream.report.pairs import samples
+from midstream.report.results import Snapshot, kinds_of, stable_of, write_csv
+from midstream.report.table import (
+    budgets,
+    cost_rows,
+    escape_markdown,
+    made,
+    to_markdown,
+    trouble,
+    view_grid,
+    view_notes,
+)
+from midstream.study.store import Ledger
+from midstream.study.studies import Study, Suite
+
+
+def render(template: str, **values: object) -> str:
+    """A template of `templates/` as a whole page; its style sheet is inside and named by hash."""
+    style = _read("style.css")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    page = {"css": style, "css_hash": digest, "version": __version__}
+    return _environment().get_template(template).render(**page, **values)
+
+
+def data_uri(kind: str, data: bytes) -> str:
+    """A picture inside the page."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _read(name: str) -> str:
+    return (files(__package__) / "templates" / name).read_text()
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(_read),
+    )
+    environment.globals |= {"kinds": KIND_NAMES, "heads": SCORE_NAMES}
+    environment.filters |= {
+        "counted": counted,
+        "place": place,
+        "points": points,
+        "signed": signed,
+        "engineering": engineering,
+        "duration": duration,
+        "p_value": lambda value: "< .0001" if value < 1e-4 else f"{value:.2g}",
+    }
+    return environment
+
 
 # The two benchmarks that the paper draws beside the stable scores (right half of Figures 4 to 8).
 COMMON = {"vision": "vqav2", "text": "arc_easy"}
@@ -217,3 +293,125 @@ def _one_trained(row: PlanRow, facts: Facts, folder: Path, drawn: bool) -> dict[
         "steps": len(metrics),
         "curves": _written(curve_figure(metrics), folder / name) if metrics else None,
     }
+
+
+def write_index(
+    suite: Suite, facts: Sequence[Facts], ledger: Ledger, out: Path | None = None
+) -> Path:
+    """Write `<out>/<suite>/index.html`, which links the studies' pages beside it.
+
+    Without `out` it is `<store>/reports`.
+
+    Raises ValueError where a study has the suite's name, whose page this would write over.
+    """
+    if suite.name in {study.name for study in suite.studies}:
+        raise ValueError(
+            f"suite {suite.name!r} has a study of the same name, and both would write "
+            f"reports/{suite.name}/index.html; give one of them another name"
+        )
+    snapshot = Snapshot.of(ledger)
+    planned = plan(suite, snapshot)
+    text = render(
+        "index.html.jinja",
+        suite=suite,
+        plan=planned,
+        costs=cost_rows(planned, snapshot),
+        studies=[_study(one) for one in facts],
+    )
+    path = (out or ledger.store / "reports") / suite.name / "index.html"
+    write_bytes(path, text.encode())
+    return path
+
+
+def _study(facts: Facts) -> dict[str, Any]:
+    panel = stable_panel(kinds_of(facts.study)[0], {})
+    drawn = small_figure(facts.study, facts.groups, panel)
+    return {
+        "name": facts.study.name,
+        "question": facts.study.question,
+        "thumbnail": data_uri("image/svg+xml", drawn),
+        "finding": facts.findings[0] if facts.findings else None,
+        "more": max(0, len(facts.findings) - 1),
+        "done": sum(row["state"] == "done" for row in facts.rows),
+        "planned": len(facts.rows),
+    }
+
+
+UNDECIDED = ("undecided", "no interval", "not measured")
+
+
+def summary_text(facts: Sequence[Facts], title: str, command: str) -> str:
+    """One section a study: question, settings, means, findings, cost.
+
+    `command` is what makes the file again. No path of this machine is in it.
+    """
+    lines = [
+        f"# {escape_markdown(title)}",
+        "",
+        f"Generated by `{command}` with Midstream {__version__}; do not edit. Every number is read "
+        f"from the store's results. Scores are in points of 100, means ± one standard deviation "
+        f"over seeds; a stable score is the mean over tasks of score minus chance. Intervals are "
+        f"95 %, Student's over seeds, paired by seed; an interval that includes zero, or rests on "
+        f"fewer than three seeds, decides nothing. The best of several places is picked after "
+        f"looking at all of them, for which no interval is widened.",
+        "",
+    ]
+    for one in facts:
+        lines += _section(one)
+    return "\n".join(lines)
+
+
+def _section(facts: Facts) -> list[str]:
+    study = facts.study
+    lines = [f"## {escape_markdown(study.name)}", "", escape_markdown(study.question), ""]
+    lines += [f"Settings: {escape_markdown(facts.settings)}.", ""]
+    if not facts.complete:
+        left, whole = len(facts.plan.to_run), len(facts.plan.rows)
+        stages, are = counted(whole, "stage"), "is" if left == 1 else "are"
+        lines += [f"**Not complete: {left} of {stages} {are} not done.**", ""]
+    lines += [to_markdown(scores_export(study, facts.groups).grid)]
+    lines += [line for text in _cuts(facts) for line in (text, "")]
+    if facts.view is not None:
+        grid = view_grid(facts.view)
+        lines += [f"### {escape_markdown(grid.title)}", "", to_markdown(grid)]
+        lines += [". ".join(escape_markdown(note) for note in view_notes(facts.view)) + ".", ""]
+    lines += ["What they show and what they do not:", "", *findings_lines(facts), ""]
+    lines += [f"{_decided(facts)} {_cost(facts)}", ""]
+    if generated_data(study):
+        lines += [
+            "The data are a generated pocket world: what is found here holds for it, and says "
+            "nothing about models of other sizes on other data.",
+            "",
+        ]
+    return lines + [line for note in study.notes for line in (escape_markdown(note), "")]
+
+
+def _cuts(facts: Facts) -> list[str]:
+    cut = shortened(facts)
+    if not cut:
+        return []
+    named = ", ".join(f"{escape_markdown(t)} ({escape_markdown(why)})" for t, why in cut.items())
+    return [f"Not whole: {named}."]
+
+
+def _decided(facts: Facts) -> str:
+    undecided = sum(finding.verdict in UNDECIDED for finding in facts.findings)
+    return (
+        f"{len(facts.findings) - undecided} of {counted(len(facts.findings), 'finding')} decided."
+    )
+
+
+def _cost(facts: Facts) -> str:
+    planned = facts.plan
+    seconds = sum(cost["seconds"] for cost in facts.costs)
+    alone = sum(cost["seconds_alone"] for cost in facts.costs)
+    text = (
+        f"Cost: {counted(len(planned.rows), 'stage')} ({planned.num_shared} shared) for "
+        f"{planned.num_alone} without sharing; {duration(seconds)} of compute for {duration(alone)}"
+    )
+    if planned.naive_flops:
+        text += (
+            f"; {engineering(planned.shared_flops)} FLOPs planned for "
+            f"{engineering(planned.naive_flops)}"
+        )
+    return text + "."

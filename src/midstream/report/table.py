@@ -1,164 +1,401 @@
-"""From the ledger to one flat row a line, and the lines of one place as a group."""
+"""The study's table beside the paper's, small tables, and what a study took.
 
-import csv
-import io
+Small tables as LaTeX and Markdown. The study's table: our means over repetitions, and beside them
+what the paper prints. What a study took, from its plan and its store: cost, stages in trouble,
+budgets, times.
+"""
+
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Any
 
-from midstream.report.parts import KINDS, Snapshot, parts_of
-from midstream.report.spread import Spread
-from midstream.storage import write_bytes
-from midstream.study.ledger import Ledger
-from midstream.study.studies import Study
+from midstream.cost.graph import Plan, PlanRow
+from midstream.report.findings import column_of, place, place_words, points, rows_at, score_name
+from midstream.report.results import KINDS, Part, Snapshot, Spread
+from midstream.study.studies import Published, Study, Table
 
-STABLE = ("stable.vision", "stable.vision_blind", "stable.text")
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "\N{PLUS-MINUS SIGN}": r"$\pm$",
+    "\N{MINUS SIGN}": r"$-$",
+    "\N{MULTIPLICATION SIGN}": r"$\times$",
+    "\N{MIDDLE DOT}": r"$\cdot$",
+    "\N{EN DASH}": "--",
+    "\N{NO-BREAK SPACE}": "~",
+    "\n": " ",
+    "\r": " ",
+    "\t": " ",
+}
 
 
 @dataclass(frozen=True)
-class Group:
-    """The lines at one value of the figure's `x` (and `by`).
+class Grid:
+    """A table of words: a title, heads, rows as long as the heads, and notes below."""
 
-    `planned` counts the study's lines there, `spreads` holds each score of those that have one.
-    `mixed` names axes besides x, by and seed that also differ among them.
+    title: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+def escape_latex(text: str) -> str:
+    """Text that LaTeX sets as it reads."""
+    return "".join(_LATEX.get(letter, letter) for letter in text)
+
+
+def to_latex(grid: Grid) -> str:
+    r"""A `tabular` to `\input`; it needs `\usepackage{booktabs}` and nothing else.
+
+    Title and notes stand above it as comments, for the caption.
+    """
+    lines = [f"% {_one_line(text)}" for text in (grid.title, *grid.notes) if text]
+    lines += [r"% needs \usepackage{booktabs}"]
+    lines += [r"\begin{tabular}{l" + "r" * (len(grid.heads) - 1) + "}", r"\toprule"]
+    lines += [_latex_row(grid.heads), r"\midrule"]
+    lines += [_latex_row(row) for row in grid.rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def to_markdown(grid: Grid) -> str:
+    """A table of GitHub's Markdown, without title and notes."""
+    rows = [grid.heads, ("---", *("---:" for _ in grid.heads[1:])), *grid.rows]
+    return "".join(f"| {' | '.join(map(escape_cell, row))} |\n" for row in rows)
+
+
+def escape_cell(text: str) -> str:
+    """Text in a cell of a Markdown table: no new line, no bar, no tag."""
+    return escape_markdown(text).replace("|", "\\|")
+
+
+def escape_markdown(text: str) -> str:
+    """Text that is no tag, no emphasis and no new line."""
+    text = _one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return "".join(f"\\{letter}" if letter in "\\`*_[]" else letter for letter in text)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    # A bracket that opens a row would be taken for the optional argument of \\.
+    return (
+        " & ".join(
+            f"{{}}{cell}" if cell.startswith("[") else cell for cell in map(escape_latex, cells)
+        )
+        + r" \\"
+    )
+
+
+Row = Mapping[str, Any]
+SCORES = "scores"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Ours, what the paper prints there (by the axes that the table does not show), or others'.
+
+    `planned` counts the study's lines there; `ours` is None in a column of a published model.
     """
 
-    x: float | int | str
-    by: float | int | str | None
+    score: str
+    ours: Spread | None
     planned: int
-    spreads: dict[str, Spread]
-    mixed: tuple[str, ...] = ()
+    printed: tuple[tuple[str, float | int], ...] = ()
+    published: float | int | None = None
+    error: float | int | None = None
 
     @property
-    def n(self) -> int:
-        """The lines here that have a score."""
-        return max((spread.n for spread in self.spreads.values()), default=0)
+    def published_words(self) -> str:
+        """What is quoted of others, with its ±."""
+        if self.published is None:
+            return ""
+        error = "" if self.error is None else f" ± {100 * self.error:.1f}"
+        return f"{100 * self.published:.2f}{error}"
+
+    @property
+    def our_words(self) -> str:
+        """Mean ± sd (n), or why there is none."""
+        if self.ours is None:
+            return ""
+        if self.ours.mean is None:
+            return "missing" if self.planned else "not measured"
+        sd = "" if self.ours.sd is None else f" ± {points(self.ours.sd)}"
+        return f"{points(self.ours.mean)}{sd} ({self.ours.n})"
+
+    @property
+    def printed_words(self) -> str:
+        """What the paper prints, each with the axes that tell it from the others."""
+        several = len(self.printed) > 1
+        return ", ".join(
+            f"{100 * value:.2f}{f' ({at})' if several and at else ''}" for at, value in self.printed
+        )
 
 
-def line_rows(study: Study, ledger: Ledger) -> list[dict[str, Any]]:
-    """One flat row a line and a baseline; every row has all columns, None where nothing is known.
+@dataclass(frozen=True)
+class Column:
+    """A column of the table; `kind` is ours, baseline or published."""
 
-    Columns: name, role (line | baseline), state, stage; `axis.<name>`; `stable.vision`,
-    `stable.vision_blind`, `stable.text` and `<task>.score`, `.blind`, `.chance`, `.stderr`,
-    `.num_examples` (scores from 0 to 1); what else the table shows, `<task>:<metric>` and
-    `suite:<name>`; `tokens.<kind>`, `seconds.<kind>` and `seconds`, the sum.
+    name: str
+    kind: str = "ours"
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class View:
+    """The table as it is shown, exported and quoted.
+
+    `labels` are heads of columns of words, which stand in `words` by the row's name.
     """
-    named = [(line.name, "line", line.axes, line.result) for line in study.lines]
-    named += [(name, "baseline", {}, result) for name, result in study.baselines.items()]
-    axes = list(dict.fromkeys(axis for line in study.lines for axis in line.axes))
-    tasks = [task for task, _ in tasks_of(study)]
-    further = [score for score in study.table.scores if ":" in score] if study.table else []
-    rows, ledger = [], Snapshot.of(ledger)
-    for name, role, at, result in named:
-        row: dict[str, Any] = {"name": name, "role": role, "state": ledger.state(result)}
-        row |= {"stage": result.name} | {f"axis.{axis}": at.get(axis) for axis in axes}
-        found = ledger.results(result) if ledger.is_done(result) else {"stable": {}, "tasks": {}}
-        row |= {column: found["stable"].get(column.split(".")[1]) for column in STABLE}
-        row |= {score: _further(score, found) for score in further}
-        for task in tasks:
-            score = found["tasks"].get(task, {})
-            for key in ("score", "blind", "chance", "stderr", "num_examples"):
-                row[f"{task}.{key}"] = score.get(key)
-        uses = {kind: ledger.spent(part) for kind, part in parts_of(result).items()}
-        for kind in ("pretrain", "continue", "finetune"):
-            row[f"tokens.{kind}"] = uses[kind][0] if kind in uses else None
-        for kind in KINDS:
-            row[f"seconds.{kind}"] = uses[kind][1] if kind in uses else None
-        seconds = [use[1] for use in uses.values()]
-        row["seconds"] = None if None in seconds else sum(s for s in seconds if s is not None)
-        rows.append(row)
-    return rows
+
+    title: str
+    corner: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+    source: str
+    sources: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def words_of(self, row: str) -> tuple[str, ...]:
+        """What describes a row, by `labels`; nothing where it is not described."""
+        return tuple(self.words.get(row, {}).get(label, "") for label in self.labels)
+
+    @property
+    def has_printed(self) -> bool:
+        """Whether the paper prints any number of it."""
+        return any(cell.printed for _, cells in self.rows for cell in cells)
 
 
-def _further(score: str, found: Mapping[str, Any]) -> float | None:
-    """A metric of a task, or the stable score of a published set of tasks."""
-    name, _, part = score.partition(":")
-    if name == "suite":
-        value = found.get("suites", {}).get(part, {}).get("score")
+def table_view(study: Study, rows: Sequence[Row]) -> View | None:
+    """The study's table from the rows of `line_rows`; None where the study has none.
+
+    Places that only the paper has stand there too, as not measured.
+    """
+    table = study.table
+    if table is None:
+        return None
+    if table.rows == SCORES:
+        columns, found = _turned(table, rows)
     else:
-        value = found["tasks"].get(name, {}).get("details", {}).get(part)
-    return None if value is None else float(value)
+        columns, found = _upright(table, rows)
+    sources = tuple(f"{model.name}: {model.source}" for model in table.published)
+    corner = "score" if table.rows == SCORES else table.rows.replace("_", " ")
+    labels = tuple(dict.fromkeys(label for words in table.labels.values() for label in words))
+    return View(table.title, corner, columns, found, table.source, sources, labels, table.labels)
 
 
-def tasks_of(study: Study) -> list[tuple[str, str]]:
-    """Each task that the study evaluates, with its kind (vision | text), in the study's order."""
-    found: dict[str, str] = {}
-    for result in study.results:
-        found |= dict.fromkeys(result.evaluation.visual_tasks, "vision")
-    for result in study.results:
-        found |= dict.fromkeys(result.evaluation.text_tasks, "text")
-    return list(found.items())
-
-
-def kinds_of(study: Study) -> tuple[str, ...]:
-    """The kinds of task that the study asks: vision, text, or both."""
-    asked = {kind for _, kind in tasks_of(study)}
-    return tuple(kind for kind in ("vision", "text") if kind in asked)
-
-
-def stable_of(study: Study) -> tuple[str, ...]:
-    """The stable scores that the study can have."""
-    kinds = kinds_of(study)
-    return tuple(name for name in STABLE if name.split(".")[1].split("_")[0] in kinds)
-
-
-def summary(study: Study, ledger: Ledger) -> list[Group]:
-    """The lines grouped by the figure's x and by, in rising order of x, with every score's spread.
-
-    Baselines are no part of any group.
-    """
-    return group_rows(study, line_rows(study, ledger))
-
-
-def group_rows(study: Study, rows: Sequence[dict[str, Any]]) -> list[Group]:
-    """As `summary`, from the rows that `line_rows` gave."""
-    for line in study.lines:
-        for axis in {study.figure.x, study.figure.by or study.figure.x} - line.axes.keys():
-            raise ValueError(
-                f"the figure of {study.name!r} is drawn over {axis!r}, and line {line.name!r} "
-                f"has only {', '.join(line.axes) or 'no axes'}; give the line this axis"
-            )
-    lines = [row for row in rows if row["role"] == "line"]
-    x, by = f"axis.{study.figure.x}", f"axis.{study.figure.by}"
-    places = list(dict.fromkeys((row[x], row.get(by)) for row in lines))
-    if all(isinstance(place[0], int | float) for place in places):
-        places.sort(key=lambda place: place[0])
-    columns = [
-        *STABLE,
-        *(f"{task}.{key}" for task, _ in tasks_of(study) for key in ("score", "blind")),
+def view_grid(view: View) -> Grid:
+    """The table as words; the paper's numbers in columns of their own, named so."""
+    heads: list[str] = [view.corner, *view.labels]
+    keep = [
+        (column, any(cells[index].printed for _, cells in view.rows))
+        for index, column in enumerate(view.columns)
     ]
-    groups = []
-    for place in places:
-        members = [row for row in lines if (row[x], row.get(by)) == place]
-        rest = [key for key in members[0] if key.startswith("axis.") and key not in (x, by)]
-        differing = [key for key in rest if len({row[key] for row in members}) > 1]
-        spreads = {}
-        for column in columns:
-            named = [(_repetition(row, rest), row[column]) for row in members]
-            spreads[column] = Spread(tuple(pair for pair in named if pair[1] is not None))
-        mixed = tuple(key[5:] for key in differing if key != "axis.seed")
-        groups.append(Group(place[0], place[1], len(members), spreads, mixed))
-    return groups
+    for column, printed in keep:
+        heads += [column.name, *([f"{column.name} (paper)"] if printed else [])]
+    lines = []
+    for name, cells in view.rows:
+        line = [name, *(words or "–" for words in view.words_of(name))]
+        for cell, (_, printed) in zip(cells, keep, strict=True):
+            own = cell.published_words or cell.our_words
+            line += [own or "–", *([cell.printed_words or "–"] if printed else [])]
+        lines.append(tuple(line))
+    return Grid(view.title, tuple(heads), tuple(lines), view_notes(view))
 
 
-def _repetition(row: dict[str, Any], axes: Sequence[str]) -> str:
-    return ", ".join(f"{axis[5:]}={row[axis]}" for axis in axes) or str(row["name"])
+def view_notes(view: View) -> tuple[str, ...]:
+    """What the numbers are and where those of others stand."""
+    notes = ["ours: mean ± standard deviation (number of repetitions), in points of 100"]
+    if view.has_printed:
+        notes.append(f"paper: as printed in {view.source or 'the paper'}, not computed here")
+    notes += [f"quoted, not computed here: {source}" for source in view.sources]
+    return tuple(notes)
 
 
-def best_group(groups: Sequence[Group], column: str) -> Group | None:
-    """The group with the highest mean of `column`; None where none has a value."""
-    means = [(group.spreads[column].mean, group) for group in groups]
-    known = [(mean, group) for mean, group in means if mean is not None]
-    return max(known, key=lambda pair: pair[0])[1] if known else None
+def view_records(view: View) -> list[dict[str, Any]]:
+    """One flat record for each number, for CSV; scores from 0 to 1."""
+    records: list[dict[str, Any]] = []
+    nothing: dict[str, Any] = dict.fromkeys(
+        ("mean", "sd", "n", "published", "printed", "printed_at")
+    )
+    for name, cells in view.rows:
+        for column, cell in zip(view.columns, cells, strict=True):
+            place_of = {"row": name, "column": column.name, "kind": column.kind}
+            at: dict[str, Any] = place_of | {"score": cell.score} | nothing
+            ours = cell.ours or Spread(())
+            numbers = {"mean": ours.mean, "sd": ours.sd, "n": ours.n, "published": cell.published}
+            records.append(at | numbers)
+            records += [
+                at | {"printed": value, "printed_at": where} for where, value in cell.printed
+            ]
+    return records
 
 
-def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write flat rows as CSV with a header; None becomes an empty field."""
-    if not rows:
-        raise ValueError(f"no rows for {path}: the study has no lines and no baselines")
-    stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(path, stream.getvalue().encode())
+# ------------------------------------------------------------------------------------ layouts
+
+
+def _upright(table: Table, rows: Sequence[Row]) -> tuple[tuple[Column, ...], Any]:
+    """A row for each value of an axis; columns are values of another, or the scores."""
+    across: list[tuple[dict[str, Any], str]] = []
+    names = []
+    for at in _places(table, table.columns, rows) if table.columns else [None]:
+        for score in table.scores:
+            across.append(({} if table.columns is None else {table.columns: at}, score))
+            words = "" if table.columns is None else place_words({table.columns: at})
+            alone = table.columns is not None and len(table.scores) == 1
+            names.append(words if alone else f"{words}, {score_name(score)}".removeprefix(", "))
+    found = []
+    for value in _places(table, table.rows, rows):
+        cells = [_cell(table, rows, {table.rows: value} | at, score) for at, score in across]
+        found.append((str(place(value)), tuple(cells)))
+    if table.columns is None:
+        for row in rows:
+            if row["role"] == "baseline":
+                cells = [_baseline(table, row, score) for score in table.scores]
+                found.append((row["name"], tuple(cells)))
+        for model in table.published:
+            quoted = [_quoted(model, score) for score in table.scores]
+            found.append((f"{model.name} (quoted)", tuple(quoted)))
+    return tuple(Column(name) for name in names), tuple(found)
+
+
+def _turned(table: Table, rows: Sequence[Row]) -> tuple[tuple[Column, ...], Any]:
+    """A row for each score; our places, then baselines, then published models as columns."""
+    places = _places(table, table.columns, rows) if table.columns else [None]
+    ats: list[dict[str, Any]] = [{table.columns: at} if table.columns else {} for at in places]
+    baselines = [row for row in rows if row["role"] == "baseline"]
+    columns = [Column(place_words(at) if at else "ours") for at in ats]
+    columns += [Column(row["name"], "baseline") for row in baselines]
+    columns += [Column(model.name, "published", model.source) for model in table.published]
+    found = []
+    for score in table.scores:
+        cells = [_cell(table, rows, at, score) for at in ats]
+        cells += [_baseline(table, row, score) for row in baselines]
+        cells += [_quoted(model, score) for model in table.published]
+        found.append((score_name(score), tuple(cells)))
+    return tuple(columns), tuple(found)
+
+
+def _places(table: Table, axis: str | None, rows: Sequence[Row]) -> list[Any]:
+    """The values of an axis that lines have, then those that only the paper has."""
+    if axis is None:
+        return []
+    names = {row["name"] for row in rows if row["role"] == "baseline"}
+    lines = [row.get(f"axis.{axis}") for row in rows if row["role"] == "line"]
+    printed = [number.at.get(axis) for number in table.printed]
+    found = [v for v in dict.fromkeys([*lines, *printed]) if v is not None and v not in names]
+    if all(isinstance(value, int | float) for value in found):
+        found.sort()
+    return found
+
+
+def _cell(table: Table, rows: Sequence[Row], at: dict[str, Any], score: str) -> Cell:
+    members = rows_at(rows, at)
+    column = column_of(score)
+    values = tuple((row["name"], row[column]) for row in members if row.get(column) is not None)
+    asked = [row for row in members if column in row]
+    return Cell(score, Spread(values), len(asked), _printed(table, at, score))
+
+
+def _baseline(table: Table, row: Row, score: str) -> Cell:
+    value = row.get(column_of(score))
+    values = () if value is None else ((row["name"], value),)
+    printed: tuple[tuple[str, float | int], ...] = ()
+    if table.columns is not None:
+        printed = _printed(table, {table.columns: row["name"]}, score)
+    planned = 0 if row["state"] == "done" else 1
+    return Cell(score, Spread(values), planned, printed)
+
+
+def _quoted(model: Published, score: str) -> Cell:
+    return Cell(score, None, 0, (), model.scores.get(score), model.errors.get(score))
+
+
+def _printed(table: Table, at: dict[str, Any], score: str) -> tuple[tuple[str, float | int], ...]:
+    return tuple(
+        (place_words({axis: v for axis, v in number.at.items() if axis not in at}), number.value)
+        for number in table.printed
+        if number.score == score and all(number.at.get(axis) == v for axis, v in at.items())
+    )
+
+
+BUDGETED = ("pretrain", "continue", "finetune")
+
+
+def trouble(row: PlanRow, label: str, ledger: Snapshot) -> dict[str, Any]:
+    """A stage that is not done, and why."""
+    error = ledger.status(row.stage).get("error")
+    return {"label": label, "state": row.state, "error": error, "lines": row.lines}
+
+
+def cost_rows(planned: Plan, ledger: Snapshot) -> list[dict[str, Any]]:
+    """By kind of stage: how many, tokens, FLOPs and seconds; once, and for every line alone."""
+    found = []
+    for kind in KINDS:
+        rows = [row for row in planned.rows if row.stage.kind == kind]
+        if not rows:
+            continue
+        alone = [Part(row.stage, share) for row in rows for share in row.needs.values()]
+        once = [ledger.spent(Part(row.stage)) for row in rows]
+        found.append(
+            {
+                "kind": kind,
+                "stages": len(rows),
+                "done": sum(row.state == "done" for row in rows),
+                "alone": len(alone),
+                "tokens": sum(tokens or 0 for tokens, _ in once),
+                "flops": sum(row.cost.flops or 0.0 for row in rows),
+                "seconds": sum(seconds or 0.0 for _, seconds in once),
+                "seconds_alone": sum(ledger.spent(part)[1] or 0.0 for part in alone),
+            }
+        )
+    return found
+
+
+def budgets(planned: Plan, ledger: Snapshot) -> dict[str, int]:
+    """Over all (stage, source) with a planned number: how many, the largest difference in tokens,
+    and how many differ by more than the source's largest example."""
+    gaps = []
+    for row in planned.rows:
+        if row.state == "done" and row.stage.kind in BUDGETED:
+            for source in ledger.results(row.stage)["sources"].values():
+                if source["planned_tokens"] is not None:
+                    gap = abs(source["realised_tokens"] - source["planned_tokens"])
+                    gaps.append((gap, source["largest_example_tokens"]))
+    return {
+        "pairs": len(gaps),
+        "worst": max((gap for gap, _ in gaps), default=0),
+        "beyond": sum(gap > largest for gap, largest in gaps),
+    }
+
+
+def made(planned: Plan, ledger: Snapshot) -> dict[str, Any]:
+    """When the stages ran, for how long, and the most memory that one of them took."""
+    times, memory = [], {}
+    for row in planned.rows:
+        if row.state == "done":
+            status = ledger.status(row.stage)
+            times.append(tuple(datetime.fromisoformat(status[key]) for key in ("started", "ended")))
+            memory[row.stage.name] = ledger.results(row.stage)["peak_memory_bytes"]
+    return {
+        "store": str(ledger.store),
+        "first": min(started for started, _ in times) if times else None,
+        "last": max(ended for _, ended in times) if times else None,
+        "wall": sum((ended - started for started, ended in times), timedelta()).total_seconds(),
+        "peak_stage": planned.labels[max(memory, key=memory.__getitem__)] if memory else None,
+        "peak_bytes": max(memory.values()) if memory else None,
+    }

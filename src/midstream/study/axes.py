@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from midstream.study.stage import DataStage, Evaluate, Prepare, Stage, StageBase
+from midstream.study.stages import DataStage, Evaluate, Prepare, Stage, StageBase
 from midstream.study.studies import Axis as Value
 from midstream.study.studies import Line, line_name
 

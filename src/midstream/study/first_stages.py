@@ -31,7 +31,7 @@ from midstream.config import (
     VLMConfig,
     World,
 )
-from midstream.identity import Placement, canonical, digest, fields_of
+from midstream.core.identity import Placement, canonical, digest, fields_of
 
 # Begins what stands for a fingerprint or digest in a plan made without the data or checkpoint.
 PLANNED = "planned"

@@ -1,4 +1,8 @@
-"""What `midstream import` says about a folder that it wrote, read without torch."""
+"""Imported folders, and what a study was planned without.
+
+What `midstream import` says about a folder that it wrote, read without torch. What a study was
+planned without: how each of it is had, and what can be run meanwhile.
+"""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,9 +17,11 @@ from midstream.config import (
     TransformersDecoderConfig,
     VLMConfig,
 )
-from midstream.config.base import Config
-from midstream.storage import read_json, verify
-from midstream.study.stage import Imported, LoadEncoder, LoadModel, Prepare
+from midstream.config.model import Config
+from midstream.core.storage import read_json, verify
+from midstream.study.first_stages import PLANNED, LoadDecoder
+from midstream.study.stages import Evaluate, Imported, LoadEncoder, LoadModel, Prepare, Stage
+from midstream.study.studies import AnyStudy
 
 RECORD = "import.json"
 
@@ -138,3 +144,55 @@ def open_imported(imported: Imported) -> ImportRecord:
             "plan again, or import the same checkpoint again"
         )
     return record
+
+
+# Lines and studies that a sentence names before it counts.
+MOST_NAMES = 6
+
+
+def is_lacking(imported: Imported) -> bool:
+    """Whether a study was planned before the folder was there."""
+    return imported.content.startswith(PLANNED)
+
+
+def how_to_have(imported: Imported) -> str:
+    """The folder, and the command that makes it where what it is made of is public."""
+    folder = imported.folder
+    if not imported.source:
+        return f"{folder} (not public: import one of your own)"
+    return f"{folder} (midstream import {imported.source} --out {folder})"
+
+
+def what_can_run(study: AnyStudy) -> str | None:
+    """Which lines or studies need no checkpoint that is missing; None where none is missing."""
+    whole = {
+        one.name: [name for name, result in one.named_results if not _lacks(result)]
+        for one in study.studies
+    }
+    lines = {one.name: len(one.named_results) for one in study.studies}
+    if all(len(whole[name]) == number for name, number in lines.items()):
+        return None
+    if len(whole) == 1:
+        (names,) = whole.values()
+        what, number = "lines and baselines", len(study.named_results)
+    else:
+        names = [name for name, own in whole.items() if len(own) == lines[name]]
+        what, number = "studies", len(whole)
+    if not names:
+        return f"without the missing checkpoints none of the {number} {what} can be run"
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return (
+        f"without the missing checkpoints {len(names)} of {number} {what} can be run: "
+        f"{'; '.join(names[:MOST_NAMES])}{more}"
+    )
+
+
+def _lacks(result: Evaluate) -> bool:
+    """Whether an evaluation rests on an imported model that is missing."""
+    stages: list[Stage] = [result]
+    while stages:
+        stage = stages.pop()
+        if isinstance(stage, LoadDecoder | LoadModel):
+            return is_lacking(stage.checkpoint)
+        stages += stage.parents
+    return False

@@ -25,9 +25,9 @@ from midstream.config import (
     Training,
     World,
 )
-from midstream.identity import Placement
-from midstream.quantities import counted, quantity
-from midstream.study.stage import (
+from midstream.core.identity import Placement
+from midstream.core.tokens import counted, quantity
+from midstream.study.stages import (
     Continue,
     ContinueFrom,
     Evaluate,

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from midstream.storage import read_json, write_json
+from midstream.core.storage import read_json, write_json
 
 PROGRESS = "progress.json"
 # A stage that is shorter than this leaves no note.
@@ -55,7 +55,7 @@ class ProgressFile:
         self.remove()
 
     def note(self, values: Mapping[str, Any]) -> None:
-        """Keep a progress event of a worker (`study/workers.py`) if the last one is old."""
+        """Keep a progress event of a worker (`launch/workers.py`) if the last one is old."""
         if self._begun is None:
             self._begun = {"begun_at": now(), "begun_done": values["done"]}
         if self._fails or time.monotonic() - self._last < NOTE_SECONDS:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, TypeAdapter, model_validator
 
 from midstream.config import Config, Machine
-from midstream.study.stage import Evaluate
+from midstream.study.stages import Evaluate
 
 Axis = float | int | str
 
@@ -107,7 +107,7 @@ class Study(Config):
     """A set of lines, the question they answer and the figure that shows it.
 
     `baselines` are evaluations beside the lines: text-only models, by a name for the table.
-    `machine` is where it runs unless a run says otherwise (`study/placement.py`). `text_rates` are
+    `machine` is where it runs unless a run says otherwise (`launch/local.py`). `text_rates` are
     (tokens, rate) along the text run whose checkpoints are given, for pictures of the rates.
     """
 

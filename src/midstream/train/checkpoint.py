@@ -16,16 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from midstream.model.weights import (
-    check,
-    fill,
-    joint_digest,
-    put,
-    read_tensors,
-    tensor_digest,
-    tensors_of,
-)
-from midstream.storage import (
+from midstream.core.storage import (
     CorruptError,
     finish_folder,
     read_json,
@@ -36,9 +27,18 @@ from midstream.storage import (
     verify,
     write_json,
 )
-from midstream.tokens import TokenCount
+from midstream.core.tokens import TokenCount
+from midstream.model.weights import (
+    check,
+    fill,
+    joint_digest,
+    put,
+    read_tensors,
+    tensor_digest,
+    tensors_of,
+)
 from midstream.train.parallel import ALONE, Place
-from midstream.train.sharding import whole
+from midstream.train.step import whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 

@@ -14,26 +14,30 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from midstream.batch import Batch
 from midstream.config import Machine, Training
-from midstream.data.loader import RowDataset, load_steps
-from midstream.data.rows import shares_report
+from midstream.config.training import check_start, moments_factor, rate_at
+from midstream.core.batch import Batch
+from midstream.core.storage import CorruptError
+from midstream.core.tokens import TokenCount
+from midstream.data.rows import RowDataset, load_steps, shares_report
 from midstream.model.vision import load_encoder
 from midstream.model.vlm import VLM
 from midstream.model.weights import load_weights
-from midstream.schedule import check_start, moments_factor, rate_at
-from midstream.storage import CorruptError
-from midstream.tokens import TokenCount
-from midstream.train import checkpoint, meters
+from midstream.train import checkpoint
+from midstream.train import step as meters
 from midstream.train.checkpoint import Progress, Saver
-from midstream.train.meters import Clock
-from midstream.train.metrics import MetricsLog
-from midstream.train.optim import freeze, is_trained, make_optimizer
+from midstream.train.guards import StartChecks, Watch
+from midstream.train.metrics import MetricsLog, Tracking
 from midstream.train.parallel import ALONE, Place, peak_memory_bytes
-from midstream.train.start_checks import StartChecks
-from midstream.train.step import NonFiniteError, StepResult, train_step
-from midstream.train.tracking import Tracking
-from midstream.train.watch import Watch
+from midstream.train.step import (
+    Clock,
+    NonFiniteError,
+    StepResult,
+    freeze,
+    is_trained,
+    make_optimizer,
+    train_step,
+)
 
 
 class Interrupted(Exception):  # noqa: N818 - it ends a stage without being an error

@@ -4,9 +4,17 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Unpack
 
-from midstream.recipes.models import Model, line, text_baselines
-from midstream.recipes.paper.common import curve_of, decidable, share_label
-from midstream.recipes.scales import Scale, Settings, find_scale
+from midstream.recipes.scales import (
+    Model,
+    Scale,
+    Settings,
+    curve_of,
+    decidable,
+    find_scale,
+    line,
+    share_label,
+    text_baselines,
+)
 from midstream.study.studies import Claim, Figure, Study
 
 # K, I, U as in `recipes/paper_scale.py`. K: 0, 1, 5, 10, 20 and 100 % captions (run records of

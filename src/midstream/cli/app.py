@@ -1,0 +1,263 @@
+"""The commands. Whatever is slow to import is imported by the command that needs it."""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from enum import StrEnum
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+
+from midstream import __version__
+from midstream.cli import (
+    DEFAULT_STORE,
+    ScaleName,
+    Settings,
+    Store,
+    StudyName,
+    model_commands,
+    run_commands,
+    store_commands,
+)
+from midstream.cli.model_commands import COMMANDS
+from midstream.cli.plan_command import plan
+from midstream.cli.run_commands import run, run_and_tell
+from midstream.cli.store_commands import profile
+
+Arguments = ParamSpec("Arguments")
+USER_ERROR_EXIT_CODE = 2
+DEMO_STUDY = "pocket.when_images_arrive"
+
+app = typer.Typer(
+    help="When, and how, should a language model first see images?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Workers = Annotated[int, typer.Option(min=1, help="Processes that run stages side by side.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of each process.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def _version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"midstream {__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """When, and how, should a language model first see images?"""
+
+
+def user_errors(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
+    """Turn what a user can put right into one red message and exit code 2."""
+
+    @wraps(command)
+    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, OSError) as reason:
+            from pydantic import ValidationError
+
+            from midstream.launch.terminal import error
+
+            text = str(reason)
+            if isinstance(reason, ValidationError):
+                text = "\n".join(
+                    ".".join(str(part) for part in (reason.title, *item["loc"]))
+                    + f": {item['msg'].removeprefix('Value error, ')}"
+                    for item in reason.errors(include_url=False)
+                )
+            error(f"error: {text}")
+            raise typer.Exit(USER_ERROR_EXIT_CODE) from None
+
+    return checked
+
+
+class Section(StrEnum):
+    """What `midstream prepare` makes a source of."""
+
+    TEXT = "text"
+    CAPTIONS = "captions"
+    CONVERSATIONS = "conversations"
+
+
+class Required(StrEnum):
+    """A kind of caption that every picture must have."""
+
+    ORIGINAL = "original"
+    SYNTHETIC = "synthetic"
+
+
+@app.command()
+@user_errors
+def prepare(
+    section: Annotated[Section, typer.Argument(metavar="KIND", help="What the records are.")],
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SRC...", help="Files, folders, patterns or URLs.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder of the prepared source.")],
+    tokenizer: Annotated[
+        str, typer.Option(metavar="NAME_OR_FILE", help="A hub name, or a tokenizer file or folder.")
+    ],
+    begin_of_text: Annotated[
+        str,
+        typer.Option(
+            metavar="TOKEN",
+            help="What begins each example: a token, none, or the tokenizer's rule.",
+        ),
+    ] = "rule",
+    text_key: Annotated[str, typer.Option(help="The field or column of a text.")] = "text",
+    require: Annotated[
+        Required | None,
+        typer.Option(help="Leave pictures without this kind of caption out, as rejects."),
+    ] = None,
+    images: Annotated[
+        str | None, typer.Option(help="Where picture names start, if not beside their list.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Leave longer captions and conversations out, as rejects."),
+    ] = None,
+    max_rejects: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="The share of bad records that is let pass.")
+    ] = 0.001,
+    validation: Annotated[
+        float, typer.Option(min=0.0, max=0.99, help="The share of records that is held out.")
+    ] = 0.0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; one a core without it.")
+    ] = None,
+) -> None:
+    """Turn public formats into a prepared source; the same command goes on where it was."""
+    from midstream.cli import store_commands
+    from midstream.launch import terminal
+    from midstream.launch.terminal import STOPPED_EXIT_CODE
+
+    options: dict[str, str | int | None] = {"text_key": text_key, "require": require}
+    options |= {"images": images, "max_tokens": max_tokens}
+    request = {"section": section, "sources": sources, "out": str(out), "tokenizer": tokenizer}
+    limits = {"max_rejects": max_rejects, "validation": validation, "begin_of_text": begin_of_text}
+    cores = workers or os.cpu_count() or 1
+    last = store_commands.prepare(
+        request | limits | {"options": options, "workers": cores}, terminal.out()
+    )
+    if last["event"] == "failed":
+        terminal.error(f"error: {last['error']}")
+        raise typer.Exit(1)
+    if last["event"] == "stopped":
+        terminal.error("stopped; the same command continues where it was")
+        raise typer.Exit(STOPPED_EXIT_CODE)
+    store_commands.print_summary(last["summary"], last["seconds"], terminal.out())
+
+
+@app.command("show-data")
+@user_errors
+def show_data(
+    study: StudyName,
+    stage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME_OR_KIND",
+            help="pretrain, continue, finetune, or how a stage's name begins; without it the "
+            "first continue.",
+        ),
+    ] = None,
+    row: Annotated[
+        int | None, typer.Option(help="The row to print, from 0; the first one without --stats.")
+    ] = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Print the mixture, planned against realised.")
+    ] = False,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows --stats reads.")] = 256,
+    out: Annotated[Path, typer.Option(help="Where a row's pictures go.")] = Path("show-data"),
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="Prepare the data first where that is not done.")
+    ] = False,
+    store: Store = DEFAULT_STORE,
+    settings: Settings = None,
+    scale: ScaleName = None,
+) -> None:
+    """Print a row of a training stage as a person reads it, or what its rows hold."""
+    from midstream.cli.catalogue import find_study, training_stage, with_scale
+    from midstream.config import Machine
+    from midstream.launch.workers import worker_environment
+    from midstream.study.store import Ledger
+
+    arguments = with_scale(settings, scale)
+    shown = training_stage(find_study(study, arguments, Ledger(store)), stage)
+    remedy = ["midstream", "run", study, "--store", str(store)]
+    remedy += [part for setting in arguments for part in ("--set", setting)]
+    command = [sys.executable, "-m", "midstream.work.show_data", "--store", str(store)]
+    command += ["--out", str(out), "--remedy", shlex.join(remedy)]
+    command += ["--prepare"] if prepare else []
+    command += ["--stats", str(rows)] if stats else []
+    command += [] if stats and row is None else ["--row", str(row or 0)]
+    # A process of its own, as the launcher's workers are: the commands import no torch.
+    ended = subprocess.run(
+        command, input=shown.model_dump_json().encode(), env=worker_environment(Machine())
+    )
+    if ended.returncode:
+        raise typer.Exit(ended.returncode)
+
+
+@app.command()
+@user_errors
+def demo(
+    store: Store = DEFAULT_STORE / "demo",
+    workers: Workers = 2,
+    threads: Threads = 1,
+    device: Device = "auto",
+) -> None:
+    """Run the pocket study from generated data to its report, on two CPU cores in minutes."""
+    from midstream.cli.catalogue import find_study
+    from midstream.config import Machine
+    from midstream.launch import terminal
+    from midstream.study.store import Ledger
+
+    start = time.monotonic()
+    study, ledger = find_study(DEMO_STUDY, []), Ledger(store)
+    machine = Machine.model_validate({"workers": workers, "threads": threads, "device": device})
+    peak_bytes = run_and_tell(study, ledger, machine, retry=True)
+    store_commands.write(study, ledger)
+    text = f"wall time {time.monotonic() - start:,.1f} s"
+    if peak_bytes:
+        text += f", peak memory {peak_bytes / 2**30:.2f} GiB (sum over the workers)"
+    terminal.out().print(text)
+
+
+ALL_COMMANDS: dict[str, Callable[..., None]] = {
+    **COMMANDS,
+    **model_commands.EVAL_COMMANDS,
+    **run_commands.COMMANDS,
+    "plan": plan,
+    "run": run,
+    "profile": profile,
+    "report": store_commands.report,
+}
+for command_name, command_of in ALL_COMMANDS.items():
+    app.command(command_name)(user_errors(command_of))
+
+
+store_app = typer.Typer(
+    help="What a store holds, which studies need it; delete and verify.", no_args_is_help=True
+)
+for store_name, store_command in store_commands.COMMANDS.items():
+    store_app.command(store_name)(user_errors(store_command))
+app.add_typer(store_app, name="store")
+
+
+if __name__ == "__main__":
+    sys.exit(app())

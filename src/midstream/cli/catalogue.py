@@ -1,0 +1,383 @@
+"""Finds studies and stages by the names that people give them.
+
+Finds the recipe that a command names and calls it with the arguments it was given.
+
+One stage of a study or of a store, chosen as a person names it.
+
+A handle (the first digits of the identity, as labels end with), a folder's name or how it begins,
+or a whole label.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import json
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType, NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
+
+from midstream import recipes
+from midstream.core.identity import kept_digests
+from midstream.core.storage import read_json, write_json
+from midstream.cost.graph import order
+from midstream.study.label import MARK, digits_of, labels
+from midstream.study.stages import Pretrain, Stage, Trained, stage_from_json
+from midstream.study.store import Ledger
+from midstream.study.studies import AnyStudy, Study, Suite
+
+Recipe = Callable[..., AnyStudy]
+# By the names that `run` was given, those of the studies that it ran.
+ASKED = "asked.json"
+
+
+def find_study(
+    name: str, settings: Sequence[str], ledger: Ledger | None = None, *, verify: bool = False
+) -> AnyStudy:
+    """The study of a recipe (`pocket.when_images_arrive`, `my_file.py:function`).
+
+    `settings` are `name=value` pairs for its arguments, read as these are annotated. With a
+    `ledger` the bytes of data files that it knows are not read again, unless to `verify` them.
+    Raises ValueError or FileNotFoundError with what there is if a name is unknown, ValueError with
+    an example for a value that its argument does not take.
+    """
+    recipe = _from_file(name) if ".py" in name else _from_catalogue(name)
+    arguments = _arguments(name, recipe, settings)
+    with nullcontext() if ledger is None else kept_digests(ledger.digests, again=verify):
+        study = recipe(**arguments)
+    if not isinstance(study, Study | Suite):
+        raise ValueError(f"{name} returned a {type(study).__name__}, not a Study or a Suite")
+    return study
+
+
+@dataclass(frozen=True)
+class LastStudy:
+    """A study, and what is to be said of how it was found: `note` is None where all was clear."""
+
+    study: AnyStudy
+    note: str | None = None
+
+
+def last_study(name: str, ledger: Ledger, settings: Sequence[str]) -> LastStudy:
+    """The study last run in the store under this name, else the recipe's.
+
+    A name is what `run` was given, that of a stored study, or of one within a stored suite; the
+    scale at its end may be left out. `settings` ask for the recipe with these arguments. Raises as
+    `find_study`; a name that is nothing of these is answered with the nearest.
+    """
+    kept = [] if settings else _last_first(ledger)
+    asked = _asked(ledger).get(_asked_as(name))
+    if found := [other for other in kept if other == asked or _answers(other, name)]:
+        return LastStudy(ledger.load_study(found[0]), _choice(name, found))
+    within: dict[str, Study] = {}
+    for other in kept:
+        for study in ledger.load_study(other).studies:
+            if _answers(study.name, name):
+                within.setdefault(study.name, study)
+    if within:
+        return LastStudy(next(iter(within.values())), _choice(name, list(within)))
+    if ".py" not in name and name not in (known := catalogue()):
+        stored = ledger.study_names()
+        near = get_close_matches(name, [*stored, *known], n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"no study {name!r}; {hint}store {ledger.store} holds {', '.join(stored) or 'none'}, "
+            f"and there are the recipes {', '.join(known) or 'none'}"
+        )
+    return LastStudy(find_study(name, settings, ledger))
+
+
+def keep_asked(ledger: Ledger, name: str, study: AnyStudy) -> None:
+    """Note which study `run` was given under a name of its own, so that `last_study` finds it."""
+    key, asked = _asked_as(name), _asked(ledger)
+    if key != study.name and asked.get(key) != study.name:
+        write_json(ledger.store / ASKED, {**asked, key: study.name})
+
+
+def _asked(ledger: Ledger) -> dict[str, str]:
+    path = ledger.store / ASKED
+    names: dict[str, str] = read_json(path) if path.is_file() else {}
+    return names
+
+
+def _asked_as(name: str) -> str:
+    """A recipe's name; that of a file is the same from every folder."""
+    return str(Path(name).absolute()) if ".py" in name else name
+
+
+def _last_first(ledger: Ledger) -> list[str]:
+    """The stored studies, the one that was run last before the others."""
+    folder = ledger.store / "studies"
+    times = {name: (folder / f"{name}.json").stat().st_mtime_ns for name in ledger.study_names()}
+    return sorted(times, key=lambda name: times[name], reverse=True)
+
+
+def _answers(stored: str, name: str) -> bool:
+    return stored == name or stored.startswith(f"{name}.")
+
+
+def _choice(name: str, found: Sequence[str]) -> str | None:
+    """Which of several was taken, and how to have another."""
+    if len(found) == 1:
+        return None
+    return f"{name}: {found[0]} was run last and is shown; there is also {', '.join(found[1:])}"
+
+
+def with_scale(settings: Sequence[str] | None, scale: str | None) -> list[str]:
+    """The settings, and the scale that an option of its own may give."""
+    return [*(settings or []), *([] if scale is None else [f"scale={json.dumps(scale)}"])]
+
+
+def catalogue() -> dict[str, Recipe]:
+    """Every recipe of the package that returns a study, by `module.function`."""
+    found = {}
+    for info in pkgutil.iter_modules(recipes.__path__):
+        module = importlib.import_module(f"{recipes.__name__}.{info.name}")
+        for name, function in _recipes_of(module).items():
+            found[f"{info.name}.{name}"] = function
+    return found
+
+
+def _from_catalogue(name: str) -> Recipe:
+    known = catalogue()
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"no study {name!r}; {hint}there are {', '.join(known) or 'none'}, "
+            f"or give your own as path/to/file.py:function"
+        )
+    return known[name]
+
+
+def _from_file(name: str) -> Recipe:
+    path_text, _, function = name.rpartition(":")
+    path = Path(path_text or name)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; give a study as path/to/file.py:function")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    recipe = getattr(module, function, None) if path_text else None
+    if not callable(recipe):
+        known = ", ".join(_recipes_of(module)) or "none that is annotated to return a Study"
+        raise ValueError(
+            f"{path} has no function {function if path_text else ''!r}; it has {known}"
+        )
+    chosen: Recipe = recipe
+    return chosen
+
+
+def _recipes_of(module: ModuleType) -> dict[str, Recipe]:
+    return {
+        name: function
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if not name.startswith("_")
+        and f"{function.__module__}.".startswith(f"{module.__name__}.")
+        and get_type_hints(function).get("return") in (Study, Suite)
+    }
+
+
+def _arguments(name: str, recipe: Recipe, settings: Sequence[str]) -> dict[str, Any]:
+    known = _parameters(recipe)
+    arguments: dict[str, Any] = {}
+    for key, text in _pairs("--set", settings).items():
+        if key not in known:
+            takes = ", ".join(known) or "no arguments"
+            raise ValueError(f"{name} has no argument {key!r}; it takes {takes}")
+        arguments[key] = _annotated(name, key, text, known[key].annotation)
+    needed = [
+        key
+        for key, parameter in known.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and key not in arguments
+    ]
+    if needed:
+        raise ValueError(f"{name} needs {', '.join(needed)}; add --set {needed[0]}=VALUE")
+    return arguments
+
+
+def _parameters(recipe: Recipe) -> dict[str, inspect.Parameter]:
+    """A recipe's parameters by name, those of a `**given: Unpack[TypedDict]` one by one."""
+    found: dict[str, inspect.Parameter] = {}
+    hints = get_type_hints(recipe)
+    for name, parameter in inspect.signature(recipe).parameters.items():
+        keys = get_args(hints.get(name))
+        if parameter.kind is parameter.VAR_KEYWORD and keys:
+            for key, hint in get_type_hints(keys[0]).items():
+                found[key] = inspect.Parameter(
+                    key, parameter.KEYWORD_ONLY, default=None, annotation=hint
+                )
+        else:
+            found[name] = parameter.replace(annotation=hints.get(name, Any))
+    return found
+
+
+def _annotated(name: str, key: str, text: str, hint: Any) -> Any:
+    """A value as its annotation reads it: as JSON, as text, or as a list without its quotes."""
+    try:
+        adapter = TypeAdapter(hint)
+    except PydanticSchemaGenerationError:
+        return _value(text)
+    bare = text.strip().removeprefix("[").removesuffix("]")
+    parts = [part.strip().strip("\"'") for part in bare.split(",")] if bare else []
+    for value in (_value(text), text, parts):
+        try:
+            return adapter.validate_python(value)
+        except ValidationError:
+            continue
+    words, example = _described(hint)
+    raise ValueError(
+        f"--set {key}={text}: {key} of {name} takes {words}, such as --set {key}={example}"
+    )
+
+
+_PLAIN = {
+    bool: ("true or false", "true"),
+    int: ("a whole number", "7"),
+    float: ("a number", "0.5"),
+    str: ("a text", "some-name"),
+    Path: ("a path", "some/folder"),
+    NoneType: ("null", "null"),
+}
+_PLAIN_LISTS = {
+    int: ("a list of whole numbers", "7,365"),
+    float: ("a list of numbers", "0.1,0.5"),
+    str: ("a list of texts", "one,other"),
+    Path: ("a list of paths", "some/folder,other/folder"),
+}
+
+
+def _described(hint: Any) -> tuple[str, str]:
+    """What an annotation takes, in plain words, and an example of it."""
+    if hint in _PLAIN:
+        return _PLAIN[hint]
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return f"one of {', '.join(map(str, inner))}", str(inner[0])
+    if kind in (Union, UnionType):
+        found = [_described(one) for one in inner if (one, float in inner) != (int, True)]
+        return " or ".join(dict.fromkeys(words for words, _ in found)), found[0][1]
+    if isinstance(kind, type) and issubclass(kind, Mapping):
+        return "a map", """'{"name": 0.5}'"""
+    if isinstance(kind, type) and issubclass(kind, Sequence) and inner:
+        if inner[0] in _PLAIN_LISTS:
+            return _PLAIN_LISTS[inner[0]]
+        words, example = _described(inner[0])
+        return f"a list, each of it {words}", example
+    return str(getattr(hint, "__name__", hint)), "VALUE"
+
+
+def read_settings(option: str, settings: Sequence[str]) -> dict[str, Any]:
+    """The `name=value` pairs of an option, the values JSON or else text.
+
+    Raises ValueError for what is no pair, and for a name given twice.
+    """
+    return {key: _value(text) for key, text in _pairs(option, settings).items()}
+
+
+def _pairs(option: str, settings: Sequence[str]) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"{option} takes name=value, got {setting!r}")
+        if key in values:
+            raise ValueError(f"{option} gives {key!r} twice")
+        values[key] = text
+    return values
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def training_stage(study: AnyStudy, wanted: str | None = None) -> Trained:
+    """The first training stage of a kind (pretrain, continue, finetune), or the one that `wanted`
+    names.
+
+    Without `wanted`, the first that trains on pictures, or the first where none does. Raises
+    ValueError that lists the stages if none or several are meant.
+    """
+    every = order(study)
+    stages = [stage for stage in every if isinstance(stage, Trained)]
+    if not stages:
+        raise ValueError(f"{study.name} trains nothing: it has no line and no baseline")
+    if wanted is None:
+        return next((stage for stage in stages if not isinstance(stage, Pretrain)), stages[0])
+    if of_kind := [stage for stage in stages if stage.kind == wanted]:
+        return of_kind[0]
+    by_name = {stage.name: stage for stage in stages}
+    found = meant(wanted, list(by_name))
+    if len(found) != 1:
+        called = labels(every)
+        names = "; ".join(called[name] for name in found or by_name)
+        begin = f"{len(found)} training stages begin" if found else "no training stage begins"
+        raise ValueError(f"{begin} with {wanted!r} in {study.name}; choose one of {names}")
+    return by_name[found[0]]
+
+
+def stored_stage(ledger: Ledger, wanted: str) -> Stage:
+    """The stage of a store that `wanted` names.
+
+    As `stored_name`; raises ValueError also where this version cannot read the stage.
+    """
+    name = stored_name(ledger, wanted)
+    path = ledger.store / name / "stage.json"
+    try:
+        stage = stage_from_json(path.read_bytes())
+    except ValidationError as error:
+        raise ValueError(f"{path} is no stage of this version: {error}") from None
+    if stage.name != name:
+        raise ValueError(
+            f"{path} was written by an earlier version, which named it otherwise; see midstream "
+            "store ls"
+        )
+    return stage
+
+
+def stored_name(ledger: Ledger, wanted: str) -> str:
+    """The folder's name of the stage of a store that `wanted` names.
+
+    Raises FileNotFoundError for a store without stages, ValueError that lists or suggests names
+    where none or several are meant.
+    """
+    names = sorted(path.parent.name for path in ledger.store.glob("*/stage.json"))
+    if not names:
+        raise FileNotFoundError(f"store {ledger.store} holds no stage; give another --store")
+    found = meant(wanted, names)
+    if len(found) > 1:
+        raise ValueError(f"{len(found)} stages begin with {wanted!r}: {', '.join(found)}")
+    if not found:
+        near = get_close_matches(wanted, names, n=1, cutoff=0.3)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(
+            f"no stage of {ledger.store} begins with {wanted!r}; {hint}see midstream store ls"
+        )
+    return found[0]
+
+
+def meant(wanted: str, names: Sequence[str]) -> list[str]:
+    """The folder names that a person may mean: that very one, else all of which it is the first
+    digits or letters.
+    """
+    wanted = wanted.rpartition(MARK)[2].strip()
+    if wanted in names:
+        return [wanted]
+    return [
+        name
+        for name in names
+        if wanted and (name.startswith(wanted) or digits_of(name).startswith(wanted))
+    ]

@@ -1,0 +1,360 @@
+"""`midstream plan`: its options, and what it prints."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from midstream.cli import DEFAULT_STORE, ScaleName, Settings, Store, StudyName, Verify
+from midstream.core.tokens import UNKNOWN, counted, quantity
+from midstream.cost import UTILISATION
+
+if TYPE_CHECKING:
+    from midstream.cost.graph import Plan
+    from midstream.cost.price import Fit, Price, StagePrice
+    from midstream.cost.taken import Measured
+    from midstream.study.store import Ledger
+
+
+# A plan of more stages than this is printed by kind.
+MAX_PLAN_ROWS = 48
+# Columns that a table's numbers take, and that a stage's name is given at least.
+NUMBERS_WIDTH, LEAST_LABEL_WIDTH = 54, 24
+DAY = 24.0
+# What a plan ends with that has something wrong in it; what this machine lacks is none of that.
+WRONG_EXIT_CODE = 2
+# Fewer GPU-hours are not told apart.
+LEAST_HOURS = 0.01
+GIB = 2**30
+
+
+def plan(
+    study: StudyName,
+    store: Store = DEFAULT_STORE,
+    settings: Settings = None,
+    scale: ScaleName = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every stage as JSON.")] = False,
+    features: Annotated[
+        str, typer.Option(help="Frozen encoders' outputs: stored, live, or auto.")
+    ] = "auto",
+    max_feature_gib: Annotated[
+        float, typer.Option(min=0.0, help="auto stores no more than this.")
+    ] = 64.0,
+    curves: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw the learning rates (.png, .svg or .pdf)."),
+    ] = None,
+    gpu: Annotated[
+        str, typer.Option(metavar="NAME", help="A100-80, H100, ..., or TFLOPS:GIB of your own.")
+    ] = "A100-80",
+    gpus: Annotated[int, typer.Option(min=1, help="How many of them there are.")] = 1,
+    gpus_per_stage: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many train one stage; as few as have room without it."),
+    ] = None,
+    utilisation: Annotated[
+        float, typer.Option(help="Share of the peak that training reaches.")
+    ] = UTILISATION,
+    checkpointing: Annotated[
+        bool,
+        typer.Option("--checkpointing", help="Memory with the blocks' activations made again."),
+    ] = False,
+    verify: Verify = False,
+) -> None:
+    """Show what a study would run and what it costs; starts nothing."""
+    from midstream.cli.catalogue import find_study, with_scale
+    from midstream.config import Machine
+    from midstream.cost import find_gpu
+    from midstream.cost.graph import plan as plan_study
+    from midstream.cost.pictures import feature_plan
+    from midstream.cost.price import Fleet, price, price_json
+    from midstream.cost.taken import measured
+    from midstream.launch import terminal
+    from midstream.launch.checks import problems
+    from midstream.study.store import Ledger
+
+    fleet = Fleet(find_gpu(gpu), gpus, gpus_per_stage, utilisation, checkpointing)
+    ledger = Ledger(store)
+    found = find_study(study, with_scale(settings, scale), ledger, verify=verify)
+    terminal.tell_older(ledger)
+    work = plan_study(found, ledger)
+    machine = Machine.model_validate({"features": features, "max_feature_gib": max_feature_gib})
+    kept = feature_plan([row.stage for row in work.rows], ledger, machine)
+    priced = price(work, ledger, fleet, kept)
+    found_wrong = problems(work, ledger, priced.needed_bytes)
+    here = measured(work, ledger, Machine.model_validate(found.machine).workers)
+    if as_json:
+        values = {"features": [one.values() for one in kept], "price": price_json(priced, work)}
+        values["this_machine"] = here.values()
+        values["problems"] = [asdict(problem) for problem in found_wrong]
+        typer.echo(json.dumps(plan_json(work) | values, indent=2))
+    else:
+        console = terminal.out()
+        print_plan(work, priced, console, ledger)
+        for line in _here(here):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        for one in kept:
+            line = one.sentence()
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        terminal.print_problems(found_wrong, console)
+    if curves is not None:
+        from midstream.report.curves import curves as curves_of
+        from midstream.report.curves import write_curves
+
+        drawn, missing = curves_of(found, ledger)
+        write_curves(drawn, curves)
+        for sentence in missing:
+            typer.echo(f"not drawn: {sentence}", err=True)
+        typer.echo(f"learning rates: {curves}", err=as_json)
+    if any(problem.level == "wrong" for problem in found_wrong):
+        raise typer.Exit(WRONG_EXIT_CODE)
+
+
+def plan_json(plan: "Plan") -> dict[str, Any]:
+    """The plan as plain values."""
+    once, alone = plan.text_given
+    return {
+        "study": plan.study.name,
+        "num_lines": len(plan.study.lines),
+        "num_baselines": len(plan.study.baselines),
+        "num_stages": len(plan.rows),
+        "num_stages_alone": plan.num_alone,
+        "num_shared": plan.num_shared,
+        "num_done": plan.num_done,
+        "num_to_run": len(plan.to_run),
+        "num_unknown": plan.num_unknown,
+        "num_expected": plan.num_expected,
+        "flops": plan.shared_flops,
+        "flops_alone": plan.naive_flops,
+        "flops_text_given": once,
+        "flops_alone_text_given": alone,
+        "flops_to_run": plan.remaining_flops,
+        "stages": [
+            {
+                "name": row.stage.name,
+                "label": plan.labels[row.stage.name],
+                "kind": row.stage.kind,
+                "state": row.state,
+                "tokens": row.cost.tokens,
+                "flops": row.cost.flops,
+                "parameters": row.cost.parameters,
+                "parents": [parent.name for parent in row.stage.parents],
+                "lines": list(row.lines),
+            }
+            for row in plan.rows
+        ],
+    }
+
+
+def print_plan(plan: "Plan", priced: "Price", console: Console, ledger: "Ledger") -> None:
+    """The plan as a table, by stage or (long ones) by kind, and its totals."""
+    console.print(f"{plan.study.name}: {plan.study.question}", style="bold", markup=False)
+    by_kind = len(plan.rows) > MAX_PLAN_ROWS
+    room = max(console.width - NUMBERS_WIDTH, LEAST_LABEL_WIDTH)
+    console.print(_kinds_table(priced) if by_kind else _stages_table(priced, plan.labels, room))
+    for line in [*_totals(plan), *_pictures(plan, ledger), *_prices(plan, priced)]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(first: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column(first, no_wrap=True)
+    for column in ("state", "lines", "tokens", "FLOPs", "GPU-h", "GiB"):
+        table.add_column(column, no_wrap=True)
+    return table
+
+
+def _stages_table(priced: "Price", labels: Mapping[str, str], room: int) -> Table:
+    from midstream.study.label import wrapped
+
+    table = _table("stage")
+    for stage in priced.stages:
+        row = stage.row
+        table.add_row(
+            escape(wrapped(labels[row.stage.name], room)),
+            row.state,
+            str(len(row.lines)),
+            quantity(row.cost.tokens),
+            quantity(row.cost.flops),
+            UNKNOWN if stage.gpu_hours is None else _hours(stage.gpu_hours),
+            _memory([stage]),
+        )
+    return table
+
+
+def _kinds_table(priced: "Price") -> Table:
+    from midstream.study.label import kind_words
+
+    table = _table("kind")
+    for kind in dict.fromkeys(stage.row.stage.kind for stage in priced.stages):
+        mine = [stage for stage in priced.stages if stage.row.stage.kind == kind]
+        rows = [stage.row for stage in mine]
+        tokens = [row.cost.tokens for row in rows if row.cost.tokens is not None]
+        flops = [row.cost.flops for row in rows if row.cost.flops is not None]
+        table.add_row(
+            f"{len(rows)} {kind_words(kind)}",
+            _count_states([row.state for row in rows]),
+            f"{sum(len(row.lines) for row in rows)}",
+            quantity(sum(tokens) if tokens else None),
+            quantity(sum(flops) if flops else None),
+            _hours(sum(stage.gpu_hours or 0.0 for stage in mine)),
+            _memory(mine),
+        )
+    return table
+
+
+def _memory(stages: "Sequence[StagePrice]") -> str:
+    """GPUs and the memory of each: of the stage that takes most."""
+    fits = [stage.fit for stage in stages if stage.fit is not None]
+    if not fits:
+        return ""
+    most = max(fits, key=lambda fit: (not fit.fits, fit.gpus, fit.memory.total))
+    several = f"{most.gpus} x " if most.gpus > 1 else ""
+    return f"{several}{_gib(most.memory.total)}" + ("" if most.fits else " !")
+
+
+def _gib(size: float | int) -> str:
+    return f"{size / GIB:,.0f}" if size >= 100 * GIB else f"{size / GIB:,.2g}"
+
+
+def _hours(hours: float | int) -> str:
+    if 0 < hours < LEAST_HOURS:
+        return f"<{LEAST_HOURS:g}"
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:,.2g}"
+
+
+def _count_states(states: Sequence[str]) -> str:
+    from midstream.launch.terminal import STATES
+
+    counts = Counter(states)
+    return ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+
+
+def _flops(value: float | int) -> str:
+    # 5.07 TFLOPs, but 0 FLOPs.
+    return quantity(value) + ("FLOPs" if value >= 1e3 else " FLOPs")
+
+
+def _times(alone: float | int, once: float | int) -> str:
+    return f"{alone / once if once else 1.0:.2f} times as many"
+
+
+def _totals(plan: "Plan") -> list[str]:
+    study = plan.study
+    once, alone = plan.text_given
+    lines = [
+        f"lines: {len(study.lines)}, baselines: {len(study.baselines)}, stages: {len(plan.rows)} "
+        f"({plan.num_alone} if each ran alone), {plan.num_shared} of them shared; "
+        f"{plan.num_done} done, {len(plan.to_run)} to run",
+        f"{_flops(plan.shared_flops)} shared, {_flops(plan.naive_flops)} if each line ran alone "
+        f"({_times(plan.naive_flops, plan.shared_flops)}); {_flops(plan.remaining_flops)} to run",
+    ]
+    if once != plan.shared_flops:
+        lines.append(
+            f"with the text runs given: {_flops(once)} shared, {_flops(alone)} if each line ran "
+            f"alone ({_times(alone, once)})"
+        )
+    if plan.num_unknown:
+        lines.append(
+            f"{counted(plan.num_unknown, 'stage is', 'stages are')} not in these sums: unknown "
+            "until their data is prepared"
+        )
+    if plan.num_expected:
+        lines.append(
+            f"{counted(plan.num_expected, 'stage is', 'stages are')} counted from what the recipe "
+            "expects of its data, or estimated"
+        )
+    return lines
+
+
+def _pictures(plan: "Plan", ledger: "Ledger") -> list[str]:
+    """Pictures that the image-text stages see, under either unit of a share."""
+    from midstream.cost.cost import images_seen
+    from midstream.study.stages import Continue
+
+    stages = [row.stage for row in plan.rows if isinstance(row.stage, Continue)]
+    told = []
+    units: tuple[tuple[Literal["tokens", "sequences"], str], ...] = (
+        ("tokens", "filled"),
+        ("sequences", "padded"),
+    )
+    for by, rows in units:
+        known = [images_seen(stage, ledger, by) for stage in stages]
+        numbers = sorted({round(images) for images in known if images is not None})
+        if numbers:
+            most = "" if len(numbers) == 1 else f" to {quantity(numbers[-1])}"
+            told.append(f"{quantity(numbers[0])}{most} with shares of {by} ({rows} rows)")
+    return [f"pictures seen by an image-text stage: {', '.join(told)}"] if told else []
+
+
+def _prices(plan: "Plan", priced: "Price") -> list[str]:
+    fleet, timing, parts = priced.fleet, priced.timing, priced.parts
+    once, alone = (fleet.gpu_hours(flops) for flops in (plan.shared_flops, plan.naive_flops))
+    path = " -> ".join(plan.labels[name] for name in timing.critical_path) or "nothing is left"
+    lines = [
+        f"by part: decoder {_flops(parts.decoder)}, head {_flops(parts.head)}, encoder "
+        f"{_flops(parts.encoder)} (live), projector {_flops(parts.projector)}",
+        f"{fleet.gpu.name} at {fleet.utilisation:.1%} of {fleet.gpu.tflops:g} TFLOP/s: "
+        f"{_hours(priced.gpu_hours)} GPU-hours to run; {_hours(once)} for all stages once, "
+        f"{_hours(alone)} if each line ran alone",
+        f"on {fleet.number}: {_duration(timing.hours)}, at least {_duration(timing.lower_bound)}; "
+        f"critical path {_duration(timing.critical_hours)}: {path}",
+        f"disk: {_gib(priced.kept_bytes)} GiB stay, {_gib(priced.peak_bytes)} GiB at most at once",
+    ]
+    if fits := [stage for stage in priced.stages if stage.fit and stage.fit.fits]:
+        most = max(fits, key=lambda stage: stage.fit.memory.total if stage.fit else 0.0)
+        assert most.fit is not None, "it fits"
+        lines.append(_memory_line(plan.labels[most.row.stage.name], most.fit, fleet.gpu.room))
+    if too_large := priced.too_large:
+        worst = max(too_large, key=lambda stage: stage.fit.memory.total if stage.fit else 0.0)
+        assert worst.fit is not None, "it is too large"
+        lines.append(
+            f"{counted(len(too_large), 'stage does', 'stages do')} not fit: "
+            f"{plan.labels[worst.row.stage.name]} takes "
+            f"{worst.fit.memory.total / GIB:,.1f} GiB on each of {worst.fit.gpus} GPUs with one "
+            f"row at a time, {fleet.gpu.room / GIB:,.1f} GiB are free; raise --gpus or "
+            "--gpus-per-stage, give --checkpointing, or choose a larger --gpu"
+        )
+    return lines
+
+
+def _here(found: "Measured") -> list[str]:
+    """The time on this machine, where stages were done on it."""
+    if found.timing is None:
+        return []
+    where = "this machine" if found.device is None else f"this machine ({found.device})"
+    line = (
+        f"{where}: about {_duration(found.timing.hours)} with "
+        f"{counted(found.workers, 'worker')}, {_duration(sum(found.hours.values()))} one after "
+        f"another; by the time that {counted(found.num_samples, 'done stage')} took"
+    )
+    if found.num_untimed:
+        line += f"; {counted(found.num_untimed, 'stage')} of kinds not measured left out"
+    return [line]
+
+
+def _memory_line(name: str, fit: "Fit", room: float | int) -> str:
+    found = fit.memory
+    parts = ("weights", "moments", "gradients", "gathered", "activations", "head", "encoder")
+    told = ", ".join(f"{part} {_gib(getattr(found, part))}" for part in parts)
+    return (
+        f"memory: at most {_gib(found.total)} GiB of {_gib(room)} on each GPU ({name}, GPUs: "
+        f"{fit.gpus}, micro-batches of up to {fit.micro_rows} rows): {told}"
+    )
+
+
+def _duration(hours: float | int) -> str:
+    if hours >= 2 * DAY:
+        return f"{hours / DAY:,.1f} days"
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    minutes = 60 * hours
+    return f"{minutes:,.1f} minutes" if minutes >= 1 else f"{60 * minutes:,.2g} seconds"

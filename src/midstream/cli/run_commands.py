@@ -1,0 +1,389 @@
+"""Running and following: `midstream run`, `midstream status`, `midstream logs`.
+
+`midstream run`: its options, what is told while stages run, and what at the end. `midstream status`
+and `midstream logs`: how far studies and stages are, from the store alone.
+"""
+
+import json
+import time
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+
+from midstream.cli import DEFAULT_STORE, ScaleName, Settings, Store, StudyName, Verify
+from midstream.core.tokens import counted
+
+if TYPE_CHECKING:
+    from midstream.config import Machine, SlurmSettings
+    from midstream.launch.overview import Board, Overview
+    from midstream.study.store import Ledger
+    from midstream.study.studies import AnyStudy
+
+
+def run(
+    study: StudyName,
+    store: Store = DEFAULT_STORE,
+    settings: Settings = None,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Also run stages that failed before.")
+    ] = False,
+    scale: ScaleName = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that run stages side by side (2).")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each process (1).")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    data_workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes that load rows ahead of each training process."),
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(help="Frozen encoders' outputs: stored, live, or auto where storing pays."),
+    ] = None,
+    max_feature_gib: Annotated[
+        float | None, typer.Option(min=0.0, help="auto stores no more than this (64).")
+    ] = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that train one stage together on this machine."),
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Machines that train one stage together.")
+    ] = None,
+    node: Annotated[
+        int | None, typer.Option(min=0, help="Which of them this is; 0 launches.")
+    ] = None,
+    master: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where node 0 is reached by the others.")
+    ] = None,
+    others: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--machine",
+            metavar="NAME=VALUE",
+            help="Any other choice of the machine (docs/training.md); may be repeated.",
+        ),
+    ] = None,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="Run every stage as a job of a Slurm cluster.")
+    ] = False,
+    slurm_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.toml", help="What jobs are given (docs/cluster.md)."),
+    ] = None,
+    slurm_sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--slurm-set",
+            metavar="[KIND.]NAME=VALUE",
+            help="One of these values, for all stages or one kind of them; may be repeated.",
+        ),
+    ] = None,
+    skip_checks: Annotated[
+        bool,
+        typer.Option("--skip-checks", help="Start at once, whatever is wrong with study or data."),
+    ] = False,
+    verify: Verify = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="With --slurm: leave once all jobs are submitted.")
+    ] = False,
+) -> None:
+    """Run the stages of a study that are not done; continue those that were stopped."""
+    from midstream.cli.catalogue import find_study, read_settings, with_scale
+    from midstream.launch.local import machine_for
+    from midstream.study.store import Ledger
+
+    cluster = _slurm_settings(slurm, slurm_file, slurm_sets or [], detach)
+    if cluster is not None and (nodes or node or master):
+        raise ValueError(
+            "--nodes, --node and --master are for machines without Slurm; with it, "
+            "--slurm-set nodes=N"
+        )
+    chosen: dict[str, Any] = {"workers": workers, "threads": threads, "device": device}
+    chosen |= {"data_workers": data_workers, "features": features, "ranks": ranks}
+    chosen |= {"max_feature_gib": max_feature_gib, "nodes": nodes, "node": node, "master": master}
+    if cluster is not None:
+        chosen["workers"] = 1
+    ledger = Ledger(store)
+    found = find_study(study, with_scale(settings, scale), ledger, verify=verify)
+    machine = machine_for(found, chosen | read_settings("--machine", others or []))
+    if machine.node:
+        from midstream.launch.workers import join
+
+        raise typer.Exit(join(ledger.store, machine, typer.echo))
+    run_and_tell(
+        found,
+        ledger,
+        machine,
+        asked=study,
+        retry=retry,
+        slurm=cluster,
+        detach=detach,
+        skip_checks=skip_checks,
+    )
+
+
+def run_and_tell(
+    study: "AnyStudy",
+    ledger: "Ledger",
+    machine: "Machine",
+    *,
+    asked: str | None = None,
+    retry: bool = False,
+    slurm: "SlurmSettings | None" = None,
+    detach: bool = False,
+    skip_checks: bool = False,
+) -> int:
+    """Run and tell; returns the peak memory in bytes. Leaves with the outcome's code if not 0.
+
+    `asked`: the name under which `status` and `report` find the study again.
+    """
+    from midstream.cli.catalogue import keep_asked
+    from midstream.cost.graph import order
+    from midstream.cost.graph import plan as plan_study
+    from midstream.launch import local, terminal
+    from midstream.launch.slurm import run_on_slurm
+    from midstream.study.label import labels
+
+    terminal.tell_older(ledger)
+    memory = terminal.PeakMemory()
+    console = terminal.out()
+    names = labels(order(study))
+    with terminal.progress(console, names) as show:
+
+        def on_event(event: dict[str, Any]) -> None:
+            if event["event"] == "plan" and asked is not None:
+                keep_asked(ledger, asked, study)
+            memory.note(event)
+            show(event)
+
+        if slurm is None:
+            outcome = local.run(
+                study, ledger, machine, on_event, retry=retry, skip_checks=skip_checks
+            )
+        else:
+            outcome = run_on_slurm(
+                study,
+                ledger,
+                machine,
+                slurm,
+                on_event,
+                retry=retry,
+                detach=detach,
+                skip_checks=skip_checks,
+            )
+    if outcome.refused:
+        started = "the data is prepared, nothing else" if outcome.num_done else "nothing"
+        terminal.error(
+            f"error: {started} was started; put right what is listed, or add --skip-checks"
+        )
+        terminal.print_problems(outcome.refused, terminal.errors())
+        raise typer.Exit(outcome.exit_code)
+    counts = (outcome.num_done, outcome.num_failed, outcome.num_stopped, outcome.num_skipped)
+    if not any(counts) and not outcome.num_queued:
+        console.print(
+            f"nothing to do: all {outcome.num_before} stages of {study.name} are done "
+            f"({ledger.store})",
+            soft_wrap=True,
+        )
+        return 0
+    done, failed, stopped, skipped = counts
+    queued = f", {outcome.num_queued} in Slurm's queue" if outcome.num_queued else ""
+    console.print(
+        f"{study.name}: {counted(done, 'stage')} done now, {outcome.num_before} before, "
+        f"{failed} failed, {stopped} stopped, {skipped} not started{queued}",
+        soft_wrap=True,
+    )
+    for message in outcome.messages:
+        terminal.error(message)
+    if outcome.exit_code:
+        if outcome.interrupted:
+            terminal.error("stopped; the same command continues where it was")
+        raise typer.Exit(outcome.exit_code)
+    return memory.total_bytes(plan_study(study, ledger), ledger)
+
+
+def _slurm_settings(
+    asked: bool, file: Path | None, settings: list[str], detach: bool
+) -> "SlurmSettings | None":
+    """What jobs are given: the file's values, those of the command line over them."""
+    from midstream.cli.catalogue import read_settings
+    from midstream.config import SlurmSettings, StageKind
+
+    if not asked:
+        if file is not None or settings or detach:
+            raise ValueError("--slurm-file, --slurm-set and --detach go with --slurm")
+        return None
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values = tomllib.loads(file.read_text())
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{file} is not TOML: {error}") from None
+    stages = {kind: dict(own) for kind, own in values.pop("stages", {}).items()}
+    for name, value in read_settings("--slurm-set", settings).items():
+        kind, dot, own = name.partition(".")
+        if dot and kind in get_args(StageKind):
+            stages.setdefault(kind, {})[own] = value
+        elif name == "stages":
+            stages |= value
+        else:
+            values[name] = value
+    return SlurmSettings.model_validate({**values, "stages": stages})
+
+
+# Lines of metrics.jsonl that `logs` shows.
+METRICS_LINES = 5
+FOLLOW_SECONDS = 1.0
+
+
+def status(
+    study: Annotated[
+        str | None, typer.Argument(help="All studies of the store without it.")
+    ] = None,
+    store: Store = DEFAULT_STORE,
+    settings: Settings = None,
+    scale: ScaleName = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Look again and again, until nothing runs any more.")
+    ] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print every stage as JSON, a line a look.")
+    ] = False,
+) -> None:
+    """Show how far the studies of a store are: every stage that runs, and the time that is left."""
+    from midstream.cli.catalogue import last_study, with_scale
+    from midstream.launch import terminal
+    from midstream.launch.overview import Board
+    from midstream.study.store import Ledger
+
+    ledger = Ledger(store)
+    terminal.tell_older(ledger)
+    names = ledger.study_names() if study is None else [study]
+    if not names:
+        raise FileNotFoundError(f"store {store} holds no study; run one, or give another --store")
+    chosen = [last_study(name, ledger, with_scale(settings, scale)) for name in names]
+    for note in (one.note for one in chosen if one.note is not None):
+        typer.echo(note, err=True)
+    boards = [Board(one.study, ledger) for one in chosen]
+    if watch:
+        try:
+            _watch(boards, every, as_json, time.sleep)
+        except KeyboardInterrupt:
+            raise typer.Exit(0) from None
+    elif as_json:
+        _print_json([board.look() for board in boards])
+    else:
+        _print(boards)
+
+
+def _print(boards: Sequence["Board"]) -> None:
+    from midstream.launch import terminal
+    from midstream.launch.overview import overview_table, print_reasons
+
+    console = terminal.out()
+    for board in boards:
+        seen = board.look()
+        console.print(overview_table(seen, console.width))
+        folders = {name: str(board.ledger.folder(stage)) for name, stage in board.stages.items()}
+        print_reasons(seen, folders, console)
+
+
+def _print_json(seen: Sequence["Overview"]) -> None:
+    from midstream.launch.overview import overview_json
+
+    typer.echo(json.dumps({"studies": [overview_json(one) for one in seen]}))
+
+
+def _watch(
+    boards: Sequence["Board"], every: float, as_json: bool, sleep: Callable[[float], None]
+) -> None:
+    """Show the boards until all is settled, or until what ran when it was looked at has ended."""
+    from rich.console import Group
+    from rich.live import Live
+
+    from midstream.launch import terminal
+    from midstream.launch.overview import overview_table, totals
+
+    console = terminal.out()
+    live = Live(console=console, auto_refresh=False)
+    lively = console.is_terminal and not as_json
+    if lively:
+        live.start()
+    said: list[str] = []
+    was_active = False
+    try:
+        while True:
+            seen = [board.look() for board in boards]
+            if as_json:
+                _print_json(seen)
+            elif lively:
+                room = max(console.height // len(seen), 1)
+                tables = (overview_table(one, console.width, room) for one in seen)
+                live.update(Group(*tables), refresh=True)
+            elif (lines := [f"{one.study}: {totals(one)}" for one in seen]) != said:
+                said = lines
+                for line in lines:
+                    console.print(line, markup=False, highlight=False, soft_wrap=True)
+            active = any(one.active for one in seen)
+            if not active and (was_active or all(one.settled for one in seen)):
+                break
+            was_active = active
+            sleep(every)
+    finally:
+        live.stop()
+    if not as_json and not all(one.settled for one in seen):
+        terminal.out().print("nothing runs any more; midstream run goes on where it was")
+
+
+def logs(
+    stage: Annotated[
+        str,
+        typer.Argument(metavar="STAGE", help="Its first digits, or how its folder's name begins."),
+    ],
+    store: Store = DEFAULT_STORE,
+    lines: Annotated[int, typer.Option(min=1, help="How many of the log's last lines.")] = 40,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on with what is added, until the stage ends.")
+    ] = False,
+) -> None:
+    """Show a stage's state and error, its last steps, and what its process printed."""
+    from midstream.cli.catalogue import stored_stage
+    from midstream.study.label import label
+    from midstream.study.progress import metrics_tail
+    from midstream.study.store import Ledger, StageLog
+
+    ledger = Ledger(store)
+    found = stored_stage(ledger, stage)
+    seen = ledger.status(found)
+    typer.echo(f"{label(found)}: {ledger.folder(found)} is {seen['state']}")
+    for key in ("error", "started", "ended", "host", "pid"):
+        if seen.get(key) is not None:
+            typer.echo(f"{key}: {seen[key]}")
+    for line in metrics_tail(ledger.folder(found), METRICS_LINES):
+        typer.echo(json.dumps(line))
+    log = StageLog(ledger, found)
+    typer.echo(log.describe())
+    for text in log.tail(lines):
+        typer.echo(text)
+    if not follow:
+        return
+    try:
+        while ledger.state(found) == "running":
+            time.sleep(FOLLOW_SECONDS)
+            for text in log.more():
+                typer.echo(text)
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
+    for text in log.more():
+        typer.echo(text)
+    end = ledger.status(found)
+    typer.echo(f"{end['state']}" + (f": {end['error']}" if end.get("error") else ""))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"status": status, "logs": logs}

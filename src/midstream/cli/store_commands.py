@@ -1,0 +1,417 @@
+"""What is done with a store: `midstream store`, `report`, `profile`, and what `prepare` prints.
+
+`midstream store`: what a store holds, which studies need it, deleting, verifying. `midstream
+report`: pages, tables and figures of studies from what their store holds. `midstream profile`: its
+options, and the process that works. `midstream prepare` as seen from the terminal: a process that
+prepares, a bar, a table.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from midstream.cli import DEFAULT_STORE, ScaleName, Settings, Store, StudyName
+from midstream.core.tokens import counted
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from midstream.report.gather import Facts
+    from midstream.study.store import Ledger
+    from midstream.study.studies import AnyStudy
+
+
+def ls(store: Store = DEFAULT_STORE) -> None:
+    """List the stages: state, size, and the kept studies that need them."""
+    from midstream.cost.graph import stored_stages
+    from midstream.launch import terminal
+    from midstream.study.store import Ledger
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("stage", "state", "size", "needed by"):
+        table.add_column(title, overflow="fold", justify="right" if title == "size" else "left")
+    for stage in stored_stages(Ledger(store)):
+        needed = ", ".join(stage.studies) or "-"
+        table.add_row(escape(stage.label), stage.state, _size(stage.num_bytes), needed)
+    terminal.out().print(table)
+
+
+def du(store: Store = DEFAULT_STORE) -> None:
+    """Say what each kind of stage takes, what is kept beside them, and what could go."""
+    from midstream.cost.graph import other_bytes, stored_stages
+    from midstream.launch import terminal
+    from midstream.study.store import Ledger
+
+    ledger = Ledger(store)
+    stages = stored_stages(ledger)
+    table = Table(box=None, pad_edge=False)
+    for title in ("what", "stages", "size", "of these unneeded"):
+        table.add_column(title, justify="left" if title == "what" else "right")
+    for kind in dict.fromkeys(stage.kind for stage in stages):
+        own = [stage for stage in stages if stage.kind == kind]
+        free = sum(stage.num_bytes for stage in own if not stage.studies)
+        total = sum(stage.num_bytes for stage in own)
+        table.add_row(kind, str(len(own)), _size(total), _size(free))
+    beside = other_bytes(ledger)
+    for name, size in beside.items():
+        table.add_row(name, "-", _size(size), "-")
+    total = sum(stage.num_bytes for stage in stages) + sum(beside.values())
+    free = sum(stage.num_bytes for stage in stages if not stage.studies)
+    table.add_row("all", str(len(stages)), _size(total), _size(free))
+    terminal.out().print(table)
+
+
+def rm(
+    stages: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="STAGE...",
+            help="As ls prints them: the digits at the end, or the folder's name.",
+        ),
+    ] = None,
+    store: Store = DEFAULT_STORE,
+    unneeded: Annotated[
+        bool, typer.Option("--unneeded", help="All that no kept study needs.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it only say what.")] = False,
+) -> None:
+    """Delete stages that no kept study needs; without --yes it only says which."""
+    from midstream.cli.catalogue import stored_name
+    from midstream.cost.graph import remove_stages, stored_stages
+    from midstream.cost.graph import unneeded as unneeded_stages
+    from midstream.launch import terminal
+    from midstream.study.store import Ledger
+
+    ledger = Ledger(store)
+    names = list(dict.fromkeys(stored_name(ledger, stage) for stage in stages or ()))
+    if unneeded:
+        names += [one.name for one in unneeded_stages(ledger) if one.name not in names]
+    if not names and not unneeded:
+        raise ValueError("name stages, or give --unneeded")
+    if yes:
+        freed = remove_stages(ledger, names)
+        terminal.out().print(f"deleted {counted(len(names), 'stage')}, {_size(freed)}")
+        return
+    for one in stored_stages(ledger):
+        if one.name in names:
+            text = f"{one.label} {_size(one.num_bytes)}"
+            terminal.out().print(text, soft_wrap=True, markup=False)
+    terminal.out().print(f"{counted(len(names), 'stage')} would go; say --yes to delete them")
+
+
+def forget(
+    study: Annotated[str, typer.Argument(help="A study of the store.")],
+    store: Store = DEFAULT_STORE,
+) -> None:
+    """Stop keeping a study: its stages stay until `rm --unneeded --yes`."""
+    from midstream.cost.graph import forget_study
+    from midstream.launch import terminal
+    from midstream.study.store import Ledger
+
+    forget_study(Ledger(store), study)
+    terminal.out().print(f"{study} is forgotten; what it alone needed may now be removed")
+
+
+def verify(store: Store = DEFAULT_STORE) -> None:
+    """Read every stored file against its checksum; ends with 1 where one differs."""
+    from midstream.cost.graph import check
+    from midstream.launch import terminal
+    from midstream.study.store import Ledger
+
+    found = check(Ledger(store))
+    terminal.out().print(
+        f"{counted(found.num_stages, 'done stage')}, {counted(found.num_folders, 'folder')} with "
+        f"checksums, {_size(found.num_bytes)}: {counted(len(found.problems), 'problem')}"
+    )
+    for stage, problem in found.problems:
+        terminal.error(f"{stage}: {problem}")
+    if found.problems:
+        raise typer.Exit(1)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "ls": ls,
+    "du": du,
+    "rm": rm,
+    "forget": forget,
+    "verify": verify,
+}
+
+
+def _size(num_bytes: int) -> str:
+    for size, letter in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {letter}"
+    return f"{num_bytes} B"
+
+
+DEFAULT_CURVES = 12
+
+
+def report(
+    studies: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STUDY...",
+            help="Recipes (pocket.when_images_arrive), my_file.py:function, or suites of them.",
+        ),
+    ],
+    store: Store = DEFAULT_STORE,
+    settings: Settings = None,
+    scale: ScaleName = None,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a summary of all of them.")
+    ] = None,
+    curves: Annotated[
+        int, typer.Option(min=0, metavar="N", help="How many stages have their loss drawn.")
+    ] = DEFAULT_CURVES,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the reports go; in the store without it."),
+    ] = None,
+) -> None:
+    """Write a study's page, tables and figures from what is done; a suite's, and its index."""
+    from midstream.cli.catalogue import last_study, with_scale
+    from midstream.core.storage import write_bytes
+    from midstream.report.page import summary_text
+    from midstream.study.store import Ledger
+
+    ledger, settings = Ledger(store), with_scale(settings, scale)
+    if out is None:
+        _require_room(store)
+    chosen = [last_study(name, ledger, settings) for name in studies]
+    for note in (one.note for one in chosen if one.note is not None):
+        typer.echo(note, err=True)
+    found = [one.study for one in chosen]
+    facts = [one for study in found for one in write(study, ledger, curves, out)]
+    if markdown is not None:
+        parts = ["midstream", "report", *studies]
+        parts += [part for setting in settings for part in ("--set", setting)]
+        command = shlex.join([*parts, "--markdown", markdown.name])
+        distinct = list({one.study.name: one for one in facts}.values())
+        title = f"Results of {', '.join(study.name for study in found)}"
+        write_bytes(markdown, summary_text(distinct, title, command).encode())
+        typer.echo(f"summary: {markdown}")
+
+
+def _require_room(store: Path) -> None:
+    """Raises PermissionError with the way out where no report can be written in the store."""
+    from midstream.core.storage import require_writable
+
+    reports = store / "reports"
+    try:
+        require_writable(reports if reports.is_dir() else store)
+    except PermissionError as error:
+        raise PermissionError(f"{error}; or have the report written elsewhere: --out DIR") from None
+
+
+def write(
+    study: "AnyStudy", ledger: "Ledger", curves: int = DEFAULT_CURVES, out: Path | None = None
+) -> "Sequence[Facts]":
+    """Write the pages of a study or suite, print their scores, and return what they say.
+
+    They go to `<store>/reports`, or to `out`.
+    """
+    from midstream.launch import terminal
+    from midstream.report.gather import gather
+    from midstream.report.page import write_facts, write_index
+    from midstream.report.results import Snapshot
+    from midstream.study.studies import Suite
+
+    console, snapshot = terminal.out(), Snapshot(ledger)
+    suite = study if isinstance(study, Suite) else None
+    facts = []
+    for one in study.studies:
+        facts.append(gather(one, snapshot))
+        path = write_facts(
+            facts[-1], suite=None if suite is None else suite.name, max_curves=curves, out=out
+        )
+        terminal.print_results(facts[-1].rows, console)
+        console.print(f"report: {path}", soft_wrap=True, markup=False)
+    if suite is not None:
+        path = write_index(suite, facts, snapshot, out)
+        console.print(f"suite: {path}", soft_wrap=True, markup=False)
+    return facts
+
+
+def profile(
+    study: StudyName,
+    stage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME_OR_KIND",
+            help="pretrain, continue, finetune, or how a stage's name begins; without it the "
+            "first continue.",
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are measured.")] = 10,
+    out: Annotated[Path, typer.Option(help="Where trace and page go.")] = Path("profile"),
+    store: Store = DEFAULT_STORE,
+    settings: Settings = None,
+    scale: ScaleName = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the process.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    others: Annotated[
+        list[str] | None,
+        typer.Option("--machine", metavar="NAME=VALUE", help="Any other choice of the machine."),
+    ] = None,
+) -> None:
+    """Take some steps of a stage: a trace, and a page of speed, memory and shares of time."""
+    from midstream.cli.catalogue import find_study, read_settings, training_stage, with_scale
+    from midstream.config import Machine
+    from midstream.launch import terminal
+    from midstream.launch.workers import worker_environment
+    from midstream.study.store import Ledger
+
+    chosen: dict[str, Any] = {"threads": threads, "device": device, "features": "live"}
+    machine = Machine.model_validate(chosen | read_settings("--machine", others or []))
+    found = training_stage(find_study(study, with_scale(settings, scale), Ledger(store)), stage)
+    request = {
+        "store": str(store.absolute()),
+        "stage": found.model_dump(mode="json"),
+        "machine": machine.alone().model_dump(mode="json"),
+        "steps": steps,
+        "out": str(out.absolute()),
+    }
+    with tempfile.TemporaryDirectory(prefix="midstream-profile-") as folder:
+        file = Path(folder) / "request.json"
+        file.write_text(json.dumps(request))
+        # A process of its own, as the launcher's workers are: the commands import no torch.
+        ended = subprocess.run(
+            [sys.executable, "-m", "midstream.work.profile_stage", str(file)],
+            env=worker_environment(machine),
+            stdout=subprocess.PIPE,
+        )
+    if ended.returncode:
+        raise typer.Exit(ended.returncode)
+    for line in _lines(json.loads(ended.stdout.splitlines()[-1])):
+        terminal.out().print(line, markup=False, highlight=False)
+    typer.echo(f"page: {out / 'summary.html'}\ntrace: {out / 'trace.json'}")
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    """The meters as a person reads them."""
+    shares = ", ".join(f"{part} {share:.0%}" for part, share in found["time_shares"].items())
+    utilisation = found["model_flops_utilisation"] or 0.0
+    return [
+        f"{found['tokens_per_second']:,.0f} tokens/s, {found['useful_tokens_per_second']:,.0f} "
+        f"of them useful, {found['images_per_second']:,.2f} images/s",
+        f"{found['model_flops_per_second'] / 1e9:,.1f} GFLOP/s, {utilisation:.0%} of what a matrix "
+        f"product reaches; peak memory {found['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        f"time: {shares}",
+    ]
+
+
+Event = dict[str, Any]
+# Where standard output is no terminal, progress is printed this often.
+QUIET_SECONDS = 10.0
+
+
+def prepare(request: dict[str, Any], console: Console) -> Event:
+    """Prepare a source in a process of its own and show how it goes; returns its last event.
+
+    That is "done" with the "summary" and "seconds", "failed" with the "error", or "stopped".
+    """
+    started = time.monotonic()
+    command = [sys.executable, "-m", "midstream.work.prepare_data"]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    pipe = subprocess.PIPE
+    last: Event = {"event": "failed", "error": "the preparation ended without a result"}
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+        for event in _shown(_events(process), console):
+            last = event
+    if last["event"] == "failed" and process.returncode:
+        how = f"signal {-process.returncode}" if process.returncode < 0 else "an error of its own"
+        last["error"] = f"the preparing process ended with {how}; run the same again to go on"
+    return {**last, "seconds": time.monotonic() - started}
+
+
+def print_summary(summary: dict[str, Any], seconds: float, console: Console) -> None:
+    """A finished source's counts as a table."""
+    table = Table("", "records", "examples", "tokens", "images")
+    for split in ("train", "validation"):
+        counts = summary[split]
+        numbers = (f"{counts[key]:,}" for key in ("examples", "tokens", "images"))
+        table.add_row(split, f"{summary['records']:,}" if split == "train" else "", *numbers)
+    for reason, times in sorted(summary["rejects"].items()):
+        table.add_row(escape(f"rejected: {reason}"), f"{times:,}", "", "", "")
+    for reason, times in sorted(summary["dropped_turns"].items()):
+        table.add_row(escape(f"turns dropped: {reason}"), f"{times:,}", "", "", "")
+    console.print(table)
+    captions = summary["captions"]
+    if captions["synthetic"]:
+        console.print(
+            f"of the training pictures {captions['original']:,} have a caption of their own, "
+            f"{captions['synthetic']:,} synthetic ones; {captions['left_out']:,} captions cannot "
+            "be used and are left out",
+            soft_wrap=True,
+            highlight=False,
+        )
+    shards = summary["shards"]
+    console.print(
+        f"{shards['kept']:,} shards kept, {shards['new']:,} new; {seconds:,.1f} s; "
+        f"fingerprint {summary['fingerprint']}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _events(process: "subprocess.Popen[str]") -> Iterator[Event]:
+    """What the process tells; Ctrl-C reaches it as well, and a second one ends it."""
+    assert process.stdout is not None
+    interrupted = False
+    while True:
+        try:
+            line = process.stdout.readline()
+        except KeyboardInterrupt:
+            if interrupted:
+                process.kill()
+            interrupted = True
+            continue
+        if not line:
+            return
+        yield json.loads(line)
+
+
+def _shown(events: Iterator[Event], console: Console) -> Iterator[Event]:
+    """Show progress and notices; yields the other events."""
+    told = 0.0
+    columns = (
+        TextColumn("preparing"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        task = bars.add_task("", total=1.0)
+        for event in events:
+            if event["event"] == "notice":
+                console.print(event["note"], markup=False, highlight=False, soft_wrap=True)
+                continue
+            if event["event"] != "progress":
+                yield event
+                continue
+            bars.update(task, completed=event["done"], description=escape(event["note"]))
+            if not console.is_terminal and time.monotonic() - told >= QUIET_SECONDS:
+                told = time.monotonic()
+                text = f"{time.strftime('%H:%M:%S')} {event['done']:.0%} {event['note']}"
+                console.print(text, markup=False, highlight=False, soft_wrap=True)

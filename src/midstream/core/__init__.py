@@ -1,0 +1,1 @@
+"""What every room stands on: identities, files written whole, counts, statistics, batches."""

@@ -1,0 +1,122 @@
+"""Counts: of tokens by kind, exactly divided, and in words; and a small cache.
+
+Counting tokens by kind, and dividing a budget exactly. Counts, sizes and times as a person reads
+them. Values that are kept while they are in use.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Generic, TypeVar
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """Positions by what they hold, and how many of them are targets.
+
+    text, caption, instruct: text positions by the kind of their source, separators included.
+    image: patch positions. pad: positions that hold nothing. target: positions with a loss; these
+    are among the others and not counted again in `total`.
+    """
+
+    text: int = 0
+    caption: int = 0
+    instruct: int = 0
+    image: int = 0
+    pad: int = 0
+    target: int = 0
+
+    @property
+    def seen(self) -> int:
+        """Positions that are not padding; the unit of budgets and schedules."""
+        return self.text + self.caption + self.instruct + self.image
+
+    @property
+    def total(self) -> int:
+        """All positions."""
+        return self.seen + self.pad
+
+    def __add__(self, other: "TokenCount") -> "TokenCount":
+        return TokenCount(
+            text=self.text + other.text,
+            caption=self.caption + other.caption,
+            instruct=self.instruct + other.instruct,
+            image=self.image + other.image,
+            pad=self.pad + other.pad,
+            target=self.target + other.target,
+        )
+
+
+def apportion(total: int, shares: Mapping[str, float]) -> dict[str, int]:
+    """Divide `total` by `shares` into whole numbers that add up to it, by largest remainder.
+
+    Exact for any float shares; a tie goes to the name that comes first in the alphabet.
+    Raises ValueError for a negative share or shares that do not add up to 1 (within 1e-9).
+    """
+    if any(share < 0 for share in shares.values()):
+        raise ValueError(f"shares cannot be negative: {dict(shares)}")
+    whole = sum((Fraction(share) for share in shares.values()), Fraction(0))
+    if abs(whole - 1) > Fraction(1, 10**9):
+        raise ValueError(f"shares add up to {float(whole)}, not to 1: {dict(shares)}")
+    exact = {name: total * Fraction(share) / whole for name, share in shares.items()}
+    parts = {name: int(value) for name, value in exact.items()}
+    remainder = {name: exact[name] - parts[name] for name in exact}
+    by_remainder = sorted(exact, key=lambda name: (-remainder[name], name))
+    for name in by_remainder[: total - sum(parts.values())]:
+        parts[name] += 1
+    return parts
+
+
+UNKNOWN = "unknown"
+
+
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """A count in words: "1 seed", "1,024 seeds"; `several` where an s is not enough."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
+
+
+def quantity(value: float | int | None) -> str:
+    """A number in three digits with a unit, such as 1.25 G; None is unknown."""
+    if value is None:
+        return UNKNOWN
+    for place, unit in enumerate("ZEPTGMk"):
+        if value >= (size := 1000.0 ** (7 - place)):
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float | int) -> str:
+    """Seconds as a person says them, two units at most: 42 s, 3 min, 2 h 5 min, 3 d 4 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes = round(whole / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h" if hours else f"{days} d"
+
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class Kept(Generic[Key, Value]):
+    """Values made when first asked for, of which the `limit` last used are kept."""
+
+    def __init__(self, make: Callable[[Key], Value], limit: int) -> None:
+        self._make, self._limit = make, limit
+        self._values: OrderedDict[Key, Value] = OrderedDict()
+
+    def __getitem__(self, key: Key) -> Value:
+        if key in self._values:
+            self._values.move_to_end(key)
+            return self._values[key]
+        value = self._values[key] = self._make(key)
+        if len(self._values) > self._limit:
+            self._values.popitem(last=False)
+        return value

@@ -1,0 +1,389 @@
+"""What a stage costs, and how much the published benchmarks ask.
+
+How much the published benchmarks ask, for plans made before any of them is at hand.
+
+Whole official splits as vlm-evaluation (TRI-ML) and lm-evaluation-harness ask them.
+
+What a stage costs, before anything runs: tokens, FLOPs by part of the model, parameters.
+
+Matrix products are counted as torch's own counter counts them, at two FLOPs a multiply-add and a
+causal mask for none; norms, activations and the optimiser are left out. Training is one forward and
+two backward passes of what is trained; through what is frozen but stands behind something trained
+goes one backward pass; a frozen encoder has none.
+
+Sources are those of the finished preparation, else what the recipe expects of them. Where there is
+neither, the FLOPs of a stage that sees are unknown, and so are the tokens of whole passes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+from midstream.config import (
+    Amounts,
+    AnyDecoderConfig,
+    AnyEncoderConfig,
+    FusedEncoder,
+    Mixture,
+    PatchProjection,
+    PocketWorld,
+    ProjectorConfig,
+    SmallReal,
+    Training,
+    VLMConfig,
+)
+from midstream.config.model import (
+    attention_flops,
+    decoder_flops,
+    encoder_flops,
+    feed_forward_parameters,
+    head_flops,
+    last_block_flops,
+    patch_flops,
+    projector_flops,
+    weight_flops,
+)
+from midstream.cost.known import Basis, Facts, Number, facts_of_text, sources_of
+from midstream.cost.workload import Device, Workload, taken, workload
+from midstream.study.stages import (
+    DataStage,
+    Evaluate,
+    FuseEncoders,
+    LoadDecoder,
+    LoadEncoder,
+    LoadModel,
+    Pretrain,
+    Stage,
+    Trained,
+    TrainEncoder,
+)
+from midstream.study.store import Ledger
+
+
+class VisualSize(NamedTuple):
+    """Questions of a visual task, and the splits that a slim evaluation takes its part of each."""
+
+    questions: int
+    splits: int = 1
+
+
+class TextSize(NamedTuple):
+    """Items of a text task, and how many answers each is asked with (BIG-bench's: the chance's)."""
+
+    items: int
+    choices: int
+
+
+VISUAL_SIZES: Mapping[str, VisualSize] = {
+    "vqav2": VisualSize(214_354),
+    "gqa": VisualSize(12_578),
+    "textvqa": VisualSize(5_000),
+    "textvqa_ocr": VisualSize(5_000),
+    "vizwiz": VisualSize(4_319),
+    "pope": VisualSize(8_910, splits=3),
+    "refcoco": VisualSize(10_834),
+    "refcoco_plus": VisualSize(10_758),
+    "refcocog": VisualSize(4_896),
+    "ocid_ref": VisualSize(18_342, splits=3),
+    "vsr": VisualSize(1_222),
+    "tallyqa": VisualSize(38_589, splits=2),
+    "ai2d": VisualSize(15_501, splits=2),
+}
+TEXT_SIZES: Mapping[str, TextSize] = {
+    "agieval_sat_en": TextSize(206, 4),
+    "arc_easy": TextSize(2_376, 4),
+    "bigbench_conceptual_combinations_multiple_choice": TextSize(103, 4),
+    "bigbench_cs_algorithms_multiple_choice": TextSize(1_320, 4),
+    "boolq": TextSize(3_270, 2),
+    "copa": TextSize(100, 2),
+    "hellaswag": TextSize(10_042, 4),
+    "mathqa": TextSize(2_985, 5),
+    "piqa": TextSize(1_838, 2),
+    "pubmedqa": TextSize(500, 3),
+}
+
+
+# Lengths for the estimate of an evaluation: a question with its prompt, a text item with a choice.
+PROMPT_TOKENS = 48
+TEXT_ITEM_TOKENS = 64
+TEXT_ITEM_CHOICES = 2
+# A slim evaluation's questions of each split of a visual task.
+SLIM_QUESTIONS = 1024
+# Questions of a whole task that no table has the size of.
+WHOLE_TASK = 5000
+# Width of a Transformer's feed-forward part over its own, in the caption tower of TrainEncoder.
+TOWER_EXPANSION = 4
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations by part of the model."""
+
+    decoder: Number = 0.0
+    head: Number = 0.0
+    encoder: Number = 0.0
+    projector: Number = 0.0
+
+    @property
+    def total(self) -> Number:
+        """All of them."""
+        return self.decoder + self.head + self.encoder + self.projector
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(
+            self.decoder + other.decoder,
+            self.head + other.head,
+            self.encoder + other.encoder,
+            self.projector + other.projector,
+        )
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Tokens seen, FLOPs by part, trained (or evaluated) parameters; None where unknown.
+
+    `basis`: whether the sources were counted, or are what the recipe expects.
+    """
+
+    tokens: int | None
+    parts: Flops | None
+    parameters: int
+    basis: Basis = "counted"
+
+    @property
+    def flops(self) -> Number | None:
+        """All FLOPs of the stage."""
+        return None if self.parts is None else self.parts.total
+
+
+def cost(stage: Stage, ledger: Ledger | None = None, device: Device = "cuda") -> StageCost:
+    """The cost of one stage without its parents, as `device` computes it.
+
+    `ledger` adds what finished preparations know about their sources. A frozen encoder is taken to
+    look anew at every picture (`pictures.py` says what storing saves). Evaluations are estimates:
+    as many questions as the world or the published task has, each with its picture anew,
+    PROMPT_TOKENS and the longest answer allowed, twice if asked blind as well.
+    """
+    if isinstance(stage, DataStage):
+        return StageCost(0, Flops(), 0)
+    if isinstance(stage, LoadEncoder | FuseEncoders):
+        return StageCost(0, Flops(), encoder_parameters(stage.encoder))
+    if isinstance(stage, LoadDecoder):
+        return StageCost(0, Flops(), stage.decoder.num_parameters)
+    if isinstance(stage, LoadModel):
+        return StageCost(0, Flops(), model_parameters(stage.model))
+    if isinstance(stage, TrainEncoder):
+        return _encoder_training_cost(stage)
+    if isinstance(stage, Evaluate):
+        return _evaluation_cost(stage)
+    return _training_cost(stage, ledger, device)
+
+
+def work_of(stage: Trained, ledger: Ledger | None, device: Device = "cuda") -> Workload | None:
+    """The positions, pictures and steps of a training stage; None where they are unknown.
+
+    Raises ValueError for a budget of a source that the world does not have.
+    """
+    sources = sources_of(stage.data, stage.training.budget.captions, ledger)
+    if sources is None:
+        sources = _texts(stage)
+    if sources is None:
+        return None
+    return workload(stage.model, stage.training, sources, device)
+
+
+def images_seen(
+    stage: Trained, ledger: Ledger | None, by: Literal["tokens", "sequences"]
+) -> Number | None:
+    """Pictures that a stage would see if the shares of its mixture were of tokens or of sequences.
+
+    None where its sources are unknown, or where its budget has no shares.
+    """
+    budget, model = stage.training.budget, stage.model
+    sources = sources_of(stage.data, budget.captions, ledger)
+    if sources is None or not isinstance(budget, Mixture):
+        return None
+    mixed = budget.model_copy(update={"by": by})
+    training = stage.training.model_copy(update={"budget": mixed})
+    patches = model.encoder.num_patches if model.encoder is not None else 0
+    return sum(part.images for part in taken(training, sources, patches).values())
+
+
+def encoder_parameters(config: AnyEncoderConfig) -> int:
+    """Parameters that the encoder's features are made of: no block above `feature_layer`.
+
+    DINOv2's layer scales are not counted: a few in ten thousand.
+    """
+    if isinstance(config, FusedEncoder):
+        return sum(encoder_parameters(tower) for tower in config.towers)
+    e = config.hidden_size
+    embed = 3 * config.patch_size**2 * e + e
+    if isinstance(config, PatchProjection):
+        return embed
+    m = config.intermediate_size
+    block = 4 * (e * e + e) + feed_forward_parameters(config) + m + e + 4 * e
+    blocks = config.num_layers + 1 + config.feature_layer
+    positions = config.position_patches + 2 * config.num_prefix
+    return embed + positions * e + blocks * block + 2 * e * config.final_norm
+
+
+def projector_parameters(
+    config: ProjectorConfig, *, encoder: AnyEncoderConfig, decoder: AnyDecoderConfig
+) -> int:
+    """Weights and biases of the connector."""
+    widths = config.widths(encoder.hidden_size, decoder.hidden_size)
+    return sum(before * after + after for before, after in pairwise(widths))
+
+
+def model_parameters(model: VLMConfig) -> int:
+    """The decoder, the projector, and the encoder where it is the model's own."""
+    total = model.decoder.num_parameters + connector_parameters(model)
+    if model.owns_encoder and model.encoder is not None:
+        total += encoder_parameters(model.encoder)
+    return total
+
+
+def trained_parameters(stage: Trained) -> int:
+    """Those of the model's parameters that learn, and so have gradients and moments."""
+    model = stage.model
+    total = connector_parameters(model)
+    if not stage.training.freeze_decoder:
+        total += model.decoder.num_parameters
+    if trains_encoder(stage) and model.encoder is not None:
+        total += encoder_parameters(model.encoder)
+    return total
+
+
+def connector_parameters(model: VLMConfig) -> int:
+    """The projector's; 0 for a model that does not see."""
+    if model.encoder is None:
+        return 0
+    return projector_parameters(model.projector, encoder=model.encoder, decoder=model.decoder)
+
+
+def trains_encoder(stage: Trained) -> bool:
+    """Whether gradients go through the encoder."""
+    factor = stage.training.encoder_rate_factor
+    return factor is not None or isinstance(stage.model.encoder, PatchProjection)
+
+
+def _training_cost(stage: Trained, ledger: Ledger | None, device: Device) -> StageCost:
+    parameters = model_parameters(stage.model)
+    work = work_of(stage, ledger, device)
+    if work is None:
+        return StageCost(_stated_tokens(stage.training), None, parameters)
+    return StageCost(work.tokens, training_flops(stage, work), parameters, work.basis)
+
+
+def training_flops(stage: Trained, work: Workload) -> Flops:
+    """Forward and backward passes over all that a stage computes on."""
+    model, decoder = stage.model, stage.model.decoder
+    # One forward pass, one to the activations, one to the weights that learn.
+    passes = 2 if stage.training.freeze_decoder else 3
+    matrices = weight_flops(decoder) * work.positions
+    matrices -= last_block_flops(decoder) * (work.positions - work.asked)
+    blocks = passes * matrices + 3 * attention_flops(decoder) * work.squares
+    head = passes * head_flops(decoder) * work.targets
+    if model.encoder is None:
+        return Flops(decoder=blocks, head=head)
+    looks, learns = encoder_flops(model.encoder), trains_encoder(stage)
+    widths = model.projector.widths(model.encoder.hidden_size, decoder.hidden_size)
+    patches = work.images * model.encoder.num_patches
+    connector = 3 * projector_flops(widths, patches)
+    if learns:
+        # Nothing stands before the pixels.
+        seeing = work.images * (3 * looks - patch_flops(model.encoder))
+    else:
+        seeing = looks * (work.images if model.owns_encoder else work.encoded)
+        connector -= projector_flops(widths[:2], patches)
+    return Flops(decoder=blocks, head=head, encoder=seeing, projector=connector)
+
+
+def _texts(stage: Trained) -> Mapping[str, Facts] | None:
+    """A text run's sources where nothing is known: texts of any length, all of which is learnt."""
+    budget = stage.training.budget
+    if not isinstance(stage, Pretrain) or _stated_tokens(stage.training) is None:
+        return None
+    match budget:
+        case Mixture():
+            return {share.source: facts_of_text(budget.total_tokens) for share in budget.shares}
+        case Amounts():
+            return {one.source: facts_of_text(one.tokens or 1) for one in budget.amounts}
+        case _:
+            return None
+
+
+def _stated_tokens(training: Training) -> int | None:
+    """Tokens of a budget that says so itself."""
+    budget = training.budget
+    if isinstance(budget, Mixture):
+        return budget.total_tokens
+    if isinstance(budget, Amounts) and all(amount.tokens for amount in budget.amounts):
+        return sum(amount.tokens or 0 for amount in budget.amounts)
+    return None
+
+
+def _encoder_training_cost(stage: TrainEncoder) -> StageCost:
+    """Both towers, the vision tower to its last layer and the caption tower at full length."""
+    training, encoder = stage.training, stage.encoder
+    pairs = training.num_steps * training.batch_images
+    d, length = training.text_hidden_size, training.max_text_tokens
+    layer = 2 * (4 + 2 * TOWER_EXPANSION) * d * d + 2 * 2 * d * length
+    caption = training.text_num_layers * length * layer
+    # The pair trains all of the tower.
+    whole = encoder.model_copy(update={"feature_layer": -1, "final_norm": True})
+    image = 3 * encoder_flops(whole) - patch_flops(whole)
+    return StageCost(
+        tokens=pairs * (encoder.num_patches + length),
+        parts=Flops(encoder=pairs * (image + 3 * caption)),
+        parameters=encoder_parameters(whole),
+        basis="expected",
+    )
+
+
+def _evaluation_cost(stage: Evaluate) -> StageCost:
+    model, evaluation = stage.of.model, stage.evaluation
+    parameters = model_parameters(model)
+    questions = sum(_questions(stage, task) for task in evaluation.visual_tasks)
+    questions *= 2 if evaluation.blind else 1
+    choices = sum(_choices(stage, task) for task in evaluation.text_tasks)
+    answer_tokens = PROMPT_TOKENS + evaluation.max_new_tokens
+    patches = model.encoder.num_patches if model.encoder is not None else 0
+    text_tokens = questions * answer_tokens + choices * TEXT_ITEM_TOKENS
+    tokens = questions * patches + text_tokens
+    context = float(patches + answer_tokens)
+    seeing = connecting = 0.0
+    if model.encoder is not None:
+        widths = model.projector.widths(model.encoder.hidden_size, model.decoder.hidden_size)
+        seeing = questions * encoder_flops(model.encoder)
+        connecting = projector_flops(widths, questions * patches)
+    parts = Flops(
+        decoder=tokens * decoder_flops(model.decoder, context=context),
+        head=text_tokens * head_flops(model.decoder),
+        encoder=seeing,
+        projector=connecting,
+    )
+    return StageCost(tokens, parts, parameters, "expected")
+
+
+def _questions(stage: Evaluate, task: str) -> int:
+    # Of a visual task: the world's own number, else the published one.
+    world, limit = stage.of.data.world, stage.evaluation.limit
+    if isinstance(world, PocketWorld | SmallReal):
+        return min(world.num_questions, limit or world.num_questions)
+    size = VISUAL_SIZES.get(task, VisualSize(WHOLE_TASK))
+    slim = min(size.questions, SLIM_QUESTIONS * size.splits)
+    whole = slim if stage.evaluation.slim else size.questions
+    return min(whole, limit or whole)
+
+
+def _choices(stage: Evaluate, task: str) -> int:
+    # Items of a text task times the answers that each is asked with.
+    world, limit = stage.of.data.world, stage.evaluation.limit
+    size = TEXT_SIZES.get(task, TextSize(WHOLE_TASK, TEXT_ITEM_CHOICES))
+    if isinstance(world, PocketWorld):
+        size = TextSize(world.num_text_items, TEXT_ITEM_CHOICES)
+    elif isinstance(world, SmallReal):
+        size = TextSize(world.num_questions, TEXT_ITEM_CHOICES)
+    return min(size.items, limit or size.items) * size.choices

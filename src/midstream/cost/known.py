@@ -1,0 +1,325 @@
+"""What a plan knows about sources, and when its stages would run.
+
+What a plan knows about the sources of a world: counted once they are prepared, else expected. When
+stages would run on a number of GPUs: list scheduling, the longest way to the end first.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from heapq import heappop, heappush
+from math import log
+from pathlib import Path
+from typing import Any, Literal
+
+from midstream.config import Caption, ExpectedSource, PublicFolder
+from midstream.core.identity import PREPARED, SECTIONS
+from midstream.study.stages import Prepare, PrepareSource
+from midstream.study.store import Ledger
+
+# Examples, their text tokens, and the sum of the squares of those, by class of length.
+Number = float | int
+Lengths = tuple[tuple[Number, Number, Number], ...]
+Basis = Literal["counted", "expected"]
+# Where nobody says how lengths vary: texts as if they ended by chance, in so many classes of equal
+# number; captions and conversations half as long and half as long again as the mean.
+TEXT_CLASSES = 32
+# A text's tokens where nobody says them: about those of the web's.
+TEXT_TOKENS = 1000
+WHOLE_SPREAD = 0.5
+# Places in a class of lengths, evenly spread, and their standard deviation.
+PLACES, PLACES_DEVIATION = (-1.5, -0.5, 0.5, 1.5), 1.25**0.5
+# Where nobody says how much of a conversation is reply.
+REPLY_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A source: examples, text tokens, targets among them, pictures, and the lengths of examples.
+
+    `plain` and `shown` are examples without and with a picture. `basis` says whether the lengths
+    are those of the prepared source.
+    """
+
+    kind: str
+    examples: Number
+    tokens: Number
+    targets: Number
+    images: Number
+    distinct_images: Number
+    plain: Lengths
+    shown: Lengths
+    basis: Basis
+
+    def size(self, patches: int) -> int:
+        """Positions of all examples, `patches` for each picture."""
+        return int(self.tokens + self.images * patches)
+
+    def fitted(self, patches: int, row_length: int) -> "Facts":
+        """The source with captions and conversations cut to rows, class by class; as it is where
+        its lengths are only expected."""
+        if self.kind == "text" or self.basis == "expected":
+            return self
+        plain = tuple(_clipped(part, row_length) for part in self.plain)
+        shown = tuple(_clipped(part, row_length - patches) for part in self.shown)
+        if (plain, shown) == (self.plain, self.shown):
+            return self
+        tokens = sum(part[1] for part in (*plain, *shown))
+        targets = self.targets * tokens / max(self.tokens, 1)
+        return replace(self, tokens=tokens, targets=targets, plain=plain, shown=shown)
+
+    def squares(self, patches: int, row_length: int) -> Number:
+        """Sum of squared segment lengths of all examples; texts are cut at the row's length."""
+        total = sum(
+            squares + 2 * patches * tokens + number * patches**2
+            for number, tokens, squares in self.shown
+        )
+        return total + sum(_cut_squares(row, row_length) for row in self.plain)
+
+    def points(self, patches: int) -> list[tuple[float, float]]:
+        """Lengths in a row and how many examples have them: each class by some of its lengths."""
+        found = []
+        for lengths, more in ((self.plain, 0), (self.shown, patches)):
+            for number, tokens, squares in lengths:
+                mean = tokens / number
+                apart = max(squares / number - mean**2, 0.0) ** 0.5 / PLACES_DEVIATION
+                found += [(mean + more + place * apart, number / len(PLACES)) for place in PLACES]
+        return found
+
+
+def sources_of(
+    data: Prepare, captions: Mapping[str, Caption], ledger: Ledger | None
+) -> Mapping[str, Facts] | None:
+    """Sources by name, each counted where its stage is done, else as the recipe expects it.
+
+    `captions` names them, each with the caption that is seen of it. None where one of them is
+    neither, and where pictures lack the caption: that is refused before a run.
+    """
+    facts: dict[str, Facts] = {}
+    for name, caption in captions.items():
+        if (found := facts_of(data.source(name), ledger, caption)) is None:
+            return None
+        facts[name] = found
+    return facts
+
+
+def facts_of(
+    source: PrepareSource, ledger: Ledger | None, caption: Caption = "original"
+) -> Facts | None:
+    """A source counted where its stage is done, else as the recipe expects it; None for neither,
+    and where pictures lack the caption that is asked."""
+    if ledger is None or not ledger.is_done(source):
+        return None if source.expected is None else facts_of_expected(source.expected)
+    seen = seen_as(ledger.results(source), caption)
+    return None if seen is None else facts_of_results(seen)
+
+
+def seen_as(results: Mapping[str, Any], caption: Caption) -> Mapping[str, Any] | None:
+    """The results of a source's stage, counted with this caption of each picture; None where some
+    pictures lack it."""
+    if caption == "original":
+        return results
+    # Results from before captions were counted know of none but the own ones.
+    if results.get("captions", {}).get("synthetic", 0) < results["num_examples"]:
+        return None
+    return {**results, **results["seen"][caption]}
+
+
+def prepared_index(source: PrepareSource) -> Path | None:
+    """The index of a source that lies prepared in a user's own world, None where none does."""
+    world = source.world
+    if not isinstance(world, PublicFolder) or world.fingerprint is None:
+        return None
+    paths = (world.root / section / source.source / PREPARED for section in SECTIONS)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def facts_of_results(source: Mapping[str, Any]) -> Facts:
+    """From the results of a source's stage; older ones lack targets and lengths."""
+    examples, tokens = source["num_examples"], source["num_tokens"]
+    lengths, images = source.get("lengths"), source["num_images"]
+    unlearnt = tokens - examples
+    targets = source.get(
+        "num_targets", unlearnt * (REPLY_SHARE if source["kind"] == "instruct" else 1.0)
+    )
+    plain, shown = (
+        _typical(source["kind"], examples, tokens, images)
+        if lengths is None
+        else (tuple(map(tuple, lengths[name])) for name in ("plain", "image"))
+    )
+    return Facts(
+        kind=source["kind"],
+        examples=examples,
+        tokens=tokens,
+        targets=max(targets, 0),
+        images=images,
+        distinct_images=source.get("distinct_images", images),
+        plain=plain,
+        shown=shown,
+        basis="expected" if lengths is None else "counted",
+    )
+
+
+def facts_of_expected(source: ExpectedSource) -> Facts:
+    """From what a recipe expects; each picture is taken to stand in one example."""
+    plain, shown = _typical(source.kind, source.num_examples, source.num_tokens, source.num_images)
+    return Facts(
+        kind=source.kind,
+        examples=source.num_examples,
+        tokens=source.num_tokens,
+        targets=source.num_targets,
+        images=source.num_images,
+        distinct_images=source.num_images,
+        plain=plain,
+        shown=shown,
+        basis="expected",
+    )
+
+
+def facts_of_text(tokens: int) -> Facts:
+    """Texts of which only the number of tokens is known."""
+    examples = max(tokens // TEXT_TOKENS, 1)
+    plain, shown = _typical("text", examples, tokens, 0)
+    return Facts("text", examples, tokens, tokens - examples, 0, 0, plain, shown, "expected")
+
+
+def _typical(
+    kind: str, examples: Number, tokens: Number, images: Number
+) -> tuple[Lengths, Lengths]:
+    """Lengths that have the mean and a usual spread; examples with and without picture alike."""
+    mean = tokens / max(examples, 1)
+    shown = min(images, examples)
+    return (
+        tuple(_spread(kind, examples - shown, mean)),
+        tuple(_spread(kind, shown, mean)),
+    )
+
+
+def _spread(kind: str, number: Number, mean: float) -> Iterator[tuple[float, float, float]]:
+    if not number:
+        return
+    if kind == "text":
+        drawn = [-log(1 - (place + 0.5) / TEXT_CLASSES) for place in range(TEXT_CLASSES)]
+    else:
+        drawn = [1 - WHOLE_SPREAD, 1 + WHOLE_SPREAD]
+    scale, each = mean * len(drawn) / sum(drawn), number / len(drawn)
+    for length in drawn:
+        yield each, each * length * scale, each * (length * scale) ** 2
+
+
+def _clipped(part: tuple[Number, Number, Number], most: int) -> tuple[Number, Number, Number]:
+    number, tokens, _ = part
+    return part if tokens <= number * most else (number, number * most, number * most**2)
+
+
+def _cut_squares(row: tuple[Number, Number, Number], row_length: int) -> Number:
+    number, tokens, squares = row
+    length = tokens / max(number, 1)
+    if length <= row_length:
+        return squares
+    whole, rest = divmod(length, row_length)
+    return number * (whole * row_length**2 + rest**2)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A stage that is to run: hours on `gpus` GPUs, behind its parents among the tasks.
+
+    `kept` and `running`: bytes on disk that stay when it is done, and that it takes meanwhile.
+    """
+
+    name: str
+    hours: Number
+    gpus: int
+    parents: tuple[str, ...]
+    kept: Number = 0.0
+    running: Number = 0.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Hours until the last stage ends; `critical_path` is the chain that takes longest by itself.
+
+    lower_bound: no schedule is shorter than the critical path, nor than all GPU-hours over the
+    GPUs. `starts` are in hours; `peak_bytes` is the most on disk at once.
+    """
+
+    hours: Number
+    critical_path: tuple[str, ...]
+    critical_hours: Number
+    lower_bound: Number
+    starts: Mapping[str, Number]
+    peak_bytes: Number
+
+
+def schedule(tasks: Sequence[Task], gpus: int) -> Schedule:
+    """Start ready tasks as soon as their GPUs are free, those with the longest way first.
+
+    Parents stand before their children. Raises ValueError for a task that wants more than there
+    are.
+    """
+    for task in tasks:
+        if task.gpus > gpus:
+            raise ValueError(
+                f"{task.name} needs {task.gpus} GPUs, there are {gpus}; raise --gpus, lower "
+                "--gpus-per-stage, or choose a --gpu with more memory"
+            )
+    by_name = {task.name: task for task in tasks}
+    way, following = _ways(tasks)
+    waiting = {task.name: len(set(task.parents) & by_name.keys()) for task in tasks}
+    children: dict[str, list[str]] = {name: [] for name in by_name}
+    for task in tasks:
+        for parent in set(task.parents) & by_name.keys():
+            children[parent].append(task.name)
+    ready = [(-way[name], name) for name, number in waiting.items() if not number]
+    ready.sort()
+    running: list[tuple[Number, str]] = []
+    starts: dict[str, Number] = {}
+    free, now, disk, peak = gpus, 0.0, 0.0, 0.0
+    while ready or running:
+        left = []
+        for item in ready:
+            task = by_name[item[1]]
+            if task.gpus > free:
+                left.append(item)
+                continue
+            free -= task.gpus
+            disk += task.kept + task.running
+            starts[task.name] = now
+            heappush(running, (now + task.hours, task.name))
+        ready, peak = left, max(peak, disk)
+        now, name = heappop(running)
+        free, disk = free + by_name[name].gpus, disk - by_name[name].running
+        for child in children[name]:
+            waiting[child] -= 1
+            if not waiting[child]:
+                ready.append((-way[child], child))
+        ready.sort()
+    path = _path(way, following)
+    critical = way[path[0]] if path else 0.0
+    work = sum(task.hours * task.gpus for task in tasks) / gpus
+    bound = max(critical, work)
+    # Hours summed from the other end may be less in their last digit.
+    return Schedule(max(now, bound), path, critical, bound, starts, peak)
+
+
+def _ways(tasks: Sequence[Task]) -> tuple[dict[str, Number], dict[str, str]]:
+    """Hours from each task's start to the end of the longest chain behind it; who is next there."""
+    way: dict[str, Number] = {}
+    behind: dict[str, Number] = {}
+    following: dict[str, str] = {}
+    for task in reversed(tasks):
+        way[task.name] = task.hours + behind.get(task.name, 0.0)
+        for parent in task.parents:
+            if way[task.name] > behind.get(parent, -1.0):
+                behind[parent], following[parent] = way[task.name], task.name
+    return way, following
+
+
+def _path(way: Mapping[str, Number], following: Mapping[str, str]) -> tuple[str, ...]:
+    if not way:
+        return ()
+    name = max(way, key=lambda one: way[one])
+    path = [name]
+    while (name := following.get(name, "")) in way:
+        path.append(name)
+    return tuple(path)

@@ -1,0 +1,286 @@
+"""What keeping a frozen encoder's outputs on disk would cost and save, before anything runs.
+
+Pictures are counted from the prepared sources, or from those that a recipe expects: a budget sees
+those of a source in its share.
+Stages with one seed see the same first pictures of a source, since the order follows from the seed;
+stages with different seeds are taken to draw independently. A picture that several examples share
+counts once for each until all are seen, so that a store is at most as large as said here and saves
+at least as much.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from math import expm1, log1p, prod
+from pathlib import Path
+from typing import Any, Literal
+
+from midstream.config import Epochs, Machine, PretrainedEncoder
+from midstream.config.model import encoder_flops
+from midstream.core.identity import digest
+from midstream.core.tokens import quantity
+from midstream.cost.cost import cost
+from midstream.cost.known import Facts, sources_of
+from midstream.cost.workload import taken
+from midstream.study.label import label
+from midstream.study.stages import Continue, EncoderStage, Finetune, Stage
+from midstream.study.store import Ledger
+
+# Stored features pay where each picture would be encoded this often at least, on average: below it
+# writing and reading back cost more than the encoder.
+LEAST_VIEWS = 1.5
+# Raise it when equal weights, configuration and picture give other features than before, such as
+# with another way to decode or another shape of the encoder's batches.
+FEATURE_FORMAT = 1
+
+Seeing = Continue | Finetune
+Frozen = EncoderStage
+# Counts are exact or expected ones.
+Number = float | int
+Draw = tuple[int, Literal["permutation", "replacement"], Number]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whether features are stored or computed anew each time, and why, in words."""
+
+    decision: Literal["stored", "live", "unknown"]
+    reason: str
+
+
+@dataclass(frozen=True)
+class FeaturePlan:
+    """One encoder on the pictures of a study, over the stages that are not done.
+
+    pictures: distinct ones that they see; views: how often they see one; kept: pictures whose
+    features the store has already. Counts are None until the data is prepared. FLOPs of encoding
+    are forward passes; `training_flops` is all that these stages compute with live features.
+    """
+
+    encoder: Frozen
+    pictures: Number | None
+    views: Number | None
+    kept: int
+    training_flops: Number | None
+    choice: Choice
+
+    @property
+    def store_bytes(self) -> Number | None:
+        """What the store holds once all pictures are in it."""
+        if self.pictures is None:
+            return None
+        return max(self.pictures, self.kept) * picture_bytes(self.encoder.encoder)
+
+    @property
+    def new_bytes(self) -> Number | None:
+        """What storing adds to what the store holds already."""
+        if self.pictures is None:
+            return None
+        return max(0.0, self.pictures - self.kept) * picture_bytes(self.encoder.encoder)
+
+    @property
+    def live_flops(self) -> Number | None:
+        """Encoding every picture each time it is seen."""
+        return None if self.views is None else self.views * encoder_flops(self.encoder.encoder)
+
+    @property
+    def stored_flops(self) -> Number | None:
+        """Encoding every picture that is not kept yet once."""
+        if self.pictures is None:
+            return None
+        return max(0.0, self.pictures - self.kept) * encoder_flops(self.encoder.encoder)
+
+    @property
+    def saved_fraction(self) -> Number | None:
+        """Share of the training FLOPs that storing saves; below 0 where it costs more."""
+        if self.live_flops is None or self.stored_flops is None or not self.training_flops:
+            return None
+        return (self.live_flops - self.stored_flops) / self.training_flops
+
+    def values(self) -> dict[str, Any]:
+        """The plan as plain values."""
+        names = ("pictures", "views", "kept", "store_bytes", "live_flops", "stored_flops")
+        return {
+            "encoder": self.encoder.name,
+            "decision": self.choice.decision,
+            "reason": self.choice.reason,
+            "training_flops": self.training_flops,
+            "saved_fraction": self.saved_fraction,
+        } | {name: getattr(self, name) for name in names}
+
+    def sentence(self) -> str:
+        """One line for a reader."""
+        config = self.encoder.encoder
+        text = (
+            f"features of {label(self.encoder)} ({config.num_patches} x {config.hidden_size} "
+            f"{config.feature_dtype}): {self.choice.decision}, {self.choice.reason}"
+        )
+        if self.pictures is None or self.views is None:
+            return text
+
+        def flops(value: Number | None) -> str:
+            # 5.07 TFLOPs, but 0 FLOPs.
+            return f"{quantity(value)}{'' if (value or 0) >= 1e3 else ' '}FLOPs"
+
+        saved = "" if self.saved_fraction is None else f" ({100 * self.saved_fraction:.1f} % saved)"
+        return (
+            f"{text}. {quantity(self.pictures)} pictures ({quantity(self.kept)} kept already), "
+            f"{quantity(self.views)} views; encoding takes {flops(self.live_flops)} live, "
+            f"{flops(self.stored_flops)} stored, of {flops(self.training_flops)} of training{saved}"
+        )
+
+
+def picture_bytes(config: PretrainedEncoder) -> int:
+    """Bytes of one picture's features on disk: four or two a number, or one and two a patch."""
+    if config.feature_dtype == "int8":
+        return config.num_patches * (config.hidden_size + 2)
+    return config.num_patches * config.hidden_size * (4 if config.feature_dtype == "float32" else 2)
+
+
+def feature_folder(ledger: Ledger, encoder: Frozen) -> Path | None:
+    """Where the features of an encoder lie in the store; None until it is there.
+
+    Encoders with equal weights and configuration share a folder, whatever else they say.
+    """
+    if not ledger.is_done(encoder):
+        return None
+    weights = ledger.results(encoder)["weights_digest"]
+    return ledger.store / "features" / digest([FEATURE_FORMAT, weights, encoder.encoder])
+
+
+def choose(
+    *, pictures: Number, views: Number, kept: int, picture_bytes: int, machine: Machine
+) -> Choice:
+    """Stored or live, by `machine.features`; auto stores where it saves and fits.
+
+    `pictures` are distinct, `kept` how many of them are stored already, `views` how often one is
+    seen. Stored if each picture that is missing would be seen LEAST_VIEWS times at least and all
+    of them take at most `machine.max_feature_gib`.
+    """
+    gib = max(pictures, kept) * picture_bytes / 2**30
+    size = f"{gib:,.3g} GiB on disk (at most {machine.max_feature_gib:g})"
+    if machine.features != "auto":
+        return Choice(machine.features, f"as the machine says; {size}")
+    missing = max(0.0, pictures - kept)
+    often = views / missing if missing else 0.0
+    if missing and often < LEAST_VIEWS:
+        return Choice(
+            "live",
+            f"each picture would be seen {often:.2f} times, storing pays from {LEAST_VIEWS:g} on",
+        )
+    if gib > machine.max_feature_gib:
+        return Choice("live", f"they would take {size}; raise max_feature_gib to store them")
+    if not missing:
+        return Choice("stored", f"nothing is left to compute; {size}")
+    return Choice(
+        "stored",
+        f"each picture is seen {often:.2f} times and computed once ({LEAST_VIEWS:g} pay); {size}",
+    )
+
+
+def feature_plan(stages: Sequence[Stage], ledger: Ledger, machine: Machine) -> list[FeaturePlan]:
+    """For each frozen encoder: what storing what it makes of pictures costs and saves.
+
+    `stages` are a study's (`graph.order`); those that are done count no more.
+    """
+    groups: dict[str, list[Seeing]] = {}
+    for stage in stages:
+        if (encoder := frozen_encoder(stage)) is not None and not ledger.is_done(stage):
+            assert isinstance(stage, Continue | Finetune), "only these see"
+            groups.setdefault(encoder.identity, []).append(stage)
+    return [_plan_of(group, ledger, machine) for group in groups.values()]
+
+
+def choice_for(stage: Stage, plans: Sequence[FeaturePlan]) -> Choice | None:
+    """The choice of the plan that a stage falls under; None if it looks through no frozen one."""
+    encoder = frozen_encoder(stage)
+    if encoder is None or not isinstance(stage, Continue | Finetune):
+        return None
+    return next((plan.choice for plan in plans if plan.encoder == encoder), None)
+
+
+def frozen_encoder(stage: Stage) -> Frozen | None:
+    """The frozen encoder that a stage trains behind; None where the model owns one or is blind."""
+    if not isinstance(stage, Continue | Finetune) or stage.model.owns_encoder:
+        return None
+    return stage.encoder_stage
+
+
+def distinct_pictures(num_images: int, draws: Sequence[Draw]) -> float:
+    """Different pictures among (seed, sampling, number) draws from `num_images`, as expected.
+
+    A permutation gives each picture once before any comes again. Draws of one seed and sampling
+    are the beginnings of one order.
+    """
+    if not num_images:
+        return 0.0
+    unseen = []
+    for (_, sampling), same in groupby(sorted(draws), key=lambda draw: draw[:2]):
+        number = max(draw[2] for draw in same)
+        if sampling == "permutation":
+            unseen.append(1.0 - min(number, num_images) / num_images)
+        else:
+            # (1 - 1/N)^n, exact for large N.
+            unseen.append(0.0 if num_images == 1 else 1 + expm1(number * log1p(-1 / num_images)))
+    return float(num_images * (1.0 - prod(unseen)))
+
+
+def _plan_of(stages: Sequence[Seeing], ledger: Ledger, machine: Machine) -> FeaturePlan:
+    encoder = frozen_encoder(stages[0])
+    assert encoder is not None, "these stages look through one"
+    each, kept = picture_bytes(encoder.encoder), _kept(ledger, encoder)
+    counted = _count(stages, encoder, ledger)
+    flops = [cost(stage, ledger).flops for stage in stages]
+    if counted is not None:
+        pictures, views = counted
+        choice = choose(
+            pictures=pictures, views=views, kept=kept, picture_bytes=each, machine=machine
+        )
+    else:
+        pictures, views = None, None
+        choice = Choice("unknown", "until its data is prepared")
+        if machine.features != "auto":
+            choice = Choice(machine.features, "as the machine says")
+    known = [one for one in flops if one is not None]
+    return FeaturePlan(
+        encoder=encoder,
+        pictures=pictures,
+        views=views,
+        kept=kept,
+        training_flops=sum(known) if len(known) == len(flops) else None,
+        choice=choice,
+    )
+
+
+def _count(
+    stages: Sequence[Seeing], encoder: Frozen, ledger: Ledger
+) -> tuple[Number, Number] | None:
+    """Distinct pictures and views of stages with one encoder."""
+    patches = encoder.encoder.num_patches
+    draws: dict[str, list[Draw]] = {}
+    known: dict[str, Facts] = {}
+    for stage in stages:
+        budget = stage.training.budget
+        sources = sources_of(stage.data, budget.captions, ledger)
+        if sources is None:
+            return None
+        sampling = "permutation" if isinstance(budget, Epochs) else budget.sampling
+        for name, part in taken(stage.training, sources, patches).items():
+            source = stage.data.source(name).identity
+            known[source] = sources[name]
+            draws.setdefault(source, []).append((stage.training.seed, sampling, part.images))
+    # Several captions may show one picture.
+    pictures = sum(
+        min(distinct_pictures(round(known[one].images), drawn), known[one].distinct_images)
+        for one, drawn in draws.items()
+    )
+    views = sum(number for drawn in draws.values() for _, _, number in drawn)
+    return pictures, views
+
+
+def _kept(ledger: Ledger, encoder: Frozen) -> int:
+    folder = feature_folder(ledger, encoder)
+    if folder is None:
+        return 0
+    stored = sum(path.stat().st_size for path in folder.glob("part-*/features.bin"))
+    return stored // picture_bytes(encoder.encoder)

@@ -1,0 +1,304 @@
+"""A plan's price on a fleet of GPUs: hours, memory, disk, and what sharing stages saves."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from midstream.config import TrainedTokenizer
+from midstream.cost import UTILISATION, Gpu
+from midstream.cost.cost import Flops, model_parameters, trained_parameters, work_of
+from midstream.cost.graph import Plan, PlanRow
+from midstream.cost.known import Number, Schedule, Task, facts_of, prepared_index, schedule
+from midstream.cost.pictures import FeaturePlan
+from midstream.cost.taken import FLOAT, Memory, Setting, memory
+from midstream.cost.workload import Workload
+from midstream.study.label import label
+from midstream.study.stages import (
+    Continue,
+    Evaluate,
+    Finetune,
+    LoadDecoder,
+    LoadEncoder,
+    LoadModel,
+    PrepareSource,
+    Pretrain,
+    Trained,
+    TrainEncoder,
+)
+from midstream.study.store import Ledger
+
+# Checkpoints of a running stage: those that are kept (`Machine.keep_checkpoints`), one in writing.
+CHECKPOINTS = 3
+# The name of a caption's or a conversation's record, about.
+NAME_BYTES = 40
+# What an evaluation keeps of each question: prompt, answer, scores.
+ANSWER_BYTES = 512
+# Positions of a question, in the estimate of an evaluation.
+ANSWER_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """GPUs of one kind, how many a training stage takes (None: what memory asks for), how fast."""
+
+    gpu: Gpu
+    number: int = 1
+    per_stage: int | None = None
+    utilisation: Number = UTILISATION
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.utilisation <= 1:
+            raise ValueError(
+                f"the utilisation is a share of the peak, above 0 and at most 1, not "
+                f"{self.utilisation:g}"
+            )
+
+    def gpu_hours(self, flops: Number) -> Number:
+        """Hours of one GPU at this utilisation."""
+        return flops / (self.gpu.tflops * 1e12 * self.utilisation * 3600)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a training stage is laid out: GPUs, rows of a micro-batch, the memory of each GPU.
+
+    `micro_rows` is the most that fits; 0 where not even one row does, `memory` then says by how
+    much.
+    """
+
+    gpus: int
+    micro_rows: int
+    memory: Memory
+
+    @property
+    def fits(self) -> bool:
+        """Whether a row at a time fits."""
+        return self.micro_rows > 0
+
+
+@dataclass(frozen=True)
+class StagePrice:
+    """One stage of a plan: GPU-hours and wall hours where it is to run, memory, bytes on disk.
+
+    `kept` stays when the stage is done, `running` is there while it runs.
+    """
+
+    row: PlanRow
+    gpus: int
+    gpu_hours: Number | None
+    wall_hours: Number | None
+    fit: Fit | None
+    kept: Number
+    running: Number
+
+
+@dataclass(frozen=True)
+class Price:
+    """A plan on a fleet; stages that are done cost nothing more, unknown ones are left out."""
+
+    fleet: Fleet
+    stages: tuple[StagePrice, ...]
+    timing: Schedule
+    feature_bytes: Number
+    new_feature_bytes: Number
+
+    @property
+    def gpu_hours(self) -> Number:
+        """Of all stages that are to run."""
+        return sum((stage.gpu_hours or 0.0 for stage in self.stages), 0.0)
+
+    @property
+    def kept_bytes(self) -> Number:
+        """What all stages leave on disk, stored features among it."""
+        return sum((stage.kept for stage in self.stages), self.feature_bytes)
+
+    @property
+    def peak_bytes(self) -> Number:
+        """The most on disk at once: what is there, and what stages take while they run."""
+        done = sum((s.kept for s in self.stages if s.row.state == "done"), 0.0)
+        return done + self.timing.peak_bytes + self.feature_bytes
+
+    @property
+    def needed_bytes(self) -> Number:
+        """The most that the disk must take beside what is there."""
+        return self.timing.peak_bytes + self.new_feature_bytes
+
+    @property
+    def parts(self) -> Flops:
+        """FLOPs by part of the model, of all stages once."""
+        total = Flops()
+        for stage in self.stages:
+            total += stage.row.cost.parts or Flops()
+        return total
+
+    @property
+    def too_large(self) -> tuple[StagePrice, ...]:
+        """Stages that do not fit."""
+        return tuple(stage for stage in self.stages if stage.fit and not stage.fit.fits)
+
+
+def price(plan: Plan, ledger: Ledger, fleet: Fleet, features: Sequence[FeaturePlan] = ()) -> Price:
+    """The price of what is left of a plan.
+
+    Raises ValueError where a stage wants more GPUs than there are.
+    """
+    stages = tuple(_price_of(row, ledger, fleet) for row in plan.rows)
+    tasks = [
+        Task(
+            name=stage.row.stage.name,
+            hours=stage.wall_hours or 0.0,
+            gpus=stage.gpus,
+            parents=tuple(parent.name for parent in stage.row.stage.parents),
+            kept=stage.kept,
+            running=stage.running,
+        )
+        for stage in stages
+        if stage.row.state != "done"
+    ]
+    stored = [found for found in features if found.choice.decision == "stored"]
+    return Price(
+        fleet,
+        stages,
+        schedule(tasks, fleet.number),
+        sum((found.store_bytes or 0.0 for found in stored), 0.0),
+        sum((found.new_bytes or 0.0 for found in stored), 0.0),
+    )
+
+
+def _price_of(row: PlanRow, ledger: Ledger, fleet: Fleet) -> StagePrice:
+    stage, flops = row.stage, row.cost.flops
+    fit, gpus, work = None, 0, None
+    if isinstance(stage, Pretrain | Continue | Finetune):
+        work = work_of(stage, ledger)
+        if work is not None:
+            fit = _fit(stage, work, fleet)
+        gpus = fit.gpus if fit is not None else (fleet.per_stage or 1)
+    elif isinstance(stage, Evaluate | TrainEncoder):
+        gpus = 1
+    hours = wall = 0.0
+    if row.state != "done" and flops:
+        hours = fleet.gpu_hours(flops)
+        wall = hours / max(gpus, 1)
+    kept, running = _disk(row, work, ledger)
+    known = flops is not None
+    return StagePrice(
+        row, gpus, hours if known else None, wall if known else None, fit, kept, running
+    )
+
+
+def _fit(stage: Trained, work: Workload, fleet: Fleet) -> Fit:
+    """The fewest GPUs of which each has room for a row, or as many as are asked for."""
+    batch = stage.training.rows.batch_rows
+    numbers = [fleet.per_stage] if fleet.per_stage else _divisors(batch, fleet.number)
+    found = None
+    for number in numbers:
+        if batch % number:
+            raise ValueError(
+                f"{label(stage)}: batch_rows {batch} is no multiple of {number} GPUs; choose "
+                "another --gpus-per-stage"
+            )
+        found = _largest(stage, work, fleet, number)
+        if found.fits:
+            break
+    assert found is not None, "one GPU divides every step"
+    return found
+
+
+def _divisors(batch: int, most: int) -> list[int]:
+    return [number for number in range(1, min(batch, most) + 1) if not batch % number]
+
+
+def _largest(stage: Trained, work: Workload, fleet: Fleet, ranks: int) -> Fit:
+    """The largest micro-batch that fits, by halving."""
+
+    def taken(rows: int) -> Memory:
+        setting = Setting(ranks, rows, fleet.checkpointing)
+        return memory(stage, work, setting)
+
+    low, high = 0, stage.training.rows.batch_rows // ranks
+    if taken(high).total <= fleet.gpu.room:
+        return Fit(ranks, high, taken(high))
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if taken(middle).total <= fleet.gpu.room else (low, middle)
+    return Fit(ranks, low, taken(max(low, 1)))
+
+
+def _source_bytes(stage: PrepareSource, ledger: Ledger) -> Number:
+    """What a prepared source takes: the columns of `data/source_writer.py`; 0 where nothing is
+    known of it, or where it lies prepared in the user's own folder."""
+    facts = facts_of(stage, ledger)
+    if facts is None or prepared_index(stage) is not None:
+        return 0.0
+    tokenizer = stage.tokenizer.tokenizer
+    large = isinstance(tokenizer, TrainedTokenizer) and tokenizer.vocab_size > 2**16
+    token, example = 4 if large else 2, 24
+    if facts.kind != "text":
+        # Which tokens are targets; pictures and where they lie; the record's name.
+        token, example = token + 1, example + 32 + NAME_BYTES
+    return facts.tokens * token + facts.examples * example
+
+
+def _disk(row: PlanRow, work: Workload | None, ledger: Ledger) -> tuple[Number, Number]:
+    """Bytes that a stage leaves, and that it takes beside while it runs."""
+    stage = row.stage
+    match stage:
+        case Pretrain() | Continue() | Finetune():
+            weights = FLOAT * float(model_parameters(stage.model))
+            state = weights + 2 * FLOAT * float(trained_parameters(stage))
+            written = CHECKPOINTS
+            if work is not None:
+                written = min(written, work.steps // stage.training.checkpoint_every_steps)
+            kept = len(stage.milestones) * state if isinstance(stage, Pretrain) else weights
+            return kept, written * state
+        case PrepareSource():
+            return _source_bytes(stage, ledger), 0.0
+        case LoadDecoder() | LoadModel() | LoadEncoder() | TrainEncoder():
+            return FLOAT * float(row.cost.parameters), 0.0
+        case Evaluate():
+            tokens = row.cost.tokens or 0
+            return ANSWER_BYTES * tokens / ANSWER_TOKENS, 0.0
+        case _:
+            return 0.0, 0.0
+
+
+def price_json(found: Price, plan: Plan) -> dict[str, Any]:
+    """The price as plain values, beside those of the plan."""
+    fleet, timing = found.fleet, found.timing
+    return {
+        "gpu": asdict(fleet.gpu),
+        "gpus": fleet.number,
+        "utilisation": fleet.utilisation,
+        "gpu_hours": found.gpu_hours,
+        "gpu_hours_once": fleet.gpu_hours(plan.shared_flops),
+        "gpu_hours_alone": fleet.gpu_hours(plan.naive_flops),
+        "wall_hours": timing.hours,
+        "lower_bound_hours": timing.lower_bound,
+        "critical_path": list(timing.critical_path),
+        "critical_path_hours": timing.critical_hours,
+        "flops_by_part": asdict(found.parts),
+        "disk_kept_bytes": found.kept_bytes,
+        "disk_peak_bytes": found.peak_bytes,
+        "disk_needed_bytes": found.needed_bytes,
+        "feature_bytes": found.feature_bytes,
+        "too_large": [stage.row.stage.name for stage in found.too_large],
+        "by_stage": {stage.row.stage.name: _stage_json(stage, timing) for stage in found.stages},
+    }
+
+
+def _stage_json(stage: StagePrice, timing: Schedule) -> dict[str, Any]:
+    parts, fit = stage.row.cost.parts, stage.fit
+    return {
+        "basis": stage.row.cost.basis,
+        "flops_by_part": None if parts is None else asdict(parts),
+        "gpus": stage.gpus,
+        "gpu_hours": stage.gpu_hours,
+        "wall_hours": stage.wall_hours,
+        "starts_after_hours": timing.starts.get(stage.row.stage.name),
+        "memory": None if fit is None else asdict(fit.memory),
+        "micro_rows": None if fit is None else fit.micro_rows,
+        "fits": None if fit is None else fit.fits,
+        "disk_kept_bytes": stage.kept,
+        "disk_running_bytes": stage.running,
+    }

@@ -1,0 +1,331 @@
+"""What stages take: a device's memory by the plan, time by those that are done.
+
+What a training stage takes of a device's memory at its peak, as torch's allocator counts it.
+
+Weights, gradients and Adam's two moments are float32; with several ranks each holds its part of
+them (FSDP2). Products are in bfloat16 on a GPU: weights in that form are kept from the forward to
+the backward pass by one rank, and by several of the group outside the blocks and of two blocks. The
+backward pass begins with all activations and the head's gradient, and ends with all gradients: the
+peak is at either end.
+
+Letters: d decoder width, h SwiGLU width. A block keeps for each position its input, what its norms
+and in-projection give, turned queries and keys, and what the heads mix (10 d), gate and up (2 h).
+
+How long stages take on this machine, from those that are done in the store.
+
+A stage takes its planned FLOPs at the speed of the done ones of its kind; a kind of training that
+nothing is known of has the speed of the other kinds of training. Nothing measured, no number.
+"""
+
+import json
+import socket
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from midstream.config import (
+    AnyDecoderConfig,
+    AnyEncoderConfig,
+    DecoderConfig,
+    FusedEncoder,
+    PatchProjection,
+)
+from midstream.core.storage import read_json
+from midstream.cost.cost import (
+    cost,
+    encoder_parameters,
+    model_parameters,
+    trained_parameters,
+    trains_encoder,
+)
+from midstream.cost.graph import Plan
+from midstream.cost.known import Number, Schedule, Task, schedule
+from midstream.cost.workload import LEAST_CUT_ROW, Device, Workload
+from midstream.study.stages import Pretrain, Trained, stage_from_json
+from midstream.study.store import SUCCESS, Ledger
+
+FLOAT, HALF = 4, 2
+# As in `model/vlm.py`: logits that are held at once.
+MAX_LOGITS = {"cpu": 2**24, "cuda": 2**28}
+# Widths beside gate and up that a block's backward pass makes of h: their gradients, the products.
+BACKWARD_FFN = 6
+# What a tower's block keeps: norms, queries, keys, values, what is mixed; before and behind GELU.
+TOWER_WIDTHS, TOWER_FFN = 9, 2
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank, by what they are for; `total` is the peak of a step.
+
+    gathered: weights in the form in which they are multiplied, and others' parts of them; head:
+    the logits' pieces and their gradients; backward: what a block's backward pass makes beside.
+    Gradients stand there in full at the peak only where `total` says so.
+    """
+
+    weights: Number
+    moments: Number
+    gradients: Number
+    gathered: Number
+    activations: Number
+    head: Number
+    backward: Number
+    encoder: Number
+    total: Number
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a stage is laid out: ranks, rows of a micro-batch, blocks computed again."""
+
+    ranks: int = 1
+    micro_rows: int | None = None
+    checkpointing: bool = False
+    device: Device = "cuda"
+
+    def rows(self, batch_rows: int) -> tuple[int, bool]:
+        """Rows of a rank's micro-batch, and whether it has several of them in a step."""
+        mine = ceil(batch_rows / self.ranks)
+        micro = min(self.micro_rows or mine, mine)
+        return micro, micro < mine
+
+
+def memory(stage: Trained, work: Workload, setting: Setting) -> Memory:
+    """The peak of one rank; `work` says how full rows are."""
+    model, low = stage.model, FLOAT if setting.device == "cpu" else HALF
+    parameters, trained = model_parameters(model), trained_parameters(stage)
+    micro, several = setting.rows(stage.training.rows.batch_rows)
+    part = micro / max(work.rows, 1)
+    weights, moments = FLOAT * parameters / setting.ranks, 2 * FLOAT * trained / setting.ranks
+    gradients = FLOAT * trained / setting.ranks
+    kept, one = _activations(stage, work, part, low, setting)
+    head = _head(stage, work.targets * part, low, setting)
+    backward = BACKWARD_FFN * ffn_width(model.decoder) * low * work.positions * part
+    gathered = _gathered(stage, low, setting)
+    encoder = _encoder(stage)
+    block = FLOAT * _block_parameters(model.decoder) / setting.ranks
+    pieces, ready = head
+    first = kept + ready + max(pieces, backward) + (gradients if several else block / 2)
+    last = one + backward + gradients
+    return Memory(
+        weights=weights,
+        moments=moments,
+        gradients=gradients,
+        gathered=gathered,
+        activations=kept,
+        head=sum(head),
+        backward=backward,
+        encoder=encoder,
+        total=weights + moments + gathered + encoder + max(first, last),
+    )
+
+
+def ffn_width(config: AnyDecoderConfig) -> int:
+    """Width of the feed-forward part; for decoders of `transformers` as their parameters tell."""
+    if isinstance(config, DecoderConfig):
+        return config.ffn_size
+    d = config.hidden_size
+    return max(config.linear_parameters // config.num_layers - 4 * d * d, 0) // (3 * d)
+
+
+def _block_parameters(config: AnyDecoderConfig) -> Number:
+    return config.linear_parameters / config.num_layers
+
+
+def _activations(
+    stage: Trained, work: Workload, part: Number, low: int, setting: Setting
+) -> tuple[Number, Number]:
+    """Bytes kept for the backward pass by all blocks, and by one of them."""
+    decoder, rows = stage.model.decoder, stage.training.rows
+    d, h, layers = decoder.hidden_size, ffn_width(decoder), decoder.num_layers
+    own = isinstance(decoder, DecoderConfig)
+    cut = setting.device == "cpu" and rows.row_length >= LEAST_CUT_ROW and rows.layout == "filled"
+    mixing = (8 + cut) * d * low + FLOAT * decoder.num_heads
+    # Autograd keeps gate and up, their activation and product, where no function of ours does.
+    ffn = 2 * d * low + (2 if own and setting.device == "cpu" else 4) * h * low
+    positions, asked = work.positions * part, work.asked * part
+    one = positions * (mixing + ffn)
+    if setting.checkpointing:
+        # The stream between blocks is float32 also where products are not.
+        kept = layers * positions * d * FLOAT + one
+    else:
+        chosen = (positions - asked) * (ffn - d * low)
+        kept = layers * one - chosen
+    return kept + _seen_activations(stage, work.images * part, low), one
+
+
+def _seen_activations(stage: Trained, images: Number, low: int) -> Number:
+    """What projector and a trained encoder keep."""
+    model = stage.model
+    if model.encoder is None:
+        return 0.0
+    widths = model.projector.widths(model.encoder.hidden_size, model.decoder.hidden_size)
+    # Before and behind each GELU, and what comes in.
+    kept = images * model.encoder.num_patches * low * (widths[0] + 2 * sum(widths[1:-1]))
+    if trains_encoder(stage):
+        kept += images * _tower(model.encoder, low)
+    return kept
+
+
+def _tower(config: AnyEncoderConfig, low: int) -> Number:
+    """Bytes that one picture's features keep for their backward pass."""
+    if isinstance(config, FusedEncoder):
+        return sum(_tower(tower, low) for tower in config.towers)
+    pixels = 3 * config.image_size**2 * FLOAT
+    if isinstance(config, PatchProjection):
+        return float(pixels)
+    width = TOWER_WIDTHS * config.hidden_size + TOWER_FFN * config.intermediate_size
+    blocks = config.num_layers + 1 + config.feature_layer
+    return float(pixels + blocks * config.num_patches * width * low)
+
+
+def _head(stage: Trained, targets: Number, low: int, setting: Setting) -> tuple[Number, Number]:
+    """Pieces of logits and of their softmax, gone when the backward pass begins; the gradients of
+    states and weight, made with them."""
+    config = stage.model.decoder
+    rows = min(targets, max(MAX_LOGITS[setting.device] // config.vocab_size, 1))
+    pieces = float(rows) * config.vocab_size * (2 * FLOAT + (0 if low == FLOAT else 2 * low))
+    ready = 2 * targets * config.hidden_size * low
+    if not stage.training.freeze_decoder:
+        ready += config.vocab_size * config.hidden_size * (FLOAT + (0 if low == FLOAT else low))
+    return pieces, ready
+
+
+def _gathered(stage: Trained, low: int, setting: Setting) -> Number:
+    model = stage.model
+    block = _block_parameters(model.decoder)
+    rest = model_parameters(model) - model.decoder.linear_parameters
+    if setting.ranks == 1:
+        # Autocast's copies of the matrices, which the backward pass reads.
+        return 0.0 if low == FLOAT else low * float(model.decoder.linear_parameters)
+    # Two blocks and the rest, their gradients, and one block's on their way to float32.
+    return 2 * low * (2 * block + rest) + FLOAT * block
+
+
+def _encoder(stage: Trained) -> Number:
+    """A frozen encoder beside the model."""
+    config = stage.model.encoder
+    if config is None or stage.model.owns_encoder or isinstance(stage, Pretrain):
+        return 0.0
+    return FLOAT * float(encoder_parameters(config))
+
+
+TRAINING = ("pretrain", "continue", "finetune")
+# Of a kind so many stages are read, those that ended last.
+MAX_SAMPLES = 32
+
+# By kind: FLOPs (0 where none are planned) and seconds of each stage.
+Samples = Mapping[str, Sequence[tuple[float, float]]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The time of what is left of a plan, side by side on `workers` processes of this machine.
+
+    `timing` is in hours and None where no stage can be timed; `num_samples` stages were measured,
+    `num_untimed` of those to run have no time. `device` is what trained, where a stage says so.
+    """
+
+    workers: int
+    timing: Schedule | None
+    hours: Mapping[str, float] = field(default_factory=dict)
+    num_samples: int = 0
+    num_untimed: int = 0
+    device: str | None = None
+
+    def values(self) -> dict[str, Any]:
+        """As plain values; the hours are None where no stage can be timed."""
+        return {
+            "device": self.device,
+            "workers": self.workers,
+            "hours": None if self.timing is None else self.timing.hours,
+            "stage_hours": dict(self.hours),
+            "num_samples": self.num_samples,
+            "num_untimed": self.num_untimed,
+        }
+
+
+def measured(plan: Plan, ledger: Ledger, workers: int) -> Measured:
+    """What is left of a plan at the speed of this machine's done stages."""
+    samples, device = samples_here(ledger)
+    hours = {}
+    for row in plan.to_run:
+        seconds = seconds_of(row.stage.kind, row.cost.flops, samples)
+        if seconds is not None:
+            hours[row.stage.name] = seconds / 3600
+    tasks = [
+        Task(
+            name=row.stage.name,
+            hours=hours.get(row.stage.name, 0.0),
+            gpus=1,
+            parents=tuple(parent.name for parent in row.stage.parents),
+        )
+        for row in plan.to_run
+    ]
+    return Measured(
+        workers=workers,
+        timing=schedule(tasks, workers) if hours else None,
+        hours=hours,
+        num_samples=sum(map(len, samples.values())),
+        num_untimed=len(tasks) - len(hours),
+        device=device,
+    )
+
+
+def seconds_of(kind: str, flops: float | None, samples: Samples) -> float | None:
+    """The seconds of a stage by its kind and planned FLOPs; without FLOPs the mean of its kind.
+
+    None where the samples do not tell.
+    """
+    own = samples.get(kind)
+    known = own or [one for other in TRAINING for one in samples.get(other, ())]
+    if not own and (kind not in TRAINING or flops is None):
+        return None
+    if not known:
+        return None
+    whole, seconds = sum(one for one, _ in known), sum(one for _, one in known)
+    return flops * seconds / whole if whole and flops is not None else seconds / len(known)
+
+
+def samples_here(ledger: Ledger) -> tuple[Samples, str | None]:
+    """FLOPs and seconds of the stages that were done on this host, by kind; where they trained.
+
+    Of training stages, those of the device of the last one. What another version wrote is left out.
+    """
+    here = socket.gethostname()
+    device: str | None = None
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for folder in _done(ledger.store):
+        if read_json(folder / "status.json").get("host") != here:
+            continue
+        try:
+            stage = stage_from_json((folder / "stage.json").read_bytes())
+        except ValidationError:
+            continue
+        if len(found[stage.kind]) == MAX_SAMPLES:
+            continue
+        own = _device(folder)
+        device = device or own
+        if own in (None, device):
+            seconds = float(read_json(folder / "results.json")["seconds"])
+            found[stage.kind].append((float(cost(stage, ledger).flops or 0.0), seconds))
+    return found, device
+
+
+def _done(store: Path) -> Iterable[Path]:
+    """Folders of stages that are done, the last ones first."""
+    marks = {path: path.stat().st_mtime_ns for path in store.glob(f"*/{SUCCESS}")}
+    return [mark.parent for mark in sorted(marks, key=lambda path: marks[path], reverse=True)]
+
+
+def _device(folder: Path) -> str | None:
+    """What a training stage last ran on; None for others."""
+    path = folder / "starts.jsonl"
+    if not path.is_file():
+        return None
+    lines = path.read_text().splitlines()
+    return str(json.loads(lines[-1])["device"]) if lines else None

@@ -1,0 +1,273 @@
+"""What all formats of captions check, and lists of captions beside pictures.
+
+What all formats of captions check: the text, the JSON that it stands in, and the picture. Lists of
+captions beside pictures in files of their own: COCO, CSV, Hugging Face imagefolder.
+"""
+
+import csv
+import errno
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import ijson
+
+from midstream.core.tokens import Kept
+from midstream.data.formats.files import (
+    base_name,
+    folder_of,
+    inside,
+    is_folder,
+    open_binary,
+    read_lines,
+    read_range,
+    size_of,
+)
+from midstream.data.formats.records import LARGEST_BYTES, CaptionRecord, Picture, ReadOptions, Unit
+from midstream.data.source_writer import Reject
+
+NOT_UTF8, NOT_UNICODE = "caption not UTF-8", "caption not Unicode"
+
+
+def record_of(
+    where: str, caption: str | Reject, picture: Picture | Reject
+) -> CaptionRecord | Reject:
+    """A record of both, or why the first of them that is none cannot be used."""
+    if isinstance(caption, Reject):
+        return caption
+    if isinstance(picture, Reject):
+        return replace(picture, where=where)
+    return CaptionRecord(where, caption, picture)
+
+
+def text_keys(options: ReadOptions) -> tuple[str, ...]:
+    """Where a caption stands, the first of them that is there."""
+    return ("text", "caption") if options.text_key == "text" else (options.text_key,)
+
+
+def field_of(values: dict[str, Any], options: ReadOptions) -> object:
+    """The caption in a JSON object; None if it has none."""
+    return next((values[key] for key in text_keys(options) if key in values), None)
+
+
+def json_object(data: bytes) -> tuple[dict[str, Any] | None, str]:
+    """The object, and why a half of a surrogate pair may stand in it; None and the reason if none.
+
+    Bytes that are no UTF-8 stand in it as such halves.
+    """
+    try:
+        text, reason = data.decode("utf-8-sig"), NOT_UNICODE
+    except UnicodeDecodeError:
+        text, reason = data.decode("utf-8", "surrogateescape"), NOT_UTF8
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None, "metadata not JSON"
+    return (found, reason) if isinstance(found, dict) else (None, "metadata not JSON")
+
+
+def caption_of(value: object, where: str, reason: str = NOT_UNICODE) -> str | Reject:
+    """The caption without white space around it; `reason` says what a lone surrogate means."""
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            return Reject(where, NOT_UTF8, str(error))
+    if not isinstance(value, str):
+        return Reject(where, "no caption", f"it is {type(value).__name__}")
+    caption = value.strip()
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        return Reject(where, reason, str(error))
+    return caption if caption else Reject(where, "empty caption")
+
+
+class Folder:
+    """Pictures under `root`, a folder or URL; the last one read is kept for its other captions."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._kept = Kept[str, Picture | Reject](self._load, 1)
+
+    def record(self, where: str, caption: str | Reject, name: object) -> CaptionRecord | Reject:
+        """A caption with the picture called `name`, which is read only if the caption is one."""
+        if not isinstance(name, str) or not name:
+            return Reject(where, "no picture", f"its name is {name!r}")
+        if isinstance(caption, Reject):
+            return caption
+        return record_of(where, caption, self._kept[name])
+
+    def _load(self, name: str) -> Picture | Reject:
+        try:
+            path = inside(self.root, name, self.root)
+        except ValueError as error:
+            return Reject(self.root, "picture outside the folder", str(error))
+        try:
+            size = size_of(path)
+            if size > LARGEST_BYTES:
+                return Reject(self.root, "picture too large", f"{path} has {size:,} bytes")
+            data = read_range(path, 0, size)
+        except OSError as error:
+            absent = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+            if not isinstance(error, absent) and error.errno not in (
+                errno.ENAMETOOLONG,
+                errno.ELOOP,
+            ):
+                raise
+            return Reject(self.root, "missing picture", path)
+        return Picture(path, 0, data) if data else Reject(self.root, "zero-byte picture", path)
+
+
+_BOM = b"\xef\xbb\xbf"
+
+
+def read_coco(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
+    """An annotation a record; its picture is the `file_name` of its image in the split's folder."""
+    path = unit.files[0]
+    wanted = list(islice(_items(path, "annotations"), unit.first, unit.last))
+    # The images are read again for each unit: a list of all of them need not fit in memory.
+    ids = {_image_id(annotation, "image_id") for annotation in wanted} - {None}
+    names = {
+        key: image.get("file_name")
+        for image in _items(path, "images")
+        if (key := _image_id(image, "id")) in ids
+    }
+    pictures = Folder(_coco_pictures(path, options))
+    for number, annotation in enumerate(wanted, unit.first):
+        where, key = f"{path}, record {number}", _image_id(annotation, "image_id")
+        if not isinstance(annotation, dict):
+            yield Reject(where, "no caption", "it is no JSON object")
+        elif key not in names:
+            yield Reject(where, "missing picture", f"the list images has no id {key!r}")
+        else:
+            caption = caption_of(field_of(annotation, options), where)
+            yield pictures.record(where, caption, names[key])
+
+
+def count_annotations(path: str, options: ReadOptions) -> int:
+    """How many there are; ValueError if the file is no whole one of COCO's captions."""
+    count = 0
+    for annotation in _items(path, "annotations"):
+        if not count and (
+            not isinstance(annotation, dict) or field_of(annotation, options) is None
+        ):
+            raise ValueError(f"{path}: its first annotation has no caption; give captions_*.json")
+        count += 1
+    if not count or next(_items(path, "images"), None) is None:
+        raise ValueError(
+            f"{path} lacks entries in the lists images and annotations; give COCO's captions_*.json"
+        )
+    return count
+
+
+def _items(path: str, name: str) -> Iterator[Any]:
+    """The entries of the list `name` in a JSON object."""
+    try:
+        with open_binary(path) as stream:
+            if stream.read(len(_BOM)) != _BOM:
+                stream.seek(0)
+            yield from ijson.items(stream, f"{name}.item", use_float=True)
+    except (ijson.JSONError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not whole JSON in UTF-8 ({reason}); fetch it again") from None
+
+
+def _image_id(value: object, name: str) -> int | str | None:
+    found = value.get(name) if isinstance(value, dict) else None
+    return found if isinstance(found, int | str) else None
+
+
+def _coco_pictures(path: str, options: ReadOptions) -> str:
+    """The folder of the split's pictures: train2014/ for captions_train2014.json."""
+    named = re.match(r"captions_([^.]+)", base_name(path))
+    split = named[1] if named else ""
+    if options.images is not None:
+        return _first_folder([f"{options.images}/{split}"] if split else [], options.images)
+    beside = folder_of(path)
+    above = f"{beside}/.." if base_name(beside) in (".", "..") else folder_of(beside)
+    bases = [beside, f"{beside}/images", above, f"{above}/images"]
+    splits = [f"{base}/{split}" for base in bases] if split else []
+    return _first_folder([*splits, f"{beside}/images"], beside)
+
+
+def _first_folder(candidates: Sequence[str], otherwise: str) -> str:
+    return next((folder for folder in candidates if is_folder(folder)), otherwise)
+
+
+def read_csv(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
+    """A row a record; its picture lies under images/ or Images/ beside the file, or beside it.
+
+    metadata.csv (Hugging Face imagefolder) names pictures from its own folder.
+    """
+    path = unit.files[0]
+    beside = folder_of(path)
+    folders = [] if base_name(path).startswith("metadata") else ["images", "Images"]
+    root = options.images or _first_folder([f"{beside}/{name}" for name in folders], beside)
+    pictures = Folder(root)
+    for number, row in islice(enumerate(rows_of(path, options)), unit.first, unit.last):
+        where = f"{path}, record {number}"
+        if isinstance(row, str):
+            yield Reject(where, "wrong number of columns", row)
+        else:
+            yield pictures.record(where, caption_of(row[1], where, NOT_UTF8), row[0])
+
+
+def rows_of(path: str, options: ReadOptions) -> Iterator[tuple[str, str] | str]:
+    """(picture, caption) of each row under the header, or what is wrong with its columns.
+
+    Bytes that are no UTF-8 stay visible as lone surrogates. Lines without anything are no rows.
+    """
+    lines = (line.decode("utf-8", "surrogateescape") for line in _lines(path))
+    # Strict: a quote that is never closed would make one caption of the rest of the file.
+    reader = csv.reader(lines, strict=True)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        image = next((name for name in ("image", "file_name") if name in header), None)
+        caption = next((name for name in text_keys(options) if name in header), None)
+        if image is None or caption is None:
+            asked = " or ".join(text_keys(options))
+            raise ValueError(f"{path} has the columns {header}; it needs image and {asked}")
+        columns = header.index(image), header.index(caption)
+        for row in reader:
+            if row and len(row) != len(header):
+                yield f"{len(row)}, the header has {len(header)}; quote what holds a comma"
+            elif row:
+                yield row[columns[0]], row[columns[1]]
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}, line {reader.line_num:,}: no CSV ({error}); quote fields that hold commas, "
+            "quotes or line ends, and double the quotes inside"
+        ) from None
+
+
+def read_imagefolder(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
+    """A line of metadata.jsonl a record; its picture lies under the file's own folder."""
+    path = unit.files[0]
+    pictures = Folder(options.images or folder_of(path))
+    for number, line in islice(enumerate(objects_of(path)), unit.first, unit.last):
+        where = f"{path}, record {number}"
+        values, reason = json_object(line)
+        if values is None:
+            yield Reject(where, reason)
+        else:
+            caption = caption_of(field_of(values, options), where, reason)
+            yield pictures.record(where, caption, values.get("file_name"))
+
+
+def objects_of(path: str) -> Iterator[bytes]:
+    """The lines that are not blank."""
+    return (line for line in _lines(path) if line.strip())
+
+
+def first_line(path: str) -> bytes:
+    """The first line of a file, empty if it has none."""
+    return next(_lines(path), b"")
+
+
+def _lines(path: str) -> Iterator[bytes]:
+    for number, line in enumerate(read_lines(path)):
+        yield line if number else line.removeprefix(_BOM)

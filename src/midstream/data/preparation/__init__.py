@@ -1,1 +1,0 @@
-"""Making a prepared source: units of work, shards, workers, rejects."""

@@ -1,0 +1,316 @@
+"""What stands of a source already, what was rejected, and what nobody reads.
+
+What the shards of a source were made from, and which of them stay when it is prepared again. The
+list of a source's rejects, and the refusal of too many. What a person should know of a source's
+folder: files that nobody reads, splits read as one.
+"""
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from midstream.core.digests import TEXT_SUFFIXES, is_note
+from midstream.core.storage import MANIFEST, read_json
+from midstream.data.formats import read_captions
+from midstream.data.formats.files import base_name, is_url, name_some, shown_files
+from midstream.data.formats.read_text import MANIFEST as TOKENS_MANIFEST
+from midstream.data.formats.records import ReadOptions, Section, Unit
+from midstream.data.source_writer import REJECTS, Reject
+from midstream.data.sources import FORMAT, INDEX, SHARD_INDEX
+
+# Raise it when equal input would give another shard: every shard is then made anew.
+PREPARATION = 2
+MADE_FROM, PICTURES = "made_from.json", "pictures"
+# What file systems call the things that change with a file's bytes.
+VERSIONS = (
+    *("ETag", "etag", "md5", "md5Hash", "checksum", "CRC", "generation"),
+    *("mtime", "created", "modified", "LastModified", "last_modified"),
+)
+# Requests about URLs that are under way at once.
+NUM_REQUESTS = 16
+
+Stamp = list[int | str | None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all shards of a source have in common; `tokenizer` is the digest of its file in `out`,
+    `begin_of_text` the token that its examples begin with.
+
+    Names of files under the folder `root` are kept relative to it.
+    """
+
+    section: Section
+    out: Path
+    options: ReadOptions
+    root: str
+    tokenizer: str
+    validation_fraction: float
+    begin_of_text: int | None = None
+
+    @property
+    def shards(self) -> Path:
+        """Where the shards lie."""
+        return self.out / "shards"
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """The source's own copy of its tokenizer."""
+        return self.out / "tokenizer.json"
+
+    def short(self, name: str) -> str:
+        """A local file's name, or a place in it, without the folder that all names start from."""
+        return name.removeprefix(self.root.rstrip("/") + "/") if self.root else name
+
+    def folder(self, number: int) -> Path:
+        """Where a shard lies."""
+        return self.shards / f"{number:06d}"
+
+
+@dataclass(frozen=True)
+class Todo:
+    """A shard that is wanted: its number, its unit, and what its bytes follow from."""
+
+    number: int
+    unit: Unit
+    made_from: dict[str, Any]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the unit's files."""
+        return sum(int(stamp[0] or 0) for stamp in self.made_from["stamps"] if stamp)
+
+
+def wanted_shards(job: Job, units: Sequence[Unit]) -> list[Todo]:
+    """All shards of a source, from its files as they are now."""
+    files = sorted({file for unit in units for file in unit.files})
+    with ThreadPoolExecutor(NUM_REQUESTS) as pool:
+        asked = [file for file in files if is_url(file)]
+        stamps = dict(zip(asked, pool.map(_url_stamp, asked), strict=True))
+    for file in files:
+        if not is_url(file):
+            stamps[file] = local_stamp(file)
+    common: dict[str, Any] = {
+        "preparation": PREPARATION,
+        "format": FORMAT,
+        "section": job.section,
+        "options": asdict(job.options),
+        "root": job.root,
+        "tokenizer": job.tokenizer,
+        "validation_fraction": job.validation_fraction,
+    }
+    if job.begin_of_text is not None:
+        common["begin_of_text"] = job.begin_of_text
+    found = []
+    for number, unit in enumerate(units):
+        own = {"unit": asdict(unit), "stamps": [stamps[file] for file in unit.files]}
+        # As it reads back from a file.
+        found.append(Todo(number, unit, json.loads(json.dumps(common | own))))
+    return found
+
+
+def local_stamp(path: str) -> Stamp:
+    """Size and time of the last change (ns) of a local file; empty where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return []
+    return [found.st_size, found.st_mtime_ns]
+
+
+def settle(job: Job, wanted: Sequence[Todo]) -> list[Todo]:
+    """Put the shards that stay in their places, remove the others; returns those to be made.
+
+    A shard stays that was made from what is wanted, picture files included, wherever it stood.
+    Raises ValueError if something that is no shard lies among them. As soon as a shard is moved
+    or removed, `source.json` is gone.
+    """
+    have = _finished(job)
+    kept = {item.number: have.pop(key) for item in wanted if (key := _key(item.made_from)) in have}
+    stray = [path for path in _folders(job) if path not in kept.values()]
+    moved = {number: path for number, path in kept.items() if path != job.folder(number)}
+    todo = [item for item in wanted if item.number not in kept]
+    if stray or moved or todo:
+        (job.out / INDEX).unlink(missing_ok=True)
+    for path in stray:
+        # Renamed first: a folder that is half removed is never taken for a shard.
+        old = path.rename(path.with_name(f".{path.name}.{uuid.uuid4().hex}.old"))
+        shutil.rmtree(old)
+    between = {
+        number: path.with_name(f"moved-{uuid.uuid4().hex}") for number, path in moved.items()
+    }
+    for number, path in moved.items():
+        path.rename(between[number])
+    for number, path in between.items():
+        path.rename(job.folder(number))
+    return todo
+
+
+def _finished(job: Job) -> dict[str, Path]:
+    """The whole shards that lie there, by what they were made from."""
+    found = {}
+    for path in _folders(job):
+        record = path / MADE_FROM
+        if not record.is_file():
+            continue
+        made = read_json(record)
+        pictures = made.pop(PICTURES, None)
+        if pictures is None or not _is_whole(path):
+            continue
+        if all(local_stamp(file) == old for file, old in pictures.items()):
+            found[_key(made)] = path
+    return found
+
+
+def _folders(job: Job) -> list[Path]:
+    folders = sorted(path for path in job.shards.glob("*") if not path.name.startswith("."))
+    for path in folders:
+        if not any((path / name).is_file() for name in (SHARD_INDEX, MANIFEST, MADE_FROM)):
+            raise ValueError(
+                f"{path} is no shard of a prepared source; give another folder to prepare into, "
+                "or move it away"
+            )
+    return folders
+
+
+def _is_whole(path: Path) -> bool:
+    if not (path / MANIFEST).is_file():
+        return False
+    sizes = {path / name: entry["bytes"] for name, entry in read_json(path / MANIFEST).items()}
+    return path / SHARD_INDEX in sizes and all(
+        local_stamp(str(file))[:1] == [size] for file, size in sizes.items()
+    )
+
+
+def _key(record: dict[str, Any]) -> str:
+    return json.dumps(record, sort_keys=True)
+
+
+def _url_stamp(url: str) -> Stamp:
+    system, path = fsspec.core.url_to_fs(url)
+    info = system.info(path)
+    return [info.get("size"), *(str(info[key]) for key in VERSIONS if info.get(key) is not None)]
+
+
+# How many rejects, and how many broken files, an error lists.
+NUM_LISTED = 20
+
+
+def refuse_rejects(
+    job: Job, stopped: Sequence[Reject], *, records: int, max_reject_fraction: float
+) -> None:
+    """Write all rejects to `rejects.jsonl`: those of the shards and of shards that were stopped.
+
+    Raises ValueError with both numbers, counts by reason and the first rejects if they are more
+    than `max_reject_fraction` of the `records` read, or if all are.
+    """
+    shards = sorted(path for path in job.shards.iterdir() if not path.name.startswith("."))
+    counts = Counter(reject.reason for reject in stopped)
+    for shard in shards:
+        counts.update(read_json(shard / SHARD_INDEX)["rejects"])
+    path = job.out / REJECTS
+    _write(path, shards, stopped)
+    num_rejects = counts.total()
+    if num_rejects <= max_reject_fraction * records and num_rejects < max(records, 1):
+        return
+    reasons = [f"  {times:,} x {reason}" for reason, times in counts.most_common()]
+    first = [f"  {reject}" for reject in islice(chain(_read(shards), stopped), NUM_LISTED)]
+    under = f" (names start from {job.root})" if job.root else ""
+    raise ValueError(
+        f"{num_rejects:,} of {records:,} records read for {job.out} are rejects, "
+        f"{num_rejects / records:.3%}; the limit is {max_reject_fraction:.3%}, "
+        f"{int(max_reject_fraction * records):,} records\n"
+        + "\n".join([*reasons, f"the first of them{under}:", *first])
+        + f"\nall of them: {path}\n"
+        "finished shards stay: mend the data, or raise the limit (--max-rejects, "
+        "max_reject_fraction), and run the same again"
+    )
+
+
+def _read(shards: Sequence[Path]) -> Iterator[Reject]:
+    for shard in shards:
+        with (shard / REJECTS).open(encoding="utf-8") as lines:
+            yield from (Reject(**json.loads(line)) for line in lines)
+
+
+def _write(path: Path, shards: Sequence[Path], stopped: Sequence[Reject]) -> None:
+    # Copied file by file: a list of a billion records' rejects need not fit in memory.
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as stream:
+        for shard in shards:
+            with (shard / REJECTS).open("rb") as part:
+                shutil.copyfileobj(part, stream)
+        for reject in stopped:
+            line = json.dumps(asdict(reject), ensure_ascii=False) + "\n"
+            stream.write(line.encode("utf-8", errors="backslashreplace"))
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+READ: dict[Section, tuple[str, ...]] = {
+    "text": tuple(f"*{end}" for ends in TEXT_SUFFIXES.values() for end in ends),
+    "captions": (
+        *("*.tar", "captions*.csv", "captions*.txt", "captions_*.json"),
+        *("metadata.jsonl", "metadata*.csv"),
+    ),
+    "conversations": tuple(f"*{end}" for end in read_captions.SUFFIXES),
+}
+# Pictures of captions and conversations are read by the records that name them.
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_DOCUMENTS = TEXT_SUFFIXES["txt"]
+_SPLITS = re.compile(r"(?<![a-z])(train|validation|valid|val|dev|test)(?![a-z])")
+_NAMES = {"valid": "validation", "val": "validation"}
+
+
+def unread_files(section: Section, sources: Sequence[str], units: Sequence[Unit]) -> list[str]:
+    """The files in the folders and patterns `sources` that are not in `units`, notes last.
+
+    Hidden files, pictures of records and notes are left out; notes that would be documents by
+    their suffix (LICENSE.txt in a folder of texts) are not.
+    """
+    read = {file for unit in units for file in unit.files}
+    tokenised = any(unit.format == "tokens" for unit in units)
+    unread = {
+        file
+        for source in sources
+        for file in shown_files(source)
+        if file not in read and _is_asked(section, base_name(file), tokenised)
+    }
+    return sorted(unread, key=lambda file: (is_note(base_name(file)), file))
+
+
+def _is_asked(section: Section, name: str, tokenised: bool) -> bool:
+    if section != "text":
+        return not is_note(name) and not name.lower().endswith(_PICTURES)
+    if is_note(name):
+        return name.endswith(_DOCUMENTS)
+    return not (tokenised and name == TOKENS_MANIFEST)
+
+
+def notes_on(section: Section, unread: Sequence[str], read: Sequence[str]) -> Iterator[str]:
+    """A line on the files that are not read, and one on splits of a data set read together.
+
+    Both take names as they are to be shown.
+    """
+    if unread:
+        number = f"{len(unread):,} files are" if len(unread) > 1 else "1 file is"
+        known = ", ".join(READ[section])
+        yield f"{number} not read: {name_some(unread, 10)}; files of {section} are {known}"
+    splits = {_NAMES.get(word, word) for name in read for word in _SPLITS.findall(name.lower())}
+    if len(splits) > 1:
+        yield (
+            f"files of the splits {', '.join(sorted(splits))} are read as one source; to keep one "
+            "for evaluation, give only the others"
+        )

@@ -1,1 +1,0 @@
-"""Tokenising by tiktoken's core where its ids are those of `tokenizers`."""

@@ -1,0 +1,345 @@
+"""What was answered before: answers kept as they come, results of whole tasks.
+
+A model's answers, kept as they come and shared out over ranks.
+
+What has been answered is in a file of JSON lines per rank, so that an evaluation that was stopped
+in the middle of a task goes on behind the last answer, with any number of ranks. Every request has
+a key made of the weights, the kind of request, its words and its picture's bytes; an answer is
+taken from the file only for the same key.
+
+Results of tasks that were asked before: under which key they are found, and how they are taken.
+
+A key stands for everything that a task's result depends on: the model (its `weights_digest`), what
+is asked (questions, pictures, answers, order), how it is asked, and how it is scored. Where files
+lie is no part of it.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from midstream.config import Evaluation
+from midstream.core.digests import file_sha256
+from midstream.core.storage import read_json, write_bytes
+from midstream.eval.find_task import VisualTask
+from midstream.eval.tasks import Answerer
+from midstream.eval.text import TextTask
+
+# Raise it when the meaning of an answer changes: kept ones of an earlier version are asked again.
+ANSWERS_VERSION = 3
+# Batches handed to the model at a time: it may sort within them, and stops and reports between.
+BATCHES_AT_ONCE = 8
+Progress = Callable[[float, str], None]
+
+
+@runtime_checkable
+class Ranks(Protocol):
+    """Who computes: `train.parallel.Place` is one."""
+
+    @property
+    def rank(self) -> int:
+        """This process."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """All of them."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """A JSON-able value of every rank, in their order."""
+        ...
+
+
+class Alone:
+    """One process."""
+
+    rank, world_size = 0, 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """The only value."""
+        return [value]
+
+
+class EvaluationStopped(Exception):  # noqa: N818 - it ends an evaluation without being an error
+    """Asked to stop, with more to be asked; what was answered is kept."""
+
+
+class KeptAnswers:
+    """An `Answerer` in front of another one.
+
+    folder: where the answers are kept, None to keep none. at_once: requests that the model gets
+    together; whatever their number, an answer does not depend on its neighbours. `settings` stand
+    for whatever else an answer depends on. `file_digest` stands for a picture's bytes and is asked
+    once for each. Every rank must make the same requests in the same order; `at` hears what each of
+    them comes to.
+    """
+
+    def __init__(
+        self,
+        answerer: Answerer,
+        folder: Path | None,
+        *,
+        at_once: int,
+        settings: str = "",
+        file_digest: Callable[[Path], str] = file_sha256,
+        ranks: Ranks | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+        at: Callable[[str], None] = lambda _point: None,
+    ) -> None:
+        self.answerer, self.at_once, self.should_stop = answerer, at_once, should_stop
+        self.at = at
+        self.ranks = ranks if ranks is not None else Alone()
+        self.weights_digest = answerer.weights_digest
+        self.file_digest = functools.cache(file_digest)
+        self.progress: Progress = lambda _fraction, _text: None
+        self._about = [ANSWERS_VERSION, self.weights_digest, settings]
+        self._known: dict[str, Any] = {}
+        self._stopping = False
+        self._file: Path | None = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in sorted(folder.glob("*.jsonl")):
+                self._known |= dict(_read(path))
+            self._file = folder / f"{self.ranks.rank}.jsonl"
+            if self._file.is_file():
+                # The next answer must not stand behind half a line.
+                os.truncate(self._file, len(_whole_lines(self._file)))
+            # Nobody writes before everybody has read.
+            self.ranks.gather(None)
+        self.num_found = len(self._known)
+
+    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
+        """See `Answerer`; questions about one picture are asked together."""
+        requests = list(zip(prompts, images, strict=True))
+        order = [_by_picture(*request) for request in requests]
+        return list(map(str, self._all("generate", requests, order, self.answerer.generate)))
+
+    def choose(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Path | None],
+        choices: Sequence[Sequence[str]],
+    ) -> list[list[float]]:
+        """See `Answerer`; questions about one picture are asked together."""
+        requests = list(zip(prompts, images, choices, strict=True))
+        order = [_by_picture(prompt, image) for prompt, image, _ in requests]
+        return self._all("choose", requests, order, self.answerer.choose)
+
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+        """See `Answerer`; continuations of one context are asked together, contexts by length."""
+        order = [(len(context), context) for context, _ in pairs]
+        requests = [(pair,) for pair in pairs]
+        found = self._all("loglikelihood", requests, order, self.answerer.loglikelihood)
+        return [(float(value), bool(greedy)) for value, greedy in found]
+
+    def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
+        """See `Answerer`."""
+        order, requests = [(len(text), text) for text in texts], [(text,) for text in texts]
+        return self._all("rolling", requests, order, self.answerer.loglikelihood_rolling)
+
+    def generate_until(
+        self, contexts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: Sequence[int]
+    ) -> list[str]:
+        """See `Answerer`."""
+        requests = list(zip(contexts, stops, max_new_tokens, strict=True))
+        order = [(len(text), text) for text in contexts]
+        return self._all("generate_until", requests, order, self.answerer.generate_until)
+
+    def _all(
+        self,
+        kind: str,
+        requests: Sequence[tuple[Any, ...]],
+        order: list[tuple[int, str]],
+        ask: Callable[..., Sequence[Any]],
+    ) -> list[Any]:
+        """Every request's answer: known, or asked by one of the ranks; `order` puts together what
+        the model reads once."""
+        keys = [self._key(kind, request) for request in requests]
+        new = {key: index for index, key in enumerate(keys) if key not in self._known}
+        waiting = sorted(new.values(), key=lambda index: (order[index], index))
+        size = self.ranks.world_size
+        # Few requests are still work for every rank.
+        at_once = max(1, min(self.at_once, -(-len(waiting) // size)))
+        parts = list(_together(waiting, order, at_once))
+        for first in range(0, len(parts), size):
+            if self._stopping:
+                raise EvaluationStopped("asked to stop; its answers so far are kept")
+            self.at(f"answering parts {first + 1} and on of {len(parts)} ({kind})")
+            fresh: dict[str, Any] = {}
+            for part in parts[first : first + size][self.ranks.rank :][:1]:
+                answers = ask(*map(list, zip(*(requests[i] for i in part), strict=True)))
+                assert len(answers) == len(part), "the model left a request without an answer"
+                fresh = {keys[i]: answer for i, answer in zip(part, answers, strict=True)}
+            self._keep(fresh)
+            for others, wants in self.ranks.gather([fresh, self.should_stop()]):
+                self._known |= others
+                self._stopping = self._stopping or wants
+            self._report(len(requests) - sum(map(len, parts[first + size :])), len(requests))
+        if not parts and requests:
+            self._report(len(requests), len(requests))
+        return [self._known[key] for key in keys]
+
+    def _report(self, done: int, of: int) -> None:
+        # Not rounded up, as the share of the whole evaluation is not.
+        self.progress(done / of, f"{done:,} of {of:,} ({100 * done // of} %)")
+
+    def _key(self, kind: str, request: Any) -> str:
+        text = json.dumps([*self._about, kind, request], default=self.file_digest)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def _keep(self, answers: dict[str, Any]) -> None:
+        if self._file is None or not answers:
+            return
+        lines = "".join(json.dumps(pair) + "\n" for pair in answers.items())
+        with self._file.open("a", encoding="utf-8") as stream:
+            stream.write(lines)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _by_picture(prompt: str, image: Path | None) -> tuple[int, str]:
+    # Two questions about one picture share its reading where their lengths are alike.
+    return (0 if image is None else 1, f"{image}\0{len(prompt):06d}")
+
+
+def _together(
+    waiting: list[int], order: list[tuple[int, str]], at_once: int
+) -> Iterator[list[int]]:
+    """Parts of about `at_once`, none of which ends between requests of equal order."""
+    part: list[int] = []
+    for index in waiting:
+        if len(part) >= at_once and order[index] != order[part[-1]]:
+            yield part
+            part = []
+        part.append(index)
+    if part:
+        yield part
+
+
+def _whole_lines(path: Path) -> bytes:
+    """Without a last line that was being written when its process ended."""
+    content = path.read_bytes()
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _read(path: Path) -> Iterator[tuple[str, Any]]:
+    """The kept answers; ValueError names a line that is none."""
+    for number, line in enumerate(_whole_lines(path).splitlines(), start=1):
+        try:
+            key, answer = json.loads(line)
+        except ValueError:
+            raise ValueError(f"{path} line {number} is broken; delete the file") from None
+        yield key, answer
+
+
+# Raise it when a scorer, or what a row of results holds, changes: tasks are asked again.
+SCORES_VERSION = 2
+
+
+@dataclass(frozen=True)
+class EarlierTask:
+    """A task's row of a results.json, and the file of its predictions, whose time is that of the
+    asking wherever it is taken."""
+
+    row: dict[str, Any]
+    predictions: Path
+
+
+def earlier_tasks(folders: Iterable[Path]) -> dict[str, EarlierTask]:
+    """Every task with a key and predictions in the results.json of `folders`, by its key.
+
+    A folder without a results.json holds nothing that is done.
+    """
+    found: dict[str, EarlierTask] = {}
+    for folder in folders:
+        path = folder / "results.json"
+        value = read_json(path) if path.is_file() else {}
+        # Other programs' folders may lie beside ours, and have files of this name.
+        tasks = value.get("tasks") if isinstance(value, dict) else None
+        for name, row in tasks.items() if isinstance(tasks, dict) else ():
+            predictions = folder / "predictions" / f"{name}.parquet"
+            if isinstance(row, dict) and "key" in row and predictions.is_file():
+                found[row["key"]] = EarlierTask(row, predictions)
+    return found
+
+
+def take_predictions(earlier: EarlierTask, path: Path, images: Sequence[Path] | None) -> None:
+    """The same predictions as a file of their own, with the pictures where they lie now."""
+    if earlier.predictions.resolve() == path.resolve():
+        return
+    asked = earlier.predictions.stat()
+    table = pq.read_table(earlier.predictions)
+    if images is not None:
+        column = table.schema.get_field_index("image")
+        table = table.set_column(column, "image", pa.array([str(image) for image in images]))
+    write_table(path, table)
+    os.utime(path, ns=(asked.st_atime_ns, asked.st_mtime_ns))
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """A table as a parquet file, whole or not at all."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    write_bytes(path, sink.getvalue().to_pybytes())
+
+
+def visual_key(
+    task: VisualTask,
+    prompts: Sequence[str],
+    evaluation: Evaluation,
+    weights_digest: str,
+    file_digest: Callable[[Path], str],
+) -> str:
+    """The key of a visual task's result."""
+    fixed = task.format.fixed
+    # Wrong pictures are drawn by which examples share one.
+    order = {image: number for number, image in enumerate(e.image for e in task.examples)}
+    return _digest(
+        weights_digest,
+        [task.name, task.format.name, task.chance, task.num_all],
+        [evaluation.wordings.get(task.name, evaluation.prompts), evaluation.blind],
+        evaluation.max_new_tokens,
+        evaluation.fixed_answers if fixed is not None else None,
+        evaluation.letters if fixed == "letters" else None,
+        [
+            [
+                [e.example_id, prompt, e.gold, e.split, e.kinds, e.choices, e.size],
+                [order[e.image], file_digest(e.image)],
+            ]
+            for e, prompt in zip(task.examples, prompts, strict=True)
+        ],
+    )
+
+
+def text_key(
+    task: TextTask,
+    limit: int | None,
+    weights_digest: str,
+    file_digest: Callable[[Path], str],
+) -> str:
+    """The key of a text task's result; where lm-evaluation-harness fetches the data itself, its
+    version stands for them."""
+    settings = dict(task.settings)
+    if "include" in settings:  # the harness's own description, wherever it is installed
+        settings["include"] = "/".join(Path(settings["include"]).parts[-3:])
+    return _digest(
+        weights_digest,
+        [task.name, task.chance, task.split, task.num_docs, task.departs],
+        [settings, version("lm_eval")],
+        task.docs if task.docs is not None else [limit, *map(file_digest, task.files)],
+    )
+
+
+def _digest(*parts: Any) -> str:
+    text = json.dumps([SCORES_VERSION, ANSWERS_VERSION, *parts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,414 @@
+"""Benchmarks that are known: visual ones, what answers them, text tasks from published files.
+
+Visual benchmarks: reader, wording, scorer, chance level; and what answers them. Fixed replies as
+tokens: the same rule for Midstream's models and for other people's.
+
+lm-evaluation-harness's own tasks from published files, for machines without a hub.
+
+A task keeps the harness's wording, choices and metrics: the published records are put into the
+columns that its data set has on the hub, and the harness's own description of the task is used.
+Where a file holds less than the data set, or other words, `departs` says so, and no published
+average takes the score.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from pkgutil import resolve_name
+from string import ascii_uppercase
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from midstream.eval import scoring
+from midstream.eval.readers.benchmark_records import (
+    Record,
+    VisualExample,
+    entries,
+    lines,
+    missing,
+    read_json_file,
+    read_text,
+    records,
+)
+from midstream.eval.scoring import BENCHMARKS, VISUAL_CHANCE, Numbers
+
+__all__ = ["VISUAL_FORMATS", "Answerer", "VisualExample", "VisualFormat"]
+
+Score = Callable[[str, Any], float]
+
+
+@runtime_checkable
+class Answerer(Protocol):
+    """A model as the evaluation sees it. `prompts` are the user's message alone: the turn's
+    "In: ... Out:" and the separators are added inside."""
+
+    @property
+    def weights_digest(self) -> str:
+        """Stands for the weights that answer."""
+        ...
+
+    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
+        """Greedy answers, one a prompt; None is a prompt without a picture."""
+        ...
+
+    def choose(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Path | None],
+        choices: Sequence[Sequence[str]],
+    ) -> list[list[float]]:
+        """For each prompt the log-probability of each of its answers as the reply: of their first
+        tokens where these differ from one another, else of the whole answers."""
+        ...
+
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+        """For each (context, continuation) the continuation's log-probability, and whether greedy
+        decoding would give it."""
+        ...
+
+    def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
+        """The log-probability of each whole text."""
+        ...
+
+    def generate_until(
+        self, contexts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: Sequence[int]
+    ) -> list[str]:
+        """Greedy continuations of plain texts, each up to the first of its stops."""
+        ...
+
+
+@dataclass(frozen=True)
+class VisualFormat:
+    """A benchmark's files, wording and metric, a row of benchmarks.toml; `{question}` stands in
+    both prompts.
+
+    `parses` says whether the scorer can read an answer at all; what it cannot read is wrong and
+    counted. `fixed`: "answers", where a choice is made among the examples' `choices` (an example
+    without any is answered freely), "letters" where among the letters of these, None where answers
+    are free. `variants` are other people's scorers of the same answers, by whose they are.
+    `summarise` adds numbers over all examples; `note` says what is odd about a score, if anything.
+    """
+
+    name: str
+    metric: str
+    read: Callable[..., list[VisualExample]]
+    official_prompt: str
+    score: Score
+    files: tuple[str, ...]
+    published: str
+    licence: str
+    short_prompt: str = "{question}"
+    fixed: Literal["answers", "letters"] | None = None
+    variants: Mapping[str, Score] = field(default_factory=dict)
+    summarise: Callable[[Sequence[str], Sequence[VisualExample]], Numbers] | None = None
+    note: Callable[[Sequence[str], Sequence[VisualExample]], str | None] | None = None
+    parses: Callable[[str], bool] = lambda _prediction: True
+
+    @property
+    def chance(self) -> float:
+        """What guessing scores on the official data."""
+        return VISUAL_CHANCE[self.name][0]
+
+    def prompt(self, question: str, wording: str) -> str:
+        """The user's message: `wording` is "official", "short", or a template of its own."""
+        known = {"official": self.official_prompt, "short": self.short_prompt}
+        return known.get(wording, wording).replace("{question}", question)
+
+    def details(self, predictions: Sequence[str], examples: Sequence[VisualExample]) -> Numbers:
+        """Numbers beside the score: other people's scorers, the benchmark's own further ones, and
+        the score by each kind of question ("answer_type=number")."""
+        pairs = list(zip(predictions, examples, strict=True))
+        found: Numbers = {
+            name: scoring.mean([score(text, e.gold) for text, e in pairs])
+            for name, score in self.variants.items()
+        }
+        if self.summarise is not None:
+            found |= self.summarise(predictions, examples)
+        by_kind: dict[str, list[float]] = defaultdict(list)
+        for text, example in pairs:
+            for kind, value in example.kinds.items():
+                by_kind[f"{kind}={value}"].append(self.score(text, example.gold))
+        return found | {kind: scoring.mean(values) for kind, values in sorted(by_kind.items())}
+
+
+def _format(name: str, row: Mapping[str, Any]) -> VisualFormat:
+    """A row of benchmarks.toml, functions in place of their names."""
+    scorers = {key: row[key] for key in ("score", "summarise", "note", "parses") if key in row}
+    changed = {
+        "read": resolve_name(f"midstream.eval.readers.{row['read']}"),
+        "files": tuple(row["files"]),
+        "official_prompt": BENCHMARKS["prompts"][row["official_prompt"]],
+        "variants": {who: getattr(scoring, own) for who, own in row.get("variants", {}).items()},
+    }
+    changed |= {key: getattr(scoring, own) for key, own in scorers.items()}
+    return VisualFormat(name=name, **{**row, **changed})
+
+
+VISUAL_FORMATS: dict[str, VisualFormat] = {
+    name: _format(name, row) for name, row in BENCHMARKS["visual"].items()
+}
+
+
+Encode = Callable[[str], list[int]]
+
+
+def reply_tokens(encode: Encode, prompt: str, replies: Sequence[str]) -> list[list[int]]:
+    """What a model writes behind `prompt` to give each reply: the first tokens where these differ
+    from one another, else whole replies.
+
+    encode: ids of a text, no special token added. `prompt` is the text that the replies stand
+    behind, "" where they begin a text of their own; the replies hold the space that parts them from
+    it. A reply that would melt into the prompt's last token is tokenised as one that begins a line.
+    """
+    whole = [_behind(encode, prompt, reply) for reply in replies]
+    first = [ids[:1] for ids in whole]
+    return first if len({tuple(ids) for ids in first}) == len(first) else whole
+
+
+def _behind(encode: Encode, prompt: str, reply: str) -> list[int]:
+    for before in (prompt, "\n"):
+        head, both = encode(before), encode(before + reply)
+        if len(both) > len(head) and both[: len(head)] == head:
+            return both[len(head) :]
+    return encode(reply)
+
+
+Doc = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """What a folder gives of a task: its records in the columns of the hub's data set.
+
+    settings: what differs from the harness's description. departs: how the file differs from the
+    data set, None where it does not; `chance` where that changes what guessing scores.
+    """
+
+    docs: tuple[Doc, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    departs: str | None = None
+    chance: float | None = None
+
+
+@dataclass(frozen=True)
+class HarnessTask:
+    """A task of the harness, a row of benchmarks.toml: where its description lies (or `settings` of
+    our own), and what reads its published files (`benchmark_files.TEXT_FILES`)."""
+
+    split: str
+    read: Callable[..., LocalTask]
+    num_docs: int
+    published: str
+    licence: str
+    yaml: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def read_arc(path: Path, key: str = "question") -> LocalTask:
+    """ARC and, by another `key`, OpenBookQA: their own form, or llm-foundry's."""
+    docs = []
+    for record in lines(path):
+        if "query" in record:
+            asked = record.text("query").removeprefix("Question: ").removesuffix("\n")
+            texts = record.texts("choices")
+            labels = list(ascii_uppercase[: len(texts)])
+            answer = labels[record.index("gold", len(texts))]
+        else:
+            own = Record(record.where, record.get("question", dict))
+            asked, options = own.text("stem"), own.records("choices")
+            texts, labels = ([one.text(name) for one in options] for name in ("text", "label"))
+            answer = record.text("answerKey")
+        docs.append({key: asked, "choices": {"text": texts, "label": labels}, "answerKey": answer})
+    return LocalTask(tuple(docs))
+
+
+read_openbookqa = partial(read_arc, key="question_stem")
+
+
+def _winogrande(record: Record) -> Doc:
+    if "context_options" not in record:
+        doc: Doc = {one: record.text(one) for one in ("sentence", "option1", "option2", "answer")}
+        if "_" not in doc["sentence"] or doc["answer"] not in ("1", "2"):
+            record.refuse("a sentence needs a blank '_' and the answer 1 or 2")
+        return doc
+    options = record.texts("context_options")  # llm-foundry's form
+    if len(options) != 2:
+        record.refuse(f"it has {len(options)} context_options, not two")
+    # The harness puts an option in place of the blank, and what stands behind it after.
+    doc = {"sentence": f"_ {record.text('continuation').strip()}"}
+    doc |= {"answer": str(record.index("gold", 2) + 1)}
+    return doc | {"option1": options[0], "option2": options[1]}
+
+
+def _copa(record: Record) -> Doc:
+    if "query" not in record:
+        doc: Doc = {key: record.text(key) for key in ("premise", "question", "choice1", "choice2")}
+        return doc | {"label": record.get("label", int)}
+    # llm-foundry's form: "The woman retired, therefore"
+    premise, _, connector = record.text("query").rpartition(", ")
+    question = {"because": "cause", "therefore": "effect"}.get(connector)
+    choices = record.texts("choices")
+    if question is None or len(choices) != 2:
+        record.refuse(
+            f"its query ends with {connector!r}, not with because or therefore, or its "
+            "choices are not two"
+        )
+    doc = {"premise": premise + ".", "question": question, "label": record.get("gold", int)}
+    return doc | {"choice1": choices[0], "choice2": choices[1]}
+
+
+def read_mathqa(path: Path) -> LocalTask:
+    """MathQA's own list, or llm-foundry's lines, of four options."""
+    if path.suffix == ".json":
+        keys = ("Problem", "options", "correct")
+        return LocalTask(tuple({key: one.text(key) for key in keys} for one in records(path)))
+    docs = []
+    for record in lines(path):
+        # "Question: ... ?\nA. 30\nB. ...\nAnswer: "
+        question, *rest = record.text("query").removeprefix("Question: ").split("\nA. ")
+        listed = ("A. " + "\nA. ".join(rest)).removesuffix("\nAnswer: ").split("\n")
+        choices = [line[3:] for line in listed]
+        if len(choices) != len(record.texts("choices")):
+            record.refuse(f"its query lists {len(choices)} options, its choices are others")
+        gold = record.index("gold", len(choices))
+        docs.append({"Problem": question, "choices": choices, "gold": gold})
+    settings = {"doc_to_choice": "choices", "doc_to_target": "gold"}
+    return LocalTask(tuple(docs), settings, "four of the five options", 0.25)
+
+
+def read_piqa(asked: Path, labels: Path) -> LocalTask:
+    """PIQA's questions, and its file of labels."""
+    if not labels.is_file():
+        missing(labels)
+    golds = read_text(labels).split()
+    records = list(lines(asked))
+    if len(records) != len(golds) or not set(golds) <= {"0", "1"}:
+        raise ValueError(
+            f"{labels} holds {len(golds):,} labels, {asked} {len(records):,} questions; each needs "
+            "one label, 0 or 1: give the two files of one release"
+        )
+    docs: list[Doc] = [{key: one.text(key) for key in ("goal", "sol1", "sol2")} for one in records]
+    return LocalTask(
+        tuple(doc | {"label": int(gold)} for doc, gold in zip(docs, golds, strict=True))
+    )
+
+
+def read_pubmedqa(questions: Path, path: Path) -> LocalTask:
+    """PubMedQA's questions, and its file of the test set's answers."""
+    asked = dict(entries(questions))
+    docs = []
+    for key, gold in read_json_file(path).items():
+        if key not in asked:
+            raise ValueError(f"{path} names {key}, which {questions} lacks; give one release")
+        texts = {"QUESTION": asked[key].text("QUESTION"), "CONTEXTS": asked[key].texts("CONTEXTS")}
+        docs.append({**texts, "final_decision": gold})
+    return LocalTask(tuple(docs))
+
+
+def read_hellaswag(path: Path) -> LocalTask:
+    """HellaSwag's own lines, or a text file of six lines a task."""
+    docs: list[Doc] = []
+    if path.suffix == ".jsonl":
+        for record in lines(path):
+            docs.append({key: record.text(key) for key in ("ctx_a", "ctx_b", "activity_label")})
+            docs[-1] |= {"endings": record.texts("endings"), "label": record.identifier("label")}
+        return LocalTask(tuple(docs))
+    rows = [line for line in read_text(path).split("\n") if line]
+    if len(rows) % 6:
+        raise ValueError(f"{path} holds {len(rows):,} lines, no multiple of six; it is cut off")
+    for number in range(0, len(rows), 6):
+        activity, mark, context = rows[number].partition(": ")
+        if not mark or rows[number + 1] not in ("0", "1", "2", "3"):
+            raise ValueError(
+                f"{path} line {number + 1}: a task is 'activity: context', a label 0 to 3 and four "
+                "endings; mend these lines"
+            )
+        doc: Doc = {"activity_label": activity, "ctx_a": context, "ctx_b": ""}
+        docs.append(doc | {"label": rows[number + 1], "endings": rows[number + 2 : number + 6]})
+    return LocalTask(tuple(docs), departs="contexts as the text file writes them")
+
+
+def read_boolq(path: Path) -> LocalTask:
+    """BoolQ's own form, SuperGLUE's, or llm-foundry's."""
+    asked = list(lines(path))
+    departs = "passages without their titles, as llm-foundry's file has them"
+    foundry = any("query" in record for record in asked)
+    return LocalTask(tuple(map(_boolq, asked)), departs=departs if foundry else None)
+
+
+def _boolq(record: Record) -> Doc:
+    if "query" not in record:
+        value = next((record.value[key] for key in ("label", "answer") if key in record), None)
+        if not isinstance(value, bool):
+            record.refuse(f"its label or answer is {value!r}, neither true nor false")
+        # SuperGLUE, whose wording the harness has, puts the title before the passage.
+        title = f"{record.text('title')} -- " if "title" in record else ""
+        passage, question = title + record.text("passage"), record.text("question")
+        return {"passage": passage, "question": question, "label": int(value)}
+    # "Passage: ...\nQuestion: does ...?\n"
+    passage, mark, question = record.text("query").rpartition("\nQuestion: ")
+    if not mark or record.texts("choices") != ["no", "yes"]:
+        record.refuse("its query has no line 'Question: ', or its choices are not no and yes")
+    return {
+        "passage": passage.removeprefix("Passage: "),
+        "question": question.rstrip("\n").removesuffix("?"),
+        "label": record.index("gold", 2),
+    }
+
+
+def _agieval(record: Record) -> Doc:
+    options = record.texts("options")
+    letters = list(ascii_uppercase[: len(options)])
+    if record.text("label") not in letters:
+        record.refuse(f"its label {record.text('label')!r} is none of {', '.join(letters)}")
+    # AGIEval's zero-shot wording of its multiple-choice tasks.
+    query = (
+        f"{record.text('passage')}Q: {record.text('question')} Answer Choices: "
+        f"{' '.join(options)}\nA: Among A through {letters[-1]}, the answer is"
+    )
+    return {"query": query, "choices": options, "gold": [letters.index(record.text("label"))]}
+
+
+def read_bigbench(path: Path) -> LocalTask:
+    """BIG-bench's own task.json (inputs, and a score for each choice), or llm-foundry's lines."""
+    docs = []
+    if path.suffix != ".json":
+        for record in lines(path):
+            choices = record.texts("choices")
+            gold, inputs = record.index("gold", len(choices)), record.text("query").rstrip()
+            docs.append(_bigbench(inputs, choices, choices[gold]))
+        return LocalTask(tuple(docs), departs="the wording of llm-foundry's file")
+    examples = list(records(path, "examples"))
+    prefix, suffix = read_json_file(path).get("example_input_prefix", "\nQ: "), "\nA:"
+    for record in examples:
+        scores = record.get("target_scores", dict)
+        listed = "".join(f"\n  choice: {choice}" for choice in scores)
+        inputs = f"{prefix}{record.text('input')}{listed}{suffix}"
+        docs.append(_bigbench(inputs, list(scores), max(scores, key=scores.__getitem__)))
+    return LocalTask(tuple(docs))
+
+
+def _bigbench(inputs: str, choices: list[str], gold: str) -> Doc:
+    return {"inputs": inputs, "multiple_choice_targets": choices, "targets": [gold]}
+
+
+def read_cs_algorithms(path: Path) -> LocalTask:
+    """llm-foundry's lines, a context and its continuation."""
+    docs = [{key: one.text(key) for key in ("context", "continuation")} for one in lines(path)]
+    for doc in docs:
+        doc["continuation"] = f" {doc['continuation'].strip()}"
+    return LocalTask(tuple(docs))
+
+
+def _each_line(path: Path, doc_of: Callable[[Record], Doc]) -> LocalTask:
+    return LocalTask(tuple(map(doc_of, lines(path))))
+
+
+read_winogrande = partial(_each_line, doc_of=_winogrande)
+read_copa = partial(_each_line, doc_of=_copa)
+read_agieval = partial(_each_line, doc_of=_agieval)
+HARNESS_TASKS: dict[str, HarnessTask] = {
+    name: HarnessTask(**{**row, "read": globals()[row["read"]]})
+    for name, row in BENCHMARKS["text"].items()
+}

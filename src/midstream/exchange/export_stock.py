@@ -1,0 +1,420 @@
+"""Exported folders that stock classes of `transformers` read, and what all folders hold.
+
+What every exported folder holds beside its weights: tokenizer, chat template, stop ids, code.
+
+A language model as a folder that `AutoModelForCausalLM` reads.
+
+An OpenLM decoder brings its own modelling file (`trust_remote_code`); a decoder of `transformers`
+becomes a folder of its own class, without any code.
+
+A model that sees as `LlavaForConditionalGeneration`, where stock classes compute the same.
+
+The tower's blocks above the features are left out, so that these are its last hidden states. A
+linear projector is Llava's two layers with an identity behind and no activation between.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tokenizers import AddedToken, Tokenizer
+from torch import Tensor, nn
+
+from midstream.config import DecoderConfig, EncoderConfig, TransformersDecoderConfig, VLMConfig
+from midstream.core.storage import write_bytes, write_json
+from midstream.data.examples import IMAGE_MARK, SEPARATOR, TextCodec, begins_with, question_ids
+from midstream.exchange.towers import num_blocks, own_name, stock_tensors, tower_tensors
+from midstream.model.decoder import Decoder
+from midstream.model.pretrained import TransformersDecoder, transformers_config
+from midstream.model.vision import VisionEncoder
+from midstream.model.vlm import VLM
+
+# Texts on which a folder's tokenizer must give the codec's ids.
+_PROBES = ("What colour is it?", "Wie viele  Äpfel\nliegen da: 3, 17 or 2049?", "it's \t 数える 🙂")
+
+
+def image_token(codec: TextCodec) -> int:
+    """The id of `<image>`: the tokenizer's own, else the first one behind all others."""
+    held = codec.tokenizer.token_to_id(IMAGE_MARK)
+    return codec.size if held is None else int(held)
+
+
+def write_tokenizer(codec: TextCodec, folder: Path, *, sees: bool) -> None:
+    """tokenizer.json and its settings; with `sees` it has the image's token.
+
+    A text begins as the codec's texts do, and nothing is put behind it; pieces between special
+    tokens are read as texts of their own, as the codec reads them.
+    """
+    tokenizer = Tokenizer.from_str(codec.tokenizer.to_str())
+    if sees:
+        tokenizer.add_special_tokens([AddedToken(IMAGE_MARK, special=True)])
+        if tokenizer.token_to_id(IMAGE_MARK) != image_token(codec):
+            raise ValueError(
+                f"{IMAGE_MARK} got id {tokenizer.token_to_id(IMAGE_MARK)} from the tokenizer, the "
+                f"first free one is {image_token(codec)}; its ids have gaps, renumber its tokens"
+            )
+    begin = begin_token(codec)
+    if begin:
+        tokenizer.post_processor = begins_with(begin, codec.begin_ids[0])
+    content = json.loads(tokenizer.to_str())
+    if not begin:
+        content["post_processor"] = None
+    for part in _parts(content["pre_tokenizer"]):
+        if part.get("prepend_scheme") == "first":
+            part["prepend_scheme"] = "always"
+    write_json(folder / "tokenizer.json", content)
+    end_of_text = codec.tokenizer.id_to_token(codec.end_of_text)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": end_of_text,
+        "pad_token": end_of_text,
+        **({"bos_token": begin} if begin else {}),
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+def begin_token(codec: TextCodec) -> str:
+    """What begins each text; "" where nothing does."""
+    return "".join(str(codec.tokenizer.id_to_token(number)) for number in codec.begin_ids)
+
+
+def write_chat_template(codec: TextCodec, folder: Path, *, sees: bool) -> None:
+    """chat_template.jinja; without `sees` it refuses pictures.
+
+    What begins a text is written by the template of a tokenizer, which adds nothing to a chat, and
+    not by that of a processor, whose tokenizer does.
+    """
+    template = _resource("chat_template.jinja")
+    if not sees:
+        template = template.replace('begin = ""', f"begin = {json.dumps(begin_token(codec))}")
+        template = template.replace(f'image_mark = "{IMAGE_MARK}"', 'image_mark = ""')
+    write_bytes(folder / "chat_template.jinja", template.encode())
+
+
+def write_code(folder: Path, *names: str) -> None:
+    """Copies of files of `modeling/`."""
+    for name in names:
+        write_bytes(folder / name, _resource(f"modeling/{name}").encode())
+
+
+def generation_config(codec: TextCodec, *, chats: bool, suppressed: tuple[int, ...] = ()) -> Any:
+    """Greedy; stops where Midstream does: at end of text and, where it chats, at the separator."""
+    from transformers import GenerationConfig
+
+    stops = sorted(codec.stop_ids) if chats else [codec.end_of_text]
+    more = {"suppress_tokens": list(suppressed)} if suppressed else {}
+    return GenerationConfig(
+        do_sample=False, eos_token_id=stops, pad_token_id=codec.end_of_text, **more
+    )
+
+
+def check_tokenizer(folder: Path, codec: TextCodec, config: Any, *, chats: bool) -> None:
+    """Raises ValueError if transformers reads the folder's tokenizer otherwise than the codec.
+
+    `config` is the model's, on which the tokenizer's class depends.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
+    # Tokens from all over the vocabulary: where texts are cut otherwise, some come out otherwise.
+    some = range(0, codec.size, max(1, codec.size // 512))
+    for text in (*_PROBES, " ".join(codec.decode([one]) for one in some)):
+        pairs = [(text, [*codec.begin_ids, *codec.encode(text)])]
+        if chats:
+            pairs.append(
+                (f"In: {text}\nOut:{SEPARATOR}", question_ids(codec, text, has_image=False))
+            )
+        for written, expected in pairs:
+            found = tokenizer(written)["input_ids"]
+            if found != expected:
+                raise ValueError(
+                    f"{type(tokenizer).__name__}, by which transformers reads tokenizers of "
+                    f"{config.model_type} models, makes {found[:20]} of {written[:40]!r}, the "
+                    f"model was trained on {expected[:20]}; this tokenizer cannot be exported with "
+                    "this family"
+                )
+
+
+def _parts(content: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(content, dict):
+        yield content
+        for part in content.get("pretokenizers", []):
+            yield from _parts(part)
+
+
+def _resource(name: str) -> str:
+    return files("midstream.exchange").joinpath(name).read_text(encoding="utf-8")
+
+
+OPENLM_CODE = ("configuration_midstream.py", "modeling_openlm.py")
+
+
+def text_config(decoder: Decoder | TransformersDecoder, codec: TextCodec) -> Any:
+    """The decoder's configuration as `transformers` has it, with the codec's special ids."""
+    if isinstance(decoder, TransformersDecoder):
+        config = transformers_config(decoder.config)
+    else:
+        config = _openlm_config(decoder.config)
+    config.bos_token_id = codec.begin_of_text
+    config.eos_token_id = config.pad_token_id = codec.end_of_text
+    return config
+
+
+def _openlm_config(ours: DecoderConfig) -> Any:
+    from midstream.exchange.modeling.configuration_midstream import OpenLMConfig
+
+    return OpenLMConfig(
+        vocab_size=ours.vocab_size,
+        hidden_size=ours.hidden_size,
+        intermediate_size=ours.ffn_size,
+        num_hidden_layers=ours.num_layers,
+        num_attention_heads=ours.num_heads,
+        qk_norm=ours.qk_norm,
+        norm_eps=ours.norm_eps,
+        rope_base=ours.rope_base,
+    )
+
+
+def text_weights(decoder: Decoder | TransformersDecoder) -> dict[str, Tensor]:
+    """The decoder's tensors under the names of the exported class."""
+    state = cast(nn.Module, decoder).state_dict()
+    if isinstance(decoder, TransformersDecoder):
+        return {name.removeprefix("model."): value for name, value in state.items()}
+    return {f"model.{name}": value for name, value in state.items()}
+
+
+def write_text(
+    decoder: Decoder | TransformersDecoder, codec: TextCodec, folder: Path, *, chats: bool
+) -> nn.Module:
+    """Write the folder and return the model as read back from it.
+
+    With `chats` it stops at the separator, too, and has a chat template.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = text_config(decoder, codec)
+    if isinstance(decoder, TransformersDecoder):
+        build: Any = AutoModelForCausalLM.from_config
+    else:
+        from midstream.exchange.modeling.modeling_openlm import OpenLMForCausalLM
+
+        build = OpenLMForCausalLM
+        config.auto_map = {
+            "AutoConfig": "configuration_midstream.OpenLMConfig",
+            "AutoModelForCausalLM": "modeling_openlm.OpenLMForCausalLM",
+        }
+        write_code(folder, *OPENLM_CODE)
+    write_tokenizer(codec, folder, sees=False)
+    if chats:
+        write_chat_template(codec, folder, sees=False)
+    kind = save_model(
+        build, config, text_weights(decoder), generation_config(codec, chats=chats), folder
+    )
+    check_tokenizer(folder, codec, config, chats=chats)
+    return read_back(kind, folder)
+
+
+def save_model(
+    build: Any, config: Any, weights: Mapping[str, Tensor], generation: Any, folder: Path
+) -> Any:
+    """Save a model of `transformers` that holds exactly these tensors; returns its class.
+
+    Nothing is drawn or copied: the model shares the tensors' memory.
+    """
+    with torch.device("meta"):
+        model = build(config)
+    model.load_state_dict(dict(weights), strict=True, assign=True)
+    model.tie_weights()
+    model.generation_config = generation
+    model.save_pretrained(folder)
+    for weights_file in folder.glob("*.safetensors"):
+        # They are written for their owner's eyes only.
+        weights_file.chmod((folder / "config.json").stat().st_mode)
+    return type(model)
+
+
+def read_back(kind: Any, folder: Path) -> nn.Module:
+    """The model in a folder, in float32 and in evaluation mode."""
+    model: nn.Module = kind.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
+
+
+def no_llava(config: VLMConfig) -> str | None:
+    """Why stock Llava classes cannot compute this model; None if they do."""
+    encoder, projector = config.encoder, config.projector
+    if not isinstance(config.decoder, TransformersDecoderConfig):
+        return "the decoder is OpenLM's"
+    if config.decoder.tied_embeddings and config.decoder.model_type == "gpt_neox":
+        return "Llava does not know where a GPT-NeoX model has its tied embeddings"
+    if config.attention == "prefix":
+        return "image and question see each other"
+    if not isinstance(encoder, EncoderConfig):
+        return f"the encoder is not one tower but {getattr(encoder, 'kind', None)}"
+    if encoder.family == "siglip2":
+        return "Llava does not cut pictures into siglip2's patches"
+    if encoder.family == "dinov3":
+        return "Llava does not leave DINOv3's registers out"
+    if encoder.num_registers:
+        return "Llava does not leave DINOv2's registers out"
+    if encoder.final_norm:
+        return "Llava takes hidden states before the tower's final norm"
+    if encoder.position_size not in (None, encoder.image_size):
+        return f"positions are interpolated from {encoder.position_size} pixels"
+    if projector.num_layers == 2 and projector.hidden != "decoder":
+        return "the projector's inner width is not the decoder's"
+    if projector.num_layers == 3:
+        return "the projector has three layers"
+    return None
+
+
+def write_llava(
+    vlm: VLM, codec: TextCodec, encoder: VisionEncoder, folder: Path
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """Write the folder; the model as read back from it, and notes on what differs."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    tower = vlm.config.encoder
+    assert isinstance(tower, EncoderConfig)
+    rows, token = vlm.config.decoder.vocab_size, image_token(codec)
+    text = text_config(vlm.decoder, codec)
+    text.vocab_size = max(rows, token + 1)
+    config = LlavaConfig(
+        vision_config=_vision_config(tower),
+        text_config=text,
+        image_token_index=token,
+        image_seq_length=tower.num_patches,
+        projector_hidden_act="linear" if vlm.config.projector.num_layers == 1 else "gelu",
+        vision_feature_select_strategy="default" if tower.num_prefix else "full",
+        vision_feature_layer=-1,
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+    with torch.device("meta"):
+        empty = LlavaForConditionalGeneration(config).state_dict()
+    names = {name: value for name, value in empty.items() if "vision_tower." in name}
+    weights = _vision_weights(encoder, names)
+    weights |= _projector_weights(vlm) | _decoder_weights(vlm, text.vocab_size)
+    suppressed = (token,) if token >= rows else ()
+    stops = generation_config(codec, chats=True, suppressed=suppressed)
+    kind = save_model(LlavaForConditionalGeneration, config, weights, stops, folder)
+    write_tokenizer(codec, folder, sees=True)
+    write_chat_template(codec, folder, sees=True)
+    _write_processor(tower, folder)
+    check_tokenizer(folder, codec, config, chats=True)
+    notes: tuple[str, ...] = (
+        "Pictures are resized by the stock image processor; one that has the encoder's size keeps "
+        "its pixels, others come out a little differently.",
+    )
+    if suppressed:
+        notes += (
+            f"The vocabulary has one more row, {token}, for {IMAGE_MARK}; its logit is 0 and "
+            "generation never takes it.",
+        )
+    return read_back(kind, folder), notes
+
+
+def _vision_config(tower: EncoderConfig) -> Any:
+    from transformers import CLIPVisionConfig, Dinov2Config, SiglipVisionConfig
+
+    shared = {
+        "image_size": tower.image_size,
+        "patch_size": tower.patch_size,
+        "hidden_size": tower.hidden_size,
+        "num_hidden_layers": num_blocks(tower),
+        "num_attention_heads": tower.num_heads,
+        "hidden_act": tower.hidden_act,
+        "layer_norm_eps": tower.norm_eps,
+    }
+    if tower.family == "siglip":
+        return SiglipVisionConfig(
+            **shared, intermediate_size=tower.intermediate_size, vision_use_head=False
+        )
+    if tower.family == "clip":
+        return CLIPVisionConfig(**shared, intermediate_size=tower.intermediate_size)
+    return Dinov2Config(
+        **shared,
+        mlp_ratio=tower.intermediate_size // tower.hidden_size,
+        use_swiglu_ffn=tower.ffn == "swiglu",
+        use_mask_token=False,
+    )
+
+
+def _vision_weights(encoder: VisionEncoder, names: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By the names of the stock model; what no feature depends on is at its neutral value."""
+    own = tower_tensors(encoder)
+    prefix = "model.vision_tower."
+    unused = {name for name in names if own_name(name.removeprefix(prefix)).startswith("norm.")}
+    used = {name.removeprefix(prefix) for name in names if name not in unused}
+    found = {prefix + name: value for name, value in stock_tensors(own, used).items()}
+    for name in unused:
+        fill = torch.zeros_like if name.endswith("bias") else torch.ones_like
+        found[name] = fill(names[name], device="cpu")
+    return found
+
+
+def _projector_weights(vlm: VLM) -> dict[str, Tensor]:
+    assert vlm.projector is not None
+    layers = [layer for layer in vlm.projector.modules() if isinstance(layer, nn.Linear)]
+    width = vlm.config.decoder.hidden_size
+    first = layers[0]
+    second = layers[1] if len(layers) == 2 else None
+    found = {
+        "linear_1.weight": first.weight,
+        "linear_1.bias": first.bias,
+        "linear_2.weight": torch.eye(width) if second is None else second.weight,
+        "linear_2.bias": torch.zeros(width) if second is None else second.bias,
+    }
+    return {f"model.multi_modal_projector.{name}": value for name, value in found.items()}
+
+
+def _decoder_weights(vlm: VLM, vocab_size: int) -> dict[str, Tensor]:
+    """By the names of the stock model, the vocabulary filled up with rows of zeros."""
+    decoder = vlm.decoder
+    assert isinstance(decoder, TransformersDecoder)
+    base = f"{decoder.model.base_model_prefix}."
+    vocabulary = (decoder.model.get_input_embeddings().weight, decoder.output.weight)
+    rows = {part.data_ptr() for part in vocabulary}
+    found = {}
+    for name, value in text_weights(decoder).items():
+        if value.data_ptr() in rows and vocab_size > len(value):
+            value = nn.functional.pad(value, (0, 0, 0, vocab_size - len(value)))
+        inner = name.startswith(base)
+        found[f"model.language_model.{name.removeprefix(base)}" if inner else name] = value
+    return found
+
+
+def _write_processor(tower: EncoderConfig, folder: Path) -> None:
+    """The picture's way to pixels: as near to `data/images.py` as stock settings come."""
+    side = {"height": tower.image_size, "width": tower.image_size}
+    crops = tower.resize == "crop"
+    pictures = {
+        "image_processor_type": "LlavaImageProcessor",
+        "do_convert_rgb": True,
+        "do_pad": tower.resize == "letterbox",
+        "do_resize": True,
+        "size": {"shortest_edge": tower.image_size} if crops else side,
+        "resample": 3,
+        "do_center_crop": crops,
+        "crop_size": side,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(tower.pixel_mean),
+        "image_std": list(tower.pixel_std),
+        "processor_class": "LlavaProcessor",
+    }
+    has_class_token = tower.num_prefix > 0
+    words = {
+        "processor_class": "LlavaProcessor",
+        "patch_size": tower.patch_size,
+        "vision_feature_select_strategy": "default" if has_class_token else "full",
+        "num_additional_image_tokens": int(has_class_token),
+        "image_token": IMAGE_MARK,
+    }
+    write_json(folder / "preprocessor_config.json", pictures)
+    write_json(folder / "processor_config.json", words)

@@ -1,0 +1,1 @@
+"""Runs what a study lacks: on this machine, on several, as jobs of a cluster."""

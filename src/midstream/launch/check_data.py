@@ -1,0 +1,335 @@
+"""What a study asks of its data against what they hold, and how a problem is told.
+
+Something that is wrong with a study before it runs, and the list that is made of several.
+
+What a study asks of its data against what the data hold: sources, budgets, lengths, captions.
+
+Of a prepared source everything is known. Of one that is not, what the recipe expects of it is taken
+for an estimate, and what speaks against that is doubtful rather than wrong.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
+
+from midstream.config import (
+    Caption,
+    PocketWorld,
+    PublicFolder,
+    TokenizerFile,
+    TrainedTokenizer,
+    check_caption,
+)
+from midstream.core.identity import file_sha256
+from midstream.core.storage import read_json
+from midstream.cost.known import prepared_index
+from midstream.order.mixture import needs_of, passes_needed
+from midstream.study.label import label
+from midstream.study.stages import (
+    PLANNED,
+    Continue,
+    Finetune,
+    Prepare,
+    PrepareSource,
+    PrepareTokenizer,
+    PrepareWorld,
+    Pretrain,
+    Stage,
+    Trained,
+    TrainEncoder,
+    overflow_of,
+)
+from midstream.study.store import Ledger
+
+# wrong: with the study or its data. lacking: what this machine does not have. Either is refused by
+# `run`. doubtful: rests on what the recipe expects of its data; it is told and runs all the same.
+Level = Literal["wrong", "lacking", "doubtful"]
+LEVELS: tuple[Level, ...] = get_args(Level)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong, how it is put right, and the names of the stages that it concerns.
+
+    Problems of one `key` are one problem; that of the greatest `weight` says it for all.
+    """
+
+    what: str
+    remedy: str
+    stages: tuple[str, ...] = ()
+    level: Level = "wrong"
+    key: str = ""
+    weight: float | int = 0
+
+    def __str__(self) -> str:
+        more = len(self.stages) - 1
+        where = f" [{self.stages[0]}{f' and {more:,} more' if more else ''}]" if self.stages else ""
+        return f"{self.what}; {self.remedy}{where}"
+
+
+def merged(problems: Iterable[Problem]) -> tuple[Problem, ...]:
+    """One problem for all of a key (of a text, where there is none), the gravest level first."""
+    found: dict[tuple[str, str], Problem] = {}
+    for problem in problems:
+        key = (problem.level, problem.key or f"{problem.what}; {problem.remedy}")
+        other = found.get(key, problem)
+        stages = tuple(dict.fromkeys((*other.stages, *problem.stages)))
+        graver = problem if problem.weight > other.weight else other
+        found[key] = replace(graver, stages=stages)
+    return tuple(sorted(found.values(), key=lambda problem: LEVELS.index(problem.level)))
+
+
+def refused(found: Sequence[Problem]) -> tuple[Problem, ...]:
+    """Those that keep `run` from starting."""
+    return tuple(problem for problem in found if problem.level != "doubtful")
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A source as far as it is known; `tokens` without patches, `images` examples with a picture.
+
+    `longest` is, of examples without ("plain") and with ("image") a picture, the longest one's
+    tokens and where it stands. `captions` counts the examples with each kind of caption, None where
+    nobody did; `seen` has these numbers for captions that are not a picture's own. `expected`:
+    nothing was counted, the recipe says so.
+    """
+
+    kind: str
+    tokens: int
+    examples: int
+    images: int
+    longest: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    captions: Mapping[str, int] | None = None
+    seen: Mapping[str, Any] = field(default_factory=dict)
+    expected: bool = False
+
+    def with_caption(self, caption: Caption) -> "Counted":
+        """The source as it is seen with this caption of each picture."""
+        if (other := self.seen.get(caption)) is None:
+            return self
+        return replace(
+            self,
+            tokens=round(other["num_tokens"]),
+            longest=_longest_of(other.get("longest", {})),
+        )
+
+
+def data_problems(stages: Iterable[Stage], ledger: Ledger) -> Iterator[Problem]:
+    """What the stages ask of their data that these do not hold."""
+    for stage in stages:
+        match stage:
+            case PrepareSource() | PrepareWorld():
+                yield from _folder(stage)
+            case PrepareTokenizer():
+                yield from _tokenizer(stage)
+            case TrainEncoder():
+                yield from _encoder_data(stage, ledger)
+            case Pretrain() | Continue() | Finetune():
+                yield from _training_data(stage, ledger)
+        if isinstance(stage, Pretrain):
+            yield from _vocabulary(stage)
+
+
+def counted(source: PrepareSource, ledger: Ledger) -> Counted | None:
+    """What is known of a source before, or after, it is prepared; None where nothing is."""
+    if ledger.is_done(source):
+        return _of_results(ledger.results(source))
+    if (index := prepared_index(source)) is not None:
+        return _of_index(read_json(index))
+    if (told := source.expected) is None:
+        return None
+    return Counted(told.kind, told.num_tokens, told.num_examples, told.num_images, expected=True)
+
+
+def _of_index(index: Mapping[str, Any]) -> Counted:
+    train = index["train"]
+    return Counted(
+        kind=index["kind"],
+        tokens=train["tokens"],
+        examples=train["examples"],
+        images=train["images"],
+        longest=_longest_of(index["longest"]),
+        captions=index.get("captions"),
+        seen=index.get("seen", {}),
+    )
+
+
+def _of_results(source: Mapping[str, Any]) -> Counted:
+    return Counted(
+        kind=source["kind"],
+        tokens=source["num_tokens"],
+        examples=source["num_examples"],
+        images=source["num_images"],
+        longest=_longest_of(source.get("longest", {})),
+        captions=source.get("captions"),
+        seen=source.get("seen", {}),
+    )
+
+
+def _longest_of(longest: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
+    """Where nobody says which example it is, it is the longest one."""
+    return {
+        shown: (one, "its longest example")
+        if isinstance(one, int)
+        else (one["tokens"], one["where"])
+        for shown, one in longest.items()
+    }
+
+
+# ------------------------------------------------------------------------------------- one check
+
+
+def _folder(stage: PrepareSource | PrepareWorld) -> Iterator[Problem]:
+    """A folder that was there when the study was planned."""
+    world = stage.world
+    if isinstance(world, PocketWorld) or world.fingerprint is None or world.root.is_dir():
+        return
+    told = f"data folder {world.root} does not exist"
+    yield Problem(told, "give the folder that holds it", (label(stage),))
+
+
+def _tokenizer(stage: PrepareTokenizer) -> Iterator[Problem]:
+    tokenizer = stage.tokenizer
+    if not isinstance(tokenizer, TokenizerFile) or tokenizer.sha256.startswith(PLANNED):
+        return
+    path = tokenizer.path
+    if not path.is_file():
+        yield Problem(f"tokenizer file {path} does not exist", "give its path", (label(stage),))
+    elif file_sha256(path) != tokenizer.sha256:
+        told = f"{path} has another sha256 than the plan says"
+        yield Problem(told, "plan again", (label(stage),))
+    elif tokenizer.begin_of_text is None and TokenizerFile.read(path).begin_of_text is not None:
+        told = (
+            f"{path} begins each text with a token by its own rule, and the study does not say so"
+        )
+        remedy = "make it with TokenizerFile.read(path), or give begin_of_text"
+        yield Problem(told, remedy, (label(stage),))
+
+
+def _vocabulary(stage: Pretrain) -> Iterator[Problem]:
+    tokenizer, size = stage.data.tokenizer, stage.decoder.vocab_size
+    if isinstance(tokenizer, TrainedTokenizer) and tokenizer.vocab_size > size:
+        yield Problem(
+            f"the tokenizer is trained to {tokenizer.vocab_size:,} ids, the decoder has {size:,}",
+            "raise the decoder's vocab_size, or lower the tokenizer's",
+            (label(stage),),
+        )
+
+
+def _absent(name: str, data: Prepare, stage: Stage) -> Iterator[Problem]:
+    world = data.world
+    names = world.source_names or tuple(source.name for source in data.expected)
+    if not names or name in names:
+        return
+    near = get_close_matches(name, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    add = f", or put its folder into {world.root}" if isinstance(world, PublicFolder) else ""
+    yield Problem(
+        f"no source {name!r} in the data{hint}",
+        f"choose from {', '.join(sorted(names))}{add}",
+        (label(stage),),
+    )
+
+
+def _encoder_data(stage: TrainEncoder, ledger: Ledger) -> Iterator[Problem]:
+    training = stage.training
+    yield from _absent(training.source, stage.data, stage)
+    source = counted(stage.data.source(training.source), ledger)
+    if source is None:
+        return
+    yield from _captions(training.source, training.caption, source, stage)
+    for tokens, where in source.with_caption(training.caption).longest.values():
+        # The separator before a caption is not given to the tower.
+        if (length := tokens - 1) > training.max_text_tokens:
+            yield Problem(
+                f"source {training.source!r}, {where}: the caption has {length} tokens, "
+                f"the text tower takes {training.max_text_tokens}",
+                "raise max_text_tokens",
+                (label(stage),),
+            )
+
+
+def _training_data(stage: Trained, ledger: Ledger) -> Iterator[Problem]:
+    budget, encoder = stage.training.budget, stage.model.encoder
+    names, patches = budget.source_names, 0 if encoder is None else encoder.num_patches
+    sources = {}
+    for name, caption in budget.captions.items():
+        yield from _absent(name, stage.data, stage)
+        if (source := counted(stage.data.source(name), ledger)) is None:
+            continue
+        yield from _captions(name, caption, source, stage)
+        sources[name] = source.with_caption(caption)
+        yield from _longest(name, sources[name], patches, stage)
+    yield from _budget(sources, patches, stage)
+    whole = [name for name, source in sources.items() if source.kind != "text"]
+    if stage.training.rows.layout == "joined" and whole:
+        yield Problem(
+            f"the joined layout is for text only, {', '.join(whole)} are none",
+            "choose filled or padded",
+            (label(stage),),
+        )
+    blind = len(sources) == len(names) and not any(one.images for one in sources.values())
+    if stage.training.freeze_decoder and blind:
+        yield Problem(
+            f"the decoder is frozen and {', '.join(names)} hold no picture, so that nothing would "
+            "be learnt",
+            "add a source that does",
+            (label(stage),),
+        )
+
+
+def _budget(sources: Mapping[str, Counted], patches: int, stage: Trained) -> Iterator[Problem]:
+    training = stage.training
+    texts = {name for name, source in sources.items() if source.kind == "text"}
+    for need in needs_of(training.budget, training.rows.row_length, texts):
+        if (source := sources.get(need.source)) is None:
+            continue
+        tokens = source.tokens + patches * source.images
+        level: Level = "doubtful" if source.expected else "wrong"
+        holds = "is expected to hold" if source.expected else "holds"
+        if not source.examples or not tokens:
+            yield Problem(
+                f"source {need.source!r} holds no example", "leave it out", (label(stage),), level
+            )
+        passes = passes_needed(need, training.budget, tokens=tokens, examples=source.examples)
+        if passes is None or not tokens:
+            continue
+        have = tokens if need.unit == "tokens" else source.examples
+        counted = f", {patches} patches a picture among them" if patches and source.images else ""
+        yield Problem(
+            f"source {need.source!r} {holds} {have:,} {need.unit}{counted}, the plan needs "
+            f"{need.amount:,}",
+            f"raise max_epochs to {passes:,} or lower the budget",
+            (label(stage),),
+            level,
+            f"budget {stage.data.source(need.source).name} {patches}",
+            passes,
+        )
+
+
+def _longest(name: str, source: Counted, patches: int, stage: Trained) -> Iterator[Problem]:
+    rows = stage.training.rows
+    if source.kind == "text" or overflow_of(stage) == "cut":
+        return
+    for shown, (tokens, where) in source.longest.items():
+        length = tokens + (patches if shown == "image" else 0)
+        if length > rows.row_length:
+            yield Problem(
+                f"source {name!r}, {where}: {length} positions do not fit into a row of "
+                f"{rows.row_length}",
+                "raise row_length, or leave such records out (midstream prepare --max-tokens)",
+                (label(stage),),
+                key=f"longest {stage.data.source(name).name} {rows.row_length}",
+                weight=length,
+            )
+
+
+def _captions(name: str, asked: Caption, source: Counted, stage: Stage) -> Iterator[Problem]:
+    if source.captions is None:
+        return
+    try:
+        check_caption(name, source.kind, asked, source.captions, source.examples)
+    except ValueError as reason:
+        what, _, remedy = str(reason).partition("; ")
+        yield Problem(what, remedy, (label(stage),))

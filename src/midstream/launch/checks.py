@@ -1,0 +1,335 @@
+"""What is wrong with a study before anything of it runs.
+
+Benchmarks of a user's own data, read whole before a study starts.
+
+The readers import more than a plan may: a process of its own reads (`midstream.work.read_tasks`).
+What was read whole is noted in the store by the digest of all its files, and not read again.
+
+What is wrong with a study before anything of it runs: one list, each with its remedy.
+
+`plan` prints the list and `run` refuses what is on it, at its start and once more when its data is
+prepared: from then on every number of the data is known.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from midstream.config import EncoderConfig, FusedEncoder, Machine, PublicFolder
+from midstream.config.training import check_start, rate_at
+from midstream.core.storage import read_json, write_json
+from midstream.cost import GPUS
+from midstream.cost.graph import Plan, missing_inputs
+from midstream.cost.known import Number
+from midstream.cost.pictures import feature_plan
+from midstream.cost.price import Fleet, price
+from midstream.launch.check_data import Problem, data_problems, merged
+from midstream.launch.workers import worker_environment
+from midstream.study.imported import ImportRecord, read_import, what_can_run
+from midstream.study.label import label
+from midstream.study.stages import (
+    PLANNED,
+    Continue,
+    Evaluate,
+    Finetune,
+    Imported,
+    LoadDecoder,
+    LoadEncoder,
+    LoadModel,
+    Pretrain,
+    Stage,
+    came_from,
+)
+from midstream.study.store import Ledger
+
+# What was read whole, by what it was.
+NOTE = "benchmarks.json"
+REMEDY = "mend the benchmark, or leave the task out"
+
+
+def task_problems(stages: Iterable[Stage], ledger: Ledger) -> Iterator[Problem]:
+    """Tasks that the world does not have, and files and pictures that are missing or broken."""
+    asked: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    digests: dict[str, str | None] = {}
+    for stage in stages:
+        if isinstance(stage, Evaluate):
+            for request in _requests(stage):
+                key = json.dumps(request)
+                asked.setdefault(key, (request, []))[1].append(label(stage))
+                digests[key] = stage.of.data.world.benchmark_part(request["task"])
+    note = ledger.store / NOTE
+    known: dict[str, str] = read_json(note) if note.is_file() else {}
+    unread = [key for key in asked if digests[key] is None or known.get(key) != digests[key]]
+    if not unread:
+        return
+    told = _read([asked[key][0] for key in unread])
+    passed: dict[str, str] = {}
+    for key, error in zip(unread, told, strict=True):
+        if error is None:
+            if (mark := digests[key]) is not None:
+                passed[key] = mark
+            continue
+        what, _, remedy = error.partition("; ")
+        yield Problem(what, remedy or REMEDY, tuple(asked[key][1]))
+    if passed and ledger.store.is_dir() and os.access(ledger.store, os.W_OK):
+        write_json(note, known | passed)
+
+
+def _requests(stage: Evaluate) -> Iterator[dict[str, Any]]:
+    """What `midstream.work.read_tasks` is asked for the tasks of an evaluation."""
+    world, asked = stage.of.data.world, stage.evaluation
+    if not isinstance(world, PublicFolder) or world.fingerprint is None:
+        return
+    if not world.root.is_dir():
+        return
+    own = {"world": str(world.root), "limit": asked.limit}
+    for name in asked.visual_tasks:
+        yield own | {"task": name, "kind": "visual", "slim": asked.slim, "blind": asked.blind}
+    for name in asked.text_tasks:
+        yield own | {"task": name, "kind": "text"}
+
+
+def _read(requests: Sequence[dict[str, Any]]) -> list[str | None]:
+    """By request what is wrong, None where nothing is."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "midstream.work.read_tasks"],
+        input=json.dumps(list(requests)),
+        env=worker_environment(Machine()),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    told: list[str | None] = [json.loads(line)["error"] for line in ended.stdout.splitlines()]
+    if len(told) < len(requests):
+        # Of the task that it was reading when it ended.
+        last = (ended.stderr.strip().splitlines() or [f"it ended with {ended.returncode}"])[-1]
+        at = requests[len(told)]
+        told.append(f"task {at['task']} of {at['world']} could not be read: {last}")
+        told += _read(requests[len(told) :]) if len(told) < len(requests) else []
+    return told
+
+
+# What a tower's weights are shaped and read by; how pictures are shown to it is the recipe's.
+TOWER_FIELDS = (
+    "family",
+    "patch_size",
+    "hidden_size",
+    "num_heads",
+    "intermediate_size",
+    "num_registers",
+    "ffn",
+    "position_patches",
+)
+# Of fields that differ, so many are told.
+MAX_FIELDS = 4
+GIB = 2**30
+
+
+def problems(plan: Plan, ledger: Ledger, needed_bytes: Number | None = None) -> tuple[Problem, ...]:
+    """All that is wrong with what is left of a plan, the gravest level first.
+
+    `needed_bytes` is what it will write at most (`Price.needed_bytes`). Benchmarks of a user's own
+    data are read by a process of its own, unless they were read before as they are now.
+    """
+    stages = [row.stage for row in plan.to_run]
+    found = [
+        *_missing(plan),
+        *_imports(stages),
+        *_milestones(stages),
+        *_starts(plan),
+        *data_problems(stages, ledger),
+        *task_problems(stages, ledger),
+        *([] if needed_bytes is None else _disk(ledger, needed_bytes)),
+    ]
+    return merged(found)
+
+
+def problems_of_run(plan: Plan, ledger: Ledger, machine: Machine) -> tuple[Problem, ...]:
+    """All that is wrong with a run on this machine; where it writes is counted by its workers."""
+    stages = [row.stage for row in plan.rows]
+    # Which GPU it is changes no byte.
+    fleet = Fleet(next(iter(GPUS.values())), number=machine.workers)
+    priced = price(plan, ledger, fleet, feature_plan(stages, ledger, machine))
+    return problems(plan, ledger, priced.needed_bytes)
+
+
+def _missing(plan: Plan) -> Iterator[Problem]:
+    if missing := missing_inputs(plan.study):
+        can = what_can_run(plan.study)
+        yield Problem(
+            f"{plan.study.name} was planned without {', '.join(missing)}",
+            "name their folders in the recipe's arguments (--set)" + (f"; {can}" if can else ""),
+            level="lacking",
+        )
+
+
+def _disk(ledger: Ledger, needed: Number) -> Iterator[Problem]:
+    free = free_bytes(ledger.store)
+    if needed > free:
+        yield Problem(
+            f"{ledger.store} may grow by {_gib(needed)} GiB, {_gib(free)} GiB are free on its disk",
+            "make room, or give a --store on another disk",
+            level="lacking",
+        )
+
+
+def _gib(size: Number) -> str:
+    return f"{size / GIB:,.0f}" if size >= 100 * GIB else f"{size / GIB:,.2g}"
+
+
+def free_bytes(store: Path) -> int:
+    """What is free for this user where the store lies, or will lie."""
+    place = store.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+# ------------------------------------------------------------------------- what a stage starts from
+
+
+def _text_before(stage: Stage) -> tuple[Pretrain, float] | None:
+    """The text run whose weights a stage takes, and the share of its tokens there."""
+    before = (stage.of, stage.completion) if isinstance(stage, Evaluate) else came_from(stage)
+    return (before[0], before[1]) if before and isinstance(before[0], Pretrain) else None
+
+
+def _milestones(stages: Iterable[Stage]) -> Iterator[Problem]:
+    for stage in stages:
+        if (before := _text_before(stage)) is None:
+            continue
+        text, share = before
+        # As folders of milestones are named.
+        kept = [f"{milestone * 100:g}" for milestone in text.milestones]
+        if f"{share * 100:g}" not in kept:
+            yield Problem(
+                f"{label(text)} keeps its weights at {', '.join(kept)} %, not at {share * 100:g} %",
+                f"add {share:g} to its milestones, or choose one of those",
+                (label(stage),),
+            )
+
+
+def _starts(plan: Plan) -> Iterator[Problem]:
+    """Schedules that cannot start where they would have to."""
+    tokens_of = {row.stage.name: row.cost.tokens for row in plan.rows}
+    for stage in (row.stage for row in plan.to_run):
+        if not isinstance(stage, Pretrain | Continue | Finetune):
+            continue
+        before, rate = came_from(stage), None
+        if (milestone := _text_before(stage)) is not None:
+            text, share = milestone
+            tokens, training = tokens_of[text.name], text.training
+            if not tokens:
+                continue
+            # Beyond a warm-up rates only fall; within one the milestone's is at most so high.
+            ahead = 2 * training.rows.row_length * training.rows.batch_rows
+            rate = rate_at(training.schedule, int(share * tokens), tokens, step_tokens=ahead)
+        elif before is not None and isinstance(before[0], LoadDecoder | LoadModel):
+            record = _record(before[0].checkpoint)
+            if isinstance(record, ImportRecord) and record.position is not None:
+                rate = record.position.rate
+            elif not isinstance(record, ImportRecord):
+                continue
+        elif before is not None:
+            continue  # Both stages' own values say it, when they are made.
+        try:
+            check_start(stage.training.schedule, rate, label(before[0] if before else stage))
+        except ValueError as reason:
+            what, _, remedy = str(reason).partition("; ")
+            yield Problem(what, remedy, (label(stage),))
+
+
+# ------------------------------------------------------------------------------- imported folders
+
+
+def _imports(stages: Iterable[Stage]) -> Iterator[Problem]:
+    """Imported folders that are not there, were imported anew, or hold another model."""
+    for stage in stages:
+        match stage:
+            case LoadDecoder():
+                record = _record(stage.checkpoint)
+                if isinstance(record, str):
+                    yield _import_problem(record, stage)
+                elif record is not None and record.config != stage.decoder:
+                    other = _differences(dict(stage.decoder), dict(record.config))
+                    yield _other_model(stage.checkpoint, "decoder", other, stage)
+            case LoadModel():
+                record = _record(stage.checkpoint)
+                if isinstance(record, str):
+                    yield _import_problem(record, stage)
+                elif record is not None and (other := _model_differs(stage, record)):
+                    yield _other_model(stage.checkpoint, "model", other, stage)
+            case LoadEncoder():
+                for imported, tower in zip(stage.towers, _towers(stage.encoder), strict=True):
+                    record = _record(imported)
+                    if isinstance(record, str):
+                        yield _import_problem(record, stage)
+                    elif record is not None and (other := _tower_differs(tower, record)):
+                        yield _other_model(imported, "encoder", other, stage)
+
+
+def _record(imported: Imported) -> ImportRecord | str | None:
+    """What an imported folder says of itself; None where it was not there to plan with, what is
+    wrong where it cannot be read or is another."""
+    if imported.content.startswith(PLANNED):
+        return None
+    try:
+        record = read_import(imported.folder)
+    except (FileNotFoundError, ValueError) as reason:
+        return str(reason)
+    if record.content != imported.content:
+        return (
+            f"{imported.folder} holds {record.content}, the plan was made with {imported.content}; "
+            "plan again, or import the same checkpoint again"
+        )
+    return record
+
+
+def _import_problem(told: str, stage: Stage) -> Problem:
+    what, _, remedy = told.partition("; ")
+    return Problem(what, remedy or "import the checkpoint again", (label(stage),))
+
+
+def _other_model(imported: Imported, part: str, other: str, stage: Stage) -> Problem:
+    return Problem(
+        f"{imported.folder} holds another {part} than the recipe takes: {other}",
+        f"give the folder of that {part}, or a scale that is made of this one",
+        (label(stage),),
+    )
+
+
+def _towers(encoder: EncoderConfig | FusedEncoder) -> tuple[EncoderConfig, ...]:
+    return encoder.towers if isinstance(encoder, FusedEncoder) else (encoder,)
+
+
+def _tower_differs(tower: EncoderConfig, record: ImportRecord) -> str:
+    """In which fields the weights are not those of a tower; empty where they fit."""
+    there = record.config
+    if not isinstance(there, EncoderConfig):
+        return "it is a language model"
+    wanted, held = ({name: getattr(one, name) for name in TOWER_FIELDS} for one in (tower, there))
+    # Blocks above the one that features are taken from may be missing.
+    blocks = tower.num_layers + 1 + tower.feature_layer
+    if blocks > there.num_layers:
+        wanted, held = wanted | {"num_layers": blocks}, held | {"num_layers": there.num_layers}
+    return _differences(wanted, held)
+
+
+def _model_differs(stage: LoadModel, record: ImportRecord) -> str:
+    """In which parts a folder holds another model; empty where it is the one."""
+    if record.model is None:
+        return "it is no whole vision-language model"
+    return _differences(dict(stage.model), dict(record.model))
+
+
+def _differences(wanted: Mapping[str, object], held: Mapping[str, object]) -> str:
+    """The fields that differ: "hidden_size 2048 (it has 1024)"."""
+    differ = [name for name in wanted if wanted[name] != held.get(name)]
+    told = [f"{name} {wanted[name]} (it has {held.get(name)})" for name in differ[:MAX_FIELDS]]
+    more = len(differ) - len(told)
+    return ", ".join(told) + (f" and {more} more" if more > 0 else "")

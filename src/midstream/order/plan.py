@@ -1,0 +1,431 @@
+"""A stage's plan: row k by its number, filled, joined or padded.
+
+What the layouts of rows share: placements, blocks, what is kept of them. Rows that follow by
+arithmetic: documents joined and cut, and whole examples padded. A stage's plan: every row of it,
+found by its number alone.
+
+Examples side by side in rows as full as they get, block by block.
+
+The blocks have about BLOCK_ROWS rows; their sizes are fixed when the plan is made.
+"""
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import isqrt
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from midstream.config import Budget, Rows
+from midstream.core.tokens import Kept
+from midstream.order.mixture import Quota, Supply, interleaved, quotas_of
+from midstream.order.stream import permuted
+
+# Rows that are laid out at once.
+BLOCK_ROWS = 1024
+KEPT_BLOCKS = 3
+
+# Each is source, example, start, length and caption, then the column where that is known.
+Items = list[list[int]]
+
+
+class Placement(NamedTuple):
+    """`length` positions of an example, from its position `start` on, at `column` of a row.
+
+    `source` numbers the plan's `names`. An example's image patches are its first positions.
+    `caption` is 0 for the example's own text, n for its picture's n-th synthetic caption.
+    """
+
+    source: int
+    example: int
+    start: int
+    length: int
+    caption: int
+    column: int
+
+
+def without_cache(layout: Any) -> dict[str, Any]:
+    """The state of a layout without what it keeps: that is made anew in a worker process."""
+    return {name: value for name, value in layout.__dict__.items() if not name.startswith("_")}
+
+
+# How full packed rows are made, in thousandths: what is left lets nearly every text stay whole.
+FILL = 997
+# Plans of up to this many blocks know each block's rows; larger ones give all blocks the same
+# number: that of the fullest of this many and spare ones.
+CHECKED_BLOCKS = 512
+# Blocks that were not looked at differ by chance; a million of them stay within this.
+SPARE_DEVIATIONS = 6
+
+
+class Filled:
+    """Examples side by side, kept apart by segments, each row as full as its block allows.
+
+    Whole examples go first, each into the fullest row that it fits; texts follow likewise, and
+    those that fit nowhere are cut to fill what is left.
+    """
+
+    def __init__(self, quotas: Sequence[Quota], row_length: int, key: str) -> None:
+        self.quotas, self.row_length, self.key = tuple(quotas), row_length, key
+        tokens = sum(quota.tokens for quota in quotas)
+        alone = sum(q.examples for q in quotas if q.by_count and not q.divisible)
+        expected = max(1000 * tokens // (FILL * row_length), alone)
+        self.num_blocks = max(1, round(expected / BLOCK_ROWS))
+        checked = min(self.num_blocks, CHECKED_BLOCKS)
+        blocks = [number * self.num_blocks // checked for number in range(checked)]
+        needed = [len(self._pack(block, None)) for block in blocks]
+        if checked == self.num_blocks:
+            self.first_rows, self.block_rows = np.cumsum([0, *needed]), 0
+        else:
+            self.first_rows, self.block_rows = np.zeros(0), _rows_for_all(needed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return without_cache(self)
+
+    def __len__(self) -> int:
+        return self.num_blocks * self.block_rows or int(self.first_rows[-1])
+
+    def sees_all(self, index: int) -> bool:
+        """Whether the documents of the row see each other."""
+        return False
+
+    def row(self, index: int) -> list[Placement]:
+        """What stands in a row."""
+        if self.block_rows:
+            block, inside = divmod(index, self.block_rows)
+        else:
+            block = int(np.searchsorted(self.first_rows, index, side="right")) - 1
+            inside = index - int(self.first_rows[block])
+        return list(map(Placement._make, self._kept[block][inside]))
+
+    @cached_property
+    def _kept(self) -> Kept[int, list[Items]]:
+        return Kept(self._shuffled, KEPT_BLOCKS)
+
+    def _shuffled(self, block: int) -> list[Items]:
+        packed = self._pack(block, self.block_rows or None)
+        # Packing sorts by length; the seeded order keeps every part of the block alike.
+        order = permuted(np.arange(len(packed)), len(packed), f"{self.key}/block {block}")
+        return [with_columns(packed[row]) for row in order.tolist()]
+
+    def _pack(self, block: int, num_rows: int | None) -> list[Items]:
+        whole, text = self._items(block)
+        packer = Packer(self.row_length)
+        for item in whole[np.argsort(-whole[:, 3], kind="stable")].tolist():
+            packer.add(item)
+        tokens = int(whole[:, 3].sum() + text[:, 3].sum())
+        room = num_rows or max(len(packer.rows), -(-1000 * tokens // (FILL * self.row_length)), 1)
+        if len(packer.rows) > room or tokens > room * self.row_length:
+            raise ValueError(
+                f"block {block} of the plan needs {len(packer.rows):,} rows and {tokens:,} tokens, "
+                f"it has {room:,} rows of {self.row_length}; choose another seed"
+            )
+        left = []
+        for item in text[np.argsort(-text[:, 3], kind="stable")].tolist():
+            if not packer.add(item, max_rows=room):
+                left.append(item)
+        packer.pour(left)
+        if num_rows:
+            packer.spread(num_rows)
+        return packer.rows
+
+    def _items(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """[items, 5] of source, example, start, length, caption: whole examples, and text cut to
+        rows."""
+        parts: dict[bool, list[np.ndarray]] = {False: [], True: []}
+        for number, quota in enumerate(self.quotas):
+            found = quota.block(block, self.num_blocks)
+            examples, starts, lengths = found.examples, found.starts, found.lengths
+            captions = found.captions
+            if quota.divisible:
+                pieces = -(-lengths // self.row_length)
+                examples = np.repeat(examples, pieces)
+                inside = np.arange(len(examples)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+                lengths = np.minimum(
+                    self.row_length, np.repeat(lengths, pieces) - inside * self.row_length
+                )
+                starts = np.repeat(starts, pieces) + inside * self.row_length
+                captions = np.zeros_like(examples)
+            source = np.full_like(examples, number)
+            columns = [source, examples, starts, lengths, captions]
+            parts[quota.divisible].append(np.stack(columns, axis=1))
+        empty = np.zeros((0, 5), dtype=np.int64)
+        return np.concatenate([empty, *parts[False]]), np.concatenate([empty, *parts[True]])
+
+
+class Packer:
+    """Rows that items (source, example, start, length, caption) are put into."""
+
+    def __init__(self, row_length: int) -> None:
+        self.row_length = row_length
+        self.rows: list[Items] = []
+        # (positions left, row) of the rows that are not full, in ascending order.
+        self._room: list[tuple[int, int]] = []
+
+    def add(self, item: list[int], max_rows: int | None = None) -> bool:
+        """Put an item into the fullest row that it fits, or a new one; False if there is none."""
+        size = item[3]
+        at = bisect_left(self._room, (size, -1))
+        if at < len(self._room):
+            left, row = self._room.pop(at)
+            self.rows[row].append(item)
+        elif max_rows is None or len(self.rows) < max_rows:
+            left, row = self.row_length, len(self.rows)
+            self.rows.append([item])
+        else:
+            return False
+        if left > size:
+            insort(self._room, (left - size, row))
+        return True
+
+    def pour(self, items: list[list[int]]) -> None:
+        """Cut items to fill the emptiest rows."""
+        for source, example, start, length, caption in items:
+            while length:
+                left, row = self._room.pop()
+                size = min(left, length)
+                self.rows[row].append([source, example, start, size, caption])
+                start, length = start + size, length - size
+                if left > size:
+                    insort(self._room, (left - size, row))
+
+    def spread(self, num_rows: int) -> None:
+        """Bring the rows to their fixed number: from those with the most items, one each."""
+        while len(self.rows) < num_rows:
+            fullest = max(range(len(self.rows)), key=lambda row: len(self.rows[row]))
+            many = len(self.rows[fullest]) > 1
+            self.rows.append([self.rows[fullest].pop()] if many else [])
+
+
+def _rows_for_all(needed: Sequence[int]) -> int:
+    """Rows that a block needs at most, from what some blocks need; in whole numbers, so that
+    every machine plans alike."""
+    count, total = len(needed), sum(needed)
+    spread = count * sum(rows * rows for rows in needed) - total * total
+    likely = -(-total // count) + isqrt(SPARE_DEVIATIONS**2 * spread) // count + 1
+    return max(likely, max(needed) + 2 + max(needed) // 500)
+
+
+def with_columns(items: Items) -> Items:
+    """Items side by side: each with the column where it begins."""
+    found, column = [], 0
+    for item in items:
+        found.append([*item, column])
+        column += item[3]
+    return found
+
+
+class Joined:
+    """Documents one behind the other, cut at the row length, seeing each other (OpenLM's rows).
+
+    The rows are shuffled in windows of BLOCK_ROWS.
+    """
+
+    def __init__(
+        self, quotas: Sequence[Quota], numbers: Sequence[int], row_length: int, key: str
+    ) -> None:
+        self.quotas = [quotas[number] for number in numbers]
+        self.numbers, self.row_length, self.key = list(numbers), row_length, key
+        self.tokens = sum(quota.tokens for quota in self.quotas)
+        self.num_blocks = max(1, self.tokens // (BLOCK_ROWS * row_length))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return without_cache(self)
+
+    def __len__(self) -> int:
+        return -(-self.tokens // self.row_length)
+
+    def sees_all(self, index: int) -> bool:
+        """Whether the documents of the row see each other."""
+        return True
+
+    def row(self, index: int) -> list[Placement]:
+        """What stands in a row."""
+        window, inside = divmod(index, BLOCK_ROWS)
+        low = (window * BLOCK_ROWS + self._orders[window][inside]) * self.row_length
+        high = min(low + self.row_length, self.tokens)
+        block = low * self.num_blocks // self.tokens
+        kept = self._kept[block]
+        while not kept.before <= low < kept.after:
+            block += 1 if kept.before <= low else -1
+            kept = self._kept[block]
+        found: list[Placement] = []
+        kept.place(low, high, found)
+        while kept.after < high:
+            block += 1
+            kept = self._kept[block]
+            kept.place(low, high, found)
+        return found
+
+    @cached_property
+    def _orders(self) -> Kept[int, list[int]]:
+        # Rows of one long document would come one after the other.
+        def order(window: int) -> list[int]:
+            size = min(BLOCK_ROWS, len(self) - window * BLOCK_ROWS)
+            found: list[int] = permuted(np.arange(size), size, f"{self.key}/rows {window}").tolist()
+            return found
+
+        return Kept(order, KEPT_BLOCKS)
+
+    @cached_property
+    def _kept(self) -> Kept[int, "JoinedBlock"]:
+        return Kept(self._load, KEPT_BLOCKS)
+
+    def _before(self, block: int) -> int:
+        return sum(quota.before(block, self.num_blocks) for quota in self.quotas)
+
+    def _load(self, block: int) -> "JoinedBlock":
+        stretches = [quota.block(block, self.num_blocks) for quota in self.quotas]
+        number, place = interleaved(stretches)
+        first = np.cumsum([0, *(len(stretch.examples) for stretch in stretches)])[:-1]
+        at = first[number] + place
+        example, start, length = (
+            np.concatenate([getattr(stretch, name) for stretch in stretches])[at]
+            for name in ("examples", "starts", "lengths")
+        )
+        items = np.stack([np.array(self.numbers)[number], example, start], axis=1)
+        before = self._before(block)
+        ends = (before + np.cumsum(length)).tolist()
+        return JoinedBlock(before, self._before(block + 1), items.tolist(), ends)
+
+
+@dataclass(frozen=True)
+class JoinedBlock:
+    """Tokens `before` to `after` of a plan: source, example and start of each piece, its end."""
+
+    before: int
+    after: int
+    items: Items
+    ends: list[int]
+
+    def place(self, low: int, high: int, found: list[Placement]) -> None:
+        """Add what stands between two tokens to a row that begins at `low`."""
+        item = bisect_right(self.ends, low)
+        begin = self.ends[item - 1] if item else self.before
+        while begin < high and item < len(self.ends):
+            source, example, start = self.items[item]
+            end, first = self.ends[item], max(begin, low)
+            size = min(end, high) - first
+            found.append(Placement(source, example, start + first - begin, size, 0, first - low))
+            begin, item = end, item + 1
+
+
+class Padded:
+    """One whole example a row and padding behind it (the paper); text in joined rows between."""
+
+    def __init__(self, quotas: Sequence[Quota], row_length: int, key: str) -> None:
+        self.row_length, self.key = row_length, key
+        text = [number for number, quota in enumerate(quotas) if quota.divisible]
+        self.numbers = [number for number in range(len(quotas)) if number not in text]
+        self.whole = [replace(quotas[number], by_count=True) for number in self.numbers]
+        self.text = Joined(quotas, text, row_length, key)
+        self.num_rows = len(self.text) + sum(quota.examples for quota in self.whole)
+        self.num_blocks = max(1, self.num_rows // BLOCK_ROWS)
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def sees_all(self, index: int) -> bool:
+        """Whether the documents of the row see each other."""
+        return self._find(index)[0] == len(self.whole)
+
+    def row(self, index: int) -> list[Placement]:
+        """What stands in a row."""
+        number, place = self._find(index)
+        if number == len(self.whole):
+            return self.text.row(place)
+        found = self.whole[number].stream.places(place, place + 1)
+        example, length, caption = (
+            int(values[0]) for values in (found.examples, found.lengths, found.captions)
+        )
+        return [Placement(self.numbers[number], example, 0, length, caption, 0)]
+
+    def _bounds(self, block: int) -> list[int]:
+        # Examples of each source, and rows of text, before a block.
+        whole = [quota.before(block, self.num_blocks) for quota in self.whole]
+        return [*whole, len(self.text) * block // self.num_blocks]
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """Which source a row is of (behind the last one: text), and its place there."""
+        block = index * self.num_blocks // self.num_rows
+        while sum(self._bounds(block + 1)) <= index:
+            block += 1
+        while sum(self._bounds(block)) > index:
+            block -= 1
+        low, high = self._bounds(block), self._bounds(block + 1)
+        size = sum(high) - sum(low)
+        inside = np.array([index - sum(low)])
+        slot = int(permuted(inside, size, f"{self.key}/block {block}")[0])
+        for number, (first, last) in enumerate(zip(low, high, strict=True)):
+            if slot < last - first:
+                return number, first + slot
+            slot -= last - first
+        raise AssertionError("the slots of a block are those of its sources")
+
+
+@runtime_checkable
+class Layout(Protocol):
+    """Rows by number."""
+
+    def __len__(self) -> int:
+        """Rows."""
+
+    def row(self, index: int) -> list[Placement]:
+        """What stands in a row."""
+
+    def sees_all(self, index: int) -> bool:
+        """Whether the documents of the row see each other."""
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Every row of a stage."""
+
+    quotas: tuple[Quota, ...]
+    rows: Rows
+    layout: Layout
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The sources, as `Placement.source` numbers them."""
+        return tuple(quota.name for quota in self.quotas)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps; the last one may hold fewer rows."""
+        return -(-len(self) // self.rows.batch_rows)
+
+    @property
+    def seen_tokens(self) -> int:
+        """Positions that are not padding, over all rows."""
+        return sum(quota.tokens for quota in self.quotas)
+
+    def examples_of(self, source: int, at_once: int = 4096) -> Iterator[np.ndarray]:
+        """The whole examples that the plan takes of a source, some at a time, in its order."""
+        quota = self.quotas[source]
+        for low in range(0, quota.examples, at_once):
+            yield quota.stream.places(low, min(low + at_once, quota.examples)).examples
+
+
+def make_plan(supplies: Sequence[Supply], budget: Budget, rows: Rows, seed: int) -> RowPlan:
+    """Plan a stage; nothing is listed, so that time and memory do not grow with the plan.
+
+    Raises ValueError for an unknown source, a budget that cannot be met, or examples that stay
+    whole in the joined layout.
+    """
+    quotas = tuple(quotas_of(supplies, budget, row_length=rows.row_length, seed=seed))
+    if rows.layout == "joined":
+        whole = [quota.name for quota in quotas if not quota.divisible]
+        if whole:
+            raise ValueError(
+                f"the joined layout is for text only, {whole} are none; choose filled or padded"
+            )
+        return RowPlan(quotas, rows, Joined(quotas, range(len(quotas)), rows.row_length, str(seed)))
+    if rows.layout == "padded":
+        return RowPlan(quotas, rows, Padded(quotas, rows.row_length, str(seed)))
+    return RowPlan(quotas, rows, Filled(quotas, rows.row_length, str(seed)))

@@ -1,0 +1,409 @@
+"""What the studies have in common: lines, scales, sources, public models.
+
+What the studies of one text run have in common: how a line starts, anneals and ends. What one size
+of the study is made of.
+
+Public models along whose own checkpoints a study can go: their sizes and revisions.
+
+Five revisions of each, nearest to 20, 40, 60, 80 and 100 % of the run. Tokens and rates at them are
+those of `study/families.py`. Sizes are of the published model: an import adds rows for new tokens
+where its embedding has none to spare.
+
+The paper's data as sources: captions, texts and their shares, what plans expect of them, and
+where they and imported models lie.
+
+K, I and U as in `paper_scale.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from midstream.config import (
+    AdamW,
+    AnyDecoderConfig,
+    Budget,
+    Caption,
+    ContinuedCosine,
+    Evaluation,
+    ExpectedSource,
+    PatchProjection,
+    PublicFolder,
+    Rows,
+    TokenizerFile,
+    Training,
+    TransformersDecoderConfig,
+    WarmupCosine,
+)
+from midstream.core.identity import WorldFingerprint, world_fingerprint
+from midstream.study.families import known_checkpoint
+from midstream.study.imported import Position, as_imported
+from midstream.study.stages import (
+    PLANNED,
+    Continue,
+    ContinueFrom,
+    EncoderStage,
+    Evaluate,
+    Finetune,
+    FromScratch,
+    Imported,
+    LoadDecoder,
+    Prepare,
+    Pretrain,
+)
+from midstream.study.studies import Line
+
+# Every schedule but the fine-tuning's ends here (run records of the paper).
+END_RATE = 3e-5
+# The text run has no rate to continue there, so that it is warmed up again (paper, section 3.1).
+REWARMED = (0.0, 1.0)
+FINETUNING = AdamW(weight_decay=0.1, decay="matrices", z_loss=0.0)
+
+
+def start_at(text: Pretrain, completion: float) -> FromScratch | ContinueFrom:
+    """The initialiser at 0, else the text run's milestone."""
+    return ContinueFrom(stage=text, completion=completion) if completion else FromScratch()
+
+
+def image_text_schedule(completion: float, rewarm_rate: float) -> WarmupCosine | ContinuedCosine:
+    """Re-warmed where the text schedule has no rate to continue: at 0 % and 100 % (paper, 3.1)."""
+    if completion in REWARMED:
+        return WarmupCosine(peak_rate=rewarm_rate, end_rate=END_RATE, warmup_fraction=0.05)
+    return ContinuedCosine(end_rate=END_RATE)
+
+
+def finetuned_line(
+    continued: Continue, budget: Budget, rate: float, asked: Evaluation, completion: float
+) -> Line:
+    """Fine-tune and evaluate an image-text model, in its own rows and with its own seed.
+
+    An encoder that the image-text stage trains is trained here too.
+    """
+    seed = continued.training.seed
+    finetuned = Finetune(
+        start=continued,
+        training=Training(
+            budget=budget,
+            rows=continued.training.rows,
+            optimizer=FINETUNING,
+            schedule=WarmupCosine(peak_rate=rate, end_rate=0.0, warmup_fraction=0.05),
+            encoder_rate_factor=continued.training.encoder_rate_factor,
+            seed=seed,
+        ),
+    )
+    return Line(
+        name=f"text {completion:.0%}, seed {seed}",
+        axes={"text_completion": completion * 100, "seed": seed},
+        result=Evaluate(of=finetuned, evaluation=asked),
+    )
+
+
+Encoder = EncoderStage | PatchProjection
+COMPLETIONS = (0.2, 0.4, 0.6, 0.8, 1.0)
+DATACOMP_DR = "DataComp-DR"
+# Text sources and their shares of the text, which add up to 1.
+TextMixture = tuple[tuple[str, float], ...]
+
+
+class CaptionSet(NamedTuple):
+    """A source of captions, and which of a picture's captions is seen."""
+
+    source: str
+    caption: Caption = "original"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One size of the whole study.
+
+    `text` is the text run, or the imported checkpoints along one by their completion; `text_rates`
+    are (tokens, rate) along the run that those are from, for figures. `captions` maps the paper's
+    names of caption sets to sources and the caption seen, `encoders` its names of encoders.
+    `text_sources` is the text of the image-text stage. `by` is what shares of the image-text stage
+    are of. `image_text_seed` fixes that stage where repetitions differ in fine-tuning alone, as the
+    paper's do; None: the whole line has the repetition's seed. `notes` are for a study's reader.
+    """
+
+    name: str
+    decoder: AnyDecoderConfig
+    data: Prepare
+    text: Pretrain | Mapping[float, LoadDecoder]
+    encoders: Mapping[str, Encoder]
+    captions: Mapping[str, CaptionSet]
+    text_sources: TextMixture
+    instruct_source: str
+    image_text_tokens: int
+    rewarm: WarmupCosine
+    rows: Rows
+    finetune_rows: Rows
+    optimizer: AdamW
+    finetune_rate: float
+    asked: Evaluation
+    seeds: tuple[int, ...] = (7,)
+    image_text_seed: int | None = None
+    by: Literal["tokens", "sequences"] = "tokens"
+    sampling: Literal["permutation", "replacement"] = "permutation"
+    max_epochs: int = 1
+    end_rate: float = END_RATE
+    text_rates: tuple[tuple[int, float], ...] = ()
+    notes: tuple[str, ...] = ()
+    others: Mapping[str, "Scale"] = field(default_factory=dict)
+
+    @property
+    def completions(self) -> tuple[float, ...]:
+        """The shares of the text run that there are weights at, above 0."""
+        return COMPLETIONS if isinstance(self.text, Pretrain) else tuple(self.text)
+
+    def start(self, completion: float) -> FromScratch | ContinueFrom:
+        """The initialiser at 0, else the text run at that share of its tokens."""
+        if not completion:
+            return FromScratch()
+        return ContinueFrom(**self.text_at(completion))
+
+    def text_at(self, completion: float) -> dict[str, Pretrain | LoadDecoder | float]:
+        """The stage whose weights stand at `completion`, and where in it, for `ContinueFrom`."""
+        if isinstance(self.text, Pretrain):
+            return {"stage": self.text, "completion": completion}
+        if completion not in self.text:
+            known = ", ".join(f"{share:.0%}" for share in self.text)
+            raise ValueError(
+                f"scale {self.name} has checkpoints at {known}, none at {completion:.0%}; import "
+                "one there, or run the text of a size of the paper here (text='trained')"
+            )
+        return {"stage": self.text[completion], "completion": 1.0}
+
+
+SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+@dataclass(frozen=True)
+class PublicModel:
+    """A repository of the hub, its sizes, and by share of its run the revision to import.
+
+    None as a revision is the branch main.
+    """
+
+    repository: str
+    decoder: TransformersDecoderConfig
+    revisions: Mapping[float, str | None]
+
+    def position(self, share: float) -> Position:
+        """Tokens and rates at a share's revision, as published."""
+        known = known_checkpoint(self.repository, self.revisions[share])
+        assert known is not None, f"{self.repository} is in the table of families"
+        return known.position
+
+    def source(self, share: float) -> str:
+        """What `midstream import` is given: the repository and its revision."""
+        revision = self.revisions[share]
+        return self.repository if revision is None else f"{self.repository} --revision {revision}"
+
+
+def _neox(hidden: int, layers: int, heads: int) -> TransformersDecoderConfig:
+    # Biases and two norms a block, both matrices of the vocabulary (modelling file of gpt_neox).
+    vocabulary = 50_304
+    block = 12 * hidden**2 + 13 * hidden
+    return TransformersDecoderConfig(
+        model_type="gpt_neox",
+        settings={"max_position_embeddings": 2048},
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        vocab_size=vocabulary,
+        num_parameters=2 * vocabulary * hidden + layers * block + 2 * hidden,
+        tied_embeddings=False,
+    )
+
+
+def _pythia(size: str, hidden: int, layers: int, heads: int) -> PublicModel:
+    # Of 143,000 steps every thousandth is kept; some repositories have the last one as main alone.
+    steps = (29_000, 57_000, 86_000, 114_000)
+    named: dict[float, str | None] = {
+        share: f"step{step}" for share, step in zip(SHARES, steps, strict=False)
+    }
+    return PublicModel(
+        f"EleutherAI/pythia-{size}", _neox(hidden, layers, heads), named | {1.0: None}
+    )
+
+
+def _smollm2(size: str, hidden: int, layers: int, heads: int, kv: int, wide: int) -> PublicModel:
+    # The card of 360M: every 160,000 of its 2,600,000 steps.
+    vocabulary = 49_152
+    block = 2 * hidden**2 + 2 * hidden * hidden * kv // heads + 3 * hidden * wide + 2 * hidden
+    decoder = TransformersDecoderConfig(
+        model_type="llama",
+        settings={"max_position_embeddings": 8192},
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        vocab_size=vocabulary,
+        num_parameters=vocabulary * hidden + layers * block + hidden,
+        tied_embeddings=True,
+    )
+    steps = (480_000, 1_120_000, 1_600_000, 2_080_000, 2_560_000)
+    return PublicModel(
+        f"HuggingFaceTB/SmolLM2-{size}-intermediate-checkpoints",
+        decoder,
+        {share: f"step-{step}" for share, step in zip(SHARES, steps, strict=True)},
+    )
+
+
+def _olmo2_1b() -> PublicModel:
+    hidden, layers, wide, vocabulary = 2048, 16, 8192, 100_352
+    block = 4 * hidden**2 + 3 * hidden * wide + 4 * hidden
+    decoder = TransformersDecoderConfig(
+        model_type="olmo2",
+        settings={"max_position_embeddings": 4096},
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=16,
+        vocab_size=vocabulary,
+        num_parameters=2 * vocabulary * hidden + layers * block + hidden,
+        tied_embeddings=False,
+    )
+    # Stage 1 alone: stage 2 anneals on other data. Names round tokens up (publishers' scripts).
+    steps = (
+        "380000-tokens797B",
+        "760000-tokens1594B",
+        "1140000-tokens2391B",
+        "1530000-tokens3209B",
+        "1907359-tokens4001B",
+    )
+    return PublicModel(
+        "allenai/OLMo-2-0425-1B",
+        decoder,
+        {share: f"stage1-step{step}" for share, step in zip(SHARES, steps, strict=True)},
+    )
+
+
+PUBLIC_MODELS: Mapping[str, PublicModel] = {
+    "pythia-70m": _pythia("70m", 512, 6, 8),
+    "pythia-160m": _pythia("160m", 768, 12, 12),
+    "pythia-410m": _pythia("410m", 1024, 24, 16),
+    "pythia-1.4b": _pythia("1.4b", 2048, 24, 16),
+    "smollm2-360m": _smollm2("360M", 960, 32, 15, 5, 2560),
+    "olmo2-1b": _olmo2_1b(),
+}
+
+
+# One source's name, or shares by source.
+TextGiven = str | Mapping[str, float | int] | None
+# K: DCLM-baseline, StarCoder and ProofPile in the text run, MathPile in the image-text stage
+# (paper, 2.1.1 and 2.1.2; its appendix A names DCLM alone). I: 3.8T and 0.3T tokens put one behind
+# the other (run records), so that DCLM is 92 %. U: how the rest is divided; about as the public
+# sizes of StarCoder (250B tokens) and ProofPile-2 (55B) are.
+_DCLM, _CODE, _MATHS = 0.92, 0.065, 0.015
+TEXT_RUN: TextMixture = (("dclm", _DCLM), ("starcoder", _CODE), ("proofpile", _MATHS))
+IMAGE_TEXT: TextMixture = (("dclm", _DCLM), ("starcoder", _CODE), ("mathpile", _MATHS))
+PRIVATE = "Shutterstock"
+# K: tokens of the text run's data as the records tokenised it.
+_TEXT_TOKENS = 4_172_903_282_931
+
+
+def caption_sets(datacomp_dr: Caption) -> dict[str, CaptionSet]:
+    """The caption sets of Table 4 by their names there.
+
+    DataComp-DR has five synthetic captions a picture and no text of its own (K); which of them the
+    paper saw is U. The others have the texts that their pictures came with (I).
+    """
+    return {
+        "DataComp": CaptionSet("datacomp"),
+        DATACOMP_DR: CaptionSet("datacompdr", datacomp_dr),
+        "CC12M": CaptionSet("cc12m"),
+        PRIVATE: CaptionSet("shutterstock"),
+    }
+
+
+def text_mixture_of(given: TextGiven) -> TextMixture | None:
+    """A user's text mixture; None where there is none.
+
+    Raises ValueError for shares that are not positive or do not add up to 1.
+    """
+    if not given:
+        return None
+    shares = {given: 1.0} if isinstance(given, str) else dict(given)
+    if any(share <= 0 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-9:
+        raise ValueError(
+            f"text_mixture's shares are above 0 and add up to 1, these are {shares} and add up to "
+            f"{sum(shares.values()):g}"
+        )
+    return tuple((source, float(share)) for source, share in shares.items())
+
+
+def _text(name: str, examples: int, tokens: int) -> ExpectedSource:
+    return ExpectedSource(
+        name=name, kind="text", num_examples=examples, num_tokens=tokens, num_targets=tokens
+    )
+
+
+# K: numbers of pictures (DataComp-1B and its DR, CC12M as on the hub, LLaVA's without text-only
+# conversations) and of all text tokens. I: tokens by text source, from the shares. U: documents of
+# a text source, MathPile's 9.5B tokens, caption length (30 tokens with its separators), text of a
+# conversation (the 295 positions that 729 patches leave of 1,024, 120 of them answers).
+# Shutterstock is private: as many as CC12M.
+EXPECTED = (
+    _text("dclm", 2_950_000_000, round(_DCLM * _TEXT_TOKENS)),
+    _text("starcoder", 207_000_000, round(_CODE * _TEXT_TOKENS)),
+    _text("proofpile", 22_000_000, round(_MATHS * _TEXT_TOKENS)),
+    _text("mathpile", 900_000, 9_500_000_000),
+    *(
+        ExpectedSource(
+            name=name,
+            kind="caption",
+            num_examples=number,
+            num_images=number,
+            num_tokens=30 * number,
+            num_targets=29 * number,
+        )
+        for name, number in (
+            ("datacompdr", 1_280_000_000),
+            ("datacomp", 1_280_000_000),
+            ("cc12m", 10_970_000),
+            ("shutterstock", 10_970_000),
+        )
+    ),
+    ExpectedSource(
+        name="llava",
+        kind="instruct",
+        num_examples=624_610,
+        num_images=624_610,
+        num_tokens=295 * 624_610,
+        num_targets=120 * 624_610,
+    ),
+)
+
+
+def world(inputs: Path | None, tokenizer: Path | None) -> Prepare:
+    """The world of `inputs`, in the tokens of its own tokenizer.json or of another file.
+
+    Raises FileNotFoundError where `inputs` is given and the tokenizer is not there.
+    """
+    root = Path("data") if inputs is None else inputs / "data"
+    path = tokenizer or root / "tokenizer.json"
+    fingerprint: WorldFingerprint | None = None
+    tokenizer_file = TokenizerFile(path=path, sha256=PLANNED)
+    if inputs is not None:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist; `inputs` is the folder of recipes/scales.py, its world "
+                "has the tokenizer's file beside its sources"
+            )
+        fingerprint, tokenizer_file = world_fingerprint(root), TokenizerFile.read(path)
+    return Prepare(
+        world=PublicFolder(root=root, fingerprint=fingerprint),
+        tokenizer=tokenizer_file,
+        expected=EXPECTED,
+    )
+
+
+def imported(inputs: Path | None, part: str, name: str, source: str) -> Imported:
+    """A folder of `midstream import` under `inputs`; planned where it is not there.
+
+    A study that does not use a checkpoint or an encoder can be run without its folder. `source` is
+    what an import makes it of; empty: nothing public.
+    """
+    folder = Path(part) / name if inputs is None else inputs / part / name
+    if inputs is None or not folder.is_dir():
+        return Imported(folder=folder, content=f"{PLANNED} {part}/{name}", source=source)
+    return as_imported(folder).model_copy(update={"source": source})

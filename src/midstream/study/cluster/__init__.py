@@ -1,1 +1,0 @@
-"""A study as jobs of a Slurm cluster."""

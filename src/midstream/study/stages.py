@@ -1,0 +1,414 @@
+"""The kinds of stage, and what their weights came from.
+
+From a stage back to what its weights came from.
+
+The kinds of stage: frozen values that name their parents, with an identity each.
+
+Those before the first picture are in `first_stages.py`, and named here too.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, model_validator
+
+from midstream.config import (
+    AnyDecoderConfig,
+    AnyEncoderConfig,
+    Attention,
+    Config,
+    Evaluation,
+    Fraction,
+    Overflow,
+    PatchProjection,
+    ProjectorConfig,
+    Training,
+    VLMConfig,
+)
+from midstream.config.training import check_end
+from midstream.study.first_stages import (
+    PLANNED,
+    DataStage,
+    EncoderStage,
+    FuseEncoders,
+    Imported,
+    LoadDecoder,
+    LoadEncoder,
+    Prepare,
+    PrepareSource,
+    PrepareTokenizer,
+    PrepareWorld,
+    Pretrain,
+    StageBase,
+    TrainEncoder,
+)
+
+__all__ = [
+    "PLANNED",
+    "Continue",
+    "ContinueFrom",
+    "DataStage",
+    "EncoderStage",
+    "Evaluate",
+    "Finetune",
+    "FromScratch",
+    "FuseEncoders",
+    "Imported",
+    "InitFrom",
+    "LoadDecoder",
+    "LoadEncoder",
+    "LoadModel",
+    "Prepare",
+    "PrepareSource",
+    "PrepareTokenizer",
+    "PrepareWorld",
+    "Pretrain",
+    "Ranked",
+    "Stage",
+    "StageBase",
+    "StartText",
+    "TrainEncoder",
+    "Trained",
+    "overflow_of",
+    "stage_from_json",
+]
+
+AnyEncoderSource = Annotated[EncoderStage | PatchProjection, Field(discriminator="kind")]
+
+
+class FromScratch(Config):
+    """Start from the initialiser."""
+
+    kind: Literal["from_scratch"] = "from_scratch"
+
+
+class ContinueFrom(Config):
+    """Start from a text run's milestone, or from an imported model: weights and schedule position.
+
+    `optimizer` says whether Adam's moments come along (carry), start at zero (fresh, as OpenLM's
+    `--pretrained` does), or start at zero while the rate rises to the schedule's (warm).
+    """
+
+    kind: Literal["continue_from"] = "continue_from"
+    stage: Annotated[Pretrain | LoadDecoder, Field(discriminator="kind")]
+    completion: Fraction = 1.0
+    optimizer: Literal["carry", "fresh", "warm"] = "fresh"
+
+    @model_validator(mode="after")
+    def _held(self) -> "ContinueFrom":
+        _check_held(self.stage, self.completion)
+        return self
+
+
+class InitFrom(Config):
+    """Start from an earlier image-text stage: the weights that it ended with, and its rate there.
+
+    Or from an imported vision-language model. Moments are not kept: they start at zero (fresh), or
+    so while the rate rises (warm).
+    """
+
+    kind: Literal["init_from"] = "init_from"
+    stage: Annotated["Continue | LoadModel", Field(discriminator="kind")]
+    optimizer: Literal["fresh", "warm"] = "fresh"
+
+
+class StartText(Config):
+    """Fine-tune a text model directly: an encoder beside it, a projector from the initialiser.
+
+    `optimizer` as in `ContinueFrom`; the data is that of the text model.
+    """
+
+    kind: Literal["start_text"] = "start_text"
+    stage: Annotated[Pretrain | LoadDecoder, Field(discriminator="kind")]
+    completion: Fraction = 1.0
+    optimizer: Literal["carry", "fresh", "warm"] = "fresh"
+    encoder: AnyEncoderSource
+    projector: ProjectorConfig = ProjectorConfig()
+    attention: Attention = "segments"
+
+    @model_validator(mode="after")
+    def _held(self) -> "StartText":
+        _check_held(self.stage, self.completion)
+        return self
+
+    @property
+    def data(self) -> Prepare:
+        """The prepared world, that of the text model."""
+        return self.stage.data
+
+    @property
+    def encoder_stage(self) -> EncoderStage | None:
+        """Where the encoder's weights come from; None for a patch projection."""
+        return None if isinstance(self.encoder, PatchProjection) else self.encoder
+
+    @property
+    def model(self) -> VLMConfig:
+        """The text model and what it will see with, before anything is trained."""
+        return VLMConfig(
+            decoder=self.stage.decoder,
+            encoder=_sees(self.encoder),
+            projector=self.projector,
+            attention=self.attention,
+            owns_encoder=self.encoder_stage is None,
+        )
+
+
+def _check_held(stage: Pretrain | LoadDecoder, completion: float) -> None:
+    if isinstance(stage, LoadDecoder) and completion != 1.0:
+        raise ValueError(f"an imported model has no weights at {completion:.0%} but its own (100%)")
+
+
+def _check_moments(optimizer: str, training: Training) -> None:
+    if optimizer == "carry" and training.freeze_decoder:
+        raise ValueError(
+            "optimizer='carry' is given, but the decoder is frozen and has no moments; choose "
+            "optimizer='fresh'"
+        )
+
+
+def _sees(encoder: EncoderStage | PatchProjection) -> AnyEncoderConfig:
+    return encoder if isinstance(encoder, PatchProjection) else encoder.encoder
+
+
+def _check_room(model: VLMConfig, training: Training) -> None:
+    patches = model.encoder.num_patches if model.encoder is not None else 0
+    length = training.rows.row_length
+    if patches >= length:
+        raise ValueError(
+            f"an image takes {patches} positions, a row has {length}; raise row_length, or lower "
+            "the encoder's image_size"
+        )
+
+
+class LoadModel(StageBase):
+    """An imported vision-language model as an image-text stage that is done; `data` must speak its
+    tokens.
+
+    `encoder` loads the towers that were imported with it; a map of patches is the model's own.
+    """
+
+    kind: Literal["load_model"] = "load_model"
+    data: Prepare
+    checkpoint: Imported
+    encoder: Annotated[LoadEncoder | PatchProjection, Field(discriminator="kind")]
+    decoder: AnyDecoderConfig
+    projector: ProjectorConfig
+    attention: Attention
+
+    @property
+    def parents(self) -> "tuple[Stage, ...]":
+        encoder = self.encoder_stage
+        return (self.data.vocabulary, *(() if encoder is None else (encoder,)))
+
+    @property
+    def encoder_stage(self) -> LoadEncoder | None:
+        """Where the encoder's weights come from; None for a patch projection."""
+        return None if isinstance(self.encoder, PatchProjection) else self.encoder
+
+    @property
+    def model(self) -> VLMConfig:
+        """The model this stage loads."""
+        return VLMConfig(
+            decoder=self.decoder,
+            encoder=_sees(self.encoder),
+            projector=self.projector,
+            attention=self.attention,
+            owns_encoder=self.encoder_stage is None,
+        )
+
+
+class Continue(StageBase):
+    """Image-text training: from scratch, a milestone of a text run, or an earlier such stage."""
+
+    kind: Literal["continue"] = "continue"
+    data: Prepare
+    encoder: AnyEncoderSource
+    decoder: AnyDecoderConfig
+    projector: ProjectorConfig = ProjectorConfig()
+    attention: Attention = "segments"
+    start: Annotated[FromScratch | ContinueFrom | InitFrom, Field(discriminator="kind")]
+    training: Training
+
+    @model_validator(mode="after")
+    def _room(self) -> "Continue":
+        _check_room(self.model, self.training)
+        if isinstance(self.start, ContinueFrom):
+            _check_moments(self.start.optimizer, self.training)
+        return self
+
+    @model_validator(mode="after")
+    def _goes_on(self) -> "Continue":
+        if isinstance(self.start, InitFrom):
+            before = self.start.stage
+            for part in ("decoder", "encoder", "projector"):
+                if getattr(self, part) != getattr(before, part):
+                    raise ValueError(
+                        f"the {part} differs from that of {before.name}, which this stage starts "
+                        "from; give it the same"
+                    )
+            if isinstance(before, Continue):
+                check_end(before.training.schedule, self.training.schedule)
+        return self
+
+    @property
+    def parents(self) -> "tuple[Stage, ...]":
+        before = () if isinstance(self.start, FromScratch) else (self.start.stage,)
+        return (*self.data.needed_by(self.training), *self._encoders, *before)
+
+    @property
+    def encoder_stage(self) -> EncoderStage | None:
+        """Where the encoder's weights come from; None for a patch projection."""
+        return None if isinstance(self.encoder, PatchProjection) else self.encoder
+
+    @property
+    def _encoders(self) -> "tuple[Stage, ...]":
+        return () if self.encoder_stage is None else (self.encoder_stage,)
+
+    @property
+    def model(self) -> VLMConfig:
+        """The model this stage trains."""
+        before = isinstance(self.start, InitFrom) and self.start.stage.model.owns_encoder
+        return VLMConfig(
+            decoder=self.decoder,
+            encoder=_sees(self.encoder),
+            projector=self.projector,
+            attention=self.attention,
+            owns_encoder=before
+            or self.encoder_stage is None
+            or self.training.encoder_rate_factor is not None,
+        )
+
+
+class Finetune(StageBase):
+    """Conversations; starts from the weights of an image-text stage or an imported model that sees,
+    or from a text model."""
+
+    kind: Literal["finetune"] = "finetune"
+    start: Annotated[Continue | LoadModel | StartText, Field(discriminator="kind")]
+    training: Training
+
+    @model_validator(mode="after")
+    def _room(self) -> "Finetune":
+        _check_room(self.model, self.training)
+        if isinstance(self.start, StartText):
+            _check_moments(self.start.optimizer, self.training)
+        elif isinstance(self.start, Continue):
+            check_end(self.start.training.schedule, self.training.schedule)
+        return self
+
+    @property
+    def parents(self) -> "tuple[Stage, ...]":
+        before = self.start.stage if isinstance(self.start, StartText) else self.start
+        encoder = self.encoder_stage
+        needed = self.data.needed_by(self.training)
+        return (before, *needed, *(() if encoder is None else (encoder,)))
+
+    @property
+    def identity_fields(self) -> dict[str, Any]:
+        return super().identity_fields | self._reads()
+
+    @property
+    def data(self) -> Prepare:
+        """The prepared world, that of the start."""
+        return self.start.data
+
+    @property
+    def encoder_stage(self) -> EncoderStage | None:
+        """Where the encoder's weights come from before any stage trains them."""
+        return self.start.encoder_stage
+
+    @property
+    def model(self) -> VLMConfig:
+        """The model this stage trains; it owns its encoder once a stage trains that."""
+        before = self.start.model
+        owned = before.owns_encoder or self.training.encoder_rate_factor is not None
+        return before.model_copy(update={"owns_encoder": owned})
+
+
+# What several ranks train together.
+Trained = Pretrain | Continue | Finetune
+
+
+def overflow_of(stage: Trained) -> Overflow:
+    """What becomes of a caption or conversation longer than the stage's rows."""
+    default: Overflow = "cut" if isinstance(stage, Finetune) else "refuse"
+    return stage.training.rows.overflow or default
+
+
+class Evaluate(StageBase):
+    """Benchmarks of one model; `completion` picks a milestone where `of` is a text run."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    of: Annotated[
+        Pretrain | LoadDecoder | LoadModel | Continue | Finetune, Field(discriminator="kind")
+    ]
+    completion: Fraction = 1.0
+    evaluation: Evaluation
+
+    @property
+    def parents(self) -> "tuple[Stage, ...]":
+        sees = isinstance(self.of, LoadModel | Continue | Finetune) and self.of.encoder_stage
+        data = self.of.data
+        return (self.of, data.vocabulary, *data.laid_out, *((sees,) if sees else ()))
+
+    @property
+    def identity_fields(self) -> dict[str, Any]:
+        return super().identity_fields | {"benchmarks": self.benchmarks}
+
+    @property
+    def benchmarks(self) -> dict[str, Any]:
+        """By task, what stands for its files; None for one that the world does not hold."""
+        world = self.of.data.world
+        tasks = (*self.evaluation.visual_tasks, *self.evaluation.text_tasks)
+        return {task: world.benchmark_part(task) for task in tasks}
+
+
+# What several ranks can share.
+Ranked = Pretrain | Continue | Finetune | Evaluate
+
+Stage = Annotated[
+    PrepareWorld
+    | PrepareTokenizer
+    | PrepareSource
+    | TrainEncoder
+    | LoadEncoder
+    | FuseEncoders
+    | LoadDecoder
+    | LoadModel
+    | Pretrain
+    | Continue
+    | Finetune
+    | Evaluate,
+    Field(discriminator="kind"),
+]
+
+_ADAPTER: TypeAdapter[Stage] = TypeAdapter(Stage)
+
+
+def stage_from_json(text: str | bytes) -> Stage:
+    """The stage written by `stage.model_dump_json()`; ValidationError if it is none."""
+    return _ADAPTER.validate_json(text)
+
+
+def came_from(
+    stage: Stage,
+) -> tuple[Pretrain | LoadDecoder | LoadModel | Continue, float] | None:
+    """The stage whose weights a training stage starts from, and the share of its tokens there.
+
+    None where it starts from the initialiser, and for what trains nothing.
+    """
+    if isinstance(stage, Finetune):
+        before = stage.start
+        if isinstance(before, StartText):
+            return before.stage, before.completion
+        return before, 1.0
+    if isinstance(stage, Continue) and isinstance(stage.start, InitFrom):
+        return stage.start.stage, 1.0
+    if isinstance(stage, Continue) and isinstance(stage.start, ContinueFrom):
+        return stage.start.stage, stage.start.completion
+    return None
+
+
+def warms_up_moments(stage: Stage) -> bool:
+    """Whether the rate is held back while moments that start at zero fill."""
+    start = stage.start if isinstance(stage, Continue | Finetune) else None
+    return isinstance(start, ContinueFrom | InitFrom | StartText) and start.optimizer == "warm"

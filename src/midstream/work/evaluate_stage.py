@@ -1,0 +1,229 @@
+"""Stages that do not train: weights that are loaded, evaluations.
+
+An Evaluate stage: only what no evaluation of the model asked before, of files as planned.
+
+Weights that are there already become a stage of a store, once they are seen to fit.
+
+They are what `midstream import` wrote, or the encoders of other stages.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from midstream.config import AnyDecoderConfig, FusedEncoder, PretrainedEncoder, PublicFolder, World
+from midstream.core.identity import benchmark_digest, kept_digests
+from midstream.core.storage import new_folder, remove_folder, verify
+from midstream.data.examples import TextCodec
+from midstream.data.prepare_source import canonical_tokenizer
+from midstream.eval.answers import BATCHES_AT_ONCE, EvaluationStopped, KeptAnswers, earlier_tasks
+from midstream.eval.benchmark import evaluate
+from midstream.eval.predict import ModelAnswerer
+from midstream.model.vision import VisionEncoder, build_encoder, load_encoder, load_towers
+from midstream.model.vlm import VLM
+from midstream.model.weights import save_weights, weights_digest
+from midstream.study.imported import ImportRecord, Position, open_imported
+from midstream.study.stages import (
+    Evaluate,
+    FuseEncoders,
+    LoadDecoder,
+    LoadEncoder,
+    LoadModel,
+    Pretrain,
+)
+from midstream.study.store import Ledger
+from midstream.train.loop import Interrupted
+from midstream.train.parallel import Place
+from midstream.work.open_model import (
+    evaluations,
+    fill_model,
+    open_model,
+    open_tokenizer,
+    weights_folder,
+    world_root,
+)
+
+
+def load_encoder_stage(stage: LoadEncoder, ledger: Ledger) -> dict[str, Any]:
+    """Imported towers to `weights/`, under the encoder's own names; returns the stage's results.
+
+    Raises CorruptError or ValueError for folders that are not those that were planned with.
+    """
+    records = [open_imported(imported) for imported in stage.towers]
+    encoder, unused = put_together(stage.encoder, [one.folder for one in stage.towers])
+    return _kept(encoder, ledger.folder(stage)) | {
+        "unused": list(unused),
+        "imported_from": [record.origin for record in records],
+    }
+
+
+def fuse_encoders_stage(stage: FuseEncoders, ledger: Ledger) -> dict[str, Any]:
+    """The towers of finished stages to one encoder's `weights/`; returns the stage's results.
+
+    Raises CorruptError for weights whose bytes differ from their manifest.
+    """
+    folders = [ledger.folder(tower) / "weights" for tower in stage.towers]
+    for folder in folders:
+        verify(folder)
+    encoder, unused = put_together(stage.encoder, folders)
+    return _kept(encoder, ledger.folder(stage)) | {"unused": list(unused)}
+
+
+def load_decoder_stage(stage: LoadDecoder, ledger: Ledger) -> dict[str, Any]:
+    """An imported language model to `weights/`, if its vocabulary fits the data; returns results.
+
+    Raises CorruptError or ValueError for a folder that is not the one that was planned with.
+    """
+    record = open_imported(stage.checkpoint)
+    if record.config != stage.decoder:
+        raise ValueError(f"{stage.checkpoint.folder} holds another decoder than the stage says")
+    return _copied(stage, record, ledger)
+
+
+def load_model_stage(stage: LoadModel, ledger: Ledger) -> dict[str, Any]:
+    """An imported vision-language model to `weights/`, its towers aside; returns results.
+
+    Raises CorruptError or ValueError for a folder that is not the one that was planned with.
+    """
+    record = open_imported(stage.checkpoint)
+    if record.model != stage.model:
+        raise ValueError(f"{stage.checkpoint.folder} holds another model than the stage says")
+    return _copied(stage, record, ledger)
+
+
+def _copied(stage: LoadDecoder | LoadModel, record: ImportRecord, ledger: Ledger) -> dict[str, Any]:
+    check_vocabulary(open_tokenizer(stage.data, ledger), stage.decoder, stage.checkpoint.folder)
+    weights = ledger.folder(stage) / "weights"
+    with new_folder(weights) as temporary:
+        for name in ("model.safetensors", "optimizer.safetensors", "progress.json"):
+            if (stage.checkpoint.folder / name).is_file():
+                shutil.copyfile(stage.checkpoint.folder / name, temporary / name)
+    model = VLM(stage.model)
+    fill_model(model, weights)
+    position = record.position or Position()
+    return {
+        "tokens_seen_before": position.tokens_seen,
+        "last_rate": position.rate,
+        "imported_from": [record.origin],
+        "weights_digest": weights_digest(model),
+    }
+
+
+def put_together(
+    config: PretrainedEncoder, folders: list[Path]
+) -> tuple[VisionEncoder, tuple[str, ...]]:
+    """An encoder from folders of weights, one a tower; and the tensors it has no use for."""
+    encoder = build_encoder(config)
+    files = [folder / "model.safetensors" for folder in folders]
+    if isinstance(config, FusedEncoder):
+        return encoder, load_towers(encoder, files)
+    return encoder, load_encoder(encoder, files[0])
+
+
+def check_vocabulary(codec: TextCodec, decoder: AnyDecoderConfig, folder: Path) -> None:
+    """Raises ValueError where data and an imported decoder do not speak the same tokens."""
+    if codec.size > decoder.vocab_size:
+        raise ValueError(
+            f"the data has ids up to {codec.size - 1:,}, the decoder of {folder} has "
+            f"{decoder.vocab_size:,} rows; import it again with the data's tokenizer (--tokenizer)"
+        )
+    path = folder / "tokenizer.json"
+    # What begins a text is the recipe's choice.
+    if path.is_file() and canonical_tokenizer(
+        TextCodec.from_file(path).beginning_with("")
+    ) != canonical_tokenizer(codec.beginning_with("")):
+        raise ValueError(
+            f"the data was tokenised by another tokenizer than {path}; prepare it with that file"
+        )
+
+
+def _kept(encoder: VisionEncoder, folder: Path) -> dict[str, Any]:
+    """Write an encoder's weights into a stage's folder; what its results say of them."""
+    with new_folder(folder / "weights") as temporary:
+        save_weights(encoder, temporary / "model.safetensors")
+    return {
+        "weights_digest": weights_digest(encoder),
+        "num_parameters": sum(parameter.numel() for parameter in encoder.parameters()),
+    }
+
+
+def evaluate_stage(
+    stage: Evaluate,
+    ledger: Ledger,
+    place: Place,
+    *,
+    should_stop: Callable[[], bool],
+    at: Callable[[str], None],
+    note: Callable[[float, str], None],
+) -> dict[str, Any]:
+    """Ask a stage's model its benchmarks; returns the results of docs/store.md.
+
+    Tasks that another evaluation of this model in the store asked in the same way, of the same
+    files, are taken from there. Every rank makes the call. Raises Interrupted when asked to stop,
+    ValueError for a benchmark that changed since it was planned, and for a task whose metric is no
+    share of right answers.
+    """
+    folder = ledger.folder(stage.of)
+    if isinstance(stage.of, Pretrain) and stage.completion != 1.0:
+        weights_folder(ledger, stage.of, stage.completion)
+        folder = folder / "milestones" / f"{stage.completion * 100:g}"
+    opened = open_model(folder, place.device)
+    answerer = ModelAnswerer(
+        opened.vlm,
+        opened.codec,
+        encode=opened.encode if opened.encoder is not None else None,
+        encoder=stage.of.model.encoder,
+        max_new_tokens=stage.evaluation.max_new_tokens,
+        batch_size=stage.evaluation.batch_size,
+    )
+    kept = ledger.folder(stage) / "answers"
+    answers = KeptAnswers(
+        answerer,
+        kept,
+        at_once=stage.evaluation.batch_size * BATCHES_AT_ONCE,
+        settings=str(stage.evaluation.max_new_tokens),
+        ranks=place,
+        should_stop=should_stop,
+        at=at,
+    )
+    root = world_root(stage.of.data, ledger)
+    earlier = earlier_tasks(ledger.folder(one) for one in evaluations(opened))
+    try:
+        # The pictures of a benchmark are the same for all models of a study.
+        with kept_digests(ledger.digests):
+            check_benchmarks(stage.of.data.world, root, stage.benchmarks)
+            results = evaluate(
+                answers, stage.evaluation, root, ledger.folder(stage), note, done=earlier
+            )
+    except EvaluationStopped as reason:
+        raise Interrupted(str(reason)) from None
+    others = [name for name, task in results["tasks"].items() if task["chance"] is None]
+    if others:
+        raise ValueError(
+            f"{', '.join(others)}: no share of right answers, as a study's scores are; leave out "
+            "of the study and ask with midstream eval"
+        )
+    if place.rank == 0:
+        remove_folder(kept)
+    return {**results, "weights_digest": answerer.weights_digest}
+
+
+def check_benchmarks(world: World, root: Path, planned: Mapping[str, Any]) -> None:
+    """Raises ValueError for a benchmark of a user's folder that changed since it was planned."""
+    if not isinstance(world, PublicFolder):
+        return
+    for task, expected in planned.items():
+        found = benchmark_digest(root, task) if expected is not None else None
+        if found != expected:
+            raise ValueError(
+                f"benchmark {task!r} of {root} has fingerprint {found}, the plan was made for "
+                f"{expected}: its files changed; plan again"
+            )
+
+
+def scores_of(results: Mapping[str, Any]) -> dict[str, float | int]:
+    """What an evaluation found, as one line of metrics: each task's score, and the stable ones."""
+    scores = {name: task["score"] for name, task in results["tasks"].items()}
+    stable = {f"stable.{name}": value for name, value in results["stable"].items()}
+    return {"step": 0, **scores, **{k: v for k, v in stable.items() if v is not None}}

@@ -1,0 +1,423 @@
+"""`midstream show-data`: a row of a plan as a person reads it, and its mixture.
+
+A row of a plan taken apart again: which example each part is, its text, and what is supervised.
+
+For people who look at data, not for training.
+
+Shows what a training stage sees: a row of its plan as a person reads it, and its mixture.
+
+As a process (`python -m midstream.work.show_data --store S ...`, the stage as JSON on standard
+input) it serves `midstream show-data`. It only reads, unless `--prepare` asks for the data to be
+made.
+"""
+
+import argparse
+import io
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.text import Text
+
+from midstream.config import Amounts, Budget, Epochs, ImageTransform, Machine, Mixture
+from midstream.core.batch import IGNORE, Row, add_counts
+from midstream.core.storage import write_bytes
+from midstream.core.tokens import TokenCount
+from midstream.cost.cost import cost
+from midstream.cost.graph import PlanRow, order_of
+from midstream.data.examples import TextCodec
+from midstream.data.images import decode_pixels
+from midstream.data.rows import build_row, plan_rows, shares_report
+from midstream.data.sources import Source
+from midstream.launch.workers import Event, Worker, write_work
+from midstream.order.plan import RowPlan
+from midstream.study.label import label
+from midstream.study.stages import DataStage, Stage, Trained, overflow_of, stage_from_json
+from midstream.study.store import Ledger, launch_lock
+from midstream.work.open_model import open_sources, open_tokenizer
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of text that is all targets or not; `special` for a token that is no text."""
+
+    text: str
+    supervised: bool
+    special: bool
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What stands side by side in a row: an example, or a part of one.
+
+    `picture` numbers it among the row's pictures; `before` stands before it. `continued`: it began
+    in another row. `goes_on`: its end lies elsewhere; `following` is the token there that the last
+    position has as its target.
+    `left_out`: tokens that were cut off for good, since a row does not hold them.
+    """
+
+    where: str
+    columns: range
+    num_targets: int
+    picture: int | None
+    before: tuple[Span, ...]
+    spans: tuple[Span, ...]
+    continued: bool
+    goes_on: bool
+    following: tuple[Span, ...]
+    left_out: int
+
+
+def pieces_of(
+    plan: RowPlan, sources: Mapping[str, Source], codec: TextCodec, index: int, num_patches: int
+) -> tuple[Row, list[Piece]]:
+    """Row `index` in arrays and in pieces; every target of the row is a supervised token of one.
+
+    Raises ValueError with both numbers if the plan has no such row.
+    """
+    if not 0 <= index < len(plan):
+        raise ValueError(
+            f"row {index:,} is not in the plan: it has {len(plan):,} rows, 0 to {len(plan) - 1:,}"
+        )
+    row = build_row(plan, sources, index, num_patches)
+    predicted = np.append(False, row.targets[:-1] != IGNORE)
+    specials = _specials(codec)
+    found: list[Piece] = []
+    # Where documents see each other, the end of one may have the next one's beginning as target.
+    joins, num_pictures = False, 0
+    for placed in plan.layout.row(index):
+        source = sources[plan.names[placed.source]]
+        patches = num_patches if source.has_image(placed.example) else 0
+        head = int(bool(patches) and source.begin_of_text is not None)
+        first, end = placed.column + head + patches, placed.column + placed.length
+        begin = row.input_ids[placed.column : placed.column + head].tolist()
+        supervised = predicted[first:end].tolist()
+        supervised[0] &= joins or bool(patches) or not placed.column
+        length = patches + len(source.input_ids(placed.example, caption=placed.caption))
+        behind = length - placed.start - placed.length
+        goes_on = behind > 0 and plan.quotas[placed.source].divisible
+        last = int(row.targets[end - 1])
+        following = [last] if goes_on and last != IGNORE else []
+        found.append(
+            Piece(
+                where=source.describe(placed.example, placed.caption),
+                columns=range(placed.column, end),
+                num_targets=int((row.targets[placed.column : end] != IGNORE).sum()),
+                picture=num_pictures if patches else None,
+                before=tuple(_spans(codec, specials, begin, [False] * head)),
+                spans=tuple(_spans(codec, specials, row.input_ids[first:end].tolist(), supervised)),
+                continued=placed.start > 0,
+                goes_on=goes_on,
+                following=tuple(_spans(codec, specials, following, [True] * len(following))),
+                left_out=0 if goes_on else behind,
+            )
+        )
+        num_pictures += patches > 0
+        joins = plan.layout.sees_all(index) and not goes_on
+    return row, found
+
+
+def _specials(codec: TextCodec) -> dict[int, str]:
+    added = codec.tokenizer.get_added_tokens_decoder()
+    return {number: token.content for number, token in added.items() if token.special}
+
+
+def _spans(
+    codec: TextCodec, specials: Mapping[int, str], ids: Sequence[int], supervised: Sequence[bool]
+) -> Iterator[Span]:
+    tokens = list(zip(ids, supervised, strict=True))
+    for (mark, special), run in groupby(tokens, key=lambda item: (item[1], specials.get(item[0]))):
+        numbers = [token for token, _ in run]
+        if special is not None:
+            yield from (Span(special, mark, True) for _ in numbers)
+        else:
+            yield Span(codec.decode(numbers), mark, False)
+
+
+REFUSED_EXIT_CODE, INTERRUPTED_EXIT_CODE = 1, 130
+COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
+# What stands around targets where there are no colours.
+OPEN_MARK, CLOSE_MARK = "⟦", "⟧"
+KINDS = ("text", "caption", "instruct", "image", "pad", "target")
+# Text may hold bytes that would steer the terminal.
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A stage's plan with what it is made of; `transform` is None where the model sees nothing."""
+
+    name: str
+    plan: RowPlan
+    sources: Mapping[str, Source]
+    codec: TextCodec
+    budget: Budget
+    num_patches: int = 0
+    transform: ImageTransform | None = None
+
+
+def open_stage(stage: Trained, ledger: Ledger) -> Shown:
+    """Plan a stage whose data is prepared, as its training does."""
+    training, encoder = stage.training, stage.model.encoder
+    sources = open_sources(stage.data, training.budget.source_names, ledger)
+    patches = encoder.num_patches if encoder else 0
+    return Shown(
+        name=label(stage),
+        plan=plan_rows(
+            sources, patches, training.budget, training.rows, training.seed, overflow_of(stage)
+        ),
+        sources=sources,
+        codec=open_tokenizer(stage.data, ledger),
+        budget=training.budget,
+        num_patches=patches,
+        transform=encoder.transform if encoder else None,
+    )
+
+
+def print_row(shown: Shown, index: int, out: Path, console: Console) -> None:
+    """A row's counts, its pieces and their texts; its pictures go to `out` as PNG files."""
+    row, pieces = pieces_of(shown.plan, shown.sources, shown.codec, index, shown.num_patches)
+    rows = shown.plan.rows
+    _say(
+        console,
+        f"{shown.name}: row {index:,} of {len(shown.plan):,} (0 to {len(shown.plan) - 1:,}), "
+        f"{rows.layout}, {rows.row_length:,} positions, {len(pieces)} examples or parts of them, "
+        f"{len(row.images)} pictures",
+        style="bold",
+    )
+    _print_counts(row.sources, row.counts, console)
+    pictures = _save_pictures(shown, index, row, out)
+    for number, piece in enumerate(pieces):
+        colour = COLOURS[number % len(COLOURS)]
+        _say(
+            console,
+            f"\n[{number + 1}] {piece.where}; positions {piece.columns[0]}-{piece.columns[-1]}, "
+            f"{piece.num_targets} targets",
+            style=f"bold reverse {colour}",
+        )
+        if piece.picture is not None:
+            path = pictures[piece.picture]
+            if piece.before:
+                console.print(_body(piece.before, colour, _is_plain(console)), soft_wrap=True)
+            _say(console, f"[image {shown.num_patches} patches -> {path.name}]", style=colour)
+        if piece.continued:
+            _say(console, "(goes on from another row)", style="italic")
+        console.print(_body(piece.spans, colour, _is_plain(console)), soft_wrap=True)
+        if piece.left_out:
+            text = f"(cut to fit into a row: {piece.left_out:,} tokens are left out)"
+            _say(console, text, style="italic")
+        if piece.goes_on:
+            note = Text("(cut here, goes on in another row", style="italic")
+            if piece.following:
+                note.append("; its next token is a target here: ")
+                note.append(_body(piece.following, colour, _is_plain(console)))
+            console.print(note.append(")"), soft_wrap=True)
+    if row.counts.pad:
+        _say(console, f"\n({row.counts.pad} positions of padding)", style="italic")
+    if pictures:
+        _say(console, f"\npictures: {', '.join(str(path) for path in pictures)}")
+
+
+def _is_plain(console: Console) -> bool:
+    return not console.is_terminal or console.no_color
+
+
+def _body(spans: Sequence[Span], colour: str, plain: bool) -> Text:
+    text = Text()
+    for supervised, group in groupby(spans, key=lambda span: span.supervised):
+        marked = plain and supervised
+        text.append(OPEN_MARK if marked else "")
+        for span in group:
+            style = f"{'bold underline' if supervised else 'dim'} {colour}"
+            text.append(_visible(span.text), style + (" reverse" if span.special else ""))
+        text.append(CLOSE_MARK if marked else "")
+    return text
+
+
+def _visible(text: str) -> str:
+    return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    console.print(Text(_visible(text), style=style), soft_wrap=True)
+
+
+def _print_counts(sources: Mapping[str, TokenCount], total: TokenCount, console: Console) -> None:
+    """Positions by source and kind; `target` counts some of them once more."""
+    table = [["source", *KINDS, "share"]]
+    for name, counts in [*sources.items(), ("all", total)]:
+        cells = [f"{asdict(counts)[kind]:,}" for kind in KINDS]
+        table.append([name, *cells, f"{counts.seen / max(total.seen, 1):.4%}"])
+    _print_table(table, console)
+
+
+def _print_table(table: Sequence[Sequence[str]], console: Console) -> None:
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    for line in table:
+        cells = [line[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        _say(console, "  ".join(cells).rstrip())
+
+
+def _save_pictures(shown: Shown, index: int, row: Row, out: Path) -> list[Path]:
+    """The row's pictures as the encoder sees them, back in 8 bits."""
+    saved = []
+    for number, (which, example) in enumerate(row.images.tolist()):
+        source = shown.sources[shown.plan.names[which]]
+        transform = shown.transform
+        assert transform is not None
+        pixels = decode_pixels(source.image_bytes(example), source.describe(example), transform)
+        colours = pixels.transpose(1, 2, 0) * np.array(transform.std) + np.array(transform.mean)
+        stream = io.BytesIO()
+        Image.fromarray(np.rint(colours * 255).clip(0, 255).astype(np.uint8)).save(stream, "PNG")
+        saved.append(out / f"row-{index}-image-{number}.png")
+        write_bytes(saved[-1], stream.getvalue())
+    return saved
+
+
+def print_stats(shown: Shown, num_rows: int, console: Console) -> None:
+    """The mixture: planned against realised in the whole plan, and what a sample of rows holds.
+
+    The sample is `num_rows` rows, evenly spread over the plan, or all of them if there are fewer.
+    """
+    plan = shown.plan
+    asked = _asked(shown.budget)
+    heads = "source kind planned planned_tokens realised_tokens difference share examples epochs"
+    table = [[head.replace("_", " ") for head in heads.split()]]
+    report = shares_report(plan, shown.sources, shown.num_patches)
+    for name, found in report.items():
+        planned, realised = found["planned_tokens"], found["realised_tokens"]
+        known = planned is not None
+        table.append([name, found["kind"], asked[name], f"{planned:,}" if known else "-"])
+        table[-1] += [f"{realised:,}", f"{realised - planned:+,}" if known else "-"]
+        table[-1] += [f"{realised / plan.seen_tokens:.4%}"]
+        table[-1] += [f"{found['examples']:,}", f"{found['epochs']:.4f}"]
+    table.append(["all", "", "", "", f"{plan.seen_tokens:,}", "", f"{1:.4%}", "", ""])
+    positions = len(plan) * plan.rows.row_length
+    _say(console, f"{shown.name}: {len(plan):,} rows, {plan.rows.layout}", style="bold")
+    _print_table(table, console)
+    _print_padding("all rows", len(plan), positions - plan.seen_tokens, positions, console)
+    for name, found in report.items():
+        if (cut := found["cut"])["examples"]:
+            text = f"{name}: {cut['examples']:,} of {found['examples']:,} examples are cut to fit "
+            _say(console, f"{text}into a row, {cut['tokens']:,} tokens are left out")
+
+    chosen = min(num_rows, len(plan))
+    total, pictured, by_source = TokenCount(), TokenCount(), dict[str, TokenCount]()
+    num_pictured = 0
+    for number in range(chosen):
+        index = number * len(plan) // chosen
+        row = build_row(plan, shown.sources, index, shown.num_patches)
+        total, by_source = total + row.counts, add_counts([by_source, row.sources])
+        if len(row.images):
+            num_pictured, pictured = num_pictured + 1, pictured + row.counts
+    _say(console, f"\nsample: {chosen:,} of {len(plan):,} rows, evenly spread", style="bold")
+    named = {name: by_source.get(name, TokenCount()) for name in plan.names}
+    _print_counts(named, total, console)
+    _print_padding("sampled rows", chosen, total.pad, total.total, console)
+    _print_padding("of them with a picture", num_pictured, pictured.pad, pictured.total, console)
+
+
+def _print_padding(what: str, rows: int, pad: int, positions: int, console: Console) -> None:
+    share = f", {pad / positions:.4%}" if positions else ""
+    _say(console, f"{what}: {rows:,}; padding {pad:,} of {positions:,} positions{share}")
+
+
+def _asked(budget: Budget) -> dict[str, str]:
+    match budget:
+        case Epochs():
+            return dict.fromkeys(budget.sources, f"{budget.epochs} epochs")
+        case Amounts():
+            return {
+                part.source: f"{part.tokens:,} tokens" if part.tokens else f"{part.epochs} epochs"
+                for part in budget.amounts
+            }
+        case Mixture():
+            return {part.source: f"{part.share:.4%} of {budget.by}" for part in budget.shares}
+
+
+def run_preparation(stages: Sequence[Stage], ledger: Ledger, note: Callable[[str], None]) -> None:
+    """Run data stages as the launcher does: the store locked, in a worker process, one by one.
+
+    Raises ValueError with the reason and the log if one does not end well.
+    """
+    events: SimpleQueue[tuple[Worker, Event]] = SimpleQueue()
+    with launch_lock(ledger.store):
+        machine, place = Machine(workers=1), ledger.store / "worker-1"
+        work = write_work(place.with_suffix(".json"), ledger.store, machine)
+        worker = Worker(1, work, place.with_suffix(".log"), machine, events.put, is_group=False)
+        left = list(stages)
+        try:
+            while left:
+                _, event = events.get()
+                if event["event"] == "progress":
+                    note(event["note"])
+                elif event["event"] == "exit" or event.get("state") in ("failed", "stopped"):
+                    why = event.get("error") or f"its process ended with code {event.get('code')}"
+                    raise ValueError(f"{label(left[0])} is not prepared: {why} (see {worker.log})")
+                elif event["event"] in ("ready", "finished"):
+                    left = [stage for stage in left if not ledger.is_done(stage)]
+                    if left:
+                        worker.row = PlanRow(
+                            left[0], ledger.state(left[0]), {}, cost(left[0], ledger)
+                        )
+                        worker.send()
+        except BaseException:
+            worker.signal(signal.SIGTERM)
+            raise
+        finally:
+            worker.close()
+            worker.leave()
+
+
+def main() -> int:
+    """The process behind `midstream show-data`; the exit code is 1 where it refuses."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--row", type=int)
+    parser.add_argument("--stats", type=int, metavar="ROWS")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--prepare", action="store_true")
+    parser.add_argument("--remedy", default="midstream run", help="what prepares the data")
+    arguments = parser.parse_args()
+    stage, ledger = stage_from_json(sys.stdin.read()), Ledger(arguments.store)
+    assert isinstance(stage, Trained)
+    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    try:
+        data = [parent for parent in stage.parents if isinstance(parent, DataStage)]
+        read = [one for parent in data for one in order_of(parent)]
+        needed = [
+            one for one in {one.name: one for one in read}.values() if not ledger.is_done(one)
+        ]
+        if needed:
+            if not arguments.prepare:
+                states = ", ".join(f"{label(one)} is {ledger.state(one)}" for one in needed)
+                raise FileNotFoundError(
+                    f"the data of {label(stage)} is not prepared: {states} in {ledger.store}; add "
+                    f"--prepare to prepare it now, or run the study: {arguments.remedy}"
+                )
+            with errors.status(f"preparing the data of {label(stage)}") as status:
+                run_preparation(needed, ledger, lambda note: status.update(Text(note)))
+        shown = open_stage(stage, ledger)
+        if arguments.row is not None:
+            print_row(shown, arguments.row, arguments.out, console)
+        if arguments.stats is not None:
+            print_stats(shown, arguments.stats, console)
+    except (ValueError, OSError) as reason:
+        _say(errors, f"error: {reason}", style="bold red")
+        return REFUSED_EXIT_CODE
+    except KeyboardInterrupt:
+        return INTERRUPTED_EXIT_CODE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""What `midstream eval` and `midstream score` print: tasks, scores, examples, differences."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from midstream.core.identity import (
+    TEXT_FILES,
+    hub_folders,
+    listed_tasks,
+    own_text_file,
+    published_files,
+)
+from midstream.core.stats import paired_difference
+from midstream.eval.predictions import score_predictions
+from midstream.eval.scoring import SUITES, TEXT_CHANCE, VISUAL_CHANCE
+from midstream.eval.tasks import HARNESS_TASKS, VISUAL_FORMATS
+from midstream.eval.text import read_text_task
+
+# A score from which an example counts as right, where a person is shown which.
+RIGHT = 0.5
+
+
+def list_tasks(request: dict[str, Any], console: Console) -> None:
+    """Every task that is known: what is on disk, what is missing, and who published it."""
+    data = None if request["data"] is None else Path(request["data"])
+    table = Table(box=None, pad_edge=False)
+    for title in ("task", "chance", "on disk", "published by", "licence"):
+        table.add_column(title, overflow="fold")
+    if data is not None:
+        _list_own(data, table)
+    for name, row in VISUAL_FORMATS.items():
+        place = None if data is None else find_place(data, name)
+        there = "-" if data is None else f"missing: {', '.join(row.files)}"
+        there = there if place is None else _visual_files(place, name)
+        table.add_row(name, _percent(row.chance), there, row.published, row.licence)
+    for name, task in HARNESS_TASKS.items():
+        found = () if data is None else published_files(data, name)
+        files = " or ".join(" and ".join(paths) for paths in TEXT_FILES[name])
+        there = f"yes, in {found[0].parent}" if found else f"missing: {files}"
+        table.add_row(name, _percent(TEXT_CHANCE[name][0]), there, task.published, task.licence)
+    console.print(table)
+    for suite, members in SUITES.items():
+        console.print(f"{suite}: mean of score minus chance over {', '.join(members)}")
+    console.print("Chance levels, and where they stand:")
+    for name, (_, source) in {**VISUAL_CHANCE, **TEXT_CHANCE}.items():
+        console.print(f"  {name}: {source}")
+
+
+def _list_own(data: Path, table: Table) -> None:
+    """A row for each task that world.json lists, and for each text task with a folder of its own:
+    what is there, or what is wrong with it."""
+    visual, text = (listed_tasks(data, kind) for kind in ("visual_tasks", "text_tasks"))
+    told = "this world" if visual or text else ""
+    for name, entry in visual.items():
+        kind = entry.get("format") if isinstance(entry, dict) else None
+        if kind in VISUAL_FORMATS:
+            there = _visual_files(data / "bench" / name, kind)
+        else:
+            there = f"not whole: its format is {kind!r}; use {', '.join(VISUAL_FORMATS)}"
+        table.add_row(name, _chance(entry), f"{there} (format {kind})", told, "")
+    for name, entry in text.items():
+        path = own_text_file(data, name)
+        try:
+            there = f"{len(read_text_task(path)):,} items in {path}"
+        except (ValueError, OSError) as error:
+            there = f"not whole: {error}"
+        table.add_row(name, _chance(entry), there, told, "")
+    for name in hub_folders(data):
+        chance = _percent(TEXT_CHANCE[name][0]) if name in TEXT_CHANCE else "-"
+        there = f"a data set's own files in {data / 'text_tasks' / name}"
+        table.add_row(name, chance, there, "lm-evaluation-harness", "")
+
+
+def _chance(entry: Any) -> str:
+    chance = entry.get("chance") if isinstance(entry, dict) else None
+    return _percent(float(chance)) if isinstance(chance, int | float) else "none given"
+
+
+def _visual_files(place: Path, name: str) -> str:
+    """What a folder holds of a format: questions, and pictures that are missing."""
+    try:
+        examples = VISUAL_FORMATS[name].read(place, pictures=False)
+    except (ValueError, OSError) as error:
+        return f"not whole: {error}"
+    absent = len({example.image for example in examples if not example.image.is_file()})
+    pictures = f"; {absent:,} pictures are missing" if absent else ""
+    return f"{len(examples):,} questions in {place}{pictures}"
+
+
+def find_place(data: Path, name: str) -> Path | None:
+    """Where a benchmark's files would be looked for and its folder is."""
+    for path in (data / "bench" / name, data / name):
+        if path.is_dir():
+            return path
+    first = VISUAL_FORMATS[name].files[0]
+    return data if (data / first).exists() else None
+
+
+def print_scores(rows: dict[str, dict[str, Any]], console: Console) -> None:
+    """One column a model: score and standard error of each task, blind scores, stable scores."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("task")
+    for title in short_names(list(rows)):
+        table.add_column(title, justify="right", overflow="fold")
+    tasks = dict.fromkeys(task for row in rows.values() for task in row["tasks"])
+    for task in tasks:
+        table.add_row(task, *(_cell(row["tasks"].get(task)) for row in rows.values()))
+    console.print(table)
+    for name, row in rows.items():
+        told = {f"stable {kind}": value for kind, value in row["stable"].items()}
+        parts = [f"{kind} {_percent(v)}" for kind, v in told.items() if v is not None]
+        parts += [f"{suite} {_suite(found)}" for suite, found in row["suites"].items()]
+        if parts:
+            console.print(f"{name}: {'; '.join(parts)}", soft_wrap=True, markup=False)
+        short = {t: r["shortened"] for t, r in row["tasks"].items() if r["shortened"]}
+        for task, found in row["tasks"].items():
+            if found.get("note"):
+                console.print(f"{task}: {found['note']}", soft_wrap=True, markup=False)
+        if short:
+            told_short = ", ".join(f"{task} ({why})" for task, why in short.items())
+            console.print(f"not whole: {told_short}", soft_wrap=True, markup=False)
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The end of each path or hub name, as long as it takes to tell it from the others."""
+    parts = [Path(os.path.abspath(name)).parts[1:] for name in names]
+    told = []
+    for own in parts:
+        others = [other for other in parts if other != own]
+        length = 1
+        while length < len(own) and any(other[-length:] == own[-length:] for other in others):
+            length += 1
+        told.append("/".join(own[-length:]))
+    return told
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    if row["chance"] is None:  # no share of right answers
+        return f"{row['metric']} {row['score']:.4g}"
+    error = "" if row["stderr"] is None else f" ±{100 * row['stderr']:.1f}"
+    blind = "" if row["blind"] is None else f" (blind {100 * row['blind']:.1f})"
+    return f"{100 * row['score']:.1f}{error}{blind}"
+
+
+def _suite(found: dict[str, Any]) -> str:
+    if found["score"] is not None:
+        return _percent(found["score"])
+    lacks = [*(f"no {task}" for task in found["missing"]), *found["shortened"]]
+    return (
+        f"unknown ({', '.join(lacks)} not whole)"
+        if found["shortened"]
+        else (f"unknown ({', '.join(lacks)})")
+    )
+
+
+def score_file(request: dict[str, Any], console: Console) -> None:
+    row = score_predictions(
+        Path(request["data"]),
+        request["task"],
+        Path(request["predictions"]),
+        split=request["split"],
+        missing_as_wrong=request["missing_as_wrong"],
+        ignore_unknown=request["ignore_unknown"],
+    )
+    if request["json"]:
+        print(json.dumps(row, indent=2))
+        return
+    error = (
+        ""
+        if row["stderr"] is None
+        else (
+            f" ± {100 * row['stderr']:.2f}, 95 % interval {100 * row['low']:.2f} to "
+            f"{100 * row['high']:.2f}"
+        )
+    )
+    console.print(
+        f"{request['task']}: {row['metric']} {100 * row['score']:.2f}{error} "
+        f"({row['num_examples']:,} questions, chance {100 * row['chance']:g})",
+        soft_wrap=True,
+    )
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, value in {**row["splits"], **row["details"]}.items():
+        table.add_row(name, "-" if value is None else f"{100 * value:.2f}")
+    console.print(table)
+    if row["unparsable"]:
+        console.print(f"{row['unparsable']:,} answers cannot be read and count as wrong")
+    for note in [*row["notes"], *([row["note"]] if row["note"] else [])]:
+        console.print(note, soft_wrap=True, markup=False)
+
+
+def show_examples(request: dict[str, Any], console: Console) -> None:
+    """Examples of each task of a folder of results."""
+    for folder in map(Path, request["folders"]):
+        for path in _predictions(folder, request["tasks"]):
+            rows = pq.read_table(path).to_pylist()
+            if request["wrong"]:
+                rows = [row for row in rows if row["score"] < RIGHT]
+            console.rule(f"{path.stem} of {folder.name}: {len(rows):,} examples", align="left")
+            for row in rows[: request["count"]]:
+                _print_example(row, console)
+
+
+def show_differences(request: dict[str, Any], console: Console) -> None:
+    """For each task that two folders share: the paired difference, and examples that differ."""
+    one, other = map(Path, request["folders"])
+    paths = {path.stem: path for path in _predictions(one, request["tasks"])}
+    shared = [path for path in _predictions(other, request["tasks"]) if path.stem in paths]
+    if not shared:
+        raise ValueError(f"{one} and {other} share no task; evaluate both on the same")
+    for path in shared:
+        first = {row["example_id"]: row for row in pq.read_table(paths[path.stem]).to_pylist()}
+        second = {row["example_id"]: row for row in pq.read_table(path).to_pylist()}
+        both = [key for key in first if key in second]
+        left_out = len(first) + len(second) - 2 * len(both)
+        if not both:
+            raise ValueError(f"{path.stem}: {one} and {other} answered no example in common")
+        found = paired_difference(
+            [first[key]["score"] for key in both],
+            [second[key]["score"] for key in both],
+            [first[key]["image"] or key for key in both],
+            [first[key]["split"] or "" for key in both],
+        )
+        console.rule(path.stem, align="left")
+        console.print(
+            f"{one.name} less {other.name}: {100 * found.mean:+.2f} points"
+            + _interval(found.low, found.high, found.p_value)
+            + f" on {len(both):,} examples in {found.num_clusters:,} clusters"
+            + (f"; {left_out:,} answered by one alone are left out" if left_out else ""),
+            soft_wrap=True,
+        )
+        differ = [key for key in both if first[key]["score"] != second[key]["score"]]
+        for key in differ[: request["count"]]:
+            _print_example(first[key] | {"other_prediction": second[key]["prediction"]}, console)
+
+
+def _interval(low: float | None, high: float | None, p_value: float | None) -> str:
+    if low is None or high is None or p_value is None:
+        return " (one cluster alone: nothing is known of its spread)"
+    return f" (95 % {100 * low:+.2f} to {100 * high:+.2f}, p = {p_value:.2g})"
+
+
+def _predictions(folder: Path, tasks: Sequence[str]) -> list[Path]:
+    there = sorted((folder / "predictions").glob("*.parquet"))
+    if not there:
+        raise FileNotFoundError(f"{folder} holds no predictions; give a folder of results")
+    names = {path.stem for path in there}
+    lacking = [task for task in tasks if task not in names]
+    if lacking:
+        raise ValueError(f"{folder} has no {', '.join(lacking)}; it has {', '.join(sorted(names))}")
+    return [path for path in there if not tasks or path.stem in tasks]
+
+
+def _print_example(row: dict[str, Any], console: Console) -> None:
+    fields = {
+        "prompt": row["prompt"],
+        "gold": row["gold"],
+        "answer": f"{row['prediction']!r}, score {row['score']:g}",
+    }
+    if row.get("other_prediction") is not None:
+        fields["other"] = repr(row["other_prediction"])
+    if row["blind_prediction"] is not None:
+        fields["blind"] = f"{row['blind_prediction']!r}, score {row['blind_score']:g}"
+    if row["text_prediction"] is not None:
+        fields["as text"] = repr(row["text_prediction"])
+    if row["image"] is not None:
+        fields["picture"] = row["image"]
+    console.print(row["example_id"], markup=False, style="bold")
+    for name, value in fields.items():
+        console.print(f"  {name}: {value}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"

@@ -1,0 +1,450 @@
+"""The pocket world's benchmarks, and its shards and benchmarks as official files.
+
+Answers are chosen first, as evenly as possible over each question, and a scene is made for each.
+Beside the official files lies `scenes.jsonl`, with what every picture shows.
+"""
+
+import io
+import json
+import pickle
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from midstream.config import PocketWorld
+from midstream.core.tokens import apportion
+from midstream.worlds.pocket_language import (
+    COUNTS,
+    QUESTIONS,
+    Question,
+    answer,
+    neighbour_cell,
+    plan_answer,
+    referent,
+)
+from midstream.worlds.pocket_scenes import (
+    COLORS,
+    IMAGE_SIZE,
+    MAYBE_A_WORD,
+    PAIRS,
+    RELATIONS,
+    SHAPES,
+    WORDS,
+    Pair,
+    Plan,
+    Scene,
+    below,
+    draw_jpeg,
+    generator,
+    pick,
+    sample_scene,
+    shuffled,
+)
+
+POPE_FILES = ("random", "popular", "adversarial")
+# Shares that let guessing score a quarter: .3/6 + .3/6 + .2/4 + .2/2.
+VQA_SHARES = {"color": 0.3, "shape": 0.15, "shape_at": 0.15, "count": 0.2, "exists": 0.2}
+VQA_ANSWERS: dict[str, tuple[str, ...]] = {
+    "color": tuple(COLORS),
+    "shape": SHAPES,
+    "shape_at": SHAPES,
+    "count": COUNTS,
+    "exists": ("yes", "no"),
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """A scene, a question on it and the answer."""
+
+    scene: Scene
+    question: Question
+    answer: str
+
+
+def balanced(
+    rng: np.random.Generator, questions: Sequence[Question], answers: Sequence[str], count: int
+) -> list[tuple[Question, str]]:
+    """`count` (question, answer) pairs in random order.
+
+    Questions are as frequent as each other within one, and so are the answers of each question.
+    """
+    questions = shuffled(rng, questions)
+    answers = shuffled(rng, answers)
+    pairs = []
+    for index in range(count):
+        rounds, place = divmod(index, len(questions))
+        pairs.append((questions[place], answers[(place + rounds) % len(answers)]))
+    return shuffled(rng, pairs)
+
+
+def scene_with(
+    rng: np.random.Generator,
+    plan: Callable[[], Plan],
+    accept: Callable[[Scene], bool],
+    *,
+    splits: Sequence[str],
+    num_things: tuple[int, int] = (1, 4),
+    words: Sequence[str | None] = MAYBE_A_WORD,
+) -> Scene:
+    """A scene of one of the splits that follows a plan (made anew each try) and is accepted."""
+    for _ in range(100_000):
+        planned = plan()
+        low = max(num_things[0], len(planned.pairs))
+        size = low + below(rng, num_things[1] - low + 1)
+        scene = sample_scene(rng, planned, num_things=size, words=words)
+        if scene.split in splits and accept(scene):
+            return scene
+    raise AssertionError(f"no scene of {splits} follows the plan {planned}")
+
+
+def has_answer(question: Question, gold: str, scene: Scene) -> bool:
+    """Whether `gold` is the answer to the question on the scene."""
+    return answer(scene, question) == gold
+
+
+def open_items(world: PocketWorld, task: str) -> list[Item]:
+    """The items of vqav2, gqa or textvqa."""
+    rng, count = generator(world.seed, task), world.num_questions
+    pairs: list[tuple[Question, str]] = []
+    if task == "vqav2":
+        for kind, share in apportion(count, VQA_SHARES).items():
+            pairs += balanced(rng, QUESTIONS[kind], VQA_ANSWERS[kind], share)
+    elif task == "gqa":
+        pairs += balanced(rng, QUESTIONS["relation_color"], tuple(COLORS), count - count // 2)
+        pairs += balanced(rng, QUESTIONS["relation_shape"], SHAPES, count // 2)
+    else:
+        assert task == "textvqa", task
+        pairs += balanced(rng, QUESTIONS["word"], WORDS, count)
+    items = []
+    for question, gold in shuffled(rng, pairs):
+        scene = scene_with(
+            rng,
+            partial(plan_answer, rng, question, gold),
+            partial(has_answer, question, gold),
+            splits=(task,),
+            words=(gold,) if task == "textvqa" else MAYBE_A_WORD,
+        )
+        items.append(Item(scene, question, gold))
+    return items
+
+
+def pope_items(world: PocketWorld, file: str, popular: Sequence[Pair]) -> list[Item]:
+    """The items of one of POPE's files: a third of `num_questions`, half of them yes.
+
+    random asks about any pair, popular about `popular` ones, adversarial about a colour and a shape
+    that other things in the picture have.
+    """
+    rng = generator(world.seed, f"pope {file}")
+    count = max(2, 2 * (world.num_questions // 6))
+    asked = popular if file == "popular" else PAIRS
+    questions = [Question("exists", pair) for pair in asked]
+    items = []
+    for question, gold in balanced(rng, questions, ("yes", "no"), count):
+        scene = scene_with(
+            rng,
+            partial(_pope_plan, rng, file, question, gold),
+            partial(has_answer, question, gold),
+            splits=("pope",),
+            # As many things under either answer; the adversarial plan holds up to three.
+            num_things=(3, 4) if file == "adversarial" else (1, 4),
+        )
+        items.append(Item(scene, question, gold))
+    return items
+
+
+def _pope_plan(rng: np.random.Generator, file: str, question: Question, gold: str) -> Plan:
+    plan = plan_answer(rng, question, gold)
+    if file != "adversarial":
+        return plan
+    color, shape = question.about
+    near = (color, pick(rng, [s for s in SHAPES if s != shape]))
+    also = (pick(rng, [c for c in COLORS if c != color]), shape)
+    return Plan([*plan.pairs, near, also], allowed=plan.allowed)
+
+
+def where_items(world: PocketWorld, task: str) -> list[Item]:
+    """The items of refcoco (by colour and shape) or ocid_ref (cluttered; by neighbour or size)."""
+    rng, count = generator(world.seed, task), world.num_questions
+    cells = tuple(str(cell) for cell in range(9))
+    pairs: list[tuple[Question, str]] = []
+    if task == "refcoco":
+        pairs += balanced(rng, QUESTIONS["where_pair"], cells, count)
+    else:
+        pairs += balanced(rng, QUESTIONS["where_size"], cells, count // 2)
+        for relation, share in apportion(
+            count - count // 2, dict.fromkeys(RELATIONS, 0.25)
+        ).items():
+            targets = {neighbour_cell(int(cell), relation) for cell in cells} - {None}
+            shapes = [Question("where_relation", (s, relation)) for s in SHAPES]
+            places = sorted(str(cell) for cell in targets)
+            for question, cell in balanced(rng, shapes, places, share):
+                pairs.append((Question("where_relation", question.about + pick(rng, PAIRS)), cell))
+    items = []
+    for question, cell in shuffled(rng, pairs):
+        scene = scene_with(
+            rng,
+            partial(plan_place, rng, question, int(cell)),
+            partial(_refers_into, question, int(cell)),
+            splits=(task,),
+            num_things=(1, 4) if task == "refcoco" else (4, 6),
+        )
+        gold = answer(scene, question)
+        assert gold is not None
+        items.append(Item(scene, question, gold))
+    return items
+
+
+def _refers_into(question: Question, cell: int, scene: Scene) -> bool:
+    thing = referent(scene, question)
+    return thing is not None and thing.cell == cell
+
+
+def plan_place(rng: np.random.Generator, question: Question, cell: int) -> Plan:
+    """Puts what a "where" question refers to into `cell`, and something alike elsewhere."""
+    about = question.about
+    if question.kind == "where_pair":
+        return Plan([(about[0], about[1])], [cell])
+    colors = shuffled(rng, tuple(COLORS))
+    if question.kind == "where_size":
+        other = "small" if about[0] == "large" else "large"
+        return Plan([(colors[0], about[1]), (colors[1], about[1])], [cell], [about[0], other])
+    shape, relation, color, anchor_shape = about
+    back = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    anchor = neighbour_cell(cell, back[relation])
+    assert anchor is not None
+    left = [c for c in colors if (c, shape) != (color, anchor_shape)]
+    # A second thing of the shape, so that the shape alone does not tell which one is meant.
+    return Plan([(color, anchor_shape), (left[0], shape), (left[1], shape)], [anchor, cell])
+
+
+VQA_TYPES = {
+    "color": ("what color is the", "other"),
+    "shape": ("what shape is the", "other"),
+    "shape_at": ("what shape is", "other"),
+    "count": ("how many", "number"),
+    "exists": ("is there a", "yes/no"),
+}
+# "Popular" asks about this many pairs only, those most frequent in the caption pictures.
+NUM_POPULAR = 12
+# OCID-Ref's clutter levels are ranges of take_id: up to 9, 16 and 20.
+TAKES = {4: (1, 9), 5: (10, 16), 6: (17, 20)}
+SAMPLES_A_SHARD = 1_000
+# The files of one picture in a shard: names and bytes.
+Sample = Iterator[tuple[str, bytes]]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file; creates the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON; creates the folder."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_lines(path: Path, values: Sequence[Any]) -> None:
+    """Write one JSON value a line; creates the folder."""
+    write_text(path, "".join(json.dumps(value) + "\n" for value in values))
+
+
+def write_shards(samples: Iterator[Sample], number: int, folder: Path) -> None:
+    """Write `number` samples as WebDataset tars named after the folder, which must be new."""
+    folder.mkdir(parents=True)
+    for start in range(0, number, SAMPLES_A_SHARD):
+        path = folder / f"{folder.name}-{start // SAMPLES_A_SHARD:05d}.tar"
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as shard:
+            for name, data in chain.from_iterable(islice(samples, SAMPLES_A_SHARD)):
+                # Everything else in the header keeps its default, which does not vary.
+                header = tarfile.TarInfo(name)
+                header.size = len(data)
+                shard.addfile(header, io.BytesIO(data))
+
+
+def write_benchmarks(world: PocketWorld, captioned: Sequence[Scene], folder: Path) -> None:
+    """Write the six benchmarks; "popular" things are those frequent in the `captioned` scenes."""
+    _write_vqav2(world, folder / "vqav2")
+    _write_gqa(world, folder / "gqa")
+    _write_textvqa(world, folder / "textvqa")
+    _write_pope(world, captioned, folder / "pope")
+    _write_refcoco(world, folder / "refcoco")
+    _write_ocid_ref(world, folder / "ocid_ref")
+
+
+def _write_pictures(
+    world: PocketWorld, folder: Path, items: Sequence[Item], names: Sequence[str]
+) -> None:
+    records = []
+    for index, (item, name) in enumerate(zip(items, names, strict=True)):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = draw_jpeg(generator(world.seed, f"{folder.name} picture", index), item.scene)
+        path.write_bytes(picture)
+        records.append({"image": name} | item.scene.record())
+    write_lines(folder / "scenes.jsonl", records)
+
+
+def _write_vqav2(world: PocketWorld, folder: Path) -> None:
+    items = open_items(world, "vqav2")
+    questions, annotations = [], []
+    for number, item in enumerate(items, start=1):
+        ids = {"image_id": number, "question_id": 1000 * number}
+        questions.append(ids | {"question": item.question.text})
+        question_type, answer_type = VQA_TYPES[item.question.kind]
+        annotations.append(
+            ids
+            | {
+                "question_type": question_type,
+                "answer_type": answer_type,
+                "multiple_choice_answer": item.answer,
+                "answers": [
+                    {"answer": item.answer, "answer_confidence": "yes", "answer_id": place}
+                    for place in range(1, 11)
+                ],
+            }
+        )
+    head = {"info": {}, "license": {}, "data_type": "mscoco", "data_subtype": "val2014"}
+    write_json(
+        folder / "v2_OpenEnded_mscoco_val2014_questions.json",
+        head | {"task_type": "Open-Ended", "questions": questions},
+    )
+    write_json(folder / "v2_mscoco_val2014_annotations.json", head | {"annotations": annotations})
+    names = [f"val2014/COCO_val2014_{number:012d}.jpg" for number in range(1, len(items) + 1)]
+    _write_pictures(world, folder, items, names)
+
+
+def _write_gqa(world: PocketWorld, folder: Path) -> None:
+    items, questions = open_items(world, "gqa"), {}
+    for index, item in enumerate(items):
+        subject = item.question.text.removesuffix("?").split(" is ", 1)[1]
+        full = f"{subject} is {item.answer}."
+        if item.question.kind == "relation_shape":
+            full = f"{subject} is a {item.answer}."
+        questions[f"{20_000_000 + index}"] = {
+            "imageId": f"n{index:06d}",
+            "question": item.question.text,
+            "answer": item.answer,
+            "fullAnswer": full,
+            "isBalanced": True,
+            "groups": {"global": None, "local": None},
+            "entailed": [],
+            "equivalent": [f"{20_000_000 + index}"],
+            "types": {"structural": "query", "semantic": "rel", "detailed": "relO"},
+            "annotations": {"question": {}, "answer": {}, "fullAnswer": {}},
+            "semantic": [],
+            "semanticStr": "",
+        }
+    write_json(folder / "testdev_balanced_questions.json", questions)
+    names = [f"images/n{index:06d}.jpg" for index in range(len(items))]
+    _write_pictures(world, folder, items, names)
+
+
+def _write_textvqa(world: PocketWorld, folder: Path) -> None:
+    items = open_items(world, "textvqa")
+    data = [
+        {
+            "question_id": 34_602 + index,
+            "image_id": f"{index:016x}",
+            "question": item.question.text,
+            "question_tokens": item.question.text.removesuffix("?").split(),
+            "answers": [item.answer] * 10,
+            "image_classes": ["Drawing"],
+            "image_width": IMAGE_SIZE,
+            "image_height": IMAGE_SIZE,
+            "set_name": "val",
+        }
+        for index, item in enumerate(items)
+    ]
+    head = {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1"}
+    write_json(folder / "TextVQA_0.5.1_val.json", head | {"data": data})
+    names = [f"train_images/{index:016x}.jpg" for index in range(len(items))]
+    _write_pictures(world, folder, items, names)
+
+
+def _write_pope(world: PocketWorld, captioned: Sequence[Scene], folder: Path) -> None:
+    seen = Counter(thing.pair for scene in captioned for thing in scene.things)
+    popular = sorted(PAIRS, key=lambda pair: (-seen[pair], pair))[:NUM_POPULAR]
+    everything, names = [], []
+    for file in POPE_FILES:
+        lines = []
+        for number, item in enumerate(pope_items(world, file, popular), start=1):
+            everything.append(item)
+            image = f"COCO_val2014_{len(everything):012d}.jpg"
+            names.append(f"val2014/{image}")
+            line = {"question_id": number, "image": image, "text": item.question.text}
+            lines.append(line | {"label": item.answer})
+        write_lines(folder / f"coco_pope_{file}.json", lines)
+    _write_pictures(world, folder, everything, names)
+
+
+def _write_refcoco(world: PocketWorld, folder: Path) -> None:
+    items = where_items(world, "refcoco")
+    refs: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, item in enumerate(items, start=1):
+        name, meant = f"COCO_train2014_{number:012d}", referent(item.scene, item.question)
+        side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+        images.append({"id": number, "file_name": f"{name}.jpg", "license": 1} | side)
+        for thing in item.scene.things:
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": SHAPES.index(thing.shape) + 1,
+                    "bbox": [float(v) for v in (thing.left, thing.top, thing.side, thing.side)],
+                    "area": float(thing.side**2),
+                    "iscrowd": 0,
+                    "segmentation": [],
+                }
+            )
+            if thing != meant:
+                continue
+            sent = item.question.expression
+            sentence = {"sent_id": number, "sent": sent, "raw": sent, "tokens": sent.split()}
+            refs.append(
+                {
+                    "ref_id": number,
+                    "ann_id": len(annotations),
+                    "image_id": number,
+                    "category_id": SHAPES.index(thing.shape) + 1,
+                    "file_name": f"{name}_{len(annotations)}.jpg",
+                    "split": "val",
+                    "sent_ids": [number],
+                    "sentences": [sentence],
+                }
+            )
+    categories = [{"id": i, "name": s, "supercategory": "shape"} for i, s in enumerate(SHAPES, 1)]
+    value = {"info": {}, "licenses": [], "images": images}
+    value |= {"annotations": annotations, "categories": categories}
+    write_json(folder / "instances.json", value)
+    (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+    names = [f"train2014/{image['file_name']}" for image in images]
+    _write_pictures(world, folder, items, names)
+
+
+def _write_ocid_ref(world: PocketWorld, folder: Path) -> None:
+    items, expressions, names = where_items(world, "ocid_ref"), {}, []
+    for index, item in enumerate(items):
+        thing = referent(item.scene, item.question)
+        assert thing is not None
+        first, last = TAKES[len(item.scene.things)]
+        scene_path = f"pocket/table/seq{index // 20:02d}/rgb/result_{index:06d}.jpg"
+        names.append(f"OCID-dataset/{scene_path}")
+        expressions[str(index)] = {
+            "scene_path": scene_path,
+            "bbox": json.dumps(list(thing.box)),
+            "sentence": item.question.expression,
+            "take_id": first + index % (last - first + 1),
+        }
+    write_json(folder / "val_expressions.json", expressions)
+    _write_pictures(world, folder, items, names)

@@ -1,0 +1,393 @@
+"""The pocket world, and its captions.
+
+The pocket world's captions: full descriptions, and what a web page would say of a picture.
+
+The descriptions stand in for synthetic captions (DataComp-DR's); alt texts for captions as they are
+found (DataComp's, CC12M's): short, partly wrong or beside the point. They never say where a thing
+is.
+
+The pocket world: a generated world of text, pictures, captions, conversations and benchmarks.
+
+Everything is a pure function of the world's seed, file by file and byte by byte. A language model
+that sees no picture can answer none of the visual questions better than by guessing: answers are
+even over each question, and scenes are in one split only (`Scene.split`). The official files of the
+benchmarks are written by `pocket_files.py`.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import cycle, islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+
+from midstream.config import PocketWorld
+from midstream.worlds.pocket_files import (
+    Sample,
+    balanced,
+    has_answer,
+    scene_with,
+    write_benchmarks,
+    write_json,
+    write_lines,
+    write_shards,
+)
+from midstream.worlds.pocket_language import (
+    COUNTS,
+    FACTS,
+    LAYOUTS,
+    NAMES,
+    QUESTIONS,
+    Question,
+    answer,
+    ask,
+    describe,
+    fact_document,
+    fact_table,
+    plan_answer,
+)
+from midstream.worlds.pocket_scenes import (
+    COLORS,
+    MAYBE_A_WORD,
+    SHAPES,
+    TASKS,
+    WORDS,
+    Pair,
+    Plan,
+    Scene,
+    below,
+    draw_jpeg,
+    generator,
+    pick,
+    sample_scene,
+    shuffled,
+)
+
+BESIDE_THE_POINT = ("click to enlarge", "photo", "free download", "see more", "no image", "logo")
+CAMERAS = ("img_{:04d}.jpg", "dsc{:05d}.jpg", "{:06d}.png")
+
+
+def write_captions(world: PocketWorld, scenes: Sequence[Scene], folder: Path) -> None:
+    """Write shards with a picture of each scene, its description and its record."""
+    samples = (_sample(world, scene, index) for index, scene in enumerate(scenes))
+    write_shards(samples, len(scenes), folder)
+
+
+def write_alt_texts(world: PocketWorld, scenes: Sequence[Scene], folder: Path) -> None:
+    """Write the same pictures and records with an alt text each, but for the last scene."""
+    samples = (
+        _sample(
+            world, scene, index, alt_text(generator(world.seed, "alt text", index), scene, after)
+        )
+        for index, (scene, after) in enumerate(pairwise(scenes))
+    )
+    write_shards(samples, len(scenes) - 1, folder)
+
+
+def alt_text(rng: np.random.Generator, scene: Scene, other: Scene) -> str:
+    """The alt text of a picture of `scene`; one in ten is of `other`, another picture's scene.
+
+    Of twenty: ten name half of what is there, three also but with one colour or shape wrong, three
+    are a file named after a thing, two another picture's text and two nothing of any picture.
+    """
+    chosen = below(rng, 20)
+    kind = next(kind for limit, kind in _KINDS if chosen < limit)
+    return kind(rng, scene, other)
+
+
+def _sample(world: PocketWorld, scene: Scene, index: int, text: str | None = None) -> Sample:
+    """The files of a picture; the text is its description where none is given."""
+    rng = generator(world.seed, "caption", index)
+    yield f"{index:08d}.jpg", draw_jpeg(rng, scene)
+    yield f"{index:08d}.txt", (describe(rng, scene) if text is None else text).encode()
+    yield f"{index:08d}.json", json.dumps(scene.record()).encode()
+
+
+def _half(rng: np.random.Generator, scene: Scene, other: Scene) -> str:
+    """Half of the things (rounded up), each by colour, by shape or by both; perhaps the word."""
+    names = [_name(rng, pair) for pair in _half_of(rng, scene)]
+    if scene.word and rng.random() < 0.5:
+        names.append(scene.word)
+    return _joined(rng, names)
+
+
+def _wrong(rng: np.random.Generator, scene: Scene, other: Scene) -> str:
+    """Half of the things, the first of them in a colour or of a shape that it has not."""
+    (color, shape), *rest = _half_of(rng, scene)
+    present = {thing.pair for thing in scene.things}
+    wrong = [(c, shape) for c in COLORS] + [(color, s) for s in SHAPES]
+    pairs = [pick(rng, [pair for pair in wrong if pair not in present]), *rest]
+    return _joined(rng, [" ".join(pair) for pair in pairs])
+
+
+def _file(rng: np.random.Generator, scene: Scene, other: Scene) -> str:
+    """A file named after one thing."""
+    color, shape = pick(rng, scene.things).pair
+    return f"{pick(rng, (f'{color}-{shape}', f'{shape}_{color}', shape))}{below(rng, 100)}.jpg"
+
+
+def _elsewhere(rng: np.random.Generator, scene: Scene, other: Scene) -> str:
+    """The text of another picture."""
+    return _half(rng, other, scene)
+
+
+def _nothing(rng: np.random.Generator, scene: Scene, other: Scene) -> str:
+    """A camera's file name, or what every page says."""
+    if rng.random() < 0.5:
+        return pick(rng, CAMERAS).format(below(rng, 10_000))
+    return pick(rng, (*BESIDE_THE_POINT, f"photo of {pick(rng, NAMES)}"))
+
+
+Kind = Callable[[np.random.Generator, Scene, Scene], str]
+_KINDS: tuple[tuple[int, Kind], ...] = (
+    (10, _half),
+    (13, _wrong),
+    (16, _file),
+    (18, _elsewhere),
+    (20, _nothing),
+)
+
+
+def _half_of(rng: np.random.Generator, scene: Scene) -> list[Pair]:
+    number = (len(scene.things) + 1) // 2
+    return [thing.pair for thing in shuffled(rng, scene.things)[:number]]
+
+
+def _name(rng: np.random.Generator, pair: Pair) -> str:
+    color, shape = pair
+    return pick(rng, (f"{color} {shape}", f"{color} {shape}", shape, f"something {color}"))
+
+
+def _joined(rng: np.random.Generator, names: list[str]) -> str:
+    text = pick(rng, (" and ", ", ")).join(names)
+    return pick(rng, ("{}", "{}", "{} picture", "a {}", "{} - free image")).format(text)
+
+
+TEXT_TASKS = ("pocket_reading", "pocket_words", "pocket_facts")
+# What guessing scores, by the convention of the paper: 0 for open words and boxes.
+CHANCES = dict(zip(TASKS, (0.25, 0.25, 0.0, 0.5, 0.0, 0.0), strict=True))
+DOCUMENTS_A_FILE = 8_000
+FACT_DOCUMENTS_FRACTION = 0.25
+# How many things a scene has, each entry as likely. Many scenes are simple, so that colours and
+# shapes can be read off them before things have to be told apart.
+NUM_THINGS = (1, 1, 2, 2, 3, 4)
+Turn = tuple[Question, str]
+
+
+def write_pocket_world(world: PocketWorld, root: Path) -> None:
+    """Write the world into the folder `root`, laid out as `docs/data.md` describes.
+
+    The same `world` gives the same bytes. `root` is created if needed; to have it completely or not
+    at all, give the folder of `storage.new_folder`. Raises ValueError if `root` holds anything.
+    """
+    if root.exists() and any(root.iterdir()):
+        raise ValueError(f"{root} is not empty; give a new folder for the pocket world")
+    root.mkdir(parents=True, exist_ok=True)
+    _write_documents(world, root / "text" / "web")
+    captioned = [caption_scene(world, index) for index in range(world.num_captions)]
+    write_captions(world, captioned, root / "captions" / "pictures")
+    if world.num_alt_texts:
+        # One more than there are texts: each knows the next picture's scene.
+        scenes = [caption_scene(world, index) for index in range(world.num_alt_texts + 1)]
+        write_alt_texts(world, scenes, root / "captions" / "alt_texts")
+    _write_talks(world, root / "instruct" / "talks")
+    write_benchmarks(world, captioned, root / "bench")
+    for task in TEXT_TASKS:
+        write_lines(root / "text_tasks" / f"{task}.jsonl", text_items(world, task))
+    description = {
+        "name": "pocket",
+        "licence": "CC0-1.0",
+        "notes": f"generated from seed {world.seed}: coloured shapes and words on a 3x3 grid",
+        "visual_tasks": {t: {"format": t, "chance": CHANCES[t]} for t in TASKS},
+        "text_tasks": {task: {"chance": 0.25} for task in TEXT_TASKS},
+    }
+    write_json(root / "world.json", description)
+
+
+# ------------------------------------------------------------------- scenes with questions on them
+
+
+def converse(
+    rng: np.random.Generator,
+    kinds: Sequence[str],
+    splits: Sequence[str],
+    num_things: tuple[int, int],
+) -> tuple[Scene, list[Turn]]:
+    """A scene of one of the splits with a question of each kind, in this order.
+
+    The number a "count" question asks for is chosen before the scene is, since few scenes hold
+    three of a kind; there is at most one such question.
+    """
+    planned = Question("count", QUESTIONS["count"][below(rng, len(QUESTIONS["count"]))].about)
+    number, low = pick(rng, COUNTS), num_things[0]
+    if "count" in kinds:
+        # Beside several of a kind there is another thing, so that other questions have answers.
+        low = max(low, int(number) + (int(number) > 1))
+    words = WORDS if "word" in kinds else MAYBE_A_WORD
+    for _ in range(100_000):
+        plan = plan_answer(rng, planned, number) if "count" in kinds else Plan()
+        size = low + below(rng, max(num_things[1] - low, 0) + 1)
+        scene = sample_scene(rng, plan, num_things=size, words=words)
+        if scene.split not in splits:
+            continue
+        turns: list[Turn] = []
+        for kind in kinds:
+            question = planned if kind == "count" else ask(rng, scene, kind)
+            reply = None if question is None else answer(scene, question)
+            if question is None or reply is None or (question, reply) in turns:
+                break
+            turns.append((question, reply))
+        if len(turns) == len(kinds):
+            return scene, turns
+    raise AssertionError(f"no scene of {splits} answers {kinds}")
+
+
+def either(rng: np.random.Generator, one: str, other: str) -> str:
+    """One of two kinds, each as likely."""
+    return pick(rng, (one, other))
+
+
+def document(world: PocketWorld, index: int, facts: dict[tuple[str, str], str]) -> str:
+    """The text document at `index`: a described scene with questions, or facts about people."""
+    return scene_document(world, index)[0] or fact_document(
+        generator(world.seed, "facts document", index), facts
+    )
+
+
+def scene_document(world: PocketWorld, index: int) -> tuple[str, Scene | None]:
+    """The document at `index` and its scene; ("", None) where the document is about people."""
+    rng = generator(world.seed, "document", index)
+    if rng.random() < FACT_DOCUMENTS_FRACTION:
+        return "", None
+    low = pick(rng, NUM_THINGS)
+    kinds = ["color", "shape", "shape_at", "count", "exists", "word"]
+    if low > 1:
+        kinds.append(either(rng, "relation_color", "relation_shape"))
+    kinds = shuffled(rng, kinds)[: 3 + below(rng, 4)]
+    scene, turns = converse(rng, kinds, ("captions", "instruct"), (low, low))
+    layout = pick(rng, LAYOUTS)
+    lines = [f"{layout.format(question=question.text)} {reply}" for question, reply in turns]
+    # Told twice in other words and another order: what stands where has to be looked up.
+    return "\n".join([describe(rng, scene), describe(rng, scene), *lines]) + "\n", scene
+
+
+def caption_scene(world: PocketWorld, index: int) -> Scene:
+    """The scene of the caption at `index`; a quarter of them is cluttered (4 to 6 things)."""
+    rng = generator(world.seed, "caption scene", index)
+    low = pick(rng, (*NUM_THINGS * 2, 5, 6))
+    return converse(rng, (), ("captions",), (low, low))[0]
+
+
+def talk(world: PocketWorld, index: int) -> tuple[Scene, list[Turn]]:
+    """The conversation at `index`: four to six of the six benchmarks' kinds of question."""
+    rng = generator(world.seed, "talk", index)
+    low = pick(rng, (*NUM_THINGS * 2, 5, 6))
+    # Boxes are long answers: half of the talks ask for one, so that they are not most of the text.
+    kinds = ["color", either(rng, "shape", "shape_at"), "word", "exists", "count"]
+    where = "where_pair"
+    if low > 1:
+        kinds.append(either(rng, "relation_color", "relation_shape"))
+        where = either(
+            rng, where, either(rng, "where_relation", "where_size") if low > 2 else where
+        )
+    kinds.append(either(rng, where, "exists"))
+    kinds = shuffled(rng, kinds)[: 4 + below(rng, 3)]
+    return converse(rng, kinds, ("instruct",), (low, low))
+
+
+# -------------------------------------------------------------------------------------- text tasks
+
+
+def text_items(world: PocketWorld, task: str) -> list[dict[str, Any]]:
+    """The items of a text task: {"query", "choices" (four), "gold"}.
+
+    A query ends where a training document would go on with a space and the answer. Every answer is
+    as frequent as any other.
+    """
+    rng = generator(world.seed, task)
+    count = world.num_text_items
+    golds = shuffled(rng, [index % 4 for index in range(count)])
+    if task == "pocket_facts":
+        asked = _fact_questions(world, rng, count)
+    else:
+        asked = _described_questions(rng, task, count)
+    items = []
+    for index, (head, question, reply, others) in enumerate(asked):
+        choices = shuffled(rng, others)
+        choices.insert(golds[index], reply)
+        query = head + LAYOUTS[index % 2].format(question=question)
+        choices = [f" {choice}" for choice in choices]
+        items.append({"query": query, "choices": choices, "gold": golds[index]})
+    return items
+
+
+# What stands before the question, the question, its answer, three wrong answers.
+Asked = tuple[str, str, str, list[str]]
+
+
+def _fact_questions(world: PocketWorld, rng: np.random.Generator, count: int) -> list[Asked]:
+    table, asked = fact_table(world.seed), []
+    order = shuffled(rng, [(name, fact) for name in NAMES for fact in FACTS])
+    for name, fact in islice(cycle(order), count):
+        values, question, _ = FACTS[fact]
+        others = shuffled(rng, [value for value in values if value != table[name, fact]])
+        asked.append(("", question.format(name=name), table[name, fact], others[:3]))
+    return asked
+
+
+def _described_questions(rng: np.random.Generator, task: str, count: int) -> list[Asked]:
+    if task == "pocket_reading":
+        kinds = {"color": tuple(COLORS), "shape": SHAPES, "shape_at": SHAPES}
+    else:
+        kinds = {"word": WORDS}
+    pairs = []
+    for part, (kind, values) in enumerate(kinds.items()):
+        share = len(range(part, count, len(kinds)))
+        pairs += balanced(rng, QUESTIONS[kind], values, share)
+    asked = []
+    for question, reply in shuffled(rng, pairs):
+        scene = scene_with(
+            rng,
+            partial(plan_answer, rng, question, reply),
+            partial(has_answer, question, reply),
+            splits=TASKS,
+            words=(reply,) if question.kind == "word" else MAYBE_A_WORD,
+        )
+        others = shuffled(rng, [name for name in kinds[question.kind] if name != reply])[:3]
+        asked.append((describe(rng, scene) + "\n", question.text, reply, others))
+    return asked
+
+
+# ----------------------------------------------------------------------------------------- writing
+
+
+def _write_documents(world: PocketWorld, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    facts = fact_table(world.seed)
+    for start in range(0, world.num_documents, DOCUMENTS_A_FILE):
+        stop = min(start + DOCUMENTS_A_FILE, world.num_documents)
+        texts = (document(world, index, facts) for index in range(start, stop))
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+        path = folder / f"web-{start // DOCUMENTS_A_FILE:05d}.jsonl.zst"
+        path.write_bytes(zstandard.ZstdCompressor(level=6).compress(lines))
+
+
+def _write_talks(world: PocketWorld, folder: Path) -> None:
+    (folder / "images").mkdir(parents=True)
+    records, scenes = [], []
+    for index in range(world.num_conversations):
+        scene, turns = talk(world, index)
+        image = f"images/{index:06d}.jpg"
+        picture = draw_jpeg(generator(world.seed, "talk picture", index), scene)
+        (folder / image).write_bytes(picture)
+        values = [text for question, reply in turns for text in (question.text, reply)]
+        values[0] = "<image>\n" + values[0]
+        speakers = cycle(("human", "gpt"))
+        conversation = [{"from": next(speakers), "value": value} for value in values]
+        records.append({"id": f"talk-{index:06d}", "image": image, "conversations": conversation})
+        scenes.append({"image": image} | scene.record())
+    write_json(folder / "llava.json", records)
+    write_lines(folder / "scenes.jsonl", scenes)

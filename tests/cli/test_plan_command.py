@@ -1,0 +1,155 @@
+"""`midstream plan` of the paper's suite: what it says, and what it takes to say it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from midstream.cli.app import app
+from midstream.cli.catalogue import find_study
+from midstream.core.storage import write_json
+from midstream.study.store import Ledger
+
+MAX_MIB = 500
+# The peak of a process that is asked for a plan, with torch never imported.
+PROGRAM = """
+import re, sys
+from pathlib import Path
+from midstream.cli.app import app
+try:
+    app(sys.argv[1:])
+except SystemExit as reason:
+    assert not reason.code
+assert "torch" not in sys.modules
+# Of this program: what getrusage says includes the process that it was forked from.
+print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024)
+"""
+
+
+def planned(*arguments: str) -> Any:
+    return CliRunner(env={"COLUMNS": "120"}).invoke(app, ["plan", *arguments])
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    store = tmp_path_factory.mktemp("empty")
+    arguments = ["plan", "paper.suite", "--set", "scale=1b", "--store", str(store), "--json"]
+    arguments += ["--gpu", "H100", "--gpus", "64"]
+    found = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    text, _, peak = found.stdout.rstrip().rpartition("\n")
+    values: dict[str, Any] = json.loads(text)
+    return values | {"peak_mib": int(peak)}
+
+
+def test_the_suite_at_1b_is_planned_in_little_memory_and_without_torch(
+    suite: dict[str, Any],
+) -> None:
+    assert suite["num_lines"] >= 200
+    assert suite["peak_mib"] < MAX_MIB
+
+
+def test_the_suite_at_1b_is_priced_whole_before_any_data_is_there(suite: dict[str, Any]) -> None:
+    price = suite["price"]
+    assert suite["num_unknown"] == 0
+    assert price["too_large"] == []
+    assert sum(price["flops_by_part"].values()) == pytest.approx(suite["flops"])
+    hours = [stage["gpu_hours"] for stage in price["by_stage"].values()]
+    assert sum(hours) == pytest.approx(price["gpu_hours"])
+    assert price["gpu_hours_alone"] / price["gpu_hours_once"] == pytest.approx(
+        suite["flops_alone"] / suite["flops"]
+    )
+    assert price["wall_hours"] >= price["lower_bound_hours"] >= price["critical_path_hours"]
+    chain = [stage.split("-")[0] for stage in price["critical_path"]]
+    assert chain[-1] == "evaluate"
+    trained = [stage for stage in price["by_stage"].values() if stage["memory"]]
+    assert trained
+    for stage in trained:
+        assert stage["fits"]
+        assert stage["micro_rows"] >= 1
+
+
+def test_a_plan_says_hours_wall_time_memory_and_disk(tmp_path: Path) -> None:
+    found = planned(
+        "pocket.when_images_arrive", "--store", str(tmp_path), "--gpu", "100:10", "--gpus", "2"
+    )
+    assert found.exit_code == 0, found.output
+    for text in ("by part: decoder", "100:10 at 30.3%", "GPU-hours", "on 2:", "critical path"):
+        assert text in found.stdout
+    assert "GiB stay" in found.stdout
+    assert "memory: at most" in found.stdout
+    assert "with the text runs given" in found.stdout
+    assert "unknown until their data is prepared" in found.stdout
+
+
+def test_what_is_no_gpu_or_no_utilisation_is_refused_with_what_there_is(tmp_path: Path) -> None:
+    found = planned("pocket.when_images_arrive", "--store", str(tmp_path), "--gpu", "A100")
+    assert found.exit_code == 2
+    assert "A100-80" in found.output
+    found = planned("pocket.when_images_arrive", "--store", str(tmp_path), "--utilisation", "40")
+    assert found.exit_code == 2
+    assert "not 40" in found.output
+
+
+def test_a_plan_ends_with_2_where_the_study_is_wrong_and_with_0_where_a_machine_lacks_something(
+    tmp_path: Path,
+) -> None:
+    arguments = ("pocket.when_images_arrive", "--store", str(tmp_path), "--json")
+    good = planned(*arguments)
+    assert good.exit_code == 0, good.output
+    assert json.loads(good.stdout)["problems"] == []
+    lacking = planned("paper.table_5", "--set", "scale=79m", "--store", str(tmp_path), "--json")
+    assert lacking.exit_code == 0, lacking.output
+    told = json.loads(lacking.stdout)["problems"]
+    assert {problem["level"] for problem in told} == {"lacking"}
+    assert "planned without the data of" in told[0]["what"]
+
+
+def test_a_completion_that_no_weights_are_kept_at_is_told_by_the_plan(tmp_path: Path) -> None:
+    study = tmp_path / "mine.py"
+    study.write_text(
+        "from midstream.recipes.pocket import when_images_arrive\n"
+        "from midstream.study.stages import *\n"
+        "from midstream.study.studies import Study\n\n\n"
+        "def study() -> Study:\n"
+        "    whole = when_images_arrive(completions=(0.4,), seeds=(7,))\n"
+        "    line = whole.lines[0]\n"
+        "    text = whole.baselines[next(iter(whole.baselines))].of\n"
+        "    early = Evaluate(of=text, completion=0.55, evaluation=line.result.evaluation)\n"
+        "    lines = (line.model_copy(update={'result': early}),)\n"
+        "    return whole.model_copy(update={'lines': lines})\n"
+    )
+    found = planned(f"{study}:study", "--store", str(tmp_path / "store"))
+    assert found.exit_code == 2
+    assert "keeps its weights at 20, 40, 60, 80, 100 %, not at 55 %" in found.stdout
+    assert "add 0.55 to its milestones" in found.stdout
+
+
+@pytest.mark.parametrize("command", ["plan", "status"])
+def test_a_store_of_an_earlier_version_is_named_in_one_sentence(
+    tmp_path: Path, command: str
+) -> None:
+    study = "pocket.when_images_arrive"
+    ledger = Ledger(tmp_path)
+    ledger.save_study(find_study(study, []))
+    found = CliRunner().invoke(app, [command, study, "--store", str(tmp_path)])
+    assert found.stderr == ""
+    # Up to format 4 the data of a study was one stage.
+    write_json(tmp_path / "prepare-0123456789abcdef" / "stage.json", {"kind": "prepare"})
+    found = CliRunner().invoke(app, [command, study, "--store", str(tmp_path)])
+    assert found.exit_code == 0, found.output
+    (line,) = found.stderr.splitlines()
+    assert f"store {tmp_path} holds stages of an earlier version" in line
+    assert "give another --store" in line
+    # Its kept studies may hold what no longer can be read.
+    write_json(tmp_path / "studies" / "mine.json", {"kind": "study", "name": "mine"})
+    found = CliRunner().invoke(app, ["status", "mine", "--store", str(tmp_path)])
+    assert found.exit_code == 2
+    assert isinstance(found.exception, SystemExit)
+    assert "mine.json is of another version of Midstream" in found.stderr

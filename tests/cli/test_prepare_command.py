@@ -1,0 +1,191 @@
+"""`midstream prepare` from the command line: what it prints, and how it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from typer.testing import CliRunner
+
+from midstream.cli import store_commands
+from midstream.cli.app import app
+from midstream.work import prepare_data
+
+# Each starts processes.
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    """A tokenizer of the 256 bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    found = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(alphabet)}, merges=[]))
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+def texts(folder: Path, num_files: int, num_lines: int) -> Path:
+    folder.mkdir()
+    for number in range(num_files):
+        found = [{"text": f"line {n} of {number}"} for n in range(num_lines)]
+        lines = "".join(json.dumps(line) + "\n" for line in found)
+        (folder / f"{number}.jsonl").write_text(lines)
+    return folder
+
+
+def arguments(source: Path, out: Path, tokenizer: Path, *more: str) -> list[str]:
+    found = ["prepare", "text", str(source), "--out", str(out), "--tokenizer", str(tokenizer)]
+    return [*found, "--workers", "1", *more]
+
+
+def test_the_command_prepares_a_source_and_prints_its_counts(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    source = texts(tmp_path / "in", 2, 50)
+    (source / "1.jsonl").write_text('{"text": "fine"}\n{"body": "bad"}\n')
+    command = arguments(source, tmp_path / "out", tokenizer)
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    assert "1 of 52 records" in result.stderr
+    assert "1.jsonl, line 2: no text" in result.stderr
+    assert "Traceback" not in result.stderr
+    result = CliRunner().invoke(app, [*command, "--max-rejects", "0.05"])
+    assert result.exit_code == 0, result.stderr
+    index = json.loads((tmp_path / "out/source.json").read_text())
+    assert index["train"]["examples"] == 51
+    assert index["root"] == str(source)
+    for text in ("52", "51", f"{index['train']['tokens']:,}", "rejected: no text"):
+        assert text in result.stdout
+    assert "2 shards kept, 0 new" in result.stdout
+
+
+def test_what_is_not_read_and_what_is_dropped_is_printed_once(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "part.jsonl.bz2").write_bytes(b"BZh")
+    turns = [("human", "Why?"), ("gpt", "So."), ("human", "And?"), ("gpt", "")]
+    talk = [{"from": who, "value": text} for who, text in turns]
+    (source / "talks.jsonl").write_text(json.dumps({"conversations": talk}) + "\n")
+    command = arguments(source, tmp_path / "out", tokenizer)
+    command[1] = "conversations"
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("1 file is not read: part.jsonl.bz2; ") == 1
+    assert result.stdout.count("turns dropped: empty reply") == 1
+    index = json.loads((tmp_path / "out/source.json").read_text())
+    assert index["dropped_turns"] == {"empty reply": 1}
+    assert index["unread"] == {"files": 1, "first": ["part.jsonl.bz2"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("no source", "nowhere"),
+        ("no tokenizer", "lost.json"),
+        ("broken file", "1.jsonl.gz is cut short or damaged"),
+    ],
+)
+def test_what_a_user_can_put_right_is_one_message(
+    tmp_path: Path, tokenizer: Path, change: str, message: str
+) -> None:
+    source = texts(tmp_path / "in", 1, 3)
+    if change == "no source":
+        source = tmp_path / "nowhere"
+    elif change == "no tokenizer":
+        tokenizer = tmp_path / "lost.json"
+    else:
+        (source / "1.jsonl.gz").write_bytes(b"no gzip")
+    result = CliRunner().invoke(app, arguments(source, tmp_path / "out", tokenizer))
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "more", [["--max-rejects", "2"], ["--require", "best"], ["--workers", "0"]]
+)
+def test_arguments_out_of_range_start_nothing(
+    tmp_path: Path, tokenizer: Path, more: list[str]
+) -> None:
+    source = texts(tmp_path / "in", 1, 3)
+    result = CliRunner().invoke(app, arguments(source, tmp_path / "out", tokenizer, *more))
+    assert result.exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.faults), signal.SIGKILL],
+)
+def test_a_command_that_is_ended_leaves_no_process_and_goes_on_the_next_time(
+    tmp_path: Path, tokenizer: Path, number: signal.Signals
+) -> None:
+    source, out = texts(tmp_path / "in", 30, 1500), tmp_path / "out"
+    command = [sys.executable, "-m", "midstream.cli.app", *arguments(source, out, tokenizer)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while len(list(out.glob("shards/0*/made_from.json"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.005)
+    if number == signal.SIGINT:
+        # As a terminal does: to all processes of its group.
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    _, errors = process.communicate()
+    if number == signal.SIGINT:
+        assert process.returncode == 75
+        assert "the same command continues" in errors
+    assert "Traceback" not in errors
+    deadline = time.monotonic() + 30
+    while True:
+        result = CliRunner().invoke(app, arguments(source, out, tokenizer))
+        if "being prepared by another process" not in result.stderr:
+            break
+        assert time.monotonic() < deadline
+    assert result.exit_code == 0
+    index = json.loads((out / "source.json").read_text())
+    assert index["train"]["examples"] == 45_000
+    kept = int(result.stdout.split(" shards kept")[0].split()[-1])
+    assert kept >= 3
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        (["a/b", "a/c/d.txt"], "a"),
+        (["a/b"], "a/b"),
+        (["a/c/d.txt"], "a/c"),
+        (["s3://bucket/x"], ""),
+        (["a/b", "s3://bucket/x"], "a/b"),
+    ],
+)
+def test_names_start_from_the_folder_that_holds_all_local_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sources: list[str], expected: str
+) -> None:
+    for name in ("a/b", "a/c"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "a/c/d.txt").write_text("d")
+    monkeypatch.chdir(tmp_path)
+    found = prepare_data.common_folder(sources)
+    assert found == (str(tmp_path / expected) if expected else "")
+
+
+def test_the_command_line_starts_without_what_prepares() -> None:
+    script = "import sys, midstream.cli.app, midstream.cli.store_commands as p; print(*sys.modules)"
+    told = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    loaded = set(told.stdout.split())
+    assert store_commands.__name__ in loaded
+    assert not loaded & {"torch", "numpy", "tokenizers", "midstream.data", "pyarrow"}

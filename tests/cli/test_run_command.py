@@ -1,0 +1,154 @@
+"""`midstream run`: its options for a cluster, and what it refuses before or after preparation."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from typer.testing import CliRunner, Result
+
+import own_world
+from midstream.cli.app import app
+from midstream.cli.run_commands import _slurm_settings as settings_of
+from midstream.config import SlurmSettings
+
+
+def test_the_command_line_goes_before_the_file_and_a_kind_before_all(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.toml"
+    file.write_text(
+        'partition = "gpu"\ngpus = 8\nextra = { exclude = "node1" }\n'
+        "[stages.pretrain]\nnodes = 4\n[stages.evaluate]\ngpus = 2\nextra = { exclusive = true }\n"
+    )
+    found = settings_of(True, file, ["partition=fast", "evaluate.gpus=1", "restarts=2"], False)
+    assert found is not None
+    assert (found.partition, found.gpus, found.restarts) == ("fast", 8, 2)
+    evaluate, pretrain = found.resources("evaluate"), found.resources("pretrain")
+    assert (evaluate.gpus, evaluate.partition, evaluate.nodes) == (1, "fast", 1)
+    assert evaluate.extra == {"exclude": "node1", "exclusive": True}
+    assert (pretrain.gpus, pretrain.nodes) == (8, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["time_minutes=2"], "greater than or equal to 10"),
+        (["warn_seconds=400", "time_minutes=10"], "more than half of time_minutes 10"),
+        (["partiton=x"], "did you mean 'partition'"),
+        (["evaluate.gpu=1"], "did you mean 'gpus'"),
+        (["evaluated.gpus=1"], "no field 'evaluated.gpus'"),
+    ],
+)
+def test_bad_settings_are_named(settings: list[str], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        settings_of(True, None, settings, False)
+
+
+def test_a_file_that_is_no_toml_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.toml"
+    file.write_text("partition: gpu")
+    with pytest.raises(ValueError, match=r"cluster.toml is not TOML"):
+        settings_of(True, file, [], False)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--detach"], "go with --slurm"),
+        (["--slurm-set", "gpus=1"], "go with --slurm"),
+        (["--slurm", "--nodes", "2"], "--slurm-set nodes=N"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused(options: list[str], said: str) -> None:
+    result = CliRunner().invoke(app, ["run", "pocket.when_images_arrive", *options])
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_without_a_word_nothing_of_slurm_is_asked() -> None:
+    assert settings_of(False, None, [], False) is None
+    assert settings_of(True, None, [], False) == SlurmSettings()
+
+
+STUDY_FILE = """
+from pathlib import Path
+
+import own_world
+import tiny
+
+from midstream.config import DecoderConfig, Evaluation, PatchProjection, Rows, Training
+from midstream.study.stages import Continue, ContinueFrom, Evaluate, Pretrain
+from midstream.study.studies import Figure, Line, Study
+
+DECODER = DecoderConfig(hidden_size=16, num_layers=1, num_heads=2, vocab_size=320)
+ROWS = Rows(row_length=64, batch_rows=2)
+
+
+def training(tokens: int, **shares: float) -> Training:
+    return Training(budget=tiny.mixture(tokens, **shares), rows=ROWS, schedule=tiny.warm())
+
+
+def study(root: Path, tokens: int = 200) -> Study:
+    data = own_world.data_of(root)
+    text = Pretrain(data=data, decoder=DECODER, training=training(200, web=1.0))
+    seen = Continue(
+        data=data,
+        encoder=PatchProjection(image_size=24, patch_size=12, hidden_size=16),
+        decoder=DECODER,
+        start=ContinueFrom(stage=text),
+        training=training(tokens, pictures=1.0),
+    )
+    result = Evaluate(of=seen, evaluation=Evaluation(text_tasks=("quiz",), limit=2))
+    line = Line(name="mine", axes={"x": 1}, result=result)
+    return Study(name="mine", question="?", lines=(line,), figure=Figure(x="x", x_label="x"))
+"""
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
+    """A study of a small world, as it is named on the command line."""
+    folder = tmp_path_factory.mktemp("asked")
+    (folder / "study.py").write_text(STUDY_FILE)
+    root = own_world.write_world(folder / "world")
+    return f"{folder / 'study.py'}:study", "--set", f"root={root}"
+
+
+def midstream(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.slow
+def test_a_budget_that_the_data_cannot_give_ends_a_run_before_its_text_run(
+    asked: tuple[str, str, str], tmp_path: Path
+) -> None:
+    where = ("--set", "tokens=90000", "--store", tmp_path)
+    # What raw files hold is not known before they are prepared.
+    assert midstream("plan", *asked, *where).exit_code == 0
+    result = midstream("run", *asked, *where, "--workers", 2, "--device", "cpu")
+    assert result.exit_code == 2, result.output
+    error, heading, told = result.stderr.splitlines()
+    assert error.startswith("error: the data is prepared, nothing else was started")
+    assert heading == "wrong with the study or its data:"
+    assert "source 'pictures' holds" in told
+    assert "the plan needs 90,000; raise max_epochs to" in told
+    kinds = {path.parent.name.partition("-")[0] for path in tmp_path.glob("*/SUCCESS")}
+    assert kinds == {"preparetokenizer", "preparesource"}
+    stages = {path.parent.name.partition("-")[0] for path in tmp_path.glob("*/stage.json")}
+    assert stages == kinds
+    # From now on a plan says it, and so does a run at once.
+    for command in ("plan", "run"):
+        again = midstream(command, *asked, *where)
+        assert again.exit_code == 2
+        assert "source 'pictures' holds" in again.output
+    skipped = midstream("run", *asked, *where, "--skip-checks", "--device", "cpu")
+    assert skipped.exit_code == 1
+    assert "raise max_epochs above 1 or lower the budget" in skipped.stderr
+    kinds = {path.parent.name.partition("-")[0] for path in tmp_path.glob("*/SUCCESS")}
+    assert "pretrain" in kinds
+
+
+@pytest.mark.slow
+def test_a_study_with_nothing_wrong_runs_to_its_end(
+    asked: tuple[str, str, str], tmp_path: Path
+) -> None:
+    result = midstream("run", *asked, "--store", tmp_path, "--workers", 1, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert midstream("plan", *asked, "--store", tmp_path).exit_code == 0

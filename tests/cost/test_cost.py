@@ -1,0 +1,275 @@
+"""Counted against what torch itself counts on the real modules."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from midstream.config import (
+    Amount,
+    Amounts,
+    DecoderConfig,
+    EncoderConfig,
+    ExpectedSource,
+    ProjectorConfig,
+)
+from midstream.config.model import attention_flops, decoder_flops, encoder_flops, head_flops
+from midstream.cost.cost import cost, encoder_parameters, model_parameters, projector_parameters
+from midstream.cost.graph import order
+from midstream.model.decoder import Decoder
+from midstream.model.vision import build_encoder
+from midstream.model.vlm import Projector
+from midstream.study.stages import Continue, Evaluate, Finetune, PrepareSource, Stage
+from midstream.study.store import Ledger
+from midstream.study.studies import Study
+
+MakeStudy = Callable[..., Study]
+DECODER = DecoderConfig(hidden_size=64, num_layers=3, num_heads=2, vocab_size=500)
+ENCODER = EncoderConfig(
+    image_size=32, patch_size=8, hidden_size=24, num_layers=3, num_heads=2, intermediate_size=40
+)
+SOURCES = {
+    "stories": {
+        "kind": "text",
+        "num_examples": 50,
+        "num_tokens": 5_000,
+        "num_images": 0,
+        "distinct_images": 0,
+        "num_targets": 4_950,
+        "lengths": {"plain": [[50, 5_000, 500_000]], "image": []},
+    },
+    "captions": {
+        "kind": "caption",
+        "num_examples": 100,
+        "num_tokens": 600,
+        "num_images": 100,
+        "distinct_images": 100,
+        "num_targets": 500,
+        "lengths": {"plain": [], "image": [[100, 600, 3_600]]},
+    },
+    "chats": {
+        "kind": "instruct",
+        "num_examples": 30,
+        "num_tokens": 700,
+        "num_images": 30,
+        "distinct_images": 30,
+        "num_targets": 300,
+        "lengths": {"plain": [], "image": [[30, 700, 16_400]]},
+    },
+}
+
+
+@contextmanager
+def counting() -> Iterator[FlopCounterMode]:
+    """Counts with the plain attention, since torch does not count the fused one of the CPU."""
+    with (
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+        torch.no_grad(),
+    ):
+        yield counter
+
+
+def _by_kind(study: Study) -> dict[str, Stage]:
+    return {stage.kind: stage for stage in order(study)}
+
+
+def _prepared(study: Study, store: Path, **changes: Mapping[str, object]) -> Ledger:
+    ledger = Ledger(store)
+    for stage in order(study):
+        if isinstance(stage, PrepareSource):
+            with ledger.open_stage(stage) as work:
+                work.finish(SOURCES[stage.source] | changes.get(stage.source, {}))
+    return ledger
+
+
+@pytest.mark.parametrize("length", [16, 64])
+def test_decoder_and_head_flops_are_those_that_torch_counts(length: int) -> None:
+    decoder = Decoder(DECODER)
+    with counting() as counter:
+        decoder.output(decoder(torch.zeros(2, length, 64), torch.arange(length).repeat(2, 1), None))
+    per_position = decoder_flops(DECODER, context=float(length)) + head_flops(DECODER)
+    assert counter.get_total_flops() == 2 * length * per_position
+
+
+@pytest.mark.parametrize("feature_layer", [-1, -2])
+def test_encoder_flops_are_those_that_torch_counts(feature_layer: int) -> None:
+    config = EncoderConfig(**{**ENCODER.model_dump(), "feature_layer": feature_layer})
+    encoder = build_encoder(config)
+    with counting() as counter:
+        encoder(torch.zeros(3, 3, 32, 32))
+    assert counter.get_total_flops() == 3 * encoder_flops(config)
+
+
+@pytest.mark.parametrize("final_norm", [False, True])
+@pytest.mark.parametrize("feature_layer", [-1, -2])
+def test_encoder_parameters_are_those_of_the_module(feature_layer: int, final_norm: bool) -> None:
+    changes = {"feature_layer": feature_layer, "final_norm": final_norm}
+    config = EncoderConfig(**{**ENCODER.model_dump(), **changes})
+    expected = sum(parameter.numel() for parameter in build_encoder(config).parameters())
+    assert encoder_parameters(config) == expected
+
+
+@pytest.mark.parametrize("num_layers", [2, 3])
+def test_projector_parameters_are_those_of_the_module(num_layers: int) -> None:
+    config = ProjectorConfig.model_validate({"num_layers": num_layers})
+    module = Projector(config, in_width=24, out_width=64)
+    expected = sum(parameter.numel() for parameter in module.parameters())
+    assert projector_parameters(config, encoder=ENCODER, decoder=DECODER) == expected
+
+
+def test_a_text_stage_costs_three_forward_passes_of_its_positions(
+    make_study: MakeStudy, tmp_path: Path
+) -> None:
+    study = make_study()
+    stage = _by_kind(study)["pretrain"]
+    found = cost(stage, _prepared(study, tmp_path))
+    decoder = stage.decoder
+    assert found.tokens == 10_000
+    assert found.parameters == decoder.num_parameters
+    assert found.basis == "counted"
+    assert found.parts is not None
+    # 100 tokens a document are cut into 64 and 36; one in a hundred has nothing to predict.
+    rows = -(-10_000 * 1000 // (64 * 997))
+    squares = 100 * (64**2 + 36**2)
+    expected = 3 * 64 * rows * 2 * decoder.linear_parameters
+    expected += 3 * squares * attention_flops(decoder)
+    assert found.parts.decoder == pytest.approx(expected)
+    assert found.parts.head == pytest.approx(3 * 9_900 * head_flops(decoder))
+    assert found.parts.encoder == found.parts.projector == 0
+
+
+def test_a_text_run_has_a_cost_before_anything_is_known_of_its_data(make_study: MakeStudy) -> None:
+    stage = _by_kind(make_study())["pretrain"]
+    found = cost(stage)
+    assert found.basis == "expected"
+    assert found.tokens == 10_000
+    assert found.flops is not None
+    least = 6 * 10_000 * stage.decoder.linear_parameters
+    assert found.flops > least
+
+
+def test_tokens_of_epochs_are_unknown_until_the_data_is_prepared(
+    make_study: MakeStudy, tmp_path: Path
+) -> None:
+    study = make_study()
+    stage = _by_kind(study)["finetune"]
+    assert isinstance(stage, Finetune)
+    assert cost(stage).tokens is None
+    assert cost(stage, Ledger(tmp_path)).flops is None
+    found = cost(stage, _prepared(study, tmp_path))
+    patches = stage.start.encoder.encoder.num_patches
+    assert found.tokens == 2 * (700 + 30 * patches)
+    assert found.parameters == model_parameters(stage.model)
+    assert found.flops is not None
+    assert found.flops > 0
+
+
+def test_conversations_that_are_cut_to_their_rows_are_priced_as_cut(
+    make_study: MakeStudy, tmp_path: Path
+) -> None:
+    study = make_study()
+    stage = _by_kind(study)["finetune"]
+    assert isinstance(stage, Finetune)
+    patches = stage.start.encoder.encoder.num_patches
+    row_length = stage.training.rows.row_length
+    number, tokens = 5, 5 * (row_length + 100)
+    lengths = {"plain": [], "image": [[30, 700, 16_400], [number, tokens, tokens**2 // number]]}
+    longer = {"num_examples": 35, "num_images": 35, "num_tokens": 700 + tokens, "lengths": lengths}
+    found = cost(stage, _prepared(study, tmp_path, chats=longer))
+    assert found.tokens == 2 * (700 + 30 * patches + number * row_length)
+
+
+def test_a_plan_counts_with_the_captions_that_the_budget_asks_for(
+    make_study: MakeStudy, tmp_path: Path
+) -> None:
+    study = make_study()
+    lengths = {"plain": [], "image": [[100, 900, 8_100]]}
+    seen = {"num_tokens": 900, "num_targets": 800, "lengths": lengths}
+    held = {"captions": {"original": 100, "synthetic": 100}, "seen": {"random": seen}}
+    ledger = _prepared(study, tmp_path, captions=held)
+    stage = _by_kind(study)["continue"]
+    assert isinstance(stage, Continue)
+    patches = stage.encoder.encoder.num_patches
+
+    def tokens(caption: str, source: str = "captions") -> int | None:
+        amount = Amount(source=source, epochs=2, caption=caption)  # type: ignore[arg-type]
+        training = stage.training.model_copy(update={"budget": Amounts(amounts=(amount,))})
+        return cost(stage.model_copy(update={"training": training}), ledger).tokens
+
+    assert tokens("original") == 2 * (600 + 100 * patches)
+    assert tokens("random") == 2 * (900 + 100 * patches)
+    # Captions that a source lacks are refused by the checks; a plan does not price them.
+    assert tokens("synthetic", "chats") is None
+
+
+def test_a_stage_that_sees_is_unknown_without_facts_and_priced_from_expected_ones(
+    make_study: MakeStudy, tmp_path: Path
+) -> None:
+    study = make_study()
+    stage = _by_kind(study)["continue"]
+    assert cost(stage).tokens == 4_000
+    assert cost(stage).flops is None
+    expected = tuple(
+        ExpectedSource(
+            name=name, **{k: v for k, v in s.items() if k not in ("distinct_images", "lengths")}
+        )
+        for name, s in SOURCES.items()
+    )
+    data = stage.data.model_copy(update={"expected": expected})
+    guessed = cost(stage.model_copy(update={"data": data}))
+    counted = cost(stage, _prepared(study, tmp_path))
+    assert (guessed.basis, counted.basis) == ("expected", "counted")
+    assert guessed.tokens == counted.tokens == 4_000
+    assert guessed.flops == pytest.approx(counted.flops, rel=0.05)
+    assert guessed.parts is not None
+    assert counted.parts is not None
+    assert guessed.parts.encoder == counted.parts.encoder > 0
+    assert guessed.parts.projector == counted.parts.projector > 0
+
+
+def test_a_frozen_decoder_saves_the_gradients_of_its_weights(
+    make_study: MakeStudy, tmp_path: Path
+) -> None:
+    study = make_study()
+    ledger = _prepared(study, tmp_path)
+    stage = _by_kind(study)["continue"]
+    frozen = stage.model_copy(
+        update={"training": stage.training.model_copy(update={"freeze_decoder": True})}
+    )
+    whole, saved = cost(stage, ledger).parts, cost(frozen, ledger).parts
+    assert whole is not None
+    assert saved is not None
+    assert saved.head == pytest.approx(whole.head * 2 / 3)
+    assert saved.projector == whole.projector
+    assert whole.decoder * 2 / 3 < saved.decoder < whole.decoder
+
+
+def test_evaluations_cost_more_with_more_questions_and_when_asked_blind(
+    make_study: MakeStudy,
+) -> None:
+    stage = make_study().lines[0].result
+
+    def flops(**changes: object) -> float:
+        evaluation = {**stage.evaluation.model_dump(), **changes}
+        found = cost(Evaluate(of=stage.of, evaluation=evaluation)).flops
+        assert found is not None
+        return found
+
+    assert flops(limit=10) < flops(limit=20) < flops(limit=200) == flops(limit=None)
+    assert flops(blind=False) < flops(blind=True)
+
+
+def test_preparing_and_training_an_encoder_have_a_cost(make_study: MakeStudy) -> None:
+    stages = _by_kind(make_study())
+    for kind in ("prepare_world", "prepare_tokenizer", "prepare_source"):
+        assert (cost(stages[kind]).tokens, cost(stages[kind]).flops) == (0, 0.0)
+    found = cost(stages["train_encoder"])
+    assert found.tokens == 80 * (4 + 16)
+    assert found.flops is not None
+    image = encoder_flops(stages["train_encoder"].encoder.model_copy(update={"feature_layer": -1}))
+    assert found.flops > 2 * 80 * image

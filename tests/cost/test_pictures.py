@@ -1,0 +1,435 @@
+"""What keeping a frozen encoder's outputs costs and saves, against numbers made by hand."""
+
+import json
+from collections.abc import Callable
+from itertools import combinations, product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from midstream.cli.app import app
+from midstream.cli.catalogue import find_study
+from midstream.config import Amount, Amounts, EncoderConfig, Epochs, Machine, Mixture, Share
+from midstream.config.model import encoder_flops
+from midstream.core.tokens import quantity
+from midstream.cost.cost import cost
+from midstream.cost.graph import order
+from midstream.cost.pictures import (
+    LEAST_VIEWS,
+    FeaturePlan,
+    choice_for,
+    choose,
+    distinct_pictures,
+    feature_folder,
+    feature_plan,
+    picture_bytes,
+)
+from midstream.data import images
+from midstream.study.label import label
+from midstream.study.stages import Continue, Finetune, PrepareSource, Stage, TrainEncoder
+from midstream.study.store import Ledger
+from midstream.study.studies import Study
+
+MakeStudy = Callable[..., Study]
+AUTO = Machine()
+# SigLIP so400m at 384 pixels, as the paper has it.
+SO400M = EncoderConfig(
+    image_size=384,
+    patch_size=14,
+    hidden_size=1152,
+    num_layers=27,
+    num_heads=16,
+    intermediate_size=4304,
+)
+SOURCES: dict[str, dict[str, Any]] = {
+    "stories": {
+        "kind": "text",
+        "num_examples": 50,
+        "num_tokens": 5_000,
+        "num_images": 0,
+        "distinct_images": 0,
+    },
+    "captions": {
+        "kind": "caption",
+        "num_examples": 100,
+        "num_tokens": 600,
+        "num_images": 100,
+        "distinct_images": 100,
+    },
+    "chats": {
+        "kind": "instruct",
+        "num_examples": 40,
+        "num_tokens": 700,
+        "num_images": 30,
+        "distinct_images": 30,
+    },
+}
+
+
+def finish(ledger: Ledger, stage: Stage, results: dict[str, Any]) -> None:
+    with ledger.open_stage(stage) as work:
+        work.finish(results)
+
+
+def prepared(stages: tuple[Stage, ...], store: Path, sources: dict[str, Any]) -> Ledger:
+    ledger = Ledger(store)
+    for stage in stages:
+        if isinstance(stage, PrepareSource):
+            finish(ledger, stage, sources[stage.source])
+    return ledger
+
+
+def with_budget(stage: Continue, budget: Mixture | Amounts | Epochs, **changes: Any) -> Continue:
+    training = stage.training.model_copy(update={"budget": budget, **changes})
+    return stage.model_copy(update={"training": training})
+
+
+def only(stages: list[Stage], ledger: Ledger, machine: Machine = AUTO) -> FeaturePlan:
+    (found,) = feature_plan(stages, ledger, machine)
+    return found
+
+
+def first_continue(study: Study) -> Continue:
+    return next(stage for stage in order(study) if isinstance(stage, Continue))
+
+
+def test_pictures_views_and_flops_of_a_study_are_those_counted_by_hand(
+    make_study: MakeStudy, tmp_path: Path
+) -> None:
+    stages = order(make_study())
+    ledger = prepared(stages, tmp_path, SOURCES)
+    found = only(list(stages), ledger)
+    # Each of two Continue stages: 2,000 tokens of 6 + 4 a caption are 200 views of 100 pictures.
+    # Each of two Finetune stages: 2 passes over 30 pictures.
+    assert found.pictures == pytest.approx(130)
+    assert found.views == pytest.approx(2 * 200 + 2 * 60)
+    assert found.store_bytes == pytest.approx(130 * 4 * 24 * 2)
+    each = encoder_flops(found.encoder.encoder)
+    assert found.live_flops == pytest.approx(520 * each)
+    assert found.stored_flops == pytest.approx(130 * each)
+    training = [stage for stage in stages if isinstance(stage, Continue | Finetune)]
+    flops = [cost(stage, ledger).flops for stage in training]
+    assert found.training_flops == pytest.approx(sum(one for one in flops if one is not None))
+    assert found.training_flops is not None
+    assert found.saved_fraction == pytest.approx(390 * each / found.training_flops)
+    assert found.choice.decision == "stored"
+    assert "4.00 times" in found.choice.reason
+
+
+def test_stages_that_are_done_count_no_more(make_study: MakeStudy, tmp_path: Path) -> None:
+    stages = order(make_study())
+    ledger = prepared(stages, tmp_path, SOURCES)
+    training = [stage for stage in stages if isinstance(stage, Continue | Finetune)]
+    finish(ledger, training[0], {})
+    assert only(list(stages), ledger).views == pytest.approx(200 + 2 * 60)
+    for stage in training[1:]:
+        finish(ledger, stage, {})
+    assert feature_plan(list(stages), ledger, AUTO) == []
+
+
+@pytest.mark.parametrize(
+    ("budget", "views"),
+    [
+        # 10 tokens a caption with its 4 patches; a third of a picture's tokens seen is a third.
+        (Mixture(total_tokens=500, shares=(Share(source="captions", share=1.0),)), 50),
+        # 900 tokens of 64 a row are 14 sequences, half of them captions.
+        (
+            Mixture(
+                total_tokens=900,
+                by="sequences",
+                shares=(
+                    Share(source="captions", share=0.5),
+                    Share(source="stories", share=0.5),
+                ),
+            ),
+            7,
+        ),
+        # Three in four conversations show a picture.
+        (
+            Mixture(
+                total_tokens=1280,
+                by="sequences",
+                shares=(Share(source="chats", share=1.0),),
+            ),
+            15,
+        ),
+        (Amounts(amounts=(Amount(source="captions", tokens=300),)), 30),
+        (Amounts(amounts=(Amount(source="chats", epochs=1),)), 30),
+        (Epochs(sources=("captions", "stories"), epochs=1), 100),
+        (Mixture(total_tokens=900, shares=(Share(source="stories", share=1.0),)), 0),
+    ],
+)
+def test_views_follow_from_every_kind_of_budget(
+    make_study: MakeStudy, tmp_path: Path, budget: Mixture | Amounts | Epochs, views: int
+) -> None:
+    study = make_study()
+    ledger = prepared(order(study), tmp_path, SOURCES)
+    found = only([with_budget(first_continue(study), budget)], ledger)
+    assert found.views == pytest.approx(views)
+    assert found.pictures == pytest.approx(views)
+    assert found.choice.decision == ("live" if views else "stored")
+
+
+def test_encoders_and_data_are_planned_apart(make_study: MakeStudy, tmp_path: Path) -> None:
+    study = make_study()
+    ledger = prepared(order(study), tmp_path, SOURCES)
+    first = first_continue(study)
+    wider = first.encoder.encoder.model_copy(update={"hidden_size": 48})
+    second = first.model_copy(
+        update={"encoder": first.encoder.model_copy(update={"encoder": wider})}
+    )
+    once = with_budget(second, Epochs(sources=("captions",), epochs=1))
+    found = feature_plan([first, once], ledger, AUTO)
+    assert [one.encoder.identity for one in found] == [
+        first.encoder.identity,
+        once.encoder.identity,
+    ]
+    assert [one.choice.decision for one in found] == ["stored", "live"]
+    decisions = [choice_for(stage, found) for stage in (first, once)]
+    assert decisions == [one.choice for one in found]
+    assert choice_for(first.encoder, found) is None
+
+
+def test_nothing_is_known_before_the_data_is_prepared(
+    make_study: MakeStudy, tmp_path: Path
+) -> None:
+    stages = list(order(make_study()))
+    found = only(stages, Ledger(tmp_path))
+    assert (found.pictures, found.views, found.store_bytes) == (None, None, None)
+    assert (found.live_flops, found.stored_flops, found.saved_fraction) == (None, None, None)
+    assert found.choice.decision == "unknown"
+    assert "unknown, until its data is prepared" in found.sentence()
+    for forced in ("stored", "live"):
+        machine = Machine.model_validate({"features": forced})
+        assert only(stages, Ledger(tmp_path), machine).choice.decision == forced
+
+
+def test_the_reference_sizes_are_live_at_the_default_limit_and_stored_above_it(
+    make_study: MakeStudy, tmp_path: Path
+) -> None:
+    assert picture_bytes(SO400M) == 729 * 1152 * 2 == 1_679_616
+    assert encoder_flops(SO400M.model_copy(update={"feature_layer": -1})) == pytest.approx(
+        0.666e12, rel=0.01
+    )
+    first = first_continue(make_study())
+    encoder = first.encoder.model_copy(update={"encoder": SO400M})
+    first = first.model_copy(update={"encoder": encoder})
+    sources: dict[str, Any] = {
+        "web": {
+            "kind": "text",
+            "num_examples": 1,
+            "num_tokens": 10**12,
+            "num_images": 0,
+            "distinct_images": 0,
+        },
+        "pairs": {
+            "kind": "caption",
+            "num_examples": 10**9,
+            "num_tokens": 30 * 10**9,
+            "num_images": 10**9,
+            "distinct_images": 10**9,
+        },
+        "mix": {
+            "kind": "instruct",
+            "num_examples": 665_000,
+            "num_tokens": 2 * 10**8,
+            "num_images": 340_000,
+            "distinct_images": 340_000,
+        },
+    }
+    shares = (Share(source="pairs", share=0.1), Share(source="web", share=0.9))
+    budget = Mixture(total_tokens=28 * 10**9, by="sequences", shares=shares)
+    rows = first.training.rows.model_copy(update={"row_length": 1024})
+    pairs = with_budget(first, budget, rows=rows)
+    ledger = prepared(tuple(map(first.data.source, ("web", "pairs", "mix"))), tmp_path, sources)
+
+    # A tenth of 28 B tokens: 2.7 M pictures, none of them twice.
+    alone = only([pairs], ledger, Machine(max_feature_gib=5000))
+    assert alone.store_bytes == pytest.approx(4.6e12, rel=0.01)
+    assert alone.views == pytest.approx(28e9 // 1024 / 10) == pytest.approx(alone.pictures)
+    assert alone.choice.decision == "live"
+    # Lines that share the order see the same ones, but 4.6 TB are more than 64 GiB.
+    again = pairs.model_copy(update={"decoder": pairs.decoder.model_copy(update={"norm_eps": 1.0})})
+    both = only([pairs, again], ledger)
+    assert both.pictures == pytest.approx(alone.pictures)
+    assert both.choice.decision == "live"
+    assert "4.28e+03 GiB on disk (at most 64)" in both.choice.reason
+    assert only([pairs, again], ledger, Machine(max_feature_gib=4500)).choice.decision == "stored"
+
+    chat = with_budget(first, Epochs(sources=("mix",), epochs=4))
+    mixed = only([chat], ledger)
+    assert mixed.store_bytes == pytest.approx(571e9, rel=0.001)
+    assert (mixed.choice.decision, mixed.views) == ("live", 4 * 340_000)
+    assert only([chat], ledger, Machine(max_feature_gib=600)).choice.decision == "stored"
+    coded = SO400M.model_copy(update={"feature_dtype": "int8"})
+    assert picture_bytes(coded) == 729 * (1152 + 2)
+
+
+@given(
+    pictures=st.floats(0, 1e9),
+    often=st.floats(0, 20),
+    kept=st.integers(0, 10**9),
+    size=st.integers(1, 10**7),
+    limit=st.floats(0, 1e6),
+)
+def test_auto_stores_where_it_saves_and_fits(
+    pictures: float, often: float, kept: int, size: int, limit: float
+) -> None:
+    machine, views = Machine(max_feature_gib=limit), often * pictures
+    found = choose(pictures=pictures, views=views, kept=kept, picture_bytes=size, machine=machine)
+    missing = max(0.0, pictures - kept)
+    fits = max(pictures, kept) * size <= limit * 2**30
+    # At the very border either answer will do.
+    if abs(views - LEAST_VIEWS * missing) > 1e-6 * views:
+        assert found.decision == ("stored" if fits and views >= 1.5 * missing else "live")
+    for forced in ("stored", "live"):
+        other = Machine.model_validate({"features": forced, "max_feature_gib": limit})
+        choice = choose(
+            pictures=pictures, views=views, kept=kept, picture_bytes=size, machine=other
+        )
+        assert choice.decision == forced
+
+
+def test_features_that_are_kept_already_are_used_for_a_single_view(
+    make_study: MakeStudy, tmp_path: Path
+) -> None:
+    study = make_study()
+    ledger = prepared(order(study), tmp_path, SOURCES)
+    stage = with_budget(first_continue(study), Epochs(sources=("captions",), epochs=1))
+    assert feature_folder(ledger, stage.encoder) is None
+    assert only([stage], ledger).choice.decision == "live"
+    finish(ledger, stage.encoder, {"weights_digest": "abc"})
+    folder = feature_folder(ledger, stage.encoder)
+    assert folder is not None
+    for name, pictures in (("part-a", 60), ("part-b", 20)):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "features.bin").write_bytes(bytes(pictures * 4 * 24 * 2))
+    found = only([stage], ledger)
+    assert (found.kept, found.choice.decision) == (80, "stored")
+    assert found.stored_flops == pytest.approx(20 * encoder_flops(stage.encoder.encoder))
+    assert found.store_bytes == 100 * 4 * 24 * 2
+
+
+def test_the_folder_stands_for_weights_and_configuration_alone(
+    make_study: MakeStudy, tmp_path: Path
+) -> None:
+    encoder = first_continue(make_study()).encoder
+    folders = set()
+
+    def folder_of(stage: TrainEncoder, weights: str) -> Path | None:
+        ledger = Ledger(tmp_path / f"{len(folders)}")
+        finish(ledger, stage, {"weights_digest": weights})
+        found = feature_folder(ledger, stage)
+        folders.add(found)
+        assert found is not None
+        return found.relative_to(ledger.store)
+
+    def changed(**changes: Any) -> TrainEncoder:
+        config = encoder.encoder.model_copy(update=changes)
+        return encoder.model_copy(update={"encoder": config})
+
+    trained = encoder.training.model_copy(update={"num_steps": 11})
+    here = folder_of(encoder, "abc")
+    assert folder_of(encoder.model_copy(update={"training": trained}), "abc") == here
+    others = [
+        folder_of(encoder, "abd"),
+        *(
+            folder_of(changed(**changes), "abc")
+            for changes in (
+                {"feature_dtype": "int8"},
+                {"feature_layer": -1},
+                {"resize": "crop"},
+                {"pixel_mean": (0.1, 0.5, 0.5)},
+            )
+        ),
+    ]
+    assert len({here, *others}) == 6
+
+
+@pytest.mark.parametrize("num_images", [1, 3, 5])
+@pytest.mark.parametrize("low", [0, 1, 2])
+@pytest.mark.parametrize("high", [1, 3])
+def test_distinct_pictures_are_what_all_draws_have_on_average(
+    num_images: int, low: int, high: int
+) -> None:
+    everything = range(num_images)
+    one = [set(s) for s in combinations(everything, min(low, num_images))]
+    other = [set(s) for s in combinations(everything, min(high, num_images))]
+    expected = fmean(len(a | b) for a, b in product(one, other))
+    draws: list[Any] = [(0, "permutation", low), (1, "permutation", high)]
+    assert distinct_pictures(num_images, draws) == pytest.approx(expected)
+    # One seed means one order, of which both see the beginning.
+    draws = [(7, "permutation", low), (7, "permutation", high)]
+    longer = min(max(low, high), num_images)
+    assert distinct_pictures(num_images, draws) == pytest.approx(longer)
+    drawn = [set(s) for s in product(everything, repeat=low + high)]
+    draws = [(0, "replacement", low), (1, "replacement", high)]
+    expected = fmean(len(s) for s in drawn)
+    assert distinct_pictures(num_images, draws) == pytest.approx(expected)
+
+
+def test_drawing_few_of_a_billion_pictures_loses_no_precision() -> None:
+    assert distinct_pictures(10**9, [(0, "replacement", 1000.0)]) == pytest.approx(999.9995)
+    assert distinct_pictures(0, [(0, "replacement", 1000.0)]) == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_planned_bytes_are_those_that_the_store_writes(dtype: str) -> None:
+    config = SO400M.model_copy(update={"feature_dtype": dtype})
+    assert picture_bytes(config) == images.picture_bytes(config)
+
+
+def test_a_plan_says_in_one_line_what_it_decides_and_why(
+    make_study: MakeStudy, tmp_path: Path
+) -> None:
+    stages = order(make_study())
+    found = only(list(stages), prepared(stages, tmp_path, SOURCES))
+    text = found.sentence()
+    assert "\n" not in text
+    assert text.startswith(f"features of {label(found.encoder)} (4 x 24 bfloat16): stored, ")
+    assert "130 pictures (0 kept already), 520 views" in text
+    assert f"{quantity(found.live_flops)}FLOPs live" in text
+    assert f"({100 * (found.saved_fraction or 0):.1f} % saved)" in text
+
+
+def test_the_plan_command_prints_each_encoder_as_text_and_as_json(tmp_path: Path) -> None:
+    study, ledger = find_study("pocket.when_images_arrive", []), Ledger(tmp_path)
+    stages = order(study)
+    encoder = next(stage for stage in stages if isinstance(stage, TrainEncoder))
+    command = ["plan", "pocket.when_images_arrive", "--store", str(tmp_path)]
+    before = CliRunner().invoke(app, command)
+    assert before.exit_code == 0
+    assert f"features of {label(encoder)}" in before.output
+    assert "unknown, until its data is prepared" in before.output
+    names = {
+        name
+        for stage in stages
+        if isinstance(stage, Continue | Finetune)
+        for name in budget_names(stage)
+    }
+    sources = {name: SOURCES["chats" if name == "talks" else "captions"] for name in names}
+    for name, source in sources.items():
+        finish(ledger, encoder.data.source(name), source | {"seconds": 1.0})
+    found = CliRunner().invoke(app, [*command, "--json"])
+    assert found.exit_code in (0, 2), repr(found.exception)
+    (values,) = json.loads(found.stdout)["features"]
+    assert values == only(list(stages), ledger).values()
+    assert values["decision"] == "stored"
+    shown = CliRunner().invoke(app, [*command, "--max-feature-gib", "0"]).output
+    assert "(at most 0); raise max_feature_gib" in shown
+    wrong = CliRunner().invoke(app, [*command, "--features", "somewhere"])
+    assert wrong.exit_code == 2
+
+
+def budget_names(stage: Continue | Finetune) -> list[str]:
+    budget = stage.training.budget
+    if isinstance(budget, Epochs):
+        return list(budget.sources)
+    if isinstance(budget, Amounts):
+        return [amount.source for amount in budget.amounts]
+    return [share.source for share in budget.shares]

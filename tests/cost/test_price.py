@@ -1,0 +1,146 @@
+"""What a plan costs on GPUs: hours, memory that fits, disk."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from midstream.config import DECODERS, ExpectedSource, Mixture, Rows, Share
+from midstream.cost import GPUS, UTILISATION, find_gpu
+from midstream.cost.cost import model_parameters, work_of
+from midstream.cost.graph import Plan, order, plan
+from midstream.cost.price import Fleet, price, price_json
+from midstream.cost.taken import Setting, memory
+from midstream.study.stages import Pretrain
+from midstream.study.store import Ledger
+from midstream.study.studies import Study
+
+MakeStudy = Callable[..., Study]
+A100 = GPUS["A100-80"]
+
+
+@pytest.fixture
+def work(make_study: MakeStudy, tmp_path: Path) -> Plan:
+    return plan(make_study(), Ledger(tmp_path))
+
+
+def large(make_study: MakeStudy, name: str = "1b") -> Pretrain:
+    """A text stage at one of the paper's sizes."""
+    text = next(stage for stage in order(make_study()) if isinstance(stage, Pretrain))
+    rows = Rows(row_length=2048, batch_rows=256, layout="joined")
+    shares = (Share(source="stories", share=1.0),)
+    budget = Mixture(total_tokens=28 * 10**9, shares=shares)
+    training = text.training.model_copy(update={"rows": rows, "budget": budget})
+    return text.model_copy(update={"decoder": DECODERS[name], "training": training})
+
+
+def test_gpus_are_found_by_name_or_given_in_numbers() -> None:
+    assert find_gpu("a100-80") == A100
+    own = find_gpu("500:32")
+    assert (own.tflops, own.gib) == (500, 32)
+    with pytest.raises(ValueError, match="no GPU 'H10'; did you mean H100"):
+        find_gpu("H10")
+    with pytest.raises(ValueError, match="TFLOPS:GIB"):
+        find_gpu("fast:0")
+
+
+def test_gpu_hours_follow_from_flops_peak_and_utilisation(work: Plan, tmp_path: Path) -> None:
+    found = price(work, Ledger(tmp_path), Fleet(A100, utilisation=0.5))
+    assert found.gpu_hours == pytest.approx(work.remaining_flops / (312e12 * 0.5 * 3600))
+    assert Fleet(A100).utilisation == UTILISATION
+    values = price_json(found, work)
+    assert values["gpu_hours_alone"] > values["gpu_hours_once"]
+    assert values["gpu_hours_once"] == pytest.approx(values["gpu_hours"])
+    with pytest.raises(ValueError, match="above 0 and at most 1, not 30"):
+        Fleet(A100, utilisation=30)
+
+
+def test_done_stages_take_no_more_hours(make_study: MakeStudy, tmp_path: Path) -> None:
+    study, ledger = make_study(), Ledger(tmp_path)
+    before = price(plan(study, ledger), ledger, Fleet(A100))
+    encoder = next(stage for stage in order(study) if stage.kind == "train_encoder")
+    with ledger.open_stage(encoder) as opened:
+        opened.finish({"weights_digest": "w"})
+    after = price(plan(study, ledger), ledger, Fleet(A100))
+    assert after.gpu_hours < before.gpu_hours
+    assert encoder.name not in after.timing.starts
+    assert after.kept_bytes == before.kept_bytes
+
+
+def test_memory_is_shared_by_ranks_and_falls_with_smaller_micro_batches(
+    make_study: MakeStudy,
+) -> None:
+    stage = large(make_study)
+    work = work_of(stage, None)
+    assert work is not None
+    one, eight = (memory(stage, work, Setting(ranks, 1)) for ranks in (1, 8))
+    parameters = model_parameters(stage.model)
+    assert one.weights + one.moments + one.gradients == 16 * parameters
+    assert eight.weights + eight.moments + eight.gradients == 2 * parameters
+    assert eight.total < one.total
+    two = memory(stage, work, Setting(1, 2))
+    assert two.activations == pytest.approx(2 * one.activations)
+    less = memory(stage, work, Setting(1, 2, checkpointing=True))
+    assert less.activations < two.activations / 5
+
+
+def test_the_largest_micro_batch_that_fits_is_named(make_study: MakeStudy, tmp_path: Path) -> None:
+    stage = large(make_study)
+    study = make_study().model_copy(update={"lines": (), "baselines": {}})
+    result = make_study().baselines["text only"].model_copy(update={"of": stage})
+    study = study.model_copy(update={"baselines": {"text": result}})
+    ledger = Ledger(tmp_path)
+    found = price(plan(study, ledger), ledger, Fleet(A100, 8))
+    fit = next(one.fit for one in found.stages if one.row.stage.kind == "pretrain")
+    assert fit is not None
+    assert fit.fits
+    assert fit.memory.total <= A100.room
+    work = work_of(stage, None)
+    assert work is not None
+    more = memory(stage, work, Setting(fit.gpus, fit.micro_rows + 1))
+    assert more.total > A100.room
+    # Where one GPU has no room for the moments, several share them.
+    small = find_gpu("100:24")
+    several = price(plan(study, ledger), ledger, Fleet(small, 8))
+    fit = next(one.fit for one in several.stages if one.row.stage.kind == "pretrain")
+    assert fit is not None
+    assert fit.fits
+    assert fit.gpus > 1
+    none = price(plan(study, ledger), ledger, Fleet(find_gpu("100:4"), 2))
+    assert [one.row.stage.kind for one in none.too_large] == ["pretrain"]
+    with pytest.raises(ValueError, match="batch_rows 256 is no multiple of 3"):
+        price(plan(study, ledger), ledger, Fleet(A100, 8, per_stage=3))
+
+
+def test_disk_holds_milestones_with_moments_and_weights_of_the_rest(
+    make_study: MakeStudy, tmp_path: Path
+) -> None:
+    ledger = Ledger(tmp_path)
+    found = price(plan(make_study(), ledger), ledger, Fleet(A100))
+    kept = {one.row.stage.kind: one for one in found.stages}
+    text = kept["pretrain"].row.stage
+    assert isinstance(text, Pretrain)
+    # At 20 and 100 %: float32 weights and two moments each.
+    assert kept["pretrain"].kept == 2 * 12 * model_parameters(text.model)
+    seen = kept["continue"].row.stage
+    assert kept["continue"].kept == 4 * model_parameters(seen.model)
+    assert found.peak_bytes >= found.kept_bytes
+
+
+def test_expected_sources_price_a_study_whole(make_study: MakeStudy, tmp_path: Path) -> None:
+    study = make_study()
+    told = {"num_examples": 100, "num_tokens": 5_000, "num_targets": 2_000}
+    expected = (
+        ExpectedSource(name="stories", kind="text", **told),
+        ExpectedSource(name="captions", kind="caption", num_images=100, **told),
+        ExpectedSource(name="chats", kind="instruct", num_images=50, **told),
+    )
+    text = study.model_dump_json()
+    data = study.lines[0].result.of.data
+    told_data = data.model_copy(update={"expected": expected}).model_dump_json()
+    work = plan(
+        Study.model_validate_json(text.replace(data.model_dump_json(), told_data)), Ledger(tmp_path)
+    )
+    assert work.num_unknown == 0
+    assert work.num_expected == len([r for r in work.rows if "prepare" not in r.stage.kind])
+    assert all(row.cost.flops is not None for row in work.rows)

@@ -1,0 +1,396 @@
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from midstream.config import Machine
+from midstream.cost.graph import order, plan
+from midstream.launch.local import STOPPED_EXIT_CODE, remaining_chains, run
+from midstream.launch.workers import worker_environment
+from midstream.study.label import label
+from midstream.study.stages import Stage
+from midstream.study.store import Ledger, launch_lock
+from midstream.study.studies import Study
+
+MakeStudy = Callable[..., Study]
+
+# Speaks the protocol, notes when stages begin and end, and behaves as the test says, by stage name.
+FAKE_WORKER = """
+import json, os, signal, sys, time
+from pathlib import Path
+from midstream.study.store import Ledger, Stopped
+from midstream.study.stages import stage_from_json
+
+store, behaviour = Path(sys.argv[1]), json.loads(sys.argv[2])
+notes = store / "notes.jsonl"
+
+def note(what, stage):
+    with notes.open("a") as stream:
+        stream.write(json.dumps([what, stage.name, os.getpid()]) + "\\n")
+
+def say(**event):
+    print(json.dumps(event), flush=True)
+
+def stop(*_):
+    raise Stopped("asked to stop")
+
+def meet(stage):
+    (store / f"here-{stage.name}").touch()
+    until = time.monotonic() + 20
+    while len(list(store.glob("here-*"))) < 2:
+        if time.monotonic() > until:
+            raise TimeoutError("nobody came")
+        time.sleep(0.01)
+
+if behaviour.get("startup") == "die":
+    sys.exit(3)
+print("a library says hello", flush=True)
+print("and complains", file=sys.stderr, flush=True)
+say(event="ready")
+for line in sys.stdin:
+    stage = stage_from_json(json.dumps(json.loads(line)["stage"]))
+    signal.signal(signal.SIGTERM, stop)
+    act = behaviour.get(stage.name)
+    note("begin", stage)
+    say(event="started", stage=stage.name)
+    state, error = "done", None
+    try:
+        with Ledger(store).open_stage(stage) as work:
+            for parent in stage.parents:
+                assert Ledger(store).is_done(parent), parent.name
+            if act == "fail":
+                raise ValueError("bad luck")
+            if act == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if act == "exit":
+                os._exit(7)
+            if act == "meet":
+                meet(stage)
+            if act == "wait":
+                say(event="progress", stage=stage.name, done=0.5, tokens_seen=1, total_tokens=2,
+                    loss=1.0, tokens_per_second=3.0, note="")
+                time.sleep(60)
+            made = dict(kind="caption", num_examples=1, num_tokens=9, num_images=1)
+            made["distinct_images"] = 1
+            work.finish({"weights_digest": "w", **made})
+        if act == "lie":
+            (Ledger(store).folder(stage) / "SUCCESS").unlink()
+    except Stopped as reason:
+        state = "stopped"
+    except Exception as problem:
+        state, error = "failed", f"{type(problem).__name__}: {problem}"
+    note("end", stage)
+    say(event="finished", stage=stage.name, state=state, error=error)
+"""
+
+
+class Launch:
+    """Runs studies with the fake worker and keeps what happened."""
+
+    def __init__(self, folder: Path) -> None:
+        self.script = folder / "fake_worker.py"
+        self.script.write_text(FAKE_WORKER)
+        self.ledger = Ledger(folder / "store")
+        self.events: list[dict[str, Any]] = []
+
+    def __call__(
+        self,
+        study: Study,
+        workers: int = 1,
+        behaviour: Mapping[str, str] | None = None,
+        on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+        retry: bool = False,
+    ) -> Any:
+        self.events = []
+
+        def keep(event: dict[str, Any]) -> None:
+            self.events.append(event)
+            on_event(event)
+
+        command = [sys.executable, str(self.script), str(self.ledger.store)]
+        command += [json.dumps(behaviour or {})]
+        # What is asked here is order and ends; the studies' data are none.
+        return run(
+            study,
+            self.ledger,
+            Machine(workers=workers),
+            keep,
+            command,
+            retry,
+            skip_checks=True,
+        )
+
+    def notes(self, what: str) -> list[str]:
+        path = self.ledger.store / "notes.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line)[1] for line in lines if json.loads(line)[0] == what]
+
+    def pids(self) -> set[int]:
+        lines = (self.ledger.store / "notes.jsonl").read_text().splitlines()
+        return {json.loads(line)[2] for line in lines}
+
+    def states(self, study: Study) -> dict[str, str]:
+        return {stage.name: self.ledger.state(stage) for stage in order(study)}
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Launch:
+    return Launch(tmp_path)
+
+
+def _stage(study: Study, kind: str, number: int = 0) -> Stage:
+    found: list[Stage] = [stage for stage in order(study) if stage.kind == kind]
+    return found[number]
+
+
+def test_a_run_does_every_stage_once_after_its_parents(
+    launch: Launch, make_study: MakeStudy
+) -> None:
+    study = make_study((0.2, 0.6, 1.0))
+    outcome = launch(study, workers=2)
+    assert (outcome.num_done, outcome.num_before, outcome.exit_code) == (17, 0, 0)
+    begun = launch.notes("begin")
+    assert sorted(begun) == sorted(stage.name for stage in order(study))
+    finished: set[str] = set()
+    for line in (launch.ledger.store / "notes.jsonl").read_text().splitlines():
+        what, name, _ = json.loads(line)
+        if what == "begin":
+            stage = next(stage for stage in order(study) if stage.name == name)
+            assert {parent.name for parent in stage.parents} <= finished
+        else:
+            finished.add(name)
+    assert launch.ledger.study_names() == ["small"]
+
+
+def test_stages_of_one_worker_run_in_one_process(launch: Launch, make_study: MakeStudy) -> None:
+    assert launch(make_study(), workers=1).exit_code == 0
+    assert len(launch.pids()) == 1
+
+
+def test_independent_stages_run_side_by_side(launch: Launch, make_study: MakeStudy) -> None:
+    study = make_study()
+    both = (_stage(study, "continue", 0).name, _stage(study, "continue", 1).name)
+    outcome = launch(study, workers=2, behaviour=dict.fromkeys(both, "meet"))
+    assert outcome.exit_code == 0, outcome.messages
+    assert len(launch.pids()) == 2
+
+
+def test_no_more_workers_start_than_there_is_work(launch: Launch, make_study: MakeStudy) -> None:
+    study = make_study((1.0,))
+    launch(study, workers=8)
+    # Three sources can go side by side, of what trains never as many.
+    assert len(launch.pids()) <= 3
+    assert not (launch.ledger.store / "worker-4.log").exists()
+
+
+def test_the_longest_remaining_chain_starts_first(launch: Launch, make_study: MakeStudy) -> None:
+    study = make_study((0.2, 1.0))
+    launch(study, workers=1)
+    chains = remaining_chains(plan(study, Ledger(launch.ledger.store / "none")).rows)
+    begun = launch.notes("begin")
+    pair = [_stage(study, "train_encoder").name, _stage(study, "pretrain").name]
+    assert [name for name in begun if name in pair] == sorted(
+        pair, key=lambda name: chains[name], reverse=True
+    )
+    # In the study's order the first line would end before the second one begins.
+    continued = [begun.index(_stage(study, "continue", number).name) for number in (0, 1)]
+    tuned = [begun.index(_stage(study, "finetune", number).name) for number in (0, 1)]
+    assert max(continued) < min(tuned)
+
+
+def test_a_finished_study_starts_and_writes_nothing(launch: Launch, make_study: MakeStudy) -> None:
+    study = make_study()
+    launch(study)
+    store = launch.ledger.store
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("*")}
+    outcome = launch(study, behaviour={"startup": "die"})
+    assert (outcome.num_before, outcome.num_done, outcome.exit_code) == (14, 0, 0)
+    assert launch.events == []
+    assert {path: path.stat().st_mtime_ns for path in store.rglob("*")} == before
+
+
+def test_a_failed_stage_stops_its_descendants_only_and_runs_again_with_retry(
+    launch: Launch, make_study: MakeStudy
+) -> None:
+    study = make_study()
+    lost = _stage(study, "continue", 0)
+    outcome = launch(study, workers=2, behaviour={lost.name: "fail"})
+    assert (outcome.num_done, outcome.num_failed, outcome.num_skipped) == (11, 1, 2)
+    assert outcome.exit_code == 1
+    assert "bad luck" in outcome.messages[0]
+    assert label(lost) in outcome.messages[0]
+    assert "worker-" in outcome.messages[0]
+    assert "2 stages" in outcome.messages[1]
+    states = launch.states(study)
+    assert states.pop(lost.name) == "failed"
+    assert sorted(states.values()) == ["done"] * 11 + ["new"] * 2
+    assert "--retry" in outcome.messages[0]
+    begun = launch.notes("begin")
+    same = launch(study)
+    assert (same.num_before, same.num_done, same.num_failed, same.num_skipped) == (11, 0, 1, 2)
+    assert same.exit_code == 1
+    assert label(lost) in same.messages[0]
+    assert "failed before: ValueError: bad luck" in same.messages[0]
+    assert "--retry" in same.messages[0]
+    assert launch.notes("begin") == begun
+    again = launch(study, retry=True)
+    assert (again.num_before, again.num_done, again.exit_code) == (11, 3, 0)
+
+
+def test_a_stage_that_failed_before_leaves_the_others_their_turn(
+    launch: Launch, make_study: MakeStudy
+) -> None:
+    study = make_study()
+    launch(study, behaviour={_stage(study, "train_encoder").name: "fail"})
+    wider = make_study((0.2, 0.6, 1.0))
+    outcome = launch(wider)
+    # The text run has another milestone and is another stage; what needs the encoder is left.
+    assert (outcome.num_done, outcome.num_failed, outcome.num_skipped) == (2, 1, 9)
+    assert launch.ledger.state(_stage(wider, "pretrain")) == "done"
+
+
+def test_a_study_edited_while_it_runs_is_refused_and_planned_anew_afterwards(
+    launch: Launch, make_study: MakeStudy
+) -> None:
+    study, edited = make_study((0.2, 1.0)), make_study((0.2, 0.6, 1.0))
+    refusals = []
+
+    def edit(event: dict[str, Any]) -> None:
+        if event["event"] == "started" and not refusals:
+            with pytest.raises(ValueError, match="in use by another launcher") as refused:
+                run(edited, launch.ledger, Machine(workers=1), lambda event: None)
+            refusals.append(str(refused.value))
+
+    outcome = launch(study, on_event=edit)
+    assert len(refusals) == 1
+    # The run goes by the plan that it has made.
+    assert (outcome.num_done, outcome.exit_code) == (14, 0)
+    assert launch.ledger.load_study("small") == study
+    again = launch(edited)
+    # Data and encoder are shared; the text run has one milestone more.
+    assert (again.num_before, again.num_done, again.exit_code) == (6, 11, 0)
+    assert launch.ledger.load_study("small") == edited
+
+
+@pytest.mark.parametrize(("act", "how"), [("kill", "SIGKILL"), ("exit", "exit code 7")])
+def test_a_worker_that_dies_fails_its_stage_and_is_replaced(
+    launch: Launch, make_study: MakeStudy, act: str, how: str
+) -> None:
+    study = make_study()
+    lost = _stage(study, "continue", 1)
+    outcome = launch(study, workers=1, behaviour={lost.name: act})
+    assert (outcome.num_done, outcome.num_failed, outcome.num_skipped) == (11, 1, 2)
+    assert how in outcome.messages[0]
+    assert launch.ledger.state(lost) == "failed"
+    assert how in launch.ledger.status(lost)["error"]
+    assert len(launch.pids()) == 2
+
+
+def test_workers_that_cannot_start_end_the_run(launch: Launch, make_study: MakeStudy) -> None:
+    study = make_study()
+    outcome = launch(study, workers=2, behaviour={"startup": "die"})
+    assert (outcome.num_done, outcome.num_failed, outcome.num_skipped) == (0, 1, 13)
+    assert "before it was ready" in outcome.messages[0]
+    assert "exit code 3" in outcome.messages[0]
+    assert outcome.exit_code == 1
+
+
+def test_a_stage_reported_done_without_its_mark_is_failed(
+    launch: Launch, make_study: MakeStudy
+) -> None:
+    study = make_study()
+    lie = _stage(study, "train_encoder")
+    outcome = launch(study, behaviour={lie.name: "lie"})
+    assert outcome.num_failed == 1
+    assert "reported done" in outcome.messages[0]
+
+
+def test_a_signal_stops_the_running_stage_and_the_next_run_goes_on(
+    launch: Launch, make_study: MakeStudy
+) -> None:
+    study = make_study()
+    waiting = _stage(study, "pretrain")
+    before = signal.getsignal(signal.SIGTERM)
+
+    def send(event: dict[str, Any]) -> None:
+        if event["event"] == "progress":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    outcome = launch(study, behaviour={waiting.name: "wait"}, on_event=send)
+    assert outcome.num_stopped == 1
+    assert outcome.num_failed == 0
+    assert outcome.exit_code == STOPPED_EXIT_CODE
+    assert launch.ledger.state(waiting) == "stopped"
+    assert signal.getsignal(signal.SIGTERM) == before
+    again = launch(study)
+    assert again.exit_code == 0
+    assert again.num_before + again.num_done == 14
+
+
+def test_an_error_of_the_display_ends_the_workers(launch: Launch, make_study: MakeStudy) -> None:
+    study = make_study()
+    waiting = _stage(study, "pretrain")
+
+    def break_down(event: dict[str, Any]) -> None:
+        if event["event"] == "progress":
+            raise RuntimeError("no terminal")
+
+    with pytest.raises(RuntimeError, match="no terminal"):
+        launch(study, behaviour={waiting.name: "wait"}, on_event=break_down)
+    assert launch.ledger.state(waiting) == "stopped"
+    with launch_lock(launch.ledger.store):
+        pass
+
+
+def test_a_store_in_use_is_refused_and_left_as_it_was(
+    launch: Launch, make_study: MakeStudy
+) -> None:
+    store = launch.ledger.store
+    with launch_lock(store):
+        before = sorted(store.rglob("*"))
+        with pytest.raises(ValueError, match=f"process {os.getpid()}"):
+            launch(make_study())
+        assert sorted(store.rglob("*")) == before
+
+
+def test_a_stage_that_an_earlier_launcher_left_running_is_named(
+    launch: Launch, make_study: MakeStudy
+) -> None:
+    study = make_study()
+    stage = order(study)[0]
+    with (
+        launch.ledger.open_stage(stage) as work,
+    ):
+        with pytest.raises(ValueError, match=rf"{stage.identity[:7]} .*process {os.getpid()}"):
+            launch(study)
+        work.finish({})
+    assert launch.notes("begin") == []
+
+
+def test_events_tell_plan_and_stages_and_other_output_goes_to_the_log(
+    launch: Launch, make_study: MakeStudy
+) -> None:
+    study = make_study((1.0,))
+    launch(study)
+    assert launch.events[0] == {"event": "plan", "num_stages": 11, "num_done": 0}
+    kinds = [event["event"] for event in launch.events[1:]]
+    assert kinds == ["started", "finished"] * 11
+    log = Path(launch.events[1]["log"])
+    assert log == launch.ledger.store / "worker-1.log"
+    assert "a library says hello" in log.read_text()
+    assert "and complains" in log.read_text()
+
+
+def test_workers_get_their_threads_and_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    environment = worker_environment(Machine(threads=3))
+    assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == "3"
+    assert environment["TOKENIZERS_PARALLELISM"] == "false"
+    assert environment["HF_HUB_OFFLINE"] == "1"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert worker_environment(Machine())["HF_HUB_OFFLINE"] == "0"

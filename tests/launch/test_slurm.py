@@ -1,0 +1,367 @@
+"""Studies as jobs of a real Slurm of one machine; most with a worker that only pretends."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from midstream.config import Evaluation, SlurmSettings
+from midstream.core.storage import read_json
+from midstream.launch import local as launch_local
+from midstream.launch.slurm import run_on_slurm
+from midstream.launch.terminal import STOPPED_EXIT_CODE, Outcome
+from midstream.study.label import label
+from midstream.study.stages import Evaluate, Pretrain, Stage
+from midstream.study.store import Ledger
+from midstream.study.studies import Figure, Line, Study
+from one_node_slurm import OneNodeSlurm, Unavailable, clean
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+
+DEADLINE_SECONDS = 120.0
+TEXT = Evaluation(text_tasks=("pocket_facts",), limit=6, prompts="short", max_new_tokens=3)
+
+# Does the one stage of its work file as a word in the store says, by the stage's name.
+FAKE_WORKER = """
+import json, os, signal, sys, time
+from pathlib import Path
+from midstream.study.store import Ledger, Stopped
+from midstream.study.stages import stage_from_json
+
+work = json.loads(Path(sys.argv[1]).read_text())
+store, stage = Path(work["store"]), stage_from_json(json.dumps(work["stage"]))
+act = store / ("act-" + stage.name)
+
+def say(**event):
+    print(json.dumps(event), flush=True)
+
+def stop(*_):
+    raise Stopped("asked to stop")
+
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, stop)
+say(event="ready")
+say(event="started", stage=stage.name)
+state, error = "done", None
+try:
+    with Ledger(store).open_stage(stage) as opened:
+        with (store / "notes").open("a") as stream:
+            stream.write(stage.name + "\\n")
+        for parent in stage.parents:
+            assert Ledger(store).is_done(parent), parent.name
+        if act.is_file() and act.read_text() == "fail":
+            raise ValueError("bad luck")
+        while act.is_file():
+            time.sleep(0.1)
+        opened.finish({})
+except Stopped:
+    state = "stopped"
+except Exception as problem:
+    state, error = "failed", f"{type(problem).__name__}: {problem}"
+say(event="finished", stage=stage.name, state=state, error=error)
+"""
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneNodeSlurm]:
+    try:
+        running = OneNodeSlurm(tmp_path_factory.mktemp("slurm"))
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    pytest.importorskip("submitit")
+    kept = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(clean(kept) | running.environment)
+    try:
+        yield running
+    finally:
+        running.close()
+        os.environ.clear()
+        os.environ.update(kept)
+
+
+def text_run(seed: int, **changes: Any) -> Pretrain:
+    return tiny.text_run(total_tokens=6_000, seed=seed, **changes)
+
+
+def study_of(*runs: Pretrain) -> Study:
+    """A text run and its evaluation a line."""
+    lines = tuple(
+        Line(name=f"line {number}", axes={"n": number}, result=Evaluate(of=run, evaluation=TEXT))
+        for number, run in enumerate(runs)
+    )
+    return Study(name="tiny", question="?", lines=lines, figure=Figure(x="n", x_label="n"))
+
+
+class Cluster:
+    """Runs studies on the Slurm and keeps what was told."""
+
+    def __init__(self, slurm: OneNodeSlurm, ledger: Ledger, folder: Path) -> None:
+        self.slurm, self.ledger = slurm, ledger
+        self.script = folder / "fake_worker.py"
+        self.script.write_text(FAKE_WORKER)
+        self.events: list[dict[str, Any]] = []
+
+    def __call__(
+        self,
+        study: Study,
+        *,
+        fake: bool = True,
+        retry: bool = False,
+        detach: bool = False,
+        on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+        **settings: Any,
+    ) -> Outcome:
+        self.events = []
+
+        def keep(event: dict[str, Any]) -> None:
+            self.events.append(event)
+            on_event(event)
+
+        return run_on_slurm(
+            study,
+            self.ledger,
+            tiny.MACHINE,
+            SlurmSettings.model_validate({"time_minutes": 10, "poll_seconds": 0.3} | settings),
+            keep,
+            retry=retry,
+            detach=detach,
+            # What is asked here is jobs; what a study asks of its data is none of it.
+            skip_checks=fake,
+            command=(sys.executable, str(self.script)) if fake else None,
+        )
+
+    def act(self, stage: Stage, what: str | None) -> None:
+        """Tell the pretending worker of a stage: fail, wait, or (None) go on."""
+        path = self.ledger.store / f"act-{stage.name}"
+        path.unlink(missing_ok=True) if what is None else path.write_text(what)
+
+    def begun(self) -> list[str]:
+        """The names of the stages that a pretending worker has begun, in their order."""
+        path = self.ledger.store / "notes"
+        return path.read_text().split() if path.is_file() else []
+
+    def jobs(self) -> dict[str, str]:
+        """The job by stage name."""
+        path = self.ledger.store / "slurm.json"
+        kept = read_json(path)["jobs"] if path.is_file() else {}
+        return {name: entry["job"] for name, entry in kept.items()}
+
+    def notes(self) -> str:
+        return "\n".join(event["text"] for event in self.events if event["event"] == "note")
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + DEADLINE_SECONDS
+        while not condition():
+            assert time.monotonic() < end, self.slurm.ask("squeue", "--states=all")
+            time.sleep(0.1)
+
+    def queue(self) -> list[str]:
+        """The names of the jobs that wait or run."""
+        return self.slurm.ask("squeue", "--noheader", "--array", "--format=%j").split()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
+    """A store with the tiny world alone."""
+    ledger = Ledger(tmp_path_factory.mktemp("prepared"))
+    tiny.run_missing(ledger, tiny.DATA)
+    return ledger
+
+
+@pytest.fixture
+def cluster(slurm: OneNodeSlurm, prepared: Ledger, tmp_path: Path) -> Iterator[Cluster]:
+    ledger = tiny.store_with(prepared, tmp_path / "store", tiny.DATA)
+    made = Cluster(slurm, ledger, tmp_path)
+    yield made
+    slurm.ask("scancel", "--user", str(os.geteuid()))
+    made.until(lambda: not made.queue())
+
+
+def test_jobs_give_the_bits_of_a_local_run_though_preempted_and_killed_with_the_controller(
+    cluster: Cluster, prepared: Ledger, tmp_path: Path
+) -> None:
+    # Long enough to be met along the way twice, and a checkpoint now and then.
+    budget = tiny.mixture(160_000, web=1.0).model_copy(update={"max_epochs": 32})
+    long = text_run(1, budget=budget, checkpoint_every_steps=5)
+    study, steps = study_of(long), ["preempt", "requeued", "kill", "restart"]
+    urgent = ("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=true")
+
+    def disturb(event: dict[str, Any]) -> None:
+        is_running = event["event"] == "progress" and event["stage"] == long.name
+        text = event.get("text", "")
+        match steps[:1]:
+            case ["preempt"] if is_running:
+                cluster.slurm.ask(*urgent)
+            case ["requeued"] if f"{label(long)} is requeued: told to stop" in text:
+                pass
+            case ["kill"] if is_running:
+                cluster.slurm.kill_controller()
+                for pid, words in cluster.slurm.job_processes(cluster.jobs()[long.name]).items():
+                    if "midstream.work.worker" in words or "submitit" in words:
+                        os.kill(pid, signal.SIGKILL)
+            case ["restart"] if "waiting until Slurm answers" in text:
+                cluster.slurm.start_controller()
+            case _:
+                return
+        steps.pop(0)
+
+    outcome = cluster(study, fake=False, restarts=1, on_event=disturb)
+    assert (outcome.num_done, outcome.exit_code) == (2, 0), outcome.messages
+    assert steps == []
+    assert "Slurm answers again" in cluster.notes()
+    assert f"{label(long)} is submitted again: Slurm ended job" in cluster.notes()
+    assert cluster.jobs() == {}
+    local = tiny.store_with(prepared, tmp_path / "local", tiny.DATA)
+    result = study.lines[0].result
+    tiny.run_missing(local, result)
+    for stage in (long, result):
+        assert tiny.bits(cluster.ledger, stage) == tiny.bits(local, stage)
+
+
+def test_equal_stages_are_one_array_and_children_wait_for_their_parents(cluster: Cluster) -> None:
+    study = study_of(text_run(1), text_run(2), text_run(3))
+    sizes: dict[str, str] = {}
+
+    def look(event: dict[str, Any]) -> None:
+        if event["event"] == "started":
+            sizes.update(cluster.jobs())
+
+    outcome = cluster(study, on_event=look, array_limit=1)
+    assert (outcome.num_done, outcome.exit_code) == (6, 0), outcome.messages
+    runs = [sizes[line.result.of.name] for line in study.lines]
+    assert len({job.partition("_")[0] for job in runs}) == 1
+    assert [job.partition("_")[2] for job in runs] == ["0", "1", "2"]
+    for line in study.lines:
+        assert "_" not in sizes[line.result.name]
+        begun = cluster.begun()
+        assert begun.index(line.result.of.name) < begun.index(line.result.name)
+    script = next(cluster.ledger.store.glob("slurm/jobs/midstream-pretrain-*/*submission.sh"))
+    assert "--array=0-2%1" in script.read_text()
+
+
+def test_a_partition_that_does_not_exist_or_gives_less_time_is_named_before_all_else(
+    cluster: Cluster,
+) -> None:
+    before = sorted(cluster.ledger.store.rglob("*"))
+    with pytest.raises(ValueError, match=r"no partition 'hgih'; did you mean 'high'\? it has ci"):
+        cluster(study_of(text_run(1)), stages={"evaluate": {"partition": "hgih"}})
+    # Without the check its jobs would wait for ever.
+    with pytest.raises(ValueError, match=r"time_minutes is 61, but partition high gives 60"):
+        cluster(study_of(text_run(1)), stages={"evaluate": {"partition": "high"}}, time_minutes=61)
+    with pytest.raises(ValueError, match=r"time_minutes is 61, but the default partition"):
+        cluster(study_of(text_run(1)), time_minutes=61)
+    assert sorted(cluster.ledger.store.rglob("*")) == before
+    assert cluster.queue() == []
+
+
+def test_what_sbatch_refuses_is_told_in_its_words(cluster: Cluster) -> None:
+    with pytest.raises(ValueError, match=r"sbatch refused 1 pretrain jobs: .*Memory specification"):
+        cluster(study_of(text_run(1)), memory="900G")
+    assert cluster.jobs() == {}
+    assert cluster.ledger.state(text_run(1)) == "new"
+
+
+def test_without_slurms_commands_the_remedy_is_named(
+    prepared: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = tiny.store_with(prepared, tmp_path / "store", tiny.DATA)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=r"no sbatch, srun.* on the PATH.*leave --slurm out"):
+        run_on_slurm(
+            study_of(text_run(1)), ledger, tiny.MACHINE, SlurmSettings(), lambda event: None
+        )
+    assert not (ledger.store / "slurm.json").exists()
+
+
+def test_a_failed_stage_cancels_its_descendants_only_and_runs_again_with_retry(
+    cluster: Cluster,
+) -> None:
+    bad, good = text_run(1), text_run(2)
+    study = study_of(bad, good)
+    cluster.act(bad, "fail")
+    outcome = cluster(study)
+    assert (outcome.num_done, outcome.num_failed, outcome.num_skipped) == (2, 1, 1)
+    assert outcome.exit_code == 1
+    child = study.lines[0].result.name
+    assert f"{label(bad)} failed: ValueError: bad luck" in outcome.messages[0]
+    assert f"was not started: {label(study.lines[0].result)}" in outcome.messages[1]
+    assert cluster.ledger.status(bad)["error"] == "ValueError: bad luck"
+    assert child not in cluster.begun()
+    cluster.act(bad, None)
+    same = cluster(study)
+    assert (same.num_done, same.num_failed, same.num_skipped) == (0, 1, 1)
+    assert "--retry" in same.messages[0]
+    again = cluster(study, retry=True)
+    assert (again.num_before, again.num_done, again.exit_code) == (3, 2, 0)
+
+
+def test_a_cancelled_job_is_named_in_the_ledger_with_slurms_reason(cluster: Cluster) -> None:
+    lost, good = text_run(1), text_run(2)
+    study = study_of(lost, good)
+    cluster.act(lost, "wait")
+
+    def cancel(event: dict[str, Any]) -> None:
+        if event["event"] == "started" and event["stage"] == lost.name:
+            cluster.slurm.ask("scancel", cluster.jobs()[lost.name])
+
+    outcome = cluster(study, on_event=cancel)
+    assert (outcome.num_done, outcome.num_failed, outcome.num_skipped) == (2, 1, 1)
+    status = cluster.ledger.status(lost)
+    assert status["state"] == "failed"
+    assert "as CANCELLED" in status["error"]
+    assert cluster.begun().count(lost.name) == 1
+    assert "as CANCELLED" in outcome.messages[0]
+
+
+def test_a_launcher_that_is_killed_finds_its_jobs_again_and_submits_none_twice(
+    cluster: Cluster,
+) -> None:
+    study = study_of(text_run(1), text_run(2))
+    cluster.act(text_run(1), "wait")
+    first = cluster(study, detach=True)
+    assert (first.num_queued, first.num_done, first.exit_code) == (4, 0, 0)
+    jobs = cluster.jobs()
+    assert len(jobs) == 4
+    cluster.until(lambda: cluster.ledger.is_done(text_run(2)))
+    # On this machine a run is refused, since the queue has the same stages.
+    with pytest.raises(ValueError, match=r"jobs of store .* are in Slurm's queue.*--slurm"):
+        launch_local.run(study, cluster.ledger, tiny.MACHINE, lambda event: None)
+
+    def leave(event: dict[str, Any]) -> None:
+        if event["event"] == "finished":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    second = cluster(study, on_event=leave)
+    assert second.interrupted
+    assert second.exit_code == STOPPED_EXIT_CODE
+    assert "the same command follows them" in cluster.notes()
+    assert cluster.jobs().items() <= jobs.items()
+    cluster.act(text_run(1), None)
+    third = cluster(study)
+    assert third.exit_code == 0, third.messages
+    assert sorted(cluster.begun()) == sorted(jobs)
+    assert first.num_before + len(jobs) == third.num_before + third.num_done
+
+
+def test_a_submission_that_was_cut_off_is_made_anew(cluster: Cluster) -> None:
+    study = study_of(text_run(1))
+    cluster.act(text_run(1), "wait")
+    cluster(study, detach=True)
+    old = cluster.jobs()
+    path = cluster.ledger.store / "slurm.json"
+    kept = read_json(path)
+    kept["jobs"][text_run(1).name]["job"] = None
+    path.write_text(json.dumps(kept))
+    cluster.act(text_run(1), None)
+    outcome = cluster(study)
+    assert (outcome.num_done, outcome.exit_code) == (2, 0), outcome.messages
+    states = cluster.slurm.ask("scontrol", "show", "job", old[text_run(1).name])
+    assert "JobState=CANCELLED" in states

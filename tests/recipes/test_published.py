@@ -1,0 +1,167 @@
+"""Table 1's recipes in Midstream's terms: what each trains, on what, at which rates."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from midstream.config import Constant, ContinuedCosine, Mixture, WarmupCosine
+from midstream.cost.graph import plan
+from midstream.recipes.published import (
+    MM1_RATIOS,
+    Recipe,
+    blip3,
+    deepseek_vl,
+    flamingo,
+    idefics,
+    mm1,
+    ours,
+    paligemma,
+    prismatic,
+    qwen_vl,
+    table1,
+    trained,
+)
+from midstream.recipes.scales import SIZES, Model, Scale, find_scale, finetune_stage
+from midstream.report.curves import curves
+from midstream.study.stages import Continue, Finetune, StartText, came_from
+from midstream.study.store import Ledger
+
+
+@pytest.fixture(scope="module")
+def pocket() -> Scale:
+    return find_scale("pocket", shrink=0.05)
+
+
+def chain(scale: Scale, recipe: Recipe) -> list[Continue | Finetune]:
+    """Its stages on pictures, the first one first."""
+    stage: object = trained(scale, recipe, seed=7, epochs=1)
+    found = []
+    while isinstance(stage, Continue | Finetune):
+        found.append(stage)
+        before = came_from(stage)
+        stage = before[0] if before else None
+    return found[::-1]
+
+
+def shares(stage: Continue | Finetune) -> dict[str, float]:
+    budget = stage.training.budget
+    assert isinstance(budget, Mixture)
+    return {share.source: share.share for share in budget.shares}
+
+
+def learns(stage: Continue | Finetune) -> set[str]:
+    """The parts of the model that a stage trains."""
+    training = stage.training
+    parts = {"projector"}
+    parts |= set() if training.freeze_decoder else {"decoder"}
+    return parts | (set() if training.encoder_rate_factor is None else {"encoder"})
+
+
+ALL = {"projector", "encoder", "decoder"}
+UNSEEN = {"projector", "decoder"}
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        (blip3, [UNSEEN, UNSEEN]),
+        (flamingo, [{"projector"}]),
+        (idefics, [ALL, ALL]),
+        (mm1, [ALL, ALL]),
+        (deepseek_vl, [UNSEEN, ALL]),
+        (qwen_vl, [{"projector", "encoder"}, ALL, UNSEEN]),
+        (paligemma, [ALL, ALL, ALL]),
+        (prismatic, [UNSEEN]),
+        (ours, [UNSEEN, UNSEEN]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_each_recipe_trains_in_each_stage_what_its_authors_do(
+    pocket: Scale, make: Callable[[], Recipe], parts: list[set[str]]
+) -> None:
+    assert [learns(stage) for stage in chain(pocket, make())] == parts
+
+
+def test_the_mixtures_are_those_of_the_table(pocket: Scale) -> None:
+    found = [shares(chain(pocket, mm1(*ratio))[0]) for ratio in MM1_RATIOS]
+    assert [one["pictures"] for one in found] == pytest.approx([1.0, 0.91, 0.86, 2 / 3])
+    assert [one.get("web", 0.0) for one in found] == pytest.approx([0.0, 0.09, 0.14, 1 / 3])
+    assert shares(chain(pocket, deepseek_vl())[0])["web"] == 0.7
+    for recipe in (blip3(), flamingo(), idefics(), qwen_vl(), paligemma()):
+        for stage in chain(pocket, recipe):
+            if isinstance(stage, Continue):
+                assert "web" not in shares(stage), recipe.name
+    assert shares(chain(pocket, ours())[0]) == {"pictures": 0.1, "web": 0.9}
+
+
+def test_every_recipe_with_an_image_text_stage_sees_as_many_image_text_tokens(
+    pocket: Scale,
+) -> None:
+    for recipe in (blip3(), qwen_vl(), paligemma(), ours()):
+        budgets = [
+            stage.training.budget.total_tokens
+            for stage in chain(pocket, recipe)
+            if isinstance(stage.training.budget, Mixture)
+        ]
+        assert sum(budgets) == pocket.image_text_tokens, recipe.name
+
+
+def test_paligemma_goes_on_with_one_schedule_from_its_first_stage_to_its_last(
+    pocket: Scale,
+) -> None:
+    first, second, chat = (stage.training.schedule for stage in chain(pocket, paligemma()))
+    assert isinstance(first, Constant)
+    assert isinstance(second, ContinuedCosine)
+    assert isinstance(chat, ContinuedCosine)
+    assert first.peak_rate > second.end_rate > chat.end_rate == 0.0
+    assert {stage.model.attention for stage in chain(pocket, paligemma())} == {"prefix"}
+
+
+def test_qwen_vl_warms_up_twice_and_prismatic_starts_from_the_text_model(pocket: Scale) -> None:
+    for stage in chain(pocket, qwen_vl()):
+        assert isinstance(stage.training.schedule, WarmupCosine)
+    (only,) = chain(pocket, prismatic())
+    assert isinstance(only, Finetune)
+    assert isinstance(only.start, StartText)
+    assert only.start.completion == 1.0
+    assert only.encoder_stage == pocket.encoders["SigLIP"]
+
+
+def test_ours_is_the_papers_model_to_the_last_digit(pocket: Scale) -> None:
+    mine = trained(pocket, ours(), seed=7, epochs=4)
+    assert mine.identity == finetune_stage(pocket, Model(seed=7)).identity
+
+
+@pytest.mark.parametrize("scale", SIZES)
+def test_table_1_can_be_planned_and_its_rates_drawn_at_every_scale(
+    scale: str, tmp_path: Path
+) -> None:
+    study = table1(scale=scale, seeds=(7,))
+    assert len(study.lines) == 12
+    work = plan(study, Ledger(tmp_path))
+    assert work.naive_flops > work.shared_flops > 0
+    curves(study)
+    assert study.table is not None
+    rows = {line.axes["recipe"] for line in study.lines}
+    assert study.table.labels.keys() == rows
+    assert all(len(text) == 4 for text in study.table.labels.values())
+
+
+def test_what_stands_in_for_a_recipes_own_is_said() -> None:
+    notes = table1(recipes=("Flamingo", "Qwen-VL")).notes
+    assert any(note.startswith("Flamingo: captions with their one picture") for note in notes)
+    assert not any("BLIP3" in note for note in notes)
+    study = table1()
+    assert any(note.startswith("IDEFICS and MM1 100:0 differ in what") for note in study.notes)
+    same = {
+        line.result.identity
+        for line in study.lines
+        if line.axes["recipe"] in ("IDEFICS", "MM1 100:0") and line.axes["seed"] == 7
+    }
+    assert len(same) == 1
+
+
+def test_an_unknown_recipe_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"no recipe 'LLaVA'; Table 1 has BLIP3, Flamingo"):
+        table1(recipes=("LLaVA",))

@@ -1,0 +1,290 @@
+"""Evaluations as stages and by `midstream eval`: stopped, shared out, of other people's models."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import typer
+from PIL import Image
+
+import tiny
+from midstream.cli import app, model_commands
+from midstream.config import Machine
+from midstream.core.storage import read_json
+from midstream.eval.answers import EvaluationStopped
+from midstream.exchange import export
+from midstream.launch.workers import worker_environment
+from midstream.study.stages import Evaluate
+from midstream.study.store import Ledger, Stopped
+from midstream.work import evaluate_model
+from midstream.work.show_scores import short_names
+from ranked import run_ranks
+
+pytestmark = pytest.mark.slow
+
+MEASURED = ("seconds", "peak_memory_bytes")
+ASKED = Evaluate(
+    of=tiny.CHAT,
+    evaluation=tiny.EVALUATION.model_copy(update={"limit": 40, "fixed_answers": "both"}),
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_ledger: Ledger, tmp_path_factory: pytest.TempPathFactory) -> Ledger:
+    """A store in which the evaluation ran without an interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    ledger = tiny.store_with(tiny_ledger, folder, tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT)
+    tiny.run_missing(ledger, ASKED)
+    return ledger
+
+
+@pytest.fixture
+def own(whole: Ledger, tmp_path: Path) -> Ledger:
+    """The same without the evaluation."""
+    return tiny.store_with(whole, tmp_path / "store", *ASKED.parents, tiny.SEEN, tiny.TEXT)
+
+
+def found(ledger: Ledger) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Results, but for what is measured, and every row of predictions."""
+    results = {k: v for k, v in ledger.results(ASKED).items() if k not in MEASURED}
+    folder = ledger.folder(ASKED) / "predictions"
+    rows = {path.stem: pq.read_table(path).to_pylist() for path in folder.glob("*.parquet")}
+    for row in (row for own in rows.values() for row in own):
+        # Stores lie in different places.
+        row["image"] = row["image"] and row["image"].split("/world/")[1]
+    return results, rows
+
+
+def after(points: int) -> Callable[[], bool]:
+    left = [points]
+
+    def stop() -> bool:
+        left[0] -= 1
+        return left[0] == 0
+
+    return stop
+
+
+@pytest.mark.parametrize("points", [1, 2, 4])
+def test_an_evaluation_stopped_within_a_task_ends_as_one_that_was_not(
+    whole: Ledger, own: Ledger, points: int
+) -> None:
+    with pytest.raises(Stopped):
+        tiny.runner(own, should_stop=after(points)).run(ASKED)
+    kept = own.folder(ASKED) / "answers"
+    assert own.state(ASKED) == "stopped"
+    lines = sum(path.read_text().count("\n") for path in kept.glob("*.jsonl"))
+    assert lines >= points
+    tiny.runner(own).run(ASKED)
+    assert found(own)[0]["tasks"].keys() == found(whole)[0]["tasks"].keys()
+    assert found(own)[1] == found(whole)[1]
+    assert not kept.exists()
+
+
+def test_two_ranks_find_what_one_finds(whole: Ledger, own: Ledger) -> None:
+    with pytest.raises(Stopped):
+        tiny.runner(own, should_stop=after(2)).run(ASKED)
+    ended = run_ranks(own, ASKED, 2)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert found(own) == found(whole)
+
+
+def process(*words: str | Path) -> str:
+    ended = subprocess.run(
+        [sys.executable, "-m", "midstream.cli.app", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**worker_environment(Machine()), "COLUMNS": "600"},
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended.stdout
+
+
+Command = Callable[..., str]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command line with its work done in this process, which has imported torch already."""
+
+    def work(request: dict[str, Any]) -> None:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request)))
+        code = evaluate_model.main()
+        if code:
+            raise typer.Exit(code)
+
+    monkeypatch.setenv("COLUMNS", "600")
+    monkeypatch.setattr(model_commands, "_evaluating", work)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+
+    def run(*words: str | Path, ok: int = 0) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            app.app([str(word) for word in words])
+        printed = capsys.readouterr()
+        assert ended.value.code == ok, printed.err[-3000:]
+        return printed.out if ok == 0 else printed.err
+
+    return run
+
+
+def test_a_model_and_its_export_stand_in_one_table(
+    whole: Ledger, tmp_path: Path, command: Command
+) -> None:
+    stage = whole.folder(tiny.CHAT)
+    exported = tmp_path / "exported"
+    request = {"checkpoint": str(stage), "out": str(exported), "text_only": False}
+    export.serve(request)
+    world = whole.folder(tiny.WORLD) / "world"
+    out = tmp_path / "evaluations"
+    words = ("--data", world, "--out", out, "--limit", "6", "--prompts", "short")
+    words += ("--max-new-tokens", "3", "--task", "vqav2", "--task", "pope", "--task")
+    words += ("pocket_facts", "--trust-remote-code", "--device", "cpu")
+    table = command("eval", stage, exported, *words)
+    assert "vqav2" in table
+    assert "not whole: vqav2 (6 of" in table
+    mine, theirs = (next(out.glob(f"{path.name}-*")) for path in (stage, exported))
+    one, other = (read_json(folder / "results.json") for folder in (mine, theirs))
+    for task, row in one["tasks"].items():
+        assert other["tasks"][task]["score"] == pytest.approx(row["score"], abs=0.17), task
+    first = pq.read_table(mine / "predictions/vqav2.parquet").to_pylist()
+    second = pq.read_table(theirs / "predictions/vqav2.parquet").to_pylist()
+    same = [a["prediction"] == b["prediction"] for a, b in zip(first, second, strict=True)]
+    # Features of a frozen encoder are rounded in training, and by the export's code as well.
+    assert sum(same) >= len(same) - 1
+
+    # What is done is not done again.
+    before = (mine / "results.json").stat().st_mtime_ns
+    again = process("eval", stage, *words)
+    assert "; as before: vqav2 (of 20" in again
+    assert (mine / "results.json").stat().st_mtime_ns == before
+    # Asked otherwise, it has another folder, and the first one stays.
+    command("eval", stage, *words, "--fixed-answers", "text")
+    assert len(list(out.glob(f"{stage.name}-*"))) == 2
+    assert (mine / "results.json").stat().st_mtime_ns == before
+
+    shown = command("eval", mine, "--show", "2", "--task", "pope")
+    assert shown.count("prompt: ") == 2
+    assert "picture: " in shown
+    told = command("eval", "--diff", mine, theirs, "--task", "pope")
+    assert "points" in told
+    assert "on 6 examples" in told
+
+
+def test_what_cannot_be_asked_is_said_in_one_line(
+    whole: Ledger, tmp_path: Path, command: Command
+) -> None:
+    stage = whole.folder(tiny.CHAT)
+    wrong = command("eval", stage, "--task", "vqav", "--out", tmp_path, ok=2)
+    assert "did you mean vqav2?" in wrong
+    assert "name a model" in command("eval", ok=2)
+    assert "holds no predictions" in command("eval", tmp_path, "--show", "1", ok=2)
+    for folder, told in ((tmp_path, "holds no config.json"), (tmp_path / "no", "does not exist")):
+        strange = command("eval", folder, "--data", tmp_path, ok=2)
+        assert strange.startswith(f"error: {folder} {told}; give ")
+        assert len(strange.splitlines()) == 1
+
+
+class Broken:
+    """A model whose own code fails."""
+
+    weights_digest = "w"
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
+        # As if it stood in the model's own file.
+        exec("raise error", {"__name__": "modeling_own", "error": self.error})
+        return []
+
+    choose = loglikelihood = loglikelihood_rolling = generate_until = generate
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Path:
+    """One free question about one picture."""
+    (tmp_path / "data/qa").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "data/qa/a.png")
+    record = {"question": "What is it?", "answer": "red", "image": "a.png"}
+    (tmp_path / "data/qa/questions.jsonl").write_text(json.dumps(record) + "\n")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("sizes\n  3 and 4"), ValueError("sizes 3 and 4"), AssertionError("x")]
+)
+def test_an_error_of_a_models_own_code_is_one_line_with_its_name(
+    asked: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(evaluate_model, "_open_model", lambda *_: (Broken(error), asked))
+    words = ("eval", "org/model", "--data", asked, "--task", "qa", "--out", tmp_path / "out")
+    told = " ".join(str(error).split())
+    line = f"error: org/model: {type(error).__name__}: {told} (--debug shows where)\n"
+    assert command(*words, ok=2) == line
+    shown = command(*words, "--debug", ok=2)
+    assert shown.startswith("Traceback (most recent call last):\n")
+    assert "in generate" in shown
+    assert shown.endswith(line)
+    stopped = Broken(EvaluationStopped("asked to"))
+    monkeypatch.setattr(evaluate_model, "_open_model", lambda *_: (stopped, asked))
+    assert command(*words, ok=75).startswith("stopped; ")
+
+
+class Says(Broken):
+    """A model that says one thing."""
+
+    def __init__(self, text: str) -> None:
+        self.weights_digest = self.text = text
+
+    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
+        return [self.text] * len(prompts)
+
+
+def test_two_models_of_one_name_have_two(
+    asked: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {"x/A/model": "red", "x/B/model/": "blue", "org/other": "red"}
+    monkeypatch.setattr(evaluate_model, "_open_model", lambda name, _: (Says(said[name]), asked))
+    out = tmp_path / "out"
+    table = command("eval", *said, "--data", asked, "--task", "qa", "--out", out)
+    head = next(line for line in table.splitlines() if line.startswith("task"))
+    assert head.split() == ["task", "A/model", "B/model", "other"]
+    scores = next(line for line in table.splitlines() if line.startswith("qa "))
+    assert scores.split()[1:] == ["100.0", "0.0", "100.0"]
+    rows = [read_json(path) for path in out.glob("*/results.json")]
+    assert sorted(row["about"]["model"] for row in rows) == sorted(said)
+
+
+def test_names_are_as_long_as_it_takes_to_tell_them_apart() -> None:
+    names = ["s/1/milestones/80", "s/2/milestones/80", "model", "A/model", "org/model-b/"]
+    here = Path.cwd().name
+    assert short_names(names) == [
+        *("1/milestones/80", "2/milestones/80", f"{here}/model", "A/model", "model-b")
+    ]
+    assert short_names(["a/b", "a/b/"]) == ["b", "b"]
+
+
+def test_the_list_says_what_is_there_and_what_is_missing(tmp_path: Path) -> None:
+    gqa = tmp_path / "gqa"
+    gqa.mkdir()
+    record = {"imageId": "n1", "question": "?", "answer": "yes"}
+    (gqa / "testdev_balanced_questions.json").write_text(json.dumps({"1": record}))
+    (tmp_path / "vizwiz").mkdir()
+    (tmp_path / "boolq.jsonl").write_text('{"passage": "p", "question": "q", "answer": true}\n')
+    listed = " ".join(process("eval", "--list", "--data", tmp_path).split())
+    assert "1 questions in" in listed
+    assert "1 pictures are missing" in listed
+    assert "missing: v2_OpenEnded_mscoco_val2014_questions.json" in listed
+    assert "not whole:" in listed
+    assert f"yes, in {tmp_path}" in listed

@@ -1,0 +1,61 @@
+"""Models out of a store: by their folders, with the encoder and the scores that are theirs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from midstream.core.storage import CorruptError, write_bytes, write_json
+from midstream.study.stages import Evaluate
+from midstream.study.store import Ledger
+from midstream.work.open_model import evaluations, find_model, open_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def store(tiny_ledger: Ledger, tmp_path: Path) -> Ledger:
+    return tiny.store_with(tiny_ledger, tmp_path / "store", tiny.DATA, tiny.TEXT)
+
+
+def test_a_milestone_is_another_model_than_the_end(store: Ledger) -> None:
+    folder = store.folder(tiny.TEXT)
+    part, whole = open_model(folder / "milestones" / "40", CPU), open_model(folder, CPU)
+    assert (part.completion, whole.completion) == (0.4, 1.0)
+    assert part.name == f"{tiny.TEXT.name} at 40 %"
+    assert part.encoder is None
+    mine, theirs = part.vlm.decoder.output.weight, whole.vlm.decoder.output.weight
+    assert not torch.equal(mine, theirs)
+    with pytest.raises(ValueError, match="has no encoder; it cannot see pictures"):
+        part.encode(torch.zeros(1, 3, 24, 24))
+
+
+def test_only_finished_evaluations_of_this_very_model_count(store: Ledger) -> None:
+    opened = open_model(store.folder(tiny.TEXT), CPU)
+    assert evaluations(opened) == []
+    asked = tiny.EVALUATION.model_copy(update={"visual_tasks": ()})
+    results = [Evaluate(of=tiny.TEXT, completion=part, evaluation=asked) for part in (0.4, 1.0)]
+    for stage in results:
+        write_json(store.folder(stage) / "stage.json", stage.model_dump(mode="json"))
+    write_json(store.store / "evaluate-of-another-version" / "stage.json", {"kind": "evaluate"})
+    assert evaluations(opened) == []
+    for folder in store.store.glob("evaluate-*"):
+        write_bytes(folder / "SUCCESS", b"")
+    assert evaluations(opened) == [results[1]]
+    assert evaluations(open_model(store.folder(tiny.TEXT) / "milestones" / "40", CPU)) == [
+        results[0]
+    ]
+
+
+def test_what_is_no_model_is_refused_by_name(store: Ledger, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="is no stage of a store"):
+        find_model(tmp_path)
+    with pytest.raises(ValueError, match="holds no language model"):
+        find_model(store.folder(tiny.WORLD))
+    with pytest.raises(ValueError, match="kept no weights at 33 %; it has 20 %, 40 %"):
+        open_model(store.folder(tiny.TEXT) / "milestones" / "33", CPU)
+    weights = store.folder(tiny.TEXT) / "milestones" / "40" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(CorruptError, match="differs from its manifest"):
+        open_model(weights.parent, CPU)

@@ -1,0 +1,68 @@
+"""`midstream profile`: the real command on a tiny store."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+import tiny
+from faults.launched import recipe
+from midstream.cli import store_commands
+from midstream.cli.app import app
+from midstream.study.store import Ledger
+from midstream.work import profile_stage
+
+
+def profiled(ledger: Ledger, out: Path, *options: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "midstream.cli.app", "profile", recipe(out.parent)]
+    command += ["--store", str(ledger.store), "--device", "cpu", "--out", str(out), *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_profile_has_meters_a_trace_and_a_page_and_leaves_the_store_alone(
+    tiny_ledger: Ledger, tmp_path: Path
+) -> None:
+    mine = tiny.store_with(tiny_ledger, tmp_path / "store", tiny.DATA)
+    before = sorted(path for path in mine.store.rglob("*"))
+    ended = profiled(mine, tmp_path / "out", "--steps", "3")
+    assert ended.returncode == 0, ended.stderr
+    assert "useful" in ended.stdout
+    assert "of what a matrix product reaches" in " ".join(ended.stdout.split())
+    assert sorted(path for path in mine.store.rglob("*")) == before
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["steps"] == 3
+    assert summary["meters"]["time_shares"]["model"] > 0.1
+    assert summary["parameters"]["decoder"]["trained"] == tiny.DECODER.num_parameters
+    trace = json.loads((tmp_path / "out" / "trace.json").read_text())
+    assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
+    page = (tmp_path / "out" / "summary.html").read_text()
+    assert summary["stage"] in page
+    assert "aten::" in page
+    assert "<script" not in page
+
+
+def test_a_stage_that_is_too_short_or_lacks_its_data_is_refused(
+    tiny_ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(command: list[str], env: object, stdout: object) -> SimpleNamespace:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", command[2:])
+            return SimpleNamespace(returncode=profile_stage.main())
+
+    # What the command starts is done in this process, which has imported torch already.
+    monkeypatch.setattr(store_commands, "subprocess", SimpleNamespace(run=run, PIPE=None))
+    for ledger, steps, said in (
+        (tiny_ledger, 3000, "3004 are wanted; give a smaller --steps"),
+        (Ledger(tmp_path / "empty"), 3, "not done"),
+    ):
+        command = ["profile", recipe(tmp_path), "--store", str(ledger.store), "--device", "cpu"]
+        command += ["--out", str(tmp_path / "out"), "--steps", str(steps)]
+        ended = CliRunner().invoke(app, command)
+        assert ended.exit_code == 2
+        assert said in ended.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,148 @@
+"""Equal stages give equal bits: in two stores, and however often their process is killed.
+
+Processes are forked from a server that has imported everything and computed nothing, so that a
+life costs what its steps cost.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+
+import tiny
+from lives import DEADLINE_SECONDS, born, has_steps, server, wait_for
+from midstream.launch.workers import work_line, worker_command, worker_environment, write_work
+from midstream.study.stages import Continue, ContinueFrom, Pretrain
+from midstream.study.store import Ledger
+from midstream.train import checkpoint
+
+# Long enough to be killed along the way: about 60 steps, a checkpoint every third.
+LONG_TEXT = tiny.text_run(
+    budget=tiny.mixture(40_000, web=1.0).model_copy(update={"max_epochs": 4}),
+    checkpoint_every_steps=3,
+)
+LONG_SEEN = tiny.image_run(
+    ContinueFrom(stage=tiny.TEXT, completion=0.4, optimizer="carry"),
+    budget=tiny.mixture(44_000, pictures=0.5, web=0.5).model_copy(update={"max_epochs": 4}),
+    checkpoint_every_steps=3,
+)
+Trained = Pretrain | Continue
+
+
+@pytest.fixture(scope="module")
+def processes() -> ForkServerContext:
+    return server()
+
+
+@pytest.fixture(scope="module")
+def ledger(tiny_ledger: Ledger, tmp_path_factory: pytest.TempPathFactory) -> Ledger:
+    """Both stages, run without an interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    mine = tiny.store_with(tiny_ledger, folder, tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT)
+    tiny.run_missing(mine, LONG_TEXT, LONG_SEEN)
+    return mine
+
+
+def own_store(tiny_ledger: Ledger, folder: Path) -> Ledger:
+    return tiny.store_with(tiny_ledger, folder, tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT)
+
+
+@pytest.mark.parametrize("stage", [tiny.TEXT, tiny.SEEN], ids=lambda stage: stage.kind)
+def test_a_stage_run_in_two_stores_gives_equal_bits(
+    tiny_ledger: Ledger, tmp_path: Path, stage: Trained
+) -> None:
+    found = []
+    for name in ("one", "two"):
+        mine = tiny.store_with(tiny_ledger, tmp_path / name, tiny.DATA, tiny.ENCODER_STAGE)
+        tiny.run_missing(mine, stage)
+        found.append(tiny.bits(mine, stage))
+    assert found[0] == found[1]
+    assert len(found[0]["metrics"]) > 5
+    other = stage.model_copy(update={"training": stage.training.model_copy(update={"seed": 1})})
+    mine = Ledger(tmp_path / "one")
+    tiny.run_missing(mine, other)
+    digests = [mine.results(one)["weights_digest"] for one in (stage, other)]
+    assert digests[0] != digests[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [LONG_TEXT, LONG_SEEN], ids=lambda stage: stage.kind)
+def test_a_stage_killed_at_random_moments_gives_the_uninterrupted_bits(
+    ledger: Ledger,
+    tiny_ledger: Ledger,
+    processes: ForkServerContext,
+    tmp_path: Path,
+    stage: Trained,
+) -> None:
+    mine, chance = own_store(tiny_ledger, tmp_path), random.Random(7)
+    num_steps = ledger.results(stage)["steps"]
+    assert num_steps > 40
+    # Before the first checkpoint, and at two random moments of the rest.
+    parts = ((0.3, 0.4), (0.7, 0.8))
+    moments = [1, *(round(num_steps * chance.uniform(*part)) for part in parts)]
+    path = mine.folder(stage) / "metrics.jsonl"
+    for moment in moments:
+        process = born(processes, mine, stage)
+        wait_for(has_steps(mine, stage, moment), process.is_alive)
+        time.sleep(chance.uniform(0.0, 0.03))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert mine.state(stage) == "stopped"
+    found = path.read_bytes().splitlines()
+    last = born(processes, mine, stage)
+    last.join(DEADLINE_SECONDS)
+    assert last.exitcode == 0
+    assert mine.state(stage) == "done"
+    assert tiny.bits(mine, stage) == tiny.bits(ledger, stage)
+    assert not list(mine.folder(stage).rglob(".*"))
+    # Two runs of a step differ in their seconds: these lines were written once, so the last life
+    # went on from a checkpoint and not from the start. The newest one may have been on its way to
+    # the disk when the process was killed, the one before it was there.
+    once = moments[-1] - 2 * stage.training.checkpoint_every_steps
+    assert once > 0
+    assert path.read_bytes().splitlines()[:once] == found[:once]
+
+
+@pytest.mark.slow
+def test_a_worker_asked_to_end_keeps_a_checkpoint_and_the_next_goes_on_to_equal_bits(
+    ledger: Ledger, tiny_ledger: Ledger, processes: ForkServerContext, tmp_path: Path
+) -> None:
+    mine = own_store(tiny_ledger, tmp_path)
+    file = write_work(mine.store / "work.json", mine.store, tiny.MACHINE)
+    worker = subprocess.Popen(
+        worker_command(file),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=worker_environment(tiny.MACHINE),
+    )
+    assert worker.stdin is not None
+    worker.stdin.write(work_line(LONG_SEEN).encode())
+    worker.stdin.flush()
+    wait_for(has_steps(mine, LONG_SEEN, 10), lambda: worker.poll() is None)
+    worker.send_signal(signal.SIGTERM)
+    out, problems = worker.communicate(timeout=DEADLINE_SECONDS)
+    assert worker.returncode == 0
+    assert b"Traceback" not in problems
+    events = [json.loads(line) for line in out.splitlines()]
+    assert [event["event"] for event in events if event["event"] != "progress"] == [
+        "ready",
+        "started",
+        "finished",
+    ]
+    assert events[-1]["state"] == "stopped"
+    assert mine.status(LONG_SEEN)["state"] == "stopped"
+    num_steps = len(mine.metrics(LONG_SEEN))
+    assert events[-1]["error"].startswith(f"stopped after step {num_steps} of ")
+    kept = [path.name for path in checkpoint.by_age(mine.folder(LONG_SEEN) / "checkpoints")]
+    assert kept[0] == f"step-{num_steps:08d}"
+    again = born(processes, mine, LONG_SEEN)
+    again.join(DEADLINE_SECONDS)
+    assert tiny.bits(mine, LONG_SEEN) == tiny.bits(ledger, LONG_SEEN)
