@@ -20,7 +20,7 @@ from midstream.model.vision import VisionEncoder
 from midstream.model.vlm import VLM
 from midstream.model.weights import load_weights
 from midstream.study.imported import ImportRecord, load_model, tower_folders
-from midstream.study.stages import Continue, InitFrom
+from midstream.study.stages import InitFrom
 from midstream.study.store import Ledger
 from midstream.work.evaluate_stage import put_together
 from midstream.work.open_model import look_through, open_tokenizer
@@ -152,7 +152,7 @@ def test_image_text_training_goes_on_from_an_imported_model(
     record, _ = bring(tmp_path / "export", tmp_path / "whole", part="model", rate=2e-3)
     loaded = load_model(tmp_path / "whole", tiny.DATA)
     parts = {"encoder": loaded.encoder, "projector": loaded.projector}
-    goes_on = Continue(**dict(tiny.SEEN) | parts | {"start": InitFrom(stage=loaded)})
+    goes_on = tiny.SEEN.model_copy(update=parts | {"start": InitFrom(stage=loaded)})
     tiny.run_missing(ledger, goes_on)
     results = ledger.results(goes_on)
     # At the rate that the import was told, from these weights, the map of patches with them.

@@ -164,7 +164,7 @@ def test_an_imported_model_is_a_stage_that_others_start_from(
 def test_a_stage_that_goes_on_with_other_parts_is_refused(tmp_path: Path) -> None:
     loaded = load_model(whole(tmp_path / "whole", SEES), tiny.DATA)
     with pytest.raises(ValueError, match="the encoder differs from that of loadmodel-"):
-        Continue(**dict(tiny.SEEN) | {"start": InitFrom(stage=loaded)})
+        Continue(**dict(tiny.image_run()) | {"start": InitFrom(stage=loaded)})
 
 
 def test_a_plan_tells_what_is_wrong_with_an_imported_model(tmp_path: Path) -> None:
