@@ -18,6 +18,8 @@ from unittest import mock
 
 import torch
 import transformers
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +45,15 @@ CHOICES = ("Yes", "No")
 # The exports' tokenizer has other words.
 EXPORT_CHOICES = ("red", "ball")
 MAX_NEW_TOKENS = 12
-COLUMNS = ("family", "one by one", "batches", "batches as one by one", "choices")
+COLUMNS = ("family", "one by one", "batches", "batches as one by one", "choices", "texts")
+# What text tasks ask: how likely is the continuation of a context.
+TEXTS = (
+    ("What colour is it?", " red"),
+    ("What colour is it?", " blue cat"),
+    ("Is there a cat?", " Yes"),
+    ("Is there a red dog on the left? Answer:", " no"),
+    ("A", " big round ball"),
+)
 
 
 @dataclass
@@ -99,6 +109,15 @@ class Side:
         """Log-probabilities [vocabulary] of the first token of an answer."""
         inputs = self.inputs([prompt], [picture])
         return self.model(**inputs).logits[0, -1].float().log_softmax(dim=-1)
+
+    @torch.inference_mode()
+    def logprob(self, context: str, continuation: str) -> float:
+        """Log-probability of a continuation, in one pass over the whole text."""
+        tokenizer = self.processor.tokenizer
+        ids = tokenizer(context + continuation)["input_ids"]
+        first = len(tokenizer(context)["input_ids"])
+        step = self.model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(dim=-1)
+        return sum(float(step[at - 1, ids[at]]) for at in range(first, len(ids)))
 
 
 def pictures(folder: Path) -> list[Path]:
@@ -174,7 +193,29 @@ def compared(
         likelier.append(max(abs(float(step[ids[n]]) - pair[n]) for n in range(len(choices))) < 1e-3)
     pairs = [(by_one, single), (by_batch, theirs.answers(prompts, opened)), (by_batch, by_one)]
     counts = [sum(a == b for a, b in zip(*both, strict=True)) for both in pairs]
-    return [f"{count} of {len(prompts)}" for count in (*counts, sum(likelier))]
+    answers = [f"{count} of {len(prompts)}" for count in (*counts, sum(likelier))]
+    return [*answers, texts(folder, ours, theirs, trusted)]
+
+
+def texts(folder: Path, ours: TransformersAnswerer, theirs: Side, trusted: bool) -> str:
+    """How many likelihoods of texts are those that lm-evaluation-harness's own `hf` model gives,
+    or, where that opens no such model, the library's forward pass (c); "refused" by ours."""
+    try:
+        harness = HFLM(str(folder), dtype="float32", device="cpu", trust_remote_code=trusted)
+    except ValueError:
+        expected, mark = [theirs.logprob(*pair) for pair in TEXTS], " (c)"
+    else:
+        requests = [Instance("loglikelihood", {}, pair, 0) for pair in TEXTS]
+        found = harness.loglikelihood(requests, disable_tqdm=True)
+        expected, mark = [value for value, _ in found], ""
+    try:
+        ours.check_texts()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return "refused (d)"
+    pairs = zip(ours.loglikelihood(TEXTS), expected, strict=True)
+    count = sum(abs(value - other) < 1e-3 for (value, _), other in pairs)
+    return f"{count} of {len(TEXTS)}{mark}"
 
 
 def reply_id(ours: TransformersAnswerer, prompt: str, text: str, documented: str) -> int:

@@ -264,6 +264,14 @@ def test_a_model_with_eyes_gives_texts_the_likelihoods_of_the_library(
         assert (value, greedy) == (pytest.approx(expected, abs=1e-3), same)
 
 
+def test_a_model_that_reads_texts_in_both_directions_is_asked_none(
+    folders: Callable[[str], Path],
+) -> None:
+    with pytest.raises(ValueError, match=r"both directions \(paligemma\).*leave text tasks out"):
+        opened(folders("PaliGemma")).check_texts()
+    opened(folders("Gemma 3")).check_texts()
+
+
 def test_weights_without_a_processor_are_asked_about_texts_alone(tmp_path: Path) -> None:
     peer_checkpoints.llava(tmp_path / "bare")
     (tmp_path / "bare" / "processor_config.json").unlink()

@@ -243,6 +243,18 @@ class TransformersAnswerer:
             batch_size=self.batch_size,
         )
 
+    @torch.inference_mode()
+    def check_texts(self) -> None:
+        """Raises ValueError for a model whose text sees what follows: likelihoods say nothing."""
+        ids = self._encode("Is there a cat on the left of the dog?")
+        rows = torch.tensor([ids, [*ids[:-1], ids[0]]], device=self.device)
+        first, other = self.model(input_ids=rows).logits[:, :-1].float()
+        if not torch.allclose(first, other, atol=1e-2, rtol=1e-2):
+            raise ValueError(
+                f"{self.name} reads texts in both directions ({self.config.model_type}), and knows "
+                "what it is asked to continue with; leave text tasks out"
+            )
+
     def _asked(self, kind: str, requests: Sequence[tuple[Any, ...]]) -> list[Any]:
         from lm_eval.api.instance import Instance
 

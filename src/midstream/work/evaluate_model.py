@@ -103,8 +103,11 @@ def _evaluate_one(
 
     answerer, data = _open_model(name, request)
     evaluation = _asked(request, data)
-    if evaluation.visual_tasks and isinstance(answerer, TransformersAnswerer):
-        answerer.check_pictures()
+    if isinstance(answerer, TransformersAnswerer):
+        if evaluation.visual_tasks:
+            answerer.check_pictures()
+        if evaluation.text_tasks:
+            answerer.check_texts()
     about = {
         "model": name,
         "data": str(data.resolve()),
