@@ -1,5 +1,6 @@
 """Made pages of the documentation site: README and CONTRIBUTING, a reference by package."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links to CONTRIBUTING.md, which lies above `docs/`, lead to its page of the site."""
-    return markdown.replace("](../CONTRIBUTING.md", "](CONTRIBUTING.md")
+    """What GitHub reads and mkdocs does not: names behind fences, links to CONTRIBUTING.md."""
+    named = re.sub(r"^```(\w+) (\S+)$", r'```\1 title="\2"', markdown, flags=re.MULTILINE)
+    return named.replace("](../CONTRIBUTING.md", "](CONTRIBUTING.md")
 
 
 def packages() -> dict[str, list[str]]:
