@@ -1,8 +1,4 @@
-"""The OpenLM decoder and its cache, and which token comes next.
-
-Which token comes next: the likeliest, or one drawn at random.
-
-The OpenLM decoder, its cache, and how each parameter starts.
+"""The OpenLM decoder, its cache, how its parameters start, and the choice of the next token.
 
 Letters in names: R rows, T positions, S positions seen by attention, D hidden size, H heads,
 C channels of a head. Parameter names are those of OpenLM's own checkpoints.

@@ -3,6 +3,9 @@
 An example's result does not depend on its neighbours: every batch is filled up to `batch_size`
 rows, and holds only examples whose length rounds up to the same multiple of `length_multiple`.
 The shapes that an example is computed in follow from itself alone, and rows do not mix.
+
+Axes: rows, seq positions of a row, hidden width of the decoder, vocab; images, patches of an image,
+width of the encoder.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,12 +1,9 @@
-"""A stage's plan: row k by its number, filled, joined or padded.
+"""A stage's row plan: row k by its number, in one of three layouts.
 
-What the layouts of rows share: placements, blocks, what is kept of them. Rows that follow by
-arithmetic: documents joined and cut, and whole examples padded. A stage's plan: every row of it,
-found by its number alone.
-
-Examples side by side in rows as full as they get, block by block.
-
-The blocks have about BLOCK_ROWS rows; their sizes are fixed when the plan is made.
+Filled: whole examples and texts in rows as full as they get, block by block; a block has about
+BLOCK_ROWS rows, and block sizes are fixed when the plan is made. Joined: documents in one stream
+that is cut into rows. Padded: one whole example a row, as the paper has
+them, and texts in joined rows between.
 """
 
 from bisect import bisect_left, bisect_right, insort

@@ -1,16 +1,11 @@
-"""Training of a vision tower on captions, and the pair of towers that it trains.
+"""Training of a SigLIP or DINOv2 tower on captions by the sigmoid image-text loss.
 
-A vision tower, SigLIP or DINOv2, and SigLIP's text tower that are trained as a pair.
+For studies without a public encoder. A run that is stopped or killed starts again; it is short,
+and equal seeds give equal bits.
 
-A picture is SigLIP's pooling head over its patches; of DINOv2, which has none, their mean.
-
-Parameters start by the rule of `vision.initialisers_of`; scale and bias of the loss as SigLIP
-starts them.
-
-Training of a SigLIP or DINOv2 tower on captions by the sigmoid image-text loss.
-
-It stands where a public encoder stands at scale. A run that is stopped or killed starts again; it
-is short, and equal seeds give equal bits.
+The tower is trained as a pair with SigLIP's text tower. A picture is SigLIP's pooling head over its
+patches, or the mean of DINOv2's. Parameters start by the rule of `vision.initialisers_of`, scale
+and bias of the loss as SigLIP's.
 """
 
 import math
