@@ -232,7 +232,7 @@ class SourceFingerprint(BaseModel):
 
 
 class WorldFingerprint(BaseModel):
-    """What stands for each source and each benchmark that a world held when it was planned."""
+    """The digest of each source and each benchmark that a world held when it was planned."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

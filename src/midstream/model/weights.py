@@ -29,7 +29,7 @@ from torch.serialization import safe_globals
 from midstream.core.storage import read_json, write_bytes
 
 WEIGHTS = "model.safetensors"
-# Of tensors that do not fit, so many of each kind are told.
+# Of tensors that do not fit, an error names so many of each kind.
 _SHOWN = 3
 
 # Reading the first as the second changes no value.

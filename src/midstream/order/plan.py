@@ -89,7 +89,7 @@ class Filled:
         return False
 
     def row(self, index: int) -> list[Placement]:
-        """What stands in a row."""
+        """The placements of a row, by column."""
         if self.block_rows:
             block, inside = divmod(index, self.block_rows)
         else:
@@ -239,7 +239,7 @@ class Joined:
         return True
 
     def row(self, index: int) -> list[Placement]:
-        """What stands in a row."""
+        """The placements of a row, by column."""
         window, inside = divmod(index, BLOCK_ROWS)
         low = (window * BLOCK_ROWS + self._orders[window][inside]) * self.row_length
         high = min(low + self.row_length, self.tokens)
@@ -298,7 +298,7 @@ class JoinedBlock:
     ends: list[int]
 
     def place(self, low: int, high: int, found: list[Placement]) -> None:
-        """Add what stands between two tokens to a row that begins at `low`."""
+        """Add the pieces between two tokens to a row that begins at `low`."""
         item = bisect_right(self.ends, low)
         begin = self.ends[item - 1] if item else self.before
         while begin < high and item < len(self.ends):
@@ -329,7 +329,7 @@ class Padded:
         return self._find(index)[0] == len(self.whole)
 
     def row(self, index: int) -> list[Placement]:
-        """What stands in a row."""
+        """The placements of a row, by column."""
         number, place = self._find(index)
         if number == len(self.whole):
             return self.text.row(place)
@@ -370,7 +370,7 @@ class Layout(Protocol):
         """Rows."""
 
     def row(self, index: int) -> list[Placement]:
-        """What stands in a row."""
+        """The placements of a row, by column."""
 
     def sees_all(self, index: int) -> bool:
         """Whether the documents of the row see each other."""

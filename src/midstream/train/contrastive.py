@@ -325,7 +325,7 @@ class Captions:
 def _table(
     source: Source, codec: TextCodec, length: int, caption: int
 ) -> Int[Tensor, "examples length"]:
-    """Each picture's caption without what stands before it, end-of-text behind it."""
+    """Each picture's caption alone, with end-of-text after it."""
     head = 1 if source.begin_of_text is None else 2
     found = torch.full((len(source), length), codec.end_of_text, dtype=torch.int64)
     # A picture may have fewer synthetic captions than another.

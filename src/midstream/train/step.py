@@ -386,9 +386,9 @@ def _placed(batch: Batch, place: Place) -> Batch:
 def _features(
     model: VLM, batch: Batch, encode: Callable[[Tensor], Tensor] | None, num_images: int
 ) -> Tensor | None:
-    """What stands for the batch's pictures; `num_images` counts those of all ranks.
+    """The batch's patch features, or None; `num_images` counts the pictures of all ranks.
 
-    A model's own encoder is sharded: it looks on every rank, if need be at nothing, or on none.
+    A model's own encoder is sharded: it runs on every rank, if need be on no picture, or on none.
     """
     if encode is not None:
         return encode(batch.images) if len(batch.images) else None
