@@ -132,6 +132,7 @@ class VisualFormat:
 
 def _format(name: str, row: Mapping[str, Any]) -> VisualFormat:
     """A row of benchmarks.toml, functions in place of their names."""
+    assert name in VISUAL_CHANCE, f"benchmarks.toml: give {name} a level under [chance.visual]"
     scorers = {key: row[key] for key in ("score", "summarise", "note", "parses") if key in row}
     changed = {
         "read": resolve_name(f"midstream.eval.readers.{row['read']}"),
