@@ -25,6 +25,7 @@ PAGES = [
     path.relative_to(ROOT).as_posix()
     for path in (
         ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
         ROOT / "benchmarks" / "README.md",
         *sorted((ROOT / "docs").rglob("*.md")),
     )

@@ -277,6 +277,21 @@ def test_files_of_code_in_the_text_are_there(page: str) -> None:
     assert not problems
 
 
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/design.md"])
+def test_names_of_code_that_a_reader_is_sent_to_are_in_the_source(page: str) -> None:
+    source = "".join(
+        (ROOT / name).read_text()
+        for name in files()
+        if name.startswith("src/") and name.endswith((".py", ".toml"))
+    )
+    words = {*re.findall(r"\w+", source), *(Path(name).name for name in files())}
+    problems = []
+    for line, span in spans(page):
+        if re.fullmatch(r"\w+", span) and span not in words:
+            problems.append(f"{page}:{line}: nothing in src/ is called {span}")
+    assert not problems
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_link_leads_somewhere(page: str) -> None:
     problems = []

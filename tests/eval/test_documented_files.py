@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from midstream.eval.tasks import VISUAL_FORMATS
+from midstream.eval.scoring import BENCHMARKS
+from midstream.eval.tasks import VISUAL_FORMATS, _format
 from midstream.eval.text import read_text_task
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
@@ -52,3 +53,8 @@ def test_the_text_task_of_ones_own_is_read(tmp_path: Path) -> None:
 
 def test_no_block_is_of_a_format_that_does_not_exist() -> None:
     assert set(BLOCKS) - {"text_tasks"} <= set(VISUAL_FORMATS)
+
+
+def test_a_new_format_without_a_chance_level_is_refused_by_name() -> None:
+    with pytest.raises(AssertionError, match=r"give mine a level under \[chance\.visual\]"):
+        _format("mine", BENCHMARKS["visual"]["gqa"])

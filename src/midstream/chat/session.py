@@ -1,8 +1,8 @@
-"""A conversation with an opened model, and what is said of that model.
+"""One conversation with an opened model, and a few lines about that model.
 
-Token ids of an answer -> whole characters as they come, harmless to whoever shows them. One
-conversation, token by token, with a cache over its turns. One conversation with an opened model:
-pictures, questions, streamed answers. What a chat says of its model: name, training, scores.
+Pictures, questions and answers as they are streamed, with a cache over the turns. Token ids of an
+answer become whole characters, without any that would harm a terminal. About the model: its name,
+its training, its scores.
 """
 
 import re

@@ -1,13 +1,8 @@
-"""Options of the model, the paper's sizes, and the FLOPs that follow from them.
+"""Options of the model, the paper's sizes by name, and the FLOPs that follow from them; no torch.
 
-What every option's model is made of. Options of the model: decoder, encoder, projector, who sees
-whom. The sizes of the paper, by name.
-
-Floating-point operations of the models, a product and a sum as two; no torch.
-
-Matrix products alone are counted: norms, activations and the optimiser are left out. A position's
-attention counts what it looks at; torch's own counter takes a causal mask for none, so that who
-wants its numbers says that every position of a row looks at all of them.
+FLOPs are floating-point operations, a product and a sum as two. Only matrix products count: norms,
+activations and the optimiser are left out. Attention counts the positions that a position attends
+to; torch's own counter counts whole rows, so a caller that compares with it passes those.
 """
 
 from collections.abc import Sequence

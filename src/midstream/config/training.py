@@ -1,12 +1,9 @@
-"""Options of training and of the machine, and the learning rate that follows from them.
+"""Options of training, evaluation and the machine, and the learning rate as a function of tokens.
 
-Options of training, of evaluation, and of the machine that does either. What a job on a Slurm
-cluster is given; no part of any identity (docs/cluster.md).
+What a job on a Slurm cluster is given is here too, and part of no identity (docs/cluster.md).
 
-Learning rate as a function of tokens seen: warm up, anneal, continue a parent's schedule.
-
-Shapes as in OpenLM (open_lm/scheduler.py) with tokens in place of steps; the continuation is a
-fresh half-cosine from the parent's rate (authors' scripts/lr_plot.py).
+The schedules have the shapes of OpenLM's (open_lm/scheduler.py) with tokens in place of steps; the
+continuation is a fresh half-cosine from the parent's rate (authors' scripts/lr_plot.py).
 """
 
 import math

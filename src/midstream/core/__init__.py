@@ -1,1 +1,1 @@
-"""What every room stands on: identities, files written whole, counts, statistics, batches."""
+"""What every other package may use: identities, files, token counts, statistics, batches."""

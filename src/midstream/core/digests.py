@@ -1,13 +1,10 @@
-"""Hashes of values and files, and which files of a folder are data.
+"""Digests of frozen values and of files, and which files of a folder are data.
 
-Hashes: of frozen values, by a canonical text, and of files, each read once.
+A value's digest is that of a canonical text. Within `kept_digests` a file's digest is cached by its
+path, size, inode and times.
 
-A file's digest is kept by its path, size, inode and times where `kept_digests` says.
-
-Which files of a folder are data: one rule for what reads them and for what stands for them.
-
-Links are followed. Hidden files and folders are nobody's data, nor are the notes that lie beside
-data everywhere (README, LICENSE, requirements.txt, ...).
+Links are followed. Hidden files and folders are not data, nor are notes beside the data (README,
+LICENSE, requirements.txt, ...): readers and digests share this rule.
 """
 
 import hashlib

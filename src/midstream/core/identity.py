@@ -1,13 +1,9 @@
-"""What stands for data: sources and benchmarks of a world by their digests.
+"""The digests by which data enters an identity, and where a benchmark's files lie.
 
-Where a benchmark's files lie under a world or a folder of official files, and what they hold.
+A source's digest covers the names and bytes of its files, links followed, without hidden files and
+notes (`core/digests.py`). A benchmark's covers its files and its entry in `world.json`.
 
-Needs neither torch nor a reader: planning asks for the digest of a benchmark before any work.
-
-What stands for data: each source of a world and each of its benchmarks by its own digest.
-
-A source's digest covers the names and bytes of its files, links followed; hidden files and notes
-(`core/digests.py`) are left out. A benchmark's covers its files and its entry in `world.json`.
+Needs neither torch nor a reader: a plan asks for the digest of a benchmark before any work.
 """
 
 import difflib
@@ -236,7 +232,7 @@ class SourceFingerprint(BaseModel):
 
 
 class WorldFingerprint(BaseModel):
-    """What stands for each source and each benchmark that a world held when it was planned."""
+    """The digest of each source and each benchmark that a world held when it was planned."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,8 +1,4 @@
-"""Counts: of tokens by kind, exactly divided, and in words; and a small cache.
-
-Counting tokens by kind, and dividing a budget exactly. Counts, sizes and times as a person reads
-them. Values that are kept while they are in use.
-"""
+"""Token counts by kind, exact division of a budget, numbers in words, and a small cache."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping

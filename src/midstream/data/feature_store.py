@@ -1,8 +1,4 @@
-"""A frozen encoder's outputs on disk, found by the content of the picture.
-
-Where content hashes lie: a growing map of many millions in bounded memory.
-
-Outputs of a frozen encoder on disk, by the content of the picture.
+"""A frozen encoder's outputs on disk, by the hash of the picture.
 
 `<folder>/part-<digest>/` holds features.bin (uint8 [n, bytes of a picture], `features.pack`),
 hashes.npy (uint8 [n, 16], `sources.content_hash`) and sums.npy (uint64 [n], XXH3 of each row of

@@ -1,15 +1,12 @@
-"""Pictures to pixels, and pixels to what a frozen encoder makes of them.
+"""Pictures to pixels, and pixels to a frozen encoder's features.
 
-Encoded pictures to normalised pixels: decode, fit to a square, normalise.
+Pixels: decoded, fitted to a square, normalised. They depend on the picture's bytes and the
+transform alone: not on installed packages, since `simplejpeg` decodes only what it decodes as
+Pillow does, and not on the number of threads.
 
-A picture's pixels depend on its bytes and the transform alone: not on installed packages, since
-`simplejpeg` decodes only what it decodes as Pillow does, and not on the number of threads.
-
-What a frozen encoder makes of pictures: the same numbers whether stored or computed anew.
-
-Features belong to the encoder's weights, its `EncoderConfig` and the picture's bytes, nothing else.
-They go through batches of one shape and through the bytes of their stored form in either case, so
-that on a CPU a stored feature equals a live one bit for bit.
+Features depend on the encoder's weights, its `EncoderConfig` and the picture's bytes alone. Stored
+or computed anew they go through batches of one shape and through the bytes of their stored form, so
+that on a CPU both are equal bit for bit.
 """
 
 import io

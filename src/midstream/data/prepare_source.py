@@ -1,7 +1,6 @@
-"""One source prepared, in parallel processes.
+"""One source prepared: public formats in, an indexed source out.
 
-Shards in parallel processes, and the eye on how far they are. Public formats in -> one indexed
-source: in parallel, shard by shard, continued where it was.
+Shards are made in parallel processes, and those that an earlier run finished are used again.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
-"""Planned rows as arrays, and a rank's view of them.
+"""Planned rows as arrays, and the rows of each step as a rank's micro-batches.
 
-From prepared sources and a budget to rows: lengths into the plan, its placements into arrays. A
-rank's view of the rows; prefetch; its whole state is one integer, the rows consumed.
+`plan_rows` plans a stage from lengths, `build_row` makes the arrays of one row, `load_steps` gives
+a rank its batches. The loader's whole state is one integer: the rows consumed.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -1,8 +1,6 @@
-"""What stands of a source already, what was rejected, and what nobody reads.
+"""Which shards of a source can be used again, its rejects, and which of its files nobody reads.
 
-What the shards of a source were made from, and which of them stay when it is prepared again. The
-list of a source's rejects, and the refusal of too many. What a person should know of a source's
-folder: files that nobody reads, splits read as one.
+Each shard records what it was made from. A source with too many rejects is refused.
 """
 
 import json

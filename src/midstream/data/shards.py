@@ -1,8 +1,4 @@
-"""One unit of input to one shard of a prepared source.
-
-The records of any public format, as the preparation takes them: read, measured, in batches. One
-unit of input -> one shard of a prepared source.
-"""
+"""One unit of input to one shard of a prepared source: read, measured, tokenised in batches."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence

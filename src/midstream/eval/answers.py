@@ -1,15 +1,10 @@
-"""What was answered before: answers kept as they come, results of whole tasks.
+"""Two caches of an evaluation: single answers within a task, results of whole tasks.
 
-A model's answers, kept as they come and shared out over ranks.
+Answers are appended to a file of JSON lines per rank, so that an evaluation that was stopped within
+a task resumes after the last answer, on any number of ranks. An answer's key is made of the
+weights, the kind of request, its words and its picture's bytes.
 
-What has been answered is in a file of JSON lines per rank, so that an evaluation that was stopped
-in the middle of a task goes on behind the last answer, with any number of ranks. Every request has
-a key made of the weights, the kind of request, its words and its picture's bytes; an answer is
-taken from the file only for the same key.
-
-Results of tasks that were asked before: under which key they are found, and how they are taken.
-
-A key stands for everything that a task's result depends on: the model (its `weights_digest`), what
+The key of a task's result stands for all that it depends on: the model (its `weights_digest`), what
 is asked (questions, pictures, answers, order), how it is asked, and how it is scored. Where files
 lie is no part of it.
 """

@@ -1,9 +1,7 @@
 """A benchmark by its name: a world's, a folder's, lm-evaluation-harness's own.
 
-A benchmark by its name: where its files lie, which of its examples are asked, in which order.
-
-A task of lm-evaluation-harness by its name: from published files, from its data set's own files
-on this machine, or from where the harness fetches it.
+Of a visual one: where its files lie, which examples are asked, in which order. Of a text task: from
+published files, from its data set's own files on this machine, or from the harness's own download.
 """
 
 import difflib

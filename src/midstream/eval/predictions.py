@@ -1,8 +1,4 @@
-"""Other people's predictions: their files, matched and scored.
-
-Files of other people's predictions: which layouts are read, and what counts as an answer. Other
-people's predictions, matched to a benchmark's questions and scored without a model.
-"""
+"""Other people's predictions: their files, matched to questions and scored without a model."""
 
 import csv
 import io

@@ -1,9 +1,8 @@
 """From a prediction to its score, and from scores of tasks to the stable score.
 
-From scores of tasks to the stable score, and the sets of tasks that papers average over.
-
-Pure metric functions, equal to the official ones: one prediction and its gold -> 0 to 1; and
-numbers over all examples of a benchmark. benchmarks.toml names them.
+Scorers are pure and equal to the official ones: one prediction and its gold -> 0 to 1; some give
+numbers over all examples of a benchmark. `benchmarks.toml` names them, and the sets of tasks that
+papers average over.
 """
 
 import ast

@@ -1,14 +1,12 @@
-"""Benchmarks that are known: visual ones, what answers them, text tasks from published files.
+"""The benchmarks that `benchmarks.toml` lists, with their functions.
 
-Visual benchmarks: reader, wording, scorer, chance level; and what answers them. Fixed replies as
-tokens: the same rule for Midstream's models and for other people's.
+Visual ones: reader, wording, scorer, chance level, and the protocol of what answers them. Fixed
+replies become tokens by one rule for Midstream's models and for other people's.
 
-lm-evaluation-harness's own tasks from published files, for machines without a hub.
-
-A task keeps the harness's wording, choices and metrics: the published records are put into the
-columns that its data set has on the hub, and the harness's own description of the task is used.
-Where a file holds less than the data set, or other words, `departs` says so, and no published
-average takes the score.
+Text tasks of lm-evaluation-harness from published files, for machines without a hub. A task has the
+harness's own description, wording, choices and metrics: the published records are put into the
+columns that its data set has on the hub. Where a file holds less than the data set, or other words,
+`departs` says so, and no published average takes the score.
 """
 
 from collections import defaultdict
@@ -134,6 +132,7 @@ class VisualFormat:
 
 def _format(name: str, row: Mapping[str, Any]) -> VisualFormat:
     """A row of benchmarks.toml, functions in place of their names."""
+    assert name in VISUAL_CHANCE, f"benchmarks.toml: give {name} a level under [chance.visual]"
     scorers = {key: row[key] for key in ("score", "summarise", "note", "parses") if key in row}
     changed = {
         "read": resolve_name(f"midstream.eval.readers.{row['read']}"),

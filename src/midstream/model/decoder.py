@@ -1,8 +1,4 @@
-"""The OpenLM decoder and its cache, and which token comes next.
-
-Which token comes next: the likeliest, or one drawn at random.
-
-The OpenLM decoder, its cache, and how each parameter starts.
+"""The OpenLM decoder, its cache, how its parameters start, and the choice of the next token.
 
 Letters in names: R rows, T positions, S positions seen by attention, D hidden size, H heads,
 C channels of a head. Parameter names are those of OpenLM's own checkpoints.
@@ -98,7 +94,7 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((width,), float("nan")))
         self.eps = eps
 
-    def forward(self, hidden: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+    def forward(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
         """Subtract the mean, divide by the standard deviation, multiply by the gain."""
         dtype, kind = compute_dtype(hidden), hidden.device.type
         if dtype == hidden.dtype == self.weight.dtype and not _is_cast(kind):
@@ -151,12 +147,12 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        hidden: Float[Tensor, "rows seq width"],
+        hidden: Float[Tensor, "rows seq hidden"],
         rotary: Rotary,
         mask: Mask,
         cache: Cache | None,
         at: Int[Tensor, "asked"] | None = None,
-    ) -> Float[Tensor, "*asked width"]:
+    ) -> Float[Tensor, "*asked hidden"]:
         """Mix what `mask` shows; None is plain causal attention. `at`: as in `Layer`."""
         query, key, value = self.in_proj(hidden).chunk(3, dim=-1)
         heads = (*hidden.shape[:2], self.num_heads, -1)
@@ -182,7 +178,7 @@ class FeedForward(nn.Module):
         self.w12 = Linear(config.hidden_size, 2 * config.ffn_size, bias=False)
         self.w3 = Linear(config.ffn_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+    def forward(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
         """w3(silu(gate) * up)."""
         both = self.w12(hidden)
         # A compiler chooses itself what to keep, and autocast has its own casts to keep.
@@ -234,12 +230,12 @@ class Layer(nn.Module):
 
     def forward(
         self,
-        hidden: Float[Tensor, "rows seq width"],
+        hidden: Float[Tensor, "rows seq hidden"],
         rotary: Rotary,
         mask: Mask,
         cache: Cache | None,
         at: Int[Tensor, "asked"] | None = None,
-    ) -> Float[Tensor, "*asked width"]:
+    ) -> Float[Tensor, "*asked hidden"]:
         """The stream after this block; with `at` (numbers of positions, counted over all rows) at
         these alone, [asked, width], and no more is computed than they need."""
         mixed = self.attention(self.attention_norm(hidden), rotary, mask, cache, at)
@@ -258,18 +254,18 @@ class Decoder(nn.Module):
         self.norm = LayerNorm(config.hidden_size, config.norm_eps)
         self.output = Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def embed(self, input_ids: Int[Tensor, "rows seq"]) -> Float[Tensor, "rows seq width"]:
+    def embed(self, input_ids: Int[Tensor, "rows seq"]) -> Float[Tensor, "rows seq hidden"]:
         """The input embeddings of token ids."""
         return cast(Tensor, self.tok_embeddings(input_ids))
 
     def forward(
         self,
-        embeddings: Float[Tensor, "rows seq width"],
+        embeddings: Float[Tensor, "rows seq hidden"],
         position_ids: Int[Tensor, "rows seq"],
         mask: Mask,
         cache: Cache | None = None,
         at: Int[Tensor, "asked"] | None = None,
-    ) -> Float[Tensor, "*asked width"]:
+    ) -> Float[Tensor, "*asked hidden"]:
         """The hidden states after the final norm; `output` turns them into logits.
 
         `mask` comes from `make_mask`; None is plain causal attention and needs an empty or no

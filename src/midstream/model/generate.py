@@ -3,6 +3,9 @@
 An example's result does not depend on its neighbours: every batch is filled up to `batch_size`
 rows, and holds only examples whose length rounds up to the same multiple of `length_multiple`.
 The shapes that an example is computed in follow from itself alone, and rows do not mix.
+
+Axes: rows, seq positions of a row, seen positions that attention may reach (also cached), hidden
+width of the decoder; images, patches of an image, width of the encoder.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -144,9 +147,9 @@ def project_images(
 
 @dataclass
 class _State:
-    """Rows that have been read: which columns of the cache are held, and what the last one says."""
+    """Rows that have been read: which columns of the cache are held, and the last hidden state."""
 
-    last: Float[Tensor, "rows width"]
+    last: Float[Tensor, "rows hidden"]
     last_position: Int[Tensor, " rows"]
     held: Bool[Tensor, "rows seen"]
     cache: AnyCache
@@ -285,9 +288,9 @@ def choice_logprobs(
 
 
 def _scored(
-    vlm: VLM, hidden: Float[Tensor, "positions width"], at_once: int
+    vlm: VLM, hidden: Float[Tensor, "positions hidden"], at_once: int
 ) -> tuple[Callable[[int, int], float], list[int]]:
-    """What each position says: the log-probability of a token at it, and its likeliest token.
+    """What each position predicts: the log-probability of a token at it, and its likeliest token.
 
     Logits are made for `at_once` positions at a time, always as many: a position's are the same
     whatever stands beside it.
@@ -311,7 +314,7 @@ def _scored(
 
 def _read_on(
     vlm: VLM, state: _State, rows: list[int], continuations: Sequence[list[int]], width: int
-) -> Float[Tensor, "rows width hidden"]:
+) -> Float[Tensor, "rows seq hidden"]:
     """Hidden states of continuations, each behind the read row that it belongs to."""
     chosen = id_tensor(rows, vlm)
     cache, held = state.cache.select(chosen), state.held[chosen]

@@ -1,11 +1,7 @@
-"""Causal language models of `transformers`: which are known, and behind the decoder's interface.
-
-Which language models of `transformers` are known, and their configurations as ours.
+"""Causal language models of `transformers` behind the decoder's interface, and which are known.
 
 What a family's own code would do beside our masks and positions, or what it would draw at random,
 is refused by name rather than left out.
-
-Causal language models of `transformers`, behind the decoder's interface.
 
 The module holds the model that `transformers` builds, unchanged, as `model`: a parameter's name is
 "model." and its name there, such as `model.model.layers.0.mlp.up_proj.weight`, and so for good.

@@ -1,17 +1,14 @@
 """The vision-language model: projector, decoder and loss as one.
 
-The connector between encoder and decoder.
+A frozen encoder is no part of it: its features arrive as an argument. One that some stage trains is
+the model's own, and takes the batch's pixels.
 
-Summed cross-entropy and z-loss over targets; logits exist only where there is a target.
-
-Logits are made piece by piece, and each piece is turned into its part of the gradients at once: so
-none is computed twice, and no more than one piece is ever held. torch's own
+The loss is a sum of cross-entropy and z-loss over the targets. Logits exist only where there is a
+target, a piece at a time, and each piece becomes its part of the gradients at once. torch's own
 `linear_cross_entropy` (from 2.13) has no z-loss and takes two to four times as long on a CPU.
 
-The vision-language model: projected image features in the slots of a decoder's rows.
-
-A frozen encoder is no part of it: its features arrive as an argument. One that some stage trains is
-the model's own, and looks at the batch's pixels.
+Axes: rows, seq positions of a row, hidden width of the decoder; images, patches of an image, width
+of the encoder; slots, one an image: (row, first column); asked, chosen positions over all rows.
 """
 
 from itertools import pairwise

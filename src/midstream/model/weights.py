@@ -1,13 +1,11 @@
-"""Weights: how they start, and in and out of files.
+"""Weights: how they start, and how they are read and written.
 
-Weights in and out: safetensors files, whole or in shards, and other people's pickles.
+Each module states its initialisers as a table; `initialise` draws by seed and parameter name, alike
+on every device.
 
-A tensor that a module holds under several names (tied embeddings) is stored once, under the first
-of them, and may be read from any.
-
-How parameters start: drawn by seed and name, alike on every device.
-
-Each module states its table in `initialisers`; `initialise` fills it.
+Files are safetensors, whole or in shards; other people's pickles are read as tensors alone. A
+tensor that a module holds under several names (tied embeddings) is stored once, under the first of
+them, and may be read from any.
 """
 
 import hashlib
@@ -31,7 +29,7 @@ from torch.serialization import safe_globals
 from midstream.core.storage import read_json, write_bytes
 
 WEIGHTS = "model.safetensors"
-# Of tensors that do not fit, so many of each kind are told.
+# Of tensors that do not fit, an error names so many of each kind.
 _SHOWN = 3
 
 # Reading the first as the second changes no value.

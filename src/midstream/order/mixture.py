@@ -1,10 +1,6 @@
-"""Budgets: what they ask of each source, and how it lies over a plan.
+"""Budgets: what they ask of each source, whether the source has it, and how it lies in a row plan.
 
-What a budget asks of each source, and whether the source has it: before a plan, and in it.
-
-Budgets -> how much of each source a plan takes, and how that lies over the plan's length.
-
-A plan is cut into blocks that all have the whole plan's shares. Text is taken to the token;
+A row plan is cut into blocks that all have the whole plan's shares. Text is taken to the token;
 examples that stay whole (captions, conversations) are taken as long as more than half of one lies
 inside the budget. What a block holds follows from the block's number alone.
 """

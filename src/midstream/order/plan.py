@@ -1,12 +1,9 @@
-"""A stage's plan: row k by its number, filled, joined or padded.
+"""A stage's row plan: row k by its number, in one of three layouts.
 
-What the layouts of rows share: placements, blocks, what is kept of them. Rows that follow by
-arithmetic: documents joined and cut, and whole examples padded. A stage's plan: every row of it,
-found by its number alone.
-
-Examples side by side in rows as full as they get, block by block.
-
-The blocks have about BLOCK_ROWS rows; their sizes are fixed when the plan is made.
+Filled: whole examples and texts in rows as full as they get, block by block; a block has about
+BLOCK_ROWS rows, and block sizes are fixed when the plan is made. Joined: documents in one stream
+that is cut into rows. Padded: one whole example a row, as the paper has
+them, and texts in joined rows between.
 """
 
 from bisect import bisect_left, bisect_right, insort
@@ -92,7 +89,7 @@ class Filled:
         return False
 
     def row(self, index: int) -> list[Placement]:
-        """What stands in a row."""
+        """The placements of a row, by column."""
         if self.block_rows:
             block, inside = divmod(index, self.block_rows)
         else:
@@ -242,7 +239,7 @@ class Joined:
         return True
 
     def row(self, index: int) -> list[Placement]:
-        """What stands in a row."""
+        """The placements of a row, by column."""
         window, inside = divmod(index, BLOCK_ROWS)
         low = (window * BLOCK_ROWS + self._orders[window][inside]) * self.row_length
         high = min(low + self.row_length, self.tokens)
@@ -301,7 +298,7 @@ class JoinedBlock:
     ends: list[int]
 
     def place(self, low: int, high: int, found: list[Placement]) -> None:
-        """Add what stands between two tokens to a row that begins at `low`."""
+        """Add the pieces between two tokens to a row that begins at `low`."""
         item = bisect_right(self.ends, low)
         begin = self.ends[item - 1] if item else self.before
         while begin < high and item < len(self.ends):
@@ -332,7 +329,7 @@ class Padded:
         return self._find(index)[0] == len(self.whole)
 
     def row(self, index: int) -> list[Placement]:
-        """What stands in a row."""
+        """The placements of a row, by column."""
         number, place = self._find(index)
         if number == len(self.whole):
             return self.text.row(place)
@@ -373,7 +370,7 @@ class Layout(Protocol):
         """Rows."""
 
     def row(self, index: int) -> list[Placement]:
-        """What stands in a row."""
+        """The placements of a row, by column."""
 
     def sees_all(self, index: int) -> bool:
         """Whether the documents of the row see each other."""

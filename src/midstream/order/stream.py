@@ -1,12 +1,12 @@
-"""The examples of one source in a seeded order, found by position or by token, never listed.
+"""The examples of one source in a seeded order, by index or by token, without a list of them.
 
-A source is cut into chunks of consecutive examples (of one, up to four million examples), the
-chunks are read in the order of a keyed permutation, or drawn with replacement, and the examples of
-neighbouring chunks are permuted once more. Only the sizes of these groups are kept, so that any
-place of the order costs the same and a billion examples need a few megabytes.
+A source is cut into chunks of consecutive examples (of one, up to four million examples). A keyed
+permutation orders the chunks, or they are drawn with replacement; the examples of neighbouring
+chunks, a group, are then permuted together. Only the sizes of groups are stored: every look-up
+costs the same, and a billion examples need a few megabytes.
 
-A number is drawn for each chunk each time that it is read; where a picture has several captions,
-the one that is seen follows from it.
+Each time a chunk is read, a number is drawn for it; where a picture has several captions, that
+number chooses one.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from midstream.config import Sampling
 from midstream.core.tokens import Kept
 
 ROUNDS = 6
-# Up to this many examples every one is shuffled for itself; beyond, chunks of at least 256.
+# With more examples than this, chunks of at least 256 are permuted in place of examples.
 MAX_CHUNKS = 2**22
 MIN_CHUNK = 256
 # Examples that are permuted together: the memory and the time of one look-up.
@@ -113,9 +113,9 @@ class Stretch:
 
 
 class Stream:
-    """The seeded order of a source's examples; place p and token t are found in constant time.
+    """The seeded order of a source's examples; index p and token t are looked up in constant time.
 
-    sampling="permutation": one pass over all examples after the other, each in an order of its own.
+    sampling="permutation": passes over all examples, each in an order of its own.
     sampling="replacement": chunks drawn from the whole source each time, without an end.
     """
 

@@ -1,7 +1,6 @@
-"""Imported folders, and what a study was planned without.
+"""Imported folders as `midstream import` described them, read without torch.
 
-What `midstream import` says about a folder that it wrote, read without torch. What a study was
-planned without: how each of it is had, and what can be run meanwhile.
+Also what a study was planned without: how to get each of it, and what can be run meanwhile.
 """
 
 from pathlib import Path

@@ -1,10 +1,7 @@
-"""The kinds of stage, and what their weights came from.
+"""The kinds of stage: frozen values that name their parents, with an identity each.
 
-From a stage back to what its weights came from.
-
-The kinds of stage: frozen values that name their parents, with an identity each.
-
-Those before the first picture are in `first_stages.py`, and named here too.
+Those before the first picture are in `first_stages.py`, and can be imported from here too. Also the
+way back from a stage to what its weights came from.
 """
 
 from typing import Annotated, Any, Literal

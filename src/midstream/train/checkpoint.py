@@ -340,7 +340,7 @@ def load_moments(
 def digests(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, *, place: Place = ALONE
 ) -> dict[str, str]:
-    """What stands for the weights ("model") and the moments ("optimizer"), on every rank."""
+    """The digests of the weights ("model") and the moments ("optimizer"), on every rank."""
     stems = {"model": tensors_of(model)}
     if optimizer is not None:
         stems["optimizer"] = _moments(model, optimizer)

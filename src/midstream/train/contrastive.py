@@ -1,16 +1,11 @@
-"""Training of a vision tower on captions, and the pair of towers that it trains.
+"""Training of a SigLIP or DINOv2 tower on captions by the sigmoid image-text loss.
 
-A vision tower, SigLIP or DINOv2, and SigLIP's text tower that are trained as a pair.
+For studies without a public encoder. A run that is stopped or killed starts again; it is short,
+and equal seeds give equal bits.
 
-A picture is SigLIP's pooling head over its patches; of DINOv2, which has none, their mean.
-
-Parameters start by the rule of `vision.initialisers_of`; scale and bias of the loss as SigLIP
-starts them.
-
-Training of a SigLIP or DINOv2 tower on captions by the sigmoid image-text loss.
-
-It stands where a public encoder stands at scale. A run that is stopped or killed starts again; it
-is short, and equal seeds give equal bits.
+The tower is trained as a pair with SigLIP's text tower. A picture is SigLIP's pooling head over its
+patches, or the mean of DINOv2's. Parameters start by the rule of `vision.initialisers_of`, scale
+and bias of the loss as SigLIP's.
 """
 
 import math
@@ -330,7 +325,7 @@ class Captions:
 def _table(
     source: Source, codec: TextCodec, length: int, caption: int
 ) -> Int[Tensor, "examples length"]:
-    """Each picture's caption without what stands before it, end-of-text behind it."""
+    """Each picture's caption alone, with end-of-text after it."""
     head = 1 if source.begin_of_text is None else 2
     found = torch.full((len(source), length), codec.end_of_text, dtype=torch.int64)
     # A picture may have fewer synthetic captions than another.

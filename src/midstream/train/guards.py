@@ -6,10 +6,9 @@ Every rank gives signs of life through the store that torchrun keeps (`torch.dis
 from a thread of its own, and reads those of the others. Whoever finds one lost writes the verdict;
 all leave by it, since a collective that lacks a rank never ends.
 
-What is looked at whenever a stage starts or resumes, so that nothing is trained by mistake.
-
-Ranks run the same code on the same data; the rate is the formula's; every trained parameter gets a
-gradient; what is frozen stays as it was. Each start is a line of `starts.jsonl`.
+Whenever a stage starts or resumes it is checked that all ranks run the same code on the same data,
+that the rate is the schedule's, that every trained parameter gets a gradient, and that frozen ones
+do not change. Each start is a line of `starts.jsonl`.
 """
 
 import json
@@ -210,7 +209,7 @@ class StartChecks:
         rate: float,
         machine: Machine,
     ) -> None:
-        """Before the first step: the rate is the formula's; writes the line of this start.
+        """Before the first step: compare the rate with the schedule's; write this start's line.
 
         Raises ValueError with both rates.
         """
@@ -242,11 +241,11 @@ class StartChecks:
             )
 
     def after_step(self, result: StepResult) -> None:
-        """After each step until all is seen to: trained matrices had a gradient other than zero,
-        and other trained parameters one at all.
+        """After each step until every trained parameter was checked: a matrix must have had a
+        gradient other than zero, any other parameter a gradient.
 
-        Those that look at pictures are judged by the first step that shows one. Raises ValueError
-        with the names.
+        Encoder and projector are checked by the first step with a picture. Raises ValueError with
+        the names.
         """
         if not self._pending:
             return

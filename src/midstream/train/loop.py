@@ -88,7 +88,7 @@ class Job:
         return rows.batch_rows * rows.row_length
 
     def rate_at(self, tokens_seen: int) -> float:
-        """The learning rate of the step behind `tokens_seen`."""
+        """The learning rate of the step that follows `tokens_seen` tokens of this stage."""
         total, step_tokens = self.dataset.plan.seen_tokens, self.step_tokens
         rate = rate_at(
             self.training.schedule,

@@ -1,13 +1,11 @@
-"""One optimiser step: what is trained, laid over the ranks, measured.
+"""One optimiser step over its micro-batches and ranks, and the model that it is taken on.
 
-What is trained, at which rate, and the optimiser. Where a stage's seconds go, and how much of the
-device's speed they use. One optimiser step: micro-batches on all ranks, one denominator, clip,
-finite guard.
+The step: one denominator for all micro-batches on all ranks, clipped gradients, and a check that
+loss and gradient are finite before the weights move. Which parameters are trained, at which rate.
 
-A model laid over the ranks: sharded with FSDP2 along the mesh, whole on one process.
-
-Also what is done to its blocks by choice of the machine: compiled one by one, or computed again in
-the backward pass. Names of parameters stay those of the plain model.
+The model: sharded with FSDP2 over the ranks, whole on one process; its blocks compiled one by one,
+or computed again in the backward pass, as the machine says. Names of parameters stay those of the
+plain model. `Clock` measures the seconds of a step by part.
 """
 
 import math
@@ -388,9 +386,9 @@ def _placed(batch: Batch, place: Place) -> Batch:
 def _features(
     model: VLM, batch: Batch, encode: Callable[[Tensor], Tensor] | None, num_images: int
 ) -> Tensor | None:
-    """What stands for the batch's pictures; `num_images` counts those of all ranks.
+    """The batch's patch features, or None; `num_images` counts the pictures of all ranks.
 
-    A model's own encoder is sharded: it looks on every rank, if need be at nothing, or on none.
+    A model's own encoder is sharded: it runs on every rank, if need be on no picture, or on none.
     """
     if encode is not None:
         return encode(batch.images) if len(batch.images) else None

@@ -1,7 +1,6 @@
-"""What all formats of captions check, and lists of captions beside pictures.
+"""What all formats of captions check, and lists of captions: COCO, CSV, Hugging Face imagefolder.
 
-What all formats of captions check: the text, the JSON that it stands in, and the picture. Lists of
-captions beside pictures in files of their own: COCO, CSV, Hugging Face imagefolder.
+Checked are the text, the JSON that it stands in, and where the picture lies.
 """
 
 import csv

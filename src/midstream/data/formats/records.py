@@ -1,12 +1,8 @@
-"""Records of files: what a reader gives, JSON, tar archives.
+"""The records that readers of public formats yield, and how JSON lists and tar archives are read.
 
-What the readers of public formats hand to the preparation, and how the work is cut.
-
-Records in JSON files: the entries of one long list, read one at a time, and lines.
-
-The entries of a list are cut out here and not by `ijson`, which changes halves of surrogate pairs,
-gives up a file for one record with a byte that is no UTF-8 or a number of twenty digits, and takes
-memory without bound for nested brackets.
+The entries of a long JSON list are read one at a time, not by `ijson`, which changes halves of
+surrogate pairs, gives up a file for one record with a byte that is no UTF-8 or a number of twenty
+digits, and takes memory without bound for nested brackets.
 
 Tar archives member by member, and as WebDataset samples; local paths and `fsspec` URLs.
 

@@ -1,8 +1,4 @@
-"""What readers share: records that say where they stand, and what is asked of a picture.
-
-Records of official benchmark files, whose errors say where they stand and what to do. What a
-benchmark asks, and where its pictures lie.
-"""
+"""What readers share: `VisualExample`, and records whose errors name file and entry."""
 
 import gzip
 import json

@@ -1,8 +1,4 @@
-"""Questions with fixed answers, and expressions that point at boxes.
-
-Questions with fixed answers: VSR, TallyQA, AI2D. Referring expressions: RefCOCO, RefCOCO+,
-RefCOCOg, OCID-Ref.
-"""
+"""Fixed answers (VSR, TallyQA, AI2D) and boxes (RefCOCO, RefCOCO+, RefCOCOg, OCID-Ref)."""
 
 import json
 from pathlib import Path

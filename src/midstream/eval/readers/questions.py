@@ -1,8 +1,4 @@
-"""Questions with free answers, in official files and in format `qa`.
-
-Questions with free answers: VQA v2, GQA, TextVQA, VizWiz, POPE. Questions, answers and pictures
-without a data set's ceremony: format `qa`.
-"""
+"""Questions with free answers: VQA v2, GQA, TextVQA, VizWiz, POPE, and format `qa`."""
 
 from dataclasses import replace
 from pathlib import Path
