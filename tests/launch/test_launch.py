@@ -31,7 +31,8 @@ notes = store / "notes.jsonl"
 
 def note(what, stage):
     with notes.open("a") as stream:
-        stream.write(json.dumps([what, stage.name, os.getpid()]) + "\\n")
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+        stream.write(json.dumps([what, stage.name, os.getpid(), gpus]) + "\\n")
 
 def say(**event):
     print(json.dumps(event), flush=True)
@@ -158,7 +159,7 @@ def test_a_run_does_every_stage_once_after_its_parents(
     assert sorted(begun) == sorted(stage.name for stage in order(study))
     finished: set[str] = set()
     for line in (launch.ledger.store / "notes.jsonl").read_text().splitlines():
-        what, name, _ = json.loads(line)
+        what, name, *_ = json.loads(line)
         if what == "begin":
             stage = next(stage for stage in order(study) if stage.name == name)
             assert {parent.name for parent in stage.parents} <= finished
@@ -394,3 +395,17 @@ def test_workers_get_their_threads_and_no_network(monkeypatch: pytest.MonkeyPatc
     assert environment["HF_HUB_OFFLINE"] == "1"
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     assert worker_environment(Machine())["HF_HUB_OFFLINE"] == "0"
+
+
+def test_stages_side_by_side_see_different_gpus(
+    launch: Launch, make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
+    study = make_study()
+    both = (_stage(study, "continue", 0).name, _stage(study, "continue", 1).name)
+    assert launch(study, workers=2, behaviour=dict.fromkeys(both, "meet")).exit_code == 0
+    lines = (launch.ledger.store / "notes.jsonl").read_text().splitlines()
+    told = [json.loads(line) for line in lines]
+    seen = {name: gpus for _, name, _, gpus in told}
+    assert {seen[name] for name in both} == {"3", "5"}
+    assert len({(pid, gpus) for *_, pid, gpus in told}) == 2

@@ -27,7 +27,16 @@ from midstream.launch.terminal import (
     require_not_running,
     stop_signals,
 )
-from midstream.launch.workers import Announcer, Event, Worker, announcer, work_line, write_work
+from midstream.launch.workers import (
+    Announcer,
+    Event,
+    Worker,
+    announcer,
+    gpu_shares,
+    work_line,
+    workers_with_gpus,
+    write_work,
+)
 from midstream.study.stages import DataStage, Ranked
 from midstream.study.store import Ledger, launch_lock
 from midstream.study.studies import AnyStudy
@@ -53,14 +62,15 @@ def run(
     second one ends them. A study that is done starts and writes nothing. What `launch/checks.py`
     finds wrong is refused, at first and again when the data is prepared, before which nothing else
     starts; with `skip_checks` all starts at once, and what is wrong fails where it is met. Raises
-    ValueError if another launcher holds the store, if jobs of it are in a cluster's queue or if a
-    stage still runs elsewhere.
+    ValueError if another launcher holds the store, if jobs of it are in a cluster's queue, if a
+    stage still runs elsewhere or if the workers need more GPUs than there are.
     """
     if skip_checks:
         require_inputs(study)
     before = plan(study, ledger)
     if not before.to_run:
         return Outcome(num_before=before.num_done)
+    gpus = gpu_shares(machine)
     with launch_lock(ledger.store):
         require_no_jobs(ledger.store)
         work = plan(study, ledger)
@@ -73,7 +83,7 @@ def run(
         for doubtful in found:
             on_event({"event": "note", "text": str(doubtful)})
         with announcer(ledger.store, machine) as nodes:
-            launcher = _Launcher(work, ledger, machine, on_event, command, nodes)
+            launcher = _Launcher(work, ledger, machine, on_event, command, gpus, nodes)
             prepares = any(isinstance(row.stage, DataStage) for row in work.to_run)
             launcher.preparing = prepares and not skip_checks
             outcome = launcher.run({} if retry else failed_before(work, ledger))
@@ -101,6 +111,8 @@ class _Launcher:
     machine: Machine
     on_event: Callable[[Event], None]
     command: Sequence[str] | None
+    # By worker, its own.
+    gpus: Sequence[tuple[str, ...]]
     nodes: Announcer | None = None
     waiting: dict[str, PlanRow] = field(default_factory=dict)
     chains: dict[str, tuple[float, int]] = field(default_factory=dict)
@@ -211,7 +223,8 @@ class _Launcher:
         store, place = self.ledger.store, self.ledger.store / f"worker-{number}"
         work = write_work(place.with_suffix(".json"), store, self.machine, group)
         log, put = place.with_suffix(".log"), self.events.put
-        worker = Worker(number, work, log, self.machine, put, group is not None, self.command)
+        gpus = self.gpus[number - 1][: None if group is not None else 1]
+        worker = Worker(number, work, log, self.machine, put, group is not None, self.command, gpus)
         self.workers[number] = worker
         if group is not None and self.nodes is not None:
             self.nodes.tell(worker.work)
@@ -300,14 +313,17 @@ class _Launcher:
 def machine_for(study: AnyStudy, chosen: Mapping[str, Any]) -> Machine:
     """The machine of a run: the study's own placement, and over it what was `chosen` for this run.
 
-    A choice that is None was not made. Over several nodes stages run one by one. Raises ValueError
-    for choices that do not fit together, and where a tracker is not installed.
+    A choice that is None was not made. Over several nodes stages run one by one; where nobody says
+    how many workers there are, no more than have GPUs. Raises ValueError for choices that do not
+    fit together, and where a tracker is not installed.
     """
     made = {name: value for name, value in chosen.items() if value is not None}
     values: dict[str, Any] = {**study.machine, **made}
     if values.get("nodes", 1) > 1:
         values["workers"] = 1
     machine = Machine.model_validate(values)
+    if "workers" not in values:
+        machine = workers_with_gpus(machine)
     require_trackers(machine)
     return machine
 
