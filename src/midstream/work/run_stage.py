@@ -113,6 +113,7 @@ class StageRunner:
         folder's lock is held, FileNotFoundError if a parent is not done.
         """
         started = time.monotonic()
+        self.watch.rest("opening the stage")
         for parent in stage.parents:
             self.ledger.results(parent)
         with ExitStack() as held:
@@ -125,6 +126,8 @@ class StageRunner:
                 if told := self.watch.failed(error):
                     raise RuntimeError(told) from error
                 raise
+            finally:
+                self.watch.rest()
             measured = {
                 "seconds": time.monotonic() - started,
                 "peak_memory_bytes": peak_memory_bytes(),
