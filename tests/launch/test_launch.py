@@ -2,7 +2,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 
 from midstream.config import Machine
 from midstream.cost.graph import order, plan
-from midstream.launch.local import STOPPED_EXIT_CODE, remaining_chains, run
+from midstream.cost.pictures import Choice, feature_plan
+from midstream.launch import local
+from midstream.launch.local import STOPPED_EXIT_CODE, FeatureChoices, remaining_chains, run
 from midstream.launch.workers import worker_environment
 from midstream.study.label import label
 from midstream.study.stages import Stage
@@ -409,3 +412,41 @@ def test_stages_side_by_side_see_different_gpus(
     seen = {name: gpus for _, name, _, gpus in told}
     assert {seen[name] for name in both} == {"3", "5"}
     assert len({(pid, gpus) for *_, pid, gpus in told}) == 2
+
+
+def test_pictures_are_priced_again_when_data_was_prepared_and_at_no_other_dispatch(
+    launch: Launch, make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    priced: list[int] = []
+
+    def count(stages: Sequence[Stage], *others: Any) -> list[Any]:
+        priced.append(len(stages))
+        return feature_plan(stages, *others)
+
+    monkeypatch.setattr(local, "feature_plan", count)
+    study = make_study((0.2, 0.6, 1.0))
+    assert launch(study).exit_code == 0
+    # Six stages see through the encoder; one source is prepared after the first of them began.
+    assert sum(row.kind in ("continue", "finetune") for row in order(study)) == 6
+    assert priced == [17, 17]
+
+
+def test_what_data_holds_counts_as_soon_as_it_is_prepared(
+    launch: Launch, make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, decision = make_study(), "unknown"
+
+    def answer(stages: Sequence[Stage], *others: Any) -> list[Any]:
+        plans = feature_plan(stages, *others)
+        return [replace(one, choice=Choice(decision, "")) for one in plans]
+
+    monkeypatch.setattr(local, "feature_plan", answer)
+    choices = FeatureChoices(plan(study, launch.ledger), launch.ledger, Machine())
+    seeing = _stage(study, "continue")
+    assert choices.of(seeing) == "auto"
+    decision = "stored"
+    choices.ended(_stage(study, "pretrain"))
+    assert choices.of(seeing) == "auto"
+    choices.ended(_stage(study, "prepare_source"))
+    assert choices.of(seeing) == "stored"
+    assert choices.of(_stage(study, "pretrain")) == "auto"
