@@ -86,6 +86,32 @@ def test_one_process_without_a_timeout_watches_nothing() -> None:
     watch.close()
 
 
+@pytest.mark.parametrize(
+    ("kind", "longest", "limit"),
+    [
+        ("step", 0.0, 7200),  # the first
+        ("step", 0.1, 450),
+        ("data", 46.0, 920),
+        ("step", 1200.0, 7200),  # it waited for a checkpoint
+        ("step", 9000.0, 18000),
+        ("keep", 0.1, 7200),
+        ("keep", 9000.0, 18000),
+        (None, 0.0, 450),
+    ],
+)
+def test_the_limit_of_a_point_follows_from_the_longest_so_far(
+    kind: module.Kind | None, longest: float, limit: float
+) -> None:
+    watch = Watch(ALONE, 45.0)
+    watch._point = watch._seen = module._Point(1, "here", kind)
+    if kind is not None:
+        watch._longest = {kind: longest}
+    watch._seconds = float(limit)
+    assert not watch._said(0).is_overdue
+    watch._seconds = float(limit + 1)
+    assert watch._said(0).is_overdue
+
+
 def test_one_process_that_hangs_in_a_step_is_named_and_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

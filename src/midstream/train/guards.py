@@ -90,6 +90,7 @@ class Watch:
     `timeout_seconds`: a rank is dead that is silent for so long. It is stuck if it is behind the
     others or, in steps, level with them, and stands at one point for 20 times as long as the stage
     ever did at such points, and for 10 timeouts (160 at first, and where the disk is waited for).
+    Beyond 160 timeouts twice as long as ever is enough.
     On the verdict `lost` gets its text, the log where each thread stands, and the process ends.
     """
 
@@ -208,9 +209,11 @@ class Watch:
         point = self._point
         longest = self._longest.get(point.kind, 0.0) if point.kind else 0.0
         is_usual = point.kind is None or (longest and point.kind != "keep")
-        floor = self._timeout * (_STILL if is_usual else _STILL_AT_FIRST)
+        most = self._timeout * _STILL_AT_FIRST
+        floor = self._timeout * _STILL if is_usual else most
         seconds = self._stood(point)
-        overdue = seconds > max(floor, _LONGEST * longest)
+        # A step may have waited for a rank that wrote a checkpoint: twenty times that is no limit.
+        overdue = seconds > max(floor, min(_LONGEST * longest, most), 2 * longest)
         in_steps = point.kind is not None
         return _Said(pulse, point.moves, point.doing, in_steps, seconds, longest, overdue)
 
