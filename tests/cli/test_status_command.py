@@ -21,9 +21,10 @@ from midstream.launch import terminal
 from midstream.launch.overview import Board, Overview, StageView, overview_table, totals
 from midstream.study import progress
 from midstream.study.label import label
+from midstream.study.lease import is_held
 from midstream.study.progress import Sign
 from midstream.study.stages import Stage
-from midstream.study.store import Ledger, is_held, launch_lock
+from midstream.study.store import Ledger, launch_lock
 from midstream.study.studies import Figure, Line, Study, Suite
 from read_only import only_read
 

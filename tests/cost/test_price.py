@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from midstream.config import DECODERS, ExpectedSource, Mixture, Rows, Share
+from midstream.config import DECODERS, ExpectedSource, Machine, Mixture, Rows, Share
 from midstream.cost import GPUS, UTILISATION, find_gpu
 from midstream.cost.cost import model_parameters, work_of
 from midstream.cost.graph import Plan, order, plan
-from midstream.cost.price import Fleet, price, price_json
+from midstream.cost.price import Fleet, price, price_json, rows_that_fit
 from midstream.cost.taken import Setting, memory
 from midstream.study.stages import Pretrain
 from midstream.study.store import Ledger
@@ -99,6 +99,9 @@ def test_the_largest_micro_batch_that_fits_is_named(make_study: MakeStudy, tmp_p
     assert work is not None
     more = memory(stage, work, Setting(fit.gpus, fit.micro_rows + 1))
     assert more.total > A100.room
+    # So many rows a run takes on such GPUs.
+    same = rows_that_fit(stage, ledger, Machine(ranks=fit.gpus), A100.gib * 2**30)
+    assert same == fit
     # Where one GPU has no room for the moments, several share them.
     small = find_gpu("100:24")
     several = price(plan(study, ledger), ledger, Fleet(small, 8))
@@ -110,6 +113,24 @@ def test_the_largest_micro_batch_that_fits_is_named(make_study: MakeStudy, tmp_p
     assert [one.row.stage.kind for one in none.too_large] == ["pretrain"]
     with pytest.raises(ValueError, match="batch_rows 256 is no multiple of 3"):
         price(plan(study, ledger), ledger, Fleet(A100, 8, per_stage=3))
+
+
+def test_rows_that_fit_are_fewer_in_less_memory_and_more_with_recomputed_blocks(
+    make_study: MakeStudy, tmp_path: Path
+) -> None:
+    stage, ledger = large(make_study), Ledger(tmp_path)
+
+    def rows(gib: int, **machine: object) -> int:
+        fit = rows_that_fit(stage, ledger, Machine.model_validate(machine), gib * 2**30)
+        assert fit is not None
+        return fit.micro_rows
+
+    assert 0 == rows(4) < rows(40) < rows(80)
+    assert rows(80) < rows(80, activation_checkpointing="blocks")
+    assert rows(80) <= rows(80, ranks=8) <= 256 // 8
+    # As many as divide a step or not, one row is each rank's at least.
+    assert rows(141, ranks=3) <= 256 // 3
+    assert rows(141, ranks=512) == 1
 
 
 def test_disk_holds_milestones_with_moments_and_weights_of_the_rest(

@@ -2,7 +2,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 
 from midstream.config import Machine
 from midstream.cost.graph import order, plan
-from midstream.launch.local import STOPPED_EXIT_CODE, remaining_chains, run
+from midstream.cost.pictures import Choice, feature_plan
+from midstream.launch import local
+from midstream.launch.local import STOPPED_EXIT_CODE, FeatureChoices, remaining_chains, run
 from midstream.launch.workers import worker_environment
 from midstream.study.label import label
 from midstream.study.stages import Stage
@@ -31,7 +34,8 @@ notes = store / "notes.jsonl"
 
 def note(what, stage):
     with notes.open("a") as stream:
-        stream.write(json.dumps([what, stage.name, os.getpid()]) + "\\n")
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+        stream.write(json.dumps([what, stage.name, os.getpid(), gpus]) + "\\n")
 
 def say(**event):
     print(json.dumps(event), flush=True)
@@ -158,7 +162,7 @@ def test_a_run_does_every_stage_once_after_its_parents(
     assert sorted(begun) == sorted(stage.name for stage in order(study))
     finished: set[str] = set()
     for line in (launch.ledger.store / "notes.jsonl").read_text().splitlines():
-        what, name, _ = json.loads(line)
+        what, name, *_ = json.loads(line)
         if what == "begin":
             stage = next(stage for stage in order(study) if stage.name == name)
             assert {parent.name for parent in stage.parents} <= finished
@@ -394,3 +398,55 @@ def test_workers_get_their_threads_and_no_network(monkeypatch: pytest.MonkeyPatc
     assert environment["HF_HUB_OFFLINE"] == "1"
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     assert worker_environment(Machine())["HF_HUB_OFFLINE"] == "0"
+
+
+def test_stages_side_by_side_see_different_gpus(
+    launch: Launch, make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
+    study = make_study()
+    both = (_stage(study, "continue", 0).name, _stage(study, "continue", 1).name)
+    assert launch(study, workers=2, behaviour=dict.fromkeys(both, "meet")).exit_code == 0
+    lines = (launch.ledger.store / "notes.jsonl").read_text().splitlines()
+    told = [json.loads(line) for line in lines]
+    seen = {name: gpus for _, name, _, gpus in told}
+    assert {seen[name] for name in both} == {"3", "5"}
+    assert len({(pid, gpus) for *_, pid, gpus in told}) == 2
+
+
+def test_pictures_are_priced_again_when_data_was_prepared_and_at_no_other_dispatch(
+    launch: Launch, make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    priced: list[int] = []
+
+    def count(stages: Sequence[Stage], *others: Any) -> list[Any]:
+        priced.append(len(stages))
+        return feature_plan(stages, *others)
+
+    monkeypatch.setattr(local, "feature_plan", count)
+    study = make_study((0.2, 0.6, 1.0))
+    assert launch(study).exit_code == 0
+    # Six stages see through the encoder; one source is prepared after the first of them began.
+    assert sum(row.kind in ("continue", "finetune") for row in order(study)) == 6
+    assert priced == [17, 17]
+
+
+def test_what_data_holds_counts_as_soon_as_it_is_prepared(
+    launch: Launch, make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, decision = make_study(), "unknown"
+
+    def answer(stages: Sequence[Stage], *others: Any) -> list[Any]:
+        plans = feature_plan(stages, *others)
+        return [replace(one, choice=Choice(decision, "")) for one in plans]
+
+    monkeypatch.setattr(local, "feature_plan", answer)
+    choices = FeatureChoices(plan(study, launch.ledger), launch.ledger, Machine())
+    seeing = _stage(study, "continue")
+    assert choices.of(seeing) == "auto"
+    decision = "stored"
+    choices.ended(_stage(study, "pretrain"))
+    assert choices.of(seeing) == "auto"
+    choices.ended(_stage(study, "prepare_source"))
+    assert choices.of(seeing) == "stored"
+    assert choices.of(_stage(study, "pretrain")) == "auto"

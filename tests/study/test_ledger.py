@@ -12,8 +12,9 @@ from midstream.core import storage
 from midstream.core.storage import read_json
 from midstream.cost.graph import order
 from midstream.study import store as ledger_module
+from midstream.study.lease import is_held
 from midstream.study.stages import PrepareWorld, Stage, stage_from_json
-from midstream.study.store import Ledger, Stopped, is_held, launch_lock
+from midstream.study.store import Ledger, Stopped, launch_lock
 from midstream.study.studies import Study
 
 MakeStudy = Callable[..., Study]

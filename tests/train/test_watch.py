@@ -61,6 +61,8 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
     monkeypatch.setattr(module, "_LEAVE_SECONDS", 0.1)
+    monkeypatch.setattr(module, "_STILL", 1.0)
+    monkeypatch.setattr(module, "_STILL_AT_FIRST", 5.0)
     monkeypatch.setattr(os, "_exit", lambda code: None)
     two = Pair()
     yield two
@@ -68,33 +70,139 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
     two.second.close()
 
 
-def test_one_process_has_nothing_to_watch() -> None:
+def steps(number: int, *watches: Watch) -> None:
+    """Go through whole steps, and on to the next one's rows."""
+    for step in range(1, number + 1):
+        for watch in watches:
+            watch.at(f"computing step {step}", "step")
+            watch.at(f"waiting for rows after step {step}", "data")
+
+
+def test_one_process_without_a_timeout_watches_nothing() -> None:
     watch = Watch(ALONE)
-    watch.at("step 1")
+    watch.at("step 1", "step")
     assert watch.failed(ValueError("mine")) == ""
+    assert watch._thread is None
     watch.close()
 
 
-def test_ranks_that_wait_together_are_left_alone_however_long(pair: Pair) -> None:
+@pytest.mark.parametrize(
+    ("kind", "longest", "limit"),
+    [
+        ("step", 0.0, 7200),  # the first
+        ("step", 0.1, 450),
+        ("data", 46.0, 920),
+        ("step", 1200.0, 7200),  # it waited for a checkpoint
+        ("step", 9000.0, 18000),
+        ("keep", 0.1, 7200),
+        ("keep", 9000.0, 18000),
+        (None, 0.0, 450),
+    ],
+)
+def test_the_limit_of_a_point_follows_from_the_longest_so_far(
+    kind: module.Kind | None, longest: float, limit: float
+) -> None:
+    watch = Watch(ALONE, 45.0)
+    watch._point = watch._seen = module._Point(1, "here", kind)
+    if kind is not None:
+        watch._longest = {kind: longest}
+    watch._seconds = float(limit)
+    assert not watch._said(0).is_overdue
+    watch._seconds = float(limit + 1)
+    assert watch._said(0).is_overdue
+
+
+def test_one_process_that_hangs_in_a_step_is_named_and_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(module, "_LEAVE_SECONDS", 0.1)
+    monkeypatch.setattr(module, "_STILL", 1.0)
+    ended = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda code: ended.set())
+    watch = Watch(ALONE, TIMEOUT, told.append)
+    steps(3, watch)
+    watch.at("computing step 4", "step")
+    assert ended.wait(10 * TIMEOUT)
+    assert told[0].startswith("this process is stuck: 1 s computing step 4, at most 0.")
+    watch.rest()
+
+
+def test_one_process_outside_of_steps_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(module, "_STILL", 0.5)
+    monkeypatch.setattr(module, "_STILL_AT_FIRST", 0.5)
+    watch = Watch(ALONE, TIMEOUT, told.append)
+    steps(3, watch)
+    watch.rest()
+    time.sleep(2 * TIMEOUT)
+    assert told == []
+    assert watch._thread is None
+
+
+def test_ranks_that_wait_together_outside_of_steps_are_left_alone_however_long(
+    pair: Pair,
+) -> None:
     for one in (pair.first, pair.second):
-        one.at("computing step 1")
+        steps(3, one)
+        one.rest("keeping the stage's weights")
     assert pair.wait(3 * TIMEOUT) == {}
 
 
-def test_a_rank_that_stands_still_while_the_other_goes_on_is_stuck(pair: Pair) -> None:
+def test_all_ranks_that_hang_in_a_step_are_named(pair: Pair) -> None:
+    steps(3, pair.first, pair.second)
     for one in (pair.first, pair.second):
-        one.at("reading rows after step 3")
-    pair.first.at("computing step 4")
-    told = pair.wait(5 * TIMEOUT)
+        one.at("computing step 4", "step")
+    told = pair.wait(6 * TIMEOUT)
+    assert set(told) == {0, 1}
+    assert "are stuck: " in told[0] or told[0].startswith("rank ")
+    assert "s computing step 4, at most 0." in told[0]
+    assert "others have gone on" not in told[0]
+
+
+def test_a_rank_that_waits_for_rows_is_named_and_not_those_that_wait_for_it(pair: Pair) -> None:
+    steps(3, pair.first, pair.second)
+    pair.first.at("computing step 4", "step")
+    told = pair.wait(6 * TIMEOUT)
     assert set(told) == {0, 1}
     assert told[0] == told[1]
     assert told[0].startswith("rank 1 is stuck")
-    assert "reading rows after step 3; others have gone on" in told[0]
+    assert "waiting for rows after step 3, at most 0." in told[0]
+    assert "others have gone on and wait for it" in told[0]
 
 
-def test_before_the_first_step_a_rank_may_take_longer(pair: Pair) -> None:
-    pair.first.at("computing step 1", in_steps=False)
+def test_a_rank_is_as_slow_as_the_stage_has_been_before(pair: Pair) -> None:
+    steps(3, pair.first, pair.second)
+    # So long at rows, once: twenty times that is no reason yet, and no more are the others' steps.
+    pair.second._longest["data"] = 2 * TIMEOUT
+    pair.first.at("computing step 4", "step")
     assert pair.wait(3 * TIMEOUT) == {}
+
+
+def test_the_first_step_may_take_longer_and_counts_for_no_other(pair: Pair) -> None:
+    both = (pair.first, pair.second)
+    for one in both:
+        one.at("computing step 1", "step")
+    assert pair.wait(2 * TIMEOUT) == {}
+    for one in both:
+        one.at("waiting for rows after step 1", "data")
+        assert one._longest["step"] == 0.0
+        steps(2, one)
+        assert 0.0 < one._longest["step"] < 2 * TIMEOUT
+
+
+def test_a_halted_process_has_not_been_slow(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps(3, pair.first, pair.second)
+    later = time.monotonic() + 3600
+    for one in (pair.first, pair.second):
+        one.at("computing step 4", "step")
+    # The clock has gone on while nothing ran.
+    with monkeypatch.context() as patch:
+        patch.setattr(module.time, "monotonic", lambda: later)
+        for one in (pair.first, pair.second):
+            one.at("waiting for rows after step 4", "data")
+            assert one._longest["step"] < TIMEOUT
+            one.rest()
 
 
 def test_a_silent_rank_is_dead(pair: Pair) -> None:

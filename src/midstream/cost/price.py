@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from midstream.config import TrainedTokenizer
+from midstream.config import Machine, TrainedTokenizer
 from midstream.cost import UTILISATION, Gpu
 from midstream.cost.cost import Flops, model_parameters, trained_parameters, work_of
 from midstream.cost.graph import Plan, PlanRow
@@ -223,6 +223,20 @@ def _largest(stage: Trained, work: Workload, fleet: Fleet, ranks: int) -> Fit:
         middle = (low + high) // 2
         low, high = (middle, high) if taken(middle).total <= fleet.gpu.room else (low, middle)
     return Fit(ranks, low, taken(max(low, 1)))
+
+
+def rows_that_fit(
+    stage: Trained, ledger: Ledger, machine: Machine, device_bytes: Number
+) -> Fit | None:
+    """The largest micro-batch of a stage on this machine's ranks, by a GPU's memory as a plan
+    reads it; None where nothing is known of the stage's data."""
+    work = work_of(stage, ledger)
+    if work is None:
+        return None
+    ranks = min(machine.world_size, stage.training.rows.batch_rows)
+    recomputed = machine.activation_checkpointing == "blocks"
+    gpu = Gpu("this GPU", 0, device_bytes / 2**30)
+    return _largest(stage, work, Fleet(gpu, ranks, ranks, checkpointing=recomputed), ranks)
 
 
 def _source_bytes(stage: PrepareSource, ledger: Ledger) -> Number:

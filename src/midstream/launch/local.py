@@ -13,7 +13,7 @@ from typing import Any
 
 from midstream.config import Machine
 from midstream.cost.graph import Plan, PlanRow, plan
-from midstream.cost.pictures import choice_for, feature_plan
+from midstream.cost.pictures import FeaturePlan, choice_for, feature_plan, frozen_encoder
 from midstream.launch.check_data import Problem, refused
 from midstream.launch.checks import problems_of_run
 from midstream.launch.slurm_queue import require_no_jobs
@@ -27,8 +27,17 @@ from midstream.launch.terminal import (
     require_not_running,
     stop_signals,
 )
-from midstream.launch.workers import Announcer, Event, Worker, announcer, work_line, write_work
-from midstream.study.stages import DataStage, Ranked
+from midstream.launch.workers import (
+    Announcer,
+    Event,
+    Worker,
+    announcer,
+    gpu_shares,
+    work_line,
+    workers_with_gpus,
+    write_work,
+)
+from midstream.study.stages import DataStage, Ranked, Stage
 from midstream.study.store import Ledger, launch_lock
 from midstream.study.studies import AnyStudy
 
@@ -53,14 +62,15 @@ def run(
     second one ends them. A study that is done starts and writes nothing. What `launch/checks.py`
     finds wrong is refused, at first and again when the data is prepared, before which nothing else
     starts; with `skip_checks` all starts at once, and what is wrong fails where it is met. Raises
-    ValueError if another launcher holds the store, if jobs of it are in a cluster's queue or if a
-    stage still runs elsewhere.
+    ValueError if another launcher holds the store, if jobs of it are in a cluster's queue, if a
+    stage still runs elsewhere or if the workers need more GPUs than there are.
     """
     if skip_checks:
         require_inputs(study)
     before = plan(study, ledger)
     if not before.to_run:
         return Outcome(num_before=before.num_done)
+    gpus = gpu_shares(machine)
     with launch_lock(ledger.store):
         require_no_jobs(ledger.store)
         work = plan(study, ledger)
@@ -73,7 +83,8 @@ def run(
         for doubtful in found:
             on_event({"event": "note", "text": str(doubtful)})
         with announcer(ledger.store, machine) as nodes:
-            launcher = _Launcher(work, ledger, machine, on_event, command, nodes)
+            features = FeatureChoices(work, ledger, machine)
+            launcher = _Launcher(work, ledger, machine, on_event, command, features, gpus, nodes)
             prepares = any(isinstance(row.stage, DataStage) for row in work.to_run)
             launcher.preparing = prepares and not skip_checks
             outcome = launcher.run({} if retry else failed_before(work, ledger))
@@ -94,6 +105,34 @@ def remaining_chains(rows: Sequence[PlanRow]) -> dict[str, tuple[float, int]]:
     return chains
 
 
+class FeatureChoices:
+    """Whether features are stored or live, as it pays over all stages that are to be done.
+
+    Pricing hundreds of stages takes a second: it is done once, not at every dispatch. What was
+    chosen for an encoder's first stage stands for its others: stages that are done since then take
+    their views with them, and what they have stored.
+    """
+
+    def __init__(self, plan: Plan, ledger: Ledger, machine: Machine) -> None:
+        self._stages = [row.stage for row in plan.to_run]
+        self._ledger, self._machine = ledger, machine
+        self._plans: list[FeaturePlan] | None = None
+
+    def of(self, stage: Stage) -> str:
+        """stored, live, or auto where the stage sees through no frozen encoder, or nobody knows."""
+        if frozen_encoder(stage) is None:
+            return "auto"
+        if self._plans is None:
+            self._plans = feature_plan(self._stages, self._ledger, self._machine)
+        chosen = choice_for(stage, self._plans)
+        return "auto" if chosen is None or chosen.decision == "unknown" else chosen.decision
+
+    def ended(self, stage: Stage) -> None:
+        """Where data was prepared, what was expected of it is counted from now on."""
+        if isinstance(stage, DataStage):
+            self._plans = None
+
+
 @dataclass
 class _Launcher:
     plan: Plan
@@ -101,6 +140,9 @@ class _Launcher:
     machine: Machine
     on_event: Callable[[Event], None]
     command: Sequence[str] | None
+    features: FeatureChoices
+    # By worker, its own.
+    gpus: Sequence[tuple[str, ...]]
     nodes: Announcer | None = None
     waiting: dict[str, PlanRow] = field(default_factory=dict)
     chains: dict[str, tuple[float, int]] = field(default_factory=dict)
@@ -166,7 +208,7 @@ class _Launcher:
                 return
             worker.row = self.waiting.pop(row.stage.name)
             if worker.ready:
-                worker.send(self._features(row))
+                worker.send(self.features.of(row.stage))
 
     def _prepares(self) -> bool:
         """Whether data is being prepared, or can be."""
@@ -189,13 +231,9 @@ class _Launcher:
             idle.leave()
         if len(self.workers) == self.machine.workers:
             return None
-        return self._start_worker(work_line(row.stage, self._features(row)) if in_ranks else None)
-
-    def _features(self, row: PlanRow) -> str:
-        """Stored or live, as it pays over all stages that are still to be done."""
-        stages = [other.stage for other in self.plan.to_run]
-        chosen = choice_for(row.stage, feature_plan(stages, self.ledger, self.machine))
-        return "auto" if chosen is None or chosen.decision == "unknown" else chosen.decision
+        return self._start_worker(
+            work_line(row.stage, self.features.of(row.stage)) if in_ranks else None
+        )
 
     def _is_ready(self, row: PlanRow) -> bool:
         """Whether no parent is still to be done, nor the data that it must wait for."""
@@ -211,7 +249,8 @@ class _Launcher:
         store, place = self.ledger.store, self.ledger.store / f"worker-{number}"
         work = write_work(place.with_suffix(".json"), store, self.machine, group)
         log, put = place.with_suffix(".log"), self.events.put
-        worker = Worker(number, work, log, self.machine, put, group is not None, self.command)
+        gpus = self.gpus[number - 1][: None if group is not None else 1]
+        worker = Worker(number, work, log, self.machine, put, group is not None, self.command, gpus)
         self.workers[number] = worker
         if group is not None and self.nodes is not None:
             self.nodes.tell(worker.work)
@@ -227,7 +266,7 @@ class _Launcher:
             if worker.is_group and self.num_signals:
                 worker.signal(signal.SIGTERM)
             elif worker.row is not None and not self.num_signals:
-                worker.send(self._features(worker.row))
+                worker.send(self.features.of(worker.row.stage))
             elif worker.row is not None:
                 self._settle(worker, "stopped", None)
         elif event["event"] == "finished":
@@ -247,6 +286,7 @@ class _Launcher:
         if state == "done" and not self.ledger.is_done(row.stage):
             state, error = "failed", f"reported done, but {self.ledger.folder(row.stage)} is not"
         self.states[name] = state
+        self.features.ended(row.stage)
         event = {"event": "finished", "stage": name, "state": state, "error": error}
         self.on_event({**event, "worker": worker.number, "log": str(worker.log)})
         if state == "failed":
@@ -300,14 +340,17 @@ class _Launcher:
 def machine_for(study: AnyStudy, chosen: Mapping[str, Any]) -> Machine:
     """The machine of a run: the study's own placement, and over it what was `chosen` for this run.
 
-    A choice that is None was not made. Over several nodes stages run one by one. Raises ValueError
-    for choices that do not fit together, and where a tracker is not installed.
+    A choice that is None was not made. Over several nodes stages run one by one; where nobody says
+    how many workers there are, no more than have GPUs. Raises ValueError for choices that do not
+    fit together, and where a tracker is not installed.
     """
     made = {name: value for name, value in chosen.items() if value is not None}
     values: dict[str, Any] = {**study.machine, **made}
     if values.get("nodes", 1) > 1:
         values["workers"] = 1
     machine = Machine.model_validate(values)
+    if "workers" not in values:
+        machine = workers_with_gpus(machine)
     require_trackers(machine)
     return machine
 

@@ -21,9 +21,10 @@ from midstream.cost.cost import StageCost, cost
 from midstream.cost.graph import order
 from midstream.cost.taken import seconds_of
 from midstream.study.label import DIGITS, kind_words, labels, shortened
+from midstream.study.lease import is_held
 from midstream.study.progress import Sign, read_sign
 from midstream.study.stages import PrepareSource, Stage, TrainEncoder
-from midstream.study.store import Ledger, State, is_held
+from midstream.study.store import Ledger, State
 from midstream.study.studies import AnyStudy
 
 # How the stages are listed: what moves or needs help first.

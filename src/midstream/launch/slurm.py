@@ -18,10 +18,10 @@ from queue import Empty, SimpleQueue
 from midstream.config import Machine, SlurmSettings
 from midstream.core.tokens import counted
 from midstream.cost.graph import Plan, PlanRow, plan
-from midstream.cost.pictures import FeaturePlan, choice_for, feature_plan
 from midstream.launch import slurm_queue
 from midstream.launch.check_data import refused
 from midstream.launch.checks import problems_of_run
+from midstream.launch.local import FeatureChoices
 from midstream.launch.slurm_job import JobFiles, Submitter, Task, events_since
 from midstream.launch.slurm_queue import Ended, Entry, Job, JobBook, verdict
 from midstream.launch.terminal import (
@@ -98,6 +98,7 @@ class Follower:
     settings: SlurmSettings
     on_event: Callable[[Event], None]
     submitter: Submitter
+    features: FeatureChoices
     # Stages without a job that are still to be done, in the order of the plan.
     waiting: dict[str, PlanRow] = field(default_factory=dict)
     # Stages whose jobs wait or run.
@@ -217,22 +218,19 @@ class Follower:
             queued = {row.stage.name: Queued(row) for row in ready}
             for one in queued.values():
                 one.skip_what_is_old(self.ledger)
-            kept = feature_plan([o.stage for o in self.plan.to_run], self.ledger, self.machine)
             try:
-                self.submitter.submit([self._task(row, kept) for row in ready])
+                self.submitter.submit([self._task(row) for row in ready])
             finally:
                 for name, one in queued.items():
                     if (entry := self.book.entries.get(name)) and entry.job is not None:
                         self.waiting.pop(name)
                         self.queued[name] = one
 
-    def _task(self, row: PlanRow, kept: Sequence[FeaturePlan]) -> Task:
-        chosen = choice_for(row.stage, kept)
-        features = "auto" if chosen is None or chosen.decision == "unknown" else chosen.decision
+    def _task(self, row: PlanRow) -> Task:
         parents = [parent.name for parent in row.stage.parents if parent.name in self.queued]
         jobs = {self.book.entries[name].job for name in parents}
         ids = tuple(sorted(job for job in jobs if job is not None))
-        return Task(row.stage, features, ids, self.restarts[row.stage.name])
+        return Task(row.stage, self.features.of(row.stage), ids, self.restarts[row.stage.name])
 
     def _look(self) -> None:
         """Tell what the jobs have said, and settle those that have ended."""
@@ -294,7 +292,7 @@ class Follower:
     def _settle(self, name: str, state: str, error: str | None) -> None:
         """Note and tell how a stage ended."""
         log = self._log(name)
-        self.queued.pop(name)
+        self.features.ended(self.queued.pop(name).row.stage)
         self.book.forget(name)
         self.states[name] = state
         event = {"event": "finished", "stage": name, "state": state, "error": error}
@@ -383,4 +381,6 @@ def run_on_slurm(
             on_event({"event": "note", "text": str(doubtful)})
         left = {} if retry else failed_before(work, ledger)
         submitter = Submitter(ledger.store, machine, settings, book, command)
-        return Follower(work, ledger, machine, settings, on_event, submitter).run(left, detach)
+        features = FeatureChoices(work, ledger, machine)
+        follower = Follower(work, ledger, machine, settings, on_event, submitter, features)
+        return follower.run(left, detach)

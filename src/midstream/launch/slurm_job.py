@@ -30,8 +30,9 @@ from midstream.launch.slurm_queue import Entry, JobBook
 from midstream.launch.terminal import STOPPED_EXIT_CODE
 from midstream.launch.workers import Event, Worker, work_line, write_work
 from midstream.study.label import label
+from midstream.study.lease import STALE_SECONDS, is_held
 from midstream.study.stages import Ranked, Stage, stage_from_json
-from midstream.study.store import Ledger, is_held
+from midstream.study.store import Ledger
 
 
 class JobFiles:
@@ -79,8 +80,9 @@ def events_since(path: Path, offset: int) -> tuple[list[Event], int]:
 
 # SIGUSR2 is what submitit has Slurm send before the end of a job's time.
 TOLD_TO_STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-# How long a job waits for what an earlier one left running on the stage.
-LOCK_SECONDS = 120.0
+# How long a job waits for what an earlier one left running on the stage, or for its last sign of
+# life to be too old.
+LOCK_SECONDS = STALE_SECONDS + 60.0
 # How long it tries to be queued again while the controller is away.
 REQUEUE_SECONDS = 300.0
 # Progress is kept this often.

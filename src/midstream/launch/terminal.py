@@ -25,6 +25,7 @@ from midstream.cost.graph import Plan, PlanRow, missing_inputs, older_stages
 from midstream.launch.check_data import Level, Problem
 from midstream.study.imported import what_can_run
 from midstream.study.label import label
+from midstream.study.lease import STALE_SECONDS
 from midstream.study.store import Ledger, State
 from midstream.study.studies import AnyStudy
 
@@ -374,5 +375,6 @@ def require_not_running(
             raise ValueError(
                 f"{label(row.stage)} is still being run by process {status.get('pid')} on "
                 f"{status.get('host')}, which an earlier launcher left "
-                f"({ledger.folder(row.stage)}); wait until it ends, or stop it"
+                f"({ledger.folder(row.stage)}); wait until it ends, or stop it; where it died with "
+                f"its machine, that is known after {STALE_SECONDS:.0f} s"
             )

@@ -23,6 +23,7 @@ them. What the ranks then say to each other goes over the network.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from uuid import uuid4
 
 from midstream.config import Machine
 from midstream.core.storage import read_json, write_bytes, write_json
+from midstream.core.tokens import counted
 from midstream.cost.graph import PlanRow
 from midstream.study.label import label
 from midstream.study.progress import LOG
@@ -49,13 +51,16 @@ LEAVE_SECONDS = 20.0
 SHUTDOWN_SECONDS = 600
 # In a worker's environment: the process that started it, without which it does not go on.
 LAUNCHER = "MIDSTREAM_LAUNCHER"
+# In a process's environment: the GPUs that it sees.
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 class Worker:
     """A worker process; `row` is the stage it runs, or will run once it is ready.
 
     It works for what the file `work` says (`write_work`), and is the ranks of one stage where it
-    `is_group`. Its events, and at its end {"event": "exit", "code"}, go to `put` from a thread of
+    `is_group`. It sees the `gpus` alone, or all that this process sees where none are named. Its
+    events, and at its end {"event": "exit", "code"}, go to `put` from a thread of
     its own.
     """
 
@@ -68,6 +73,7 @@ class Worker:
         put: Callable[[tuple["Worker", Event]], None],
         is_group: bool,
         command: Sequence[str] | None = None,
+        gpus: Sequence[str] = (),
     ) -> None:
         self.number, self.work, self.log, self.is_group = number, work, log, is_group
         self.pids: dict[int, int] = {}
@@ -81,7 +87,9 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stream,
-                env=worker_environment(machine) | {LOG: str(self.log.absolute())},
+                env=worker_environment(machine)
+                | {LOG: str(self.log.absolute())}
+                | ({VISIBLE: ",".join(gpus)} if gpus else {}),
                 # Ctrl-C goes to the launcher alone, which asks the workers to stop.
                 start_new_session=True,
             )
@@ -201,6 +209,51 @@ def worker_environment(machine: Machine) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         LAUNCHER: str(os.getpid()),
     }
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes.
+
+    What is set there already counts; else all that the driver lists. None without a driver.
+    """
+    if VISIBLE in os.environ:
+        names = [name.strip() for name in os.environ[VISIBLE].split(",")]
+        # CUDA ends the list at the first name that is none.
+        ends = [at for at, name in enumerate(names) if name in ("", "-1")]
+        return tuple(names[: ends[0] if ends else None])
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    # By identifier: the driver's numbers and CUDA's may differ in their order.
+    asked = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+    answer = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return tuple(answer.stdout.split()) if answer.returncode == 0 else ()
+
+
+def gpu_shares(machine: Machine) -> list[tuple[str, ...]]:
+    """Each worker's own GPUs, one for each of its ranks; empty where stages run on the CPU.
+
+    Raises ValueError where there are fewer GPUs than the workers need.
+    """
+    gpus = () if machine.device == "cpu" else visible_gpus()
+    if not gpus:
+        return [()] * machine.workers
+    need = machine.workers * machine.ranks
+    if need > len(gpus):
+        most = len(gpus) // machine.ranks
+        remedy = f"give --workers {most}" if most else f"give --ranks {len(gpus)} or fewer"
+        raise ValueError(
+            f"{counted(machine.workers, 'worker')} with {counted(machine.ranks, 'rank')} each need "
+            f"{need} GPUs of their own, this process sees {len(gpus)} ({', '.join(gpus)}); "
+            f"{remedy}, or --device cpu"
+        )
+    return [gpus[at : at + machine.ranks] for at in range(0, need, machine.ranks)]
+
+
+def workers_with_gpus(machine: Machine) -> Machine:
+    """The machine with no more workers than have GPUs, and with one at least."""
+    gpus = () if machine.device == "cpu" else visible_gpus()
+    most = max(len(gpus) // machine.ranks, 1) if gpus else machine.workers
+    return machine.model_copy(update={"workers": min(machine.workers, most)})
 
 
 # Node 0 gives a sign this often, and is taken for gone after so long without one.

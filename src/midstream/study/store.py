@@ -7,18 +7,15 @@ One folder per stage: configuration, status, lock, metrics, results (`docs/store
 The success mark is the last file written; a folder without it is unfinished.
 """
 
-import errno
-import fcntl
 import json
 import os
 import socket
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from midstream.core.storage import (
@@ -29,14 +26,12 @@ from midstream.core.storage import (
     write_json,
 )
 from midstream.study.label import label
+from midstream.study.lease import is_held, lease, lock_of_the_dead
 from midstream.study.progress import ProgressFile, log_here, now, own_part
 from midstream.study.stages import Stage, stage_from_json
 from midstream.study.studies import AnyStudy, study_from_json
 
 SUCCESS = "SUCCESS"
-# A reader asks whether a lock is held by taking it for an instant; who means to keep the lock
-# tries again for this long, so that a glance at the store never fails a stage.
-GLANCE_SECONDS = 0.5
 # What status.json says of the process that ran a stage; `docs/store.md`.
 ABOUT = ("host", "pid", "ranks", "started", "log", "log_start")
 
@@ -81,7 +76,7 @@ class Ledger:
         return (self.folder(stage) / SUCCESS).is_file()
 
     def state(self, stage: Stage) -> State:
-        """done, running (its lock is held), failed, stopped (or killed), or new."""
+        """done, running (`is_held` of its lock), failed, stopped (or killed), or new."""
         folder = self.folder(stage)
         if self.is_done(stage):
             return "done"
@@ -148,7 +143,7 @@ class Ledger:
         folder = self.folder(stage)
         folder.mkdir(parents=True, exist_ok=True)
         require_writable(folder)
-        with _stage_lock(folder):
+        with lease(folder / "lock", _in_use(folder)):
             if self.is_done(stage):
                 raise ValueError(f"{folder} is done already; delete the folder to run it again")
             _refuse_another(folder, stage)
@@ -178,14 +173,15 @@ class Ledger:
     def mark_failed(self, stage: Stage, error: str) -> None:
         """Note for a process that can no longer do it why its stage failed.
 
-        Raises ValueError if the stage's lock is held, since then its process lives.
+        The caller knows that it has ended: its heartbeat counts no more. Raises ValueError if the
+        stage's lock is held, since then its process lives.
         """
         folder = self.folder(stage)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "status.json"
         before = read_json(path) if path.is_file() else {}
         about = _about(None, stage) | {key: before[key] for key in ABOUT if key in before}
-        with _stage_lock(folder):
+        with lock_of_the_dead(folder / "lock", _in_use(folder)):
             self._write_status(stage, "failed", about, error=error)
 
     def save_study(self, study: AnyStudy) -> Path:
@@ -243,58 +239,18 @@ def launch_lock(store: Path) -> Iterator[None]:
     """
     store.mkdir(parents=True, exist_ok=True)
     require_writable(store)
-    holder = store / "launch.pid"
-    lock = FileLock(store / "launch.lock", timeout=GLANCE_SECONDS)
-    try:
-        lock.acquire()
-    except Timeout:
-        who = holder.read_text().strip() if holder.is_file() else "unknown"
-        raise ValueError(
-            f"store {store} is in use by another launcher (process {who}); "
+    with lease(
+        store / "launch.lock",
+        lambda who: (
+            f"store {store} is in use by another launcher ({who}); "
             f"wait until it ends, stop it, or give another --store"
-        ) from None
-    try:
-        write_bytes(holder, f"{os.getpid()} on {socket.gethostname()}\n".encode())
+        ),
+    ):
         yield
-    finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
 
 
-def is_held(path: Path) -> bool:
-    """Whether some process holds the lock file at `path`; reading rights are enough to ask."""
-    try:
-        with path.open("rb") as stream:
-            # What `FileLock` holds is exclusive; closing the file gives this one back.
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError as error:
-        if error.errno == errno.ENOSYS:
-            # Without flock `FileLock` goes by the file, which is there while the lock is held.
-            return True
-        if error.errno in (errno.ENOENT, errno.ENOLCK, errno.EOPNOTSUPP):
-            return False
-        raise
-    return False
-
-
-@contextmanager
-def _stage_lock(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder / "lock", timeout=GLANCE_SECONDS)
-    try:
-        lock.acquire()
-    except Timeout:
-        path = folder / "status.json"
-        status = read_json(path) if path.is_file() else {}
-        raise ValueError(
-            f"{folder} is being run by process {status.get('pid', 'unknown')} on "
-            f"{status.get('host', 'an unknown host')}; wait until it ends or stop it"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+def _in_use(folder: Path) -> Callable[[str], str]:
+    return lambda who: f"{folder} is being run by {who}; wait until it ends or stop it"
 
 
 def _refuse_another(folder: Path, stage: Stage) -> None:

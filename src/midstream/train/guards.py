@@ -1,26 +1,30 @@
 """What a stage watches: its ranks while it runs, its values when it starts.
 
-Names the rank that is lost: dead, silent, or stuck where the others have gone on.
-
-Every rank gives signs of life through the store that torchrun keeps (`torch.distributed.TCPStore`),
-from a thread of its own, and reads those of the others. Whoever finds one lost writes the verdict;
-all leave by it, since a collective that lacks a rank never ends.
+Names the rank that is lost: dead, or stuck. Every rank measures how long it stands at one point,
+against how long it has stood at such points before, and gives signs of life through the store that
+torchrun keeps (`torch.distributed.TCPStore`), from a thread of its own; it reads those of the
+others. Whoever finds one lost writes the verdict; all leave by it, since a collective that lacks a
+rank never ends. One process alone judges itself.
 
 Whenever a stage starts or resumes it is checked that all ranks run the same code on the same data,
 that the rate is the schedule's, that every trained parameter gets a gradient, and that frozen ones
 do not change. Each start is a line of `starts.jsonl`.
 """
 
+import faulthandler
 import json
+import math
 import os
 import platform
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -37,8 +41,12 @@ from midstream.train.checkpoint import Progress
 from midstream.train.parallel import Place
 from midstream.train.step import StepResult, local
 
-# Before its first step a rank may load, compile and measure: so many times longer.
-_FIRST_STEP = 10.0
+# A point at which a process stands longer than this many times the longest so far is stuck, but not
+# before so many times the timeout has passed: rows may come from a disk that is slow for once.
+_LONGEST = 20.0
+_STILL = 10.0
+# The same for what was not done before (a first step compiles), and for what a disk may hold up.
+_STILL_AT_FIRST = 160.0
 # How long a process whose run is lost may take to end by itself, as one does that has failed.
 _LEAVE_SECONDS = 3.0
 _VERDICT = "watch/verdict"
@@ -48,57 +56,95 @@ _LEFT = -1
 Lost = Callable[[str], None]
 
 
-@dataclass
-class _Seen:
-    """What one rank said last: its pulse, how often it has moved, where it is, and since when."""
+# What a training stage does over and over: waiting for rows, a step (and in it for other ranks),
+# writing what the step gave.
+Kind = Literal["data", "step", "keep"]
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Where a rank is; `moves` counts the points before it. `kind` is None outside of steps."""
+
+    moves: int = 0
+    doing: str = "opening the stage"
+    kind: Kind | None = None
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What one rank said last; `seconds` is how long it has been where it is."""
 
     pulse: int
     moves: int
     doing: str
-    pulse_at: float
-    moved_at: float
+    in_steps: bool
+    seconds: float
+    longest: float
+    is_overdue: bool
 
 
 class Watch:
-    """The signs of life of this rank, and an eye on the others; nothing for one process.
+    """The signs of life of this rank, and an eye on the others; one process watches itself.
 
-    `timeout_seconds`: a rank is lost that is silent for so long, or whose last `at` is so long ago
-    while another has gone on. On the verdict `lost` gets its text, and the process ends.
+    `timeout_seconds`: a rank is dead that is silent for so long. It is stuck if it is behind the
+    others or, in steps, level with them, and stands at one point for 20 times as long as the stage
+    ever did at such points, and for 10 timeouts (160 at first, and where the disk is waited for).
+    Beyond 160 timeouts twice as long as ever is enough.
+    On the verdict `lost` gets its text, the log where each thread stands, and the process ends.
     """
 
     def __init__(
-        self, place: Place, timeout_seconds: float = 45.0, lost: Lost = lambda verdict: None
+        self, place: Place, timeout_seconds: float = math.inf, lost: Lost = lambda verdict: None
     ) -> None:
         self._rank, self._size = place.rank, place.world_size
         self._timeout, self._lost = timeout_seconds, lost
-        self._moves, self._doing = 0, "opening the stage"
-        self._in_steps = False
+        self._every = min(timeout_seconds / 10, 2.0)
+        self._point = _Point()
+        # How long this rank has stood at the point that the thread saw last.
+        self._seen, self._seconds = self._point, 0.0
+        self._since = time.monotonic()
+        self._longest: dict[Kind, float] = {}
         self._over, self._decided = threading.Event(), threading.Event()
         self._alarm = False
+        self._pulses: dict[int, tuple[int, float]] = {}
         self._thread: threading.Thread | None = None
         if place.scalars is None:
             return
         # The store has one lock a client: this thread must not wait for the collectives' set-up.
         self._store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))  # type: ignore[attr-defined]
-        self._every = min(timeout_seconds / 10, 2.0)
         self._pulse(0)
         place.barrier()  # from here on every key is there
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self._start(self._run)
 
-    def at(self, doing: str, *, in_steps: bool = True) -> None:
+    def at(self, doing: str, kind: Kind | None = None) -> None:
         """This rank has come to its next point, which every rank comes to."""
-        self._doing, self._in_steps = doing, in_steps
-        self._moves += 1
+        now, point = time.monotonic(), self._point
+        if point.kind is not None:
+            # Not by the clock alone: a process that was halted meanwhile has not been slow.
+            stood = min(now - self._since, self._stood(point) + 2 * self._every)
+            # The first of a kind, which starts and compiles things, says nothing of the others.
+            before = self._longest.get(point.kind)
+            self._longest[point.kind] = 0.0 if before is None else max(before, stood)
+        self._since = now
+        self._point = _Point(point.moves + 1, doing, kind)
+        if kind and self._size == 1 and self._thread is None and self._timeout < math.inf:
+            self._start(self._run_alone)
+
+    def rest(self, doing: str = "between stages") -> None:
+        """Outside of steps: what was usual in them is forgotten."""
+        self.at(doing)
+        self._longest = {}
+        if self._size == 1:
+            self.close()
 
     def failed(self, error: Exception) -> str:
         """Why the run fails, given this rank's own error: another rank may be the reason.
 
         Losing the connection to a rank is never the reason: it waits for the verdict.
         """
-        if self._thread is None:
+        if self._size == 1:
             return ""
-        mine = f"rank {self._rank} failed ({self._doing}): {type(error).__name__}: {error}"
+        mine = f"rank {self._rank} failed ({self._point.doing}): {type(error).__name__}: {error}"
         if _is_lost_connection(error):
             self._alarm = True
             self._decided.wait(self._timeout)
@@ -107,24 +153,32 @@ class Watch:
 
     def close(self) -> None:
         """This rank has ended well: the others do not wait for it."""
-        if self._thread is not None:
-            self._over.set()
+        if self._thread is None:
+            return
+        self._over.set()
+        if self._thread is not threading.current_thread():
             self._thread.join()
+        self._thread = None
+        if self._size > 1:
             with suppress(RuntimeError):  # node 0 may have left already
                 self._pulse(_LEFT)
 
+    def _start(self, run: Callable[[], None]) -> None:
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
     def _run(self) -> None:
-        seen: dict[int, _Seen] = {}
         pulse = 0
         while not self._over.wait(self._every):
             pulse += 1
             try:
+                self._tick()
                 self._pulse(pulse)
                 if self._store.check([_VERDICT]):
                     self._end(self._store.get(_VERDICT).decode())
                     return
-                self._look(seen)
-                found = self._judge(seen)
+                found = self._judge(self._look())
             except RuntimeError:
                 # Without the store there is no node 0.
                 self._end("the connection to node 0 is lost: its launcher has ended")
@@ -132,40 +186,73 @@ class Watch:
             if found is not None:
                 self._say(found)
 
+    def _run_alone(self) -> None:
+        over = self._over
+        while not over.wait(self._every):
+            self._tick()
+            said = self._said(0)
+            if said.in_steps and said.is_overdue:
+                self._end(self._stuck("this process", said))
+                return
+
+    def _tick(self) -> None:
+        """Count the time at one point, an interval for each look, however long that has taken."""
+        point = self._point
+        self._seconds = self._seconds + self._every if point is self._seen else 0.0
+        self._seen = point
+
+    def _stood(self, point: _Point) -> float:
+        return self._seconds if point is self._seen else 0.0
+
+    def _said(self, pulse: int) -> _Said:
+        point = self._point
+        longest = self._longest.get(point.kind, 0.0) if point.kind else 0.0
+        is_usual = point.kind is None or (longest and point.kind != "keep")
+        most = self._timeout * _STILL_AT_FIRST
+        floor = self._timeout * _STILL if is_usual else most
+        seconds = self._stood(point)
+        # A step may have waited for a rank that wrote a checkpoint: twenty times that is no limit.
+        overdue = seconds > max(floor, min(_LONGEST * longest, most), 2 * longest)
+        in_steps = point.kind is not None
+        return _Said(pulse, point.moves, point.doing, in_steps, seconds, longest, overdue)
+
     def _pulse(self, number: int) -> None:
-        told = [number, self._moves, self._doing, self._in_steps]
-        self._store.set(f"watch/{self._rank}", json.dumps(told))
+        self._store.set(f"watch/{self._rank}", json.dumps(asdict(self._said(number))))
 
-    def _look(self, seen: dict[int, _Seen]) -> None:
-        now = time.monotonic()
+    def _look(self) -> dict[int, _Said]:
+        """What each rank that has not left said last."""
         keys = [f"watch/{rank}" for rank in range(self._size)]
-        for rank, told in enumerate(self._store.multi_get(keys)):
-            pulse, moves, doing, in_steps = json.loads(told)
-            last = seen.get(rank)
-            # What precedes the first step is judged by silence, and by a longer time.
-            patience = 0.0 if in_steps else self._timeout * (_FIRST_STEP - 1)
-            seen[rank] = _Seen(
-                pulse,
-                moves,
-                doing,
-                last.pulse_at if last and last.pulse == pulse else now,
-                last.moved_at if last and last.moves == moves else now + patience,
-            )
+        said = [_Said(**json.loads(told)) for told in self._store.multi_get(keys)]
+        return {rank: one for rank, one in enumerate(said) if one.pulse != _LEFT}
 
-    def _judge(self, seen: dict[int, _Seen]) -> str | None:
+    def _judge(self, said: Mapping[int, _Said]) -> str | None:
         now = time.monotonic()
-        first = max(one.moves for one in seen.values())
         # A broken connection says that somebody has died: a short silence then says who.
         patience = 5 * self._every if self._alarm else self._timeout
-        for rank, one in sorted(seen.items()):
-            silent, still = now - one.pulse_at, now - one.moved_at
-            if one.pulse == _LEFT:
-                continue
-            if silent > patience:
+        for rank, one in said.items():
+            pulse, since = self._pulses.get(rank, (None, now))
+            self._pulses[rank] = (one.pulse, since if one.pulse == pulse else now)
+            if (silent := now - self._pulses[rank][1]) > patience:
                 return f"rank {rank} is dead: silent for {silent:.0f} s, last {one.doing}"
-            if one.moves < first and still > self._timeout:
-                return f"rank {rank} is stuck: {still:.0f} s {one.doing}; others have gone on"
-        return None
+        # Those that are ahead wait for these, however long that takes.
+        least = min(one.moves for one in said.values())
+        last = {rank: one for rank, one in said.items() if one.moves == least}
+        level = len(last) == len(said)
+        stuck = {r: o for r, o in last.items() if o.is_overdue and (o.in_steps or not level)}
+        if not stuck:
+            return None
+        named = ", ".join(str(rank) for rank in stuck)
+        who = "all ranks" if len(stuck) == len(said) else f"rank {named}"
+        return self._stuck(who, next(iter(stuck.values())), others=not level)
+
+    def _stuck(self, who: str, one: _Said, *, others: bool = False) -> str:
+        before = f"at most {one.longest:.1f} s before" if one.longest else "for the first time"
+        waiting = "; others have gone on and wait for it" if others else ""
+        verb = "are" if who == "all ranks" else "is"
+        return (
+            f"{who} {verb} stuck: {one.seconds:.0f} s {one.doing}, {before}{waiting}. Its log says "
+            f"where; if it is only slow, raise rank_timeout_seconds above {self._timeout:g}"
+        )
 
     def _say(self, verdict: str) -> str:
         """Give a verdict; the first one counts, and is returned."""
@@ -175,6 +262,7 @@ class Watch:
         self._decided.set()
         if self._over.wait(_LEAVE_SECONDS):
             return
+        faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
         self._lost(verdict)
         os._exit(1)
 

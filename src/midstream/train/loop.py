@@ -131,7 +131,6 @@ def train(
     optimizer = make_optimizer(job.model, training.optimizer, encoder_rate_factor=factor)
     checks = StartChecks(job.model, place, job.origin)
     progress = _begin(job, optimizer, place)
-    begun = progress.step
     checks.begin(job.folder, optimizer, progress, job.rate_at(progress.tokens_seen), machine)
     metrics = job.folder / "metrics.jsonl" if place.rank == 0 else None
     log = MetricsLog(metrics, progress.metrics_bytes, tracking)
@@ -149,17 +148,17 @@ def train(
     shown, before = 0.0, time.monotonic()
     watch, clock = watch or Watch(ALONE), Clock(place.device, progress.parts)
     job.model.train()
+    watch.at("waiting for the first rows", "data")
     while (micro_batches := _next(steps, clock)) is not None:
         step = f"step {progress.step + 1} of {plan.num_steps}"
-        started = progress.step > begun
-        watch.at(f"computing {step}", in_steps=started)
+        watch.at(f"computing {step}", "step")
         result = _step(job, optimizer, micro_batches, progress, place, clock)
         checks.after_step(result)
         before, seconds = time.monotonic(), time.monotonic() - before
         used_rate = progress.rate
         mine = [float(should_stop()), *_tally(micro_batches, plan.names)]
         stop, *tally = place.sum(mine)
-        watch.at(f"keeping what {step} gave", in_steps=started)
+        watch.at(f"keeping what {step} gave", "keep")
         progress = _advance(progress, job, tally, result, seconds, clock)
         log.write(
             step=progress.step,
@@ -173,13 +172,14 @@ def train(
         progress = replace(progress, metrics_bytes=log.position)
         with clock.part("checkpoint"):
             keeper.keep(progress, log, stop=stop > 0)
-        watch.at(f"reading rows after {step}")
+        watch.at(f"waiting for rows after {step}", "data")
         if stop:
             log.close()
             raise Interrupted(f"stopped after step {progress.step} of {plan.num_steps}")
         if time.monotonic() - shown > 0.5:
             shown = time.monotonic()
             report(_event(progress))
+    watch.rest("keeping the stage's weights")
     saver.settle()
     log.close()
     checks.end()

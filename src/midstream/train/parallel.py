@@ -220,6 +220,11 @@ def autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
+def device_bytes(device: torch.device) -> int:
+    """The memory of a GPU."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
 def peak_memory_bytes() -> int:
     """The largest resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -61,7 +61,7 @@ def profile_stage(
     steps = load_steps(
         job.dataset,
         first_row=0,
-        micro_rows=machine.micro_batch_rows or job.training.rows.batch_rows,
+        micro_rows=runner.machine_for(stage).micro_batch_rows or job.training.rows.batch_rows,
         workers=machine.data_workers,
         device=place.device,
     )

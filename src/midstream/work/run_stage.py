@@ -17,6 +17,7 @@ from midstream.core.identity import FORMAT_VERSION, digest, kept_digests
 from midstream.core.storage import remove_folder, verify
 from midstream.core.tokens import TokenCount
 from midstream.cost.pictures import choice_for, feature_folder, feature_plan
+from midstream.cost.price import rows_that_fit
 from midstream.data.feature_store import FeatureStore, StoredImages
 from midstream.data.images import Encode, LiveImages, encode_fixed
 from midstream.data.prepare import (
@@ -56,7 +57,7 @@ from midstream.train.contrastive import train_encoder
 from midstream.train.guards import Watch
 from midstream.train.loop import Interrupted, Job, Start, train
 from midstream.train.metrics import Tracking, tracking_of
-from midstream.train.parallel import peak_memory_bytes, set_up
+from midstream.train.parallel import device_bytes, peak_memory_bytes, set_up
 from midstream.train.step import build_model
 from midstream.work.evaluate_stage import (
     evaluate_stage,
@@ -113,6 +114,7 @@ class StageRunner:
         folder's lock is held, FileNotFoundError if a parent is not done.
         """
         started = time.monotonic()
+        self.watch.rest("opening the stage")
         for parent in stage.parents:
             self.ledger.results(parent)
         with ExitStack() as held:
@@ -125,6 +127,8 @@ class StageRunner:
                 if told := self.watch.failed(error):
                     raise RuntimeError(told) from error
                 raise
+            finally:
+                self.watch.rest()
             measured = {
                 "seconds": time.monotonic() - started,
                 "peak_memory_bytes": peak_memory_bytes(),
@@ -274,7 +278,7 @@ class StageRunner:
         job = self.job(stage, folder)
         results = train(
             job,
-            self.machine,
+            self.machine_for(stage),
             self.place,
             report=self.report,
             should_stop=self.should_stop,
@@ -293,6 +297,23 @@ class StageRunner:
         if self.place.rank == 0:
             remove_folder(folder / "checkpoints")
         return results
+
+    def machine_for(self, stage: Trained) -> Machine:
+        """The machine, and on a GPU the micro-batch that fits where none was chosen."""
+        if self.machine.micro_batch_rows is not None or self.device.type != "cuda":
+            return self.machine
+        fit = rows_that_fit(stage, self.ledger, self.machine, device_bytes(self.device))
+        if fit is None:
+            return self.machine
+        # Ranks may have different GPUs, and go through equally many micro-batches.
+        rows = min(self.place.gather(max(fit.micro_rows, 1)))
+        if self.place.rank == 0:
+            room = "" if fit.fits else ", and the plan says that it does not fit"
+            print(
+                f"micro-batches of {rows} rows{room}; --machine micro_batch_rows=N sets others",
+                file=sys.stderr,
+            )
+        return self.machine.model_copy(update={"micro_batch_rows": rows})
 
     def _origin(self, stage: Trained) -> dict[str, str]:
         """What the stage's checkpoints are of."""
