@@ -14,6 +14,7 @@ or preparation it came from.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,6 @@ from midstream.core.storage import (
     remove_leftovers,
     write_json,
 )
-from midstream.core.tokens import Kept
 from midstream.data.images import (
     Encode,
     ErrorMeter,
@@ -107,7 +107,7 @@ class FeatureStore:
         self._parts: list[Path] = []
         self._known: set[str] = set()
         self._index = HashIndex()
-        self._maps = Kept(self._open, OPEN_PARTS)
+        self._maps = lru_cache(OPEN_PARTS)(self._open)
 
     def __getstate__(self) -> dict[str, Any]:
         # Maps are opened anew in a worker process; pickled, they would be copied whole.
@@ -198,7 +198,7 @@ class FeatureStore:
         packed = np.empty((len(pictures), picture_bytes(self.config)), np.uint8)
         for row, (source, example) in zip(packed, pictures, strict=True):
             part, at = self._find(source, example)
-            features, sums = self._maps[part]
+            features, sums = self._maps(part)
             row[:] = features[at]
             if xxhash.xxh3_64_intdigest(row.data) != int(sums[at]):
                 raise CorruptError(

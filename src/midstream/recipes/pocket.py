@@ -25,18 +25,16 @@ from midstream.config import (
     Training,
     WarmupCosine,
 )
+from midstream.recipes.arrival import arrival_study
 from midstream.recipes.lines import (
     DATACOMP_DR,
     END_RATE,
     CaptionSet,
     Scale,
     TextMixture,
-    finetuned_line,
-    image_text_schedule,
-    start_at,
 )
-from midstream.study.stages import Continue, Evaluate, FuseEncoders, Prepare, Pretrain, TrainEncoder
-from midstream.study.studies import Figure, Study
+from midstream.study.stages import Evaluate, FuseEncoders, Prepare, Pretrain, TrainEncoder
+from midstream.study.studies import Study
 
 VOCAB_SIZE = 640
 # So few that words of captions and conversations are learnt for themselves.
@@ -133,48 +131,27 @@ def when_images_arrive(
     # A start of one's own is kept beside those that all such studies share.
     kept = sorted({*MILESTONES, *completions} - {0.0})
     text = text_stage(data, total_tokens=text_tokens, rate=text_rate, milestones=kept)
-    lines = [
-        finetuned_line(
-            Continue(
-                data=data,
-                encoder=encoder,
-                decoder=DECODER,
-                start=start_at(text, completion),
-                training=Training(
-                    budget=Mixture(
-                        total_tokens=continue_tokens,
-                        shares=(
-                            Share(source="pictures", share=image_share),
-                            Share(source="web", share=1.0 - image_share),
-                        ),
-                    ),
-                    rows=IMAGE_ROWS,
-                    schedule=image_text_schedule(completion, rewarm_rate),
-                    seed=seed,
-                ),
-            ),
-            Epochs(sources=("talks",), epochs=epochs),
-            finetune_rate,
-            ASKED,
-            completion,
-        )
-        for completion in completions
-        for seed in seeds
-    ]
-    return Study(
-        name="pocket.when_images_arrive",
-        question="After what share of text training should a language model first see images?",
-        lines=tuple(lines),
-        figure=Figure(
-            x="text_completion",
-            x_label="text training done before the first image (%)",
-            hollow=(0.0, 100.0),
+    pictures = Mixture(
+        total_tokens=continue_tokens,
+        shares=(
+            Share(source="pictures", share=image_share),
+            Share(source="web", share=1.0 - image_share),
         ),
+    )
+    return arrival_study(
+        "pocket.when_images_arrive",
+        text,
+        encoder,
+        completions,
+        seeds,
+        pictures=pictures,
+        talks=Epochs(sources=("talks",), epochs=epochs),
+        rows=IMAGE_ROWS,
+        rewarm_rate=rewarm_rate,
+        finetune_rate=finetune_rate,
+        asked=ASKED,
         baselines={
-            f"text only, {share:.0%}": Evaluate(
-                of=text, completion=share, evaluation=Evaluation(text_tasks=TEXT_TASKS)
-            )
-            for share in (1.0,)
+            "text only, 100%": Evaluate(of=text, evaluation=Evaluation(text_tasks=TEXT_TASKS))
         },
     )
 

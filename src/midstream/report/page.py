@@ -43,7 +43,6 @@ from midstream.report.gather import (
     answer,
     best_line,
     exports,
-    gather,
     generated_data,
     repeated,
     scores_export,
@@ -63,7 +62,7 @@ from midstream.report.table import (
     view_notes,
 )
 from midstream.study.store import Ledger
-from midstream.study.studies import Study, Suite
+from midstream.study.studies import Suite
 
 
 def render(template: str, **values: object) -> str:
@@ -108,11 +107,6 @@ def _environment() -> Environment:
 COMMON = {"vision": "vqav2", "text": "arc_easy"}
 # Pictures of single stages on a page; a study of hundreds has as many more.
 MAX_CURVES = 12
-
-
-def write_report(study: Study, ledger: Ledger, max_curves: int = MAX_CURVES) -> Path:
-    """Write `<store>/reports/<study>/` and return its page; see `write_facts`."""
-    return write_facts(gather(study, ledger), max_curves=max_curves)
 
 
 def write_facts(

@@ -257,35 +257,11 @@ def _difference(
 ) -> Difference:
     if error is None:
         return Difference(mean, sd, n, None, None, paired)
-    half = t_quantile(freedom) * error
+    # Imported here: it takes a second, and only repetitions have an interval.
+    from scipy.stats import t as students_t
+
+    half = float(students_t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
     return Difference(mean, sd, n, mean - half, mean + half, paired)
-
-
-def t_quantile(freedom: int) -> float:
-    """The half width, in standard errors, of a 95 % interval at `freedom` degrees of freedom.
-
-    Source: the finite series for whole degrees, Abramowitz and Stegun 26.7.3 and 26.7.4.
-    """
-    if freedom < 1:
-        raise ValueError(f"an interval needs 1 degree of freedom or more, got {freedom}")
-    low, high = 0.0, 1000.0
-    while high - low > 1e-10 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < CONFIDENCE else (low, middle)
-    return high
-
-
-def _within(t: float, freedom: int) -> float:
-    angle = math.atan(t / math.sqrt(freedom))
-    odd = freedom % 2
-    term = math.cos(angle) if odd else 1.0
-    total = 0.0
-    for k in range(2 + odd, freedom + 1, 2):
-        total += term
-        term *= math.cos(angle) ** 2 * (k - 1) / k
-    if not odd:
-        return math.sin(angle) * total
-    return 2 / math.pi * (angle + math.sin(angle) * total)
 
 
 STABLE = ("stable.vision", "stable.vision_blind", "stable.text")
@@ -378,16 +354,11 @@ def stable_of(study: Study) -> tuple[str, ...]:
     return tuple(name for name in STABLE if name.split(".")[1].split("_")[0] in kinds)
 
 
-def summary(study: Study, ledger: Ledger) -> list[Group]:
-    """The lines grouped by the figure's x and by, in rising order of x, with every score's spread.
+def group_rows(study: Study, rows: Sequence[dict[str, Any]]) -> list[Group]:
+    """The lines that `line_rows` gave, grouped by the figure's x and by, in rising order of x.
 
     Baselines are no part of any group.
     """
-    return group_rows(study, line_rows(study, ledger))
-
-
-def group_rows(study: Study, rows: Sequence[dict[str, Any]]) -> list[Group]:
-    """As `summary`, from the rows that `line_rows` gave."""
     for line in study.lines:
         for axis in {study.figure.x, study.figure.by or study.figure.x} - line.axes.keys():
             raise ValueError(
