@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models
 
 from midstream.cli.catalogue import find_study
 from midstream.config import Mixture, PublicFolder, TokenizerFile
@@ -228,7 +229,7 @@ def test_the_private_caption_set_is_a_row_where_it_is_at_hand(tmp_path: Path) ->
     for folder in ("captions/shutterstock", "text/dclm"):
         (world / folder).mkdir(parents=True)
         (world / folder / "a.txt").write_text("A text.\n")
-    (world / "tokenizer.json").write_text("{}")
+    (world / "tokenizer.json").write_text(Tokenizer(models.WordLevel({"a": 0}, "a")).to_str())
     at = find_scale("1b", inputs=str(tmp_path))
     assert at.captions["Shutterstock"].source == "shutterstock"
     assert isinstance(at.data.world, PublicFolder)

@@ -1,8 +1,4 @@
-"""Counts: of tokens by kind, exactly divided, and in words.
-
-Counting tokens by kind, and dividing a budget exactly. Counts, sizes and times as a person reads
-them.
-"""
+"""Counts: of tokens by kind, exactly divided, and in words."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

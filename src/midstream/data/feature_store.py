@@ -1,10 +1,6 @@
 """A frozen encoder's outputs on disk, found by the content of the picture.
 
-Where content hashes lie: a growing map of many millions in bounded memory.
-
-Outputs of a frozen encoder on disk, by the content of the picture.
-
-`<folder>/part-<digest>/` holds features.bin (uint8 [n, bytes of a picture], `features.pack`),
+`<folder>/part-<digest>/` holds features.bin (uint8 [n, bytes of a picture], `images.pack`),
 hashes.npy (uint8 [n, 16], `sources.content_hash`) and sums.npy (uint64 [n], XXH3 of each row of
 features.bin). A part is written once and whole. The folder's name stands for encoder weights and
 `EncoderConfig` (the caller sees to it), so that a stored feature is never stale, whichever source

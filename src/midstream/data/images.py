@@ -1,15 +1,10 @@
 """Pictures to pixels, and pixels to what a frozen encoder makes of them.
 
-Encoded pictures to normalised pixels: decode, fit to a square, normalise.
-
 A picture's pixels depend on its bytes and the transform alone: not on installed packages, since
-`simplejpeg` decodes only what it decodes as Pillow does, and not on the number of threads.
-
-What a frozen encoder makes of pictures: the same numbers whether stored or computed anew.
-
-Features belong to the encoder's weights, its `EncoderConfig` and the picture's bytes, nothing else.
-They go through batches of one shape and through the bytes of their stored form in either case, so
-that on a CPU a stored feature equals a live one bit for bit.
+`simplejpeg` decodes only what it decodes as Pillow does, and not on the number of threads. Features
+belong to the encoder's weights, its `EncoderConfig` and the picture's bytes, nothing else. They go
+through batches of one shape and through the bytes of their stored form whether stored or computed
+anew, so that on a CPU a stored feature equals a live one bit for bit.
 """
 
 import io

@@ -1,14 +1,9 @@
 """How long a source's examples are: for plans by classes, for rows one by one.
 
-How long a prepared source's examples are and how much of them is learnt: what plans count with.
-
-Examples are counted in classes by their text tokens, four classes to a doubling, so that the sum of
-their squared lengths in rows of any length follows within a few in a thousand.
-
-How long a source's examples are in a row: which caption is seen, what is cut to fit.
-
-Lengths are read from the source's columns where they are asked for. Of what is too long for a row
-only its number and its excess are held: it is looked for in shards that have such an example.
+Plans count examples in classes by their text tokens, four classes to a doubling, so that the sum of
+their squared lengths in rows of any length follows within a few in a thousand. For rows, lengths
+are read from the source's columns where they are asked for. Of what is too long for a row only its
+number and its excess are held: it is looked for in shards that have such an example.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,9 +1,4 @@
-"""What stands of a source already, what was rejected, and what nobody reads.
-
-What the shards of a source were made from, and which of them stay when it is prepared again. The
-list of a source's rejects, and the refusal of too many. What a person should know of a source's
-folder: files that nobody reads, splits read as one.
-"""
+"""What stands of a source already, what was rejected, and what nobody reads."""
 
 import json
 import os

@@ -1,12 +1,8 @@
 """When tiktoken's core gives the ids of `tokenizers`: split patterns and ranks.
 
-Split patterns that `tokenizers` and tiktoken read alike, and the characters they agree on.
-
 The two have regular expression engines of their own, with tables of character classes of their
 own. A pattern is taken only if it is made of what both read the same way; its classes are then
 compared on the characters that a text holds, so that a newer table on one side is noticed.
-
-The ranks with which tiktoken's core forms the tokens of a byte-level BPE model.
 
 tiktoken merges whatever pair forms the token of lowest rank; `tokenizers` merges listed pairs in
 the order of the list. Both do the same if every part of a merge was formed before it, the merges

@@ -1,17 +1,5 @@
 """What the studies have in common: lines, scales, sources, public models.
 
-What the studies of one text run have in common: how a line starts, anneals and ends. What one size
-of the study is made of.
-
-Public models along whose own checkpoints a study can go: their sizes and revisions.
-
-Five revisions of each, nearest to 20, 40, 60, 80 and 100 % of the run. Tokens and rates at them are
-those of `study/families.py`. Sizes are of the published model: an import adds rows for new tokens
-where its embedding has none to spare.
-
-The paper's data as sources: captions, texts and their shares, what plans expect of them, and
-where they and imported models lie.
-
 K, I and U as in `paper_scale.py`.
 """
 
@@ -277,6 +265,9 @@ def _olmo2_1b() -> PublicModel:
     )
 
 
+# Five revisions of each, nearest to 20, 40, 60, 80 and 100 % of the run; their tokens and rates are
+# in `study/families.py`. Sizes are of the published model: an import adds rows for new tokens where
+# its embedding has none to spare.
 PUBLIC_MODELS: Mapping[str, PublicModel] = {
     "pythia-70m": _pythia("70m", 512, 6, 8),
     "pythia-160m": _pythia("160m", 768, 12, 12),

@@ -1,8 +1,4 @@
-"""The pocket scale, and the paper's question asked on it.
-
-The pocket scale: the paper's questions in minutes on two CPU cores. The pocket scale: generated,
-and run in minutes on two cores. Our choice throughout.
-"""
+"""The pocket scale: the paper's questions in minutes on two CPU cores. Our choice throughout."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,15 +1,4 @@
-"""What a study is made of at each size, and one model of it.
-
-One model of the paper's study, from the values that its experiments vary to an evaluation. What the
-paper's experiments share: labels, the curve of each number of epochs, claims.
-
-Scales along the checkpoints of other people's models: the paper's settings around them.
-
-Our choice (U) where the paper's numbers are its models': 20 image-text tokens a parameter, a
-twentieth of them warming up again to the run's own peak, and an end at a hundredth of that (as the
-paper's 3e-3 and 3e-5).
-
-What a study of the paper is made of at each size: models, data, budgets, rates.
+"""What a study of the paper is made of at each size, and one model of it.
 
 `pocket` is generated and runs in minutes. The others of SIZES are the paper's: OpenLM decoders,
 SigLIP and DINOv2 as public, three text sources, four caption sets, LLaVA's conversations. The names
@@ -23,6 +12,10 @@ can be planned and priced, and says so when it is to run:
     INPUTS/encoders/        siglip/ and dinov2/, folders of `midstream import`
     INPUTS/checkpoints/     20/, 40/, 60/, 80/, 100/: the text run's checkpoints, imported; of a
                             public model in a folder of its name
+
+Along other people's checkpoints the paper's numbers are replaced where they are its models' (U): 20
+image-text tokens a parameter, a twentieth of them warming up again to the run's own peak, and an
+end at a hundredth of that (as the paper's 3e-3 and 3e-5).
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,4 @@
-r"""All that a report says, as values and as files.
-
-What a study was run with, in one line: data, sizes, tokens, repetitions. All that a report of one
-study says, as values, before any of it is drawn or written. A study's tables as files: CSV with all
-digits, LaTeX to \input.
-"""
+"""All that a report of one study says: as values before anything is drawn, as CSV and LaTeX."""
 
 import csv
 import io
@@ -68,7 +63,7 @@ def settings_line(study: Study, ledger: Ledger) -> str:
             for stage in (*part.before, part.stage):
                 stages.setdefault(kind, {})[stage.identity] = stage
     lines = [line.result.of for line in study.lines]
-    said = [_join(_world(model.data.world) for model in lines)]
+    said = [" and ".join(dict.fromkeys(_world(model.data.world) for model in lines)) or "no data"]
     said.append(f"decoder of {_range(m.model.decoder.num_parameters for m in lines)} parameters")
     towers = [m.model.encoder for m in lines if m.model.encoder is not None]
     if towers:
@@ -121,10 +116,6 @@ def _range(values: Iterable[float | int]) -> str:
         return "none"
     ends = [engineering(found[0]), engineering(found[-1])]
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
-
-
-def _join(words: Iterable[str]) -> str:
-    return " and ".join(dict.fromkeys(words)) or "no data"
 
 
 TRAINING = ("train_encoder", "pretrain", "continue", "finetune")

@@ -1,9 +1,7 @@
 """The page of a study, the index of a suite, the summary in Markdown.
 
-Templates with everything escaped, and a policy that lets a page load nothing. One self-contained
-page for a study: every number, figure and picture comes from its store. The index of a suite: each
-study with its picture and first finding, and the totals. A summary of studies as Markdown, made of
-nothing but what their store holds.
+Every number, figure and picture comes from the store. Templates escape everything, and a policy
+lets a page load nothing.
 """
 
 import base64

@@ -1,9 +1,4 @@
-"""The results of a store: what they rest on, one row a line, and their spread.
-
-What a result rests on and what that took, read from the store once. Values over repetitions: mean,
-standard deviation, differences with their 95 % interval. From the ledger to one flat row a line,
-and the lines of one place as a group.
-"""
+"""The results of a store: what they rest on, one row a line, and their spread."""
 
 import csv
 import io
@@ -379,17 +374,17 @@ def group_rows(study: Study, rows: Sequence[dict[str, Any]]) -> list[Group]:
         members = [row for row in lines if (row[x], row.get(by)) == place]
         rest = [key for key in members[0] if key.startswith("axis.") and key not in (x, by)]
         differing = [key for key in rest if len({row[key] for row in members}) > 1]
+        names = [
+            ", ".join(f"{axis[5:]}={row[axis]}" for axis in rest) or str(row["name"])
+            for row in members
+        ]
         spreads = {}
         for column in columns:
-            named = [(_repetition(row, rest), row[column]) for row in members]
+            named = [(name, row[column]) for name, row in zip(names, members, strict=True)]
             spreads[column] = Spread(tuple(pair for pair in named if pair[1] is not None))
         mixed = tuple(key[5:] for key in differing if key != "axis.seed")
         groups.append(Group(place[0], place[1], len(members), spreads, mixed))
     return groups
-
-
-def _repetition(row: dict[str, Any], axes: Sequence[str]) -> str:
-    return ", ".join(f"{axis[5:]}={row[axis]}" for axis in axes) or str(row["name"])
 
 
 def best_group(groups: Sequence[Group], column: str) -> Group | None:

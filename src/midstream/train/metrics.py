@@ -1,16 +1,10 @@
-"""The lines of `metrics.jsonl`, and the trackers that are given them.
-
-JSON lines of a stage, one a step; cut back to a checkpoint on resume.
-
-Metrics to TensorBoard, Weights & Biases and Trackio, beside `metrics.jsonl` and never instead.
+"""The lines of `metrics.jsonl`, and the trackers that are given them beside it, never instead.
 
 A thread of its own reads what training hands over: a tracker that fails, or waits for a network,
 is counted and training goes on as it would without. What a tracker lacks of the steps before a
 start is read from `metrics.jsonl`, so that a series is whole and no step stands in it twice.
 
-The places that metrics can go to: TensorBoard's event files, Weights & Biases, Trackio.
-
-TensorBoard's file is cut back to the step that a stage goes on from. The other two only take more:
+TensorBoard's file is cut back to the step that a stage goes on from. The others only take more:
 which step was sent last stands in `tracking.json`, written before it is sent, and none is sent
 twice; a process that is killed between the two leaves a gap of some seconds.
 """

@@ -1,13 +1,8 @@
 """Input files: where they lie, how they are read, which are one and the same.
 
-Where input files lie and how they are read: local paths and `fsspec` URLs alike.
-
-A name with "://" in it is a URL. Nothing here holds more than one piece of a file in memory.
-
-Files that are one and the same data, which would count twice.
-
-Names are enough for files that lie side by side. Elsewhere bytes are compared, and only those of
-files that could be equal, each read once.
+A name with "://" in it is a URL, read through `fsspec`. Nothing here holds more than one piece of a
+file in memory. Files that are one and the same data would count twice: names are enough where they
+lie side by side; elsewhere bytes are compared, of files that could be equal, each read once.
 """
 
 import gzip

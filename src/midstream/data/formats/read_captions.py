@@ -1,15 +1,8 @@
-"""The public formats that come with pictures: captions and conversations.
+"""The public formats that come with pictures, record by record (see `docs/data.md`).
 
-The public formats of captions, record by record (see `docs/data.md`).
-
-Records are numbered from 0, as `Unit.first` counts them. A record that cannot be used is a `Reject`
-that says why; a file that cannot be read as its format is a ValueError. Pictures
-are not decoded here.
-
-The public formats of conversations, record by record (see `docs/data.md`).
-
-A file is a JSON list of records, numbered from 0, or JSON lines, numbered from 1. A record that
-cannot be used is a `Reject` with a short reason; a file that cannot be read is a ValueError.
+Records are numbered from 0, as `Unit.first` counts them; conversations in JSON lines from 1. What
+cannot be used is a `Reject` that says why; a file that cannot be read as its format, ValueError.
+Pictures are not decoded here.
 """
 
 import errno

@@ -1,8 +1,4 @@
-"""The public formats of text, as words and as token ids.
-
-Text that is tokenised already: OpenLM's tar shards of token ids and their `manifest.jsonl`.
-
-The public formats of text, record by record (see `docs/data.md`).
+"""The public formats of text, as words and as token ids, record by record (see `docs/data.md`).
 
 Lines are numbered from 1, rows of parquet files from 0. A record that cannot be used is a `Reject`
 with one of the reasons below; a file that cannot be read as its format is a ValueError.

@@ -1,17 +1,9 @@
-"""Records of files: what a reader gives, JSON, tar archives.
+"""Records of files: what a reader gives, JSON, tar archives (local paths and `fsspec` URLs).
 
-What the readers of public formats hand to the preparation, and how the work is cut.
-
-Records in JSON files: the entries of one long list, read one at a time, and lines.
-
-The entries of a list are cut out here and not by `ijson`, which changes halves of surrogate pairs,
-gives up a file for one record with a byte that is no UTF-8 or a number of twenty digits, and takes
-memory without bound for nested brackets.
-
-Tar archives member by member, and as WebDataset samples; local paths and `fsspec` URLs.
-
-A damaged archive raises ValueError that names it. What is wrong with one member or one sample is
-said in its `problem`, for the caller to count.
+The entries of a JSON list are cut out here and not by `ijson`, which changes halves of surrogate
+pairs, gives up a file for one record with a byte that is no UTF-8 or a number of twenty digits, and
+takes memory without bound for nested brackets. A damaged archive raises ValueError that names it;
+what is wrong with one member or one sample is said in its `problem`, for the caller to count.
 """
 
 import json

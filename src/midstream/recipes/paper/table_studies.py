@@ -1,7 +1,5 @@
 """Tables 3 to 8, with the numbers that the paper prints.
 
-Scores that the paper prints for models other than those a study trains (Tables 7 and 8).
-
 Table 7's HellaSwag is the accuracy normalised by length; no model of these sizes has such a plain
 accuracy.
 """
