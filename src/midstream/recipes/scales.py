@@ -317,10 +317,10 @@ def mixture(
     )
 
 
-def finetune_stage(scale: Scale, model: Model, continued: Continue | None = None) -> Finetune:
+def finetune_stage(scale: Scale, model: Model) -> Finetune:
     """Conversations for whole epochs, its own schedule each (paper, section 2.1.3, appendix D)."""
     return Finetune(
-        start=image_text_stage(scale, model) if continued is None else continued,
+        start=image_text_stage(scale, model),
         training=Training(
             budget=Epochs(sources=(scale.instruct_source,), epochs=model.epochs),
             rows=scale.finetune_rows,

@@ -1,8 +1,4 @@
-"""Curves over tokens: rates before a study runs, loss and rate of a stage.
-
-The learning rates of a study before anything runs: `midstream plan --curves`. Loss and learning
-rate of a stage over its tokens.
-"""
+"""Curves over tokens: rates of a study before it runs, loss and rate of a stage."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -228,9 +228,7 @@ def small_figure(study: Study, groups: Sequence[Group], panel: Panel) -> bytes:
         return saved(figure, ("svg",))["svg"]
 
 
-def grid_figure(
-    study: Study, groups: Sequence[Group], panels: Sequence[Panel], suffixes: Sequence[str] = FILES
-) -> dict[str, bytes]:
+def grid_figure(study: Study, groups: Sequence[Group], panels: Sequence[Panel]) -> dict[str, bytes]:
     """Many panels with one set of keys, for print (the paper's Figures 9 to 13)."""
     columns = min(GRID_COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
@@ -248,7 +246,7 @@ def grid_figure(
         figure.supxlabel(x_label(study, groups), fontsize=10, color=INK)
         shown = list(keys.values())
         figure.legend(handles=shown, loc="outside lower left", ncols=max(2, 2 * columns - 2))
-        return saved(figure, suffixes)
+        return saved(figure)
 
 
 def x_label(study: Study, groups: Sequence[Group]) -> str:

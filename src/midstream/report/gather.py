@@ -1,7 +1,5 @@
 """All that a report of one study says: as values before anything is drawn, as CSV and LaTeX."""
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +35,7 @@ from midstream.report.results import (
     parts_of,
     stable_of,
     tasks_of,
+    write_csv,
 )
 from midstream.report.table import (
     Grid,
@@ -282,12 +281,7 @@ def write_exports(made: Sequence[Export], folder: Path) -> None:
     for export in made:
         write_bytes(folder / f"{export.name}.tex", to_latex(export.grid).encode())
         if export.records:
-            stream = io.StringIO(newline="")
-            names = list(dict.fromkeys(key for record in export.records for key in record))
-            writer = csv.DictWriter(stream, names, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(export.records)
-            write_bytes(folder / f"{export.name}.csv", stream.getvalue().encode())
+            write_csv(export.records, folder / f"{export.name}.csv")
 
 
 def scores_export(study: Study, groups: Sequence[Group]) -> Export:

@@ -399,7 +399,8 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
     if not rows:
         raise ValueError(f"no rows for {path}: the study has no lines and no baselines")
     stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
+    names = dict.fromkeys(key for row in rows for key in row)
+    writer = csv.DictWriter(stream, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_bytes(path, stream.getvalue().encode())
