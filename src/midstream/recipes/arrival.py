@@ -1,17 +1,22 @@
-"""When should images arrive? The starts along one text run, as a study."""
+"""When should images arrive? The starts along one text run, as lines of a study."""
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
 
 from midstream.config import Budget, Evaluation, Mixture, Rows, Training
 from midstream.recipes.lines import finetuned_line, image_text_schedule, start_at
 from midstream.study.stages import Continue, Pretrain, TrainEncoder
-from midstream.study.studies import Figure, Study
+from midstream.study.studies import Figure, Line
+
+QUESTION = "After what share of text training should a language model first see images?"
+FIGURE = Figure(
+    x="text_completion",
+    x_label="text training done before the first image (%)",
+    hollow=(0.0, 100.0),
+)
 
 
-def arrival_study(
-    name: str,
+def arrival_lines(
     text: Pretrain,
     encoder: TrainEncoder,
     completions: Sequence[float],
@@ -23,14 +28,12 @@ def arrival_study(
     rewarm_rate: float,
     finetune_rate: float,
     asked: Evaluation,
-    **further: Any,
-) -> Study:
+) -> tuple[Line, ...]:
     """Each start, once a seed, continued on `pictures`, fine-tuned on `talks` and evaluated.
 
-    The seed draws the order of captions and conversations, and the projector. `further` is of
-    `Study`: baselines, notes.
+    The seed draws the order of captions and conversations, and the projector.
     """
-    lines = [
+    return tuple(
         finetuned_line(
             Continue(
                 data=text.data,
@@ -50,15 +53,4 @@ def arrival_study(
             completion,
         )
         for completion, seed in product(completions, seeds)
-    ]
-    return Study(
-        name=name,
-        question="After what share of text training should a language model first see images?",
-        lines=tuple(lines),
-        figure=Figure(
-            x="text_completion",
-            x_label="text training done before the first image (%)",
-            hollow=(0.0, 100.0),
-        ),
-        **further,
     )

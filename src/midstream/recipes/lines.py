@@ -3,10 +3,10 @@
 K, I and U as in `paper_scale.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from midstream.config import (
     AdamW,
@@ -40,7 +40,7 @@ from midstream.study.stages import (
     Prepare,
     Pretrain,
 )
-from midstream.study.studies import Line
+from midstream.study.studies import Line, Study
 
 # Every schedule but the fine-tuning's ends here (run records of the paper).
 END_RATE = 3e-5
@@ -160,6 +160,24 @@ class Scale:
                 "one there, or run the text of a size of the paper here (text='trained')"
             )
         return {"stage": self.text[completion], "completion": 1.0}
+
+    def study(
+        self,
+        name: str,
+        question: str,
+        lines: Sequence[Line],
+        notes: tuple[str, ...] = (),
+        **further: Any,
+    ) -> Study:
+        """A study of the paper's at this scale, with its notes and rates; `further` of `Study`."""
+        return Study(
+            name=f"paper.{name}.{self.name}",
+            question=question,
+            lines=tuple(lines),
+            notes=(*notes, *self.notes),
+            text_rates=self.text_rates,
+            **further,
+        )
 
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)

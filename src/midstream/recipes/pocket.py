@@ -21,7 +21,7 @@ from midstream.config import (
     Training,
     WarmupCosine,
 )
-from midstream.recipes.arrival import arrival_study
+from midstream.recipes.arrival import FIGURE, QUESTION, arrival_lines
 from midstream.recipes.lines import (
     DATACOMP_DR,
     END_RATE,
@@ -133,8 +133,7 @@ def when_images_arrive(
             Share(source="web", share=1.0 - image_share),
         ),
     )
-    return arrival_study(
-        "pocket.when_images_arrive",
+    lines = arrival_lines(
         text,
         encoder,
         completions,
@@ -145,6 +144,12 @@ def when_images_arrive(
         rewarm_rate=rewarm_rate,
         finetune_rate=finetune_rate,
         asked=ASKED,
+    )
+    return Study(
+        name="pocket.when_images_arrive",
+        question=QUESTION,
+        lines=lines,
+        figure=FIGURE,
         baselines={
             "text only, 100%": Evaluate(of=text, evaluation=Evaluation(text_tasks=TEXT_TASKS))
         },

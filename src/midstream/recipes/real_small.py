@@ -20,7 +20,7 @@ from midstream.config import (
     WarmupCosine,
 )
 from midstream.core.identity import folder_fingerprint
-from midstream.recipes.arrival import arrival_study
+from midstream.recipes.arrival import FIGURE, QUESTION, arrival_lines
 from midstream.recipes.lines import END_RATE
 from midstream.study.stages import Evaluate, Prepare, Pretrain, TrainEncoder
 from midstream.study.studies import Study
@@ -33,6 +33,10 @@ VISUAL_TASKS = ("vqa_easy", "daquar", "flickr_match")
 TEXT_TASKS = ("arc_easy", "piqa", "copa")
 # DAQUAR's longest answer, several things joined by commas, has 23 tokens; most have one.
 MAX_NEW_TOKENS = 24
+NOTE = (
+    "Chance of vqa_easy and daquar is the score of answering without the picture, from the training "
+    "answers to like questions."
+)
 
 
 def when_images_arrive(
@@ -83,18 +87,13 @@ def when_images_arrive(
         intermediate_size=4 * encoder_size,
     )
     encoder = _encoder_stage(world, tower, encoder_images, encoder_steps)
-    return arrival_study(
-        "real_small.when_images_arrive",
+    shares = (CAPTION_SHARES, image_share), (TEXT_SHARES, 1.0 - image_share)
+    lines = arrival_lines(
         text,
         encoder,
         completions,
         seeds,
-        pictures=_mixture(
-            continue_tokens,
-            max_epochs,
-            (CAPTION_SHARES, image_share),
-            (TEXT_SHARES, 1.0 - image_share),
-        ),
+        pictures=_mixture(continue_tokens, max_epochs, *shares),
         talks=_mixture(finetune_tokens, max_epochs, (INSTRUCT_SHARES, 1.0)),
         rows=rows,
         rewarm_rate=rewarm_rate,
@@ -105,15 +104,18 @@ def when_images_arrive(
             limit=limit,
             max_new_tokens=MAX_NEW_TOKENS,
         ),
+    )
+    return Study(
+        name="real_small.when_images_arrive",
+        question=QUESTION,
+        lines=lines,
+        figure=FIGURE,
         baselines={
             "text only, 100%": Evaluate(
                 of=text, evaluation=Evaluation(text_tasks=TEXT_TASKS, limit=limit)
             )
         },
-        notes=(
-            "Chance of vqa_easy and daquar is the score of answering without the picture, from "
-            "the training answers to like questions.",
-        ),
+        notes=(NOTE,),
     )
 
 

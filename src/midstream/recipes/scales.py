@@ -54,7 +54,7 @@ from midstream.recipes.pocket import pocket_scale
 from midstream.study.families import rates_along
 from midstream.study.imported import ImportRecord, Position, read_import
 from midstream.study.stages import PLANNED, Continue, Evaluate, Finetune, Imported, LoadDecoder
-from midstream.study.studies import Axis, Claim, Line, Study, line_name
+from midstream.study.studies import Axis, Claim, Line, line_name
 
 IMPORTED = "imported"
 IMAGE_TEXT_MULTIPLE = 20
@@ -398,24 +398,4 @@ def claims_of(axis: str, source: str, *found: tuple[str, str, Axis, Axis]) -> tu
     return tuple(
         Claim(text=text, higher={axis: higher}, lower={axis: lower}, score=score, source=source)
         for score, text, higher, lower in found
-    )
-
-
-def study_of(
-    at: Scale,
-    name: str,
-    question: str,
-    lines: Sequence[Line],
-    *,
-    notes: tuple[str, ...] = (),
-    **further: Any,
-) -> Study:
-    """A study of the paper's at a scale, with the scale's notes and rates; `further` as `Study`."""
-    return Study(
-        name=f"paper.{name}.{at.name}",
-        question=question,
-        lines=tuple(lines),
-        notes=(*notes, *at.notes),
-        text_rates=at.text_rates,
-        **further,
     )

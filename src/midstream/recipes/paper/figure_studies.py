@@ -14,7 +14,6 @@ from midstream.recipes.scales import (
     find_scale,
     line,
     share_label,
-    study_of,
     text_baselines,
 )
 from midstream.study.studies import Claim, Figure, Study
@@ -65,8 +64,7 @@ def figure_4(
         )
         for share, number, seed in product(starts, epochs, seeds or at.seeds)
     ]
-    return study_of(
-        at,
+    return at.study(
         "figure_4",
         "After what share of text training should a language model first see images?",
         lines,
@@ -146,8 +144,7 @@ def figure_7(
         )
         for share, number, seed in product(shares, epochs, seeds or at.seeds)
     ]
-    return study_of(
-        at,
+    return at.study(
         "figure_7",
         "Should conversations be part of image-text training?",
         lines,
@@ -177,8 +174,7 @@ def figure_8(
         line(at, Model(epochs=number, seed=seed), epochs=number)
         for number, seed in product(epochs, seeds or at.seeds)
     ]
-    return study_of(
-        at,
+    return at.study(
         "figure_8",
         "For how many epochs should a model be fine-tuned on conversations?",
         lines,
@@ -215,8 +211,7 @@ def figure_14(
         )
         for multiple, number, share, seed in product(multiples, epochs, shares, seeds or at.seeds)
     ]
-    return study_of(
-        at,
+    return at.study(
         "figure_14",
         "Do trends over the share of captions hold when image-text training is longer?",
         lines,
@@ -256,8 +251,7 @@ def _image_shares(
         for share, number, seed in product(shares, epochs, seeds or at.seeds)
     ]
     begun = "from scratch" if completion == 0 else f"from {completion:.0%} of text training on"
-    return study_of(
-        at,
+    return at.study(
         name,
         f"What share of captions should image-text training have, {begun}?",
         lines,

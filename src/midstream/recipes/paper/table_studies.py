@@ -17,7 +17,6 @@ from midstream.recipes.scales import (
     image_text_stage,
     line,
     share_label,
-    study_of,
     text_baselines,
     text_only,
 )
@@ -103,8 +102,7 @@ def table_3(
         "yes": {5.0: 0.5871, 30.0: 0.6022, 50.0: 0.6085},
         "no": {5.0: 0.6855, 30.0: 0.6942, 50.0: 0.71},
     }
-    return study_of(
-        at,
+    return at.study(
         "table_3",
         "Should the vision encoder stay frozen?",
         lines,
@@ -163,8 +161,7 @@ def table_4(scale: str = "1b", seeds: Sequence[int] = (), **given: Unpack[Settin
             "DataComp",
         ),
     )
-    return study_of(
-        at,
+    return at.study(
         "table_4",
         "Which captions should image-text training use?",
         lines,
@@ -186,8 +183,7 @@ def table_5(scale: str = "1b", seeds: Sequence[int] = (), **given: Unpack[Settin
         "SigLIP + DINOv2": (0.4696, 0.1347),
         "patch projection": (0.1564, 0.1503),
     }
-    return study_of(
-        at,
+    return at.study(
         "table_5",
         "Which vision encoder should a model have?",
         lines,
@@ -236,8 +232,7 @@ def table_6(
         365: {(1, 1): 0.7446, (1, 2): 0.759, (5, 1): 0.7539, (5, 2): 0.7647, (10, 1): 0.7555}
         | {(10, 2): 0.7658},
     }
-    return study_of(
-        at,
+    return at.study(
         "table_6",
         "How much do seeds change?",
         lines,
@@ -290,8 +285,7 @@ def table_7(scale: str = "1b", seeds: Sequence[int] = (), **given: Unpack[Settin
     }
     # The metric that the paper's numbers are of.
     shown = tuple("hellaswag:acc_norm" if task == "hellaswag" else task for task in tasks)
-    return study_of(
-        at,
+    return at.study(
         "table_7",
         "What becomes of a model's text ability from stage to stage?",
         lines,
@@ -317,8 +311,7 @@ def table_8(scale: str = "1b", seeds: Sequence[int] = (), **given: Unpack[Settin
     """Table 8: the paper's model beside published ones, whose numbers are quoted."""
     at = find_scale(scale, **given)
     further = [task for task in at.asked.visual_tasks if task not in TABLE_8_SCORES]
-    return study_of(
-        at,
+    return at.study(
         "table_8",
         "How does a model of this recipe compare with published ones?",
         [line(at, Model(seed=seed), model="ours") for seed in seeds or at.seeds],
