@@ -34,8 +34,8 @@ TEXT_TASKS = ("arc_easy", "piqa", "copa")
 # DAQUAR's longest answer, several things joined by commas, has 23 tokens; most have one.
 MAX_NEW_TOKENS = 24
 NOTE = (
-    "Chance of vqa_easy and daquar is the score of answering without the picture, from the training "
-    "answers to like questions."
+    "Chance of vqa_easy and daquar is the score of answering without the picture, from the "
+    "training answers to like questions."
 )
 
 
