@@ -225,7 +225,10 @@ def _import_decoder(
     )
     config = with_rows(model.config, vocabulary.rows_after)
     vlm = VLM(VLMConfig(decoder=config) if sight is None else sight.model(config))
-    grown = _grown(model.config, config)
+    with torch.device("meta"):
+        old, new = (build_decoder(one).state_dict() for one in (model.config, config))
+    # The parameters that have a row a token, and how many rows they get.
+    grown = {name: len(new[name]) for name in old if new[name].shape != old[name].shape}
     tensors, moments = resize(model.tensors, model.moments, grown)
     tensors = {f"decoder.{name}": value for name, value in tensors.items()}
     fill(vlm, tensors | ({} if sight is None else sight.tensors), path=path)
@@ -278,13 +281,6 @@ def with_rows(config: AnyDecoderConfig, rows: int) -> AnyDecoderConfig:
     if isinstance(config, DecoderConfig):
         return config.model_copy(update={"vocab_size": rows})
     return with_vocabulary(config, rows)
-
-
-def _grown(before: AnyDecoderConfig, after: AnyDecoderConfig) -> dict[str, int]:
-    """Names of the parameters that have a row a token, and how many rows they get."""
-    with torch.device("meta"):
-        old, new = build_decoder(before).state_dict(), build_decoder(after).state_dict()
-    return {name: len(new[name]) for name in old if new[name].shape != old[name].shape}
 
 
 def _progress(step: int, position: Position) -> Progress:
