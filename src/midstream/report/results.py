@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from scipy.special import stdtrit
+
 from midstream.core.storage import write_bytes
 from midstream.study.stages import (
     Continue,
@@ -252,10 +254,7 @@ def _difference(
 ) -> Difference:
     if error is None:
         return Difference(mean, sd, n, None, None, paired)
-    # Imported here: it takes a second, and only repetitions have an interval.
-    from scipy.stats import t as students_t
-
-    half = float(students_t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * error
     return Difference(mean, sd, n, mean - half, mean + half, paired)
 
 
