@@ -1,6 +1,5 @@
 """How files of conversations are cut into units, and which files a name stands for."""
 
-import gzip
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -98,10 +97,3 @@ def test_a_list_that_is_cut_at_any_byte_is_refused(
         # Also where it is cut between the two readings.
         with pytest.raises(ValueError, match=r"a\.json"):
             [list(read_conversations(unit, OPTIONS)) for unit in units]
-
-
-def test_packed_lines_that_are_cut_are_refused(put: Put) -> None:
-    data = gzip.compress(as_lines([talk(1)]))
-    for end in range(len(data)):
-        with pytest.raises(ValueError, match=r"a\.jsonl\.gz"):
-            read(put("a.jsonl.gz", data[:end]))

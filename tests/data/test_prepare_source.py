@@ -410,12 +410,6 @@ def test_settings_out_of_range_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
-    source = write_texts(tmp_path / "in", 2, 3)
-    with pytest.raises(ValueError, match=r"part-1\.jsonl is given"):
-        run("text", [str(source), str(source / "part-1.jsonl")], tmp_path / "out")
-
-
 def test_memory_urls_are_read_by_one_process_and_refused_to_several(tmp_path: Path) -> None:
     files = fsspec.filesystem("memory")
     for number in range(3):

@@ -189,20 +189,6 @@ def test_bytes_that_are_no_utf8_cost_one_record(put: Put) -> None:
     assert found[1].reason == "not UTF-8"
 
 
-def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "secret.jpg").write_bytes(CAT)
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    (folder / "link.jpg").symlink_to(tmp_path / "secret.jpg")
-    (folder / "loop.jpg").symlink_to(folder / "loop.jpg")
-    records = [llava("<image>?", "So.", image=name) for name in ("link.jpg", "loop.jpg")]
-    (folder / "a.json").write_bytes(as_list(records))
-    assert [shown(item) for item in read(str(folder))] == [
-        "picture outside the folder",
-        "missing picture",
-    ]
-
-
 def test_a_picture_at_the_limit_is_whole_and_one_above_is_too_large(
     put: Put, monkeypatch: pytest.MonkeyPatch
 ) -> None:

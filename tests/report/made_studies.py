@@ -11,6 +11,9 @@ import pyarrow.parquet as pq
 import tiny
 from midstream.config import Evaluation
 from midstream.core.storage import write_json
+from midstream.report.gather import gather
+from midstream.report.page import write_facts
+from midstream.report.results import Group, group_rows, line_rows
 from midstream.study.stages import Evaluate, Stage
 from midstream.study.store import SUCCESS, Ledger
 from midstream.study.studies import Figure, Line, Study
@@ -108,3 +111,13 @@ def finish(ledger: Ledger, stage: Stage, found: dict[str, Any]) -> None:
     when = {"started": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T00:00:01+00:00"}
     write_json(folder / "status.json", {"state": "done", "error": None, **when})
     (folder / SUCCESS).write_text(stage.identity)
+
+
+def groups_of(about: Study, ledger: Ledger) -> list[Group]:
+    """The study's groups as its store has them."""
+    return group_rows(about, line_rows(about, ledger))
+
+
+def write_report(about: Study, ledger: Ledger) -> Path:
+    """The page of a study, written from its store."""
+    return write_facts(gather(about, ledger))

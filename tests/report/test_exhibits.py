@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from midstream.cli.app import app
-from midstream.report.figures import scale_of, score_figure, x_label
+from midstream.report.figures import panel_figure, scale_of, stable_panel, x_label
 from midstream.report.gather import exports, gather, write_exports
 from midstream.report.page import summary_text, write_facts, write_index
 from midstream.report.results import line_rows
@@ -206,7 +206,7 @@ def test_crowded_numbers_stand_evenly_and_the_axis_says_so(ledger: Ledger) -> No
     made.fill(ledger, study, scores)
     facts = gather(study, ledger)
     assert x_label(study, facts.groups) == "x \N{MIDDLE DOT} not to scale"
-    assert score_figure(study, facts.groups, {}, "vision")["pdf"].startswith(b"%PDF")
+    assert panel_figure(study, facts.groups, stable_panel("vision", {}))["pdf"].startswith(b"%PDF")
 
 
 # ------------------------------------------------------------------------------ suite, summary

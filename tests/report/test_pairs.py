@@ -8,13 +8,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from made_studies import groups_of, write_report
 
 import tiny
 from midstream.config import Evaluation
 from midstream.core.storage import read_json, write_json
-from midstream.report.page import write_report
 from midstream.report.pairs import paired_rows
-from midstream.report.results import summary
 from midstream.study.stages import Evaluate
 from midstream.study.store import SUCCESS, Ledger
 from midstream.study.studies import Figure, Line, Study
@@ -86,7 +85,7 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 def test_the_best_place_is_compared_with_every_other_example_by_example(ledger: Ledger) -> None:
-    rows = paired_rows(study(), summary(study(), ledger), ledger)
+    rows = paired_rows(study(), groups_of(study(), ledger), ledger)
     by_x = {row["x"]: row for row in rows}
     best = rows[0]["best"]
     assert set(by_x) == {0.0, 50.0, 100.0} - {best}
@@ -107,11 +106,11 @@ def test_the_best_place_is_compared_with_every_other_example_by_example(ledger: 
 
 def test_what_is_not_done_or_was_asked_otherwise_is_left_out(ledger: Ledger) -> None:
     (ledger.folder(result(0.0, 1)) / SUCCESS).unlink()
-    rows = paired_rows(study(), summary(study(), ledger), ledger)
+    rows = paired_rows(study(), groups_of(study(), ledger), ledger)
     assert [row["x"] for row in rows if row["x"] == 0.0] == []
     for seed in (0, 1):
         fill(ledger, 0.0, seed, 0.4, tasks={"gqa": NUM, "pope": NUM - 2})
-    rows = paired_rows(study(), summary(study(), ledger), ledger)
+    rows = paired_rows(study(), groups_of(study(), ledger), ledger)
     (worst,) = (row for row in rows if row["x"] == 0.0)
     assert set(worst["tasks"]) == {"gqa"}
 

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from made_studies import groups_of, write_report
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
@@ -22,8 +23,8 @@ from midstream.cli.app import app
 from midstream.core.storage import read_json, write_json
 from midstream.cost.graph import order
 from midstream.report.curves import MAX_POINTS, curve_figure
-from midstream.report.figures import score_figure
-from midstream.report.page import MAX_CURVES, write_report
+from midstream.report.figures import panel_figure, stable_panel
+from midstream.report.page import MAX_CURVES
 from midstream.report.results import Part as Used
 from midstream.report.results import (
     Spread,
@@ -32,8 +33,6 @@ from midstream.report.results import (
     line_rows,
     paired_difference,
     spent,
-    summary,
-    t_quantile,
     write_csv,
 )
 from midstream.study.stages import (
@@ -344,7 +343,7 @@ def test_a_part_of_a_text_run_costs_the_steps_up_to_its_milestone(
 
 
 def test_summary_gives_mean_and_spread_over_seeds(study: Study, finished: Path) -> None:
-    groups = summary(study, Ledger(finished))
+    groups = groups_of(study, Ledger(finished))
     assert [group.x for group in groups] == list(PERCENTS)
     rows = [row for row in line_rows(study, Ledger(finished)) if row["axis.percent"] == 80]
     scores = [row["yes_no.score"] for row in rows]
@@ -357,19 +356,11 @@ def test_summary_gives_mean_and_spread_over_seeds(study: Study, finished: Path) 
 
 
 def test_best_group_has_the_highest_mean(study: Study, finished: Path) -> None:
-    groups = summary(study, Ledger(finished))
+    groups = groups_of(study, Ledger(finished))
     for column in ("stable.vision", "stable.text"):
         best = best_group(groups, column)
         assert best is not None
         assert best.spreads[column].mean == max(group.spreads[column].mean for group in groups)
-
-
-@pytest.mark.parametrize(
-    ("freedom", "published"),
-    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042)],
-)
-def test_t_quantile_is_that_of_the_published_table(freedom: int, published: float) -> None:
-    assert t_quantile(freedom) == pytest.approx(published, abs=5e-4)
 
 
 def test_difference_has_the_textbook_interval() -> None:
@@ -411,10 +402,13 @@ def test_csv_gives_back_every_row(study: Study, finished: Path, tmp_path: Path) 
 
 
 def test_figures_are_the_same_bytes_each_time(study: Study, finished: Path) -> None:
-    groups = summary(study, Ledger(finished))
+    groups = groups_of(study, Ledger(finished))
     for panel in ("vision", "text"):
-        first = score_figure(study, groups, {"text only": 0.2}, panel)
-        assert first["svg"] == score_figure(study, groups, {"text only": 0.2}, panel)["svg"]
+        first = panel_figure(study, groups, stable_panel(panel, {"text only": 0.2}))
+        assert (
+            first["svg"]
+            == panel_figure(study, groups, stable_panel(panel, {"text only": 0.2}))["svg"]
+        )
         assert first["png"].startswith(b"\x89PNG")
         assert b"prefers-color-scheme: dark" in first["svg"]
         kept = (finished / f"reports/when/stable_{panel}.svg").read_bytes()
@@ -424,11 +418,11 @@ def test_figures_are_the_same_bytes_each_time(study: Study, finished: Path) -> N
 def test_figure_changes_with_a_score_and_with_its_hollow_marks(
     study: Study, finished: Path
 ) -> None:
-    groups = summary(study, Ledger(finished))
-    drawn = score_figure(study, groups, {}, "vision")["svg"]
+    groups = groups_of(study, Ledger(finished))
+    drawn = panel_figure(study, groups, stable_panel("vision", {}))["svg"]
     full = study.model_copy(update={"figure": study.figure.model_copy(update={"hollow": ()})})
-    assert score_figure(full, groups, {}, "vision")["svg"] != drawn
-    assert score_figure(study, groups[1:], {}, "vision")["svg"] != drawn
+    assert panel_figure(full, groups, stable_panel("vision", {}))["svg"] != drawn
+    assert panel_figure(study, groups[1:], stable_panel("vision", {}))["svg"] != drawn
 
 
 def test_figure_takes_an_axis_of_names_and_a_curve_for_each_value_of_by(
@@ -442,20 +436,20 @@ def test_figure_takes_an_axis_of_names_and_a_curve_for_each_value_of_by(
     )
     about = Figure(x="optimizer", x_label="Adam's moments", by="width")
     named = study.model_copy(update={"lines": lines, "figure": about})
-    groups = summary(named, Ledger(finished))
+    groups = groups_of(named, Ledger(finished))
     assert [(group.x, group.by, group.planned) for group in groups] == [
         ("carry", 0, 3),
         ("fresh", 0, 3),
         ("carry", 1, 3),
         ("fresh", 1, 3),
     ]
-    assert score_figure(named, groups, {}, "vision")["svg"].startswith(b"<?xml")
+    assert panel_figure(named, groups, stable_panel("vision", {}))["svg"].startswith(b"<?xml")
 
 
 def test_a_figure_over_an_axis_that_a_line_lacks_is_refused(study: Study, tmp_path: Path) -> None:
     figure = study.figure.model_copy(update={"by": "width"})
     with pytest.raises(ValueError, match="'width', and line '0 %, seed 0' has only percent, seed"):
-        summary(study.model_copy(update={"figure": figure}), Ledger(tmp_path))
+        groups_of(study.model_copy(update={"figure": figure}), Ledger(tmp_path))
 
 
 def test_curves_change_with_the_metrics() -> None:
@@ -493,7 +487,7 @@ def test_page_holds_every_score_of_every_line(study: Study, finished: Path) -> N
 
 
 def test_page_names_the_best_x_and_its_interval(study: Study, finished: Path) -> None:
-    groups = summary(study, Ledger(finished))
+    groups = groups_of(study, Ledger(finished))
     best, last = groups[2], groups[3]
     gap = difference(best.spreads["stable.vision"], last.spreads["stable.vision"])
     assert gap is not None

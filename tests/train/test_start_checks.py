@@ -61,11 +61,13 @@ def test_a_trained_matrix_without_a_gradient_is_named() -> None:
         checks.after_step(StepResult(1.0, 1.0, 3, untouched=("decoder.norm.weight",)))
 
 
-def test_a_frozen_parameter_that_changes_is_an_error_at_the_end() -> None:
+def test_a_frozen_parameter_that_changes_is_an_error_at_the_end(tmp_path: Path) -> None:
     model = model_of()
     embeddings = model.decoder.tok_embeddings.weight.requires_grad_(requires_grad=False)
     assert parameter_table(model)["decoder"]["frozen"] == embeddings.numel()
-    checks = StartChecks(model, ALONE, {})
+    checks, optimizer = StartChecks(model, ALONE, {}), make_optimizer(model, AdamW())
+    progress = Progress(3, 900, 1_000, 0.02, TokenCount(text=900))
+    checks.begin(tmp_path, optimizer, progress, 0.02, tiny.MACHINE)
     checks.end()
     with torch.no_grad():
         embeddings[3, 0] += 1e-6

@@ -1,10 +1,8 @@
-"""Token counts by kind, exact division of a budget, numbers in words, and a small cache."""
+"""Counts: of tokens by kind, exactly divided, and in words."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Generic, TypeVar
 
 
 @dataclass(frozen=True)
@@ -95,24 +93,3 @@ def duration(seconds: float | int) -> str:
         return f"{hours} h {minutes} min" if minutes else f"{hours} h"
     days, hours = divmod(hours, 24)
     return f"{days} d {hours} h" if hours else f"{days} d"
-
-
-Key = TypeVar("Key")
-Value = TypeVar("Value")
-
-
-class Kept(Generic[Key, Value]):
-    """Values made when first asked for, of which the `limit` last used are kept."""
-
-    def __init__(self, make: Callable[[Key], Value], limit: int) -> None:
-        self._make, self._limit = make, limit
-        self._values: OrderedDict[Key, Value] = OrderedDict()
-
-    def __getitem__(self, key: Key) -> Value:
-        if key in self._values:
-            self._values.move_to_end(key)
-            return self._values[key]
-        value = self._values[key] = self._make(key)
-        if len(self._values) > self._limit:
-            self._values.popitem(last=False)
-        return value

@@ -1,6 +1,6 @@
 """A frozen encoder's outputs on disk, by the hash of the picture.
 
-`<folder>/part-<digest>/` holds features.bin (uint8 [n, bytes of a picture], `features.pack`),
+`<folder>/part-<digest>/` holds features.bin (uint8 [n, bytes of a picture], `images.pack`),
 hashes.npy (uint8 [n, 16], `sources.content_hash`) and sums.npy (uint64 [n], XXH3 of each row of
 features.bin). A part is written once and whole. The folder's name stands for encoder weights and
 `EncoderConfig` (the caller sees to it), so that a stored feature is never stale, whichever source
@@ -10,6 +10,7 @@ or preparation it came from.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from midstream.core.storage import (
     remove_leftovers,
     write_json,
 )
-from midstream.core.tokens import Kept
 from midstream.data.images import (
     Encode,
     ErrorMeter,
@@ -103,7 +103,7 @@ class FeatureStore:
         self._parts: list[Path] = []
         self._known: set[str] = set()
         self._index = HashIndex()
-        self._maps = Kept(self._open, OPEN_PARTS)
+        self._maps = lru_cache(OPEN_PARTS)(self._open)
 
     def __getstate__(self) -> dict[str, Any]:
         # Maps are opened anew in a worker process; pickled, they would be copied whole.
@@ -194,7 +194,7 @@ class FeatureStore:
         packed = np.empty((len(pictures), picture_bytes(self.config)), np.uint8)
         for row, (source, example) in zip(packed, pictures, strict=True):
             part, at = self._find(source, example)
-            features, sums = self._maps[part]
+            features, sums = self._maps(part)
             row[:] = features[at]
             if xxhash.xxh3_64_intdigest(row.data) != int(sums[at]):
                 raise CorruptError(

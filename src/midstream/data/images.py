@@ -407,16 +407,6 @@ class ErrorMeter:
         )
 
 
-def error_of(
-    encode: Encode, source: Source, config: PretrainedEncoder, sample: Sequence[int]
-) -> tuple[RoundingError, ...]:
-    """The error of bfloat16 and of int8 features against float32, on the pictures of `sample`."""
-    meter = ErrorMeter(config)
-    for pixels in pixel_batches(source, sample, config):
-        meter.add(encode_raw(encode, pixels, config))
-    return meter.errors()
-
-
 def encode_batch(config: AnyEncoderConfig) -> int:
     """Pictures that an encoder is given at once on this machine."""
     alone = config.num_patches >= _LARGE_TOWER and not torch.cuda.is_available()

@@ -251,7 +251,8 @@ def prepare_source(
         codec.begin_of_text,
     )
     wanted = wanted_shards(job, units)
-    refuse_twins(_sizes(wanted))
+    stamps = {item.unit.files[0]: item.made_from["stamps"][0] for item in wanted}
+    refuse_twins({file: int(stamp[0] or 0) for file, stamp in stamps.items() if stamp})
     unread = _unread(job, absolute, units, notice or partial(progress, 0.0))
     job.shards.mkdir(parents=True, exist_ok=True)
     with _only_one(out):
@@ -328,12 +329,6 @@ def _unread(
     for note in notes_on(job.section, names, [job.short(unit.files[0]) for unit in units]):
         notice(note)
     return {"files": len(names), "first": names[:NUM_LISTED]}
-
-
-def _sizes(wanted: Sequence[Todo]) -> dict[str, int]:
-    """Bytes of the files that are there, each unit's first."""
-    stamps = {item.unit.files[0]: item.made_from["stamps"][0] for item in wanted}
-    return {file: int(stamp[0] or 0) for file, stamp in stamps.items() if stamp}
 
 
 def _absolute(name: str) -> str:

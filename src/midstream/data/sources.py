@@ -7,9 +7,9 @@ of the preparation; all its columns are memory-mapped, and nothing of it is read
 import mmap
 import sys
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,6 @@ import xxhash
 
 from midstream.config import Caption, check_caption
 from midstream.core.storage import read_json
-from midstream.core.tokens import Kept
 
 SHARD_INDEX = "shard.json"
 
@@ -265,13 +264,13 @@ class Source:
         )
 
     @cached_property
-    def _shards(self) -> "Kept[int, Shard]":
+    def _shards(self) -> "Callable[[int], Shard]":
         names = [shard["name"] for shard in self.index["shards"]]
-        return Kept(lambda n: Shard(self.folder / "shards" / names[n]), OPEN_SHARDS)
+        return lru_cache(OPEN_SHARDS)(lambda n: Shard(self.folder / "shards" / names[n]))
 
     @cached_property
-    def _files(self) -> "Kept[str, Archive]":
-        return Kept(Archive, OPEN_FILES)
+    def _files(self) -> "Callable[[str], Archive]":
+        return lru_cache(OPEN_FILES)(Archive)
 
     def __getstate__(self) -> dict[str, Any]:
         # Memory maps are opened anew in a worker process; pickled, they would be copied whole.
@@ -294,7 +293,7 @@ class Source:
         if not 0 <= example < self._num_examples:
             raise IndexError(f"source {self.name!r} holds {len(self):,} examples, not {example:,}")
         number = bisect_right(self._starts, (example, sys.maxsize)) - 1
-        return self._shards[number], example + self._starts[number][1]
+        return self._shards(number), example + self._starts[number][1]
 
     def before(self, examples: np.ndarray, caption: int = 0) -> np.ndarray:
         """int64 [n, 2]: text tokens and pictures in the examples before each (0 to len).
@@ -305,7 +304,7 @@ class Source:
         tokens = self._tokens_before(caption)
         found = np.zeros((len(examples), 2), dtype=np.int64)
         for number, mine, local in self._by_shard(examples):
-            first, shard = self._first(number), self._shards[number]
+            first, shard = self._first(number), self._shards(number)
             found[mine, 0] = tokens[number]
             if caption <= shard.num_synthetic:
                 offsets = shard.offsets_of(caption)
@@ -345,7 +344,7 @@ class Source:
             return np.full(len(examples), self.even_synthetic)
         found = np.zeros(len(examples), dtype=np.int64)
         for number, mine, local in self._by_shard(examples):
-            shard = self._shards[number]
+            shard = self._shards(number)
             for caption in range(1, shard.num_synthetic + 1):
                 offsets = shard.offsets_of(caption)
                 found[mine] += offsets[local + 1] > offsets[local]
@@ -355,7 +354,7 @@ class Source:
         """int64 [n, 2]: text tokens of one caption of each example, and pictures (0 or 1)."""
         found = np.zeros((len(examples), 2), dtype=np.int64)
         for number, mine, local in self._by_shard(examples):
-            shard = self._shards[number]
+            shard = self._shards(number)
             for caption in np.unique(captions[mine]).tolist():
                 chosen = np.flatnonzero(mine)[captions[mine] == caption]
                 at, offsets = local[captions[mine] == caption], shard.offsets_of(caption)
@@ -376,7 +375,7 @@ class Source:
             if longest > longer_than and about[self.split]["examples"]:
                 first = self._first(number)
                 mine = slice(first, first + int(about[self.split]["examples"]))
-                yield int(self._before[number, 0]), self._shards[number], mine
+                yield int(self._before[number, 0]), self._shards(number), mine
 
     def sizes(self, low: int, high: int) -> np.ndarray:
         """int64 [high - low, 2]: text tokens and pictures (0 or 1) of consecutive examples."""
@@ -408,7 +407,7 @@ class Source:
         while low < high:
             number = int(np.searchsorted(self._before[:, 0], low, side="right")) - 1
             end = min(high, int(self._before[number + 1, 0]))
-            shard, first = self._shards[number], self._first(number)
+            shard, first = self._shards(number), self._first(number)
             local = slice(*(x - int(self._before[number, 0]) + first for x in (low, end)))
             if shard.images is not None:
                 found.append(np.asarray(shard.hashes[local])[shard.images[local, 0] >= 0])
@@ -429,7 +428,7 @@ class Source:
         assert shard.images is not None
         number, offset, size = (int(value) for value in shard.images[local])
         file = shard.index["files"][number]
-        data = self._files[self._path(file)].read(offset, size)
+        data = self._files(self._path(file)).read(offset, size)
         if content_hash(data) != bytes(shard.hashes[local]):
             raise ValueError(
                 f"{self.describe(example)}: the picture in {file} changed since it was prepared "

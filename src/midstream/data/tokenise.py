@@ -93,9 +93,10 @@ def _encoder_of(text: str, special_is_text: bool) -> Callable[[str], list[int]] 
     core = Encoding(
         "fast", pat_str=pattern.text, mergeable_ranks=ranks.ranks, special_tokens={}
     ).encode_ordinary
+    ids = ranks.ids
     encoder = FastEncoder(
         plain=tokenizer,
-        core=core if ranks.ids is None else _renumbered(core, ranks.ids),
+        core=core if ids is None else lambda text: [ids[rank] for rank in core(text)],
         compose=compose,
         agreement=agreement,
         raw_tokens=added[0],
@@ -180,10 +181,6 @@ class FastEncoder:
                 return None
             ids += found
         return ids
-
-
-def _renumbered(core: Callable[[str], list[int]], ids: list[int]) -> Callable[[str], list[int]]:
-    return lambda text: [ids[rank] for rank in core(text)]
 
 
 def _has_long_run(text: str) -> bool:

@@ -1,9 +1,5 @@
 """README.md of an exported folder, and what an export reports.
 
-What an export wrote, and how far it is from the model it was made from.
-
-README.md of an exported folder: what the store knows of a model, and what it does not.
-
 The same store gives the same bytes: no date, no path of this machine.
 """
 

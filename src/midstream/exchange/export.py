@@ -1,14 +1,8 @@
-"""`midstream export`: a model out of a store as a Hugging Face folder.
-
-A model that sees as a folder with its own modelling file (`trust_remote_code`).
-
-For what stock Llava classes do not compute: see `export_llava.no_llava`.
-
-Writes a model out of a store as a Hugging Face folder that needs no Midstream.
+"""`midstream export`: a model out of a store as a Hugging Face folder that needs no Midstream.
 
 A language model, and the text part of one that sees, become a folder for `AutoModelForCausalLM`; a
-model that sees becomes stock Llava classes where these compute the same, else it brings a modelling
-file of its own (`trust_remote_code`).
+model that sees becomes stock Llava classes where these compute the same (`no_llava`), else it
+brings a modelling file of its own (`trust_remote_code`).
 """
 
 from collections.abc import Iterator

@@ -1,16 +1,9 @@
 """Exported folders that stock classes of `transformers` read, and what all folders hold.
 
-What every exported folder holds beside its weights: tokenizer, chat template, stop ids, code.
-
-A language model as a folder that `AutoModelForCausalLM` reads.
-
 An OpenLM decoder brings its own modelling file (`trust_remote_code`); a decoder of `transformers`
-becomes a folder of its own class, without any code.
-
-A model that sees as `LlavaForConditionalGeneration`, where stock classes compute the same.
-
-The tower's blocks above the features are left out, so that these are its last hidden states. A
-linear projector is Llava's two layers with an identity behind and no activation between.
+becomes a folder of its own class, without any code. Of a tower the blocks above the features are
+left out, so that these are its last hidden states. A linear projector is Llava's two layers with an
+identity behind and no activation between.
 """
 
 import json

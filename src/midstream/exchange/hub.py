@@ -1,8 +1,4 @@
-"""Folders of Hugging Face: whole decoders, and LoRA adapters with their base.
-
-LoRA adapters, which are a language model only together with the one they were trained on.
-
-Folders of Hugging Face: brought from the hub, seen to be whole, read as a decoder.
+"""Folders of Hugging Face, brought here and seen to be whole; LoRA adapters with their base.
 
 Code that a checkpoint brings along is never run.
 """

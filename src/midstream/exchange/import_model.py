@@ -1,20 +1,16 @@
 """`midstream import`: somebody's checkpoint as a folder that stages load.
 
-A model's vocabulary: which tokens are added, and rows for them in the embeddings.
-
-Old rows stay as they are. A new row, of the input and of the output matrix alike, is the mean of
-the old ones: its logit is then the mean of the old logits, and as the exponential is convex the new
-token is at most as likely as one of all tokens drawn at random, whatever the model has read. A row
-of zeros could be the most likely of all, and a random one would need a seed. As an input it lies
-where the others do. Adam's moments of a new row are zero.
-
-`midstream import`: somebody's checkpoint as a folder that stages load.
-
 A decoder's folder holds model.safetensors (float32, names of `VLM`), optimizer.safetensors where
 the checkpoint has Adam's moments, progress.json, tokenizer.json where one is known, and import.json
 (`study/imported.py`); an encoder's holds model.safetensors (the whole tower under `transformers`'
 names) and import.json; a whole model's holds what a decoder's does, with the projector, and its
 towers as folders of their own. It is written whole or not at all, after everything has been read.
+
+Of the embeddings old rows stay as they are. A new row, of the input and of the output matrix alike,
+is the mean of the old ones: its logit is then the mean of the old logits, and as the exponential is
+convex the new token is at most as likely as one of all tokens drawn at random, whatever the model
+has read. A row of zeros could be the most likely of all, and a random one would need a seed. As an
+input it lies where the others do. Adam's moments of a new row are zero.
 """
 
 import hashlib
@@ -229,13 +225,20 @@ def _import_decoder(
     )
     config = with_rows(model.config, vocabulary.rows_after)
     vlm = VLM(VLMConfig(decoder=config) if sight is None else sight.model(config))
-    grown = _grown(model.config, config)
+    with torch.device("meta"):
+        old, new = (build_decoder(one).state_dict() for one in (model.config, config))
+    # The parameters that have a row a token, and how many rows they get.
+    grown = {name: len(new[name]) for name in old if new[name].shape != old[name].shape}
     tensors, moments = resize(model.tensors, model.moments, grown)
     tensors = {f"decoder.{name}": value for name, value in tensors.items()}
     fill(vlm, tensors | ({} if sight is None else sight.tensors), path=path)
     _check_finite(vlm.state_dict(), path)
     del tensors
-    moments = None if moments is None else {_moment_name(name): moments[name] for name in moments}
+    moments = (
+        None
+        if moments is None
+        else {name.replace(".", ".decoder.", 1): moment for name, moment in moments.items()}
+    )
 
     weights = weights_digest(vlm)
     learnt = None if moments is None else tensors_digest(moments)
@@ -278,18 +281,6 @@ def with_rows(config: AnyDecoderConfig, rows: int) -> AnyDecoderConfig:
     if isinstance(config, DecoderConfig):
         return config.model_copy(update={"vocab_size": rows})
     return with_vocabulary(config, rows)
-
-
-def _grown(before: AnyDecoderConfig, after: AnyDecoderConfig) -> dict[str, int]:
-    """Names of the parameters that have a row a token, and how many rows they get."""
-    with torch.device("meta"):
-        old, new = build_decoder(before).state_dict(), build_decoder(after).state_dict()
-    return {name: len(new[name]) for name in old if new[name].shape != old[name].shape}
-
-
-def _moment_name(name: str) -> str:
-    key, _, parameter = name.partition(".")
-    return f"{key}.decoder.{parameter}"
 
 
 def _progress(step: int, position: Position) -> Progress:

@@ -1,9 +1,4 @@
-"""What `midstream import` is asked for, where it stands in its run, and what is printed.
-
-Where a checkpoint stands in its run, out of what the user, the files and the table say. What
-`midstream import` is asked for: found, brought here, seen to be whole, and read. What the user
-reads after an import.
-"""
+"""What `midstream import` is asked for, where it stands in its run, and what is printed."""
 
 import json
 import math

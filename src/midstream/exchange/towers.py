@@ -1,13 +1,8 @@
-"""Vision towers of other people, and ours under names of our own.
-
-The tensors of a vision tower under names of our own, whichever transformers named them.
+"""Vision towers of other people, as `transformers` saves them, and ours under names of our own.
 
 patch.*  positions  class  registers  prenorm.*  norm.*
 blocks.N.{norm1, query, key, value, out, norm2, fc1, fc2}.*   blocks.N.{scale1, scale2}
 blocks.N.{gate, up}.*   in place of fc1, where a block is gated
-
-Vision towers of other people: SigLIP, SigLIP 2, CLIP, DINOv2, DINOv3, as `transformers` saves
-them.
 """
 
 import re

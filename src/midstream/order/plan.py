@@ -7,16 +7,15 @@ them, and texts in joined rows between.
 """
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import isqrt
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from midstream.config import Budget, Rows
-from midstream.core.tokens import Kept
 from midstream.order.mixture import Quota, Supply, interleaved, quotas_of
 from midstream.order.stream import permuted
 
@@ -95,11 +94,11 @@ class Filled:
         else:
             block = int(np.searchsorted(self.first_rows, index, side="right")) - 1
             inside = index - int(self.first_rows[block])
-        return list(map(Placement._make, self._kept[block][inside]))
+        return list(map(Placement._make, self._kept(block)[inside]))
 
     @cached_property
-    def _kept(self) -> Kept[int, list[Items]]:
-        return Kept(self._shuffled, KEPT_BLOCKS)
+    def _kept(self) -> Callable[[int], list[Items]]:
+        return lru_cache(KEPT_BLOCKS)(self._shuffled)
 
     def _shuffled(self, block: int) -> list[Items]:
         packed = self._pack(block, self.block_rows or None)
@@ -241,34 +240,35 @@ class Joined:
     def row(self, index: int) -> list[Placement]:
         """The placements of a row, by column."""
         window, inside = divmod(index, BLOCK_ROWS)
-        low = (window * BLOCK_ROWS + self._orders[window][inside]) * self.row_length
+        low = (window * BLOCK_ROWS + self._orders(window)[inside]) * self.row_length
         high = min(low + self.row_length, self.tokens)
         block = low * self.num_blocks // self.tokens
-        kept = self._kept[block]
+        kept = self._kept(block)
         while not kept.before <= low < kept.after:
             block += 1 if kept.before <= low else -1
-            kept = self._kept[block]
+            kept = self._kept(block)
         found: list[Placement] = []
         kept.place(low, high, found)
         while kept.after < high:
             block += 1
-            kept = self._kept[block]
+            kept = self._kept(block)
             kept.place(low, high, found)
         return found
 
     @cached_property
-    def _orders(self) -> Kept[int, list[int]]:
+    def _orders(self) -> Callable[[int], list[int]]:
         # Rows of one long document would come one after the other.
+        @lru_cache(KEPT_BLOCKS)
         def order(window: int) -> list[int]:
             size = min(BLOCK_ROWS, len(self) - window * BLOCK_ROWS)
             found: list[int] = permuted(np.arange(size), size, f"{self.key}/rows {window}").tolist()
             return found
 
-        return Kept(order, KEPT_BLOCKS)
+        return order
 
     @cached_property
-    def _kept(self) -> Kept[int, "JoinedBlock"]:
-        return Kept(self._load, KEPT_BLOCKS)
+    def _kept(self) -> Callable[[int], "JoinedBlock"]:
+        return lru_cache(KEPT_BLOCKS)(self._load)
 
     def _before(self, block: int) -> int:
         return sum(quota.before(block, self.num_blocks) for quota in self.quotas)

@@ -10,14 +10,14 @@ number chooses one.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from midstream.config import Sampling
-from midstream.core.tokens import Kept
 
 ROUNDS = 6
 # With more examples than this, chunks of at least 256 are permuted in place of examples.
@@ -147,7 +147,7 @@ class Stream:
     def count_before(self, twice_tokens: int) -> int:
         """Examples whose middle lies before token `twice_tokens` / 2 of the stream."""
         group = self._group_at(twice_tokens // 2)
-        lengths = self._kept[group].lengths
+        lengths = self._kept(group).lengths
         ends = np.cumsum(lengths)
         middles = 2 * (int(self._tokens[group]) + ends) - lengths
         return int(self._examples[group]) + int(np.searchsorted(middles, twice_tokens))
@@ -155,13 +155,13 @@ class Stream:
     def tokens_before(self, place: int) -> int:
         """Tokens in the first `place` examples."""
         group = self._group_of(place)
-        inside = self._kept[group].lengths[: place - int(self._examples[group])]
+        inside = self._kept(group).lengths[: place - int(self._examples[group])]
         return int(self._tokens[group]) + int(inside.sum())
 
     def cut_near(self, token: int, size: int) -> int:
         """The nearest token where an example begins, or in a longer one a multiple of `size`."""
         group = self._group_at(token)
-        lengths = self._kept[group].lengths
+        lengths = self._kept(group).lengths
         ends = int(self._tokens[group]) + np.cumsum(lengths)
         item = int(np.searchsorted(ends, token, side="right"))
         begin = int(ends[item] - lengths[item])
@@ -176,7 +176,7 @@ class Stream:
         parts = []
         for group in range(self._group_of(low), self._group_of(high - 1) + 1):
             first = int(self._examples[group])
-            parts.append(self._kept[group].part(slice(max(0, low - first), high - first)))
+            parts.append(self._kept(group).part(slice(max(0, low - first), high - first)))
         return _joined(parts)
 
     def tokens(self, low: int, high: int) -> Stretch:
@@ -185,7 +185,7 @@ class Stream:
             return _EMPTY
         parts = []
         for group in range(self._group_at(low), self._group_at(high - 1) + 1):
-            found = self._kept[group]
+            found = self._kept(group)
             ends = int(self._tokens[group]) + np.cumsum(found.lengths)
             begins = ends - found.lengths
             first = int(np.searchsorted(ends, low, side="right"))
@@ -241,8 +241,8 @@ class Stream:
         return draws(chunks, f"{self.key}/captions/pass {group // self._groups_of_pass}")
 
     @cached_property
-    def _kept(self) -> Kept[int, Stretch]:
-        return Kept(self._load, KEPT_GROUPS)
+    def _kept(self) -> Callable[[int], Stretch]:
+        return lru_cache(KEPT_GROUPS)(self._load)
 
     def _load(self, group: int) -> Stretch:
         chunks, drawn = self._chunks(group), None

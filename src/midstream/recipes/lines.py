@@ -1,24 +1,12 @@
 """What the studies have in common: lines, scales, sources, public models.
 
-What the studies of one text run have in common: how a line starts, anneals and ends. What one size
-of the study is made of.
-
-Public models along whose own checkpoints a study can go: their sizes and revisions.
-
-Five revisions of each, nearest to 20, 40, 60, 80 and 100 % of the run. Tokens and rates at them are
-those of `study/families.py`. Sizes are of the published model: an import adds rows for new tokens
-where its embedding has none to spare.
-
-The paper's data as sources: captions, texts and their shares, what plans expect of them, and
-where they and imported models lie.
-
 K, I and U as in `paper_scale.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from midstream.config import (
     AdamW,
@@ -52,7 +40,7 @@ from midstream.study.stages import (
     Prepare,
     Pretrain,
 )
-from midstream.study.studies import Line
+from midstream.study.studies import Line, Study
 
 # Every schedule but the fine-tuning's ends here (run records of the paper).
 END_RATE = 3e-5
@@ -173,6 +161,24 @@ class Scale:
             )
         return {"stage": self.text[completion], "completion": 1.0}
 
+    def study(
+        self,
+        name: str,
+        question: str,
+        lines: Sequence[Line],
+        notes: tuple[str, ...] = (),
+        **further: Any,
+    ) -> Study:
+        """A study of the paper's at this scale, with its notes and rates; `further` of `Study`."""
+        return Study(
+            name=f"paper.{name}.{self.name}",
+            question=question,
+            lines=tuple(lines),
+            notes=(*notes, *self.notes),
+            text_rates=self.text_rates,
+            **further,
+        )
+
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
 
@@ -277,6 +283,9 @@ def _olmo2_1b() -> PublicModel:
     )
 
 
+# Five revisions of each, nearest to 20, 40, 60, 80 and 100 % of the run; their tokens and rates are
+# in `study/families.py`. Sizes are of the published model: an import adds rows for new tokens where
+# its embedding has none to spare.
 PUBLIC_MODELS: Mapping[str, PublicModel] = {
     "pythia-70m": _pythia("70m", 512, 6, 8),
     "pythia-160m": _pythia("160m", 768, 12, 12),

@@ -1,6 +1,7 @@
 """The paper's questions asked of your own checkpoint, encoder and data (`docs/import.md`)."""
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,8 @@ from midstream.config import (
 from midstream.core.identity import world_fingerprint
 from midstream.core.storage import read_json
 from midstream.recipes.lines import END_RATE, FINETUNING, finetuned_line
-from midstream.study.imported import as_imported, load_model, read_import
+from midstream.recipes.scales import text_only
+from midstream.study.imported import ImportRecord, as_imported, load_model, read_import
 from midstream.study.stages import (
     Continue,
     ContinueFrom,
@@ -79,79 +81,44 @@ def image_shares(
     digit; `projector_hidden` is for two layers alone.
     """
     root, folder = Path(data).resolve(), Path(checkpoint).resolve()
-    record = read_import(folder)
-    if record.config.kind == "tower":
-        raise ValueError(f"{folder} holds a vision encoder; give it as one of `encoders`")
-    if record.model is not None:
-        raise ValueError(
-            f"{folder} holds a whole vision-language model; import its language model alone "
-            "(--part decoder), or fine-tune all of it (own_model.fine_tuning)"
-        )
-    if not rewarm_rate and (record.position is None or record.position.rate is None):
-        raise ValueError(
-            f"{folder} does not say the learning rate at its checkpoint; import it again with "
-            "--rate, or warm up again with rewarm_rate"
-        )
-    rate = None if record.position is None else record.position.rate
-    if not rewarm_rate and rate is not None and rate <= END_RATE:
-        raise ValueError(
-            f"the learning rate at {folder} is {rate:g}, not above the end rate {END_RATE:g}; warm "
-            "up again with rewarm_rate"
-        )
+    record = _checkpoint(folder, rewarm_rate)
     world = _prepare(root, folder, begin_of_text)
     text = LoadDecoder(data=world, checkpoint=as_imported(folder), decoder=record.config)
     looks = {"resize": resize, "feature_layer": feature_layer, "final_norm": final_norm}
-    encoder = (
-        _encoder([Path(one).resolve() for one in encoders], image_size, feature_dtype, looks)
-        if encoders
-        else _patches(image_size, patch_size, record.config.hidden_size, resize)
-    )
+    encoder: LoadEncoder | PatchProjection
+    if encoders:
+        encoder = _encoder(encoders, image_size, feature_dtype, looks)
+    else:
+        encoder = _patches(image_size, patch_size, record.config.hidden_size, resize)
     asked = _asked(root, limit, max_new_tokens)
+    hidden = projector_hidden if projector_layers == 2 else "encoder_4x"
+    projector = ProjectorConfig(num_layers=projector_layers, hidden=hidden)
+    talks = Epochs(sources=_sources(root, "instruct"), epochs=finetune_epochs)
     lines = []
-    for share in shares:
-        for seed in seeds:
-            continued = Continue(
-                data=world,
-                encoder=encoder,
-                decoder=record.config,
-                projector=ProjectorConfig(
-                    num_layers=projector_layers,
-                    hidden=projector_hidden if projector_layers == 2 else "encoder_4x",
-                ),
-                attention=attention,
-                start=ContinueFrom(stage=text),
-                training=Training(
-                    budget=_mixture(root, share, continue_tokens, max_epochs),
-                    rows=Rows(row_length=row_length, batch_rows=batch_rows),
-                    schedule=WarmupCosine(
-                        peak_rate=rewarm_rate, end_rate=END_RATE, warmup_fraction=0.05
-                    )
-                    if rewarm_rate
-                    else ContinuedCosine(end_rate=END_RATE),
-                    encoder_rate_factor=encoder_rate_factor or None,
-                    seed=seed,
-                ),
-            )
-            talks = Epochs(sources=_sources(root, "instruct"), epochs=finetune_epochs)
-            line = finetuned_line(continued, talks, finetune_rate, asked, 1.0)
-            lines.append(
-                line.model_copy(
-                    update={
-                        "name": f"{share * 100:g}% images, seed {seed}",
-                        "axes": {"image_share": share * 100, "seed": seed},
-                    }
-                )
-            )
+    for share, seed in product(shares, seeds):
+        continued = Continue(
+            data=world,
+            encoder=encoder,
+            decoder=record.config,
+            projector=projector,
+            attention=attention,
+            start=ContinueFrom(stage=text),
+            training=Training(
+                budget=_mixture(root, share, continue_tokens, max_epochs),
+                rows=Rows(row_length=row_length, batch_rows=batch_rows),
+                schedule=_schedule(rewarm_rate),
+                encoder_rate_factor=encoder_rate_factor or None,
+                seed=seed,
+            ),
+        )
+        line = finetuned_line(continued, talks, finetune_rate, asked, 1.0)
+        lines.append(_renamed(line, share, seed))
     return Study(
         name="own_model.image_shares",
         question="What share of images should this language model see?",
         lines=tuple(lines),
         figure=Figure(x="image_share", x_label="images in the image-text stage (% of tokens)"),
-        baselines={
-            "as imported": Evaluate(
-                of=text, evaluation=Evaluation(text_tasks=asked.text_tasks, limit=asked.limit)
-            )
-        },
+        baselines={"as imported": Evaluate(of=text, evaluation=text_only(asked))},
     )
 
 
@@ -200,6 +167,41 @@ def fine_tuning(
     )
 
 
+def _checkpoint(folder: Path, rewarm_rate: float) -> ImportRecord:
+    """A language model that can go on at its own rate, or is warmed up again."""
+    record = read_import(folder)
+    if record.config.kind == "tower":
+        raise ValueError(f"{folder} holds a vision encoder; give it as one of `encoders`")
+    if record.model is not None:
+        raise ValueError(
+            f"{folder} holds a whole vision-language model; import its language model alone "
+            "(--part decoder), or fine-tune all of it (own_model.fine_tuning)"
+        )
+    if not rewarm_rate and (record.position is None or record.position.rate is None):
+        raise ValueError(
+            f"{folder} does not say the learning rate at its checkpoint; import it again with "
+            "--rate, or warm up again with rewarm_rate"
+        )
+    rate = None if record.position is None else record.position.rate
+    if not rewarm_rate and rate is not None and rate <= END_RATE:
+        raise ValueError(
+            f"the learning rate at {folder} is {rate:g}, not above the end rate {END_RATE:g}; warm "
+            "up again with rewarm_rate"
+        )
+    return record
+
+
+def _renamed(line: Line, share: float, seed: int) -> Line:
+    axes = {"image_share": share * 100, "seed": seed}
+    return line.model_copy(update={"name": f"{share * 100:g}% images, seed {seed}", "axes": axes})
+
+
+def _schedule(rewarm_rate: float) -> WarmupCosine | ContinuedCosine:
+    if rewarm_rate:
+        return WarmupCosine(peak_rate=rewarm_rate, end_rate=END_RATE, warmup_fraction=0.05)
+    return ContinuedCosine(end_rate=END_RATE)
+
+
 def _asked(root: Path, limit: int, max_new_tokens: int) -> Evaluation:
     """All tasks of a world."""
     tasks = read_json(root / "world.json")
@@ -224,9 +226,9 @@ def _prepare(root: Path, checkpoint: Path, begin_of_text: str) -> Prepare:
 
 
 def _encoder(
-    folders: list[Path], image_size: int, feature_dtype: FeatureType, looks: dict[str, Any]
+    encoders: Sequence[str], image_size: int, feature_dtype: FeatureType, looks: dict[str, Any]
 ) -> LoadEncoder:
-    towers = []
+    folders, towers = [Path(one).resolve() for one in encoders], []
     for folder in folders:
         config = read_import(folder).config
         if not isinstance(config, EncoderConfig):

@@ -1,10 +1,4 @@
-"""The sizes of the paper with its settings, and the text run of each.
-
-The text run of each size of the paper, or its checkpoints: tokens, schedule, rates.
-
-K, I and U as in `paper_scale.py`.
-
-The sizes of the paper, with its settings.
+"""The sizes of the paper with its settings, and the text run of each, or its checkpoints.
 
 K, I and U stand for known, inferred and unknown: whether a number is the paper's (or its records'),
 follows from them, or is our choice.

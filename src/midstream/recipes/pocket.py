@@ -1,8 +1,4 @@
-"""The pocket scale, and the paper's question asked on it.
-
-The pocket scale: the paper's questions in minutes on two CPU cores. The pocket scale: generated,
-and run in minutes on two cores. Our choice throughout.
-"""
+"""The pocket scale: the paper's questions in minutes on two CPU cores. Our choice throughout."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,18 +21,16 @@ from midstream.config import (
     Training,
     WarmupCosine,
 )
+from midstream.recipes.arrival import FIGURE, QUESTION, arrival_lines
 from midstream.recipes.lines import (
     DATACOMP_DR,
     END_RATE,
     CaptionSet,
     Scale,
     TextMixture,
-    finetuned_line,
-    image_text_schedule,
-    start_at,
 )
-from midstream.study.stages import Continue, Evaluate, FuseEncoders, Prepare, Pretrain, TrainEncoder
-from midstream.study.studies import Figure, Study
+from midstream.study.stages import Evaluate, FuseEncoders, Prepare, Pretrain, TrainEncoder
+from midstream.study.studies import Study
 
 VOCAB_SIZE = 640
 # So few that words of captions and conversations are learnt for themselves.
@@ -94,7 +88,6 @@ def text_stage(
     *,
     total_tokens: int,
     rate: float = 2e-3,
-    source: str = "web",
     milestones: Sequence[float] = MILESTONES,
 ) -> Pretrain:
     """The text run, with checkpoints along the way."""
@@ -103,7 +96,7 @@ def text_stage(
         decoder=DECODER,
         milestones=tuple(milestones),
         training=Training(
-            budget=Mixture(total_tokens=total_tokens, shares=(Share(source=source, share=1.0),)),
+            budget=Mixture(total_tokens=total_tokens, shares=(Share(source="web", share=1.0),)),
             rows=TEXT_ROWS,
             schedule=WarmupCosine(peak_rate=rate, end_rate=END_RATE, warmup_fraction=0.05),
         ),
@@ -133,48 +126,32 @@ def when_images_arrive(
     # A start of one's own is kept beside those that all such studies share.
     kept = sorted({*MILESTONES, *completions} - {0.0})
     text = text_stage(data, total_tokens=text_tokens, rate=text_rate, milestones=kept)
-    lines = [
-        finetuned_line(
-            Continue(
-                data=data,
-                encoder=encoder,
-                decoder=DECODER,
-                start=start_at(text, completion),
-                training=Training(
-                    budget=Mixture(
-                        total_tokens=continue_tokens,
-                        shares=(
-                            Share(source="pictures", share=image_share),
-                            Share(source="web", share=1.0 - image_share),
-                        ),
-                    ),
-                    rows=IMAGE_ROWS,
-                    schedule=image_text_schedule(completion, rewarm_rate),
-                    seed=seed,
-                ),
-            ),
-            Epochs(sources=("talks",), epochs=epochs),
-            finetune_rate,
-            ASKED,
-            completion,
-        )
-        for completion in completions
-        for seed in seeds
-    ]
+    pictures = Mixture(
+        total_tokens=continue_tokens,
+        shares=(
+            Share(source="pictures", share=image_share),
+            Share(source="web", share=1.0 - image_share),
+        ),
+    )
+    lines = arrival_lines(
+        text,
+        encoder,
+        completions,
+        seeds,
+        pictures=pictures,
+        talks=Epochs(sources=("talks",), epochs=epochs),
+        rows=IMAGE_ROWS,
+        rewarm_rate=rewarm_rate,
+        finetune_rate=finetune_rate,
+        asked=ASKED,
+    )
     return Study(
         name="pocket.when_images_arrive",
-        question="After what share of text training should a language model first see images?",
-        lines=tuple(lines),
-        figure=Figure(
-            x="text_completion",
-            x_label="text training done before the first image (%)",
-            hollow=(0.0, 100.0),
-        ),
+        question=QUESTION,
+        lines=lines,
+        figure=FIGURE,
         baselines={
-            f"text only, {share:.0%}": Evaluate(
-                of=text, completion=share, evaluation=Evaluation(text_tasks=TEXT_TASKS)
-            )
-            for share in (1.0,)
+            "text only, 100%": Evaluate(of=text, evaluation=Evaluation(text_tasks=TEXT_TASKS))
         },
     )
 

@@ -20,9 +20,10 @@ from midstream.config import (
     WarmupCosine,
 )
 from midstream.core.identity import folder_fingerprint
-from midstream.recipes.lines import END_RATE, finetuned_line, image_text_schedule, start_at
-from midstream.study.stages import Continue, Evaluate, Prepare, Pretrain, TrainEncoder
-from midstream.study.studies import Figure, Study
+from midstream.recipes.arrival import FIGURE, QUESTION, arrival_lines
+from midstream.recipes.lines import END_RATE
+from midstream.study.stages import Evaluate, Prepare, Pretrain, TrainEncoder
+from midstream.study.studies import Study
 
 TOKENIZER = "gpt_neox_tokenizer/20B_tokenizer.json"
 TEXT_SHARES = {"novels": 0.6, "wikitext2": 0.1, "web_wiki": 0.3}
@@ -32,6 +33,10 @@ VISUAL_TASKS = ("vqa_easy", "daquar", "flickr_match")
 TEXT_TASKS = ("arc_easy", "piqa", "copa")
 # DAQUAR's longest answer, several things joined by commas, has 23 tokens; most have one.
 MAX_NEW_TOKENS = 24
+NOTE = (
+    "Chance of vqa_easy and daquar is the score of answering without the picture, from the "
+    "training answers to like questions."
+)
 
 
 def when_images_arrive(
@@ -65,95 +70,52 @@ def when_images_arrive(
     `data` is the folder of `docs/real-data.md`; its bytes are read for their fingerprint. The
     seed draws the order of captions and conversations, and the projector. Raises
     FileNotFoundError for a missing folder or tokenizer.
-
-    With the defaults, two processes of one thread each and other work on the cores, the stages
-    took these seconds (a line from scratch starts beside the text run; two lines run side by side
-    behind it):
-
-        Prepare 63, Pretrain 448 (447 tokens/s, the head over 50,432 words is most of it),
-        TrainEncoder 211 beside it, Continue 72 to 129, Finetune 135 to 150, Evaluate 13
-
-    `docs/LOG.md` says what came of it.
     """
     world = _prepare(Path(data).resolve(), num_questions)
     decoder = DecoderConfig(
         hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, vocab_size=50432
     )
     rows = Rows(row_length=row_length, batch_rows=batch_rows, layout="filled")
-    text = Pretrain(
-        data=world,
-        decoder=decoder,
-        milestones=tuple(sorted({*completions, 1.0} - {0.0})),
-        training=Training(
-            budget=_mixture(text_tokens, max_epochs, (TEXT_SHARES, 1.0)),
-            rows=rows.model_copy(update={"layout": "joined"}),
-            schedule=WarmupCosine(peak_rate=text_rate, end_rate=END_RATE, warmup_fraction=0.05),
+    words = _mixture(text_tokens, max_epochs, (TEXT_SHARES, 1.0))
+    text = _text_stage(world, decoder, completions, words, rows, text_rate)
+    tower = EncoderConfig(
+        image_size=image_size,
+        patch_size=patch_size,
+        hidden_size=encoder_size,
+        num_layers=encoder_layers,
+        num_heads=encoder_size // 32,
+        intermediate_size=4 * encoder_size,
+    )
+    encoder = _encoder_stage(world, tower, encoder_images, encoder_steps)
+    shares = (CAPTION_SHARES, image_share), (TEXT_SHARES, 1.0 - image_share)
+    lines = arrival_lines(
+        text,
+        encoder,
+        completions,
+        seeds,
+        pictures=_mixture(continue_tokens, max_epochs, *shares),
+        talks=_mixture(finetune_tokens, max_epochs, (INSTRUCT_SHARES, 1.0)),
+        rows=rows,
+        rewarm_rate=rewarm_rate,
+        finetune_rate=finetune_rate,
+        asked=Evaluation(
+            visual_tasks=VISUAL_TASKS,
+            text_tasks=TEXT_TASKS,
+            limit=limit,
+            max_new_tokens=MAX_NEW_TOKENS,
         ),
     )
-    encoder = TrainEncoder(
-        data=world,
-        encoder=EncoderConfig(
-            image_size=image_size,
-            patch_size=patch_size,
-            hidden_size=encoder_size,
-            num_layers=encoder_layers,
-            num_heads=encoder_size // 32,
-            intermediate_size=4 * encoder_size,
-        ),
-        training=_contrastive(encoder_size, encoder_images, encoder_steps),
-    )
-    continued = _mixture(
-        continue_tokens,
-        max_epochs,
-        (CAPTION_SHARES, image_share),
-        (TEXT_SHARES, 1.0 - image_share),
-    )
-    asked = Evaluation(
-        visual_tasks=VISUAL_TASKS,
-        text_tasks=TEXT_TASKS,
-        limit=limit,
-        max_new_tokens=MAX_NEW_TOKENS,
-    )
-    lines = [
-        finetuned_line(
-            Continue(
-                data=world,
-                encoder=encoder,
-                decoder=decoder,
-                start=start_at(text, completion),
-                training=Training(
-                    budget=continued,
-                    rows=rows,
-                    schedule=image_text_schedule(completion, rewarm_rate),
-                    seed=seed,
-                ),
-            ),
-            _mixture(finetune_tokens, max_epochs, (INSTRUCT_SHARES, 1.0)),
-            finetune_rate,
-            asked,
-            completion,
-        )
-        for completion in completions
-        for seed in seeds
-    ]
     return Study(
         name="real_small.when_images_arrive",
-        question="After what share of text training should a language model first see images?",
-        lines=tuple(lines),
-        figure=Figure(
-            x="text_completion",
-            x_label="text training done before the first image (%)",
-            hollow=(0.0, 100.0),
-        ),
+        question=QUESTION,
+        lines=lines,
+        figure=FIGURE,
         baselines={
             "text only, 100%": Evaluate(
                 of=text, evaluation=Evaluation(text_tasks=TEXT_TASKS, limit=limit)
             )
         },
-        notes=(
-            "Chance of vqa_easy and daquar is the score of answering without the picture, from "
-            "the training answers to like questions.",
-        ),
+        notes=(NOTE,),
     )
 
 
@@ -173,16 +135,37 @@ def _prepare(root: Path, num_questions: int) -> Prepare:
     )
 
 
-def _contrastive(size: int, images: int, steps: int) -> ContrastiveTraining:
-    return ContrastiveTraining(
+def _text_stage(
+    data: Prepare,
+    decoder: DecoderConfig,
+    completions: Sequence[float],
+    budget: Mixture,
+    rows: Rows,
+    rate: float,
+) -> Pretrain:
+    return Pretrain(
+        data=data,
+        decoder=decoder,
+        milestones=tuple(sorted({*completions, 1.0} - {0.0})),
+        training=Training(
+            budget=budget,
+            rows=rows.model_copy(update={"layout": "joined"}),
+            schedule=WarmupCosine(peak_rate=rate, end_rate=END_RATE, warmup_fraction=0.05),
+        ),
+    )
+
+
+def _encoder_stage(data: Prepare, tower: EncoderConfig, images: int, steps: int) -> TrainEncoder:
+    training = ContrastiveTraining(
         source="flickr8k",
-        text_hidden_size=size,
+        text_hidden_size=tower.hidden_size,
         text_num_layers=2,
         max_text_tokens=48,
         batch_images=images,
         num_steps=steps,
         schedule=WarmupCosine(peak_rate=1e-3, end_rate=1e-5, warmup_fraction=0.1),
     )
+    return TrainEncoder(data=data, encoder=tower, training=training)
 
 
 def _mixture(tokens: int, max_epochs: int, *groups: tuple[dict[str, float], float]) -> Mixture:

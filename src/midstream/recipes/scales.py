@@ -1,15 +1,4 @@
-"""What a study is made of at each size, and one model of it.
-
-One model of the paper's study, from the values that its experiments vary to an evaluation. What the
-paper's experiments share: labels, the curve of each number of epochs, claims.
-
-Scales along the checkpoints of other people's models: the paper's settings around them.
-
-Our choice (U) where the paper's numbers are its models': 20 image-text tokens a parameter, a
-twentieth of them warming up again to the run's own peak, and an end at a hundredth of that (as the
-paper's 3e-3 and 3e-5).
-
-What a study of the paper is made of at each size: models, data, budgets, rates.
+"""What a study of the paper is made of at each size, and one model of it.
 
 `pocket` is generated and runs in minutes. The others of SIZES are the paper's: OpenLM decoders,
 SigLIP and DINOv2 as public, three text sources, four caption sets, LLaVA's conversations. The names
@@ -23,6 +12,10 @@ can be planned and priced, and says so when it is to run:
     INPUTS/encoders/        siglip/ and dinov2/, folders of `midstream import`
     INPUTS/checkpoints/     20/, 40/, 60/, 80/, 100/: the text run's checkpoints, imported; of a
                             public model in a folder of its name
+
+Along other people's checkpoints the paper's numbers are replaced where they are its models' (U): 20
+image-text tokens a parameter, a twentieth of them warming up again to the run's own peak, and an
+end at a hundredth of that (as the paper's 3e-3 and 3e-5).
 """
 
 from collections.abc import Sequence
@@ -324,10 +317,10 @@ def mixture(
     )
 
 
-def finetune_stage(scale: Scale, model: Model, continued: Continue | None = None) -> Finetune:
+def finetune_stage(scale: Scale, model: Model) -> Finetune:
     """Conversations for whole epochs, its own schedule each (paper, section 2.1.3, appendix D)."""
     return Finetune(
-        start=image_text_stage(scale, model) if continued is None else continued,
+        start=image_text_stage(scale, model),
         training=Training(
             budget=Epochs(sources=(scale.instruct_source,), epochs=model.epochs),
             rows=scale.finetune_rows,
@@ -397,4 +390,12 @@ def decidable(claims: Sequence[Claim], lines: Sequence[Line]) -> tuple[Claim, ..
             any(place.items() <= line.axes.items() for line in lines)
             for place in (claim.higher, claim.lower)
         )
+    )
+
+
+def claims_of(axis: str, source: str, *found: tuple[str, str, Axis, Axis]) -> tuple[Claim, ...]:
+    """Findings along an axis: the score, what is said, where it is higher and where lower."""
+    return tuple(
+        Claim(text=text, higher={axis: higher}, lower={axis: lower}, score=score, source=source)
+        for score, text, higher, lower in found
     )

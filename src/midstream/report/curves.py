@@ -1,8 +1,4 @@
-"""Curves over tokens: rates before a study runs, loss and rate of a stage.
-
-The learning rates of a study before anything runs: `midstream plan --curves`. Loss and learning
-rate of a stage over its tokens.
-"""
+"""Curves over tokens: rates of a study before it runs, loss and rate of a stage."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -236,7 +232,8 @@ def curve_figure(metrics: Sequence[dict[str, Any]]) -> dict[str, bytes]:
     """
     if not metrics:
         raise ValueError("no metrics to draw: the stage has taken no step")
-    bins = _bins(metrics, MAX_POINTS)
+    size = -(-len(metrics) // MAX_POINTS)
+    bins = [metrics[start : start + size] for start in range(0, len(metrics), size)]
     at = [lines[-1]["tokens_seen"] for lines in bins]
     loss = [fmean(line["loss"] for line in lines) for lines in bins]
     rate = [lines[-1]["rate"] for lines in bins]
@@ -264,8 +261,3 @@ def curve_figure(metrics: Sequence[dict[str, Any]]) -> dict[str, bytes]:
 def _power(value: float | int) -> str:
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}" if value else "0"
-
-
-def _bins(lines: Sequence[dict[str, Any]], limit: int) -> list[Sequence[dict[str, Any]]]:
-    size = -(-len(lines) // limit)
-    return [lines[start : start + size] for start in range(0, len(lines), size)]

@@ -200,20 +200,13 @@ def task_panel(task: dict[str, Any], baselines: dict[str, float | int | None]) -
     return Panel(f"{name}.score", name, blind, task["chance"], baselines)
 
 
-def score_figure(
-    study: Study, groups: Sequence[Group], baselines: dict[str, float | int | None], panel: str
-) -> dict[str, bytes]:
-    """The stable score of `vision` or `text` as {"svg": ..., "png": ..., "pdf": ...}.
+def panel_figure(study: Study, groups: Sequence[Group], panel: Panel) -> dict[str, bytes]:
+    """One panel with its keys, as {"svg": ..., "png": ..., "pdf": ...}.
 
     Mean over repetitions with its standard deviation, each repetition as a small dot beside it,
-    hollow marks at the x values of `study.figure.hollow`; in vision the blind score as a dashed
-    line, in text the `baselines` (name to stable text score) as dotted ones.
+    hollow marks at the x values of `study.figure.hollow`; the panel's blind score is a dashed
+    line, its baselines are dotted ones.
     """
-    return panel_figure(study, groups, stable_panel(panel, baselines))
-
-
-def panel_figure(study: Study, groups: Sequence[Group], panel: Panel) -> dict[str, bytes]:
-    """One panel with its keys."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.5, 3.9))
         axes = figure.add_subplot()
@@ -235,9 +228,7 @@ def small_figure(study: Study, groups: Sequence[Group], panel: Panel) -> bytes:
         return saved(figure, ("svg",))["svg"]
 
 
-def grid_figure(
-    study: Study, groups: Sequence[Group], panels: Sequence[Panel], suffixes: Sequence[str] = FILES
-) -> dict[str, bytes]:
+def grid_figure(study: Study, groups: Sequence[Group], panels: Sequence[Panel]) -> dict[str, bytes]:
     """Many panels with one set of keys, for print (the paper's Figures 9 to 13)."""
     columns = min(GRID_COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
@@ -255,7 +246,7 @@ def grid_figure(
         figure.supxlabel(x_label(study, groups), fontsize=10, color=INK)
         shown = list(keys.values())
         figure.legend(handles=shown, loc="outside lower left", ncols=max(2, 2 * columns - 2))
-        return saved(figure, suffixes)
+        return saved(figure)
 
 
 def x_label(study: Study, groups: Sequence[Group]) -> str:

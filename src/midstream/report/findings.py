@@ -1,10 +1,4 @@
-"""What the data show, in sentences.
-
-How numbers, places and scores are written. One sentence about the data, and the words that its
-numbers are put in. What a whole curve shows: its best place against the next best, and whether it
-rises or falls.
-
-What the data show, in plain sentences: the study's claims, and which place is best.
+"""What the data show, in sentences: the study's claims, the best place, the trend of a curve.
 
 Repetitions are seeds. A difference is first averaged over whatever else two places have in common
 (other axes), within each seed; its interval is Student's over the seeds. One seed has no interval,

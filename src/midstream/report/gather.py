@@ -1,12 +1,5 @@
-r"""All that a report says, as values and as files.
+"""All that a report of one study says: as values before anything is drawn, as CSV and LaTeX."""
 
-What a study was run with, in one line: data, sizes, tokens, repetitions. All that a report of one
-study says, as values, before any of it is drawn or written. A study's tables as files: CSV with all
-digits, LaTeX to \input.
-"""
-
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +35,7 @@ from midstream.report.results import (
     parts_of,
     stable_of,
     tasks_of,
+    write_csv,
 )
 from midstream.report.table import (
     Grid,
@@ -68,7 +62,7 @@ def settings_line(study: Study, ledger: Ledger) -> str:
             for stage in (*part.before, part.stage):
                 stages.setdefault(kind, {})[stage.identity] = stage
     lines = [line.result.of for line in study.lines]
-    said = [_join(_world(model.data.world) for model in lines)]
+    said = [" and ".join(dict.fromkeys(_world(model.data.world) for model in lines)) or "no data"]
     said.append(f"decoder of {_range(m.model.decoder.num_parameters for m in lines)} parameters")
     towers = [m.model.encoder for m in lines if m.model.encoder is not None]
     if towers:
@@ -121,10 +115,6 @@ def _range(values: Iterable[float | int]) -> str:
         return "none"
     ends = [engineering(found[0]), engineering(found[-1])]
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
-
-
-def _join(words: Iterable[str]) -> str:
-    return " and ".join(dict.fromkeys(words)) or "no data"
 
 
 TRAINING = ("train_encoder", "pretrain", "continue", "finetune")
@@ -291,12 +281,7 @@ def write_exports(made: Sequence[Export], folder: Path) -> None:
     for export in made:
         write_bytes(folder / f"{export.name}.tex", to_latex(export.grid).encode())
         if export.records:
-            stream = io.StringIO(newline="")
-            names = list(dict.fromkeys(key for record in export.records for key in record))
-            writer = csv.DictWriter(stream, names, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(export.records)
-            write_bytes(folder / f"{export.name}.csv", stream.getvalue().encode())
+            write_csv(export.records, folder / f"{export.name}.csv")
 
 
 def scores_export(study: Study, groups: Sequence[Group]) -> Export:

@@ -1,9 +1,7 @@
 """The page of a study, the index of a suite, the summary in Markdown.
 
-Templates with everything escaped, and a policy that lets a page load nothing. One self-contained
-page for a study: every number, figure and picture comes from its store. The index of a suite: each
-study with its picture and first finding, and the totals. A summary of studies as Markdown, made of
-nothing but what their store holds.
+Every number, figure and picture comes from the store. Templates escape everything, and a policy
+lets a page load nothing.
 """
 
 import base64
@@ -43,7 +41,6 @@ from midstream.report.gather import (
     answer,
     best_line,
     exports,
-    gather,
     generated_data,
     repeated,
     scores_export,
@@ -63,7 +60,7 @@ from midstream.report.table import (
     view_notes,
 )
 from midstream.study.store import Ledger
-from midstream.study.studies import Study, Suite
+from midstream.study.studies import Suite
 
 
 def render(template: str, **values: object) -> str:
@@ -108,11 +105,6 @@ def _environment() -> Environment:
 COMMON = {"vision": "vqav2", "text": "arc_easy"}
 # Pictures of single stages on a page; a study of hundreds has as many more.
 MAX_CURVES = 12
-
-
-def write_report(study: Study, ledger: Ledger, max_curves: int = MAX_CURVES) -> Path:
-    """Write `<store>/reports/<study>/` and return its page; see `write_facts`."""
-    return write_facts(gather(study, ledger), max_curves=max_curves)
 
 
 def write_facts(

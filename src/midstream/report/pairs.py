@@ -1,13 +1,9 @@
 """Single predictions: lines on the same examples, and samples to look at.
 
-Sample predictions of one line: question, picture, answer, gold, and the answer given blind.
-
-Lines against others on the same examples: what pairing shows that two means hide.
-
-Both answered the same questions about the same pictures, so that what makes a question hard falls
-out of the difference. Repetitions (seeds) are averaged per example first: the interval is over
-examples, and says nothing about other seeds. Standard errors are in closed form and intervals
-normal, since a page makes hundreds of comparisons; `midstream score --diff` draws again instead.
+What makes a question hard falls out of a difference on the same examples. Repetitions (seeds) are
+averaged per example first: the interval is over examples, and says nothing about other seeds.
+Standard errors are in closed form and intervals normal, since a page makes hundreds of comparisons;
+`midstream score --diff` draws again instead.
 """
 
 import base64

@@ -1,9 +1,4 @@
-"""The results of a store: what they rest on, one row a line, and their spread.
-
-What a result rests on and what that took, read from the store once. Values over repetitions: mean,
-standard deviation, differences with their 95 % interval. From the ledger to one flat row a line,
-and the lines of one place as a group.
-"""
+"""The results of a store: what they rest on, one row a line, and their spread."""
 
 import csv
 import io
@@ -13,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+
+from scipy.special import stdtrit
 
 from midstream.core.storage import write_bytes
 from midstream.study.stages import (
@@ -257,35 +254,8 @@ def _difference(
 ) -> Difference:
     if error is None:
         return Difference(mean, sd, n, None, None, paired)
-    half = t_quantile(freedom) * error
+    half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * error
     return Difference(mean, sd, n, mean - half, mean + half, paired)
-
-
-def t_quantile(freedom: int) -> float:
-    """The half width, in standard errors, of a 95 % interval at `freedom` degrees of freedom.
-
-    Source: the finite series for whole degrees, Abramowitz and Stegun 26.7.3 and 26.7.4.
-    """
-    if freedom < 1:
-        raise ValueError(f"an interval needs 1 degree of freedom or more, got {freedom}")
-    low, high = 0.0, 1000.0
-    while high - low > 1e-10 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < CONFIDENCE else (low, middle)
-    return high
-
-
-def _within(t: float, freedom: int) -> float:
-    angle = math.atan(t / math.sqrt(freedom))
-    odd = freedom % 2
-    term = math.cos(angle) if odd else 1.0
-    total = 0.0
-    for k in range(2 + odd, freedom + 1, 2):
-        total += term
-        term *= math.cos(angle) ** 2 * (k - 1) / k
-    if not odd:
-        return math.sin(angle) * total
-    return 2 / math.pi * (angle + math.sin(angle) * total)
 
 
 STABLE = ("stable.vision", "stable.vision_blind", "stable.text")
@@ -378,16 +348,11 @@ def stable_of(study: Study) -> tuple[str, ...]:
     return tuple(name for name in STABLE if name.split(".")[1].split("_")[0] in kinds)
 
 
-def summary(study: Study, ledger: Ledger) -> list[Group]:
-    """The lines grouped by the figure's x and by, in rising order of x, with every score's spread.
+def group_rows(study: Study, rows: Sequence[dict[str, Any]]) -> list[Group]:
+    """The lines that `line_rows` gave, grouped by the figure's x and by, in rising order of x.
 
     Baselines are no part of any group.
     """
-    return group_rows(study, line_rows(study, ledger))
-
-
-def group_rows(study: Study, rows: Sequence[dict[str, Any]]) -> list[Group]:
-    """As `summary`, from the rows that `line_rows` gave."""
     for line in study.lines:
         for axis in {study.figure.x, study.figure.by or study.figure.x} - line.axes.keys():
             raise ValueError(
@@ -408,17 +373,17 @@ def group_rows(study: Study, rows: Sequence[dict[str, Any]]) -> list[Group]:
         members = [row for row in lines if (row[x], row.get(by)) == place]
         rest = [key for key in members[0] if key.startswith("axis.") and key not in (x, by)]
         differing = [key for key in rest if len({row[key] for row in members}) > 1]
+        names = [
+            ", ".join(f"{axis[5:]}={row[axis]}" for axis in rest) or str(row["name"])
+            for row in members
+        ]
         spreads = {}
         for column in columns:
-            named = [(_repetition(row, rest), row[column]) for row in members]
+            named = [(name, row[column]) for name, row in zip(names, members, strict=True)]
             spreads[column] = Spread(tuple(pair for pair in named if pair[1] is not None))
         mixed = tuple(key[5:] for key in differing if key != "axis.seed")
         groups.append(Group(place[0], place[1], len(members), spreads, mixed))
     return groups
-
-
-def _repetition(row: dict[str, Any], axes: Sequence[str]) -> str:
-    return ", ".join(f"{axis[5:]}={row[axis]}" for axis in axes) or str(row["name"])
 
 
 def best_group(groups: Sequence[Group], column: str) -> Group | None:
@@ -433,7 +398,8 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
     if not rows:
         raise ValueError(f"no rows for {path}: the study has no lines and no baselines")
     stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
+    names = dict.fromkeys(key for row in rows for key in row)
+    writer = csv.DictWriter(stream, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_bytes(path, stream.getvalue().encode())

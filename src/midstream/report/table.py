@@ -1,9 +1,4 @@
-"""The study's table beside the paper's, small tables, and what a study took.
-
-Small tables as LaTeX and Markdown. The study's table: our means over repetitions, and beside them
-what the paper prints. What a study took, from its plan and its store: cost, stages in trouble,
-budgets, times.
-"""
+"""The study's table beside the paper's, small tables as Markdown and LaTeX, what a study took."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -287,7 +287,7 @@ class StartChecks:
         self._alike({"code": code_digest(), "torch": torch.__version__, **origin})
         named = list(model.named_parameters())
         self._pending = {name for name, value in named if value.requires_grad}
-        self._frozen = self._frozen_digest()
+        self._frozen = ""
 
     def begin(
         self,
@@ -351,7 +351,7 @@ class StartChecks:
         self._pending -= judged
 
     def end(self) -> None:
-        """Raises RuntimeError if a frozen parameter has changed since the start."""
+        """Raises RuntimeError if a frozen parameter has changed since `begin`."""
         if self._frozen_digest() != self._frozen:
             raise RuntimeError(
                 "parameters that this stage keeps frozen have changed while it ran; its weights "

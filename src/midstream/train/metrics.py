@@ -1,16 +1,10 @@
-"""The lines of `metrics.jsonl`, and the trackers that are given them.
-
-JSON lines of a stage, one a step; cut back to a checkpoint on resume.
-
-Metrics to TensorBoard, Weights & Biases and Trackio, beside `metrics.jsonl` and never instead.
+"""The lines of `metrics.jsonl`, and the trackers that are given them beside it, never instead.
 
 A thread of its own reads what training hands over: a tracker that fails, or waits for a network,
 is counted and training goes on as it would without. What a tracker lacks of the steps before a
 start is read from `metrics.jsonl`, so that a series is whole and no step stands in it twice.
 
-The places that metrics can go to: TensorBoard's event files, Weights & Biases, Trackio.
-
-TensorBoard's file is cut back to the step that a stage goes on from. The other two only take more:
+TensorBoard's file is cut back to the step that a stage goes on from. The others only take more:
 which step was sent last stands in `tracking.json`, written before it is sent, and none is sent
 twice; a process that is killed between the two leaves a gap of some seconds.
 """
@@ -18,8 +12,7 @@ twice; a process that is killed between the two leaves a gap of some seconds.
 import importlib
 import json
 import os
-import socket
-import struct
+import shutil
 import sys
 import threading
 import time
@@ -214,8 +207,6 @@ class MetricsLog:
 
 
 NOTES = "tracking.json"
-# A record of an event file: length, its checksum, the bytes, their checksum.
-_LENGTH, _CHECK_BYTES = struct.Struct("<Q"), 4
 
 
 def tracking_of(
@@ -238,58 +229,41 @@ def tracking_of(
 
 
 class TensorBoard:
-    """One event file in `folder`, a record a step, written with TensorBoard's own writer."""
+    """One event file in `folder`, a record a step, read and written by TensorBoard itself."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._events = importlib.import_module("tensorboard.compat.proto.event_pb2")
-        self._records = importlib.import_module("tensorboard.summary.writer.record_writer")
         self._writer: Any = None
 
     def begin(self, step: int) -> int:
-        """Cut the file back to `step`; the last step that is left in it, -1 for none."""
-        self._folder.mkdir(exist_ok=True)
-        # TensorBoard asks for "tfevents" and a time in the name, and reads in their order.
-        host, stamp = socket.gethostname(), f"{int(time.time()):010d}"
-        found = sorted(self._folder.glob("events.out.tfevents.*"))
-        path = found[0] if found else self._folder / f"events.out.tfevents.{stamp}.{host}.0.0"
-        last, end = self._read(path, step) if found else (-1, 0)
-        if found:
-            os.truncate(path, end)
-        self._writer = self._records.RecordWriter(path.open("ab"))
-        if end == 0:
-            self._write(file_version="brain.Event:2", wall_time=time.time())
-        return last
+        """Cut the file back to `step`; the last step that is left in it, -1 for none.
+
+        A record that a killed process left torn ends the file.
+        """
+        processing = "tensorboard.backend.event_processing.event_file_loader"
+        loader = importlib.import_module(processing).LegacyEventFileLoader
+        files = sorted(self._folder.glob("events.out.tfevents.*"))
+        events = [event for path in files for event in loader(str(path)).Load()]
+        held = [event for event in events if event.HasField("summary") and event.step <= step]
+        shutil.rmtree(self._folder, ignore_errors=True)
+        writer = importlib.import_module("tensorboard.summary.writer.event_file_writer")
+        self._writer = writer.EventFileWriter(str(self._folder))
+        for event in held:
+            self._writer.add_event(event)
+        return held[-1].step if held else -1
 
     def send(self, rows: Sequence[TrackedRow]) -> None:
         """A record a row, and the file flushed."""
         for row in rows:
             values = [{"tag": tag, "simple_value": value} for tag, value in row.values.items()]
-            self._write(wall_time=row.at, step=row.step, summary={"value": values})
+            event = self._events.Event(wall_time=row.at, step=row.step, summary={"value": values})
+            self._writer.add_event(event)
         self._writer.flush()
 
     def finish(self, failed: bool) -> None:
         """Close the file."""
         self._writer.close()
-
-    def _write(self, **values: Any) -> None:
-        self._writer.write(self._events.Event(**values).SerializeToString())
-
-    def _read(self, path: Path, step: int) -> tuple[int, int]:
-        """The last step up to `step`, and where its record ends; a torn record ends the file."""
-        data, at, last = path.read_bytes(), 0, -1
-        while at + _LENGTH.size <= len(data):
-            (size,) = _LENGTH.unpack_from(data, at)
-            start = at + _LENGTH.size + _CHECK_BYTES
-            if start + size + _CHECK_BYTES > len(data):
-                break
-            event = self._events.Event.FromString(data[start : start + size])
-            if event.HasField("summary"):
-                if event.step > step:
-                    break
-                last = event.step
-            at = start + size + _CHECK_BYTES
-        return last, at
 
 
 class _Service:

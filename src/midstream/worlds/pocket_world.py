@@ -1,17 +1,12 @@
-"""The pocket world, and its captions.
-
-The pocket world's captions: full descriptions, and what a web page would say of a picture.
-
-The descriptions stand in for synthetic captions (DataComp-DR's); alt texts for captions as they are
-found (DataComp's, CC12M's): short, partly wrong or beside the point. They never say where a thing
-is.
-
-The pocket world: a generated world of text, pictures, captions, conversations and benchmarks.
+"""The pocket world: text, pictures, captions, conversations and benchmarks, generated.
 
 Everything is a pure function of the world's seed, file by file and byte by byte. A language model
 that sees no picture can answer none of the visual questions better than by guessing: answers are
-even over each question, and scenes are in one split only (`Scene.split`). The official files of the
-benchmarks are written by `pocket_files.py`.
+even over each question, and scenes are in one split only (`Scene.split`).
+
+Full descriptions stand in for synthetic captions (DataComp-DR's); alt texts for captions as they
+are found (DataComp's, CC12M's): short, partly wrong or beside the point. They never say where a
+thing is.
 """
 
 import json

@@ -1,10 +1,6 @@
-"""Small real data sets as their owners lay them out, and their benchmarks.
+"""Small real data sets as their owners lay them out, and their benchmarks in official files.
 
-The benchmarks of the small real world in their official files, and its seeded choices.
-
-Reading the owners' layouts of the small real data sets, and what is held apart from training.
-
-Pictures are held apart by a hash of their file name, so that the same ones are for every seed.
+Pictures are held apart from training by a hash of their file name, the same ones for every seed.
 """
 
 import csv

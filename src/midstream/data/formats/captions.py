@@ -9,12 +9,12 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
 import ijson
 
-from midstream.core.tokens import Kept
 from midstream.data.formats.files import (
     base_name,
     folder_of,
@@ -90,7 +90,7 @@ class Folder:
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self._kept = Kept[str, Picture | Reject](self._load, 1)
+        self._kept = lru_cache(1)(self._load)
 
     def record(self, where: str, caption: str | Reject, name: object) -> CaptionRecord | Reject:
         """A caption with the picture called `name`, which is read only if the caption is one."""
@@ -98,7 +98,7 @@ class Folder:
             return Reject(where, "no picture", f"its name is {name!r}")
         if isinstance(caption, Reject):
             return caption
-        return record_of(where, caption, self._kept[name])
+        return record_of(where, caption, self._kept(name))
 
     def _load(self, name: str) -> Picture | Reject:
         try:

@@ -305,14 +305,9 @@ def _document(where: str, text: str) -> TextRecord | Reject:
     return TextRecord(where, text)
 
 
-def _read_tokens(unit: Unit, options: ReadOptions) -> Iterator[Item]:
-    del options
-    return read_tokens(unit)
-
-
 _READERS: dict[str, Callable[[Unit, ReadOptions], Iterator[Item]]] = {
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,
     "txt": _read_txt,
-    "tokens": _read_tokens,
+    "tokens": lambda unit, _: read_tokens(unit),
 }

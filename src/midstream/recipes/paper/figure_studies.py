@@ -8,6 +8,7 @@ from midstream.recipes.scales import (
     Model,
     Scale,
     Settings,
+    claims_of,
     curve_of,
     decidable,
     find_scale,
@@ -24,27 +25,20 @@ IMAGE_SHARES = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 INSTRUCT_SHARES = (0.0, 0.02, 0.05, 0.075, 0.1)
 
 
-FIGURE_4_CLAIMS = (
-    Claim(
-        text="Images from 80 % of text training on give better vision scores than images "
-        "after all of it, with the rate warmed up again",
-        higher={"text_completion": 80.0},
-        lower={"text_completion": 100.0},
-        source="paper, section 3.1",
+FIGURE_4_CLAIMS = claims_of(
+    "text_completion",
+    "paper, section 3.1",
+    (
+        "stable.vision",
+        (
+            "Images from 80 % of text training on give better vision scores than images "
+            "after all of it, with the rate warmed up again"
+        ),
+        80.0,
+        100.0,
     ),
-    Claim(
-        text="A longer text training before images helps vision, up to 80 %",
-        higher={"text_completion": 80.0},
-        lower={"text_completion": 20.0},
-        source="paper, section 3.1",
-    ),
-    Claim(
-        text="A longer text training before images helps text, up to 80 %",
-        score="stable.text",
-        higher={"text_completion": 80.0},
-        lower={"text_completion": 0.0},
-        source="paper, section 3.1",
-    ),
+    ("stable.vision", "A longer text training before images helps vision, up to 80 %", 80.0, 20.0),
+    ("stable.text", "A longer text training before images helps text, up to 80 %", 80.0, 0.0),
 )
 
 
@@ -70,10 +64,10 @@ def figure_4(
         )
         for share, number, seed in product(starts, epochs, seeds or at.seeds)
     ]
-    return Study(
-        name=f"paper.figure_4.{at.name}",
-        question="After what share of text training should a language model first see images?",
-        lines=tuple(lines),
+    return at.study(
+        "figure_4",
+        "After what share of text training should a language model first see images?",
+        lines,
         figure=Figure(
             x="text_completion",
             x_label="text training done before the first image (%)",
@@ -82,8 +76,6 @@ def figure_4(
         ),
         claims=decidable(FIGURE_4_CLAIMS, lines),
         baselines=text_baselines(at, [share for share in (0.8, 1.0) if share in starts]),
-        notes=at.notes,
-        text_rates=at.text_rates,
     )
 
 
@@ -101,26 +93,12 @@ def figure_5(
         "figure_5",
         0.8,
         (shares, epochs, seeds),
-        (
-            Claim(
-                text="Captions late in text training help vision",
-                higher={"image_share": 10.0},
-                lower={"image_share": 0.0},
-                source="paper, section 3.2",
-            ),
-            Claim(
-                text="Training on captions alone costs vision",
-                higher={"image_share": 10.0},
-                lower={"image_share": 100.0},
-                source="paper, section 3.2",
-            ),
-            Claim(
-                text="Training on captions alone costs text",
-                score="stable.text",
-                higher={"image_share": 10.0},
-                lower={"image_share": 100.0},
-                source="paper, section 3.2",
-            ),
+        claims_of(
+            "image_share",
+            "paper, section 3.2",
+            ("stable.vision", "Captions late in text training help vision", 10.0, 0.0),
+            ("stable.vision", "Training on captions alone costs vision", 10.0, 100.0),
+            ("stable.text", "Training on captions alone costs text", 10.0, 100.0),
         ),
     )
 
@@ -139,20 +117,11 @@ def figure_6(
         "figure_6",
         0.0,
         (shares, epochs, seeds),
-        (
-            Claim(
-                text="From scratch, captions cost vision",
-                higher={"image_share": 0.0},
-                lower={"image_share": 10.0},
-                source="paper, section 3.3",
-            ),
-            Claim(
-                text="From scratch, captions cost text",
-                score="stable.text",
-                higher={"image_share": 0.0},
-                lower={"image_share": 50.0},
-                source="paper, section 3.3",
-            ),
+        claims_of(
+            "image_share",
+            "paper, section 3.3",
+            ("stable.vision", "From scratch, captions cost vision", 0.0, 10.0),
+            ("stable.text", "From scratch, captions cost text", 0.0, 50.0),
         ),
     )
 
@@ -175,32 +144,21 @@ def figure_7(
         )
         for share, number, seed in product(shares, epochs, seeds or at.seeds)
     ]
-    return Study(
-        name=f"paper.figure_7.{at.name}",
-        question="Should conversations be part of image-text training?",
-        lines=tuple(lines),
+    return at.study(
+        "figure_7",
+        "Should conversations be part of image-text training?",
+        lines,
         figure=Figure(
             x="instruct_share",
             x_label=f"conversations in the image-text stage (% of {at.by}, 10 with captions)",
             by=curve_of(epochs),
         ),
-        claims=(
-            Claim(
-                text="Conversations in place of captions cost vision",
-                higher={"instruct_share": 0.0},
-                lower={"instruct_share": 10.0},
-                source="paper, section 3.4",
-            ),
-            Claim(
-                text="Conversations in place of captions help text",
-                score="stable.text",
-                higher={"instruct_share": 10.0},
-                lower={"instruct_share": 0.0},
-                source="paper, section 3.4",
-            ),
+        claims=claims_of(
+            "instruct_share",
+            "paper, section 3.4",
+            ("stable.vision", "Conversations in place of captions cost vision", 0.0, 10.0),
+            ("stable.text", "Conversations in place of captions help text", 10.0, 0.0),
         ),
-        notes=at.notes,
-        text_rates=at.text_rates,
     )
 
 
@@ -216,34 +174,18 @@ def figure_8(
         line(at, Model(epochs=number, seed=seed), epochs=number)
         for number, seed in product(epochs, seeds or at.seeds)
     ]
-    return Study(
-        name=f"paper.figure_8.{at.name}",
-        question="For how many epochs should a model be fine-tuned on conversations?",
-        lines=tuple(lines),
+    return at.study(
+        "figure_8",
+        "For how many epochs should a model be fine-tuned on conversations?",
+        lines,
         figure=Figure(x="epochs", x_label="epochs of fine-tuning"),
-        claims=(
-            Claim(
-                text="More epochs help vision, up to 4",
-                higher={"epochs": 4},
-                lower={"epochs": 1},
-                source="paper, section 3.5",
-            ),
-            Claim(
-                text="Beyond 4 epochs vision gets worse",
-                higher={"epochs": 4},
-                lower={"epochs": 6},
-                source="paper, section 3.5",
-            ),
-            Claim(
-                text="More epochs cost text",
-                score="stable.text",
-                higher={"epochs": 1},
-                lower={"epochs": 4},
-                source="paper, section 3.5",
-            ),
+        claims=claims_of(
+            "epochs",
+            "paper, section 3.5",
+            ("stable.vision", "More epochs help vision, up to 4", 4, 1),
+            ("stable.vision", "Beyond 4 epochs vision gets worse", 4, 6),
+            ("stable.text", "More epochs cost text", 1, 4),
         ),
-        notes=at.notes,
-        text_rates=at.text_rates,
     )
 
 
@@ -269,21 +211,21 @@ def figure_14(
         )
         for multiple, number, share, seed in product(multiples, epochs, shares, seeds or at.seeds)
     ]
-    return Study(
-        name=f"paper.figure_14.{at.name}",
-        question="Do trends over the share of captions hold when image-text training is longer?",
-        lines=tuple(lines),
+    return at.study(
+        "figure_14",
+        "Do trends over the share of captions hold when image-text training is longer?",
+        lines,
         figure=Figure(x="image_share", x_label=share_label(at), by="curve"),
-        claims=(
-            Claim(
-                text="A longer image-text training helps vision",
-                higher={"curve": _curve(max(multiples), epochs[-1])},
-                lower={"curve": _curve(min(multiples), epochs[-1])},
-                source="paper, appendix G (trends look alike; no order is stated)",
+        claims=claims_of(
+            "curve",
+            "paper, appendix G (trends look alike; no order is stated)",
+            (
+                "stable.vision",
+                "A longer image-text training helps vision",
+                _curve(max(multiples), epochs[-1]),
+                _curve(min(multiples), epochs[-1]),
             ),
         ),
-        notes=at.notes,
-        text_rates=at.text_rates,
     )
 
 
@@ -309,12 +251,10 @@ def _image_shares(
         for share, number, seed in product(shares, epochs, seeds or at.seeds)
     ]
     begun = "from scratch" if completion == 0 else f"from {completion:.0%} of text training on"
-    return Study(
-        name=f"paper.{name}.{at.name}",
-        question=f"What share of captions should image-text training have, {begun}?",
-        lines=tuple(lines),
+    return at.study(
+        name,
+        f"What share of captions should image-text training have, {begun}?",
+        lines,
         figure=Figure(x="image_share", x_label=share_label(at), by=curve_of(epochs)),
         claims=claims,
-        notes=at.notes,
-        text_rates=at.text_rates,
     )

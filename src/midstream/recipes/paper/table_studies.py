@@ -1,7 +1,5 @@
 """Tables 3 to 8, with the numbers that the paper prints.
 
-Scores that the paper prints for models other than those a study trains (Tables 7 and 8).
-
 Table 7's HellaSwag is the accuracy normalised by length; no model of these sizes has such a plain
 accuracy.
 """
@@ -14,6 +12,7 @@ from midstream.recipes.scales import (
     DATACOMP_DR,
     Model,
     Settings,
+    claims_of,
     find_scale,
     image_text_stage,
     line,
@@ -22,7 +21,7 @@ from midstream.recipes.scales import (
     text_only,
 )
 from midstream.study.stages import Evaluate
-from midstream.study.studies import Claim, Figure, Line, Printed, Published, Study, Table
+from midstream.study.studies import Figure, Line, Printed, Published, Study, Table
 
 
 def _percent(values: tuple[float | None, ...]) -> dict[str, float]:
@@ -103,10 +102,10 @@ def table_3(
         "yes": {5.0: 0.5871, 30.0: 0.6022, 50.0: 0.6085},
         "no": {5.0: 0.6855, 30.0: 0.6942, 50.0: 0.71},
     }
-    return Study(
-        name=f"paper.table_3.{at.name}",
-        question="Should the vision encoder stay frozen?",
-        lines=tuple(lines),
+    return at.study(
+        "table_3",
+        "Should the vision encoder stay frozen?",
+        lines,
         figure=Figure(x="image_share", x_label=share_label(at), by="frozen"),
         table=Table(
             title="Frozen or trained encoder",
@@ -120,21 +119,15 @@ def table_3(
             ),
             source="paper, Table 3 (79M)",
         ),
-        claims=(
-            Claim(
-                text="A frozen encoder gives better VQAv2 scores than a trained one",
-                score="vqav2",
-                higher={"frozen": "yes"},
-                lower={"frozen": "no"},
-                source="paper, appendix H (its text; its printed rows say the opposite)",
-            ),
+        claims=claims_of(
+            "frozen",
+            "paper, appendix H (its text; its printed rows say the opposite)",
+            ("vqav2", "A frozen encoder gives better VQAv2 scores than a trained one", "yes", "no"),
         ),
         notes=(
             "The rows that the paper prints as frozen score lower than those it prints as trained, "
             "while its text and caption say the opposite: they may be exchanged.",
-            *at.notes,
         ),
-        text_rates=at.text_rates,
     )
 
 
@@ -152,30 +145,29 @@ def table_4(scale: str = "1b", seeds: Sequence[int] = (), **given: Unpack[Settin
         "CC12M": (0.4556, 0.1298),
         "Shutterstock": (0.4518, 0.1310),
     }
-    claims = (
-        Claim(
-            text="Regenerated captions (DataComp-DR) are better for text than alt texts (DataComp)",
-            score="stable.text",
-            higher={"captions": DATACOMP_DR},
-            lower={"captions": "DataComp"},
-            source="paper, appendix I.1",
+    claims = claims_of(
+        "captions",
+        "paper, appendix I.1",
+        (
+            "stable.text",
+            "Regenerated captions (DataComp-DR) are better for text than alt texts (DataComp)",
+            DATACOMP_DR,
+            "DataComp",
         ),
-        Claim(
-            text="Regenerated captions are better for vision than alt texts",
-            higher={"captions": DATACOMP_DR},
-            lower={"captions": "DataComp"},
-            source="paper, appendix I.1",
+        (
+            "stable.vision",
+            "Regenerated captions are better for vision than alt texts",
+            DATACOMP_DR,
+            "DataComp",
         ),
     )
-    return Study(
-        name=f"paper.table_4.{at.name}",
-        question="Which captions should image-text training use?",
-        lines=tuple(lines),
+    return at.study(
+        "table_4",
+        "Which captions should image-text training use?",
+        lines,
         figure=Figure(x="captions", x_label="caption data set"),
         table=_stable_table("Caption data set", "captions", printed, at.captions, "Table 4 (1.4B)"),
         claims=claims,
-        notes=at.notes,
-        text_rates=at.text_rates,
     )
 
 
@@ -191,28 +183,28 @@ def table_5(scale: str = "1b", seeds: Sequence[int] = (), **given: Unpack[Settin
         "SigLIP + DINOv2": (0.4696, 0.1347),
         "patch projection": (0.1564, 0.1503),
     }
-    return Study(
-        name=f"paper.table_5.{at.name}",
-        question="Which vision encoder should a model have?",
-        lines=tuple(lines),
+    return at.study(
+        "table_5",
+        "Which vision encoder should a model have?",
+        lines,
         figure=Figure(x="encoder", x_label="vision encoder"),
         table=_stable_table("Vision encoder", "encoder", printed, at.encoders, "Table 5 (1.4B)"),
-        claims=(
-            Claim(
-                text="A pre-trained encoder gives better vision scores than projected patches",
-                higher={"encoder": "SigLIP"},
-                lower={"encoder": "patch projection"},
-                source="paper, appendix I.2",
+        claims=claims_of(
+            "encoder",
+            "paper, appendix I.2",
+            (
+                "stable.vision",
+                "A pre-trained encoder gives better vision scores than projected patches",
+                "SigLIP",
+                "patch projection",
             ),
-            Claim(
-                text="SigLIP with DINOv2 gives better vision scores than SigLIP alone",
-                higher={"encoder": "SigLIP + DINOv2"},
-                lower={"encoder": "SigLIP"},
-                source="paper, appendix I.2",
+            (
+                "stable.vision",
+                "SigLIP with DINOv2 gives better vision scores than SigLIP alone",
+                "SigLIP + DINOv2",
+                "SigLIP",
             ),
         ),
-        notes=at.notes,
-        text_rates=at.text_rates,
     )
 
 
@@ -240,10 +232,10 @@ def table_6(
         365: {(1, 1): 0.7446, (1, 2): 0.759, (5, 1): 0.7539, (5, 2): 0.7647, (10, 1): 0.7555}
         | {(10, 2): 0.7658},
     }
-    return Study(
-        name=f"paper.table_6.{at.name}",
-        question="How much do seeds change?",
-        lines=tuple(lines),
+    return at.study(
+        "table_6",
+        "How much do seeds change?",
+        lines,
         figure=Figure(x="image_share", x_label=share_label(at), by="epochs"),
         table=Table(
             title="Seeds",
@@ -261,8 +253,6 @@ def table_6(
             ),
             source="paper, Table 6 (1.4B)",
         ),
-        notes=at.notes,
-        text_rates=at.text_rates,
     )
 
 
@@ -295,10 +285,10 @@ def table_7(scale: str = "1b", seeds: Sequence[int] = (), **given: Unpack[Settin
     }
     # The metric that the paper's numbers are of.
     shown = tuple("hellaswag:acc_norm" if task == "hellaswag" else task for task in tasks)
-    return Study(
-        name=f"paper.table_7.{at.name}",
-        question="What becomes of a model's text ability from stage to stage?",
-        lines=tuple(lines),
+    return at.study(
+        "table_7",
+        "What becomes of a model's text ability from stage to stage?",
+        lines,
         figure=Figure(x="stage", x_label="stage of one model"),
         table=Table(
             title="Text tasks by stage",
@@ -308,18 +298,12 @@ def table_7(scale: str = "1b", seeds: Sequence[int] = (), **given: Unpack[Settin
             published=TABLE_7,
             source="paper, Table 7 (1.4B)",
         ),
-        claims=(
-            Claim(
-                text="Fine-tuning costs text",
-                score="stable.text",
-                higher={"stage": "image-text"},
-                lower={"stage": "fine-tuned"},
-                source="paper, Table 7",
-            ),
+        claims=claims_of(
+            "stage",
+            "paper, Table 7",
+            ("stable.text", "Fine-tuning costs text", "image-text", "fine-tuned"),
         ),
         baselines=bases,
-        notes=at.notes,
-        text_rates=at.text_rates,
     )
 
 
@@ -327,10 +311,10 @@ def table_8(scale: str = "1b", seeds: Sequence[int] = (), **given: Unpack[Settin
     """Table 8: the paper's model beside published ones, whose numbers are quoted."""
     at = find_scale(scale, **given)
     further = [task for task in at.asked.visual_tasks if task not in TABLE_8_SCORES]
-    return Study(
-        name=f"paper.table_8.{at.name}",
-        question="How does a model of this recipe compare with published ones?",
-        lines=tuple(line(at, Model(seed=seed), model="ours") for seed in seeds or at.seeds),
+    return at.study(
+        "table_8",
+        "How does a model of this recipe compare with published ones?",
+        [line(at, Model(seed=seed), model="ours") for seed in seeds or at.seeds],
         figure=Figure(x="model", x_label="model"),
         table=Table(
             title="Beside published models",
@@ -342,9 +326,7 @@ def table_8(scale: str = "1b", seeds: Sequence[int] = (), **given: Unpack[Settin
         ),
         notes=(
             "The stable scores are those of the published sets of tasks; VizWiz is in neither.",
-            *at.notes,
         ),
-        text_rates=at.text_rates,
     )
 
 
