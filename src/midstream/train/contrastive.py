@@ -195,6 +195,7 @@ def train_encoder(
     shown = 0.0
     for step in range(training.num_steps):
         if should_stop():
+            log.close()
             raise Interrupted(
                 f"stopped after step {step} of {training.num_steps}; this kind of stage keeps no "
                 "checkpoint and begins again"
