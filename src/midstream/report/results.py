@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, get_args
 
 from scipy.special import stdtrit
 
+from midstream.config import StageKind
 from midstream.core.storage import write_bytes
 from midstream.study.stages import (
     Continue,
@@ -28,20 +29,7 @@ from midstream.study.stages import (
 from midstream.study.store import Ledger, State
 from midstream.study.studies import Study
 
-KINDS = (
-    "prepare_world",
-    "prepare_tokenizer",
-    "prepare_source",
-    "train_encoder",
-    "load_encoder",
-    "fuse_encoders",
-    "load_decoder",
-    "load_model",
-    "pretrain",
-    "continue",
-    "finetune",
-    "evaluate",
-)
+KINDS: tuple[StageKind, ...] = get_args(StageKind)
 
 
 @dataclass(frozen=True)

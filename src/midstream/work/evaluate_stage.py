@@ -7,6 +7,7 @@ Weights that are there already become a stage of a store, once they are seen to 
 They are what `midstream import` wrote, or the encoders of other stages.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +17,6 @@ from midstream.config import AnyDecoderConfig, FusedEncoder, PretrainedEncoder, 
 from midstream.core.identity import benchmark_digest, kept_digests
 from midstream.core.storage import new_folder, remove_folder, verify
 from midstream.data.examples import TextCodec
-from midstream.data.prepare_source import canonical_tokenizer
 from midstream.eval.answers import BATCHES_AT_ONCE, EvaluationStopped, KeptAnswers, earlier_tasks
 from midstream.eval.benchmark import evaluate
 from midstream.eval.predict import ModelAnswerer
@@ -129,13 +129,16 @@ def check_vocabulary(codec: TextCodec, decoder: AnyDecoderConfig, folder: Path) 
             f"{decoder.vocab_size:,} rows; import it again with the data's tokenizer (--tokenizer)"
         )
     path = folder / "tokenizer.json"
-    # What begins a text is the recipe's choice.
-    if path.is_file() and canonical_tokenizer(
-        TextCodec.from_file(path).beginning_with("")
-    ) != canonical_tokenizer(codec.beginning_with("")):
+    if path.is_file() and _tokens_of(TextCodec.from_file(path)) != _tokens_of(codec):
         raise ValueError(
             f"the data was tokenised by another tokenizer than {path}; prepare it with that file"
         )
+
+
+def _tokens_of(codec: TextCodec) -> dict[str, Any]:
+    """The tokenizer but for what it puts around a text, which is the recipe's choice."""
+    content: dict[str, Any] = json.loads(codec.tokenizer.to_str())
+    return content | {"post_processor": None}
 
 
 def _kept(encoder: VisionEncoder, folder: Path) -> dict[str, Any]:
