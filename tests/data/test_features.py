@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from midstream.config import EncoderConfig
-from midstream.core.storage import CorruptError
+from midstream.core.storage import CorruptError, read_json
 from midstream.data import feature_store
 from midstream.data.feature_store import FeatureStore, HashIndex, StoredImages
 from midstream.data.images import (
@@ -105,9 +105,9 @@ def check_all(store: FeatureStore, source: Source, shown: list[int | None]) -> N
         if picture is not None:
             pixels = pixels_of(source, [example], store.config)
             live = encode_fixed(Encode(), pixels, store.config)[0]
-            stored = store.read(source, example)
-            assert stored.dtype == np.float32
-            assert np.array_equal(stored, live.numpy())
+            stored = store.read_many([(source, example)])[0]
+            assert stored.dtype == torch.float32
+            assert torch.equal(stored, live)
 
 
 def numbers(low: int, high: int) -> Iterator[np.ndarray]:
@@ -202,7 +202,7 @@ def test_only_the_pictures_asked_for_are_computed(
     assert len(store) == len(wanted) < NUM_PICTURES
     missing = next(n for n, picture in enumerate(shown) if picture not in wanted)
     with pytest.raises(ValueError, match=rf"sample {missing}: none of the .* fill the store"):
-        store.read(talks, missing)
+        store.read_many([(talks, missing)])
     # A store that is open already sees what another fills.
     FeatureStore(tmp_path, CONFIG).fill(talks, numbers(0, last), Encode(), quiet)
     check_all(store, talks, shown)
@@ -214,7 +214,7 @@ def test_an_example_without_a_picture_has_no_features(
     store = FeatureStore(tmp_path, CONFIG)
     store.fill(talks, None, Encode(), quiet)
     with pytest.raises(ValueError, match="shows no picture"):
-        store.read(talks, shown.index(None))
+        store.read_many([(talks, shown.index(None))])
 
 
 @pytest.mark.parametrize("pictures", [1, 3, FILL_BATCH, FILL_BATCH + 1])
@@ -295,7 +295,7 @@ def test_a_fill_that_is_asked_to_stop_keeps_its_batches_and_none_is_computed_twi
     assert FeatureStore(stopped, CONFIG).fill(talks, None, second, quiet)
     assert first.calls + second.calls == uninterrupted.calls
     assert features_of(stopped) == features_of(whole)
-    assert store.measured() is not None
+    assert (stopped / "measured.json").is_file()
     check_all(FeatureStore(stopped, CONFIG), talks, shown)
 
 
@@ -376,10 +376,8 @@ def test_rounding_errors_are_measured_and_kept_with_the_store(
     tmp_path: Path, talks: Source
 ) -> None:
     store = FeatureStore(tmp_path, CODED)
-    assert store.measured() is None
     store.fill(talks, None, Encode(), quiet)
-    found = store.measured()
-    assert found is not None
+    found = read_json(tmp_path / "measured.json")
     pixels = pixels_of(talks, range(NUM_PICTURES), CODED)
     raw = encode_raw(Encode(), pixels, CODED).double()
     assert not torch.equal(encode_fixed(Encode(), pixels, CODED).double(), raw)
@@ -441,7 +439,7 @@ def test_a_part_with_a_file_cut_short_or_lost_is_refused(
         # A manifest cut by its last line end is still whole.
         if cut is None or name != "manifest.json":
             with pytest.raises(CorruptError, match=rf"delete .*{parts(folder)[0].name}"):
-                FeatureStore(folder, CONFIG).read(talks, 0)
+                FeatureStore(folder, CONFIG).read_many([(talks, 0)])
             with pytest.raises(CorruptError, match="run again"):
                 FeatureStore(folder, CONFIG).fill(talks, None, Encode(), quiet)
 
@@ -469,7 +467,7 @@ def test_no_flipped_bit_reaches_a_reader(
 
 def test_a_store_of_another_encoder_is_refused(filled: Path, talks: Source) -> None:
     with pytest.raises(CorruptError, match=r"19 pictures of this encoder take 608"):
-        FeatureStore(filled, CODED).read(talks, 0)
+        FeatureStore(filled, CODED).read_many([(talks, 0)])
 
 
 @pytest.fixture(scope="module")

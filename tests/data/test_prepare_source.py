@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import numpy as np
 import pytest
 from filelock import FileLock
 from hypothesis import given, settings
@@ -454,7 +453,7 @@ def test_batches_hold_every_record_in_order_and_stay_within_one_record_of_the_li
     for batch in found:
         assert 0 < len(batch) <= limits[0]
         sizes = [prepare_records.num_characters(item) for item in batch]
-        pictures = [prepare_records.picture_of(item) for item in batch]
+        pictures = [getattr(item, "picture", None) for item in batch]
         assert sum(sizes[:-1]) < limits[1]
         assert sum(len(picture.data) for picture in pictures[:-1] if picture) < limits[2]
 
@@ -468,7 +467,6 @@ def test_images_and_their_folder_may_lie_elsewhere(tmp_path: Path) -> None:
     run("captions", source, tmp_path / "out", options=options, root=str(source))
     found = Source("s", tmp_path / "out")
     assert [found.image_bytes(example) for example in range(3)] == [png(0), png(1), png(2)]
-    assert np.array_equal(found.sizes(0, 3)[:, 1], [1, 1, 1])
     assert read_json(tmp_path / "out/shards/000000/shard.json")["files"][0].startswith("/")
 
 

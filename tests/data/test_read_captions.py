@@ -2,15 +2,14 @@
 
 import csv
 import io
-import json
-import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import fsspec
 import pytest
+from made_inputs import OPTIONS, Members, as_json, as_lines, read_all, shared, tar
 
 from midstream.data.formats import captions as formats_captions
 from midstream.data.formats import read_captions
@@ -20,18 +19,12 @@ from midstream.data.formats.read_captions import FORMATS, caption_units
 from midstream.data.formats.records import CaptionRecord, ReadOptions, Unit
 from midstream.data.source_writer import Reject
 
-SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 SYNTHETIC = [f"a made caption, number {number}" for number in range(5)]
-Members = Mapping[str, bytes]
 
 
 def picture(number: int) -> bytes:
     """Bytes of its own for every number: pictures are not decoded by the readers."""
     return b"\xff\xd8picture" + bytes([number % 256]) * (10 + number)
-
-
-def as_json(value: Any) -> bytes:
-    return json.dumps(value).encode()
 
 
 def write(path: Path, data: bytes) -> str:
@@ -40,14 +33,8 @@ def write(path: Path, data: bytes) -> str:
     return str(path)
 
 
-def write_tar(path: Path, members: Members | Sequence[tuple[str, bytes]]) -> str:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as archive:
-        for name, data in members.items() if isinstance(members, Mapping) else members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return write(path, stream.getvalue())
+def write_tar(path: Path, members: Members) -> str:
+    return write(path, tar(members))
 
 
 def img2dataset(number: int, suffix: str = "jpg") -> dict[str, bytes]:
@@ -89,11 +76,10 @@ def joined(key: str, number: int = 0) -> dict[str, bytes]:
 
 
 def read(
-    sources: str | Sequence[str], options: ReadOptions | None = None
+    sources: str | Sequence[str], options: ReadOptions = OPTIONS
 ) -> list[CaptionRecord | Reject]:
-    options = options or ReadOptions()
-    units = caption_units([sources] if isinstance(sources, str) else sources, options)
-    return [record for unit in units for record in read_captions.read_captions(unit, options)]
+    names = [sources] if isinstance(sources, str) else sources
+    return read_all("captions", *names, options=options)
 
 
 def captions(records: Sequence[CaptionRecord | Reject]) -> list[str]:
@@ -116,7 +102,7 @@ def test_an_img2dataset_tar_gives_each_caption_with_the_bytes_of_its_picture(
     path = write_tar(tmp_path / "00000.tar", {k: v for s in samples for k, v in s.items()})
     write(tmp_path / "00000_stats.json", b"{}")
     records = read(str(tmp_path))
-    assert caption_units([str(tmp_path)], ReadOptions()) == [Unit("webdataset", (path,))]
+    assert caption_units([str(tmp_path)], OPTIONS) == [Unit("webdataset", (path,))]
     assert outcome(records) == [f"caption {number}" for number in range(5)]
     for number, record in enumerate(records):
         assert isinstance(record, CaptionRecord)
@@ -129,9 +115,9 @@ def test_an_img2dataset_tar_gives_each_caption_with_the_bytes_of_its_picture(
 def test_every_tar_of_a_source_is_a_unit_in_the_order_of_their_names(tmp_path: Path) -> None:
     paths = [write_tar(tmp_path / f"{n:05d}.tar", img2dataset(n)) for n in (2, 0, 1)]
     for source in (str(tmp_path), str(tmp_path / "*.tar")):
-        units = caption_units([source], ReadOptions())
+        units = caption_units([source], OPTIONS)
         assert [unit.files[0] for unit in units] == sorted(paths)
-    units = caption_units(paths[:2], ReadOptions())
+    units = caption_units(paths[:2], OPTIONS)
     assert [unit.files[0] for unit in units] == paths[:2]
 
 
@@ -152,7 +138,7 @@ def synthetic_of(records: Sequence[CaptionRecord | Reject]) -> list[list[str]]:
 
 def test_datacompdr_gives_the_original_and_all_synthetic_captions(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", joined("k0") | joined("k1", 1))
-    assert caption_units([path], ReadOptions()) == [Unit("datacompdr", (path,))]
+    assert caption_units([path], OPTIONS) == [Unit("datacompdr", (path,))]
     assert captions(read(path)) == ["original of k0", "original of k1"]
     made = [[f"{text} of {key}" for text in SYNTHETIC] for key in ("k0", "k1")]
     assert synthetic_of(read(path)) == made
@@ -262,7 +248,7 @@ def test_captions_that_cannot_be_used_beside_others_are_counted(tmp_path: Path) 
     members = {"b.jpg": picture(0), "b.txt": b" ", "b.syn.json": made}
     (record,) = read(write_tar(tmp_path / "a.tar", members))
     assert isinstance(record, CaptionRecord)
-    assert record.captions == ("one", "two")
+    assert record.texts == ("one", "two")
     assert (record.caption, record.left_out) == ("", 3)
 
 
@@ -271,7 +257,7 @@ def test_a_cut_tar_stops_the_reading_and_names_it(tmp_path: Path) -> None:
     unit = Unit("webdataset", (str(path),))
     path.write_bytes(path.read_bytes()[:4000])
     with pytest.raises(ValueError, match=r"a\.tar is not a whole tar file"):
-        list(read_captions.read_captions(unit, ReadOptions()))
+        list(read_captions.read_captions(unit, OPTIONS))
 
 
 # COCO.
@@ -351,7 +337,7 @@ def test_a_coco_file_cut_at_any_byte_is_refused(tmp_path: Path) -> None:
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"captions_val2014\.json"):
-            caption_units([str(path)], ReadOptions())
+            caption_units([str(path)], OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -368,7 +354,7 @@ def test_a_coco_file_cut_at_any_byte_is_refused(tmp_path: Path) -> None:
 def test_json_of_another_shape_is_refused(tmp_path: Path, value: Any) -> None:
     path = write(tmp_path / "captions_val2014.json", as_json(value))
     with pytest.raises(ValueError, match=r"captions_val2014\.json"):
-        caption_units([path], ReadOptions())
+        caption_units([path], OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -484,17 +470,13 @@ def test_a_csv_that_cannot_be_read_is_refused(tmp_path: Path, data: bytes) -> No
         read(write(tmp_path / "captions.csv", data))
 
 
-def lines(records: Sequence[Any]) -> bytes:
-    return b"".join(as_json(record) + b"\n" for record in records)
-
-
 def test_an_imagefolder_is_read_from_metadata_jsonl_and_csv(tmp_path: Path) -> None:
     found = [{"file_name": f"train/{n}.png", "text": f"caption {n}", "n": n} for n in range(4)]
     for number in range(4):
         write(tmp_path / f"train/{number}.png", picture(number))
     # Names start at the metadata's own folder, even if there is one called images.
     write(tmp_path / "images" / "0.png", b"another")
-    path = write(tmp_path / "metadata.jsonl", lines(found) + b"\n")
+    path = write(tmp_path / "metadata.jsonl", as_lines(found) + b"\n")
     expected = [(f"caption {n}", picture(n)) for n in range(4)]
     for source in (path, str(tmp_path)):
         records = [r for r in read(source) if isinstance(r, CaptionRecord)]
@@ -578,7 +560,7 @@ def long_csv(folder: Path, caption: str) -> str:
 
 def long_imagefolder(folder: Path, caption: str) -> str:
     write(folder / "0.jpg", picture(0))
-    return write(folder / "metadata.jsonl", lines([{"file_name": "0.jpg", "text": caption}]))
+    return write(folder / "metadata.jsonl", as_lines([{"file_name": "0.jpg", "text": caption}]))
 
 
 @pytest.mark.parametrize("make", [long_tar, long_coco, long_csv, long_imagefolder])
@@ -605,7 +587,7 @@ def many_imagefolder(folder: Path, count: int) -> str:
     for number in range(count):
         write(folder / f"{number}.jpg", picture(number))
     records = [{"file_name": f"{n}.jpg", "text": f"caption {n}"} for n in range(count)]
-    return write(folder / "metadata.jsonl", lines(records))
+    return write(folder / "metadata.jsonl", as_lines(records))
 
 
 @pytest.mark.parametrize("count", [1, 6, 7, 8, 20, 21])
@@ -618,10 +600,10 @@ def test_units_cut_a_file_into_its_records_without_loss_or_overlap(
     assert [record.where for record in whole] == [f"{path}, record {n}" for n in range(count)]
     assert len(captions(whole)) == count
     monkeypatch.setattr(read_captions, "NUM_UNIT_RECORDS", 7)
-    units = caption_units([path], ReadOptions())
+    units = caption_units([path], OPTIONS)
     assert len(units) == -(-count // 7)
     assert read(path) == whole
-    sizes = [len(list(read_captions.read_captions(u, ReadOptions()))) for u in units]
+    sizes = [len(list(read_captions.read_captions(u, OPTIONS))) for u in units]
     assert max(sizes) <= 7
 
 
@@ -633,7 +615,9 @@ def everything(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     write_coco(tmp_path / "coco", "val2014")
     many_csv(tmp_path / "csv", 3)
     many_imagefolder(tmp_path / "imagefolder", 3)
-    bad = lines([{"file_name": n, "text": "a"} for n in ("none.jpg", "../csv/0.jpg", "zero.jpg")])
+    bad = as_lines(
+        [{"file_name": n, "text": "a"} for n in ("none.jpg", "../csv/0.jpg", "zero.jpg")]
+    )
     write(tmp_path / "bad/metadata.jsonl", bad)
     write(tmp_path / "bad/zero.jpg", b"")
     system = fsspec.filesystem("memory")
@@ -650,7 +634,7 @@ def test_urls_are_read_like_folders(everything: tuple[Path, str]) -> None:
     formats = set()
     for source in ("tars", "dr", "coco/annotations", "csv", "imagefolder", "bad"):
         local, remote = read(f"{folder}/{source}"), read(f"{url}/{source}")
-        formats |= {unit.format for unit in caption_units([f"{url}/{source}"], ReadOptions())}
+        formats |= {unit.format for unit in caption_units([f"{url}/{source}"], OPTIONS)}
         assert outcome(remote) == outcome(local)
         places = [r.where.replace("memory:///", "memory://") for r in remote]
         assert places == [r.where.replace(str(folder), url) for r in local]
@@ -669,34 +653,32 @@ def test_an_unknown_format_is_refused_with_the_known_ones(tmp_path: Path) -> Non
     write(tmp_path / "lines.jsonl", b'{"text": "a"}\n')
     for source in (".", "README.txt", "lines.jsonl"):
         with pytest.raises(ValueError, match="known are") as error:
-            caption_units([str(tmp_path / source)], ReadOptions())
+            caption_units([str(tmp_path / source)], OPTIONS)
         assert all(name in str(error.value) for name in FORMATS)
-    with pytest.raises(ValueError, match="'jsonl' is no format of captions"):
-        read_captions.read_captions(Unit("jsonl", ("a",)), ReadOptions())
 
 
 def test_a_folder_with_captions_in_two_formats_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", img2dataset(0))
     many_csv(tmp_path, 2)
     with pytest.raises(ValueError, match=r"a\.tar, .*captions\.csv.*name the files"):
-        caption_units([str(tmp_path)], ReadOptions())
+        caption_units([str(tmp_path)], OPTIONS)
     sources = [str(tmp_path / "a.tar"), str(tmp_path / "captions.csv")]
-    formats = [unit.format for unit in caption_units(sources, ReadOptions())]
+    formats = [unit.format for unit in caption_units(sources, OPTIONS)]
     assert formats == ["webdataset", "csv"]
 
 
 def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", img2dataset(0))
     with pytest.raises(ValueError, match=r"a\.tar is given 2 times"):
-        caption_units([path, str(tmp_path)], ReadOptions())
+        read([path, str(tmp_path)])
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     path = many_csv(tmp_path, 1)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        caption_units([str(tmp_path / "nowhere")], ReadOptions())
+        caption_units([str(tmp_path / "nowhere")], OPTIONS)
     with pytest.raises(FileNotFoundError, match="photos is no folder of pictures"):
-        caption_units([path], ReadOptions(images=str(tmp_path / "photos")))
+        read(path, ReadOptions(images=str(tmp_path / "photos")))
 
 
 @pytest.mark.parametrize("make", [many_coco, many_csv, many_imagefolder])
@@ -709,12 +691,6 @@ def test_synthetic_captions_are_refused_where_the_format_has_none(
 
 
 # Real ones.
-
-
-def shared(name: str) -> str:
-    if not (SHARED / name).exists():
-        pytest.skip(f"the real data {name} is not on this machine")
-    return str(SHARED / name)
 
 
 def test_flickr8k_is_read_whole() -> None:

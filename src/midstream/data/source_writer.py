@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -86,7 +86,10 @@ class ShardWriter:
         self._synthetic: list[tuple[Example, ...]] = []
         self._tokens = (folder / "tokens.bin").open("wb")
         self._supervised = None if kind == "text" else (folder / "supervised.bin").open("wb")
-        self._names = None if kind == "text" else _open_names(folder)
+        names = folder / "names.txt"
+        self._names = (
+            None if kind == "text" else names.open("w", encoding="utf-8", errors="backslashreplace")
+        )
 
     def add(
         self,
@@ -308,7 +311,3 @@ def _sums(values: np.ndarray) -> np.ndarray:
 
 def _named(counts: np.ndarray) -> dict[str, int]:
     return dict(zip(("examples", "tokens", "images"), counts.tolist(), strict=True))
-
-
-def _open_names(folder: Path) -> TextIO:
-    return (folder / "names.txt").open("w", encoding="utf-8", errors="backslashreplace")

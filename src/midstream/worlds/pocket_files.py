@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from midstream.config import PocketWorld
+from midstream.core.storage import write_bytes
 from midstream.core.tokens import apportion
 from midstream.worlds.pocket_language import (
     COUNTS,
@@ -241,20 +242,14 @@ SAMPLES_A_SHARD = 1_000
 Sample = Iterator[tuple[str, bytes]]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file; creates the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text.encode())
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON; creates the folder."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def write_lines(path: Path, values: Sequence[Any]) -> None:
     """Write one JSON value a line; creates the folder."""
-    write_text(path, "".join(json.dumps(value) + "\n" for value in values))
+    write_bytes(path, "".join(json.dumps(value) + "\n" for value in values).encode())
 
 
 def write_shards(samples: Iterator[Sample], number: int, folder: Path) -> None:
@@ -287,8 +282,8 @@ def _write_pictures(
     for index, (item, name) in enumerate(zip(items, names, strict=True)):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture = draw_jpeg(generator(world.seed, f"{folder.name} picture", index), item.scene)
-        path.write_bytes(picture)
+        rng = generator(world.seed, f"{folder.name} picture", index)
+        path.write_bytes(draw_jpeg(rng, item.scene))
         records.append({"image": name} | item.scene.record())
     write_lines(folder / "scenes.jsonl", records)
 
