@@ -12,13 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_inputs import shared
 from PIL import Image
 
 from midstream.config import ImageTransform
 from midstream.data import images
 from midstream.data.images import MAX_PIXELS, MAX_SIDE, MAX_STRIP, decode, decode_pixels
 
-SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 SIZES = st.integers(1, 40)
 RESIZES = ("letterbox", "square", "crop")
 # CLIP's: no two channels are alike, so that a mix-up of channels shows.
@@ -112,10 +112,7 @@ def test_even_noise_is_within_40_decibels_of_pillow(width: int, height: int, res
 
 
 def test_photographs_are_within_50_decibels_of_pillow() -> None:
-    folder = SHARED / "vqa_official_samples"
-    if not folder.is_dir():
-        pytest.skip("the shared data is not here")
-    paths = sorted(folder.rglob("*.jpg"))[:12]
+    paths = sorted(Path(shared("vqa_official_samples")).rglob("*.jpg"))[:12]
     assert len(paths) == 12
     for path in paths:
         picture = decode(path.read_bytes(), str(path))

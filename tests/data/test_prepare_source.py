@@ -13,7 +13,6 @@ from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 from filelock import FileLock
 from hypothesis import given, settings
@@ -370,59 +369,6 @@ def test_two_preparations_of_one_folder_at_a_time_are_refused(tmp_path: Path) ->
     ):
         thread.submit(run, "text", source, out).result()
     assert run("text", source, out)["records"] == 6
-
-
-# ------------------------------------------------------------------------- what it refuses
-
-
-def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
-    source, out = write_texts(tmp_path / "in", 1, 3), tmp_path / "out"
-    (out / "shards/mine").mkdir(parents=True)
-    with pytest.raises(ValueError, match="mine is no shard of a prepared source"):
-        run("text", source, out)
-    assert (out / "shards/mine").is_dir()
-
-
-@pytest.mark.parametrize("place", ["in", "in/deeper/out", "in/shards"])
-def test_preparing_into_the_input_is_refused(tmp_path: Path, place: str) -> None:
-    source = write_texts(tmp_path / "in", 1, 3)
-    with pytest.raises(ValueError, match="lies inside its own input"):
-        run("text", source, tmp_path / place)
-    assert sorted(path.name for path in source.iterdir()) == ["part-0.jsonl"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"workers": 0}, "0 workers"),
-        ({"max_reject_fraction": 1.5}, "limit of rejects is a fraction, 0 to 1, not 1.5"),
-        ({"validation_fraction": 1.0}, "below 1, not 1.0"),
-        ({"validation_fraction": -0.1}, "0 or more, below 1, not -0.1"),
-    ],
-)
-def test_settings_out_of_range_are_refused(
-    tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    source = write_texts(tmp_path / "in", 1, 3)
-    with pytest.raises(ValueError, match=message):
-        run("text", source, tmp_path / "out", **changes)
-    assert not (tmp_path / "out").exists()
-
-
-def test_memory_urls_are_read_by_one_process_and_refused_to_several(tmp_path: Path) -> None:
-    files = fsspec.filesystem("memory")
-    for number in range(3):
-        line = json.dumps({"text": f"far {number}"}) + "\n"
-        files.pipe(f"/prepared/{number}.jsonl", line.encode())
-    source = ["memory://prepared"]
-    first = run("text", source, tmp_path / "out")
-    assert (first["records"], first["shards"]["new"]) == (3, 3)
-    assert run("text", source, tmp_path / "out")["shards"] == {"kept": 3, "new": 0}
-    files.pipe("/prepared/1.jsonl", b'{"text": "nearer"}\n')
-    assert run("text", source, tmp_path / "out")["shards"] == {"kept": 2, "new": 1}
-    assert texts_of(Source("s", tmp_path / "out")) == ["far 0", "nearer", "far 2"]
-    with pytest.raises(ValueError, match="memory://prepared lies in this process alone"):
-        run("text", source, tmp_path / "other", workers=2)
 
 
 # -------------------------------------------------------------------------------- batches
