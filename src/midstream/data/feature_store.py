@@ -1,7 +1,6 @@
-"""A frozen encoder's outputs on disk, by the hash of the picture.
+"""A frozen encoder's outputs on disk, by the hash of the picture, whatever source it came from.
 
-The store's name stands for the encoder's weights and configuration (the caller sees to it), so that
-a feature is never stale. A part is written once and whole.
+The store's name stands for the encoder's weights and configuration; the caller sees to it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -250,10 +249,7 @@ class FeatureStore:
 
     @contextmanager
     def _turn(self, tell: Callable[[str], None], should_stop: ShouldStop) -> Iterator[bool]:
-        """Hold the store's lock, and know all that is stored, while the block runs.
-
-        False, without the lock, where a stop was asked for while another process held it.
-        """
+        """Hold the store's lock while the block runs; False where a stop was asked for instead."""
         lock = FileLock(str(self.folder / "fill.lock"))
         while not lock.is_locked:
             try:
@@ -280,10 +276,7 @@ class FeatureStore:
         tell: Callable[[str], None],
         should_stop: ShouldStop,
     ) -> int:
-        """Store what is still missing of these pictures as one part; returns how many.
-
-        A part that is stopped is whole as well: it holds the pictures of the batches before.
-        """
+        """Store what is missing of these, up to a stop, as one whole part; returns how many."""
         every = np.frombuffer(b"".join(chosen), np.uint8).reshape(-1, 16)
         missing = self._index.find(every) < 0
         hashes, examples = every[missing], np.array(list(chosen.values()))[missing].tolist()

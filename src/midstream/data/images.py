@@ -1,7 +1,6 @@
-"""Pictures to pixels, and pixels to a frozen encoder's features.
+"""Pictures to pixels, and pixels to a frozen encoder's features, stored or computed anew alike.
 
-Both depend on the picture's bytes, the transform and the encoder alone: not on installed packages,
-threads, or other pictures. Stored or computed anew, features go through batches of one shape.
+Neither depends on installed packages, threads or other pictures.
 """
 
 import io

@@ -313,8 +313,7 @@ def _check_units(units: Sequence[Unit], sources: Sequence[str], out: Path) -> No
 def _unread(
     job: Job, sources: Sequence[str], units: Sequence[Unit], notice: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Tell what a person should know of the folder; returns how many files are not read, and the
-    first of them."""
+    """Tell what a person should know of the folder; returns which of its files are not read."""
     found = (job.short(file) for file in unread_files(job.section, sources, units))
     # Names may be bytes that are no UTF-8.
     names = [name.encode("utf-8", "backslashreplace").decode() for name in found]

@@ -251,10 +251,7 @@ def _write(path: Path, shards: Sequence[Path], stopped: Sequence[Reject]) -> Non
 
 READ: dict[Section, tuple[str, ...]] = {
     "text": tuple(f"*{end}" for ends in TEXT_SUFFIXES.values() for end in ends),
-    "captions": (
-        *("*.tar", "captions*.csv", "captions*.txt", "captions_*.json"),
-        *("metadata.jsonl", "metadata*.csv"),
-    ),
+    "captions": tuple(name for names in read_captions.NAMES.values() for name in names),
     "conversations": tuple(f"*{end}" for end in read_captions.SUFFIXES),
 }
 # Pictures of captions and conversations are read by the records that name them.

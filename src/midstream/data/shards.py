@@ -137,10 +137,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class _Versions:
-    """A record as examples: its own text, and the synthetic captions of its picture.
-
-    `left_out` counts captions that cannot be used.
-    """
+    """A record as examples; `left_out` counts captions that cannot be used."""
 
     own: Example
     synthetic: tuple[Example, ...] = ()

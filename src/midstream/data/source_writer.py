@@ -150,10 +150,7 @@ class ShardWriter:
             self._supervised.write(supervised.astype(np.uint8).tobytes())
 
     def _write_synthetic(self) -> np.ndarray:
-        """Behind all own captions every picture's first synthetic one, then the second, ...
-
-        Returns the lengths, int64 [captions, examples], 0 where a picture has fewer.
-        """
+        """All first synthetic captions, then all second ones, ...; lengths [captions, examples]."""
         most = max((len(captions) for captions in self._synthetic), default=0)
         lengths = np.zeros((most, len(self._synthetic)), dtype=np.int64)
         for number in range(most):

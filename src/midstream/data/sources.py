@@ -1,7 +1,6 @@
 """A prepared source: examples with lengths known up front, tokens and pictures by random access.
 
-Its files are described in `docs/data.md`. A source is a list of shards, one for each unit of work
-of the preparation; all its columns are memory-mapped, and nothing of it is read whole.
+`docs/data.md` describes its files; all columns are memory-mapped, and nothing is read whole.
 """
 
 import mmap

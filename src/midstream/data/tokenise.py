@@ -1,7 +1,6 @@
 """Tokenizers: opening one, and encoding with tiktoken's core where it gives the same ids.
 
-The two engines agree on the split patterns below, on characters that their tables class alike, and
-on byte-level merges of which tiktoken's rule (the pair of lowest rank first) makes the same.
+That is for known splits, of characters that both class alike, and for merges in order of rank.
 """
 
 import json

@@ -1,8 +1,4 @@
-"""Scenes of the pocket world: what a picture shows, how it is drawn, which split it belongs to.
-
-A picture is a 3x3 grid of 24-pixel cells, so that an encoder with 24-pixel patches sees exactly one
-cell per patch; 24 is a multiple of JPEG's 8-pixel blocks, so that cells do not bleed either.
-"""
+"""Scenes of the pocket world: what a picture shows, how it is drawn, which split it belongs to."""
 
 import hashlib
 import io
@@ -14,6 +10,8 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image, ImageDraw
 
+# 3x3 cells: an encoder with 24-pixel patches sees one cell a patch, and JPEG's blocks of 8 pixels
+# do not bleed over.
 IMAGE_SIZE = 72
 CELL_SIZE = 24
 COLORS = {

@@ -1,12 +1,6 @@
-"""The pocket world: text, pictures, captions, conversations and benchmarks, generated.
+"""The pocket world, generated: text, pictures, captions, conversations and benchmarks.
 
-Everything is a pure function of the world's seed, file by file and byte by byte. A language model
-that sees no picture can answer none of the visual questions better than by guessing: answers are
-even over each question, and scenes are in one split only (`Scene.split`).
-
-Full descriptions stand in for synthetic captions (DataComp-DR's); alt texts for captions as they
-are found (DataComp's, CC12M's): short, partly wrong or beside the point. They never say where a
-thing is.
+All of it is a function of the seed; no visual question is answered without its picture.
 """
 
 import json

@@ -19,6 +19,7 @@ from PIL import Image
 
 from midstream.config import SmallReal
 from midstream.core.storage import read_json, write_bytes, write_json
+from midstream.worlds.pocket_files import write_vqa
 
 # Share of the pictures that could be asked about which training never sees.
 HELD_APART_PERCENT = 20
@@ -303,31 +304,13 @@ def write_vqa_benchmark(
     """
     if not asked:
         raise ValueError(f"no question is left for {folder.name}: all its pictures are trained on")
-    questions, annotations = [], []
+    rows = []
     for number, item in enumerate(asked, start=1):
-        ids = {"question_id": number, "image_id": item.number}
         kind = "yes/no" if item.answer in ("yes", "no") else "other"
         kind = "number" if item.answer.isdecimal() else kind
-        answers = [
-            {"answer": item.answer, "answer_confidence": "yes", "answer_id": index}
-            for index in range(1, 11)
-        ]
-        questions.append({**ids, "question": item.text})
-        annotations.append(
-            {
-                **ids,
-                "question_type": question_type(item),
-                "answer_type": kind,
-                "multiple_choice_answer": item.answer,
-                "answers": answers,
-            }
-        )
-    head = {"data_type": "mscoco", "data_subtype": "val2014"}
-    write_json(
-        folder / "v2_OpenEnded_mscoco_val2014_questions.json",
-        {**head, "task_type": "Open-Ended", "questions": questions},
-    )
-    write_json(folder / "v2_mscoco_val2014_annotations.json", {**head, "annotations": annotations})
+        ids = {"question_id": number, "image_id": item.number}
+        rows.append((ids, item.text, question_type(item), kind, item.answer))
+    write_vqa(folder, {}, rows, write_json)
     for number, picture in {item.number: item.picture for item in asked}.items():
         name = f"COCO_val2014_{number:012d}.jpg"
         write_bytes(folder / "val2014" / name, as_jpeg(picture))

@@ -3,8 +3,8 @@
 Records are numbered from 0, JSON lines of conversations from 1. Pictures are not decoded here.
 """
 
-import re
 from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from itertools import islice
 from typing import Any
 
@@ -60,11 +60,11 @@ FORMATS = {
     "imagefolder": "metadata.jsonl with file_name and text",
 }
 # Which files of a folder are captions; a file given by its own name may have another one.
-_NAMES = {
-    "tar": r".*\.tar",
-    "coco": r"captions_.*\.json",
-    "csv": r"(captions|metadata).*\.(csv|txt)",
-    "imagefolder": r"metadata\.jsonl",
+NAMES = {
+    "tar": ("*.tar",),
+    "coco": ("captions_*.json",),
+    "csv": ("captions*.csv", "captions*.txt", "metadata*.csv", "metadata*.txt"),
+    "imagefolder": ("metadata.jsonl",),
 }
 _SUFFIXES = (".tar", ".json", ".csv", ".txt", ".jsonl")
 
@@ -112,8 +112,8 @@ def _caption_files(source: str) -> list[str]:
     if not is_folder(source):
         return files
     found = {
-        kind: [file for file in files if re.fullmatch(pattern, base_name(file))]
-        for kind, pattern in _NAMES.items()
+        kind: [file for file in files if any(fnmatchcase(base_name(file), name) for name in names)]
+        for kind, names in NAMES.items()
     }
     kinds = [kind for kind, named in found.items() if named]
     if not kinds:
