@@ -19,8 +19,7 @@ from midstream.config import ImageTransform
 from midstream.data import images
 from midstream.data.images import MAX_PIXELS, MAX_SIDE, MAX_STRIP, decode, decode_pixels
 
-SIZES = st.integers(1, 40)
-RESIZES = ("letterbox", "square", "crop")
+SIZES, RESIZES = st.integers(1, 40), ("letterbox", "square", "crop")
 # CLIP's: no two channels are alike, so that a mix-up of channels shows.
 CLIP: dict[str, Any] = {"mean": (0.481, 0.457, 0.408), "std": (0.268, 0.261, 0.275)}
 LETTERBOX = ImageTransform(size=32)

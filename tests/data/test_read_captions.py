@@ -433,12 +433,6 @@ def test_a_folder_with_captions_in_two_formats_is_refused(tmp_path: Path) -> Non
     assert formats == ["webdataset", "csv"]
 
 
-def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", img2dataset(0))
-    with pytest.raises(ValueError, match=r"a\.tar is given 2 times"):
-        read([path, str(tmp_path)])
-
-
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     path = many_csv(tmp_path, 1)
     with pytest.raises(FileNotFoundError, match="nowhere"):

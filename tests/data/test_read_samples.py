@@ -193,6 +193,12 @@ def test_a_cut_tar_stops_the_reading_and_names_it(tmp_path: Path) -> None:
         list(read_captions(unit, OPTIONS))
 
 
+def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", img2dataset(0))
+    with pytest.raises(ValueError, match=r"a\.tar is given 2 times"):
+        read([path, str(tmp_path)])
+
+
 # Real ones.
 
 
