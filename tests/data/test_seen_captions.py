@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import make_source
+from made import make_source, supervised
 from made_inputs import run, texts_of, tokenizer_file
 from made_world import jpeg, write_tar
 
@@ -284,7 +284,7 @@ def test_all_captions_of_a_picture_are_prepared_and_stored_once(tmp_path: Path) 
     for example, number in enumerate((1, 2, 3, 0, 5)):
         lengths = [len(source.input_ids(example, caption=c)) for c in range(1, 1 + number)]
         assert lengths == [len(text) + 2 for text in SYNTHETIC[:number]]
-        assert source.supervised(example, caption=number) is not None
+        assert supervised(source, example, number) is not None
     total = sum((tmp_path / f"out/shards/{n:06d}/tokens.bin").stat().st_size // 2 for n in range(2))
     assert total == 4 * len("its own text") + 8 + sum(
         len(text) + 2 for number in (1, 2, 3, 0, 5) for text in SYNTHETIC[:number]

@@ -8,7 +8,7 @@ from PIL import Image
 import tiny
 from midstream.config import VLMConfig
 from midstream.data.examples import TextCodec, question_ids
-from midstream.data.images import Encode, decode, encode_fixed, to_pixels
+from midstream.data.images import Encode, decode_pixels, encode_fixed
 from midstream.data.prepare import open_codec
 from midstream.eval import predict
 from midstream.eval.predict import ModelAnswerer
@@ -93,7 +93,7 @@ def test_the_picture_changes_the_answer(answerer: ModelAnswerer, pictures: list[
 def ids_by_hand(answerer: ModelAnswerer, ids: list[int], picture: Path | None) -> list[int]:
     features = None
     if picture is not None:
-        pixels = to_pixels(decode(picture.read_bytes(), str(picture)), tiny.ENCODER.transform)
+        pixels = decode_pixels(picture.read_bytes(), str(picture), tiny.ENCODER.transform)
         assert answerer.encode is not None
         features = answerer.encode(torch.from_numpy(pixels)[None])
     codec = answerer.codec

@@ -1,32 +1,37 @@
-"""Tar archives: whole ones are read to the byte, damaged ones are refused, names lead nowhere."""
+"""Tar archives and JSON records: whole ones are read to the byte, damaged ones are refused."""
 
-import io
+import json
 import tarfile
 import tracemalloc
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_inputs import Members, tar
 
 from midstream.data.formats import records
-from midstream.data.formats.records import TOO_LARGE, TWICE, UNSAFE, Member, samples_of, scan_tar
+from midstream.data.formats.records import (
+    TOO_LARGE,
+    TWICE,
+    UNSAFE,
+    Member,
+    json_object,
+    list_entries,
+    samples_of,
+    scan_tar,
+    unicode_problem,
+)
+from midstream.data.source_writer import Reject
 
 FORMATS = {"gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT, "ustar": tarfile.USTAR_FORMAT}
 LONG = "folder/" * 30 + "ünïcode-" * 20 + "0.jpg"
-Named = Sequence[tuple[str, bytes]]
 
 
-def tar_bytes(members: Named, form: int = tarfile.GNU_FORMAT) -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w", format=form) as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return stream.getvalue()
+def gnu_tar(members: Members) -> bytes:
+    return tar(members, tarfile.GNU_FORMAT)
 
 
 def written(folder: Path, data: bytes) -> str:
@@ -43,7 +48,7 @@ def special(kind: bytes, name: str) -> bytes:
     """A header alone, followed by the archive's end."""
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, "/etc/passwd"
-    return info.tobuf(tarfile.GNU_FORMAT) + tar_bytes([])
+    return info.tobuf(tarfile.GNU_FORMAT) + gnu_tar([])
 
 
 NAMES = st.from_regex(r"[a-zé]{1,150}(/[a-z ]{1,60}){0,3}\.[a-z.]{1,9}", fullmatch=True)
@@ -55,7 +60,7 @@ NAMES = st.from_regex(r"[a-zé]{1,150}(/[a-z ]{1,60}){0,3}\.[a-z.]{1,9}", fullma
 def test_every_member_is_read_whole_and_lies_where_its_offset_says(
     tmp_path_factory: pytest.TempPathFactory, form: str, members: list[tuple[str, bytes]]
 ) -> None:
-    whole = tar_bytes(members, FORMATS[form])
+    whole = tar(members, FORMATS[form])
     found = list(scan_tar(written(tmp_path_factory.mktemp("tar"), whole)))
     assert [(member.name, member.data) for member in found] == members
     for member in found:
@@ -66,7 +71,7 @@ def test_every_member_is_read_whole_and_lies_where_its_offset_says(
 def test_a_tar_cut_at_any_byte_is_refused(tmp_path: Path, form: str) -> None:
     name = LONG if form != "ustar" else "folder/" * 20 + "0.jpg"
     members = [("a.txt", b"x" * 513), (name, b"y" * 100), ("empty.txt", b""), ("c.txt", b"z" * 512)]
-    whole = tar_bytes(members, FORMATS[form])
+    whole = tar(members, FORMATS[form])
     end = -(-len(whole.rstrip(b"\0")) // 512) * 512 + 1024
     assert end < len(whole)
     # Every seventh byte, and all around the blocks' ends.
@@ -85,7 +90,7 @@ def test_a_tar_cut_at_any_byte_is_refused(tmp_path: Path, form: str) -> None:
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_damaged_header_is_refused_wherever_it_is_damaged(tmp_path: Path, form: str) -> None:
     members = [("a.txt", b"x" * 10), ("b.txt", b"y" * 10), ("c.txt", b"z" * 10)]
-    whole = tar_bytes(members, FORMATS[form])
+    whole = tar(members, FORMATS[form])
     refused = 0
     for start in (0, 1024, 2048):
         for position in range(start, start + 512):
@@ -101,22 +106,22 @@ def test_a_damaged_header_is_refused_wherever_it_is_damaged(tmp_path: Path, form
 
 @pytest.mark.parametrize("behind", [1, 511, 512, 1023, 1024, 5000, -1])
 def test_anything_but_zeros_behind_the_end_is_refused(tmp_path: Path, behind: int) -> None:
-    whole = bytearray(tar_bytes([("a.txt", b"x")]))
+    whole = bytearray(gnu_tar([("a.txt", b"x")]))
     whole[1024 + behind if behind >= 0 else -1] = 7
     with pytest.raises(ValueError, match=r"a\.tar"):
         contents(written(tmp_path, bytes(whole)))
 
 
 def test_a_second_archive_behind_the_end_is_refused(tmp_path: Path) -> None:
-    one = tar_bytes([("a.txt", b"x")])
+    one = gnu_tar([("a.txt", b"x")])
     with pytest.raises(ValueError, match="further data"):
         contents(written(tmp_path, one + one))
 
 
 def test_zeros_are_padding_but_an_archive_of_nothing_else_is_damaged(tmp_path: Path) -> None:
-    one = tar_bytes([("a.txt", b"x")])
+    one = gnu_tar([("a.txt", b"x")])
     assert contents(written(tmp_path, one + bytes(2**20))) == [("a.txt", b"x")]
-    assert contents(written(tmp_path, tar_bytes([]))) == []
+    assert contents(written(tmp_path, gnu_tar([]))) == []
     with pytest.raises(ValueError, match="all zero"):
         contents(written(tmp_path, bytes(2**20)))
 
@@ -134,7 +139,7 @@ UNSAFE_NAMES = ["../a.jpg", "/etc/a.jpg", "a/../../b.jpg", "a/..", "..\\a.jpg", 
 def test_a_name_that_leads_out_of_the_archive_is_flagged_and_not_read(
     tmp_path: Path, name: str
 ) -> None:
-    path = written(tmp_path, tar_bytes([(name, b"secret"), ("a..b/c..jpg", b"fine")]))
+    path = written(tmp_path, gnu_tar([(name, b"secret"), ("a..b/c..jpg", b"fine")]))
     first, second = scan_tar(path)
     assert (first.name, first.problem, first.data) == (name, UNSAFE, b"")
     assert (second.problem, second.data) == ("", b"fine")
@@ -156,14 +161,14 @@ def test_a_member_over_the_limit_is_flagged_unread_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(records, "LARGEST_BYTES", 100)
-    path = written(tmp_path, tar_bytes([("a.jpg", b"x" * 101), ("b.jpg", b"y" * 100)]))
+    path = written(tmp_path, gnu_tar([("a.jpg", b"x" * 101), ("b.jpg", b"y" * 100)]))
     large, fitting = scan_tar(path)
     assert (large.problem, large.size, large.data) == (TOO_LARGE, 101, b"")
     assert (fitting.problem, fitting.data) == ("", b"y" * 100)
 
 
 def test_memory_holds_one_member_at_a_time(tmp_path: Path) -> None:
-    path = written(tmp_path, tar_bytes([(f"{n}.jpg", bytes([n]) * 2**20) for n in range(1, 30)]))
+    path = written(tmp_path, gnu_tar([(f"{n}.jpg", bytes([n]) * 2**20) for n in range(1, 30)]))
     tracemalloc.start()
     try:
         count = sum(1 for member in scan_tar(path) if member.size == 2**20)
@@ -177,7 +182,7 @@ def test_memory_holds_one_member_at_a_time(tmp_path: Path) -> None:
 def test_the_number_of_members_does_not_raise_memory(tmp_path: Path) -> None:
     peaks = []
     for count in (500, 4000):
-        path = written(tmp_path, tar_bytes([(f"{n}.jpg", b"x") for n in range(count)]))
+        path = written(tmp_path, gnu_tar([(f"{n}.jpg", b"x") for n in range(count)]))
         tracemalloc.start()
         try:
             assert sum(1 for _ in scan_tar(path)) == count
@@ -215,18 +220,14 @@ def _pax(headers: dict[str, str]) -> bytes:
 )
 def test_headers_made_to_mislead_are_refused(tmp_path: Path, head: bytes) -> None:
     with pytest.raises(ValueError, match=r"a\.tar is not a whole tar file"):
-        contents(written(tmp_path, head + tar_bytes([])))
+        contents(written(tmp_path, head + gnu_tar([])))
 
 
 def test_a_url_is_read_like_a_file(tmp_path: Path) -> None:
-    members = [(LONG, b"x" * 700), ("b.txt", b"y")]
-    whole = tar_bytes(members, tarfile.PAX_FORMAT)
-    with fsspec.open("memory://tars/a.tar", "wb") as stream:
-        stream.write(whole)
-    with fsspec.open("memory://tars/cut.tar", "wb") as stream:
-        stream.write(whole[:-10])
-    local = list(scan_tar(written(tmp_path, whole)))
-    assert list(scan_tar("memory://tars/a.tar")) == local
+    whole = tar([(LONG, b"x" * 700), ("b.txt", b"y")])
+    memory = fsspec.filesystem("memory")
+    memory.pipe({"/tars/a.tar": whole, "/tars/cut.tar": whole[:-10]})
+    assert list(scan_tar("memory://tars/a.tar")) == list(scan_tar(written(tmp_path, whole)))
     with pytest.raises(ValueError, match=r"memory://tars/cut\.tar"):
         list(scan_tar("memory://tars/cut.tar"))
     with pytest.raises(FileNotFoundError):
@@ -239,7 +240,7 @@ def keys(path: str) -> list[tuple[str, list[str], str]]:
 
 def test_samples_are_grouped_up_to_the_first_dot_of_the_file_name(tmp_path: Path) -> None:
     names = ["v1.2/0.jpg", "v1.2/0.syn.json", "v1.2/0.TXT", "v1.2/1.jpg", "README", ".hidden"]
-    path = written(tmp_path, tar_bytes([(name, name.encode()) for name in names]))
+    path = written(tmp_path, gnu_tar([(name, name.encode()) for name in names]))
     assert keys(path) == [("v1.2/0", ["jpg", "syn.json", "txt"], ""), ("v1.2/1", ["jpg"], "")]
     first = next(samples_of(path))
     assert first.members["txt"].data == b"v1.2/0.TXT"
@@ -260,7 +261,7 @@ def test_samples_are_grouped_up_to_the_first_dot_of_the_file_name(tmp_path: Path
 def test_a_bad_sample_is_told_once_and_its_neighbours_stay(
     tmp_path: Path, names: list[str], expected: list[tuple[str, str]]
 ) -> None:
-    path = written(tmp_path, tar_bytes([(name, b"x") for name in names]))
+    path = written(tmp_path, gnu_tar([(name, b"x") for name in names]))
     found = list(samples_of(path))
     assert [(sample.key, sample.problem) for sample in found] == expected
     for sample in found:
@@ -272,7 +273,7 @@ def test_a_sample_over_the_limit_is_told_and_not_kept(
 ) -> None:
     monkeypatch.setattr(records, "LARGEST_BYTES", 100)
     members = [("0.jpg", b"x" * 60), ("0.npz", b"x" * 60), ("1.jpg", b"y"), ("2.jpg", b"z" * 101)]
-    found = keys(written(tmp_path, tar_bytes(members)))
+    found = keys(written(tmp_path, gnu_tar(members)))
     assert found == [("0", [], TOO_LARGE), ("1", ["jpg"], ""), ("2", [], TOO_LARGE)]
 
 
@@ -296,7 +297,7 @@ def test_keys_and_suffixes_are_those_of_webdataset(
         for sample in group_by_keys(iter(files))
     ]
     members = [(name, name.encode()) for name in sorted(names)]
-    ours = list(samples_of(written(tmp_path_factory.mktemp("tar"), tar_bytes(members))))
+    ours = list(samples_of(written(tmp_path_factory.mktemp("tar"), gnu_tar(members))))
     assert [sample.key for sample in ours] == [key for key, _ in theirs]
     for sample, (_, parts) in zip(ours, theirs, strict=True):
         if sample.problem != TWICE:
@@ -305,3 +306,126 @@ def test_keys_and_suffixes_are_those_of_webdataset(
 
 def test_a_members_data_stays_out_of_messages() -> None:
     assert "secret" not in repr(Member("a.jpg", 0, 6, b"secret"))
+
+
+# JSON.
+
+
+TEXTS = st.lists(
+    st.sampled_from(['"', "\\", "[", "]", "{", "}", ",", ":", "\n", "é", "\ud800", "a", '\\"']),
+    max_size=8,
+).map("".join)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(
+    values=st.lists(VALUES, max_size=6),
+    indent=st.sampled_from([None, 1]),
+    piece=st.sampled_from([1, 2, 3, 7, 50, 2**20]),
+    escaped=st.booleans(),
+    bom=st.sampled_from([b"", b"\xef\xbb\xbf"]),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_list_gives_its_entries_at_any_size_of_the_pieces_read(
+    tmp_path_factory: pytest.TempPathFactory,
+    values: list[Any],
+    indent: int | None,
+    piece: int,
+    escaped: bool,
+    bom: bytes,
+) -> None:
+    text = json.dumps(values, indent=indent, ensure_ascii=escaped)
+    path = tmp_path_factory.getbasetemp() / "entries.json"
+    path.write_bytes((bom if piece > 3 else b"") + text.encode("utf-8", "surrogatepass") + b"\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "_PIECE_BYTES", piece)
+        found = list(list_entries(str(path)))
+    assert [json.loads(entry.decode("utf-8", "surrogatepass")) for entry in found] == values
+
+
+@given(values=st.lists(VALUES, min_size=1, max_size=3))
+@settings(max_examples=8, deadline=None)
+def test_a_list_that_is_cut_at_any_byte_is_refused_by_name(
+    tmp_path_factory: pytest.TempPathFactory, values: list[Any]
+) -> None:
+    data = json.dumps(values).encode()
+    path = tmp_path_factory.getbasetemp() / "cut.json"
+    for end in range(len(data)):
+        path.write_bytes(data[:end])
+        with pytest.raises(ValueError, match=r"cut\.json (ends inside|begins with)"):
+            list(list_entries(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "begins with"),
+        (b" \n", "begins with"),
+        (b'{"a": []}', "begins with"),
+        (b'"[]"', "begins with"),
+        (b"[1]".decode().encode("utf-16"), "begins with"),
+        (b"\x1f\x8b\x08\x00", "begins with"),
+        (b"[1] [2]", "goes on behind its list"),
+        (b"[1]" + b" " * 3_000_000 + b"x", "goes on behind its list"),
+        (b'["a]', "ends inside"),
+        (b"[" * 200_000, "ends inside"),
+    ],
+)
+def test_what_is_no_list_is_refused_by_name(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"bad\.json {message}"):
+        list(list_entries(str(path)))
+
+
+def test_an_entry_that_is_too_long_is_refused_by_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "MAX_ENTRY_BYTES", 10_000)
+    monkeypatch.setattr(records, "_PIECE_BYTES", 100)
+    path = tmp_path / "long.json"
+    # A quotation mark too few makes one string of the records behind it.
+    path.write_text('[{"a": 1}, {"a": "x}' + ', {"b": 2}' * 5000 + "]")
+    with pytest.raises(ValueError, match=r"long\.json: entry 1 is longer than 10,000 bytes"):
+        list(list_entries(str(path)))
+    path.write_text('[{"a": 1}, {"a": "' + "x" * 5000 + '"}' + ', {"b": 2}' * 5000 + "]")
+    assert len(list(list_entries(str(path)))) == 5002
+
+
+def test_a_list_is_read_from_a_url_too() -> None:
+    fsspec.filesystem("memory").pipe("/lists/a.json", b'[{"a": 1}, [2, 3], "4,"]')
+    assert list(list_entries("memory://lists/a.json")) == [b'{"a": 1}', b"[2, 3]", b'"4,"']
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "not a JSON object"),
+        (b"[1]", "not a JSON object"),
+        (b'"text"', "not a JSON object"),
+        (b"null", "not a JSON object"),
+        (b'{"a": 1', "not a JSON object"),
+        (b'{"a": 1} {"b": 2}', "not a JSON object"),
+        (b'{"a": ' + b"[" * 100_000 + b"}", "not a JSON object"),
+        (b'{"a": ' + b"9" * 10_000 + b"}", "not a JSON object"),
+        (b'{"a": "\xff"}', "not UTF-8"),
+        (b'{"a": "\xed\xa0\x80"}', "not UTF-8"),
+        ('{"a": "é"}'.encode("utf-16"), "not UTF-8"),
+    ],
+)
+def test_what_is_no_object_says_why(data: bytes, reason: str) -> None:
+    found = json_object(data, "a.jsonl, line 7")
+    assert isinstance(found, Reject)
+    assert (found.where, found.reason) == ("a.jsonl, line 7", reason)
+
+
+def test_an_object_is_read_and_half_a_surrogate_pair_is_noticed() -> None:
+    assert json_object(b'\xef\xbb\xbf{"a": "\xc3\xa9"}\n', "here") == {"a": "é"}
+    for text, whole in (("\ud800", False), ("a\udfffb", False), ("\U00010000", True), ("", True)):
+        found = json_object(json.dumps({"a": text}).encode(), "here")
+        assert found == {"a": text}
+        assert (unicode_problem(text) == "") is whole
