@@ -12,8 +12,9 @@ import pytest
 from midstream.config import Machine
 from midstream.cost.graph import order, plan
 from midstream.cost.pictures import Choice, feature_plan
-from midstream.launch import local
-from midstream.launch.local import STOPPED_EXIT_CODE, FeatureChoices, remaining_chains, run
+from midstream.launch import scheduler
+from midstream.launch.local import run
+from midstream.launch.scheduler import STOPPED_EXIT_CODE, FeatureChoices, remaining_chains
 from midstream.launch.workers import worker_environment
 from midstream.study.label import label
 from midstream.study.stages import Stage
@@ -423,7 +424,7 @@ def test_pictures_are_priced_again_when_data_was_prepared_and_at_no_other_dispat
         priced.append(len(stages))
         return feature_plan(stages, *others)
 
-    monkeypatch.setattr(local, "feature_plan", count)
+    monkeypatch.setattr(scheduler, "feature_plan", count)
     study = make_study((0.2, 0.6, 1.0))
     assert launch(study).exit_code == 0
     # Six stages see through the encoder; one source is prepared after the first of them began.
@@ -440,8 +441,8 @@ def test_what_data_holds_counts_as_soon_as_it_is_prepared(
         plans = feature_plan(stages, *others)
         return [replace(one, choice=Choice(decision, "")) for one in plans]
 
-    monkeypatch.setattr(local, "feature_plan", answer)
-    choices = FeatureChoices(plan(study, launch.ledger), launch.ledger, Machine())
+    monkeypatch.setattr(scheduler, "feature_plan", answer)
+    choices = FeatureChoices(plan(study, launch.ledger).to_run, launch.ledger, Machine())
     seeing = _stage(study, "continue")
     assert choices.of(seeing) == "auto"
     decision = "stored"

@@ -1,4 +1,7 @@
-"""Studies as jobs of a real Slurm of one machine; most with a worker that only pretends."""
+"""Studies as jobs of Slurm; most with a worker that only pretends.
+
+They run on a stand-in for Slurm, and where there is a real one, on that as well.
+"""
 
 import json
 import os
@@ -15,18 +18,22 @@ import tiny
 from midstream.config import Evaluation, SlurmSettings
 from midstream.core.storage import read_json
 from midstream.launch import local as launch_local
+from midstream.launch.scheduler import STOPPED_EXIT_CODE, Outcome
 from midstream.launch.slurm import run_on_slurm
-from midstream.launch.terminal import STOPPED_EXIT_CODE, Outcome
 from midstream.study.label import label
 from midstream.study.stages import Evaluate, Pretrain, Stage
 from midstream.study.store import Ledger
 from midstream.study.studies import Figure, Line, Study
 from one_node_slurm import OneNodeSlurm, Unavailable, clean
-
-pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+from stand_in_slurm import StandInSlurm
 
 DEADLINE_SECONDS = 120.0
 TEXT = Evaluation(text_tasks=("pocket_facts",), limit=6, prompts="short", max_new_tokens=3)
+REAL = pytest.param("real", marks=pytest.mark.slurm)
+# Every job is two processes that import the package.
+pytestmark = pytest.mark.slow
+real_slurm = pytest.mark.parametrize("slurm", [REAL], indirect=True)
+stand_in = pytest.mark.parametrize("slurm", ["stand-in"], indirect=True)
 
 # Does the one stage of its work file as a word in the store says, by the stage's name.
 FAKE_WORKER = """
@@ -69,13 +76,16 @@ say(event="finished", stage=stage.name, state=state, error=error)
 """
 
 
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneNodeSlurm]:
+@pytest.fixture(params=["stand-in", REAL], scope="module")
+def slurm(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    pytest.importorskip("submitit")
+    kind, folder = request.param, tmp_path_factory.mktemp("slurm")
     try:
-        running = OneNodeSlurm(tmp_path_factory.mktemp("slurm"))
+        running = StandInSlurm(folder) if kind == "stand-in" else OneNodeSlurm(folder)
     except Unavailable as reason:
         pytest.skip(str(reason))
-    pytest.importorskip("submitit")
     kept = dict(os.environ)
     os.environ.clear()
     os.environ.update(clean(kept) | running.environment)
@@ -100,10 +110,20 @@ def study_of(*runs: Pretrain) -> Study:
     return Study(name="tiny", question="?", lines=lines, figure=Figure(x="n", x_label="n"))
 
 
+def with_data(store: Path) -> Ledger:
+    """A store whose data counts as prepared."""
+    ledger = Ledger(store)
+    made = {"kind": "text", "num_examples": 9, "num_tokens": 9_000, "num_images": 0}
+    for stage in tiny.PREPARED:
+        with ledger.open_stage(stage) as work:
+            work.finish({**made, "distinct_images": 0, "seconds": 1.0})
+    return ledger
+
+
 class Cluster:
     """Runs studies on the Slurm and keeps what was told."""
 
-    def __init__(self, slurm: OneNodeSlurm, ledger: Ledger, folder: Path) -> None:
+    def __init__(self, slurm: Any, ledger: Ledger, folder: Path) -> None:
         self.slurm, self.ledger = slurm, ledger
         self.script = folder / "fake_worker.py"
         self.script.write_text(FAKE_WORKER)
@@ -168,26 +188,21 @@ class Cluster:
         return self.slurm.ask("squeue", "--noheader", "--array", "--format=%j").split()
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
-    """A store with the tiny world alone."""
-    ledger = Ledger(tmp_path_factory.mktemp("prepared"))
-    tiny.run_missing(ledger, tiny.DATA)
-    return ledger
-
-
 @pytest.fixture
-def cluster(slurm: OneNodeSlurm, prepared: Ledger, tmp_path: Path) -> Iterator[Cluster]:
-    ledger = tiny.store_with(prepared, tmp_path / "store", tiny.DATA)
-    made = Cluster(slurm, ledger, tmp_path)
+def cluster(slurm: Any, tmp_path: Path) -> Iterator[Cluster]:
+    made = Cluster(slurm, with_data(tmp_path / "store"), tmp_path)
     yield made
     slurm.ask("scancel", "--user", str(os.geteuid()))
     made.until(lambda: not made.queue())
 
 
+@real_slurm
 def test_jobs_give_the_bits_of_a_local_run_though_preempted_and_killed_with_the_controller(
-    cluster: Cluster, prepared: Ledger, tmp_path: Path
+    cluster: Cluster, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
+    # Asked for here, since it takes a while and is skipped where there is no Slurm.
+    tiny_ledger = request.getfixturevalue("tiny_ledger")
+    cluster.ledger = tiny.store_with(tiny_ledger, tmp_path / "true", tiny.DATA)
     # Long enough to be met along the way twice, and a checkpoint now and then.
     budget = tiny.mixture(160_000, web=1.0).model_copy(update={"max_epochs": 32})
     long = text_run(1, budget=budget, checkpoint_every_steps=5)
@@ -219,7 +234,7 @@ def test_jobs_give_the_bits_of_a_local_run_though_preempted_and_killed_with_the_
     assert "Slurm answers again" in cluster.notes()
     assert f"{label(long)} is submitted again: Slurm ended job" in cluster.notes()
     assert cluster.jobs() == {}
-    local = tiny.store_with(prepared, tmp_path / "local", tiny.DATA)
+    local = tiny.store_with(tiny_ledger, tmp_path / "local", tiny.DATA)
     result = study.lines[0].result
     tiny.run_missing(local, result)
     for stage in (long, result):
@@ -270,9 +285,9 @@ def test_what_sbatch_refuses_is_told_in_its_words(cluster: Cluster) -> None:
 
 
 def test_without_slurms_commands_the_remedy_is_named(
-    prepared: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ledger = tiny.store_with(prepared, tmp_path / "store", tiny.DATA)
+    ledger = with_data(tmp_path / "store")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"no sbatch, srun.* on the PATH.*leave --slurm out"):
         run_on_slurm(
@@ -300,7 +315,7 @@ def test_a_failed_stage_cancels_its_descendants_only_and_runs_again_with_retry(
     assert (same.num_done, same.num_failed, same.num_skipped) == (0, 1, 1)
     assert "--retry" in same.messages[0]
     again = cluster(study, retry=True)
-    assert (again.num_before, again.num_done, again.exit_code) == (3, 2, 0)
+    assert (again.num_before, again.num_done, again.exit_code) == (5, 2, 0)
 
 
 def test_a_cancelled_job_is_named_in_the_ledger_with_slurms_reason(cluster: Cluster) -> None:
@@ -365,3 +380,91 @@ def test_a_submission_that_was_cut_off_is_made_anew(cluster: Cluster) -> None:
     assert (outcome.num_done, outcome.exit_code) == (2, 0), outcome.messages
     states = cluster.slurm.ask("scontrol", "show", "job", old[text_run(1).name])
     assert "JobState=CANCELLED" in states
+
+
+@stand_in
+def test_a_preempted_job_is_queued_again_and_its_stage_goes_on(cluster: Cluster) -> None:
+    study, stage = study_of(text_run(1)), text_run(1)
+    cluster.act(stage, "wait")
+
+    def preempt(event: dict[str, Any]) -> None:
+        if event["event"] == "started" and event["stage"] == stage.name:
+            for pid in cluster.slurm.job_processes(cluster.jobs()[stage.name]):
+                os.kill(pid, signal.SIGTERM)
+        elif "is requeued: told to stop" in event.get("text", ""):
+            cluster.act(stage, None)
+
+    outcome = cluster(study, on_event=preempt)
+    assert (outcome.num_done, outcome.exit_code) == (2, 0), outcome.messages
+    assert cluster.begun().count(stage.name) == 2
+
+
+@stand_in
+def test_a_job_that_slurm_ends_uses_up_a_restart_and_then_fails_its_stage(
+    cluster: Cluster,
+) -> None:
+    study, stage = study_of(text_run(1)), text_run(1)
+    cluster.act(stage, "wait")
+
+    def end(event: dict[str, Any]) -> None:
+        if event["event"] == "started" and event["stage"] == stage.name:
+            cluster.slurm.end(cluster.jobs()[stage.name], "OUT_OF_MEMORY")
+
+    outcome = cluster(study, on_event=end, restarts=1)
+    assert (outcome.num_done, outcome.num_failed, outcome.num_skipped) == (0, 1, 1)
+    assert f"{label(stage)} is submitted again: Slurm ended job" in cluster.notes()
+    assert "as OUT_OF_MEMORY" in cluster.ledger.status(stage)["error"]
+    assert cluster.begun() == [stage.name] * 2
+
+
+@stand_in
+def test_a_killed_worker_is_begun_again_by_its_own_job(cluster: Cluster) -> None:
+    study, stage = study_of(text_run(1)), text_run(1)
+    cluster.act(stage, "wait")
+
+    def kill(event: dict[str, Any]) -> None:
+        if event["event"] == "started" and event["stage"] == stage.name:
+            job = cluster.jobs()[stage.name]
+            for pid, words in cluster.slurm.job_processes(job).items():
+                if str(cluster.script) in words:
+                    os.kill(pid, signal.SIGKILL)
+        elif "is restarted: " in event.get("text", ""):
+            cluster.act(stage, None)
+
+    outcome = cluster(study, on_event=kill, restarts=1)
+    assert (outcome.num_done, outcome.exit_code) == (2, 0), outcome.messages
+    assert "ended with signal SIGKILL" in cluster.notes()
+
+
+@stand_in
+def test_a_controller_that_was_away_and_forgot_a_job_costs_nothing(cluster: Cluster) -> None:
+    study, stage = study_of(text_run(1)), text_run(1)
+    cluster.act(stage, "wait")
+
+    def disturb(event: dict[str, Any]) -> None:
+        if event["event"] == "started" and event["stage"] == stage.name:
+            cluster.slurm.forget(cluster.jobs()[stage.name])
+            cluster.slurm.kill_controller()
+        elif "waiting until Slurm answers" in event.get("text", ""):
+            cluster.slurm.start_controller()
+        elif "no longer knows job" in event.get("text", ""):
+            cluster.act(stage, None)
+
+    outcome = cluster(study, on_event=disturb)
+    assert (outcome.num_done, outcome.exit_code) == (2, 0), outcome.messages
+    assert "Slurm answers again" in cluster.notes()
+    assert cluster.begun().count(stage.name) == 1
+
+
+@stand_in
+def test_no_more_jobs_are_queued_than_max_jobs(cluster: Cluster) -> None:
+    study = study_of(text_run(1), text_run(2))
+    with pytest.raises(ValueError, match="max_jobs is 1"):
+        cluster(study, detach=True, max_jobs=1)
+    queued = []
+
+    def count(event: dict[str, Any]) -> None:
+        queued.append(len(cluster.jobs()))
+
+    assert cluster(study, on_event=count, max_jobs=1).num_done == 4
+    assert max(queued) == 1

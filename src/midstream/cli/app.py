@@ -144,7 +144,7 @@ def prepare(
     """Turn public formats into a prepared source; the same command goes on where it was."""
     from midstream.cli import store_commands
     from midstream.launch import terminal
-    from midstream.launch.terminal import STOPPED_EXIT_CODE
+    from midstream.launch.workers import STOPPED_EXIT_CODE
 
     options: dict[str, str | int | None] = {"text_key": text_key, "require": require}
     options |= {"images": images, "max_tokens": max_tokens}

@@ -1,17 +1,4 @@
-"""What is asked of Slurm, which job has which stage, and what its end means.
-
-What the end of a job means for its stage: done, failed, to be submitted again, or wait.
-
-What is asked of Slurm: its partitions, our jobs, how one ended; and to end or requeue one.
-
-Slurm's own commands are asked, without accounting where there is none: `squeue` knows a job for
-`MinJobAge` seconds after its end, `sacct` for ever.
-
-`slurm.json`: which job was given which stage, so that a launcher finds again what runs.
-
-An entry is written before its job is submitted and gets the job's id after: a launcher that is
-killed in between leaves an entry whose job is found by its name.
-"""
+"""What is asked of Slurm by its own commands, and which job has which stage."""
 
 import math
 import os
@@ -19,15 +6,12 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
 
 from midstream.config import SlurmResources
 from midstream.core.storage import read_json, write_json
-from midstream.study.stages import Stage
-from midstream.study.store import Ledger
 
 COMMANDS = ("sbatch", "srun", "squeue", "sinfo", "scontrol", "scancel")
 # A command that says nothing for so long has not reached the controller.
@@ -132,7 +116,7 @@ def _require_partition(name: str | None, asked: int, minutes: dict[str | None, f
 def _partitions() -> dict[str | None, float]:
     """The minutes that each partition gives at the most; the default one also under None."""
     found: dict[str | None, float] = {}
-    for line in _ask("sinfo", "--noheader", "--all", "--format=%P|%l").splitlines():
+    for line in ask("sinfo", "--noheader", "--all", "--format=%P|%l").splitlines():
         name, limit = line.strip().rsplit("|", 1)
         most = limit_minutes(limit)
         if name.endswith("*"):
@@ -157,7 +141,7 @@ def queue() -> dict[str, Job]:
     """This user's jobs by id, each of an array apart; with those that ended lately."""
     asked = ("--array", "--states=all", "--format=%i|%j|%T|%r", f"--user={os.geteuid()}")
     jobs = {}
-    for line in _ask("squeue", "--noheader", *asked).splitlines():
+    for line in ask("squeue", "--noheader", *asked).splitlines():
         job = Job(*(part.strip() for part in line.split("|", 3)))
         jobs[job.id] = job
     return jobs
@@ -171,7 +155,7 @@ def ended_job(job_id: str, name: str, seen: Job | None) -> Job | None:
     """
     columns = "JobName,State,ExitCode,Reason"
     try:
-        told = _ask("sacct", "-X", "-n", "-P", "-j", job_id, "-o", columns)
+        told = ask("sacct", "-X", "-n", "-P", "-j", job_id, "-o", columns)
     except (Unreachable, FileNotFoundError):  # no accounting
         told = ""
     for line in told.splitlines():
@@ -180,7 +164,7 @@ def ended_job(job_id: str, name: str, seen: Job | None) -> Job | None:
         if named == name and state.split()[0] in ENDED:
             return Job(job_id, name, state.split()[0], reason, code)
     try:
-        told = _ask("scontrol", "--oneliner", "show", "job", job_id)
+        told = ask("scontrol", "--oneliner", "show", "job", job_id)
     except Unreachable:  # it has gone from the controller's memory
         return seen
     values = dict(re.findall(r"(\w+)=(\S*)", told))
@@ -192,26 +176,17 @@ def ended_job(job_id: str, name: str, seen: Job | None) -> Job | None:
 def cancel(ids: Sequence[str]) -> None:
     """End jobs, whether they run or wait; those that have ended already are passed over."""
     if ids:
-        _ask("scancel", "--quiet", *ids)
-
-
-def cancel_named(name: str) -> None:
-    """End all jobs of this name."""
-    _ask("scancel", "--quiet", f"--user={os.geteuid()}", f"--name={name}")
-
-
-def requeue(job_id: str) -> None:
-    """Put a job back into the queue; where it runs, it is ended for that."""
-    _ask("scontrol", "requeue", job_id)
+        ask("scancel", "--quiet", *ids)
 
 
 def job_state(job_id: str) -> str:
     """The state of a job that the controller knows."""
-    found = re.search(r"JobState=(\S+)", _ask("scontrol", "--oneliner", "show", "job", job_id))
+    found = re.search(r"JobState=(\S+)", ask("scontrol", "--oneliner", "show", "job", job_id))
     return found[1] if found else ""
 
 
-def _ask(*command: str) -> str:
+def ask(*command: str) -> str:
+    """What a command of Slurm prints; Unreachable if it fails or says nothing."""
     try:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS)
     except subprocess.TimeoutExpired:
@@ -223,57 +198,58 @@ def _ask(*command: str) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """A stage's job: the name it was submitted under, its id (12, or 12_3), its log.
+    """A stage's job: the name it was submitted under, and its id (12, or 12_3).
 
     `restarts` counts how often the stage was begun again because its processes were killed.
     """
 
     name: str
     job: str | None
-    log: str
     restarts: int = 0
 
 
 @dataclass
 class JobBook:
-    """The entries by stage name; every change is on the disk when it returns."""
+    """`slurm.json`: the entries by stage name; every change is on the disk when it returns.
+
+    An entry is written before its job is submitted and gets the job's id after: a launcher that is
+    killed in between leaves an entry whose job is found by its name.
+    """
 
     path: Path
-    entries: dict[str, Entry] = field(default_factory=dict)
+    entries: dict[str, Entry]
 
     @classmethod
     def of(cls, store: Path) -> "JobBook":
         """The book of a store; empty where no job was ever submitted."""
         path = store / "slurm.json"
         kept = read_json(path)["jobs"] if path.is_file() else {}
-        return cls(path, {name: Entry(**entry) for name, entry in kept.items()})
+        return cls(
+            path,
+            {
+                name: Entry(one["name"], one["job"], one.get("restarts", 0))
+                for name, one in kept.items()
+            },
+        )
 
-    def intend(self, entries: dict[str, Entry]) -> None:
-        """Note what is about to be submitted."""
+    def note(self, entries: dict[str, Entry]) -> None:
+        """Add entries, or change them."""
         self.entries |= entries
-        self._write()
-
-    def submitted(self, jobs: dict[str, tuple[str, str]]) -> None:
-        """Note ids and logs by stage name."""
-        for name, (job, log) in jobs.items():
-            self.entries[name] = replace(self.entries[name], job=job, log=log)
-        self._write()
+        told = {"jobs": {name: asdict(one) for name, one in self.entries.items()}}
+        write_json(self.path, told)
 
     def forget(self, *names: str) -> None:
         """These stages have no job any more."""
         for name in names:
             self.entries.pop(name, None)
-        self._write()
+        self.note({})
 
     def drop_unsure(self) -> None:
         """End jobs whose submission was cut off: they may miss what they are to do."""
         for name, entry in list(self.entries.items()):
             if entry.job is None:
-                cancel_named(entry.name)
+                ask("scancel", "--quiet", f"--user={os.geteuid()}", f"--name={entry.name}")
                 self.forget(name)
-
-    def _write(self) -> None:
-        write_json(self.path, {"jobs": {name: asdict(one) for name, one in self.entries.items()}})
 
 
 def require_no_jobs(store: Path) -> None:
@@ -296,74 +272,3 @@ def require_no_jobs(store: Path) -> None:
             f"{len(live)} jobs of store {store} are in Slurm's queue; follow them with --slurm, or "
             f"end them: scancel {' '.join(live)}"
         )
-
-
-# So often a job that Slurm has forgotten is submitted again.
-MAX_FORGOTTEN = 3
-# Why Slurm cancels a job: the one that it waited for will not end well, though its stage may yet.
-NEVER = "DependencyNeverSatisfied"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What is to be done, and why; `counts` if it uses up one of the stage's restarts.
-
-    `is_noted`: the ledger has the failure already.
-    """
-
-    action: Literal["done", "failed", "again", "wait"]
-    text: str = ""
-    counts: bool = False
-    is_noted: bool = False
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A stage whose job is not in the queue any more, and what is known of it.
-
-    `job` is None if Slurm does not know it; `told_before` is when the stage had last ended before
-    the job was submitted; `parent_lost` says that a parent is neither done nor has a
-    job; `doubted` that the job was seen to end well once before.
-    """
-
-    stage: Stage
-    id: str
-    job: Job | None
-    restarts_left: int
-    told_before: str | None = None
-    parent_lost: bool = False
-    num_forgotten: int = 0
-    doubted: bool = False
-
-
-def verdict(ended: Ended, ledger: Ledger) -> Verdict:
-    """What becomes of the stage."""
-    stage, job = ended.stage, ended.job
-    if ledger.is_done(stage):
-        return Verdict("done")
-    status = ledger.status(stage)
-    is_news = status.get("ended") not in (None, ended.told_before)
-    if status["state"] == "failed" and is_news:
-        return Verdict("failed", status["error"] or "it did not say why", is_noted=True)
-    if ended.parent_lost or (job is not None and job.reason == NEVER):
-        return Verdict("again")
-    if job is None:
-        return _forgotten(ended)
-    if status["state"] == "stopped" and is_news and job.state != "CANCELLED":
-        return Verdict("again", f"job {job.id} was told to stop ({job.state})")
-    if job.state == "COMPLETED":
-        if not ended.doubted:
-            return Verdict("wait")
-        return Verdict("failed", f"job {job.id} ended well, but {ledger.folder(stage)} is not done")
-    if ended.restarts_left > 0 and job.state != "CANCELLED":
-        return Verdict("again", job.sentence(), counts=True)
-    return Verdict("failed", job.sentence())
-
-
-def _forgotten(ended: Ended) -> Verdict:
-    """A controller that was killed may have lost a job, or its end."""
-    if ended.num_forgotten >= MAX_FORGOTTEN:
-        return Verdict(
-            "failed", f"Slurm no longer knows job {ended.id}, nor {MAX_FORGOTTEN} before it"
-        )
-    return Verdict("again", f"Slurm no longer knows job {ended.id}")
