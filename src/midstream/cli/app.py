@@ -230,7 +230,7 @@ def demo(
     start = time.monotonic()
     study, ledger = find_study(DEMO_STUDY, []), Ledger(store)
     machine = Machine.model_validate({"workers": workers, "threads": threads, "device": device})
-    peak_bytes = run_and_tell(study, ledger, machine, retry=True)
+    peak_bytes = run_and_tell(study, ledger, machine, {"retry": True})
     store_commands.write(study, ledger)
     text = f"wall time {time.monotonic() - start:,.1f} s"
     if peak_bytes:
