@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +86,13 @@ def slurm(
         running = StandInSlurm(folder) if kind == "stand-in" else OneNodeSlurm(folder)
     except Unavailable as reason:
         pytest.skip(str(reason))
-    kept = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(clean(kept) | running.environment)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in set(os.environ) - set(clean(os.environ)):
+            patch.delenv(name)
+        for name, value in running.environment.items():
+            patch.setenv(name, value)
         yield running
-    finally:
         running.close()
-        os.environ.clear()
-        os.environ.update(kept)
 
 
 def text_run(seed: int, **changes: Any) -> Pretrain:
@@ -118,6 +116,9 @@ def with_data(store: Path) -> Ledger:
         with ledger.open_stage(stage) as work:
             work.finish({**made, "distinct_images": 0, "seconds": 1.0})
     return ledger
+
+
+RUN = text_run(1)
 
 
 class Cluster:
@@ -157,6 +158,23 @@ class Cluster:
             skip_checks=fake,
             command=(sys.executable, str(self.script)) if fake else None,
         )
+
+    def disturbed(self, steps: Mapping[str, Callable[[str], object]], **settings: Any) -> Outcome:
+        """Run RUN, which waits, and call what stands under "begun", or in a note, with its job."""
+        self.act(RUN, "wait")
+
+        def disturb(event: dict[str, Any]) -> None:
+            begins = event["event"] == "started" and event["stage"] == RUN.name
+            told = "begun" if begins else event.get("text", "")
+            for words, act in steps.items():
+                if words in told:
+                    act(self.jobs().get(RUN.name, ""))
+
+        return self(study_of(RUN), on_event=disturb, **settings)
+
+    def go_on(self, _: str = "") -> None:
+        """RUN waits no longer."""
+        self.act(RUN, None)
 
     def act(self, stage: Stage, what: str | None) -> None:
         """Tell the pretending worker of a stage: fail, wait, or (None) go on."""
@@ -242,7 +260,7 @@ def test_jobs_give_the_bits_of_a_local_run_though_preempted_and_killed_with_the_
 
 
 def test_equal_stages_are_one_array_and_children_wait_for_their_parents(cluster: Cluster) -> None:
-    study = study_of(text_run(1), text_run(2), text_run(3))
+    study = study_of(RUN, text_run(2), text_run(3))
     sizes: dict[str, str] = {}
 
     def look(event: dict[str, Any]) -> None:
@@ -262,26 +280,23 @@ def test_equal_stages_are_one_array_and_children_wait_for_their_parents(cluster:
     assert "--array=0-2%1" in script.read_text()
 
 
-def test_a_partition_that_does_not_exist_or_gives_less_time_is_named_before_all_else(
+def test_what_slurm_cannot_give_is_named_and_nothing_is_queued(
     cluster: Cluster,
 ) -> None:
     before = sorted(cluster.ledger.store.rglob("*"))
     with pytest.raises(ValueError, match=r"no partition 'hgih'; did you mean 'high'\? it has ci"):
-        cluster(study_of(text_run(1)), stages={"evaluate": {"partition": "hgih"}})
+        cluster(study_of(RUN), stages={"evaluate": {"partition": "hgih"}})
     # Without the check its jobs would wait for ever.
     with pytest.raises(ValueError, match=r"time_minutes is 61, but partition high gives 60"):
-        cluster(study_of(text_run(1)), stages={"evaluate": {"partition": "high"}}, time_minutes=61)
+        cluster(study_of(RUN), stages={"evaluate": {"partition": "high"}}, time_minutes=61)
     with pytest.raises(ValueError, match=r"time_minutes is 61, but the default partition"):
-        cluster(study_of(text_run(1)), time_minutes=61)
+        cluster(study_of(RUN), time_minutes=61)
     assert sorted(cluster.ledger.store.rglob("*")) == before
-    assert cluster.queue() == []
-
-
-def test_what_sbatch_refuses_is_told_in_its_words(cluster: Cluster) -> None:
     with pytest.raises(ValueError, match=r"sbatch refused 1 pretrain jobs: .*Memory specification"):
-        cluster(study_of(text_run(1)), memory="900G")
+        cluster(study_of(RUN), memory="900G")
     assert cluster.jobs() == {}
-    assert cluster.ledger.state(text_run(1)) == "new"
+    assert cluster.queue() == []
+    assert cluster.ledger.state(RUN) == "new"
 
 
 def test_without_slurms_commands_the_remedy_is_named(
@@ -290,16 +305,14 @@ def test_without_slurms_commands_the_remedy_is_named(
     ledger = with_data(tmp_path / "store")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"no sbatch, srun.* on the PATH.*leave --slurm out"):
-        run_on_slurm(
-            study_of(text_run(1)), ledger, tiny.MACHINE, SlurmSettings(), lambda event: None
-        )
+        run_on_slurm(study_of(RUN), ledger, tiny.MACHINE, SlurmSettings(), lambda event: None)
     assert not (ledger.store / "slurm.json").exists()
 
 
 def test_a_failed_stage_cancels_its_descendants_only_and_runs_again_with_retry(
     cluster: Cluster,
 ) -> None:
-    bad, good = text_run(1), text_run(2)
+    bad, good = RUN, text_run(2)
     study = study_of(bad, good)
     cluster.act(bad, "fail")
     outcome = cluster(study)
@@ -319,28 +332,19 @@ def test_a_failed_stage_cancels_its_descendants_only_and_runs_again_with_retry(
 
 
 def test_a_cancelled_job_is_named_in_the_ledger_with_slurms_reason(cluster: Cluster) -> None:
-    lost, good = text_run(1), text_run(2)
-    study = study_of(lost, good)
-    cluster.act(lost, "wait")
-
-    def cancel(event: dict[str, Any]) -> None:
-        if event["event"] == "started" and event["stage"] == lost.name:
-            cluster.slurm.ask("scancel", cluster.jobs()[lost.name])
-
-    outcome = cluster(study, on_event=cancel)
-    assert (outcome.num_done, outcome.num_failed, outcome.num_skipped) == (2, 1, 1)
-    status = cluster.ledger.status(lost)
-    assert status["state"] == "failed"
-    assert "as CANCELLED" in status["error"]
-    assert cluster.begun().count(lost.name) == 1
+    outcome = cluster.disturbed({"begun": lambda job: cluster.slurm.ask("scancel", job)})
+    assert (outcome.num_done, outcome.num_failed, outcome.num_skipped) == (0, 1, 1)
+    assert cluster.ledger.status(RUN)["state"] == "failed"
+    assert "as CANCELLED" in cluster.ledger.status(RUN)["error"]
+    assert cluster.begun() == [RUN.name]
     assert "as CANCELLED" in outcome.messages[0]
 
 
 def test_a_launcher_that_is_killed_finds_its_jobs_again_and_submits_none_twice(
     cluster: Cluster,
 ) -> None:
-    study = study_of(text_run(1), text_run(2))
-    cluster.act(text_run(1), "wait")
+    study = study_of(RUN, text_run(2))
+    cluster.act(RUN, "wait")
     first = cluster(study, detach=True)
     assert (first.num_queued, first.num_done, first.exit_code) == (4, 0, 0)
     jobs = cluster.jobs()
@@ -359,7 +363,7 @@ def test_a_launcher_that_is_killed_finds_its_jobs_again_and_submits_none_twice(
     assert second.exit_code == STOPPED_EXIT_CODE
     assert "the same command follows them" in cluster.notes()
     assert cluster.jobs().items() <= jobs.items()
-    cluster.act(text_run(1), None)
+    cluster.act(RUN, None)
     third = cluster(study)
     assert third.exit_code == 0, third.messages
     assert sorted(cluster.begun()) == sorted(jobs)
@@ -367,98 +371,79 @@ def test_a_launcher_that_is_killed_finds_its_jobs_again_and_submits_none_twice(
 
 
 def test_a_submission_that_was_cut_off_is_made_anew(cluster: Cluster) -> None:
-    study = study_of(text_run(1))
-    cluster.act(text_run(1), "wait")
+    study = study_of(RUN)
+    cluster.act(RUN, "wait")
     cluster(study, detach=True)
     old = cluster.jobs()
     path = cluster.ledger.store / "slurm.json"
     kept = read_json(path)
-    kept["jobs"][text_run(1).name]["job"] = None
+    kept["jobs"][RUN.name]["job"] = None
     path.write_text(json.dumps(kept))
-    cluster.act(text_run(1), None)
+    cluster.act(RUN, None)
     outcome = cluster(study)
     assert (outcome.num_done, outcome.exit_code) == (2, 0), outcome.messages
-    states = cluster.slurm.ask("scontrol", "show", "job", old[text_run(1).name])
+    states = cluster.slurm.ask("scontrol", "show", "job", old[RUN.name])
     assert "JobState=CANCELLED" in states
 
 
 @stand_in
 def test_a_preempted_job_is_queued_again_and_its_stage_goes_on(cluster: Cluster) -> None:
-    study, stage = study_of(text_run(1)), text_run(1)
-    cluster.act(stage, "wait")
+    def preempt(job: str) -> None:
+        for pid in cluster.slurm.job_processes(job):
+            os.kill(pid, signal.SIGTERM)
 
-    def preempt(event: dict[str, Any]) -> None:
-        if event["event"] == "started" and event["stage"] == stage.name:
-            for pid in cluster.slurm.job_processes(cluster.jobs()[stage.name]):
-                os.kill(pid, signal.SIGTERM)
-        elif "is requeued: told to stop" in event.get("text", ""):
-            cluster.act(stage, None)
-
-    outcome = cluster(study, on_event=preempt)
+    steps = {"begun": preempt, "is requeued: told to stop": cluster.go_on}
+    outcome = cluster.disturbed(steps)
     assert (outcome.num_done, outcome.exit_code) == (2, 0), outcome.messages
-    assert cluster.begun().count(stage.name) == 2
+    assert cluster.begun().count(RUN.name) == 2
 
 
 @stand_in
 def test_a_job_that_slurm_ends_uses_up_a_restart_and_then_fails_its_stage(
     cluster: Cluster,
 ) -> None:
-    study, stage = study_of(text_run(1)), text_run(1)
-    cluster.act(stage, "wait")
-
-    def end(event: dict[str, Any]) -> None:
-        if event["event"] == "started" and event["stage"] == stage.name:
-            cluster.slurm.end(cluster.jobs()[stage.name], "OUT_OF_MEMORY")
-
-    outcome = cluster(study, on_event=end, restarts=1)
+    outcome = cluster.disturbed(
+        {"begun": lambda job: cluster.slurm.end(job, "OUT_OF_MEMORY")}, restarts=1
+    )
     assert (outcome.num_done, outcome.num_failed, outcome.num_skipped) == (0, 1, 1)
-    assert f"{label(stage)} is submitted again: Slurm ended job" in cluster.notes()
-    assert "as OUT_OF_MEMORY" in cluster.ledger.status(stage)["error"]
-    assert cluster.begun() == [stage.name] * 2
+    assert f"{label(RUN)} is submitted again: Slurm ended job" in cluster.notes()
+    assert "as OUT_OF_MEMORY" in cluster.ledger.status(RUN)["error"]
+    assert cluster.begun() == [RUN.name] * 2
 
 
 @stand_in
 def test_a_killed_worker_is_begun_again_by_its_own_job(cluster: Cluster) -> None:
-    study, stage = study_of(text_run(1)), text_run(1)
-    cluster.act(stage, "wait")
+    def kill(job: str) -> None:
+        for pid, words in cluster.slurm.job_processes(job).items():
+            if str(cluster.script) in words:
+                os.kill(pid, signal.SIGKILL)
 
-    def kill(event: dict[str, Any]) -> None:
-        if event["event"] == "started" and event["stage"] == stage.name:
-            job = cluster.jobs()[stage.name]
-            for pid, words in cluster.slurm.job_processes(job).items():
-                if str(cluster.script) in words:
-                    os.kill(pid, signal.SIGKILL)
-        elif "is restarted: " in event.get("text", ""):
-            cluster.act(stage, None)
-
-    outcome = cluster(study, on_event=kill, restarts=1)
+    outcome = cluster.disturbed({"begun": kill, "is restarted: ": cluster.go_on}, restarts=1)
     assert (outcome.num_done, outcome.exit_code) == (2, 0), outcome.messages
     assert "ended with signal SIGKILL" in cluster.notes()
 
 
 @stand_in
 def test_a_controller_that_was_away_and_forgot_a_job_costs_nothing(cluster: Cluster) -> None:
-    study, stage = study_of(text_run(1)), text_run(1)
-    cluster.act(stage, "wait")
+    def forget(job: str) -> None:
+        cluster.slurm.forget(job)
+        cluster.slurm.kill_controller()
 
-    def disturb(event: dict[str, Any]) -> None:
-        if event["event"] == "started" and event["stage"] == stage.name:
-            cluster.slurm.forget(cluster.jobs()[stage.name])
-            cluster.slurm.kill_controller()
-        elif "waiting until Slurm answers" in event.get("text", ""):
-            cluster.slurm.start_controller()
-        elif "no longer knows job" in event.get("text", ""):
-            cluster.act(stage, None)
-
-    outcome = cluster(study, on_event=disturb)
+    outcome = cluster.disturbed(
+        {
+            "begun": forget,
+            "waiting until Slurm answers": lambda _: cluster.slurm.start_controller(),
+            "no longer knows job": cluster.go_on,
+        }
+    )
     assert (outcome.num_done, outcome.exit_code) == (2, 0), outcome.messages
     assert "Slurm answers again" in cluster.notes()
-    assert cluster.begun().count(stage.name) == 1
+    assert cluster.begun().count(RUN.name) == 1
 
 
 @stand_in
 def test_no_more_jobs_are_queued_than_max_jobs(cluster: Cluster) -> None:
-    study = study_of(text_run(1), text_run(2))
+    study = study_of(RUN, text_run(2))
     with pytest.raises(ValueError, match="max_jobs is 1"):
         cluster(study, detach=True, max_jobs=1)
     queued = []

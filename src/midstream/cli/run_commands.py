@@ -129,7 +129,7 @@ def run_and_tell(
     study: "AnyStudy",
     ledger: "Ledger",
     machine: "Machine",
-    options: Mapping[str, bool],
+    options: Mapping[str, Any],
     *,
     asked: str | None = None,
     slurm: "SlurmSettings | None" = None,

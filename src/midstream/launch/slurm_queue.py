@@ -16,6 +16,8 @@ from midstream.core.storage import read_json, write_json
 COMMANDS = ("sbatch", "srun", "squeue", "sinfo", "scontrol", "scancel")
 # A command that says nothing for so long has not reached the controller.
 ANSWER_SECONDS = 120.0
+# The partition that jobs get where none is named.
+DEFAULT = "the default partition"
 # States of a job that has ended and will not begin again by itself.
 ENDED = {
     "BOOT_FAIL",
@@ -85,45 +87,31 @@ def require_slurm(asked: Iterable[SlurmResources]) -> None:
             "jobs are submitted with submitit, which is not installed: "
             "pip install 'midstream[cluster]'"
         ) from None
-    minutes = _partitions()
-    # Those that somebody named first, in an order of their own: `asked` may be a set.
-    for resources in sorted(asked, key=lambda one: (one.partition is None, one.partition or "")):
-        # None is the one that the cluster marks as its default.
-        names = [None] if resources.partition is None else resources.partition.split(",")
-        for name in names:
-            _require_partition(name, resources.time_minutes or 0, minutes)
-
-
-def _require_partition(name: str | None, asked: int, minutes: dict[str | None, float]) -> None:
-    if name is None and name not in minutes:
-        return
-    if name not in minutes:
-        known = sorted(one for one in minutes if one is not None)
-        near = get_close_matches(name or "", known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(
-            f"Slurm has no partition {name!r}; {hint}it has {', '.join(known)}: choose one with "
-            "--slurm-set partition=NAME"
-        )
-    if asked > minutes[name]:
-        place = "the default partition" if name is None else f"partition {name}"
-        raise ValueError(
-            f"time_minutes is {asked}, but {place} gives {minutes[name]:.0f}: ask for less with "
-            "--slurm-set time_minutes=N; a stage that needs longer goes on in the next piece"
-        )
-
-
-def _partitions() -> dict[str | None, float]:
-    """The minutes that each partition gives at the most; the default one also under None."""
-    found: dict[str | None, float] = {}
+    minutes: dict[str, float] = {}
     for line in ask("sinfo", "--noheader", "--all", "--format=%P|%l").splitlines():
-        name, limit = line.strip().rsplit("|", 1)
-        most = limit_minutes(limit)
-        if name.endswith("*"):
-            name = name.removesuffix("*")
-            found[None] = most
-        found[name] = most
-    return found
+        partition, limit = line.strip().rsplit("|", 1)
+        minutes[partition.removesuffix("*")] = limit_minutes(limit)
+        if partition.endswith("*"):
+            minutes[DEFAULT] = limit_minutes(limit)
+    wanted = {(one.partition or DEFAULT, one.time_minutes or 0) for one in asked}
+    # Those that somebody named first.
+    for names, time in sorted(wanted, key=lambda pair: (pair[0] == DEFAULT, pair)):
+        for name in names.split(","):
+            if name in minutes and time > minutes[name]:
+                place = name if name == DEFAULT else f"partition {name}"
+                raise ValueError(
+                    f"time_minutes is {time}, but {place} gives {minutes[name]:.0f}: ask for less "
+                    "with --slurm-set time_minutes=N; a stage that needs longer goes on in the "
+                    "next piece"
+                )
+            if name not in minutes and name != DEFAULT:
+                known = sorted(minutes.keys() - {DEFAULT})
+                near = get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ValueError(
+                    f"Slurm has no partition {name!r}; {hint}it has {', '.join(known)}: choose one "
+                    "with --slurm-set partition=NAME"
+                )
 
 
 def limit_minutes(limit: str) -> float:

@@ -34,8 +34,16 @@ def progress(console: Console, labels: Mapping[str, str]) -> Iterator[Callable[[
 
     `labels` says what stages are called, by the names that the events have.
     """
+
+    def named(show: Callable[[Event], None]) -> Callable[[Event], None]:
+        def show_named(event: Event) -> None:
+            stage = event.get("stage")
+            show(event if stage is None else {**event, "stage": labels.get(stage, stage)})
+
+        return show_named
+
     if not console.is_terminal:
-        yield _named(_Lines(console).show, labels)
+        yield named(_Lines(console).show)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -45,24 +53,21 @@ def progress(console: Console, labels: Mapping[str, str]) -> Iterator[Callable[[
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bars:
-        yield _named(_Bars(bars).show, labels)
-
-
-def _named(show: Callable[[Event], None], labels: Mapping[str, str]) -> Callable[[Event], None]:
-    def show_named(event: Event) -> None:
-        stage = event.get("stage")
-        show(event if stage is None else {**event, "stage": labels.get(stage, stage)})
-
-    return show_named
+        yield named(_Bars(bars).show)
 
 
 @contextmanager
 def reporting(console: Console, what: str) -> Iterator[Callable[[float, str], None]]:
     """Yield what shows how far one piece of work is (a fraction and a text): a line that changes in
     a terminal, else a line of its own at the start, every QUIET_SECONDS and at the end."""
+
+    def share(fraction: float, text: str) -> str:
+        # Not rounded up: 100 % is said when all is done.
+        return f"{what}: {text}, {int(100 * fraction)} % of all"
+
     if console.is_terminal:
         with console.status(what) as line:
-            yield lambda fraction, text: line.update(_share(what, fraction, text))
+            yield lambda fraction, text: line.update(share(fraction, text))
         return
     last = -QUIET_SECONDS
 
@@ -71,15 +76,14 @@ def reporting(console: Console, what: str) -> Iterator[Callable[[float, str], No
         now = time.monotonic()
         if fraction >= 1.0 or now - last >= QUIET_SECONDS:
             last = now
-            told = f"{time.strftime('%H:%M:%S')} {_share(what, fraction, text)}"
-            console.print(told, soft_wrap=True, markup=False, highlight=False)
+            _print(console, share(fraction, text))
 
     yield show
 
 
-def _share(what: str, fraction: float, text: str) -> str:
-    # Not rounded up: 100 % is said when all is done.
-    return f"{what}: {text}, {int(100 * fraction)} % of all"
+def _print(console: Console, text: str) -> None:
+    stamp = time.strftime("%H:%M:%S")
+    console.print(f"{stamp} {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 class _Bars:
@@ -87,39 +91,31 @@ class _Bars:
 
     def __init__(self, bars: Progress) -> None:
         self.bars = bars
-        self.overall: TaskID | None = None
         self.running: dict[str, TaskID] = {}
+        self.num_stages = self.num_done = 0
 
     def show(self, event: Event) -> None:
-        kind = event["event"]
-        if kind == "plan":
-            self.overall = self.bars.add_task(
-                "stages",
-                total=event["num_stages"],
-                completed=event["num_done"],
-                details=f"{event['num_done']}/{event['num_stages']}",
-            )
-        elif kind == "started":
-            self.running[event["stage"]] = self.bars.add_task(
-                escape(event["stage"]), total=1.0, details=""
-            )
-        elif kind == "progress" and event["stage"] in self.running:
-            task = self.running[event["stage"]]
-            self.bars.update(task, completed=event["done"], details=_details(event))
-        elif kind == "finished":
-            if event["stage"] in self.running:
-                self.bars.remove_task(self.running.pop(event["stage"]))
-            if event["state"] != "done":
-                self.bars.console.print(_finish_line(event), markup=False)
-            elif self.overall is not None:
-                self.bars.advance(self.overall)
-                task_state = self.bars.tasks[0]
-                details = f"{task_state.completed:.0f}/{task_state.total:.0f}"
-                self.bars.update(self.overall, details=details)
-        elif kind == "stopping":
-            self.bars.console.print("stopping: the running stages keep a checkpoint")
-        elif kind == "note":
-            self.bars.console.print(event["text"], markup=False)
+        stage = event.get("stage", "")
+        match event["event"]:
+            case "plan":
+                self.num_stages, self.num_done = event["num_stages"], event["num_done"]
+                self.overall = self.bars.add_task("stages", total=self.num_stages, details="")
+            case "started":
+                self.running[stage] = self.bars.add_task(escape(stage), total=1.0, details="")
+            case "progress" if stage in self.running:
+                task, details = self.running[stage], _details(event)
+                self.bars.update(task, completed=event["done"], details=details)
+            case "finished":
+                if stage in self.running:
+                    self.bars.remove_task(self.running.pop(stage))
+                self.num_done += event["state"] == "done"
+                if event["state"] != "done":
+                    self.bars.console.print(_told(event), markup=False)
+            case "stopping" | "note":
+                self.bars.console.print(_told(event), markup=False)
+        if event["event"] in ("plan", "finished"):
+            details = f"{self.num_done}/{self.num_stages}"
+            self.bars.update(self.overall, completed=self.num_done, details=details)
 
 
 class _Lines:
@@ -131,29 +127,39 @@ class _Lines:
         self.num_stages = self.num_done = 0
 
     def show(self, event: Event) -> None:
-        kind = event["event"]
+        kind, stage, now = event["event"], event.get("stage", ""), time.monotonic()
+        text = _told(event)
         if kind == "plan":
             self.num_stages, self.num_done = event["num_stages"], event["num_done"]
-            self._print(f"{self.num_done} of {counted(self.num_stages, 'stage')} done already")
-        elif kind == "started":
-            self.last[event["stage"]] = time.monotonic()
-            self._print(f"{event['stage']} started")
-        elif kind == "progress":
-            now = time.monotonic()
-            if now - self.last.get(event["stage"], 0.0) >= QUIET_SECONDS:
-                self.last[event["stage"]] = now
-                self._print(f"{event['stage']} {event['done']:.0%} {_details(event)}")
         elif kind == "finished":
             self.num_done += event["state"] == "done"
-            self._print(f"{_finish_line(event)} ({self.num_done}/{self.num_stages})")
-        elif kind == "stopping":
-            self._print("stopping: the running stages keep a checkpoint")
-        elif kind == "note":
-            self._print(event["text"])
+            text += f" ({self.num_done}/{self.num_stages})"
+        elif kind == "progress" and now - self.last.get(stage, 0.0) < QUIET_SECONDS:
+            return
+        if kind in ("started", "progress"):
+            self.last[stage] = now
+        if text:
+            _print(self.console, text)
 
-    def _print(self, text: str) -> None:
-        stamp = time.strftime("%H:%M:%S")
-        self.console.print(f"{stamp} {text}", markup=False, highlight=False, soft_wrap=True)
+
+def _told(event: Event) -> str:
+    """A launcher's event in words; empty for one that is not told."""
+    stage = event.get("stage", "")
+    match event["event"]:
+        case "plan":
+            return f"{event['num_done']} of {counted(event['num_stages'], 'stage')} done already"
+        case "started":
+            return f"{stage} started"
+        case "progress":
+            return f"{stage} {event['done']:.0%} {_details(event)}"
+        case "finished":
+            error = f": {event['error']} (see {event['log']})" if event.get("error") else ""
+            return f"{stage} {event['state']}{error}"
+        case "stopping":
+            return "stopping: the running stages keep a checkpoint"
+        case "note":
+            return str(event["text"])
+    return ""
 
 
 def _details(event: Event) -> str:
@@ -167,11 +173,6 @@ def _details(event: Event) -> str:
     return ", ".join(parts)
 
 
-def _finish_line(event: Event) -> str:
-    text = f"{event['stage']} {event['state']}"
-    return f"{text}: {event['error']} (see {event['log']})" if event.get("error") else text
-
-
 def errors() -> Console:
     """The console of standard error."""
     return Console(stderr=True, soft_wrap=True)
@@ -179,8 +180,7 @@ def errors() -> Console:
 
 def error(text: str) -> None:
     """Print an error in red on standard error."""
-    console = errors()
-    console.print(text, style="bold red", markup=False, highlight=False)
+    errors().print(text, style="bold red", markup=False, highlight=False)
 
 
 def tell_older(ledger: Ledger) -> None:
