@@ -8,8 +8,14 @@ import pytest
 
 from midstream.cost.graph import PlanRow, plan
 from midstream.launch.slurm import MAX_FORGOTTEN, NEVER, Queued, Verdict, verdict
-from midstream.launch.slurm_job import events_since
-from midstream.launch.slurm_queue import Entry, Job, JobBook, limit_minutes, require_no_jobs
+from midstream.launch.slurm_job import (
+    Entry,
+    Job,
+    JobBook,
+    events_since,
+    limit_minutes,
+    require_no_jobs,
+)
 from midstream.study.store import Ledger, Stopped
 from midstream.study.studies import Study
 

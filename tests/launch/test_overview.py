@@ -7,7 +7,7 @@ import pytest
 
 from midstream.cost.graph import order
 from midstream.launch.overview import Board, Overview, StageView, overview_json
-from midstream.launch.slurm_queue import Entry, JobBook
+from midstream.launch.slurm_job import Entry, JobBook
 from midstream.study.stages import (
     DataStage,
     Evaluate,

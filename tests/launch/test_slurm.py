@@ -3,23 +3,23 @@
 They run on a stand-in for Slurm, and where there is a real one, on that as well.
 """
 
-import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tiny
-from midstream.config import Evaluation, SlurmSettings
-from midstream.core.storage import read_json
+from midstream.config import SlurmSettings
 from midstream.launch import local as launch_local
 from midstream.launch.scheduler import STOPPED_EXIT_CODE, Outcome
 from midstream.launch.slurm import run_on_slurm
+from midstream.launch.slurm_job import JobBook
 from midstream.study.label import label
 from midstream.study.stages import Evaluate, Pretrain, Stage
 from midstream.study.store import Ledger
@@ -28,7 +28,7 @@ from one_node_slurm import OneNodeSlurm, Unavailable, clean
 from stand_in_slurm import StandInSlurm
 
 DEADLINE_SECONDS = 120.0
-TEXT = Evaluation(text_tasks=("pocket_facts",), limit=6, prompts="short", max_new_tokens=3)
+TEXT = tiny.EVALUATION.model_copy(update={"visual_tasks": ()})
 REAL = pytest.param("real", marks=pytest.mark.slurm)
 # Every job is two processes that import the package.
 pytestmark = pytest.mark.slow
@@ -172,10 +172,6 @@ class Cluster:
 
         return self(study_of(RUN), on_event=disturb, **settings)
 
-    def go_on(self, _: str = "") -> None:
-        """RUN waits no longer."""
-        self.act(RUN, None)
-
     def act(self, stage: Stage, what: str | None) -> None:
         """Tell the pretending worker of a stage: fail, wait, or (None) go on."""
         path = self.ledger.store / f"act-{stage.name}"
@@ -188,9 +184,8 @@ class Cluster:
 
     def jobs(self) -> dict[str, str]:
         """The job by stage name."""
-        path = self.ledger.store / "slurm.json"
-        kept = read_json(path)["jobs"] if path.is_file() else {}
-        return {name: entry["job"] for name, entry in kept.items()}
+        entries = JobBook.of(self.ledger.store).entries
+        return {name: entry.job or "" for name, entry in entries.items()}
 
     def notes(self) -> str:
         return "\n".join(event["text"] for event in self.events if event["event"] == "note")
@@ -375,10 +370,8 @@ def test_a_submission_that_was_cut_off_is_made_anew(cluster: Cluster) -> None:
     cluster.act(RUN, "wait")
     cluster(study, detach=True)
     old = cluster.jobs()
-    path = cluster.ledger.store / "slurm.json"
-    kept = read_json(path)
-    kept["jobs"][RUN.name]["job"] = None
-    path.write_text(json.dumps(kept))
+    book = JobBook.of(cluster.ledger.store)
+    book.note({RUN.name: replace(book.entries[RUN.name], job=None)})
     cluster.act(RUN, None)
     outcome = cluster(study)
     assert (outcome.num_done, outcome.exit_code) == (2, 0), outcome.messages
@@ -392,7 +385,7 @@ def test_a_preempted_job_is_queued_again_and_its_stage_goes_on(cluster: Cluster)
         for pid in cluster.slurm.job_processes(job):
             os.kill(pid, signal.SIGTERM)
 
-    steps = {"begun": preempt, "is requeued: told to stop": cluster.go_on}
+    steps = {"begun": preempt, "is requeued: told to stop": lambda _: cluster.act(RUN, None)}
     outcome = cluster.disturbed(steps)
     assert (outcome.num_done, outcome.exit_code) == (2, 0), outcome.messages
     assert cluster.begun().count(RUN.name) == 2
@@ -418,7 +411,9 @@ def test_a_killed_worker_is_begun_again_by_its_own_job(cluster: Cluster) -> None
             if str(cluster.script) in words:
                 os.kill(pid, signal.SIGKILL)
 
-    outcome = cluster.disturbed({"begun": kill, "is restarted: ": cluster.go_on}, restarts=1)
+    outcome = cluster.disturbed(
+        {"begun": kill, "is restarted: ": lambda _: cluster.act(RUN, None)}, restarts=1
+    )
     assert (outcome.num_done, outcome.exit_code) == (2, 0), outcome.messages
     assert "ended with signal SIGKILL" in cluster.notes()
 
@@ -433,7 +428,7 @@ def test_a_controller_that_was_away_and_forgot_a_job_costs_nothing(cluster: Clus
         {
             "begun": forget,
             "waiting until Slurm answers": lambda _: cluster.slurm.start_controller(),
-            "no longer knows job": cluster.go_on,
+            "no longer knows job": lambda _: cluster.act(RUN, None),
         }
     )
     assert (outcome.num_done, outcome.exit_code) == (2, 0), outcome.messages

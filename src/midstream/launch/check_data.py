@@ -137,19 +137,22 @@ def counted(source: PrepareSource, ledger: Ledger) -> Counted | None:
     """What is known of a source before, or after, it is prepared; None where nothing is."""
     if ledger.is_done(source):
         found = ledger.results(source)
-        numbers = [found[f"num_{name}"] for name in ("tokens", "examples", "images")]
+        counts = [found[f"num_{name}"] for name in ("tokens", "examples", "images")]
     elif (index := prepared_index(source)) is not None:
         found = read_json(index)
-        numbers = [found["train"][name] for name in ("tokens", "examples", "images")]
+        counts = [found["train"][name] for name in ("tokens", "examples", "images")]
     elif (told := source.expected) is not None:
         return Counted(
             told.kind, told.num_tokens, told.num_examples, told.num_images, expected=True
         )
     else:
         return None
+    tokens, examples, images = counts
     return Counted(
         found["kind"],
-        *numbers,
+        tokens,
+        examples,
+        images,
         longest=_longest_of(found.get("longest", {})),
         captions=found.get("captions"),
         seen=found.get("seen", {}),

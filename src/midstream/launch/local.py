@@ -11,7 +11,7 @@ from midstream.config import Machine
 from midstream.core.storage import read_json, write_json
 from midstream.cost.graph import PlanRow
 from midstream.launch.scheduler import Outcome, run_study
-from midstream.launch.slurm_queue import require_no_jobs
+from midstream.launch.slurm_job import require_no_jobs
 from midstream.launch.workers import (
     NODES,
     Event,

@@ -14,7 +14,7 @@ from midstream.core.tokens import counted, duration
 from midstream.cost.cost import StageCost, cost
 from midstream.cost.graph import order
 from midstream.cost.taken import seconds_of
-from midstream.launch.slurm_queue import JobBook
+from midstream.launch.slurm_job import JobBook
 from midstream.study.label import DIGITS, kind_words, labels, shortened
 from midstream.study.lease import is_held
 from midstream.study.progress import Sign, read_sign

@@ -1,5 +1,6 @@
 """A study as jobs of a Slurm cluster: submitted, followed, settled (docs/cluster.md)."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -12,10 +13,17 @@ from uuid import uuid4
 from midstream.config import Machine, SlurmSettings
 from midstream.core.tokens import counted
 from midstream.cost.graph import Plan, PlanRow
-from midstream.launch import slurm_queue
+from midstream.launch import slurm_job
 from midstream.launch.scheduler import Outcome, run_study
-from midstream.launch.slurm_job import JobFiles, StageJob, events_since
-from midstream.launch.slurm_queue import Entry, Job, JobBook, Unreachable
+from midstream.launch.slurm_job import (
+    Entry,
+    Job,
+    JobBook,
+    StageJob,
+    Unreachable,
+    events_since,
+    job_folder,
+)
 from midstream.launch.workers import Event, work_line, write_work
 from midstream.study.label import label
 from midstream.study.stages import Ranked, Stage
@@ -32,13 +40,7 @@ NEVER = "DependencyNeverSatisfied"
 MAX_ARRAY = 1000
 # What sbatch says when the controller may come back, or of a job that is to wait for one which it
 # has just forgotten; anything else is a refusal.
-AWAY = (
-    "Unable to contact",
-    "Socket timed out",
-    "Connection refused",
-    "connect failure",
-    "dependency problem",
-)
+AWAY = r"Unable to contact|Socket timed out|Connection refused|connect failure|dependency problem"
 
 
 @dataclass
@@ -161,7 +163,7 @@ class SlurmBackend:
         """Find again what an earlier launcher has submitted; None while Slurm does not answer."""
         with self._asking():
             self.book.drop_unsure()
-            live = {job.id: job.name for job in slurm_queue.queue().values() if job.is_live}
+            live = {job.id: job.name for job in slurm_job.queue().values() if job.is_live}
             known, others = {row.stage.name for row in self.plan.rows}, []
             for name, entry in list(self.book.entries.items()):
                 alive = entry.job is not None and live.get(entry.job) == entry.name
@@ -188,7 +190,7 @@ class SlurmBackend:
         rows = ready[: max(0, self.settings.max_jobs - len(self.queued))]
         queued = {row.stage.name: Queued(row) for row in rows}
         for name, one in queued.items():  # what earlier jobs have said is not told again
-            _, one.offset = events_since(JobFiles(self.store, name).events, 0)
+            _, one.offset = events_since(job_folder(self.store, name) / "events.jsonl", 0)
             one.told_before = self.ledger.status(one.row.stage).get("ended")
         arrays: dict[tuple[str, tuple[str, ...], int], list[Stage]] = {}
         for stage in (row.stage for row in rows):
@@ -217,11 +219,11 @@ class SlurmBackend:
             self.wait_seconds = self.settings.poll_seconds
         with self._asking():
             for name, one in list(self.queued.items()):
-                for event in one.news(JobFiles(self.store, name).events):
+                for event in one.news(job_folder(self.store, name) / "events.jsonl"):
                     yield event | {"worker": self.numbers[name], "log": self._log(name)}
                 if self.ledger.is_done(one.row.stage):
                     yield self._finished(name, "done")
-            jobs = slurm_queue.queue()
+            jobs = slurm_job.queue()
             for name, one in list(self.queued.items()):
                 if name not in self.queued:
                     continue  # lost with a parent just now
@@ -239,7 +241,9 @@ class SlurmBackend:
     def cancel(self, names: Sequence[str]) -> None:
         """The jobs of these stages leave the queue."""
         with suppress(Unreachable):  # Slurm cancels them by itself as well
-            slurm_queue.cancel([self.book.entries[name].job or "" for name in names])
+            slurm_job.ask(
+                "scancel", "--quiet", *(self.book.entries[name].job or "" for name in names)
+            )
         for name in names:
             self.queued.pop(name)
         self.book.forget(*names)
@@ -272,7 +276,7 @@ class SlurmBackend:
 
     def _end(self, name: str, one: Queued, entry: Entry, job: Job | None) -> Iterator[Event]:
         """A stage's job is not in the queue any more."""
-        job = slurm_queue.ended_job(entry.job or "", entry.name, job)
+        job = slurm_job.ended_job(entry.job or "", entry.name, job)
         if job is not None and job.is_live:
             return  # it was put back meanwhile
         parents = [parent for parent in one.row.stage.parents if not self.ledger.is_done(parent)]
@@ -305,7 +309,7 @@ class SlurmBackend:
 
     def _log(self, name: str) -> str:
         """Where the stage's worker writes; before there is one, its job."""
-        log, entry = JobFiles(self.store, name).log(0), self.book.entries[name]
+        log, entry = job_folder(self.store, name) / "worker-0.log", self.book.entries[name]
         job = self.store / "slurm" / "jobs" / entry.name / f"{entry.job}_0_log.out"
         return str(log if log.is_file() else job)
 
@@ -336,7 +340,7 @@ class SlurmBackend:
         machine, functions = self._machine_for(stages[0]), []
         left = max(0, self.settings.restarts - restarts)
         for stage in stages:
-            given = JobFiles(self.store, stage.name).given
+            given = job_folder(self.store, stage.name) / "given.json"
             write_work(given, self.store, machine, work_line(stage, self.features(stage)))
             functions.append(StageJob(self.store, given, left, self.settings.port, self.command))
         names = [stage.name for stage in stages]
@@ -352,7 +356,7 @@ class SlurmBackend:
         except submitit.core.utils.FailedJobError as reason:
             text = " ".join(str(reason).split())
             # Without a word it was ended by a signal, as Ctrl-C sends one to all.
-            if not text or any(sign in text for sign in AWAY):
+            if not text or re.search(AWAY, text):
                 raise Unreachable(f"sbatch: {text}") from None
             self.book.forget(*names)
             raise ValueError(
@@ -378,10 +382,7 @@ class SlurmBackend:
         }
         return {
             "job_name": name,
-            "partition": asked.partition,
-            "account": asked.account,
-            "qos": asked.qos,
-            "constraint": asked.constraint,
+            **asked.model_dump(include={"partition", "account", "qos", "constraint"}),
             "time": asked.time_minutes,
             "nodes": machine.nodes,
             "ntasks_per_node": 1,
@@ -422,7 +423,7 @@ def run_on_slurm(
     def require(work: Plan) -> None:
         try:
             kinds = {row.stage.kind for row in work.to_run}
-            slurm_queue.require_slurm(settings.resources(kind) for kind in kinds)
+            slurm_job.require_slurm(settings.resources(kind) for kind in kinds)
         except Unreachable as reason:
             raise ValueError(f"{reason}; run the same command again once Slurm answers") from None
         if detach and len(work.to_run) > settings.max_jobs:
