@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,83 +24,14 @@ from midstream.study.studies import Study
 
 MakeStudy = Callable[..., Study]
 
-# Speaks the protocol, notes when stages begin and end, and behaves as the test says, by stage name.
-FAKE_WORKER = """
-import json, os, signal, sys, time
-from pathlib import Path
-from midstream.study.store import Ledger, Stopped
-from midstream.study.stages import stage_from_json
-
-store, behaviour = Path(sys.argv[1]), json.loads(sys.argv[2])
-notes = store / "notes.jsonl"
-
-def note(what, stage):
-    with notes.open("a") as stream:
-        gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
-        stream.write(json.dumps([what, stage.name, os.getpid(), gpus]) + "\\n")
-
-def say(**event):
-    print(json.dumps(event), flush=True)
-
-def stop(*_):
-    raise Stopped("asked to stop")
-
-def meet(stage):
-    (store / f"here-{stage.name}").touch()
-    until = time.monotonic() + 20
-    while len(list(store.glob("here-*"))) < 2:
-        if time.monotonic() > until:
-            raise TimeoutError("nobody came")
-        time.sleep(0.01)
-
-if behaviour.get("startup") == "die":
-    sys.exit(3)
-print("a library says hello", flush=True)
-print("and complains", file=sys.stderr, flush=True)
-say(event="ready")
-for line in sys.stdin:
-    stage = stage_from_json(json.dumps(json.loads(line)["stage"]))
-    signal.signal(signal.SIGTERM, stop)
-    act = behaviour.get(stage.name)
-    note("begin", stage)
-    say(event="started", stage=stage.name)
-    state, error = "done", None
-    try:
-        with Ledger(store).open_stage(stage) as work:
-            for parent in stage.parents:
-                assert Ledger(store).is_done(parent), parent.name
-            if act == "fail":
-                raise ValueError("bad luck")
-            if act == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if act == "exit":
-                os._exit(7)
-            if act == "meet":
-                meet(stage)
-            if act == "wait":
-                say(event="progress", stage=stage.name, done=0.5, tokens_seen=1, total_tokens=2,
-                    loss=1.0, tokens_per_second=3.0, note="")
-                time.sleep(60)
-            made = dict(kind="caption", num_examples=1, num_tokens=9, num_images=1)
-            made["distinct_images"] = 1
-            work.finish({"weights_digest": "w", **made})
-        if act == "lie":
-            (Ledger(store).folder(stage) / "SUCCESS").unlink()
-    except Stopped as reason:
-        state = "stopped"
-    except Exception as problem:
-        state, error = "failed", f"{type(problem).__name__}: {problem}"
-    note("end", stage)
-    say(event="finished", stage=stage.name, state=state, error=error)
-"""
+FAKE_WORKER = Path(__file__).parent.parent / "fake_worker.py"
 
 
 class Launch:
     """Runs studies with the fake worker and keeps what happened."""
 
     def __init__(self, folder: Path) -> None:
-        self.script = folder / "fake_worker.py"
-        self.script.write_text(FAKE_WORKER)
+        self.acts = folder / "acts"
         self.ledger = Ledger(folder / "store")
         self.events: list[dict[str, Any]] = []
 
@@ -117,8 +49,11 @@ class Launch:
             self.events.append(event)
             on_event(event)
 
-        command = [sys.executable, str(self.script), str(self.ledger.store)]
-        command += [json.dumps(behaviour or {})]
+        command = [sys.executable, str(FAKE_WORKER), str(self.ledger.store)]
+        shutil.rmtree(self.acts, ignore_errors=True)
+        self.acts.mkdir()
+        for name, act in (behaviour or {}).items():
+            (self.acts / name).write_text(act)
         # What is asked here is order and ends; the studies' data are none.
         return run(
             study,

@@ -3,6 +3,7 @@
 They run on a stand-in for Slurm, and where there is a real one, on that as well.
 """
 
+import json
 import os
 import signal
 import sys
@@ -30,50 +31,11 @@ from stand_in_slurm import StandInSlurm
 DEADLINE_SECONDS = 120.0
 TEXT = tiny.EVALUATION.model_copy(update={"visual_tasks": ()})
 REAL = pytest.param("real", marks=pytest.mark.slurm)
+FAKE_WORKER = Path(__file__).parent.parent / "fake_worker.py"
 # Every job is two processes that import the package.
 pytestmark = pytest.mark.slow
 real_slurm = pytest.mark.parametrize("slurm", [REAL], indirect=True)
 stand_in = pytest.mark.parametrize("slurm", ["stand-in"], indirect=True)
-
-# Does the one stage of its work file as a word in the store says, by the stage's name.
-FAKE_WORKER = """
-import json, os, signal, sys, time
-from pathlib import Path
-from midstream.study.store import Ledger, Stopped
-from midstream.study.stages import stage_from_json
-
-work = json.loads(Path(sys.argv[1]).read_text())
-store, stage = Path(work["store"]), stage_from_json(json.dumps(work["stage"]))
-act = store / ("act-" + stage.name)
-
-def say(**event):
-    print(json.dumps(event), flush=True)
-
-def stop(*_):
-    raise Stopped("asked to stop")
-
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-    signal.signal(number, stop)
-say(event="ready")
-say(event="started", stage=stage.name)
-state, error = "done", None
-try:
-    with Ledger(store).open_stage(stage) as opened:
-        with (store / "notes").open("a") as stream:
-            stream.write(stage.name + "\\n")
-        for parent in stage.parents:
-            assert Ledger(store).is_done(parent), parent.name
-        if act.is_file() and act.read_text() == "fail":
-            raise ValueError("bad luck")
-        while act.is_file():
-            time.sleep(0.1)
-        opened.finish({})
-except Stopped:
-    state = "stopped"
-except Exception as problem:
-    state, error = "failed", f"{type(problem).__name__}: {problem}"
-say(event="finished", stage=stage.name, state=state, error=error)
-"""
 
 
 @pytest.fixture(params=["stand-in", REAL], scope="module")
@@ -126,8 +88,8 @@ class Cluster:
 
     def __init__(self, slurm: Any, ledger: Ledger, folder: Path) -> None:
         self.slurm, self.ledger = slurm, ledger
-        self.script = folder / "fake_worker.py"
-        self.script.write_text(FAKE_WORKER)
+        self.acts = folder / "acts"
+        self.acts.mkdir()
         self.events: list[dict[str, Any]] = []
 
     def __call__(
@@ -156,7 +118,7 @@ class Cluster:
             detach=detach,
             # What is asked here is jobs; what a study asks of its data is none of it.
             skip_checks=fake,
-            command=(sys.executable, str(self.script)) if fake else None,
+            command=(sys.executable, str(FAKE_WORKER)) if fake else None,
         )
 
     def disturbed(self, steps: Mapping[str, Callable[[str], object]], **settings: Any) -> Outcome:
@@ -174,13 +136,14 @@ class Cluster:
 
     def act(self, stage: Stage, what: str | None) -> None:
         """Tell the pretending worker of a stage: fail, wait, or (None) go on."""
-        path = self.ledger.store / f"act-{stage.name}"
+        path = self.acts / stage.name
         path.unlink(missing_ok=True) if what is None else path.write_text(what)
 
     def begun(self) -> list[str]:
         """The names of the stages that a pretending worker has begun, in their order."""
-        path = self.ledger.store / "notes"
-        return path.read_text().split() if path.is_file() else []
+        path = self.ledger.store / "notes.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return [json.loads(line)[1] for line in lines if json.loads(line)[0] == "begin"]
 
     def jobs(self) -> dict[str, str]:
         """The job by stage name."""
@@ -408,7 +371,7 @@ def test_a_job_that_slurm_ends_uses_up_a_restart_and_then_fails_its_stage(
 def test_a_killed_worker_is_begun_again_by_its_own_job(cluster: Cluster) -> None:
     def kill(job: str) -> None:
         for pid, words in cluster.slurm.job_processes(job).items():
-            if str(cluster.script) in words:
+            if str(FAKE_WORKER) in words and "submitit" not in words:
                 os.kill(pid, signal.SIGKILL)
 
     outcome = cluster.disturbed(

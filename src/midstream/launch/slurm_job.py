@@ -19,7 +19,7 @@ from typing import Any
 
 from midstream.config import Machine, SlurmResources
 from midstream.core.storage import append_line, read_json, write_json
-from midstream.launch.workers import STOPPED_EXIT_CODE, Event, Worker, write_work
+from midstream.launch.workers import STOPPED_EXIT_CODE, Event, Worker, event_of, write_work
 from midstream.study.label import label
 from midstream.study.lease import STALE_SECONDS, is_held
 from midstream.study.stages import Stage, stage_from_json
@@ -279,14 +279,7 @@ def events_since(path: Path, offset: int) -> tuple[list[Event], int]:
     with path.open("rb") as stream:
         stream.seek(offset)
         whole, newline, _ = stream.read().rpartition(b"\n")
-    events = []
-    for line in whole.splitlines():
-        try:
-            event: Any = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and isinstance(event.get("event"), str):
-            events.append(event)
+    events = [event for line in whole.splitlines() if (event := event_of(line)) is not None]
     return events, offset + len(whole) + len(newline)
 
 

@@ -150,17 +150,22 @@ class Worker:
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                event = None
-            if isinstance(event, dict) and isinstance(event.get("event"), str):
-                if not self.note(event):
-                    self._put((self, event))
-            else:
+            event = event_of(line)
+            if event is None:
                 with self.log.open("ab") as log:
                     log.write(line)
+            elif not self.note(event):
+                self._put((self, event))
         self._put((self, {"event": "exit", "code": self.process.wait()}))
+
+
+def event_of(line: bytes) -> Event | None:
+    """The event that a line is, if it is one."""
+    with suppress(ValueError):
+        event = json.loads(line)
+        if isinstance(event, dict) and isinstance(event.get("event"), str):
+            return event
+    return None
 
 
 def work_line(stage: Stage, features: str = "auto") -> str:
