@@ -15,6 +15,7 @@ from midstream.cli.app import app
 from midstream.core.tokens import counted, quantity
 from midstream.cost.graph import order, plan
 from midstream.launch import local, terminal
+from midstream.launch.scheduler import Outcome
 from midstream.study.store import Ledger, launch_lock
 from midstream.study.studies import Study
 
@@ -336,18 +337,18 @@ def test_a_wrong_device_is_refused(file: Path, store: Path) -> None:
 @pytest.mark.parametrize(
     ("outcome", "code"),
     [
-        (local.Outcome(num_before=0, num_done=3), 0),
-        (local.Outcome(num_before=1, num_failed=1, num_skipped=1, messages=("a failed: b",)), 1),
-        (local.Outcome(num_before=1, num_stopped=1, num_skipped=1, interrupted=True), 75),
-        (local.Outcome(num_before=1, num_done=1, num_skipped=1, interrupted=True), 75),
-        (local.Outcome(num_before=1, num_done=2, interrupted=True), 0),
+        (Outcome(num_before=0, num_done=3), 0),
+        (Outcome(num_before=1, num_failed=1, num_skipped=1, messages=("a failed: b",)), 1),
+        (Outcome(num_before=1, num_stopped=1, num_skipped=1, interrupted=True), 75),
+        (Outcome(num_before=1, num_done=1, num_skipped=1, interrupted=True), 75),
+        (Outcome(num_before=1, num_done=2, interrupted=True), 0),
     ],
 )
 def test_the_exit_code_tells_how_a_run_ended(
     file: Path,
     store: Path,
     monkeypatch: pytest.MonkeyPatch,
-    outcome: local.Outcome,
+    outcome: Outcome,
     code: int,
 ) -> None:
     monkeypatch.setattr(local, "run", lambda *_, **__: outcome)

@@ -23,11 +23,6 @@ from own_studies import (
 )
 
 
-@pytest.fixture
-def empty(tmp_path: Path) -> Ledger:
-    return Ledger(tmp_path / "store")
-
-
 def read_requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The tasks that are read from now on, by their names."""
     from midstream.work.read_tasks import read

@@ -144,7 +144,7 @@ def prepare(
     """Turn public formats into a prepared source; the same command goes on where it was."""
     from midstream.cli import store_commands
     from midstream.launch import terminal
-    from midstream.launch.terminal import STOPPED_EXIT_CODE
+    from midstream.launch.workers import STOPPED_EXIT_CODE
 
     options: dict[str, str | int | None] = {"text_key": text_key, "require": require}
     options |= {"images": images, "max_tokens": max_tokens}
@@ -230,7 +230,7 @@ def demo(
     start = time.monotonic()
     study, ledger = find_study(DEMO_STUDY, []), Ledger(store)
     machine = Machine.model_validate({"workers": workers, "threads": threads, "device": device})
-    peak_bytes = run_and_tell(study, ledger, machine, retry=True)
+    peak_bytes = run_and_tell(study, ledger, machine, {"retry": True})
     store_commands.write(study, ledger)
     text = f"wall time {time.monotonic() - start:,.1f} s"
     if peak_bytes:

@@ -14,13 +14,11 @@ made.
 import argparse
 import io
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from queue import SimpleQueue
 
 import numpy as np
 from PIL import Image
@@ -37,7 +35,9 @@ from midstream.data.examples import TextCodec
 from midstream.data.images import decode_pixels
 from midstream.data.rows import build_row, plan_rows, shares_report
 from midstream.data.sources import Source
-from midstream.launch.workers import Event, Worker, write_work
+from midstream.launch.local import LocalBackend
+from midstream.launch.scheduler import FeatureChoices, Scheduler
+from midstream.launch.workers import Event
 from midstream.order.plan import RowPlan
 from midstream.study.label import label
 from midstream.study.stages import DataStage, Stage, Trained, overflow_of, stage_from_json
@@ -347,35 +347,25 @@ def _asked(budget: Budget) -> dict[str, str]:
 def run_preparation(stages: Sequence[Stage], ledger: Ledger, note: Callable[[str], None]) -> None:
     """Run data stages as the launcher does: the store locked, in a worker process, one by one.
 
-    Raises ValueError with the reason and the log if one does not end well.
+    Raises ValueError with the reason and the log if one does not end well, KeyboardInterrupt if it
+    was told to stop.
     """
-    events: SimpleQueue[tuple[Worker, Event]] = SimpleQueue()
+    machine, labels = Machine(workers=1), {stage.name: label(stage) for stage in stages}
+
+    def tell(event: Event) -> None:
+        if event["event"] == "progress":
+            note(event["note"])
+        elif event["event"] == "finished" and event["state"] == "failed":
+            why = f"{labels[event['stage']]} is not prepared: {event['error']}"
+            raise ValueError(f"{why} (see {event['log']})")
+
+    rows = [PlanRow(stage, ledger.state(stage), {}, cost(stage, ledger)) for stage in stages]
+    features = FeatureChoices(rows, ledger, machine)
     with launch_lock(ledger.store):
-        machine, place = Machine(workers=1), ledger.store / "worker-1"
-        work = write_work(place.with_suffix(".json"), ledger.store, machine)
-        worker = Worker(1, work, place.with_suffix(".log"), machine, events.put, is_group=False)
-        left = list(stages)
-        try:
-            while left:
-                _, event = events.get()
-                if event["event"] == "progress":
-                    note(event["note"])
-                elif event["event"] == "exit" or event.get("state") in ("failed", "stopped"):
-                    why = event.get("error") or f"its process ended with code {event.get('code')}"
-                    raise ValueError(f"{label(left[0])} is not prepared: {why} (see {worker.log})")
-                elif event["event"] in ("ready", "finished"):
-                    left = [stage for stage in left if not ledger.is_done(stage)]
-                    if left:
-                        worker.row = PlanRow(
-                            left[0], ledger.state(left[0]), {}, cost(left[0], ledger)
-                        )
-                        worker.send()
-        except BaseException:
-            worker.signal(signal.SIGTERM)
-            raise
-        finally:
-            worker.close()
-            worker.leave()
+        backend = LocalBackend(ledger, machine, features.of)
+        outcome = Scheduler(rows, labels, ledger, backend, features, tell).run({})
+    if outcome.interrupted:
+        raise KeyboardInterrupt
 
 
 def main() -> int:
