@@ -3,10 +3,12 @@
 import os
 from collections.abc import Iterator
 from multiprocessing.context import BaseContext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+from jaxtyping import install_import_hook
 
 # The process that hands the tests out loads this file and runs none: torch is left to the others.
 if TYPE_CHECKING:
@@ -15,6 +17,17 @@ if TYPE_CHECKING:
 # How long an example takes says nothing on shared cores.
 settings.register_profile("midstream", deadline=None)
 settings.load_profile("midstream")
+
+# Calls are checked where signatures have shapes; mypy has read all the others.
+SOURCES = Path(__file__).parents[1] / "src"
+install_import_hook(
+    [
+        ".".join(path.relative_to(SOURCES).with_suffix("").parts)
+        for path in SOURCES.rglob("*.py")
+        if "from jaxtyping import" in path.read_text(encoding="utf-8")
+    ],
+    "beartype.beartype",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
