@@ -20,32 +20,29 @@ from typer.testing import CliRunner
 
 import midstream.config as options
 import tiny
-from document_checks import (
+from documents import (
     ALL_BLOCKS,
     MODELS,
+    PAGES,
     READERS_OWN,
+    ROOT,
+    Block,
     all_options,
+    anchors,
+    blocks,
     check_call,
     check_midstream,
     check_other,
     check_python,
-    marked,
-    options_of_scripts,
-    parsed,
-    synopsis_problems,
-)
-from documents import (
-    PAGES,
-    ROOT,
-    Block,
-    anchors,
-    blocks,
     commands,
     files,
     links,
-    prose,
+    marked,
+    options_of_scripts,
+    parsed,
     read,
     spans,
+    synopsis_problems,
 )
 from midstream.cli.app import app
 from midstream.cli.catalogue import find_study, read_settings, with_scale
@@ -309,7 +306,7 @@ def test_every_link_leads_somewhere(page: str) -> None:
 
 def table_rows(page: str, head: str) -> Iterator[tuple[list[str], str]]:
     """The names in a row's first cell, and its second cell, of the table with this head."""
-    lines = prose(page).split("\n")
+    lines = read(page).split("\n")
     start = lines.index(head) + 2
     for line in lines[start:]:
         if not line.startswith("|"):
