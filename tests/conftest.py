@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -63,10 +64,15 @@ def cheap_processes() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_ledger(tmp_path_factory: pytest.TempPathFactory) -> "Ledger":
-    """A store with the tiny world, prepared, its encoder and text run; read it, never change it."""
+    """A store with the tiny world, prepared, its encoder and text run; read it, never change it.
+
+    A copy of one that the first worker to ask for it makes.
+    """
     import tiny
     from midstream.study.store import Ledger
 
-    ledger = Ledger(tmp_path_factory.mktemp("tiny-store"))
-    tiny.run_missing(ledger, tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT)
-    return ledger
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    with FileLock(shared / "tiny.lock"):
+        made = Ledger(shared / "tiny")
+        return tiny.store_with(made, own / "tiny-store", tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT)
