@@ -1,5 +1,6 @@
 """What tests of more than one room share: a store in which tiny stages are done."""
 
+import gc
 import os
 from collections.abc import Iterator
 from multiprocessing.context import BaseContext
@@ -33,6 +34,16 @@ install_import_hook(
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults", action="store_true", help="also the long tests of faults")
+
+
+def pytest_collection() -> None:
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: it is not looked through at each collection of garbage."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
