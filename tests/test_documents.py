@@ -105,8 +105,7 @@ def desk(
     nothing = dict.fromkeys(("svg", "png", "pdf"), b"<svg/>")
     for name in ("panel_figure", "grid_figure", "rates_figure", "curve_figure"):
         monkeypatch.setattr(f"midstream.report.page.{name}", lambda *args, **kwargs: nothing)
-    for module in ("page",):
-        monkeypatch.setattr(f"midstream.report.{module}.small_figure", lambda *args: b"<svg/>")
+    monkeypatch.setattr("midstream.report.page.small_figure", lambda *args: b"<svg/>")
     monkeypatch.chdir(tmp_path)
     # What was run here before: a store holds it.
     Ledger(Path("runs")).save_study(find_study("pocket.when_images_arrive", []))
