@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 # Every process that a test starts would compile the sources again.
 unexport PYTHONDONTWRITEBYTECODE
 # A file to a worker: what its tests share is made once. `tests/conftest.py` says which come first.
-# Three workers for two cores: a tenth of the time goes by in waiting for clocks and processes.
+# Three workers for two cores: each waits a sixth of its time, for clocks and for other processes.
 PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 # What needs one core goes beside what waits.
