@@ -234,7 +234,8 @@ def descendants(pid: int) -> set[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.faults), 2])
+@pytest.mark.faults
+@pytest.mark.parametrize("workers", [1, 2])
 def test_killed_at_any_time_it_goes_on_with_what_was_finished(tmp_path: Path, workers: int) -> None:
     source, out = write_texts(tmp_path / "in", 9, 1500), tmp_path / "out"
     kept = 0

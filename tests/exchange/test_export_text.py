@@ -58,7 +58,7 @@ print(json.dumps([type(model).__name__, ids, logits.tolist(), tables.loss.item()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["openlm", "llama"])
+@pytest.mark.parametrize("kind", ["openlm", pytest.param("llama", marks=pytest.mark.faults)])
 def test_a_fresh_python_without_midstream_gives_its_logits_and_tokens(
     tmp_path: Path, kind: str
 ) -> None:

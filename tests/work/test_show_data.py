@@ -425,6 +425,7 @@ def contents(store: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in store.rglob("*")}
 
 
+@pytest.mark.slow
 def test_the_command_shows_any_training_stage_before_it_has_run_and_changes_no_store(
     recipe: str,
     tiny_ledger: Ledger,
