@@ -161,7 +161,6 @@ def test_a_second_launcher_leaves_at_once_and_writes_nothing(ledger: Ledger) -> 
     assert process.returncode == STOPPED
 
 
-@pytest.mark.faults
 def test_two_nodes_train_one_stage_through_one_store(ledger: Ledger, whole: list[float]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
