@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from midstream.eval.readers.benchmark_records import VisualExample
+from midstream.eval.records import VisualExample
 from midstream.eval.scoring import (
     CONTRACTIONS,
     box_accuracy,

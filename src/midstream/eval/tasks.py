@@ -19,7 +19,7 @@ from string import ascii_uppercase
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from midstream.eval import scoring
-from midstream.eval.readers.benchmark_records import (
+from midstream.eval.records import (
     Record,
     VisualExample,
     entries,

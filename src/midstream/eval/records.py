@@ -60,6 +60,13 @@ class Record:
         values = enumerate(self.get(key, list))
         return [Record(f"{self.where} {key} {number}", value) for number, value in values]
 
+    def one_of(self, key: str, *values: str) -> str:
+        """The number or text under `key`, one of `values`."""
+        value = self.identifier(key)
+        if value not in values:
+            self.refuse(f"its {key} is {value!r}, not {' or '.join(values)}")
+        return value
+
     def kinds(self, *keys: str) -> dict[str, str]:
         """As text what it says under `keys`, of those that it has."""
         return {key: str(self.value[key]) for key in keys if key in self.value}
