@@ -1,12 +1,6 @@
-"""The benchmarks that `benchmarks.toml` lists, with their functions.
+"""The benchmarks of `benchmarks.toml` with their functions, and the protocol of what answers them.
 
-Visual ones: reader, wording, scorer, chance level, and the protocol of what answers them. Fixed
-replies become tokens by one rule for Midstream's models and for other people's.
-
-Text tasks of lm-evaluation-harness from published files, for machines without a hub. A task has the
-harness's own description, wording, choices and metrics: the published records are put into the
-columns that its data set has on the hub. Where a file holds less than the data set, or other words,
-`departs` says so, and no published average takes the score.
+Published records of a text task are put into the columns of its data set on the hub.
 """
 
 from collections import defaultdict
@@ -34,6 +28,10 @@ from midstream.eval.scoring import BENCHMARKS, VISUAL_CHANCE, Numbers
 __all__ = ["VISUAL_FORMATS", "Answerer", "VisualExample", "VisualFormat"]
 
 Score = Callable[[str, Any], float]
+Texts = Sequence[str]
+Lists = Sequence[Sequence[str]]
+Limits = Sequence[int]
+Images = Sequence[Path | None]
 
 
 @runtime_checkable
@@ -46,16 +44,11 @@ class Answerer(Protocol):
         """Stands for the weights that answer."""
         ...
 
-    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
+    def generate(self, prompts: Texts, images: Images) -> list[str]:
         """Greedy answers, one a prompt; None is a prompt without a picture."""
         ...
 
-    def choose(
-        self,
-        prompts: Sequence[str],
-        images: Sequence[Path | None],
-        choices: Sequence[Sequence[str]],
-    ) -> list[list[float]]:
+    def choose(self, prompts: Texts, images: Images, choices: Lists) -> list[list[float]]:
         """For each prompt the log-probability of each of its answers as the reply: of their first
         tokens where these differ from one another, else of the whole answers."""
         ...
@@ -69,9 +62,7 @@ class Answerer(Protocol):
         """The log-probability of each whole text."""
         ...
 
-    def generate_until(
-        self, contexts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: Sequence[int]
-    ) -> list[str]:
+    def generate_until(self, contexts: Texts, stops: Lists, max_new_tokens: Limits) -> list[str]:
         """Greedy continuations of plain texts, each up to the first of its stops."""
         ...
 
@@ -131,7 +122,6 @@ class VisualFormat:
 
 
 def _format(name: str, row: Mapping[str, Any]) -> VisualFormat:
-    """A row of benchmarks.toml, functions in place of their names."""
     assert name in VISUAL_CHANCE, f"benchmarks.toml: give {name} a level under [chance.visual]"
     scorers = {key: row[key] for key in ("score", "summarise", "note", "parses") if key in row}
     changed = {
@@ -193,7 +183,7 @@ class LocalTask:
 @dataclass(frozen=True)
 class HarnessTask:
     """A task of the harness, a row of benchmarks.toml: where its description lies (or `settings` of
-    our own), and what reads its published files (`benchmark_files.TEXT_FILES`)."""
+    our own), and what reads its published files (`core.identity.TEXT_FILES`)."""
 
     split: str
     read: Callable[..., LocalTask]

@@ -20,7 +20,7 @@ from jinja2 import TemplateError
 from midstream.core.digests import is_hidden, is_note
 from midstream.core.identity import file_sha256
 from midstream.data.images import decode
-from midstream.eval.tasks import reply_tokens
+from midstream.eval.tasks import Images, Limits, Lists, Texts, reply_tokens
 
 # Made by some processors for models that do not take them, or for training alone.
 _UNASKED = ("token_type_ids", "labels")
@@ -145,8 +145,8 @@ class TransformersAnswerer:
             )
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
-        """Greedy answers, one a prompt; see `eval.task.Answerer`."""
+    def generate(self, prompts: Texts, images: Images) -> list[str]:
+        """Greedy answers, one a prompt; see `eval.tasks.Answerer`."""
         replies = [""] * len(prompts)
         for part in self._parts(images):
             inputs = self._inputs([prompts[i] for i in part], [images[i] for i in part])
@@ -160,13 +160,8 @@ class TransformersAnswerer:
         return replies
 
     @torch.no_grad()
-    def choose(
-        self,
-        prompts: Sequence[str],
-        images: Sequence[Path | None],
-        choices: Sequence[Sequence[str]],
-    ) -> list[list[float]]:
-        """Log-probabilities of fixed replies; see `eval.task.Answerer`."""
+    def choose(self, prompts: Texts, images: Images, choices: Lists) -> list[list[float]]:
+        """Log-probabilities of fixed replies; see `eval.tasks.Answerer`."""
         results: list[list[float]] = [[] for _ in prompts]
         for part in self._parts(images):
             inputs = self._inputs([prompts[i] for i in part], [images[i] for i in part])
@@ -213,9 +208,7 @@ class TransformersAnswerer:
         """Of whole texts, by lm-evaluation-harness's `hf` model."""
         return self._asked("loglikelihood_rolling", [(text,) for text in texts])
 
-    def generate_until(
-        self, contexts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: Sequence[int]
-    ) -> list[str]:
+    def generate_until(self, contexts: Texts, stops: Lists, max_new_tokens: Limits) -> list[str]:
         """Greedy continuations of plain texts, by lm-evaluation-harness's `hf` model.
 
         Raises ValueError for as many new tokens as the model holds in all.
