@@ -4,19 +4,20 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from answerers import Fake, ignore, kept
 from PIL import Image
 from rich.console import Console
 
 from midstream.config import Evaluation
 from midstream.core.storage import read_json, write_json
 from midstream.eval import answers as eval_answers
-from midstream.eval.answers import KeptAnswers, earlier_tasks
+from midstream.eval.answers import earlier_tasks
 from midstream.eval.benchmark import evaluate
 from midstream.work import evaluate_model
 
@@ -24,37 +25,11 @@ TASKS = ("hue", "odd", "letters")
 ASKED: dict[str, Any] = {"visual_tasks": ("hue", "odd"), "text_tasks": ("letters",)}
 
 
-class Yes:
-    """Says yes to everything, prefers " a", and remembers what it was asked."""
-
-    def __init__(self, weights: str = "w") -> None:
-        self.weights_digest = weights
-        self.asked: list[str] = []
-
-    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
-        self.asked += prompts
-        return ["Yes"] * len(prompts)
-
-    def choose(
-        self,
-        prompts: Sequence[str],
-        images: Sequence[Path | None],
-        choices: Sequence[Sequence[str]],
-    ) -> list[list[float]]:
-        self.asked += prompts
-        return [[float(one == "yes") for one in own] for own in choices]
-
-    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        self.asked += [context for context, _ in pairs]
-        return [(float(choice == " a"), True) for _, choice in pairs]
-
-    def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
-        raise NotImplementedError
-
-    def generate_until(
-        self, contexts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: Sequence[int]
-    ) -> list[str]:
-        raise NotImplementedError
+def yes(weights: str = "w") -> Fake:
+    """Says yes to everything, prefers " a"."""
+    return Fake(
+        lambda prompt, _image: "yes", lambda _query, choice: float(choice == " a"), weights=weights
+    )
 
 
 def write_world(root: Path) -> None:
@@ -95,12 +70,11 @@ def again(
     world: Path, out: Path, before: Path, weights: str = "w", **options: Any
 ) -> tuple[dict[str, Any], set[str]]:
     """Evaluate with what stands in `before`: the results, and which tasks were asked."""
-    fake = Yes(weights)
-    answers = KeptAnswers(fake, None, at_once=4)
+    fake = yes(weights)
     evaluation = Evaluation(**{**ASKED, **options})
     done = earlier_tasks([before])
-    results = evaluate(answers, evaluation, world, out, lambda _done, _text: None, done=done)
-    return results, {prompt.split()[0] for prompt in fake.asked}
+    results = evaluate(kept(fake), evaluation, world, out, ignore, done=done)
+    return results, {prompt.split()[0] for prompt in fake.prompts}
 
 
 def edit(path: str, change: Callable[[list[Any]], Any]) -> Callable[[Path], None]:
@@ -216,7 +190,7 @@ def test_the_command_finds_the_score_of_a_changed_file_and_keeps_the_others(
     heard: list[str] = []
 
     def run(data: str) -> dict[str, float]:
-        fake = Yes()
+        fake = yes()
         monkeypatch.setattr(evaluate_model, "_open_model", lambda *_: (fake, Path(data)))
         request = {
             "models": ["model"],
@@ -226,7 +200,7 @@ def test_the_command_finds_the_score_of_a_changed_file_and_keeps_the_others(
         }
         with Console(record=True, width=200) as console:
             evaluate_model._evaluate(request, console)
-        heard[:] = sorted({prompt.split()[0] for prompt in fake.asked})
+        heard[:] = sorted({prompt.split()[0] for prompt in fake.prompts})
         folders = list((tmp_path / "out").glob("model-*"))
         latest = max(folders, key=lambda path: (path / "results.json").stat().st_mtime_ns)
         return {
@@ -250,7 +224,7 @@ def test_what_is_shown_again_says_from_when_it_is_wherever_it_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_world(tmp_path / "world")
-    monkeypatch.setattr(evaluate_model, "_open_model", lambda *_: (Yes(), tmp_path / "world"))
+    monkeypatch.setattr(evaluate_model, "_open_model", lambda *_: (yes(), tmp_path / "world"))
 
     def run(**options: Any) -> str:
         request = {"models": ["model"], "out": str(tmp_path / "out"), "tasks": []}

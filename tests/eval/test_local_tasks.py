@@ -2,59 +2,30 @@
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from answerers import Fake, ignore, kept, run_text_tasks
 
 from midstream.config import Evaluation
 from midstream.core.identity import published_files
 from midstream.eval import find_task
-from midstream.eval.answers import KeptAnswers
 from midstream.eval.benchmark import evaluate
 from midstream.eval.find_task import harness_task, read_choice_task, require_share
 from midstream.eval.scoring import TEXT_CHANCE, suites
 from midstream.eval.tasks import HARNESS_TASKS
 from midstream.eval.text import TextTask
-from text_tasks import run_text_tasks
 
 BENCH = Path(__file__).parents[3] / "shared" / "data" / "bench_text"
 needs_bench = pytest.mark.skipif(not BENCH.is_dir(), reason=f"{BENCH} is not here")
 
 
-class Longest:
+def longest() -> Fake:
     """Likes long continuations."""
-
-    weights_digest = "longest"
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, str]] = []
-
-    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
-        raise NotImplementedError
-
-    def choose(
-        self,
-        prompts: Sequence[str],
-        images: Sequence[Path | None],
-        choices: Sequence[Sequence[str]],
-    ) -> list[list[float]]:
-        raise NotImplementedError
-
-    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        self.asked += pairs
-        return [(float(len(tail)), tail == " 3") for _, tail in pairs]
-
-    def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
-        raise NotImplementedError
-
-    def generate_until(
-        self, contexts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: Sequence[int]
-    ) -> list[str]:
-        raise NotImplementedError
+    return Fake(lambda *_: "#### 2", greedy=lambda _context, tail: tail == " 3")
 
 
 # What the shared files hold: records, and how they depart from the data set.
@@ -92,10 +63,10 @@ def test_real_files_are_read_whole(name: str) -> None:
 @needs_bench
 @pytest.mark.slow
 def test_the_harness_asks_real_records_in_its_own_words(tmp_path: Path) -> None:
-    fake = Longest()
+    fake = longest()
     evaluation = Evaluation(text_tasks=tuple(REAL), limit=12, blind=False)
-    answers = KeptAnswers(fake, None, at_once=50)
-    results = evaluate(answers, evaluation, BENCH, tmp_path, lambda _fraction, _text: None)
+    answers = kept(fake)
+    results = evaluate(answers, evaluation, BENCH, tmp_path, ignore)
     assert results["tasks"].keys() == REAL.keys()
     for name, (num_docs, _, start) in REAL.items():
         row = results["tasks"][name]
@@ -103,7 +74,7 @@ def test_the_harness_asks_real_records_in_its_own_words(tmp_path: Path) -> None:
         whole = HARNESS_TASKS[name].num_docs
         assert row["shortened"] == f"12 of {whole:,} examples"
         assert num_docs <= whole
-        assert any(context.startswith(start) for context, _ in fake.asked), name
+        assert any(context.startswith(start) for context in fake.prompts), name
     assert "acc_norm" in results["tasks"]["hellaswag"]["details"]
     words = dict(fake.asked)
     assert any(text.endswith("\nAnswer:") for text in words)
@@ -120,7 +91,7 @@ def test_a_likelihood_task_counts_what_greedy_decoding_gives() -> None:
     task = harness_task("bigbench_cs_algorithms", BENCH)
     docs = [doc for doc in task.docs or () if doc["continuation"] in (" 3", " 4")][:20]
     cut = type(task)(**{**vars(task), "docs": tuple(docs)})
-    found = run_text_tasks(Longest(), [cut])[task.name]
+    found = run_text_tasks(longest(), [cut])[task.name]
     expected = sum(doc["continuation"] == " 3" for doc in docs) / len(docs)
     assert 0 < expected < 1
     assert found.metrics["acc"] == pytest.approx(expected)
@@ -206,7 +177,7 @@ def test_published_forms_reach_the_model_in_the_harness_words(tmp_path: Path) ->
         assert published_files(tmp_path / name, name)[0].parent == folder
         tasks.append(harness_task(name, tmp_path / name))
         assert tasks[-1].departs == f"1 of {HARNESS_TASKS[name].num_docs:,} records"
-    found = run_text_tasks(Longest(), tasks)
+    found = run_text_tasks(longest(), tasks)
     for name, expected in WORDS.items():
         (answer,) = found[name].answers
         assert (answer.prompt, answer.choices, answer.gold) == expected
@@ -283,18 +254,9 @@ def test_any_task_is_read_from_its_data_sets_own_files(tmp_path: Path) -> None:
     (tmp_path / "gsm8k/test.jsonl").write_text(json.dumps(sums) + "\n")
     names = ("winogrande", "mmlu_anatomy", "gsm8k")
 
-    class Says(Longest):
-        def generate_until(
-            self,
-            contexts: Sequence[str],
-            stops: Sequence[Sequence[str]],
-            max_new_tokens: Sequence[int],
-        ) -> list[str]:
-            return ["#### 2"] * len(contexts)
-
     evaluation = Evaluation(text_tasks=names, blind=False)
-    answers = KeptAnswers(Says(), None, at_once=50)
-    rows = evaluate(answers, evaluation, tmp_path, tmp_path / "out", lambda *_: None)["tasks"]
+    answers = kept(longest())
+    rows = evaluate(answers, evaluation, tmp_path, tmp_path / "out", ignore)["tasks"]
     found = {
         name: (row["num_examples"], row["chance"], row["metric"]) for name, row in rows.items()
     }
@@ -309,7 +271,7 @@ def test_any_task_is_read_from_its_data_sets_own_files(tmp_path: Path) -> None:
     assert shortened == {"winogrande": None, "mmlu_anatomy": None, "gsm8k": without}
     before = rows["mmlu_anatomy"]["key"]
     evaluation = Evaluation(text_tasks=("mmlu_anatomy",), blind=False, limit=3)
-    rows = evaluate(answers, evaluation, tmp_path, tmp_path / "out", lambda *_: None)["tasks"]
+    rows = evaluate(answers, evaluation, tmp_path, tmp_path / "out", ignore)["tasks"]
     assert rows["mmlu_anatomy"]["shortened"] == "3 of 5 examples"
     assert rows["mmlu_anatomy"]["key"] != before
 
@@ -413,10 +375,10 @@ def test_a_group_whose_data_sets_were_downloaded_before_needs_no_hub(
         assert "lacks MBZUAI/ArabCulture (" in str(error.value)
         assert "(Sudan); set HF_HUB_OFFLINE=0" in str(error.value)
         cached(cache, "MBZUAI/ArabCulture", country, [{**STATEMENT, "country": country}] * 2 * at)
-    fake = Longest()
-    answers = KeptAnswers(fake, None, at_once=50)
+    fake = longest()
+    answers = kept(fake)
     evaluation = Evaluation(text_tasks=(name,), blind=False)
-    row = evaluate(answers, evaluation, tmp_path, tmp_path / "out", lambda *_: None)["tasks"][name]
+    row = evaluate(answers, evaluation, tmp_path, tmp_path / "out", ignore)["tasks"][name]
     assert row["num_examples"] == 6
     assert set(row["splits"]) == {"arab_culture_egypt", "arab_culture_sudan"}
     assert {tail for _, tail in fake.asked} == {"A", "B", "C"}

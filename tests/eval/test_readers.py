@@ -1,4 +1,4 @@
-"""The official files as docs/evaluation.md shows them, sound and broken; real ones where at hand."""
+"""The official files as docs/evaluation.md shows them, sound and broken; real ones where here."""
 
 import gzip
 import json
@@ -64,8 +64,9 @@ READ: dict[str, tuple[int, str, Any, str]] = {
         1,
         "VizWiz_val_00000000.jpg",
         {
-            "answers": ["soup", "soup", "can", "soup", "soup can", *["soup"] * 2]
-            + ["unsuitable", "soup", "soup"],
+            "answers": re.split(
+                ", ", "soup, soup, can, soup, soup can, soup, soup, unsuitable, soup, soup"
+            ),
             "answerable": True,
         },
         "Can you tell me what this is?\nWhen the provided information is insufficient, respond "

@@ -10,46 +10,9 @@ from typing import Any
 
 import pytest
 
+from answerers import Fake, run_text_tasks
 from midstream.eval.tasks import Answerer
 from midstream.eval.text import adapt, own_task, read_text_task
-from text_tasks import run_text_tasks
-
-
-class Fake:
-    """Likes a choice by a function of query and choice, and remembers what it was asked."""
-
-    weights_digest = "fake"
-
-    def __init__(self, liking: Any) -> None:
-        self.liking = liking
-        self.asked: list[tuple[str, str]] = []
-
-    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
-        return [f"{prompt} is said\nQ: and more" for prompt in prompts]
-
-    def choose(
-        self,
-        prompts: Sequence[str],
-        images: Sequence[Path | None],
-        choices: Sequence[Sequence[str]],
-    ) -> list[list[float]]:
-        raise NotImplementedError
-
-    def generate_until(
-        self, contexts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: Sequence[int]
-    ) -> list[str]:
-        self.limits = list(max_new_tokens)
-        return [
-            min((f"{text} is said\nQ: and more".split(stop)[0] for stop in own), key=len)
-            for text, own in zip(contexts, stops, strict=True)
-        ]
-
-    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        self.asked += pairs
-        return [(float(self.liking(query, choice)), False) for query, choice in pairs]
-
-    def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
-        return [-float(len(text)) for text in texts]
 
 
 def item(query: str, choices: Sequence[str], gold: int) -> dict[str, Any]:
@@ -71,10 +34,6 @@ def made(count: int, *, choices: int = 3, seed: int = 0) -> list[dict[str, Any]]
 
 def line(**changes: Any) -> str:
     return json.dumps({"query": "It is", "choices": [" red", " blue"], "gold": 1} | changes)
-
-
-def test_the_fake_is_an_answerer() -> None:
-    assert isinstance(Fake(None), Answerer)
 
 
 def test_a_task_file_is_read_with_its_line_numbers(tmp_path: Path) -> None:
@@ -113,19 +72,20 @@ def test_a_missing_task_file_is_named_with_those_that_are_there(tmp_path: Path) 
 
 
 def test_no_task_needs_no_harness() -> None:
-    assert run_text_tasks(Fake(None), []) == {}
+    assert isinstance(Fake(), Answerer)
+    assert run_text_tasks(Fake(), []) == {}
 
 
 @pytest.mark.slow
 def test_one_that_prefers_gold_scores_one_and_its_opposite_zero() -> None:
     items = made(50)
     gold = {(one["query"], one["choices"][one["gold"]]) for one in items}
-    knowing = Fake(lambda query, choice: (query, choice) in gold)
+    knowing = Fake(like=lambda query, choice: (query, choice) in gold)
     result = run_text_tasks(knowing, [own_task(items, "colours", 0.3)])["colours"]
     assert result.metrics["acc"] == 1.0
     assert [one.chosen for one in result.answers] == [one["gold"] for one in items]
     assert [one.gold for one in result.answers] == [one["gold"] for one in items]
-    contrary = Fake(lambda query, choice: (query, choice) not in gold)
+    contrary = Fake(like=lambda query, choice: (query, choice) not in gold)
     found = run_text_tasks(contrary, [own_task(items, "colours", 0.3)])
     assert found["colours"].metrics["acc"] == 0.0
 
@@ -134,7 +94,7 @@ def test_one_that_prefers_gold_scores_one_and_its_opposite_zero() -> None:
 def test_one_that_always_says_green_scores_how_often_green_is_right() -> None:
     tasks = {"three ways": made(60), "four/ways": made(40, choices=4, seed=1)}
     asked = [own_task(items, name, 0.3) for name, items in tasks.items()]
-    results = run_text_tasks(Fake(lambda _query, choice: choice.startswith(" green")), asked)
+    results = run_text_tasks(Fake(like=lambda _query, choice: choice.startswith(" green")), asked)
     for name, items in tasks.items():
         greens = sum(one["gold"] == 1 for one in items) / len(items)
         assert 0 < greens < 1
@@ -153,7 +113,7 @@ def test_query_and_choices_reach_the_model_as_they_stand() -> None:
         item("{{ 1 + 1 }} is \n", ("{{x}}", "two "), 1),
         item("", (" ä", " \u2028"), 1),
     ]
-    fake = Fake(lambda _query, choice: len(choice))
+    fake = Fake(like=lambda _query, choice: len(choice))
     run_text_tasks(fake, [own_task(odd, "odd", 0.5)])
     assert sorted(fake.asked) == sorted((one["query"], c) for one in odd for c in one["choices"])
 
@@ -174,7 +134,9 @@ def test_nothing_asks_the_network_or_writes_beside_the_temporary_folder(
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    run_text_tasks(Fake(lambda _query, choice: len(choice)), [own_task(made(5), "colours", 0.3)])
+    run_text_tasks(
+        Fake(like=lambda _query, choice: len(choice)), [own_task(made(5), "colours", 0.3)]
+    )
     assert tried == []
     assert list(tmp_path.iterdir()) == []
     assert datasets.config.HF_HUB_OFFLINE is False  # as it was
@@ -182,7 +144,7 @@ def test_nothing_asks_the_network_or_writes_beside_the_temporary_folder(
 
 @pytest.mark.slow
 def test_the_adaptor_generates_up_to_a_stop_and_rolls_whole_texts() -> None:
-    model = adapt(Fake(None))
+    model = adapt(Fake(lambda text, _: f"{text} is said\nQ: and more"))
     requests = [SimpleNamespace(args=("This", {"until": ["\nQ:", "never"]}))]
     assert model.generate_until(requests) == ["This is said"]
     assert model.loglikelihood_rolling([SimpleNamespace(args=("four",))]) == [-4.0]
