@@ -232,7 +232,7 @@ def score_visual(
         "blind": None if blind is None else mean_by_split(_scores(task, blind), splits),
         "num_examples": len(examples),
         "shortened": _shortened(len(examples), task.num_all),
-        "unparsable": sum(not task.format.parses(text) for text in predictions),
+        "unparsable": sum(task.format.parse(text) is None for text in predictions),
         "splits": split_means(scores, splits) if len(set(splits)) > 1 else {},
         "details": details,
         "note": None if task.format.note is None else task.format.note(predictions, examples),

@@ -275,8 +275,7 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 def coco_names(subset: str, number: int) -> tuple[str, ...]:
     """The names that COCO's picture has had: with its subset (val2014) and, from 2017, without."""
-    names = [f"COCO_{one}_{number:012d}.jpg" for one in dict.fromkeys((subset, *_COCO_SUBSETS))]
+    names = [
+        f"COCO_{one}_{number:012d}.jpg" for one in dict.fromkeys((subset, "val2014", "train2014"))
+    ]
     return (*names, f"{number:012d}.jpg")
-
-
-_COCO_SUBSETS = ("val2014", "train2014")

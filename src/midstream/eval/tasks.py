@@ -72,11 +72,11 @@ class VisualFormat:
     """A benchmark's files, wording and metric, a row of benchmarks.toml; `{question}` stands in
     both prompts.
 
-    `parses` says whether the scorer can read an answer at all; what it cannot read is wrong and
-    counted. `fixed`: "answers", where a choice is made among the examples' `choices` (an example
-    without any is answered freely), "letters" where among the letters of these, None where answers
-    are free. `variants` are other people's scorers of the same answers, by whose they are.
-    `summarise` adds numbers over all examples; `note` says what is odd about a score, if anything.
+    `parse` is None of an answer that the scorer cannot read, which is wrong and counted. `fixed`:
+    "answers", where a choice is made among the examples' `choices` (an example without any is
+    answered freely), "letters" where among the letters of these, None where answers are free.
+    `variants` are other people's scorers of the same answers, by whose they are. `summarise` adds
+    numbers over all examples; `note` says what is odd about a score, if anything.
     """
 
     name: str
@@ -92,7 +92,7 @@ class VisualFormat:
     variants: Mapping[str, Score] = field(default_factory=dict)
     summarise: Callable[[Sequence[str], Sequence[VisualExample]], Numbers] | None = None
     note: Callable[[Sequence[str], Sequence[VisualExample]], str | None] | None = None
-    parses: Callable[[str], bool] = lambda _prediction: True
+    parse: Callable[[str], Any] = str
 
     @property
     def chance(self) -> float:
@@ -123,7 +123,7 @@ class VisualFormat:
 
 def _format(name: str, row: Mapping[str, Any]) -> VisualFormat:
     assert name in VISUAL_CHANCE, f"benchmarks.toml: give {name} a level under [chance.visual]"
-    scorers = {key: row[key] for key in ("score", "summarise", "note", "parses") if key in row}
+    scorers = {key: row[key] for key in ("score", "summarise", "note", "parse") if key in row}
     changed = {
         "read": resolve_name(f"midstream.eval.readers.{row['read']}"),
         "files": tuple(row["files"]),
@@ -382,12 +382,9 @@ def _bigbench(inputs: str, choices: list[str], gold: str) -> Doc:
     return {"inputs": inputs, "multiple_choice_targets": choices, "targets": [gold]}
 
 
-def read_cs_algorithms(path: Path) -> LocalTask:
-    """llm-foundry's lines, a context and its continuation."""
-    docs = [{key: one.text(key) for key in ("context", "continuation")} for one in lines(path)]
-    for doc in docs:
-        doc["continuation"] = f" {doc['continuation'].strip()}"
-    return LocalTask(tuple(docs))
+def _cs_algorithms(record: Record) -> Doc:
+    continuation = f" {record.text('continuation').strip()}"
+    return {"context": record.text("context"), "continuation": continuation}
 
 
 def _each_line(path: Path, doc_of: Callable[[Record], Doc]) -> LocalTask:
@@ -397,6 +394,7 @@ def _each_line(path: Path, doc_of: Callable[[Record], Doc]) -> LocalTask:
 read_winogrande = partial(_each_line, doc_of=_winogrande)
 read_copa = partial(_each_line, doc_of=_copa)
 read_agieval = partial(_each_line, doc_of=_agieval)
+read_cs_algorithms = partial(_each_line, doc_of=_cs_algorithms)
 HARNESS_TASKS: dict[str, HarnessTask] = {
     name: HarnessTask(**{**row, "read": globals()[row["read"]]})
     for name, row in BENCHMARKS["text"].items()

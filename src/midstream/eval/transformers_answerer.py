@@ -1,8 +1,6 @@
 """Models of `transformers` behind the `Answerer` protocol: exported folders, and other people's.
 
-Prompts are what the model's own processor makes of a conversation by its chat template, and all of
-its tensors go in. An answer may depend in its last bits on what stands beside it: only Midstream's
-own models are asked in batches of fixed shape.
+Prompts are what the model's own processor makes of a conversation by its chat template.
 """
 
 import hashlib
@@ -59,26 +57,23 @@ class TransformersAnswerer:
     def _open_config(self, trusted: dict[str, bool]) -> Any:
         from transformers import AutoConfig
 
-        folder = Path(self.name)
-        if folder.is_dir() and not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{self.name} holds no config.json; give a model's whole folder"
-            )
         try:
             return AutoConfig.from_pretrained(self.name, **trusted)
         except OSError as error:
             told = str(error).split("\n")[0]
-            why = f"is no folder here, and the hub gives no such model ({told}); check the name"
-            if self.name.startswith((".", "/", "~")) or self.name.count("/") > 1:
-                why = "does not exist; give a model's folder, or its name on the hub"
-            raise FileNotFoundError(f"{self.name} {why if not folder.is_dir() else told}") from None
+            raise FileNotFoundError(
+                f"{self.name} does not exist or holds no config.json, and the hub gives no such "
+                f"model ({told}); check the name"
+            ) from None
 
     def _open(self, trusted: dict[str, bool]) -> tuple[Any, Any, Any]:
         import transformers
 
         options = {**trusted, "dtype": torch.float32 if self.device.type == "cpu" else "auto"}
         processor, kind = None, transformers.AutoModelForCausalLM
-        if getattr(self.config, "vision_config", None) is None and not _maps_pictures(self.config):
+        mapped = getattr(self.config, "auto_map", None) or {}
+        sees = getattr(self.config, "vision_config", None) is not None
+        if not (sees or "AutoModelForImageTextToText" in mapped):
             self._blind = (
                 f"{self.name} takes no pictures ({self.config.model_type} is a language model); "
                 "ask it text tasks, or name a vision-language model"
@@ -182,8 +177,7 @@ class TransformersAnswerer:
         return results
 
     def _written(self, inputs: dict[str, Any], replies: list[list[int]]) -> list[torch.Tensor]:
-        """Log-probabilities [rows, vocabulary] at each step of generation that is made to write the
-        replies, so that every tensor grows as the model's own code lets it grow."""
+        """Log-probabilities [rows, vocabulary] at each step of a generation that writes these."""
         start = inputs["input_ids"].shape[1]
 
         def only(row: int, ids: torch.Tensor) -> list[int]:
@@ -260,7 +254,6 @@ class TransformersAnswerer:
         return found
 
     def _parts(self, images: Sequence[Path | None]) -> Iterator[list[int]]:
-        """Batches: of prompts with pictures, then of prompts without."""
         for seen in (True, False):
             own = [i for i, image in enumerate(images) if (image is not None) == seen]
             for start in range(0, len(own), self.batch_size):
@@ -322,9 +315,7 @@ class TransformersAnswerer:
     def _replies(
         self, prompt: str, image: Path | None, texts: Sequence[str], end: str
     ) -> list[list[int]]:
-        """Tokens of the replies behind their prompt, whose last token is `end`. A space parts them
-        where the template writes one; where it has no word on replies, unless the prompt ends in
-        white space."""
+        """Tokens of the replies behind their prompt, whose last token is `end`."""
         question = self._question(prompt, image)
         head = self._rendered([question])
         reply = {"role": "assistant", "content": texts[0]}
@@ -334,6 +325,7 @@ class TransformersAnswerer:
             whole = self._rendered([question, reply], asks=False)
         except ValueError:
             whole = ""
+        # A space parts them where the template writes one, or where it has no word on replies.
         between, known, _ = whole[len(head) :].partition(texts[0])
         told = whole.startswith(head) and known and not between.strip()
         # PaliGemma's processor ends a prompt with a line that its text does not have.
@@ -348,19 +340,9 @@ def _turn(role: str, text: str, pictures: Sequence[dict[str, Any]]) -> dict[str,
     return {"role": role, "content": [*shown, {"type": "text", "text": text}]}
 
 
-def _maps_pictures(config: Any) -> bool:
-    known = getattr(config, "auto_map", None) or {}
-    return "AutoModelForImageTextToText" in known
-
-
 def _digest(folder: Path, config: Any, dtype: torch.dtype) -> str:
-    """Stands for what answers depend on: weights, configurations, templates, tokenizer and code in
-    a folder, or the commit on the hub; the weights' type in memory, and the versions of what turns
-    a question into tensors.
-
-    Of a folder every file counts that is no note, and code and templates below it. torch is left
-    out: its versions differ in last bits alone.
-    """
+    """Stands for what answers depend on: all files of a folder, or the commit on the hub."""
+    # torch is left out: its versions differ in last bits alone.
     found = [f"{name} {_version(name)}" for name in ("transformers", "tokenizers", "torchvision")]
     found += [f"pillow {_version('pillow')}", str(dtype)]
     if any("--" in str(place) for place in (getattr(config, "auto_map", None) or {}).values()):

@@ -1,9 +1,6 @@
 """Save and load a training stage: weights, optimiser state, progress; never a pickle.
 
-A folder holds standard safetensors files of whole tensors: `model.safetensors`, or with several
-ranks shards that each rank writes some of, and their index; so any number of ranks loads what any
-other wrote. Every folder is written under a temporary name, with a sha256 manifest, and renamed;
-it is checked completely before the first tensor goes into the model.
+Safetensors of whole tensors, with several ranks in shards that any number of ranks loads.
 """
 
 import threading

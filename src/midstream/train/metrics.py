@@ -177,6 +177,20 @@ class MetricsLog:
             self._stream.close()
 
 
+def progress_event(
+    tokens_seen: int, total_tokens: int, loss: float, seconds: float
+) -> dict[str, Any]:
+    """What a stage reports of itself while it runs."""
+    return {
+        "done": tokens_seen / total_tokens,
+        "tokens_seen": tokens_seen,
+        "total_tokens": total_tokens,
+        "loss": loss,
+        "tokens_per_second": tokens_seen / max(seconds, 1e-9),
+        "note": "",
+    }
+
+
 NOTES = "tracking.json"
 
 
@@ -187,7 +201,7 @@ def tracking_of(
 
     `about` is shown beside the run where a tracker can.
     """
-    makers = {maker.NAME: maker for maker in (TensorBoard, Wandb, Trackio)}
+    makers: dict[str, type[Tracker]] = {m.NAME: m for m in (TensorBoard, Wandb, Trackio)}
     place = (folder, machine.tracking_project, name, kind, about)
     chosen = {one: partial(makers[one], *place) for one in machine.tracking}
     return Tracking(chosen) if chosen else None

@@ -161,12 +161,7 @@ def _mesh(device: torch.device, world_size: int, shard_ranks: int) -> DeviceMesh
 
 
 def _keep_memory() -> None:
-    """Let glibc keep what is freed: a step asks for the same tensors again and again.
-
-    By default each large tensor is a mapping of its own, given back to the system and faulted in
-    anew: a sixth of a step's processor time (`benchmarks/train_step.py`). Elsewhere than in glibc
-    nothing happens.
-    """
+    """Let glibc keep what is freed: a sixth of a step's time (`benchmarks/train_step.py`)."""
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)
@@ -174,11 +169,8 @@ def _keep_memory() -> None:
 
 
 def _precision(machine: Machine, device: torch.device) -> tuple[torch.dtype, str | None]:
-    """What was asked for; by itself float32 on a CPU, and on a GPU the faster of the two.
-
-    A CPU does not choose by measurement: a resumed stage has to go on with equal bits, and to do
-    so on another processor nearly so. Where the other one is faster, a sentence says so.
-    """
+    """What was asked for; by itself float32 on a CPU, and on a GPU the faster of the two."""
+    # A CPU does not choose by measurement: a resumed stage has to go on with equal bits.
     gain = product_seconds(device, torch.float32) / product_seconds(device, torch.bfloat16)
     chosen = machine.precision
     if chosen == "auto":
