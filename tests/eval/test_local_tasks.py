@@ -8,14 +8,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from answerers import Fake, ignore, kept, run_text_tasks
 
+from answerers import Fake, ignore, kept, run_text_tasks
 from midstream.config import Evaluation
 from midstream.core.identity import published_files
 from midstream.eval import find_task
 from midstream.eval.benchmark import evaluate
 from midstream.eval.find_task import harness_task, read_choice_task, require_share
-from midstream.eval.scoring import TEXT_CHANCE, suites
+from midstream.eval.scoring import TEXT_CHANCE
 from midstream.eval.tasks import HARNESS_TASKS
 from midstream.eval.text import TextTask
 
@@ -407,45 +407,6 @@ def test_a_missing_file_is_named_with_who_published_it(
         FileNotFoundError, match=r"piqa: .* lacks valid\.jsonl and .*, published by PIQA"
     ):
         harness_task("piqa", tmp_path)
-
-
-def test_a_whole_set_has_the_papers_average_and_anything_less_none() -> None:
-    rows = dict(
-        zip(
-            (
-                "agieval_sat_en",
-                "arc_easy",
-                "bigbench_conceptual_combinations_multiple_choice",
-                "bigbench_cs_algorithms_multiple_choice",
-                "copa",
-                "hellaswag",
-                "mathqa",
-                "piqa",
-                "pubmedqa",
-            ),
-            (0.282, 0.771, 0.476, 0.467, 0.92, 0.728, 0.273, 0.791, 0.696),
-            strict=True,
-        )
-    )
-    tasks: dict[str, Any] = {
-        name: {"score": 0.5 if name == "hellaswag" else score, "details": {"acc_norm": score}}
-        for name, score in rows.items()
-    }
-    # Base 100 % of Table 7 (HellaSwag normalised by length) gives 29.67.
-    assert suites(tasks)["text, Table 7"]["score"] == pytest.approx(0.2967, abs=2e-4)
-    assert suites(tasks)["text, authors' list"] == {
-        "score": None,
-        "missing": ["boolq"],
-        "shortened": [],
-    }
-    tasks["piqa"]["shortened"] = "100 of 1,838 examples"
-    assert suites(tasks)["text, Table 7"] == {
-        "score": None,
-        "missing": [],
-        "shortened": ["piqa"],
-    }
-    del tasks["hellaswag"]["details"]["acc_norm"]
-    assert suites(tasks)["text, Table 7"]["missing"] == ["hellaswag"]
 
 
 @pytest.mark.parametrize(("name", "metric"), [("wikitext", "word_perplexity"), ("mmlu", None)])

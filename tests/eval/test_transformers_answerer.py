@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 import peer_checkpoints
 from midstream.data.images import decode
+from midstream.eval import transformers_answerer
 from midstream.eval.tasks import reply_tokens
 from midstream.eval.transformers_answerer import TransformersAnswerer
+from midstream.eval.transformers_answerer import _digest as digest_of
 
 PROMPTS = ["Is there a cat in the image?", "What colour is it? Answer with a single word.", "A"]
 FAMILIES = ["LLaVA 1.5", "LLaVA-NeXT", "Gemma 3", "Llama 3.2 Vision", "Idefics 3", "PaliGemma"]
@@ -318,3 +321,70 @@ def test_a_start_token_that_the_template_writes_is_not_written_twice(tmp_path: P
     Image.new("RGB", (32, 32), "red").save(image)
     ids = peer._inputs(["A"], [image])["input_ids"][0].tolist()
     assert ids.count(config["text_config"]["bos_token_id"]) == 1
+
+
+# ----------------------------------------------------------------------- what stands for a model
+
+PARTS = (
+    "model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "additional_chat_templates/tools.jinja",
+    "tokenizer.json",
+    "tokenizer.model",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "modeling_own.py",
+    "parts/tower.py",
+)
+CONFIG = SimpleNamespace()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for part in PARTS:
+        path = tmp_path / "model" / part
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(part))
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_of_a_model_counts(folder: Path, part: str) -> None:
+    before = digest_of(folder, CONFIG, torch.float32)
+    (folder / part).write_text("another")
+    assert digest_of(folder, CONFIG, torch.float32) != before
+    (folder / part).unlink()
+    assert digest_of(folder, CONFIG, torch.float32) != before
+
+
+def test_notes_hidden_files_results_and_the_place_do_not_count(folder: Path) -> None:
+    before = digest_of(folder, CONFIG, torch.float32)
+    for name in ("README.md", ".gitattributes", "LICENSE"):
+        (folder / name).write_text("about")
+    (folder / "evaluations/model-1").mkdir(parents=True)
+    (folder / "evaluations/model-1/results.json").write_text("{}")
+    assert digest_of(folder, CONFIG, torch.float32) == before
+    assert digest_of(folder.rename(folder.parent / "moved"), CONFIG, torch.float32) == before
+
+
+def test_versions_that_change_answers_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digest_of(folder, CONFIG, torch.float32)
+    assert digest_of(folder, CONFIG, torch.bfloat16) != before
+    monkeypatch.setattr(
+        transformers_answerer, "version", lambda name: {"transformers": "99"}.get(name, "1")
+    )
+    assert digest_of(folder, CONFIG, torch.float32) != before
+
+
+def test_a_hub_model_is_its_commit_and_one_without_is_never_the_same(tmp_path: Path) -> None:
+    name = tmp_path / "org/model"
+    one, other = (SimpleNamespace(_commit_hash=commit) for commit in ("abc", "def"))
+    assert (
+        digest_of(name, one, torch.float32)
+        == digest_of(name, one, torch.float32)
+        != digest_of(name, other, torch.float32)
+    )
+    assert digest_of(name, CONFIG, torch.float32) != digest_of(name, CONFIG, torch.float32)
