@@ -183,6 +183,19 @@ def test_another_programs_results_are_left_alone(tmp_path: Path) -> None:
     assert earlier_tasks(sorted(tmp_path.glob("*"))) == {}
 
 
+def command(
+    out: Path, data: Path, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> tuple[str, list[str]]:
+    """What `midstream eval` says of a fake, and which tasks it asked."""
+    fake = yes()
+    monkeypatch.setattr(evaluate_model, "_open_model", lambda *_: (fake, data))
+    request = {"models": ["model"], "out": str(out), "tasks": []}
+    request |= {"evaluation": {"blind": False, "batch_size": 2, **options}}
+    with Console(record=True, width=200) as console:
+        evaluate_model._evaluate(request, console)
+    return console.export_text(), sorted({prompt.split()[0] for prompt in fake.prompts})
+
+
 def test_the_command_finds_the_score_of_a_changed_file_and_keeps_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,17 +207,7 @@ def test_the_command_finds_the_score_of_a_changed_file_and_keeps_the_others(
     heard: list[str] = []
 
     def run(data: str) -> dict[str, float]:
-        fake = yes()
-        monkeypatch.setattr(evaluate_model, "_open_model", lambda *_: (fake, Path(data)))
-        request = {
-            "models": ["model"],
-            "out": str(tmp_path / "out"),
-            "tasks": [],
-            "evaluation": {"blind": False, "batch_size": 2},
-        }
-        with Console(record=True, width=200) as console:
-            evaluate_model._evaluate(request, console)
-        heard[:] = sorted({prompt.split()[0] for prompt in fake.prompts})
+        heard[:] = command(tmp_path / "out", Path(data), monkeypatch)[1]
         folders = list((tmp_path / "out").glob("model-*"))
         latest = max(folders, key=lambda path: (path / "results.json").stat().st_mtime_ns)
         return {
@@ -228,14 +231,10 @@ def test_what_is_shown_again_says_from_when_it_is_wherever_it_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_world(tmp_path / "world")
-    monkeypatch.setattr(evaluate_model, "_open_model", lambda *_: (yes(), tmp_path / "world"))
 
     def run(**options: Any) -> str:
-        request = {"models": ["model"], "out": str(tmp_path / "out"), "tasks": []}
-        request |= {"evaluation": {"blind": False, **options}}
-        with Console(record=True, width=200) as console:
-            evaluate_model._evaluate(request, console)
-        return next(line for line in console.export_text().splitlines() if "/out/model-" in line)
+        told, _ = command(tmp_path / "out", tmp_path / "world", monkeypatch, **options)
+        return next(line for line in told.splitlines() if "/out/model-" in line)
 
     assert "as before" not in run()
     (first,) = (tmp_path / "out").glob("model-*")

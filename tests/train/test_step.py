@@ -266,15 +266,13 @@ def test_frozen_parameters_are_left_out() -> None:
     assert held == {id(v) for v in vlm.parameters()} - {id(vlm.decoder.output.weight)}
 
 
-def test_the_rate_is_set_in_every_group_and_starts_at_zero() -> None:
-    optimizer = make_optimizer(text_model(), AdamW(decay="matrices"))
-    assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.0]
-    set_rate(optimizer, 0.25)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
-
-
-def test_betas_and_epsilon_are_those_of_the_settings() -> None:
-    optimizer = make_optimizer(text_model(), AdamW(beta1=0.8, beta2=0.7, eps=1e-5))
+def test_rate_betas_and_epsilon_are_set_in_every_group() -> None:
+    optimizer = make_optimizer(
+        text_model(), AdamW(decay="matrices", beta1=0.8, beta2=0.7, eps=1e-5)
+    )
+    for rate in (0.0, 0.25):
+        assert [group["lr"] for group in optimizer.param_groups] == [rate, rate]
+        set_rate(optimizer, 0.25)
     assert all(g["betas"] == (0.8, 0.7) and g["eps"] == 1e-5 for g in optimizer.param_groups)
 
 

@@ -57,7 +57,10 @@ class TransformersAnswerer:
     def _open_config(self, trusted: dict[str, bool]) -> Any:
         from transformers import AutoConfig
 
+        folder = Path(self.name)
         try:
+            if folder.is_dir() and not (folder / "config.json").is_file():
+                raise FileNotFoundError("a folder without one")
             return AutoConfig.from_pretrained(self.name, **trusted)
         except OSError as error:
             told = str(error).split("\n")[0]
