@@ -19,41 +19,25 @@ Numbers = dict[str, float | None]
 # The options of a question, in their order.
 LETTERS = "ABCDEFGHIJKLMNOP"
 
+# What is known of each benchmark; the file says what its tables are.
+BENCHMARKS: dict[str, Any] = tomllib.loads(
+    Path(__file__).with_name("benchmarks.toml").read_text(encoding="utf-8")
+)
 # Contracted forms that people type with an apostrophe missing. The official table holds every
 # variant with one apostrophe left out, and nothing for forms that are words of their own
 # without it ("its", "were", "shed"). Its keys with a capital ("Im") can never meet a lowered word.
-_CONTRACTED = """
-    ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't mustn't
-    needn't oughtn't shan't shouldn't wasn't weren't won't wouldn't
-    could've might've must've not've should've they've we've what've where've who've would've you've
-    he'd how'd it'd someone'd something'd there'd they'd where'd who'd you'd
-    how'll it'll somebody'll someone'll something'll they'll what'll who'll why'll you'll
-    there're they're what're why're you're
-    he's how's somebody's someone's that's there's what's when's where's who's why's
-    ma'am o'clock 'twas y'all 'ow's'at y'all'll y'all'd've
-    couldn't've hadn't've mightn't've shouldn't've wouldn't've
-    he'd've it'd've she'd've somebody'd've someone'd've something'd've there'd've they'd've we'd've
-    who'd've you'd've
-"""
+_FORMS = BENCHMARKS["normalising"]
 CONTRACTIONS: dict[str, str] = {
     form[:at] + form[at + 1 :]: form
-    for form in _CONTRACTED.split()
+    for form in _FORMS["contracted"].split()
     for at, character in enumerate(form)
     if character == "'"
 } | {"somebody'd": "somebodyd"}  # the official table takes this one's apostrophe away
-# VizWiz' code writes back-ticks, but for these few.
-VIZWIZ_CONTRACTIONS: dict[str, str] = (
-    {
-        form.replace("'", "`"): whole.replace("'", "`")
-        for form, whole in CONTRACTIONS.items()
-        if form not in ("couldn'tve", "hadn'tve")
-    }
-    | {"couldn'tve": "couldn`t`ve", "hadn'tve": "hadn`t`ve"}
-    | {
-        form: CONTRACTIONS[form]
-        for form in ("aint", "arent", "cant", "couldve", "couldnt", "weve", "wheres", "whove")
-    }
-)
+# VizWiz' code writes back-ticks, but for a few.
+VIZWIZ_CONTRACTIONS: dict[str, str] = {
+    form if form in _FORMS["vizwiz_keys"] else form.replace("'", "`"): whole.replace("'", "`")
+    for form, whole in CONTRACTIONS.items()
+} | {form: CONTRACTIONS[form] for form in _FORMS["vizwiz_plain"]}
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
 _NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS.split())}
 _ARTICLES = ("a", "an", "the")
@@ -348,10 +332,6 @@ def _area(box: Sequence[float]) -> float:
     return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
 
 
-# What is known of each benchmark; the file says what its tables are.
-BENCHMARKS: dict[str, Any] = tomllib.loads(
-    Path(__file__).with_name("benchmarks.toml").read_text(encoding="utf-8")
-)
 # What guessing scores, by task (0 to 1), and where the number stands.
 VISUAL_CHANCE: dict[str, tuple[float, str]] = BENCHMARKS["chance"]["visual"]
 TEXT_CHANCE: dict[str, tuple[float, str]] = BENCHMARKS["chance"]["text"]

@@ -26,9 +26,8 @@ class TextTask:
     """A task for the harness: its description, and the records that it is asked on.
 
     settings: lm-evaluation-harness's own, without the data. docs: the records, in `split`; None
-    where the harness reads `files` of its own columns, or (`fetched`) loads its task or group of
-    this name itself. chance: None where it is one over the number of choices. departs: see
-    `local_tasks.LocalTask`.
+    where it reads `files` of its own columns, or (`fetched`) loads its task or group itself.
+    chance: None where it is one over the number of choices. departs: see `tasks.LocalTask`.
     """
 
     name: str
@@ -48,8 +47,7 @@ class TextTask:
 
 @dataclass(frozen=True)
 class TextAnswer:
-    """One record's prompt, its choices, which was chosen, which is right, its score, and the task
-    of a group that it belongs to ("": no group).
+    """One record's prompt, choices, which was chosen and which is right, score, task of a group.
 
     Of a free answer the choices are what was said, and where it is known what is right; of a text
     that is read as a whole its log-probability.
@@ -65,11 +63,10 @@ class TextAnswer:
 
 @dataclass(frozen=True)
 class TextResult:
-    """A task's metrics by the harness's names ("acc", "acc_norm"), its records' answers, which
-    metric their scores are, whether more of it is better, of how many records in all, and what
-    guessing scores: None for a metric that is no share of right answers (a perplexity).
+    """A task's metrics by the harness's names, its records' answers, and which metric they score.
 
-    A group has its own metrics, and those of its tasks as "<task>.<metric>".
+    `num_docs`: of how many records in all; `chance` is None for a metric that is no share of right
+    answers (a perplexity). A group has its own metrics, and its tasks' as "<task>.<metric>".
     """
 
     metrics: dict[str, float]
