@@ -26,6 +26,7 @@ from midstream.work import evaluate_model
 from midstream.work.show_scores import list_tasks
 
 TASKS = ("hue", "odd", "letters")
+First = tuple[Path, dict[str, Any]]
 ASKED: dict[str, Any] = {"visual_tasks": ("hue", "odd"), "text_tasks": ("letters",)}
 
 
@@ -61,7 +62,7 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def first(tmp_path_factory: pytest.TempPathFactory) -> First:
     """A world, and beside it the results of a first evaluation."""
     root = tmp_path_factory.mktemp("first")
     write_world(root / "world")
@@ -119,7 +120,7 @@ def add_unread(world: Path) -> None:
     ],
 )
 def test_only_tasks_whose_content_changed_are_asked_again(
-    first: tuple[Path, dict[str, Any]],
+    first: First,
     tmp_path: Path,
     change: Callable[[Path], None],
     asked: set[str],
@@ -158,16 +159,14 @@ def test_only_tasks_whose_content_changed_are_asked_again(
     ],
 )
 def test_a_task_asked_otherwise_is_asked_again(
-    first: tuple[Path, dict[str, Any]], tmp_path: Path, options: dict[str, Any], asked: set[str]
+    first: First, tmp_path: Path, options: dict[str, Any], asked: set[str]
 ) -> None:
     root, _ = first
     _, heard = again(root / "world", tmp_path / "out", root / "out", **options)
     assert {word.rstrip(":") for word in heard} == asked
 
 
-def test_a_row_without_its_predictions_is_not_done(
-    first: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_row_without_its_predictions_is_not_done(first: First, tmp_path: Path) -> None:
     root, _ = first
     shutil.copytree(root / "out", tmp_path / "before")
     (tmp_path / "before/predictions/hue.parquet").unlink()
@@ -251,7 +250,7 @@ def test_what_is_shown_again_says_from_when_it_is_wherever_it_is_taken(
 
 
 def test_answers_of_another_version_are_asked_again(
-    first: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    first: First, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(eval_answers, "ANSWERS_VERSION", eval_answers.ANSWERS_VERSION + 1)
     _, heard = again(first[0] / "world", tmp_path / "out", first[0] / "out")

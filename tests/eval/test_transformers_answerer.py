@@ -18,12 +18,13 @@ from midstream.eval.tasks import reply_tokens
 from midstream.eval.transformers_answerer import TransformersAnswerer
 from midstream.eval.transformers_answerer import _digest as digest_of
 
+Folders = Callable[[str], Path]
 PROMPTS = ["Is there a cat in the image?", "What colour is it? Answer with a single word.", "A"]
 FAMILIES = ["LLaVA 1.5", "LLaVA-NeXT", "Gemma 3", "Llama 3.2 Vision", "Idefics 3", "PaliGemma"]
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     root = tmp_path_factory.mktemp("families")
 
     def folder(family: str) -> Path:
@@ -61,7 +62,7 @@ def documented(peer: TransformersAnswerer, prompt: str, picture: Path) -> Any:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_of_pictures_is_answered_as_the_library_answers_one_by_one(
-    folders: Callable[[str], Path], pictures: list[Path], family: str
+    folders: Folders, pictures: list[Path], family: str
 ) -> None:
     peer = opened(folders(family))
     expected = []
@@ -80,7 +81,7 @@ def test_a_batch_of_pictures_is_answered_as_the_library_answers_one_by_one(
 
 @pytest.mark.parametrize("family", ["LLaVA 1.5", "Gemma 3", "Llama 3.2 Vision"])
 def test_a_whole_reply_has_the_probability_that_one_pass_over_it_gives(
-    folders: Callable[[str], Path], pictures: list[Path], family: str
+    folders: Folders, pictures: list[Path], family: str
 ) -> None:
     peer = opened(folders(family))
     options = ("red cat", "red dog in the image")
@@ -110,7 +111,7 @@ def test_a_whole_reply_has_the_probability_that_one_pass_over_it_gives(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_likeliest_choice_is_what_a_plain_model_writes(
-    folders: Callable[[str], Path], pictures: list[Path], family: str
+    folders: Folders, pictures: list[Path], family: str
 ) -> None:
     peer = opened(folders(family))
     written = ["Yes", "No", "yes", "no", "True", "False", "A", "B", "C", "D", "red", "blue"]
@@ -167,9 +168,7 @@ def test_a_reply_that_melts_into_its_prompt_is_taken_without_a_space_of_its_own(
             assert one.convert_ids_to_tokens(row)[0][0] in "YN", name
 
 
-def test_a_picture_is_opened_as_the_stages_open_it(
-    folders: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_picture_is_opened_as_the_stages_open_it(folders: Folders, tmp_path: Path) -> None:
     peer = opened(folders("LLaVA 1.5"))
     scene = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     clear = np.dstack([scene, np.where(scene[..., 0] > 99, 255, 0).astype(np.uint8)])
@@ -250,7 +249,7 @@ def check_texts(peer: TransformersAnswerer) -> None:
 
 @pytest.mark.parametrize("family", ["LLaVA 1.5", "Gemma 3", "Llama 3.2 Vision"])
 def test_a_model_with_eyes_gives_texts_the_likelihoods_of_the_library(
-    folders: Callable[[str], Path], family: str
+    folders: Folders, family: str
 ) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -267,9 +266,7 @@ def test_a_model_with_eyes_gives_texts_the_likelihoods_of_the_library(
         assert (value, greedy) == (pytest.approx(expected, abs=1e-3), same)
 
 
-def test_a_model_that_reads_texts_in_both_directions_is_asked_none(
-    folders: Callable[[str], Path],
-) -> None:
+def test_a_model_that_reads_texts_in_both_directions_is_asked_none(folders: Folders) -> None:
     with pytest.raises(ValueError, match=r"both directions \(paligemma\).*leave text tasks out"):
         opened(folders("PaliGemma")).check_texts()
     opened(folders("Gemma 3")).check_texts()
@@ -292,7 +289,7 @@ def test_weights_without_a_processor_are_asked_about_texts_alone(tmp_path: Path)
     transformers.utils.is_torchvision_available(), reason="torchvision is installed"
 )
 def test_a_processor_that_needs_torchvision_says_so_where_pictures_are_asked(
-    folders: Callable[[str], Path],
+    folders: Folders,
 ) -> None:
     peer = opened(folders("Qwen2-VL"))
     with pytest.raises(ValueError, match=r"needs torchvision.*pip install torchvision, or ask"):

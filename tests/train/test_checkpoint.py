@@ -17,6 +17,7 @@ from midstream.train.step import make_optimizer, set_rate
 from tiny import DECODER, ENCODER, ROWS, TEXT
 
 FILES = ("model.safetensors", "optimizer.safetensors", "progress.json", "manifest.json")
+Saved = tuple[Path, dict[str, torch.Tensor]]
 PROGRESS = Progress(
     step=7,
     tokens_seen=4_321,
@@ -59,7 +60,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+def saved(tmp_path: Path) -> Saved:
     model, optimizer = made(0)
     move(model, optimizer, 1)
     move(model, optimizer, 2)
@@ -68,9 +69,7 @@ def saved(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     return folder, state(model, optimizer)
 
 
-def test_a_checkpoint_brings_back_every_bit_of_weights_moments_and_progress(
-    saved: tuple[Path, dict[str, torch.Tensor]],
-) -> None:
+def test_a_checkpoint_brings_back_every_bit_of_weights_moments_and_progress(saved: Saved) -> None:
     folder, expected = saved
     model, optimizer = made(5)
     assert not equal(state(model, optimizer), expected)
@@ -83,7 +82,7 @@ def test_a_checkpoint_brings_back_every_bit_of_weights_moments_and_progress(
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("place", [0.0, 0.03, 0.5, 0.97, None])
 def test_a_flipped_bit_or_a_missing_file_is_refused_before_a_tensor_is_written(
-    saved: tuple[Path, dict[str, torch.Tensor]], name: str, place: float | None
+    saved: Saved, name: str, place: float | None
 ) -> None:
     folder, _ = saved
     data = bytearray((folder / name).read_bytes())
@@ -103,7 +102,7 @@ def test_a_flipped_bit_or_a_missing_file_is_refused_before_a_tensor_is_written(
 
 @pytest.mark.parametrize("writer", ["save_file", "write_json", "finish_folder"])
 def test_a_process_killed_between_files_leaves_the_previous_checkpoint(
-    saved: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch, writer: str
+    saved: Saved, monkeypatch: pytest.MonkeyPatch, writer: str
 ) -> None:
     folder, expected = saved
     model, optimizer = made(5)
@@ -146,9 +145,7 @@ def test_weights_without_moments_can_only_be_started_fresh(tmp_path: Path) -> No
         checkpoint.load_moments(tmp_path / "weights", model, optimizer)
 
 
-def test_a_checkpoint_of_another_model_is_refused_with_every_name(
-    saved: tuple[Path, dict[str, torch.Tensor]],
-) -> None:
+def test_a_checkpoint_of_another_model_is_refused_with_every_name(saved: Saved) -> None:
     folder, _ = saved
     model = VLM(VLMConfig(decoder=DECODER))
     with pytest.raises(ValueError, match=r"unexpected: projector\."):

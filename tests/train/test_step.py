@@ -30,6 +30,7 @@ LENGTH = 48
 PATCHES = ENCODER.num_patches
 # Supervised positions of each row: as uneven as captions beside documents.
 TARGETS = (1, 40, 2, 47, 0, 17)
+Whole = tuple[StepResult, dict[str, torch.Tensor]]
 CPU = torch.device("cpu")
 
 
@@ -111,7 +112,7 @@ def gradients(model: VLM) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def whole(vlm: VLM) -> tuple[StepResult, dict[str, torch.Tensor]]:
+def whole(vlm: VLM) -> Whole:
     """The step as one batch."""
     model = VLM(vlm.config)
     initialise(model, 3)
@@ -123,7 +124,7 @@ def whole(vlm: VLM) -> tuple[StepResult, dict[str, torch.Tensor]]:
     "sizes", [(1, 1, 1, 1, 1, 1), (5, 1), (1, 5), (2, 2, 2), (3, 3), (4, 1, 1), (1, 2, 3)]
 )
 def test_cutting_a_step_into_micro_batches_changes_neither_loss_nor_gradient(
-    vlm: VLM, whole: tuple[StepResult, dict[str, torch.Tensor]], sizes: tuple[int, ...]
+    vlm: VLM, whole: Whole, sizes: tuple[int, ...]
 ) -> None:
     expected, expected_gradients = whole
     found = step(vlm, cut(sizes), rate=0.0)

@@ -152,7 +152,6 @@ class KeptAnswers:
             fresh: dict[str, Any] = {}
             for part in parts[first : first + size][self.ranks.rank :][:1]:
                 answers = ask(*map(list, zip(*(requests[i] for i in part), strict=True)))
-                assert len(answers) == len(part), "the model left a request without an answer"
                 fresh = {keys[i]: answer for i, answer in zip(part, answers, strict=True)}
             self._keep(fresh)
             for others, wants in self.ranks.gather([fresh, self.should_stop()]):
@@ -206,7 +205,7 @@ def _together(
 
 
 def _whole_lines(path: Path) -> bytes:
-    """Without a last line that was being written when its process ended."""
+    # Without a last line that was being written when its process ended.
     content = path.read_bytes()
     return content[: content.rfind(b"\n") + 1]
 
@@ -227,8 +226,7 @@ SCORES_VERSION = 2
 
 @dataclass(frozen=True)
 class EarlierTask:
-    """A task's row of a results.json, and the file of its predictions, whose time is that of the
-    asking wherever it is taken."""
+    """A task's row of a results.json, and its predictions, whose time is that of the asking."""
 
     row: dict[str, Any]
     predictions: Path

@@ -90,9 +90,10 @@ def _published(name: str, paths: tuple[Path, ...]) -> TextTask:
     settings = known.settings
     if known.yaml is not None:
         settings = {"include": str(Path(lm_eval.tasks.__file__).parent / known.yaml)}
-    departs = local.departs
-    if departs is None and len(local.docs) < known.num_docs:
-        departs = f"{len(local.docs):,} of {known.num_docs:,} records"
+    cut = len(local.docs) < known.num_docs
+    departs = local.departs or (
+        f"{len(local.docs):,} of {known.num_docs:,} records" if cut else None
+    )
     chance = local.chance if local.chance is not None else TEXT_CHANCE[name][0]
     settings = {**settings, **local.settings, "num_fewshot": 0}
     return TextTask(name, chance, settings, local.docs, known.split, known.num_docs, departs)
@@ -107,11 +108,10 @@ def _entry(name: str) -> Any:
         raise ValueError(f"no text task is called {name!r}{hint}")
     kind, described = entry.kind.name, entry.cfg or {}
     if kind == "TAG" or (kind == "GROUP" and not described.get("aggregate_metric_list")):
-        listed = [_called(one) for one in _members(entry) or []]
-        more = ", ..." if len(listed) > 20 else ""
+        listed = ", ".join(_called(one) for one in (_members(entry) or [])[:20])
         raise ValueError(
             f"{name} is a {kind.lower()} of lm-evaluation-harness without a number of its own; "
-            f"name its tasks: {', '.join(listed[:20])}{more}"
+            f"name its tasks: {listed}"
         )
     return entry
 
@@ -121,7 +121,7 @@ def _split_files(
 ) -> tuple[str, tuple[Path, ...]]:
     """The files of a split and what kind they are: by their names, or by their folder's."""
     root = folder / configuration if configuration else folder
-    found = [Path(path) for path in walk(root if root.is_dir() else folder)]
+    found = map(Path, walk(root if root.is_dir() else folder))
     data = [path for path in found if path.suffix in _KINDS and not is_note(path.name)]
     called = ("validation", "valid", "val", "dev") if split == "validation" else (split,)
     # "test-00000-of-00001.parquet" is of the split "test".
@@ -136,11 +136,11 @@ def _split_files(
             f"the data set's files there as its hub has them, such as {split}.parquet, .jsonl or "
             ".csv"
         )
-    kinds = {_KINDS[path.suffix] for path in named}
-    if len(kinds) > 1:
+    kind, *others = {_KINDS[path.suffix] for path in named}
+    if others:
         names = ", ".join(path.name for path in named[:5])
         raise ValueError(f"text task {name}: {folder} holds {split!r} in two forms ({names})")
-    return kinds.pop(), tuple(named)
+    return kind, tuple(named)
 
 
 def _data_sets(member: Any, changed: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
@@ -260,10 +260,9 @@ def read_visual_task(
     kind, chance, folder = _visual_folder(world, name)
     examples = VISUAL_FORMATS[kind].read(folder, pictures=pictures)
     splits = [example.split for example in examples]
-    chosen = (in_seeded_order(examples, splits, name) if shuffled else examples)[:limit]
     num_splits = len(set(splits))
-    if slim:
-        chosen = chosen[: SLIM_EXAMPLES * num_splits]
+    chosen = (in_seeded_order(examples, splits, name) if shuffled else examples)[:limit]
+    chosen = chosen[: SLIM_EXAMPLES * num_splits] if slim else chosen
     if limit is not None and limit < num_splits:
         raise ValueError(f"limit {limit} cannot cover the {num_splits} splits of {name}; raise it")
     return VisualTask(name, VISUAL_FORMATS[kind], chance, tuple(chosen), len(examples))

@@ -49,8 +49,7 @@ class Prediction:
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """JSON lines, a JSON list, a JSON object of answers or records by question id, or a table whose
-    first line names its columns (tabs, commas, .xlsx), in the order of the questions where it says.
+    """The answers of a file in any layout of docs/evaluation.md, in its order of the questions.
 
     Raises ValueError with the line or the record that holds no answer, and the nearest layout.
     """
@@ -103,8 +102,8 @@ def _table(path: Path, rows: Iterable[Sequence[Any]]) -> Iterator[tuple[str, Any
                 "columns; put texts that hold line breaks or separators into quotes"
             )
     columns = [
-        [None if cell in ("", "nan", "NaN") else cell for cell in c]
-        for c in zip(*body, strict=True)
+        [None if cell in ("", "nan", "NaN") else cell for cell in own]
+        for own in zip(*body, strict=True)
     ]
     for column in columns:
         # pandas writes whole numbers so where one of a column is missing.

@@ -95,21 +95,21 @@ class TransformersAnswerer:
     def _open_processor(self, trusted: dict[str, bool]) -> Any:
         import transformers
 
+        lacks = "that can be opened"
         try:
             processor = transformers.AutoProcessor.from_pretrained(self.name, **trusted)
-        except Exception as error:
+            if isinstance(processor, transformers.ProcessorMixin):
+                return processor
+            lacks = f"but a {type(processor).__name__}"
+        except Exception as error:  # whatever a processor's own code raises
             told = " ".join(str(error).split())
+            lacks += f" ({told})"
             absent = not transformers.utils.is_torchvision_available()
             if absent and any(word in told.lower() for word in ("torchvision", "video")):
                 raise ValueError(
                     f"{self.name}: its processor needs torchvision, which is not installed; "
                     "pip install torchvision"
                 ) from None
-            lacks = f"that can be opened ({told})"
-        else:
-            if isinstance(processor, transformers.ProcessorMixin):
-                return processor
-            lacks = f"but a {type(processor).__name__}"
         raise ValueError(
             f"{self.name} has weights and no processor {lacks}; put its processor_config.json or "
             "preprocessor_config.json beside the weights"
@@ -131,15 +131,14 @@ class TransformersAnswerer:
         self._checked = True
 
     def _check_template(self) -> None:
-        teller = self.processor or self.tokenizer
-        held = getattr(teller, "chat_template", None)
+        held = getattr(self.processor or self.tokenizer, "chat_template", None)
         if held is None or (isinstance(held, dict) and "default" not in held):
-            known = [repr(key) for key in held or {}]
+            known = ", ".join(map(repr, held or {}))
             if held is None and getattr(self.tokenizer, "chat_template", None) is not None:
-                known.append("its tokenizer's, which the processor does not use")
+                known = "its tokenizer's, which the processor does not use"
             raise ValueError(
                 f"{self.name} has no chat template, so that nobody knows how it is asked (known: "
-                f"{', '.join(known) or 'none'}); put one into its folder as chat_template.jinja"
+                f"{known or 'none'}); put one into its folder as chat_template.jinja"
             )
 
     @torch.no_grad()
@@ -271,10 +270,7 @@ class TransformersAnswerer:
         if self.processor is not None:
             options = {"processor_kwargs": options}
         inputs = (self.processor or self.tokenizer).apply_chat_template(
-            [
-                [self._question(prompt, image, opened=True)]
-                for prompt, image in zip(prompts, images, strict=True)
-            ],
+            [[self._question(*pair, opened=True)] for pair in zip(prompts, images, strict=True)],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,

@@ -127,9 +127,8 @@ def _row(values: Mapping[str, Any], prefix: str, at: float) -> TrackedRow:
 class MetricsLog:
     """Appends to `metrics.jsonl`; `position` is its length in bytes, kept in checkpoints.
 
-    Without a path (on all ranks but the first) nothing is written. `tracking` gets every line too,
-    and is begun here: it knows then which lines are kept. Raises ValueError if the file
-    is shorter than the position that a stage resumes from.
+    Without a path (on all ranks but the first) nothing is written. `tracking` is begun here, and
+    gets every line too. Raises ValueError for a file shorter than the position resumed from.
     """
 
     def __init__(self, path: Path | None, position: int, tracking: Tracking | None = None) -> None:

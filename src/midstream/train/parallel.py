@@ -94,20 +94,17 @@ ALONE = Place(torch.device("cpu"))
 def set_up(machine: Machine) -> Place:
     """Choose device and precision, fix the thread count, ask for deterministic kernels.
 
-    On a CPU equal inputs then give equal bits for an equal number of threads, and memory that is
-    freed is kept for the next step. Where torchrun has
+    On a CPU equal inputs then give equal bits for an equal number of threads. Where torchrun has
     started this process among others, the process groups and the mesh are made: one axis that
     shards, or with `shard_ranks` two, copies and shards. Raises ValueError where cuda is asked
-    for and there is none, or where torchrun started another number of processes than `machine`
-    says.
+    for and there is none, or torchrun started another number of processes than `machine` says.
     """
     torch.set_num_threads(machine.threads)
     device = _device(machine)
     if device.type == "cpu":
         _keep_memory()
     torch.use_deterministic_algorithms(True)
-    # Else every new tensor is filled first: a twentieth of a step, for programs that read what
-    # they have not written.
+    # Else every new tensor is filled first: a twentieth of a step.
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size != machine.world_size:
