@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,27 +31,8 @@ BATCHES_AT_ONCE = 8
 Progress = Callable[[float, str], None]
 
 
-@runtime_checkable
-class Ranks(Protocol):
-    """Who computes: `train.parallel.Place` is one."""
-
-    @property
-    def rank(self) -> int:
-        """This process."""
-        ...
-
-    @property
-    def world_size(self) -> int:
-        """All of them."""
-        ...
-
-    def gather(self, value: Any) -> list[Any]:
-        """A JSON-able value of every rank, in their order."""
-        ...
-
-
 # One process.
-_ALONE: Any = SimpleNamespace(rank=0, world_size=1, gather=lambda value: [value])
+_ALONE = SimpleNamespace(rank=0, world_size=1, gather=lambda value: [value])
 
 
 class EvaluationStopped(Exception):  # noqa: N818 - it ends an evaluation without being an error
@@ -65,7 +46,8 @@ class KeptAnswers:
     None to keep none. at_once: requests that the model gets
     together; whatever their number, an answer does not depend on its neighbours. `settings` stand
     for whatever else an answer depends on. `file_digest` stands for a picture's bytes and is asked
-    once for each. Every rank must make the same requests in the same order; `at` hears what each of
+    once for each. `ranks`: a `train.parallel.Place`, or what has its rank, world_size and gather;
+    every rank must make the same requests in the same order; `at` hears what each of
     them comes to.
     """
 
@@ -77,13 +59,13 @@ class KeptAnswers:
         at_once: int,
         settings: str = "",
         file_digest: Callable[[Path], str] = file_sha256,
-        ranks: Ranks | None = None,
+        ranks: Any = _ALONE,
         should_stop: Callable[[], bool] = lambda: False,
         at: Callable[[str], None] = lambda _point: None,
     ) -> None:
         self.answerer, self.at_once, self.should_stop = answerer, at_once, should_stop
         self.at = at
-        self.ranks: Ranks = ranks if ranks is not None else _ALONE
+        self.ranks = ranks
         self.weights_digest = answerer.weights_digest
         self.file_digest = functools.cache(file_digest)
         self.progress: Progress = lambda _fraction, _text: None

@@ -243,7 +243,10 @@ def _report_text(task: TextTask, result: TextResult, out: Path | None) -> dict[s
             score=[row.score for row in rows],
         )
     splits, value = [row.split for row in rows], result.metrics[result.metric]
-    sure = _how_sure([row.score for row in rows], splits, value)
+    # A metric may be a mean over examples or over a group's tasks; of any other nothing is said.
+    means = [bootstrap([row.score for row in rows], None, parts) for parts in (None, splits)]
+    equal = [one for one in means if math.isclose(one.mean, value, rel_tol=1e-6, abs_tol=1e-9)]
+    sure = equal[0] if equal else Estimate(value, None, None, None)
     num_all = task.num_docs if task.num_docs is not None else result.num_docs
     return {
         "kind": "text",
@@ -261,15 +264,6 @@ def _report_text(task: TextTask, result: TextResult, out: Path | None) -> dict[s
         "splits": {name: result.metrics[f"{name}.{result.metric}"] for name in splits if name},
         "details": result.metrics,
     }
-
-
-def _how_sure(scores: Sequence[float], splits: Sequence[str], value: float) -> Estimate:
-    # A metric may be a mean over examples or over a group's tasks; of any other nothing is said.
-    for parts in (None, splits):
-        sure = bootstrap(scores, None, parts)
-        if math.isclose(sure.mean, value, rel_tol=1e-6, abs_tol=1e-9):
-            return sure
-    return Estimate(value, None, None, None)
 
 
 def _shortened(asked: int, num_all: int) -> str | None:

@@ -150,7 +150,8 @@ def _prediction(value: Any, where: str) -> Prediction:
         )
     if not keys:
         raise ValueError(f"{where} has no answer, only {', '.join(value)}; {_nearest(value)}")
-    name = next((_answer(value[key]) for key in _IDS if _is_id(value.get(key))), None)
+    ids = [value[key] for key in _IDS if type(value.get(key)) in (str, int, float)]
+    name = next((_answer(one) for one in ids if isinstance(one, str) or math.isfinite(one)), None)
     asked_under = _QUESTIONS if keys[0] != "answer" else (*_QUESTIONS, "text")
     question = next((value[key] for key in asked_under if isinstance(value.get(key), str)), None)
     try:
@@ -168,11 +169,6 @@ def _nearest(value: dict[str, Any]) -> str:
     lacks = {name: [key for key in keys if key not in value] for name, keys in _LAYOUTS.items()}
     name = min(_LAYOUTS, key=lambda name: len(lacks[name]) / len(_LAYOUTS[name]))
     return f"nearest is {name} ({', '.join(_LAYOUTS[name])}): add {' and '.join(lacks[name])}"
-
-
-def _is_id(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, str) or (number and math.isfinite(value))
 
 
 def _answer(value: Any) -> str | None:

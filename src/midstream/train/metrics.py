@@ -202,8 +202,8 @@ def tracking_of(
     """
     makers: dict[str, type[Tracker]] = {m.NAME: m for m in (TensorBoard, Wandb, Trackio)}
     place = (folder, machine.tracking_project, name, kind, about)
-    chosen = {one: partial(makers[one], *place) for one in machine.tracking}
-    return Tracking(chosen) if chosen else None
+    chosen = [(str(one), partial(makers[one], *place)) for one in machine.tracking]
+    return Tracking(dict(chosen)) if chosen else None
 
 
 class Tracker:

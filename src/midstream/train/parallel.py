@@ -119,8 +119,13 @@ def set_up(machine: Machine) -> Place:
         kinds = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
         dist.init_process_group(kinds, timeout=timeout)
         scalars = dist.new_group(backend="gloo", timeout=timeout)
-        mesh = _mesh(device, world_size, machine.shard_ranks or world_size)
+        shards = machine.shard_ranks or world_size
+        axes = {"copy": world_size // shards, "shard": shards}
+        if shards == world_size:
+            del axes["copy"]
+        mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
     precision, note = _precision(machine, device)
+    size = 768 if device.type == "cpu" else 8192
     compiled = machine.compile == "blocks" or (machine.compile == "auto" and device.type == "cuda")
     return Place(
         device=device,
@@ -130,7 +135,7 @@ def set_up(machine: Machine) -> Place:
         world_size=world_size,
         mesh=mesh,
         scalars=scalars,
-        peak_flops=world_size * product_flops(device, precision),
+        peak_flops=world_size * (2.0 * size**3 / product_seconds(device, precision, size)),
         compile_blocks=compiled,
         checkpoint_blocks=machine.activation_checkpointing == "blocks",
     )
@@ -148,13 +153,6 @@ def _device(machine: Machine) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     return device
-
-
-def _mesh(device: torch.device, world_size: int, shard_ranks: int) -> DeviceMesh:
-    if shard_ranks == world_size:
-        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
-    shape = (world_size // shard_ranks, shard_ranks)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard"))
 
 
 def _keep_memory() -> None:
@@ -177,12 +175,6 @@ def _precision(machine: Machine, device: torch.device) -> tuple[torch.dtype, str
         return torch.bfloat16, slow if gain < 1 else None
     fast = f"bfloat16 multiplies {gain:.1f} times as fast as float32 here; --machine "
     return torch.float32, fast + "precision=bfloat16 uses it" if gain >= _WORTH_IT else None
-
-
-def product_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs a second of a product of two square matrices, the best of three."""
-    size = 768 if device.type == "cpu" else 8192
-    return 2.0 * size**3 / product_seconds(device, dtype, size)
 
 
 @cache
