@@ -279,13 +279,6 @@ def test_a_split_that_a_folder_lacks_is_named(tmp_path: Path) -> None:
         harness_task("winogrande", tmp_path)
 
 
-def test_a_group_and_a_slip_are_told_from_a_task(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"ai2_arc is a tag .*; name its tasks: arc_challenge"):
-        harness_task("ai2_arc", tmp_path)
-    with pytest.raises(ValueError, match="did you mean winogrande"):
-        harness_task("winogrand", tmp_path)
-
-
 def test_a_hub_that_does_not_answer_is_said_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,14 +319,37 @@ def cached(cache: Path, path: str, configuration: str, docs: list[dict[str, Any]
     return folder
 
 
-def test_a_data_set_that_was_downloaded_before_needs_no_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No hub, and an empty cache of data sets."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE=0"):
-        harness_task("gsm8k", tmp_path)
-    other = cached(tmp_path, "openai/gsm8k", "socratic", None)
+    for module in ("datasets.config", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("ai2_arc", ValueError, r"ai2_arc is a tag .*; name its tasks: arc_challenge"),
+        ("winogrand", ValueError, "did you mean winogrande"),
+        ("piqa", FileNotFoundError, r"lacks valid\.jsonl and .*, published by PIQA"),
+        ("mmlu", FileNotFoundError, r"mmlu \(.*\) and 46 others; set HF_HUB_OFFLINE=0"),
+    ],
+)
+def test_what_is_not_here_is_said_in_a_line(
+    offline: Path, tmp_path: Path, name: str, error: type[Exception], message: str
+) -> None:
+    cached(offline, "cais/mmlu", "abstract_algebra", None)
+    with pytest.raises(error, match=message) as raised:
+        harness_task(name, tmp_path)
+    assert "\n" not in str(raised.value)
+    assert "abstract_algebra" not in str(raised.value)
+
+
+def test_a_data_set_that_was_downloaded_before_needs_no_hub(offline: Path, tmp_path: Path) -> None:
+    other = cached(offline, "openai/gsm8k", "socratic", None)
     with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE=0"):
         harness_task("gsm8k", tmp_path)
     other.parents[1].rename(other.parents[2] / "main")
@@ -356,52 +372,22 @@ STATEMENT = {
 
 @pytest.mark.slow
 def test_a_group_whose_data_sets_were_downloaded_before_needs_no_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    offline: Path, tmp_path: Path
 ) -> None:
-    cache, name = tmp_path / "cache", "arab_culture_nile_valley"
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for module in ("datasets.config", "huggingface_hub.constants"):
-        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+    name = "arab_culture_nile_valley"
     for at, country in enumerate(("Egypt", "Sudan"), start=1):
         with pytest.raises(FileNotFoundError) as error:
             harness_task(name, tmp_path)
         assert ("(Egypt), " in str(error.value)) == (at == 1)
         assert "lacks MBZUAI/ArabCulture (" in str(error.value)
         assert "(Sudan); set HF_HUB_OFFLINE=0" in str(error.value)
-        cached(cache, "MBZUAI/ArabCulture", country, [{**STATEMENT, "country": country}] * 2 * at)
-    fake = longest()
-    answers = kept(fake)
-    evaluation = Evaluation(text_tasks=(name,), blind=False)
-    row = evaluate(answers, evaluation, tmp_path, tmp_path / "out", ignore)["tasks"][name]
+        cached(offline, "MBZUAI/ArabCulture", country, [{**STATEMENT, "country": country}] * 2 * at)
+    fake, evaluation = longest(), Evaluation(text_tasks=(name,), blind=False)
+    row = evaluate(kept(fake), evaluation, tmp_path, tmp_path / "out", ignore)["tasks"][name]
     assert row["num_examples"] == 6
     assert set(row["splits"]) == {"arab_culture_egypt", "arab_culture_sudan"}
     assert {tail for _, tail in fake.asked} == {"A", "B", "C"}
     require_share(harness_task(name, tmp_path))
-
-
-def test_the_data_sets_that_a_large_group_lacks_are_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    cached(tmp_path, "cais/mmlu", "abstract_algebra", None)
-    with pytest.raises(
-        FileNotFoundError, match=r"mmlu \(.*\) and 46 others; set HF_HUB_OFF"
-    ) as error:
-        harness_task("mmlu", tmp_path)
-    assert "abstract_algebra" not in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_a_missing_file_is_named_with_who_published_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(
-        FileNotFoundError, match=r"piqa: .* lacks valid\.jsonl and .*, published by PIQA"
-    ):
-        harness_task("piqa", tmp_path)
 
 
 @pytest.mark.parametrize(("name", "metric"), [("wikitext", "word_perplexity"), ("mmlu", None)])
