@@ -12,7 +12,7 @@ from midstream.config.training import rate_at
 from midstream.data.prepare import open_codec
 from midstream.data.sources import Source
 from midstream.model.vision import build_encoder, load_encoder
-from midstream.model.weights import load_weights, weights_digest
+from midstream.model.weights import load_weights, save_weights, weights_digest
 from midstream.study.store import Ledger
 from midstream.train import contrastive
 from midstream.train.contrastive import (
@@ -187,7 +187,7 @@ def test_training_the_pair_ranks_each_text_with_its_picture(tmp_path: Path) -> N
     assert all(parameter.grad is not None for parameter in pair.parameters())
     with torch.no_grad():
         assert pair.logits(images, input_ids).argmax(dim=0).tolist() == list(range(6))
-    pair.save_vision(tmp_path / "model.safetensors")
+    save_weights(pair.tower, tmp_path / "model.safetensors")
     encoder = build_encoder(CONFIG.model_copy(update={"feature_layer": -1}))
     load_encoder(encoder, tmp_path / "model.safetensors")
     with torch.no_grad():

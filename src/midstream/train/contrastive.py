@@ -129,10 +129,6 @@ class SiglipPair(nn.Module):
         """The vision tower of transformers, as it is kept."""
         return self.vision.tower if isinstance(self.vision, Tower) else self.vision
 
-    def save_vision(self, path: Path) -> None:
-        """Write the vision tower; `load_encoder` reads it."""
-        save_weights(self.tower, path)
-
     def _looks(self, pixel_values: Tensor) -> Tensor:
         if isinstance(self.vision, Tower):
             features: Tensor = self.vision(pixel_values)
@@ -224,7 +220,7 @@ def train_encoder(
             report(progress_event(tokens_seen, total, losses[-1], shown - started))
     log.close()
     with new_folder(folder / "weights") as temporary:
-        pair.save_vision(temporary / "model.safetensors")
+        save_weights(pair.tower, temporary / "model.safetensors")
     return {
         "steps": training.num_steps,
         "first_loss": losses[0],
@@ -260,15 +256,15 @@ class PixelCache:
 
     def batch(self, examples: np.ndarray) -> torch.Tensor:
         """float32 [examples, 3, size, size]."""
-        return torch.from_numpy(np.stack([self._read(int(example)) for example in examples]))
-
-    def _read(self, example: int) -> np.ndarray:
-        if example in self._kept:
-            return self._kept[example]
-        pixels = load_pixels(self.source, example, self.config)
-        if len(self._kept) < self._room:
-            self._kept[example] = pixels
-        return pixels
+        found = []
+        for example in examples.tolist():
+            pixels = self._kept.get(example)
+            if pixels is None:
+                pixels = load_pixels(self.source, example, self.config)
+                if len(self._kept) < self._room:
+                    self._kept[example] = pixels
+            found.append(pixels)
+        return torch.from_numpy(np.stack(found))
 
 
 class Captions:
