@@ -169,12 +169,7 @@ def train_encoder(
     started = time.monotonic()
     source.check_caption(training.caption)
     captions = Captions(source, codec, training)
-    usable = len(source) - HELD_APART
-    if usable < training.batch_images:
-        raise ValueError(
-            f"source {source.name!r} holds {len(source)} captions; batch_images "
-            f"{training.batch_images} and {HELD_APART} held apart need more"
-        )
+    usable = _usable(source, training.batch_images)
     pair = SiglipPair(config, codec.size, training).to(device).train()
     pixels = PixelCache(source, config)
     optimizer = torch.optim.AdamW(
@@ -232,6 +227,16 @@ def train_encoder(
         "seconds": time.monotonic() - started,
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def _usable(source: Source, batch_images: int) -> int:
+    usable = len(source) - HELD_APART
+    if usable < batch_images:
+        raise ValueError(
+            f"source {source.name!r} holds {len(source)} captions; batch_images "
+            f"{batch_images} and {HELD_APART} held apart need more"
+        )
+    return usable
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ own rows; counts, decisions and results are those of all ranks.
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -149,11 +149,7 @@ def train(
     watch, clock = watch or Watch(ALONE), Clock(place.device, progress.parts)
     job.model.train()
     watch.at("waiting for the first rows", "data")
-    while True:
-        with clock.part("data"):
-            micro_batches = next(steps, None)
-        if micro_batches is None:
-            break
+    while (micro_batches := _next(steps, clock)) is not None:
         step = f"step {progress.step + 1} of {plan.num_steps}"
         watch.at(f"computing {step}", "step")
         result = _step(job, optimizer, micro_batches, progress, place, clock)
@@ -189,6 +185,11 @@ def train(
     log.close()
     checks.end()
     return _results(job, progress, place)
+
+
+def _next(steps: Iterator[list[Batch]], clock: Clock) -> list[Batch] | None:
+    with clock.part("data"):
+        return next(steps, None)
 
 
 def _step(
