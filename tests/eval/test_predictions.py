@@ -220,8 +220,7 @@ def test_textvqa_answers_are_found_by_picture_and_words(tmp_path: Path) -> None:
         {"question_id": "a1", "prompt": f"{q}\nReference OCR token: x\nAnswer", "text": a}
         for q, a in (("what year?", "1999"), ("what brand?", "Nokia,"))
     ]
-    row = score(folder, rows)
-    assert row["score"] == 1.0
+    assert score(folder, rows)["score"] == 1.0
 
 
 def test_prompts_about_other_questions_are_refused_though_their_ids_match(pope: Path) -> None:
