@@ -301,7 +301,7 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in (str(tmp_path / "gone"), str(tmp_path / "empty"), "no-such-owner/no-such-model"):
         with pytest.raises(
-            FileNotFoundError, match=r"holds no config\.json.*check the name$"
+            FileNotFoundError, match=r"holds no config\.json.*; give a model"
         ) as error:
             opened(Path(name))
         assert str(error.value).startswith(name)

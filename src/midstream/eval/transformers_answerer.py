@@ -66,7 +66,7 @@ class TransformersAnswerer:
             told = str(error).split("\n")[0]
             raise FileNotFoundError(
                 f"{self.name} does not exist or holds no config.json, and the hub gives no such "
-                f"model ({told}); check the name"
+                f"model ({told}); give a model's whole folder, or its name on the hub"
             ) from None
 
     def _open(self, trusted: dict[str, bool]) -> tuple[Any, Any, Any]:
