@@ -7,6 +7,7 @@ import torch
 from exported import OPENLM, codec, made, run_fresh, stock
 from torch import Tensor
 
+from answerers import run_text_tasks
 from midstream.config import PatchProjection, VLMConfig
 from midstream.data.examples import TextCodec, conversation_example, question_ids
 from midstream.eval import text
@@ -15,7 +16,6 @@ from midstream.exchange import export
 from midstream.exchange.export import refuse, write_folder
 from midstream.model.generate import generate
 from midstream.model.vlm import VLM
-from text_tasks import run_text_tasks
 
 QUESTIONS = ("What colour is the ball?", "How many?", "Is the big round ball on the left red?")
 PAIRS = [("The ball is", " red"), ("The ball is", " on the left"), ("", "How many?"), ("In: ", "2")]

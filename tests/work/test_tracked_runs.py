@@ -44,7 +44,10 @@ def test_a_tracked_stage_gives_the_bits_of_one_that_is_not_tracked(
             (line["step"], pytest.approx(line[key], rel=1e-6)) for line in lines
         ]
     there = {path.name for path in tracked.folder(tiny.SEEN).iterdir()}
-    assert there - {path.name for path in plain.folder(tiny.SEEN).iterdir()} == {"tensorboard"}
+    assert there - {path.name for path in plain.folder(tiny.SEEN).iterdir()} == {
+        "tensorboard",
+        "tracking.json",
+    }
 
 
 def test_a_stage_that_was_stopped_goes_on_in_the_same_series(

@@ -60,6 +60,13 @@ class Record:
         values = enumerate(self.get(key, list))
         return [Record(f"{self.where} {key} {number}", value) for number, value in values]
 
+    def one_of(self, key: str, *values: str) -> str:
+        """The number or text under `key`, one of `values`."""
+        value = self.identifier(key)
+        if value not in values:
+            self.refuse(f"its {key} is {value!r}, not {' or '.join(values)}")
+        return value
+
     def kinds(self, *keys: str) -> dict[str, str]:
         """As text what it says under `keys`, of those that it has."""
         return {key: str(self.value[key]) for key in keys if key in self.value}
@@ -87,17 +94,16 @@ def load_plain_pickle(path: Path) -> list[Any]:
     """The list in a pickle of plain values; ValueError for one that names code or is broken."""
     if not path.is_file():
         missing(path)
-    with path.open("rb") as stream:
-        try:
+    try:
+        with path.open("rb") as stream:
             # latin1 reads the byte strings of Python 2, in which the file was written.
             value = _PlainUnpickler(stream, encoding="latin1").load()
-        except Exception as error:  # a broken pickle raises anything
-            raise ValueError(
-                f"{path} is refused: {error}; give the official file, which holds plain lists and "
-                "dicts"
-            ) from None
-    if not isinstance(value, list):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a list of references")
+        if not isinstance(value, list):
+            raise pickle.UnpicklingError(f"it holds a {type(value).__name__}")
+    except Exception as error:  # a broken pickle raises anything
+        raise ValueError(
+            f"{path} is refused: {error}; give the official file, a plain list of references"
+        ) from None
     return value
 
 
@@ -149,12 +155,11 @@ def find_file(folder: Path, *patterns: str) -> Path:
 
 def _no_key_twice(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
     # json keeps the last of equal keys, which would drop a question without a word.
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) != len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"{path} holds key {twice!r} twice in one object; remove one of them")
-    return value
+    return dict(pairs)
 
 
 def records(path: Path, key: str = "") -> Iterator[Record]:
@@ -268,8 +273,7 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 def coco_names(subset: str, number: int) -> tuple[str, ...]:
     """The names that COCO's picture has had: with its subset (val2014) and, from 2017, without."""
-    names = [f"COCO_{one}_{number:012d}.jpg" for one in dict.fromkeys((subset, *_COCO_SUBSETS))]
+    names = [
+        f"COCO_{one}_{number:012d}.jpg" for one in dict.fromkeys((subset, "val2014", "train2014"))
+    ]
     return (*names, f"{number:012d}.jpg")
-
-
-_COCO_SUBSETS = ("val2014", "train2014")
