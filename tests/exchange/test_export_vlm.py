@@ -279,7 +279,7 @@ def as_file(image: Image.Image, **options: Any) -> bytes:
 
 @pytest.mark.parametrize("resize", ["letterbox", "square", "crop"])
 def test_the_processor_makes_midstreams_pixels_bit_for_bit(tmp_path: Path, resize: str) -> None:
-    from midstream.exchange.modeling.image_processing_midstream import MidstreamImageProcessor
+    from midstream.exchange.modeling.processing_midstream import MidstreamImageProcessor
 
     words = codec()
     config = changed(OWN["the decoder is OpenLM's"], encoder=changed(SIGLIP, resize=resize))
@@ -319,7 +319,7 @@ def forms(path: Path, url: str) -> dict[str, Any]:
 
 
 def test_the_image_processor_takes_what_stock_ones_take(tmp_path: Path) -> None:
-    from midstream.exchange.modeling.image_processing_midstream import MidstreamImageProcessor
+    from midstream.exchange.modeling.processing_midstream import MidstreamImageProcessor
 
     path = tmp_path / "clear.png"
     Image.fromarray(np.dstack([picture(30, 41), picture(30, 41)[..., 0]])).save(path)

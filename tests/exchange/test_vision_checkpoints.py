@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from midstream.core.storage import read_json, write_json
-from midstream.exchange.towers import is_encoder, read_encoder
+from midstream.exchange.towers import read_encoder
 from vision_checkpoints import BUILD, build_tower, save_tower, vision_part
 
 PATCHES = {"dinov2": 25, "dinov2 swiglu": 25, "dinov2 with registers": 25}
@@ -19,7 +19,6 @@ def test_a_saved_tower_is_read_with_all_that_it_says(
 ) -> None:
     folder = save_tower(kind, tmp_path, shard=shard)
     assert len(list(folder.glob("*.safetensors"))) == 1 if not shard else True
-    assert is_encoder(folder)
     config, tensors, _, notes = read_encoder(folder)
     assert notes == ()
     expected = vision_part(build_tower(kind)).state_dict()
@@ -36,12 +35,6 @@ def test_a_saved_tower_is_read_with_all_that_it_says(
     means = {"dinov2": 0.485, "dinov3": 0.485, "clip": 0.48}
     assert config.pixel_mean[0] == means.get(config.family, 0.5)
     assert config.feature_layer == -2
-
-
-def test_a_language_model_is_no_encoder(tmp_path: Path) -> None:
-    write_json(tmp_path / "config.json", {"model_type": "llama"})
-    assert not is_encoder(tmp_path)
-    assert not is_encoder(tmp_path / "nothing")
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:

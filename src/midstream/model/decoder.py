@@ -59,14 +59,21 @@ class Cache:
     def extend(self, layer: int, key_RHTC: Tensor, value_RHTC: Tensor) -> tuple[Tensor, Tensor]:
         """Put new keys and values behind the held ones of a layer and return all of them.
 
-        The decoder moves `length` once all layers have. Raises ValueError if they do not fit.
+        The decoder has seen that they fit, and moves `length` once all layers have.
         """
-        end, room = self.length + key_RHTC.shape[2], self.keys.shape[3]
-        if end > room:
-            raise ValueError(f"the cache has room for {room} positions, {end} are needed")
+        end = self.length + key_RHTC.shape[2]
         self.keys[layer, :, :, self.length : end] = key_RHTC
         self.values[layer, :, :, self.length : end] = value_RHTC
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+def check_room(held: int, new: int, room: int, mask: object) -> None:
+    """Raises ValueError if `new` positions do not fit behind the held ones, or no mask says what
+    they see of those."""
+    if mask is None and held > 0:
+        raise ValueError(f"the cache holds {held} positions; a mask must say who sees")
+    if held + new > room:
+        raise ValueError(f"the cache has room for {room} positions, {held + new} are needed")
 
 
 # ------------------------------------------------------------------------------- the decoder
@@ -272,8 +279,8 @@ class Decoder(nn.Module):
         cache. With a cache the mask is dense, and `seen` counts the held positions and the new
         ones. `at` asks for some positions alone (their numbers over all rows): [asked, width].
         """
-        if mask is None and cache is not None and cache.length > 0:
-            raise ValueError(f"the cache holds {cache.length} positions; a mask must say who sees")
+        if cache is not None:
+            check_room(cache.length, embeddings.shape[1], cache.keys.shape[3], mask)
         rotary = Rotary(self.config, position_ids, compute_dtype(embeddings))
         hidden = embeddings
         last = len(self.layers) - 1

@@ -1,14 +1,7 @@
 """Vision encoders behind one interface: pixels -> [images, patches, width], patches known up front.
 
 A tower is `transformers`' own, cut down to what its features need: no block above `feature_layer`,
-no pooling head, no last norm unless `final_norm` asks for it. So each parameter has a gradient
-wherever the encoder is trained, zero where there is no picture.
-
-Initialisers: norm gains, layer scales (DINOv2's `layerscale_value`) 1; biases 0; all else
-(matrices, patch embeddings, positions, class and register tokens, pooling probe) normal with sigma
-= fan_in^-1/2 cut at three sigma, where fan_in is the product of all axes but the first, the last
-axis for tokens and DINOv2's positions. The linear map of a patch projection starts uniform within
-fan_in^-1/2 with its bias, as torch's own linear layers do.
+no pooling head, no last norm unless `final_norm` asks for it: each parameter has a gradient.
 """
 
 import math
@@ -72,7 +65,7 @@ class VisionEncoder(nn.Module):
         raise NotImplementedError
 
     def initialisers(self) -> dict[str, Initialiser]:
-        """The rule at the head of this file."""
+        """See `initialisers_of`."""
         return initialisers_of(self)
 
 
@@ -88,7 +81,7 @@ class Tower(VisionEncoder):
         self.num_blocks = config.num_layers + 1 + config.feature_layer
         # transformers draws weights from the global generator, which stays untouched here.
         with torch.random.fork_rng(devices=[]):
-            tower = _TOWERS[config.family](config, self.num_blocks)
+            tower = _library_tower(config, self.num_blocks)
         norm = {"dinov2": "layernorm", "dinov3": "norm"}.get(config.family, "post_layernorm")
         self.norm_name = norm
         if not config.final_norm:
@@ -108,7 +101,10 @@ class Tower(VisionEncoder):
         else:
             blocks, known = tower.encoder.layers, {"attention_mask": None}
             if config.family == "siglip2":
-                hidden = _naflex_embeddings(tower.embeddings, pixel_values, config)
+                # Patches flattened row, column, channel; positions once, also for no picture.
+                patches = _patches(pixel_values, config.patch_size, last="channel")
+                embedded = tower.embeddings.patch_embedding(patches)
+                hidden = embedded + naflex_positions(tower.embeddings, config)
             else:
                 # CLIP's leaves positions of the right number as they are.
                 resized = config.position_patches != config.num_patches or config.family == "clip"
@@ -153,7 +149,7 @@ class PatchMap(VisionEncoder):
         return cast(Tensor, self.projection(_patches(pixel_values, self.patch_size, last="column")))
 
     def initialisers(self) -> dict[str, Initialiser]:
-        """The rule at the head of this file."""
+        """Uniform within fan_in^-1/2, as torch's own linear layers start."""
         uniform = Initialiser("uniform", self.projection.in_features**-0.5)
         return {"projection.weight": uniform, "projection.bias": uniform}
 
@@ -200,82 +196,12 @@ def _is_unused(name: str, encoder: Tower) -> bool:
 # ----------------------------------------------------------------------------------- towers
 
 
-def _siglip(config: EncoderConfig, num_blocks: int) -> Any:
-    # Imported here: transformers takes seconds that text-only work need not wait for.
-    from transformers import SiglipVisionConfig, SiglipVisionModel
-
-    settings = _common(config, num_blocks) | {
-        "image_size": config.position_size or config.image_size,
-        "intermediate_size": config.intermediate_size,
-        "vision_use_head": False,
-    }
-    return SiglipVisionModel(SiglipVisionConfig(**settings))
-
-
-def _clip(config: EncoderConfig, num_blocks: int) -> Any:
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    settings = _common(config, num_blocks) | {
-        "image_size": config.position_size or config.image_size,
-        "intermediate_size": config.intermediate_size,
-    }
-    return CLIPVisionModel(CLIPVisionConfig(**settings))
-
-
-def _siglip2(config: EncoderConfig, num_blocks: int) -> Any:
-    from transformers import Siglip2VisionConfig, Siglip2VisionModel
-
-    settings = _common(config, num_blocks) | {
-        "num_patches": config.position_patches,
-        "intermediate_size": config.intermediate_size,
-        "vision_use_head": False,
-    }
-    return Siglip2VisionModel(Siglip2VisionConfig(**settings))
-
-
-def _dinov2(config: EncoderConfig, num_blocks: int) -> Any:
+def _library_tower(config: EncoderConfig, num_blocks: int) -> Any:
+    """The tower's module, as `transformers` builds it."""
+    # Imported here: it takes seconds that text-only work need not wait for.
     import transformers
 
-    ratio, rest = divmod(config.intermediate_size, config.hidden_size)
-    if rest:
-        raise ValueError(
-            f"DINOv2's intermediate_size {config.intermediate_size} must be a multiple of its "
-            f"hidden_size {config.hidden_size}"
-        )
-    settings = _common(config, num_blocks) | {
-        "image_size": config.position_size or config.image_size,
-        "mlp_ratio": ratio,
-        "use_swiglu_ffn": config.ffn == "swiglu",
-    }
-    if config.num_registers:
-        settings["num_register_tokens"] = config.num_registers
-        with_registers = transformers.Dinov2WithRegistersConfig(**settings)
-        return transformers.Dinov2WithRegistersModel(with_registers)
-    return transformers.Dinov2Model(transformers.Dinov2Config(**settings))
-
-
-def _dinov3(config: EncoderConfig, num_blocks: int) -> Any:
-    from transformers import DINOv3ViTConfig, DINOv3ViTModel
-
-    settings = _common(config, num_blocks) | {
-        "image_size": config.image_size,
-        "intermediate_size": config.intermediate_size,
-        "use_gated_mlp": config.ffn == "swiglu",
-        "num_register_tokens": config.num_registers,
-        # While training it would draw scales of positions from the global generator.
-        "pos_embed_rescale": None,
-    }
-    return DINOv3ViTModel(DINOv3ViTConfig(**settings))
-
-
-_TOWERS = {
-    **{"siglip": _siglip, "siglip2": _siglip2, "clip": _clip},
-    **{"dinov2": _dinov2, "dinov3": _dinov3},
-}
-
-
-def _common(config: EncoderConfig, num_blocks: int) -> dict[str, Any]:
-    return {
+    settings: dict[str, Any] = {
         "patch_size": config.patch_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": num_blocks,
@@ -283,20 +209,58 @@ def _common(config: EncoderConfig, num_blocks: int) -> dict[str, Any]:
         "hidden_act": config.hidden_act,
         "layer_norm_eps": config.norm_eps,
         "attn_implementation": "sdpa",
+        "image_size": config.position_size or config.image_size,
+        "intermediate_size": config.intermediate_size,
     }
+    match config.family:
+        case "siglip" | "siglip2":
+            settings["vision_use_head"] = False
+            if config.family == "siglip2":
+                settings["num_patches"] = config.position_patches
+                del settings["image_size"]
+        case "dinov2":
+            ratio, rest = divmod(settings.pop("intermediate_size"), config.hidden_size)
+            if rest:
+                raise ValueError(
+                    f"DINOv2's intermediate_size {config.intermediate_size} must be a multiple of "
+                    f"its hidden_size {config.hidden_size}"
+                )
+            settings |= {"mlp_ratio": ratio, "use_swiglu_ffn": config.ffn == "swiglu"}
+            if config.num_registers:
+                settings["num_register_tokens"] = config.num_registers
+        case "dinov3":
+            settings |= {
+                "image_size": config.image_size,
+                "use_gated_mlp": config.ffn == "swiglu",
+                "num_register_tokens": config.num_registers,
+                # While training it would draw scales of positions from the global generator.
+                "pos_embed_rescale": None,
+            }
+    registers = config.family == "dinov2" and config.num_registers > 0
+    stated, model = _CLASSES["dinov2 with registers" if registers else config.family]
+    return getattr(transformers, model)(getattr(transformers, stated)(**settings))
 
 
-def _naflex_embeddings(embeddings: Any, pixel_values: Tensor, config: EncoderConfig) -> Tensor:
-    """SigLIP 2's embeddings of square pictures: patches flattened row, column, channel."""
-    patches = _patches(pixel_values, config.patch_size, last="channel")
+_CLASSES = {
+    "siglip": ("SiglipVisionConfig", "SiglipVisionModel"),
+    "siglip2": ("Siglip2VisionConfig", "Siglip2VisionModel"),
+    "clip": ("CLIPVisionConfig", "CLIPVisionModel"),
+    "dinov2": ("Dinov2Config", "Dinov2Model"),
+    "dinov2 with registers": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel"),
+    "dinov3": ("DINOv3ViTConfig", "DINOv3ViTModel"),
+}
+
+
+def naflex_positions(embeddings: Any, config: EncoderConfig) -> Tensor:
+    """What SigLIP 2's embeddings add to the patches of a square picture, [1, patches, width]."""
     side = config.image_size // config.patch_size
     grid = embeddings.position_embedding.weight.unflatten(
         0, (embeddings.position_embedding_size, -1)
     )
     shape = torch.tensor([[side, side]])
-    # Once for all pictures, also where there is none.
-    positions = embeddings.resize_positional_embeddings(grid, shape, max_length=side * side)
-    return cast(Tensor, embeddings.patch_embedding(patches) + positions)
+    return cast(
+        Tensor, embeddings.resize_positional_embeddings(grid, shape, max_length=side * side)
+    )
 
 
 def _patches(pixel_values: Tensor, size: int, *, last: str) -> Float[Tensor, "images patches _"]:
@@ -336,7 +300,11 @@ def unset(module: nn.Module) -> nn.Module:
 
 
 def initialisers_of(module: nn.Module) -> dict[str, Initialiser]:
-    """The rule at the head of this file, by parameter name."""
+    """By parameter name: norm gains and layer scales (DINOv2's) 1; biases 0; all else (matrices,
+    patch embeddings, positions, class and register tokens) normal with sigma = fan_in^-1/2, cut at
+    three sigma, where fan_in is the product of all axes but the first, the last axis for tokens and
+    DINOv2's positions.
+    """
 
     def of(name: str, parameter: Tensor) -> Initialiser:
         if parameter.ndim == 1:
