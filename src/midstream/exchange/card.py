@@ -1,10 +1,10 @@
-"""README.md of an exported folder, and what an export reports.
+"""README.md of an exported folder (model_card.md.jinja), and what an export reports.
 
 The same store gives the same bytes: no date, no path of this machine.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Literal
 
@@ -14,22 +14,18 @@ from midstream.config import AnyEncoderConfig, DecoderConfig, FusedEncoder, Patc
 from midstream.model.vlm import VLM
 from midstream.study.stages import (
     Continue,
-    Evaluate,
     Finetune,
     FuseEncoders,
-    LoadDecoder,
-    LoadEncoder,
     LoadModel,
     PrepareSource,
-    Pretrain,
     Stage,
-    TrainEncoder,
     came_from,
 )
 from midstream.study.store import Ledger
 from midstream.work.open_model import OpenedModel, evaluations
 
 MARK = "midstream_export.json"
+MISSING = "missing"
 
 
 @dataclass(frozen=True)
@@ -48,90 +44,29 @@ class ExportReport:
     largest_difference: float
     notes: tuple[str, ...] = ()
 
-    def as_json(self) -> dict[str, Any]:
-        """For the folder's mark."""
-        return asdict(self)
-
-
-MISSING = "missing"
-
-_TITLES = {
-    "train_encoder": "Encoder",
-    "load_encoder": "Encoder, imported",
-    "fuse_encoders": "Encoders, side by side",
-    "load_decoder": "Language model, imported",
-    "load_model": "Images and text, imported",
-    "pretrain": "Text",
-    "continue": "Images and text",
-    "finetune": "Conversations",
-}
-
-_LOADING = {
-    "text": """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(folder{trust})
-model = AutoModelForCausalLM.from_pretrained(folder{trust})
-inputs = tokenizer("The", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))""",
-    "picture": """\
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-processor = AutoProcessor.from_pretrained(folder{trust})
-model = AutoModelForImageTextToText.from_pretrained(folder{trust})
-content = [{{"type": "image"}}, {{"type": "text", "text": "What is this?"}}]
-prompt = processor.apply_chat_template([{{"role": "user", "content": content}}])
-inputs = processor(images=Image.open("picture.jpg"), text=prompt, return_tensors="pt")
-new = model.generate(**inputs, max_new_tokens=32)[0, inputs["input_ids"].shape[1] :]
-print(processor.decode(new, skip_special_tokens=True))""",
-}
-
-
-@dataclass(frozen=True)
-class StageEntry:
-    """A training stage as the card tells it; `sources` are rows of a table."""
-
-    title: str
-    name: str
-    lines: tuple[str, ...]
-    sources: tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True)
-class ScoreEntry:
-    """An evaluation as the card tells it."""
-
-    name: str
-    how: str
-    rows: tuple[tuple[str, ...], ...]
-
 
 def model_card(opened: OpenedModel, report: ExportReport) -> str:
     """The card as Markdown."""
-    config = opened.vlm.config
-    sees = report.kind != "text"
-    trust = ", trust_remote_code=True" if report.own_code else ""
-    source = files("midstream.exchange").joinpath("model_card.md.jinja").read_text("utf-8")
+    sees = opened.vlm.config.encoder if report.kind != "text" else None
     # Markdown, not HTML: names and numbers of our own ledger.
-    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(
-        source
+    environment = Environment(
+        undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True
     )
-    return template.render(
+    environment.filters |= {"number": _number, "percent": _percent}
+    source = files("midstream.exchange").joinpath("model_card.md.jinja").read_text("utf-8")
+    return environment.from_string(source).render(
         name=opened.name,
         report=report,
-        num_parameters=report.num_parameters,
         decoder=_decoder(opened.vlm),
-        encoder=_encoder(config.encoder) if sees and config.encoder else None,
-        projector=_projector(opened.vlm),
-        attention=config.attention,
-        loading=_LOADING["picture" if sees else "text"].format(trust=trust),
-        stages=[_entry(stage, share, opened.ledger) for stage, share in _history(opened)],
-        scores=[_score(stage, opened.ledger) for stage in evaluations(opened)],
+        encoder=None if sees is None else _encoder(sees),
+        projector=_widths(opened.vlm, sees),
+        attention=opened.vlm.config.attention,
+        trust=", trust_remote_code=True" if report.own_code else "",
+        stages=[
+            {"share": share, **_results(stage, opened.ledger)} for stage, share in _history(opened)
+        ],
+        scores=[_results(stage, opened.ledger) for stage in evaluations(opened)],
     )
-
-
-# ------------------------------------------------------------------------------- the model
 
 
 def _decoder(vlm: VLM) -> str:
@@ -156,15 +91,10 @@ def _encoder(config: AnyEncoderConfig) -> str:
     )
 
 
-def _projector(vlm: VLM) -> str:
+def _widths(vlm: VLM, sees: AnyEncoderConfig | None) -> tuple[int, ...]:
     config = vlm.config
-    if config.encoder is None:
-        return "none"
-    widths = config.projector.widths(config.encoder.hidden_size, config.decoder.hidden_size)
-    return f"widths {', '.join(f'{width:,}' for width in widths)}"
-
-
-# ---------------------------------------------------------------------------- the training
+    wide = config.decoder.hidden_size
+    return () if sees is None else config.projector.widths(sees.hidden_size, wide)
 
 
 def _history(opened: OpenedModel) -> Iterator[tuple[Stage, float]]:
@@ -187,121 +117,16 @@ def _history(opened: OpenedModel) -> Iterator[tuple[Stage, float]]:
     yield from reversed(chain)
 
 
-def _entry(stage: Stage, share: float, ledger: Ledger) -> StageEntry:
-    results = ledger.results(stage) if ledger.is_done(stage) else {}
-    lines: list[str] = []
-    if isinstance(stage, LoadEncoder):
-        contents = ", ".join(f"`{tower.content}`" for tower in stage.towers)
-        lines.append(f"Imported weights, by their content: {contents}")
-    if isinstance(stage, FuseEncoders):
-        lines += [f"Tower: `{tower.name}`" for tower in stage.towers]
-    if not results:
-        lines.append("Its results are missing: the store does not hold this stage.")
-    elif isinstance(stage, TrainEncoder | LoadEncoder | FuseEncoders | LoadDecoder | LoadModel):
-        lines += [
-            f"{name}: {_number(results[name])}"
-            for name in ("steps", "final_loss", "retrieval")
-            if name in results
-        ]
-        lines += [f"Imported from {one}" for one in results.get("imported_from", ())]
-        if isinstance(stage, LoadDecoder | LoadModel):
-            lines += [
-                f"Tokens seen before: {_number(results['tokens_seen_before'])}",
-                f"Learning rate there: {_number(results['last_rate'])}",
-            ]
-    else:
-        lines += _trained(results)
-    if share != 1.0:
-        lines.append(f"Of this stage, the weights at {share * 100:g} % of its tokens were used.")
-    if isinstance(stage, Pretrain | Continue | Finetune):
-        lines += _settings(stage)
-    if not isinstance(stage, LoadEncoder | FuseEncoders):
-        lines.append(f"Data: {_data(stage, ledger)}")
-    sources = tuple(
-        _source(name, source) for name, source in sorted(results.get("sources", {}).items())
-    )
-    return StageEntry(_TITLES[stage.kind], stage.name, tuple(lines), sources)
-
-
-def _trained(results: dict[str, Any]) -> list[str]:
-    tokens = ", ".join(f"{kind} {count:,}" for kind, count in results["tokens"].items() if count)
-    return [
-        f"Tokens seen: {results['tokens_seen']:,} in {results['steps']:,} steps, by kind: {tokens}",
-        f"Learning rate: first step {results['first_rate']:.3g}, last {results['last_rate']:.3g}",
-        f"Loss at the end: {_number(results['final_loss'])}",
-    ]
-
-
-def _settings(stage: Pretrain | Continue | Finetune) -> list[str]:
-    training = stage.training
-    schedule = training.schedule
-    stated = ", ".join(
-        f"{name} {value}" for name, value in schedule.model_dump().items() if name != "kind"
-    )
-    rows = training.rows
-    factor = training.encoder_rate_factor
-    encoder = "frozen" if factor is None else f"trained at {factor} times the rate"
-    lines = [
-        f"Schedule: {schedule.kind}, {stated}",
-        f"Rows of {rows.row_length:,} tokens, {rows.batch_rows:,} a step; seed {training.seed}; "
-        f"weight decay {training.optimizer.weight_decay}",
-    ]
-    if training.freeze_decoder:
-        lines.append("Language model: frozen")
-    return lines if isinstance(stage, Pretrain) else [*lines, f"Encoder: {encoder}"]
-
-
-def _data(stage: Any, ledger: Ledger) -> str:
-    data = stage.data
-    world = data.world
-    name = {"pocket": "the generated pocket world", "small_real": "small real data sets"}.get(
-        world.kind, "a folder of the owner's"
-    )
-    read = [parent for parent in stage.parents if isinstance(parent, PrepareSource)]
-    sources = ", ".join(f"{source.source} (`{source.name}`)" for source in read)
-    tokenizer = data.vocabulary
-    results = ledger.results(tokenizer) if ledger.is_done(tokenizer) else {}
-    sha256 = f"tokenizer sha256 {results.get('tokenizer_sha256', MISSING)}"
-    return f"{name}{': ' if sources else ''}{sources}; {sha256}"
-
-
-def _source(name: str, source: dict[str, Any]) -> tuple[str, ...]:
-    planned = source.get("planned_tokens")
-    return (
-        name,
-        str(source["kind"]),
-        _number(source.get("realised_tokens")),
-        # The budget says something else than tokens: passes over the source, or sequences.
-        "-" if planned is None else _number(planned),
-        _number(source.get("epochs")),
-        _number(source.get("examples")),
-    )
-
-
-# ------------------------------------------------------------------------------ the scores
-
-
-def _score(stage: Evaluate, ledger: Ledger) -> ScoreEntry:
-    asked = stage.evaluation
-    limit = "all examples" if asked.limit is None else f"at most {asked.limit:,} examples a task"
-    results = ledger.results(stage)
-    stable = ", ".join(f"{name} {_percent(value)}" for name, value in results["stable"].items())
-    rows = tuple(
-        (
-            task,
-            str(found["metric"]),
-            *(
-                _percent(found[key]) if found["chance"] is not None else _number(found[key])
-                for key in ("score", "stderr", "chance")
-            ),
-            "-" if found["kind"] == "text" else _percent(found["blind"]),
-            _number(found["num_examples"]),
-            _number(found.get("unparsable")),
-        )
-        for task, found in sorted(results["tasks"].items())
-    )
-    how = f"{limit}, prompts {asked.prompts}; mean of score minus chance: {stable}"
-    return ScoreEntry(stage.name, how, rows)
+def _results(stage: Any, ledger: Ledger) -> dict[str, Any]:
+    """What the template tells of a stage; its results are empty where the store lacks them."""
+    tokenizer = getattr(getattr(stage, "data", None), "vocabulary", None)
+    held = ledger.results(tokenizer) if tokenizer and ledger.is_done(tokenizer) else {}
+    return {
+        "stage": stage,
+        "results": ledger.results(stage) if ledger.is_done(stage) else {},
+        "read": [parent for parent in stage.parents if isinstance(parent, PrepareSource)],
+        "tokenizer": held.get("tokenizer_sha256", MISSING),
+    }
 
 
 def _percent(value: float | None) -> str:
