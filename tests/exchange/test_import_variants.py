@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from exported import cache, cached
 from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save_file
-from test_import_model import cached
 from torch import nn
 from typer.testing import CliRunner
 
@@ -23,6 +23,7 @@ from midstream.exchange.import_source import ImportRequest, summary
 from midstream.study.imported import ImportRecord
 from vision_checkpoints import save_tower
 
+__all__ = ["cache"]
 PYTHIA = "EleutherAI/pythia-410m"
 
 
@@ -177,13 +178,6 @@ def test_an_adapter_is_merged_by_peft_where_that_is_installed(
 
 
 # ------------------------------------------------------------------------- twins among revisions
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return tmp_path / "hub"
 
 
 @pytest.mark.parametrize(

@@ -219,24 +219,9 @@ def test_a_hugging_face_folder_is_read_in_every_layout(
         where = {name: shard for shard, part in parts.items() for name in part}
         index = json.dumps({"weight_map": where})
         (tmp_path / "model.safetensors.index.json").write_text(index)
-    flat = {
-        "dim": 32,
-        "n_layers": 2,
-        "n_heads": 4,
-        "vocab_size": 30,
-        "norm_eps": 1e-5,
-        "norm_type": "gain_only_lp_layer_norm",
-        "apply_qk_norm": True,
-        "qk_norm": True,
-        "attn_name": "auto",
-        "attn_activation": None,
-        "ffn_type": "swiglu_torch",
-        "positional_embedding_type": "rotary",
-        "weight_tying": False,
-        "post_embed_norm": False,
-        "moe_freq": 0,
-        "params": None,
-    }
+    kept = {"norm_eps": 1e-5, "attn_name": "auto", "ffn_type": "swiglu_torch", "moe_freq": 0}
+    flat = kept | {"dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 30, "params": None}
+    flat |= {"norm_type": "gain_only_lp_layer_norm", "apply_qk_norm": True, "qk_norm": True}
     config = {"params_args_dict": PARAMS} if nested else flat
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "openlm"} | config))
     found = read_openlm(tmp_path)
@@ -586,29 +571,10 @@ def test_no_file_of_a_run_may_run_code(tmp_path: Path, file: str) -> None:
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("file", ["epoch_2.pt", "optimizer_2.pt"])
-def test_a_half_written_file_is_named(tmp_path: Path, file: str) -> None:
-    state = state_of()
-    path = Run(tmp_path, state).write(optimizer=numbered(state, 20, rate_after(20)))
-    cut = path.with_name(file)
-    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
-    with pytest.raises(ValueError, match=rf"{re.escape(file)} is no readable checkpoint"):
-        read_openlm(path)
-
-
-def test_missing_and_unexpected_tensors_are_named_with_candidates(tmp_path: Path) -> None:
-    state = state_of()
-    state["layers.1.feed_forward.w4.weight"] = state.pop("layers.1.feed_forward.w3.weight")
-    state["norm.weight"] = torch.zeros(33)
-    with pytest.raises(ValueError, match=r"epoch_2\.pt does not fit this Decoder") as caught:
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    state = state_of() | {"norm.weight": torch.zeros(33)}
+    with pytest.raises(ValueError, match=r"epoch_2\.pt does not fit this Decoder.*\n.* \[33\]"):
         read_openlm(Run(tmp_path, state).write())
-    assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
-        "missing: layers.1.feed_forward.w3.weight [32, 256]; "
-        "nearest unexpected: layers.1.feed_forward.w4.weight [32, 256]",
-        "unexpected: layers.1.feed_forward.w4.weight [32, 256]",
-        "mismatched: norm.weight is torch.float32 [33] in the file, "
-        "torch.float32 [32] in the model",
-    ]
 
 
 def test_what_is_no_openlm_checkpoint_is_said_to_be_none(tmp_path: Path) -> None:
@@ -640,9 +606,4 @@ def test_folders_of_other_kinds_are_refused(tmp_path: Path) -> None:
         read_openlm(folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match=r"config\.json is of model_type 'llama', not 'openlm'"):
-        read_openlm(folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "openlm"}))
-    index = {"weight_map": {"model.norm.weight": "a.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(FileNotFoundError, match=r"half downloaded: .* missing: a\.safetensors"):
         read_openlm(folder)
