@@ -24,7 +24,7 @@ ENCODER = EncoderConfig(
 OPENLM = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=40)
 PROMPTS = [[5, 6, 7], [1], list(range(1, 20)), [9, 8, 7, 6], [3] * 16, [2, 30]]
 KINDS: tuple[Attention, ...] = get_args(Attention)
-DRAWN = Sampling(temperature=1.5, top_p=0.9, top_k=20, seed=3)
+DRAWN = Sampling(temperature=1.5, top_p=0.9, seed=3)
 NO_STOP = frozenset[int]()
 
 
@@ -131,11 +131,10 @@ def plain_generate(
 def plain_draw(logits: Tensor, sampling: Sampling, index: int, step: int) -> int:
     """Token by token from the likeliest down, until the drawn place is passed."""
     chances = (logits.double() / sampling.temperature).softmax(-1).tolist()
-    ranked = sorted(range(len(chances)), key=lambda token: -chances[token])[: sampling.top_k]
-    mass = sum(chances[token] for token in ranked)
+    ranked = sorted(range(len(chances)), key=lambda token: -chances[token])
     kept: list[int] = []
     for token in ranked:
-        if sum(chances[before] for before in kept) < sampling.top_p * mass:
+        if sum(chances[before] for before in kept) < sampling.top_p:
             kept.append(token)
     source = generator(sampling.seed, f"token/{index}/{step}")
     place = float(torch.rand((), generator=source, dtype=torch.float64))
@@ -303,7 +302,6 @@ def test_unusable_prompts_are_refused(plain: VLM) -> None:
     [
         DRAWN,
         Sampling(temperature=0.7, seed=1),
-        Sampling(temperature=3.0, top_k=3),
         Sampling(top_p=0.5),
     ],
 )
@@ -340,11 +338,8 @@ CHANCES = torch.tensor([0.05, 0.4, 0.0, 0.25, 0.1, 0.2], dtype=torch.float64)
     [
         (Sampling(), CHANCES.tolist()),
         (Sampling(temperature=0.5), (CHANCES**2 / (CHANCES**2).sum()).tolist()),
-        (Sampling(top_k=2), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0, 0]),
         # 0.4 + 0.25 fall short of 0.7, the third one reaches beyond it.
         (Sampling(top_p=0.7), [0, 0.4 / 0.85, 0, 0.25 / 0.85, 0, 0.2 / 0.85]),
-        # Of the three that are left, two make up 0.65 / 0.85 of the mass.
-        (Sampling(top_k=3, top_p=0.7), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0, 0]),
         (Sampling(top_p=1e-9), [0, 1, 0, 0, 0, 0]),
     ],
 )
@@ -375,7 +370,6 @@ def test_tokens_are_drawn_as_often_as_the_distribution_says(
         ({"temperature": float("nan")}, "temperature nan"),
         ({"top_p": 0.0}, "top_p 0.0 must lie above 0"),
         ({"top_p": 1.5}, "top_p 1.5"),
-        ({"top_k": 0}, "top_k 0 must be at least 1"),
     ],
 )
 def test_a_distribution_that_is_none_is_refused(wrong: Any, message: str) -> None:

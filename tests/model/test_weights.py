@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from midstream.config import DecoderConfig, VLMConfig
+from midstream.config import DecoderConfig
 from midstream.model.decoder import Decoder
-from midstream.model.vlm import VLM
 from midstream.model.weights import (
     check,
     fill,
@@ -39,19 +38,6 @@ def test_saved_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
     load_weights(second, tmp_path / "new" / "model.safetensors")
     assert weights_digest(first) == weights_digest(second)
     assert torch.equal(first.output.weight, second.output.weight)
-
-
-def test_a_part_reads_the_file_of_a_model_that_had_only_this_part(tmp_path: Path) -> None:
-    vlm = VLM(VLMConfig(decoder=CONFIG))
-    initialise(vlm, 0)
-    path = tmp_path / "model.safetensors"
-    save_weights(vlm, path)
-    decoder = decoder_of(1)
-    load_weights(decoder, path, prefix="decoder.")
-    assert weights_digest(decoder) == weights_digest(vlm.decoder)
-    save_file(load_file(path) | {"projector.0.bias": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match=r"unexpected: projector\.0\.bias"):
-        load_weights(decoder, path, prefix="decoder.")
 
 
 def test_every_tensor_that_does_not_fit_is_named_and_nothing_is_changed(tmp_path: Path) -> None:
@@ -214,19 +200,17 @@ def test_a_dtype_that_would_lose_digits_is_refused(
 
 
 def test_a_missing_tensor_names_the_nearest_of_its_shape_first(tmp_path: Path) -> None:
-    tensors = {f"decoder.{name}": value for name, value in decoder_of(0).state_dict().items()}
-    tensors["decoder.layers.1.attention.k_gain.weight"] = tensors.pop(
-        "decoder.layers.1.attention.k_norm.weight"
-    )
-    tensors["decoder.layers.1.attention.k_norm.scale"] = torch.zeros(7)
+    tensors, attention = dict(decoder_of(0).state_dict()), "layers.1.attention"
+    tensors[f"{attention}.k_gain.weight"] = tensors.pop(f"{attention}.k_norm.weight")
+    tensors[f"{attention}.k_norm.scale"] = torch.zeros(7)
     with pytest.raises(ValueError, match="does not fit this Decoder") as caught:
-        check(decoder_of(0), tensors, path=tmp_path / "file", prefix="decoder.")
+        check(decoder_of(0), tensors, path=tmp_path / "file")
     assert str(tmp_path / "file") in str(caught.value)
     assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
-        "missing: decoder.layers.1.attention.k_norm.weight [16]; "
-        "nearest unexpected: decoder.layers.1.attention.k_gain.weight [16]",
-        "unexpected: decoder.layers.1.attention.k_gain.weight [16]",
-        "unexpected: decoder.layers.1.attention.k_norm.scale [7]",
+        "missing: layers.1.attention.k_norm.weight [16]; "
+        "nearest unexpected: layers.1.attention.k_gain.weight [16]",
+        "unexpected: layers.1.attention.k_gain.weight [16]",
+        "unexpected: layers.1.attention.k_norm.scale [7]",
     ]
 
 

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import layer_norm, linear, silu
+from torch.nn.functional import layer_norm, linear, pad, silu
 
 from midstream.config import DecoderConfig
 from midstream.model.attention import Mask, attend
@@ -40,14 +40,12 @@ class Cache:
 
     def select(self, rows: Int[Tensor, " chosen"], columns: int | None = None) -> "Cache":
         """A new cache of these rows, which may repeat, with the same room or another one."""
-        if columns is None or columns == self.keys.shape[3]:
-            return Cache(self.keys[:, rows], self.values[:, rows], self.length)
-        held = self.length
-        shape = (self.keys.shape[0], len(rows), self.keys.shape[2], columns, self.keys.shape[4])
-        chosen = Cache(self.keys.new_zeros(shape), self.values.new_zeros(shape), held)
-        chosen.keys[:, :, :, :held] = self.keys[:, rows, :, :held]
-        chosen.values[:, :, :, :held] = self.values[:, rows, :, :held]
-        return chosen
+        keys, values = self.keys[:, rows], self.values[:, rows]
+        if columns is not None and columns != keys.shape[3]:
+            # What is held is shorter than either room.
+            new = (0, 0, 0, columns - self.length)
+            keys, values = (pad(one[:, :, :, : self.length], new) for one in (keys, values))
+        return Cache(keys, values, self.length)
 
     @classmethod
     def joined(cls, caches: "Sequence[Cache]") -> "Cache":
@@ -320,15 +318,14 @@ class Decoder(nn.Module):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: from softmax(logits / temperature), cut to the `top_k` likeliest, then
-    to the fewest of those that make up `top_p` of what is left.
+    """How tokens are drawn: from softmax(logits / temperature), cut to the fewest likeliest that
+    make up `top_p`.
 
     A draw is a function of the seed, the prompt's number and the count of tokens drawn before.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -339,8 +336,6 @@ class Sampling:
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} must lie above 0 and at most at 1")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k {self.top_k} must be at least 1; leave it out for all tokens")
 
 
 def choose(
@@ -360,16 +355,12 @@ def choose(
     scaled, tokens = (logits.double().cpu() / sampling.temperature).sort(
         descending=True, stable=True
     )
-    mass = scaled[:, : sampling.top_k].softmax(dim=-1).cumsum(dim=-1)
+    mass = scaled.softmax(dim=-1).cumsum(dim=-1)
     # A token is kept while those before it make up less than top_p: the first one always is.
     before = torch.cat((torch.zeros_like(mass[:, :1]), mass[:, :-1]), dim=1)
     last = (before < sampling.top_p).sum(dim=1, keepdim=True) - 1
-    places = [
-        torch.rand(
-            (), generator=generator(sampling.seed, f"token/{index}/{step}"), dtype=mass.dtype
-        )
-        for index in prompts
-    ]
+    sources = [generator(sampling.seed, f"token/{index}/{step}") for index in prompts]
+    places = [torch.rand((), generator=source, dtype=mass.dtype) for source in sources]
     place = torch.stack(places)[:, None] * mass.gather(1, last)
     # The first token whose mass reaches beyond the drawn place.
     chosen = torch.minimum((mass <= place).sum(dim=1, keepdim=True), last)
