@@ -340,23 +340,18 @@ def test_heads_may_be_given_for_openlm_alone(pythia: Path, tmp_path: Path) -> No
 # ------------------------------------------------------------------------------------- encoders
 
 
-@pytest.mark.parametrize(
-    "kind", ["siglip", "whole siglip", "siglip2", "dinov2", "dinov2 with registers"]
-)
-def test_a_tower_is_imported_whole_and_its_encoder_loads(kind: str, tmp_path: Path) -> None:
-    source = save_tower(kind, tmp_path / "source", shard=kind == "siglip")
+def test_a_tower_is_imported_whole_and_its_encoder_loads(tmp_path: Path) -> None:
+    source = save_tower("whole siglip", tmp_path / "source", shard=True)
     record = bring(source, tmp_path / "out")
     assert isinstance(record.config, EncoderConfig)
     assert (record.kind, record.vocabulary, record.position) == ("encoder", None, None)
     held = load_file(tmp_path / "out" / "model.safetensors")
-    expected = vision_part(build_tower(kind)).state_dict()
+    expected = vision_part(build_tower("whole siglip")).state_dict()
     assert held.keys() == expected.keys()
     assert all(torch.equal(held[name], value) for name, value in expected.items())
     load_encoder(build_encoder(record.config), tmp_path / "out" / "model.safetensors")
-    text = [name for name in record.dropped if name.startswith("text_model.")]
-    assert bool(text) == (kind == "whole siglip")
-    if kind == "whole siglip":
-        assert {"logit_scale", "logit_bias"} <= set(record.dropped)
+    assert any(name.startswith("text_model.") for name in record.dropped)
+    assert {"logit_scale", "logit_bias"} <= set(record.dropped)
 
 
 def test_what_has_no_sense_for_a_tower_is_refused(tmp_path: Path) -> None:

@@ -98,28 +98,14 @@ def test_a_parameter_depends_on_seed_and_name_alone() -> None:
 def test_initialising_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    vlm = VLM(
-        VLMConfig(
-            decoder=CONFIG,
-            encoder=EncoderConfig(
-                image_size=8,
-                patch_size=4,
-                hidden_size=16,
-                num_layers=2,
-                num_heads=2,
-                intermediate_size=32,
-            ),
-        )
-    )
-    initialise(vlm, 0)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_a_model_that_was_not_initialised_shows_it() -> None:
-    vlm = VLM(VLMConfig(decoder=CONFIG))
+    sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 32}
+    encoder = EncoderConfig(image_size=8, patch_size=4, **sizes)
+    vlm = VLM(VLMConfig(decoder=CONFIG, encoder=encoder, owns_encoder=True))
+    # What was not initialised shows it.
     assert all(parameter.isnan().all() for parameter in vlm.parameters())
     initialise(vlm, 0)
     assert all(parameter.isfinite().all() for parameter in vlm.parameters())
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_number_of_threads_changes_no_weight() -> None:

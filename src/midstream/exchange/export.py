@@ -23,21 +23,18 @@ from midstream.data.images import encode_fixed
 from midstream.exchange.card import MARK, ExportReport, model_card
 from midstream.exchange.export_stock import (
     OPENLM_CODE,
-    check_tokenizer,
-    generation_config,
+    finish,
     image_token,
     no_llava,
-    save_model,
     text_config,
     text_weights,
     write_code,
     write_llava,
     write_text,
-    write_words,
 )
-from midstream.exchange.towers import fixed_tower, inner_width, num_blocks
+from midstream.exchange.towers import fixed_tower, inner_width
 from midstream.model.pretrained import TransformersDecoder
-from midstream.model.vision import FusedTowers, VisionEncoder
+from midstream.model.vision import FusedTowers, VisionEncoder, num_blocks
 from midstream.model.vlm import VLM
 from midstream.work.open_model import OpenedModel, open_model
 
@@ -166,7 +163,6 @@ def write_own(
         },
     )
     write_code(folder, *_CODE)
-    write_words(codec, folder, sees=True, chats=True)
     words = {
         "processor_class": "MidstreamProcessor",
         "auto_map": {"AutoProcessor": _PROCESSOR},
@@ -183,11 +179,8 @@ def write_own(
         "image_std": list(sees.transform.std),
     }
     write_json(folder / "preprocessor_config.json", pictures)
-    stops = generation_config(codec, chats=True)
-    model = save_model(
-        MidstreamForConditionalGeneration, config, _weights(vlm, encoder), stops, folder
-    )
-    check_tokenizer(folder, codec, config, chats=True)
+    weights, build = _weights(vlm, encoder), MidstreamForConditionalGeneration
+    model = finish(build, config, weights, codec, folder, sees=True, chats=True)
     note = f"{IMAGE_MARK} has the id {token}, behind the vocabulary's rows; it needs none."
     return model, (note,) if token >= decoder.vocab_size else ()
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from midstream.config import EncoderConfig, TransformersDecoderConfig, VLMConfig
 from midstream.core.storage import write_bytes, write_json
 from midstream.data.examples import IMAGE_MARK, SEPARATOR, TextCodec, begins_with, question_ids
-from midstream.exchange.towers import num_blocks, own_name, own_tensors, stock_tensors
+from midstream.exchange.towers import own_name, own_tensors, stock_tensors
 from midstream.model.decoder import Decoder
 from midstream.model.pretrained import TransformersDecoder, transformers_config
-from midstream.model.vision import VisionEncoder
+from midstream.model.vision import VisionEncoder, library_config
 from midstream.model.vlm import VLM
 
 # Texts on which a folder's tokenizer must give the codec's ids.
@@ -83,22 +83,8 @@ def write_code(folder: Path, *names: str) -> None:
         write_bytes(folder / name, _resource(f"modeling/{name}").encode())
 
 
-def generation_config(codec: TextCodec, *, chats: bool, suppressed: tuple[int, ...] = ()) -> Any:
-    """Greedy; stops where Midstream does: at end of text and, where it chats, at the separator."""
-    from transformers import GenerationConfig
-
-    stops = sorted(codec.stop_ids) if chats else [codec.end_of_text]
-    more = {"suppress_tokens": list(suppressed)} if suppressed else {}
-    return GenerationConfig(
-        do_sample=False, eos_token_id=stops, pad_token_id=codec.end_of_text, **more
-    )
-
-
-def check_tokenizer(folder: Path, codec: TextCodec, config: Any, *, chats: bool) -> None:
-    """Raises ValueError if transformers reads the folder's tokenizer otherwise than the codec.
-
-    `config` is the model's, on which the tokenizer's class depends.
-    """
+def _check_tokenizer(folder: Path, codec: TextCodec, config: Any, *, chats: bool) -> None:
+    """ValueError if transformers, whose class follows the model's, reads it otherwise."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
@@ -186,30 +172,46 @@ def write_text(
             "AutoModelForCausalLM": "modeling_openlm.OpenLMForCausalLM",
         }
         write_code(folder, *OPENLM_CODE)
-    write_words(codec, folder, sees=False, chats=chats)
-    stops = generation_config(codec, chats=chats)
-    model = save_model(build, config, text_weights(decoder), stops, folder)
-    check_tokenizer(folder, codec, config, chats=chats)
-    return model
+    weights = text_weights(decoder)
+    return finish(build, config, weights, codec, folder, sees=False, chats=chats)
 
 
-def save_model(
-    build: Any, config: Any, weights: Mapping[str, Tensor], generation: Any, folder: Path
+def finish(
+    build: Any,
+    config: Any,
+    weights: Mapping[str, Tensor],
+    codec: TextCodec,
+    folder: Path,
+    *,
+    sees: bool,
+    chats: bool,
+    suppressed: tuple[int, ...] = (),
 ) -> nn.Module:
-    """Save a model of `transformers` that holds exactly these tensors; returns it as read back, in
-    float32 and in evaluation mode.
+    """Write the words of `write_words`, and a model of `transformers` that holds exactly these
+    tensors; returns it as read back, in float32 and in evaluation mode.
 
-    Nothing is drawn or copied: the model shares the tensors' memory.
+    It is greedy and stops where Midstream does: at end of text and, where it chats, at the
+    separator. Nothing is drawn or copied: the model shares the tensors' memory. Raises ValueError
+    if transformers reads the tokenizer otherwise than the codec.
     """
+    from transformers import GenerationConfig
+
+    write_words(codec, folder, sees=sees, chats=chats)
     with torch.device("meta"):
         model = build(config)
     model.load_state_dict(dict(weights), strict=True, assign=True)
     model.tie_weights()
-    model.generation_config = generation
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        eos_token_id=sorted(codec.stop_ids) if chats else [codec.end_of_text],
+        pad_token_id=codec.end_of_text,
+        **({"suppress_tokens": list(suppressed)} if suppressed else {}),
+    )
     model.save_pretrained(folder)
     for weights_file in folder.glob("*.safetensors"):
         # They are written for their owner's eyes only.
         weights_file.chmod((folder / "config.json").stat().st_mode)
+    _check_tokenizer(folder, codec, config, chats=chats)
     again: nn.Module = type(model).from_pretrained(folder, dtype=torch.float32)
     return again.eval()
 
@@ -253,7 +255,7 @@ def write_llava(
     text = text_config(vlm.decoder, codec)
     text.vocab_size = max(rows, token + 1)
     config = LlavaConfig(
-        vision_config=_vision_config(tower),
+        vision_config=library_config(tower),
         text_config=text,
         image_token_index=token,
         image_seq_length=tower.num_patches,
@@ -268,11 +270,17 @@ def write_llava(
     weights = _vision_weights(encoder, names)
     weights |= _projector_weights(vlm) | _decoder_weights(vlm, text.vocab_size)
     suppressed = (token,) if token >= rows else ()
-    stops = generation_config(codec, chats=True, suppressed=suppressed)
-    write_words(codec, folder, sees=True, chats=True)
     _write_processor(tower, folder)
-    model = save_model(LlavaForConditionalGeneration, config, weights, stops, folder)
-    check_tokenizer(folder, codec, config, chats=True)
+    model = finish(
+        LlavaForConditionalGeneration,
+        config,
+        weights,
+        codec,
+        folder,
+        sees=True,
+        chats=True,
+        suppressed=suppressed,
+    )
     notes: tuple[str, ...] = (
         "Pictures are resized by the stock image processor; one that has the encoder's size keeps "
         "its pixels, others come out a little differently.",
@@ -283,31 +291,6 @@ def write_llava(
             "generation never takes it.",
         )
     return model, notes
-
-
-def _vision_config(tower: EncoderConfig) -> Any:
-    import transformers
-
-    shared = {
-        "image_size": tower.image_size,
-        "patch_size": tower.patch_size,
-        "hidden_size": tower.hidden_size,
-        "num_hidden_layers": num_blocks(tower),
-        "num_attention_heads": tower.num_heads,
-        "hidden_act": tower.hidden_act,
-        "layer_norm_eps": tower.norm_eps,
-    }
-    if tower.family == "dinov2":
-        return transformers.Dinov2Config(
-            **shared,
-            mlp_ratio=tower.intermediate_size // tower.hidden_size,
-            use_swiglu_ffn=tower.ffn == "swiglu",
-            use_mask_token=False,
-        )
-    shared["intermediate_size"] = tower.intermediate_size
-    if tower.family == "clip":
-        return transformers.CLIPVisionConfig(**shared)
-    return transformers.SiglipVisionConfig(**shared, vision_use_head=False)
 
 
 def _vision_weights(encoder: VisionEncoder, names: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -70,11 +70,6 @@ def stock_tensors(own: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, 
     return found
 
 
-def num_blocks(tower: EncoderConfig) -> int:
-    """Blocks up to the features."""
-    return tower.num_layers + 1 + tower.feature_layer
-
-
 def inner_width(tower: EncoderConfig) -> int:
     """Width between a block's two layers; transformers takes two thirds for DINOv2's gated ones."""
     inner = tower.intermediate_size

@@ -113,13 +113,12 @@ def _dense(
     segment_ids: Tensor, prefix: Tensor | None, attention: Attention
 ) -> Bool[Tensor, "rows 1 seq seq"]:
     column = torch.arange(segment_ids.shape[1], device=segment_ids.device)[None]
-    query, key = (
-        _Place(
-            *(None if one is None else one.unsqueeze(axis) for one in (column, segment_ids, prefix))
-        )
-        for axis in (2, 1)
-    )
-    return cast(Tensor, _sees(query, key, attention)[:, None])
+
+    def place(axis: int) -> _Place:
+        mine = None if prefix is None else prefix.unsqueeze(axis)
+        return _Place(column.unsqueeze(axis), segment_ids.unsqueeze(axis), mine)
+
+    return cast(Tensor, _sees(place(2), place(1), attention)[:, None])
 
 
 def _blocks(segment_ids: Tensor, prefix: Tensor | None, attention: Attention) -> BlockMask:

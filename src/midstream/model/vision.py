@@ -7,6 +7,7 @@ no pooling head, no last norm unless `final_norm` asks for it: each parameter ha
 import math
 import re
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,11 @@ from midstream.model.weights import Initialiser, Linear, fill, read_tensors
 _UNUSED = re.compile(r"(head|pooler)\.|embeddings\.mask_token$")
 _NORMS = ("post_layernorm.", "layernorm.", "norm.")
 _BLOCK = re.compile(r"(?:encoder|model)\.layers?\.(\d+)\.")
+
+
+def num_blocks(config: EncoderConfig) -> int:
+    """Blocks up to the features."""
+    return config.num_layers + 1 + config.feature_layer
 
 
 def build_encoder(config: AnyEncoderConfig) -> "VisionEncoder":
@@ -78,10 +84,9 @@ class Tower(VisionEncoder):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
         self.settings = config
-        self.num_blocks = config.num_layers + 1 + config.feature_layer
         # transformers draws weights from the global generator, which stays untouched here.
         with torch.random.fork_rng(devices=[]):
-            tower = _library_tower(config, self.num_blocks)
+            tower = _library(config, "Model")(library_config(config))
         norm = {"dinov2": "layernorm", "dinov3": "norm"}.get(config.family, "post_layernorm")
         self.norm_name = norm
         if not config.final_norm:
@@ -188,7 +193,7 @@ def load_towers(encoder: VisionEncoder, paths: Sequence[Path]) -> tuple[str, ...
 
 def _is_unused(name: str, encoder: Tower) -> bool:
     block = _BLOCK.match(name)
-    above = block is not None and int(block.group(1)) >= encoder.num_blocks
+    above = block is not None and int(block.group(1)) >= num_blocks(encoder.settings)
     norm = not encoder.settings.final_norm and name.startswith(_NORMS)
     return above or norm or _UNUSED.match(name) is not None
 
@@ -196,15 +201,12 @@ def _is_unused(name: str, encoder: Tower) -> bool:
 # ----------------------------------------------------------------------------------- towers
 
 
-def _library_tower(config: EncoderConfig, num_blocks: int) -> Any:
-    """The tower's module, as `transformers` builds it."""
-    # Imported here: it takes seconds that text-only work need not wait for.
-    import transformers
-
+def library_config(config: EncoderConfig) -> Any:
+    """The configuration of `transformers` of a tower that ends with its features."""
     settings: dict[str, Any] = {
         "patch_size": config.patch_size,
         "hidden_size": config.hidden_size,
-        "num_hidden_layers": num_blocks,
+        "num_hidden_layers": num_blocks(config),
         "num_attention_heads": config.num_heads,
         "hidden_act": config.hidden_act,
         "layer_norm_eps": config.norm_eps,
@@ -226,6 +228,7 @@ def _library_tower(config: EncoderConfig, num_blocks: int) -> Any:
                     f"its hidden_size {config.hidden_size}"
                 )
             settings |= {"mlp_ratio": ratio, "use_swiglu_ffn": config.ffn == "swiglu"}
+            settings["use_mask_token"] = False
             if config.num_registers:
                 settings["num_register_tokens"] = config.num_registers
         case "dinov3":
@@ -236,19 +239,17 @@ def _library_tower(config: EncoderConfig, num_blocks: int) -> Any:
                 # While training it would draw scales of positions from the global generator.
                 "pos_embed_rescale": None,
             }
-    registers = config.family == "dinov2" and config.num_registers > 0
-    stated, model = _CLASSES["dinov2 with registers" if registers else config.family]
-    return getattr(transformers, model)(getattr(transformers, stated)(**settings))
+    return _library(config, "Config")(**settings)
 
 
-_CLASSES = {
-    "siglip": ("SiglipVisionConfig", "SiglipVisionModel"),
-    "siglip2": ("Siglip2VisionConfig", "Siglip2VisionModel"),
-    "clip": ("CLIPVisionConfig", "CLIPVisionModel"),
-    "dinov2": ("Dinov2Config", "Dinov2Model"),
-    "dinov2 with registers": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel"),
-    "dinov3": ("DINOv3ViTConfig", "DINOv3ViTModel"),
-}
+def _library(config: EncoderConfig, what: str) -> Any:
+    """The family's class of `transformers`, which takes seconds that text-only work need not wait
+    for."""
+    names = {"dinov2": "Dinov2", "dinov3": "DINOv3ViT", "clip": "CLIPVision"}
+    name = names.get(config.family, f"{config.family.capitalize()}Vision")
+    if config.family == "dinov2" and config.num_registers:
+        name = "Dinov2WithRegisters"
+    return getattr(import_module("transformers"), f"{name}{what}")
 
 
 def naflex_positions(embeddings: Any, config: EncoderConfig) -> Tensor:

@@ -159,6 +159,7 @@ class OpenLMForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     config_class = OpenLMConfig
     base_model_prefix = "model"
+    _input_embed_layer = "tok_embeddings"
     _no_split_modules = ["OpenLMLayer"]  # noqa: RUF012 - transformers' own form
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
@@ -167,14 +168,6 @@ class OpenLMForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         super().__init__(config)
         self.model = OpenLMModel(config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The embeddings of token ids."""
-        return self.model.tok_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace them."""
-        self.model.tok_embeddings = value
 
     def get_output_embeddings(self) -> nn.Module:
         """The layer that gives logits."""
