@@ -10,8 +10,6 @@ from typing import Any, Literal
 
 from jinja2 import Environment, StrictUndefined
 
-from midstream.config import AnyEncoderConfig, DecoderConfig, FusedEncoder, PatchProjection
-from midstream.model.vlm import VLM
 from midstream.study.stages import (
     Continue,
     Finetune,
@@ -47,7 +45,8 @@ class ExportReport:
 
 def model_card(opened: OpenedModel, report: ExportReport) -> str:
     """The card as Markdown."""
-    sees = opened.vlm.config.encoder if report.kind != "text" else None
+    model = opened.vlm.config
+    sees = None if report.kind == "text" else model.encoder
     # Markdown, not HTML: names and numbers of our own ledger.
     environment = Environment(
         undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True
@@ -57,44 +56,15 @@ def model_card(opened: OpenedModel, report: ExportReport) -> str:
     return environment.from_string(source).render(
         name=opened.name,
         report=report,
-        decoder=_decoder(opened.vlm),
-        encoder=None if sees is None else _encoder(sees),
-        projector=_widths(opened.vlm, sees),
-        attention=opened.vlm.config.attention,
+        model=model,
+        encoder=sees,
+        widths=sees and model.projector.widths(sees.hidden_size, model.decoder.hidden_size),
         trust=", trust_remote_code=True" if report.own_code else "",
         stages=[
             {"share": share, **_results(stage, opened.ledger)} for stage, share in _history(opened)
         ],
         scores=[_results(stage, opened.ledger) for stage in evaluations(opened)],
     )
-
-
-def _decoder(vlm: VLM) -> str:
-    config = vlm.config.decoder
-    kind = "OpenLM" if isinstance(config, DecoderConfig) else config.model_type
-    return (
-        f"{kind}, width {config.hidden_size:,}, {config.num_layers} layers, {config.num_heads} "
-        f"heads, {config.vocab_size:,} rows of vocabulary"
-    )
-
-
-def _encoder(config: AnyEncoderConfig) -> str:
-    size = f"{config.image_size} x {config.image_size} pixels, {config.num_patches} patches"
-    if isinstance(config, FusedEncoder):
-        return f"{' and '.join(tower.family for tower in config.towers)} side by side, {size}"
-    if isinstance(config, PatchProjection):
-        return f"a linear map of raw patches, {size}"
-    norm = "with" if config.final_norm else "without"
-    return (
-        f"{config.family}, width {config.hidden_size:,}, {config.num_layers} layers, features of "
-        f"layer {config.feature_layer} {norm} the final norm, {size}"
-    )
-
-
-def _widths(vlm: VLM, sees: AnyEncoderConfig | None) -> tuple[int, ...]:
-    config = vlm.config
-    wide = config.decoder.hidden_size
-    return () if sees is None else config.projector.widths(sees.hidden_size, wide)
 
 
 def _history(opened: OpenedModel) -> Iterator[tuple[Stage, float]]:

@@ -1,7 +1,5 @@
 """`midstream export`: a model out of a store as a Hugging Face folder that needs no Midstream."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -48,6 +46,9 @@ _TOLERANCE = 1e-3
 
 def serve(request: dict[str, Any]) -> None:
     """Export as the request says (`checkpoint`, `out`, `text_only`) and print what was written."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     opened = open_model(Path(request["checkpoint"]), torch.device("cpu"))
     out = Path(request["out"])
     report = export(opened, out, text_only=bool(request["text_only"]))
@@ -97,30 +98,29 @@ def write_folder(
     """
     kind: Literal["text", "llava", "own"]
     notes: tuple[str, ...]
-    with _quiet():
-        if encoder is None:
-            kind, reason = "text", "An OpenLM decoder brings its own modelling file."
-            if isinstance(vlm.decoder, TransformersDecoder):
-                reason = "A decoder of transformers is a folder of its own class."
-            chats = vlm.config.encoder is not None
-            model = write_text(vlm.decoder, codec, folder, chats=chats)
-            notes = ("Without what the model sees with.",) if chats else ()
-        elif (why := no_llava(vlm.config)) is None:
-            kind, reason = "llava", "Stock Llava classes compute the same."
-            model, notes = write_llava(vlm, codec, encoder, folder)
-        else:
-            kind, reason = "own", f"Own modelling file: {why}."
-            model, notes = write_own(vlm, codec, encoder, folder)
-        found = _logits(model, vlm, codec, sees=encoder is not None)
-        features = None
-        if encoder is not None:
-            features = _features(vlm, encoder, rounded=kind == "own")
-        difference = _same(found, prompt_logits(vlm, codec, features))
-        if kind == "llava" and encoder is not None and _rounds(vlm):
-            # What is left is the rounding of features, which stock classes do not do.
-            trained = prompt_logits(vlm, codec, _features(vlm, encoder, rounded=True))
-            difference = float((found[:, : trained.shape[1]] - trained).abs().max())
-            notes += ("Features are not rounded as in training; the difference is from that.",)
+    if encoder is None:
+        kind, reason = "text", "An OpenLM decoder brings its own modelling file."
+        if isinstance(vlm.decoder, TransformersDecoder):
+            reason = "A decoder of transformers is a folder of its own class."
+        chats = vlm.config.encoder is not None
+        model = write_text(vlm.decoder, codec, folder, chats=chats)
+        notes = ("Without what the model sees with.",) if chats else ()
+    elif (why := no_llava(vlm.config)) is None:
+        kind, reason = "llava", "Stock Llava classes compute the same."
+        model, notes = write_llava(vlm, codec, encoder, folder)
+    else:
+        kind, reason = "own", f"Own modelling file: {why}."
+        model, notes = write_own(vlm, codec, encoder, folder)
+    found = _logits(model, vlm, codec, sees=encoder is not None)
+    features = None
+    if encoder is not None:
+        features = _features(vlm, encoder, rounded=kind == "own")
+    difference = _same(found, prompt_logits(vlm, codec, features))
+    if kind == "llava" and encoder is not None and _rounds(vlm):
+        # What is left is the rounding of features, which stock classes do not do.
+        trained = prompt_logits(vlm, codec, _features(vlm, encoder, rounded=True))
+        difference = float((found[:, : trained.shape[1]] - trained).abs().max())
+        notes += ("Features are not rounded as in training; the difference is from that.",)
     return ExportReport(
         kind=kind,
         architecture=type(model).__name__,
@@ -299,17 +299,3 @@ def _picture(vlm: VLM) -> Tensor:
     row, column = np.mgrid[:size, :size] / size
     planes = [np.sin(9 * row * (one + 1) + 5 * column) for one in range(3)]
     return torch.from_numpy(np.stack(planes).astype(np.float32))[None]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the bars of transformers from the terminal."""
-    from transformers.utils import logging
-
-    before = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if before:
-            logging.enable_progress_bar()

@@ -30,27 +30,6 @@ _DIMENSIONS = re.compile(r"d=(\d+)_l=(\d+)_h=(\d+)")  # so, too, DCLM names its 
 # puts `model.` before all.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module"}
 
-# Settings that compute what `Decoder` does (in float32: the norms differ under autocast only).
-_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "model_norm": ("gain_only_lp_layer_norm", "gain_only_layer_norm"),
-    "ffn_type": ("swiglu", "swiglu_torch"),
-    "positional_embedding_type": ("rotary",),
-    "rotary_old": (False,),
-    "attn_name": ("auto", "torch_attn", "xformers_attn", "xformers_attn_variable_length"),
-    "weight_tying": (False,),
-    "post_embed_norm": (False,),
-    "moe_freq": (0,),
-    "hf_model": (),
-}
-# Tensors by which a model that `Decoder` is not gives itself away, whatever its settings say.
-_FOREIGN = {
-    r"\.bias$": "bias (model_norm default_layer_norm or lp_layer_norm, or another's model)",
-    r"_ff_w[12]\.|feed_forward\.[02]\.": "ffn_type 'gelu'",
-    r"feed_forward\.(gate|up|down)_proj\.": "ffn_type 'gemma_geglu'",
-    r"feed_forward\.(router|experts)\b": "ffn_type 'moe'",
-    r"^post_embed_norm\.": "post_embed_norm",
-    r"\bmixer\.|^backbone\.": "a Mamba model",
-}
 _ONE_NAME = {"dim": "hidden_dim", "norm_type": "model_norm", "apply_qk_norm": "qk_norm"}
 _SCHEDULE = ("lr", "warmup", "lr_scheduler", "lr_cooldown_end", "seq_len", "global_batch_size")
 
@@ -342,10 +321,10 @@ def _refuse_variants(
 ) -> None:
     wrong = [
         f"{name} {settings[name]!r}"
-        for name, known in _SUPPORTED.items()
+        for name, known in TABLES["openlm_settings"].items()
         if settings.get(name) is not None and settings[name] not in known
     ]
-    for pattern, variant in _FOREIGN.items():
+    for pattern, variant in TABLES["openlm_foreign"].items():
         named = [name for name in tensors if re.search(pattern, name)]
         if named:
             more = f" and {len(named) - 1} more" if len(named) > 1 else ""

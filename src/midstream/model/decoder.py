@@ -1,16 +1,7 @@
 """The OpenLM decoder, its cache, how its parameters start, and the choice of the next token.
 
-Letters in names: R rows, T positions, S positions seen by attention, D hidden size, H heads,
-C channels of a head. Parameter names are those of OpenLM's own checkpoints.
-
-Initialisers (open_lm/model.py); normals are cut at three sigma, l is the 0-based layer, h the FFN
-size:
-
-    tok_embeddings, output             sigma = D^-1/2
-    attention.in_proj, ffn w12         sigma = D^-1/2
-    attention.out_proj                 sigma = D^-1/2 (2 (l + 1))^-1/2
-    feed_forward.w3                    sigma = h^-1/2 (2 (l + 1))^-1/2
-    norm gains                         1
+Letters in names: R rows, T positions, S positions seen by attention, H heads, C channels of a head.
+Parameter names are those of OpenLM's own checkpoints.
 """
 
 from collections.abc import Sequence
@@ -298,7 +289,8 @@ class Decoder(nn.Module):
         return Cache(keys, values)
 
     def initialisers(self) -> dict[str, Initialiser]:
-        """The table at the head of this file, by parameter name."""
+        """As open_lm/model.py: norm gains 1; normals cut at three sigma, which is fan_in^-1/2, of
+        what is added to the stream times (2 (l + 1))^-1/2 in the l-th layer, counted from 0."""
 
         def normal(fan_in: int, depth: int = 0) -> Initialiser:
             residual = (2 * depth) ** -0.5 if depth else 1.0

@@ -7,7 +7,9 @@ import copy
 import inspect
 import json
 import re
+import tomllib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,52 +22,9 @@ from midstream.model.weights import Initialiser
 
 # -------------------------------------------------------------------------------- the families
 
+_TABLES = tomllib.loads(Path(__file__).with_name("language_models.toml").read_text("utf-8"))
 # The models that have a `model_type`.
-FAMILIES = {
-    "llama": "Llama 2 and 3, SmolLM, SmolLM2, TinyLlama, Amber, OpenCoder",
-    "mistral": "Mistral without a sliding window",
-    "olmo": "OLMo (-hf)",
-    "olmo2": "OLMo 2",
-    "gpt_neox": "Pythia, GPT-NeoX",
-    "qwen2": "Qwen 2 and 2.5",
-    "qwen3": "Qwen 3",
-    "smollm3": "SmolLM3",
-}
-
-# Where a model came from and how it was last used, not what it is.
-_NOT_THE_MODEL = {
-    *("_name_or_path", "architectures", "auto_map", "chunk_size_feed_forward", "dtype"),
-    *("id2label", "is_encoder_decoder", "label2id", "output_attentions", "output_hidden_states"),
-    *("problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache"),
-}
-
-# Settings that are fine while absent or at one of these values.
-_NEUTRAL: tuple[tuple[tuple[str, ...], tuple[Any, ...], str], ...] = (
-    (("quantization_config",), (), "import the checkpoint that was not quantised"),
-    (
-        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
-        (0,),
-        "mixtures of experts are not supported; import a dense model",
-    ),
-    (
-        ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling"),
-        (1.0,),
-        "the loss takes the logits as they are; import a model without it",
-    ),
-    (
-        ("embedding_multiplier", "scale_emb", "attention_multiplier", "residual_multiplier"),
-        (1.0,),
-        "image features enter as they are; import a model without it",
-    ),
-    (
-        ("attention_dropout", "hidden_dropout", "embedding_dropout", "resid_pdrop"),
-        (0.0,),
-        "dropout draws from the global generator; set it to 0.0 in config.json",
-    ),
-    (("is_causal",), (True,), "import a causal language model"),
-    (("add_cross_attention",), (False,), "import a decoder without cross-attention"),
-)
-
+FAMILIES: dict[str, str] = _TABLES["families"]
 # The others change with the length of the row, so that segments would change each other.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -84,11 +43,11 @@ def _checked(config: Any) -> Any:
     """
     kind = config.model_type
     _check_known(kind)
-    for names, neutral, remedy in _NEUTRAL:
-        for name in names:
+    for neutral in _TABLES["neutral"]:
+        for name in neutral["names"]:
             value = getattr(config, name, None)
-            if value is not None and value not in neutral:
-                raise ValueError(f"this {kind} model has {name} {value!r}; {remedy}")
+            if value is not None and value not in neutral["values"]:
+                raise ValueError(f"this {kind} model has {name} {value!r}; {neutral['remedy']}")
     layers = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     if set(layers) != {"full_attention"} if layers else window is not None:
@@ -117,7 +76,8 @@ def describe(hf_config: Any) -> TransformersDecoderConfig:
     """
     _checked(hf_config)
     stated = hf_config.to_dict()
-    kept = {name: stated[name] for name in sorted(stated.keys() - _NOT_THE_MODEL)}
+    ours = stated.keys() - set(_TABLES["left_out"]["settings"])
+    kept = {name: stated[name] for name in sorted(ours)}
     # Through JSON, so that what is stated equals what is read back.
     settings = json.loads(json.dumps(kept))
     with torch.device("meta"):

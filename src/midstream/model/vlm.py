@@ -19,7 +19,7 @@ from midstream.model.attention import MaskKind, make_mask
 from midstream.model.decoder import Decoder, select
 from midstream.model.pretrained import TransformersDecoder
 from midstream.model.vision import VisionEncoder, build_encoder
-from midstream.model.weights import HasInitialisers, Initialiser, Linear
+from midstream.model.weights import Initialiser, Linear
 
 
 class Projector(nn.Sequential):
@@ -265,7 +265,7 @@ class VLM(nn.Module):
             f"{part}.{name}": entry
             for part, module in parts.items()
             if module is not None
-            for name, entry in cast(HasInitialisers, module).initialisers().items()
+            for name, entry in cast(Any, module).initialisers().items()
         }
 
 

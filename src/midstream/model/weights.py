@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import numpy
 import torch
@@ -317,14 +317,6 @@ class Initialiser:
         return nn.init.trunc_normal_(value, std=self.scale, a=-bound, b=bound, generator=source)
 
 
-class HasInitialisers(Protocol):
-    """A module that states how each of its parameters starts."""
-
-    def initialisers(self) -> dict[str, Initialiser]:
-        """One entry for each parameter, by name."""
-        ...
-
-
 def generator(seed: int, purpose: str) -> torch.Generator:
     """A CPU generator that depends on the seed and the purpose alone."""
     number = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8]
@@ -338,7 +330,7 @@ def initialise(module: nn.Module, seed: int) -> None:
     A value is a function of the seed and the parameter's name in `module` alone; it is drawn on
     the CPU in float32, so that device, precision and order of parameters change nothing.
     """
-    table = cast(HasInitialisers, module).initialisers()
+    table: dict[str, Initialiser] = cast(Any, module).initialisers()
     parameters = dict(module.named_parameters())
     assert table.keys() == parameters.keys(), table.keys() ^ parameters.keys()
     for name, parameter in parameters.items():
