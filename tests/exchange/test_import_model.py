@@ -97,50 +97,44 @@ def test_an_imported_decoder_has_the_logits_of_transformers(family: str, tmp_pat
     assert not any(name.startswith(".") for name in os.listdir(tmp_path))
 
 
-def test_old_rows_are_bit_equal_and_every_other_weight_too(pythia: Path, tmp_path: Path) -> None:
-    bring(pythia, tmp_path / "out", add_tokens=(AGENT_STOP,))
+def test_old_weights_are_bit_equal_and_the_tokenizer_comes_along(
+    pythia: Path, tmp_path: Path
+) -> None:
+    record = bring(pythia, tmp_path / "out", add_tokens=(AGENT_STOP,))
     old = load_file(pythia / "model.safetensors")
     new = load_file(tmp_path / "out" / "model.safetensors")
     assert set(new) == {f"decoder.model.{name.replace('embed_out', 'lm_head')}" for name in old}
     for name, value in old.items():
         kept = new[f"decoder.model.{name.replace('embed_out', 'lm_head')}"]
         if name in ("embed_out.weight", "gpt_neox.embed_in.weight"):
-            assert kept.shape == (320, 32)
             mean = value.double().mean(dim=0).float()
             assert torch.equal(kept[VOCAB_SIZE:], mean.expand(20, 32))
             kept = kept[:VOCAB_SIZE]
         assert torch.equal(kept, value), name
-
-
-def test_the_tokenizer_comes_along_with_midstreams_tokens(pythia: Path, tmp_path: Path) -> None:
-    record = bring(pythia, tmp_path / "out", add_tokens=(AGENT_STOP,))
-    assert record.vocabulary == {
-        "rows_before": 300,
-        "rows_after": 320,
-        "added": [{"token": SEPARATOR, "id": 300}, {"token": AGENT_STOP, "id": 301}],
-    }
+    added = [{"token": SEPARATOR, "id": 300}, {"token": AGENT_STOP, "id": 301}]
+    assert record.vocabulary == {"rows_before": 300, "rows_after": 320, "added": added}
     codec = TextCodec.from_file(tmp_path / "out" / "tokenizer.json")
     assert codec.stop_ids == {0, 300, 301}
     text = "A red circle is left of the blue square."
     assert codec.encode(text) == build_tokenizer()(text)["input_ids"]
 
 
-def test_without_a_tokenizer_none_is_written_and_the_user_is_told(tmp_path: Path) -> None:
-    build_model("llama").save_pretrained(tmp_path / "source")
-    request = ImportRequest(source=str(tmp_path / "source"), out=tmp_path / "out")
-    record, notes = import_model(request)
-    assert record.vocabulary == {"rows_before": 300, "rows_after": 320, "added": []}
-    assert not (tmp_path / "out" / "tokenizer.json").exists()
-    assert any(note.startswith("no tokenizer:") for note in notes)
-
-
-@pytest.mark.parametrize("given", ["words/tokenizer.json", "words"])
-def test_a_tokenizer_may_be_given(given: str, tmp_path: Path) -> None:
+def test_a_tokenizer_may_be_given_and_without_one_the_user_is_told(tmp_path: Path) -> None:
     build_model("llama").save_pretrained(tmp_path / "source")
     build_tokenizer().save_pretrained(tmp_path / "words")
-    record = bring(tmp_path / "source", tmp_path / "out", tokenizer=str(tmp_path / given))
-    assert record.vocabulary is not None
-    assert record.vocabulary["added"] == [{"token": SEPARATOR, "id": 300}]
+    for given, added in (
+        ("words/tokenizer.json", [{"token": SEPARATOR, "id": 300}]),
+        ("words", [{"token": SEPARATOR, "id": 300}]),
+        (None, []),
+    ):
+        place = None if given is None else str(tmp_path / given)
+        request = ImportRequest(
+            source=str(tmp_path / "source"), out=tmp_path / "out", tokenizer=place
+        )
+        record, notes = import_model(request)
+        assert record.vocabulary == {"rows_before": 300, "rows_after": 320, "added": added}
+        assert (tmp_path / "out" / "tokenizer.json").exists() == (given is not None)
+        assert any(note.startswith("no tokenizer:") for note in notes) == (given is None)
 
 
 def test_another_end_of_text_than_the_models_is_told(pythia: Path, tmp_path: Path) -> None:
@@ -206,16 +200,11 @@ def test_a_revision_of_a_known_family_brings_its_position(
     assert f"next: midstream plan own_model.image_shares --set checkpoint={tmp_path}/out" in lines
 
 
-def test_without_a_revision_the_commit_is_kept(cache: Path, pythia: Path, tmp_path: Path) -> None:
-    cached(cache, pythia, "somebody/model", "main", "d" * 40)
-    record = bring("somebody/model", tmp_path / "out")
-    assert record.revision == "d" * 40
-
-
 def test_a_revision_that_the_cache_lacks_is_named_with_the_way_to_get_it(
     cache: Path, pythia: Path, tmp_path: Path
 ) -> None:
     cached(cache, pythia, "a/model", "main", "c" * 40)
+    assert bring("a/model", tmp_path / "main").revision == "c" * 40
     way = r"model at revision step7 .*HF_HUB_OFFLINE.*hf download a/model --revision step7"
     refused("a/model", tmp_path / "out", way, revision="step7")
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from midstream.config import DECODERS, DecoderConfig
 from midstream.exchange.hub import LanguageModel
@@ -192,14 +192,6 @@ def test_an_epoch_is_read_with_any_wrapping(
     assert found.moments is None
 
 
-def test_a_bare_dict_of_tensors_is_read_too(tmp_path: Path) -> None:
-    state = state_of()
-    torch.save(state, tmp_path / "weights.pt")
-    found = read_openlm(tmp_path / "weights.pt")
-    assert_holds(found, state, CONFIG)
-    assert (found.step, found.position) == (0, Position())
-
-
 @pytest.mark.parametrize("layout", ["bin", "safetensors", "shards"])
 @pytest.mark.parametrize("nested", [True, False])
 def test_a_hugging_face_folder_is_read_in_every_layout(
@@ -366,39 +358,6 @@ def test_moments_come_back_bit_for_bit_under_our_names(
         assert value.dtype == torch.float32
         assert torch.equal(value, expected[name]), name
     assert "moments: optimizer_2.pt" in found.notes[0]
-
-
-def test_moments_that_real_adam_wrote_go_on_as_if_never_stopped(tmp_path: Path) -> None:
-    state = state_of()
-    names = trained_names(state)
-    theirs = [nn.Parameter(state[name].clone()) for name in names]
-    groups = [{"params": [], "weight_decay": 0.0}, {"params": theirs, "weight_decay": 0.1}]
-    adam = torch.optim.AdamW(groups, lr=0.003, betas=(0.9, 0.95))
-
-    def step(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-        for name, parameter in zip(names, parameters, strict=True):
-            parameter.grad = torch.rand(parameter.shape, generator=generator(3, name))
-        optimizer.step()
-
-    step(theirs, adam)
-    after = {name: value.detach().clone() for name, value in zip(names, theirs, strict=True)}
-    bare = {name: PARAMS[name] for name in ("model", "model_norm")}
-    path = Run(tmp_path, after, step=1).write(params=bare, optimizer=adam.state_dict())
-    found = read_openlm(path)
-    step(theirs, adam)
-
-    decoder = Decoder(found.config)
-    fill(decoder, found.tensors, path=path)
-    ours = dict(decoder.named_parameters())
-    again = torch.optim.AdamW(ours.values(), lr=0.003, betas=(0.9, 0.95), weight_decay=0.1)
-    assert found.moments is not None
-    for name, parameter in ours.items():
-        again.state[parameter] = {
-            key: found.moments[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-        }
-    step([ours[name] for name in names], again)
-    for name, parameter in zip(names, theirs, strict=True):
-        assert torch.equal(ours[name], parameter), name
 
 
 def test_moments_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -222,21 +222,6 @@ def test_a_shared_image_is_read_once_unless_it_sees_the_prompt(kind: Attention) 
     assert Counter(read) == {(4, 4): 1, (2, 16): 1, (2, 32): 1, (2, 48): 1}
 
 
-def test_attention_changes_the_answer_only_where_a_prefix_sees_itself() -> None:
-    said = {}
-    for kind in KINDS:
-        model = VLM(vlm_of("causal").config.model_copy(update={"attention": kind}))
-        model.load_state_dict(vlm_of("causal").state_dict())
-        said[kind] = [answers(model, PROMPTS, given, 7) for given in (None, images(6))]
-    assert said["causal"] == said["segments"]
-    assert all(one != two for one, two in zip(said["causal"], said["prefix"], strict=True))
-
-
-def test_an_image_changes_the_answer(vlm: VLM) -> None:
-    said = [answers(vlm, PROMPTS, given, 7) for given in (None, images(6), -images(6))]
-    assert said[0] != said[1] != said[2]
-
-
 @pytest.mark.parametrize("sampling", [None, DRAWN])
 def test_decoding_stops_at_any_stop_id_and_leaves_it_out(
     vlm: VLM, sampling: Sampling | None
@@ -403,18 +388,6 @@ def test_a_conversation_goes_on_as_if_it_were_read_anew_at_each_token(
             said.append(token)
         assert len(reply) == 5
     assert talk.ids == first + said
-
-
-@pytest.mark.parametrize("sampling", [None, DRAWN])
-def test_the_first_reply_of_a_conversation_is_that_of_a_batch_of_one(
-    vlm: VLM, sampling: Sampling | None
-) -> None:
-    options: Any = {"max_new_tokens": 9, "stop_ids": frozenset({4, 9, 30})}
-    for prompt in PROMPTS:
-        talk = Conversation(vlm, images(1), max_positions=60, sampling=sampling)
-        (expected,) = generate(vlm, [prompt], images(1), batch_size=1, sampling=sampling, **options)
-        assert list(talk.reply(prompt, **options)) == expected
-        assert talk.ids == prompt + expected
 
 
 def test_a_reply_that_is_left_early_or_stopped_keeps_what_was_said(plain: VLM) -> None:

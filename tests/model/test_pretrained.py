@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, LlamaConfig, PreTrainedModel, Qwen2Config
 
@@ -275,19 +274,6 @@ def test_autocast_changes_the_precision_alone() -> None:
 
 
 # ---------------------------------------------------------------------------------------- names
-
-
-@every_family
-def test_the_names_in_a_saved_checkpoint_are_those_of_the_parameters(
-    family: str, tmp_path: Path
-) -> None:
-    folder = checkpoints.save_checkpoint(family, tmp_path)
-    decoder = TransformersDecoder(describe(AutoConfig.from_pretrained(folder)))
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        tensors = {decoder.parameter_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    assert tensors.keys() == dict(decoder.named_parameters()).keys()
-    for name, parameter in ours(family).named_parameters():
-        assert torch.equal(tensors[name], parameter)
 
 
 @every_family

@@ -1,11 +1,14 @@
 """`midstream export`: a model out of a store as a Hugging Face folder that needs no Midstream."""
 
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from jinja2 import Environment, StrictUndefined
 from torch import Tensor, nn
 
 from midstream.config import (
@@ -18,7 +21,6 @@ from midstream.config import (
 from midstream.core.storage import new_folder, write_bytes, write_json
 from midstream.data.examples import IMAGE_MARK, TextCodec, question_ids
 from midstream.data.images import encode_fixed
-from midstream.exchange.card import MARK, ExportReport, model_card
 from midstream.exchange.export_stock import (
     OPENLM_CODE,
     finish,
@@ -34,14 +36,43 @@ from midstream.exchange.towers import fixed_tower, inner_width
 from midstream.model.pretrained import TransformersDecoder
 from midstream.model.vision import FusedTowers, VisionEncoder, num_blocks
 from midstream.model.vlm import VLM
-from midstream.work.open_model import OpenedModel, open_model
+from midstream.study.stages import (
+    Continue,
+    Finetune,
+    FuseEncoders,
+    LoadModel,
+    PrepareSource,
+    Stage,
+    came_from,
+)
+from midstream.study.store import Ledger
+from midstream.work.open_model import OpenedModel, evaluations, open_model
 
+MARK = "midstream_export.json"
+MISSING = "missing"
 _CODE = (*OPENLM_CODE, "modeling_midstream.py", "processing_midstream.py")
 _PROCESSOR = "processing_midstream.MidstreamProcessor"
 _IMAGE_PROCESSOR = "processing_midstream.MidstreamImageProcessor"
 _QUESTION = "What colour is the thing in the middle?"
 # Two ways to the same float32 logits differ by this share of the largest one at most.
 _TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """`kind`: a language model, stock Llava classes, or a modelling file of our own.
+
+    `reason` says why this kind. `largest_difference` is that of any logit from Midstream's own, on
+    one fixed prompt; `notes` say what else differs.
+    """
+
+    kind: Literal["text", "llava", "own"]
+    architecture: str
+    own_code: bool
+    reason: str
+    num_parameters: int
+    largest_difference: float
+    notes: tuple[str, ...] = ()
 
 
 def serve(request: dict[str, Any]) -> None:
@@ -299,3 +330,74 @@ def _picture(vlm: VLM) -> Tensor:
     row, column = np.mgrid[:size, :size] / size
     planes = [np.sin(9 * row * (one + 1) + 5 * column) for one in range(3)]
     return torch.from_numpy(np.stack(planes).astype(np.float32))[None]
+
+
+# ---------------------------------------------------------- the card, from the ledger
+
+
+def model_card(opened: OpenedModel, report: ExportReport) -> str:
+    """The card as Markdown."""
+    model = opened.vlm.config
+    sees = None if report.kind == "text" else model.encoder
+    # Markdown, not HTML: names and numbers of our own ledger.
+    environment = Environment(
+        undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": _number, "percent": _percent}
+    source = files("midstream.exchange").joinpath("model_card.md.jinja").read_text("utf-8")
+    return environment.from_string(source).render(
+        name=opened.name,
+        report=report,
+        model=model,
+        encoder=sees,
+        widths=sees and model.projector.widths(sees.hidden_size, model.decoder.hidden_size),
+        trust=", trust_remote_code=True" if report.own_code else "",
+        stages=[
+            {"share": share, **_results(stage, opened.ledger)} for stage, share in _history(opened)
+        ],
+        scores=[_results(stage, opened.ledger) for stage in evaluations(opened)],
+    )
+
+
+def _history(opened: OpenedModel) -> Iterator[tuple[Stage, float]]:
+    """The training stages behind the model with the share that was used, the first one first."""
+    chain: list[tuple[Stage, float]] = []
+    stage: Stage | None = opened.stage
+    share = opened.completion
+    while stage is not None:
+        chain.append((stage, share))
+        before = came_from(stage)
+        encoder = None
+        if isinstance(stage, LoadModel | Continue | Finetune):
+            encoder = stage.encoder_stage
+        # Before the first stage that sees.
+        if encoder is not None and not (before and isinstance(before[0], LoadModel | Continue)):
+            chain.append((encoder, 1.0))
+            towers = encoder.towers if isinstance(encoder, FuseEncoders) else ()
+            chain += [(tower, 1.0) for tower in reversed(towers)]
+        stage, share = before or (None, 1.0)
+    yield from reversed(chain)
+
+
+def _results(stage: Any, ledger: Ledger) -> dict[str, Any]:
+    """What the template tells of a stage; its results are empty where the store lacks them."""
+    tokenizer = getattr(getattr(stage, "data", None), "vocabulary", None)
+    held = ledger.results(tokenizer) if tokenizer and ledger.is_done(tokenizer) else {}
+    return {
+        "stage": stage,
+        "results": ledger.results(stage) if ledger.is_done(stage) else {},
+        "read": [parent for parent in stage.parents if isinstance(parent, PrepareSource)],
+        "tokenizer": held.get("tokenizer_sha256", MISSING),
+    }
+
+
+def _percent(value: float | None) -> str:
+    return MISSING if value is None else f"{100 * value:.1f} %"
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return MISSING
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
