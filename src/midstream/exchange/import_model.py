@@ -115,15 +115,11 @@ def with_mean_rows(value: Shaped[Tensor, "rows *more"], rows: int) -> Tensor:
     return torch.cat([value, mean.expand(rows - len(value), *value.shape[1:])])
 
 
-def with_zero_rows(value: Shaped[Tensor, "rows *more"], rows: int) -> Tensor:
-    """A tensor of `rows` rows: the old ones bit-equal, then zeros."""
-    return torch.cat([value, value.new_zeros((rows - len(value), *value.shape[1:]))])
-
-
 def resize(
     tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor] | None, rows: dict[str, int]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """Weights and Adam's moments (`exp_avg.<name>`) with more rows where `rows` says how many.
+    """Weights and Adam's moments (`exp_avg.<name>`) with more rows where `rows` says how many; old
+    rows are bit-equal, new ones of moments zero.
 
     Of the names of a tied weight, those that `tensors` lacks are passed over.
     """
@@ -133,7 +129,9 @@ def resize(
         grown[name] = with_mean_rows(tensors[name], rows[name])
         for key in (f"exp_avg.{name}", f"exp_avg_sq.{name}"):
             if carried is not None:
-                carried[key] = with_zero_rows(carried[key], rows[name])
+                old = carried[key]
+                new = old.new_zeros((rows[name] - len(old), *old.shape[1:]))
+                carried[key] = torch.cat([old, new])
     return grown, carried
 
 
