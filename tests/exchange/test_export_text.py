@@ -185,18 +185,26 @@ def test_the_text_part_of_a_model_that_sees_stops_at_separators_and_refuses_pict
         ids([{"role": "system", "content": "Be brief."}, *messages])
 
 
-def test_weights_that_are_not_finite_and_tokenizers_that_are_too_large_are_refused(
+def test_what_cannot_be_exported_is_refused_and_only_an_export_is_written_over(
     tmp_path: Path,
 ) -> None:
     vlm, _ = made(VLMConfig(decoder=OPENLM))
-    refuse(vlm, codec(), None, tmp_path / "out")
+    out = tmp_path / "out"
+    refuse(vlm, codec(), None, out)
+    out.mkdir()
+    refuse(vlm, codec(), None, out)
+    (out / "thesis.txt").write_text("all of it")
+    with pytest.raises(ValueError, match="out exists and is no exported folder"):
+        refuse(vlm, codec(), None, out)
+    (out / "midstream_export.json").write_text("{}")
+    refuse(vlm, codec(), None, out)
     with torch.no_grad():
         vlm.decoder.norm.weight[3] = float("nan")
     with pytest.raises(ValueError, match=r"decoder\.norm\.weight holds numbers that are not fin"):
-        refuse(vlm, codec(), None, tmp_path / "out")
+        refuse(vlm, codec(), None, out)
     small, _ = made(VLMConfig(decoder=OPENLM.model_copy(update={"vocab_size": 300})))
     with pytest.raises(ValueError, match="302 ids, the model 300 rows"):
-        refuse(small, codec(), None, tmp_path / "out")
+        refuse(small, codec(), None, out)
 
 
 def test_a_tokenizer_that_transformers_would_read_otherwise_is_refused(tmp_path: Path) -> None:
@@ -206,17 +214,6 @@ def test_a_tokenizer_that_transformers_would_read_otherwise_is_refused(tmp_path:
     with pytest.raises(ValueError, match=r"Qwen2Tokenizer, by which transformers reads.*qwen2 mo"):
         written(tmp_path / "out", config, words)
     written(tmp_path / "llama", VLMConfig(decoder=stock()), words)
-
-
-def test_only_a_folder_that_was_exported_is_written_over(tmp_path: Path) -> None:
-    vlm, _ = made(VLMConfig(decoder=OPENLM))
-    (tmp_path / "out").mkdir()
-    refuse(vlm, codec(), None, tmp_path / "out")
-    (tmp_path / "out" / "thesis.txt").write_text("all of it")
-    with pytest.raises(ValueError, match="out exists and is no exported folder"):
-        refuse(vlm, codec(), None, tmp_path / "out")
-    (tmp_path / "out" / "midstream_export.json").write_text("{}")
-    refuse(vlm, codec(), None, tmp_path / "out")
 
 
 def test_a_folder_that_computes_something_else_is_refused(

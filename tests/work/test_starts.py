@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import tiny
 from midstream.chat.session import describe
 from midstream.config import ContinuedCosine, Training, WarmupCosine
-from midstream.exchange.card import _history
+from midstream.exchange.export import _history
 from midstream.model.vlm import VLM
 from midstream.model.weights import initialise
 from midstream.report.results import line_rows, parts_of
