@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from midstream.cli.app import app
 from midstream.cli.catalogue import find_study
 from midstream.config import Amount, Amounts, EncoderConfig, Epochs, Machine, Mixture, Share
-from midstream.config.model import encoder_flops
+from midstream.config.model import encoder_flops, picture_bytes
 from midstream.core.tokens import quantity
 from midstream.cost.cost import cost
 from midstream.cost.graph import order
@@ -27,9 +27,7 @@ from midstream.cost.pictures import (
     distinct_pictures,
     feature_folder,
     feature_plan,
-    picture_bytes,
 )
-from midstream.data import images
 from midstream.study.label import label
 from midstream.study.stages import Continue, Finetune, PrepareSource, Stage, TrainEncoder
 from midstream.study.store import Ledger
@@ -376,12 +374,6 @@ def test_distinct_pictures_are_what_all_draws_have_on_average(
 def test_drawing_few_of_a_billion_pictures_loses_no_precision() -> None:
     assert distinct_pictures(10**9, [(0, "replacement", 1000.0)]) == pytest.approx(999.9995)
     assert distinct_pictures(0, [(0, "replacement", 1000.0)]) == 0
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_planned_bytes_are_those_that_the_store_writes(dtype: str) -> None:
-    config = SO400M.model_copy(update={"feature_dtype": dtype})
-    assert picture_bytes(config) == images.picture_bytes(config)
 
 
 def test_a_plan_says_in_one_line_what_it_decides_and_why(

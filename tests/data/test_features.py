@@ -19,17 +19,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from midstream.config import EncoderConfig
+from midstream.config.model import FILL_BATCH, picture_bytes
 from midstream.core.storage import CorruptError
 from midstream.data import feature_store
 from midstream.data.feature_store import FeatureStore, HashIndex, StoredImages
 from midstream.data.images import (
-    FILL_BATCH,
     LiveImages,
     encode_fixed,
     encode_raw,
     load_pixels,
     pack,
-    picture_bytes,
     unpack,
 )
 from midstream.data.sources import Source

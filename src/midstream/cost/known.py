@@ -11,6 +11,8 @@ from math import log
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from midstream.config import Caption, ExpectedSource, PublicFolder
 from midstream.core.identity import PREPARED, SECTIONS
 from midstream.study.stages import Prepare, PrepareSource
@@ -27,7 +29,7 @@ TEXT_CLASSES = 32
 TEXT_TOKENS = 1000
 WHOLE_SPREAD = 0.5
 # Places in a class of lengths, evenly spread, and their standard deviation.
-PLACES, PLACES_DEVIATION = (-1.5, -0.5, 0.5, 1.5), 1.25**0.5
+PLACES, PLACES_DEVIATION = np.array([-1.5, -0.5, 0.5, 1.5]), 1.25**0.5
 # Where nobody says how much of a conversation is reply.
 REPLY_SHARE = 0.5
 
@@ -67,23 +69,14 @@ class Facts:
         targets = self.targets * tokens / max(self.tokens, 1)
         return replace(self, tokens=tokens, targets=targets, plain=plain, shown=shown)
 
-    def squares(self, patches: int, row_length: int) -> Number:
-        """Sum of squared segment lengths of all examples; texts are cut at the row's length."""
-        total = sum(
-            squares + 2 * patches * tokens + number * patches**2
-            for number, tokens, squares in self.shown
-        )
-        return total + sum(_cut_squares(row, row_length) for row in self.plain)
-
-    def points(self, patches: int) -> list[tuple[float, float]]:
-        """Lengths in a row and how many examples have them: each class by some of its lengths."""
-        found = []
-        for lengths, more in ((self.plain, 0), (self.shown, patches)):
-            for number, tokens, squares in lengths:
-                mean = tokens / number
-                apart = max(squares / number - mean**2, 0.0) ** 0.5 / PLACES_DEVIATION
-                found += [(mean + more + place * apart, number / len(PLACES)) for place in PLACES]
-        return found
+    def drawn(self, number: int, patches: int) -> tuple[np.ndarray, int]:
+        """int64: lengths in a row of so many examples that stand for all; how many of them, the
+        first ones, show a picture."""
+        share = sum(part[0] for part in self.shown) / max(self.examples, 1)
+        num_shown = min(round(share * number), number)
+        shown = _stratified(self.shown, num_shown) + patches
+        lengths = np.concatenate([shown, _stratified(self.plain, number - num_shown)])
+        return (lengths, num_shown) if len(lengths) else (np.ones(1, np.int64), 0)
 
 
 def sources_of(
@@ -211,13 +204,19 @@ def _clipped(part: tuple[Number, Number, Number], most: int) -> tuple[Number, Nu
     return part if tokens <= number * most else (number, number * most, number * most**2)
 
 
-def _cut_squares(row: tuple[Number, Number, Number], row_length: int) -> Number:
-    number, tokens, squares = row
-    length = tokens / max(number, 1)
-    if length <= row_length:
-        return squares
-    whole, rest = divmod(length, row_length)
-    return number * (whole * row_length**2 + rest**2)
+def _stratified(lengths: Lengths, number: int) -> np.ndarray:
+    """Lengths by their classes, evenly over each; their sum is the classes' to one token."""
+    if not number or not lengths:
+        return np.zeros(0, np.int64)
+    counts, tokens, squares = np.array(lengths, dtype=float).T
+    means = tokens / counts
+    apart = np.sqrt(np.maximum(squares / counts - means**2, 0)) / PLACES_DEVIATION
+    values = (means[:, None] + apart[:, None] * PLACES).reshape(-1)
+    ends = np.cumsum(np.repeat(counts, len(PLACES)))
+    at = np.searchsorted(ends, (np.arange(number) + 0.5) / number * ends[-1])
+    found = np.diff(np.rint(np.cumsum(np.maximum(values[at], 1))), prepend=0)
+    whole: np.ndarray = np.maximum(found, 1).astype(np.int64)
+    return whole
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from math import expm1, log1p, prod
 from pathlib import Path
 from typing import Any, Literal
 
-from midstream.config import Epochs, Machine, PretrainedEncoder
-from midstream.config.model import encoder_flops
+from midstream.config import Epochs, Machine
+from midstream.config.model import encoder_flops, picture_bytes
 from midstream.core.identity import digest
 from midstream.core.tokens import quantity
 from midstream.cost.cost import cost
@@ -128,13 +128,6 @@ class FeaturePlan:
             f"{quantity(self.views)} views; encoding takes {flops(self.live_flops)} live, "
             f"{flops(self.stored_flops)} stored, of {flops(self.training_flops)} of training{saved}"
         )
-
-
-def picture_bytes(config: PretrainedEncoder) -> int:
-    """Bytes of one picture's features on disk: four or two a number, or one and two a patch."""
-    if config.feature_dtype == "int8":
-        return config.num_patches * (config.hidden_size + 2)
-    return config.num_patches * config.hidden_size * (4 if config.feature_dtype == "float32" else 2)
 
 
 def feature_folder(ledger: Ledger, encoder: Frozen) -> Path | None:

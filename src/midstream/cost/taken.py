@@ -35,6 +35,7 @@ from midstream.config import (
     FusedEncoder,
     PatchProjection,
 )
+from midstream.config.model import LEAST_CUT_ROW, MAX_LOGITS
 from midstream.core.storage import read_json
 from midstream.cost.cost import (
     cost,
@@ -45,13 +46,11 @@ from midstream.cost.cost import (
 )
 from midstream.cost.graph import Plan
 from midstream.cost.known import Number, Schedule, Task, schedule
-from midstream.cost.workload import LEAST_CUT_ROW, Device, Workload
+from midstream.cost.workload import Device, Workload
 from midstream.study.stages import Pretrain, Trained, stage_from_json
 from midstream.study.store import SUCCESS, Ledger
 
 FLOAT, HALF = 4, 2
-# As in `model/vlm.py`: logits that are held at once.
-MAX_LOGITS = {"cpu": 2**24, "cuda": 2**28}
 # Widths beside gate and up that a block's backward pass makes of h: their gradients, the products.
 BACKWARD_FFN = 6
 # What a tower's block keeps: norms, queries, keys, values, what is mixed; before and behind GELU.

@@ -10,6 +10,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from math import isqrt
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -21,7 +22,7 @@ from midstream.order.stream import permuted
 
 # Rows that are laid out at once.
 BLOCK_ROWS = 1024
-KEPT_BLOCKS = 3
+KEPT_BLOCKS = 4
 
 # Each is source, example, start, length and caption, then the column where that is known.
 Items = list[list[int]]
@@ -71,17 +72,18 @@ class Filled:
         self.num_blocks = max(1, round(expected / BLOCK_ROWS))
         checked = min(self.num_blocks, CHECKED_BLOCKS)
         blocks = [number * self.num_blocks // checked for number in range(checked)]
-        needed = [len(self._pack(block, None)) for block in blocks]
+        self.first_rows, self.block_rows = [0], 0
         if checked == self.num_blocks:
-            self.first_rows, self.block_rows = np.cumsum([0, *needed]), 0
+            needed = (len(self._kept(block)) for block in blocks)
+            self.first_rows = list(accumulate(needed, initial=0))
         else:
-            self.first_rows, self.block_rows = np.zeros(0), _rows_for_all(needed)
+            self.block_rows = _rows_for_all([len(self._pack(block, None)) for block in blocks])
 
     def __getstate__(self) -> dict[str, Any]:
         return without_cache(self)
 
     def __len__(self) -> int:
-        return self.num_blocks * self.block_rows or int(self.first_rows[-1])
+        return self.num_blocks * self.block_rows or self.first_rows[-1]
 
     def sees_all(self, index: int) -> bool:
         """Whether the documents of the row see each other."""
@@ -92,8 +94,8 @@ class Filled:
         if self.block_rows:
             block, inside = divmod(index, self.block_rows)
         else:
-            block = int(np.searchsorted(self.first_rows, index, side="right")) - 1
-            inside = index - int(self.first_rows[block])
+            block = bisect_right(self.first_rows, index) - 1
+            inside = index - self.first_rows[block]
         return list(map(Placement._make, self._kept(block)[inside]))
 
     @cached_property
@@ -202,6 +204,14 @@ def _rows_for_all(needed: Sequence[int]) -> int:
     spread = count * sum(rows * rows for rows in needed) - total * total
     likely = -(-total // count) + isqrt(SPARE_DEVIATIONS**2 * spread) // count + 1
     return max(likely, max(needed) + 2 + max(needed) // 500)
+
+
+def rows_of_all(needed: Sequence[int], times: float) -> int:
+    """Rows of a filled plan `times` as long as one whose blocks need so many."""
+    rows = times * sum(needed)
+    if round(rows / BLOCK_ROWS) > CHECKED_BLOCKS:
+        rows *= _rows_for_all(needed) * len(needed) / sum(needed)
+    return round(rows)
 
 
 def with_columns(items: Items) -> Items:
@@ -321,6 +331,9 @@ class Padded:
         self.num_rows = len(self.text) + sum(quota.examples for quota in self.whole)
         self.num_blocks = max(1, self.num_rows // BLOCK_ROWS)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return without_cache(self)
+
     def __len__(self) -> int:
         return self.num_rows
 
@@ -344,17 +357,27 @@ class Padded:
         whole = [quota.before(block, self.num_blocks) for quota in self.whole]
         return [*whole, len(self.text) * block // self.num_blocks]
 
+    @cached_property
+    def _kept(self) -> Callable[[int], tuple[list[int], list[int], list[int]]]:
+        # The bounds of a block, and the order of its slots.
+        @lru_cache(KEPT_BLOCKS)
+        def load(block: int) -> tuple[list[int], list[int], list[int]]:
+            low, high = self._bounds(block), self._bounds(block + 1)
+            size = sum(high) - sum(low)
+            order = permuted(np.arange(size), size, f"{self.key}/block {block}")
+            return low, high, order.tolist()
+
+        return load
+
     def _find(self, index: int) -> tuple[int, int]:
         """Which source a row is of (behind the last one: text), and its place there."""
         block = index * self.num_blocks // self.num_rows
-        while sum(self._bounds(block + 1)) <= index:
+        while sum(self._kept(block)[1]) <= index:
             block += 1
-        while sum(self._bounds(block)) > index:
+        while sum(self._kept(block)[0]) > index:
             block -= 1
-        low, high = self._bounds(block), self._bounds(block + 1)
-        size = sum(high) - sum(low)
-        inside = np.array([index - sum(low)])
-        slot = int(permuted(inside, size, f"{self.key}/block {block}")[0])
+        low, high, order = self._kept(block)
+        slot = order[index - sum(low)]
         for number, (first, last) in enumerate(zip(low, high, strict=True)):
             if slot < last - first:
                 return number, first + slot

@@ -208,7 +208,7 @@ class Stream:
     def _extend(self) -> None:
         # As many groups again as are known: their number is never known beforehand.
         known = len(self._examples) - 1
-        groups = np.arange(known, known + min(max(16, known), 4096))
+        groups = np.arange(known, known + min(max(1, known), 4096))
         chunks = [self._chunks(int(group)) for group in groups]
         flat = np.concatenate(chunks)
         first = np.cumsum([0, *(len(part) for part in chunks[:-1])])
