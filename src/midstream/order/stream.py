@@ -112,7 +112,17 @@ class Stretch:
         return Stretch(*(getattr(self, field.name)[items] for field in fields(self)))
 
 
-class Stream:
+class Kept:
+    """What it keeps of look-ups does not travel: a worker process makes that anew."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _CACHES}
+
+
+_CACHES = ("_kept", "_orders")
+
+
+class Stream(Kept):
     """The seeded order of a source's examples; index p and token t are looked up in constant time.
 
     sampling="permutation": passes over all examples, each in an order of its own.
@@ -131,9 +141,6 @@ class Stream:
         # Examples and tokens before each group that was needed so far.
         self._examples = np.zeros(1, dtype=np.int64)
         self._tokens = np.zeros(1, dtype=np.int64)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     def reach(self, tokens: int, examples: int | None = None) -> bool:
         """Learn the sizes of all groups up to a token, so that later look-ups cost the same.
