@@ -20,9 +20,15 @@ from midstream.config import (
     ProjectorConfig,
     Rows,
     Share,
+    VLMConfig,
 )
 from midstream.config.model import attention_flops, decoder_flops, encoder_flops, head_flops
-from midstream.cost.cost import cost, encoder_parameters, model_parameters, projector_parameters
+from midstream.cost.cost import (
+    connector_parameters,
+    cost,
+    encoder_parameters,
+    model_parameters,
+)
 from midstream.cost.graph import order
 from midstream.cost.known import facts_of_results
 from midstream.cost.workload import SAMPLE_ROWS, workload
@@ -128,7 +134,8 @@ def test_projector_parameters_are_those_of_the_module(num_layers: int) -> None:
     config = ProjectorConfig.model_validate({"num_layers": num_layers})
     module = Projector(config, in_width=24, out_width=64)
     expected = sum(parameter.numel() for parameter in module.parameters())
-    assert projector_parameters(config, encoder=ENCODER, decoder=DECODER) == expected
+    model = VLMConfig(decoder=DECODER, encoder=ENCODER, projector=config)
+    assert connector_parameters(model) == expected
 
 
 def test_a_text_stage_costs_three_forward_passes_of_its_positions(

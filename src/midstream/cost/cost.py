@@ -7,13 +7,11 @@ from typing import Literal, NamedTuple
 
 from midstream.config import (
     Amounts,
-    AnyDecoderConfig,
     AnyEncoderConfig,
     FusedEncoder,
     Mixture,
     PatchProjection,
     PocketWorld,
-    ProjectorConfig,
     SmallReal,
     Training,
     VLMConfig,
@@ -29,7 +27,7 @@ from midstream.config.model import (
     projector_flops,
     weight_flops,
 )
-from midstream.cost.known import Basis, Facts, Number, facts_of_text, sources_of
+from midstream.cost.known import Basis, Number, facts_of_text, sources_of
 from midstream.cost.workload import Device, Workload, taken, workload
 from midstream.study.stages import (
     DataStage,
@@ -46,8 +44,8 @@ from midstream.study.stages import (
 from midstream.study.store import Ledger
 
 
-# Whole official splits as vlm-evaluation (TRI-ML) and lm-evaluation-harness ask them, for plans made
-# before any of them is at hand.
+# Whole official splits as vlm-evaluation (TRI-ML) and lm-evaluation-harness ask them, for plans
+# made before any of them is at hand.
 class VisualSize(NamedTuple):
     """Questions of a visual task, and the splits that a slim evaluation takes its part of each."""
 
@@ -153,8 +151,9 @@ def cost(stage: Stage, ledger: Ledger | None = None, device: Device = "cuda") ->
     something trained goes one backward pass; a frozen encoder has none.
 
     Sources are those of preparations that `ledger` has finished, else what the recipe expects of
-    them; without either, FLOPs of a stage that sees and tokens of passes are unknown. A frozen encoder is taken to
-    look anew at every picture (`pictures.py` says what storing saves). Evaluations are estimates:
+    them; without either, FLOPs of a stage that sees and tokens of passes are unknown. A frozen
+    encoder is taken to look anew at every picture (`pictures.py` says what storing saves).
+    Evaluations are estimates:
     as many questions as the world or the published task has, each with its picture anew,
     PROMPT_TOKENS and the longest answer allowed, twice if asked blind as well.
     """

@@ -1,10 +1,6 @@
-"""What a plan knows about sources, and when its stages would run.
+"""Sources as a plan knows them, counted or expected; and stages on a number of GPUs."""
 
-What a plan knows about the sources of a world: counted once they are prepared, else expected. When
-stages would run on a number of GPUs: list scheduling, the longest way to the end first.
-"""
-
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from math import log
@@ -13,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from midstream.config import Caption, ExpectedSource, PublicFolder
+from midstream.config import Caption, PublicFolder
 from midstream.core.identity import PREPARED, SECTIONS
 from midstream.study.stages import Prepare, PrepareSource
 from midstream.study.store import Ledger
@@ -101,7 +97,8 @@ def facts_of(
     """A source counted where its stage is done, else as the recipe expects it; None for neither,
     and where pictures lack the caption that is asked."""
     if ledger is None or not ledger.is_done(source):
-        return None if source.expected is None else facts_of_expected(source.expected)
+        expected = source.expected
+        return None if expected is None else facts_of_results(expected.model_dump())
     seen = seen_as(ledger.results(source), caption)
     return None if seen is None else facts_of_results(seen)
 
@@ -127,20 +124,22 @@ def prepared_index(source: PrepareSource) -> Path | None:
 
 
 def facts_of_results(source: Mapping[str, Any]) -> Facts:
-    """From the results of a source's stage; older ones lack targets and lengths."""
-    examples, tokens = source["num_examples"], source["num_tokens"]
+    """From the results of a source's stage, or what a recipe expects of it.
+
+    The latter, and older results, lack lengths, and maybe targets; each picture is then taken to
+    stand in one example.
+    """
+    kind, examples, tokens = source["kind"], source["num_examples"], source["num_tokens"]
     lengths, images = source.get("lengths"), source["num_images"]
-    unlearnt = tokens - examples
-    targets = source.get(
-        "num_targets", unlearnt * (REPLY_SHARE if source["kind"] == "instruct" else 1.0)
-    )
-    plain, shown = (
-        _typical(source["kind"], examples, tokens, images)
-        if lengths is None
-        else (tuple(map(tuple, lengths[name])) for name in ("plain", "image"))
-    )
+    learnt = REPLY_SHARE if kind == "instruct" else 1.0
+    targets = source.get("num_targets", (tokens - examples) * learnt)
+    if lengths is None:
+        with_image, mean = min(images, examples), tokens / max(examples, 1)
+        plain, shown = (_typical(kind, n, mean) for n in (examples - with_image, with_image))
+    else:
+        plain, shown = (tuple(map(tuple, lengths[name])) for name in ("plain", "image"))
     return Facts(
-        kind=source["kind"],
+        kind=kind,
         examples=examples,
         tokens=tokens,
         targets=max(targets, 0),
@@ -152,51 +151,23 @@ def facts_of_results(source: Mapping[str, Any]) -> Facts:
     )
 
 
-def facts_of_expected(source: ExpectedSource) -> Facts:
-    """From what a recipe expects; each picture is taken to stand in one example."""
-    plain, shown = _typical(source.kind, source.num_examples, source.num_tokens, source.num_images)
-    return Facts(
-        kind=source.kind,
-        examples=source.num_examples,
-        tokens=source.num_tokens,
-        targets=source.num_targets,
-        images=source.num_images,
-        distinct_images=source.num_images,
-        plain=plain,
-        shown=shown,
-        basis="expected",
-    )
-
-
 def facts_of_text(tokens: int) -> Facts:
     """Texts of which only the number of tokens is known."""
     examples = max(tokens // TEXT_TOKENS, 1)
-    plain, shown = _typical("text", examples, tokens, 0)
-    return Facts("text", examples, tokens, tokens - examples, 0, 0, plain, shown, "expected")
+    counts = {"num_examples": examples, "num_tokens": tokens, "num_images": 0}
+    return facts_of_results({"kind": "text", **counts})
 
 
-def _typical(
-    kind: str, examples: Number, tokens: Number, images: Number
-) -> tuple[Lengths, Lengths]:
-    """Lengths that have the mean and a usual spread; examples with and without picture alike."""
-    mean = tokens / max(examples, 1)
-    shown = min(images, examples)
-    return (
-        tuple(_spread(kind, examples - shown, mean)),
-        tuple(_spread(kind, shown, mean)),
-    )
-
-
-def _spread(kind: str, number: Number, mean: float) -> Iterator[tuple[float, float, float]]:
+def _typical(kind: str, number: Number, mean: float) -> Lengths:
+    """Lengths of so many examples that have the mean and a usual spread."""
     if not number:
-        return
+        return ()
     if kind == "text":
         drawn = [-log(1 - (place + 0.5) / TEXT_CLASSES) for place in range(TEXT_CLASSES)]
     else:
         drawn = [1 - WHOLE_SPREAD, 1 + WHOLE_SPREAD]
     scale, each = mean * len(drawn) / sum(drawn), number / len(drawn)
-    for length in drawn:
-        yield each, each * length * scale, each * (length * scale) ** 2
+    return tuple((each, each * one * scale, each * (one * scale) ** 2) for one in drawn)
 
 
 def _clipped(part: tuple[Number, Number, Number], most: int) -> tuple[Number, Number, Number]:
@@ -251,7 +222,7 @@ class Schedule:
 
 
 def schedule(tasks: Sequence[Task], gpus: int) -> Schedule:
-    """Start ready tasks as soon as their GPUs are free, those with the longest way first.
+    """Start ready tasks as soon as their GPUs are free, the longest way to the end first.
 
     Parents stand before their children. Raises ValueError for a task that wants more than there
     are.
@@ -293,12 +264,14 @@ def schedule(tasks: Sequence[Task], gpus: int) -> Schedule:
             if not waiting[child]:
                 ready.append((-way[child], child))
         ready.sort()
-    path = _path(way, following)
+    path = [max(way, key=lambda one: way[one])] if way else []
+    while path and path[-1] in following:
+        path.append(following[path[-1]])
     critical = way[path[0]] if path else 0.0
     work = sum(task.hours * task.gpus for task in tasks) / gpus
     bound = max(critical, work)
     # Hours summed from the other end may be less in their last digit.
-    return Schedule(max(now, bound), path, critical, bound, starts, peak)
+    return Schedule(max(now, bound), tuple(path), critical, bound, starts, peak)
 
 
 def _ways(tasks: Sequence[Task]) -> tuple[dict[str, Number], dict[str, str]]:
@@ -312,13 +285,3 @@ def _ways(tasks: Sequence[Task]) -> tuple[dict[str, Number], dict[str, str]]:
             if way[task.name] > behind.get(parent, -1.0):
                 behind[parent], following[parent] = way[task.name], task.name
     return way, following
-
-
-def _path(way: Mapping[str, Number], following: Mapping[str, str]) -> tuple[str, ...]:
-    if not way:
-        return ()
-    name = max(way, key=lambda one: way[one])
-    path = [name]
-    while (name := following.get(name, "")) in way:
-        path.append(name)
-    return tuple(path)

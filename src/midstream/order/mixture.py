@@ -140,9 +140,8 @@ def quotas_of(
 
 def _quota(supply: Supply, need: Need, budget: Budget, row_length: int, seed: int) -> Quota:
     lengths, amount = supply.lengths, need.amount
-    epochs, sampling = 0, "permutation"
-    if not isinstance(budget, Epochs):
-        epochs, sampling = budget.max_epochs, budget.sampling
+    epochs = 0 if isinstance(budget, Epochs) else budget.max_epochs
+    sampling = "permutation" if isinstance(budget, Epochs) else budget.sampling
     stream = Stream(lengths, f"{seed}/{supply.name}", sampling)
     if need.unit == "tokens" and lengths.drawn:
         # Other captions, another sum: what the passes hold is known once they are drawn.
