@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,34 +48,28 @@ DECODER = DecoderConfig(hidden_size=64, num_layers=3, num_heads=2, vocab_size=50
 ENCODER = EncoderConfig(
     image_size=32, patch_size=8, hidden_size=24, num_layers=3, num_heads=2, intermediate_size=40
 )
+
+
+def source(
+    kind: str, examples: int, tokens: int, images: int, targets: int, squares: int
+) -> dict[str, Any]:
+    """The results of a prepared source of one class of lengths."""
+    shown = "image" if images else "plain"
+    return {
+        "kind": kind,
+        "num_examples": examples,
+        "num_tokens": tokens,
+        "num_images": images,
+        "distinct_images": images,
+        "num_targets": targets,
+        "lengths": {"plain": [], "image": [], shown: [[examples, tokens, squares]]},
+    }
+
+
 SOURCES = {
-    "stories": {
-        "kind": "text",
-        "num_examples": 50,
-        "num_tokens": 5_000,
-        "num_images": 0,
-        "distinct_images": 0,
-        "num_targets": 4_950,
-        "lengths": {"plain": [[50, 5_000, 500_000]], "image": []},
-    },
-    "captions": {
-        "kind": "caption",
-        "num_examples": 100,
-        "num_tokens": 600,
-        "num_images": 100,
-        "distinct_images": 100,
-        "num_targets": 500,
-        "lengths": {"plain": [], "image": [[100, 600, 3_600]]},
-    },
-    "chats": {
-        "kind": "instruct",
-        "num_examples": 30,
-        "num_tokens": 700,
-        "num_images": 30,
-        "distinct_images": 30,
-        "num_targets": 300,
-        "lengths": {"plain": [], "image": [[30, 700, 16_400]]},
-    },
+    "stories": source("text", 50, 5_000, 0, 4_950, 500_000),
+    "captions": source("caption", 100, 600, 100, 500, 3_600),
+    "chats": source("instruct", 30, 700, 30, 300, 16_400),
 }
 
 
@@ -178,8 +173,8 @@ def test_a_long_stage_is_priced_as_its_plan_lays_it_out_from_a_sample_of_its_row
     training = stage.training.model_copy(update={"budget": budget, "rows": rows})
     facts = {
         name: facts_of_results(
-            {
-                "kind": "text" if name == "stories" else "caption",
+            SOURCES[name]
+            | {
                 "num_examples": len(found),
                 "num_tokens": int(found.sum()),
                 "num_images": len(found) if name == "captions" else 0,

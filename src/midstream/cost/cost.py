@@ -153,9 +153,8 @@ def cost(stage: Stage, ledger: Ledger | None = None, device: Device = "cuda") ->
     Sources are those of preparations that `ledger` has finished, else what the recipe expects of
     them; without either, FLOPs of a stage that sees and tokens of passes are unknown. A frozen
     encoder is taken to look anew at every picture (`pictures.py` says what storing saves).
-    Evaluations are estimates:
-    as many questions as the world or the published task has, each with its picture anew,
-    PROMPT_TOKENS and the longest answer allowed, twice if asked blind as well.
+    Evaluations are estimates: as many questions as the world or the published task has, each with
+    its picture anew, PROMPT_TOKENS and the longest answer allowed, twice if asked blind as well.
     """
     if isinstance(stage, DataStage):
         return StageCost(0, Flops(), 0)
@@ -179,18 +178,11 @@ def cost(stage: Stage, ledger: Ledger | None = None, device: Device = "cuda") ->
 def work_of(stage: Trained, ledger: Ledger | None, device: Device = "cuda") -> Workload | None:
     """The positions, pictures and steps of a training stage; None where they are unknown."""
     sources = sources_of(stage.data, stage.training.budget.captions, ledger)
-    if sources is None and isinstance(stage, Pretrain) and _stated_tokens(stage.training):
+    stated = _stated_tokens(stage.training)
+    if sources is None and isinstance(stage, Pretrain) and stated:
         # Texts of any length, all of which is learnt.
-        budget = stage.training.budget
-        tokens = (
-            {one.source: one.tokens or 1 for one in budget.amounts}
-            if isinstance(budget, Amounts)
-            else dict.fromkeys(budget.source_names, _stated_tokens(stage.training) or 1)
-        )
-        sources = {name: facts_of_text(number) for name, number in tokens.items()}
-    if sources is None:
-        return None
-    return workload(stage.model, stage.training, sources, device)
+        sources = dict.fromkeys(stage.training.budget.source_names, facts_of_text(stated))
+    return None if sources is None else workload(stage.model, stage.training, sources, device)
 
 
 def images_seen(

@@ -175,11 +175,7 @@ def plan(study: AnyStudy, ledger: Ledger) -> Plan:
 
 
 def _visit(stage: Stage, found: dict[str, Stage], above: tuple[Stage, ...] = ()) -> None:
-    """Add `stage` behind its parents.
-
-    Fields cannot hold a stage within itself, but a class of a user's own may name any stage among
-    its `parents`: ValueError names the stages of a cycle.
-    """
+    """Add `stage` behind its parents; a class of a user's own may name any, in a cycle too."""
     if stage.identity in found:
         return
     path = [one.identity for one in above]

@@ -132,11 +132,9 @@ def ffn_width(config: AnyDecoderConfig) -> int:
 def _activations(
     stage: Trained, model: VLMConfig, work: Workload, part: Number, low: int, setting: Setting
 ) -> tuple[Number, Number]:
-    """Bytes kept for the backward pass by all blocks, and by one of them.
-
-    Of width d and SwiGLU width h a block keeps for each position its input, what its norms and
-    in-projection give, turned queries and keys, what the heads mix (10 d), gate and up (2 h).
-    """
+    """Bytes kept for the backward pass by all blocks, and by one of them."""
+    # Of width d and SwiGLU width h a block keeps for each position its input, what its norms and
+    # in-projection give, turned queries and keys, what the heads mix (10 d), gate and up (2 h).
     decoder, rows = model.decoder, stage.training.rows
     d, h, layers = decoder.hidden_size, ffn_width(decoder), decoder.num_layers
     own = isinstance(decoder, DecoderConfig)
@@ -174,8 +172,7 @@ def _tower(config: AnyEncoderConfig, low: int) -> Number:
 
 
 def _head(stage: Trained, targets: Number, low: int, setting: Setting) -> tuple[Number, Number]:
-    """Pieces of logits and of their softmax, gone when the backward pass begins; the gradients of
-    states and weight, made with them."""
+    """Logits and softmax, gone when the backward pass begins; gradients of states and weight."""
     config = stage.model.decoder
     rows = min(targets, max(MAX_LOGITS[setting.device] // config.vocab_size, 1))
     pieces = float(rows) * config.vocab_size * (2 * FLOAT + (0 if low == FLOAT else 2 * low))

@@ -1,8 +1,4 @@
-"""What a training stage computes on: positions, pairs, targets and pictures of its rows.
-
-The rows are those of the plan itself (`order/plan.py`), of examples drawn from the lengths of the
-sources.
-"""
+"""What a training stage computes on, in rows that `order/plan.py` makes of drawn lengths."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -187,14 +183,12 @@ def _smaller(budget: Budget, share: float) -> Budget:
 
 @dataclass(frozen=True)
 class _LaidOut:
-    """A plan, and its steps: rows, columns up to the last held one, targets and pictures of each.
-
-    The steps are one in `times` of the plan; `blocks` are the rows of a filled plan's blocks.
-    """
+    """A plan: its rows, those of a filled one's blocks; over one in `times` of them, by step."""
 
     rows: int
     blocks: tuple[int, ...]
     times: float
+    # Rows of each step, columns up to the last held one, targets, pictures.
     sizes: np.ndarray
     widths: np.ndarray
     targets: np.ndarray

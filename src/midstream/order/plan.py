@@ -117,8 +117,7 @@ class Filled(Kept):
         return packer.rows
 
     def _items(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """[items, 5] of source, example, start, length, caption: whole examples, and text cut to
-        rows."""
+        """[items, 5] of Items' columns: whole examples, and text cut to rows."""
         parts: dict[bool, list[np.ndarray]] = {False: [], True: []}
         for number, quota in enumerate(self.quotas):
             found = quota.block(block, self.num_blocks)
@@ -186,8 +185,7 @@ class Packer:
 
 
 def _rows_for_all(needed: Sequence[int]) -> int:
-    """Rows that a block needs at most, from what some blocks need; in whole numbers, so that
-    every machine plans alike."""
+    """Rows that a block needs at most, from what some need, by whole numbers on every machine."""
     count, total = len(needed), sum(needed)
     spread = count * sum(rows * rows for rows in needed) - total * total
     likely = -(-total // count) + isqrt(SPARE_DEVIATIONS**2 * spread) // count + 1
@@ -325,37 +323,32 @@ class Padded(Kept):
         )
         return [Placement(self.numbers[number], example, 0, length, caption, 0)]
 
-    def _bounds(self, block: int) -> list[int]:
-        # Examples of each source, and rows of text, before a block.
-        whole = [quota.before(block, self.num_blocks) for quota in self.whole]
-        return [*whole, len(self.text) * block // self.num_blocks]
-
     @cached_property
-    def _kept(self) -> Callable[[int], tuple[list[int], list[int], list[int]]]:
-        # The bounds of a block, and the order of its slots.
-        @lru_cache(KEPT_BLOCKS)
-        def load(block: int) -> tuple[list[int], list[int], list[int]]:
-            low, high = self._bounds(block), self._bounds(block + 1)
-            size = sum(high) - sum(low)
-            order = permuted(np.arange(size), size, f"{self.key}/block {block}")
-            return low, high, order.tolist()
+    def _kept(self) -> Callable[[int], tuple[int, list[tuple[int, int]]]]:
+        return lru_cache(KEPT_BLOCKS)(self._load)
 
-        return load
+    def _load(self, block: int) -> tuple[int, list[tuple[int, int]]]:
+        """The first row of a block, and what each of its rows is."""
+        low, high = (
+            [
+                *(quota.before(number, self.num_blocks) for quota in self.whole),
+                len(self.text) * number // self.num_blocks,
+            ]
+            for number in (block, block + 1)
+        )
+        bounds = enumerate(zip(low, high, strict=True))
+        slots = [(number, place) for number, ends in bounds for place in range(*ends)]
+        order = permuted(np.arange(len(slots)), len(slots), f"{self.key}/block {block}")
+        return sum(low), [slots[slot] for slot in order.tolist()]
 
     def _find(self, index: int) -> tuple[int, int]:
         """Which source a row is of (behind the last one: text), and its place there."""
         block = index * self.num_blocks // self.num_rows
-        while sum(self._kept(block)[1]) <= index:
-            block += 1
-        while sum(self._kept(block)[0]) > index:
-            block -= 1
-        low, high, order = self._kept(block)
-        slot = order[index - sum(low)]
-        for number, (first, last) in enumerate(zip(low, high, strict=True)):
-            if slot < last - first:
-                return number, first + slot
-            slot -= last - first
-        raise AssertionError("the slots of a block are those of its sources")
+        while True:
+            first, rows = self._kept(block)
+            if first <= index < first + len(rows):
+                return rows[index - first]
+            block += 1 if first <= index else -1
 
 
 @dataclass(frozen=True)

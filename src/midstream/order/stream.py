@@ -1,13 +1,4 @@
-"""The examples of one source in a seeded order, by index or by token, without a list of them.
-
-A source is cut into chunks of consecutive examples (of one, up to four million examples). A keyed
-permutation orders the chunks, or they are drawn with replacement; the examples of neighbouring
-chunks, a group, are then permuted together. Only the sizes of groups are stored: every look-up
-costs the same, and a billion examples need a few megabytes.
-
-Each time a chunk is read, a number is drawn for it; where a picture has several captions, that
-number chooses one.
-"""
+"""The examples of one source in a seeded order, by index or by token, without a list of them."""
 
 import hashlib
 from collections.abc import Callable
@@ -124,6 +115,11 @@ _CACHES = ("_kept", "_orders")
 
 class Stream(Kept):
     """The seeded order of a source's examples; index p and token t are looked up in constant time.
+
+    Chunks of consecutive examples (of one, up to four million examples) are ordered by a keyed
+    permutation, or drawn; the examples of neighbouring chunks, a group, are then permuted together.
+    Only the sizes of groups are stored: a billion examples need a few megabytes. Each time a chunk
+    is read, a number is drawn for it; where a picture has several captions, that chooses one.
 
     sampling="permutation": passes over all examples, each in an order of its own.
     sampling="replacement": chunks drawn from the whole source each time, without an end.
