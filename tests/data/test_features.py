@@ -17,15 +17,14 @@ from made_features import CODED, CONFIG, NUM_PICTURES, WHOLE, Encode, pixels_of,
 from torch import Tensor
 
 from midstream.config import EncoderConfig
+from midstream.config.model import FILL_BATCH, picture_bytes
 from midstream.core.storage import CorruptError, read_json
 from midstream.data import feature_store
 from midstream.data.feature_store import FeatureStore, HashIndex
 from midstream.data.images import (
-    FILL_BATCH,
     encode_fixed,
     encode_raw,
     pack,
-    picture_bytes,
     unpack,
 )
 from midstream.data.sources import Source

@@ -8,10 +8,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from answerers import Fake, ignore, kept
 from PIL import Image
 from test_readers import official
 
+from answerers import Fake, ignore, kept
 from midstream.config import Evaluation
 from midstream.eval.benchmark import evaluate, score_visual
 from midstream.eval.find_task import VisualTask, in_seeded_order, other_images, read_visual_task

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from answerers import Fake
 
+from answerers import Fake
 from midstream.eval.answers import EvaluationStopped, KeptAnswers
 
 PROMPTS = [f"Question {index}?" for index in range(30)]

@@ -17,6 +17,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from midstream.config import PretrainedEncoder
+from midstream.config.model import picture_bytes
 from midstream.core.identity import file_sha256
 from midstream.core.storage import (
     MANIFEST,
@@ -31,7 +32,6 @@ from midstream.data.images import (
     ErrorMeter,
     encode_raw,
     pack,
-    picture_bytes,
     pixel_batches,
     unpack,
 )

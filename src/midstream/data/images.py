@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from midstream.config import AnyEncoderConfig, ImageTransform, PretrainedEncoder
+from midstream.config.model import FILL_BATCH, LARGE_TOWER
 from midstream.data.sources import Source
 
 # Both must be libjpeg-turbo to make the same bytes of a JPEG.
@@ -224,10 +225,6 @@ def _normalised(
     return pixels
 
 
-# Pictures that are read, and with small towers or on a GPU looked at, together.
-FILL_BATCH = 8
-# A tower of so many patches fills a CPU with one picture.
-_LARGE_TOWER = 256
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # The largest code of an int8 feature; its scale is the patch's largest magnitude over this.
 LARGEST_CODE = 127
@@ -241,13 +238,6 @@ def load_pixels(
     """The picture of an example as the encoder takes it."""
     data, where = source.image_bytes(example), source.describe(example)
     return decode_pixels(data, where, config.transform)
-
-
-def picture_bytes(config: PretrainedEncoder) -> int:
-    """Bytes of one picture's features in their stored form."""
-    if config.feature_dtype == "int8":
-        return config.num_patches * (config.hidden_size + 2)
-    return config.num_patches * config.hidden_size * _DTYPES[config.feature_dtype].itemsize
 
 
 def pack(
@@ -384,7 +374,7 @@ class ErrorMeter:
 
 def encode_batch(config: AnyEncoderConfig) -> int:
     """Pictures that an encoder is given at once on this machine."""
-    alone = config.num_patches >= _LARGE_TOWER and not torch.cuda.is_available()
+    alone = config.num_patches >= LARGE_TOWER and not torch.cuda.is_available()
     return 1 if alone else FILL_BATCH
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from midstream.config import AnyEncoderConfig, TransformersDecoderConfig
+from midstream.config.model import FILL_BATCH
 from midstream.data.examples import TextCodec, question_ids
-from midstream.data.images import FILL_BATCH, Encode, decode_pixels
+from midstream.data.images import Encode, decode_pixels
 from midstream.eval.tasks import Images, Limits, Lists, Texts, reply_tokens
 from midstream.model.generate import choice_logprobs, generate, sequence_logprobs
 from midstream.model.vlm import VLM

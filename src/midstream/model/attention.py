@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from midstream.config import Attention
+from midstream.config.model import LEAST_CUT_ROW
 from midstream.core.batch import PADDING
 
 
@@ -32,11 +33,6 @@ MaskKind = Literal["dense", "cut", "blocks"]
 
 # FlexAttention's kernels want this many channels a head; heads with fewer are filled up with zeros.
 _LEAST_CHANNELS = 16
-
-# Shorter rows stay under one dense mask. Forward and backward, dense over cut, in CPU time: rows of
-# 1,024 positions and 8 heads of 64 channels 13 with segments of 12 positions, 6.5 with 128, 1.9
-# with 512; 8 rows of 192 and 4 heads of 32 channels 1.3 to 1.9, 32 such rows 0.8 to 1.0.
-_LEAST_ROW = 256
 
 
 class _Place(NamedTuple):
@@ -81,7 +77,7 @@ def make_mask(
         return None
     if kind == "blocks":
         return _blocks(segment_ids, prefix, attention)
-    cut = kind == "cut" and attention == "segments" and segment_ids.shape[1] >= _LEAST_ROW
+    cut = kind == "cut" and attention == "segments" and segment_ids.shape[1] >= LEAST_CUT_ROW
     runs = _runs(segment_ids) if cut else None
     return _dense(segment_ids, prefix, attention) if runs is None else runs
 

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from midstream.config import AnyDecoderConfig, DecoderConfig, ProjectorConfig, VLMConfig
+from midstream.config.model import MAX_LOGITS, MOST_TARGETS
 from midstream.core.batch import IGNORE, Batch
 from midstream.model.attention import MaskKind, make_mask
 from midstream.model.decoder import Decoder, select
@@ -44,11 +45,6 @@ class Projector(nn.Sequential):
             if isinstance(linear, nn.Linear)
             for name in ("weight", "bias")
         }
-
-
-# Logits held at once, by kind of device. On a CPU larger pieces than 64 MiB are no faster; a GPU
-# wants products that are large enough to fill it.
-MAX_LOGITS = {"cpu": 2**24, "cuda": 2**28}
 
 
 def summed_loss(
@@ -149,10 +145,6 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left.t() @ right
 
 
-# Where more of the positions than this have a target, the last block works on all of them.
-_MOST = 0.8
-
-
 def build_decoder(config: AnyDecoderConfig) -> Decoder | TransformersDecoder:
     """The language model of a configuration, unset (NaN) until initialised or loaded."""
     return Decoder(config) if isinstance(config, DecoderConfig) else TransformersDecoder(config)
@@ -227,7 +219,7 @@ class VLM(nn.Module):
         at = (targets != IGNORE).nonzero()[:, 0]
         targets = targets.index_select(0, at)
         # Not `self(...)`: a sharded model gathers its weights around this method already.
-        if len(at) > _MOST * batch.targets.numel():
+        if len(at) > MOST_TARGETS * batch.targets.numel():
             hidden = select(self.forward(batch, features), at)
         else:
             hidden = self.forward(batch, features, at)
