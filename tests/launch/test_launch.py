@@ -81,7 +81,7 @@ for line in sys.stdin:
                 time.sleep(60)
             made = dict(kind="caption", num_examples=1, num_tokens=9, num_images=1)
             made["distinct_images"] = 1
-            work.finish({"weights_digest": "w", **made})
+            work.finish({"weights_digest": "w", "seconds": 1.0, **made})
         if act == "lie":
             (Ledger(store).folder(stage) / "SUCCESS").unlink()
     except Stopped as reason:

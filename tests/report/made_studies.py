@@ -113,6 +113,11 @@ def finish(ledger: Ledger, stage: Stage, found: dict[str, Any]) -> None:
     (folder / SUCCESS).write_text(stage.identity)
 
 
+def flat_rows(about: Study, ledger: Ledger) -> list[dict[str, Any]]:
+    """The rows of the study's results.csv."""
+    return [row.flat() for row in line_rows(about, ledger)]
+
+
 def groups_of(about: Study, ledger: Ledger) -> list[Group]:
     """The study's groups as its store has them."""
     return group_rows(about, line_rows(about, ledger))

@@ -47,7 +47,7 @@ def fill(ledger: Ledger, x: float, seed: int, right: float, *, tasks: dict[str, 
         hard, luck = random.Random(task), random.Random(f"{task} {x} {seed}")
         scores = [float(hard.random() + luck.uniform(-0.05, 0.05) < right) for _ in range(count)]
         rows[task] = {"kind": "vision", "score": sum(scores) / count, "chance": 0.0}
-        rows[task] |= {"blind": None, "stderr": 0.0, "num_examples": count}
+        rows[task] |= {"metric": "m", "blind": None, "stderr": 0.0, "num_examples": count}
         table = [
             {
                 "example_id": str(index),
@@ -86,33 +86,37 @@ def ledger(tmp_path: Path) -> Ledger:
 
 def test_the_best_place_is_compared_with_every_other_example_by_example(ledger: Ledger) -> None:
     rows = paired_rows(study(), groups_of(study(), ledger), ledger)
-    by_x = {row["x"]: row for row in rows}
-    best = rows[0]["best"]
+    by_x = {row.x: row for row in rows}
+    best = rows[0].best
     assert set(by_x) == {0.0, 50.0, 100.0} - {best}
     worst = by_x[0.0]
     means = {
         place: sum(ledger.results(result(place, seed))["stable"]["vision"] for seed in (0, 1)) / 2
         for place in (best, 0.0)
     }
-    whole = worst["all"]
+    whole = worst.whole
     assert whole.mean == pytest.approx(means[best] - means[0.0])
+    assert whole.low is not None
     assert whole.low > 0
+    assert whole.p_value is not None
     assert whole.p_value < 0.001
-    assert set(worst["tasks"]) == {"gqa", "pope"}
-    assert worst["tasks"]["gqa"].num_clusters == NUM // 2
-    near = by_x[next(x for x in by_x if x)]["all"]
+    assert set(worst.tasks) == {"gqa", "pope"}
+    assert worst.tasks["gqa"].num_clusters == NUM // 2
+    near = by_x[next(x for x in by_x if x)].whole
+    assert near.low is not None
+    assert near.high is not None
     assert near.low <= 0 <= near.high
 
 
 def test_what_is_not_done_or_was_asked_otherwise_is_left_out(ledger: Ledger) -> None:
     (ledger.folder(result(0.0, 1)) / SUCCESS).unlink()
     rows = paired_rows(study(), groups_of(study(), ledger), ledger)
-    assert [row["x"] for row in rows if row["x"] == 0.0] == []
+    assert all(row.x != 0.0 for row in rows)
     for seed in (0, 1):
         fill(ledger, 0.0, seed, 0.4, tasks={"gqa": NUM, "pope": NUM - 2})
     rows = paired_rows(study(), groups_of(study(), ledger), ledger)
-    (worst,) = (row for row in rows if row["x"] == 0.0)
-    assert set(worst["tasks"]) == {"gqa"}
+    (worst,) = (row for row in rows if row.x == 0.0)
+    assert set(worst.tasks) == {"gqa"}
 
 
 @pytest.mark.usefixtures("undrawn")

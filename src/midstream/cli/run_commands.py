@@ -156,6 +156,7 @@ def run_and_tell(
     with terminal.progress(console, names) as show:
 
         def on_event(event: dict[str, Any]) -> None:
+            """Keep what the launcher tells, and show it."""
             if event["event"] == "plan" and asked is not None:
                 keep_asked(ledger, asked, study)
             memory.note(event)

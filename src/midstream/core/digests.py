@@ -126,6 +126,7 @@ class _Digests:
                 self._known = {row[0]: (tuple(row[1:5]), row[5]) for row in rows}
 
     def sha256(self, path: str | Path) -> str:
+        """The file's digest, read anew only where it may have changed."""
         name = os.path.abspath(path)
         before = _seen(name)
         held = self._new.get(name) or self._known.get(name)
@@ -138,6 +139,7 @@ class _Digests:
         return found
 
     def save(self) -> None:
+        """Write what is new to the cache."""
         if not self._new:
             return
         rows = [(name, *seen, found) for name, (seen, found) in self._new.items()]

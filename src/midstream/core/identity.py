@@ -17,20 +17,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from midstream.core.digests import (
-    FORMAT_VERSION,
-    Placement,
-    any_of,
-    canonical,
-    digest,
-    fields_of,
-    file_sha256,
-    is_hidden,
-    is_note,
-    is_text,
-    kept_digests,
-    walk,
-)
+from midstream.core.digests import FORMAT_VERSION as FORMAT_VERSION
+from midstream.core.digests import Placement as Placement
+from midstream.core.digests import any_of, is_hidden, is_note, is_text, walk
+from midstream.core.digests import canonical as canonical
+from midstream.core.digests import digest as digest
+from midstream.core.digests import fields_of as fields_of
+from midstream.core.digests import file_sha256 as file_sha256
+from midstream.core.digests import kept_digests as kept_digests
 from midstream.core.storage import read_json
 
 # Published files of text tasks, by lm-evaluation-harness's names: alternatives, the data set's own
@@ -197,23 +191,6 @@ def _outside_sources(world: Path) -> Iterator[str]:
             elif path.is_file():
                 yield str(path)
 
-
-__all__ = [
-    "FORMAT_VERSION",
-    "SECTIONS",
-    "Placement",
-    "WorldFingerprint",
-    "canonical",
-    "digest",
-    "fields_of",
-    "file_sha256",
-    "folder_fingerprint",
-    "kept_digests",
-    "source_digest",
-    "source_folders",
-    "text_column",
-    "world_fingerprint",
-]
 
 Kind = Literal["text", "caption", "instruct"]
 # Where a world keeps its sources, and what their text counts as.

@@ -9,16 +9,15 @@ from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from math import log
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from midstream.config import Caption, ExpectedSource, PublicFolder
 from midstream.core.identity import PREPARED, SECTIONS
+from midstream.study.results import Lengths, SourceResult
 from midstream.study.stages import Prepare, PrepareSource
 from midstream.study.store import Ledger
 
-# Examples, their text tokens, and the sum of the squares of those, by class of length.
 Number = float | int
-Lengths = tuple[tuple[Number, Number, Number], ...]
 Basis = Literal["counted", "expected"]
 # Where nobody says how lengths vary: texts as if they ended by chance, in so many classes of equal
 # number; captions and conversations half as long and half as long again as the mean.
@@ -109,19 +108,8 @@ def facts_of(
     and where pictures lack the caption that is asked."""
     if ledger is None or not ledger.is_done(source):
         return None if source.expected is None else facts_of_expected(source.expected)
-    seen = seen_as(ledger.results(source), caption)
+    seen = ledger.result(source, SourceResult).with_caption(caption)
     return None if seen is None else facts_of_results(seen)
-
-
-def seen_as(results: Mapping[str, Any], caption: Caption) -> Mapping[str, Any] | None:
-    """The results of a source's stage, counted with this caption of each picture; None where some
-    pictures lack it."""
-    if caption == "original":
-        return results
-    # Results from before captions were counted know of none but the own ones.
-    if results.get("captions", {}).get("synthetic", 0) < results["num_examples"]:
-        return None
-    return {**results, **results["seen"][caption]}
 
 
 def prepared_index(source: PrepareSource) -> Path | None:
@@ -133,26 +121,24 @@ def prepared_index(source: PrepareSource) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def facts_of_results(source: Mapping[str, Any]) -> Facts:
+def facts_of_results(source: SourceResult) -> Facts:
     """From the results of a source's stage; older ones lack targets and lengths."""
-    examples, tokens = source["num_examples"], source["num_tokens"]
-    lengths, images = source.get("lengths"), source["num_images"]
-    unlearnt = tokens - examples
-    targets = source.get(
-        "num_targets", unlearnt * (REPLY_SHARE if source["kind"] == "instruct" else 1.0)
-    )
+    examples, tokens, images = source.num_examples, source.num_tokens, source.num_images
+    lengths, targets = source.lengths, source.num_targets
+    if targets is None:
+        targets = (tokens - examples) * (REPLY_SHARE if source.kind == "instruct" else 1.0)
     plain, shown = (
-        _typical(source["kind"], examples, tokens, images)
+        _typical(source.kind, examples, tokens, images)
         if lengths is None
-        else (tuple(map(tuple, lengths[name])) for name in ("plain", "image"))
+        else (lengths["plain"], lengths["image"])
     )
     return Facts(
-        kind=source["kind"],
+        kind=source.kind,
         examples=examples,
         tokens=tokens,
         targets=max(targets, 0),
         images=images,
-        distinct_images=source.get("distinct_images", images),
+        distinct_images=images if source.distinct_images is None else source.distinct_images,
         plain=plain,
         shown=shown,
         basis="expected" if lengths is None else "counted",

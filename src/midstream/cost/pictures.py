@@ -23,6 +23,7 @@ from midstream.cost.cost import cost
 from midstream.cost.known import Facts, sources_of
 from midstream.cost.workload import taken
 from midstream.study.label import label
+from midstream.study.results import WeightsResult
 from midstream.study.stages import Continue, EncoderStage, Finetune, Stage
 from midstream.study.store import Ledger
 
@@ -144,7 +145,7 @@ def feature_folder(ledger: Ledger, encoder: Frozen) -> Path | None:
     """
     if not ledger.is_done(encoder):
         return None
-    weights = ledger.results(encoder)["weights_digest"]
+    weights = ledger.result(encoder, WeightsResult).weights_digest
     return ledger.store / "features" / digest([FEATURE_FORMAT, weights, encoder.encoder])
 
 

@@ -200,6 +200,7 @@ class _Batches:
 
     @property
     def positions(self) -> Number:
+        """Positions of all rows."""
         return self.rows * self.width
 
     @property

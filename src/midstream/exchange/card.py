@@ -12,18 +12,26 @@ from jinja2 import Environment, StrictUndefined
 
 from midstream.config import AnyEncoderConfig, DecoderConfig, FusedEncoder, PatchProjection
 from midstream.model.vlm import VLM
+from midstream.study.results import (
+    RESULTS,
+    EncoderResult,
+    EvaluationResult,
+    ImportedResult,
+    SourceShare,
+    TokenizerResult,
+    TowersResult,
+    TrainingResult,
+)
 from midstream.study.stages import (
     Continue,
     Evaluate,
     Finetune,
     FuseEncoders,
-    LoadDecoder,
     LoadEncoder,
     LoadModel,
     PrepareSource,
     Pretrain,
     Stage,
-    TrainEncoder,
     came_from,
 )
 from midstream.study.store import Ledger
@@ -188,47 +196,47 @@ def _history(opened: OpenedModel) -> Iterator[tuple[Stage, float]]:
 
 
 def _entry(stage: Stage, share: float, ledger: Ledger) -> StageEntry:
-    results = ledger.results(stage) if ledger.is_done(stage) else {}
+    results = ledger.result(stage, RESULTS[stage.kind]) if ledger.is_done(stage) else None
     lines: list[str] = []
     if isinstance(stage, LoadEncoder):
         contents = ", ".join(f"`{tower.content}`" for tower in stage.towers)
         lines.append(f"Imported weights, by their content: {contents}")
     if isinstance(stage, FuseEncoders):
         lines += [f"Tower: `{tower.name}`" for tower in stage.towers]
-    if not results:
-        lines.append("Its results are missing: the store does not hold this stage.")
-    elif isinstance(stage, TrainEncoder | LoadEncoder | FuseEncoders | LoadDecoder | LoadModel):
-        lines += [
-            f"{name}: {_number(results[name])}"
-            for name in ("steps", "final_loss", "retrieval")
-            if name in results
-        ]
-        lines += [f"Imported from {one}" for one in results.get("imported_from", ())]
-        if isinstance(stage, LoadDecoder | LoadModel):
+    match results:
+        case None:
+            lines.append("Its results are missing: the store does not hold this stage.")
+        case EncoderResult():
             lines += [
-                f"Tokens seen before: {_number(results['tokens_seen_before'])}",
-                f"Learning rate there: {_number(results['last_rate'])}",
+                f"{name}: {_number(getattr(results, name))}"
+                for name in ("steps", "final_loss", "retrieval")
             ]
-    else:
-        lines += _trained(results)
+        case TowersResult() | ImportedResult():
+            lines += [f"Imported from {one}" for one in results.imported_from]
+        case TrainingResult():
+            lines += _trained(results)
+    if isinstance(results, ImportedResult):
+        lines += [
+            f"Tokens seen before: {_number(results.tokens_seen_before)}",
+            f"Learning rate there: {_number(results.last_rate)}",
+        ]
     if share != 1.0:
         lines.append(f"Of this stage, the weights at {share * 100:g} % of its tokens were used.")
     if isinstance(stage, Pretrain | Continue | Finetune):
         lines += _settings(stage)
     if not isinstance(stage, LoadEncoder | FuseEncoders):
         lines.append(f"Data: {_data(stage, ledger)}")
-    sources = tuple(
-        _source(name, source) for name, source in sorted(results.get("sources", {}).items())
-    )
+    taken = results.sources if isinstance(results, TrainingResult) else {}
+    sources = tuple(_source(name, source) for name, source in sorted(taken.items()))
     return StageEntry(_TITLES[stage.kind], stage.name, tuple(lines), sources)
 
 
-def _trained(results: dict[str, Any]) -> list[str]:
-    tokens = ", ".join(f"{kind} {count:,}" for kind, count in results["tokens"].items() if count)
+def _trained(results: TrainingResult) -> list[str]:
+    tokens = ", ".join(f"{kind} {count:,}" for kind, count in vars(results.tokens).items() if count)
     return [
-        f"Tokens seen: {results['tokens_seen']:,} in {results['steps']:,} steps, by kind: {tokens}",
-        f"Learning rate: first step {results['first_rate']:.3g}, last {results['last_rate']:.3g}",
-        f"Loss at the end: {_number(results['final_loss'])}",
+        f"Tokens seen: {results.tokens_seen:,} in {results.steps:,} steps, by kind: {tokens}",
+        f"Learning rate: first step {results.first_rate:.3g}, last {results.last_rate:.3g}",
+        f"Loss at the end: {_number(results.final_loss)}",
     ]
 
 
@@ -260,21 +268,22 @@ def _data(stage: Any, ledger: Ledger) -> str:
     read = [parent for parent in stage.parents if isinstance(parent, PrepareSource)]
     sources = ", ".join(f"{source.source} (`{source.name}`)" for source in read)
     tokenizer = data.vocabulary
-    results = ledger.results(tokenizer) if ledger.is_done(tokenizer) else {}
-    sha256 = f"tokenizer sha256 {results.get('tokenizer_sha256', MISSING)}"
+    done = ledger.is_done(tokenizer)
+    sha256 = ledger.result(tokenizer, TokenizerResult).tokenizer_sha256 if done else MISSING
+    sha256 = f"tokenizer sha256 {sha256}"
     return f"{name}{': ' if sources else ''}{sources}; {sha256}"
 
 
-def _source(name: str, source: dict[str, Any]) -> tuple[str, ...]:
-    planned = source.get("planned_tokens")
+def _source(name: str, source: SourceShare) -> tuple[str, ...]:
+    planned = source.planned_tokens
     return (
         name,
-        str(source["kind"]),
-        _number(source.get("realised_tokens")),
+        source.kind,
+        _number(source.realised_tokens),
         # The budget says something else than tokens: passes over the source, or sequences.
         "-" if planned is None else _number(planned),
-        _number(source.get("epochs")),
-        _number(source.get("examples")),
+        _number(source.epochs),
+        _number(source.examples),
     )
 
 
@@ -284,21 +293,21 @@ def _source(name: str, source: dict[str, Any]) -> tuple[str, ...]:
 def _score(stage: Evaluate, ledger: Ledger) -> ScoreEntry:
     asked = stage.evaluation
     limit = "all examples" if asked.limit is None else f"at most {asked.limit:,} examples a task"
-    results = ledger.results(stage)
-    stable = ", ".join(f"{name} {_percent(value)}" for name, value in results["stable"].items())
+    results = ledger.result(stage, EvaluationResult)
+    stable = ", ".join(f"{name} {_percent(value)}" for name, value in results.stable)
     rows = tuple(
         (
             task,
-            str(found["metric"]),
+            found.metric,
             *(
-                _percent(found[key]) if found["chance"] is not None else _number(found[key])
-                for key in ("score", "stderr", "chance")
+                _percent(value) if found.chance is not None else _number(value)
+                for value in (found.score, found.stderr, found.chance)
             ),
-            "-" if found["kind"] == "text" else _percent(found["blind"]),
-            _number(found["num_examples"]),
-            _number(found.get("unparsable")),
+            "-" if found.kind == "text" else _percent(found.blind),
+            _number(found.num_examples),
+            _number(found.unparsable),
         )
-        for task, found in sorted(results["tasks"].items())
+        for task, found in sorted(results.tasks.items())
     )
     how = f"{limit}, prompts {asked.prompts}; mean of score minus chance: {stable}"
     return ScoreEntry(stage.name, how, rows)

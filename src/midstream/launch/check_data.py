@@ -26,6 +26,7 @@ from midstream.core.storage import read_json
 from midstream.cost.known import prepared_index
 from midstream.order.mixture import needs_of, passes_needed
 from midstream.study.label import label
+from midstream.study.results import SourceResult
 from midstream.study.stages import (
     PLANNED,
     Continue,
@@ -134,7 +135,7 @@ def data_problems(stages: Iterable[Stage], ledger: Ledger) -> Iterator[Problem]:
 def counted(source: PrepareSource, ledger: Ledger) -> Counted | None:
     """What is known of a source before, or after, it is prepared; None where nothing is."""
     if ledger.is_done(source):
-        return _of_results(ledger.results(source))
+        return _of_results(ledger.result(source, SourceResult))
     if (index := prepared_index(source)) is not None:
         return _of_index(read_json(index))
     if (told := source.expected) is None:
@@ -155,15 +156,15 @@ def _of_index(index: Mapping[str, Any]) -> Counted:
     )
 
 
-def _of_results(source: Mapping[str, Any]) -> Counted:
+def _of_results(source: SourceResult) -> Counted:
     return Counted(
-        kind=source["kind"],
-        tokens=source["num_tokens"],
-        examples=source["num_examples"],
-        images=source["num_images"],
-        longest=_longest_of(source.get("longest", {})),
-        captions=source.get("captions"),
-        seen=source.get("seen", {}),
+        kind=source.kind,
+        tokens=round(source.num_tokens),
+        examples=source.num_examples,
+        images=source.num_images,
+        longest=_longest_of(source.longest),
+        captions=source.captions,
+        seen=source.seen,
     )
 
 

@@ -26,6 +26,7 @@ from midstream.launch.check_data import Level, Problem
 from midstream.study.imported import what_can_run
 from midstream.study.label import label
 from midstream.study.lease import STALE_SECONDS
+from midstream.study.results import StageResult
 from midstream.study.store import Ledger, State
 from midstream.study.studies import AnyStudy
 
@@ -103,6 +104,7 @@ class _Bars:
         self.running: dict[str, TaskID] = {}
 
     def show(self, event: Event) -> None:
+        """Show an event of the launcher."""
         kind = event["event"]
         if kind == "plan":
             self.overall = self.bars.add_task(
@@ -143,6 +145,7 @@ class _Lines:
         self.num_stages = self.num_done = 0
 
     def show(self, event: Event) -> None:
+        """Show an event of the launcher."""
         kind = event["event"]
         if kind == "plan":
             self.num_stages, self.num_done = event["num_stages"], event["num_done"]
@@ -248,7 +251,7 @@ class PeakMemory:
         """The sum over the workers, from the stages' results."""
         stages = {row.stage.name: row.stage for row in plan.rows}
         return sum(
-            max(int(ledger.results(stages[name])["peak_memory_bytes"]) for name in names)
+            max(ledger.result(stages[name], StageResult).peak_memory_bytes for name in names)
             for names in self.stages.values()
         )
 

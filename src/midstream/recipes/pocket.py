@@ -21,13 +21,15 @@ from midstream.config import (
     Training,
     WarmupCosine,
 )
-from midstream.recipes.arrival import FIGURE, QUESTION, arrival_lines
 from midstream.recipes.lines import (
     DATACOMP_DR,
     END_RATE,
+    FIGURE,
+    QUESTION,
     CaptionSet,
     Scale,
     TextMixture,
+    arrival_lines,
 )
 from midstream.study.stages import Evaluate, FuseEncoders, Prepare, Pretrain, TrainEncoder
 from midstream.study.studies import Study

@@ -20,8 +20,7 @@ from midstream.config import (
     WarmupCosine,
 )
 from midstream.core.identity import folder_fingerprint
-from midstream.recipes.arrival import FIGURE, QUESTION, arrival_lines
-from midstream.recipes.lines import END_RATE
+from midstream.recipes.lines import END_RATE, FIGURE, QUESTION, arrival_lines
 from midstream.study.stages import Evaluate, Prepare, Pretrain, TrainEncoder
 from midstream.study.studies import Study
 

@@ -193,11 +193,19 @@ def stable_panel(kind: str, baselines: dict[str, float | int | None]) -> Panel:
     return Panel(f"stable.{kind}", TITLES[kind], blind, None, beside, label)
 
 
-def task_panel(task: dict[str, Any], baselines: dict[str, float | int | None]) -> Panel:
-    """The panel of one benchmark; `task` has its name, kind and chance."""
-    name = task["name"]
-    blind = f"{name}.blind" if task["kind"] == "vision" else None
-    return Panel(f"{name}.score", name, blind, task["chance"], baselines)
+@dataclass(frozen=True)
+class Task:
+    """A benchmark of a study; `kind` is vision or text, `chance` None until it is known."""
+
+    name: str
+    kind: str
+    chance: float | None
+
+
+def task_panel(task: Task, baselines: dict[str, float | int | None]) -> Panel:
+    """The panel of one benchmark."""
+    blind = f"{task.name}.blind" if task.kind == "vision" else None
+    return Panel(f"{task.name}.score", task.name, blind, task.chance, baselines)
 
 
 def panel_figure(study: Study, groups: Sequence[Group], panel: Panel) -> dict[str, bytes]:

@@ -15,6 +15,7 @@ from midstream.report.results import (
     STABLE,
     Difference,
     Group,
+    LineRow,
     Spread,
     difference,
     kinds_of,
@@ -210,7 +211,6 @@ def _rise(values: Sequence[float | int]) -> float:
     return products / sum((at - middle) ** 2 for at in range(len(values))) * (len(values) - 1)
 
 
-Row = Mapping[str, Any]
 SEED = "seed"
 
 
@@ -228,7 +228,7 @@ class _Matched:
 
 def findings(
     study: Study,
-    rows: Sequence[Row],
+    rows: Sequence[LineRow],
     groups: Sequence[Group],
     ledger: Ledger,
     examples: Examples | None = None,
@@ -255,19 +255,15 @@ def column_of(score: str) -> str:
     return score if score in STABLE or ":" in score else f"{score}.score"
 
 
-def rows_at(rows: Sequence[Row], at: Mapping[str, Any]) -> list[Row]:
+def rows_at(rows: Sequence[LineRow], at: Mapping[str, Any]) -> list[LineRow]:
     """The lines that have these values of axes."""
-    return [
-        row
-        for row in rows
-        if row["role"] == "line" and all(row.get(f"axis.{a}") == v for a, v in at.items())
-    ]
+    return [r for r in rows if r.role == "line" and all(r.at(a) == v for a, v in at.items())]
 
 
 # ------------------------------------------------------------------------------------- claims
 
 
-def _claim(claim: Claim, study: Study, rows: Sequence[Row], examples: Examples) -> Finding:
+def _claim(claim: Claim, study: Study, rows: Sequence[LineRow], examples: Examples) -> Finding:
     name = score_name(claim.score)
     missing = _missing(claim, study, rows)
     if missing:
@@ -292,7 +288,7 @@ def _claim(claim: Claim, study: Study, rows: Sequence[Row], examples: Examples) 
     return Finding(claim.text, claim.source, verdict, text, gap, on_examples)
 
 
-def _missing(claim: Claim, study: Study, rows: Sequence[Row]) -> str | None:
+def _missing(claim: Claim, study: Study, rows: Sequence[LineRow]) -> str | None:
     """Why a claim has no data on one of its sides; None where it has."""
     column, name = column_of(claim.score), score_name(claim.score)
     if column not in STABLE and claim.score not in dict(tasks_of(study)):
@@ -301,8 +297,8 @@ def _missing(claim: Claim, study: Study, rows: Sequence[Row]) -> str | None:
         members = rows_at(rows, side)
         if not members:
             return f"The study has no line at {place_words(side)}."
-        if all(row[column] is None for row in members):
-            done = sum(row["state"] == "done" for row in members)
+        if all(row.values[column] is None for row in members):
+            done = sum(row.state == "done" for row in members)
             return (
                 f"No line at {place_words(side)} has a score of {name} yet "
                 f"({done} of {len(members)} done)."
@@ -310,10 +306,9 @@ def _missing(claim: Claim, study: Study, rows: Sequence[Row]) -> str | None:
     return None
 
 
-def _match(claim: Claim, rows: Sequence[Row]) -> _Matched | None:
+def _match(claim: Claim, rows: Sequence[LineRow]) -> _Matched | None:
     column, fixed = column_of(claim.score), claim.higher.keys() | claim.lower.keys()
-    axes = [key[5:] for key in rows[0] if key.startswith("axis.")]
-    free = [axis for axis in axes if axis not in fixed]
+    free = [axis for axis in rows[0].axes if axis not in fixed]
     # A claim about the seeds themselves is repeated by everything else.
     repeats = [SEED] if SEED in free else free if SEED in fixed else []
     others = [axis for axis in free if axis not in repeats]
@@ -333,38 +328,42 @@ def _match(claim: Claim, rows: Sequence[Row]) -> _Matched | None:
     kept = [name for name in high if name in kept]
     everything = {(name, at) for side in (high, low) for name in side for at in side[name]}
 
-    def spread(side: dict[str, dict[Any, list[Row]]]) -> Spread:
+    def spread(side: dict[str, dict[Any, list[LineRow]]]) -> Spread:
         return Spread(
             tuple(
-                (name, fmean(fmean(r[column] for r in side[name][at]) for at in places))
+                (name, fmean(fmean(_known(r, column) for r in side[name][at]) for at in places))
                 for name in kept
             )
         )
 
-    def stages(side: dict[str, dict[Any, list[Row]]]) -> tuple[str, ...]:
-        return tuple(
-            r["stage"] for n in kept for at in sorted(places, key=str) for r in side[n][at]
-        )
+    def stages(side: dict[str, dict[Any, list[LineRow]]]) -> tuple[str, ...]:
+        return tuple(r.stage for n in kept for at in sorted(places, key=str) for r in side[n][at])
 
     return _Matched(
         spread(high),
         spread(low),
         (stages(high), stages(low)),
-        tuple(axis for axis in others if len({row[f"axis.{axis}"] for row in rows}) > 1),
+        tuple(axis for axis in others if len({row.at(axis) for row in rows}) > 1),
         len(places),
         len(everything) - len(kept) * len(places),
     )
 
 
+def _known(row: LineRow, column: str) -> float | int:
+    value = row.values[column]
+    assert value is not None
+    return value
+
+
 def _by_place(
-    rows: Sequence[Row], column: str, repeats: Sequence[str], others: Sequence[str]
-) -> dict[str, dict[Any, list[Row]]]:
+    rows: Sequence[LineRow], column: str, repeats: Sequence[str], others: Sequence[str]
+) -> dict[str, dict[Any, list[LineRow]]]:
     """Lines with a score, by repetition and then by the other axes."""
-    found: dict[str, dict[Any, list[Row]]] = {}
+    found: dict[str, dict[Any, list[LineRow]]] = {}
     for row in rows:
-        if row[column] is not None:
-            name = ", ".join(f"{axis}={row[f'axis.{axis}']}" for axis in repeats)
-            at = tuple(row[f"axis.{axis}"] for axis in others)
+        if row.values[column] is not None:
+            name = ", ".join(f"{axis}={row.at(axis)}" for axis in repeats)
+            at = tuple(row.at(axis) for axis in others)
             found.setdefault(name, {}).setdefault(at, []).append(row)
     return found
 
