@@ -179,15 +179,6 @@ def test_every_connector_that_is_replaced_is_named() -> None:
 # ---------------------------------------------------------------------------------- figures, tables
 
 
-def test_shares_of_figures_5_and_7_are_those_of_the_records_and_few_of_ours() -> None:
-    figure_7 = {line.axes["instruct_share"] for line in paper.figure_7(scale="1b").lines}
-    assert figure_7 == {0.0, 2.0, 5.0, 7.5, 10.0}
-    recorded = {run.caption_share for run in LISTS["1b"] if not run.instruct_share}
-    figure_5 = {float(line.axes["image_share"]) / 100 for line in paper.figure_5(scale="1b").lines}
-    assert figure_5 - recorded == {0.3, 0.5}
-    assert recorded <= figure_5
-
-
 def test_the_suite_asks_every_run_of_both_of_the_authors_lists() -> None:
     study = paper.authors_runs(scale="1b")
     asked = {

@@ -9,6 +9,7 @@ import tiny
 from midstream.config import StageKind
 from midstream.core.storage import read_json, write_json
 from midstream.core.tokens import TokenCount
+from midstream.cost.graph import check
 from midstream.study.results import (
     RESULTS,
     EvaluationResult,
@@ -81,3 +82,13 @@ def test_a_file_that_lacks_what_every_version_wrote_is_refused(
     with pytest.raises(ValueError, match=rf"{path} .*tokens_seen: .*delete its folder"):
         ledger.result(tiny.TEXT, TrainingResult)
     assert ledger.result(tiny.TEXT, StageResult).seconds == found["seconds"]
+
+
+def test_verify_names_what_is_of_another_version(tiny_ledger: Ledger, tmp_path: Path) -> None:
+    ledger = tiny.store_with(tiny_ledger, tmp_path, tiny.TOKENIZER)
+    path = ledger.folder(tiny.TOKENIZER) / "results.json"
+    assert check(ledger).problems == ()
+    write_json(path, read_json(path) | {"mood": 1})
+    assert [what for _, what in check(ledger).problems] == [
+        "results.json has keys of another version: mood"
+    ]

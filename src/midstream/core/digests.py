@@ -1,10 +1,6 @@
 """Digests of frozen values and of files, and which files of a folder are data.
 
-A value's digest is that of a canonical text. Within `kept_digests` a file's digest is cached by its
-path, size, inode and times.
-
-Links are followed. Hidden files and folders are not data, nor are notes beside the data (README,
-LICENSE, requirements.txt, ...): readers and digests share this rule.
+Links are followed; hidden files and notes (README, LICENSE, ...) are no data, for readers too.
 """
 
 import hashlib

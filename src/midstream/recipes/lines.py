@@ -1,7 +1,4 @@
-"""What the studies have in common: lines, scales, sources, public models.
-
-K, I and U as in `paper_scale.py`.
-"""
+"""What the studies share: lines, scales, sources, public models; K, I, U as in `paper_scale.py`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,11 +49,6 @@ REWARMED = (0.0, 1.0)
 FINETUNING = AdamW(weight_decay=0.1, decay="matrices", z_loss=0.0)
 
 
-def start_at(text: Pretrain, completion: float) -> FromScratch | ContinueFrom:
-    """The initialiser at 0, else the text run's milestone."""
-    return ContinueFrom(stage=text, completion=completion) if completion else FromScratch()
-
-
 def image_text_schedule(completion: float, rewarm_rate: float) -> WarmupCosine | ContinuedCosine:
     """Re-warmed where the text schedule has no rate to continue: at 0 % and 100 % (paper, 3.1)."""
     if completion in REWARMED:
@@ -90,15 +82,12 @@ def finetuned_line(
     )
 
 
-QUESTION = "After what share of text training should a language model first see images?"
-FIGURE = Figure(
-    x="text_completion",
-    x_label="text training done before the first image (%)",
-    hollow=(0.0, 100.0),
-)
+def text_only(asked: Evaluation) -> Evaluation:
+    """The same evaluation without its visual tasks."""
+    return Evaluation(text_tasks=asked.text_tasks, limit=asked.limit)
 
 
-def arrival_lines(
+def arrival_of(
     text: Pretrain,
     encoder: TrainEncoder,
     completions: Sequence[float],
@@ -110,18 +99,20 @@ def arrival_lines(
     rewarm_rate: float,
     finetune_rate: float,
     asked: Evaluation,
-) -> tuple[Line, ...]:
-    """Each start, once a seed, continued on `pictures`, fine-tuned on `talks` and evaluated.
+) -> dict[str, Any]:
+    """The fields of a study of when images arrive.
 
-    The seed draws the order of captions and conversations, and the projector.
+    Each start, once a seed, is continued on `pictures`, fine-tuned on `talks` and evaluated.
     """
-    return tuple(
+    lines = tuple(
         finetuned_line(
             Continue(
                 data=text.data,
                 encoder=encoder,
                 decoder=text.decoder,
-                start=start_at(text, completion),
+                start=ContinueFrom(stage=text, completion=completion)
+                if completion
+                else FromScratch(),
                 training=Training(
                     budget=pictures,
                     rows=rows,
@@ -136,6 +127,16 @@ def arrival_lines(
         )
         for completion, seed in product(completions, seeds)
     )
+    return {
+        "question": "After what share of text training should a language model first see images?",
+        "lines": lines,
+        "figure": Figure(
+            x="text_completion",
+            x_label="text training done before the first image (%)",
+            hollow=(0.0, 100.0),
+        ),
+        "baselines": {"text only, 100%": Evaluate(of=text, evaluation=text_only(asked))},
+    }
 
 
 Encoder = EncoderStage | PatchProjection

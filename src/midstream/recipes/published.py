@@ -1,11 +1,6 @@
-"""Table 1: how others train a model that sees, as values and as a study beside the paper's own way.
+"""Table 1: how others train a model that sees, beside the paper's own way (docs/published.md).
 
-Stages, mixtures and schedules are the table's. What each stage trains it does not say; that is
-tagged: K read in the source that is named, G generally known of the paper and not read again, U our
-choice. The picture's way into the language model is Midstream's projector in all of them, whatever
-their own is, and so is the encoder; what a recipe cannot have here is said by its `notes`, and
-stands in the study's report. In the study all start from one text run, see the same image-text
-tokens (but for Prismatic, which has no such stage) and learn from the same conversations.
+What is trained: K read in the named source, G generally known and not read again, U our choice.
 """
 
 from collections.abc import Sequence

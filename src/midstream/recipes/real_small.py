@@ -1,7 +1,4 @@
-"""The three stages on small real data: novels and encyclopedia, photographs, questions.
-
-`docs/real-data.md` says which folders are needed and what the numbers can and cannot show.
-"""
+"""The three stages on small real data (`docs/real-data.md`): novels, photographs, questions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +17,8 @@ from midstream.config import (
     WarmupCosine,
 )
 from midstream.core.identity import folder_fingerprint
-from midstream.recipes.lines import END_RATE, FIGURE, QUESTION, arrival_lines
-from midstream.study.stages import Evaluate, Prepare, Pretrain, TrainEncoder
+from midstream.recipes.lines import END_RATE, arrival_of
+from midstream.study.stages import Prepare, Pretrain, TrainEncoder
 from midstream.study.studies import Study
 
 TOKENIZER = "gpt_neox_tokenizer/20B_tokenizer.json"
@@ -75,8 +72,16 @@ def when_images_arrive(
         hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, vocab_size=50432
     )
     rows = Rows(row_length=row_length, batch_rows=batch_rows, layout="filled")
-    words = _mixture(text_tokens, max_epochs, (TEXT_SHARES, 1.0))
-    text = _text_stage(world, decoder, completions, words, rows, text_rate)
+    text = Pretrain(
+        data=world,
+        decoder=decoder,
+        milestones=tuple(sorted({*completions, 1.0} - {0.0})),
+        training=Training(
+            budget=_mixture(text_tokens, max_epochs, (TEXT_SHARES, 1.0)),
+            rows=rows.model_copy(update={"layout": "joined"}),
+            schedule=WarmupCosine(peak_rate=text_rate, end_rate=END_RATE, warmup_fraction=0.05),
+        ),
+    )
     tower = EncoderConfig(
         image_size=image_size,
         patch_size=patch_size,
@@ -87,7 +92,7 @@ def when_images_arrive(
     )
     encoder = _encoder_stage(world, tower, encoder_images, encoder_steps)
     shares = (CAPTION_SHARES, image_share), (TEXT_SHARES, 1.0 - image_share)
-    lines = arrival_lines(
+    fields = arrival_of(
         text,
         encoder,
         completions,
@@ -104,18 +109,7 @@ def when_images_arrive(
             max_new_tokens=MAX_NEW_TOKENS,
         ),
     )
-    return Study(
-        name="real_small.when_images_arrive",
-        question=QUESTION,
-        lines=lines,
-        figure=FIGURE,
-        baselines={
-            "text only, 100%": Evaluate(
-                of=text, evaluation=Evaluation(text_tasks=TEXT_TASKS, limit=limit)
-            )
-        },
-        notes=(NOTE,),
-    )
+    return Study(name="real_small.when_images_arrive", notes=(NOTE,), **fields)
 
 
 def _prepare(root: Path, num_questions: int) -> Prepare:
@@ -134,32 +128,11 @@ def _prepare(root: Path, num_questions: int) -> Prepare:
     )
 
 
-def _text_stage(
-    data: Prepare,
-    decoder: DecoderConfig,
-    completions: Sequence[float],
-    budget: Mixture,
-    rows: Rows,
-    rate: float,
-) -> Pretrain:
-    return Pretrain(
-        data=data,
-        decoder=decoder,
-        milestones=tuple(sorted({*completions, 1.0} - {0.0})),
-        training=Training(
-            budget=budget,
-            rows=rows.model_copy(update={"layout": "joined"}),
-            schedule=WarmupCosine(peak_rate=rate, end_rate=END_RATE, warmup_fraction=0.05),
-        ),
-    )
-
-
 def _encoder_stage(data: Prepare, tower: EncoderConfig, images: int, steps: int) -> TrainEncoder:
     training = ContrastiveTraining(
         source="flickr8k",
         text_hidden_size=tower.hidden_size,
         text_num_layers=2,
-        max_text_tokens=48,
         batch_images=images,
         num_steps=steps,
         schedule=WarmupCosine(peak_rate=1e-3, end_rate=1e-5, warmup_fraction=0.1),

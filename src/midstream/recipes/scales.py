@@ -17,7 +17,6 @@ from midstream.config import (
     ContinuedCosine,
     EncoderConfig,
     Epochs,
-    Evaluation,
     Mixture,
     Share,
     Training,
@@ -30,6 +29,7 @@ from midstream.recipes.lines import (
     TextGiven,
     imported,
     text_mixture_of,
+    text_only,
     world,
 )
 from midstream.recipes.lines import Scale as Scale
@@ -354,11 +354,6 @@ def text_baselines(scale: Scale, completions: Sequence[float]) -> dict[str, Eval
         if share in scale.completions
         for held in [scale.text_at(share)]
     }
-
-
-def text_only(asked: Evaluation) -> Evaluation:
-    """The same evaluation without its visual tasks."""
-    return Evaluation(text_tasks=asked.text_tasks, limit=asked.limit)
 
 
 def share_label(at: Scale) -> str:

@@ -1,8 +1,4 @@
-"""The figures of a study, and what all figures share.
-
-What all figures share: colours, style, where the values of an axis stand, and files. The figures:
-stable scores and benchmarks over the study's axis.
-"""
+"""The figures of a study: scores over its axis; and the style that all figures share."""
 
 import io
 import itertools

@@ -1,13 +1,11 @@
 """What the data show, in sentences: the study's claims, the best place, the trend of a curve.
 
-Repetitions are seeds. A difference is first averaged over whatever else two places have in common
-(other axes), within each seed; its interval is Student's over the seeds. One seed has no interval,
-and an interval that includes zero decides nothing.
+A difference is averaged over other axes within each seed; its interval is over the seeds.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, linear_regression
 from typing import Any, Literal
 
 from midstream.report.pairs import Examples, Gap, mean_gap
@@ -76,23 +74,6 @@ def signed(value: float | int) -> str:
     return ("0.0" if float(text) == 0 else text).replace("-", "\N{MINUS SIGN}")
 
 
-def engineering(value: float | int) -> str:
-    """Three digits with a unit's letter up to tera, powers of ten above."""
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value:.2e}" if value >= 1e15 else f"{value / size:.3g} {letter}"
-    return f"{value:.3g}"
-
-
-def duration(seconds: float | int) -> str:
-    """Seconds, minutes or hours."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
 Verdict = Literal["agrees", "disagrees", "undecided", "no interval", "not measured", "decided"]
 VERDICTS: dict[Verdict, str] = {
     "agrees": "our data agree",
@@ -108,12 +89,12 @@ VERDICTS: dict[Verdict, str] = {
 LEAST_REPETITIONS = 3
 
 
-def decides(gap: Difference) -> bool | None:
-    """Whether a difference is told from zero: its interval leaves zero out, and rests on three
-    repetitions at least. None where there is no interval."""
+def _verdict(gap: Difference) -> Verdict:
+    """Decided where the interval leaves zero out and rests on three repetitions at least."""
     if gap.exceeds_spread is None:
-        return None
-    return gap.exceeds_spread and min(gap.n) >= LEAST_REPETITIONS
+        return "no interval"
+    decided = gap.exceeds_spread and min(gap.n) >= LEAST_REPETITIONS
+    return "decided" if decided else "undecided"
 
 
 @dataclass(frozen=True)
@@ -163,16 +144,13 @@ def best_finding(study: Study, groups: Sequence[Group], column: str) -> Finding:
     spreads = best.spreads[column], runner.spreads[column]
     gap = paired_difference(*spreads) or difference(*spreads)
     assert gap is not None
-    verdict: Verdict = "no interval"
-    if (decided := decides(gap)) is not None:
-        verdict = "decided" if decided else "undecided"
     rest = "" if len(known) == len(groups) else f"; {len(groups) - len(known)} places are missing"
     text = (
         f"{name} is highest at {place_words({x: best.x})}{where} with {points(top)} points, "
         f"{higher(gap)} than at {place_words({x: runner.x})}, the next best ({interval_words(gap)})"
         f"{rest}."
     )
-    return Finding(None, "", verdict, text, gap)
+    return Finding(None, "", _verdict(gap), text, gap)
 
 
 def trend_finding(study: Study, groups: Sequence[Group], column: str) -> Finding | None:
@@ -188,12 +166,15 @@ def trend_finding(study: Study, groups: Sequence[Group], column: str) -> Finding
     whole = [name for name in values[0] if all(name in each for each in values)]
     if not whole:
         return None
-    rises = Spread(tuple((name, _rise([each[name] for each in values])) for name in whole))
+    # From the first to the last place of the line of least squares.
+    rise = [
+        linear_regression(range(len(values)), [each[name] for each in values]).slope
+        * (len(values) - 1)
+        for name in whole
+    ]
+    rises = Spread(tuple(zip(whole, rise, strict=True)))
     gap = paired_difference(rises, Spread(tuple((name, 0.0) for name in whole)))
     assert gap is not None
-    verdict: Verdict = "no interval"
-    if (decided := decides(gap)) is not None:
-        verdict = "decided" if decided else "undecided"
     by = groups[0].by
     where = f", {place_words({str(study.figure.by): by})}" if by is not None else ""
     first, last = (place_words({study.figure.x: groups[at].x}) for at in (0, -1))
@@ -201,14 +182,7 @@ def trend_finding(study: Study, groups: Sequence[Group], column: str) -> Finding
         f"Over all {len(groups)} places, {score_name(column)}{where} is {higher(gap)} at {last} "
         f"than at {first} on a line fitted through them, evenly spaced ({interval_words(gap)})."
     )
-    return Finding(None, "", verdict, text, gap)
-
-
-def _rise(values: Sequence[float | int]) -> float:
-    """From the first to the last place of the line of least squares."""
-    middle, mean = (len(values) - 1) / 2, fmean(values)
-    products = sum((at - middle) * (value - mean) for at, value in enumerate(values))
-    return products / sum((at - middle) ** 2 for at in range(len(values))) * (len(values) - 1)
+    return Finding(None, "", _verdict(gap), text, gap)
 
 
 SEED = "seed"
@@ -275,11 +249,9 @@ def _claim(claim: Claim, study: Study, rows: Sequence[LineRow], examples: Exampl
     gap = paired_difference(matched.high, matched.low)
     assert gap is not None
     on_examples = _on_examples(claim.score, study, matched, examples)
-    verdict: Verdict = "no interval"
-    if (decided := decides(gap)) is not None:
-        verdict = "undecided"
-        if decided:
-            verdict = "agrees" if gap.mean > 0 else "disagrees"
+    verdict = _verdict(gap)
+    if verdict == "decided":
+        verdict = "agrees" if gap.mean > 0 else "disagrees"
     one, two = place_words(claim.higher), place_words(claim.lower)
     text = (
         f"{name} is {higher(gap)} at {one} than at {two} ({interval_words(gap)}"

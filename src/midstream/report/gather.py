@@ -7,15 +7,13 @@ from typing import Any
 
 from midstream.config import Epochs, Mixture, PocketWorld, PublicFolder, SmallReal
 from midstream.core.storage import write_bytes
-from midstream.core.tokens import counted
+from midstream.core.tokens import counted, duration, quantity
 from midstream.cost.cost import encoder_parameters
 from midstream.cost.graph import Plan, plan
 from midstream.report.figures import Task
 from midstream.report.findings import (
     KIND_NAMES,
     Finding,
-    duration,
-    engineering,
     findings,
     place,
     points,
@@ -117,7 +115,7 @@ def _range(values: Iterable[float | int]) -> str:
     found = sorted(set(values))
     if not found:
         return "none"
-    ends = [engineering(found[0]), engineering(found[-1])]
+    ends = [quantity(found[0]), quantity(found[-1])]
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
 
 
@@ -356,7 +354,7 @@ def _cost_export(study: Study, costs: Sequence[KindCost]) -> Export:
             str(cost.done),
             str(cost.alone),
             f"{cost.tokens:,}" if cost.tokens else "–",
-            engineering(cost.flops) if cost.flops else "–",
+            quantity(cost.flops) if cost.flops else "–",
             duration(cost.seconds),
             duration(cost.seconds_alone),
         )

@@ -1,7 +1,6 @@
-"""The page of a study, the index of a suite, the summary in Markdown.
+"""The page of a study, the index of a suite, the summary in Markdown; all from the store.
 
-Every number, figure and picture comes from the store. Templates escape everything, and a policy
-lets a page load nothing.
+Templates escape everything, and a policy lets a page load nothing.
 """
 
 import base64
@@ -15,7 +14,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from midstream import __version__
 from midstream.core.storage import write_bytes
-from midstream.core.tokens import counted
+from midstream.core.tokens import counted, duration, quantity
 from midstream.cost.graph import PlanRow, plan
 from midstream.report.curves import curve_figure, curves, rates_figure, stretch
 from midstream.report.figures import (
@@ -30,8 +29,6 @@ from midstream.report.figures import (
 from midstream.report.findings import (
     KIND_NAMES,
     SCORE_NAMES,
-    duration,
-    engineering,
     place,
     points,
     signed,
@@ -95,7 +92,7 @@ def _environment() -> Environment:
         "place": place,
         "points": points,
         "signed": signed,
-        "engineering": engineering,
+        "engineering": quantity,
         "duration": duration,
         "p_value": lambda value: "< .0001" if value < 1e-4 else f"{value:.2g}",
     }
@@ -413,7 +410,6 @@ def _cost(facts: Facts) -> str:
     )
     if planned.naive_flops:
         text += (
-            f"; {engineering(planned.shared_flops)} FLOPs planned for "
-            f"{engineering(planned.naive_flops)}"
+            f"; {quantity(planned.shared_flops)} FLOPs planned for {quantity(planned.naive_flops)}"
         )
     return text + "."

@@ -1,9 +1,6 @@
-"""Single predictions: lines on the same examples, and samples to look at.
+"""Lines on the same examples, and samples of their answers to look at.
 
-What makes a question hard falls out of a difference on the same examples. Repetitions (seeds) are
-averaged per example first: the interval is over examples, and says nothing about other seeds.
-Standard errors are in closed form and intervals normal, since a page makes hundreds of comparisons;
-`midstream score --diff` draws again instead.
+Repetitions are averaged per example; errors are in closed form, since there are hundreds.
 """
 
 import base64

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from midstream.config import Caption, StageKind
+from midstream.config import Caption
 from midstream.core.tokens import TokenCount
 
 Number = float | int
@@ -199,7 +199,7 @@ class EvaluationResult(StageResult):
     suites: dict[str, SuiteScore] = {}
 
 
-RESULTS: dict[StageKind, type[StageResult]] = {
+RESULTS: Mapping[str, type[StageResult]] = {
     "prepare_world": WorldResult,
     "prepare_tokenizer": TokenizerResult,
     "prepare_source": SourceResult,

@@ -1,7 +1,6 @@
 """The kinds of stage: frozen values that name their parents, with an identity each.
 
-Those before the first picture are in `first_stages.py`, and can be imported from here too. Also the
-way back from a stage to what its weights came from.
+Those of `first_stages.py` can be imported from here too.
 """
 
 from typing import Annotated, Any, Literal

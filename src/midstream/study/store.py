@@ -1,7 +1,4 @@
-"""The store (`docs/store.md`): one folder a stage, and the part of a log that belongs to it.
-
-The success mark is the last file written; a folder without it is unfinished.
-"""
+"""The store (`docs/store.md`): one folder a stage, its results, and its part of a log."""
 
 import json
 import os

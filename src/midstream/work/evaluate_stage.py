@@ -1,10 +1,6 @@
-"""Stages that do not train: weights that are loaded, evaluations.
+"""Stages that do not train: weights that are there already, once they are seen to fit; evaluations.
 
-An Evaluate stage: only what no evaluation of the model asked before, of files as planned.
-
-Weights that are there already become a stage of a store, once they are seen to fit.
-
-They are what `midstream import` wrote, or the encoders of other stages.
+An evaluation asks only what no other of the model asked before, of files as planned.
 """
 
 import json

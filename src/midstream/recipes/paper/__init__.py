@@ -1,10 +1,6 @@
-"""Every experiment of the paper, one function each, at any scale of `scales.py`.
+"""Every experiment of the paper, one function each, at any scale of `scales.py` (docs/studies.md).
 
-Each takes `scale`, `seeds` (the scale's own without it) and the settings that all of them share
-(`scales.Settings`: inputs, text, rows, caption, text_mixture). Where the paper states one number of
-fine-tuning epochs, `epochs` may hold several: each is a curve of its own. Figures 9 to 13 are
-Figures 4 to 8 by benchmark, and part of their reports. Numbers that the paper prints stand beside
-ours in the tables.
+Figures 9 to 13 are Figures 4 to 8 by benchmark, and part of their reports.
 """
 
 from midstream.recipes.paper.figure_studies import figure_4 as figure_4

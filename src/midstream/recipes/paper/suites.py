@@ -1,15 +1,4 @@
-"""Several experiments as one, and the runs that the paper's authors list.
-
-Those runs are decoded from the names in the authors' evaluation script
-(github.com/mlfoundations/open_lm, scripts/lm_eval.sh). Its version on the branch prismatic_openlm
-lists the 279 of AUTHORS_RUNS (names that are commented out included: a run is commented out once it
-is evaluated). A later version (commit a89c15e7) lists the 93 of AUTHORS_LATER_RUNS: what was
-missing of the grid of 13 mixtures, 6 starts and 4 epochs, mixtures with 20 % of pictures, and one
-run on other captions. Beside it lm_eval_154.sh and lm_eval_411.sh list the 40 and 80 of the smaller
-sizes; of 79M they name the text run alone. The epochs of one mixture and start are fine-tunings of
-one image-text model; all else is equal among the runs of a size (siglip, fused projector, token
-multiplier 1, seed 124).
-"""
+"""Several experiments as one, and the runs that the paper's authors list."""
 
 from collections.abc import Mapping, Sequence
 from itertools import product

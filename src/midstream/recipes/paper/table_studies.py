@@ -1,13 +1,13 @@
 """Tables 3 to 8, with the numbers that the paper prints.
 
-Table 7's HellaSwag is the accuracy normalised by length; no model of these sizes has such a plain
-accuracy.
+Table 7's HellaSwag is normalised by length: no model of these sizes has such a plain accuracy.
 """
 
 from collections.abc import Collection, Sequence
 from itertools import product
 from typing import Unpack
 
+from midstream.recipes.lines import text_only
 from midstream.recipes.scales import (
     DATACOMP_DR,
     Model,
@@ -20,7 +20,6 @@ from midstream.recipes.scales import (
     percent,
     share_label,
     text_baselines,
-    text_only,
 )
 from midstream.study.stages import Evaluate
 from midstream.study.studies import Figure, Line, Printed, Published, Study, Table
