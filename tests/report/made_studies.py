@@ -54,8 +54,12 @@ def fill(
     *,
     axes: tuple[str, ...] = ("x",),
     examples: bool = True,
+    pictures: bool = False,
 ) -> None:
-    """Results of every line that has a score; text scores are half of the visual ones."""
+    """Results of every line that has a score; text scores are half of the visual ones.
+
+    `pictures`: of two examples each, in a folder that is not there.
+    """
     for line in about.lines:
         place = tuple(line.axes[axis] for axis in axes)
         values, seed = scores.get(place, ()), int(line.axes["seed"])
@@ -68,7 +72,7 @@ def fill(
                     if examples
                     else [random.Random(f"{place} {seed}").randrange(10**6)]
                 )
-                write_answers(path, task, keys, values[seed])
+                write_answers(path, task, keys, values[seed], pictures=pictures)
 
 
 def results(stable: float) -> dict[str, Any]:
@@ -83,7 +87,9 @@ def results(stable: float) -> dict[str, Any]:
     return {"tasks": tasks | {"pocket_facts": common | text}, "stable": stables}
 
 
-def write_answers(path: Path, task: str, keys: Sequence[int], right: float) -> None:
+def write_answers(
+    path: Path, task: str, keys: Sequence[int], right: float, *, pictures: bool = False
+) -> None:
     """Answers that are right where an example is easier than `right`."""
     rows = [
         {
@@ -95,7 +101,7 @@ def write_answers(path: Path, task: str, keys: Sequence[int], right: float) -> N
             "score": float(random.Random(f"{task} {key}").random() < right),
             "blind_prediction": None,
             "blind_score": None,
-            "image": None,
+            "image": f"{path.parent}/bench/{task}/{key // 2}.png" if pictures else None,
         }
         for key in keys
     ]
