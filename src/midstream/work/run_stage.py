@@ -61,11 +61,9 @@ from midstream.train.metrics import Tracking, tracking_of
 from midstream.train.parallel import device_bytes, peak_memory_bytes, set_up
 from midstream.train.step import build_model
 from midstream.work.evaluate_stage import (
+    encoder_stage,
     evaluate_stage,
-    fuse_encoders_stage,
-    load_decoder_stage,
-    load_encoder_stage,
-    load_model_stage,
+    imported_stage,
     scores_of,
 )
 from midstream.work.open_model import (
@@ -209,14 +207,10 @@ class StageRunner:
                     should_stop=self.should_stop,
                     tracking=self._tracking,
                 )
-            case LoadEncoder():
-                return load_encoder_stage(stage, self.ledger)
-            case FuseEncoders():
-                return fuse_encoders_stage(stage, self.ledger)
-            case LoadDecoder():
-                return load_decoder_stage(stage, self.ledger)
-            case LoadModel():
-                return load_model_stage(stage, self.ledger)
+            case LoadEncoder() | FuseEncoders():
+                return encoder_stage(stage, self.ledger)
+            case LoadDecoder() | LoadModel():
+                return imported_stage(stage, self.ledger)
             case Pretrain() | Continue() | Finetune():
                 return self._train(stage)
             case Evaluate():
