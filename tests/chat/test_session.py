@@ -293,7 +293,9 @@ def test_the_description_tells_training_and_scores(
     for stage in (tiny.RESULT, Evaluate(of=tiny.SEEN, evaluation=tiny.EVALUATION)):
         with own.open_stage(stage) as work:
             score = 0.625 if stage is tiny.RESULT else 0.875
-            work.finish({"tasks": {"pope": {"score": score, "chance": 0.5}}})
+            row = {"kind": "vision", "metric": "accuracy", "num_examples": 8}
+            tasks = {"pope": row | {"score": score, "chance": 0.5}}
+            work.finish({"seconds": 1.0, "tasks": tasks, "stable": {}})
     lines = describe(replace(opened, ledger=own))
     sizes = [sum(value.numel() for value in opened.vlm.parameters())]
     assert opened.encoder is not None

@@ -57,7 +57,7 @@ def number() -> int:
 
 
 # What a preparation says of a source.
-FACTS = {"kind": "text", "num_examples": 1, "distinct_images": 0}
+FACTS = {"seconds": 1.0, "kind": "text", "num_examples": 1, "distinct_images": 0}
 
 
 @pytest.fixture

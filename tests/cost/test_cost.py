@@ -93,7 +93,9 @@ def _prepared(study: Study, store: Path, **changes: Mapping[str, object]) -> Led
     for stage in order(study):
         if isinstance(stage, PrepareSource):
             with ledger.open_stage(stage) as work:
-                work.finish(SOURCES[stage.source] | changes.get(stage.source, {}))
+                work.finish(
+                    {"seconds": 1.0} | SOURCES[stage.source] | changes.get(stage.source, {})
+                )
     return ledger
 
 

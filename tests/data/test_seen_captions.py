@@ -27,7 +27,7 @@ from midstream.config import (
     WarmupCosine,
 )
 from midstream.core.batch import IGNORE
-from midstream.cost.known import facts_of_results, seen_as
+from midstream.cost.known import facts_of_results
 from midstream.data.examples import TextCodec
 from midstream.data.formats.records import ReadOptions
 from midstream.data.lengths import SourceLengths
@@ -35,6 +35,7 @@ from midstream.data.rows import RowDataset, build_row, load_steps, plan_rows, sh
 from midstream.data.sources import Source
 from midstream.order import stream
 from midstream.order.stream import Stream
+from midstream.study.results import SourceResult
 from midstream.train.contrastive import Captions
 
 PATCHES = 3
@@ -322,6 +323,7 @@ def test_plans_count_with_the_captions_that_are_seen(seed: int) -> None:
         source = captioned(Path(folder), seed, 25, shards=2)
         index = source.index
         summary: Mapping[str, Any] = {
+            "seconds": 1.0,
             "kind": "caption",
             "num_examples": 25,
             "num_tokens": index["train"]["tokens"],
@@ -336,7 +338,7 @@ def test_plans_count_with_the_captions_that_are_seen(seed: int) -> None:
             "random": made,
         }
         for caption, lengths in expected.items():
-            seen = seen_as(summary, caption)  # type: ignore[arg-type]
+            seen = SourceResult.model_validate(summary).with_caption(caption)  # type: ignore[arg-type]
             assert seen is not None
             facts = facts_of_results(seen)
             mean = sum(np.mean(part) for part in lengths)
@@ -346,7 +348,7 @@ def test_plans_count_with_the_captions_that_are_seen(seed: int) -> None:
             if caption != "original":
                 assert facts.targets == pytest.approx(mean - 25, abs=1)
         kept = dict(summary, captions={"original": 25, "synthetic": 24})
-        assert seen_as(kept, "random") is None
+        assert SourceResult.model_validate(kept).with_caption("random") is None
 
 
 def test_epochs_name_no_caption_and_show_the_pictures_own(tmp_path: Path) -> None:

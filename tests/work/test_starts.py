@@ -265,11 +265,11 @@ def test_a_row_of_the_report_adds_both_image_text_stages_up(ledger: Ledger) -> N
     )
     two, none = line_rows(study, ledger)
     seen = [ledger.results(stage)["tokens_seen"] for stage in (ALIGNED, SECOND)]
-    assert two["tokens.continue"] == sum(seen)
-    assert none["tokens.continue"] is None
-    assert none["tokens.finetune"] == ledger.results(DIRECT)["tokens_seen"]
+    assert two.values["tokens.continue"] == sum(seen)
+    assert none.values["tokens.continue"] is None
+    assert none.values["tokens.finetune"] == ledger.results(DIRECT)["tokens_seen"]
     share = checkpoint.read_progress(checkpoint.milestone(ledger.folder(TEXT), 0.4)).tokens_seen
-    assert two["tokens.pretrain"] == none["tokens.pretrain"] == share
+    assert two.values["tokens.pretrain"] == none.values["tokens.pretrain"] == share
     assert parts_of(results["two"])["continue"].before == (ALIGNED,)
     assert list(parts_of(results["none"])) == [
         "prepare_world",

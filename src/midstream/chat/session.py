@@ -23,6 +23,7 @@ from midstream.model.decoder import Sampling, choose
 from midstream.model.generate import AnyCache, id_tensor, new_cache, project_images
 from midstream.model.vlm import VLM
 from midstream.study.label import label
+from midstream.study.results import EvaluationResult, ImportedResult
 from midstream.study.stages import LoadDecoder, LoadModel, Pretrain, came_from
 from midstream.study.store import Ledger
 from midstream.work.open_model import OpenedModel, WithModel, evaluations
@@ -366,7 +367,9 @@ def _training(opened: OpenedModel) -> Iterator[str]:
 
 
 def _tokens_before(ledger: Ledger, stage: LoadDecoder | LoadModel) -> str:
-    found = ledger.results(stage)["tokens_seen_before"] if ledger.is_done(stage) else None
+    found = (
+        ledger.result(stage, ImportedResult).tokens_seen_before if ledger.is_done(stage) else None
+    )
     return "tokens unknown" if found is None else f"{found:,} tokens"
 
 
@@ -384,11 +387,11 @@ def _tokens(progress: Path) -> str:
 
 def _scores(opened: OpenedModel) -> Iterator[str]:
     for stage in evaluations(opened):
-        tasks = opened.ledger.results(stage)["tasks"]
+        tasks = opened.ledger.result(stage, EvaluationResult).tasks
         scores = ", ".join(
-            f"{task} {found['score']:.1%} (chance {found['chance']:.1%})"
-            if found["chance"] is not None
-            else f"{task} {found['metric']} {found['score']:.4g}"
+            f"{task} {found.score:.1%} (chance {found.chance:.1%})"
+            if found.chance is not None
+            else f"{task} {found.metric} {found.score:.4g}"
             for task, found in sorted(tasks.items())
         )
         yield f"{scores} ({label(stage)})"

@@ -230,6 +230,7 @@ class StayHere:
         """Handle a request (ASGI)."""
 
         async def send_on(message: dict[str, Any]) -> None:
+            """Pass a message on, the page's headers with the policy."""
             if message["type"] == "http.response.start":
                 header = (b"content-security-policy", _POLICY)
                 message = {**message, "headers": [*message.get("headers", []), header]}

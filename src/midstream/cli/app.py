@@ -66,6 +66,7 @@ def user_errors(command: Callable[Arguments, None]) -> Callable[Arguments, None]
 
     @wraps(command)
     def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        """The command; its errors for users end the program with their text."""
         try:
             command(*args, **kwargs)
         except (ValueError, OSError) as reason:

@@ -153,6 +153,7 @@ def run_and_tell(
     with terminal.progress(console, labels(order(study))) as show:
 
         def on_event(event: dict[str, Any]) -> None:
+            """Keep what the launcher tells, and show it."""
             if event["event"] == "plan" and asked is not None:
                 keep_asked(ledger, asked, study)
             memory.note(event)

@@ -240,7 +240,7 @@ def write(
         path = write_facts(
             facts[-1], suite=None if suite is None else suite.name, max_curves=curves, out=out
         )
-        terminal.print_results(facts[-1].rows, console)
+        terminal.print_results([row.flat() for row in facts[-1].rows], console)
         console.print(f"report: {path}", soft_wrap=True, markup=False)
     if suite is not None:
         path = write_index(suite, facts, snapshot, out)

@@ -1,8 +1,6 @@
 """Options of the model, the paper's sizes by name, and the FLOPs that follow from them; no torch.
 
-FLOPs are floating-point operations, a product and a sum as two. Only matrix products count: norms,
-activations and the optimiser are left out. Attention counts the positions that a position attends
-to; torch's own counter counts whole rows, so a caller that compares with it passes those.
+FLOPs count matrix products, a product and a sum as two; attention by what is attended to.
 """
 
 from collections.abc import Sequence

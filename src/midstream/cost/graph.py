@@ -14,6 +14,7 @@ from midstream.core.storage import CorruptError, read_json, remove_folder, requi
 from midstream.cost.cost import StageCost, cost
 from midstream.study.imported import how_to_have, is_lacking
 from midstream.study.label import digits_of, handle, joined, labels, shortest, words
+from midstream.study.results import RESULTS, checked
 from midstream.study.stages import (
     Evaluate,
     Imported,
@@ -319,7 +320,11 @@ def check(ledger: Ledger) -> Checked:
     for stage in done:
         folder = ledger.store / stage.name
         try:
-            read_json(folder / "results.json")
+            path = folder / "results.json"
+            unknown = checked(RESULTS[stage.kind], read_json(path), path).unknown_keys()
+            if unknown:
+                text = f"results.json has keys of another version: {', '.join(unknown)}"
+                problems.append((stage.label, text))
         except (OSError, ValueError) as error:
             problems.append((stage.label, f"results.json cannot be read: {error}"))
         for manifest in sorted(folder.rglob("manifest.json")):

@@ -5,18 +5,17 @@ from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from math import log
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from midstream.config import Caption, PublicFolder
+from midstream.config import Caption, ExpectedSource, PublicFolder
 from midstream.core.identity import PREPARED, SECTIONS
+from midstream.study.results import Lengths, SourceResult
 from midstream.study.stages import Prepare, PrepareSource
 from midstream.study.store import Ledger
 
-# Examples, their text tokens, and the sum of the squares of those, by class of length.
 Number = float | int
-Lengths = tuple[tuple[Number, Number, Number], ...]
 Basis = Literal["counted", "expected"]
 # Where nobody says how lengths vary: texts as if they ended by chance, in so many classes of equal
 # number; captions and conversations half as long and half as long again as the mean.
@@ -97,21 +96,9 @@ def facts_of(
     """A source counted where its stage is done, else as the recipe expects it; None for neither,
     and where pictures lack the caption that is asked."""
     if ledger is None or not ledger.is_done(source):
-        expected = source.expected
-        return None if expected is None else facts_of_results(expected.model_dump())
-    seen = seen_as(ledger.results(source), caption)
+        return None if source.expected is None else facts_of_expected(source.expected)
+    seen = ledger.result(source, SourceResult).with_caption(caption)
     return None if seen is None else facts_of_results(seen)
-
-
-def seen_as(results: Mapping[str, Any], caption: Caption) -> Mapping[str, Any] | None:
-    """The results of a source's stage, counted with this caption of each picture; None where some
-    pictures lack it."""
-    if caption == "original":
-        return results
-    # Results from before captions were counted know of none but the own ones.
-    if results.get("captions", {}).get("synthetic", 0) < results["num_examples"]:
-        return None
-    return {**results, **results["seen"][caption]}
 
 
 def prepared_index(source: PrepareSource) -> Path | None:
@@ -123,39 +110,55 @@ def prepared_index(source: PrepareSource) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def facts_of_results(source: Mapping[str, Any]) -> Facts:
-    """From the results of a source's stage, or what a recipe expects of it.
+def facts_of_results(source: SourceResult) -> Facts:
+    """From the results of a source's stage; older ones lack lengths, and maybe targets."""
+    return _facts(
+        source.kind,
+        (source.num_examples, source.num_tokens, source.num_images),
+        source.num_targets,
+        source.distinct_images,
+        source.lengths,
+    )
 
-    The latter, and older results, lack lengths, and maybe targets; each picture is then taken to
-    stand in one example.
-    """
-    kind, examples, tokens = source["kind"], source["num_examples"], source["num_tokens"]
-    lengths, images = source.get("lengths"), source["num_images"]
-    learnt = REPLY_SHARE if kind == "instruct" else 1.0
-    targets = source.get("num_targets", (tokens - examples) * learnt)
+
+def facts_of_expected(source: ExpectedSource) -> Facts:
+    """From what a recipe expects."""
+    counts = (source.num_examples, source.num_tokens, source.num_images)
+    return _facts(source.kind, counts, source.num_targets)
+
+
+def facts_of_text(tokens: int) -> Facts:
+    """Texts of which only the number of tokens is known."""
+    return _facts("text", (max(tokens // TEXT_TOKENS, 1), tokens, 0))
+
+
+def _facts(
+    kind: str,
+    counts: tuple[int, Number, int],
+    targets: Number | None = None,
+    distinct_images: int | None = None,
+    lengths: Mapping[str, Lengths] | None = None,
+) -> Facts:
+    """Without lengths each picture is taken to stand in one example."""
+    examples, tokens, images = counts
+    if targets is None:
+        targets = (tokens - examples) * (REPLY_SHARE if kind == "instruct" else 1.0)
     if lengths is None:
         with_image, mean = min(images, examples), tokens / max(examples, 1)
         plain, shown = (_typical(kind, n, mean) for n in (examples - with_image, with_image))
     else:
-        plain, shown = (tuple(map(tuple, lengths[name])) for name in ("plain", "image"))
+        plain, shown = lengths["plain"], lengths["image"]
     return Facts(
         kind=kind,
         examples=examples,
         tokens=tokens,
         targets=max(targets, 0),
         images=images,
-        distinct_images=source.get("distinct_images", images),
+        distinct_images=images if distinct_images is None else distinct_images,
         plain=plain,
         shown=shown,
         basis="expected" if lengths is None else "counted",
     )
-
-
-def facts_of_text(tokens: int) -> Facts:
-    """Texts of which only the number of tokens is known."""
-    examples = max(tokens // TEXT_TOKENS, 1)
-    counts = {"num_examples": examples, "num_tokens": tokens, "num_images": 0}
-    return facts_of_results({"kind": "text", **counts})
 
 
 def _typical(kind: str, number: Number, mean: float) -> Lengths:

@@ -15,6 +15,7 @@ from midstream.cost.cost import cost
 from midstream.cost.known import Facts, Number, sources_of
 from midstream.cost.workload import taken
 from midstream.study.label import label
+from midstream.study.results import WeightsResult
 from midstream.study.stages import Continue, EncoderStage, Finetune, Stage
 from midstream.study.store import Ledger
 
@@ -131,7 +132,7 @@ def feature_folder(ledger: Ledger, encoder: Frozen) -> Path | None:
     """
     if not ledger.is_done(encoder):
         return None
-    weights = ledger.results(encoder)["weights_digest"]
+    weights = ledger.result(encoder, WeightsResult).weights_digest
     return ledger.store / "features" / digest([FEATURE_FORMAT, weights, encoder.encoder])
 
 

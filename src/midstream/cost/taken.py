@@ -31,6 +31,7 @@ from midstream.cost.cost import (
 from midstream.cost.graph import Plan
 from midstream.cost.known import Number, Schedule, Task, schedule
 from midstream.cost.workload import Device, Workload
+from midstream.study.results import StageResult, checked
 from midstream.study.stages import Pretrain, Trained, stage_from_json
 from midstream.study.store import SUCCESS, Ledger
 
@@ -279,7 +280,8 @@ def samples_here(ledger: Ledger) -> tuple[Samples, str | None]:
         own = _device(folder)
         device = device or own
         if own in (None, device):
-            seconds = float(read_json(folder / "results.json")["seconds"])
+            path = folder / "results.json"
+            seconds = checked(StageResult, read_json(path), path).seconds
             found[stage.kind].append((float(cost(stage, ledger).flops or 0.0), seconds))
     return found, device
 

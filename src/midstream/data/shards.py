@@ -145,6 +145,7 @@ class _Versions:
 
     @property
     def all(self) -> tuple[Example, ...]:
+        """The example and what stands for it with other captions."""
         return (self.own, *self.synthetic)
 
 

@@ -87,6 +87,7 @@ class _PlainUnpickler(pickle.Unpickler):
     """Lists, dicts, texts and numbers only: a pickle that names code cannot run it."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
+        """Refuse code in a pickle."""
         raise pickle.UnpicklingError(f"it names {module}.{name}, and nothing in it may be code")
 
 

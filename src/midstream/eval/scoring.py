@@ -364,6 +364,7 @@ def averages(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
     """
 
     def mean_over_chance(kind: str, column: str) -> float | None:
+        """The stable score of a kind of task from one column."""
         rows = {
             name: row
             for name, row in tasks.items()

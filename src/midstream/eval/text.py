@@ -219,12 +219,15 @@ def adapt(answerer: Answerer) -> Any:
 
     class AnswererLM(LM):  # type: ignore[misc]  # lm_eval is not typed
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+            """As the harness asks it."""
             return answerer.loglikelihood([request.args for request in requests])
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+            """As the harness asks it."""
             return answerer.loglikelihood_rolling([request.args[0] for request in requests])
 
         def generate_until(self, requests: list[Any]) -> list[str]:
+            """As the harness asks it."""
             settings = [normalize_gen_kwargs(r.args[1], _MAX_NEW_TOKENS) for r in requests]
             return answerer.generate_until(
                 [request.args[0] for request in requests],

@@ -22,6 +22,7 @@ from midstream.core.storage import read_json
 from midstream.cost.known import prepared_index
 from midstream.order.mixture import needs_of, passes_needed
 from midstream.study.label import label
+from midstream.study.results import SourceResult
 from midstream.study.stages import (
     PLANNED,
     Continue,
@@ -136,27 +137,31 @@ def data_problems(stages: Iterable[Stage], ledger: Ledger) -> Iterator[Problem]:
 def counted(source: PrepareSource, ledger: Ledger) -> Counted | None:
     """What is known of a source before, or after, it is prepared; None where nothing is."""
     if ledger.is_done(source):
-        found = ledger.results(source)
-        counts = [found[f"num_{name}"] for name in ("tokens", "examples", "images")]
-    elif (index := prepared_index(source)) is not None:
-        found = read_json(index)
-        counts = [found["train"][name] for name in ("tokens", "examples", "images")]
-    elif (told := source.expected) is not None:
+        held = ledger.result(source, SourceResult)
         return Counted(
-            told.kind, told.num_tokens, told.num_examples, told.num_images, expected=True
+            held.kind,
+            round(held.num_tokens),
+            held.num_examples,
+            held.num_images,
+            longest=_longest_of(held.longest),
+            captions=held.captions,
+            seen=held.seen,
         )
-    else:
+    if (index := prepared_index(source)) is not None:
+        found = read_json(index)
+        tokens, examples, images = (found["train"][n] for n in ("tokens", "examples", "images"))
+        return Counted(
+            found["kind"],
+            tokens,
+            examples,
+            images,
+            longest=_longest_of(found["longest"]),
+            captions=found.get("captions"),
+            seen=found.get("seen", {}),
+        )
+    if (told := source.expected) is None:
         return None
-    tokens, examples, images = counts
-    return Counted(
-        found["kind"],
-        tokens,
-        examples,
-        images,
-        longest=_longest_of(found.get("longest", {})),
-        captions=found.get("captions"),
-        seen=found.get("seen", {}),
-    )
+    return Counted(told.kind, told.num_tokens, told.num_examples, told.num_images, expected=True)
 
 
 def _longest_of(longest: Mapping[str, Any]) -> dict[str, tuple[int, str]]:

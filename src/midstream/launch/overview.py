@@ -18,6 +18,7 @@ from midstream.launch.slurm_job import JobBook
 from midstream.study.label import DIGITS, kind_words, labels, shortened
 from midstream.study.lease import is_held
 from midstream.study.progress import Sign, read_sign
+from midstream.study.results import StageResult
 from midstream.study.stages import PrepareSource, Stage, TrainEncoder
 from midstream.study.store import Ledger, State
 from midstream.study.studies import AnyStudy
@@ -136,7 +137,7 @@ class Board:
             self._costs = {name: cost(stage, self.ledger) for name, stage in self.stages.items()}
         for name, stage in self.stages.items():
             if states[name] == "done" and name not in self._seconds:
-                self._seconds[name] = float(self.ledger.results(stage)["seconds"])
+                self._seconds[name] = self.ledger.result(stage, StageResult).seconds
 
     def _view(self, stage: Stage, state: State, job: str | None) -> StageView:
         costs = self._costs[stage.name]

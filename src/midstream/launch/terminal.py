@@ -15,6 +15,7 @@ from rich.table import Table
 from midstream.core.tokens import counted
 from midstream.cost.graph import Plan, older_stages
 from midstream.launch.check_data import Level, Problem
+from midstream.study.results import StageResult
 from midstream.study.store import Ledger, State
 
 Event = dict[str, Any]
@@ -95,6 +96,7 @@ class _Bars:
         self.num_stages = self.num_done = 0
 
     def show(self, event: Event) -> None:
+        """Show an event of the launcher."""
         stage = event.get("stage", "")
         match event["event"]:
             case "plan":
@@ -127,6 +129,7 @@ class _Lines:
         self.num_stages = self.num_done = 0
 
     def show(self, event: Event) -> None:
+        """Show an event of the launcher."""
         kind, stage, now = event["event"], event.get("stage", ""), time.monotonic()
         text = _told(event)
         if kind == "plan":
@@ -236,6 +239,6 @@ class PeakMemory:
         """The sum over the workers, from the stages' results."""
         stages = {row.stage.name: row.stage for row in plan.rows}
         return sum(
-            max(int(ledger.results(stages[name])["peak_memory_bytes"]) for name in names)
+            max(ledger.result(stages[name], StageResult).peak_memory_bytes for name in names)
             for names in self.stages.values()
         )

@@ -192,6 +192,7 @@ class _GatedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, both: Tensor, weight: Tensor) -> Tensor:
+        """[..., 2 * hidden] to [..., width]."""
         gate, up = both.chunk(2, dim=-1)
         ctx.save_for_backward(both, weight)
         return linear(silu(gate) * up, weight)
@@ -199,6 +200,7 @@ class _GatedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_result: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gradients of `forward`'s tensors."""
         both, weight = ctx.saved_tensors
         gate, up = both.chunk(2, dim=-1)
         opened = silu(gate)

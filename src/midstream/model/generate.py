@@ -378,10 +378,12 @@ def _filled(members: list[int], size: int) -> list[int]:
 
 
 def id_tensor(rows: Sequence[int] | Sequence[list[int]] | Sequence[list[bool]], vlm: VLM) -> Tensor:
+    """Ids or masks as a tensor where the model is."""
     return torch.tensor(rows, device=vlm.decoder.output.weight.device)
 
 
 def new_cache(vlm: VLM, like: Float[Tensor, "rows seq hidden"], columns: int) -> AnyCache:
+    """An empty cache of keys and values for these rows."""
     return vlm.decoder.new_cache(
         rows=len(like), columns=columns, dtype=compute_dtype(like), device=like.device
     )

@@ -90,6 +90,7 @@ class _SummedLoss(torch.autograd.Function):
         room: int,
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor]:
+        """The sums of loss and z-loss, their gradients kept."""
         with torch.autocast(hidden.device.type, enabled=False):
             rows = max(1, room // weight.shape[0])
             # float64 stays what it is, for checks of the gradient.
@@ -128,6 +129,7 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_total: Tensor, _of_loss: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients that `forward` kept, scaled."""
         of_hidden, of_weight = ctx.saved_tensors
         return (
             of_hidden * of_total.to(of_hidden.dtype) if ctx.needs_input_grad[0] else None,

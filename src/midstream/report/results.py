@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from scipy.special import stdtrit
 
 from midstream.config import StageKind
 from midstream.core.storage import write_bytes
+from midstream.study.results import EvaluationResult, StableScores, StageResult, TrainingResult
 from midstream.study.stages import (
     Continue,
     DataStage,
@@ -24,6 +25,7 @@ from midstream.study.stages import (
     LoadModel,
     Pretrain,
     Stage,
+    Trained,
     came_from,
 )
 from midstream.study.store import Ledger, State
@@ -101,12 +103,14 @@ def spent(part: Part, ledger: Ledger) -> tuple[int | None, float | None]:
         return tokens, seconds
     if not ledger.is_done(part.stage):
         return None, None
-    results = ledger.results(part.stage)
+    if not isinstance(part.stage, Trained):
+        return None, ledger.result(part.stage, StageResult).seconds
+    results = ledger.result(part.stage, TrainingResult)
     if part.share == 1.0:
-        return results.get("tokens_seen"), results["seconds"]
+        return results.tokens_seen, results.seconds
     tokens, seconds = 0, 0.0
     for line in ledger.metrics(part.stage):
-        if tokens >= part.share * results["tokens_seen"]:
+        if tokens >= part.share * results.tokens_seen:
             break
         tokens, seconds = line["tokens_seen"], seconds + line["seconds"]
     return tokens, seconds
@@ -247,6 +251,7 @@ def _difference(
 
 
 STABLE = ("stable.vision", "stable.vision_blind", "stable.text")
+NOTHING = EvaluationResult(seconds=0.0, tasks={}, stable=StableScores())
 
 
 @dataclass(frozen=True)
@@ -269,14 +274,35 @@ class Group:
         return max((spread.n for spread in self.spreads.values()), default=0)
 
 
-def line_rows(study: Study, ledger: Ledger) -> list[dict[str, Any]]:
-    """One flat row a line and a baseline; every row has all columns, None where nothing is known.
+@dataclass(frozen=True)
+class LineRow:
+    """A line or baseline; `stage` names its evaluation, `values` are its numbers by column."""
 
-    Columns: name, role (line | baseline), state, stage; `axis.<name>`; `stable.vision`,
-    `stable.vision_blind`, `stable.text` and `<task>.score`, `.blind`, `.chance`, `.stderr`,
-    `.num_examples` (scores from 0 to 1); what else the table shows, `<task>:<metric>` and
-    `suite:<name>`; `tokens.<kind>`, `seconds.<kind>` and `seconds`, the sum.
+    name: str
+    role: Literal["line", "baseline"]
+    state: State
+    stage: str
+    axes: Mapping[str, float | int | str | None]
+    values: Mapping[str, float | int | None]
+
+    def at(self, axis: str | None) -> float | int | str | None:
+        """Its place on an axis; None where it has none."""
+        return None if axis is None else self.axes.get(axis)
+
+    def flat(self) -> dict[str, Any]:
+        """The row of results.csv."""
+        about = {"name": self.name, "role": self.role, "state": self.state, "stage": self.stage}
+        return about | {f"axis.{axis}": at for axis, at in self.axes.items()} | {**self.values}
+
+
+def line_rows(study: Study, ledger: Ledger) -> list[LineRow]:
+    """One row a line and a baseline; all have the same columns, None where nothing is known.
+
+    Columns: `stable.vision`, `stable.vision_blind`, `stable.text` and `<task>.score`, `.blind`,
+    `.chance`, `.stderr`, `.num_examples` (scores from 0 to 1); what else the table shows,
+    `<task>:<metric>` and `suite:<name>`; `tokens.<kind>`, `seconds.<kind>` and `seconds`, the sum.
     """
+    named: list[tuple[str, Literal["line", "baseline"], Mapping[str, Any], Evaluate]]
     named = [(line.name, "line", line.axes, line.result) for line in study.lines]
     named += [(name, "baseline", {}, result) for name, result in study.baselines.items()]
     axes = list(dict.fromkeys(axis for line in study.lines for axis in line.axes))
@@ -284,15 +310,14 @@ def line_rows(study: Study, ledger: Ledger) -> list[dict[str, Any]]:
     further = [score for score in study.table.scores if ":" in score] if study.table else []
     rows, ledger = [], Snapshot.of(ledger)
     for name, role, at, result in named:
-        row: dict[str, Any] = {"name": name, "role": role, "state": ledger.state(result)}
-        row |= {"stage": result.name} | {f"axis.{axis}": at.get(axis) for axis in axes}
-        found = ledger.results(result) if ledger.is_done(result) else {"stable": {}, "tasks": {}}
-        row |= {column: found["stable"].get(column.split(".")[1]) for column in STABLE}
+        found = NOTHING
+        if ledger.is_done(result):
+            found = ledger.result(result, EvaluationResult)
+        row = {column: getattr(found.stable, column.split(".")[1]) for column in STABLE}
         row |= {score: _further(score, found) for score in further}
         for task in tasks:
-            score = found["tasks"].get(task, {})
             for key in ("score", "blind", "chance", "stderr", "num_examples"):
-                row[f"{task}.{key}"] = score.get(key)
+                row[f"{task}.{key}"] = getattr(found.tasks.get(task), key, None)
         uses = {kind: ledger.spent(part) for kind, part in parts_of(result).items()}
         for kind in ("pretrain", "continue", "finetune"):
             row[f"tokens.{kind}"] = uses[kind][0] if kind in uses else None
@@ -300,17 +325,17 @@ def line_rows(study: Study, ledger: Ledger) -> list[dict[str, Any]]:
             row[f"seconds.{kind}"] = uses[kind][1] if kind in uses else None
         seconds = [use[1] for use in uses.values()]
         row["seconds"] = None if None in seconds else sum(s for s in seconds if s is not None)
-        rows.append(row)
+        places = {axis: at.get(axis) for axis in axes}
+        rows.append(LineRow(name, role, ledger.state(result), result.name, places, row))
     return rows
 
 
-def _further(score: str, found: Mapping[str, Any]) -> float | None:
+def _further(score: str, found: EvaluationResult) -> float | None:
     """A metric of a task, or the stable score of a published set of tasks."""
     name, _, part = score.partition(":")
     if name == "suite":
-        value = found.get("suites", {}).get(part, {}).get("score")
-    else:
-        value = found["tasks"].get(name, {}).get("details", {}).get(part)
+        return found.suites[part].score if part in found.suites else None
+    value = found.tasks[name].details.get(part) if name in found.tasks else None
     return None if value is None else float(value)
 
 
@@ -336,7 +361,7 @@ def stable_of(study: Study) -> tuple[str, ...]:
     return tuple(name for name in STABLE if name.split(".")[1].split("_")[0] in kinds)
 
 
-def group_rows(study: Study, rows: Sequence[dict[str, Any]]) -> list[Group]:
+def group_rows(study: Study, rows: Sequence[LineRow]) -> list[Group]:
     """The lines that `line_rows` gave, grouped by the figure's x and by, in rising order of x.
 
     Baselines are no part of any group.
@@ -347,9 +372,9 @@ def group_rows(study: Study, rows: Sequence[dict[str, Any]]) -> list[Group]:
                 f"the figure of {study.name!r} is drawn over {axis!r}, and line {line.name!r} "
                 f"has only {', '.join(line.axes) or 'no axes'}; give the line this axis"
             )
-    lines = [row for row in rows if row["role"] == "line"]
-    x, by = f"axis.{study.figure.x}", f"axis.{study.figure.by}"
-    places = list(dict.fromkeys((row[x], row.get(by)) for row in lines))
+    lines = [row for row in rows if row.role == "line"]
+    x, by = study.figure.x, study.figure.by
+    places: list[Any] = list(dict.fromkeys((row.at(x), row.at(by)) for row in lines))
     if all(isinstance(place[0], int | float) for place in places):
         places.sort(key=lambda place: place[0])
     columns = [
@@ -358,18 +383,18 @@ def group_rows(study: Study, rows: Sequence[dict[str, Any]]) -> list[Group]:
     ]
     groups = []
     for place in places:
-        members = [row for row in lines if (row[x], row.get(by)) == place]
-        rest = [key for key in members[0] if key.startswith("axis.") and key not in (x, by)]
-        differing = [key for key in rest if len({row[key] for row in members}) > 1]
-        names = [
-            ", ".join(f"{axis[5:]}={row[axis]}" for axis in rest) or str(row["name"])
+        members = [row for row in lines if (row.at(x), row.at(by)) == place]
+        rest = [axis for axis in members[0].axes if axis not in (x, by)]
+        differing = [axis for axis in rest if len({row.at(axis) for row in members}) > 1]
+        named = [
+            (", ".join(f"{axis}={row.at(axis)}" for axis in rest) or row.name, row.values)
             for row in members
         ]
-        spreads = {}
-        for column in columns:
-            named = [(name, row[column]) for name, row in zip(names, members, strict=True)]
-            spreads[column] = Spread(tuple(pair for pair in named if pair[1] is not None))
-        mixed = tuple(key[5:] for key in differing if key != "axis.seed")
+        spreads = {
+            column: Spread(tuple((n, v) for n, row in named if (v := row[column]) is not None))
+            for column in columns
+        }
+        mixed = tuple(axis for axis in differing if axis != "seed")
         groups.append(Group(place[0], place[1], len(members), spreads, mixed))
     return groups
 

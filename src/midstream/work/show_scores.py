@@ -163,6 +163,7 @@ def _suite(found: dict[str, Any]) -> str:
 
 
 def score_file(request: dict[str, Any], console: Console) -> None:
+    """Score a file of predictions and print the row."""
     row = score_predictions(
         Path(request["data"]),
         request["task"],
