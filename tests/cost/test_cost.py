@@ -39,6 +39,7 @@ from midstream.model.vlm import Projector
 from midstream.order.mixture import Supply
 from midstream.order.plan import make_plan
 from midstream.order.stream import ArrayLengths
+from midstream.study.results import SourceResult
 from midstream.study.stages import Continue, Evaluate, Finetune, PrepareSource, Stage
 from midstream.study.store import Ledger
 from midstream.study.studies import Study
@@ -175,14 +176,17 @@ def test_a_long_stage_is_priced_as_its_plan_lays_it_out_from_a_sample_of_its_row
     training = stage.training.model_copy(update={"budget": budget, "rows": rows})
     facts = {
         name: facts_of_results(
-            SOURCES[name]
-            | {
-                "num_examples": len(found),
-                "num_tokens": int(found.sum()),
-                "num_images": len(found) if name == "captions" else 0,
-                "num_targets": int(found.sum()) - len(found),
-                "lengths": _classes(found, "plain" if name == "stories" else "image"),
-            }
+            SourceResult.model_validate(
+                SOURCES[name]
+                | {
+                    "seconds": 1.0,
+                    "num_examples": len(found),
+                    "num_tokens": int(found.sum()),
+                    "num_images": len(found) if name == "captions" else 0,
+                    "num_targets": int(found.sum()) - len(found),
+                    "lengths": _classes(found, "plain" if name == "stories" else "image"),
+                }
+            )
         )
         for name, found in lengths.items()
     }
