@@ -1,21 +1,20 @@
 """One conversation with an opened model, and a few lines about that model.
 
-Pictures, questions and answers as they are streamed, with a cache over the turns. Token ids of an
-answer become whole characters, without any that would harm a terminal. About the model: its name,
-its training, its scores.
+Token ids of an answer become whole characters, without any that would harm a terminal.
 """
 
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Self
 
 import torch
 from jaxtyping import Float
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from midstream.config import DecoderConfig
+from midstream.config import Config, DecoderConfig, Positive
 from midstream.core.storage import read_json
 from midstream.data.examples import TextCodec, question_ids
 from midstream.data.images import decode_pixels
@@ -162,23 +161,22 @@ class Conversation:
 OPENLM_POSITIONS = 2048
 
 
-@dataclass(frozen=True)
-class ChatSettings:
+class ChatSettings(Config):
     """How answers are made; temperature None or 0 takes the most likely token each time."""
 
-    max_new_tokens: int = 256
-    temperature: float | None = None
+    max_new_tokens: Positive = 256
+    temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: float = 1.0
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
+    @model_validator(mode="after")
+    def _draws(self) -> Self:
         if not self.temperature and self.top_p != 1.0:
             raise ValueError(
                 f"top_p {self.top_p} says how tokens are drawn, but without a temperature none "
                 "are drawn; give a temperature above 0 as well"
             )
+        return self
 
     @property
     def sampling(self) -> Sampling | None:

@@ -1,15 +1,24 @@
-"""The conversation in a terminal, and the same for scripts: questions on standard input."""
+"""The work of `midstream chat`: in a terminal, on a page, or for scripts that write questions."""
 
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Annotated, Literal
 
+from pydantic import Field
 from rich.console import Console
 from rich.text import Text
 
-from midstream.chat.session import ChatSession, harmless
+from midstream.chat.session import ChatSession, ChatSettings, caution, describe, harmless
+from midstream.chat.web_page import Page, require_gradio, serve
+from midstream.config import Machine
+from midstream.train.parallel import set_up
+from midstream.work.open_model import open_model
+from midstream.work.protocol import Channel
 
 QUIT = "/quit"
 HELP = """\
@@ -18,6 +27,44 @@ HELP = """\
 /help        these lines
 /quit        end the chat; so does Ctrl-D, while Ctrl-C stops an answer
 A question may begin with a slash if there is a space before it."""
+
+
+class ChatRequest(ChatSettings):
+    """The arguments of `midstream chat`."""
+
+    checkpoint: Path
+    image: Path | None = None
+    web: bool = False
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def chat(request: ChatRequest, channel: Channel) -> None:
+    """Open the model and chat; ValueError or OSError for what is refused."""
+    if request.web:
+        require_gradio()
+    place = set_up(Machine(threads=os.cpu_count() or 1, device=request.device))
+    opened = open_model(request.checkpoint, place.device)
+    about = describe(opened)
+    if (warning := caution(opened)) is not None:
+        about.append(warning)
+    session = ChatSession(opened, request)
+    # Refuses a picture that cannot be shown before anything is said or served.
+    session.show(request.image)
+    console, notes = Console(), Console(stderr=True)
+    for line in about:
+        say(console if request.web or sys.stdin.isatty() else notes, line, "dim")
+    if request.web:
+        page = Page(opened, request, about, request.image)
+        serve(page, request.port, lambda address: say(console, f"{address}  (Ctrl-C ends it)"))
+    elif not sys.stdin.isatty():
+        answer_lines(session, sys.stdin, console, notes)
+    else:
+        # With it, `input` edits lines and remembers them.
+        with suppress(ImportError):
+            import readline  # noqa: F401
+        say(console, "/help lists the commands", "dim")
+        converse(session, console, input)
 
 
 def converse(session: ChatSession, console: Console, read: Callable[[str], str]) -> None:

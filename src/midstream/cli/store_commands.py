@@ -1,30 +1,26 @@
-"""What is done with a store: `midstream store`, `report`, `profile`, and what `prepare` prints.
+"""What is done with a store: `midstream store`, `report`, `profile`, and what `prepare` prints."""
 
-`midstream store`: what a store holds, which studies need it, deleting, verifying. `midstream
-report`: pages, tables and figures of studies from what their store holds. `midstream profile`: its
-options, and the process that works. `midstream prepare` as seen from the terminal: a process that
-prepares, a bar, a table.
-"""
-
-import json
-import os
 import shlex
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from midstream.cli import DEFAULT_STORE, ScaleName, Settings, Store, StudyName
+from midstream.cli import (
+    DEFAULT_STORE,
+    Device,
+    ScaleName,
+    Settings,
+    StageName,
+    Store,
+    StudyName,
+    Threads,
+    work,
+)
 from midstream.core.tokens import counted
 
 if TYPE_CHECKING:
@@ -250,21 +246,14 @@ def write(
 
 def profile(
     study: StudyName,
-    stage: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME_OR_KIND",
-            help="pretrain, continue, finetune, or how a stage's name begins; without it the "
-            "first continue.",
-        ),
-    ] = None,
+    stage: StageName = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps that are measured.")] = 10,
     out: Annotated[Path, typer.Option(help="Where trace and page go.")] = Path("profile"),
     store: Store = DEFAULT_STORE,
     settings: Settings = None,
     scale: ScaleName = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of the process.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Threads = 1,
+    device: Device = "auto",
     others: Annotated[
         list[str] | None,
         typer.Option("--machine", metavar="NAME=VALUE", help="Any other choice of the machine."),
@@ -280,25 +269,11 @@ def profile(
     chosen: dict[str, Any] = {"threads": threads, "device": device, "features": "live"}
     machine = Machine.model_validate(chosen | read_settings("--machine", others or []))
     found = training_stage(find_study(study, with_scale(settings, scale), Ledger(store)), stage)
-    request = {
-        "store": str(store.absolute()),
-        "stage": found.model_dump(mode="json"),
-        "machine": machine.alone().model_dump(mode="json"),
-        "steps": steps,
-        "out": str(out.absolute()),
-    }
-    with tempfile.TemporaryDirectory(prefix="midstream-profile-") as folder:
-        file = Path(folder) / "request.json"
-        file.write_text(json.dumps(request))
-        # A process of its own, as the launcher's workers are: the commands import no torch.
-        ended = subprocess.run(
-            [sys.executable, "-m", "midstream.work.profile_stage", str(file)],
-            env=worker_environment(machine),
-            stdout=subprocess.PIPE,
-        )
-    if ended.returncode:
-        raise typer.Exit(ended.returncode)
-    for line in _lines(json.loads(ended.stdout.splitlines()[-1])):
+    request = {"store": store.absolute(), "stage": found.model_dump(mode="json")}
+    request |= {"machine": machine.alone().model_dump(mode="json")}
+    request |= {"steps": steps, "out": out.absolute()}
+    meters = work("profile", request, worker_environment(machine))
+    for line in _lines(meters):
         terminal.out().print(line, markup=False, highlight=False)
     typer.echo(f"page: {out / 'summary.html'}\ntrace: {out / 'trace.json'}")
 
@@ -314,34 +289,6 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"product reaches; peak memory {found['peak_memory_bytes'] / 2**20:,.0f} MiB",
         f"time: {shares}",
     ]
-
-
-Event = dict[str, Any]
-# Where standard output is no terminal, progress is printed this often.
-QUIET_SECONDS = 10.0
-
-
-def prepare(request: dict[str, Any], console: Console) -> Event:
-    """Prepare a source in a process of its own and show how it goes; returns its last event.
-
-    That is "done" with the "summary" and "seconds", "failed" with the "error", or "stopped".
-    """
-    started = time.monotonic()
-    command = [sys.executable, "-m", "midstream.work.prepare_data"]
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    pipe = subprocess.PIPE
-    last: Event = {"event": "failed", "error": "the preparation ended without a result"}
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
-        assert process.stdin is not None
-        with suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-        for event in _shown(_events(process), console):
-            last = event
-    if last["event"] == "failed" and process.returncode:
-        how = f"signal {-process.returncode}" if process.returncode < 0 else "an error of its own"
-        last["error"] = f"the preparing process ended with {how}; run the same again to go on"
-    return {**last, "seconds": time.monotonic() - started}
 
 
 def print_summary(summary: dict[str, Any], seconds: float, console: Console) -> None:
@@ -372,46 +319,3 @@ def print_summary(summary: dict[str, Any], seconds: float, console: Console) -> 
         soft_wrap=True,
         highlight=False,
     )
-
-
-def _events(process: "subprocess.Popen[str]") -> Iterator[Event]:
-    """What the process tells; Ctrl-C reaches it as well, and a second one ends it."""
-    assert process.stdout is not None
-    interrupted = False
-    while True:
-        try:
-            line = process.stdout.readline()
-        except KeyboardInterrupt:
-            if interrupted:
-                process.kill()
-            interrupted = True
-            continue
-        if not line:
-            return
-        yield json.loads(line)
-
-
-def _shown(events: Iterator[Event], console: Console) -> Iterator[Event]:
-    """Show progress and notices; yields the other events."""
-    told = 0.0
-    columns = (
-        TextColumn("preparing"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        task = bars.add_task("", total=1.0)
-        for event in events:
-            if event["event"] == "notice":
-                console.print(event["note"], markup=False, highlight=False, soft_wrap=True)
-                continue
-            if event["event"] != "progress":
-                yield event
-                continue
-            bars.update(task, completed=event["done"], description=escape(event["note"]))
-            if not console.is_terminal and time.monotonic() - told >= QUIET_SECONDS:
-                told = time.monotonic()
-                text = f"{time.strftime('%H:%M:%S')} {event['done']:.0%} {event['note']}"
-                console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -40,6 +40,7 @@ from midstream.model.pretrained import TransformersDecoder
 from midstream.model.vision import VisionEncoder
 from midstream.model.vlm import VLM
 from midstream.work.open_model import OpenedModel, open_model
+from midstream.work.protocol import Channel, Request
 
 CODE = (
     *OPENLM_CODE,
@@ -188,12 +189,19 @@ _QUESTION = "What colour is the thing in the middle?"
 _TOLERANCE = 1e-3
 
 
-def serve(request: dict[str, Any]) -> None:
-    """Export as the request says (`checkpoint`, `out`, `text_only`) and print what was written."""
-    opened = open_model(Path(request["checkpoint"]), torch.device("cpu"))
-    out = Path(request["out"])
-    report = export(opened, out, text_only=bool(request["text_only"]))
-    print(f"{out}: {report.architecture}, {report.num_parameters:,} parameters")
+class ExportRequest(Request):
+    """A stage's folder or a milestone, and the folder that is written of it."""
+
+    checkpoint: Path
+    out: Path
+    text_only: bool
+
+
+def serve(request: ExportRequest, channel: Channel) -> None:
+    """Export as the request says and print what was written."""
+    opened = open_model(request.checkpoint, torch.device("cpu"))
+    report = export(opened, request.out, text_only=request.text_only)
+    print(f"{request.out}: {report.architecture}, {report.num_parameters:,} parameters")
     print(f"  {report.reason}")
     for note in report.notes:
         print(f"  {note}")

@@ -1,21 +1,11 @@
-"""`midstream show-data`: a row of a plan as a person reads it, and its mixture.
+"""The work of `midstream show-data`: a row of a plan as a person reads it, and its mixture.
 
-A row of a plan taken apart again: which example each part is, its text, and what is supervised.
-
-For people who look at data, not for training.
-
-Shows what a training stage sees: a row of its plan as a person reads it, and its mixture.
-
-As a process (`python -m midstream.work.show_data --store S ...`, the stage as JSON on standard
-input) it serves `midstream show-data`. It only reads, unless `--prepare` asks for the data to be
-made.
+It only reads, unless it is asked to prepare the data.
 """
 
-import argparse
 import io
 import re
 import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -40,9 +30,59 @@ from midstream.data.sources import Source
 from midstream.launch.workers import Event, Worker, write_work
 from midstream.order.plan import RowPlan
 from midstream.study.label import label
-from midstream.study.stages import DataStage, Stage, Trained, overflow_of, stage_from_json
+from midstream.study.stages import DataStage, Stage, Trained, overflow_of
 from midstream.study.store import Ledger, launch_lock
 from midstream.work.open_model import open_sources, open_tokenizer
+from midstream.work.protocol import Channel, Request
+
+COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
+# What stands around targets where there are no colours.
+OPEN_MARK, CLOSE_MARK = "⟦", "⟧"
+KINDS = ("text", "caption", "instruct", "image", "pad", "target")
+# Text may hold bytes that would steer the terminal.
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class ShowDataRequest(Request):
+    """A stage of a store, and the row to print, or how many rows the mixture is counted over.
+
+    `remedy` is the command that prepares the data.
+    """
+
+    store: Path
+    stage: Trained
+    row: int | None
+    stats: int | None
+    out: Path
+    prepare: bool
+    remedy: str
+
+
+def show_data(request: ShowDataRequest, channel: Channel) -> None:
+    """Print what is asked for; FileNotFoundError names data that is not prepared."""
+    stage, ledger = request.stage, Ledger(request.store)
+    console = Console(highlight=False)
+    data = [parent for parent in stage.parents if isinstance(parent, DataStage)]
+    read = [one for parent in data for one in order_of(parent)]
+    needed = [one for one in {one.name: one for one in read}.values() if not ledger.is_done(one)]
+    if needed:
+        if not request.prepare:
+            states = ", ".join(f"{label(one)} is {ledger.state(one)}" for one in needed)
+            raise FileNotFoundError(
+                f"the data of {label(stage)} is not prepared: {states} in {ledger.store}; add "
+                f"--prepare to prepare it now, or run the study: {request.remedy}"
+            )
+
+        def tell(note: str) -> None:
+            done = sum(ledger.is_done(one) for one in needed) / len(needed)
+            channel.progress(f"preparing the data of {label(stage)}", done, note)
+
+        run_preparation(needed, ledger, tell)
+    shown = open_stage(stage, ledger)
+    if request.row is not None:
+        print_row(shown, request.row, request.out, console)
+    if request.stats is not None:
+        print_stats(shown, request.stats, console)
 
 
 @dataclass(frozen=True)
@@ -140,15 +180,6 @@ def _spans(
             yield from (Span(special, mark, True) for _ in numbers)
         else:
             yield Span(codec.decode(numbers), mark, False)
-
-
-REFUSED_EXIT_CODE, INTERRUPTED_EXIT_CODE = 1, 130
-COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
-# What stands around targets where there are no colours.
-OPEN_MARK, CLOSE_MARK = "⟦", "⟧"
-KINDS = ("text", "caption", "instruct", "image", "pad", "target")
-# Text may hold bytes that would steer the terminal.
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -376,48 +407,3 @@ def run_preparation(stages: Sequence[Stage], ledger: Ledger, note: Callable[[str
         finally:
             worker.close()
             worker.leave()
-
-
-def main() -> int:
-    """The process behind `midstream show-data`; the exit code is 1 where it refuses."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--store", type=Path, required=True)
-    parser.add_argument("--row", type=int)
-    parser.add_argument("--stats", type=int, metavar="ROWS")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--prepare", action="store_true")
-    parser.add_argument("--remedy", default="midstream run", help="what prepares the data")
-    arguments = parser.parse_args()
-    stage, ledger = stage_from_json(sys.stdin.read()), Ledger(arguments.store)
-    assert isinstance(stage, Trained)
-    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
-    try:
-        data = [parent for parent in stage.parents if isinstance(parent, DataStage)]
-        read = [one for parent in data for one in order_of(parent)]
-        needed = [
-            one for one in {one.name: one for one in read}.values() if not ledger.is_done(one)
-        ]
-        if needed:
-            if not arguments.prepare:
-                states = ", ".join(f"{label(one)} is {ledger.state(one)}" for one in needed)
-                raise FileNotFoundError(
-                    f"the data of {label(stage)} is not prepared: {states} in {ledger.store}; add "
-                    f"--prepare to prepare it now, or run the study: {arguments.remedy}"
-                )
-            with errors.status(f"preparing the data of {label(stage)}") as status:
-                run_preparation(needed, ledger, lambda note: status.update(Text(note)))
-        shown = open_stage(stage, ledger)
-        if arguments.row is not None:
-            print_row(shown, arguments.row, arguments.out, console)
-        if arguments.stats is not None:
-            print_stats(shown, arguments.stats, console)
-    except (ValueError, OSError) as reason:
-        _say(errors, f"error: {reason}", style="bold red")
-        return REFUSED_EXIT_CODE
-    except KeyboardInterrupt:
-        return INTERRUPTED_EXIT_CODE
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
