@@ -18,7 +18,6 @@ from midstream.chat.session import (
     TextPieces,
     caution,
     describe,
-    harmless,
 )
 from midstream.config import AnyDecoderConfig, TransformersDecoderConfig
 from midstream.data.examples import TextCodec, question_ids
@@ -29,6 +28,7 @@ from midstream.study.label import label
 from midstream.study.stages import Evaluate, Imported, LoadDecoder
 from midstream.study.store import Ledger
 from midstream.work.open_model import OpenedModel
+from midstream.work.protocol import harmless
 
 SHORT = ChatSettings(max_new_tokens=8)
 QUESTIONS = ("What colour is it?", "Is it red?", "How many circles are there?")

@@ -51,7 +51,7 @@ def test_the_command_prepares_a_source_and_prints_its_counts(
     (source / "1.jsonl").write_text('{"text": "fine"}\n{"body": "bad"}\n')
     command = arguments(source, tmp_path / "out", tokenizer)
     result = CliRunner().invoke(app, command)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "1 of 52 records" in result.stderr
     assert "1.jsonl, line 2: no text" in result.stderr
     assert "Traceback" not in result.stderr
@@ -104,7 +104,7 @@ def test_what_a_user_can_put_right_is_one_message(
     else:
         (source / "1.jsonl.gz").write_bytes(b"no gzip")
     result = CliRunner().invoke(app, arguments(source, tmp_path / "out", tokenizer))
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
 

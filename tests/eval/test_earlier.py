@@ -1,17 +1,18 @@
 """What was asked before is not asked again, unless a byte of what is asked is another."""
 
+import io
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from midstream.config import Evaluation
 from midstream.core.storage import read_json, write_json
@@ -19,6 +20,7 @@ from midstream.eval import answers as eval_answers
 from midstream.eval.answers import KeptAnswers, earlier_tasks
 from midstream.eval.benchmark import evaluate
 from midstream.work import evaluate_model
+from midstream.work.protocol import Channel
 
 TASKS = ("hue", "odd", "letters")
 ASKED: dict[str, Any] = {"visual_tasks": ("hue", "odd"), "text_tasks": ("letters",)}
@@ -218,14 +220,10 @@ def test_the_command_finds_the_score_of_a_changed_file_and_keeps_the_others(
     def run(data: str) -> dict[str, float]:
         fake = Yes()
         monkeypatch.setattr(evaluate_model, "_open_model", lambda *_: (fake, Path(data)))
-        request = {
-            "models": ["model"],
-            "out": str(tmp_path / "out"),
-            "tasks": [],
-            "evaluation": {"blind": False, "batch_size": 2},
-        }
-        with Console(record=True, width=200) as console:
-            evaluate_model._evaluate(request, console)
+        request = evaluate_model.EvaluateRequest(
+            models=("model",), out=tmp_path / "out", evaluation={"blind": False, "batch_size": 2}
+        )
+        evaluate_model.evaluate_all(request, Channel(None))
         heard[:] = sorted({prompt.split()[0] for prompt in fake.asked})
         folders = list((tmp_path / "out").glob("model-*"))
         latest = max(folders, key=lambda path: (path / "results.json").stat().st_mtime_ns)
@@ -253,11 +251,12 @@ def test_what_is_shown_again_says_from_when_it_is_wherever_it_is_taken(
     monkeypatch.setattr(evaluate_model, "_open_model", lambda *_: (Yes(), tmp_path / "world"))
 
     def run(**options: Any) -> str:
-        request = {"models": ["model"], "out": str(tmp_path / "out"), "tasks": []}
-        request |= {"evaluation": {"blind": False, **options}}
-        with Console(record=True, width=200) as console:
-            evaluate_model._evaluate(request, console)
-        return next(line for line in console.export_text().splitlines() if "/out/model-" in line)
+        request = evaluate_model.EvaluateRequest(
+            models=("model",), out=tmp_path / "out", evaluation={"blind": False, **options}
+        )
+        with redirect_stdout(io.StringIO()) as told:
+            evaluate_model.evaluate_all(request, Channel(None))
+        return next(line for line in told.getvalue().splitlines() if "/out/model-" in line)
 
     assert "as before" not in run()
     (first,) = (tmp_path / "out").glob("model-*")

@@ -1,6 +1,7 @@
 """The list of tasks, and progress, as `midstream eval` prints them."""
 
 import json
+from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
@@ -9,14 +10,15 @@ from rich.console import Console
 
 from midstream.launch import terminal
 from midstream.launch.terminal import reporting
-from midstream.work.show_scores import list_tasks
+from midstream.work.protocol import Channel
+from midstream.work.show_scores import ListTasksRequest, list_tasks
 
 
 def listed(data: Path) -> str:
-    console = Console(file=StringIO(), width=400)
-    list_tasks({"data": str(data)}, console)
-    assert isinstance(console.file, StringIO)
-    return console.file.getvalue()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as told:
+        patch.setenv("COLUMNS", "400")
+        list_tasks(ListTasksRequest(data=data), Channel(None))
+    return told.getvalue()
 
 
 def row_of(text: str, task: str) -> str:

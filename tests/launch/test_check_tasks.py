@@ -30,7 +30,7 @@ def empty(tmp_path: Path) -> Ledger:
 
 def read_requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The tasks that are read from now on, by their names."""
-    from midstream.work.read_tasks import read
+    from midstream.work.read_tasks import TaskRequest, read
 
     names: list[str] = []
 
@@ -39,7 +39,7 @@ def read_requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         for request in requests:
             names.append(request["task"])
             try:
-                read(request)
+                read(TaskRequest(**request))
                 told.append(None)
             except (ValueError, OSError) as reason:
                 told.append(str(reason))

@@ -1,13 +1,12 @@
 """One conversation with an opened model, and a few lines about that model.
 
-Token ids of an answer become whole characters, without any that would harm a terminal.
+Token ids of an answer become whole characters.
 """
 
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -29,8 +28,6 @@ from midstream.work.open_model import OpenedModel, WithModel, evaluations
 # A byte in the vocabularies that spell unknown characters out (sentencepiece's byte fallback).
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _INCOMPLETE = "\ufffd"
-# Controls that turn the direction of what follows them, beyond the answer.
-_TURNS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 
 
 class TextPieces:
@@ -60,21 +57,6 @@ class TextPieces:
     def _grow(self, text: str) -> str:
         known, self.text = len(self.text), text.strip()
         return self.text[known:]
-
-
-def harmless(text: str) -> str:
-    """Text with its control characters written out (`\\x1b`), all but line breaks and tabs.
-
-    Those that turn the reading direction are written out too; joiners of emoji and scripts stay.
-    """
-    return "".join(_written_out(character) for character in text)
-
-
-def _written_out(character: str) -> str:
-    controls = unicodedata.category(character) == "Cc" and character not in "\n\t"
-    if controls or unicodedata.bidirectional(character) in _TURNS:
-        return character.encode("unicode_escape").decode()
-    return character
 
 
 class Conversation:
@@ -170,7 +152,7 @@ class ChatSettings(Config):
     seed: int = 0
 
     @model_validator(mode="after")
-    def _draws(self) -> Self:
+    def _draws(self) -> "ChatSettings":
         if not self.temperature and self.top_p != 1.0:
             raise ValueError(
                 f"top_p {self.top_p} says how tokens are drawn, but without a temperature none "

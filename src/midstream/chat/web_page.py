@@ -15,8 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from midstream.chat.session import ChatSession, ChatSettings, harmless
+from midstream.chat.session import ChatSession, ChatSettings
 from midstream.work.open_model import OpenedModel
+from midstream.work.protocol import harmless
 
 HOST = "127.0.0.1"
 # The browser itself then asks no other machine for anything.

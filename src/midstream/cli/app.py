@@ -130,8 +130,6 @@ def prepare(
     ] = None,
 ) -> None:
     """Turn public formats into a prepared source; the same command goes on where it was."""
-    from midstream.launch.terminal import out as console
-
     started = time.monotonic()
     options: dict[str, str | int | None] = {"text_key": text_key, "require": require}
     options |= {"images": images, "max_tokens": max_tokens}
@@ -139,7 +137,7 @@ def prepare(
     request |= {"max_rejects": max_rejects, "validation": validation, "options": options}
     request |= {"begin_of_text": begin_of_text, "workers": workers or os.cpu_count() or 1}
     summary = work("prepare", request)
-    store_commands.print_summary(summary, time.monotonic() - started, console())
+    store_commands.print_summary(summary, time.monotonic() - started)
 
 
 @app.command("show-data")
@@ -194,7 +192,6 @@ def demo(
     """Run the pocket study from generated data to its report, on two CPU cores in minutes."""
     from midstream.cli.catalogue import find_study
     from midstream.config import Machine
-    from midstream.launch import terminal
     from midstream.study.store import Ledger
 
     start = time.monotonic()
@@ -205,7 +202,7 @@ def demo(
     text = f"wall time {time.monotonic() - start:,.1f} s"
     if peak_bytes:
         text += f", peak memory {peak_bytes / 2**30:.2f} GiB (sum over the workers)"
-    terminal.out().print(text)
+    typer.echo(text)
 
 
 ALL_COMMANDS: dict[str, Callable[..., None]] = {

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -26,6 +25,7 @@ from midstream.core.tokens import counted
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from midstream.cost.graph import StoredStage
     from midstream.report.gather import Facts
     from midstream.study.store import Ledger
     from midstream.study.studies import AnyStudy
@@ -53,21 +53,21 @@ def du(store: Store = DEFAULT_STORE) -> None:
     from midstream.study.store import Ledger
 
     ledger = Ledger(store)
-    stages = stored_stages(ledger)
+    stages, beside = stored_stages(ledger), other_bytes(ledger)
     table = Table(box=None, pad_edge=False)
     for title in ("what", "stages", "size", "of these unneeded"):
         table.add_column(title, justify="left" if title == "what" else "right")
-    for kind in dict.fromkeys(stage.kind for stage in stages):
-        own = [stage for stage in stages if stage.kind == kind]
+
+    def row(name: str, own: "Sequence[StoredStage]", other: int = 0) -> None:
         free = sum(stage.num_bytes for stage in own if not stage.studies)
-        total = sum(stage.num_bytes for stage in own)
-        table.add_row(kind, str(len(own)), _size(total), _size(free))
-    beside = other_bytes(ledger)
+        total = sum(stage.num_bytes for stage in own) + other
+        table.add_row(name, str(len(own)), _size(total), _size(free))
+
+    for kind in dict.fromkeys(stage.kind for stage in stages):
+        row(kind, [stage for stage in stages if stage.kind == kind])
     for name, size in beside.items():
         table.add_row(name, "-", _size(size), "-")
-    total = sum(stage.num_bytes for stage in stages) + sum(beside.values())
-    free = sum(stage.num_bytes for stage in stages if not stage.studies)
-    table.add_row("all", str(len(stages)), _size(total), _size(free))
+    row("all", stages, sum(beside.values()))
     terminal.out().print(table)
 
 
@@ -89,7 +89,6 @@ def rm(
     from midstream.cli.catalogue import stored_name
     from midstream.cost.graph import remove_stages, stored_stages
     from midstream.cost.graph import unneeded as unneeded_stages
-    from midstream.launch import terminal
     from midstream.study.store import Ledger
 
     ledger = Ledger(store)
@@ -100,13 +99,12 @@ def rm(
         raise ValueError("name stages, or give --unneeded")
     if yes:
         freed = remove_stages(ledger, names)
-        terminal.out().print(f"deleted {counted(len(names), 'stage')}, {_size(freed)}")
+        typer.echo(f"deleted {counted(len(names), 'stage')}, {_size(freed)}")
         return
     for one in stored_stages(ledger):
         if one.name in names:
-            text = f"{one.label} {_size(one.num_bytes)}"
-            terminal.out().print(text, soft_wrap=True, markup=False)
-    terminal.out().print(f"{counted(len(names), 'stage')} would go; say --yes to delete them")
+            typer.echo(f"{one.label} {_size(one.num_bytes)}")
+    typer.echo(f"{counted(len(names), 'stage')} would go; say --yes to delete them")
 
 
 def forget(
@@ -115,11 +113,10 @@ def forget(
 ) -> None:
     """Stop keeping a study: its stages stay until `rm --unneeded --yes`."""
     from midstream.cost.graph import forget_study
-    from midstream.launch import terminal
     from midstream.study.store import Ledger
 
     forget_study(Ledger(store), study)
-    terminal.out().print(f"{study} is forgotten; what it alone needed may now be removed")
+    typer.echo(f"{study} is forgotten; what it alone needed may now be removed")
 
 
 def verify(store: Store = DEFAULT_STORE) -> None:
@@ -129,7 +126,7 @@ def verify(store: Store = DEFAULT_STORE) -> None:
     from midstream.study.store import Ledger
 
     found = check(Ledger(store))
-    terminal.out().print(
+    typer.echo(
         f"{counted(found.num_stages, 'done stage')}, {counted(found.num_folders, 'folder')} with "
         f"checksums, {_size(found.num_bytes)}: {counted(len(found.problems), 'problem')}"
     )
@@ -149,9 +146,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def _size(num_bytes: int) -> str:
-    for size, letter in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.1f} {letter}"
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if num_bytes >= 1024**power:
+            return f"{num_bytes / 1024**power:.1f} {unit}"
     return f"{num_bytes} B"
 
 
@@ -218,17 +215,14 @@ def _require_room(store: Path) -> None:
 def write(
     study: "AnyStudy", ledger: "Ledger", curves: int = DEFAULT_CURVES, out: Path | None = None
 ) -> "Sequence[Facts]":
-    """Write the pages of a study or suite, print their scores, and return what they say.
-
-    They go to `<store>/reports`, or to `out`.
-    """
+    """Write a study's or suite's pages into `<store>/reports` or `out`, and print their scores."""
     from midstream.launch import terminal
     from midstream.report.gather import gather
     from midstream.report.page import write_facts, write_index
     from midstream.report.results import Snapshot
     from midstream.study.studies import Suite
 
-    console, snapshot = terminal.out(), Snapshot(ledger)
+    snapshot = Snapshot(ledger)
     suite = study if isinstance(study, Suite) else None
     facts = []
     for one in study.studies:
@@ -236,11 +230,11 @@ def write(
         path = write_facts(
             facts[-1], suite=None if suite is None else suite.name, max_curves=curves, out=out
         )
-        terminal.print_results(facts[-1].rows, console)
-        console.print(f"report: {path}", soft_wrap=True, markup=False)
+        terminal.print_results(facts[-1].rows, terminal.out())
+        typer.echo(f"report: {path}")
     if suite is not None:
         path = write_index(suite, facts, snapshot, out)
-        console.print(f"suite: {path}", soft_wrap=True, markup=False)
+        typer.echo(f"suite: {path}")
     return facts
 
 
@@ -262,7 +256,6 @@ def profile(
     """Take some steps of a stage: a trace, and a page of speed, memory and shares of time."""
     from midstream.cli.catalogue import find_study, read_settings, training_stage, with_scale
     from midstream.config import Machine
-    from midstream.launch import terminal
     from midstream.launch.workers import worker_environment
     from midstream.study.store import Ledger
 
@@ -273,8 +266,7 @@ def profile(
     request |= {"machine": machine.alone().model_dump(mode="json")}
     request |= {"steps": steps, "out": out.absolute()}
     meters = work("profile", request, worker_environment(machine))
-    for line in _lines(meters):
-        terminal.out().print(line, markup=False, highlight=False)
+    typer.echo("\n".join(_lines(meters)))
     typer.echo(f"page: {out / 'summary.html'}\ntrace: {out / 'trace.json'}")
 
 
@@ -291,31 +283,27 @@ def _lines(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def print_summary(summary: dict[str, Any], seconds: float, console: Console) -> None:
+def print_summary(summary: dict[str, Any], seconds: float) -> None:
     """A finished source's counts as a table."""
+    from midstream.launch import terminal
+
     table = Table("", "records", "examples", "tokens", "images")
     for split in ("train", "validation"):
         counts = summary[split]
         numbers = (f"{counts[key]:,}" for key in ("examples", "tokens", "images"))
         table.add_row(split, f"{summary['records']:,}" if split == "train" else "", *numbers)
-    for reason, times in sorted(summary["rejects"].items()):
-        table.add_row(escape(f"rejected: {reason}"), f"{times:,}", "", "", "")
-    for reason, times in sorted(summary["dropped_turns"].items()):
-        table.add_row(escape(f"turns dropped: {reason}"), f"{times:,}", "", "", "")
-    console.print(table)
-    captions = summary["captions"]
+    for key, what in (("rejects", "rejected"), ("dropped_turns", "turns dropped")):
+        for reason, times in sorted(summary[key].items()):
+            table.add_row(escape(f"{what}: {reason}"), f"{times:,}", "", "", "")
+    terminal.out().print(table)
+    captions, shards = summary["captions"], summary["shards"]
     if captions["synthetic"]:
-        console.print(
+        typer.echo(
             f"of the training pictures {captions['original']:,} have a caption of their own, "
             f"{captions['synthetic']:,} synthetic ones; {captions['left_out']:,} captions cannot "
-            "be used and are left out",
-            soft_wrap=True,
-            highlight=False,
+            "be used and are left out"
         )
-    shards = summary["shards"]
-    console.print(
+    typer.echo(
         f"{shards['kept']:,} shards kept, {shards['new']:,} new; {seconds:,.1f} s; "
-        f"fingerprint {summary['fingerprint']}",
-        soft_wrap=True,
-        highlight=False,
+        f"fingerprint {summary['fingerprint']}"
     )

@@ -10,18 +10,25 @@ import signal
 import sys
 import threading
 import traceback
+import unicodedata
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
 from inspect import signature
 from pkgutil import resolve_name
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
 
 from midstream.config import Config
 from midstream.launch import terminal
 from midstream.launch.child import WORKS, Work, error_words
 from midstream.launch.terminal import REFUSED_EXIT_CODE, STOPPED_EXIT_CODE
 from midstream.study.store import Stopped
+
+# Controls that turn the direction of what follows them, beyond the text.
+_TURNS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 
 
 class Request(Config):
@@ -36,7 +43,7 @@ class Channel:
     `stopping` is whether it was asked to stop.
     """
 
-    def __init__(self, stream: TextIO | None) -> None:
+    def __init__(self, stream: io.TextIOBase | None) -> None:
         self.stream = stream
         self.stopping = False
 
@@ -74,6 +81,25 @@ class _Notes(io.TextIOBase):
     def close(self) -> None:
         if self.text:
             self.write("\n")
+
+
+def harmless(text: str) -> str:
+    """Text with its control characters written out (`\\x1b`), all but line breaks and tabs.
+
+    Those that turn the reading direction are written out too; joiners of emoji and scripts stay.
+    """
+
+    def written(character: str) -> str:
+        control = unicodedata.category(character) == "Cc" and character not in "\n\t"
+        turns = unicodedata.bidirectional(character) in _TURNS
+        return character.encode("unicode_escape").decode() if control or turns else character
+
+    return "".join(map(written, text))
+
+
+def print_line(console: Console, text: str, style: str = "") -> None:
+    """Print a line of ours; nothing in it is read as markup, or steers the terminal."""
+    console.print(Text(harmless(text), style=style), soft_wrap=True)
 
 
 def serve(name: str, line: str, channel: Channel) -> int:
