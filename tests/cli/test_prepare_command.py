@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from midstream.cli import store_commands
 from midstream.cli.app import app
-from midstream.work import prepare_data
+from midstream.work.read_data import common_folder
 
 # Each starts processes.
 pytestmark = pytest.mark.slow
@@ -177,7 +177,7 @@ def test_names_start_from_the_folder_that_holds_all_local_sources(
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "a/c/d.txt").write_text("d")
     monkeypatch.chdir(tmp_path)
-    found = prepare_data.common_folder(sources)
+    found = common_folder(sources)
     assert found == (str(tmp_path / expected) if expected else "")
 
 

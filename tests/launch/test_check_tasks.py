@@ -30,7 +30,7 @@ def empty(tmp_path: Path) -> Ledger:
 
 def read_requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The tasks that are read from now on, by their names."""
-    from midstream.work.read_tasks import TaskRequest, read
+    from midstream.work.read_data import TaskRequest, read
 
     names: list[str] = []
 

@@ -417,14 +417,13 @@ def test_the_command_shows_any_training_stage_before_it_has_run_and_changes_no_s
     recipe: str,
     tiny_ledger: Ledger,
     tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
     request: pytest.FixtureRequest,
 ) -> None:
     before, out = contents(tiny_ledger.store), tmp_path / "pictures"
     # Without options: the first row of the first continue, in a process as for everybody.
-    midstream(recipe, "--store", tiny_ledger.store, "--set", "tokens=9000")
+    result = midstream(recipe, "--store", tiny_ledger.store, "--set", "tokens=9000")
     stage = tiny.image_run(total_tokens=9_000)
-    assert f"{stage.identity[:7]}: row 0 of " in capfd.readouterr().out
+    assert f"{stage.identity[:7]}: row 0 of " in result.stdout
     request.getfixturevalue("in_process")
     asked = (recipe, "--store", tiny_ledger.store, "--out", out)
     for kind, stage in (("continue", tiny.SEEN), ("pretrain", tiny.TEXT), ("finetune", tiny.CHAT)):

@@ -2,7 +2,7 @@
 
 Benchmarks of a user's own data, read whole before a study starts.
 
-The readers import more than a plan may: a process of its own reads (`midstream.work.read_tasks`).
+The readers import more than a plan may: a process of its own reads (`midstream.work.read_data`).
 What was read whole is noted in the store by the digest of all its files, and not read again.
 
 What is wrong with a study before anything of it runs: one list, each with its remedy.
@@ -81,7 +81,7 @@ def task_problems(stages: Iterable[Stage], ledger: Ledger) -> Iterator[Problem]:
 
 
 def _requests(stage: Evaluate) -> Iterator[dict[str, Any]]:
-    """What `midstream.work.read_tasks` is asked for the tasks of an evaluation."""
+    """What `midstream.work.read_data` is asked for the tasks of an evaluation."""
     world, asked = stage.of.data.world, stage.evaluation
     if not isinstance(world, PublicFolder) or world.fingerprint is None:
         return

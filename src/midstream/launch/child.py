@@ -40,8 +40,8 @@ class Work:
 
 
 WORKS: Mapping[str, Work] = {
-    "prepare": Work("midstream.work.prepare_data:prepare", resumes=True),
-    "read-tasks": Work("midstream.work.read_tasks:read_tasks"),
+    "prepare": Work("midstream.work.read_data:prepare", resumes=True),
+    "read-tasks": Work("midstream.work.read_data:read_tasks"),
     "show-data": Work("midstream.work.show_data:show_data"),
     "profile": Work("midstream.work.profile_stage:profile"),
     "evaluate": Work("midstream.work.evaluate_model:evaluate_all", when_asked=True, resumes=True),
