@@ -142,69 +142,57 @@ def printed(shown: Shown, index: int, out: Path, **changes: object) -> str:
     return stream.getvalue()
 
 
-@pytest.mark.parametrize(("budget", "layout", "row_length"), CASES)
-def test_the_marked_texts_are_exactly_the_targets_of_every_row(
-    sources: dict[str, Source], codec: TextCodec, budget: Budget, layout: str, row_length: int
+@pytest.fixture(params=CASES, ids=str)
+def shown(request: pytest.FixtureRequest, sources: dict[str, Source], codec: TextCodec) -> Shown:
+    return shown_of(sources, codec, *request.param)
+
+
+def test_a_rows_texts_are_whole_or_say_that_they_are_cut_and_marked_where_they_are_targets(
+    shown: Shown,
 ) -> None:
-    shown = shown_of(sources, codec, budget, layout, row_length)
-    num_cut = num_joined = 0
+    row_length, layout = shown.plan.rows.row_length, shown.plan.rows.layout
+    decode = shown.codec.tokenizer.decode
+    whole = {
+        f"source {name!r}, {name}.x, {'document' if name == 'web' else 'sample'} {number}": decode(
+            source.input_ids(number).tolist(), skip_special_tokens=False
+        )
+        for name, source in shown.sources.items()
+        for number in range(len(source))
+    }
+    num_cut = num_joined = num_continued = 0
     for index in range(len(shown.plan)):
         row, pieces = pieces_of(shown, index)
         targets = [int(token) for token in row.targets if token != IGNORE]
         spans = [span for piece in pieces for span in (*piece.spans, *piece.following)]
         marked = "".join(span.text for span in spans if span.supervised)
-        assert marked == codec.tokenizer.decode(targets, skip_special_tokens=False)
+        assert marked == decode(targets, skip_special_tokens=False)
         assert sum(piece.num_targets for piece in pieces) == row.counts.target == len(targets)
         assert sum(len(piece.columns) for piece in pieces) == row.counts.seen
-        num_cut += sum(bool(piece.following) for piece in pieces)
         num_joined += sum(piece.spans[0].supervised for piece in pieces[1:])
         joined = shown.plan.layout.sees_all(index)
         assert joined or not any(piece.spans[0].supervised for piece in pieces)
-    assert num_cut or row_length == 96
-    assert (num_joined > 0) == (layout != "filled")
-
-
-@pytest.mark.parametrize(("budget", "layout", "row_length"), CASES)
-def test_all_texts_of_a_row_are_there_and_parts_of_documents_say_so(
-    sources: dict[str, Source], codec: TextCodec, budget: Budget, layout: str, row_length: int
-) -> None:
-    shown = shown_of(sources, codec, budget, layout, row_length)
-    whole = {
-        f"source {name!r}, {name}.x, {'document' if name == 'web' else 'sample'} {number}": (
-            codec.tokenizer.decode(source.input_ids(number).tolist(), skip_special_tokens=False)
-        )
-        for name, source in sources.items()
-        for number in range(len(source))
-    }
-    cut = continued = 0
-    for index in range(len(shown.plan)):
-        for piece in pieces_of(shown, index)[1]:
+        for piece in pieces:
             text, full = "".join(span.text for span in piece.spans), whole[piece.where]
             assert text in full
             assert (text == full) == (not piece.continued and not piece.goes_on)
             assert full.endswith(text) or piece.goes_on
             assert full.startswith(text) or piece.continued
-            cut, continued = cut + piece.goes_on, continued + piece.continued
-    assert row_length == 96 or (cut and continued)
+            num_cut += bool(piece.following)
+            num_continued += piece.continued
+    assert row_length == 96 or (num_cut and num_continued)
+    assert (num_joined > 0) == (layout != "filled")
 
 
-@pytest.mark.parametrize(("budget", "layout", "row_length"), CASES)
 def test_a_printed_row_names_sources_special_tokens_cuts_and_pictures(
-    tmp_path: Path,
-    sources: dict[str, Source],
-    codec: TextCodec,
-    budget: Budget,
-    layout: str,
-    row_length: int,
+    tmp_path: Path, shown: Shown
 ) -> None:
-    shown = shown_of(sources, codec, budget, layout, row_length)
     for index in range(len(shown.plan)):
         text = printed(shown, index, tmp_path / "out")
         row, pieces = pieces_of(shown, index)
         assert f"row {index} of {len(shown.plan)} (0 to {len(shown.plan) - 1})" in text
         for piece in pieces:
             assert piece.where in text
-        specials = np.isin(row.input_ids, [codec.end_of_text, codec.separator])
+        specials = np.isin(row.input_ids, [shown.codec.end_of_text, shown.codec.separator])
         specials &= row.segment_ids >= 0
         for image in row.image_starts:
             specials[image : image + PATCHES] = False
@@ -309,17 +297,11 @@ def table_after(text: str, start: str) -> dict[str, list[str]]:
     raise AssertionError(text)
 
 
-@pytest.mark.parametrize(("budget", "layout", "row_length"), CASES)
 @pytest.mark.parametrize("num_rows", [1, 7, 10_000])
 def test_the_mixture_table_counts_what_the_rows_hold(
-    sources: dict[str, Source],
-    codec: TextCodec,
-    budget: Budget,
-    layout: str,
-    row_length: int,
-    num_rows: int,
+    sources: dict[str, Source], shown: Shown, num_rows: int
 ) -> None:
-    shown, stream = shown_of(sources, codec, budget, layout, row_length), io.StringIO()
+    stream, row_length = io.StringIO(), shown.plan.rows.row_length
     print_stats(shown, num_rows, Console(file=stream, highlight=False))
     text, total = stream.getvalue(), len(shown.plan)
     chosen = min(num_rows, total)
