@@ -22,7 +22,6 @@ from midstream.model.generate import AnyCache, id_tensor, new_cache, project_ima
 from midstream.model.vlm import VLM
 from midstream.study.label import label
 from midstream.study.stages import LoadDecoder, LoadModel, Pretrain, came_from
-from midstream.study.store import Ledger
 from midstream.work.open_model import OpenedModel, WithModel, evaluations
 
 # A byte in the vocabularies that spell unknown characters out (sentencepiece's byte fallback).
@@ -340,14 +339,12 @@ def _training(opened: OpenedModel) -> Iterator[str]:
         milestones = isinstance(link, Pretrain)
         kept = folder / f"milestones/{part * 100:g}" if milestones else folder / "weights"
         if isinstance(link, LoadDecoder | LoadModel):
-            yield f"{_TITLES[link.kind]}: {_tokens_before(opened.ledger, link)}, in {link.name}"
+            done = opened.ledger.is_done(link)
+            seen = opened.ledger.results(link)["tokens_seen_before"] if done else None
+            told = "tokens unknown" if seen is None else f"{seen:,} tokens"
+            yield f"{_TITLES[link.kind]}: {told}, in {link.name}"
             continue
         yield f"{_TITLES[link.kind]}: {_tokens(kept / 'progress.json')}, {of} {link.name}"
-
-
-def _tokens_before(ledger: Ledger, stage: LoadDecoder | LoadModel) -> str:
-    found = ledger.results(stage)["tokens_seen_before"] if ledger.is_done(stage) else None
-    return "tokens unknown" if found is None else f"{found:,} tokens"
 
 
 def _tokens(progress: Path) -> str:

@@ -26,11 +26,11 @@ _POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 Messages = list[dict[str, str]]
 
 
+@dataclass
 class Visitor:
     """A browser session; its conversation begins when it is first needed."""
 
-    def __init__(self) -> None:
-        self.session: ChatSession | None = None
+    session: ChatSession | None = None
 
 
 @dataclass(frozen=True)

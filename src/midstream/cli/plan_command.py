@@ -187,17 +187,19 @@ def _stages_table(priced: "Price", labels: Mapping[str, str], room: int) -> Tabl
 
 
 def _kinds_table(priced: "Price") -> Table:
+    from midstream.launch.terminal import STATES
     from midstream.study.label import kind_words
 
     table = _table("kind")
     for kind in dict.fromkeys(stage.row.stage.kind for stage in priced.stages):
         mine = [stage for stage in priced.stages if stage.row.stage.kind == kind]
         rows = [stage.row for stage in mine]
+        states = Counter(row.state for row in rows)
         tokens = [row.cost.tokens for row in rows if row.cost.tokens is not None]
         flops = [row.cost.flops for row in rows if row.cost.flops is not None]
         table.add_row(
             f"{len(rows)} {kind_words(kind)}",
-            _count_states([row.state for row in rows]),
+            ", ".join(f"{states[state]} {state}" for state in STATES if states[state]),
             f"{sum(len(row.lines) for row in rows)}",
             quantity(sum(tokens) if tokens else None),
             quantity(sum(flops) if flops else None),
@@ -225,13 +227,6 @@ def _hours(hours: float | int) -> str:
     if 0 < hours < LEAST_HOURS:
         return f"<{LEAST_HOURS:g}"
     return f"{hours:,.0f}" if hours >= 100 else f"{hours:,.2g}"
-
-
-def _count_states(states: Sequence[str]) -> str:
-    from midstream.launch.terminal import STATES
-
-    counts = Counter(states)
-    return ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
 
 
 def _flops(value: float | int) -> str:

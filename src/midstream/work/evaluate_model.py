@@ -120,8 +120,7 @@ def _evaluate_one(name: str, request: EvaluateRequest, channel: Channel) -> dict
 
 @contextmanager
 def _failures_named(name: str) -> Iterator[None]:
-    """Raise ModelFailed for what a model's own code, or a library's on its behalf, raises; errors
-    of this package say themselves what is wrong."""
+    """Raise ModelFailed for what a model's or a library's code raises; ours say what is wrong."""
     try:
         yield
     except (EvaluationStopped, ValidationError):

@@ -83,8 +83,7 @@ def list_tasks(request: ListTasksRequest, channel: Channel) -> None:
 
 
 def _list_own(data: Path, table: Table) -> None:
-    """A row for each task that world.json lists, and for each text task with a folder of its own:
-    what is there, or what is wrong with it."""
+    """A row for each task of world.json or in a folder of its own: what is there, or wrong."""
     visual, text = (listed_tasks(data, kind) for kind in ("visual_tasks", "text_tasks"))
     told = "this world" if visual or text else ""
     for name, entry in visual.items():
@@ -253,22 +252,19 @@ def show_differences(request: ShowRequest, channel: Channel) -> None:
             [first[key]["split"] or "" for key in both],
         )
         console.rule(path.stem, align="left")
+        spread = " (one cluster alone: nothing is known of its spread)"
+        if found.low is not None and found.high is not None and found.p_value is not None:
+            low, high = 100 * found.low, 100 * found.high
+            spread = f" (95 % {low:+.2f} to {high:+.2f}, p = {found.p_value:.2g})"
         console.print(
-            f"{one.name} less {other.name}: {100 * found.mean:+.2f} points"
-            + _interval(found.low, found.high, found.p_value)
-            + f" on {len(both):,} examples in {found.num_clusters:,} clusters"
+            f"{one.name} less {other.name}: {100 * found.mean:+.2f} points{spread}"
+            f" on {len(both):,} examples in {found.num_clusters:,} clusters"
             + (f"; {left_out:,} answered by one alone are left out" if left_out else ""),
             soft_wrap=True,
         )
         differ = [key for key in both if first[key]["score"] != second[key]["score"]]
         for key in differ[: request.count]:
             _print_example(first[key] | {"other_prediction": second[key]["prediction"]}, console)
-
-
-def _interval(low: float | None, high: float | None, p_value: float | None) -> str:
-    if low is None or high is None or p_value is None:
-        return " (one cluster alone: nothing is known of its spread)"
-    return f" (95 % {100 * low:+.2f} to {100 * high:+.2f}, p = {p_value:.2g})"
 
 
 def _predictions(folder: Path, tasks: Sequence[str]) -> list[Path]:
