@@ -100,8 +100,8 @@ from midstream.work.protocol import Channel, Request, main
 
 def wait(request: Request, channel: Channel) -> None:
     os.write(1, b"not on the channel")
-    print("waiting")
     try:
+        print("waiting")
         while not channel.stopping:
             time.sleep(0.01)
     except KeyboardInterrupt:
