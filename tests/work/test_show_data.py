@@ -269,7 +269,7 @@ def test_text_cannot_steer_the_terminal_or_the_markup(tmp_path: Path, codec: Tex
     shown = shown_of(sources, codec, Epochs(sources=("odd",), epochs=1), row_length=128)
     found = printed(shown, 0, tmp_path)
     found = re.sub("[⟦⟧]", "", found)
-    assert "\\x1b[2J[bold]wide[/bold]\\x07 \\x9b1m\\r        tab\nline" in found
+    assert "\\x1b[2J[bold]wide[/bold]\\x07 \\x9b1m\\r  tab\nline" in found
     assert not set("\x1b\x07\x9b\r") & set(found)
 
 
