@@ -125,23 +125,17 @@ def test_an_answer_depends_on_the_turns_before_it(
     assert first[1:] != alone[1:]
 
 
-def test_reset_forgets_the_turns_and_keeps_the_picture(
+def test_reset_keeps_the_picture_and_a_new_one_starts_a_new_conversation(
     opened: OpenedModel, pictures: list[Path]
 ) -> None:
-    session = session_about(opened, pictures[1])
-    first = [answer(session, question) for question in QUESTIONS]
-    session.reset()
-    assert session.turns == []
-    assert session.picture == pictures[1]
-    assert [answer(session, question) for question in QUESTIONS] == first
-
-
-def test_a_new_picture_starts_a_new_conversation(opened: OpenedModel, pictures: list[Path]) -> None:
     session = session_about(opened, pictures[0])
-    for picture in (*pictures[1:], None):
+    for picture in (pictures[0], *pictures[1:], None):
         answer(session, QUESTIONS[0])
-        session.show(picture)
-        assert session.turns == []
+        if picture == session.picture:
+            session.reset()
+        else:
+            session.show(picture)
+        assert (session.turns, session.picture) == ([], picture)
         expected = answer(session_about(opened, picture), QUESTIONS[1])
         assert answer(session, QUESTIONS[1]) == expected
 

@@ -130,13 +130,15 @@ def prepare(
     ] = None,
 ) -> None:
     """Turn public formats into a prepared source; the same command goes on where it was."""
+    from midstream.launch.child import hub_environment
+
     started = time.monotonic()
     options: dict[str, str | int | None] = {"text_key": text_key, "require": require}
     options |= {"images": images, "max_tokens": max_tokens}
     request = {"section": section, "sources": sources, "out": out, "tokenizer": tokenizer}
     request |= {"max_rejects": max_rejects, "validation": validation, "options": options}
     request |= {"begin_of_text": begin_of_text, "workers": workers or os.cpu_count() or 1}
-    summary = work("prepare", request)
+    summary = work("prepare", request, hub_environment(threads=1))
     store_commands.print_summary(summary, time.monotonic() - started)
 
 

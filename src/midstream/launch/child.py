@@ -102,9 +102,10 @@ def ask(
     return last | {"code": code if code >= 0 else 1}
 
 
-def hub_environment() -> dict[str, str]:
-    """Of a process with all cores; whether it asks hubs is the user's choice (HF_HUB_OFFLINE)."""
-    found = worker_environment(Machine(threads=os.cpu_count() or 1))
+def hub_environment(threads: int | None = None) -> dict[str, str]:
+    """Of a process with so many threads, or all cores; whether it asks hubs is the user's choice
+    (HF_HUB_OFFLINE)."""
+    found = worker_environment(Machine(threads=threads or os.cpu_count() or 1))
     if "HF_HUB_OFFLINE" not in os.environ:
         del found["HF_HUB_OFFLINE"]
     return found
