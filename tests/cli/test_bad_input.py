@@ -297,17 +297,6 @@ def test_a_data_folder_that_does_not_exist_is_named(
     assert f"world folder {nowhere} does not exist; give the folder that holds it" in message
 
 
-@pytest.mark.parametrize("study", ["pocket.when_images_arrive", "good"])
-def test_an_unknown_argument_of_a_recipe_is_named_with_those_there_are(
-    finished: tuple[Ledger, Path], file: Path, study: str
-) -> None:
-    ledger, _ = finished
-    name = f"{file}:good" if study == "good" else study
-    message = refused(ledger, "run", name, "--set", "nonsense=1")
-    assert f"{name} has no argument 'nonsense'; it takes " in message
-    assert ("root" if study == "good" else "text_tokens") in message
-
-
 def test_a_store_that_another_launcher_holds_is_refused_with_its_process(
     finished: tuple[Ledger, Path], file: Path
 ) -> None:

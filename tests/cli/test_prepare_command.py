@@ -12,7 +12,6 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
-from midstream.cli import store_commands
 from midstream.cli.app import app
 from midstream.work.read_data import common_folder
 
@@ -179,13 +178,3 @@ def test_names_start_from_the_folder_that_holds_all_local_sources(
     monkeypatch.chdir(tmp_path)
     found = common_folder(sources)
     assert found == (str(tmp_path / expected) if expected else "")
-
-
-def test_the_command_line_starts_without_what_prepares() -> None:
-    script = "import sys, midstream.cli.app, midstream.cli.store_commands as p; print(*sys.modules)"
-    told = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    loaded = set(told.stdout.split())
-    assert store_commands.__name__ in loaded
-    assert not loaded & {"torch", "numpy", "tokenizers", "midstream.data", "pyarrow"}
