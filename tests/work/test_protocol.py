@@ -4,12 +4,16 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
+from rich.console import Console
 
 from in_process import events_of
-from midstream.launch import child
+from midstream.cli import work
+from midstream.launch import child, terminal
 from midstream.launch.child import Event, Work, ask
 from midstream.study.store import Stopped
 from midstream.work.protocol import Channel, Request, main
@@ -167,3 +171,28 @@ def test_a_process_that_ends_without_a_word_is_a_failure(
     assert events == [{"event": "note"}]
     assert (last["event"], last["code"]) == ("failed", code)
     assert told in last["error"]
+
+
+@pytest.mark.parametrize(("name", "said"), [("prepare", "continues"), ("export", "stopped")])
+def test_a_command_shows_what_its_work_says_and_leaves_as_that_ended(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, said: str
+) -> None:
+    monkeypatch.setattr(terminal, "out", lambda: Console(force_terminal=True, width=77))
+    given: dict[str, str] = {}
+
+    def asked(*_: object, show: Callable[[Event], None], environment: dict[str, str]) -> Event:
+        given.update(environment)
+        show({"event": "progress", "stage": "part", "done": 0.5, "note": "half"})
+        show({"event": "note", "text": "told\n"})
+        return {"event": "stopped", "code": 75}
+
+    monkeypatch.setattr(child, "ask", asked)
+    with pytest.raises(typer.Exit) as left:
+        work(name, {})
+    assert left.value.exit_code == 75
+    # The work prints as the command would.
+    assert (given["COLUMNS"], given["FORCE_COLOR"]) == ("77", "1")
+    shown = capsys.readouterr()
+    assert "told\n" in shown.out
+    assert said in shown.err
+    assert ("continues where it was" in shown.err) == (name == "prepare")
