@@ -38,9 +38,9 @@ def fail(request: Asked, channel: Channel) -> dict[str, int]:
     """A work that prints, tells its progress and ends as it was asked to."""
     print("a line\nand", "another")
     channel.progress("part", 0.5, "half")
+    print("no end", end="")
     if request.error:
         raise ERRORS[request.error]
-    print("no end", end="")
     return {"answer": 42}
 
 
@@ -77,7 +77,8 @@ def test_an_error_is_told_with_the_exit_code_of_its_kind(
     debug: bool,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    last = events_of("fail", {"error": error, "debug": debug})[-1]
+    *_, note, last = events_of("fail", {"error": error, "debug": debug})
+    assert note == {"event": "note", "text": "no end\n"}
     assert (last["event"], last["code"], last.get("error")) == (event, code, told)
     shown = code == 1 or (debug and code == 2)
     assert ("Traceback" in capsys.readouterr().err) == shown

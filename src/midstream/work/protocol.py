@@ -78,7 +78,8 @@ class _Notes(io.TextIOBase):
             self.channel.say("note", text=whole + end)
         return len(text)
 
-    def close(self) -> None:
+    def finish(self) -> None:
+        """Say what stands on the last line, which has no end."""
         if self.text:
             self.write("\n")
 
@@ -116,8 +117,10 @@ def serve(name: str, line: str, channel: Channel) -> int:
             function = resolve_name(WORKS[name].target)
             request = signature(function).parameters["request"].annotation.model_validate_json(line)
             debug = getattr(request, "debug", False)
-            result = function(request, channel)
-            notes.close()
+            try:
+                result = function(request, channel)
+            finally:
+                notes.finish()
         channel.say("done", result=result)
     except (KeyboardInterrupt, Stopped):
         with suppress(KeyboardInterrupt):
