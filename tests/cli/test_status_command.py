@@ -461,7 +461,7 @@ def test_a_stage_that_is_unknown_or_not_alone_is_answered_with_names(ledger: Led
     assert tiny.WORLD.name in result.stderr
     assert tiny.TEXT.name in result.stderr
     wrong = midstream("logs", "prepair", "--store", ledger.store).stderr
-    assert f"did you mean {tiny.WORLD.name}?" in " ".join(wrong.split())
+    assert f"did you mean '{tiny.WORLD.name}'?" in " ".join(wrong.split())
 
 
 def test_ctrl_c_leaves_the_following_with_0(

@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from midstream.eval.benchmark import evaluate
 from midstream.launch import terminal
 from midstream.launch.terminal import reporting
 from midstream.work import evaluate_model
-from midstream.work.show_scores import list_tasks
+from midstream.work.protocol import Channel
+from midstream.work.show_scores import ListTasksRequest, list_tasks
 
 TASKS = ("hue", "odd", "letters")
 First = tuple[Path, dict[str, Any]]
@@ -188,11 +190,12 @@ def command(
     """What `midstream eval` says of a fake, and which tasks it asked."""
     fake = yes()
     monkeypatch.setattr(evaluate_model, "_open_model", lambda *_: (fake, data))
-    request = {"models": ["model"], "out": str(out), "tasks": []}
-    request |= {"evaluation": {"blind": False, "batch_size": 2, **options}}
-    with Console(record=True, width=200) as console:
-        evaluate_model._evaluate(request, console)
-    return console.export_text(), sorted({prompt.split()[0] for prompt in fake.prompts})
+    request = evaluate_model.EvaluateRequest(
+        models=("model",), out=out, evaluation={"blind": False, "batch_size": 2, **options}
+    )
+    with redirect_stdout(StringIO()) as told:
+        evaluate_model.evaluate_all(request, Channel(None))
+    return told.getvalue(), sorted({prompt.split()[0] for prompt in fake.prompts})
 
 
 def test_the_command_finds_the_score_of_a_changed_file_and_keeps_the_others(
@@ -261,10 +264,10 @@ def test_answers_of_another_version_are_asked_again(
 
 
 def listed(data: Path) -> str:
-    console = Console(file=StringIO(), width=400)
-    list_tasks({"data": str(data)}, console)
-    assert isinstance(console.file, StringIO)
-    return console.file.getvalue()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as told:
+        patch.setenv("COLUMNS", "400")
+        list_tasks(ListTasksRequest(data=data), Channel(None))
+    return told.getvalue()
 
 
 def row_of(text: str, task: str) -> str:

@@ -1,10 +1,7 @@
 """Imports of tiny local checkpoints, of a fake hub cache, and everything that is refused."""
 
-import io
-import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +17,10 @@ from test_openlm import CONFIG, PARAMS, Run, numbered, rate_after, state_of
 from torch import Tensor
 
 from checkpoints import FAMILIES, VOCAB_SIZE, build_model, build_tokenizer, save_checkpoint
+from in_process import events_of
 from midstream.config import DecoderConfig, EncoderConfig, TransformersDecoderConfig, VLMConfig
 from midstream.core.storage import read_json, verify, write_json
 from midstream.data.examples import AGENT_STOP, SEPARATOR, TextCodec
-from midstream.exchange.__main__ import main
 from midstream.exchange.import_model import import_model
 from midstream.exchange.import_source import ImportRequest, summary
 from midstream.model.vision import build_encoder, load_encoder
@@ -502,20 +499,9 @@ def test_wrong_sources_are_refused(pythia: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------ the process
 
 
-def asked(request: object, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request)))
-    return main(list(arguments))
-
-
-def test_the_process_prints_what_it_wrote(
-    pythia: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    # As the command sends it: unset options as null.
-    unset = ("revision", "tokenizer", "total_tokens", "peak_rate", "end_rate", "num_heads")
-    request = dict.fromkeys(unset) | {
+def test_the_process_prints_what_it_wrote(pythia: Path, tmp_path: Path) -> None:
+    # As the command sends it: every option, unset ones as null.
+    request = {
         "source": str(pythia),
         "out": str(tmp_path / "out"),
         "add_tokens": ["<|agent_stop|>"],
@@ -523,10 +509,9 @@ def test_the_process_prints_what_it_wrote(
         "tokens_seen": 5,
         "rate": 0.001,
     }
-    assert asked(request, monkeypatch, "import") == 0
-    printed = capsys.readouterr()
-    assert printed.err == ""
-    lines = printed.out.splitlines()
+    *notes, last = events_of("import", request)
+    assert last["code"] == 0
+    lines = "".join(note["text"] for note in notes).splitlines()
     assert lines[0] == f"{tmp_path}/out: {pythia.resolve()}"
     assert lines[1] == "  gpt_neox language model, 35,552 parameters"
     assert lines[2] == (
@@ -540,30 +525,17 @@ def test_the_process_prints_what_it_wrote(
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"source": "/no/such/folder"}, "error: /no/such/folder does not exist"),
-        ({"rate": -1}, "error: rate: Input should be greater than or equal to 0"),
-        ({"ratio": 1}, "error: request: Value error, ImportRequest has no field 'ratio'; did"),
+        ({"source": "/no/such/folder"}, "/no/such/folder does not exist"),
+        ({"rate": -1}, "rate: Input should be greater than or equal to 0"),
+        ({"ratio": 1}, "request: ImportRequest has no field 'ratio'; did"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_two(
-    change: dict[str, Any],
-    match: str,
-    pythia: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any], match: str, pythia: Path, tmp_path: Path
 ) -> None:
     request = {"source": str(pythia), "out": str(tmp_path / "out")} | change
-    assert asked(request, monkeypatch, "import") == 2
-    printed = capsys.readouterr()
-    assert printed.err.startswith(match)
-    assert printed.err.count("\n") == 1
-    assert printed.out == ""
+    (last,) = events_of("import", request)
+    assert last["code"] == 2
+    assert last["error"].startswith(match)
+    assert "\n" not in last["error"]
     assert not (tmp_path / "out").exists()
-
-
-def test_another_word_than_import_or_export_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert asked({}, monkeypatch, "report") == 2
-    assert capsys.readouterr().err == "error: say import or export\n"

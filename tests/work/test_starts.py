@@ -27,7 +27,8 @@ from midstream.study.store import Ledger, Stopped
 from midstream.study.studies import Figure, Line, Study
 from midstream.train import checkpoint
 from midstream.work.open_model import open_encoder, open_model
-from midstream.work.profile_stage import profile_stage
+from midstream.work.profile_stage import ProfileRequest, profile
+from midstream.work.protocol import Channel
 from tiny import TEXT
 
 # Down to a rate above the end of the stage behind it.
@@ -136,7 +137,10 @@ def test_a_text_run_with_a_frozen_decoder_is_refused() -> None:
 
 
 def test_a_stage_with_a_frozen_decoder_can_be_profiled(ledger: Ledger, tmp_path: Path) -> None:
-    found = profile_stage(ALIGNED, ledger, tiny.MACHINE, 1, tmp_path)
+    request = ProfileRequest(
+        store=ledger.store, stage=ALIGNED, machine=tiny.MACHINE, steps=1, out=tmp_path
+    )
+    found = profile(request, Channel(None))
     assert found["model_flops_per_second"] > 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["parameters"]["decoder"]["trained"] == 0

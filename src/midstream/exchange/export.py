@@ -47,6 +47,7 @@ from midstream.study.stages import (
 )
 from midstream.study.store import Ledger
 from midstream.work.open_model import OpenedModel, evaluations, open_model
+from midstream.work.protocol import Channel, Request
 
 MARK = "midstream_export.json"
 MISSING = "missing"
@@ -75,17 +76,22 @@ class ExportReport:
     notes: tuple[str, ...] = ()
 
 
-def serve(request: dict[str, Any]) -> None:
-    """Export as the request says (`checkpoint`, `out`, `text_only`) and print what was written."""
-    from transformers.utils import logging
+class ExportRequest(Request):
+    """A stage's folder or a milestone, and the folder that is written of it."""
 
-    logging.disable_progress_bar()
-    opened = open_model(Path(request["checkpoint"]), torch.device("cpu"))
-    out = Path(request["out"])
-    report = export(opened, out, text_only=bool(request["text_only"]))
-    print(f"{out}: {report.architecture}, {report.num_parameters:,} parameters")
-    for line in (report.reason, *report.notes):
-        print(f"  {line}")
+    checkpoint: Path
+    out: Path
+    text_only: bool
+
+
+def serve(request: ExportRequest, channel: Channel) -> None:
+    """Export as the request says and print what was written."""
+    opened = open_model(request.checkpoint, torch.device("cpu"))
+    report = export(opened, request.out, text_only=request.text_only)
+    print(f"{request.out}: {report.architecture}, {report.num_parameters:,} parameters")
+    print(f"  {report.reason}")
+    for note in report.notes:
+        print(f"  {note}")
     print(f"  largest difference of a logit from Midstream's: {report.largest_difference:.1e}")
 
 

@@ -40,6 +40,7 @@ from midstream.model.vlm import VLM, build_decoder
 from midstream.model.weights import fill, save_weights, weights_digest
 from midstream.study.imported import RECORD, ImportRecord, Position, tower_folders
 from midstream.train.checkpoint import Progress
+from midstream.work.protocol import Channel
 
 # ----------------------------------------------------------------------------- the vocabulary
 
@@ -138,16 +139,15 @@ def resize(
 # ------------------------------------------------------------------------------- the import
 
 
-def serve(request: dict[str, Any]) -> None:
+def serve(request: ImportRequest, channel: Channel) -> None:
     """Import as the request says and print what was written."""
     from transformers.utils import logging
 
     # What it would say of a checkpoint's names, or draw as bars, is said below.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    asked = ImportRequest.model_validate(request)
-    record, notes = import_model(asked)
-    print("\n".join(summary(asked.out, record, notes)))
+    record, notes = import_model(request)
+    print("\n".join(summary(request.out, record, notes)))
 
 
 def import_model(request: ImportRequest) -> tuple[ImportRecord, list[str]]:

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ from midstream.cost.known import Number
 from midstream.cost.pictures import feature_plan
 from midstream.cost.price import Fleet, price
 from midstream.launch.check_data import Problem, data_problems, merged
+from midstream.launch.child import Event, ask
 from midstream.launch.workers import worker_environment
 from midstream.study.imported import ImportRecord, read_import, what_can_run
 from midstream.study.label import label
@@ -77,7 +77,7 @@ def task_problems(stages: Iterable[Stage], ledger: Ledger) -> Iterator[Problem]:
 
 
 def _requests(stage: Evaluate) -> Iterator[dict[str, Any]]:
-    """What `midstream.work.read_tasks` is asked for the tasks of an evaluation."""
+    """What `midstream.work.read_data` is asked for the tasks of an evaluation."""
     world, asked = stage.of.data.world, stage.evaluation
     if not isinstance(world, PublicFolder) or world.fingerprint is None:
         return
@@ -92,20 +92,21 @@ def _requests(stage: Evaluate) -> Iterator[dict[str, Any]]:
 
 def _read(requests: Sequence[dict[str, Any]]) -> list[str | None]:
     """By request what is wrong, None where nothing is."""
-    ended = subprocess.run(
-        [sys.executable, "-m", "midstream.work.read_tasks"],
-        input=json.dumps(list(requests)),
-        env=worker_environment(Machine()),
-        capture_output=True,
-        text=True,
-        check=False,
+    events: list[Event] = []
+    last = ask(
+        "read-tasks",
+        {"tasks": requests},
+        show=events.append,
+        environment=worker_environment(Machine()),
+        stderr=subprocess.DEVNULL,
     )
-    told: list[str | None] = [json.loads(line)["error"] for line in ended.stdout.splitlines()]
+    if last["event"] == "stopped":
+        raise KeyboardInterrupt
+    told: list[str | None] = [one["error"] for one in events if one["event"] == "finished"]
     if len(told) < len(requests):
         # Of the task that it was reading when it ended.
-        last = (ended.stderr.strip().splitlines() or [f"it ended with {ended.returncode}"])[-1]
         at = requests[len(told)]
-        told.append(f"task {at['task']} of {at['world']} could not be read: {last}")
+        told.append(f"task {at['task']} of {at['world']} could not be read: {last.get('error')}")
         told += _read(requests[len(told) :]) if len(told) < len(requests) else []
     return told
 

@@ -15,7 +15,7 @@ from midstream.cost.graph import Plan, PlanRow, missing_inputs, plan
 from midstream.cost.pictures import FeaturePlan, choice_for, feature_plan, frozen_encoder
 from midstream.launch.check_data import Problem, refused
 from midstream.launch.checks import problems_of_run
-from midstream.launch.workers import STOPPED_EXIT_CODE, Event
+from midstream.launch.workers import REFUSED_EXIT_CODE, STOPPED_EXIT_CODE, Event
 from midstream.study.imported import what_can_run
 from midstream.study.label import label
 from midstream.study.lease import STALE_SECONDS
@@ -23,8 +23,6 @@ from midstream.study.stages import DataStage, Stage
 from midstream.study.store import Ledger, launch_lock
 from midstream.study.studies import AnyStudy
 
-# What a process ends with that refused to start, as for any error of who uses it.
-REFUSED_EXIT_CODE = 2
 # Signals that ask for a stop.
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # Of many stages that a sentence is about, so many are named.

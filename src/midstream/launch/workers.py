@@ -25,6 +25,8 @@ from midstream.study.stages import Stage, stage_from_json
 Event = dict[str, Any]
 # What a process ends with that was asked to stop and can be continued (EX_TEMPFAIL).
 STOPPED_EXIT_CODE = 75
+# Of a process that refused to start, as for any error that the user can put right.
+REFUSED_EXIT_CODE = 2
 # How long an idle worker has to leave after the end of its input.
 LEAVE_SECONDS = 20.0
 # How long the ranks of a node that was told to end may take for their step and its checkpoint.
