@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from midstream.core.stats import mean_by_split, split_means, standard_error
-from midstream.eval.records import VisualExample
+from midstream.eval.benchmark_records import VisualExample
 from midstream.eval.scoring import (
     CONTRACTIONS,
     SUITES,

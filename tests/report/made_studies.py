@@ -12,8 +12,8 @@ import tiny
 from midstream.config import Evaluation
 from midstream.core.storage import write_json
 from midstream.report.gather import gather
+from midstream.report.line_rows import Group, group_rows, line_rows
 from midstream.report.page import write_facts
-from midstream.report.results import Group, group_rows, line_rows
 from midstream.study.stages import Evaluate, Stage
 from midstream.study.store import SUCCESS, Ledger
 from midstream.study.studies import Figure, Line, Study

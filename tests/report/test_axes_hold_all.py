@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from midstream.report import curves, figures
 from midstream.report.figures import Panel, Task, stable_panel, task_panel
-from midstream.report.results import Group, Spread
+from midstream.report.line_rows import Group, Spread
 
 STUDY = made_studies.study({("a",): (0.1,)}, axes=("x",))
 TASK = Task("gqa", "vision", 0.25)

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from midstream.cli.app import app
 from midstream.cost.graph import order
+from midstream.report.line_rows import difference
 from midstream.report.page import MAX_CURVES
-from midstream.report.results import difference
 from midstream.study.stages import DataStage, Finetune
 from midstream.study.store import Ledger
 from midstream.study.studies import Study

@@ -12,8 +12,8 @@ from made_whole import PERCENTS
 
 from midstream.report.curves import MAX_POINTS, curve_figure
 from midstream.report.figures import panel_figure, stable_panel
-from midstream.report.results import Part as Used
-from midstream.report.results import (
+from midstream.report.line_rows import Part as Used
+from midstream.report.line_rows import (
     Spread,
     best_group,
     difference,

@@ -15,7 +15,7 @@ from midstream.cost.pictures import feature_folder, feature_plan
 from midstream.data.images import load_pixels
 from midstream.exchange.export import export
 from midstream.model.weights import read_tensors
-from midstream.report.results import Part, line_rows, parts_of
+from midstream.report.line_rows import Part, line_rows, parts_of
 from midstream.study.stages import (
     DataStage,
     Evaluate,

@@ -13,7 +13,7 @@ from midstream.config import ContinuedCosine, Training, WarmupCosine
 from midstream.exchange.export import _history
 from midstream.model.vlm import VLM
 from midstream.model.weights import initialise
-from midstream.report.results import line_rows, parts_of
+from midstream.report.line_rows import line_rows, parts_of
 from midstream.study.stages import (
     Continue,
     ContinueFrom,

@@ -218,8 +218,8 @@ def write(
     """Write a study's or suite's pages into `<store>/reports` or `out`, and print their scores."""
     from midstream.launch import terminal
     from midstream.report.gather import gather
+    from midstream.report.line_rows import Snapshot
     from midstream.report.page import write_facts, write_index
-    from midstream.report.results import Snapshot
     from midstream.study.studies import Suite
 
     snapshot = Snapshot(ledger)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from midstream.eval.benchmark import score_visual
+from midstream.eval.benchmark_records import lines, plain_words, read_text
 from midstream.eval.find_task import VisualTask, read_visual_task
-from midstream.eval.records import lines, plain_words, read_text
 from midstream.eval.scoring import cleaned
 from midstream.eval.tasks import VisualExample
 

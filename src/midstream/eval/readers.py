@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from midstream.eval.records import (
+from midstream.eval.benchmark_records import (
     Pictures,
     Record,
     VisualExample,

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from midstream.eval.records import VisualExample
+from midstream.eval.benchmark_records import VisualExample
 
 Numbers = dict[str, float | None]
 # The options of a question, in their order.

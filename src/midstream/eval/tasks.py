@@ -13,7 +13,7 @@ from string import ascii_uppercase
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from midstream.eval import scoring
-from midstream.eval.records import (
+from midstream.eval.benchmark_records import (
     Record,
     VisualExample,
     entries,

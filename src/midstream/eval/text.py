@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from midstream.eval.records import lines
+from midstream.eval.benchmark_records import lines
 from midstream.eval.scoring import BENCHMARKS
 from midstream.eval.tasks import Answerer
 

@@ -64,7 +64,7 @@ class Backend(Protocol):
     """Where stages run; it says what becomes of them, the scheduler decides.
 
     `queues`: a stage may be started before its parents are done, and what was started goes on when
-    the scheduler leaves. `is_away`: it can start nothing now, and will. What is put into `inbox`
+    the scheduler leaves. What is put into `inbox`
     ends a wait in `poll`; a signal is (None, {"event": "signal", "signal"}).
     """
 
@@ -72,7 +72,8 @@ class Backend(Protocol):
     inbox: "SimpleQueue[tuple[Any, Event]]"
 
     @property
-    def is_away(self) -> bool: ...
+    def is_away(self) -> bool:
+        """Whether it can start nothing now, and will."""
 
     def adopt(self, waiting: Mapping[str, PlanRow]) -> Collection[str] | None:
         """Those that an earlier scheduler has started; None while nobody knows."""

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from midstream.report.results import Group, Spread
+from midstream.report.line_rows import Group, Spread
 from midstream.study.studies import Study
 
 Place = float | int | str

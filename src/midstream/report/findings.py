@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, linear_regression
 from typing import Any, Literal
 
-from midstream.report.pairs import Examples, Gap, mean_gap
-from midstream.report.results import (
+from midstream.report.line_rows import (
     STABLE,
     Difference,
     Group,
@@ -20,6 +19,7 @@ from midstream.report.results import (
     paired_difference,
     tasks_of,
 )
+from midstream.report.pairs import Examples, Gap, mean_gap
 from midstream.study.stages import Evaluate
 from midstream.study.store import Ledger
 from midstream.study.studies import Claim, Study

@@ -20,8 +20,7 @@ from midstream.report.findings import (
     score_name,
     signed,
 )
-from midstream.report.pairs import Examples, Gap, Pair, paired_rows
-from midstream.report.results import (
+from midstream.report.line_rows import (
     Group,
     LineRow,
     Part,
@@ -37,6 +36,7 @@ from midstream.report.results import (
     tasks_of,
     write_csv,
 )
+from midstream.report.pairs import Examples, Gap, Pair, paired_rows
 from midstream.report.table import (
     Grid,
     KindCost,

@@ -45,8 +45,8 @@ from midstream.report.gather import (
     shortened,
     write_exports,
 )
+from midstream.report.line_rows import LineRow, Snapshot, kinds_of, stable_of, write_csv
 from midstream.report.pairs import samples
-from midstream.report.results import LineRow, Snapshot, kinds_of, stable_of, write_csv
 from midstream.report.table import (
     budgets,
     cost_rows,

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
 from midstream.core.stats import mean_by_split, standard_error
-from midstream.report.results import CONFIDENCE, Group, best_group, tasks_of
+from midstream.report.line_rows import CONFIDENCE, Group, best_group, tasks_of
 from midstream.study.stages import Evaluate
 from midstream.study.store import Ledger
 from midstream.study.studies import Study

@@ -7,7 +7,7 @@ from typing import Any
 
 from midstream.cost.graph import Plan
 from midstream.report.findings import column_of, place, place_words, points, rows_at, score_name
-from midstream.report.results import KINDS, LineRow, Part, Snapshot, Spread
+from midstream.report.line_rows import KINDS, LineRow, Part, Snapshot, Spread
 from midstream.study.results import StageResult, TrainingResult
 from midstream.study.stages import Trained
 from midstream.study.studies import Published, Study, Table
