@@ -117,7 +117,7 @@ def towers(scratch: Path) -> Table:
     rows = []
     for kind in vision_checkpoints.BUILD:
         folder = vision_checkpoints.save_tower(kind, scratch / kind)
-        config, tensors = read_encoder(folder)
+        config, tensors, _, _ = read_encoder(folder)
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "tower.safetensors")
         found = []
         for size in (config.image_size, config.image_size * 3 // 2 // 8 * 8):

@@ -5,31 +5,17 @@ scaled rotary frequencies. Weights are larger than a new model's and no gain or 
 or zero, so that using the wrong one shows.
 """
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
-    OlmoConfig,
-    OlmoForCausalLM,
+    AutoConfig,
+    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    SmolLM3Config,
-    SmolLM3ForCausalLM,
 )
 
 VOCAB_SIZE = 300
@@ -58,32 +44,27 @@ _LLAMA3_ROPE = {
 }
 
 
-def _family(
-    model: type[PreTrainedModel], config: type[Any], settings: dict[str, Any]
-) -> Callable[[], PreTrainedModel]:
-    return lambda: randomise(model(config(**settings)), seed=0)
+def _new(kind: str, **settings: Any) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **settings)
+    )
+    return model
 
 
-FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": _family(LlamaForCausalLM, LlamaConfig, SIZES),
-    "llama3": _family(
-        LlamaForCausalLM,
-        LlamaConfig,
-        GROUPED | {"tie_word_embeddings": True, "rope_parameters": _LLAMA3_ROPE},
+FAMILIES = {
+    "llama": partial(_new, "llama", **SIZES),
+    "llama3": partial(
+        _new, "llama", **GROUPED, tie_word_embeddings=True, rope_parameters=_LLAMA3_ROPE
     ),
     # Padding is the end of text, as in many checkpoints, and the embeddings are not tied.
-    "mistral": _family(
-        MistralForCausalLM, MistralConfig, GROUPED | {"sliding_window": None, "pad_token_id": 0}
-    ),
-    "olmo": _family(OlmoForCausalLM, OlmoConfig, SIZES | {"clip_qkv": 0.5}),
-    "olmo2": _family(Olmo2ForCausalLM, Olmo2Config, GROUPED),
-    "gpt_neox": _family(GPTNeoXForCausalLM, GPTNeoXConfig, SIZES),
-    "qwen2": _family(Qwen2ForCausalLM, Qwen2Config, GROUPED | {"tie_word_embeddings": True}),
-    "qwen3": _family(Qwen3ForCausalLM, Qwen3Config, GROUPED | {"head_dim": 16}),
+    "mistral": partial(_new, "mistral", **GROUPED | {"sliding_window": None, "pad_token_id": 0}),
+    "olmo": partial(_new, "olmo", **SIZES, clip_qkv=0.5),
+    "olmo2": partial(_new, "olmo2", **GROUPED),
+    "gpt_neox": partial(_new, "gpt_neox", **SIZES),
+    "qwen2": partial(_new, "qwen2", **GROUPED, tie_word_embeddings=True),
+    "qwen3": partial(_new, "qwen3", **GROUPED, head_dim=16),
     # The second of its layers has no rotary embedding.
-    "smollm3": _family(
-        SmolLM3ForCausalLM, SmolLM3Config, GROUPED | {"no_rope_layers": [1, 0], "pad_token_id": 1}
-    ),
+    "smollm3": partial(_new, "smollm3", **GROUPED | {"no_rope_layers": [1, 0], "pad_token_id": 1}),
 }
 
 
@@ -120,10 +101,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def save_checkpoint(family: str, folder: Path, *, seed: int = 0, shard: bool = False) -> Path:
     """Write a checkpoint of a family with its tokenizer; `shard` cuts the weights into several."""
-    model = build_model(family, seed=seed)
-    if shard:
-        model.save_pretrained(folder, max_shard_size="40KB")
-    else:
-        model.save_pretrained(folder)
+    largest = "40KB" if shard else "1GB"
+    build_model(family, seed=seed).save_pretrained(folder, max_shard_size=largest)
     build_tokenizer().save_pretrained(folder)
     return folder

@@ -1,12 +1,16 @@
 """What tests of more than one room share: a store in which tiny stages are done."""
 
+import gc
 import os
 from collections.abc import Iterator
 from multiprocessing.context import BaseContext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
+from jaxtyping import install_import_hook
 
 # The process that hands the tests out loads this file and runs none: torch is left to the others.
 if TYPE_CHECKING:
@@ -16,9 +20,30 @@ if TYPE_CHECKING:
 settings.register_profile("midstream", deadline=None)
 settings.load_profile("midstream")
 
+# Calls are checked where signatures have shapes; mypy has read all the others.
+SOURCES = Path(__file__).parents[1] / "src"
+install_import_hook(
+    [
+        ".".join(path.relative_to(SOURCES).with_suffix("").parts)
+        for path in SOURCES.rglob("*.py")
+        if "from jaxtyping import" in path.read_text(encoding="utf-8")
+    ],
+    "beartype.beartype",
+)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults", action="store_true", help="also the long tests of faults")
+
+
+def pytest_collection() -> None:
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: it is not looked through at each collection of garbage."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -50,10 +75,15 @@ def cheap_processes() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_ledger(tmp_path_factory: pytest.TempPathFactory) -> "Ledger":
-    """A store with the tiny world, prepared, its encoder and text run; read it, never change it."""
+    """A store with the tiny world, prepared, its encoder and text run; read it, never change it.
+
+    A copy of one that the first worker to ask for it makes.
+    """
     import tiny
     from midstream.study.store import Ledger
 
-    ledger = Ledger(tmp_path_factory.mktemp("tiny-store"))
-    tiny.run_missing(ledger, tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT)
-    return ledger
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    with FileLock(shared / "tiny.lock"):
+        made = Ledger(shared / "tiny")
+        return tiny.store_with(made, own / "tiny-store", tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT)

@@ -1,4 +1,4 @@
-"""A real Slurm of one machine in a temporary folder: munge, the controller, one or two nodes.
+"""A real Slurm of one machine in a temporary folder: munge, the controller, one node.
 
 Debian's packages `slurm-wlm` and `munge` are enough; it runs as root, on loopback, without systemd
 or control groups. `close` ends every process it has started.
@@ -67,7 +67,7 @@ KillWait=10
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
-{nodes}
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=4000
 PartitionName=ci Nodes=ALL Default=YES MaxTime=01:00:00 State=UP PriorityTier=1 GraceTime=30
 PartitionName=high Nodes=ALL MaxTime=01:00:00 State=UP PriorityTier=10 PreemptMode=OFF
 """
@@ -80,24 +80,23 @@ class Unavailable(Exception):  # noqa: N818 - a reason to skip
 class OneNodeSlurm:
     """The daemons, their environment (`SLURM_CONF`), and ways to disturb them."""
 
-    def __init__(self, folder: Path, num_nodes: int = 1) -> None:
+    def __init__(self, folder: Path) -> None:
         missing = [name for name in NEEDED if shutil.which(name) is None]
         if missing:
             raise Unavailable(f"no {', '.join(missing)} here (Debian: slurm-wlm, munge)")
         if os.geteuid() != 0:
             raise Unavailable("a Slurm for the tests is started by root")
         self.folder = folder
-        self.names = [f"n{number}" for number in range(1, num_nodes + 1)]
         self.munged: subprocess.Popen[bytes] | None = None
         self.controller: subprocess.Popen[bytes] | None = None
-        self.nodes: list[subprocess.Popen[bytes]] = []
+        self.node: subprocess.Popen[bytes] | None = None
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
         try:
             self._start_munge()
             self._write()
             self.start_controller()
-            self.nodes = [self._daemon("slurmd", "-D", "-N", name) for name in self.names]
-            self._wait(self._is_idle, "the nodes did not come up")
+            self.node = self._daemon("slurmd", "-D", "-N", "n1")
+            self._wait(self._is_idle, "the node did not come up")
         except BaseException:
             self.close()
             raise
@@ -141,13 +140,11 @@ class OneNodeSlurm:
             with suppress(subprocess.SubprocessError):
                 self.ask("scancel", "--user", "root")
                 self._wait(lambda: not self.ask("squeue", "--noheader").strip(), "jobs stay", 15.0)
-        daemons = [*self.nodes, self.controller, self.munged]
+        daemons = [one for one in (self.node, self.controller, self.munged) if one is not None]
         for daemon in daemons:
-            if daemon is not None and daemon.poll() is None:
+            if daemon.poll() is None:
                 daemon.terminate()
         for daemon in daemons:
-            if daemon is None:
-                continue
             try:
                 daemon.wait(10)
             except subprocess.TimeoutExpired:
@@ -190,17 +187,17 @@ class OneNodeSlurm:
             raise Unavailable(f"{reason}: {(place / 'output').read_text().strip()}") from None
 
     def _write(self) -> None:
-        for name in ("state", "log", *(f"spool/{name}" for name in self.names)):
+        for name in ("state", "log", "spool/n1"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
+        held = [socket.socket(), socket.socket()]
+        for one in held:
+            one.bind(("127.0.0.1", 0))
+        controller, port = (one.getsockname()[1] for one in held)
+        for one in held:
+            one.close()
         host = socket.gethostname().partition(".")[0]
-        controller, *ports = _free_ports(1 + len(self.names))
-        nodes = "\n".join(
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={CPUS} "
-            f"RealMemory=4000 State=UNKNOWN"
-            for name, port in zip(self.names, ports, strict=True)
-        )
-        values = {"host": host, "controller": controller, "folder": self.folder, "nodes": nodes}
-        text = CONFIGURATION.format(**values, munge=self.socket)
+        values = {"host": host, "controller": controller, "folder": self.folder, "port": port}
+        text = CONFIGURATION.format(**values, munge=self.socket, cpus=CPUS)
         (self.folder / "slurm.conf").write_text(text)
 
     def _daemon(self, *command: str) -> "subprocess.Popen[bytes]":
@@ -238,13 +235,3 @@ def clean(environment: Mapping[str, str]) -> dict[str, str]:
 def _munge_answers(place: Path) -> bool:
     asked = subprocess.run(["munge", "--no-input", f"--socket={place}"], capture_output=True)
     return asked.returncode == 0
-
-
-def _free_ports(number: int) -> list[int]:
-    held = [socket.socket() for _ in range(number)]
-    for one in held:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in held]
-    for one in held:
-        one.close()
-    return ports

@@ -8,10 +8,8 @@ from midstream.config import (
     Budget,
     DecoderConfig,
     Evaluation,
-    Mixture,
     PatchProjection,
     Rows,
-    Share,
     Training,
 )
 from midstream.cost.graph import plan
@@ -28,6 +26,7 @@ from midstream.study.stages import (
 )
 from midstream.study.store import Ledger
 from midstream.study.studies import Figure, Line, Study
+from tiny import mixture as mixed
 
 DECODER = DecoderConfig(hidden_size=16, num_layers=1, num_heads=2, vocab_size=own_world.VOCAB_SIZE)
 PATCHES = PatchProjection(image_size=24, patch_size=12, hidden_size=16)
@@ -38,11 +37,6 @@ Model = Pretrain | Continue | Finetune | LoadDecoder
 
 def trained(budget: Budget, rows: Rows = ROWS, **changes: Any) -> Training:
     return Training(budget=budget, rows=rows, **({"schedule": tiny.warm()} | changes))
-
-
-def mixed(tokens: int, max_epochs: int = 1, **shares: float) -> Mixture:
-    parts = tuple(Share(source=name, share=share) for name, share in shares.items())
-    return Mixture(total_tokens=tokens, shares=parts, max_epochs=max_epochs)
 
 
 def text_run(data: Prepare, budget: Budget | None = None, **changes: Any) -> Pretrain:

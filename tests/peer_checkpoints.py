@@ -43,6 +43,7 @@ VISION = {
     "image_size": 32,
     "patch_size": 8,
 }
+SQUARE = {"height": 32, "width": 32}
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
@@ -76,13 +77,9 @@ def sentencepiece(prefix: str | None = "legacy") -> Tokenizer:
     )
     words = WORDS if prefix else [*PAIRED, *(f" {word}" for word in WORDS)]
     tokenizer.train_from_iterator(words * 4, trainer)
+    spaced, stripped = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
     tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
+        [spaced, decoders.ByteFallback(), decoders.Fuse(), stripped]
     )
     return tokenizer
 
@@ -164,14 +161,21 @@ SMOL = template(
 PALIGEMMA = template("<image>", turn="", text="{{ c.text }}", end="", asks="")
 
 
-def save(model: Any, processor: Any, folder: Path, *, by: float = 8.0) -> None:
-    """Write both, projections and tokens' rows `by` times as large, but for rows that are tied: a
-    model would repeat its last token."""
+def save(kind: str, config: dict[str, Any], processor: Any, folder: Path, by: float = 8.0) -> None:
+    """Write a new model of a kind, such as `Llava`, and its processor.
+
+    Projections and tokens' rows are `by` times as large, but for rows that are tied (a model would
+    repeat its last token); gates are open.
+    """
+    name = f"{kind}ForCausalLM" if kind == "Llama" else f"{kind}ForConditionalGeneration"
+    model = getattr(transformers, name)(getattr(transformers, f"{kind}Config")(**config))
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     scaled = ("proj",) if tied else ("proj", "lm_head", "embed")
     with torch.no_grad():
         for name, value in model.named_parameters():
-            if "mm_input_projection_weight" in name:
+            if name.endswith("_gate"):
+                value.fill_(0.7)
+            elif "mm_input_projection_weight" in name:
                 value.normal_(0, 0.5)
             elif value.ndim > 1 and any(part in name for part in scaled):
                 value.mul_(by)
@@ -179,10 +183,10 @@ def save(model: Any, processor: Any, folder: Path, *, by: float = 8.0) -> None:
     processor.save_pretrained(folder)
 
 
-def llama2(tokenizer: Tokenizer | None = None) -> PreTrainedTokenizerFast:
+def llama2() -> PreTrainedTokenizerFast:
     """Vicuna's tokenizer with LLaVA's tokens."""
     return fast(
-        tokenizer or sentencepiece(),
+        sentencepiece(),
         ["<image>"],
         adds_start=True,
         bos_token="<s>",
@@ -192,26 +196,43 @@ def llama2(tokenizer: Tokenizer | None = None) -> PreTrainedTokenizerFast:
     )
 
 
-def text_config(kind: Any, tokens: PreTrainedTokenizerFast, **more: Any) -> Any:
-    """A decoder's config for a tokenizer."""
-    named = {f"{one}_token_id": getattr(tokens, f"{one}_token_id") for one in ("bos", "eos", "pad")}
-    return kind(**{**TEXT, "vocab_size": len(tokens), **named, **more})
-
-
-def llava(
-    folder: Path, *, tokenizer: Tokenizer | None = None, chat_template: str | None = VICUNA
-) -> None:
-    """LLaVA 1.5."""
-    tokens = llama2(tokenizer)
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**VISION),
-        text_config=text_config(transformers.LlamaConfig, tokens),
-        image_token_index=tokens.convert_tokens_to_ids("<image>"),
-        image_seq_length=16,
+def gemma(*special: str, **named: str) -> PreTrainedTokenizerFast:
+    """Gemma's tokenizer with a family's tokens, those in `named` by their names as well."""
+    return fast(
+        sentencepiece(None),
+        [*special, *named.values()],
+        adds_start=True,
+        named=named or None,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        pad_token="<pad>",
     )
-    processor = transformers.LlavaProcessor(
-        image_processor=transformers.CLIPImageProcessorPil(
-            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+
+
+def text_part(tokens: PreTrainedTokenizerFast, **more: Any) -> dict[str, Any]:
+    """A decoder's settings for a tokenizer."""
+    named = {f"{one}_token_id": getattr(tokens, f"{one}_token_id") for one in ("bos", "eos", "pad")}
+    return {**TEXT, "vocab_size": len(tokens), **named, **more}
+
+
+def llava(folder: Path, *, kind: str = "Llava", chat_template: str | None = VICUNA) -> None:
+    """LLaVA 1.5; or 1.6 (`LlavaNext`), where a picture is a grid of crops, as many tokens as its
+    shape asks for."""
+    tokens, grid, pictures = llama2(), {}, "CLIPImageProcessorPil"
+    if kind == "LlavaNext":
+        grid = {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]}
+        pictures = "LlavaNextImageProcessorPil"
+    config = {
+        "vision_config": transformers.CLIPVisionConfig(**VISION),
+        "text_config": transformers.LlamaConfig(**text_part(tokens)),
+        "image_token_index": tokens.convert_tokens_to_ids("<image>"),
+        "image_seq_length": 16,
+        **grid,
+    }
+    processor = getattr(transformers, f"{kind}Processor")(
+        image_processor=getattr(transformers, pictures)(
+            size={"shortest_edge": 32}, crop_size=SQUARE, **grid
         ),
         tokenizer=tokens,
         patch_size=8,
@@ -219,33 +240,7 @@ def llava(
         num_additional_image_tokens=1,
         chat_template=chat_template,
     )
-    save(transformers.LlavaForConditionalGeneration(config), processor, folder)
-
-
-def llava_next(folder: Path) -> None:
-    """LLaVA 1.6: a picture is a grid of crops, as many tokens as its shape asks for."""
-    tokens = llama2()
-    grid = [[32, 64], [64, 32], [64, 64]]
-    config = transformers.LlavaNextConfig(
-        vision_config=transformers.CLIPVisionConfig(**VISION),
-        text_config=text_config(transformers.LlamaConfig, tokens),
-        image_token_index=tokens.convert_tokens_to_ids("<image>"),
-        image_grid_pinpoints=grid,
-        image_seq_length=16,
-    )
-    processor = transformers.LlavaNextProcessor(
-        image_processor=transformers.LlavaNextImageProcessorPil(
-            size={"shortest_edge": 32},
-            crop_size={"height": 32, "width": 32},
-            image_grid_pinpoints=grid,
-        ),
-        tokenizer=tokens,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=VICUNA,
-    )
-    save(transformers.LlavaNextForConditionalGeneration(config), processor, folder)
+    save(kind, config, processor, folder)
 
 
 def gemma3(folder: Path) -> None:
@@ -255,60 +250,40 @@ def gemma3(folder: Path) -> None:
         "boi_token": "<start_of_image>",
         "eoi_token": "<end_of_image>",
     }
-    tokens = fast(
-        sentencepiece(None),
-        ["<start_of_turn>", "<end_of_turn>", *named.values()],
-        adds_start=True,
-        named=named,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-    )
-    ids = {key: tokens.convert_tokens_to_ids(name) for key, name in named.items()}
-    config = transformers.Gemma3Config(
-        vision_config=transformers.SiglipVisionConfig(**VISION),
-        text_config=text_config(
-            transformers.Gemma3TextConfig, tokens, head_dim=8, sliding_window=64
+    tokens = gemma("<start_of_turn>", "<end_of_turn>", **named)
+    config = {
+        "vision_config": transformers.SiglipVisionConfig(**VISION),
+        "text_config": transformers.Gemma3TextConfig(
+            **text_part(tokens, head_dim=8, sliding_window=64)
         ),
-        mm_tokens_per_image=4,
-        boi_token_index=ids["boi_token"],
-        eoi_token_index=ids["eoi_token"],
-        image_token_index=ids["image_token"],
-    )
+        "mm_tokens_per_image": 4,
+        **{f"{key}_index": tokens.convert_tokens_to_ids(name) for key, name in named.items()},
+    }
     processor = transformers.Gemma3Processor(
-        image_processor=transformers.Gemma3ImageProcessorPil(size={"height": 32, "width": 32}),
+        image_processor=transformers.Gemma3ImageProcessorPil(size=SQUARE),
         tokenizer=tokens,
         chat_template=GEMMA,
         image_seq_length=4,
     )
-    save(transformers.Gemma3ForConditionalGeneration(config), processor, folder, by=12.0)
+    save("Gemma3", config, processor, folder, by=12.0)
 
 
-def paligemma(folder: Path, *, chat_template: str | None = PALIGEMMA) -> None:
+def paligemma(folder: Path) -> None:
     """PaliGemma: the question is a prefix that sees itself whole."""
-    tokens = fast(
-        sentencepiece(None),
-        ["<image>"],
-        adds_start=True,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-    )
-    pictures = transformers.SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    tokens = gemma("<image>")
+    pictures = transformers.SiglipImageProcessorPil(size=SQUARE)
     pictures.image_seq_length = 16
     processor = transformers.PaliGemmaProcessor(
-        image_processor=pictures, tokenizer=tokens, chat_template=chat_template
+        image_processor=pictures, tokenizer=tokens, chat_template=PALIGEMMA
     )
-    config = transformers.PaliGemmaConfig(
-        vision_config=transformers.SiglipVisionConfig(**VISION, projection_dim=32),
-        text_config=text_config(transformers.GemmaConfig, tokens, head_dim=8),
-        image_token_index=tokens.convert_tokens_to_ids("<image>"),
-        projection_dim=32,
-        hidden_size=32,
-    )
-    save(transformers.PaliGemmaForConditionalGeneration(config), processor, folder)
+    config = {
+        "vision_config": transformers.SiglipVisionConfig(**VISION, projection_dim=32),
+        "text_config": transformers.GemmaConfig(**text_part(tokens, head_dim=8)),
+        "image_token_index": tokens.convert_tokens_to_ids("<image>"),
+        "projection_dim": 32,
+        "hidden_size": 32,
+    }
+    save("PaliGemma", config, processor, folder)
 
 
 def mllama(folder: Path) -> None:
@@ -322,8 +297,8 @@ def mllama(folder: Path) -> None:
         pad_token="<|pad|>",
     )
     vision = {key: value for key, value in VISION.items() if key != "num_attention_heads"}
-    config = transformers.MllamaConfig(
-        vision_config={
+    config = {
+        "vision_config": {
             **vision,
             "attention_heads": 2,
             "num_global_layers": 1,
@@ -332,31 +307,20 @@ def mllama(folder: Path) -> None:
             "intermediate_layers_indices": [0, 1],
             "vision_output_dim": 96,
         },
-        text_config={
-            **TEXT,
-            "num_hidden_layers": 3,
-            "cross_attention_layers": [1],
-            "vocab_size": len(tokens),
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-            "bos_token_id": tokens.bos_token_id,
-            "eos_token_id": tokens.eos_token_id,
-            "pad_token_id": tokens.pad_token_id,
-        },
-        image_token_index=tokens.convert_tokens_to_ids("<|image|>"),
-    )
-    processor = transformers.MllamaProcessor(
-        image_processor=transformers.MllamaImageProcessorPil(
-            size={"height": 32, "width": 32}, max_image_tiles=2
+        "text_config": text_part(
+            tokens,
+            num_hidden_layers=3,
+            cross_attention_layers=[1],
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         ),
+        "image_token_index": tokens.convert_tokens_to_ids("<|image|>"),
+    }
+    processor = transformers.MllamaProcessor(
+        image_processor=transformers.MllamaImageProcessorPil(size=SQUARE, max_image_tiles=2),
         tokenizer=tokens,
         chat_template=LLAMA3,
     )
-    model = transformers.MllamaForConditionalGeneration(config)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if name.endswith("_gate"):
-                value.fill_(0.7)
-    save(model, processor, folder)
+    save("Mllama", config, processor, folder)
 
 
 def idefics3(folder: Path, *, smol: bool = False) -> None:
@@ -377,13 +341,13 @@ def idefics3(folder: Path, *, smol: bool = False) -> None:
         pad_token="<|endoftext|>",
     )
     kind = "SmolVLM" if smol else "Idefics3"
-    config = getattr(transformers, f"{kind}Config")(
-        vision_config=VISION,
-        text_config=text_config(transformers.LlamaConfig, tokens),
-        scale_factor=2,
-        image_token_id=tokens.convert_tokens_to_ids("<image>"),
-        pad_token_id=tokens.pad_token_id,
-    )
+    config = {
+        "vision_config": VISION,
+        "text_config": transformers.LlamaConfig(**text_part(tokens)),
+        "scale_factor": 2,
+        "image_token_id": tokens.convert_tokens_to_ids("<image>"),
+        "pad_token_id": tokens.pad_token_id,
+    }
     pictures = getattr(transformers, f"{kind}ImageProcessorPil")(
         size={"longest_edge": 64},
         max_image_size={"longest_edge": 32},
@@ -391,55 +355,47 @@ def idefics3(folder: Path, *, smol: bool = False) -> None:
     )
     parts = {"image_processor": pictures, "tokenizer": tokens}
     processor = put_together(f"{kind}Processor", parts, SMOL, {"image_seq_len": 4})
-    save(getattr(transformers, f"{kind}ForConditionalGeneration")(config), processor, folder)
+    save(kind, config, processor, folder)
 
 
 def qwen(folder: Path, *, version: str = "2") -> None:
     """Qwen2-VL, or Qwen2.5-VL; their processor wants torchvision for videos."""
-    special = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    named = {
+        "vision_start": "<|vision_start|>",
+        "vision_end": "<|vision_end|>",
+        "image": "<|image_pad|>",
+        "video": "<|video_pad|>",
+    }
     tokens = fast(
         byte_level(),
-        [*special, "<|video_pad|>"],
+        ["<|im_start|>", *named.values()],
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
     )
-    ids = {
-        f"{name}_token_id": tokens.convert_tokens_to_ids(token)
-        for name, token in (
-            ("image", "<|image_pad|>"),
-            ("video", "<|video_pad|>"),
-            ("vision_start", "<|vision_start|>"),
-            ("vision_end", "<|vision_end|>"),
-        )
-    }
     sizes: dict[str, Any] = {"depth": 2, "hidden_size": 32, "num_heads": 2, "patch_size": 8}
     if version == "2":
         sizes |= {"embed_dim": 32, "mlp_ratio": 2}
     else:
-        sizes |= {
-            "out_hidden_size": 32,
-            "intermediate_size": 64,
-            "window_size": 32,
-            "fullatt_block_indexes": [1],
-        }
+        sizes |= {"out_hidden_size": 32, "intermediate_size": 64, "window_size": 32}
+        sizes["fullatt_block_indexes"] = [1]
     kind = "Qwen2VL" if version == "2" else "Qwen2_5_VL"
-    config = getattr(transformers, f"{kind}Config")(
-        vision_config=sizes,
-        text_config={
+    config = {
+        "vision_config": sizes,
+        "text_config": {
             **TEXT,
             "vocab_size": len(tokens),
             "bos_token_id": None,
             "eos_token_id": tokens.eos_token_id,
             "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
         },
-        **ids,
-    )
+        **{f"{key}_token_id": tokens.convert_tokens_to_ids(one) for key, one in named.items()},
+    }
     pictures = transformers.Qwen2VLImageProcessorPil(
         patch_size=8, min_pixels=16 * 16, max_pixels=64 * 64
     )
     parts = {"image_processor": pictures, "tokenizer": tokens}
     processor = put_together(f"{kind}Processor", parts, CHAT_ML, {})
-    save(getattr(transformers, f"{kind}ForConditionalGeneration")(config), processor, folder)
+    save(kind, config, processor, folder)
 
 
 def put_together(name: str, parts: dict[str, Any], text: str, more: dict[str, Any]) -> Any:
@@ -464,17 +420,16 @@ def put_together(name: str, parts: dict[str, Any], text: str, more: dict[str, An
     return made
 
 
-def language_model(folder: Path, tokenizer: Tokenizer | None = None, **more: Any) -> None:
+def language_model(folder: Path) -> None:
     """A Llama without eyes, with a chat template."""
-    tokens = llama2(tokenizer)
+    tokens = llama2()
     tokens.chat_template = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
-    model = transformers.LlamaForCausalLM(text_config(transformers.LlamaConfig, tokens, **more))
-    save(model, tokens, folder)
+    save("Llama", text_part(tokens), tokens, folder)
 
 
 BUILD: dict[str, Callable[[Path], None]] = {
     "LLaVA 1.5": llava,
-    "LLaVA-NeXT": llava_next,
+    "LLaVA-NeXT": lambda folder: llava(folder, kind="LlavaNext"),
     "Qwen2-VL": qwen,
     "Qwen2.5-VL": lambda folder: qwen(folder, version="2.5"),
     "Gemma 3": gemma3,

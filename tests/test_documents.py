@@ -20,32 +20,29 @@ from typer.testing import CliRunner
 
 import midstream.config as options
 import tiny
-from document_checks import (
+from documents import (
     ALL_BLOCKS,
     MODELS,
+    PAGES,
     READERS_OWN,
+    ROOT,
+    Block,
     all_options,
+    anchors,
+    blocks,
     check_call,
     check_midstream,
     check_other,
     check_python,
-    marked,
-    options_of_scripts,
-    parsed,
-    synopsis_problems,
-)
-from documents import (
-    PAGES,
-    ROOT,
-    Block,
-    anchors,
-    blocks,
     commands,
     files,
     links,
-    prose,
+    marked,
+    options_of_scripts,
+    parsed,
     read,
     spans,
+    synopsis_problems,
 )
 from midstream.cli.app import app
 from midstream.cli.catalogue import find_study, read_settings, with_scale
@@ -108,8 +105,7 @@ def desk(
     nothing = dict.fromkeys(("svg", "png", "pdf"), b"<svg/>")
     for name in ("panel_figure", "grid_figure", "rates_figure", "curve_figure"):
         monkeypatch.setattr(f"midstream.report.page.{name}", lambda *args, **kwargs: nothing)
-    for module in ("page",):
-        monkeypatch.setattr(f"midstream.report.{module}.small_figure", lambda *args: b"<svg/>")
+    monkeypatch.setattr("midstream.report.page.small_figure", lambda *args: b"<svg/>")
     monkeypatch.chdir(tmp_path)
     # What was run here before: a store holds it.
     Ledger(Path("runs")).save_study(find_study("pocket.when_images_arrive", []))
@@ -309,7 +305,7 @@ def test_every_link_leads_somewhere(page: str) -> None:
 
 def table_rows(page: str, head: str) -> Iterator[tuple[list[str], str]]:
     """The names in a row's first cell, and its second cell, of the table with this head."""
-    lines = prose(page).split("\n")
+    lines = read(page).split("\n")
     start = lines.index(head) + 2
     for line in lines[start:]:
         if not line.startswith("|"):

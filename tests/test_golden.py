@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from PIL import Image
 
 from midstream.config import (
@@ -29,7 +30,7 @@ from midstream.config import (
 from midstream.core.identity import world_fingerprint
 from midstream.core.storage import write_json
 from midstream.data.rows import RowDataset, plan_rows
-from midstream.model.vlm import VLM
+from midstream.model.vlm import VLM, scatter_image_features
 from midstream.model.weights import initialise
 from midstream.train import checkpoint
 from midstream.train.loop import Job, Start, train
@@ -40,25 +41,10 @@ from tiny import DECODER, ENCODER, MACHINE, mixture, warm
 GOLDEN = Path(__file__).parent / "golden"
 NUM_STEPS = 20
 ROWS = Rows(row_length=64, batch_rows=4)
-WORDS = [
-    "a",
-    "the",
-    "red",
-    "blue",
-    "green",
-    "circle",
-    "square",
-    "star",
-    "is",
-    "left",
-    "right",
-    "above",
-    "below",
-    "of",
-    "and",
-    "one",
-    "two",
-]
+WORDS = (
+    *("a", "the", "red", "blue", "green", "circle", "square", "star", "is"),
+    *("left", "right", "above", "below", "of", "and", "one", "two"),
+)
 
 
 def sentence(rng: np.random.Generator, length: int) -> str:
@@ -140,6 +126,12 @@ def test_twenty_steps_have_the_losses_they_always_had(
     expected = json.loads((GOLDEN / f"losses_{kind}.json").read_text())
     assert len(expected) == NUM_STEPS
     assert found[kind] == pytest.approx(expected, rel=1e-6)
+
+
+def test_shapes_in_signatures_are_checked_while_tests_run() -> None:
+    slots = torch.zeros((1, 2), dtype=torch.long)
+    with pytest.raises(TypeCheckError, match="features"):
+        scatter_image_features(torch.zeros((2, 3, 4)), torch.zeros((5, 4)), slots)
 
 
 if __name__ == "__main__":

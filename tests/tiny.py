@@ -60,33 +60,32 @@ DATA = Prepare(
     ),
     tokenizer=TrainedTokenizer(vocab_size=VOCAB_SIZE, sources=("web", "pictures", "talks")),
 )
-
-
 WORLD = DATA.laid_out[0]
 TOKENIZER = DATA.vocabulary
 # All that prepares the data of the stages below.
 PREPARED = (WORLD, TOKENIZER, *map(DATA.source, ("web", "pictures", "talks")))
 
 
-def encoder_of(data: Prepare, **changes: Any) -> TrainEncoder:
+def encoder_of(data: Prepare, encoder: EncoderConfig = ENCODER, **changes: Any) -> TrainEncoder:
     """An encoder trained for three steps on the captions of `data`."""
-    training = ContrastiveTraining(
-        source="pictures",
-        text_hidden_size=16,
-        text_num_layers=1,
-        max_text_tokens=128,
-        batch_images=16,
-        num_steps=3,
-        schedule=WarmupCosine(peak_rate=1e-3),
+    training = {
+        "source": "pictures",
+        "text_hidden_size": 16,
+        "text_num_layers": 1,
+        "max_text_tokens": 128,
+        "batch_images": 16,
+        "num_steps": 3,
+        "schedule": WarmupCosine(peak_rate=1e-3),
+    }
+    return TrainEncoder(
+        data=data, encoder=encoder, training=ContrastiveTraining(**(training | changes))
     )
-    changed = ContrastiveTraining(**{**dict(training), **changes})
-    return TrainEncoder(data=data, encoder=ENCODER, training=changed)
 
 
-def mixture(total_tokens: int, **shares: float) -> Mixture:
+def mixture(total_tokens: int, max_epochs: int = 1, **shares: float) -> Mixture:
     """A budget by the sources' names."""
     parts = tuple(Share(source=name, share=share) for name, share in shares.items())
-    return Mixture(total_tokens=total_tokens, shares=parts)
+    return Mixture(total_tokens=total_tokens, shares=parts, max_epochs=max_epochs)
 
 
 def warm(peak_rate: float = RATE, warmup_fraction: float = 0.1) -> WarmupCosine:
@@ -94,18 +93,18 @@ def warm(peak_rate: float = RATE, warmup_fraction: float = 0.1) -> WarmupCosine:
     return WarmupCosine(peak_rate=peak_rate, end_rate=END_RATE, warmup_fraction=warmup_fraction)
 
 
+def training(**changes: Any) -> Training:
+    """Small rows, and a checkpoint every five steps."""
+    return Training(**({"rows": ROWS, "checkpoint_every_steps": 5} | changes))
+
+
 def text_run(total_tokens: int = 16_000, **changes: Any) -> Pretrain:
     """Text only, milestones at 20, 40, ... 100 %; `changes` are fields of its training."""
-    training = {
-        "budget": mixture(total_tokens, web=1.0),
-        "rows": ROWS,
-        "schedule": warm(),
-        "checkpoint_every_steps": 5,
-    }
+    given = {"budget": mixture(total_tokens, web=1.0), "schedule": warm()}
     return Pretrain(
         data=DATA,
         decoder=DECODER,
-        training=Training(**{**training, **changes}),
+        training=training(**(given | changes)),
         milestones=(0.2, 0.4, 0.6, 0.8, 1.0),
     )
 
@@ -118,18 +117,16 @@ def image_run(
     start: FromScratch | ContinueFrom | None = None, total_tokens: int = 8_000, **changes: Any
 ) -> Continue:
     """Captions and text, half each, from the text run's 40 % where nothing else is said."""
-    training = {
+    given = {
         "budget": mixture(total_tokens, pictures=0.5, web=0.5),
-        "rows": ROWS,
         "schedule": ContinuedCosine(end_rate=END_RATE),
-        "checkpoint_every_steps": 5,
     }
     return Continue(
         data=DATA,
         encoder=ENCODER_STAGE,
         decoder=DECODER,
         start=start or ContinueFrom(stage=TEXT, completion=0.4),
-        training=Training(**{**training, **changes}),
+        training=training(**(given | changes)),
     )
 
 

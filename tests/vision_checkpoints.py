@@ -8,20 +8,19 @@ from typing import Any
 import torch
 import transformers
 
+from checkpoints import randomise
+
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 SIGLIP = SIZES | {"intermediate_size": 64, "image_size": 32, "patch_size": 8}
 DINOV2 = SIZES | {"mlp_ratio": 2, "image_size": 40, "patch_size": 8}
 TEXT = SIZES | {"intermediate_size": 64, "vocab_size": 40}
 
 
-def _whole_siglip() -> Any:
-    parts = {"vision_config": SIGLIP, "text_config": TEXT}
-    return transformers.SiglipModel(transformers.SiglipConfig(**parts))
-
-
 BUILD: dict[str, Callable[[], Any]] = {
     "siglip": lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SIGLIP)),
-    "whole siglip": _whole_siglip,
+    "whole siglip": lambda: transformers.SiglipModel(
+        transformers.SiglipConfig(vision_config=SIGLIP, text_config=TEXT)
+    ),
     "clip": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SIGLIP)),
     "whole clip": lambda: transformers.CLIPModel(
         transformers.CLIPConfig(vision_config=SIGLIP, text_config=TEXT, projection_dim=16)
@@ -49,27 +48,18 @@ BUILD: dict[str, Callable[[], Any]] = {
 
 def build_tower(kind: str, seed: int = 0) -> Any:
     """A model of one kind whose every tensor is random (norms and tokens too)."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = BUILD[kind]().eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                noise = torch.randn_like(parameter)
-                gain = parameter.ndim == 1 and not name.endswith("bias")
-                parameter.copy_(1 + 0.2 * noise if gain else 0.2 * noise)
-    return model
+    with torch.random.fork_rng(devices=[]):
+        return randomise(BUILD[kind](), seed=seed)
 
 
 def save_tower(kind: str, folder: Path, *, seed: int = 0, shard: bool = False) -> Path:
     """Save a tower with its preprocessor_config.json; returns the folder."""
-    model = build_tower(kind, seed)
-    model.save_pretrained(folder, **({"max_shard_size": "20KB"} if shard else {}))
+    build_tower(kind, seed).save_pretrained(folder, max_shard_size="20KB" if shard else "1GB")
+    mean, std = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]
     if kind.startswith("dino"):
         mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     elif "clip" in kind:
         mean, std = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
-    else:
-        mean, std = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]
     stated = {"image_mean": mean, "image_std": std, "size": {"height": 32, "width": 32}}
     (folder / "preprocessor_config.json").write_text(json.dumps(stated))
     return folder

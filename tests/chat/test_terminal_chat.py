@@ -14,11 +14,11 @@ import pytest
 from rich.console import Console
 
 import tiny
-from midstream.chat.__main__ import main
 from midstream.chat.session import ChatSession, ChatSettings
 from midstream.chat.terminal_chat import HELP, answer_lines, converse
 from midstream.study.store import Ledger
 from midstream.work.open_model import OpenedModel
+from midstream.work.protocol import main
 
 SHORT = ChatSettings(max_new_tokens=6)
 QUESTIONS = ["What colour is it?", "Is it red?"]
@@ -216,9 +216,8 @@ def run_main(monkeypatch: pytest.MonkeyPatch, lines: str, request: dict[str, obj
     """The process in this one: standard input is no terminal."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     # Pytest goes on with as many threads as it had.
-    monkeypatch.setattr("midstream.chat.__main__.os.cpu_count", lambda: 1)
-    monkeypatch.setattr(sys, "argv", ["chat", "--request", json.dumps(request)])
-    return main()
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    return main(["chat", json.dumps(request)])
 
 
 def test_the_process_answers_lines_and_tells_the_rest_on_standard_error(
@@ -262,7 +261,7 @@ def test_the_process_refuses_with_the_reason(
     said: str,
 ) -> None:
     request = {"checkpoint": str(chat_ledger.folder(tiny.CHAT)), "device": "cpu", **changes}
-    assert run_main(monkeypatch, QUESTIONS[0], request) == 1
+    assert run_main(monkeypatch, QUESTIONS[0], request) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert "error: " in err
@@ -272,7 +271,7 @@ def test_the_process_refuses_with_the_reason(
 @pytest.mark.slow
 def test_a_terminal_gets_prompt_answer_and_end(chat_ledger: Ledger, opened: OpenedModel) -> None:
     request = {"checkpoint": str(chat_ledger.folder(tiny.CHAT)), "max_new_tokens": 6}
-    command = [sys.executable, "-m", "midstream.chat", "--request", json.dumps(request)]
+    command = [sys.executable, "-m", "midstream.work", "chat", json.dumps(request)]
     ours, theirs = pty.openpty()
     shown = b""
 

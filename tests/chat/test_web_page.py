@@ -182,7 +182,7 @@ def served(chat_ledger: Ledger, pictures: list[Path], tmp_path: Path) -> Iterato
     """The address of a page in a process of its own, which leaves nothing behind."""
     request = {"checkpoint": str(chat_ledger.folder(tiny.CHAT)), "image": str(pictures[0])}
     request |= {"web": True, "max_new_tokens": 6, "device": "cpu"}
-    command = [sys.executable, "-m", "midstream.chat", "--request", json.dumps(request)]
+    command = [sys.executable, "-m", "midstream.work", "chat", json.dumps(request)]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -183,46 +183,43 @@ def ran(tiny_ledger: Ledger, file: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.slow
-def test_a_picture_that_cannot_be_decoded_is_named_with_shard_sample_and_remedy(ran: Ran) -> None:
-    stage = ran.failed("torn")
-    shard, key = shard_of(ran.worlds / "torn")
+@pytest.mark.parametrize(
+    ("line", "kind", "told"),
+    [
+        ("torn", PrepareSource, ["1 of 320 records", "{shard}: picture cannot be decoded"]),
+        (
+            "long",
+            Continue,
+            ["{shard}", f"do not fit into a row of {tiny.ROWS.row_length}", "raise row_length"],
+        ),
+        (
+            "missing",
+            PrepareSource,
+            ["llava.json, record 2 ({id!r})", "missing picture ({picture})"],
+        ),
+        ("gone", PrepareSource, ["{world} does not exist"]),
+    ],
+)
+def test_a_record_that_fails_a_stage_is_named_with_its_place_and_the_remedy(
+    ran: Ran, line: str, kind: type[Stage], told: list[str]
+) -> None:
+    stage, world = ran.failed(line), ran.worlds / line
     message = ran.message(stage)
-    assert isinstance(stage, PrepareSource)
-    where = f"{shard.relative_to(ran.worlds / 'torn')}, sample {key}"
-    assert "1 of 320 records" in message
-    assert f"{where}: picture cannot be decoded" in message
-    assert "mend the data, or raise the limit" in message
-
-
-@pytest.mark.slow
-def test_a_caption_longer_than_a_row_is_named_with_both_numbers_and_remedy(ran: Ran) -> None:
-    stage = ran.failed("long")
-    shard, key = shard_of(ran.worlds / "long")
-    message = ran.message(stage)
-    assert isinstance(stage, Continue)
-    assert f"{shard.relative_to(ran.worlds / 'long')}, sample {key}" in message
-    assert f"positions do not fit into a row of {tiny.ROWS.row_length}" in message
-    assert "raise row_length" in message
-    assert "--max-tokens" in message
-    # Its parents were not to blame and are done.
-    assert all(ran.ledger.is_done(parent) for parent in stage.parents)
-
-
-@pytest.mark.slow
-def test_a_missing_picture_of_a_conversation_is_named_with_record_and_remedy(ran: Ran) -> None:
-    stage = ran.failed("missing")
-    talks = ran.worlds / "missing" / "instruct" / "talks"
-    record = json.loads((talks / "llava.json").read_text())[2]
-    message = ran.message(stage)
-    assert isinstance(stage, PrepareSource)
-    assert f"llava.json, record 2 ({record['id']!r})" in message
-    assert f"missing picture ({talks / record['image']})" in message
-    assert "mend the data, or raise the limit" in message
-
-
-@pytest.mark.slow
-def test_a_data_folder_that_has_vanished_since_planning_is_named(ran: Ran) -> None:
-    assert f"{ran.worlds / 'gone'} does not exist" in ran.message(ran.failed("gone"))
+    words = {"world": world}
+    if line in ("torn", "long"):
+        shard, key = shard_of(world)
+        words |= {"shard": f"{shard.relative_to(world)}, sample {key}"}
+    elif line == "missing":
+        record = json.loads((world / "instruct/talks/llava.json").read_text())[2]
+        words |= {"id": record["id"], "picture": world / "instruct/talks" / record["image"]}
+    for part in told:
+        assert part.format(**words) in message
+    remedy = {"long": "--max-tokens", "gone": str(world)}
+    assert remedy.get(line, "mend the data, or raise the limit") in message
+    if line != "gone":
+        assert isinstance(stage, kind)
+        # Its parents were not to blame and are done.
+        assert all(ran.ledger.is_done(parent) for parent in stage.parents)
 
 
 @pytest.mark.slow
@@ -298,17 +295,6 @@ def test_a_data_folder_that_does_not_exist_is_named(
     nowhere = world.with_name("nowhere")
     message = refused(ledger, command, f"{file}:good", "--set", f"root={nowhere}")
     assert f"world folder {nowhere} does not exist; give the folder that holds it" in message
-
-
-@pytest.mark.parametrize("study", ["pocket.when_images_arrive", "good"])
-def test_an_unknown_argument_of_a_recipe_is_named_with_those_there_are(
-    finished: tuple[Ledger, Path], file: Path, study: str
-) -> None:
-    ledger, _ = finished
-    name = f"{file}:good" if study == "good" else study
-    message = refused(ledger, "run", name, "--set", "nonsense=1")
-    assert f"{name} has no argument 'nonsense'; it takes " in message
-    assert ("root" if study == "good" else "text_tokens") in message
 
 
 def test_a_store_that_another_launcher_holds_is_refused_with_its_process(

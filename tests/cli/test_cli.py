@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from midstream.cli.app import app
 from midstream.core.tokens import counted, quantity
 from midstream.cost.graph import order, plan
 from midstream.launch import local, terminal
-from midstream.study.store import Ledger, launch_lock
+from midstream.launch.scheduler import Outcome
+from midstream.study.store import Ledger
 from midstream.study.studies import Study
 
 STUDY_FILE = """
@@ -56,7 +58,7 @@ def number() -> int:
 
 
 # What a preparation says of a source.
-FACTS = {"kind": "text", "num_examples": 1, "distinct_images": 0}
+FACTS = {"seconds": 1.0, "kind": "text", "num_examples": 1, "distinct_images": 0}
 
 
 @pytest.fixture
@@ -98,27 +100,17 @@ def test_help_and_version_start_without_the_slow_imports() -> None:
     program = (
         "import sys\nfrom midstream.cli.app import app\n"
         "try:\n    app([sys.argv[1]])\nexcept SystemExit as reason:\n    assert not reason.code\n"
-        "slow = {'torch', 'pydantic', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
-        "assert not slow, slow"
+        "slow = 'torch pydantic transformers numpy matplotlib tokenizers pyarrow'.split()\n"
+        "assert not {*slow} & {*sys.modules}, {*slow} & {*sys.modules}"
     )
-    for option, expected in (("--help", "demo"), ("--version", __version__)):
-        found = subprocess.run(
-            [sys.executable, "-c", program, option], capture_output=True, text=True, check=False
-        )
+    for how, expected in (
+        (("-c", program, "--help"), "demo"),
+        (("-c", program, "--version"), __version__),
+        (("-m", "midstream", "--version"), f"midstream {__version__}\n"),
+    ):
+        found = subprocess.run([sys.executable, *how], capture_output=True, text=True, check=False)
         assert found.returncode == 0, found.stderr
         assert expected in found.stdout
-
-
-def test_planning_imports_no_torch(file: Path, store: Path) -> None:
-    program = (
-        "import sys\nfrom midstream.cli.app import app\n"
-        "try:\n    app(sys.argv[1:])\nexcept SystemExit as reason:\n    assert not reason.code\n"
-        "assert 'torch' not in sys.modules"
-    )
-    arguments = ["plan", f"{file}:study", "--store", str(store)]
-    found = subprocess.run([sys.executable, "-c", program, *arguments], check=False)
-    assert found.returncode == 0
-    assert not store.exists()
 
 
 def test_plan_prints_stages_and_totals(file: Path, store: Path) -> None:
@@ -126,7 +118,6 @@ def test_plan_prints_stages_and_totals(file: Path, store: Path) -> None:
     assert result.exit_code == 0, result.output
     study = catalogue.find_study(f"{file}:study", ["tokens=2000"])
     for stage in order(study):
-        assert stage.identity[:7] in result.stdout
         assert stage.identity[:7] in result.stdout
     assert "2 k" in result.stdout
     assert "0 done, 5 to run" in result.stdout
@@ -170,28 +161,36 @@ def test_the_pocket_studies_plan_without_any_data(store: Path) -> None:
     assert not store.exists()
 
 
-def test_a_missing_file_or_function_is_named(file: Path, tmp_path: Path) -> None:
-    assert f"no file {tmp_path / 'none.py'}" in refused("plan", f"{tmp_path / 'none.py'}:study")
-    message = refused("run", f"{file}:stduy")
-    assert "no function 'stduy'" in message
-    assert "study" in message.split("it has")[1]
-    assert "no function ''" in refused("plan", file)
-
-
-def test_an_unknown_field_is_shown_as_path_and_message(file: Path) -> None:
-    message = refused("plan", f"{file}:misspelt")
-    assert "DecoderConfig: DecoderConfig has no field 'n_layers'" in message
-    assert "did you mean 'num_layers'" in message
+@pytest.mark.parametrize(
+    ("command", "study", "settings", "told"),
+    [
+        ("plan", "{folder}/none.py:study", (), "no file {folder}/none.py"),
+        ("run", "{file}:stduy", (), "no function 'stduy'; it has misspelt, needy, study"),
+        ("plan", "{file}", (), "no function ''"),
+        (
+            "plan",
+            "{file}:misspelt",
+            (),
+            "DecoderConfig: DecoderConfig has no field 'n_layers'; did ",
+        ),
+        ("plan", "{file}:study", ("tokens=-5",), "Mixture.total_tokens: Input should be greater "),
+        ("plan", "{file}:number", (), "returned a int"),
+        ("plan", "{file}:needy", (), "needs root; add --set root=VALUE"),
+        ("plan", "{file}:study", ("token=5",), "no argument 'token'; it takes tokens, name"),
+        ("plan", "{file}:study", ("tokens",), "name=value"),
+        ("plan", "{file}:study", ("tokens=1", "tokens=2"), "twice"),
+        ("run", "{file}:study --device gpu", (), "Machine.device: Input should be 'auto', 'cpu' "),
+    ],
+)
+def test_what_a_user_can_put_right_is_named(
+    file: Path, store: Path, command: str, study: str, settings: Sequence[str], told: str
+) -> None:
+    words = study.format(file=file, folder=file.parent).split()
+    given = [word for setting in settings for word in ("--set", setting)]
+    message = refused(command, *words, *given, "--store", store)
+    assert told.format(folder=file.parent) in message
     assert "errors.pydantic.dev" not in message
-
-
-def test_a_wrong_value_is_shown_as_path_and_message(file: Path) -> None:
-    message = refused("plan", f"{file}:study", "--set", "tokens=-5")
-    assert "Mixture.total_tokens: Input should be greater than 0" in message
-
-
-def test_what_is_no_study_is_refused(file: Path) -> None:
-    assert "returned a int" in refused("plan", f"{file}:number")
+    assert not store.exists()
 
 
 ANNOTATED = """
@@ -218,6 +217,13 @@ def study(
 ) -> Study:
     raise ValueError(repr(locals()))
 """
+
+
+@pytest.fixture
+def annotated(tmp_path: Path) -> str:
+    path = tmp_path / "mine.py"
+    path.write_text(ANNOTATED)
+    return f"{path}:study"
 
 
 @pytest.mark.parametrize(
@@ -252,13 +258,11 @@ def study(
     ],
 )
 def test_a_setting_is_read_as_its_argument_is_annotated(
-    tmp_path: Path, setting: str, expected: Any
+    annotated: str, setting: str, expected: Any
 ) -> None:
-    path = tmp_path / "mine.py"
-    path.write_text(ANNOTATED)
     key = setting.partition("=")[0]
     with pytest.raises(ValueError, match="short") as told:
-        catalogue.find_study(f"{path}:study", [setting])
+        catalogue.find_study(annotated, [setting])
     assert f"'{key}': {expected!r}" in str(told.value)
 
 
@@ -275,27 +279,15 @@ def test_a_setting_is_read_as_its_argument_is_annotated(
     ],
 )
 def test_a_setting_that_its_argument_does_not_take_is_one_line(
-    tmp_path: Path, setting: str, told: str
+    annotated: str, setting: str, told: str
 ) -> None:
-    path = tmp_path / "mine.py"
-    path.write_text(ANNOTATED)
-    message = refused("plan", f"{path}:study", "--set", setting)
+    message = refused("plan", annotated, "--set", setting)
     assert message.startswith(f"error: --set {setting}: ")
-    assert told.format(f"{path}:study") in message
+    assert told.format(annotated) in message
     assert len(message.splitlines()) == 1
 
 
-def test_python_m_midstream_is_the_command() -> None:
-    found = subprocess.run(
-        [sys.executable, "-m", "midstream", "--version"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (found.returncode, found.stdout) == (0, f"midstream {__version__}\n")
-
-
-def test_settings_are_json_or_text_and_must_be_arguments(file: Path) -> None:
+def test_settings_are_json_or_text(file: Path) -> None:
     def name(*settings: str) -> str:
         return catalogue.find_study(f"{file}:study", settings).name
 
@@ -303,12 +295,6 @@ def test_settings_are_json_or_text_and_must_be_arguments(file: Path) -> None:
     assert catalogue.find_study(f"{file}:study", ["tokens=77"]).lines[0].axes == {"tokens": 77}
     where = f"{file}:needy"
     assert catalogue.find_study(where, ["root=7"]).name == type(Path()).__name__
-    assert "needs root; add --set root=VALUE" in refused("plan", where)
-    assert "no argument 'token'; it takes tokens, name" in refused(
-        "plan", f"{file}:study", "--set", "token=5"
-    )
-    assert "name=value" in refused("plan", f"{file}:study", "--set", "tokens")
-    assert "twice" in refused("plan", f"{file}:study", "--set", "tokens=1", "--set", "tokens=2")
 
 
 def test_a_finished_study_has_nothing_to_do(
@@ -321,33 +307,21 @@ def test_a_finished_study_has_nothing_to_do(
     assert result.stdout == f"nothing to do: all 5 stages of mine are done ({store})\n"
 
 
-def test_a_store_in_use_is_refused(file: Path, store: Path) -> None:
-    with launch_lock(store):
-        message = refused("run", f"{file}:study", "--store", store)
-    assert f"store {store} is in use by another launcher (process {os.getpid()}" in message
-
-
-def test_a_wrong_device_is_refused(file: Path, store: Path) -> None:
-    message = refused("run", f"{file}:study", "--store", store, "--device", "gpu")
-    assert "Machine.device: Input should be 'auto', 'cpu' or 'cuda'" in message
-    assert not store.exists()
-
-
 @pytest.mark.parametrize(
     ("outcome", "code"),
     [
-        (local.Outcome(num_before=0, num_done=3), 0),
-        (local.Outcome(num_before=1, num_failed=1, num_skipped=1, messages=("a failed: b",)), 1),
-        (local.Outcome(num_before=1, num_stopped=1, num_skipped=1, interrupted=True), 75),
-        (local.Outcome(num_before=1, num_done=1, num_skipped=1, interrupted=True), 75),
-        (local.Outcome(num_before=1, num_done=2, interrupted=True), 0),
+        (Outcome(num_before=0, num_done=3), 0),
+        (Outcome(num_before=1, num_failed=1, num_skipped=1, messages=("a failed: b",)), 1),
+        (Outcome(num_before=1, num_stopped=1, num_skipped=1, interrupted=True), 75),
+        (Outcome(num_before=1, num_done=1, num_skipped=1, interrupted=True), 75),
+        (Outcome(num_before=1, num_done=2, interrupted=True), 0),
     ],
 )
 def test_the_exit_code_tells_how_a_run_ended(
     file: Path,
     store: Path,
     monkeypatch: pytest.MonkeyPatch,
-    outcome: local.Outcome,
+    outcome: Outcome,
     code: int,
 ) -> None:
     monkeypatch.setattr(local, "run", lambda *_, **__: outcome)

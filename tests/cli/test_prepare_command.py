@@ -12,9 +12,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
-from midstream.cli import store_commands
 from midstream.cli.app import app
-from midstream.work import prepare_data
+from midstream.work.read_data import common_folder
 
 # Each starts processes.
 pytestmark = pytest.mark.slow
@@ -51,7 +50,7 @@ def test_the_command_prepares_a_source_and_prints_its_counts(
     (source / "1.jsonl").write_text('{"text": "fine"}\n{"body": "bad"}\n')
     command = arguments(source, tmp_path / "out", tokenizer)
     result = CliRunner().invoke(app, command)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "1 of 52 records" in result.stderr
     assert "1.jsonl, line 2: no text" in result.stderr
     assert "Traceback" not in result.stderr
@@ -104,7 +103,7 @@ def test_what_a_user_can_put_right_is_one_message(
     else:
         (source / "1.jsonl.gz").write_bytes(b"no gzip")
     result = CliRunner().invoke(app, arguments(source, tmp_path / "out", tokenizer))
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
 
@@ -177,15 +176,5 @@ def test_names_start_from_the_folder_that_holds_all_local_sources(
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "a/c/d.txt").write_text("d")
     monkeypatch.chdir(tmp_path)
-    found = prepare_data.common_folder(sources)
+    found = common_folder(sources)
     assert found == (str(tmp_path / expected) if expected else "")
-
-
-def test_the_command_line_starts_without_what_prepares() -> None:
-    script = "import sys, midstream.cli.app, midstream.cli.store_commands as p; print(*sys.modules)"
-    told = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    loaded = set(told.stdout.split())
-    assert store_commands.__name__ in loaded
-    assert not loaded & {"torch", "numpy", "tokenizers", "midstream.data", "pyarrow"}

@@ -34,17 +34,6 @@ def test_the_text_schedule_has_the_rates_that_the_papers_continued_runs_started_
     assert near == pytest.approx(rate, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    ("percent", "rate"),
-    [(20, 0.00905688), (40, 0.00656631), (60, 0.00348179), (80, 0.00098429)],
-)
-def test_the_text_schedule_has_the_values_computed_by_hand_at_exact_fifths(
-    percent: int, rate: float
-) -> None:
-    total = NUM_STEPS * STEP_TOKENS
-    assert rate_at(PAPER, percent * total // 100, total) == pytest.approx(rate, rel=1e-5)
-
-
 @given(
     peak=st.floats(1e-5, 0.5),
     end_share=st.floats(0.0, 1.0),
@@ -73,10 +62,6 @@ def test_the_warm_up_is_a_line_from_zero_to_the_peak() -> None:
     )
     assert rate_at(schedule, 2_500, 4_000) == pytest.approx((8e-3 + 1e-4) / 2)
     assert rate_at(schedule, 4_000, 4_000) == 1e-4
-
-
-def test_without_a_warm_up_the_first_rate_is_the_peak() -> None:
-    assert rate_at(WarmupCosine(peak_rate=8e-3), 0, 4_000) == 8e-3
 
 
 @given(parent=st.floats(1e-4, 0.5), total=st.integers(1_000, 10**13))

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from midstream.cli.app import app
 from midstream.cli.catalogue import find_study
 from midstream.config import Amount, Amounts, EncoderConfig, Epochs, Machine, Mixture, Share
-from midstream.config.model import encoder_flops
+from midstream.config.model import encoder_flops, picture_bytes
 from midstream.core.tokens import quantity
 from midstream.cost.cost import cost
 from midstream.cost.graph import order
@@ -27,9 +27,7 @@ from midstream.cost.pictures import (
     distinct_pictures,
     feature_folder,
     feature_plan,
-    picture_bytes,
 )
-from midstream.data import images
 from midstream.study.label import label
 from midstream.study.stages import Continue, Finetune, PrepareSource, Stage, TrainEncoder
 from midstream.study.store import Ledger
@@ -46,34 +44,24 @@ SO400M = EncoderConfig(
     num_heads=16,
     intermediate_size=4304,
 )
-SOURCES: dict[str, dict[str, Any]] = {
-    "stories": {
-        "kind": "text",
-        "num_examples": 50,
-        "num_tokens": 5_000,
-        "num_images": 0,
-        "distinct_images": 0,
-    },
-    "captions": {
-        "kind": "caption",
-        "num_examples": 100,
-        "num_tokens": 600,
-        "num_images": 100,
-        "distinct_images": 100,
-    },
-    "chats": {
-        "kind": "instruct",
-        "num_examples": 40,
-        "num_tokens": 700,
-        "num_images": 30,
-        "distinct_images": 30,
-    },
+
+
+def source(kind: str, examples: int, tokens: int, images: int) -> dict[str, Any]:
+    """The counts of a prepared source whose pictures are all distinct."""
+    counts = {"num_examples": examples, "num_tokens": tokens, "num_images": images}
+    return {"kind": kind, "distinct_images": images, **counts}
+
+
+SOURCES = {
+    "stories": source("text", 50, 5_000, 0),
+    "captions": source("caption", 100, 600, 100),
+    "chats": source("instruct", 40, 700, 30),
 }
 
 
 def finish(ledger: Ledger, stage: Stage, results: dict[str, Any]) -> None:
     with ledger.open_stage(stage) as work:
-        work.finish(results)
+        work.finish({"seconds": 1.0} | results)
 
 
 def prepared(stages: tuple[Stage, ...], store: Path, sources: dict[str, Any]) -> Ledger:
@@ -219,28 +207,10 @@ def test_the_reference_sizes_are_live_at_the_default_limit_and_stored_above_it(
     first = first_continue(make_study())
     encoder = first.encoder.model_copy(update={"encoder": SO400M})
     first = first.model_copy(update={"encoder": encoder})
-    sources: dict[str, Any] = {
-        "web": {
-            "kind": "text",
-            "num_examples": 1,
-            "num_tokens": 10**12,
-            "num_images": 0,
-            "distinct_images": 0,
-        },
-        "pairs": {
-            "kind": "caption",
-            "num_examples": 10**9,
-            "num_tokens": 30 * 10**9,
-            "num_images": 10**9,
-            "distinct_images": 10**9,
-        },
-        "mix": {
-            "kind": "instruct",
-            "num_examples": 665_000,
-            "num_tokens": 2 * 10**8,
-            "num_images": 340_000,
-            "distinct_images": 340_000,
-        },
+    sources = {
+        "web": source("text", 1, 10**12, 0),
+        "pairs": source("caption", 10**9, 30 * 10**9, 10**9),
+        "mix": source("instruct", 665_000, 2 * 10**8, 340_000),
     }
     shares = (Share(source="pairs", share=0.1), Share(source="web", share=0.9))
     budget = Mixture(total_tokens=28 * 10**9, by="sequences", shares=shares)
@@ -378,12 +348,6 @@ def test_drawing_few_of_a_billion_pictures_loses_no_precision() -> None:
     assert distinct_pictures(0, [(0, "replacement", 1000.0)]) == 0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_planned_bytes_are_those_that_the_store_writes(dtype: str) -> None:
-    config = SO400M.model_copy(update={"feature_dtype": dtype})
-    assert picture_bytes(config) == images.picture_bytes(config)
-
-
 def test_a_plan_says_in_one_line_what_it_decides_and_why(
     make_study: MakeStudy, tmp_path: Path
 ) -> None:
@@ -410,7 +374,7 @@ def test_the_plan_command_prints_each_encoder_as_text_and_as_json(tmp_path: Path
         name
         for stage in stages
         if isinstance(stage, Continue | Finetune)
-        for name in budget_names(stage)
+        for name in stage.training.budget.source_names
     }
     sources = {name: SOURCES["chats" if name == "talks" else "captions"] for name in names}
     for name, source in sources.items():
@@ -424,12 +388,3 @@ def test_the_plan_command_prints_each_encoder_as_text_and_as_json(tmp_path: Path
     assert "(at most 0); raise max_feature_gib" in shown
     wrong = CliRunner().invoke(app, [*command, "--features", "somewhere"])
     assert wrong.exit_code == 2
-
-
-def budget_names(stage: Continue | Finetune) -> list[str]:
-    budget = stage.training.budget
-    if isinstance(budget, Epochs):
-        return list(budget.sources)
-    if isinstance(budget, Amounts):
-        return [amount.source for amount in budget.amounts]
-    return [share.source for share in budget.shares]

@@ -60,7 +60,7 @@ def test_done_stages_take_no_more_hours(make_study: MakeStudy, tmp_path: Path) -
     before = price(plan(study, ledger), ledger, Fleet(A100))
     encoder = next(stage for stage in order(study) if stage.kind == "train_encoder")
     with ledger.open_stage(encoder) as opened:
-        opened.finish({"weights_digest": "w"})
+        opened.finish({"weights_digest": "w", "seconds": 1.0})
     after = price(plan(study, ledger), ledger, Fleet(A100))
     assert after.gpu_hours < before.gpu_hours
     assert encoder.name not in after.timing.starts

@@ -80,6 +80,13 @@ def make_source(
     return Source(name, folder, world)
 
 
+def supervised(source: Source, example: int, caption: int = 0) -> np.ndarray | None:
+    """Which tokens of an example are targets; None where all are."""
+    shard, local = source.locate(example)
+    start, end = shard.offsets_of(caption)[local : local + 2]
+    return None if shard.supervised is None else shard.supervised[start:end]
+
+
 def make_sources(
     base: Path, seed: int, *, longest: int, images: bool = True, begins: bool = False
 ) -> dict[str, Source]:

@@ -2,12 +2,12 @@
 
 import io
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import zstandard
 from made import png
+from made_inputs import as_lines, tar
 from PIL import Image
 
 from midstream.config import PublicFolder, TrainedTokenizer
@@ -53,16 +53,12 @@ def jpeg(number: int) -> bytes:
 
 
 def lines(texts: list[str]) -> bytes:
-    return "".join(json.dumps({"text": t, "url": "x"}) + "\n" for t in texts).encode()
+    return as_lines([{"text": text, "url": "x"} for text in texts])
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as shard:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            shard.addfile(info, io.BytesIO(data))
+    path.write_bytes(tar(members))
 
 
 def samples(first: int, captions: list[str]) -> dict[str, bytes]:

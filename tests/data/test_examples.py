@@ -1,4 +1,4 @@
-"""Examples: separators, masks and turns, as the head of `data/examples.py` says."""
+"""Examples: separators, masks and turns, as `data/examples.py` says."""
 
 from pathlib import Path
 from typing import Any

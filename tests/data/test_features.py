@@ -1,11 +1,9 @@
 """Features: what an encoder makes of each picture, the same stored and live, computed once."""
 
 import multiprocessing
-import os
-import pickle
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,60 +13,23 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import make_source, png
+from made_features import CODED, CONFIG, NUM_PICTURES, WHOLE, Encode, pixels_of, quiet
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from midstream.config import EncoderConfig
-from midstream.core.storage import CorruptError
+from midstream.config.model import FILL_BATCH, picture_bytes
+from midstream.core.storage import CorruptError, read_json
 from midstream.data import feature_store
-from midstream.data.feature_store import FeatureStore, HashIndex, StoredImages
+from midstream.data.feature_store import FeatureStore, HashIndex
 from midstream.data.images import (
-    FILL_BATCH,
-    LiveImages,
     encode_fixed,
     encode_raw,
-    load_pixels,
     pack,
-    picture_bytes,
     unpack,
 )
 from midstream.data.sources import Source
 from midstream.model.vision import build_encoder
 from midstream.model.weights import initialise
-
-CONFIG = EncoderConfig(
-    image_size=8, patch_size=4, hidden_size=6, num_layers=2, num_heads=1, intermediate_size=8
-)
-CODED = CONFIG.model_copy(update={"feature_dtype": "int8"})
-WHOLE = CONFIG.model_copy(update={"feature_dtype": "float32"})
-# More pictures than two batches, and examples that share them.
-NUM_PICTURES = 2 * FILL_BATCH + 3
-
-
-class Encode:
-    """A small encoder: a fixed matrix over the pixels of each patch.
-
-    As in a real one the batch's shape has a say in the numbers. It writes a line to `log` for each
-    call, and at call `dies_at` its process is killed.
-    """
-
-    def __init__(self, log: Path | None = None, dies_at: int | None = None) -> None:
-        self.calls, self.sizes = 0, set[int]()
-        self.log, self.dies_at = log, dies_at
-        self.weights = torch.from_numpy(
-            np.random.default_rng(3).normal(size=(48, 6)).astype(np.float32)
-        )
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        self.calls += 1
-        self.sizes.add(len(pixels))
-        if self.log is not None:
-            with self.log.open("a") as stream:
-                stream.write("batch\n")
-        if self.calls == self.dies_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        patches = pixels.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5)
-        return patches.reshape(len(pixels), 4, 48) @ self.weights * (1 + len(pixels) / 64)
 
 
 class Breaks(Encode):
@@ -80,12 +41,6 @@ class Breaks(Encode):
         return features
 
 
-def quiet(done: float, note: str) -> None:
-    """Checks what a bar needs: a share and words."""
-    assert 0 <= done <= 1
-    assert note.startswith("features of ")
-
-
 def parts(folder: Path) -> list[Path]:
     return sorted(folder.glob("part-*"))
 
@@ -94,20 +49,15 @@ def stored_pictures(folder: Path) -> int:
     return sum(len(np.load(part / "hashes.npy")) for part in parts(folder))
 
 
-def pixels_of(source: Source, examples: Iterable[int], config: EncoderConfig) -> Tensor:
-    """Their pictures in one tensor."""
-    return torch.from_numpy(np.stack([load_pixels(source, n, config) for n in examples]))
-
-
 def check_all(store: FeatureStore, source: Source, shown: list[int | None]) -> None:
     """Every stored feature is what encoding the picture alone gives, bit by bit."""
     for example, picture in enumerate(shown):
         if picture is not None:
             pixels = pixels_of(source, [example], store.config)
             live = encode_fixed(Encode(), pixels, store.config)[0]
-            stored = store.read(source, example)
-            assert stored.dtype == np.float32
-            assert np.array_equal(stored, live.numpy())
+            stored = store.read_many([(source, example)])[0]
+            assert stored.dtype == torch.float32
+            assert torch.equal(stored, live)
 
 
 def numbers(low: int, high: int) -> Iterator[np.ndarray]:
@@ -202,7 +152,7 @@ def test_only_the_pictures_asked_for_are_computed(
     assert len(store) == len(wanted) < NUM_PICTURES
     missing = next(n for n, picture in enumerate(shown) if picture not in wanted)
     with pytest.raises(ValueError, match=rf"sample {missing}: none of the .* fill the store"):
-        store.read(talks, missing)
+        store.read_many([(talks, missing)])
     # A store that is open already sees what another fills.
     FeatureStore(tmp_path, CONFIG).fill(talks, numbers(0, last), Encode(), quiet)
     check_all(store, talks, shown)
@@ -214,7 +164,7 @@ def test_an_example_without_a_picture_has_no_features(
     store = FeatureStore(tmp_path, CONFIG)
     store.fill(talks, None, Encode(), quiet)
     with pytest.raises(ValueError, match="shows no picture"):
-        store.read(talks, shown.index(None))
+        store.read_many([(talks, shown.index(None))])
 
 
 @pytest.mark.parametrize("pictures", [1, 3, FILL_BATCH, FILL_BATCH + 1])
@@ -295,7 +245,7 @@ def test_a_fill_that_is_asked_to_stop_keeps_its_batches_and_none_is_computed_twi
     assert FeatureStore(stopped, CONFIG).fill(talks, None, second, quiet)
     assert first.calls + second.calls == uninterrupted.calls
     assert features_of(stopped) == features_of(whole)
-    assert store.measured() is not None
+    assert (stopped / "measured.json").is_file()
     check_all(FeatureStore(stopped, CONFIG), talks, shown)
 
 
@@ -376,10 +326,8 @@ def test_rounding_errors_are_measured_and_kept_with_the_store(
     tmp_path: Path, talks: Source
 ) -> None:
     store = FeatureStore(tmp_path, CODED)
-    assert store.measured() is None
     store.fill(talks, None, Encode(), quiet)
-    found = store.measured()
-    assert found is not None
+    found = read_json(tmp_path / "measured.json")
     pixels = pixels_of(talks, range(NUM_PICTURES), CODED)
     raw = encode_raw(Encode(), pixels, CODED).double()
     assert not torch.equal(encode_fixed(Encode(), pixels, CODED).double(), raw)
@@ -441,7 +389,7 @@ def test_a_part_with_a_file_cut_short_or_lost_is_refused(
         # A manifest cut by its last line end is still whole.
         if cut is None or name != "manifest.json":
             with pytest.raises(CorruptError, match=rf"delete .*{parts(folder)[0].name}"):
-                FeatureStore(folder, CONFIG).read(talks, 0)
+                FeatureStore(folder, CONFIG).read_many([(talks, 0)])
             with pytest.raises(CorruptError, match="run again"):
                 FeatureStore(folder, CONFIG).fill(talks, None, Encode(), quiet)
 
@@ -469,90 +417,7 @@ def test_no_flipped_bit_reaches_a_reader(
 
 def test_a_store_of_another_encoder_is_refused(filled: Path, talks: Source) -> None:
     with pytest.raises(CorruptError, match=r"19 pictures of this encoder take 608"):
-        FeatureStore(filled, CODED).read(talks, 0)
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
-    """Conversations and captions that share a picture."""
-    base = tmp_path_factory.mktemp("two")
-    return {
-        "talks": make_source(base, "talks", "instruct", [3, 3, 3], pictures=[2, None, 0]),
-        "pics": make_source(base, "pics", "caption", [3, 3], number=1, pictures=[1, 2]),
-    }
-
-
-NAMES = ("pics", "talks")
-WANTED = np.array([(1, 2), (0, 0), (0, 1), (1, 0), (0, 0)])
-
-
-class Rows(Dataset[Tensor]):
-    """One picture a row, made where a loader's worker is."""
-
-    def __init__(self, images: StoredImages | LiveImages) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(WANTED)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images(WANTED[index : index + 1])
-
-
-def test_images_of_rows_come_in_the_order_asked_for_stored_as_live(
-    tmp_path: Path, two: dict[str, Source]
-) -> None:
-    store = FeatureStore(tmp_path, CONFIG)
-    for source in two.values():
-        store.fill(source, None, Encode(), quiet)
-    stored, live = StoredImages(store, two, NAMES), LiveImages(two, NAMES, CONFIG)
-    expected = torch.cat([pixels_of(two[NAMES[s]], [e], CONFIG) for s, e in WANTED.tolist()])
-    assert torch.equal(live(WANTED), expected)
-    found = stored(WANTED)
-    assert torch.equal(found, encode_fixed(Encode(), live(WANTED), CONFIG))
-    # Talk 0 and caption 1 show the same picture; the other features are others.
-    assert torch.equal(found[2], found[3])
-    assert not torch.equal(found[0], found[1])
-
-
-def test_rows_without_images_have_tensors_of_no_images(
-    tmp_path: Path, two: dict[str, Source]
-) -> None:
-    none = np.zeros((0, 2), np.int64)
-    stored = StoredImages(FeatureStore(tmp_path, CONFIG), two, NAMES)(none)
-    assert stored.shape == (0, CONFIG.num_patches, CONFIG.hidden_size)
-    live = LiveImages(two, NAMES, CONFIG)(none)
-    assert live.shape == (0, 3, CONFIG.image_size, CONFIG.image_size)
-    encode = Encode()
-    assert encode_fixed(encode, live, CONFIG).shape == stored.shape
-    assert encode.calls == 0
-
-
-def test_what_is_pickled_is_small_and_reads_the_same(
-    tmp_path: Path, two: dict[str, Source]
-) -> None:
-    store = FeatureStore(tmp_path, CONFIG)
-    for source in two.values():
-        store.fill(source, None, Encode(), quiet)
-    stored = StoredImages(store, two, NAMES)
-    expected = stored(WANTED)
-    assert torch.equal(pickle.loads(pickle.dumps(stored))(WANTED), expected)
-    # Neither maps nor hashes travel: the size is that of a store that was never read.
-    fresh = StoredImages(FeatureStore(tmp_path, CONFIG), two, NAMES)
-    assert len(pickle.dumps(stored)) == len(pickle.dumps(fresh))
-
-
-@pytest.mark.slow
-def test_loader_workers_read_features_and_pixels(tmp_path: Path, two: dict[str, Source]) -> None:
-    store = FeatureStore(tmp_path, CONFIG)
-    for source in two.values():
-        store.fill(source, None, Encode(), quiet)
-    for images in (StoredImages(store, two, NAMES), LiveImages(two, NAMES, CONFIG)):
-        expected = images(WANTED)
-        loader = DataLoader(
-            Rows(images), batch_size=None, num_workers=2, multiprocessing_context="forkserver"
-        )
-        assert torch.equal(torch.cat(list(loader)), expected)
+        FeatureStore(filled, CODED).read_many([(talks, 0)])
 
 
 @settings(deadline=None, max_examples=60)

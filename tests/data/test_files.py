@@ -1,16 +1,24 @@
-"""Files by local path and by URL: what a name stands for, what leads out, and cut archives."""
+"""Files by local path and by URL: what a name stands for, what leads out, lines, and copies."""
 
+import gzip
 import io
+import json
 import os
+import random
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_inputs import Put, as_lines, run, tar
 
+from midstream.data.formats import files as files_module
 from midstream.data.formats.files import (
     base_name,
     exists,
@@ -22,27 +30,19 @@ from midstream.data.formats.files import (
     open_binary,
     read_lines,
     read_range,
+    refuse_twins,
     size_of,
 )
 
 NAMES = ("a.jsonl", "b/c.jsonl.gz", "b/d/e.jsonl", "b/notes.md", "z.txt")
 
 
-@pytest.fixture(params=["local", "memory"])
-def base(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+@pytest.fixture
+def base(put: Put) -> str:
     """A folder, local or of a URL, that holds files with their names as bytes."""
-    if request.param == "local":
-        for name in NAMES:
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_bytes(name.encode())
-        yield str(tmp_path)
-        return
-    memory = fsspec.filesystem("memory")
-    root = f"/files-{tmp_path.name}"
     for name in NAMES:
-        memory.pipe(f"{root}/{name}", name.encode())
-    yield f"memory:/{root}"
-    memory.rm(root, recursive=True)
+        put(name, name.encode())
+    return put("", b"")
 
 
 def short(found: list[str], base: str) -> list[str]:
@@ -132,17 +132,10 @@ def test_bytes_are_read_at_any_place_and_the_size_is_known(base: str) -> None:
 
 
 def test_a_file_lies_in_its_folder() -> None:
-    assert [folder_of(x) for x in ("/a/b.txt", "b.txt", "/b.txt", "a/b/c")] == [
-        "/a",
-        ".",
-        "/",
-        "a/b",
-    ]
-    assert [folder_of(x) for x in ("s3://a/b/c.txt", "memory://c.txt", "memory:///d/c.txt")] == [
-        "s3://a/b",
-        "memory://",
-        "memory:///d",
-    ]
+    folders = {"/a/b.txt": "/a", "b.txt": ".", "/b.txt": "/", "a/b/c": "a/b"}
+    folders |= {"s3://a/b/c.txt": "s3://a/b", "memory://c.txt": "memory://"}
+    folders |= {"memory:///d/c.txt": "memory:///d"}
+    assert {name: folder_of(name) for name in folders} == folders
 
 
 @pytest.mark.parametrize(
@@ -203,3 +196,219 @@ def test_a_link_may_lead_about_inside_the_folder_but_not_out_of_it(tmp_path: Pat
             with pytest.raises(ValueError, match=f"^here: '{name}' is a link that leads out of"):
                 inside(str(folder), name, "here")
             assert Path(join(str(folder), name, "here")).read_bytes() == b"s"
+
+
+# Lines.
+
+LINES = [b"one\n", b"\n", b"\xff\xfe no text\n", b"three\r\n", b"last, without an end"]
+RANDOM = random.Random(3)
+NOISE = [RANDOM.randbytes(30).hex().encode() + b"\n" for _ in range(3000)]
+
+
+def zstd(data: bytes) -> bytes:
+    return zstandard.ZstdCompressor().compress(data)
+
+
+def zstd_stream(data: bytes) -> bytes:
+    """Without the length of the data in its head, as from a pipe."""
+    packer = zstandard.ZstdCompressor(write_checksum=True).compressobj()
+    return packer.compress(data) + packer.flush()
+
+
+PACKED = {
+    "a.jsonl": lambda data: data,
+    "a.jsonl.gz": gzip.compress,
+    "a.jsonl.zst": zstd,
+    "a.jsonl.zstd": zstd_stream,
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("lines", [LINES, NOISE, [b"x" * 3_000_000 + b"\n", b"y\n"]])
+def test_lines_come_out_as_they_went_in(put: Put, name: str, lines: list[bytes]) -> None:
+    data = b"".join(lines)
+    half = len(lines[0])
+    # In one piece, and in two that stand behind each other.
+    for packed in (PACKED[name](data), PACKED[name](data[:half]) + PACKED[name](data[half:])):
+        assert list(read_lines(put(name, packed))) == lines
+
+
+@pytest.mark.parametrize("name", list(PACKED)[1:])
+@pytest.mark.parametrize("lines", [LINES, NOISE])
+def test_a_packed_file_that_is_cut_at_any_byte_is_refused_by_name(
+    put: Put, name: str, lines: list[bytes]
+) -> None:
+    packed = PACKED[name](b"".join(lines))
+    ends = {*range(20), *range(len(packed) - 20, len(packed)), *range(0, len(packed), 997)}
+    for end in sorted(ends & set(range(len(packed)))):
+        path = put(name, packed[:end])
+        with pytest.raises(ValueError, match=f"^{path} is .*fetch it again$"):
+            list(read_lines(path))
+
+
+@pytest.mark.parametrize("name", list(PACKED)[1:])
+def test_a_second_piece_that_is_cut_is_noticed(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    first, second = PACKED[name](b"a\n"), PACKED[name](b"b\n")
+    for end in range(1, len(second)):
+        path.write_bytes(first + second[:end])
+        with pytest.raises(ValueError, match=name):
+            list(read_lines(str(path)))
+
+
+@pytest.mark.parametrize("name", list(PACKED)[1:])
+def test_what_is_not_packed_as_its_name_says_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b'{"text": "plain"}\n' * 10)
+    with pytest.raises(ValueError, match=name):
+        list(read_lines(str(path)))
+
+
+def test_an_empty_plain_file_has_no_lines_and_a_missing_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    assert list(read_lines(str(tmp_path / "a.jsonl"))) == []
+    for name in ("b.jsonl", "b.jsonl.gz", "b.jsonl.zst"):
+        with pytest.raises(FileNotFoundError, match=name):
+            list(read_lines(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_line_that_is_too_long_is_refused_and_one_at_the_limit_is_whole(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files_module, "MAX_LINE_BYTES", 1000)
+    path = tmp_path / name
+    lines = [b"a\n", b"b" * 999 + b"\n", b"c" * 1000]
+    path.write_bytes(PACKED[name](b"".join(lines)))
+    assert list(read_lines(str(path))) == lines
+    path.write_bytes(PACKED[name](b"a\n" + b"b" * 1000 + b"\n"))
+    with pytest.raises(ValueError, match="line 2 is longer than 1,000 bytes"):
+        list(read_lines(str(path)))
+
+
+# Copies.
+
+
+def parquet(*texts: str) -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(pa.table({"text": texts}), stream)
+    return stream.getvalue()
+
+
+def texts(*found: str) -> bytes:
+    return as_lines([{"text": text} for text in found])
+
+
+def check(put: Put, files: Iterable[tuple[str, bytes]]) -> None:
+    refuse_twins({put(name, data): len(data) for name, data in files})
+
+
+ONE, TWO = texts("one", "first"), texts("two")
+RIVER = texts(*(f"The river {n} is wide." for n in range(300)))
+
+
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        ({"a.jsonl": ONE, "a.jsonl.gz": gzip.compress(ONE)}, "by their names"),
+        ({"d/a.jsonl": ONE, "d/a.jsonl.zst": zstd(ONE)}, "by their names"),
+        ({"a.json.gz": gzip.compress(ONE), "a.json.zstd": zstd(ONE)}, "by their names"),
+        ({"a.json": ONE, "a.jsonl": TWO}, "by their names"),
+        ({"a.parquet": parquet("one"), "a.jsonl.gz": gzip.compress(ONE)}, "by their names"),
+        ({"a.jsonl": ONE, "backup/a.jsonl": ONE}, "the same 34 bytes"),
+        ({"a.jsonl": ONE, "a (1).jsonl": ONE}, "the same 34 bytes"),
+        ({"b/novel.txt": b"Call me", "c/old.txt": b"Call me"}, "the same 7 bytes"),
+        ({"raw/a.jsonl": ONE, "a.jsonl.gz": gzip.compress(ONE)}, "once compressed"),
+        ({"a.jsonl": RIVER, "packed/a.jsonl.zst": zstd(RIVER)}, "once compressed"),
+    ],
+)
+def test_two_files_that_are_one_are_refused_with_both_names(
+    put: Put, files: dict[str, bytes], why: str
+) -> None:
+    others = {"x.jsonl": texts("x"), "y.jsonl": texts("y"), "z.txt": b"z"}
+    check(put, others.items())
+    with pytest.raises(ValueError, match="would count twice; remove one") as caught:
+        check(put, {**others, **files}.items())
+    assert why in str(caught.value)
+    assert all(put(name, data) in str(caught.value) for name, data in files.items())
+
+
+def test_files_that_are_alike_and_differ_are_read(put: Put) -> None:
+    big, changed = bytearray(b"x" * 400_000), bytearray(b"x" * 400_000)
+    changed[200_000] = ord("y")
+    check(
+        put,
+        {
+            "a/part-0.jsonl": texts("one"),
+            "b/part-0.jsonl": texts("two"),
+            "c/part-0.jsonl.gz": gzip.compress(texts("six")),
+            "c/part-1.jsonl.gz": gzip.compress(texts("ten")),
+            "empty-0.jsonl": b"",
+            "empty-1.jsonl": b"",
+            "thesis.tex": b"tex",
+            "thesis.txt": b"txt",
+            "big.txt": bytes(big),
+            "changed.txt": bytes(changed),
+        }.items(),
+    )
+
+
+def test_a_link_and_what_it_leads_to_are_one_file_and_empty_ones_too(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match=r"a\.jsonl and .*b\.jsonl are one file"):
+        refuse_twins({str(tmp_path / name): 0 for name in ("a.jsonl", "b.jsonl")})
+
+
+def test_only_files_of_one_size_and_equal_ends_are_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[str, int]] = []
+    whole = files_module.read_range
+
+    def counted(path: str, offset: int, size: int) -> bytes:
+        read.append((Path(path).name, size))
+        return whole(path, offset, size)
+
+    monkeypatch.setattr(files_module, "read_range", counted)
+    sizes = {}
+    for number in range(20):
+        path = tmp_path / f"{number:02d}.tar"
+        path.write_bytes(number.to_bytes(2, "big") * (150_000 + number % 10))
+        sizes[str(path)] = path.stat().st_size
+    refuse_twins(sizes)
+    assert {size for _, size in read} == {2**16}
+    assert len(read) == 40
+    read.clear()
+    sizes.pop(str(tmp_path / "03.tar"))
+    refuse_twins(sizes)
+    assert "13.tar" not in {name for name, _ in read}
+
+
+def test_every_kind_of_source_refuses_copies_before_it_writes_anything(tmp_path: Path) -> None:
+    talk = {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]}
+    talks = tmp_path / "talks"
+    talks.mkdir()
+    (talks / "train.json").write_text(json.dumps([talk]))
+    (talks / "train.jsonl").write_text(json.dumps(talk) + "\n")
+    (tmp_path / "tars/old").mkdir(parents=True)
+    for name, number in (("0.tar", 1), ("1.tar", 2), ("old/0.tar", 1)):
+        data = tar({f"{number}.txt": b"[%d, 5, 6]" % number})
+        (tmp_path / "tars" / name).write_bytes(data)
+    for section, folder, both in (
+        ("conversations", talks, ("train.json ", "train.jsonl ")),
+        ("text", tmp_path / "tars", ("/0.tar", "old/0.tar")),
+        ("captions", tmp_path / "tars", ("/0.tar", "old/0.tar")),
+    ):
+        with pytest.raises(ValueError, match="would count twice") as caught:
+            run(section, folder, tmp_path / "out")  # type: ignore[arg-type]
+        assert all(name in str(caught.value) for name in both)
+        assert not (tmp_path / "out").exists()
+
+
+def test_what_is_named_alone_is_read_beside_its_copy(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "backup/a.jsonl", "a.jsonl.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(ONE if name.endswith("l") else gzip.compress(ONE))
+    found = run("text", tmp_path / "a.jsonl", tmp_path / "out")
+    assert found["train"]["examples"] == 2

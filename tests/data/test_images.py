@@ -12,15 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_inputs import shared
 from PIL import Image
 
 from midstream.config import ImageTransform
 from midstream.data import images
-from midstream.data.images import MAX_PIXELS, MAX_SIDE, MAX_STRIP, decode, decode_pixels, to_pixels
+from midstream.data.images import MAX_PIXELS, MAX_SIDE, MAX_STRIP, decode, decode_pixels
 
-SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
-SIZES = st.integers(1, 40)
-RESIZES = ("letterbox", "square", "crop")
+SIZES, RESIZES = st.integers(1, 40), ("letterbox", "square", "crop")
 # CLIP's: no two channels are alike, so that a mix-up of channels shows.
 CLIP: dict[str, Any] = {"mean": (0.481, 0.457, 0.408), "std": (0.268, 0.261, 0.275)}
 LETTERBOX = ImageTransform(size=32)
@@ -34,6 +33,11 @@ def saved(picture: Image.Image, file_format: str = "PNG", **options: object) -> 
     stream = io.BytesIO()
     picture.save(stream, file_format, **options)
     return stream.getvalue()
+
+
+def to_pixels(picture: Image.Image, transform: ImageTransform) -> np.ndarray:
+    """The pixels of a picture that went through a PNG."""
+    return decode_pixels(saved(picture), "x", transform)
 
 
 def png_of_size(width: int, height: int) -> bytes:
@@ -107,10 +111,7 @@ def test_even_noise_is_within_40_decibels_of_pillow(width: int, height: int, res
 
 
 def test_photographs_are_within_50_decibels_of_pillow() -> None:
-    folder = SHARED / "vqa_official_samples"
-    if not folder.is_dir():
-        pytest.skip("the shared data is not here")
-    paths = sorted(folder.rglob("*.jpg"))[:12]
+    paths = sorted(Path(shared("vqa_official_samples")).rglob("*.jpg"))[:12]
     assert len(paths) == 12
     for path in paths:
         picture = decode(path.read_bytes(), str(path))
@@ -201,11 +202,6 @@ def test_pixels_do_not_depend_on_the_number_of_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert found[:3] == found[3:6] == found[6:]
-
-
-def test_pixels_are_made_of_rgb_pictures_only() -> None:
-    with pytest.raises(ValueError, match="takes RGB pictures, not L"):
-        to_pixels(Image.new("L", (4, 4)), LETTERBOX)
 
 
 def jpegs(raw: np.ndarray) -> list[bytes]:

@@ -230,7 +230,7 @@ def test_every_rank_gets_the_same_number_of_micro_batches_and_every_row_comes_on
     views = [View(num_rows, batch_rows, micro_rows, rank, world_size) for rank in range(world_size)]
     seen: list[int] = []
     for step in range(-(-num_rows // batch_rows)):
-        ranks = [view.step(step, first_row) for view in views]
+        ranks = [view.parts(step, first_row, view.rank) for view in views]
         assert len({len(parts) for parts in ranks}) == 1
         assert all(len(part) <= micro_rows for parts in ranks for part in parts)
         seen += [row for parts in ranks for part in parts for row in part]

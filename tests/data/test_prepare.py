@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from made import png
+from made import png, supervised
 from made_inputs import run, times
 from made_world import (
     CAPTIONS,
@@ -97,7 +97,7 @@ def test_a_folder_is_indexed_from_end_to_end(root: Path, tmp_path: Path) -> None
     assert [talks.has_image(example) for example in range(3)] == [True, False, True]
     assert talks.image_bytes(0) == talks.image_bytes(2) == png(1)
     for example, replies in enumerate([" A boat. It is red.", " Hello.", " No."]):
-        ids, mask = talks.input_ids(example), talks.supervised(example)
+        ids, mask = talks.input_ids(example), supervised(talks, example)
         assert mask is not None
         assert codec.decode(ids[np.asarray(mask) == 1].tolist()) == replies
         assert "<image>" not in codec.decode(ids.tolist())

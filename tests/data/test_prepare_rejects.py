@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made import png
+from made import png, supervised
 from made_inputs import run, texts_of, times, tokenizer_file, write_pictures, write_texts
 from made_world import TALKS, jpeg, samples, write_tar
 from PIL import Image
@@ -244,7 +244,7 @@ def test_tokenised_chunks_are_taken_as_they_are_and_foreign_ids_are_named(tmp_pa
     source = Source("s", out)
     kept = [chunks[n] for n in (0, 1, 3, 5)]
     assert [source.input_ids(n).tolist() for n in range(len(source))] == kept
-    assert source.supervised(0) is None
+    assert supervised(source, 0) is None
 
 
 @pytest.mark.parametrize("length", [1, 1000, 100_000])

@@ -2,277 +2,29 @@
 
 import csv
 import io
-import json
-import tarfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import fsspec
 import pytest
+from made_captions import (
+    captions,
+    img2dataset,
+    joined,
+    outcome,
+    picture,
+    read,
+    write,
+    write_tar,
+)
+from made_inputs import OPTIONS, as_json, as_lines
 
 from midstream.data.formats import captions as formats_captions
 from midstream.data.formats import read_captions
-from midstream.data.formats import records as formats_records
 from midstream.data.formats.files import read_range
 from midstream.data.formats.read_captions import FORMATS, caption_units
-from midstream.data.formats.records import CaptionRecord, ReadOptions, Unit
-from midstream.data.source_writer import Reject
-
-SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
-SYNTHETIC = [f"a made caption, number {number}" for number in range(5)]
-Members = Mapping[str, bytes]
-
-
-def picture(number: int) -> bytes:
-    """Bytes of its own for every number: pictures are not decoded by the readers."""
-    return b"\xff\xd8picture" + bytes([number % 256]) * (10 + number)
-
-
-def as_json(value: Any) -> bytes:
-    return json.dumps(value).encode()
-
-
-def write(path: Path, data: bytes) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    return str(path)
-
-
-def write_tar(path: Path, members: Members | Sequence[tuple[str, bytes]]) -> str:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as archive:
-        for name, data in members.items() if isinstance(members, Mapping) else members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return write(path, stream.getvalue())
-
-
-def img2dataset(number: int, suffix: str = "jpg") -> dict[str, bytes]:
-    """A sample as img2dataset writes it."""
-    key = f"00000{number:04d}"
-    about = {
-        "key": key,
-        "caption": f"caption {number}",
-        "url": f"http://example.com/{number}.jpg",
-        "status": "success",
-        "error_message": None,
-        "width": 4,
-        "height": 3,
-        "uid": f"{number:032x}",
-        "sha256": "0" * 64,
-    }
-    return {
-        f"{key}.{suffix}": picture(number),
-        f"{key}.json": as_json(about),
-        f"{key}.txt": f"caption {number}".encode(),
-    }
-
-
-def apple(key: str) -> dict[str, bytes]:
-    """A sample of DataCompDR as it is published: no picture, no original caption."""
-    return {
-        f"{key}.url.txt": b"http://example.com/a.jpg",
-        f"{key}.syn.json": as_json({"syn_text": [f"{text} of {key}" for text in SYNTHETIC]}),
-        f"{key}.paug.json": as_json({"param_aug": "[]"}),
-        f"{key}.npz": b"PK",
-        f"{key}.json": as_json({"uid": key, "sha256": "0" * 64}),
-    }
-
-
-def joined(key: str, number: int = 0) -> dict[str, bytes]:
-    """The same sample with its picture and caption from DataComp."""
-    own = {f"{key}.jpg": picture(number), f"{key}.txt": f"original of {key}".encode()}
-    return own | apple(key)
-
-
-def read(
-    sources: str | Sequence[str], options: ReadOptions | None = None
-) -> list[CaptionRecord | Reject]:
-    options = options or ReadOptions()
-    units = caption_units([sources] if isinstance(sources, str) else sources, options)
-    return [record for unit in units for record in read_captions.read_captions(unit, options)]
-
-
-def captions(records: Sequence[CaptionRecord | Reject]) -> list[str]:
-    return [record.caption for record in records if isinstance(record, CaptionRecord)]
-
-
-def outcome(records: Sequence[CaptionRecord | Reject]) -> list[str]:
-    """The caption or the reason of each record."""
-    return [r.caption if isinstance(r, CaptionRecord) else f"- {r.reason}" for r in records]
-
-
-# Tar archives.
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "jpeg", "png", "webp", "JPG"])
-def test_an_img2dataset_tar_gives_each_caption_with_the_bytes_of_its_picture(
-    tmp_path: Path, suffix: str
-) -> None:
-    samples = [img2dataset(number, suffix) for number in range(5)]
-    path = write_tar(tmp_path / "00000.tar", {k: v for s in samples for k, v in s.items()})
-    write(tmp_path / "00000_stats.json", b"{}")
-    records = read(str(tmp_path))
-    assert caption_units([str(tmp_path)], ReadOptions()) == [Unit("webdataset", (path,))]
-    assert outcome(records) == [f"caption {number}" for number in range(5)]
-    for number, record in enumerate(records):
-        assert isinstance(record, CaptionRecord)
-        assert record.where == f"{path}, sample 00000{number:04d}"
-        assert record.picture.data == picture(number)
-        assert record.picture.file == path
-        assert read_range(path, record.picture.offset, len(picture(number))) == picture(number)
-
-
-def test_every_tar_of_a_source_is_a_unit_in_the_order_of_their_names(tmp_path: Path) -> None:
-    paths = [write_tar(tmp_path / f"{n:05d}.tar", img2dataset(n)) for n in (2, 0, 1)]
-    for source in (str(tmp_path), str(tmp_path / "*.tar")):
-        units = caption_units([source], ReadOptions())
-        assert [unit.files[0] for unit in units] == sorted(paths)
-    units = caption_units(paths[:2], ReadOptions())
-    assert [unit.files[0] for unit in units] == paths[:2]
-
-
-def test_the_caption_in_the_json_stands_in_where_there_is_no_txt(tmp_path: Path) -> None:
-    about = as_json({"caption": "in the JSON", "alt": "another"})
-    both = {"0.jpg": picture(0), "0.json": about, "0.txt": b" in the text \n"}
-    lone = {"1.jpg": picture(1), "1.json": about}
-    path = write_tar(tmp_path / "a.tar", both | lone)
-    assert captions(read(path)) == ["in the text", "in the JSON"]
-    assert captions(read(path, ReadOptions(text_key="alt"))) == ["another", "another"]
-    missing = read(path, ReadOptions(text_key="title"))
-    assert outcome(missing) == ["- no caption", "- no caption"]
-
-
-def synthetic_of(records: Sequence[CaptionRecord | Reject]) -> list[list[str]]:
-    return [list(record.synthetic) for record in records if isinstance(record, CaptionRecord)]
-
-
-def test_datacompdr_gives_the_original_and_all_synthetic_captions(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", joined("k0") | joined("k1", 1))
-    assert caption_units([path], ReadOptions()) == [Unit("datacompdr", (path,))]
-    assert captions(read(path)) == ["original of k0", "original of k1"]
-    made = [[f"{text} of {key}" for text in SYNTHETIC] for key in ("k0", "k1")]
-    assert synthetic_of(read(path)) == made
-
-
-def test_synthetic_captions_may_stand_in_the_samples_own_json(tmp_path: Path) -> None:
-    about = as_json({"caption": "original", "syn_text": SYNTHETIC})
-    path = write_tar(tmp_path / "a.tar", {"0.jpg": picture(0), "0.json": about})
-    assert captions(read(path)) == ["original"]
-    assert synthetic_of(read(path)) == [SYNTHETIC]
-
-
-@pytest.mark.parametrize("require", ["original", "synthetic", None])
-def test_a_picture_without_the_required_kind_of_caption_is_left_out(
-    tmp_path: Path, require: Literal["original", "synthetic"] | None
-) -> None:
-    only = {
-        "a.jpg": picture(0),
-        "a.syn.json": as_json({"syn_text": SYNTHETIC[:2]}),
-        "b.jpg": picture(1),
-        "b.txt": b"its own",
-    }
-    records = read(write_tar(tmp_path / "a.tar", only), ReadOptions(require=require))
-    made = SYNTHETIC[:2]
-    found = {
-        "original": (["- no caption", "its own"], [[]]),
-        "synthetic": (["", "- no synthetic caption"], [made]),
-        None: (["", "its own"], [made, []]),
-    }
-    assert (outcome(records), synthetic_of(records)) == found[require]
-
-
-def test_datacompdr_without_pictures_says_what_to_join(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", apple("k0") | apple("k1"))
-    for require in ("original", "synthetic", None):
-        records = read(path, ReadOptions(require=require))  # type: ignore[arg-type]
-        assert outcome(records) == ["- no picture"] * 2
-        assert "join them by uid" in str(records[0])
-
-
-BAD_SAMPLES: dict[str, tuple[list[tuple[str, bytes]], str]] = {
-    "partner missing": ([("b.txt", b"x")], "no picture"),
-    "json alone": ([("b.json", b"{}")], "no picture"),
-    "two pictures": ([("b.jpg", b"x"), ("b.png", b"y"), ("b.txt", b"z")], "more than one picture"),
-    "picture alone": ([("b.jpg", b"x")], "no caption"),
-    "json without it": ([("b.jpg", b"x"), ("b.json", b'{"url": "u"}')], "no caption"),
-    "no text": ([("b.jpg", b"x"), ("b.json", b'{"caption": 3}')], "no caption"),
-    "null": ([("b.jpg", b"x"), ("b.json", b'{"caption": null}')], "no caption"),
-    "empty": ([("b.jpg", b"x"), ("b.txt", b"")], "empty caption"),
-    "white": ([("b.jpg", b"x"), ("b.txt", b" \n\t")], "empty caption"),
-    "latin": ([("b.jpg", b"x"), ("b.txt", b"caf\xe9")], "caption not UTF-8"),
-    "latin json": ([("b.jpg", b"x"), ("b.json", b'{"caption": "\xe9"}')], "caption not UTF-8"),
-    "half": ([("b.jpg", b"x"), ("b.json", b'{"caption": "\\ud800"}')], "caption not Unicode"),
-    "cut json": ([("b.jpg", b"x"), ("b.json", b'{"caption": "a')], "metadata not JSON"),
-    "list json": ([("b.jpg", b"x"), ("b.json", b'["a"]')], "metadata not JSON"),
-    "deep json": ([("b.jpg", b"x"), ("b.json", b"[" * 100_000)], "metadata not JSON"),
-    "zero": ([("b.jpg", b""), ("b.txt", b"x")], "zero-byte picture"),
-    "upward": ([("../b.jpg", b"x"), ("../b.txt", b"x")], "unsafe member name"),
-    "absolute": ([("/b.jpg", b"x"), ("/b.txt", b"x")], "unsafe member name"),
-    "twice": ([("b.jpg", b"x"), ("b.jpg", b"x"), ("b.txt", b"x")], "member there twice"),
-    "large": ([("b.jpg", b"x" * 200_001), ("b.txt", b"x")], "picture too large"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_SAMPLES)
-def test_a_bad_sample_is_left_out_with_its_reason_and_its_neighbours_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setattr(formats_records, "LARGEST_BYTES", 200_000)
-    bad, reason = BAD_SAMPLES[name]
-    around = [("a.jpg", picture(0)), ("a.txt", b"first")]
-    behind = [("c.jpg", picture(1)), ("c.txt", b"last")]
-    path = write_tar(tmp_path / "a.tar", [*around, *bad, *behind])
-    records = read(path)
-    assert outcome(records) == ["first", f"- {reason}", "last"]
-    assert records[1].where.startswith(f"{path}, sample ")
-    str(records[1]).encode()
-
-
-@pytest.mark.parametrize(
-    ("parts", "reason"),
-    [
-        ({}, "no synthetic caption"),
-        ({"syn.json": b'{"syn_text": []}'}, "no synthetic caption"),
-        ({"syn.json": b'{"syn_text": "one"}'}, "no synthetic caption"),
-        ({"json": b'{"caption": "a"}'}, "no synthetic caption"),
-        ({"syn.json": b'{"syn_text": [7]}'}, "no caption"),
-        ({"syn.json": b'{"syn_text": [" "]}'}, "empty caption"),
-        ({"syn.json": b'{"syn_text": ["\\udfff"]}'}, "caption not Unicode"),
-        ({"syn.json": b'{"syn_text": ['}, "metadata not JSON"),
-    ],
-)
-def test_bad_synthetic_captions_cost_a_picture_that_needs_one_and_no_other(
-    tmp_path: Path, parts: dict[str, bytes], reason: str
-) -> None:
-    sample = {"b.jpg": picture(0), "b.txt": b"original"}
-    path = write_tar(tmp_path / "a.tar", sample | {f"b.{k}": v for k, v in parts.items()})
-    assert outcome(read(path, ReadOptions(require="synthetic"))) == [f"- {reason}"]
-    (record,) = read(path)
-    assert isinstance(record, CaptionRecord)
-    assert (record.caption, record.synthetic) == ("original", ())
-    assert record.left_out == (reason != "no synthetic caption")
-
-
-def test_captions_that_cannot_be_used_beside_others_are_counted(tmp_path: Path) -> None:
-    made = as_json({"syn_text": ["one", " ", "two", None]})
-    members = {"b.jpg": picture(0), "b.txt": b" ", "b.syn.json": made}
-    (record,) = read(write_tar(tmp_path / "a.tar", members))
-    assert isinstance(record, CaptionRecord)
-    assert record.captions == ("one", "two")
-    assert (record.caption, record.left_out) == ("", 3)
-
-
-def test_a_cut_tar_stops_the_reading_and_names_it(tmp_path: Path) -> None:
-    path = Path(write_tar(tmp_path / "a.tar", img2dataset(0) | img2dataset(1)))
-    unit = Unit("webdataset", (str(path),))
-    path.write_bytes(path.read_bytes()[:4000])
-    with pytest.raises(ValueError, match=r"a\.tar is not a whole tar file"):
-        list(read_captions.read_captions(unit, ReadOptions()))
-
+from midstream.data.formats.records import CaptionRecord, ReadOptions
 
 # COCO.
 
@@ -351,7 +103,7 @@ def test_a_coco_file_cut_at_any_byte_is_refused(tmp_path: Path) -> None:
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"captions_val2014\.json"):
-            caption_units([str(path)], ReadOptions())
+            caption_units([str(path)], OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -368,7 +120,7 @@ def test_a_coco_file_cut_at_any_byte_is_refused(tmp_path: Path) -> None:
 def test_json_of_another_shape_is_refused(tmp_path: Path, value: Any) -> None:
     path = write(tmp_path / "captions_val2014.json", as_json(value))
     with pytest.raises(ValueError, match=r"captions_val2014\.json"):
-        caption_units([path], ReadOptions())
+        caption_units([path], OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -484,17 +236,13 @@ def test_a_csv_that_cannot_be_read_is_refused(tmp_path: Path, data: bytes) -> No
         read(write(tmp_path / "captions.csv", data))
 
 
-def lines(records: Sequence[Any]) -> bytes:
-    return b"".join(as_json(record) + b"\n" for record in records)
-
-
 def test_an_imagefolder_is_read_from_metadata_jsonl_and_csv(tmp_path: Path) -> None:
     found = [{"file_name": f"train/{n}.png", "text": f"caption {n}", "n": n} for n in range(4)]
     for number in range(4):
         write(tmp_path / f"train/{number}.png", picture(number))
     # Names start at the metadata's own folder, even if there is one called images.
     write(tmp_path / "images" / "0.png", b"another")
-    path = write(tmp_path / "metadata.jsonl", lines(found) + b"\n")
+    path = write(tmp_path / "metadata.jsonl", as_lines(found) + b"\n")
     expected = [(f"caption {n}", picture(n)) for n in range(4)]
     for source in (path, str(tmp_path)):
         records = [r for r in read(source) if isinstance(r, CaptionRecord)]
@@ -578,7 +326,7 @@ def long_csv(folder: Path, caption: str) -> str:
 
 def long_imagefolder(folder: Path, caption: str) -> str:
     write(folder / "0.jpg", picture(0))
-    return write(folder / "metadata.jsonl", lines([{"file_name": "0.jpg", "text": caption}]))
+    return write(folder / "metadata.jsonl", as_lines([{"file_name": "0.jpg", "text": caption}]))
 
 
 @pytest.mark.parametrize("make", [long_tar, long_coco, long_csv, long_imagefolder])
@@ -605,7 +353,7 @@ def many_imagefolder(folder: Path, count: int) -> str:
     for number in range(count):
         write(folder / f"{number}.jpg", picture(number))
     records = [{"file_name": f"{n}.jpg", "text": f"caption {n}"} for n in range(count)]
-    return write(folder / "metadata.jsonl", lines(records))
+    return write(folder / "metadata.jsonl", as_lines(records))
 
 
 @pytest.mark.parametrize("count", [1, 6, 7, 8, 20, 21])
@@ -618,10 +366,10 @@ def test_units_cut_a_file_into_its_records_without_loss_or_overlap(
     assert [record.where for record in whole] == [f"{path}, record {n}" for n in range(count)]
     assert len(captions(whole)) == count
     monkeypatch.setattr(read_captions, "NUM_UNIT_RECORDS", 7)
-    units = caption_units([path], ReadOptions())
+    units = caption_units([path], OPTIONS)
     assert len(units) == -(-count // 7)
     assert read(path) == whole
-    sizes = [len(list(read_captions.read_captions(u, ReadOptions()))) for u in units]
+    sizes = [len(list(read_captions.read_captions(u, OPTIONS))) for u in units]
     assert max(sizes) <= 7
 
 
@@ -633,7 +381,9 @@ def everything(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     write_coco(tmp_path / "coco", "val2014")
     many_csv(tmp_path / "csv", 3)
     many_imagefolder(tmp_path / "imagefolder", 3)
-    bad = lines([{"file_name": n, "text": "a"} for n in ("none.jpg", "../csv/0.jpg", "zero.jpg")])
+    bad = as_lines(
+        [{"file_name": n, "text": "a"} for n in ("none.jpg", "../csv/0.jpg", "zero.jpg")]
+    )
     write(tmp_path / "bad/metadata.jsonl", bad)
     write(tmp_path / "bad/zero.jpg", b"")
     system = fsspec.filesystem("memory")
@@ -650,7 +400,7 @@ def test_urls_are_read_like_folders(everything: tuple[Path, str]) -> None:
     formats = set()
     for source in ("tars", "dr", "coco/annotations", "csv", "imagefolder", "bad"):
         local, remote = read(f"{folder}/{source}"), read(f"{url}/{source}")
-        formats |= {unit.format for unit in caption_units([f"{url}/{source}"], ReadOptions())}
+        formats |= {unit.format for unit in caption_units([f"{url}/{source}"], OPTIONS)}
         assert outcome(remote) == outcome(local)
         places = [r.where.replace("memory:///", "memory://") for r in remote]
         assert places == [r.where.replace(str(folder), url) for r in local]
@@ -669,34 +419,26 @@ def test_an_unknown_format_is_refused_with_the_known_ones(tmp_path: Path) -> Non
     write(tmp_path / "lines.jsonl", b'{"text": "a"}\n')
     for source in (".", "README.txt", "lines.jsonl"):
         with pytest.raises(ValueError, match="known are") as error:
-            caption_units([str(tmp_path / source)], ReadOptions())
+            caption_units([str(tmp_path / source)], OPTIONS)
         assert all(name in str(error.value) for name in FORMATS)
-    with pytest.raises(ValueError, match="'jsonl' is no format of captions"):
-        read_captions.read_captions(Unit("jsonl", ("a",)), ReadOptions())
 
 
 def test_a_folder_with_captions_in_two_formats_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", img2dataset(0))
     many_csv(tmp_path, 2)
     with pytest.raises(ValueError, match=r"a\.tar, .*captions\.csv.*name the files"):
-        caption_units([str(tmp_path)], ReadOptions())
+        caption_units([str(tmp_path)], OPTIONS)
     sources = [str(tmp_path / "a.tar"), str(tmp_path / "captions.csv")]
-    formats = [unit.format for unit in caption_units(sources, ReadOptions())]
+    formats = [unit.format for unit in caption_units(sources, OPTIONS)]
     assert formats == ["webdataset", "csv"]
-
-
-def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", img2dataset(0))
-    with pytest.raises(ValueError, match=r"a\.tar is given 2 times"):
-        caption_units([path, str(tmp_path)], ReadOptions())
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     path = many_csv(tmp_path, 1)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        caption_units([str(tmp_path / "nowhere")], ReadOptions())
+        caption_units([str(tmp_path / "nowhere")], OPTIONS)
     with pytest.raises(FileNotFoundError, match="photos is no folder of pictures"):
-        caption_units([path], ReadOptions(images=str(tmp_path / "photos")))
+        read(path, ReadOptions(images=str(tmp_path / "photos")))
 
 
 @pytest.mark.parametrize("make", [many_coco, many_csv, many_imagefolder])
@@ -706,34 +448,3 @@ def test_synthetic_captions_are_refused_where_the_format_has_none(
     path = make(tmp_path, 1)
     with pytest.raises(ValueError, match="has no synthetic captions"):
         caption_units([path], ReadOptions(require="synthetic"))
-
-
-# Real ones.
-
-
-def shared(name: str) -> str:
-    if not (SHARED / name).exists():
-        pytest.skip(f"the real data {name} is not on this machine")
-    return str(SHARED / name)
-
-
-def test_flickr8k_is_read_whole() -> None:
-    records = read(shared("caption_flickr8k"))
-    assert len(captions(records)) == len(records) == 12_500
-    files = {r.picture.file for r in records if isinstance(r, CaptionRecord)}
-    assert len(files) == 2_500
-    assert "A black dog and a spotted dog are fighting" in captions(records)
-
-
-def test_noto_emoji_is_read_whole_with_its_folder_of_pictures() -> None:
-    folder = shared("caption_noto_emoji")
-    records = read(folder, ReadOptions(images=f"{folder}/72"))
-    assert len(captions(records)) == len(records) > 1_600
-    assert captions(records)[0] == "keycap #"
-    groups = captions(read(folder, ReadOptions(images=f"{folder}/72", text_key="group")))
-    assert groups[0] == "Symbols"
-
-
-def test_a_cut_of_cocos_captions_without_its_pictures_is_counted_as_missing() -> None:
-    records = read(shared("vqa_official_samples/first100_items/coco"))
-    assert Counter(outcome(records)) == {"- missing picture": 100}

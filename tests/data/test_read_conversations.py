@@ -1,7 +1,6 @@
 """Conversations: LLaVA's and ShareGPT's layouts, cut into units, with the pictures' own bytes."""
 
 import gzip
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_inputs import OPTIONS, Put, as_json, as_lines, read_all, shared
 
 from midstream.data.examples import Turn
+from midstream.data.formats import captions
 from midstream.data.formats import read_captions as module
 from midstream.data.formats.read_captions import conversation_units, read_conversations
 from midstream.data.formats.records import ConversationRecord, Picture, ReadOptions
 from midstream.data.source_writer import Reject
 
-SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
-OPTIONS = ReadOptions()
 CAT, DOG = b"\xff\xd8 a cat", b"\x89PNG a dog"
-
-Put = Callable[[str, bytes], str]
 
 
 def llava(*texts: str, **others: Any) -> dict[str, Any]:
@@ -35,17 +34,8 @@ def messages(*texts: str, **others: Any) -> dict[str, Any]:
     return {"messages": turns, **others}
 
 
-def as_list(records: Sequence[Any]) -> bytes:
-    return json.dumps(records, indent=2).encode()
-
-
-def as_lines(records: Sequence[Any]) -> bytes:
-    return "".join(json.dumps(record) + "\n" for record in records).encode()
-
-
 def read(source: str, options: ReadOptions = OPTIONS) -> list[Any]:
-    units = conversation_units([source], options)
-    return [item for unit in units for item in read_conversations(unit, options)]
+    return read_all("conversations", source, options=options)
 
 
 def shown(item: Any) -> Any:
@@ -89,7 +79,7 @@ MIX_SHOWN: list[Any] = [
 @pytest.mark.parametrize(
     ("name", "write"),
     [
-        ("llava_v1_5_mix665k.json", as_list),
+        ("llava_v1_5_mix665k.json", as_json),
         ("mix.jsonl", as_lines),
         ("mix.jsonl.gz", lambda records: gzip.compress(as_lines(records))),
     ],
@@ -122,7 +112,7 @@ def test_the_layouts_of_sharegpt_with_a_list_of_images_are_read(put: Put) -> Non
         messages("Who?", "Ben.", images=[]),
         messages(*talk, **one, system="You see."),
     ]
-    assert [shown(item) for item in read(put("demo.json", as_list(records)))] == [
+    assert [shown(item) for item in read(put("demo.json", as_json(records)))] == [
         expected,
         expected,
         "more than one picture",
@@ -135,7 +125,7 @@ def test_the_layouts_of_sharegpt_with_a_list_of_images_are_read(put: Put) -> Non
 def test_pictures_are_looked_for_in_the_folder_that_is_named(put: Put) -> None:
     put("elsewhere/a.jpg", DOG)
     put("text/a.jpg", CAT)
-    path = put("text/talks.json", as_list([llava("<image>?", "Yes", image="a.jpg")]))
+    path = put("text/talks.json", as_json([llava("<image>?", "Yes", image="a.jpg")]))
     assert [shown(x)[1] for x in read(path)] == [CAT]
     elsewhere = replace(OPTIONS, images=f"{put('', b'')}/elsewhere")
     assert [shown(x)[1] for x in read(path, elsewhere)] == [DOG]
@@ -173,17 +163,17 @@ def test_bad_records_are_rejected_with_their_place_and_good_ones_stay(put: Put) 
         (llava("<image>?", "So.", image={"bytes": "x"}), "not a picture name"),
     ]
     records = [record for pair in bad for record in (good, pair[0])]
-    for name, write in (("a.json", as_list), ("a.jsonl", as_lines)):
+    for name, write in (("a.json", as_json), ("a.jsonl", as_lines)):
         path = put(name, write(records))
         found = read(path)
         assert [shown(item) for item in found[::2]] == [((("Why?", "So."),), None)] * len(bad)
         assert [shown(item) for item in found[1::2]] == [reason for _, reason in bad]
-        place = [f"record {n}" if write is as_list else f"line {n + 1}" for n in range(len(found))]
+        place = [f"record {n}" if write is as_json else f"line {n + 1}" for n in range(len(found))]
         assert [item.where for item in found] == [f"{path}, {at}" for at in place]
 
 
 def test_bytes_that_are_no_utf8_cost_one_record(put: Put) -> None:
-    data = as_list([llava("Why?", "So."), llava("caf@", "So."), llava("Why?", "Yes.")])
+    data = as_json([llava("Why?", "So."), llava("caf@", "So."), llava("Why?", "Yes.")])
     found = read(put("a.json", data.replace(b"@", b"\xe9")))
     assert [type(item) for item in found] == [ConversationRecord, Reject, ConversationRecord]
     assert found[1].reason == "not UTF-8"
@@ -192,11 +182,11 @@ def test_bytes_that_are_no_utf8_cost_one_record(put: Put) -> None:
 def test_a_picture_at_the_limit_is_whole_and_one_above_is_too_large(
     put: Put, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_PICTURE_BYTES", 1000)
+    monkeypatch.setattr(captions, "LARGEST_BYTES", 1000)
     put("a.jpg", b"x" * 1000)
     put("b.jpg", b"x" * 1001)
     records = [llava("<image>?", "So.", image=name) for name in ("a.jpg", "b.jpg")]
-    assert [shown(item) for item in read(put("a.json", as_list(records)))] == [
+    assert [shown(item) for item in read(put("a.json", as_json(records)))] == [
         ((("?", "So."),), b"x" * 1000),
         "picture too large",
     ]
@@ -204,15 +194,12 @@ def test_a_picture_at_the_limit_is_whole_and_one_above_is_too_large(
 
 def test_texts_of_many_characters_are_taken_whole(put: Put) -> None:
     question, reply = "why " * 50_000 + "?", "\u65e5" * 150_000
-    (found,) = read(put("a.json", as_list([llava(question, reply)])))
+    (found,) = read(put("a.json", as_json([llava(question, reply)])))
     assert found.turns == (Turn(question, reply),)
 
 
 def test_the_real_sharegpt_sample_gives_its_records_with_one_picture() -> None:
-    folder = SHARED / "instruct_samples" / "llamafactory"
-    if not folder.exists():
-        pytest.skip(f"{folder} is not here")
-    found = read(str(folder))
+    found = read(shared("instruct_samples/llamafactory"))
     assert Counter(shown(x) if isinstance(x, Reject) else "taken" for x in found) == {
         "taken": 4,
         "more than one picture": 2,
@@ -223,3 +210,75 @@ def test_the_real_sharegpt_sample_gives_its_records_with_one_picture() -> None:
         assert item.picture.data == Path(item.picture.file).read_bytes()
         assert len(item.turns) == 2
     assert taken[2].turns[0][0] == "他是谁？"
+
+
+# Units.
+
+
+def talk(number: int) -> dict[str, Any]:
+    return llava(f"{number}?", "Yes.", id=str(number))
+
+
+@given(num_records=st.integers(0, 25), unit_records=st.integers(1, 9), lines=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_units_hold_each_record_once_in_order(
+    tmp_path_factory: pytest.TempPathFactory, num_records: int, unit_records: int, lines: bool
+) -> None:
+    records = [talk(number) for number in range(num_records)]
+    path = tmp_path_factory.getbasetemp() / ("talks.jsonl" if lines else "talks.json")
+    # A blank line in the middle of a file is no record.
+    path.write_bytes(as_lines(records).replace(b"\n", b"\n\n", 1) if lines else as_json(records))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "NUM_UNIT_RECORDS", unit_records)
+        units = conversation_units([str(path)])
+    assert len(units) == max(1, -(-num_records // unit_records))
+    parts = [list(read_conversations(unit, OPTIONS)) for unit in units]
+    assert all(len(part) <= unit_records for part in parts)
+    found = [item for part in parts for item in part]
+    assert [item.turns[0][0] for item in found] == [f"{n}?" for n in range(num_records)]
+    assert len({item.where for item in found}) == num_records
+
+
+def test_a_folder_is_its_llava_json_or_all_its_json_files(put: Put) -> None:
+    put("b/two.json", as_json([talk(2)]))
+    put("one.jsonl", as_lines([talk(1)]))
+    put("notes.txt", b"[]")
+    root = put("", b"")
+    assert sorted(item.turns[0][0] for item in read(root)) == ["1?", "2?"]
+    assert [item.turns[0][0] for item in read(f"{root}/*.jsonl")] == ["1?"]
+    put("llava.json", as_json([talk(3)]))
+    assert [item.turns[0][0] for item in read(root)] == ["3?"]
+
+
+def test_a_json_file_that_holds_no_list_is_refused_by_name(put: Put) -> None:
+    put("talks.json", as_json([talk(1)]))
+    put("dataset_info.json", b'{"talks": {}}')
+    with pytest.raises(ValueError, match=r"dataset_info\.json begins with .*list of records"):
+        conversation_units([put("", b"")])
+
+
+def test_what_is_not_there_unknown_or_given_twice_is_refused(put: Put) -> None:
+    path, other = put("a.json", b"[]"), put("a.csv", b"a,b")
+    assert read(path) == []
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        read(f"{put('', b'')}/nothing")
+    with pytest.raises(ValueError, match=r"a\.csv is of no known format"):
+        read(other)
+    with pytest.raises(ValueError, match=r"a\.json is given 2 times"):
+        read_all("conversations", path, path)
+
+
+@pytest.mark.parametrize("unit_records", [1, 20_000])
+def test_a_list_that_is_cut_at_any_byte_is_refused(
+    put: Put, unit_records: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "NUM_UNIT_RECORDS", unit_records)
+    data = as_json([talk(1), talk(2)])
+    units = conversation_units([put("a.json", data)])
+    for wrong in (*(data[:end] for end in range(0, len(data), 5)), data + b"x"):
+        path = put("a.json", wrong)
+        with pytest.raises(ValueError, match=r"a\.json"):
+            conversation_units([path])
+        # Also where it is cut between the two readings.
+        with pytest.raises(ValueError, match=r"a\.json"):
+            [list(read_conversations(unit, OPTIONS)) for unit in units]

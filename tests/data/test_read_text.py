@@ -6,7 +6,6 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -16,14 +15,13 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_inputs import OPTIONS, SHARED, Put, read_all, shared
 
 from midstream.data.formats import read_text as module
-from midstream.data.formats.read_text import read_text, text_units
-from midstream.data.formats.records import ReadOptions, TextRecord, Unit
+from midstream.data.formats.read_text import text_units
+from midstream.data.formats.records import ReadOptions, TextRecord
 from midstream.data.source_writer import Reject
 
-SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
-OPTIONS = ReadOptions()
 WORDS = random.Random(1)
 DOCUMENTS = [
     "Hello.",
@@ -34,11 +32,9 @@ DOCUMENTS = [
     *(f"document {number}" for number in range(700)),
 ]
 
-Put = Callable[[str, bytes], str]
-
 
 def read(path: str, options: ReadOptions = OPTIONS) -> list[Any]:
-    return [item for unit in text_units([path], options) for item in read_text(unit, options)]
+    return read_all("text", path, options=options)
 
 
 def texts(items: Sequence[Any]) -> list[str]:
@@ -230,7 +226,7 @@ def test_a_folder_is_one_unit_a_file_by_its_format_in_order(put: Put) -> None:
     for name in [*names, "README.md", "b/picture.jpg"]:
         put(name, b"")
     root = put("", b"")
-    found = text_units([root], OPTIONS)
+    found = text_units([root])
     assert [(unit.format, unit.files[0].rpartition("put")[2]) for unit in found] == [
         (kind, f"{root}/{name}".rpartition("put")[2])
         for kind, name in (
@@ -241,7 +237,7 @@ def test_a_folder_is_one_unit_a_file_by_its_format_in_order(put: Put) -> None:
         )
     ]
     assert {(unit.first, unit.last) for unit in found} == {(0, None)}
-    two = text_units([f"{root}/d.txt", f"{root}/b/*.parquet"], OPTIONS)
+    two = text_units([f"{root}/d.txt", f"{root}/b/*.parquet"])
     assert [unit.format for unit in two] == ["txt", "parquet"]
 
 
@@ -249,13 +245,11 @@ def test_what_is_not_there_unknown_or_given_twice_is_refused(put: Put) -> None:
     path, other = put("a.txt", b"a"), put("book.pdf", b"a")
     root = put("", b"")
     with pytest.raises(FileNotFoundError, match="nothing"):
-        text_units([f"{root}/nothing"], OPTIONS)
+        text_units([f"{root}/nothing"])
     with pytest.raises(ValueError, match=r"book\.pdf is of no known format .*parquet"):
-        text_units([other], OPTIONS)
+        text_units([other])
     with pytest.raises(ValueError, match=r"a\.txt is given 2 times"):
-        text_units([path, path], OPTIONS)
-    with pytest.raises(ValueError, match="'csv' is no format of texts"):
-        read_text(Unit("csv", (path,)), OPTIONS)
+        read_all("text", path, path)
 
 
 @given(documents=st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=8))
@@ -284,9 +278,7 @@ def test_every_document_is_read_or_rejected_as_empty(
     ],
 )
 def test_real_samples_are_read_whole(name: str, key: str, count: int) -> None:
-    if not (SHARED / name).exists():
-        pytest.skip(f"{SHARED / name} is not here")
-    found = read(str(SHARED / name), ReadOptions(text_key=key))
+    found = read(shared(name), ReadOptions(text_key=key))
     assert Counter(type(item) for item in found) == {TextRecord: count}
     if name.endswith("jsonl"):
         records = map(json.loads, (SHARED / name).read_text(encoding="utf-8").splitlines())

@@ -1,39 +1,26 @@
 """OpenLM's tokenised shards: ids as they are, promised counts kept, damage named."""
 
 import gzip
-import io
 import json
-import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from made_inputs import Put, read_all, tar
 
-from midstream.data.formats.read_text import read_text, text_units
-from midstream.data.formats.records import ReadOptions, TokenRecord
+from midstream.data.formats.read_text import text_units
+from midstream.data.formats.records import TokenRecord
 from midstream.data.source_writer import Reject
 
-OPTIONS = ReadOptions()
 LENGTH = 2049
-Put = Callable[[str, bytes], str]
 
 
 def chunks(count: int, seed: int = 0) -> list[list[int]]:
     random = np.random.default_rng(seed)
     found: list[list[int]] = random.integers(0, 50_432, (count, LENGTH)).tolist()
     return found
-
-
-def tar(members: Sequence[tuple[str, bytes]]) -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return stream.getvalue()
 
 
 def shard(found: Sequence[Any], suffix: str = "txt") -> bytes:
@@ -47,7 +34,7 @@ def manifest(counts: dict[str, int], key: str = "num_sequences") -> bytes:
 
 
 def read(path: str) -> list[Any]:
-    return [item for unit in text_units([path], OPTIONS) for item in read_text(unit, OPTIONS)]
+    return read_all("text", path)
 
 
 def ids(items: Sequence[Any]) -> list[list[int]]:
@@ -65,7 +52,7 @@ def test_shards_give_their_ids_as_they_are(put: Put, suffix: str, key: str | Non
     if key is not None:
         put("manifest.jsonl", manifest({"00000001": 3, "00000002": 2}, key))
     root = put("", b"")
-    units = text_units([root], OPTIONS)
+    units = text_units([root])
     assert [(unit.format, unit.last) for unit in units] == [
         ("tokens", None if key is None else 3),
         ("tokens", None if key is None else 2),
@@ -90,14 +77,14 @@ def test_a_listed_shard_that_is_absent_and_one_not_listed_are_refused(put: Put) 
     root = put("", b"")
     for source in (root, listing):
         with pytest.raises(FileNotFoundError, match=r"00000002\.tar does not exist"):
-            text_units([source], OPTIONS)
+            text_units([source])
     put("00000002.tar", shard(chunks(1)))
     other = put("00000003.tar", shard(chunks(1)))
     for source in (root, other):
         with pytest.raises(ValueError, match=r"00000003\.tar is not in .*manifest\.jsonl"):
-            text_units([source], OPTIONS)
+            text_units([source])
     # The manifest by itself reads what it lists.
-    found = [unit.files[0].rpartition("/")[2] for unit in text_units([listing], OPTIONS)]
+    found = [unit.files[0].rpartition("/")[2] for unit in text_units([listing])]
     assert found == ["00000001.tar", "00000002.tar"]
 
 
@@ -106,7 +93,7 @@ def test_folders_of_shards_keep_their_own_manifests_beside_other_texts(put: Put)
         put(f"{folder}/00000001.tar", shard(chunks(count)))
         put(f"{folder}/manifest.jsonl", manifest({"00000001": count}))
     put("c/manifest.jsonl", b'{"text": "a document"}\n')
-    units = text_units([put("", b"")], OPTIONS)
+    units = text_units([put("", b"")])
     assert [(unit.format, unit.last) for unit in units] == [
         ("tokens", 1),
         ("tokens", 2),
@@ -136,7 +123,7 @@ def test_a_bad_line_of_a_manifest_is_named(put: Put, line: bytes) -> None:
     put("00000001.tar", shard(chunks(1)))
     put("manifest.jsonl", manifest({"00000000": 1}) + b"\n" + line + b"\n")
     with pytest.raises(ValueError, match=r"manifest\.jsonl, line 3: "):
-        text_units([put("", b"")], OPTIONS)
+        text_units([put("", b"")])
 
 
 def test_bad_members_are_rejected_with_their_place_and_reason(put: Put) -> None:
@@ -180,7 +167,7 @@ def test_a_tar_of_something_else_is_refused_before_it_is_read(put: Put) -> None:
     path = put("pictures.tar", tar([("1.jpg", b"\xff\xd8"), ("1.txt", b"A cat.")]))
     for source in (path, put("", b"")):
         with pytest.raises(ValueError, match=r"pictures\.tar, member 1\.jpg: .*as captions"):
-            text_units([source], OPTIONS)
+            text_units([source])
 
 
 def test_a_shard_that_is_cut_at_any_byte_stops_the_reading(put: Put) -> None:

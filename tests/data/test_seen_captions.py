@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import make_source
+from made import make_source, supervised
 from made_inputs import run, texts_of, tokenizer_file
 from made_world import jpeg, write_tar
 
@@ -27,7 +27,7 @@ from midstream.config import (
     WarmupCosine,
 )
 from midstream.core.batch import IGNORE
-from midstream.cost.known import facts_of_results, seen_as
+from midstream.cost.known import facts_of_results
 from midstream.data.examples import TextCodec
 from midstream.data.formats.records import ReadOptions
 from midstream.data.lengths import SourceLengths
@@ -35,6 +35,7 @@ from midstream.data.rows import RowDataset, build_row, load_steps, plan_rows, sh
 from midstream.data.sources import Source
 from midstream.order import stream
 from midstream.order.stream import Stream
+from midstream.study.results import SourceResult
 from midstream.train.contrastive import Captions
 
 PATCHES = 3
@@ -284,7 +285,7 @@ def test_all_captions_of_a_picture_are_prepared_and_stored_once(tmp_path: Path) 
     for example, number in enumerate((1, 2, 3, 0, 5)):
         lengths = [len(source.input_ids(example, caption=c)) for c in range(1, 1 + number)]
         assert lengths == [len(text) + 2 for text in SYNTHETIC[:number]]
-        assert source.supervised(example, caption=number) is not None
+        assert supervised(source, example, number) is not None
     total = sum((tmp_path / f"out/shards/{n:06d}/tokens.bin").stat().st_size // 2 for n in range(2))
     assert total == 4 * len("its own text") + 8 + sum(
         len(text) + 2 for number in (1, 2, 3, 0, 5) for text in SYNTHETIC[:number]
@@ -322,6 +323,7 @@ def test_plans_count_with_the_captions_that_are_seen(seed: int) -> None:
         source = captioned(Path(folder), seed, 25, shards=2)
         index = source.index
         summary: Mapping[str, Any] = {
+            "seconds": 1.0,
             "kind": "caption",
             "num_examples": 25,
             "num_tokens": index["train"]["tokens"],
@@ -336,17 +338,18 @@ def test_plans_count_with_the_captions_that_are_seen(seed: int) -> None:
             "random": made,
         }
         for caption, lengths in expected.items():
-            seen = seen_as(summary, caption)  # type: ignore[arg-type]
+            seen = SourceResult.model_validate(summary).with_caption(caption)  # type: ignore[arg-type]
             assert seen is not None
             facts = facts_of_results(seen)
             mean = sum(np.mean(part) for part in lengths)
             assert facts.tokens == pytest.approx(mean, abs=1)
             squares = sum(np.mean(np.square(np.array(part) + PATCHES)) for part in lengths)
-            assert facts.squares(PATCHES, 100) == pytest.approx(squares, rel=1e-9)
+            kept_squares = sum(s + 2 * PATCHES * t + n * PATCHES**2 for n, t, s in facts.shown)
+            assert kept_squares == pytest.approx(squares, rel=1e-9)
             if caption != "original":
                 assert facts.targets == pytest.approx(mean - 25, abs=1)
         kept = dict(summary, captions={"original": 25, "synthetic": 24})
-        assert seen_as(kept, "random") is None
+        assert SourceResult.model_validate(kept).with_caption("random") is None
 
 
 def test_epochs_name_no_caption_and_show_the_pictures_own(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import make_source, png
+from made import make_source, png, supervised
 
 from midstream.config import Epochs, Rows
 from midstream.core.storage import read_json
@@ -111,32 +111,29 @@ def check_split(folder: Path, kind: Kind, split: Split, written: list[list[Writt
     by_hash = {content_hash(w.content): (n, w) for n, shard in enumerate(written) for w in shard}
     expected_before, hashes, last = [0, 0], [], -1
     for example in range(len(source)):
-        number, item = by_hash[source.hash_of(example)]
+        number, item = by_hash[source.hashes_of(np.array([example])).tobytes()]
         assert number >= last
         last = number
         assert source.before(np.array([example])).tolist() == [expected_before]
         shown = item.image is not None
-        assert source.sizes(example, example + 1).tolist() == [[len(item.ids), int(shown)]]
+        size = source.sizes_of(np.array([example]), np.array([0]))
+        assert size.tolist() == [[len(item.ids), int(shown)]]
         expected_before = [expected_before[0] + len(item.ids), expected_before[1] + int(shown)]
         low, high = 1, max(2, len(item.ids) - 1)
         for cut in (slice(0, None), slice(low, high), slice(0, 99)):
             ids = source.input_ids(example, cut.start, cut.stop)
             assert ids.tolist() == item.ids[cut]
-            mask = source.supervised(example, cut.start, cut.stop)
-            assert mask is None if kind == "text" else mask.tolist() == item.mask[cut]
+        mask = supervised(source, example)
+        assert mask is None if kind == "text" else mask.tolist() == item.mask
         assert source.has_image(example) == shown
         if shown:
             assert source.image_bytes(example) == item.content
-            hashes.append(list(content_hash(item.content)))
+        hashes.append(list(content_hash(item.content)))
         if kind != "text":
             flat = item.name.replace("\n", " ").replace("\r", " ")
             assert source.describe(example) == f"source 's', {flat}"
     assert [source.num_tokens, source.num_images] == expected_before
-    for middle in {0, len(source) // 2, len(source)}:
-        both = [
-            source.image_hashes(*span).tolist() for span in ((0, middle), (middle, len(source)))
-        ]
-        assert both[0] + both[1] == hashes
+    assert source.hashes_of(np.arange(len(source))).tolist() == hashes
     return len(source)
 
 
@@ -172,7 +169,7 @@ def test_a_long_text_is_stored_in_parts_that_join_to_it(tmp_path: Path, extra: i
     found = np.concatenate([source.input_ids(example) for example in range(len(source))])
     assert np.array_equal(np.diff(found), np.ones(length + 4))
     assert len(source) == 2 + -(-length // MAX_TEXT_TOKENS)
-    assert max(source.sizes(0, len(source))[:, 0]) <= MAX_TEXT_TOKENS
+    assert max(np.diff(source.before(np.arange(len(source) + 1))[:, 0])) <= MAX_TEXT_TOKENS
     assert source.index["records"] == 3
 
 
@@ -187,10 +184,10 @@ def test_shards_change_nothing_of_what_a_source_says(tmp_path: Path, shards: int
     assert len(many.index["shards"]) == shards
     assert (len(many), many.num_tokens, many.num_images) == (7, 31, 5)
     assert np.array_equal(one.before(np.arange(8)), many.before(np.arange(8)))
-    assert np.array_equal(one.image_hashes(0, 7), many.image_hashes(0, 7))
+    assert np.array_equal(one.hashes_of(np.arange(7)), many.hashes_of(np.arange(7)))
     for example in range(7):
         assert np.array_equal(one.input_ids(example), many.input_ids(example))
-        assert np.array_equal(one.supervised(example), many.supervised(example))
+        assert np.array_equal(supervised(one, example), supervised(many, example))
         assert one.describe(example) == many.describe(example)
 
 
@@ -204,7 +201,7 @@ def test_a_truncated_file_of_a_source_is_refused_with_both_sizes(
     size = path.stat().st_size
     os.truncate(path, size - lost)
     with pytest.raises(ValueError, match=f"{file} holds {size - lost} bytes.* needs {size}"):
-        _ = source.input_ids(0) if file == "tokens.bin" else source.supervised(0)
+        _ = source.input_ids(0) if file == "tokens.bin" else supervised(source, 0)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 20])
@@ -308,4 +305,4 @@ def test_a_lost_file_of_a_source_is_an_error_and_not_a_source_without_it(
     source = make_source(tmp_path, "pics", "caption", [5], pictures=[0])
     (source.folder / "shards/000000" / file).unlink()
     with pytest.raises(FileNotFoundError, match=file):
-        _ = source.supervised(0) if file == "supervised.bin" else source.image_bytes(0)
+        _ = supervised(source, 0) if file == "supervised.bin" else source.image_bytes(0)

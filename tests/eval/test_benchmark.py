@@ -3,17 +3,17 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from test_readers import official
 
+from answerers import Fake, ignore, kept
 from midstream.config import Evaluation
-from midstream.eval.answers import KeptAnswers
-from midstream.eval.benchmark import evaluate
+from midstream.eval.benchmark import evaluate, score_visual
 from midstream.eval.find_task import VisualTask, in_seeded_order, other_images, read_visual_task
 from midstream.eval.scoring import SUITES
 from midstream.eval.tasks import VISUAL_FORMATS, VisualExample
@@ -21,52 +21,13 @@ from midstream.eval.tasks import VISUAL_FORMATS, VisualExample
 NUM_PICTURES = 6
 
 
-class Fake:
-    """Answers by a function of prompt and picture; prefers the choices in `liked`."""
-
-    weights_digest = "fake"
-
-    def __init__(self, answer: Callable[[str, Path], str], liked: frozenset[str]) -> None:
-        self.answer, self.liked = answer, liked
-        self.prompts: list[str] = []
-
-    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
-        self.prompts += prompts
-        return [
-            self.answer(prompt, image)
-            for prompt, image in zip(prompts, images, strict=True)
-            if image is not None
-        ]
-
-    def choose(
-        self,
-        prompts: Sequence[str],
-        images: Sequence[Path | None],
-        choices: Sequence[Sequence[str]],
-    ) -> list[list[float]]:
-        said = self.generate(prompts, images)
-        return [
-            [float(one == text) for one in own] for text, own in zip(said, choices, strict=True)
-        ]
-
-    def generate_until(
-        self, contexts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: Sequence[int]
-    ) -> list[str]:
-        raise NotImplementedError
-
-    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        return [(float(choice in self.liked), True) for _, choice in pairs]
-
-    def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
-        raise NotImplementedError
+def liking(text: str) -> Fake:
+    return Fake(lambda *_: "yes", lambda _context, choice: float(choice == text))
 
 
-def ignore(_fraction: float, _text: str) -> None:
-    """Progress that nobody looks at."""
-
-
-def colour(image: Path) -> str:
+def colour(image: Path | None) -> str:
     """The colour that the pictures of this world have for an answer."""
+    assert image is not None
     return f"colour {int(image.stem)}"
 
 
@@ -117,12 +78,11 @@ def world(tmp_path: Path) -> Path:
 
 def run(world: Path, fake: Fake, **options: Any) -> tuple[dict[str, Any], Path]:
     out = world.parent / "out"
-    kept = KeptAnswers(fake, None, at_once=5)
-    return evaluate(kept, Evaluation(**options), world, out, ignore), out
+    return evaluate(kept(fake), Evaluation(**options), world, out, ignore), out
 
 
 def test_a_model_that_sees_scores_one_and_falls_to_zero_blind(world: Path) -> None:
-    fake = Fake(lambda _prompt, image: f" {colour(image).title()}.\n", frozenset())
+    fake = Fake(lambda _prompt, image: f" {colour(image).title()}.\n")
     results, out = run(world, fake, visual_tasks=("colours",))
     task = results["tasks"]["colours"]
     assert (task["score"], task["blind"], task["stderr"], task["chance"]) == (1.0, 0.0, 0.0, 0.1)
@@ -143,7 +103,7 @@ def test_a_model_that_sees_scores_one_and_falls_to_zero_blind(world: Path) -> No
 
 
 def test_pope_is_the_mean_of_its_splits(world: Path) -> None:
-    fake = Fake(lambda prompt, _image: "yes" if "random" in prompt else "none", frozenset())
+    fake = Fake(lambda prompt, _image: "yes" if "random" in prompt else "none")
     lines = (world / "bench/odd/coco_pope_random.json").read_text().splitlines()
     one_sided = [line for line in lines if '"yes"' in line]  # 6 of 12 questions
     (world / "bench/odd/coco_pope_random.json").write_text("\n".join(one_sided))
@@ -171,7 +131,7 @@ def test_unparsable_boxes_are_wrong_and_counted(world: Path) -> None:
     declared["visual_tasks"]["boxes"] = {"format": "ocid_ref", "chance": 0.0}
     (world / "world.json").write_text(json.dumps(declared))
     right = {0: "[0.1, 0.1, 0.5, 0.5]", 1: "[0.6, 0.6, 0.9, 0.9]", 2: "there", 3: "[0.1]"}
-    fake = Fake(lambda _prompt, image: right[int(image.stem)], frozenset())
+    fake = Fake(lambda _prompt, image: right[int(Path(image or "").stem)])
     results, _ = run(world, fake, visual_tasks=("boxes",), prompts="short")
     assert results["tasks"]["boxes"]["score"] == 0.25
     assert results["tasks"]["boxes"]["unparsable"] == 2
@@ -180,7 +140,7 @@ def test_unparsable_boxes_are_wrong_and_counted(world: Path) -> None:
 
 @pytest.mark.slow
 def test_a_text_only_evaluation_has_a_text_score_and_predictions(world: Path) -> None:
-    results, out = run(world, Fake(lambda *_: "", frozenset({" a"})), text_tasks=("letters",))
+    results, out = run(world, liking(" a"), text_tasks=("letters",))
     task = results["tasks"]["letters"]
     assert (task["kind"], task["score"], task["blind"]) == ("text", 0.75, None)
     assert task["stderr"] == pytest.approx((0.75 * 0.25 / 19) ** 0.5, rel=0.05)
@@ -196,7 +156,7 @@ def test_a_text_only_evaluation_has_a_text_score_and_predictions(world: Path) ->
 def test_progress_runs_from_the_first_task_to_one(world: Path) -> None:
     told: list[float] = []
     evaluate(
-        KeptAnswers(Fake(lambda *_: "yes", frozenset({" a"})), None, at_once=4),
+        kept(liking(" a"), 4),
         Evaluation(visual_tasks=("colours", "odd"), text_tasks=("letters",), batch_size=1),
         world,
         world.parent / "out",
@@ -236,10 +196,10 @@ def test_progress_runs_from_the_first_task_to_one(world: Path) -> None:
 def test_what_cannot_be_evaluated_is_said_before_the_first_answer(
     world: Path, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    fake = Fake(lambda *_: "yes", frozenset())
+    fake = Fake()
     with pytest.raises(error, match=message):
         run(world, fake, **options)
-    assert fake.prompts == []
+    assert fake.asked == []
 
 
 def test_a_limit_takes_the_first_of_the_full_order_with_splits_in_turn(world: Path) -> None:
@@ -284,17 +244,11 @@ def test_a_picture_that_most_examples_share_leaves_no_blind_score() -> None:
         other_images(VisualTask("some", VISUAL_FORMATS["gqa"], 0.0, examples, len(examples)))
 
 
-def test_official_prompts_are_the_published_ones() -> None:
-    box = (
-        "Please provide the bounding box coordinate of the region this sentence describes: "
-        '"the {odd} mug"'
-    )
-    assert VISUAL_FORMATS["refcoco"].prompt("the {odd} mug", "official") == box
-    assert VISUAL_FORMATS["ocid_ref"].prompt("the {odd} mug", "official") == box
-    brief = "Is it?\nAnswer the question using a single word or phrase."
+def test_a_short_prompt_is_the_question_alone() -> None:
     for name in ("vqav2", "gqa", "textvqa", "pope"):
-        assert VISUAL_FORMATS[name].prompt("Is it?", "official") == brief
-        assert VISUAL_FORMATS[name].prompt("Is it?", "short") == "Is it?"
+        assert VISUAL_FORMATS[name].prompt("Is the {odd} mug there?", "short") == (
+            "Is the {odd} mug there?"
+        )
 
 
 def test_chance_levels_are_those_of_the_paper() -> None:
@@ -308,3 +262,63 @@ def test_chance_levels_are_those_of_the_paper() -> None:
         "refcoco": 0.0,
         "ocid_ref": 0.0,
     }
+
+
+def evaluated(folder: Path, fake: Fake, name: str, **options: Any) -> dict[str, Any]:
+    """The row of one task on the files that docs/evaluation.md shows."""
+    if not (folder / name).is_dir():
+        (folder / name).mkdir()
+        official(folder / name, name)
+    evaluation = Evaluation.model_validate({"visual_tasks": (name,), "blind": False, **options})
+    row: dict[str, Any] = evaluate(kept(fake), evaluation, folder, folder / "out", ignore)
+    return row["tasks"][name]
+
+
+@pytest.mark.parametrize("by", ["probability", "text", "both"])
+@pytest.mark.parametrize("letters", ["letter", "likelihood"])
+def test_fixed_answers_by_probability_and_by_text(tmp_path: Path, by: str, letters: str) -> None:
+    """The model likes the third count, and writes so."""
+    likely = letters == "likelihood" and by == "probability"
+    fake = Fake(lambda prompt, _: "True" if "statement" in prompt else "2" if likely else "C")
+    how = {"fixed_answers": by, "letters": "likelihood" if likely else "letter"}
+    assert evaluated(tmp_path, fake, "vsr", **how)["score"] == pytest.approx(2 / 3)
+    row = evaluated(tmp_path, fake, "tallyqa", **how)
+    assert row["splits"] == {"simple": 0.5, "complex": 0.0}
+    assert row["answered"] == ("text" if by == "text" else "probability")
+    assert ("text.score" in row["details"]) is (by == "both")
+
+
+def test_boxes_are_asked_for_in_the_frame_that_is_declared(tmp_path: Path) -> None:
+    # [.02, .04, .17, .46] of 640 by 480 pixels is this of the square of 640.
+    fake, found = Fake(lambda *_: "[0.02, 0.16, 0.17, 0.47]"), {}
+    for frame in ("picture", "square"):
+        row = evaluated(tmp_path, fake, "refcocog", box_frame=frame)
+        found[frame] = row["details"]["mean_iou"]
+    assert found["picture"] < 0.8 < 0.95 < found["square"]
+
+
+def test_a_wording_of_the_recipes_own_takes_the_place_of_the_official_one(tmp_path: Path) -> None:
+    fake, wordings = Fake(lambda *_: "unanswerable"), {"vizwiz": "Q: {question} A:"}
+    row = evaluated(tmp_path, fake, "vizwiz", wordings=wordings)
+    assert fake.prompts == ["Q: Can you tell me what this is? A:"]
+    assert row["details"]["unanswerable_f1"] is None
+    assert row["details"]["answer_type=other"] == 0.0
+    for wrong in ({"gqa": "{question}"}, {"vizwiz": "no place"}):
+        with pytest.raises(ValueError, match=r"none of the visual tasks|goes where"):
+            Evaluation(visual_tasks=("vizwiz",), wordings=wrong)
+
+
+@pytest.mark.parametrize(
+    ("golds", "said", "noted"),
+    [(["no"], "No", True), (["no"], "no", False), (["no", "nope"], "No", False)],
+)
+def test_ten_equal_answers_are_pointed_to_qa_where_normalising_changes_the_score(
+    golds: list[str], said: str, noted: bool
+) -> None:
+    example = VisualExample("1", "Is it?", Path("a.jpg"), (golds * 10)[:10])
+    task = VisualTask("mine", VISUAL_FORMATS["vqav2"], 0.0, (example,), 1)
+    note = score_visual(task, [said])["note"]
+    assert (note is not None) == noted
+    if note is not None:
+        assert "here 0.00; normalised 100.00" in note
+        assert "format qa" in note

@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,48 +15,28 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from answerers import Fake, ignore, kept
 from midstream.config import Evaluation
 from midstream.core.storage import read_json, write_json
 from midstream.eval import answers as eval_answers
-from midstream.eval.answers import KeptAnswers, earlier_tasks
+from midstream.eval.answers import earlier_tasks
 from midstream.eval.benchmark import evaluate
+from midstream.launch import terminal
+from midstream.launch.terminal import reporting
 from midstream.work import evaluate_model
+from midstream.work.protocol import Channel
+from midstream.work.show_scores import ListTasksRequest, list_tasks
 
 TASKS = ("hue", "odd", "letters")
+First = tuple[Path, dict[str, Any]]
 ASKED: dict[str, Any] = {"visual_tasks": ("hue", "odd"), "text_tasks": ("letters",)}
 
 
-class Yes:
-    """Says yes to everything, prefers " a", and remembers what it was asked."""
-
-    def __init__(self, weights: str = "w") -> None:
-        self.weights_digest = weights
-        self.asked: list[str] = []
-
-    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
-        self.asked += prompts
-        return ["Yes"] * len(prompts)
-
-    def choose(
-        self,
-        prompts: Sequence[str],
-        images: Sequence[Path | None],
-        choices: Sequence[Sequence[str]],
-    ) -> list[list[float]]:
-        self.asked += prompts
-        return [[float(one == "yes") for one in own] for own in choices]
-
-    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        self.asked += [context for context, _ in pairs]
-        return [(float(choice == " a"), True) for _, choice in pairs]
-
-    def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
-        raise NotImplementedError
-
-    def generate_until(
-        self, contexts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: Sequence[int]
-    ) -> list[str]:
-        raise NotImplementedError
+def yes(weights: str = "w") -> Fake:
+    """Says yes to everything, prefers " a"."""
+    return Fake(
+        lambda prompt, _image: "yes", lambda _query, choice: float(choice == " a"), weights=weights
+    )
 
 
 def write_world(root: Path) -> None:
@@ -82,7 +64,7 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def first(tmp_path_factory: pytest.TempPathFactory) -> First:
     """A world, and beside it the results of a first evaluation."""
     root = tmp_path_factory.mktemp("first")
     write_world(root / "world")
@@ -95,12 +77,11 @@ def again(
     world: Path, out: Path, before: Path, weights: str = "w", **options: Any
 ) -> tuple[dict[str, Any], set[str]]:
     """Evaluate with what stands in `before`: the results, and which tasks were asked."""
-    fake = Yes(weights)
-    answers = KeptAnswers(fake, None, at_once=4)
+    fake = yes(weights)
     evaluation = Evaluation(**{**ASKED, **options})
     done = earlier_tasks([before])
-    results = evaluate(answers, evaluation, world, out, lambda _done, _text: None, done=done)
-    return results, {prompt.split()[0] for prompt in fake.asked}
+    results = evaluate(kept(fake), evaluation, world, out, ignore, done=done)
+    return results, {prompt.split()[0] for prompt in fake.prompts}
 
 
 def edit(path: str, change: Callable[[list[Any]], Any]) -> Callable[[Path], None]:
@@ -141,7 +122,7 @@ def add_unread(world: Path) -> None:
     ],
 )
 def test_only_tasks_whose_content_changed_are_asked_again(
-    first: tuple[Path, dict[str, Any]],
+    first: First,
     tmp_path: Path,
     change: Callable[[Path], None],
     asked: set[str],
@@ -180,16 +161,14 @@ def test_only_tasks_whose_content_changed_are_asked_again(
     ],
 )
 def test_a_task_asked_otherwise_is_asked_again(
-    first: tuple[Path, dict[str, Any]], tmp_path: Path, options: dict[str, Any], asked: set[str]
+    first: First, tmp_path: Path, options: dict[str, Any], asked: set[str]
 ) -> None:
     root, _ = first
     _, heard = again(root / "world", tmp_path / "out", root / "out", **options)
     assert {word.rstrip(":") for word in heard} == asked
 
 
-def test_a_row_without_its_predictions_is_not_done(
-    first: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_row_without_its_predictions_is_not_done(first: First, tmp_path: Path) -> None:
     root, _ = first
     shutil.copytree(root / "out", tmp_path / "before")
     (tmp_path / "before/predictions/hue.parquet").unlink()
@@ -205,6 +184,20 @@ def test_another_programs_results_are_left_alone(tmp_path: Path) -> None:
     assert earlier_tasks(sorted(tmp_path.glob("*"))) == {}
 
 
+def command(
+    out: Path, data: Path, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> tuple[str, list[str]]:
+    """What `midstream eval` says of a fake, and which tasks it asked."""
+    fake = yes()
+    monkeypatch.setattr(evaluate_model, "_open_model", lambda *_: (fake, data))
+    request = evaluate_model.EvaluateRequest(
+        models=("model",), out=out, evaluation={"blind": False, "batch_size": 2, **options}
+    )
+    with redirect_stdout(StringIO()) as told:
+        evaluate_model.evaluate_all(request, Channel(None))
+    return told.getvalue(), sorted({prompt.split()[0] for prompt in fake.prompts})
+
+
 def test_the_command_finds_the_score_of_a_changed_file_and_keeps_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,17 +209,7 @@ def test_the_command_finds_the_score_of_a_changed_file_and_keeps_the_others(
     heard: list[str] = []
 
     def run(data: str) -> dict[str, float]:
-        fake = Yes()
-        monkeypatch.setattr(evaluate_model, "_open_model", lambda *_: (fake, Path(data)))
-        request = {
-            "models": ["model"],
-            "out": str(tmp_path / "out"),
-            "tasks": [],
-            "evaluation": {"blind": False, "batch_size": 2},
-        }
-        with Console(record=True, width=200) as console:
-            evaluate_model._evaluate(request, console)
-        heard[:] = sorted({prompt.split()[0] for prompt in fake.asked})
+        heard[:] = command(tmp_path / "out", Path(data), monkeypatch)[1]
         folders = list((tmp_path / "out").glob("model-*"))
         latest = max(folders, key=lambda path: (path / "results.json").stat().st_mtime_ns)
         return {
@@ -250,14 +233,10 @@ def test_what_is_shown_again_says_from_when_it_is_wherever_it_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_world(tmp_path / "world")
-    monkeypatch.setattr(evaluate_model, "_open_model", lambda *_: (Yes(), tmp_path / "world"))
 
     def run(**options: Any) -> str:
-        request = {"models": ["model"], "out": str(tmp_path / "out"), "tasks": []}
-        request |= {"evaluation": {"blind": False, **options}}
-        with Console(record=True, width=200) as console:
-            evaluate_model._evaluate(request, console)
-        return next(line for line in console.export_text().splitlines() if "/out/model-" in line)
+        told, _ = command(tmp_path / "out", tmp_path / "world", monkeypatch, **options)
+        return next(line for line in told.splitlines() if "/out/model-" in line)
 
     assert "as before" not in run()
     (first,) = (tmp_path / "out").glob("model-*")
@@ -274,8 +253,63 @@ def test_what_is_shown_again_says_from_when_it_is_wherever_it_is_taken(
 
 
 def test_answers_of_another_version_are_asked_again(
-    first: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    first: First, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(eval_answers, "ANSWERS_VERSION", eval_answers.ANSWERS_VERSION + 1)
     _, heard = again(first[0] / "world", tmp_path / "out", first[0] / "out")
     assert heard == set(TASKS)
+
+
+# ------------------------------------------------------------------------------- what is printed
+
+
+def listed(data: Path) -> str:
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as told:
+        patch.setenv("COLUMNS", "400")
+        list_tasks(ListTasksRequest(data=data), Channel(None))
+    return told.getvalue()
+
+
+def row_of(text: str, task: str) -> str:
+    return next(" ".join(line.split()) for line in text.splitlines() if line.startswith(task + " "))
+
+
+def test_the_list_has_a_worlds_own_tasks_and_what_is_wrong_with_them(tmp_path: Path) -> None:
+    for task in ("mine", "odd"):
+        (tmp_path / "bench" / task).mkdir(parents=True)
+    record = {"question": "Is it?", "answer": "yes", "image": "a.png"}
+    (tmp_path / "bench/mine/questions.jsonl").write_text(json.dumps(record) + "\n")
+    (tmp_path / "text_tasks/winogrande").mkdir(parents=True)
+    item = {"query": "It is", "choices": [" a", " b"], "gold": 0}
+    (tmp_path / "text_tasks/letters.jsonl").write_text((json.dumps(item) + "\n") * 3)
+    (tmp_path / "text_tasks/broken.jsonl").write_text("{}\n")
+    visual = {"mine": {"format": "qa", "chance": 0.25}, "odd": {"format": "qa", "chance": 0.5}}
+    visual["strange"] = {"format": "vqa", "chance": 0}
+    text = {"letters": {"chance": 0.5}, "broken": {}}
+    world = {"visual_tasks": visual, "text_tasks": text}
+    (tmp_path / "world.json").write_text(json.dumps(world))
+    told = listed(tmp_path)
+    assert row_of(told, "mine").startswith("mine 25.00 1 questions in ")
+    assert "1 pictures are missing (format qa)" in row_of(told, "mine")
+    assert "not whole: " in row_of(told, "odd")
+    assert "its format is 'vqa'; use vqav2" in row_of(told, "strange")
+    assert row_of(told, "letters").startswith("letters 50.00 3 items in ")
+    assert row_of(told, "broken").startswith("broken none given not whole: ")
+    assert "a data set's own files in " in row_of(told, "winogrande")
+
+
+def test_without_a_terminal_progress_is_a_line_at_the_start_the_end_and_now_and_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    console = Console(file=StringIO(), width=200, force_terminal=False)
+    with reporting(console, "model") as show:
+        for done in range(1, 101):
+            now[0] += 1.0
+            show(done / 100, f"gqa: {done} of 100 ({done} %)")
+    assert isinstance(console.file, StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert lines[0].endswith("model: gqa: 1 of 100 (1 %), 1 % of all")
+    assert lines[-1].endswith("model: gqa: 100 of 100 (100 %), 100 % of all")
+    assert len(lines) == 2 + 99 // int(terminal.QUIET_SECONDS)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,51 +9,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from answerers import Fake, ignore, kept, run_text_tasks
 from midstream.config import Evaluation
 from midstream.core.identity import published_files
 from midstream.eval import find_task
-from midstream.eval.answers import KeptAnswers
 from midstream.eval.benchmark import evaluate
 from midstream.eval.find_task import harness_task, read_choice_task, require_share
-from midstream.eval.scoring import TEXT_CHANCE, suites
+from midstream.eval.scoring import TEXT_CHANCE
 from midstream.eval.tasks import HARNESS_TASKS
 from midstream.eval.text import TextTask
-from text_tasks import run_text_tasks
 
 BENCH = Path(__file__).parents[3] / "shared" / "data" / "bench_text"
 needs_bench = pytest.mark.skipif(not BENCH.is_dir(), reason=f"{BENCH} is not here")
 
 
-class Longest:
+def longest() -> Fake:
     """Likes long continuations."""
-
-    weights_digest = "longest"
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, str]] = []
-
-    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
-        raise NotImplementedError
-
-    def choose(
-        self,
-        prompts: Sequence[str],
-        images: Sequence[Path | None],
-        choices: Sequence[Sequence[str]],
-    ) -> list[list[float]]:
-        raise NotImplementedError
-
-    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        self.asked += pairs
-        return [(float(len(tail)), tail == " 3") for _, tail in pairs]
-
-    def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
-        raise NotImplementedError
-
-    def generate_until(
-        self, contexts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: Sequence[int]
-    ) -> list[str]:
-        raise NotImplementedError
+    return Fake(lambda *_: "#### 2", greedy=lambda _context, tail: tail == " 3")
 
 
 # What the shared files hold: records, and how they depart from the data set.
@@ -92,10 +63,10 @@ def test_real_files_are_read_whole(name: str) -> None:
 @needs_bench
 @pytest.mark.slow
 def test_the_harness_asks_real_records_in_its_own_words(tmp_path: Path) -> None:
-    fake = Longest()
+    fake = longest()
     evaluation = Evaluation(text_tasks=tuple(REAL), limit=12, blind=False)
-    answers = KeptAnswers(fake, None, at_once=50)
-    results = evaluate(answers, evaluation, BENCH, tmp_path, lambda _fraction, _text: None)
+    answers = kept(fake)
+    results = evaluate(answers, evaluation, BENCH, tmp_path, ignore)
     assert results["tasks"].keys() == REAL.keys()
     for name, (num_docs, _, start) in REAL.items():
         row = results["tasks"][name]
@@ -103,7 +74,7 @@ def test_the_harness_asks_real_records_in_its_own_words(tmp_path: Path) -> None:
         whole = HARNESS_TASKS[name].num_docs
         assert row["shortened"] == f"12 of {whole:,} examples"
         assert num_docs <= whole
-        assert any(context.startswith(start) for context, _ in fake.asked), name
+        assert any(context.startswith(start) for context in fake.prompts), name
     assert "acc_norm" in results["tasks"]["hellaswag"]["details"]
     words = dict(fake.asked)
     assert any(text.endswith("\nAnswer:") for text in words)
@@ -120,44 +91,53 @@ def test_a_likelihood_task_counts_what_greedy_decoding_gives() -> None:
     task = harness_task("bigbench_cs_algorithms", BENCH)
     docs = [doc for doc in task.docs or () if doc["continuation"] in (" 3", " 4")][:20]
     cut = type(task)(**{**vars(task), "docs": tuple(docs)})
-    found = run_text_tasks(Longest(), [cut])[task.name]
+    found = run_text_tasks(longest(), [cut])[task.name]
     expected = sum(doc["continuation"] == " 3" for doc in docs) / len(docs)
     assert 0 < expected < 1
     assert found.metrics["acc"] == pytest.approx(expected)
 
 
-OFFICIAL: dict[str, tuple[str, Any]] = {
+# A file and a record of it; prompt, choices and the right one as the harness puts them.
+OFFICIAL: dict[str, tuple[str, dict[str, Any], tuple[str, tuple[str, ...], int]]] = {
     "arc_challenge": (
         "arc_challenge.jsonl",
         {"query": "Question: Why?\n", "choices": ["a", "b", "c"], "gold": 1},
+        ("Question: Why?\nAnswer:", (" a", " b", " c"), 1),
     ),
     "openbookqa": (
         "openbook_qa.jsonl",
         {"query": "Predators eat", "choices": ["lions", "bunnies"], "gold": 1},
+        ("Predators eat", (" lions", " bunnies"), 1),
     ),
-    "winogrande": (
+    "winogrande": (  # the likelihood of the end behind each beginning
         "winogrande.jsonl",
         {
             "context_options": ["Sue helped Ann so Sue", "Sue helped Ann so Ann"],
             "continuation": "was glad_ly helped.",
             "gold": 1,
         },
+        ("... was glad_ly helped.", ("Sue helped Ann so Sue", "Sue helped Ann so Ann"), 1),
     ),
     "arc_easy": (
         "ARC-Easy-Test.jsonl",
         {
-            "id": "x",
             "question": {
                 "stem": "Why?",
                 "choices": [{"text": "a", "label": "1"}, {"text": "b", "label": "2"}],
             },
             "answerKey": "2",
         },
+        ("Question: Why?\nAnswer:", (" a", " b"), 1),
     ),
-    "boolq": ("dev.jsonl", {"passage": "P.", "question": "is it", "answer": True, "title": "t"}),
-    "copa": (
+    "boolq": (
+        "dev.jsonl",
+        {"passage": "P.", "question": "is it", "answer": True, "title": "t"},
+        ("t -- P.\nQuestion: is it?\nAnswer:", (" no", " yes"), 1),
+    ),
+    "copa": (  # the harness's own two spaces
         "val.jsonl",
         {"premise": "It fell.", "choice1": "A.", "choice2": "B.", "question": "cause", "label": 1},
+        ("It fell because", ("  a.", "  b."), 1),
     ),
     "hellaswag": (
         "hellaswag_val.jsonl",
@@ -165,33 +145,19 @@ OFFICIAL: dict[str, tuple[str, Any]] = {
             "ctx_a": "A man",
             "ctx_b": "he",
             "activity_label": "Run",
-            "endings": ["a", "b", "c", "d"],
+            "endings": [*"abcd"],
             "label": 2,
         },
+        ("Run: A man He", (" a", " b", " c", " d"), 2),
     ),
     "agieval_sat_en": (
         "sat-en.jsonl",
         {"passage": "P.", "question": "Q?", "options": ["(A)a", "(B)b"], "label": "B"},
-    ),
-}
-WORDS = {
-    "arc_challenge": ("Question: Why?\nAnswer:", (" a", " b", " c"), 1),
-    "openbookqa": ("Predators eat", (" lions", " bunnies"), 1),
-    # The likelihood of the end behind each beginning.
-    "winogrande": (
-        "... was glad_ly helped.",
-        ("Sue helped Ann so Sue", "Sue helped Ann so Ann"),
-        1,
-    ),
-    "arc_easy": ("Question: Why?\nAnswer:", (" a", " b"), 1),
-    "boolq": ("t -- P.\nQuestion: is it?\nAnswer:", (" no", " yes"), 1),
-    # The harness's own two spaces.
-    "copa": ("It fell because", ("  a.", "  b."), 1),
-    "hellaswag": ("Run: A man He", (" a", " b", " c", " d"), 2),
-    "agieval_sat_en": (
-        "P.Q: Q? Answer Choices: (A)a (B)b\nA: Among A through B, the answer is",
-        (" (A)a", " (B)b"),
-        1,
+        (
+            "P.Q: Q? Answer Choices: (A)a (B)b\nA: Among A through B, the answer is",
+            (" (A)a", " (B)b"),
+            1,
+        ),
     ),
 }
 
@@ -199,15 +165,15 @@ WORDS = {
 @pytest.mark.slow
 def test_published_forms_reach_the_model_in_the_harness_words(tmp_path: Path) -> None:
     tasks = []
-    for name, (file, record) in OFFICIAL.items():
+    for name, (file, record, _) in OFFICIAL.items():
         folder = tmp_path / name / ("COPA" if name == "copa" else "boolq")
         folder.mkdir(parents=True)
         (folder / file).write_text(json.dumps(record) + "\n")
         assert published_files(tmp_path / name, name)[0].parent == folder
         tasks.append(harness_task(name, tmp_path / name))
         assert tasks[-1].departs == f"1 of {HARNESS_TASKS[name].num_docs:,} records"
-    found = run_text_tasks(Longest(), tasks)
-    for name, expected in WORDS.items():
+    found = run_text_tasks(longest(), tasks)
+    for name, (_, _, expected) in OFFICIAL.items():
         (answer,) = found[name].answers
         assert (answer.prompt, answer.choices, answer.gold) == expected
 
@@ -283,18 +249,9 @@ def test_any_task_is_read_from_its_data_sets_own_files(tmp_path: Path) -> None:
     (tmp_path / "gsm8k/test.jsonl").write_text(json.dumps(sums) + "\n")
     names = ("winogrande", "mmlu_anatomy", "gsm8k")
 
-    class Says(Longest):
-        def generate_until(
-            self,
-            contexts: Sequence[str],
-            stops: Sequence[Sequence[str]],
-            max_new_tokens: Sequence[int],
-        ) -> list[str]:
-            return ["#### 2"] * len(contexts)
-
     evaluation = Evaluation(text_tasks=names, blind=False)
-    answers = KeptAnswers(Says(), None, at_once=50)
-    rows = evaluate(answers, evaluation, tmp_path, tmp_path / "out", lambda *_: None)["tasks"]
+    answers = kept(longest())
+    rows = evaluate(answers, evaluation, tmp_path, tmp_path / "out", ignore)["tasks"]
     found = {
         name: (row["num_examples"], row["chance"], row["metric"]) for name, row in rows.items()
     }
@@ -309,7 +266,7 @@ def test_any_task_is_read_from_its_data_sets_own_files(tmp_path: Path) -> None:
     assert shortened == {"winogrande": None, "mmlu_anatomy": None, "gsm8k": without}
     before = rows["mmlu_anatomy"]["key"]
     evaluation = Evaluation(text_tasks=("mmlu_anatomy",), blind=False, limit=3)
-    rows = evaluate(answers, evaluation, tmp_path, tmp_path / "out", lambda *_: None)["tasks"]
+    rows = evaluate(answers, evaluation, tmp_path, tmp_path / "out", ignore)["tasks"]
     assert rows["mmlu_anatomy"]["shortened"] == "3 of 5 examples"
     assert rows["mmlu_anatomy"]["key"] != before
 
@@ -320,13 +277,6 @@ def test_a_split_that_a_folder_lacks_is_named(tmp_path: Path) -> None:
         (tmp_path / f"winogrande/{split}.jsonl").write_text("{}\n")
     with pytest.raises(FileNotFoundError, match=r"no file of the split 'validation', only test"):
         harness_task("winogrande", tmp_path)
-
-
-def test_a_group_and_a_slip_are_told_from_a_task(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"ai2_arc is a tag .*; name its tasks: arc_challenge"):
-        harness_task("ai2_arc", tmp_path)
-    with pytest.raises(ValueError, match="did you mean winogrande"):
-        harness_task("winogrand", tmp_path)
 
 
 def test_a_hub_that_does_not_answer_is_said_at_once(
@@ -369,14 +319,37 @@ def cached(cache: Path, path: str, configuration: str, docs: list[dict[str, Any]
     return folder
 
 
-def test_a_data_set_that_was_downloaded_before_needs_no_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No hub, and an empty cache of data sets."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE=0"):
-        harness_task("gsm8k", tmp_path)
-    other = cached(tmp_path, "openai/gsm8k", "socratic", None)
+    for module in ("datasets.config", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("ai2_arc", ValueError, r"ai2_arc is a tag .*; name its tasks: arc_challenge"),
+        ("winogrand", ValueError, "did you mean winogrande"),
+        ("piqa", FileNotFoundError, r"lacks valid\.jsonl and .*, published by PIQA"),
+        ("mmlu", FileNotFoundError, r"mmlu \(.*\) and 46 others; set HF_HUB_OFFLINE=0"),
+    ],
+)
+def test_what_is_not_here_is_said_in_a_line(
+    offline: Path, tmp_path: Path, name: str, error: type[Exception], message: str
+) -> None:
+    cached(offline, "cais/mmlu", "abstract_algebra", None)
+    with pytest.raises(error, match=message) as raised:
+        harness_task(name, tmp_path)
+    assert "\n" not in str(raised.value)
+    assert "abstract_algebra" not in str(raised.value)
+
+
+def test_a_data_set_that_was_downloaded_before_needs_no_hub(offline: Path, tmp_path: Path) -> None:
+    other = cached(offline, "openai/gsm8k", "socratic", None)
     with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE=0"):
         harness_task("gsm8k", tmp_path)
     other.parents[1].rename(other.parents[2] / "main")
@@ -399,91 +372,22 @@ STATEMENT = {
 
 @pytest.mark.slow
 def test_a_group_whose_data_sets_were_downloaded_before_needs_no_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    offline: Path, tmp_path: Path
 ) -> None:
-    cache, name = tmp_path / "cache", "arab_culture_nile_valley"
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for module in ("datasets.config", "huggingface_hub.constants"):
-        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+    name = "arab_culture_nile_valley"
     for at, country in enumerate(("Egypt", "Sudan"), start=1):
         with pytest.raises(FileNotFoundError) as error:
             harness_task(name, tmp_path)
         assert ("(Egypt), " in str(error.value)) == (at == 1)
         assert "lacks MBZUAI/ArabCulture (" in str(error.value)
         assert "(Sudan); set HF_HUB_OFFLINE=0" in str(error.value)
-        cached(cache, "MBZUAI/ArabCulture", country, [{**STATEMENT, "country": country}] * 2 * at)
-    fake = Longest()
-    answers = KeptAnswers(fake, None, at_once=50)
-    evaluation = Evaluation(text_tasks=(name,), blind=False)
-    row = evaluate(answers, evaluation, tmp_path, tmp_path / "out", lambda *_: None)["tasks"][name]
+        cached(offline, "MBZUAI/ArabCulture", country, [{**STATEMENT, "country": country}] * 2 * at)
+    fake, evaluation = longest(), Evaluation(text_tasks=(name,), blind=False)
+    row = evaluate(kept(fake), evaluation, tmp_path, tmp_path / "out", ignore)["tasks"][name]
     assert row["num_examples"] == 6
     assert set(row["splits"]) == {"arab_culture_egypt", "arab_culture_sudan"}
     assert {tail for _, tail in fake.asked} == {"A", "B", "C"}
     require_share(harness_task(name, tmp_path))
-
-
-def test_the_data_sets_that_a_large_group_lacks_are_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    cached(tmp_path, "cais/mmlu", "abstract_algebra", None)
-    with pytest.raises(
-        FileNotFoundError, match=r"mmlu \(.*\) and 46 others; set HF_HUB_OFF"
-    ) as error:
-        harness_task("mmlu", tmp_path)
-    assert "abstract_algebra" not in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_a_missing_file_is_named_with_who_published_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(
-        FileNotFoundError, match=r"piqa: .* lacks valid\.jsonl and .*, published by PIQA"
-    ):
-        harness_task("piqa", tmp_path)
-
-
-def test_a_whole_set_has_the_papers_average_and_anything_less_none() -> None:
-    rows = dict(
-        zip(
-            (
-                "agieval_sat_en",
-                "arc_easy",
-                "bigbench_conceptual_combinations_multiple_choice",
-                "bigbench_cs_algorithms_multiple_choice",
-                "copa",
-                "hellaswag",
-                "mathqa",
-                "piqa",
-                "pubmedqa",
-            ),
-            (0.282, 0.771, 0.476, 0.467, 0.92, 0.728, 0.273, 0.791, 0.696),
-            strict=True,
-        )
-    )
-    tasks: dict[str, Any] = {
-        name: {"score": 0.5 if name == "hellaswag" else score, "details": {"acc_norm": score}}
-        for name, score in rows.items()
-    }
-    # Base 100 % of Table 7 (HellaSwag normalised by length) gives 29.67.
-    assert suites(tasks)["text, Table 7"]["score"] == pytest.approx(0.2967, abs=2e-4)
-    assert suites(tasks)["text, authors' list"] == {
-        "score": None,
-        "missing": ["boolq"],
-        "shortened": [],
-    }
-    tasks["piqa"]["shortened"] = "100 of 1,838 examples"
-    assert suites(tasks)["text, Table 7"] == {
-        "score": None,
-        "missing": [],
-        "shortened": ["piqa"],
-    }
-    del tasks["hellaswag"]["details"]["acc_norm"]
-    assert suites(tasks)["text, Table 7"]["missing"] == ["hellaswag"]
 
 
 @pytest.mark.parametrize(("name", "metric"), [("wikitext", "word_perplexity"), ("mmlu", None)])

@@ -8,7 +8,7 @@ from PIL import Image
 import tiny
 from midstream.config import VLMConfig
 from midstream.data.examples import TextCodec, question_ids
-from midstream.data.images import Encode, decode, encode_fixed, to_pixels
+from midstream.data.images import Encode, decode_pixels, encode_fixed
 from midstream.data.prepare import open_codec
 from midstream.eval import predict
 from midstream.eval.predict import ModelAnswerer
@@ -43,14 +43,13 @@ def pictures(tiny_ledger: Ledger) -> list[Path]:
 def answerer(codec: TextCodec, encode: Encode) -> ModelAnswerer:
     model = VLM(VLMConfig(decoder=tiny.DECODER, encoder=tiny.ENCODER))
     initialise(model, 0)
-    return ModelAnswerer(
-        model,
-        codec,
-        encode=encode,
-        encoder=tiny.ENCODER,
-        max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=4,
-    )
+    return answering(model, codec, encode)
+
+
+def answering(model: VLM, codec: TextCodec, encode: Encode | None) -> ModelAnswerer:
+    encoder = None if encode is None else tiny.ENCODER
+    sizes = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": 4}
+    return ModelAnswerer(model, codec, encode=encode, encoder=encoder, **sizes)
 
 
 QUESTIONS = (
@@ -90,26 +89,16 @@ def test_the_picture_changes_the_answer(answerer: ModelAnswerer, pictures: list[
     assert len(set(found)) >= 2
 
 
-def ids_by_hand(answerer: ModelAnswerer, ids: list[int], picture: Path | None) -> list[int]:
+def by_hand(answerer: ModelAnswerer, ids: list[int], picture: Path | None) -> list[int]:
     features = None
     if picture is not None:
-        pixels = to_pixels(decode(picture.read_bytes(), str(picture)), tiny.ENCODER.transform)
+        pixels = decode_pixels(picture.read_bytes(), str(picture), tiny.ENCODER.transform)
         assert answerer.encode is not None
         features = answerer.encode(torch.from_numpy(pixels)[None])
-    codec = answerer.codec
-    (new,) = generate(
-        answerer.model,
-        [ids],
-        features,
-        max_new_tokens=MAX_NEW_TOKENS,
-        stop_ids=frozenset({codec.separator, codec.end_of_text}),
-        batch_size=4,
-    )
+    stops = frozenset({answerer.codec.separator, answerer.codec.end_of_text})
+    how = {"max_new_tokens": MAX_NEW_TOKENS, "stop_ids": stops, "batch_size": 4}
+    (new,) = generate(answerer.model, [ids], features, **how)  # type: ignore[arg-type]
     return new
-
-
-def by_hand(answerer: ModelAnswerer, ids: list[int], picture: Path | None) -> str:
-    return answerer.codec.decode(ids_by_hand(answerer, ids, picture)).strip()
 
 
 def test_questions_stand_as_in_fine_tuning_with_and_without_a_picture(
@@ -119,7 +108,8 @@ def test_questions_stand_as_in_fine_tuning_with_and_without_a_picture(
         turn = [*codec.encode(f"In: {question}\nOut:"), codec.separator]
         head = [] if picture is None else [codec.separator]
         assert question_ids(codec, question, has_image=picture is not None) == head + turn
-        assert answerer.generate([question], [picture]) == [by_hand(answerer, head + turn, picture)]
+        expected = codec.decode(by_hand(answerer, head + turn, picture)).strip()
+        assert answerer.generate([question], [picture]) == [expected]
 
 
 def test_a_picture_is_encoded_once_for_all_questions_about_it(
@@ -131,14 +121,7 @@ def test_a_picture_is_encoded_once_for_all_questions_about_it(
         seen.append(len(pixels))
         return encode(pixels)
 
-    other = ModelAnswerer(
-        answerer.model,
-        codec,
-        encode=counting,
-        encoder=tiny.ENCODER,
-        max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=4,
-    )
+    other = answering(answerer.model, codec, counting)
     images: list[Path | None] = [pictures[k] for k in (2, 0, 2, 2, 0, 2)]
     assert other.generate(QUESTIONS, images) == answerer.generate(QUESTIONS, images)
     assert seen == [2]
@@ -153,7 +136,7 @@ def test_an_answer_ends_at_any_stop_id_of_the_codec(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ids = question_ids(codec, QUESTIONS[0], has_image=True)
-    whole = ids_by_hand(answerer, ids, pictures[0])
+    whole = by_hand(answerer, ids, pictures[0])
     stop = whole[2]
     monkeypatch.setattr(TextCodec, "stop_ids", property(lambda _codec: frozenset({stop})))
     expected = codec.decode(whole[: whole.index(stop)]).strip()
@@ -166,7 +149,7 @@ def test_a_picture_for_a_model_without_an_encoder_is_refused(
 ) -> None:
     model = VLM(VLMConfig(decoder=tiny.DECODER))
     initialise(model, 0)
-    blind = ModelAnswerer(model, codec, encode=None, encoder=None, max_new_tokens=2, batch_size=2)
+    blind = answering(model, codec, None)
     assert len(blind.generate(["Where?"], [None])) == 1
     with pytest.raises(ValueError, match=rf"no encoder and cannot see .*{pictures[0].name}"):
         blind.generate(["Where?", "Who?"], [None, pictures[0]])
@@ -208,6 +191,11 @@ def test_a_log_likelihood_is_that_of_the_continuation_alone(
     for (context, continuation), (total, _) in zip(PAIRS, found, strict=True):
         head = codec.encode(context) or [codec.end_of_text]
         expected = logprob(answerer, head, codec.encode(continuation))
+        assert total == pytest.approx(expected, rel=1e-5)
+    # Of a whole text every token counts behind end-of-text.
+    texts = ("The circle is red.", "a")
+    for text, total in zip(texts, answerer.loglikelihood_rolling(texts), strict=True):
+        expected = logprob(answerer, [codec.end_of_text], codec.encode(text))
         assert total == pytest.approx(expected, rel=1e-5)
 
 
@@ -263,12 +251,3 @@ def test_features_of_no_more_pictures_are_kept_than_there_is_room_for(
         assert len(answerer._features) <= 3
     assert paths[5] in answerer._features
     assert paths[0] not in answerer._features
-
-
-def test_a_rolling_log_likelihood_covers_every_token_behind_end_of_text(
-    answerer: ModelAnswerer, codec: TextCodec
-) -> None:
-    texts = ("The circle is red.", "a")
-    for text, total in zip(texts, answerer.loglikelihood_rolling(texts), strict=True):
-        expected = logprob(answerer, [codec.end_of_text], codec.encode(text))
-        assert total == pytest.approx(expected, rel=1e-5)

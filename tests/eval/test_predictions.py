@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,11 @@ def lines(path: Path, rows: list[Any]) -> Path:
     return path
 
 
+def score(folder: Path, rows: list[Any], file: str = "answers.jsonl", **how: Any) -> dict[str, Any]:
+    """The score of lines on the benchmark that a folder is called by."""
+    return score_predictions(folder, folder.name, lines(folder.parent / file, rows), **how)
+
+
 def llava(split: str, said: str, first: int = 1) -> list[dict[str, Any]]:
     """As LLaVA writes answers: the question under prompt, the answer under text."""
     return [
@@ -56,9 +62,8 @@ def llava(split: str, said: str, first: int = 1) -> list[dict[str, Any]]:
     ]
 
 
-def test_answers_with_ids_and_words_find_their_split(pope: Path, tmp_path: Path) -> None:
-    file = lines(tmp_path / "answers.jsonl", llava("popular", "yynnny"))
-    row = score_predictions(pope, "pope", file)
+def test_answers_with_ids_and_words_find_their_split(pope: Path) -> None:
+    row = score(pope, llava("popular", "yynnny"))
     assert row["score"] == pytest.approx(5 / 6)
     assert row["num_examples"] == 6
     assert "scored on split popular alone" in row["notes"]
@@ -66,77 +71,61 @@ def test_answers_with_ids_and_words_find_their_split(pope: Path, tmp_path: Path)
     assert row["details"]["yes_rate"] == 0.5
 
 
-def test_a_file_of_all_splits_is_matched_by_its_words_in_any_order(
-    pope: Path, tmp_path: Path
-) -> None:
+def test_a_file_of_all_splits_is_matched_by_its_words_in_any_order(pope: Path) -> None:
     rows = llava("adversarial", GOLD["adversarial"]) + llava("random", "y" * 6, 1_000_001)
     rows += llava("popular", GOLD["popular"], 2_000_001)
-    row = score_predictions(pope, "pope", lines(tmp_path / "a.jsonl", rows))
+    row = score(pope, rows)
     assert row["splits"] == {"random": 0.5, "popular": 1.0, "adversarial": 1.0}
     assert row["score"] == pytest.approx(2.5 / 3)
 
 
-def test_the_official_form_has_no_ids_and_a_name_or_an_option_says_the_split(
-    pope: Path, tmp_path: Path
+def test_the_official_form_has_no_ids_and_a_name_or_an_option_says_the_split(pope: Path) -> None:
+    rows = [{"answer": "No, it is not."}] * 6
+    assert score(pope, rows, "coco_random_answers.json")["score"] == 0.5
+    assert score(pope, rows, split="popular")["score"] == pytest.approx(4 / 6)
+
+
+@pytest.mark.parametrize("more", [{}, {"image": "popular.jpg"}])
+def test_the_official_form_of_one_split_is_known_by_its_words(
+    pope: Path, more: dict[str, str]
 ) -> None:
-    rows = [{"question": f"q{i}", "answer": "No, it is not."} for i in range(6)]
-    for row in rows:
-        del row["question"]
-    named = lines(tmp_path / "coco_random_answers.json", rows)
-    assert score_predictions(pope, "pope", named)["score"] == 0.5
-    plain = lines(tmp_path / "answers.json", rows)
-    assert score_predictions(pope, "pope", plain, split="popular")["score"] == pytest.approx(4 / 6)
-
-
-def test_the_official_form_of_one_split_is_known_by_its_words(pope: Path, tmp_path: Path) -> None:
-    rows = [
-        {"question": f"Is there a popular thing {i + 1} in the image?", "answer": "yes, there is"}
-        for i in range(6)
-    ]
-    row = score_predictions(pope, "pope", lines(tmp_path / "answers.json", rows))
+    asked = [f"Is there a popular thing {i + 1} in the image?" for i in range(6)]
+    row = score(pope, [{"question": one, "answer": "yes, there is", **more} for one in asked])
     assert "scored on split popular alone" in row["notes"]
     assert row["score"] == pytest.approx(2 / 6)
-    pictured = [{**row, "image": "popular.jpg"} for row in rows]
-    row = score_predictions(pope, "pope", lines(tmp_path / "b.json", pictured))
-    assert row["score"] == pytest.approx(2 / 6)
-    bare = lines(tmp_path / "c.json", [{"answer": "yes"}] * 18)
     with pytest.raises(ValueError, match="nothing says which is whose"):
-        score_predictions(pope, "pope", bare)
+        score(pope, [{"answer": "yes"}] * 18)
 
 
-def test_predictions_of_a_larger_set_can_be_cut_to_what_is_here(gqa: Path, tmp_path: Path) -> None:
+def test_predictions_of_a_larger_set_can_be_cut_to_what_is_here(gqa: Path) -> None:
     rows = [{"question_id": str(100 + i), "answer": "red"} for i in range(5)]
-    file = lines(tmp_path / "more.jsonl", rows)
     with pytest.raises(ValueError, match="--ignore-unknown"):
-        score_predictions(gqa, "gqa", file)
-    row = score_predictions(gqa, "gqa", file, ignore_unknown=True)
+        score(gqa, rows)
+    row = score(gqa, rows, ignore_unknown=True)
     assert row["score"] == pytest.approx(1 / 3)
     assert row["notes"] == ["2 predictions of no question here were left out"]
 
 
-def test_a_prediction_goes_before_an_answer_that_is_the_gold_one(
-    pope: Path, tmp_path: Path
-) -> None:
+def test_a_prediction_goes_before_an_answer_that_is_the_gold_one(pope: Path) -> None:
     rows = [
         {"question_id": i + 1, "text": f"Is there a random thing {i + 1} in the image?"}
         for i in range(6)
     ]
     golds = [WORDS[gold] for gold in GOLD["random"]]
     never = [{**row, "label": g, "answer": "no"} for row, g in zip(rows, golds, strict=True)]
-    row = score_predictions(pope, "pope", lines(tmp_path / "a.jsonl", never))
+    row = score(pope, never)
     assert (row["score"], row["details"]["yes_rate"]) == (0.5, 0.0)
     both = [{**row, "answer": g, "response": "no"} for row, g in zip(rows, golds, strict=True)]
-    row = score_predictions(pope, "pope", lines(tmp_path / "b.jsonl", both), split="random")
+    row = score(pope, both, split="random")
     assert row["details"]["yes_rate"] == 0.0
 
 
-def test_splits_that_cannot_be_told_apart_are_asked_for(pope: Path, tmp_path: Path) -> None:
+def test_splits_that_cannot_be_told_apart_are_asked_for(pope: Path) -> None:
     rows = [{"question_id": i, "answer": "yes"} for i in range(1, 7)]
-    file = lines(tmp_path / "answers.jsonl", rows)
     with pytest.raises(ValueError, match=r"fit each of the splits random, popular.*--split"):
-        score_predictions(pope, "pope", file)
+        score(pope, rows)
     with pytest.raises(ValueError, match="no split 'easy'; it has random, popular"):
-        score_predictions(pope, "pope", file, split="easy")
+        score(pope, rows, split="easy")
 
 
 @pytest.fixture
@@ -167,11 +156,8 @@ def test_every_form_of_file_gives_the_same_score(gqa: Path, tmp_path: Path, form
         "list of text": [{"id": int(key), "answer": text} for key, text in said.items()],
     }[form]
     file = tmp_path / "predictions"
-    if form == "llava":
-        lines(file, rows)
-    else:
-        file.write_text(json.dumps(rows, indent=1))
-    row = score_predictions(gqa, "gqa", file)
+    file.write_text(json.dumps(rows, indent=1))
+    row = score(gqa, rows) if form == "llava" else score_predictions(gqa, "gqa", file)
     assert row["score"] == pytest.approx(2 / 3)
     assert row["details"]["form=open"] == 1.0
     assert row["details"]["form=binary"] == 0.0
@@ -180,13 +166,12 @@ def test_every_form_of_file_gives_the_same_score(gqa: Path, tmp_path: Path, form
     assert row["details"]["vlm-evaluation"] == pytest.approx(1 / 3)
 
 
-def test_questions_without_a_prediction_are_refused_or_counted(gqa: Path, tmp_path: Path) -> None:
-    file = lines(tmp_path / "some.jsonl", [{"question_id": "100", "answer": "red"}])
+def test_questions_without_a_prediction_are_refused_or_counted(gqa: Path) -> None:
+    rows = [{"question_id": "100", "answer": "red"}]
     with pytest.raises(ValueError, match=r"1 of 3 questions of gqa; without an answer are 10"):
-        score_predictions(gqa, "gqa", file)
-    row = score_predictions(gqa, "gqa", file, missing_as_wrong=True)
-    assert row["score"] == pytest.approx(1 / 3)
-    assert row["num_missing"] == 2
+        score(gqa, rows)
+    row = score(gqa, rows, missing_as_wrong=True)
+    assert (row["score"], row["num_missing"]) == (pytest.approx(1 / 3), 2)
     assert any("2 questions without a prediction count as wrong" in note for note in row["notes"])
 
 
@@ -206,10 +191,10 @@ def test_questions_without_a_prediction_are_refused_or_counted(gqa: Path, tmp_pa
     ],
 )
 def test_what_is_wrong_with_a_predictions_file_is_said_with_its_line(
-    gqa: Path, tmp_path: Path, rows: list[Any], message: str
+    gqa: Path, rows: list[Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        score_predictions(gqa, "gqa", lines(tmp_path / "p.jsonl", rows))
+        score(gqa, rows)
 
 
 def test_an_absent_an_empty_and_a_broken_file_are_named(tmp_path: Path) -> None:
@@ -235,13 +220,10 @@ def test_textvqa_answers_are_found_by_picture_and_words(tmp_path: Path) -> None:
         {"question_id": "a1", "prompt": f"{q}\nReference OCR token: x\nAnswer", "text": a}
         for q, a in (("what year?", "1999"), ("what brand?", "Nokia,"))
     ]
-    row = score_predictions(folder, "textvqa", lines(tmp_path / "a.jsonl", rows))
-    assert row["score"] == 1.0
+    assert score(folder, rows)["score"] == 1.0
 
 
-def test_prompts_about_other_questions_are_refused_though_their_ids_match(
-    pope: Path, tmp_path: Path
-) -> None:
+def test_prompts_about_other_questions_are_refused_though_their_ids_match(pope: Path) -> None:
     rows = llava("popular", "yynnnn")[:2] + llava("adversarial", "nynyny")[2:]
     message = (
         r"popular\.jsonl: 4 of 6 prompts are about other questions than those of pope, split "
@@ -249,42 +231,31 @@ def test_prompts_about_other_questions_are_refused_though_their_ids_match(
         r"'Is there a popular thing 3 in the image\?'"
     )
     for split in ("popular", None):
-        file = lines(tmp_path / "answers-popular.jsonl", rows)
         with pytest.raises(ValueError, match=message):
-            score_predictions(pope, "pope", file, split=split)
+            score(pope, rows, "answers-popular.jsonl", split=split)
     # Prompts that not every line repeats are looked at where they are.
     for row in rows[:5]:
         row.pop("prompt")
-    file = lines(tmp_path / "answers-popular.jsonl", rows)
     with pytest.raises(ValueError, match="1 of 1 prompts are about other questions"):
-        score_predictions(pope, "pope", file, split="popular")
+        score(pope, rows, split="popular")
 
 
-@pytest.mark.parametrize("with_ids", [True, False])
-def test_prompts_in_another_case_and_spacing_ask_the_same(
-    pope: Path, tmp_path: Path, with_ids: bool
-) -> None:
-    rows = llava("popular", "yynnny")
-    for row in rows:
-        row["prompt"] = "USER:  " + row["prompt"].upper().replace(" ", "  ")
-        if not with_ids:
-            row.pop("question_id")
-    file = lines(tmp_path / "answers.jsonl", rows)
-    score = score_predictions(pope, "pope", file, split="popular")["score"]
-    assert score == pytest.approx(5 / 6)
-
-
-def test_a_part_of_a_word_is_not_the_question(gqa: Path, tmp_path: Path) -> None:
-    questions = json.loads((gqa / "testdev_balanced_questions.json").read_text())
-    for number, question in enumerate(questions.values()):
-        question["question"] = f"the cat {number}"
-    (gqa / "testdev_balanced_questions.json").write_text(json.dumps(questions))
+@pytest.mark.parametrize("key", ["question_id", "id_of_no_use"])
+def test_prompts_in_another_case_and_spacing_ask_the_same(pope: Path, key: str) -> None:
     rows = [
-        {"question_id": key, "prompt": f"the cat {number}1", "text": "x"}
-        for number, key in enumerate(questions)
+        {key: row.pop("question_id"), **row}
+        | {"prompt": "USER:  " + row["prompt"].upper().replace(" ", "  ")}
+        for row in llava("popular", "yynnny")
     ]
-    with pytest.raises(ValueError, match=f"{len(rows)} of {len(rows)} prompts"):
-        score_predictions(gqa, "gqa", lines(tmp_path / "answers.jsonl", rows))
+    assert score(pope, rows, split="popular")["score"] == pytest.approx(5 / 6)
+
+
+def test_a_part_of_a_word_is_not_the_question(gqa: Path) -> None:
+    path = gqa / "testdev_balanced_questions.json"
+    path.write_text(re.sub(r"What is (\d)\?", r"the cat \1", path.read_text()))
+    rows = [{"question_id": str(100 + n), "prompt": f"the cat {n}1", "text": "x"} for n in range(3)]
+    with pytest.raises(ValueError, match="3 of 3 prompts"):
+        score(gqa, rows)
 
 
 POPE = Path(__file__).parents[3] / "shared" / "data" / "pope_questions"
@@ -306,7 +277,7 @@ def test_answers_to_the_official_adversarial_questions_are_not_scored_as_popular
 
 
 def test_recognised_words_are_found_by_questions_in_another_case(tmp_path: Path) -> None:
-    folder = tmp_path / "textvqa"
+    folder = tmp_path / "textvqa_ocr"
     folder.mkdir()
     asked = [("what Brand?", "a"), (" What brand? ", "b"), ("what size?", "c")]
     data = [
@@ -314,21 +285,14 @@ def test_recognised_words_are_found_by_questions_in_another_case(tmp_path: Path)
         for i, (question, answer) in enumerate(asked)
     ]
     (folder / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": data}))
-    tail = "\nAnswer the question using a single word or phrase."
+    words = "{}\nReference OCR token: {}\nAnswer the question using a single word or phrase."
     listed = [("What brand?", "NOKIA"), ("What size?", "XL")]
-    rows = [
-        {"question_id": "a1", "text": f"{question}\nReference OCR token: {seen}{tail}"}
-        for question, seen in listed
-    ]
+    rows = [{"question_id": "a1", "text": words.format(*pair)} for pair in listed]
     lines(folder / "textvqa_val_v051_ocr.jsonl", rows)
     examples = read_visual_task(folder, "textvqa_ocr", pictures=False, shuffled=False).examples
     assert [example.question.split(": ")[-1] for example in examples] == ["NOKIA", "NOKIA", "XL"]
-    answers = [
-        {"question_id": "a1", "prompt": question.lower(), "text": answer}
-        for question, answer in asked
-    ]
-    row = score_predictions(folder, "textvqa_ocr", lines(tmp_path / "answers.jsonl", answers))
-    assert row["score"] == 1.0
+    answers = [{"question_id": "a1", "prompt": q.lower(), "text": a} for q, a in asked]
+    assert score(folder, answers)["score"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -375,26 +339,24 @@ def test_what_is_no_answer_is_refused(tmp_path: Path, answer: Any) -> None:
 
 @pytest.mark.parametrize("nothing", [float("nan"), None])
 def test_null_and_nan_are_no_answers_and_wrong_only_where_one_says_so(
-    gqa: Path, tmp_path: Path, nothing: float | None
+    gqa: Path, nothing: float | None
 ) -> None:
     rows = [{"question_id": 100 + i, "prediction": "red", "answer": "yes"} for i in range(3)]
     rows[1]["prediction"] = nothing  # and the right answer beside it is not taken for it
-    file = lines(tmp_path / "answers.jsonl", rows)
     message = (
         r"answers 2 of 3 .* without an answer are 101 \(.*line 2 is null or NaN\); .*missing-as"
     )
     with pytest.raises(ValueError, match=message):
-        score_predictions(gqa, "gqa", file)
-    row = score_predictions(gqa, "gqa", file, missing_as_wrong=True)
-    assert (row["score"], row["num_missing"]) == (pytest.approx(1 / 3), 1)
-    unnamed = lines(tmp_path / "in_order.jsonl", [{"answer": row["prediction"]} for row in rows])
-    row = score_predictions(gqa, "gqa", unnamed, missing_as_wrong=True)
-    assert (row["score"], row["num_missing"]) == (pytest.approx(1 / 3), 1)
+        score(gqa, rows)
+    # In their order, too.
+    for said in (rows, [{"answer": row["prediction"]} for row in rows]):
+        row = score(gqa, said, missing_as_wrong=True)
+        assert (row["score"], row["num_missing"]) == (pytest.approx(1 / 3), 1)
 
 
-def test_one_text_for_every_question_is_none(gqa: Path, tmp_path: Path) -> None:
+def test_one_text_for_every_question_is_none(gqa: Path) -> None:
     rows = [{"id": key, "question": "x", "model_output": said} for key, said in SAID.items()]
-    row = score_predictions(gqa, "gqa", lines(tmp_path / "answers.jsonl", rows))
+    row = score(gqa, rows)
     assert row["score"] == pytest.approx(2 / 3)
 
 
@@ -458,7 +420,7 @@ def test_samples_of_lmms_eval_without_ids_come_in_their_documents_order(
     ]
     file = lines(tmp_path / "samples.jsonl", rows[::-1])
     assert [one.answer for one in read_predictions(file)] == said
-    assert score_predictions(gqa, "gqa", file)["score"] == pytest.approx(2 / 3)
+    assert score(gqa, rows[::-1])["score"] == pytest.approx(2 / 3)
     scored = [{**row, "filtered_resps": [[-1.5, False], [-2.0, True]]} for row in rows]
     with pytest.raises(ValueError, match="which is no answer"):
         read_predictions(lines(tmp_path / "choices.jsonl", scored))

@@ -1,9 +1,12 @@
-"""The official files in miniature, sound and broken; and real ones where they are at hand."""
+"""The official files as docs/evaluation.md shows them, sound and broken; real ones where here."""
 
 import gzip
 import json
 import os
 import pickle
+import re
+import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,248 +14,340 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from midstream.eval.readers import choices, questions
-from midstream.eval.scoring import box_accuracy, gqa_accuracy, textvqa_accuracy, vqa_accuracy
-from midstream.eval.tasks import VISUAL_FORMATS, VisualExample
+from midstream.eval.find_task import read_visual_task
+from midstream.eval.readers import POPE_SPLITS
+from midstream.eval.scoring import (
+    BENCHMARKS,
+    box_accuracy,
+    gqa_accuracy,
+    textvqa_accuracy,
+    vqa_accuracy,
+)
+from midstream.eval.tasks import VISUAL_FORMATS, VisualExample, _format
+from midstream.eval.text import read_text_task
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
+PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
+BLOCKS: dict[str, dict[str, str]] = defaultdict(dict)
+for place, text in re.findall(r"```json (\S+)\n(.*?)```", PAGE.read_text(), re.DOTALL):
+    BLOCKS[place.split("/")[0]][place.split("/", 1)[1]] = text
+# Formats whose files another one's block shows.
+SHOWN_AS = {"refcoco_plus": "refcoco", "refcocog": "refcoco"}
+REFS, OCID, POPE = "refs(unc).p", "val_expressions.json", "coco_pope_random.json"
+VQA_QUESTIONS, VQA_ANSWERS = BLOCKS["vqav2"]
+BRIEFLY = "\nAnswer the question using a single word or phrase."
+BOX = 'Please provide the bounding box coordinate of the region this sentence describes: "{}"'
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+
+# Of each format: how many examples, the first one's id, gold and official prompt.
+READ: dict[str, tuple[int, str, Any, str]] = {
+    "vqav2": (
+        1,
+        "1",
+        ["red", "red", "dark red", "red", "maroon", "red", "red", "red", "red", "brown"],
+        "What colour is the car?" + BRIEFLY,
+    ),
+    "gqa": (3, "201", "no", "Is it overcast?" + BRIEFLY),
+    "textvqa": (
+        1,
+        "34602",
+        [*["nokia"] * 4, "Nokia", "nokia", "toshiba", *["nokia"] * 3],
+        "what brand is it?" + BRIEFLY,
+    ),
+    "textvqa_ocr": (
+        1,
+        "34602",
+        [*["nokia"] * 4, "Nokia", "nokia", "toshiba", *["nokia"] * 3],
+        "What brand is it?\nReference OCR token: NOKIA, 8MP" + BRIEFLY,
+    ),
+    "vizwiz": (
+        1,
+        "VizWiz_val_00000000.jpg",
+        {
+            "answers": re.split(
+                ", ", "soup, soup, can, soup, soup can, soup, soup, unsuitable, soup, soup"
+            ),
+            "answerable": True,
+        },
+        "Can you tell me what this is?\nWhen the provided information is insufficient, respond "
+        "with 'Unanswerable'." + BRIEFLY,
+    ),
+    "pope": (3, "random-1", "yes", "Is there a snowboard in the image?" + BRIEFLY),
+    # 10/640, 20/480, 110/640 = .172, 220/480
+    "refcoco": (2, "1-0", [0.02, 0.04, 0.17, 0.46], BOX.format("the man on the left")),
+    "refcoco_plus": (2, "1-0", [0.02, 0.04, 0.17, 0.46], BOX.format("the man on the left")),
+    "refcocog": (2, "1-0", [0.02, 0.04, 0.17, 0.46], BOX.format("the man on the left")),
+    "ocid_ref": (3, "1", [0.02, 0.04, 0.17, 0.46], BOX.format("the blue cup")),
+    "vsr": (
+        3,
+        "0",
+        "True",
+        'Based on the image, is this statement "True" or "False"? The cat is on the bench.\n'
+        'Respond with "True" or "False" directly.',
+    ),
+    "tallyqa": (
+        3,
+        "1",
+        {"index": 2, "choices": [str(count) for count in range(16)]},
+        "\n".join(["How many dogs?", *(f"{'ABCDEFGHIJKLMNOP'[n]}. {n}" for n in range(16))])
+        + LETTER,
+    ),
+    "ai2d": (
+        1,
+        "0.png-0",
+        {"index": 2, "choices": ["A", "B", "C", "D"]},
+        "Which letter is the root?\nA. A\nB. B\nC. C\nD. D" + LETTER,
+    ),
+    "qa": (3, "1", ["a cup", "cup"], "What is on the table?" + BRIEFLY),
+}
+
+
+def read(name: str, folder: Path, **options: Any) -> list[VisualExample]:
+    return VISUAL_FORMATS[name].read(folder, **options)
 
 
 def picture(path: Path, size: tuple[int, int] = (20, 10)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size).save(path)
+    Image.new("RGB", size).save(path, format="PNG")
 
 
-def put(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value))
+def lay_out(folder: Path, name: str) -> None:
+    for file, text in BLOCKS[name].items():
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Protocol 0 is what Python 2 wrote.
+        pickled = path.suffix == ".p"
+        path.write_bytes(pickle.dumps(json.loads(text), protocol=0) if pickled else text.encode())
 
 
-def vqav2(folder: Path) -> None:
-    answers = [{"answer": "red", "answer_id": i, "answer_confidence": "yes"} for i in range(10)]
-    question = {"image_id": 42, "question": "What colour?", "question_id": 42000}
-    put(folder / questions.VQAV2_QUESTIONS, {"questions": [question]})
-    annotation = {"question_id": 42000, "image_id": 42, "answers": answers}
-    put(folder / questions.VQAV2_ANNOTATIONS, {"annotations": [annotation]})
-    picture(folder / "val2014/COCO_val2014_000000000042.jpg")
-
-
-def gqa(folder: Path) -> None:
-    record = {"imageId": "n1", "question": "Is it red?", "answer": "yes", "semantic": []}
-    put(folder / questions.GQA_QUESTIONS, {"201": record})
-    picture(folder / "images/n1.jpg")
-
-
-def textvqa(folder: Path) -> None:
-    record = {"question_id": 7, "image_id": "a1", "question": "brand?", "answers": ["nokia"] * 10}
-    put(folder / questions.TEXTVQA_QUESTIONS, {"data": [record]})
-    picture(folder / "train_images/a1.jpg")
-
-
-def pope(folder: Path) -> None:
-    lines = [
-        {"question_id": index, "image": "x.jpg", "text": "Is there a dog?", "label": label}
-        for index, label in ((1, "yes"), (2, "no"))
-    ]
-    for split in questions.POPE_SPLITS:
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / f"coco_pope_{split}.json").write_text(text)
-    picture(folder / "val2014/x.jpg")
-
-
-def ref(split: str, ref_id: int, *sentences: str) -> dict[str, Any]:
-    return {
-        "ref_id": ref_id,
-        "ann_id": 11,
-        "image_id": 5,
-        "split": split,
-        "file_name": "COCO_train2014_000000000005_1.jpg",
-        "sentences": [
-            {"sent_id": 10 * ref_id + at, "sent": sent, "raw": sent, "tokens": sent.split()}
-            for at, sent in enumerate(sentences)
-        ],
-    }
-
-
-def refcoco(folder: Path) -> None:
-    refs = [ref("train", 1, "not this"), ref("val", 2, "left dog", "dog"), ref("testA", 3, "nor")]
-    # Protocol 0 is what Python 2 wrote.
-    (folder / choices.REFCOCO_REFS).write_bytes(pickle.dumps(refs, protocol=0))
-    name = "COCO_train2014_000000000005.jpg"
-    instances = {
-        "images": [{"id": 5, "file_name": name, "width": 640, "height": 480}],
-        "annotations": [{"id": 11, "image_id": 5, "bbox": [64.0, 48.0, 100.5, 240.0]}],
-    }
-    put(folder / choices.REFCOCO_INSTANCES, instances)
-    picture(folder / "train2014" / name)
-
-
-def ocid_ref(folder: Path) -> None:
-    record = {
-        "scene_path": "ARID20/table/seq1/rgb/one.png",
-        "bbox": "[64, 120, 128, 479]",
-        "sentence": "the red mug",
-        "take_id": 3,
-    }
-    put(folder / choices.OCID_EXPRESSIONS, {"9": record})
-    picture(folder / "OCID-dataset" / record["scene_path"], (640, 480))
-
-
-MAKERS: dict[str, Callable[[Path], None]] = {
-    "vqav2": vqav2,
-    "gqa": gqa,
-    "textvqa": textvqa,
-    "pope": pope,
-    "refcoco": refcoco,
-    "ocid_ref": ocid_ref,
-}
-
-
-def read(name: str, folder: Path) -> list[VisualExample]:
-    return VISUAL_FORMATS[name].read(folder)
+def official(folder: Path, name: str) -> list[VisualExample]:
+    """The files of a format, and its pictures where it looks for them first."""
+    lay_out(folder, SHOWN_AS.get(name, name))
+    if name == "textvqa_ocr":
+        lay_out(folder, "textvqa")
+    if name == "refcocog":
+        shutil.move(folder / REFS, folder / "refs(umd).p")
+    examples = read(name, folder, pictures=False)
+    for example in examples:
+        picture(example.image, example.size or (20, 10))
+    return examples
 
 
 def change(path: Path, edit: Callable[[Any], None]) -> None:
-    value = json.loads(path.read_text())
-    edit(value)
-    put(path, value)
+    """Edit a JSON file, a file of JSON lines or a pickle."""
+    if path.suffix == ".p":
+        value = pickle.loads(path.read_bytes())
+        edit(value)
+        path.write_bytes(pickle.dumps(value))
+        return
+    try:
+        value = json.loads(path.read_text())
+    except json.JSONDecodeError:
+        value = [json.loads(line) for line in path.read_text().splitlines()]
+        edit(value)
+        path.write_text("".join(json.dumps(one) + "\n" for one in value))
+    else:
+        edit(value)
+        path.write_text(json.dumps(value))
 
 
-def test_vqav2_joins_questions_annotations_and_pictures(tmp_path: Path) -> None:
-    vqav2(tmp_path)
-    image = tmp_path / "val2014/COCO_val2014_000000000042.jpg"
-    assert read("vqav2", tmp_path) == [
-        VisualExample("42000", "What colour?", image, ["red"] * 10),
-    ]
-
-
-def test_gqa_reads_the_object_of_questions(tmp_path: Path) -> None:
-    gqa(tmp_path)
-    assert read("gqa", tmp_path) == [
-        VisualExample("201", "Is it red?", tmp_path / "images/n1.jpg", "yes")
-    ]
-
-
-def test_textvqa_reads_the_list_of_questions(tmp_path: Path) -> None:
-    textvqa(tmp_path)
-    image = tmp_path / "train_images/a1.jpg"
-    assert read("textvqa", tmp_path) == [
-        VisualExample("7", "brand?", image, ["nokia"] * 10, other_id="a1")
-    ]
-
-
-def test_pope_reads_three_splits_whose_question_ids_repeat(tmp_path: Path) -> None:
-    pope(tmp_path)
-    examples = read("pope", tmp_path)
-    assert [example.split for example in examples] == [
-        s for s in questions.POPE_SPLITS for _ in "ab"
-    ]
-    assert [example.gold for example in examples] == ["yes", "no"] * 3
-    assert len({example.example_id for example in examples}) == 6
-
-
-def test_pope_is_content_with_one_split(tmp_path: Path) -> None:
-    pope(tmp_path)
-    (tmp_path / "coco_pope_random.json").unlink()
-    (tmp_path / "coco_pope_adversarial.json").unlink()
-    assert {example.split for example in read("pope", tmp_path)} == {"popular"}
-
-
-def test_refcoco_gives_one_example_a_sentence_of_the_validation_split(tmp_path: Path) -> None:
-    refcoco(tmp_path)
-    examples = read("refcoco", tmp_path)
-    assert [example.question for example in examples] == ["left dog", "dog"]
-    # 64/640, 48/480, 164.5/640 = .257, 288/480
-    assert [example.gold for example in examples] == [[0.1, 0.1, 0.26, 0.6]] * 2
-    assert examples[0].image.name == "COCO_train2014_000000000005.jpg"
-
-
-def test_ocid_ref_divides_pixels_by_the_size_of_the_picture_file(tmp_path: Path) -> None:
-    ocid_ref(tmp_path)
-    (example,) = read("ocid_ref", tmp_path)
-    assert (example.question, example.gold) == ("the red mug", [0.1, 0.25, 0.2, 1.0])
-
-
-@pytest.mark.parametrize("name", MAKERS)
-def test_a_missing_picture_is_named_with_its_record(name: str, tmp_path: Path) -> None:
-    MAKERS[name](tmp_path)
-    (image,) = [path for path in tmp_path.rglob("*") if path.suffix in (".jpg", ".png")]
+@pytest.mark.parametrize("name", VISUAL_FORMATS)
+def test_official_files_become_examples(name: str, tmp_path: Path) -> None:
+    without = official(tmp_path, name)
+    examples = read(name, tmp_path)
+    assert examples == without
+    count, key, gold, prompt = READ[name]
+    assert (len(examples), examples[0].example_id, examples[0].gold) == (count, key, gold)
+    assert VISUAL_FORMATS[name].prompt(examples[0].question, "official") == prompt
+    image = examples[0].image
     image.unlink()
-    with pytest.raises(FileNotFoundError, match=rf"(record|line).*{image.name}"):
+    with pytest.raises(FileNotFoundError, match=rf"(record|line|question).*{image.name}, which"):
         read(name, tmp_path)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", VISUAL_FORMATS)
 def test_a_missing_file_is_named_with_what_the_folder_holds(name: str, tmp_path: Path) -> None:
     (tmp_path / "leftover.txt").touch()
     with pytest.raises(FileNotFoundError, match=r"does not exist; the folder holds leftover\.txt"):
         read(name, tmp_path)
 
 
-def test_a_question_without_annotation_is_refused(tmp_path: Path) -> None:
-    vqav2(tmp_path)
-    path = tmp_path / questions.VQAV2_QUESTIONS
-    change(path, lambda value: value["questions"][0].update(question_id=1))
-    with pytest.raises(ValueError, match="questions record 0: question 1 has no annotation"):
-        read("vqav2", tmp_path)
+def test_the_page_shows_no_format_that_does_not_exist_and_a_text_task(tmp_path: Path) -> None:
+    assert set(BLOCKS) - {"text_tasks"} <= set(VISUAL_FORMATS)
+    lay_out(tmp_path, "text_tasks")
+    assert [item["gold"] for item in read_text_task(tmp_path / "colours.jsonl")] == [0, 1, 1]
 
 
-def test_an_annotation_without_question_is_refused(tmp_path: Path) -> None:
-    vqav2(tmp_path)
-    change(
-        tmp_path / questions.VQAV2_ANNOTATIONS,
-        lambda value: value["annotations"].append(value["annotations"][0] | {"question_id": 5}),
-    )
-    with pytest.raises(ValueError, match=r"2 annotations for 1 questions.*question 5"):
-        read("vqav2", tmp_path)
+def test_a_new_format_without_a_chance_level_is_refused_by_name() -> None:
+    with pytest.raises(AssertionError, match=r"give mine a level under \[chance\.visual\]"):
+        _format("mine", BENCHMARKS["visual"]["gqa"])
 
 
-def test_a_question_id_that_stands_twice_is_refused(tmp_path: Path) -> None:
-    vqav2(tmp_path)
-    path = tmp_path / questions.VQAV2_QUESTIONS
-    change(path, lambda value: value["questions"].append(value["questions"][0]))
-    with pytest.raises(ValueError, match="questions record 1: id 42000 stands there twice"):
-        read("vqav2", tmp_path)
+def test_splits_kinds_and_other_ids_are_read(tmp_path: Path) -> None:
+    examples = {}
+    for name in ("tallyqa", "ai2d", "gqa", "ocid_ref", "textvqa", "vizwiz", "qa"):
+        (tmp_path / name).mkdir()
+        examples[name] = official(tmp_path / name, name)
+    assert [example.split for example in examples["tallyqa"]] == ["simple", "complex", "simple"]
+    (tmp_path / "ai2d/ai2d_test_ids.csv").write_text("1\n")
+    assert (examples["ai2d"][0].split, read("ai2d", tmp_path / "ai2d")[0].split) == ("test", "val")
+    kinds = {"structural": "verify", "semantic": "global", "form": "binary"}
+    assert examples["gqa"][0].kinds == kinds
+    clutter = [example.kinds["clutter"] for example in examples["ocid_ref"][:2]]
+    assert clutter == ["free", "touching"]
+    assert (examples["textvqa"][0].other_id, examples["vizwiz"][0].other_id) == ("003a8ae2", "0")
+    assert [e.example_id for e in examples["qa"]] == ["1", "2", "door"]
+    assert [e.split for e in examples["qa"]] == ["", "counts", ""]
+    assert examples["qa"][2].choices == ("yes", "no")
 
 
-def test_a_key_that_stands_twice_in_an_object_is_refused(tmp_path: Path) -> None:
-    gqa(tmp_path)
-    path = tmp_path / questions.GQA_QUESTIONS
-    one = path.read_text()[1:-1]
-    path.write_text(f"{{{one}, {one}}}")
-    with pytest.raises(ValueError, match="key '201' twice"):
-        read("gqa", tmp_path)
+def test_pope_reads_the_splits_that_are_there_whose_question_ids_repeat(tmp_path: Path) -> None:
+    official(tmp_path, "pope")
+    for split in POPE_SPLITS[1:]:
+        shutil.copy(tmp_path / POPE, tmp_path / f"coco_pope_{split}.json")
+    examples = read("pope", tmp_path)
+    assert [example.split for example in examples] == [s for s in POPE_SPLITS for _ in range(3)]
+    assert len({example.example_id for example in examples}) == 9
 
 
-def test_other_than_ten_answers_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    textvqa(tmp_path)
-    path = tmp_path / questions.TEXTVQA_QUESTIONS
-    change(path, lambda value: value["data"][0].update(answers=["nokia"]))
-    with pytest.raises(
-        ValueError, match=r"data record 0: it has 1 answers, the metric compares 10.*re"
-    ):
-        read("textvqa", tmp_path)
+def test_pictures_may_lie_in_images_under_the_names_that_coco_gave_them(tmp_path: Path) -> None:
+    for example in official(tmp_path, "vsr"):
+        example.image.unlink(missing_ok=True)
+    picture(tmp_path / "images/COCO_train2014_000000085637.jpg")
+    picture(tmp_path / "000000038332.jpg")
+    first, second, third = read("vsr", tmp_path)
+    assert first.image == second.image == tmp_path / "images/COCO_train2014_000000085637.jpg"
+    assert third.image.is_file()
+
+
+def test_refcoco_reads_the_validation_split_alone(tmp_path: Path) -> None:
+    official(tmp_path, "refcoco")
+    change(tmp_path / REFS, lambda refs: refs.append({**refs[0], "ref_id": 2, "split": "testA"}))
+    assert len(read("refcoco", tmp_path)) == 2
+    change(tmp_path / REFS, lambda refs: refs.pop(0))
+    with pytest.raises(ValueError, match="holds no expression of split 'val'"):
+        read("refcoco", tmp_path)
+
+
+def test_ocid_ref_divides_pixels_by_the_size_of_the_picture_file(tmp_path: Path) -> None:
+    picture(official(tmp_path, "ocid_ref")[0].image, (1000, 400))
+    assert read("ocid_ref", tmp_path)[0].gold == [0.01, 0.05, 0.11, 0.55]
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("name", "file", "edit", "message"),
     [
-        ('{"question_id": 3, "image": "x.jpg", "text": "?"', "line 3 is not JSON"),
-        ('{"question_id": 3, "image": "x.jpg", "text": "?", "label": "maybe"}', "line 3.*'maybe'"),
-        ('{"question_id": 3, "image": "x.jpg", "label": "no"}', "line 3: it has no 'text'"),
-        ('{"question_id": 1, "image": "x.jpg", "text": "?", "label": "no"}', "random-1.* twice"),
-        ('["no"]', "line 3: it is a list"),
+        ("vqav2", VQA_QUESTIONS, lambda v: v["questions"][0].update(question_id=9), r"0: .*tion 9"),
+        ("vqav2", VQA_QUESTIONS, lambda v: v["questions"].append(v["questions"][0]), "1: id 1 st"),
+        ("vqav2", VQA_QUESTIONS, lambda v: v.update(data_subtype="test2015"), "is of test2015, "),
         (
-            '{"question_id": 3, "image": "../../x.jpg", "text": "?", "label": "no"}',
-            "line 3: picture .* leads out of",
+            "vqav2",
+            VQA_ANSWERS,
+            lambda v: v["annotations"].append(v["annotations"][0] | {"question_id": 5}),
+            r"2 annotations for 1 questions.*question 5",
         ),
+        (
+            "textvqa",
+            "TextVQA_0.5.1_val.json",
+            lambda v: v["data"][0].update(answers=["nokia"]),
+            r"data record 0: it has 1 answers, the metric compares 10.*format qa",
+        ),
+        (
+            "textvqa_ocr",
+            "TextVQA_0.5.1_val.json",
+            lambda v: v["data"][0].update(question="year?"),
+            r"has no question 'year\?' about picture 003a8ae2",
+        ),
+        ("vizwiz", "val.json", lambda v: v[0]["answers"].pop(), "9 answers"),
+        ("vizwiz", "val.json", lambda v: v.append(v[0]), "stands there twice"),
+        ("tallyqa", "test.json", lambda v: v[0].update(answer=16), "answer 16 is none of 16"),
+        ("tallyqa", "test.json", lambda v: v[0].update(issimple=1), "'issimple' is 1"),
+        (
+            "ai2d",
+            "questions/0.png.json",
+            lambda v: v["questions"]["Which letter is the root?"].update(correctAnswer=4),
+            "correctAnswer 4 is none of 4",
+        ),
+        (
+            "refcoco",
+            "instances.json",
+            lambda v: v["annotations"][0].update(bbox=[4, 5, 640, 10]),
+            "leaves the picture of 640 by 480",
+        ),
+        (
+            "refcoco",
+            "instances.json",
+            lambda v: v["annotations"][0].update(id=12),
+            r"record 0: annotation 11 is not in .*instances\.json",
+        ),
+        *(
+            ("ocid_ref", OCID, lambda v, box=box: v["2"].update(bbox=box), "record '2': its bbox")
+            for box in ("64, 120", "[1, 2, 3]", "[5, 5, 5, 9]", '["1", 2, 3, 4]', "null")
+        ),
+        ("pope", POPE, lambda v: v[2].update(label="maybe"), "line 3.*'maybe'"),
+        ("pope", POPE, lambda v: v[2].pop("text"), "line 3: it has no 'text'"),
+        ("pope", POPE, lambda v: v[2].update(question_id=1), "random-1.* twice"),
+        ("pope", POPE, lambda v: v.append(["no"]), "line 4: it is a list"),
+        ("pope", POPE, lambda v: v[2].update(image="../x.jpg"), "line 3: picture .* leads out of"),
     ],
 )
-def test_a_malformed_pope_line_is_named(line: str, message: str, tmp_path: Path) -> None:
-    pope(tmp_path)
-    with (tmp_path / "coco_pope_random.json").open("a") as stream:
-        stream.write(line + "\n")
+def test_a_broken_record_is_named(
+    tmp_path: Path, name: str, file: str, edit: Callable[[Any], Any], message: str
+) -> None:
+    official(tmp_path, name)
+    change(tmp_path / file, edit)
     with pytest.raises(ValueError, match=message):
+        read(name, tmp_path)
+
+
+def test_a_key_that_stands_twice_and_a_line_that_is_no_json_are_refused(tmp_path: Path) -> None:
+    official(tmp_path, "gqa")
+    path = tmp_path / "testdev_balanced_questions.json"
+    one = path.read_text().strip()[1:-1]
+    path.write_text(f"{{{one}, {one}}}")
+    with pytest.raises(ValueError, match="key '201' twice"):
+        read("gqa", tmp_path)
+    official(tmp_path, "pope")
+    with (tmp_path / POPE).open("a") as stream:
+        stream.write('{"question_id": 3')
+    with pytest.raises(ValueError, match="line 4 is not JSON"):
         read("pope", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"answer": "a"}, "it has no 'question'"),
+        ({"question": "q"}, "it has no 'answer'"),
+        ({"question": "q", "answer": "a", "answers": ["a"]}, "keep one of them"),
+        ({"question": "q", "answers": []}, "empty list"),
+        ({"question": "q", "answer": True}, "its 'answer' is True"),
+        ({"question": "q", "answers": ["a", True]}, "neither a text nor a number"),
+        ({"question": "q", "answer": "c", "choices": ["a1", "b1"]}, "none of its choices"),
+        ({"question": "q", "answer": "A dog", "choices": ["A dog", "the dog"]}, "are equal"),
+        ({"question": "q", "answer": "b1", "choices": ["b1"]}, "two or more"),
+    ],
+)
+def test_a_record_of_ones_own_that_cannot_be_scored_is_named(
+    tmp_path: Path, record: dict[str, Any], message: str
+) -> None:
+    picture(tmp_path / "a.png")
+    rows = [{"question": "q", "answer": "a", "image": "a.png"}, {"image": "a.png", **record}]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=rf"mine\.jsonl line 2: .*{message}"):
+        read("qa", tmp_path)
+
+
+def test_several_files_that_could_be_meant_are_refused(tmp_path: Path) -> None:
+    for part in ("valid", "test"):
+        (tmp_path / f"vqa_questions_{part}.gzip").write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(ValueError, match="several files like"):
+        read("vqav2", tmp_path)
+
+
+def test_an_unknown_benchmark_suggests_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no visual benchmark is called 'refcoc'; did you mean"):
+        read_visual_task(tmp_path, "refcoc")
 
 
 class Attack:
@@ -267,39 +362,21 @@ class Attack:
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_a_pickle_that_names_code_is_refused_and_not_run(protocol: int, tmp_path: Path) -> None:
-    refcoco(tmp_path)
+    official(tmp_path, "refcoco")
     trace = tmp_path / "attacked"
     attack = pickle.dumps([Attack(trace)], protocol=protocol)
-    (tmp_path / choices.REFCOCO_REFS).write_bytes(attack)
+    (tmp_path / REFS).write_bytes(attack)
     with pytest.raises(ValueError, match=r"refs\(unc\)\.p is refused: it names .*system"):
         read("refcoco", tmp_path)
     assert not trace.exists()
     pickle.loads(attack)  # the attack is a real one
     assert trace.exists()
-
-
-def test_a_truncated_pickle_is_refused(tmp_path: Path) -> None:
-    refcoco(tmp_path)
-    path = tmp_path / choices.REFCOCO_REFS
-    path.write_bytes(path.read_bytes()[:50])
+    (tmp_path / REFS).write_bytes(attack[: len(attack) // 2])
     with pytest.raises(ValueError, match="is refused"):
         read("refcoco", tmp_path)
 
 
-def test_a_reference_to_an_absent_box_is_named(tmp_path: Path) -> None:
-    refcoco(tmp_path)
-    path = tmp_path / choices.REFCOCO_INSTANCES
-    change(path, lambda value: value["annotations"][0].update(id=12))
-    with pytest.raises(ValueError, match=r"record 1: annotation 11 is not in .*instances\.json"):
-        read("refcoco", tmp_path)
-
-
-@pytest.mark.parametrize("bbox", ["64, 120", "[1, 2, 3]", "[5, 5, 5, 9]", '["1", 2, 3, 4]', "null"])
-def test_a_box_that_is_none_is_refused(bbox: str, tmp_path: Path) -> None:
-    ocid_ref(tmp_path)
-    change(tmp_path / choices.OCID_EXPRESSIONS, lambda value: value["9"].update(bbox=bbox))
-    with pytest.raises(ValueError, match="record '9': its bbox"):
-        read("ocid_ref", tmp_path)
+# ------------------------------------------------------------------------------- real files
 
 
 def shared(name: str) -> Path:
@@ -309,34 +386,22 @@ def shared(name: str) -> Path:
     return path
 
 
-def test_pope_reads_the_real_question_files(tmp_path: Path) -> None:
-    folder = shared("pope_questions")
-    for split in questions.POPE_SPLITS:
-        name = f"coco_pope_{split}.json"
-        (tmp_path / name).symlink_to(folder / name)
-        for line in (folder / name).read_text().splitlines():
-            image = tmp_path / "val2014" / json.loads(line)["image"]
-            image.parent.mkdir(exist_ok=True)
-            image.touch()
-    examples = read("pope", tmp_path)
+def test_pope_reads_the_real_question_files() -> None:
+    examples = read("pope", shared("pope_questions"), pictures=False)
     assert len(examples) == 9000
     assert sum(example.gold == "yes" for example in examples) == 4500
     assert len({example.image for example in examples}) == 500
 
 
-@pytest.mark.slow
-def test_vqav2_reads_real_questions_and_the_commonest_answer_scores_well(tmp_path: Path) -> None:
-    folder = shared("vqa_v2_text")
-    pairs = [
-        ("vqa_questions_test.gzip", questions.VQAV2_QUESTIONS),
-        ("vqa_annotatons_test.gzip", questions.VQAV2_ANNOTATIONS),
-    ]
-    for source, target in pairs:
-        (tmp_path / target).write_bytes(gzip.decompress((folder / source).read_bytes()))
-    (tmp_path / "val2014").mkdir()
-    for question in json.loads((tmp_path / questions.VQAV2_QUESTIONS).read_text())["questions"]:
-        (tmp_path / f"val2014/COCO_val2014_{question['image_id']:012d}.jpg").touch()
-    examples = read("vqav2", tmp_path)
+def test_vqav2_and_vsr_read_real_cuts_as_they_are(tmp_path: Path) -> None:
+    coco, text = shared("coco_mini"), shared("vqa_v2_text")
+    assert len(read("vqav2", coco)) == 73
+    statements = read("vsr", coco)
+    assert len(statements) == 24
+    assert {example.gold for example in statements} == {"True", "False"}
+    for part in ("questions", "annotatons"):
+        (tmp_path / f"{part}.gzip").symlink_to(text / f"vqa_{part}_test.gzip")
+    examples = read("vqav2", tmp_path, pictures=False)
     assert len(examples) == 2962
     scores = [vqa_accuracy(max(e.gold, key=e.gold.count), e.gold) for e in examples]
     assert 0.8 < sum(scores) / len(scores) < 1.0  # people disagree, and 1 is out of reach
@@ -344,16 +409,14 @@ def test_vqav2_reads_real_questions_and_the_commonest_answer_scores_well(tmp_pat
 
 def test_gqa_and_textvqa_read_real_samples(tmp_path: Path) -> None:
     folder = shared("vqa_official_samples")
-    (tmp_path / questions.GQA_QUESTIONS).symlink_to(folder / "allennlp_fixtures/gqa/questions.json")
+    questions = folder / "allennlp_fixtures/gqa/questions.json"
+    (tmp_path / "testdev_balanced_questions.json").symlink_to(questions)
     (tmp_path / "images").symlink_to(folder / "allennlp_fixtures/images/gqa")
     asked = read("gqa", tmp_path)
     assert [gqa_accuracy(f"{str(e.gold).title()}.", e.gold) for e in asked] == [1.0]
     sample = folder / "first100_items/textvqa/TextVQA_0.5.1_val.json_samples.json"
-    (tmp_path / questions.TEXTVQA_QUESTIONS).symlink_to(sample)
-    (tmp_path / "train_images").mkdir()
-    for record in json.loads(sample.read_text())["data"]:
-        (tmp_path / f"train_images/{record['image_id']}.jpg").touch()
-    examples = read("textvqa", tmp_path)
+    (tmp_path / "TextVQA_0.5.1_val.json").symlink_to(sample)
+    examples = read("textvqa", tmp_path, pictures=False)
     assert len(examples) == 100
     scores = [textvqa_accuracy(max(e.gold, key=e.gold.count), e.gold) for e in examples]
     assert 0.6 < sum(scores) / len(scores) < 1.0
@@ -361,17 +424,17 @@ def test_gqa_and_textvqa_read_real_samples(tmp_path: Path) -> None:
 
 def test_real_boxes_score_one_against_their_own_text(tmp_path: Path) -> None:
     records = json.loads((shared("refcoco_style") / "refcocos_test.json").read_text())
-    records = [record for record in records if record["solution"]]  # some name nothing
     expressions = {}
     for index, record in enumerate(records):
+        if not record["solution"]:  # some name nothing
+            continue
         picture(tmp_path / "OCID-dataset" / record["image"], (record["width"], record["height"]))
-        box = json.dumps(record["solution"])
         expressions[str(index)] = {
             "scene_path": record["image"],
-            "bbox": box,
+            "bbox": json.dumps(record["solution"]),
             "sentence": record["normal_caption"],
         }
-    put(tmp_path / choices.OCID_EXPRESSIONS, expressions)
+    (tmp_path / OCID).write_text(json.dumps(expressions))
     examples = read("ocid_ref", tmp_path)
-    assert len(examples) == len(records) > 100
+    assert len(examples) == len(expressions) > 100
     assert all(box_accuracy(str(e.gold), e.gold, threshold=0.99) == 1.0 for e in examples)

@@ -1,14 +1,20 @@
 """Hand-worked cases, one rule of the official scorers each."""
 
+import math
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from midstream.eval.readers.benchmark_records import VisualExample
+from midstream.core.stats import mean_by_split, split_means, standard_error
+from midstream.eval.benchmark_records import VisualExample
 from midstream.eval.scoring import (
     CONTRACTIONS,
+    SUITES,
+    averages,
     box_accuracy,
     box_iou,
     choice_letter,
@@ -16,6 +22,9 @@ from midstream.eval.scoring import (
     gqa_accuracy_prismatic,
     parse_box,
     pope_answer,
+    qa_accuracy,
+    stable_score,
+    suites,
     textvqa_accuracy,
     to_square,
     vizwiz_accuracy,
@@ -78,13 +87,10 @@ def test_vqa_strips_only_the_first_32_periods() -> None:
     assert vqa_accuracy("x" + "." * 33, ten(*["x"] * 9)) == 0.0
 
 
-def test_vqa_normalises_nothing_but_white_space_where_all_answers_agree() -> None:
+def test_vqa_normalises_nothing_but_white_space_where_all_answers_agree_and_textvqa_all() -> None:
     assert vqa_accuracy("Yes", ["yes"] * 10) == 0.0
     assert vqa_accuracy(" yes\n", ["yes"] * 10) == 1.0
     assert vqa_accuracy("Yes", ["yes"] * 9 + ["no"]) == 1.0
-
-
-def test_textvqa_normalises_even_where_all_answers_agree() -> None:
     assert textvqa_accuracy("Yes", ["yes"] * 10) == 1.0
     assert textvqa_accuracy("nobody", ["yes"] * 10) == 0.0
 
@@ -106,19 +112,43 @@ def test_contractions_map_lowered_words_to_a_form_with_an_apostrophe() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prediction", "answer", "score"),
+    ("prediction", "answer", "official", "prismatic"),
     [
-        ("Chair.", "chair", 1.0),
-        ("T-shirt", "t-shirt", 1.0),
-        ("tshirt", "t-shirt", 0.0),
-        ("chairs", "chair", 0.0),
-        ("the chair", "chair", 0.0),
+        ("Chair.", "chair", 1.0, 1.0),
+        ("T-shirt", "t-shirt", 1.0, 0.0),
+        ("tshirt", "t-shirt", 0.0, 0.0),
+        ("chairs", "chair", 0.0, 0.0),
+        ("the chair", "chair", 0.0, 0.0),
+        ("Red!", "red", 0.0, 1.0),
     ],
 )
 def test_gqa_forgives_a_capital_and_a_last_period_only(
-    prediction: str, answer: str, score: float
+    prediction: str, answer: str, official: float, prismatic: float
 ) -> None:
-    assert gqa_accuracy(prediction, answer) == score
+    assert gqa_accuracy(prediction, answer) == official
+    assert gqa_accuracy_prismatic(prediction, answer) == prismatic
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "score"),
+    [
+        ("No", ["no"], 1.0),
+        (" the two dogs.\n", ["2 dogs"], 1.0),
+        ("A", ["a"], 1.0),
+        ("B", ["A"], 0.0),
+        ("An", ["a"], 0.0),
+        ("1,000", ["1000"], 1.0),
+        ("dont know", ["Don't know!"], 1.0),
+        ("red", ["blue", "Red"], 1.0),
+        ("reddish", ["red"], 0.0),
+        ("", ["no"], 0.0),
+        ("?", ["!"], 0.0),
+    ],
+)
+def test_answers_of_ones_own_are_compared_normalised_though_there_is_one(
+    prediction: str, answers: list[str], score: float
+) -> None:
+    assert qa_accuracy(prediction, answers) == score
 
 
 @pytest.mark.parametrize(
@@ -163,11 +193,8 @@ def test_parse_box_refuses_everything_but_a_list_of_four_ordered_shares(text: st
     assert box_accuracy(text, [0.1, 0.2, 0.3, 0.4], threshold=0.0) == 0.0
 
 
-def test_parse_box_reads_a_list_with_outer_white_space() -> None:
-    assert parse_box(" [0, 0.25, 1, 0.5]\n") == (0.0, 0.25, 1.0, 0.5)
-
-
 def test_box_iou_is_shared_area_over_joint_area() -> None:
+    assert parse_box(" [0, 0.25, 1, 0.5]\n") == (0.0, 0.25, 1.0, 0.5)
     assert box_iou([0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]) == 1.0
     assert box_iou([0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]) == 0.0
     assert box_iou([0.0, 0.0, 0.5, 1.0], [0.25, 0.0, 0.75, 1.0]) == pytest.approx(1 / 3)
@@ -261,18 +288,134 @@ def test_a_box_keeps_its_pixels_in_the_square_that_its_picture_is_padded_to(
     for at, side in enumerate((width, height, width, height)):
         pixel = sides[at] * side + (longest - side) / 2
         assert box[at] * longest == pytest.approx(pixel, abs=1e-6)
+    wide = to_square((0.1, 0.0, 0.5, 1.0), 640, 480)
+    assert wide == pytest.approx((0.1, 0.125, 0.5, 0.875))
 
 
-def test_a_box_of_a_wide_picture_moves_down_in_the_square() -> None:
-    assert to_square((0.1, 0.0, 0.5, 1.0), 640, 480) == pytest.approx((0.1, 0.125, 0.5, 0.875))
+# ------------------------------------------------------------------------------------ averages
+
+# Paper, Table 7, in per cent: AGIEval, ARC-easy, CC, CS algorithms, COPA, HellaSwag, MathQA,
+# PIQA, PubMedQA.
+TEXT_CHANCE = [20, 25, 25, 25, 50, 25, 20, 50, 100 / 3]
+TABLE_7 = {
+    "Ours": ([32.5, 59.3, 27.2, 35.8, 71, 58.2, 22.9, 70.5, 35.0], 15.44),
+    "Ours (No FT)": ([27.7, 72.3, 30.1, 46.2, 83, 66.5, 25.9, 74.4, 38.6], 21.26),
+    "Base 100 %": ([28.2, 77.1, 47.6, 46.7, 92, 72.8, 27.3, 79.1, 69.6], 29.67),
+    "Llama 3.2 1B": ([21.4, 69.5, 27.2, 46.5, 83, 65.1, 30.52, 76.0, 65.8], 23.52),
+    "Qwen 2.5 1.5B": ([63.6, 80.6, 57.3, 56.5, 85, 67.78, 40.84, 76.22, 66.6], 35.68),
+}
+BASE_80 = ([19.4, 74.7, 40.8, 44.6, 86, 69.2, 26.9, 76.6, 66.2], 25.73)
+# Paper, Table 8, in per cent: TextVQA, RefCOCO, POPE, GQA, VQAv2, OCID-Ref.
+VISION_CHANCE = [0, 0, 50, 25, 25, 0]
+TABLE_8 = {
+    "Ours": ([49.05, 61.29, 87.33, 61.11, 76.82, 40.80], 47.13, 46.08),
+    "Prismatic 7B": ([51.78, 73.62, 88.28, 64.16, 79.05, 50.56], 51.38, 51.25),
+    "PaliGemma 3B": ([73.2, 77.9, 87.0, 67.0, 85.6], 58.14, None),
+}
 
 
-@pytest.mark.parametrize(
-    ("prediction", "answer", "official", "prismatic"),
-    [("T-shirt.", "t-shirt", 1.0, 0.0), ("tshirt", "t-shirt", 0.0, 0.0), ("Red!", "red", 0.0, 1.0)],
-)
-def test_two_variants_of_gqa(
-    prediction: str, answer: str, official: float, prismatic: float
-) -> None:
-    assert gqa_accuracy(prediction, answer) == official
-    assert gqa_accuracy_prismatic(prediction, answer) == prismatic
+def score_of(row: list[float], chance: list[float]) -> float:
+    tasks = [str(index) for index in range(len(row))]
+    by_task = dict(zip(tasks, row, strict=True))
+    return stable_score(by_task, dict(zip(tasks, map(float, chance), strict=True)))
+
+
+@pytest.mark.parametrize("model", TABLE_7)
+def test_stable_score_gives_table_7_from_its_rows_within_rounding(model: str) -> None:
+    row, printed = TABLE_7[model]
+    assert score_of(row, TEXT_CHANCE) == pytest.approx(printed, abs=0.015)
+
+
+def test_table_7_prints_056_more_for_base_80_than_its_rows_give() -> None:
+    """An error of about half a point in one of the printed rows; no rounding explains it."""
+    row, printed = BASE_80
+    assert printed - score_of(row, TEXT_CHANCE) == pytest.approx(0.056, abs=0.001)
+
+
+@pytest.mark.parametrize("model", TABLE_8)
+def test_stable_score_gives_table_8_from_its_rows_within_rounding(model: str) -> None:
+    row, without_ocid, with_ocid = TABLE_8[model]
+    assert score_of(row[:5], VISION_CHANCE[:5]) == pytest.approx(without_ocid, abs=0.0151)
+    if with_ocid is not None:
+        assert score_of(row, VISION_CHANCE) == pytest.approx(with_ocid, abs=0.0151)
+
+
+def test_vizwiz_is_shown_and_in_no_average() -> None:
+    row = {"kind": "vision", "score": 0.8, "blind": 0.5, "chance": 0.5}
+    tasks = {"pope": row, "vizwiz": row | {"score": 0.1, "blind": 0.0, "chance": 0.0}}
+    assert averages(tasks) == {"vision": pytest.approx(0.3), "vision_blind": 0.0, "text": None}
+    assert averages({"vizwiz": row})["vision"] is None
+    assert not any("vizwiz" in members for members in SUITES.values())
+
+
+def test_the_authors_script_averages_nine_tasks_with_boolq_in_place_of_cs() -> None:
+    nine, authors = SUITES["text, Table 7"], SUITES["text, authors' list"]
+    assert len(nine) == len(authors) == 9
+    assert set(authors) - set(nine) == {"boolq"}
+    assert set(nine) - set(authors) == {"bigbench_cs_algorithms_multiple_choice"}
+
+
+def test_stable_score_refuses_a_task_that_is_missing_on_either_side() -> None:
+    with pytest.raises(ValueError, match="chances without score: \\['pope'\\]"):
+        stable_score({"gqa": 0.5}, {"gqa": 0.25, "pope": 0.5})
+    with pytest.raises(ValueError, match="scores without chance: \\['pope'\\]"):
+        stable_score({"gqa": 0.5, "pope": 0.7}, {"gqa": 0.25})
+    with pytest.raises(ValueError, match="at least one"):
+        stable_score({}, {})
+
+
+def test_splits_weigh_the_same_however_many_examples_they_hold() -> None:
+    scores, splits = [1.0, 1.0, 1.0, 0.0], ["random", "random", "random", "popular"]
+    assert mean_by_split(scores, splits) == 0.5
+    assert split_means(scores, splits) == {"random": 1.0, "popular": 0.0}
+
+
+def test_standard_error_of_independent_scores_is_the_plain_formula() -> None:
+    scores = [0.0, 1.0, 1.0, 0.3, 0.6]
+    mean = sum(scores) / 5
+    deviation = math.sqrt(sum((score - mean) ** 2 for score in scores) / 4)
+    assert standard_error(scores) == pytest.approx(deviation / math.sqrt(5))
+
+
+def test_standard_error_does_not_shrink_when_every_question_is_asked_four_times() -> None:
+    scores = [float(random.Random(index).random() < 0.5) for index in range(40)]
+    once = standard_error(scores)
+    groups = [str(index) for index in range(40)] * 4
+    assert once is not None
+    assert standard_error(scores * 4, groups) == pytest.approx(once)
+    wrong = standard_error(scores * 4)
+    assert wrong is not None
+    assert wrong < 0.6 * once
+
+
+def test_standard_error_over_splits_agrees_with_repeated_sampling() -> None:
+    sizes, rates = {"a": 60, "b": 20}, {"a": 0.9, "b": 0.4}
+    splits = [split for split, size in sizes.items() for _ in range(size)]
+    draws = random.Random(1)
+    samples = [[float(draws.random() < rates[split]) for split in splits] for _ in range(800)]
+    means = [mean_by_split(sample, splits) for sample in samples]
+    centre = sum(means) / len(means)
+    spread = math.sqrt(sum((mean - centre) ** 2 for mean in means) / len(means))
+    errors = [standard_error(sample, splits=splits) or 0.0 for sample in samples]
+    assert sum(errors) / len(errors) == pytest.approx(spread, rel=0.1)
+
+
+def test_standard_error_says_nothing_about_a_single_picture() -> None:
+    assert standard_error([1.0, 0.0], ["one.jpg", "one.jpg"]) is None
+
+
+def test_a_whole_set_has_the_papers_average_and_anything_less_none() -> None:
+    base = [percent / 100 for percent in TABLE_7["Base 100 %"][0]]
+    tasks: dict[str, Any] = {
+        name: {"score": 0.5 if name == "hellaswag" else score, "details": {"acc_norm": score}}
+        for name, score in zip(SUITES["text, Table 7"], base, strict=True)
+    }
+    # HellaSwag counts normalised by length.
+    assert suites(tasks)["text, Table 7"]["score"] == pytest.approx(0.2967, abs=2e-4)
+    lacking = {"score": None, "missing": ["boolq"], "shortened": []}
+    assert suites(tasks)["text, authors' list"] == lacking
+    tasks["piqa"]["shortened"] = "100 of 1,838 examples"
+    cut = {"score": None, "missing": [], "shortened": ["piqa"]}
+    assert suites(tasks)["text, Table 7"] == cut
+    del tasks["hellaswag"]["details"]["acc_norm"]
+    assert suites(tasks)["text, Table 7"]["missing"] == ["hellaswag"]

@@ -1,4 +1,4 @@
-"""The adaptor to lm-evaluation-harness, with models whose right score is known beforehand."""
+"""The adaptor to lm-evaluation-harness: fakes whose score is known, tiny models of others."""
 
 import json
 import random
@@ -9,47 +9,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from answerers import Fake, ignore, kept, run_text_tasks
+from midstream.config import Evaluation
+from midstream.data.examples import TextCodec
+from midstream.eval import text as text_module
+from midstream.eval.benchmark import evaluate
+from midstream.eval.find_task import harness_task
+from midstream.eval.predict import ModelAnswerer
+from midstream.eval.scoring import averages
 from midstream.eval.tasks import Answerer
-from midstream.eval.text import adapt, own_task, read_text_task
-from text_tasks import run_text_tasks
-
-
-class Fake:
-    """Likes a choice by a function of query and choice, and remembers what it was asked."""
-
-    weights_digest = "fake"
-
-    def __init__(self, liking: Any) -> None:
-        self.liking = liking
-        self.asked: list[tuple[str, str]] = []
-
-    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
-        return [f"{prompt} is said\nQ: and more" for prompt in prompts]
-
-    def choose(
-        self,
-        prompts: Sequence[str],
-        images: Sequence[Path | None],
-        choices: Sequence[Sequence[str]],
-    ) -> list[list[float]]:
-        raise NotImplementedError
-
-    def generate_until(
-        self, contexts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: Sequence[int]
-    ) -> list[str]:
-        self.limits = list(max_new_tokens)
-        return [
-            min((f"{text} is said\nQ: and more".split(stop)[0] for stop in own), key=len)
-            for text, own in zip(contexts, stops, strict=True)
-        ]
-
-    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        self.asked += pairs
-        return [(float(self.liking(query, choice)), False) for query, choice in pairs]
-
-    def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
-        return [-float(len(text)) for text in texts]
+from midstream.eval.text import TextTask, adapt, loaded_tasks, own_task, read_text_task
+from midstream.eval.transformers_answerer import TransformersAnswerer
 
 
 def item(query: str, choices: Sequence[str], gold: int) -> dict[str, Any]:
@@ -71,10 +44,6 @@ def made(count: int, *, choices: int = 3, seed: int = 0) -> list[dict[str, Any]]
 
 def line(**changes: Any) -> str:
     return json.dumps({"query": "It is", "choices": [" red", " blue"], "gold": 1} | changes)
-
-
-def test_the_fake_is_an_answerer() -> None:
-    assert isinstance(Fake(None), Answerer)
 
 
 def test_a_task_file_is_read_with_its_line_numbers(tmp_path: Path) -> None:
@@ -113,34 +82,23 @@ def test_a_missing_task_file_is_named_with_those_that_are_there(tmp_path: Path) 
 
 
 def test_no_task_needs_no_harness() -> None:
-    assert run_text_tasks(Fake(None), []) == {}
-
-
-@pytest.mark.slow
-def test_one_that_prefers_gold_scores_one_and_its_opposite_zero() -> None:
-    items = made(50)
-    gold = {(one["query"], one["choices"][one["gold"]]) for one in items}
-    knowing = Fake(lambda query, choice: (query, choice) in gold)
-    result = run_text_tasks(knowing, [own_task(items, "colours", 0.3)])["colours"]
-    assert result.metrics["acc"] == 1.0
-    assert [one.chosen for one in result.answers] == [one["gold"] for one in items]
-    assert [one.gold for one in result.answers] == [one["gold"] for one in items]
-    contrary = Fake(lambda query, choice: (query, choice) not in gold)
-    found = run_text_tasks(contrary, [own_task(items, "colours", 0.3)])
-    assert found["colours"].metrics["acc"] == 0.0
+    assert isinstance(Fake(), Answerer)
+    assert run_text_tasks(Fake(), []) == {}
 
 
 @pytest.mark.slow
 def test_one_that_always_says_green_scores_how_often_green_is_right() -> None:
     tasks = {"three ways": made(60), "four/ways": made(40, choices=4, seed=1)}
     asked = [own_task(items, name, 0.3) for name, items in tasks.items()]
-    results = run_text_tasks(Fake(lambda _query, choice: choice.startswith(" green")), asked)
+    results = run_text_tasks(Fake(like=lambda _query, choice: choice.startswith(" green")), asked)
     for name, items in tasks.items():
         greens = sum(one["gold"] == 1 for one in items) / len(items)
         assert 0 < greens < 1
         assert results[name].metrics["acc"] == pytest.approx(greens)
         answers = results[name].answers
         assert [one.score for one in answers] == [float(one["gold"] == 1) for one in items]
+        assert [one.gold for one in answers] == [one["gold"] for one in items]
+        assert {one.chosen for one in answers} == {1}
         assert [(one.prompt, one.choices) for one in answers] == [
             (one["query"], tuple(one["choices"])) for one in items
         ]
@@ -153,7 +111,7 @@ def test_query_and_choices_reach_the_model_as_they_stand() -> None:
         item("{{ 1 + 1 }} is \n", ("{{x}}", "two "), 1),
         item("", (" ä", " \u2028"), 1),
     ]
-    fake = Fake(lambda _query, choice: len(choice))
+    fake = Fake(like=lambda _query, choice: len(choice))
     run_text_tasks(fake, [own_task(odd, "odd", 0.5)])
     assert sorted(fake.asked) == sorted((one["query"], c) for one in odd for c in one["choices"])
 
@@ -174,7 +132,9 @@ def test_nothing_asks_the_network_or_writes_beside_the_temporary_folder(
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    run_text_tasks(Fake(lambda _query, choice: len(choice)), [own_task(made(5), "colours", 0.3)])
+    run_text_tasks(
+        Fake(like=lambda _query, choice: len(choice)), [own_task(made(5), "colours", 0.3)]
+    )
     assert tried == []
     assert list(tmp_path.iterdir()) == []
     assert datasets.config.HF_HUB_OFFLINE is False  # as it was
@@ -182,7 +142,249 @@ def test_nothing_asks_the_network_or_writes_beside_the_temporary_folder(
 
 @pytest.mark.slow
 def test_the_adaptor_generates_up_to_a_stop_and_rolls_whole_texts() -> None:
-    model = adapt(Fake(None))
+    model = adapt(Fake(lambda text, _: f"{text} is said\nQ: and more"))
     requests = [SimpleNamespace(args=("This", {"until": ["\nQ:", "never"]}))]
     assert model.generate_until(requests) == ["This is said"]
     assert model.loglikelihood_rolling([SimpleNamespace(args=("four",))]) == [-4.0]
+
+
+# --------------------------------------------------------------------- models of other people
+
+WORDS = ("What", "is", "a", "cat", "dog", "red", "?", "Answer", ":", "it", "the", "end", "4")
+PAIRS = [
+    ("What is a cat ?", " red dog"),
+    ("What is a cat ?", " dog"),
+    ("the dog is ", "red"),
+    ("", "the cat is red"),
+]
+TEXTS = ["the cat is red", "What is the end ? it is a dog " * 9]
+FAMILIES = ["llama", "gpt_neox", "olmo2"]
+
+
+def tiny(folder: Path, family: str, *, begins: bool, longest: int = 48) -> Path:
+    """A random model of a family, with a tokenizer of words that puts <s> before texts, or not."""
+    import transformers
+
+    vocabulary = {word: n for n, word in enumerate(("<s>", "</s>", "<unk>", *WORDS))}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    if begins:
+        words.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)]
+        )
+    names = {"bos_token": "<s>"} if begins else {}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="</s>", unk_token="<unk>", **names
+    )
+    torch.manual_seed(FAMILIES.index(family))
+    config = transformers.AutoConfig.for_model(
+        family,
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=longest,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.3,
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def opened(folder: Path) -> TransformersAnswerer:
+    return TransformersAnswerer(str(folder), torch.device("cpu"), max_new_tokens=4, batch_size=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("begins", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_requests_are_answered_as_by_the_harness_own_model(
+    family: str, begins: bool, tmp_path: Path
+) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    folder = tiny(tmp_path / family, family, begins=begins)
+    theirs = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=2)
+    until: dict[str, Any] = {"until": ["red"], "max_gen_toks": 6, "do_sample": False}
+
+    def harness(kind: str, *requests: tuple[Any, ...]) -> Any:
+        return getattr(theirs, kind)([Instance(kind, {}, one, 0) for one in requests])
+
+    ours = opened(folder)
+    for found, expected in zip(
+        ours.loglikelihood(PAIRS), harness("loglikelihood", *PAIRS), strict=True
+    ):
+        assert found == (pytest.approx(expected[0], abs=1e-4), expected[1])
+    rolling = harness("loglikelihood_rolling", *[(text,) for text in TEXTS])
+    assert ours.loglikelihood_rolling(TEXTS) == pytest.approx(rolling, abs=1e-3)
+    contexts = [context for context, _ in PAIRS if context]
+    written = harness("generate_until", *[(one, until) for one in contexts])
+    count = len(contexts)
+    assert ours.generate_until(contexts, [["red"]] * count, [6] * count) == written
+
+
+@pytest.mark.slow
+def test_the_begin_of_text_is_heard_by_the_model(tmp_path: Path) -> None:
+    one = opened(tiny(tmp_path / "one", "llama", begins=True)).loglikelihood(PAIRS[:1])
+    other = opened(tiny(tmp_path / "other", "llama", begins=False)).loglikelihood(PAIRS[:1])
+    assert one[0][0] != pytest.approx(other[0][0], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_more_new_tokens_than_the_model_holds_are_one_line(tmp_path: Path) -> None:
+    answerer = opened(tiny(tmp_path / "m", "llama", begins=True))
+    with pytest.raises(ValueError, match="holds 48 tokens and is asked for 256 new ones"):
+        answerer.generate_until(["a"], [[]], [256])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("begins", [True, False])
+def test_an_imported_decoder_follows_its_tokenizers_rule(begins: bool, tmp_path: Path) -> None:
+    from midstream.config import VLMConfig
+    from midstream.exchange.import_model import import_model
+    from midstream.exchange.import_source import ImportRequest
+    from midstream.model.vlm import VLM
+    from midstream.model.weights import load_weights
+
+    folder = tiny(tmp_path / "m", "llama", begins=begins)
+    out = tmp_path / "imported"
+    record, notes = import_model(ImportRequest(source=str(folder), out=out))
+    line = next(note for note in notes if note.startswith("BOS: "))
+    assert line.startswith("BOS: <s> = 0 begins" if begins else "BOS: none")
+    model = VLM(VLMConfig(decoder=record.config))
+    load_weights(model, out / "model.safetensors")
+    codec = TextCodec.from_file(out / "tokenizer.json")
+    assert codec.begin_of_text == (0 if begins else None)
+    ours = ModelAnswerer(model, codec, encode=None, encoder=None, max_new_tokens=4, batch_size=2)
+    theirs = opened(folder)
+    # New rows of the vocabulary take their share of every probability, and none of the odds.
+    for context in ("What is a cat ?", "the dog is ", ""):
+        asked = [(context, "red"), (context, "dog")]
+        odds = [
+            one[0] - other[0]
+            for one, other in (ours.loglikelihood(asked), theirs.loglikelihood(asked))
+        ]
+        assert odds[0] == pytest.approx(odds[1], abs=1e-4)
+    whole = ours.loglikelihood_rolling(["the cat is red"])[0]
+    behind = ours.loglikelihood([("", "the cat is red")])[0][0]
+    # As in the harness, the token that begins a text is one of those that are summed.
+    assert whole < behind - 0.1 if begins else whole == pytest.approx(behind, abs=1e-4)
+
+
+# --------------------------------------------------------------------------- tasks of the harness
+
+
+@pytest.fixture
+def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of task descriptions with their data beside them, as all that the harness has."""
+    from lm_eval.tasks import TaskManager
+
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    docs = [
+        {"q": f"What is {'a dog ' * n}?", "c": ["red", "dog"], "g": n % 2, "t": "4"}
+        for n in range(4)
+    ]
+    data = folder / "docs.jsonl"
+    data.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    own = {
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(data)},
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "test_split": "test",
+        "doc_to_text": "{{q}}",
+    }
+    mean = {"aggregation": "mean", "higher_is_better": True}
+    choice = {"output_type": "multiple_choice", "doc_to_choice": "c", "doc_to_target": "g"}
+    choice |= {"metric_list": [{"metric": "acc", **mean}, {"metric": "acc_norm", **mean}]}
+    written = {"output_type": "generate_until", "doc_to_target": "{{t}}", "num_fewshot": 1}
+    written |= {
+        "fewshot_split": "test",
+        "generation_kwargs": {"until": ["end"], "max_gen_toks": 8},
+        "metric_list": [{"metric": "exact_match", **mean}],
+        "filter_list": [
+            {"name": name, "filter": [{"function": "regex", "regex_pattern": pattern}, first]}
+            for first in [{"function": "take_first"}]
+            for name, pattern in (("strict", "#### (4)"), ("loose", "(4|red|dog)"))
+        ],
+    }
+    whole = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{q}}"}
+    whole |= {"metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}]}
+    named = {"choose_one": choice, "choose_two": choice, "write": written, "perplexity": whole}
+    named["draw"] = {**written, "generation_kwargs": {"do_sample": True, "temperature": 0.5}}
+    named["absent"] = {**choice, "dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}}
+    for name, settings in named.items():
+        (folder / f"{name}.yaml").write_text(json.dumps({**own, **settings, "task": name}))
+    group = {"group": "both", "task": ["choose_one", "choose_two"]}
+    group["aggregate_metric_list"] = [{"metric": "acc", "weight_by_size": True}]  # type: ignore[list-item]
+    (folder / "both.yaml").write_text(json.dumps(group))
+    (folder / "bare.yaml").write_text(json.dumps({"group": "bare", "task": ["write"]}))
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    for module in ("text", "find_task"):
+        monkeypatch.setattr(f"midstream.eval.{module}.manager", lambda: manager)
+    # All of it is here.
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return folder
+
+
+@pytest.mark.slow
+def test_every_kind_of_task_gives_the_numbers_of_the_harness(harness: Path, tmp_path: Path) -> None:
+    from lm_eval.evaluator import simple_evaluate
+
+    folder = tiny(tmp_path / "m", "llama", begins=True, longest=64)
+    names = ("both", "write", "perplexity")
+    table = simple_evaluate(
+        "hf",
+        model_args={"pretrained": str(folder), "dtype": "float32"},
+        tasks=list(names),
+        device="cpu",
+        batch_size=3,
+        task_manager=text_module.manager(),
+        bootstrap_iters=0,
+    )["results"]
+    evaluation = Evaluation(text_tasks=names, blind=False)
+    (tmp_path / "data").mkdir()
+    answers = kept(opened(folder), 50)
+    found = evaluate(answers, evaluation, tmp_path / "data", tmp_path / "out", ignore)
+    rows = found["tasks"]
+    assert rows["both"]["score"] == pytest.approx(table["both"]["acc,none"])
+    assert rows["both"]["num_examples"] == 8
+    assert rows["both"]["chance"] == 0.5
+    assert rows["both"]["splits"] == {
+        name: pytest.approx(table[name]["acc,none"]) for name in ("choose_one", "choose_two")
+    }
+    assert "choose_one.acc_norm" in rows["both"]["details"]
+    written = rows["write"]
+    assert (written["metric"], written["chance"]) == ("exact_match", 0.0)
+    assert written["details"] == {
+        "exact_match": table["write"]["exact_match,strict"],
+        "exact_match.loose": table["write"]["exact_match,loose"],
+    }
+    whole = rows["perplexity"]
+    assert whole["metric"] == "word_perplexity"
+    assert whole["score"] == pytest.approx(table["perplexity"]["word_perplexity,none"], rel=1e-5)
+    assert whole["details"]["bits_per_byte"] == pytest.approx(
+        table["perplexity"]["bits_per_byte,none"], rel=1e-5
+    )
+    assert (whole["chance"], whole["stderr"], whole["higher_is_better"]) == (None, None, False)
+    without = {name: row for name, row in rows.items() if name != "perplexity"}
+    assert found["stable"] == averages(without)
+    assert {path.stem for path in (tmp_path / "out/predictions").iterdir()} == set(names)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_asked_is_refused_before_the_first_request(
+    harness: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"bare is a group .* name its tasks: write"):
+        harness_task("bare", tmp_path)
+    for name, told in (("draw", "draws its answers at random; ask"), ("absent", "cannot load it")):
+        with pytest.raises(ValueError, match=told), loaded_tasks([TextTask(name, None, {}, None)]):
+            pass

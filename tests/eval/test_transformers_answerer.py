@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,18 @@ from transformers import PreTrainedTokenizerFast
 
 import peer_checkpoints
 from midstream.data.images import decode
+from midstream.eval import transformers_answerer
 from midstream.eval.tasks import reply_tokens
 from midstream.eval.transformers_answerer import TransformersAnswerer
+from midstream.eval.transformers_answerer import _digest as digest_of
 
+Folders = Callable[[str], Path]
 PROMPTS = ["Is there a cat in the image?", "What colour is it? Answer with a single word.", "A"]
 FAMILIES = ["LLaVA 1.5", "LLaVA-NeXT", "Gemma 3", "Llama 3.2 Vision", "Idefics 3", "PaliGemma"]
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     root = tmp_path_factory.mktemp("families")
 
     def folder(family: str) -> Path:
@@ -58,7 +62,7 @@ def documented(peer: TransformersAnswerer, prompt: str, picture: Path) -> Any:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_of_pictures_is_answered_as_the_library_answers_one_by_one(
-    folders: Callable[[str], Path], pictures: list[Path], family: str
+    folders: Folders, pictures: list[Path], family: str
 ) -> None:
     peer = opened(folders(family))
     expected = []
@@ -77,7 +81,7 @@ def test_a_batch_of_pictures_is_answered_as_the_library_answers_one_by_one(
 
 @pytest.mark.parametrize("family", ["LLaVA 1.5", "Gemma 3", "Llama 3.2 Vision"])
 def test_a_whole_reply_has_the_probability_that_one_pass_over_it_gives(
-    folders: Callable[[str], Path], pictures: list[Path], family: str
+    folders: Folders, pictures: list[Path], family: str
 ) -> None:
     peer = opened(folders(family))
     options = ("red cat", "red dog in the image")
@@ -107,7 +111,7 @@ def test_a_whole_reply_has_the_probability_that_one_pass_over_it_gives(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_likeliest_choice_is_what_a_plain_model_writes(
-    folders: Callable[[str], Path], pictures: list[Path], family: str
+    folders: Folders, pictures: list[Path], family: str
 ) -> None:
     peer = opened(folders(family))
     written = ["Yes", "No", "yes", "no", "True", "False", "A", "B", "C", "D", "red", "blue"]
@@ -164,9 +168,7 @@ def test_a_reply_that_melts_into_its_prompt_is_taken_without_a_space_of_its_own(
             assert one.convert_ids_to_tokens(row)[0][0] in "YN", name
 
 
-def test_a_picture_is_opened_as_the_stages_open_it(
-    folders: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_picture_is_opened_as_the_stages_open_it(folders: Folders, tmp_path: Path) -> None:
     peer = opened(folders("LLaVA 1.5"))
     scene = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     clear = np.dstack([scene, np.where(scene[..., 0] > 99, 255, 0).astype(np.uint8)])
@@ -247,7 +249,7 @@ def check_texts(peer: TransformersAnswerer) -> None:
 
 @pytest.mark.parametrize("family", ["LLaVA 1.5", "Gemma 3", "Llama 3.2 Vision"])
 def test_a_model_with_eyes_gives_texts_the_likelihoods_of_the_library(
-    folders: Callable[[str], Path], family: str
+    folders: Folders, family: str
 ) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -264,9 +266,7 @@ def test_a_model_with_eyes_gives_texts_the_likelihoods_of_the_library(
         assert (value, greedy) == (pytest.approx(expected, abs=1e-3), same)
 
 
-def test_a_model_that_reads_texts_in_both_directions_is_asked_none(
-    folders: Callable[[str], Path],
-) -> None:
+def test_a_model_that_reads_texts_in_both_directions_is_asked_none(folders: Folders) -> None:
     with pytest.raises(ValueError, match=r"both directions \(paligemma\).*leave text tasks out"):
         opened(folders("PaliGemma")).check_texts()
     opened(folders("Gemma 3")).check_texts()
@@ -289,7 +289,7 @@ def test_weights_without_a_processor_are_asked_about_texts_alone(tmp_path: Path)
     transformers.utils.is_torchvision_available(), reason="torchvision is installed"
 )
 def test_a_processor_that_needs_torchvision_says_so_where_pictures_are_asked(
-    folders: Callable[[str], Path],
+    folders: Folders,
 ) -> None:
     peer = opened(folders("Qwen2-VL"))
     with pytest.raises(ValueError, match=r"needs torchvision.*pip install torchvision, or ask"):
@@ -299,13 +299,12 @@ def test_a_processor_that_needs_torchvision_says_so_where_pictures_are_asked(
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for name, told in {
-        str(tmp_path / "gone"): "gone does not exist; give a model's folder",
-        str(tmp_path / "empty"): "empty holds no config.json; give a model's whole folder",
-        "no-such-owner/no-such-model": r"is no folder here, and the hub gives no .*check the name$",
-    }.items():
-        with pytest.raises(FileNotFoundError, match=told) as error:
-            TransformersAnswerer(name, torch.device("cpu"), max_new_tokens=1, batch_size=1)
+    for name in (str(tmp_path / "gone"), str(tmp_path / "empty"), "no-such-owner/no-such-model"):
+        with pytest.raises(
+            FileNotFoundError, match=r"holds no config\.json.*; give a model"
+        ) as error:
+            opened(Path(name))
+        assert str(error.value).startswith(name)
         assert "\n" not in str(error.value)
 
 
@@ -319,3 +318,70 @@ def test_a_start_token_that_the_template_writes_is_not_written_twice(tmp_path: P
     Image.new("RGB", (32, 32), "red").save(image)
     ids = peer._inputs(["A"], [image])["input_ids"][0].tolist()
     assert ids.count(config["text_config"]["bos_token_id"]) == 1
+
+
+# ----------------------------------------------------------------------- what stands for a model
+
+PARTS = (
+    "model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "additional_chat_templates/tools.jinja",
+    "tokenizer.json",
+    "tokenizer.model",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "modeling_own.py",
+    "parts/tower.py",
+)
+CONFIG = SimpleNamespace()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for part in PARTS:
+        path = tmp_path / "model" / part
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(part))
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_of_a_model_counts(folder: Path, part: str) -> None:
+    before = digest_of(folder, CONFIG, torch.float32)
+    (folder / part).write_text("another")
+    assert digest_of(folder, CONFIG, torch.float32) != before
+    (folder / part).unlink()
+    assert digest_of(folder, CONFIG, torch.float32) != before
+
+
+def test_notes_hidden_files_results_and_the_place_do_not_count(folder: Path) -> None:
+    before = digest_of(folder, CONFIG, torch.float32)
+    for name in ("README.md", ".gitattributes", "LICENSE"):
+        (folder / name).write_text("about")
+    (folder / "evaluations/model-1").mkdir(parents=True)
+    (folder / "evaluations/model-1/results.json").write_text("{}")
+    assert digest_of(folder, CONFIG, torch.float32) == before
+    assert digest_of(folder.rename(folder.parent / "moved"), CONFIG, torch.float32) == before
+
+
+def test_versions_that_change_answers_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digest_of(folder, CONFIG, torch.float32)
+    assert digest_of(folder, CONFIG, torch.bfloat16) != before
+    monkeypatch.setattr(
+        transformers_answerer, "version", lambda name: {"transformers": "99"}.get(name, "1")
+    )
+    assert digest_of(folder, CONFIG, torch.float32) != before
+
+
+def test_a_hub_model_is_its_commit_and_one_without_is_never_the_same(tmp_path: Path) -> None:
+    name = tmp_path / "org/model"
+    one, other = (SimpleNamespace(_commit_hash=commit) for commit in ("abc", "def"))
+    assert (
+        digest_of(name, one, torch.float32)
+        == digest_of(name, one, torch.float32)
+        != digest_of(name, other, torch.float32)
+    )
+    assert digest_of(name, CONFIG, torch.float32) != digest_of(name, CONFIG, torch.float32)

@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from huggingface_hub import constants
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -156,3 +159,19 @@ def picture(height: int, width: int) -> np.ndarray:
     row, column = np.mgrid[:height, :width]
     planes = [128 + 120 * np.sin(0.3 * row * (1 + one) + 0.2 * column) for one in range(3)]
     return np.stack(planes, axis=-1).astype(np.uint8)
+
+
+def cached(cache: Path, folder: Path, name: str, revision: str, commit: str) -> None:
+    """Lay a folder down as the hub's cache does."""
+    place = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, place / "snapshots" / commit)
+    (place / "refs").mkdir(exist_ok=True)
+    (place / "refs" / revision).write_text(commit)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache, without a network."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"

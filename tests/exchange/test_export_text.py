@@ -7,6 +7,7 @@ import torch
 from exported import OPENLM, codec, made, run_fresh, stock
 from torch import Tensor
 
+from answerers import run_text_tasks
 from midstream.config import PatchProjection, VLMConfig
 from midstream.data.examples import TextCodec, conversation_example, question_ids
 from midstream.eval import text
@@ -15,7 +16,6 @@ from midstream.exchange import export
 from midstream.exchange.export import refuse, write_folder
 from midstream.model.generate import generate
 from midstream.model.vlm import VLM
-from text_tasks import run_text_tasks
 
 QUESTIONS = ("What colour is the ball?", "How many?", "Is the big round ball on the left red?")
 PAIRS = [("The ball is", " red"), ("The ball is", " on the left"), ("", "How many?"), ("In: ", "2")]
@@ -58,7 +58,7 @@ print(json.dumps([type(model).__name__, ids, logits.tolist(), tables.loss.item()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["openlm", "llama"])
+@pytest.mark.parametrize("kind", ["openlm", pytest.param("llama", marks=pytest.mark.faults)])
 def test_a_fresh_python_without_midstream_gives_its_logits_and_tokens(
     tmp_path: Path, kind: str
 ) -> None:
@@ -185,18 +185,26 @@ def test_the_text_part_of_a_model_that_sees_stops_at_separators_and_refuses_pict
         ids([{"role": "system", "content": "Be brief."}, *messages])
 
 
-def test_weights_that_are_not_finite_and_tokenizers_that_are_too_large_are_refused(
+def test_what_cannot_be_exported_is_refused_and_only_an_export_is_written_over(
     tmp_path: Path,
 ) -> None:
     vlm, _ = made(VLMConfig(decoder=OPENLM))
-    refuse(vlm, codec(), None, tmp_path / "out")
+    out = tmp_path / "out"
+    refuse(vlm, codec(), None, out)
+    out.mkdir()
+    refuse(vlm, codec(), None, out)
+    (out / "thesis.txt").write_text("all of it")
+    with pytest.raises(ValueError, match="out exists and is no exported folder"):
+        refuse(vlm, codec(), None, out)
+    (out / "midstream_export.json").write_text("{}")
+    refuse(vlm, codec(), None, out)
     with torch.no_grad():
         vlm.decoder.norm.weight[3] = float("nan")
     with pytest.raises(ValueError, match=r"decoder\.norm\.weight holds numbers that are not fin"):
-        refuse(vlm, codec(), None, tmp_path / "out")
+        refuse(vlm, codec(), None, out)
     small, _ = made(VLMConfig(decoder=OPENLM.model_copy(update={"vocab_size": 300})))
     with pytest.raises(ValueError, match="302 ids, the model 300 rows"):
-        refuse(small, codec(), None, tmp_path / "out")
+        refuse(small, codec(), None, out)
 
 
 def test_a_tokenizer_that_transformers_would_read_otherwise_is_refused(tmp_path: Path) -> None:
@@ -206,17 +214,6 @@ def test_a_tokenizer_that_transformers_would_read_otherwise_is_refused(tmp_path:
     with pytest.raises(ValueError, match=r"Qwen2Tokenizer, by which transformers reads.*qwen2 mo"):
         written(tmp_path / "out", config, words)
     written(tmp_path / "llama", VLMConfig(decoder=stock()), words)
-
-
-def test_only_a_folder_that_was_exported_is_written_over(tmp_path: Path) -> None:
-    vlm, _ = made(VLMConfig(decoder=OPENLM))
-    (tmp_path / "out").mkdir()
-    refuse(vlm, codec(), None, tmp_path / "out")
-    (tmp_path / "out" / "thesis.txt").write_text("all of it")
-    with pytest.raises(ValueError, match="out exists and is no exported folder"):
-        refuse(vlm, codec(), None, tmp_path / "out")
-    (tmp_path / "out" / "midstream_export.json").write_text("{}")
-    refuse(vlm, codec(), None, tmp_path / "out")
 
 
 def test_a_folder_that_computes_something_else_is_refused(

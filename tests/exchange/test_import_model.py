@@ -1,10 +1,8 @@
 """Imports of tiny local checkpoints, of a fake hub cache, and everything that is refused."""
 
-import io
-import json
 import os
 import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,16 +10,17 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from exported import cache, cached
 from huggingface_hub import constants, errors
 from safetensors.torch import load_file, save_file
 from test_openlm import CONFIG, PARAMS, Run, numbered, rate_after, state_of
 from torch import Tensor
 
 from checkpoints import FAMILIES, VOCAB_SIZE, build_model, build_tokenizer, save_checkpoint
+from in_process import events_of
 from midstream.config import DecoderConfig, EncoderConfig, TransformersDecoderConfig, VLMConfig
 from midstream.core.storage import read_json, verify, write_json
 from midstream.data.examples import AGENT_STOP, SEPARATOR, TextCodec
-from midstream.exchange.__main__ import main
 from midstream.exchange.import_model import import_model
 from midstream.exchange.import_source import ImportRequest, summary
 from midstream.model.vision import build_encoder, load_encoder
@@ -31,6 +30,7 @@ from midstream.study.imported import ImportRecord, as_imported, open_imported, r
 from midstream.train.checkpoint import load_moments, read_progress
 from vision_checkpoints import build_tower, save_tower, vision_part
 
+__all__ = ["cache"]
 TOLERANCE = 1e-5
 BIG = CONFIG.model_copy(update={"vocab_size": VOCAB_SIZE})
 
@@ -94,67 +94,49 @@ def test_an_imported_decoder_has_the_logits_of_transformers(family: str, tmp_pat
     assert not any(name.startswith(".") for name in os.listdir(tmp_path))
 
 
-def test_old_rows_are_bit_equal_and_every_other_weight_too(pythia: Path, tmp_path: Path) -> None:
-    bring(pythia, tmp_path / "out", add_tokens=(AGENT_STOP,))
+def test_old_weights_are_bit_equal_and_the_tokenizer_comes_along(
+    pythia: Path, tmp_path: Path
+) -> None:
+    record = bring(pythia, tmp_path / "out", add_tokens=(AGENT_STOP,))
     old = load_file(pythia / "model.safetensors")
     new = load_file(tmp_path / "out" / "model.safetensors")
     assert set(new) == {f"decoder.model.{name.replace('embed_out', 'lm_head')}" for name in old}
     for name, value in old.items():
         kept = new[f"decoder.model.{name.replace('embed_out', 'lm_head')}"]
         if name in ("embed_out.weight", "gpt_neox.embed_in.weight"):
-            assert kept.shape == (320, 32)
             mean = value.double().mean(dim=0).float()
             assert torch.equal(kept[VOCAB_SIZE:], mean.expand(20, 32))
             kept = kept[:VOCAB_SIZE]
         assert torch.equal(kept, value), name
-
-
-def test_half_precision_is_widened_exactly(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    build_model("llama").bfloat16().save_pretrained(source)
-    bring(source, tmp_path / "out", pad_vocab_to=1)
-    held = load_file(source / "model.safetensors")
-    assert {value.dtype for value in held.values()} == {torch.bfloat16}
-    for name, value in load_file(tmp_path / "out" / "model.safetensors").items():
-        assert torch.equal(value, held[name.removeprefix("decoder.model.")].float()), name
-
-
-def test_the_tokenizer_comes_along_with_midstreams_tokens(pythia: Path, tmp_path: Path) -> None:
-    record = bring(pythia, tmp_path / "out", add_tokens=(AGENT_STOP,))
-    assert record.vocabulary == {
-        "rows_before": 300,
-        "rows_after": 320,
-        "added": [{"token": SEPARATOR, "id": 300}, {"token": AGENT_STOP, "id": 301}],
-    }
+    added = [{"token": SEPARATOR, "id": 300}, {"token": AGENT_STOP, "id": 301}]
+    assert record.vocabulary == {"rows_before": 300, "rows_after": 320, "added": added}
     codec = TextCodec.from_file(tmp_path / "out" / "tokenizer.json")
     assert codec.stop_ids == {0, 300, 301}
     text = "A red circle is left of the blue square."
     assert codec.encode(text) == build_tokenizer()(text)["input_ids"]
 
 
-def test_without_a_tokenizer_none_is_written_and_the_user_is_told(tmp_path: Path) -> None:
-    build_model("llama").save_pretrained(tmp_path / "source")
-    request = ImportRequest(source=str(tmp_path / "source"), out=tmp_path / "out")
-    record, notes = import_model(request)
-    assert record.vocabulary == {"rows_before": 300, "rows_after": 320, "added": []}
-    assert not (tmp_path / "out" / "tokenizer.json").exists()
-    assert any(note.startswith("no tokenizer:") for note in notes)
-
-
-@pytest.mark.parametrize("given", ["file", "folder"])
-def test_a_tokenizer_may_be_given(given: str, tmp_path: Path) -> None:
+def test_a_tokenizer_may_be_given_and_without_one_the_user_is_told(tmp_path: Path) -> None:
     build_model("llama").save_pretrained(tmp_path / "source")
     build_tokenizer().save_pretrained(tmp_path / "words")
-    place = tmp_path / "words" / ("tokenizer.json" if given == "file" else "")
-    record = bring(tmp_path / "source", tmp_path / "out", tokenizer=str(place))
-    assert record.vocabulary is not None
-    assert record.vocabulary["added"] == [{"token": SEPARATOR, "id": 300}]
+    for given, added in (
+        ("words/tokenizer.json", [{"token": SEPARATOR, "id": 300}]),
+        ("words", [{"token": SEPARATOR, "id": 300}]),
+        (None, []),
+    ):
+        place = None if given is None else str(tmp_path / given)
+        request = ImportRequest(
+            source=str(tmp_path / "source"), out=tmp_path / "out", tokenizer=place
+        )
+        record, notes = import_model(request)
+        assert record.vocabulary == {"rows_before": 300, "rows_after": 320, "added": added}
+        assert (tmp_path / "out" / "tokenizer.json").exists() == (given is not None)
+        assert any(note.startswith("no tokenizer:") for note in notes) == (given is None)
 
 
-def test_another_end_of_text_than_the_models_is_told(tmp_path: Path) -> None:
-    source = save_checkpoint("llama", tmp_path / "source")
-    settings = read_json(source / "config.json")
-    write_json(source / "config.json", settings | {"eos_token_id": 7})
+def test_another_end_of_text_than_the_models_is_told(pythia: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(pythia, tmp_path / "source")
+    settle(source, eos_token_id=7)
     _, notes = import_model(ImportRequest(source=str(source), out=tmp_path / "out"))
     assert "its config.json ends texts with 7, Midstream with 0 of the tokenizer" in notes
 
@@ -163,28 +145,17 @@ def test_another_end_of_text_than_the_models_is_told(tmp_path: Path) -> None:
 
 
 def test_what_the_user_gives_is_the_position(pythia: Path, tmp_path: Path) -> None:
-    record = bring(
-        pythia,
-        tmp_path / "out",
-        tokens_seen=1000,
-        total_tokens=4000,
-        rate=1e-4,
-        peak_rate=1e-3,
-        end_rate=0.0,
-    )
+    numbers = {"tokens_seen": 1000, "total_tokens": 4000, "rate": 1e-4, "peak_rate": 1e-3}
+    record = bring(pythia, tmp_path / "out", **numbers, end_rate=0.0)
     assert record.position is not None
     assert set(record.position.origins.values()) == {"given"}
     progress = read_progress(tmp_path / "out")
     assert (progress.tokens_seen, progress.total_tokens, progress.rate) == (1000, 4000, 1e-4)
     assert progress.counts.text == progress.counts.target == 1000
-
-
-def test_an_unknown_rate_is_null_and_the_remedy_is_told(pythia: Path, tmp_path: Path) -> None:
     request = ImportRequest(source=str(pythia), out=tmp_path / "out", tokens_seen=1000)
     record, notes = import_model(request)
-    assert read_progress(tmp_path / "out").rate is None
     assert record.position is not None
-    assert record.position.rate is None
+    assert read_progress(tmp_path / "out").rate is record.position.rate is None
     assert "the learning rate is unknown: give it with --rate, or warm up again" in notes
 
 
@@ -202,22 +173,6 @@ def test_content_stands_for_weights_and_position_and_not_for_the_place(
 
 
 # ------------------------------------------------------------------------------------- the hub
-
-
-def cached(cache: Path, folder: Path, name: str, revision: str, commit: str) -> None:
-    """Lay a folder down as the hub's cache does."""
-    place = cache / f"models--{name.replace('/', '--')}"
-    shutil.copytree(folder, place / "snapshots" / commit)
-    (place / "refs").mkdir(exist_ok=True)
-    (place / "refs" / revision).write_text(commit)
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty hub cache, without a network."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return tmp_path / "hub"
 
 
 def test_a_revision_of_a_known_family_brings_its_position(
@@ -242,23 +197,13 @@ def test_a_revision_of_a_known_family_brings_its_position(
     assert f"next: midstream plan own_model.image_shares --set checkpoint={tmp_path}/out" in lines
 
 
-def test_without_a_revision_the_commit_is_kept(cache: Path, pythia: Path, tmp_path: Path) -> None:
-    cached(cache, pythia, "somebody/model", "main", "d" * 40)
-    record = bring("somebody/model", tmp_path / "out")
-    assert record.revision == "d" * 40
-
-
 def test_a_revision_that_the_cache_lacks_is_named_with_the_way_to_get_it(
     cache: Path, pythia: Path, tmp_path: Path
 ) -> None:
-    cached(cache, pythia, "EleutherAI/pythia-410m", "main", "c" * 40)
-    refused(
-        "EleutherAI/pythia-410m",
-        tmp_path / "out",
-        r"pythia-410m at revision step7 .*HF_HUB_OFFLINE is set; download it with: hf download "
-        r"EleutherAI/pythia-410m --revision step7",
-        revision="step7",
-    )
+    cached(cache, pythia, "a/model", "main", "c" * 40)
+    assert bring("a/model", tmp_path / "main").revision == "c" * 40
+    way = r"model at revision step7 .*HF_HUB_OFFLINE.*hf download a/model --revision step7"
+    refused("a/model", tmp_path / "out", way, revision="step7")
 
 
 @pytest.mark.parametrize(
@@ -362,19 +307,6 @@ def test_moments_are_part_of_the_content(tmp_path: Path) -> None:
     assert first.content != second.content
 
 
-def test_an_openlm_folder_of_hugging_face_is_imported(tmp_path: Path) -> None:
-    state = state_of(tables=False)
-    source = tmp_path / "source"
-    source.mkdir()
-    save_file({f"model.{name}": value for name, value in state.items()},
-              source / "model.safetensors")  # fmt: skip
-    write_json(source / "config.json", {"model_type": "openlm", "params_args_dict": PARAMS})
-    record = bring(source, tmp_path / "out", pad_vocab_to=1)
-    assert record.config == CONFIG
-    mine = opened(tmp_path / "out").decoder.state_dict()
-    assert all(torch.equal(mine[name], value) for name, value in state.items())
-
-
 def test_heads_may_be_given_for_openlm_alone(pythia: Path, tmp_path: Path) -> None:
     state = state_of(tables=False)
     torch.save(state, tmp_path / "weights.pt")
@@ -394,117 +326,110 @@ def test_heads_may_be_given_for_openlm_alone(pythia: Path, tmp_path: Path) -> No
 # ------------------------------------------------------------------------------------- encoders
 
 
-@pytest.mark.parametrize(
-    "kind", ["siglip", "whole siglip", "siglip2", "dinov2", "dinov2 with registers"]
-)
-def test_a_tower_is_imported_whole_and_its_encoder_loads(kind: str, tmp_path: Path) -> None:
-    source = save_tower(kind, tmp_path / "source", shard=kind == "siglip")
+def test_a_tower_is_imported_whole_and_its_encoder_loads(tmp_path: Path) -> None:
+    source = save_tower("whole siglip", tmp_path / "source", shard=True)
     record = bring(source, tmp_path / "out")
     assert isinstance(record.config, EncoderConfig)
     assert (record.kind, record.vocabulary, record.position) == ("encoder", None, None)
     held = load_file(tmp_path / "out" / "model.safetensors")
-    expected = vision_part(build_tower(kind)).state_dict()
+    expected = vision_part(build_tower("whole siglip")).state_dict()
     assert held.keys() == expected.keys()
     assert all(torch.equal(held[name], value) for name, value in expected.items())
     load_encoder(build_encoder(record.config), tmp_path / "out" / "model.safetensors")
-    text = [name for name in record.dropped if name.startswith("text_model.")]
-    assert bool(text) == (kind == "whole siglip")
-    if kind == "whole siglip":
-        assert {"logit_scale", "logit_bias"} <= set(record.dropped)
+    assert any(name.startswith("text_model.") for name in record.dropped)
+    assert {"logit_scale", "logit_bias"} <= set(record.dropped)
 
 
 def test_what_has_no_sense_for_a_tower_is_refused(tmp_path: Path) -> None:
     source = save_tower("siglip", tmp_path / "source")
-    refused(
-        source,
-        tmp_path / "out",
-        r"vision tower; leave --rate, --tokenizer, --add-token out",
-        rate=1e-4,
-        tokenizer="words",
-        add_tokens=("<|x|>",),
-    )
+    given: Any = {"rate": 1e-4, "tokenizer": "words", "add_tokens": ("<|x|>",)}
+    refused(source, tmp_path / "out", "leave --rate, --tokenizer, --add-token out", **given)
 
 
 # ------------------------------------------------------------------------------------ bad input
 
 
-def test_a_missing_shard_is_named(tmp_path: Path) -> None:
-    source = save_checkpoint("olmo2", tmp_path / "source", shard=True)
+@pytest.mark.parametrize("kind", ["olmo2", "siglip"])
+def test_a_missing_shard_is_named(kind: str, tmp_path: Path) -> None:
+    save = save_tower if kind == "siglip" else save_checkpoint
+    source = save(kind, tmp_path / "source", shard=True)
     shard = sorted(source.glob("model-*.safetensors"))[1]
     shard.unlink()
     refused(source, tmp_path / "out", f"half downloaded.*{shard.name}")
 
 
-def test_a_missing_shard_of_a_tower_is_named(tmp_path: Path) -> None:
-    source = save_tower("siglip", tmp_path / "source", shard=True)
-    shard = sorted(source.glob("model-*.safetensors"))[1]
-    shard.unlink()
-    refused(source, tmp_path / "out", f"half downloaded.*{shard.name}")
+def settle(folder: Path, **settings: Any) -> None:
+    write_json(folder / "config.json", read_json(folder / "config.json") | settings)
 
 
-@pytest.mark.parametrize("kind", ["decoder", "tower"])
-def test_a_cut_file_is_refused(kind: str, pythia: Path, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(pythia, source) if kind == "decoder" else save_tower("siglip", source)
-    whole = (source / "model.safetensors").read_bytes()
-    (source / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    refused(source, tmp_path / "out", r"model.safetensors is no readable safetensors file")
+def change(folder: Path, **tensors: Tensor | None) -> None:
+    """Other tensors in a folder's file, under names with __ for dots; None takes one out."""
+    held = load_file(folder / "model.safetensors")
+    for name, value in tensors.items():
+        held.pop(name.replace("__", "."), None)
+        if value is not None:
+            held[name.replace("__", ".")] = value
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors.incomplete", ".cache/huggingface/download/ab.incomplete"]
-)
-def test_a_download_under_way_is_named(name: str, pythia: Path, tmp_path: Path) -> None:
+def halve(folder: Path) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def under_way(folder: Path, name: str) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(b"part")
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\n"
+DENSE = {"gpt_neox__layers__0__attention__dense__weight": None}
+DENS = {"gpt_neox__layers__0__attention__dens__weight": torch.ones(32, 32)}
+INFINITE = {"gpt_neox__final_layer_norm__bias": torch.full((32,), torch.inf)}
+CACHE = ".cache/huggingface/download/ab.incomplete"
+# What is done to a folder, and what the error names.
+AMISS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "cut": (halve, r"model.safetensors is no readable safetensors file"),
+    "under way": (lambda f: under_way(f, "a.part"), "half downloaded: a.part"),
+    "under way, in a cache": (lambda f: under_way(f, CACHE), f"half downloaded: {CACHE}"),
+    "pointer": (
+        lambda f: (f / "model.safetensors").write_text(LFS),
+        r"Git LFS in place of model.safetensors.*git lfs pull",
+    ),
+    "no weights": (
+        lambda f: (f / "model.safetensors").unlink(),
+        "holds neither model.safetensors nor pytorch_model.bin",
+    ),
+    "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
+    "family": (
+        lambda f: write_json(f / "config.json", {"model_type": "mamba"}),
+        r"model_type 'mamba'.*openlm, llama .*gpt_neox.*dinov2",
+    ),
+    "names": (
+        lambda f: change(f, **DENSE, **DENS),
+        r"missing: .*dense.weight \[32, 32\]; nearest.*dens.weight",
+    ),
+    "size": (
+        lambda f: settle(f, vocab_size=310),
+        r"embed_in.weight is .*\[300, 32\].*\[310, 32\]",
+    ),
+    "infinite": (
+        lambda f: change(f, **INFINITE),
+        r"final_layer_norm.bias holds numbers that are not finite",
+    ),
+    "tokenizer": (
+        lambda f: (f / "tokenizer.json").rename(f / "tokenizer.model"),
+        r"has tokenizer.model but no tokenizer.json.*--tokenizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", AMISS)
+def test_what_is_amiss_with_a_folder_is_named(what: str, pythia: Path, tmp_path: Path) -> None:
+    spoil, match = AMISS[what]
     source = shutil.copytree(pythia, tmp_path / "source")
-    (source / name).parent.mkdir(parents=True, exist_ok=True)
-    (source / name).write_bytes(b"part")
-    refused(source, tmp_path / "out", f"half downloaded: {name}")
-
-
-def test_a_pointer_of_git_lfs_is_named(pythia: Path, tmp_path: Path) -> None:
-    source = shutil.copytree(pythia, tmp_path / "source")
-    (source / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-    refused(source, tmp_path / "out", r"Git LFS in place of model.safetensors.*git lfs pull")
-
-
-def test_a_folder_without_config_or_weights_is_refused(pythia: Path, tmp_path: Path) -> None:
-    source = shutil.copytree(pythia, tmp_path / "source")
-    (source / "model.safetensors").unlink()
-    refused(source, tmp_path / "out", "holds neither model.safetensors nor pytorch_model.bin")
-    (source / "config.json").unlink()
-    refused(source, tmp_path / "out", "has no config.json")
-
-
-def test_an_unknown_family_is_refused_with_the_list(pythia: Path, tmp_path: Path) -> None:
-    source = shutil.copytree(pythia, tmp_path / "source")
-    write_json(source / "config.json", {"model_type": "mamba"})
-    refused(source, tmp_path / "out", r"model_type 'mamba'.*openlm, llama .*gpt_neox.*dinov2")
-
-
-def test_tensors_that_do_not_fit_are_named(pythia: Path, tmp_path: Path) -> None:
-    source = shutil.copytree(pythia, tmp_path / "source")
-    held = load_file(source / "model.safetensors")
-    held["gpt_neox.layers.0.attention.dens.weight"] = held.pop(
-        "gpt_neox.layers.0.attention.dense.weight"
-    )
-    save_file(held, source / "model.safetensors")
-    refused(source, tmp_path / "out", r"missing: .*dense.weight \[32, 32\]; nearest.*dens.weight")
-
-
-def test_an_embedding_of_another_size_than_the_configuration_says_is_refused(
-    pythia: Path, tmp_path: Path
-) -> None:
-    source = shutil.copytree(pythia, tmp_path / "source")
-    write_json(source / "config.json", read_json(source / "config.json") | {"vocab_size": 310})
-    refused(source, tmp_path / "out", r"embed_in.weight is .*\[300, 32\].*\[310, 32\]")
-
-
-def test_weights_that_are_not_finite_are_refused(pythia: Path, tmp_path: Path) -> None:
-    source = shutil.copytree(pythia, tmp_path / "source")
-    held = load_file(source / "model.safetensors")
-    held["gpt_neox.final_layer_norm.bias"][3] = torch.nan
-    save_file(held, source / "model.safetensors")
-    refused(source, tmp_path / "out", r"final_layer_norm.bias holds numbers that are not finite")
+    spoil(source)
+    refused(source, tmp_path / "out", match)
 
 
 def test_a_pickle_that_wants_to_run_code_is_refused(pythia: Path, tmp_path: Path) -> None:
@@ -516,113 +441,77 @@ def test_a_pickle_that_wants_to_run_code_is_refused(pythia: Path, tmp_path: Path
     (source / "model.safetensors").unlink()
     torch.save({"weight": Evil()}, source / "pytorch_model.bin")
     refused(source, tmp_path / "out", r"wants to run code.*system")
-    torch.save({"state_dict": Evil()}, tmp_path / "epoch_1.pt")
-    refused(tmp_path / "epoch_1.pt", tmp_path / "out", r"wants to run code.*system")
     assert not (tmp_path / "ran").exists()
 
 
 def test_code_of_a_checkpoint_is_never_run(pythia: Path, tmp_path: Path) -> None:
     source = shutil.copytree(pythia, tmp_path / "source")
-    settings = read_json(source / "config.json")
-    settings["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
-    write_json(source / "config.json", settings)
+    settle(source, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
     (source / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     bring(source, tmp_path / "out")
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
-    state = state_of()  # of 30 rows
-    source = Run(tmp_path / "run", state).write()
-    build_tokenizer().save_pretrained(tmp_path / "words")
-    refused(
-        source,
-        tmp_path / "out",
-        r"ids up to 299, the model's embedding 30 rows",
-        tokenizer=str(tmp_path / "words"),
-    )
-
-
-def test_a_tokenizer_that_cannot_be_read_is_refused(pythia: Path, tmp_path: Path) -> None:
-    refused(pythia, tmp_path / "out", "no file nowhere.json", tokenizer="nowhere.json")
+def test_tokenizers_that_cannot_be_read_or_are_another_models_are_refused(
+    pythia: Path, tmp_path: Path
+) -> None:
     (tmp_path / "bad.json").write_text("{}")
-    bad = str(tmp_path / "bad.json")
-    refused(pythia, tmp_path / "out", "is not a tokenizer file", tokenizer=bad)
-    source = shutil.copytree(pythia, tmp_path / "source")
-    (source / "tokenizer.json").rename(source / "tokenizer.model")
-    refused(source, tmp_path / "out", r"has tokenizer.model but no tokenizer.json.*--tokenizer")
+    build_tokenizer().save_pretrained(tmp_path / "words")
+    of_30_rows = Run(tmp_path / "run", state_of()).write()
+    for source, tokenizer, match in (
+        (pythia, "nowhere.json", "no file nowhere.json"),
+        (pythia, tmp_path / "bad.json", "is not a tokenizer file"),
+        (of_30_rows, tmp_path / "words", r"ids up to 299, the model's embedding 30 rows"),
+    ):
+        refused(source, tmp_path / "out", match, tokenizer=str(tokenizer))
 
 
 def test_an_out_that_holds_something_else_is_left_alone(pythia: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     bring(pythia, tmp_path / "out")  # An empty folder is nothing.
     bring(pythia, tmp_path / "out", rate=1e-4)  # An earlier import is replaced.
-    assert read_progress(tmp_path / "out").rate == 1e-4
     refused(pythia, tmp_path / "out", "--rate|is above", rate=1e-2, peak_rate=1e-4)
     assert read_progress(tmp_path / "out").rate == 1e-4
     verify(tmp_path / "out")
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("two years")
-    refused(pythia, mine, "exists and is no imported folder")
-    refused(pythia, mine / "thesis.tex", "exists and is no imported folder")
+    for place in (mine, mine / "thesis.tex"):
+        refused(pythia, place, "exists and is no imported folder")
     assert (mine / "thesis.tex").read_text() == "two years"
 
 
-@pytest.mark.parametrize(
-    ("source", "match"),
-    [
+def test_wrong_sources_are_refused(pythia: Path, tmp_path: Path) -> None:
+    Run(tmp_path / "run", state_of()).write()
+    bring(pythia, tmp_path / "done")
+    for source, match in (
         ("runs/nowhere/epoch_3.pt", "epoch_3.pt does not exist"),
         ("/no/such/folder", "does not exist; give an epoch_N.pt, a folder or a hub name"),
         ("a/b/c", "does not exist"),
-    ],
-)
-def test_a_source_that_is_not_there_is_refused(source: str, match: str, tmp_path: Path) -> None:
-    refused(source, tmp_path / "out", match)
-
-
-def test_other_wrong_sources_are_refused(pythia: Path, tmp_path: Path) -> None:
+        (pythia / "model.safetensors", "give the folder with its config.json"),
+        (tmp_path / "run", r"training run; give one of .*epoch_2.pt"),
+        (tmp_path / "done", "is imported already"),
+    ):
+        refused(source, tmp_path / "out", match)
     refused(pythia, tmp_path / "out", r"has no revisions; leave --revision step7", revision="step7")
-    refused(pythia / "model.safetensors", tmp_path / "out", "give the folder with its config.json")
-    Run(tmp_path / "run", state_of()).write()
-    refused(tmp_path / "run", tmp_path / "out", r"training run; give one of .*epoch_2.pt")
-    bring(pythia, tmp_path / "out")
-    refused(tmp_path / "out", tmp_path / "again", "is imported already")
 
 
 # ------------------------------------------------------------------------------------ the process
 
 
-def asked(request: object, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request)))
-    return main(list(arguments))
-
-
-def test_the_process_prints_what_it_wrote(
-    pythia: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_process_prints_what_it_wrote(pythia: Path, tmp_path: Path) -> None:
     # As the command sends it: every option, unset ones as null.
     request = {
         "source": str(pythia),
         "out": str(tmp_path / "out"),
-        "revision": None,
-        "tokenizer": None,
         "add_tokens": ["<|agent_stop|>"],
         "pad_vocab_to": 64,
         "tokens_seen": 5,
-        "total_tokens": None,
         "rate": 0.001,
-        "peak_rate": None,
-        "end_rate": None,
-        "num_heads": None,
     }
-    assert asked(request, monkeypatch, "import") == 0
-    printed = capsys.readouterr()
-    assert printed.err == ""
-    lines = printed.out.splitlines()
+    *notes, last = events_of("import", request)
+    assert last["code"] == 0
+    lines = "".join(note["text"] for note in notes).splitlines()
     assert lines[0] == f"{tmp_path}/out: {pythia.resolve()}"
     assert lines[1] == "  gpt_neox language model, 35,552 parameters"
     assert lines[2] == (
@@ -636,30 +525,17 @@ def test_the_process_prints_what_it_wrote(
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"source": "/no/such/folder"}, "error: /no/such/folder does not exist"),
-        ({"rate": -1}, "error: rate: Input should be greater than or equal to 0"),
-        ({"ratio": 1}, "error: request: Value error, ImportRequest has no field 'ratio'; did"),
+        ({"source": "/no/such/folder"}, "/no/such/folder does not exist"),
+        ({"rate": -1}, "rate: Input should be greater than or equal to 0"),
+        ({"ratio": 1}, "request: ImportRequest has no field 'ratio'; did"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_two(
-    change: dict[str, Any],
-    match: str,
-    pythia: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any], match: str, pythia: Path, tmp_path: Path
 ) -> None:
     request = {"source": str(pythia), "out": str(tmp_path / "out")} | change
-    assert asked(request, monkeypatch, "import") == 2
-    printed = capsys.readouterr()
-    assert printed.err.startswith(match)
-    assert printed.err.count("\n") == 1
-    assert printed.out == ""
+    (last,) = events_of("import", request)
+    assert last["code"] == 2
+    assert last["error"].startswith(match)
+    assert "\n" not in last["error"]
     assert not (tmp_path / "out").exists()
-
-
-def test_another_word_than_import_or_export_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert asked({}, monkeypatch, "report") == 2
-    assert capsys.readouterr().err == "error: say import or export\n"

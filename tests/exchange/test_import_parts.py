@@ -8,18 +8,23 @@ import torch
 import transformers
 from exported import OPENLM, codec, made
 from safetensors.torch import load_file, save_file
-from test_export_vlm import OWN, STOCK, written
+from test_export_vlm import OWN, PATCHES, STOCK, changed, written
 
+import tiny
 from checkpoints import build_tokenizer
 from midstream.config import DecoderConfig, EncoderConfig, FusedEncoder, VLMConfig
 from midstream.core.storage import read_json, write_json
-from midstream.exchange.export import write_folder
+from midstream.exchange.export import prompt_logits, write_folder
 from midstream.exchange.import_model import import_model
 from midstream.exchange.import_source import ImportRequest, summary
 from midstream.model.vision import VisionEncoder, build_encoder, load_encoder
 from midstream.model.vlm import VLM
 from midstream.model.weights import load_weights
-from midstream.study.imported import ImportRecord
+from midstream.study.imported import ImportRecord, load_model, tower_folders
+from midstream.study.stages import InitFrom
+from midstream.study.store import Ledger
+from midstream.work.evaluate_stage import put_together
+from midstream.work.open_model import look_through, open_tokenizer
 
 TEXT = {
     **{"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
@@ -46,31 +51,57 @@ def some_pixels(size: int) -> torch.Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
+def opened_whole(record: ImportRecord, folder: Path) -> tuple[VLM, VisionEncoder]:
+    """A model as a stage that loads it opens it."""
+    assert record.model is not None
+    vlm = VLM(record.model)
+    load_weights(vlm, folder)
+    if vlm.encoder is not None:
+        return vlm, vlm.encoder
+    towers = [folder / name for name in tower_folders(record.model)]
+    encoder, _ = put_together(record.model.encoder, towers)  # type: ignore[arg-type]
+    return vlm, encoder
+
+
 @pytest.mark.parametrize("name", [*STOCK, *OWN])
 @torch.no_grad()
-def test_what_is_exported_comes_back(name: str, tmp_path: Path) -> None:
-    config = STOCK[name] if name in STOCK else OWN[name]
-    vlm, encoder, _ = written(tmp_path / "export", config, codec())
+def test_what_is_exported_computes_the_same_and_comes_back(name: str, tmp_path: Path) -> None:
+    # Stock classes do not round features, and neither does the model that comes back from them.
+    config = changed(STOCK[name], owns_encoder=True) if name in STOCK else OWN[name]
+    vlm, encoder, report = written(tmp_path / "export", config, codec())
+    assert report.kind == ("llava" if name in STOCK else "own")
+    assert report.architecture.startswith("Llava" if name in STOCK else "Midstream")
+    assert (name in STOCK) != bool(list((tmp_path / "export").glob("*.py")))
+    assert report.largest_difference <= 1e-5
+    assert name in STOCK or name in report.reason
+    assert any("one more row, 302" in note for note in report.notes) == (name == "no spare row")
+
     record, _ = bring(tmp_path / "export", tmp_path / "decoder", part="decoder")
     held = load_file(tmp_path / "decoder" / "model.safetensors")
     expected = vlm.decoder.state_dict()
     assert record.config.num_parameters == config.decoder.num_parameters  # type: ignore[union-attr]
     assert all(torch.equal(value, expected[key[8:]]) for key, value in held.items())
+
+    # SigLIP 2 comes back as a SigLIP, whose patches a convolution cuts.
+    exact = getattr(config.encoder, "family", None) != "siglip2"
+    same = torch.equal if exact else torch.allclose
+    pixels = some_pixels(config.encoder.image_size)
     if isinstance(config.encoder, EncoderConfig):
         record, _ = bring(tmp_path / "export", tmp_path / "encoder", part="encoder")
-        again, pixels = opened(record, tmp_path / "encoder"), some_pixels(again_size(record))
-        if config.encoder.family == "siglip2":
-            # It comes back as a SigLIP, whose patches a convolution cuts.
-            torch.testing.assert_close(again(pixels), encoder(pixels))
-        else:
-            assert torch.equal(again(pixels), encoder(pixels))
+        assert same(opened(record, tmp_path / "encoder")(pixels), encoder(pixels))
         for field in ("resize", "final_norm", "pixel_mean", "pixel_std", "image_size"):
             assert getattr(record.config, field) == getattr(config.encoder, field), field
 
-
-def again_size(record: ImportRecord) -> int:
-    assert isinstance(record.config, EncoderConfig)
-    return record.config.image_size
+    record, notes = bring(tmp_path / "export", tmp_path / "whole", part="model")
+    again, tower = opened_whole(record, tmp_path / "whole")
+    assert again.config.projector.widths(1, 1) == config.projector.widths(1, 1)
+    assert not any("left out" in note for note in notes)
+    before = prompt_logits(vlm, codec(), look_through(vlm, encoder)(pixels[:1]))
+    after = prompt_logits(again, codec(), look_through(again, tower)(pixels[:1]))
+    assert same(after, before, **({} if exact else {"rtol": 1e-5, "atol": 1e-5}))
+    stage = load_model(tmp_path / "whole", tiny.DATA)
+    assert stage.model == again.config
+    assert stage.encoder_stage is None or stage.encoder_stage in stage.parents
 
 
 @torch.no_grad()
@@ -249,3 +280,104 @@ def test_whole_models_of_other_kinds_are_refused_by_name(
     with pytest.raises(ValueError, match=f"{kind!r}, a whole vision-language model of which no"):
         bring(tmp_path / "source", tmp_path / "out", part=part)
     assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------- whole models
+
+
+@torch.no_grad()
+def test_a_llava_computes_what_transformers_does(tmp_path: Path) -> None:
+    model = save_llava(tmp_path / "source", vision_feature_layer=2)
+    record, notes = bring(tmp_path / "source", tmp_path / "whole", part="model")
+    vlm, encoder = opened_whole(record, tmp_path / "whole")
+    pixels = some_pixels(32)[:1]
+    features = look_through(vlm, encoder)(pixels)
+    ids = [300] * 16 + list(range(20))
+    theirs = model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits
+    words = vlm.decoder.embed(torch.arange(20)[None])
+    rows = torch.cat((vlm.project(features, words), words), dim=1)  # type: ignore[arg-type]
+    found = vlm.decoder.output(vlm.decoder(rows, torch.arange(36)[None], None))
+    torch.testing.assert_close(found[..., :301], theirs, rtol=0, atol=2e-6)
+    lines = list(summary(tmp_path / "whole", record, notes))
+    assert "  sees 16 patches of a picture of 32 x 32 (crop), projector widths 32, 32, 32" in lines
+    assert lines[-1] == (
+        f"next: midstream plan own_model.fine_tuning --set model={tmp_path}/whole --set data=WORLD"
+    )
+
+
+SIGLIP = transformers.SiglipVisionConfig(**TOWER)
+REGISTERS = transformers.Dinov2WithRegistersConfig(
+    **{key: value for key, value in TOWER.items() if key != "intermediate_size"},
+    mlp_ratio=2,
+    num_register_tokens=2,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"kind": "LlavaNext"}, "it sees tiles of a picture"),
+        ({"projector_hidden_act": "relu"}, "'relu' between layers"),
+        ({"projector_hidden_act": "linear"}, "'linear' between layers"),
+        ({"multimodal_projector_bias": False}, "lacks linear_1.bias, linear_2.bias"),
+        ({"vision_feature_layer": [-2, -3]}, r"features of the layers \[-2, -3\]"),
+        ({"vision_feature_select_strategy": "full"}, "'full' does not leave its tower's patches"),
+        ({"vision_config": SIGLIP}, "'default' does not leave its tower's patches, of 0 other"),
+        ({"vision_config": REGISTERS}, "'default' does not leave its tower's patches, of 3 other"),
+    ],
+)
+def test_what_ours_would_compute_otherwise_is_refused(
+    changes: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    save_llava(tmp_path / "source", **changes)
+    ways = f"imported whole: .*{told}.*import parts of it with --part decoder or --part encoder$"
+    with pytest.raises(ValueError, match=ways):
+        bring(tmp_path / "source", tmp_path / "out", part="model")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_projector_of_other_widths_or_with_norms_is_refused(tmp_path: Path) -> None:
+    written(tmp_path / "export", OWN["the decoder is OpenLM's"], codec())
+    settings = read_json(tmp_path / "export" / "config.json")
+    wide = {"projector_widths": [16, 40, 32]}
+    write_json(tmp_path / "export" / "config.json", settings | wide)
+    with pytest.raises(ValueError, match="its projector has the widths 16, 40, 32; import parts"):
+        bring(tmp_path / "export", tmp_path / "out", part="model")
+    save_llava(tmp_path / "llava")
+    weights = load_file(tmp_path / "llava" / "model.safetensors")
+    weights["model.multi_modal_projector.norm.weight"] = torch.ones(32)
+    save_file(weights, tmp_path / "llava" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"its projector has or lacks norm\.weight; import parts"):
+        bring(tmp_path / "llava", tmp_path / "out", part="model")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_a_part_is_no_whole_model(tmp_path: Path) -> None:
+    save_llava(tmp_path / "source")
+    bring(tmp_path / "source", tmp_path / "tower", part="encoder")
+    with pytest.raises(ValueError, match=r"holds no whole vision-language model; .*--part model"):
+        load_model(tmp_path / "tower", tiny.DATA)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tower", "patches"])
+def test_image_text_training_goes_on_from_an_imported_model(
+    name: str, tiny_ledger: Ledger, tmp_path: Path
+) -> None:
+    ledger = tiny.store_with(tiny_ledger, tmp_path / "store", tiny.DATA)
+    sees = {"tower": tiny.ENCODER, "patches": PATCHES}[name]
+    config = VLMConfig(decoder=tiny.DECODER, encoder=sees, owns_encoder=name == "patches")
+    vlm, _, _ = written(tmp_path / "export", config, open_tokenizer(tiny.DATA, ledger))
+    record, _ = bring(tmp_path / "export", tmp_path / "whole", part="model", rate=2e-3)
+    loaded = load_model(tmp_path / "whole", tiny.DATA)
+    parts = {"encoder": loaded.encoder, "projector": loaded.projector}
+    goes_on = tiny.SEEN.model_copy(update=parts | {"start": InitFrom(stage=loaded)})
+    tiny.run_missing(ledger, goes_on)
+    results = ledger.results(goes_on)
+    # At the rate that the import was told, from these weights, the map of patches with them.
+    assert results["first_rate"] == 2e-3
+    assert ledger.results(loaded)["weights_digest"] == record.weights_digest
+    after = load_file(ledger.folder(goes_on) / "weights" / "model.safetensors")
+    assert after.keys() == vlm.state_dict().keys()
+    for key, value in vlm.state_dict().items():
+        assert 0 < (after[key] - value).abs().max() < 0.1, key

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from exported import cache, cached
 from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save_file
-from test_import_model import cached
 from torch import nn
 from typer.testing import CliRunner
 
@@ -23,6 +23,7 @@ from midstream.exchange.import_source import ImportRequest, summary
 from midstream.study.imported import ImportRecord
 from vision_checkpoints import save_tower
 
+__all__ = ["cache"]
 PYTHIA = "EleutherAI/pythia-410m"
 
 
@@ -31,6 +32,14 @@ def bring(source: object, out: Path, **options: Any) -> tuple[ImportRecord, list
 
 
 # ------------------------------------------------------------------------------- wrapped names
+
+
+def plainly(folder: Path, family: str = "llama") -> tuple[Path, str, dict[str, torch.Tensor]]:
+    """A checkpoint, the digest of its weights as they are imported, and its tensors."""
+    source = save_checkpoint(family, folder / "source")
+    record, notes = bring(source, folder / "plain")
+    assert not [note for note in notes if note.startswith("took ")]
+    return source, record.weights_digest, load_file(source / "model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -47,24 +56,19 @@ def bring(source: object, out: Path, **options: Any) -> tuple[ImportRecord, list
 def test_what_wrappers_put_before_names_comes_off_and_is_said(
     family: str, start: str, taken: str, tmp_path: Path
 ) -> None:
-    source = save_checkpoint(family, tmp_path / "source")
-    plain, notes = bring(source, tmp_path / "plain")
-    assert not [note for note in notes if note.startswith("took ")]
-    held = load_file(source / "model.safetensors")
+    source, plain, held = plainly(tmp_path, family)
     save_file({start + name: one for name, one in held.items()}, source / "model.safetensors")
     record, notes = bring(source, tmp_path / "out")
     assert f"took {taken} off the names of {len(held)} tensors" in notes
-    assert record.weights_digest == plain.weights_digest
+    assert record.weights_digest == plain
 
 
 def test_a_wrapper_inside_a_name_comes_off(tmp_path: Path) -> None:
-    source = save_checkpoint("llama", tmp_path / "source")
-    plain, _ = bring(source, tmp_path / "plain")
-    held = load_file(source / "model.safetensors")
+    source, plain, held = plainly(tmp_path)
     inner = {name.replace("layers.1.", "layers.1._orig_mod."): one for name, one in held.items()}
     save_file(inner, source / "model.safetensors")
     record, notes = bring(source, tmp_path / "out")
-    assert record.weights_digest == plain.weights_digest
+    assert record.weights_digest == plain
     assert "took _orig_mod. off the names of 9 tensors" in notes
     inner = {name: one.clone() for name, one in inner.items()}
     save_file(held | inner, source / "model.safetensors")
@@ -73,14 +77,12 @@ def test_a_wrapper_inside_a_name_comes_off(tmp_path: Path) -> None:
 
 
 def test_a_training_checkpoint_is_read_where_it_holds_one_set_of_tensors(tmp_path: Path) -> None:
-    source = save_checkpoint("llama", tmp_path / "source")
-    plain, _ = bring(source, tmp_path / "plain")
-    held = load_file(source / "model.safetensors")
+    source, plain, held = plainly(tmp_path)
     (source / "model.safetensors").unlink()
     for key in ("model", "state_dict", "module"):
         torch.save({key: held, "step": 500}, source / "pytorch_model.bin")
         record, notes = bring(source, tmp_path / "out")
-        assert record.weights_digest == plain.weights_digest
+        assert record.weights_digest == plain
         assert f"took {key}. off the names of {len(held)} tensors" in notes
     torch.save({"model": held, "ema": held}, source / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"several sets of tensors, model, ema; save the one"):
@@ -88,8 +90,7 @@ def test_a_training_checkpoint_is_read_where_it_holds_one_set_of_tensors(tmp_pat
 
 
 def test_names_that_do_not_fit_are_few_lines_and_those_of_the_file(tmp_path: Path) -> None:
-    source = save_checkpoint("llama", tmp_path / "source")
-    held = load_file(source / "model.safetensors")
+    source, _, held = plainly(tmp_path)
     save_file({f"{name}.x": one for name, one in held.items()}, source / "model.safetensors")
     with pytest.raises(ValueError, match="does not fit this LlamaForCausalLM") as caught:
         bring(source, tmp_path / "out")
@@ -177,13 +178,6 @@ def test_an_adapter_is_merged_by_peft_where_that_is_installed(
 
 
 # ------------------------------------------------------------------------- twins among revisions
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return tmp_path / "hub"
 
 
 @pytest.mark.parametrize(

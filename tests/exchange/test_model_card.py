@@ -5,10 +5,11 @@ import pytest
 import torch
 
 import tiny
-from midstream.exchange.export import export, serve
+from midstream.exchange.export import ExportRequest, export, serve
 from midstream.study.stages import Evaluate
 from midstream.study.store import Ledger
 from midstream.work.open_model import open_model
+from midstream.work.protocol import Channel
 
 CPU = torch.device("cpu")
 MILESTONE = tiny.TEXT.name, "milestones", "40"
@@ -60,18 +61,19 @@ def test_an_export_replaces_an_older_one_and_leaves_other_folders_alone(
         "text_only": False,
     }
     (tmp_path / "out").mkdir()
-    serve(request)
+    serve(ExportRequest(**request), Channel(None))
     assert "OpenLMForCausalLM" in capsys.readouterr().out
     mark = json.loads((tmp_path / "out" / "midstream_export.json").read_text())
     assert mark["stage"] == f"{tiny.TEXT.name} at 40 %"
     (tmp_path / "out" / "README.md").unlink()
-    serve(request)
+    serve(ExportRequest(**request), Channel(None))
     assert (tmp_path / "out" / "README.md").is_file()
     other = {**request, "out": str(tiny_ledger.folder(tiny.TEXT))}
     with pytest.raises(ValueError, match="exists and is no exported folder"):
-        serve(other)
+        serve(ExportRequest(**other), Channel(None))
+    new = request | {"out": tmp_path / "new", "text_only": True}
     with pytest.raises(ValueError, match="sees nothing and is exported as text"):
-        serve({**request, "out": str(tmp_path / "new"), "text_only": True})
+        serve(ExportRequest(**new), Channel(None))
     assert sorted(item.name for item in tmp_path.iterdir()) == ["out"]
 
 
@@ -82,7 +84,7 @@ def test_a_store_that_has_lost_its_tokenizer_exports_nothing(
     next(ledger.folder(tiny.TOKENIZER).rglob("tokenizer.json")).unlink()
     request = {"checkpoint": str(ledger.folder(tiny.TEXT)), "out": str(tmp_path / "out")}
     with pytest.raises((ValueError, FileNotFoundError), match=r"tokenizer\.json"):
-        serve({**request, "text_only": False})
+        serve(ExportRequest(**request, text_only=False), Channel(None))
     assert not (tmp_path / "out").exists()
 
 

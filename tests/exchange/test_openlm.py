@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from midstream.config import DECODERS, DecoderConfig
-from midstream.exchange.openlm import OpenLMCheckpoint, read_openlm
-from midstream.exchange.openlm_settings import SIZES
+from midstream.exchange.hub import LanguageModel
+from midstream.exchange.openlm import SIZES, read_openlm
 from midstream.model.decoder import Decoder
 from midstream.model.weights import fill, generator, initialise
+from midstream.study.imported import Position
 
 CONFIG = DecoderConfig(hidden_size=32, num_layers=2, num_heads=4, vocab_size=30)
 PLAIN = CONFIG.model_copy(update={"qk_norm": False})
@@ -165,7 +166,7 @@ class Run:
         return checkpoints / "epoch_2.pt"
 
 
-def assert_holds(found: OpenLMCheckpoint, state: dict[str, Tensor], config: DecoderConfig) -> None:
+def assert_holds(found: LanguageModel, state: dict[str, Tensor], config: DecoderConfig) -> None:
     assert found.config == config
     assert set(found.tensors) == set(trained_names(state))
     for name, value in found.tensors.items():
@@ -191,14 +192,6 @@ def test_an_epoch_is_read_with_any_wrapping(
     assert found.moments is None
 
 
-def test_a_bare_dict_of_tensors_is_read_too(tmp_path: Path) -> None:
-    state = state_of()
-    torch.save(state, tmp_path / "weights.pt")
-    found = read_openlm(tmp_path / "weights.pt")
-    assert_holds(found, state, CONFIG)
-    assert (found.step, found.tokens_seen, found.rate) == (None, None, None)
-
-
 @pytest.mark.parametrize("layout", ["bin", "safetensors", "shards"])
 @pytest.mark.parametrize("nested", [True, False])
 def test_a_hugging_face_folder_is_read_in_every_layout(
@@ -218,31 +211,15 @@ def test_a_hugging_face_folder_is_read_in_every_layout(
         where = {name: shard for shard, part in parts.items() for name in part}
         index = json.dumps({"weight_map": where})
         (tmp_path / "model.safetensors.index.json").write_text(index)
-    flat = {
-        "dim": 32,
-        "n_layers": 2,
-        "n_heads": 4,
-        "vocab_size": 30,
-        "norm_eps": 1e-5,
-        "norm_type": "gain_only_lp_layer_norm",
-        "apply_qk_norm": True,
-        "qk_norm": True,
-        "attn_name": "auto",
-        "attn_activation": None,
-        "ffn_type": "swiglu_torch",
-        "positional_embedding_type": "rotary",
-        "weight_tying": False,
-        "post_embed_norm": False,
-        "moe_freq": 0,
-        "params": None,
-    }
+    kept = {"norm_eps": 1e-5, "attn_name": "auto", "ffn_type": "swiglu_torch", "moe_freq": 0}
+    flat = kept | {"dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 30, "params": None}
+    flat |= {"norm_type": "gain_only_lp_layer_norm", "apply_qk_norm": True, "qk_norm": True}
     config = {"params_args_dict": PARAMS} if nested else flat
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "openlm"} | config))
     found = read_openlm(tmp_path)
     assert_holds(found, state, CONFIG)
     assert len(found.dropped) == (2 if layout == "bin" else 0)
-    assert found.origins["settings"] == "config.json"
-    assert found.step is None
+    assert "settings: config.json" in found.notes[0]
 
 
 def test_half_precision_is_widened_and_the_precision_of_norms_kept(tmp_path: Path) -> None:
@@ -268,7 +245,7 @@ def test_sizes_come_from_params_tables_and_the_caller_and_must_agree(tmp_path: P
     path = Run(tmp_path / "c", with_tables).write()
     with pytest.raises(ValueError, match=r"'given': 2, 'settings': 4, 'rotary table': 4"):
         read_openlm(path, num_heads=2)
-    assert read_openlm(path).origins["num_heads"] == "settings"
+    assert "num_heads: settings" in read_openlm(path).notes[0]
 
 
 @pytest.mark.parametrize("name", ["my_model", "my_model.json"])
@@ -285,6 +262,18 @@ def test_a_models_own_json_gives_the_sizes_and_outranks_params(tmp_path: Path, n
         read_openlm(path)
 
 
+VARIANTS = {
+    "model_norm": ("default_layer_norm", "rms_norm", "no_wb_layer_norm"),
+    "ffn_type": ("gelu", "gemma_geglu"),
+    "moe_freq": (2,),
+    "positional_embedding_type": ("llama_rotary", "head_rotary", "none"),
+    "attn_name": ("custom_attn",),
+    "weight_tying": (True,),
+    "post_embed_norm": (True,),
+    "hf_model": ("gpt2",),
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -292,39 +281,20 @@ def test_a_models_own_json_gives_the_sizes_and_outranks_params(tmp_path: Path, n
         ({"model": "d=32_l=3_h=4"}, r"has n_layers 2, its settings say 3"),
         ({"vocab_size": 31}, r"has vocab_size 30, its settings say 31"),
         ({"qk_norm": False}, r"has qk_norm True, its settings say False"),
+        ({"model": "mamba_1b"}, "Mamba model mamba_1b"),
+        ({"lr_scheduler": "const-cooldown"}, "unknown lr_scheduler 'const-cooldown'"),
+        *(
+            ({name: value}, rf"variant of OpenLM.*\n  {name} {value!r}")
+            for name, values in VARIANTS.items()
+            for value in values
+        ),
     ],
 )
-def test_params_of_another_run_are_refused(
+def test_settings_of_another_run_or_model_are_refused_by_name(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         read_openlm(Run(tmp_path, state_of()).write(params=PARAMS | changes))
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("model_norm", "default_layer_norm"),
-        ("model_norm", "rms_norm"),
-        ("model_norm", "no_wb_layer_norm"),
-        ("ffn_type", "gelu"),
-        ("ffn_type", "gemma_geglu"),
-        ("moe_freq", 2),
-        ("positional_embedding_type", "llama_rotary"),
-        ("positional_embedding_type", "head_rotary"),
-        ("positional_embedding_type", "none"),
-        ("attn_name", "custom_attn"),
-        ("weight_tying", True),
-        ("post_embed_norm", True),
-        ("hf_model", "gpt2"),
-    ],
-)
-def test_settings_of_other_variants_are_refused_by_name(
-    tmp_path: Path, name: str, value: object
-) -> None:
-    path = Run(tmp_path, state_of()).write(params=PARAMS | {name: value})
-    with pytest.raises(ValueError, match=rf"variant of OpenLM.*\n  {name} {value!r}"):
-        read_openlm(path)
 
 
 @pytest.mark.parametrize(
@@ -346,7 +316,7 @@ def test_tensors_of_other_variants_are_refused_by_name(
         read_openlm(path)
 
 
-def test_tied_embeddings_other_angles_and_mamba_are_refused(tmp_path: Path) -> None:
+def test_tied_embeddings_and_other_angles_are_refused(tmp_path: Path) -> None:
     state = state_of()
     state["output.weight"] = state["tok_embeddings.weight"]
     with pytest.raises(ValueError, match="weight_tying: output"):
@@ -355,13 +325,11 @@ def test_tied_embeddings_other_angles_and_mamba_are_refused(tmp_path: Path) -> N
     state["layers.1.attention.pos_embed.inv_freq"] = 1.0 / 500000 ** (torch.arange(4) / 4)
     with pytest.raises(ValueError, match="other angles than base 10000"):
         read_openlm(Run(tmp_path / "b", state).write())
-    with pytest.raises(ValueError, match="Mamba model mamba_1b"):
-        read_openlm(Run(tmp_path / "c", state_of()).write(params=PARAMS | {"model": "mamba_1b"}))
 
 
 def test_known_names_hold_the_presets_sizes() -> None:
     for name, preset in DECODERS.items():
-        sizes = (preset.hidden_size, preset.num_layers, preset.num_heads)
+        sizes = [preset.hidden_size, preset.num_layers, preset.num_heads]
         assert SIZES[name] == sizes
         assert SIZES.get(f"open_lm_{name}_v2", SIZES.get(f"open_lm_{name}")) == sizes
 
@@ -389,40 +357,7 @@ def test_moments_come_back_bit_for_bit_under_our_names(
     for name, value in found.moments.items():
         assert value.dtype == torch.float32
         assert torch.equal(value, expected[name]), name
-    assert found.origins["moments"] == "optimizer_2.pt"
-
-
-def test_moments_that_real_adam_wrote_go_on_as_if_never_stopped(tmp_path: Path) -> None:
-    state = state_of()
-    names = trained_names(state)
-    theirs = [nn.Parameter(state[name].clone()) for name in names]
-    groups = [{"params": [], "weight_decay": 0.0}, {"params": theirs, "weight_decay": 0.1}]
-    adam = torch.optim.AdamW(groups, lr=0.003, betas=(0.9, 0.95))
-
-    def step(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-        for name, parameter in zip(names, parameters, strict=True):
-            parameter.grad = torch.rand(parameter.shape, generator=generator(3, name))
-        optimizer.step()
-
-    step(theirs, adam)
-    after = {name: value.detach().clone() for name, value in zip(names, theirs, strict=True)}
-    bare = {name: PARAMS[name] for name in ("model", "model_norm")}
-    path = Run(tmp_path, after, step=1).write(params=bare, optimizer=adam.state_dict())
-    found = read_openlm(path)
-    step(theirs, adam)
-
-    decoder = Decoder(found.config)
-    fill(decoder, found.tensors, path=path)
-    ours = dict(decoder.named_parameters())
-    again = torch.optim.AdamW(ours.values(), lr=0.003, betas=(0.9, 0.95), weight_decay=0.1)
-    assert found.moments is not None
-    for name, parameter in ours.items():
-        again.state[parameter] = {
-            key: found.moments[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-        }
-    step([ours[name] for name in names], again)
-    for name, parameter in zip(names, theirs, strict=True):
-        assert torch.equal(ours[name], parameter), name
+    assert "moments: optimizer_2.pt" in found.notes[0]
 
 
 def test_moments_of_another_model_are_refused(tmp_path: Path) -> None:
@@ -430,7 +365,7 @@ def test_moments_of_another_model_are_refused(tmp_path: Path) -> None:
     rate = rate_after(20)
     path = Run(tmp_path, state).write(optimizer=numbered(state_of(PLAIN), 20, rate))
     with pytest.raises(
-        ValueError, match=r"optimizer_2\.pt numbers 15 parameters, the model has 19"
+        ValueError, match=r"optimizer_2\.pt numbers 15 parameters .* the model has 19"
     ):
         read_openlm(path)
     wide = state_of(CONFIG.model_copy(update={"vocab_size": 31}))
@@ -447,19 +382,18 @@ def test_moments_of_another_model_are_refused(tmp_path: Path) -> None:
         read_openlm(path)
 
 
-def test_what_is_left_out_of_the_optimiser_is_named(tmp_path: Path) -> None:
+def test_an_optimisers_other_state_is_named_and_one_without_state_gives_no_moments(
+    tmp_path: Path,
+) -> None:
     state = state_of()
     optimizer = numbered(state, 20, rate_after(20))
     optimizer["state"][0]["max_exp_avg_sq"] = torch.zeros(30, 32)
     found = read_openlm(Run(tmp_path, state).write(optimizer=optimizer))
     assert "max_exp_avg_sq.tok_embeddings.weight" in found.dropped
-
-
-def test_an_optimiser_without_state_gives_no_moments(tmp_path: Path) -> None:
-    state = state_of()
-    optimizer = numbered(state, 0, rate_after(0)) | {"state": {}}
-    found = read_openlm(Run(tmp_path, state, step=0).write(optimizer=optimizer))
-    assert (found.moments, found.origins["moments"]) == (None, "none")
+    empty = numbered(state, 0, rate_after(0)) | {"state": {}}
+    found = read_openlm(Run(tmp_path, state, step=0).write(optimizer=empty))
+    assert found.moments is None
+    assert "moments" not in found.notes[0]
 
 
 # -------------------------------------------------------------------------------- the position
@@ -477,11 +411,12 @@ def test_position_is_that_of_openlms_schedule(
         step_in=step_in,
         optimizer=numbered(state, step, rate_after(step)),
     )
-    found = read_openlm(path)
-    assert (found.step, found.tokens_seen, found.total_tokens) == (step, step * 64, 30 * 64)
+    model = read_openlm(path)
+    found = model.position
+    assert (model.step, found.tokens_seen, found.total_tokens) == (step, step * 64, 30 * 64)
     assert found.rate == pytest.approx(rate_after(step), rel=1e-12)
     assert (found.peak_rate, found.end_rate) == (0.003, 3e-5)
-    assert found.origins["position"] == "params.txt"
+    assert "position: params.txt" in model.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -496,7 +431,7 @@ def test_position_is_that_of_openlms_schedule(
 def test_other_schedules_are_openlms_too(
     tmp_path: Path, changes: dict[str, Any], rate: float, end: float
 ) -> None:
-    found = read_openlm(Run(tmp_path, state_of()).write(params=PARAMS | changes))
+    found = read_openlm(Run(tmp_path, state_of()).write(params=PARAMS | changes)).position
     assert found.rate == pytest.approx(rate, rel=1e-12)
     assert found.end_rate == end
 
@@ -517,7 +452,7 @@ def test_length_of_a_run_without_manifest_rounds_up_as_its_loader_does(
     tmp_path: Path, changes: dict[str, Any], steps: int | None
 ) -> None:
     params = PARAMS | {"dataset_manifest": None} | changes
-    found = read_openlm(Run(tmp_path, state_of()).write(params=params))
+    found = read_openlm(Run(tmp_path, state_of()).write(params=params)).position
     assert found.total_tokens == (None if steps is None else steps * 64)
     expected = None if steps is None else pytest.approx(rate_after(20, steps=steps), rel=1e-12)
     assert found.rate == expected
@@ -528,10 +463,9 @@ def test_without_params_the_rate_is_what_the_optimiser_held(tmp_path: Path) -> N
     state = state_of()
     path = Run(tmp_path, state).write(params=None, optimizer=numbered(state, 20, 0.00123))
     found = read_openlm(path)
-    assert (found.step, found.rate, found.peak_rate) == (20, 0.00123, None)
-    assert (found.tokens_seen, found.total_tokens, found.end_rate) == (None, None, None)
-    assert found.origins["position"] == "rate alone, from optimizer_2.pt"
-    assert "cannot tell" in found.origins["model_norm"]
+    assert (found.step, found.position) == (20, Position(rate=0.00123))
+    assert "position: rate alone, from optimizer_2.pt" in found.notes[0]
+    assert "cannot tell" in found.notes[0]
 
 
 def test_settings_that_contradict_the_checkpoint_are_refused(tmp_path: Path) -> None:
@@ -541,9 +475,6 @@ def test_settings_that_contradict_the_checkpoint_are_refused(tmp_path: Path) -> 
         read_openlm(path)
     path = Run(tmp_path / "b", state, step=31).write()
     with pytest.raises(ValueError, match="step 31 of a run of 30 steps"):
-        read_openlm(path)
-    path = Run(tmp_path / "c", state).write(params=PARAMS | {"lr_scheduler": "const-cooldown"})
-    with pytest.raises(ValueError, match="unknown lr_scheduler 'const-cooldown'"):
         read_openlm(path)
     path = Run(tmp_path / "d", state).write()
     (path.parent.parent / "params.txt").write_text("lr: 0.1\nnot a setting\n")
@@ -585,48 +516,26 @@ def test_no_file_of_a_run_may_run_code(tmp_path: Path, file: str) -> None:
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("file", ["epoch_2.pt", "optimizer_2.pt"])
-def test_a_half_written_file_is_named(tmp_path: Path, file: str) -> None:
-    state = state_of()
-    path = Run(tmp_path, state).write(optimizer=numbered(state, 20, rate_after(20)))
-    cut = path.with_name(file)
-    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
-    with pytest.raises(ValueError, match=rf"{re.escape(file)} is no readable checkpoint"):
-        read_openlm(path)
-
-
-def test_missing_and_unexpected_tensors_are_named_with_candidates(tmp_path: Path) -> None:
-    state = state_of()
-    state["layers.1.feed_forward.w4.weight"] = state.pop("layers.1.feed_forward.w3.weight")
-    state["norm.weight"] = torch.zeros(33)
-    with pytest.raises(ValueError, match=r"epoch_2\.pt does not fit this Decoder") as caught:
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    state = state_of() | {"norm.weight": torch.zeros(33)}
+    with pytest.raises(ValueError, match=r"epoch_2\.pt does not fit this Decoder.*\n.* \[33\]"):
         read_openlm(Run(tmp_path, state).write())
-    assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
-        "missing: layers.1.feed_forward.w3.weight [32, 256]; "
-        "nearest unexpected: layers.1.feed_forward.w4.weight [32, 256]",
-        "unexpected: layers.1.feed_forward.w4.weight [32, 256]",
-        "mismatched: norm.weight is torch.float32 [33] in the file, "
-        "torch.float32 [32] in the model",
-    ]
 
 
 def test_what_is_no_openlm_checkpoint_is_said_to_be_none(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"epoch_1\.pt"):
-        read_openlm(tmp_path / "epoch_1.pt")
     path = tmp_path / "epoch_1.pt"
-    torch.save({"optimizer": {}}, path)
-    with pytest.raises(ValueError, match="no 'state_dict', only optimizer"):
-        read_openlm(path)
-    torch.save([1, 2], path)
-    with pytest.raises(ValueError, match="no 'state_dict', only list"):
-        read_openlm(path)
-    torch.save({"state_dict": {"wte.weight": torch.zeros(3, 4)}}, path)
-    with pytest.raises(ValueError, match=r"holds no OpenLM decoder: .*wte\.weight"):
+    with pytest.raises(FileNotFoundError, match=r"epoch_1\.pt"):
         read_openlm(path)
     twice = {"norm.weight": torch.zeros(2), "module.norm.weight": torch.zeros(2)}
-    torch.save({"state_dict": twice}, path)
-    with pytest.raises(ValueError, match=r"norm\.weight twice, .* module\.norm\.weight"):
-        read_openlm(path)
+    for content, told in (
+        ({"optimizer": {}}, "no 'state_dict', only optimizer"),
+        ([1, 2], "no 'state_dict', only list"),
+        ({"state_dict": {"wte.weight": torch.zeros(3, 4)}}, r"no OpenLM decoder: .*wte\.weight"),
+        ({"state_dict": twice}, r"norm\.weight twice, .* module\.norm\.weight"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=told):
+            read_openlm(path)
 
 
 def test_folders_of_other_kinds_are_refused(tmp_path: Path) -> None:
@@ -639,9 +548,4 @@ def test_folders_of_other_kinds_are_refused(tmp_path: Path) -> None:
         read_openlm(folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match=r"config\.json is of model_type 'llama', not 'openlm'"):
-        read_openlm(folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "openlm"}))
-    index = {"weight_map": {"model.norm.weight": "a.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(FileNotFoundError, match=r"half downloaded: .* missing: a\.safetensors"):
         read_openlm(folder)

@@ -25,7 +25,7 @@ LONG = long_run(80_000)
 ENDLESS = long_run(640_000)
 TEXT_TASKS = tiny.EVALUATION.model_copy(update={"visual_tasks": ()})
 RESULT = Evaluate(of=LONG, evaluation=TEXT_TASKS)
-DEADLINE_SECONDS = 120.0
+DEADLINE_SECONDS = 240.0
 
 
 def recipe(folder: Path, stage: Pretrain = LONG) -> str:

@@ -1,3 +1,26 @@
-"""A small study with shared stages, for tests of this folder."""
+"""A small study with shared stages, a world of one's own, and an empty store."""
 
+from pathlib import Path
+
+import pytest
+
+import own_world
+from midstream.launch import checks
+from midstream.study.store import Ledger
 from small_studies import make_study as make_study
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return own_world.write_world(tmp_path_factory.mktemp("own") / "world")
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "store")
+
+
+@pytest.fixture
+def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks are read in tests of their own."""
+    monkeypatch.setattr(checks, "_read", lambda requests: [None] * len(requests))

@@ -11,7 +11,6 @@ import tiny
 from midstream.config import Amount, Amounts, Budget, Epochs, ExpectedSource, Mixture, Rows, Share
 from midstream.core.storage import write_json
 from midstream.data.rows import plan_rows
-from midstream.launch import checks
 from midstream.launch.check_data import Problem, merged, refused
 from midstream.study.label import label
 from midstream.study.stages import Continue, Finetune, FromScratch
@@ -19,10 +18,7 @@ from midstream.study.store import Ledger
 from midstream.work.open_model import open_sources
 from own_studies import DECODER, PATCHES, ROWS, mixed, seen, text_run, told, trained
 
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return own_world.write_world(tmp_path_factory.mktemp("own") / "world")
+pytestmark = pytest.mark.usefixtures("no_process")
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +28,6 @@ def prepared(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Ledger:
     all_of_it = Epochs(sources=("web", "pictures", "talks"), epochs=1)
     tiny.run_missing(ledger, *seen(own_world.data_of(world), all_of_it).parents)
     return ledger
-
-
-@pytest.fixture
-def empty(tmp_path: Path) -> Ledger:
-    return Ledger(tmp_path / "store")
-
-
-@pytest.fixture(autouse=True)
-def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Benchmarks are read in tests of their own."""
-    monkeypatch.setattr(checks, "_read", lambda requests: [None] * len(requests))
 
 
 def budgets_around(sources: dict[str, Any]) -> list[Budget]:

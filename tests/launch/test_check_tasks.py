@@ -23,14 +23,9 @@ from own_studies import (
 )
 
 
-@pytest.fixture
-def empty(tmp_path: Path) -> Ledger:
-    return Ledger(tmp_path / "store")
-
-
 def read_requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The tasks that are read from now on, by their names."""
-    from midstream.work.read_tasks import read
+    from midstream.work.read_data import TaskRequest, read
 
     names: list[str] = []
 
@@ -39,7 +34,7 @@ def read_requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         for request in requests:
             names.append(request["task"])
             try:
-                read(request)
+                read(TaskRequest(**request))
                 told.append(None)
             except (ValueError, OSError) as reason:
                 told.append(str(reason))

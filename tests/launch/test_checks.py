@@ -29,21 +29,7 @@ from midstream.study.stages import (
 from midstream.study.store import Ledger
 from own_studies import ASKED, DECODER, mixed, seen, text_run, told
 
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return own_world.write_world(tmp_path_factory.mktemp("own") / "world")
-
-
-@pytest.fixture
-def empty(tmp_path: Path) -> Ledger:
-    return Ledger(tmp_path / "store")
-
-
-@pytest.fixture(autouse=True)
-def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Benchmarks are read in tests of their own."""
-    monkeypatch.setattr(checks, "_read", lambda requests: [None] * len(requests))
+pytestmark = pytest.mark.usefixtures("no_process")
 
 
 # ----------------------------------------------------------------------- what a stage starts from

@@ -2,31 +2,22 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from midstream.cost.graph import order
-from midstream.launch.slurm_job import events_since
-from midstream.launch.slurm_queue import (
-    MAX_FORGOTTEN,
-    NEVER,
-    Ended,
+from midstream.cost.graph import PlanRow, plan
+from midstream.launch.slurm import MAX_FORGOTTEN, NEVER, Queued, Verdict, verdict
+from midstream.launch.slurm_job import (
     Entry,
     Job,
     JobBook,
+    events_since,
     limit_minutes,
     require_no_jobs,
-    verdict,
 )
-from midstream.study.stages import Stage
 from midstream.study.store import Ledger, Stopped
 from midstream.study.studies import Study
-
-
-@pytest.fixture
-def stage(make_study: Callable[..., Study]) -> Stage:
-    found: Stage = order(make_study())[0]
-    return found
 
 
 @pytest.fixture
@@ -34,104 +25,103 @@ def ledger(tmp_path: Path) -> Ledger:
     return Ledger(tmp_path)
 
 
-def job(state: str) -> Job:
-    return Job("12", "midstream-x", state, "None", "0:9")
+@pytest.fixture
+def row(make_study: Callable[..., Study], ledger: Ledger) -> PlanRow:
+    return plan(make_study(), ledger).rows[0]
 
 
-def ended(stage: Stage, state: str | None, restarts_left: int = 0, **more: object) -> Ended:
-    return Ended(stage, "12", None if state is None else job(state), restarts_left, **more)
+def ended(
+    ledger: Ledger, one: Queued, state: str | None, reason: str = "None", **more: Any
+) -> Verdict:
+    job = None if state is None else Job("12", "midstream-x", state, reason, "0:9")
+    return verdict(one, "12", job, ledger, **more)
 
 
-def test_a_stage_that_is_done_is_done_whatever_its_job_says(ledger: Ledger, stage: Stage) -> None:
-    with ledger.open_stage(stage) as work:
+@pytest.mark.parametrize("state", ["FAILED", "CANCELLED", "COMPLETED", None])
+def test_a_stage_that_is_done_is_done_whatever_its_job_says(
+    ledger: Ledger, row: PlanRow, state: str | None
+) -> None:
+    with ledger.open_stage(row.stage) as work:
         work.finish({})
-    for state in ("FAILED", "CANCELLED", "COMPLETED", None):
-        assert verdict(ended(stage, state), ledger).action == "done"
+    assert ended(ledger, Queued(row), state).state == "done"
 
 
-def test_the_ledgers_own_error_comes_first(ledger: Ledger, stage: Stage) -> None:
-    with pytest.raises(RuntimeError), ledger.open_stage(stage):
+def test_the_ledgers_own_error_comes_first_unless_it_is_from_before_the_job(
+    ledger: Ledger, row: PlanRow
+) -> None:
+    ledger.mark_failed(row.stage, "long ago")
+    before = ledger.status(row.stage)["ended"]
+    found = ended(ledger, Queued(row, told_before=before), "OUT_OF_MEMORY")
+    assert (found.state, found.unnoted) == ("failed", True)
+    assert found.text == (
+        "Slurm ended job 12 as OUT_OF_MEMORY (exit code 0:9): ask for more memory"
+    )
+    with pytest.raises(RuntimeError), ledger.open_stage(row.stage):
         raise RuntimeError("bad luck")
-    found = verdict(ended(stage, "FAILED", restarts_left=3), ledger)
-    assert (found.action, found.text, found.is_noted) == ("failed", "RuntimeError: bad luck", True)
+    found = ended(ledger, Queued(row), "FAILED", restarts_left=3)
+    assert found == Verdict("failed", "RuntimeError: bad luck")
 
 
-def test_an_error_from_before_the_job_is_not_taken_for_its_own(
-    ledger: Ledger, stage: Stage
+@pytest.mark.parametrize(
+    ("state", "more", "becomes", "counts"),
+    [
+        # What was killed uses up restarts, and then fails its stage.
+        ("NODE_FAIL", {"restarts_left": 1}, "waiting", True),
+        ("TIMEOUT", {"restarts_left": 1}, "waiting", True),
+        ("FAILED", {}, "failed", False),
+        # Somebody wanted it to end.
+        ("CANCELLED", {"restarts_left": 3}, "failed", False),
+        # It waits for its parent's next job, which may be submitted by now.
+        ("CANCELLED", {"parent_lost": True}, "waiting", False),
+        ("CANCELLED", {"reason": NEVER}, "waiting", False),
+        (None, {}, "waiting", False),
+        (None, {"num_forgotten": MAX_FORGOTTEN}, "failed", False),
+        # A shared disk may be late.
+        ("COMPLETED", {}, "doubted", False),
+    ],
+)
+def test_what_a_job_ended_as_decides_where_the_ledger_says_nothing(
+    ledger: Ledger,
+    row: PlanRow,
+    state: str | None,
+    more: dict[str, Any],
+    becomes: str,
+    counts: bool,
 ) -> None:
-    ledger.mark_failed(stage, "long ago")
-    before = ledger.status(stage)["ended"]
-    found = verdict(ended(stage, "OUT_OF_MEMORY", told_before=before), ledger)
-    assert found.action == "failed"
-    assert not found.is_noted
-    assert "Slurm ended job 12 as OUT_OF_MEMORY (exit code 0:9): ask for more memory" in found.text
+    found = ended(ledger, Queued(row), state, **more)
+    assert (found.state, found.counts) == (becomes, counts)
+    if becomes == "failed":
+        assert (state or "no longer knows job 12") in found.text
 
 
-@pytest.mark.parametrize("state", ["FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT"])
-def test_a_killed_job_uses_up_restarts_and_then_fails_its_stage(
-    ledger: Ledger, stage: Stage, state: str
+def test_a_job_that_ended_well_twice_without_its_stage_fails_it(
+    ledger: Ledger, row: PlanRow
 ) -> None:
-    again = verdict(ended(stage, state, restarts_left=1), ledger)
-    assert (again.action, again.counts) == ("again", True)
-    last = verdict(ended(stage, state), ledger)
-    assert last.action == "failed"
-    assert state in last.text
-
-
-def test_a_cancelled_job_is_not_begun_again(ledger: Ledger, stage: Stage) -> None:
-    found = verdict(ended(stage, "CANCELLED", restarts_left=3), ledger)
-    assert (found.action, "CANCELLED" in found.text) == ("failed", True)
-    # What its own warning stopped stays so as well: somebody wanted it to end.
-    with pytest.raises(Stopped), ledger.open_stage(stage):
-        raise Stopped
-    assert verdict(ended(stage, "CANCELLED", restarts_left=3), ledger).action == "failed"
+    found = ended(ledger, Queued(row, is_doubted=True), "COMPLETED")
+    assert found.state == "failed"
+    assert str(ledger.folder(row.stage)) in found.text
 
 
 def test_a_stage_that_kept_a_checkpoint_when_told_to_stop_goes_on_for_nothing(
-    ledger: Ledger, stage: Stage
+    ledger: Ledger, row: PlanRow
 ) -> None:
-    with pytest.raises(Stopped), ledger.open_stage(stage):
+    with pytest.raises(Stopped), ledger.open_stage(row.stage):
         raise Stopped
-    found = verdict(ended(stage, "TIMEOUT"), ledger)
-    assert (found.action, found.counts) == ("again", False)
+    found = ended(ledger, Queued(row), "TIMEOUT")
+    assert (found.state, found.counts) == ("waiting", False)
+    assert ended(ledger, Queued(row), "CANCELLED", restarts_left=3).state == "failed"
     # A job that dies before it opens the stage has not stopped it.
-    before = ledger.status(stage)["ended"]
-    assert verdict(ended(stage, "FAILED", told_before=before), ledger).action == "failed"
-
-
-def test_a_job_whose_parent_was_lost_waits_for_the_next_one(ledger: Ledger, stage: Stage) -> None:
-    found = verdict(ended(stage, "CANCELLED", parent_lost=True), ledger)
-    assert (found.action, found.text) == ("again", "")
-    # Its parent may have been submitted anew by now.
-    never = Job("12", "midstream-x", "CANCELLED", NEVER)
-    assert verdict(Ended(stage, "12", never, 0), ledger).action == "again"
-
-
-def test_a_job_that_slurm_has_forgotten_is_submitted_again_a_few_times(
-    ledger: Ledger, stage: Stage
-) -> None:
-    assert verdict(ended(stage, None), ledger).action == "again"
-    found = verdict(ended(stage, None, num_forgotten=MAX_FORGOTTEN), ledger)
-    assert found.action == "failed"
-    assert "no longer knows job 12" in found.text
-
-
-def test_a_job_that_ended_well_without_its_stage_is_looked_at_twice(
-    ledger: Ledger, stage: Stage
-) -> None:
-    assert verdict(ended(stage, "COMPLETED"), ledger).action == "wait"
-    found = verdict(ended(stage, "COMPLETED", doubted=True), ledger)
-    assert found.action == "failed"
-    assert str(ledger.folder(stage)) in found.text
+    before = ledger.status(row.stage)["ended"]
+    assert ended(ledger, Queued(row, told_before=before), "FAILED").state == "failed"
 
 
 def test_the_book_keeps_what_it_was_told(tmp_path: Path) -> None:
     book = JobBook.of(tmp_path)
-    book.intend({"a": Entry("midstream-a", None, "log"), "b": Entry("midstream-a", None, "log")})
+    book.note({"a": Entry("midstream-a", None), "b": Entry("midstream-a", None)})
     assert JobBook.of(tmp_path).entries["a"].job is None
-    book.submitted({"a": ("7_0", "log-0"), "b": ("7_1", "log-1")})
+    book.note({"a": Entry("midstream-a", "7_0"), "b": Entry("midstream-a", "7_1", 1)})
     book.forget("a", "unknown")
-    assert JobBook.of(tmp_path).entries == {"b": Entry("midstream-a", "7_1", "log-1")}
+    assert JobBook.of(tmp_path).entries == {"b": Entry("midstream-a", "7_1", 1)}
 
 
 def test_a_local_run_asks_slurm_for_jobs_that_the_store_names(
@@ -139,7 +129,7 @@ def test_a_local_run_asks_slurm_for_jobs_that_the_store_names(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     require_no_jobs(tmp_path)
-    JobBook.of(tmp_path).intend({"a": Entry("midstream-a", "7", "log")})
+    JobBook.of(tmp_path).note({"a": Entry("midstream-a", "7")})
     with pytest.raises(ValueError, match=r"names 1 jobs of an earlier run with --slurm.*delete"):
         require_no_jobs(tmp_path)
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +13,9 @@ import pytest
 from midstream.config import Machine
 from midstream.cost.graph import order, plan
 from midstream.cost.pictures import Choice, feature_plan
-from midstream.launch import local
-from midstream.launch.local import STOPPED_EXIT_CODE, FeatureChoices, remaining_chains, run
+from midstream.launch import scheduler
+from midstream.launch.local import run
+from midstream.launch.scheduler import STOPPED_EXIT_CODE, FeatureChoices, remaining_chains
 from midstream.launch.workers import worker_environment
 from midstream.study.label import label
 from midstream.study.stages import Stage
@@ -22,83 +24,14 @@ from midstream.study.studies import Study
 
 MakeStudy = Callable[..., Study]
 
-# Speaks the protocol, notes when stages begin and end, and behaves as the test says, by stage name.
-FAKE_WORKER = """
-import json, os, signal, sys, time
-from pathlib import Path
-from midstream.study.store import Ledger, Stopped
-from midstream.study.stages import stage_from_json
-
-store, behaviour = Path(sys.argv[1]), json.loads(sys.argv[2])
-notes = store / "notes.jsonl"
-
-def note(what, stage):
-    with notes.open("a") as stream:
-        gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
-        stream.write(json.dumps([what, stage.name, os.getpid(), gpus]) + "\\n")
-
-def say(**event):
-    print(json.dumps(event), flush=True)
-
-def stop(*_):
-    raise Stopped("asked to stop")
-
-def meet(stage):
-    (store / f"here-{stage.name}").touch()
-    until = time.monotonic() + 20
-    while len(list(store.glob("here-*"))) < 2:
-        if time.monotonic() > until:
-            raise TimeoutError("nobody came")
-        time.sleep(0.01)
-
-if behaviour.get("startup") == "die":
-    sys.exit(3)
-print("a library says hello", flush=True)
-print("and complains", file=sys.stderr, flush=True)
-say(event="ready")
-for line in sys.stdin:
-    stage = stage_from_json(json.dumps(json.loads(line)["stage"]))
-    signal.signal(signal.SIGTERM, stop)
-    act = behaviour.get(stage.name)
-    note("begin", stage)
-    say(event="started", stage=stage.name)
-    state, error = "done", None
-    try:
-        with Ledger(store).open_stage(stage) as work:
-            for parent in stage.parents:
-                assert Ledger(store).is_done(parent), parent.name
-            if act == "fail":
-                raise ValueError("bad luck")
-            if act == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if act == "exit":
-                os._exit(7)
-            if act == "meet":
-                meet(stage)
-            if act == "wait":
-                say(event="progress", stage=stage.name, done=0.5, tokens_seen=1, total_tokens=2,
-                    loss=1.0, tokens_per_second=3.0, note="")
-                time.sleep(60)
-            made = dict(kind="caption", num_examples=1, num_tokens=9, num_images=1)
-            made["distinct_images"] = 1
-            work.finish({"weights_digest": "w", **made})
-        if act == "lie":
-            (Ledger(store).folder(stage) / "SUCCESS").unlink()
-    except Stopped as reason:
-        state = "stopped"
-    except Exception as problem:
-        state, error = "failed", f"{type(problem).__name__}: {problem}"
-    note("end", stage)
-    say(event="finished", stage=stage.name, state=state, error=error)
-"""
+FAKE_WORKER = Path(__file__).parent.parent / "fake_worker.py"
 
 
 class Launch:
     """Runs studies with the fake worker and keeps what happened."""
 
     def __init__(self, folder: Path) -> None:
-        self.script = folder / "fake_worker.py"
-        self.script.write_text(FAKE_WORKER)
+        self.acts = folder / "acts"
         self.ledger = Ledger(folder / "store")
         self.events: list[dict[str, Any]] = []
 
@@ -116,8 +49,11 @@ class Launch:
             self.events.append(event)
             on_event(event)
 
-        command = [sys.executable, str(self.script), str(self.ledger.store)]
-        command += [json.dumps(behaviour or {})]
+        command = [sys.executable, str(FAKE_WORKER), str(self.ledger.store)]
+        shutil.rmtree(self.acts, ignore_errors=True)
+        self.acts.mkdir()
+        for name, act in (behaviour or {}).items():
+            (self.acts / name).write_text(act)
         # What is asked here is order and ends; the studies' data are none.
         return run(
             study,
@@ -156,8 +92,10 @@ def test_a_run_does_every_stage_once_after_its_parents(
     launch: Launch, make_study: MakeStudy
 ) -> None:
     study = make_study((0.2, 0.6, 1.0))
-    outcome = launch(study, workers=2)
+    outcome = launch(study, workers=8)
     assert (outcome.num_done, outcome.num_before, outcome.exit_code) == (17, 0, 0)
+    # Three sources can go side by side, and three models.
+    assert not (launch.ledger.store / "worker-5.log").exists()
     begun = launch.notes("begin")
     assert sorted(begun) == sorted(stage.name for stage in order(study))
     finished: set[str] = set()
@@ -171,11 +109,6 @@ def test_a_run_does_every_stage_once_after_its_parents(
     assert launch.ledger.study_names() == ["small"]
 
 
-def test_stages_of_one_worker_run_in_one_process(launch: Launch, make_study: MakeStudy) -> None:
-    assert launch(make_study(), workers=1).exit_code == 0
-    assert len(launch.pids()) == 1
-
-
 def test_independent_stages_run_side_by_side(launch: Launch, make_study: MakeStudy) -> None:
     study = make_study()
     both = (_stage(study, "continue", 0).name, _stage(study, "continue", 1).name)
@@ -184,17 +117,10 @@ def test_independent_stages_run_side_by_side(launch: Launch, make_study: MakeStu
     assert len(launch.pids()) == 2
 
 
-def test_no_more_workers_start_than_there_is_work(launch: Launch, make_study: MakeStudy) -> None:
-    study = make_study((1.0,))
-    launch(study, workers=8)
-    # Three sources can go side by side, of what trains never as many.
-    assert len(launch.pids()) <= 3
-    assert not (launch.ledger.store / "worker-4.log").exists()
-
-
 def test_the_longest_remaining_chain_starts_first(launch: Launch, make_study: MakeStudy) -> None:
     study = make_study((0.2, 1.0))
     launch(study, workers=1)
+    assert len(launch.pids()) == 1
     chains = remaining_chains(plan(study, Ledger(launch.ledger.store / "none")).rows)
     begun = launch.notes("begin")
     pair = [_stage(study, "train_encoder").name, _stage(study, "pretrain").name]
@@ -423,7 +349,7 @@ def test_pictures_are_priced_again_when_data_was_prepared_and_at_no_other_dispat
         priced.append(len(stages))
         return feature_plan(stages, *others)
 
-    monkeypatch.setattr(local, "feature_plan", count)
+    monkeypatch.setattr(scheduler, "feature_plan", count)
     study = make_study((0.2, 0.6, 1.0))
     assert launch(study).exit_code == 0
     # Six stages see through the encoder; one source is prepared after the first of them began.
@@ -440,8 +366,8 @@ def test_what_data_holds_counts_as_soon_as_it_is_prepared(
         plans = feature_plan(stages, *others)
         return [replace(one, choice=Choice(decision, "")) for one in plans]
 
-    monkeypatch.setattr(local, "feature_plan", answer)
-    choices = FeatureChoices(plan(study, launch.ledger), launch.ledger, Machine())
+    monkeypatch.setattr(scheduler, "feature_plan", answer)
+    choices = FeatureChoices(plan(study, launch.ledger).to_run, launch.ledger, Machine())
     seeing = _stage(study, "continue")
     assert choices.of(seeing) == "auto"
     decision = "stored"

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from midstream.core.storage import write_json
 from midstream.cost.graph import order
 from midstream.launch.overview import Board, Overview, StageView, overview_json
+from midstream.launch.slurm_job import Entry, JobBook
 from midstream.study.stages import (
     DataStage,
     Evaluate,
@@ -80,14 +80,12 @@ def test_a_running_stage_tells_share_loss_speed_time_left_and_place(
     work = held.enter_context(ledger.open_stage(text))
     held.callback(work.finish, {})
     steps(ledger, text, 1_000, 2_000, 3_000)
-    write_json(
-        ledger.store / "slurm.json", {"jobs": {text.name: {"job": "77", "state": "RUNNING"}}}
-    )
+    JobBook.of(ledger.store).note({text.name: Entry("midstream-pretrain-1", "77")})
     seen = Board(study, ledger).look()
     found = view(seen, text)
     assert (found.state, found.sign.done, found.sign.loss) == ("running", 0.3, 2.0)
     assert (found.sign.tokens_per_second, found.sign.seconds_left) == (1000.0, 7.0)
-    assert found.where.endswith("4 ranks, job 77 (RUNNING)")
+    assert found.where.endswith("4 ranks, job 77")
     assert f"{found.host}:{found.pid}" in found.where
     assert seen.active
     assert not seen.settled
@@ -155,26 +153,8 @@ def test_a_launcher_and_a_job_in_the_queue_keep_a_study_alive(study: Study, ledg
     with launch_lock(ledger.store):
         assert board.look().active
     assert not board.look().active
-    result = first(study, Evaluate)
-    for state, alive in (
-        (None, True),
-        ("PENDING", True),
-        ("FAILED", False),
-        ("CANCELLED by 0", False),
-    ):
-        write_json(
-            ledger.store / "slurm.json", {"jobs": {result.name: {"job": "5", "state": state}}}
-        )
-        seen = board.look()
-        assert (seen.active, view(seen, result).has_job) == (alive, alive)
-
-
-@pytest.mark.parametrize("content", [[], {}, {"jobs": None}, {"jobs": {"x": 3}}])
-def test_a_slurm_file_of_another_form_says_nothing(
-    study: Study, ledger: Ledger, content: Any
-) -> None:
-    write_json(ledger.store / "slurm.json", content)
-    assert not Board(study, ledger).look().active
+    JobBook.of(ledger.store).note({first(study, Evaluate).name: Entry("midstream-evaluate-1", "5")})
+    assert board.look().active
 
 
 def test_looking_changes_nothing_in_the_store(study: Study, ledger: Ledger) -> None:

@@ -1,90 +1,60 @@
-"""Studies as jobs of a real Slurm of one machine; most with a worker that only pretends."""
+"""Studies as jobs of Slurm; most with a worker that only pretends.
+
+They run on a stand-in for Slurm, and where there is a real one, on that as well.
+"""
 
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tiny
-from midstream.config import Evaluation, SlurmSettings
-from midstream.core.storage import read_json
+from midstream.config import SlurmSettings
 from midstream.launch import local as launch_local
+from midstream.launch.scheduler import STOPPED_EXIT_CODE, Outcome
 from midstream.launch.slurm import run_on_slurm
-from midstream.launch.terminal import STOPPED_EXIT_CODE, Outcome
+from midstream.launch.slurm_job import JobBook
 from midstream.study.label import label
 from midstream.study.stages import Evaluate, Pretrain, Stage
 from midstream.study.store import Ledger
 from midstream.study.studies import Figure, Line, Study
 from one_node_slurm import OneNodeSlurm, Unavailable, clean
-
-pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+from stand_in_slurm import StandInSlurm
 
 DEADLINE_SECONDS = 120.0
-TEXT = Evaluation(text_tasks=("pocket_facts",), limit=6, prompts="short", max_new_tokens=3)
-
-# Does the one stage of its work file as a word in the store says, by the stage's name.
-FAKE_WORKER = """
-import json, os, signal, sys, time
-from pathlib import Path
-from midstream.study.store import Ledger, Stopped
-from midstream.study.stages import stage_from_json
-
-work = json.loads(Path(sys.argv[1]).read_text())
-store, stage = Path(work["store"]), stage_from_json(json.dumps(work["stage"]))
-act = store / ("act-" + stage.name)
-
-def say(**event):
-    print(json.dumps(event), flush=True)
-
-def stop(*_):
-    raise Stopped("asked to stop")
-
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-    signal.signal(number, stop)
-say(event="ready")
-say(event="started", stage=stage.name)
-state, error = "done", None
-try:
-    with Ledger(store).open_stage(stage) as opened:
-        with (store / "notes").open("a") as stream:
-            stream.write(stage.name + "\\n")
-        for parent in stage.parents:
-            assert Ledger(store).is_done(parent), parent.name
-        if act.is_file() and act.read_text() == "fail":
-            raise ValueError("bad luck")
-        while act.is_file():
-            time.sleep(0.1)
-        opened.finish({})
-except Stopped:
-    state = "stopped"
-except Exception as problem:
-    state, error = "failed", f"{type(problem).__name__}: {problem}"
-say(event="finished", stage=stage.name, state=state, error=error)
-"""
+TEXT = tiny.EVALUATION.model_copy(update={"visual_tasks": ()})
+REAL = pytest.param("real", marks=pytest.mark.slurm)
+FAKE_WORKER = Path(__file__).parent.parent / "fake_worker.py"
+# Every job is two processes that import the package.
+pytestmark = pytest.mark.slow
+real_slurm = pytest.mark.parametrize("slurm", [REAL], indirect=True)
+stand_in = pytest.mark.parametrize("slurm", ["stand-in"], indirect=True)
 
 
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneNodeSlurm]:
+@pytest.fixture(params=["stand-in", REAL], scope="module")
+def slurm(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    pytest.importorskip("submitit")
+    kind, folder = request.param, tmp_path_factory.mktemp("slurm")
     try:
-        running = OneNodeSlurm(tmp_path_factory.mktemp("slurm"))
+        running = StandInSlurm(folder) if kind == "stand-in" else OneNodeSlurm(folder)
     except Unavailable as reason:
         pytest.skip(str(reason))
-    pytest.importorskip("submitit")
-    kept = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(clean(kept) | running.environment)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in set(os.environ) - set(clean(os.environ)):
+            patch.delenv(name)
+        for name, value in running.environment.items():
+            patch.setenv(name, value)
         yield running
-    finally:
         running.close()
-        os.environ.clear()
-        os.environ.update(kept)
 
 
 def text_run(seed: int, **changes: Any) -> Pretrain:
@@ -100,13 +70,26 @@ def study_of(*runs: Pretrain) -> Study:
     return Study(name="tiny", question="?", lines=lines, figure=Figure(x="n", x_label="n"))
 
 
+def with_data(store: Path) -> Ledger:
+    """A store whose data counts as prepared."""
+    ledger = Ledger(store)
+    made = {"kind": "text", "num_examples": 9, "num_tokens": 9_000, "num_images": 0}
+    for stage in tiny.PREPARED:
+        with ledger.open_stage(stage) as work:
+            work.finish({**made, "distinct_images": 0, "seconds": 1.0})
+    return ledger
+
+
+RUN = text_run(1)
+
+
 class Cluster:
     """Runs studies on the Slurm and keeps what was told."""
 
-    def __init__(self, slurm: OneNodeSlurm, ledger: Ledger, folder: Path) -> None:
+    def __init__(self, slurm: Any, ledger: Ledger, folder: Path) -> None:
         self.slurm, self.ledger = slurm, ledger
-        self.script = folder / "fake_worker.py"
-        self.script.write_text(FAKE_WORKER)
+        self.acts = folder / "acts"
+        self.acts.mkdir()
         self.events: list[dict[str, Any]] = []
 
     def __call__(
@@ -135,24 +118,37 @@ class Cluster:
             detach=detach,
             # What is asked here is jobs; what a study asks of its data is none of it.
             skip_checks=fake,
-            command=(sys.executable, str(self.script)) if fake else None,
+            command=(sys.executable, str(FAKE_WORKER)) if fake else None,
         )
+
+    def disturbed(self, steps: Mapping[str, Callable[[str], object]], **settings: Any) -> Outcome:
+        """Run RUN, which waits, and call what stands under "begun", or in a note, with its job."""
+        self.act(RUN, "wait")
+
+        def disturb(event: dict[str, Any]) -> None:
+            begins = event["event"] == "started" and event["stage"] == RUN.name
+            told = "begun" if begins else event.get("text", "")
+            for words, act in steps.items():
+                if words in told:
+                    act(self.jobs().get(RUN.name, ""))
+
+        return self(study_of(RUN), on_event=disturb, **settings)
 
     def act(self, stage: Stage, what: str | None) -> None:
         """Tell the pretending worker of a stage: fail, wait, or (None) go on."""
-        path = self.ledger.store / f"act-{stage.name}"
+        path = self.acts / stage.name
         path.unlink(missing_ok=True) if what is None else path.write_text(what)
 
     def begun(self) -> list[str]:
         """The names of the stages that a pretending worker has begun, in their order."""
-        path = self.ledger.store / "notes"
-        return path.read_text().split() if path.is_file() else []
+        path = self.ledger.store / "notes.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return [json.loads(line)[1] for line in lines if json.loads(line)[0] == "begin"]
 
     def jobs(self) -> dict[str, str]:
         """The job by stage name."""
-        path = self.ledger.store / "slurm.json"
-        kept = read_json(path)["jobs"] if path.is_file() else {}
-        return {name: entry["job"] for name, entry in kept.items()}
+        entries = JobBook.of(self.ledger.store).entries
+        return {name: entry.job or "" for name, entry in entries.items()}
 
     def notes(self) -> str:
         return "\n".join(event["text"] for event in self.events if event["event"] == "note")
@@ -168,26 +164,21 @@ class Cluster:
         return self.slurm.ask("squeue", "--noheader", "--array", "--format=%j").split()
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
-    """A store with the tiny world alone."""
-    ledger = Ledger(tmp_path_factory.mktemp("prepared"))
-    tiny.run_missing(ledger, tiny.DATA)
-    return ledger
-
-
 @pytest.fixture
-def cluster(slurm: OneNodeSlurm, prepared: Ledger, tmp_path: Path) -> Iterator[Cluster]:
-    ledger = tiny.store_with(prepared, tmp_path / "store", tiny.DATA)
-    made = Cluster(slurm, ledger, tmp_path)
+def cluster(slurm: Any, tmp_path: Path) -> Iterator[Cluster]:
+    made = Cluster(slurm, with_data(tmp_path / "store"), tmp_path)
     yield made
     slurm.ask("scancel", "--user", str(os.geteuid()))
     made.until(lambda: not made.queue())
 
 
+@real_slurm
 def test_jobs_give_the_bits_of_a_local_run_though_preempted_and_killed_with_the_controller(
-    cluster: Cluster, prepared: Ledger, tmp_path: Path
+    cluster: Cluster, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
+    # Asked for here, since it takes a while and is skipped where there is no Slurm.
+    tiny_ledger = request.getfixturevalue("tiny_ledger")
+    cluster.ledger = tiny.store_with(tiny_ledger, tmp_path / "true", tiny.DATA)
     # Long enough to be met along the way twice, and a checkpoint now and then.
     budget = tiny.mixture(160_000, web=1.0).model_copy(update={"max_epochs": 32})
     long = text_run(1, budget=budget, checkpoint_every_steps=5)
@@ -219,7 +210,7 @@ def test_jobs_give_the_bits_of_a_local_run_though_preempted_and_killed_with_the_
     assert "Slurm answers again" in cluster.notes()
     assert f"{label(long)} is submitted again: Slurm ended job" in cluster.notes()
     assert cluster.jobs() == {}
-    local = tiny.store_with(prepared, tmp_path / "local", tiny.DATA)
+    local = tiny.store_with(tiny_ledger, tmp_path / "local", tiny.DATA)
     result = study.lines[0].result
     tiny.run_missing(local, result)
     for stage in (long, result):
@@ -227,7 +218,7 @@ def test_jobs_give_the_bits_of_a_local_run_though_preempted_and_killed_with_the_
 
 
 def test_equal_stages_are_one_array_and_children_wait_for_their_parents(cluster: Cluster) -> None:
-    study = study_of(text_run(1), text_run(2), text_run(3))
+    study = study_of(RUN, text_run(2), text_run(3))
     sizes: dict[str, str] = {}
 
     def look(event: dict[str, Any]) -> None:
@@ -247,44 +238,39 @@ def test_equal_stages_are_one_array_and_children_wait_for_their_parents(cluster:
     assert "--array=0-2%1" in script.read_text()
 
 
-def test_a_partition_that_does_not_exist_or_gives_less_time_is_named_before_all_else(
+def test_what_slurm_cannot_give_is_named_and_nothing_is_queued(
     cluster: Cluster,
 ) -> None:
     before = sorted(cluster.ledger.store.rglob("*"))
     with pytest.raises(ValueError, match=r"no partition 'hgih'; did you mean 'high'\? it has ci"):
-        cluster(study_of(text_run(1)), stages={"evaluate": {"partition": "hgih"}})
+        cluster(study_of(RUN), stages={"evaluate": {"partition": "hgih"}})
     # Without the check its jobs would wait for ever.
     with pytest.raises(ValueError, match=r"time_minutes is 61, but partition high gives 60"):
-        cluster(study_of(text_run(1)), stages={"evaluate": {"partition": "high"}}, time_minutes=61)
+        cluster(study_of(RUN), stages={"evaluate": {"partition": "high"}}, time_minutes=61)
     with pytest.raises(ValueError, match=r"time_minutes is 61, but the default partition"):
-        cluster(study_of(text_run(1)), time_minutes=61)
+        cluster(study_of(RUN), time_minutes=61)
     assert sorted(cluster.ledger.store.rglob("*")) == before
-    assert cluster.queue() == []
-
-
-def test_what_sbatch_refuses_is_told_in_its_words(cluster: Cluster) -> None:
     with pytest.raises(ValueError, match=r"sbatch refused 1 pretrain jobs: .*Memory specification"):
-        cluster(study_of(text_run(1)), memory="900G")
+        cluster(study_of(RUN), memory="900G")
     assert cluster.jobs() == {}
-    assert cluster.ledger.state(text_run(1)) == "new"
+    assert cluster.queue() == []
+    assert cluster.ledger.state(RUN) == "new"
 
 
 def test_without_slurms_commands_the_remedy_is_named(
-    prepared: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ledger = tiny.store_with(prepared, tmp_path / "store", tiny.DATA)
+    ledger = with_data(tmp_path / "store")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"no sbatch, srun.* on the PATH.*leave --slurm out"):
-        run_on_slurm(
-            study_of(text_run(1)), ledger, tiny.MACHINE, SlurmSettings(), lambda event: None
-        )
+        run_on_slurm(study_of(RUN), ledger, tiny.MACHINE, SlurmSettings(), lambda event: None)
     assert not (ledger.store / "slurm.json").exists()
 
 
 def test_a_failed_stage_cancels_its_descendants_only_and_runs_again_with_retry(
     cluster: Cluster,
 ) -> None:
-    bad, good = text_run(1), text_run(2)
+    bad, good = RUN, text_run(2)
     study = study_of(bad, good)
     cluster.act(bad, "fail")
     outcome = cluster(study)
@@ -300,32 +286,23 @@ def test_a_failed_stage_cancels_its_descendants_only_and_runs_again_with_retry(
     assert (same.num_done, same.num_failed, same.num_skipped) == (0, 1, 1)
     assert "--retry" in same.messages[0]
     again = cluster(study, retry=True)
-    assert (again.num_before, again.num_done, again.exit_code) == (3, 2, 0)
+    assert (again.num_before, again.num_done, again.exit_code) == (5, 2, 0)
 
 
 def test_a_cancelled_job_is_named_in_the_ledger_with_slurms_reason(cluster: Cluster) -> None:
-    lost, good = text_run(1), text_run(2)
-    study = study_of(lost, good)
-    cluster.act(lost, "wait")
-
-    def cancel(event: dict[str, Any]) -> None:
-        if event["event"] == "started" and event["stage"] == lost.name:
-            cluster.slurm.ask("scancel", cluster.jobs()[lost.name])
-
-    outcome = cluster(study, on_event=cancel)
-    assert (outcome.num_done, outcome.num_failed, outcome.num_skipped) == (2, 1, 1)
-    status = cluster.ledger.status(lost)
-    assert status["state"] == "failed"
-    assert "as CANCELLED" in status["error"]
-    assert cluster.begun().count(lost.name) == 1
+    outcome = cluster.disturbed({"begun": lambda job: cluster.slurm.ask("scancel", job)})
+    assert (outcome.num_done, outcome.num_failed, outcome.num_skipped) == (0, 1, 1)
+    assert cluster.ledger.status(RUN)["state"] == "failed"
+    assert "as CANCELLED" in cluster.ledger.status(RUN)["error"]
+    assert cluster.begun() == [RUN.name]
     assert "as CANCELLED" in outcome.messages[0]
 
 
 def test_a_launcher_that_is_killed_finds_its_jobs_again_and_submits_none_twice(
     cluster: Cluster,
 ) -> None:
-    study = study_of(text_run(1), text_run(2))
-    cluster.act(text_run(1), "wait")
+    study = study_of(RUN, text_run(2))
+    cluster.act(RUN, "wait")
     first = cluster(study, detach=True)
     assert (first.num_queued, first.num_done, first.exit_code) == (4, 0, 0)
     jobs = cluster.jobs()
@@ -344,7 +321,7 @@ def test_a_launcher_that_is_killed_finds_its_jobs_again_and_submits_none_twice(
     assert second.exit_code == STOPPED_EXIT_CODE
     assert "the same command follows them" in cluster.notes()
     assert cluster.jobs().items() <= jobs.items()
-    cluster.act(text_run(1), None)
+    cluster.act(RUN, None)
     third = cluster(study)
     assert third.exit_code == 0, third.messages
     assert sorted(cluster.begun()) == sorted(jobs)
@@ -352,16 +329,85 @@ def test_a_launcher_that_is_killed_finds_its_jobs_again_and_submits_none_twice(
 
 
 def test_a_submission_that_was_cut_off_is_made_anew(cluster: Cluster) -> None:
-    study = study_of(text_run(1))
-    cluster.act(text_run(1), "wait")
+    study = study_of(RUN)
+    cluster.act(RUN, "wait")
     cluster(study, detach=True)
     old = cluster.jobs()
-    path = cluster.ledger.store / "slurm.json"
-    kept = read_json(path)
-    kept["jobs"][text_run(1).name]["job"] = None
-    path.write_text(json.dumps(kept))
-    cluster.act(text_run(1), None)
+    book = JobBook.of(cluster.ledger.store)
+    book.note({RUN.name: replace(book.entries[RUN.name], job=None)})
+    cluster.act(RUN, None)
     outcome = cluster(study)
     assert (outcome.num_done, outcome.exit_code) == (2, 0), outcome.messages
-    states = cluster.slurm.ask("scontrol", "show", "job", old[text_run(1).name])
+    states = cluster.slurm.ask("scontrol", "show", "job", old[RUN.name])
     assert "JobState=CANCELLED" in states
+
+
+@stand_in
+def test_a_preempted_job_is_queued_again_and_its_stage_goes_on(cluster: Cluster) -> None:
+    def preempt(job: str) -> None:
+        for pid in cluster.slurm.job_processes(job):
+            os.kill(pid, signal.SIGTERM)
+
+    steps = {"begun": preempt, "is requeued: told to stop": lambda _: cluster.act(RUN, None)}
+    outcome = cluster.disturbed(steps)
+    assert (outcome.num_done, outcome.exit_code) == (2, 0), outcome.messages
+    assert cluster.begun().count(RUN.name) == 2
+
+
+@stand_in
+def test_a_job_that_slurm_ends_uses_up_a_restart_and_then_fails_its_stage(
+    cluster: Cluster,
+) -> None:
+    outcome = cluster.disturbed(
+        {"begun": lambda job: cluster.slurm.end(job, "OUT_OF_MEMORY")}, restarts=1
+    )
+    assert (outcome.num_done, outcome.num_failed, outcome.num_skipped) == (0, 1, 1)
+    assert f"{label(RUN)} is submitted again: Slurm ended job" in cluster.notes()
+    assert "as OUT_OF_MEMORY" in cluster.ledger.status(RUN)["error"]
+    assert cluster.begun() == [RUN.name] * 2
+
+
+@stand_in
+def test_a_killed_worker_is_begun_again_by_its_own_job(cluster: Cluster) -> None:
+    def kill(job: str) -> None:
+        for pid, words in cluster.slurm.job_processes(job).items():
+            if str(FAKE_WORKER) in words and "submitit" not in words:
+                os.kill(pid, signal.SIGKILL)
+
+    outcome = cluster.disturbed(
+        {"begun": kill, "is restarted: ": lambda _: cluster.act(RUN, None)}, restarts=1
+    )
+    assert (outcome.num_done, outcome.exit_code) == (2, 0), outcome.messages
+    assert "ended with signal SIGKILL" in cluster.notes()
+
+
+@stand_in
+def test_a_controller_that_was_away_and_forgot_a_job_costs_nothing(cluster: Cluster) -> None:
+    def forget(job: str) -> None:
+        cluster.slurm.forget(job)
+        cluster.slurm.kill_controller()
+
+    outcome = cluster.disturbed(
+        {
+            "begun": forget,
+            "waiting until Slurm answers": lambda _: cluster.slurm.start_controller(),
+            "no longer knows job": lambda _: cluster.act(RUN, None),
+        }
+    )
+    assert (outcome.num_done, outcome.exit_code) == (2, 0), outcome.messages
+    assert "Slurm answers again" in cluster.notes()
+    assert cluster.begun().count(RUN.name) == 1
+
+
+@stand_in
+def test_no_more_jobs_are_queued_than_max_jobs(cluster: Cluster) -> None:
+    study = study_of(RUN, text_run(2))
+    with pytest.raises(ValueError, match="max_jobs is 1"):
+        cluster(study, detach=True, max_jobs=1)
+    queued = []
+
+    def count(event: dict[str, Any]) -> None:
+        queued.append(len(cluster.jobs()))
+
+    assert cluster(study, on_event=count, max_jobs=1).num_done == 4
+    assert max(queued) == 1

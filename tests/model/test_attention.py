@@ -170,18 +170,6 @@ def test_flex_attention_equals_the_dense_one(kind: Attention, length: int, chann
     )
 
 
-@every_kind
-@without_flex_warning
-def test_a_decoder_takes_both_masks_with_equal_results(kind: Attention) -> None:
-    decoder = decoder_of()
-    segment_ids, prefix = random_rows(2, 40, 5)
-    found = [
-        outputs(decoder, ids_of(2, 40), mask_of(kind, segment_ids, prefix, dense=dense))
-        for dense in (True, False)
-    ]
-    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
-
-
 @pytest.fixture
 def no_kernels() -> Iterator[None]:
     """Torch keeps a limited number of kernels a process."""

@@ -1,6 +1,8 @@
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any, get_args
 
@@ -22,7 +24,7 @@ ENCODER = EncoderConfig(
 OPENLM = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=40)
 PROMPTS = [[5, 6, 7], [1], list(range(1, 20)), [9, 8, 7, 6], [3] * 16, [2, 30]]
 KINDS: tuple[Attention, ...] = get_args(Attention)
-DRAWN = Sampling(temperature=1.5, top_p=0.9, top_k=20, seed=3)
+DRAWN = Sampling(temperature=1.5, top_p=0.9, seed=3)
 NO_STOP = frozenset[int]()
 
 
@@ -60,6 +62,30 @@ def plain() -> VLM:
 
 def images(count: int) -> Tensor:
     return torch.randn(count, 4, 24, generator=torch.Generator().manual_seed(0))
+
+
+def answers(
+    vlm: VLM,
+    prompts: list[list[int]],
+    features: Tensor | None,
+    new: int,
+    size: int = 4,
+    **more: Any,
+) -> list[list[int]]:
+    """`new` tokens an answer, in batches of `size`."""
+    options = {"stop_ids": NO_STOP} | more
+    return generate(vlm, prompts, features, max_new_tokens=new, batch_size=size, **options)
+
+
+@contextmanager
+def shapes_read(vlm: VLM) -> Iterator[list[tuple[int, ...]]]:
+    """(rows, positions) of each call of the decoder."""
+    read: list[tuple[int, ...]] = []
+    hook = vlm.decoder.register_forward_hook(
+        lambda _module, inputs, _output: read.append(tuple(inputs[0].shape[:2]))
+    )
+    yield read
+    hook.remove()
 
 
 # ------------------------------------------------------------------- a reference without a cache
@@ -105,11 +131,10 @@ def plain_generate(
 def plain_draw(logits: Tensor, sampling: Sampling, index: int, step: int) -> int:
     """Token by token from the likeliest down, until the drawn place is passed."""
     chances = (logits.double() / sampling.temperature).softmax(-1).tolist()
-    ranked = sorted(range(len(chances)), key=lambda token: -chances[token])[: sampling.top_k]
-    mass = sum(chances[token] for token in ranked)
+    ranked = sorted(range(len(chances)), key=lambda token: -chances[token])
     kept: list[int] = []
     for token in ranked:
-        if sum(chances[before] for before in kept) < sampling.top_p * mass:
+        if sum(chances[before] for before in kept) < sampling.top_p:
             kept.append(token)
     source = generator(sampling.seed, f"token/{index}/{step}")
     place = float(torch.rand((), generator=source, dtype=torch.float64))
@@ -137,7 +162,7 @@ def test_answers_equal_the_whole_sequence_recomputed_for_each_token(
 ) -> None:
     prompts = random_prompts(9, seed)
     features = images(9) if sees else None
-    found = generate(vlm, prompts, features, max_new_tokens=7, stop_ids=NO_STOP, batch_size=4)
+    found = answers(vlm, prompts, features, 7)
     for index, prompt in enumerate(prompts):
         mine = None if features is None else features[index : index + 1]
         assert found[index] == plain_generate(vlm, prompt, mine, 7)
@@ -145,13 +170,13 @@ def test_answers_equal_the_whole_sequence_recomputed_for_each_token(
 
 def test_what_begins_a_text_is_read_before_its_image(vlm: VLM) -> None:
     prompts, features, image_of = random_prompts(6, 5), images(2), [0, 1, 1, 0, 1, 1]
-    options: Any = {"image_of": image_of, "begin": 39, "batch_size": 2}
-    found = generate(vlm, prompts, features, max_new_tokens=6, stop_ids=NO_STOP, **options)
+    options: Any = {"image_of": image_of, "begin": 39}
+    found = answers(vlm, prompts, features, 6, 2, **options)
     for index, prompt in enumerate(prompts):
         image = features[image_of[index]][None]
         assert found[index] == plain_generate(vlm, prompt, image, 6, begin=39)
     choices = [[[7], [8, 9]]] * len(prompts)
-    scored = choice_logprobs(vlm, prompts, features, choices, **options)
+    scored = choice_logprobs(vlm, prompts, features, choices, **options, batch_size=2)
     for index, prompt in enumerate(prompts):
         image = features[image_of[index]][None]
         for one, (found_logprob, _) in zip(choices[index], scored[index], strict=True):
@@ -165,17 +190,14 @@ def test_what_begins_a_text_is_read_before_its_image(vlm: VLM) -> None:
     reply = list(talk.reply(prompts[0], max_new_tokens=6, stop_ids=NO_STOP))
     assert reply == found[0]
     # Otherwise the comparison says nothing.
-    assert found != generate(
-        vlm, prompts, features, max_new_tokens=6, stop_ids=NO_STOP, **options | {"begin": None}
-    )
+    assert found != answers(vlm, prompts, features, 6, 2, image_of=image_of)
 
 
 def test_shared_images_give_the_answers_of_images_of_their_own(vlm: VLM) -> None:
     prompts = random_prompts(13, 2)
     image_of = [4, 0, 4, 2, 2, 4, 1, 0, 4, 4, 2, 4, 4]
-    options: Any = {"max_new_tokens": 6, "stop_ids": NO_STOP, "batch_size": 3}
-    found = generate(vlm, prompts, images(6), image_of=image_of, **options)
-    assert found == generate(vlm, prompts, images(6)[image_of], **options)
+    found = answers(vlm, prompts, images(6), 6, 3, image_of=image_of)
+    assert found == answers(vlm, prompts, images(6)[image_of], 6, 3)
     for index, prompt in enumerate(prompts):
         image = images(6)[image_of[index]][None]
         assert found[index] == plain_generate(vlm, prompt, image, 6)
@@ -186,97 +208,39 @@ def test_a_shared_image_is_read_once_unless_it_sees_the_prompt(kind: Attention) 
     vlm = vlm_of(kind)
     # Ten prompts of one rounded length about three images, in batches of two.
     prompts, image_of = [[5, number] for number in range(10)], [0, 2, 0, 2, 0, 5, 0, 2, 0, 2]
-    read: list[tuple[int, ...]] = []
-    hook = vlm.decoder.register_forward_hook(
-        lambda _module, inputs, _output: read.append(tuple(inputs[0].shape[:2]))
-    )
-    generate(
-        vlm,
-        prompts,
-        images(6),
-        image_of=image_of,
-        max_new_tokens=2,
-        stop_ids=NO_STOP,
-        batch_size=2,
-    )
-    hook.remove()
-    found = Counter(read)
+    with shapes_read(vlm) as read:
+        answers(vlm, prompts, images(6), 2, 2, image_of=image_of)
     if kind == "prefix":
         # Image and prompt (rounded to 16) together, five times; then a token each.
-        assert found == {(2, 4 + 16): 5, (2, 1): 5}
-    else:
-        # Images 0 and 2 together, then image 5, in batches of four; nine prompts about the former.
-        assert found == {(4, 4): 2, (2, 16): 6, (2, 1): 6}
-
-
-def test_an_image_is_read_once_though_questions_about_it_differ_in_length() -> None:
-    vlm = vlm_of("segments")
-    prompts = [[5], [6] * 20, [7] * 40, [8] * 3]
-    read: list[tuple[int, ...]] = []
-    hook = vlm.decoder.register_forward_hook(
-        lambda _module, inputs, _output: read.append(tuple(inputs[0].shape[:2]))
-    )
-    generate(
-        vlm,
-        prompts,
-        images(1),
-        image_of=[0] * 4,
-        max_new_tokens=1,
-        stop_ids=NO_STOP,
-        batch_size=2,
-    )
-    hook.remove()
+        assert Counter(read) == {(2, 4 + 16): 5, (2, 1): 5}
+        return
+    # Images 0 and 2 together, then image 5, in batches of four; nine prompts about the former.
+    assert Counter(read) == {(4, 4): 2, (2, 16): 6, (2, 1): 6}
+    # Once, too, though questions about it differ in length.
+    with shapes_read(vlm) as read:
+        answers(vlm, [[5], [6] * 20, [7] * 40, [8] * 3], images(1), 1, 2, image_of=[0] * 4)
     assert Counter(read) == {(4, 4): 1, (2, 16): 1, (2, 32): 1, (2, 48): 1}
-
-
-def test_attention_changes_the_answer_only_where_a_prefix_sees_itself() -> None:
-    answers = {}
-    for kind in KINDS:
-        model = VLM(vlm_of("causal").config.model_copy(update={"attention": kind}))
-        model.load_state_dict(vlm_of("causal").state_dict())
-        answers[kind] = [
-            generate(model, PROMPTS, given, max_new_tokens=7, stop_ids=NO_STOP, batch_size=4)
-            for given in (None, images(6))
-        ]
-    assert answers["causal"] == answers["segments"]
-    assert all(one != two for one, two in zip(answers["causal"], answers["prefix"], strict=True))
-
-
-def test_an_image_changes_the_answer(vlm: VLM) -> None:
-    answers = [
-        generate(vlm, PROMPTS, given, max_new_tokens=7, stop_ids=NO_STOP, batch_size=4)
-        for given in (None, images(6), -images(6))
-    ]
-    assert answers[0] != answers[1] != answers[2]
 
 
 @pytest.mark.parametrize("sampling", [None, DRAWN])
 def test_decoding_stops_at_any_stop_id_and_leaves_it_out(
     vlm: VLM, sampling: Sampling | None
 ) -> None:
-    options: Any = {"max_new_tokens": 12, "batch_size": 4, "sampling": sampling}
-    free = generate(vlm, PROMPTS, None, stop_ids=NO_STOP, **options)
+    free = answers(vlm, PROMPTS, None, 12, sampling=sampling)
     assert all(len(answer) == 12 for answer in free)
     stops = frozenset({free[0][3], free[2][5], free[4][1]})
-    found = generate(vlm, PROMPTS, None, stop_ids=stops, **options)
+    found = answers(vlm, PROMPTS, None, 12, sampling=sampling, stop_ids=stops)
     for whole, cut in zip(free, found, strict=True):
         ends = [place for place, token in enumerate(whole) if token in stops]
         assert cut == whole[: ends[0] if ends else None]
-    assert len(found[0]) <= 3
-    assert len(found[2]) <= 5
-    assert len(found[4]) <= 1
 
 
 def test_decoding_ends_early_when_all_rows_are_done(plain: VLM) -> None:
-    steps: list[int] = []
-    hook = plain.decoder.register_forward_hook(lambda *_: steps.append(1))
-    options: Any = {"batch_size": 2}
-    first = generate(plain, [[5]], None, max_new_tokens=1, stop_ids=NO_STOP, **options)[0][0]
-    assert len(steps) == 1
-    stops = frozenset({first})
-    assert generate(plain, [[5]], None, max_new_tokens=50, stop_ids=stops, **options) == [[]]
-    hook.remove()
-    assert len(steps) == 2
+    with shapes_read(plain) as read:
+        first = answers(plain, [[5]], None, 1, 2)[0][0]
+        assert len(read) == 1
+        assert answers(plain, [[5]], None, 50, 2, stop_ids=frozenset({first})) == [[]]
+        assert len(read) == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -285,14 +249,13 @@ def test_logits_do_not_depend_on_neighbours_to_the_last_bit(kind: Attention) -> 
     hook = vlm.decoder.output.register_forward_hook(
         lambda _module, _inputs, output: seen.append(output.clone())
     )
-    options: Any = {"max_new_tokens": 5, "stop_ids": NO_STOP, "batch_size": 4}
     features = images(len(PROMPTS))
-    generate(vlm, [PROMPTS[0]], features[:1], **options)
+    answers(vlm, [PROMPTS[0]], features[:1], 5)
     alone, seen[:] = [logits[0] for logits in seen], []
     mixed = [2, 3, 0, 1]
     # Prompts 3, 0, 1 share the short batch; prompt 2 is longer and comes after it. Prompt 1 is
     # about the image of prompt 0.
-    generate(vlm, [PROMPTS[i] for i in mixed], features, image_of=[2, 3, 0, 0], **options)
+    answers(vlm, [PROMPTS[i] for i in mixed], features, 5, image_of=[2, 3, 0, 0])
     hook.remove()
     rows = [seen[step] for step in range(5)]
     assert len(seen) == 10
@@ -303,18 +266,17 @@ def test_logits_do_not_depend_on_neighbours_to_the_last_bit(kind: Attention) -> 
 
 
 def test_unusable_prompts_are_refused(plain: VLM) -> None:
-    options: Any = {"max_new_tokens": 5, "stop_ids": NO_STOP, "batch_size": 4}
-    with pytest.raises(ValueError, match="2 images were given for 1 prompts"):
-        generate(plain, [[1]], images(2), **options)
-    with pytest.raises(ValueError, match="prompt is empty"):
-        generate(plain, [[1], []], None, **options)
-    with pytest.raises(ValueError, match=r"one of 2 images to each of 1 prompts, it is \[2\]"):
-        generate(plain, [[1]], images(2), image_of=[2], **options)
-    with pytest.raises(ValueError, match="one of 2 images to each of 2 prompts"):
-        generate(plain, [[1], [2]], images(2), image_of=[1], **options)
-    with pytest.raises(ValueError, match="one of 0 images"):
-        generate(plain, [[1]], None, image_of=[0], **options)
-    assert generate(plain, [], None, **options) == []
+    two = images(2)
+    for prompts, features, image_of, told in (
+        ([[1]], two, None, "2 images were given for 1 prompts"),
+        ([[1], []], None, None, "prompt is empty"),
+        ([[1]], two, [2], r"one of 2 images to each of 1 prompts, it is \[2\]"),
+        ([[1], [2]], two, [1], "one of 2 images to each of 2 prompts"),
+        ([[1]], None, [0], "one of 0 images"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            answers(plain, prompts, features, 5, image_of=image_of)
+    assert answers(plain, [], None, 5) == []
 
 
 # ---------------------------------------------------------------------------------- drawn answers
@@ -325,48 +287,31 @@ def test_unusable_prompts_are_refused(plain: VLM) -> None:
     [
         DRAWN,
         Sampling(temperature=0.7, seed=1),
-        Sampling(temperature=3.0, top_k=3),
         Sampling(top_p=0.5),
     ],
 )
 def test_drawn_answers_equal_a_reference_that_draws_token_by_token(sampling: Sampling) -> None:
     vlm, prompts = vlm_of("prefix"), random_prompts(6, 4)
-    found = generate(
-        vlm,
-        prompts,
-        images(6),
-        max_new_tokens=6,
-        stop_ids=NO_STOP,
-        batch_size=4,
-        sampling=sampling,
-    )
+    found = answers(vlm, prompts, images(6), 6, sampling=sampling)
     for index, prompt in enumerate(prompts):
-        expected = plain_generate(
-            vlm,
-            prompt,
-            images(6)[index : index + 1],
-            6,
-            lambda logits, step, index=index: plain_draw(logits, sampling, index, step),
-        )
-        assert found[index] == expected
+
+        def draw(logits: Tensor, step: int, index: int = index) -> int:
+            return plain_draw(logits, sampling, index, step)
+
+        assert found[index] == plain_generate(vlm, prompt, images(6)[index][None], 6, draw)
 
 
 def test_a_draw_follows_from_seed_and_prompt_number_alone(plain: VLM) -> None:
-    prompts, options = [[5, 6, 7]] * 5, {"max_new_tokens": 8, "stop_ids": NO_STOP}
-    found = [
-        generate(plain, prompts, None, batch_size=size, sampling=DRAWN, **options)  # type: ignore[arg-type]
-        for size in (1, 2, 2, 5)
-    ]
-    assert all(answers == found[0] for answers in found)
+    prompts = [[5, 6, 7]] * 5
+    found = [answers(plain, prompts, None, 8, size, sampling=DRAWN) for size in (1, 2, 2, 5)]
+    assert all(said == found[0] for said in found)
     # Equal prompts get answers of their own.
     assert len(set(map(tuple, found[0]))) == 5
     # Neighbours and the global generator change nothing.
     torch.manual_seed(1)
     longer = [*prompts[:3], list(range(20)), [8], *prompts[:2]]
-    mixed = generate(plain, longer, None, batch_size=2, sampling=DRAWN, **options)  # type: ignore[arg-type]
-    assert mixed[:3] == found[0][:3]
-    again = Sampling(temperature=1.5, top_p=0.9, top_k=20, seed=4)
-    other = generate(plain, prompts, None, batch_size=2, sampling=again, **options)  # type: ignore[arg-type]
+    assert answers(plain, longer, None, 8, 2, sampling=DRAWN)[:3] == found[0][:3]
+    other = answers(plain, prompts, None, 8, 2, sampling=replace(DRAWN, seed=4))
     assert all(one != two for one, two in zip(other, found[0], strict=True))
 
 
@@ -378,11 +323,8 @@ CHANCES = torch.tensor([0.05, 0.4, 0.0, 0.25, 0.1, 0.2], dtype=torch.float64)
     [
         (Sampling(), CHANCES.tolist()),
         (Sampling(temperature=0.5), (CHANCES**2 / (CHANCES**2).sum()).tolist()),
-        (Sampling(top_k=2), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0, 0]),
         # 0.4 + 0.25 fall short of 0.7, the third one reaches beyond it.
         (Sampling(top_p=0.7), [0, 0.4 / 0.85, 0, 0.25 / 0.85, 0, 0.2 / 0.85]),
-        # Of the three that are left, two make up 0.65 / 0.85 of the mass.
-        (Sampling(top_k=3, top_p=0.7), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0, 0]),
         (Sampling(top_p=1e-9), [0, 1, 0, 0, 0, 0]),
     ],
 )
@@ -413,7 +355,6 @@ def test_tokens_are_drawn_as_often_as_the_distribution_says(
         ({"temperature": float("nan")}, "temperature nan"),
         ({"top_p": 0.0}, "top_p 0.0 must lie above 0"),
         ({"top_p": 1.5}, "top_p 1.5"),
-        ({"top_k": 0}, "top_k 0 must be at least 1"),
     ],
 )
 def test_a_distribution_that_is_none_is_refused(wrong: Any, message: str) -> None:
@@ -449,18 +390,6 @@ def test_a_conversation_goes_on_as_if_it_were_read_anew_at_each_token(
     assert talk.ids == first + said
 
 
-@pytest.mark.parametrize("sampling", [None, DRAWN])
-def test_the_first_reply_of_a_conversation_is_that_of_a_batch_of_one(
-    vlm: VLM, sampling: Sampling | None
-) -> None:
-    options: Any = {"max_new_tokens": 9, "stop_ids": frozenset({4, 9, 30})}
-    for prompt in PROMPTS:
-        talk = Conversation(vlm, images(1), max_positions=60, sampling=sampling)
-        (expected,) = generate(vlm, [prompt], images(1), batch_size=1, sampling=sampling, **options)
-        assert list(talk.reply(prompt, **options)) == expected
-        assert talk.ids == prompt + expected
-
-
 def test_a_reply_that_is_left_early_or_stopped_keeps_what_was_said(plain: VLM) -> None:
     options: Any = {"max_new_tokens": 8, "stop_ids": NO_STOP}
     whole = list(Conversation(plain, None, max_positions=60).reply([5, 6], **options))
@@ -478,16 +407,12 @@ def test_a_reply_that_is_left_early_or_stopped_keeps_what_was_said(plain: VLM) -
 
 
 def test_a_conversation_reads_every_token_once(plain: VLM) -> None:
-    read: list[int] = []
-    hook = plain.decoder.register_forward_hook(
-        lambda _module, inputs, _output: read.append(inputs[0].shape[1])
-    )
-    talk = Conversation(plain, images(1), max_positions=60)
-    for turn in ([5, 6, 7], [8, 9]):
-        list(talk.reply(turn, max_new_tokens=3, stop_ids=NO_STOP))
-    hook.remove()
+    with shapes_read(plain) as read:
+        talk = Conversation(plain, images(1), max_positions=60)
+        for turn in ([5, 6, 7], [8, 9]):
+            list(talk.reply(turn, max_new_tokens=3, stop_ids=NO_STOP))
     # The image and the first turn; the reply's last token comes with the next turn.
-    assert read == [4 + 3, 1, 1, 1 + 2, 1, 1]
+    assert [positions for _, positions in read] == [4 + 3, 1, 1, 1 + 2, 1, 1]
 
 
 def test_a_conversation_ends_where_its_room_does(plain: VLM) -> None:
@@ -527,7 +452,7 @@ def test_logprobs_are_those_of_each_sequence_alone(plain: VLM) -> None:
 
 def test_a_greedy_continuation_is_recognised(plain: VLM) -> None:
     prompt = [5, 6, 7]
-    answer = generate(plain, [prompt], None, max_new_tokens=4, stop_ids=NO_STOP, batch_size=1)[0]
+    answer = answers(plain, [prompt], None, 4, 1)[0]
     other = [*answer[:-1], (answer[-1] + 1) % 40]
     found = sequence_logprobs(plain, [prompt + answer, prompt + other], [3, 3], batch_size=2)
     assert [is_greedy for _, is_greedy in found] == [True, False]
@@ -574,28 +499,19 @@ def test_choices_behind_a_shared_context_are_as_likely_as_alone(decoder: str) ->
 @pytest.mark.parametrize("kind", KINDS)
 def test_choices_do_not_depend_on_what_stands_beside_them(kind: Attention) -> None:
     vlm = vlm_of(kind)
-    features = torch.randn(3, ENCODER.num_patches, 24, generator=generator(0, "test"))
-    image_of = [0, 1, 2, 0, 0, 1]
+    features, image_of = images(3), [0, 1, 2, 0, 0, 1]
     whole = choice_logprobs(vlm, PROMPTS, features, CHOICES, image_of=image_of, batch_size=4)
-    for index in range(len(PROMPTS)):
-        one = choice_logprobs(
-            vlm,
-            PROMPTS[index : index + 1],
-            features[image_of[index]][None],
-            CHOICES[index : index + 1],
-            batch_size=4,
-        )
-        assert one == whole[index : index + 1]
+    for prompt, own, image, expected in zip(PROMPTS, CHOICES, image_of, whole, strict=True):
+        assert choice_logprobs(vlm, [prompt], features[image][None], [own], batch_size=4) == [
+            expected
+        ]
 
 
 def test_a_choice_that_greedy_decoding_gives_is_the_likeliest_of_all_tokens() -> None:
     vlm = vlm_of("prefix")
-    features = torch.randn(1, ENCODER.num_patches, 24, generator=generator(1, "test"))
-    ((token,),) = generate(
-        vlm, [[4, 5]], features, max_new_tokens=1, stop_ids=NO_STOP, batch_size=2
-    )
+    ((token,),) = answers(vlm, [[4, 5]], images(1), 1, 2)
     every = [[other] for other in range(40)]
-    (found,) = choice_logprobs(vlm, [[4, 5]], features, [every], batch_size=2)
+    (found,) = choice_logprobs(vlm, [[4, 5]], images(1), [every], batch_size=2)
     values = [value for value, _ in found]
     assert values.index(max(values)) == token
     assert [greedy for _, greedy in found] == [other == token for other in range(40)]

@@ -1,7 +1,10 @@
 """What a stage trains gets a gradient, what it freezes gets none: every way to see and connect."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from midstream.config import (
@@ -98,6 +101,33 @@ def batch_of(encoder: AnyEncoderConfig, num_images: int) -> Batch:
     )
 
 
+def model_of(encoder: AnyEncoderConfig | None = SIGLIP, **settings: Any) -> VLM:
+    settings = {"owns_encoder": encoder is not None} | settings
+    if isinstance(encoder, PatchProjection):
+        settings["owns_encoder"] = True
+    model = VLM(VLMConfig(decoder=DECODER, encoder=encoder, **settings))
+    initialise(model, 0)
+    return model
+
+
+def stepped(
+    model: VLM, batch: Batch, chosen: Training, settings: AdamW | None = None, steps: int = 1
+) -> tuple[dict[str, Tensor], torch.optim.Optimizer, nn.Module | None]:
+    """The parameters before some steps, the optimiser, and the encoder outside the model."""
+    settings = settings or AdamW()
+    optimizer = make_optimizer(model, settings, encoder_rate_factor=freeze(model, chosen))
+    outside = None
+    if model.encoder is None:
+        assert model.config.encoder is not None
+        outside = build_encoder(model.config.encoder).requires_grad_(False)
+        initialise(outside, 1)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    options: Any = {"rate": 1e-3, "settings": settings, "place": Place(CPU)}
+    for _ in range(steps):
+        train_step(model, optimizer, [batch], encode=outside, **options)
+    return before, optimizer, outside
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("projector", PROJECTORS)
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -106,33 +136,8 @@ def test_gradients_reach_what_is_trained_and_nothing_else(
 ) -> None:
     config, (owned, factor) = ENCODERS[encoder], STAGES[stage]
     patches = isinstance(config, PatchProjection)
-    model = VLM(
-        VLMConfig(
-            decoder=DECODER,
-            encoder=config,
-            projector=PROJECTORS[projector],
-            owns_encoder=owned or patches,
-        )
-    )
-    initialise(model, 0)
-    rate_factor = freeze(model, training(factor))
-    assert rate_factor == (factor or 1.0)
-    optimizer = make_optimizer(model, AdamW(), encoder_rate_factor=rate_factor)
-    frozen = None
-    if model.encoder is None:
-        outside = build_encoder(config).requires_grad_(False)
-        initialise(outside, 1)
-        frozen = outside
-    before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    train_step(
-        model,
-        optimizer,
-        [batch_of(config, 2)],
-        encode=frozen,
-        rate=1e-3,
-        settings=AdamW(),
-        place=Place(CPU),
-    )
+    model = model_of(config, projector=PROJECTORS[projector], owns_encoder=owned)
+    before, _, frozen = stepped(model, batch_of(config, 2), training(factor))
     trained_encoder = factor is not None or patches
     for name, parameter in model.named_parameters():
         if name.startswith("encoder.") and not trained_encoder:
@@ -151,8 +156,7 @@ def test_gradients_reach_what_is_trained_and_nothing_else(
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_a_step_without_pictures_gives_the_encoder_gradients_of_zero(encoder: str) -> None:
     config = ENCODERS[encoder]
-    model = VLM(VLMConfig(decoder=DECODER, encoder=config, owns_encoder=True))
-    initialise(model, 0)
+    model = model_of(config)
     freeze(model, training(0.5))
     model(batch_of(config, 0), None).sum().backward()
     assert model.encoder is not None
@@ -164,20 +168,9 @@ def test_a_step_without_pictures_gives_the_encoder_gradients_of_zero(encoder: st
 
 
 def test_the_encoder_moves_at_its_share_of_the_rate() -> None:
-    model = VLM(VLMConfig(decoder=DECODER, encoder=SIGLIP, owns_encoder=True))
-    initialise(model, 0)
+    model = model_of()
     settings = AdamW(weight_decay=0.0, clip_norm=1e9)
-    optimizer = make_optimizer(model, settings, encoder_rate_factor=freeze(model, training(0.01)))
-    before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    train_step(
-        model,
-        optimizer,
-        [batch_of(SIGLIP, 2)],
-        encode=None,
-        rate=1e-3,
-        settings=settings,
-        place=Place(CPU),
-    )
+    before, _, _ = stepped(model, batch_of(SIGLIP, 2), training(0.01), settings)
     # Adam's first step is the rate, whatever the gradient.
     for name, parameter in model.named_parameters():
         if name.endswith("k_proj.bias"):
@@ -187,10 +180,11 @@ def test_the_encoder_moves_at_its_share_of_the_rate() -> None:
         assert moved == pytest.approx(expected, rel=0.05), name
 
 
-def test_a_rate_for_an_encoder_that_is_not_the_models_own_is_refused() -> None:
-    model = VLM(VLMConfig(decoder=DECODER, encoder=SIGLIP))
+def test_a_rate_without_an_own_encoder_and_nothing_to_train_are_refused() -> None:
     with pytest.raises(ValueError, match="owns no encoder"):
-        freeze(model, training(0.1))
+        freeze(model_of(owns_encoder=False), training(0.1))
+    with pytest.raises(ValueError, match="nothing else to train"):
+        freeze(model_of(None), training(None, freeze_decoder=True))
 
 
 # Owned by the model, and the rate that the stage gives the encoder; the decoder is frozen.
@@ -209,25 +203,9 @@ def test_a_frozen_decoder_stays_bit_equal_while_what_sees_learns(
 ) -> None:
     config, (owned, factor) = ENCODERS[encoder], BESIDE[stage]
     patches = isinstance(config, PatchProjection)
-    model = VLM(VLMConfig(decoder=DECODER, encoder=config, owns_encoder=owned or patches))
-    initialise(model, 0)
+    model = model_of(config, owns_encoder=owned)
     chosen = training(factor, freeze_decoder=True)
-    optimizer = make_optimizer(model, AdamW(), encoder_rate_factor=freeze(model, chosen))
-    outside = None
-    if model.encoder is None:
-        outside = build_encoder(config).requires_grad_(False)
-        initialise(outside, 1)
-    before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    for _ in range(2):
-        train_step(
-            model,
-            optimizer,
-            [batch_of(config, num_images)],
-            encode=outside,
-            rate=1e-3,
-            settings=AdamW(),
-            place=Place(CPU),
-        )
+    before, optimizer, _ = stepped(model, batch_of(config, num_images), chosen, steps=2)
     learns = {"projector"} | ({"encoder"} if factor is not None or patches else set())
     for name, parameter in model.named_parameters():
         if name.split(".")[0] in learns:
@@ -243,8 +221,7 @@ def test_a_frozen_decoder_stays_bit_equal_while_what_sees_learns(
 def test_a_frozen_decoder_gives_the_rest_the_gradients_of_a_trained_one() -> None:
     found = []
     for frozen in (True, False):
-        model = VLM(VLMConfig(decoder=DECODER, encoder=SIGLIP, owns_encoder=True))
-        initialise(model, 0)
+        model = model_of()
         freeze(model, training(0.5, freeze_decoder=frozen))
         model.losses(batch_of(SIGLIP, 2), None, 1e-4)[0].backward()
         found.append({name: value.grad for name, value in model.named_parameters()})
@@ -258,17 +235,10 @@ def test_a_frozen_decoder_gives_the_rest_the_gradients_of_a_trained_one() -> Non
 def test_a_frozen_decoder_saves_the_products_of_its_weights_gradients() -> None:
     batch, flops = batch_of(SIGLIP, 2), []
     for frozen in (True, False):
-        model = VLM(VLMConfig(decoder=DECODER, encoder=SIGLIP, owns_encoder=True))
-        initialise(model, 0)
+        model = model_of()
         freeze(model, training(0.5, freeze_decoder=frozen))
         # All positions: the last block works on no selection of them.
         with FlopCounterMode(display=False) as counted:
             model(batch, None).sum().backward()
         flops.append(counted.get_total_flops())
     assert flops[1] - flops[0] == frozen_saving(DECODER, batch.input_ids.numel(), 0)
-
-
-def test_a_frozen_decoder_with_nothing_beside_it_is_refused() -> None:
-    model = VLM(VLMConfig(decoder=DECODER))
-    with pytest.raises(ValueError, match="nothing else to train"):
-        freeze(model, training(None, freeze_decoder=True))

@@ -186,13 +186,6 @@ def test_mixtures_are_met_within_an_example_or_refused(case: Case, seed: int) ->
     check(case, seed)
 
 
-@given(case=mixtures(), seed=st.integers(0, 5))
-@settings(max_examples=300)
-@pytest.mark.faults
-def test_three_hundred_mixtures_are_met_within_an_example_or_refused(case: Case, seed: int) -> None:
-    check(case, seed)
-
-
 @given(case=amounts(), seed=st.integers(0, 5))
 @settings(max_examples=40, deadline=None)
 def test_amounts_are_met_within_an_example_or_refused(case: Case, seed: int) -> None:

@@ -1,9 +1,11 @@
 """Rows by number: every planned token in exactly one, examples whole, rows full."""
 
 import pickle
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,9 @@ from midstream.order.mixture import Supply
 from midstream.order.plan import Filled, Joined, Padded, Placement, RowPlan, make_plan
 from midstream.order.stream import ArrayLengths
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from plan_scale import TABLE, DrawnLengths
+
 SEEDS = st.integers(0, 2**32 - 1)
 LAYOUTS = st.sampled_from(["filled", "padded", "joined"])
 
@@ -25,8 +30,7 @@ LAYOUTS = st.sampled_from(["filled", "padded", "joined"])
 def small(block_rows: int, *, checked: int = 512, groups: bool = False) -> Iterator[None]:
     """Tiny data goes through many blocks, and where asked through many groups and chunks."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (order_plan, order_plan):
-            patch.setattr(module, "BLOCK_ROWS", block_rows)
+        patch.setattr(order_plan, "BLOCK_ROWS", block_rows)
         patch.setattr(order_plan, "CHECKED_BLOCKS", checked)
         if groups:
             patch.setattr(stream, "MAX_CHUNKS", 9)
@@ -371,49 +375,20 @@ def test_a_plan_lists_the_whole_examples_of_a_source_in_its_order() -> None:
     assert found == plan.quotas[1].stream.places(0, 100).examples.tolist()
 
 
-class Counted:
-    """Lengths of very many examples, told apart by a hash; it counts what it is asked for."""
+class Counted(DrawnLengths):
+    """Lengths of very many examples; it counts what it is asked for."""
 
-    drawn = False
+    asked = chunks = 0
 
-    def __init__(self, count: int, low: int, spread: int) -> None:
-        self.count, self.low, self.spread = count, low, spread
-        self.asked = self.chunks = 0
-
-    def __len__(self) -> int:
-        return self.count
-
-    @property
-    def total(self) -> int:
-        """Of every `spread` neighbours each length is that of one."""
-        whole, rest = divmod(self.count, self.spread)
-        each = self.low * self.spread + self.spread * (self.spread - 1) // 2
-        return whole * each + int(self._of(np.arange(self.count - rest, self.count)).sum())
-
-    def _of(self, examples: np.ndarray) -> np.ndarray:
-        turned: np.ndarray = (
-            self.low + (examples // self.spread * 2654435761 + examples) % self.spread
-        )
-        return turned
-
-    def captions(self, examples: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
-        """The only one of each."""
-        return np.zeros(len(examples), dtype=np.int64)
-
-    def of(self, examples: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
+    def of(self, examples: np.ndarray, draws: np.ndarray | None = None) -> np.ndarray:
         """Length of each."""
         self.asked += len(examples)
-        return self._of(examples)
+        return super().of(examples)
 
-    def totals(self, chunks: np.ndarray, size: int, draws: np.ndarray | None) -> np.ndarray:
-        """Summed lengths of whole turns; the last chunk is added up."""
-        assert size % self.spread == 0
+    def totals(self, chunks: np.ndarray, size: int, draws: np.ndarray | None = None) -> np.ndarray:
+        """Summed lengths of whole chunks."""
         self.chunks += len(chunks)
-        each = self.low * self.spread + self.spread * (self.spread - 1) // 2
-        found = np.full(len(chunks), size // self.spread * each)
-        for at in np.flatnonzero((chunks + 1) * size > self.count):
-            found[at] = self._of(np.arange(chunks[at] * size, self.count)).sum()
-        return found
+        return super().totals(chunks, size)
 
 
 @pytest.mark.parametrize(
@@ -428,7 +403,9 @@ def test_any_row_of_a_billion_captions_and_ten_billion_documents_costs_alike(
     budget = mixed(28_795_904_000, {"pics": 0.5, "web": 0.5}, sampling)
 
     def made() -> tuple[RowPlan, list[Counted]]:
-        lengths = [Counted(10**9 + 7, 733, 64), Counted(10**10 + 77, 500, 256)]
+        tables = np.arange(TABLE) // 4 + 733, np.arange(TABLE) + 500
+        numbers = 10**9 + 7, 10**10 + 77
+        lengths = [Counted(n, table) for n, table in zip(numbers, tables, strict=True)]
         supplies = [Supply("pics", lengths[0], False), Supply("web", lengths[1], True)]
         return make_plan(supplies, budget, rows, 0), lengths
 

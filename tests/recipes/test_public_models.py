@@ -11,7 +11,7 @@ from midstream.config import WarmupCosine
 from midstream.cost.graph import missing_inputs, order, plan
 from midstream.exchange.import_model import import_model
 from midstream.exchange.import_source import ImportRequest
-from midstream.launch.terminal import require_inputs
+from midstream.launch.scheduler import require_inputs
 from midstream.recipes import paper
 from midstream.recipes.lines import PUBLIC_MODELS, SHARES
 from midstream.recipes.scales import find_scale

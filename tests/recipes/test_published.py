@@ -1,6 +1,5 @@
 """Table 1's recipes in Midstream's terms: what each trains, on what, at which rates."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,17 +7,8 @@ import pytest
 from midstream.config import Constant, ContinuedCosine, Mixture, WarmupCosine
 from midstream.cost.graph import plan
 from midstream.recipes.published import (
-    MM1_RATIOS,
+    RECIPES,
     Recipe,
-    blip3,
-    deepseek_vl,
-    flamingo,
-    idefics,
-    mm1,
-    ours,
-    paligemma,
-    prismatic,
-    qwen_vl,
     table1,
     trained,
 )
@@ -26,6 +16,8 @@ from midstream.recipes.scales import SIZES, Model, Scale, find_scale, finetune_s
 from midstream.report.curves import curves
 from midstream.study.stages import Continue, Finetune, StartText, came_from
 from midstream.study.store import Ledger
+
+BY_NAME = {recipe.name: recipe for recipe in RECIPES}
 
 
 @pytest.fixture(scope="module")
@@ -63,65 +55,64 @@ UNSEEN = {"projector", "decoder"}
 
 
 @pytest.mark.parametrize(
-    ("make", "parts"),
+    ("name", "parts"),
     [
-        (blip3, [UNSEEN, UNSEEN]),
-        (flamingo, [{"projector"}]),
-        (idefics, [ALL, ALL]),
-        (mm1, [ALL, ALL]),
-        (deepseek_vl, [UNSEEN, ALL]),
-        (qwen_vl, [{"projector", "encoder"}, ALL, UNSEEN]),
-        (paligemma, [ALL, ALL, ALL]),
-        (prismatic, [UNSEEN]),
-        (ours, [UNSEEN, UNSEEN]),
+        ("BLIP3", [UNSEEN, UNSEEN]),
+        ("Flamingo", [{"projector"}]),
+        ("IDEFICS", [ALL, ALL]),
+        ("MM1 91:9", [ALL, ALL]),
+        ("DeepSeek-VL", [UNSEEN, ALL]),
+        ("Qwen-VL", [{"projector", "encoder"}, ALL, UNSEEN]),
+        ("PaliGemma", [ALL, ALL, ALL]),
+        ("Prismatic", [UNSEEN]),
+        ("Ours", [UNSEEN, UNSEEN]),
     ],
-    ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_each_recipe_trains_in_each_stage_what_its_authors_do(
-    pocket: Scale, make: Callable[[], Recipe], parts: list[set[str]]
+    pocket: Scale, name: str, parts: list[set[str]]
 ) -> None:
-    assert [learns(stage) for stage in chain(pocket, make())] == parts
+    assert [learns(stage) for stage in chain(pocket, BY_NAME[name])] == parts
 
 
 def test_the_mixtures_are_those_of_the_table(pocket: Scale) -> None:
-    found = [shares(chain(pocket, mm1(*ratio))[0]) for ratio in MM1_RATIOS]
+    found = [shares(chain(pocket, one)[0]) for one in RECIPES if one.name.startswith("MM1")]
     assert [one["pictures"] for one in found] == pytest.approx([1.0, 0.91, 0.86, 2 / 3])
     assert [one.get("web", 0.0) for one in found] == pytest.approx([0.0, 0.09, 0.14, 1 / 3])
-    assert shares(chain(pocket, deepseek_vl())[0])["web"] == 0.7
-    for recipe in (blip3(), flamingo(), idefics(), qwen_vl(), paligemma()):
-        for stage in chain(pocket, recipe):
+    assert shares(chain(pocket, BY_NAME["DeepSeek-VL"])[0])["web"] == 0.7
+    for name in ("BLIP3", "Flamingo", "IDEFICS", "Qwen-VL", "PaliGemma"):
+        for stage in chain(pocket, BY_NAME[name]):
             if isinstance(stage, Continue):
-                assert "web" not in shares(stage), recipe.name
-    assert shares(chain(pocket, ours())[0]) == {"pictures": 0.1, "web": 0.9}
+                assert "web" not in shares(stage), name
+    assert shares(chain(pocket, BY_NAME["Ours"])[0]) == {"pictures": 0.1, "web": 0.9}
 
 
 def test_every_recipe_with_an_image_text_stage_sees_as_many_image_text_tokens(
     pocket: Scale,
 ) -> None:
-    for recipe in (blip3(), qwen_vl(), paligemma(), ours()):
+    for name in ("BLIP3", "Qwen-VL", "PaliGemma", "Ours"):
         budgets = [
             stage.training.budget.total_tokens
-            for stage in chain(pocket, recipe)
+            for stage in chain(pocket, BY_NAME[name])
             if isinstance(stage.training.budget, Mixture)
         ]
-        assert sum(budgets) == pocket.image_text_tokens, recipe.name
+        assert sum(budgets) == pocket.image_text_tokens, name
 
 
 def test_paligemma_goes_on_with_one_schedule_from_its_first_stage_to_its_last(
     pocket: Scale,
 ) -> None:
-    first, second, chat = (stage.training.schedule for stage in chain(pocket, paligemma()))
+    first, second, chat = (stage.training.schedule for stage in chain(pocket, BY_NAME["PaliGemma"]))
     assert isinstance(first, Constant)
     assert isinstance(second, ContinuedCosine)
     assert isinstance(chat, ContinuedCosine)
     assert first.peak_rate > second.end_rate > chat.end_rate == 0.0
-    assert {stage.model.attention for stage in chain(pocket, paligemma())} == {"prefix"}
+    assert {stage.model.attention for stage in chain(pocket, BY_NAME["PaliGemma"])} == {"prefix"}
 
 
 def test_qwen_vl_warms_up_twice_and_prismatic_starts_from_the_text_model(pocket: Scale) -> None:
-    for stage in chain(pocket, qwen_vl()):
+    for stage in chain(pocket, BY_NAME["Qwen-VL"]):
         assert isinstance(stage.training.schedule, WarmupCosine)
-    (only,) = chain(pocket, prismatic())
+    (only,) = chain(pocket, BY_NAME["Prismatic"])
     assert isinstance(only, Finetune)
     assert isinstance(only.start, StartText)
     assert only.start.completion == 1.0
@@ -129,7 +120,7 @@ def test_qwen_vl_warms_up_twice_and_prismatic_starts_from_the_text_model(pocket:
 
 
 def test_ours_is_the_papers_model_to_the_last_digit(pocket: Scale) -> None:
-    mine = trained(pocket, ours(), seed=7, epochs=4)
+    mine = trained(pocket, BY_NAME["Ours"], seed=7, epochs=4)
     assert mine.identity == finetune_stage(pocket, Model(seed=7)).identity
 
 

@@ -12,8 +12,8 @@ import tiny
 from midstream.config import Evaluation
 from midstream.core.storage import write_json
 from midstream.report.gather import gather
+from midstream.report.line_rows import Group, group_rows, line_rows
 from midstream.report.page import write_facts
-from midstream.report.results import Group, group_rows, line_rows
 from midstream.study.stages import Evaluate, Stage
 from midstream.study.store import SUCCESS, Ledger
 from midstream.study.studies import Figure, Line, Study
@@ -54,8 +54,12 @@ def fill(
     *,
     axes: tuple[str, ...] = ("x",),
     examples: bool = True,
+    pictures: bool = False,
 ) -> None:
-    """Results of every line that has a score; text scores are half of the visual ones."""
+    """Results of every line that has a score; text scores are half of the visual ones.
+
+    `pictures`: of two examples each, in a folder that is not there.
+    """
     for line in about.lines:
         place = tuple(line.axes[axis] for axis in axes)
         values, seed = scores.get(place, ()), int(line.axes["seed"])
@@ -68,7 +72,7 @@ def fill(
                     if examples
                     else [random.Random(f"{place} {seed}").randrange(10**6)]
                 )
-                write_answers(path, task, keys, values[seed])
+                write_answers(path, task, keys, values[seed], pictures=pictures)
 
 
 def results(stable: float) -> dict[str, Any]:
@@ -83,7 +87,9 @@ def results(stable: float) -> dict[str, Any]:
     return {"tasks": tasks | {"pocket_facts": common | text}, "stable": stables}
 
 
-def write_answers(path: Path, task: str, keys: Sequence[int], right: float) -> None:
+def write_answers(
+    path: Path, task: str, keys: Sequence[int], right: float, *, pictures: bool = False
+) -> None:
     """Answers that are right where an example is easier than `right`."""
     rows = [
         {
@@ -95,7 +101,7 @@ def write_answers(path: Path, task: str, keys: Sequence[int], right: float) -> N
             "score": float(random.Random(f"{task} {key}").random() < right),
             "blind_prediction": None,
             "blind_score": None,
-            "image": None,
+            "image": f"{path.parent}/bench/{task}/{key // 2}.png" if pictures else None,
         }
         for key in keys
     ]
@@ -111,6 +117,11 @@ def finish(ledger: Ledger, stage: Stage, found: dict[str, Any]) -> None:
     when = {"started": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T00:00:01+00:00"}
     write_json(folder / "status.json", {"state": "done", "error": None, **when})
     (folder / SUCCESS).write_text(stage.identity)
+
+
+def flat_rows(about: Study, ledger: Ledger) -> list[dict[str, Any]]:
+    """The rows of the study's results.csv."""
+    return [row.flat() for row in line_rows(about, ledger)]
 
 
 def groups_of(about: Study, ledger: Ledger) -> list[Group]:

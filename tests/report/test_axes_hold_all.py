@@ -12,11 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from midstream.report import curves, figures
-from midstream.report.figures import Panel, stable_panel, task_panel
-from midstream.report.results import Group, Spread
+from midstream.report.figures import Panel, Task, stable_panel, task_panel
+from midstream.report.line_rows import Group, Spread
 
 STUDY = made_studies.study({("a",): (0.1,)}, axes=("x",))
-TASK = {"name": "gqa", "kind": "vision", "chance": 0.25}
+TASK = Task("gqa", "vision", 0.25)
 SCORES = st.floats(-1, 1, allow_nan=False) | st.sampled_from([-1.0, -0.3, 0.0, 1e-9, 0.3, 1.0])
 PLACES = (0.0, 0.2, 1.0)
 SLACK = 1e-9

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from midstream.cli.app import app
 from midstream.report.figures import panel_figure, scale_of, stable_panel, x_label
 from midstream.report.gather import exports, gather, write_exports
+from midstream.report.line_rows import line_rows
 from midstream.report.page import summary_text, write_facts, write_index
-from midstream.report.results import line_rows
 from midstream.report.table import (
     Grid,
     escape_latex,

@@ -15,7 +15,7 @@ from midstream.cost.pictures import feature_folder, feature_plan
 from midstream.data.images import load_pixels
 from midstream.exchange.export import export
 from midstream.model.weights import read_tensors
-from midstream.report.results import Part, line_rows, parts_of
+from midstream.report.line_rows import Part, line_rows, parts_of
 from midstream.study.stages import (
     DataStage,
     Evaluate,
@@ -160,10 +160,10 @@ def test_the_report_counts_both_towers(ledger: Ledger):
     beside = Line(name="alone", axes={"encoder": "dinov2"}, result=alone)
     fused, single = line_rows(STUDY.model_copy(update={"lines": (*STUDY.lines, beside)}), ledger)
     first, second = (ledger.results(tower)["seconds"] for tower in FUSED.towers)
-    assert fused["seconds.train_encoder"] == pytest.approx(first + second)
-    assert fused["seconds.fuse_encoders"] == ledger.results(FUSED)["seconds"]
-    assert single["seconds.train_encoder"] == second
-    assert single["seconds.fuse_encoders"] is None
+    assert fused.values["seconds.train_encoder"] == pytest.approx(first + second)
+    assert fused.values["seconds.fuse_encoders"] == ledger.results(FUSED)["seconds"]
+    assert single.values["seconds.train_encoder"] == second
+    assert single.values["seconds.fuse_encoders"] is None
 
 
 def test_an_export_carries_both_towers_and_its_card_tells_of_them(ledger: Ledger, tmp_path: Path):

@@ -17,6 +17,7 @@ from midstream.train.step import make_optimizer, set_rate
 from tiny import DECODER, ENCODER, ROWS, TEXT
 
 FILES = ("model.safetensors", "optimizer.safetensors", "progress.json", "manifest.json")
+Saved = tuple[Path, dict[str, torch.Tensor]]
 PROGRESS = Progress(
     step=7,
     tokens_seen=4_321,
@@ -59,7 +60,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+def saved(tmp_path: Path) -> Saved:
     model, optimizer = made(0)
     move(model, optimizer, 1)
     move(model, optimizer, 2)
@@ -68,9 +69,7 @@ def saved(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     return folder, state(model, optimizer)
 
 
-def test_a_checkpoint_brings_back_every_bit_of_weights_moments_and_progress(
-    saved: tuple[Path, dict[str, torch.Tensor]],
-) -> None:
+def test_a_checkpoint_brings_back_every_bit_of_weights_moments_and_progress(saved: Saved) -> None:
     folder, expected = saved
     model, optimizer = made(5)
     assert not equal(state(model, optimizer), expected)
@@ -80,52 +79,30 @@ def test_a_checkpoint_brings_back_every_bit_of_weights_moments_and_progress(
     assert any(name.startswith("exp_avg_sq of projector") for name in found)
 
 
-def test_training_goes_on_from_a_checkpoint_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    model, optimizer = made(0)
-    move(model, optimizer, 1)
-    checkpoint.save(tmp_path / "one", model, optimizer, PROGRESS)
-    other, other_optimizer = made(9)
-    checkpoint.load(tmp_path / "one", other, other_optimizer)
-    for seed in (2, 3):
-        move(model, optimizer, seed)
-        move(other, other_optimizer, seed)
-    assert equal(state(model, optimizer), state(other, other_optimizer))
-
-
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("place", [0.0, 0.03, 0.5, 0.97])
-def test_a_flipped_bit_is_refused_before_a_tensor_is_written(
-    saved: tuple[Path, dict[str, torch.Tensor]], name: str, place: float
+@pytest.mark.parametrize("place", [0.0, 0.03, 0.5, 0.97, None])
+def test_a_flipped_bit_or_a_missing_file_is_refused_before_a_tensor_is_written(
+    saved: Saved, name: str, place: float | None
 ) -> None:
     folder, _ = saved
     data = bytearray((folder / name).read_bytes())
-    # Letters and digits rather than the manifest's spaces, which mean nothing.
-    at = next(i for i in range(int(place * len(data)), len(data)) if data[i] not in b" \n")
-    data[at] ^= 1
-    (folder / name).write_bytes(data)
+    if place is None:
+        (folder / name).unlink()
+    else:
+        # Letters and digits rather than the manifest's spaces, which mean nothing.
+        at = next(i for i in range(int(place * len(data)), len(data)) if data[i] not in b" \n")
+        data[at] ^= 1
+        (folder / name).write_bytes(data)
     model, optimizer = made(5)
     before = state(model, optimizer)
-    with pytest.raises(ValueError, match=folder.name):
-        checkpoint.load(folder, model, optimizer)
-    assert equal(state(model, optimizer), before)
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_missing_file_is_refused_by_name_before_a_tensor_is_written(
-    saved: tuple[Path, dict[str, torch.Tensor]], name: str
-) -> None:
-    folder, _ = saved
-    (folder / name).unlink()
-    model, optimizer = made(5)
-    before = state(model, optimizer)
-    with pytest.raises(CorruptError, match=name):
+    with pytest.raises(ValueError, match=folder.name if place is not None else name):
         checkpoint.load(folder, model, optimizer)
     assert equal(state(model, optimizer), before)
 
 
 @pytest.mark.parametrize("writer", ["save_file", "write_json", "finish_folder"])
 def test_a_process_killed_between_files_leaves_the_previous_checkpoint(
-    saved: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch, writer: str
+    saved: Saved, monkeypatch: pytest.MonkeyPatch, writer: str
 ) -> None:
     folder, expected = saved
     model, optimizer = made(5)
@@ -168,9 +145,7 @@ def test_weights_without_moments_can_only_be_started_fresh(tmp_path: Path) -> No
         checkpoint.load_moments(tmp_path / "weights", model, optimizer)
 
 
-def test_a_checkpoint_of_another_model_is_refused_with_every_name(
-    saved: tuple[Path, dict[str, torch.Tensor]],
-) -> None:
+def test_a_checkpoint_of_another_model_is_refused_with_every_name(saved: Saved) -> None:
     folder, _ = saved
     model = VLM(VLMConfig(decoder=DECODER))
     with pytest.raises(ValueError, match=r"unexpected: projector\."):

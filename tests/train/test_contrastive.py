@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 from typing import Any
 
@@ -6,15 +7,21 @@ import pytest
 import torch
 
 import tiny
-from midstream.config import ContrastiveTraining
+from midstream.config import ContrastiveTraining, EncoderConfig
 from midstream.config.training import rate_at
 from midstream.data.prepare import open_codec
 from midstream.data.sources import Source
 from midstream.model.vision import build_encoder, load_encoder
-from midstream.model.weights import load_weights, weights_digest
+from midstream.model.weights import load_weights, save_weights, weights_digest
 from midstream.study.store import Ledger
 from midstream.train import contrastive
-from midstream.train.contrastive import HELD_APART, PixelCache, build_siglip, train_encoder
+from midstream.train.contrastive import (
+    HELD_APART,
+    PixelCache,
+    SiglipPair,
+    build_siglip,
+    train_encoder,
+)
 from midstream.work.open_model import open_sources
 
 CPU = torch.device("cpu")
@@ -94,25 +101,19 @@ def test_the_weights_kept_are_those_of_the_vision_tower(tiny_ledger: Ledger) -> 
     assert all(torch.isfinite(value).all() for value in encoder.parameters())
 
 
-def test_a_source_without_room_for_a_batch_is_refused_with_the_numbers(
-    tiny_ledger: Ledger, source: Source, tmp_path: Path
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_images": 65}, r"'pictures' holds 320 captions.*65 and 256 held apart"),
+        ({"max_text_tokens": 8}, r"\.tar, sample .*tokens.*takes 8; raise max_text_tokens"),
+        ({"caption": "random"}, r"'pictures': 0 of its 320 pictures have a synthetic"),
+    ],
+)
+def test_captions_that_do_not_fit_are_refused_before_the_training(
+    tiny_ledger: Ledger, source: Source, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=r"'pictures' holds 320 captions.*65 and 256 held apart"):
-        train(tiny_ledger, source, tmp_path, batch_images=65)
-
-
-def test_a_caption_longer_than_the_text_tower_is_named(
-    tiny_ledger: Ledger, source: Source, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=r"\.tar, sample .*tokens.*takes 8; raise max_text_tokens"):
-        train(tiny_ledger, source, tmp_path, max_text_tokens=8)
-
-
-def test_a_source_without_the_asked_captions_is_refused_before_the_training(
-    tiny_ledger: Ledger, source: Source, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=r"'pictures': 0 of its 320 pictures have a synthetic"):
-        train(tiny_ledger, source, tmp_path, caption="random")
+    with pytest.raises(ValueError, match=message):
+        train(tiny_ledger, source, tmp_path, **changes)
 
 
 def test_a_step_that_is_not_finite_stops_the_training(
@@ -123,3 +124,72 @@ def test_a_step_that_is_not_finite_stops_the_training(
     with pytest.raises(contrastive.NonFiniteError, match="step 0: loss nan"):
         train(tiny_ledger, source, tmp_path)
     assert not (tmp_path / "weights").exists()
+
+
+# ----------------------------------------------------------------------------------- the pair
+
+CONFIG = EncoderConfig(
+    image_size=16, patch_size=4, hidden_size=32, num_layers=3, num_heads=2, intermediate_size=64
+)
+
+
+def pictures(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def pair_of(seed: int = 0) -> SiglipPair:
+    sizes = {"text_hidden_size": 16, "text_num_layers": 2, "max_text_tokens": 5, "seed": seed}
+    return SiglipPair(CONFIG, 20, tiny.ENCODER_STAGE.training.model_copy(update=sizes))
+
+
+def test_start_is_a_function_of_the_seed_and_leaves_global_randomness_alone() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = pair_of(0)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert weights_digest(first) == weights_digest(pair_of(0)) != weights_digest(pair_of(1))
+    named = dict(first.named_parameters())
+    assert float(named["logit_scale"].exp()) == pytest.approx(10)
+    assert float(named["logit_bias"]) == -10
+    assert float(named["vision.embeddings.patch_embedding.weight"].std()) == pytest.approx(
+        1 / math.sqrt(48), rel=0.1
+    )
+    assert named["vision.encoder.layers.0.mlp.fc1.bias"].abs().max() == 0
+    assert (named["text.encoder.layers.0.layer_norm1.weight"] == 1).all()
+
+
+def test_loss_is_the_sigmoid_loss_summed_over_all_pairs() -> None:
+    pair = pair_of()
+    input_ids = torch.randint(0, 20, (3, 5), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = pair.logits(pictures(3), input_ids)
+        loss = pair(pictures(3), input_ids)
+    expected = 0.0
+    for image in range(3):
+        for text in range(3):
+            value = float(logits[image, text]) * (1 if image == text else -1)
+            expected += math.log1p(math.exp(-value))
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert (logits.abs() <= 20.001).all()
+    with pytest.raises(ValueError, match="4 ids long, the text tower takes exactly 5"):
+        pair.logits(pictures(3), input_ids[:, :4])
+
+
+def test_training_the_pair_ranks_each_text_with_its_picture(tmp_path: Path) -> None:
+    pair = pair_of()
+    images, input_ids = pictures(6), torch.arange(30).reshape(6, 5) % 19
+    optimizer = torch.optim.Adam(pair.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        (pair(images, input_ids) / 6).backward()
+        optimizer.step()
+    assert all(parameter.grad is not None for parameter in pair.parameters())
+    with torch.no_grad():
+        assert pair.logits(images, input_ids).argmax(dim=0).tolist() == list(range(6))
+    save_weights(pair.tower, tmp_path / "model.safetensors")
+    encoder = build_encoder(CONFIG.model_copy(update={"feature_layer": -1}))
+    load_encoder(encoder, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        expected = pair.vision(images, output_hidden_states=True).hidden_states[-1]
+        torch.testing.assert_close(encoder(images), expected, atol=1e-6, rtol=1e-6)

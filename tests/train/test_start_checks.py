@@ -116,6 +116,7 @@ def test_choices_of_the_machine_leave_the_losses(
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
 def test_compiled_blocks_leave_the_losses(tiny_ledger: Ledger, tmp_path: Path) -> None:
     plain = losses(tiny_ledger, tmp_path / "plain")

@@ -1,4 +1,5 @@
 import math
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,14 +11,26 @@ from midstream.core.batch import IGNORE, PADDING, Batch, Row, stack_rows
 from midstream.core.tokens import TokenCount
 from midstream.model.vlm import VLM
 from midstream.model.weights import initialise
+from midstream.study.store import Ledger
 from midstream.train.parallel import Place
-from midstream.train.step import NonFiniteError, StepResult, make_optimizer, train_step
-from tiny import DECODER, ENCODER
+from midstream.train.step import (
+    PARTS,
+    Clock,
+    NonFiniteError,
+    StepResult,
+    make_optimizer,
+    report,
+    set_rate,
+    train_step,
+    training_flops,
+)
+from tiny import DECODER, ENCODER, TEXT
 
 LENGTH = 48
 PATCHES = ENCODER.num_patches
 # Supervised positions of each row: as uneven as captions beside documents.
 TARGETS = (1, 40, 2, 47, 0, 17)
+Whole = tuple[StepResult, dict[str, torch.Tensor]]
 CPU = torch.device("cpu")
 
 
@@ -99,7 +112,7 @@ def gradients(model: VLM) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def whole(vlm: VLM) -> tuple[StepResult, dict[str, torch.Tensor]]:
+def whole(vlm: VLM) -> Whole:
     """The step as one batch."""
     model = VLM(vlm.config)
     initialise(model, 3)
@@ -111,7 +124,7 @@ def whole(vlm: VLM) -> tuple[StepResult, dict[str, torch.Tensor]]:
     "sizes", [(1, 1, 1, 1, 1, 1), (5, 1), (1, 5), (2, 2, 2), (3, 3), (4, 1, 1), (1, 2, 3)]
 )
 def test_cutting_a_step_into_micro_batches_changes_neither_loss_nor_gradient(
-    vlm: VLM, whole: tuple[StepResult, dict[str, torch.Tensor]], sizes: tuple[int, ...]
+    vlm: VLM, whole: Whole, sizes: tuple[int, ...]
 ) -> None:
     expected, expected_gradients = whole
     found = step(vlm, cut(sizes), rate=0.0)
@@ -212,3 +225,124 @@ def test_pixels_go_through_the_encoder_once_a_micro_batch(vlm: VLM) -> None:
 
     step(vlm, [batch_of([0, 1, 2]), batch_of([1, 3]), batch_of([4, 5])], encode=encode)
     assert shapes == [2, 1]
+
+
+# ------------------------------------------------------------------------------ the optimiser
+
+
+def text_model() -> VLM:
+    made = VLM(VLMConfig(decoder=DECODER))
+    initialise(made, 0)
+    return made
+
+
+def after_a_step_without_gradient(vlm: VLM, settings: AdamW) -> dict[str, float]:
+    """By parameter: the length of its vector after the step over that before."""
+    before = {name: value.detach().clone() for name, value in vlm.named_parameters()}
+    optimizer = make_optimizer(vlm, settings)
+    set_rate(optimizer, 0.5)
+    for value in vlm.parameters():
+        value.grad = torch.zeros_like(value) if value.requires_grad else None
+    optimizer.step()
+    return {n: float(v.detach().norm() / before[n].norm()) for n, v in vlm.named_parameters()}
+
+
+def test_every_weight_decays_as_in_openlm_or_matrices_only_as_in_prismatic() -> None:
+    shrunk = pytest.approx(1 - 0.5 * 0.1, rel=1e-5)
+    everything = after_a_step_without_gradient(text_model(), AdamW(weight_decay=0.1, decay="all"))
+    assert all(ratio == shrunk for ratio in everything.values())
+    vlm = text_model()
+    matrices = after_a_step_without_gradient(vlm, AdamW(weight_decay=0.1, decay="matrices"))
+    vectors = {name for name, value in vlm.named_parameters() if value.ndim < 2}
+    assert vectors
+    for name, ratio in matrices.items():
+        assert ratio == (1.0 if name in vectors else shrunk), name
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    vlm = text_model()
+    vlm.decoder.output.weight.requires_grad_(False)
+    optimizer = make_optimizer(vlm, AdamW(decay="matrices"))
+    held = {id(value) for group in optimizer.param_groups for value in group["params"]}
+    assert held == {id(v) for v in vlm.parameters()} - {id(vlm.decoder.output.weight)}
+
+
+def test_rate_betas_and_epsilon_are_set_in_every_group() -> None:
+    optimizer = make_optimizer(
+        text_model(), AdamW(decay="matrices", beta1=0.8, beta2=0.7, eps=1e-5)
+    )
+    for rate in (0.0, 0.25):
+        assert [group["lr"] for group in optimizer.param_groups] == [rate, rate]
+        set_rate(optimizer, 0.25)
+    assert all(g["betas"] == (0.8, 0.7) and g["eps"] == 1e-5 for g in optimizer.param_groups)
+
+
+# --------------------------------------------------------------------------------- the meters
+
+
+def test_the_flops_of_a_text_token_are_six_a_weight_and_attention() -> None:
+    config = DECODER
+    length = 10
+    counts = TokenCount(text=length, target=length, pad=6)
+    weights = config.num_parameters - config.vocab_size * config.hidden_size  # no input embedding
+    gains = config.num_layers * (2 + 2 * config.qk_norm) * config.hidden_size + config.hidden_size
+    attended = length * (length + 1) // 2
+    by_hand = 6 * (weights - gains) * length
+    by_hand += 12 * config.num_layers * config.hidden_size * attended
+    found = training_flops(config, None, counts, attended, 0, encoder_trained=False)
+    assert found == pytest.approx(by_hand)
+
+
+def test_patches_have_no_head_and_a_frozen_encoder_only_looks() -> None:
+    counts = TokenCount(image=5, caption=3, target=3)
+    common = (DECODER, ENCODER, counts, 0)
+    none = training_flops(*common, 0, encoder_trained=False)
+    frozen = training_flops(*common, 2, encoder_trained=False)
+    trained = training_flops(*common, 2, encoder_trained=True)
+    assert trained - none == pytest.approx(3 * (frozen - none))
+    text = training_flops(DECODER, ENCODER, TokenCount(text=8), 0, 0, encoder_trained=False)
+    head = 6 * DECODER.hidden_size * DECODER.vocab_size
+    assert text - none == pytest.approx(5 * head)
+
+
+def test_a_clock_adds_up_and_goes_on_from_before() -> None:
+    clock = Clock(torch.device("cpu"), {"data": 2.0})
+    with clock.part("data"):
+        time.sleep(0.01)
+    with clock.part("model", on_device=True):
+        pass
+    read = clock.read()
+    assert read.keys() == set(PARTS)
+    assert 2.01 <= read["data"] < 3.0
+    assert read["encoder"] == 0.0
+
+
+def test_the_report_divides_by_the_whole_time() -> None:
+    found = report(
+        counts=TokenCount(text=60, image=20, pad=20),
+        images=4,
+        flops=8e9,
+        seconds=2.0,
+        parts={"data": 0.5, "model": 1.0},
+        peak_flops=1e10,
+        peak_memory_bytes=7,
+    )
+    assert found["tokens_per_second"] == 50.0
+    assert found["useful_tokens_per_second"] == 40.0
+    assert found["images_per_second"] == 2.0
+    assert found["model_flops_utilisation"] == pytest.approx(0.4)
+    assert found["time_shares"]["data"] == 0.25
+    assert found["time_shares"]["other"] == pytest.approx(0.25)
+    assert sum(found["time_shares"].values()) == pytest.approx(1.0)
+
+
+def test_a_stage_keeps_its_meters(tiny_ledger: Ledger) -> None:
+    results = tiny_ledger.results(TEXT)
+    meters = results["meters"]
+    assert meters["useful_tokens_per_second"] <= meters["tokens_per_second"]
+    assert meters["images_per_second"] == 0.0
+    assert 0.0 < meters["model_flops_utilisation"] < 1.0
+    assert meters["time_shares"]["model"] > 0.1
+    assert sum(meters["time_shares"].values()) == pytest.approx(1.0, abs=0.05)
+    seconds = sum(line["seconds"] for line in tiny_ledger.metrics(TEXT))
+    assert results["seconds"] >= seconds * 0.9

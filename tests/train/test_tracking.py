@@ -37,20 +37,24 @@ class Recorder:
         self.began: int | None = None
         self.steps: list[int] = []
         self.ended: bool | None = None
+        self.failed = threading.Event()
 
     def begin(self, step: int) -> int:
-        if "begin" in self.fails:
-            raise ConnectionError("no network")
+        self._fail("begin")
         self.began = step
         return step if self.last is None else self.last
 
     def send(self, rows: Sequence[TrackedRow]) -> None:
-        if "send" in self.fails:
-            raise ConnectionError("no network")
+        self._fail("send")
         self.steps += [row.step for row in rows]
 
     def finish(self, failed: bool) -> None:
         self.ended = failed
+
+    def _fail(self, where: str) -> None:
+        if where in self.fails:
+            self.failed.set()
+            raise ConnectionError("no network")
 
 
 def log_of(path: Path, position: int, tracker: object) -> tuple[MetricsLog, Tracking]:
@@ -63,56 +67,73 @@ def write(log: MetricsLog, *steps: int) -> None:
         log.write(step=step, loss=step / 8)
 
 
+# ------------------------------------------------------------------------------ metrics.jsonl
+
+
+def steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_lines_behind_the_checkpoint_are_cut_off_and_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, 0)
+    write(log, 1, 2)
+    kept = log.position
+    assert path.stat().st_size == kept > 0  # what a killed process leaves
+    write(log, 3)
+    log.close()
+    assert steps(path) == [1, 2, 3]
+    again = MetricsLog(path, kept)
+    assert again.position == kept
+    write(again, 3, 4)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        again.write(step=5, loss=float("nan"))
+    again.sync()
+    assert steps(path) == [1, 2, 3, 4]
+    again.close()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl holds \d+ bytes.*1,000; delete"):
+        MetricsLog(path, 1000)
+    assert steps(path) == [1, 2, 3, 4]
+    MetricsLog(path, 0).close()
+    assert path.read_bytes() == b""
+
+
 # ------------------------------------------------------------------------------ TensorBoard
 
 
-def test_an_event_file_holds_each_steps_values_and_times(tmp_path: Path) -> None:
-    board = TensorBoard(tmp_path)
-    assert board.begin(-1) == -1
-    board.send(rows(1, 2))
-    board.send(rows(3))
-    board.finish(False)
-    assert scalars(tmp_path) == [(1, 0.125), (2, 0.25), (3, 0.375)]
-    found = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
-    assert [event.wall_time for event in found] == [1001.0, 1002.0, 1003.0]
+def board(folder: Path, step: int, *values: TrackedRow) -> int:
+    """A start at `step` that sends something; what it found there."""
+    made = TensorBoard(folder, "p", NAME, "continue", {})
+    last = made.begin(step)
+    made.send(values)
+    made.finish(False)
+    return last
 
 
-def test_an_event_file_is_cut_back_to_the_step_that_a_stage_goes_on_from(tmp_path: Path) -> None:
-    board = TensorBoard(tmp_path)
-    board.begin(-1)
-    board.send(rows(1, 2, 3, 4))
-    board.finish(False)
-    again = TensorBoard(tmp_path)
-    assert again.begin(2) == 2
-    again.send([TrackedRow(3, {"train/loss": 9.0}, 0.0)])
-    again.finish(False)
-    assert scalars(tmp_path) == [(1, 0.125), (2, 0.25), (3, 9.0)]
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_record_that_a_killed_process_left_torn_is_cut_off(tmp_path: Path) -> None:
-    board = TensorBoard(tmp_path)
-    board.begin(-1)
-    board.send(rows(1, 2))
-    board.finish(False)
-    (path,) = tmp_path.iterdir()
-    os.truncate(path, path.stat().st_size - 5)
-    again = TensorBoard(tmp_path)
-    assert again.begin(2) == 1
-    again.send(rows(2, 3))
-    again.finish(False)
-    assert [step for step, _ in scalars(tmp_path)] == [1, 2, 3]
-
-
-def test_a_stage_that_starts_again_without_a_checkpoint_begins_an_empty_series(
-    tmp_path: Path,
+@pytest.mark.parametrize(("step", "left"), [(2, 2), (9, 4), (-1, 0)])
+def test_event_files_are_cut_back_to_the_step_that_a_stage_goes_on_from(
+    tmp_path: Path, step: int, left: int
 ) -> None:
-    for _ in range(2):
-        board = TensorBoard(tmp_path)
-        assert board.begin(-1) == -1
-        board.send(rows(1, 2))
-        board.finish(False)
-    assert [step for step, _ in scalars(tmp_path)] == [1, 2]
+    assert board(tmp_path, -1, *rows(1, 2, 3, 4)) == -1
+    again = [TrackedRow(n, {"train/loss": 9.0}, 2000.0) for n in range(left + 1, 7)]
+    assert board(tmp_path, step, *again) == (left or -1)
+    expected = [(n, n / 8 if n <= left else 9.0) for n in range(1, 7)]
+    assert scalars(tmp_path / "tensorboard") == expected
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
+    assert [one.wall_time for one in found] == [
+        1000.0 + n if n <= left else 2000.0 for n in range(1, 7)
+    ]
+
+
+def test_a_record_that_a_killed_process_left_torn_is_sent_again(tmp_path: Path) -> None:
+    board(tmp_path, -1, *rows(1, 2))
+    noted = (tmp_path / "tracking.json").read_bytes()
+    board(tmp_path, 2, *rows(3))
+    (tmp_path / "tracking.json").write_bytes(noted)
+    path = max((tmp_path / "tensorboard").iterdir())
+    os.truncate(path, path.stat().st_size - 5)
+    assert board(tmp_path, 3, *rows(3, 4)) == 2
+    assert [step for step, _ in scalars(tmp_path / "tensorboard")] == [1, 2, 3, 4]
 
 
 # ------------------------------------------------------------------------------ the series
@@ -125,20 +146,14 @@ def test_a_tracker_gets_every_line_once_and_those_from_before_it_was_asked_for(
     plain = MetricsLog(path, 0)
     write(plain, 1, 2)
     position = plain.position
-    write(plain, 3)
     plain.close()
     recorder = Recorder(last=-1)
     log, made = log_of(path, position, recorder)
     write(log, 3, 4)
     log.close()
     assert made.close() == {}
-    assert recorder.began == 2
-    assert recorder.steps == [1, 2, 3, 4]
-    assert recorder.ended is False
-
-
-def test_a_tracker_that_only_takes_more_is_not_sent_what_it_has(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
+    assert (recorder.began, recorder.steps, recorder.ended) == (2, [1, 2, 3, 4], False)
+    # One that only takes more is not sent what it has.
     recorder = Recorder(last=3)
     log, made = log_of(path, 0, recorder)
     write(log, 1, 2, 3, 4, 5)
@@ -147,38 +162,24 @@ def test_a_tracker_that_only_takes_more_is_not_sent_what_it_has(tmp_path: Path) 
     assert recorder.steps == [4, 5]
 
 
-@pytest.mark.parametrize(("fails", "number"), [("begin", 1), ("send", 1)])
+@pytest.mark.parametrize("fails", ["begin", "send"])
 def test_a_tracker_that_fails_is_counted_told_once_and_changes_no_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: str, number: int
-) -> None:
-    path = tmp_path / "metrics.jsonl"
-    log, made = log_of(path, 0, Recorder(fails=[fails]))
-    write(log, 1, 2)
-    log.close()
-    first = "ConnectionError: no network"
-    assert made.close() == {"recorder": {"failures": number, "first": first}}
-    assert capsys.readouterr().err.count(f"tracking by recorder failed: {first}") == 1
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
-
-
-def test_every_failure_is_counted_and_one_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fails: str,
 ) -> None:
     monkeypatch.setattr(tracking_module, "SEND_SECONDS", 0.001)
-    failed = threading.Event()
-
-    class Twice(Recorder):
-        def send(self, rows: Sequence[TrackedRow]) -> None:
-            failed.set()
-            raise ConnectionError("gone")
-
-    log, made = log_of(tmp_path / "metrics.jsonl", 0, Twice())
+    path, recorder = tmp_path / "metrics.jsonl", Recorder(fails=[fails])
+    log, made = log_of(path, 0, recorder)
     write(log, 1)
-    assert failed.wait(20)
+    assert recorder.failed.wait(20)
     write(log, 2)
     log.close()
-    assert made.close()["recorder"]["failures"] == 2
-    assert capsys.readouterr().err.count("failed") == 1
+    first, number = "ConnectionError: no network", 2 if fails == "send" else 1
+    assert made.close() == {"recorder": {"failures": number, "first": first}}
+    assert capsys.readouterr().err.count(f"tracking by recorder failed: {first}") == 1
+    assert steps(path) == [1, 2]
 
 
 def test_a_tracker_that_hangs_does_not_hold_the_stage(
@@ -202,10 +203,6 @@ def test_a_tracker_that_hangs_does_not_hold_the_stage(
 # ------------------------------------------------------------------------------ which, and where
 
 
-def test_a_machine_without_trackers_has_none(tmp_path: Path) -> None:
-    assert tracking_of(Machine(), tmp_path, NAME, "continue", {}) is None
-
-
 def test_a_tracker_that_is_not_installed_is_refused_with_its_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -217,7 +214,8 @@ def test_a_tracker_that_is_not_installed_is_refused_with_its_command(
     require_trackers(Machine.model_validate({"tracking": ["tensorboard"]}))
 
 
-def test_trackers_that_do_not_exist_or_stand_twice_are_refused() -> None:
+def test_trackers_that_do_not_exist_or_stand_twice_are_refused(tmp_path: Path) -> None:
+    assert tracking_of(Machine(), tmp_path, NAME, "continue", {}) is None
     with pytest.raises(ValueError, match="tensorboard"):
         Machine.model_validate({"tracking": ["tensorbord"]})
     with pytest.raises(ValueError, match="names one twice"):

@@ -1,9 +1,6 @@
 """Evaluations as stages and by `midstream eval`: stopped, shared out, of other people's models."""
 
-import io
 import json
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -12,19 +9,21 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import typer
+import torch
 from PIL import Image
 
 import tiny
-from midstream.cli import app, model_commands
+from in_process import stay_here
+from midstream.cli import app
 from midstream.config import Machine
 from midstream.core.storage import read_json
 from midstream.eval.answers import EvaluationStopped
-from midstream.exchange import export
+from midstream.exchange.export import export
 from midstream.launch.workers import worker_environment
 from midstream.study.stages import Evaluate
 from midstream.study.store import Ledger, Stopped
 from midstream.work import evaluate_model
+from midstream.work.open_model import open_model
 from midstream.work.show_scores import short_names
 from ranked import run_ranks
 
@@ -114,18 +113,9 @@ Command = Callable[..., str]
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """The command line with its work done in this process, which has imported torch already."""
-
-    def work(request: dict[str, Any]) -> None:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request)))
-        code = evaluate_model.main()
-        if code:
-            raise typer.Exit(code)
-
+    """The command line with its work done in this process."""
     monkeypatch.setenv("COLUMNS", "600")
-    monkeypatch.setattr(model_commands, "_evaluating", work)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    stay_here(monkeypatch)
 
     def run(*words: str | Path, ok: int = 0) -> str:
         capsys.readouterr()
@@ -143,8 +133,7 @@ def test_a_model_and_its_export_stand_in_one_table(
 ) -> None:
     stage = whole.folder(tiny.CHAT)
     exported = tmp_path / "exported"
-    request = {"checkpoint": str(stage), "out": str(exported), "text_only": False}
-    export.serve(request)
+    export(open_model(stage, torch.device("cpu")), exported, text_only=False)
     world = whole.folder(tiny.WORLD) / "world"
     out = tmp_path / "evaluations"
     words = ("--data", world, "--out", out, "--limit", "6", "--prompts", "short")
@@ -189,9 +178,9 @@ def test_what_cannot_be_asked_is_said_in_one_line(
     assert "did you mean vqav2?" in wrong
     assert "name a model" in command("eval", ok=2)
     assert "holds no predictions" in command("eval", tmp_path, "--show", "1", ok=2)
-    for folder, told in ((tmp_path, "holds no config.json"), (tmp_path / "no", "does not exist")):
+    for folder in (tmp_path, tmp_path / "no"):
         strange = command("eval", folder, "--data", tmp_path, ok=2)
-        assert strange.startswith(f"error: {folder} {told}; give ")
+        assert strange.startswith(f"error: {folder} does not exist or holds no config.json")
         assert len(strange.splitlines()) == 1
 
 

@@ -4,17 +4,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 import tiny
 from faults.launched import recipe
-from midstream.cli import store_commands
+from in_process import stay_here
 from midstream.cli.app import app
 from midstream.study.store import Ledger
-from midstream.work import profile_stage
 
 
 def profiled(ledger: Ledger, out: Path, *options: str) -> "subprocess.CompletedProcess[str]":
@@ -49,13 +47,7 @@ def test_a_profile_has_meters_a_trace_and_a_page_and_leaves_the_store_alone(
 def test_a_stage_that_is_too_short_or_lacks_its_data_is_refused(
     tiny_ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(command: list[str], env: object, stdout: object) -> SimpleNamespace:
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", command[2:])
-            return SimpleNamespace(returncode=profile_stage.main())
-
-    # What the command starts is done in this process, which has imported torch already.
-    monkeypatch.setattr(store_commands, "subprocess", SimpleNamespace(run=run, PIPE=None))
+    stay_here(monkeypatch)
     for ledger, steps, said in (
         (tiny_ledger, 3000, "3004 are wanted; give a smaller --steps"),
         (Ledger(tmp_path / "empty"), 3, "not done"),

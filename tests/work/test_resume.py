@@ -1,8 +1,4 @@
-"""Equal stages give equal bits: in two stores, and however often their process is killed.
-
-Processes are forked from a server that has imported everything and computed nothing, so that a
-life costs what its steps cost.
-"""
+"""A stage that is asked to stop does so within one piece of its work; run again, it goes on."""
 
 import json
 import os
@@ -10,6 +6,7 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -17,9 +14,11 @@ import pytest
 
 import tiny
 from lives import DEADLINE_SECONDS, born, has_steps, server, wait_for
+from midstream.cost.graph import order
 from midstream.launch.workers import work_line, worker_command, worker_environment, write_work
-from midstream.study.stages import Continue, ContinueFrom, Pretrain
-from midstream.study.store import Ledger
+from midstream.study.stages import Continue, ContinueFrom, Pretrain, Stage
+from midstream.study.store import Ledger, Stopped
+from midstream.study.studies import Figure, Line, Study
 from midstream.train import checkpoint
 
 # Long enough to be killed along the way: about 60 steps, a checkpoint every third.
@@ -146,3 +145,64 @@ def test_a_worker_asked_to_end_keeps_a_checkpoint_and_the_next_goes_on_to_equal_
     again = born(processes, mine, LONG_SEEN)
     again.join(DEADLINE_SECONDS)
     assert tiny.bits(mine, LONG_SEEN) == tiny.bits(ledger, LONG_SEEN)
+
+
+STUDY = Study(
+    name="tiny",
+    question="Does every stage stop?",
+    lines=(Line(name="tiny", axes={"x": 0}, result=tiny.RESULT),),
+    figure=Figure(x="x", x_label="x"),
+)
+PREPARING = [stage for stage in order(STUDY) if stage.kind.startswith("prepare")]
+STORED = tiny.MACHINE.model_copy(update={"features": "stored"})
+
+
+def after(asks: int) -> Callable[[], bool]:
+    """Says yes once it was asked so often."""
+    asked = 0
+
+    def should_stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > asks
+
+    return should_stop
+
+
+def stopped(ledger: Ledger, stage: Stage, asks: int) -> str:
+    """Why the stage stopped."""
+    with pytest.raises(Stopped) as reason:
+        tiny.runner(ledger, should_stop=after(asks), machine=STORED).run(stage)
+    assert ledger.state(stage) == "stopped"
+    return str(reason.value)
+
+
+def test_a_stage_that_prepares_data_stops_between_its_parts(tmp_path: Path) -> None:
+    ledger, stage = Ledger(tmp_path), PREPARING[-1]
+    tiny.run_missing(ledger, *stage.parents)
+    assert "is kept" in stopped(ledger, stage, 0)
+    tiny.runner(ledger).run(stage)
+    assert ledger.is_done(stage)
+
+
+def test_an_encoder_in_training_stops_between_its_steps(
+    tiny_ledger: Ledger, tmp_path: Path
+) -> None:
+    ledger = tiny.store_with(tiny_ledger, tmp_path, *PREPARING)
+    assert "after step 2 of 3" in stopped(ledger, tiny.ENCODER_STAGE, 2)
+    tiny.runner(ledger).run(tiny.ENCODER_STAGE)
+    assert tiny.bits(ledger, tiny.ENCODER_STAGE) == tiny.bits(tiny_ledger, tiny.ENCODER_STAGE)
+
+
+def test_a_stage_that_stores_features_stops_there_and_then_stores_the_rest(
+    tiny_ledger: Ledger, tmp_path: Path
+) -> None:
+    ledger = tiny.store_with(tiny_ledger, tmp_path, *PREPARING, tiny.ENCODER_STAGE, tiny.TEXT)
+    assert "features were stored" in stopped(ledger, tiny.SEEN, 2)
+    before = {path: path.read_bytes() for path in (tmp_path / "features").rglob("features.bin")}
+    assert before
+    assert not ledger.metrics(tiny.SEEN)
+    tiny.runner(ledger, machine=STORED).run(tiny.SEEN)
+    after_all = {path: path.read_bytes() for path in (tmp_path / "features").rglob("features.bin")}
+    assert len(after_all) > len(before)
+    assert all(after_all[path] == content for path, content in before.items())

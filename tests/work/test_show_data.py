@@ -1,12 +1,9 @@
 """Rows as a person reads them, the mixture table, and the command that prints both."""
 
 import io
-import json
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from typer.testing import CliRunner, Result
 
 import tiny
-from midstream.cli import app as cli_app
+from in_process import events_of, stay_here
 from midstream.cli.app import app
 from midstream.cli.catalogue import training_stage
 from midstream.config import Budget, Epochs, ImageTransform, Mixture, Rows
@@ -40,7 +37,6 @@ from midstream.study.label import label
 from midstream.study.stages import Evaluate
 from midstream.study.store import Ledger
 from midstream.study.studies import Figure, Line, Study
-from midstream.work import show_data
 from midstream.work.show_data import Shown, pieces_of, print_row, print_stats
 
 PATCHES, SIZE = 4, 12
@@ -146,69 +142,57 @@ def printed(shown: Shown, index: int, out: Path, **changes: object) -> str:
     return stream.getvalue()
 
 
-@pytest.mark.parametrize(("budget", "layout", "row_length"), CASES)
-def test_the_marked_texts_are_exactly_the_targets_of_every_row(
-    sources: dict[str, Source], codec: TextCodec, budget: Budget, layout: str, row_length: int
+@pytest.fixture(params=CASES, ids=str)
+def shown(request: pytest.FixtureRequest, sources: dict[str, Source], codec: TextCodec) -> Shown:
+    return shown_of(sources, codec, *request.param)
+
+
+def test_a_rows_texts_are_whole_or_say_that_they_are_cut_and_marked_where_they_are_targets(
+    shown: Shown,
 ) -> None:
-    shown = shown_of(sources, codec, budget, layout, row_length)
-    num_cut = num_joined = 0
+    row_length, layout = shown.plan.rows.row_length, shown.plan.rows.layout
+    decode = shown.codec.tokenizer.decode
+    whole = {
+        f"source {name!r}, {name}.x, {'document' if name == 'web' else 'sample'} {number}": decode(
+            source.input_ids(number).tolist(), skip_special_tokens=False
+        )
+        for name, source in shown.sources.items()
+        for number in range(len(source))
+    }
+    num_cut = num_joined = num_continued = 0
     for index in range(len(shown.plan)):
-        row, pieces = pieces_of(shown.plan, sources, codec, index, PATCHES)
+        row, pieces = pieces_of(shown, index)
         targets = [int(token) for token in row.targets if token != IGNORE]
         spans = [span for piece in pieces for span in (*piece.spans, *piece.following)]
         marked = "".join(span.text for span in spans if span.supervised)
-        assert marked == codec.tokenizer.decode(targets, skip_special_tokens=False)
+        assert marked == decode(targets, skip_special_tokens=False)
         assert sum(piece.num_targets for piece in pieces) == row.counts.target == len(targets)
         assert sum(len(piece.columns) for piece in pieces) == row.counts.seen
-        num_cut += sum(bool(piece.following) for piece in pieces)
         num_joined += sum(piece.spans[0].supervised for piece in pieces[1:])
         joined = shown.plan.layout.sees_all(index)
         assert joined or not any(piece.spans[0].supervised for piece in pieces)
-    assert num_cut or row_length == 96
-    assert (num_joined > 0) == (layout != "filled")
-
-
-@pytest.mark.parametrize(("budget", "layout", "row_length"), CASES)
-def test_all_texts_of_a_row_are_there_and_parts_of_documents_say_so(
-    sources: dict[str, Source], codec: TextCodec, budget: Budget, layout: str, row_length: int
-) -> None:
-    shown = shown_of(sources, codec, budget, layout, row_length)
-    whole = {
-        f"source {name!r}, {name}.x, {'document' if name == 'web' else 'sample'} {number}": (
-            codec.tokenizer.decode(source.input_ids(number).tolist(), skip_special_tokens=False)
-        )
-        for name, source in sources.items()
-        for number in range(len(source))
-    }
-    cut = continued = 0
-    for index in range(len(shown.plan)):
-        for piece in pieces_of(shown.plan, sources, codec, index, PATCHES)[1]:
+        for piece in pieces:
             text, full = "".join(span.text for span in piece.spans), whole[piece.where]
             assert text in full
             assert (text == full) == (not piece.continued and not piece.goes_on)
             assert full.endswith(text) or piece.goes_on
             assert full.startswith(text) or piece.continued
-            cut, continued = cut + piece.goes_on, continued + piece.continued
-    assert row_length == 96 or (cut and continued)
+            num_cut += bool(piece.following)
+            num_continued += piece.continued
+    assert row_length == 96 or (num_cut and num_continued)
+    assert (num_joined > 0) == (layout != "filled")
 
 
-@pytest.mark.parametrize(("budget", "layout", "row_length"), CASES)
 def test_a_printed_row_names_sources_special_tokens_cuts_and_pictures(
-    tmp_path: Path,
-    sources: dict[str, Source],
-    codec: TextCodec,
-    budget: Budget,
-    layout: str,
-    row_length: int,
+    tmp_path: Path, shown: Shown
 ) -> None:
-    shown = shown_of(sources, codec, budget, layout, row_length)
     for index in range(len(shown.plan)):
         text = printed(shown, index, tmp_path / "out")
-        row, pieces = pieces_of(shown.plan, sources, codec, index, PATCHES)
+        row, pieces = pieces_of(shown, index)
         assert f"row {index} of {len(shown.plan)} (0 to {len(shown.plan) - 1})" in text
         for piece in pieces:
             assert piece.where in text
-        specials = np.isin(row.input_ids, [codec.end_of_text, codec.separator])
+        specials = np.isin(row.input_ids, [shown.codec.end_of_text, shown.codec.separator])
         specials &= row.segment_ids >= 0
         for image in row.image_starts:
             specials[image : image + PATCHES] = False
@@ -285,7 +269,7 @@ def test_text_cannot_steer_the_terminal_or_the_markup(tmp_path: Path, codec: Tex
     shown = shown_of(sources, codec, Epochs(sources=("odd",), epochs=1), row_length=128)
     found = printed(shown, 0, tmp_path)
     found = re.sub("[⟦⟧]", "", found)
-    assert "\\x1b[2J[bold]wide[/bold]\\x07 \\x9b1m\\x0d        tab\nline" in found
+    assert "\\x1b[2J[bold]wide[/bold]\\x07 \\x9b1m\\r  tab\nline" in found
     assert not set("\x1b\x07\x9b\r") & set(found)
 
 
@@ -296,7 +280,7 @@ def test_a_row_that_is_not_there_is_refused_with_both_numbers(
     rows = len(shown.plan)
     for index in (-1, rows, rows + 5000):
         with pytest.raises(ValueError, match=rf"row {index:,} is .* {rows} rows, 0 to {rows - 1}"):
-            pieces_of(shown.plan, sources, codec, index, PATCHES)
+            pieces_of(shown, index)
 
 
 def table_after(text: str, start: str) -> dict[str, list[str]]:
@@ -313,17 +297,11 @@ def table_after(text: str, start: str) -> dict[str, list[str]]:
     raise AssertionError(text)
 
 
-@pytest.mark.parametrize(("budget", "layout", "row_length"), CASES)
 @pytest.mark.parametrize("num_rows", [1, 7, 10_000])
 def test_the_mixture_table_counts_what_the_rows_hold(
-    sources: dict[str, Source],
-    codec: TextCodec,
-    budget: Budget,
-    layout: str,
-    row_length: int,
-    num_rows: int,
+    sources: dict[str, Source], shown: Shown, num_rows: int
 ) -> None:
-    shown, stream = shown_of(sources, codec, budget, layout, row_length), io.StringIO()
+    stream, row_length = io.StringIO(), shown.plan.rows.row_length
     print_stats(shown, num_rows, Console(file=stream, highlight=False))
     text, total = stream.getvalue(), len(shown.plan)
     chosen = min(num_rows, total)
@@ -409,34 +387,26 @@ def midstream(*arguments: object) -> Result:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the command starts is done in this process, which has imported torch already."""
-
-    def run(command: list[str], input: bytes, env: object) -> SimpleNamespace:
-        assert command[:3] == [sys.executable, "-m", show_data.__name__]
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", command[2:])
-            patch.setattr(sys, "stdin", io.StringIO(input.decode()))
-            return SimpleNamespace(returncode=show_data.main())
-
-    monkeypatch.setattr(cli_app, "subprocess", SimpleNamespace(run=run))
+    """What the command starts is done in this process."""
+    stay_here(monkeypatch)
 
 
 def contents(store: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in store.rglob("*")}
 
 
+@pytest.mark.slow
 def test_the_command_shows_any_training_stage_before_it_has_run_and_changes_no_store(
     recipe: str,
     tiny_ledger: Ledger,
     tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
     request: pytest.FixtureRequest,
 ) -> None:
     before, out = contents(tiny_ledger.store), tmp_path / "pictures"
     # Without options: the first row of the first continue, in a process as for everybody.
-    midstream(recipe, "--store", tiny_ledger.store, "--set", "tokens=9000")
+    result = midstream(recipe, "--store", tiny_ledger.store, "--set", "tokens=9000")
     stage = tiny.image_run(total_tokens=9_000)
-    assert f"{stage.identity[:7]}: row 0 of " in capfd.readouterr().out
+    assert f"{stage.identity[:7]}: row 0 of " in result.stdout
     request.getfixturevalue("in_process")
     asked = (recipe, "--store", tiny_ledger.store, "--out", out)
     for kind, stage in (("continue", tiny.SEEN), ("pretrain", tiny.TEXT), ("finetune", tiny.CHAT)):
@@ -468,7 +438,7 @@ def test_bad_use_is_one_line_that_says_what_to_do(
     for arguments, message in cases:
         result = midstream(recipe, "--out", tmp_path / "out", "--store", *arguments)
         errors = result.stderr
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert result.stdout == ""
         assert re.search(message, errors), errors
         assert errors.count("\n") == 1
@@ -493,24 +463,18 @@ def test_the_data_is_prepared_on_demand_and_only_once(recipe: str, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_preparation_that_fails_is_told_with_its_reason_and_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_preparation_that_fails_is_told_with_its_reason_and_log(tmp_path: Path) -> None:
     root, store = tmp_path / "empty", tmp_path / "store"
     root.mkdir()
     sources = {"web": {"kind": "text", "digest": "0" * 16}}
-    world = {"kind": "folder", "root": str(root), "fingerprint": {"sources": sources}}
-    stage = json.loads(tiny.TEXT.model_dump_json())
-    stage["data"]["world"] = world
-    options = ["--row", "0", "--out", str(tmp_path / "out"), "--prepare"]
-    monkeypatch.setattr(sys, "argv", ["show-data", "--store", str(store), *options])
-    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(stage)))
-    assert show_data.main() == 1
-    out, errors = capsys.readouterr()
-    assert out == ""
-    last = errors.splitlines()[-1]
-    told = rf"error: .* · \w{{7}} is not prepared: \w+Error: .*{root}.*\(see {store}/worker-1.log\)"
-    assert re.fullmatch(told, last), errors
+    stage = tiny.TEXT.model_dump(mode="json")
+    stage["data"]["world"] = {"kind": "folder", "root": str(root)}
+    stage["data"]["world"]["fingerprint"] = {"sources": sources}
+    request = {"store": store, "stage": stage, "row": 0, "stats": None, "out": tmp_path / "out"}
+    *_, last = events_of("show-data", request | {"prepare": True, "remedy": "midstream run"})
+    told = rf".* · \w{{7}} is not prepared: \w+Error: .*{root}.*\(see {store}/worker-1.log\)"
+    assert (last["event"], last["code"]) == ("failed", 2)
+    assert re.fullmatch(told, last["error"])
 
 
 def test_what_is_cut_off_of_a_conversation_is_said_in_its_row_and_in_the_mixture(

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 import tiny
 from midstream.chat.session import describe
 from midstream.config import ContinuedCosine, Training, WarmupCosine
-from midstream.exchange.card import _history
+from midstream.exchange.export import _history
 from midstream.model.vlm import VLM
 from midstream.model.weights import initialise
-from midstream.report.results import line_rows, parts_of
+from midstream.report.line_rows import line_rows, parts_of
 from midstream.study.stages import (
     Continue,
     ContinueFrom,
@@ -27,7 +27,8 @@ from midstream.study.store import Ledger, Stopped
 from midstream.study.studies import Figure, Line, Study
 from midstream.train import checkpoint
 from midstream.work.open_model import open_encoder, open_model
-from midstream.work.profile_stage import profile_stage
+from midstream.work.profile_stage import ProfileRequest, profile
+from midstream.work.protocol import Channel
 from tiny import TEXT
 
 # Down to a rate above the end of the stage behind it.
@@ -136,7 +137,10 @@ def test_a_text_run_with_a_frozen_decoder_is_refused() -> None:
 
 
 def test_a_stage_with_a_frozen_decoder_can_be_profiled(ledger: Ledger, tmp_path: Path) -> None:
-    found = profile_stage(ALIGNED, ledger, tiny.MACHINE, 1, tmp_path)
+    request = ProfileRequest(
+        store=ledger.store, stage=ALIGNED, machine=tiny.MACHINE, steps=1, out=tmp_path
+    )
+    found = profile(request, Channel(None))
     assert found["model_flops_per_second"] > 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["parameters"]["decoder"]["trained"] == 0
@@ -265,11 +269,11 @@ def test_a_row_of_the_report_adds_both_image_text_stages_up(ledger: Ledger) -> N
     )
     two, none = line_rows(study, ledger)
     seen = [ledger.results(stage)["tokens_seen"] for stage in (ALIGNED, SECOND)]
-    assert two["tokens.continue"] == sum(seen)
-    assert none["tokens.continue"] is None
-    assert none["tokens.finetune"] == ledger.results(DIRECT)["tokens_seen"]
+    assert two.values["tokens.continue"] == sum(seen)
+    assert none.values["tokens.continue"] is None
+    assert none.values["tokens.finetune"] == ledger.results(DIRECT)["tokens_seen"]
     share = checkpoint.read_progress(checkpoint.milestone(ledger.folder(TEXT), 0.4)).tokens_seen
-    assert two["tokens.pretrain"] == none["tokens.pretrain"] == share
+    assert two.values["tokens.pretrain"] == none.values["tokens.pretrain"] == share
     assert parts_of(results["two"])["continue"].before == (ALIGNED,)
     assert list(parts_of(results["none"])) == [
         "prepare_world",

@@ -153,7 +153,7 @@ def captioned_pictures(folder: Path) -> list[CaptionRecord]:
 
 def documents(folder: Path) -> list[str]:
     options = ReadOptions()
-    found = [r for unit in text_units([str(folder)], options) for r in read_text(unit, options)]
+    found = [r for unit in text_units([str(folder)]) for r in read_text(unit, options)]
     return [record.text for record in found if isinstance(record, TextRecord)]
 
 

@@ -1,21 +1,19 @@
 """One conversation with an opened model, and a few lines about that model.
 
-Pictures, questions and answers as they are streamed, with a cache over the turns. Token ids of an
-answer become whole characters, without any that would harm a terminal. About the model: its name,
-its training, its scores.
+Token ids of an answer become whole characters.
 """
 
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from midstream.config import DecoderConfig
+from midstream.config import Config, DecoderConfig, Positive
 from midstream.core.storage import read_json
 from midstream.data.examples import TextCodec, question_ids
 from midstream.data.images import decode_pixels
@@ -23,15 +21,13 @@ from midstream.model.decoder import Sampling, choose
 from midstream.model.generate import AnyCache, id_tensor, new_cache, project_images
 from midstream.model.vlm import VLM
 from midstream.study.label import label
+from midstream.study.results import EvaluationResult, ImportedResult
 from midstream.study.stages import LoadDecoder, LoadModel, Pretrain, came_from
-from midstream.study.store import Ledger
 from midstream.work.open_model import OpenedModel, WithModel, evaluations
 
 # A byte in the vocabularies that spell unknown characters out (sentencepiece's byte fallback).
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _INCOMPLETE = "\ufffd"
-# Controls that turn the direction of what follows them, beyond the answer.
-_TURNS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 
 
 class TextPieces:
@@ -61,21 +57,6 @@ class TextPieces:
     def _grow(self, text: str) -> str:
         known, self.text = len(self.text), text.strip()
         return self.text[known:]
-
-
-def harmless(text: str) -> str:
-    """Text with its control characters written out (`\\x1b`), all but line breaks and tabs.
-
-    Those that turn the reading direction are written out too; joiners of emoji and scripts stay.
-    """
-    return "".join(_written_out(character) for character in text)
-
-
-def _written_out(character: str) -> str:
-    controls = unicodedata.category(character) == "Cc" and character not in "\n\t"
-    if controls or unicodedata.bidirectional(character) in _TURNS:
-        return character.encode("unicode_escape").decode()
-    return character
 
 
 class Conversation:
@@ -162,23 +143,22 @@ class Conversation:
 OPENLM_POSITIONS = 2048
 
 
-@dataclass(frozen=True)
-class ChatSettings:
+class ChatSettings(Config):
     """How answers are made; temperature None or 0 takes the most likely token each time."""
 
-    max_new_tokens: int = 256
-    temperature: float | None = None
+    max_new_tokens: Positive = 256
+    temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: float = 1.0
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
+    @model_validator(mode="after")
+    def _draws(self) -> "ChatSettings":
         if not self.temperature and self.top_p != 1.0:
             raise ValueError(
                 f"top_p {self.top_p} says how tokens are drawn, but without a temperature none "
                 "are drawn; give a temperature above 0 as well"
             )
+        return self
 
     @property
     def sampling(self) -> Sampling | None:
@@ -360,14 +340,13 @@ def _training(opened: OpenedModel) -> Iterator[str]:
         milestones = isinstance(link, Pretrain)
         kept = folder / f"milestones/{part * 100:g}" if milestones else folder / "weights"
         if isinstance(link, LoadDecoder | LoadModel):
-            yield f"{_TITLES[link.kind]}: {_tokens_before(opened.ledger, link)}, in {link.name}"
+            done = opened.ledger.is_done(link)
+            held = opened.ledger.result(link, ImportedResult) if done else None
+            seen = None if held is None else held.tokens_seen_before
+            told = "tokens unknown" if seen is None else f"{seen:,} tokens"
+            yield f"{_TITLES[link.kind]}: {told}, in {link.name}"
             continue
         yield f"{_TITLES[link.kind]}: {_tokens(kept / 'progress.json')}, {of} {link.name}"
-
-
-def _tokens_before(ledger: Ledger, stage: LoadDecoder | LoadModel) -> str:
-    found = ledger.results(stage)["tokens_seen_before"] if ledger.is_done(stage) else None
-    return "tokens unknown" if found is None else f"{found:,} tokens"
 
 
 def _tokens(progress: Path) -> str:
@@ -384,11 +363,11 @@ def _tokens(progress: Path) -> str:
 
 def _scores(opened: OpenedModel) -> Iterator[str]:
     for stage in evaluations(opened):
-        tasks = opened.ledger.results(stage)["tasks"]
+        tasks = opened.ledger.result(stage, EvaluationResult).tasks
         scores = ", ".join(
-            f"{task} {found['score']:.1%} (chance {found['chance']:.1%})"
-            if found["chance"] is not None
-            else f"{task} {found['metric']} {found['score']:.4g}"
+            f"{task} {found.score:.1%} (chance {found.chance:.1%})"
+            if found.chance is not None
+            else f"{task} {found.metric} {found.score:.4g}"
             for task, found in sorted(tasks.items())
         )
         yield f"{scores} ({label(stage)})"

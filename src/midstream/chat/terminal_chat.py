@@ -1,15 +1,23 @@
-"""The conversation in a terminal, and the same for scripts: questions on standard input."""
+"""The work of `midstream chat`: in a terminal, on a page, or for scripts that write questions."""
 
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Annotated, Literal
 
+from pydantic import Field
 from rich.console import Console
-from rich.text import Text
 
-from midstream.chat.session import ChatSession, harmless
+from midstream.chat.session import ChatSession, ChatSettings, caution, describe
+from midstream.chat.web_page import Page, require_gradio, serve
+from midstream.config import Machine
+from midstream.train.parallel import set_up
+from midstream.work.open_model import open_model
+from midstream.work.protocol import Channel, harmless, print_line
 
 QUIT = "/quit"
 HELP = """\
@@ -18,6 +26,46 @@ HELP = """\
 /help        these lines
 /quit        end the chat; so does Ctrl-D, while Ctrl-C stops an answer
 A question may begin with a slash if there is a space before it."""
+
+
+class ChatRequest(ChatSettings):
+    """The arguments of `midstream chat`."""
+
+    checkpoint: Path
+    image: Path | None = None
+    web: bool = False
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def chat(request: ChatRequest, channel: Channel) -> None:
+    """Open the model and chat; ValueError or OSError for what is refused."""
+    if request.web:
+        require_gradio()
+    place = set_up(Machine(threads=os.cpu_count() or 1, device=request.device))
+    opened = open_model(request.checkpoint, place.device)
+    about = describe(opened)
+    if (warning := caution(opened)) is not None:
+        about.append(warning)
+    session = ChatSession(opened, request)
+    # Refuses a picture that cannot be shown before anything is said or served.
+    session.show(request.image)
+    console, notes = Console(), Console(stderr=True)
+    for line in about:
+        print_line(console if request.web or sys.stdin.isatty() else notes, line, "dim")
+    if request.web:
+        page = Page(opened, request, about, request.image)
+        serve(
+            page, request.port, lambda address: print_line(console, f"{address}  (Ctrl-C ends it)")
+        )
+    elif not sys.stdin.isatty():
+        answer_lines(session, sys.stdin, console, notes)
+    else:
+        # With it, `input` edits lines and remembers them.
+        with suppress(ImportError):
+            import readline  # noqa: F401
+        print_line(console, "/help lists the commands", "dim")
+        converse(session, console, input)
 
 
 def converse(session: ChatSession, console: Console, read: Callable[[str], str]) -> None:
@@ -32,7 +80,7 @@ def converse(session: ChatSession, console: Console, read: Callable[[str], str])
             console.print()
             return
         except KeyboardInterrupt:
-            say(console, "\nCtrl-D or /quit ends the chat", "dim")
+            print_line(console, "\nCtrl-D or /quit ends the chat", "dim")
             continue
         if line.strip() == QUIT:
             return
@@ -40,11 +88,11 @@ def converse(session: ChatSession, console: Console, read: Callable[[str], str])
             continue
         try:
             if line.startswith("/"):
-                say(console, obey(session, line), "dim")
+                print_line(console, obey(session, line), "dim")
             else:
                 _print_answer(session, line, console)
         except (ValueError, OSError) as reason:
-            say(console, str(reason), "red")
+            print_line(console, str(reason), "red")
 
 
 def answer_lines(
@@ -60,14 +108,14 @@ def answer_lines(
             return
         try:
             if line.startswith("/"):
-                say(notes, obey(session, line))
+                print_line(notes, obey(session, line))
                 continue
             answer = "".join(session.ask(line))
         except (ValueError, OSError) as reason:
             raise ValueError(f"line {number}: {reason}") from None
         console.out(harmless(answer).replace("\n", "\\n"), highlight=False)
         if session.cut is not None:
-            say(notes, f"line {number}: {session.cut}")
+            print_line(notes, f"line {number}: {session.cut}")
 
 
 def obey(session: ChatSession, line: str) -> str:
@@ -91,18 +139,13 @@ def obey(session: ChatSession, line: str) -> str:
     raise ValueError(f"there is no command {line.strip()!r}; /help lists what there is")
 
 
-def say(console: Console, text: str, style: str = "") -> None:
-    """Print a line of ours; nothing in it is read as markup."""
-    console.print(Text(harmless(text), style=style), soft_wrap=True)
-
-
 def _print_answer(session: ChatSession, question: str, console: Console) -> None:
     with _interrupt_stops(session):
         for piece in session.ask(question):
             console.out(harmless(piece), highlight=False, end="")
         console.print()
     if session.cut is not None:
-        say(console, f"({session.cut})", "dim")
+        print_line(console, f"({session.cut})", "dim")
 
 
 @contextmanager

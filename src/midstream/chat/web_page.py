@@ -15,8 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from midstream.chat.session import ChatSession, ChatSettings, harmless
+from midstream.chat.session import ChatSession, ChatSettings
 from midstream.work.open_model import OpenedModel
+from midstream.work.protocol import harmless
 
 HOST = "127.0.0.1"
 # The browser itself then asks no other machine for anything.
@@ -25,11 +26,11 @@ _POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 Messages = list[dict[str, str]]
 
 
+@dataclass
 class Visitor:
     """A browser session; its conversation begins when it is first needed."""
 
-    def __init__(self) -> None:
-        self.session: ChatSession | None = None
+    session: ChatSession | None = None
 
 
 @dataclass(frozen=True)
@@ -230,6 +231,7 @@ class StayHere:
         """Handle a request (ASGI)."""
 
         async def send_on(message: dict[str, Any]) -> None:
+            """Pass a message on, the page's headers with the policy."""
             if message["type"] == "http.response.start":
                 header = (b"content-security-policy", _POLICY)
                 message = {**message, "headers": [*message.get("headers", []), header]}

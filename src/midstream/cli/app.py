@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,18 +15,19 @@ import typer
 from midstream import __version__
 from midstream.cli import (
     DEFAULT_STORE,
+    Device,
     ScaleName,
     Settings,
+    StageName,
     Store,
     StudyName,
+    Threads,
     model_commands,
     run_commands,
     store_commands,
+    work,
 )
-from midstream.cli.model_commands import COMMANDS
 from midstream.cli.plan_command import plan
-from midstream.cli.run_commands import run, run_and_tell
-from midstream.cli.store_commands import profile
 
 Arguments = ParamSpec("Arguments")
 USER_ERROR_EXIT_CODE = 2
@@ -39,10 +39,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Workers = Annotated[int, typer.Option(min=1, help="Processes that run stages side by side.")]
-Threads = Annotated[int, typer.Option(min=1, help="Threads of each process.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
 def _version(wanted: bool) -> bool:
@@ -66,21 +62,14 @@ def user_errors(command: Callable[Arguments, None]) -> Callable[Arguments, None]
 
     @wraps(command)
     def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        """The command; its errors for users end the program with their text."""
         try:
             command(*args, **kwargs)
         except (ValueError, OSError) as reason:
-            from pydantic import ValidationError
-
+            from midstream.launch.child import error_words
             from midstream.launch.terminal import error
 
-            text = str(reason)
-            if isinstance(reason, ValidationError):
-                text = "\n".join(
-                    ".".join(str(part) for part in (reason.title, *item["loc"]))
-                    + f": {item['msg'].removeprefix('Value error, ')}"
-                    for item in reason.errors(include_url=False)
-                )
-            error(f"error: {text}")
+            error(f"error: {error_words(reason)}")
             raise typer.Exit(USER_ERROR_EXIT_CODE) from None
 
     return checked
@@ -142,39 +131,23 @@ def prepare(
     ] = None,
 ) -> None:
     """Turn public formats into a prepared source; the same command goes on where it was."""
-    from midstream.cli import store_commands
-    from midstream.launch import terminal
-    from midstream.launch.terminal import STOPPED_EXIT_CODE
+    from midstream.launch.child import hub_environment
 
+    started = time.monotonic()
     options: dict[str, str | int | None] = {"text_key": text_key, "require": require}
     options |= {"images": images, "max_tokens": max_tokens}
-    request = {"section": section, "sources": sources, "out": str(out), "tokenizer": tokenizer}
-    limits = {"max_rejects": max_rejects, "validation": validation, "begin_of_text": begin_of_text}
-    cores = workers or os.cpu_count() or 1
-    last = store_commands.prepare(
-        request | limits | {"options": options, "workers": cores}, terminal.out()
-    )
-    if last["event"] == "failed":
-        terminal.error(f"error: {last['error']}")
-        raise typer.Exit(1)
-    if last["event"] == "stopped":
-        terminal.error("stopped; the same command continues where it was")
-        raise typer.Exit(STOPPED_EXIT_CODE)
-    store_commands.print_summary(last["summary"], last["seconds"], terminal.out())
+    request = {"section": section, "sources": sources, "out": out, "tokenizer": tokenizer}
+    request |= {"max_rejects": max_rejects, "validation": validation, "options": options}
+    request |= {"begin_of_text": begin_of_text, "workers": workers or os.cpu_count() or 1}
+    summary = work("prepare", request, hub_environment(threads=1))
+    store_commands.print_summary(summary, time.monotonic() - started)
 
 
 @app.command("show-data")
 @user_errors
 def show_data(
     study: StudyName,
-    stage: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME_OR_KIND",
-            help="pretrain, continue, finetune, or how a stage's name begins; without it the "
-            "first continue.",
-        ),
-    ] = None,
+    stage: StageName = None,
     row: Annotated[
         int | None, typer.Option(help="The row to print, from 0; the first one without --stats.")
     ] = None,
@@ -200,51 +173,47 @@ def show_data(
     shown = training_stage(find_study(study, arguments, Ledger(store)), stage)
     remedy = ["midstream", "run", study, "--store", str(store)]
     remedy += [part for setting in arguments for part in ("--set", setting)]
-    command = [sys.executable, "-m", "midstream.work.show_data", "--store", str(store)]
-    command += ["--out", str(out), "--remedy", shlex.join(remedy)]
-    command += ["--prepare"] if prepare else []
-    command += ["--stats", str(rows)] if stats else []
-    command += [] if stats and row is None else ["--row", str(row or 0)]
-    # A process of its own, as the launcher's workers are: the commands import no torch.
-    ended = subprocess.run(
-        command, input=shown.model_dump_json().encode(), env=worker_environment(Machine())
-    )
-    if ended.returncode:
-        raise typer.Exit(ended.returncode)
+    request = {"store": store, "stage": shown.model_dump(mode="json"), "out": out}
+    request |= {
+        "row": None if stats and row is None else row or 0,
+        "stats": rows if stats else None,
+    }
+    request |= {"prepare": prepare, "remedy": shlex.join(remedy)}
+    work("show-data", request, worker_environment(Machine()))
 
 
 @app.command()
 @user_errors
 def demo(
     store: Store = DEFAULT_STORE / "demo",
-    workers: Workers = 2,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that run stages side by side.")
+    ] = 2,
     threads: Threads = 1,
     device: Device = "auto",
 ) -> None:
     """Run the pocket study from generated data to its report, on two CPU cores in minutes."""
     from midstream.cli.catalogue import find_study
     from midstream.config import Machine
-    from midstream.launch import terminal
     from midstream.study.store import Ledger
 
     start = time.monotonic()
     study, ledger = find_study(DEMO_STUDY, []), Ledger(store)
     machine = Machine.model_validate({"workers": workers, "threads": threads, "device": device})
-    peak_bytes = run_and_tell(study, ledger, machine, retry=True)
+    peak_bytes = run_commands.run_and_tell(study, ledger, machine, {"retry": True})
     store_commands.write(study, ledger)
     text = f"wall time {time.monotonic() - start:,.1f} s"
     if peak_bytes:
         text += f", peak memory {peak_bytes / 2**30:.2f} GiB (sum over the workers)"
-    terminal.out().print(text)
+    typer.echo(text)
 
 
 ALL_COMMANDS: dict[str, Callable[..., None]] = {
-    **COMMANDS,
-    **model_commands.EVAL_COMMANDS,
+    **model_commands.COMMANDS,
     **run_commands.COMMANDS,
     "plan": plan,
-    "run": run,
-    "profile": profile,
+    "run": run_commands.run,
+    "profile": store_commands.profile,
     "report": store_commands.report,
 }
 for command_name, command_of in ALL_COMMANDS.items():

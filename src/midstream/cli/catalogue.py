@@ -1,11 +1,6 @@
 """Finds studies and stages by the names that people give them.
 
-Finds the recipe that a command names and calls it with the arguments it was given.
-
-One stage of a study or of a store, chosen as a person names it.
-
-A handle (the first digits of the identity, as labels end with), a folder's name or how it begins,
-or a whole label.
+A stage: the first digits of its identity, its folder's name or how that begins, or a whole label.
 """
 
 import importlib
@@ -19,7 +14,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
@@ -75,22 +70,29 @@ def last_study(name: str, ledger: Ledger, settings: Sequence[str]) -> LastStudy:
     asked = _asked(ledger).get(_asked_as(name))
     if found := [other for other in kept if other == asked or _answers(other, name)]:
         return LastStudy(ledger.load_study(found[0]), _choice(name, found))
-    within: dict[str, Study] = {}
-    for other in kept:
-        for study in ledger.load_study(other).studies:
-            if _answers(study.name, name):
-                within.setdefault(study.name, study)
-    if within:
-        return LastStudy(next(iter(within.values())), _choice(name, list(within)))
+    parts = [study for other in kept for study in ledger.load_study(other).studies]
+    if within := [study for study in parts if _answers(study.name, name)]:
+        return LastStudy(within[0], _choice(name, [study.name for study in within]))
     if ".py" not in name and name not in (known := catalogue()):
         stored = ledger.study_names()
-        near = get_close_matches(name, [*stored, *known], n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"no study {name!r}; {hint}store {ledger.store} holds {', '.join(stored) or 'none'}, "
-            f"and there are the recipes {', '.join(known) or 'none'}"
+            f"no study {name!r}; {_nearest(name, [*stored, *known])}store {ledger.store} holds "
+            f"{', '.join(stored) or 'none'}, and there are the recipes {', '.join(known)}"
         )
     return LastStudy(find_study(name, settings, ledger))
+
+
+def _choice(name: str, found: Sequence[str]) -> str | None:
+    """Which of several was taken, and how to have another."""
+    first, *others = dict.fromkeys(found)
+    text = f"{name}: {first} was run last and is shown; there is also {', '.join(others)}"
+    return text if others else None
+
+
+def _nearest(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
+    """The hint at the known name that a person may have meant, if there is one."""
+    near = get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def keep_asked(ledger: Ledger, name: str, study: AnyStudy) -> None:
@@ -122,13 +124,6 @@ def _answers(stored: str, name: str) -> bool:
     return stored == name or stored.startswith(f"{name}.")
 
 
-def _choice(name: str, found: Sequence[str]) -> str | None:
-    """Which of several was taken, and how to have another."""
-    if len(found) == 1:
-        return None
-    return f"{name}: {found[0]} was run last and is shown; there is also {', '.join(found[1:])}"
-
-
 def with_scale(settings: Sequence[str] | None, scale: str | None) -> list[str]:
     """The settings, and the scale that an option of its own may give."""
     return [*(settings or []), *([] if scale is None else [f"scale={json.dumps(scale)}"])]
@@ -147,11 +142,9 @@ def catalogue() -> dict[str, Recipe]:
 def _from_catalogue(name: str) -> Recipe:
     known = catalogue()
     if name not in known:
-        near = get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"no study {name!r}; {hint}there are {', '.join(known) or 'none'}, "
-            f"or give your own as path/to/file.py:function"
+            f"no study {name!r}; {_nearest(name, list(known))}there are {', '.join(known)}, or "
+            "give your own as path/to/file.py:function"
         )
     return known[name]
 
@@ -172,8 +165,7 @@ def _from_file(name: str) -> Recipe:
         raise ValueError(
             f"{path} has no function {function if path_text else ''!r}; it has {known}"
         )
-    chosen: Recipe = recipe
-    return chosen
+    return cast(Recipe, recipe)
 
 
 def _recipes_of(module: ModuleType) -> dict[str, Recipe]:
@@ -241,26 +233,21 @@ def _annotated(name: str, key: str, text: str, hint: Any) -> Any:
     )
 
 
+# What a kind of value, and a list of it, is called, and an example of either.
 _PLAIN = {
     bool: ("true or false", "true"),
-    int: ("a whole number", "7"),
-    float: ("a number", "0.5"),
-    str: ("a text", "some-name"),
-    Path: ("a path", "some/folder"),
+    int: ("a whole number", "7", "a list of whole numbers", "7,365"),
+    float: ("a number", "0.5", "a list of numbers", "0.1,0.5"),
+    str: ("a text", "some-name", "a list of texts", "one,other"),
+    Path: ("a path", "some/folder", "a list of paths", "some/folder,other/folder"),
     NoneType: ("null", "null"),
-}
-_PLAIN_LISTS = {
-    int: ("a list of whole numbers", "7,365"),
-    float: ("a list of numbers", "0.1,0.5"),
-    str: ("a list of texts", "one,other"),
-    Path: ("a list of paths", "some/folder,other/folder"),
 }
 
 
 def _described(hint: Any) -> tuple[str, str]:
     """What an annotation takes, in plain words, and an example of it."""
     if hint in _PLAIN:
-        return _PLAIN[hint]
+        return _PLAIN[hint][0], _PLAIN[hint][1]
     kind, inner = get_origin(hint), get_args(hint)
     if kind is Literal:
         return f"one of {', '.join(map(str, inner))}", str(inner[0])
@@ -270,10 +257,10 @@ def _described(hint: Any) -> tuple[str, str]:
     if isinstance(kind, type) and issubclass(kind, Mapping):
         return "a map", """'{"name": 0.5}'"""
     if isinstance(kind, type) and issubclass(kind, Sequence) and inner:
-        if inner[0] in _PLAIN_LISTS:
-            return _PLAIN_LISTS[inner[0]]
-        words, example = _described(inner[0])
-        return f"a list, each of it {words}", example
+        if (words := _PLAIN.get(inner[0], ()))[2:]:
+            return words[2], words[3]
+        told, example = _described(inner[0])
+        return f"a list, each of it {told}", example
     return str(getattr(hint, "__name__", hint)), "VALUE"
 
 
@@ -361,18 +348,15 @@ def stored_name(ledger: Ledger, wanted: str) -> str:
     if len(found) > 1:
         raise ValueError(f"{len(found)} stages begin with {wanted!r}: {', '.join(found)}")
     if not found:
-        near = get_close_matches(wanted, names, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(
-            f"no stage of {ledger.store} begins with {wanted!r}; {hint}see midstream store ls"
+            f"no stage of {ledger.store} begins with {wanted!r}; "
+            f"{_nearest(wanted, names, 0.3)}see midstream store ls"
         )
     return found[0]
 
 
 def meant(wanted: str, names: Sequence[str]) -> list[str]:
-    """The folder names that a person may mean: that very one, else all of which it is the first
-    digits or letters.
-    """
+    """The names that a person may mean: that very one, else all that begin with it."""
     wanted = wanted.rpartition(MARK)[2].strip()
     if wanted in names:
         return [wanted]

@@ -1,22 +1,12 @@
-"""The commands about models: import, export, chat, eval, score.
+"""The options of the commands about models: import, export, chat, eval, score."""
 
-`midstream eval` and `midstream score`: their options; the work is done by a process.
-
-The commands about single models: bring one in, hand one out, talk to one.
-
-Each starts a process of its own, since these commands import no torch.
-"""
-
-import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from midstream.cli import Device, MaxNewTokens, work
 
 Out = Annotated[Path, typer.Option(help="The folder to write, whole or not at all.")]
 Model = Annotated[
@@ -77,23 +67,9 @@ def import_model(
     ] = None,
 ) -> None:
     """Bring in somebody's checkpoint: a language model from the middle of a run, or an encoder."""
-    request = {
-        "source": source,
-        "out": str(out),
-        "revision": revision,
-        "part": part,
-        "allow_same_weights": allow_same_weights,
-        "tokenizer": tokenizer,
-        "add_tokens": add_token or [],
-        "pad_vocab_to": pad_vocab_to,
-        "tokens_seen": tokens_seen,
-        "total_tokens": total_tokens,
-        "rate": rate,
-        "peak_rate": peak_rate,
-        "end_rate": end_rate,
-        "num_heads": num_heads,
-    }
-    _process(["midstream.exchange", "import"], request)
+    request = locals() | {"add_tokens": add_token or []}
+    del request["add_token"]
+    work("import", request)
 
 
 def export_model(
@@ -104,8 +80,7 @@ def export_model(
     ] = False,
 ) -> None:
     """Write a Hugging Face folder that loads where Midstream is not installed."""
-    request = {"checkpoint": str(checkpoint), "out": str(out), "text_only": text_only}
-    _process(["midstream.exchange", "export"], request)
+    work("export", locals())
 
 
 def chat(
@@ -113,7 +88,7 @@ def chat(
     image: Annotated[Path | None, typer.Option(help="A picture to talk about.")] = None,
     web: Annotated[bool, typer.Option("--web", help="A page instead of the terminal.")] = False,
     port: Annotated[int, typer.Option(min=0, help="The page's port; 0 takes a free one.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
+    max_new_tokens: MaxNewTokens = 256,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 takes the most likely token each time.")
     ] = 0.0,
@@ -121,53 +96,10 @@ def chat(
         float, typer.Option(min=0.0, max=1.0, help="Draw from the tokens that make up this share.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Draws the answers where temperature is not 0.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Talk to a model, about a picture if you like."""
-    request = {
-        "checkpoint": str(checkpoint),
-        "image": None if image is None else str(image),
-        "web": web,
-        "port": port,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-        "device": device,
-    }
-    # Standard input is the user's.
-    _process(["midstream.chat", "--request", json.dumps(request)], None)
-
-
-COMMANDS: dict[str, Callable[..., None]] = {
-    "import": import_model,
-    "export": export_model,
-    "chat": chat,
-}
-
-
-def _process(module: list[str], request: dict[str, Any] | None) -> None:
-    """Run a module of ours, all cores its own; leaves with its exit code where that is not 0."""
-    # Not at the head of the file: `midstream --help` waits for neither.
-    from midstream.config import Machine
-    from midstream.launch.workers import worker_environment
-
-    environment = worker_environment(Machine(threads=os.cpu_count() or 1))
-    # Whether hubs are asked is the user's choice: a checkpoint may have to come from one.
-    offline = os.environ.get("HF_HUB_OFFLINE")
-    environment.pop("HF_HUB_OFFLINE")
-    environment |= {} if offline is None else {"HF_HUB_OFFLINE": offline}
-    command = [sys.executable, "-m", *module]
-    stdin = None if request is None else subprocess.PIPE
-    with subprocess.Popen(command, stdin=stdin, env=environment) as process:
-        # Ctrl-C is for the process, which knows what it means; then wait for it to end.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            process.communicate(None if request is None else json.dumps(request).encode())
-        finally:
-            signal.signal(signal.SIGINT, before)
-    if process.returncode:
-        raise typer.Exit(process.returncode)
+    work("chat", locals())
 
 
 Data = Annotated[
@@ -214,9 +146,9 @@ def evaluate(
     blind: Annotated[
         bool, typer.Option("--blind", help="Ask again with another question's picture.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
+    max_new_tokens: MaxNewTokens = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 16,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that a model's folder brings.")
     ] = False,
@@ -238,35 +170,24 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate models on benchmarks' official files; list benchmarks, show or compare results."""
-    evaluation = {
-        "limit": limit,
-        "slim": slim,
-        "prompts": prompts,
-        "fixed_answers": fixed_answers,
-        "letters": letters,
-        "box_frame": box_frame,
-        "blind": blind,
-        "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
-    }
-    request: dict[str, Any] = {"data": None if data is None else str(data), "tasks": task or []}
-    request |= {"debug": debug}
+    given = locals()
+    from midstream.launch.child import hub_environment
+
+    asked = "limit slim prompts fixed_answers letters box_frame blind max_new_tokens batch_size"
+    show_request = {"tasks": task or [], "count": show or 3, "debug": debug}
     if listing:
-        request |= {"action": "list"}
+        work("list-tasks", {"data": data, "debug": debug})
     elif diff is not None:
-        request |= {"action": "diff", "folders": [str(path) for path in diff], "count": show or 3}
+        work("show-differences", show_request | {"folders": diff})
     elif show is not None:
-        request |= {"action": "show", "folders": models or [], "count": show, "wrong": wrong}
+        work("show-examples", show_request | {"folders": models or [], "wrong": wrong})
     else:
-        request |= {
-            "action": "evaluate",
-            "models": models or [],
-            "out": str(out),
-            "evaluation": evaluation,
-            "device": device,
-            "trust_remote_code": trust_remote_code,
-        }
-    _evaluating(request)
+        # The harness's own bars would stand between ours.
+        quiet = hub_environment() | {"TQDM_DISABLE": "1"}
+        request = {name: given[name] for name in ("data", "out", "device", "trust_remote_code")}
+        request |= {"models": models or [], "tasks": task or [], "debug": debug}
+        request |= {"evaluation": {name: given[name] for name in asked.split()}}
+        work("evaluate", request, quiet)
 
 
 def score(
@@ -288,41 +209,13 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Score a file of predictions without a model; the pictures may be absent."""
-    _evaluating(
-        {
-            "action": "score",
-            "task": task,
-            "predictions": str(predictions),
-            "data": str(data),
-            "split": split,
-            "missing_as_wrong": missing_as_wrong,
-            "ignore_unknown": ignore_unknown,
-            "json": as_json,
-        }
-    )
+    work("score", locals())
 
 
-EVAL_COMMANDS: dict[str, Callable[..., None]] = {"eval": evaluate, "score": score}
-
-
-def _evaluating(request: dict[str, Any]) -> None:
-    """Run the process, all cores its own; leaves with its exit code where that is not 0."""
-    # Not at the head of the file: `midstream --help` does not wait for it.
-    from midstream.config import Machine
-    from midstream.launch.workers import worker_environment
-
-    environment = worker_environment(Machine(threads=os.cpu_count() or 1))
-    # Whether hubs are asked is the user's choice: a model or a task may have to come from one.
-    offline = os.environ.get("HF_HUB_OFFLINE")
-    environment.pop("HF_HUB_OFFLINE", None)
-    environment |= {} if offline is None else {"HF_HUB_OFFLINE": offline}
-    # The harness's own bars, between ours.
-    environment["TQDM_DISABLE"] = "1"
-    ended = subprocess.run(
-        [sys.executable, "-m", "midstream.work.evaluate_model"],
-        input=json.dumps(request).encode(),
-        env=environment,
-        check=False,
-    )
-    if ended.returncode:
-        raise typer.Exit(ended.returncode)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "import": import_model,
+    "export": export_model,
+    "chat": chat,
+    "eval": evaluate,
+    "score": score,
+}

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from midstream.cost.taken import Measured
     from midstream.study.store import Ledger
 
-
 # A plan of more stages than this is printed by kind.
 MAX_PLAN_ROWS = 48
 # Columns that a table's numbers take, and that a stage's name is given at least.
@@ -99,11 +98,8 @@ def plan(
     else:
         console = terminal.out()
         print_plan(work, priced, console, ledger)
-        for line in _here(here):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-        for one in kept:
-            line = one.sentence()
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        for line in [*_here(here), *(one.sentence() for one in kept)]:
+            typer.echo(line)
         terminal.print_problems(found_wrong, console)
     if curves is not None:
         from midstream.report.curves import curves as curves_of
@@ -161,7 +157,7 @@ def print_plan(plan: "Plan", priced: "Price", console: Console, ledger: "Ledger"
     room = max(console.width - NUMBERS_WIDTH, LEAST_LABEL_WIDTH)
     console.print(_kinds_table(priced) if by_kind else _stages_table(priced, plan.labels, room))
     for line in [*_totals(plan), *_pictures(plan, ledger), *_prices(plan, priced)]:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        typer.echo(line)
 
 
 def _table(first: str) -> Table:
@@ -191,17 +187,19 @@ def _stages_table(priced: "Price", labels: Mapping[str, str], room: int) -> Tabl
 
 
 def _kinds_table(priced: "Price") -> Table:
+    from midstream.launch.terminal import STATES
     from midstream.study.label import kind_words
 
     table = _table("kind")
     for kind in dict.fromkeys(stage.row.stage.kind for stage in priced.stages):
         mine = [stage for stage in priced.stages if stage.row.stage.kind == kind]
         rows = [stage.row for stage in mine]
+        states = Counter(row.state for row in rows)
         tokens = [row.cost.tokens for row in rows if row.cost.tokens is not None]
         flops = [row.cost.flops for row in rows if row.cost.flops is not None]
         table.add_row(
             f"{len(rows)} {kind_words(kind)}",
-            _count_states([row.state for row in rows]),
+            ", ".join(f"{states[state]} {state}" for state in STATES if states[state]),
             f"{sum(len(row.lines) for row in rows)}",
             quantity(sum(tokens) if tokens else None),
             quantity(sum(flops) if flops else None),
@@ -231,20 +229,16 @@ def _hours(hours: float | int) -> str:
     return f"{hours:,.0f}" if hours >= 100 else f"{hours:,.2g}"
 
 
-def _count_states(states: Sequence[str]) -> str:
-    from midstream.launch.terminal import STATES
-
-    counts = Counter(states)
-    return ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
-
-
 def _flops(value: float | int) -> str:
     # 5.07 TFLOPs, but 0 FLOPs.
     return quantity(value) + ("FLOPs" if value >= 1e3 else " FLOPs")
 
 
-def _times(alone: float | int, once: float | int) -> str:
-    return f"{alone / once if once else 1.0:.2f} times as many"
+def _shared(once: float | int, alone: float | int) -> str:
+    times = alone / once if once else 1.0
+    return (
+        f"{_flops(once)} shared, {_flops(alone)} if each line ran alone ({times:.2f} times as many)"
+    )
 
 
 def _totals(plan: "Plan") -> list[str]:
@@ -254,14 +248,10 @@ def _totals(plan: "Plan") -> list[str]:
         f"lines: {len(study.lines)}, baselines: {len(study.baselines)}, stages: {len(plan.rows)} "
         f"({plan.num_alone} if each ran alone), {plan.num_shared} of them shared; "
         f"{plan.num_done} done, {len(plan.to_run)} to run",
-        f"{_flops(plan.shared_flops)} shared, {_flops(plan.naive_flops)} if each line ran alone "
-        f"({_times(plan.naive_flops, plan.shared_flops)}); {_flops(plan.remaining_flops)} to run",
+        f"{_shared(plan.shared_flops, plan.naive_flops)}; {_flops(plan.remaining_flops)} to run",
     ]
     if once != plan.shared_flops:
-        lines.append(
-            f"with the text runs given: {_flops(once)} shared, {_flops(alone)} if each line ran "
-            f"alone ({_times(alone, once)})"
-        )
+        lines.append(f"with the text runs given: {_shared(once, alone)}")
     if plan.num_unknown:
         lines.append(
             f"{counted(plan.num_unknown, 'stage is', 'stages are')} not in these sums: unknown "
@@ -282,11 +272,8 @@ def _pictures(plan: "Plan", ledger: "Ledger") -> list[str]:
 
     stages = [row.stage for row in plan.rows if isinstance(row.stage, Continue)]
     told = []
-    units: tuple[tuple[Literal["tokens", "sequences"], str], ...] = (
-        ("tokens", "filled"),
-        ("sequences", "padded"),
-    )
-    for by, rows in units:
+    units: dict[Literal["tokens", "sequences"], str] = {"tokens": "filled", "sequences": "padded"}
+    for by, rows in units.items():
         known = [images_seen(stage, ledger, by) for stage in stages]
         numbers = sorted({round(images) for images in known if images is not None})
         if numbers:
@@ -309,19 +296,17 @@ def _prices(plan: "Plan", priced: "Price") -> list[str]:
         f"critical path {_duration(timing.critical_hours)}: {path}",
         f"disk: {_gib(priced.kept_bytes)} GiB stay, {_gib(priced.peak_bytes)} GiB at most at once",
     ]
-    if fits := [stage for stage in priced.stages if stage.fit and stage.fit.fits]:
-        most = max(fits, key=lambda stage: stage.fit.memory.total if stage.fit else 0.0)
-        assert most.fit is not None, "it fits"
-        lines.append(_memory_line(plan.labels[most.row.stage.name], most.fit, fleet.gpu.room))
-    if too_large := priced.too_large:
-        worst = max(too_large, key=lambda stage: stage.fit.memory.total if stage.fit else 0.0)
-        assert worst.fit is not None, "it is too large"
+    fits = [(one.fit, plan.labels[one.row.stage.name]) for one in priced.stages if one.fit]
+    if held := [one for one in fits if one[0].fits]:
+        fit, name = max(held, key=lambda one: one[0].memory.total)
+        lines.append(_memory_line(name, fit, fleet.gpu.room))
+    if large := [one for one in fits if not one[0].fits]:
+        fit, name = max(large, key=lambda one: one[0].memory.total)
         lines.append(
-            f"{counted(len(too_large), 'stage does', 'stages do')} not fit: "
-            f"{plan.labels[worst.row.stage.name]} takes "
-            f"{worst.fit.memory.total / GIB:,.1f} GiB on each of {worst.fit.gpus} GPUs with one "
-            f"row at a time, {fleet.gpu.room / GIB:,.1f} GiB are free; raise --gpus or "
-            "--gpus-per-stage, give --checkpointing, or choose a larger --gpu"
+            f"{counted(len(large), 'stage does', 'stages do')} not fit: {name} takes "
+            f"{fit.memory.total / GIB:,.1f} GiB on each of {fit.gpus} GPUs with one row at a time, "
+            f"{fleet.gpu.room / GIB:,.1f} GiB are free; raise --gpus or --gpus-per-stage, give "
+            "--checkpointing, or choose a larger --gpu"
         )
     return lines
 

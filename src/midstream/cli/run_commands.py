@@ -1,13 +1,9 @@
-"""Running and following: `midstream run`, `midstream status`, `midstream logs`.
-
-`midstream run`: its options, what is told while stages run, and what at the end. `midstream status`
-and `midstream logs`: how far studies and stages are, from the store alone.
-"""
+"""Running and following: `midstream run`, `midstream status`, `midstream logs`."""
 
 import json
 import time
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -23,74 +19,85 @@ if TYPE_CHECKING:
     from midstream.study.studies import AnyStudy
 
 
+Retry = Annotated[bool, typer.Option("--retry", help="Also run stages that failed before.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes that run stages side by side (2).")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of each process (1).")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+DataWorkers = Annotated[
+    int | None,
+    typer.Option(min=0, help="Processes that load rows ahead of each training process."),
+]
+Features = Annotated[
+    str | None,
+    typer.Option(help="Frozen encoders' outputs: stored, live, or auto where storing pays."),
+]
+FeatureGib = Annotated[
+    float | None, typer.Option(min=0.0, help="auto stores no more than this (64).")
+]
+Ranks = Annotated[
+    int | None, typer.Option(min=1, help="Processes that train one stage together on this machine.")
+]
+Nodes = Annotated[int | None, typer.Option(min=1, help="Machines that train one stage together.")]
+Node = Annotated[int | None, typer.Option(min=0, help="Which of them this is; 0 launches.")]
+Master = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="Where node 0 is reached by the others.")
+]
+Others = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--machine",
+        metavar="NAME=VALUE",
+        help="Any other choice of the machine (docs/training.md); may be repeated.",
+    ),
+]
+OnSlurm = Annotated[
+    bool, typer.Option("--slurm", help="Run every stage as a job of a Slurm cluster.")
+]
+SlurmFile = Annotated[
+    Path | None, typer.Option(metavar="FILE.toml", help="What jobs are given (docs/cluster.md).")
+]
+SlurmSets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--slurm-set",
+        metavar="[KIND.]NAME=VALUE",
+        help="One of these values, for all stages or one kind of them; may be repeated.",
+    ),
+]
+SkipChecks = Annotated[
+    bool,
+    typer.Option("--skip-checks", help="Start at once, whatever is wrong with study or data."),
+]
+Detach = Annotated[
+    bool, typer.Option("--detach", help="With --slurm: leave once all jobs are submitted.")
+]
+
+
 def run(
     study: StudyName,
     store: Store = DEFAULT_STORE,
     settings: Settings = None,
-    retry: Annotated[
-        bool, typer.Option("--retry", help="Also run stages that failed before.")
-    ] = False,
+    retry: Retry = False,
     scale: ScaleName = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that run stages side by side (2).")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each process (1).")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    data_workers: Annotated[
-        int | None,
-        typer.Option(min=0, help="Processes that load rows ahead of each training process."),
-    ] = None,
-    features: Annotated[
-        str | None,
-        typer.Option(help="Frozen encoders' outputs: stored, live, or auto where storing pays."),
-    ] = None,
-    max_feature_gib: Annotated[
-        float | None, typer.Option(min=0.0, help="auto stores no more than this (64).")
-    ] = None,
-    ranks: Annotated[
-        int | None,
-        typer.Option(min=1, help="Processes that train one stage together on this machine."),
-    ] = None,
-    nodes: Annotated[
-        int | None, typer.Option(min=1, help="Machines that train one stage together.")
-    ] = None,
-    node: Annotated[
-        int | None, typer.Option(min=0, help="Which of them this is; 0 launches.")
-    ] = None,
-    master: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Where node 0 is reached by the others.")
-    ] = None,
-    others: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--machine",
-            metavar="NAME=VALUE",
-            help="Any other choice of the machine (docs/training.md); may be repeated.",
-        ),
-    ] = None,
-    slurm: Annotated[
-        bool, typer.Option("--slurm", help="Run every stage as a job of a Slurm cluster.")
-    ] = False,
-    slurm_file: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.toml", help="What jobs are given (docs/cluster.md)."),
-    ] = None,
-    slurm_sets: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--slurm-set",
-            metavar="[KIND.]NAME=VALUE",
-            help="One of these values, for all stages or one kind of them; may be repeated.",
-        ),
-    ] = None,
-    skip_checks: Annotated[
-        bool,
-        typer.Option("--skip-checks", help="Start at once, whatever is wrong with study or data."),
-    ] = False,
+    workers: Workers = None,
+    threads: Threads = None,
+    device: Device = None,
+    data_workers: DataWorkers = None,
+    features: Features = None,
+    max_feature_gib: FeatureGib = None,
+    ranks: Ranks = None,
+    nodes: Nodes = None,
+    node: Node = None,
+    master: Master = None,
+    others: Others = None,
+    slurm: OnSlurm = False,
+    slurm_file: SlurmFile = None,
+    slurm_sets: SlurmSets = None,
+    skip_checks: SkipChecks = False,
     verify: Verify = False,
-    detach: Annotated[
-        bool, typer.Option("--detach", help="With --slurm: leave once all jobs are submitted.")
-    ] = False,
+    detach: Detach = False,
 ) -> None:
     """Run the stages of a study that are not done; continue those that were stopped."""
     from midstream.cli.catalogue import find_study, read_settings, with_scale
@@ -103,11 +110,10 @@ def run(
             "--nodes, --node and --master are for machines without Slurm; with it, "
             "--slurm-set nodes=N"
         )
-    chosen: dict[str, Any] = {"workers": workers, "threads": threads, "device": device}
-    chosen |= {"data_workers": data_workers, "features": features, "ranks": ranks}
-    chosen |= {"max_feature_gib": max_feature_gib, "nodes": nodes, "node": node, "master": master}
-    if cluster is not None:
-        chosen["workers"] = 1
+    chosen: dict[str, Any] = {"threads": threads, "device": device, "ranks": ranks}
+    chosen |= {"workers": workers if cluster is None else 1, "data_workers": data_workers}
+    chosen |= {"features": features, "max_feature_gib": max_feature_gib}
+    chosen |= {"nodes": nodes, "node": node, "master": master}
     ledger = Ledger(store)
     found = find_study(study, with_scale(settings, scale), ledger, verify=verify)
     machine = machine_for(found, chosen | read_settings("--machine", others or []))
@@ -115,30 +121,22 @@ def run(
         from midstream.launch.workers import join
 
         raise typer.Exit(join(ledger.store, machine, typer.echo))
-    run_and_tell(
-        found,
-        ledger,
-        machine,
-        asked=study,
-        retry=retry,
-        slurm=cluster,
-        detach=detach,
-        skip_checks=skip_checks,
-    )
+    options = {"retry": retry, "skip_checks": skip_checks}
+    run_and_tell(found, ledger, machine, options, asked=study, slurm=cluster, detach=detach)
 
 
 def run_and_tell(
     study: "AnyStudy",
     ledger: "Ledger",
     machine: "Machine",
+    options: Mapping[str, Any],
     *,
     asked: str | None = None,
-    retry: bool = False,
     slurm: "SlurmSettings | None" = None,
     detach: bool = False,
-    skip_checks: bool = False,
 ) -> int:
-    """Run and tell; returns the peak memory in bytes. Leaves with the outcome's code if not 0.
+    """Run, with `run_study`'s options, and tell; returns the peak memory in bytes. Leaves with the
+    outcome's code if not 0.
 
     `asked`: the name under which `status` and `report` find the study again.
     """
@@ -152,29 +150,20 @@ def run_and_tell(
     terminal.tell_older(ledger)
     memory = terminal.PeakMemory()
     console = terminal.out()
-    names = labels(order(study))
-    with terminal.progress(console, names) as show:
+    with terminal.progress(console, labels(order(study))) as show:
 
         def on_event(event: dict[str, Any]) -> None:
+            """Keep what the launcher tells, and show it."""
             if event["event"] == "plan" and asked is not None:
                 keep_asked(ledger, asked, study)
             memory.note(event)
             show(event)
 
         if slurm is None:
-            outcome = local.run(
-                study, ledger, machine, on_event, retry=retry, skip_checks=skip_checks
-            )
+            outcome = local.run(study, ledger, machine, on_event, **options)
         else:
             outcome = run_on_slurm(
-                study,
-                ledger,
-                machine,
-                slurm,
-                on_event,
-                retry=retry,
-                detach=detach,
-                skip_checks=skip_checks,
+                study, ledger, machine, slurm, on_event, detach=detach, **options
             )
     if outcome.refused:
         started = "the data is prepared, nothing else" if outcome.num_done else "nothing"
@@ -185,19 +174,14 @@ def run_and_tell(
         raise typer.Exit(outcome.exit_code)
     counts = (outcome.num_done, outcome.num_failed, outcome.num_stopped, outcome.num_skipped)
     if not any(counts) and not outcome.num_queued:
-        console.print(
-            f"nothing to do: all {outcome.num_before} stages of {study.name} are done "
-            f"({ledger.store})",
-            soft_wrap=True,
-        )
+        done = f"nothing to do: all {outcome.num_before} stages of {study.name} are done"
+        console.print(f"{done} ({ledger.store})", soft_wrap=True)
         return 0
-    done, failed, stopped, skipped = counts
+    now, failed, stopped, skipped = counts
     queued = f", {outcome.num_queued} in Slurm's queue" if outcome.num_queued else ""
-    console.print(
-        f"{study.name}: {counted(done, 'stage')} done now, {outcome.num_before} before, "
-        f"{failed} failed, {stopped} stopped, {skipped} not started{queued}",
-        soft_wrap=True,
-    )
+    told = f"{study.name}: {counted(now, 'stage')} done now, {outcome.num_before} before, "
+    told += f"{failed} failed, {stopped} stopped, {skipped} not started{queued}"
+    console.print(told, soft_wrap=True)
     for message in outcome.messages:
         terminal.error(message)
     if outcome.exit_code:
@@ -259,7 +243,7 @@ def status(
     """Show how far the studies of a store are: every stage that runs, and the time that is left."""
     from midstream.cli.catalogue import last_study, with_scale
     from midstream.launch import terminal
-    from midstream.launch.overview import Board
+    from midstream.launch.overview import Board, overview_table
     from midstream.study.store import Ledger
 
     ledger = Ledger(store)
@@ -279,19 +263,15 @@ def status(
     elif as_json:
         _print_json([board.look() for board in boards])
     else:
-        _print(boards)
-
-
-def _print(boards: Sequence["Board"]) -> None:
-    from midstream.launch import terminal
-    from midstream.launch.overview import overview_table, print_reasons
-
-    console = terminal.out()
-    for board in boards:
-        seen = board.look()
-        console.print(overview_table(seen, console.width))
-        folders = {name: str(board.ledger.folder(stage)) for name, stage in board.stages.items()}
-        print_reasons(seen, folders, console)
+        console = terminal.out()
+        for board in boards:
+            seen = board.look()
+            console.print(overview_table(seen, console.width))
+            for view in seen.stages:
+                if view.state in ("failed", "stopped", "running"):
+                    told = f"{view.label}: {ledger.folder(board.stages[view.name])} is {view.state}"
+                    told += f" since {view.since}" + (f": {view.error}" if view.error else "")
+                    console.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_json(seen: Sequence["Overview"]) -> None:

@@ -1,35 +1,31 @@
-"""What is done with a store: `midstream store`, `report`, `profile`, and what `prepare` prints.
+"""What is done with a store: `midstream store`, `report`, `profile`, and what `prepare` prints."""
 
-`midstream store`: what a store holds, which studies need it, deleting, verifying. `midstream
-report`: pages, tables and figures of studies from what their store holds. `midstream profile`: its
-options, and the process that works. `midstream prepare` as seen from the terminal: a process that
-prepares, a bar, a table.
-"""
-
-import json
-import os
 import shlex
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from midstream.cli import DEFAULT_STORE, ScaleName, Settings, Store, StudyName
+from midstream.cli import (
+    DEFAULT_STORE,
+    Device,
+    ScaleName,
+    Settings,
+    StageName,
+    Store,
+    StudyName,
+    Threads,
+    work,
+)
 from midstream.core.tokens import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from midstream.cost.graph import StoredStage
     from midstream.report.gather import Facts
     from midstream.study.store import Ledger
     from midstream.study.studies import AnyStudy
@@ -57,21 +53,21 @@ def du(store: Store = DEFAULT_STORE) -> None:
     from midstream.study.store import Ledger
 
     ledger = Ledger(store)
-    stages = stored_stages(ledger)
+    stages, beside = stored_stages(ledger), other_bytes(ledger)
     table = Table(box=None, pad_edge=False)
     for title in ("what", "stages", "size", "of these unneeded"):
         table.add_column(title, justify="left" if title == "what" else "right")
-    for kind in dict.fromkeys(stage.kind for stage in stages):
-        own = [stage for stage in stages if stage.kind == kind]
+
+    def row(name: str, own: "Sequence[StoredStage]", other: int = 0) -> None:
         free = sum(stage.num_bytes for stage in own if not stage.studies)
-        total = sum(stage.num_bytes for stage in own)
-        table.add_row(kind, str(len(own)), _size(total), _size(free))
-    beside = other_bytes(ledger)
+        total = sum(stage.num_bytes for stage in own) + other
+        table.add_row(name, str(len(own)), _size(total), _size(free))
+
+    for kind in dict.fromkeys(stage.kind for stage in stages):
+        row(kind, [stage for stage in stages if stage.kind == kind])
     for name, size in beside.items():
         table.add_row(name, "-", _size(size), "-")
-    total = sum(stage.num_bytes for stage in stages) + sum(beside.values())
-    free = sum(stage.num_bytes for stage in stages if not stage.studies)
-    table.add_row("all", str(len(stages)), _size(total), _size(free))
+    row("all", stages, sum(beside.values()))
     terminal.out().print(table)
 
 
@@ -93,7 +89,6 @@ def rm(
     from midstream.cli.catalogue import stored_name
     from midstream.cost.graph import remove_stages, stored_stages
     from midstream.cost.graph import unneeded as unneeded_stages
-    from midstream.launch import terminal
     from midstream.study.store import Ledger
 
     ledger = Ledger(store)
@@ -104,13 +99,12 @@ def rm(
         raise ValueError("name stages, or give --unneeded")
     if yes:
         freed = remove_stages(ledger, names)
-        terminal.out().print(f"deleted {counted(len(names), 'stage')}, {_size(freed)}")
+        typer.echo(f"deleted {counted(len(names), 'stage')}, {_size(freed)}")
         return
     for one in stored_stages(ledger):
         if one.name in names:
-            text = f"{one.label} {_size(one.num_bytes)}"
-            terminal.out().print(text, soft_wrap=True, markup=False)
-    terminal.out().print(f"{counted(len(names), 'stage')} would go; say --yes to delete them")
+            typer.echo(f"{one.label} {_size(one.num_bytes)}")
+    typer.echo(f"{counted(len(names), 'stage')} would go; say --yes to delete them")
 
 
 def forget(
@@ -119,11 +113,10 @@ def forget(
 ) -> None:
     """Stop keeping a study: its stages stay until `rm --unneeded --yes`."""
     from midstream.cost.graph import forget_study
-    from midstream.launch import terminal
     from midstream.study.store import Ledger
 
     forget_study(Ledger(store), study)
-    terminal.out().print(f"{study} is forgotten; what it alone needed may now be removed")
+    typer.echo(f"{study} is forgotten; what it alone needed may now be removed")
 
 
 def verify(store: Store = DEFAULT_STORE) -> None:
@@ -133,7 +126,7 @@ def verify(store: Store = DEFAULT_STORE) -> None:
     from midstream.study.store import Ledger
 
     found = check(Ledger(store))
-    terminal.out().print(
+    typer.echo(
         f"{counted(found.num_stages, 'done stage')}, {counted(found.num_folders, 'folder')} with "
         f"checksums, {_size(found.num_bytes)}: {counted(len(found.problems), 'problem')}"
     )
@@ -153,9 +146,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def _size(num_bytes: int) -> str:
-    for size, letter in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.1f} {letter}"
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if num_bytes >= 1024**power:
+            return f"{num_bytes / 1024**power:.1f} {unit}"
     return f"{num_bytes} B"
 
 
@@ -222,17 +215,14 @@ def _require_room(store: Path) -> None:
 def write(
     study: "AnyStudy", ledger: "Ledger", curves: int = DEFAULT_CURVES, out: Path | None = None
 ) -> "Sequence[Facts]":
-    """Write the pages of a study or suite, print their scores, and return what they say.
-
-    They go to `<store>/reports`, or to `out`.
-    """
+    """Write a study's or suite's pages into `<store>/reports` or `out`, and print their scores."""
     from midstream.launch import terminal
     from midstream.report.gather import gather
+    from midstream.report.line_rows import Snapshot
     from midstream.report.page import write_facts, write_index
-    from midstream.report.results import Snapshot
     from midstream.study.studies import Suite
 
-    console, snapshot = terminal.out(), Snapshot(ledger)
+    snapshot = Snapshot(ledger)
     suite = study if isinstance(study, Suite) else None
     facts = []
     for one in study.studies:
@@ -240,31 +230,24 @@ def write(
         path = write_facts(
             facts[-1], suite=None if suite is None else suite.name, max_curves=curves, out=out
         )
-        terminal.print_results(facts[-1].rows, console)
-        console.print(f"report: {path}", soft_wrap=True, markup=False)
+        terminal.print_results([row.flat() for row in facts[-1].rows], terminal.out())
+        typer.echo(f"report: {path}")
     if suite is not None:
         path = write_index(suite, facts, snapshot, out)
-        console.print(f"suite: {path}", soft_wrap=True, markup=False)
+        typer.echo(f"suite: {path}")
     return facts
 
 
 def profile(
     study: StudyName,
-    stage: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME_OR_KIND",
-            help="pretrain, continue, finetune, or how a stage's name begins; without it the "
-            "first continue.",
-        ),
-    ] = None,
+    stage: StageName = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps that are measured.")] = 10,
     out: Annotated[Path, typer.Option(help="Where trace and page go.")] = Path("profile"),
     store: Store = DEFAULT_STORE,
     settings: Settings = None,
     scale: ScaleName = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of the process.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Threads = 1,
+    device: Device = "auto",
     others: Annotated[
         list[str] | None,
         typer.Option("--machine", metavar="NAME=VALUE", help="Any other choice of the machine."),
@@ -273,33 +256,17 @@ def profile(
     """Take some steps of a stage: a trace, and a page of speed, memory and shares of time."""
     from midstream.cli.catalogue import find_study, read_settings, training_stage, with_scale
     from midstream.config import Machine
-    from midstream.launch import terminal
     from midstream.launch.workers import worker_environment
     from midstream.study.store import Ledger
 
     chosen: dict[str, Any] = {"threads": threads, "device": device, "features": "live"}
     machine = Machine.model_validate(chosen | read_settings("--machine", others or []))
     found = training_stage(find_study(study, with_scale(settings, scale), Ledger(store)), stage)
-    request = {
-        "store": str(store.absolute()),
-        "stage": found.model_dump(mode="json"),
-        "machine": machine.alone().model_dump(mode="json"),
-        "steps": steps,
-        "out": str(out.absolute()),
-    }
-    with tempfile.TemporaryDirectory(prefix="midstream-profile-") as folder:
-        file = Path(folder) / "request.json"
-        file.write_text(json.dumps(request))
-        # A process of its own, as the launcher's workers are: the commands import no torch.
-        ended = subprocess.run(
-            [sys.executable, "-m", "midstream.work.profile_stage", str(file)],
-            env=worker_environment(machine),
-            stdout=subprocess.PIPE,
-        )
-    if ended.returncode:
-        raise typer.Exit(ended.returncode)
-    for line in _lines(json.loads(ended.stdout.splitlines()[-1])):
-        terminal.out().print(line, markup=False, highlight=False)
+    request = {"store": store.absolute(), "stage": found.model_dump(mode="json")}
+    request |= {"machine": machine.alone().model_dump(mode="json")}
+    request |= {"steps": steps, "out": out.absolute()}
+    meters = work("profile", request, worker_environment(machine))
+    typer.echo("\n".join(_lines(meters)))
     typer.echo(f"page: {out / 'summary.html'}\ntrace: {out / 'trace.json'}")
 
 
@@ -316,102 +283,27 @@ def _lines(found: dict[str, Any]) -> list[str]:
     ]
 
 
-Event = dict[str, Any]
-# Where standard output is no terminal, progress is printed this often.
-QUIET_SECONDS = 10.0
-
-
-def prepare(request: dict[str, Any], console: Console) -> Event:
-    """Prepare a source in a process of its own and show how it goes; returns its last event.
-
-    That is "done" with the "summary" and "seconds", "failed" with the "error", or "stopped".
-    """
-    started = time.monotonic()
-    command = [sys.executable, "-m", "midstream.work.prepare_data"]
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    pipe = subprocess.PIPE
-    last: Event = {"event": "failed", "error": "the preparation ended without a result"}
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
-        assert process.stdin is not None
-        with suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-        for event in _shown(_events(process), console):
-            last = event
-    if last["event"] == "failed" and process.returncode:
-        how = f"signal {-process.returncode}" if process.returncode < 0 else "an error of its own"
-        last["error"] = f"the preparing process ended with {how}; run the same again to go on"
-    return {**last, "seconds": time.monotonic() - started}
-
-
-def print_summary(summary: dict[str, Any], seconds: float, console: Console) -> None:
+def print_summary(summary: dict[str, Any], seconds: float) -> None:
     """A finished source's counts as a table."""
+    from midstream.launch import terminal
+
     table = Table("", "records", "examples", "tokens", "images")
     for split in ("train", "validation"):
         counts = summary[split]
         numbers = (f"{counts[key]:,}" for key in ("examples", "tokens", "images"))
         table.add_row(split, f"{summary['records']:,}" if split == "train" else "", *numbers)
-    for reason, times in sorted(summary["rejects"].items()):
-        table.add_row(escape(f"rejected: {reason}"), f"{times:,}", "", "", "")
-    for reason, times in sorted(summary["dropped_turns"].items()):
-        table.add_row(escape(f"turns dropped: {reason}"), f"{times:,}", "", "", "")
-    console.print(table)
-    captions = summary["captions"]
+    for key, what in (("rejects", "rejected"), ("dropped_turns", "turns dropped")):
+        for reason, times in sorted(summary[key].items()):
+            table.add_row(escape(f"{what}: {reason}"), f"{times:,}", "", "", "")
+    terminal.out().print(table)
+    captions, shards = summary["captions"], summary["shards"]
     if captions["synthetic"]:
-        console.print(
+        typer.echo(
             f"of the training pictures {captions['original']:,} have a caption of their own, "
             f"{captions['synthetic']:,} synthetic ones; {captions['left_out']:,} captions cannot "
-            "be used and are left out",
-            soft_wrap=True,
-            highlight=False,
+            "be used and are left out"
         )
-    shards = summary["shards"]
-    console.print(
+    typer.echo(
         f"{shards['kept']:,} shards kept, {shards['new']:,} new; {seconds:,.1f} s; "
-        f"fingerprint {summary['fingerprint']}",
-        soft_wrap=True,
-        highlight=False,
+        f"fingerprint {summary['fingerprint']}"
     )
-
-
-def _events(process: "subprocess.Popen[str]") -> Iterator[Event]:
-    """What the process tells; Ctrl-C reaches it as well, and a second one ends it."""
-    assert process.stdout is not None
-    interrupted = False
-    while True:
-        try:
-            line = process.stdout.readline()
-        except KeyboardInterrupt:
-            if interrupted:
-                process.kill()
-            interrupted = True
-            continue
-        if not line:
-            return
-        yield json.loads(line)
-
-
-def _shown(events: Iterator[Event], console: Console) -> Iterator[Event]:
-    """Show progress and notices; yields the other events."""
-    told = 0.0
-    columns = (
-        TextColumn("preparing"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        task = bars.add_task("", total=1.0)
-        for event in events:
-            if event["event"] == "notice":
-                console.print(event["note"], markup=False, highlight=False, soft_wrap=True)
-                continue
-            if event["event"] != "progress":
-                yield event
-                continue
-            bars.update(task, completed=event["done"], description=escape(event["note"]))
-            if not console.is_terminal and time.monotonic() - told >= QUIET_SECONDS:
-                told = time.monotonic()
-                text = f"{time.strftime('%H:%M:%S')} {event['done']:.0%} {event['note']}"
-                console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,125 +1,59 @@
 """Every option there is, as frozen models that check themselves and start nothing."""
 
-from midstream.config.data import (
-    NO_BEGIN,
-    OWN_RULE,
-    Amount,
-    Amounts,
-    Budget,
-    Caption,
-    Epochs,
-    ExpectedSource,
-    Mixture,
-    Overflow,
-    PocketWorld,
-    PublicFolder,
-    Rows,
-    Sampling,
-    Share,
-    SmallReal,
-    Tokenizer,
-    TokenizerFile,
-    TrainedTokenizer,
-    World,
-    begin_of_text_named,
-    check_caption,
-    own_begin_of_text,
-    read_tokenizer,
-)
-from midstream.config.model import (
-    DECODERS,
-    AnyDecoderConfig,
-    AnyEncoderConfig,
-    Attention,
-    Colour,
-    Config,
-    DecoderConfig,
-    EncoderConfig,
-    FeatureType,
-    Fraction,
-    FusedEncoder,
-    ImageTransform,
-    PatchProjection,
-    Positive,
-    PretrainedEncoder,
-    ProjectorConfig,
-    Rate,
-    TransformersDecoderConfig,
-    VLMConfig,
-)
-from midstream.config.training import (
-    AdamW,
-    AnySchedule,
-    Constant,
-    ContinuedCosine,
-    ContrastiveTraining,
-    Evaluation,
-    Machine,
-    Schedule,
-    SlurmResources,
-    SlurmSettings,
-    StageKind,
-    Training,
-    WarmupCosine,
-    WarmupStableDecay,
-)
-
-__all__ = [
-    "DECODERS",
-    "NO_BEGIN",
-    "OWN_RULE",
-    "AdamW",
-    "Amount",
-    "Amounts",
-    "AnyDecoderConfig",
-    "AnyEncoderConfig",
-    "AnySchedule",
-    "Attention",
-    "Budget",
-    "Caption",
-    "Colour",
-    "Config",
-    "Constant",
-    "ContinuedCosine",
-    "ContrastiveTraining",
-    "DecoderConfig",
-    "EncoderConfig",
-    "Epochs",
-    "Evaluation",
-    "ExpectedSource",
-    "FeatureType",
-    "Fraction",
-    "FusedEncoder",
-    "ImageTransform",
-    "Machine",
-    "Mixture",
-    "Overflow",
-    "PatchProjection",
-    "PocketWorld",
-    "Positive",
-    "PretrainedEncoder",
-    "ProjectorConfig",
-    "PublicFolder",
-    "Rate",
-    "Rows",
-    "Sampling",
-    "Schedule",
-    "Share",
-    "SlurmResources",
-    "SlurmSettings",
-    "SmallReal",
-    "StageKind",
-    "Tokenizer",
-    "TokenizerFile",
-    "TrainedTokenizer",
-    "Training",
-    "TransformersDecoderConfig",
-    "VLMConfig",
-    "WarmupCosine",
-    "WarmupStableDecay",
-    "World",
-    "begin_of_text_named",
-    "check_caption",
-    "own_begin_of_text",
-    "read_tokenizer",
-]
+from midstream.config.data import NO_BEGIN as NO_BEGIN
+from midstream.config.data import OWN_RULE as OWN_RULE
+from midstream.config.data import Amount as Amount
+from midstream.config.data import Amounts as Amounts
+from midstream.config.data import Budget as Budget
+from midstream.config.data import Caption as Caption
+from midstream.config.data import Epochs as Epochs
+from midstream.config.data import ExpectedSource as ExpectedSource
+from midstream.config.data import Mixture as Mixture
+from midstream.config.data import Overflow as Overflow
+from midstream.config.data import PocketWorld as PocketWorld
+from midstream.config.data import PublicFolder as PublicFolder
+from midstream.config.data import Rows as Rows
+from midstream.config.data import Sampling as Sampling
+from midstream.config.data import Share as Share
+from midstream.config.data import SmallReal as SmallReal
+from midstream.config.data import Tokenizer as Tokenizer
+from midstream.config.data import TokenizerFile as TokenizerFile
+from midstream.config.data import TrainedTokenizer as TrainedTokenizer
+from midstream.config.data import World as World
+from midstream.config.data import begin_of_text_named as begin_of_text_named
+from midstream.config.data import check_caption as check_caption
+from midstream.config.data import own_begin_of_text as own_begin_of_text
+from midstream.config.data import read_tokenizer as read_tokenizer
+from midstream.config.model import DECODERS as DECODERS
+from midstream.config.model import AnyDecoderConfig as AnyDecoderConfig
+from midstream.config.model import AnyEncoderConfig as AnyEncoderConfig
+from midstream.config.model import Attention as Attention
+from midstream.config.model import Colour as Colour
+from midstream.config.model import Config as Config
+from midstream.config.model import DecoderConfig as DecoderConfig
+from midstream.config.model import EncoderConfig as EncoderConfig
+from midstream.config.model import FeatureType as FeatureType
+from midstream.config.model import Fraction as Fraction
+from midstream.config.model import FusedEncoder as FusedEncoder
+from midstream.config.model import ImageTransform as ImageTransform
+from midstream.config.model import PatchProjection as PatchProjection
+from midstream.config.model import Positive as Positive
+from midstream.config.model import PretrainedEncoder as PretrainedEncoder
+from midstream.config.model import ProjectorConfig as ProjectorConfig
+from midstream.config.model import Rate as Rate
+from midstream.config.model import TransformersDecoderConfig as TransformersDecoderConfig
+from midstream.config.model import VLMConfig as VLMConfig
+from midstream.config.training import AdamW as AdamW
+from midstream.config.training import AnySchedule as AnySchedule
+from midstream.config.training import Constant as Constant
+from midstream.config.training import ContinuedCosine as ContinuedCosine
+from midstream.config.training import ContrastiveTraining as ContrastiveTraining
+from midstream.config.training import Evaluation as Evaluation
+from midstream.config.training import Machine as Machine
+from midstream.config.training import Schedule as Schedule
+from midstream.config.training import SlurmResources as SlurmResources
+from midstream.config.training import SlurmSettings as SlurmSettings
+from midstream.config.training import StageKind as StageKind
+from midstream.config.training import Training as Training
+from midstream.config.training import WarmupCosine as WarmupCosine
+from midstream.config.training import WarmupStableDecay as WarmupStableDecay

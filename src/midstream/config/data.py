@@ -1,6 +1,6 @@
 """Options of the data: worlds, tokenizers, budgets, rows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -295,7 +295,29 @@ class Share(Config):
 Sampling = Literal["permutation", "replacement"]
 
 
-class Mixture(Config):
+class _Named(Config):
+    """A budget of parts, each with its source and its caption."""
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The sources that the budget draws from."""
+        return tuple(self.captions)
+
+    @property
+    def captions(self) -> dict[str, Caption]:
+        """By source: which caption is seen; the sources in the budget's order."""
+        return {part.source: part.caption for part in self._parts}
+
+    @property
+    def _parts(self) -> "tuple[Share | Amount, ...]":
+        raise NotImplementedError
+
+    def _check_distinct(self, names: Sequence[str]) -> None:
+        if len(set(names)) != len(names):
+            raise ValueError(f"a source is named twice: {list(names)}; name each of them once")
+
+
+class Mixture(_Named):
     """Exact shares of a budget of tokens; a source may be repeated `max_epochs` times.
 
     by="sequences" (OpenLM's weights): shares are of the `total_tokens // row_length` sequences; one
@@ -311,41 +333,27 @@ class Mixture(Config):
     sampling: Sampling = "permutation"
 
     @property
-    def source_names(self) -> tuple[str, ...]:
-        """The sources that the budget draws from."""
-        return tuple(share.source for share in self.shares)
+    def _parts(self) -> "tuple[Share, ...]":
+        return self.shares
 
     @model_validator(mode="after")
     def _whole(self) -> "Mixture":
-        names = [share.source for share in self.shares]
-        if len(set(names)) != len(names):
-            raise ValueError(f"a source is named twice: {names}")
+        self._check_distinct([share.source for share in self.shares])
         if abs(sum(share.share for share in self.shares) - 1) > 1e-9:
             raise ValueError(f"shares add up to {sum(s.share for s in self.shares)}, not to 1")
         return self
 
-    @property
-    def captions(self) -> dict[str, Caption]:
-        """By source: which caption is seen; the sources in the budget's order."""
-        return {share.source: share.caption for share in self.shares}
 
-
-class Epochs(Config):
+class Epochs(_Named):
     """Every example of the sources, `epochs` times."""
 
     kind: Literal["epochs"] = "epochs"
     sources: Annotated[tuple[str, ...], Field(min_length=1)]
     epochs: Positive
 
-    @property
-    def source_names(self) -> tuple[str, ...]:
-        """The sources that the budget draws from."""
-        return self.sources
-
     @model_validator(mode="after")
     def _distinct(self) -> "Epochs":
-        if len(set(self.sources)) != len(self.sources):
-            raise ValueError(f"a source is named twice: {list(self.sources)}; raise epochs instead")
+        self._check_distinct(self.sources)
         return self
 
     @property
@@ -372,7 +380,7 @@ class Amount(Config):
         return self
 
 
-class Amounts(Config):
+class Amounts(_Named):
     """Absolute amounts; the total follows. A source may be repeated `max_epochs` times."""
 
     kind: Literal["amounts"] = "amounts"
@@ -381,25 +389,17 @@ class Amounts(Config):
     sampling: Sampling = "permutation"
 
     @property
-    def source_names(self) -> tuple[str, ...]:
-        """The sources that the budget draws from."""
-        return tuple(amount.source for amount in self.amounts)
+    def _parts(self) -> "tuple[Amount, ...]":
+        return self.amounts
 
     @model_validator(mode="after")
     def _distinct(self) -> "Amounts":
-        names = [amount.source for amount in self.amounts]
-        if len(set(names)) != len(names):
-            raise ValueError(f"a source is named twice: {names}")
+        self._check_distinct([amount.source for amount in self.amounts])
         if self.sampling == "replacement" and any(amount.epochs for amount in self.amounts):
             raise ValueError(
                 "epochs are whole passes; with replacement there are none: give tokens"
             )
         return self
-
-    @property
-    def captions(self) -> dict[str, Caption]:
-        """By source: which caption is seen; the sources in the budget's order."""
-        return {amount.source: amount.caption for amount in self.amounts}
 
 
 Budget = Annotated[Mixture | Amounts | Epochs, Field(discriminator="kind")]

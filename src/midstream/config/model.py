@@ -1,8 +1,6 @@
 """Options of the model, the paper's sizes by name, and the FLOPs that follow from them; no torch.
 
-FLOPs are floating-point operations, a product and a sum as two. Only matrix products count: norms,
-activations and the optimiser are left out. Attention counts the positions that a position attends
-to; torch's own counter counts whole rows, so a caller that compares with it passes those.
+FLOPs count matrix products, a product and a sum as two; attention by what is attended to.
 """
 
 from collections.abc import Sequence
@@ -346,6 +344,28 @@ def attention_flops(config: AnyDecoderConfig) -> float:
 def decoder_flops(config: AnyDecoderConfig, *, context: float | int) -> float:
     """Forward FLOPs of one position without the head, attending to `context` positions."""
     return weight_flops(config) + attention_flops(config) * context
+
+
+# How a step goes about it, for those who do it (`model/`, `data/images.py`) and those who count it.
+# Where more of the positions than this have a target, the last block works on all of them.
+MOST_TARGETS = 0.8
+# On a CPU shorter rows stay under one dense mask. Forward and backward, dense over cut, in time:
+# rows of 1,024 positions and 8 heads of 64 channels 13 with segments of 12 positions, 6.5 with 128,
+# 1.9 with 512; 8 rows of 192 and 4 heads of 32 channels 1.3 to 1.9, 32 such rows 0.8 to 1.0.
+LEAST_CUT_ROW = 256
+# Logits held at once, by kind of device. On a CPU larger pieces than 64 MiB are no faster; a GPU
+# wants products that are large enough to fill it.
+MAX_LOGITS = {"cpu": 2**24, "cuda": 2**28}
+# Pictures that are read, and with small towers or on a GPU looked at, together; a tower of so many
+# patches fills a CPU with one picture.
+FILL_BATCH, LARGE_TOWER = 8, 256
+
+
+def picture_bytes(config: PretrainedEncoder) -> int:
+    """Bytes of one picture's stored features: four or two a number, or one and two a patch."""
+    if config.feature_dtype == "int8":
+        return config.num_patches * (config.hidden_size + 2)
+    return config.num_patches * config.hidden_size * (4 if config.feature_dtype == "float32" else 2)
 
 
 def last_block_flops(config: AnyDecoderConfig) -> float:

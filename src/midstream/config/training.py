@@ -1,9 +1,6 @@
-"""Options of training, evaluation and the machine, and the learning rate as a function of tokens.
+"""Options of training, evaluation and machine; the learning rate as a function of tokens.
 
-What a job on a Slurm cluster is given is here too, and part of no identity (docs/cluster.md).
-
-The schedules have the shapes of OpenLM's (open_lm/scheduler.py) with tokens in place of steps; the
-continuation is a fresh half-cosine from the parent's rate (authors' scripts/lr_plot.py).
+Shapes as OpenLM's (open_lm/scheduler.py), tokens for steps; Slurm's settings are in no identity.
 """
 
 import math

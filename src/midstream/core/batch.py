@@ -1,10 +1,7 @@
-"""Row and Batch: the contract between data and model.
-
-Letters in comments: R rows, T positions of a row, N images, P patches of an image.
-A row is made of segments (documents that do not see each other). An image is a run of P
-consecutive positions at the head of its segment; `input_ids` there is 0 and is replaced by
-projected patch features.
-"""
+"""Row and Batch: the contract between data and model."""
+# Letters in comments: R rows, T positions of a row, N images, P patches of an image. A row is made
+# of segments (documents that do not see each other). An image is a run of P positions at the head
+# of its segment; `input_ids` there is 0 and is replaced by projected patch features.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

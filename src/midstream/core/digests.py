@@ -1,10 +1,6 @@
 """Digests of frozen values and of files, and which files of a folder are data.
 
-A value's digest is that of a canonical text. Within `kept_digests` a file's digest is cached by its
-path, size, inode and times.
-
-Links are followed. Hidden files and folders are not data, nor are notes beside the data (README,
-LICENSE, requirements.txt, ...): readers and digests share this rule.
+Links are followed; hidden files and notes (README, LICENSE, ...) are no data, for readers too.
 """
 
 import hashlib
@@ -126,6 +122,7 @@ class _Digests:
                 self._known = {row[0]: (tuple(row[1:5]), row[5]) for row in rows}
 
     def sha256(self, path: str | Path) -> str:
+        """The file's digest, read anew only where it may have changed."""
         name = os.path.abspath(path)
         before = _seen(name)
         held = self._new.get(name) or self._known.get(name)
@@ -138,6 +135,7 @@ class _Digests:
         return found
 
     def save(self) -> None:
+        """Write what is new to the cache."""
         if not self._new:
             return
         rows = [(name, *seen, found) for name, (seen, found) in self._new.items()]

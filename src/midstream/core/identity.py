@@ -1,13 +1,8 @@
 """The digests by which data enters an identity, and where a benchmark's files lie.
 
-A source's digest covers the names and bytes of its files, links followed, without hidden files and
-notes (`core/digests.py`). A benchmark's covers its files and its entry in `world.json`.
-
-Needs neither torch nor a reader: a plan asks for the digest of a benchmark before any work.
+Needs neither torch nor a reader: plans ask for them before any work.
 """
 
-import difflib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -17,20 +12,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from midstream.core.digests import (
-    FORMAT_VERSION,
-    Placement,
-    any_of,
-    canonical,
-    digest,
-    fields_of,
-    file_sha256,
-    is_hidden,
-    is_note,
-    is_text,
-    kept_digests,
-    walk,
-)
+from midstream.core.digests import FORMAT_VERSION as FORMAT_VERSION
+from midstream.core.digests import Placement as Placement
+from midstream.core.digests import any_of, is_hidden, is_note, is_text, walk
+from midstream.core.digests import canonical as canonical
+from midstream.core.digests import digest as digest
+from midstream.core.digests import fields_of as fields_of
+from midstream.core.digests import file_sha256 as file_sha256
+from midstream.core.digests import kept_digests as kept_digests
 from midstream.core.storage import read_json
 
 # Published files of text tasks, by lm-evaluation-harness's names: alternatives, the data set's own
@@ -60,8 +49,6 @@ _FIRST_NAMES = any_of(
 )
 # llm-foundry has files of the same names in another form, for models behind an interface.
 _OTHER_FORM = "api_compatible_gauntlet"
-# Folders of a world that hold what is trained on.
-_SOURCES = ("text", "captions", "instruct")
 
 
 def benchmark_digest(world: Path, task: str) -> str:
@@ -170,7 +157,7 @@ def _parts(world: Path, task: str) -> tuple[Any, Path, list[Path]]:
         return None, own, _all(own)
     if task not in TEXT_FILES and not (world / "world.json").is_file():
         return None, world, _all(visual_folder(world, task))
-    near = difflib.get_close_matches(task, [*visual, *text], 1, cutoff=0.85)
+    near = get_close_matches(task, [*visual, *text], 1, cutoff=0.85)
     if near and task not in TEXT_FILES:
         raise FileNotFoundError(
             f"{world / 'world.json'} lists no task {task!r}; did you mean {near[0]}?"
@@ -183,8 +170,7 @@ def _all(folder: Path) -> list[Path]:
 
 
 def _outside_sources(world: Path) -> Iterator[str]:
-    """The files of a world that are neither trained on nor a visual benchmark's; of another folder
-    all."""
+    """A world's files that are neither trained on nor a visual benchmark's; else all."""
     if not (world / "world.json").is_file():
         yield from walk(world)
         return
@@ -192,28 +178,11 @@ def _outside_sources(world: Path) -> Iterator[str]:
     for top in sorted(world.iterdir()):
         inner = sorted(top.iterdir()) if top.name == "bench" and top.is_dir() else [top]
         for path in inner:
-            if path.is_dir() and path.name not in (*_SOURCES, *visual):
+            if path.is_dir() and path.name not in (*SECTIONS, *visual):
                 yield from walk(path)
             elif path.is_file():
                 yield str(path)
 
-
-__all__ = [
-    "FORMAT_VERSION",
-    "SECTIONS",
-    "Placement",
-    "WorldFingerprint",
-    "canonical",
-    "digest",
-    "fields_of",
-    "file_sha256",
-    "folder_fingerprint",
-    "kept_digests",
-    "source_digest",
-    "source_folders",
-    "text_column",
-    "world_fingerprint",
-]
 
 Kind = Literal["text", "caption", "instruct"]
 # Where a world keeps its sources, and what their text counts as.
@@ -288,7 +257,7 @@ def source_digest(root: Path, name: str, folder: Path) -> str:
     """Sixteen digits for a source's files, and for the column of its text where one is named."""
     index = folder / PREPARED
     if index.is_file():
-        return str(json.loads(index.read_text(encoding="utf-8"))["fingerprint"])
+        return str(read_json(index)["fingerprint"])
     listing: list[Any] = [
         [path.removeprefix(f"{folder}{os.sep}"), file_sha256(path)]
         for path in walk(folder)

@@ -1,8 +1,6 @@
 """How sure a mean over examples is: standard errors, intervals, differences of two models.
 
-Examples that share a cluster (questions about one picture) depend on one another; clusters are what
-is drawn again or turned over, never single examples. Everything is a pure function of its
-arguments and a seed. A mean over splits weighs the splits alike, however many examples they hold.
+Clusters (questions about one picture) are drawn or turned over whole; splits weigh alike.
 """
 
 import math

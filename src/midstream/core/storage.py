@@ -33,7 +33,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    _sync_file(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -100,7 +100,7 @@ def finish_folder(temporary: Path, path: Path, entries: Mapping[str, dict[str, A
         shutil.rmtree(old)
     else:
         temporary.replace(path)
-    _sync_folder(path.parent)
+    _sync_file(path.parent)
 
 
 def remove_folder(path: Path) -> None:
@@ -209,12 +209,9 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def _sync_file(path: Path) -> None:
+    # Or a folder, whose names are brought to the disk.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sync_folder(path: Path) -> None:
-    _sync_file(path)

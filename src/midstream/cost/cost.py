@@ -1,19 +1,4 @@
-"""What a stage costs, and how much the published benchmarks ask.
-
-How much the published benchmarks ask, for plans made before any of them is at hand.
-
-Whole official splits as vlm-evaluation (TRI-ML) and lm-evaluation-harness ask them.
-
-What a stage costs, before anything runs: tokens, FLOPs by part of the model, parameters.
-
-Matrix products are counted as torch's own counter counts them, at two FLOPs a multiply-add and a
-causal mask for none; norms, activations and the optimiser are left out. Training is one forward and
-two backward passes of what is trained; through what is frozen but stands behind something trained
-goes one backward pass; a frozen encoder has none.
-
-Sources are those of the finished preparation, else what the recipe expects of them. Where there is
-neither, the FLOPs of a stage that sees are unknown, and so are the tokens of whole passes.
-"""
+"""What a stage costs before it runs: tokens, FLOPs by part of the model, parameters."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,13 +7,11 @@ from typing import Literal, NamedTuple
 
 from midstream.config import (
     Amounts,
-    AnyDecoderConfig,
     AnyEncoderConfig,
     FusedEncoder,
     Mixture,
     PatchProjection,
     PocketWorld,
-    ProjectorConfig,
     SmallReal,
     Training,
     VLMConfig,
@@ -44,7 +27,7 @@ from midstream.config.model import (
     projector_flops,
     weight_flops,
 )
-from midstream.cost.known import Basis, Facts, Number, facts_of_text, sources_of
+from midstream.cost.known import Basis, Number, facts_of_text, sources_of
 from midstream.cost.workload import Device, Workload, taken, workload
 from midstream.study.stages import (
     DataStage,
@@ -61,6 +44,8 @@ from midstream.study.stages import (
 from midstream.study.store import Ledger
 
 
+# Whole official splits as vlm-evaluation (TRI-ML) and lm-evaluation-harness ask them, for plans
+# made before any of them is at hand.
 class VisualSize(NamedTuple):
     """Questions of a visual task, and the splits that a slim evaluation takes its part of each."""
 
@@ -160,10 +145,16 @@ class StageCost:
 def cost(stage: Stage, ledger: Ledger | None = None, device: Device = "cuda") -> StageCost:
     """The cost of one stage without its parents, as `device` computes it.
 
-    `ledger` adds what finished preparations know about their sources. A frozen encoder is taken to
-    look anew at every picture (`pictures.py` says what storing saves). Evaluations are estimates:
-    as many questions as the world or the published task has, each with its picture anew,
-    PROMPT_TOKENS and the longest answer allowed, twice if asked blind as well.
+    Matrix products are counted as torch's own counter counts them, at two FLOPs a multiply-add and
+    a causal mask for none; norms, activations and the optimiser are left out. Training is one
+    forward and two backward passes of what is trained; through what is frozen but stands behind
+    something trained goes one backward pass; a frozen encoder has none.
+
+    Sources are those of preparations that `ledger` has finished, else what the recipe expects of
+    them; without either, FLOPs of a stage that sees and tokens of passes are unknown. A frozen
+    encoder is taken to look anew at every picture (`pictures.py` says what storing saves).
+    Evaluations are estimates: as many questions as the world or the published task has, each with
+    its picture anew, PROMPT_TOKENS and the longest answer allowed, twice if asked blind as well.
     """
     if isinstance(stage, DataStage):
         return StageCost(0, Flops(), 0)
@@ -177,20 +168,21 @@ def cost(stage: Stage, ledger: Ledger | None = None, device: Device = "cuda") ->
         return _encoder_training_cost(stage)
     if isinstance(stage, Evaluate):
         return _evaluation_cost(stage)
-    return _training_cost(stage, ledger, device)
+    parameters = model_parameters(stage.model)
+    work = work_of(stage, ledger, device)
+    if work is None:
+        return StageCost(_stated_tokens(stage.training), None, parameters)
+    return StageCost(work.tokens, training_flops(stage, work), parameters, work.basis)
 
 
 def work_of(stage: Trained, ledger: Ledger | None, device: Device = "cuda") -> Workload | None:
-    """The positions, pictures and steps of a training stage; None where they are unknown.
-
-    Raises ValueError for a budget of a source that the world does not have.
-    """
+    """The positions, pictures and steps of a training stage; None where they are unknown."""
     sources = sources_of(stage.data, stage.training.budget.captions, ledger)
-    if sources is None:
-        sources = _texts(stage)
-    if sources is None:
-        return None
-    return workload(stage.model, stage.training, sources, device)
+    stated = _stated_tokens(stage.training)
+    if sources is None and isinstance(stage, Pretrain) and stated:
+        # Texts of any length, all of which is learnt.
+        sources = dict.fromkeys(stage.training.budget.source_names, facts_of_text(stated))
+    return None if sources is None else workload(stage.model, stage.training, sources, device)
 
 
 def images_seen(
@@ -228,14 +220,6 @@ def encoder_parameters(config: AnyEncoderConfig) -> int:
     return embed + positions * e + blocks * block + 2 * e * config.final_norm
 
 
-def projector_parameters(
-    config: ProjectorConfig, *, encoder: AnyEncoderConfig, decoder: AnyDecoderConfig
-) -> int:
-    """Weights and biases of the connector."""
-    widths = config.widths(encoder.hidden_size, decoder.hidden_size)
-    return sum(before * after + after for before, after in pairwise(widths))
-
-
 def model_parameters(model: VLMConfig) -> int:
     """The decoder, the projector, and the encoder where it is the model's own."""
     total = model.decoder.num_parameters + connector_parameters(model)
@@ -256,24 +240,17 @@ def trained_parameters(stage: Trained) -> int:
 
 
 def connector_parameters(model: VLMConfig) -> int:
-    """The projector's; 0 for a model that does not see."""
+    """The projector's weights and biases; 0 for a model that does not see."""
     if model.encoder is None:
         return 0
-    return projector_parameters(model.projector, encoder=model.encoder, decoder=model.decoder)
+    widths = model.projector.widths(model.encoder.hidden_size, model.decoder.hidden_size)
+    return sum(before * after + after for before, after in pairwise(widths))
 
 
 def trains_encoder(stage: Trained) -> bool:
     """Whether gradients go through the encoder."""
     factor = stage.training.encoder_rate_factor
     return factor is not None or isinstance(stage.model.encoder, PatchProjection)
-
-
-def _training_cost(stage: Trained, ledger: Ledger | None, device: Device) -> StageCost:
-    parameters = model_parameters(stage.model)
-    work = work_of(stage, ledger, device)
-    if work is None:
-        return StageCost(_stated_tokens(stage.training), None, parameters)
-    return StageCost(work.tokens, training_flops(stage, work), parameters, work.basis)
 
 
 def training_flops(stage: Trained, work: Workload) -> Flops:
@@ -298,20 +275,6 @@ def training_flops(stage: Trained, work: Workload) -> Flops:
         seeing = looks * (work.images if model.owns_encoder else work.encoded)
         connector -= projector_flops(widths[:2], patches)
     return Flops(decoder=blocks, head=head, encoder=seeing, projector=connector)
-
-
-def _texts(stage: Trained) -> Mapping[str, Facts] | None:
-    """A text run's sources where nothing is known: texts of any length, all of which is learnt."""
-    budget = stage.training.budget
-    if not isinstance(stage, Pretrain) or _stated_tokens(stage.training) is None:
-        return None
-    match budget:
-        case Mixture():
-            return {share.source: facts_of_text(budget.total_tokens) for share in budget.shares}
-        case Amounts():
-            return {one.source: facts_of_text(one.tokens or 1) for one in budget.amounts}
-        case _:
-            return None
 
 
 def _stated_tokens(training: Training) -> int | None:
@@ -371,10 +334,11 @@ def _questions(stage: Evaluate, task: str) -> int:
     # Of a visual task: the world's own number, else the published one.
     world, limit = stage.of.data.world, stage.evaluation.limit
     if isinstance(world, PocketWorld | SmallReal):
-        return min(world.num_questions, limit or world.num_questions)
-    size = VISUAL_SIZES.get(task, VisualSize(WHOLE_TASK))
-    slim = min(size.questions, SLIM_QUESTIONS * size.splits)
-    whole = slim if stage.evaluation.slim else size.questions
+        whole = world.num_questions
+    else:
+        size = VISUAL_SIZES.get(task, VisualSize(WHOLE_TASK))
+        slim = SLIM_QUESTIONS * size.splits if stage.evaluation.slim else size.questions
+        whole = min(size.questions, slim)
     return min(whole, limit or whole)
 
 
@@ -382,8 +346,7 @@ def _choices(stage: Evaluate, task: str) -> int:
     # Items of a text task times the answers that each is asked with.
     world, limit = stage.of.data.world, stage.evaluation.limit
     size = TEXT_SIZES.get(task, TextSize(WHOLE_TASK, TEXT_ITEM_CHOICES))
-    if isinstance(world, PocketWorld):
-        size = TextSize(world.num_text_items, TEXT_ITEM_CHOICES)
-    elif isinstance(world, SmallReal):
-        size = TextSize(world.num_questions, TEXT_ITEM_CHOICES)
+    if isinstance(world, PocketWorld | SmallReal):
+        own = world.num_text_items if isinstance(world, PocketWorld) else world.num_questions
+        size = TextSize(own, TEXT_ITEM_CHOICES)
     return min(size.items, limit or size.items) * size.choices

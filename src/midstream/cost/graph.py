@@ -1,11 +1,4 @@
-"""The stages of a study as one graph, and those of a store with who needs them.
-
-The union of a study's stages: their order, what is done, what would run and what it costs.
-
-What a store holds, who needs it, and taking away what nobody does.
-
-The studies kept in `studies/` say what is needed: a stage that none of them leads to may go.
-"""
+"""The stages of a study as one graph, and those of a store with the kept studies that need them."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +14,7 @@ from midstream.core.storage import CorruptError, read_json, remove_folder, requi
 from midstream.cost.cost import StageCost, cost
 from midstream.study.imported import how_to_have, is_lacking
 from midstream.study.label import digits_of, handle, joined, labels, shortest, words
+from midstream.study.results import RESULTS, checked
 from midstream.study.stages import (
     Evaluate,
     Imported,
@@ -96,21 +90,17 @@ class Plan:
     @property
     def shared_flops(self) -> float:
         """FLOPs with every stage run once."""
-        return sum((row.cost.flops or 0.0 for row in self.rows), 0.0)
+        return _flops(self.rows)[0]
 
     @property
     def naive_flops(self) -> float:
         """FLOPs if every line ran alone, each text run only up to the milestone it needs."""
-        alone = ((row.cost.flops or 0.0) * sum(row.needs.values()) for row in self.rows)
-        return sum(alone, 0.0)
+        return _flops(self.rows)[1]
 
     @property
     def text_given(self) -> tuple[float, float]:
         """FLOPs once and for every line alone, if the text runs were there already."""
-        rows = [row for row in self.rows if not isinstance(row.stage, Pretrain)]
-        once = sum((row.cost.flops or 0.0 for row in rows), 0.0)
-        alone = sum(((row.cost.flops or 0.0) * sum(row.needs.values()) for row in rows), 0.0)
-        return once, alone
+        return _flops([row for row in self.rows if not isinstance(row.stage, Pretrain)])
 
     @property
     def num_expected(self) -> int:
@@ -120,7 +110,13 @@ class Plan:
     @property
     def remaining_flops(self) -> float:
         """FLOPs of the stages that are not done."""
-        return sum((row.cost.flops or 0.0 for row in self.to_run), 0.0)
+        return _flops(self.to_run)[0]
+
+
+def _flops(rows: Sequence[PlanRow]) -> tuple[float, float]:
+    """FLOPs of stages once, and for every line alone."""
+    flops = [(row.cost.flops or 0.0, sum(row.needs.values())) for row in rows]
+    return sum((each for each, _ in flops), 0.0), sum((each * uses for each, uses in flops), 0.0)
 
 
 def order(study: AnyStudy) -> tuple[Stage, ...]:
@@ -128,16 +124,14 @@ def order(study: AnyStudy) -> tuple[Stage, ...]:
 
     Raises ValueError that names the stages of a cycle.
     """
-    found: dict[str, Stage] = {}
-    for result in study.results:
-        _visit(result, found)
-    return tuple(found.values())
+    return order_of(*study.results)
 
 
-def order_of(stage: Stage) -> tuple[Stage, ...]:
-    """A stage and all that it rests on, parents first."""
+def order_of(*stages: Stage) -> tuple[Stage, ...]:
+    """Stages and all that they rest on, parents first."""
     found: dict[str, Stage] = {}
-    _visit(stage, found)
+    for stage in stages:
+        _visit(stage, found)
     return tuple(found.values())
 
 
@@ -167,7 +161,10 @@ def plan(study: AnyStudy, ledger: Ledger) -> Plan:
     needs: dict[str, dict[str, float]] = {}
     # Keyed by identity alone: comparing deeply nested models costs more than all the rest.
     stages: dict[str, Stage] = {}
-    for name, result in _named_results(study):
+    named = study.named_results
+    if twice := [name for name, count in Counter(name for name, _ in named).items() if count > 1]:
+        raise ValueError(f"study {study.name!r} names {twice[0]!r} twice; give each line its name")
+    for name, result in named:
         _visit(result, stages)
         for identity, share in _needs(result).items():
             needs.setdefault(identity, {})[name] = share
@@ -178,20 +175,8 @@ def plan(study: AnyStudy, ledger: Ledger) -> Plan:
     return Plan(study, rows)
 
 
-def _named_results(study: AnyStudy) -> tuple[tuple[str, Evaluate], ...]:
-    named = study.named_results
-    twice = [name for name, count in Counter(name for name, _ in named).items() if count > 1]
-    if twice:
-        raise ValueError(f"study {study.name!r} names {twice[0]!r} twice; give each line its name")
-    return named
-
-
 def _visit(stage: Stage, found: dict[str, Stage], above: tuple[Stage, ...] = ()) -> None:
-    """Add `stage` behind its parents.
-
-    Fields cannot hold a stage within itself, but a class of a user's own may name any stage among
-    its `parents`: ValueError names the stages of a cycle.
-    """
+    """Add `stage` behind its parents; a class of a user's own may name any, in a cycle too."""
     if stage.identity in found:
         return
     path = [one.identity for one in above]
@@ -209,10 +194,9 @@ def _visit(stage: Stage, found: dict[str, Stage], above: tuple[Stage, ...] = ())
 
 def _needs(result: Evaluate) -> dict[str, float]:
     """Which share of each ancestor (and itself) a line needs, by identity."""
-    ancestry: dict[str, Stage] = {}
-    _visit(result, ancestry)
-    shares = dict.fromkeys(ancestry, 1.0)
-    for stage in ancestry.values():
+    ancestry = order_of(result)
+    shares = dict.fromkeys((stage.identity for stage in ancestry), 1.0)
+    for stage in ancestry:
         if (before := came_from(stage)) is not None:
             shares[before[0].identity] = before[1]
         if isinstance(stage, Evaluate) and isinstance(stage.of, Pretrain):
@@ -336,7 +320,11 @@ def check(ledger: Ledger) -> Checked:
     for stage in done:
         folder = ledger.store / stage.name
         try:
-            read_json(folder / "results.json")
+            path = folder / "results.json"
+            unknown = checked(RESULTS[stage.kind], read_json(path), path).unknown_keys()
+            if unknown:
+                text = f"results.json has keys of another version: {', '.join(unknown)}"
+                problems.append((stage.label, text))
         except (OSError, ValueError) as error:
             problems.append((stage.label, f"results.json cannot be read: {error}"))
         for manifest in sorted(folder.rglob("manifest.json")):

@@ -1,24 +1,21 @@
-"""What a plan knows about sources, and when its stages would run.
+"""Sources as a plan knows them, counted or expected; and stages on a number of GPUs."""
 
-What a plan knows about the sources of a world: counted once they are prepared, else expected. When
-stages would run on a number of GPUs: list scheduling, the longest way to the end first.
-"""
-
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from math import log
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+import numpy as np
 
 from midstream.config import Caption, ExpectedSource, PublicFolder
 from midstream.core.identity import PREPARED, SECTIONS
+from midstream.study.results import Lengths, SourceResult
 from midstream.study.stages import Prepare, PrepareSource
 from midstream.study.store import Ledger
 
-# Examples, their text tokens, and the sum of the squares of those, by class of length.
 Number = float | int
-Lengths = tuple[tuple[Number, Number, Number], ...]
 Basis = Literal["counted", "expected"]
 # Where nobody says how lengths vary: texts as if they ended by chance, in so many classes of equal
 # number; captions and conversations half as long and half as long again as the mean.
@@ -27,7 +24,7 @@ TEXT_CLASSES = 32
 TEXT_TOKENS = 1000
 WHOLE_SPREAD = 0.5
 # Places in a class of lengths, evenly spread, and their standard deviation.
-PLACES, PLACES_DEVIATION = (-1.5, -0.5, 0.5, 1.5), 1.25**0.5
+PLACES, PLACES_DEVIATION = np.array([-1.5, -0.5, 0.5, 1.5]), 1.25**0.5
 # Where nobody says how much of a conversation is reply.
 REPLY_SHARE = 0.5
 
@@ -67,23 +64,14 @@ class Facts:
         targets = self.targets * tokens / max(self.tokens, 1)
         return replace(self, tokens=tokens, targets=targets, plain=plain, shown=shown)
 
-    def squares(self, patches: int, row_length: int) -> Number:
-        """Sum of squared segment lengths of all examples; texts are cut at the row's length."""
-        total = sum(
-            squares + 2 * patches * tokens + number * patches**2
-            for number, tokens, squares in self.shown
-        )
-        return total + sum(_cut_squares(row, row_length) for row in self.plain)
-
-    def points(self, patches: int) -> list[tuple[float, float]]:
-        """Lengths in a row and how many examples have them: each class by some of its lengths."""
-        found = []
-        for lengths, more in ((self.plain, 0), (self.shown, patches)):
-            for number, tokens, squares in lengths:
-                mean = tokens / number
-                apart = max(squares / number - mean**2, 0.0) ** 0.5 / PLACES_DEVIATION
-                found += [(mean + more + place * apart, number / len(PLACES)) for place in PLACES]
-        return found
+    def drawn(self, number: int, patches: int) -> tuple[np.ndarray, int]:
+        """int64: lengths in a row of so many examples that stand for all; how many of them, the
+        first ones, show a picture."""
+        share = sum(part[0] for part in self.shown) / max(self.examples, 1)
+        num_shown = min(round(share * number), number)
+        shown = _stratified(self.shown, num_shown) + patches
+        lengths = np.concatenate([shown, _stratified(self.plain, number - num_shown)])
+        return (lengths, num_shown) if len(lengths) else (np.ones(1, np.int64), 0)
 
 
 def sources_of(
@@ -109,19 +97,8 @@ def facts_of(
     and where pictures lack the caption that is asked."""
     if ledger is None or not ledger.is_done(source):
         return None if source.expected is None else facts_of_expected(source.expected)
-    seen = seen_as(ledger.results(source), caption)
+    seen = ledger.result(source, SourceResult).with_caption(caption)
     return None if seen is None else facts_of_results(seen)
-
-
-def seen_as(results: Mapping[str, Any], caption: Caption) -> Mapping[str, Any] | None:
-    """The results of a source's stage, counted with this caption of each picture; None where some
-    pictures lack it."""
-    if caption == "original":
-        return results
-    # Results from before captions were counted know of none but the own ones.
-    if results.get("captions", {}).get("synthetic", 0) < results["num_examples"]:
-        return None
-    return {**results, **results["seen"][caption]}
 
 
 def prepared_index(source: PrepareSource) -> Path | None:
@@ -133,77 +110,67 @@ def prepared_index(source: PrepareSource) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def facts_of_results(source: Mapping[str, Any]) -> Facts:
-    """From the results of a source's stage; older ones lack targets and lengths."""
-    examples, tokens = source["num_examples"], source["num_tokens"]
-    lengths, images = source.get("lengths"), source["num_images"]
-    unlearnt = tokens - examples
-    targets = source.get(
-        "num_targets", unlearnt * (REPLY_SHARE if source["kind"] == "instruct" else 1.0)
+def facts_of_results(source: SourceResult) -> Facts:
+    """From the results of a source's stage; older ones lack lengths, and maybe targets."""
+    return _facts(
+        source.kind,
+        (source.num_examples, source.num_tokens, source.num_images),
+        source.num_targets,
+        source.distinct_images,
+        source.lengths,
     )
-    plain, shown = (
-        _typical(source["kind"], examples, tokens, images)
-        if lengths is None
-        else (tuple(map(tuple, lengths[name])) for name in ("plain", "image"))
-    )
+
+
+def facts_of_expected(source: ExpectedSource) -> Facts:
+    """From what a recipe expects."""
+    counts = (source.num_examples, source.num_tokens, source.num_images)
+    return _facts(source.kind, counts, source.num_targets)
+
+
+def facts_of_text(tokens: int) -> Facts:
+    """Texts of which only the number of tokens is known."""
+    return _facts("text", (max(tokens // TEXT_TOKENS, 1), tokens, 0))
+
+
+def _facts(
+    kind: str,
+    counts: tuple[int, Number, int],
+    targets: Number | None = None,
+    distinct_images: int | None = None,
+    lengths: Mapping[str, Lengths] | None = None,
+) -> Facts:
+    """Without lengths each picture is taken to stand in one example."""
+    examples, tokens, images = counts
+    if targets is None:
+        targets = (tokens - examples) * (REPLY_SHARE if kind == "instruct" else 1.0)
+    if lengths is None:
+        with_image, mean = min(images, examples), tokens / max(examples, 1)
+        plain, shown = (_typical(kind, n, mean) for n in (examples - with_image, with_image))
+    else:
+        plain, shown = lengths["plain"], lengths["image"]
     return Facts(
-        kind=source["kind"],
+        kind=kind,
         examples=examples,
         tokens=tokens,
         targets=max(targets, 0),
         images=images,
-        distinct_images=source.get("distinct_images", images),
+        distinct_images=images if distinct_images is None else distinct_images,
         plain=plain,
         shown=shown,
         basis="expected" if lengths is None else "counted",
     )
 
 
-def facts_of_expected(source: ExpectedSource) -> Facts:
-    """From what a recipe expects; each picture is taken to stand in one example."""
-    plain, shown = _typical(source.kind, source.num_examples, source.num_tokens, source.num_images)
-    return Facts(
-        kind=source.kind,
-        examples=source.num_examples,
-        tokens=source.num_tokens,
-        targets=source.num_targets,
-        images=source.num_images,
-        distinct_images=source.num_images,
-        plain=plain,
-        shown=shown,
-        basis="expected",
-    )
-
-
-def facts_of_text(tokens: int) -> Facts:
-    """Texts of which only the number of tokens is known."""
-    examples = max(tokens // TEXT_TOKENS, 1)
-    plain, shown = _typical("text", examples, tokens, 0)
-    return Facts("text", examples, tokens, tokens - examples, 0, 0, plain, shown, "expected")
-
-
-def _typical(
-    kind: str, examples: Number, tokens: Number, images: Number
-) -> tuple[Lengths, Lengths]:
-    """Lengths that have the mean and a usual spread; examples with and without picture alike."""
-    mean = tokens / max(examples, 1)
-    shown = min(images, examples)
-    return (
-        tuple(_spread(kind, examples - shown, mean)),
-        tuple(_spread(kind, shown, mean)),
-    )
-
-
-def _spread(kind: str, number: Number, mean: float) -> Iterator[tuple[float, float, float]]:
+def _typical(kind: str, number: Number, mean: float) -> Lengths:
+    """Lengths of so many examples that have the mean and a usual spread."""
     if not number:
-        return
+        return ()
     if kind == "text":
         drawn = [-log(1 - (place + 0.5) / TEXT_CLASSES) for place in range(TEXT_CLASSES)]
     else:
         drawn = [1 - WHOLE_SPREAD, 1 + WHOLE_SPREAD]
     scale, each = mean * len(drawn) / sum(drawn), number / len(drawn)
-    for length in drawn:
-        yield each, each * length * scale, each * (length * scale) ** 2
+    return tuple((each, each * one * scale, each * (one * scale) ** 2) for one in drawn)
 
 
 def _clipped(part: tuple[Number, Number, Number], most: int) -> tuple[Number, Number, Number]:
@@ -211,13 +178,19 @@ def _clipped(part: tuple[Number, Number, Number], most: int) -> tuple[Number, Nu
     return part if tokens <= number * most else (number, number * most, number * most**2)
 
 
-def _cut_squares(row: tuple[Number, Number, Number], row_length: int) -> Number:
-    number, tokens, squares = row
-    length = tokens / max(number, 1)
-    if length <= row_length:
-        return squares
-    whole, rest = divmod(length, row_length)
-    return number * (whole * row_length**2 + rest**2)
+def _stratified(lengths: Lengths, number: int) -> np.ndarray:
+    """Lengths by their classes, evenly over each; their sum is the classes' to one token."""
+    if not number or not lengths:
+        return np.zeros(0, np.int64)
+    counts, tokens, squares = np.array(lengths, dtype=float).T
+    means = tokens / counts
+    apart = np.sqrt(np.maximum(squares / counts - means**2, 0)) / PLACES_DEVIATION
+    values = (means[:, None] + apart[:, None] * PLACES).reshape(-1)
+    ends = np.cumsum(np.repeat(counts, len(PLACES)))
+    at = np.searchsorted(ends, (np.arange(number) + 0.5) / number * ends[-1])
+    found = np.diff(np.rint(np.cumsum(np.maximum(values[at], 1))), prepend=0)
+    whole: np.ndarray = np.maximum(found, 1).astype(np.int64)
+    return whole
 
 
 @dataclass(frozen=True)
@@ -252,7 +225,7 @@ class Schedule:
 
 
 def schedule(tasks: Sequence[Task], gpus: int) -> Schedule:
-    """Start ready tasks as soon as their GPUs are free, those with the longest way first.
+    """Start ready tasks as soon as their GPUs are free, the longest way to the end first.
 
     Parents stand before their children. Raises ValueError for a task that wants more than there
     are.
@@ -294,12 +267,14 @@ def schedule(tasks: Sequence[Task], gpus: int) -> Schedule:
             if not waiting[child]:
                 ready.append((-way[child], child))
         ready.sort()
-    path = _path(way, following)
+    path = [max(way, key=lambda one: way[one])] if way else []
+    while path and path[-1] in following:
+        path.append(following[path[-1]])
     critical = way[path[0]] if path else 0.0
     work = sum(task.hours * task.gpus for task in tasks) / gpus
     bound = max(critical, work)
     # Hours summed from the other end may be less in their last digit.
-    return Schedule(max(now, bound), path, critical, bound, starts, peak)
+    return Schedule(max(now, bound), tuple(path), critical, bound, starts, peak)
 
 
 def _ways(tasks: Sequence[Task]) -> tuple[dict[str, Number], dict[str, str]]:
@@ -313,13 +288,3 @@ def _ways(tasks: Sequence[Task]) -> tuple[dict[str, Number], dict[str, str]]:
             if way[task.name] > behind.get(parent, -1.0):
                 behind[parent], following[parent] = way[task.name], task.name
     return way, following
-
-
-def _path(way: Mapping[str, Number], following: Mapping[str, str]) -> tuple[str, ...]:
-    if not way:
-        return ()
-    name = max(way, key=lambda one: way[one])
-    path = [name]
-    while (name := following.get(name, "")) in way:
-        path.append(name)
-    return tuple(path)

@@ -1,12 +1,4 @@
-"""What keeping a frozen encoder's outputs on disk would cost and save, before anything runs.
-
-Pictures are counted from the prepared sources, or from those that a recipe expects: a budget sees
-those of a source in its share.
-Stages with one seed see the same first pictures of a source, since the order follows from the seed;
-stages with different seeds are taken to draw independently. A picture that several examples share
-counts once for each until all are seen, so that a store is at most as large as said here and saves
-at least as much.
-"""
+"""What keeping a frozen encoder's outputs on disk would cost and save, before anything runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +7,15 @@ from math import expm1, log1p, prod
 from pathlib import Path
 from typing import Any, Literal
 
-from midstream.config import Epochs, Machine, PretrainedEncoder
-from midstream.config.model import encoder_flops
+from midstream.config import Epochs, Machine
+from midstream.config.model import encoder_flops, picture_bytes
 from midstream.core.identity import digest
 from midstream.core.tokens import quantity
 from midstream.cost.cost import cost
-from midstream.cost.known import Facts, sources_of
+from midstream.cost.known import Facts, Number, sources_of
 from midstream.cost.workload import taken
 from midstream.study.label import label
+from midstream.study.results import WeightsResult
 from midstream.study.stages import Continue, EncoderStage, Finetune, Stage
 from midstream.study.store import Ledger
 
@@ -35,8 +28,6 @@ FEATURE_FORMAT = 1
 
 Seeing = Continue | Finetune
 Frozen = EncoderStage
-# Counts are exact or expected ones.
-Number = float | int
 Draw = tuple[int, Literal["permutation", "replacement"], Number]
 
 
@@ -65,30 +56,30 @@ class FeaturePlan:
     choice: Choice
 
     @property
+    def missing(self) -> Number | None:
+        """Pictures whose features are not kept yet."""
+        return None if self.pictures is None else max(0.0, self.pictures - self.kept)
+
+    @property
     def store_bytes(self) -> Number | None:
         """What the store holds once all pictures are in it."""
-        if self.pictures is None:
-            return None
-        return max(self.pictures, self.kept) * picture_bytes(self.encoder.encoder)
+        held = None if self.pictures is None else max(self.pictures, self.kept)
+        return _times(held, picture_bytes(self.encoder.encoder))
 
     @property
     def new_bytes(self) -> Number | None:
         """What storing adds to what the store holds already."""
-        if self.pictures is None:
-            return None
-        return max(0.0, self.pictures - self.kept) * picture_bytes(self.encoder.encoder)
+        return _times(self.missing, picture_bytes(self.encoder.encoder))
 
     @property
     def live_flops(self) -> Number | None:
         """Encoding every picture each time it is seen."""
-        return None if self.views is None else self.views * encoder_flops(self.encoder.encoder)
+        return _times(self.views, encoder_flops(self.encoder.encoder))
 
     @property
     def stored_flops(self) -> Number | None:
         """Encoding every picture that is not kept yet once."""
-        if self.pictures is None:
-            return None
-        return max(0.0, self.pictures - self.kept) * encoder_flops(self.encoder.encoder)
+        return _times(self.missing, encoder_flops(self.encoder.encoder))
 
     @property
     def saved_fraction(self) -> Number | None:
@@ -130,11 +121,8 @@ class FeaturePlan:
         )
 
 
-def picture_bytes(config: PretrainedEncoder) -> int:
-    """Bytes of one picture's features on disk: four or two a number, or one and two a patch."""
-    if config.feature_dtype == "int8":
-        return config.num_patches * (config.hidden_size + 2)
-    return config.num_patches * config.hidden_size * (4 if config.feature_dtype == "float32" else 2)
+def _times(count: Number | None, each: Number) -> Number | None:
+    return None if count is None else count * each
 
 
 def feature_folder(ledger: Ledger, encoder: Frozen) -> Path | None:
@@ -144,7 +132,7 @@ def feature_folder(ledger: Ledger, encoder: Frozen) -> Path | None:
     """
     if not ledger.is_done(encoder):
         return None
-    weights = ledger.results(encoder)["weights_digest"]
+    weights = ledger.result(encoder, WeightsResult).weights_digest
     return ledger.store / "features" / digest([FEATURE_FORMAT, weights, encoder.encoder])
 
 
@@ -181,7 +169,10 @@ def choose(
 def feature_plan(stages: Sequence[Stage], ledger: Ledger, machine: Machine) -> list[FeaturePlan]:
     """For each frozen encoder: what storing what it makes of pictures costs and saves.
 
-    `stages` are a study's (`graph.order`); those that are done count no more.
+    `stages` are a study's (`graph.order`); those that are done count no more. Stages with one seed
+    see the same first pictures of a source; those with different seeds are taken to draw
+    independently. A picture that several examples share counts once for each until all are seen, so
+    that a store is at most as large as said here and saves at least as much.
     """
     groups: dict[str, list[Seeing]] = {}
     for stage in stages:
@@ -228,10 +219,11 @@ def distinct_pictures(num_images: int, draws: Sequence[Draw]) -> float:
 def _plan_of(stages: Sequence[Seeing], ledger: Ledger, machine: Machine) -> FeaturePlan:
     encoder = frozen_encoder(stages[0])
     assert encoder is not None, "these stages look through one"
-    each, kept = picture_bytes(encoder.encoder), _kept(ledger, encoder)
-    counted = _count(stages, encoder, ledger)
+    each, folder = picture_bytes(encoder.encoder), feature_folder(ledger, encoder)
+    parts = () if folder is None else folder.glob("part-*/features.bin")
+    kept = sum(path.stat().st_size for path in parts) // each
     flops = [cost(stage, ledger).flops for stage in stages]
-    if counted is not None:
+    if (counted := _count(stages, encoder, ledger)) is not None:
         pictures, views = counted
         choice = choose(
             pictures=pictures, views=views, kept=kept, picture_bytes=each, machine=machine
@@ -276,11 +268,3 @@ def _count(
     )
     views = sum(number for drawn in draws.values() for _, _, number in drawn)
     return pictures, views
-
-
-def _kept(ledger: Ledger, encoder: Frozen) -> int:
-    folder = feature_folder(ledger, encoder)
-    if folder is None:
-        return 0
-    stored = sum(path.stat().st_size for path in folder.glob("part-*/features.bin"))
-    return stored // picture_bytes(encoder.encoder)

@@ -1,5 +1,6 @@
 """A plan's price on a fleet of GPUs: hours, memory, disk, and what sharing stages saves."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -176,21 +177,18 @@ def _price_of(row: PlanRow, ledger: Ledger, fleet: Fleet) -> StagePrice:
         gpus = fit.gpus if fit is not None else (fleet.per_stage or 1)
     elif isinstance(stage, Evaluate | TrainEncoder):
         gpus = 1
-    hours = wall = 0.0
-    if row.state != "done" and flops:
-        hours = fleet.gpu_hours(flops)
-        wall = hours / max(gpus, 1)
-    kept, running = _disk(row, work, ledger)
-    known = flops is not None
-    return StagePrice(
-        row, gpus, hours if known else None, wall if known else None, fit, kept, running
-    )
+    hours = None if flops is None else fleet.gpu_hours(0.0 if row.state == "done" else flops)
+    wall = None if hours is None else hours / max(gpus, 1)
+    return StagePrice(row, gpus, hours, wall, fit, *_disk(row, work, ledger))
 
 
 def _fit(stage: Trained, work: Workload, fleet: Fleet) -> Fit:
     """The fewest GPUs of which each has room for a row, or as many as are asked for."""
     batch = stage.training.rows.batch_rows
-    numbers = [fleet.per_stage] if fleet.per_stage else _divisors(batch, fleet.number)
+    most = min(batch, fleet.number)
+    numbers = [n for n in range(1, most + 1) if not batch % n]
+    if fleet.per_stage:
+        numbers = [fleet.per_stage]
     found = None
     for number in numbers:
         if batch % number:
@@ -205,24 +203,19 @@ def _fit(stage: Trained, work: Workload, fleet: Fleet) -> Fit:
     return found
 
 
-def _divisors(batch: int, most: int) -> list[int]:
-    return [number for number in range(1, min(batch, most) + 1) if not batch % number]
-
-
 def _largest(stage: Trained, work: Workload, fleet: Fleet, ranks: int) -> Fit:
-    """The largest micro-batch that fits, by halving."""
+    """The largest micro-batch that fits."""
 
     def taken(rows: int) -> Memory:
         setting = Setting(ranks, rows, fleet.checkpointing)
         return memory(stage, work, setting)
 
-    low, high = 0, stage.training.rows.batch_rows // ranks
-    if taken(high).total <= fleet.gpu.room:
-        return Fit(ranks, high, taken(high))
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if taken(middle).total <= fleet.gpu.room else (low, middle)
-    return Fit(ranks, low, taken(max(low, 1)))
+    # The first number of rows that has no room.
+    high = stage.training.rows.batch_rows // ranks
+    rows = bisect_left(
+        range(1, high + 1), True, key=lambda rows: taken(rows).total > fleet.gpu.room
+    )
+    return Fit(ranks, rows, taken(max(rows, 1)))
 
 
 def rows_that_fit(
@@ -239,21 +232,6 @@ def rows_that_fit(
     return _largest(stage, work, Fleet(gpu, ranks, ranks, checkpointing=recomputed), ranks)
 
 
-def _source_bytes(stage: PrepareSource, ledger: Ledger) -> Number:
-    """What a prepared source takes: the columns of `data/source_writer.py`; 0 where nothing is
-    known of it, or where it lies prepared in the user's own folder."""
-    facts = facts_of(stage, ledger)
-    if facts is None or prepared_index(stage) is not None:
-        return 0.0
-    tokenizer = stage.tokenizer.tokenizer
-    large = isinstance(tokenizer, TrainedTokenizer) and tokenizer.vocab_size > 2**16
-    token, example = 4 if large else 2, 24
-    if facts.kind != "text":
-        # Which tokens are targets; pictures and where they lie; the record's name.
-        token, example = token + 1, example + 32 + NAME_BYTES
-    return facts.tokens * token + facts.examples * example
-
-
 def _disk(row: PlanRow, work: Workload | None, ledger: Ledger) -> tuple[Number, Number]:
     """Bytes that a stage leaves, and that it takes beside while it runs."""
     stage = row.stage
@@ -267,7 +245,18 @@ def _disk(row: PlanRow, work: Workload | None, ledger: Ledger) -> tuple[Number, 
             kept = len(stage.milestones) * state if isinstance(stage, Pretrain) else weights
             return kept, written * state
         case PrepareSource():
-            return _source_bytes(stage, ledger), 0.0
+            facts = facts_of(stage, ledger)
+            if facts is None or prepared_index(stage) is not None:
+                # Nothing is known of it, or it lies in the user's own folder.
+                return 0.0, 0.0
+            # The columns of `data/source_writer.py`.
+            tokenizer = stage.tokenizer.tokenizer
+            large = isinstance(tokenizer, TrainedTokenizer) and tokenizer.vocab_size > 2**16
+            token, example = 4 if large else 2, 24
+            if facts.kind != "text":
+                # Which tokens are targets; pictures and where they lie; the record's name.
+                token, example = token + 1, example + 32 + NAME_BYTES
+            return facts.tokens * token + facts.examples * example, 0.0
         case LoadDecoder() | LoadModel() | LoadEncoder() | TrainEncoder():
             return FLOAT * float(row.cost.parameters), 0.0
         case Evaluate():
@@ -280,6 +269,22 @@ def _disk(row: PlanRow, work: Workload | None, ledger: Ledger) -> tuple[Number, 
 def price_json(found: Price, plan: Plan) -> dict[str, Any]:
     """The price as plain values, beside those of the plan."""
     fleet, timing = found.fleet, found.timing
+    by_stage = {}
+    for stage in found.stages:
+        parts, fit, name = stage.row.cost.parts, stage.fit, stage.row.stage.name
+        by_stage[name] = {
+            "basis": stage.row.cost.basis,
+            "flops_by_part": None if parts is None else asdict(parts),
+            "gpus": stage.gpus,
+            "gpu_hours": stage.gpu_hours,
+            "wall_hours": stage.wall_hours,
+            "starts_after_hours": timing.starts.get(name),
+            "memory": None if fit is None else asdict(fit.memory),
+            "micro_rows": None if fit is None else fit.micro_rows,
+            "fits": None if fit is None else fit.fits,
+            "disk_kept_bytes": stage.kept,
+            "disk_running_bytes": stage.running,
+        }
     return {
         "gpu": asdict(fleet.gpu),
         "gpus": fleet.number,
@@ -297,22 +302,5 @@ def price_json(found: Price, plan: Plan) -> dict[str, Any]:
         "disk_needed_bytes": found.needed_bytes,
         "feature_bytes": found.feature_bytes,
         "too_large": [stage.row.stage.name for stage in found.too_large],
-        "by_stage": {stage.row.stage.name: _stage_json(stage, timing) for stage in found.stages},
-    }
-
-
-def _stage_json(stage: StagePrice, timing: Schedule) -> dict[str, Any]:
-    parts, fit = stage.row.cost.parts, stage.fit
-    return {
-        "basis": stage.row.cost.basis,
-        "flops_by_part": None if parts is None else asdict(parts),
-        "gpus": stage.gpus,
-        "gpu_hours": stage.gpu_hours,
-        "wall_hours": stage.wall_hours,
-        "starts_after_hours": timing.starts.get(stage.row.stage.name),
-        "memory": None if fit is None else asdict(fit.memory),
-        "micro_rows": None if fit is None else fit.micro_rows,
-        "fits": None if fit is None else fit.fits,
-        "disk_kept_bytes": stage.kept,
-        "disk_running_bytes": stage.running,
+        "by_stage": by_stage,
     }

@@ -1,21 +1,4 @@
-"""What stages take: a device's memory by the plan, time by those that are done.
-
-What a training stage takes of a device's memory at its peak, as torch's allocator counts it.
-
-Weights, gradients and Adam's two moments are float32; with several ranks each holds its part of
-them (FSDP2). Products are in bfloat16 on a GPU: weights in that form are kept from the forward to
-the backward pass by one rank, and by several of the group outside the blocks and of two blocks. The
-backward pass begins with all activations and the head's gradient, and ends with all gradients: the
-peak is at either end.
-
-Letters: d decoder width, h SwiGLU width. A block keeps for each position its input, what its norms
-and in-projection give, turned queries and keys, and what the heads mix (10 d), gate and up (2 h).
-
-How long stages take on this machine, from those that are done in the store.
-
-A stage takes its planned FLOPs at the speed of the done ones of its kind; a kind of training that
-nothing is known of has the speed of the other kinds of training. Nothing measured, no number.
-"""
+"""What stages take: a device's memory at a step's peak, and time by those that are done."""
 
 import json
 import socket
@@ -34,7 +17,9 @@ from midstream.config import (
     DecoderConfig,
     FusedEncoder,
     PatchProjection,
+    VLMConfig,
 )
+from midstream.config.model import LEAST_CUT_ROW, MAX_LOGITS
 from midstream.core.storage import read_json
 from midstream.cost.cost import (
     cost,
@@ -45,13 +30,12 @@ from midstream.cost.cost import (
 )
 from midstream.cost.graph import Plan
 from midstream.cost.known import Number, Schedule, Task, schedule
-from midstream.cost.workload import LEAST_CUT_ROW, Device, Workload
+from midstream.cost.workload import Device, Workload
+from midstream.study.results import StageResult, checked
 from midstream.study.stages import Pretrain, Trained, stage_from_json
 from midstream.study.store import SUCCESS, Ledger
 
 FLOAT, HALF = 4, 2
-# As in `model/vlm.py`: logits that are held at once.
-MAX_LOGITS = {"cpu": 2**24, "cuda": 2**28}
 # Widths beside gate and up that a block's backward pass makes of h: their gradients, the products.
 BACKWARD_FFN = 6
 # What a tower's block keeps: norms, queries, keys, values, what is mixed; before and behind GELU.
@@ -95,21 +79,35 @@ class Setting:
 
 
 def memory(stage: Trained, work: Workload, setting: Setting) -> Memory:
-    """The peak of one rank; `work` says how full rows are."""
+    """The peak of one rank, as torch's allocator counts it; `work` says how full rows are.
+
+    Weights, gradients and Adam's two moments are float32; with several ranks each holds its part of
+    them (FSDP2). Products are in bfloat16 on a GPU: weights in that form are kept from the forward
+    to the backward pass by one rank, and by several of the group outside the blocks and of two
+    blocks. The backward pass begins with all activations and the head's gradient, and ends with all
+    gradients: the peak is at either end.
+    """
     model, low = stage.model, FLOAT if setting.device == "cpu" else HALF
     parameters, trained = model_parameters(model), trained_parameters(stage)
     micro, several = setting.rows(stage.training.rows.batch_rows)
     part = micro / max(work.rows, 1)
     weights, moments = FLOAT * parameters / setting.ranks, 2 * FLOAT * trained / setting.ranks
     gradients = FLOAT * trained / setting.ranks
-    kept, one = _activations(stage, work, part, low, setting)
-    head = _head(stage, work.targets * part, low, setting)
+    kept, one = _activations(stage, model, work, part, low, setting)
+    pieces, ready = _head(stage, work.targets * part, low, setting)
     backward = BACKWARD_FFN * ffn_width(model.decoder) * low * work.positions * part
-    gathered = _gathered(stage, low, setting)
-    encoder = _encoder(stage)
-    block = FLOAT * _block_parameters(model.decoder) / setting.ranks
-    pieces, ready = head
-    first = kept + ready + max(pieces, backward) + (gradients if several else block / 2)
+    block = model.decoder.linear_parameters / model.decoder.num_layers
+    rest = parameters - model.decoder.linear_parameters
+    if setting.ranks > 1:
+        # Two blocks and the rest, their gradients, and one block's on their way to float32.
+        gathered = 2 * low * (2 * block + rest) + FLOAT * block
+    else:
+        # Autocast's copies of the matrices, which the backward pass reads.
+        gathered = 0.0 if low == FLOAT else low * float(model.decoder.linear_parameters)
+    frozen = None if model.owns_encoder or isinstance(stage, Pretrain) else model.encoder
+    encoder = FLOAT * float(encoder_parameters(frozen)) if frozen is not None else 0.0
+    early = gradients if several else FLOAT * block / setting.ranks / 2
+    first = kept + ready + max(pieces, backward) + early
     last = one + backward + gradients
     return Memory(
         weights=weights,
@@ -117,7 +115,7 @@ def memory(stage: Trained, work: Workload, setting: Setting) -> Memory:
         gradients=gradients,
         gathered=gathered,
         activations=kept,
-        head=sum(head),
+        head=pieces + ready,
         backward=backward,
         encoder=encoder,
         total=weights + moments + gathered + encoder + max(first, last),
@@ -132,15 +130,13 @@ def ffn_width(config: AnyDecoderConfig) -> int:
     return max(config.linear_parameters // config.num_layers - 4 * d * d, 0) // (3 * d)
 
 
-def _block_parameters(config: AnyDecoderConfig) -> Number:
-    return config.linear_parameters / config.num_layers
-
-
 def _activations(
-    stage: Trained, work: Workload, part: Number, low: int, setting: Setting
+    stage: Trained, model: VLMConfig, work: Workload, part: Number, low: int, setting: Setting
 ) -> tuple[Number, Number]:
     """Bytes kept for the backward pass by all blocks, and by one of them."""
-    decoder, rows = stage.model.decoder, stage.training.rows
+    # Of width d and SwiGLU width h a block keeps for each position its input, what its norms and
+    # in-projection give, turned queries and keys, what the heads mix (10 d), gate and up (2 h).
+    decoder, rows = model.decoder, stage.training.rows
     d, h, layers = decoder.hidden_size, ffn_width(decoder), decoder.num_layers
     own = isinstance(decoder, DecoderConfig)
     cut = setting.device == "cpu" and rows.row_length >= LEAST_CUT_ROW and rows.layout == "filled"
@@ -155,20 +151,13 @@ def _activations(
     else:
         chosen = (positions - asked) * (ffn - d * low)
         kept = layers * one - chosen
-    return kept + _seen_activations(stage, work.images * part, low), one
-
-
-def _seen_activations(stage: Trained, images: Number, low: int) -> Number:
-    """What projector and a trained encoder keep."""
-    model = stage.model
-    if model.encoder is None:
-        return 0.0
-    widths = model.projector.widths(model.encoder.hidden_size, model.decoder.hidden_size)
-    # Before and behind each GELU, and what comes in.
-    kept = images * model.encoder.num_patches * low * (widths[0] + 2 * sum(widths[1:-1]))
-    if trains_encoder(stage):
-        kept += images * _tower(model.encoder, low)
-    return kept
+    if model.encoder is not None:
+        widths = model.projector.widths(model.encoder.hidden_size, d)
+        # Of the projector what comes in, and what is before and behind each GELU.
+        seen: Number = model.encoder.num_patches * low * (widths[0] + 2 * sum(widths[1:-1]))
+        seen += _tower(model.encoder, low) if trains_encoder(stage) else 0.0
+        kept += work.images * part * seen
+    return kept, one
 
 
 def _tower(config: AnyEncoderConfig, low: int) -> Number:
@@ -184,8 +173,7 @@ def _tower(config: AnyEncoderConfig, low: int) -> Number:
 
 
 def _head(stage: Trained, targets: Number, low: int, setting: Setting) -> tuple[Number, Number]:
-    """Pieces of logits and of their softmax, gone when the backward pass begins; the gradients of
-    states and weight, made with them."""
+    """Logits and softmax, gone when the backward pass begins; gradients of states and weight."""
     config = stage.model.decoder
     rows = min(targets, max(MAX_LOGITS[setting.device] // config.vocab_size, 1))
     pieces = float(rows) * config.vocab_size * (2 * FLOAT + (0 if low == FLOAT else 2 * low))
@@ -193,25 +181,6 @@ def _head(stage: Trained, targets: Number, low: int, setting: Setting) -> tuple[
     if not stage.training.freeze_decoder:
         ready += config.vocab_size * config.hidden_size * (FLOAT + (0 if low == FLOAT else low))
     return pieces, ready
-
-
-def _gathered(stage: Trained, low: int, setting: Setting) -> Number:
-    model = stage.model
-    block = _block_parameters(model.decoder)
-    rest = model_parameters(model) - model.decoder.linear_parameters
-    if setting.ranks == 1:
-        # Autocast's copies of the matrices, which the backward pass reads.
-        return 0.0 if low == FLOAT else low * float(model.decoder.linear_parameters)
-    # Two blocks and the rest, their gradients, and one block's on their way to float32.
-    return 2 * low * (2 * block + rest) + FLOAT * block
-
-
-def _encoder(stage: Trained) -> Number:
-    """A frozen encoder beside the model."""
-    config = stage.model.encoder
-    if config is None or stage.model.owns_encoder or isinstance(stage, Pretrain):
-        return 0.0
-    return FLOAT * float(encoder_parameters(config))
 
 
 TRAINING = ("pretrain", "continue", "finetune")
@@ -311,7 +280,8 @@ def samples_here(ledger: Ledger) -> tuple[Samples, str | None]:
         own = _device(folder)
         device = device or own
         if own in (None, device):
-            seconds = float(read_json(folder / "results.json")["seconds"])
+            path = folder / "results.json"
+            seconds = checked(StageResult, read_json(path), path).seconds
             found[stage.kind].append((float(cost(stage, ledger).flops or 0.0), seconds))
     return found, device
 

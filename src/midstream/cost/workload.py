@@ -1,95 +1,34 @@
-"""What a training stage computes on, from the lengths of its examples.
+"""What a training stage computes on, in rows that `order/plan.py` makes of drawn lengths."""
 
-How many rows whole examples take side by side, and how long the longest of some is: expected
-from their lengths alone, by laying out a sample as `order/plan.py` lays out a block.
-
-What a training stage computes on: positions, what they look at, where something is learnt.
-
-Counted as `train/step.py` goes about it: rows of a step are one batch, padding is computed along,
-logits exist where there is a target, and so does the last block where few positions have one. On a
-CPU batches are cut behind their last held column, and long rows into their segments; on a GPU
-segments cost what they hold, and rows are whole.
-"""
-
-from bisect import bisect_left, insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from math import ceil, exp
-from typing import Literal
+from functools import lru_cache
+from math import ceil
+from typing import Any, Literal
+
+import numpy as np
 
 from midstream.config import (
     Amounts,
     AnyEncoderConfig,
+    Budget,
     DecoderConfig,
-    Epochs,
     Mixture,
+    Rows,
     Training,
     VLMConfig,
 )
+from midstream.config.model import FILL_BATCH, LARGE_TOWER, LEAST_CUT_ROW, MOST_TARGETS
 from midstream.cost.known import Basis, Facts, Number
-
-# Lengths and how many examples have them, in ascending order.
-Points = tuple[tuple[Number, Number], ...]
-# Rows that are laid out to find out: those of a block in `order/plan.py`.
-BLOCK_ROWS = 1024
-
-
-@cache
-def rows_of(points: Points, row_length: int) -> int:
-    """Rows that whole examples take: longest first, each into the fullest row that it fits."""
-    number = sum(count for _, count in points)
-    if not number:
-        return 0
-    held = sum(length * count for length, count in points)
-    # A plan of several blocks is a block, several times.
-    blocks = max(1, round(held / (BLOCK_ROWS * row_length)))
-    lengths = _drawn(points, ceil(number / blocks))
-    room: list[int] = []
-    rows = 0
-    for length in reversed(lengths):
-        at = bisect_left(room, length)
-        if at < len(room):
-            left = room.pop(at) - length
-        else:
-            left, rows = row_length - length, rows + 1
-        if left > 0:
-            insort(room, left)
-    return ceil(rows * number / len(lengths))
-
-
-def _drawn(points: Points, number: int) -> list[int]:
-    """This many lengths that stand for all, in ascending order."""
-    total = sum(count for _, count in points)
-    found: list[int] = []
-    upto = 0.0
-    for length, count in points:
-        upto += count / total
-        found += [round(length)] * (round(upto * number) - len(found))
-    return found
-
-
-def longest_of(points: Sequence[tuple[Number, Number]], number: int) -> Number:
-    """The longest of `number` examples drawn from these lengths, as expected."""
-    total = sum(count for _, count in points)
-    below = longest = upto = 0.0
-    for length, count in points:
-        upto += count / total
-        longest += length * (min(upto, 1.0) ** number - below**number)
-        below = min(upto, 1.0)
-    return longest
-
+from midstream.order.mixture import Supply, needs_of
+from midstream.order.plan import BLOCK_ROWS, Filled, make_plan, rows_of_all
+from midstream.order.stream import ArrayLengths
 
 Device = Literal["cpu", "cuda"]
-# As in `order/plan.py`: how full filled rows are, in thousandths.
-FILL = 997
-# As in `model/vlm.py`: above this share of positions the last block works on all of them.
-MOST_TARGETS = 0.8
-# As in `model/attention.py`: shorter rows stay under one mask on a CPU.
-LEAST_CUT_ROW = 256
-# As in `data/images.py`: pictures that a frozen encoder is given at once; one for a tower of
-# LARGE_TOWER patches on a CPU.
-ENCODER_BATCH, LARGE_TOWER = 8, 256
+# Of a longer plan so many rows are laid out, of padded and joined ones fewer: their rows are alike.
+SAMPLE_ROWS, SAMPLE_ROWS_APART = 4 * BLOCK_ROWS, BLOCK_ROWS
+# Passes over a source that are too many are refused by the checks; a plan prices them.
+ANY_EPOCHS = 10**9
 
 
 @dataclass(frozen=True)
@@ -99,9 +38,6 @@ class Taken:
     tokens: int
     examples: Number
     images: Number
-
-
-Part = tuple[Facts, Taken]
 
 
 @dataclass(frozen=True)
@@ -127,86 +63,83 @@ class Workload:
 
 
 def taken(training: Training, sources: Mapping[str, Facts], patches: int) -> dict[str, Taken]:
-    """By source, what a budget takes of it. Raises ValueError for a source that is not there."""
-    budget, sources = training.budget, _fitted(training, sources, patches)
-    found: dict[str, Taken] = {}
-    match budget:
-        case Mixture(by="sequences"):
-            sequences = budget.total_tokens // training.rows.row_length
-            for share in budget.shares:
-                source, number = _source(sources, share.source), sequences * share.share
-                if source.kind == "text":
-                    found[share.source] = _of_tokens(
-                        number * training.rows.row_length, source, patches
-                    )
-                else:
-                    part = number / max(source.examples, 1)
-                    found[share.source] = _part(source, part, patches)
-        case Mixture():
-            for share in budget.shares:
-                source = _source(sources, share.source)
-                found[share.source] = _of_tokens(budget.total_tokens * share.share, source, patches)
-        case Amounts():
-            for amount in budget.amounts:
-                source = _source(sources, amount.source)
-                found[amount.source] = (
-                    _of_tokens(amount.tokens, source, patches)
-                    if amount.tokens
-                    else _part(source, amount.epochs or 0, patches)
-                )
-        case Epochs():
-            for name in budget.sources:
-                found[name] = _part(_source(sources, name), budget.epochs, patches)
+    """By source, what a budget takes of it."""
+    sources = _fitted(training, sources, patches)
+    texts = {name for name, source in sources.items() if source.kind == "text"}
+    found = {}
+    for need in needs_of(training.budget, training.rows.row_length, texts):
+        source = sources[need.source]
+        size = source.size(patches)
+        held = {"tokens": size, "examples": source.examples, "epochs": 1}[need.unit]
+        part = need.amount / max(held, 1)
+        found[need.source] = Taken(round(part * size), part * source.examples, part * source.images)
     return found
 
 
 def workload(
     model: VLMConfig, training: Training, sources: Mapping[str, Facts], device: Device
-) -> Workload:
-    """The work of a stage over its whole budget."""
+) -> Workload | None:
+    """The work of a stage over its whole budget; None where the checks refuse its rows.
+
+    Rows of a step are one batch, as in `train/step.py`. On a CPU batches are cut behind their last
+    held column, and long rows into their segments; on a GPU segments cost what they hold, and rows
+    are whole.
+
+    Stages of up to SAMPLE_ROWS rows are laid out whole, of longer ones as many: sources and budget
+    are made smaller together, and the lengths of examples are drawn evenly over their classes, so
+    that equal stages have equal numbers. Against six times as many rows, those of a stage with
+    text are within 0.4 %, pairs within 0.1 %; encoded pictures within 2 %; `asked` within 2 % where
+    about MOST_TARGETS of the positions have targets. Conversations alone in more than 512 blocks
+    have rows in reserve that follow from how blocks differ: 3 %.
+    """
     patches = model.encoder.num_patches if model.encoder is not None else 0
-    sources = _fitted(training, sources, patches)
-    parts = [
-        (_source(sources, name), part) for name, part in taken(training, sources, patches).items()
-    ]
-    tokens = _total_tokens(training, [part for _, part in parts])
-    images = sum(part.images for _, part in parts)
-    batches = _batches(training, parts, patches, device)
-    targets = sum(_targets(training, source, part) for source, part in parts)
-    rows = sum(batch.rows for batch in batches)
-    steps = ceil(rows / training.rows.batch_rows)
-    whole_last = not isinstance(model.decoder, DecoderConfig)
-    return Workload(
-        tokens=tokens,
-        images=images,
-        positions=sum(batch.positions for batch in batches),
-        squares=_squares(model, training, parts, patches, batches, device),
-        targets=targets,
-        asked=sum(batch.positions if whole_last else batch.asked for batch in batches),
-        encoded=0.0 if model.encoder is None else _encoded(images, steps, model.encoder, device),
-        rows=ceil(rows),
-        steps=steps,
-        basis="counted" if all(s.basis == "counted" for s, _ in parts) else "expected",
+    parts, sources = taken(training, sources, patches), _fitted(training, sources, patches)
+    rows, length = training.rows, training.rows.row_length
+    whole = any(sources[name].kind != "text" for name in parts)
+    if not any(part.tokens for part in parts.values()) or (whole and rows.layout == "joined"):
+        return None
+    share = min(1.0, max(SAMPLE_ROWS, 2 * rows.batch_rows) / _expected_rows(parts, sources, rows))
+    laid = _laid_out(
+        tuple(
+            (name, sources[name], max(1, round(share * min(sources[name].examples, part.examples))))
+            for name, part in parts.items()
+        ),
+        _smaller(training.budget, share),
+        rows,
+        patches,
+        share == 1,
     )
-
-
-@dataclass(frozen=True)
-class _Batches:
-    """Rows of batches that are alike: their columns, and the targets in all of them."""
-
-    rows: Number
-    width: Number
-    targets: Number
-
-    @property
-    def positions(self) -> Number:
-        return self.rows * self.width
-
-    @property
-    def asked(self) -> Number:
-        """Positions that the last block computes whole."""
-        few = self.targets <= MOST_TARGETS * self.positions
-        return self.targets if few else self.positions
+    num_rows = laid.num_rows(1 / share)
+    widths = laid.widths if device == "cpu" else np.full_like(laid.widths, length)
+    positions = laid.sizes * widths
+    targets = sum(
+        _learnt(sources[name], rows)
+        * sources[name].tokens
+        * part.examples
+        / max(sources[name].examples, 1)
+        for name, part in parts.items()
+    )
+    by_rows, by_tokens = num_rows / int(laid.sizes.sum()), laid.times / share
+    squares = laid.squares * by_tokens
+    if rows.layout != "filled" or not _by_segment(model, length, device):
+        squares = float((positions * widths).sum()) * by_rows
+    asked = positions * by_rows
+    if isinstance(model.decoder, DecoderConfig):
+        learnt = laid.targets * targets / max(laid.targets.sum(), 1)
+        asked = np.where(learnt <= MOST_TARGETS * asked, learnt, asked)
+    images = sum(part.images for part in parts.values())
+    return Workload(
+        tokens=sum(part.tokens for part in parts.values()),
+        images=images,
+        positions=float(positions.sum()) * by_rows,
+        squares=squares,
+        targets=targets,
+        asked=float(asked.sum()),
+        encoded=_encoded(images, laid.images, model.encoder, device),
+        rows=num_rows,
+        steps=ceil(num_rows / rows.batch_rows),
+        basis="counted" if all(sources[n].basis == "counted" for n in parts) else "expected",
+    )
 
 
 def _fitted(training: Training, sources: Mapping[str, Facts], patches: int) -> Mapping[str, Facts]:
@@ -214,110 +147,111 @@ def _fitted(training: Training, sources: Mapping[str, Facts], patches: int) -> M
     return {name: source.fitted(patches, length) for name, source in sources.items()}
 
 
-def _source(sources: Mapping[str, Facts], name: str) -> Facts:
-    if name not in sources:
-        raise ValueError(
-            f"the budget names source {name!r}; the world has {', '.join(sorted(sources))}"
-        )
-    return sources[name]
-
-
-def _of_tokens(tokens: Number, source: Facts, patches: int) -> Taken:
-    part = tokens / max(source.size(patches), 1)
-    return Taken(int(tokens), part * source.examples, part * source.images)
-
-
-def _part(source: Facts, part: Number, patches: int) -> Taken:
-    return Taken(int(part * source.size(patches)), part * source.examples, part * source.images)
-
-
-def _total_tokens(training: Training, parts: list[Taken]) -> int:
-    budget = training.budget
-    if isinstance(budget, Mixture) and budget.by == "tokens":
-        return budget.total_tokens
-    return sum(part.tokens for part in parts)
-
-
-def _batches(training: Training, parts: list[Part], patches: int, device: Device) -> list[_Batches]:
-    """The batches of a stage: all as wide as a row, but on a CPU those of padded rows alone."""
-    length, layout, size = training.rows.row_length, training.rows.layout, training.rows.batch_rows
-    text = [(source, part) for source, part in parts if source.kind == "text"]
-    whole = [(source, part) for source, part in parts if source.kind != "text"]
-    text_tokens = sum(part.tokens for _, part in text)
-    text_targets, whole_targets = (
-        sum(_targets(training, source, part) for source, part in some) for some in (text, whole)
-    )
-    targets = text_targets + whole_targets
-    points = _points(whole, patches)
-    if layout == "filled":
-        held = text_tokens + sum(part.tokens for _, part in whole)
-        filled = max(ceil(1000 * held / (FILL * length)), rows_of(points, length), 1)
-        return [_Batches(filled, length, targets)]
-    text_rows, whole_rows = ceil(text_tokens / length), sum(part.examples for _, part in whole)
-    rows = text_rows + whole_rows
-    if device == "cuda" or not whole_rows:
-        return [_Batches(rows, length, targets)]
-    # A batch without text is cut behind its longest example.
-    alone = whole_rows * (whole_rows / rows) ** (size - 1)
-    mine = whole_targets * alone / whole_rows
-    longest = min(float(length), longest_of(points, min(size, ceil(whole_rows))))
-    return [
-        _Batches(alone, longest, mine),
-        _Batches(rows - alone, length, targets - mine),
-    ]
-
-
-def _points(whole: list[Part], patches: int) -> Points:
-    return tuple(
-        sorted(
-            (length, count * part.examples / max(source.examples, 1))
-            for source, part in whole
-            for length, count in source.points(patches)
-        )
-    )
-
-
-def _targets(training: Training, source: Facts, part: Taken) -> Number:
-    if source.kind == "text" and training.rows.layout != "filled":
+def _learnt(source: Facts, rows: Rows) -> float:
+    """The share of a source's text tokens that are targets."""
+    if source.kind == "text" and rows.layout != "filled":
         # Joined documents predict each other's beginning.
-        return float(part.tokens)
-    return source.targets * part.examples / max(source.examples, 1)
+        return 1.0
+    return source.targets / max(source.tokens, 1)
 
 
-def _squares(
-    model: VLMConfig,
-    training: Training,
-    parts: list[Part],
-    patches: int,
-    batches: list[_Batches],
-    device: Device,
-) -> Number:
-    """Pairs of positions: of whole rows, or of segments where those are cut apart or masked by
-    blocks."""
-    length, openlm = training.rows.row_length, isinstance(model.decoder, DecoderConfig)
-    cut = model.attention == "segments" and length >= LEAST_CUT_ROW
-    by_segment = openlm and (device == "cuda" or cut) and model.attention != "causal"
-    if training.rows.layout != "filled" or not by_segment:
-        return sum(batch.positions * batch.width for batch in batches)
-    return sum(
-        source.squares(patches, length) * part.examples / max(source.examples, 1)
-        for source, part in parts
+def _expected_rows(parts: Mapping[str, Taken], sources: Mapping[str, Facts], rows: Rows) -> float:
+    tokens = sum(part.tokens for part in parts.values()) / rows.row_length
+    whole = sum(part.examples for name, part in parts.items() if sources[name].kind != "text")
+    return max(tokens, whole) if rows.layout == "padded" else tokens
+
+
+def _smaller(budget: Budget, share: float) -> Budget:
+    """A part of a budget; passes stay, over sources that are smaller."""
+    match budget:
+        case Mixture():
+            changed: dict[str, Any] = {"total_tokens": max(1, round(budget.total_tokens * share))}
+        case Amounts():
+            amounts = tuple(
+                one.model_copy(update={"tokens": max(1, round(one.tokens * share))})
+                if one.tokens
+                else one
+                for one in budget.amounts
+            )
+            changed = {"amounts": amounts}
+        case _:
+            return budget
+    return budget.model_copy(
+        update={**changed, "max_epochs": ANY_EPOCHS, "sampling": "permutation"}
     )
 
 
-def _encoded(images: Number, steps: int, encoder: AnyEncoderConfig, device: Device) -> Number:
-    """Pictures in batches of one size, the last of each step filled up; steps hold pictures by
-    chance."""
-    if not images or (device == "cpu" and encoder.num_patches >= LARGE_TOWER):
+@dataclass(frozen=True)
+class _LaidOut:
+    """A plan: its rows, those of a filled one's blocks; over one in `times` of them, by step."""
+
+    rows: int
+    blocks: tuple[int, ...]
+    times: float
+    # Rows of each step, columns up to the last held one, targets, pictures.
+    sizes: np.ndarray
+    widths: np.ndarray
+    targets: np.ndarray
+    images: np.ndarray
+    squares: float
+
+    def num_rows(self, times: float) -> int:
+        """Of a plan that is so many times as long."""
+        return rows_of_all(self.blocks, times) if self.blocks else round(times * self.rows)
+
+
+@lru_cache(maxsize=256)
+def _laid_out(
+    drawn: tuple[tuple[str, Facts, int], ...], budget: Budget, rows: Rows, patches: int, whole: bool
+) -> _LaidOut:
+    supplies, shown = [], []
+    for name, source, number in drawn:
+        lengths, num_shown = source.drawn(number, patches)
+        text = source.kind == "text"
+        lengths = lengths if text else np.minimum(lengths, rows.row_length)
+        supplies.append(Supply(name, ArrayLengths(lengths), text))
+        shown.append(num_shown)
+    plan = make_plan(supplies, budget, rows, seed=0)
+    blocks: list[int] = []
+    number, batch = len(plan), rows.batch_rows
+    if isinstance(plan.layout, Filled):
+        blocks = np.diff(plan.layout.first_rows).tolist()
+    elif not whole:
+        number = min(number, max(SAMPLE_ROWS_APART, 2 * batch))
+    if not whole:
+        number = number // batch * batch or number
+    items = [(row, *placed[:4]) for row in range(number) for placed in plan.layout.row(row)]
+    row, source_of, example, start, lengths = np.array(items).T
+    step, steps = row // batch, -(-number // batch)
+    images = (start == 0) & (example < np.array(shown)[source_of])
+    learnt = np.array([_learnt(source, rows) for _, source, _ in drawn])[source_of]
+    ends = np.bincount(row, lengths, number)
+    return _LaidOut(
+        rows=len(plan),
+        blocks=tuple(blocks),
+        times=len(plan) / number,
+        sizes=np.bincount(np.arange(number) // batch),
+        widths=np.maximum.reduceat(ends, np.arange(0, number, batch)),
+        targets=np.bincount(step, np.maximum(lengths - patches * images, 0) * learnt, steps),
+        images=np.bincount(step, images, steps),
+        squares=float((lengths**2).sum()),
+    )
+
+
+def _by_segment(model: VLMConfig, row_length: int, device: Device) -> bool:
+    """Whether attention is computed by segments: cut apart or masked by blocks, not whole rows."""
+    cut = model.attention == "segments" and row_length >= LEAST_CUT_ROW
+    own = isinstance(model.decoder, DecoderConfig)
+    return own and (device == "cuda" or cut) and model.attention != "causal"
+
+
+def _encoded(
+    images: Number, seen: np.ndarray, encoder: AnyEncoderConfig | None, device: Device
+) -> Number:
+    """Pictures in batches of one size, the last of each step filled up."""
+    if encoder is None:
+        return 0.0
+    if device == "cpu" and encoder.num_patches >= LARGE_TOWER:
         return images
-    mean = images / max(steps, 1)
-    if mean > 16 * ENCODER_BATCH:
-        return images + steps * (ENCODER_BATCH - 1) / 2
-    chance, at_least, batches = exp(-mean), 1.0, 0.0
-    # The expected number of batches is the sum over k of the chance of more than 8 k pictures.
-    for number in range(ceil(mean + 12 * mean**0.5 + 2 * ENCODER_BATCH)):
-        at_least -= chance
-        if number % ENCODER_BATCH == 0:
-            batches += max(at_least, 0.0)
-        chance *= mean / (number + 1)
-    return steps * batches * ENCODER_BATCH
+    batches = np.ceil(seen / FILL_BATCH).sum()
+    return images * float(batches * FILL_BATCH / max(seen.sum(), 1))

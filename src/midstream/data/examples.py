@@ -1,21 +1,4 @@
-r"""Example -> tokens, and which of them are targets: separators, masks, conversation turns.
-
-One separator token ends the image, every human turn and every reply (paper, sections 2.1.2-2.1.3);
-its identity is unknown in the paper, here it is a token of its own. Image slots are not part of an
-example's tokens: the packer puts them before the first token.
-
-    text          tokens <eot>                                     all are targets
-    caption       [image] <sep> caption <eot>                      caption and <eot> are targets
-    conversation  [image] <sep> In: question\nOut: <sep> reply <sep> In: ...   replies and their
-                                                                   <sep> are targets
-    with a system text  [image] <sep> system\nIn: question\nOut: <sep> reply ...   the same
-
-A system text stands before the question that it comes before, a line of its own (paper, appendix C:
-it is masked as the question is).
-
-A tokenizer whose texts begin with a token (`TextCodec.begin_of_text`) has it first in each example,
-before the image (where Prismatic and LLaVA have it): a target in a text, masked elsewhere.
-"""
+"""Example -> tokens, and which of them are targets: separators, masks, conversation turns."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -53,7 +36,17 @@ _DETAIL_CHARACTERS = 200
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids and, for each, whether it is a target when it is the next token."""
+    r"""Token ids and, for each, whether it is a target when it is the next token.
+
+        text          tokens <eot>                                all are targets
+        caption       [image] <sep> caption <eot>                 caption and <eot> are targets
+        conversation  [image] <sep> system\nIn: question\nOut: <sep> reply <sep> In: ...
+                                                                  replies and their <sep> are
+
+    One separator ends the image, every human turn and every reply (paper, sections 2.1.2-2.1.3; a
+    token of its own here). The image's slots are none of the tokens. What begins a text
+    (`TextCodec.begin_of_text`) stands first, before the image, and is a target in a text alone.
+    """
 
     input_ids: np.ndarray
     supervised: np.ndarray

@@ -1,18 +1,13 @@
-"""A frozen encoder's outputs on disk, by the hash of the picture.
+"""A frozen encoder's outputs on disk, by the hash of the picture, whatever source it came from.
 
-`<folder>/part-<digest>/` holds features.bin (uint8 [n, bytes of a picture], `images.pack`),
-hashes.npy (uint8 [n, 16], `sources.content_hash`) and sums.npy (uint64 [n], XXH3 of each row of
-features.bin). A part is written once and whole. The folder's name stands for encoder weights and
-`EncoderConfig` (the caller sees to it), so that a stored feature is never stale, whichever source
-or preparation it came from.
+The store's name stands for the encoder's weights and configuration; the caller sees to it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +17,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from midstream.config import PretrainedEncoder
+from midstream.config.model import picture_bytes
 from midstream.core.identity import file_sha256
 from midstream.core.storage import (
     MANIFEST,
@@ -36,7 +32,6 @@ from midstream.data.images import (
     ErrorMeter,
     encode_raw,
     pack,
-    picture_bytes,
     pixel_batches,
     unpack,
 )
@@ -94,7 +89,12 @@ ShouldStop = Callable[[], bool]
 
 
 class FeatureStore:
-    """Features of pictures under one encoder, read by memory map; safe to pickle and to share."""
+    """Features of pictures under one encoder, read by memory map; safe to pickle and to share.
+
+    `<folder>/part-<digest>/` holds features.bin (uint8 [n, bytes of a picture], `images.pack`),
+    hashes.npy (uint8 [n, 16], `sources.content_hash`) and sums.npy (uint64 [n], XXH3 of each row of
+    features.bin); `measured.json` the rounding errors on the first pictures (`ErrorMeter`).
+    """
 
     def __init__(
         self, folder: Path, config: PretrainedEncoder, part_bytes: int = PART_BYTES
@@ -105,22 +105,14 @@ class FeatureStore:
         self._index = HashIndex()
         self._maps = lru_cache(OPEN_PARTS)(self._open)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[type["FeatureStore"], tuple[Path, PretrainedEncoder, int]]:
         # Maps are opened anew in a worker process; pickled, they would be copied whole.
-        return {name: self.__dict__[name] for name in ("folder", "config", "part_bytes")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+        return FeatureStore, (self.folder, self.config, self.part_bytes)
 
     def __len__(self) -> int:
         """Pictures whose features are there."""
         self._refresh()
         return len(self._index)
-
-    def measured(self) -> dict[str, Any] | None:
-        """Rounding errors on the first pictures of the store (`RoundingError` by dtype), if any."""
-        path = self.folder / MEASURED
-        return read_json(path) if path.is_file() else None
 
     def fill(
         self,
@@ -179,10 +171,6 @@ class FeatureStore:
             write(len(waiting))
         return not stopped
 
-    def read(self, source: Source, example: int) -> np.ndarray:
-        """float32 [patches, width] of one example's picture; ValueError if it is not stored."""
-        return self.read_many([(source, example)])[0].numpy()
-
     def read_many(
         self, pictures: Sequence[tuple[Source, int]]
     ) -> Float32[Tensor, "images patches width"]:
@@ -206,7 +194,7 @@ class FeatureStore:
     def _find(self, source: Source, example: int) -> tuple[int, int]:
         if not source.has_image(example):
             raise ValueError(f"{source.describe(example)} shows no picture and has no features")
-        wanted = np.frombuffer(source.hash_of(example), np.uint8)[None]
+        wanted = source.hashes_of(np.array([example]))
         place = int(self._index.find(wanted)[0])
         if place < 0:
             self._refresh()
@@ -261,10 +249,7 @@ class FeatureStore:
 
     @contextmanager
     def _turn(self, tell: Callable[[str], None], should_stop: ShouldStop) -> Iterator[bool]:
-        """Hold the store's lock, and know all that is stored, while the block runs.
-
-        False, without the lock, where a stop was asked for while another process held it.
-        """
+        """Hold the store's lock while the block runs; False where a stop was asked for instead."""
         lock = FileLock(str(self.folder / "fill.lock"))
         while not lock.is_locked:
             try:
@@ -291,10 +276,7 @@ class FeatureStore:
         tell: Callable[[str], None],
         should_stop: ShouldStop,
     ) -> int:
-        """Store what is still missing of these pictures as one part; returns how many.
-
-        A part that is stopped is whole as well: it holds the pictures of the batches before.
-        """
+        """Store what is missing of these, up to a stop, as one whole part; returns how many."""
         every = np.frombuffer(b"".join(chosen), np.uint8).reshape(-1, 16)
         missing = self._index.find(every) < 0
         hashes, examples = every[missing], np.array(list(chosen.values()))[missing].tolist()
@@ -328,7 +310,7 @@ class FeatureStore:
             if meter is not None and (
                 len(sums) == len(examples) or meter.pictures >= MEASURED_PICTURES
             ):
-                write_json(measured, {e.dtype: asdict(e) for e in meter.errors()})
+                write_json(measured, meter.errors())
         self._refresh()
         return len(sums)
 
@@ -353,12 +335,8 @@ def _shown(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Example numbers (int64 [n]) and hashes (uint8 [n, 16]) of what shows a picture, in blocks."""
     if examples is None:
-        for low in range(0, len(source), BLOCK):
-            high = min(low + BLOCK, len(source))
-            numbers = low + np.flatnonzero(source.sizes(low, high)[:, 1])
-            yield numbers, source.image_hashes(low, high)
-        return
+        starts = range(0, len(source), BLOCK)
+        examples = (np.arange(low, min(low + BLOCK, len(source))) for low in starts)
     for block in examples:
-        numbers = np.array([n for n in block.tolist() if source.has_image(n)], np.int64)
-        found = b"".join(source.hash_of(int(n)) for n in numbers)
-        yield numbers, np.frombuffer(found, np.uint8).reshape(-1, 16)
+        numbers = block[source.sizes_of(block, np.zeros_like(block))[:, 1] > 0]
+        yield numbers, source.hashes_of(numbers)

@@ -1,12 +1,6 @@
-"""Pictures to pixels, and pixels to a frozen encoder's features.
+"""Pictures to pixels, and pixels to a frozen encoder's features, stored or computed anew alike.
 
-Pixels: decoded, fitted to a square, normalised. They depend on the picture's bytes and the
-transform alone: not on installed packages, since `simplejpeg` decodes only what it decodes as
-Pillow does, and not on the number of threads.
-
-Features depend on the encoder's weights, its `EncoderConfig` and the picture's bytes alone. Stored
-or computed anew they go through batches of one shape and through the bytes of their stored form, so
-that on a CPU both are equal bit for bit.
+Neither depends on installed packages, threads or other pictures.
 """
 
 import io
@@ -14,6 +8,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from midstream.config import AnyEncoderConfig, ImageTransform, PretrainedEncoder
+from midstream.config.model import FILL_BATCH, LARGE_TOWER
 from midstream.data.sources import Source
 
 # Both must be libjpeg-turbo to make the same bytes of a JPEG.
@@ -68,19 +64,7 @@ def decode(data: bytes, where: str) -> Image.Image:
 def decode_pixels(
     data: bytes, where: str, transform: ImageTransform
 ) -> Float32[np.ndarray, "3 size size"]:
-    """`to_pixels(decode(data, where), transform)`, faster: the same bits and the same errors."""
-    with _naming(where):
-        picture = _open(data)
-        raster = _decode_jpeg(data, picture)
-        if raster is None:
-            raster = np.array(_rgb(picture))
-    return _normalised(_fitted(raster, transform), transform)
-
-
-def to_pixels(
-    picture: Image.Image, transform: ImageTransform
-) -> Float32[np.ndarray, "3 size size"]:
-    """An RGB picture fitted to a square, then (value / 255 - mean) / std by channel.
+    """What `decode` gives fitted to a square, then (value / 255 - mean) / std by channel.
 
     letterbox: int((longer - shorter) / 2) pixels of the colour int(255 * mean) on both sides, then
     the shorter side is resized to `size` and the middle is cut out; the crop takes something only
@@ -93,11 +77,14 @@ def to_pixels(
     differs by more than 2 (68 dB at least) in wide pictures; in tall ones, which are resized in
     the other order, by 19 in the worst photograph (53 dB at least, median 56). Another difference:
     `crop` first takes the middle of pictures longer than `MAX_STRIP` widths, which moves them by
-    half a pixel at most. Raises ValueError if the picture is not RGB.
+    half a pixel at most. Raises ValueError as `decode` does.
     """
-    if picture.mode != "RGB":
-        raise ValueError(f"to_pixels takes RGB pictures, not {picture.mode}; use decode()")
-    return _normalised(_fitted(np.array(picture), transform), transform)
+    with _naming(where):
+        picture = _open(data)
+        raster = _decode_jpeg(data, picture)
+        if raster is None:
+            raster = np.array(_rgb(picture))
+    return _normalised(_fitted(raster, transform), transform)
 
 
 @contextmanager
@@ -238,10 +225,6 @@ def _normalised(
     return pixels
 
 
-# Pictures that are read, and with small towers or on a GPU looked at, together.
-FILL_BATCH = 8
-# A tower of so many patches fills a CPU with one picture.
-_LARGE_TOWER = 256
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # The largest code of an int8 feature; its scale is the patch's largest magnitude over this.
 LARGEST_CODE = 127
@@ -255,13 +238,6 @@ def load_pixels(
     """The picture of an example as the encoder takes it."""
     data, where = source.image_bytes(example), source.describe(example)
     return decode_pixels(data, where, config.transform)
-
-
-def picture_bytes(config: PretrainedEncoder) -> int:
-    """Bytes of one picture's features in their stored form."""
-    if config.feature_dtype == "int8":
-        return config.num_patches * (config.hidden_size + 2)
-    return config.num_patches * config.hidden_size * _DTYPES[config.feature_dtype].itemsize
 
 
 def pack(
@@ -357,19 +333,6 @@ class LiveImages:
         return torch.from_numpy(np.stack(pixels)) if pixels else torch.zeros((0, 3, size, size))
 
 
-@dataclass(frozen=True)
-class RoundingError:
-    """What rounding to `dtype` changes, over the root mean square of the unrounded features.
-
-    `rms_error` is the root mean square of the differences, `max_error` the largest of them.
-    """
-
-    dtype: str
-    pictures: int
-    rms_error: float
-    max_error: float
-
-
 class ErrorMeter:
     """Adds up the rounding errors of features as they come, in constant memory."""
 
@@ -388,28 +351,30 @@ class ErrorMeter:
         for at, config in enumerate(self._configs):
             wrong = (unpack(pack(features, config), config) - features).double().abs()
             squares, largest = self._errors[at]
-            if len(wrong):
-                largest = max(largest, float(wrong.max()))
-            self._errors[at] = (squares + float(wrong.square().sum()), largest)
-
-    def errors(self) -> tuple[RoundingError, ...]:
-        """The error of each dtype so far; 0 where all features are 0."""
-        rms = (self._squares / max(1, self._numbers)) ** 0.5
-        unit = rms or 1.0
-        return tuple(
-            RoundingError(
-                dtype=config.feature_dtype,
-                pictures=self.pictures,
-                rms_error=(squares / max(1, self._numbers)) ** 0.5 / unit,
-                max_error=largest / unit,
+            self._errors[at] = (
+                squares + float(wrong.square().sum()),
+                max(largest, wrong.max().item()),
             )
+
+    def errors(self) -> dict[str, dict[str, Any]]:
+        """What rounding to each dtype changes: `rms_error`, root mean square of the changes, and
+        `max_error`, the largest, both over the root mean square of the unrounded features."""
+        number = max(1, self._numbers)
+        unit = (self._squares / number) ** 0.5 or 1.0
+        return {
+            config.feature_dtype: {
+                "dtype": config.feature_dtype,
+                "pictures": self.pictures,
+                "rms_error": (squares / number) ** 0.5 / unit,
+                "max_error": largest / unit,
+            }
             for config, (squares, largest) in zip(self._configs, self._errors, strict=True)
-        )
+        }
 
 
 def encode_batch(config: AnyEncoderConfig) -> int:
     """Pictures that an encoder is given at once on this machine."""
-    alone = config.num_patches >= _LARGE_TOWER and not torch.cuda.is_available()
+    alone = config.num_patches >= LARGE_TOWER and not torch.cuda.is_available()
     return 1 if alone else FILL_BATCH
 
 

@@ -1,12 +1,6 @@
 """How long a prepared source's examples are: for plans by classes, for rows one by one.
 
-A plan counts examples in classes by their text tokens, four classes to a doubling: the sum of their
-squared lengths in rows of any length follows within a few in a thousand. It also knows how many
-positions are targets.
-
-A row needs each example's length in positions, which caption is used and what is cut to fit.
-Lengths are read from the source's columns on demand; of an example too long for a row only its
-number and its excess are held, and only shards with such an example are searched.
+Of an example too long for a row only its number and its excess are held in memory.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,6 +13,7 @@ import numpy as np
 from midstream.config import Caption, Overflow
 from midstream.data.sources import Shard, Source
 
+# Of such classes follows the sum of squared lengths in rows of any length within some thousandths.
 CLASSES_PER_DOUBLING = 4
 
 
@@ -51,8 +46,10 @@ def caption_facts(shards: Sequence[Shard]) -> dict[str, Any]:
     first, drawn = _Facts(), _Facts()
     for shard in held:
         first.add(shard, 1, 1)
-        numbers = _numbers(shard)
-        for caption in range(1, shard.num_synthetic + 1):
+        end, numbered = int(shard.index["train"]["examples"]) + 1, range(1, 1 + shard.num_synthetic)
+        rows = [shard.offsets_of(caption)[:end] for caption in numbered]
+        numbers = np.count_nonzero(np.diff(rows, axis=1), axis=0)
+        for caption in numbered:
             drawn.add(shard, caption, 1 / np.maximum(numbers, 1))
     seen = {"synthetic": first.summary(), "random": drawn.summary()}
     seen["synthetic"]["num_tokens"] = sum(part["tokens"][0] for part in parts)
@@ -82,8 +79,13 @@ class _Facts:
         shown = np.zeros(number, dtype=bool)
         if shard.images is not None:
             shown = np.asarray(shard.images[:number, 0]) >= 0
+        keys = np.ceil(CLASSES_PER_DOUBLING * np.log2(np.maximum(lengths, 1))).astype(np.int64)
         for name, chosen in (("plain", held & ~shown), ("image", held & shown)):
-            _add(self.classes[name], lengths[chosen], weights[chosen])
+            found = self.classes[name]
+            for key in np.unique(keys[chosen]).tolist():
+                mine, share = lengths[chosen & (keys == key)], weights[chosen & (keys == key)]
+                sums = np.array([share.sum(), (share * mine).sum(), (share * mine * mine).sum()])
+                found[key] = found.get(key, 0) + sums
 
     def summary(self) -> dict[str, Any]:
         """As JSON."""
@@ -106,14 +108,6 @@ def _longest(shards: Sequence[Shard], caption: int) -> dict[str, Any]:
     return {"tokens": tokens, "where": f"{shard.name_of(example)}, synthetic caption {caption}"}
 
 
-def _numbers(shard: Shard) -> np.ndarray:
-    """How many synthetic captions each training example has."""
-    number = int(shard.index["train"]["examples"])
-    rows = [shard.offsets_of(n)[: number + 1] for n in range(1, shard.num_synthetic + 1)]
-    found: np.ndarray = np.count_nonzero(np.diff(rows, axis=1), axis=0)
-    return found
-
-
 def _targets(shard: Shard, offsets: np.ndarray, lengths: np.ndarray, weights: np.ndarray) -> float:
     held = lengths > 0
     if shard.supervised is None:
@@ -124,16 +118,6 @@ def _targets(shard: Shard, offsets: np.ndarray, lengths: np.ndarray, weights: np
         return 0.0
     marked = np.add.reduceat((column > 0).astype(np.int64), starts) - (column[starts] > 0)
     return float((marked * weights[held]).sum())
-
-
-def _add(found: dict[int, np.ndarray], lengths: np.ndarray, weights: np.ndarray) -> None:
-    if not len(lengths):
-        return
-    keys = np.ceil(CLASSES_PER_DOUBLING * np.log2(np.maximum(lengths, 1))).astype(np.int64)
-    for key in np.unique(keys).tolist():
-        mine, weight = lengths[keys == key], weights[keys == key]
-        sums = np.array([weight.sum(), (weight * mine).sum(), (weight * mine * mine).sum()])
-        found[key] = found.get(key, 0) + sums
 
 
 # Examples whose draws are followed at once.

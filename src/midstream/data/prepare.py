@@ -87,7 +87,7 @@ def prepare_world_source(
             [str(folder)],
             out / "source",
             tokenizer_file=tokenizer_file,
-            options=ReadOptions(text_key=text_column(root, name) or ReadOptions().text_key),
+            options=_options(root, name),
             root=str(root),
             # Other stages run beside this one; `midstream prepare` takes more processes.
             workers=1,
@@ -129,16 +129,18 @@ def language_of(root: Path, names: Sequence[str]) -> Iterator[str]:
         if is_prepared(folder):
             continue
         section = SECTIONS[kind]
-        options = ReadOptions(text_key=text_column(root, name) or ReadOptions().text_key)
+        options = _options(root, name)
         for unit in units_of(section, [str(folder)], options):
             for item in read_unit(section, unit, options):
-                match item:
-                    case TextRecord():
-                        yield item.text
-                    case CaptionRecord():
-                        yield from item.captions
-                    case ConversationRecord():
-                        yield from (f"{turn.asked} {turn.reply}" for turn in item.turns)
+                if isinstance(item, ConversationRecord):
+                    yield from (f"{turn.asked} {turn.reply}" for turn in item.turns)
+                elif isinstance(item, TextRecord | CaptionRecord):
+                    yield from item.texts
+
+
+def _options(root: Path, name: str) -> ReadOptions:
+    column = text_column(root, name)
+    return ReadOptions(text_key=column) if column else ReadOptions()
 
 
 def _folder_of(root: Path, name: str) -> tuple[str, Path]:

@@ -246,7 +246,7 @@ def prepare_source(
         out,
         options,
         root,
-        digest_of(tokenizer),
+        hashlib.sha256(tokenizer).hexdigest(),
         validation_fraction,
         codec.begin_of_text,
     )
@@ -285,11 +285,6 @@ def canonical_tokenizer(codec: TextCodec) -> bytes:
     return str(codec.tokenizer.to_str(pretty=True)).encode()
 
 
-def digest_of(tokenizer: bytes) -> str:
-    """The sha256 that a source names its tokenizer by."""
-    return hashlib.sha256(tokenizer).hexdigest()
-
-
 def _check_settings(
     sources: Sequence[str], workers: int, max_reject_fraction: float, validation_fraction: float
 ) -> None:
@@ -307,9 +302,6 @@ def _check_settings(
 def _check_units(units: Sequence[Unit], sources: Sequence[str], out: Path) -> None:
     if not units:
         raise ValueError(f"{', '.join(sources)} holds no record")
-    if len(set(units)) < len(units):
-        twice = next(unit for unit, times in Counter(units).items() if times > 1)
-        raise ValueError(f"{twice.files[0]} is given twice; give every file once")
     folders = [Path(source) for source in sources if not is_url(source)]
     files = [Path(file) for unit in units for file in unit.files if not is_url(file)]
     if any(folder.is_dir() and out.is_relative_to(folder.resolve()) for folder in folders) or any(
@@ -321,8 +313,7 @@ def _check_units(units: Sequence[Unit], sources: Sequence[str], out: Path) -> No
 def _unread(
     job: Job, sources: Sequence[str], units: Sequence[Unit], notice: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Tell what a person should know of the folder; returns how many files are not read, and the
-    first of them."""
+    """Tell what a person should know of the folder; returns which of its files are not read."""
     found = (job.short(file) for file in unread_files(job.section, sources, units))
     # Names may be bytes that are no UTF-8.
     names = [name.encode("utf-8", "backslashreplace").decode() for name in found]

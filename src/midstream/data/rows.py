@@ -1,7 +1,6 @@
 """Planned rows as arrays, and the rows of each step as a rank's micro-batches.
 
-`plan_rows` plans a stage from lengths, `build_row` makes the arrays of one row, `load_steps` gives
-a rank its batches. The loader's whole state is one integer: the rows consumed.
+The loader's whole state is one integer: the rows consumed.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -261,15 +260,12 @@ class View:
                 f"batch_rows {self.batch_rows} is no multiple of {self.world_size} ranks"
             )
 
-    def step(self, step: int, first_row: int = 0) -> list[list[int]]:
-        """The rank's micro-batches of one optimiser step, without the rows before `first_row`.
+    def parts(self, step: int, first_row: int, rank: int) -> list[list[int]]:
+        """A rank's micro-batches of one optimiser step, without the rows before `first_row`.
 
         Every rank gets the same number of them (some may be empty at the plan's end), so that all
         run the same collectives.
         """
-        return self._parts(step, first_row, self.rank)
-
-    def _parts(self, step: int, first_row: int, rank: int) -> list[list[int]]:
         low, share = step * self.batch_rows, self.batch_rows // self.world_size
         mine = range(low + rank * share, low + (rank + 1) * share)
         cut = [mine[at : at + self.micro_rows] for at in range(0, share, self.micro_rows)]
@@ -283,20 +279,9 @@ class View:
         for step in count(first_row // self.batch_rows):
             if max(first_row, step * self.batch_rows) >= self.num_rows:
                 return
-            ranks = [self._parts(step, first_row, rank) for rank in range(self.world_size)]
+            ranks = [self.parts(step, first_row, rank) for rank in range(self.world_size)]
             held = [any(parts) for parts in zip(*ranks, strict=True)]
             yield [part for part, used in zip(ranks[self.rank], held, strict=True) if used]
-
-
-@dataclass(frozen=True)
-class _Parts:
-    # Makes the loader's work as it goes: a plan may have millions of rows.
-    view: View
-    first_row: int
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in self.view.steps(self.first_row):
-            yield from step
 
 
 def load_steps(
@@ -317,7 +302,8 @@ def load_steps(
     view = View(len(dataset), dataset.plan.rows.batch_rows, micro_rows, rank, world_size)
     loader = DataLoader(
         dataset,
-        batch_sampler=_Parts(view, first_row),
+        # Made as it goes: a plan may have millions of rows.
+        batch_sampler=(part for step in view.steps(first_row) for part in step),
         collate_fn=partial(_collate, dataset),
         num_workers=workers,
         prefetch_factor=4 if workers else None,

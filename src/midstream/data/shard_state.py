@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +94,8 @@ def wanted_shards(job: Job, units: Sequence[Unit]) -> list[Todo]:
     """All shards of a source, from its files as they are now."""
     files = sorted({file for unit in units for file in unit.files})
     with ThreadPoolExecutor(NUM_REQUESTS) as pool:
-        asked = [file for file in files if is_url(file)]
-        stamps = dict(zip(asked, pool.map(_url_stamp, asked), strict=True))
-    for file in files:
-        if not is_url(file):
-            stamps[file] = local_stamp(file)
+        found = pool.map(lambda file: (_url_stamp if is_url(file) else local_stamp)(file), files)
+        stamps = dict(zip(files, found, strict=True))
     common: dict[str, Any] = {
         "preparation": PREPARATION,
         "format": FORMAT,
@@ -110,12 +107,12 @@ def wanted_shards(job: Job, units: Sequence[Unit]) -> list[Todo]:
     }
     if job.begin_of_text is not None:
         common["begin_of_text"] = job.begin_of_text
-    found = []
+    todo = []
     for number, unit in enumerate(units):
         own = {"unit": asdict(unit), "stamps": [stamps[file] for file in unit.files]}
         # As it reads back from a file.
-        found.append(Todo(number, unit, json.loads(json.dumps(common | own))))
-    return found
+        todo.append(Todo(number, unit, json.loads(json.dumps(common | own))))
+    return todo
 
 
 def local_stamp(path: str) -> Stamp:
@@ -223,7 +220,8 @@ def refuse_rejects(
     if num_rejects <= max_reject_fraction * records and num_rejects < max(records, 1):
         return
     reasons = [f"  {times:,} x {reason}" for reason, times in counts.most_common()]
-    first = [f"  {reject}" for reject in islice(chain(_read(shards), stopped), NUM_LISTED)]
+    with path.open(encoding="utf-8") as lines:
+        first = [f"  {Reject(**json.loads(line))}" for line in islice(lines, NUM_LISTED)]
     under = f" (names start from {job.root})" if job.root else ""
     raise ValueError(
         f"{num_rejects:,} of {records:,} records read for {job.out} are rejects, "
@@ -234,12 +232,6 @@ def refuse_rejects(
         "finished shards stay: mend the data, or raise the limit (--max-rejects, "
         "max_reject_fraction), and run the same again"
     )
-
-
-def _read(shards: Sequence[Path]) -> Iterator[Reject]:
-    for shard in shards:
-        with (shard / REJECTS).open(encoding="utf-8") as lines:
-            yield from (Reject(**json.loads(line)) for line in lines)
 
 
 def _write(path: Path, shards: Sequence[Path], stopped: Sequence[Reject]) -> None:
@@ -259,10 +251,7 @@ def _write(path: Path, shards: Sequence[Path], stopped: Sequence[Reject]) -> Non
 
 READ: dict[Section, tuple[str, ...]] = {
     "text": tuple(f"*{end}" for ends in TEXT_SUFFIXES.values() for end in ends),
-    "captions": (
-        *("*.tar", "captions*.csv", "captions*.txt", "captions_*.json"),
-        *("metadata.jsonl", "metadata*.csv"),
-    ),
+    "captions": tuple(name for names in read_captions.NAMES.values() for name in names),
     "conversations": tuple(f"*{end}" for end in read_captions.SUFFIXES),
 }
 # Pictures of captions and conversations are read by the records that name them.

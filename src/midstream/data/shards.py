@@ -1,9 +1,8 @@
 """One unit of input to one shard of a prepared source: read, measured, tokenised in batches."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import assert_never
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from midstream.data.examples import (
     conversation_example,
     text_example,
 )
-from midstream.data.formats.files import is_url
+from midstream.data.formats.files import is_folder, is_url
 from midstream.data.formats.read_captions import (
     caption_units,
     conversation_units,
@@ -49,24 +48,34 @@ class BrokenError(ValueError):
     """A unit's file cannot be read to its end."""
 
 
-def units_of(section: Section, sources: Iterable[str], options: ReadOptions) -> list[Unit]:
-    """The units of work in `sources`; ValueError or FileNotFoundError names what cannot be read."""
-    if section == "text":
-        return text_units(list(sources), options)
+def units_of(section: Section, sources: Sequence[str], options: ReadOptions) -> list[Unit]:
+    """The units of work in `sources`.
+
+    ValueError or FileNotFoundError names what cannot be read, is not there, or is given twice.
+    """
+    if options.images is not None and not is_folder(options.images):
+        raise FileNotFoundError(f"{options.images} is no folder of pictures; correct its name")
     if section == "captions":
-        return caption_units(list(sources), options)
-    return conversation_units(list(sources), options)
+        units = caption_units(sources, options)
+    else:
+        units = (text_units if section == "text" else conversation_units)(sources)
+    for path, times in Counter(unit.files[0] for unit in units if not unit.first).items():
+        if times > 1:
+            raise ValueError(f"{path} is given {times} times; give each file once")
+    return units
+
+
+READERS: dict[Section, Callable[[Unit, ReadOptions], Iterator[Item]]] = {
+    "text": read_text,
+    "captions": read_captions,
+    "conversations": read_conversations,
+}
 
 
 def read_unit(section: Section, unit: Unit, options: ReadOptions) -> Iterator[Item]:
     """The records of a unit and what is wrong with those left out; BrokenError for its files."""
     try:
-        if section == "text":
-            yield from read_text(unit, options)
-        elif section == "captions":
-            yield from read_captions(unit, options)
-        else:
-            yield from read_conversations(unit, options)
+        yield from READERS[section](unit, options)
     except (ValueError, OSError) as error:
         raise BrokenError(str(error)) from error
 
@@ -78,8 +87,8 @@ def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
     for item in items:
         batch.append(item)
         characters += num_characters(item)
-        picture = picture_of(item)
-        picture_bytes += 0 if picture is None else len(picture.data)
+        if not isinstance(item, Reject) and item.picture is not None:
+            picture_bytes += len(item.picture.data)
         if (
             len(batch) >= BATCH_RECORDS
             or characters >= BATCH_CHARACTERS
@@ -91,42 +100,18 @@ def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
         yield batch
 
 
-def picture_of(item: Item) -> Picture | None:
-    """The picture that a record shows."""
-    return item.picture if isinstance(item, CaptionRecord | ConversationRecord) else None
-
-
 def text_bytes(item: Record) -> bytes:
     """The record's text; UnicodeEncodeError for half a surrogate pair."""
-    match item:
-        case TextRecord():
-            return item.text.encode()
-        case CaptionRecord():
-            return "\n".join(item.captions).encode()
-        case ConversationRecord():
-            # A turn without a system text is its question and its reply.
-            return "\n".join(text for turn in item.turns for text in turn if text).encode()
-        case TokenRecord():
-            return item.input_ids.astype("<u4").tobytes()
-        case _:
-            assert_never(item)
+    if isinstance(item, TokenRecord):
+        return item.input_ids.astype("<u4").tobytes()
+    return "\n".join(item.texts).encode()
 
 
 def num_characters(item: Item) -> int:
     """How much text (or ids) an item holds in memory."""
-    match item:
-        case TextRecord():
-            return len(item.text)
-        case CaptionRecord():
-            return sum(map(len, item.captions))
-        case ConversationRecord():
-            return sum(len(text) for turn in item.turns for text in turn)
-        case TokenRecord():
-            return len(item.input_ids)
-        case Reject():
-            return len(item.detail)
-        case _:
-            assert_never(item)
+    if isinstance(item, Reject | TokenRecord):
+        return len(item.detail if isinstance(item, Reject) else item.input_ids)
+    return sum(map(len, item.texts))
 
 
 KINDS: dict[Section, Kind] = {"text": "text", "captions": "caption", "conversations": "instruct"}
@@ -152,10 +137,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class _Versions:
-    """A record as examples: its own text, and the synthetic captions of its picture.
-
-    `left_out` counts captions that cannot be used.
-    """
+    """A record as examples; `left_out` counts captions that cannot be used."""
 
     own: Example
     synthetic: tuple[Example, ...] = ()
@@ -163,6 +145,7 @@ class _Versions:
 
     @property
     def all(self) -> tuple[Example, ...]:
+        """The example and what stands for it with other captions."""
         return (self.own, *self.synthetic)
 
 
@@ -227,45 +210,52 @@ class _Work:
 
     def write(self, batch: Sequence[Item], writer: ShardWriter) -> int:
         """Tokenise a batch and add it to the shard; returns how many tokens that were."""
-        texts = [text for item in batch for text in _texts(item)]
+        whole = (item for item in batch if isinstance(item, CaptionRecord | TextRecord))
+        texts = [text for item in whole for text in item.texts]
         encoded = iter(self.codec.encode_many(texts))
         num_tokens = 0
         for item in batch:
             if isinstance(item, Reject):
                 self._reject(item, writer)
                 continue
-            if isinstance(item, CaptionRecord):
-                versions = self._versions(item, encoded)
-            else:
-                versions = self._whole(item, self._example(item, encoded))
+            versions = self._versions(item, encoded)
             if isinstance(versions, Reject):
                 self._reject(versions, writer)
                 continue
             num_tokens += sum(len(example.input_ids) for example in versions.all)
             if isinstance(item, ConversationRecord):
                 writer.drop_turns(item.left_out)
-            picture = picture_of(item)
+            picture = item.picture
             writer.add(
                 versions.own.input_ids,
                 versions.own.supervised,
                 name=self.job.short(item.where),
                 content=text_bytes(item) if picture is None else picture.data,
-                image=None if picture is None else self._placed(picture),
+                image=None
+                if picture is None
+                else Image(self.job.short(picture.file), picture.offset, len(picture.data)),
                 synthetic=versions.synthetic,
                 left_out=versions.left_out,
             )
         return num_tokens
 
-    def _whole(self, item: Record, example: Example) -> "_Versions | Reject":
-        limit = self.job.options.max_tokens
-        number = len(example.input_ids)
-        if limit is None or not isinstance(item, ConversationRecord) or number <= limit:
-            return _Versions(example)
-        return _too_many(item, number, limit)
+    def _versions(self, item: Record, encoded: Iterator[list[int]]) -> "_Versions | Reject":
+        """A record's examples, or why it is left out: none that is wanted is short enough."""
+        if isinstance(item, CaptionRecord):
+            return self._captions(item, encoded)
+        if isinstance(item, TextRecord):
+            return _Versions(text_example(self.codec, next(encoded)))
+        if isinstance(item, TokenRecord):
+            ones = np.ones(len(item.input_ids), dtype=np.uint8)
+            return _Versions(Example(item.input_ids, ones))
+        has_image, limit = item.picture is not None, self.job.options.max_tokens
+        talk = conversation_example(self.codec, item.turns, has_image=has_image)
+        if limit is not None and len(talk.input_ids) > limit:
+            return _too_many(item, len(talk.input_ids), limit)
+        return _Versions(talk)
 
-    def _versions(self, item: CaptionRecord, encoded: Iterator[list[int]]) -> "_Versions | Reject":
-        """All captions of a picture, or why it is left out: none that is wanted is short enough."""
-        examples = [caption_example(self.codec, next(encoded)) for _ in item.captions]
+    def _captions(self, item: CaptionRecord, encoded: Iterator[list[int]]) -> "_Versions | Reject":
+        examples = [caption_example(self.codec, next(encoded)) for _ in item.texts]
         limit, require = self.job.options.max_tokens, self.job.options.require
         own, synthetic = examples[: bool(item.caption)], examples[bool(item.caption) :]
         if limit is not None:
@@ -293,8 +283,7 @@ class _Work:
                 wrong = int(ids.max()) if int(ids.min()) >= 0 else int(ids.min())
                 detail = f"{wrong}, the tokenizer has ids 0 to {self.codec.size - 1}"
                 return Reject(item.where, "token id outside the vocabulary", detail)
-        picture = picture_of(item)
-        problem = None if picture is None else self._problem(picture)
+        problem = None if item.picture is None else self._problem(item.picture)
         return Reject(item.where, "picture cannot be decoded", problem) if problem else item
 
     def _problem(self, picture: Picture) -> str | None:
@@ -313,30 +302,6 @@ class _Work:
         if len(self._verdicts) > KEPT_VERDICTS:
             self._verdicts.popitem(last=False)
         return problem
-
-    def _example(
-        self, item: TextRecord | TokenRecord | ConversationRecord, encoded: Iterator[list[int]]
-    ) -> Example:
-        match item:
-            case TextRecord():
-                return text_example(self.codec, next(encoded))
-            case ConversationRecord():
-                has_image = item.picture is not None
-                return conversation_example(self.codec, item.turns, has_image=has_image)
-            case TokenRecord():
-                return Example(item.input_ids, np.ones(len(item.input_ids), dtype=np.uint8))
-            case _:
-                assert_never(item)
-
-    def _placed(self, picture: Picture) -> Image:
-        return Image(self.job.short(picture.file), picture.offset, len(picture.data))
-
-
-def _texts(item: Item) -> tuple[str, ...]:
-    """What goes through the tokenizer in one call for many records."""
-    if isinstance(item, CaptionRecord):
-        return item.captions
-    return (item.text,) if isinstance(item, TextRecord) else ()
 
 
 def _too_many(item: Record, number: int, limit: int) -> Reject:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -86,7 +86,10 @@ class ShardWriter:
         self._synthetic: list[tuple[Example, ...]] = []
         self._tokens = (folder / "tokens.bin").open("wb")
         self._supervised = None if kind == "text" else (folder / "supervised.bin").open("wb")
-        self._names = None if kind == "text" else _open_names(folder)
+        names = folder / "names.txt"
+        self._names = (
+            None if kind == "text" else names.open("w", encoding="utf-8", errors="backslashreplace")
+        )
 
     def add(
         self,
@@ -147,10 +150,7 @@ class ShardWriter:
             self._supervised.write(supervised.astype(np.uint8).tobytes())
 
     def _write_synthetic(self) -> np.ndarray:
-        """Behind all own captions every picture's first synthetic one, then the second, ...
-
-        Returns the lengths, int64 [captions, examples], 0 where a picture has fewer.
-        """
+        """All first synthetic captions, then all second ones, ...; lengths [captions, examples]."""
         most = max((len(captions) for captions in self._synthetic), default=0)
         lengths = np.zeros((most, len(self._synthetic)), dtype=np.int64)
         for number in range(most):
@@ -308,7 +308,3 @@ def _sums(values: np.ndarray) -> np.ndarray:
 
 def _named(counts: np.ndarray) -> dict[str, int]:
     return dict(zip(("examples", "tokens", "images"), counts.tolist(), strict=True))
-
-
-def _open_names(folder: Path) -> TextIO:
-    return (folder / "names.txt").open("w", encoding="utf-8", errors="backslashreplace")

@@ -1,7 +1,6 @@
 """A prepared source: examples with lengths known up front, tokens and pictures by random access.
 
-Its files are described in `docs/data.md`. A source is a list of shards, one for each unit of work
-of the preparation; all its columns are memory-mapped, and nothing of it is read whole.
+`docs/data.md` describes its files; all columns are memory-mapped, and nothing is read whole.
 """
 
 import mmap
@@ -93,11 +92,6 @@ class Shard:
                 if number == example:
                     return line.rstrip("\n")
         raise IndexError(example)
-
-    def within(self, example: int, low: int, high: int | None, caption: int) -> slice:
-        """Where the tokens `low` to `high` of an example, or of a caption of it, lie."""
-        start, end = (int(offset) for offset in self.offsets_of(caption)[example : example + 2])
-        return slice(min(start + low, end), end if high is None else min(start + high, end))
 
     def _column(self, name: str, dtype: np.dtype[Any] | None) -> np.ndarray:
         if dtype is None:
@@ -377,47 +371,25 @@ class Source:
                 mine = slice(first, first + int(about[self.split]["examples"]))
                 yield int(self._before[number, 0]), self._shards(number), mine
 
-    def sizes(self, low: int, high: int) -> np.ndarray:
-        """int64 [high - low, 2]: text tokens and pictures (0 or 1) of consecutive examples."""
-        return np.diff(self.before(np.arange(low, high + 1)), axis=0)
-
     def input_ids(
         self, example: int, low: int = 0, high: int | None = None, caption: int = 0
     ) -> np.ndarray:
         """The text tokens `low` to `high` of the example, or of its `caption`-th synthetic one."""
         shard, local = self.locate(example)
-        return shard.tokens[shard.within(local, low, high, caption)]
-
-    def supervised(
-        self, example: int, low: int = 0, high: int | None = None, caption: int = 0
-    ) -> np.ndarray | None:
-        """Which of these tokens are targets (uint8), or None where all are."""
-        shard, local = self.locate(example)
-        column = shard.supervised
-        return None if column is None else column[shard.within(local, low, high, caption)]
+        start, end = shard.offsets_of(caption)[local : local + 2].tolist()
+        return shard.tokens[start:end][low:high]
 
     def has_image(self, example: int) -> bool:
         """Whether the example shows a picture."""
         shard, local = self.locate(example)
         return shard.images is not None and int(shard.images[local, 0]) >= 0
 
-    def image_hashes(self, low: int, high: int) -> np.ndarray:
-        """uint8 [pictures, 16]: `content_hash` of the pictures of consecutive examples."""
-        found = [np.zeros((0, 16), np.uint8)]
-        while low < high:
-            number = int(np.searchsorted(self._before[:, 0], low, side="right")) - 1
-            end = min(high, int(self._before[number + 1, 0]))
-            shard, first = self._shards(number), self._first(number)
-            local = slice(*(x - int(self._before[number, 0]) + first for x in (low, end)))
-            if shard.images is not None:
-                found.append(np.asarray(shard.hashes[local])[shard.images[local, 0] >= 0])
-            low = end
-        return np.concatenate(found)
-
-    def hash_of(self, example: int) -> bytes:
-        """`content_hash` of the example's picture, of its text where there is none."""
-        shard, local = self.locate(example)
-        return bytes(shard.hashes[local])
+    def hashes_of(self, examples: np.ndarray) -> np.ndarray:
+        """uint8 [n, 16]: `content_hash` of each one's picture, of its text where there is none."""
+        found = np.zeros((len(examples), 16), dtype=np.uint8)
+        for number, mine, local in self._by_shard(examples):
+            found[mine] = self._shards(number).hashes[local]
+        return found
 
     def image_bytes(self, example: int) -> bytes:
         """The encoded picture of an example.

@@ -1,12 +1,6 @@
 """Two caches of an evaluation: single answers within a task, results of whole tasks.
 
-Answers are appended to a file of JSON lines per rank, so that an evaluation that was stopped within
-a task resumes after the last answer, on any number of ranks. An answer's key is made of the
-weights, the kind of request, its words and its picture's bytes.
-
-The key of a task's result stands for all that it depends on: the model (its `weights_digest`), what
-is asked (questions, pictures, answers, order), how it is asked, and how it is scored. Where files
-lie is no part of it.
+Their keys stand for all that they depend on, wherever files lie.
 """
 
 import functools
@@ -17,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,7 +21,7 @@ from midstream.config import Evaluation
 from midstream.core.digests import file_sha256
 from midstream.core.storage import read_json, write_bytes
 from midstream.eval.find_task import VisualTask
-from midstream.eval.tasks import Answerer
+from midstream.eval.tasks import Answerer, Images, Limits, Lists, Texts
 from midstream.eval.text import TextTask
 
 # Raise it when the meaning of an answer changes: kept ones of an earlier version are asked again.
@@ -36,33 +31,8 @@ BATCHES_AT_ONCE = 8
 Progress = Callable[[float, str], None]
 
 
-@runtime_checkable
-class Ranks(Protocol):
-    """Who computes: `train.parallel.Place` is one."""
-
-    @property
-    def rank(self) -> int:
-        """This process."""
-        ...
-
-    @property
-    def world_size(self) -> int:
-        """All of them."""
-        ...
-
-    def gather(self, value: Any) -> list[Any]:
-        """A JSON-able value of every rank, in their order."""
-        ...
-
-
-class Alone:
-    """One process."""
-
-    rank, world_size = 0, 1
-
-    def gather(self, value: Any) -> list[Any]:
-        """The only value."""
-        return [value]
+# One process.
+_ALONE = SimpleNamespace(rank=0, world_size=1, gather=lambda value: [value])
 
 
 class EvaluationStopped(Exception):  # noqa: N818 - it ends an evaluation without being an error
@@ -70,12 +40,14 @@ class EvaluationStopped(Exception):  # noqa: N818 - it ends an evaluation withou
 
 
 class KeptAnswers:
-    """An `Answerer` in front of another one.
+    """An `Answerer` in front of another one: what was answered is not asked again.
 
-    folder: where the answers are kept, None to keep none. at_once: requests that the model gets
+    folder: where the answers are kept, a file of JSON lines per rank, read by any number of ranks;
+    None to keep none. at_once: requests that the model gets
     together; whatever their number, an answer does not depend on its neighbours. `settings` stand
     for whatever else an answer depends on. `file_digest` stands for a picture's bytes and is asked
-    once for each. Every rank must make the same requests in the same order; `at` hears what each of
+    once for each. `ranks`: a `train.parallel.Place`, or what has its rank, world_size and gather;
+    every rank must make the same requests in the same order; `at` hears what each of
     them comes to.
     """
 
@@ -87,13 +59,13 @@ class KeptAnswers:
         at_once: int,
         settings: str = "",
         file_digest: Callable[[Path], str] = file_sha256,
-        ranks: Ranks | None = None,
+        ranks: Any = _ALONE,
         should_stop: Callable[[], bool] = lambda: False,
         at: Callable[[str], None] = lambda _point: None,
     ) -> None:
         self.answerer, self.at_once, self.should_stop = answerer, at_once, should_stop
         self.at = at
-        self.ranks = ranks if ranks is not None else Alone()
+        self.ranks = ranks
         self.weights_digest = answerer.weights_digest
         self.file_digest = functools.cache(file_digest)
         self.progress: Progress = lambda _fraction, _text: None
@@ -113,52 +85,41 @@ class KeptAnswers:
             self.ranks.gather(None)
         self.num_found = len(self._known)
 
-    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
+    def generate(self, prompts: Texts, images: Images) -> list[str]:
         """See `Answerer`; questions about one picture are asked together."""
         requests = list(zip(prompts, images, strict=True))
-        order = [_by_picture(*request) for request in requests]
-        return list(map(str, self._all("generate", requests, order, self.answerer.generate)))
+        return list(map(str, self._all("generate", requests, _picture, self.answerer.generate)))
 
-    def choose(
-        self,
-        prompts: Sequence[str],
-        images: Sequence[Path | None],
-        choices: Sequence[Sequence[str]],
-    ) -> list[list[float]]:
+    def choose(self, prompts: Texts, images: Images, choices: Lists) -> list[list[float]]:
         """See `Answerer`; questions about one picture are asked together."""
         requests = list(zip(prompts, images, choices, strict=True))
-        order = [_by_picture(prompt, image) for prompt, image, _ in requests]
-        return self._all("choose", requests, order, self.answerer.choose)
+        return self._all("choose", requests, _picture, self.answerer.choose)
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """See `Answerer`; continuations of one context are asked together, contexts by length."""
-        order = [(len(context), context) for context, _ in pairs]
         requests = [(pair,) for pair in pairs]
-        found = self._all("loglikelihood", requests, order, self.answerer.loglikelihood)
+        found = self._all("loglikelihood", requests, _length, self.answerer.loglikelihood)
         return [(float(value), bool(greedy)) for value, greedy in found]
 
-    def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
+    def loglikelihood_rolling(self, texts: Texts) -> list[float]:
         """See `Answerer`."""
-        order, requests = [(len(text), text) for text in texts], [(text,) for text in texts]
-        return self._all("rolling", requests, order, self.answerer.loglikelihood_rolling)
+        requests = [(text,) for text in texts]
+        return self._all("rolling", requests, _length, self.answerer.loglikelihood_rolling)
 
-    def generate_until(
-        self, contexts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: Sequence[int]
-    ) -> list[str]:
+    def generate_until(self, contexts: Texts, stops: Lists, max_new_tokens: Limits) -> list[str]:
         """See `Answerer`."""
         requests = list(zip(contexts, stops, max_new_tokens, strict=True))
-        order = [(len(text), text) for text in contexts]
-        return self._all("generate_until", requests, order, self.answerer.generate_until)
+        return self._all("generate_until", requests, _length, self.answerer.generate_until)
 
     def _all(
         self,
         kind: str,
         requests: Sequence[tuple[Any, ...]],
-        order: list[tuple[int, str]],
+        order_of: Callable[..., tuple[int, str]],
         ask: Callable[..., Sequence[Any]],
     ) -> list[Any]:
-        """Every request's answer: known, or asked by one of the ranks; `order` puts together what
-        the model reads once."""
+        """Every answer: known, or asked by one of the ranks; equal orders are asked together."""
+        order = [order_of(*request) for request in requests]
         keys = [self._key(kind, request) for request in requests]
         new = {key: index for index, key in enumerate(keys) if key not in self._known}
         waiting = sorted(new.values(), key=lambda index: (order[index], index))
@@ -173,7 +134,6 @@ class KeptAnswers:
             fresh: dict[str, Any] = {}
             for part in parts[first : first + size][self.ranks.rank :][:1]:
                 answers = ask(*map(list, zip(*(requests[i] for i in part), strict=True)))
-                assert len(answers) == len(part), "the model left a request without an answer"
                 fresh = {keys[i]: answer for i, answer in zip(part, answers, strict=True)}
             self._keep(fresh)
             for others, wants in self.ranks.gather([fresh, self.should_stop()]):
@@ -202,9 +162,14 @@ class KeptAnswers:
             os.fsync(stream.fileno())
 
 
-def _by_picture(prompt: str, image: Path | None) -> tuple[int, str]:
+def _picture(prompt: str, image: Path | None, _choices: Sequence[str] = ()) -> tuple[int, str]:
     # Two questions about one picture share its reading where their lengths are alike.
     return (0 if image is None else 1, f"{image}\0{len(prompt):06d}")
+
+
+def _length(text: str | tuple[str, str], *_: Any) -> tuple[int, str]:
+    context = text if isinstance(text, str) else text[0]
+    return len(context), context
 
 
 def _together(
@@ -222,7 +187,7 @@ def _together(
 
 
 def _whole_lines(path: Path) -> bytes:
-    """Without a last line that was being written when its process ended."""
+    # Without a last line that was being written when its process ended.
     content = path.read_bytes()
     return content[: content.rfind(b"\n") + 1]
 
@@ -243,8 +208,7 @@ SCORES_VERSION = 2
 
 @dataclass(frozen=True)
 class EarlierTask:
-    """A task's row of a results.json, and the file of its predictions, whose time is that of the
-    asking wherever it is taken."""
+    """A task's row of a results.json, and its predictions, whose time is that of the asking."""
 
     row: dict[str, Any]
     predictions: Path

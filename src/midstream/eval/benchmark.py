@@ -2,8 +2,7 @@
 
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from midstream.core.stats import Estimate, bootstrap, mean_by_split, split_means
 from midstream.eval.answers import (
     EarlierTask,
     KeptAnswers,
+    Progress,
     take_predictions,
     text_key,
     visual_key,
@@ -29,21 +29,12 @@ from midstream.eval.find_task import (
 from midstream.eval.scoring import LETTERS, averages, cleaned, suites
 from midstream.eval.text import TextResult, TextTask, loaded_tasks
 
+_TEXTS = ("example_id", "split", "prompt", "prediction", "gold")
 _COLUMNS = pa.schema(
-    [
-        ("example_id", pa.string()),
-        ("split", pa.string()),
-        ("prompt", pa.string()),
-        ("prediction", pa.string()),
-        ("gold", pa.string()),
-        ("score", pa.float64()),
-        ("blind_prediction", pa.string()),
-        ("blind_score", pa.float64()),
-        ("text_prediction", pa.string()),
-        ("image", pa.string()),
-    ]
+    [(name, pa.string()) for name in _TEXTS]
+    + [("score", pa.float64()), ("blind_prediction", pa.string()), ("blind_score", pa.float64())]
+    + [("text_prediction", pa.string()), ("image", pa.string())]
 )
-Progress = Callable[[float, str], None]
 
 
 def evaluate(
@@ -99,8 +90,7 @@ def evaluate(
 
 def _read_tasks(evaluation: Evaluation, world: Path) -> tuple[list[VisualTask], list[TextTask]]:
     names = [*evaluation.visual_tasks, *evaluation.text_tasks]
-    twice = sorted(name for name, count in Counter(names).items() if count > 1)
-    if twice:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"tasks are asked for twice: {', '.join(twice)}; name each of them once")
     if not names:
         raise ValueError("the evaluation names no task; set visual_tasks or text_tasks")
@@ -134,16 +124,14 @@ def _run_visual(
     prompts = _prompts(task, evaluation)
     images = [example.image for example in task.examples]
     passes = _passes(task, evaluation)
-    said = []
+    said: dict[str, list[str]] = {}
     for index, (how, chooses) in enumerate(passes):
-        seen = images if how != "blind" else list(blind_images or ())
+        seen = blind_images if how == "blind" and blind_images is not None else images
         title = f"{task.name} {how}: " if how else f"{task.name}: "
         answers.progress = _part(progress, index, len(passes), text=title)
-        said.append(_ask(answers, task, prompts, seen, evaluation.letters if chooses else None))
-    also_text = passes[-1][0] == "as text"
-    blind = said[1] if blind_images is not None else None
-    spoken = said[-1] if also_text else None
-    row = score_visual(task, said[0], blind, spoken)
+        said[how] = _ask(answers, task, prompts, seen, evaluation.letters if chooses else None)
+    blind, spoken = said.get("blind"), said.get("as text")
+    row = score_visual(task, said[""], blind, spoken)
     row |= {"wording": wording, "answered": "probability" if passes[0][1] else "text"}
     if out is not None:
         write_predictions(
@@ -151,9 +139,9 @@ def _run_visual(
             example_id=[example.example_id for example in task.examples],
             split=[example.split for example in task.examples],
             prompt=prompts,
-            prediction=said[0],
+            prediction=said[""],
             gold=[json.dumps(example.gold, ensure_ascii=False) for example in task.examples],
-            score=_scores(task, said[0]),
+            score=_scores(task, said[""]),
             blind_prediction=blind,
             blind_score=None if blind is None else _scores(task, blind),
             text_prediction=spoken,
@@ -181,8 +169,7 @@ def _ask(
     images: Sequence[Path],
     letters: str | None,
 ) -> list[str]:
-    """An answer to each example, as the scorer reads it: written, or with `letters` the likeliest
-    of its fixed answers where it has some."""
+    """An answer to each example as the scorer reads it, with `letters` a fixed one where it may."""
     said = [""] * len(prompts)
     chosen = [i for i, e in enumerate(task.examples) if e.choices and letters is not None]
     free = sorted({*range(len(prompts))} - {*chosen})
@@ -232,7 +219,7 @@ def score_visual(
         "blind": None if blind is None else mean_by_split(_scores(task, blind), splits),
         "num_examples": len(examples),
         "shortened": _shortened(len(examples), task.num_all),
-        "unparsable": sum(not task.format.parses(text) for text in predictions),
+        "unparsable": sum(task.format.parse(text) is None for text in predictions),
         "splits": split_means(scores, splits) if len(set(splits)) > 1 else {},
         "details": details,
         "note": None if task.format.note is None else task.format.note(predictions, examples),
@@ -256,7 +243,10 @@ def _report_text(task: TextTask, result: TextResult, out: Path | None) -> dict[s
             score=[row.score for row in rows],
         )
     splits, value = [row.split for row in rows], result.metrics[result.metric]
-    sure = _how_sure([row.score for row in rows], splits, value)
+    # A metric may be a mean over examples or over a group's tasks; of any other nothing is said.
+    means = [bootstrap([row.score for row in rows], None, parts) for parts in (None, splits)]
+    equal = [one for one in means if math.isclose(one.mean, value, rel_tol=1e-6, abs_tol=1e-9)]
+    sure = equal[0] if equal else Estimate(value, None, None, None)
     num_all = task.num_docs if task.num_docs is not None else result.num_docs
     return {
         "kind": "text",
@@ -276,16 +266,6 @@ def _report_text(task: TextTask, result: TextResult, out: Path | None) -> dict[s
     }
 
 
-def _how_sure(scores: Sequence[float], splits: Sequence[str], value: float) -> Estimate:
-    """How sure a metric of the harness is, which may be a mean over examples or over the tasks of
-    a group; of any other nothing is said."""
-    for parts in (None, splits):
-        sure = bootstrap(scores, None, parts)
-        if math.isclose(sure.mean, value, rel_tol=1e-6, abs_tol=1e-9):
-            return sure
-    return Estimate(value, None, None, None)
-
-
 def _shortened(asked: int, num_all: int) -> str | None:
     """Why a task is not whole, None where it is."""
     return None if asked == num_all else f"{asked:,} of {num_all:,} examples"
@@ -294,9 +274,8 @@ def _shortened(asked: int, num_all: int) -> str | None:
 def write_predictions(path: Path, **columns: list[Any] | None) -> None:
     """One row an example; null in a column that is not given."""
     nothing = [None] * len(columns["example_id"] or ())
-    write_table(
-        path, pa.table([columns.get(name) or nothing for name in _COLUMNS.names], schema=_COLUMNS)
-    )
+    held = [columns.get(name) or nothing for name in _COLUMNS.names]
+    write_table(path, pa.table(held, schema=_COLUMNS))
 
 
 def _part(progress: Progress, index: int, total: int, span: int = 1, text: str = "") -> Progress:

@@ -1,8 +1,5 @@
-"""A benchmark by its name: a world's, a folder's, lm-evaluation-harness's own.
-
-Of a visual one: where its files lie, which examples are asked, in which order. Of a text task: from
-published files, from its data set's own files on this machine, or from the harness's own download.
-"""
+"""A benchmark by its name, a world's, a folder's, lm-evaluation-harness's own: what is asked of it,
+in which order."""
 
 import difflib
 import functools
@@ -73,14 +70,8 @@ def require_share(task: TextTask) -> None:
         )
 
 
-def in_harness(name: str) -> bool:
-    """Whether the harness has a task or a group of this name."""
-    return name in HARNESS_TASKS or name in manager().task_index
-
-
 def _from_files(name: str, own: Path, entry: Any, chance: float | None) -> TextTask:
-    """A task of the harness on its data set's own files; without examples in its prompts, which
-    are of a split that need not be here."""
+    # Without examples in its prompts, which are of a split that need not be here.
     described = dict(entry.cfg)
     split = str(described.get("test_split") or described.get("validation_split")).split("[")[0]
     kind, files = _split_files(own, split, described.get("dataset_name"), name)
@@ -99,16 +90,16 @@ def _published(name: str, paths: tuple[Path, ...]) -> TextTask:
     settings = known.settings
     if known.yaml is not None:
         settings = {"include": str(Path(lm_eval.tasks.__file__).parent / known.yaml)}
-    departs = local.departs
-    if departs is None and len(local.docs) < known.num_docs:
-        departs = f"{len(local.docs):,} of {known.num_docs:,} records"
+    cut = len(local.docs) < known.num_docs
+    departs = local.departs or (
+        f"{len(local.docs):,} of {known.num_docs:,} records" if cut else None
+    )
     chance = local.chance if local.chance is not None else TEXT_CHANCE[name][0]
     settings = {**settings, **local.settings, "num_fewshot": 0}
     return TextTask(name, chance, settings, local.docs, known.split, known.num_docs, departs)
 
 
 def _entry(name: str) -> Any:
-    """The harness's entry of a task, or of a group with a number of its own."""
     index = manager().task_index
     entry = index.get(name)
     if entry is None:
@@ -117,11 +108,10 @@ def _entry(name: str) -> Any:
         raise ValueError(f"no text task is called {name!r}{hint}")
     kind, described = entry.kind.name, entry.cfg or {}
     if kind == "TAG" or (kind == "GROUP" and not described.get("aggregate_metric_list")):
-        listed = [_called(one) for one in _members(entry) or []]
-        more = ", ..." if len(listed) > 20 else ""
+        listed = ", ".join(_called(one) for one in (_members(entry) or [])[:20])
         raise ValueError(
             f"{name} is a {kind.lower()} of lm-evaluation-harness without a number of its own; "
-            f"name its tasks: {', '.join(listed[:20])}{more}"
+            f"name its tasks: {listed}"
         )
     return entry
 
@@ -131,7 +121,7 @@ def _split_files(
 ) -> tuple[str, tuple[Path, ...]]:
     """The files of a split and what kind they are: by their names, or by their folder's."""
     root = folder / configuration if configuration else folder
-    found = [Path(path) for path in walk(root if root.is_dir() else folder)]
+    found = map(Path, walk(root if root.is_dir() else folder))
     data = [path for path in found if path.suffix in _KINDS and not is_note(path.name)]
     called = ("validation", "valid", "val", "dev") if split == "validation" else (split,)
     # "test-00000-of-00001.parquet" is of the split "test".
@@ -146,16 +136,15 @@ def _split_files(
             f"the data set's files there as its hub has them, such as {split}.parquet, .jsonl or "
             ".csv"
         )
-    kinds = {_KINDS[path.suffix] for path in named}
-    if len(kinds) > 1:
+    kind, *others = {_KINDS[path.suffix] for path in named}
+    if others:
         names = ", ".join(path.name for path in named[:5])
         raise ValueError(f"text task {name}: {folder} holds {split!r} in two forms ({names})")
-    return kinds.pop(), tuple(named)
+    return kind, tuple(named)
 
 
 def _data_sets(member: Any, changed: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
-    """The path and the configuration of each data set that a task, or a member of a group, asks:
-    a name, or a name or a list of members with what is `changed` in them."""
+    """The path and configuration of each data set of a task or a member, with what is `changed`."""
     own = member if isinstance(member, dict) else {"task": member}
     entry = None if isinstance(own.get("task"), list) else manager().task_index.get(_called(own))
     told = {**(entry.cfg or {} if entry else {}), **changed, **own}
@@ -183,8 +172,7 @@ def _members(entry: Any) -> list[Any] | None:
 
 
 def _at_hand(path: str, configuration: str | None) -> bool:
-    """Whether a data set is here: in files of its own, or in the cache of `datasets`, from an
-    earlier download."""
+    """Whether a data set is here: in files of its own, or in the cache of `datasets`."""
     import datasets  # type: ignore[import-untyped]
     from datasets.naming import camelcase_to_snakecase  # type: ignore[import-untyped]
 
@@ -197,8 +185,7 @@ def _at_hand(path: str, configuration: str | None) -> bool:
 
 
 def _require_hub(entry: Any, folder: Path) -> None:
-    """Raise FileNotFoundError, at once, where data sets of a task or a group have to be fetched and
-    the hub is not to be asked or does not answer."""
+    """Raise FileNotFoundError where data sets have to be fetched and no hub is to be asked."""
     sets = dict.fromkeys(_data_sets(entry.name, {}))
     absent = [f"{p} ({name})" if name else p for p, name in sets if not _at_hand(p, name)]
     if not absent:
@@ -273,10 +260,9 @@ def read_visual_task(
     kind, chance, folder = _visual_folder(world, name)
     examples = VISUAL_FORMATS[kind].read(folder, pictures=pictures)
     splits = [example.split for example in examples]
-    chosen = (in_seeded_order(examples, splits, name) if shuffled else examples)[:limit]
     num_splits = len(set(splits))
-    if slim:
-        chosen = chosen[: SLIM_EXAMPLES * num_splits]
+    chosen = (in_seeded_order(examples, splits, name) if shuffled else examples)[:limit]
+    chosen = chosen[: SLIM_EXAMPLES * num_splits] if slim else chosen
     if limit is not None and limit < num_splits:
         raise ValueError(f"limit {limit} cannot cover the {num_splits} splits of {name}; raise it")
     return VisualTask(name, VISUAL_FORMATS[kind], chance, tuple(chosen), len(examples))
@@ -285,11 +271,11 @@ def read_visual_task(
 def read_choice_task(world: Path, name: str, limit: int | None = None) -> TextTask:
     """A text benchmark and the first `limit` records of its seeded order: one that world.json
     lists, or one of the harness by its name."""
-    listed = name in listed_tasks(world, "text_tasks")
-    if listed or ((world / "world.json").is_file() and not in_harness(name)):
-        entry = _declared(world, "text_tasks", name)
-        items = read_text_task(own_text_file(world, name))
-        task = own_task(items, name, _chance(world, name, entry))
+    declared = name in listed_tasks(world, "text_tasks")
+    known = declared or name in HARNESS_TASKS or not (world / "world.json").is_file()
+    if declared or not (known or name in manager().task_index):
+        chance = _declared(world, "text_tasks", name)["chance"]
+        task = own_task(read_text_task(own_text_file(world, name)), name, chance)
     else:
         task = harness_task(name, world)
     if task.docs is None:
@@ -353,14 +339,12 @@ def _visual_folder(world: Path, name: str) -> tuple[str, float, Path]:
     """A task's format, its chance, and where its files lie."""
     if (world / "world.json").is_file():
         entry = _declared(world, "visual_tasks", name)
-        kind = entry.get("format")
-        if kind not in VISUAL_FORMATS:
+        if (kind := entry.get("format")) not in VISUAL_FORMATS:
             known = ", ".join(VISUAL_FORMATS)
             raise ValueError(
                 f"{world / 'world.json'}: task {name!r} has format {kind!r}; use {known}"
             )
-        folder = visual_folder(world, name)
-        return str(kind), _chance(world, name, entry), folder
+        return str(kind), entry["chance"], visual_folder(world, name)
     if name not in VISUAL_FORMATS:
         near = difflib.get_close_matches(name, [*VISUAL_FORMATS, *HARNESS_TASKS], 1)
         hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(VISUAL_FORMATS)}"
@@ -369,10 +353,8 @@ def _visual_folder(world: Path, name: str) -> tuple[str, float, Path]:
 
 
 def _declared(world: Path, kind: str, name: str) -> dict[str, Any]:
-    path = world / "world.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; it names the world's tasks (docs/data.md)")
-    tasks = listed_tasks(world, kind)
+    """What world.json says of a task, its chance level at least."""
+    path, tasks = world / "world.json", listed_tasks(world, kind)
     if name not in tasks:
         near = difflib.get_close_matches(name, tasks, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
@@ -380,15 +362,10 @@ def _declared(world: Path, kind: str, name: str) -> dict[str, Any]:
             f"{path} has no task {name!r} under {kind!r}{hint}; there: "
             f"{', '.join(sorted(tasks)) or '-'}"
         )
-    entry: dict[str, Any] = tasks[name]
-    return entry
-
-
-def _chance(world: Path, name: str, entry: dict[str, Any]) -> float:
+    entry: dict[str, Any] = dict(tasks[name])
     chance = entry.get("chance")
     if isinstance(chance, bool) or not isinstance(chance, int | float) or not 0 <= chance <= 1:
         raise ValueError(
-            f"{world / 'world.json'}: task {name!r} has chance {chance!r}; "
-            "say what guessing scores, 0 to 1"
+            f"{path}: task {name!r} has chance {chance!r}; say what guessing scores, 0 to 1"
         )
-    return float(chance)
+    return entry | {"chance": float(chance)}

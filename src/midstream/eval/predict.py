@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from midstream.config import AnyEncoderConfig, TransformersDecoderConfig
+from midstream.config.model import FILL_BATCH
 from midstream.data.examples import TextCodec, question_ids
-from midstream.data.images import FILL_BATCH, Encode, decode_pixels
-from midstream.eval.tasks import reply_tokens
+from midstream.data.images import Encode, decode_pixels
+from midstream.eval.tasks import Images, Limits, Lists, Texts, reply_tokens
 from midstream.model.generate import choice_logprobs, generate, sequence_logprobs
 from midstream.model.vlm import VLM
 from midstream.model.weights import weights_digest
@@ -22,7 +23,7 @@ _MAX_POSITIONS = 2048
 
 
 class ModelAnswerer:
-    """A model behind the `eval.task.Answerer` protocol; questions are asked as in fine-tuning.
+    """A model behind the `eval.tasks.Answerer` protocol; questions are asked as in fine-tuning.
 
     `encode` gives features as the model's projector takes them, each picture's whatever stands
     beside it (`OpenedModel.encode`); pixels are those of `encoder`. None for a model that sees
@@ -46,7 +47,7 @@ class ModelAnswerer:
         # The newest last; see `_KEPT_BYTES`.
         self._features: dict[Path, np.ndarray] = {}
 
-    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
+    def generate(self, prompts: Texts, images: Images) -> list[str]:
         """Greedy replies up to a separator, end-of-text or agent-stop, special tokens left out.
 
         Prompts with a picture and prompts without are answered in batches of their own; a picture
@@ -54,12 +55,10 @@ class ModelAnswerer:
         """
         replies = [""] * len(prompts)
         for chosen, features, image_of in self._by_sight(images):
+            shown = features is not None
             found = generate(
                 self.model,
-                [
-                    question_ids(self.codec, prompts[i], has_image=features is not None)
-                    for i in chosen
-                ],
+                [question_ids(self.codec, prompts[i], has_image=shown) for i in chosen],
                 features,
                 image_of=image_of,
                 begin=self.codec.begin_of_text,
@@ -71,16 +70,8 @@ class ModelAnswerer:
                 replies[i] = self.codec.decode(ids).strip()
         return replies
 
-    def choose(
-        self,
-        prompts: Sequence[str],
-        images: Sequence[Path | None],
-        choices: Sequence[Sequence[str]],
-    ) -> list[list[float]]:
-        """Log-probabilities of fixed replies; see `eval.task.Answerer`.
-
-        Raises ValueError for a picture given to a model without an encoder.
-        """
+    def choose(self, prompts: Texts, images: Images, choices: Lists) -> list[list[float]]:
+        """Log-probabilities of fixed replies; see `eval.tasks.Answerer`, and `generate`."""
         # As in training: behind a separator, a text of their own.
         replies = [
             reply_tokens(self.codec.encode, "", [f" {text}" for text in own]) for own in choices
@@ -146,12 +137,9 @@ class ModelAnswerer:
         return self.codec.end_of_text if begin is None else begin
 
     def _text_ids(self, text: str) -> list[int]:
-        """A plain text by the tokenizer's own rule."""
         return self.codec.begin_ids + self.codec.encode(text)
 
-    def generate_until(
-        self, contexts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: Sequence[int]
-    ) -> list[str]:
+    def generate_until(self, contexts: Texts, stops: Lists, max_new_tokens: Limits) -> list[str]:
         """Greedy continuations of plain texts, up to end-of-text or the first of a text's stops."""
         heads = [self._text_ids(text) or [self._prefix] for text in contexts]
         results = [""] * len(contexts)
@@ -177,12 +165,14 @@ class ModelAnswerer:
         lm-evaluation-harness cuts and adds up texts that are longer than the model reads."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+        config, longest = self.model.config.decoder, _MAX_POSITIONS
+        if isinstance(config, TransformersDecoderConfig):
+            longest = int(config.settings.get("max_position_embeddings", longest))
         windows: list[tuple[list[int], list[int]]] = []
         owners: list[int] = []
         for number, text in enumerate(texts):
-            parts = get_rolling_token_windows(
-                self._text_ids(text), self._prefix, self._max_positions, context_len=1
-            )
+            ids = self._text_ids(text)
+            parts = get_rolling_token_windows(ids, self._prefix, longest, context_len=1)
             windows += [make_disjoint_window(part) for part in parts]
             owners += [number] * (len(windows) - len(owners))
         found = sequence_logprobs(
@@ -196,17 +186,9 @@ class ModelAnswerer:
             totals[number] += total
         return totals
 
-    @property
-    def _max_positions(self) -> int:
-        config = self.model.config.decoder
-        if isinstance(config, TransformersDecoderConfig):
-            return int(config.settings.get("max_position_embeddings", _MAX_POSITIONS))
-        return _MAX_POSITIONS
-
     def _by_sight(
         self, images: Sequence[Path | None]
     ) -> Iterator[tuple[list[int], torch.Tensor | None, list[int] | None]]:
-        """Prompts with a picture, their pictures' features and which is whose; those without."""
         seen = [i for i, image in enumerate(images) if image is not None]
         if seen:
             paths = sorted({path for path in images if path is not None})

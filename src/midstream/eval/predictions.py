@@ -6,14 +6,16 @@ import itertools
 import json
 import math
 import re
+import textwrap
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from midstream.eval.benchmark import score_visual
+from midstream.eval.benchmark_records import lines, plain_words, read_text
 from midstream.eval.find_task import VisualTask, read_visual_task
-from midstream.eval.readers.benchmark_records import lines, plain_words, read_text
 from midstream.eval.scoring import cleaned
 from midstream.eval.tasks import VisualExample
 
@@ -47,8 +49,7 @@ class Prediction:
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """JSON lines, a JSON list, a JSON object of answers or records by question id, or a table whose
-    first line names its columns (tabs, commas, .xlsx), in the order of the questions where it says.
+    """The answers of a file in any layout of docs/evaluation.md, in its order of the questions.
 
     Raises ValueError with the line or the record that holds no answer, and the nearest layout.
     """
@@ -92,8 +93,7 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _table(path: Path, rows: Iterable[Sequence[Any]]) -> Iterator[tuple[str, Any]]:
-    """A table's rows as records. An empty cell and NaN say nothing; a column of whole numbers that
-    is written 2.0 throughout (pandas, where one is missing) is one of whole numbers."""
+    """A table's rows as records; an empty cell and NaN say nothing."""
     head, *body = rows
     for number, row in enumerate(body, start=2):
         if len(row) != len(head):
@@ -102,10 +102,11 @@ def _table(path: Path, rows: Iterable[Sequence[Any]]) -> Iterator[tuple[str, Any
                 "columns; put texts that hold line breaks or separators into quotes"
             )
     columns = [
-        [None if cell in ("", "nan", "NaN") else cell for cell in c]
-        for c in zip(*body, strict=True)
+        [None if cell in ("", "nan", "NaN") else cell for cell in own]
+        for own in zip(*body, strict=True)
     ]
     for column in columns:
+        # pandas writes whole numbers so where one of a column is missing.
         if all(cell is None or re.fullmatch(r"-?\d+\.0", str(cell)) for cell in column):
             column[:] = [None if cell is None else str(cell)[:-2] for cell in column]
     for number, cells in enumerate(zip(*columns, strict=True), start=2):
@@ -119,9 +120,8 @@ def _excel_rows(path: Path) -> list[Sequence[Any]]:
     try:
         import openpyxl
     except ImportError:
-        raise ValueError(
-            f"{path} is an Excel table, which openpyxl reads; install that, or save it as .tsv"
-        ) from None
+        told = f"{path} is an Excel table, which openpyxl reads; install that, or save it as .tsv"
+        raise ValueError(told) from None
     sheet = openpyxl.load_workbook(path, read_only=True, data_only=True).active
     return list(sheet.iter_rows(values_only=True))
 
@@ -150,7 +150,8 @@ def _prediction(value: Any, where: str) -> Prediction:
         )
     if not keys:
         raise ValueError(f"{where} has no answer, only {', '.join(value)}; {_nearest(value)}")
-    name = next((_answer(value[key]) for key in _IDS if _is_id(value.get(key))), None)
+    ids = [value[key] for key in _IDS if type(value.get(key)) in (str, int, float)]
+    name = next((_answer(one) for one in ids if isinstance(one, str) or math.isfinite(one)), None)
     asked_under = _QUESTIONS if keys[0] != "answer" else (*_QUESTIONS, "text")
     question = next((value[key] for key in asked_under if isinstance(value.get(key), str)), None)
     try:
@@ -170,15 +171,8 @@ def _nearest(value: dict[str, Any]) -> str:
     return f"nearest is {name} ({', '.join(_LAYOUTS[name])}): add {' and '.join(lacks[name])}"
 
 
-def _is_id(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, str) or (number and math.isfinite(value))
-
-
 def _answer(value: Any) -> str | None:
-    """An answer's text as scorers get it, None for null and NaN. A list of one answer is that
-    answer, a longer one of numbers a box, and 2.0 is the count 2. Raises ValueError for the rest.
-    """
+    """An answer's text as scorers get it, None for null and NaN; ValueError for what is none."""
     if isinstance(value, list) and len(value) == 1:
         return _answer(value[0])
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -195,16 +189,6 @@ def _answer(value: Any) -> str | None:
 _SHOWN = 3
 
 
-@dataclass(frozen=True)
-class Matched:
-    """A benchmark and an answer to each of its questions; how they were matched is in `notes`."""
-
-    task: VisualTask
-    answers: tuple[str, ...]
-    num_missing: int
-    notes: tuple[str, ...]
-
-
 def score_predictions(
     data: Path,
     name: str,
@@ -217,41 +201,19 @@ def score_predictions(
     """Score a file of predictions on a benchmark whose official files are under `data`.
 
     The row of results.json that a model's answers would give, with `num_missing` and `notes`.
-    With `ignore_unknown` predictions whose id no question has are left out and counted (the
-    annotations are a cut of what was answered). Pictures may be absent. Raises ValueError or
-    FileNotFoundError as `match_predictions` and the readers do.
+    Predictions belong to questions by id where ids name questions, else by their order; either way
+    they are checked against the questions' words where the file has them. split: they answer this
+    split alone. With `ignore_unknown` those whose id no question has are left out and counted.
+    Pictures may be absent. Raises ValueError for questions without a prediction (with
+    `missing_as_wrong` they count as wrong), for predictions of no question or whose prompts ask
+    something else, for two of one question, and where it is not clear which split is meant.
     """
     task = read_visual_task(data, name, pictures=False, shuffled=False)
     predictions, notes = read_predictions(path), []
     if ignore_unknown:
-        known = {name for e in task.examples for name in (e.example_id, e.other_id)}
-        kept = [one for one in predictions if one.name is None or one.name in known]
+        kept = [one for one in predictions if one.name is None or one.name in _names(task)]
         notes = [f"{len(predictions) - len(kept):,} predictions of no question here were left out"]
         predictions = kept
-    matched = match_predictions(
-        task, predictions, path, split=split, missing_as_wrong=missing_as_wrong
-    )
-    row = score_visual(matched.task, matched.answers)
-    return row | {"num_missing": matched.num_missing, "notes": [*notes, *matched.notes]}
-
-
-def match_predictions(
-    task: VisualTask,
-    predictions: Sequence[Prediction],
-    path: Path,
-    *,
-    split: str | None = None,
-    missing_as_wrong: bool = False,
-) -> Matched:
-    """An answer to every question: by id where ids name questions, else by their order; either way
-    checked against the questions' words where the file has them.
-
-    split: the predictions answer this split alone. Raises ValueError for questions without a
-    prediction (with `missing_as_wrong` they count as wrong), for predictions of no question or
-    whose prompts ask something else, for two of one question, and where it is not clear which split
-    is meant.
-    """
-    notes: list[str] = []
     splits = _splits(task)
     if split is not None and split not in splits:
         raise ValueError(
@@ -263,37 +225,35 @@ def match_predictions(
         task = replace(task, examples=tuple(splits[split]), num_all=len(splits[split]))
         notes.append(f"scored on split {split} alone")
     found = _by_id(task, predictions)
-    if found is None:
-        found = _in_order(task, predictions)
+    found = found if found is not None else _in_order(task, predictions)
     if found is None:
         _no_match(task, predictions, path)
-    _refuse_others(
-        [(found[e.example_id], e) for e in task.examples if e.example_id in found], task, path
-    )
+    pairs = [(found[e.example_id], e) for e in task.examples if e.example_id in found]
+    _refuse_others(pairs, task, path)
     said = {name: one.answer for name, one in found.items() if one.answer is not None}
     missing = [e.example_id for e in task.examples if e.example_id not in said]
     if missing and not missing_as_wrong:
-        names = ", ".join(
-            f"{name} ({found[name].where} is null or NaN)" if name in found else name
-            for name in missing[:_SHOWN]
-        )
+        told = [f" ({found[n].where} is null or NaN)" if n in found else "" for n in missing]
+        names = ", ".join(map("".join, zip(missing[:_SHOWN], told, strict=False)))
         raise ValueError(
             f"{path} answers {len(said):,} of {len(task.examples):,} questions of {task.name}; "
-            f"without an answer are {names}"
-            f"{' and others' if len(missing) > _SHOWN else ''}; complete the file, or count them "
-            "as wrong with --missing-as-wrong"
+            f"without an answer are {names}{' and others' if len(missing) > _SHOWN else ''}; "
+            "complete the file, or count them as wrong with --missing-as-wrong"
         )
     if missing:
         notes.append(f"{len(missing):,} questions without a prediction count as wrong")
-    answers = tuple(said.get(example.example_id, "") for example in task.examples)
-    return Matched(task, answers, len(missing), tuple(notes))
+    row = score_visual(task, [said.get(example.example_id, "") for example in task.examples])
+    return row | {"num_missing": len(missing), "notes": notes}
+
+
+def _names(task: VisualTask) -> set[str | None]:
+    return {name for e in task.examples for name in (e.example_id, e.other_id)}
 
 
 def _refuse_others(
     pairs: Sequence[tuple[Prediction, VisualExample]], task: VisualTask, path: Path
 ) -> None:
-    """Raise ValueError where prompts that the file repeats ask something else than the questions
-    that they are matched to."""
+    """Raise ValueError where prompts ask something else than the questions they are matched to."""
     pairs = [(one, example) for one, example in pairs if one.question is not None]
     others = [(one, example) for one, example in pairs if not _asks(one, example)]
     if not others:
@@ -303,20 +263,18 @@ def _refuse_others(
         f"{path}: {len(others):,} of {len(pairs):,} prompts are about other questions than those "
         f"of {task.name}{f', split {example.split}' if example.split else ''}: {one.where} asks "
         f"{_short(one.question or '')}, question {example.other_id or example.example_id} here is "
-        f"{_short(example.question)}; give the predictions of these questions (another --split?), "
-        "or the annotations of those"
+        f"{_short(example.question)}; give the predictions of these questions (another --split?)"
     )
 
 
 def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return repr(line if len(line) <= 80 else line[:77] + "...")
+    return repr(textwrap.shorten(text, 80, placeholder="..."))
 
 
 def _splits(task: VisualTask) -> dict[str, list[VisualExample]]:
-    found: dict[str, list[VisualExample]] = {}
+    found = defaultdict(list)
     for example in task.examples:
-        found.setdefault(example.split, []).append(example)
+        found[example.split].append(example)
     return found
 
 
@@ -324,16 +282,15 @@ def _by_id(task: VisualTask, predictions: Sequence[Prediction]) -> dict[str, Pre
     """Predictions by example, None where the file's ids do not name this task's questions."""
     if not all(prediction.name is not None for prediction in predictions):
         return None
-    by_name: dict[str, list[VisualExample]] = {}
+    by_name: dict[str | None, list[VisualExample]] = defaultdict(list)
     for example in task.examples:
-        for name in dict.fromkeys((example.example_id, example.other_id)):
-            if name is not None:
-                by_name.setdefault(name, []).append(example)
+        for name in {example.example_id, example.other_id}:
+            by_name[name].append(example)
     if any(prediction.name not in by_name for prediction in predictions):
         return None
     found: dict[str, Prediction] = {}
     for prediction in predictions:
-        own = by_name[prediction.name or ""]
+        own = by_name[prediction.name]
         if len(own) > 1:  # an id of a picture, or one that splits share
             own = [example for example in own if _asks(prediction, example)]
             own = [example for example in own if example.example_id not in found] or own
@@ -349,8 +306,7 @@ def _by_id(task: VisualTask, predictions: Sequence[Prediction]) -> dict[str, Pre
 
 
 def _in_order(task: VisualTask, predictions: Sequence[Prediction]) -> dict[str, Prediction] | None:
-    """Predictions by example where the file has as many lines as there are questions, whose words
-    it repeats (a file without ids may leave them out); splits may follow in any order."""
+    """Predictions by example, of a file with a line a question; splits may follow in any order."""
     if len(predictions) != len(task.examples):
         return None
     named = any(prediction.name is not None for prediction in predictions)
@@ -405,21 +361,17 @@ def _fits(examples: Sequence[VisualExample], predictions: Sequence[Prediction]) 
 
 
 def _asks(prediction: Prediction, example: VisualExample) -> bool:
-    """Whether a prediction's prompt holds the example's question, as far as it says.
-
-    Of a question with lines behind it (options, recognised words) the first line has to be there:
-    people lay the others out in their own way.
-    """
+    """Whether a prediction's prompt holds the example's question, as far as it says."""
     if prediction.question is None:
         return True
+    # People lay the lines behind it (options, recognised words) out in their own way.
     question = re.escape(plain_words(example.question.strip().split("\n")[0]))
     whole = re.compile(rf"(?<!\w){question}(?!\w)" if question[-1:].isalnum() else question)
     return whole.search(plain_words(prediction.question)) is not None
 
 
 def _no_match(task: VisualTask, predictions: Sequence[Prediction], path: Path) -> NoReturn:
-    known = {name for e in task.examples for name in (e.example_id, e.other_id)}
-    unknown = [one for one in predictions if one.name is not None and one.name not in known]
+    unknown = [o for o in predictions if o.name is not None and o.name not in _names(task)]
     if unknown and len(unknown) < len(predictions):
         raise ValueError(
             f"{unknown[0].where} answers question {unknown[0].name}, which {task.name} does not "

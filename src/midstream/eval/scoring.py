@@ -1,8 +1,6 @@
 """From a prediction to its score, and from scores of tasks to the stable score.
 
-Scorers are pure and equal to the official ones: one prediction and its gold -> 0 to 1; some give
-numbers over all examples of a benchmark. `benchmarks.toml` names them, and the sets of tasks that
-papers average over.
+Scorers are pure and equal to the official ones; `benchmarks.toml` names them.
 """
 
 import ast
@@ -15,47 +13,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from midstream.eval.readers.benchmark_records import VisualExample
+from midstream.eval.benchmark_records import VisualExample
 
 Numbers = dict[str, float | None]
 # The options of a question, in their order.
 LETTERS = "ABCDEFGHIJKLMNOP"
 
+# What is known of each benchmark; the file says what its tables are.
+BENCHMARKS: dict[str, Any] = tomllib.loads(
+    Path(__file__).with_name("benchmarks.toml").read_text(encoding="utf-8")
+)
 # Contracted forms that people type with an apostrophe missing. The official table holds every
 # variant with one apostrophe left out, and nothing for forms that are words of their own
 # without it ("its", "were", "shed"). Its keys with a capital ("Im") can never meet a lowered word.
-_CONTRACTED = """
-    ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't mustn't
-    needn't oughtn't shan't shouldn't wasn't weren't won't wouldn't
-    could've might've must've not've should've they've we've what've where've who've would've you've
-    he'd how'd it'd someone'd something'd there'd they'd where'd who'd you'd
-    how'll it'll somebody'll someone'll something'll they'll what'll who'll why'll you'll
-    there're they're what're why're you're
-    he's how's somebody's someone's that's there's what's when's where's who's why's
-    ma'am o'clock 'twas y'all 'ow's'at y'all'll y'all'd've
-    couldn't've hadn't've mightn't've shouldn't've wouldn't've
-    he'd've it'd've she'd've somebody'd've someone'd've something'd've there'd've they'd've we'd've
-    who'd've you'd've
-"""
+_FORMS = BENCHMARKS["normalising"]
 CONTRACTIONS: dict[str, str] = {
     form[:at] + form[at + 1 :]: form
-    for form in _CONTRACTED.split()
+    for form in _FORMS["contracted"].split()
     for at, character in enumerate(form)
     if character == "'"
 } | {"somebody'd": "somebodyd"}  # the official table takes this one's apostrophe away
-# VizWiz' code writes back-ticks, but for these few.
-VIZWIZ_CONTRACTIONS: dict[str, str] = (
-    {
-        form.replace("'", "`"): whole.replace("'", "`")
-        for form, whole in CONTRACTIONS.items()
-        if form not in ("couldn'tve", "hadn'tve")
-    }
-    | {"couldn'tve": "couldn`t`ve", "hadn'tve": "hadn`t`ve"}
-    | {
-        form: CONTRACTIONS[form]
-        for form in ("aint", "arent", "cant", "couldve", "couldnt", "weve", "wheres", "whove")
-    }
-)
+# VizWiz' code writes back-ticks, but for a few.
+VIZWIZ_CONTRACTIONS: dict[str, str] = {
+    form if form in _FORMS["vizwiz_keys"] else form.replace("'", "`"): whole.replace("'", "`")
+    for form, whole in CONTRACTIONS.items()
+} | {form: CONTRACTIONS[form] for form in _FORMS["vizwiz_plain"]}
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
 _NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS.split())}
 _ARTICLES = ("a", "an", "the")
@@ -220,7 +202,7 @@ def yes_no_scores(answers: list[str], golds: list[str]) -> Numbers:
     }
 
 
-def choice_letter(text: str, num_choices: int) -> int | None:
+def choice_letter(text: str, num_choices: int = len(LETTERS)) -> int | None:
     """Which option a text names: "B", "b", "(B)", "B.", "B: ..." or "B) ..." -> 1; else None.
 
     A capital that merely begins a sentence names nothing.
@@ -230,11 +212,6 @@ def choice_letter(text: str, num_choices: int) -> int | None:
         return None
     number = ord(found[1].upper()) - ord("A")
     return number if number < num_choices else None
-
-
-def is_letter(text: str) -> bool:
-    """Whether a text names an option of any question."""
-    return choice_letter(text, len(LETTERS)) is not None
 
 
 def letter_accuracy(prediction: str, gold: Mapping[str, Any]) -> float:
@@ -278,11 +255,6 @@ def parse_box(text: str) -> tuple[float, float, float, float] | None:
     return (x1, y1, x2, y2)
 
 
-def is_box(text: str) -> bool:
-    """Whether a text spells a box."""
-    return parse_box(text) is not None
-
-
 def box_iou(one: Sequence[float], other: Sequence[float]) -> float:
     """Intersection over union of two boxes [x1, y1, x2, y2]."""
     width = min(one[2], other[2]) - max(one[0], other[0])
@@ -300,7 +272,7 @@ def overlap(prediction: str, box: Sequence[float]) -> float:
 
 def box_accuracy(prediction: str, box: Sequence[float], threshold: float = 0.5) -> float:
     """1 if the prediction spells a box that overlaps `box` by at least `threshold`."""
-    return float(is_box(prediction) and overlap(prediction, box) >= threshold)
+    return float(parse_box(prediction) is not None and overlap(prediction, box) >= threshold)
 
 
 # OCID-Ref's.
@@ -360,10 +332,6 @@ def _area(box: Sequence[float]) -> float:
     return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
 
 
-# What is known of each benchmark; the file says what its tables are.
-BENCHMARKS: dict[str, Any] = tomllib.loads(
-    Path(__file__).with_name("benchmarks.toml").read_text(encoding="utf-8")
-)
 # What guessing scores, by task (0 to 1), and where the number stands.
 VISUAL_CHANCE: dict[str, tuple[float, str]] = BENCHMARKS["chance"]["visual"]
 TEXT_CHANCE: dict[str, tuple[float, str]] = BENCHMARKS["chance"]["text"]
@@ -396,6 +364,7 @@ def averages(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
     """
 
     def mean_over_chance(kind: str, column: str) -> float | None:
+        """The stable score of a kind of task from one column."""
         rows = {
             name: row
             for name, row in tasks.items()
@@ -403,10 +372,8 @@ def averages(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
         }
         if not rows or any(row[column] is None for row in rows.values()):
             return None
-        return stable_score(
-            {name: row[column] for name, row in rows.items()},
-            {name: row["chance"] for name, row in rows.items()},
-        )
+        chances = {name: row["chance"] for name, row in rows.items()}
+        return stable_score({name: row[column] for name, row in rows.items()}, chances)
 
     return {
         "vision": mean_over_chance("vision", "score"),
@@ -426,20 +393,18 @@ def suites(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         here = [task for task in members if task in tasks]
         if not here:
             continue
-        scores = {task: _suite_score(name, task, tasks[task]) for task in here}
-        missing = [task for task in members if scores.get(task) is None]
+        # By the metric that the set takes; none where a task has it not.
+        scores: dict[str, float] = {}
+        metrics = SUITE_METRICS.get(name, {})
+        for task in here:
+            row = tasks[task]
+            own = row.get("details", {}).get(metrics[task]) if task in metrics else row["score"]
+            scores |= {} if own is None else {task: own}
+        missing = [task for task in members if task not in scores]
         shortened = [task for task in here if tasks[task].get("shortened")]
-        chances = {**VISUAL_CHANCE, **TEXT_CHANCE}
-        whole = {task: score for task, score in scores.items() if score is not None}
         value = None
         if not missing and not shortened:
-            value = stable_score(whole, {task: chances[task][0] for task in members})
+            chances = {**VISUAL_CHANCE, **TEXT_CHANCE}
+            value = stable_score(scores, {task: chances[task][0] for task in members})
         found[name] = {"score": value, "missing": missing, "shortened": shortened}
     return found
-
-
-def _suite_score(suite: str, task: str, row: Mapping[str, Any]) -> float | None:
-    """By the metric that the set takes; None where the task has it not."""
-    metric = SUITE_METRICS.get(suite, {}).get(task)
-    score: float | None = row["score"] if metric is None else row.get("details", {}).get(metric)
-    return score

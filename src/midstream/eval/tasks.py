@@ -1,12 +1,6 @@
-"""The benchmarks that `benchmarks.toml` lists, with their functions.
+"""The benchmarks of `benchmarks.toml` with their functions, and the protocol of what answers them.
 
-Visual ones: reader, wording, scorer, chance level, and the protocol of what answers them. Fixed
-replies become tokens by one rule for Midstream's models and for other people's.
-
-Text tasks of lm-evaluation-harness from published files, for machines without a hub. A task has the
-harness's own description, wording, choices and metrics: the published records are put into the
-columns that its data set has on the hub. Where a file holds less than the data set, or other words,
-`departs` says so, and no published average takes the score.
+Published records of a text task are put into the columns of its data set on the hub.
 """
 
 from collections import defaultdict
@@ -19,7 +13,7 @@ from string import ascii_uppercase
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from midstream.eval import scoring
-from midstream.eval.readers.benchmark_records import (
+from midstream.eval.benchmark_records import (
     Record,
     VisualExample,
     entries,
@@ -34,6 +28,10 @@ from midstream.eval.scoring import BENCHMARKS, VISUAL_CHANCE, Numbers
 __all__ = ["VISUAL_FORMATS", "Answerer", "VisualExample", "VisualFormat"]
 
 Score = Callable[[str, Any], float]
+Texts = Sequence[str]
+Lists = Sequence[Sequence[str]]
+Limits = Sequence[int]
+Images = Sequence[Path | None]
 
 
 @runtime_checkable
@@ -46,16 +44,11 @@ class Answerer(Protocol):
         """Stands for the weights that answer."""
         ...
 
-    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
+    def generate(self, prompts: Texts, images: Images) -> list[str]:
         """Greedy answers, one a prompt; None is a prompt without a picture."""
         ...
 
-    def choose(
-        self,
-        prompts: Sequence[str],
-        images: Sequence[Path | None],
-        choices: Sequence[Sequence[str]],
-    ) -> list[list[float]]:
+    def choose(self, prompts: Texts, images: Images, choices: Lists) -> list[list[float]]:
         """For each prompt the log-probability of each of its answers as the reply: of their first
         tokens where these differ from one another, else of the whole answers."""
         ...
@@ -69,9 +62,7 @@ class Answerer(Protocol):
         """The log-probability of each whole text."""
         ...
 
-    def generate_until(
-        self, contexts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: Sequence[int]
-    ) -> list[str]:
+    def generate_until(self, contexts: Texts, stops: Lists, max_new_tokens: Limits) -> list[str]:
         """Greedy continuations of plain texts, each up to the first of its stops."""
         ...
 
@@ -81,11 +72,11 @@ class VisualFormat:
     """A benchmark's files, wording and metric, a row of benchmarks.toml; `{question}` stands in
     both prompts.
 
-    `parses` says whether the scorer can read an answer at all; what it cannot read is wrong and
-    counted. `fixed`: "answers", where a choice is made among the examples' `choices` (an example
-    without any is answered freely), "letters" where among the letters of these, None where answers
-    are free. `variants` are other people's scorers of the same answers, by whose they are.
-    `summarise` adds numbers over all examples; `note` says what is odd about a score, if anything.
+    `parse` is None of an answer that the scorer cannot read, which is wrong and counted. `fixed`:
+    "answers", where a choice is made among the examples' `choices` (an example without any is
+    answered freely), "letters" where among the letters of these, None where answers are free.
+    `variants` are other people's scorers of the same answers, by whose they are. `summarise` adds
+    numbers over all examples; `note` says what is odd about a score, if anything.
     """
 
     name: str
@@ -101,7 +92,7 @@ class VisualFormat:
     variants: Mapping[str, Score] = field(default_factory=dict)
     summarise: Callable[[Sequence[str], Sequence[VisualExample]], Numbers] | None = None
     note: Callable[[Sequence[str], Sequence[VisualExample]], str | None] | None = None
-    parses: Callable[[str], bool] = lambda _prediction: True
+    parse: Callable[[str], Any] = str
 
     @property
     def chance(self) -> float:
@@ -131,9 +122,8 @@ class VisualFormat:
 
 
 def _format(name: str, row: Mapping[str, Any]) -> VisualFormat:
-    """A row of benchmarks.toml, functions in place of their names."""
     assert name in VISUAL_CHANCE, f"benchmarks.toml: give {name} a level under [chance.visual]"
-    scorers = {key: row[key] for key in ("score", "summarise", "note", "parses") if key in row}
+    scorers = {key: row[key] for key in ("score", "summarise", "note", "parse") if key in row}
     changed = {
         "read": resolve_name(f"midstream.eval.readers.{row['read']}"),
         "files": tuple(row["files"]),
@@ -193,7 +183,7 @@ class LocalTask:
 @dataclass(frozen=True)
 class HarnessTask:
     """A task of the harness, a row of benchmarks.toml: where its description lies (or `settings` of
-    our own), and what reads its published files (`benchmark_files.TEXT_FILES`)."""
+    our own), and what reads its published files (`core.identity.TEXT_FILES`)."""
 
     split: str
     read: Callable[..., LocalTask]
@@ -392,12 +382,9 @@ def _bigbench(inputs: str, choices: list[str], gold: str) -> Doc:
     return {"inputs": inputs, "multiple_choice_targets": choices, "targets": [gold]}
 
 
-def read_cs_algorithms(path: Path) -> LocalTask:
-    """llm-foundry's lines, a context and its continuation."""
-    docs = [{key: one.text(key) for key in ("context", "continuation")} for one in lines(path)]
-    for doc in docs:
-        doc["continuation"] = f" {doc['continuation'].strip()}"
-    return LocalTask(tuple(docs))
+def _cs_algorithms(record: Record) -> Doc:
+    continuation = f" {record.text('continuation').strip()}"
+    return {"context": record.text("context"), "continuation": continuation}
 
 
 def _each_line(path: Path, doc_of: Callable[[Record], Doc]) -> LocalTask:
@@ -407,6 +394,7 @@ def _each_line(path: Path, doc_of: Callable[[Record], Doc]) -> LocalTask:
 read_winogrande = partial(_each_line, doc_of=_winogrande)
 read_copa = partial(_each_line, doc_of=_copa)
 read_agieval = partial(_each_line, doc_of=_agieval)
+read_cs_algorithms = partial(_each_line, doc_of=_cs_algorithms)
 HARNESS_TASKS: dict[str, HarnessTask] = {
     name: HarnessTask(**{**row, "read": globals()[row["read"]]})
     for name, row in BENCHMARKS["text"].items()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from midstream.eval.readers.benchmark_records import lines
+from midstream.eval.benchmark_records import lines
 from midstream.eval.scoring import BENCHMARKS
 from midstream.eval.tasks import Answerer
 
@@ -26,9 +26,8 @@ class TextTask:
     """A task for the harness: its description, and the records that it is asked on.
 
     settings: lm-evaluation-harness's own, without the data. docs: the records, in `split`; None
-    where the harness reads `files` of its own columns, or (`fetched`) loads its task or group of
-    this name itself. chance: None where it is one over the number of choices. departs: see
-    `local_tasks.LocalTask`.
+    where it reads `files` of its own columns, or (`fetched`) loads its task or group itself.
+    chance: None where it is one over the number of choices. departs: see `tasks.LocalTask`.
     """
 
     name: str
@@ -48,8 +47,7 @@ class TextTask:
 
 @dataclass(frozen=True)
 class TextAnswer:
-    """One record's prompt, its choices, which was chosen, which is right, its score, and the task
-    of a group that it belongs to ("": no group).
+    """One record's prompt, choices, which was chosen and which is right, score, task of a group.
 
     Of a free answer the choices are what was said, and where it is known what is right; of a text
     that is read as a whole its log-probability.
@@ -65,11 +63,10 @@ class TextAnswer:
 
 @dataclass(frozen=True)
 class TextResult:
-    """A task's metrics by the harness's names ("acc", "acc_norm"), its records' answers, which
-    metric their scores are, whether more of it is better, of how many records in all, and what
-    guessing scores: None for a metric that is no share of right answers (a perplexity).
+    """A task's metrics by the harness's names, its records' answers, and which metric they score.
 
-    A group has its own metrics, and those of its tasks as "<task>.<metric>".
+    `num_docs`: of how many records in all; `chance` is None for a metric that is no share of right
+    answers (a perplexity). A group has its own metrics, and its tasks' as "<task>.<metric>".
     """
 
     metrics: dict[str, float]
@@ -137,10 +134,11 @@ def loaded_tasks(
         keys = {t.name if t.fetched else f"task{i}": t for i, t in enumerate(tasks)}
         loaded = _load(Path(temporary), keys)
         drawn = {
-            leaf: _some(len(loaded["tasks"][leaf].eval_docs), limit)
+            leaf: sorted(random.Random(0).sample(range(count), min(limit, count)))
             for key, task in keys.items()
             for leaf in _leaves(key, loaded["group_map"])
             if task.docs is None and limit is not None
+            for count in [len(loaded["tasks"][leaf].eval_docs)]
         }
         yield lambda answerer: _ask(answerer, keys, loaded, drawn)
 
@@ -182,7 +180,7 @@ def _check_askable(name: str, leaf: Any) -> None:
         "runs code that the model writes": getattr(leaf, "UNSAFE_CODE", False),
         "draws its answers at random": settings.get("do_sample", False),
     }
-    for why in (why for why, holds in reasons.items() if holds):
+    if why := next((why for why, holds in reasons.items() if holds), None):
         raise ValueError(
             f"text task {name} {why}; ask tasks of lm-evaluation-harness with choices, greedy "
             "answers or whole texts (arc_easy, gsm8k, wikitext)"
@@ -214,25 +212,22 @@ def _leaves(key: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
     return [leaf for child in groups[key] for leaf in _leaves(child, groups)]
 
 
-def _some(count: int, limit: int) -> list[int]:
-    return sorted(random.Random(0).sample(range(count), min(limit, count)))
-
-
 def adapt(answerer: Answerer) -> Any:
     """The `lm_eval.api.model.LM` that asks `answerer`."""
     from lm_eval.api.model import LM
     from lm_eval.models.utils import normalize_gen_kwargs
 
     class AnswererLM(LM):  # type: ignore[misc]  # lm_eval is not typed
-        """Unpacks the harness's requests and hands them over as they are."""
-
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+            """As the harness asks it."""
             return answerer.loglikelihood([request.args for request in requests])
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+            """As the harness asks it."""
             return answerer.loglikelihood_rolling([request.args[0] for request in requests])
 
         def generate_until(self, requests: list[Any]) -> list[str]:
+            """As the harness asks it."""
             settings = [normalize_gen_kwargs(r.args[1], _MAX_NEW_TOKENS) for r in requests]
             return answerer.generate_until(
                 [request.args[0] for request in requests],
@@ -244,25 +239,16 @@ def adapt(answerer: Answerer) -> Any:
 
 
 def _write_task(folder: Path, key: str, task: TextTask) -> None:
-    settings = {**task.settings, "task": key, "tag": []}
-    paths = task.files
+    """The harness's own YAML, with our files as its data set's."""
+    paths, settings = task.files, {**task.settings, "task": key, "tag": [], "dataset_name": None}
     if task.docs is not None:
-        paths = (folder / f"{key}.jsonl",)
-        lines = "".join(json.dumps(doc) + "\n" for doc in task.docs)
-        paths[0].write_text(lines, encoding="utf-8")
-        settings["dataset_path"] = "json"
-    if paths:
-        settings |= {
-            "dataset_name": None,
-            "dataset_kwargs": {
-                "data_files": {task.split: [str(path.resolve()) for path in paths]},
-                "cache_dir": str(folder / "cache"),
-            },
-            "training_split": None,
-            "validation_split": None,
-            "test_split": None,
-            "validation_split" if task.split == "validation" else "test_split": task.split,
-        }
+        paths, settings["dataset_path"] = (folder / f"{key}.jsonl",), "json"
+        text = "".join(json.dumps(doc) + "\n" for doc in task.docs)
+        paths[0].write_text(text, encoding="utf-8")
+    files = {task.split: [str(path.resolve()) for path in paths]}
+    settings["dataset_kwargs"] = {"data_files": files, "cache_dir": str(folder / "cache")}
+    settings |= dict.fromkeys(["training_split", "validation_split", "test_split"])
+    settings["validation_split" if task.split == "validation" else "test_split"] = task.split
     (folder / f"{key}.yaml").write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
 
 
@@ -303,8 +289,7 @@ def _result(
 
 
 def _numbers(metrics: Mapping[str, Any], way: str) -> dict[str, float]:
-    """A row of the harness's table: metrics as answers are read in the given `way`, others' with
-    their way behind them."""
+    """A row of the harness's table; what is read in another `way` has its own behind it."""
     kept: dict[str, float] = {}
     for name, value in metrics.items():
         metric, _, read = name.partition(",")

@@ -1,8 +1,6 @@
 """Models of `transformers` behind the `Answerer` protocol: exported folders, and other people's.
 
-Prompts are what the model's own processor makes of a conversation by its chat template, and all of
-its tensors go in. An answer may depend in its last bits on what stands beside it: only Midstream's
-own models are asked in batches of fixed shape.
+Prompts are what the model's own processor makes of a conversation by its chat template.
 """
 
 import hashlib
@@ -20,7 +18,7 @@ from jinja2 import TemplateError
 from midstream.core.digests import is_hidden, is_note
 from midstream.core.identity import file_sha256
 from midstream.data.images import decode
-from midstream.eval.tasks import reply_tokens
+from midstream.eval.tasks import Images, Limits, Lists, Texts, reply_tokens
 
 # Made by some processors for models that do not take them, or for training alone.
 _UNASKED = ("token_type_ids", "labels")
@@ -60,25 +58,25 @@ class TransformersAnswerer:
         from transformers import AutoConfig
 
         folder = Path(self.name)
-        if folder.is_dir() and not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{self.name} holds no config.json; give a model's whole folder"
-            )
         try:
+            if folder.is_dir() and not (folder / "config.json").is_file():
+                raise FileNotFoundError("a folder without one")
             return AutoConfig.from_pretrained(self.name, **trusted)
         except OSError as error:
             told = str(error).split("\n")[0]
-            why = f"is no folder here, and the hub gives no such model ({told}); check the name"
-            if self.name.startswith((".", "/", "~")) or self.name.count("/") > 1:
-                why = "does not exist; give a model's folder, or its name on the hub"
-            raise FileNotFoundError(f"{self.name} {why if not folder.is_dir() else told}") from None
+            raise FileNotFoundError(
+                f"{self.name} does not exist or holds no config.json, and the hub gives no such "
+                f"model ({told}); give a model's whole folder, or its name on the hub"
+            ) from None
 
     def _open(self, trusted: dict[str, bool]) -> tuple[Any, Any, Any]:
         import transformers
 
         options = {**trusted, "dtype": torch.float32 if self.device.type == "cpu" else "auto"}
         processor, kind = None, transformers.AutoModelForCausalLM
-        if getattr(self.config, "vision_config", None) is None and not _maps_pictures(self.config):
+        mapped = getattr(self.config, "auto_map", None) or {}
+        sees = getattr(self.config, "vision_config", None) is not None
+        if not (sees or "AutoModelForImageTextToText" in mapped):
             self._blind = (
                 f"{self.name} takes no pictures ({self.config.model_type} is a language model); "
                 "ask it text tasks, or name a vision-language model"
@@ -97,21 +95,21 @@ class TransformersAnswerer:
     def _open_processor(self, trusted: dict[str, bool]) -> Any:
         import transformers
 
+        lacks = "that can be opened"
         try:
             processor = transformers.AutoProcessor.from_pretrained(self.name, **trusted)
-        except Exception as error:
+            if isinstance(processor, transformers.ProcessorMixin):
+                return processor
+            lacks = f"but a {type(processor).__name__}"
+        except Exception as error:  # whatever a processor's own code raises
             told = " ".join(str(error).split())
+            lacks += f" ({told})"
             absent = not transformers.utils.is_torchvision_available()
             if absent and any(word in told.lower() for word in ("torchvision", "video")):
                 raise ValueError(
                     f"{self.name}: its processor needs torchvision, which is not installed; "
                     "pip install torchvision"
                 ) from None
-            lacks = f"that can be opened ({told})"
-        else:
-            if isinstance(processor, transformers.ProcessorMixin):
-                return processor
-            lacks = f"but a {type(processor).__name__}"
         raise ValueError(
             f"{self.name} has weights and no processor {lacks}; put its processor_config.json or "
             "preprocessor_config.json beside the weights"
@@ -133,20 +131,19 @@ class TransformersAnswerer:
         self._checked = True
 
     def _check_template(self) -> None:
-        teller = self.processor or self.tokenizer
-        held = getattr(teller, "chat_template", None)
+        held = getattr(self.processor or self.tokenizer, "chat_template", None)
         if held is None or (isinstance(held, dict) and "default" not in held):
-            known = [repr(key) for key in held or {}]
+            known = ", ".join(map(repr, held or {}))
             if held is None and getattr(self.tokenizer, "chat_template", None) is not None:
-                known.append("its tokenizer's, which the processor does not use")
+                known = "its tokenizer's, which the processor does not use"
             raise ValueError(
                 f"{self.name} has no chat template, so that nobody knows how it is asked (known: "
-                f"{', '.join(known) or 'none'}); put one into its folder as chat_template.jinja"
+                f"{known or 'none'}); put one into its folder as chat_template.jinja"
             )
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
-        """Greedy answers, one a prompt; see `eval.task.Answerer`."""
+    def generate(self, prompts: Texts, images: Images) -> list[str]:
+        """Greedy answers, one a prompt; see `eval.tasks.Answerer`."""
         replies = [""] * len(prompts)
         for part in self._parts(images):
             inputs = self._inputs([prompts[i] for i in part], [images[i] for i in part])
@@ -160,13 +157,8 @@ class TransformersAnswerer:
         return replies
 
     @torch.no_grad()
-    def choose(
-        self,
-        prompts: Sequence[str],
-        images: Sequence[Path | None],
-        choices: Sequence[Sequence[str]],
-    ) -> list[list[float]]:
-        """Log-probabilities of fixed replies; see `eval.task.Answerer`."""
+    def choose(self, prompts: Texts, images: Images, choices: Lists) -> list[list[float]]:
+        """Log-probabilities of fixed replies; see `eval.tasks.Answerer`."""
         results: list[list[float]] = [[] for _ in prompts]
         for part in self._parts(images):
             inputs = self._inputs([prompts[i] for i in part], [images[i] for i in part])
@@ -187,8 +179,7 @@ class TransformersAnswerer:
         return results
 
     def _written(self, inputs: dict[str, Any], replies: list[list[int]]) -> list[torch.Tensor]:
-        """Log-probabilities [rows, vocabulary] at each step of generation that is made to write the
-        replies, so that every tensor grows as the model's own code lets it grow."""
+        """Log-probabilities [rows, vocabulary] at each step of a generation that writes these."""
         start = inputs["input_ids"].shape[1]
 
         def only(row: int, ids: torch.Tensor) -> list[int]:
@@ -213,9 +204,7 @@ class TransformersAnswerer:
         """Of whole texts, by lm-evaluation-harness's `hf` model."""
         return self._asked("loglikelihood_rolling", [(text,) for text in texts])
 
-    def generate_until(
-        self, contexts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: Sequence[int]
-    ) -> list[str]:
+    def generate_until(self, contexts: Texts, stops: Lists, max_new_tokens: Limits) -> list[str]:
         """Greedy continuations of plain texts, by lm-evaluation-harness's `hf` model.
 
         Raises ValueError for as many new tokens as the model holds in all.
@@ -267,7 +256,6 @@ class TransformersAnswerer:
         return found
 
     def _parts(self, images: Sequence[Path | None]) -> Iterator[list[int]]:
-        """Batches: of prompts with pictures, then of prompts without."""
         for seen in (True, False):
             own = [i for i, image in enumerate(images) if (image is not None) == seen]
             for start in range(0, len(own), self.batch_size):
@@ -282,10 +270,7 @@ class TransformersAnswerer:
         if self.processor is not None:
             options = {"processor_kwargs": options}
         inputs = (self.processor or self.tokenizer).apply_chat_template(
-            [
-                [self._question(prompt, image, opened=True)]
-                for prompt, image in zip(prompts, images, strict=True)
-            ],
+            [[self._question(*pair, opened=True)] for pair in zip(prompts, images, strict=True)],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -329,9 +314,7 @@ class TransformersAnswerer:
     def _replies(
         self, prompt: str, image: Path | None, texts: Sequence[str], end: str
     ) -> list[list[int]]:
-        """Tokens of the replies behind their prompt, whose last token is `end`. A space parts them
-        where the template writes one; where it has no word on replies, unless the prompt ends in
-        white space."""
+        """Tokens of the replies behind their prompt, whose last token is `end`."""
         question = self._question(prompt, image)
         head = self._rendered([question])
         reply = {"role": "assistant", "content": texts[0]}
@@ -341,6 +324,7 @@ class TransformersAnswerer:
             whole = self._rendered([question, reply], asks=False)
         except ValueError:
             whole = ""
+        # A space parts them where the template writes one, or where it has no word on replies.
         between, known, _ = whole[len(head) :].partition(texts[0])
         told = whole.startswith(head) and known and not between.strip()
         # PaliGemma's processor ends a prompt with a line that its text does not have.
@@ -355,19 +339,9 @@ def _turn(role: str, text: str, pictures: Sequence[dict[str, Any]]) -> dict[str,
     return {"role": role, "content": [*shown, {"type": "text", "text": text}]}
 
 
-def _maps_pictures(config: Any) -> bool:
-    known = getattr(config, "auto_map", None) or {}
-    return "AutoModelForImageTextToText" in known
-
-
 def _digest(folder: Path, config: Any, dtype: torch.dtype) -> str:
-    """Stands for what answers depend on: weights, configurations, templates, tokenizer and code in
-    a folder, or the commit on the hub; the weights' type in memory, and the versions of what turns
-    a question into tensors.
-
-    Of a folder every file counts that is no note, and code and templates below it. torch is left
-    out: its versions differ in last bits alone.
-    """
+    """Stands for what answers depend on: all files of a folder, or the commit on the hub."""
+    # torch is left out: its versions differ in last bits alone.
     found = [f"{name} {_version(name)}" for name in ("transformers", "tokenizers", "torchvision")]
     found += [f"pillow {_version('pillow')}", str(dtype)]
     if any("--" in str(place) for place in (getattr(config, "auto_map", None) or {}).values()):

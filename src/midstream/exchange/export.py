@@ -1,199 +1,94 @@
-"""`midstream export`: a model out of a store as a Hugging Face folder that needs no Midstream.
-
-A language model, and the text part of one that sees, become a folder for `AutoModelForCausalLM`; a
-model that sees becomes stock Llava classes where these compute the same (`no_llava`), else it
-brings a modelling file of its own (`trust_remote_code`).
-"""
+"""`midstream export`: a model out of a store as a Hugging Face folder that needs no Midstream."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from jinja2 import Environment, StrictUndefined
 from torch import Tensor, nn
 
-from midstream.config import AnyEncoderConfig, EncoderConfig, FusedEncoder, ImageTransform
+from midstream.config import (
+    AnyEncoderConfig,
+    EncoderConfig,
+    FusedEncoder,
+    ImageTransform,
+    PatchProjection,
+)
 from midstream.core.storage import new_folder, write_bytes, write_json
 from midstream.data.examples import IMAGE_MARK, TextCodec, question_ids
 from midstream.data.images import encode_fixed
-from midstream.exchange.card import MARK, ExportReport, model_card
 from midstream.exchange.export_stock import (
     OPENLM_CODE,
-    check_tokenizer,
-    generation_config,
+    finish,
     image_token,
     no_llava,
-    read_back,
-    save_model,
     text_config,
     text_weights,
-    write_chat_template,
     write_code,
     write_llava,
     write_text,
-    write_tokenizer,
 )
-from midstream.exchange.towers import fixed_tower, inner_width, num_blocks, towers_of
+from midstream.exchange.towers import fixed_tower, inner_width
 from midstream.model.pretrained import TransformersDecoder
-from midstream.model.vision import VisionEncoder
+from midstream.model.vision import FusedTowers, VisionEncoder, num_blocks
 from midstream.model.vlm import VLM
-from midstream.work.open_model import OpenedModel, open_model
-
-CODE = (
-    *OPENLM_CODE,
-    "modeling_midstream.py",
-    "processing_midstream.py",
-    "image_processing_midstream.py",
+from midstream.study.stages import (
+    Continue,
+    Finetune,
+    FuseEncoders,
+    LoadModel,
+    PrepareSource,
+    Stage,
+    came_from,
 )
-_IMAGE_PROCESSOR = "image_processing_midstream.MidstreamImageProcessor"
+from midstream.study.store import Ledger
+from midstream.work.open_model import OpenedModel, evaluations, open_model
+from midstream.work.protocol import Channel, Request
 
-
-def write_own(
-    vlm: VLM, codec: TextCodec, encoder: VisionEncoder, folder: Path
-) -> tuple[nn.Module, tuple[str, ...]]:
-    """Write the folder; the model as read back from it, and notes on what differs."""
-    from midstream.exchange.modeling.configuration_midstream import MidstreamConfig
-    from midstream.exchange.modeling.modeling_midstream import MidstreamForConditionalGeneration
-
-    sees = vlm.config.encoder
-    assert sees is not None
-    token = image_token(codec)
-    text = text_config(vlm.decoder, codec)
-    frozen = isinstance(sees, EncoderConfig | FusedEncoder) and not vlm.config.owns_encoder
-    config = MidstreamConfig(
-        text_config=text,
-        vision={"num_patches": sees.num_patches, "towers": _descriptions(sees)},
-        projector_widths=list(
-            vlm.config.projector.widths(sees.hidden_size, vlm.config.decoder.hidden_size)
-        ),
-        attention="prefix" if vlm.config.attention == "prefix" else "causal",
-        feature_dtype=cast(Any, sees).feature_dtype if frozen else None,
-        image_token_id=token,
-        separator_token_id=codec.separator,
-        auto_map={
-            "AutoConfig": "configuration_midstream.MidstreamConfig",
-            "AutoModelForImageTextToText": "modeling_midstream.MidstreamForConditionalGeneration",
-            "AutoProcessor": "processing_midstream.MidstreamProcessor",
-            "AutoImageProcessor": _IMAGE_PROCESSOR,
-        },
-    )
-    write_code(folder, *CODE)
-    write_tokenizer(codec, folder, sees=True)
-    write_chat_template(codec, folder, sees=True)
-    write_json(folder / "processor_config.json", _processor(sees))
-    write_json(folder / "preprocessor_config.json", _image_processor(sees.transform))
-    stops = generation_config(codec, chats=True)
-    weights = _weights(vlm, encoder)
-    kind = save_model(MidstreamForConditionalGeneration, config, weights, stops, folder)
-    check_tokenizer(folder, codec, config, chats=True)
-    notes: tuple[str, ...] = ()
-    if token >= vlm.config.decoder.vocab_size:
-        notes = (f"{IMAGE_MARK} has the id {token}, behind the vocabulary's rows; it needs none.",)
-    return read_back(kind, folder), notes
-
-
-def _weights(vlm: VLM, encoder: VisionEncoder) -> dict[str, Tensor]:
-    assert vlm.projector is not None, "it has an encoder"
-    assert vlm.config.encoder is not None
-    found: dict[str, Tensor] = {}
-    for index, (config, tower) in enumerate(towers_of(vlm.config.encoder, encoder)):
-        for name, value in fixed_tower(config, tower).items():
-            found[f"towers.{index}.{name}"] = value
-    layers = [layer for layer in vlm.projector.modules() if isinstance(layer, nn.Linear)]
-    for index, layer in enumerate(layers):
-        for name, value in layer.state_dict().items():
-            found[f"projector.layers.{index}.{name}"] = value
-    for name, value in text_weights(vlm.decoder).items():
-        found[f"language_model.{name}"] = value
-    return found
-
-
-def _descriptions(sees: AnyEncoderConfig) -> list[dict[str, Any]]:
-    """Each tower as `modeling_midstream.VisionTower` takes it."""
-    if isinstance(sees, FusedEncoder):
-        first = sees.towers[0].transform
-        return [_description(tower, first) for tower in sees.towers]
-    if isinstance(sees, EncoderConfig):
-        return [_description(sees, sees.transform)]
-    return [
-        {
-            **{"hidden_size": sees.hidden_size, "patch_size": sees.patch_size},
-            **{"num_patches": sees.num_patches, "num_prefix": 0, "num_blocks": 0},
-            **{
-                "positions": False,
-                "rotary": False,
-                "pre_norm": False,
-                "final_norm": False,
-                "repaint": None,
-                "norm_eps": 1e-6,
-            },
-        }
-    ]
-
-
-def _description(tower: EncoderConfig, given: ImageTransform) -> dict[str, Any]:
-    is_dino = tower.family == "dinov2"
-    return {
-        "hidden_size": tower.hidden_size,
-        "intermediate_size": inner_width(tower),
-        "num_heads": tower.num_heads,
-        "num_blocks": num_blocks(tower),
-        "patch_size": tower.patch_size,
-        "num_patches": tower.num_patches,
-        "num_prefix": tower.num_prefix,
-        "pre_norm": tower.family == "clip",
-        "positions": tower.family != "dinov3",
-        "layer_scale": is_dino,
-        "rotary": tower.family == "dinov3",
-        "swiglu": tower.ffn == "swiglu",
-        "hidden_act": tower.hidden_act,
-        "norm_eps": tower.norm_eps,
-        "final_norm": tower.final_norm,
-        "repaint": _repaint(tower, given),
-    }
-
-
-def _repaint(tower: EncoderConfig, given: ImageTransform) -> list[list[float]] | None:
-    """Std and mean of the first tower's pixels, mean and std of this one's, where these differ."""
-    mine = tower.transform
-    if (mine.mean, mine.std) == (given.mean, given.std):
-        return None
-    return [list(row) for row in (given.std, given.mean, mine.mean, mine.std)]
-
-
-def _processor(sees: AnyEncoderConfig) -> dict[str, Any]:
-    return {
-        "processor_class": "MidstreamProcessor",
-        "auto_map": {"AutoProcessor": "processing_midstream.MidstreamProcessor"},
-        "num_image_tokens": sees.num_patches,
-        "image_token": IMAGE_MARK,
-    }
-
-
-def _image_processor(transform: ImageTransform) -> dict[str, Any]:
-    return {
-        "image_processor_type": "MidstreamImageProcessor",
-        "auto_map": {"AutoImageProcessor": _IMAGE_PROCESSOR},
-        "image_size": transform.size,
-        "resize": transform.resize,
-        "image_mean": list(transform.mean),
-        "image_std": list(transform.std),
-    }
-
-
+MARK = "midstream_export.json"
+MISSING = "missing"
+_CODE = (*OPENLM_CODE, "modeling_midstream.py", "processing_midstream.py")
+_PROCESSOR = "processing_midstream.MidstreamProcessor"
+_IMAGE_PROCESSOR = "processing_midstream.MidstreamImageProcessor"
 _QUESTION = "What colour is the thing in the middle?"
 # Two ways to the same float32 logits differ by this share of the largest one at most.
 _TOLERANCE = 1e-3
 
 
-def serve(request: dict[str, Any]) -> None:
-    """Export as the request says (`checkpoint`, `out`, `text_only`) and print what was written."""
-    opened = open_model(Path(request["checkpoint"]), torch.device("cpu"))
-    out = Path(request["out"])
-    report = export(opened, out, text_only=bool(request["text_only"]))
-    print(f"{out}: {report.architecture}, {report.num_parameters:,} parameters")
+@dataclass(frozen=True)
+class ExportReport:
+    """`kind`: a language model, stock Llava classes, or a modelling file of our own.
+
+    `reason` says why this kind. `largest_difference` is that of any logit from Midstream's own, on
+    one fixed prompt; `notes` say what else differs.
+    """
+
+    kind: Literal["text", "llava", "own"]
+    architecture: str
+    own_code: bool
+    reason: str
+    num_parameters: int
+    largest_difference: float
+    notes: tuple[str, ...] = ()
+
+
+class ExportRequest(Request):
+    """A stage's folder or a milestone, and the folder that is written of it."""
+
+    checkpoint: Path
+    out: Path
+    text_only: bool
+
+
+def serve(request: ExportRequest, channel: Channel) -> None:
+    """Export as the request says and print what was written."""
+    opened = open_model(request.checkpoint, torch.device("cpu"))
+    report = export(opened, request.out, text_only=request.text_only)
+    print(f"{request.out}: {report.architecture}, {report.num_parameters:,} parameters")
     print(f"  {report.reason}")
     for note in report.notes:
         print(f"  {note}")
@@ -207,14 +102,14 @@ def export(opened: OpenedModel, out: Path, *, text_only: bool) -> ExportReport:
     folder, a weight is not finite, `text_only` leaves nothing out, or the tokenizer cannot be
     written; RuntimeError if the folder, read back, computes something else than the model.
     """
-    seeing = opened.encoder
-    refuse(opened.vlm, opened.codec, None if text_only else seeing, out)
-    if text_only and seeing is None:
+    encoder = None if text_only else opened.encoder
+    refuse(opened.vlm, opened.codec, encoder, out)
+    if text_only and opened.encoder is None:
         raise ValueError(f"{opened.name} sees nothing and is exported as text; drop --text-only")
     with new_folder(out) as folder:
-        report = write_folder(opened.vlm, opened.codec, None if text_only else seeing, folder)
+        report = write_folder(opened.vlm, opened.codec, encoder, folder)
         write_bytes(folder / "README.md", model_card(opened, report).encode())
-        write_json(folder / MARK, report.as_json() | {"stage": opened.name})
+        write_json(folder / MARK, asdict(report) | {"stage": opened.name})
     return report
 
 
@@ -238,50 +133,39 @@ def write_folder(
 
     The folder is read back and compared: see `ExportReport`. Raises RuntimeError if it differs.
     """
-    chats = vlm.config.encoder is not None
-    with _quiet():
-        if encoder is None:
-            return _text(vlm, codec, folder, chats=chats)
-        reason = no_llava(vlm.config)
-        if reason is None:
-            return _llava(vlm, codec, encoder, folder)
-        model, notes = write_own(vlm, codec, encoder, folder)
-        found = _picture_logits(model, vlm, codec, folder)
-        expected = prompt_logits(vlm, codec, _features(vlm, encoder, rounded=True))
-    return _report("own", model, _same(found, expected), f"Own modelling file: {reason}.", notes)
-
-
-def _text(vlm: VLM, codec: TextCodec, folder: Path, *, chats: bool) -> ExportReport:
-    model = write_text(vlm.decoder, codec, folder, chats=chats)
-    ids = question_ids(codec, _QUESTION, has_image=False)
-    with torch.no_grad():
-        found = model(input_ids=torch.tensor([ids])).logits[0]
-    difference = _same(found, prompt_logits(vlm, codec, None))
-    if isinstance(vlm.decoder, TransformersDecoder):
-        reason = "A decoder of transformers is a folder of its own class."
+    kind: Literal["text", "llava", "own"]
+    notes: tuple[str, ...]
+    if encoder is None:
+        kind, reason = "text", "An OpenLM decoder brings its own modelling file."
+        if isinstance(vlm.decoder, TransformersDecoder):
+            reason = "A decoder of transformers is a folder of its own class."
+        chats = vlm.config.encoder is not None
+        model = write_text(vlm.decoder, codec, folder, chats=chats)
+        notes = ("Without what the model sees with.",) if chats else ()
+    elif (why := no_llava(vlm.config)) is None:
+        kind, reason = "llava", "Stock Llava classes compute the same."
+        model, notes = write_llava(vlm, codec, encoder, folder)
     else:
-        reason = "An OpenLM decoder brings its own modelling file."
-    notes = ("Without what the model sees with.",) if chats else ()
-    return _report("text", model, difference, reason, notes)
-
-
-def _llava(vlm: VLM, codec: TextCodec, encoder: VisionEncoder, folder: Path) -> ExportReport:
-    model, notes = write_llava(vlm, codec, encoder, folder)
-    found = _picture_logits(model, vlm, codec, folder)
-    rows = vlm.config.decoder.vocab_size
-    _same(found[:, :rows], prompt_logits(vlm, codec, _features(vlm, encoder, rounded=False)))
-    # What is left is the rounding of features, which stock classes do not do.
-    trained = prompt_logits(vlm, codec, _features(vlm, encoder, rounded=True))
-    difference = float((found[:, :rows] - trained).abs().max())
-    if _rounds(vlm):
-        notes = (*notes, "Features are not rounded as in training; the difference is from that.")
-    reason = "Stock Llava classes compute the same."
-    return _report("llava", model, difference, reason, notes)
-
-
-def _report(
-    kind: Any, model: nn.Module, difference: float, reason: str, notes: tuple[str, ...]
-) -> ExportReport:
+        kind, reason = "own", f"Own modelling file: {why}."
+        model, notes = write_own(vlm, codec, encoder, folder)
+    found = _logits(model, vlm, codec, sees=encoder is not None)
+    features = None
+    if encoder is not None:
+        features = _features(vlm, encoder, rounded=kind == "own")
+    expected = prompt_logits(vlm, codec, features)
+    difference = float((found[:, : expected.shape[1]] - expected).abs().max())
+    limit = _TOLERANCE * max(1.0, float(expected.abs().max()))
+    if not difference <= limit:
+        raise RuntimeError(
+            f"the exported folder, read back, gives logits that differ by {difference:.2e} from "
+            f"the model's, more than {limit:.2e}: this version of transformers computes otherwise"
+        )
+    rounds = _is_frozen(vlm) and cast(Any, vlm.config.encoder).feature_dtype != "float32"
+    if kind == "llava" and encoder is not None and rounds:
+        # What is left is the rounding of features, which stock classes do not do.
+        trained = prompt_logits(vlm, codec, _features(vlm, encoder, rounded=True))
+        difference = float((found[:, : trained.shape[1]] - trained).abs().max())
+        notes += ("Features are not rounded as in training; the difference is from that.",)
     return ExportReport(
         kind=kind,
         architecture=type(model).__name__,
@@ -293,26 +177,109 @@ def _report(
     )
 
 
-def _rounds(vlm: VLM) -> bool:
-    """Whether training saw an encoder's features rounded."""
+# --------------------------------------------------------------------- with our modelling file
+
+
+def write_own(
+    vlm: VLM, codec: TextCodec, encoder: VisionEncoder, folder: Path
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """Write the folder; the model as read back from it, and notes on what differs."""
+    from midstream.exchange.modeling.modeling_midstream import (
+        MidstreamConfig,
+        MidstreamForConditionalGeneration,
+    )
+
+    sees, decoder = vlm.config.encoder, vlm.config.decoder
+    assert sees is not None
+    token = image_token(codec)
+    config = MidstreamConfig(
+        text_config=text_config(vlm.decoder, codec),
+        vision={"num_patches": sees.num_patches, "towers": _descriptions(sees)},
+        projector_widths=list(vlm.config.projector.widths(sees.hidden_size, decoder.hidden_size)),
+        attention="prefix" if vlm.config.attention == "prefix" else "causal",
+        feature_dtype=cast(Any, sees).feature_dtype if _is_frozen(vlm) else None,
+        image_token_id=token,
+        separator_token_id=codec.separator,
+        auto_map={
+            "AutoConfig": "modeling_midstream.MidstreamConfig",
+            "AutoModelForImageTextToText": "modeling_midstream.MidstreamForConditionalGeneration",
+            "AutoProcessor": _PROCESSOR,
+            "AutoImageProcessor": _IMAGE_PROCESSOR,
+        },
+    )
+    write_code(folder, *_CODE)
+    words = {
+        "processor_class": "MidstreamProcessor",
+        "auto_map": {"AutoProcessor": _PROCESSOR},
+        "num_image_tokens": sees.num_patches,
+        "image_token": IMAGE_MARK,
+    }
+    write_json(folder / "processor_config.json", words)
+    pictures = {
+        "image_processor_type": "MidstreamImageProcessor",
+        "auto_map": {"AutoImageProcessor": _IMAGE_PROCESSOR},
+        "image_size": sees.transform.size,
+        "resize": sees.transform.resize,
+        "image_mean": list(sees.transform.mean),
+        "image_std": list(sees.transform.std),
+    }
+    write_json(folder / "preprocessor_config.json", pictures)
+    weights, build = _weights(vlm, encoder), MidstreamForConditionalGeneration
+    model = finish(build, config, weights, codec, folder, sees=True, chats=True)
+    note = f"{IMAGE_MARK} has the id {token}, behind the vocabulary's rows; it needs none."
+    return model, (note,) if token >= decoder.vocab_size else ()
+
+
+def _weights(vlm: VLM, encoder: VisionEncoder) -> dict[str, Tensor]:
+    assert vlm.projector is not None, "it has an encoder"
     config = vlm.config.encoder
-    if vlm.config.owns_encoder or not isinstance(config, EncoderConfig | FusedEncoder):
-        return False
-    return config.feature_dtype != "float32"
+    assert config is not None
+    towers: list[tuple[AnyEncoderConfig, Any]] = [(config, encoder)]
+    if isinstance(config, FusedEncoder):
+        towers = list(zip(config.towers, cast(FusedTowers, encoder).towers, strict=True))
+    layers = [layer for layer in vlm.projector if isinstance(layer, nn.Linear)]
+    parts = {f"towers.{index}": fixed_tower(*one) for index, one in enumerate(towers)}
+    parts |= {f"projector.layers.{index}": one.state_dict() for index, one in enumerate(layers)}
+    parts["language_model"] = text_weights(vlm.decoder)
+    return {f"{part}.{name}": one for part, held in parts.items() for name, one in held.items()}
 
 
-def _same(found: Tensor, expected: Tensor) -> float:
-    difference = float((found[:, : expected.shape[1]] - expected).abs().max())
-    limit = _TOLERANCE * max(1.0, float(expected.abs().max()))
-    if not difference <= limit:
-        raise RuntimeError(
-            f"the exported folder, read back, gives logits that differ by {difference:.2e} from "
-            f"the model's, more than {limit:.2e}: this version of transformers computes otherwise"
-        )
-    return difference
+def _descriptions(sees: AnyEncoderConfig) -> list[dict[str, Any]]:
+    """Each tower as `modeling_midstream.VisionTower` takes it."""
+    if isinstance(sees, PatchProjection):
+        named = {name: getattr(sees, name) for name in ("hidden_size", "patch_size", "num_patches")}
+        none = dict.fromkeys(("positions", "rotary", "pre_norm", "final_norm"), False)
+        return [
+            named | none | {"num_prefix": 0, "num_blocks": 0, "repaint": None, "norm_eps": 1e-6}
+        ]
+    towers = sees.towers if isinstance(sees, FusedEncoder) else (sees,)
+    return [_description(tower, towers[0].transform) for tower in towers]
+
+
+def _description(tower: EncoderConfig, given: ImageTransform) -> dict[str, Any]:
+    mine = tower.transform
+    # Std and mean of the first tower's pixels, mean and std of this one's, where these differ.
+    colours = [list(row) for row in (given.std, given.mean, mine.mean, mine.std)]
+    same = ("hidden_size", "num_heads", "patch_size", "num_patches", "num_prefix", "hidden_act")
+    return {name: getattr(tower, name) for name in (*same, "norm_eps", "final_norm")} | {
+        "intermediate_size": inner_width(tower),
+        "num_blocks": num_blocks(tower),
+        "pre_norm": tower.family == "clip",
+        "positions": tower.family != "dinov3",
+        "layer_scale": tower.family == "dinov2",
+        "rotary": tower.family == "dinov3",
+        "swiglu": tower.ffn == "swiglu",
+        "repaint": None if (mine.mean, mine.std) == (given.mean, given.std) else colours,
+    }
 
 
 # ------------------------------------------------------------------- one prompt, asked of both
+
+
+def _is_frozen(vlm: VLM) -> bool:
+    """Whether an encoder gave the features that is no part of the model."""
+    sees = vlm.config.encoder
+    return isinstance(sees, EncoderConfig | FusedEncoder) and not vlm.config.owns_encoder
 
 
 @torch.no_grad()
@@ -334,20 +301,22 @@ def prompt_logits(vlm: VLM, codec: TextCodec, features: Tensor | None) -> Tensor
 
 
 @torch.no_grad()
-def _picture_logits(model: nn.Module, vlm: VLM, codec: TextCodec, folder: Path) -> Tensor:
-    assert vlm.config.encoder is not None
-    token = int(model.config.image_token_id)  # type: ignore[union-attr, arg-type]
-    ids = codec.begin_ids + [token] * vlm.config.encoder.num_patches
-    ids += question_ids(codec, _QUESTION, has_image=True)
-    found: Tensor = model(input_ids=torch.tensor([ids]), pixel_values=_picture(vlm)).logits[0]
+def _logits(model: nn.Module, vlm: VLM, codec: TextCodec, *, sees: bool) -> Tensor:
+    ids, given = question_ids(codec, _QUESTION, has_image=sees), {}
+    if sees:
+        assert vlm.config.encoder is not None
+        token = int(model.config.image_token_id)  # type: ignore[union-attr, arg-type]
+        ids = codec.begin_ids + [token] * vlm.config.encoder.num_patches + ids
+        given = {"pixel_values": _picture(vlm)}
+    found: Tensor = model(input_ids=torch.tensor([ids]), **given).logits[0]
     return found
 
 
 @torch.no_grad()
 def _features(vlm: VLM, encoder: VisionEncoder, *, rounded: bool) -> Tensor:
-    config, picture = vlm.config.encoder, _picture(vlm)
-    if rounded and isinstance(config, EncoderConfig | FusedEncoder) and not vlm.config.owns_encoder:
-        return encode_fixed(encoder, picture, config)
+    picture = _picture(vlm)
+    if rounded and _is_frozen(vlm):
+        return encode_fixed(encoder, picture, cast(Any, vlm.config.encoder))
     features: Tensor = encoder(picture)
     return features
 
@@ -361,15 +330,72 @@ def _picture(vlm: VLM) -> Tensor:
     return torch.from_numpy(np.stack(planes).astype(np.float32))[None]
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the bars of transformers from the terminal."""
-    from transformers.utils import logging
+# ---------------------------------------------------------- the card, from the ledger
 
-    before = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if before:
-            logging.enable_progress_bar()
+
+def model_card(opened: OpenedModel, report: ExportReport) -> str:
+    """The card as Markdown."""
+    model = opened.vlm.config
+    sees = None if report.kind == "text" else model.encoder
+    # Markdown, not HTML: names and numbers of our own ledger.
+    environment = Environment(
+        undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": _number, "percent": _percent}
+    source = files("midstream.exchange").joinpath("model_card.md.jinja").read_text("utf-8")
+    return environment.from_string(source).render(
+        name=opened.name,
+        report=report,
+        model=model,
+        encoder=sees,
+        widths=sees and model.projector.widths(sees.hidden_size, model.decoder.hidden_size),
+        trust=", trust_remote_code=True" if report.own_code else "",
+        stages=[
+            {"share": share, **_results(stage, opened.ledger)} for stage, share in _history(opened)
+        ],
+        scores=[_results(stage, opened.ledger) for stage in evaluations(opened)],
+    )
+
+
+def _history(opened: OpenedModel) -> Iterator[tuple[Stage, float]]:
+    """The training stages behind the model with the share that was used, the first one first."""
+    chain: list[tuple[Stage, float]] = []
+    stage: Stage | None = opened.stage
+    share = opened.completion
+    while stage is not None:
+        chain.append((stage, share))
+        before = came_from(stage)
+        encoder = None
+        if isinstance(stage, LoadModel | Continue | Finetune):
+            encoder = stage.encoder_stage
+        # Before the first stage that sees.
+        if encoder is not None and not (before and isinstance(before[0], LoadModel | Continue)):
+            chain.append((encoder, 1.0))
+            towers = encoder.towers if isinstance(encoder, FuseEncoders) else ()
+            chain += [(tower, 1.0) for tower in reversed(towers)]
+        stage, share = before or (None, 1.0)
+    yield from reversed(chain)
+
+
+def _results(stage: Any, ledger: Ledger) -> dict[str, Any]:
+    """What the template tells of a stage; its results are empty where the store lacks them."""
+    tokenizer = getattr(getattr(stage, "data", None), "vocabulary", None)
+    held = ledger.results(tokenizer) if tokenizer and ledger.is_done(tokenizer) else {}
+    return {
+        "stage": stage,
+        "results": ledger.results(stage) if ledger.is_done(stage) else {},
+        "read": [parent for parent in stage.parents if isinstance(parent, PrepareSource)],
+        "tokenizer": held.get("tokenizer_sha256", MISSING),
+    }
+
+
+def _percent(value: float | None) -> str:
+    return MISSING if value is None else f"{100 * value:.1f} %"
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return MISSING
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

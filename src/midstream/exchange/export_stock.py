@@ -1,9 +1,6 @@
 """Exported folders that stock classes of `transformers` read, and what all folders hold.
 
-An OpenLM decoder brings its own modelling file (`trust_remote_code`); a decoder of `transformers`
-becomes a folder of its own class, without any code. Of a tower the blocks above the features are
-left out, so that these are its last hidden states. A linear projector is Llava's two layers with an
-identity behind and no activation between.
+Of a tower the blocks above the features are left out, so that these are its last hidden states.
 """
 
 import json
@@ -16,13 +13,13 @@ import torch
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor, nn
 
-from midstream.config import DecoderConfig, EncoderConfig, TransformersDecoderConfig, VLMConfig
+from midstream.config import EncoderConfig, TransformersDecoderConfig, VLMConfig
 from midstream.core.storage import write_bytes, write_json
 from midstream.data.examples import IMAGE_MARK, SEPARATOR, TextCodec, begins_with, question_ids
-from midstream.exchange.towers import num_blocks, own_name, stock_tensors, tower_tensors
+from midstream.exchange.towers import own_name, own_tensors, stock_tensors
 from midstream.model.decoder import Decoder
 from midstream.model.pretrained import TransformersDecoder, transformers_config
-from midstream.model.vision import VisionEncoder
+from midstream.model.vision import VisionEncoder, library_config
 from midstream.model.vlm import VLM
 
 # Texts on which a folder's tokenizer must give the codec's ids.
@@ -35,8 +32,9 @@ def image_token(codec: TextCodec) -> int:
     return codec.size if held is None else int(held)
 
 
-def write_tokenizer(codec: TextCodec, folder: Path, *, sees: bool) -> None:
-    """tokenizer.json and its settings; with `sees` it has the image's token.
+def write_words(codec: TextCodec, folder: Path, *, sees: bool, chats: bool) -> None:
+    """tokenizer.json and its settings, with the image's token where it `sees`; chat_template.jinja
+    where it `chats`, which refuses pictures unless it sees.
 
     A text begins as the codec's texts do, and nothing is put behind it; pieces between special
     tokens are read as texts of their own, as the codec reads them.
@@ -49,7 +47,7 @@ def write_tokenizer(codec: TextCodec, folder: Path, *, sees: bool) -> None:
                 f"{IMAGE_MARK} got id {tokenizer.token_to_id(IMAGE_MARK)} from the tokenizer, the "
                 f"first free one is {image_token(codec)}; its ids have gaps, renumber its tokens"
             )
-    begin = begin_token(codec)
+    begin = "".join(str(codec.tokenizer.id_to_token(number)) for number in codec.begin_ids)
     if begin:
         tokenizer.post_processor = begins_with(begin, codec.begin_ids[0])
     content = json.loads(tokenizer.to_str())
@@ -70,24 +68,13 @@ def write_tokenizer(codec: TextCodec, folder: Path, *, sees: bool) -> None:
         "model_input_names": ["input_ids", "attention_mask"],
     }
     write_json(folder / "tokenizer_config.json", settings)
-
-
-def begin_token(codec: TextCodec) -> str:
-    """What begins each text; "" where nothing does."""
-    return "".join(str(codec.tokenizer.id_to_token(number)) for number in codec.begin_ids)
-
-
-def write_chat_template(codec: TextCodec, folder: Path, *, sees: bool) -> None:
-    """chat_template.jinja; without `sees` it refuses pictures.
-
-    What begins a text is written by the template of a tokenizer, which adds nothing to a chat, and
-    not by that of a processor, whose tokenizer does.
-    """
-    template = _resource("chat_template.jinja")
-    if not sees:
-        template = template.replace('begin = ""', f"begin = {json.dumps(begin_token(codec))}")
-        template = template.replace(f'image_mark = "{IMAGE_MARK}"', 'image_mark = ""')
-    write_bytes(folder / "chat_template.jinja", template.encode())
+    if chats:
+        template = _resource("chat_template.jinja")
+        if not sees:
+            # A tokenizer adds nothing to a chat, where a processor's adds what begins a text.
+            template = template.replace('begin = ""', f"begin = {json.dumps(begin)}")
+            template = template.replace(f'image_mark = "{IMAGE_MARK}"', 'image_mark = ""')
+        write_bytes(folder / "chat_template.jinja", template.encode())
 
 
 def write_code(folder: Path, *names: str) -> None:
@@ -96,41 +83,26 @@ def write_code(folder: Path, *names: str) -> None:
         write_bytes(folder / name, _resource(f"modeling/{name}").encode())
 
 
-def generation_config(codec: TextCodec, *, chats: bool, suppressed: tuple[int, ...] = ()) -> Any:
-    """Greedy; stops where Midstream does: at end of text and, where it chats, at the separator."""
-    from transformers import GenerationConfig
-
-    stops = sorted(codec.stop_ids) if chats else [codec.end_of_text]
-    more = {"suppress_tokens": list(suppressed)} if suppressed else {}
-    return GenerationConfig(
-        do_sample=False, eos_token_id=stops, pad_token_id=codec.end_of_text, **more
-    )
-
-
-def check_tokenizer(folder: Path, codec: TextCodec, config: Any, *, chats: bool) -> None:
-    """Raises ValueError if transformers reads the folder's tokenizer otherwise than the codec.
-
-    `config` is the model's, on which the tokenizer's class depends.
-    """
+def _check_tokenizer(folder: Path, codec: TextCodec, config: Any, *, chats: bool) -> None:
+    """ValueError if transformers, whose class follows the model's, reads it otherwise."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
     # Tokens from all over the vocabulary: where texts are cut otherwise, some come out otherwise.
     some = range(0, codec.size, max(1, codec.size // 512))
     for text in (*_PROBES, " ".join(codec.decode([one]) for one in some)):
-        pairs = [(text, [*codec.begin_ids, *codec.encode(text)])]
+        expected = {text: [*codec.begin_ids, *codec.encode(text)]}
         if chats:
-            pairs.append(
-                (f"In: {text}\nOut:{SEPARATOR}", question_ids(codec, text, has_image=False))
-            )
-        for written, expected in pairs:
+            asked = f"In: {text}\nOut:{SEPARATOR}"
+            expected[asked] = question_ids(codec, text, has_image=False)
+        for written, ids in expected.items():
             found = tokenizer(written)["input_ids"]
-            if found != expected:
+            if found != ids:
                 raise ValueError(
                     f"{type(tokenizer).__name__}, by which transformers reads tokenizers of "
                     f"{config.model_type} models, makes {found[:20]} of {written[:40]!r}, the "
-                    f"model was trained on {expected[:20]}; this tokenizer cannot be exported with "
-                    "this family"
+                    f"model was trained on {ids[:20]}; this tokenizer cannot be exported with this "
+                    "family"
                 )
 
 
@@ -145,7 +117,7 @@ def _resource(name: str) -> str:
     return files("midstream.exchange").joinpath(name).read_text(encoding="utf-8")
 
 
-OPENLM_CODE = ("configuration_midstream.py", "modeling_openlm.py")
+OPENLM_CODE = ("modeling_openlm.py",)
 
 
 def text_config(decoder: Decoder | TransformersDecoder, codec: TextCodec) -> Any:
@@ -153,25 +125,22 @@ def text_config(decoder: Decoder | TransformersDecoder, codec: TextCodec) -> Any
     if isinstance(decoder, TransformersDecoder):
         config = transformers_config(decoder.config)
     else:
-        config = _openlm_config(decoder.config)
+        from midstream.exchange.modeling.modeling_openlm import OpenLMConfig
+
+        ours = decoder.config
+        config = OpenLMConfig(
+            vocab_size=ours.vocab_size,
+            hidden_size=ours.hidden_size,
+            intermediate_size=ours.ffn_size,
+            num_hidden_layers=ours.num_layers,
+            num_attention_heads=ours.num_heads,
+            qk_norm=ours.qk_norm,
+            norm_eps=ours.norm_eps,
+            rope_base=ours.rope_base,
+        )
     config.bos_token_id = codec.begin_of_text
     config.eos_token_id = config.pad_token_id = codec.end_of_text
     return config
-
-
-def _openlm_config(ours: DecoderConfig) -> Any:
-    from midstream.exchange.modeling.configuration_midstream import OpenLMConfig
-
-    return OpenLMConfig(
-        vocab_size=ours.vocab_size,
-        hidden_size=ours.hidden_size,
-        intermediate_size=ours.ffn_size,
-        num_hidden_layers=ours.num_layers,
-        num_attention_heads=ours.num_heads,
-        qk_norm=ours.qk_norm,
-        norm_eps=ours.norm_eps,
-        rope_base=ours.rope_base,
-    )
 
 
 def text_weights(decoder: Decoder | TransformersDecoder) -> dict[str, Tensor]:
@@ -199,43 +168,52 @@ def write_text(
 
         build = OpenLMForCausalLM
         config.auto_map = {
-            "AutoConfig": "configuration_midstream.OpenLMConfig",
+            "AutoConfig": "modeling_openlm.OpenLMConfig",
             "AutoModelForCausalLM": "modeling_openlm.OpenLMForCausalLM",
         }
         write_code(folder, *OPENLM_CODE)
-    write_tokenizer(codec, folder, sees=False)
-    if chats:
-        write_chat_template(codec, folder, sees=False)
-    kind = save_model(
-        build, config, text_weights(decoder), generation_config(codec, chats=chats), folder
-    )
-    check_tokenizer(folder, codec, config, chats=chats)
-    return read_back(kind, folder)
+    weights = text_weights(decoder)
+    return finish(build, config, weights, codec, folder, sees=False, chats=chats)
 
 
-def save_model(
-    build: Any, config: Any, weights: Mapping[str, Tensor], generation: Any, folder: Path
-) -> Any:
-    """Save a model of `transformers` that holds exactly these tensors; returns its class.
+def finish(
+    build: Any,
+    config: Any,
+    weights: Mapping[str, Tensor],
+    codec: TextCodec,
+    folder: Path,
+    *,
+    sees: bool,
+    chats: bool,
+    suppressed: tuple[int, ...] = (),
+) -> nn.Module:
+    """Write the words of `write_words`, and a model of `transformers` that holds exactly these
+    tensors; returns it as read back, in float32 and in evaluation mode.
 
-    Nothing is drawn or copied: the model shares the tensors' memory.
+    It is greedy and stops where Midstream does: at end of text and, where it chats, at the
+    separator. Nothing is drawn or copied: the model shares the tensors' memory. Raises ValueError
+    if transformers reads the tokenizer otherwise than the codec.
     """
+    from transformers import GenerationConfig
+
+    write_words(codec, folder, sees=sees, chats=chats)
     with torch.device("meta"):
         model = build(config)
     model.load_state_dict(dict(weights), strict=True, assign=True)
     model.tie_weights()
-    model.generation_config = generation
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        eos_token_id=sorted(codec.stop_ids) if chats else [codec.end_of_text],
+        pad_token_id=codec.end_of_text,
+        **({"suppress_tokens": list(suppressed)} if suppressed else {}),
+    )
     model.save_pretrained(folder)
     for weights_file in folder.glob("*.safetensors"):
         # They are written for their owner's eyes only.
         weights_file.chmod((folder / "config.json").stat().st_mode)
-    return type(model)
-
-
-def read_back(kind: Any, folder: Path) -> nn.Module:
-    """The model in a folder, in float32 and in evaluation mode."""
-    model: nn.Module = kind.from_pretrained(folder, dtype=torch.float32)
-    return model.eval()
+    _check_tokenizer(folder, codec, config, chats=chats)
+    again: nn.Module = type(model).from_pretrained(folder, dtype=torch.float32)
+    return again.eval()
 
 
 def no_llava(config: VLMConfig) -> str | None:
@@ -251,10 +229,9 @@ def no_llava(config: VLMConfig) -> str | None:
         return f"the encoder is not one tower but {getattr(encoder, 'kind', None)}"
     if encoder.family == "siglip2":
         return "Llava does not cut pictures into siglip2's patches"
-    if encoder.family == "dinov3":
-        return "Llava does not leave DINOv3's registers out"
-    if encoder.num_registers:
-        return "Llava does not leave DINOv2's registers out"
+    if encoder.family == "dinov3" or encoder.num_registers:
+        named = {"dinov2": "DINOv2", "dinov3": "DINOv3"}[encoder.family]
+        return f"Llava does not leave {named}'s registers out"
     if encoder.final_norm:
         return "Llava takes hidden states before the tower's final norm"
     if encoder.position_size not in (None, encoder.image_size):
@@ -278,7 +255,7 @@ def write_llava(
     text = text_config(vlm.decoder, codec)
     text.vocab_size = max(rows, token + 1)
     config = LlavaConfig(
-        vision_config=_vision_config(tower),
+        vision_config=library_config(tower),
         text_config=text,
         image_token_index=token,
         image_seq_length=tower.num_patches,
@@ -293,12 +270,17 @@ def write_llava(
     weights = _vision_weights(encoder, names)
     weights |= _projector_weights(vlm) | _decoder_weights(vlm, text.vocab_size)
     suppressed = (token,) if token >= rows else ()
-    stops = generation_config(codec, chats=True, suppressed=suppressed)
-    kind = save_model(LlavaForConditionalGeneration, config, weights, stops, folder)
-    write_tokenizer(codec, folder, sees=True)
-    write_chat_template(codec, folder, sees=True)
     _write_processor(tower, folder)
-    check_tokenizer(folder, codec, config, chats=True)
+    model = finish(
+        LlavaForConditionalGeneration,
+        config,
+        weights,
+        codec,
+        folder,
+        sees=True,
+        chats=True,
+        suppressed=suppressed,
+    )
     notes: tuple[str, ...] = (
         "Pictures are resized by the stock image processor; one that has the encoder's size keeps "
         "its pixels, others come out a little differently.",
@@ -308,61 +290,33 @@ def write_llava(
             f"The vocabulary has one more row, {token}, for {IMAGE_MARK}; its logit is 0 and "
             "generation never takes it.",
         )
-    return read_back(kind, folder), notes
-
-
-def _vision_config(tower: EncoderConfig) -> Any:
-    from transformers import CLIPVisionConfig, Dinov2Config, SiglipVisionConfig
-
-    shared = {
-        "image_size": tower.image_size,
-        "patch_size": tower.patch_size,
-        "hidden_size": tower.hidden_size,
-        "num_hidden_layers": num_blocks(tower),
-        "num_attention_heads": tower.num_heads,
-        "hidden_act": tower.hidden_act,
-        "layer_norm_eps": tower.norm_eps,
-    }
-    if tower.family == "siglip":
-        return SiglipVisionConfig(
-            **shared, intermediate_size=tower.intermediate_size, vision_use_head=False
-        )
-    if tower.family == "clip":
-        return CLIPVisionConfig(**shared, intermediate_size=tower.intermediate_size)
-    return Dinov2Config(
-        **shared,
-        mlp_ratio=tower.intermediate_size // tower.hidden_size,
-        use_swiglu_ffn=tower.ffn == "swiglu",
-        use_mask_token=False,
-    )
+    return model, notes
 
 
 def _vision_weights(encoder: VisionEncoder, names: dict[str, Tensor]) -> dict[str, Tensor]:
     """By the names of the stock model; what no feature depends on is at its neutral value."""
-    own = tower_tensors(encoder)
-    prefix = "model.vision_tower."
-    unused = {name for name in names if own_name(name.removeprefix(prefix)).startswith("norm.")}
-    used = {name.removeprefix(prefix) for name in names if name not in unused}
-    found = {prefix + name: value for name, value in stock_tensors(own, used).items()}
+    start = "model.vision_tower."
+    theirs = {name.removeprefix(start): value for name, value in names.items()}
+    unused = {name for name in theirs if own_name(name).startswith("norm.")}
+    found = stock_tensors(own_tensors(encoder.state_dict()), theirs.keys() - unused)
     for name in unused:
         fill = torch.zeros_like if name.endswith("bias") else torch.ones_like
-        found[name] = fill(names[name], device="cpu")
-    return found
+        found[name] = fill(theirs[name], device="cpu")
+    return {start + name: value for name, value in found.items()}
 
 
 def _projector_weights(vlm: VLM) -> dict[str, Tensor]:
+    """A single layer is Llava's two with an identity behind and no activation between."""
     assert vlm.projector is not None
-    layers = [layer for layer in vlm.projector.modules() if isinstance(layer, nn.Linear)]
     width = vlm.config.decoder.hidden_size
-    first = layers[0]
-    second = layers[1] if len(layers) == 2 else None
-    found = {
-        "linear_1.weight": first.weight,
-        "linear_1.bias": first.bias,
-        "linear_2.weight": torch.eye(width) if second is None else second.weight,
-        "linear_2.bias": torch.zeros(width) if second is None else second.bias,
+    first, *others = (layer for layer in vlm.projector if isinstance(layer, nn.Linear))
+    second = {"weight": torch.eye(width), "bias": torch.zeros(width)}
+    layers = [first.state_dict(), others[0].state_dict() if others else second]
+    return {
+        f"model.multi_modal_projector.linear_{number}.{name}": value
+        for number, layer in enumerate(layers, start=1)
+        for name, value in layer.items()
     }
-    return {f"model.multi_modal_projector.{name}": value for name, value in found.items()}
 
 
 def _decoder_weights(vlm: VLM, vocab_size: int) -> dict[str, Tensor]:

@@ -1,22 +1,21 @@
-"""Folders of Hugging Face, brought here and seen to be whole; LoRA adapters with their base.
-
-Code that a checkpoint brings along is never run.
-"""
+"""Folders of Hugging Face, brought here and seen to be whole; LoRA adapters with their base."""
 
 import filecmp
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from midstream.config import TransformersDecoderConfig
+from midstream.config import AnyDecoderConfig, TransformersDecoderConfig
 from midstream.core.storage import read_json
 from midstream.model.pretrained import PREFIX, TransformersDecoder, describe
 from midstream.model.weights import check, read_tensors
+from midstream.study.imported import Position
 
 # What a model's folder needs, and no more: repositories hold other formats and optimiser states.
 _SMALL = ("*.json", "*.model", "*.txt", "*.jinja")
@@ -32,6 +31,33 @@ _WRAPPERS = re.compile(
 )
 ADAPTER = "adapter_config.json"
 
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A decoder as it was found: tensors under its module's names, and what its files tell.
+
+    `dropped` names stored tensors that were left out, `notes` are sentences. `moments` are named as
+    in train/checkpoint.py (`exp_avg.<name>`). `tokenizer_folder` is where a tokenizer may lie
+    besides the source, `picture_token` one without a row, which stands for pictures.
+    """
+
+    config: AnyDecoderConfig
+    tensors: dict[str, Tensor]
+    dropped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    moments: dict[str, Tensor] | None = None
+    step: int = 0
+    position: Position = field(default_factory=Position)
+    tokenizer_folder: Path | None = None
+    picture_token: int | None = None
+
+    @property
+    def family(self) -> str:
+        """Its `model_type`; `openlm` for OpenLM's own."""
+        stated = self.config
+        return stated.model_type if isinstance(stated, TransformersDecoderConfig) else "openlm"
+
+
 # -------------------------------------------------------------------------------------- the hub
 
 
@@ -42,57 +68,41 @@ def fetch(name: str, revision: str | None) -> Path:
     model or revision, FileNotFoundError if the hub cannot be reached and the cache lacks it; both
     name the model, the revision and the way out.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
-    def download(patterns: tuple[str, ...]) -> Path:
+    def download(weights: tuple[str, ...]) -> Path:
+        wanted = [*_SMALL, *weights]
         return Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+                name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]
             )
         )
 
-    folder = _from_hub(lambda: download(_SMALL + _SAFETENSORS), name, revision)
-    if not any(folder.glob("*model*.safetensors*")):
-        folder = _from_hub(lambda: download(_SMALL + _TORCH), name, revision)
-    return folder
-
-
-def _from_hub(download: Callable[[], Path], name: str, revision: str | None) -> Path:
-    from huggingface_hub import errors
-    from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
-
-    at = f"{name} at revision {revision or 'main'}"
     page = f"https://huggingface.co/{name}"
     try:
-        return download()
+        folder = download(_SAFETENSORS)
+        return folder if any(folder.glob("*model*.safetensors*")) else download(_TORCH)
     except errors.RevisionNotFoundError:
         raise ValueError(
             f"{name} has no revision {revision!r}; {page}/tree/main lists them"
         ) from None
-    except errors.GatedRepoError:
-        raise ValueError(
-            f"{name} is given to those alone who accept its terms; do so at {page}, then log in "
-            "with: hf auth login"
-        ) from None
     except errors.RepositoryNotFoundError:
         raise ValueError(
             f"{name} is no file or folder here, and the hub has no public model of this name; "
-            "check the spelling, or log in with: hf auth login"
+            f"check the spelling, or accept its terms at {page} and log in with: hf auth login"
         ) from None
     except errors.HFValidationError:
         raise FileNotFoundError(
             f"{name} is no file or folder, nor the name of a hub model"
         ) from None
     except OSError as error:
-        why = (
-            "HF_HUB_OFFLINE is set"
-            if HF_HUB_OFFLINE
-            else f"the hub did not answer ({(str(error).splitlines() or [''])[0]})"
-        )
+        why = f"the hub did not answer ({(str(error).splitlines() or [''])[0]})"
+        option = f" --revision {revision}" if revision else ""
         raise FileNotFoundError(
-            f"{at} is no file or folder here and not in the cache ({HF_HUB_CACHE}), and {why}; "
-            f"download it with: hf download {name}"
-            + (f" --revision {revision}" if revision else "")
+            f"{name} at revision {revision or 'main'} is no file or folder here and not in the "
+            f"cache ({HF_HUB_CACHE}), and {'HF_HUB_OFFLINE is set' if HF_HUB_OFFLINE else why}; "
+            f"download it with: hf download {name}{option}"
         ) from None
 
 
@@ -102,47 +112,42 @@ def same_weights(name: str, revision: str, folder: Path, *, ask_hub: bool) -> tu
 
     `folder` is the local snapshot of `revision`.
     """
+    from huggingface_hub import HfApi, errors
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
+    def digests(which: str) -> dict[str, str]:
+        try:
+            files = HfApi().model_info(name, revision=which, files_metadata=True).siblings or []
+        except (errors.HfHubHTTPError, OSError):
+            return {}
+        return {item.rfilename: item.lfs.sha256 for item in files if item.lfs is not None}
+
+    def is_same(one: Path, other: Path) -> bool:
+        # The cache keeps one copy of equal files.
+        return other.is_file() and (
+            one.resolve() == other.resolve() or filecmp.cmp(one, other, shallow=False)
+        )
+
     weights = sorted(item for pattern in (*_SAFETENSORS, *_TORCH) for item in folder.glob(pattern))
+    if not weights:
+        return ()
     refs = folder.parent.parent / "refs"
     commits = {item.name: item.read_text().strip() for item in refs.glob("*") if item.is_file()}
     same = []
     for other, commit in sorted(commits.items()):
         there = folder.parent / commit
-        if other == revision or there == folder or not there.is_dir() or not weights:
-            continue
-        if all(_is_same(item, there / item.name) for item in weights):
-            same.append(other)
-    if ask_hub and weights and "main" not in commits and not HF_HUB_OFFLINE:
-        mine, main = _digests(name, revision), _digests(name, "main")
-        if all(mine.get(item.name, "") == main.get(item.name) for item in weights):
-            same.append("main")
+        if other != revision and there != folder:
+            same += [other] * all(is_same(item, there / item.name) for item in weights)
+    if ask_hub and "main" not in commits and not HF_HUB_OFFLINE:
+        mine, main = digests(revision), digests("main")
+        same += ["main"] * all(mine.get(item.name, "") == main.get(item.name) for item in weights)
     return tuple(same)
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    # The cache keeps one copy of equal files.
-    if not other.is_file():
-        return False
-    return one.resolve() == other.resolve() or filecmp.cmp(one, other, shallow=False)
-
-
-def _digests(name: str, revision: str) -> dict[str, str]:
-    """The sha256 of a revision's large files, as the hub tells it; nothing if it does not."""
-    from huggingface_hub import HfApi, errors
-
-    try:
-        files = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or []
-    except (errors.HfHubHTTPError, OSError):
-        return {}
-    return {item.rfilename: item.lfs.sha256 for item in files if item.lfs is not None}
 
 
 # ----------------------------------------------------------------------------------- the folder
 
 
-def check_downloaded(folder: Path, *, needed: tuple[str, ...] = ("config.json",)) -> None:
+def check_downloaded(folder: Path, *, needed: str | None) -> None:
     """Raises FileNotFoundError that names what a half-downloaded folder lacks or has unfinished.
 
     Whether each shard is there and whole is seen when they are read.
@@ -154,36 +159,43 @@ def check_downloaded(folder: Path, *, needed: tuple[str, ...] = ("config.json",)
         raise FileNotFoundError(
             f"{folder} is half downloaded: {', '.join(unfinished)}; finish the download"
         )
-    pointers = sorted(item.name for item in folder.iterdir() if _is_pointer(item))
-    if pointers:
-        raise FileNotFoundError(
-            f"{folder} holds pointers of Git LFS in place of {', '.join(pointers)}; "
-            "get the files with: git lfs pull"
-        )
-    missing = [name for name in needed if not (folder / name).is_file()]
-    if missing:
+    for item in sorted(one for one in folder.iterdir() if one.is_file()):
+        with item.open("rb") as stream:
+            if stream.read(len(_LFS)) == _LFS:
+                raise FileNotFoundError(
+                    f"{folder} holds a pointer of Git LFS in place of {item.name}; get the files "
+                    "with: git lfs pull"
+                )
+    if needed is not None and not (folder / needed).is_file():
         held = ", ".join(sorted(os.listdir(folder))) or "nothing"
         raise FileNotFoundError(
-            f"{folder} has no {missing[0]}, only {held}; download the model to its end, or give an "
+            f"{folder} has no {needed}, only {held}; download the model to its end, or give an "
             "OpenLM epoch_N.pt (or, for OpenLM's safetensors alone, --num-heads)"
         )
 
 
-def _is_pointer(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as stream:
-        return stream.read(len(_LFS)) == _LFS
+def model_type(folder: Path) -> Any:
+    """What a folder's config.json says it holds; None where there is none."""
+    path = folder / "config.json"
+    content = read_json(path) if path.is_file() else None
+    return content.get("model_type") if isinstance(content, dict) else None
 
 
-def read_decoder(
-    folder: Path,
-) -> tuple[TransformersDecoderConfig, dict[str, Tensor], tuple[str, ...], tuple[str, ...]]:
-    """A causal language model: its configuration, its tensors under the names of
-    `TransformersDecoder`, the names of those that it computes itself, and sentences about names.
+def read_config(folder: Path) -> Any:
+    """The configuration in a folder, as `transformers` reads it; ValueError if it cannot."""
+    from transformers import AutoConfig
 
-    Tensors keep the file's dtype. Raises FileNotFoundError or ValueError as `describe` and
-    `read_tensors` do, and naming tensors that are missing, unexpected or of another shape.
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"transformers cannot read {folder / 'config.json'}: {error}") from None
+
+
+def read_decoder(folder: Path) -> LanguageModel:
+    """A causal language model of `transformers`; tensors keep the file's dtype.
+
+    Raises FileNotFoundError or ValueError as `describe` and `read_tensors` do, and naming tensors
+    that are missing, unexpected or of another shape.
     """
     config = describe(read_config(folder))
     with torch.device("meta"):
@@ -192,34 +204,29 @@ def read_decoder(
     stored, notes = unwrapped(
         read_tensors(folder), lambda name: decoder.parameter_name(name) in known, path=folder
     )
-    tensors: dict[str, Tensor] = {}
-    dropped = []
-    for name, value in stored.items():
-        ours = decoder.parameter_name(name)
-        if ours is None:
-            dropped.append(name)
-        elif ours in tensors:
-            raise ValueError(f"{folder} holds {ours} twice, the second time as {name}")
-        else:
-            tensors[ours] = value
+    tensors = decoder_tensors(config, stored, folder)
     # Under the library's names, which are the file's.
-    check(
-        decoder.model,
-        {name.removeprefix(PREFIX): value for name, value in tensors.items()},
-        path=folder,
-    )
-    return config, tensors, tuple(sorted(dropped)), notes
+    theirs = {name.removeprefix(PREFIX): value for name, value in tensors.items()}
+    check(decoder.model, theirs, path=folder)
+    dropped = sorted(name for name in stored if decoder.parameter_name(name) is None)
+    return LanguageModel(config, tensors, tuple(dropped), notes)
 
 
 def decoder_tensors(
-    config: TransformersDecoderConfig, state: Mapping[str, Tensor]
+    config: TransformersDecoderConfig, state: Mapping[str, Tensor], path: Path
 ) -> dict[str, Tensor]:
     """Tensors of a model of `transformers` under the names of `TransformersDecoder`, without those
-    that it computes itself."""
+    that it computes itself. Raises ValueError if two have one name."""
     with torch.device("meta"):
         decoder = TransformersDecoder(config)
-    named = {decoder.parameter_name(name): value for name, value in state.items()}
-    return {name: value for name, value in named.items() if name is not None}
+    tensors: dict[str, Tensor] = {}
+    for name, value in state.items():
+        ours = decoder.parameter_name(name)
+        if ours in tensors:
+            raise ValueError(f"{path} holds {ours} twice, the second time as {name}")
+        if ours is not None:
+            tensors[ours] = value
+    return tensors
 
 
 def unwrapped(
@@ -244,20 +251,9 @@ def unwrapped(
         if short in found:
             raise ValueError(f"{path} holds {short} twice, the second time as {name}")
         found[short] = tensors[name]
-    if not taken:
-        return found, ()
     num = sum(name != short for name, short in names.items())
-    return found, (f"took {' and '.join(sorted(taken))} off the names of {num} tensors",)
-
-
-def read_config(folder: Path) -> Any:
-    """The configuration in a folder, as `transformers` reads it; ValueError if it cannot."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise ValueError(f"transformers cannot read {folder / 'config.json'}: {error}") from None
+    note = f"took {' and '.join(sorted(taken))} off the names of {num} tensors"
+    return found, (note,) if taken else ()
 
 
 def is_adapter(folder: Path) -> bool:
@@ -266,25 +262,18 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER).is_file() and not whole
 
 
-def base_name(folder: Path) -> str:
-    """The model that an adapter was trained on; ValueError if its file does not tell."""
-    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+def merged(folder: Path) -> LanguageModel:
+    """The base model with the adapter merged into it by `peft`, in float32.
+
+    Raises ValueError if the adapter names no base, or with the way to merge if peft is not
+    installed.
+    """
+    stated = read_json(folder / ADAPTER)
+    base = stated.get("base_model_name_or_path")
     if not base:
         raise ValueError(
             f"{folder / ADAPTER} names no base model; merge the adapter with its own first"
         )
-    return str(base)
-
-
-def merged(
-    folder: Path,
-) -> tuple[TransformersDecoderConfig, dict[str, Tensor], Path, tuple[str, ...]]:
-    """The base model with the adapter merged into it by `peft`, in float32, under the names of
-    `TransformersDecoder`; the base model's folder; sentences.
-
-    Raises ValueError with the way to merge if peft is not installed.
-    """
-    base = base_name(folder)
     try:
         from peft import PeftModel
     except ImportError:
@@ -297,15 +286,15 @@ def merged(
 
     here = Path(base).expanduser()
     if not here.is_dir():
-        here = fetch(base, read_json(folder / ADAPTER).get("revision"))
+        here = fetch(base, stated.get("revision"))
     whole = AutoModelForCausalLM.from_pretrained(
         here, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
     model = PeftModel.from_pretrained(whole, folder).merge_and_unload()
     config = describe(model.config)
-    return (
+    return LanguageModel(
         config,
-        decoder_tensors(config, model.state_dict()),
-        here,
-        (f"merged with {base} by peft",),
+        decoder_tensors(config, model.state_dict(), folder),
+        notes=(f"merged with {base} by peft",),
+        tokenizer_folder=here,
     )

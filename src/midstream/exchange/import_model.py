@@ -1,16 +1,6 @@
-"""`midstream import`: somebody's checkpoint as a folder that stages load.
+"""`midstream import`: somebody's checkpoint as a folder that stages load (docs/import.md).
 
-A decoder's folder holds model.safetensors (float32, names of `VLM`), optimizer.safetensors where
-the checkpoint has Adam's moments, progress.json, tokenizer.json where one is known, and import.json
-(`study/imported.py`); an encoder's holds model.safetensors (the whole tower under `transformers`'
-names) and import.json; a whole model's holds what a decoder's does, with the projector, and its
-towers as folders of their own. It is written whole or not at all, after everything has been read.
-
-Of the embeddings old rows stay as they are. A new row, of the input and of the output matrix alike,
-is the mean of the old ones: its logit is then the mean of the old logits, and as the exponential is
-convex the new token is at most as likely as one of all tokens drawn at random, whatever the model
-has read. A row of zeros could be the most likely of all, and a random one would need a seed. As an
-input it lies where the others do. Adam's moments of a new row are zero.
+It is written whole or not at all, after everything has been read.
 """
 
 import hashlib
@@ -26,23 +16,17 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
-from midstream.config import (
-    AnyDecoderConfig,
-    DecoderConfig,
-    EncoderConfig,
-    TransformersDecoderConfig,
-    VLMConfig,
-)
+from midstream.config import AnyDecoderConfig, DecoderConfig, TransformersDecoderConfig, VLMConfig
 from midstream.core.identity import digest
 from midstream.core.storage import new_folder, write_bytes, write_json
 from midstream.core.tokens import TokenCount
 from midstream.data.examples import TextCodec
 from midstream.data.prepare_source import canonical_tokenizer
-from midstream.exchange import import_parts, import_whole, towers
+from midstream.exchange import import_parts, towers
+from midstream.exchange.hub import LanguageModel, model_type
 from midstream.exchange.import_source import (
     NUMBERS,
     ImportRequest,
-    LanguageModel,
     Source,
     find_tokenizer,
     locate,
@@ -56,6 +40,9 @@ from midstream.model.vlm import VLM, build_decoder
 from midstream.model.weights import fill, save_weights, weights_digest
 from midstream.study.imported import RECORD, ImportRecord, Position, tower_folders
 from midstream.train.checkpoint import Progress
+from midstream.work.protocol import Channel
+
+# ----------------------------------------------------------------------------- the vocabulary
 
 
 @dataclass(frozen=True)
@@ -74,11 +61,8 @@ class Vocabulary:
 
     def as_json(self) -> dict[str, Any]:
         """What stands in import.json."""
-        return {
-            "rows_before": self.rows_before,
-            "rows_after": self.rows_after,
-            "added": [{"token": token, "id": number} for token, number in self.added],
-        }
+        added = [{"token": token, "id": number} for token, number in self.added]
+        return {"rows_before": self.rows_before, "rows_after": self.rows_after, "added": added}
 
 
 def plan_vocabulary(
@@ -97,87 +81,73 @@ def plan_vocabulary(
             raise ValueError(
                 f"there is no tokenizer to add {', '.join(add_tokens)} to; give --tokenizer"
             )
-        return Vocabulary(rows, _padded(rows, multiple))
+        return Vocabulary(rows, multiple * -(-rows // multiple))
     before = tokenizer.get_vocab(with_added_tokens=True)
-    ids = 1 + max(before.values(), default=-1)
-    special = {
-        number for number, one in tokenizer.get_added_tokens_decoder().items() if one.special
-    }
+    held = tokenizer.get_added_tokens_decoder()
     behind = {token for token, number in before.items() if number >= rows}
-    if any(before[token] not in special for token in behind):
+    if any(before[token] not in held or not held[before[token]].special for token in behind):
         raise ValueError(
-            f"the tokenizer has ids up to {ids - 1:,}, the model's embedding {rows:,} rows: it is "
-            "another model's tokenizer; give the model's own with --tokenizer"
+            f"the tokenizer has ids up to {max(before.values()):,}, the model's embedding {rows:,} "
+            "rows: it is another model's tokenizer; give the model's own with --tokenizer"
         )
-    empty = [token for token in add_tokens if not token.strip()]
-    if empty:
-        raise ValueError(f"{empty[0]!r} is no token to add; give its text, such as <|agent_stop|>")
+    for token in add_tokens:
+        if not token.strip():
+            raise ValueError(f"{token!r} is no token to add; give its text, such as <|agent_stop|>")
     codec = TextCodec(tokenizer)
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in add_tokens])
     after = tokenizer.get_vocab(with_added_tokens=True)
-    added = sorted(
-        (number, token) for token, number in after.items() if token not in before or token in behind
-    )
+    added = [pair for pair in after.items() if pair[0] not in before or pair[0] in behind]
     return Vocabulary(
         rows_before=rows,
-        rows_after=_padded(max(rows, codec.size), multiple),
-        added=tuple((token, number) for number, token in added),
+        rows_after=multiple * -(-max(rows, codec.size) // multiple),
+        added=tuple(sorted(added, key=lambda pair: pair[1])),
         codec=codec,
         behind=tuple(sorted(behind)),
     )
 
 
-def without_token(tokenizer: Tokenizer, number: int) -> Tokenizer:
-    """A tokenizer that lacks one added token."""
-    content = json.loads(tokenizer.to_str())
-    content["added_tokens"] = [one for one in content["added_tokens"] if one["id"] != number]
-    return Tokenizer.from_str(json.dumps(content))
-
-
 def with_mean_rows(value: Shaped[Tensor, "rows *more"], rows: int) -> Tensor:
-    """A tensor of `rows` rows: the old ones bit-equal, then their mean, in the tensor's dtype."""
+    """A tensor of `rows` rows: the old ones bit-equal, then their mean, in the tensor's dtype.
+
+    The logit of a new row is the mean of the old logits, and as the exponential is convex the new
+    token is at most as likely as one of all tokens drawn at random, whatever the model has read.
+    """
     mean = value.mean(dim=0, dtype=torch.float64, keepdim=True).to(value.dtype)
     return torch.cat([value, mean.expand(rows - len(value), *value.shape[1:])])
-
-
-def with_zero_rows(value: Shaped[Tensor, "rows *more"], rows: int) -> Tensor:
-    """A tensor of `rows` rows: the old ones bit-equal, then zeros."""
-    return torch.cat([value, value.new_zeros((rows - len(value), *value.shape[1:]))])
 
 
 def resize(
     tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor] | None, rows: dict[str, int]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """Weights and Adam's moments (`exp_avg.<name>`) with more rows where `rows` says how many.
+    """Weights and Adam's moments (`exp_avg.<name>`) with more rows where `rows` says how many; old
+    rows are bit-equal, new ones of moments zero.
 
     Of the names of a tied weight, those that `tensors` lacks are passed over.
     """
     grown = dict(tensors)
     carried = None if moments is None else dict(moments)
-    for name, number in rows.items():
-        if name not in tensors:
-            continue
-        grown[name] = with_mean_rows(tensors[name], number)
-        for key in ("exp_avg", "exp_avg_sq"):
+    for name in rows.keys() & tensors.keys():
+        grown[name] = with_mean_rows(tensors[name], rows[name])
+        for key in (f"exp_avg.{name}", f"exp_avg_sq.{name}"):
             if carried is not None:
-                carried[f"{key}.{name}"] = with_zero_rows(carried[f"{key}.{name}"], number)
+                old = carried[key]
+                new = old.new_zeros((rows[name] - len(old), *old.shape[1:]))
+                carried[key] = torch.cat([old, new])
     return grown, carried
 
 
-def _padded(rows: int, multiple: int) -> int:
-    return multiple * -(-rows // multiple)
+# ------------------------------------------------------------------------------- the import
 
 
-def serve(request: dict[str, Any]) -> None:
+def serve(request: ImportRequest, channel: Channel) -> None:
     """Import as the request says and print what was written."""
     from transformers.utils import logging
 
     # What it would say of a checkpoint's names, or draw as bars, is said below.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    asked = ImportRequest.model_validate(request)
-    record, notes = import_model(asked)
-    print("\n".join(summary(asked.out, record, notes)))
+    record, notes = import_model(request)
+    print("\n".join(summary(request.out, record, notes)))
 
 
 def import_model(request: ImportRequest) -> tuple[ImportRecord, list[str]]:
@@ -191,58 +161,37 @@ def import_model(request: ImportRequest) -> tuple[ImportRecord, list[str]]:
     if out.exists() and not (out / RECORD).is_file() and (out.is_file() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is no imported folder; give another --out")
     source = locate(request)
-    tower = source.path.is_dir() and towers.is_encoder(source.path)
-    if tower or (request.part or "").startswith("encoder"):
+    part = request.part or ""
+    if part.startswith("encoder") or model_type(source.path) in towers.FAMILIES:
         return _import_encoder(request, source, out)
-    sight = import_whole.read_sight(source.path) if request.part == "model" else None
-    model = read_language_model(request, source.path)
-    return _import_decoder(request, source, model, sight, out)
-
-
-# ------------------------------------------------------------------------------------ the decoder
+    sight = import_parts.read_sight(source.path) if part == "model" else None
+    return _import_decoder(request, source, read_language_model(request, source.path), sight, out)
 
 
 def _import_decoder(
     request: ImportRequest,
     source: Source,
     model: LanguageModel,
-    sight: import_whole.Sight | None,
+    sight: import_parts.Sight | None,
     out: Path,
 ) -> tuple[ImportRecord, list[str]]:
     path, known = source.path, source.known
     public = Position() if known is None else known.position
     position, conflicts = settle(request.position, model.position, public)
-    tokenizer = find_tokenizer(request, path)
-    if tokenizer is None and model.tokenizer_folder is not None:
-        tokenizer = find_tokenizer(request, model.tokenizer_folder)
+    tokenizer = find_tokenizer(request, path, model.tokenizer_folder)
     if tokenizer is not None and model.picture_token is not None:
-        tokenizer = without_token(tokenizer, model.picture_token)
+        tokenizer = _without_token(tokenizer, model.picture_token)
     vocabulary = plan_vocabulary(
         tokenizer,
         model.config.vocab_size,
         add_tokens=request.add_tokens,
         multiple=request.pad_vocab_to,
     )
-    config = with_rows(model.config, vocabulary.rows_after)
+    config = _with_rows(model.config, vocabulary.rows_after)
     vlm = VLM(VLMConfig(decoder=config) if sight is None else sight.model(config))
-    with torch.device("meta"):
-        old, new = (build_decoder(one).state_dict() for one in (model.config, config))
-    # The parameters that have a row a token, and how many rows they get.
-    grown = {name: len(new[name]) for name in old if new[name].shape != old[name].shape}
-    tensors, moments = resize(model.tensors, model.moments, grown)
-    tensors = {f"decoder.{name}": value for name, value in tensors.items()}
-    fill(vlm, tensors | ({} if sight is None else sight.tensors), path=path)
-    _check_finite(vlm.state_dict(), path)
-    del tensors
-    moments = (
-        None
-        if moments is None
-        else {name.replace(".", ".decoder.", 1): moment for name, moment in moments.items()}
-    )
-
+    moments = _fill(vlm, model, {} if sight is None else sight.tensors, path)
     weights = weights_digest(vlm)
-    learnt = None if moments is None else tensors_digest(moments)
-    numbers = [getattr(position, name) for name in NUMBERS]
+    learnt = None if moments is None else _digest(moments)
     record = ImportRecord(
         kind="decoder" if sight is None else "model",
         source=source.name,
@@ -255,7 +204,16 @@ def _import_decoder(
         dropped=model.dropped if sight is None else (),
         has_moments=moments is not None,
         weights_digest=weights,
-        content=digest([weights, learnt, numbers]),
+        content=digest([weights, learnt, [getattr(position, name) for name in NUMBERS]]),
+    )
+    # Its counts are numbers; where nobody told them, import.json says so.
+    seen = position.tokens_seen or 0
+    progress = Progress(
+        step=model.step,
+        tokens_seen=seen,
+        total_tokens=position.total_tokens or seen,
+        rate=position.rate,
+        counts=TokenCount(text=seen, target=seen),
     )
     with new_folder(out) as folder:
         save_weights(vlm, folder / "model.safetensors")
@@ -263,19 +221,40 @@ def _import_decoder(
             save_file(_own_memory(moments), folder / "optimizer.safetensors")
         if vocabulary.codec is not None:
             write_bytes(folder / "tokenizer.json", canonical_tokenizer(vocabulary.codec))
-        write_json(folder / "progress.json", asdict(_progress(model.step, position)))
+        write_json(folder / "progress.json", asdict(progress))
         write_json(folder / RECORD, record.model_dump(mode="json"))
         if sight is not None:
-            for name, (tower, held) in zip(tower_folders(vlm.config), sight.towers, strict=True):
-                _write_encoder(folder / name, source, tower, held, ())
+            for name, tower in zip(tower_folders(vlm.config), sight.towers, strict=True):
+                _write_encoder(folder / name, source, tower._replace(dropped=()))
     named = () if known is None else (f"known family: {known.family}",)
-    remarks = _remarks(model.config, vocabulary, position)
     told = (note for note in model.notes if sight is None or note != import_parts.LEFT_OUT)
+    remarks = _remarks(model.config, vocabulary, position)
     return record, [*named, *source.notes, *told, *conflicts, *remarks]
 
 
-def with_rows(config: AnyDecoderConfig, rows: int) -> AnyDecoderConfig:
-    """The same decoder with `rows` token ids."""
+def _fill(
+    vlm: VLM, model: LanguageModel, sight: dict[str, Tensor], path: Path
+) -> dict[str, Tensor] | None:
+    """Put weights into the model, with rows for new tokens; the moments under its names."""
+    with torch.device("meta"):
+        old, new = (build_decoder(one).state_dict() for one in (model.config, vlm.config.decoder))
+    # The parameters that have a row a token, and how many rows they get.
+    grown = {name: len(new[name]) for name in old if new[name].shape != old[name].shape}
+    tensors, moments = resize(model.tensors, model.moments, grown)
+    fill(vlm, {f"decoder.{name}": value for name, value in tensors.items()} | sight, path=path)
+    _check_finite(vlm.state_dict(), path)
+    if moments is None:
+        return None
+    return {name.replace(".", ".decoder.", 1): moment for name, moment in moments.items()}
+
+
+def _without_token(tokenizer: Tokenizer, number: int) -> Tokenizer:
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = [one for one in content["added_tokens"] if one["id"] != number]
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def _with_rows(config: AnyDecoderConfig, rows: int) -> AnyDecoderConfig:
     if rows == config.vocab_size:
         return config
     if isinstance(config, DecoderConfig):
@@ -283,107 +262,81 @@ def with_rows(config: AnyDecoderConfig, rows: int) -> AnyDecoderConfig:
     return with_vocabulary(config, rows)
 
 
-def _progress(step: int, position: Position) -> Progress:
-    # Its counts are numbers; where nobody told them, import.json says so.
-    seen = position.tokens_seen or 0
-    return Progress(
-        step=step,
-        tokens_seen=seen,
-        total_tokens=position.total_tokens or seen,
-        rate=position.rate,
-        counts=TokenCount(text=seen, target=seen),
-    )
-
-
-def _about_begin(codec: TextCodec) -> str:
-    begin = codec.begin_of_text
-    if begin is None:
-        return "BOS: none, the tokenizer puts no token before a text"
-    return (
-        f"BOS: {codec.tokenizer.id_to_token(begin)} = {begin:,} begins each text in training, "
-        "image-text rows (before the picture) and evaluation, as the tokenizer's rule says; a "
-        'recipe may choose another or "none" (begin_of_text)'
-    )
-
-
 def _remarks(config: AnyDecoderConfig, vocabulary: Vocabulary, position: Position) -> Iterator[str]:
+    codec = vocabulary.codec
     if vocabulary.behind:
         yield (
             f"the tokenizer has {', '.join(vocabulary.behind)} behind the model's last row; new "
             "rows were made"
         )
-    if vocabulary.codec is None:
+    if codec is None:
         yield (
             "no tokenizer: no token was added and the data cannot be compared; give the model's "
             "own with --tokenizer"
         )
+    elif codec.begin_of_text is None:
+        yield "BOS: none, the tokenizer puts no token before a text"
     else:
-        yield _about_begin(vocabulary.codec)
-    if vocabulary.codec is not None and isinstance(config, TransformersDecoderConfig):
+        yield (
+            f"BOS: {codec.tokenizer.id_to_token(codec.begin_of_text)} = {codec.begin_of_text:,} "
+            "begins each text in training, image-text rows (before the picture) and evaluation, as "
+            'the tokenizer\'s rule says; a recipe may choose another or "none" (begin_of_text)'
+        )
+    if codec is not None and isinstance(config, TransformersDecoderConfig):
         stated = config.settings.get("eos_token_id")
         ends = stated if isinstance(stated, list) else [stated]
-        if stated is not None and vocabulary.codec.end_of_text not in ends:
+        if stated is not None and codec.end_of_text not in ends:
             yield (
-                f"its config.json ends texts with {stated}, Midstream with "
-                f"{vocabulary.codec.end_of_text} of the tokenizer"
+                f"its config.json ends texts with {stated}, Midstream with {codec.end_of_text} of "
+                "the tokenizer"
             )
     if position.rate is None:
         yield "the learning rate is unknown: give it with --rate, or warm up again"
 
 
-# ------------------------------------------------------------------------------------ the encoder
-
-
 def _import_encoder(
     request: ImportRequest, source: Source, out: Path
 ) -> tuple[ImportRecord, list[str]]:
-    path = source.path
-    given = {**request.position.model_dump(include=set(NUMBERS)), "tokenizer": request.tokenizer}
-    given |= {"add_token": request.add_tokens or None, "num_heads": request.num_heads}
+    given = request.position.model_dump(include=set(NUMBERS)) | {
+        "tokenizer": request.tokenizer,
+        "add_token": request.add_tokens or None,
+        "num_heads": request.num_heads,
+    }
     senseless = [
         f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None
     ]
     if senseless:
-        raise ValueError(f"{path} is a vision tower; leave {', '.join(senseless)} out")
+        raise ValueError(f"{source.path} is a vision tower; leave {', '.join(senseless)} out")
     if request.part is None:
-        config, tensors, dropped, notes = towers.read_encoder(path)
+        tower = towers.read_encoder(source.path)
     else:
-        config, tensors, dropped, notes = import_parts.read_encoder_part(path, request.part)
-    return _write_encoder(out, source, config, tensors, dropped), [*source.notes, *notes]
+        tower = import_parts.read_encoder_part(source.path, request.part)
+    return _write_encoder(out, source, tower), [*source.notes, *tower.notes]
 
 
-def _write_encoder(
-    out: Path,
-    source: Source,
-    config: EncoderConfig,
-    tensors: dict[str, Tensor],
-    dropped: tuple[str, ...],
-) -> ImportRecord:
-    _check_finite(tensors, source.path)
-    weights = tensors_digest(tensors)
+def _write_encoder(out: Path, source: Source, tower: towers.FoundTower) -> ImportRecord:
+    _check_finite(tower.tensors, source.path)
+    weights = _digest(tower.tensors)
     record = ImportRecord(
         kind="encoder",
         source=source.name,
         revision=source.revision,
-        family=config.family,
-        config=config,
-        dropped=dropped,
+        family=tower.config.family,
+        config=tower.config,
+        dropped=tower.dropped,
         weights_digest=weights,
         content=digest([weights]),
     )
     with new_folder(out) as folder:
         saved = folder / "model.safetensors"
-        save_file(_own_memory(tensors), saved)
+        save_file(_own_memory(tower.tensors), saved)
         # What cannot be used later is refused now.
-        load_encoder(build_encoder(config), saved)
+        load_encoder(build_encoder(tower.config), saved)
         write_json(folder / RECORD, record.model_dump(mode="json"))
     return record
 
 
-# ---------------------------------------------------------------------------------------- together
-
-
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+def _digest(tensors: Mapping[str, Tensor]) -> str:
     """The sha256 of tensors: name, dtype, shape and bytes, in the order of names."""
     state = hashlib.sha256()
     for name, value in sorted(tensors.items()):
@@ -394,8 +347,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies that share no memory, as safetensors asks for."""
-    copied = {name: value.detach().clone() for name, value in tensors.items()}
-    return {name: value.contiguous() for name, value in copied.items()}
+    return {name: value.detach().clone().contiguous() for name, value in tensors.items()}
 
 
 def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:

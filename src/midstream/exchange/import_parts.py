@@ -1,30 +1,35 @@
-"""One part of a folder that holds a whole vision-language model: its language model, or a tower.
+"""A whole vision-language model in one folder: its language model, a tower, what it sees with.
 
-Llava's layout, whoever wrote it, and the one of Midstream's own exports; `import_whole.py` reads
-the rest.
+Llava's layout, whoever wrote it, and the one of Midstream's own exports.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from midstream.config import (
     AnyDecoderConfig,
+    AnyEncoderConfig,
+    Attention,
     DecoderConfig,
     EncoderConfig,
+    FusedEncoder,
+    PatchProjection,
+    ProjectorConfig,
     TransformersDecoderConfig,
+    VLMConfig,
 )
 from midstream.core.storage import read_json
-from midstream.exchange.hub import decoder_tensors, read_config, unwrapped
+from midstream.exchange.hub import LanguageModel, decoder_tensors, read_config, unwrapped
 from midstream.exchange.towers import (
-    LOADING,
-    colours,
+    FoundTower,
     encoder_config,
-    few,
     fitting,
     inner_width,
+    loaded,
     own_tensors,
     pictures,
     stock_tensors,
@@ -41,33 +46,31 @@ _LLAVA = {
 }
 OWN, OWN_TEXT = "midstream", "midstream_openlm"
 WHOLE = (*_LLAVA, OWN)
-
-DecoderPart = tuple[AnyDecoderConfig, dict[str, Tensor], tuple[str, ...], tuple[str, ...]]
-EncoderPart = tuple[EncoderConfig, dict[str, Tensor], tuple[str, ...], tuple[str, ...]]
+LEFT_OUT = "the projector is left out; --part model takes the whole model"
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a folder holds a vision-language model whose parts can be taken."""
-    path = folder / "config.json"
-    return path.is_file() and read_json(path).get("model_type") in WHOLE
+def _content(folder: Path) -> dict[str, Any]:
+    return cast(dict[str, Any], read_json(folder / "config.json"))
 
 
-def parts_of(folder: Path) -> tuple[str, ...]:
-    """What may be taken: `model` (all of it), `decoder`, and `encoder` or, of several towers,
-    `encoder1`, ..."""
-    content = read_json(folder / "config.json")
+def _parts(folder: Path) -> tuple[str, ...]:
+    """What may be taken: `model` (all of it), `decoder`, and `encoder` or `encoder1`, ..."""
+    content = _content(folder)
     if content["model_type"] != OWN:
         return ("model", "decoder", "encoder")
-    towers = content["vision"]["towers"]
-    if len(towers) == 1:
-        # A linear map of patches is no tower; each model learns its own.
-        return ("model", "decoder", *(("encoder",) if towers[0]["num_blocks"] else ()))
-    return ("model", "decoder", *(f"encoder{number + 1}" for number in range(len(towers))))
+    return ("model", "decoder", *_tower_parts(content["vision"]["towers"]))
+
+
+def _tower_parts(towers: list[dict[str, Any]]) -> list[str]:
+    if len(towers) > 1:
+        return [f"encoder{number + 1}" for number in range(len(towers))]
+    # A linear map of patches is no tower; each model learns its own.
+    return ["encoder"] if towers[0]["num_blocks"] else []
 
 
 def check_part(folder: Path, part: str | None) -> None:
     """Raises ValueError that names the parts of a folder, if `part` is none of them."""
-    parts = parts_of(folder)
+    parts = _parts(folder)
     if part not in parts:
         raise ValueError(
             f"{folder} holds a whole vision-language model; import "
@@ -76,52 +79,57 @@ def check_part(folder: Path, part: str | None) -> None:
         )
 
 
-def image_token(folder: Path) -> int:
-    """The id that stands for a picture."""
-    content = read_json(folder / "config.json")
-    return int(content.get("image_token_id", content.get("image_token_index", -1)))
-
-
 # -------------------------------------------------------------------------------- the decoder
 
 
-def read_decoder_part(folder: Path) -> DecoderPart:
-    """Configuration and tensors as those of `read_decoder`, what was left out, and sentences.
+def read_decoder_part(folder: Path) -> LanguageModel:
+    """The language model of a whole model, or an OpenLM decoder that Midstream exported alone.
 
     A last row that only stands for pictures and holds zeros is cut off again: our own exports add
     it. Raises FileNotFoundError or ValueError as `read_decoder` does.
     """
-    content = read_json(folder / "config.json")
+    content = _content(folder)
+    if content["model_type"] == OWN_TEXT:
+        return LanguageModel(*_own_decoder(content, read_tensors(folder), folder))
+    config: AnyDecoderConfig
+    notes: tuple[str, ...] = ()
     if content["model_type"] == OWN:
         stored = read_tensors(folder)
-        inner = {
-            name.removeprefix("language_model."): value
-            for name, value in stored.items()
-            if name.startswith("language_model.")
-        }
+        inner = _behind(stored, "language_model.")
         config, tensors = _own_decoder(content["text_config"], inner, folder)
         left = tuple(sorted(stored.keys() - {f"language_model.{name}" for name in inner}))
-        return config, tensors, left, (LEFT_OUT,)
-    model, left, notes = _loaded(folder, "language_model")
-    text = model.config.text_config
-    # Who ties is said for the whole model.
-    text.tie_word_embeddings = model.config.tie_word_embeddings
-    config = describe(text)
-    inner = dict(model.model.language_model.state_dict())
-    inner["lm_head.weight"] = model.lm_head.weight.detach()
-    tensors = decoder_tensors(config, inner)
-    config, tensors = _without_picture_row(config, tensors, image_token(folder))
-    return config, tensors, left, (LEFT_OUT, *notes)
+    else:
+        model, left, notes = _llava_model(folder, "language_model", "lm_head")
+        text = model.config.text_config
+        # Who ties is said for the whole model.
+        text.tie_word_embeddings = model.config.tie_word_embeddings
+        config, tensors = describe(text), dict(model.model.language_model.state_dict())
+        tensors["lm_head.weight"] = model.lm_head.weight.detach()
+        tensors = decoder_tensors(config, tensors, folder)
+    token = int(content.get("image_token_id", content.get("image_token_index", -1)))
+    if isinstance(config, TransformersDecoderConfig) and content["model_type"] != OWN:
+        config, tensors = _without_picture_row(config, tensors, token)
+    return LanguageModel(
+        config,
+        tensors,
+        left,
+        (LEFT_OUT, *notes),
+        picture_token=token if token >= config.vocab_size else None,
+    )
 
 
-def read_own_text(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
-    """An OpenLM decoder that Midstream exported as a language model."""
-    config, tensors = _own_decoder(read_json(folder / "config.json"), read_tensors(folder), folder)
-    assert isinstance(config, DecoderConfig)
-    return config, tensors
-
-
-LEFT_OUT = "the projector is left out; --part model takes the whole model"
+def _without_picture_row(
+    config: TransformersDecoderConfig, tensors: dict[str, Tensor], token: int
+) -> tuple[TransformersDecoderConfig, dict[str, Tensor]]:
+    if token != config.vocab_size - 1:
+        return config, tensors
+    with torch.device("meta"):
+        smaller = with_vocabulary(config, token)
+        shapes = TransformersDecoder(smaller).state_dict()
+    grown = [name for name in tensors if tensors[name].shape != shapes[name].shape]
+    if any(bool(tensors[name][-1].any()) for name in grown):
+        return config, tensors
+    return smaller, tensors | {name: tensors[name][:-1] for name in grown}
 
 
 def _own_decoder(
@@ -131,15 +139,14 @@ def _own_decoder(
         from transformers import AutoConfig
 
         config = describe(AutoConfig.for_model(**settings))
-        return config, decoder_tensors(config, inner)
+        return config, decoder_tensors(config, inner, folder)
     ours = DecoderConfig(
-        hidden_size=settings["hidden_size"],
         num_layers=settings["num_hidden_layers"],
         num_heads=settings["num_attention_heads"],
-        vocab_size=settings["vocab_size"],
-        qk_norm=settings["qk_norm"],
-        norm_eps=settings["norm_eps"],
-        rope_base=settings["rope_base"],
+        **{
+            name: settings[name]
+            for name in ("hidden_size", "vocab_size", "qk_norm", "norm_eps", "rope_base")
+        },
     )
     tensors = {name.removeprefix("model."): value for name, value in inner.items()}
     with torch.device("meta"):
@@ -147,107 +154,91 @@ def _own_decoder(
     return ours, tensors
 
 
-def _without_picture_row(
-    config: TransformersDecoderConfig, tensors: dict[str, Tensor], token: int
-) -> tuple[TransformersDecoderConfig, dict[str, Tensor]]:
-    rows = config.vocab_size
-    with torch.device("meta"):
-        smaller = with_vocabulary(config, rows - 1)
-        shapes = TransformersDecoder(smaller).state_dict()
-    vocabulary = [name for name in tensors if tensors[name].shape != shapes[name].shape]
-    if token != rows - 1 or any(bool(tensors[name][-1].any()) for name in vocabulary):
-        return config, tensors
-    return smaller, tensors | {name: tensors[name][:-1] for name in vocabulary}
+def _behind(stored: dict[str, Tensor], start: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(start): value for name, value in stored.items() if name.startswith(start)
+    }
+
+
+def _llava_model(folder: Path, *marks: str) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
+    """A whole Llava in float32, the stored names without any of the marks, and sentences."""
+    config = read_config(folder)
+
+    def is_mine(name: str) -> bool:
+        return any(mark in name for mark in marks)
+
+    model, loading, notes = loaded(
+        folder, _LLAVA[config.model_type], config, lambda name: marks[0] in name, is_mine
+    )
+    return model, tuple(name for name in loading["stored"] if not is_mine(name)), notes
 
 
 # -------------------------------------------------------------------------------- the encoder
 
 
-def read_encoder_part(folder: Path, part: str) -> EncoderPart:
+def read_encoder_part(folder: Path, part: str) -> FoundTower:
     """A tower as `read_encoder` reads one; its features and pictures are those that the whole model
     was trained with."""
-    content = read_json(folder / "config.json")
+    content = _content(folder)
     if content["model_type"] == OWN:
         return _own_tower(folder, content, int(part.removeprefix("encoder") or 1) - 1)
-    layer = content.get("vision_feature_layer", -2)
+    layer, is_next = content.get("vision_feature_layer", -2), content["model_type"] == "llava_next"
     if not isinstance(layer, int):
         raise ValueError(
             f"{folder} takes features of the layers {layer}; a stage takes one layer's"
         )
-    model, left, notes = _loaded(folder, "vision_tower")
+    model, left, notes = _llava_model(folder, "vision_tower")
     stated = model.config.vision_config
     # Counted from behind, the embeddings being number 0.
     layer = layer - stated.num_hidden_layers - 1 if layer >= 0 else layer
     # Llava-NeXT resizes a whole picture whatever its shape; it pads tiles, and batches of them.
-    resize = "square" if content["model_type"] == "llava_next" else fitting(folder)
+    resize = "square" if is_next else fitting(folder)
     config = encoder_config(stated, folder, feature_layer=layer, resize=resize)
-    if note := _selected_otherwise(config, model.config.vision_feature_select_strategy):
-        notes = (*notes, f"{note}; features here are of all patches")
-    if content["model_type"] == "llava_next":
+    # How the features that its projector sees differ from the patches'.
+    left_out = 1 if model.config.vision_feature_select_strategy == "default" else 0
+    if left_out != config.num_prefix:
+        seen = "saw registers" if left_out else "saw the class token, too"
+        seen = "did not see the first patch" if left_out > config.num_prefix else seen
+        notes = (*notes, f"its projector {seen}; features here are of all patches")
+    if is_next:
         notes = (*notes, "its model saw tiles of a picture, too; features here are of the whole")
-    tensors = dict(model.model.vision_tower.state_dict())
-    return config, tensors, left, (LEFT_OUT, *notes)
+    return FoundTower(config, dict(model.model.vision_tower.state_dict()), left, (LEFT_OUT, *notes))
 
 
-def _selected_otherwise(config: EncoderConfig, strategy: str) -> str | None:
-    """How the features that a Llava's projector sees differ from the patches'; None if they do not.
-
-    `default` leaves the first token out, `full` none.
-    """
-    left = 1 if strategy == "default" else 0
-    if left == config.num_prefix:
-        return None
-    if left > config.num_prefix:
-        return "its projector did not see the first patch"
-    return "its projector saw the class token, too" if not left else "its projector saw registers"
-
-
-def _own_tower(folder: Path, content: dict[str, Any], index: int) -> EncoderPart:
+def _own_tower(folder: Path, content: dict[str, Any], index: int) -> FoundTower:
     description = content["vision"]["towers"][index]
     stored, prefix = read_tensors(folder), f"towers.{index}."
-    own = {
-        name.removeprefix(prefix): value
-        for name, value in stored.items()
-        if name.startswith(prefix)
-    }
+    own = _behind(stored, prefix)
     config = _own_config(folder, description, content["feature_dtype"])
-    encoder = build_encoder(config)
     shapes = {
-        name.removeprefix("tower."): value.shape for name, value in encoder.state_dict().items()
+        name.removeprefix("tower."): value.shape
+        for name, value in build_encoder(config).state_dict().items()
     }
-    if config.family == "dinov3":
-        # The library's own class, under whatever names this version of it saved.
-        own = own_tensors({name.removeprefix("tower."): value for name, value in own.items()})
-    else:
-        own = _unfixed(config, own)
-    tensors = stock_tensors(own, shapes)
-    tensors = {name: value.reshape(shapes[name]) for name, value in tensors.items()}
+    # DINOv3's is the library's own class, under whatever names this version of it saved.
+    own = own_tensors(own) if config.family == "dinov3" else _unfixed(config, own)
+    tensors = {
+        name: value.reshape(shapes[name]) for name, value in stock_tensors(own, shapes).items()
+    }
     left = tuple(sorted(name for name in stored if not name.startswith(prefix)))
-    return config, tensors, left, (LEFT_OUT,)
+    return FoundTower(config, tensors, left, (LEFT_OUT,))
 
 
 def _own_config(folder: Path, tower: dict[str, Any], feature_dtype: str | None) -> EncoderConfig:
     marks = {"dinov3": "rotary", "dinov2": "layer_scale", "clip": "pre_norm"}
     family = next((one for one, mark in marks.items() if tower.get(mark)), "siglip")
-    mean, std = colours(folder, (0.5,) * 3, (0.5,) * 3)
+    told = pictures(folder)
+    mean, std = told.get("image_mean", (0.5,) * 3), told.get("image_std", (0.5,) * 3)
     if tower["repaint"] is not None:
         _, _, mean, std = tower["repaint"]
-    size = int(pictures(folder)["image_size"])
-    settings = {
+    same = ("patch_size", "hidden_size", "num_heads", "intermediate_size", "hidden_act", "norm_eps")
+    settings = {name: tower[name] for name in (*same, "final_norm")} | {
         "family": family,
-        "image_size": size,
-        "position_size": size,
-        "patch_size": tower["patch_size"],
-        "hidden_size": tower["hidden_size"],
+        "image_size": int(told["image_size"]),
+        "position_size": int(told["image_size"]),
         "num_layers": tower["num_blocks"],
-        "num_heads": tower["num_heads"],
-        "intermediate_size": tower["intermediate_size"],
         "num_registers": max(0, tower["num_prefix"] - 1),
         "ffn": "swiglu" if tower["swiglu"] else "mlp",
-        "hidden_act": tower["hidden_act"],
-        "norm_eps": tower["norm_eps"],
         "feature_layer": -1,
-        "final_norm": tower["final_norm"],
         "resize": fitting(folder),
         "pixel_mean": mean,
         "pixel_std": std,
@@ -284,33 +275,127 @@ def _unfixed(config: EncoderConfig, own: dict[str, Tensor]) -> dict[str, Tensor]
     return found
 
 
-# ------------------------------------------------------------------------------- Llava's layout
+# --------------------------------------------------------------------------------- all of it
+
+_PROJECTORS = (
+    *(ProjectorConfig(num_layers=2, hidden=hidden) for hidden in ("decoder", "encoder_4x")),
+    *(ProjectorConfig(num_layers=layers) for layers in (1, 3)),
+)
 
 
-def _loaded(folder: Path, part: str) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
-    """The whole model in float32, the stored names of all but one part, and sentences.
+@dataclass(frozen=True)
+class Sight:
+    """What a language model sees with: towers as those of `read_encoder_part`, none for a map of
+    patches; the projector's tensors, and that map's, under the names of `VLM`."""
 
-    Raises ValueError that names what the part lacks.
-    """
-    import transformers
+    encoder: AnyEncoderConfig
+    towers: tuple[FoundTower, ...]
+    projector: ProjectorConfig
+    attention: Attention
+    tensors: dict[str, Tensor]
 
-    config = read_config(folder)
-    name = _LLAVA[config.model_type]
-    stored, notes = unwrapped(read_tensors(folder), lambda name: part in name, path=folder)
-    model, loading = getattr(transformers, name).from_pretrained(
-        None, config=config, state_dict=dict(stored), **LOADING
-    )
-    marks = ("vision_tower",) if part == "vision_tower" else ("language_model", "lm_head")
-    missing = [
-        key
-        for key in sorted(loading["missing_keys"])
-        if any(mark in key for mark in marks) and ".head." not in key
-    ]
-    wrong = [one for one in map(str, loading["mismatched_keys"]) if any(m in one for m in marks)]
-    if missing or wrong:
-        raise ValueError(
-            f"{folder} is no whole {name}: missing {few(missing)}; mismatched {few(wrong)}; "
-            f"unexpected {few(sorted(loading['unexpected_keys']))}. Download it again"
+    def model(self, decoder: AnyDecoderConfig) -> VLMConfig:
+        """The whole model around a language model."""
+        return VLMConfig(
+            decoder=decoder,
+            encoder=self.encoder,
+            projector=self.projector,
+            attention=self.attention,
+            owns_encoder=isinstance(self.encoder, PatchProjection),
         )
-    left = tuple(sorted(key for key in stored if not any(mark in key for mark in marks)))
-    return model, left, notes
+
+
+class _OtherwiseError(Exception):
+    """What a model does that ours does not."""
+
+
+def read_sight(folder: Path) -> Sight:
+    """What the model in a folder sees with; features are not rounded but where it rounds them.
+
+    Raises ValueError that says what ours would compute otherwise, and which parts can be imported.
+    """
+    content = _content(folder)
+    try:
+        return (_own if content["model_type"] == OWN else _llava)(folder, content)
+    except _OtherwiseError as reason:
+        parts = " or ".join(f"--part {one}" for one in _parts(folder) if one != "model")
+        raise ValueError(
+            f"{folder} cannot be imported whole: {reason}; import parts of it with {parts}"
+        ) from None
+
+
+def _own(folder: Path, content: dict[str, Any]) -> Sight:
+    stored, towers = read_tensors(folder), content["vision"]["towers"]
+    widths = tuple(content["projector_widths"])
+    projector = next(
+        (one for one in _PROJECTORS if one.widths(widths[0], widths[-1]) == widths), None
+    )
+    if projector is None:
+        raise _OtherwiseError(f"its projector has the widths {', '.join(map(str, widths))}")
+    tensors = {
+        # GELUs stand between the layers.
+        f"projector.{2 * index}.{name}": stored[f"projector.layers.{index}.{name}"]
+        for index in range(len(widths) - 1)
+        for name in ("weight", "bias")
+    }
+    read = tuple(
+        _rounding(read_encoder_part(folder, part), content["feature_dtype"])
+        for part in _tower_parts(towers)
+    )
+    encoder: AnyEncoderConfig
+    if not read:
+        encoder = PatchProjection(
+            image_size=int(pictures(folder)["image_size"]),
+            patch_size=towers[0]["patch_size"],
+            hidden_size=towers[0]["hidden_size"],
+            resize=fitting(folder),
+        )
+        tensors["encoder.projection.weight"] = stored["towers.0.patch.weight"].flatten(1)
+        tensors["encoder.projection.bias"] = stored["towers.0.patch.bias"]
+    elif len(read) == 1:
+        encoder = read[0].config
+    else:
+        configs = tuple(one.config for one in read)
+        encoder = FusedEncoder(towers=configs, feature_dtype=configs[0].feature_dtype)
+    attention: Attention = "prefix" if content["attention"] == "prefix" else "segments"
+    return Sight(encoder, read, projector, attention, tensors)
+
+
+def _rounding(tower: FoundTower, feature_dtype: str | None) -> FoundTower:
+    update = {"feature_dtype": feature_dtype or "float32"}
+    return tower._replace(config=tower.config.model_copy(update=update))
+
+
+def _llava(folder: Path, content: dict[str, Any]) -> Sight:
+    if content["model_type"] != "llava":
+        raise _OtherwiseError("it sees tiles of a picture, with rows of its own between them")
+    stated = read_config(folder)
+    layer, strategy = stated.vision_feature_layer, stated.vision_feature_select_strategy
+    if not isinstance(layer, int):
+        raise _OtherwiseError(f"its projector takes features of the layers {layer}")
+    tower = _rounding(read_encoder_part(folder, "encoder"), None)
+    if tower.config.num_prefix != (1 if strategy == "default" else 0):
+        raise _OtherwiseError(
+            f"vision_feature_select_strategy {strategy!r} does not leave its tower's patches, of "
+            f"{tower.config.num_prefix} other tokens before them"
+        )
+    mark = "multi_modal_projector."
+    stored, _ = unwrapped(read_tensors(folder), lambda name: mark in name, path=folder)
+    held = {name.rpartition(mark)[2]: value for name, value in stored.items() if mark in name}
+    names = [f"linear_{number}.{part}" for number in (1, 2) for part in ("weight", "bias")]
+    others = held.keys() ^ set(names)
+    if others:
+        raise _OtherwiseError(f"its projector has or lacks {', '.join(sorted(others))}")
+    projector, act = ProjectorConfig(num_layers=2, hidden="decoder"), stated.projector_hidden_act
+    second = held["linear_2.weight"]
+    is_identity = torch.equal(second, torch.eye(len(second), dtype=second.dtype))
+    if act == "linear" and is_identity and not bool(held["linear_2.bias"].any()):
+        # As our own exports write a single layer.
+        projector, names = ProjectorConfig(num_layers=1), names[:2]
+    elif act != "gelu":
+        raise _OtherwiseError(f"its projector has {act!r} between layers")
+    # linear_1 and linear_2 are projector.0 and projector.2: a GELU stands between.
+    tensors = {
+        f"projector.{2 * int(name[7]) - 2}.{name.partition('.')[2]}": held[name] for name in names
+    }
+    return Sight(tower.config, (tower,), projector, "segments", tensors)

@@ -5,25 +5,26 @@ import math
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field
 from tokenizers import Tokenizer
-from torch import Tensor
 
-from midstream.config import AnyDecoderConfig, EncoderConfig, TransformersDecoderConfig, VLMConfig
+from midstream.config import EncoderConfig
 from midstream.config.model import Config, Positive
 from midstream.core.storage import read_json
 from midstream.data.tokenise import open_tokenizer
 from midstream.exchange import hub, import_parts, towers
-from midstream.exchange.hub import ADAPTER, check_downloaded, fetch, read_decoder, same_weights
+from midstream.exchange.hub import LanguageModel, model_type
 from midstream.exchange.openlm import read_openlm
 from midstream.model.pretrained import FAMILIES
 from midstream.study.families import Known, holds_final_weights, known_checkpoint
 from midstream.study.imported import RECORD, ImportRecord, Position
 
 NUMBERS = ("tokens_seen", "total_tokens", "rate", "peak_rate", "end_rate")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_FILES = (".pt", ".pth", ".bin", ".safetensors", ".json")
 
 
 def settle(given: Position, checkpoint: Position, known: Position) -> tuple[Position, list[str]]:
@@ -47,21 +48,13 @@ def settle(given: Position, checkpoint: Position, known: Position) -> tuple[Posi
                 conflicts.append(
                     f"{name} is {numbers[name]:,} ({origins[name]}); {source} says {value:,}"
                 )
-    _check(numbers)
-    return Position.model_validate(numbers | {"origins": origins}), conflicts
-
-
-def _check(numbers: dict[str, int | float]) -> None:
     for low, high in (("tokens_seen", "total_tokens"), ("rate", "peak_rate")):
-        if low in numbers and high in numbers and numbers[low] > numbers[high]:
+        if numbers.get(low, 0) > numbers.get(high, math.inf):
             raise ValueError(
                 f"{low} {numbers[low]:,} is above {high} {numbers[high]:,}; give them with "
                 f"--{low.replace('_', '-')} and --{high.replace('_', '-')}"
             )
-
-
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_FILES = (".pt", ".pth", ".bin", ".safetensors", ".json")
+    return Position.model_validate(numbers | {"origins": origins}), conflicts
 
 
 class ImportRequest(Config):
@@ -89,23 +82,6 @@ class ImportRequest(Config):
 
 
 @dataclass(frozen=True)
-class LanguageModel:
-    """A decoder as it was found: tensors under its module's names, and what its files tell."""
-
-    family: str
-    config: AnyDecoderConfig
-    tensors: dict[str, Tensor]
-    dropped: tuple[str, ...]
-    moments: dict[str, Tensor] | None = None
-    step: int = 0
-    position: Position = field(default_factory=Position)
-    notes: tuple[str, ...] = ()
-    # Where a tokenizer may lie besides the source; a token without a row that stands for pictures.
-    tokenizer_folder: Path | None = None
-    picture_token: int | None = None
-
-
-@dataclass(frozen=True)
 class Source:
     """Where a checkpoint lies on this machine, what it is called, and what is public about it."""
 
@@ -122,46 +98,21 @@ def locate(request: ImportRequest) -> Source:
     Raises FileNotFoundError or ValueError naming what is missing, unfinished or unknown.
     """
     path = Path(request.source).expanduser()
-    source = Source(path, str(path.resolve()))
     if path.exists():
         if request.revision is not None:
             raise ValueError(
                 f"{path} lies here and has no revisions; leave --revision {request.revision} out, "
                 "or give the hub's name"
             )
+        source = Source(path, str(path.resolve()))
     elif _HUB_NAME.fullmatch(request.source) and path.suffix not in _FILES:
-        if holds_final_weights(request.source, request.revision) and (
-            not request.allow_same_weights
-        ):
-            raise ValueError(
-                f"{request.source} at {request.revision} is publicly known to serve the weights of "
-                "the run's end, not of that step; take another revision, or say "
-                "--allow-same-weights and give --tokens-seen and --rate"
-            )
-        path = fetch(request.source, request.revision)
-        # The folder of a snapshot is named by its commit.
-        revision = request.revision or path.name
-        known = known_checkpoint(request.source, request.revision)
-        notes = _twins(request, path, known)
-        source = Source(path, request.source, revision, known, notes)
+        source = _from_hub(request)
     else:
         raise FileNotFoundError(
             f"{path} does not exist; give an epoch_N.pt, a folder or a hub name (owner/name)"
         )
-    if path.is_dir():
-        if (path / RECORD).is_file():
-            raise ValueError(f"{path} is imported already; give it to a recipe")
-        if not list(path.glob("**/epoch_*.pt")):
-            bare = request.num_heads is not None and not (path / "config.json").is_file()
-            adapter = hub.is_adapter(path)
-            needed = ADAPTER if adapter else "config.json"
-            check_downloaded(path, needed=() if bare else (needed,))
-            if not bare and not adapter:
-                _check_family(path)
-            if import_parts.is_whole(path):
-                import_parts.check_part(path, request.part)
-            elif request.part is not None:
-                raise ValueError(f"{path} is no vision-language model with parts; leave --part out")
+    if source.path.is_dir():
+        _check_folder(source.path, request)
     elif path.suffix not in (".pt", ".pth") and (
         path.suffix != ".safetensors" or request.num_heads is None
     ):
@@ -172,46 +123,65 @@ def locate(request: ImportRequest) -> Source:
     return source
 
 
-def _twins(request: ImportRequest, folder: Path, known: Known | None) -> tuple[str, ...]:
-    """A sentence if other revisions hold the very same weights; ValueError if the position that is
-    public for the one asked for can then not be true, unless the user allows it."""
+def _from_hub(request: ImportRequest) -> Source:
+    """ValueError if the position that is public for the revision cannot be that of its weights,
+    unless the user allows it; a sentence if other revisions hold the very same."""
     name, revision = request.source, request.revision or "main"
-    last = known_checkpoint(name, "main")
+    otherwise = "take another revision, or say --allow-same-weights and give --tokens-seen, --rate"
+    if holds_final_weights(name, request.revision) and not request.allow_same_weights:
+        raise ValueError(
+            f"{name} at {revision} is publicly known to serve the weights of the run's end, not of "
+            f"that step; {otherwise}"
+        )
+    path = hub.fetch(name, request.revision)
+    known, last = known_checkpoint(name, request.revision), known_checkpoint(name, "main")
     # A revision of the run's middle that serves the final weights is the publisher's mistake.
     middle = known is not None and last is not None and known.position != last.position
-    same = same_weights(name, revision, folder, ask_hub=middle)
-    if not same:
-        return ()
+    same = hub.same_weights(name, revision, path, ask_hub=middle)
     those = f"{name} at {revision} holds the same weights as {', '.join(same)}"
-    positions = [one.position for one in (known_checkpoint(name, each) for each in same) if one]
-    differs = known is not None and any(one != known.position for one in positions)
+    twins = [one for one in (known_checkpoint(name, each) for each in same) if one]
+    differs = known is not None and any(one.position != known.position for one in twins)
     if middle and differs and not request.allow_same_weights:
         raise ValueError(
-            f"{those}, so that the tokens and the rate of {revision} may not be theirs; take "
-            "another revision, or say --allow-same-weights and give --tokens-seen and --rate"
+            f"{those}, so that the tokens and the rate of {revision} may not be theirs; {otherwise}"
         )
-    return (those,)
+    # The folder of a snapshot is named by its commit.
+    return Source(path, name, request.revision or path.name, known, (those,) if same else ())
+
+
+def _check_folder(path: Path, request: ImportRequest) -> None:
+    if (path / RECORD).is_file():
+        raise ValueError(f"{path} is imported already; give it to a recipe")
+    if list(path.glob("**/epoch_*.pt")):
+        return
+    bare = request.num_heads is not None and not (path / "config.json").is_file()
+    adapter = hub.is_adapter(path)
+    hub.check_downloaded(path, needed=None if bare else hub.ADAPTER if adapter else "config.json")
+    if not bare and not adapter:
+        _check_family(path)
+    if model_type(path) in import_parts.WHOLE:
+        import_parts.check_part(path, request.part)
+    elif request.part is not None:
+        raise ValueError(f"{path} is no vision-language model with parts; leave --part out")
 
 
 def _check_family(folder: Path) -> None:
-    content = read_json(folder / "config.json")
-    kind = content.get("model_type") if isinstance(content, dict) else None
+    kind, whole = model_type(folder), ", ".join(import_parts.WHOLE)
     own = ("openlm", import_parts.OWN_TEXT, *import_parts.WHOLE)
-    if kind in own or kind in towers.FAMILIES or kind in FAMILIES:
+    if kind in (*own, *towers.FAMILIES, *FAMILIES):
         return
-    models = ", ".join(f"{name} ({one.models})" for name, one in FAMILIES.items())
+    told = f"{folder / 'config.json'} is of model_type {kind!r}"
+    content = read_json(folder / "config.json")
     if isinstance(content, dict) and isinstance(content.get("vision_config"), dict):
         raise ValueError(
-            f"{folder / 'config.json'} is of model_type {kind!r}, a whole vision-language model of "
-            f"which no part is read; parts are read of {', '.join(import_parts.WHOLE)}. Save its "
-            f"language model as a folder of its own, if that is one of {', '.join(FAMILIES)}"
+            f"{told}, a whole vision-language model of which no part is read; parts are read of "
+            f"{whole}. Save its language model as a folder of its own, if that is one of "
+            f"{', '.join(FAMILIES)}"
         )
+    models = ", ".join(f"{name} ({one})" for name, one in FAMILIES.items())
     raise ValueError(
-        f"{folder / 'config.json'} is of model_type {kind!r}, no family that is known here. "
-        f"Language models: openlm, {models}. Vision towers: "
-        + ", ".join(towers.FAMILIES)
-        + ". Whole models, by their parts: "
-        + ", ".join(import_parts.WHOLE)
+        f"{told}, no family that is known here. Language models: openlm, {models}. Vision towers: "
+        f"{', '.join(towers.FAMILIES)}. Whole models, by their parts: {whole}"
     )
 
 
@@ -221,74 +191,45 @@ def read_language_model(request: ImportRequest, path: Path) -> LanguageModel:
     Raises FileNotFoundError or ValueError as `read_openlm` and `read_decoder` do.
     """
     adapter = path.is_dir() and hub.is_adapter(path)
-    openlm = path.is_file() or not (path / "config.json").is_file()
-    if adapter or (not openlm and read_json(path / "config.json")["model_type"] != "openlm"):
-        if request.num_heads is not None:
-            raise ValueError("--num-heads is for OpenLM's files; this model's config.json tells")
-        return _read_folder(path, adapter=adapter)
-    found = read_openlm(path, num_heads=request.num_heads)
-    numbers = {name: getattr(found, name) for name in NUMBERS}
-    notes = [f"{what}: {origin}" for what, origin in found.origins.items() if origin != "none"]
-    return LanguageModel(
-        family="openlm",
-        config=found.config,
-        tensors=found.tensors,
-        dropped=found.dropped,
-        moments=found.moments,
-        step=found.step or 0,
-        position=Position(**numbers),
-        notes=("read from its files: " + "; ".join(notes),),
-    )
-
-
-def _read_folder(path: Path, *, adapter: bool) -> LanguageModel:
+    kind = model_type(path)
+    if not adapter and kind in (None, "openlm"):
+        return read_openlm(path, num_heads=request.num_heads)
+    if request.num_heads is not None:
+        raise ValueError("--num-heads is for OpenLM's files; this model's config.json tells")
     if adapter:
-        ours, tensors, base, notes = hub.merged(path)
-        return LanguageModel(ours.model_type, ours, tensors, (), notes=notes, tokenizer_folder=base)
-    kind = read_json(path / "config.json")["model_type"]
-    if kind == import_parts.OWN_TEXT:
-        own, tensors = import_parts.read_own_text(path)
-        return LanguageModel("openlm", own, tensors, ())
-    if kind not in import_parts.WHOLE:
-        config, tensors, dropped, notes = read_decoder(path)
-        return LanguageModel(config.model_type, config, tensors, dropped, notes=notes)
-    part, tensors, dropped, notes = import_parts.read_decoder_part(path)
-    family = part.model_type if isinstance(part, TransformersDecoderConfig) else "openlm"
-    token = import_parts.image_token(path)
-    return LanguageModel(
-        family,
-        part,
-        tensors,
-        dropped,
-        notes=notes,
-        picture_token=token if token >= part.vocab_size else None,
-    )
+        return hub.merged(path)
+    if kind in (import_parts.OWN_TEXT, *import_parts.WHOLE):
+        return import_parts.read_decoder_part(path)
+    return hub.read_decoder(path)
 
 
-def find_tokenizer(request: ImportRequest, path: Path) -> Tokenizer | None:
-    """The one that the user names, else the one in the source's folder, if there is any.
+def find_tokenizer(request: ImportRequest, *places: Path | None) -> Tokenizer | None:
+    """The one that the user names, else the one in the first of these folders that has any.
 
     Raises FileNotFoundError or ValueError if it is not found or of another kind.
     """
     if request.tokenizer is not None:
         return open_tokenizer(request.tokenizer)
-    if not path.is_dir():
-        return None
-    if (path / "tokenizer.json").is_file():
-        return open_tokenizer(str(path))
-    others = [name for name in ("tokenizer.model", "vocab.json") if (path / name).is_file()]
-    if others:
-        raise FileNotFoundError(
-            f"{path} has {' and '.join(others)} but no tokenizer.json, which alone is read; give "
-            "one with --tokenizer"
-        )
+    for path in places:
+        if path is None or not path.is_dir():
+            continue
+        if (path / "tokenizer.json").is_file():
+            return open_tokenizer(str(path))
+        others = [name for name in ("tokenizer.model", "vocab.json") if (path / name).is_file()]
+        if others:
+            raise FileNotFoundError(
+                f"{path} has {' and '.join(others)} but no tokenizer.json, which alone is read; "
+                "give one with --tokenizer"
+            )
     return None
+
+
+# ------------------------------------------------------------------------------ what is printed
 
 
 def summary(out: Path, record: ImportRecord, notes: Sequence[str]) -> Iterator[str]:
     """What was imported, line by line, and the next command."""
-    at = f" at {record.revision}" if record.revision else ""
-    yield f"{out}: {record.source}{at}"
+    yield f"{out}: {record.source}" + (f" at {record.revision}" if record.revision else "")
     config = record.config
     if isinstance(config, EncoderConfig):
         yield (
@@ -298,74 +239,62 @@ def summary(out: Path, record: ImportRecord, notes: Sequence[str]) -> Iterator[s
         )
     else:
         yield f"  {record.family} language model, {config.num_parameters:,} parameters"
-        if record.model is not None:
-            yield from _about_sight(record.model)
-        yield from _about_text(record)
+        yield from _about_model(record)
     if record.dropped:
         some = ", ".join(record.dropped[:3]) + (", ..." if len(record.dropped) > 3 else "")
         yield f"  left out {len(record.dropped)} stored tensors: {some}"
     yield from (f"  {note}" for note in notes)
-    if record.model is not None:
-        yield "  to go on, put your data for WORLD:"
-        whole = shlex.quote(f"model={out.expanduser()}")
-        yield f"next: midstream plan own_model.fine_tuning --set {whole} --set data=WORLD"
-        return
-    other, what = ("LANGUAGE_MODEL", "language model")
-    if record.kind == "decoder":
-        other, what = ("VISION_TOWER", "vision tower")
-    yield f"  to go on, put an imported {what} for {other} and your data for WORLD:"
-    yield _next(out.expanduser(), record, other)
+    yield from _next(str(out.expanduser()), record)
 
 
-def _next(out: Path, record: ImportRecord, other: str) -> str:
+def _next(out: str, record: ImportRecord) -> Iterator[str]:
     """The next command, as a shell takes it."""
-    encoder = record.kind == "encoder"
-    checkpoint, tower = (other, str(out)) if encoder else (str(out), other)
-    values = {
-        "checkpoint": checkpoint,
-        "encoders": json.dumps([tower], ensure_ascii=False),
-        "data": "WORLD",
-    }
+    if record.kind == "model":
+        recipe, values, missing = "fine_tuning", {"model": out}, ""
+    else:
+        encoder = record.kind == "encoder"
+        other, what = (
+            ("LANGUAGE_MODEL", "language model") if encoder else ("VISION_TOWER", "vision tower")
+        )
+        checkpoint, tower = (other, out) if encoder else (out, other)
+        encoders = json.dumps([tower], ensure_ascii=False)
+        recipe, values = "image_shares", {"checkpoint": checkpoint, "encoders": encoders}
+        missing = f"an imported {what} for {other} and "
+    values["data"] = "WORLD"
     if isinstance(record.config, EncoderConfig):
         # Where the model that a tower comes from saw otherwise than the recipe does by itself.
         usual = {"feature_layer": -2, "final_norm": False, "resize": "letterbox"}
-        told = {name: getattr(record.config, name) for name in usual}
-        values |= {
-            name: value if isinstance(value, str) else json.dumps(value)
-            for name, value in told.items()
-            if value != usual[name]
-        }
+        for name, value in usual.items():
+            told = getattr(record.config, name)
+            if told != value:
+                values[name] = told if isinstance(told, str) else json.dumps(told)
     options = " ".join(f"--set {shlex.quote(f'{name}={one}')}" for name, one in values.items())
-    return f"next: midstream plan own_model.image_shares {options}"
+    yield f"  to go on, put {missing}your data for WORLD:"
+    yield f"next: midstream plan own_model.{recipe} {options}"
 
 
-def _about_sight(model: VLMConfig) -> Iterator[str]:
-    encoder = model.encoder
-    assert encoder is not None, "it sees"
-    widths = model.projector.widths(encoder.hidden_size, model.decoder.hidden_size)
-    yield (
-        f"  sees {encoder.num_patches} patches of a picture of {encoder.image_size} x "
-        f"{encoder.image_size} ({encoder.transform.resize}), projector widths "
-        f"{', '.join(map(str, widths))}"
-    )
-
-
-def _about_text(record: ImportRecord) -> Iterator[str]:
+def _about_model(record: ImportRecord) -> Iterator[str]:
     assert record.vocabulary is not None
     assert record.position is not None
+    model = record.model
+    if model is not None and model.encoder is not None:
+        size, wide = model.encoder.image_size, model.decoder.hidden_size
+        widths = ", ".join(map(str, model.projector.widths(model.encoder.hidden_size, wide)))
+        yield (
+            f"  sees {model.encoder.num_patches} patches of a picture of {size} x {size} "
+            f"({model.encoder.transform.resize}), projector widths {widths}"
+        )
     before, after = record.vocabulary["rows_before"], record.vocabulary["rows_after"]
     rows = f"{before:,} rows as before" if before == after else f"{before:,} rows, now {after:,}"
     added = [f"{one['token']} = {one['id']:,}" for one in record.vocabulary["added"]]
     yield f"  vocabulary: {rows}; added {', '.join(added) or 'no token'}"
-    numbers = {name: getattr(record.position, name) for name in NUMBERS}
-    for name, value in numbers.items():
-        if value is not None:
-            yield f"  {_words(name)}: {value:,} ({record.position.origins[name]})"
-    unknown = [_words(name) for name, value in numbers.items() if value is None]
+    unknown = []
+    for name in NUMBERS:
+        value, words = getattr(record.position, name), name.replace("_", " ")
+        if value is None:
+            unknown.append(words)
+        else:
+            yield f"  {words}: {value:,} ({record.position.origins[name]})"
     if unknown:
         yield f"  unknown: {', '.join(unknown)}"
     yield f"  Adam's moments: {'as in the checkpoint' if record.has_moments else 'none'}"
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")

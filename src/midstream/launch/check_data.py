@@ -1,9 +1,5 @@
 """What a study asks of its data against what they hold, and how a problem is told.
 
-Something that is wrong with a study before it runs, and the list that is made of several.
-
-What a study asks of its data against what the data hold: sources, budgets, lengths, captions.
-
 Of a prepared source everything is known. Of one that is not, what the recipe expects of it is taken
 for an estimate, and what speaks against that is doubtful rather than wrong.
 """
@@ -26,6 +22,7 @@ from midstream.core.storage import read_json
 from midstream.cost.known import prepared_index
 from midstream.order.mixture import needs_of, passes_needed
 from midstream.study.label import label
+from midstream.study.results import SourceResult
 from midstream.study.stages import (
     PLANNED,
     Continue,
@@ -61,6 +58,12 @@ class Problem:
     level: Level = "wrong"
     key: str = ""
     weight: float | int = 0
+
+    @classmethod
+    def of(cls, reason: Exception | str, remedy: str = "", *stages: str) -> "Problem":
+        """An error's text, whose remedy stands behind a semicolon or is the one given."""
+        what, _, own = str(reason).partition("; ")
+        return cls(what, own or remedy, stages)
 
     def __str__(self) -> str:
         more = len(self.stages) - 1
@@ -118,53 +121,47 @@ class Counted:
 def data_problems(stages: Iterable[Stage], ledger: Ledger) -> Iterator[Problem]:
     """What the stages ask of their data that these do not hold."""
     for stage in stages:
+        found: Iterable[Problem] = ()
         match stage:
             case PrepareSource() | PrepareWorld():
-                yield from _folder(stage)
+                found = _folder(stage)
             case PrepareTokenizer():
-                yield from _tokenizer(stage)
+                found = _tokenizer(stage)
             case TrainEncoder():
-                yield from _encoder_data(stage, ledger)
+                found = _encoder_data(stage, ledger)
             case Pretrain() | Continue() | Finetune():
-                yield from _training_data(stage, ledger)
-        if isinstance(stage, Pretrain):
-            yield from _vocabulary(stage)
+                found = _training_data(stage, ledger)
+        yield from (replace(problem, stages=(label(stage),)) for problem in found)
 
 
 def counted(source: PrepareSource, ledger: Ledger) -> Counted | None:
     """What is known of a source before, or after, it is prepared; None where nothing is."""
     if ledger.is_done(source):
-        return _of_results(ledger.results(source))
+        held = ledger.result(source, SourceResult)
+        return Counted(
+            held.kind,
+            round(held.num_tokens),
+            held.num_examples,
+            held.num_images,
+            longest=_longest_of(held.longest),
+            captions=held.captions,
+            seen=held.seen,
+        )
     if (index := prepared_index(source)) is not None:
-        return _of_index(read_json(index))
+        found = read_json(index)
+        tokens, examples, images = (found["train"][n] for n in ("tokens", "examples", "images"))
+        return Counted(
+            found["kind"],
+            tokens,
+            examples,
+            images,
+            longest=_longest_of(found["longest"]),
+            captions=found.get("captions"),
+            seen=found.get("seen", {}),
+        )
     if (told := source.expected) is None:
         return None
     return Counted(told.kind, told.num_tokens, told.num_examples, told.num_images, expected=True)
-
-
-def _of_index(index: Mapping[str, Any]) -> Counted:
-    train = index["train"]
-    return Counted(
-        kind=index["kind"],
-        tokens=train["tokens"],
-        examples=train["examples"],
-        images=train["images"],
-        longest=_longest_of(index["longest"]),
-        captions=index.get("captions"),
-        seen=index.get("seen", {}),
-    )
-
-
-def _of_results(source: Mapping[str, Any]) -> Counted:
-    return Counted(
-        kind=source["kind"],
-        tokens=source["num_tokens"],
-        examples=source["num_examples"],
-        images=source["num_images"],
-        longest=_longest_of(source.get("longest", {})),
-        captions=source.get("captions"),
-        seen=source.get("seen", {}),
-    )
 
 
 def _longest_of(longest: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
@@ -177,16 +174,12 @@ def _longest_of(longest: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
     }
 
 
-# ------------------------------------------------------------------------------------- one check
-
-
 def _folder(stage: PrepareSource | PrepareWorld) -> Iterator[Problem]:
     """A folder that was there when the study was planned."""
     world = stage.world
     if isinstance(world, PocketWorld) or world.fingerprint is None or world.root.is_dir():
         return
-    told = f"data folder {world.root} does not exist"
-    yield Problem(told, "give the folder that holds it", (label(stage),))
+    yield Problem(f"data folder {world.root} does not exist", "give the folder that holds it")
 
 
 def _tokenizer(stage: PrepareTokenizer) -> Iterator[Problem]:
@@ -195,29 +188,17 @@ def _tokenizer(stage: PrepareTokenizer) -> Iterator[Problem]:
         return
     path = tokenizer.path
     if not path.is_file():
-        yield Problem(f"tokenizer file {path} does not exist", "give its path", (label(stage),))
+        yield Problem(f"tokenizer file {path} does not exist", "give its path")
     elif file_sha256(path) != tokenizer.sha256:
-        told = f"{path} has another sha256 than the plan says"
-        yield Problem(told, "plan again", (label(stage),))
+        yield Problem(f"{path} has another sha256 than the plan says", "plan again")
     elif tokenizer.begin_of_text is None and TokenizerFile.read(path).begin_of_text is not None:
-        told = (
-            f"{path} begins each text with a token by its own rule, and the study does not say so"
-        )
-        remedy = "make it with TokenizerFile.read(path), or give begin_of_text"
-        yield Problem(told, remedy, (label(stage),))
-
-
-def _vocabulary(stage: Pretrain) -> Iterator[Problem]:
-    tokenizer, size = stage.data.tokenizer, stage.decoder.vocab_size
-    if isinstance(tokenizer, TrainedTokenizer) and tokenizer.vocab_size > size:
         yield Problem(
-            f"the tokenizer is trained to {tokenizer.vocab_size:,} ids, the decoder has {size:,}",
-            "raise the decoder's vocab_size, or lower the tokenizer's",
-            (label(stage),),
+            f"{path} begins each text with a token by its own rule, and the study does not say so",
+            "make it with TokenizerFile.read(path), or give begin_of_text",
         )
 
 
-def _absent(name: str, data: Prepare, stage: Stage) -> Iterator[Problem]:
+def _absent(name: str, data: Prepare) -> Iterator[Problem]:
     world = data.world
     names = world.source_names or tuple(source.name for source in data.expected)
     if not names or name in names:
@@ -225,20 +206,17 @@ def _absent(name: str, data: Prepare, stage: Stage) -> Iterator[Problem]:
     near = get_close_matches(name, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     add = f", or put its folder into {world.root}" if isinstance(world, PublicFolder) else ""
-    yield Problem(
-        f"no source {name!r} in the data{hint}",
-        f"choose from {', '.join(sorted(names))}{add}",
-        (label(stage),),
-    )
+    remedy = f"choose from {', '.join(sorted(names))}{add}"
+    yield Problem(f"no source {name!r} in the data{hint}", remedy)
 
 
 def _encoder_data(stage: TrainEncoder, ledger: Ledger) -> Iterator[Problem]:
     training = stage.training
-    yield from _absent(training.source, stage.data, stage)
+    yield from _absent(training.source, stage.data)
     source = counted(stage.data.source(training.source), ledger)
     if source is None:
         return
-    yield from _captions(training.source, training.caption, source, stage)
+    yield from _captions(training.source, training.caption, source)
     for tokens, where in source.with_caption(training.caption).longest.values():
         # The separator before a caption is not given to the tower.
         if (length := tokens - 1) > training.max_text_tokens:
@@ -246,7 +224,6 @@ def _encoder_data(stage: TrainEncoder, ledger: Ledger) -> Iterator[Problem]:
                 f"source {training.source!r}, {where}: the caption has {length} tokens, "
                 f"the text tower takes {training.max_text_tokens}",
                 "raise max_text_tokens",
-                (label(stage),),
             )
 
 
@@ -255,28 +232,27 @@ def _training_data(stage: Trained, ledger: Ledger) -> Iterator[Problem]:
     names, patches = budget.source_names, 0 if encoder is None else encoder.num_patches
     sources = {}
     for name, caption in budget.captions.items():
-        yield from _absent(name, stage.data, stage)
+        yield from _absent(name, stage.data)
         if (source := counted(stage.data.source(name), ledger)) is None:
             continue
-        yield from _captions(name, caption, source, stage)
+        yield from _captions(name, caption, source)
         sources[name] = source.with_caption(caption)
         yield from _longest(name, sources[name], patches, stage)
     yield from _budget(sources, patches, stage)
     whole = [name for name, source in sources.items() if source.kind != "text"]
     if stage.training.rows.layout == "joined" and whole:
-        yield Problem(
-            f"the joined layout is for text only, {', '.join(whole)} are none",
-            "choose filled or padded",
-            (label(stage),),
-        )
+        what = f"the joined layout is for text only, {', '.join(whole)} are none"
+        yield Problem(what, "choose filled or padded")
     blind = len(sources) == len(names) and not any(one.images for one in sources.values())
     if stage.training.freeze_decoder and blind:
-        yield Problem(
-            f"the decoder is frozen and {', '.join(names)} hold no picture, so that nothing would "
-            "be learnt",
-            "add a source that does",
-            (label(stage),),
-        )
+        who = f"the decoder is frozen and {', '.join(names)} hold no picture"
+        yield Problem(f"{who}, so that nothing would be learnt", "add a source that does")
+    if isinstance(stage, Pretrain):
+        tokenizer, size = stage.data.tokenizer, stage.decoder.vocab_size
+        if isinstance(tokenizer, TrainedTokenizer) and tokenizer.vocab_size > size:
+            trained = f"the tokenizer is trained to {tokenizer.vocab_size:,} ids"
+            remedy = "raise the decoder's vocab_size, or lower the tokenizer's"
+            yield Problem(f"{trained}, the decoder has {size:,}", remedy)
 
 
 def _budget(sources: Mapping[str, Counted], patches: int, stage: Trained) -> Iterator[Problem]:
@@ -289,9 +265,8 @@ def _budget(sources: Mapping[str, Counted], patches: int, stage: Trained) -> Ite
         level: Level = "doubtful" if source.expected else "wrong"
         holds = "is expected to hold" if source.expected else "holds"
         if not source.examples or not tokens:
-            yield Problem(
-                f"source {need.source!r} holds no example", "leave it out", (label(stage),), level
-            )
+            what = f"source {need.source!r} holds no example"
+            yield Problem(what, "leave it out", level=level)
         passes = passes_needed(need, training.budget, tokens=tokens, examples=source.examples)
         if passes is None or not tokens:
             continue
@@ -301,10 +276,9 @@ def _budget(sources: Mapping[str, Counted], patches: int, stage: Trained) -> Ite
             f"source {need.source!r} {holds} {have:,} {need.unit}{counted}, the plan needs "
             f"{need.amount:,}",
             f"raise max_epochs to {passes:,} or lower the budget",
-            (label(stage),),
-            level,
-            f"budget {stage.data.source(need.source).name} {patches}",
-            passes,
+            level=level,
+            key=f"budget {stage.data.source(need.source).name} {patches}",
+            weight=passes,
         )
 
 
@@ -319,17 +293,14 @@ def _longest(name: str, source: Counted, patches: int, stage: Trained) -> Iterat
                 f"source {name!r}, {where}: {length} positions do not fit into a row of "
                 f"{rows.row_length}",
                 "raise row_length, or leave such records out (midstream prepare --max-tokens)",
-                (label(stage),),
                 key=f"longest {stage.data.source(name).name} {rows.row_length}",
                 weight=length,
             )
 
 
-def _captions(name: str, asked: Caption, source: Counted, stage: Stage) -> Iterator[Problem]:
-    if source.captions is None:
-        return
-    try:
-        check_caption(name, source.kind, asked, source.captions, source.examples)
-    except ValueError as reason:
-        what, _, remedy = str(reason).partition("; ")
-        yield Problem(what, remedy, (label(stage),))
+def _captions(name: str, asked: Caption, source: Counted) -> Iterator[Problem]:
+    if source.captions is not None:
+        try:
+            check_caption(name, source.kind, asked, source.captions, source.examples)
+        except ValueError as reason:
+            yield Problem.of(reason)

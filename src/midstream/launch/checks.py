@@ -1,11 +1,4 @@
-"""What is wrong with a study before anything of it runs.
-
-Benchmarks of a user's own data, read whole before a study starts.
-
-The readers import more than a plan may: a process of its own reads (`midstream.work.read_tasks`).
-What was read whole is noted in the store by the digest of all its files, and not read again.
-
-What is wrong with a study before anything of it runs: one list, each with its remedy.
+"""What is wrong with a study before anything of it runs: one list, each with its remedy.
 
 `plan` prints the list and `run` refuses what is on it, at its start and once more when its data is
 prepared: from then on every number of the data is known.
@@ -15,9 +8,8 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from midstream.config import EncoderConfig, FusedEncoder, Machine, PublicFolder
@@ -29,6 +21,7 @@ from midstream.cost.known import Number
 from midstream.cost.pictures import feature_plan
 from midstream.cost.price import Fleet, price
 from midstream.launch.check_data import Problem, data_problems, merged
+from midstream.launch.child import Event, ask
 from midstream.launch.workers import worker_environment
 from midstream.study.imported import ImportRecord, read_import, what_can_run
 from midstream.study.label import label
@@ -53,7 +46,11 @@ REMEDY = "mend the benchmark, or leave the task out"
 
 
 def task_problems(stages: Iterable[Stage], ledger: Ledger) -> Iterator[Problem]:
-    """Tasks that the world does not have, and files and pictures that are missing or broken."""
+    """Tasks that the world does not have, and files and pictures that are missing or broken.
+
+    The readers import more than a plan may: a process of its own reads. What was read whole is
+    noted in the store by the digest of all its files, and not read again.
+    """
     asked: dict[str, tuple[dict[str, Any], list[str]]] = {}
     digests: dict[str, str | None] = {}
     for stage in stages:
@@ -74,14 +71,13 @@ def task_problems(stages: Iterable[Stage], ledger: Ledger) -> Iterator[Problem]:
             if (mark := digests[key]) is not None:
                 passed[key] = mark
             continue
-        what, _, remedy = error.partition("; ")
-        yield Problem(what, remedy or REMEDY, tuple(asked[key][1]))
+        yield Problem.of(error, REMEDY, *asked[key][1])
     if passed and ledger.store.is_dir() and os.access(ledger.store, os.W_OK):
         write_json(note, known | passed)
 
 
 def _requests(stage: Evaluate) -> Iterator[dict[str, Any]]:
-    """What `midstream.work.read_tasks` is asked for the tasks of an evaluation."""
+    """What `midstream.work.read_data` is asked for the tasks of an evaluation."""
     world, asked = stage.of.data.world, stage.evaluation
     if not isinstance(world, PublicFolder) or world.fingerprint is None:
         return
@@ -96,20 +92,21 @@ def _requests(stage: Evaluate) -> Iterator[dict[str, Any]]:
 
 def _read(requests: Sequence[dict[str, Any]]) -> list[str | None]:
     """By request what is wrong, None where nothing is."""
-    ended = subprocess.run(
-        [sys.executable, "-m", "midstream.work.read_tasks"],
-        input=json.dumps(list(requests)),
-        env=worker_environment(Machine()),
-        capture_output=True,
-        text=True,
-        check=False,
+    events: list[Event] = []
+    last = ask(
+        "read-tasks",
+        {"tasks": requests},
+        show=events.append,
+        environment=worker_environment(Machine()),
+        stderr=subprocess.DEVNULL,
     )
-    told: list[str | None] = [json.loads(line)["error"] for line in ended.stdout.splitlines()]
+    if last["event"] == "stopped":
+        raise KeyboardInterrupt
+    told: list[str | None] = [one["error"] for one in events if one["event"] == "finished"]
     if len(told) < len(requests):
         # Of the task that it was reading when it ended.
-        last = (ended.stderr.strip().splitlines() or [f"it ended with {ended.returncode}"])[-1]
         at = requests[len(told)]
-        told.append(f"task {at['task']} of {at['world']} could not be read: {last}")
+        told.append(f"task {at['task']} of {at['world']} could not be read: {last.get('error')}")
         told += _read(requests[len(told) :]) if len(told) < len(requests) else []
     return told
 
@@ -169,7 +166,10 @@ def _missing(plan: Plan) -> Iterator[Problem]:
 
 
 def _disk(ledger: Ledger, needed: Number) -> Iterator[Problem]:
-    free = free_bytes(ledger.store)
+    place = ledger.store.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
     if needed > free:
         yield Problem(
             f"{ledger.store} may grow by {_gib(needed)} GiB, {_gib(free)} GiB are free on its disk",
@@ -180,17 +180,6 @@ def _disk(ledger: Ledger, needed: Number) -> Iterator[Problem]:
 
 def _gib(size: Number) -> str:
     return f"{size / GIB:,.0f}" if size >= 100 * GIB else f"{size / GIB:,.2g}"
-
-
-def free_bytes(store: Path) -> int:
-    """What is free for this user where the store lies, or will lie."""
-    place = store.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
-
-
-# ------------------------------------------------------------------------- what a stage starts from
 
 
 def _text_before(stage: Stage) -> tuple[Pretrain, float] | None:
@@ -240,37 +229,35 @@ def _starts(plan: Plan) -> Iterator[Problem]:
         try:
             check_start(stage.training.schedule, rate, label(before[0] if before else stage))
         except ValueError as reason:
-            what, _, remedy = str(reason).partition("; ")
-            yield Problem(what, remedy, (label(stage),))
-
-
-# ------------------------------------------------------------------------------- imported folders
+            yield Problem.of(reason, "", label(stage))
 
 
 def _imports(stages: Iterable[Stage]) -> Iterator[Problem]:
     """Imported folders that are not there, were imported anew, or hold another model."""
     for stage in stages:
+        parts: list[tuple[Imported, str, Callable[[ImportRecord], str]]] = []
         match stage:
             case LoadDecoder():
-                record = _record(stage.checkpoint)
-                if isinstance(record, str):
-                    yield _import_problem(record, stage)
-                elif record is not None and record.config != stage.decoder:
-                    other = _differences(dict(stage.decoder), dict(record.config))
-                    yield _other_model(stage.checkpoint, "decoder", other, stage)
+                parts = [(stage.checkpoint, "decoder", partial(_differ, dict(stage.decoder)))]
             case LoadModel():
-                record = _record(stage.checkpoint)
-                if isinstance(record, str):
-                    yield _import_problem(record, stage)
-                elif record is not None and (other := _model_differs(stage, record)):
-                    yield _other_model(stage.checkpoint, "model", other, stage)
+                parts = [(stage.checkpoint, "model", partial(_model_differs, stage))]
             case LoadEncoder():
-                for imported, tower in zip(stage.towers, _towers(stage.encoder), strict=True):
-                    record = _record(imported)
-                    if isinstance(record, str):
-                        yield _import_problem(record, stage)
-                    elif record is not None and (other := _tower_differs(tower, record)):
-                        yield _other_model(imported, "encoder", other, stage)
+                encoder = stage.encoder
+                towers = encoder.towers if isinstance(encoder, FusedEncoder) else (encoder,)
+                parts = [
+                    (imported, "encoder", partial(_tower_differs, tower))
+                    for imported, tower in zip(stage.towers, towers, strict=True)
+                ]
+        for imported, part, differs in parts:
+            record = _record(imported)
+            if isinstance(record, str):
+                yield Problem.of(record, "import the checkpoint again", label(stage))
+            elif record is not None and (other := differs(record)):
+                yield Problem(
+                    f"{imported.folder} holds another {part} than the recipe takes: {other}",
+                    f"give the folder of that {part}, or a scale that is made of this one",
+                    (label(stage),),
+                )
 
 
 def _record(imported: Imported) -> ImportRecord | str | None:
@@ -288,23 +275,6 @@ def _record(imported: Imported) -> ImportRecord | str | None:
             "plan again, or import the same checkpoint again"
         )
     return record
-
-
-def _import_problem(told: str, stage: Stage) -> Problem:
-    what, _, remedy = told.partition("; ")
-    return Problem(what, remedy or "import the checkpoint again", (label(stage),))
-
-
-def _other_model(imported: Imported, part: str, other: str, stage: Stage) -> Problem:
-    return Problem(
-        f"{imported.folder} holds another {part} than the recipe takes: {other}",
-        f"give the folder of that {part}, or a scale that is made of this one",
-        (label(stage),),
-    )
-
-
-def _towers(encoder: EncoderConfig | FusedEncoder) -> tuple[EncoderConfig, ...]:
-    return encoder.towers if isinstance(encoder, FusedEncoder) else (encoder,)
 
 
 def _tower_differs(tower: EncoderConfig, record: ImportRecord) -> str:
@@ -325,6 +295,10 @@ def _model_differs(stage: LoadModel, record: ImportRecord) -> str:
     if record.model is None:
         return "it is no whole vision-language model"
     return _differences(dict(stage.model), dict(record.model))
+
+
+def _differ(wanted: Mapping[str, object], record: ImportRecord) -> str:
+    return _differences(wanted, dict(record.config))
 
 
 def _differences(wanted: Mapping[str, object], held: Mapping[str, object]) -> str:

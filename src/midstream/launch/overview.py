@@ -1,38 +1,30 @@
-"""Where a study stands, and how `midstream status` prints it.
-
-Where a study stands, from its store alone: each stage's state, progress, place, time left. What
-`midstream status` and `midstream logs` print: a table that fits its terminal, and lines.
-"""
+"""Where a study stands, from its store alone, and how `midstream status` prints it."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from midstream.core.storage import read_json
 from midstream.core.tokens import counted, duration
 from midstream.cost.cost import StageCost, cost
 from midstream.cost.graph import order
 from midstream.cost.taken import seconds_of
+from midstream.launch.slurm_job import JobBook
 from midstream.study.label import DIGITS, kind_words, labels, shortened
 from midstream.study.lease import is_held
 from midstream.study.progress import Sign, read_sign
+from midstream.study.results import StageResult
 from midstream.study.stages import PrepareSource, Stage, TrainEncoder
 from midstream.study.store import Ledger, State
 from midstream.study.studies import AnyStudy
 
 # How the stages are listed: what moves or needs help first.
 STATES: tuple[State, ...] = ("running", "failed", "stopped", "new", "done")
-# Slurm's states of a job that has not ended.
-_ALIVE = frozenset(
-    ("PENDING", "RUNNING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING", "COMPLETING", "SUSPENDED")
-)
 
 
 @dataclass(frozen=True)
@@ -52,24 +44,20 @@ class StageView:
     pid: int | None = None
     ranks: int = 1
     job: str | None = None
-    job_state: str | None = None
     since: str | None = None
     error: str | None = None
 
     @property
     def has_job(self) -> bool:
         """Whether Slurm still has something to do for it: a job that has ended is not kept."""
-        alive = self.job_state is None or self.job_state.split(" ")[0] in _ALIVE
-        return self.state != "done" and self.job is not None and alive
+        return self.state != "done" and self.job is not None
 
     @property
     def where(self) -> str:
         """Host, process, ranks and job, as far as they are known."""
         parts = [] if self.host is None else [f"{self.host}:{self.pid}"]
         parts += [f"{self.ranks} ranks"] if self.ranks > 1 else []
-        if self.job is not None:
-            parts.append(f"job {self.job}" + (f" ({self.job_state})" if self.job_state else ""))
-        return ", ".join(parts)
+        return ", ".join(parts + ([] if self.job is None else [f"job {self.job}"]))
 
 
 @dataclass(frozen=True)
@@ -115,11 +103,11 @@ class Board:
 
     def look(self) -> Overview:
         """The study as it stands; changes nothing."""
-        jobs = slurm_jobs(self.ledger.store)
+        jobs = JobBook.of(self.ledger.store).entries
         states = {name: self.ledger.state(stage) for name, stage in self.stages.items()}
         self._read_costs(states)
         views = [
-            self._view(stage, states[name], jobs.get(name, {}))
+            self._view(stage, states[name], jobs[name].job if name in jobs else None)
             for name, stage in self.stages.items()
         ]
         blocked = self._blocked(states)
@@ -149,19 +137,17 @@ class Board:
             self._costs = {name: cost(stage, self.ledger) for name, stage in self.stages.items()}
         for name, stage in self.stages.items():
             if states[name] == "done" and name not in self._seconds:
-                self._seconds[name] = float(self.ledger.results(stage)["seconds"])
+                self._seconds[name] = self.ledger.result(stage, StageResult).seconds
 
-    def _view(self, stage: Stage, state: State, job: Mapping[str, Any]) -> StageView:
+    def _view(self, stage: Stage, state: State, job: str | None) -> StageView:
         costs = self._costs[stage.name]
-        number = job.get("job", job.get("id"))
         view = StageView(
             stage.name,
             self.labels[stage.name],
             stage.kind,
             state,
             flops=costs.flops,
-            job=None if number is None else str(number),
-            job_state=None if job.get("state") is None else str(job["state"]),
+            job=job,
         )
         if state in ("new", "done"):
             return view
@@ -218,18 +204,9 @@ class Board:
         return max(max(chains.values()), sum(seconds.values()) / side_by_side)
 
 
-def slurm_jobs(store: Path) -> dict[str, dict[str, Any]]:
-    """What `slurm.json` (`job_book.py`) says of the stages' jobs: `job`, and `state` if it does."""
-    path = store / "slurm.json"
-    found = read_json(path) if path.is_file() else {}
-    jobs = found.get("jobs") if isinstance(found, dict) else None
-    if not isinstance(jobs, dict):
-        return {}
-    return {name: job for name, job in jobs.items() if isinstance(job, dict)}
-
-
 def overview_json(seen: Overview) -> dict[str, Any]:
     """An overview as plain values."""
+    stages = [asdict(view) for view in seen.stages]
     return {
         "study": seen.study,
         "counts": seen.counts,
@@ -237,30 +214,12 @@ def overview_json(seen: Overview) -> dict[str, Any]:
         "active": seen.active,
         "seconds_left": seen.seconds_left,
         "num_unestimated": seen.num_unestimated,
-        "stages": [
-            {
-                "name": view.name,
-                "label": view.label,
-                "kind": view.kind,
-                "state": view.state,
-                **{key: getattr(view.sign, key) for key in Sign.__dataclass_fields__},
-                "flops": view.flops,
-                "host": view.host,
-                "pid": view.pid,
-                "ranks": view.ranks,
-                "job": view.job,
-                "job_state": view.job_state,
-                "since": view.since,
-                "error": view.error,
-            }
-            for view in seen.stages
-        ],
+        "stages": [stage.pop("sign") | stage for stage in stages],
     }
 
 
-# Columns beside stage, state and done, in the order in which a narrow terminal goes without them:
-# the width below which each is left out.
-_NEEDS = {"since": 124, "where": 100, "tokens/s": 72, "loss": 60, "left": 44}
+# Columns beside stage, state and done, and the width of a terminal below which each is left out.
+_NEEDS = {"loss": 60, "tokens/s": 72, "left": 44, "where": 100, "since": 124}
 # A label is cut to no less, so that its handle can be read.
 _SHORTEST = DIGITS
 _WHERE_LENGTH = 40
@@ -284,7 +243,8 @@ def overview_table(seen: Overview, width: int, height: int | None = None) -> Ren
     if shown:
         parts.append(_stages(shown[:room], width))
     if len(shown) > room:
-        left = _count([view.state for view in shown[room:]])
+        states = Counter(view.state for view in shown[room:])
+        left = ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
         parts.append(Text(f"and {left}, for which there is no room here", overflow="fold"))
     parts += [kinds, Text(totals(seen), overflow="fold")]
     return Group(*parts)
@@ -306,56 +266,38 @@ def totals(seen: Overview) -> str:
     return text
 
 
-def print_reasons(seen: Overview, folders: dict[str, str], console: Console) -> None:
-    """A line for each stage that failed, was stopped or runs: folder, since when, and why."""
-    for view in seen.stages:
-        if view.state in ("failed", "stopped", "running"):
-            text = f": {view.error}" if view.error else ""
-            console.print(
-                f"{view.label}: {folders[view.name]} is {view.state} since {view.since}{text}",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
-
-
 def _stages(views: Sequence[StageView], width: int) -> Table:
-    columns = [name for name, needed in _NEEDS.items() if width >= needed]
-    columns = [name for name in ("loss", "tokens/s", "left", "where", "since") if name in columns]
-    rows = [
-        (
-            view.state,
-            "" if view.sign.done is None else f"{view.sign.done:.0%}",
-            *(_cell(view, column) for column in columns),
-        )
-        for view in views
-    ]
+    columns = [name for name in _NEEDS if width >= _NEEDS[name]]
     heads = ("state", "done", *columns)
+    rows = [[_cell(view, column) for column in heads] for view in views]
     table = Table(box=None, pad_edge=False, show_edge=False)
     table.add_column("stage", no_wrap=True, overflow="ellipsis")
-    for head in heads:
-        left = head in ("state", "where", "since")
-        justify: Literal["left", "right"] = "left" if left else "right"
+    taken = 0
+    for k, head in enumerate(heads):
+        words = head in ("state", "where", "since")
         longest = _WHERE_LENGTH if head == "where" else None
         table.add_column(
-            head, justify=justify, no_wrap=True, overflow="ellipsis", max_width=longest
+            head,
+            justify="left" if words else "right",
+            no_wrap=True,
+            overflow="ellipsis",
+            max_width=longest,
         )
-    taken = sum(
-        min(max(len(head), *(len(row[k]) for row in rows)), _WHERE_LENGTH) + _GAP
-        for k, head in enumerate(heads)
-    )
-    for view, (state, *cells) in zip(views, rows, strict=True):
-        table.add_row(
-            Text(shortened(view.label, max(width - taken, _SHORTEST))),
-            Text(state, style=_STYLES.get(view.state, "")),
-            *(Text(cell) for cell in cells),
-        )
+        taken += min(max(len(head), *(len(row[k]) for row in rows)), _WHERE_LENGTH) + _GAP
+    for view, cells in zip(views, rows, strict=True):
+        state = Text(view.state, style=_STYLES.get(view.state, ""))
+        label = Text(shortened(view.label, max(width - taken, _SHORTEST)))
+        table.add_row(label, state, *(Text(cell) for cell in cells[1:]))
     return table
 
 
 def _cell(view: StageView, column: str) -> str:
     sign = view.sign
     match column:
+        case "state":
+            return view.state
+        case "done":
+            return "" if sign.done is None else f"{sign.done:.0%}"
         case "loss":
             return "" if sign.loss is None else f"{sign.loss:.3f}"
         case "tokens/s":
@@ -363,23 +305,15 @@ def _cell(view: StageView, column: str) -> str:
         case "left":
             return "" if sign.seconds_left is None else duration(sign.seconds_left)
         case "where":
-            silent = _silence(view)
-            said = [silent] if silent else [sign.note] if sign.note else []
-            return ", ".join([*said, view.where] if view.where else said)
-    return "" if view.since is None else _clock(view.since)
-
-
-def _silence(view: StageView) -> str:
-    seen = view.sign.seen
-    if view.state != "running" or seen is None:
+            note = sign.note
+            if view.state == "running" and sign.seen is not None:
+                silent = (datetime.now(UTC) - datetime.fromisoformat(sign.seen)).total_seconds()
+                note = f"silent for {duration(silent)}" if silent >= SILENT_SECONDS else note
+            return ", ".join(part for part in (note, view.where) if part)
+    if view.since is None:
         return ""
-    seconds = (datetime.now(UTC) - datetime.fromisoformat(seen)).total_seconds()
-    return f"silent for {duration(seconds)}" if seconds >= SILENT_SECONDS else ""
-
-
-def _clock(moment: str) -> str:
-    """The time here; with the day where that is not today."""
-    local = datetime.fromisoformat(moment).astimezone()
+    # The time here; with the day where that is not today.
+    local = datetime.fromisoformat(view.since).astimezone()
     same = local.date() == datetime.now().astimezone().date()
     return local.strftime("%H:%M:%S" if same else "%d %b %H:%M")
 
@@ -395,8 +329,3 @@ def _kinds(seen: Overview) -> Table:
         own = [view.state for view in seen.stages if view.kind == kind]
         table.add_row(kind_words(kind), *(str(own.count(state) or "") for state in states))
     return table
-
-
-def _count(states: Sequence[str]) -> str:
-    parts = [f"{states.count(state)} {state}" for state in STATES if state in states]
-    return ", ".join(parts)

@@ -1,63 +1,275 @@
-"""A stage as a job of Slurm: submitted, and what it does where it runs.
-
-The files of a stage's jobs in the store, and the events that a job keeps there. Submits stages to
-Slurm: a job each, equal ones as an array, each after its parents' jobs.
-
-What a Slurm job does: the ordinary worker on one stage, its events kept in the store.
-
-It ends well if the stage is done, badly if it failed, so that jobs that wait for it know. Told to
-stop (the warning before its time ends, pre-emption, a node that is drained), it has the stage keep
-a checkpoint and asks Slurm to queue it again.
-"""
+"""What is asked of Slurm by its own commands, which job has which stage, and what a job does."""
 
 import json
+import math
 import os
+import re
+import shutil
 import signal
+import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
 from typing import Any
-from uuid import uuid4
 
-from midstream.config import Machine, SlurmSettings
-from midstream.core.storage import append_line, read_json
-from midstream.launch import slurm_queue
-from midstream.launch.slurm_queue import Entry, JobBook
-from midstream.launch.terminal import STOPPED_EXIT_CODE
-from midstream.launch.workers import Event, Worker, work_line, write_work
+from midstream.config import Machine, SlurmResources
+from midstream.core.storage import append_line, read_json, write_json
+from midstream.launch.workers import STOPPED_EXIT_CODE, Event, Worker, event_of, write_work
 from midstream.study.label import label
 from midstream.study.lease import STALE_SECONDS, is_held
-from midstream.study.stages import Ranked, Stage, stage_from_json
+from midstream.study.stages import Stage, stage_from_json
 from midstream.study.store import Ledger
 
+COMMANDS = ("sbatch", "srun", "squeue", "sinfo", "scontrol", "scancel")
+# A command that says nothing for so long has not reached the controller.
+ANSWER_SECONDS = 120.0
+# The partition that jobs get where none is named.
+DEFAULT = "the default partition"
+# States of a job that has ended and will not begin again by itself.
+ENDED = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REVOKED",
+    "TIMEOUT",
+}
+REMEDIES = {
+    "CANCELLED": "somebody, or the cluster, cancelled it",
+    "NODE_FAIL": "its machine failed",
+    "OUT_OF_MEMORY": "ask for more memory",
+    "TIMEOUT": "ask for more time_minutes, or for a longer warning with warn_seconds",
+}
 
-class JobFiles:
-    """Where a stage's jobs write: `slurm/STAGE/` in the store."""
 
-    def __init__(self, store: Path, stage: str) -> None:
-        self.folder = store.absolute() / "slurm" / stage
+class Unreachable(Exception):  # noqa: N818 - it says what is wrong
+    """Slurm's controller does not answer; it may come back."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job, or one of an array (`id` 12_3); `reason` says why it waits or how it ended."""
+
+    id: str
+    name: str
+    state: str
+    reason: str
+    exit_code: str = ""
 
     @property
-    def events(self) -> Path:
-        """The worker's events, one a line, over all jobs of the stage."""
-        return self.folder / "events.jsonl"
+    def is_live(self) -> bool:
+        """Whether it waits, runs, or is about to."""
+        return self.state not in ENDED
 
-    @property
-    def given(self) -> Path:
-        """What the stage's job is given to do."""
-        return self.folder / "given.json"
+    def sentence(self) -> str:
+        """How it ended, and what may help."""
+        code = f"exit code {self.exit_code}" if self.exit_code else ""
+        reason = "" if self.reason in ("", "None") else self.reason
+        parts = ", ".join(part for part in (code, reason) if part)
+        remedy = REMEDIES.get(self.state, "")
+        text = f"Slurm ended job {self.id} as {self.state}" + (f" ({parts})" if parts else "")
+        return f"{text}: {remedy}" if remedy else text
 
-    def work(self, node: int) -> Path:
-        """What the worker of a node works for."""
-        return self.folder / f"worker-{node}.json"
 
-    def log(self, node: int) -> Path:
-        """What the worker of a node prints."""
-        return self.folder / f"worker-{node}.log"
+def require_slurm(asked: Iterable[SlurmResources]) -> None:
+    """Raises ValueError where Slurm's commands or submitit are missing, or a partition that is
+    asked for does not exist or gives less time: a job would wait there for ever.
+
+    Raises Unreachable if the controller does not answer.
+    """
+    missing = [name for name in COMMANDS if shutil.which(name) is None]
+    if missing:
+        raise ValueError(
+            f"no {', '.join(missing)} on the PATH: run this where jobs are submitted to Slurm, "
+            "or leave --slurm out"
+        )
+    try:
+        import submitit  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "jobs are submitted with submitit, which is not installed: "
+            "pip install 'midstream[cluster]'"
+        ) from None
+    minutes: dict[str, float] = {}
+    for line in ask("sinfo", "--noheader", "--all", "--format=%P|%l").splitlines():
+        partition, limit = line.strip().rsplit("|", 1)
+        minutes[partition.removesuffix("*")] = limit_minutes(limit)
+        if partition.endswith("*"):
+            minutes[DEFAULT] = limit_minutes(limit)
+    wanted = {(one.partition or DEFAULT, one.time_minutes or 0) for one in asked}
+    # Those that somebody named first.
+    for names, least in sorted(wanted, key=lambda pair: (pair[0] == DEFAULT, pair)):
+        for name in names.split(","):
+            if name in minutes and least > minutes[name]:
+                place = name if name == DEFAULT else f"partition {name}"
+                raise ValueError(
+                    f"time_minutes is {least}, but {place} gives {minutes[name]:.0f}: ask for less "
+                    "with --slurm-set time_minutes=N; a stage that needs longer goes on in the "
+                    "next piece"
+                )
+            if name not in minutes and name != DEFAULT:
+                known = sorted(minutes.keys() - {DEFAULT})
+                near = get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ValueError(
+                    f"Slurm has no partition {name!r}; {hint}it has {', '.join(known)}: choose one "
+                    "with --slurm-set partition=NAME"
+                )
+
+
+def limit_minutes(limit: str) -> float:
+    """Minutes of a time as sinfo prints it: 2-12:00:00, 1:00:00, 30:00, infinite."""
+    days, dash, rest = limit.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdigit() for part in parts):  # infinite, n/a
+        return math.inf
+    values = [0.0, 0.0, *(float(part) for part in parts)][-3:]
+    hours, minutes, seconds = values
+    return (int(days) if dash else 0) * 1440 + hours * 60 + minutes + seconds / 60
+
+
+def queue() -> dict[str, Job]:
+    """This user's jobs by id, each of an array apart; with those that ended lately."""
+    asked = ("--array", "--states=all", "--format=%i|%j|%T|%r", f"--user={os.geteuid()}")
+    jobs = {}
+    for line in ask("squeue", "--noheader", *asked).splitlines():
+        job = Job(*(part.strip() for part in line.split("|", 3)))
+        jobs[job.id] = job
+    return jobs
+
+
+def ended_job(job_id: str, name: str, seen: Job | None) -> Job | None:
+    """A job that has ended, with its exit code and reason from where they are known.
+
+    `seen` is what the queue says of it. None if nobody knows a job of this id and name: a
+    controller that lost its memory gives the same ids again.
+    """
+    columns = "JobName,State,ExitCode,Reason"
+    try:
+        told = ask("sacct", "-X", "-n", "-P", "-j", job_id, "-o", columns)
+    except (Unreachable, FileNotFoundError):  # no accounting
+        told = ""
+    for line in told.splitlines():
+        named, state, code, reason = line.split("|", 3)
+        # "CANCELLED by 1000" is a state; one that is live here may have ended since.
+        if named == name and state.split()[0] in ENDED:
+            return Job(job_id, name, state.split()[0], reason, code)
+    try:
+        values = shown_job(job_id)
+    except Unreachable:  # it has gone from the controller's memory
+        return seen
+    if values.get("JobName") != name:
+        return seen
+    return Job(job_id, name, values["JobState"], values["Reason"], values["ExitCode"])
+
+
+def shown_job(job_id: str) -> dict[str, str]:
+    """What the controller knows of a job, as it names it."""
+    return dict(re.findall(r"(\w+)=(\S*)", ask("scontrol", "--oneliner", "show", "job", job_id)))
+
+
+def ask(*command: str) -> str:
+    """What a command of Slurm prints; Unreachable if it fails or says nothing."""
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise Unreachable(f"{command[0]} has said nothing for {ANSWER_SECONDS:.0f} s") from None
+    if asked.returncode:
+        raise Unreachable(f"{command[0]}: {asked.stderr.strip() or asked.returncode}")
+    return asked.stdout
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A stage's job: the name it was submitted under, and its id (12, or 12_3).
+
+    `restarts` counts how often the stage was begun again because its processes were killed.
+    """
+
+    name: str
+    job: str | None
+    restarts: int = 0
+
+
+@dataclass
+class JobBook:
+    """`slurm.json`: the entries by stage name; every change is on the disk when it returns.
+
+    An entry is written before its job is submitted and gets the job's id after: a launcher that is
+    killed in between leaves an entry whose job is found by its name.
+    """
+
+    path: Path
+    entries: dict[str, Entry]
+
+    @classmethod
+    def of(cls, store: Path) -> "JobBook":
+        """The book of a store; empty where no job was ever submitted."""
+        path = store / "slurm.json"
+        kept = read_json(path)["jobs"] if path.is_file() else {}
+        return cls(
+            path,
+            {
+                name: Entry(one["name"], one["job"], one.get("restarts", 0))
+                for name, one in kept.items()
+            },
+        )
+
+    def note(self, entries: dict[str, Entry]) -> None:
+        """Add entries, or change them."""
+        self.entries |= entries
+        told = {"jobs": {name: asdict(one) for name, one in self.entries.items()}}
+        write_json(self.path, told)
+
+    def forget(self, *names: str) -> None:
+        """These stages have no job any more."""
+        for name in names:
+            self.entries.pop(name, None)
+        self.note({})
+
+    def drop_unsure(self) -> None:
+        """End jobs whose submission was cut off: they may miss what they are to do."""
+        for name, entry in list(self.entries.items()):
+            if entry.job is None:
+                ask("scancel", "--quiet", f"--user={os.geteuid()}", f"--name={entry.name}")
+                self.forget(name)
+
+
+def require_no_jobs(store: Path) -> None:
+    """Raises ValueError if jobs of this store are in Slurm's queue, or may be."""
+    book = JobBook.of(store)
+    if not book.entries:
+        return
+    try:
+        jobs = queue()
+    except (Unreachable, FileNotFoundError) as reason:
+        raise ValueError(
+            f"{book.path} names {len(book.entries)} jobs of an earlier run with --slurm, and Slurm "
+            f"does not say whether they are in its queue ({reason}); run where it answers, or "
+            f"delete {book.path} if they are gone"
+        ) from None
+    names = {entry.name for entry in book.entries.values()}
+    live = [job.id for job in jobs.values() if job.is_live and job.name in names]
+    if live:
+        raise ValueError(
+            f"{len(live)} jobs of store {store} are in Slurm's queue; follow them with --slurm, or "
+            f"end them: scancel {' '.join(live)}"
+        )
+
+
+def job_folder(store: Path, stage: str) -> Path:
+    """Where a stage's jobs write: `given.json`, what they are given to do; `events.jsonl`, the
+    worker's events over all of them; and `worker-N.log`, what the worker of node N prints."""
+    return store.absolute() / "slurm" / stage
 
 
 def events_since(path: Path, offset: int) -> tuple[list[Event], int]:
@@ -67,14 +279,7 @@ def events_since(path: Path, offset: int) -> tuple[list[Event], int]:
     with path.open("rb") as stream:
         stream.seek(offset)
         whole, newline, _ = stream.read().rpartition(b"\n")
-    events = []
-    for line in whole.splitlines():
-        try:
-            event: Any = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and isinstance(event.get("event"), str):
-            events.append(event)
+    events = [event for line in whole.splitlines() if (event := event_of(line)) is not None]
     return events, offset + len(whole) + len(newline)
 
 
@@ -90,105 +295,94 @@ PROGRESS_SECONDS = 1.0
 
 
 class StageFailed(Exception):  # noqa: N818 - the stage's own error is told before
-    """Ends a job whose stage failed."""
+    """Ends a job whose stage failed: what waits for it must know."""
 
 
 @dataclass(frozen=True)
 class StageJob:
-    """Runs one stage that the file `work` describes; called in the job, once a node.
+    """Runs one stage that the file `given` describes; called in the job, once a node.
 
-    `restarts`: how often the stage may be begun again after its processes were killed. `command`
-    stands in for that of a worker, which its work file is added to.
+    It ends well if the stage is done, badly if it failed. Told to stop (the warning before its time
+    ends, pre-emption, a node that is drained), it has the stage keep a checkpoint and asks Slurm to
+    queue it again. `restarts`: how often the stage may be begun again after its processes were
+    killed. `command` stands in for that of a worker, which its work file is added to.
     """
 
     store: Path
-    work: Path
+    given: Path
     restarts: int
     port: int
     command: tuple[str, ...] | None = None
 
     def __call__(self) -> None:
-        given = read_json(self.work)
+        given = read_json(self.given)
         stage = stage_from_json(json.dumps(given["stage"]))
         ledger = Ledger(self.store)
         # A controller that has lost its memory may start a job again.
-        if ledger.is_done(stage):
-            return
-        _Run(self, stage, ledger, Machine.model_validate(given["machine"]), given).run()
+        if not ledger.is_done(stage):
+            _Run(self, stage, ledger).run(Machine.model_validate(given["machine"]), given)
 
 
 class _Run:
-    def __init__(
-        self,
-        job: StageJob,
-        stage: Stage,
-        ledger: Ledger,
-        machine: Machine,
-        given: dict[str, Any],
-    ) -> None:
-        self.job, self.stage, self.ledger, self.given = job, stage, ledger, given
+    def __init__(self, job: StageJob, stage: Stage, ledger: Ledger) -> None:
         import submitit
 
+        self.job, self.stage, self.ledger = job, stage, ledger
         self.place = submitit.JobEnvironment()
-        self.files = JobFiles(job.store, stage.name)
-        self.machine = self._here(machine)
-        self.queue: SimpleQueue[tuple[Worker | None, Event]] = SimpleQueue()
-        self.stopping = False
+        self.is_first = self.place.node == 0
+        self.files = job_folder(job.store, stage.name)
+        self.events = self.files / "events.jsonl"
+        self.inbox: SimpleQueue[tuple[Worker | None, Event]] = SimpleQueue()
+        self.is_stopping = False
         self.finished: Event | None = None
-        self.keep: Callable[[Event], None] = append_line(self.files.events)
+        self.keep: Callable[[Event], None] = append_line(self.events)
 
-    def run(self) -> None:
+    def run(self, machine: Machine, given: dict[str, Any]) -> None:
         """Run the stage, or this node's share of its ranks."""
         for number in TOLD_TO_STOP:
             signal.signal(number, self._note)
-        if self.place.node == 0:
-            self._wait_for_the_lock()
         node = self.place.node
-        line = json.dumps({name: self.given[name] for name in ("stage", "features")})
-        work = write_work(self.files.work(node), self.job.store, self.machine, line)
-        log = self.files.log(node)
-        is_group = self.machine.world_size > 1
+        if machine.nodes > 1:
+            job = int(self.place.raw_job_id if self.place.raw_job_id.isdigit() else 0)
+            # Jobs that share a node must not share a port.
+            master = f"{self.place.hostnames[0]}:{self.job.port + job % 1000}"
+            machine = machine.model_copy(update={"node": node, "master": master})
+        # Processes of an earlier job may take a moment to leave the stage.
+        end = time.monotonic() + LOCK_SECONDS
+        lock = self.ledger.folder(self.stage) / "lock"
+        while self.is_first and is_held(lock) and time.monotonic() < end:
+            time.sleep(0.5)
+        line = json.dumps({name: given[name] for name in ("stage", "features")})
+        path = self.files / f"worker-{node}.json"
+        work = write_work(path, self.job.store, machine, line)
         command = (*self.job.command, str(work)) if self.job.command else None
-        worker = Worker(node, work, log, self.machine, self.queue.put, is_group, command)
+        is_group = machine.world_size > 1
+        log, put = self.files / f"worker-{node}.log", self.inbox.put
+        worker = Worker(node, work, log, machine, put, is_group, command)
         code = self._follow(worker)
         # The ranks of node 0 say how it went; torchrun ends with 1 after a good stop as well.
-        if self.place.node == 0:
+        if self.is_first and not self.ledger.is_done(self.stage):
             self._end(worker, code)
 
-    def _here(self, machine: Machine) -> Machine:
-        """The machine with this node's number, and where the first node is reached."""
-        if machine.nodes == 1:
-            return machine
-        number = int(self.place.raw_job_id if self.place.raw_job_id.isdigit() else 0)
-        # Jobs that share a node must not share a port.
-        master = f"{self.place.hostnames[0]}:{self.job.port + number % 1000}"
-        return machine.model_copy(update={"node": self.place.node, "master": master})
-
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.queue.put((None, {"event": "signal", "signal": number}))
-
-    def _wait_for_the_lock(self) -> None:
-        """Processes of an earlier job may take a moment to leave the stage."""
-        end = time.monotonic() + LOCK_SECONDS
-        while is_held(self.ledger.folder(self.stage) / "lock") and time.monotonic() < end:
-            time.sleep(0.5)
+        self.inbox.put((None, {"event": "signal", "signal": number}))
 
     def _follow(self, worker: Worker) -> int:
         """Keep the worker's events until it has ended; its exit code."""
         kept_at = 0.0
         while True:
-            _, event = self.queue.get()
+            _, event = self.inbox.get()
             if event["event"] == "exit":
                 return int(event["code"])
             if event["event"] == "signal":
                 # On several nodes the first rank tells the others.
-                if not self.stopping and self.place.node == 0:
+                if not self.is_stopping and self.is_first:
                     worker.signal(signal.SIGTERM)
-                self.stopping = True
-            elif self.place.node == 0:
+                self.is_stopping = True
+            elif self.is_first:
                 if event["event"] == "finished":
                     self.finished = event
-                elif event["event"] == "ready" and self.stopping:
+                elif event["event"] == "ready" and self.is_stopping:
                     worker.signal(signal.SIGTERM)
                 now = time.monotonic()
                 if event["event"] != "progress" or now - kept_at >= PROGRESS_SECONDS:
@@ -196,30 +390,22 @@ class _Run:
                     self.keep({**event, "job": self.place.job_id, "host": self.place.hostname})
 
     def _end(self, worker: Worker, code: int) -> None:
+        """Raises StageFailed, or leaves to be queued again."""
         state = self.finished["state"] if self.finished else None
-        if self.ledger.is_done(self.stage):
-            return
         if state == "failed":
             assert self.finished is not None
             raise StageFailed(f"{label(self.stage)}: {self.finished['error']}")
-        if state == "stopped" or self.stopping:
+        if state == "stopped" or self.is_stopping:
             self._queue_again("told to stop")
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        error = worker.fault or f"its worker process {worker.process.pid} ended with {how}"
-        if code == -signal.SIGKILL:
-            error += "; the system kills processes when memory runs out: ask for more memory"
-        if self._num_restarts() < self.job.restarts:
+        error = worker.why(code, "ask for more memory")
+        events, _ = events_since(self.events, 0)
+        mine = [one for one in events if one.get("job") == self.place.job_id]
+        if sum(one["event"] == "restarted" for one in mine) < self.job.restarts:
             self.keep({"event": "restarted", "error": error, "job": self.place.job_id})
             self._queue_again(error)
         with suppress(ValueError):  # a process that it left behind still holds the stage
             self.ledger.mark_failed(self.stage, error)
         raise StageFailed(f"{label(self.stage)}: {error}")
-
-    def _num_restarts(self) -> int:
-        """How often this job has begun the stage again."""
-        events, _ = events_since(self.files.events, 0)
-        mine = [one for one in events if one.get("job") == self.place.job_id]
-        return sum(one["event"] == "restarted" for one in mine)
 
     def _queue_again(self, why: str) -> None:
         """Leave, to go on in another piece of time; a job that was cancelled stays so.
@@ -231,149 +417,13 @@ class _Run:
         while time.monotonic() < end:
             try:
                 # COMPLETING: it was cancelled, or is being queued again already.
-                if slurm_queue.job_state(self.place.job_id) == "RUNNING":
+                if shown_job(self.place.job_id).get("JobState") == "RUNNING":
                     print(f"{label(self.stage)} is queued again: {why}", flush=True)
                     self.keep({"event": "requeued", "why": why, "job": self.place.job_id})
-                    slurm_queue.requeue(self.place.job_id)
+                    ask("scontrol", "requeue", self.place.job_id)
                 break
-            except slurm_queue.Unreachable as reason:
+            except Unreachable as reason:
                 print(f"waiting to be queued again: {reason}", flush=True)
                 time.sleep(2.0)
         # What is still written of this process is nobody's concern.
         os._exit(STOPPED_EXIT_CODE)
-
-
-# The most jobs of one array (Slurm's own MaxArraySize is 1001 where nothing else is said).
-MAX_ARRAY = 1000
-# What sbatch says when the controller may come back; anything else is a refusal.
-AWAY = ("Unable to contact", "Socket timed out", "Connection refused", "connect failure")
-# What it says of a job that is to wait for one which the controller has just forgotten.
-TOO_LATE = "dependency problem"
-
-
-@dataclass(frozen=True)
-class Task:
-    """A stage that is to be submitted, after the jobs with the ids `after`."""
-
-    stage: Stage
-    features: str
-    after: tuple[str, ...]
-    restarts: int
-
-
-class Submitter:
-    """Turns tasks into jobs with the cluster's settings, and notes them in the book.
-
-    `command` stands in for that of a worker, which its work file is added to.
-    """
-
-    def __init__(
-        self,
-        store: Path,
-        machine: Machine,
-        settings: SlurmSettings,
-        book: JobBook,
-        command: Sequence[str] | None = None,
-    ) -> None:
-        self.store, self.machine = store.absolute(), machine
-        self.settings, self.book = settings, book
-        self.command = tuple(command) if command else None
-
-    def submit(self, tasks: Sequence[Task]) -> None:
-        """Submit tasks that are ready or wait for jobs; what is equal becomes an array.
-
-        Raises Unreachable if the controller is away, ValueError with sbatch's own words if it
-        refuses; what was submitted before is in the book.
-        """
-        groups: dict[tuple[str, tuple[str, ...], int], list[Task]] = {}
-        for task in tasks:
-            key = (task.stage.kind, tuple(sorted(task.after)), task.restarts)
-            groups.setdefault(key, []).append(task)
-        for (kind, _, _), group in groups.items():
-            for start in range(0, len(group), MAX_ARRAY):
-                self._submit_array(kind, group[start : start + MAX_ARRAY])
-
-    def machine_for(self, stage: Stage) -> Machine:
-        """Where the stage's worker runs: its ranks on its nodes, or one process."""
-        asked = self.settings.resources(stage.kind)
-        if not isinstance(stage, Ranked):
-            return self.machine.alone()
-        ranks = asked.ranks or asked.gpus or self.machine.ranks
-        nodes = asked.nodes or 1
-        master = "set-in-the-job:0" if nodes > 1 else None
-        values = {"ranks": ranks, "nodes": nodes, "master": master, "workers": 1}
-        return Machine.model_validate(self.machine.model_dump() | values)
-
-    def _submit_array(self, kind: str, tasks: Sequence[Task]) -> None:
-        import submitit
-
-        name = f"midstream-{kind}-{uuid4().hex[:12]}"
-        folder = self.store / "slurm" / "jobs" / name
-        machine = self.machine_for(tasks[0].stage)
-        functions = []
-        for task in tasks:
-            files = JobFiles(self.store, task.stage.name)
-            work = work_line(task.stage, task.features)
-            write_work(files.given, self.store, machine, work)
-            left = max(0, self.settings.restarts - task.restarts)
-            functions.append(
-                StageJob(self.store, files.given, left, self.settings.port, self.command)
-            )
-        entries = {task.stage.name: Entry(name, None, str(folder), task.restarts) for task in tasks}
-        self.book.intend(entries)
-        executor = submitit.SlurmExecutor(folder=folder)
-        executor.update_parameters(**self._parameters(name, machine, tasks[0], len(tasks)))
-        try:
-            if len(tasks) == 1:
-                jobs = [executor.submit(functions[0])]
-            else:
-                with executor.batch():
-                    jobs = [executor.submit(function) for function in functions]
-        except submitit.core.utils.FailedJobError as reason:
-            text = " ".join(str(reason).split())
-            # Without a word it was ended by a signal, as Ctrl-C sends one to all.
-            if not text or any(sign in text for sign in (*AWAY, TOO_LATE)):
-                raise slurm_queue.Unreachable(f"sbatch: {text}") from None
-            self.book.forget(*entries)
-            raise ValueError(
-                f"sbatch refused {len(tasks)} {kind} jobs: {text}; change --slurm-set"
-            ) from None
-        self.book.submitted(
-            {
-                task.stage.name: (str(job.job_id), str(job.paths.stdout))
-                for task, job in zip(tasks, jobs, strict=True)
-            }
-        )
-
-    def _parameters(self, name: str, machine: Machine, task: Task, count: int) -> dict[str, object]:
-        """What submitit makes its sbatch file of."""
-        asked = self.settings.resources(task.stage.kind)
-        cpus = asked.cpus or machine.ranks * (machine.threads + machine.data_workers)
-        more: dict[str, object] = {
-            "requeue": True,
-            # What waits for a job that fails is cancelled, also where no launcher follows.
-            "kill-on-invalid-dep": "yes",
-            **({"mem": asked.memory} if asked.memory else {}),
-            **asked.extra,
-        }
-        return {
-            "job_name": name,
-            "partition": asked.partition,
-            "account": asked.account,
-            "qos": asked.qos,
-            "constraint": asked.constraint,
-            "time": asked.time_minutes,
-            "nodes": machine.nodes,
-            "ntasks_per_node": 1,
-            "cpus_per_task": cpus,
-            "gpus_per_node": asked.gpus or None,
-            "signal_delay_s": self.settings.warn_seconds,
-            "array_parallelism": self.settings.array_limit or count,
-            "dependency": f"afterok:{':'.join(task.after)}" if task.after else None,
-            "stderr_to_stdout": True,
-            "wckey": None,
-            "setup": list(self.settings.setup) or None,
-            # A step does not take over its job's CPUs by itself.
-            "srun_args": [f"--cpus-per-task={cpus}"],
-            "additional_parameters": more,
-        }

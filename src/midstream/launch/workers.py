@@ -1,25 +1,4 @@
-"""The processes that train: a worker, the ranks of a stage, several machines.
-
-A worker: a long-lived process that runs one stage after the other.
-
-What it works for (the "store", the "machine") stands in `worker-N.json`. The launcher writes a line
-of JSON to a worker's standard input: the "stage", and whether a frozen encoder's outputs are kept
-on disk ("features": stored | live | auto). The worker answers on standard output with JSON lines:
-{"event": "ready"}, then for each stage "started", "progress" (stage, done, tokens_seen,
-total_tokens, loss, tokens_per_second, note) and "finished" (stage, state: done | failed | stopped,
-error). The end of its input ends a worker. What it prints on standard error, and any line that is
-no event, goes to `worker-N.log` in the store.
-
-Where a training stage has several ranks, its worker is torchrun with as many processes, for this
-one stage, which stands in `worker-N.json` too. The first rank speaks as above; every rank says
-{"event": "rank", "rank", "pid"} at its start, and {"event": "fault", "error"} if one was lost.
-
-Several machines train one stage: node 0 launches, the others join it through the store.
-
-The store lies on a disk that all nodes see. Node 0 says there, in `nodes.json`, which stage's ranks
-are to be started, and rewrites the file as a sign of life; the other nodes start their share of
-them. What the ranks then say to each other goes over the network.
-"""
+"""The processes that train: a worker, the ranks of a stage, those of several machines."""
 
 import json
 import os
@@ -30,25 +9,33 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
-from uuid import uuid4
 
 from midstream.config import Machine
-from midstream.core.storage import read_json, write_bytes, write_json
+from midstream.core.storage import read_json, write_json
 from midstream.core.tokens import counted
-from midstream.cost.graph import PlanRow
 from midstream.study.label import label
+from midstream.study.lease import STALE_SECONDS, heartbeat_of, is_held
 from midstream.study.progress import LOG
 from midstream.study.stages import Stage, stage_from_json
 
 Event = dict[str, Any]
+# What a process ends with that was asked to stop and can be continued (EX_TEMPFAIL).
+STOPPED_EXIT_CODE = 75
+# Of a process that refused to start, as for any error that the user can put right.
+REFUSED_EXIT_CODE = 2
 # How long an idle worker has to leave after the end of its input.
 LEAVE_SECONDS = 20.0
 # How long the ranks of a node that was told to end may take for their step and its checkpoint.
 SHUTDOWN_SECONDS = 600
+# What node 0 says to the others: of which launch, the ranks to start, the exit code to leave with.
+NODES = "nodes.json"
+# How long a node waits for node 0 to come, and for it to show itself again.
+COME_SECONDS, GONE_SECONDS = 1800.0, STALE_SECONDS / 2
+_LOOK_SECONDS = 1.0
 # In a worker's environment: the process that started it, without which it does not go on.
 LAUNCHER = "MIDSTREAM_LAUNCHER"
 # In a process's environment: the GPUs that it sees.
@@ -56,12 +43,22 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 class Worker:
-    """A worker process; `row` is the stage it runs, or will run once it is ready.
+    """A worker process; `stage` is what it runs, or will run once it is ready.
 
-    It works for what the file `work` says (`write_work`), and is the ranks of one stage where it
-    `is_group`. It sees the `gpus` alone, or all that this process sees where none are named. Its
-    events, and at its end {"event": "exit", "code"}, go to `put` from a thread of
-    its own.
+    What it works for (the "store", the "machine") stands in the file `work` (`write_work`). It is
+    given a line of JSON on standard input: the "stage", and whether a frozen encoder's outputs are
+    kept on disk ("features": stored | live | auto). It answers on standard output with JSON lines:
+    {"event": "ready"}, then for each stage "started", "progress" (stage, done, tokens_seen,
+    total_tokens, loss, tokens_per_second, note) and "finished" (stage, state: done | failed |
+    stopped, error). The end of its input ends it. What it prints on standard error, and any line
+    that is no event, goes to `log`.
+
+    Where it `is_group` it is torchrun with the ranks of one stage, which stands in the file too.
+    The first rank speaks as above; every rank says {"event": "rank", "rank", "pid"} at its start,
+    and {"event": "fault", "error"} if one was lost.
+
+    It sees the `gpus` alone, or all that this process sees where none are named. Its events, and at
+    its end {"event": "exit", "code"}, go to `put` from a thread of its own.
     """
 
     def __init__(
@@ -78,7 +75,7 @@ class Worker:
         self.number, self.work, self.log, self.is_group = number, work, log, is_group
         self.pids: dict[int, int] = {}
         self.fault: str | None = None
-        self.row: PlanRow | None = None
+        self.stage: Stage | None = None
         self.ready = False
         own = group_command(machine, work) if is_group else worker_command(work)
         with self.log.open("ab") as stream:
@@ -99,13 +96,13 @@ class Worker:
         threading.Thread(target=self._read, daemon=True).start()
 
     def send(self, features: str = "auto") -> None:
-        """Hand over the stage of `row`; a group has it already."""
-        assert self.row is not None
+        """Hand over its stage; a group has it already."""
+        assert self.stage is not None
         if self.is_group:
             return
         # A worker that has died cannot read: its exit event follows and settles the stage.
         with suppress(BrokenPipeError):
-            self._input.write(work_line(self.row.stage, features).encode())
+            self._input.write(work_line(self.stage, features).encode())
             self._input.flush()
 
     def close(self) -> None:
@@ -137,6 +134,13 @@ class Worker:
             self.fault = self.fault or event["error"]
         return event["event"] in ("rank", "fault")
 
+    def why(self, code: int, remedy: str) -> str:
+        """What is said of a stage that it ran when it ended with this code."""
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        error = self.fault or f"its worker process {self.process.pid} ended with {how}"
+        killed = f"; the system kills processes when memory runs out: {remedy}"
+        return error + (killed if code == -signal.SIGKILL else "")
+
     def leave(self) -> None:
         """Wait until it has left; one that does not is killed after LEAVE_SECONDS."""
         try:
@@ -148,17 +152,22 @@ class Worker:
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                event = None
-            if isinstance(event, dict) and isinstance(event.get("event"), str):
-                if not self.note(event):
-                    self._put((self, event))
-            else:
+            event = event_of(line)
+            if event is None:
                 with self.log.open("ab") as log:
                     log.write(line)
+            elif not self.note(event):
+                self._put((self, event))
         self._put((self, {"event": "exit", "code": self.process.wait()}))
+
+
+def event_of(line: bytes) -> Event | None:
+    """The event that a line is, if it is one."""
+    with suppress(ValueError):
+        event = json.loads(line)
+        if isinstance(event, dict) and isinstance(event.get("event"), str):
+            return event
+    return None
 
 
 def work_line(stage: Stage, features: str = "auto") -> str:
@@ -256,79 +265,15 @@ def workers_with_gpus(machine: Machine) -> Machine:
     return machine.model_copy(update={"workers": min(machine.workers, most)})
 
 
-# Node 0 gives a sign this often, and is taken for gone after so long without one.
-SIGN_SECONDS = 5.0
-GONE_SECONDS = 60.0
-# How long a node waits for node 0 to come.
-COME_SECONDS = 1800.0
-_LOOK_SECONDS = 1.0
-
-
-class Announcer:
-    """What node 0 says to the others; `tell` and `end` change it, a thread keeps it fresh."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._said: dict[str, Any] = {
-            "launch": uuid4().hex,
-            "number": 0,
-            "work": None,
-            "code": None,
-        }
-        self._lock, self._over = threading.Lock(), threading.Event()
-        self._write()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def tell(self, work: Path) -> None:
-        """Every node starts its ranks of this work."""
-        self._said |= {"number": self._said["number"] + 1, "work": str(work.absolute())}
-        self._write()
-
-    def end(self, code: int) -> None:
-        """Every node leaves with this exit code."""
-        self._said |= {"code": code}
-        self._write()
-
-    def close(self) -> None:
-        """No more signs of life."""
-        self._over.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._over.wait(SIGN_SECONDS):
-            self._write()
-
-    def _write(self) -> None:
-        with self._lock:
-            write_json(self._path, self._said)
-
-
-@contextmanager
-def announcer(store: Path, machine: Machine) -> Iterator[Announcer | None]:
-    """Node 0's; None for one node. An error on node 0 ends the others with exit code 1."""
-    if machine.nodes == 1:
-        yield None
-        return
-    said = Announcer(store / "nodes.json")
-    try:
-        yield said
-    except BaseException:
-        said.end(1)
-        raise
-    finally:
-        said.close()
-
-
 def join(store: Path, machine: Machine, on_note: Callable[[str], None]) -> int:
     """Start this node's ranks whenever node 0 says so; returns node 0's exit code.
 
-    SIGTERM, SIGINT and SIGUSR1 go to the ranks, which stop all others at the next step. Raises
-    TimeoutError where node 0 does not come, or has gone without a word.
+    The ranks meet by torchrun's rendezvous. SIGTERM, SIGINT and SIGUSR1 go to them, and they stop
+    all others at the next step. Raises TimeoutError where node 0 does not come, or has gone
+    without a word.
     """
-    path, mine = store / "nodes.json", store / f".node-{machine.node}"
     ranks: subprocess.Popen[bytes] | None = None
-    done: tuple[str, int] | None = None
+    task = None
 
     def forward(number: int, _frame: FrameType | None) -> None:
         if ranks is not None and ranks.poll() is None:
@@ -336,66 +281,49 @@ def join(store: Path, machine: Machine, on_note: Callable[[str], None]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, forward)
-    on_note(f"node {machine.node} of {machine.nodes} waits for node 0 in {path}")
+    on_note(f"node {machine.node} of {machine.nodes} waits for node 0 in {store / NODES}")
     try:
-        for said in _signs(path, mine):
-            task = (said["launch"], said["number"])
+        for said in _said(store):
             if said["code"] is not None:
                 return int(said["code"])
-            if said["work"] is None or task == done:
+            if said["work"] is None or said["task"] == task:
                 continue
             if ranks is not None:
                 ranks.wait()
-            done, work = task, Path(said["work"])
+            task, work = said["task"], Path(said["work"])
             stage = stage_from_json(json.dumps(read_json(work)["stage"]))
             on_note(f"node {machine.node} trains {label(stage)}")
-            ranks = _start(store, machine, work)
+            with (store / f"node-{machine.node}.log").open("ab") as log:
+                ranks = subprocess.Popen(
+                    group_command(machine, work),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=worker_environment(machine),
+                    start_new_session=True,
+                )
     finally:
+        # They end by themselves once node 0's have; else they are killed.
         if ranks is not None:
-            _end(ranks)
-        mine.unlink(missing_ok=True)
-    raise AssertionError("signs end with an error")
+            with suppress(subprocess.TimeoutExpired):
+                ranks.wait(GONE_SECONDS)
+            if ranks.poll() is None:
+                ranks.kill()
+                ranks.wait()
+    raise AssertionError("what node 0 says ends with an error")
 
 
-def _start(store: Path, machine: Machine, work: Path) -> "subprocess.Popen[bytes]":
-    with (store / f"node-{machine.node}.log").open("ab") as log:
-        return subprocess.Popen(
-            group_command(machine, work),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=worker_environment(machine),
-            start_new_session=True,
-        )
-
-
-def _end(ranks: "subprocess.Popen[bytes]") -> None:
-    """They end by themselves once node 0's have; else they are killed."""
-    with suppress(subprocess.TimeoutExpired):
-        ranks.wait(GONE_SECONDS)
-    if ranks.poll() is None:
-        ranks.kill()
-        ranks.wait()
-
-
-def _signs(path: Path, mine: Path) -> Iterator[dict[str, Any]]:
-    """What node 0 says, again and again, while it gives signs of life."""
-    fresh_at: float | None = None
-    since = time.monotonic()
-    while True:
+def _said(store: Path) -> Iterator[dict[str, Any]]:
+    """What the launcher that holds the store says, again and again."""
+    lock, launch, seen_at, patience = store / "launch.lock", None, time.monotonic(), COME_SECONDS
+    while time.monotonic() - seen_at < patience:
         time.sleep(_LOOK_SECONDS)
         with suppress(FileNotFoundError, json.JSONDecodeError):
-            said = read_json(path)
-            # Both times are those of the disk's clock.
-            write_bytes(mine, b"")
-            if os.stat(mine).st_mtime - os.stat(path).st_mtime < GONE_SECONDS / 2:
-                fresh_at = time.monotonic()
+            if is_held(lock):
+                launch = read_json(heartbeat_of(lock))["token"]
+                seen_at, patience = time.monotonic(), GONE_SECONDS
+            # What an earlier launch has said is none of ours.
+            if launch is not None and (said := read_json(store / NODES))["launch"] == launch:
                 yield said
-                continue
-        now = time.monotonic()
-        if fresh_at is None and now - since > COME_SECONDS:
-            raise TimeoutError(f"node 0 has not come in {COME_SECONDS:.0f} s; it writes {path}")
-        if fresh_at is not None and now - fresh_at > GONE_SECONDS:
-            raise TimeoutError(
-                f"node 0 has gone: {path} has not changed for {now - fresh_at:.0f} s"
-            )
+    come = "has not come" if launch is None else "has gone: nobody holds"
+    raise TimeoutError(f"node 0 {come} {lock} for {patience:.0f} s")

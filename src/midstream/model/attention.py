@@ -1,14 +1,4 @@
-"""Who sees whom in a row: one rule, and two ways to compute with it.
-
-    causal      a position sees itself and all that is held before it in the row
-    segments    so too, in its own segment only
-    prefix      as segments; and the positions of a segment's prefix see each other
-
-Padding sees itself, so that no softmax is empty, and is seen by nobody else.
-
-FlexAttention skips blocks that nobody sees, but has no backward on a CPU; there, and for decoders
-that know no other, the same rule is a dense mask for scaled_dot_product_attention. Segments that
-are long enough are cut apart on a CPU, and each is plain causal attention.
+"""Who sees whom in a row: one rule, and ways to compute with it.
 
 Letters in names: R rows, T positions, S positions seen by attention, H heads, C channels of a head.
 """
@@ -24,6 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from midstream.config import Attention
+from midstream.config.model import LEAST_CUT_ROW
 from midstream.core.batch import PADDING
 
 
@@ -43,11 +34,6 @@ MaskKind = Literal["dense", "cut", "blocks"]
 # FlexAttention's kernels want this many channels a head; heads with fewer are filled up with zeros.
 _LEAST_CHANNELS = 16
 
-# Shorter rows stay under one dense mask. Forward and backward, dense over cut, in CPU time: rows of
-# 1,024 positions and 8 heads of 64 channels 13 with segments of 12 positions, 6.5 with 128, 1.9
-# with 512; 8 rows of 192 and 4 heads of 32 channels 1.3 to 1.9, 32 such rows 0.8 to 1.0.
-_LEAST_ROW = 256
-
 
 class _Place(NamedTuple):
     column: Tensor
@@ -58,6 +44,11 @@ class _Place(NamedTuple):
 # Unchecked: FlexAttention calls it with scalars that stand for whole axes.
 @no_type_check
 def _sees(query: _Place, key: _Place, attention: Attention) -> Tensor:
+    """Causal: a position sees itself and all that is held before it in the row; segments: so too,
+    in its own segment only; prefix: as segments, and positions of its prefix see each other.
+
+    Padding sees itself, so that no softmax is empty, and is seen by nobody else.
+    """
     seen = query.column >= key.column
     if attention == "prefix":
         seen = seen | (query.prefix & key.prefix)
@@ -76,15 +67,17 @@ def make_mask(
 ) -> Mask:
     """The mask of whole rows, for `attend` or a decoder; `prefix` is read for "prefix" alone.
 
-    None where plain causal attention gives the same at every held position, whatever `kind` says;
-    finding out reads one number back to the host.
+    FlexAttention skips blocks that nobody sees, but has no backward on a CPU; there, and for
+    decoders that know no other, the rule is a dense mask. Segments that are long enough are cut
+    apart on a CPU, and each is plain causal attention. None where that gives the same at every held
+    position, whatever `kind` says; finding out reads one number back to the host.
     """
     assert (prefix is None) == (attention != "prefix"), "prefix positions belong to that attention"
     if bool(_is_plain(segment_ids, prefix, attention)):
         return None
     if kind == "blocks":
         return _blocks(segment_ids, prefix, attention)
-    cut = kind == "cut" and attention == "segments" and segment_ids.shape[1] >= _LEAST_ROW
+    cut = kind == "cut" and attention == "segments" and segment_ids.shape[1] >= LEAST_CUT_ROW
     runs = _runs(segment_ids) if cut else None
     return _dense(segment_ids, prefix, attention) if runs is None else runs
 
@@ -115,18 +108,13 @@ def _is_plain(segment_ids: Tensor, prefix: Tensor | None, attention: Attention) 
 def _dense(
     segment_ids: Tensor, prefix: Tensor | None, attention: Attention
 ) -> Bool[Tensor, "rows 1 seq seq"]:
-    column = torch.arange(segment_ids.shape[1], device=segment_ids.device)
-    query = _Place(
-        column[None, :, None],
-        segment_ids[:, :, None],
-        None if prefix is None else prefix[:, :, None],
-    )
-    key = _Place(
-        column[None, None, :],
-        segment_ids[:, None, :],
-        None if prefix is None else prefix[:, None, :],
-    )
-    return cast(Tensor, _sees(query, key, attention)[:, None])
+    column = torch.arange(segment_ids.shape[1], device=segment_ids.device)[None]
+
+    def place(axis: int) -> _Place:
+        mine = None if prefix is None else prefix.unsqueeze(axis)
+        return _Place(column.unsqueeze(axis), segment_ids.unsqueeze(axis), mine)
+
+    return cast(Tensor, _sees(place(2), place(1), attention)[:, None])
 
 
 def _blocks(segment_ids: Tensor, prefix: Tensor | None, attention: Attention) -> BlockMask:

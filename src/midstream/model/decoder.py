@@ -1,16 +1,7 @@
 """The OpenLM decoder, its cache, how its parameters start, and the choice of the next token.
 
-Letters in names: R rows, T positions, S positions seen by attention, D hidden size, H heads,
-C channels of a head. Parameter names are those of OpenLM's own checkpoints.
-
-Initialisers (open_lm/model.py); normals are cut at three sigma, l is the 0-based layer, h the FFN
-size:
-
-    tok_embeddings, output             sigma = D^-1/2
-    attention.in_proj, ffn w12         sigma = D^-1/2
-    attention.out_proj                 sigma = D^-1/2 (2 (l + 1))^-1/2
-    feed_forward.w3                    sigma = h^-1/2 (2 (l + 1))^-1/2
-    norm gains                         1
+Letters in names: R rows, T positions, S positions seen by attention, H heads, C channels of a head.
+Parameter names are those of OpenLM's own checkpoints.
 """
 
 from collections.abc import Sequence
@@ -21,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import layer_norm, linear, silu
+from torch.nn.functional import layer_norm, linear, pad, silu
 
 from midstream.config import DecoderConfig
 from midstream.model.attention import Mask, attend
@@ -40,14 +31,12 @@ class Cache:
 
     def select(self, rows: Int[Tensor, " chosen"], columns: int | None = None) -> "Cache":
         """A new cache of these rows, which may repeat, with the same room or another one."""
-        if columns is None or columns == self.keys.shape[3]:
-            return Cache(self.keys[:, rows], self.values[:, rows], self.length)
-        held = self.length
-        shape = (self.keys.shape[0], len(rows), self.keys.shape[2], columns, self.keys.shape[4])
-        chosen = Cache(self.keys.new_zeros(shape), self.values.new_zeros(shape), held)
-        chosen.keys[:, :, :, :held] = self.keys[:, rows, :, :held]
-        chosen.values[:, :, :, :held] = self.values[:, rows, :, :held]
-        return chosen
+        keys, values = self.keys[:, rows], self.values[:, rows]
+        if columns is not None and columns != keys.shape[3]:
+            # What is held is shorter than either room.
+            new = (0, 0, 0, columns - self.length)
+            keys, values = (pad(one[:, :, :, : self.length], new) for one in (keys, values))
+        return Cache(keys, values, self.length)
 
     @classmethod
     def joined(cls, caches: "Sequence[Cache]") -> "Cache":
@@ -59,14 +48,21 @@ class Cache:
     def extend(self, layer: int, key_RHTC: Tensor, value_RHTC: Tensor) -> tuple[Tensor, Tensor]:
         """Put new keys and values behind the held ones of a layer and return all of them.
 
-        The decoder moves `length` once all layers have. Raises ValueError if they do not fit.
+        The decoder has seen that they fit, and moves `length` once all layers have.
         """
-        end, room = self.length + key_RHTC.shape[2], self.keys.shape[3]
-        if end > room:
-            raise ValueError(f"the cache has room for {room} positions, {end} are needed")
+        end = self.length + key_RHTC.shape[2]
         self.keys[layer, :, :, self.length : end] = key_RHTC
         self.values[layer, :, :, self.length : end] = value_RHTC
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+def check_room(held: int, new: int, room: int, mask: object) -> None:
+    """Raises ValueError if `new` positions do not fit behind the held ones, or no mask says what
+    they see of those."""
+    if mask is None and held > 0:
+        raise ValueError(f"the cache holds {held} positions; a mask must say who sees")
+    if held + new > room:
+        raise ValueError(f"the cache has room for {room} positions, {held + new} are needed")
 
 
 # ------------------------------------------------------------------------------- the decoder
@@ -196,6 +192,7 @@ class _GatedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, both: Tensor, weight: Tensor) -> Tensor:
+        """[..., 2 * hidden] to [..., width]."""
         gate, up = both.chunk(2, dim=-1)
         ctx.save_for_backward(both, weight)
         return linear(silu(gate) * up, weight)
@@ -203,6 +200,7 @@ class _GatedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_result: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gradients of `forward`'s tensors."""
         both, weight = ctx.saved_tensors
         gate, up = both.chunk(2, dim=-1)
         opened = silu(gate)
@@ -272,8 +270,8 @@ class Decoder(nn.Module):
         cache. With a cache the mask is dense, and `seen` counts the held positions and the new
         ones. `at` asks for some positions alone (their numbers over all rows): [asked, width].
         """
-        if mask is None and cache is not None and cache.length > 0:
-            raise ValueError(f"the cache holds {cache.length} positions; a mask must say who sees")
+        if cache is not None:
+            check_room(cache.length, embeddings.shape[1], cache.keys.shape[3], mask)
         rotary = Rotary(self.config, position_ids, compute_dtype(embeddings))
         hidden = embeddings
         last = len(self.layers) - 1
@@ -293,7 +291,8 @@ class Decoder(nn.Module):
         return Cache(keys, values)
 
     def initialisers(self) -> dict[str, Initialiser]:
-        """The table at the head of this file, by parameter name."""
+        """As open_lm/model.py: norm gains 1; normals cut at three sigma, which is fan_in^-1/2, of
+        what is added to the stream times (2 (l + 1))^-1/2 in the l-th layer, counted from 0."""
 
         def normal(fan_in: int, depth: int = 0) -> Initialiser:
             residual = (2 * depth) ** -0.5 if depth else 1.0
@@ -313,15 +312,14 @@ class Decoder(nn.Module):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: from softmax(logits / temperature), cut to the `top_k` likeliest, then
-    to the fewest of those that make up `top_p` of what is left.
+    """How tokens are drawn: from softmax(logits / temperature), cut to the fewest likeliest that
+    make up `top_p`.
 
     A draw is a function of the seed, the prompt's number and the count of tokens drawn before.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -332,8 +330,6 @@ class Sampling:
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} must lie above 0 and at most at 1")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k {self.top_k} must be at least 1; leave it out for all tokens")
 
 
 def choose(
@@ -353,16 +349,12 @@ def choose(
     scaled, tokens = (logits.double().cpu() / sampling.temperature).sort(
         descending=True, stable=True
     )
-    mass = scaled[:, : sampling.top_k].softmax(dim=-1).cumsum(dim=-1)
+    mass = scaled.softmax(dim=-1).cumsum(dim=-1)
     # A token is kept while those before it make up less than top_p: the first one always is.
     before = torch.cat((torch.zeros_like(mass[:, :1]), mass[:, :-1]), dim=1)
     last = (before < sampling.top_p).sum(dim=1, keepdim=True) - 1
-    places = [
-        torch.rand(
-            (), generator=generator(sampling.seed, f"token/{index}/{step}"), dtype=mass.dtype
-        )
-        for index in prompts
-    ]
+    sources = [generator(sampling.seed, f"token/{index}/{step}") for index in prompts]
+    places = [torch.rand((), generator=source, dtype=mass.dtype) for source in sources]
     place = torch.stack(places)[:, None] * mass.gather(1, last)
     # The first token whose mass reaches beyond the drawn place.
     chosen = torch.minimum((mass <= place).sum(dim=1, keepdim=True), last)

@@ -1,11 +1,7 @@
 """Batched decoding with a cache, and log-likelihoods of continuations.
 
-An example's result does not depend on its neighbours: every batch is filled up to `batch_size`
-rows, and holds only examples whose length rounds up to the same multiple of `length_multiple`.
-The shapes that an example is computed in follow from itself alone, and rows do not mix.
-
-Axes: rows, seq positions of a row, seen positions that attention may reach (also cached), hidden
-width of the decoder; images, patches of an image, width of the encoder.
+An example's result does not depend on its neighbours: the shapes that it is computed in follow from
+itself alone (`_LENGTHS`, full batches), and rows do not mix.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +17,10 @@ from midstream.model.pretrained import TransformersCache
 from midstream.model.vlm import VLM
 
 AnyCache = Cache | TransformersCache
+# Lengths of prompts and continuations in a batch are rounded up to multiples of these.
+_LENGTHS, _CONTINUATIONS = 16, 4
+# The length of a prompt, filled up, and how many tokens may follow it.
+_Shape = tuple[int, int]
 # Images that the decoder reads together: many positions each, so that few fill a device.
 _IMAGES_AT_ONCE = 4
 # Positions of continuations whose logits are made together.
@@ -41,7 +41,6 @@ def generate(
     stop_ids: frozenset[int],
     batch_size: int,
     sampling: Sampling | None = None,
-    length_multiple: int = 16,
     plain: bool = False,
 ) -> list[list[int]]:
     """The tokens after each prompt, up to `max_new_tokens` or a stop id (left out): the likeliest
@@ -56,14 +55,10 @@ def generate(
     """
     images = _image_of(prompts, features, image_of)
     results: list[list[int]] = [[] for _ in prompts]
-    groups = {
-        (length, max_new_tokens): members
-        for length, members in _alike([len(prompt) for prompt in prompts], length_multiple)
-    }
-    looked = _looked(vlm, groups, features, images, begin, batch_size)
-    for length, room, chosen, image, cache in looked:
+    groups = _alike([(len(prompt), max_new_tokens) for prompt in prompts], (_LENGTHS, 1))
+    for shape, chosen, image, cache in _looked(vlm, groups, features, images, begin, batch_size):
         rows = [prompts[i] for i in _filled(chosen, batch_size)]
-        state = _read(vlm, rows, length, image, cache, room, plain=plain)
+        state = _read(vlm, rows, shape, image, cache, plain=plain)
         found = _go_on(vlm, state, chosen, max_new_tokens, stop_ids, sampling)
         for index, tokens in zip(chosen, found, strict=True):
             results[index] = tokens
@@ -90,31 +85,31 @@ def _image_of(
 
 def _looked(
     vlm: VLM,
-    groups: Mapping[tuple[int, int], list[int]],
+    groups: Mapping[_Shape, list[int]],
     features: Tensor | None,
     images: Sequence[int],
     begin: int | None,
     batch_size: int,
-) -> Iterator[tuple[int, int, list[int], Tensor | None, AnyCache | None]]:
-    """Batches of prompts of one shape (length, room), and their images: to be read with the
-    prompts, or in a cache. An image is read once, whatever the shapes of those that ask."""
+) -> Iterator[tuple[_Shape, list[int], Tensor | None, AnyCache | None]]:
+    """Batches of prompts of one shape, and their images: to be read with the prompts, or in a
+    cache. An image is read once, whatever the shapes of those that ask."""
     if features is None or vlm.config.attention == "prefix":
-        for (length, room), members in sorted(groups.items()):
+        for shape, members in sorted(groups.items()):
             for chosen in _parts(members, batch_size):
                 shown = [images[i] for i in _filled(chosen, batch_size)] if len(images) else []
                 image = None if features is None else project_images(vlm, features[shown], begin)
-                yield length, room, chosen, image, None
+                yield shape, chosen, image, None
         return
     asked = sorted({images[i] for members in groups.values() for i in members})
     for part in _parts(asked, batch_size):
         cache = _read_images(vlm, features, part, begin)
         row_of = {image: row for row, image in enumerate(part)}
-        for (length, room), members in sorted(groups.items()):
+        for shape, members in sorted(groups.items()):
             about = sorted((i for i in members if images[i] in row_of), key=lambda i: images[i])
             for chosen in _parts(about, batch_size):
                 rows = [row_of[images[i]] for i in _filled(chosen, batch_size)]
-                columns = cache.length + length + room
-                yield length, room, chosen, None, cache.select(id_tensor(rows, vlm), columns)
+                columns = cache.length + sum(shape)
+                yield shape, chosen, None, cache.select(id_tensor(rows, vlm), columns)
 
 
 def _read_images(vlm: VLM, features: Tensor, images: list[int], begin: int | None) -> AnyCache:
@@ -158,19 +153,18 @@ class _State:
 def _read(
     vlm: VLM,
     prompts: Sequence[list[int]],
-    length: int,
+    shape: _Shape,
     image: Float[Tensor, "rows patches hidden"] | None,
     cache: AnyCache | None,
-    room: int,
     *,
     plain: bool,
 ) -> _State:
-    """Read prompts, behind an image that is in the cache or given, or behind none; a new cache has
-    room for `room` tokens more.
+    """Read prompts, behind an image that is in the cache or given, or behind none.
 
     A row is [image, padding, prompt]. The mask hides the padding and positions count around it,
     which makes its place free; behind the image it is the same columns for every row.
     """
+    length, room = shape
     input_ids = id_tensor([[0] * (length - len(row)) + row for row in prompts], vlm)
     held = id_tensor([[False] * (length - len(row)) + [True] * len(row) for row in prompts], vlm)
     embeddings = vlm.decoder.embed(input_ids)
@@ -233,8 +227,6 @@ def choice_logprobs(
     image_of: Sequence[int] | None = None,
     begin: int | None = None,
     batch_size: int,
-    length_multiple: int = 16,
-    choice_multiple: int = 4,
     plain: bool = False,
 ) -> list[list[tuple[float, bool]]]:
     """For each prompt and each of its continuations the summed log-probability of the
@@ -249,18 +241,12 @@ def choice_logprobs(
     images = _image_of(prompts, features, image_of)
     results: list[list[tuple[float, bool]]] = [[(0.0, True)] * len(own) for own in choices]
     # Fed are all tokens but the last, which is a target only.
-    widths = [
-        -(-(max((len(ids) for ids in own), default=1) - 1) // choice_multiple) * choice_multiple
-        for own in choices
-    ]
-    lengths = [-(-len(prompt) // length_multiple) * length_multiple for prompt in prompts]
-    shapes: dict[tuple[int, int], list[int]] = {}
-    for index, shape in enumerate(zip(lengths, widths, strict=True)):
-        shapes.setdefault(shape, []).append(index)
-    looked = _looked(vlm, shapes, features, images, begin, batch_size)
-    for length, width, chosen, image, cache in looked:
+    fed = [max((len(ids) for ids in own), default=1) - 1 for own in choices]
+    sizes = [(len(prompt), width) for prompt, width in zip(prompts, fed, strict=True)]
+    groups = _alike(sizes, (_LENGTHS, _CONTINUATIONS))
+    for shape, chosen, image, cache in _looked(vlm, groups, features, images, begin, batch_size):
         rows = [prompts[i] for i in _filled(chosen, batch_size)]
-        state = _read(vlm, rows, length, image, cache, width, plain=plain)
+        state = _read(vlm, rows, shape, image, cache, plain=plain)
         likely, best = _scored(vlm, state.last, batch_size)
         asked = [(row, i, at) for row, i in enumerate(chosen) for at in range(len(choices[i]))]
         for row, index, at in asked:
@@ -270,7 +256,7 @@ def choice_logprobs(
         for part in _parts(list(range(len(longer))), batch_size):
             own = [longer[number] for number in _filled(part, batch_size)]
             ids = [choices[index][at] for _, index, at in own]
-            hidden = _read_on(vlm, state, [row for row, _, _ in own], ids, width)
+            hidden = _read_on(vlm, state, [row for row, _, _ in own], ids, shape[1])
             places = [(place, n) for place in range(len(part)) for n in range(len(ids[place]) - 1)]
             flat = hidden[[place for place, _ in places], [n for _, n in places]]
             likely, best = _scored(vlm, flat, _POSITIONS_AT_ONCE)
@@ -336,7 +322,6 @@ def sequence_logprobs(
     starts: list[int],
     *,
     batch_size: int,
-    length_multiple: int = 16,
 ) -> list[tuple[float, bool]]:
     """For each sequence the log-probability of its tokens from `start` on, and whether each of
     them is the most likely one at its place.
@@ -350,7 +335,8 @@ def sequence_logprobs(
     results: list[tuple[float, bool]] = [(0.0, True)] * len(sequences)
     # The last token is a target only.
     lengths = [max(1, len(ids) - 1) for ids in sequences]
-    for length, members in _alike(lengths, length_multiple):
+    groups = _alike([(length, 0) for length in lengths], (_LENGTHS, 1))
+    for (length, _), members in sorted(groups.items()):
         for chosen in _parts(members, batch_size):
             filled = _filled(chosen, batch_size)
             rows = [sequences[i][: lengths[i]] + [0] * (length - lengths[i]) for i in filled]
@@ -362,26 +348,23 @@ def sequence_logprobs(
                 ids, start = sequences[index], starts[index]
                 # By example rather than by batch: one more shape that neighbours must not change.
                 logits = vlm.decoder.output(hidden[row, start - 1 : len(ids) - 1]).float()
-                results[index] = _logprob(logits, ids[start:])
+                targets = id_tensor(ids[start:], vlm)
+                chances = logits.log_softmax(dim=-1).gather(1, targets[:, None])
+                is_greedy = bool((logits.argmax(dim=-1) == targets).all())
+                results[index] = float(chances.double().sum()), is_greedy
     return results
-
-
-def _logprob(logits: Float[Tensor, "seq vocab"], ids: list[int]) -> tuple[float, bool]:
-    targets = torch.tensor(ids, dtype=torch.int64, device=logits.device)
-    chances = logits.log_softmax(dim=-1).gather(1, targets[:, None])
-    is_greedy = bool((logits.argmax(dim=-1) == targets).all())
-    return float(chances.double().sum()), is_greedy
 
 
 # ------------------------------------------------------------------------------------- batches
 
 
-def _alike(lengths: Sequence[int], multiple: int) -> list[tuple[int, list[int]]]:
-    """Examples by their length, rounded up."""
-    groups: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        groups.setdefault(-(-length // multiple) * multiple, []).append(index)
-    return sorted(groups.items())
+def _alike(sizes: Sequence[_Shape], multiples: tuple[int, int]) -> dict[_Shape, list[int]]:
+    """Examples by their size, rounded up."""
+    groups: dict[_Shape, list[int]] = {}
+    for index, (length, room) in enumerate(sizes):
+        one, two = multiples
+        groups.setdefault((-(-length // one) * one, -(-room // two) * two), []).append(index)
+    return groups
 
 
 def _parts(members: list[int], size: int) -> Iterator[list[int]]:
@@ -395,10 +378,12 @@ def _filled(members: list[int], size: int) -> list[int]:
 
 
 def id_tensor(rows: Sequence[int] | Sequence[list[int]] | Sequence[list[bool]], vlm: VLM) -> Tensor:
+    """Ids or masks as a tensor where the model is."""
     return torch.tensor(rows, device=vlm.decoder.output.weight.device)
 
 
 def new_cache(vlm: VLM, like: Float[Tensor, "rows seq hidden"], columns: int) -> AnyCache:
+    """An empty cache of keys and values for these rows."""
     return vlm.decoder.new_cache(
         rows=len(like), columns=columns, dtype=compute_dtype(like), device=like.device
     )

@@ -1,22 +1,15 @@
 """Causal language models of `transformers` behind the decoder's interface, and which are known.
 
-What a family's own code would do beside our masks and positions, or what it would draw at random,
-is refused by name rather than left out.
-
-The module holds the model that `transformers` builds, unchanged, as `model`: a parameter's name is
-"model." and its name there, such as `model.model.layers.0.mlp.up_proj.weight`, and so for good.
-
-Initialisers (for training from scratch): weights of two or more dimensions are normals of sigma
-`initializer_range` (0.02 where the settings have none), cut at three sigma; gains of norms 1;
-biases 0.
+Parameters are named "model." and their name there: `model.model.layers.0.mlp.up_proj.weight`.
 """
 
 import copy
 import inspect
 import json
 import re
+import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,85 +17,37 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from midstream.config import TransformersDecoderConfig
-from midstream.model.decoder import select
+from midstream.model.decoder import check_room, select
 from midstream.model.weights import Initialiser
 
 # -------------------------------------------------------------------------------- the families
 
-
-@dataclass(frozen=True)
-class Family:
-    """The models that have a `model_type`; tensors whose names start otherwise in checkpoints."""
-
-    models: str
-    renamed: dict[str, str] = field(default_factory=dict)
-
-
-FAMILIES = {
-    "llama": Family("Llama 2 and 3, SmolLM, SmolLM2, TinyLlama, Amber, OpenCoder"),
-    "mistral": Family("Mistral without a sliding window"),
-    "olmo": Family("OLMo (-hf)"),
-    "olmo2": Family("OLMo 2"),
-    "gpt_neox": Family("Pythia, GPT-NeoX", {"embed_out.": "lm_head."}),
-    "qwen2": Family("Qwen 2 and 2.5"),
-    "qwen3": Family("Qwen 3"),
-    "smollm3": Family("SmolLM3"),
-}
-
-# Where a model came from and how it was last used, not what it is.
-_NOT_THE_MODEL = {
-    *("_name_or_path", "architectures", "auto_map", "chunk_size_feed_forward", "dtype"),
-    *("id2label", "is_encoder_decoder", "label2id", "output_attentions", "output_hidden_states"),
-    *("problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache"),
-}
-
-# Settings that are fine while absent or at one of these values.
-_NEUTRAL: tuple[tuple[tuple[str, ...], tuple[Any, ...], str], ...] = (
-    (("quantization_config",), (), "import the checkpoint that was not quantised"),
-    (
-        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
-        (0,),
-        "mixtures of experts are not supported; import a dense model",
-    ),
-    (
-        ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling"),
-        (1.0,),
-        "the loss takes the logits as they are; import a model without it",
-    ),
-    (
-        ("embedding_multiplier", "scale_emb", "attention_multiplier", "residual_multiplier"),
-        (1.0,),
-        "image features enter as they are; import a model without it",
-    ),
-    (
-        ("attention_dropout", "hidden_dropout", "embedding_dropout", "resid_pdrop"),
-        (0.0,),
-        "dropout draws from the global generator; set it to 0.0 in config.json",
-    ),
-    (("is_causal",), (True,), "import a causal language model"),
-    (("add_cross_attention",), (False,), "import a decoder without cross-attention"),
-)
-
+_TABLES = tomllib.loads(Path(__file__).with_name("language_models.toml").read_text("utf-8"))
+# The models that have a `model_type`.
+FAMILIES: dict[str, str] = _TABLES["families"]
 # The others change with the length of the row, so that segments would change each other.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
-def _family(model_type: str) -> Family:
-    if model_type not in FAMILIES:
-        known = "; ".join(f"{name} ({family.models})" for name, family in FAMILIES.items())
-        raise ValueError(f"model_type {model_type!r} is no family known here; known are {known}")
-    return FAMILIES[model_type]
+def _check_known(kind: str) -> None:
+    if kind not in FAMILIES:
+        known = "; ".join(f"{name} ({models})" for name, models in FAMILIES.items())
+        raise ValueError(f"model_type {kind!r} is no family known here; known are {known}")
 
 
 def _checked(config: Any) -> Any:
-    """A configuration of `transformers`, if our surface can say all that it means."""
+    """A configuration of `transformers`, if our surface can say all that it means.
+
+    What a family's own code would do beside our masks and positions, or what it would draw at
+    random, is refused by name rather than left out.
+    """
     kind = config.model_type
-    _family(kind)
-    for names, neutral, remedy in _NEUTRAL:
-        for name in names:
+    _check_known(kind)
+    for neutral in _TABLES["neutral"]:
+        for name in neutral["names"]:
             value = getattr(config, name, None)
-            if value is not None and value not in neutral:
-                raise ValueError(f"this {kind} model has {name} {value!r}; {remedy}")
+            if value is not None and value not in neutral["values"]:
+                raise ValueError(f"this {kind} model has {name} {value!r}; {neutral['remedy']}")
     layers = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     if set(layers) != {"full_attention"} if layers else window is not None:
@@ -131,11 +76,13 @@ def describe(hf_config: Any) -> TransformersDecoderConfig:
     """
     _checked(hf_config)
     stated = hf_config.to_dict()
-    kept = {name: stated[name] for name in sorted(stated.keys() - _NOT_THE_MODEL)}
+    ours = stated.keys() - set(_TABLES["left_out"]["settings"])
+    kept = {name: stated[name] for name in sorted(ours)}
     # Through JSON, so that what is stated equals what is read back.
     settings = json.loads(json.dumps(kept))
     with torch.device("meta"):
-        model = build_model(_from_settings(hf_config.model_type, settings))
+        model = _build(_from_settings(hf_config.model_type, settings))
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     return TransformersDecoderConfig(
         model_type=hf_config.model_type,
         settings=settings,
@@ -143,8 +90,8 @@ def describe(hf_config: Any) -> TransformersDecoderConfig:
         num_layers=hf_config.num_hidden_layers,
         num_heads=hf_config.num_attention_heads,
         vocab_size=hf_config.vocab_size,
-        num_parameters=count_parameters(model),
-        tied_embeddings=_is_tied(model),
+        num_parameters=_count(model),
+        tied_embeddings=tied,
     )
 
 
@@ -176,7 +123,7 @@ def transformers_config(config: TransformersDecoderConfig) -> Any:
         "tied_embeddings": theirs.tie_word_embeddings,
     }
     for name, value in sizes.items():
-        agree(name, getattr(config, name), value)
+        _agree(name, getattr(config, name), value)
     return theirs
 
 
@@ -185,23 +132,20 @@ def _from_settings(model_type: str, settings: dict[str, Any]) -> Any:
 
     # The constructors change nested settings in place.
     settings = copy.deepcopy(settings)
-    named = settings.pop("model_type", model_type)
-    if named != model_type:
-        raise ValueError(f"the settings are of model_type {named!r}, the config of {model_type!r}")
-    _family(model_type)
+    _agree("model_type", model_type, settings.pop("model_type", model_type))
+    _check_known(model_type)
     return AutoConfig.for_model(model_type, **settings)
 
 
-def agree(name: str, stated: int, found: int) -> None:
-    """Raises ValueError with both numbers where a stated size is not the one that follows."""
+def _agree(name: str, stated: Any, found: Any) -> None:
     if stated != found:
         raise ValueError(
-            f"the decoder's config states {name} {stated:,}, its settings make it {found:,}; "
+            f"the decoder's config states {name} {stated}, its settings make it {found}; "
             "build the config with midstream.model.pretrained.describe"
         )
 
 
-def build_model(hf_config: Any) -> Any:
+def _build(hf_config: Any) -> Any:
     """The model in float32 with unset values, tied where it is tied; nothing is drawn."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -215,13 +159,9 @@ def build_model(hf_config: Any) -> Any:
     return model
 
 
-def count_parameters(model: nn.Module) -> int:
+def _count(model: nn.Module) -> int:
     """All parameters; a tied one once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _is_tied(model: Any) -> bool:
-    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
 PREFIX = "model."
@@ -261,13 +201,6 @@ class TransformersCache:
             whole.held.update(keys, torch.cat([layer.values for layer in layers]), index)
         return whole
 
-    def check_room(self, new: int) -> None:
-        """Raises ValueError with both numbers if `new` more positions do not fit."""
-        if self.length + new > self.columns:
-            raise ValueError(
-                f"the cache has room for {self.columns} positions, {self.length + new} are needed"
-            )
-
 
 # --------------------------------------------------------------------------------- the decoder
 
@@ -281,8 +214,8 @@ class TransformersDecoder(nn.Module):
     def __init__(self, config: TransformersDecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = build_model(transformers_config(config))
-        agree("num_parameters", config.num_parameters, count_parameters(self.model))
+        self.model = _build(transformers_config(config))
+        _agree("num_parameters", config.num_parameters, _count(self.model))
         # transformers keeps the gradient from the row of its padding id, which may be the
         # end-of-text token's; our padding has no targets and needs no row of its own.
         self.model.get_input_embeddings().padding_idx = None
@@ -317,12 +250,8 @@ class TransformersDecoder(nn.Module):
         rows): [asked, width].
         """
         if cache is not None:
-            cache.check_room(embeddings.shape[1])
+            check_room(cache.length, embeddings.shape[1], cache.columns, mask)
         if mask is None:
-            if cache is not None and cache.length > 0:
-                raise ValueError(
-                    f"the cache holds {cache.length} positions; a mask must say who sees"
-                )
             # Given no mask at all, transformers starts a new segment wherever positions do. Of one
             # that hides nothing it makes the same plain causal attention without looking at them.
             seen = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
@@ -345,7 +274,11 @@ class TransformersDecoder(nn.Module):
         return TransformersCache(columns)
 
     def initialisers(self) -> dict[str, Initialiser]:
-        """The rules at the head of this file, by parameter name; a tied weight has one entry."""
+        """By parameter name; a tied weight has one entry.
+
+        Weights of two or more dimensions are normals of sigma `initializer_range` (0.02 where the
+        settings have none), cut at three sigma; gains of norms 1; biases 0.
+        """
         sigma = float(self.config.settings.get("initializer_range") or 0.02)
 
         def rule(name: str, parameter: Tensor) -> Initialiser:
@@ -365,9 +298,7 @@ class TransformersDecoder(nn.Module):
         """
         if re.search(r"(^|\.)(rotary_emb\.inv_freq|attention\.(bias|masked_bias))$", tensor):
             return None
-        for theirs, ours in FAMILIES[self.config.model_type].renamed.items():
-            if tensor.startswith(theirs):
-                tensor = ours + tensor.removeprefix(theirs)
+        tensor = re.sub(r"^embed_out\.", "lm_head.", tensor)  # as older GPT-NeoX files say
         bare = f"{PREFIX}{self.model.base_model_prefix}.{tensor}"
         return bare if bare in self.state_dict() else PREFIX + tensor
 

@@ -1,19 +1,13 @@
 """Vision encoders behind one interface: pixels -> [images, patches, width], patches known up front.
 
 A tower is `transformers`' own, cut down to what its features need: no block above `feature_layer`,
-no pooling head, no last norm unless `final_norm` asks for it. So each parameter has a gradient
-wherever the encoder is trained, zero where there is no picture.
-
-Initialisers: norm gains, layer scales (DINOv2's `layerscale_value`) 1; biases 0; all else
-(matrices, patch embeddings, positions, class and register tokens, pooling probe) normal with sigma
-= fan_in^-1/2 cut at three sigma, where fan_in is the product of all axes but the first, the last
-axis for tokens and DINOv2's positions. The linear map of a patch projection starts uniform within
-fan_in^-1/2 with its bias, as torch's own linear layers do.
+no pooling head, no last norm unless `final_norm` asks for it: each parameter has a gradient.
 """
 
 import math
 import re
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +22,11 @@ from midstream.model.weights import Initialiser, Linear, fill, read_tensors
 _UNUSED = re.compile(r"(head|pooler)\.|embeddings\.mask_token$")
 _NORMS = ("post_layernorm.", "layernorm.", "norm.")
 _BLOCK = re.compile(r"(?:encoder|model)\.layers?\.(\d+)\.")
+
+
+def num_blocks(config: EncoderConfig) -> int:
+    """Blocks up to the features."""
+    return config.num_layers + 1 + config.feature_layer
 
 
 def build_encoder(config: AnyEncoderConfig) -> "VisionEncoder":
@@ -72,7 +71,7 @@ class VisionEncoder(nn.Module):
         raise NotImplementedError
 
     def initialisers(self) -> dict[str, Initialiser]:
-        """The rule at the head of this file."""
+        """See `initialisers_of`."""
         return initialisers_of(self)
 
 
@@ -85,10 +84,9 @@ class Tower(VisionEncoder):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
         self.settings = config
-        self.num_blocks = config.num_layers + 1 + config.feature_layer
         # transformers draws weights from the global generator, which stays untouched here.
         with torch.random.fork_rng(devices=[]):
-            tower = _TOWERS[config.family](config, self.num_blocks)
+            tower = _library(config, "Model")(library_config(config))
         norm = {"dinov2": "layernorm", "dinov3": "norm"}.get(config.family, "post_layernorm")
         self.norm_name = norm
         if not config.final_norm:
@@ -108,7 +106,10 @@ class Tower(VisionEncoder):
         else:
             blocks, known = tower.encoder.layers, {"attention_mask": None}
             if config.family == "siglip2":
-                hidden = _naflex_embeddings(tower.embeddings, pixel_values, config)
+                # Patches flattened row, column, channel; positions once, also for no picture.
+                patches = _patches(pixel_values, config.patch_size, last="channel")
+                embedded = tower.embeddings.patch_embedding(patches)
+                hidden = embedded + naflex_positions(tower.embeddings, config)
             else:
                 # CLIP's leaves positions of the right number as they are.
                 resized = config.position_patches != config.num_patches or config.family == "clip"
@@ -153,7 +154,7 @@ class PatchMap(VisionEncoder):
         return cast(Tensor, self.projection(_patches(pixel_values, self.patch_size, last="column")))
 
     def initialisers(self) -> dict[str, Initialiser]:
-        """The rule at the head of this file."""
+        """Uniform within fan_in^-1/2, as torch's own linear layers start."""
         uniform = Initialiser("uniform", self.projection.in_features**-0.5)
         return {"projection.weight": uniform, "projection.bias": uniform}
 
@@ -192,7 +193,7 @@ def load_towers(encoder: VisionEncoder, paths: Sequence[Path]) -> tuple[str, ...
 
 def _is_unused(name: str, encoder: Tower) -> bool:
     block = _BLOCK.match(name)
-    above = block is not None and int(block.group(1)) >= encoder.num_blocks
+    above = block is not None and int(block.group(1)) >= num_blocks(encoder.settings)
     norm = not encoder.settings.final_norm and name.startswith(_NORMS)
     return above or norm or _UNUSED.match(name) is not None
 
@@ -200,103 +201,67 @@ def _is_unused(name: str, encoder: Tower) -> bool:
 # ----------------------------------------------------------------------------------- towers
 
 
-def _siglip(config: EncoderConfig, num_blocks: int) -> Any:
-    # Imported here: transformers takes seconds that text-only work need not wait for.
-    from transformers import SiglipVisionConfig, SiglipVisionModel
-
-    settings = _common(config, num_blocks) | {
-        "image_size": config.position_size or config.image_size,
-        "intermediate_size": config.intermediate_size,
-        "vision_use_head": False,
-    }
-    return SiglipVisionModel(SiglipVisionConfig(**settings))
-
-
-def _clip(config: EncoderConfig, num_blocks: int) -> Any:
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    settings = _common(config, num_blocks) | {
-        "image_size": config.position_size or config.image_size,
-        "intermediate_size": config.intermediate_size,
-    }
-    return CLIPVisionModel(CLIPVisionConfig(**settings))
-
-
-def _siglip2(config: EncoderConfig, num_blocks: int) -> Any:
-    from transformers import Siglip2VisionConfig, Siglip2VisionModel
-
-    settings = _common(config, num_blocks) | {
-        "num_patches": config.position_patches,
-        "intermediate_size": config.intermediate_size,
-        "vision_use_head": False,
-    }
-    return Siglip2VisionModel(Siglip2VisionConfig(**settings))
-
-
-def _dinov2(config: EncoderConfig, num_blocks: int) -> Any:
-    import transformers
-
-    ratio, rest = divmod(config.intermediate_size, config.hidden_size)
-    if rest:
-        raise ValueError(
-            f"DINOv2's intermediate_size {config.intermediate_size} must be a multiple of its "
-            f"hidden_size {config.hidden_size}"
-        )
-    settings = _common(config, num_blocks) | {
-        "image_size": config.position_size or config.image_size,
-        "mlp_ratio": ratio,
-        "use_swiglu_ffn": config.ffn == "swiglu",
-    }
-    if config.num_registers:
-        settings["num_register_tokens"] = config.num_registers
-        with_registers = transformers.Dinov2WithRegistersConfig(**settings)
-        return transformers.Dinov2WithRegistersModel(with_registers)
-    return transformers.Dinov2Model(transformers.Dinov2Config(**settings))
-
-
-def _dinov3(config: EncoderConfig, num_blocks: int) -> Any:
-    from transformers import DINOv3ViTConfig, DINOv3ViTModel
-
-    settings = _common(config, num_blocks) | {
-        "image_size": config.image_size,
-        "intermediate_size": config.intermediate_size,
-        "use_gated_mlp": config.ffn == "swiglu",
-        "num_register_tokens": config.num_registers,
-        # While training it would draw scales of positions from the global generator.
-        "pos_embed_rescale": None,
-    }
-    return DINOv3ViTModel(DINOv3ViTConfig(**settings))
-
-
-_TOWERS = {
-    **{"siglip": _siglip, "siglip2": _siglip2, "clip": _clip},
-    **{"dinov2": _dinov2, "dinov3": _dinov3},
-}
-
-
-def _common(config: EncoderConfig, num_blocks: int) -> dict[str, Any]:
-    return {
+def library_config(config: EncoderConfig) -> Any:
+    """The configuration of `transformers` of a tower that ends with its features."""
+    settings: dict[str, Any] = {
         "patch_size": config.patch_size,
         "hidden_size": config.hidden_size,
-        "num_hidden_layers": num_blocks,
+        "num_hidden_layers": num_blocks(config),
         "num_attention_heads": config.num_heads,
         "hidden_act": config.hidden_act,
         "layer_norm_eps": config.norm_eps,
         "attn_implementation": "sdpa",
+        "image_size": config.position_size or config.image_size,
+        "intermediate_size": config.intermediate_size,
     }
+    match config.family:
+        case "siglip" | "siglip2":
+            settings["vision_use_head"] = False
+            if config.family == "siglip2":
+                settings["num_patches"] = config.position_patches
+                del settings["image_size"]
+        case "dinov2":
+            ratio, rest = divmod(settings.pop("intermediate_size"), config.hidden_size)
+            if rest:
+                raise ValueError(
+                    f"DINOv2's intermediate_size {config.intermediate_size} must be a multiple of "
+                    f"its hidden_size {config.hidden_size}"
+                )
+            settings |= {"mlp_ratio": ratio, "use_swiglu_ffn": config.ffn == "swiglu"}
+            settings["use_mask_token"] = False
+            if config.num_registers:
+                settings["num_register_tokens"] = config.num_registers
+        case "dinov3":
+            settings |= {
+                "image_size": config.image_size,
+                "use_gated_mlp": config.ffn == "swiglu",
+                "num_register_tokens": config.num_registers,
+                # While training it would draw scales of positions from the global generator.
+                "pos_embed_rescale": None,
+            }
+    return _library(config, "Config")(**settings)
 
 
-def _naflex_embeddings(embeddings: Any, pixel_values: Tensor, config: EncoderConfig) -> Tensor:
-    """SigLIP 2's embeddings of square pictures: patches flattened row, column, channel."""
-    patches = _patches(pixel_values, config.patch_size, last="channel")
+def _library(config: EncoderConfig, what: str) -> Any:
+    """The family's class of `transformers`, which takes seconds that text-only work need not wait
+    for."""
+    names = {"dinov2": "Dinov2", "dinov3": "DINOv3ViT", "clip": "CLIPVision"}
+    name = names.get(config.family, f"{config.family.capitalize()}Vision")
+    if config.family == "dinov2" and config.num_registers:
+        name = "Dinov2WithRegisters"
+    return getattr(import_module("transformers"), f"{name}{what}")
+
+
+def naflex_positions(embeddings: Any, config: EncoderConfig) -> Tensor:
+    """What SigLIP 2's embeddings add to the patches of a square picture, [1, patches, width]."""
     side = config.image_size // config.patch_size
     grid = embeddings.position_embedding.weight.unflatten(
         0, (embeddings.position_embedding_size, -1)
     )
     shape = torch.tensor([[side, side]])
-    # Once for all pictures, also where there is none.
-    positions = embeddings.resize_positional_embeddings(grid, shape, max_length=side * side)
-    return cast(Tensor, embeddings.patch_embedding(patches) + positions)
+    return cast(
+        Tensor, embeddings.resize_positional_embeddings(grid, shape, max_length=side * side)
+    )
 
 
 def _patches(pixel_values: Tensor, size: int, *, last: str) -> Float[Tensor, "images patches _"]:
@@ -336,7 +301,11 @@ def unset(module: nn.Module) -> nn.Module:
 
 
 def initialisers_of(module: nn.Module) -> dict[str, Initialiser]:
-    """The rule at the head of this file, by parameter name."""
+    """By parameter name: norm gains and layer scales (DINOv2's) 1; biases 0; all else (matrices,
+    patch embeddings, positions, class and register tokens) normal with sigma = fan_in^-1/2, cut at
+    three sigma, where fan_in is the product of all axes but the first, the last axis for tokens and
+    DINOv2's positions.
+    """
 
     def of(name: str, parameter: Tensor) -> Initialiser:
         if parameter.ndim == 1:

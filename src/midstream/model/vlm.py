@@ -1,14 +1,7 @@
 """The vision-language model: projector, decoder and loss as one.
 
 A frozen encoder is no part of it: its features arrive as an argument. One that some stage trains is
-the model's own, and takes the batch's pixels.
-
-The loss is a sum of cross-entropy and z-loss over the targets. Logits exist only where there is a
-target, a piece at a time, and each piece becomes its part of the gradients at once. torch's own
-`linear_cross_entropy` (from 2.13) has no z-loss and takes two to four times as long on a CPU.
-
-Axes: rows, seq positions of a row, hidden width of the decoder; images, patches of an image, width
-of the encoder; slots, one an image: (row, first column); asked, chosen positions over all rows.
+the model's own, and takes the batch's pixels. `slots` are one an image: (row, first column).
 """
 
 from itertools import pairwise
@@ -21,12 +14,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from midstream.config import AnyDecoderConfig, DecoderConfig, ProjectorConfig, VLMConfig
+from midstream.config.model import MAX_LOGITS, MOST_TARGETS
 from midstream.core.batch import IGNORE, Batch
 from midstream.model.attention import MaskKind, make_mask
 from midstream.model.decoder import Decoder, select
 from midstream.model.pretrained import TransformersDecoder
 from midstream.model.vision import VisionEncoder, build_encoder
-from midstream.model.weights import HasInitialisers, Initialiser, Linear
+from midstream.model.weights import Initialiser, Linear
 
 
 class Projector(nn.Sequential):
@@ -53,18 +47,11 @@ class Projector(nn.Sequential):
         }
 
 
-# Logits held at once, by kind of device. On a CPU larger pieces than 64 MiB are no faster; a GPU
-# wants products that are large enough to fill it.
-MAX_LOGITS = {"cpu": 2**24, "cuda": 2**28}
-
-
 def summed_loss(
     hidden: Float[Tensor, "num_targets hidden"],
     weight: Float[Tensor, "vocab hidden"],
     targets: Int[Tensor, "num_targets"],
     z_loss: float,
-    *,
-    max_logits: int | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """What to train on, and the sum of cross-entropies, which is what to report.
 
@@ -73,8 +60,8 @@ def summed_loss(
     it is made. Both are float32, and zero without targets; products have autocast's precision,
     everything else is float32.
     """
-    room = max_logits or MAX_LOGITS.get(hidden.device.type, MAX_LOGITS["cuda"])
     kind = hidden.device.type
+    room = MAX_LOGITS.get(kind, MAX_LOGITS["cuda"])
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -89,7 +76,9 @@ def summed_loss(
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Loss and gradients in one go; the backward pass only scales them."""
+    """Loss and gradients in one go, a piece of the logits at a time; the backward pass only scales
+    them. torch's `linear_cross_entropy` (2.13) has no z-loss and takes two to four times as long.
+    """
 
     @staticmethod
     def forward(
@@ -101,6 +90,7 @@ class _SummedLoss(torch.autograd.Function):
         room: int,
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor]:
+        """The sums of loss and z-loss, their gradients kept."""
         with torch.autocast(hidden.device.type, enabled=False):
             rows = max(1, room // weight.shape[0])
             # float64 stays what it is, for checks of the gradient.
@@ -139,15 +129,13 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_total: Tensor, _of_loss: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients that `forward` kept, scaled."""
         of_hidden, of_weight = ctx.saved_tensors
         return (
             of_hidden * of_total.to(of_hidden.dtype) if ctx.needs_input_grad[0] else None,
             # In place: these are as many numbers as the head has, and nobody else reads them.
             of_weight.mul_(of_total).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None,
-            None,
-            None,
-            None,
-            None,
+            *[None] * 4,
         )
 
 
@@ -157,10 +145,6 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.t(), right)
     else:
         total += left.t() @ right
-
-
-# Where more of the positions than this have a target, the last block works on all of them.
-_MOST = 0.8
 
 
 def build_decoder(config: AnyDecoderConfig) -> Decoder | TransformersDecoder:
@@ -213,21 +197,14 @@ class VLM(nn.Module):
         attention = self.config.attention
         # TODO(flex-for-transformers): their decoders get dense masks on a GPU too; giving them the
         # BlockMask with attn_implementation="flex_attention" lifts it.
-        mask = make_mask(
-            batch.segment_ids,
-            batch.prefix if attention == "prefix" else None,
-            attention,
-            kind=self._mask_kind(embeddings.device),
-        )
+        kind: MaskKind = "dense"
+        if not isinstance(self.decoder, TransformersDecoder):
+            # The runs of a batch are new shapes for each block that is compiled.
+            on_cpu: MaskKind = "dense" if self.compiled_blocks else "cut"
+            kind = on_cpu if embeddings.device.type == "cpu" else "blocks"
+        prefix = batch.prefix if attention == "prefix" else None
+        mask = make_mask(batch.segment_ids, prefix, attention, kind=kind)
         return cast(Tensor, self.decoder(embeddings, batch.position_ids, mask, at=at))
-
-    def _mask_kind(self, device: torch.device) -> MaskKind:
-        if isinstance(self.decoder, TransformersDecoder):
-            return "dense"
-        if device.type != "cpu":
-            return "blocks"
-        # The runs of a batch are new shapes for each block that is compiled.
-        return "dense" if self.compiled_blocks else "cut"
 
     def losses(
         self,
@@ -244,7 +221,7 @@ class VLM(nn.Module):
         at = (targets != IGNORE).nonzero()[:, 0]
         targets = targets.index_select(0, at)
         # Not `self(...)`: a sharded model gathers its weights around this method already.
-        if len(at) > _MOST * batch.targets.numel():
+        if len(at) > MOST_TARGETS * batch.targets.numel():
             hidden = select(self.forward(batch, features), at)
         else:
             hidden = self.forward(batch, features, at)
@@ -282,7 +259,7 @@ class VLM(nn.Module):
             f"{part}.{name}": entry
             for part, module in parts.items()
             if module is not None
-            for name, entry in cast(HasInitialisers, module).initialisers().items()
+            for name, entry in cast(Any, module).initialisers().items()
         }
 
 

@@ -1,22 +1,18 @@
 """Weights: how they start, and how they are read and written.
 
-Each module states its initialisers as a table; `initialise` draws by seed and parameter name, alike
-on every device.
-
-Files are safetensors, whole or in shards; other people's pickles are read as tensors alone. A
-tensor that a module holds under several names (tied embeddings) is stored once, under the first of
-them, and may be read from any.
+A tensor that a module holds under several names (tied embeddings) is stored once, under the first
+of them, and may be read from any. Other people's pickles are read as tensors alone.
 """
 
 import hashlib
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import numpy
 import torch
@@ -59,23 +55,21 @@ def save_weights(module: nn.Module, path: Path) -> None:
     write_bytes(path, save({name: _plain(value) for name, value in tensors_of(module).items()}))
 
 
-def load_weights(module: nn.Module, path: Path, *, prefix: str = "") -> None:
+def load_weights(module: nn.Module, path: Path) -> None:
     """Fill a module from weights that `read_tensors` reads, of exactly its names and shapes.
 
-    With `prefix` ("decoder.") all names in the file start with it and lose it: so a model's part
-    reads the file of a model that had only this part. Raises FileNotFoundError, or ValueError
-    with every missing, unexpected and mismatched name; the module is then unchanged.
+    Raises FileNotFoundError, or ValueError as `check` does; the module is then unchanged.
     """
-    fill(module, read_tensors(path), path=path, prefix=prefix)
+    fill(module, read_tensors(path), path=path)
 
 
 @torch.no_grad()
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], *, path: Path, prefix: str = "") -> None:
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], *, path: Path) -> None:
     """Put tensors into a module that `check` finds to fit; half precision is widened, exactly."""
-    check(module, tensors, path=path, prefix=prefix)
+    check(module, tensors, path=path)
     held = tensors_of(module)
     for name, aliases in _aliases(module).items():
-        put(held[name], tensors[next(prefix + one for one in aliases if prefix + one in tensors)])
+        put(held[name], tensors[next(one for one in aliases if one in tensors)])
 
 
 def put(mine: Tensor, value: Tensor) -> None:
@@ -88,9 +82,7 @@ def put(mine: Tensor, value: Tensor) -> None:
     mine.copy_(value)
 
 
-def check(
-    module: nn.Module, tensors: Mapping[str, Tensor], *, path: Path, prefix: str = ""
-) -> None:
+def check(module: nn.Module, tensors: Mapping[str, Tensor], *, path: Path) -> None:
     """Whether tensors, read from `path`, are a module's, each in its dtype or one that widens to
     it exactly; the module may be on the meta device.
 
@@ -98,50 +90,43 @@ def check(
     of the others, and for a missing one the nearest that were not expected.
     """
     held, names = tensors_of(module), _aliases(module)
-    known = {prefix + one for aliases in names.values() for one in aliases}
-    foreign = sorted(tensors.keys() - known)
-    missing: list[str] = []
-    others: list[str] = []
+    foreign = sorted(tensors.keys() - {one for aliases in names.values() for one in aliases})
+    wrong: dict[str, list[str]] = {"missing": [], "unexpected": [], "mismatched": []}
+    wrong["unexpected"] = [_shown(name, tensors) for name in foreign]
     for name, aliases in sorted(names.items()):
         mine = held[name]
-        found = [prefix + one for one in aliases if prefix + one in tensors]
+        found = {one: tensors[one] for one in aliases if one in tensors}
         if not found:
-            missing.append(f"missing: {prefix}{name} {list(mine.shape)}")
-            alike = [one for one in foreign if tensors[one].shape == mine.shape]
-            near = []
-            if len(missing) <= _SHOWN:
-                near = get_close_matches(prefix + name, alike) or get_close_matches(name, foreign)
-            if near:
-                shown = ", ".join(_shown(one, tensors) for one in near)
-                missing[-1] += f"; nearest unexpected: {shown}"
-        others += [
-            f"mismatched: {one} is {theirs.dtype} {list(theirs.shape)} in the file, "
-            f"{mine.dtype} {list(mine.shape)} in the model"
-            for one, theirs in ((one, tensors[one]) for one in found)
-            if theirs.shape != mine.shape
-            or (theirs.dtype != mine.dtype and (theirs.dtype, mine.dtype) not in _EXACT)
+            near = ""
+            if len(wrong["missing"]) < _SHOWN:
+                alike = [one for one in foreign if tensors[one].shape == mine.shape]
+                nearest = get_close_matches(name, alike) or get_close_matches(name, foreign)
+                near = ", ".join(_shown(one, tensors) for one in nearest)
+            more = f"; nearest unexpected: {near}" if near else ""
+            wrong["missing"].append(f"{_shown(name, held)}{more}")
+        wrong["mismatched"] += [
+            f"{one} is {value.dtype} {list(value.shape)} in the file, {mine.dtype} "
+            f"{list(mine.shape)} in the model"
+            for one, value in found.items()
+            if value.shape != mine.shape
+            or (value.dtype != mine.dtype and (value.dtype, mine.dtype) not in _EXACT)
         ]
-        others += [
-            f"mismatched: {one} differs from {found[0]}, which the model ties it to"
-            for one in found[1:]
-            if tensors[one].dtype != tensors[found[0]].dtype
-            or not torch.equal(tensors[one], tensors[found[0]])
+        first = next(iter(found), "")
+        wrong["mismatched"] += [
+            f"{one} differs from {first}, which the model ties it to"
+            for one, value in found.items()
+            if value.dtype != found[first].dtype or not torch.equal(value, found[first])
         ]
-    if missing or foreign or others:
-        unexpected = [f"unexpected: {_shown(name, tensors)}" for name in foreign]
-        wrong = [line for kind in (missing, unexpected, others) for line in _first(kind)]
+    if any(wrong.values()):
+        lines = []
+        for kind, each in wrong.items():
+            shown = each if len(each) <= _SHOWN + 1 else each[:_SHOWN]
+            lines += [f"  {kind}: {line}" for line in shown]
+            lines += [f"  {kind}: {len(each) - len(shown)} more"] * (len(each) > len(shown))
         raise ValueError(
             f"{path} does not fit this {type(module).__name__}; build the model from the config "
-            "that the file was written with:\n  " + "\n  ".join(wrong)
+            "that the file was written with:\n" + "\n".join(lines)
         )
-
-
-def _first(lines: list[str]) -> list[str]:
-    """The first lines of a kind, and how many more there are."""
-    if len(lines) <= _SHOWN + 1:
-        return lines
-    kind = lines[0].partition(":")[0]
-    return [*lines[:_SHOWN], f"{kind}: {len(lines) - _SHOWN} more"]
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -253,24 +238,24 @@ def only_tensors(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _one_set(content: Any, path: Path) -> dict[str, Tensor]:
-    """`only_tensors`, or those of the one dict of tensors that `content` holds among other things:
-    a training checkpoint; their names then start with its key."""
-    if not isinstance(content, dict) or any(isinstance(one, Tensor) for one in content.values()):
+    """Tensors by name, or those of the one dict of tensors that `content` holds among other things
+    (a training checkpoint); their names then start with its key."""
+    sets = {
+        key: value
+        for key, value in (content.items() if isinstance(content, dict) else ())
+        if isinstance(value, dict)
+        and value
+        and all(isinstance(one, Tensor) for one in value.values())
+    }
+    if not sets or any(isinstance(one, Tensor) for one in content.values()):
         return only_tensors(content, path)
-    sets = [key for key, value in content.items() if _is_set(value)]
     if len(sets) > 1:
         raise ValueError(
             f"{path} holds several sets of tensors, {', '.join(map(str, sets))}; save the one that "
             "is meant by itself, as a dict of tensors by name"
         )
-    if not sets:
-        return only_tensors(content, path)
-    return {f"{sets[0]}.{name}": value for name, value in content[sets[0]].items()}
-
-
-def _is_set(value: Any) -> bool:
-    tensors = value.values() if isinstance(value, dict) else ()
-    return bool(tensors) and all(isinstance(one, Tensor) for one in tensors)
+    ((key, tensors),) = sets.items()
+    return {f"{key}.{name}": value for name, value in tensors.items()}
 
 
 def _in_folder(folder: Path) -> Path:
@@ -305,16 +290,13 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     for shard, names in sorted(shards.items()):
         held = read_tensors(index.parent / shard)
         if held.keys() != names:
+            lacks, holds = sorted(names - held.keys()), sorted(held.keys() - names)
             raise ValueError(
                 f"{index.parent / shard} is not the shard that {index.name} describes: it lacks "
-                f"{_listed(names - held.keys())} and holds {_listed(held.keys() - names)} unasked"
+                f"{', '.join(lacks) or 'nothing'} and holds {', '.join(holds) or 'nothing'} unasked"
             )
         tensors |= held
     return tensors
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names)) or "nothing"
 
 
 @dataclass(frozen=True)
@@ -335,14 +317,6 @@ class Initialiser:
         return nn.init.trunc_normal_(value, std=self.scale, a=-bound, b=bound, generator=source)
 
 
-class HasInitialisers(Protocol):
-    """A module that states how each of its parameters starts."""
-
-    def initialisers(self) -> dict[str, Initialiser]:
-        """One entry for each parameter, by name."""
-        ...
-
-
 def generator(seed: int, purpose: str) -> torch.Generator:
     """A CPU generator that depends on the seed and the purpose alone."""
     number = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8]
@@ -356,7 +330,7 @@ def initialise(module: nn.Module, seed: int) -> None:
     A value is a function of the seed and the parameter's name in `module` alone; it is drawn on
     the CPU in float32, so that device, precision and order of parameters change nothing.
     """
-    table = cast(HasInitialisers, module).initialisers()
+    table: dict[str, Initialiser] = cast(Any, module).initialisers()
     parameters = dict(module.named_parameters())
     assert table.keys() == parameters.keys(), table.keys() ^ parameters.keys()
     for name, parameter in parameters.items():

@@ -1,9 +1,4 @@
-"""Budgets: what they ask of each source, whether the source has it, and how it lies in a row plan.
-
-A row plan is cut into blocks that all have the whole plan's shares. Text is taken to the token;
-examples that stay whole (captions, conversations) are taken as long as more than half of one lies
-inside the budget. What a block holds follows from the block's number alone.
-"""
+"""Budgets: what they ask of each source, whether it has that, and how it lies in a plan."""
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -84,9 +79,10 @@ class Supply:
 class Quota:
     """How much of a source a plan takes: its first `tokens` tokens, or `examples` whole ones.
 
-    planned_tokens is what the budget says, None where it counts passes or sequences. `by_count`
-    spreads whole examples evenly by number, else by tokens. Text is cut between blocks only where
-    a document begins, or in a longer one behind a whole number of rows.
+    A plan is cut into blocks that all have the whole plan's shares. planned_tokens is what the
+    budget says, None where it counts passes or sequences. `by_count` spreads
+    whole examples evenly by number, else by tokens. Text is cut between blocks only where a
+    document begins, or in a longer one behind a whole number of rows.
     """
 
     name: str
@@ -143,98 +139,46 @@ def quotas_of(
 
 
 def _quota(supply: Supply, need: Need, budget: Budget, row_length: int, seed: int) -> Quota:
-    if isinstance(budget, Epochs) or need.unit == "epochs":
-        return _passes(supply, need.amount, row_length, seed)
-    if need.sequences is not None and isinstance(budget, Mixture):
-        return _sequences(supply, need.sequences, budget, row_length, seed)
-    return _tokens(supply, need.amount, budget, row_length, seed)
-
-
-def _stream(supply: Supply, budget: Mixture | Amounts | None, seed: int) -> Stream:
-    sampling = "permutation" if budget is None else budget.sampling
-    return Stream(supply.lengths, f"{seed}/{supply.name}", sampling)
-
-
-def _by_count(supply: Supply, row_length: int) -> bool:
-    # Where a row holds one such example, its number of rows is known only if their number is.
-    return 2 * supply.lengths.total > len(supply.lengths) * row_length
-
-
-def _passes(supply: Supply, epochs: int, row_length: int, seed: int) -> Quota:
-    stream, examples = _stream(supply, None, seed), epochs * len(supply.lengths)
-    return Quota(
-        name=supply.name,
-        stream=stream,
-        divisible=supply.divisible,
-        tokens=stream.tokens_before(examples),
-        examples=examples,
-        planned_tokens=None,
-        planned_sequences=None,
-        by_count=_by_count(supply, row_length),
-        row_length=row_length,
-    )
-
-
-def _tokens(
-    supply: Supply, tokens: int, budget: Mixture | Amounts, row_length: int, seed: int
-) -> Quota:
-    if not supply.lengths.drawn:
-        _check(supply, tokens, supply.lengths.total, "tokens", budget)
-    stream = _stream(supply, budget, seed)
-    limit = None if budget.sampling == "replacement" else budget.max_epochs * len(supply.lengths)
-    if not stream.reach(tokens, limit if supply.lengths.drawn else None):
+    lengths, amount = supply.lengths, need.amount
+    epochs = 0 if isinstance(budget, Epochs) else budget.max_epochs
+    sampling = "permutation" if isinstance(budget, Epochs) else budget.sampling
+    stream = Stream(lengths, f"{seed}/{supply.name}", sampling)
+    if need.unit == "tokens" and lengths.drawn:
         # Other captions, another sum: what the passes hold is known once they are drawn.
-        raise _too_few(supply, tokens, stream.tokens_before(limit or 0), "tokens", budget)
-    examples, taken = 0, tokens
-    if not supply.divisible and tokens:
+        limit = None if sampling == "replacement" else epochs * len(lengths)
+        if not stream.reach(amount, limit):
+            raise _too_few(need, stream.tokens_before(limit or 0), epochs)
+    elif passes_needed(need, budget, tokens=lengths.total, examples=len(lengths)):
+        raise _too_few(need, lengths.total if need.unit == "tokens" else len(lengths), epochs)
+    elif need.unit == "tokens":
+        stream.reach(amount)
+    examples, tokens = amount, amount
+    if need.unit == "epochs":
+        examples = amount * len(lengths)
+    if need.unit == "tokens":
         # A share that is less than half an example is seen all the same.
-        examples = max(1, stream.count_before(2 * tokens))
-        taken = stream.tokens_before(examples)
+        whole = amount and not supply.divisible
+        examples = max(1, stream.count_before(2 * amount)) if whole else 0
+    if need.unit != "tokens" or not supply.divisible:
+        tokens = stream.tokens_before(examples)
     return Quota(
         name=supply.name,
         stream=stream,
         divisible=supply.divisible,
-        tokens=taken,
+        tokens=tokens,
         examples=examples,
-        planned_tokens=tokens,
-        planned_sequences=None,
-        by_count=_by_count(supply, row_length),
+        planned_tokens=amount if need.unit == "tokens" and need.sequences is None else None,
+        planned_sequences=need.sequences,
+        # Where a row holds one such example, its number of rows is known only if their number is.
+        by_count=2 * lengths.total > len(lengths) * row_length,
         row_length=row_length,
     )
 
 
-def _sequences(
-    supply: Supply, sequences: int, budget: Mixture, row_length: int, seed: int
-) -> Quota:
-    if supply.divisible:
-        found = _tokens(supply, sequences * row_length, budget, row_length, seed)
-        return Quota(**{**found.__dict__, "planned_tokens": None, "planned_sequences": sequences})
-    _check(supply, sequences, len(supply.lengths), "examples", budget)
-    stream = _stream(supply, budget, seed)
-    return Quota(
-        name=supply.name,
-        stream=stream,
-        divisible=False,
-        tokens=stream.tokens_before(sequences),
-        examples=sequences,
-        planned_tokens=None,
-        planned_sequences=sequences,
-        by_count=_by_count(supply, row_length),
-        row_length=row_length,
-    )
-
-
-def _check(supply: Supply, need: int, have: int, unit: str, budget: Mixture | Amounts) -> None:
-    if budget.sampling == "permutation" and need > have * budget.max_epochs:
-        raise _too_few(supply, need, have, unit, budget)
-
-
-def _too_few(
-    supply: Supply, need: int, have: int, unit: str, budget: Mixture | Amounts
-) -> ValueError:
+def _too_few(need: Need, have: int, epochs: int) -> ValueError:
     return ValueError(
-        f"source {supply.name!r} holds {have:,} {unit}, the plan needs {need:,}; "
-        f"raise max_epochs above {budget.max_epochs} or lower the budget"
+        f"source {need.source!r} holds {have:,} {need.unit}, the plan needs {need.amount:,}; "
+        f"raise max_epochs above {epochs} or lower the budget"
     )
 
 

@@ -1,29 +1,24 @@
-"""A stage's row plan: row k by its number, in one of three layouts.
-
-Filled: whole examples and texts in rows as full as they get, block by block; a block has about
-BLOCK_ROWS rows, and block sizes are fixed when the plan is made. Joined: documents in one stream
-that is cut into rows. Padded: one whole example a row, as the paper has
-them, and texts in joined rows between.
-"""
+"""A stage's row plan: row k by its number, in filled, joined or padded rows."""
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from math import isqrt
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import numpy as np
 
 from midstream.config import Budget, Rows
 from midstream.order.mixture import Quota, Supply, interleaved, quotas_of
-from midstream.order.stream import permuted
+from midstream.order.stream import Kept, permuted
 
 # Rows that are laid out at once.
 BLOCK_ROWS = 1024
-KEPT_BLOCKS = 3
+KEPT_BLOCKS = 4
 
-# Each is source, example, start, length and caption, then the column where that is known.
+# Each is source, example, start, length and caption, then the column once it is placed.
 Items = list[list[int]]
 
 
@@ -42,11 +37,6 @@ class Placement(NamedTuple):
     column: int
 
 
-def without_cache(layout: Any) -> dict[str, Any]:
-    """The state of a layout without what it keeps: that is made anew in a worker process."""
-    return {name: value for name, value in layout.__dict__.items() if not name.startswith("_")}
-
-
 # How full packed rows are made, in thousandths: what is left lets nearly every text stay whole.
 FILL = 997
 # Plans of up to this many blocks know each block's rows; larger ones give all blocks the same
@@ -56,11 +46,12 @@ CHECKED_BLOCKS = 512
 SPARE_DEVIATIONS = 6
 
 
-class Filled:
+class Filled(Kept):
     """Examples side by side, kept apart by segments, each row as full as its block allows.
 
-    Whole examples go first, each into the fullest row that it fits; texts follow likewise, and
-    those that fit nowhere are cut to fill what is left.
+    A block has about BLOCK_ROWS rows, and their number is fixed when the plan is made. Whole
+    examples go first, each into the fullest row that it fits; texts follow likewise, and those that
+    fit nowhere are cut to fill what is left.
     """
 
     def __init__(self, quotas: Sequence[Quota], row_length: int, key: str) -> None:
@@ -71,17 +62,15 @@ class Filled:
         self.num_blocks = max(1, round(expected / BLOCK_ROWS))
         checked = min(self.num_blocks, CHECKED_BLOCKS)
         blocks = [number * self.num_blocks // checked for number in range(checked)]
-        needed = [len(self._pack(block, None)) for block in blocks]
+        self.first_rows, self.block_rows = [0], 0
         if checked == self.num_blocks:
-            self.first_rows, self.block_rows = np.cumsum([0, *needed]), 0
+            needed = (len(self._kept(block)) for block in blocks)
+            self.first_rows = list(accumulate(needed, initial=0))
         else:
-            self.first_rows, self.block_rows = np.zeros(0), _rows_for_all(needed)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return without_cache(self)
+            self.block_rows = _rows_for_all([len(self._pack(block, None)) for block in blocks])
 
     def __len__(self) -> int:
-        return self.num_blocks * self.block_rows or int(self.first_rows[-1])
+        return self.num_blocks * self.block_rows or self.first_rows[-1]
 
     def sees_all(self, index: int) -> bool:
         """Whether the documents of the row see each other."""
@@ -92,8 +81,8 @@ class Filled:
         if self.block_rows:
             block, inside = divmod(index, self.block_rows)
         else:
-            block = int(np.searchsorted(self.first_rows, index, side="right")) - 1
-            inside = index - int(self.first_rows[block])
+            block = bisect_right(self.first_rows, index) - 1
+            inside = index - self.first_rows[block]
         return list(map(Placement._make, self._kept(block)[inside]))
 
     @cached_property
@@ -104,7 +93,7 @@ class Filled:
         packed = self._pack(block, self.block_rows or None)
         # Packing sorts by length; the seeded order keeps every part of the block alike.
         order = permuted(np.arange(len(packed)), len(packed), f"{self.key}/block {block}")
-        return [with_columns(packed[row]) for row in order.tolist()]
+        return [packed[row] for row in order.tolist()]
 
     def _pack(self, block: int, num_rows: int | None) -> list[Items]:
         whole, text = self._items(block)
@@ -128,8 +117,7 @@ class Filled:
         return packer.rows
 
     def _items(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """[items, 5] of source, example, start, length, caption: whole examples, and text cut to
-        rows."""
+        """[items, 5] of Items' columns: whole examples, and text cut to rows."""
         parts: dict[bool, list[np.ndarray]] = {False: [], True: []}
         for number, quota in enumerate(self.quotas):
             found = quota.block(block, self.num_blocks)
@@ -166,12 +154,12 @@ class Packer:
         at = bisect_left(self._room, (size, -1))
         if at < len(self._room):
             left, row = self._room.pop(at)
-            self.rows[row].append(item)
         elif max_rows is None or len(self.rows) < max_rows:
             left, row = self.row_length, len(self.rows)
-            self.rows.append([item])
+            self.rows.append([])
         else:
             return False
+        self.rows[row].append([*item, self.row_length - left])
         if left > size:
             insort(self._room, (left - size, row))
         return True
@@ -182,7 +170,8 @@ class Packer:
             while length:
                 left, row = self._room.pop()
                 size = min(left, length)
-                self.rows[row].append([source, example, start, size, caption])
+                column = self.row_length - left
+                self.rows[row].append([source, example, start, size, caption, column])
                 start, length = start + size, length - size
                 if left > size:
                     insort(self._room, (left - size, row))
@@ -192,28 +181,26 @@ class Packer:
         while len(self.rows) < num_rows:
             fullest = max(range(len(self.rows)), key=lambda row: len(self.rows[row]))
             many = len(self.rows[fullest]) > 1
-            self.rows.append([self.rows[fullest].pop()] if many else [])
+            self.rows.append([[*self.rows[fullest].pop()[:-1], 0]] if many else [])
 
 
 def _rows_for_all(needed: Sequence[int]) -> int:
-    """Rows that a block needs at most, from what some blocks need; in whole numbers, so that
-    every machine plans alike."""
+    """Rows that a block needs at most, from what some need, by whole numbers on every machine."""
     count, total = len(needed), sum(needed)
     spread = count * sum(rows * rows for rows in needed) - total * total
     likely = -(-total // count) + isqrt(SPARE_DEVIATIONS**2 * spread) // count + 1
     return max(likely, max(needed) + 2 + max(needed) // 500)
 
 
-def with_columns(items: Items) -> Items:
-    """Items side by side: each with the column where it begins."""
-    found, column = [], 0
-    for item in items:
-        found.append([*item, column])
-        column += item[3]
-    return found
+def rows_of_all(needed: Sequence[int], times: float) -> int:
+    """Rows of a filled plan `times` as long as one whose blocks need so many."""
+    rows = times * sum(needed)
+    if round(rows / BLOCK_ROWS) > CHECKED_BLOCKS:
+        rows *= _rows_for_all(needed) * len(needed) / sum(needed)
+    return round(rows)
 
 
-class Joined:
+class Joined(Kept):
     """Documents one behind the other, cut at the row length, seeing each other (OpenLM's rows).
 
     The rows are shuffled in windows of BLOCK_ROWS.
@@ -226,9 +213,6 @@ class Joined:
         self.numbers, self.row_length, self.key = list(numbers), row_length, key
         self.tokens = sum(quota.tokens for quota in self.quotas)
         self.num_blocks = max(1, self.tokens // (BLOCK_ROWS * row_length))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return without_cache(self)
 
     def __len__(self) -> int:
         return -(-self.tokens // self.row_length)
@@ -309,7 +293,7 @@ class JoinedBlock:
             begin, item = end, item + 1
 
 
-class Padded:
+class Padded(Kept):
     """One whole example a row and padding behind it (the paper); text in joined rows between."""
 
     def __init__(self, quotas: Sequence[Quota], row_length: int, key: str) -> None:
@@ -339,41 +323,32 @@ class Padded:
         )
         return [Placement(self.numbers[number], example, 0, length, caption, 0)]
 
-    def _bounds(self, block: int) -> list[int]:
-        # Examples of each source, and rows of text, before a block.
-        whole = [quota.before(block, self.num_blocks) for quota in self.whole]
-        return [*whole, len(self.text) * block // self.num_blocks]
+    @cached_property
+    def _kept(self) -> Callable[[int], tuple[int, list[tuple[int, int]]]]:
+        return lru_cache(KEPT_BLOCKS)(self._load)
+
+    def _load(self, block: int) -> tuple[int, list[tuple[int, int]]]:
+        """The first row of a block, and what each of its rows is."""
+        low, high = (
+            [
+                *(quota.before(number, self.num_blocks) for quota in self.whole),
+                len(self.text) * number // self.num_blocks,
+            ]
+            for number in (block, block + 1)
+        )
+        bounds = enumerate(zip(low, high, strict=True))
+        slots = [(number, place) for number, ends in bounds for place in range(*ends)]
+        order = permuted(np.arange(len(slots)), len(slots), f"{self.key}/block {block}")
+        return sum(low), [slots[slot] for slot in order.tolist()]
 
     def _find(self, index: int) -> tuple[int, int]:
         """Which source a row is of (behind the last one: text), and its place there."""
         block = index * self.num_blocks // self.num_rows
-        while sum(self._bounds(block + 1)) <= index:
-            block += 1
-        while sum(self._bounds(block)) > index:
-            block -= 1
-        low, high = self._bounds(block), self._bounds(block + 1)
-        size = sum(high) - sum(low)
-        inside = np.array([index - sum(low)])
-        slot = int(permuted(inside, size, f"{self.key}/block {block}")[0])
-        for number, (first, last) in enumerate(zip(low, high, strict=True)):
-            if slot < last - first:
-                return number, first + slot
-            slot -= last - first
-        raise AssertionError("the slots of a block are those of its sources")
-
-
-@runtime_checkable
-class Layout(Protocol):
-    """Rows by number."""
-
-    def __len__(self) -> int:
-        """Rows."""
-
-    def row(self, index: int) -> list[Placement]:
-        """The placements of a row, by column."""
-
-    def sees_all(self, index: int) -> bool:
-        """Whether the documents of the row see each other."""
+        while True:
+            first, rows = self._kept(block)
+            if first <= index < first + len(rows):
+                return rows[index - first]
+            block += 1 if first <= index else -1
 
 
 @dataclass(frozen=True)
@@ -382,7 +357,7 @@ class RowPlan:
 
     quotas: tuple[Quota, ...]
     rows: Rows
-    layout: Layout
+    layout: Filled | Joined | Padded
 
     def __len__(self) -> int:
         return len(self.layout)
@@ -416,13 +391,13 @@ def make_plan(supplies: Sequence[Supply], budget: Budget, rows: Rows, seed: int)
     whole in the joined layout.
     """
     quotas = tuple(quotas_of(supplies, budget, row_length=rows.row_length, seed=seed))
-    if rows.layout == "joined":
-        whole = [quota.name for quota in quotas if not quota.divisible]
-        if whole:
-            raise ValueError(
-                f"the joined layout is for text only, {whole} are none; choose filled or padded"
-            )
-        return RowPlan(quotas, rows, Joined(quotas, range(len(quotas)), rows.row_length, str(seed)))
+    length, key = rows.row_length, str(seed)
+    if rows.layout == "filled":
+        return RowPlan(quotas, rows, Filled(quotas, length, key))
     if rows.layout == "padded":
-        return RowPlan(quotas, rows, Padded(quotas, rows.row_length, str(seed)))
-    return RowPlan(quotas, rows, Filled(quotas, rows.row_length, str(seed)))
+        return RowPlan(quotas, rows, Padded(quotas, length, key))
+    if whole := [quota.name for quota in quotas if not quota.divisible]:
+        raise ValueError(
+            f"the joined layout is for text only, {whole} are none; choose filled or padded"
+        )
+    return RowPlan(quotas, rows, Joined(quotas, range(len(quotas)), length, key))

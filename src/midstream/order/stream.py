@@ -1,13 +1,4 @@
-"""The examples of one source in a seeded order, by index or by token, without a list of them.
-
-A source is cut into chunks of consecutive examples (of one, up to four million examples). A keyed
-permutation orders the chunks, or they are drawn with replacement; the examples of neighbouring
-chunks, a group, are then permuted together. Only the sizes of groups are stored: every look-up
-costs the same, and a billion examples need a few megabytes.
-
-Each time a chunk is read, a number is drawn for it; where a picture has several captions, that
-number chooses one.
-"""
+"""The examples of one source in a seeded order, by index or by token, without a list of them."""
 
 import hashlib
 from collections.abc import Callable
@@ -112,8 +103,23 @@ class Stretch:
         return Stretch(*(getattr(self, field.name)[items] for field in fields(self)))
 
 
-class Stream:
+class Kept:
+    """What it keeps of look-ups does not travel: a worker process makes that anew."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _CACHES}
+
+
+_CACHES = ("_kept", "_orders")
+
+
+class Stream(Kept):
     """The seeded order of a source's examples; index p and token t are looked up in constant time.
+
+    Chunks of consecutive examples (of one, up to four million examples) are ordered by a keyed
+    permutation, or drawn; the examples of neighbouring chunks, a group, are then permuted together.
+    Only the sizes of groups are stored: a billion examples need a few megabytes. Each time a chunk
+    is read, a number is drawn for it; where a picture has several captions, that chooses one.
 
     sampling="permutation": passes over all examples, each in an order of its own.
     sampling="replacement": chunks drawn from the whole source each time, without an end.
@@ -131,9 +137,6 @@ class Stream:
         # Examples and tokens before each group that was needed so far.
         self._examples = np.zeros(1, dtype=np.int64)
         self._tokens = np.zeros(1, dtype=np.int64)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     def reach(self, tokens: int, examples: int | None = None) -> bool:
         """Learn the sizes of all groups up to a token, so that later look-ups cost the same.
@@ -208,7 +211,7 @@ class Stream:
     def _extend(self) -> None:
         # As many groups again as are known: their number is never known beforehand.
         known = len(self._examples) - 1
-        groups = np.arange(known, known + min(max(16, known), 4096))
+        groups = np.arange(known, known + min(max(1, known), 4096))
         chunks = [self._chunks(int(group)) for group in groups]
         flat = np.concatenate(chunks)
         first = np.cumsum([0, *(len(part) for part in chunks[:-1])])

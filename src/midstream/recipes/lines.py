@@ -1,10 +1,8 @@
-"""What the studies have in common: lines, scales, sources, public models.
-
-K, I and U as in `paper_scale.py`.
-"""
+"""What the studies share: lines, scales, sources, public models; K, I, U as in `paper_scale.py`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +14,7 @@ from midstream.config import (
     ContinuedCosine,
     Evaluation,
     ExpectedSource,
+    Mixture,
     PatchProjection,
     PublicFolder,
     Rows,
@@ -39,19 +38,15 @@ from midstream.study.stages import (
     LoadDecoder,
     Prepare,
     Pretrain,
+    TrainEncoder,
 )
-from midstream.study.studies import Line, Study
+from midstream.study.studies import Figure, Line, Study
 
 # Every schedule but the fine-tuning's ends here (run records of the paper).
 END_RATE = 3e-5
 # The text run has no rate to continue there, so that it is warmed up again (paper, section 3.1).
 REWARMED = (0.0, 1.0)
 FINETUNING = AdamW(weight_decay=0.1, decay="matrices", z_loss=0.0)
-
-
-def start_at(text: Pretrain, completion: float) -> FromScratch | ContinueFrom:
-    """The initialiser at 0, else the text run's milestone."""
-    return ContinueFrom(stage=text, completion=completion) if completion else FromScratch()
 
 
 def image_text_schedule(completion: float, rewarm_rate: float) -> WarmupCosine | ContinuedCosine:
@@ -85,6 +80,63 @@ def finetuned_line(
         axes={"text_completion": completion * 100, "seed": seed},
         result=Evaluate(of=finetuned, evaluation=asked),
     )
+
+
+def text_only(asked: Evaluation) -> Evaluation:
+    """The same evaluation without its visual tasks."""
+    return Evaluation(text_tasks=asked.text_tasks, limit=asked.limit)
+
+
+def arrival_of(
+    text: Pretrain,
+    encoder: TrainEncoder,
+    completions: Sequence[float],
+    seeds: Sequence[int],
+    *,
+    pictures: Mixture,
+    talks: Budget,
+    rows: Rows,
+    rewarm_rate: float,
+    finetune_rate: float,
+    asked: Evaluation,
+) -> dict[str, Any]:
+    """The fields of a study of when images arrive.
+
+    Each start, once a seed, is continued on `pictures`, fine-tuned on `talks` and evaluated.
+    """
+    lines = tuple(
+        finetuned_line(
+            Continue(
+                data=text.data,
+                encoder=encoder,
+                decoder=text.decoder,
+                start=ContinueFrom(stage=text, completion=completion)
+                if completion
+                else FromScratch(),
+                training=Training(
+                    budget=pictures,
+                    rows=rows,
+                    schedule=image_text_schedule(completion, rewarm_rate),
+                    seed=seed,
+                ),
+            ),
+            talks,
+            finetune_rate,
+            asked,
+            completion,
+        )
+        for completion, seed in product(completions, seeds)
+    )
+    return {
+        "question": "After what share of text training should a language model first see images?",
+        "lines": lines,
+        "figure": Figure(
+            x="text_completion",
+            x_label="text training done before the first image (%)",
+            hollow=(0.0, 100.0),
+        ),
+        "baselines": {"text only, 100%": Evaluate(of=text, evaluation=text_only(asked))},
+    }
 
 
 Encoder = EncoderStage | PatchProjection
@@ -206,93 +258,62 @@ class PublicModel:
         return self.repository if revision is None else f"{self.repository} --revision {revision}"
 
 
-def _neox(hidden: int, layers: int, heads: int) -> TransformersDecoderConfig:
-    # Biases and two norms a block, both matrices of the vocabulary (modelling file of gpt_neox).
-    vocabulary = 50_304
-    block = 12 * hidden**2 + 13 * hidden
-    return TransformersDecoderConfig(
-        model_type="gpt_neox",
-        settings={"max_position_embeddings": 2048},
+# model_type, hidden size, layers, heads, vocabulary, positions, parameters, whether tied; as
+# published: an import adds rows for new tokens where the embedding has none to spare.
+_DECODERS: Mapping[str, tuple[str, int, int, int, int, int, int, bool]] = {
+    "EleutherAI/pythia-70m": ("gpt_neox", 512, 6, 8, 50_304, 2048, 70_426_624, False),
+    "EleutherAI/pythia-160m": ("gpt_neox", 768, 12, 12, 50_304, 2048, 162_322_944, False),
+    "EleutherAI/pythia-410m": ("gpt_neox", 1024, 24, 16, 50_304, 2048, 405_334_016, False),
+    "EleutherAI/pythia-1.4b": ("gpt_neox", 2048, 24, 16, 50_304, 2048, 1_414_647_808, False),
+    "HuggingFaceTB/SmolLM2-360M-intermediate-checkpoints": (
+        *("llama", 960, 32, 15, 49_152, 8192, 361_821_120, True),
+    ),
+    "allenai/OLMo-2-0425-1B": ("olmo2", 2048, 16, 16, 100_352, 4096, 1_484_916_736, False),
+}
+
+
+def _public(repository: str, revisions: Sequence[str | None]) -> PublicModel:
+    kind, hidden, layers, heads, vocabulary, positions, parameters, tied = _DECODERS[repository]
+    decoder = TransformersDecoderConfig(
+        model_type=kind,
+        settings={"max_position_embeddings": positions},
         hidden_size=hidden,
         num_layers=layers,
         num_heads=heads,
         vocab_size=vocabulary,
-        num_parameters=2 * vocabulary * hidden + layers * block + 2 * hidden,
-        tied_embeddings=False,
+        num_parameters=parameters,
+        tied_embeddings=tied,
     )
-
-
-def _pythia(size: str, hidden: int, layers: int, heads: int) -> PublicModel:
-    # Of 143,000 steps every thousandth is kept; some repositories have the last one as main alone.
-    steps = (29_000, 57_000, 86_000, 114_000)
-    named: dict[float, str | None] = {
-        share: f"step{step}" for share, step in zip(SHARES, steps, strict=False)
-    }
-    return PublicModel(
-        f"EleutherAI/pythia-{size}", _neox(hidden, layers, heads), named | {1.0: None}
-    )
-
-
-def _smollm2(size: str, hidden: int, layers: int, heads: int, kv: int, wide: int) -> PublicModel:
-    # The card of 360M: every 160,000 of its 2,600,000 steps.
-    vocabulary = 49_152
-    block = 2 * hidden**2 + 2 * hidden * hidden * kv // heads + 3 * hidden * wide + 2 * hidden
-    decoder = TransformersDecoderConfig(
-        model_type="llama",
-        settings={"max_position_embeddings": 8192},
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=heads,
-        vocab_size=vocabulary,
-        num_parameters=vocabulary * hidden + layers * block + hidden,
-        tied_embeddings=True,
-    )
-    steps = (480_000, 1_120_000, 1_600_000, 2_080_000, 2_560_000)
-    return PublicModel(
-        f"HuggingFaceTB/SmolLM2-{size}-intermediate-checkpoints",
-        decoder,
-        {share: f"step-{step}" for share, step in zip(SHARES, steps, strict=True)},
-    )
-
-
-def _olmo2_1b() -> PublicModel:
-    hidden, layers, wide, vocabulary = 2048, 16, 8192, 100_352
-    block = 4 * hidden**2 + 3 * hidden * wide + 4 * hidden
-    decoder = TransformersDecoderConfig(
-        model_type="olmo2",
-        settings={"max_position_embeddings": 4096},
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=16,
-        vocab_size=vocabulary,
-        num_parameters=2 * vocabulary * hidden + layers * block + hidden,
-        tied_embeddings=False,
-    )
-    # Stage 1 alone: stage 2 anneals on other data. Names round tokens up (publishers' scripts).
-    steps = (
-        "380000-tokens797B",
-        "760000-tokens1594B",
-        "1140000-tokens2391B",
-        "1530000-tokens3209B",
-        "1907359-tokens4001B",
-    )
-    return PublicModel(
-        "allenai/OLMo-2-0425-1B",
-        decoder,
-        {share: f"stage1-step{step}" for share, step in zip(SHARES, steps, strict=True)},
-    )
+    return PublicModel(repository, decoder, dict(zip(SHARES, revisions, strict=True)))
 
 
 # Five revisions of each, nearest to 20, 40, 60, 80 and 100 % of the run; their tokens and rates are
-# in `study/families.py`. Sizes are of the published model: an import adds rows for new tokens where
-# its embedding has none to spare.
+# in `study/families.py`. Of Pythia's 143,000 steps every thousandth is kept, the last one as main.
+_PYTHIA_STEPS = (*(f"step{step}" for step in (29_000, 57_000, 86_000, 114_000)), None)
 PUBLIC_MODELS: Mapping[str, PublicModel] = {
-    "pythia-70m": _pythia("70m", 512, 6, 8),
-    "pythia-160m": _pythia("160m", 768, 12, 12),
-    "pythia-410m": _pythia("410m", 1024, 24, 16),
-    "pythia-1.4b": _pythia("1.4b", 2048, 24, 16),
-    "smollm2-360m": _smollm2("360M", 960, 32, 15, 5, 2560),
-    "olmo2-1b": _olmo2_1b(),
+    **{
+        f"pythia-{size}": _public(f"EleutherAI/pythia-{size}", _PYTHIA_STEPS)
+        for size in ("70m", "160m", "410m", "1.4b")
+    },
+    # The card: every 160,000 of its 2,600,000 steps.
+    "smollm2-360m": _public(
+        "HuggingFaceTB/SmolLM2-360M-intermediate-checkpoints",
+        [f"step-{step}" for step in (480_000, 1_120_000, 1_600_000, 2_080_000, 2_560_000)],
+    ),
+    # Stage 1 alone: stage 2 anneals on other data. Names round tokens up (publishers' scripts).
+    "olmo2-1b": _public(
+        "allenai/OLMo-2-0425-1B",
+        [
+            f"stage1-step{step}B"
+            for step in (
+                "380000-tokens797",
+                "760000-tokens1594",
+                "1140000-tokens2391",
+                "1530000-tokens3209",
+                "1907359-tokens4001",
+            )
+        ],
+    ),
 }
 
 
@@ -395,7 +416,7 @@ def world(inputs: Path | None, tokenizer: Path | None) -> Prepare:
     if inputs is not None:
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} does not exist; `inputs` is the folder of recipes/scales.py, its world "
+                f"{path} does not exist; `inputs` is the folder of docs/studies.md, its world "
                 "has the tokenizer's file beside its sources"
             )
         fingerprint, tokenizer_file = world_fingerprint(root), TokenizerFile.read(path)

@@ -25,8 +25,7 @@ from midstream.config import (
 )
 from midstream.core.identity import world_fingerprint
 from midstream.core.storage import read_json
-from midstream.recipes.lines import END_RATE, FINETUNING, finetuned_line
-from midstream.recipes.scales import text_only
+from midstream.recipes.lines import END_RATE, FINETUNING, finetuned_line, text_only
 from midstream.study.imported import ImportRecord, as_imported, load_model, read_import
 from midstream.study.stages import (
     Continue,

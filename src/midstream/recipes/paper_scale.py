@@ -1,7 +1,6 @@
 """The sizes of the paper with its settings, and the text run of each, or its checkpoints.
 
-K, I and U stand for known, inferred and unknown: whether a number is the paper's (or its records'),
-follows from them, or is our choice.
+K: known, the paper's or its records'; I: inferred; U: unknown, our choice.
 """
 
 from dataclasses import dataclass

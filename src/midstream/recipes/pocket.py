@@ -21,15 +21,15 @@ from midstream.config import (
     Training,
     WarmupCosine,
 )
-from midstream.recipes.arrival import FIGURE, QUESTION, arrival_lines
 from midstream.recipes.lines import (
     DATACOMP_DR,
     END_RATE,
     CaptionSet,
     Scale,
     TextMixture,
+    arrival_of,
 )
-from midstream.study.stages import Evaluate, FuseEncoders, Prepare, Pretrain, TrainEncoder
+from midstream.study.stages import FuseEncoders, Prepare, Pretrain, TrainEncoder
 from midstream.study.studies import Study
 
 VOCAB_SIZE = 640
@@ -134,7 +134,7 @@ def when_images_arrive(
             Share(source="web", share=1.0 - image_share),
         ),
     )
-    lines = arrival_lines(
+    fields = arrival_of(
         text,
         encoder,
         completions,
@@ -146,15 +146,7 @@ def when_images_arrive(
         finetune_rate=finetune_rate,
         asked=ASKED,
     )
-    return Study(
-        name="pocket.when_images_arrive",
-        question=QUESTION,
-        lines=lines,
-        figure=FIGURE,
-        baselines={
-            "text only, 100%": Evaluate(of=text, evaluation=Evaluation(text_tasks=TEXT_TASKS))
-        },
-    )
+    return Study(name="pocket.when_images_arrive", **fields)
 
 
 # Of the pocket world: four epochs of these are what one epoch of the demo's is.

@@ -1,7 +1,4 @@
-"""The three stages on small real data: novels and encyclopedia, photographs, questions.
-
-`docs/real-data.md` says which folders are needed and what the numbers can and cannot show.
-"""
+"""The three stages on small real data (`docs/real-data.md`): novels, photographs, questions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,15 +17,23 @@ from midstream.config import (
     WarmupCosine,
 )
 from midstream.core.identity import folder_fingerprint
-from midstream.recipes.arrival import FIGURE, QUESTION, arrival_lines
-from midstream.recipes.lines import END_RATE
-from midstream.study.stages import Evaluate, Prepare, Pretrain, TrainEncoder
+from midstream.recipes.lines import END_RATE, arrival_of
+from midstream.study.stages import Prepare, Pretrain, TrainEncoder
 from midstream.study.studies import Study
 
 TOKENIZER = "gpt_neox_tokenizer/20B_tokenizer.json"
 TEXT_SHARES = {"novels": 0.6, "wikitext2": 0.1, "web_wiki": 0.3}
 CAPTION_SHARES = {"flickr8k": 0.8, "emoji": 0.2}
 INSTRUCT_SHARES = {"vqa_easy": 0.45, "daquar": 0.2, "flickr_match": 0.35}
+ROWS = Rows(row_length=256, batch_rows=2, layout="filled")
+ENCODER = EncoderConfig(
+    image_size=64,
+    patch_size=16,
+    hidden_size=128,
+    num_layers=4,
+    num_heads=4,
+    intermediate_size=512,
+)
 VISUAL_TASKS = ("vqa_easy", "daquar", "flickr_match")
 TEXT_TASKS = ("arc_easy", "piqa", "copa")
 # DAQUAR's longest answer, several things joined by commas, has 23 tokens; most have one.
@@ -53,15 +58,7 @@ def when_images_arrive(
     finetune_rate: float = 1e-3,
     hidden_size: int = 128,
     num_layers: int = 2,
-    num_heads: int = 2,
-    image_size: int = 64,
-    patch_size: int = 16,
-    encoder_size: int = 128,
-    encoder_layers: int = 4,
     encoder_steps: int = 500,
-    encoder_images: int = 64,
-    row_length: int = 256,
-    batch_rows: int = 2,
     num_questions: int = 400,
     limit: int = 200,
 ) -> Study:
@@ -73,29 +70,42 @@ def when_images_arrive(
     """
     world = _prepare(Path(data).resolve(), num_questions)
     decoder = DecoderConfig(
-        hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, vocab_size=50432
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=hidden_size // 64,
+        vocab_size=50432,
     )
-    rows = Rows(row_length=row_length, batch_rows=batch_rows, layout="filled")
-    words = _mixture(text_tokens, max_epochs, (TEXT_SHARES, 1.0))
-    text = _text_stage(world, decoder, completions, words, rows, text_rate)
-    tower = EncoderConfig(
-        image_size=image_size,
-        patch_size=patch_size,
-        hidden_size=encoder_size,
-        num_layers=encoder_layers,
-        num_heads=encoder_size // 32,
-        intermediate_size=4 * encoder_size,
+    text = Pretrain(
+        data=world,
+        decoder=decoder,
+        milestones=tuple(sorted({*completions, 1.0} - {0.0})),
+        training=Training(
+            budget=_mixture(text_tokens, max_epochs, (TEXT_SHARES, 1.0)),
+            rows=ROWS.model_copy(update={"layout": "joined"}),
+            schedule=WarmupCosine(peak_rate=text_rate, end_rate=END_RATE, warmup_fraction=0.05),
+        ),
     )
-    encoder = _encoder_stage(world, tower, encoder_images, encoder_steps)
+    encoder = TrainEncoder(
+        data=world,
+        encoder=ENCODER,
+        training=ContrastiveTraining(
+            source="flickr8k",
+            text_hidden_size=ENCODER.hidden_size,
+            text_num_layers=2,
+            batch_images=64,
+            num_steps=encoder_steps,
+            schedule=WarmupCosine(peak_rate=1e-3, end_rate=1e-5, warmup_fraction=0.1),
+        ),
+    )
     shares = (CAPTION_SHARES, image_share), (TEXT_SHARES, 1.0 - image_share)
-    lines = arrival_lines(
+    fields = arrival_of(
         text,
         encoder,
         completions,
         seeds,
         pictures=_mixture(continue_tokens, max_epochs, *shares),
         talks=_mixture(finetune_tokens, max_epochs, (INSTRUCT_SHARES, 1.0)),
-        rows=rows,
+        rows=ROWS,
         rewarm_rate=rewarm_rate,
         finetune_rate=finetune_rate,
         asked=Evaluation(
@@ -105,18 +115,7 @@ def when_images_arrive(
             max_new_tokens=MAX_NEW_TOKENS,
         ),
     )
-    return Study(
-        name="real_small.when_images_arrive",
-        question=QUESTION,
-        lines=lines,
-        figure=FIGURE,
-        baselines={
-            "text only, 100%": Evaluate(
-                of=text, evaluation=Evaluation(text_tasks=TEXT_TASKS, limit=limit)
-            )
-        },
-        notes=(NOTE,),
-    )
+    return Study(name="real_small.when_images_arrive", notes=(NOTE,), **fields)
 
 
 def _prepare(root: Path, num_questions: int) -> Prepare:
@@ -133,39 +132,6 @@ def _prepare(root: Path, num_questions: int) -> Prepare:
         ),
         tokenizer=TokenizerFile.read(path),
     )
-
-
-def _text_stage(
-    data: Prepare,
-    decoder: DecoderConfig,
-    completions: Sequence[float],
-    budget: Mixture,
-    rows: Rows,
-    rate: float,
-) -> Pretrain:
-    return Pretrain(
-        data=data,
-        decoder=decoder,
-        milestones=tuple(sorted({*completions, 1.0} - {0.0})),
-        training=Training(
-            budget=budget,
-            rows=rows.model_copy(update={"layout": "joined"}),
-            schedule=WarmupCosine(peak_rate=rate, end_rate=END_RATE, warmup_fraction=0.05),
-        ),
-    )
-
-
-def _encoder_stage(data: Prepare, tower: EncoderConfig, images: int, steps: int) -> TrainEncoder:
-    training = ContrastiveTraining(
-        source="flickr8k",
-        text_hidden_size=tower.hidden_size,
-        text_num_layers=2,
-        max_text_tokens=48,
-        batch_images=images,
-        num_steps=steps,
-        schedule=WarmupCosine(peak_rate=1e-3, end_rate=1e-5, warmup_fraction=0.1),
-    )
-    return TrainEncoder(data=data, encoder=tower, training=training)
 
 
 def _mixture(tokens: int, max_epochs: int, *groups: tuple[dict[str, float], float]) -> Mixture:

@@ -1,25 +1,11 @@
 """What a study of the paper is made of at each size, and one model of it.
 
-`pocket` is generated and runs in minutes. The others of SIZES are the paper's: OpenLM decoders,
-SigLIP and DINOv2 as public, three text sources, four caption sets, LLaVA's conversations. The names
-of `recipes/lines.py` (pythia-160m, ...) are public models along whose checkpoints the study goes,
-and `imported` is any model of yours. Their folders are named once, by `inputs`; without it a study
-can be planned and priced, and says so when it is to run:
-
-    INPUTS/data/            a world (docs/data.md): text/{dclm,starcoder,proofpile,mathpile},
-                            captions/{datacompdr,datacomp,cc12m,shutterstock}, instruct/llava,
-                            bench/, tokenizer.json
-    INPUTS/encoders/        siglip/ and dinov2/, folders of `midstream import`
-    INPUTS/checkpoints/     20/, 40/, 60/, 80/, 100/: the text run's checkpoints, imported; of a
-                            public model in a folder of its name
-
-Along other people's checkpoints the paper's numbers are replaced where they are its models' (U): 20
-image-text tokens a parameter, a twentieth of them warming up again to the run's own peak, and an
-end at a hundredth of that (as the paper's 3e-3 and 3e-5).
+`inputs` is the folder of docs/studies.md; without it a study can be planned and priced.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -31,24 +17,22 @@ from midstream.config import (
     ContinuedCosine,
     EncoderConfig,
     Epochs,
-    Evaluation,
     Mixture,
     Share,
     Training,
     WarmupCosine,
 )
+from midstream.recipes.lines import DATACOMP_DR as DATACOMP_DR
 from midstream.recipes.lines import (
-    COMPLETIONS,
-    DATACOMP_DR,
     PUBLIC_MODELS,
     REWARMED,
-    Encoder,
-    Scale,
     TextGiven,
     imported,
     text_mixture_of,
+    text_only,
     world,
 )
+from midstream.recipes.lines import Scale as Scale
 from midstream.recipes.paper_scale import Asked, paper_scale, scale_of
 from midstream.recipes.pocket import pocket_scale
 from midstream.study.families import rates_along
@@ -57,6 +41,8 @@ from midstream.study.stages import PLANNED, Continue, Evaluate, Finetune, Import
 from midstream.study.studies import Axis, Claim, Line, line_name
 
 IMPORTED = "imported"
+# Along other people's checkpoints (U): image-text tokens a parameter, the share of them that warms
+# up again to the run's own peak, and the end as a share of that (the paper's 3e-3 and 3e-5).
 IMAGE_TEXT_MULTIPLE = 20
 WARMUP_SHARE = 0.05
 END_SHARE = 0.01
@@ -167,14 +153,13 @@ def _decoder(name: str, records: dict[float, ImportRecord]) -> AnyDecoderConfig:
     return PUBLIC_MODELS[name].decoder
 
 
-__all__ = ["COMPLETIONS", "DATACOMP_DR", "SIZES", "Encoder", "Scale", "Settings", "find_scale"]
 SIZES = ("pocket", *(size for size in DECODERS if size != "7b"))
 
 
 class Settings(TypedDict, total=False):
     """What every study of the paper can be given beside its own arguments.
 
-    inputs: the folder of `recipes/scales.py`. text: "trained" runs the text stage here, "given"
+    inputs: the folder of docs/studies.md. text: "trained" runs the text stage here, "given"
     imports its checkpoints; by default trained, but at 1b, whose text run is public and costs 4.3T
     tokens (paper, 2.1.1). rows: "filled" mixes by tokens in filled rows (ours, the default),
     "paper" by sequences with one picture a padded row (inferred of the authors' code). caption:
@@ -344,6 +329,17 @@ def line(scale: Scale, model: Model, /, **axes: Axis) -> Line:
     )
 
 
+def models(scale: Scale, seeds: Sequence[int], /, **varied: Sequence[Any]) -> Iterator[Model]:
+    """Every combination of these fields of a model, once a seed (the scale's own without any)."""
+    for values in product(*varied.values(), seeds or scale.seeds):
+        yield Model(**dict(zip((*varied, "seed"), values, strict=True)))
+
+
+def percent(share: float) -> float:
+    """A share as it stands on an axis."""
+    return round(100 * share, 10)
+
+
 def text_baselines(scale: Scale, completions: Sequence[float]) -> dict[str, Evaluate]:
     """The text run itself at these shares of its tokens, on the text tasks.
 
@@ -351,29 +347,18 @@ def text_baselines(scale: Scale, completions: Sequence[float]) -> dict[str, Eval
     """
     asked = text_only(scale.asked)
     return {
-        f"text only, {share:.0%}": Evaluate(**_evaluated(scale, share), evaluation=asked)
+        f"text only, {share:.0%}": Evaluate(
+            of=held["stage"], completion=held["completion"], evaluation=asked
+        )
         for share in completions
         if share in scale.completions
+        for held in [scale.text_at(share)]
     }
-
-
-def text_only(asked: Evaluation) -> Evaluation:
-    """The same evaluation without its visual tasks."""
-    return Evaluation(text_tasks=asked.text_tasks, limit=asked.limit)
-
-
-def _evaluated(scale: Scale, completion: float) -> dict[str, Any]:
-    held = scale.text_at(completion)
-    return {"of": held["stage"], "completion": held["completion"]}
-
-
-SHARE_LABEL = "captions in the image-text stage (% of tokens)"
-SEQUENCES_LABEL = "captions in the image-text stage (% of sequences)"
 
 
 def share_label(at: Scale) -> str:
     """What an axis of shares counts."""
-    return SEQUENCES_LABEL if at.by == "sequences" else SHARE_LABEL
+    return f"captions in the image-text stage (% of {at.by})"
 
 
 def curve_of(epochs: Sequence[int]) -> str | None:

@@ -1,8 +1,4 @@
-"""The figures of a study, and what all figures share.
-
-What all figures share: colours, style, where the values of an axis stand, and files. The figures:
-stable scores and benchmarks over the study's axis.
-"""
+"""The figures of a study: scores over its axis; and the style that all figures share."""
 
 import io
 import itertools
@@ -17,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from midstream.report.results import Group, Spread
+from midstream.report.line_rows import Group, Spread
 from midstream.study.studies import Study
 
 Place = float | int | str
@@ -193,11 +189,19 @@ def stable_panel(kind: str, baselines: dict[str, float | int | None]) -> Panel:
     return Panel(f"stable.{kind}", TITLES[kind], blind, None, beside, label)
 
 
-def task_panel(task: dict[str, Any], baselines: dict[str, float | int | None]) -> Panel:
-    """The panel of one benchmark; `task` has its name, kind and chance."""
-    name = task["name"]
-    blind = f"{name}.blind" if task["kind"] == "vision" else None
-    return Panel(f"{name}.score", name, blind, task["chance"], baselines)
+@dataclass(frozen=True)
+class Task:
+    """A benchmark of a study; `kind` is vision or text, `chance` None until it is known."""
+
+    name: str
+    kind: str
+    chance: float | None
+
+
+def task_panel(task: Task, baselines: dict[str, float | int | None]) -> Panel:
+    """The panel of one benchmark."""
+    blind = f"{task.name}.blind" if task.kind == "vision" else None
+    return Panel(f"{task.name}.score", task.name, blind, task.chance, baselines)
 
 
 def panel_figure(study: Study, groups: Sequence[Group], panel: Panel) -> dict[str, bytes]:

@@ -1,26 +1,25 @@
 """What the data show, in sentences: the study's claims, the best place, the trend of a curve.
 
-Repetitions are seeds. A difference is first averaged over whatever else two places have in common
-(other axes), within each seed; its interval is Student's over the seeds. One seed has no interval,
-and an interval that includes zero decides nothing.
+A difference is averaged over other axes within each seed; its interval is over the seeds.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, linear_regression
 from typing import Any, Literal
 
-from midstream.report.pairs import Examples, Gap, mean_gap
-from midstream.report.results import (
+from midstream.report.line_rows import (
     STABLE,
     Difference,
     Group,
+    LineRow,
     Spread,
     difference,
     kinds_of,
     paired_difference,
     tasks_of,
 )
+from midstream.report.pairs import Examples, Gap, mean_gap
 from midstream.study.stages import Evaluate
 from midstream.study.store import Ledger
 from midstream.study.studies import Claim, Study
@@ -75,23 +74,6 @@ def signed(value: float | int) -> str:
     return ("0.0" if float(text) == 0 else text).replace("-", "\N{MINUS SIGN}")
 
 
-def engineering(value: float | int) -> str:
-    """Three digits with a unit's letter up to tera, powers of ten above."""
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value:.2e}" if value >= 1e15 else f"{value / size:.3g} {letter}"
-    return f"{value:.3g}"
-
-
-def duration(seconds: float | int) -> str:
-    """Seconds, minutes or hours."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
 Verdict = Literal["agrees", "disagrees", "undecided", "no interval", "not measured", "decided"]
 VERDICTS: dict[Verdict, str] = {
     "agrees": "our data agree",
@@ -107,12 +89,12 @@ VERDICTS: dict[Verdict, str] = {
 LEAST_REPETITIONS = 3
 
 
-def decides(gap: Difference) -> bool | None:
-    """Whether a difference is told from zero: its interval leaves zero out, and rests on three
-    repetitions at least. None where there is no interval."""
+def _verdict(gap: Difference) -> Verdict:
+    """Decided where the interval leaves zero out and rests on three repetitions at least."""
     if gap.exceeds_spread is None:
-        return None
-    return gap.exceeds_spread and min(gap.n) >= LEAST_REPETITIONS
+        return "no interval"
+    decided = gap.exceeds_spread and min(gap.n) >= LEAST_REPETITIONS
+    return "decided" if decided else "undecided"
 
 
 @dataclass(frozen=True)
@@ -162,16 +144,13 @@ def best_finding(study: Study, groups: Sequence[Group], column: str) -> Finding:
     spreads = best.spreads[column], runner.spreads[column]
     gap = paired_difference(*spreads) or difference(*spreads)
     assert gap is not None
-    verdict: Verdict = "no interval"
-    if (decided := decides(gap)) is not None:
-        verdict = "decided" if decided else "undecided"
     rest = "" if len(known) == len(groups) else f"; {len(groups) - len(known)} places are missing"
     text = (
         f"{name} is highest at {place_words({x: best.x})}{where} with {points(top)} points, "
         f"{higher(gap)} than at {place_words({x: runner.x})}, the next best ({interval_words(gap)})"
         f"{rest}."
     )
-    return Finding(None, "", verdict, text, gap)
+    return Finding(None, "", _verdict(gap), text, gap)
 
 
 def trend_finding(study: Study, groups: Sequence[Group], column: str) -> Finding | None:
@@ -187,12 +166,15 @@ def trend_finding(study: Study, groups: Sequence[Group], column: str) -> Finding
     whole = [name for name in values[0] if all(name in each for each in values)]
     if not whole:
         return None
-    rises = Spread(tuple((name, _rise([each[name] for each in values])) for name in whole))
+    # From the first to the last place of the line of least squares.
+    rise = [
+        linear_regression(range(len(values)), [each[name] for each in values]).slope
+        * (len(values) - 1)
+        for name in whole
+    ]
+    rises = Spread(tuple(zip(whole, rise, strict=True)))
     gap = paired_difference(rises, Spread(tuple((name, 0.0) for name in whole)))
     assert gap is not None
-    verdict: Verdict = "no interval"
-    if (decided := decides(gap)) is not None:
-        verdict = "decided" if decided else "undecided"
     by = groups[0].by
     where = f", {place_words({str(study.figure.by): by})}" if by is not None else ""
     first, last = (place_words({study.figure.x: groups[at].x}) for at in (0, -1))
@@ -200,17 +182,9 @@ def trend_finding(study: Study, groups: Sequence[Group], column: str) -> Finding
         f"Over all {len(groups)} places, {score_name(column)}{where} is {higher(gap)} at {last} "
         f"than at {first} on a line fitted through them, evenly spaced ({interval_words(gap)})."
     )
-    return Finding(None, "", verdict, text, gap)
+    return Finding(None, "", _verdict(gap), text, gap)
 
 
-def _rise(values: Sequence[float | int]) -> float:
-    """From the first to the last place of the line of least squares."""
-    middle, mean = (len(values) - 1) / 2, fmean(values)
-    products = sum((at - middle) * (value - mean) for at, value in enumerate(values))
-    return products / sum((at - middle) ** 2 for at in range(len(values))) * (len(values) - 1)
-
-
-Row = Mapping[str, Any]
 SEED = "seed"
 
 
@@ -228,7 +202,7 @@ class _Matched:
 
 def findings(
     study: Study,
-    rows: Sequence[Row],
+    rows: Sequence[LineRow],
     groups: Sequence[Group],
     ledger: Ledger,
     examples: Examples | None = None,
@@ -255,19 +229,15 @@ def column_of(score: str) -> str:
     return score if score in STABLE or ":" in score else f"{score}.score"
 
 
-def rows_at(rows: Sequence[Row], at: Mapping[str, Any]) -> list[Row]:
+def rows_at(rows: Sequence[LineRow], at: Mapping[str, Any]) -> list[LineRow]:
     """The lines that have these values of axes."""
-    return [
-        row
-        for row in rows
-        if row["role"] == "line" and all(row.get(f"axis.{a}") == v for a, v in at.items())
-    ]
+    return [r for r in rows if r.role == "line" and all(r.at(a) == v for a, v in at.items())]
 
 
 # ------------------------------------------------------------------------------------- claims
 
 
-def _claim(claim: Claim, study: Study, rows: Sequence[Row], examples: Examples) -> Finding:
+def _claim(claim: Claim, study: Study, rows: Sequence[LineRow], examples: Examples) -> Finding:
     name = score_name(claim.score)
     missing = _missing(claim, study, rows)
     if missing:
@@ -279,11 +249,9 @@ def _claim(claim: Claim, study: Study, rows: Sequence[Row], examples: Examples) 
     gap = paired_difference(matched.high, matched.low)
     assert gap is not None
     on_examples = _on_examples(claim.score, study, matched, examples)
-    verdict: Verdict = "no interval"
-    if (decided := decides(gap)) is not None:
-        verdict = "undecided"
-        if decided:
-            verdict = "agrees" if gap.mean > 0 else "disagrees"
+    verdict = _verdict(gap)
+    if verdict == "decided":
+        verdict = "agrees" if gap.mean > 0 else "disagrees"
     one, two = place_words(claim.higher), place_words(claim.lower)
     text = (
         f"{name} is {higher(gap)} at {one} than at {two} ({interval_words(gap)}"
@@ -292,7 +260,7 @@ def _claim(claim: Claim, study: Study, rows: Sequence[Row], examples: Examples) 
     return Finding(claim.text, claim.source, verdict, text, gap, on_examples)
 
 
-def _missing(claim: Claim, study: Study, rows: Sequence[Row]) -> str | None:
+def _missing(claim: Claim, study: Study, rows: Sequence[LineRow]) -> str | None:
     """Why a claim has no data on one of its sides; None where it has."""
     column, name = column_of(claim.score), score_name(claim.score)
     if column not in STABLE and claim.score not in dict(tasks_of(study)):
@@ -301,8 +269,8 @@ def _missing(claim: Claim, study: Study, rows: Sequence[Row]) -> str | None:
         members = rows_at(rows, side)
         if not members:
             return f"The study has no line at {place_words(side)}."
-        if all(row[column] is None for row in members):
-            done = sum(row["state"] == "done" for row in members)
+        if all(row.values[column] is None for row in members):
+            done = sum(row.state == "done" for row in members)
             return (
                 f"No line at {place_words(side)} has a score of {name} yet "
                 f"({done} of {len(members)} done)."
@@ -310,10 +278,9 @@ def _missing(claim: Claim, study: Study, rows: Sequence[Row]) -> str | None:
     return None
 
 
-def _match(claim: Claim, rows: Sequence[Row]) -> _Matched | None:
+def _match(claim: Claim, rows: Sequence[LineRow]) -> _Matched | None:
     column, fixed = column_of(claim.score), claim.higher.keys() | claim.lower.keys()
-    axes = [key[5:] for key in rows[0] if key.startswith("axis.")]
-    free = [axis for axis in axes if axis not in fixed]
+    free = [axis for axis in rows[0].axes if axis not in fixed]
     # A claim about the seeds themselves is repeated by everything else.
     repeats = [SEED] if SEED in free else free if SEED in fixed else []
     others = [axis for axis in free if axis not in repeats]
@@ -333,38 +300,42 @@ def _match(claim: Claim, rows: Sequence[Row]) -> _Matched | None:
     kept = [name for name in high if name in kept]
     everything = {(name, at) for side in (high, low) for name in side for at in side[name]}
 
-    def spread(side: dict[str, dict[Any, list[Row]]]) -> Spread:
+    def spread(side: dict[str, dict[Any, list[LineRow]]]) -> Spread:
         return Spread(
             tuple(
-                (name, fmean(fmean(r[column] for r in side[name][at]) for at in places))
+                (name, fmean(fmean(_known(r, column) for r in side[name][at]) for at in places))
                 for name in kept
             )
         )
 
-    def stages(side: dict[str, dict[Any, list[Row]]]) -> tuple[str, ...]:
-        return tuple(
-            r["stage"] for n in kept for at in sorted(places, key=str) for r in side[n][at]
-        )
+    def stages(side: dict[str, dict[Any, list[LineRow]]]) -> tuple[str, ...]:
+        return tuple(r.stage for n in kept for at in sorted(places, key=str) for r in side[n][at])
 
     return _Matched(
         spread(high),
         spread(low),
         (stages(high), stages(low)),
-        tuple(axis for axis in others if len({row[f"axis.{axis}"] for row in rows}) > 1),
+        tuple(axis for axis in others if len({row.at(axis) for row in rows}) > 1),
         len(places),
         len(everything) - len(kept) * len(places),
     )
 
 
+def _known(row: LineRow, column: str) -> float | int:
+    value = row.values[column]
+    assert value is not None
+    return value
+
+
 def _by_place(
-    rows: Sequence[Row], column: str, repeats: Sequence[str], others: Sequence[str]
-) -> dict[str, dict[Any, list[Row]]]:
+    rows: Sequence[LineRow], column: str, repeats: Sequence[str], others: Sequence[str]
+) -> dict[str, dict[Any, list[LineRow]]]:
     """Lines with a score, by repetition and then by the other axes."""
-    found: dict[str, dict[Any, list[Row]]] = {}
+    found: dict[str, dict[Any, list[LineRow]]] = {}
     for row in rows:
-        if row[column] is not None:
-            name = ", ".join(f"{axis}={row[f'axis.{axis}']}" for axis in repeats)
-            at = tuple(row[f"axis.{axis}"] for axis in others)
+        if row.values[column] is not None:
+            name = ", ".join(f"{axis}={row.at(axis)}" for axis in repeats)
+            at = tuple(row.at(axis) for axis in others)
             found.setdefault(name, {}).setdefault(at, []).append(row)
     return found
 

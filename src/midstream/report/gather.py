@@ -7,23 +7,22 @@ from typing import Any
 
 from midstream.config import Epochs, Mixture, PocketWorld, PublicFolder, SmallReal
 from midstream.core.storage import write_bytes
-from midstream.core.tokens import counted
+from midstream.core.tokens import counted, duration, quantity
 from midstream.cost.cost import encoder_parameters
 from midstream.cost.graph import Plan, plan
+from midstream.report.figures import Task
 from midstream.report.findings import (
     KIND_NAMES,
     Finding,
-    duration,
-    engineering,
     findings,
     place,
     points,
     score_name,
     signed,
 )
-from midstream.report.pairs import Examples, paired_rows
-from midstream.report.results import (
+from midstream.report.line_rows import (
     Group,
+    LineRow,
     Part,
     Snapshot,
     Spread,
@@ -37,8 +36,10 @@ from midstream.report.results import (
     tasks_of,
     write_csv,
 )
+from midstream.report.pairs import Examples, Gap, Pair, paired_rows
 from midstream.report.table import (
     Grid,
+    KindCost,
     View,
     cost_rows,
     table_view,
@@ -46,6 +47,7 @@ from midstream.report.table import (
     view_grid,
     view_records,
 )
+from midstream.study.results import EvaluationResult
 from midstream.study.stages import Continue, Finetune, Pretrain, Stage
 from midstream.study.store import Ledger
 from midstream.study.studies import Study
@@ -113,7 +115,7 @@ def _range(values: Iterable[float | int]) -> str:
     found = sorted(set(values))
     if not found:
         return "none"
-    ends = [engineering(found[0]), engineering(found[-1])]
+    ends = [quantity(found[0]), quantity(found[-1])]
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
 
 
@@ -127,18 +129,18 @@ class Facts:
     study: Study
     ledger: Snapshot
     plan: Plan
-    rows: list[dict[str, Any]]
+    rows: list[LineRow]
     groups: list[Group]
-    tasks: list[dict[str, Any]]
-    pairs: list[dict[str, Any]]
+    tasks: list[Task]
+    pairs: list[Pair]
     findings: list[Finding]
     view: View | None
-    costs: list[dict[str, Any]]
+    costs: list[KindCost]
     settings: str
 
     def baselines(self, column: str) -> dict[str, float | int | None]:
         """The baselines' values of a column, by name."""
-        return {row["name"]: row[column] for row in self.rows if row["role"] == "baseline"}
+        return {row.name: row.values[column] for row in self.rows if row.role == "baseline"}
 
     @property
     def complete(self) -> bool:
@@ -176,9 +178,8 @@ def shortened(facts: Facts) -> dict[str, str]:
     found: dict[str, str] = {}
     for result in facts.study.results:
         if facts.ledger.is_done(result):
-            for task, row in facts.ledger.results(result)["tasks"].items():
-                if row.get("shortened"):
-                    found[task] = row["shortened"]
+            tasks = facts.ledger.result(result, EvaluationResult).tasks
+            found |= {name: task.shortened for name, task in tasks.items() if task.shortened}
     return found
 
 
@@ -232,20 +233,22 @@ def repeated(study: Study) -> dict[str, list[str]]:
     return found
 
 
-def best_line(facts: Facts) -> dict[str, Any] | None:
+def best_line(facts: Facts) -> LineRow | None:
     """The row of the line with the highest stable vision score."""
-    rows = [row for row in facts.rows if row["role"] == "line"]
-    known = [row for row in rows if row["stable.vision"] is not None]
-    return max(known, key=lambda row: row["stable.vision"]) if known else None
+    rows = [row for row in facts.rows if row.role == "line"]
+    scored = [(row.values["stable.vision"], row) for row in rows]
+    known = [(score, row) for score, row in scored if score is not None]
+    return max(known, key=lambda pair: pair[0])[1] if known else None
 
 
-def _task(name: str, kind: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    chances = {row[f"{name}.chance"] for row in rows} - {None}
+def _task(name: str, kind: str, rows: Sequence[LineRow]) -> Task:
+    given = (row.values[f"{name}.chance"] for row in rows)
+    chances = {chance for chance in given if chance is not None}
     if len(chances) > 1:
         raise ValueError(
             f"task {name!r} has {len(chances)} chance levels {sorted(chances)}; run it again"
         )
-    return {"name": name, "kind": kind, "chance": chances.pop() if chances else None}
+    return Task(name, kind, chances.pop() if chances else None)
 
 
 Record = dict[str, Any]
@@ -263,8 +266,8 @@ class Export:
 def exports(
     study: Study,
     groups: Sequence[Group],
-    pairs: Sequence[Record],
-    costs: Sequence[Record],
+    pairs: Sequence[Pair],
+    costs: Sequence[KindCost],
     view: View | None,
 ) -> list[Export]:
     """Means, differences on the same examples, cost, and the study's own table if it has one."""
@@ -315,17 +318,17 @@ def spread_words(spread: Spread) -> str:
     return points(spread.mean) + ("" if spread.sd is None else f" ± {points(spread.sd)}")
 
 
-def _pairs_export(study: Study, pairs: Sequence[Record]) -> Export:
-    tasks = list(dict.fromkeys(task for row in pairs for task in row["tasks"]))
+def _pairs_export(study: Study, pairs: Sequence[Pair]) -> Export:
+    tasks = list(dict.fromkeys(task for row in pairs for task in row.tasks))
     rows, records = [], []
     for row in pairs:
-        name = f"{place(row['best'])} less {place(row['x'])}"
-        name += "" if row["by"] is None else f", {study.figure.by} {place(row['by'])}"
-        gaps = {"all": row["all"]} | row["tasks"]
+        name = f"{place(row.best)} less {place(row.x)}"
+        name += "" if row.by is None else f", {study.figure.by} {place(row.by)}"
+        gaps = {"all": row.whole} | row.tasks
         cells = [_gap_words(gaps.get(task)) for task in ("all", *tasks)]
         rows.append((name, *cells))
         for task, gap in gaps.items():
-            at = {"best": row["best"], "x": row["x"], "by": row["by"], "task": task}
+            at = {"best": row.best, "x": row.x, "by": row.by, "task": task}
             numbers = {"mean": gap.mean, "low": gap.low, "high": gap.high, "p": gap.p_value}
             records.append(at | numbers)
     note = "differences in points on the same examples, with 95 % intervals over examples"
@@ -334,28 +337,28 @@ def _pairs_export(study: Study, pairs: Sequence[Record]) -> Export:
     return Export("pairs", grid, tuple(records))
 
 
-def _gap_words(gap: Any) -> str:
+def _gap_words(gap: Gap | None) -> str:
     if gap is None:
         return "–"
-    if gap.low is None:
+    if gap.low is None or gap.high is None:
         return signed(gap.mean)
     return f"{signed(gap.mean)} ({signed(gap.low)} to {signed(gap.high)})"
 
 
-def _cost_export(study: Study, costs: Sequence[Record]) -> Export:
+def _cost_export(study: Study, costs: Sequence[KindCost]) -> Export:
     heads = ("stages", "number", "done", "alone", "tokens seen", "FLOPs", "time", "time alone")
     rows = tuple(
         (
-            KIND_NAMES[cost["kind"]],
-            str(cost["stages"]),
-            str(cost["done"]),
-            str(cost["alone"]),
-            f"{cost['tokens']:,}" if cost["tokens"] else "–",
-            engineering(cost["flops"]) if cost["flops"] else "–",
-            duration(cost["seconds"]),
-            duration(cost["seconds_alone"]),
+            KIND_NAMES[cost.kind],
+            str(cost.stages),
+            str(cost.done),
+            str(cost.alone),
+            f"{cost.tokens:,}" if cost.tokens else "–",
+            quantity(cost.flops) if cost.flops else "–",
+            duration(cost.seconds),
+            duration(cost.seconds_alone),
         )
         for cost in costs
     )
     grid = Grid(f"{study.name}: cost", heads, rows, ("FLOPs are planned, the rest was spent",))
-    return Export("cost", grid, tuple(costs))
+    return Export("cost", grid, tuple(vars(cost) for cost in costs))

@@ -1,7 +1,6 @@
-"""The page of a study, the index of a suite, the summary in Markdown.
+"""The page of a study, the index of a suite, the summary in Markdown; all from the store.
 
-Every number, figure and picture comes from the store. Templates escape everything, and a policy
-lets a page load nothing.
+Templates escape everything, and a policy lets a page load nothing.
 """
 
 import base64
@@ -15,11 +14,12 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from midstream import __version__
 from midstream.core.storage import write_bytes
-from midstream.core.tokens import counted
+from midstream.core.tokens import counted, duration, quantity
 from midstream.cost.graph import PlanRow, plan
 from midstream.report.curves import curve_figure, curves, rates_figure, stretch
 from midstream.report.figures import (
     Panel,
+    Task,
     grid_figure,
     panel_figure,
     small_figure,
@@ -29,8 +29,6 @@ from midstream.report.figures import (
 from midstream.report.findings import (
     KIND_NAMES,
     SCORE_NAMES,
-    duration,
-    engineering,
     place,
     points,
     signed,
@@ -47,18 +45,18 @@ from midstream.report.gather import (
     shortened,
     write_exports,
 )
+from midstream.report.line_rows import LineRow, Snapshot, kinds_of, stable_of, write_csv
 from midstream.report.pairs import samples
-from midstream.report.results import Snapshot, kinds_of, stable_of, write_csv
 from midstream.report.table import (
     budgets,
     cost_rows,
     escape_markdown,
     made,
     to_markdown,
-    trouble,
     view_grid,
     view_notes,
 )
+from midstream.study.results import RESULTS
 from midstream.study.store import Ledger
 from midstream.study.studies import Suite
 
@@ -94,7 +92,7 @@ def _environment() -> Environment:
         "place": place,
         "points": points,
         "signed": signed,
-        "engineering": engineering,
+        "engineering": quantity,
         "duration": duration,
         "p_value": lambda value: "< .0001" if value < 1e-4 else f"{value:.2g}",
     }
@@ -122,7 +120,7 @@ def write_facts(
     """
     study, ledger = facts.study, facts.ledger
     folder = (out or ledger.store / "reports") / study.name
-    write_csv(facts.rows, folder / "results.csv")
+    write_csv([row.flat() for row in facts.rows], folder / "results.csv")
     write_exports(exports(study, facts.groups, facts.pairs, facts.costs, facts.view), folder)
     write_bytes(folder / "findings.md", findings_text(facts).encode())
     best = best_line(facts)
@@ -136,7 +134,13 @@ def write_facts(
         stable=stable_of(study),
         tasks=facts.tasks,
         troubles=[
-            trouble(row, facts.plan.labels[row.stage.name], ledger) for row in facts.plan.to_run
+            {
+                "label": facts.plan.labels[row.stage.name],
+                "state": row.state,
+                "error": ledger.status(row.stage).get("error"),
+                "lines": row.lines,
+            }
+            for row in facts.plan.to_run
         ],
         repeated=repeated(study),
         answers=[answer(panel, facts.groups) for panel in kinds_of(study)],
@@ -189,8 +193,8 @@ def _score_figures(facts: Facts, folder: Path) -> list[dict[str, str]]:
         for kind in kinds_of(facts.study)
     }
     for kind, task in COMMON.items():
-        own = [one for one in facts.tasks if one["kind"] == kind]
-        found = next((one for one in own if one["name"] == task), own[0] if own else None)
+        own = [one for one in facts.tasks if one.kind == kind]
+        found = next((one for one in own if one.name == task), own[0] if own else None)
         if found is not None:
             panels[f"common_{kind}"] = _task_panel(facts, found)
     return [
@@ -206,7 +210,7 @@ def _benchmarks(facts: Facts, folder: Path) -> list[dict[str, str]]:
     """A small picture a benchmark for the page, and all of a kind in one for print."""
     shown = []
     for kind in ("vision", "text"):
-        panels = [_task_panel(facts, task) for task in facts.tasks if task["kind"] == kind]
+        panels = [_task_panel(facts, task) for task in facts.tasks if task.kind == kind]
         if panels:
             whole = grid_figure(facts.study, facts.groups, panels)
             _written(whole, folder / f"benchmarks_{kind}")
@@ -216,8 +220,8 @@ def _benchmarks(facts: Facts, folder: Path) -> list[dict[str, str]]:
     return shown
 
 
-def _task_panel(facts: Facts, task: dict[str, Any]) -> Panel:
-    return task_panel(task, facts.baselines(f"{task['name']}.score"))
+def _task_panel(facts: Facts, task: Task) -> Panel:
+    return task_panel(task, facts.baselines(f"{task.name}.score"))
 
 
 def _rates(facts: Facts, folder: Path) -> dict[str, Any]:
@@ -245,11 +249,11 @@ def _written(figure: dict[str, bytes], path: Path) -> str:
 # ------------------------------------------------------------------------------ stages, samples
 
 
-def _samples(facts: Facts, best: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _samples(facts: Facts, best: LineRow | None) -> list[dict[str, Any]]:
     if best is None:
         return []
     lines = facts.study.lines
-    result = next(line.result for line in lines if line.result.name == best["stage"])
+    result = next(line.result for line in lines if line.result.name == best.stage)
     return samples(result, facts.ledger)
 
 
@@ -274,13 +278,16 @@ def _drawn(rows: Sequence[PlanRow], limit: int) -> set[str]:
 
 def _one_trained(row: PlanRow, facts: Facts, folder: Path, drawn: bool) -> dict[str, Any]:
     metrics = facts.ledger.metrics(row.stage) if drawn else []
+    done = None
+    if row.state == "done":
+        done = facts.ledger.result(row.stage, RESULTS[row.stage.kind])
     name = f"curves_{row.stage.name}"
     return {
         "label": facts.plan.labels[row.stage.name],
         "kind": row.stage.kind,
         "state": row.state,
         "lines": row.lines,
-        "results": facts.ledger.results(row.stage) if row.state == "done" else None,
+        "results": done,
         "drawn": drawn,
         "steps": len(metrics),
         "curves": _written(curve_figure(metrics), folder / name) if metrics else None,
@@ -324,7 +331,7 @@ def _study(facts: Facts) -> dict[str, Any]:
         "thumbnail": data_uri("image/svg+xml", drawn),
         "finding": facts.findings[0] if facts.findings else None,
         "more": max(0, len(facts.findings) - 1),
-        "done": sum(row["state"] == "done" for row in facts.rows),
+        "done": sum(row.state == "done" for row in facts.rows),
         "planned": len(facts.rows),
     }
 
@@ -395,15 +402,14 @@ def _decided(facts: Facts) -> str:
 
 def _cost(facts: Facts) -> str:
     planned = facts.plan
-    seconds = sum(cost["seconds"] for cost in facts.costs)
-    alone = sum(cost["seconds_alone"] for cost in facts.costs)
+    seconds = sum(cost.seconds for cost in facts.costs)
+    alone = sum(cost.seconds_alone for cost in facts.costs)
     text = (
         f"Cost: {counted(len(planned.rows), 'stage')} ({planned.num_shared} shared) for "
         f"{planned.num_alone} without sharing; {duration(seconds)} of compute for {duration(alone)}"
     )
     if planned.naive_flops:
         text += (
-            f"; {engineering(planned.shared_flops)} FLOPs planned for "
-            f"{engineering(planned.naive_flops)}"
+            f"; {quantity(planned.shared_flops)} FLOPs planned for {quantity(planned.naive_flops)}"
         )
     return text + "."

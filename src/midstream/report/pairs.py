@@ -1,9 +1,6 @@
-"""Single predictions: lines on the same examples, and samples to look at.
+"""Lines on the same examples, and samples of their answers to look at.
 
-What makes a question hard falls out of a difference on the same examples. Repetitions (seeds) are
-averaged per example first: the interval is over examples, and says nothing about other seeds.
-Standard errors are in closed form and intervals normal, since a page makes hundreds of comparisons;
-`midstream score --diff` draws again instead.
+Repetitions are averaged per example; errors are in closed form, since there are hundreds.
 """
 
 import base64
@@ -22,7 +19,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
 from midstream.core.stats import mean_by_split, standard_error
-from midstream.report.results import CONFIDENCE, Group, best_group, tasks_of
+from midstream.report.line_rows import CONFIDENCE, Group, best_group, tasks_of
 from midstream.study.stages import Evaluate
 from midstream.study.store import Ledger
 from midstream.study.studies import Study
@@ -135,13 +132,23 @@ def mean_gap(gaps: Sequence[Gap]) -> Gap:
     return Gap(mean, math.sqrt(math.fsum((error or 0.0) ** 2 for error in errors)) / len(errors))
 
 
+@dataclass(frozen=True)
+class Pair:
+    """The best place of a curve less another one, by task, and `whole`, their mean."""
+
+    by: Any
+    best: Any
+    x: Any
+    tasks: dict[str, Gap]
+    whole: Gap
+
+
 def paired_rows(
     study: Study, groups: Sequence[Group], ledger: Ledger, examples: Examples | None = None
-) -> list[dict[str, Any]]:
+) -> list[Pair]:
     """The best group of each curve less every other group of it, over the visual tasks.
 
-    Each row: by, best, x, `tasks` (name to `Gap`) and `all`, their mean. Left out are groups that
-    are not done, and tasks whose examples differ.
+    Left out are groups that are not done, and tasks whose examples differ.
     """
     tasks = [name for name, kind in tasks_of(study) if kind == "vision"]
     examples = examples or Examples(ledger)
@@ -157,8 +164,7 @@ def paired_rows(
             asked = {task: examples.gap(ones, others, task) for task in tasks}
             found = {task: gap for task, gap in asked.items() if gap is not None}
             if found:
-                whole = mean_gap(list(found.values()))
-                rows.append({"by": by, "best": best.x, "x": other.x, "tasks": found, "all": whole})
+                rows.append(Pair(by, best.x, other.x, found, mean_gap(list(found.values()))))
     return rows
 
 

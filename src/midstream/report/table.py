@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from midstream.cost.graph import Plan, PlanRow
+from midstream.cost.graph import Plan
 from midstream.report.findings import column_of, place, place_words, points, rows_at, score_name
-from midstream.report.results import KINDS, Part, Snapshot, Spread
+from midstream.report.line_rows import KINDS, LineRow, Part, Snapshot, Spread
+from midstream.study.results import StageResult, TrainingResult
+from midstream.study.stages import Trained
 from midstream.study.studies import Published, Study, Table
 
 _LATEX = {
@@ -95,7 +97,6 @@ def _latex_row(cells: Sequence[str]) -> str:
     )
 
 
-Row = Mapping[str, Any]
 SCORES = "scores"
 
 
@@ -175,7 +176,7 @@ class View:
         return any(cell.printed for _, cells in self.rows for cell in cells)
 
 
-def table_view(study: Study, rows: Sequence[Row]) -> View | None:
+def table_view(study: Study, rows: Sequence[LineRow]) -> View | None:
     """The study's table from the rows of `line_rows`; None where the study has none.
 
     Places that only the paper has stand there too, as not measured.
@@ -243,7 +244,7 @@ def view_records(view: View) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------ layouts
 
 
-def _upright(table: Table, rows: Sequence[Row]) -> tuple[tuple[Column, ...], Any]:
+def _upright(table: Table, rows: Sequence[LineRow]) -> tuple[tuple[Column, ...], Any]:
     """A row for each value of an axis; columns are values of another, or the scores."""
     across: list[tuple[dict[str, Any], str]] = []
     names = []
@@ -259,22 +260,22 @@ def _upright(table: Table, rows: Sequence[Row]) -> tuple[tuple[Column, ...], Any
         found.append((str(place(value)), tuple(cells)))
     if table.columns is None:
         for row in rows:
-            if row["role"] == "baseline":
+            if row.role == "baseline":
                 cells = [_baseline(table, row, score) for score in table.scores]
-                found.append((row["name"], tuple(cells)))
+                found.append((row.name, tuple(cells)))
         for model in table.published:
             quoted = [_quoted(model, score) for score in table.scores]
             found.append((f"{model.name} (quoted)", tuple(quoted)))
     return tuple(Column(name) for name in names), tuple(found)
 
 
-def _turned(table: Table, rows: Sequence[Row]) -> tuple[tuple[Column, ...], Any]:
+def _turned(table: Table, rows: Sequence[LineRow]) -> tuple[tuple[Column, ...], Any]:
     """A row for each score; our places, then baselines, then published models as columns."""
     places = _places(table, table.columns, rows) if table.columns else [None]
     ats: list[dict[str, Any]] = [{table.columns: at} if table.columns else {} for at in places]
-    baselines = [row for row in rows if row["role"] == "baseline"]
+    baselines = [row for row in rows if row.role == "baseline"]
     columns = [Column(place_words(at) if at else "ours") for at in ats]
-    columns += [Column(row["name"], "baseline") for row in baselines]
+    columns += [Column(row.name, "baseline") for row in baselines]
     columns += [Column(model.name, "published", model.source) for model in table.published]
     found = []
     for score in table.scores:
@@ -285,12 +286,12 @@ def _turned(table: Table, rows: Sequence[Row]) -> tuple[tuple[Column, ...], Any]
     return tuple(columns), tuple(found)
 
 
-def _places(table: Table, axis: str | None, rows: Sequence[Row]) -> list[Any]:
+def _places(table: Table, axis: str | None, rows: Sequence[LineRow]) -> list[Any]:
     """The values of an axis that lines have, then those that only the paper has."""
     if axis is None:
         return []
-    names = {row["name"] for row in rows if row["role"] == "baseline"}
-    lines = [row.get(f"axis.{axis}") for row in rows if row["role"] == "line"]
+    names = {row.name for row in rows if row.role == "baseline"}
+    lines = [row.at(axis) for row in rows if row.role == "line"]
     printed = [number.at.get(axis) for number in table.printed]
     found = [v for v in dict.fromkeys([*lines, *printed]) if v is not None and v not in names]
     if all(isinstance(value, int | float) for value in found):
@@ -298,21 +299,21 @@ def _places(table: Table, axis: str | None, rows: Sequence[Row]) -> list[Any]:
     return found
 
 
-def _cell(table: Table, rows: Sequence[Row], at: dict[str, Any], score: str) -> Cell:
+def _cell(table: Table, rows: Sequence[LineRow], at: dict[str, Any], score: str) -> Cell:
     members = rows_at(rows, at)
     column = column_of(score)
-    values = tuple((row["name"], row[column]) for row in members if row.get(column) is not None)
-    asked = [row for row in members if column in row]
+    values = tuple((r.name, v) for r in members if (v := r.values.get(column)) is not None)
+    asked = [row for row in members if column in row.values]
     return Cell(score, Spread(values), len(asked), _printed(table, at, score))
 
 
-def _baseline(table: Table, row: Row, score: str) -> Cell:
-    value = row.get(column_of(score))
-    values = () if value is None else ((row["name"], value),)
+def _baseline(table: Table, row: LineRow, score: str) -> Cell:
+    value = row.values.get(column_of(score))
+    values = () if value is None else ((row.name, value),)
     printed: tuple[tuple[str, float | int], ...] = ()
     if table.columns is not None:
-        printed = _printed(table, {table.columns: row["name"]}, score)
-    planned = 0 if row["state"] == "done" else 1
+        printed = _printed(table, {table.columns: row.name}, score)
+    planned = 0 if row.state == "done" else 1
     return Cell(score, Spread(values), planned, printed)
 
 
@@ -328,16 +329,21 @@ def _printed(table: Table, at: dict[str, Any], score: str) -> tuple[tuple[str, f
     )
 
 
-BUDGETED = ("pretrain", "continue", "finetune")
+@dataclass(frozen=True)
+class KindCost:
+    """What the stages of a kind took; `alone` and `seconds_alone` if every line ran by itself."""
+
+    kind: str
+    stages: int
+    done: int
+    alone: int
+    tokens: int
+    flops: float
+    seconds: float
+    seconds_alone: float
 
 
-def trouble(row: PlanRow, label: str, ledger: Snapshot) -> dict[str, Any]:
-    """A stage that is not done, and why."""
-    error = ledger.status(row.stage).get("error")
-    return {"label": label, "state": row.state, "error": error, "lines": row.lines}
-
-
-def cost_rows(planned: Plan, ledger: Snapshot) -> list[dict[str, Any]]:
+def cost_rows(planned: Plan, ledger: Snapshot) -> list[KindCost]:
     """By kind of stage: how many, tokens, FLOPs and seconds; once, and for every line alone."""
     found = []
     for kind in KINDS:
@@ -347,16 +353,16 @@ def cost_rows(planned: Plan, ledger: Snapshot) -> list[dict[str, Any]]:
         alone = [Part(row.stage, share) for row in rows for share in row.needs.values()]
         once = [ledger.spent(Part(row.stage)) for row in rows]
         found.append(
-            {
-                "kind": kind,
-                "stages": len(rows),
-                "done": sum(row.state == "done" for row in rows),
-                "alone": len(alone),
-                "tokens": sum(tokens or 0 for tokens, _ in once),
-                "flops": sum(row.cost.flops or 0.0 for row in rows),
-                "seconds": sum(seconds or 0.0 for _, seconds in once),
-                "seconds_alone": sum(ledger.spent(part)[1] or 0.0 for part in alone),
-            }
+            KindCost(
+                kind=kind,
+                stages=len(rows),
+                done=sum(row.state == "done" for row in rows),
+                alone=len(alone),
+                tokens=sum(tokens or 0 for tokens, _ in once),
+                flops=sum(row.cost.flops or 0.0 for row in rows),
+                seconds=sum(seconds or 0.0 for _, seconds in once),
+                seconds_alone=sum(ledger.spent(part)[1] or 0.0 for part in alone),
+            )
         )
     return found
 
@@ -366,11 +372,11 @@ def budgets(planned: Plan, ledger: Snapshot) -> dict[str, int]:
     and how many differ by more than the source's largest example."""
     gaps = []
     for row in planned.rows:
-        if row.state == "done" and row.stage.kind in BUDGETED:
-            for source in ledger.results(row.stage)["sources"].values():
-                if source["planned_tokens"] is not None:
-                    gap = abs(source["realised_tokens"] - source["planned_tokens"])
-                    gaps.append((gap, source["largest_example_tokens"]))
+        if row.state == "done" and isinstance(row.stage, Trained):
+            for source in ledger.result(row.stage, TrainingResult).sources.values():
+                if source.planned_tokens is not None:
+                    gap = abs(source.realised_tokens - source.planned_tokens)
+                    gaps.append((gap, source.largest_example_tokens))
     return {
         "pairs": len(gaps),
         "worst": max((gap for gap, _ in gaps), default=0),
@@ -385,7 +391,7 @@ def made(planned: Plan, ledger: Snapshot) -> dict[str, Any]:
         if row.state == "done":
             status = ledger.status(row.stage)
             times.append(tuple(datetime.fromisoformat(status[key]) for key in ("started", "ended")))
-            memory[row.stage.name] = ledger.results(row.stage)["peak_memory_bytes"]
+            memory[row.stage.name] = ledger.result(row.stage, StageResult).peak_memory_bytes
     return {
         "store": str(ledger.store),
         "first": min(started for started, _ in times) if times else None,

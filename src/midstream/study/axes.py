@@ -1,8 +1,6 @@
 """Axes over any field of any stage: one model varied into the lines of a study.
 
-A field is named by the stage's kind and its path: `continue.training.schedule.end_rate`,
-`finetune.training.budget.epochs`, `prepare.world.num_captions`. It is changed wherever the chain
-has a stage of that kind; everything in front of it stays the same value, and is shared.
+A field is the stage's kind and its path: `continue.training.schedule.end_rate`.
 """
 
 from collections.abc import Mapping, Sequence

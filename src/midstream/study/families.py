@@ -1,8 +1,6 @@
-"""Published runs whose intermediate checkpoints lie on the hub: which tokens a revision has seen,
-and what the learning rate is there.
+"""Published runs with intermediate checkpoints on the hub: a revision's tokens and rate.
 
-Each number is from the publishers' own configuration files or model cards, named beside it. What
-they do not say, or say in two ways, is None, and the user gives it.
+Numbers are the publishers' own, named beside each; what they do not say, or say twice, is None.
 """
 
 import math

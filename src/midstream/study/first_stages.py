@@ -1,7 +1,6 @@
 """Stages that no training on pictures precedes: data, encoders, text models.
 
-Identity covers what changes the result (configuration, parents, data fingerprints, format
-version); fields marked `Placement` are left out. Equal identity means the same folder.
+Identity covers what changes the result; equal identity means the same folder.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,6 @@
-"""What a stage is in words, and the short handle by which a person names it.
+"""What a stage is in words, with a short handle: "image-text, text 80 %, seed 7 · 018541f".
 
-"image-text, text 80 %, seed 7 · 018541f": words that say what was varied, and the first digits of
-the identity. Folders keep their long names (`docs/store.md`).
+Folders keep their long names (`docs/store.md`).
 """
 
 from collections import defaultdict

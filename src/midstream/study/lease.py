@@ -1,6 +1,5 @@
 """One writer a folder: a lock, and beside it a heartbeat for disks on which nodes see no locks.
 
-The heartbeat is a file that says whose it is and since when; its holder touches it again and again.
 Ages are differences of times that the disk gave: the clocks of two hosts are never compared.
 """
 

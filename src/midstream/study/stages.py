@@ -1,7 +1,6 @@
 """The kinds of stage: frozen values that name their parents, with an identity each.
 
-Those before the first picture are in `first_stages.py`, and can be imported from here too. Also the
-way back from a stage to what its weights came from.
+Those of `first_stages.py` can be imported from here too.
 """
 
 from typing import Annotated, Any, Literal
@@ -22,52 +21,20 @@ from midstream.config import (
     VLMConfig,
 )
 from midstream.config.training import check_end
-from midstream.study.first_stages import (
-    PLANNED,
-    DataStage,
-    EncoderStage,
-    FuseEncoders,
-    Imported,
-    LoadDecoder,
-    LoadEncoder,
-    Prepare,
-    PrepareSource,
-    PrepareTokenizer,
-    PrepareWorld,
-    Pretrain,
-    StageBase,
-    TrainEncoder,
-)
-
-__all__ = [
-    "PLANNED",
-    "Continue",
-    "ContinueFrom",
-    "DataStage",
-    "EncoderStage",
-    "Evaluate",
-    "Finetune",
-    "FromScratch",
-    "FuseEncoders",
-    "Imported",
-    "InitFrom",
-    "LoadDecoder",
-    "LoadEncoder",
-    "LoadModel",
-    "Prepare",
-    "PrepareSource",
-    "PrepareTokenizer",
-    "PrepareWorld",
-    "Pretrain",
-    "Ranked",
-    "Stage",
-    "StageBase",
-    "StartText",
-    "TrainEncoder",
-    "Trained",
-    "overflow_of",
-    "stage_from_json",
-]
+from midstream.study.first_stages import PLANNED as PLANNED
+from midstream.study.first_stages import DataStage as DataStage
+from midstream.study.first_stages import EncoderStage as EncoderStage
+from midstream.study.first_stages import FuseEncoders as FuseEncoders
+from midstream.study.first_stages import Imported as Imported
+from midstream.study.first_stages import LoadDecoder as LoadDecoder
+from midstream.study.first_stages import LoadEncoder as LoadEncoder
+from midstream.study.first_stages import Prepare as Prepare
+from midstream.study.first_stages import PrepareSource as PrepareSource
+from midstream.study.first_stages import PrepareTokenizer as PrepareTokenizer
+from midstream.study.first_stages import PrepareWorld as PrepareWorld
+from midstream.study.first_stages import Pretrain as Pretrain
+from midstream.study.first_stages import StageBase as StageBase
+from midstream.study.first_stages import TrainEncoder as TrainEncoder
 
 AnyEncoderSource = Annotated[EncoderStage | PatchProjection, Field(discriminator="kind")]
 

@@ -1,11 +1,4 @@
-"""The store: one folder a stage, and the part of a log that belongs to it.
-
-The part of a process's log that belongs to one stage.
-
-One folder per stage: configuration, status, lock, metrics, results (`docs/store.md`).
-
-The success mark is the last file written; a folder without it is unfinished.
-"""
+"""The store (`docs/store.md`): one folder a stage, its results, and its part of a log."""
 
 import json
 import os
@@ -28,6 +21,7 @@ from midstream.core.storage import (
 from midstream.study.label import label
 from midstream.study.lease import is_held, lease, lock_of_the_dead
 from midstream.study.progress import ProgressFile, log_here, now, own_part
+from midstream.study.results import R, checked
 from midstream.study.stages import Stage, stage_from_json
 from midstream.study.studies import AnyStudy, study_from_json
 
@@ -96,8 +90,16 @@ class Ledger:
         stored = read_json(path) if path.is_file() else {}
         return {**stored, "state": self.state(stage)}
 
+    def result(self, stage: Stage, kind: type[R]) -> R:
+        """What the stage found, as `study/results.py` types it.
+
+        FileNotFoundError names stage, state and folder if it is not done; ValueError the file, for
+        one that is no `kind`.
+        """
+        return checked(kind, self.results(stage), self.folder(stage) / "results.json")
+
     def results(self, stage: Stage) -> dict[str, Any]:
-        """What the stage found; FileNotFoundError names stage, state and folder if not done."""
+        """`results.json` as it stands; FileNotFoundError as for `result`."""
         if not self.is_done(stage):
             raise FileNotFoundError(
                 f"{label(stage)} is {self.state(stage)}, not done, in {self.folder(stage)}; "

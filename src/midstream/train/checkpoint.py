@@ -1,9 +1,6 @@
 """Save and load a training stage: weights, optimiser state, progress; never a pickle.
 
-A folder holds standard safetensors files of whole tensors: `model.safetensors`, or with several
-ranks shards that each rank writes some of, and their index; so any number of ranks loads what any
-other wrote. Every folder is written under a temporary name, with a sha256 manifest, and renamed;
-it is checked completely before the first tensor goes into the model.
+Safetensors of whole tensors, with several ranks in shards that any number of ranks loads.
 """
 
 import threading
@@ -83,16 +80,11 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._finish: Callable[[], None] | None = None
 
-    @property
-    def written(self) -> bool:
-        """Whether this rank has written its part, or nothing is under way."""
-        return self._thread is None or not self._thread.is_alive()
-
     def over(self) -> bool:
         """Whether every rank has written its part of what is under way; asked by all of them."""
         if self._finish is None:
             return False
-        (written,) = self._place.sum([self.written])
+        (written,) = self._place.sum([self._thread is None or not self._thread.is_alive()])
         return written == self._place.world_size
 
     def start(
@@ -112,18 +104,10 @@ class Saver:
         place = self._place
         made = str(start_folder(folder)) if place.rank == 0 else None
         temporary = Path(place.gather(made)[0])
-        stems = {"model": tensors_of(model)}
-        if optimizer is not None:
-            stems["optimizer"] = _moments(model, optimizer)
+        stems = _stems(model, optimizer)
+        owners = {stem: _owners(stems[stem], place.world_size) for stem in stems}
         # In the background the optimiser moves on meanwhile: its tensors are copied first.
-        held = {stem: _mine(tensors, place, self._background) for stem, tensors in stems.items()}
-        maps = {
-            stem: {
-                name: _file(stem, rank, place.world_size)
-                for name, rank in _owners(tensors, place.world_size).items()
-            }
-            for stem, tensors in stems.items()
-        }
+        held = {s: _mine(stems[s], owners[s], place.rank, self._background) for s in stems}
         found: dict[str, Any] = {"entries": {}, "digests": {}, "error": None}
 
         def write() -> None:
@@ -143,7 +127,7 @@ class Saver:
             errors = [one["error"] for one in everyone if one["error"]]
             if place.rank == 0 and not errors:
                 try:
-                    _complete(temporary, folder, everyone, maps, progress, origin or {})
+                    _complete(temporary, folder, everyone, owners, progress, origin or {})
                     then()
                 except OSError as error:
                     errors.append(f"{type(error).__name__}: {error}")
@@ -200,12 +184,14 @@ def _file(stem: str, rank: int, world_size: int) -> str:
     return f"{stem}-{rank + 1:05}-of-{world_size:05}.safetensors"
 
 
-def _mine(tensors: Mapping[str, Tensor], place: Place, copy: bool) -> dict[str, Tensor]:
+def _mine(
+    tensors: Mapping[str, Tensor], owners: Mapping[str, int], rank: int, copy: bool
+) -> dict[str, Tensor]:
     """Whole tensors on the CPU, those that this rank writes."""
-    owners, mine = _owners(tensors, place.world_size), {}
+    mine = {}
     for name, value in tensors.items():
         full = whole(value.detach())  # a collective: every rank, whoever writes it
-        if owners[name] == place.rank:
+        if owners[name] == rank:
             kept = full.cpu().contiguous()
             mine[name] = kept.clone() if copy and kept.data_ptr() == value.data_ptr() else kept
     return mine
@@ -215,7 +201,7 @@ def _complete(
     temporary: Path,
     folder: Path,
     ranks: list[dict[str, Any]],
-    maps: Mapping[str, Mapping[str, str]],
+    owners: Mapping[str, Mapping[str, int]],
     progress: Progress,
     origin: Mapping[str, str],
 ) -> None:
@@ -225,23 +211,28 @@ def _complete(
     write_json(temporary / "progress.json", asdict(progress))
     digests = {
         stem: joint_digest({k: v for rank in ranks for k, v in rank["digests"][stem].items()})
-        for stem in maps
+        for stem in owners
     }
     write_json(temporary / "origin.json", {"of": dict(origin), "digests": digests})
     if len(ranks) > 1:
-        for stem, weight_map in maps.items():
+        for stem, own in owners.items():
+            weight_map = {name: _file(stem, rank, len(ranks)) for name, rank in own.items()}
             extra.append(f"{stem}.safetensors.index.json")
-            write_json(temporary / extra[-1], {"metadata": {}, "weight_map": dict(weight_map)})
+            write_json(temporary / extra[-1], {"metadata": {}, "weight_map": weight_map})
     finish_folder(temporary, folder, entries | seal(temporary, extra))
 
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{key}.{name}": optimizer.state[parameter][key]
-        for name, parameter in model.named_parameters()
-        if parameter in optimizer.state
-        for key in MOMENTS
-    }
+def _stems(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """What is kept of each kind: the weights, and the moments of what is trained."""
+    stems: dict[str, Any] = {"model": tensors_of(model)}
+    if optimizer is not None:
+        stems["optimizer"] = {
+            f"{key}.{name}": optimizer.state[parameter][key]
+            for name, parameter in model.named_parameters()
+            if parameter in optimizer.state
+            for key in MOMENTS
+        }
+    return stems
 
 
 # --------------------------------------------------------------------------------- loading
@@ -341,11 +332,8 @@ def digests(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, *, place: Place = ALONE
 ) -> dict[str, str]:
     """The digests of the weights ("model") and the moments ("optimizer"), on every rank."""
-    stems = {"model": tensors_of(model)}
-    if optimizer is not None:
-        stems["optimizer"] = _moments(model, optimizer)
     joint = {}
-    for stem, tensors in stems.items():
+    for stem, tensors in _stems(model, optimizer).items():
         owners, mine = _owners(tensors, place.world_size), {}
         for name, value in tensors.items():
             full = whole(value.detach())

@@ -1,11 +1,6 @@
 """Training of a SigLIP or DINOv2 tower on captions by the sigmoid image-text loss.
 
-For studies without a public encoder. A run that is stopped or killed starts again; it is short,
-and equal seeds give equal bits.
-
-The tower is trained as a pair with SigLIP's text tower. A picture is SigLIP's pooling head over its
-patches, or the mean of DINOv2's. Parameters start by the rule of `vision.initialisers_of`, scale
-and bias of the loss as SigLIP's.
+For studies without a public encoder. A run that is stopped starts again; equal seeds, equal bits.
 """
 
 import math
@@ -31,7 +26,7 @@ from midstream.model.vision import Tower, initialisers_of, unset
 from midstream.model.weights import Initialiser, initialise, save_weights, weights_digest
 from midstream.order.stream import draws, permuted
 from midstream.train.loop import Interrupted
-from midstream.train.metrics import MetricsLog, Tracking
+from midstream.train.metrics import MetricsLog, Tracking, progress_event
 from midstream.train.parallel import autocast, peak_memory_bytes
 from midstream.train.step import NonFiniteError, set_rate
 
@@ -62,40 +57,35 @@ def build_siglip(config: EncoderConfig) -> nn.Module:
 class SiglipPair(nn.Module):
     """A vision and a text tower trained by the sigmoid loss over all pairs (SigLIP).
 
-    The vision tower is whole, whatever its configuration's `feature_layer` and `final_norm`.
+    The vision tower is whole, whatever its configuration's `feature_layer` and `final_norm`. A
+    picture is SigLIP's pooling head over its patches, or the mean of DINOv2's.
 
-    Starts initialised, by `seed`. `hidden_size` and `num_layers` are the text tower's; its heads
-    have 64 channels. Texts are `max_text_tokens` ids, padded behind by the caller with any one
-    id; as in SigLIP nothing masks the padding and the last position is pooled.
+    Starts initialised, by the training's seed; the text tower's heads have 64 channels. Texts are
+    `max_text_tokens` ids, padded behind by the caller with any one id; as in SigLIP nothing masks
+    the padding and the last position is pooled.
     """
 
     def __init__(
-        self,
-        config: EncoderConfig,
-        *,
-        vocab_size: int,
-        hidden_size: int,
-        num_layers: int,
-        max_text_tokens: int,
-        seed: int,
+        self, config: EncoderConfig, vocab_size: int, training: ContrastiveTraining
     ) -> None:
         super().__init__()
         from transformers import SiglipTextConfig, SiglipTextModel
 
+        hidden_size = training.text_hidden_size
         text = SiglipTextConfig(
             vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=4 * hidden_size,
-            num_hidden_layers=num_layers,
+            num_hidden_layers=training.text_num_layers,
             num_attention_heads=max(1, hidden_size // _TEXT_HEAD_DIM),
-            max_position_embeddings=max_text_tokens,
+            max_position_embeddings=training.max_text_tokens,
             projection_size=config.hidden_size,
             pad_token_id=None,
             bos_token_id=None,
             eos_token_id=None,
             attn_implementation="sdpa",
         )
-        self.max_text_tokens = max_text_tokens
+        self.max_text_tokens = training.max_text_tokens
         self.vision: nn.Module
         if config.family == "siglip":
             self.vision = build_siglip(config)
@@ -105,7 +95,7 @@ class SiglipPair(nn.Module):
             self.text = unset(SiglipTextModel(text))
         self.logit_scale = nn.Parameter(torch.full((1,), float("nan")))
         self.logit_bias = nn.Parameter(torch.full((1,), float("nan")))
-        initialise(self, seed)
+        initialise(self, training.seed)
 
     def logits(
         self,
@@ -139,12 +129,7 @@ class SiglipPair(nn.Module):
         """The vision tower of transformers, as it is kept."""
         return self.vision.tower if isinstance(self.vision, Tower) else self.vision
 
-    def save_vision(self, path: Path) -> None:
-        """Write the vision tower; `load_encoder` reads it."""
-        save_weights(self.tower, path)
-
     def _looks(self, pixel_values: Tensor) -> Tensor:
-        """Pictures as vectors [images, width]."""
         if isinstance(self.vision, Tower):
             features: Tensor = self.vision(pixel_values)
             return features.mean(dim=1)
@@ -185,14 +170,14 @@ def train_encoder(
     source.check_caption(training.caption)
     captions = Captions(source, codec, training)
     usable = _usable(source, training.batch_images)
-    pair = _pair(config, training, codec).to(device).train()
+    pair = SiglipPair(config, codec.size, training).to(device).train()
     pixels = PixelCache(source, config)
     optimizer = torch.optim.AdamW(
         pair.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=training.weight_decay, fused=True
     )
     log = MetricsLog(folder / "metrics.jsonl", 0, tracking)
-    losses = []
-    shown = 0.0
+    losses, shown = [], 0.0
+    tokens_a_step = training.batch_images * config.num_patches
     for step in range(training.num_steps):
         if should_stop():
             log.close()
@@ -200,7 +185,7 @@ def train_encoder(
                 f"stopped after step {step} of {training.num_steps}; this kind of stage keeps no "
                 "checkpoint and begins again"
             )
-        before = time.monotonic()
+        before, tokens_seen = time.monotonic(), (step + 1) * tokens_a_step
         drawn = np.arange(step * training.batch_images, (step + 1) * training.batch_images)
         chosen = HELD_APART + _shuffled(drawn, usable, training.seed)
         rate = rate_at(training.schedule, step, training.num_steps, step_tokens=1)
@@ -217,7 +202,7 @@ def train_encoder(
         optimizer.step()
         log.write(
             step=step + 1,
-            tokens_seen=(step + 1) * training.batch_images * config.num_patches,
+            tokens_seen=tokens_seen,
             loss=losses[-1],
             rate=rate,
             grad_norm=norm,
@@ -226,10 +211,11 @@ def train_encoder(
         )
         if time.monotonic() - shown > 0.5:
             shown = time.monotonic()
-            report(_event(step + 1, training, config, losses[-1], shown - started))
+            total = tokens_a_step * training.num_steps
+            report(progress_event(tokens_seen, total, losses[-1], shown - started))
     log.close()
     with new_folder(folder / "weights") as temporary:
-        pair.save_vision(temporary / "model.safetensors")
+        save_weights(pair.tower, temporary / "model.safetensors")
     return {
         "steps": training.num_steps,
         "first_loss": losses[0],
@@ -244,7 +230,6 @@ def train_encoder(
 
 
 def _usable(source: Source, batch_images: int) -> int:
-    """Captions beside those held apart; ValueError where they are too few for a batch."""
     usable = len(source) - HELD_APART
     if usable < batch_images:
         raise ValueError(
@@ -252,17 +237,6 @@ def _usable(source: Source, batch_images: int) -> int:
             f"{batch_images} and {HELD_APART} held apart need more"
         )
     return usable
-
-
-def _pair(config: EncoderConfig, training: ContrastiveTraining, codec: TextCodec) -> SiglipPair:
-    return SiglipPair(
-        config,
-        vocab_size=codec.size,
-        hidden_size=training.text_hidden_size,
-        num_layers=training.text_num_layers,
-        max_text_tokens=training.max_text_tokens,
-        seed=training.seed,
-    )
 
 
 @torch.no_grad()
@@ -287,15 +261,15 @@ class PixelCache:
 
     def batch(self, examples: np.ndarray) -> torch.Tensor:
         """float32 [examples, 3, size, size]."""
-        return torch.from_numpy(np.stack([self._read(int(example)) for example in examples]))
-
-    def _read(self, example: int) -> np.ndarray:
-        if example in self._kept:
-            return self._kept[example]
-        pixels = load_pixels(self.source, example, self.config)
-        if len(self._kept) < self._room:
-            self._kept[example] = pixels
-        return pixels
+        found = []
+        for example in examples.tolist():
+            pixels = self._kept.get(example)
+            if pixels is None:
+                pixels = load_pixels(self.source, example, self.config)
+                if len(self._kept) < self._room:
+                    self._kept[example] = pixels
+            found.append(pixels)
+        return torch.from_numpy(np.stack(found))
 
 
 class Captions:
@@ -348,17 +322,3 @@ def _shuffled(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
         mine = positions // size == epoch
         found[mine] = permuted(positions[mine] % size, size, f"{seed}/captions/epoch {epoch}")
     return found
-
-
-def _event(
-    step: int, training: ContrastiveTraining, config: EncoderConfig, loss: float, seconds: float
-) -> dict[str, Any]:
-    seen = step * training.batch_images * config.num_patches
-    return {
-        "done": step / training.num_steps,
-        "tokens_seen": seen,
-        "total_tokens": seen * training.num_steps // step,
-        "loss": loss,
-        "tokens_per_second": seen / max(seconds, 1e-9),
-        "note": "",
-    }

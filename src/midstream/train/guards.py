@@ -1,15 +1,4 @@
-"""What a stage watches: its ranks while it runs, its values when it starts.
-
-Names the rank that is lost: dead, or stuck. Every rank measures how long it stands at one point,
-against how long it has stood at such points before, and gives signs of life through the store that
-torchrun keeps (`torch.distributed.TCPStore`), from a thread of its own; it reads those of the
-others. Whoever finds one lost writes the verdict; all leave by it, since a collective that lacks a
-rank never ends. One process alone judges itself.
-
-Whenever a stage starts or resumes it is checked that all ranks run the same code on the same data,
-that the rate is the schedule's, that every trained parameter gets a gradient, and that frozen ones
-do not change. Each start is a line of `starts.jsonl`.
-"""
+"""What a stage watches: its ranks while it runs, its values when it starts."""
 
 import faulthandler
 import json
@@ -28,7 +17,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 import midstream
 from midstream.config import Machine
@@ -85,6 +73,9 @@ class _Said:
 
 class Watch:
     """The signs of life of this rank, and an eye on the others; one process watches itself.
+
+    They go through the store that torchrun keeps, from a thread of its own; whoever finds a rank
+    lost writes the verdict, and all leave by it: a collective that lacks a rank never ends.
 
     `timeout_seconds`: a rank is dead that is silent for so long. It is stuck if it is behind the
     others or, in steps, level with them, and stands at one point for 20 times as long as the stage
@@ -145,7 +136,9 @@ class Watch:
         if self._size == 1:
             return ""
         mine = f"rank {self._rank} failed ({self._point.doing}): {type(error).__name__}: {error}"
-        if _is_lost_connection(error):
+        text = str(error).lower()
+        is_lost = isinstance(error, dist.DistError) or "connection" in text or "gloo" in text
+        if is_lost and isinstance(error, RuntimeError):
             self._alarm = True
             self._decided.wait(self._timeout)
         told = self._say(mine)
@@ -196,7 +189,7 @@ class Watch:
                 return
 
     def _tick(self) -> None:
-        """Count the time at one point, an interval for each look, however long that has taken."""
+        # An interval for each look, however long that has taken.
         point = self._point
         self._seconds = self._seconds + self._every if point is self._seen else 0.0
         self._seen = point
@@ -267,14 +260,6 @@ class Watch:
         os._exit(1)
 
 
-def _is_lost_connection(error: Exception) -> bool:
-    """Whether a collective ended because a peer did."""
-    if not isinstance(error, RuntimeError):
-        return False
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or "connection" in text or "gloo" in text
-
-
 # Reached by gradients only where a step shows a picture.
 _SEEING = ("encoder.", "projector.")
 
@@ -339,7 +324,11 @@ class StartChecks:
             return
         judged = {n for n in self._pending if result.num_images or not n.startswith(_SEEING)}
         parameters = {n: value for n, value in self._model.named_parameters() if n in judged}
-        mine = [float(_reached(value)) for value in parameters.values()]
+        # The gradient of a vector may vanish (a bias that softmax cancels): any will do.
+        mine = [
+            float(g is not None and (g.ndim < 2 or bool(local(g).count_nonzero())))
+            for g in (value.grad for value in parameters.values())
+        ]
         anywhere = self._place.sum(mine)
         unreached = {name for name, found in zip(parameters, anywhere, strict=True) if not found}
         unreached |= judged & set(result.untouched)
@@ -392,12 +381,3 @@ def parameter_table(model: VLM) -> dict[str, dict[str, int]]:
 def code_digest() -> str:
     """Sixteen digits that stand for the source files of this package."""
     return folder_fingerprint(Path(midstream.__file__).parent, ("**/*.py",))
-
-
-def _reached(parameter: Tensor) -> bool:
-    """Whether a gradient other than zero arrived; for vectors, whose gradient may vanish (a bias
-    that softmax cancels), any."""
-    gradient = parameter.grad
-    if gradient is None:
-        return False
-    return gradient.ndim < 2 or bool(local(gradient).count_nonzero())

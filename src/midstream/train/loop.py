@@ -27,7 +27,7 @@ from midstream.train import checkpoint
 from midstream.train import step as meters
 from midstream.train.checkpoint import Progress, Saver
 from midstream.train.guards import StartChecks, Watch
-from midstream.train.metrics import MetricsLog, Tracking
+from midstream.train.metrics import MetricsLog, Tracking, progress_event
 from midstream.train.parallel import ALONE, Place, peak_memory_bytes
 from midstream.train.step import (
     Clock,
@@ -178,7 +178,8 @@ def train(
             raise Interrupted(f"stopped after step {progress.step} of {plan.num_steps}")
         if time.monotonic() - shown > 0.5:
             shown = time.monotonic()
-            report(_event(progress))
+            told = progress.loss, progress.seconds
+            report(progress_event(progress.tokens_seen, progress.total_tokens, *told))
     watch.rest("keeping the stage's weights")
     saver.settle()
     log.close()
@@ -285,9 +286,7 @@ def _begin(job: Job, optimizer: torch.optim.Optimizer, place: Place) -> Progress
 
 
 def _tally(batches: list[Batch], names: tuple[str, ...]) -> list[int]:
-    """Rows with images, padding in them, positions attended to, and the counts of all and of each
-    source, in a line.
-    """
+    """Image rows, padding in them, positions attended to, the counts of all and of each source."""
     image_rows = image_row_pad = attended = 0
     for batch in batches:
         attended += int((batch.position_ids + 1)[batch.segment_ids >= 0].sum())
@@ -333,17 +332,6 @@ def _advance(
         seconds=progress.seconds + seconds,
         parts=clock.read(),
     )
-
-
-def _event(progress: Progress) -> dict[str, Any]:
-    return {
-        "done": progress.tokens_seen / progress.total_tokens,
-        "tokens_seen": progress.tokens_seen,
-        "total_tokens": progress.total_tokens,
-        "loss": progress.loss,
-        "tokens_per_second": progress.tokens_seen / max(progress.seconds, 1e-9),
-        "note": "",
-    }
 
 
 def _results(job: Job, progress: Progress, place: Place) -> dict[str, Any]:

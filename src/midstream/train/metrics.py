@@ -1,18 +1,11 @@
 """The lines of `metrics.jsonl`, and the trackers that are given them beside it, never instead.
 
-A thread of its own reads what training hands over: a tracker that fails, or waits for a network,
-is counted and training goes on as it would without. What a tracker lacks of the steps before a
-start is read from `metrics.jsonl`, so that a series is whole and no step stands in it twice.
-
-TensorBoard's file is cut back to the step that a stage goes on from. The others only take more:
-which step was sent last stands in `tracking.json`, written before it is sent, and none is sent
-twice; a process that is killed between the two leaves a gap of some seconds.
+A tracker that fails or waits is counted; what it lacks of earlier steps is read from the file.
 """
 
 import importlib
 import json
 import os
-import shutil
 import sys
 import threading
 import time
@@ -22,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from midstream.config import Machine
 from midstream.core.storage import read_json, write_json
@@ -42,27 +35,10 @@ class TrackedRow:
     at: float
 
 
-@runtime_checkable
-class Tracker(Protocol):
-    """One place that metrics go to."""
-
-    def begin(self, step: int) -> int:
-        """Open the series, cut it back to `step` where that can be; the last step it holds."""
-        ...
-
-    def send(self, rows: Sequence[TrackedRow]) -> None:
-        """Add rows, in the order of their steps."""
-        ...
-
-    def finish(self, failed: bool) -> None:
-        """Bring away what is held, and close."""
-        ...
-
-
 class Tracking:
     """The trackers of one stage, served by a thread from `begin` to `close`."""
 
-    def __init__(self, trackers: Mapping[str, Callable[[], Tracker]]) -> None:
+    def __init__(self, trackers: Mapping[str, Callable[[], "Tracker"]]) -> None:
         self._make = dict(trackers)
         self._open: dict[str, Tracker] = {}
         self._last: dict[str, int] = {}
@@ -76,9 +52,7 @@ class Tracking:
     def begin(self, metrics: Path | None = None, position: int = 0) -> None:
         """Start, behind the steps in the first `position` bytes of `metrics`."""
         kept = b"" if metrics is None else metrics.read_bytes()[:position]
-        self._thread = threading.Thread(
-            target=self._serve, args=(kept,), name="tracking", daemon=True
-        )
+        self._thread = threading.Thread(target=self._serve, args=(kept,), daemon=True)
         self._thread.start()
 
     def log(self, values: Mapping[str, Any], prefix: str = "train") -> None:
@@ -115,7 +89,7 @@ class Tracking:
         for name, tracker in self._open.items():
             self._try(name, lambda tracker=tracker: tracker.finish(self._failed))  # type: ignore[misc]
 
-    def _start(self, name: str, tracker: Tracker, step: int) -> None:
+    def _start(self, name: str, tracker: "Tracker", step: int) -> None:
         self._last[name] = tracker.begin(step)
         self._open[name] = tracker
 
@@ -136,15 +110,12 @@ class Tracking:
     def _note(self, name: str, error: Exception) -> None:
         text = f"{type(error).__name__}: {error}"
         if name not in self._failures:
-            print(
-                f"tracking by {name} failed: {text}; the stage goes on, metrics.jsonl is whole",
-                file=sys.stderr,
-            )
+            told = f"tracking by {name} failed: {text}; the stage goes on, metrics.jsonl is whole"
+            print(told, file=sys.stderr)
         self._failures.setdefault(name, []).append(text)
 
 
 def _row(values: Mapping[str, Any], prefix: str, at: float) -> TrackedRow:
-    """All numbers of a line but its step."""
     numbers = {
         f"{prefix}/{key}": float(value)
         for key, value in values.items()
@@ -156,9 +127,8 @@ def _row(values: Mapping[str, Any], prefix: str, at: float) -> TrackedRow:
 class MetricsLog:
     """Appends to `metrics.jsonl`; `position` is its length in bytes, kept in checkpoints.
 
-    Without a path (on all ranks but the first) nothing is written. `tracking` gets every line too,
-    and is begun here: it knows then which lines are kept. Raises ValueError if the file
-    is shorter than the position that a stage resumes from.
+    Without a path (on all ranks but the first) nothing is written. `tracking` is begun here, and
+    gets every line too. Raises ValueError for a file shorter than the position resumed from.
     """
 
     def __init__(self, path: Path | None, position: int, tracking: Tracking | None = None) -> None:
@@ -206,6 +176,20 @@ class MetricsLog:
             self._stream.close()
 
 
+def progress_event(
+    tokens_seen: int, total_tokens: int, loss: float, seconds: float
+) -> dict[str, Any]:
+    """What a stage reports of itself while it runs."""
+    return {
+        "done": tokens_seen / total_tokens,
+        "tokens_seen": tokens_seen,
+        "total_tokens": total_tokens,
+        "loss": loss,
+        "tokens_per_second": tokens_seen / max(seconds, 1e-9),
+        "note": "",
+    }
+
+
 NOTES = "tracking.json"
 
 
@@ -216,58 +200,15 @@ def tracking_of(
 
     `about` is shown beside the run where a tracker can.
     """
-    if not machine.tracking:
-        return None
-    project = machine.tracking_project
-    place = (folder, project, name, kind, about)
-    makers: dict[str, Callable[[], Tracker]] = {
-        "tensorboard": partial(TensorBoard, folder / "tensorboard"),
-        "wandb": partial(Wandb, *place),
-        "trackio": partial(Trackio, *place),
-    }
-    return Tracking({name: makers[name] for name in machine.tracking})
+    makers: dict[str, type[Tracker]] = {m.NAME: m for m in (TensorBoard, Wandb, Trackio)}
+    place = (folder, machine.tracking_project, name, kind, about)
+    chosen = [(str(one), partial(makers[one], *place)) for one in machine.tracking]
+    return Tracking(dict(chosen)) if chosen else None
 
 
-class TensorBoard:
-    """One event file in `folder`, a record a step, read and written by TensorBoard itself."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._events = importlib.import_module("tensorboard.compat.proto.event_pb2")
-        self._writer: Any = None
-
-    def begin(self, step: int) -> int:
-        """Cut the file back to `step`; the last step that is left in it, -1 for none.
-
-        A record that a killed process left torn ends the file.
-        """
-        processing = "tensorboard.backend.event_processing.event_file_loader"
-        loader = importlib.import_module(processing).LegacyEventFileLoader
-        files = sorted(self._folder.glob("events.out.tfevents.*"))
-        events = [event for path in files for event in loader(str(path)).Load()]
-        held = [event for event in events if event.HasField("summary") and event.step <= step]
-        shutil.rmtree(self._folder, ignore_errors=True)
-        writer = importlib.import_module("tensorboard.summary.writer.event_file_writer")
-        self._writer = writer.EventFileWriter(str(self._folder))
-        for event in held:
-            self._writer.add_event(event)
-        return held[-1].step if held else -1
-
-    def send(self, rows: Sequence[TrackedRow]) -> None:
-        """A record a row, and the file flushed."""
-        for row in rows:
-            values = [{"tag": tag, "simple_value": value} for tag, value in row.values.items()]
-            event = self._events.Event(wall_time=row.at, step=row.step, summary={"value": values})
-            self._writer.add_event(event)
-        self._writer.flush()
-
-    def finish(self, failed: bool) -> None:
-        """Close the file."""
-        self._writer.close()
-
-
-class _Service:
-    """A tracker that only takes more; its run and last step are kept in `tracking.json`."""
+class Tracker:
+    """One place that metrics go to; its run, and the step that it was sent last, stand in
+    `tracking.json`, written before the step is sent: none is sent twice."""
 
     NAME = ""
 
@@ -275,22 +216,26 @@ class _Service:
         self, folder: Path, project: str, name: str, kind: str, about: dict[str, Any]
     ) -> None:
         self._folder, self._project, self._kind, self._about = folder, project, kind, about
-        notes = self._notes().get(self.NAME)
         # A stage whose folder was deleted is another run.
-        self._kept = notes or {"run": f"{name}-{uuid.uuid4().hex[:6]}", "step": -1}
+        known = {"run": f"{name}-{uuid.uuid4().hex[:6]}", "step": -1}
+        self._kept: dict[str, Any] = self._notes().get(self.NAME, known)
         self._run: Any = None
 
     def begin(self, step: int) -> int:
-        """Open the run, or go on with it; the last step that was sent, before or behind `step`."""
+        """Open the run, or go on with it behind `step`; the last step that it holds."""
         self._keep(int(self._kept["step"]))
         self._run = self._open(str(self._kept["run"]))
         return int(self._kept["step"])
 
     def send(self, rows: Sequence[TrackedRow]) -> None:
-        """Note the last step, then send."""
+        """Add rows, in the order of their steps."""
         self._keep(rows[-1].step)
         for row in rows:
             self._run.log(dict(row.values), step=row.step)
+
+    def finish(self, failed: bool) -> None:
+        """Bring away what is held, and end the run; a later start of the stage goes on with it."""
+        self._run.finish()
 
     def _open(self, run: str) -> Any:
         raise NotImplementedError
@@ -305,7 +250,36 @@ class _Service:
         write_json(self._folder / NOTES, self._notes() | {self.NAME: self._kept})
 
 
-class Wandb(_Service):
+class TensorBoard(Tracker):
+    """Event files in `tensorboard/`, one a start of the stage.
+
+    Steps are noted after they are written: what a start finds behind them is purged.
+    """
+
+    NAME = "tensorboard"
+
+    def begin(self, step: int) -> int:
+        """Go on behind `step`, or where the file is shorter behind that."""
+        self._keep(min(step, int(self._kept["step"])))
+        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+        last: int = self._kept["step"]
+        self._run = writer(str(self._folder / "tensorboard"), purge_step=last + 1)
+        return last
+
+    def send(self, rows: Sequence[TrackedRow]) -> None:
+        """A record a value, and the file flushed."""
+        for row in rows:
+            for tag, value in row.values.items():
+                self._run.add_scalar(tag, value, row.step, row.at)
+        self._run.flush()
+        self._keep(rows[-1].step)
+
+    def finish(self, failed: bool) -> None:
+        """Close the file."""
+        self._run.close()
+
+
+class Wandb(Tracker):
     """Weights & Biases, as its environment variables say (WANDB_MODE, WANDB_ENTITY, ...)."""
 
     NAME = "wandb"
@@ -326,18 +300,17 @@ class Wandb(_Service):
         )
 
     def finish(self, failed: bool) -> None:
-        """End the run; a later start of the stage goes on with it."""
+        """End the run, as one that failed where it has."""
         self._run.finish(exit_code=int(failed))
 
 
-class Trackio(_Service):
+class Trackio(Tracker):
     """Trackio, as its environment variables say (TRACKIO_DIR, TRACKIO_SPACE_ID, ...)."""
 
     NAME = "trackio"
 
     def _open(self, run: str) -> Any:
-        trackio = importlib.import_module("trackio")
-        return trackio.init(
+        return importlib.import_module("trackio").init(
             project=self._project,
             name=run,
             group=self._kind,
@@ -345,7 +318,3 @@ class Trackio(_Service):
             resume="allow",
             embed=False,
         )
-
-    def finish(self, failed: bool) -> None:
-        """End the run; a later start of the stage goes on with it."""
-        self._run.finish()

@@ -94,20 +94,17 @@ ALONE = Place(torch.device("cpu"))
 def set_up(machine: Machine) -> Place:
     """Choose device and precision, fix the thread count, ask for deterministic kernels.
 
-    On a CPU equal inputs then give equal bits for an equal number of threads, and memory that is
-    freed is kept for the next step. Where torchrun has
+    On a CPU equal inputs then give equal bits for an equal number of threads. Where torchrun has
     started this process among others, the process groups and the mesh are made: one axis that
     shards, or with `shard_ranks` two, copies and shards. Raises ValueError where cuda is asked
-    for and there is none, or where torchrun started another number of processes than `machine`
-    says.
+    for and there is none, or torchrun started another number of processes than `machine` says.
     """
     torch.set_num_threads(machine.threads)
     device = _device(machine)
     if device.type == "cpu":
         _keep_memory()
     torch.use_deterministic_algorithms(True)
-    # Else every new tensor is filled first: a twentieth of a step, for programs that read what
-    # they have not written.
+    # Else every new tensor is filled first: a twentieth of a step.
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size != machine.world_size:
@@ -122,8 +119,13 @@ def set_up(machine: Machine) -> Place:
         kinds = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
         dist.init_process_group(kinds, timeout=timeout)
         scalars = dist.new_group(backend="gloo", timeout=timeout)
-        mesh = _mesh(device, world_size, machine.shard_ranks or world_size)
+        shards = machine.shard_ranks or world_size
+        axes = {"copy": world_size // shards, "shard": shards}
+        if shards == world_size:
+            del axes["copy"]
+        mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
     precision, note = _precision(machine, device)
+    size = 768 if device.type == "cpu" else 8192
     compiled = machine.compile == "blocks" or (machine.compile == "auto" and device.type == "cuda")
     return Place(
         device=device,
@@ -133,7 +135,7 @@ def set_up(machine: Machine) -> Place:
         world_size=world_size,
         mesh=mesh,
         scalars=scalars,
-        peak_flops=world_size * product_flops(device, precision),
+        peak_flops=world_size * (2.0 * size**3 / product_seconds(device, precision, size)),
         compile_blocks=compiled,
         checkpoint_blocks=machine.activation_checkpointing == "blocks",
     )
@@ -153,20 +155,8 @@ def _device(machine: Machine) -> torch.device:
     return device
 
 
-def _mesh(device: torch.device, world_size: int, shard_ranks: int) -> DeviceMesh:
-    if shard_ranks == world_size:
-        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
-    shape = (world_size // shard_ranks, shard_ranks)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard"))
-
-
 def _keep_memory() -> None:
-    """Let glibc keep what is freed: a step asks for the same tensors again and again.
-
-    By default each large tensor is a mapping of its own, given back to the system and faulted in
-    anew: a sixth of a step's processor time (`benchmarks/train_step.py`). Elsewhere than in glibc
-    nothing happens.
-    """
+    """Let glibc keep what is freed: a sixth of a step's time (`benchmarks/train_step.py`)."""
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)
@@ -174,11 +164,8 @@ def _keep_memory() -> None:
 
 
 def _precision(machine: Machine, device: torch.device) -> tuple[torch.dtype, str | None]:
-    """What was asked for; by itself float32 on a CPU, and on a GPU the faster of the two.
-
-    A CPU does not choose by measurement: a resumed stage has to go on with equal bits, and to do
-    so on another processor nearly so. Where the other one is faster, a sentence says so.
-    """
+    """What was asked for; by itself float32 on a CPU, and on a GPU the faster of the two."""
+    # A CPU does not choose by measurement: a resumed stage has to go on with equal bits.
     gain = product_seconds(device, torch.float32) / product_seconds(device, torch.bfloat16)
     chosen = machine.precision
     if chosen == "auto":
@@ -188,12 +175,6 @@ def _precision(machine: Machine, device: torch.device) -> tuple[torch.dtype, str
         return torch.bfloat16, slow if gain < 1 else None
     fast = f"bfloat16 multiplies {gain:.1f} times as fast as float32 here; --machine "
     return torch.float32, fast + "precision=bfloat16 uses it" if gain >= _WORTH_IT else None
-
-
-def product_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs a second of a product of two square matrices, the best of three."""
-    size = 768 if device.type == "cpu" else 8192
-    return 2.0 * size**3 / product_seconds(device, dtype, size)
 
 
 @cache

@@ -1,11 +1,6 @@
 """One optimiser step over its micro-batches and ranks, and the model that it is taken on.
 
-The step: one denominator for all micro-batches on all ranks, clipped gradients, and a check that
-loss and gradient are finite before the weights move. Which parameters are trained, at which rate.
-
-The model: sharded with FSDP2 over the ranks, whole on one process; its blocks compiled one by one,
-or computed again in the backward pass, as the machine says. Names of parameters stay those of the
-plain model. `Clock` measures the seconds of a step by part.
+Names of parameters stay those of the plain model, sharded, compiled or not.
 """
 
 import math
@@ -154,16 +149,14 @@ def _prepare_blocks(model: VLM, place: Place) -> None:
 
 
 def _shard(model: VLM, place: Place) -> None:
-    """Each block is gathered while it computes; the rest is one group, gathered for the step.
-
-    An encoder that is trained along is a group of its own: all ranks look, or none.
-    """
+    """Each block is gathered while it computes; the rest is one group, gathered for the step."""
     policy = MixedPrecisionPolicy(
         # Weights travel in what they are multiplied in; gradients are added up in float32.
         param_dtype=None if place.precision == torch.float32 else place.precision,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
+    # An encoder that is trained along is a group of its own: all ranks look, or none.
     units = [*blocks_of(model), *([model.encoder] if model.encoder is not None else []), model]
     for unit in units:
         fully_shard(unit, mesh=place.mesh, mp_policy=policy)
@@ -223,7 +216,7 @@ class Clock:
     def part(self, name: str, *, on_device: bool = False) -> Iterator[None]:
         """What runs in the block belongs to `name`; `on_device`: it starts kernels."""
         if on_device and self._gpu:
-            first, last = (_event() for _ in range(2))
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             first.record()
             yield
             last.record()
@@ -240,10 +233,6 @@ class Clock:
             self._seconds[name] += first.elapsed_time(last) / 1000
         self._events.clear()
         return dict(self._seconds)
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def training_flops(
@@ -386,12 +375,10 @@ def _placed(batch: Batch, place: Place) -> Batch:
 def _features(
     model: VLM, batch: Batch, encode: Callable[[Tensor], Tensor] | None, num_images: int
 ) -> Tensor | None:
-    """The batch's patch features, or None; `num_images` counts the pictures of all ranks.
-
-    A model's own encoder is sharded: it runs on every rank, if need be on no picture, or on none.
-    """
+    """The batch's patch features, or None; `num_images` counts the pictures of all ranks."""
     if encode is not None:
         return encode(batch.images) if len(batch.images) else None
+    # A model's own encoder is sharded: it runs on every rank, if need be on no picture, or on none.
     config = model.config.encoder
     if config is None or num_images:
         return None

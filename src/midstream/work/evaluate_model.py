@@ -1,19 +1,15 @@
-"""The process of `midstream eval` and `midstream score`: one JSON request on standard input."""
+"""The work of `midstream eval`: models asked the benchmarks of a world or of a folder."""
 
 import difflib
-import json
 import os
-import signal
-import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from rich.console import Console
 
 from midstream.config import Evaluation, Machine
 from midstream.core.identity import digest, hub_folders, kept_digests, listed_tasks, published_files
@@ -27,77 +23,48 @@ from midstream.eval.answers import (
 )
 from midstream.eval.benchmark import evaluate
 from midstream.eval.tasks import HARNESS_TASKS, VISUAL_FORMATS, Answerer
-from midstream.launch.terminal import out, reporting
-from midstream.work.show_scores import (
-    find_place,
-    list_tasks,
-    print_scores,
-    score_file,
-    show_differences,
-    show_examples,
-)
-
-USER_ERROR_EXIT_CODE, STOPPED_EXIT_CODE = 2, 75
+from midstream.launch.terminal import out
+from midstream.study.store import Stopped
+from midstream.work.protocol import Channel, Request
+from midstream.work.show_scores import find_place, print_scores
 
 
-class ModelFailed(Exception):  # noqa: N818 - the error itself is the cause
+class EvaluateRequest(Request):
+    """Models by folder or name, and how they are asked; `evaluation` are fields of `Evaluation`."""
+
+    models: tuple[str, ...]
+    out: Path
+    evaluation: dict[str, Any]
+    data: Path | None = None
+    tasks: tuple[str, ...] = ()
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+class ModelFailed(ValueError):  # noqa: N818 - the error itself is the cause
     """A model, or a library on its behalf, raised an error; the text is the model's and its."""
 
 
-def main() -> int:
-    """Do what is asked; an error that the user can put right, or that a model raises, is one line
-    and exit code 2, with `debug` below its traceback."""
-    request = json.load(sys.stdin)
-    actions = {
-        "list": list_tasks,
-        "show": show_examples,
-        "diff": show_differences,
-        "score": score_file,
-        "evaluate": _evaluate,
-    }
-    try:
-        actions[request["action"]](request, out())
-    except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, e['loc'])) or 'request'}: {e['msg']}" for e in error.errors()]
-        print(f"error: {'; '.join(wrong)}", file=sys.stderr)
-        return USER_ERROR_EXIT_CODE
-    except EvaluationStopped:
-        print("stopped; the same command continues where it was", file=sys.stderr)
-        return STOPPED_EXIT_CODE
-    except (ValueError, OSError, ModelFailed) as error:
-        if request.get("debug"):
-            traceback.print_exception(error)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_ERROR_EXIT_CODE
-    return 0
+def evaluate_all(request: EvaluateRequest, channel: Channel) -> None:
+    """Evaluate the models one by one and print their scores; ModelFailed names the one that fails.
 
-
-# ------------------------------------------------------------------------------- evaluation
-
-
-def _evaluate(request: dict[str, Any], console: Console) -> None:
-    if not request["models"]:
+    Raises Stopped where the channel says so: the answers so far are kept.
+    """
+    if not request.models:
         raise ValueError("name a model: a stage's folder, an exported one, or one of a hub")
-    stopping = False
-
-    def stop(_number: int, _frame: Any) -> None:
-        nonlocal stopping
-        stopping = True
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
     rows = {}
     # A model's weights are read whole, so their digests are kept.
-    with kept_digests(Path(request["out"]) / ".digests.sqlite"):
-        for name in dict.fromkeys(request["models"]):
-            with _failures_named(name):
-                rows[name] = _evaluate_one(name, request, console, lambda: stopping)
-    print_scores(rows, console)
+    with kept_digests(request.out / ".digests.sqlite"):
+        for name in dict.fromkeys(request.models):
+            try:
+                with _failures_named(name):
+                    rows[name] = _evaluate_one(name, request, channel)
+            except EvaluationStopped as reason:
+                raise Stopped(str(reason)) from None
+    print_scores(rows, out())
 
 
-def _evaluate_one(
-    name: str, request: dict[str, Any], console: Console, should_stop: Callable[[], bool]
-) -> dict[str, Any]:
+def _evaluate_one(name: str, request: EvaluateRequest, channel: Channel) -> dict[str, Any]:
     """A model's results, written into their folder, and a line about them."""
     from midstream.eval.transformers_answerer import TransformersAnswerer
 
@@ -117,18 +84,24 @@ def _evaluate_one(
     }
     # Two models may have one name, and one model may be asked in several ways.
     stem = Path(os.path.abspath(name)).name
-    folder = Path(request["out"]) / f"{stem}-{digest(about)[:8]}"
+    folder = request.out / f"{stem}-{digest(about)[:8]}"
     answers = KeptAnswers(
         answerer,
         folder / "answers",
         at_once=evaluation.batch_size * BATCHES_AT_ONCE,
         settings=str(evaluation.max_new_tokens),
-        should_stop=should_stop,
+        should_stop=lambda: channel.stopping,
     )
     # Whatever folder a task's result lies in, the same question has the same answer.
-    done = earlier_tasks(sorted(Path(request["out"]).glob("*")))
-    with reporting(console, name) as progress:
-        results = evaluate(answers, evaluation, data, folder, progress, done=done)
+    done = earlier_tasks(sorted(request.out.glob("*")))
+    results = evaluate(
+        answers,
+        evaluation,
+        data,
+        folder,
+        lambda share, note: channel.progress(name, share, note),
+        done=done,
+    )
     row = {**results, "about": about}
     path = folder / "results.json"
     if not path.is_file() or read_json(path) != row:
@@ -141,14 +114,13 @@ def _evaluate_one(
         for when in [done[found["key"]].predictions.stat().st_mtime]
     ]
     told = f"; as before: {', '.join(kept)}" if kept else ""
-    console.print(f"{name}: {folder}{told}", soft_wrap=True, markup=False, highlight=False)
+    print(f"{name}: {folder}{told}")
     return row
 
 
 @contextmanager
 def _failures_named(name: str) -> Iterator[None]:
-    """Raise ModelFailed for what a model's own code, or a library's on its behalf, raises; errors
-    of this package say themselves what is wrong."""
+    """Raise ModelFailed for what a model's or a library's code raises; ours say what is wrong."""
     try:
         yield
     except (EvaluationStopped, ValidationError):
@@ -158,22 +130,22 @@ def _failures_named(name: str) -> Iterator[None]:
         ours = frame.f_globals.get("__name__", "").startswith("midstream.")
         if ours and isinstance(error, ValueError | OSError):
             raise
+        told = " ".join(str(error).split())
         raise ModelFailed(
-            f"{name}: {type(error).__name__}: {error} (--debug shows where)"
+            f"{name}: {type(error).__name__}: {told} (--debug shows where)"
         ) from error
 
 
-def _open_model(name: str, request: dict[str, Any]) -> tuple[Answerer, Path]:
+def _open_model(name: str, request: EvaluateRequest) -> tuple[Answerer, Path]:
     """A model by its folder or its name, and the data that it is asked about."""
     from midstream.train.parallel import set_up
 
     machine = Machine.model_validate(
-        {"device": request["device"], "threads": os.cpu_count() or 1, "workers": 1}
+        {"device": request.device, "threads": os.cpu_count() or 1, "workers": 1}
     )
     device = set_up(machine).device
-    path, evaluation = Path(name), request["evaluation"]
-    data = None if request["data"] is None else Path(request["data"])
-    options = {key: evaluation[key] for key in ("max_new_tokens", "batch_size")}
+    path, data = Path(name), request.data
+    options = {key: request.evaluation[key] for key in ("max_new_tokens", "batch_size")}
     if (path / "stage.json").is_file() or path.parent.name == "milestones":
         from midstream.eval.predict import ModelAnswerer
         from midstream.work.open_model import open_model, world_root
@@ -193,13 +165,13 @@ def _open_model(name: str, request: dict[str, Any]) -> tuple[Answerer, Path]:
         raise ValueError(f"{name} is no stage of a store: say with --data what it is asked about")
     from midstream.eval.transformers_answerer import TransformersAnswerer
 
-    trusted = request["trust_remote_code"]
+    trusted = request.trust_remote_code
     return TransformersAnswerer(name, device, trust_remote_code=trusted, **options), data
 
 
-def _asked(request: dict[str, Any], data: Path) -> Evaluation:
+def _asked(request: EvaluateRequest, data: Path) -> Evaluation:
     """The named tasks by kind, or all that the data holds."""
-    names = list(request["tasks"])
+    names = list(request.tasks)
     if (data / "world.json").is_file():
         visual, text = (listed_tasks(data, kind) for kind in ("visual_tasks", "text_tasks"))
         names = names or [*visual, *text, *hub_folders(data)]
@@ -218,9 +190,5 @@ def _asked(request: dict[str, Any], data: Path) -> Evaluation:
     chosen += [name for name in unknown if difflib.get_close_matches(name, VISUAL_FORMATS, 1)]
     rest = [name for name in names if name not in chosen]
     return Evaluation.model_validate(
-        {**request["evaluation"], "visual_tasks": chosen, "text_tasks": rest}
+        {**request.evaluation, "visual_tasks": chosen, "text_tasks": rest}
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

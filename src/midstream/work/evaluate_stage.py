@@ -1,10 +1,6 @@
-"""Stages that do not train: weights that are loaded, evaluations.
+"""Stages that do not train: weights that are there already, once they are seen to fit; evaluations.
 
-An Evaluate stage: only what no evaluation of the model asked before, of files as planned.
-
-Weights that are there already become a stage of a store, once they are seen to fit.
-
-They are what `midstream import` wrote, or the encoders of other stages.
+An evaluation asks only what no other of the model asked before, of files as planned.
 """
 
 import json
@@ -23,7 +19,7 @@ from midstream.eval.predict import ModelAnswerer
 from midstream.model.vision import VisionEncoder, build_encoder, load_encoder, load_towers
 from midstream.model.vlm import VLM
 from midstream.model.weights import save_weights, weights_digest
-from midstream.study.imported import ImportRecord, Position, open_imported
+from midstream.study.imported import Position, open_imported
 from midstream.study.stages import (
     Evaluate,
     FuseEncoders,
@@ -45,54 +41,45 @@ from midstream.work.open_model import (
 )
 
 
-def load_encoder_stage(stage: LoadEncoder, ledger: Ledger) -> dict[str, Any]:
-    """Imported towers to `weights/`, under the encoder's own names; returns the stage's results.
+def encoder_stage(stage: LoadEncoder | FuseEncoders, ledger: Ledger) -> dict[str, Any]:
+    """Towers, imported or of finished stages, to one encoder's `weights/`; the stage's results.
 
-    Raises CorruptError or ValueError for folders that are not those that were planned with.
+    Raises CorruptError for weights whose bytes differ from their manifest, and ValueError for
+    imported folders that are not those that were planned with.
     """
-    records = [open_imported(imported) for imported in stage.towers]
-    encoder, unused = put_together(stage.encoder, [one.folder for one in stage.towers])
-    return _kept(encoder, ledger.folder(stage)) | {
+    told: dict[str, Any] = {}
+    if isinstance(stage, LoadEncoder):
+        records = [open_imported(imported) for imported in stage.towers]
+        folders = [one.folder for one in stage.towers]
+        told = {"imported_from": [record.origin for record in records]}
+    else:
+        folders = [ledger.folder(tower) / "weights" for tower in stage.towers]
+        for folder in folders:
+            verify(folder)
+    encoder, unused = put_together(stage.encoder, folders)
+    with new_folder(ledger.folder(stage) / "weights") as temporary:
+        save_weights(encoder, temporary / "model.safetensors")
+    return {
+        "weights_digest": weights_digest(encoder),
+        "num_parameters": sum(parameter.numel() for parameter in encoder.parameters()),
         "unused": list(unused),
-        "imported_from": [record.origin for record in records],
+        **told,
     }
 
 
-def fuse_encoders_stage(stage: FuseEncoders, ledger: Ledger) -> dict[str, Any]:
-    """The towers of finished stages to one encoder's `weights/`; returns the stage's results.
-
-    Raises CorruptError for weights whose bytes differ from their manifest.
-    """
-    folders = [ledger.folder(tower) / "weights" for tower in stage.towers]
-    for folder in folders:
-        verify(folder)
-    encoder, unused = put_together(stage.encoder, folders)
-    return _kept(encoder, ledger.folder(stage)) | {"unused": list(unused)}
-
-
-def load_decoder_stage(stage: LoadDecoder, ledger: Ledger) -> dict[str, Any]:
-    """An imported language model to `weights/`, if its vocabulary fits the data; returns results.
+def imported_stage(stage: LoadDecoder | LoadModel, ledger: Ledger) -> dict[str, Any]:
+    """An imported model to `weights/`, towers aside, if its vocabulary fits the data; its results.
 
     Raises CorruptError or ValueError for a folder that is not the one that was planned with.
     """
     record = open_imported(stage.checkpoint)
-    if record.config != stage.decoder:
-        raise ValueError(f"{stage.checkpoint.folder} holds another decoder than the stage says")
-    return _copied(stage, record, ledger)
-
-
-def load_model_stage(stage: LoadModel, ledger: Ledger) -> dict[str, Any]:
-    """An imported vision-language model to `weights/`, its towers aside; returns results.
-
-    Raises CorruptError or ValueError for a folder that is not the one that was planned with.
-    """
-    record = open_imported(stage.checkpoint)
-    if record.model != stage.model:
+    held, wanted = (
+        (record.config, stage.decoder)
+        if isinstance(stage, LoadDecoder)
+        else (record.model, stage.model)
+    )
+    if held != wanted:
         raise ValueError(f"{stage.checkpoint.folder} holds another model than the stage says")
-    return _copied(stage, record, ledger)
-
-
-def _copied(stage: LoadDecoder | LoadModel, record: ImportRecord, ledger: Ledger) -> dict[str, Any]:
     check_vocabulary(open_tokenizer(stage.data, ledger), stage.decoder, stage.checkpoint.folder)
     weights = ledger.folder(stage) / "weights"
     with new_folder(weights) as temporary:
@@ -139,16 +126,6 @@ def _tokens_of(codec: TextCodec) -> dict[str, Any]:
     """The tokenizer but for what it puts around a text, which is the recipe's choice."""
     content: dict[str, Any] = json.loads(codec.tokenizer.to_str())
     return content | {"post_processor": None}
-
-
-def _kept(encoder: VisionEncoder, folder: Path) -> dict[str, Any]:
-    """Write an encoder's weights into a stage's folder; what its results say of them."""
-    with new_folder(folder / "weights") as temporary:
-        save_weights(encoder, temporary / "model.safetensors")
-    return {
-        "weights_digest": weights_digest(encoder),
-        "num_parameters": sum(parameter.numel() for parameter in encoder.parameters()),
-    }
 
 
 def evaluate_stage(

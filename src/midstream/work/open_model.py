@@ -1,8 +1,4 @@
-"""What a store holds, opened: data, tokenizer, trained model.
-
-The data of a study's stages as it lies in a store, once its stages are done. A trained model out of
-a store: its weights, its tokenizer, its encoder, ready to be asked.
-"""
+"""What a store holds, opened: data, tokenizer, trained model."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -31,6 +31,7 @@ from midstream.data.sources import Source
 from midstream.launch.local import require_trackers
 from midstream.model.weights import initialise
 from midstream.order.plan import RowPlan
+from midstream.study.results import RESULTS, SourceResult, StageResult, checked
 from midstream.study.stages import (
     Continue,
     Evaluate,
@@ -60,11 +61,9 @@ from midstream.train.metrics import Tracking, tracking_of
 from midstream.train.parallel import device_bytes, peak_memory_bytes, set_up
 from midstream.train.step import build_model
 from midstream.work.evaluate_stage import (
+    encoder_stage,
     evaluate_stage,
-    fuse_encoders_stage,
-    load_decoder_stage,
-    load_encoder_stage,
-    load_model_stage,
+    imported_stage,
     scores_of,
 )
 from midstream.work.open_model import (
@@ -116,7 +115,7 @@ class StageRunner:
         started = time.monotonic()
         self.watch.rest("opening the stage")
         for parent in stage.parents:
-            self.ledger.results(parent)
+            self.ledger.result(parent, StageResult)
         with ExitStack() as held:
             opened = self._opened = self._open(stage, held)
             try:
@@ -133,9 +132,10 @@ class StageRunner:
                 "seconds": time.monotonic() - started,
                 "peak_memory_bytes": peak_memory_bytes(),
             }
+            whole = _checked(stage, measured | results)
             if opened is not None:
-                opened.finish(measured | results)
-        return measured | results
+                opened.finish(whole)
+        return whole
 
     def report(self, values: dict[str, Any]) -> None:
         """Tell how far the stage is, and keep it in its folder."""
@@ -207,14 +207,10 @@ class StageRunner:
                     should_stop=self.should_stop,
                     tracking=self._tracking,
                 )
-            case LoadEncoder():
-                return load_encoder_stage(stage, self.ledger)
-            case FuseEncoders():
-                return fuse_encoders_stage(stage, self.ledger)
-            case LoadDecoder():
-                return load_decoder_stage(stage, self.ledger)
-            case LoadModel():
-                return load_model_stage(stage, self.ledger)
+            case LoadEncoder() | FuseEncoders():
+                return encoder_stage(stage, self.ledger)
+            case LoadDecoder() | LoadModel():
+                return imported_stage(stage, self.ledger)
             case Pretrain() | Continue() | Finetune():
                 return self._train(stage)
             case Evaluate():
@@ -318,13 +314,13 @@ class StageRunner:
     def _origin(self, stage: Trained) -> dict[str, str]:
         """What the stage's checkpoints are of."""
         sources = {name: stage.data.source(name) for name in stage.training.budget.source_names}
-        read = {name: self.ledger.results(source) for name, source in sources.items()}
+        read = {name: self.ledger.result(one, SourceResult) for name, one in sources.items()}
         return {
             "format": str(FORMAT_VERSION),
             "stage": stage.identity,
             "rows of a step": str(stage.training.rows.batch_rows),
             "model": digest(stage.model),
-            "data": digest({name: source["fingerprint"] for name, source in read.items()}),
+            "data": digest({name: source.fingerprint for name, source in read.items()}),
         }
 
     def _start(self, stage: Trained) -> Start:
@@ -427,6 +423,13 @@ class StageRunner:
                 "note": note,
             }
         )
+
+
+def _checked(stage: Stage, results: dict[str, Any]) -> dict[str, Any]:
+    """What goes into `results.json`, once it is what the readers are told of this kind."""
+    unknown = checked(RESULTS[stage.kind], results, Path(stage.name)).unknown_keys()
+    assert not unknown, f"study/results.py does not name {unknown} of {stage.kind}"
+    return results
 
 
 def _moments(stage: Continue | Finetune) -> Literal["carry", "fresh", "warm"]:

@@ -1,26 +1,13 @@
-"""`midstream show-data`: a row of a plan as a person reads it, and its mixture.
+"""The work of `midstream show-data`: a row of a plan as a person reads it, and its mixture.
 
-A row of a plan taken apart again: which example each part is, its text, and what is supervised.
-
-For people who look at data, not for training.
-
-Shows what a training stage sees: a row of its plan as a person reads it, and its mixture.
-
-As a process (`python -m midstream.work.show_data --store S ...`, the stage as JSON on standard
-input) it serves `midstream show-data`. It only reads, unless `--prepare` asks for the data to be
-made.
+It only reads, unless it is asked to prepare the data.
 """
 
-import argparse
 import io
-import re
-import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from queue import SimpleQueue
 
 import numpy as np
 from PIL import Image
@@ -37,12 +24,62 @@ from midstream.data.examples import TextCodec
 from midstream.data.images import decode_pixels
 from midstream.data.rows import build_row, plan_rows, shares_report
 from midstream.data.sources import Source
-from midstream.launch.workers import Event, Worker, write_work
+from midstream.launch.local import LocalBackend
+from midstream.launch.scheduler import FeatureChoices, Scheduler
+from midstream.launch.workers import Event
 from midstream.order.plan import RowPlan
 from midstream.study.label import label
-from midstream.study.stages import DataStage, Stage, Trained, overflow_of, stage_from_json
+from midstream.study.stages import DataStage, Stage, Trained, overflow_of
 from midstream.study.store import Ledger, launch_lock
 from midstream.work.open_model import open_sources, open_tokenizer
+from midstream.work.protocol import Channel, Request, harmless, print_line
+
+COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
+# What stands around targets where there are no colours.
+OPEN_MARK, CLOSE_MARK = "⟦", "⟧"
+KINDS = ("text", "caption", "instruct", "image", "pad", "target")
+
+
+class ShowDataRequest(Request):
+    """A stage of a store, and the row to print, or how many rows the mixture is counted over.
+
+    `remedy` is the command that prepares the data.
+    """
+
+    store: Path
+    stage: Trained
+    row: int | None
+    stats: int | None
+    out: Path
+    prepare: bool
+    remedy: str
+
+
+def show_data(request: ShowDataRequest, channel: Channel) -> None:
+    """Print what is asked for; FileNotFoundError names data that is not prepared."""
+    stage, ledger = request.stage, Ledger(request.store)
+    console = Console(highlight=False)
+    data = [parent for parent in stage.parents if isinstance(parent, DataStage)]
+    read = [one for parent in data for one in order_of(parent)]
+    needed = [one for one in {one.name: one for one in read}.values() if not ledger.is_done(one)]
+    if needed:
+        if not request.prepare:
+            states = ", ".join(f"{label(one)} is {ledger.state(one)}" for one in needed)
+            raise FileNotFoundError(
+                f"the data of {label(stage)} is not prepared: {states} in {ledger.store}; add "
+                f"--prepare to prepare it now, or run the study: {request.remedy}"
+            )
+
+        def tell(note: str) -> None:
+            done = sum(ledger.is_done(one) for one in needed) / len(needed)
+            channel.progress(f"preparing the data of {label(stage)}", done, note)
+
+        run_preparation(needed, ledger, tell)
+    shown = open_stage(stage, ledger)
+    if request.row is not None:
+        print_row(shown, request.row, request.out, console)
+    if request.stats is not None:
+        print_stats(shown, request.stats, console)
 
 
 @dataclass(frozen=True)
@@ -76,26 +113,39 @@ class Piece:
     left_out: int
 
 
-def pieces_of(
-    plan: RowPlan, sources: Mapping[str, Source], codec: TextCodec, index: int, num_patches: int
-) -> tuple[Row, list[Piece]]:
+@dataclass(frozen=True)
+class Shown:
+    """A stage's plan with what it is made of; `transform` is None where the model sees nothing."""
+
+    name: str
+    plan: RowPlan
+    sources: Mapping[str, Source]
+    codec: TextCodec
+    budget: Budget
+    num_patches: int = 0
+    transform: ImageTransform | None = None
+
+
+def pieces_of(shown: Shown, index: int) -> tuple[Row, list[Piece]]:
     """Row `index` in arrays and in pieces; every target of the row is a supervised token of one.
 
     Raises ValueError with both numbers if the plan has no such row.
     """
+    plan, codec = shown.plan, shown.codec
     if not 0 <= index < len(plan):
         raise ValueError(
             f"row {index:,} is not in the plan: it has {len(plan):,} rows, 0 to {len(plan) - 1:,}"
         )
-    row = build_row(plan, sources, index, num_patches)
+    row = build_row(plan, shown.sources, index, shown.num_patches)
     predicted = np.append(False, row.targets[:-1] != IGNORE)
-    specials = _specials(codec)
+    added = codec.tokenizer.get_added_tokens_decoder()
+    specials = {number: token.content for number, token in added.items() if token.special}
     found: list[Piece] = []
     # Where documents see each other, the end of one may have the next one's beginning as target.
     joins, num_pictures = False, 0
     for placed in plan.layout.row(index):
-        source = sources[plan.names[placed.source]]
-        patches = num_patches if source.has_image(placed.example) else 0
+        source = shown.sources[plan.names[placed.source]]
+        patches = shown.num_patches if source.has_image(placed.example) else 0
         head = int(bool(patches) and source.begin_of_text is not None)
         first, end = placed.column + head + patches, placed.column + placed.length
         begin = row.input_ids[placed.column : placed.column + head].tolist()
@@ -125,11 +175,6 @@ def pieces_of(
     return row, found
 
 
-def _specials(codec: TextCodec) -> dict[int, str]:
-    added = codec.tokenizer.get_added_tokens_decoder()
-    return {number: token.content for number, token in added.items() if token.special}
-
-
 def _spans(
     codec: TextCodec, specials: Mapping[int, str], ids: Sequence[int], supervised: Sequence[bool]
 ) -> Iterator[Span]:
@@ -140,28 +185,6 @@ def _spans(
             yield from (Span(special, mark, True) for _ in numbers)
         else:
             yield Span(codec.decode(numbers), mark, False)
-
-
-REFUSED_EXIT_CODE, INTERRUPTED_EXIT_CODE = 1, 130
-COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
-# What stands around targets where there are no colours.
-OPEN_MARK, CLOSE_MARK = "⟦", "⟧"
-KINDS = ("text", "caption", "instruct", "image", "pad", "target")
-# Text may hold bytes that would steer the terminal.
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A stage's plan with what it is made of; `transform` is None where the model sees nothing."""
-
-    name: str
-    plan: RowPlan
-    sources: Mapping[str, Source]
-    codec: TextCodec
-    budget: Budget
-    num_patches: int = 0
-    transform: ImageTransform | None = None
 
 
 def open_stage(stage: Trained, ledger: Ledger) -> Shown:
@@ -184,9 +207,9 @@ def open_stage(stage: Trained, ledger: Ledger) -> Shown:
 
 def print_row(shown: Shown, index: int, out: Path, console: Console) -> None:
     """A row's counts, its pieces and their texts; its pictures go to `out` as PNG files."""
-    row, pieces = pieces_of(shown.plan, shown.sources, shown.codec, index, shown.num_patches)
-    rows = shown.plan.rows
-    _say(
+    row, pieces = pieces_of(shown, index)
+    rows, plain = shown.plan.rows, not console.is_terminal or console.no_color
+    print_line(
         console,
         f"{shown.name}: row {index:,} of {len(shown.plan):,} (0 to {len(shown.plan) - 1:,}), "
         f"{rows.layout}, {rows.row_length:,} positions, {len(pieces)} examples or parts of them, "
@@ -197,7 +220,7 @@ def print_row(shown: Shown, index: int, out: Path, console: Console) -> None:
     pictures = _save_pictures(shown, index, row, out)
     for number, piece in enumerate(pieces):
         colour = COLOURS[number % len(COLOURS)]
-        _say(
+        print_line(
             console,
             f"\n[{number + 1}] {piece.where}; positions {piece.columns[0]}-{piece.columns[-1]}, "
             f"{piece.num_targets} targets",
@@ -206,28 +229,24 @@ def print_row(shown: Shown, index: int, out: Path, console: Console) -> None:
         if piece.picture is not None:
             path = pictures[piece.picture]
             if piece.before:
-                console.print(_body(piece.before, colour, _is_plain(console)), soft_wrap=True)
-            _say(console, f"[image {shown.num_patches} patches -> {path.name}]", style=colour)
+                console.print(_body(piece.before, colour, plain), soft_wrap=True)
+            print_line(console, f"[image {shown.num_patches} patches -> {path.name}]", style=colour)
         if piece.continued:
-            _say(console, "(goes on from another row)", style="italic")
-        console.print(_body(piece.spans, colour, _is_plain(console)), soft_wrap=True)
+            print_line(console, "(goes on from another row)", style="italic")
+        console.print(_body(piece.spans, colour, plain), soft_wrap=True)
         if piece.left_out:
             text = f"(cut to fit into a row: {piece.left_out:,} tokens are left out)"
-            _say(console, text, style="italic")
+            print_line(console, text, style="italic")
         if piece.goes_on:
             note = Text("(cut here, goes on in another row", style="italic")
             if piece.following:
                 note.append("; its next token is a target here: ")
-                note.append(_body(piece.following, colour, _is_plain(console)))
+                note.append(_body(piece.following, colour, plain))
             console.print(note.append(")"), soft_wrap=True)
     if row.counts.pad:
-        _say(console, f"\n({row.counts.pad} positions of padding)", style="italic")
+        print_line(console, f"\n({row.counts.pad} positions of padding)", style="italic")
     if pictures:
-        _say(console, f"\npictures: {', '.join(str(path) for path in pictures)}")
-
-
-def _is_plain(console: Console) -> bool:
-    return not console.is_terminal or console.no_color
+        print_line(console, f"\npictures: {', '.join(str(path) for path in pictures)}")
 
 
 def _body(spans: Sequence[Span], colour: str, plain: bool) -> Text:
@@ -237,17 +256,9 @@ def _body(spans: Sequence[Span], colour: str, plain: bool) -> Text:
         text.append(OPEN_MARK if marked else "")
         for span in group:
             style = f"{'bold underline' if supervised else 'dim'} {colour}"
-            text.append(_visible(span.text), style + (" reverse" if span.special else ""))
+            text.append(harmless(span.text), style + (" reverse" if span.special else ""))
         text.append(CLOSE_MARK if marked else "")
     return text
-
-
-def _visible(text: str) -> str:
-    return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
-
-
-def _say(console: Console, text: str, style: str = "") -> None:
-    console.print(Text(_visible(text), style=style), soft_wrap=True)
 
 
 def _print_counts(sources: Mapping[str, TokenCount], total: TokenCount, console: Console) -> None:
@@ -264,7 +275,7 @@ def _print_table(table: Sequence[Sequence[str]], console: Console) -> None:
     for line in table:
         cells = [line[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        _say(console, "  ".join(cells).rstrip())
+        print_line(console, "  ".join(cells).rstrip())
 
 
 def _save_pictures(shown: Shown, index: int, row: Row, out: Path) -> list[Path]:
@@ -302,13 +313,13 @@ def print_stats(shown: Shown, num_rows: int, console: Console) -> None:
         table[-1] += [f"{found['examples']:,}", f"{found['epochs']:.4f}"]
     table.append(["all", "", "", "", f"{plan.seen_tokens:,}", "", f"{1:.4%}", "", ""])
     positions = len(plan) * plan.rows.row_length
-    _say(console, f"{shown.name}: {len(plan):,} rows, {plan.rows.layout}", style="bold")
+    print_line(console, f"{shown.name}: {len(plan):,} rows, {plan.rows.layout}", style="bold")
     _print_table(table, console)
     _print_padding("all rows", len(plan), positions - plan.seen_tokens, positions, console)
     for name, found in report.items():
         if (cut := found["cut"])["examples"]:
             text = f"{name}: {cut['examples']:,} of {found['examples']:,} examples are cut to fit "
-            _say(console, f"{text}into a row, {cut['tokens']:,} tokens are left out")
+            print_line(console, f"{text}into a row, {cut['tokens']:,} tokens are left out")
 
     chosen = min(num_rows, len(plan))
     total, pictured, by_source = TokenCount(), TokenCount(), dict[str, TokenCount]()
@@ -319,7 +330,7 @@ def print_stats(shown: Shown, num_rows: int, console: Console) -> None:
         total, by_source = total + row.counts, add_counts([by_source, row.sources])
         if len(row.images):
             num_pictured, pictured = num_pictured + 1, pictured + row.counts
-    _say(console, f"\nsample: {chosen:,} of {len(plan):,} rows, evenly spread", style="bold")
+    print_line(console, f"\nsample: {chosen:,} of {len(plan):,} rows, evenly spread", style="bold")
     named = {name: by_source.get(name, TokenCount()) for name in plan.names}
     _print_counts(named, total, console)
     _print_padding("sampled rows", chosen, total.pad, total.total, console)
@@ -328,7 +339,7 @@ def print_stats(shown: Shown, num_rows: int, console: Console) -> None:
 
 def _print_padding(what: str, rows: int, pad: int, positions: int, console: Console) -> None:
     share = f", {pad / positions:.4%}" if positions else ""
-    _say(console, f"{what}: {rows:,}; padding {pad:,} of {positions:,} positions{share}")
+    print_line(console, f"{what}: {rows:,}; padding {pad:,} of {positions:,} positions{share}")
 
 
 def _asked(budget: Budget) -> dict[str, str]:
@@ -347,77 +358,22 @@ def _asked(budget: Budget) -> dict[str, str]:
 def run_preparation(stages: Sequence[Stage], ledger: Ledger, note: Callable[[str], None]) -> None:
     """Run data stages as the launcher does: the store locked, in a worker process, one by one.
 
-    Raises ValueError with the reason and the log if one does not end well.
+    Raises ValueError with the reason and the log if one does not end well, KeyboardInterrupt if it
+    was told to stop.
     """
-    events: SimpleQueue[tuple[Worker, Event]] = SimpleQueue()
+    machine, labels = Machine(workers=1), {stage.name: label(stage) for stage in stages}
+
+    def tell(event: Event) -> None:
+        if event["event"] == "progress":
+            note(event["note"])
+        elif event["event"] == "finished" and event["state"] == "failed":
+            why = f"{labels[event['stage']]} is not prepared: {event['error']}"
+            raise ValueError(f"{why} (see {event['log']})")
+
+    rows = [PlanRow(stage, ledger.state(stage), {}, cost(stage, ledger)) for stage in stages]
+    features = FeatureChoices(rows, ledger, machine)
     with launch_lock(ledger.store):
-        machine, place = Machine(workers=1), ledger.store / "worker-1"
-        work = write_work(place.with_suffix(".json"), ledger.store, machine)
-        worker = Worker(1, work, place.with_suffix(".log"), machine, events.put, is_group=False)
-        left = list(stages)
-        try:
-            while left:
-                _, event = events.get()
-                if event["event"] == "progress":
-                    note(event["note"])
-                elif event["event"] == "exit" or event.get("state") in ("failed", "stopped"):
-                    why = event.get("error") or f"its process ended with code {event.get('code')}"
-                    raise ValueError(f"{label(left[0])} is not prepared: {why} (see {worker.log})")
-                elif event["event"] in ("ready", "finished"):
-                    left = [stage for stage in left if not ledger.is_done(stage)]
-                    if left:
-                        worker.row = PlanRow(
-                            left[0], ledger.state(left[0]), {}, cost(left[0], ledger)
-                        )
-                        worker.send()
-        except BaseException:
-            worker.signal(signal.SIGTERM)
-            raise
-        finally:
-            worker.close()
-            worker.leave()
-
-
-def main() -> int:
-    """The process behind `midstream show-data`; the exit code is 1 where it refuses."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--store", type=Path, required=True)
-    parser.add_argument("--row", type=int)
-    parser.add_argument("--stats", type=int, metavar="ROWS")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--prepare", action="store_true")
-    parser.add_argument("--remedy", default="midstream run", help="what prepares the data")
-    arguments = parser.parse_args()
-    stage, ledger = stage_from_json(sys.stdin.read()), Ledger(arguments.store)
-    assert isinstance(stage, Trained)
-    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
-    try:
-        data = [parent for parent in stage.parents if isinstance(parent, DataStage)]
-        read = [one for parent in data for one in order_of(parent)]
-        needed = [
-            one for one in {one.name: one for one in read}.values() if not ledger.is_done(one)
-        ]
-        if needed:
-            if not arguments.prepare:
-                states = ", ".join(f"{label(one)} is {ledger.state(one)}" for one in needed)
-                raise FileNotFoundError(
-                    f"the data of {label(stage)} is not prepared: {states} in {ledger.store}; add "
-                    f"--prepare to prepare it now, or run the study: {arguments.remedy}"
-                )
-            with errors.status(f"preparing the data of {label(stage)}") as status:
-                run_preparation(needed, ledger, lambda note: status.update(Text(note)))
-        shown = open_stage(stage, ledger)
-        if arguments.row is not None:
-            print_row(shown, arguments.row, arguments.out, console)
-        if arguments.stats is not None:
-            print_stats(shown, arguments.stats, console)
-    except (ValueError, OSError) as reason:
-        _say(errors, f"error: {reason}", style="bold red")
-        return REFUSED_EXIT_CODE
-    except KeyboardInterrupt:
-        return INTERRUPTED_EXIT_CODE
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        backend = LocalBackend(ledger, machine, features.of)
+        outcome = Scheduler(rows, labels, ledger, backend, features, tell).run({})
+    if outcome.interrupted:
+        raise KeyboardInterrupt

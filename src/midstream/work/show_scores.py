@@ -22,14 +22,43 @@ from midstream.eval.predictions import score_predictions
 from midstream.eval.scoring import SUITES, TEXT_CHANCE, VISUAL_CHANCE
 from midstream.eval.tasks import HARNESS_TASKS, VISUAL_FORMATS
 from midstream.eval.text import read_text_task
+from midstream.launch.terminal import out
+from midstream.work.protocol import Channel, Request
 
 # A score from which an example counts as right, where a person is shown which.
 RIGHT = 0.5
 
 
-def list_tasks(request: dict[str, Any], console: Console) -> None:
+class ListTasksRequest(Request):
+    """Where the benchmarks lie, if anywhere."""
+
+    data: Path | None
+
+
+class ShowRequest(Request):
+    """Folders of results, tasks of them (none: all), and how many examples of each."""
+
+    folders: tuple[Path, ...]
+    tasks: tuple[str, ...]
+    count: int
+    wrong: bool = False
+
+
+class ScoreRequest(Request):
+    """The arguments of `midstream score`."""
+
+    task: str
+    predictions: Path
+    data: Path
+    split: str | None
+    missing_as_wrong: bool
+    ignore_unknown: bool
+    as_json: bool
+
+
+def list_tasks(request: ListTasksRequest, channel: Channel) -> None:
     """Every task that is known: what is on disk, what is missing, and who published it."""
-    data = None if request["data"] is None else Path(request["data"])
+    data, console = request.data, out()
     table = Table(box=None, pad_edge=False)
     for title in ("task", "chance", "on disk", "published by", "licence"):
         table.add_column(title, overflow="fold")
@@ -54,8 +83,7 @@ def list_tasks(request: dict[str, Any], console: Console) -> None:
 
 
 def _list_own(data: Path, table: Table) -> None:
-    """A row for each task that world.json lists, and for each text task with a folder of its own:
-    what is there, or what is wrong with it."""
+    """A row for each task of world.json or in a folder of its own: what is there, or wrong."""
     visual, text = (listed_tasks(data, kind) for kind in ("visual_tasks", "text_tasks"))
     told = "this world" if visual or text else ""
     for name, entry in visual.items():
@@ -155,35 +183,28 @@ def _suite(found: dict[str, Any]) -> str:
     if found["score"] is not None:
         return _percent(found["score"])
     lacks = [*(f"no {task}" for task in found["missing"]), *found["shortened"]]
-    return (
-        f"unknown ({', '.join(lacks)} not whole)"
-        if found["shortened"]
-        else (f"unknown ({', '.join(lacks)})")
-    )
+    return f"unknown ({', '.join(lacks)}{' not whole' if found['shortened'] else ''})"
 
 
-def score_file(request: dict[str, Any], console: Console) -> None:
+def score_file(request: ScoreRequest, channel: Channel) -> None:
+    """Print the score of a file of predictions; see `score_predictions` for the errors."""
     row = score_predictions(
-        Path(request["data"]),
-        request["task"],
-        Path(request["predictions"]),
-        split=request["split"],
-        missing_as_wrong=request["missing_as_wrong"],
-        ignore_unknown=request["ignore_unknown"],
+        request.data,
+        request.task,
+        request.predictions,
+        split=request.split,
+        missing_as_wrong=request.missing_as_wrong,
+        ignore_unknown=request.ignore_unknown,
     )
-    if request["json"]:
+    if request.as_json:
         print(json.dumps(row, indent=2))
         return
-    error = (
-        ""
-        if row["stderr"] is None
-        else (
-            f" ± {100 * row['stderr']:.2f}, 95 % interval {100 * row['low']:.2f} to "
-            f"{100 * row['high']:.2f}"
-        )
-    )
+    console, error = out(), ""
+    if row["stderr"] is not None:
+        low, high = 100 * row["low"], 100 * row["high"]
+        error = f" ± {100 * row['stderr']:.2f}, 95 % interval {low:.2f} to {high:.2f}"
     console.print(
-        f"{request['task']}: {row['metric']} {100 * row['score']:.2f}{error} "
+        f"{request.task}: {row['metric']} {100 * row['score']:.2f}{error} "
         f"({row['num_examples']:,} questions, chance {100 * row['chance']:g})",
         soft_wrap=True,
     )
@@ -197,23 +218,24 @@ def score_file(request: dict[str, Any], console: Console) -> None:
         console.print(note, soft_wrap=True, markup=False)
 
 
-def show_examples(request: dict[str, Any], console: Console) -> None:
+def show_examples(request: ShowRequest, channel: Channel) -> None:
     """Examples of each task of a folder of results."""
-    for folder in map(Path, request["folders"]):
-        for path in _predictions(folder, request["tasks"]):
+    console = out()
+    for folder in request.folders:
+        for path in _predictions(folder, request.tasks):
             rows = pq.read_table(path).to_pylist()
-            if request["wrong"]:
+            if request.wrong:
                 rows = [row for row in rows if row["score"] < RIGHT]
             console.rule(f"{path.stem} of {folder.name}: {len(rows):,} examples", align="left")
-            for row in rows[: request["count"]]:
+            for row in rows[: request.count]:
                 _print_example(row, console)
 
 
-def show_differences(request: dict[str, Any], console: Console) -> None:
+def show_differences(request: ShowRequest, channel: Channel) -> None:
     """For each task that two folders share: the paired difference, and examples that differ."""
-    one, other = map(Path, request["folders"])
-    paths = {path.stem: path for path in _predictions(one, request["tasks"])}
-    shared = [path for path in _predictions(other, request["tasks"]) if path.stem in paths]
+    console, (one, other) = out(), request.folders
+    paths = {path.stem: path for path in _predictions(one, request.tasks)}
+    shared = [path for path in _predictions(other, request.tasks) if path.stem in paths]
     if not shared:
         raise ValueError(f"{one} and {other} share no task; evaluate both on the same")
     for path in shared:
@@ -230,22 +252,19 @@ def show_differences(request: dict[str, Any], console: Console) -> None:
             [first[key]["split"] or "" for key in both],
         )
         console.rule(path.stem, align="left")
+        spread = " (one cluster alone: nothing is known of its spread)"
+        if found.low is not None and found.high is not None and found.p_value is not None:
+            low, high = 100 * found.low, 100 * found.high
+            spread = f" (95 % {low:+.2f} to {high:+.2f}, p = {found.p_value:.2g})"
         console.print(
-            f"{one.name} less {other.name}: {100 * found.mean:+.2f} points"
-            + _interval(found.low, found.high, found.p_value)
-            + f" on {len(both):,} examples in {found.num_clusters:,} clusters"
+            f"{one.name} less {other.name}: {100 * found.mean:+.2f} points{spread}"
+            f" on {len(both):,} examples in {found.num_clusters:,} clusters"
             + (f"; {left_out:,} answered by one alone are left out" if left_out else ""),
             soft_wrap=True,
         )
         differ = [key for key in both if first[key]["score"] != second[key]["score"]]
-        for key in differ[: request["count"]]:
+        for key in differ[: request.count]:
             _print_example(first[key] | {"other_prediction": second[key]["prediction"]}, console)
-
-
-def _interval(low: float | None, high: float | None, p_value: float | None) -> str:
-    if low is None or high is None or p_value is None:
-        return " (one cluster alone: nothing is known of its spread)"
-    return f" (95 % {100 * low:+.2f} to {100 * high:+.2f}, p = {p_value:.2g})"
 
 
 def _predictions(folder: Path, tasks: Sequence[str]) -> list[Path]:

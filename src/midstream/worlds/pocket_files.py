@@ -1,7 +1,6 @@
 """The pocket world's benchmarks, and its shards and benchmarks as official files.
 
-Answers are chosen first, as evenly as possible over each question, and a scene is made for each.
-Beside the official files lies `scenes.jsonl`, with what every picture shows.
+Answers are chosen first, as evenly as possible over each question; a scene is made for each.
 """
 
 import io
@@ -9,7 +8,7 @@ import json
 import pickle
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from midstream.config import PocketWorld
+from midstream.core.storage import write_bytes
 from midstream.core.tokens import apportion
 from midstream.worlds.pocket_language import (
     COUNTS,
@@ -241,20 +241,14 @@ SAMPLES_A_SHARD = 1_000
 Sample = Iterator[tuple[str, bytes]]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file; creates the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text.encode())
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON; creates the folder."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def write_lines(path: Path, values: Sequence[Any]) -> None:
     """Write one JSON value a line; creates the folder."""
-    write_text(path, "".join(json.dumps(value) + "\n" for value in values))
+    write_bytes(path, "".join(json.dumps(value) + "\n" for value in values).encode())
 
 
 def write_shards(samples: Iterator[Sample], number: int, folder: Path) -> None:
@@ -287,38 +281,46 @@ def _write_pictures(
     for index, (item, name) in enumerate(zip(items, names, strict=True)):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture = draw_jpeg(generator(world.seed, f"{folder.name} picture", index), item.scene)
-        path.write_bytes(picture)
+        rng = generator(world.seed, f"{folder.name} picture", index)
+        path.write_bytes(draw_jpeg(rng, item.scene))
         records.append({"image": name} | item.scene.record())
     write_lines(folder / "scenes.jsonl", records)
 
 
-def _write_vqav2(world: PocketWorld, folder: Path) -> None:
-    items = open_items(world, "vqav2")
+def write_vqa(
+    folder: Path,
+    head: dict[str, Any],
+    items: Iterable[tuple[dict[str, int], str, str, str, str]],
+    write: Callable[[Path, Any], None],
+) -> None:
+    """VQAv2's official files with ten equal answers each, as `write` puts JSON.
+
+    An item is its ids, the question, its type, the answer's type, the answer.
+    """
     questions, annotations = [], []
-    for number, item in enumerate(items, start=1):
-        ids = {"image_id": number, "question_id": 1000 * number}
-        questions.append(ids | {"question": item.question.text})
-        question_type, answer_type = VQA_TYPES[item.question.kind]
-        annotations.append(
-            ids
-            | {
-                "question_type": question_type,
-                "answer_type": answer_type,
-                "multiple_choice_answer": item.answer,
-                "answers": [
-                    {"answer": item.answer, "answer_confidence": "yes", "answer_id": place}
-                    for place in range(1, 11)
-                ],
-            }
-        )
-    head = {"info": {}, "license": {}, "data_type": "mscoco", "data_subtype": "val2014"}
-    write_json(
+    for ids, text, question_type, answer_type, gold in items:
+        questions.append(ids | {"question": text})
+        given = {"answer": gold, "answer_confidence": "yes"}
+        answers = [given | {"answer_id": number} for number in range(1, 11)]
+        kinds = {"question_type": question_type, "answer_type": answer_type}
+        annotations.append(ids | kinds | {"multiple_choice_answer": gold, "answers": answers})
+    head = head | {"data_type": "mscoco", "data_subtype": "val2014"}
+    write(
         folder / "v2_OpenEnded_mscoco_val2014_questions.json",
         head | {"task_type": "Open-Ended", "questions": questions},
     )
-    write_json(folder / "v2_mscoco_val2014_annotations.json", head | {"annotations": annotations})
-    names = [f"val2014/COCO_val2014_{number:012d}.jpg" for number in range(1, len(items) + 1)]
+    write(folder / "v2_mscoco_val2014_annotations.json", head | {"annotations": annotations})
+
+
+def _write_vqav2(world: PocketWorld, folder: Path) -> None:
+    items = open_items(world, "vqav2")
+    ids = [{"image_id": n, "question_id": 1000 * n} for n in range(1, len(items) + 1)]
+    rows = [
+        (mine, item.question.text, *VQA_TYPES[item.question.kind], item.answer)
+        for mine, item in zip(ids, items, strict=True)
+    ]
+    write_vqa(folder, {"info": {}, "license": {}}, rows, write_json)
+    names = [f"val2014/COCO_val2014_{mine['image_id']:012d}.jpg" for mine in ids]
     _write_pictures(world, folder, items, names)
 
 
@@ -326,14 +328,12 @@ def _write_gqa(world: PocketWorld, folder: Path) -> None:
     items, questions = open_items(world, "gqa"), {}
     for index, item in enumerate(items):
         subject = item.question.text.removesuffix("?").split(" is ", 1)[1]
-        full = f"{subject} is {item.answer}."
-        if item.question.kind == "relation_shape":
-            full = f"{subject} is a {item.answer}."
+        article = "a " if item.question.kind == "relation_shape" else ""
         questions[f"{20_000_000 + index}"] = {
             "imageId": f"n{index:06d}",
             "question": item.question.text,
             "answer": item.answer,
-            "fullAnswer": full,
+            "fullAnswer": f"{subject} is {article}{item.answer}.",
             "isBalanced": True,
             "groups": {"global": None, "local": None},
             "entailed": [],

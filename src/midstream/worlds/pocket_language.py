@@ -1,8 +1,4 @@
-"""The language of the pocket world: descriptions of scenes, questions with exact answers, facts.
-
-A `Question` is a kind and what it is about; `answer` computes its answer from a scene, or None
-where it has none (no such thing, or more than one). Everything that is written is checked by it.
-"""
+"""The language of the pocket world: descriptions of scenes, questions with exact answers, facts."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

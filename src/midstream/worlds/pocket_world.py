@@ -1,16 +1,10 @@
-"""The pocket world: text, pictures, captions, conversations and benchmarks, generated.
+"""The pocket world, generated: text, pictures, captions, conversations and benchmarks.
 
-Everything is a pure function of the world's seed, file by file and byte by byte. A language model
-that sees no picture can answer none of the visual questions better than by guessing: answers are
-even over each question, and scenes are in one split only (`Scene.split`).
-
-Full descriptions stand in for synthetic captions (DataComp-DR's); alt texts for captions as they
-are found (DataComp's, CC12M's): short, partly wrong or beside the point. They never say where a
-thing is.
+All of it is a function of the seed; no visual question is answered without its picture.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import cycle, islice, pairwise
 from pathlib import Path
@@ -65,21 +59,20 @@ BESIDE_THE_POINT = ("click to enlarge", "photo", "free download", "see more", "n
 CAMERAS = ("img_{:04d}.jpg", "dsc{:05d}.jpg", "{:06d}.png")
 
 
-def write_captions(world: PocketWorld, scenes: Sequence[Scene], folder: Path) -> None:
-    """Write shards with a picture of each scene, its description and its record."""
-    samples = (_sample(world, scene, index) for index, scene in enumerate(scenes))
+def write_captions(
+    world: PocketWorld, scenes: Sequence[Scene], texts: Sequence[str | None], folder: Path
+) -> None:
+    """Write shards with a picture of each scene, its text (None: a description) and its record."""
+    numbered = enumerate(zip(scenes, texts, strict=True))
+    samples = (_sample(world, scene, index, text) for index, (scene, text) in numbered)
     write_shards(samples, len(scenes), folder)
 
 
-def write_alt_texts(world: PocketWorld, scenes: Sequence[Scene], folder: Path) -> None:
-    """Write the same pictures and records with an alt text each, but for the last scene."""
-    samples = (
-        _sample(
-            world, scene, index, alt_text(generator(world.seed, "alt text", index), scene, after)
-        )
-        for index, (scene, after) in enumerate(pairwise(scenes))
-    )
-    write_shards(samples, len(scenes) - 1, folder)
+def _sample(world: PocketWorld, scene: Scene, index: int, text: str | None) -> Sample:
+    rng = generator(world.seed, "caption", index)
+    yield f"{index:08d}.jpg", draw_jpeg(rng, scene)
+    yield f"{index:08d}.txt", (describe(rng, scene) if text is None else text).encode()
+    yield f"{index:08d}.json", json.dumps(scene.record()).encode()
 
 
 def alt_text(rng: np.random.Generator, scene: Scene, other: Scene) -> str:
@@ -89,71 +82,38 @@ def alt_text(rng: np.random.Generator, scene: Scene, other: Scene) -> str:
     are a file named after a thing, two another picture's text and two nothing of any picture.
     """
     chosen = below(rng, 20)
-    kind = next(kind for limit, kind in _KINDS if chosen < limit)
-    return kind(rng, scene, other)
-
-
-def _sample(world: PocketWorld, scene: Scene, index: int, text: str | None = None) -> Sample:
-    """The files of a picture; the text is its description where none is given."""
-    rng = generator(world.seed, "caption", index)
-    yield f"{index:08d}.jpg", draw_jpeg(rng, scene)
-    yield f"{index:08d}.txt", (describe(rng, scene) if text is None else text).encode()
-    yield f"{index:08d}.json", json.dumps(scene.record()).encode()
-
-
-def _half(rng: np.random.Generator, scene: Scene, other: Scene) -> str:
-    """Half of the things (rounded up), each by colour, by shape or by both; perhaps the word."""
-    names = [_name(rng, pair) for pair in _half_of(rng, scene)]
-    if scene.word and rng.random() < 0.5:
-        names.append(scene.word)
-    return _joined(rng, names)
-
-
-def _wrong(rng: np.random.Generator, scene: Scene, other: Scene) -> str:
-    """Half of the things, the first of them in a colour or of a shape that it has not."""
-    (color, shape), *rest = _half_of(rng, scene)
-    present = {thing.pair for thing in scene.things}
-    wrong = [(c, shape) for c in COLORS] + [(color, s) for s in SHAPES]
-    pairs = [pick(rng, [pair for pair in wrong if pair not in present]), *rest]
-    return _joined(rng, [" ".join(pair) for pair in pairs])
-
-
-def _file(rng: np.random.Generator, scene: Scene, other: Scene) -> str:
-    """A file named after one thing."""
-    color, shape = pick(rng, scene.things).pair
-    return f"{pick(rng, (f'{color}-{shape}', f'{shape}_{color}', shape))}{below(rng, 100)}.jpg"
-
-
-def _elsewhere(rng: np.random.Generator, scene: Scene, other: Scene) -> str:
-    """The text of another picture."""
-    return _half(rng, other, scene)
-
-
-def _nothing(rng: np.random.Generator, scene: Scene, other: Scene) -> str:
-    """A camera's file name, or what every page says."""
+    if chosen < 10:
+        return _half(rng, scene)
+    if chosen < 13:
+        (color, shape), *rest = _half_of(rng, scene)
+        present = {thing.pair for thing in scene.things}
+        wrong = [(c, shape) for c in COLORS] + [(color, s) for s in SHAPES]
+        pairs = [pick(rng, [pair for pair in wrong if pair not in present]), *rest]
+        return _joined(rng, [" ".join(pair) for pair in pairs])
+    if chosen < 16:
+        color, shape = pick(rng, scene.things).pair
+        return f"{pick(rng, (f'{color}-{shape}', f'{shape}_{color}', shape))}{below(rng, 100)}.jpg"
+    if chosen < 18:
+        return _half(rng, other)
     if rng.random() < 0.5:
         return pick(rng, CAMERAS).format(below(rng, 10_000))
     return pick(rng, (*BESIDE_THE_POINT, f"photo of {pick(rng, NAMES)}"))
 
 
-Kind = Callable[[np.random.Generator, Scene, Scene], str]
-_KINDS: tuple[tuple[int, Kind], ...] = (
-    (10, _half),
-    (13, _wrong),
-    (16, _file),
-    (18, _elsewhere),
-    (20, _nothing),
-)
+def _half(rng: np.random.Generator, scene: Scene) -> str:
+    """Half of the things (rounded up), each by colour, by shape or by both; perhaps the word."""
+    names = []
+    for color, shape in _half_of(rng, scene):
+        both = f"{color} {shape}"
+        names.append(pick(rng, (both, both, shape, f"something {color}")))
+    if scene.word and rng.random() < 0.5:
+        names.append(scene.word)
+    return _joined(rng, names)
 
 
 def _half_of(rng: np.random.Generator, scene: Scene) -> list[Pair]:
     number = (len(scene.things) + 1) // 2
     return [thing.pair for thing in shuffled(rng, scene.things)[:number]]
-
-
-def _name(rng: np.random.Generator, pair: Pair) -> str:
-    color, shape = pair
-    return pick(rng, (f"{color} {shape}", f"{color} {shape}", shape, f"something {color}"))
 
 
 def _joined(rng: np.random.Generator, names: list[str]) -> str:
@@ -183,11 +143,15 @@ def write_pocket_world(world: PocketWorld, root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     _write_documents(world, root / "text" / "web")
     captioned = [caption_scene(world, index) for index in range(world.num_captions)]
-    write_captions(world, captioned, root / "captions" / "pictures")
+    write_captions(world, captioned, [None] * len(captioned), root / "captions" / "pictures")
     if world.num_alt_texts:
         # One more than there are texts: each knows the next picture's scene.
         scenes = [caption_scene(world, index) for index in range(world.num_alt_texts + 1)]
-        write_alt_texts(world, scenes, root / "captions" / "alt_texts")
+        texts = [
+            alt_text(generator(world.seed, "alt text", index), *pair)
+            for index, pair in enumerate(pairwise(scenes))
+        ]
+        write_captions(world, scenes[:-1], texts, root / "captions" / "alt_texts")
     _write_talks(world, root / "instruct" / "talks")
     write_benchmarks(world, captioned, root / "bench")
     for task in TEXT_TASKS:
@@ -200,9 +164,6 @@ def write_pocket_world(world: PocketWorld, root: Path) -> None:
         "text_tasks": {task: {"chance": 0.25} for task in TEXT_TASKS},
     }
     write_json(root / "world.json", description)
-
-
-# ------------------------------------------------------------------- scenes with questions on them
 
 
 def converse(
@@ -240,11 +201,6 @@ def converse(
     raise AssertionError(f"no scene of {splits} answers {kinds}")
 
 
-def either(rng: np.random.Generator, one: str, other: str) -> str:
-    """One of two kinds, each as likely."""
-    return pick(rng, (one, other))
-
-
 def document(world: PocketWorld, index: int, facts: dict[tuple[str, str], str]) -> str:
     """The text document at `index`: a described scene with questions, or facts about people."""
     return scene_document(world, index)[0] or fact_document(
@@ -260,7 +216,7 @@ def scene_document(world: PocketWorld, index: int) -> tuple[str, Scene | None]:
     low = pick(rng, NUM_THINGS)
     kinds = ["color", "shape", "shape_at", "count", "exists", "word"]
     if low > 1:
-        kinds.append(either(rng, "relation_color", "relation_shape"))
+        kinds.append(pick(rng, ("relation_color", "relation_shape")))
     kinds = shuffled(rng, kinds)[: 3 + below(rng, 4)]
     scene, turns = converse(rng, kinds, ("captions", "instruct"), (low, low))
     layout = pick(rng, LAYOUTS)
@@ -281,19 +237,15 @@ def talk(world: PocketWorld, index: int) -> tuple[Scene, list[Turn]]:
     rng = generator(world.seed, "talk", index)
     low = pick(rng, (*NUM_THINGS * 2, 5, 6))
     # Boxes are long answers: half of the talks ask for one, so that they are not most of the text.
-    kinds = ["color", either(rng, "shape", "shape_at"), "word", "exists", "count"]
+    kinds = ["color", pick(rng, ("shape", "shape_at")), "word", "exists", "count"]
     where = "where_pair"
     if low > 1:
-        kinds.append(either(rng, "relation_color", "relation_shape"))
-        where = either(
-            rng, where, either(rng, "where_relation", "where_size") if low > 2 else where
-        )
-    kinds.append(either(rng, where, "exists"))
+        kinds.append(pick(rng, ("relation_color", "relation_shape")))
+        other = pick(rng, ("where_relation", "where_size")) if low > 2 else where
+        where = pick(rng, (where, other))
+    kinds.append(pick(rng, (where, "exists")))
     kinds = shuffled(rng, kinds)[: 4 + below(rng, 3)]
     return converse(rng, kinds, ("instruct",), (low, low))
-
-
-# -------------------------------------------------------------------------------------- text tasks
 
 
 def text_items(world: PocketWorld, task: str) -> list[dict[str, Any]]:
@@ -354,9 +306,6 @@ def _described_questions(rng: np.random.Generator, task: str, count: int) -> lis
         others = shuffled(rng, [name for name in kinds[question.kind] if name != reply])[:3]
         asked.append((describe(rng, scene) + "\n", question.text, reply, others))
     return asked
-
-
-# ----------------------------------------------------------------------------------------- writing
 
 
 def _write_documents(world: PocketWorld, folder: Path) -> None:

@@ -60,7 +60,7 @@ def write_small_real(config: SmallReal, out: Path) -> None:
     what is left out is counted in the notes of `world.json`.
     """
     root = config.root
-    check_bytes(config)
+    check_files(config)
     photos = owners.read_photos(root / "caption_flickr8k")
     easy = {split: owners.read_easy(root / "vqa_easy" / split) for split in ("train", "test")}
     daquar = owners.read_daquar(root / "vqa_daquar")
@@ -112,18 +112,23 @@ def write_small_real(config: SmallReal, out: Path) -> None:
     write_json(out / "world.json", world)
 
 
-def check_bytes(config: SmallReal) -> None:
+def check_files(config: SmallReal) -> None:
     """Refuse a data folder that lacks a file or holds other bytes than were planned with."""
-    owners.check_files(config.root)
-    found = folder_fingerprint(config.root, SmallReal.FILES)
+    root = config.root
+    for pattern in SmallReal.FILES:
+        if next(root.glob(pattern), None) is None:
+            folder = pattern.partition("/")[0]
+            raise FileNotFoundError(
+                f"{root / pattern} is missing: the small real world reads the folder {folder!r} "
+                f"of {root}; put it there (docs/real-data.md lists the folders), or give the "
+                "folder that holds it"
+            )
+    found = folder_fingerprint(root, SmallReal.FILES)
     if found != config.fingerprint:
         raise ValueError(
-            f"{config.root} has fingerprint {found}, the plan was made for {config.fingerprint}: "
+            f"{root} has fingerprint {found}, the plan was made for {config.fingerprint}: "
             "the data changed; plan again"
         )
-
-
-# ------------------------------------------------------------------------------- training sources
 
 
 def write_texts(root: Path, out: Path) -> None:

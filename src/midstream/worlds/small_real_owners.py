@@ -19,6 +19,7 @@ from PIL import Image
 
 from midstream.config import SmallReal
 from midstream.core.storage import read_json, write_bytes, write_json
+from midstream.worlds.pocket_files import write_vqa
 
 # Share of the pictures that could be asked about which training never sees.
 HELD_APART_PERCENT = 20
@@ -66,18 +67,6 @@ class Photos:
     training_pairs: tuple[Pair, ...]
     held_pairs: tuple[Pair, ...]
     counts: dict[str, int]
-
-
-def check_files(root: Path) -> None:
-    """Raises FileNotFoundError for the first pattern of `SmallReal.FILES` that `root` lacks."""
-    for pattern in SmallReal.FILES:
-        if next(root.glob(pattern), None) is None:
-            folder = pattern.partition("/")[0]
-            raise FileNotFoundError(
-                f"{root / pattern} is missing: the small real world reads the folder {folder!r} "
-                f"of {root}; put it there (docs/real-data.md lists the folders), or give the "
-                "folder that holds it"
-            )
 
 
 def is_held_apart(name: str) -> bool:
@@ -131,10 +120,7 @@ def read_photos(folder: Path) -> Photos:
     belongs to no held picture and is in no evaluation pair. Spelling is compared without
     punctuation, which the pairs lost in places.
     """
-    captions = [
-        Captioned(_picture(folder / "images" / name, where), caption)
-        for where, (name, caption) in _rows(folder / "captions.txt", ("image", "caption"))
-    ]
+    captions = list(_captioned(folder / "captions.txt", folder / "images"))
     pairs = list(_match_pairs(folder))
     distinct = list(dict.fromkeys(pairs))
     held = {pair.picture for pair in distinct if is_held_apart(pair.picture.name)}
@@ -167,10 +153,7 @@ def read_photos(folder: Path) -> Photos:
 
 def read_emoji(folder: Path) -> list[Captioned]:
     """Emoji and their names."""
-    return [
-        Captioned(_picture(folder / "72" / name, where), caption)
-        for where, (name, caption) in _rows(folder / "captions.csv", ("image", "caption"))
-    ]
+    return list(_captioned(folder / "captions.csv", folder / "72"))
 
 
 def read_easy(folder: Path) -> list[Question]:
@@ -241,6 +224,11 @@ def read_json_lines(path: Path, *keys: str) -> Iterator[tuple[str, dict[str, Any
         if not isinstance(record, dict) or not record.keys() >= set(keys):
             raise ValueError(f"{where}: needs the keys {', '.join(keys)}")
         yield where, record
+
+
+def _captioned(path: Path, pictures: Path) -> Iterator[Captioned]:
+    for where, (name, caption) in _rows(path, ("image", "caption")):
+        yield Captioned(_picture(pictures / name, where), caption)
 
 
 def _match_pairs(folder: Path) -> Iterator[Pair]:
@@ -316,31 +304,13 @@ def write_vqa_benchmark(
     """
     if not asked:
         raise ValueError(f"no question is left for {folder.name}: all its pictures are trained on")
-    questions, annotations = [], []
+    rows = []
     for number, item in enumerate(asked, start=1):
-        ids = {"question_id": number, "image_id": item.number}
         kind = "yes/no" if item.answer in ("yes", "no") else "other"
         kind = "number" if item.answer.isdecimal() else kind
-        answers = [
-            {"answer": item.answer, "answer_confidence": "yes", "answer_id": index}
-            for index in range(1, 11)
-        ]
-        questions.append({**ids, "question": item.text})
-        annotations.append(
-            {
-                **ids,
-                "question_type": question_type(item),
-                "answer_type": kind,
-                "multiple_choice_answer": item.answer,
-                "answers": answers,
-            }
-        )
-    head = {"data_type": "mscoco", "data_subtype": "val2014"}
-    write_json(
-        folder / "v2_OpenEnded_mscoco_val2014_questions.json",
-        {**head, "task_type": "Open-Ended", "questions": questions},
-    )
-    write_json(folder / "v2_mscoco_val2014_annotations.json", {**head, "annotations": annotations})
+        ids = {"question_id": number, "image_id": item.number}
+        rows.append((ids, item.text, question_type(item), kind, item.answer))
+    write_vqa(folder, {}, rows, write_json)
     for number, picture in {item.number: item.picture for item in asked}.items():
         name = f"COCO_val2014_{number:012d}.jpg"
         write_bytes(folder / "val2014" / name, as_jpeg(picture))
@@ -349,14 +319,12 @@ def write_vqa_benchmark(
     for item in training:
         by_group[group_of(item)][item.answer] += 1
     overall = Counter(item.answer for item in training)
-    guesses = [most_frequent(by_group.get(group_of(item), overall)) for item in asked]
-    hits = sum(guess == item.answer for guess, item in zip(guesses, asked, strict=True))
+    hits = 0
+    for item in asked:
+        counts = by_group.get(group_of(item), overall)
+        # Of equally frequent ones the first in the alphabet.
+        hits += item.answer == min(counts, key=lambda answer: (-counts[answer], answer))
     return hits / len(asked)
-
-
-def most_frequent(answers: Counter[str]) -> str:
-    """The answer with the highest count; of equal ones the first in the alphabet."""
-    return min(answers, key=lambda answer: (-answers[answer], answer))
 
 
 def write_match_benchmark(folder: Path, pairs: Sequence[Pair], config: SmallReal) -> int:

@@ -1,7 +1,4 @@
-"""What all formats of captions check, and lists of captions: COCO, CSV, Hugging Face imagefolder.
-
-Checked are the text, the JSON that it stands in, and where the picture lies.
-"""
+"""What all formats of captions check, and lists of them: COCO, CSV, Hugging Face imagefolder."""
 
 import csv
 import errno
@@ -23,23 +20,18 @@ from midstream.data.formats.files import (
     open_binary,
     read_lines,
     read_range,
-    size_of,
 )
-from midstream.data.formats.records import LARGEST_BYTES, CaptionRecord, Picture, ReadOptions, Unit
+from midstream.data.formats.records import (
+    LARGEST_BYTES,
+    CaptionRecord,
+    Picture,
+    ReadOptions,
+    Unit,
+    unicode_problem,
+)
 from midstream.data.source_writer import Reject
 
 NOT_UTF8, NOT_UNICODE = "caption not UTF-8", "caption not Unicode"
-
-
-def record_of(
-    where: str, caption: str | Reject, picture: Picture | Reject
-) -> CaptionRecord | Reject:
-    """A record of both, or why the first of them that is none cannot be used."""
-    if isinstance(caption, Reject):
-        return caption
-    if isinstance(picture, Reject):
-        return replace(picture, where=where)
-    return CaptionRecord(where, caption, picture)
 
 
 def text_keys(options: ReadOptions) -> tuple[str, ...]:
@@ -78,19 +70,35 @@ def caption_of(value: object, where: str, reason: str = NOT_UNICODE) -> str | Re
     if not isinstance(value, str):
         return Reject(where, "no caption", f"it is {type(value).__name__}")
     caption = value.strip()
+    if problem := unicode_problem(caption):
+        return Reject(where, reason, problem)
+    return caption or Reject(where, "empty caption")
+
+
+def load_picture(root: str, name: str, where: str) -> Picture | Reject:
+    """What the record at `where` calls `name`, under the folder or URL `root`."""
     try:
-        caption.encode()
-    except UnicodeEncodeError as error:
-        return Reject(where, reason, str(error))
-    return caption if caption else Reject(where, "empty caption")
+        path = inside(root, name, where)
+    except ValueError as error:
+        return Reject(where, "picture outside the folder", str(error).removeprefix(f"{where}: "))
+    try:
+        data = read_range(path, 0, LARGEST_BYTES + 1)
+    except OSError as error:
+        absent = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+        # A failing disk or connection is no missing picture.
+        if not isinstance(error, absent) and error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        return Reject(where, "missing picture", path)
+    if len(data) > LARGEST_BYTES:
+        return Reject(where, "picture too large", f"{path} has over {LARGEST_BYTES:,} bytes")
+    return Picture(path, 0, data) if data else Reject(where, "zero-byte picture", path)
 
 
 class Folder:
     """Pictures under `root`, a folder or URL; the last one read is kept for its other captions."""
 
     def __init__(self, root: str) -> None:
-        self.root = root
-        self._kept = lru_cache(1)(self._load)
+        self._load = lru_cache(1)(lambda name: load_picture(root, name, root))
 
     def record(self, where: str, caption: str | Reject, name: object) -> CaptionRecord | Reject:
         """A caption with the picture called `name`, which is read only if the caption is one."""
@@ -98,27 +106,10 @@ class Folder:
             return Reject(where, "no picture", f"its name is {name!r}")
         if isinstance(caption, Reject):
             return caption
-        return record_of(where, caption, self._kept(name))
-
-    def _load(self, name: str) -> Picture | Reject:
-        try:
-            path = inside(self.root, name, self.root)
-        except ValueError as error:
-            return Reject(self.root, "picture outside the folder", str(error))
-        try:
-            size = size_of(path)
-            if size > LARGEST_BYTES:
-                return Reject(self.root, "picture too large", f"{path} has {size:,} bytes")
-            data = read_range(path, 0, size)
-        except OSError as error:
-            absent = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-            if not isinstance(error, absent) and error.errno not in (
-                errno.ENAMETOOLONG,
-                errno.ELOOP,
-            ):
-                raise
-            return Reject(self.root, "missing picture", path)
-        return Picture(path, 0, data) if data else Reject(self.root, "zero-byte picture", path)
+        picture = self._load(name)
+        if isinstance(picture, Reject):
+            return replace(picture, where=where)
+        return CaptionRecord(where, caption, picture)
 
 
 _BOM = b"\xef\xbb\xbf"

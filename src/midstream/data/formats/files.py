@@ -1,10 +1,6 @@
 """Input files: where they lie, how they are read, which are one and the same.
 
-A name with "://" in it is an `fsspec` URL. Nothing here holds more than one piece of a file in
-memory.
-
-Files with the same data would count twice and are refused. Names are enough for files side by
-side; elsewhere bytes are compared, of files that could be equal, each read once.
+A name with "://" in it is an `fsspec` URL. One piece of a file is in memory at a time.
 """
 
 import gzip
@@ -201,8 +197,15 @@ def _unpacked(path: str) -> Iterator[io.BufferedReader]:
         if name.endswith(GZIP + ZSTD):
             if not size_of(path):
                 raise ValueError(f"{path} is an empty file, not a compressed one; fetch it again")
-            unpack = _unpack_gzip if name.endswith(GZIP) else _unpack_zstd
-            stream = stack.enter_context(unpack(path, stream))
+            # pyarrow and not zstandard, whose reader takes the end of a cut file for its end.
+            source = (
+                gzip.GzipFile(fileobj=stream)
+                if name.endswith(GZIP)
+                else pyarrow.input_stream(stream if is_url(path) else path, compression="zstd")
+            )
+            stream = stack.enter_context(
+                io.BufferedReader(cast(io.RawIOBase, source), _PIECE_BYTES)
+            )
         yield stream
 
 
@@ -211,16 +214,6 @@ def _checked(path: str, read: Callable[[int], bytes], size: int) -> bytes:
         return read(size)
     except (EOFError, OSError, zlib.error, pyarrow.ArrowException) as error:
         raise ValueError(f"{path} is cut short or damaged ({error}); fetch it again") from None
-
-
-def _unpack_gzip(path: str, stream: io.BufferedReader) -> io.BufferedReader:
-    return io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=stream)), _PIECE_BYTES)
-
-
-def _unpack_zstd(path: str, stream: io.BufferedReader) -> io.BufferedReader:
-    # pyarrow and not zstandard, whose reader takes the end of a cut file for the end of the data.
-    source = stream if is_url(path) else path
-    return io.BufferedReader(pyarrow.input_stream(source, compression="zstd"), _PIECE_BYTES)
 
 
 def _local_files(source: str) -> list[str]:

@@ -1,14 +1,10 @@
 """The public formats that come with pictures: captions and conversations (see `docs/data.md`).
 
-Records are numbered from 0, as `Unit.first` counts them; JSON lines of conversations from 1. A
-record that cannot be used is a `Reject` that says why; a file that cannot be read as its format is
-a ValueError. Pictures are not decoded here.
+Records are numbered from 0, JSON lines of conversations from 1. Pictures are not decoded here.
 """
 
-import errno
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from itertools import islice
 from typing import Any
 
@@ -20,6 +16,7 @@ from midstream.data.formats.captions import (
     field_of,
     first_line,
     json_object,
+    load_picture,
     objects_of,
     read_coco,
     read_csv,
@@ -31,11 +28,9 @@ from midstream.data.formats.files import (
     exists,
     find_files,
     folder_of,
-    inside,
     is_folder,
     join,
     read_lines,
-    read_range,
 )
 from midstream.data.formats.records import (
     NOT_UNICODE,
@@ -65,11 +60,11 @@ FORMATS = {
     "imagefolder": "metadata.jsonl with file_name and text",
 }
 # Which files of a folder are captions; a file given by its own name may have another one.
-_NAMES = {
-    "tar": r".*\.tar",
-    "coco": r"captions_.*\.json",
-    "csv": r"(captions|metadata).*\.(csv|txt)",
-    "imagefolder": r"metadata\.jsonl",
+NAMES = {
+    "tar": ("*.tar",),
+    "coco": ("captions_*.json",),
+    "csv": ("captions*.csv", "captions*.txt", "metadata*.csv", "metadata*.txt"),
+    "imagefolder": ("metadata.jsonl",),
 }
 _SUFFIXES = (".tar", ".json", ".csv", ".txt", ".jsonl")
 
@@ -79,11 +74,9 @@ def caption_units(sources: Sequence[str], options: ReadOptions) -> list[Unit]:
 
     A tar is one unit; other files are cut every 20,000 records. The first tar of a source tells
     the format of all its tars. Raises FileNotFoundError for what is not there, and ValueError for
-    a file of an unknown format, one without a record or given twice, a folder with captions of two
-    formats, and for synthetic captions required of a format that has none.
+    a file of an unknown format or without a record, a folder with captions of two formats, and for
+    synthetic captions required of a format that has none.
     """
-    if options.images is not None and not is_folder(options.images):
-        raise FileNotFoundError(f"{options.images} is no folder of pictures; correct its name")
     units: list[Unit] = []
     for source in sources:
         tar_format = ""
@@ -93,10 +86,6 @@ def caption_units(sources: Sequence[str], options: ReadOptions) -> list[Unit]:
                 units.append(Unit(tar_format, (path,)))
             else:
                 units.extend(_cut(path, _lone_format(path), options))
-    times = Counter(unit.files[0] for unit in units if not unit.first)
-    for path, count in times.items():
-        if count > 1:
-            raise ValueError(f"{path} is given {count} times; give each file once")
     return units
 
 
@@ -111,8 +100,6 @@ def read_captions(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | 
 
     Raises ValueError that names the file if it is damaged or lacks a column or list.
     """
-    if unit.format not in _READERS:
-        raise ValueError(f"{unit.files[0]}: {unit.format!r} is no format of captions; {_known()}")
     return _READERS[unit.format](unit, options)
 
 
@@ -125,8 +112,8 @@ def _caption_files(source: str) -> list[str]:
     if not is_folder(source):
         return files
     found = {
-        kind: [file for file in files if re.fullmatch(pattern, base_name(file))]
-        for kind, pattern in _NAMES.items()
+        kind: [file for file in files if any(fnmatchcase(base_name(file), name) for name in names)]
+        for kind, names in NAMES.items()
     }
     kinds = [kind for kind, named in found.items() if named]
     if not kinds:
@@ -174,12 +161,8 @@ def _cut(path: str, form: str, options: ReadOptions) -> list[Unit]:
     return [Unit(form, (path,), x, min(x + NUM_UNIT_RECORDS, count)) for x in starts]
 
 
-# Samples in tar archives.
-
-
 def _read_tar(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
-    for sample in samples_of(unit.files[0]):
-        yield _sample_record(sample, options)
+    return (_sample_record(sample, options) for sample in samples_of(unit.files[0]))
 
 
 def _sample_record(sample: Sample, options: ReadOptions) -> CaptionRecord | Reject:
@@ -255,27 +238,21 @@ _READERS: dict[str, Callable[[Unit, ReadOptions], Iterator[CaptionRecord | Rejec
 }
 
 
-UNIT_RECORDS = 20_000
-MAX_PICTURE_BYTES = 256 * 2**20
 LLAVA = "llava.json"
 SUFFIXES = (".json", *JSON_LINES)
 _ID_CHARACTERS = 80
 
 
-def conversation_units(sources: Sequence[str], options: ReadOptions) -> list[Unit]:
+def conversation_units(sources: Sequence[str]) -> list[Unit]:
     """The work that `sources` (files, folders, patterns, `fsspec` URLs) make, in their order.
 
     A folder stands for the `llava.json` in it, or for all JSON files under it. Files are cut every
     20,000 records, for which they are read once. Raises FileNotFoundError for what is not there,
-    and ValueError for a file that holds no list or lines of records, is cut short or given twice.
+    and ValueError for a file that holds no list or lines of records or is cut short.
     """
-    if options.images is not None and not is_folder(options.images):
-        raise FileNotFoundError(f"{options.images} is no folder of pictures; correct its name")
-    files = [file for source in sources for file in _files(source)]
-    for path, times in Counter(files).items():
-        if times > 1:
-            raise ValueError(f"{path} is given {times} times; give each file once")
-    return [unit for path in files for unit in _conversations_of(path)]
+    return [
+        unit for source in sources for path in _files(source) for unit in _conversations_of(path)
+    ]
 
 
 def read_conversations(unit: Unit, options: ReadOptions) -> Iterator[ConversationRecord | Reject]:
@@ -306,7 +283,7 @@ def _files(source: str) -> list[str]:
 
 def _conversations_of(path: str) -> list[Unit]:
     num_records = sum(1 for _ in _entries(path))
-    starts = range(0, max(1, num_records), UNIT_RECORDS)
+    starts = range(0, max(1, num_records), NUM_UNIT_RECORDS)
     name = "json" if _is_list(path) else "jsonl"
     # The last one reads to the file's end.
     ends = [*starts[1:], None]
@@ -338,25 +315,7 @@ def _conversation(record: dict[str, Any], where: str, root: str) -> Conversation
     for number, turn in enumerate(talk.turns):
         if problem := unicode_problem("\n".join(turn)):
             return Reject(where, NOT_UNICODE, f"in question or reply {number}: {problem}")
-    picture = _picture(names[0], where, root) if names else None
+    picture = load_picture(root, names[0], where) if names else None
     if isinstance(picture, Reject):
         return picture
     return ConversationRecord(where, talk.turns, picture, talk.left_out)
-
-
-def _picture(name: str, where: str, root: str) -> Picture | Reject:
-    try:
-        path = inside(root, name, where)
-    except ValueError as error:
-        return Reject(where, "picture outside the folder", str(error).removeprefix(f"{where}: "))
-    try:
-        data = read_range(path, 0, MAX_PICTURE_BYTES + 1)
-    except OSError as error:
-        absent = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-        # A failing disk or connection is no missing picture.
-        if not isinstance(error, absent) and error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
-            raise
-        return Reject(where, "missing picture", path)
-    if len(data) > MAX_PICTURE_BYTES:
-        return Reject(where, "picture too large", f"{path} has over {MAX_PICTURE_BYTES:,} bytes")
-    return Picture(path, 0, data) if data else Reject(where, "zero-byte picture", path)

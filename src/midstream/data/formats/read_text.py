@@ -1,15 +1,14 @@
 """The public formats of text, as words and as OpenLM's shards of token ids (see `docs/data.md`).
 
-Lines are numbered from 1, rows of parquet files from 0. A record that cannot be used is a `Reject`
-with one of the reasons below; a file that cannot be read as its format is a ValueError.
+Lines are numbered from 1, rows of parquet files from 0.
 """
 
 import gzip
 import io
 import json
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 
 import numpy as np
 import pyarrow
@@ -46,54 +45,6 @@ _MEMBERS = (".txt", ".json", ".json.gz")
 _MAX_UNPACKED_BYTES = 64 * 2**20
 
 
-class Manifests:
-    """The manifests of folders of shards, each read once."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, dict[str, int] | None] = {}
-
-    def listed(self, path: str) -> dict[str, int] | None:
-        """Chunks of each shard file that `path`, a `manifest.jsonl`, lists.
-
-        None for every other file, also one of this name that holds other records than shards.
-        Raises ValueError that names the line for a shard without a name or a number of chunks,
-        with a name that leads out of the folder, or listed twice.
-        """
-        if base_name(path) != MANIFEST:
-            return None
-        if path not in self._found:
-            self._found[path] = _read_manifest(path)
-        return self._found[path]
-
-    def chunks(self, shard: str) -> int | None:
-        """How many chunks the manifest beside a shard promises; None if there is no manifest.
-
-        Raises ValueError for a shard that is not listed, and for a first shard without a manifest
-        that holds no token ids.
-        """
-        manifest = join(folder_of(shard), MANIFEST, shard)
-        if manifest not in self._found and not exists(manifest):
-            self._found[manifest] = None
-            check_tokenised(shard)
-        listed = self.listed(manifest)
-        if listed is None:
-            return None
-        if shard not in listed:
-            raise ValueError(
-                f"{shard} is not in {manifest}; add its line, move the file away, or give the "
-                "manifest itself to read only what it lists"
-            )
-        return listed[shard]
-
-
-def check_tokenised(path: str) -> None:
-    """Raises ValueError that names the archive if its first member holds no token ids."""
-    first = next(scan_tar(path), None)
-    found = None if first is None else chunk_of(first, path)
-    if isinstance(found, Reject):
-        raise ValueError(f"{found}: no shard of token ids; pictures are prepared as captions")
-
-
 def read_tokens(unit: Unit) -> Iterator[TokenRecord | Reject]:
     """The chunks of a shard, their ids taken as they are.
 
@@ -103,7 +54,7 @@ def read_tokens(unit: Unit) -> Iterator[TokenRecord | Reject]:
     path, num_chunks = unit.files[0], 0
     for member in scan_tar(path):
         num_chunks += 1
-        yield chunk_of(member, path)
+        yield _chunk_of(member, path)
     if unit.last is not None and num_chunks != unit.last:
         raise ValueError(
             f"{path} holds {num_chunks:,} chunks, {folder_of(path)}/{MANIFEST} says "
@@ -111,7 +62,7 @@ def read_tokens(unit: Unit) -> Iterator[TokenRecord | Reject]:
         )
 
 
-def chunk_of(member: Member, path: str) -> TokenRecord | Reject:
+def _chunk_of(member: Member, path: str) -> TokenRecord | Reject:
     """The token ids that a member of the archive `path` holds, or why it holds none."""
     where = f"{path}, member {member.name}"
     if member.problem:
@@ -142,6 +93,9 @@ def _unpacked(member: Member) -> bytes:
 
 
 def _read_manifest(path: str) -> dict[str, int] | None:
+    """Chunks of each shard file that a manifest lists; None if it is absent or lists no shards."""
+    if not exists(path):
+        return None
     found: dict[str, int] = {}
     for number, line in enumerate(read_lines(path), start=1):
         if line.isspace():
@@ -171,20 +125,15 @@ _BATCH_ROWS, _BUFFER_BYTES = 256, 2**20
 Item = TextRecord | TokenRecord | Reject
 
 
-def text_units(sources: Sequence[str], options: ReadOptions) -> list[Unit]:
+def text_units(sources: Sequence[str]) -> list[Unit]:
     """The work that `sources` (files, folders, patterns, `fsspec` URLs) make, one unit a file.
 
     The format follows from a file's name. `manifest.jsonl` stands for the tokenised shards that it
     lists; `last` of their units is the number of chunks that it promises. Raises FileNotFoundError
-    for what is not there, a listed shard too, and ValueError for a file of an unknown format or
-    given twice, a shard that the manifest beside it does not list, and a .tar of something else.
+    for what is not there, a listed shard too, and ValueError for a file of an unknown format, a
+    shard that the manifest beside it does not list, and a .tar of something else.
     """
-    del options
-    units = [unit for source in sources for unit in _units(source)]
-    for path, times in Counter(unit.files[0] for unit in units).items():
-        if times > 1:
-            raise ValueError(f"{path} is given {times} times; give each file once")
-    return units
+    return [unit for source in sources for unit in _units(source)]
 
 
 def read_text(unit: Unit, options: ReadOptions) -> Iterator[Item]:
@@ -194,39 +143,52 @@ def read_text(unit: Unit, options: ReadOptions) -> Iterator[Item]:
     ValueError that names the file if it is cut short, damaged, not of its format, without the
     column of the text, or holds another number of chunks than its manifest says.
     """
-    if unit.format not in _READERS:
-        raise ValueError(f"{unit.files[0]}: {unit.format!r} is no format of texts; {_known()}")
     return _READERS[unit.format](unit, options)
 
 
 def _units(source: str) -> list[Unit]:
     files = find_files(source, tuple(end for ends in TEXT_SUFFIXES.values() for end in ends))
-    manifests = Manifests()
-    lists = {path: listed for path in files if (listed := manifests.listed(path)) is not None}
-    shards = {shard: path for path, listed in lists.items() for shard in listed}
+    listed = cache(_read_manifest)
+    lists = {path for path in files if base_name(path) == MANIFEST and listed(path) is not None}
+    shards = {shard: path for path in sorted(lists) for shard in listed(path) or ()}
     for shard in sorted(shards.keys() - set(files)):
         if not exists(shard):
             raise FileNotFoundError(
                 f"{shard} does not exist, {shards[shard]} lists it; fetch it or remove its line"
             )
-    units = []
-    for path in sorted((set(files) - lists.keys()) | shards.keys()):
-        name = _format(path)
-        last = manifests.chunks(path) if name == "tokens" else None
+    units, checked = [], set[str]()
+    for path in sorted((set(files) - lists) | shards.keys()):
+        name, last = _format(path), None
+        if name == "tokens":
+            manifest = join(folder_of(path), MANIFEST, path)
+            chunks = listed(manifest)
+            if chunks is not None and path not in chunks:
+                raise ValueError(
+                    f"{path} is not in {manifest}; add its line, move the file away, or give the "
+                    "manifest itself to read only what it lists"
+                )
+            if chunks is None and manifest not in checked:
+                _check_tokenised(path)
+                checked.add(manifest)
+            last = None if chunks is None else chunks[path]
         units.append(Unit(name, (path,), last=last))
     return units
+
+
+def _check_tokenised(path: str) -> None:
+    first = next(scan_tar(path), None)
+    found = None if first is None else _chunk_of(first, path)
+    if isinstance(found, Reject):
+        raise ValueError(f"{found}: no shard of token ids; pictures are prepared as captions")
 
 
 def _format(path: str) -> str:
     name = base_name(path)
     found = next((kind for kind, ends in TEXT_SUFFIXES.items() if name.endswith(ends)), None)
     if found is None:
-        raise ValueError(f"{path} is of no known format of texts; {_known()}")
+        known = "; ".join(f"{kind} ({', '.join(ends)})" for kind, ends in TEXT_SUFFIXES.items())
+        raise ValueError(f"{path} is of no known format of texts; known are {known}")
     return found
-
-
-def _known() -> str:
-    return "known are " + "; ".join(f"{name} ({', '.join(e)})" for name, e in TEXT_SUFFIXES.items())
 
 
 def _read_jsonl(unit: Unit, options: ReadOptions) -> Iterator[Item]:

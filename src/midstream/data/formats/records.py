@@ -1,13 +1,6 @@
 """The records that readers of public formats yield, and how JSON lists and tar archives are read.
 
-The entries of a long JSON list are read one at a time, not by `ijson`, which changes halves of
-surrogate pairs, gives up a file for one record with a byte that is no UTF-8 or a number of twenty
-digits, and takes memory without bound for nested brackets.
-
-Tar archives member by member, and as WebDataset samples; local paths and `fsspec` URLs.
-
-A damaged archive raises ValueError that names it. What is wrong with one member or one sample is
-said in its `problem`, for the caller to count.
+What is wrong with one member or sample is its `problem`; a damaged file is a ValueError.
 """
 
 import json
@@ -72,6 +65,12 @@ class TextRecord:
 
     where: str
     text: str
+    picture: None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All its text, as every record has it."""
+        return (self.text,)
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,7 @@ class TokenRecord:
 
     where: str
     input_ids: np.ndarray
+    picture: None = None
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class CaptionRecord:
     left_out: int = 0
 
     @property
-    def captions(self) -> tuple[str, ...]:
-        """All that there are, its own first."""
+    def texts(self) -> tuple[str, ...]:
+        """All captions, its own first."""
         return (self.caption, *self.synthetic) if self.caption else self.synthetic
 
 
@@ -109,6 +109,11 @@ class ConversationRecord:
     turns: tuple[Turn, ...]
     picture: Picture | None
     left_out: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What each turn holds: question, reply and, where there is one, its system text."""
+        return tuple(text for turn in self.turns for text in turn if text)
 
 
 Record = TextRecord | TokenRecord | CaptionRecord | ConversationRecord
@@ -151,6 +156,8 @@ def list_entries(path: str) -> Iterator[bytes]:
     """The bytes of each entry of the JSON list that a file holds, one in memory at a time.
 
     An entry is what stands between the commas of the list; whether it is JSON is not looked at.
+    (`ijson` changes halves of surrogate pairs, gives up a file for one byte that is no UTF-8, and
+    takes memory without bound for nested brackets.)
     Raises ValueError that names the file if it does not begin with a list, ends inside it, goes on
     behind it, or has an entry of more than 256 MiB.
     """

@@ -12,18 +12,64 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     DINOv3ViTConfig,
     DINOv3ViTModel,
     DynamicCache,
     GenerationMixin,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .configuration_midstream import MidstreamConfig, OpenLMConfig
-from .modeling_openlm import CACHE, OpenLMForCausalLM, next_token_loss, positions
+from .modeling_openlm import CACHE, OpenLMConfig, OpenLMForCausalLM, next_token_loss, positions
+
+
+class MidstreamConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is not typed
+    """A vision-language model: decoder, vision towers, projector, and who sees whom.
+
+    `text_config` is an `OpenLMConfig` or that of a causal language model of transformers. `vision`
+    describes the encoder: `num_patches`, and its `towers` as `VisionTower` takes them.
+    `projector_widths` are the widths before, between and after its linear layers. `attention` is
+    `causal` or `prefix`; with the latter the positions up to the first question's end see each
+    other. `feature_dtype` is what the encoder's features are rounded to, or None.
+    """
+
+    model_type = "midstream"
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 - transformers' own form
+
+    def __init__(
+        self,
+        text_config: Any = None,
+        vision: dict[str, Any] | None = None,
+        projector_widths: list[int] | None = None,
+        attention: str = "causal",
+        feature_dtype: str | None = None,
+        image_token_id: int = 0,
+        separator_token_id: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        if text_config is None:
+            text_config = OpenLMConfig()
+        elif isinstance(text_config, dict):
+            settings = dict(text_config)
+            kind = settings.pop("model_type")
+            own = kind == OpenLMConfig.model_type
+            text_config = (
+                OpenLMConfig(**settings) if own else AutoConfig.for_model(kind, **settings)
+            )
+        self.text_config = text_config
+        self.vision = vision or {}
+        self.projector_widths = projector_widths or []
+        self.attention = attention
+        self.feature_dtype = feature_dtype
+        self.image_token_id = image_token_id
+        self.separator_token_id = separator_token_id
+        kwargs["tie_word_embeddings"] = False
+        super().__init__(**kwargs)
+
 
 # ------------------------------------------------------------------------------ the encoder
 

@@ -8,13 +8,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, layer_norm, scaled_dot_product_attention, silu
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-
-from .configuration_midstream import OpenLMConfig
 
 # What transformers calls the keys and values held so far: from 5.24 on `cache`.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__annotations__ else "past_key_values"
+
+
+class OpenLMConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is not typed
+    """An OpenLM decoder: gain-only LayerNorm, rotary embedding, SwiGLU, no biases, untied."""
+
+    model_type = "midstream_openlm"
+
+    def __init__(
+        self,
+        vocab_size: int = 50432,
+        hidden_size: int = 64,
+        intermediate_size: int = 256,
+        num_hidden_layers: int = 2,
+        num_attention_heads: int = 2,
+        qk_norm: bool = True,
+        norm_eps: float = 1e-5,
+        rope_base: float = 10000.0,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.qk_norm = qk_norm
+        self.norm_eps = norm_eps
+        self.rope_base = rope_base
+        self.use_cache = use_cache
+        kwargs["tie_word_embeddings"] = False
+        super().__init__(**kwargs)
 
 
 class OpenLMNorm(nn.Module):
@@ -130,6 +159,7 @@ class OpenLMForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     config_class = OpenLMConfig
     base_model_prefix = "model"
+    _input_embed_layer = "tok_embeddings"
     _no_split_modules = ["OpenLMLayer"]  # noqa: RUF012 - transformers' own form
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
@@ -138,14 +168,6 @@ class OpenLMForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         super().__init__(config)
         self.model = OpenLMModel(config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The embeddings of token ids."""
-        return self.model.tok_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace them."""
-        self.model.tok_embeddings = value
 
     def get_output_embeddings(self) -> nn.Module:
         """The layer that gives logits."""

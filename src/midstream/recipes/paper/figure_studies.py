@@ -1,11 +1,10 @@
 """Figures 4 to 8 and 14. Figures 9 to 13 are Figures 4 to 8 by benchmark: part of their reports."""
 
 from collections.abc import Sequence
-from itertools import product
+from dataclasses import replace
 from typing import Unpack
 
 from midstream.recipes.scales import (
-    Model,
     Scale,
     Settings,
     claims_of,
@@ -13,6 +12,8 @@ from midstream.recipes.scales import (
     decidable,
     find_scale,
     line,
+    models,
+    percent,
     share_label,
     text_baselines,
 )
@@ -56,13 +57,8 @@ def figure_4(
     at = find_scale(scale, **given)
     starts = tuple(map(float, completions)) or (0.0, *at.completions)
     lines = [
-        line(
-            at,
-            Model(completion=share, epochs=number, seed=seed),
-            text_completion=100 * share,
-            epochs=number,
-        )
-        for share, number, seed in product(starts, epochs, seeds or at.seeds)
+        line(at, one, text_completion=100 * one.completion, epochs=one.epochs)
+        for one in models(at, seeds, completion=starts, epochs=epochs)
     ]
     return at.study(
         "figure_4",
@@ -87,20 +83,15 @@ def figure_5(
     **given: Unpack[Settings],
 ) -> Study:
     """Figures 5 and 10: the share of captions, from 80 % of text training on."""
-    at = find_scale(scale, **given)
-    return _image_shares(
-        at,
-        "figure_5",
-        0.8,
-        (shares, epochs, seeds),
-        claims_of(
-            "image_share",
-            "paper, section 3.2",
-            ("stable.vision", "Captions late in text training help vision", 10.0, 0.0),
-            ("stable.vision", "Training on captions alone costs vision", 10.0, 100.0),
-            ("stable.text", "Training on captions alone costs text", 10.0, 100.0),
-        ),
+    claims = claims_of(
+        "image_share",
+        "paper, section 3.2",
+        ("stable.vision", "Captions late in text training help vision", 10.0, 0.0),
+        ("stable.vision", "Training on captions alone costs vision", 10.0, 100.0),
+        ("stable.text", "Training on captions alone costs text", 10.0, 100.0),
     )
+    at, varied = find_scale(scale, **given), (shares, epochs, seeds)
+    return _image_shares(at, "figure_5", 0.8, varied, claims)
 
 
 def figure_6(
@@ -111,19 +102,14 @@ def figure_6(
     **given: Unpack[Settings],
 ) -> Study:
     """Figures 6 and 12: the share of captions, from scratch."""
-    at = find_scale(scale, **given)
-    return _image_shares(
-        at,
-        "figure_6",
-        0.0,
-        (shares, epochs, seeds),
-        claims_of(
-            "image_share",
-            "paper, section 3.3",
-            ("stable.vision", "From scratch, captions cost vision", 0.0, 10.0),
-            ("stable.text", "From scratch, captions cost text", 0.0, 50.0),
-        ),
+    claims = claims_of(
+        "image_share",
+        "paper, section 3.3",
+        ("stable.vision", "From scratch, captions cost vision", 0.0, 10.0),
+        ("stable.text", "From scratch, captions cost text", 0.0, 50.0),
     )
+    at, varied = find_scale(scale, **given), (shares, epochs, seeds)
+    return _image_shares(at, "figure_6", 0.0, varied, claims)
 
 
 def figure_7(
@@ -138,11 +124,11 @@ def figure_7(
     lines = [
         line(
             at,
-            Model(captions=round(0.1 - share, 10), instruct=share, epochs=number, seed=seed),
-            instruct_share=round(100 * share, 10),
-            epochs=number,
+            replace(one, captions=round(0.1 - one.instruct, 10)),
+            instruct_share=percent(one.instruct),
+            epochs=one.epochs,
         )
-        for share, number, seed in product(shares, epochs, seeds or at.seeds)
+        for one in models(at, seeds, instruct=shares, epochs=epochs)
     ]
     return at.study(
         "figure_7",
@@ -170,10 +156,7 @@ def figure_8(
 ) -> Study:
     """Figures 8 and 11: how many epochs of fine-tuning?"""
     at = find_scale(scale, **given)
-    lines = [
-        line(at, Model(epochs=number, seed=seed), epochs=number)
-        for number, seed in product(epochs, seeds or at.seeds)
-    ]
+    lines = [line(at, one, epochs=one.epochs) for one in models(at, seeds, epochs=epochs)]
     return at.study(
         "figure_8",
         "For how many epochs should a model be fine-tuned on conversations?",
@@ -202,14 +185,10 @@ def figure_14(
     The paper shows curves without saying over which shares; the choice of `shares` is ours.
     """
     at = find_scale(scale, **given)
+    varied = {"multiple": multiples, "epochs": epochs, "captions": shares}
     lines = [
-        line(
-            at,
-            Model(completion=0.6, captions=share, epochs=number, seed=seed, multiple=multiple),
-            image_share=round(100 * share, 10),
-            curve=_curve(multiple, number),
-        )
-        for multiple, number, share, seed in product(multiples, epochs, shares, seeds or at.seeds)
+        line(at, one, image_share=percent(one.captions), curve=_curve(one.multiple, one.epochs))
+        for one in models(at, seeds, completion=(0.6,), **varied)
     ]
     return at.study(
         "figure_14",
@@ -242,13 +221,8 @@ def _image_shares(
 ) -> Study:
     shares, epochs, seeds = varied
     lines = [
-        line(
-            at,
-            Model(completion=completion, captions=share, epochs=number, seed=seed),
-            image_share=round(100 * share, 10),
-            epochs=number,
-        )
-        for share, number, seed in product(shares, epochs, seeds or at.seeds)
+        line(at, one, image_share=percent(one.captions), epochs=one.epochs)
+        for one in models(at, seeds, completion=(completion,), captions=shares, epochs=epochs)
     ]
     begun = "from scratch" if completion == 0 else f"from {completion:.0%} of text training on"
     return at.study(

@@ -1,15 +1,4 @@
-"""Several experiments as one, and the runs that the paper's authors list.
-
-Those runs are decoded from the names in the authors' evaluation script
-(github.com/mlfoundations/open_lm, scripts/lm_eval.sh). Its version on the branch prismatic_openlm
-lists the 279 of AUTHORS_RUNS (names that are commented out included: a run is commented out once it
-is evaluated). A later version (commit a89c15e7) lists the 93 of AUTHORS_LATER_RUNS: what was
-missing of the grid of 13 mixtures, 6 starts and 4 epochs, mixtures with 20 % of pictures, and one
-run on other captions. Beside it lm_eval_154.sh and lm_eval_411.sh list the 40 and 80 of the smaller
-sizes; of 79M they name the text run alone. The epochs of one mixture and start are fine-tunings of
-one image-text model; all else is equal among the runs of a size (siglip, fused projector, token
-multiplier 1, seed 124).
-"""
+"""Several experiments as one, and the runs that the paper's authors list."""
 
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -31,7 +20,15 @@ from midstream.recipes.paper.table_studies import (
     table_7,
     table_8,
 )
-from midstream.recipes.scales import Model, Settings, find_scale, line, share_label
+from midstream.recipes.scales import (
+    Model,
+    Settings,
+    find_scale,
+    line,
+    models,
+    percent,
+    share_label,
+)
 from midstream.study.studies import Figure, Study, Suite
 
 CaptionSet = Literal["DataComp-DR", "DataComp"]
@@ -55,79 +52,71 @@ class AuthorsRun(NamedTuple):
     caption_set: CaptionSet
 
 
+# Decoded from the run names of the authors' evaluation script (github.com/mlfoundations/open_lm,
+# scripts/lm_eval.sh): 279 on the branch prismatic_openlm (names that are commented out included: a
+# run is once it is evaluated), 93 more at commit a89c15e7; smaller sizes from lm_eval_154.sh and
+# lm_eval_411.sh. Epochs of one mixture and start are fine-tunings of one image-text model; all else
+# is equal among the runs of a size (siglip, fused projector, token multiplier 1, seed 124).
 # Shares in thousandths of captions, conversations (LLaVA) and text (DCLM), then the fine-tuning
 # epochs at each start: "14" is one to four, "34" three and four, "0" none, "124" those three.
-_Row = tuple[tuple[int, int, int], str]
-_LISTED: tuple[_Row, ...] = (
-    ((0, 0, 1000), "14 14 15 14 14 14"),
-    ((10, 0, 990), "14 14 14 14 14 0"),
-    ((50, 0, 950), "14 14 14 14 14 34"),
-    ((100, 0, 900), "14 14 14 14 14 0"),
-    ((1000, 0, 0), "14 14 14 14 14 0"),
-    ((8, 2, 990), "14 14 15 14 14 0"),
-    ((40, 10, 950), "14 14 15 14 14 0"),
-    ((80, 20, 900), "14 14 15 14 0 0"),
-    ((800, 200, 0), "14 14 15 14 14 0"),
-    ((0, 10, 990), "14 14 14 14 14 14"),
-    ((0, 50, 950), "14 14 14 14 0 14"),
-    ((0, 100, 900), "14 14 14 14 14 14"),
-    ((0, 1000, 0), "14 14 14 14 14 14"),
-)
-_LATER: tuple[_Row, ...] = (
-    ((10, 0, 990), "0 0 0 0 0 14"),
-    ((50, 0, 950), "0 0 0 0 0 12"),
-    ((100, 0, 900), "0 0 0 0 0 14"),
-    ((1000, 0, 0), "0 0 0 0 0 14"),
-    ((8, 2, 990), "0 0 0 0 0 14"),
-    ((40, 10, 950), "0 0 0 0 0 14"),
-    ((80, 20, 900), "0 0 0 0 14 14"),
-    ((800, 200, 0), "0 0 0 0 0 14"),
-    ((0, 50, 950), "0 0 0 0 14 0"),
-    ((200, 0, 800), "124 124 124 124 124 124"),
-    ((160, 40, 800), "124 124 124 124 124 124"),
-    ((0, 200, 800), "124 124 124 124 124 124"),
-)
-_EPOCHS: dict[str, tuple[int, ...]] = {
-    "0": (),
-    "12": (1, 2),
-    "14": (1, 2, 3, 4),
-    "15": (1, 2, 3, 4, 5),
-    "34": (3, 4),
-    "124": (1, 2, 4),
-}
+_LISTED = """
+   0    0 1000  14 14 15 14 14 14
+  10    0  990  14 14 14 14 14 0
+  50    0  950  14 14 14 14 14 34
+ 100    0  900  14 14 14 14 14 0
+1000    0    0  14 14 14 14 14 0
+   8    2  990  14 14 15 14 14 0
+  40   10  950  14 14 15 14 14 0
+  80   20  900  14 14 15 14 0  0
+ 800  200    0  14 14 15 14 14 0
+   0   10  990  14 14 14 14 14 14
+   0   50  950  14 14 14 14 0  14
+   0  100  900  14 14 14 14 14 14
+   0 1000    0  14 14 14 14 14 14
+"""
+_LATER = """
+  10    0  990  0 0 0 0 0  14
+  50    0  950  0 0 0 0 0  12
+ 100    0  900  0 0 0 0 0  14
+1000    0    0  0 0 0 0 0  14
+   8    2  990  0 0 0 0 0  14
+  40   10  950  0 0 0 0 0  14
+  80   20  900  0 0 0 0 14 14
+ 800  200    0  0 0 0 0 0  14
+   0   50  950  0 0 0 0 14 0
+ 200    0  800  124 124 124 124 124 124
+ 160   40  800  124 124 124 124 124 124
+   0  200  800  124 124 124 124 124 124
+"""
 # The same of the smaller sizes: captions and conversations 4:1 throughout.
-_LISTED_154M: tuple[_Row, ...] = (
-    ((8, 2, 990), "0 15 15 15 15 0"),
-    ((40, 10, 950), "0 15 0 0 0 0"),
-    ((80, 20, 900), "0 15 0 0 0 0"),
-    ((160, 40, 800), "0 15 0 0 0 0"),
-    ((400, 100, 500), "0 15 0 0 0 0"),
-)
-_LISTED_411M: tuple[_Row, ...] = (
-    ((8, 2, 990), "0 15 15 15 15 0"),
-    ((40, 10, 950), "0 15 0 15 15 0"),
-    ((80, 20, 900), "0 15 0 15 15 0"),
-    ((160, 40, 800), "0 15 0 15 15 0"),
-    ((400, 100, 500), "0 15 0 15 15 0"),
-)
+_LISTED_154M = """
+   8    2  990  0 15 15 15 15 0
+  40   10  950  0 15 0  0  0  0
+  80   20  900  0 15 0  0  0  0
+ 160   40  800  0 15 0  0  0  0
+ 400  100  500  0 15 0  0  0  0
+"""
+_LISTED_411M = """
+   8    2  990  0 15 15 15 15 0
+  40   10  950  0 15 0  15 15 0
+  80   20  900  0 15 0  15 15 0
+ 160   40  800  0 15 0  15 15 0
+ 400  100  500  0 15 0  15 15 0
+"""
+_EPOCHS: dict[str, tuple[int, ...]] = {"0": (), "12": (1, 2), "34": (3, 4), "124": (1, 2, 4)}
+_EPOCHS |= {"14": (1, 2, 3, 4), "15": (1, 2, 3, 4, 5)}
 # Table 4's row of DataComp's own captions.
 _OTHER_CAPTIONS = AuthorsRun(0.1, 0.0, 0.9, 0.8, 4, "DataComp")
 
 
-def _expand(rows: tuple[_Row, ...]) -> tuple[AuthorsRun, ...]:
-    return tuple(
-        AuthorsRun(
-            caption_share=captions / 1000,
-            instruct_share=conversations / 1000,
-            text_share=text / 1000,
-            completion=completion,
-            epochs=epochs,
-            caption_set="DataComp-DR",
-        )
-        for (captions, conversations, text), columns in rows
-        for completion, column in zip(STARTS, columns.split(), strict=True)
-        for epochs in _EPOCHS[column]
-    )
+def _expand(listed: str) -> tuple[AuthorsRun, ...]:
+    found = []
+    for row in listed.strip().splitlines():
+        captions, instruct, text, *columns = row.split()
+        shares = int(captions) / 1000, int(instruct) / 1000, int(text) / 1000
+        for completion, column in zip(STARTS, columns, strict=True):
+            found += [AuthorsRun(*shares, completion, n, "DataComp-DR") for n in _EPOCHS[column]]
+    return tuple(found)
 
 
 # The first list, by mixture, start and epochs.
@@ -190,8 +179,8 @@ def authors_runs(scale: str = "1b", seeds: Sequence[int] = (), **given: Unpack[S
                 seed=seed,
                 caption_set=run.caption_set,
             ),
-            image_share=round(100 * (run.caption_share + run.instruct_share), 10),
-            instruct_share=round(100 * run.instruct_share, 10),
+            image_share=percent(run.caption_share + run.instruct_share),
+            instruct_share=percent(run.instruct_share),
             text_completion=100 * run.completion,
             epochs=run.epochs,
             captions=run.caption_set,
@@ -246,15 +235,16 @@ def suite(scale: str = "1b", seeds: Sequence[int] = (), **given: Unpack[Settings
 def slice_of_four_axes(shrink: float = 1.0, seeds: Sequence[int] = (7, 365, 124)) -> Study:
     """24 pocket models over four axes (start, share, epochs, seed): what timings run."""
     at = find_scale("pocket", shrink=shrink)
+    varied = {"completion": (0.0, 0.8), "captions": (0.1, 0.5), "epochs": (1, 2)}
     lines = [
         line(
             at,
-            Model(completion=start, captions=share, epochs=number, seed=seed),
-            text_completion=100 * start,
-            image_share=round(100 * share, 10),
-            epochs=number,
+            one,
+            text_completion=100 * one.completion,
+            image_share=percent(one.captions),
+            epochs=one.epochs,
         )
-        for start, share, number, seed in product((0.0, 0.8), (0.1, 0.5), (1, 2), seeds)
+        for one in models(at, seeds, **varied)
     ]
     return Study(
         name="paper.slice_of_four_axes",

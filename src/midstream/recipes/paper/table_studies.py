@@ -1,13 +1,13 @@
 """Tables 3 to 8, with the numbers that the paper prints.
 
-Table 7's HellaSwag is the accuracy normalised by length; no model of these sizes has such a plain
-accuracy.
+Table 7's HellaSwag is normalised by length: no model of these sizes has such a plain accuracy.
 """
 
 from collections.abc import Collection, Sequence
 from itertools import product
 from typing import Unpack
 
+from midstream.recipes.lines import text_only
 from midstream.recipes.scales import (
     DATACOMP_DR,
     Model,
@@ -16,9 +16,10 @@ from midstream.recipes.scales import (
     find_scale,
     image_text_stage,
     line,
+    models,
+    percent,
     share_label,
     text_baselines,
-    text_only,
 )
 from midstream.study.stages import Evaluate
 from midstream.study.studies import Figure, Line, Printed, Published, Study, Table
@@ -88,20 +89,17 @@ def table_3(
 ) -> Study:
     """Table 3: should the encoder stay frozen?"""
     at = find_scale(scale, **given)
-    trained = {"yes": False, "no": True}
+    varied = {"trains_encoder": (False, True), "captions": shares}
     lines = [
         line(
             at,
-            Model(captions=share, epochs=3, seed=seed, trains_encoder=trained[frozen]),
-            image_share=round(100 * share, 10),
-            frozen=frozen,
+            one,
+            image_share=percent(one.captions),
+            frozen="no" if one.trains_encoder else "yes",
         )
-        for frozen, share, seed in product(trained, shares, seeds or at.seeds)
+        for one in models(at, seeds, epochs=(3,), **varied)
     ]
-    printed = {
-        "yes": {5.0: 0.5871, 30.0: 0.6022, 50.0: 0.6085},
-        "no": {5.0: 0.6855, 30.0: 0.6942, 50.0: 0.71},
-    }
+    printed = {"yes": (0.5871, 0.6022, 0.6085), "no": (0.6855, 0.6942, 0.71)}
     return at.study(
         "table_3",
         "Should the vision encoder stay frozen?",
@@ -115,7 +113,7 @@ def table_3(
             printed=tuple(
                 Printed(at={"frozen": frozen, "image_share": share}, score="vqav2", value=value)
                 for frozen, row in printed.items()
-                for share, value in row.items()
+                for share, value in zip((5.0, 30.0, 50.0), row, strict=True)
             ),
             source="paper, Table 3 (79M)",
         ),
@@ -136,8 +134,8 @@ def table_4(scale: str = "1b", seeds: Sequence[int] = (), **given: Unpack[Settin
     at = find_scale(scale, **given)
     at = at.others.get("captions", at)
     lines = [
-        line(at, Model(caption_set=name, seed=seed), captions=name)
-        for name, seed in product(at.captions, seeds or at.seeds)
+        line(at, one, captions=one.caption_set)
+        for one in models(at, seeds, caption_set=tuple(at.captions))
     ]
     printed = {
         "DataComp": (0.4603, 0.1168),
@@ -175,8 +173,7 @@ def table_5(scale: str = "1b", seeds: Sequence[int] = (), **given: Unpack[Settin
     """Table 5: which encoder? (80 %, 10 % captions, 4 epochs: recipe facts 9.3)"""
     at = find_scale(scale, **given)
     lines = [
-        line(at, Model(encoder=name, seed=seed), encoder=name)
-        for name, seed in product(at.encoders, seeds or at.seeds)
+        line(at, one, encoder=one.encoder) for one in models(at, seeds, encoder=tuple(at.encoders))
     ]
     printed = {
         "SigLIP": (0.4607, 0.1503),
@@ -218,19 +215,15 @@ def table_6(
     """Table 6: what do seeds change? (20 % of text training; seeds of fine-tuning)"""
     at = find_scale(scale, **given)
     lines = [
-        line(
-            at,
-            Model(completion=0.2, captions=share, epochs=number, seed=seed),
-            image_share=round(100 * share, 10),
-            epochs=number,
-        )
-        for seed, share, number in product(seeds, shares, epochs)
+        line(at, one, image_share=percent(one.captions), epochs=one.epochs)
+        for seed in seeds
+        for one in models(at, (seed,), completion=(0.2,), captions=shares, epochs=epochs)
     ]
+    # By share of captions, then by epochs.
+    places = tuple(product((1.0, 5.0, 10.0), (1, 2)))
     printed = {
-        7: {(1, 1): 0.7383, (1, 2): 0.7539, (5, 1): 0.7536, (5, 2): 0.7639, (10, 1): 0.7539}
-        | {(10, 2): 0.765},
-        365: {(1, 1): 0.7446, (1, 2): 0.759, (5, 1): 0.7539, (5, 2): 0.7647, (10, 1): 0.7555}
-        | {(10, 2): 0.7658},
+        7: (0.7383, 0.7539, 0.7536, 0.7639, 0.7539, 0.765),
+        365: (0.7446, 0.759, 0.7539, 0.7647, 0.7555, 0.7658),
     }
     return at.study(
         "table_6",
@@ -244,12 +237,12 @@ def table_6(
             scores=("vqav2",),
             printed=tuple(
                 Printed(
-                    at={"seed": seed, "image_share": float(share), "epochs": number},
+                    at={"seed": seed, "image_share": share, "epochs": number},
                     score="vqav2",
                     value=value,
                 )
                 for seed, row in printed.items()
-                for (share, number), value in row.items()
+                for (share, number), value in zip(places, row, strict=True)
             ),
             source="paper, Table 6 (1.4B)",
         ),

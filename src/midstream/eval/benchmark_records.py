@@ -1,0 +1,280 @@
+"""What readers share: `VisualExample`, and records whose errors name file and entry."""
+
+import gzip
+import json
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
+
+from PIL import Image, UnidentifiedImageError
+
+from midstream.core.digests import is_hidden
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of a file; its errors say where it stands, and how it is mended."""
+
+    where: str
+    value: Any
+    remedy: str = "give the official file, or mend this record"
+
+    def __contains__(self, key: str) -> bool:
+        """Whether it says something under `key`; null says nothing."""
+        return isinstance(self.value, dict) and self.value.get(key) is not None
+
+    def get(self, key: str, kind: type) -> Any:
+        """The value under `key`; ValueError if it is absent or no `kind` (bool never is)."""
+        if not isinstance(self.value, dict):
+            self.refuse(f"it is a {type(self.value).__name__}, not an object")
+        if key not in self.value:
+            self.refuse(f"it has no {key!r}, only {', '.join(map(str, self.value))}")
+        value = self.value[key]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            self.refuse(f"its {key!r} is {value!r}, not a {kind.__name__}")
+        return value
+
+    def text(self, key: str) -> str:
+        """The text under `key`."""
+        return str(self.get(key, str))
+
+    def texts(self, key: str, least: int = 1) -> list[str]:
+        """The list of `least` texts or more under `key`."""
+        values = list(self.get(key, list))
+        if len(values) < least or not all(isinstance(value, str) for value in values):
+            told = json.dumps(values)[:80]
+            self.refuse(f"its {key!r} is no list of {least} or more texts: {told}")
+        return values
+
+    def index(self, key: str, count: int) -> int:
+        """The number under `key`, which counts `count` options from 0."""
+        index = self.get(key, int)
+        if not 0 <= index < count:
+            self.refuse(f"its {key} {index} is none of {count} options")
+        return int(index)
+
+    def records(self, key: str) -> list["Record"]:
+        """The records in the list under `key`."""
+        values = enumerate(self.get(key, list))
+        return [Record(f"{self.where} {key} {number}", value) for number, value in values]
+
+    def one_of(self, key: str, *values: str) -> str:
+        """The number or text under `key`, one of `values`."""
+        value = self.identifier(key)
+        if value not in values:
+            self.refuse(f"its {key} is {value!r}, not {' or '.join(values)}")
+        return value
+
+    def kinds(self, *keys: str) -> dict[str, str]:
+        """As text what it says under `keys`, of those that it has."""
+        return {key: str(self.value[key]) for key in keys if key in self.value}
+
+    def identifier(self, key: str) -> str:
+        """The number or text under `key`, as text."""
+        value = self.get(key, object)
+        if not isinstance(value, int | str):
+            self.refuse(f"its {key!r} is {value!r}, neither a number nor a text")
+        return str(value)
+
+    def refuse(self, problem: str) -> NoReturn:
+        """Raise ValueError with the place, the problem and the remedy."""
+        raise ValueError(f"{self.where}: {problem}; {self.remedy}")
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Lists, dicts, texts and numbers only: a pickle that names code cannot run it."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        """Refuse code in a pickle."""
+        raise pickle.UnpicklingError(f"it names {module}.{name}, and nothing in it may be code")
+
+
+def load_plain_pickle(path: Path) -> list[Any]:
+    """The list in a pickle of plain values; ValueError for one that names code or is broken."""
+    if not path.is_file():
+        missing(path)
+    try:
+        with path.open("rb") as stream:
+            # latin1 reads the byte strings of Python 2, in which the file was written.
+            value = _PlainUnpickler(stream, encoding="latin1").load()
+        if not isinstance(value, list):
+            raise pickle.UnpicklingError(f"it holds a {type(value).__name__}")
+    except Exception as error:  # a broken pickle raises anything
+        raise ValueError(
+            f"{path} is refused: {error}; give the official file, a plain list of references"
+        ) from None
+    return value
+
+
+def missing(path: Path) -> NoReturn:
+    """Raise FileNotFoundError that lists what the folder holds instead."""
+    there = sorted(item.name for item in path.parent.glob("*"))
+    held = f"the folder holds {', '.join(there[:20])}" if there else "the folder is empty or absent"
+    raise FileNotFoundError(
+        f"{path} does not exist; {held}; docs/evaluation.md lists the official files"
+    )
+
+
+def read_text(path: Path) -> str:
+    """A file's text, gzip undone where its first bytes say so; ValueError names what is no text."""
+    content = path.read_bytes()
+    try:
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+        return content.decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no whole text file ({error}); fetch it again") from None
+
+
+def read_json_file(path: Path) -> Any:
+    """A JSON file in which no object holds a key twice."""
+    if not path.is_file():
+        missing(path)
+    try:
+        text = read_text(path)
+        return json.loads(text, object_pairs_hook=lambda pairs: _no_key_twice(pairs, path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON (line {error.lineno}: {error.msg})") from None
+
+
+def find_file(folder: Path, *patterns: str) -> Path:
+    """The file of a folder that the first fitting pattern names.
+
+    Raises FileNotFoundError that lists what is there, ValueError where a pattern fits several.
+    """
+    for pattern in patterns:
+        found = sorted(p for p in folder.glob(pattern) if p.is_file() and not is_hidden(p.name))
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found[:5])
+            raise ValueError(f"{folder} holds several files like {pattern}: {names}; keep one")
+        if found:
+            return found[0]
+    missing(folder / patterns[0])
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+    # json keeps the last of equal keys, which would drop a question without a word.
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) != len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{path} holds key {twice!r} twice in one object; remove one of them")
+    return dict(pairs)
+
+
+def records(path: Path, key: str = "") -> Iterator[Record]:
+    """The records of a JSON list, or of the list `key` in a JSON object; ValueError if there are
+    none."""
+    value = read_json_file(path)
+    found = (value.get(key) if isinstance(value, dict) else None) if key else value
+    if not isinstance(found, list) or not found:
+        listed = f"list {key!r}" if key else "list"
+        raise ValueError(f"{path} holds no {listed} of records; give the official file")
+    for index, record in enumerate(found):
+        yield Record(f"{path} {key} record {index}" if key else f"{path} record {index}", record)
+
+
+def entries(path: Path) -> Iterator[tuple[str, Record]]:
+    """The records of a JSON object by id; ValueError if there are none or an id comes twice."""
+    value = read_json_file(path)
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"{path} holds no object of records by id; give the official file")
+    for key, record in value.items():
+        yield key, Record(f"{path} record {key!r}", record)
+
+
+def lines(path: Path, remedy: str = Record.remedy) -> Iterator[Record]:
+    """The records of a file of JSON lines; ValueError if there are none."""
+    found = read_text(path).split("\n")  # a text may hold U+2028
+    if not any(line.strip() for line in found):
+        raise ValueError(f"{path} is empty; {remedy}")
+    for number, line in enumerate(found, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield Record(f"{path} line {number}", json.loads(line), remedy)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number} is not JSON ({error.msg}); {remedy}") from None
+
+
+def add(table: dict[str, Any], key: str, value: Any, record: Record) -> None:
+    """Put `value` under `key`; ValueError names the record if the key is taken."""
+    if key in table:
+        record.refuse(f"id {key} stands there twice")
+    table[key] = value
+
+
+@dataclass(frozen=True)
+class VisualExample:
+    """A question about a picture.
+
+    gold: JSON-able, and what the format's scorer takes. split: splits weigh alike in a score.
+    kinds: what the official evaluator breaks its score down by. choices: the fixed answers, where
+    there are some. size: the picture's width and height in pixels, where the gold is a box.
+    other_id: another id under which people's predictions name it.
+    """
+
+    example_id: str
+    question: str
+    image: Path
+    gold: Any
+    split: str = ""
+    kinds: dict[str, str] = field(default_factory=dict)
+    choices: tuple[str, ...] = ()
+    size: tuple[int, int] | None = None
+    other_id: str | None = None
+
+
+class Pictures:
+    """A benchmark's pictures, by the names that its files give them.
+
+    They may lie in any of `places` under `folder`. Where they are not `needed` (predictions are
+    scored without a model), the first place stands in for what is not there.
+    """
+
+    def __init__(self, folder: Path, places: Sequence[str], *, needed: bool) -> None:
+        self.folder, self.places, self.needed = folder, (*places, "images", "."), needed
+        self._found: dict[str, Path] = {}
+
+    def find(self, record: Record, *names: str) -> Path:
+        """The picture of a record, under the first of `names` that is there.
+
+        Raises FileNotFoundError with the record and the path, ValueError for a name that leads
+        out of the folder.
+        """
+        if names[0] in self._found:
+            return self._found[names[0]]
+        for name in names:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                record.refuse(f"picture {name!r} leads out of {self.folder}")
+        paths = [self.folder / place / name for name in names for place in self.places]
+        there = next((path for path in paths if path.is_file()), None)
+        if there is None and self.needed:
+            raise FileNotFoundError(
+                f"{record.where} asks for picture {paths[0]}, which does not exist; "
+                "put the benchmark's pictures there (docs/evaluation.md)"
+            )
+        return self._found.setdefault(names[0], there or paths[0])
+
+
+def plain_words(text: str) -> str:
+    """A text without regard to case and white space, as joins by words compare it."""
+    return " ".join(text.split()).casefold()
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels; ValueError names a file that is no picture."""
+    try:
+        with Image.open(path) as picture:
+            return picture.size
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is no picture that Pillow can read; replace the file") from None
+
+
+def coco_names(subset: str, number: int) -> tuple[str, ...]:
+    """The names that COCO's picture has had: with its subset (val2014) and, from 2017, without."""
+    names = [
+        f"COCO_{one}_{number:012d}.jpg" for one in dict.fromkeys((subset, "val2014", "train2014"))
+    ]
+    return (*names, f"{number:012d}.jpg")

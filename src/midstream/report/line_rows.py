@@ -1,0 +1,418 @@
+"""The results of a store: what they rest on, one row a line, and their spread."""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Literal, get_args
+
+from scipy.special import stdtrit
+
+from midstream.config import StageKind
+from midstream.core.storage import write_bytes
+from midstream.study.results import EvaluationResult, StableScores, StageResult, TrainingResult
+from midstream.study.stages import (
+    Continue,
+    DataStage,
+    EncoderStage,
+    Evaluate,
+    Finetune,
+    FuseEncoders,
+    LoadDecoder,
+    LoadModel,
+    Pretrain,
+    Stage,
+    Trained,
+    came_from,
+)
+from midstream.study.store import Ledger, State
+from midstream.study.studies import Study
+
+KINDS: tuple[StageKind, ...] = get_args(StageKind)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stage that a result rests on, and the share of its tokens that the result uses.
+
+    `before` are others of its kind: image-text stages that it starts from, towers beside it.
+    """
+
+    stage: Stage
+    share: float = 1.0
+    before: tuple[Stage, ...] = ()
+
+
+def parts_of(result: Evaluate) -> dict[str, Part]:
+    """The stages that one result rests on, by kind, in the order in which they run."""
+    parts = {"evaluate": Part(result), **_prepared(result, {})}
+    found: tuple[LoadDecoder | LoadModel | Pretrain | Continue | Finetune, float] | None
+    found = result.of, result.completion
+    while found is not None:
+        stage, share = found
+        last = parts.get(stage.kind)
+        parts[stage.kind] = (
+            replace(last, before=(stage, *last.before)) if last else Part(stage, share)
+        )
+        parts |= _prepared(stage, parts)
+        if isinstance(stage, LoadModel | Continue | Finetune) and stage.encoder_stage is not None:
+            parts |= _seeing(stage.encoder_stage)
+        found = came_from(stage)
+    return {kind: parts[kind] for kind in KINDS if kind in parts}
+
+
+def _prepared(stage: Stage, parts: Mapping[str, Part]) -> dict[str, Part]:
+    """The data stages that a stage reads, beside those of `parts`, by kind."""
+    added: dict[str, Part] = {}
+    for parent in stage.parents:
+        if not isinstance(parent, DataStage):
+            continue
+        last = added.get(parent.kind) or parts.get(parent.kind)
+        if last is None:
+            added[parent.kind] = Part(parent)
+        elif parent.identity not in {one.identity for one in (last.stage, *last.before)}:
+            added[parent.kind] = Part(last.stage, before=(*last.before, parent))
+    return added
+
+
+def _seeing(encoder: EncoderStage) -> dict[str, Part]:
+    """An encoder's stage and, where it fuses them, its towers', by kind."""
+    parts: dict[str, Part] = {encoder.kind: Part(encoder)}
+    for tower in encoder.towers if isinstance(encoder, FuseEncoders) else ():
+        last = parts.get(tower.kind)
+        before = () if last is None else (*last.before, last.stage)
+        parts[tower.kind] = Part(tower, before=before)
+    return parts
+
+
+def spent(part: Part, ledger: Ledger) -> tuple[int | None, float | None]:
+    """Tokens seen and seconds of the used share of a stage; None where it is not done or has none.
+
+    A share of a text run ends with the first step that reaches it, as its milestones do. Others of
+    its kind are added.
+    """
+    if part.before:
+        each = [spent(Part(stage), ledger) for stage in part.before]
+        each.append(spent(replace(part, before=()), ledger))
+        tokens, seconds = (
+            None if None in numbers else sum(numbers) for numbers in zip(*each, strict=True)
+        )
+        return tokens, seconds
+    if not ledger.is_done(part.stage):
+        return None, None
+    if not isinstance(part.stage, Trained):
+        return None, ledger.result(part.stage, StageResult).seconds
+    results = ledger.result(part.stage, TrainingResult)
+    if part.share == 1.0:
+        return results.tokens_seen, results.seconds
+    tokens, seconds = 0, 0.0
+    for line in ledger.metrics(part.stage):
+        if tokens >= part.share * results.tokens_seen:
+            break
+        tokens, seconds = line["tokens_seen"], seconds + line["seconds"]
+    return tokens, seconds
+
+
+class Snapshot(Ledger):
+    """A ledger as it stands when each stage is first asked for; a stage is read once.
+
+    A report asks for the same stage by every line that uses it, and while a study runs its numbers
+    must not change half-way down the page.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__(ledger.store)
+        self._ledger = ledger
+        self._states: dict[str, State] = {}
+        self._results: dict[str, dict[str, Any]] = {}
+        self._spent: dict[tuple[str, ...], tuple[int | None, float | None]] = {}
+
+    @classmethod
+    def of(cls, ledger: Ledger) -> "Snapshot":
+        """The ledger itself where it is a snapshot already."""
+        return ledger if isinstance(ledger, Snapshot) else cls(ledger)
+
+    def is_done(self, stage: Stage) -> bool:
+        """As of the first look."""
+        return self.state(stage) == "done"
+
+    def state(self, stage: Stage) -> State:
+        """As of the first look."""
+        if stage.identity not in self._states:
+            self._states[stage.identity] = self._ledger.state(stage)
+        return self._states[stage.identity]
+
+    def results(self, stage: Stage) -> dict[str, Any]:
+        """As of the first look."""
+        if stage.identity not in self._results:
+            self._results[stage.identity] = self._ledger.results(stage)
+        return self._results[stage.identity]
+
+    def spent(self, part: Part) -> tuple[int | None, float | None]:
+        """As the function `spent`."""
+        others = (other.identity for other in part.before)
+        place = (part.stage.identity, str(part.share), *others)
+        if place not in self._spent:
+            self._spent[place] = spent(part, self)
+        return self._spent[place]
+
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values of one quantity, each under the name of its repetition (such as "seed=0")."""
+
+    values: tuple[tuple[str, float | int], ...]
+
+    @property
+    def n(self) -> int:
+        """How many repetitions have the value."""
+        return len(self.values)
+
+    @property
+    def mean(self) -> float | None:
+        """The mean; None without a value."""
+        return fmean(value for _, value in self.values) if self.values else None
+
+    @property
+    def sd(self) -> float | None:
+        """The sample standard deviation; None below two values, where no spread is known."""
+        return stdev(value for _, value in self.values) if self.n > 1 else None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of one group less the mean of another, and its 95 % interval by Student's t.
+
+    `low`, `high` and `sd` are None where too few repetitions leave the spread unknown. `sd` is the
+    pooled one, or that of the differences where `paired`.
+    """
+
+    mean: float | int
+    sd: float | int | None
+    n: tuple[int, int]
+    low: float | None
+    high: float | None
+    paired: bool
+
+    @property
+    def exceeds_spread(self) -> bool | None:
+        """Whether the interval leaves out zero; None where there is no interval."""
+        if self.low is None or self.high is None:
+            return None
+        return self.low > 0 or self.high < 0
+
+
+def difference(one: Spread, other: Spread) -> Difference | None:
+    """Mean of `one` less mean of `other`, both with one pooled spread; None without two means."""
+    if one.mean is None or other.mean is None:
+        return None
+    freedom = one.n + other.n - 2
+    squares = sum(
+        (value - spread.mean) ** 2
+        for spread in (one, other)
+        for _, value in spread.values
+        if spread.mean is not None
+    )
+    sd = math.sqrt(squares / freedom) if freedom else None
+    error = None if sd is None else sd * math.sqrt(1 / one.n + 1 / other.n)
+    return _difference(one.mean - other.mean, sd, error, (one.n, other.n), freedom, paired=False)
+
+
+def paired_difference(one: Spread, other: Spread) -> Difference | None:
+    """As `difference`, from the differences within each repetition; None unless they match."""
+    first, second = dict(one.values), dict(other.values)
+    if not first or first.keys() != second.keys():
+        return None
+    gaps = Spread(tuple((name, first[name] - second[name]) for name in first))
+    error = None if gaps.sd is None else gaps.sd / math.sqrt(gaps.n)
+    assert gaps.mean is not None
+    return _difference(gaps.mean, gaps.sd, error, (one.n, other.n), gaps.n - 1, paired=True)
+
+
+def _difference(
+    mean: float,
+    sd: float | None,
+    error: float | None,
+    n: tuple[int, int],
+    freedom: int,
+    *,
+    paired: bool,
+) -> Difference:
+    if error is None:
+        return Difference(mean, sd, n, None, None, paired)
+    half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * error
+    return Difference(mean, sd, n, mean - half, mean + half, paired)
+
+
+STABLE = ("stable.vision", "stable.vision_blind", "stable.text")
+NOTHING = EvaluationResult(seconds=0.0, tasks={}, stable=StableScores())
+
+
+@dataclass(frozen=True)
+class Group:
+    """The lines at one value of the figure's `x` (and `by`).
+
+    `planned` counts the study's lines there, `spreads` holds each score of those that have one.
+    `mixed` names axes besides x, by and seed that also differ among them.
+    """
+
+    x: float | int | str
+    by: float | int | str | None
+    planned: int
+    spreads: dict[str, Spread]
+    mixed: tuple[str, ...] = ()
+
+    @property
+    def n(self) -> int:
+        """The lines here that have a score."""
+        return max((spread.n for spread in self.spreads.values()), default=0)
+
+
+@dataclass(frozen=True)
+class LineRow:
+    """A line or baseline; `stage` names its evaluation, `values` are its numbers by column."""
+
+    name: str
+    role: Literal["line", "baseline"]
+    state: State
+    stage: str
+    axes: Mapping[str, float | int | str | None]
+    values: Mapping[str, float | int | None]
+
+    def at(self, axis: str | None) -> float | int | str | None:
+        """Its place on an axis; None where it has none."""
+        return None if axis is None else self.axes.get(axis)
+
+    def flat(self) -> dict[str, Any]:
+        """The row of results.csv."""
+        about = {"name": self.name, "role": self.role, "state": self.state, "stage": self.stage}
+        return about | {f"axis.{axis}": at for axis, at in self.axes.items()} | {**self.values}
+
+
+def line_rows(study: Study, ledger: Ledger) -> list[LineRow]:
+    """One row a line and a baseline; all have the same columns, None where nothing is known.
+
+    Columns: `stable.vision`, `stable.vision_blind`, `stable.text` and `<task>.score`, `.blind`,
+    `.chance`, `.stderr`, `.num_examples` (scores from 0 to 1); what else the table shows,
+    `<task>:<metric>` and `suite:<name>`; `tokens.<kind>`, `seconds.<kind>` and `seconds`, the sum.
+    """
+    named: list[tuple[str, Literal["line", "baseline"], Mapping[str, Any], Evaluate]]
+    named = [(line.name, "line", line.axes, line.result) for line in study.lines]
+    named += [(name, "baseline", {}, result) for name, result in study.baselines.items()]
+    axes = list(dict.fromkeys(axis for line in study.lines for axis in line.axes))
+    tasks = [task for task, _ in tasks_of(study)]
+    further = [score for score in study.table.scores if ":" in score] if study.table else []
+    rows, ledger = [], Snapshot.of(ledger)
+    for name, role, at, result in named:
+        found = NOTHING
+        if ledger.is_done(result):
+            found = ledger.result(result, EvaluationResult)
+        row = {column: getattr(found.stable, column.split(".")[1]) for column in STABLE}
+        row |= {score: _further(score, found) for score in further}
+        for task in tasks:
+            for key in ("score", "blind", "chance", "stderr", "num_examples"):
+                row[f"{task}.{key}"] = getattr(found.tasks.get(task), key, None)
+        uses = {kind: ledger.spent(part) for kind, part in parts_of(result).items()}
+        for kind in ("pretrain", "continue", "finetune"):
+            row[f"tokens.{kind}"] = uses[kind][0] if kind in uses else None
+        for kind in KINDS:
+            row[f"seconds.{kind}"] = uses[kind][1] if kind in uses else None
+        seconds = [use[1] for use in uses.values()]
+        row["seconds"] = None if None in seconds else sum(s for s in seconds if s is not None)
+        places = {axis: at.get(axis) for axis in axes}
+        rows.append(LineRow(name, role, ledger.state(result), result.name, places, row))
+    return rows
+
+
+def _further(score: str, found: EvaluationResult) -> float | None:
+    """A metric of a task, or the stable score of a published set of tasks."""
+    name, _, part = score.partition(":")
+    if name == "suite":
+        return found.suites[part].score if part in found.suites else None
+    value = found.tasks[name].details.get(part) if name in found.tasks else None
+    return None if value is None else float(value)
+
+
+def tasks_of(study: Study) -> list[tuple[str, str]]:
+    """Each task that the study evaluates, with its kind (vision | text), in the study's order."""
+    found: dict[str, str] = {}
+    for result in study.results:
+        found |= dict.fromkeys(result.evaluation.visual_tasks, "vision")
+    for result in study.results:
+        found |= dict.fromkeys(result.evaluation.text_tasks, "text")
+    return list(found.items())
+
+
+def kinds_of(study: Study) -> tuple[str, ...]:
+    """The kinds of task that the study asks: vision, text, or both."""
+    asked = {kind for _, kind in tasks_of(study)}
+    return tuple(kind for kind in ("vision", "text") if kind in asked)
+
+
+def stable_of(study: Study) -> tuple[str, ...]:
+    """The stable scores that the study can have."""
+    kinds = kinds_of(study)
+    return tuple(name for name in STABLE if name.split(".")[1].split("_")[0] in kinds)
+
+
+def group_rows(study: Study, rows: Sequence[LineRow]) -> list[Group]:
+    """The lines that `line_rows` gave, grouped by the figure's x and by, in rising order of x.
+
+    Baselines are no part of any group.
+    """
+    for line in study.lines:
+        for axis in {study.figure.x, study.figure.by or study.figure.x} - line.axes.keys():
+            raise ValueError(
+                f"the figure of {study.name!r} is drawn over {axis!r}, and line {line.name!r} "
+                f"has only {', '.join(line.axes) or 'no axes'}; give the line this axis"
+            )
+    lines = [row for row in rows if row.role == "line"]
+    x, by = study.figure.x, study.figure.by
+    places: list[Any] = list(dict.fromkeys((row.at(x), row.at(by)) for row in lines))
+    if all(isinstance(place[0], int | float) for place in places):
+        places.sort(key=lambda place: place[0])
+    columns = [
+        *STABLE,
+        *(f"{task}.{key}" for task, _ in tasks_of(study) for key in ("score", "blind")),
+    ]
+    groups = []
+    for place in places:
+        members = [row for row in lines if (row.at(x), row.at(by)) == place]
+        rest = [axis for axis in members[0].axes if axis not in (x, by)]
+        differing = [axis for axis in rest if len({row.at(axis) for row in members}) > 1]
+        named = [
+            (", ".join(f"{axis}={row.at(axis)}" for axis in rest) or row.name, row.values)
+            for row in members
+        ]
+        spreads = {
+            column: Spread(tuple((n, v) for n, row in named if (v := row[column]) is not None))
+            for column in columns
+        }
+        mixed = tuple(axis for axis in differing if axis != "seed")
+        groups.append(Group(place[0], place[1], len(members), spreads, mixed))
+    return groups
+
+
+def best_group(groups: Sequence[Group], column: str) -> Group | None:
+    """The group with the highest mean of `column`; None where none has a value."""
+    means = [(group.spreads[column].mean, group) for group in groups]
+    known = [(mean, group) for mean, group in means if mean is not None]
+    return max(known, key=lambda pair: pair[0])[1] if known else None
+
+
+def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write flat rows as CSV with a header; None becomes an empty field."""
+    if not rows:
+        raise ValueError(f"no rows for {path}: the study has no lines and no baselines")
+    stream = io.StringIO(newline="")
+    names = dict.fromkeys(key for row in rows for key in row)
+    writer = csv.DictWriter(stream, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, stream.getvalue().encode())

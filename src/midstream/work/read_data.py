@@ -1,0 +1,127 @@
+"""The works that read a user's data: `midstream prepare`, and benchmarks before a study runs."""
+
+import os
+import random
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from midstream.config import OWN_RULE, Config, begin_of_text_named
+from midstream.core.storage import write_bytes
+from midstream.data.examples import TextCodec
+from midstream.data.formats.files import is_url
+from midstream.data.formats.records import ReadOptions, Section
+from midstream.data.tokenise import open_tokenizer
+from midstream.eval.find_task import other_images, read_choice_task, read_visual_task, require_share
+from midstream.work.protocol import Channel, Request
+
+# Of a task's pictures all are looked for, and so many decoded: always the same ones.
+NUM_DECODED = 64
+
+
+class PrepareRequest(Request):
+    """The arguments of `midstream prepare`."""
+
+    section: Section
+    sources: tuple[str, ...]
+    out: Path
+    tokenizer: str
+    options: ReadOptions
+    max_rejects: float
+    validation: float
+    workers: int
+    begin_of_text: str = OWN_RULE
+
+
+def prepare(request: PrepareRequest, channel: Channel) -> dict[str, Any]:
+    """Prepare the source; returns its counts (see `prepare_source` for them and the errors)."""
+    # Not at the head of the file: it imports torch, and tasks are read without.
+    from midstream.data.prepare_source import canonical_tokenizer, prepare_source
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer_file = Path(folder) / "tokenizer.json"
+        opened = open_tokenizer(request.tokenizer)
+        begins = begin_of_text_named(opened, request.begin_of_text, request.tokenizer)
+        codec = TextCodec(opened).beginning_with(begins)
+        write_bytes(tokenizer_file, canonical_tokenizer(codec))
+        return prepare_source(
+            request.section,
+            request.sources,
+            request.out,
+            tokenizer_file=tokenizer_file,
+            options=request.options,
+            root=common_folder(request.sources),
+            workers=request.workers,
+            max_reject_fraction=request.max_rejects,
+            validation_fraction=request.validation,
+            progress=lambda done, note: channel.progress("preparing", done, note),
+            notice=print,
+        )
+
+
+def common_folder(sources: Sequence[str]) -> str:
+    """The deepest folder that holds all local sources; empty where there is none."""
+    folders = []
+    for source in sources:
+        if not is_url(source):
+            path = os.path.abspath(source)
+            folders.append(path if os.path.isdir(path) else os.path.dirname(path))
+    return os.path.commonpath(folders) if folders else ""
+
+
+class TaskRequest(Config):
+    """A task as an evaluation reads it."""
+
+    world: Path
+    task: str
+    kind: Literal["visual", "text"]
+    limit: int | None
+    slim: bool = False
+    blind: bool = False
+
+
+class ReadTasksRequest(Request):
+    """Tasks, in the order in which they are answered."""
+
+    tasks: tuple[TaskRequest, ...]
+
+
+def read_tasks(request: ReadTasksRequest, channel: Channel) -> None:
+    """Answer each task with {"event": "finished", "stage", "state", "error"}."""
+    for task in request.tasks:
+        state, error = "done", None
+        try:
+            read(task)
+        except (ValueError, OSError) as reason:
+            state, error = "failed", str(reason)
+        channel.say("finished", stage=task.task, state=state, error=error)
+
+
+def read(request: TaskRequest) -> None:
+    """Read a task to its last line as an evaluation does, and decode some of its pictures.
+
+    Raises FileNotFoundError or ValueError for what is missing or malformed.
+    """
+    if request.kind == "text":
+        require_share(read_choice_task(request.world, request.task, request.limit))
+        return
+    task = read_visual_task(request.world, request.task, request.limit, slim=request.slim)
+    if request.blind:
+        other_images(task)
+    decode_some({example.image for example in task.examples}, request.task)
+
+
+def decode_some(pictures: Iterable[Path], name: str) -> None:
+    """Decode a seeded sample of a task's pictures; ValueError names one that cannot be."""
+    paths = sorted(pictures)
+    for path in random.Random(f"0 decoded {name}").sample(paths, min(NUM_DECODED, len(paths))):
+        try:
+            with Image.open(path) as picture:
+                picture.load()
+        except (OSError, ValueError, SyntaxError) as reason:
+            raise ValueError(
+                f"task {name}: picture {path} cannot be decoded ({reason}); replace the file"
+            ) from None

@@ -1,0 +1,99 @@
+"""Pictures of rows: stored features and live pixels, in the order asked for, also in workers."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from made import make_source
+from made_features import CONFIG, Encode, pixels_of, quiet
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from midstream.data.feature_store import FeatureStore, StoredImages
+from midstream.data.images import LiveImages, encode_fixed
+from midstream.data.sources import Source
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
+    """Conversations and captions that share a picture."""
+    base = tmp_path_factory.mktemp("two")
+    return {
+        "talks": make_source(base, "talks", "instruct", [3, 3, 3], pictures=[2, None, 0]),
+        "pics": make_source(base, "pics", "caption", [3, 3], number=1, pictures=[1, 2]),
+    }
+
+
+NAMES = ("pics", "talks")
+WANTED = np.array([(1, 2), (0, 0), (0, 1), (1, 0), (0, 0)])
+
+
+class Rows(Dataset[Tensor]):
+    """One picture a row, made where a loader's worker is."""
+
+    def __init__(self, images: StoredImages | LiveImages) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(WANTED)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images(WANTED[index : index + 1])
+
+
+def test_images_of_rows_come_in_the_order_asked_for_stored_as_live(
+    tmp_path: Path, two: dict[str, Source]
+) -> None:
+    store = FeatureStore(tmp_path, CONFIG)
+    for source in two.values():
+        store.fill(source, None, Encode(), quiet)
+    stored, live = StoredImages(store, two, NAMES), LiveImages(two, NAMES, CONFIG)
+    expected = torch.cat([pixels_of(two[NAMES[s]], [e], CONFIG) for s, e in WANTED.tolist()])
+    assert torch.equal(live(WANTED), expected)
+    found = stored(WANTED)
+    assert torch.equal(found, encode_fixed(Encode(), live(WANTED), CONFIG))
+    # Talk 0 and caption 1 show the same picture; the other features are others.
+    assert torch.equal(found[2], found[3])
+    assert not torch.equal(found[0], found[1])
+
+
+def test_rows_without_images_have_tensors_of_no_images(
+    tmp_path: Path, two: dict[str, Source]
+) -> None:
+    none = np.zeros((0, 2), np.int64)
+    stored = StoredImages(FeatureStore(tmp_path, CONFIG), two, NAMES)(none)
+    assert stored.shape == (0, CONFIG.num_patches, CONFIG.hidden_size)
+    live = LiveImages(two, NAMES, CONFIG)(none)
+    assert live.shape == (0, 3, CONFIG.image_size, CONFIG.image_size)
+    encode = Encode()
+    assert encode_fixed(encode, live, CONFIG).shape == stored.shape
+    assert encode.calls == 0
+
+
+def test_what_is_pickled_is_small_and_reads_the_same(
+    tmp_path: Path, two: dict[str, Source]
+) -> None:
+    store = FeatureStore(tmp_path, CONFIG)
+    for source in two.values():
+        store.fill(source, None, Encode(), quiet)
+    stored = StoredImages(store, two, NAMES)
+    expected = stored(WANTED)
+    assert torch.equal(pickle.loads(pickle.dumps(stored))(WANTED), expected)
+    # Neither maps nor hashes travel: the size is that of a store that was never read.
+    fresh = StoredImages(FeatureStore(tmp_path, CONFIG), two, NAMES)
+    assert len(pickle.dumps(stored)) == len(pickle.dumps(fresh))
+
+
+@pytest.mark.slow
+def test_loader_workers_read_features_and_pixels(tmp_path: Path, two: dict[str, Source]) -> None:
+    store = FeatureStore(tmp_path, CONFIG)
+    for source in two.values():
+        store.fill(source, None, Encode(), quiet)
+    for images in (StoredImages(store, two, NAMES), LiveImages(two, NAMES, CONFIG)):
+        expected = images(WANTED)
+        loader = DataLoader(
+            Rows(images), batch_size=None, num_workers=2, multiprocessing_context="forkserver"
+        )
+        assert torch.equal(torch.cat(list(loader)), expected)

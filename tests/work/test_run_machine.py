@@ -1,0 +1,184 @@
+"""What the machine's choices make of a run: micro-batches (a GPU is made up), trackers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import tiny
+from midstream.config import Evaluation, Machine
+from midstream.core.storage import read_json
+from midstream.cost.cost import work_of
+from midstream.cost.taken import Setting, memory
+from midstream.study import progress
+from midstream.study.stages import Evaluate, Stage
+from midstream.study.store import Ledger, Stopped
+from midstream.train import loop
+from midstream.train.metrics import TensorBoard
+from midstream.work import run_stage
+
+
+@pytest.fixture
+def bytes_of_four_rows(tiny_ledger: Ledger) -> float:
+    """A GPU whose memory takes four rows of the stage."""
+    work = work_of(tiny.TEXT, tiny_ledger)
+    assert work is not None
+    # Room is 92 % of it.
+    return memory(tiny.TEXT, work, Setting(1, 4)).total / 0.92 + 1
+
+
+def on_gpu(
+    ledger: Ledger, machine: Machine, size: float, monkeypatch: pytest.MonkeyPatch
+) -> run_stage.StageRunner:
+    runner = tiny.runner(ledger, machine=machine)
+    runner.device = torch.device("cuda")
+    monkeypatch.setattr(run_stage, "device_bytes", lambda device: size)
+    return runner
+
+
+def test_a_gpu_takes_as_many_rows_as_the_plan_says_that_fit(
+    tiny_ledger: Ledger,
+    bytes_of_four_rows: float,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    machine = tiny.MACHINE.model_copy(update={"micro_batch_rows": None})
+    runner = on_gpu(tiny_ledger, machine, bytes_of_four_rows, monkeypatch)
+    assert runner.machine_for(tiny.TEXT).micro_batch_rows == 4
+    assert "micro-batches of 4 rows; --machine micro_batch_rows=N" in capsys.readouterr().err
+    small = on_gpu(tiny_ledger, machine, 1, monkeypatch)
+    assert small.machine_for(tiny.TEXT).micro_batch_rows == 1
+    assert "1 rows, and the plan says that it does not fit" in capsys.readouterr().err
+
+
+def test_a_choice_and_a_cpu_take_what_they_took(
+    tiny_ledger: Ledger, bytes_of_four_rows: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = tiny.MACHINE.model_copy(update={"micro_batch_rows": 2})
+    runner = on_gpu(tiny_ledger, chosen, bytes_of_four_rows, monkeypatch)
+    assert runner.machine_for(tiny.TEXT) == chosen
+    machine = tiny.MACHINE.model_copy(update={"micro_batch_rows": None})
+    assert tiny.runner(tiny_ledger, machine=machine).machine_for(tiny.TEXT) == machine
+
+
+def test_a_stage_is_trained_in_them(
+    tiny_ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = tiny.store_with(tiny_ledger, tmp_path, tiny.DATA)
+    runner = tiny.runner(ledger)
+    three = tiny.MACHINE.model_copy(update={"micro_batch_rows": 3})
+    monkeypatch.setattr(runner, "machine_for", lambda stage: three)
+    asked: list[int] = []
+    real = loop.load_steps
+
+    def load(dataset: object, **options: object) -> object:
+        asked.append(int(str(options["micro_rows"])))
+        return real(dataset, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "load_steps", load)
+    runner.run(tiny.TEXT)
+    assert asked == [3]
+
+
+pytest.importorskip("tensorboard", reason="the extra 'tensorboard' is not installed")
+
+TRACKED = Machine(workers=1, threads=1, device="cpu", tracking=("tensorboard",))
+
+
+def scalars(ledger: Ledger, stage: Stage) -> dict[str, list[tuple[int, float]]]:
+    folder = ledger.folder(stage) / "tensorboard"
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    tags = found.Tags()["scalars"]
+    return {tag: [(one.step, one.value) for one in found.Scalars(tag)] for tag in tags}
+
+
+def own_store(tiny_ledger: Ledger, folder: Path) -> Ledger:
+    return tiny.store_with(tiny_ledger, folder, tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT)
+
+
+def test_a_tracked_stage_gives_the_bits_of_one_that_is_not_tracked(
+    tiny_ledger: Ledger, tmp_path: Path
+) -> None:
+    plain, tracked = (own_store(tiny_ledger, tmp_path / name) for name in ("plain", "tracked"))
+    tiny.runner(plain).run(tiny.SEEN)
+    tiny.runner(tracked, machine=TRACKED).run(tiny.SEEN)
+    assert tiny.bits(tracked, tiny.SEEN) == tiny.bits(plain, tiny.SEEN)
+    found, lines = scalars(tracked, tiny.SEEN), tracked.metrics(tiny.SEEN)
+    assert {tag.removeprefix("train/") for tag in found} == lines[0].keys() - {"step"}
+    for key in ("loss", "rate", "tokens_seen"):
+        assert found[f"train/{key}"] == [
+            (line["step"], pytest.approx(line[key], rel=1e-6)) for line in lines
+        ]
+    there = {path.name for path in tracked.folder(tiny.SEEN).iterdir()}
+    assert there - {path.name for path in plain.folder(tiny.SEEN).iterdir()} == {
+        "tensorboard",
+        "tracking.json",
+    }
+
+
+def test_a_stage_that_was_stopped_goes_on_in_the_same_series(
+    tiny_ledger: Ledger, tmp_path: Path
+) -> None:
+    mine = own_store(tiny_ledger, tmp_path)
+    asked = iter([False, False, True])
+    with pytest.raises(Stopped):
+        tiny.runner(mine, machine=TRACKED, should_stop=lambda: next(asked)).run(tiny.SEEN)
+    assert [step for step, _ in scalars(mine, tiny.SEEN)["train/loss"]] == [1, 2, 3]
+    tiny.runner(mine, machine=TRACKED).run(tiny.SEEN)
+    number = mine.results(tiny.SEEN)["steps"]
+    assert [step for step, _ in scalars(mine, tiny.SEEN)["train/loss"]] == [*range(1, number + 1)]
+
+
+def test_a_tracker_that_fails_is_in_the_results_and_changes_nothing_else(
+    tiny_ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: TensorBoard, rows: Any) -> None:
+        raise OSError("the network is gone")
+
+    plain, tracked = (own_store(tiny_ledger, tmp_path / name) for name in ("plain", "tracked"))
+    tiny.runner(plain).run(tiny.SEEN)
+    monkeypatch.setattr(TensorBoard, "send", broken)
+    tiny.runner(tracked, machine=TRACKED).run(tiny.SEEN)
+    found = tiny.bits(tracked, tiny.SEEN)
+    trouble = found["results"].pop("tracking")
+    assert found == tiny.bits(plain, tiny.SEEN)
+    assert trouble["tensorboard"]["first"] == "OSError: the network is gone"
+    assert trouble["tensorboard"]["failures"] >= 1
+
+
+def test_an_encoders_training_and_an_evaluation_are_tracked_too(
+    tiny_ledger: Ledger, tmp_path: Path
+) -> None:
+    mine = tiny.store_with(tiny_ledger, tmp_path, tiny.DATA, tiny.TEXT)
+    tiny.runner(mine, machine=TRACKED).run(tiny.ENCODER_STAGE)
+    steps = [line["step"] for line in mine.metrics(tiny.ENCODER_STAGE)]
+    assert [step for step, _ in scalars(mine, tiny.ENCODER_STAGE)["train/loss"]] == steps
+    asked = Evaluation(text_tasks=("pocket_facts",), limit=4)
+    stage = Evaluate(of=tiny.TEXT, evaluation=asked)
+    tiny.runner(mine, machine=TRACKED).run(stage)
+    results, found = mine.results(stage), scalars(mine, stage)
+    score = results["tasks"]["pocket_facts"]["score"]
+    assert found["score/pocket_facts"] == [(0, pytest.approx(score))]
+    assert found["score/stable.text"] == [(0, pytest.approx(results["stable"]["text"]))]
+
+
+def test_a_stage_keeps_its_progress_while_it_runs_and_takes_it_away_when_it_is_done(
+    tiny_ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "NOTE_SECONDS", 0.0)
+    mine = own_store(tiny_ledger, tmp_path)
+    folder = mine.folder(tiny.SEEN)
+    stops = iter([False, True])
+    with pytest.raises(Stopped):
+        tiny.runner(mine, should_stop=lambda: next(stops)).run(tiny.SEEN)
+    kept = read_json(folder / "progress.json")
+    assert kept["tokens_seen"] == mine.metrics(tiny.SEEN)[0]["tokens_seen"]
+    assert 0 < kept["done"] < 1
+    tiny.runner(mine).run(tiny.SEEN)
+    assert not (folder / "progress.json").exists()
+    plain = own_store(tiny_ledger, tmp_path / "plain")
+    monkeypatch.undo()
+    tiny.runner(plain).run(tiny.SEEN)
+    assert tiny.bits(mine, tiny.SEEN) == tiny.bits(plain, tiny.SEEN)
