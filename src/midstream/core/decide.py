@@ -5,11 +5,11 @@ are fixed, repetitions are blocks; what is left is the spread that a difference 
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,7 +22,8 @@ UNEQUAL = 0.1
 LEAST_OWN = 3
 
 Verdict = Literal["higher", "lower", "same", "undecided"]
-Scores = Mapping[Hashable, Mapping[str, float]]
+# By place, which may be anything, and then by repetition.
+Scores = Mapping[Any, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Fit:
         """Whether one spread may stand for all places."""
         return self.equal_spread is None or self.equal_spread >= UNEQUAL
 
-    def contrast(self, weights: Mapping[Hashable, float], places: int = 2) -> Contrast:
+    def contrast(self, weights: Mapping[Any, float], places: int = 2) -> Contrast:
         """The sum of the places' means by `weights`, over the repetitions that have all of them.
 
         With `places` above 2 the interval is simultaneous (Tukey's) for all pairs of so many, as
@@ -176,7 +177,7 @@ def _equal_spread(left: Sequence[Sequence[float]]) -> float | None:
     return float(bartlett(*groups).pvalue) if len(groups) > 2 else None
 
 
-def trend(places: Sequence[Hashable]) -> dict[Hashable, float]:
+def trend(places: Sequence[Any]) -> dict[Any, float]:
     """Weights of the rise from the first to the last place on a line through evenly spaced ones."""
     middle = (len(places) - 1) / 2
     squares = sum((at - middle) ** 2 for at in range(len(places)))

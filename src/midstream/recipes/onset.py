@@ -11,6 +11,7 @@ from itertools import product
 from typing import Unpack
 
 from midstream.config import Constant, Mixture, WarmupStableDecay
+from midstream.recipes.lines import text_only
 from midstream.recipes.scales import (
     Model,
     Scale,
@@ -19,7 +20,6 @@ from midstream.recipes.scales import (
     find_scale,
     finetune_stage,
     mixture,
-    text_only,
 )
 from midstream.study.stages import Continue, ContinueFrom, Evaluate, Finetune, FromScratch, Pretrain
 from midstream.study.studies import Figure, Line, Study, line_name

@@ -12,7 +12,7 @@ from statistics import fmean, median
 from typing import Any
 
 from midstream.core.decide import Contrast, Fit, after_more, detectable, fit
-from midstream.report.results import STABLE, LineRow, tasks_of
+from midstream.report.line_rows import STABLE, LineRow, tasks_of
 from midstream.study.studies import Study
 
 SEED = "seed"
@@ -26,9 +26,10 @@ Sides = Sequence[tuple[float, Mapping[str, Any]]]
 class Comparison:
     """A contrast of places, and what it rests on.
 
-    `places` are those that have a weight. `learnt` is the same without the models that did not learn one of its tasks, and `num_failed`
-    counts those among its own; None where all learnt. `lines` are the rows of each side, in the
-    same order on all; `others` the axes that it is a mean over, at `num_places` places.
+    `places` are those that have a weight. `learnt` is the same without the models that did not
+    learn one of its tasks, and `num_failed` counts those among its own; None where all learnt.
+    `lines` are the rows of each side, in the same order on all; `others` the axes that it is a mean
+    over, at `num_places` places.
     """
 
     contrast: Contrast
@@ -66,54 +67,51 @@ def compare(
 ) -> Comparison | None:
     """The sum of the sides' means by their weights, matched by all axes that they leave free.
 
-    `places`: of so many the best was picked, and the interval is simultaneous for all pairs. None
-    where no repetition has a counterpart on every side.
+    Each repetition is first averaged over the free axes: lines that share stages are no
+    repetitions of each other. The spread is pooled over all places of the axes that differ between
+    the sides, where the others have the sides' values. `places`: of so many the best was picked,
+    and the interval is simultaneous for all pairs. None where no repetition is on every side.
     """
-    lines = [row for row in rows if row.role == "line"]
-    fixed = {axis for _, at in sides for axis in at}
-    free = [axis for axis in lines[0].axes if axis not in fixed]
+    first = sides[0][1]
+    same = {a: v for a, v in first.items() if all(at.get(a) == v for _, at in sides)}
+    varied = list(dict.fromkeys(axis for _, at in sides for axis in at if axis not in same))
+    lines = [r for r in rows if r.role == "line" and all(r.at(a) == v for a, v in same.items())]
+    if not lines:
+        return None
+    free = [axis for axis in lines[0].axes if axis not in same and axis not in varied]
     # A comparison of the seeds themselves is repeated by everything else.
-    repeats = [SEED] if SEED in free else free if SEED in fixed else []
+    fixes_seeds = SEED in varied or SEED in same
+    repeats = [SEED] if SEED in free else free if fixes_seeds else []
     others = [axis for axis in free if axis not in repeats]
-    held = _by_cell(lines, column, repeats)
-    cells = _cells(held, column)
-    by_side = [
-        {
-            tuple(value for axis, value in place if axis in others): place
-            for place in cells
-            if all(dict(place).get(axis) == value for axis, value in at.items())
-        }
-        for _, at in sides
-    ]
-    names, matched = _matched(cells, by_side)
+    held = _by_cell(lines, column, varied, repeats, others)
+    ends = [_place_at(at, varied) for _, at in sides]
+    names, matched = _matched([held.get(end, {}) for end in ends])
     if not names:
         return None
-    weights: dict[Place, float] = {}
-    for (weight, _), each in zip(sides, by_side, strict=True):
-        weights |= {each[at]: weight / len(matched) for at in matched}
-    every = sum(len(cells[place]) for each in by_side for place in each.values())
+    weights = {end: weight for end, (weight, _) in zip(ends, sides, strict=True)}
+    own = {r.name for end in ends for name in names for at in matched for r in held[end][name][at]}
     failed = failures(study, lines, column)
-    own = {row.name for place in weights for name in names for row in held[place][name]} & failed
-    without = _cells(_by_cell([r for r in lines if r.name not in failed], column, repeats), column)
+    cells = _cells(held, column, matched, set())
+    every = {(n, at) for end in ends for n, under in held[end].items() for at in under}
     return Comparison(
         contrast=_judged(study, cells, weights, places),
         fit=fit(cells),
-        places=tuple(weights),
+        places=tuple(tuple({**dict(end), **same}.items()) for end in ends),
         lines=tuple(
-            tuple(row for name in names for at in matched for row in held[each[at]][name])
-            for each in by_side
+            tuple(row for name in names for at in matched for row in held[end][name][at])
+            for end in ends
         ),
         others=tuple(axis for axis in others if len({row.at(axis) for row in lines}) > 1),
         num_places=len(matched),
-        num_left_out=every - len(names) * len(matched) * len(by_side),
-        learnt=_judged(study, without, weights, places) if own else None,
-        num_failed=len(own),
+        num_left_out=len(every) - len(names) * len(matched),
+        learnt=_judged(study, _cells(held, column, matched, failed), weights, places)
+        if own & failed
+        else None,
+        num_failed=len(own & failed),
     )
 
 
-def repetitions_needed(
-    comparisons: Sequence[Comparison], half_width: float
-) -> dict[Place, int]:
+def repetitions_needed(comparisons: Sequence[Comparison], half_width: float) -> dict[Place, int]:
     """By place, the repetitions with which every comparison that has it is that narrow.
 
     Raises ValueError where a spread is unknown: fewer than two repetitions, or none that differ.
@@ -172,45 +170,70 @@ def _judged(study: Study, cells: Cells, weights: Mapping[Place, float], places: 
     return first if first.sd is None else after_more(first, every)
 
 
-def _place(row: LineRow, repeats: Sequence[str]) -> Place:
-    return tuple((axis, value) for axis, value in row.axes.items() if axis not in repeats)
+def _place_at(at: Mapping[str, Any], axes: Sequence[str]) -> Place:
+    return tuple((axis, at.get(axis)) for axis in axes)
+
+
+def _place(row: LineRow, without: Sequence[str]) -> Place:
+    return tuple((axis, value) for axis, value in row.axes.items() if axis not in without)
+
+
+# By the places of the other axes, the lines there.
+Under = dict[tuple[Any, ...], list[LineRow]]
 
 
 def _by_cell(
-    rows: Sequence[LineRow], column: str, repeats: Sequence[str]
-) -> dict[Place, dict[str, list[LineRow]]]:
-    """The lines that have a score, by place and then by repetition ("seed=7")."""
-    found: dict[Place, dict[str, list[LineRow]]] = {}
+    rows: Sequence[LineRow],
+    column: str,
+    varied: Sequence[str],
+    repeats: Sequence[str],
+    others: Sequence[str],
+) -> dict[Place, dict[str, Under]]:
+    """The lines that have a score, by place, by repetition ("seed=7") and by the other axes."""
+    found: dict[Place, dict[str, Under]] = {}
     for row in rows:
         if row.values.get(column) is not None:
             name = ", ".join(f"{axis}={row.at(axis)}" for axis in repeats)
-            found.setdefault(_place(row, repeats), {}).setdefault(name, []).append(row)
+            at = tuple(row.at(axis) for axis in others)
+            cell = found.setdefault(_place_at(row.axes, varied), {}).setdefault(name, {})
+            cell.setdefault(at, []).append(row)
     return found
 
 
-def _cells(held: Mapping[Place, Mapping[str, Sequence[LineRow]]], column: str) -> Cells:
-    return {
-        place: {
-            name: fmean(value for row in rows if (value := row.values[column]) is not None)
-            for name, rows in own.items()
-        }
-        for place, own in held.items()
-    }
+def _cells(
+    held: Mapping[Place, Mapping[str, Under]],
+    column: str,
+    matched: Sequence[tuple[Any, ...]],
+    without: set[str],
+) -> Cells:
+    """Means over the matched places of the other axes, of the repetitions that have all of them."""
+    cells: Cells = {}
+    for place, by_name in held.items():
+        for name, under in by_name.items():
+            kept = [[r for r in under.get(at, ()) if r.name not in without] for at in matched]
+            if all(kept):
+                means = (fmean(_score(row, column) for row in rows) for rows in kept)
+                cells.setdefault(place, {})[name] = fmean(means)
+    return cells
+
+
+def _score(row: LineRow, column: str) -> float | int:
+    value = row.values[column]
+    assert value is not None, "lines without a score are in no cell"
+    return value
 
 
 def _matched(
-    cells: Cells, sides: Sequence[Mapping[tuple[Any, ...], Place]]
+    sides: Sequence[Mapping[str, Under]],
 ) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """Repetitions, and places of the free axes, that all of them have on every side.
+    """Repetitions, and places of the other axes, that all of them have on every side.
 
     The same places for every repetition: else a difference between places passes for one between
     seeds. Repetitions with most of them are taken first.
     """
-    common = [at for at in sides[0] if all(at in side for side in sides)]
-    names = dict.fromkeys(name for at in common for name in cells[sides[0][at]])
     has = {
-        name: [at for at in common if all(name in cells[side[at]] for side in sides)]
-        for name in names
+        name: [at for at in under if all(at in side.get(name, {}) for side in sides)]
+        for name, under in sides[0].items()
     }
     kept: list[str] = []
     places: list[tuple[Any, ...]] = []
@@ -218,4 +241,4 @@ def _matched(
         left = [at for at in (places if kept else has[name]) if at in has[name]]
         if left:
             kept, places = [*kept, name], left
-    return [name for name in names if name in kept], places
+    return [name for name in has if name in kept], places
