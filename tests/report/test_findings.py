@@ -238,3 +238,26 @@ def test_a_model_that_learnt_nothing_is_counted_and_left_out_beside(ledger: Ledg
     assert found.comparison.learnt is not None
     assert found.comparison.learnt.n == 3
     assert "without 1 that did not learn a task" in found.sentence
+
+
+def test_levels_of_draws_are_told_with_the_spread_that_each_adds(ledger: Ledger) -> None:
+    scores = {
+        (run, seen): (0.3 + 0.1 * run + 0.01 * seen, 0.3 + 0.1 * run)
+        for run in (1, 2)
+        for seen in (1, 2)
+    }
+    axes = ("text_run", "image_text_run")
+    study = made.study(scores, axes=axes).model_copy(update={"levels": (*axes, "seed")})
+    made.fill(ledger, study, scores, axes=axes)
+    found = gather(study, ledger).findings[0]
+    assert found.verdict_words == "measured"
+    assert found.sentence.startswith("Vision, stable of 8 models of one recipe varies by 7.")
+    assert "points over text run, " in found.sentence
+    assert not found.is_decided
+
+
+def test_levels_that_are_not_repeated_yet_are_not_measured(ledger: Ledger) -> None:
+    scores = {(1,): (0.3, 0.4)}
+    study = made.study(scores).model_copy(update={"levels": ("x", "seed")})
+    made.fill(ledger, study, scores)
+    assert gather(study, ledger).findings[0].verdict == "not measured"

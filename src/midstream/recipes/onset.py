@@ -11,7 +11,7 @@ from itertools import product
 from typing import Unpack
 
 from midstream.config import Constant, Mixture, WarmupStableDecay
-from midstream.recipes.lines import text_only
+from midstream.recipes.lines import reseeded, text_only
 from midstream.recipes.scales import (
     Model,
     Scale,
@@ -75,7 +75,14 @@ def onset_by_share(
             name=line_name(axes := {"onset": 100 * onset, "share": 100 * share, "seed": seed}),
             axes=axes,
             result=Evaluate(
-                of=_model(at, _start(text, onset, latest), onset, share, seed, epochs),
+                of=_model(
+                    at,
+                    _start(reseeded(text, seed) if "text" in at.draws else text, onset, latest),
+                    onset,
+                    share,
+                    seed,
+                    epochs,
+                ),
                 evaluation=at.asked,
             ),
         )

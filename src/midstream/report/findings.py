@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from midstream.core.decide import Contrast, trend
+from midstream.core.decide import Contrast, nested_spread, trend
 from midstream.report.line_rows import STABLE, Group, LineRow, kinds_of, tasks_of
 from midstream.report.pairs import Examples, Gap, mean_gap
 from midstream.report.verdicts import Comparison, Sides, compare
@@ -66,7 +66,7 @@ def signed(value: float | int) -> str:
     return ("0.0" if float(text) == 0 else text).replace("-", "\N{MINUS SIGN}")
 
 
-Verdict = Literal["higher", "lower", "same", "undecided", "no interval", "not measured"]
+Verdict = Literal["higher", "lower", "same", "undecided", "no interval", "not measured", "measured"]
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,8 @@ def findings(
     whether it rises or falls."""
     examples = examples or Examples(ledger)
     found = [_claim(claim, study, rows, examples) for claim in study.claims]
+    if study.levels:
+        found += [_levels(study, rows, f"stable.{kind}") for kind in kinds_of(study)]
     for column in (f"stable.{kind}" for kind in kinds_of(study)):
         for by in dict.fromkeys(group.by for group in groups):
             own = [group for group in groups if group.by == by]
@@ -191,6 +193,30 @@ def trend_finding(
         f"evenly spaced ({_how(study, comparison)})."
     )
     return _judged(study, text, comparison)
+
+
+def _levels(study: Study, rows: Sequence[LineRow], column: str) -> Finding:
+    """How much each level of the chain adds to a score's spread."""
+    name, size = score_name(column), study.smallest_difference
+    known = [
+        (tuple(str(row.at(axis)) for axis in study.levels), value)
+        for row in rows
+        if row.role == "line" and (value := row.values[column]) is not None
+    ]
+    try:
+        spreads = nested_spread([at for at, _ in known], [value for _, value in known])
+    except (ValueError, IndexError) as reason:
+        text = f"{name}: the spread of its levels is not known yet ({reason})."
+        return Finding(None, "", "not measured", text, size)
+    parts = [
+        f"{points(spread)} points over {axis.replace('_', ' ')}"
+        for axis, spread in zip(study.levels, spreads, strict=True)
+    ]
+    text = (
+        f"{name} of {len(known)} models of one recipe varies by {', '.join(parts)} (standard "
+        "deviations that each level adds within the one before)."
+    )
+    return Finding(None, "", "measured", text, size)
 
 
 def at_group(study: Study, group: Group) -> dict[str, Any]:

@@ -125,7 +125,8 @@ class Study(Config):
     `machine` is where it runs unless a run says otherwise (`launch/local.py`). `text_rates` are
     (tokens, rate) along the text run whose checkpoints are given, for pictures of the rates.
     `smallest_difference` (0.02 are 2 points) is what findings call the same within. `pilot` are the
-    seeds that were run first where more were added to decide (`midstream run --decide`).
+    seeds that were run first where more were added to decide (`midstream run --decide`). `levels`
+    are axes of draws within one another, outermost first, whose own spread the report tells.
     """
 
     kind: Literal["study"] = "study"
@@ -142,6 +143,7 @@ class Study(Config):
     smallest_difference: Annotated[float, Field(gt=0, lt=1)] = 0.02
     failure: Failure = Failure()
     pilot: tuple[int, ...] = ()
+    levels: tuple[str, ...] = ()
 
     @property
     def named_results(self) -> tuple[tuple[str, Evaluate], ...]:
