@@ -12,9 +12,8 @@ from resolved import resolved
 from midstream.cli.catalogue import catalogue, find_study
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "recipes"
-PINNED = sorted(
-    name for name in catalogue() if name.startswith(("paper.", "pocket.", "published."))
-)
+ROOMS = ("paper.", "pocket.", "published.", "onset.", "noise.")
+PINNED = sorted(name for name in catalogue() if name.startswith(ROOMS))
 
 
 @pytest.mark.parametrize("name", PINNED)

@@ -33,33 +33,33 @@ def test_a_difference_beyond_the_seeds_agrees_with_a_claim_or_disagrees(ledger: 
     scores = {(20,): (0.20, 0.22, 0.24), (80,): (0.30, 0.33, 0.33)}
     turned = BETTER.model_copy(update={"higher": {"x": 20}, "lower": {"x": 80}})
     agrees, disagrees, *_ = claimed(ledger, scores, BETTER, turned)
-    assert agrees.verdict_words == "our data agree"
+    assert agrees.verdict_words == "higher: our data agree"
     assert agrees.source == "paper, section 3.1"
     # Differences 0.10, 0.11, 0.09: t of two degrees 4.303, sd 0.01.
     assert agrees.sentence.startswith(
         "Vision, stable is 10.0 points higher at x 80 than at x 20 "
-        "(95 % interval +7.5 to +12.5, paired, 3 repetitions)"
+        "(95 % interval +7.5 to +12.5, 3 repetitions, its own spread, 2 degrees of freedom)"
     )
-    assert disagrees.verdict_words == "our data disagree"
+    assert disagrees.verdict_words == "lower: our data disagree"
     assert "10.0 points lower at x 20 than at x 80" in disagrees.sentence
 
 
 def test_an_interval_with_zero_does_not_decide(ledger: Ledger) -> None:
     found = claimed(ledger, {(20,): (0.20, 0.30, 0.25), (80,): (0.24, 0.28, 0.26)})[0]
-    assert found.verdict_words == "the data do not decide"
-    assert found.difference is not None
-    assert found.difference.low is not None
-    assert found.difference.low < 0 < found.difference.mean
+    assert found.verdict_words == "not decided"
+    assert found.comparison is not None
+    assert found.comparison.contrast.low is not None
+    assert found.comparison.contrast.low < 0 < found.comparison.contrast.mean
 
 
 def test_one_seed_has_no_interval_but_the_examples_have_one(ledger: Ledger) -> None:
     found = claimed(ledger, {(20,): (0.2,), (80,): (0.6,)})[0]
-    assert found.verdict_words == "no interval: one seed"
-    assert "(no interval: 1 repetition)" in found.sentence
+    assert found.verdict_words == "no interval"
+    assert "(no interval: one repetition)" in found.sentence
     assert found.examples is not None
     assert found.examples.low is not None
     assert found.examples.low > 0
-    assert "which says nothing about other seeds" in found.sentence
+    assert "which decides nothing about others" in found.sentence
 
 
 def test_without_predictions_of_the_same_examples_nothing_is_said_of_them(ledger: Ledger) -> None:
@@ -82,7 +82,7 @@ def test_what_no_line_can_tell_is_not_measured(
     scores = {(20,): (0.2, 0.3), (80,): (0.6, 0.6)}
     found = claimed(ledger, scores, BETTER.model_copy(update=claim))[0]
     assert (found.verdict_words, found.sentence) == ("not measured", words)
-    assert found.difference is None
+    assert found.comparison is None
 
 
 def test_lines_that_are_not_done_are_not_measured(ledger: Ledger) -> None:
@@ -104,10 +104,10 @@ def test_other_axes_are_averaged_within_each_seed_and_are_no_repetitions(ledger:
         (80, "b"): (0.50, 0.60),
     }
     found = claimed(ledger, scores, axes=("x", "kind"))[0]
-    assert found.difference is not None
-    assert found.difference.n == (2, 2)
-    assert found.difference.mean == pytest.approx(0.15)
-    assert found.verdict == "undecided"
+    assert found.comparison is not None
+    assert found.comparison.contrast.n == 2
+    assert found.comparison.contrast.mean == pytest.approx(0.15)
+    assert found.verdict == "no interval"
     assert "mean over 2 places of kind" in found.sentence
 
 
@@ -119,15 +119,15 @@ def test_a_place_that_one_seed_lacks_is_left_out_for_all_and_counted(ledger: Led
         (80, "b"): (0.10,),
     }
     found = claimed(ledger, scores, axes=("x", "kind"))[0]
-    assert found.difference is not None
-    assert found.difference.mean == pytest.approx(0.105)
+    assert found.comparison is not None
+    assert found.comparison.contrast.mean == pytest.approx(0.105)
     assert "2 without a counterpart left out" in found.sentence
 
 
 def test_the_best_place_is_told_from_the_next_best_only_beyond_the_seeds(ledger: Ledger) -> None:
     scores = {(0,): (0.1, 0.1, 0.1), (20,): (0.30, 0.32, 0.34), (80,): (0.31, 0.34, 0.32)}
     best = next(f for f in claimed(ledger, scores) if f.claim is None)
-    assert best.verdict_words == "the data do not decide"
+    assert best.verdict_words == "not decided"
     assert best.sentence.startswith(
         "Vision, stable is highest at x 80 with 32.3 points, 0.3 points higher than at x 20, "
         "the next best (95 % interval"
@@ -137,9 +137,9 @@ def test_the_best_place_is_told_from_the_next_best_only_beyond_the_seeds(ledger:
 def test_a_claim_about_seeds_is_repeated_by_the_other_axes(ledger: Ledger) -> None:
     seeds = Claim(text="seeds differ", higher={"seed": 1}, lower={"seed": 0})
     found = claimed(ledger, {(20,): (0.2, 0.3), (80,): (0.6, 0.72)}, seeds)[0]
-    assert found.difference is not None
-    assert found.difference.n == (2, 2)
-    assert found.difference.mean == pytest.approx(0.11)
+    assert found.comparison is not None
+    assert found.comparison.contrast.n == 2
+    assert found.comparison.contrast.mean == pytest.approx(0.11)
 
 
 def trend_of(ledger: Ledger, scores: Mapping[Any, Sequence[float]]) -> Finding | None:
@@ -156,10 +156,10 @@ def test_a_rise_over_all_places_is_decided_where_neighbours_are_not(ledger: Ledg
     }
     trend = trend_of(ledger, scores)
     assert trend is not None
-    assert trend.verdict_words == "the data decide"
+    assert trend.verdict_words == "higher"
     # Lines of least squares rise by 0.093, 0.087 and 0.075 over three steps.
-    assert trend.difference is not None
-    assert trend.difference.mean == pytest.approx(0.085)
+    assert trend.comparison is not None
+    assert trend.comparison.contrast.mean == pytest.approx(0.085)
     assert "Vision, stable is 8.5 points higher at x 100 than at x 0" in trend.sentence
 
 
@@ -167,7 +167,7 @@ def test_a_curve_that_goes_both_ways_shows_no_trend(ledger: Ledger) -> None:
     scores = {(0,): (0.1, 0.2, 0.1), (20,): (0.5, 0.4, 0.5), (80,): (0.2, 0.1, 0.1)}
     trend = trend_of(ledger, scores)
     assert trend is not None
-    assert trend.verdict_words == "the data do not decide"
+    assert trend.verdict_words == "not decided"
 
 
 def test_two_places_are_no_trend(ledger: Ledger) -> None:
@@ -176,5 +176,88 @@ def test_two_places_are_no_trend(ledger: Ledger) -> None:
 
 def test_two_seeds_decide_nothing_however_alike_they_are(ledger: Ledger) -> None:
     found = claimed(ledger, {(20,): (0.20, 0.30), (80,): (0.30, 0.40)})[0]
-    assert found.verdict_words == "the data do not decide"
-    assert "+10.0 to +10.0, paired, 2 repetitions" in found.sentence
+    assert found.verdict_words == "no interval"
+    assert "no interval: two repetitions" in found.sentence
+
+
+CURVE = {
+    (0,): (0.10, 0.14, 0.12),
+    (20,): (0.30, 0.32, 0.34),
+    (40,): (0.31, 0.33, 0.32),
+    (80,): (0.30, 0.33, 0.34),
+}
+
+
+def test_a_difference_is_judged_by_one_spread_of_all_places_of_the_curve(ledger: Ledger) -> None:
+    found = claimed(ledger, CURVE)[0]
+    assert found.comparison is not None
+    assert found.comparison.contrast.pooled
+    assert found.comparison.contrast.freedom == 6
+    assert "3 repetitions, one spread of all places, 6 degrees of freedom" in found.sentence
+
+
+def test_a_difference_within_the_smallest_of_interest_is_the_same(ledger: Ledger) -> None:
+    study = made.study(CURVE, claims=(BETTER,)).model_copy(update={"smallest_difference": 0.03})
+    made.fill(ledger, study, CURVE)
+    same, *_ = gather(study, ledger).findings
+    assert same.verdict_words == "the same within 3 points: our data disagree"
+    assert same.is_decided
+
+
+def test_what_is_not_decided_says_how_many_repetitions_would_do(ledger: Ledger) -> None:
+    wide = {at: tuple(value * 5 for value in values) for at, values in CURVE.items()}
+    found = claimed(ledger, {at: tuple(v / 2 for v in vs) for at, vs in wide.items()})[0]
+    assert found.verdict == "undecided"
+    assert found.comparison is not None
+    needed = found.comparison.repetitions_for(0.02)
+    assert needed is not None
+    assert needed > 3
+    assert f"{needed} repetitions would make it 2.0 points to either side" in found.sentence
+
+
+def test_a_study_run_to_decide_is_judged_by_the_spread_of_its_first_seeds(ledger: Ledger) -> None:
+    more = {
+        at: (*values, *(v + 0.3 * i for i, v in enumerate(values))) for at, values in CURVE.items()
+    }
+    study = made.study(more, claims=(BETTER,)).model_copy(update={"pilot": (0, 1, 2)})
+    made.fill(ledger, study, more)
+    found = gather(study, ledger).findings[0].comparison
+    alone = claimed(Ledger(ledger.store / "other"), CURVE)[0].comparison
+    assert found is not None
+    assert alone is not None
+    assert found.contrast.sd == pytest.approx(alone.contrast.sd)
+    assert (found.contrast.n, found.contrast.freedom) == (6, 6)
+
+
+def test_a_model_that_learnt_nothing_is_counted_and_left_out_beside(ledger: Ledger) -> None:
+    scores = {at: (*values, 0.6) for at, values in CURVE.items()}
+    scores = dict.fromkeys(scores, (0.6, 0.62, 0.64, 0.61)) | {(80,): (0.6, 0.62, 0.0, 0.61)}
+    found = claimed(ledger, scores)[0]
+    assert found.comparison is not None
+    assert found.comparison.num_failed == 1
+    assert found.comparison.learnt is not None
+    assert found.comparison.learnt.n == 3
+    assert "without 1 that did not learn a task" in found.sentence
+
+
+def test_levels_of_draws_are_told_with_the_spread_that_each_adds(ledger: Ledger) -> None:
+    scores = {
+        (run, seen): (0.3 + 0.1 * run + 0.01 * seen, 0.3 + 0.1 * run)
+        for run in (1, 2)
+        for seen in (1, 2)
+    }
+    axes = ("text_run", "image_text_run")
+    study = made.study(scores, axes=axes).model_copy(update={"levels": (*axes, "seed")})
+    made.fill(ledger, study, scores, axes=axes)
+    found = gather(study, ledger).findings[0]
+    assert found.verdict_words == "measured"
+    assert found.sentence.startswith("Vision, stable of 8 models of one recipe varies by 7.")
+    assert "points over text run, " in found.sentence
+    assert not found.is_decided
+
+
+def test_levels_that_are_not_repeated_yet_are_not_measured(ledger: Ledger) -> None:
+    scores = {(1,): (0.3, 0.4)}
+    study = made.study(scores).model_copy(update={"levels": ("x", "seed")})
+    made.fill(ledger, study, scores)
+    assert gather(study, ledger).findings[0].verdict == "not measured"

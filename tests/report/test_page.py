@@ -8,14 +8,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from made_studies import flat_rows, groups_of, write_report
+from made_studies import flat_rows, write_report
 from made_whole import HOSTILE, change, page_of
 from PIL import Image
 from typer.testing import CliRunner
 
 from midstream.cli.app import app
 from midstream.cost.graph import order
-from midstream.report.line_rows import difference
+from midstream.report.gather import answer, gather
 from midstream.report.page import MAX_CURVES
 from midstream.study.stages import DataStage, Finetune
 from midstream.study.store import Ledger
@@ -36,18 +36,16 @@ def test_page_holds_every_score_of_every_line(study: Study, finished: Path) -> N
 
 
 def test_page_names_the_best_x_and_its_interval(study: Study, finished: Path) -> None:
-    groups = groups_of(study, Ledger(finished))
-    best, last = groups[2], groups[3]
-    gap = difference(best.spreads["stable.vision"], last.spreads["stable.vision"])
-    assert gap is not None
+    facts = gather(study, Ledger(finished))
+    best = answer(study, facts.rows, facts.groups, "vision")["curves"][0]
+    against = {other["x"]: other["gap"] for other in best["against"]}
+    gap = against[100.0]
     assert gap.low is not None
     text = " ".join(page_of(finished).split())
     assert "is at <strong>Text pre-training done (%) = 80</strong>" in text
-    assert (
-        f"<strong>no clear difference</strong>, {100 * gap.mean:+.1f} points (95 % interval" in text
-    )
+    assert f"<strong>not decided</strong>, {100 * gap.mean:+.1f} points (95 % interval" in text
     assert f"{100 * gap.low:+.1f}".replace("-", "−") in text
-    assert "n = 3 and 3" in text
+    assert "n = 3)" in text
 
 
 def test_page_says_which_stages_the_repetitions_share(study: Study, finished: Path) -> None:

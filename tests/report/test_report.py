@@ -14,10 +14,7 @@ from midstream.report.curves import MAX_POINTS, curve_figure
 from midstream.report.figures import panel_figure, stable_panel
 from midstream.report.line_rows import Part as Used
 from midstream.report.line_rows import (
-    Spread,
     best_group,
-    difference,
-    paired_difference,
     spent,
     write_csv,
 )
@@ -71,30 +68,6 @@ def test_best_group_has_the_highest_mean(study: Study, finished: Path) -> None:
         best = best_group(groups, column)
         assert best is not None
         assert best.spreads[column].mean == max(group.spreads[column].mean for group in groups)
-
-
-def test_difference_has_the_textbook_interval() -> None:
-    one = Spread((("a", 0.30), ("b", 0.32), ("c", 0.34)))
-    other = Spread((("a", 0.26), ("b", 0.28), ("c", 0.30)))
-    gap = difference(one, other)
-    assert gap is not None
-    assert gap.sd == pytest.approx(0.02)
-    assert gap.low == pytest.approx(0.04 - 2.7764 * 0.02 * math.sqrt(2 / 3), abs=1e-5)
-    assert gap.exceeds_spread is False
-    paired = paired_difference(one, Spread((("a", 0.26), ("b", 0.281), ("c", 0.299))))
-    assert paired is not None
-    assert paired.exceeds_spread is True
-    assert paired.sd == pytest.approx(0.001)
-
-
-def test_one_repetition_each_claims_nothing() -> None:
-    one, other = Spread((("a", 0.9),)), Spread((("a", 0.1),))
-    for gap in (difference(one, other), paired_difference(one, other)):
-        assert gap is not None
-        assert gap.mean == pytest.approx(0.8)
-        assert gap.low is gap.sd is gap.exceeds_spread is None
-    assert difference(one, Spread(())) is None
-    assert paired_difference(one, Spread((("b", 0.1),))) is None
 
 
 def test_csv_gives_back_every_row(study: Study, finished: Path, tmp_path: Path) -> None:

@@ -19,9 +19,11 @@ from midstream.cost import UTILISATION
 
 if TYPE_CHECKING:
     from midstream.cost.graph import Plan
-    from midstream.cost.price import Fit, Price, StagePrice
+    from midstream.cost.price import Fit, Fleet, Price, StagePrice
     from midstream.cost.taken import Measured
+    from midstream.report.power import Power
     from midstream.study.store import Ledger
+    from midstream.study.studies import AnyStudy
 
 # A plan of more stages than this is printed by kind.
 MAX_PLAN_ROWS = 48
@@ -66,6 +68,12 @@ def plan(
         bool,
         typer.Option("--checkpointing", help="Memory with the blocks' activations made again."),
     ] = False,
+    spread: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="Points that a score varies by over seeds, where none ran here yet."
+        ),
+    ] = None,
     verify: Verify = False,
 ) -> None:
     """Show what a study would run and what it costs; starts nothing."""
@@ -93,6 +101,7 @@ def plan(
     if as_json:
         values = {"features": [one.values() for one in kept], "price": price_json(priced, work)}
         values["this_machine"] = here.values()
+        values["decides"] = [_power_json(one) for one in _powers(found, ledger, spread)]
         values["problems"] = [asdict(problem) for problem in found_wrong]
         typer.echo(json.dumps(plan_json(work) | values, indent=2))
     else:
@@ -100,18 +109,23 @@ def plan(
         print_plan(work, priced, console, ledger)
         for line in [*_here(here), *(one.sentence() for one in kept)]:
             typer.echo(line)
+        for line in _decides(work, fleet, here.hours, _powers(found, ledger, spread)):
+            typer.echo(line)
         terminal.print_problems(found_wrong, console)
     if curves is not None:
-        from midstream.report.curves import curves as curves_of
-        from midstream.report.curves import write_curves
-
-        drawn, missing = curves_of(found, ledger)
-        write_curves(drawn, curves)
-        for sentence in missing:
-            typer.echo(f"not drawn: {sentence}", err=True)
-        typer.echo(f"learning rates: {curves}", err=as_json)
+        _draw(found, ledger, curves, quiet=as_json)
     if any(problem.level == "wrong" for problem in found_wrong):
         raise typer.Exit(WRONG_EXIT_CODE)
+
+
+def _draw(study: "AnyStudy", ledger: "Ledger", path: Path, *, quiet: bool) -> None:
+    from midstream.report.curves import curves, write_curves
+
+    drawn, missing = curves(study, ledger)
+    write_curves(drawn, path)
+    for sentence in missing:
+        typer.echo(f"not drawn: {sentence}", err=True)
+    typer.echo(f"learning rates: {path}", err=quiet)
 
 
 def plan_json(plan: "Plan") -> dict[str, Any]:
@@ -308,6 +322,50 @@ def _prices(plan: "Plan", priced: "Price") -> list[str]:
             f"{fleet.gpu.room / GIB:,.1f} GiB are free; raise --gpus or --gpus-per-stage, give "
             "--checkpointing, or choose a larger --gpu"
         )
+    return lines
+
+
+def _powers(study: "AnyStudy", ledger: "Ledger", spread: float | None) -> list["Power"]:
+    from midstream.report.power import powers
+
+    known = None if spread is None else spread / 100
+    return [one for each in study.studies for one in powers(each, ledger, known)]
+
+
+def _power_json(one: "Power") -> dict[str, Any]:
+    return asdict(one) | {"claim": one.claim.model_dump()}
+
+
+def _decides(
+    plan: "Plan", fleet: "Fleet", hours: Mapping[str, float], found: Sequence["Power"]
+) -> list[str]:
+    """What the claims can tell with the planned seeds, and what more of them cost."""
+    from midstream.report.findings import place_words, points, score_name
+    from midstream.report.power import hours_each
+
+    if not any(study.claims for study in plan.study.studies):
+        return []
+    if not found:
+        return [
+            "what the claims can decide is not known before two seeds have run here; --spread "
+            "POINTS says it from a spread of yours"
+        ]
+    lines = ["what the claims can decide, by the spread that is " + found[0].basis + ":"]
+    for one in found:
+        claim = f"{place_words(one.claim.higher)} against {place_words(one.claim.lower)}"
+        least = "nothing" if one.detectable is None else f"{points(one.detectable)} points"
+        need = "more than 1,000" if one.needed is None else f"{one.needed:,}"
+        lines.append(
+            f"  {score_name(one.claim.score)}, {claim}: {counted(one.repetitions, 'seed')} find "
+            f"{least}; {need} make the interval as narrow as is of interest"
+        )
+    for study in plan.study.studies:
+        users = {row.stage.name: row.lines for row in plan.rows}
+        flops = {row.stage.name: fleet.gpu_hours(row.cost.flops or 0.0) for row in plan.rows}
+        each, here = hours_each(flops, users, study), hours_each(hours, users, study)
+        if each is not None and plan.study is study:
+            wall = f", {_duration(here)} of one process here" if here else ""
+            lines.append(f"  one more seed at every place: {_hours(each)} GPU-hours{wall}")
     return lines
 
 

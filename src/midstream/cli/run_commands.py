@@ -70,6 +70,17 @@ SkipChecks = Annotated[
     bool,
     typer.Option("--skip-checks", help="Start at once, whatever is wrong with study or data."),
 ]
+Decide = Annotated[
+    float | None,
+    typer.Option(
+        min=0.1,
+        metavar="POINTS",
+        help="Run the study's seeds, then as many more as make its intervals so narrow.",
+    ),
+]
+MaxSeeds = Annotated[
+    int, typer.Option(min=2, help="With --decide: no more seeds than this at any place.")
+]
 Detach = Annotated[
     bool, typer.Option("--detach", help="With --slurm: leave once all jobs are submitted.")
 ]
@@ -98,11 +109,15 @@ def run(
     skip_checks: SkipChecks = False,
     verify: Verify = False,
     detach: Detach = False,
+    decide: Decide = None,
+    max_seeds: MaxSeeds = 32,
 ) -> None:
     """Run the stages of a study that are not done; continue those that were stopped."""
     from midstream.cli.catalogue import find_study, read_settings, with_scale
     from midstream.launch.local import machine_for
+    from midstream.report.power import decide as decided
     from midstream.study.store import Ledger
+    from midstream.study.studies import Study, Suite
 
     cluster = _slurm_settings(slurm, slurm_file, slurm_sets or [], detach)
     if cluster is not None and (nodes or node or master):
@@ -122,7 +137,24 @@ def run(
 
         raise typer.Exit(join(ledger.store, machine, typer.echo))
     options = {"retry": retry, "skip_checks": skip_checks}
-    run_and_tell(found, ledger, machine, options, asked=study, slurm=cluster, detach=detach)
+    if decide is None:
+        run_and_tell(found, ledger, machine, options, asked=study, slurm=cluster, detach=detach)
+        return
+    if detach or isinstance(found, Suite):
+        raise ValueError("--decide follows one study to its end; run it without --detach")
+
+    def run_all(this: "AnyStudy") -> None:
+        run_and_tell(this, ledger, machine, options, asked=study, slurm=cluster)
+
+    given = [one for one in with_scale(settings, scale) if not one.startswith("seeds=")]
+    run_all(found)
+    more = decided(found, ledger, decide / 100, max_seeds)
+    typer.echo(f"{found.name}: {more.sentence(decide)}")
+    if len(more.seeds) > len(more.pilot):
+        seeds = f"seeds={json.dumps(more.seeds)}"
+        whole = find_study(study, [*given, seeds], ledger, verify=verify)
+        assert isinstance(whole, Study), "found as one before"
+        run_all(more.study(whole))
 
 
 def run_and_tell(

@@ -1,10 +1,10 @@
 """What the studies share: lines, scales, sources, public models; K, I, U as in `paper_scale.py`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from midstream.config import (
     AdamW,
@@ -34,6 +34,7 @@ from midstream.study.stages import (
     Evaluate,
     Finetune,
     FromScratch,
+    FuseEncoders,
     Imported,
     LoadDecoder,
     Prepare,
@@ -153,6 +154,18 @@ class CaptionSet(NamedTuple):
     caption: Caption = "original"
 
 
+S = TypeVar("S", Pretrain, TrainEncoder)
+# What repetitions draw anew beside fine-tuning, outermost first.
+Level = Literal["encoder", "text", "image-text"]
+LEVELS: tuple[Level, ...] = get_args(Level)
+
+
+def reseeded(stage: S, seed: int) -> S:
+    """A training stage whose order and first weights are drawn with another seed."""
+    training = stage.training.model_copy(update={"seed": seed})
+    return stage.model_copy(update={"training": training})
+
+
 @dataclass(frozen=True)
 class Scale:
     """One size of the whole study.
@@ -162,7 +175,8 @@ class Scale:
     names of caption sets to sources and the caption seen, `encoders` its names of encoders.
     `text_sources` is the text of the image-text stage. `by` is what shares of the image-text stage
     are of. `image_text_seed` fixes that stage where repetitions differ in fine-tuning alone, as the
-    paper's do; None: the whole line has the repetition's seed. `notes` are for a study's reader.
+    paper's do; None: the whole line has the repetition's seed. `draws`: what repetitions draw anew
+    beside that. `notes` are for a study's reader.
     """
 
     name: str
@@ -182,6 +196,7 @@ class Scale:
     asked: Evaluation
     seeds: tuple[int, ...] = (7,)
     image_text_seed: int | None = None
+    draws: tuple[Level, ...] = ()
     by: Literal["tokens", "sequences"] = "tokens"
     sampling: Literal["permutation", "replacement"] = "permutation"
     max_epochs: int = 1
@@ -194,6 +209,40 @@ class Scale:
     def completions(self) -> tuple[float, ...]:
         """The shares of the text run that there are weights at, above 0."""
         return COMPLETIONS if isinstance(self.text, Pretrain) else tuple(self.text)
+
+    def drawn(self, seed: int, levels: Sequence[Level] | None = None) -> "Scale":
+        """With what its repetitions (or these levels) draw anew drawn with this seed.
+
+        Raises ValueError for a text run or an encoder that is not trained here.
+        """
+        made = self
+        for level in self.draws if levels is None else levels:
+            if level == "image-text":
+                made = replace(made, image_text_seed=seed)
+            elif level == "text":
+                if not isinstance(made.text, Pretrain):
+                    raise ValueError(
+                        f"the text run of {self.name} is given and cannot be drawn anew; leave "
+                        "text out of draws, or give text='trained'"
+                    )
+                made = replace(made, text=reseeded(made.text, seed))
+            else:
+                towers = {name: self._encoder(one, seed) for name, one in made.encoders.items()}
+                made = replace(made, encoders=towers)
+        return made
+
+    def _encoder(self, encoder: Encoder, seed: int) -> Encoder:
+        if isinstance(encoder, FuseEncoders):
+            towers = tuple(self._encoder(tower, seed) for tower in encoder.towers)
+            return encoder.model_copy(update={"towers": towers})
+        if isinstance(encoder, TrainEncoder):
+            return reseeded(encoder, seed)
+        if isinstance(encoder, PatchProjection):
+            return encoder  # the image-text stage's own
+        raise ValueError(
+            f"an encoder of {self.name} is imported and cannot be drawn anew; leave encoder out of "
+            "draws"
+        )
 
     def start(self, completion: float) -> FromScratch | ContinueFrom:
         """The initialiser at 0, else the text run at that share of its tokens."""

@@ -235,6 +235,7 @@ def table1(
 
 def trained(scale: Scale, recipe: Recipe, seed: int, epochs: int) -> Continue | Finetune:
     """The last training stage of a recipe at a scale."""
+    scale = scale.drawn(seed)
     seen: Continue | None = None
     for stage in recipe.image_text:
         seen = _image_text(scale, recipe, stage, seen, seed)

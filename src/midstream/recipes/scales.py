@@ -24,8 +24,10 @@ from midstream.config import (
 )
 from midstream.recipes.lines import DATACOMP_DR as DATACOMP_DR
 from midstream.recipes.lines import (
+    LEVELS,
     PUBLIC_MODELS,
     REWARMED,
+    Level,
     TextGiven,
     imported,
     text_mixture_of,
@@ -166,7 +168,9 @@ class Settings(TypedDict, total=False):
     which of DataComp-DR's captions is seen: random (the default: a synthetic one drawn at each
     view, as MobileCLIP's training does), synthetic (the first) or original (the alt text); which
     the paper saw is unknown. text_mixture: the text of both stages, one source's name or shares by
-    source; by default DCLM with StarCoder and ProofPile, or MathPile.
+    source; by default DCLM with StarCoder and ProofPile, or MathPile. draws: what the repetitions
+    draw anew beside fine-tuning, of encoder, text and image-text: with all of them an interval over
+    seeds covers the whole chain; by default what the scale's own seeds draw.
     """
 
     inputs: str
@@ -174,6 +178,7 @@ class Settings(TypedDict, total=False):
     rows: Literal["filled", "paper"]
     caption: Caption
     text_mixture: TextGiven
+    draws: Sequence[Level]
 
 
 def find_scale(name: str, shrink: float = 1.0, **given: Unpack[Settings]) -> Scale:
@@ -183,6 +188,13 @@ def find_scale(name: str, shrink: float = 1.0, **given: Unpack[Settings]) -> Sca
     name that is none and for settings that a scale does not have, FileNotFoundError for what
     `inputs` lacks.
     """
+    made = _find_scale(name, shrink, given)
+    draws = tuple(level for level in LEVELS if level in given.get("draws", ()))
+    others = {name: replace(other, draws=draws) for name, other in made.others.items()}
+    return replace(made, draws=draws, others=others)
+
+
+def _find_scale(name: str, shrink: float, given: Settings) -> Scale:
     inputs, text = given.get("inputs", ""), given.get("text", "")
     rows, caption = given.get("rows", "filled"), given.get("caption")
     if name not in (*SIZES, *PUBLIC_MODELS, IMPORTED):
@@ -242,6 +254,7 @@ class Model:
 
 def image_text_stage(scale: Scale, model: Model) -> Continue:
     """The image-text stage of a model: 0 % and 100 % warm up again, others continue (Figure 3)."""
+    scale = scale.drawn(model.seed)
     schedule: WarmupCosine | ContinuedCosine = ContinuedCosine(end_rate=scale.end_rate)
     if model.completion in REWARMED:
         # The same number of tokens, whatever the length (paper, Figure 3).

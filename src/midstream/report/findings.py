@@ -1,25 +1,17 @@
 """What the data show, in sentences: the study's claims, the best place, the trend of a curve.
 
-A difference is averaged over other axes within each seed; its interval is over the seeds.
+Differences are contrasts of one model of the figure's cells (`report/verdicts.py`), and end in one
+of four verdicts: higher, lower, the same within the study's smallest difference, not decided.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from statistics import fmean, linear_regression
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from midstream.report.line_rows import (
-    STABLE,
-    Difference,
-    Group,
-    LineRow,
-    Spread,
-    difference,
-    kinds_of,
-    paired_difference,
-    tasks_of,
-)
+from midstream.core.decide import Contrast, nested_spread, trend
+from midstream.report.line_rows import STABLE, Group, LineRow, kinds_of, tasks_of
 from midstream.report.pairs import Examples, Gap, mean_gap
+from midstream.report.verdicts import Comparison, Sides, compare
 from midstream.study.stages import Evaluate
 from midstream.study.store import Ledger
 from midstream.study.studies import Claim, Study
@@ -74,130 +66,54 @@ def signed(value: float | int) -> str:
     return ("0.0" if float(text) == 0 else text).replace("-", "\N{MINUS SIGN}")
 
 
-Verdict = Literal["agrees", "disagrees", "undecided", "no interval", "not measured", "decided"]
-VERDICTS: dict[Verdict, str] = {
-    "agrees": "our data agree",
-    "disagrees": "our data disagree",
-    "decided": "the data decide",
-    "undecided": "the data do not decide",
-    "no interval": "no interval: one seed",
-    "not measured": "not measured",
-}
-
-
-# Two repetitions can agree to the last digit by chance, and their interval is then a point.
-LEAST_REPETITIONS = 3
-
-
-def _verdict(gap: Difference) -> Verdict:
-    """Decided where the interval leaves zero out and rests on three repetitions at least."""
-    if gap.exceeds_spread is None:
-        return "no interval"
-    decided = gap.exceeds_spread and min(gap.n) >= LEAST_REPETITIONS
-    return "decided" if decided else "undecided"
+Verdict = Literal["higher", "lower", "same", "undecided", "no interval", "not measured", "measured"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence about the data, under the claim (and its source) that it answers, if any."""
+    """One sentence about the data, under the claim (and its source) that it answers, if any.
+
+    `within` is what "the same" means, as a score from 0 to 1.
+    """
 
     claim: str | None
     source: str
     verdict: Verdict
     sentence: str
-    difference: Difference | None = None
+    within: float
+    comparison: Comparison | None = None
     examples: Gap | None = None
 
     @property
+    def is_decided(self) -> bool:
+        """Whether the data decide."""
+        return self.verdict in ("higher", "lower", "same")
+
+    @property
     def verdict_words(self) -> str:
-        """The verdict as it stands on a page."""
-        return VERDICTS[self.verdict]
+        """The verdict as it stands on a page; of a claim also whether it holds."""
+        same = f"the same within {place(100 * self.within)} points"
+        words = {"undecided": "not decided", "same": same}.get(self.verdict, self.verdict)
+        if self.claim is None or not self.is_decided:
+            return words
+        return f"{words}: our data {'agree' if self.verdict == 'higher' else 'disagree'}"
 
 
-def higher(gap: Difference) -> str:
+def higher(gap: Contrast) -> str:
     """A difference as so many points higher or lower."""
     return f"{points(abs(gap.mean))} points {'lower' if gap.mean < 0 else 'higher'}"
 
 
-def interval_words(gap: Difference) -> str:
-    """The interval of a difference, or why there is none."""
-    first, second = gap.n
-    n = f"{first}" if first == second else f"{first} and {second}"
-    paired = "paired" if gap.paired else "not paired"
-    repetitions = f"{n} repetition{'s' if n != '1' else ''}"
+def interval_words(gap: Contrast) -> str:
+    """The interval of a difference and the spread that it rests on, or why there is none."""
+    repetitions = f"{gap.n} repetition{'' if gap.n == 1 else 's'}"
     if gap.low is None or gap.high is None:
-        return f"no interval: {repetitions}"
-    return f"95 % interval {signed(gap.low)} to {signed(gap.high)}, {paired}, {repetitions}"
-
-
-def best_finding(study: Study, groups: Sequence[Group], column: str) -> Finding:
-    """The place with the highest mean, and how far the next best lies."""
-    name, x = score_name(column), study.figure.x
-    by = groups[0].by
-    where = f", {place_words({str(study.figure.by): by})}" if by is not None else ""
-    means = [(group.spreads[column].mean, group) for group in groups]
-    known = sorted(((m, g) for m, g in means if m is not None), key=lambda pair: -pair[0])
-    if len(known) < 2:
-        text = f"{name}{where}: {len(known)} of {len(groups)} places have a score; two are needed."
-        return Finding(None, "", "not measured", text)
-    (top, best), (_, runner) = known[:2]
-    spreads = best.spreads[column], runner.spreads[column]
-    gap = paired_difference(*spreads) or difference(*spreads)
-    assert gap is not None
-    rest = "" if len(known) == len(groups) else f"; {len(groups) - len(known)} places are missing"
-    text = (
-        f"{name} is highest at {place_words({x: best.x})}{where} with {points(top)} points, "
-        f"{higher(gap)} than at {place_words({x: runner.x})}, the next best ({interval_words(gap)})"
-        f"{rest}."
+        return f"no interval: {gap.why or repetitions}"
+    spread = "one spread of all places" if gap.pooled else "its own spread"
+    return (
+        f"95 % interval {signed(gap.low)} to {signed(gap.high)}, {repetitions}, {spread}, "
+        f"{gap.freedom} degrees of freedom"
     )
-    return Finding(None, "", _verdict(gap), text, gap)
-
-
-def trend_finding(study: Study, groups: Sequence[Group], column: str) -> Finding | None:
-    """Whether a score rises or falls over all places of a numeric axis; None below three of them.
-
-    A line is fitted through each repetition's places, evenly spaced as the figure draws them, and
-    its rise from the first to the last is what repetitions are compared by. Repetitions that lack a
-    place are left out.
-    """
-    if len(groups) < 3 or not all(isinstance(group.x, int | float) for group in groups):
-        return None
-    values = [dict(group.spreads[column].values) for group in groups]
-    whole = [name for name in values[0] if all(name in each for each in values)]
-    if not whole:
-        return None
-    # From the first to the last place of the line of least squares.
-    rise = [
-        linear_regression(range(len(values)), [each[name] for each in values]).slope
-        * (len(values) - 1)
-        for name in whole
-    ]
-    rises = Spread(tuple(zip(whole, rise, strict=True)))
-    gap = paired_difference(rises, Spread(tuple((name, 0.0) for name in whole)))
-    assert gap is not None
-    by = groups[0].by
-    where = f", {place_words({str(study.figure.by): by})}" if by is not None else ""
-    first, last = (place_words({study.figure.x: groups[at].x}) for at in (0, -1))
-    text = (
-        f"Over all {len(groups)} places, {score_name(column)}{where} is {higher(gap)} at {last} "
-        f"than at {first} on a line fitted through them, evenly spaced ({interval_words(gap)})."
-    )
-    return Finding(None, "", _verdict(gap), text, gap)
-
-
-SEED = "seed"
-
-
-@dataclass(frozen=True)
-class _Matched:
-    """The two sides of a claim, by repetition, and the lines that they rest on."""
-
-    high: Spread
-    low: Spread
-    results: tuple[tuple[str, ...], tuple[str, ...]]
-    others: tuple[str, ...]
-    num_places: int
-    num_left_out: int
 
 
 def findings(
@@ -211,13 +127,107 @@ def findings(
     whether it rises or falls."""
     examples = examples or Examples(ledger)
     found = [_claim(claim, study, rows, examples) for claim in study.claims]
+    if study.levels:
+        found += [_levels(study, rows, f"stable.{kind}") for kind in kinds_of(study)]
     for column in (f"stable.{kind}" for kind in kinds_of(study)):
         for by in dict.fromkeys(group.by for group in groups):
             own = [group for group in groups if group.by == by]
             if len(own) > 1:
-                trend = trend_finding(study, own, column)
-                found += [best_finding(study, own, column), *([] if trend is None else [trend])]
+                rise = trend_finding(study, rows, own, column)
+                found += [
+                    best_finding(study, rows, own, column),
+                    *([] if rise is None else [rise]),
+                ]
     return found
+
+
+def best_finding(
+    study: Study, rows: Sequence[LineRow], groups: Sequence[Group], column: str
+) -> Finding:
+    """The place with the highest mean and how far the next best lies, by Tukey's interval for all
+    pairs of places."""
+    name, where, means = score_name(column), _curve(study, groups), []
+    for group in groups:
+        if (mean := group.spreads[column].mean) is not None:
+            means.append((mean, group))
+    means.sort(key=lambda pair: -pair[0])
+    if len(means) < 2:
+        text = f"{name}{where}: {len(means)} of {len(groups)} places have a score; two are needed."
+        return Finding(None, "", "not measured", text, study.smallest_difference)
+    (top, best), (_, runner) = means[:2]
+    sides = ((1.0, at_group(study, best)), (-1.0, at_group(study, runner)))
+    rest = "" if len(means) == len(groups) else f"; {len(groups) - len(means)} places are missing"
+    x = study.figure.x
+    first = f"{name} is highest at {place_words({x: best.x})}{where} with {points(top)} points"
+    comparison = compare(study, rows, column, sides, places=len(means))
+    if comparison is None:
+        text = f"{first}; no repetition has {place_words({x: runner.x})}, the next best, too{rest}."
+        return Finding(None, "", "no interval", text, study.smallest_difference)
+    text = (
+        f"{first}, {higher(comparison.contrast)} than at {place_words({x: runner.x})}, the next "
+        f"best ({_how(study, comparison)}){rest}."
+    )
+    return _judged(study, text, comparison)
+
+
+def trend_finding(
+    study: Study, rows: Sequence[LineRow], groups: Sequence[Group], column: str
+) -> Finding | None:
+    """Whether a score rises or falls over all places of a numeric axis; None below three of them,
+    and where no repetition has all.
+
+    The rise from the first to the last place of a line of least squares through the places, evenly
+    spaced as the figure draws them.
+    """
+    if len(groups) < 3 or not all(isinstance(group.x, int | float) for group in groups):
+        return None
+    weights = trend(range(len(groups)))
+    sides = [(weights[at], at_group(study, group)) for at, group in enumerate(groups)]
+    comparison = compare(study, rows, column, sides)
+    if comparison is None:
+        return None
+    first, last = (place_words({study.figure.x: groups[at].x}) for at in (0, -1))
+    text = (
+        f"Over all {len(groups)} places, {score_name(column)}{_curve(study, groups)} is "
+        f"{higher(comparison.contrast)} at {last} than at {first} on a line fitted through them, "
+        f"evenly spaced ({_how(study, comparison)})."
+    )
+    return _judged(study, text, comparison)
+
+
+def _levels(study: Study, rows: Sequence[LineRow], column: str) -> Finding:
+    """How much each level of the chain adds to a score's spread."""
+    name, size = score_name(column), study.smallest_difference
+    known = [
+        (tuple(str(row.at(axis)) for axis in study.levels), value)
+        for row in rows
+        if row.role == "line" and (value := row.values[column]) is not None
+    ]
+    try:
+        spreads = nested_spread([at for at, _ in known], [value for _, value in known])
+    except (ValueError, IndexError) as reason:
+        text = f"{name}: the spread of its levels is not known yet ({reason})."
+        return Finding(None, "", "not measured", text, size)
+    parts = [
+        f"{points(spread)} points over {axis.replace('_', ' ')}"
+        for axis, spread in zip(study.levels, spreads, strict=True)
+    ]
+    text = (
+        f"{name} of {len(known)} models of one recipe varies by {', '.join(parts)} (standard "
+        "deviations that each level adds within the one before)."
+    )
+    return Finding(None, "", "measured", text, size)
+
+
+def at_group(study: Study, group: Group) -> dict[str, Any]:
+    """The axes that a group of lines fixes."""
+    by = {} if study.figure.by is None else {study.figure.by: group.by}
+    return {study.figure.x: group.x, **by}
+
+
+def claim_sides(claim: Claim) -> Sides:
+    """A claim as what `compare` takes."""
+    return ((1.0, claim.higher), (-1.0, claim.lower))
 
 
 def column_of(score: str) -> str:
@@ -238,26 +248,22 @@ def rows_at(rows: Sequence[LineRow], at: Mapping[str, Any]) -> list[LineRow]:
 
 
 def _claim(claim: Claim, study: Study, rows: Sequence[LineRow], examples: Examples) -> Finding:
-    name = score_name(claim.score)
+    name, size = score_name(claim.score), study.smallest_difference
     missing = _missing(claim, study, rows)
     if missing:
-        return Finding(claim.text, claim.source, "not measured", missing)
-    matched = _match(claim, rows)
-    if matched is None:
+        return Finding(claim.text, claim.source, "not measured", missing, size)
+    comparison = compare(study, rows, column_of(claim.score), claim_sides(claim))
+    if comparison is None:
         text = f"No two lines that differ in nothing else have a score of {name} on both sides."
-        return Finding(claim.text, claim.source, "not measured", text)
-    gap = paired_difference(matched.high, matched.low)
-    assert gap is not None
-    on_examples = _on_examples(claim.score, study, matched, examples)
-    verdict = _verdict(gap)
-    if verdict == "decided":
-        verdict = "agrees" if gap.mean > 0 else "disagrees"
+        return Finding(claim.text, claim.source, "not measured", text, size)
+    on_examples = _on_examples(claim.score, study, comparison, examples)
     one, two = place_words(claim.higher), place_words(claim.lower)
     text = (
-        f"{name} is {higher(gap)} at {one} than at {two} ({interval_words(gap)}"
-        f"{_rest(matched)}){_examples_words(on_examples)}."
+        f"{name} is {higher(comparison.contrast)} at {one} than at {two} "
+        f"({_how(study, comparison)}{_rest(comparison)}){_examples_words(on_examples)}."
     )
-    return Finding(claim.text, claim.source, verdict, text, gap, on_examples)
+    judged = _judged(study, text, comparison)
+    return replace(judged, claim=claim.text, source=claim.source, examples=on_examples)
 
 
 def _missing(claim: Claim, study: Study, rows: Sequence[LineRow]) -> str | None:
@@ -278,75 +284,14 @@ def _missing(claim: Claim, study: Study, rows: Sequence[LineRow]) -> str | None:
     return None
 
 
-def _match(claim: Claim, rows: Sequence[LineRow]) -> _Matched | None:
-    column, fixed = column_of(claim.score), claim.higher.keys() | claim.lower.keys()
-    free = [axis for axis in rows[0].axes if axis not in fixed]
-    # A claim about the seeds themselves is repeated by everything else.
-    repeats = [SEED] if SEED in free else free if SEED in fixed else []
-    others = [axis for axis in free if axis not in repeats]
-    high = _by_place(rows_at(rows, claim.higher), column, repeats, others)
-    low = _by_place(rows_at(rows, claim.lower), column, repeats, others)
-    shared = {name: high[name].keys() & low[name].keys() for name in high if name in low}
-    shared = {name: places for name, places in shared.items() if places}
-    if not shared:
-        return None
-    # The same places for every repetition: else a difference between places passes for one
-    # between seeds.
-    names = sorted(shared, key=lambda name: -len(shared[name]))
-    kept, places = [names[0]], shared[names[0]]
-    for name in names[1:]:
-        if places & shared[name]:
-            kept, places = [*kept, name], places & shared[name]
-    kept = [name for name in high if name in kept]
-    everything = {(name, at) for side in (high, low) for name in side for at in side[name]}
-
-    def spread(side: dict[str, dict[Any, list[LineRow]]]) -> Spread:
-        return Spread(
-            tuple(
-                (name, fmean(fmean(_known(r, column) for r in side[name][at]) for at in places))
-                for name in kept
-            )
-        )
-
-    def stages(side: dict[str, dict[Any, list[LineRow]]]) -> tuple[str, ...]:
-        return tuple(r.stage for n in kept for at in sorted(places, key=str) for r in side[n][at])
-
-    return _Matched(
-        spread(high),
-        spread(low),
-        (stages(high), stages(low)),
-        tuple(axis for axis in others if len({row.at(axis) for row in rows}) > 1),
-        len(places),
-        len(everything) - len(kept) * len(places),
-    )
-
-
-def _known(row: LineRow, column: str) -> float | int:
-    value = row.values[column]
-    assert value is not None
-    return value
-
-
-def _by_place(
-    rows: Sequence[LineRow], column: str, repeats: Sequence[str], others: Sequence[str]
-) -> dict[str, dict[Any, list[LineRow]]]:
-    """Lines with a score, by repetition and then by the other axes."""
-    found: dict[str, dict[Any, list[LineRow]]] = {}
-    for row in rows:
-        if row.values[column] is not None:
-            name = ", ".join(f"{axis}={row.at(axis)}" for axis in repeats)
-            at = tuple(row.at(axis) for axis in others)
-            found.setdefault(name, {}).setdefault(at, []).append(row)
-    return found
-
-
-def _on_examples(score: str, study: Study, matched: _Matched, examples: Examples) -> Gap | None:
+def _on_examples(
+    score: str, study: Study, comparison: Comparison, examples: Examples
+) -> Gap | None:
     by_name: dict[str, Evaluate] = {result.name: result for result in study.results}
-    ones, others = ([by_name[name] for name in side] for side in matched.results)
-    kinds = tasks_of(study)
+    ones, others = ([by_name[row.stage] for row in side] for side in comparison.lines)
     tasks = [score]
     if score in STABLE:
-        tasks = [name for name, kind in kinds if kind == score.split(".")[1]]
+        tasks = [name for name, kind in tasks_of(study) if kind == score.split(".")[1]]
     gaps = [examples.gap(ones, others, task) for task in tasks]
     known = [gap for gap in gaps if gap is not None]
     return mean_gap(known) if known and len(known) == len(gaps) else None
@@ -355,20 +300,48 @@ def _on_examples(score: str, study: Study, matched: _Matched, examples: Examples
 # -------------------------------------------------------------------------------------- words
 
 
-def _rest(matched: _Matched) -> str:
+def _judged(study: Study, text: str, comparison: Comparison) -> Finding:
+    size, contrast = study.smallest_difference, comparison.contrast
+    verdict: Verdict = "no interval" if contrast.low is None else contrast.verdict(size)
+    return Finding(None, "", verdict, text, size, comparison)
+
+
+def _how(study: Study, comparison: Comparison) -> str:
+    """The interval; what would decide where it does not; the same without models that failed."""
+    size, contrast = study.smallest_difference, comparison.contrast
+    text = interval_words(contrast)
+    needed = comparison.repetitions_for(size)
+    if contrast.low is not None and contrast.verdict(size) == "undecided" and needed is not None:
+        text += f"; {needed:,} repetitions would make it {points(size)} points to either side"
+    if comparison.learnt is not None:
+        models = f"{comparison.num_failed} that did not learn a task"
+        text += f"; without {models} {signed(comparison.learnt.mean)}"
+        low, high = comparison.learnt.low, comparison.learnt.high
+        if low is not None and high is not None:
+            text += f" ({signed(low)} to {signed(high)})"
+    return text
+
+
+def _curve(study: Study, groups: Sequence[Group]) -> str:
+    by = groups[0].by
+    return f", {place_words({str(study.figure.by): by})}" if by is not None else ""
+
+
+def _rest(comparison: Comparison) -> str:
     text = ""
-    if matched.others and matched.num_places > 1:
-        axes = " and ".join(axis.replace("_", " ") for axis in matched.others)
-        text += f", mean over {matched.num_places} places of {axes}"
-    if matched.num_left_out:
-        text += f"; {matched.num_left_out} without a counterpart left out"
+    if comparison.others and comparison.num_places > 1:
+        axes = " and ".join(axis.replace("_", " ") for axis in comparison.others)
+        text += f", mean over {comparison.num_places} places of {axes}"
+    if comparison.num_left_out:
+        text += f"; {comparison.num_left_out} without a counterpart left out"
     return text
 
 
 def _examples_words(gap: Gap | None) -> str:
+    """One line of detail: these models on these examples, beside the interval over seeds."""
     if gap is None or gap.low is None or gap.high is None:
         return ""
     return (
-        f"; on the same examples {signed(gap.mean)} ({signed(gap.low)} to {signed(gap.high)}), "
-        f"which says nothing about other seeds"
+        f"; these very models on the same examples {signed(gap.mean)} ({signed(gap.low)} to "
+        f"{signed(gap.high)}), which decides nothing about others"
     )

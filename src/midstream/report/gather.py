@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from midstream.config import Epochs, Mixture, PocketWorld, PublicFolder, SmallReal
+from midstream.core.decide import fit
 from midstream.core.storage import write_bytes
 from midstream.core.tokens import counted, duration, quantity
 from midstream.cost.cost import encoder_parameters
@@ -14,6 +15,7 @@ from midstream.report.figures import Task
 from midstream.report.findings import (
     KIND_NAMES,
     Finding,
+    at_group,
     findings,
     place,
     points,
@@ -27,10 +29,8 @@ from midstream.report.line_rows import (
     Snapshot,
     Spread,
     best_group,
-    difference,
     group_rows,
     line_rows,
-    paired_difference,
     parts_of,
     stable_of,
     tasks_of,
@@ -47,6 +47,7 @@ from midstream.report.table import (
     view_grid,
     view_records,
 )
+from midstream.report.verdicts import compare
 from midstream.study.results import EvaluationResult
 from midstream.study.stages import Continue, Finetune, Pretrain, Stage
 from midstream.study.store import Ledger
@@ -183,7 +184,9 @@ def shortened(facts: Facts) -> dict[str, str]:
     return found
 
 
-def answer(panel: str, groups: Sequence[Group]) -> dict[str, Any]:
+def answer(
+    study: Study, rows: Sequence[LineRow], groups: Sequence[Group], panel: str
+) -> dict[str, Any]:
     """Which x is best in one panel, and how far it lies from the last, the first and blind."""
     column = f"stable.{panel}"
     found: list[dict[str, Any]] = []
@@ -193,21 +196,19 @@ def answer(panel: str, groups: Sequence[Group]) -> dict[str, Any]:
         if best is None:
             found.append({"by": by, "best": None})
             continue
-        spread, against = best.spreads[column], []
-        for other in dict.fromkeys((own[-1].x, own[0].x)):
-            if other != best.x:
-                rival = next(group.spreads[column] for group in own if group.x == other)
-                gap, paired = difference(spread, rival), paired_difference(spread, rival)
-                against.append({"x": other, "difference": gap, "paired": paired})
-        one: dict[str, Any] = {
-            "by": by,
-            "best": best,
-            "spread": spread,
-            "against": against,
-            "blind": None,
-        }
-        if panel == "vision":
-            one["blind"] = difference(spread, best.spreads["stable.vision_blind"])
+        against = []
+        for other in {group.x: group for group in (own[-1], own[0])}.values():
+            if other.x != best.x:
+                sides = ((1.0, at_group(study, best)), (-1.0, at_group(study, other)))
+                compared = compare(study, rows, column, sides, places=len(own))
+                gap = None if compared is None else compared.contrast
+                against.append({"x": other.x, "gap": gap})
+        spread, blind = best.spreads[column], None
+        if panel == "vision" and best.spreads["stable.vision_blind"].n:
+            asked = {"seeing": spread, "blind": best.spreads["stable.vision_blind"]}
+            cells = fit({name: dict(one.values) for name, one in asked.items()})
+            blind = cells.contrast({"seeing": 1.0, "blind": -1.0})
+        one = {"by": by, "best": best, "spread": spread, "against": against, "blind": blind}
         found.append(one)
     return {"panel": panel, "curves": found}
 

@@ -2,14 +2,11 @@
 
 import csv
 import io
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal, get_args
-
-from scipy.special import stdtrit
 
 from midstream.config import StageKind
 from midstream.core.storage import write_bytes
@@ -183,71 +180,6 @@ class Spread:
     def sd(self) -> float | None:
         """The sample standard deviation; None below two values, where no spread is known."""
         return stdev(value for _, value in self.values) if self.n > 1 else None
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean of one group less the mean of another, and its 95 % interval by Student's t.
-
-    `low`, `high` and `sd` are None where too few repetitions leave the spread unknown. `sd` is the
-    pooled one, or that of the differences where `paired`.
-    """
-
-    mean: float | int
-    sd: float | int | None
-    n: tuple[int, int]
-    low: float | None
-    high: float | None
-    paired: bool
-
-    @property
-    def exceeds_spread(self) -> bool | None:
-        """Whether the interval leaves out zero; None where there is no interval."""
-        if self.low is None or self.high is None:
-            return None
-        return self.low > 0 or self.high < 0
-
-
-def difference(one: Spread, other: Spread) -> Difference | None:
-    """Mean of `one` less mean of `other`, both with one pooled spread; None without two means."""
-    if one.mean is None or other.mean is None:
-        return None
-    freedom = one.n + other.n - 2
-    squares = sum(
-        (value - spread.mean) ** 2
-        for spread in (one, other)
-        for _, value in spread.values
-        if spread.mean is not None
-    )
-    sd = math.sqrt(squares / freedom) if freedom else None
-    error = None if sd is None else sd * math.sqrt(1 / one.n + 1 / other.n)
-    return _difference(one.mean - other.mean, sd, error, (one.n, other.n), freedom, paired=False)
-
-
-def paired_difference(one: Spread, other: Spread) -> Difference | None:
-    """As `difference`, from the differences within each repetition; None unless they match."""
-    first, second = dict(one.values), dict(other.values)
-    if not first or first.keys() != second.keys():
-        return None
-    gaps = Spread(tuple((name, first[name] - second[name]) for name in first))
-    error = None if gaps.sd is None else gaps.sd / math.sqrt(gaps.n)
-    assert gaps.mean is not None
-    return _difference(gaps.mean, gaps.sd, error, (one.n, other.n), gaps.n - 1, paired=True)
-
-
-def _difference(
-    mean: float,
-    sd: float | None,
-    error: float | None,
-    n: tuple[int, int],
-    freedom: int,
-    *,
-    paired: bool,
-) -> Difference:
-    if error is None:
-        return Difference(mean, sd, n, None, None, paired)
-    half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * error
-    return Difference(mean, sd, n, mean - half, mean + half, paired)
 
 
 STABLE = ("stable.vision", "stable.vision_blind", "stable.text")

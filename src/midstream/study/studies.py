@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, TypeAdapter, model_validator
 
-from midstream.config import Config, Machine
+from midstream.config import Config, Fraction, Machine
 from midstream.study.stages import Evaluate
 
 Axis = float | int | str
@@ -103,12 +103,30 @@ class Claim(Config):
     source: str = ""
 
 
+class Failure(Config):
+    """When a model counts as one that did not learn a task, fixed before the study runs.
+
+    On the way from chance (0) to all right (1) it reaches `low` at the most, while at least half of
+    the other repetitions at its place reach `high`.
+    """
+
+    low: Fraction = 0.1
+    high: Fraction = 0.5
+
+    def is_one(self, learnt: float, siblings: float) -> bool:
+        """Whether a model that learnt so much failed, where its siblings' median is this."""
+        return learnt <= self.low and siblings >= self.high
+
+
 class Study(Config):
     """A set of lines, the question they answer and the figure that shows it.
 
     `baselines` are evaluations beside the lines: text-only models, by a name for the table.
     `machine` is where it runs unless a run says otherwise (`launch/local.py`). `text_rates` are
     (tokens, rate) along the text run whose checkpoints are given, for pictures of the rates.
+    `smallest_difference` (0.02 are 2 points) is what findings call the same within. `pilot` are the
+    seeds that were run first where more were added to decide (`midstream run --decide`). `levels`
+    are axes of draws within one another, outermost first, whose own spread the report tells.
     """
 
     kind: Literal["study"] = "study"
@@ -122,6 +140,10 @@ class Study(Config):
     notes: tuple[str, ...] = ()
     machine: Placed = Field(default_factory=dict)
     text_rates: tuple[tuple[int, float], ...] = ()
+    smallest_difference: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    failure: Failure = Failure()
+    pilot: tuple[int, ...] = ()
+    levels: tuple[str, ...] = ()
 
     @property
     def named_results(self) -> tuple[tuple[str, Evaluate], ...]:

@@ -1,0 +1,92 @@
+"""Onset × share: what is held fixed while the onset moves."""
+
+from typing import Any
+
+import pytest
+
+from midstream.config import Mixture
+from midstream.config.training import rate_at
+from midstream.recipes.onset import KIMI, onset_by_share
+from midstream.study.stages import Continue, ContinueFrom, Finetune, Pretrain
+from midstream.study.studies import Line
+
+
+def parts(line: Line) -> tuple[Continue, Mixture, float]:
+    """The stage with pictures, its budget, and the share of all tokens before it."""
+    finetuned = line.result.of
+    assert isinstance(finetuned, Finetune)
+    assert isinstance(finetuned.start, Continue)
+    budget, onset = finetuned.start.training.budget, line.axes["onset"]
+    assert isinstance(budget, Mixture)
+    assert isinstance(onset, float)
+    return finetuned.start, budget, onset / 100
+
+
+def before(stage: Continue) -> tuple[Pretrain, int] | None:
+    """The text run and its tokens that come before a stage with pictures."""
+    if not isinstance(stage.start, ContinueFrom):
+        return None
+    run = stage.start.stage
+    assert isinstance(run, Pretrain)
+    assert isinstance(run.training.budget, Mixture)
+    return run, round(run.training.budget.total_tokens * stage.start.completion)
+
+
+def test_every_onset_sees_the_same_tokens_of_captions_and_of_all() -> None:
+    totals, captions = set(), set()
+    for line in onset_by_share().lines:
+        stage, budget, _ = parts(line)
+        text = before(stage)
+        totals.add((0 if text is None else text[1]) + budget.total_tokens)
+        shares = {share.source: share.share for share in budget.shares}
+        captions.add(round(shares["pictures"] * budget.total_tokens))
+    assert (totals, captions) == ({1_200_000}, {120_000})
+
+
+def test_the_rate_after_every_token_is_the_same_at_every_onset() -> None:
+    whole, found = 1_200_000, []
+    for line in onset_by_share(seeds=(7,)).lines:
+        stage, budget, _ = parts(line)
+        text = before(stage)
+        rates = []
+        for seen in range(0, whole, 10_000):
+            schedule, at, total = stage.training.schedule, seen, budget.total_tokens
+            if text is not None and seen < text[1]:
+                run = text[0].training
+                assert isinstance(run.budget, Mixture)
+                schedule, total = run.schedule, run.budget.total_tokens
+            elif text is not None:
+                at = seen - text[1]
+            rates.append(rate_at(schedule, at, total))
+        found.append(rates)
+    assert found[1] == pytest.approx(found[0], rel=1e-9)
+    assert found[2] == pytest.approx(found[0], rel=1e-9)
+    assert max(found[0]) > 5 * found[0][-1], "the rate falls at the end"
+
+
+def test_adams_moments_and_the_rows_go_on_over_the_onset() -> None:
+    for line in onset_by_share(seeds=(7,)).lines:
+        stage, _, onset = parts(line)
+        if isinstance(stage.start, ContinueFrom):
+            assert onset > 0
+            assert stage.start.optimizer == "carry"
+            assert isinstance(stage.start.stage, Pretrain)
+            assert stage.start.stage.training.rows == stage.training.rows
+            assert stage.start.stage.training.optimizer == stage.training.optimizer
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ({"points": ((0.0, 0.1), (0.5, 0.5))}, r"0\.1, 0\.25"),
+        ({"points": ((0.0, 0.05), (0.95, 1.0))}, "decay begins"),
+        ({"scale": "1b"}, "text='trained'"),
+    ],
+)
+def test_what_would_not_hold_things_fixed_is_refused(given: dict[str, Any], what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        onset_by_share(**given)
+
+
+def test_the_printed_points_have_a_tenth_of_all_tokens_with_pictures() -> None:
+    assert {round((1 - onset) * share, 9) for onset, share in KIMI} == {0.1}
