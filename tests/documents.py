@@ -34,7 +34,7 @@ from typer.main import get_command
 
 import midstream.config as options
 from midstream.cli.app import app
-from midstream.cli.catalogue import catalogue, read_settings, with_scale
+from midstream.cli.catalogue import _parameters, catalogue, read_settings, with_scale
 from midstream.config import Machine, SlurmResources, SlurmSettings
 from midstream.study import stages, studies
 
@@ -224,7 +224,7 @@ def check_study(name: str, settings: Sequence[str], page: str) -> None:
         takes = file_arguments(name, saved.get(path) or (ROOT / path).read_text())
     else:
         assert name in catalogue(), f"{name} is no study"
-        takes = [*inspect.signature(catalogue()[name]).parameters]
+        takes = [*_parameters(catalogue()[name])]
     unknown = read_settings("--set", settings).keys() - {*takes}
     assert not unknown, f"{name} takes {', '.join(takes)}, not {', '.join(unknown)}"
 
