@@ -36,6 +36,7 @@ def simulated(
     return {p: {f"seed={s}": float(x) for s, x in enumerate(own)} for p, own in enumerate(scores)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [3, 4])
 @pytest.mark.parametrize(
     ("spreads", "failing"),
@@ -57,6 +58,7 @@ def test_two_arms_that_differ_by_name_only_are_told_apart_in_five_of_a_hundred_s
     assert 0.03 <= wrong <= 0.07
 
 
+@pytest.mark.slow
 def test_picking_the_best_of_seven_equal_places_decides_in_five_of_a_hundred_studies() -> None:
     generator = np.random.default_rng(6)
     wrong = 0
@@ -152,6 +154,7 @@ def test_the_four_verdicts(mean: float, sd: float, verdict: str) -> None:
     assert Contrast(mean, 4, sd, 12, True, reach=reach).verdict(2.0) == verdict
 
 
+@pytest.mark.slow
 def test_same_is_said_wrongly_in_at_most_five_of_a_hundred_studies() -> None:
     generator = np.random.default_rng(8)
     wrong = 0
@@ -171,6 +174,7 @@ def test_a_trend_is_the_rise_of_the_line_of_least_squares() -> None:
     assert sum(weights.values()) == pytest.approx(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [1.0, 3.0])
 def test_steins_design_covers_at_95_percent_within_the_half_width(spread: float) -> None:
     """Whatever the spread is, the interval is as narrow as asked and holds the truth."""
@@ -192,6 +196,7 @@ def test_steins_design_covers_at_95_percent_within_the_half_width(spread: float)
     assert 0.93 <= covered / rounds <= 0.97
 
 
+@pytest.mark.slow
 def test_the_detectable_difference_is_found_in_eight_of_ten_studies() -> None:
     generator = np.random.default_rng(9)
     size = detectable(math.sqrt(2), 4, (PLACES - 1) * 3)
@@ -203,6 +208,7 @@ def test_the_detectable_difference_is_found_in_eight_of_ten_studies() -> None:
     assert 0.75 <= found / 1000 <= 0.85
 
 
+@pytest.mark.slow
 def test_the_spread_of_each_level_of_the_chain_is_found() -> None:
     generator, sizes = np.random.default_rng(10), (3.0, 1.0, 2.0)
     levels = [
