@@ -186,18 +186,19 @@ def work_of(stage: Trained, ledger: Ledger | None, device: Device = "cuda") -> W
 
 
 def images_seen(
-    stage: Trained, ledger: Ledger | None, by: Literal["tokens", "sequences"]
+    stage: Trained, ledger: Ledger | None, by: Literal["tokens", "sequences"] | None = None
 ) -> Number | None:
-    """Pictures that a stage would see if the shares of its mixture were of tokens or of sequences.
+    """Pictures that a stage sees, or would if its mixture's shares were of tokens or of sequences.
 
-    None where its sources are unknown, or where its budget has no shares.
+    None where its sources are unknown; with `by`, where its budget has no shares.
     """
-    budget, model = stage.training.budget, stage.model
-    sources = sources_of(stage.data, budget.captions, ledger)
-    if sources is None or not isinstance(budget, Mixture):
+    training, model = stage.training, stage.model
+    sources = sources_of(stage.data, training.budget.captions, ledger)
+    if sources is None or (by is not None and not isinstance(training.budget, Mixture)):
         return None
-    mixed = budget.model_copy(update={"by": by})
-    training = stage.training.model_copy(update={"budget": mixed})
+    if by is not None:
+        mixed = training.budget.model_copy(update={"by": by})
+        training = training.model_copy(update={"budget": mixed})
     patches = model.encoder.num_patches if model.encoder is not None else 0
     return sum(part.images for part in taken(training, sources, patches).values())
 
