@@ -234,27 +234,44 @@ def test_a_step_takes_no_time_of_the_evaluation(
     assert {line["seconds"] for line in mine.metrics(TEXT)} == {0.0}
 
 
+OWN_ENCODER = SEEN.model_copy(
+    update={"training": SEEN.training.model_copy(update={"encoder_rate_factor": 0.1})}
+)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "own_encoder"),
-    [(2, False), (2, True), pytest.param(4, False, marks=pytest.mark.faults)],
+    ("ranks", "stage"),
+    [(2, TEXT), (2, OWN_ENCODER), pytest.param(4, SEEN, marks=pytest.mark.faults)],
+    ids=["text", "own-encoder", "four"],
 )
 def test_ranks_measure_what_one_process_does(
-    ledger: Ledger, tmp_path: Path, ranks: int, own_encoder: bool
+    ledger: Ledger, tmp_path: Path, ranks: int, stage: Any
 ) -> None:
-    stage = SEEN
-    if own_encoder:
-        training = SEEN.training.model_copy(update={"encoder_rate_factor": 0.1})
-        stage = SEEN.model_copy(update={"training": training})
     tiny.run_missing(ledger, stage)
-    mine = copied(ledger, tmp_path)
+    mine = tiny.store_with(ledger, tmp_path, *PREPARED, ENCODER_STAGE)
+    if stage is not TEXT:
+        tiny.store_with(ledger, tmp_path, TEXT)
     ended = run_ranks(mine, stage, ranks, micro_batch_rows=1)
     assert ended.returncode == 0, ended.stderr
-    for name, expected in results_of(ledger, stage).items():
-        found = results_of(mine, stage)[name]
-        assert found.keys() == expected.keys()
-        for key, value in expected.items():
-            assert found[key] == (value if value is None else pytest.approx(value, rel=1e-6)), key
+    for line, expected in zip(mine.metrics(stage), ledger.metrics(stage), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        found, known = line.get("held_out", {}), expected.get("held_out", {})
+        assert found.keys() == known.keys()
+        for name, one in known.items():
+            for key in FIELDS:
+                close = one[key] if one[key] is None else pytest.approx(one[key], rel=1e-6)
+                assert found[name][key] == close, (name, key)
+    assert results_of(mine, stage) == mine.metrics(stage)[-1]["held_out"]
+
+
+def test_stored_features_measure_what_live_ones_do(ledger: Ledger, tmp_path: Path) -> None:
+    for features in ("stored", "live"):
+        mine = copied(ledger, tmp_path / features)
+        machine = tiny.MACHINE.model_copy(update={"features": features})
+        tiny.runner(mine, machine=machine).run(SEEN)
+        assert tiny.bits(mine, SEEN) == tiny.bits(ledger, SEEN)
+        assert (mine.store / "features").exists() == (features == "stored")
 
 
 def test_examples_are_the_same_for_every_encoder_and_end_at_the_limit(
