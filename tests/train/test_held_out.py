@@ -1,6 +1,7 @@
 """Held-out losses: a plain forward pass's, however a stage is run, and without influence on it."""
 
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,20 @@ def test_stored_features_measure_what_live_ones_do(ledger: Ledger, tmp_path: Pat
         tiny.runner(mine, machine=machine).run(SEEN)
         assert tiny.bits(mine, SEEN) == tiny.bits(ledger, SEEN)
         assert (mine.store / "features").exists() == (features == "stored")
+
+
+def test_rows_travel_to_a_loaders_workers(ledger: Ledger) -> None:
+    machine = tiny.MACHINE.model_copy(update={"features": "live"})
+    job = tiny.runner(ledger, machine=machine).job(SEEN, ledger.folder(SEEN))
+    others = job.held_out["pictures"].others
+    assert others is not None
+    assert job.held_out["web"].others is None
+    for rows in (job.held_out["pictures"].rows, others):
+        for (row, images), (again, same) in zip(
+            rows, pickle.loads(pickle.dumps(rows)), strict=False
+        ):
+            assert np.array_equal(row.images, again.images)
+            assert torch.equal(images, same)
 
 
 def test_examples_are_the_same_for_every_encoder_and_end_at_the_limit(
