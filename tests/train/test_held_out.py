@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 import tiny
-from midstream.config import ContinuedCosine, Epochs
+from midstream.config import ContinuedCosine, Epochs, Mixture, Share
 from midstream.core.batch import IGNORE, stack_rows
-from midstream.data.examples import TextCodec
+from midstream.data.examples import Example, TextCodec
 from midstream.data.images import LiveImages, encode_fixed
 from midstream.data.rows import build_row
+from midstream.data.source_writer import Image, ShardWriter, finish_source
 from midstream.data.sources import Source
 from midstream.model.vlm import VLM
 from midstream.model.weights import load_weights
@@ -355,3 +357,39 @@ def test_bytes_of_a_tokenizer_that_falls_back_to_bytes() -> None:
     found = bytes_of_tokens(codec)
     for text in TEXTS:
         assert found[codec.encode(text)].sum() == len(text.encode())
+
+
+def test_where_captions_are_drawn_the_first_synthetic_one_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    writer = ShardWriter(
+        folder / "shards" / "000000",
+        kind="caption",
+        dtype="<u4",
+        input_name="pictures.tar",
+        validation_fraction=0.5,
+    )
+    for number in range(40):
+        own = np.arange(9)
+        made = [Example(np.arange(size), np.ones(size, np.uint8)) for size in (5, 7, 3)]
+        name = f"sample {number}"
+        writer.add(
+            own,
+            np.ones(9, np.uint8),
+            name=name,
+            content=name.encode(),
+            image=Image("pictures.tar", number, 1),
+            synthetic=made[: 1 + number % 3],
+        )
+    writer.close()
+    finish_source(folder, tokenizer_digest="made", vocab_size=9, root=str(tmp_path))
+    source = Source("pictures", folder, tmp_path)
+    held = replace(source, split="validation")
+    assert 0 < len(held) < 40
+    for caption, number, size in (("original", 0, 9), ("synthetic", 1, 5), ("random", 1, 5)):
+        share = Share(source="pictures", share=1.0, caption=caption)
+        budget = Mixture(total_tokens=100, shares=(share,))
+        training = SEEN.training.model_copy(update={"budget": budget})
+        ((plan, _),) = plan_held_out({"pictures": source}, training, 4)
+        placed = [one for index in range(len(plan)) for one in plan.layout.row(index)]
+        assert sorted(one.example for one in placed) == list(range(len(held)))
+        assert {(one.caption, one.length) for one in placed} == {(number, 4 + size)}
