@@ -110,6 +110,7 @@ def test_every_figure_of_scores_shows_all_of_them(draw: str, values: tuple[float
 def test_losses_and_rates_lie_inside_their_axes(steps: list[tuple[float, float]]) -> None:
     lines = [
         {"tokens_seen": 100 * k, "loss": loss, "rate": rate}
+        | {"held_out": {"web": {"loss": 2 * loss}, "pictures": {"loss": loss + 1}}}
         for k, (loss, rate) in enumerate(steps, start=1)
     ]
     for axes in figure_of(lambda: curves.curve_figure(lines), curves).axes:

@@ -143,6 +143,16 @@ def test_curves_change_with_the_metrics() -> None:
         assert curve_figure([*lines[:-1], lines[-1] | {key: 60}])["svg"] != drawn
 
 
+def test_held_out_losses_are_points_of_the_curve() -> None:
+    lines = [{"tokens_seen": s, "loss": 1 / s, "rate": 1e-3} for s in range(1, 50)]
+    drawn = [curve_figure(lines)["svg"]]
+    for loss in (None, 0.5, 0.7):
+        measured = {"web": {"loss": loss}}
+        drawn.append(curve_figure([*lines[:-1], lines[-1] | {"held_out": measured}])["svg"])
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) == 3
+
+
 def test_long_curves_are_drawn_from_at_most_two_hundred_points() -> None:
     chance = random.Random(0)
     lines = [

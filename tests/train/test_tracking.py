@@ -74,6 +74,16 @@ def steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
+def test_held_out_losses_are_tracked_by_source() -> None:
+    measured = {"web": {"loss": 2.5, "loss_other_picture": None, "num_targets": 7}}
+    row = tracking_module._row({"step": 3, "loss": 3.0, "held_out": measured}, "train", 1.0)
+    assert row == TrackedRow(
+        3,
+        {"train/loss": 3.0, "held_out/web/loss": 2.5, "held_out/web/num_targets": 7.0},
+        1.0,
+    )
+
+
 def test_lines_behind_the_checkpoint_are_cut_off_and_written_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, 0)

@@ -33,7 +33,7 @@ def words(text: str) -> set[str]:
 
 ALL = {"seconds", "peak_memory_bytes"}
 TRAINED = """tokens_seen steps first_rate last_rate final_loss tokens sources pad_fraction
-    image_row_pad_fraction weights_digest meters"""
+    image_row_pad_fraction weights_digest meters held_out"""
 # What the results of each kind of stage say, as docs/store.md names it.
 FIELDS = {
     "prepare_world": "holds",

@@ -40,6 +40,7 @@ class PocketWorld(Config):
     num_conversations: Positive = 10_000
     num_questions: Positive = 200
     num_text_items: Positive = 200
+    validation_fraction: Fraction = 0.0
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -54,7 +55,8 @@ class PocketWorld(Config):
     def source_part(self, name: str) -> Any:
         """What a source's bytes follow from."""
         number = self.SOURCES.get(name)
-        return [self.kind, self.seed, name, getattr(self, number) if number else 0]
+        part = [self.kind, self.seed, name, getattr(self, number) if number else 0]
+        return [*part, self.validation_fraction] if self.validation_fraction else part
 
     def benchmark_part(self, name: str) -> Any:
         """What a benchmark's bytes follow from; POPE's popular pairs are those of the captions."""

@@ -92,7 +92,9 @@ def prepare_world_source(
             # Other stages run beside this one; `midstream prepare` takes more processes.
             workers=1,
             max_reject_fraction=public.max_reject_fraction if public else 0.0,
-            validation_fraction=public.validation_fraction if public else 0.0,
+            validation_fraction=(
+                0.0 if isinstance(world, SmallReal) else world.validation_fraction
+            ),
             progress=progress,
         )
     source = open_source(root, name, out)

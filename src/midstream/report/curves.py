@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -228,7 +229,8 @@ MAX_POINTS = 200
 def curve_figure(metrics: Sequence[dict[str, Any]]) -> dict[str, bytes]:
     """Loss and learning rate of one training stage over its tokens.
 
-    At most 200 points; a point is the mean loss of equally many steps and their last rate.
+    At most 200 points; a point is the mean loss of equally many steps and their last rate. What is
+    held out of each source is drawn as points, where it was evaluated.
     """
     if not metrics:
         raise ValueError("no metrics to draw: the stage has taken no step")
@@ -243,6 +245,7 @@ def curve_figure(metrics: Sequence[dict[str, Any]]) -> dict[str, bytes]:
         figure.subplots_adjust(left=0.19, right=0.96, top=0.97, bottom=0.17, hspace=0.12)
         upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 2))
         upper.plot(at, loss, color=SERIES[0], linewidth=1.4)
+        _draw_held_out(upper, metrics)
         upper.set_ylabel("loss")
         lower.plot(at, rate, color=SERIES[1], linewidth=1.4)
         lower.set_ylabel("rate")
@@ -256,6 +259,20 @@ def curve_figure(metrics: Sequence[dict[str, Any]]) -> dict[str, bytes]:
             axes.tick_params(length=0)
         figure.align_ylabels()
         return saved(figure, ("svg",))
+
+
+def _draw_held_out(axes: Axes, metrics: Sequence[dict[str, Any]]) -> None:
+    """A series of points a source, named in a key; nothing where nothing is held out."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for line in metrics:
+        for source, measured in line.get("held_out", {}).items():
+            if measured["loss"] is not None:
+                points.setdefault(source, []).append((line["tokens_seen"], measured["loss"]))
+    for number, (source, places) in enumerate(points.items(), start=2):
+        colour = SERIES[number % len(SERIES)]
+        axes.plot(*zip(*places, strict=True), "o", markersize=3.5, color=colour, label=source)
+    if points:
+        axes.legend(title="held out", fontsize=7, title_fontsize=7)
 
 
 def _power(value: float | int) -> str:

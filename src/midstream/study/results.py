@@ -133,8 +133,19 @@ class SourceShare(_Part):
     seen: TokenCount | None = None
 
 
+class HeldOutResult(_Part):
+    """Of a source's held-out examples: mean loss of their targets in nats, the same with other
+    examples' pictures in place of their own (None without pictures), bits per byte of text."""
+
+    loss: float | None
+    bits_per_byte: float | None
+    loss_other_picture: float | None
+    num_targets: int
+    num_examples: int
+
+
 class TrainingResult(StageResult):
-    """Of Pretrain, Continue and Finetune."""
+    """Of Pretrain, Continue and Finetune; `held_out` of the sources that hold something out."""
 
     weights_digest: str = ""
     tokens_seen: int
@@ -147,6 +158,7 @@ class TrainingResult(StageResult):
     pad_fraction: float = 0.0
     image_row_pad_fraction: float | None = None
     meters: dict[str, Any] = {}
+    held_out: dict[str, HeldOutResult] = {}
 
 
 class TaskResult(_Part):

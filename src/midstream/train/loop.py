@@ -27,6 +27,7 @@ from midstream.train import checkpoint
 from midstream.train import step as meters
 from midstream.train.checkpoint import Progress, Saver
 from midstream.train.guards import StartChecks, Watch
+from midstream.train.held_out import HeldOut, evaluate
 from midstream.train.metrics import MetricsLog, Tracking, progress_event
 from midstream.train.parallel import ALONE, Place, peak_memory_bytes
 from midstream.train.step import (
@@ -68,7 +69,8 @@ class Job:
     `encode` is None where the model looks at pixels itself; `looks`: an encoder sees the pictures
     while the stage runs (False where its features are stored). `milestones` are shares of the
     stage's tokens at which the weights are kept by name. `origin` says what its checkpoints are of
-    (stage, data, rows): one that says otherwise is refused.
+    (stage, data, rows): one that says otherwise is refused. `held_out` is evaluated at milestones
+    and at the end.
     """
 
     model: VLM
@@ -80,6 +82,7 @@ class Job:
     milestones: tuple[float, ...] = ()
     looks: bool = True
     origin: Mapping[str, str] = field(default_factory=dict)
+    held_out: Mapping[str, HeldOut] = field(default_factory=dict)
 
     @property
     def step_tokens(self) -> int:
@@ -147,6 +150,7 @@ def train(
     )
     shown, before = 0.0, time.monotonic()
     watch, clock = watch or Watch(ALONE), Clock(place.device, progress.parts)
+    held_out: dict[str, Any] | None = None
     job.model.train()
     watch.at("waiting for the first rows", "data")
     while (micro_batches := _next(steps, clock)) is not None:
@@ -160,15 +164,11 @@ def train(
         stop, *tally = place.sum(mine)
         watch.at(f"keeping what {step} gave", "keep")
         progress = _advance(progress, job, tally, result, seconds, clock)
-        log.write(
-            step=progress.step,
-            tokens_seen=progress.tokens_seen,
-            loss=result.loss,
-            rate=used_rate,
-            grad_norm=result.grad_norm,
-            num_targets=result.num_targets,
-            seconds=round(seconds, 6),
-        )
+        held_out, since = None, time.monotonic()
+        if progress.step == plan.num_steps or keeper.is_due(progress):
+            held_out = _held_out(job, machine, place, watch)
+            before += time.monotonic() - since
+        log.write(**_line(progress, result, used_rate, seconds, held_out))
         progress = replace(progress, metrics_bytes=log.position)
         with clock.part("checkpoint"):
             keeper.keep(progress, log, stop=stop > 0)
@@ -180,11 +180,39 @@ def train(
             shown = time.monotonic()
             told = progress.loss, progress.seconds
             report(progress_event(progress.tokens_seen, progress.total_tokens, *told))
+    if held_out is None:  # the stage resumes behind its last step
+        held_out = _held_out(job, machine, place, watch)
     watch.rest("keeping the stage's weights")
     saver.settle()
     log.close()
     checks.end()
-    return _results(job, progress, place)
+    return _results(job, progress, place) | {"held_out": held_out}
+
+
+def _held_out(job: Job, machine: Machine, place: Place, watch: Watch) -> dict[str, Any]:
+    def at(doing: str) -> None:
+        watch.at(doing, "step")
+
+    return evaluate(job.model, job.held_out, encode=job.encode, machine=machine, place=place, at=at)
+
+
+def _line(
+    progress: Progress,
+    result: StepResult,
+    used_rate: float | None,
+    seconds: float,
+    held_out: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    line = {
+        "step": progress.step,
+        "tokens_seen": progress.tokens_seen,
+        "loss": result.loss,
+        "rate": used_rate,
+        "grad_norm": result.grad_norm,
+        "num_targets": result.num_targets,
+        "seconds": round(seconds, 6),
+    }
+    return line | ({"held_out": held_out} if held_out else {})
 
 
 def _next(steps: Iterator[list[Batch]], clock: Clock) -> list[Batch] | None:
@@ -236,10 +264,14 @@ class _Keeper:
         self.total = progress.total_tokens
         self.due = sorted(s for s in job.milestones if s * self.total > progress.tokens_seen)
 
+    def is_due(self, progress: Progress) -> bool:
+        """Whether a milestone is reached that is not kept yet."""
+        return bool(self.due) and progress.tokens_seen >= self.due[0] * self.total
+
     def keep(self, progress: Progress, log: MetricsLog, *, stop: bool) -> None:
         """Keep what is due after a step, and let go of older checkpoints once it is whole."""
         places = []
-        while self.due and progress.tokens_seen >= self.due[0] * self.total:
+        while self.is_due(progress):
             places.append(checkpoint.milestone(self.job.folder, self.due.pop(0)))
         checkpoints = self.job.folder / "checkpoints"
         if stop or progress.step % self.job.training.checkpoint_every_steps == 0:

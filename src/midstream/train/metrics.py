@@ -116,12 +116,18 @@ class Tracking:
 
 
 def _row(values: Mapping[str, Any], prefix: str, at: float) -> TrackedRow:
-    numbers = {
+    numbers = _numbers(values, prefix)
+    for source, measured in values.get("held_out", {}).items():
+        numbers |= _numbers(measured, f"held_out/{source}")
+    return TrackedRow(int(values["step"]), numbers, at)
+
+
+def _numbers(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    return {
         f"{prefix}/{key}": float(value)
         for key, value in values.items()
         if key != "step" and isinstance(value, int | float)
     }
-    return TrackedRow(int(values["step"]), numbers, at)
 
 
 class MetricsLog:

@@ -345,9 +345,9 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), dtype=torch.float64, device=place.device)
     for cpu_batch, shown in zip(micro_batches, num_images, strict=True):
-        batch = _placed(cpu_batch, place)
+        batch = placed(cpu_batch, place)
         with clock.part("encoder", on_device=True), place.autocast():
-            features = _features(model, batch, encode, shown)
+            features = features_of(model, batch, encode, shown)
         with clock.part("model", on_device=True):
             with place.autocast():
                 loss, cross_entropy = model.losses(batch, features, settings.z_loss)
@@ -367,12 +367,13 @@ def train_step(
     return result
 
 
-def _placed(batch: Batch, place: Place) -> Batch:
+def placed(batch: Batch, place: Place) -> Batch:
+    """A batch of this rank on its device, as large as its kernels like it."""
     # Shapes that change from batch to batch cost a processor nothing, and a GPU its kernels.
     return batch.trimmed() if place.device.type == "cpu" else batch.to(place.device)
 
 
-def _features(
+def features_of(
     model: VLM, batch: Batch, encode: Callable[[Tensor], Tensor] | None, num_images: int
 ) -> Tensor | None:
     """The batch's patch features, or None; `num_images` counts the pictures of all ranks."""

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -27,10 +27,8 @@ from midstream.data.prepare import (
     tokenizer_path,
 )
 from midstream.data.rows import Images, NoImages, RowDataset, plan_rows
-from midstream.data.sources import Source
 from midstream.launch.local import require_trackers
 from midstream.model.weights import initialise
-from midstream.order.plan import RowPlan
 from midstream.study.results import RESULTS, SourceResult, StageResult, checked
 from midstream.study.stages import (
     Continue,
@@ -56,6 +54,7 @@ from midstream.study.store import Ledger, OpenStage, Stopped
 from midstream.train import checkpoint
 from midstream.train.contrastive import train_encoder
 from midstream.train.guards import Watch
+from midstream.train.held_out import Planned, held_out_rows, plan_held_out
 from midstream.train.loop import Interrupted, Job, Start, train
 from midstream.train.metrics import Tracking, tracking_of
 from midstream.train.parallel import device_bytes, peak_memory_bytes, set_up
@@ -253,7 +252,9 @@ class StageRunner:
                 f"{stage.name} keeps the decoder frozen and shows no picture, so it would learn "
                 f"nothing; {', '.join(plan.names)} hold none: add a source that does"
             )
-        images, encode = self._seeing(stage, plan, sources)
+        codec = open_tokenizer(stage.data, self.ledger)
+        held = plan_held_out(sources, training, patches)
+        (images, *others), encode = self._seeing(stage, [(plan, sources), *held])
         dataset = RowDataset(plan, sources, patches, images)
         model = build_model(stage.model, training, self.place)
         initialise(model, training.seed)
@@ -267,6 +268,7 @@ class StageRunner:
             milestones=stage.milestones if isinstance(stage, Pretrain) else (),
             looks=encode is not unchanged,
             origin=self._origin(stage),
+            held_out=held_out_rows(held, others, patches, codec),
         )
 
     def _train(self, stage: Trained) -> dict[str, Any]:
@@ -371,33 +373,33 @@ class StageRunner:
         return results
 
     def _seeing(
-        self, stage: Trained, plan: RowPlan, sources: Mapping[str, Source]
-    ) -> tuple[Images, Encode | None]:
-        """What a row's pictures become while it is loaded, and on the device."""
+        self, stage: Trained, plans: Sequence[Planned]
+    ) -> tuple[list[Images], Encode | None]:
+        """What the pictures of each plan's rows become while they are loaded, and on the device."""
         if isinstance(stage, Pretrain):
-            return NoImages(), unchanged
-        seen = {name: sources[name] for name in plan.names}
+            return [NoImages() for _ in plans], unchanged
         config = stage.model.encoder
         assert config is not None, "an image-text stage sees"
         if config.kind == "patches" or stage.model.owns_encoder:
-            return LiveImages(seen, plan.names, config), None
+            return [LiveImages(seen, plan.names, config) for plan, seen in plans], None
         assert stage.encoder_stage is not None, "it is a frozen one"
         encode = on_device(open_encoder(self.ledger, stage.encoder_stage).to(self.device).eval())
         if self._decide(stage) == "live":
             live = partial(encode_fixed, encode, config=config)
-            return LiveImages(seen, plan.names, config), live
+            return [LiveImages(seen, plan.names, config) for plan, seen in plans], live
         folder = feature_folder(self.ledger, stage.encoder_stage)
         assert folder is not None, "a parent of the stage"
         store = FeatureStore(folder, config)
         filled = self.place.rank != 0 or all(
             store.fill(seen[name], plan.examples_of(number), encode, self._note, self.should_stop)
+            for plan, seen in plans
             for number, name in enumerate(plan.names)
             if seen[name].num_images
         )
         # Every rank waits here for the first one, and all of them stop where it did.
         if not all(self.place.gather(filled)):
             raise Interrupted("asked to stop while features were stored; those so far are kept")
-        return StoredImages(store, seen, plan.names), unchanged
+        return [StoredImages(store, seen, plan.names) for plan, seen in plans], unchanged
 
     def _decide(self, stage: Continue | Finetune) -> str:
         if self.features != "auto":
