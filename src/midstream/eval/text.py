@@ -323,7 +323,8 @@ def _answer(
     if len({str(pair[0]) for pair in pairs}) > 1:
         # The choices are beginnings, all with one end (WinoGrande).
         choices = tuple(str(pair[0]) for pair in pairs)
-        other = 1 - chosen if len(pairs) == 2 else None
+        two = len(pairs) == 2
+        other, values = (1 - chosen, values) if two else (None, ())
         gold = chosen if score else other
         prompt = f"...{pairs[0][1]}"
     else:
