@@ -23,8 +23,8 @@ _LENGTHS, _CONTINUATIONS = 16, 4
 _Shape = tuple[int, int]
 # Images that the decoder reads together: many positions each, so that few fill a device.
 _IMAGES_AT_ONCE = 4
-# Positions of continuations whose logits are made together.
-_POSITIONS_AT_ONCE = 256
+# Positions of continuations whose logits are made together, at most; and for each row of a batch.
+_POSITIONS_AT_ONCE, _POSITIONS_OF_ROW = 256, 4
 
 # -------------------------------------------------------------------------------- many prompts
 
@@ -306,6 +306,7 @@ def _score(
     if not asked:
         return results
     likely, best = _scored(vlm, state.last, batch_size)
+    at_once = min(_POSITIONS_AT_ONCE, _POSITIONS_OF_ROW * batch_size)
     longer: dict[int, list[tuple[int, int]]] = {}
     for row, at in asked:
         token, *rest = choices[row][at]
@@ -319,7 +320,7 @@ def _score(
             hidden = _read_on(vlm, state, [row for row, _ in own], ids, width)
             places = [(place, n) for place in range(len(part)) for n in range(len(ids[place]) - 1)]
             flat = hidden[[place for place, _ in places], [n for _, n in places]]
-            likely, best = _scored(vlm, flat, _POSITIONS_AT_ONCE)
+            likely, best = _scored(vlm, flat, at_once)
             for number, (place, n) in enumerate(places):
                 (row, at), token = own[place], ids[place][n + 1]
                 total, greedy = results[row][at]
