@@ -5,10 +5,11 @@
 Greedy answers: the same exported model answers the same questions, several a picture, with the
 export's own `generate`, one prompt at a time, and with Midstream's batched decoding, which reads a
 picture once. Multiple choice: Midstream's decoder scores endings that share a context, against the
-plain way of the same decoder: every ending a row with its context, logits at every position. Both
-sides live in this process and take turns; the first round is not counted. A ratio is the median
-over the rounds of the sides' CPU seconds in the same round. Answers are compared, and the run ends
-with 1 where they differ.
+plain way of the same decoder: every ending a row with its context, logits at every position.
+Continuous outcomes: answers with the log-likelihood of a gold answer of three tokens beside each,
+against the answers alone. Both sides live in this process and take turns; the first round is not
+counted. A ratio is the median over the rounds of the sides' CPU seconds in the same round. Answers
+are compared, and the run ends with 1 where they differ.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from midstream.config import DecoderConfig, EncoderConfig, ProjectorConfig, VLMConfig
 from midstream.data.examples import TextCodec, question_ids
 from midstream.exchange.export import write_folder
-from midstream.model.generate import choice_logprobs, generate
+from midstream.model.generate import choice_logprobs, generate, generate_and_score
 from midstream.model.vision import build_encoder
 from midstream.model.vlm import VLM
 from midstream.model.weights import initialise
@@ -38,10 +39,11 @@ VOCABULARY = 50_432
 # As many words as a prompt of a benchmark has tokens, with the turn around it.
 QUESTION_WORDS, NEW_TOKENS = 25, 10
 CONTEXT, ENDINGS, ENDING = 60, 4, 12
+GOLD = [5, 6, 7]
 
 
 def main() -> int:
-    """Print both ratios; 1 where answers differ."""
+    """Print the ratios; 1 where answers differ."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
@@ -55,6 +57,7 @@ def main() -> int:
     table = Table("work", "Midstream, CPU s", "the other way, CPU s", "ratio", "quartiles")
     same = _answers(vlm, codec, encoder, given, table)
     same = _choices(vlm, given, table) and same
+    same = _outcomes(vlm, codec, encoder, given, table) and same
     Console().print(table)
     if not same:
         print("answers differ")
@@ -88,10 +91,10 @@ def _model(patches: int) -> tuple[VLM, TextCodec, Any]:
     return vlm, TextCodec(tokenizer), encoder
 
 
-def _answers(
-    vlm: VLM, codec: TextCodec, encoder: Any, given: argparse.Namespace, table: Table
-) -> bool:
-    """Greedy answers to several questions a picture."""
+def _questions(
+    vlm: VLM, codec: TextCodec, given: argparse.Namespace
+) -> tuple[list[list[int]], torch.Tensor, list[int]]:
+    """Prompts, pixels, and which prompt is about which picture."""
     source = torch.Generator().manual_seed(3)
     size = vlm.config.encoder.image_size
     pixels = torch.randn(given.pictures, 3, size, size, generator=source)
@@ -102,6 +105,15 @@ def _answers(
         question_ids(codec, " ".join(f"w{word}" for word in row), has_image=True)
         for row in drawn.tolist()
     ]
+    return prompts, pixels, picture_of
+
+
+def _answers(
+    vlm: VLM, codec: TextCodec, encoder: Any, given: argparse.Namespace, table: Table
+) -> bool:
+    """Greedy answers to several questions a picture."""
+    prompts, pixels, picture_of = _questions(vlm, codec, given)
+    number = len(prompts)
     look = look_through(vlm, encoder)
     with tempfile.TemporaryDirectory() as folder:
         write_folder(vlm, codec, encoder, Path(folder))
@@ -184,6 +196,36 @@ def _choices(vlm: VLM, given: argparse.Namespace, table: Table) -> bool:
         given.rounds,
         table,
     )
+
+
+def _outcomes(
+    vlm: VLM, codec: TextCodec, encoder: Any, given: argparse.Namespace, table: Table
+) -> bool:
+    """Answers with what continuous outcomes need beside them, written and chosen."""
+    prompts, pixels, picture_of = _questions(vlm, codec, given)
+    features = look_through(vlm, encoder)(pixels)
+    how: dict[str, Any] = {"image_of": picture_of, "batch_size": given.questions}
+    same = True
+    for name, limit, choices in (("written", NEW_TOKENS, []), ("of two", 0, [[5], [8]])):
+        own: dict[str, Any] = how | {"max_new_tokens": limit, "stop_ids": frozenset()}
+
+        def answers(
+            asked: list[list[int]], own: dict[str, Any] = own, cut: int = len(choices)
+        ) -> list[Any]:
+            found = generate_and_score(vlm, prompts, features, [asked] * len(prompts), **own)
+            return [(tokens, scores[:cut]) for tokens, scores in found]
+
+        same = (
+            _compare(
+                f"{len(prompts)} answers {name}, with the gold | alone",
+                lambda answers=answers, choices=choices: answers([*choices, GOLD]),
+                lambda answers=answers, choices=choices: answers(choices),
+                given.rounds,
+                table,
+            )
+            and same
+        )
+    return same
 
 
 def _compare(

@@ -181,13 +181,14 @@ def compared(
         batch_size=1,
         trust_remote_code=trusted,
     )
-    by_one = ours.generate(prompts, paths)
+    many = len(prompts)
+    asked = (prompts, paths, [choices] * many, [None] * many, [True] * many)
+    by_one = [reply.text for reply in ours.reply(*asked)]
     ours.batch_size = len(prompts)
-    by_batch = ours.generate(prompts, paths)
+    found = ours.reply(*asked)
+    by_batch = [reply.text for reply in found]
     likelier = []
-    for pair, prompt, picture in zip(
-        ours.choose(prompts, paths, [choices] * len(prompts)), prompts, opened, strict=True
-    ):
+    for (_, pair, _), prompt, picture in zip(found, prompts, opened, strict=True):
         step = theirs.first_logprobs(prompt, picture)
         ids = [reply_id(ours, prompt, text, documented) for text in choices]
         likelier.append(max(abs(float(step[ids[n]]) - pair[n]) for n in range(len(choices))) < 1e-3)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from midstream.eval.answers import KeptAnswers
-from midstream.eval.tasks import Answerer, Images, Limits, Lists, Texts
+from midstream.eval.tasks import Answerer, Images, Limits, Lists, Reply, Texts
 from midstream.eval.text import TextResult, TextTask, loaded_tasks
 
 
@@ -35,19 +35,29 @@ class Fake:
         self.parts.append(len(requests))
         return requests
 
-    def generate(self, prompts: Texts, images: Images) -> list[str]:
-        return [self.say(*request) for request in self._heard(prompts, images)]
-
-    def choose(self, prompts: Texts, images: Images, choices: Lists) -> list[list[float]]:
-        heard = self._heard(prompts, images, choices)
-        said = [self.say(prompt, image) for prompt, image, _ in heard]
-        return [
-            [float(one == text) for one in own] for text, own in zip(said, choices, strict=True)
-        ]
+    def reply(
+        self,
+        prompts: Texts,
+        images: Images,
+        choices: Lists,
+        golds: Sequence[str | None],
+        writes: Sequence[bool],
+    ) -> list[Reply]:
+        """What it says has a log-probability of 0, whatever else one of -1."""
+        replies = []
+        for prompt, image, own, gold, free in self._heard(prompts, images, choices, golds, writes):
+            text = self.say(prompt, image)
+            values = [float(one == text) - 1 for one in own]
+            likely = None if gold is None else float(gold == text) - 1
+            replies.append(Reply(text if free else "", values, likely))
+        return replies
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         self._heard([context for context, _ in pairs], [text for _, text in pairs])
         return [(float(self.like(*pair)), self.greedy(*pair)) for pair in pairs]
+
+    def num_tokens(self, pairs: Sequence[tuple[str, str]]) -> list[int]:
+        return [len(text.split()) for _, text in pairs]
 
     def loglikelihood_rolling(self, texts: Texts) -> list[float]:
         return [-float(len(text)) for (text,) in self._heard(texts)]
@@ -58,6 +68,20 @@ class Fake:
             text = self.say(context, None)[:limit]
             found.append(min([text, *(text.split(stop)[0] for stop in own)], key=len))
         return found
+
+
+def written(answerer: Answerer, prompts: Texts, images: Images) -> list[str]:
+    """Its free answers alone."""
+    bare = len(prompts)
+    found = answerer.reply(prompts, images, [()] * bare, [None] * bare, [True] * bare)
+    return [reply.text for reply in found]
+
+
+def chosen(answerer: Answerer, prompts: Texts, images: Images, choices: Lists) -> list[list[float]]:
+    """The log-probabilities of choices alone."""
+    bare = len(prompts)
+    found = answerer.reply(prompts, images, choices, [None] * bare, [False] * bare)
+    return [reply.choices for reply in found]
 
 
 def kept(answerer: Answerer, at_once: int = 8) -> KeptAnswers:

@@ -12,6 +12,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 import tiny
+from answerers import written
 from midstream.chat.session import (
     ChatSession,
     ChatSettings,
@@ -95,7 +96,7 @@ def test_first_answers_equal_those_of_an_evaluation(
     for picture in (*pictures, None):
         for question in QUESTIONS:
             said = answer(session_about(opened, picture), question)
-            assert [said] == answerer.generate([question], [picture])
+            assert [said] == written(answerer, [question], [picture])
             found.add(said)
     assert len(found) > 1
 

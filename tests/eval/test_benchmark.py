@@ -1,6 +1,7 @@
 """A small world from files to results, with models whose right score is known beforehand."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,9 @@ def test_a_model_that_sees_scores_one_and_falls_to_zero_blind(world: Path) -> No
         "vision": pytest.approx(0.9),
         "vision_blind": pytest.approx(-0.1),
         "text": None,
+        # It writes another spelling than the gold one, and finds that as likely with any picture.
+        "vision_prob": pytest.approx(math.exp(-1)),
+        "text_prob": None,
     }
     rows = pq.read_table(out / "predictions/colours.parquet").to_pylist()
     assert sorted(row["example_id"] for row in rows) == [f"q{i}" for i in range(NUM_PICTURES)]
@@ -145,7 +149,10 @@ def test_a_text_only_evaluation_has_a_text_score_and_predictions(world: Path) ->
     assert (task["kind"], task["score"], task["blind"]) == ("text", 0.75, None)
     assert task["stderr"] == pytest.approx((0.75 * 0.25 / 19) ** 0.5, rel=0.05)
     assert task["low"] < 0.75 < task["high"]
-    assert results["stable"] == {"vision": None, "vision_blind": None, "text": 0.25}
+    stable = {name: value for name, value in results["stable"].items() if value is not None}
+    # " a" is e times as likely as " b", and right in three of four.
+    liked = math.e / (1 + math.e)
+    assert stable == {"text": 0.25, "text_prob": pytest.approx(0.25 + liked / 2 - 0.5)}
     rows = pq.read_table(out / "predictions/letters.parquet").to_pylist()
     assert {row["prediction"] for row in rows} == {" a"}
     assert sum(row["score"] for row in rows) == 15

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from answerers import Fake
+from answerers import Fake, chosen, written
 from midstream.eval.answers import EvaluationStopped, KeptAnswers
 
 PROMPTS = [f"Question {index}?" for index in range(30)]
@@ -73,8 +73,8 @@ def everything(answers: KeptAnswers) -> list[Any]:
     """All kinds of request, some of them twice."""
     contexts = ["a", "a longer one", "a"]
     return [
-        answers.generate(PROMPTS, IMAGES),
-        answers.choose(PROMPTS[:5], IMAGES[:5], [("Yes", "No")] * 5),
+        written(answers, PROMPTS, IMAGES),
+        chosen(answers, PROMPTS[:5], IMAGES[:5], [("Yes", "No")] * 5),
         answers.loglikelihood([(c, e) for c in contexts for e in ("x", "yy")]),
         answers.loglikelihood_rolling(["one", "two words"]),
         answers.generate_until(["go", "on"], [["."], []], [3, 5]),
@@ -85,7 +85,7 @@ def test_answers_come_in_the_order_of_the_requests_whatever_is_asked_together() 
     expected = [f"{prompt} {image}" for prompt, image in zip(PROMPTS, IMAGES, strict=True)]
     for at_once in (1, 4, 100):
         fake = counting()
-        assert kept(fake, None, at_once=at_once).generate(PROMPTS, IMAGES) == expected
+        assert written(kept(fake, None, at_once=at_once), PROMPTS, IMAGES) == expected
     pairs = [("c", "b"), ("cc", "b"), ("c", "a")]
     assert kept(fake, None, at_once=1).loglikelihood(pairs) == fake.loglikelihood(pairs)
 
@@ -115,12 +115,12 @@ def test_a_stopped_evaluation_goes_on_behind_its_last_answer(tmp_path: Path) -> 
 
 
 def test_half_a_line_is_left_out_and_written_over(tmp_path: Path) -> None:
-    whole = kept(counting(), tmp_path, at_once=50).generate(PROMPTS, IMAGES)
+    whole = written(kept(counting(), tmp_path, at_once=50), PROMPTS, IMAGES)
     file = tmp_path / "0.jsonl"
     file.write_bytes(file.read_bytes()[:-9])
     for _ in range(2):
         fake = counting()
-        assert kept(fake, tmp_path, at_once=4).generate(PROMPTS, IMAGES) == whole
+        assert written(kept(fake, tmp_path, at_once=4), PROMPTS, IMAGES) == whole
         assert len(fake.asked) == (1 if _ == 0 else 0)
     file.write_text(file.read_text().replace('["', "[", 1))
     with pytest.raises(ValueError, match=r"0\.jsonl line 1 is broken; delete the file"):
@@ -128,10 +128,10 @@ def test_half_a_line_is_left_out_and_written_over(tmp_path: Path) -> None:
 
 
 def test_answers_of_other_weights_or_settings_are_not_taken(tmp_path: Path) -> None:
-    kept(counting(), tmp_path, at_once=4, settings="8").generate(PROMPTS, IMAGES)
+    written(kept(counting(), tmp_path, at_once=4, settings="8"), PROMPTS, IMAGES)
     for weights, settings in (("v", "8"), ("w", "9")):
         fake = counting(weights)
-        kept(fake, tmp_path, at_once=4, settings=settings).generate(PROMPTS, IMAGES)
+        written(kept(fake, tmp_path, at_once=4, settings=settings), PROMPTS, IMAGES)
         assert len(fake.asked) == len(PROMPTS)
 
 
@@ -155,14 +155,14 @@ def test_ranks_share_the_work_and_all_have_every_answer(tmp_path: Path, size: in
 
 
 def test_ranks_that_find_half_a_line_know_the_same(tmp_path: Path) -> None:
-    whole = kept(counting(), tmp_path, at_once=4).generate(PROMPTS, IMAGES)
+    whole = written(kept(counting(), tmp_path, at_once=4), PROMPTS, IMAGES)
     file = tmp_path / "0.jsonl"
     file.write_bytes(file.read_bytes()[:-9])
     found = {}
 
     def work(number: int, rank: Rank) -> None:
         answers = kept(counting(), tmp_path, at_once=4, ranks=rank)
-        found[number] = (answers.num_found, answers.generate(PROMPTS, IMAGES))
+        found[number] = (answers.num_found, written(answers, PROMPTS, IMAGES))
 
     on_ranks(2, work)
     assert found == {number: (len(PROMPTS) - 1, whole) for number in range(2)}
@@ -175,7 +175,7 @@ def test_all_ranks_stop_at_the_same_point_though_one_alone_is_told_to(tmp_path: 
         stop = after(2) if number else after(1000)
         answers = kept(counting(), tmp_path, at_once=3, ranks=rank, should_stop=stop)
         try:
-            answers.generate(PROMPTS, IMAGES)
+            written(answers, PROMPTS, IMAGES)
         except EvaluationStopped:
             stopped.append(number)
 
@@ -187,21 +187,21 @@ def test_an_answer_belongs_to_its_pictures_bytes_wherever_they_lie(tmp_path: Pat
     paths: list[Path | None] = [tmp_path / "a.jpg", tmp_path / "b.jpg"]
     for path, content in ((tmp_path / "a.jpg", b"one"), (tmp_path / "b.jpg", b"two")):
         path.write_bytes(content)
-    KeptAnswers(counting(), tmp_path / "kept", at_once=4).generate(["Q?"] * 2, paths)
+    written(KeptAnswers(counting(), tmp_path / "kept", at_once=4), ["Q?"] * 2, paths)
     (tmp_path / "b.jpg").rename(tmp_path / "c.jpg")
     (tmp_path / "a.jpg").write_bytes(b"changed")
     fake = counting()
     answers = KeptAnswers(fake, tmp_path / "kept", at_once=4)
-    answers.generate(["Q?"] * 2, [tmp_path / "a.jpg", tmp_path / "c.jpg"])
-    assert fake.asked == [("Q?", tmp_path / "a.jpg")]
+    written(answers, ["Q?"] * 2, [tmp_path / "a.jpg", tmp_path / "c.jpg"])
+    assert fake.asked == [("Q?", tmp_path / "a.jpg", (), None, True)]
 
 
 def test_progress_tells_counts_and_shares_that_agree_and_ends_at_all() -> None:
     told: list[tuple[float, str]] = []
     answers = kept(counting(), None, at_once=1)
     answers.progress = lambda fraction, text: told.append((fraction, text))
-    answers.generate(PROMPTS, IMAGES)
-    answers.generate(PROMPTS, IMAGES)  # all known: nobody is asked, and it is said
+    written(answers, PROMPTS, IMAGES)
+    written(answers, PROMPTS, IMAGES)  # all known: nobody is asked, and it is said
     for fraction, text in told:
         done = round(30 * fraction)
         assert text == f"{done} of 30 ({100 * done // 30} %)"

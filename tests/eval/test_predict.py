@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 import tiny
+from answerers import written
 from midstream.config import VLMConfig
 from midstream.data.examples import TextCodec, question_ids
 from midstream.data.images import Encode, decode_pixels, encode_fixed
@@ -72,12 +73,12 @@ def test_an_answer_does_not_depend_on_its_neighbours(
     answerer: ModelAnswerer, pictures: list[Path]
 ) -> None:
     images: list[Path | None] = [pictures[0], None, pictures[1], pictures[2], None, pictures[0]]
-    together = answerer.generate(QUESTIONS, images)
+    together = written(answerer, QUESTIONS, images)
     alone = [
-        answerer.generate([question], [image])[0]
+        written(answerer, [question], [image])[0]
         for question, image in zip(QUESTIONS, images, strict=True)
     ]
-    backwards = answerer.generate(QUESTIONS[::-1], images[::-1])[::-1]
+    backwards = written(answerer, QUESTIONS[::-1], images[::-1])[::-1]
     assert together == alone == backwards
     # Otherwise the comparison says nothing.
     assert len(set(together)) >= 4
@@ -85,7 +86,7 @@ def test_an_answer_does_not_depend_on_its_neighbours(
 
 def test_the_picture_changes_the_answer(answerer: ModelAnswerer, pictures: list[Path]) -> None:
     question = QUESTIONS[0]
-    found = answerer.generate([question] * 7, [None, *pictures])
+    found = written(answerer, [question] * 7, [None, *pictures])
     assert len(set(found)) >= 2
 
 
@@ -109,7 +110,7 @@ def test_questions_stand_as_in_fine_tuning_with_and_without_a_picture(
         head = [] if picture is None else [codec.separator]
         assert question_ids(codec, question, has_image=picture is not None) == head + turn
         expected = codec.decode(by_hand(answerer, head + turn, picture)).strip()
-        assert answerer.generate([question], [picture]) == [expected]
+        assert written(answerer, [question], [picture]) == [expected]
 
 
 def test_a_picture_is_encoded_once_for_all_questions_about_it(
@@ -123,9 +124,9 @@ def test_a_picture_is_encoded_once_for_all_questions_about_it(
 
     other = answering(answerer.model, codec, counting)
     images: list[Path | None] = [pictures[k] for k in (2, 0, 2, 2, 0, 2)]
-    assert other.generate(QUESTIONS, images) == answerer.generate(QUESTIONS, images)
+    assert written(other, QUESTIONS, images) == written(answerer, QUESTIONS, images)
     assert seen == [2]
-    other.generate(QUESTIONS[:2], [pictures[1], pictures[0]])
+    written(other, QUESTIONS[:2], [pictures[1], pictures[0]])
     assert seen == [2, 1]
 
 
@@ -140,7 +141,7 @@ def test_an_answer_ends_at_any_stop_id_of_the_codec(
     stop = whole[2]
     monkeypatch.setattr(TextCodec, "stop_ids", property(lambda _codec: frozenset({stop})))
     expected = codec.decode(whole[: whole.index(stop)]).strip()
-    assert answerer.generate(QUESTIONS[:1], pictures[:1]) == [expected]
+    assert written(answerer, QUESTIONS[:1], pictures[:1]) == [expected]
     assert expected != codec.decode(whole).strip()
 
 
@@ -150,15 +151,15 @@ def test_a_picture_for_a_model_without_an_encoder_is_refused(
     model = VLM(VLMConfig(decoder=tiny.DECODER))
     initialise(model, 0)
     blind = answering(model, codec, None)
-    assert len(blind.generate(["Where?"], [None])) == 1
+    assert len(written(blind, ["Where?"], [None])) == 1
     with pytest.raises(ValueError, match=rf"no encoder and cannot see .*{pictures[0].name}"):
-        blind.generate(["Where?", "Who?"], [None, pictures[0]])
+        written(blind, ["Where?", "Who?"], [None, pictures[0]])
 
 
 def test_a_picture_that_cannot_be_decoded_is_named(answerer: ModelAnswerer, tmp_path: Path) -> None:
     (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff")
     with pytest.raises(ValueError, match=r"torn\.jpg: the picture cannot be decoded"):
-        answerer.generate(["Where?"], [tmp_path / "torn.jpg"])
+        written(answerer, ["Where?"], [tmp_path / "torn.jpg"])
 
 
 # ----------------------------------------------------------------------------- log-likelihoods

@@ -341,9 +341,16 @@ def test_stable_score_gives_table_8_from_its_rows_within_rounding(model: str) ->
 
 
 def test_vizwiz_is_shown_and_in_no_average() -> None:
-    row = {"kind": "vision", "score": 0.8, "blind": 0.5, "chance": 0.5}
+    likely = {"prob": 0.6, "prob_chance": 0.5}
+    row = {"kind": "vision", "score": 0.8, "blind": 0.5, "chance": 0.5, "continuous": likely}
     tasks = {"pope": row, "vizwiz": row | {"score": 0.1, "blind": 0.0, "chance": 0.0}}
-    assert averages(tasks) == {"vision": pytest.approx(0.3), "vision_blind": 0.0, "text": None}
+    assert averages(tasks) == {
+        "vision": pytest.approx(0.3),
+        "vision_blind": 0.0,
+        "text": None,
+        "vision_prob": pytest.approx(0.1),
+        "text_prob": None,
+    }
     assert averages({"vizwiz": row})["vision"] is None
     assert not any("vizwiz" in members for members in SUITES.values())
 

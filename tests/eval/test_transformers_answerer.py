@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 import peer_checkpoints
+from answerers import chosen, written
 from midstream.data.images import decode
 from midstream.eval import transformers_answerer
 from midstream.eval.tasks import reply_tokens
@@ -75,7 +76,7 @@ def test_a_batch_of_pictures_is_answered_as_the_library_answers_one_by_one(
         new = peer.model.generate(**inputs, do_sample=False, max_new_tokens=8)
         new = new[0, inputs["input_ids"].shape[1] :]
         expected.append(peer.tokenizer.decode(new, skip_special_tokens=True).strip())
-    assert peer.generate(PROMPTS, list(pictures)) == expected
+    assert written(peer, PROMPTS, list(pictures)) == expected
     assert len(set(expected)) > 1
 
 
@@ -85,7 +86,7 @@ def test_a_whole_reply_has_the_probability_that_one_pass_over_it_gives(
 ) -> None:
     peer = opened(folders(family))
     options = ("red cat", "red dog in the image")
-    found = peer.choose(PROMPTS, list(pictures), [options] * 3)
+    found = chosen(peer, PROMPTS, list(pictures), [options] * 3)
     for prompt, picture, values in zip(PROMPTS, pictures, found, strict=True):
         inputs = documented(peer, prompt, picture)
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
@@ -122,7 +123,7 @@ def test_the_likeliest_choice_is_what_a_plain_model_writes(
         with torch.no_grad():
             logits = peer.model(**inputs).logits[0, -1]
         chances = logits.log_softmax(dim=-1)[ids]
-        [found] = peer.choose([prompt], [picture], [written])
+        [found] = chosen(peer, [prompt], [picture], [written])
         assert found == pytest.approx(chances.tolist(), abs=1e-3)
         texts = peer.tokenizer.batch_decode([[one] for one in ids])
         assert [text.strip() for text in texts] == written
@@ -189,8 +190,8 @@ def test_a_model_without_eyes_is_refused_before_anything_is_asked(tmp_path: Path
     with pytest.raises(ValueError, match=r"takes no pictures .* text tasks"):
         peer.check_pictures()
     with pytest.raises(ValueError, match="takes no pictures"):
-        peer.choose(["A"], [tmp_path / "none.png"], [["Yes", "No"]])
-    assert len(peer.generate(["A", "What colour"], [None, None])) == 2
+        chosen(peer, ["A"], [tmp_path / "none.png"], [["Yes", "No"]])
+    assert len(written(peer, ["A", "What colour"], [None, None])) == 2
 
 
 @pytest.mark.parametrize(
@@ -276,7 +277,7 @@ def test_weights_without_a_processor_are_asked_about_texts_alone(tmp_path: Path)
     peer_checkpoints.llava(tmp_path / "bare")
     (tmp_path / "bare" / "processor_config.json").unlink()
     peer = opened(tmp_path / "bare")
-    for ask in (peer.check_pictures, lambda: peer.generate(["A"], [tmp_path / "none.png"])):
+    for ask in (peer.check_pictures, lambda: written(peer, ["A"], [tmp_path / "none.png"])):
         with pytest.raises(
             ValueError, match=r"weights and no processor.*text tasks alone"
         ) as error:

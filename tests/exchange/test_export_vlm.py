@@ -24,6 +24,7 @@ from exported import (
 from PIL import Image
 from torch import Tensor
 
+import answerers
 from midstream.config import (
     FusedEncoder,
     ImageTransform,
@@ -512,11 +513,11 @@ def test_a_stock_model_answers_and_chooses_as_midstreams_own(tmp_path: Path) -> 
         str(tmp_path / "out"), torch.device("cpu"), max_new_tokens=5, batch_size=3
     )
     assert isinstance(theirs, Answerer)
-    assert theirs.generate(prompts, images) == ours.generate(prompts, images)
+    assert answerers.written(theirs, prompts, images) == answerers.written(ours, prompts, images)
     options = [("red", "blue ball"), ("2", "3"), ("yes", "no"), ("on", "off")]
     found = zip(
-        theirs.choose(prompts, images, options),
-        ours.choose(prompts, images, options),
+        answerers.chosen(theirs, prompts, images, options),
+        answerers.chosen(ours, prompts, images, options),
         strict=True,
     )
     for one, other in found:

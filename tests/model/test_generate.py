@@ -13,7 +13,12 @@ from torch import Tensor
 from midstream.chat.session import Conversation
 from midstream.config import Attention, DecoderConfig, EncoderConfig, VLMConfig
 from midstream.model.decoder import Sampling, choose
-from midstream.model.generate import choice_logprobs, generate, sequence_logprobs
+from midstream.model.generate import (
+    choice_logprobs,
+    generate,
+    generate_and_score,
+    sequence_logprobs,
+)
 from midstream.model.pretrained import describe
 from midstream.model.vlm import VLM
 from midstream.model.weights import generator, initialise
@@ -505,6 +510,18 @@ def test_choices_do_not_depend_on_what_stands_beside_them(kind: Attention) -> No
         assert choice_logprobs(vlm, [prompt], features[image][None], [own], batch_size=4) == [
             expected
         ]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_one_reading_gives_what_decoding_and_scoring_give_alone(vlm: VLM, size: int) -> None:
+    options = {"image_of": [0, 1, 2, 0, 0, 1], "batch_size": size}
+    # One continuation is longer than what may be written.
+    together = generate_and_score(
+        vlm, PROMPTS, images(3), CHOICES, max_new_tokens=3, stop_ids=NO_STOP, **options
+    )
+    texts = generate(vlm, PROMPTS, images(3), max_new_tokens=3, stop_ids=NO_STOP, **options)
+    scores = choice_logprobs(vlm, PROMPTS, images(3), CHOICES, **options)
+    assert together == list(zip(texts, scores, strict=True))
 
 
 def test_a_choice_that_greedy_decoding_gives_is_the_likeliest_of_all_tokens() -> None:

@@ -20,6 +20,7 @@ from midstream.model.weights import read_tensors
 from midstream.recipes.own_model import fine_tuning, image_shares
 from midstream.study.imported import read_import
 from midstream.study.label import label
+from midstream.study.results import StableScores
 from midstream.study.stages import Continue, ContinueFrom, Finetune, LoadDecoder, Stage
 from midstream.study.store import Ledger
 from midstream.study.studies import Study
@@ -128,7 +129,7 @@ def test_an_imported_model_learns_to_see_and_leaves_as_llava(
     assert ledger.results(continued)["first_rate"] == RATE
     assert ledger.results(continued)["tokens"]["image"] > 0
     scores = ledger.results(made.lines[0].result)
-    assert set(scores["stable"]) == {"vision", "vision_blind", "text"}
+    assert set(scores["stable"]) == set(StableScores.model_fields)
     assert "text" in ledger.results(made.baselines["as imported"])["stable"]
     opened = open_model(ledger.folder(finetuned), torch.device("cpu"))
     report = export(opened, tmp_path / "out", text_only=False)

@@ -12,6 +12,7 @@ from midstream.config import ContinuedCosine, WarmupCosine
 from midstream.cost.graph import order, plan
 from midstream.exchange.import_model import import_model
 from midstream.exchange.import_source import ImportRequest
+from midstream.study.results import StableScores
 from midstream.study.stages import Continue, ContinueFrom, Pretrain, TrainEncoder
 from midstream.study.store import Ledger
 from midstream.study.studies import Study
@@ -61,7 +62,7 @@ def test_own_data_runs_from_text_to_scores(world: Path, tmp_path: Path) -> None:
     study, ledger = small_own_data(world), Ledger(tmp_path / "store")
     tiny.run_missing(ledger, *study.results)
     for line in study.lines:
-        assert set(ledger.results(line.result)["stable"]) == {"vision", "vision_blind", "text"}
+        assert set(ledger.results(line.result)["stable"]) == set(StableScores.model_fields)
 
 
 def test_own_checkpoint_asks_each_share_with_both_schedules(world: Path, tmp_path: Path) -> None:

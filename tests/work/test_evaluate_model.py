@@ -18,6 +18,7 @@ from midstream.cli import app
 from midstream.config import Machine
 from midstream.core.storage import read_json
 from midstream.eval.answers import EvaluationStopped
+from midstream.eval.tasks import Reply
 from midstream.exchange.export import export
 from midstream.launch.workers import worker_environment
 from midstream.study.stages import Evaluate
@@ -192,12 +193,12 @@ class Broken:
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
-    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
+    def reply(self, prompts: Sequence[str], *_: Any) -> list[Reply]:
         # As if it stood in the model's own file.
         exec("raise error", {"__name__": "modeling_own", "error": self.error})
         return []
 
-    choose = loglikelihood = loglikelihood_rolling = generate_until = generate
+    loglikelihood = loglikelihood_rolling = generate_until = num_tokens = reply
 
 
 @pytest.fixture
@@ -223,7 +224,7 @@ def test_an_error_of_a_models_own_code_is_one_line_with_its_name(
     assert command(*words, ok=2) == line
     shown = command(*words, "--debug", ok=2)
     assert shown.startswith("Traceback (most recent call last):\n")
-    assert "in generate" in shown
+    assert "in reply" in shown
     assert shown.endswith(line)
     stopped = Broken(EvaluationStopped("asked to"))
     monkeypatch.setattr(evaluate_model, "_open_model", lambda *_: (stopped, asked))
@@ -236,8 +237,8 @@ class Says(Broken):
     def __init__(self, text: str) -> None:
         self.weights_digest = self.text = text
 
-    def generate(self, prompts: Sequence[str], images: Sequence[Path | None]) -> list[str]:
-        return [self.text] * len(prompts)
+    def reply(self, prompts: Sequence[str], *_: Any) -> list[Reply]:
+        return [Reply(self.text, [], -1.0)] * len(prompts)
 
 
 def test_two_models_of_one_name_have_two(

@@ -21,7 +21,7 @@ from midstream.config import Evaluation
 from midstream.core.digests import file_sha256
 from midstream.core.storage import read_json, write_bytes
 from midstream.eval.find_task import VisualTask
-from midstream.eval.tasks import Answerer, Images, Limits, Lists, Texts
+from midstream.eval.tasks import Answerer, Images, Limits, Lists, Reply, Texts
 from midstream.eval.text import TextTask
 
 # Raise it when the meaning of an answer changes: kept ones of an earlier version are asked again.
@@ -85,21 +85,27 @@ class KeptAnswers:
             self.ranks.gather(None)
         self.num_found = len(self._known)
 
-    def generate(self, prompts: Texts, images: Images) -> list[str]:
+    def reply(
+        self,
+        prompts: Texts,
+        images: Images,
+        choices: Lists,
+        golds: Sequence[str | None],
+        writes: Sequence[bool],
+    ) -> list[Reply]:
         """See `Answerer`; questions about one picture are asked together."""
-        requests = list(zip(prompts, images, strict=True))
-        return list(map(str, self._all("generate", requests, _picture, self.answerer.generate)))
-
-    def choose(self, prompts: Texts, images: Images, choices: Lists) -> list[list[float]]:
-        """See `Answerer`; questions about one picture are asked together."""
-        requests = list(zip(prompts, images, choices, strict=True))
-        return self._all("choose", requests, _picture, self.answerer.choose)
+        requests = list(zip(prompts, images, choices, golds, writes, strict=True))
+        return [Reply(*one) for one in self._all("reply", requests, _picture, self.answerer.reply)]
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """See `Answerer`; continuations of one context are asked together, contexts by length."""
         requests = [(pair,) for pair in pairs]
         found = self._all("loglikelihood", requests, _length, self.answerer.loglikelihood)
         return [(float(value), bool(greedy)) for value, greedy in found]
+
+    def num_tokens(self, pairs: Sequence[tuple[str, str]]) -> list[int]:
+        """See `Answerer`; needs no model, and is not kept."""
+        return self.answerer.num_tokens(pairs)
 
     def loglikelihood_rolling(self, texts: Texts) -> list[float]:
         """See `Answerer`."""
@@ -162,7 +168,7 @@ class KeptAnswers:
             os.fsync(stream.fileno())
 
 
-def _picture(prompt: str, image: Path | None, _choices: Sequence[str] = ()) -> tuple[int, str]:
+def _picture(prompt: str, image: Path | None, *_: Any) -> tuple[int, str]:
     # Two questions about one picture share its reading where their lengths are alike.
     return (0 if image is None else 1, f"{image}\0{len(prompt):06d}")
 
@@ -203,7 +209,7 @@ def _read(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 # Raise it when a scorer, or what a row of results holds, changes: tasks are asked again.
-SCORES_VERSION = 2
+SCORES_VERSION = 3
 
 
 @dataclass(frozen=True)

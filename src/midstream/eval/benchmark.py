@@ -19,6 +19,14 @@ from midstream.eval.answers import (
     visual_key,
     write_table,
 )
+from midstream.eval.continuous import (
+    Outcomes,
+    Target,
+    summary,
+    target,
+    text_outcomes,
+    visual_outcomes,
+)
 from midstream.eval.find_task import (
     VisualTask,
     in_the_square,
@@ -26,14 +34,17 @@ from midstream.eval.find_task import (
     read_choice_task,
     read_visual_task,
 )
-from midstream.eval.scoring import LETTERS, averages, cleaned, suites
+from midstream.eval.scoring import averages, cleaned, suites
+from midstream.eval.tasks import Reply
 from midstream.eval.text import TextResult, TextTask, loaded_tasks
+from midstream.study.results import OUTCOMES
 
 _TEXTS = ("example_id", "split", "prompt", "prediction", "gold")
 _COLUMNS = pa.schema(
     [(name, pa.string()) for name in _TEXTS]
     + [("score", pa.float64()), ("blind_prediction", pa.string()), ("blind_score", pa.float64())]
     + [("text_prediction", pa.string()), ("image", pa.string())]
+    + [(name, pa.float64()) for name in OUTCOMES]
 )
 
 
@@ -83,7 +94,10 @@ def evaluate(
         answers.progress = _part(progress, sum(sizes), total, in_text, text="text tasks: ")
         found = ask(answers)
     for choice in text:
-        tasks[choice.name] = _report_text(choice, found[choice.name], writes)
+        result = found[choice.name]
+        sizes = answers.num_tokens([row.continuation for row in result.answers])
+        weighed = [text_outcomes(*pair) for pair in zip(result.answers, sizes, strict=True)]
+        tasks[choice.name] = _report_text(choice, result, weighed, writes)
     tasks = {name: {**tasks[name], "key": key} for name, key in keys.items()}
     return {"tasks": tasks, "stable": averages(tasks), "suites": suites(tasks)}
 
@@ -124,14 +138,35 @@ def _run_visual(
     prompts = _prompts(task, evaluation)
     images = [example.image for example in task.examples]
     passes = _passes(task, evaluation)
+    targets = [
+        target(task.format, example, evaluation.letters, spelt_as_gold=not passes[0][1])
+        for example in task.examples
+    ]
+    replies: dict[str, list[Reply]] = {}
     said: dict[str, list[str]] = {}
     for index, (how, chooses) in enumerate(passes):
         seen = blind_images if how == "blind" and blind_images is not None else images
         title = f"{task.name} {how}: " if how else f"{task.name}: "
         answers.progress = _part(progress, index, len(passes), text=title)
-        said[how] = _ask(answers, task, prompts, seen, evaluation.letters if chooses else None)
+        own = [Target()] * len(prompts) if how == "as text" else targets
+        replies[how] = answers.reply(
+            prompts,
+            seen,
+            [one.options for one in own],
+            [one.gold for one in own],
+            [not (chooses and one.options) for one in own],
+        )
+        pairs = zip(own, replies[how], strict=True)
+        said[how] = [_said(*pair, chooses=chooses) for pair in pairs]
     blind, spoken = said.get("blind"), said.get("as text")
-    row = score_visual(task, said[""], blind, spoken)
+    others: Sequence[Reply | None] = replies.get("blind") or [None] * len(prompts)
+    weighed = [
+        visual_outcomes(example, text, (about, reply, other))
+        for example, text, about, reply, other in zip(
+            task.examples, said[""], targets, replies[""], others, strict=True
+        )
+    ]
+    row = score_visual(task, said[""], blind, spoken, weighed)
     row |= {"wording": wording, "answered": "probability" if passes[0][1] else "text"}
     if out is not None:
         write_predictions(
@@ -146,8 +181,20 @@ def _run_visual(
             blind_score=None if blind is None else _scores(task, blind),
             text_prediction=spoken,
             image=[str(example.image) for example in task.examples],
+            **_columns(weighed),
         )
     return row
+
+
+def _said(about: Target, reply: Reply, *, chooses: bool) -> str:
+    """The answer as the scorer reads it: the likeliest of the options, or what was written."""
+    if not (chooses and about.options):
+        return cleaned(reply.text)
+    return about.answers[reply.choices.index(max(reply.choices))]
+
+
+def _columns(weighed: Sequence[Outcomes]) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in weighed] for name in OUTCOMES}
 
 
 def _passes(task: VisualTask, evaluation: Evaluation) -> list[tuple[str, bool]]:
@@ -162,46 +209,22 @@ def _passes(task: VisualTask, evaluation: Evaluation) -> list[tuple[str, bool]]:
     return passes
 
 
-def _ask(
-    answers: KeptAnswers,
-    task: VisualTask,
-    prompts: Sequence[str],
-    images: Sequence[Path],
-    letters: str | None,
-) -> list[str]:
-    """An answer to each example as the scorer reads it, with `letters` a fixed one where it may."""
-    said = [""] * len(prompts)
-    chosen = [i for i, e in enumerate(task.examples) if e.choices and letters is not None]
-    free = sorted({*range(len(prompts))} - {*chosen})
-    if free:
-        told = answers.generate([prompts[i] for i in free], [images[i] for i in free])
-        for i, text in zip(free, told, strict=True):
-            said[i] = cleaned(text)
-    if chosen:
-        lettered = task.format.fixed == "letters"
-        own = [task.examples[i].choices for i in chosen]
-        options = [
-            list(LETTERS[: len(choices)] if lettered and letters == "letter" else choices)
-            for choices in own
-        ]
-        found = answers.choose([prompts[i] for i in chosen], [images[i] for i in chosen], options)
-        for i, choices, values in zip(chosen, own, found, strict=True):
-            likeliest = values.index(max(values))
-            said[i] = LETTERS[likeliest] if lettered else choices[likeliest]
-    return said
-
-
 def score_visual(
     task: VisualTask,
     predictions: Sequence[str],
     blind: Sequence[str] | None = None,
     spoken: Sequence[str] | None = None,
+    weighed: Sequence[Outcomes] | None = None,
 ) -> dict[str, Any]:
-    """A task's row of results from its answers; `spoken` are the answers' texts beside them."""
+    """A task's row of results from its answers; `spoken` are the answers' texts beside them,
+    `weighed` their outcomes, of which the answers alone tell few."""
     examples = task.examples
+    if weighed is None:
+        weighed = [visual_outcomes(*pair) for pair in zip(examples, predictions, strict=True)]
+    pictures = [str(example.image) for example in examples]
     scores = _scores(task, predictions)
     splits = [example.split for example in examples]
-    sure = bootstrap(scores, [str(example.image) for example in examples], splits)
+    sure = bootstrap(scores, pictures, splits)
     details = task.format.details(predictions, examples)
     if spoken is not None:
         more = task.format.details(spoken, examples)
@@ -222,6 +245,7 @@ def score_visual(
         "unparsable": sum(task.format.parse(text) is None for text in predictions),
         "splits": split_means(scores, splits) if len(set(splits)) > 1 else {},
         "details": details,
+        "continuous": summary(weighed, pictures, splits),
         "note": None if task.format.note is None else task.format.note(predictions, examples),
     }
 
@@ -230,7 +254,9 @@ def _scores(task: VisualTask, texts: Sequence[str]) -> list[float]:
     return [task.format.score(text, e.gold) for text, e in zip(texts, task.examples, strict=True)]
 
 
-def _report_text(task: TextTask, result: TextResult, out: Path | None) -> dict[str, Any]:
+def _report_text(
+    task: TextTask, result: TextResult, weighed: Sequence[Outcomes], out: Path | None
+) -> dict[str, Any]:
     rows = result.answers
     if out is not None:
         write_predictions(
@@ -241,6 +267,7 @@ def _report_text(task: TextTask, result: TextResult, out: Path | None) -> dict[s
             prediction=["" if r.chosen is None else r.choices[r.chosen] for r in rows],
             gold=[json.dumps(None if r.gold is None else r.choices[r.gold]) for r in rows],
             score=[row.score for row in rows],
+            **_columns(weighed),
         )
     splits, value = [row.split for row in rows], result.metrics[result.metric]
     # A metric may be a mean over examples or over a group's tasks; of any other nothing is said.
@@ -263,6 +290,7 @@ def _report_text(task: TextTask, result: TextResult, out: Path | None) -> dict[s
         "unparsable": 0,
         "splits": {name: result.metrics[f"{name}.{result.metric}"] for name in splits if name},
         "details": result.metrics,
+        "continuous": summary(weighed, None, splits),
     }
 
 

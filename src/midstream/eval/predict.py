@@ -10,8 +10,13 @@ from midstream.config import AnyEncoderConfig, TransformersDecoderConfig
 from midstream.config.model import FILL_BATCH
 from midstream.data.examples import TextCodec, question_ids
 from midstream.data.images import Encode, decode_pixels
-from midstream.eval.tasks import Images, Limits, Lists, Texts, reply_tokens
-from midstream.model.generate import choice_logprobs, generate, sequence_logprobs
+from midstream.eval.tasks import Images, Limits, Lists, Reply, Texts, reply_tokens, telling
+from midstream.model.generate import (
+    choice_logprobs,
+    generate,
+    generate_and_score,
+    sequence_logprobs,
+)
 from midstream.model.vlm import VLM
 from midstream.model.weights import weights_digest
 
@@ -47,50 +52,48 @@ class ModelAnswerer:
         # The newest last; see `_KEPT_BYTES`.
         self._features: dict[Path, np.ndarray] = {}
 
-    def generate(self, prompts: Texts, images: Images) -> list[str]:
-        """Greedy replies up to a separator, end-of-text or agent-stop, special tokens left out.
+    def reply(
+        self,
+        prompts: Texts,
+        images: Images,
+        choices: Lists,
+        golds: Sequence[str | None],
+        writes: Sequence[bool],
+    ) -> list[Reply]:
+        """See `eval.tasks.Answerer`: greedy up to a separator, end-of-text or agent-stop, special
+        tokens left out; all that is asked of a prompt is read off one reading of it.
 
         Prompts with a picture and prompts without are answered in batches of their own; a picture
         is encoded once. Raises ValueError for a picture given to a model without an encoder.
         """
-        replies = [""] * len(prompts)
-        for chosen, features, image_of in self._by_sight(images):
-            shown = features is not None
-            found = generate(
-                self.model,
-                [question_ids(self.codec, prompts[i], has_image=shown) for i in chosen],
-                features,
-                image_of=image_of,
-                begin=self.codec.begin_of_text,
-                max_new_tokens=self.max_new_tokens,
-                stop_ids=self.codec.stop_ids,
-                batch_size=self.batch_size,
-            )
-            for i, ids in zip(chosen, found, strict=True):
-                replies[i] = self.codec.decode(ids).strip()
+        replies = [Reply("", [], None)] * len(prompts)
+        for limit in (self.max_new_tokens, 0):
+            own = [i for i, written in enumerate(writes) if written == (limit > 0)]
+            for members, features, image_of in self._by_sight([images[i] for i in own]):
+                chosen = [own[member] for member in members]
+                shown = features is not None
+                found = generate_and_score(
+                    self.model,
+                    [question_ids(self.codec, prompts[i], has_image=shown) for i in chosen],
+                    features,
+                    [self._asked(choices[i], golds[i]) for i in chosen],
+                    image_of=image_of,
+                    begin=self.codec.begin_of_text,
+                    max_new_tokens=limit,
+                    stop_ids=self.codec.stop_ids,
+                    batch_size=self.batch_size,
+                )
+                for i, (ids, scores) in zip(chosen, found, strict=True):
+                    values = [value for value, _ in scores]
+                    gold = None if golds[i] is None else values.pop()
+                    replies[i] = Reply(self.codec.decode(ids).strip(), values, gold)
         return replies
 
-    def choose(self, prompts: Texts, images: Images, choices: Lists) -> list[list[float]]:
-        """Log-probabilities of fixed replies; see `eval.tasks.Answerer`, and `generate`."""
+    def _asked(self, choices: Sequence[str], gold: str | None) -> list[list[int]]:
         # As in training: behind a separator, a text of their own.
-        replies = [
-            reply_tokens(self.codec.encode, "", [f" {text}" for text in own]) for own in choices
-        ]
-        results: list[list[float]] = [[] for _ in prompts]
-        for chosen, features, image_of in self._by_sight(images):
-            shown = features is not None
-            found = choice_logprobs(
-                self.model,
-                [question_ids(self.codec, prompts[i], has_image=shown) for i in chosen],
-                features,
-                [replies[i] for i in chosen],
-                image_of=image_of,
-                begin=self.codec.begin_of_text,
-                batch_size=self.batch_size,
-            )
-            for i, own in zip(chosen, found, strict=True):
-                results[i] = [logprob for logprob, _ in own]
-        return results
+        texts = [*choices] if gold is None else [*choices, gold]
+        whole = reply_tokens(self.codec.encode, "", [f" {text}" for text in texts])
+        return telling(whole[: len(choices)]) + whole[len(choices) :]
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """For each (context, continuation): summed log-probability, and whether it is greedy.
@@ -120,6 +123,10 @@ class ModelAnswerer:
             for index, value in zip(members, own, strict=True):
                 found[index] = value
         return found
+
+    def num_tokens(self, pairs: Sequence[tuple[str, str]]) -> list[int]:
+        """As `loglikelihood` cuts them."""
+        return [len(self._parted(*pair)[1]) for pair in pairs]
 
     def _parted(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         # Trailing spaces of the context belong to the continuation's first token.

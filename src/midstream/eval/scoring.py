@@ -360,7 +360,8 @@ def averages(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
     """The stable scores of all tasks that were asked: of vision, vision blind, and text.
 
     None where nothing was asked, or where a task has no score. A task without a chance level has no
-    share of right answers (a perplexity) and is passed over.
+    share of right answers (a perplexity) and is passed over. `_prob` is that of the continuous
+    outcome `prob`, over the tasks that have it.
     """
 
     def mean_over_chance(kind: str, column: str) -> float | None:
@@ -375,10 +376,22 @@ def averages(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
         chances = {name: row["chance"] for name, row in rows.items()}
         return stable_score({name: row[column] for name, row in rows.items()}, chances)
 
+    def mean_probability(kind: str) -> float | None:
+        """The same of the probabilities of right answers, over what equal ones would give."""
+        found = [
+            row["continuous"]["prob"] - row["continuous"]["prob_chance"]
+            for name, row in tasks.items()
+            if row["kind"] == kind and name not in NEVER_AVERAGED and row["chance"] is not None
+            if row["continuous"]["prob"] is not None
+        ]
+        return mean(found)
+
     return {
         "vision": mean_over_chance("vision", "score"),
         "vision_blind": mean_over_chance("vision", "blind"),
         "text": mean_over_chance("text", "score"),
+        "vision_prob": mean_probability("vision"),
+        "text_prob": mean_probability("text"),
     }
 
 

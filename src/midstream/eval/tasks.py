@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from string import ascii_uppercase
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from midstream.eval import scoring
 from midstream.eval.benchmark_records import (
@@ -34,6 +34,15 @@ Limits = Sequence[int]
 Images = Sequence[Path | None]
 
 
+class Reply(NamedTuple):
+    """A question's answer: the text that was written ("" where none was asked for), and the
+    log-probabilities of its choices and of the gold answer (None where none was given)."""
+
+    text: str
+    choices: list[float]
+    gold: float | None
+
+
 @runtime_checkable
 class Answerer(Protocol):
     """A model as the evaluation sees it. `prompts` are the user's message alone: the turn's
@@ -44,18 +53,29 @@ class Answerer(Protocol):
         """Stands for the weights that answer."""
         ...
 
-    def generate(self, prompts: Texts, images: Images) -> list[str]:
-        """Greedy answers, one a prompt; None is a prompt without a picture."""
-        ...
+    def reply(
+        self,
+        prompts: Texts,
+        images: Images,
+        choices: Lists,
+        golds: Sequence[str | None],
+        writes: Sequence[bool],
+    ) -> list[Reply]:
+        """For each prompt, None being one without a picture: where it `writes` its greedy answer;
+        the log-probability of each of its choices as the reply, of their first tokens where these
+        differ from one another, else of the whole; and of the gold answer, always of the whole.
 
-    def choose(self, prompts: Texts, images: Images, choices: Lists) -> list[list[float]]:
-        """For each prompt the log-probability of each of its answers as the reply: of their first
-        tokens where these differ from one another, else of the whole answers."""
+        What stands behind a reply, its end, is no part of it.
+        """
         ...
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """For each (context, continuation) the continuation's log-probability, and whether greedy
         decoding would give it."""
+        ...
+
+    def num_tokens(self, pairs: Sequence[tuple[str, str]]) -> list[int]:
+        """How many tokens the continuation of each (context, continuation) has there."""
         ...
 
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
@@ -143,14 +163,17 @@ Encode = Callable[[str], list[int]]
 
 
 def reply_tokens(encode: Encode, prompt: str, replies: Sequence[str]) -> list[list[int]]:
-    """What a model writes behind `prompt` to give each reply: the first tokens where these differ
-    from one another, else whole replies.
+    """What a model writes behind `prompt` to give each reply.
 
     encode: ids of a text, no special token added. `prompt` is the text that the replies stand
     behind, "" where they begin a text of their own; the replies hold the space that parts them from
     it. A reply that would melt into the prompt's last token is tokenised as one that begins a line.
     """
-    whole = [_behind(encode, prompt, reply) for reply in replies]
+    return [_behind(encode, prompt, reply) for reply in replies]
+
+
+def telling(whole: list[list[int]]) -> list[list[int]]:
+    """The replies' first tokens where these differ from one another, else whole replies."""
     first = [ids[:1] for ids in whole]
     return first if len({tuple(ids) for ids in first}) == len(first) else whole
 

@@ -50,7 +50,8 @@ class TextAnswer:
     """One record's prompt, choices, which was chosen and which is right, score, task of a group.
 
     Of a free answer the choices are what was said, and where it is known what is right; of a text
-    that is read as a whole its log-probability.
+    that is read as a whole its log-probability. Of choices that are weighed by their likelihood
+    `logprobs` are theirs, and `continuation` is the right one's request, its context and its text.
     """
 
     prompt: str
@@ -59,6 +60,8 @@ class TextAnswer:
     gold: int | None
     score: float
     split: str = ""
+    logprobs: tuple[float, ...] = ()
+    continuation: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True)
@@ -311,20 +314,24 @@ def _answer(
     if not isinstance(pairs[0][1], str):  # written freely
         told = said[0] if isinstance(said[0], str) else json.dumps(said[0], default=str)
         return TextAnswer(prompt, (told, str(sample["target"])), 0, 1, score, split)
+    values = tuple(float(pair[0]) for pair in said)
     if len(pairs) == 1:  # a continuation, right if greedy decoding gives it
-        right = metric not in SHARES or score
-        return TextAnswer(prompt, (str(pairs[0][1]),), 0 if right else None, 0, score, split)
-    values = [pair[0] for pair in said]
+        chosen = 0 if metric not in SHARES or score else None
+        (pair,) = pairs
+        return TextAnswer(prompt, (str(pair[1]),), chosen, 0, score, split, values, pair)
     chosen = values.index(max(values))
     if len({str(pair[0]) for pair in pairs}) > 1:
         # The choices are beginnings, all with one end (WinoGrande).
         choices = tuple(str(pair[0]) for pair in pairs)
-        other = 1 - chosen if len(pairs) == 2 else None
+        two = len(pairs) == 2
+        other, values = (1 - chosen, values) if two else (None, ())
         gold = chosen if score else other
-        return TextAnswer(f"...{pairs[0][1]}", choices, chosen, gold, score, split)
-    choices = tuple(str(pair[1]) for pair in pairs)
-    gold = _gold(sample["target"], choices)
-    return TextAnswer(prompt, choices, chosen, gold, score, split)
+        prompt = f"...{pairs[0][1]}"
+    else:
+        choices = tuple(str(pair[1]) for pair in pairs)
+        gold = _gold(sample["target"], choices)
+    pair = pairs[gold or 0]
+    return TextAnswer(prompt, choices, chosen, gold, score, split, values, pair)
 
 
 def _gold(target: Any, choices: tuple[str, ...]) -> int | None:

@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from midstream.core.digests import is_hidden, is_note
 from midstream.core.identity import file_sha256
 from midstream.data.images import decode
-from midstream.eval.tasks import Images, Limits, Lists, Texts, reply_tokens
+from midstream.eval.tasks import Images, Limits, Lists, Reply, Texts, reply_tokens, telling
 
 # Made by some processors for models that do not take them, or for training alone.
 _UNASKED = ("token_type_ids", "labels")
@@ -142,35 +142,66 @@ class TransformersAnswerer:
             )
 
     @torch.no_grad()
-    def generate(self, prompts: Texts, images: Images) -> list[str]:
-        """Greedy answers, one a prompt; see `eval.tasks.Answerer`."""
-        replies = [""] * len(prompts)
+    def reply(
+        self,
+        prompts: Texts,
+        images: Images,
+        choices: Lists,
+        golds: Sequence[str | None],
+        writes: Sequence[bool],
+    ) -> list[Reply]:
+        """See `eval.tasks.Answerer`; what is likely is read off a generation of its own."""
+        replies = [Reply("", [], None)] * len(prompts)
+        free = [i for i, written in enumerate(writes) if written]
+        texts = self._write([prompts[i] for i in free], [images[i] for i in free])
+        for i, text in zip(free, texts, strict=True):
+            replies[i] = Reply(text, [], None)
+        asked = [i for i, own in enumerate(choices) if own or golds[i] is not None]
+        found = self._likely(
+            [prompts[i] for i in asked],
+            [images[i] for i in asked],
+            [choices[i] for i in asked],
+            [golds[i] for i in asked],
+        )
+        for i, values in zip(asked, found, strict=True):
+            gold = None if golds[i] is None else values.pop()
+            replies[i] = replies[i]._replace(choices=values, gold=gold)
+        return replies
+
+    def _write(self, prompts: Texts, images: Images) -> list[str]:
+        """Greedy answers, one a prompt."""
+        texts = [""] * len(prompts)
         for part in self._parts(images):
             inputs = self._inputs([prompts[i] for i in part], [images[i] for i in part])
             found = self.model.generate(
                 **inputs, do_sample=False, max_new_tokens=self.max_new_tokens
             )
             new = found[:, inputs["input_ids"].shape[1] :]
-            texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-            for i, text in zip(part, texts, strict=True):
-                replies[i] = text.strip()
-        return replies
+            told = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+            for i, text in zip(part, told, strict=True):
+                texts[i] = text.strip()
+        return texts
 
-    @torch.no_grad()
-    def choose(self, prompts: Texts, images: Images, choices: Lists) -> list[list[float]]:
-        """Log-probabilities of fixed replies; see `eval.tasks.Answerer`."""
+    def _likely(
+        self, prompts: Texts, images: Images, choices: Lists, golds: Sequence[str | None]
+    ) -> list[list[float]]:
+        """Log-probabilities of the choices, and of the gold answer behind them where there is
+        one; a prompt has one of these at least."""
         results: list[list[float]] = [[] for _ in prompts]
         for part in self._parts(images):
             inputs = self._inputs([prompts[i] for i in part], [images[i] for i in part])
             # Padding stands on the left.
             ends = self.tokenizer.batch_decode(inputs["input_ids"][:, -1:])
-            replies = [
-                self._replies(prompts[i], images[i], choices[i], end)
-                for i, end in zip(part, ends, strict=True)
-            ]
-            # All first tokens are read off one step.
-            short = all(len(ids) == 1 for own in replies for ids in own)
-            for place in range(1 if short else max(map(len, replies))):
+            replies, short = [], True
+            for i, end in zip(part, ends, strict=True):
+                gold = golds[i]
+                texts = [*choices[i]] if gold is None else [*choices[i], gold]
+                whole = self._replies(prompts[i], images[i], texts, end)
+                own = telling(whole[: len(choices[i])])
+                short = short and all(len(ids) == 1 for ids in own)
+                replies.append(own + whole[len(choices[i]) :])
+            # First tokens are read off the first step of writing the last reply, the gold one.
+            for place in [-1] if short else range(max(map(len, replies))):
                 logprobs = self._written(inputs, [own[min(place, len(own) - 1)] for own in replies])
                 for row, (i, own) in enumerate(zip(part, replies, strict=True)):
                     for ids in own if short else own[place : place + 1]:
@@ -199,6 +230,11 @@ class TransformersAnswerer:
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Of continuations of plain texts, by lm-evaluation-harness's `hf` model."""
         return self._asked("loglikelihood", pairs)
+
+    def num_tokens(self, pairs: Sequence[tuple[str, str]]) -> list[int]:
+        """As lm-evaluation-harness's `hf` model cuts them."""
+        pair_ids = self._harness_model._encode_pair
+        return [len(pair_ids(*p)[1]) if p[0] else len(self._encode(p[1])) for p in pairs]
 
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
         """Of whole texts, by lm-evaluation-harness's `hf` model."""

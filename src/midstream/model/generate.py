@@ -23,8 +23,8 @@ _LENGTHS, _CONTINUATIONS = 16, 4
 _Shape = tuple[int, int]
 # Images that the decoder reads together: many positions each, so that few fill a device.
 _IMAGES_AT_ONCE = 4
-# Positions of continuations whose logits are made together.
-_POSITIONS_AT_ONCE = 256
+# Positions of continuations whose logits are made together, at most; and for each row of a batch.
+_POSITIONS_AT_ONCE, _POSITIONS_OF_ROW = 256, 4
 
 # -------------------------------------------------------------------------------- many prompts
 
@@ -53,15 +53,55 @@ def generate(
     `plain` prompts are text to go on with, which has no prefix whatever the model's attention.
     Raises ValueError for an empty prompt, or images that do not fit the prompts.
     """
+    found = generate_and_score(
+        vlm,
+        prompts,
+        features,
+        [()] * len(prompts),
+        image_of=image_of,
+        begin=begin,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        batch_size=batch_size,
+        sampling=sampling,
+        plain=plain,
+    )
+    return [tokens for tokens, _ in found]
+
+
+@torch.no_grad()
+def generate_and_score(
+    vlm: VLM,
+    prompts: Sequence[list[int]],
+    features: Float[Tensor, "images patches width"] | None,
+    choices: Sequence[Sequence[list[int]]],
+    *,
+    image_of: Sequence[int] | None = None,
+    begin: int | None = None,
+    max_new_tokens: int,
+    stop_ids: frozenset[int],
+    batch_size: int,
+    sampling: Sampling | None = None,
+    plain: bool = False,
+) -> list[tuple[list[int], list[tuple[float, bool]]]]:
+    """For each prompt what `generate` gives, and of its continuations what `choice_logprobs` does,
+    from one reading of the prompt; neither changes the other. Raises what these raise."""
+    if any(not ids for own in choices for ids in own):
+        raise ValueError("a continuation is empty; there is nothing to be likely")
     images = _image_of(prompts, features, image_of)
-    results: list[list[int]] = [[] for _ in prompts]
-    groups = _alike([(len(prompt), max_new_tokens) for prompt in prompts], (_LENGTHS, 1))
+    results: list[tuple[list[int], list[tuple[float, bool]]]] = [([], []) for _ in prompts]
+    sizes = [
+        (len(prompt), max(max_new_tokens, _width(own)))
+        for prompt, own in zip(prompts, choices, strict=True)
+    ]
+    groups = _alike(sizes, (_LENGTHS, 1))
     for shape, chosen, image, cache in _looked(vlm, groups, features, images, begin, batch_size):
         rows = [prompts[i] for i in _filled(chosen, batch_size)]
         state = _read(vlm, rows, shape, image, cache, plain=plain)
-        found = _go_on(vlm, state, chosen, max_new_tokens, stop_ids, sampling)
-        for index, tokens in zip(chosen, found, strict=True):
-            results[index] = tokens
+        scores = _score(vlm, state, [choices[i] for i in chosen], batch_size)
+        texts = _go_on(vlm, state, chosen, max_new_tokens, stop_ids, sampling)
+        for index, tokens, own in zip(chosen, texts, scores, strict=True):
+            results[index] = (tokens, own)
     return results
 
 
@@ -236,40 +276,56 @@ def choice_logprobs(
     are made where a token of theirs stands. Other arguments as in `generate`. Raises ValueError
     for an empty prompt, images that do not fit the prompts, or an empty continuation.
     """
-    if any(not ids for own in choices for ids in own):
-        raise ValueError("a continuation is empty; there is nothing to be likely")
-    images = _image_of(prompts, features, image_of)
+    found = generate_and_score(
+        vlm,
+        prompts,
+        features,
+        choices,
+        image_of=image_of,
+        begin=begin,
+        max_new_tokens=0,
+        stop_ids=frozenset(),
+        batch_size=batch_size,
+        plain=plain,
+    )
+    return [scores for _, scores in found]
+
+
+def _width(choices: Sequence[list[int]]) -> int:
+    """How many tokens of a prompt's continuations are fed: all but the last, a target only."""
+    longest = max((len(ids) for ids in choices), default=1) - 1
+    return -(-longest // _CONTINUATIONS) * _CONTINUATIONS
+
+
+def _score(
+    vlm: VLM, state: _State, choices: Sequence[Sequence[list[int]]], batch_size: int
+) -> list[list[tuple[float, bool]]]:
+    """`choice_logprobs` of the first rows' continuations; the state is left as it is."""
     results: list[list[tuple[float, bool]]] = [[(0.0, True)] * len(own) for own in choices]
-    # Fed are all tokens but the last, which is a target only.
-    fed = [max((len(ids) for ids in own), default=1) - 1 for own in choices]
-    sizes = [(len(prompt), width) for prompt, width in zip(prompts, fed, strict=True)]
-    groups = _alike(sizes, (_LENGTHS, _CONTINUATIONS))
-    for shape, chosen, image, cache in _looked(vlm, groups, features, images, begin, batch_size):
-        rows = [prompts[i] for i in _filled(chosen, batch_size)]
-        state = _read(vlm, rows, shape, image, cache, plain=plain)
-        likely, best = _scored(vlm, state.last, batch_size)
-        asked = [(row, i, at) for row, i in enumerate(chosen) for at in range(len(choices[i]))]
-        for row, index, at in asked:
-            token = choices[index][at][0]
-            results[index][at] = (float(likely(row, token)), best[row] == token)
-        longer = [one for one in asked if len(choices[one[1]][one[2]]) > 1]
-        for part in _parts(list(range(len(longer))), batch_size):
-            own = [longer[number] for number in _filled(part, batch_size)]
-            ids = [choices[index][at] for _, index, at in own]
-            hidden = _read_on(vlm, state, [row for row, _, _ in own], ids, shape[1])
+    asked = [(row, at) for row, own in enumerate(choices) for at in range(len(own))]
+    if not asked:
+        return results
+    likely, best = _scored(vlm, state.last, batch_size)
+    at_once = min(_POSITIONS_AT_ONCE, _POSITIONS_OF_ROW * batch_size)
+    longer: dict[int, list[tuple[int, int]]] = {}
+    for row, at in asked:
+        token, *rest = choices[row][at]
+        results[row][at] = (likely(row, token), best[row] == token)
+        if rest:
+            longer.setdefault(_width(choices[row]), []).append((row, at))
+    for width, members in sorted(longer.items()):
+        for part in _parts(list(range(len(members))), batch_size):
+            own = [members[number] for number in _filled(part, batch_size)]
+            ids = [choices[row][at] for row, at in own]
+            hidden = _read_on(vlm, state, [row for row, _ in own], ids, width)
             places = [(place, n) for place in range(len(part)) for n in range(len(ids[place]) - 1)]
             flat = hidden[[place for place, _ in places], [n for _, n in places]]
-            likely, best = _scored(vlm, flat, _POSITIONS_AT_ONCE)
-            sums = [0.0] * len(part)
-            greedy = [True] * len(part)
+            likely, best = _scored(vlm, flat, at_once)
             for number, (place, n) in enumerate(places):
-                token = ids[place][n + 1]
-                sums[place] += likely(number, token)
-                greedy[place] = greedy[place] and best[number] == token
-            for place in range(len(part)):
-                _, index, at = own[place]
-                before, was_greedy = results[index][at]
-                results[index][at] = (before + sums[place], was_greedy and greedy[place])
+                (row, at), token = own[place], ids[place][n + 1]
+                total, greedy = results[row][at]
+                total += likely(number, token)
+                results[row][at] = (total, greedy and best[number] == token)
     return results
 
 

@@ -161,6 +161,26 @@ class TrainingResult(StageResult):
     held_out: dict[str, HeldOutResult] = {}
 
 
+class ContinuousOutcomes(_Part):
+    """Means over a task's examples (docs/evaluation.md), and their standard errors by name; None
+    where there is none, as in results of before they were measured."""
+
+    bits_per_byte: float | None = None
+    bits_per_character: float | None = None
+    bits_per_token: float | None = None
+    bits_gained: float | None = None
+    correct_prob: float | None = None
+    margin: float | None = None
+    iou: float | None = None
+    prob: float | None = None
+    prob_chance: float | None = None
+    stderr: dict[str, float | None] = {}
+
+
+# Also the columns of predictions.
+OUTCOMES: tuple[str, ...] = tuple(name for name in ContinuousOutcomes.model_fields)[:-1]
+
+
 class TaskResult(_Part):
     """A benchmark's row; scores from 0 to 1, but of a text task without a chance level."""
 
@@ -179,6 +199,7 @@ class TaskResult(_Part):
     unparsable: int | None = None
     splits: dict[str, float | None] = {}
     details: dict[str, Any] = {}
+    continuous: ContinuousOutcomes = ContinuousOutcomes()
     key: str = ""
     format: str | None = None
     wording: str | None = None
@@ -187,11 +208,14 @@ class TaskResult(_Part):
 
 
 class StableScores(_Part):
-    """Mean of score minus chance over the tasks of a kind; None without such tasks."""
+    """Mean over the tasks of a kind of score minus chance, and of the probability of a right answer
+    minus its chance (`prob`); None without such tasks."""
 
     vision: float | None = None
     vision_blind: float | None = None
     text: float | None = None
+    vision_prob: float | None = None
+    text_prob: float | None = None
 
 
 class SuiteScore(_Part):
