@@ -6,8 +6,10 @@ from typing import Any
 import made_studies as made
 import pytest
 
+from midstream.core.storage import read_json, write_json
 from midstream.report.findings import Finding
 from midstream.report.gather import gather
+from midstream.report.line_rows import stable_of
 from midstream.study.store import Ledger
 from midstream.study.studies import Claim
 
@@ -261,3 +263,21 @@ def test_levels_that_are_not_repeated_yet_are_not_measured(ledger: Ledger) -> No
     study = made.study(scores).model_copy(update={"levels": ("x", "seed")})
     made.fill(ledger, study, scores)
     assert gather(study, ledger).findings[0].verdict == "not measured"
+
+
+def test_the_probability_of_right_answers_stands_beside_every_finding(ledger: Ledger) -> None:
+    study = made.study(CURVE, claims=(BETTER,))
+    made.fill(ledger, study, CURVE)
+    for line in study.lines:
+        path = ledger.folder(line.result) / "results.json"
+        results = read_json(path)
+        results["stable"]["vision_prob"] = results["stable"]["vision"] / 2 + 0.01 * line.axes["x"]
+        write_json(path, results)
+    facts = gather(study, ledger)
+    claim, best, trend = (one.sentence for one in facts.findings[:3])
+    assert "; by the probability of right answers +60." in claim
+    assert "higher)" in claim.partition("by the probability of right answers")[2]
+    assert "by the probability of right answers" in best
+    assert "by the probability of right answers" in trend
+    assert "stable.vision_prob" in stable_of(study, facts.rows)
+    assert "by the probability" not in claimed(Ledger(ledger.store / "old"), CURVE)[0].sentence

@@ -189,6 +189,13 @@ def stable_panel(kind: str, baselines: dict[str, float | int | None]) -> Panel:
     return Panel(f"stable.{kind}", TITLES[kind], blind, None, beside, label)
 
 
+def probability_panel(column: str) -> Panel:
+    """The panel of a stable score by the probability of right answers."""
+    kind = column.removeprefix("stable.").removesuffix("_prob")
+    label = "probability above chance (points)"
+    return Panel(column, f"{TITLES[kind]}, by probability", None, None, {}, label)
+
+
 @dataclass(frozen=True)
 class Task:
     """A benchmark of a study; `kind` is vision or text, `chance` None until it is known."""

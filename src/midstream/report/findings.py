@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from midstream.core.decide import Contrast, nested_spread, trend
-from midstream.report.line_rows import STABLE, Group, LineRow, kinds_of, tasks_of
+from midstream.report.line_rows import PROBABILITY, STABLE, Group, LineRow, kinds_of, tasks_of
 from midstream.report.pairs import Examples, Gap, mean_gap
 from midstream.report.verdicts import Comparison, Sides, compare
 from midstream.study.stages import Evaluate
@@ -34,6 +34,8 @@ SCORE_NAMES = {
     "stable.vision": "Vision, stable",
     "stable.vision_blind": "Vision, blind",
     "stable.text": "Text, stable",
+    "stable.vision_prob": "Vision, by probability",
+    "stable.text_prob": "Text, by probability",
 }
 
 
@@ -165,7 +167,7 @@ def best_finding(
         return Finding(None, "", "no interval", text, study.smallest_difference)
     text = (
         f"{first}, {higher(comparison.contrast)} than at {place_words({x: runner.x})}, the next "
-        f"best ({_how(study, comparison)}){rest}."
+        f"best ({_how(study, comparison)}){rest}{_beside(study, rows, column, sides, len(means))}."
     )
     return _judged(study, text, comparison)
 
@@ -190,7 +192,7 @@ def trend_finding(
     text = (
         f"Over all {len(groups)} places, {score_name(column)}{_curve(study, groups)} is "
         f"{higher(comparison.contrast)} at {last} than at {first} on a line fitted through them, "
-        f"evenly spaced ({_how(study, comparison)})."
+        f"evenly spaced ({_how(study, comparison)}){_beside(study, rows, column, sides)}."
     )
     return _judged(study, text, comparison)
 
@@ -252,7 +254,8 @@ def _claim(claim: Claim, study: Study, rows: Sequence[LineRow], examples: Exampl
     missing = _missing(claim, study, rows)
     if missing:
         return Finding(claim.text, claim.source, "not measured", missing, size)
-    comparison = compare(study, rows, column_of(claim.score), claim_sides(claim))
+    column, sides = column_of(claim.score), claim_sides(claim)
+    comparison = compare(study, rows, column, sides)
     if comparison is None:
         text = f"No two lines that differ in nothing else have a score of {name} on both sides."
         return Finding(claim.text, claim.source, "not measured", text, size)
@@ -260,7 +263,8 @@ def _claim(claim: Claim, study: Study, rows: Sequence[LineRow], examples: Exampl
     one, two = place_words(claim.higher), place_words(claim.lower)
     text = (
         f"{name} is {higher(comparison.contrast)} at {one} than at {two} "
-        f"({_how(study, comparison)}{_rest(comparison)}){_examples_words(on_examples)}."
+        f"({_how(study, comparison)}{_rest(comparison)})"
+        f"{_beside(study, rows, column, sides)}{_examples_words(on_examples)}."
     )
     judged = _judged(study, text, comparison)
     return replace(judged, claim=claim.text, source=claim.source, examples=on_examples)
@@ -320,6 +324,23 @@ def _how(study: Study, comparison: Comparison) -> str:
         if low is not None and high is not None:
             text += f" ({signed(low)} to {signed(high)})"
     return text
+
+
+def _beside(
+    study: Study, rows: Sequence[LineRow], column: str, sides: Sides, places: int = 2
+) -> str:
+    """The same by the probability of right answers, where the lines have it."""
+    if f"{column}_prob" not in PROBABILITY:
+        return ""
+    found = compare(study, rows, f"{column}_prob", sides, places)
+    if found is None:
+        return ""
+    gap, words = found.contrast, "no interval"
+    if gap.low is not None and gap.high is not None:
+        verdict = gap.verdict(study.smallest_difference)
+        words = f"{signed(gap.low)} to {signed(gap.high)}, "
+        words += {"undecided": "not decided", "same": "the same"}.get(verdict, verdict)
+    return f"; by the probability of right answers {signed(gap.mean)} ({words})"
 
 
 def _curve(study: Study, groups: Sequence[Group]) -> str:

@@ -182,7 +182,9 @@ class Spread:
         return stdev(value for _, value in self.values) if self.n > 1 else None
 
 
-STABLE = ("stable.vision", "stable.vision_blind", "stable.text")
+# Shares of right answers above chance, and beside them the probabilities of right answers.
+PROBABILITY = ("stable.vision_prob", "stable.text_prob")
+STABLE = ("stable.vision", "stable.vision_blind", "stable.text", *PROBABILITY)
 NOTHING = EvaluationResult(seconds=0.0, tasks={}, stable=StableScores())
 
 
@@ -287,10 +289,20 @@ def kinds_of(study: Study) -> tuple[str, ...]:
     return tuple(kind for kind in ("vision", "text") if kind in asked)
 
 
-def stable_of(study: Study) -> tuple[str, ...]:
-    """The stable scores that the study can have."""
+def stable_of(study: Study, rows: Sequence[LineRow] | None = None) -> tuple[str, ...]:
+    """The stable scores that the study can have; with `rows` those by probability only where a line
+    has one: evaluations of earlier versions have none."""
     kinds = kinds_of(study)
-    return tuple(name for name in STABLE if name.split(".")[1].split("_")[0] in kinds)
+    return tuple(
+        name
+        for name in STABLE
+        if name.split(".")[1].split("_")[0] in kinds
+        and (
+            rows is None
+            or name not in PROBABILITY
+            or any(row.values[name] is not None for row in rows)
+        )
+    )
 
 
 def group_rows(study: Study, rows: Sequence[LineRow]) -> list[Group]:

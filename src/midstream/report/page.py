@@ -22,6 +22,7 @@ from midstream.report.figures import (
     Task,
     grid_figure,
     panel_figure,
+    probability_panel,
     small_figure,
     stable_panel,
     task_panel,
@@ -45,7 +46,14 @@ from midstream.report.gather import (
     shortened,
     write_exports,
 )
-from midstream.report.line_rows import LineRow, Snapshot, kinds_of, stable_of, write_csv
+from midstream.report.line_rows import (
+    PROBABILITY,
+    LineRow,
+    Snapshot,
+    kinds_of,
+    stable_of,
+    write_csv,
+)
 from midstream.report.pairs import samples
 from midstream.report.table import (
     budgets,
@@ -131,7 +139,7 @@ def write_facts(
         suite=suite,
         rows=facts.rows,
         groups=facts.groups,
-        stable=stable_of(study),
+        stable=stable_of(study, facts.rows),
         tasks=facts.tasks,
         troubles=[
             {
@@ -193,6 +201,9 @@ def _score_figures(facts: Facts, folder: Path) -> list[dict[str, str]]:
         f"stable_{kind}": stable_panel(kind, facts.baselines("stable.text"))
         for kind in kinds_of(facts.study)
     }
+    for column in stable_of(facts.study, facts.rows):
+        if column in PROBABILITY:
+            panels[column.replace(".", "_")] = probability_panel(column)
     for kind, task in COMMON.items():
         own = [one for one in facts.tasks if one.kind == kind]
         found = next((one for one in own if one.name == task), own[0] if own else None)
