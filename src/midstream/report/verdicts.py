@@ -125,7 +125,7 @@ def repetitions_needed(comparisons: Sequence[Comparison], half_width: float) -> 
             )
             raise ValueError(
                 f"the first repetitions of {at} say nothing about the spread ({one.contrast.why}); "
-                "run two or more, with seeds of their own"
+                "run one more seed first, with --set seeds=[...]"
             )
         for place in one.places:
             needed[place] = max(needed.get(place, 0), number)
