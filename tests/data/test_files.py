@@ -155,8 +155,10 @@ def test_a_file_lies_in_its_folder() -> None:
 )
 @pytest.mark.parametrize("root", ["folder", "memory://folder"])
 def test_a_name_that_leads_out_is_refused_by_its_record(root: str, name: str) -> None:
-    for find in (join, inside):
-        with pytest.raises(ValueError, match=r"^list\.json, record 3: .*inside .*folder"):
+    for find in (join, lambda root, *rest: inside([root], *rest)):
+        with pytest.raises(
+            ValueError, match=r"^list\.json, record 3: .*(inside|in none of) .*folder"
+        ):
             find(root, name, "list.json, record 3")
 
 
@@ -173,29 +175,34 @@ def test_a_url_has_further_ways_out_that_are_refused(name: str) -> None:
 def test_no_name_reaches_outside_its_folder(parts: list[str]) -> None:
     name = "/".join(parts)
     try:
-        found = inside("/some/root", name, "here")
+        found = inside(["/some/root"], name, "here")
     except ValueError:
         assert ".." in parts or name[:1] in ("", "/")
         return
     assert f"{os.path.normpath(found)}/".startswith("/some/root/")
 
 
-def test_a_link_may_lead_about_inside_the_folder_but_not_out_of_it(tmp_path: Path) -> None:
+def test_links_lead_wherever_they_lead_and_names_do_not(tmp_path: Path) -> None:
     root = tmp_path / "root"
     (root / "sub").mkdir(parents=True)
     (root / "sub/a.png").write_bytes(b"a")
-    (tmp_path / "rooted").mkdir()
-    (tmp_path / "rooted/secret.png").write_bytes(b"s")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/b.png").write_bytes(b"b")
     (root / "in").symlink_to(root / "sub")
-    (root / "out").symlink_to(tmp_path / "rooted")
-    (root / "secret.png").symlink_to(tmp_path / "rooted/secret.png")
+    (root / "out").symlink_to(tmp_path / "disk")
+    (root / "b.png").symlink_to(tmp_path / "disk/b.png")
     (tmp_path / "linked").symlink_to(root)
     for folder in (root, tmp_path / "linked"):
-        assert Path(inside(str(folder), "in/a.png", "here")).read_bytes() == b"a"
-        for name in ("out/secret.png", "secret.png"):
-            with pytest.raises(ValueError, match=f"^here: '{name}' is a link that leads out of"):
-                inside(str(folder), name, "here")
-            assert Path(join(str(folder), name, "here")).read_bytes() == b"s"
+        names = ["in/a.png", "out/b.png", "b.png", f"{root}/in/a.png", f"file://{root}/b.png"]
+        read = [Path(inside([str(folder)], name, "here")).read_bytes() for name in names]
+        assert read == [b"a", b"b", b"b", b"a", b"b"]
+        for name in ("../disk/b.png", f"{root}/../disk/b.png", "in/../../disk/b.png"):
+            with pytest.raises(ValueError, match=r"^here: .* is no name of a file inside"):
+                inside([str(folder)], name, "here")
+        with pytest.raises(ValueError, match=r"^here: .* lies in none of .*root|linked"):
+            inside([str(folder)], str(tmp_path / "disk/b.png"), "here")
+    both = [str(tmp_path / "disk"), str(root)]
+    assert inside(both, f"{root}/b.png", "here") == f"{root}/b.png"
 
 
 # Lines.

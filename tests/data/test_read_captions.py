@@ -278,7 +278,8 @@ def test_an_imagefolder_is_read_from_metadata_jsonl_and_csv(tmp_path: Path) -> N
         (b'{"file_name": "../up.png", "text": "a"}', "- picture outside the folder"),
         (b'{"file_name": "a/../../up.png", "text": "a"}', "- picture outside the folder"),
         (b'{"file_name": "/etc/passwd", "text": "a"}', "- picture outside the folder"),
-        (b'{"file_name": "link.png", "text": "a"}', "- picture outside the folder"),
+        (b'{"file_name": "link.png", "text": "a"}', "a"),
+        (b'{"file_name": "round.png", "text": "a"}', "- missing picture"),
         (b'{"file_name": "file:///etc/passwd", "text": "a"}', "- picture outside the folder"),
         (b'{"file_name": "a\\u0000.png", "text": "a"}', "- picture outside the folder"),
         (b'{"file_name": "\\ud800.png", "text": "a"}', "- picture outside the folder"),
@@ -298,12 +299,31 @@ def test_lines_of_an_imagefolder(
     write(folder / "large.png", b"x" * 10_001)
     (folder / "folder").mkdir()
     (folder / "link.png").symlink_to(tmp_path / "up.png")
+    (folder / "round.png").symlink_to(folder / "round.png")
     fine = b'{"file_name": "0.png", "text": "fine"}\n'
     write(folder / "metadata.jsonl", fine + line + b"\n" + fine)
     records = read(str(folder))
     assert outcome(records) == ["fine", expected, "fine"]
     assert records[1].where == f"{folder}/metadata.jsonl, record 1"
     assert "fine" not in str(records[1])
+
+
+def test_links_that_lead_nowhere_say_where_and_absolute_names_are_read(tmp_path: Path) -> None:
+    write(tmp_path / "set/0.png", picture(0))
+    write(tmp_path / "far/1.png", picture(1))
+    for name, target in (("gone.png", "../far/none.png"), ("round.png", "round.png")):
+        (tmp_path / "set" / name).symlink_to(target)
+    names = [f"{tmp_path}/set/0.png", f"{tmp_path}/far/1.png", "gone.png", "round.png"]
+    lines = [{"image": name, "caption": "a"} for name in names]
+    table = "".join(f"{line['image']},a\n" for line in lines)
+    path = write(tmp_path / "set/captions.csv", f"image,caption\n{table}".encode())
+    found = read(path)
+    assert outcome(found) == ["a", "- picture outside the folder", *["- missing picture"] * 2]
+    assert [str(item).partition("png ")[2] for item in found[2:]] == [
+        "has no picture behind it: it links to ../far/none.png)",
+        "has links that go round in a circle)",
+    ]
+    assert outcome(read(path, ReadOptions(images=f"{tmp_path}/far")))[:2] == ["a", "a"]
 
 
 # All formats.

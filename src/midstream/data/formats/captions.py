@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from midstream.data.formats.files import (
     folder_of,
     inside,
     is_folder,
+    is_url,
     open_binary,
     read_lines,
     read_range,
@@ -75,10 +77,15 @@ def caption_of(value: object, where: str, reason: str = NOT_UNICODE) -> str | Re
     return caption or Reject(where, "empty caption")
 
 
-def load_picture(root: str, name: str, where: str) -> Picture | Reject:
-    """What the record at `where` calls `name`, under the folder or URL `root`."""
+def picture_roots(path: str, options: ReadOptions) -> list[str]:
+    """Where the names in a file start, first, and its own folder, for absolute ones."""
+    return [*([] if options.images is None else [options.images]), folder_of(path)]
+
+
+def load_picture(roots: Sequence[str], name: str, where: str) -> Picture | Reject:
+    """What the record at `where` calls `name`, under the folders or URLs `roots` (see `inside`)."""
     try:
-        path = inside(root, name, where)
+        path = inside(roots, name, where)
     except ValueError as error:
         return Reject(where, "picture outside the folder", str(error).removeprefix(f"{where}: "))
     try:
@@ -88,17 +95,25 @@ def load_picture(root: str, name: str, where: str) -> Picture | Reject:
         # A failing disk or connection is no missing picture.
         if not isinstance(error, absent) and error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
             raise
-        return Reject(where, "missing picture", path)
+        return Reject(where, "missing picture", path + _broken_link(path, error))
     if len(data) > LARGEST_BYTES:
         return Reject(where, "picture too large", f"{path} has over {LARGEST_BYTES:,} bytes")
     return Picture(path, 0, data) if data else Reject(where, "zero-byte picture", path)
 
 
-class Folder:
-    """Pictures under `root`, a folder or URL; the last one read is kept for its other captions."""
+def _broken_link(path: str, error: OSError) -> str:
+    if error.errno == errno.ELOOP:
+        return " has links that go round in a circle"
+    if not is_url(path) and os.path.islink(path):
+        return f" has no picture behind it: it links to {os.readlink(path)}"
+    return ""
 
-    def __init__(self, root: str) -> None:
-        self._load = lru_cache(1)(lambda name: load_picture(root, name, root))
+
+class Folder:
+    """Pictures under `roots`, folders or URLs; the last one read is kept for its other captions."""
+
+    def __init__(self, *roots: str) -> None:
+        self._load = lru_cache(1)(lambda name: load_picture(roots, name, roots[0]))
 
     def record(self, where: str, caption: str | Reject, name: object) -> CaptionRecord | Reject:
         """A caption with the picture called `name`, which is read only if the caption is one."""
@@ -126,7 +141,7 @@ def read_coco(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reje
         for image in _items(path, "images")
         if (key := _image_id(image, "id")) in ids
     }
-    pictures = Folder(_coco_pictures(path, options))
+    pictures = Folder(_coco_pictures(path, options), *picture_roots(path, options))
     for number, annotation in enumerate(wanted, unit.first):
         where, key = f"{path}, record {number}", _image_id(annotation, "image_id")
         if not isinstance(annotation, dict):
@@ -197,7 +212,7 @@ def read_csv(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Rejec
     beside = folder_of(path)
     folders = [] if base_name(path).startswith("metadata") else ["images", "Images"]
     root = options.images or _first_folder([f"{beside}/{name}" for name in folders], beside)
-    pictures = Folder(root)
+    pictures = Folder(root, *picture_roots(path, options))
     for number, row in islice(enumerate(rows_of(path, options)), unit.first, unit.last):
         where = f"{path}, record {number}"
         if isinstance(row, str):
@@ -237,7 +252,7 @@ def rows_of(path: str, options: ReadOptions) -> Iterator[tuple[str, str] | str]:
 def read_imagefolder(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
     """A line of metadata.jsonl a record; its picture lies under the file's own folder."""
     path = unit.files[0]
-    pictures = Folder(options.images or folder_of(path))
+    pictures = Folder(*picture_roots(path, options))
     for number, line in islice(enumerate(objects_of(path)), unit.first, unit.last):
         where = f"{path}, record {number}"
         values, reason = json_object(line)

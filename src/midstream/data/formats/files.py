@@ -10,7 +10,7 @@ import os
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from glob import glob
 from itertools import takewhile
@@ -140,6 +140,7 @@ def join(root: str, name: str, where: str) -> str:
     parts = re.split(r"[/\\]", unquote(name) if is_url(root) else name)
     # "::" joins one file system to another in `fsspec`.
     forbidden = "\0" in name or is_url(name) or (is_url(root) and "::" in name)
+    forbidden = forbidden or not (is_url(root) or _is_file_name(name))
     if not name or PurePosixPath(name).is_absolute() or ".." in parts or forbidden:
         raise ValueError(
             f"{where}: {name!r} is no name of a file inside {root}; "
@@ -150,20 +151,32 @@ def join(root: str, name: str, where: str) -> str:
     return f"{head}{slash}{name}{mark}{tail}"
 
 
-def inside(root: str, name: str, where: str) -> str:
-    """The file that a record at `where` calls `name`, under the folder or URL `root`.
+def _is_file_name(name: str) -> bool:
+    # Halves of surrogate pairs, other than those that stand for bytes, are in no file's name.
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
 
-    Raises ValueError as `join` does, and, for a local root, if a link leads out of it.
+
+def inside(roots: Sequence[str], name: str, where: str) -> str:
+    """The file that a record at `where` calls `name`: under the first of `roots` (folders, URLs).
+
+    An absolute name (or a file:// URL) is itself where it lies under any of them. Links are
+    followed wherever they lead: it is the name that must not leave. Raises ValueError as `join`.
     """
-    joined = join(root, name, where)
-    if not is_url(root):
-        real, base = os.path.realpath(joined), os.path.realpath(root)
-        if os.path.commonpath([real, base]) != base:
-            raise ValueError(
-                f"{where}: {name!r} is a link that leads out of {root}, to {real}; "
-                "give the folder that holds the files"
-            )
-    return joined
+    plain = unquote(name.removeprefix("file://")) if name.startswith("file:///") else name
+    if os.path.isabs(plain):
+        for root in roots:
+            for folder in () if is_url(root) else (os.path.abspath(root), os.path.realpath(root)):
+                if plain.startswith(under := folder.rstrip("/") + "/"):
+                    return join(root, plain.removeprefix(under), where)
+        raise ValueError(
+            f"{where}: {name!r} lies in none of {', '.join(dict.fromkeys(roots))}; name the folder "
+            "that it starts from, or write names that are relative to it"
+        )
+    return join(roots[0], name, where)
 
 
 def read_lines(path: str) -> Iterator[bytes]:

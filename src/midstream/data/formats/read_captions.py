@@ -18,6 +18,7 @@ from midstream.data.formats.captions import (
     json_object,
     load_picture,
     objects_of,
+    picture_roots,
     read_coco,
     read_csv,
     read_imagefolder,
@@ -27,7 +28,6 @@ from midstream.data.formats.files import (
     base_name,
     exists,
     find_files,
-    folder_of,
     is_folder,
     join,
     read_lines,
@@ -262,10 +262,10 @@ def read_conversations(unit: Unit, options: ReadOptions) -> Iterator[Conversatio
     records. Raises ValueError that names the file if it is cut short or damaged.
     """
     path = unit.files[0]
-    root = folder_of(path) if options.images is None else options.images
+    roots = picture_roots(path, options)
     for where, data in islice(_entries(path), unit.first, unit.last):
         record = record_of(data, where)
-        yield record if isinstance(record, Reject) else _conversation(record, where, root)
+        yield record if isinstance(record, Reject) else _conversation(record, where, roots)
 
 
 def _files(source: str) -> list[str]:
@@ -304,7 +304,9 @@ def _entries(path: str) -> Iterator[tuple[str, bytes]]:
             yield f"{path}, line {number}", line
 
 
-def _conversation(record: dict[str, Any], where: str, root: str) -> ConversationRecord | Reject:
+def _conversation(
+    record: dict[str, Any], where: str, roots: Sequence[str]
+) -> ConversationRecord | Reject:
     if isinstance(record.get("id"), str | int):
         where = f"{where} ({str(record['id'])[:_ID_CHARACTERS]!r})"
     try:
@@ -315,7 +317,7 @@ def _conversation(record: dict[str, Any], where: str, root: str) -> Conversation
     for number, turn in enumerate(talk.turns):
         if problem := unicode_problem("\n".join(turn)):
             return Reject(where, NOT_UNICODE, f"in question or reply {number}: {problem}")
-    picture = load_picture(root, names[0], where) if names else None
+    picture = load_picture(roots, names[0], where) if names else None
     if isinstance(picture, Reject):
         return picture
     return ConversationRecord(where, talk.turns, picture, talk.left_out)
