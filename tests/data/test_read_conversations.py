@@ -14,8 +14,8 @@ from made_inputs import OPTIONS, Put, as_json, as_lines, read_all, shared
 
 from midstream.data.examples import Turn
 from midstream.data.formats import captions
-from midstream.data.formats import read_captions as module
-from midstream.data.formats.read_captions import conversation_units, read_conversations
+from midstream.data.formats import conversations as module
+from midstream.data.formats.conversations import conversation_units, read_conversations
 from midstream.data.formats.records import ConversationRecord, Picture, ReadOptions
 from midstream.data.source_writer import Reject
 
@@ -146,7 +146,7 @@ def test_bad_records_are_rejected_with_their_place_and_good_ones_stay(put: Put) 
         (llava("Why?", " \n"), "no reply left"),
         (llava("", "So."), "empty turn"),
         (llava("Why?", "So.", system="\udc00"), "not Unicode"),
-        (llava("<image>", "So.", image="a.jpg"), "empty turn"),
+        (llava("<image>", "So.", "", "So.", image="a.jpg"), "empty turn"),
         (llava("Why?", "half \ud83d"), "not Unicode"),
         (llava("\udc00", "So."), "not Unicode"),
         (llava("<image>?", "So."), "<image> without a picture"),

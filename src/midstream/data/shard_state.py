@@ -20,7 +20,7 @@ import fsspec
 
 from midstream.core.digests import TEXT_SUFFIXES, is_note
 from midstream.core.storage import MANIFEST, read_json
-from midstream.data.formats import read_captions
+from midstream.data.formats import conversations, read_captions
 from midstream.data.formats.files import base_name, is_url, name_some, shown_files
 from midstream.data.formats.read_text import MANIFEST as TOKENS_MANIFEST
 from midstream.data.formats.records import ReadOptions, Section, Unit
@@ -252,7 +252,7 @@ def _write(path: Path, shards: Sequence[Path], stopped: Sequence[Reject]) -> Non
 READ: dict[Section, tuple[str, ...]] = {
     "text": tuple(f"*{end}" for ends in TEXT_SUFFIXES.values() for end in ends),
     "captions": tuple(name for names in read_captions.NAMES.values() for name in names),
-    "conversations": tuple(f"*{end}" for end in read_captions.SUFFIXES),
+    "conversations": tuple(f"*{end}" for end in conversations.SUFFIXES),
 }
 # Pictures of captions and conversations are read by the records that name them.
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")

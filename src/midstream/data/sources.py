@@ -20,6 +20,9 @@ from midstream.config import Caption, check_caption
 from midstream.core.storage import read_json
 
 SHARD_INDEX = "shard.json"
+# The pictures that a shard keeps itself, since no file holds their bytes as they are. No name of a
+# file begins with a dot and a slash.
+OWN_PICTURES = "./pictures.bin"
 
 
 @dataclass(frozen=True)
@@ -400,7 +403,8 @@ class Source:
         assert shard.images is not None
         number, offset, size = (int(value) for value in shard.images[local])
         file = shard.index["files"][number]
-        data = self._files(self._path(file)).read(offset, size)
+        path = str(shard.folder / file) if file == OWN_PICTURES else self._path(file)
+        data = self._files(path).read(offset, size)
         if content_hash(data) != bytes(shard.hashes[local]):
             raise ValueError(
                 f"{self.describe(example)}: the picture in {file} changed since it was prepared "

@@ -101,6 +101,13 @@ def load_picture(roots: Sequence[str], name: str, where: str) -> Picture | Rejec
     return Picture(path, 0, data) if data else Reject(where, "zero-byte picture", path)
 
 
+def held_picture(data: bytes, where: str) -> Picture | Reject:
+    """A picture whose bytes stand in a record, which no range of a file holds as they are."""
+    if len(data) > LARGEST_BYTES:
+        return Reject(where, "picture too large", f"over {LARGEST_BYTES:,} bytes")
+    return Picture("", 0, data) if data else Reject(where, "zero-byte picture")
+
+
 def _broken_link(path: str, error: OSError) -> str:
     if error.errno == errno.ELOOP:
         return " has links that go round in a circle"

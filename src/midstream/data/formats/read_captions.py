@@ -1,24 +1,18 @@
-"""The public formats that come with pictures: captions and conversations (see `docs/data.md`).
+"""The public formats of captions, found and cut into units, and tars of samples (`docs/data.md`).
 
-Records are numbered from 0, JSON lines of conversations from 1. Pictures are not decoded here.
+Records are numbered from 0. Pictures are not decoded here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from itertools import islice
-from typing import Any
 
-from midstream.core.digests import JSON_LINES
-from midstream.data.examples import ConversationError, conversation_of, picture_names
 from midstream.data.formats.captions import (
     caption_of,
     count_annotations,
     field_of,
     first_line,
     json_object,
-    load_picture,
     objects_of,
-    picture_roots,
     read_coco,
     read_csv,
     read_imagefolder,
@@ -26,29 +20,21 @@ from midstream.data.formats.captions import (
 )
 from midstream.data.formats.files import (
     base_name,
-    exists,
     find_files,
     is_folder,
-    join,
-    read_lines,
 )
 from midstream.data.formats.records import (
-    NOT_UNICODE,
+    NUM_UNIT_RECORDS,
     TOO_LARGE,
     CaptionRecord,
-    ConversationRecord,
     Picture,
     ReadOptions,
     Sample,
     Unit,
-    list_entries,
     samples_of,
-    unicode_problem,
 )
-from midstream.data.formats.records import json_object as record_of
 from midstream.data.source_writer import Reject
 
-NUM_UNIT_RECORDS = 20_000
 # A sample that says nothing of a caption, as against one whose caption is no text.
 ABSENT = "no caption"
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -236,88 +222,3 @@ _READERS: dict[str, Callable[[Unit, ReadOptions], Iterator[CaptionRecord | Rejec
     "csv": read_csv,
     "imagefolder": read_imagefolder,
 }
-
-
-LLAVA = "llava.json"
-SUFFIXES = (".json", *JSON_LINES)
-_ID_CHARACTERS = 80
-
-
-def conversation_units(sources: Sequence[str]) -> list[Unit]:
-    """The work that `sources` (files, folders, patterns, `fsspec` URLs) make, in their order.
-
-    A folder stands for the `llava.json` in it, or for all JSON files under it. Files are cut every
-    20,000 records, for which they are read once. Raises FileNotFoundError for what is not there,
-    and ValueError for a file that holds no list or lines of records or is cut short.
-    """
-    return [
-        unit for source in sources for path in _files(source) for unit in _conversations_of(path)
-    ]
-
-
-def read_conversations(unit: Unit, options: ReadOptions) -> Iterator[ConversationRecord | Reject]:
-    """The records of a unit in the order of its file: turns and a picture's bytes, or why not.
-
-    Pictures are looked for under `options.images`, else in the file's folder. Blank lines are no
-    records. Raises ValueError that names the file if it is cut short or damaged.
-    """
-    path = unit.files[0]
-    roots = picture_roots(path, options)
-    for where, data in islice(_entries(path), unit.first, unit.last):
-        record = record_of(data, where)
-        yield record if isinstance(record, Reject) else _conversation(record, where, roots)
-
-
-def _files(source: str) -> list[str]:
-    if is_folder(source) and exists(llava := join(source, LLAVA, source)):
-        return [llava]
-    files = find_files(source, SUFFIXES)
-    for path in files:
-        if not base_name(path).endswith(SUFFIXES):
-            raise ValueError(
-                f"{path} is of no known format of conversations; known are .json (a list of "
-                f"records) and lines of records ({', '.join(JSON_LINES)})"
-            )
-    return files
-
-
-def _conversations_of(path: str) -> list[Unit]:
-    num_records = sum(1 for _ in _entries(path))
-    starts = range(0, max(1, num_records), NUM_UNIT_RECORDS)
-    name = "json" if _is_list(path) else "jsonl"
-    # The last one reads to the file's end.
-    ends = [*starts[1:], None]
-    return [Unit(name, (path,), first, last) for first, last in zip(starts, ends, strict=True)]
-
-
-def _is_list(path: str) -> bool:
-    return base_name(path).endswith(".json")
-
-
-def _entries(path: str) -> Iterator[tuple[str, bytes]]:
-    if _is_list(path):
-        for number, data in enumerate(list_entries(path)):
-            yield f"{path}, record {number}", data
-        return
-    for number, line in enumerate(read_lines(path), start=1):
-        if not line.isspace():
-            yield f"{path}, line {number}", line
-
-
-def _conversation(
-    record: dict[str, Any], where: str, roots: Sequence[str]
-) -> ConversationRecord | Reject:
-    if isinstance(record.get("id"), str | int):
-        where = f"{where} ({str(record['id'])[:_ID_CHARACTERS]!r})"
-    try:
-        talk = conversation_of(record, where)
-        names = picture_names(record, where)
-    except ConversationError as error:
-        return Reject(where, error.reason, error.detail)
-    for number, turn in enumerate(talk.turns):
-        if problem := unicode_problem("\n".join(turn)):
-            return Reject(where, NOT_UNICODE, f"in question or reply {number}: {problem}")
-    picture = load_picture(roots, names[0], where) if names else None
-    if isinstance(picture, Reject):
-        return picture
-    return ConversationRecord(where, talk.turns, picture, talk.left_out)

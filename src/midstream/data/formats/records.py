@@ -19,6 +19,8 @@ from midstream.data.source_writer import Reject
 from midstream.data.sources import content_hash
 
 Section = Literal["text", "captions", "conversations"]
+# A longer list is cut into units of so many records.
+NUM_UNIT_RECORDS = 20_000
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,10 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class Picture:
-    """An encoded picture: its bytes, and where they lie (file, byte offset)."""
+    """An encoded picture: its bytes, and where they lie (file, byte offset).
+
+    No file: no range of a file holds them as they are, and the prepared source keeps them.
+    """
 
     file: str
     offset: int

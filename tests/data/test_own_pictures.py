@@ -1,0 +1,41 @@
+"""Pictures that no range of a file holds as they are: the prepared source keeps them itself."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+from made import png
+from made_inputs import contents, run
+
+from midstream.core.storage import read_json
+from midstream.data.sources import Source
+
+
+def inline(number: int) -> dict[str, Any]:
+    url = f"data:image/png;base64,{base64.b64encode(png(number)).decode()}"
+    asked = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": f"No {number}."}]
+    return {"messages": turns}
+
+
+def test_pictures_inside_records_are_kept_once_and_read_back(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    records = [inline(number) for number in (1, 2, 1, 3)]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "in/talks.jsonl").write_text(lines)
+    out = tmp_path / "out"
+    done = run("conversations", tmp_path / "in", out)
+    assert (done["train"]["images"], done["distinct_images"]) == (4, 3)
+    shard = out / "shards/000000"
+    assert (shard / "pictures.bin").read_bytes() == png(1) + png(2) + png(3)
+    assert "pictures.bin" in read_json(shard / "manifest.json")
+    before = contents(out)
+    out.rename(tmp_path / "moved")
+    (tmp_path / "in/talks.jsonl").rename(tmp_path / "in/gone")
+    source = Source("talks", tmp_path / "moved")
+    assert [source.image_bytes(n) for n in range(4)] == [png(n) for n in (1, 2, 1, 3)]
+    (tmp_path / "in/gone").rename(tmp_path / "in/talks.jsonl")
+    run("conversations", tmp_path / "in", out, validation_fraction=0.9)
+    run("conversations", tmp_path / "in", out)
+    assert contents(out) == before
