@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow
 import pytest
 from made_captions import (
     captions,
@@ -19,6 +20,7 @@ from made_captions import (
     write_tar,
 )
 from made_inputs import OPTIONS, as_json, as_lines
+from pyarrow import parquet
 
 from midstream.data.formats import captions as formats_captions
 from midstream.data.formats import read_captions
@@ -404,6 +406,14 @@ def everything(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     bad = as_lines(
         [{"file_name": n, "text": "a"} for n in ("none.jpg", "../csv/0.jpg", "zero.jpg")]
     )
+    write(tmp_path / "list/train.json", as_json([{"image": "0.png", "caption": "a"}]))
+    write(tmp_path / "list/0.png", picture(0))
+    write(tmp_path / "files/00000/0.png", picture(0))
+    write(tmp_path / "files/00000/0.txt", b"a")
+    table = pyarrow.table({"image": ["0.png"], "text": ["a"]})
+    (tmp_path / "table").mkdir()
+    parquet.write_table(table, tmp_path / "table/train-00000-of-00001.parquet")
+    write(tmp_path / "table/0.png", picture(0))
     write(tmp_path / "bad/metadata.jsonl", bad)
     write(tmp_path / "bad/zero.jpg", b"")
     system = fsspec.filesystem("memory")
@@ -418,7 +428,18 @@ def everything(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 def test_urls_are_read_like_folders(everything: tuple[Path, str]) -> None:
     folder, url = everything
     formats = set()
-    for source in ("tars", "dr", "coco/annotations", "csv", "imagefolder", "bad"):
+    sources = (
+        "tars",
+        "dr",
+        "coco/annotations",
+        "csv",
+        "imagefolder",
+        "list",
+        "files",
+        "table",
+        "bad",
+    )
+    for source in sources:
         local, remote = read(f"{folder}/{source}"), read(f"{url}/{source}")
         formats |= {unit.format for unit in caption_units([f"{url}/{source}"], OPTIONS)}
         assert outcome(remote) == outcome(local)

@@ -178,12 +178,14 @@ LEFT_BEHIND = (
     "*~",
     "#*#",
     "*.swp",
+    "cache-*.arrow",
 )
 # What the names of text files end in, by their format; no other file of a text source is read.
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zstd")
 TEXT_SUFFIXES = {
     "jsonl": (*JSON_LINES, ".json", ".json.gz", ".json.zst", ".json.zstd"),
     "parquet": (".parquet",),
+    "arrow": (".arrow",),
     "txt": (".txt", ".tex"),
     "tokens": (".tar",),
 }
@@ -204,7 +206,11 @@ NOTES = (
     "checksums*",
 )
 _DOCUMENTS = ("", ".md", ".txt", ".rst", ".html", ".pdf", ".cff", ".bib", ".yaml", ".yml")
-_INFOS = ("dataset_infos.json", "dataset_card.json")
+# What the libraries of data sets write beside them.
+_INFOS = (
+    *("dataset_infos.json", "dataset_info.json", "dataset_card.json"),
+    *("dataset_dict.json", "state.json"),
+)
 
 
 def any_of(patterns: Iterable[str]) -> re.Pattern[str]:

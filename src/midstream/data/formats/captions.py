@@ -1,5 +1,7 @@
-"""What all formats of captions check, and lists of them: COCO, CSV, Hugging Face imagefolder."""
+"""What all formats of captions check, and lists of them: COCO, CSV, JSON, tables."""
 
+import base64
+import binascii
 import csv
 import errno
 import json
@@ -29,10 +31,14 @@ from midstream.data.formats.records import (
     Picture,
     ReadOptions,
     Unit,
+    list_entries,
     unicode_problem,
 )
+from midstream.data.formats.tables import columns_of, table_rows
 from midstream.data.source_writer import Reject
 
+# Where a picture stands in an object or a table, the first of them that is there.
+PICTURE_KEYS = ("file_name", "image", "images", "jpg", "jpeg", "png", "webp")
 NOT_UTF8, NOT_UNICODE = "caption not UTF-8", "caption not Unicode"
 
 
@@ -101,11 +107,32 @@ def load_picture(roots: Sequence[str], name: str, where: str) -> Picture | Rejec
     return Picture(path, 0, data) if data else Reject(where, "zero-byte picture", path)
 
 
-def held_picture(data: bytes, where: str) -> Picture | Reject:
-    """A picture whose bytes stand in a record, which no range of a file holds as they are."""
-    if len(data) > LARGEST_BYTES:
+def load_shown(shown: str | bytes, roots: Sequence[str], where: str) -> Picture | Reject:
+    """A picture by its name, or of bytes that no range of a file holds as they are."""
+    if isinstance(shown, str):
+        return load_picture(roots, shown, where)
+    if len(shown) > LARGEST_BYTES:
         return Reject(where, "picture too large", f"over {LARGEST_BYTES:,} bytes")
-    return Picture("", 0, data) if data else Reject(where, "zero-byte picture")
+    return Picture("", 0, shown) if shown else Reject(where, "zero-byte picture")
+
+
+def picture_in(value: object) -> str | bytes | None:
+    """The picture in a value: its name, its bytes, a data: URL, {bytes, path} or {url}.
+
+    None: there is none. Raises ValueError for a data: URL that holds no base64.
+    """
+    if isinstance(value, dict):
+        held, named = value.get("bytes"), (value.get("path"), value.get("url"))
+        value = held if isinstance(held, bytes) else next(filter(None, named), None)
+    if not isinstance(value, str) or not value.startswith("data:"):
+        return value if isinstance(value, str | bytes) else None
+    head, comma, data = value.partition(",")
+    try:
+        if comma and head.endswith(";base64"):
+            return base64.b64decode(data, validate=True)
+    except binascii.Error:
+        pass
+    raise ValueError("its data: URL is no base64")
 
 
 def _broken_link(path: str, error: OSError) -> str:
@@ -120,18 +147,39 @@ class Folder:
     """Pictures under `roots`, folders or URLs; the last one read is kept for its other captions."""
 
     def __init__(self, *roots: str) -> None:
+        self._roots = roots
         self._load = lru_cache(1)(lambda name: load_picture(roots, name, roots[0]))
 
-    def record(self, where: str, caption: str | Reject, name: object) -> CaptionRecord | Reject:
-        """A caption with the picture called `name`, which is read only if the caption is one."""
-        if not isinstance(name, str) or not name:
-            return Reject(where, "no picture", f"its name is {name!r}")
+    def record(self, where: str, caption: str | Reject, shown: object) -> CaptionRecord | Reject:
+        """A caption with its picture (see `picture_in`), read only if the caption is one."""
+        if isinstance(shown, list) and len(shown) == 1:
+            shown = shown[0]
+        if isinstance(shown, list) and shown:
+            return Reject(where, "more than one picture", f"{len(shown)} in a list")
+        try:
+            found = picture_in(shown)
+        except ValueError as error:
+            return Reject(where, "no picture", str(error))
+        if found is None or found == "":
+            return Reject(where, "no picture", f"its name is {shown!r}"[:200])
         if isinstance(caption, Reject):
             return caption
-        picture = self._load(name)
+        held = isinstance(found, bytes)
+        picture = load_shown(found, self._roots, where) if held else self._load(found)
         if isinstance(picture, Reject):
             return replace(picture, where=where)
         return CaptionRecord(where, caption, picture)
+
+    def records(
+        self, where: str, captions: object, shown: object, reason: str = NOT_UNICODE
+    ) -> Iterator[CaptionRecord | Reject]:
+        """A record for the caption, or for each in a list of them."""
+        if not isinstance(captions, list) or not captions:
+            yield self.record(where, caption_of(captions, where, reason), shown)
+            return
+        for number, caption in enumerate(captions):
+            place = f"{where}, caption {number}" if len(captions) > 1 else where
+            yield self.record(place, caption_of(caption, place, reason), shown)
 
 
 _BOM = b"\xef\xbb\xbf"
@@ -256,22 +304,52 @@ def rows_of(path: str, options: ReadOptions) -> Iterator[tuple[str, str] | str]:
         ) from None
 
 
-def read_imagefolder(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
-    """A line of metadata.jsonl a record; its picture lies under the file's own folder."""
+def read_objects(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
+    """An object of a list or of lines a record: {file_name or image, text or caption}."""
     path = unit.files[0]
     pictures = Folder(*picture_roots(path, options))
-    for number, line in islice(enumerate(objects_of(path)), unit.first, unit.last):
+    for number, data in islice(enumerate(objects_of(path)), unit.first, unit.last):
         where = f"{path}, record {number}"
-        values, reason = json_object(line)
+        values, reason = json_object(data)
         if values is None:
             yield Reject(where, reason)
         else:
-            caption = caption_of(field_of(values, options), where, reason)
-            yield pictures.record(where, caption, values.get("file_name"))
+            shown = next((values[key] for key in PICTURE_KEYS if key in values), None)
+            yield from pictures.records(where, field_of(values, options), shown, reason)
+
+
+def read_table(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
+    """A row a record, or several where its caption is a list of them."""
+    path = unit.files[0]
+    pictures = Folder(*picture_roots(path, options))
+    for number, (shown, caption) in enumerate(table_rows(path, caption_columns(path, options))):
+        where = f"{path}, row {number}"
+        try:
+            yield from pictures.records(where, caption.as_py(), shown.as_py())
+        except UnicodeDecodeError as error:
+            yield Reject(where, NOT_UTF8, str(error))
+
+
+def caption_columns(path: str, options: ReadOptions) -> tuple[str, str]:
+    """The columns of the picture and of the caption in a table; ValueError lists its columns."""
+    schema = columns_of(path)
+    names = schema.names
+    # Pictures come before names of pictures.
+    held = [
+        name for name in PICTURE_KEYS if name in names and str(schema.field(name).type) != "string"
+    ]
+    image = next((name for name in (*held, *PICTURE_KEYS) if name in names), None)
+    caption = next((name for name in text_keys(options) if name in names), None)
+    if image is None or caption is None:
+        asked = " or ".join(text_keys(options))
+        raise ValueError(f"{path} has the columns {names}; it needs image and {asked}")
+    return image, caption
 
 
 def objects_of(path: str) -> Iterator[bytes]:
-    """The lines that are not blank."""
+    """The entries of a JSON list (in a .json file), or the lines that are not blank."""
+    if path.endswith(".json"):
+        return list_entries(path)
     return (line for line in _lines(path) if line.strip())
 
 

@@ -3,8 +3,6 @@
 Entries of a list are numbered from 0, lines from 1 (see `docs/data.md`).
 """
 
-import base64
-import binascii
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,23 +10,25 @@ from typing import Any
 
 from midstream.core.digests import JSON_LINES
 from midstream.data.examples import IMAGE_MARK, Turn
-from midstream.data.formats.captions import held_picture, load_picture, picture_roots
+from midstream.data.formats.captions import load_shown, picture_in, picture_roots
 from midstream.data.formats.files import base_name, exists, find_files, is_folder, join, read_lines
 from midstream.data.formats.records import (
     NOT_UNICODE,
+    NOT_UTF8,
     NUM_UNIT_RECORDS,
     ConversationRecord,
-    Picture,
     ReadOptions,
     Unit,
     json_object,
     list_entries,
     unicode_problem,
 )
+from midstream.data.formats.tables import TABLES, columns_of, refuse_splits, table_rows
 from midstream.data.source_writer import Reject
 
 LLAVA = "llava.json"
-SUFFIXES = (".json", *JSON_LINES)
+SUFFIXES = (".json", *JSON_LINES, *TABLES)
+_OTHERS = ("id", "system", "image", "images", "video", "videos", "audio", "audios")
 _ID_CHARACTERS = 80
 
 
@@ -52,6 +52,9 @@ def read_conversations(unit: Unit, options: ReadOptions) -> Iterator[Conversatio
     """
     path = unit.files[0]
     roots = picture_roots(path, options)
+    if unit.format == "table":
+        yield from _read_table(path, roots)
+        return
     for where, data in islice(_entries(path), unit.first, unit.last):
         record = json_object(data, where)
         yield record if isinstance(record, Reject) else _conversation(record, where, roots)
@@ -61,16 +64,36 @@ def _files(source: str) -> list[str]:
     if is_folder(source) and exists(llava := join(source, LLAVA, source)):
         return [llava]
     files = find_files(source, SUFFIXES)
+    refuse_splits(source, files)
     for path in files:
         if not base_name(path).endswith(SUFFIXES):
             raise ValueError(
                 f"{path} is of no known format of conversations; known are .json (a list of "
-                f"records) and lines of records ({', '.join(JSON_LINES)})"
+                f"records), lines of records ({', '.join(JSON_LINES)}) and tables "
+                f"({', '.join(TABLES)})"
             )
     return files
 
 
+def _read_table(path: str, roots: Sequence[str]) -> Iterator[ConversationRecord | Reject]:
+    columns = [name for name in columns_of(path).names if name in _LISTS + _OTHERS]
+    for number, values in enumerate(table_rows(path, columns)):
+        where = f"{path}, row {number}"
+        try:
+            row = {name: value.as_py() for name, value in zip(columns, values, strict=True)}
+        except UnicodeDecodeError as error:
+            yield Reject(where, NOT_UTF8, str(error))
+            continue
+        yield _conversation(row, where, roots)
+
+
 def _conversations_of(path: str) -> list[Unit]:
+    if base_name(path).endswith(TABLES):
+        if not set(_LISTS) & set(names := columns_of(path).names):
+            raise ValueError(
+                f"{path} has the columns {names}; a conversation needs one of {', '.join(_LISTS)}"
+            )
+        return [Unit("table", (path,))]
     num_records = sum(1 for _ in _entries(path))
     starts = range(0, max(1, num_records), NUM_UNIT_RECORDS)
     name = "json" if _is_list(path) else "jsonl"
@@ -105,16 +128,10 @@ def _conversation(
     for number, turn in enumerate(talk.turns):
         if problem := unicode_problem("\n".join(turn)):
             return Reject(where, NOT_UNICODE, f"in question or reply {number}: {problem}")
-    picture = None if talk.picture is None else _load(talk.picture, where, roots)
+    picture = None if talk.picture is None else load_shown(talk.picture, roots, where)
     if isinstance(picture, Reject):
         return picture
     return ConversationRecord(where, talk.turns, picture, talk.left_out)
-
-
-def _load(shown: str | bytes, where: str, roots: Sequence[str]) -> Picture | Reject:
-    if isinstance(shown, str):
-        return load_picture(roots, shown, where)
-    return held_picture(shown, where)
 
 
 # Where records keep their turns, and turns their roles and texts.
@@ -206,23 +223,13 @@ def _pictures(record: dict[str, Any], where: str) -> list[str | bytes]:
 
 
 def _picture(value: object, where: str, place: str) -> str | bytes:
-    """A picture's name or bytes: as such, as a data: URL, or in {bytes, path} or {url}."""
-    if isinstance(value, dict):
-        held, named = value.get("bytes"), (value.get("path"), value.get("url"))
-        value = held if isinstance(held, bytes) else next(filter(None, named), None)
-    if isinstance(value, bytes):
-        return value
-    if not isinstance(value, str) or not value:
-        raise ConversationError(where, NO_NAME, place)
-    if not value.startswith("data:"):
-        return value
-    head, comma, data = value.partition(",")
     try:
-        if comma and head.endswith(";base64"):
-            return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):
-        pass
-    raise ConversationError(where, NO_NAME, f"{place}: its data: URL is no base64")
+        found = picture_in(value)
+    except ValueError as error:
+        raise ConversationError(where, NO_NAME, f"{place}: {error}") from None
+    if found is None or found == "":
+        raise ConversationError(where, NO_NAME, place)
+    return found
 
 
 def _listed(record: dict[str, Any]) -> object:

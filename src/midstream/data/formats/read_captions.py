@@ -5,8 +5,11 @@ Records are numbered from 0. Pictures are not decoded here.
 
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from itertools import groupby
 
 from midstream.data.formats.captions import (
+    PICTURE_KEYS,
+    caption_columns,
     caption_of,
     count_annotations,
     field_of,
@@ -15,24 +18,33 @@ from midstream.data.formats.captions import (
     objects_of,
     read_coco,
     read_csv,
-    read_imagefolder,
+    read_objects,
+    read_table,
     rows_of,
 )
 from midstream.data.formats.files import (
     base_name,
     find_files,
+    folder_of,
     is_folder,
+    read_head,
+    read_range,
+    shown_files,
+    size_of,
 )
 from midstream.data.formats.records import (
+    LARGEST_BYTES,
     NUM_UNIT_RECORDS,
     TOO_LARGE,
     CaptionRecord,
+    Member,
     Picture,
     ReadOptions,
     Sample,
     Unit,
     samples_of,
 )
+from midstream.data.formats.tables import TABLES, refuse_splits
 from midstream.data.source_writer import Reject
 
 # A sample that says nothing of a caption, as against one whose caption is no text.
@@ -44,15 +56,22 @@ FORMATS = {
     "coco": "captions_SPLIT.json with the lists images and annotations",
     "csv": "a .csv or .txt with the header image,caption",
     "imagefolder": "metadata.jsonl with file_name and text",
+    "list": "a list or lines of {image, caption}",
+    "table": "a .parquet or .arrow with the columns image and text",
+    "files": "a folder of pictures with .txt or .json of the same name beside them",
 }
 # Which files of a folder are captions; a file given by its own name may have another one.
 NAMES = {
     "tar": ("*.tar",),
-    "coco": ("captions_*.json",),
+    "coco": ("captions_*.json", "*.coco.json"),
     "csv": ("captions*.csv", "captions*.txt", "metadata*.csv", "metadata*.txt"),
     "imagefolder": ("metadata.jsonl",),
+    "table": tuple(f"*{end}" for end in TABLES),
 }
-_SUFFIXES = (".tar", ".json", ".csv", ".txt", ".jsonl")
+# Kinds that are read where there is none of the others: img2dataset's tars have tables beside them.
+_LAST = ("table",)
+_BLANK = b"\xef\xbb\xbf \t\r\n"
+_SUFFIXES = (".tar", ".json", ".csv", ".txt", ".jsonl", *TABLES)
 
 
 def caption_units(sources: Sequence[str], options: ReadOptions) -> list[Unit]:
@@ -66,7 +85,10 @@ def caption_units(sources: Sequence[str], options: ReadOptions) -> list[Unit]:
     units: list[Unit] = []
     for source in sources:
         tar_format = ""
-        for path in _caption_files(source):
+        files = _caption_files(source)
+        if not files:
+            units.extend(_sample_units(source))
+        for path in files:
             if path.endswith(".tar"):
                 tar_format = tar_format or _tar_format(path)
                 units.append(Unit(tar_format, (path,)))
@@ -96,17 +118,28 @@ def _known() -> str:
 def _caption_files(source: str) -> list[str]:
     files = find_files(source, _SUFFIXES)
     if not is_folder(source):
+        refuse_splits(source, files)
         return files
     found = {
         kind: [file for file in files if any(fnmatchcase(base_name(file), name) for name in names)]
         for kind, names in NAMES.items()
     }
     kinds = [kind for kind, named in found.items() if named]
+    if len(kinds) > 1:
+        kinds = [kind for kind in kinds if kind not in _LAST]
     if not kinds:
+        if _sample_units(source):
+            return []
+        if lists := [
+            file for file in files if file.endswith((".json", ".jsonl")) and _is_list(file)
+        ]:
+            return lists
         raise ValueError(f"{source} holds no captions; {_known()}")
     if len(kinds) > 1:
         named = ", ".join(found[kind][0] for kind in kinds)
         raise ValueError(f"{source} holds captions in several formats ({named}); name the files")
+    if kinds[0] in _LAST:
+        refuse_splits(source, found[kinds[0]])
     return found[kinds[0]]
 
 
@@ -116,23 +149,39 @@ def _tar_format(path: str) -> str:
 
 
 def _lone_format(path: str) -> str:
-    """The format of a file that is no tar, by its name and its first line."""
-    if path.endswith(".json"):
-        return "coco"
-    if path.endswith(".jsonl"):
-        first, _ = json_object(first_line(path))
-        if base_name(path) == "metadata.jsonl" or (first and "file_name" in first):
-            return "imagefolder"
-    if path.endswith((".csv", ".txt")):
+    """The format of a file that is no tar, by its name and how it begins."""
+    found = "table" if path.endswith(TABLES) else ""
+    if path.endswith(".json") and read_head(path, 4096).lstrip(_BLANK)[:1] != b"[":
+        found = "coco"
+    elif path.endswith((".json", ".jsonl")):
+        first, _ = json_object(next(objects_of(path), b""))
+        if path.endswith(".json"):
+            found = "list" if first and set(PICTURE_KEYS) & first.keys() else ""
+        elif base_name(path) == "metadata.jsonl" or (
+            first and {"file_name", "image"} & first.keys()
+        ):
+            found = "imagefolder"
+    elif path.endswith((".csv", ".txt")):
         names = {name.strip(b'" \r\n') for name in first_line(path).split(b",")}
-        if names & {b"image", b"file_name"}:
-            return "csv"
-    raise ValueError(f"{path} holds no captions in a known format; {_known()}")
+        found = "csv" if names & {b"image", b"file_name"} else ""
+    if not found:
+        raise ValueError(f"{path} holds no captions in a known format; {_known()}")
+    return found
+
+
+def _is_list(path: str) -> bool:
+    try:
+        return _lone_format(path) in ("list", "imagefolder")
+    except ValueError:
+        return False
 
 
 def _cut(path: str, form: str, options: ReadOptions) -> list[Unit]:
     if options.require == "synthetic":
         raise ValueError(f"{path}: {form} has no synthetic captions; do not require them")
+    if form == "table":
+        caption_columns(path, options)
+        return [Unit(form, (path,))]
     if form == "coco":
         count = count_annotations(path, options)
     elif form == "csv":
@@ -145,6 +194,46 @@ def _cut(path: str, form: str, options: ReadOptions) -> list[Unit]:
         return [Unit(form, (path,))]
     starts = range(0, count, NUM_UNIT_RECORDS)
     return [Unit(form, (path,), x, min(x + NUM_UNIT_RECORDS, count)) for x in starts]
+
+
+def _sample_units(source: str) -> list[Unit]:
+    """Units of the samples that lie as files beside each other: a picture, and its .txt or .json.
+
+    Files of no picture are none of a sample's.
+    """
+    samples: dict[tuple[str, str], list[str]] = {}
+    for file in shown_files(source):
+        stem, _, suffix = base_name(file).partition(".")
+        if suffix.lower() in (*PICTURES, "txt", "json", "syn.json"):
+            samples.setdefault((folder_of(file), stem), []).append(file)
+    shown = [files for _, files in sorted(samples.items()) if any(map(_is_picture, files))]
+    if all(_is_picture(file) for files in shown for file in files):
+        return []
+    parts = (shown[x : x + NUM_UNIT_RECORDS] for x in range(0, len(shown), NUM_UNIT_RECORDS))
+    return [Unit("files", tuple(file for files in part for file in files)) for part in parts]
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(tuple(f".{suffix}" for suffix in PICTURES))
+
+
+def _read_files(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
+    def place(file: str) -> tuple[str, str]:
+        return folder_of(file), base_name(file).partition(".")[0]
+
+    for (folder, stem), files in groupby(unit.files, key=place):
+        sizes = {file: size_of(file) for file in files}
+        members = {
+            base_name(file).partition(".")[2].lower(): Member(
+                base_name(file), 0, size, read_range(file, 0, LARGEST_BYTES), file=file
+            )
+            for file, size in sizes.items()
+        }
+        large = [file for file, size in sizes.items() if size > LARGEST_BYTES]
+        if large:
+            yield Reject(f"{folder}, sample {stem}", "picture too large", large[0])
+        else:
+            yield _sample_record(Sample(folder, stem, members), options)
 
 
 def _read_tar(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
@@ -166,7 +255,7 @@ def _sample_record(sample: Sample, options: ReadOptions) -> CaptionRecord | Reje
         return Reject(where, "more than one picture", ", ".join(p.name for p in pictures))
     if not pictures[0].data:
         return Reject(where, "zero-byte picture", pictures[0].name)
-    picture = Picture(sample.path, pictures[0].offset, pictures[0].data)
+    picture = Picture(pictures[0].file, pictures[0].offset, pictures[0].data)
     own, synthetic = _own_caption(sample, options), _synthetic_captions(sample)
     usable = tuple(caption for caption in synthetic if isinstance(caption, str))
     unusable = [caption for caption in synthetic if isinstance(caption, Reject)]
@@ -220,5 +309,8 @@ _READERS: dict[str, Callable[[Unit, ReadOptions], Iterator[CaptionRecord | Rejec
     "datacompdr": _read_tar,
     "coco": read_coco,
     "csv": read_csv,
-    "imagefolder": read_imagefolder,
+    "imagefolder": read_objects,
+    "list": read_objects,
+    "table": read_table,
+    "files": _read_files,
 }

@@ -12,7 +12,6 @@ from functools import cache
 
 import numpy as np
 import pyarrow
-from pyarrow.parquet import ParquetFile
 
 from midstream.core.digests import TEXT_SUFFIXES
 from midstream.data.formats.files import (
@@ -37,6 +36,7 @@ from midstream.data.formats.records import (
     scan_tar,
     unicode_problem,
 )
+from midstream.data.formats.tables import columns_of, refuse_splits, table_rows
 from midstream.data.source_writer import Reject
 
 MANIFEST = "manifest.jsonl"
@@ -120,7 +120,6 @@ def _read_manifest(path: str) -> dict[str, int] | None:
 
 NO_TEXT = "no text"
 MAX_DOCUMENT_BYTES = 256 * 2**20
-_BATCH_ROWS, _BUFFER_BYTES = 256, 2**20
 
 Item = TextRecord | TokenRecord | Reject
 
@@ -148,6 +147,7 @@ def read_text(unit: Unit, options: ReadOptions) -> Iterator[Item]:
 
 def _units(source: str) -> list[Unit]:
     files = find_files(source, tuple(end for ends in TEXT_SUFFIXES.values() for end in ends))
+    refuse_splits(source, files)
     listed = cache(_read_manifest)
     lists = {path for path in files if base_name(path) == MANIFEST and listed(path) is not None}
     shards = {shard: path for path in sorted(lists) for shard in listed(path) or ()}
@@ -207,21 +207,11 @@ def _read_jsonl(unit: Unit, options: ReadOptions) -> Iterator[Item]:
             yield _document(where, found[key])
 
 
-def _read_parquet(unit: Unit, options: ReadOptions) -> Iterator[Item]:
+def _read_table(unit: Unit, options: ReadOptions) -> Iterator[Item]:
     path, key = unit.files[0], options.text_key
-    with open_binary(path) as stream:
-        try:
-            file = ParquetFile(stream, buffer_size=_BUFFER_BYTES, pre_buffer=False)
-            _check_column(path, file.schema_arrow, key)
-            rows = (
-                value
-                for batch in file.iter_batches(_BATCH_ROWS, columns=[key], use_threads=False)
-                for value in batch.column(0)
-            )
-            for number, value in enumerate(rows):
-                yield _from_column(f"{path}, row {number}", value)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{path} is no whole parquet file ({error}); fetch it again") from None
+    _check_column(path, columns_of(path), key)
+    for number, (value,) in enumerate(table_rows(path, [key])):
+        yield _from_column(f"{path}, row {number}", value)
 
 
 def _check_column(path: str, schema: pyarrow.Schema, key: str) -> None:
@@ -269,7 +259,8 @@ def _document(where: str, text: str) -> TextRecord | Reject:
 
 _READERS: dict[str, Callable[[Unit, ReadOptions], Iterator[Item]]] = {
     "jsonl": _read_jsonl,
-    "parquet": _read_parquet,
+    "parquet": _read_table,
+    "arrow": _read_table,
     "txt": _read_txt,
     "tokens": lambda unit, _: read_tokens(unit),
 }

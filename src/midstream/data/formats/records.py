@@ -7,7 +7,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, Literal
 
@@ -229,7 +229,7 @@ _HEADERS = (
 
 @dataclass(frozen=True)
 class Member:
-    """A file in an archive: `size` bytes from `offset` on, which are `data`.
+    """A file in an archive: `size` bytes from `offset` on of `file`, which are `data`.
 
     `problem` is empty or says why `data` is left empty: UNSAFE (a link, a device, a name that is
     absolute or goes up) or TOO_LARGE.
@@ -240,6 +240,7 @@ class Member:
     size: int
     data: bytes = field(repr=False)
     problem: str = ""
+    file: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -280,7 +281,7 @@ def scan_tar(path: str) -> Iterator[Member]:
                     # `tarfile` keeps every member that it has seen.
                     archive.members.clear()  # type: ignore[attr-defined]
                     if not info.isdir():
-                        yield _member(info, stream)
+                        yield replace(_member(info, stream), file=path)
                 _check_end(stream, archive.offset, size)
         # ValueError: attributes that are no numbers or no text; RecursionError: headers without
         # end; OverflowError: sizes that no file has.
