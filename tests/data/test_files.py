@@ -1,8 +1,10 @@
 """Files by local path and by URL: what a name stands for, what leads out, lines, and copies."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import random
 import zipfile
@@ -28,6 +30,7 @@ from midstream.data.formats.files import (
     is_folder,
     join,
     open_binary,
+    read_head,
     read_lines,
     read_range,
     refuse_twins,
@@ -222,9 +225,16 @@ def zstd_stream(data: bytes) -> bytes:
     return packer.compress(data) + packer.flush()
 
 
+def lz4(data: bytes) -> bytes:
+    return bytes(pa.compress(data, "lz4", asbytes=True))
+
+
 PACKED = {
     "a.jsonl": lambda data: data,
     "a.jsonl.gz": gzip.compress,
+    "a.jsonl.bz2": bz2.compress,
+    "a.jsonl.xz": lzma.compress,
+    "a.jsonl.lz4": lz4,
     "a.jsonl.zst": zstd,
     "a.jsonl.zstd": zstd_stream,
 }
@@ -264,11 +274,20 @@ def test_a_second_piece_that_is_cut_is_noticed(tmp_path: Path, name: str) -> Non
 
 
 @pytest.mark.parametrize("name", list(PACKED)[1:])
-def test_what_is_not_packed_as_its_name_says_is_refused(tmp_path: Path, name: str) -> None:
+def test_the_content_says_how_a_file_is_packed_and_not_its_name(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
-    path.write_bytes(b'{"text": "plain"}\n' * 10)
+    path.write_bytes(b'{"text": "plain"}\n' * 2)
+    assert list(read_lines(str(path))) == [b'{"text": "plain"}\n'] * 2
+    path.write_bytes(bytes(range(128, 256)))
     with pytest.raises(ValueError, match=name):
         list(read_lines(str(path)))
+    for pack in PACKED.values():
+        path.write_bytes(pack(b"".join(NOISE[:9])))
+        assert list(read_lines(str(path))) == NOISE[:9]
+        plain = tmp_path / "plain.jsonl"
+        plain.write_bytes(pack(b"".join(LINES)))
+        assert list(read_lines(str(plain))) == LINES
+        assert read_head(str(plain), 6) == b"one\n\n\xff"
 
 
 def test_an_empty_plain_file_has_no_lines_and_a_missing_one_is_named(tmp_path: Path) -> None:

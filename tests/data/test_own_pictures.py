@@ -1,12 +1,18 @@
 """Pictures that no range of a file holds as they are: the prepared source keeps them itself."""
 
 import base64
+import bz2
+import gzip
 import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from made import png
-from made_inputs import contents, run
+from made_captions import outcome, read
+from made_inputs import contents, run, tar
 
 from midstream.core.storage import read_json
 from midstream.data.sources import Source
@@ -39,3 +45,30 @@ def test_pictures_inside_records_are_kept_once_and_read_back(tmp_path: Path) -> 
     run("conversations", tmp_path / "in", out, validation_fraction=0.9)
     run("conversations", tmp_path / "in", out)
     assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [
+        ("a.tar.gz", gzip.compress),
+        ("a.tgz", gzip.compress),
+        ("a.tar.bz2", bz2.compress),
+        ("a.TAR.XZ", lzma.compress),
+        ("a.tar", gzip.compress),
+    ],
+)
+def test_a_packed_tar_gives_its_samples_and_the_source_keeps_their_pictures(
+    tmp_path: Path, name: str, pack: Callable[[bytes], bytes]
+) -> None:
+    members = {
+        f"{n}.{end}": png(n) if end == "png" else b"a" for n in range(3) for end in ("png", "txt")
+    }
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(pack(tar(members)))
+    assert outcome(read(str(tmp_path / "in"))) == ["a"] * 3
+    run("captions", tmp_path / "in", tmp_path / "out")
+    source = Source("s", tmp_path / "out")
+    assert [source.image_bytes(n) for n in range(3)] == [png(n) for n in range(3)]
+    (tmp_path / "in" / name).write_bytes(pack(tar(members))[:-30])
+    with pytest.raises(ValueError, match="cut short or damaged"):
+        read(str(tmp_path / "in"))

@@ -180,10 +180,11 @@ LEFT_BEHIND = (
     "*.swp",
     "cache-*.arrow",
 )
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zstd", ".lz4")
 # What the names of text files end in, by their format; no other file of a text source is read.
-JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zstd")
+# Letters may be large, and what a file is compressed with may stand behind (`plain_name`).
 TEXT_SUFFIXES = {
-    "jsonl": (*JSON_LINES, ".json", ".json.gz", ".json.zst", ".json.zstd"),
+    "jsonl": (".jsonl", ".json"),
     "parquet": (".parquet",),
     "arrow": (".arrow",),
     "txt": (".txt", ".tex"),
@@ -237,7 +238,15 @@ def is_note(name: str) -> bool:
 
 def is_text(name: str) -> bool:
     """Whether a file of this name (no path) is one that a text source may be read from."""
-    return name.endswith(_TEXT_ENDS) and not is_note(name)
+    return plain_name(name).endswith(_TEXT_ENDS) and not is_note(name)
+
+
+def plain_name(name: str) -> str:
+    """The name of a file in small letters, as if it were not compressed (.tgz is a .tar)."""
+    name = name.lower()
+    if name.endswith(".tgz"):
+        return name.removesuffix("tgz") + "tar"
+    return os.path.splitext(name)[0] if name.endswith(PACKED) else name
 
 
 def walk(root: str | Path) -> Iterator[str]:

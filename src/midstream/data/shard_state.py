@@ -18,7 +18,7 @@ from typing import Any
 
 import fsspec
 
-from midstream.core.digests import TEXT_SUFFIXES, is_note
+from midstream.core.digests import PACKED, TEXT_SUFFIXES, is_note
 from midstream.core.storage import MANIFEST, read_json
 from midstream.data.formats import conversations, read_captions
 from midstream.data.formats.files import base_name, is_url, name_some, shown_files
@@ -293,7 +293,7 @@ def notes_on(section: Section, unread: Sequence[str], read: Sequence[str]) -> It
     """
     if unread:
         number = f"{len(unread):,} files are" if len(unread) > 1 else "1 file is"
-        known = ", ".join(READ[section])
+        known = f"{', '.join(READ[section])}, also compressed ({', '.join(PACKED)})"
         yield f"{number} not read: {name_some(unread, 10)}; files of {section} are {known}"
     splits = {_NAMES.get(word, word) for name in read for word in _SPLITS.findall(name.lower())}
     if len(splits) > 1:

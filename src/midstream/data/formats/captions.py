@@ -15,15 +15,16 @@ from typing import Any
 
 import ijson
 
+from midstream.core.digests import plain_name
 from midstream.data.formats.files import (
     base_name,
     folder_of,
     inside,
     is_folder,
     is_url,
-    open_binary,
     read_lines,
     read_range,
+    unpacked,
 )
 from midstream.data.formats.records import (
     LARGEST_BYTES,
@@ -227,9 +228,9 @@ def count_annotations(path: str, options: ReadOptions) -> int:
 def _items(path: str, name: str) -> Iterator[Any]:
     """The entries of the list `name` in a JSON object."""
     try:
-        with open_binary(path) as stream:
-            if stream.read(len(_BOM)) != _BOM:
-                stream.seek(0)
+        with unpacked(path) as stream:
+            if stream.peek(len(_BOM)).startswith(_BOM):
+                stream.read(len(_BOM))
             yield from ijson.items(stream, f"{name}.item", use_float=True)
     except (ijson.JSONError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
@@ -348,7 +349,7 @@ def caption_columns(path: str, options: ReadOptions) -> tuple[str, str]:
 
 def objects_of(path: str) -> Iterator[bytes]:
     """The entries of a JSON list (in a .json file), or the lines that are not blank."""
-    if path.endswith(".json"):
+    if plain_name(base_name(path)).endswith(".json"):
         return list_entries(path)
     return (line for line in _lines(path) if line.strip())
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from midstream.core.digests import JSON_LINES
+from midstream.core.digests import plain_name
 from midstream.data.examples import IMAGE_MARK, Turn
 from midstream.data.formats.captions import load_shown, picture_in, picture_roots
 from midstream.data.formats.files import base_name, exists, find_files, is_folder, join, read_lines
@@ -19,15 +19,16 @@ from midstream.data.formats.records import (
     ConversationRecord,
     ReadOptions,
     Unit,
+    entries_of,
+    holds_list,
     json_object,
-    list_entries,
     unicode_problem,
 )
 from midstream.data.formats.tables import TABLES, columns_of, refuse_splits, table_rows
 from midstream.data.source_writer import Reject
 
 LLAVA = "llava.json"
-SUFFIXES = (".json", *JSON_LINES, *TABLES)
+SUFFIXES = (".json", ".jsonl", *TABLES)
 _OTHERS = ("id", "system", "image", "images", "video", "videos", "audio", "audios")
 _ID_CHARACTERS = 80
 
@@ -66,10 +67,10 @@ def _files(source: str) -> list[str]:
     files = find_files(source, SUFFIXES)
     refuse_splits(source, files)
     for path in files:
-        if not base_name(path).endswith(SUFFIXES):
+        if not plain_name(base_name(path)).endswith(SUFFIXES):
             raise ValueError(
                 f"{path} is of no known format of conversations; known are .json (a list of "
-                f"records), lines of records ({', '.join(JSON_LINES)}) and tables "
+                "records), .jsonl (a record a line), also compressed, and tables "
                 f"({', '.join(TABLES)})"
             )
     return files
@@ -103,17 +104,17 @@ def _conversations_of(path: str) -> list[Unit]:
 
 
 def _is_list(path: str) -> bool:
-    return base_name(path).endswith(".json")
+    if holds_list(path):
+        return True
+    if not plain_name(base_name(path)).endswith(".json"):
+        return False
+    # Lines under another name are lines; what else is no list is refused as one.
+    first = json_object(next(read_lines(path), b""), path)
+    return isinstance(first, Reject) or not set(_LISTS) & first.keys()
 
 
 def _entries(path: str) -> Iterator[tuple[str, bytes]]:
-    if _is_list(path):
-        for number, data in enumerate(list_entries(path)):
-            yield f"{path}, record {number}", data
-        return
-    for number, line in enumerate(read_lines(path), start=1):
-        if not line.isspace():
-            yield f"{path}, line {number}", line
+    return entries_of(path, listed=_is_list(path))
 
 
 def _conversation(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from itertools import groupby
 
+from midstream.core.digests import plain_name
 from midstream.data.formats.captions import (
     PICTURE_KEYS,
     caption_columns,
@@ -89,7 +90,7 @@ def caption_units(sources: Sequence[str], options: ReadOptions) -> list[Unit]:
         if not files:
             units.extend(_sample_units(source))
         for path in files:
-            if path.endswith(".tar"):
+            if plain_name(base_name(path)).endswith(".tar"):
                 tar_format = tar_format or _tar_format(path)
                 units.append(Unit(tar_format, (path,)))
             else:
@@ -121,7 +122,11 @@ def _caption_files(source: str) -> list[str]:
         refuse_splits(source, files)
         return files
     found = {
-        kind: [file for file in files if any(fnmatchcase(base_name(file), name) for name in names)]
+        kind: [
+            file
+            for file in files
+            if any(fnmatchcase(plain_name(base_name(file)), name) for name in names)
+        ]
         for kind, names in NAMES.items()
     }
     kinds = [kind for kind, named in found.items() if named]
@@ -130,9 +135,7 @@ def _caption_files(source: str) -> list[str]:
     if not kinds:
         if _sample_units(source):
             return []
-        if lists := [
-            file for file in files if file.endswith((".json", ".jsonl")) and _is_list(file)
-        ]:
+        if lists := [file for file in files if _is_list(file)]:
             return lists
         raise ValueError(f"{source} holds no captions; {_known()}")
     if len(kinds) > 1:
@@ -150,19 +153,18 @@ def _tar_format(path: str) -> str:
 
 def _lone_format(path: str) -> str:
     """The format of a file that is no tar, by its name and how it begins."""
-    found = "table" if path.endswith(TABLES) else ""
-    if path.endswith(".json") and read_head(path, 4096).lstrip(_BLANK)[:1] != b"[":
+    name = plain_name(base_name(path))
+    found = "table" if name.endswith(TABLES) else ""
+    if name.endswith(".json") and read_head(path, 4096).lstrip(_BLANK)[:1] != b"[":
         found = "coco"
-    elif path.endswith((".json", ".jsonl")):
+    elif name.endswith((".json", ".jsonl")):
         first, _ = json_object(next(objects_of(path), b""))
-        if path.endswith(".json"):
+        if name.endswith(".json"):
             found = "list" if first and set(PICTURE_KEYS) & first.keys() else ""
-        elif base_name(path) == "metadata.jsonl" or (
-            first and {"file_name", "image"} & first.keys()
-        ):
+        elif name == "metadata.jsonl" or (first and {"file_name", "image"} & first.keys()):
             found = "imagefolder"
-    elif path.endswith((".csv", ".txt")):
-        names = {name.strip(b'" \r\n') for name in first_line(path).split(b",")}
+    elif name.endswith((".csv", ".txt")):
+        names = {column.strip(b'" \r\n') for column in first_line(path).split(b",")}
         found = "csv" if names & {b"image", b"file_name"} else ""
     if not found:
         raise ValueError(f"{path} holds no captions in a known format; {_known()}")

@@ -13,14 +13,14 @@ from functools import cache
 import numpy as np
 import pyarrow
 
-from midstream.core.digests import TEXT_SUFFIXES
+from midstream.core.digests import TEXT_SUFFIXES, plain_name
 from midstream.data.formats.files import (
     base_name,
     exists,
     find_files,
     folder_of,
     join,
-    open_binary,
+    read_head,
     read_lines,
     size_of,
 )
@@ -32,6 +32,8 @@ from midstream.data.formats.records import (
     TextRecord,
     TokenRecord,
     Unit,
+    entries_of,
+    holds_list,
     json_object,
     scan_tar,
     unicode_problem,
@@ -119,6 +121,7 @@ def _read_manifest(path: str) -> dict[str, int] | None:
 
 
 NO_TEXT = "no text"
+_LINES = "write its documents as lines of a .jsonl file"
 MAX_DOCUMENT_BYTES = 256 * 2**20
 
 Item = TextRecord | TokenRecord | Reject
@@ -183,7 +186,7 @@ def _check_tokenised(path: str) -> None:
 
 
 def _format(path: str) -> str:
-    name = base_name(path)
+    name = plain_name(base_name(path))
     found = next((kind for kind, ends in TEXT_SUFFIXES.items() if name.endswith(ends)), None)
     if found is None:
         known = "; ".join(f"{kind} ({', '.join(ends)})" for kind, ends in TEXT_SUFFIXES.items())
@@ -193,11 +196,8 @@ def _format(path: str) -> str:
 
 def _read_jsonl(unit: Unit, options: ReadOptions) -> Iterator[Item]:
     path, key = unit.files[0], options.text_key
-    for number, line in enumerate(read_lines(path), start=1):
-        if line.isspace():
-            continue
-        where = f"{path}, line {number}"
-        found = json_object(line, where)
+    for where, data in entries_of(path, listed=holds_list(path)):
+        found = json_object(data, where)
         if isinstance(found, Reject):
             yield found
         elif not isinstance(found.get(key), str):
@@ -236,11 +236,11 @@ def _read_txt(unit: Unit, options: ReadOptions) -> Iterator[Item]:
     size = size_of(path)
     if size > MAX_DOCUMENT_BYTES:
         raise ValueError(
-            f"{path} has {size:,} bytes, a document at most {MAX_DOCUMENT_BYTES:,}; "
-            "write its documents as lines of a .jsonl file"
+            f"{path} has {size:,} bytes, a document at most {MAX_DOCUMENT_BYTES:,}; {_LINES}"
         )
-    with open_binary(path) as stream:
-        data = stream.read()
+    data = read_head(path, MAX_DOCUMENT_BYTES + 1)
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise ValueError(f"{path} unpacks to more than {MAX_DOCUMENT_BYTES:,} bytes; {_LINES}")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
