@@ -3,6 +3,7 @@
 Records are numbered from 0. Pictures are not decoded here.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from itertools import groupby
@@ -28,6 +29,7 @@ from midstream.data.formats.files import (
     find_files,
     folder_of,
     is_folder,
+    name_some,
     read_head,
     read_range,
     shown_files,
@@ -36,6 +38,7 @@ from midstream.data.formats.files import (
 from midstream.data.formats.records import (
     LARGEST_BYTES,
     NUM_UNIT_RECORDS,
+    PICTURES,
     TOO_LARGE,
     CaptionRecord,
     Member,
@@ -43,6 +46,7 @@ from midstream.data.formats.records import (
     ReadOptions,
     Sample,
     Unit,
+    is_picture,
     samples_of,
 )
 from midstream.data.formats.tables import TABLES, refuse_splits
@@ -50,7 +54,8 @@ from midstream.data.source_writer import Reject
 
 # A sample that says nothing of a caption, as against one whose caption is no text.
 ABSENT = "no caption"
-PICTURES = ("jpg", "jpeg", "png", "webp")
+# What WebDataset groups under the name before its first dot, where no reader looks for it.
+DOTTED = "picture with a further dot in its name"
 FORMATS = {
     "webdataset": "a .tar of samples with a picture, .txt and .json",
     "datacompdr": "such a .tar whose samples also hold .syn.json",
@@ -205,41 +210,54 @@ def _sample_units(source: str) -> list[Unit]:
     """
     samples: dict[tuple[str, str], list[str]] = {}
     for file in shown_files(source):
-        stem, _, suffix = base_name(file).partition(".")
-        if suffix.lower() in (*PICTURES, "txt", "json", "syn.json"):
-            samples.setdefault((folder_of(file), stem), []).append(file)
-    shown = [files for _, files in sorted(samples.items()) if any(map(_is_picture, files))]
-    if all(_is_picture(file) for files in shown for file in files):
+        folder, stem, suffix = _parts(file)
+        if suffix in (*PICTURES, "txt", "json", "syn.json"):
+            samples.setdefault((folder, stem), []).append(file)
+    shown = [files for _, files in sorted(samples.items()) if any(map(is_picture, files))]
+    if all(is_picture(file) for files in shown for file in files):
         return []
     parts = (shown[x : x + NUM_UNIT_RECORDS] for x in range(0, len(shown), NUM_UNIT_RECORDS))
     return [Unit("files", tuple(file for files in part for file in files)) for part in parts]
 
 
-def _is_picture(name: str) -> bool:
-    return name.lower().endswith(tuple(f".{suffix}" for suffix in PICTURES))
+def _parts(file: str) -> tuple[str, str, str]:
+    """The folder of a sample's file, the sample's name, and what of it the file is."""
+    name = base_name(file)
+    end = ".syn.json" if name.lower().endswith(".syn.json") else os.path.splitext(name)[1]
+    return folder_of(file), name.removesuffix(name[-len(end) :] if end else ""), end[1:].lower()
 
 
 def _read_files(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
-    def place(file: str) -> tuple[str, str]:
-        return folder_of(file), base_name(file).partition(".")[0]
-
-    for (folder, stem), files in groupby(unit.files, key=place):
-        sizes = {file: size_of(file) for file in files}
-        members = {
-            base_name(file).partition(".")[2].lower(): Member(
-                base_name(file), 0, size, read_range(file, 0, LARGEST_BYTES), file=file
-            )
-            for file, size in sizes.items()
-        }
-        large = [file for file, size in sizes.items() if size > LARGEST_BYTES]
-        if large:
-            yield Reject(f"{folder}, sample {stem}", "picture too large", large[0])
-        else:
-            yield _sample_record(Sample(folder, stem, members), options)
+    for (folder, stem), group in groupby(unit.files, key=lambda file: _parts(file)[:2]):
+        files = list(group)
+        pictures = tuple(base_name(file) for file in files if is_picture(file))
+        large = [file for file in files if size_of(file) > LARGEST_BYTES]
+        problem, detail = (TOO_LARGE, large[0]) if large else ("", "")
+        members: dict[str, Member] = {}
+        for file in () if large else files:
+            data = read_range(file, 0, LARGEST_BYTES)
+            members[_parts(file)[2]] = Member(base_name(file), 0, len(data), data, file=file)
+        yield from _of_sample(Sample(folder, stem, members, problem, detail, pictures), options)
 
 
 def _read_tar(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
-    return (_sample_record(sample, options) for sample in samples_of(unit.files[0]))
+    for sample in samples_of(unit.files[0]):
+        yield from _of_sample(sample, options)
+
+
+def _of_sample(sample: Sample, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
+    """The sample's record, or why it has none, and a reject for each further picture in it."""
+    found = _sample_record(sample, options)
+    yield found
+    exact = [m.name for suffix, m in sample.members.items() if suffix in PICTURES]
+    # The record, or the reject, stands for one of them.
+    others = list(sample.pictures)
+    others.remove(exact[0]) if exact else others.pop(0) if others else None
+    for name in others:
+        reason = found.reason if isinstance(found, Reject) and name in exact else DOTTED
+        if sample.problem and isinstance(found, Reject):
+            reason = found.reason
+        yield Reject(f"{sample.path}, member {name}", reason, f"it belongs to {sample.key}")
 
 
 def _sample_record(sample: Sample, options: ReadOptions) -> CaptionRecord | Reject:
@@ -249,7 +267,9 @@ def _sample_record(sample: Sample, options: ReadOptions) -> CaptionRecord | Reje
         return Reject(where, reason, sample.detail)
     pictures = [members[suffix] for suffix in PICTURES if suffix in members]
     if not pictures:
-        detail = f"it has {', '.join(sorted(members))}"
+        detail = f"it has {name_some(sorted(members), 8)}"
+        if sample.pictures:
+            return Reject(where, DOTTED, detail)
         if "syn.json" in members:
             detail += "; DataCompDR's own tars hold no pictures, join them by uid with DataComp's"
         return Reject(where, "no picture", detail)
@@ -303,7 +323,7 @@ def _synthetic_captions(sample: Sample) -> list[str | Reject]:
 
 
 def _without(sample: Sample, reason: str) -> Reject:
-    return Reject(sample.where, reason, f"it has {', '.join(sorted(sample.members))}")
+    return Reject(sample.where, reason, f"it has {name_some(sorted(sample.members), 8)}")
 
 
 _READERS: dict[str, Callable[[Unit, ReadOptions], Iterator[CaptionRecord | Reject]]] = {

@@ -253,6 +253,14 @@ _HEADERS = (
 )
 
 
+PICTURES = ("jpg", "jpeg", "png", "webp")
+
+
+def is_picture(name: str) -> bool:
+    """Whether a member or file of this name is a picture of a sample."""
+    return name.lower().endswith(tuple(f".{end}" for end in PICTURES))
+
+
 @dataclass(frozen=True)
 class Member:
     """A file in an archive: `size` bytes from `offset` on of `file`, which are `data`.
@@ -274,7 +282,8 @@ class Sample:
     """The members of one WebDataset key, by suffix in lower case without its dot ("syn.json").
 
     `problem` is empty or the reason to leave the sample out: UNSAFE, TWICE or TOO_LARGE; `detail`
-    names the member. `members` is empty then.
+    names the member. `members` is empty then. `pictures` are the names of all that are pictures by
+    their ends, whatever stands before the ends.
     """
 
     path: str
@@ -282,6 +291,7 @@ class Sample:
     members: dict[str, Member]
     problem: str = ""
     detail: str = ""
+    pictures: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -390,6 +400,7 @@ def _key_and_suffix(member: Member) -> tuple[str, str]:
 
 def _sample(path: str, key: str, members: Iterator[tuple[str, Member]], seen: set[bytes]) -> Sample:
     found: dict[str, Member] = {}
+    pictures: list[str] = []
     problem = detail = ""
     total = 0
     digest = content_hash(key.encode("utf-8", "surrogatepass"))
@@ -398,6 +409,7 @@ def _sample(path: str, key: str, members: Iterator[tuple[str, Member]], seen: se
     seen.add(digest)
     for suffix, member in members:
         total += member.size
+        pictures += [member.name] if is_picture(member.name) else []
         if problem:
             continue
         if member.problem == UNSAFE:
@@ -410,4 +422,4 @@ def _sample(path: str, key: str, members: Iterator[tuple[str, Member]], seen: se
             found[suffix] = member
         if problem:
             found.clear()
-    return Sample(path, key, found, problem, detail)
+    return Sample(path, key, found, problem, detail, tuple(pictures))
