@@ -72,3 +72,21 @@ def test_a_packed_tar_gives_its_samples_and_the_source_keeps_their_pictures(
     (tmp_path / "in" / name).write_bytes(pack(tar(members))[:-30])
     with pytest.raises(ValueError, match="cut short or damaged"):
         read(str(tmp_path / "in"))
+
+
+def test_names_that_are_no_utf8_are_read_and_a_picture_that_moved_says_what_to_run(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "caf\udce9"
+    folder.mkdir()
+    (folder / "b\udcff.png").write_bytes(png(1))
+    (folder / "captions.csv").write_bytes(b"image,caption\nb\xff.png,a box\n")
+    run("captions", [str(folder)], tmp_path / "out")
+    assert run("captions", [str(folder)], tmp_path / "out")["shards"] == {"kept": 1, "new": 0}
+    source = Source("s", tmp_path / "out")
+    assert source.image_bytes(0) == png(1)
+    (folder / "b\udcff.png").rename(folder / "c.png")
+    with pytest.raises(
+        FileNotFoundError, match=r"'s', .*record 0: its picture .*midstream prepare"
+    ):
+        source.image_bytes(0)

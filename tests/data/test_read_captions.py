@@ -310,6 +310,33 @@ def test_lines_of_an_imagefolder(
     assert "fine" not in str(records[1])
 
 
+@pytest.mark.parametrize("folder", ["", "train2017/"])
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("number", ["{0}", "{0}.0", '"{0}"'])
+def test_coco_as_tables_write_it(tmp_path: Path, folder: str, named: bool, number: str) -> None:
+    images, annotations = [], []
+    for n in range(3):
+        write(tmp_path / f"train2017/{n}.png", picture(n))
+        image = number.format(n)
+        images.append(f'{{"id": {image}, "file_name": "{folder}{n}.png", "lat": NaN}}')
+        annotations.append(f'{{"image_id": {n}, "caption": "box {n}", "score": -Infinity}}')
+    listed = f'{{"annotations": [{", ".join(annotations)}], "images": [{", ".join(images)}]}}'
+    path = write(tmp_path / "captions_train2017.json", listed.encode())
+    options = ReadOptions(images=str(tmp_path)) if named else OPTIONS
+    found = read(path, options)
+    assert outcome(found) == ["box 0", "box 1", "box 2"]
+    assert [item.picture.data for item in found] == [picture(n) for n in range(3)]
+    write(tmp_path / "captions_train2017.json", listed[:-9].encode())
+    with pytest.raises(ValueError, match=r"is not whole JSON in UTF-8 .*; fetch it again"):
+        read(path, options)
+
+
+def test_fields_of_a_table_may_be_long(tmp_path: Path) -> None:
+    write(tmp_path / "0.png", picture(0))
+    path = write(tmp_path / "captions.csv", b"image,caption\n0.png," + b"a" * 200_000 + b"\n")
+    assert captions(read(path)) == ["a" * 200_000]
+
+
 def test_links_that_lead_nowhere_say_where_and_absolute_names_are_read(tmp_path: Path) -> None:
     write(tmp_path / "set/0.png", picture(0))
     write(tmp_path / "far/1.png", picture(1))

@@ -404,7 +404,14 @@ class Source:
         number, offset, size = (int(value) for value in shard.images[local])
         file = shard.index["files"][number]
         path = str(shard.folder / file) if file == OWN_PICTURES else self._path(file)
-        data = self._files(path).read(offset, size)
+        try:
+            data = self._files(path).read(offset, size)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{self.describe(example)}: its picture {path} is gone; put it back, or prepare "
+                "the source again from where its pictures are now (`midstream prepare`; "
+                "`midstream run` for a source of a study's world)"
+            ) from None
         if content_hash(data) != bytes(shard.hashes[local]):
             raise ValueError(
                 f"{self.describe(example)}: the picture in {file} changed since it was prepared "

@@ -183,6 +183,8 @@ class Folder:
             yield self.record(place, caption_of(caption, place, reason), shown)
 
 
+# Python's own limit is 131,072 characters.
+csv.field_size_limit(2**24)
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -197,16 +199,21 @@ def read_coco(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reje
         for image in _items(path, "images")
         if (key := _image_id(image, "id")) in ids
     }
-    pictures = Folder(_coco_pictures(path, options), *picture_roots(path, options))
+    folder = _coco_pictures(path, options)
+    pictures = Folder(folder, *picture_roots(path, options))
+    # Some files name pictures from the folder above the split's.
+    above = f"{base_name(folder)}/"
+    above = "" if is_folder(f"{folder}/{above}") else above
     for number, annotation in enumerate(wanted, unit.first):
         where, key = f"{path}, record {number}", _image_id(annotation, "image_id")
         if not isinstance(annotation, dict):
             yield Reject(where, "no caption", "it is no JSON object")
         elif key not in names:
-            yield Reject(where, "missing picture", f"the list images has no id {key!r}")
+            yield Reject(where, "missing picture", f"the list images has no id {key}")
         else:
-            caption = caption_of(field_of(annotation, options), where)
-            yield pictures.record(where, caption, names[key])
+            name = names[key]
+            name = name.removeprefix(above) if isinstance(name, str) else name
+            yield pictures.record(where, caption_of(field_of(annotation, options), where), name)
 
 
 def count_annotations(path: str, options: ReadOptions) -> int:
@@ -227,19 +234,39 @@ def count_annotations(path: str, options: ReadOptions) -> int:
 
 def _items(path: str, name: str) -> Iterator[Any]:
     """The entries of the list `name` in a JSON object."""
+    count = 0
     try:
         with unpacked(path) as stream:
             if stream.peek(len(_BOM)).startswith(_BOM):
                 stream.read(len(_BOM))
-            yield from ijson.items(stream, f"{name}.item", use_float=True)
+            for item in ijson.items(stream, f"{name}.item", use_float=True):
+                yield item
+                count += 1
     except (ijson.JSONError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is not whole JSON in UTF-8 ({reason}); fetch it again") from None
+        # NaN is no JSON, but pandas writes it; Python's reader takes the file whole.
+        found = _whole(path) if re.search("NaN|Infinity", reason) else None
+        if not isinstance(found, dict):
+            message = f"{path} is not whole JSON in UTF-8 ({reason}); fetch it again"
+            raise ValueError(message) from None
+        listed = found.get(name)
+        yield from listed[count:] if isinstance(listed, list) else ()
 
 
-def _image_id(value: object, name: str) -> int | str | None:
+def _whole(path: str) -> Any:
+    with unpacked(path) as stream:
+        try:
+            return json.load(stream)
+        except ValueError:
+            return None
+
+
+def _image_id(value: object, name: str) -> str | None:
+    """The id as text: 1, 1.0 and "1" are one."""
     found = value.get(name) if isinstance(value, dict) else None
-    return found if isinstance(found, int | str) else None
+    if isinstance(found, float) and found.is_integer():
+        found = int(found)
+    return str(found) if isinstance(found, int | str) else None
 
 
 def _coco_pictures(path: str, options: ReadOptions) -> str:
