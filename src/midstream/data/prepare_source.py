@@ -226,7 +226,8 @@ def prepare_source(
     kept and how many are new. Names of files under the folder `root` are kept relative to it.
     `max_reject_fraction` of the records may be rejects; `validation_fraction` of the others, chosen
     by content, are held out. `progress` gets the done fraction and a line of text; `notice` gets
-    what a person should know of the folder (files that are not read), else `progress` does.
+    what a person should know of the folder (files that are not read), else `progress` does; it is
+    `midstream prepare` that gives one, whose options messages then advise.
 
     Raises FileNotFoundError or ValueError that names the file for input that is missing or cannot
     be read (after all others are done), ValueError for two files that are one and for rejects that
@@ -249,6 +250,7 @@ def prepare_source(
         hashlib.sha256(tokenizer).hexdigest(),
         validation_fraction,
         codec.begin_of_text,
+        by_command=notice is not None,
     )
     wanted = wanted_shards(job, units)
     stamps = {item.unit.files[0]: item.made_from["stamps"][0] for item in wanted}
