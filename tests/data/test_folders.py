@@ -197,6 +197,10 @@ EXPECTED: dict[str, tuple[Section, list[str]]] = {
             "In: Thanks.\nOut: Any time.",
         ],
     ),
+    "parts.jsonl": (
+        "conversations",
+        ["In: What is it?\nOut: A boat.", "In: \nOut: A boat on a river."],
+    ),
 }
 
 

@@ -42,7 +42,10 @@ def table_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[pyarrow.Scal
 def _batches(table: Any, columns: list[str]) -> Iterator[pyarrow.RecordBatch]:
     if isinstance(table, ParquetFile):
         rows = _TEXT_ROWS if len(columns) == 1 else _BATCH_ROWS
-        return table.iter_batches(rows, columns=columns, use_threads=False)
+        batches: Iterator[pyarrow.RecordBatch] = table.iter_batches(
+            rows, columns=columns, use_threads=False
+        )
+        return batches
     if isinstance(table, ipc.RecordBatchStreamReader):
         return iter(table)
     return (table.get_batch(number) for number in range(table.num_record_batches))
