@@ -257,7 +257,7 @@ def test_a_malformed_conversation_is_refused_by_its_record_and_reason(
         assert caught.value.reason == reason
 
 
-@pytest.mark.parametrize("others", [{}, {"image": ""}, {"image": None}, {"images": []}])
+@pytest.mark.parametrize("others", [{}, {"image": ""}, {"image": float("nan")}, {"images": []}])
 def test_an_absent_picture_makes_a_text_only_record(others: dict[str, Any]) -> None:
     expected = Conversation((Turn("What?", "A cat."),), False)
     assert conversation_of(record(ASK, REPLY, **others), "here") == expected
@@ -284,7 +284,7 @@ PARTS: list[tuple[list[Any], str | bytes]] = [
     (["What?", {"type": "image", "image": {"path": "b.jpg", "bytes": None}}], "b.jpg"),
     ([{"type": "image", "path": "b.jpg", "text": None}, {"text": "What?"}], "b.jpg"),
     ([{"type": "image_url", "image_url": {"url": "b.jpg"}}, "What?"], "b.jpg"),
-    ([{"type": "image_url", "image_url": "data:image/png;base64,UE5H"}, "What?"], b"PNG"),
+    ([{"type": "image_url", "image_url": "data:image/png;base64,UE\n5H"}, "What?"], b"PNG"),
 ]
 
 

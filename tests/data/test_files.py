@@ -341,6 +341,8 @@ RIVER = texts(*(f"The river {n} is wide." for n in range(300)))
         ({"a.json.gz": gzip.compress(ONE), "a.json.zstd": zstd(ONE)}, "by their names"),
         ({"a.json": ONE, "a.jsonl": TWO}, "by their names"),
         ({"a.parquet": parquet("one"), "a.jsonl.gz": gzip.compress(ONE)}, "by their names"),
+        ({"a.tar": tar({"0": ONE}), "a.TGZ": gzip.compress(tar({"0": ONE}))}, "by their names"),
+        ({"a.tar": tar({"0": ONE}), "b/a.tgz": gzip.compress(tar({"0": ONE}))}, "once compressed"),
         ({"a.jsonl": ONE, "backup/a.jsonl": ONE}, "the same 34 bytes"),
         ({"a.jsonl": ONE, "a (1).jsonl": ONE}, "the same 34 bytes"),
         ({"b/novel.txt": b"Call me", "c/old.txt": b"Call me"}, "the same 7 bytes"),

@@ -221,6 +221,8 @@ _REMEDIES: dict[str, tuple[str, str]] = {
     for reason, remedy in {
         read_captions.DOTTED: "a sample is what stands before the first dot; rename the members",
         "picture cannot be decoded": "fetch them again, or take them out",
+        "no picture": "join these records with their pictures, or take them out",
+        "empty caption": "take these records out",
         "zero-byte picture": "fetch them again, or take them out",
         "more than one picture": "a record shows one; take the others out",
         "picture without <image>": "put <image> into the first question",

@@ -292,7 +292,7 @@ class _Work:
             return self._verdicts[key]
         problem = None
         try:
-            decode(picture.data, self.job.short(picture.file) or "here")
+            decode(picture.data, self.job.short(picture.file) or "its record")
         except ValueError as error:
             problem = str(error)
         self._verdicts[key] = problem

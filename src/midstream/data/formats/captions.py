@@ -130,7 +130,7 @@ def picture_in(value: object) -> str | bytes | None:
     head, comma, data = value.partition(",")
     try:
         if comma and head.endswith(";base64"):
-            return base64.b64decode(data, validate=True)
+            return base64.b64decode("".join(data.split()), validate=True)
     except binascii.Error:
         pass
     raise ValueError("its data: URL is no base64")

@@ -216,9 +216,9 @@ def _pictures(record: dict[str, Any], where: str) -> list[str | bytes]:
     found: list[str | bytes] = []
     for key in ("image", "images"):
         value = record.get(key)
-        values = (
-            [] if value is None or value == "" else value if isinstance(value, list) else [value]
-        )
+        # NaN is how pandas says that there is none.
+        absent = value is None or value == "" or value != value
+        values = [] if absent else value if isinstance(value, list) else [value]
         found += [_picture(one, where, f"under {key!r}") for one in values]
     return found
 

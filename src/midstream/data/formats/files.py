@@ -332,7 +332,7 @@ def _split_chain(name: str) -> tuple[str, str, str]:
 
 
 # Of two files with one name, one of these holds what the other does in another format.
-_RECORDS = (".jsonl", ".json", ".parquet", ".tar")
+_RECORDS = (".jsonl", ".json", ".parquet", ".arrow", ".tar")
 _EDGE_BYTES, _HEAD_BYTES, _COMPARED_BYTES = 2**16, 2**20, 2**22
 
 
@@ -374,10 +374,13 @@ def _refusal(files: list[str], how: str) -> ValueError:
 
 
 def _is_packed(file: str) -> bool:
-    return base_name(file).lower().endswith(PACKED)
+    return base_name(file).lower().endswith((*PACKED, ".tgz"))
 
 
 def _unpacked_name(name: str) -> str:
+    # Unlike `plain_name` in the case of its letters, since "a" and "A" are two files.
+    if name.lower().endswith(".tgz"):
+        return name[:-3] + "tar"
     return os.path.splitext(name)[0] if name.lower().endswith(PACKED) else name
 
 
