@@ -53,7 +53,7 @@ def test_the_command_prepares_a_source_and_prints_its_counts(
     assert result.exit_code == 2
     assert "1 of 52 records" in result.stderr
     assert "1 x no text: name the field with --text-key" in result.stderr
-    assert "1.jsonl, line 2 (its keys are ['body'])" in result.stderr
+    assert "1.jsonl, line 2: no text (its keys are ['body'])" in result.stderr
     assert "Traceback" not in result.stderr
     result = CliRunner().invoke(app, [*command, "--max-rejects", "0.05"])
     assert result.exit_code == 0, result.stderr

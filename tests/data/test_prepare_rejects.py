@@ -75,7 +75,7 @@ def test_a_picture_that_is_none_is_counted_and_named(
         decode(prepared.image_bytes(example), "here")
     with pytest.raises(ValueError, match=r"(?s)1 of 7 records") as caught:
         run(section, source, out)
-    assert f"    {place}" in str(caught.value)
+    assert f"    {place}: {reason}" in str(caught.value)
     assert f"1 x {reason}: fetch them again" in str(caught.value)
 
 
@@ -162,7 +162,10 @@ def test_the_limit_is_a_share_of_the_records_and_going_over_it_ends_with_the_lis
         assert f"the limit is {limit:.3%}, {int(20 * limit)} records" in text
         assert f"{bad} x no text" in text
         for number in range(bad):
-            named = f"in/part-{number // 10}.jsonl, line {number % 10 + 1} (its keys are" in text
+            named = (
+                f"in/part-{number // 10}.jsonl, line {number % 10 + 1}: no text (its keys are"
+                in text
+            )
             assert named == (number < 3)
         assert str(out / "rejects.jsonl") in text
         assert not (out / "source.json").exists()

@@ -280,7 +280,7 @@ def _grouped(counts: Counter[str], path: Path, job: Job) -> Iterator[str]:
         remedy = _REMEDIES.get(reason, ("", ""))[not job.by_command]
         yield f"  {times:,} x {reason}" + (f": {remedy}" if remedy else "")
         for reject in first[reason]:
-            yield f"    {reject.where}" + (f" ({reject.detail})" if reject.detail else "")
+            yield f"    {reject}"
 
 
 def _write(path: Path, shards: Sequence[Path], stopped: Sequence[Reject]) -> None:
