@@ -100,6 +100,14 @@ def test_files_of_a_text_folder_that_no_reader_takes_are_named_once(tmp_path: Pa
     assert notices[0].startswith("4 files are not read")
 
 
+def test_a_folder_that_is_linked_into_itself_is_named_and_read_once(tmp_path: Path) -> None:
+    write(tmp_path / "in", **{"deep/a.jsonl": lines("one")})
+    (tmp_path / "in/deep/round").symlink_to("..")
+    _, notices = heard("text", tmp_path / "in", tmp_path / "out")
+    assert texts_of(Source("s", tmp_path / "out")) == ["one"]
+    assert notices == ["links that go round in a circle are not entered again: in/deep/round"]
+
+
 def test_many_unread_files_are_counted_and_some_are_named(tmp_path: Path) -> None:
     write(tmp_path / "in", **{"a.txt": "a"} | {f"{n:03d}.pdf": str(n) for n in range(150)})
     done, notices = heard("text", tmp_path / "in", tmp_path / "out")

@@ -249,18 +249,20 @@ def plain_name(name: str) -> str:
     return os.path.splitext(name)[0] if name.endswith(PACKED) else name
 
 
-def walk(root: str | Path) -> Iterator[str]:
+def walk(root: str | Path, circles: list[str] | None = None) -> Iterator[str]:
     """The files under `root` that are not hidden, in order, as paths that begin with it.
 
-    Linked folders are entered, but for a link to a folder that it lies in; a link to nowhere, or to
-    itself, is listed, so that opening it says so. Raises OSError for a folder that cannot be read.
+    Linked folders are entered, but for a link to a folder that it lies in, which is added to
+    `circles`; a link to nowhere, or to itself, is listed, so that opening it says so. Raises
+    OSError for a folder that cannot be read.
     """
-    yield from _walk(os.fspath(root), frozenset())
+    yield from _walk(os.fspath(root), frozenset(), [] if circles is None else circles)
 
 
-def _walk(folder: str, above: frozenset[str]) -> Iterator[str]:
+def _walk(folder: str, above: frozenset[str], circles: list[str]) -> Iterator[str]:
     real = os.path.realpath(folder)
     if real in above:
+        circles.append(folder)
         return
     with os.scandir(folder) as entries:
         shown = sorted((e for e in entries if not is_hidden(e.name)), key=lambda entry: entry.name)
@@ -268,6 +270,6 @@ def _walk(folder: str, above: frozenset[str]) -> Iterator[str]:
         # `entry.is_dir` would end the walk at a link that leads to itself.
         linked = entry.is_symlink() and os.path.isdir(entry.path)
         if linked or entry.is_dir(follow_symlinks=False):
-            yield from _walk(entry.path, above | {real})
+            yield from _walk(entry.path, above | {real}, circles)
         else:
             yield entry.path

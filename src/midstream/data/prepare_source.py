@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -21,9 +21,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from midstream.core.digests import walk
 from midstream.core.storage import read_json, remove_leftovers, write_bytes, write_json
 from midstream.data.examples import TextCodec
-from midstream.data.formats.files import is_url, refuse_twins
+from midstream.data.formats.files import is_url, name_some, refuse_twins
 from midstream.data.formats.records import ReadOptions, Section, Unit
 from midstream.data.shard_state import (
     NUM_LISTED,
@@ -321,6 +322,12 @@ def _unread(
     names = [name.encode("utf-8", "backslashreplace").decode() for name in found]
     for note in notes_on(job.section, names, [job.short(unit.files[0]) for unit in units]):
         notice(note)
+    circles: list[str] = []
+    for folder in (source for source in sources if os.path.isdir(source)):
+        deque(walk(folder, circles), maxlen=0)
+    if circles:
+        shown = name_some(map(job.short, circles), NUM_LISTED)
+        notice(f"links that go round in a circle are not entered again: {shown}")
     return {"files": len(names), "first": names[:NUM_LISTED]}
 
 
