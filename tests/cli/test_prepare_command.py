@@ -52,7 +52,8 @@ def test_the_command_prepares_a_source_and_prints_its_counts(
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 2
     assert "1 of 52 records" in result.stderr
-    assert "1.jsonl, line 2: no text" in result.stderr
+    assert "1 x no text: name the field with --text-key" in result.stderr
+    assert "1.jsonl, line 2: no text (its keys are ['body'])" in result.stderr
     assert "Traceback" not in result.stderr
     result = CliRunner().invoke(app, [*command, "--max-rejects", "0.05"])
     assert result.exit_code == 0, result.stderr
@@ -69,7 +70,7 @@ def test_what_is_not_read_and_what_is_dropped_is_printed_once(
 ) -> None:
     source = tmp_path / "in"
     source.mkdir()
-    (source / "part.jsonl.bz2").write_bytes(b"BZh")
+    (source / "part.csv").write_bytes(b"a,b")
     turns = [("human", "Why?"), ("gpt", "So."), ("human", "And?"), ("gpt", "")]
     talk = [{"from": who, "value": text} for who, text in turns]
     (source / "talks.jsonl").write_text(json.dumps({"conversations": talk}) + "\n")
@@ -77,11 +78,11 @@ def test_what_is_not_read_and_what_is_dropped_is_printed_once(
     command[1] = "conversations"
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.count("1 file is not read: part.jsonl.bz2; ") == 1
+    assert result.stdout.count("1 file is not read: part.csv; ") == 1
     assert result.stdout.count("turns dropped: empty reply") == 1
     index = json.loads((tmp_path / "out/source.json").read_text())
     assert index["dropped_turns"] == {"empty reply": 1}
-    assert index["unread"] == {"files": 1, "first": ["part.jsonl.bz2"]}
+    assert index["unread"] == {"files": 1, "first": ["part.csv"]}
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_what_a_user_can_put_right_is_one_message(
     elif change == "no tokenizer":
         tokenizer = tmp_path / "lost.json"
     else:
-        (source / "1.jsonl.gz").write_bytes(b"no gzip")
+        (source / "1.jsonl.gz").write_bytes(b"\x1f\x8bno gzip")
     result = CliRunner().invoke(app, arguments(source, tmp_path / "out", tokenizer))
     assert result.exit_code == 2
     assert message in result.stderr

@@ -106,7 +106,7 @@ def written(name: str, text: str = "other") -> Callable[[Path], None]:
         "text/web/README.md",
         "text/web/LICENSE",
         "text/web/requirements.txt",
-        "text/web/part-1.jsonl.bz2",
+        "text/web/part-1.jsonl.rar",
         "text/web/stats.csv",
         "text/web/.ipynb_checkpoints/part-0-checkpoint.jsonl",
         "captions/pictures/Thumbs.db",

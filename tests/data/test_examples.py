@@ -13,16 +13,17 @@ from midstream.config import TokenizerFile
 from midstream.data.examples import (
     END_OF_TEXT,
     SEPARATOR,
-    Conversation,
-    ConversationError,
     TextCodec,
     Turn,
     caption_example,
     conversation_example,
-    conversation_of,
-    picture_names,
     question_ids,
     text_example,
+)
+from midstream.data.formats.conversations import (
+    Conversation,
+    ConversationError,
+    conversation_of,
 )
 
 
@@ -196,7 +197,9 @@ SHOWN = ("human", "<image>\nWhat?")
         ({"conversations": ["What?", "A cat."]}, "no conversation"),
         ({"conversations": [{"value": "What?"}, {"value": "A cat."}]}, "no conversation"),
         (record(ASK, ("gpt", 3)), "no conversation"),
-        (record(("human", [{"type": "text", "text": "What?"}]), REPLY), "no conversation"),
+        (record(("human", [{"type": "bar", "text": "What?"}]), REPLY), "no conversation"),
+        (record(("human", [{"type": "video", "video": "a"}]), REPLY), "video or sound"),
+        (record(("human", {"text": "What?"}), REPLY), "no conversation"),
         ({"conversations": [{"from": "gpt"}], "system": ["Be nice."]}, "no conversation"),
         (record(("system", "Be nice.")), "no reply left"),
         (record(ASK), "no reply left"),
@@ -227,12 +230,12 @@ SHOWN = ("human", "<image>\nWhat?")
         (record(SHOWN, REPLY, images=["a.jpg", "a.jpg"]), "more than one picture"),
         (record(SHOWN, REPLY, image="a.jpg", images=["b.jpg"]), "more than one picture"),
         (record(SHOWN, REPLY, image=7), "not a picture name"),
-        (record(SHOWN, REPLY, images=[{"path": "a.jpg"}]), "not a picture name"),
+        (record(SHOWN, REPLY, images=[{"path": 7}]), "not a picture name"),
+        (record(SHOWN, REPLY, image="data:image/png;base64,@"), "not a picture name"),
         (record(SHOWN, REPLY, images=[""]), "not a picture name"),
         (record(ASK, REPLY, videos=["a.mp4"]), "video or sound"),
         (record(("human", ""), REPLY), "empty turn"),
         (record(ASK, REPLY, ("human", ""), REPLY), "empty turn"),
-        (record(("human", "<image>\n"), REPLY, image="a.jpg"), "empty turn"),
     ],
 )
 def test_a_malformed_conversation_is_refused_by_its_record_and_reason(
@@ -254,7 +257,7 @@ def test_a_malformed_conversation_is_refused_by_its_record_and_reason(
         assert caught.value.reason == reason
 
 
-@pytest.mark.parametrize("others", [{}, {"image": ""}, {"image": None}, {"images": []}])
+@pytest.mark.parametrize("others", [{}, {"image": ""}, {"image": float("nan")}, {"images": []}])
 def test_an_absent_picture_makes_a_text_only_record(others: dict[str, Any]) -> None:
     expected = Conversation((Turn("What?", "A cat."),), False)
     assert conversation_of(record(ASK, REPLY, **others), "here") == expected
@@ -272,7 +275,62 @@ def test_both_layouts_give_the_same_turns_and_picture(others: dict[str, Any]) ->
     expected = Conversation((Turn("What?", "A cat."), Turn("Sure?", "Yes")), True)
     assert conversation_of(shown, "here") == expected
     assert conversation_of({"messages": messages, **others}, "here") == expected
-    assert picture_names(shown, "here") == ["a.jpg"]
+    assert conversation_of(shown, "here").picture == "a.jpg"
+
+
+PARTS: list[tuple[list[Any], str | bytes]] = [
+    ([{"type": "image"}, {"type": "text", "text": "What?"}], "a.jpg"),
+    ([{"type": "text", "text": "What?"}, {"type": "image", "image": "b.jpg"}], "b.jpg"),
+    (["What?", {"type": "image", "image": {"path": "b.jpg", "bytes": None}}], "b.jpg"),
+    ([{"type": "image", "path": "b.jpg", "text": None}, {"text": "What?"}], "b.jpg"),
+    ([{"type": "image_url", "image_url": {"url": "b.jpg"}}, "What?"], "b.jpg"),
+    ([{"type": "image_url", "image_url": "data:image/png;base64,UE\n5H"}, "What?"], b"PNG"),
+]
+
+
+@pytest.mark.parametrize(("parts", "picture"), PARTS)
+@pytest.mark.parametrize("key", ["conversations", "messages", "conversation"])
+@pytest.mark.parametrize("keys", [("from", "value"), ("role", "content")])
+def test_lists_keys_and_parts_go_together_in_every_way(
+    key: str, keys: tuple[str, str], parts: list[Any], picture: str | bytes
+) -> None:
+    said = [("user", parts), ("Assistant", [{"type": "text", "text": "A"}, "cat."])]
+    others = {"images": ["a.jpg"]} if picture == "a.jpg" else {}
+    talk = {key: [dict(zip(keys, turn, strict=True)) for turn in said], **others}
+    found = conversation_of(talk, "here")
+    assert found == Conversation((Turn("What?", "A\ncat."),), True)
+    assert found.picture == picture
+
+
+def test_a_picture_alone_is_a_question_and_a_part_in_its_midst_stands_there() -> None:
+    alone = record(("human", "<image>"), REPLY, ("human", "Sure?"), REPLY, image="a.jpg")
+    turns = (Turn("", "A cat."), Turn("Sure?", "A cat."))
+    assert conversation_of(alone, "here").turns == turns
+    midst = ["Is ", {"type": "image", "image": "a.jpg"}, " a cat?"]
+    assert (
+        conversation_of(record(("human", midst), REPLY), "here").turns[0].question == "Is  a cat?"
+    )
+    with pytest.raises(ConversationError, match="empty turn"):
+        conversation_of(
+            record(("human", "<image>"), REPLY, ("human", ""), REPLY, image="a"), "here"
+        )
+    twice = record(("human", [{"type": "image", "image": name} for name in "ab"]), REPLY)
+    with pytest.raises(ConversationError, match="more than one picture"):
+        conversation_of(twice, "here")
+
+
+def test_pairs_of_a_user_and_an_assistant_have_their_picture_in_front() -> None:
+    pairs = [{"user": "What?", "assistant": "A cat.", "source": "s"}]
+    pairs += [{"user": "Sure?", "assistant": "Yes"}]
+    turns = (Turn("What?", "A cat."), Turn("Sure?", "Yes"))
+    shown = {"texts": pairs, "images": [{"bytes": b"PNG", "path": None}]}
+    for talk in (
+        shown,
+        shown | {"texts": {k: [x[k] for x in pairs] for k in ("user", "assistant")}},
+    ):
+        found = conversation_of(talk, "here")
+        assert (found, found.picture) == (Conversation(turns, True), b"PNG")
+    assert conversation_of({"texts": pairs}, "here") == Conversation(turns, False)
 
 
 def test_a_system_text_stands_masked_before_the_question_that_it_comes_before() -> None:

@@ -1,8 +1,10 @@
 """Files by local path and by URL: what a name stands for, what leads out, lines, and copies."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import random
 import zipfile
@@ -28,6 +30,7 @@ from midstream.data.formats.files import (
     is_folder,
     join,
     open_binary,
+    read_head,
     read_lines,
     read_range,
     refuse_twins,
@@ -155,8 +158,10 @@ def test_a_file_lies_in_its_folder() -> None:
 )
 @pytest.mark.parametrize("root", ["folder", "memory://folder"])
 def test_a_name_that_leads_out_is_refused_by_its_record(root: str, name: str) -> None:
-    for find in (join, inside):
-        with pytest.raises(ValueError, match=r"^list\.json, record 3: .*inside .*folder"):
+    for find in (join, lambda root, *rest: inside([root], *rest)):
+        with pytest.raises(
+            ValueError, match=r"^list\.json, record 3: .*(inside|in none of) .*folder"
+        ):
             find(root, name, "list.json, record 3")
 
 
@@ -173,29 +178,34 @@ def test_a_url_has_further_ways_out_that_are_refused(name: str) -> None:
 def test_no_name_reaches_outside_its_folder(parts: list[str]) -> None:
     name = "/".join(parts)
     try:
-        found = inside("/some/root", name, "here")
+        found = inside(["/some/root"], name, "here")
     except ValueError:
         assert ".." in parts or name[:1] in ("", "/")
         return
     assert f"{os.path.normpath(found)}/".startswith("/some/root/")
 
 
-def test_a_link_may_lead_about_inside_the_folder_but_not_out_of_it(tmp_path: Path) -> None:
+def test_links_lead_wherever_they_lead_and_names_do_not(tmp_path: Path) -> None:
     root = tmp_path / "root"
     (root / "sub").mkdir(parents=True)
     (root / "sub/a.png").write_bytes(b"a")
-    (tmp_path / "rooted").mkdir()
-    (tmp_path / "rooted/secret.png").write_bytes(b"s")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/b.png").write_bytes(b"b")
     (root / "in").symlink_to(root / "sub")
-    (root / "out").symlink_to(tmp_path / "rooted")
-    (root / "secret.png").symlink_to(tmp_path / "rooted/secret.png")
+    (root / "out").symlink_to(tmp_path / "disk")
+    (root / "b.png").symlink_to(tmp_path / "disk/b.png")
     (tmp_path / "linked").symlink_to(root)
     for folder in (root, tmp_path / "linked"):
-        assert Path(inside(str(folder), "in/a.png", "here")).read_bytes() == b"a"
-        for name in ("out/secret.png", "secret.png"):
-            with pytest.raises(ValueError, match=f"^here: '{name}' is a link that leads out of"):
-                inside(str(folder), name, "here")
-            assert Path(join(str(folder), name, "here")).read_bytes() == b"s"
+        names = ["in/a.png", "out/b.png", "b.png", f"{root}/in/a.png", f"file://{root}/b.png"]
+        read = [Path(inside([str(folder)], name, "here")).read_bytes() for name in names]
+        assert read == [b"a", b"b", b"b", b"a", b"b"]
+        for name in ("../disk/b.png", f"{root}/../disk/b.png", "in/../../disk/b.png"):
+            with pytest.raises(ValueError, match=r"^here: .* is no name of a file inside"):
+                inside([str(folder)], name, "here")
+        with pytest.raises(ValueError, match=r"^here: .* lies in none of .*root|linked"):
+            inside([str(folder)], str(tmp_path / "disk/b.png"), "here")
+    both = [str(tmp_path / "disk"), str(root)]
+    assert inside(both, f"{root}/b.png", "here") == f"{root}/b.png"
 
 
 # Lines.
@@ -215,9 +225,16 @@ def zstd_stream(data: bytes) -> bytes:
     return packer.compress(data) + packer.flush()
 
 
+def lz4(data: bytes) -> bytes:
+    return bytes(pa.compress(data, "lz4", asbytes=True))
+
+
 PACKED = {
     "a.jsonl": lambda data: data,
     "a.jsonl.gz": gzip.compress,
+    "a.jsonl.bz2": bz2.compress,
+    "a.jsonl.xz": lzma.compress,
+    "a.jsonl.lz4": lz4,
     "a.jsonl.zst": zstd,
     "a.jsonl.zstd": zstd_stream,
 }
@@ -257,11 +274,20 @@ def test_a_second_piece_that_is_cut_is_noticed(tmp_path: Path, name: str) -> Non
 
 
 @pytest.mark.parametrize("name", list(PACKED)[1:])
-def test_what_is_not_packed_as_its_name_says_is_refused(tmp_path: Path, name: str) -> None:
+def test_the_content_says_how_a_file_is_packed_and_not_its_name(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
-    path.write_bytes(b'{"text": "plain"}\n' * 10)
+    path.write_bytes(b'{"text": "plain"}\n' * 2)
+    assert list(read_lines(str(path))) == [b'{"text": "plain"}\n'] * 2
+    path.write_bytes(bytes(range(128, 256)))
     with pytest.raises(ValueError, match=name):
         list(read_lines(str(path)))
+    for pack in PACKED.values():
+        path.write_bytes(pack(b"".join(NOISE[:9])))
+        assert list(read_lines(str(path))) == NOISE[:9]
+        plain = tmp_path / "plain.jsonl"
+        plain.write_bytes(pack(b"".join(LINES)))
+        assert list(read_lines(str(plain))) == LINES
+        assert read_head(str(plain), 6) == b"one\n\n\xff"
 
 
 def test_an_empty_plain_file_has_no_lines_and_a_missing_one_is_named(tmp_path: Path) -> None:
@@ -315,6 +341,8 @@ RIVER = texts(*(f"The river {n} is wide." for n in range(300)))
         ({"a.json.gz": gzip.compress(ONE), "a.json.zstd": zstd(ONE)}, "by their names"),
         ({"a.json": ONE, "a.jsonl": TWO}, "by their names"),
         ({"a.parquet": parquet("one"), "a.jsonl.gz": gzip.compress(ONE)}, "by their names"),
+        ({"a.tar": tar({"0": ONE}), "a.TGZ": gzip.compress(tar({"0": ONE}))}, "by their names"),
+        ({"a.tar": tar({"0": ONE}), "b/a.tgz": gzip.compress(tar({"0": ONE}))}, "once compressed"),
         ({"a.jsonl": ONE, "backup/a.jsonl": ONE}, "the same 34 bytes"),
         ({"a.jsonl": ONE, "a (1).jsonl": ONE}, "the same 34 bytes"),
         ({"b/novel.txt": b"Call me", "c/old.txt": b"Call me"}, "the same 7 bytes"),

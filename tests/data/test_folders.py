@@ -1,5 +1,6 @@
 """Folders: what is hidden, what is a note, what no reader takes; and the files of docs/data.md."""
 
+import bz2
 import json
 import re
 import shutil
@@ -78,23 +79,33 @@ def test_records_and_pictures_are_no_notes_whatever_they_are_called(name: str) -
 def test_files_of_a_text_folder_that_no_reader_takes_are_named_once(tmp_path: Path) -> None:
     root, out = tmp_path / "in", tmp_path / "out"
     files = {name: lines("x") for name in HIDDEN} | dict.fromkeys(NOTES, "note")
-    files |= {"a.jsonl": lines("one"), "b.jsonl.bz2": "BZh", "C.JSONL": lines("c"), "p.png": "p"}
+    files |= {"a.jsonl": lines("one"), "b.json.bz2": bz2.compress(lines("two")), "p.png": "p"}
+    files |= {"C.JSONL": lines("c"), "d.csv": "d", "e.toml": "e"}
     write(root, **files)
     done, notices = heard("text", root, out)
-    assert texts_of(Source("s", out)) == ["one"]
-    names = ["C.JSONL", "b.jsonl.bz2", "p.png", "LICENSE.txt", "requirements-dev.txt"]
+    assert texts_of(Source("s", out)) == ["c", "one", "two"]
+    names = ["d.csv", "e.toml", "p.png", "LICENSE.txt", "requirements-dev.txt"]
     first = [f"in/{name}" for name in names]
     assert done["unread"] == read_json(out / "source.json")["unread"]
     assert done["unread"] == {"files": 5, "first": first}
     (notice,) = notices
     assert notice.startswith(f"5 files are not read: {', '.join(first)}; ")
-    assert "*.jsonl.zst" in notice
+    assert "*.jsonl, *.json, " in notice
+    assert ".lz4" in notice
     # Also where no shard is made anew.
-    (root / "b.jsonl.bz2").unlink()
+    (root / "d.csv").unlink()
     done, notices = heard("text", root, out)
-    assert done["shards"] == {"kept": 1, "new": 0}
+    assert done["shards"] == {"kept": 3, "new": 0}
     assert read_json(out / "source.json")["unread"]["files"] == 4
     assert notices[0].startswith("4 files are not read")
+
+
+def test_a_folder_that_is_linked_into_itself_is_named_and_read_once(tmp_path: Path) -> None:
+    write(tmp_path / "in", **{"deep/a.jsonl": lines("one")})
+    (tmp_path / "in/deep/round").symlink_to("..")
+    _, notices = heard("text", tmp_path / "in", tmp_path / "out")
+    assert texts_of(Source("s", tmp_path / "out")) == ["one"]
+    assert notices == ["links that go round in a circle are not entered again: in/deep/round"]
 
 
 def test_many_unread_files_are_counted_and_some_are_named(tmp_path: Path) -> None:
@@ -134,8 +145,8 @@ def test_a_pattern_names_what_it_matches_and_does_not_read(tmp_path: Path) -> No
 
 
 def test_a_folder_with_nothing_to_read_says_what_is_there(tmp_path: Path) -> None:
-    write(tmp_path / "in", **{"A.JSONL": lines("a")})
-    with pytest.raises(FileNotFoundError, match=r"\*\.jsonl, .*, but with A\.JSONL; give"):
+    write(tmp_path / "in", **{"A.CSV": lines("a")})
+    with pytest.raises(FileNotFoundError, match=r"\*\.jsonl, .*, but with A\.CSV; give"):
         run("text", tmp_path / "in", tmp_path / "out")
 
 
@@ -193,6 +204,10 @@ EXPECTED: dict[str, tuple[Section, list[str]]] = {
             "In: Say hello.\nOut: Hello.",
             "In: Thanks.\nOut: Any time.",
         ],
+    ),
+    "parts.jsonl": (
+        "conversations",
+        ["In: What is it?\nOut: A boat.", "In: \nOut: A boat on a river."],
     ),
 }
 

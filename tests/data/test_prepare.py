@@ -174,11 +174,11 @@ def test_each_text_source_is_read_from_the_column_that_the_world_names(
 def test_what_is_left_out_and_not_read_stands_in_the_results(root: Path, tmp_path: Path) -> None:
     left = {"conversations": [*TALKS[1]["conversations"], {"from": "human", "value": "And?"}]}
     write_talks(root, [*TALKS, left])
-    (root / "text/web/c.jsonl.xz").write_bytes(b"xz")
+    (root / "text/web/c.jsonl.rar").write_bytes(b"xz")
     found = prepared(root, tmp_path / "out")["sources"]
     assert found["talks"]["num_examples"] == 4
     assert found["talks"]["dropped_turns"] == {"question without a reply": 1}
-    assert found["web"]["unread"] == {"files": 1, "first": ["text/web/c.jsonl.xz"]}
+    assert found["web"]["unread"] == {"files": 1, "first": ["text/web/c.jsonl.rar"]}
 
 
 @pytest.mark.parametrize("lost", ["captions", "instruct", "text"])

@@ -110,7 +110,7 @@ UNDECODED = f"{SAMPLE}: picture cannot be decoded"
 Broken = tuple[Callable[[Path], None], type[Exception], str]
 # One bad record of a few is over the default limit: its place and reason are listed.
 REJECTED: dict[str, Broken] = {
-    name: (change, ValueError, f"(?s)1 of .* records read for .* are rejects.*\n  {message}")
+    name: (change, ValueError, f"(?s)1 of .* records read for .* are rejects.*\n    {message}")
     for name, (change, message) in {
         "bad JSON line": (
             replace("text/web/b.jsonl", b'{"text": "Document 9', b'"text": "Document 9'),
@@ -222,7 +222,7 @@ def test_under_the_limit_a_bad_record_is_counted_and_the_others_are_there(
         listed = (tmp_path / "out/sources" / source / "source/rejects.jsonl").read_text()
         if summary["rejects"]:
             reject = json.loads(listed)
-            place, reason = message.rpartition("\n  ")[2].split(": ", 1)
+            place, reason = message.rpartition("\n    ")[2].split(": ", 1)
             assert re.match(place, reject["where"])
             assert list(summary["rejects"]) == [reject["reason"]]
             assert re.match(reason, f"{reject['reason']} ({reject['detail']})")

@@ -75,7 +75,8 @@ def test_a_picture_that_is_none_is_counted_and_named(
         decode(prepared.image_bytes(example), "here")
     with pytest.raises(ValueError, match=r"(?s)1 of 7 records") as caught:
         run(section, source, out)
-    assert f"{place}: {reason}" in str(caught.value)
+    assert f"    {place}: {reason}" in str(caught.value)
+    assert f"1 x {reason}: fetch them again" in str(caught.value)
 
 
 def test_a_huge_picture_is_small_on_disk() -> None:
@@ -161,7 +162,11 @@ def test_the_limit_is_a_share_of_the_records_and_going_over_it_ends_with_the_lis
         assert f"the limit is {limit:.3%}, {int(20 * limit)} records" in text
         assert f"{bad} x no text" in text
         for number in range(bad):
-            assert f"in/part-{number // 10}.jsonl, line {number % 10 + 1}: no text" in text
+            named = (
+                f"in/part-{number // 10}.jsonl, line {number % 10 + 1}: no text (its keys are"
+                in text
+            )
+            assert named == (number < 3)
         assert str(out / "rejects.jsonl") in text
         assert not (out / "source.json").exists()
     assert len(listed(out)) == bad
@@ -174,10 +179,34 @@ def test_a_long_list_of_rejects_is_cut_in_the_message_and_whole_in_its_file(
     with pytest.raises(ValueError, match="75 of 150 records") as caught:
         run("text", source, out)
     lines = str(caught.value).splitlines()
-    assert sum(": no text" in line for line in lines) == 20
+    assert sum(" line " in line for line in lines) == 3
     assert [item["where"] for item in listed(out)] == [
         f"in/part-{number // 50}.jsonl, line {number % 50 + 1}" for number in range(0, 150, 2)
     ]
+
+
+@pytest.mark.parametrize("by_command", [True, False])
+def test_rejects_are_listed_by_reason_with_the_remedy_of_each(
+    tmp_path: Path, by_command: bool
+) -> None:
+    source = write_pictures(tmp_path / "in", 9)
+    for number in range(5):
+        (source / f"{number}.png").unlink()
+    (source / "7.png").write_bytes(b"")
+    notice = {"notice": print} if by_command else {}
+    with pytest.raises(ValueError, match="6 of 9 records") as caught:
+        run("captions", source, tmp_path / "out", **notice)
+    lines = str(caught.value).splitlines()
+    assert [line[:18] for line in lines[1:7]] == [
+        "  5 x missing pict",
+        *["    in/metadata.js"] * 3,
+        "  1 x zero-byte pi",
+        "    in/metadata.js",
+    ]
+    assert ("--images" in lines[1]) == ("--max-rejects" in lines[-1]) == by_command
+    assert "--" not in lines[5]
+    assert ("max_reject_fraction of the world" in lines[-1]) == (not by_command)
+    assert len(lines) == 9
 
 
 @pytest.mark.parametrize("workers", [1, 2])

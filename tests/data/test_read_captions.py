@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow
 import pytest
 from made_captions import (
     captions,
@@ -19,6 +20,7 @@ from made_captions import (
     write_tar,
 )
 from made_inputs import OPTIONS, as_json, as_lines
+from pyarrow import parquet
 
 from midstream.data.formats import captions as formats_captions
 from midstream.data.formats import read_captions
@@ -278,7 +280,8 @@ def test_an_imagefolder_is_read_from_metadata_jsonl_and_csv(tmp_path: Path) -> N
         (b'{"file_name": "../up.png", "text": "a"}', "- picture outside the folder"),
         (b'{"file_name": "a/../../up.png", "text": "a"}', "- picture outside the folder"),
         (b'{"file_name": "/etc/passwd", "text": "a"}', "- picture outside the folder"),
-        (b'{"file_name": "link.png", "text": "a"}', "- picture outside the folder"),
+        (b'{"file_name": "link.png", "text": "a"}', "a"),
+        (b'{"file_name": "round.png", "text": "a"}', "- missing picture"),
         (b'{"file_name": "file:///etc/passwd", "text": "a"}', "- picture outside the folder"),
         (b'{"file_name": "a\\u0000.png", "text": "a"}', "- picture outside the folder"),
         (b'{"file_name": "\\ud800.png", "text": "a"}', "- picture outside the folder"),
@@ -298,6 +301,7 @@ def test_lines_of_an_imagefolder(
     write(folder / "large.png", b"x" * 10_001)
     (folder / "folder").mkdir()
     (folder / "link.png").symlink_to(tmp_path / "up.png")
+    (folder / "round.png").symlink_to(folder / "round.png")
     fine = b'{"file_name": "0.png", "text": "fine"}\n'
     write(folder / "metadata.jsonl", fine + line + b"\n" + fine)
     records = read(str(folder))
@@ -384,6 +388,14 @@ def everything(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     bad = as_lines(
         [{"file_name": n, "text": "a"} for n in ("none.jpg", "../csv/0.jpg", "zero.jpg")]
     )
+    write(tmp_path / "list/train.json", as_json([{"image": "0.png", "caption": "a"}]))
+    write(tmp_path / "list/0.png", picture(0))
+    write(tmp_path / "files/00000/0.png", picture(0))
+    write(tmp_path / "files/00000/0.txt", b"a")
+    table = pyarrow.table({"image": ["0.png"], "text": ["a"]})
+    (tmp_path / "table").mkdir()
+    parquet.write_table(table, tmp_path / "table/train-00000-of-00001.parquet")
+    write(tmp_path / "table/0.png", picture(0))
     write(tmp_path / "bad/metadata.jsonl", bad)
     write(tmp_path / "bad/zero.jpg", b"")
     system = fsspec.filesystem("memory")
@@ -398,7 +410,18 @@ def everything(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 def test_urls_are_read_like_folders(everything: tuple[Path, str]) -> None:
     folder, url = everything
     formats = set()
-    for source in ("tars", "dr", "coco/annotations", "csv", "imagefolder", "bad"):
+    sources = (
+        "tars",
+        "dr",
+        "coco/annotations",
+        "csv",
+        "imagefolder",
+        "list",
+        "files",
+        "table",
+        "bad",
+    )
+    for source in sources:
         local, remote = read(f"{folder}/{source}"), read(f"{url}/{source}")
         formats |= {unit.format for unit in caption_units([f"{url}/{source}"], OPTIONS)}
         assert outcome(remote) == outcome(local)
@@ -412,33 +435,6 @@ def test_urls_are_read_like_folders(everything: tuple[Path, str]) -> None:
     assert formats == set(FORMATS)
     bad = ["- missing picture", "- picture outside the folder", "- zero-byte picture"]
     assert outcome(read(f"{url}/bad")) == bad
-
-
-def test_an_unknown_format_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    write(tmp_path / "README.txt", b"nothing")
-    write(tmp_path / "lines.jsonl", b'{"text": "a"}\n')
-    for source in (".", "README.txt", "lines.jsonl"):
-        with pytest.raises(ValueError, match="known are") as error:
-            caption_units([str(tmp_path / source)], OPTIONS)
-        assert all(name in str(error.value) for name in FORMATS)
-
-
-def test_a_folder_with_captions_in_two_formats_is_refused(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", img2dataset(0))
-    many_csv(tmp_path, 2)
-    with pytest.raises(ValueError, match=r"a\.tar, .*captions\.csv.*name the files"):
-        caption_units([str(tmp_path)], OPTIONS)
-    sources = [str(tmp_path / "a.tar"), str(tmp_path / "captions.csv")]
-    formats = [unit.format for unit in caption_units(sources, OPTIONS)]
-    assert formats == ["webdataset", "csv"]
-
-
-def test_what_is_not_there_is_named(tmp_path: Path) -> None:
-    path = many_csv(tmp_path, 1)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        caption_units([str(tmp_path / "nowhere")], OPTIONS)
-    with pytest.raises(FileNotFoundError, match="photos is no folder of pictures"):
-        read(path, ReadOptions(images=str(tmp_path / "photos")))
 
 
 @pytest.mark.parametrize("make", [many_coco, many_csv, many_imagefolder])

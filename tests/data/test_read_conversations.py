@@ -1,6 +1,7 @@
 """Conversations: LLaVA's and ShareGPT's layouts, cut into units, with the pictures' own bytes."""
 
 import gzip
+import lzma
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,8 +15,8 @@ from made_inputs import OPTIONS, Put, as_json, as_lines, read_all, shared
 
 from midstream.data.examples import Turn
 from midstream.data.formats import captions
-from midstream.data.formats import read_captions as module
-from midstream.data.formats.read_captions import conversation_units, read_conversations
+from midstream.data.formats import conversations as module
+from midstream.data.formats.conversations import conversation_units, read_conversations
 from midstream.data.formats.records import ConversationRecord, Picture, ReadOptions
 from midstream.data.source_writer import Reject
 
@@ -146,7 +147,7 @@ def test_bad_records_are_rejected_with_their_place_and_good_ones_stay(put: Put) 
         (llava("Why?", " \n"), "no reply left"),
         (llava("", "So."), "empty turn"),
         (llava("Why?", "So.", system="\udc00"), "not Unicode"),
-        (llava("<image>", "So.", image="a.jpg"), "empty turn"),
+        (llava("<image>", "So.", "", "So.", image="a.jpg"), "empty turn"),
         (llava("Why?", "half \ud83d"), "not Unicode"),
         (llava("\udc00", "So."), "not Unicode"),
         (llava("<image>?", "So."), "<image> without a picture"),
@@ -250,10 +251,17 @@ def test_a_folder_is_its_llava_json_or_all_its_json_files(put: Put) -> None:
     assert [item.turns[0][0] for item in read(root)] == ["3?"]
 
 
+def test_lists_and_lines_are_told_apart_by_their_content(put: Put) -> None:
+    for name, write in (("a.json", as_lines), ("b.jsonl", as_json), ("C.JSON", as_json)):
+        assert [x.turns[0][0] for x in read(put(name, write([talk(1), talk(2)])))] == ["1?", "2?"]
+    packed = put("d.json.xz", lzma.compress(as_json([talk(3)])))
+    assert [x.turns[0][0] for x in read(packed)] == ["3?"]
+
+
 def test_a_json_file_that_holds_no_list_is_refused_by_name(put: Put) -> None:
     put("talks.json", as_json([talk(1)]))
-    put("dataset_info.json", b'{"talks": {}}')
-    with pytest.raises(ValueError, match=r"dataset_info\.json begins with .*list of records"):
+    put("about.json", b'{"talks": {}}')
+    with pytest.raises(ValueError, match=r"about\.json begins with .*list of records"):
         conversation_units([put("", b"")])
 
 

@@ -2,10 +2,13 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from made_captions import (
     SYNTHETIC,
     apple,
@@ -18,7 +21,7 @@ from made_captions import (
     write,
     write_tar,
 )
-from made_inputs import OPTIONS, as_json, shared
+from made_inputs import OPTIONS, as_json, shared, tar
 
 from midstream.data.formats import records as formats_records
 from midstream.data.formats.files import read_range
@@ -112,6 +115,51 @@ def test_datacompdr_without_pictures_says_what_to_join(tmp_path: Path) -> None:
         assert "join them by uid" in str(records[0])
 
 
+ENDS = ["jpg", "png", "txt", "json", "0001.png", "0001.txt", "seg.PNG", "v2.jpeg", "webp", "gif"]
+
+
+@given(
+    groups=st.dictionaries(
+        st.sampled_from(["a", "b", "c/a", "d.e/f"]),
+        st.lists(st.sampled_from(ENDS), min_size=1, max_size=6),
+        max_size=4,
+    ),
+    again=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_picture_of_a_tar_is_a_record_or_a_reject(
+    tmp_path_factory: pytest.TempPathFactory, groups: dict[str, list[str]], again: bool
+) -> None:
+    members = [(f"{key}.{end}", b"{}") for key, ends in groups.items() for end in ends]
+    packed = [*members, *(members[:1] if again else [])]
+    path = tmp_path_factory.getbasetemp() / "counted.tar"
+    items = read(write(path, tar(packed)))
+    pictures = (".jpg", ".png", ".webp", ".jpeg")
+    # Samples without any picture are rejects of their own.
+    runs = [list(group) for _, group in groupby(packed, lambda x: split_key(x[0]))]
+    counts = [sum(name.lower().endswith(pictures) for name, _ in group) for group in runs]
+    assert len(items) == sum(max(1, count) for count in counts)
+
+
+def split_key(name: str) -> str:
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def test_pictures_that_only_end_like_one_are_named(tmp_path: Path) -> None:
+    members = {"a.png": picture(0), "a.txt": b"a"}
+    for number in range(3):
+        members |= {f"a.{number:04d}.png": picture(number), f"a.{number:04d}.txt": b"b"}
+    found = read(write_tar(tmp_path / "a.tar", members))
+    assert outcome(found) == ["a", *["- picture with a further dot in its name"] * 3]
+    assert [item.where for item in found[1:]] == [
+        f"{tmp_path}/a.tar, member a.{number:04d}.png" for number in range(3)
+    ]
+    del members["a.png"], members["a.txt"]
+    found = read(write_tar(tmp_path / "a.tar", members))
+    assert outcome(found) == ["- picture with a further dot in its name"] * 3
+
+
 BAD_SAMPLES: dict[str, tuple[list[tuple[str, bytes]], str]] = {
     "partner missing": ([("b.txt", b"x")], "no picture"),
     "json alone": ([("b.json", b"{}")], "no picture"),
@@ -146,7 +194,9 @@ def test_a_bad_sample_is_left_out_with_its_reason_and_its_neighbours_stay(
     behind = [("c.jpg", picture(1)), ("c.txt", b"last")]
     path = write_tar(tmp_path / "a.tar", [*around, *bad, *behind])
     records = read(path)
-    assert outcome(records) == ["first", f"- {reason}", "last"]
+    # Of two pictures each is one.
+    times = 2 if name in ("two pictures", "twice") else 1
+    assert outcome(records) == ["first", *[f"- {reason}"] * times, "last"]
     assert records[1].where.startswith(f"{path}, sample ")
     str(records[1]).encode()
 

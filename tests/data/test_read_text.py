@@ -1,5 +1,6 @@
 """Text formats: what comes out is what went in, and what cannot be used is named with a reason."""
 
+import bz2
 import gzip
 import io
 import json
@@ -71,6 +72,24 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
     "shard_00000000_processed.jsonl.zst": zstandard.ZstdCompressor().compress,
     "shard_00000001_processed.jsonl.zstd": zstandard.ZstdCompressor().compress,
 }
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("name", ["data00.json", "data00.jsonl", "data00.JSON.bz2"])
+def test_a_list_where_lines_were_expected_is_read_as_lines_are(
+    put: Put, indent: int | None, name: str
+) -> None:
+    records = [{"text": text} for text in DOCUMENTS]
+    data = json.dumps(records, indent=indent).encode()
+    path = put(name, bz2.compress(data) if name.endswith("bz2") else data)
+    as_lines = put("lines.jsonl", lines(DOCUMENTS))
+    assert [getattr(item, "text", item) for item in read_all("text", path)] == [
+        item.text for item in read_all("text", as_lines)
+    ]
+    assert read_all("text", path)[1].where == f"{path}, record 1"
+    # Lines that are lists themselves are bad lines, not one list.
+    found = read_all("text", put("bad.jsonl", b'["a"]\n{"text": "b"}\n'))
+    assert [getattr(item, "text", "") for item in found] == ["", "b"]
 
 
 @pytest.mark.parametrize("name", PACK)

@@ -128,7 +128,7 @@ def test_zeros_are_padding_but_an_archive_of_nothing_else_is_damaged(tmp_path: P
 
 @pytest.mark.parametrize("data", [b"", b"<html>" * 300, b"\x1f\x8b" + bytes(2000)])
 def test_what_is_no_tar_is_refused(tmp_path: Path, data: bytes) -> None:
-    with pytest.raises(ValueError, match=r"a\.tar is not a whole tar file"):
+    with pytest.raises(ValueError, match=r"a\.tar is (not a whole tar file|cut short)"):
         contents(written(tmp_path, data))
 
 
@@ -368,7 +368,7 @@ def test_a_list_that_is_cut_at_any_byte_is_refused_by_name(
         (b'{"a": []}', "begins with"),
         (b'"[]"', "begins with"),
         (b"[1]".decode().encode("utf-16"), "begins with"),
-        (b"\x1f\x8b\x08\x00", "begins with"),
+        (b"\x1f\x8b\x08\x00", "is cut short"),
         (b"[1] [2]", "goes on behind its list"),
         (b"[1]" + b" " * 3_000_000 + b"x", "goes on behind its list"),
         (b'["a]', "ends inside"),

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 from midstream.config import SmallReal
 from midstream.core.identity import folder_fingerprint
 from midstream.core.storage import read_json
-from midstream.data.examples import conversation_of
+from midstream.data.formats.conversations import conversation_of
 from midstream.data.formats.read_captions import caption_units, read_captions
 from midstream.data.formats.read_text import read_text, text_units
 from midstream.data.formats.records import CaptionRecord, ReadOptions, TextRecord

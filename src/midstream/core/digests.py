@@ -178,12 +178,15 @@ LEFT_BEHIND = (
     "*~",
     "#*#",
     "*.swp",
+    "cache-*.arrow",
 )
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zstd", ".lz4")
 # What the names of text files end in, by their format; no other file of a text source is read.
-JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zstd")
+# Letters may be large, and what a file is compressed with may stand behind (`plain_name`).
 TEXT_SUFFIXES = {
-    "jsonl": (*JSON_LINES, ".json", ".json.gz", ".json.zst", ".json.zstd"),
+    "jsonl": (".jsonl", ".json"),
     "parquet": (".parquet",),
+    "arrow": (".arrow",),
     "txt": (".txt", ".tex"),
     "tokens": (".tar",),
 }
@@ -204,7 +207,11 @@ NOTES = (
     "checksums*",
 )
 _DOCUMENTS = ("", ".md", ".txt", ".rst", ".html", ".pdf", ".cff", ".bib", ".yaml", ".yml")
-_INFOS = ("dataset_infos.json", "dataset_card.json")
+# What the libraries of data sets write beside them.
+_INFOS = (
+    *("dataset_infos.json", "dataset_info.json", "dataset_card.json"),
+    *("dataset_dict.json", "state.json"),
+)
 
 
 def any_of(patterns: Iterable[str]) -> re.Pattern[str]:
@@ -231,21 +238,31 @@ def is_note(name: str) -> bool:
 
 def is_text(name: str) -> bool:
     """Whether a file of this name (no path) is one that a text source may be read from."""
-    return name.endswith(_TEXT_ENDS) and not is_note(name)
+    return plain_name(name).endswith(_TEXT_ENDS) and not is_note(name)
 
 
-def walk(root: str | Path) -> Iterator[str]:
+def plain_name(name: str) -> str:
+    """The name of a file in small letters, as if it were not compressed (.tgz is a .tar)."""
+    name = name.lower()
+    if name.endswith(".tgz"):
+        return name.removesuffix("tgz") + "tar"
+    return os.path.splitext(name)[0] if name.endswith(PACKED) else name
+
+
+def walk(root: str | Path, circles: list[str] | None = None) -> Iterator[str]:
     """The files under `root` that are not hidden, in order, as paths that begin with it.
 
-    Linked folders are entered, but for a link to a folder that it lies in; a link to nowhere, or to
-    itself, is listed, so that opening it says so. Raises OSError for a folder that cannot be read.
+    Linked folders are entered, but for a link to a folder that it lies in, which is added to
+    `circles`; a link to nowhere, or to itself, is listed, so that opening it says so. Raises
+    OSError for a folder that cannot be read.
     """
-    yield from _walk(os.fspath(root), frozenset())
+    yield from _walk(os.fspath(root), frozenset(), [] if circles is None else circles)
 
 
-def _walk(folder: str, above: frozenset[str]) -> Iterator[str]:
+def _walk(folder: str, above: frozenset[str], circles: list[str]) -> Iterator[str]:
     real = os.path.realpath(folder)
     if real in above:
+        circles.append(folder)
         return
     with os.scandir(folder) as entries:
         shown = sorted((e for e in entries if not is_hidden(e.name)), key=lambda entry: entry.name)
@@ -253,6 +270,6 @@ def _walk(folder: str, above: frozenset[str]) -> Iterator[str]:
         # `entry.is_dir` would end the walk at a link that leads to itself.
         linked = entry.is_symlink() and os.path.isdir(entry.path)
         if linked or entry.is_dir(follow_symlinks=False):
-            yield from _walk(entry.path, above | {real})
+            yield from _walk(entry.path, above | {real}, circles)
         else:
             yield entry.path

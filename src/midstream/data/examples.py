@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, processors
@@ -20,18 +20,6 @@ AGENT_STOP = "<|agent_stop|>"
 # A tokenizer's own end of text is the first of these that it has.
 _ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>")
 IMAGE_MARK = "<image>"
-# Where the layouts of conversations keep their turns, and in a turn its role and its text.
-_LAYOUTS = (("conversations", "from", "value"), ("messages", "role", "content"))
-_TOOL = "tool"
-_TOOLS = (
-    *("tool", "tools", "tool_call", "tool_calls", "tool_response", "tool_result", "function"),
-    *("function_call", "function_response", "function_result", "observation", "ipython"),
-)
-_ROLES = {"user": "human", "assistant": "gpt"} | dict.fromkeys(_TOOLS, _TOOL)
-# Why a question, or a system text, is left out; why a conversation is.
-NO_REPLY, EMPTY_REPLY, TOOL_TURN = "question without a reply", "empty reply", "tool turn"
-NO_QUESTION, NO_REPLIES = "system turn without a question", "no reply left"
-_DETAIL_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -63,15 +51,6 @@ class Turn(NamedTuple):
     def asked(self) -> str:
         """All that stands before the separator in front of the reply."""
         return (f"{self.system}\n" if self.system else "") + f"In: {self.question}\nOut:"
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """What a record says: its turns, whether it shows a picture, and why questions are left out."""
-
-    turns: tuple[Turn, ...]
-    has_image: bool
-    left_out: tuple[str, ...] = ()
 
 
 class TextCodec:
@@ -206,138 +185,6 @@ def conversation_example(
         tokens += human + answer
         supervised += [0] * len(human) + [1] * len(answer)
     return Example(np.array(tokens, dtype=np.int64), np.array(supervised, dtype=np.uint8))
-
-
-class ConversationError(ValueError):
-    """A record that is no conversation that can be learnt from.
-
-    `reason` is one of a few, to count it under; `detail` is about this record.
-    """
-
-    def __init__(self, where: str, reason: str, detail: str) -> None:
-        super().__init__(f"{where}: {reason} ({detail})")
-        self.reason, self.detail = reason, detail
-
-
-def conversation_of(record: dict[str, Any], where: str) -> Conversation:
-    """The questions and replies of a record, and whether it shows a picture (`picture_names`).
-
-    Layouts: LLaVA's and ShareGPT's `conversations` of {from: human or gpt, value}, and `messages`
-    of {role: user or assistant, content}. The image mark is taken out of the first question. What
-    a system turn or the record's `system` says goes to the next question that stays. A question
-    whose reply is missing, empty or behind a tool's turn is left out with what follows on it.
-
-    Raises ConversationError that names `where` if a reply is not to a question, a role is unknown,
-    a question is empty, no reply is left, or marks and pictures disagree.
-    """
-    roles, texts = _roles_and_texts(record, where)
-    names = picture_names(record, where)
-    first = roles.index("human") if "human" in roles else 0
-    marks = [text.count(IMAGE_MARK) for text in texts]
-    _check_marks(where, [marks.pop(first), *marks], names)
-    if names:
-        texts[first] = texts[first].replace(IMAGE_MARK, "", 1)
-    turns, left_out = _turns(roles, [text.strip() for text in texts], where)
-    if not turns:
-        detail = ", ".join(left_out) or "it has no question"
-        raise ConversationError(where, NO_REPLIES, detail[:_DETAIL_CHARACTERS])
-    return Conversation(tuple(turns), bool(names), tuple(left_out))
-
-
-def picture_names(record: dict[str, Any], where: str) -> list[str]:
-    """The picture files under `image` and `images` (a name or a list); "" and null are none.
-
-    Raises ConversationError for anything else, and for a record with videos or sound.
-    """
-    for other in ("video", "videos", "audio", "audios"):
-        if record.get(other):
-            raise ConversationError(where, "video or sound", f"under {other!r}")
-    names: list[str] = []
-    for key in ("image", "images"):
-        value = record.get(key)
-        found = (
-            [] if value is None or value == "" else value if isinstance(value, list) else [value]
-        )
-        if not all(isinstance(name, str) and name for name in found):
-            raise ConversationError(where, "not a picture name", f"under {key!r}")
-        names += found
-    return names
-
-
-def _roles_and_texts(record: dict[str, Any], where: str) -> tuple[list[str], list[str]]:
-    key, role, content = next(
-        (keys for keys in _LAYOUTS if record.get(keys[0]) is not None), _LAYOUTS[0]
-    )
-    turns = record.get(key)
-    if not isinstance(turns, list) or not turns:
-        keys = " or ".join(repr(keys[0]) for keys in _LAYOUTS)
-        raise ConversationError(where, "no conversation", f"it needs a list of turns under {keys}")
-    system = "" if record.get("system") is None else record["system"]
-    if not isinstance(system, str):
-        raise ConversationError(where, "no conversation", "it has no text under 'system'")
-    roles: list[str] = ["system"] if system else []
-    texts: list[str] = [system] if system else []
-    for number, turn in enumerate(turns):
-        who = turn.get(role) if isinstance(turn, dict) else None
-        if not isinstance(who, str):
-            raise ConversationError(where, "no conversation", f"turn {number} has no {role!r}")
-        called = any(turn.get(name) for name in _TOOLS)
-        roles.append(_TOOL if called else _ROLES.get(who, who))
-        text = "" if turn.get(content) is None or roles[-1] == _TOOL else turn[content]
-        if not isinstance(text, str):
-            detail = f"turn {number} has no text under {content!r}"
-            raise ConversationError(where, "no conversation", detail)
-        texts.append(text)
-    return roles, texts
-
-
-def _turns(roles: Sequence[str], texts: Sequence[str], where: str) -> tuple[list[Turn], list[str]]:
-    """The turns with a reply to learn, and why each other question is left out."""
-    turns: list[Turn] = []
-    left_out: list[str] = []
-    system: list[str] = []
-    # `missing` says what the last question lacks so far; "" where it is answered.
-    question = missing = ""
-    for role, text in zip(roles, texts, strict=True):
-        if role == "system":
-            system.append(text)
-        elif role == "human":
-            left_out += [missing] if missing else []
-            question, missing = text, NO_REPLY
-        elif role == _TOOL and (turns or left_out or missing):
-            missing = TOOL_TURN
-        elif role == "gpt" and missing == NO_REPLY and not text:
-            left_out.append(EMPTY_REPLY)
-            missing = ""
-        elif role == "gpt" and missing == NO_REPLY:
-            if not question:
-                raise ConversationError(where, "empty turn", f"to which the reply is {text[:80]!r}")
-            # Some files give it twice: in the record and as its first turn.
-            told = "\n".join(dict.fromkeys(filter(None, system)))
-            turns.append(Turn(question, text, told))
-            system, missing = [], ""
-        elif role != "gpt" or not missing:
-            begins = role == "gpt" and not (turns or left_out)
-            reason = "starts with a reply" if begins else "roles do not alternate"
-            raise ConversationError(where, reason, f"found {list(roles)}"[:_DETAIL_CHARACTERS])
-    left_out += [missing] if missing else []
-    left_out += [NO_QUESTION] if turns and any(system) else []
-    return turns, left_out
-
-
-def _check_marks(where: str, marks: list[int], names: list[str]) -> None:
-    """Raises ConversationError unless the first turn alone has one mark for one picture."""
-    found = f"{sum(marks)} {IMAGE_MARK} marks, {len(names)} pictures"
-    if len(names) > 1:
-        raise ConversationError(where, "more than one picture", found)
-    if not names and any(marks):
-        raise ConversationError(where, f"{IMAGE_MARK} without a picture", found)
-    if names and not any(marks):
-        raise ConversationError(where, f"picture without {IMAGE_MARK}", found)
-    if any(marks[1:]):
-        raise ConversationError(where, "picture not in the first turn", found)
-    if marks[0] > 1:
-        raise ConversationError(where, "more than one picture", found)
 
 
 def _asked(codec: TextCodec, turn: Turn) -> list[int]:

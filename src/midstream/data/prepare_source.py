@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -21,9 +21,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from midstream.core.digests import walk
 from midstream.core.storage import read_json, remove_leftovers, write_bytes, write_json
 from midstream.data.examples import TextCodec
-from midstream.data.formats.files import is_url, refuse_twins
+from midstream.data.formats.files import is_url, name_some, refuse_twins
 from midstream.data.formats.records import ReadOptions, Section, Unit
 from midstream.data.shard_state import (
     NUM_LISTED,
@@ -226,7 +227,8 @@ def prepare_source(
     kept and how many are new. Names of files under the folder `root` are kept relative to it.
     `max_reject_fraction` of the records may be rejects; `validation_fraction` of the others, chosen
     by content, are held out. `progress` gets the done fraction and a line of text; `notice` gets
-    what a person should know of the folder (files that are not read), else `progress` does.
+    what a person should know of the folder (files that are not read), else `progress` does; it is
+    `midstream prepare` that gives one, whose options messages then advise.
 
     Raises FileNotFoundError or ValueError that names the file for input that is missing or cannot
     be read (after all others are done), ValueError for two files that are one and for rejects that
@@ -249,6 +251,7 @@ def prepare_source(
         hashlib.sha256(tokenizer).hexdigest(),
         validation_fraction,
         codec.begin_of_text,
+        by_command=notice is not None,
     )
     wanted = wanted_shards(job, units)
     stamps = {item.unit.files[0]: item.made_from["stamps"][0] for item in wanted}
@@ -319,6 +322,12 @@ def _unread(
     names = [name.encode("utf-8", "backslashreplace").decode() for name in found]
     for note in notes_on(job.section, names, [job.short(unit.files[0]) for unit in units]):
         notice(note)
+    circles: list[str] = []
+    for folder in (source for source in sources if os.path.isdir(source)):
+        deque(walk(folder, circles), maxlen=0)
+    if circles:
+        shown = name_some(map(job.short, circles), NUM_LISTED)
+        notice(f"links that go round in a circle are not entered again: {shown}")
     return {"files": len(names), "first": names[:NUM_LISTED]}
 
 

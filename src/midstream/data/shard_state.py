@@ -12,15 +12,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
-from midstream.core.digests import TEXT_SUFFIXES, is_note
+from midstream.core.digests import PACKED, TEXT_SUFFIXES, is_note
 from midstream.core.storage import MANIFEST, read_json
-from midstream.data.formats import read_captions
+from midstream.data.formats import conversations, read_captions
 from midstream.data.formats.files import base_name, is_url, name_some, shown_files
 from midstream.data.formats.read_text import MANIFEST as TOKENS_MANIFEST
 from midstream.data.formats.records import ReadOptions, Section, Unit
@@ -44,7 +43,8 @@ Stamp = list[int | str | None]
 @dataclass(frozen=True)
 class Job:
     """What all shards of a source have in common; `tokenizer` is the digest of its file in `out`,
-    `begin_of_text` the token that its examples begin with.
+    `begin_of_text` the token that its examples begin with. `by_command`: `midstream prepare` asks,
+    so that messages may advise its options.
 
     Names of files under the folder `root` are kept relative to it.
     """
@@ -56,6 +56,7 @@ class Job:
     tokenizer: str
     validation_fraction: float
     begin_of_text: int | None = None
+    by_command: bool = False
 
     @property
     def shards(self) -> Path:
@@ -198,8 +199,42 @@ def _url_stamp(url: str) -> Stamp:
     return [info.get("size"), *(str(info[key]) for key in VERSIONS if info.get(key) is not None)]
 
 
-# How many rejects, and how many broken files, an error lists.
-NUM_LISTED = 20
+# How many broken or unread files are listed, and how many rejects of each reason.
+NUM_LISTED, NUM_EXAMPLES = 20, 3
+# What is to be done about a reason: by `midstream prepare`, and in a study's world.
+_ROOT = "names start from the folder of their list"
+_REMEDIES: dict[str, tuple[str, str]] = {
+    "missing picture": (f"{_ROOT}, or from --images", f"{_ROOT}; put the pictures there"),
+    "picture outside the folder": (
+        f"{_ROOT}, or from --images; write them from there, and fetch what is a URL",
+        f"{_ROOT}; write them from there, and fetch what is a URL",
+    ),
+    "no text": ("name the field with --text-key", "name the field under `text` in world.json"),
+    "no caption": (
+        "name the field with --text-key, or take the pictures without one out",
+        "it stands under text or caption; take the pictures without one out",
+    ),
+    "no synthetic caption": ("leave --require out", ""),
+    "too many tokens": ("raise --max-tokens", ""),
+} | {
+    reason: (remedy, remedy)
+    for reason, remedy in {
+        read_captions.DOTTED: "a sample is what stands before the first dot; rename the members",
+        "picture cannot be decoded": "fetch them again, or take them out",
+        "no picture": "join these records with their pictures, or take them out",
+        "empty caption": "take these records out",
+        "zero-byte picture": "fetch them again, or take them out",
+        "more than one picture": "a record shows one; take the others out",
+        "picture without <image>": "put <image> into the first question",
+        "<image> without a picture": "name the picture under image, or take the mark out",
+        "not UTF-8": "write the file in UTF-8",
+        "caption not UTF-8": "write the file in UTF-8",
+        "not a JSON object": "write an object a line, or one list of objects",
+        "wrong number of columns": "quote fields that hold commas",
+        "member there twice": "give each member once, and those of a sample together",
+        "token id outside the vocabulary": "take the tokenizer that made the ids",
+    }.items()
+}
 
 
 def refuse_rejects(
@@ -207,8 +242,8 @@ def refuse_rejects(
 ) -> None:
     """Write all rejects to `rejects.jsonl`: those of the shards and of shards that were stopped.
 
-    Raises ValueError with both numbers, counts by reason and the first rejects if they are more
-    than `max_reject_fraction` of the `records` read, or if all are.
+    Raises ValueError with both numbers and, by reason, how many there are, what is to be done and
+    the first of them, if they are more than `max_reject_fraction` of the `records` read, or all.
     """
     shards = sorted(path for path in job.shards.iterdir() if not path.name.startswith("."))
     counts = Counter(reject.reason for reject in stopped)
@@ -219,19 +254,33 @@ def refuse_rejects(
     num_rejects = counts.total()
     if num_rejects <= max_reject_fraction * records and num_rejects < max(records, 1):
         return
-    reasons = [f"  {times:,} x {reason}" for reason, times in counts.most_common()]
-    with path.open(encoding="utf-8") as lines:
-        first = [f"  {Reject(**json.loads(line))}" for line in islice(lines, NUM_LISTED)]
     under = f" (names start from {job.root})" if job.root else ""
+    limit = "--max-rejects" if job.by_command else "max_reject_fraction of the world"
     raise ValueError(
         f"{num_rejects:,} of {records:,} records read for {job.out} are rejects, "
         f"{num_rejects / records:.3%}; the limit is {max_reject_fraction:.3%}, "
-        f"{int(max_reject_fraction * records):,} records\n"
-        + "\n".join([*reasons, f"the first of them{under}:", *first])
+        f"{int(max_reject_fraction * records):,} records{under}\n"
+        + "\n".join(_grouped(counts, path, job))
         + f"\nall of them: {path}\n"
-        "finished shards stay: mend the data, or raise the limit (--max-rejects, "
-        "max_reject_fraction), and run the same again"
+        f"finished shards stay: mend the data, or raise the limit ({limit}), and run the same again"
     )
+
+
+def _grouped(counts: Counter[str], path: Path, job: Job) -> Iterator[str]:
+    """Each reason once, the most frequent first: its number, its remedy, its first rejects."""
+    first: dict[str, list[Reject]] = {reason: [] for reason in counts}
+    missing = sum(min(times, NUM_EXAMPLES) for times in counts.values())
+    with path.open(encoding="utf-8") as lines:
+        while missing and (line := next(lines, "")):
+            reject = Reject(**json.loads(line))
+            if len(first[reject.reason]) < NUM_EXAMPLES:
+                first[reject.reason].append(reject)
+                missing -= 1
+    for reason, times in counts.most_common():
+        remedy = _REMEDIES.get(reason, ("", ""))[not job.by_command]
+        yield f"  {times:,} x {reason}" + (f": {remedy}" if remedy else "")
+        for reject in first[reason]:
+            yield f"    {reject}"
 
 
 def _write(path: Path, shards: Sequence[Path], stopped: Sequence[Reject]) -> None:
@@ -252,7 +301,7 @@ def _write(path: Path, shards: Sequence[Path], stopped: Sequence[Reject]) -> Non
 READ: dict[Section, tuple[str, ...]] = {
     "text": tuple(f"*{end}" for ends in TEXT_SUFFIXES.values() for end in ends),
     "captions": tuple(name for names in read_captions.NAMES.values() for name in names),
-    "conversations": tuple(f"*{end}" for end in read_captions.SUFFIXES),
+    "conversations": tuple(f"*{end}" for end in conversations.SUFFIXES),
 }
 # Pictures of captions and conversations are read by the records that name them.
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -293,7 +342,7 @@ def notes_on(section: Section, unread: Sequence[str], read: Sequence[str]) -> It
     """
     if unread:
         number = f"{len(unread):,} files are" if len(unread) > 1 else "1 file is"
-        known = ", ".join(READ[section])
+        known = f"{', '.join(READ[section])}, also compressed ({', '.join(PACKED)})"
         yield f"{number} not read: {name_some(unread, 10)}; files of {section} are {known}"
     splits = {_NAMES.get(word, word) for name in read for word in _SPLITS.findall(name.lower())}
     if len(splits) > 1:

@@ -14,13 +14,9 @@ from midstream.data.examples import (
     conversation_example,
     text_example,
 )
+from midstream.data.formats.conversations import conversation_units, read_conversations
 from midstream.data.formats.files import is_folder, is_url
-from midstream.data.formats.read_captions import (
-    caption_units,
-    conversation_units,
-    read_captions,
-    read_conversations,
-)
+from midstream.data.formats.read_captions import caption_units, read_captions
 from midstream.data.formats.read_text import read_text, text_units
 from midstream.data.formats.records import (
     CaptionRecord,
@@ -288,14 +284,15 @@ class _Work:
 
     def _problem(self, picture: Picture) -> str | None:
         key = content_hash(picture.data)
-        if not is_url(picture.file) and picture.file not in self.unit.files:
+        own = picture.file and not is_url(picture.file)
+        if own and picture.file not in self.unit.files:
             self.stamps.setdefault(picture.file, local_stamp(picture.file))
         if key in self._verdicts:
             self._verdicts.move_to_end(key)
             return self._verdicts[key]
         problem = None
         try:
-            decode(picture.data, self.job.short(picture.file))
+            decode(picture.data, self.job.short(picture.file) or "its record")
         except ValueError as error:
             problem = str(error)
         self._verdicts[key] = problem

@@ -13,7 +13,15 @@ import numpy as np
 from midstream.core.storage import MANIFEST, read_json, write_bytes, write_json
 from midstream.data.examples import Example
 from midstream.data.lengths import caption_facts, length_facts
-from midstream.data.sources import FORMAT, INDEX, SHARD_INDEX, Kind, Shard, content_hash
+from midstream.data.sources import (
+    FORMAT,
+    INDEX,
+    OWN_PICTURES,
+    SHARD_INDEX,
+    Kind,
+    Shard,
+    content_hash,
+)
 
 REJECTS = "rejects.jsonl"
 # A longer text is stored in parts of this many tokens, each an example: what is shuffled, and what
@@ -35,7 +43,10 @@ class Reject:
 
 @dataclass(frozen=True)
 class Image:
-    """Where a picture's bytes lie: file (under the source's root, or a URL), offset and size."""
+    """Where a picture's bytes lie: file (under the source's root, or a URL), offset and size.
+
+    No file: nowhere but in its record; the shard keeps them in `OWN_PICTURES`.
+    """
 
     file: str
     offset: int
@@ -79,6 +90,9 @@ class ShardWriter:
         self._images: list[tuple[int, int, int]] = []
         self._hashes: list[bytes] = []
         self._files: dict[str, int] = {}
+        # By hash, where the bytes of pictures without a file stand in the shard's own.
+        self._own: dict[bytes, int] = {}
+        self._own_bytes = 0
         self._rejects: list[Reject] = []
         self._records = self._left_out = 0
         self._dropped_turns = Counter[str]()
@@ -109,6 +123,8 @@ class ShardWriter:
         that cannot be used.
         """
         hashed = content_hash(content)
+        if image is not None and not image.file:
+            image = self._keep(hashed, content)
         self._records += 1
         self._left_out += left_out
         size = MAX_TEXT_TOKENS if self.kind == "text" else max(len(input_ids), 1)
@@ -119,6 +135,14 @@ class ShardWriter:
                 self._validation.append(added)
             else:
                 self._write(added)
+
+    def _keep(self, hashed: bytes, content: bytes) -> Image:
+        """Write a picture to the shard's own, unless it stands there."""
+        if hashed not in self._own:
+            with (self.folder / OWN_PICTURES).open("ab") as stream:
+                stream.write(content)
+            self._own[hashed], self._own_bytes = self._own_bytes, self._own_bytes + len(content)
+        return Image(OWN_PICTURES, self._own[hashed], len(content))
 
     def reject(self, reject: Reject) -> None:
         """Leave a record out, counted and named."""

@@ -20,6 +20,9 @@ from midstream.config import Caption, check_caption
 from midstream.core.storage import read_json
 
 SHARD_INDEX = "shard.json"
+# The pictures that a shard keeps itself, since no file holds their bytes as they are. No name of a
+# file begins with a dot and a slash.
+OWN_PICTURES = "./pictures.bin"
 
 
 @dataclass(frozen=True)
@@ -400,7 +403,15 @@ class Source:
         assert shard.images is not None
         number, offset, size = (int(value) for value in shard.images[local])
         file = shard.index["files"][number]
-        data = self._files(self._path(file)).read(offset, size)
+        path = str(shard.folder / file) if file == OWN_PICTURES else self._path(file)
+        try:
+            data = self._files(path).read(offset, size)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{self.describe(example)}: its picture {path} is gone; put it back, or prepare "
+                "the source again from where its pictures are now (`midstream prepare`; "
+                "`midstream run` for a source of a study's world)"
+            ) from None
         if content_hash(data) != bytes(shard.hashes[local]):
             raise ValueError(
                 f"{self.describe(example)}: the picture in {file} changed since it was prepared "

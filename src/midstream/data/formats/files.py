@@ -3,27 +3,40 @@
 A name with "://" in it is an `fsspec` URL. One piece of a file is in memory at a time.
 """
 
-import gzip
 import hashlib
 import io
+import lzma
 import os
 import re
+import tempfile
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from glob import glob
 from itertools import takewhile
 from pathlib import PurePosixPath
-from typing import Any, cast
+from typing import IO, Any, cast
 from urllib.parse import unquote
 
 import fsspec
 import pyarrow
+from fsspec.compression import compr
 
-from midstream.core.digests import is_hidden, is_note, walk
+from midstream.core.digests import PACKED, is_hidden, is_note, plain_name, walk
 
-GZIP, ZSTD = (".gz",), (".zst", ".zstd")
+# How compressed files begin; of zstd also what some of its programs put before its frames.
+_BEGINS = {
+    "gzip": rb"\x1f\x8b",
+    "bz2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)",
+    "xz": rb"\xfd7zXZ\x00",
+    "zstd": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",
+    "lz4": rb"\x04\x22\x4d\x18",
+}
+_ENDS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".lz4": "lz4"}
+_ENDS |= dict.fromkeys((".zst", ".zstd"), "zstd")
+_PLAIN = re.compile(rb"(?!BZ)(\xef\xbb\xbf)?[\t\r\n\x20-\x7e]{7}")
+_HEAD = 16
 MAX_LINE_BYTES = 256 * 2**20
 _PIECE_BYTES = 2**20
 _MAGIC = re.compile(r"[*?[]")
@@ -38,17 +51,23 @@ def find_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
     """The files that `source` stands for, sorted by name.
 
     A file is itself, whatever its name; a folder or a glob pattern is those of `shown_files` whose
-    names end in one of `suffixes` and that are no notes (README, LICENSE.txt). Raises
+    names end in one of `suffixes`, whatever the case and compression (`plain_name`), and that are
+    no notes (README, LICENSE.txt). Raises
     FileNotFoundError with `source` and `suffixes` if there is none.
     """
     found = shown = shown_files(source)
     if found != [source]:
         named = ((file, base_name(file)) for file in shown)
-        found = [file for file, name in named if name.endswith(suffixes) and not is_note(name)]
+        found = [
+            file
+            for file, name in named
+            if plain_name(name).endswith(suffixes) and not is_note(name)
+        ]
     if not found:
         others = f", but with {name_some(map(base_name, shown), 5)}" if shown else ""
         raise FileNotFoundError(
-            f"{source} is no file, folder or pattern with a file named *{', *'.join(suffixes)}"
+            f"{source} is no file, folder or pattern with a file named *{', *'.join(suffixes)} "
+            f"(or compressed: {', '.join(PACKED)})"
             f"{others}; give the file or the folder that holds them"
         )
     return found
@@ -140,6 +159,7 @@ def join(root: str, name: str, where: str) -> str:
     parts = re.split(r"[/\\]", unquote(name) if is_url(root) else name)
     # "::" joins one file system to another in `fsspec`.
     forbidden = "\0" in name or is_url(name) or (is_url(root) and "::" in name)
+    forbidden = forbidden or not (is_url(root) or _is_file_name(name))
     if not name or PurePosixPath(name).is_absolute() or ".." in parts or forbidden:
         raise ValueError(
             f"{where}: {name!r} is no name of a file inside {root}; "
@@ -150,29 +170,41 @@ def join(root: str, name: str, where: str) -> str:
     return f"{head}{slash}{name}{mark}{tail}"
 
 
-def inside(root: str, name: str, where: str) -> str:
-    """The file that a record at `where` calls `name`, under the folder or URL `root`.
+def _is_file_name(name: str) -> bool:
+    # Halves of surrogate pairs, other than those that stand for bytes, are in no file's name.
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
 
-    Raises ValueError as `join` does, and, for a local root, if a link leads out of it.
+
+def inside(roots: Sequence[str], name: str, where: str) -> str:
+    """The file that a record at `where` calls `name`: under the first of `roots` (folders, URLs).
+
+    An absolute name (or a file:// URL) is itself where it lies under any of them. Links are
+    followed wherever they lead: it is the name that must not leave. Raises ValueError as `join`.
     """
-    joined = join(root, name, where)
-    if not is_url(root):
-        real, base = os.path.realpath(joined), os.path.realpath(root)
-        if os.path.commonpath([real, base]) != base:
-            raise ValueError(
-                f"{where}: {name!r} is a link that leads out of {root}, to {real}; "
-                "give the folder that holds the files"
-            )
-    return joined
+    plain = unquote(name.removeprefix("file://")) if name.startswith("file:///") else name
+    if os.path.isabs(plain):
+        for root in roots:
+            for folder in () if is_url(root) else (os.path.abspath(root), os.path.realpath(root)):
+                if plain.startswith(under := folder.rstrip("/") + "/"):
+                    return join(root, plain.removeprefix(under), where)
+        raise ValueError(
+            f"{where}: {name!r} lies in none of {', '.join(dict.fromkeys(roots))}; name the folder "
+            "that it starts from, or write names that are relative to it"
+        )
+    return join(roots[0], name, where)
 
 
 def read_lines(path: str) -> Iterator[bytes]:
-    """The lines of a plain, gzip or zstd file (by its name), each with its line end.
+    """The lines of a file, unpacked as its content says, each with its line end.
 
     Raises ValueError that names the file if it is compressed and empty, cut short or damaged, or
     if a line is longer than 256 MiB.
     """
-    with _unpacked(path) as lines:
+    with unpacked(path) as lines:
         number = 0
         while line := _checked(path, lines.readline, MAX_LINE_BYTES + 1):
             number += 1
@@ -184,24 +216,59 @@ def read_lines(path: str) -> Iterator[bytes]:
             yield line
 
 
+def read_pieces(path: str, stream: IO[bytes]) -> Callable[[int], bytes]:
+    """`stream.read` of an `unpacked` file with the errors of `read_lines`."""
+    return lambda size: _checked(path, stream.read, size)
+
+
 def read_head(path: str, size: int) -> bytes:
-    """The first `size` bytes of a file, unpacked as its name says; errors as of `read_lines`."""
-    with _unpacked(path) as stream:
+    """The first `size` bytes of a file, unpacked as its content says; errors as of `read_lines`."""
+    with unpacked(path) as stream:
         return _checked(path, stream.read, size)
 
 
 @contextmanager
-def _unpacked(path: str) -> Iterator[io.BufferedReader]:
+def open_whole(path: str) -> Iterator[tuple[IO[bytes], int, bool]]:
+    """The file's bytes as a seekable stream, how many they are, and whether they were packed.
+
+    What is packed is unpacked into a temporary file first; errors as of `read_lines`.
+    """
+    with open_binary(path) as stream:
+        if not packing(path, stream.peek(_HEAD)[:_HEAD]):
+            yield stream, size_of(path), False
+            return
+    with tempfile.TemporaryFile() as whole, unpacked(path) as stream:
+        while piece := _checked(path, stream.read, _PIECE_BYTES):
+            whole.write(piece)
+        size = whole.tell()
+        whole.seek(0)
+        yield whole, size, True
+
+
+def packing(path: str, head: bytes) -> str:
+    """What a file that begins with `head` is compressed with; "" if it is not.
+
+    One that is named as if it were, and begins like no text, is a damaged one.
+    """
+    begins = (kind for kind, pattern in _BEGINS.items() if re.match(pattern, head, re.DOTALL))
+    named = (kind for end, kind in _ENDS.items() if base_name(path).lower().endswith(end))
+    return next(begins, "" if _PLAIN.match(head) else next(named, ""))
+
+
+@contextmanager
+def unpacked(path: str) -> Iterator[io.BufferedReader]:
+    """The file's bytes, unpacked as its content says; read it with `read_pieces`."""
     with ExitStack() as stack:
-        stream, name = stack.enter_context(open_binary(path)), base_name(path)
-        if name.endswith(GZIP + ZSTD):
-            if not size_of(path):
+        stream = stack.enter_context(open_binary(path))
+        head = stream.peek(_HEAD)[:_HEAD]
+        if kind := packing(path, head):
+            if not head:
                 raise ValueError(f"{path} is an empty file, not a compressed one; fetch it again")
             # pyarrow and not zstandard, whose reader takes the end of a cut file for its end.
             source = (
-                gzip.GzipFile(fileobj=stream)
-                if name.endswith(GZIP)
-                else pyarrow.input_stream(stream if is_url(path) else path, compression="zstd")
+                pyarrow.input_stream(stream if is_url(path) else path, compression=kind)
+                if kind in ("zstd", "lz4")
+                else compr[kind](stream)
             )
             stream = stack.enter_context(
                 io.BufferedReader(cast(io.RawIOBase, source), _PIECE_BYTES)
@@ -212,7 +279,7 @@ def _unpacked(path: str) -> Iterator[io.BufferedReader]:
 def _checked(path: str, read: Callable[[int], bytes], size: int) -> bytes:
     try:
         return read(size)
-    except (EOFError, OSError, zlib.error, pyarrow.ArrowException) as error:
+    except (EOFError, OSError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
         raise ValueError(f"{path} is cut short or damaged ({error}); fetch it again") from None
 
 
@@ -265,7 +332,7 @@ def _split_chain(name: str) -> tuple[str, str, str]:
 
 
 # Of two files with one name, one of these holds what the other does in another format.
-_RECORDS = (".jsonl", ".json", ".parquet", ".tar")
+_RECORDS = (".jsonl", ".json", ".parquet", ".arrow", ".tar")
 _EDGE_BYTES, _HEAD_BYTES, _COMPARED_BYTES = 2**16, 2**20, 2**22
 
 
@@ -307,18 +374,19 @@ def _refusal(files: list[str], how: str) -> ValueError:
 
 
 def _is_packed(file: str) -> bool:
-    return base_name(file).endswith(GZIP + ZSTD)
+    return base_name(file).lower().endswith((*PACKED, ".tgz"))
 
 
 def _unpacked_name(name: str) -> str:
-    ends = (end for end in GZIP + ZSTD if name.endswith(end))
-    return name.removesuffix(next(ends, ""))
+    # Unlike `plain_name` in the case of its letters, since "a" and "A" are two files.
+    if name.lower().endswith(".tgz"):
+        return name[:-3] + "tar"
+    return os.path.splitext(name)[0] if name.lower().endswith(PACKED) else name
 
 
 def _place(file: str) -> tuple[str, str] | None:
-    name = _unpacked_name(base_name(file))
-    ends = [end for end in _RECORDS if name.endswith(end)]
-    return (folder_of(file), name.removesuffix(ends[0])) if ends else None
+    stem, end = os.path.splitext(_unpacked_name(base_name(file)))
+    return (folder_of(file), stem) if end.lower() in _RECORDS else None
 
 
 def _inode(file: str) -> tuple[int, int] | None:

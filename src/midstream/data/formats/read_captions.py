@@ -1,72 +1,83 @@
-"""The public formats that come with pictures: captions and conversations (see `docs/data.md`).
+"""The public formats of captions, found and cut into units, and tars of samples (`docs/data.md`).
 
-Records are numbered from 0, JSON lines of conversations from 1. Pictures are not decoded here.
+Records are numbered from 0. Pictures are not decoded here.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from itertools import islice
-from typing import Any
+from itertools import groupby
 
-from midstream.core.digests import JSON_LINES
-from midstream.data.examples import ConversationError, conversation_of, picture_names
+from midstream.core.digests import plain_name
 from midstream.data.formats.captions import (
+    PICTURE_KEYS,
+    caption_columns,
     caption_of,
     count_annotations,
     field_of,
     first_line,
     json_object,
-    load_picture,
     objects_of,
     read_coco,
     read_csv,
-    read_imagefolder,
+    read_objects,
+    read_table,
     rows_of,
 )
 from midstream.data.formats.files import (
     base_name,
-    exists,
     find_files,
     folder_of,
     is_folder,
-    join,
-    read_lines,
+    name_some,
+    read_head,
+    read_range,
+    shown_files,
+    size_of,
 )
 from midstream.data.formats.records import (
-    NOT_UNICODE,
+    LARGEST_BYTES,
+    NUM_UNIT_RECORDS,
+    PICTURES,
     TOO_LARGE,
     CaptionRecord,
-    ConversationRecord,
+    Member,
     Picture,
     ReadOptions,
     Sample,
     Unit,
-    list_entries,
+    is_picture,
     samples_of,
-    unicode_problem,
 )
-from midstream.data.formats.records import json_object as record_of
+from midstream.data.formats.tables import TABLES, refuse_splits
 from midstream.data.source_writer import Reject
 
-NUM_UNIT_RECORDS = 20_000
 # A sample that says nothing of a caption, as against one whose caption is no text.
 ABSENT = "no caption"
-PICTURES = ("jpg", "jpeg", "png", "webp")
+# What WebDataset groups under the name before its first dot, where no reader looks for it.
+DOTTED = "picture with a further dot in its name"
 FORMATS = {
     "webdataset": "a .tar of samples with a picture, .txt and .json",
     "datacompdr": "such a .tar whose samples also hold .syn.json",
     "coco": "captions_SPLIT.json with the lists images and annotations",
     "csv": "a .csv or .txt with the header image,caption",
     "imagefolder": "metadata.jsonl with file_name and text",
+    "list": "a list or lines of {image, caption}",
+    "table": "a .parquet or .arrow with the columns image and text",
+    "files": "a folder of pictures with .txt or .json of the same name beside them",
 }
 # Which files of a folder are captions; a file given by its own name may have another one.
 NAMES = {
     "tar": ("*.tar",),
-    "coco": ("captions_*.json",),
+    "coco": ("captions_*.json", "*.coco.json"),
     "csv": ("captions*.csv", "captions*.txt", "metadata*.csv", "metadata*.txt"),
     "imagefolder": ("metadata.jsonl",),
+    "table": tuple(f"*{end}" for end in TABLES),
 }
-_SUFFIXES = (".tar", ".json", ".csv", ".txt", ".jsonl")
+# Kinds that are read where there is none of the others: img2dataset's tars have tables beside them.
+_LAST = ("table",)
+_BLANK = b"\xef\xbb\xbf \t\r\n"
+_SUFFIXES = (".tar", ".json", ".csv", ".txt", ".jsonl", *TABLES)
 
 
 def caption_units(sources: Sequence[str], options: ReadOptions) -> list[Unit]:
@@ -80,8 +91,11 @@ def caption_units(sources: Sequence[str], options: ReadOptions) -> list[Unit]:
     units: list[Unit] = []
     for source in sources:
         tar_format = ""
-        for path in _caption_files(source):
-            if path.endswith(".tar"):
+        files = _caption_files(source)
+        if not files:
+            units.extend(_sample_units(source))
+        for path in files:
+            if plain_name(base_name(path)).endswith(".tar"):
                 tar_format = tar_format or _tar_format(path)
                 units.append(Unit(tar_format, (path,)))
             else:
@@ -110,17 +124,30 @@ def _known() -> str:
 def _caption_files(source: str) -> list[str]:
     files = find_files(source, _SUFFIXES)
     if not is_folder(source):
+        refuse_splits(source, files)
         return files
     found = {
-        kind: [file for file in files if any(fnmatchcase(base_name(file), name) for name in names)]
+        kind: [
+            file
+            for file in files
+            if any(fnmatchcase(plain_name(base_name(file)), name) for name in names)
+        ]
         for kind, names in NAMES.items()
     }
     kinds = [kind for kind, named in found.items() if named]
+    if len(kinds) > 1:
+        kinds = [kind for kind in kinds if kind not in _LAST]
     if not kinds:
+        if _sample_units(source):
+            return []
+        if lists := [file for file in files if _is_list(file)]:
+            return lists
         raise ValueError(f"{source} holds no captions; {_known()}")
     if len(kinds) > 1:
         named = ", ".join(found[kind][0] for kind in kinds)
         raise ValueError(f"{source} holds captions in several formats ({named}); name the files")
+    if kinds[0] in _LAST:
+        refuse_splits(source, found[kinds[0]])
     return found[kinds[0]]
 
 
@@ -130,23 +157,38 @@ def _tar_format(path: str) -> str:
 
 
 def _lone_format(path: str) -> str:
-    """The format of a file that is no tar, by its name and its first line."""
-    if path.endswith(".json"):
-        return "coco"
-    if path.endswith(".jsonl"):
-        first, _ = json_object(first_line(path))
-        if base_name(path) == "metadata.jsonl" or (first and "file_name" in first):
-            return "imagefolder"
-    if path.endswith((".csv", ".txt")):
-        names = {name.strip(b'" \r\n') for name in first_line(path).split(b",")}
-        if names & {b"image", b"file_name"}:
-            return "csv"
-    raise ValueError(f"{path} holds no captions in a known format; {_known()}")
+    """The format of a file that is no tar, by its name and how it begins."""
+    name = plain_name(base_name(path))
+    found = "table" if name.endswith(TABLES) else ""
+    if name.endswith(".json") and read_head(path, 4096).lstrip(_BLANK)[:1] != b"[":
+        found = "coco"
+    elif name.endswith((".json", ".jsonl")):
+        first, _ = json_object(next(objects_of(path), b""))
+        if name.endswith(".json"):
+            found = "list" if first and set(PICTURE_KEYS) & first.keys() else ""
+        elif name == "metadata.jsonl" or (first and {"file_name", "image"} & first.keys()):
+            found = "imagefolder"
+    elif name.endswith((".csv", ".txt")):
+        names = {column.strip(b'" \r\n') for column in first_line(path).split(b",")}
+        found = "csv" if names & {b"image", b"file_name"} else ""
+    if not found:
+        raise ValueError(f"{path} holds no captions in a known format; {_known()}")
+    return found
+
+
+def _is_list(path: str) -> bool:
+    try:
+        return _lone_format(path) in ("list", "imagefolder")
+    except ValueError:
+        return False
 
 
 def _cut(path: str, form: str, options: ReadOptions) -> list[Unit]:
     if options.require == "synthetic":
         raise ValueError(f"{path}: {form} has no synthetic captions; do not require them")
+    if form == "table":
+        caption_columns(path, options)
+        return [Unit(form, (path,))]
     if form == "coco":
         count = count_annotations(path, options)
     elif form == "csv":
@@ -161,8 +203,61 @@ def _cut(path: str, form: str, options: ReadOptions) -> list[Unit]:
     return [Unit(form, (path,), x, min(x + NUM_UNIT_RECORDS, count)) for x in starts]
 
 
+def _sample_units(source: str) -> list[Unit]:
+    """Units of the samples that lie as files beside each other: a picture, and its .txt or .json.
+
+    Files of no picture are none of a sample's.
+    """
+    samples: dict[tuple[str, str], list[str]] = {}
+    for file in shown_files(source):
+        folder, stem, suffix = _parts(file)
+        if suffix in (*PICTURES, "txt", "json", "syn.json"):
+            samples.setdefault((folder, stem), []).append(file)
+    shown = [files for _, files in sorted(samples.items()) if any(map(is_picture, files))]
+    if all(is_picture(file) for files in shown for file in files):
+        return []
+    parts = (shown[x : x + NUM_UNIT_RECORDS] for x in range(0, len(shown), NUM_UNIT_RECORDS))
+    return [Unit("files", tuple(file for files in part for file in files)) for part in parts]
+
+
+def _parts(file: str) -> tuple[str, str, str]:
+    """The folder of a sample's file, the sample's name, and what of it the file is."""
+    name = base_name(file)
+    end = ".syn.json" if name.lower().endswith(".syn.json") else os.path.splitext(name)[1]
+    return folder_of(file), name.removesuffix(name[-len(end) :] if end else ""), end[1:].lower()
+
+
+def _read_files(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
+    for (folder, stem), group in groupby(unit.files, key=lambda file: _parts(file)[:2]):
+        files = list(group)
+        pictures = tuple(base_name(file) for file in files if is_picture(file))
+        large = [file for file in files if size_of(file) > LARGEST_BYTES]
+        problem, detail = (TOO_LARGE, large[0]) if large else ("", "")
+        members: dict[str, Member] = {}
+        for file in () if large else files:
+            data = read_range(file, 0, LARGEST_BYTES)
+            members[_parts(file)[2]] = Member(base_name(file), 0, len(data), data, file=file)
+        yield from _of_sample(Sample(folder, stem, members, problem, detail, pictures), options)
+
+
 def _read_tar(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
-    return (_sample_record(sample, options) for sample in samples_of(unit.files[0]))
+    for sample in samples_of(unit.files[0]):
+        yield from _of_sample(sample, options)
+
+
+def _of_sample(sample: Sample, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
+    """The sample's record, or why it has none, and a reject for each further picture in it."""
+    found = _sample_record(sample, options)
+    yield found
+    exact = [m.name for suffix, m in sample.members.items() if suffix in PICTURES]
+    # The record, or the reject, stands for one of them.
+    others = list(sample.pictures)
+    others.remove(exact[0]) if exact else others.pop(0) if others else None
+    for name in others:
+        reason = found.reason if isinstance(found, Reject) and name in exact else DOTTED
+        if sample.problem and isinstance(found, Reject):
+            reason = found.reason
+        yield Reject(f"{sample.path}, member {name}", reason, f"it belongs to {sample.key}")
 
 
 def _sample_record(sample: Sample, options: ReadOptions) -> CaptionRecord | Reject:
@@ -172,7 +267,9 @@ def _sample_record(sample: Sample, options: ReadOptions) -> CaptionRecord | Reje
         return Reject(where, reason, sample.detail)
     pictures = [members[suffix] for suffix in PICTURES if suffix in members]
     if not pictures:
-        detail = f"it has {', '.join(sorted(members))}"
+        detail = f"it has {name_some(sorted(members), 8)}"
+        if sample.pictures:
+            return Reject(where, DOTTED, detail)
         if "syn.json" in members:
             detail += "; DataCompDR's own tars hold no pictures, join them by uid with DataComp's"
         return Reject(where, "no picture", detail)
@@ -180,7 +277,7 @@ def _sample_record(sample: Sample, options: ReadOptions) -> CaptionRecord | Reje
         return Reject(where, "more than one picture", ", ".join(p.name for p in pictures))
     if not pictures[0].data:
         return Reject(where, "zero-byte picture", pictures[0].name)
-    picture = Picture(sample.path, pictures[0].offset, pictures[0].data)
+    picture = Picture(pictures[0].file, pictures[0].offset, pictures[0].data)
     own, synthetic = _own_caption(sample, options), _synthetic_captions(sample)
     usable = tuple(caption for caption in synthetic if isinstance(caption, str))
     unusable = [caption for caption in synthetic if isinstance(caption, Reject)]
@@ -226,7 +323,7 @@ def _synthetic_captions(sample: Sample) -> list[str | Reject]:
 
 
 def _without(sample: Sample, reason: str) -> Reject:
-    return Reject(sample.where, reason, f"it has {', '.join(sorted(sample.members))}")
+    return Reject(sample.where, reason, f"it has {name_some(sorted(sample.members), 8)}")
 
 
 _READERS: dict[str, Callable[[Unit, ReadOptions], Iterator[CaptionRecord | Reject]]] = {
@@ -234,88 +331,8 @@ _READERS: dict[str, Callable[[Unit, ReadOptions], Iterator[CaptionRecord | Rejec
     "datacompdr": _read_tar,
     "coco": read_coco,
     "csv": read_csv,
-    "imagefolder": read_imagefolder,
+    "imagefolder": read_objects,
+    "list": read_objects,
+    "table": read_table,
+    "files": _read_files,
 }
-
-
-LLAVA = "llava.json"
-SUFFIXES = (".json", *JSON_LINES)
-_ID_CHARACTERS = 80
-
-
-def conversation_units(sources: Sequence[str]) -> list[Unit]:
-    """The work that `sources` (files, folders, patterns, `fsspec` URLs) make, in their order.
-
-    A folder stands for the `llava.json` in it, or for all JSON files under it. Files are cut every
-    20,000 records, for which they are read once. Raises FileNotFoundError for what is not there,
-    and ValueError for a file that holds no list or lines of records or is cut short.
-    """
-    return [
-        unit for source in sources for path in _files(source) for unit in _conversations_of(path)
-    ]
-
-
-def read_conversations(unit: Unit, options: ReadOptions) -> Iterator[ConversationRecord | Reject]:
-    """The records of a unit in the order of its file: turns and a picture's bytes, or why not.
-
-    Pictures are looked for under `options.images`, else in the file's folder. Blank lines are no
-    records. Raises ValueError that names the file if it is cut short or damaged.
-    """
-    path = unit.files[0]
-    root = folder_of(path) if options.images is None else options.images
-    for where, data in islice(_entries(path), unit.first, unit.last):
-        record = record_of(data, where)
-        yield record if isinstance(record, Reject) else _conversation(record, where, root)
-
-
-def _files(source: str) -> list[str]:
-    if is_folder(source) and exists(llava := join(source, LLAVA, source)):
-        return [llava]
-    files = find_files(source, SUFFIXES)
-    for path in files:
-        if not base_name(path).endswith(SUFFIXES):
-            raise ValueError(
-                f"{path} is of no known format of conversations; known are .json (a list of "
-                f"records) and lines of records ({', '.join(JSON_LINES)})"
-            )
-    return files
-
-
-def _conversations_of(path: str) -> list[Unit]:
-    num_records = sum(1 for _ in _entries(path))
-    starts = range(0, max(1, num_records), NUM_UNIT_RECORDS)
-    name = "json" if _is_list(path) else "jsonl"
-    # The last one reads to the file's end.
-    ends = [*starts[1:], None]
-    return [Unit(name, (path,), first, last) for first, last in zip(starts, ends, strict=True)]
-
-
-def _is_list(path: str) -> bool:
-    return base_name(path).endswith(".json")
-
-
-def _entries(path: str) -> Iterator[tuple[str, bytes]]:
-    if _is_list(path):
-        for number, data in enumerate(list_entries(path)):
-            yield f"{path}, record {number}", data
-        return
-    for number, line in enumerate(read_lines(path), start=1):
-        if not line.isspace():
-            yield f"{path}, line {number}", line
-
-
-def _conversation(record: dict[str, Any], where: str, root: str) -> ConversationRecord | Reject:
-    if isinstance(record.get("id"), str | int):
-        where = f"{where} ({str(record['id'])[:_ID_CHARACTERS]!r})"
-    try:
-        talk = conversation_of(record, where)
-        names = picture_names(record, where)
-    except ConversationError as error:
-        return Reject(where, error.reason, error.detail)
-    for number, turn in enumerate(talk.turns):
-        if problem := unicode_problem("\n".join(turn)):
-            return Reject(where, NOT_UNICODE, f"in question or reply {number}: {problem}")
-    picture = load_picture(root, names[0], where) if names else None
-    if isinstance(picture, Reject):
-        return picture
-    return ConversationRecord(where, talk.turns, picture, talk.left_out)

@@ -12,16 +12,15 @@ from functools import cache
 
 import numpy as np
 import pyarrow
-from pyarrow.parquet import ParquetFile
 
-from midstream.core.digests import TEXT_SUFFIXES
+from midstream.core.digests import TEXT_SUFFIXES, plain_name
 from midstream.data.formats.files import (
     base_name,
     exists,
     find_files,
     folder_of,
     join,
-    open_binary,
+    read_head,
     read_lines,
     size_of,
 )
@@ -33,10 +32,13 @@ from midstream.data.formats.records import (
     TextRecord,
     TokenRecord,
     Unit,
+    entries_of,
+    holds_list,
     json_object,
     scan_tar,
     unicode_problem,
 )
+from midstream.data.formats.tables import columns_of, refuse_splits, table_rows
 from midstream.data.source_writer import Reject
 
 MANIFEST = "manifest.jsonl"
@@ -119,8 +121,8 @@ def _read_manifest(path: str) -> dict[str, int] | None:
 
 
 NO_TEXT = "no text"
+_LINES = "write its documents as lines of a .jsonl file"
 MAX_DOCUMENT_BYTES = 256 * 2**20
-_BATCH_ROWS, _BUFFER_BYTES = 256, 2**20
 
 Item = TextRecord | TokenRecord | Reject
 
@@ -148,6 +150,7 @@ def read_text(unit: Unit, options: ReadOptions) -> Iterator[Item]:
 
 def _units(source: str) -> list[Unit]:
     files = find_files(source, tuple(end for ends in TEXT_SUFFIXES.values() for end in ends))
+    refuse_splits(source, files)
     listed = cache(_read_manifest)
     lists = {path for path in files if base_name(path) == MANIFEST and listed(path) is not None}
     shards = {shard: path for path in sorted(lists) for shard in listed(path) or ()}
@@ -183,7 +186,7 @@ def _check_tokenised(path: str) -> None:
 
 
 def _format(path: str) -> str:
-    name = base_name(path)
+    name = plain_name(base_name(path))
     found = next((kind for kind, ends in TEXT_SUFFIXES.items() if name.endswith(ends)), None)
     if found is None:
         known = "; ".join(f"{kind} ({', '.join(ends)})" for kind, ends in TEXT_SUFFIXES.items())
@@ -193,11 +196,8 @@ def _format(path: str) -> str:
 
 def _read_jsonl(unit: Unit, options: ReadOptions) -> Iterator[Item]:
     path, key = unit.files[0], options.text_key
-    for number, line in enumerate(read_lines(path), start=1):
-        if line.isspace():
-            continue
-        where = f"{path}, line {number}"
-        found = json_object(line, where)
+    for where, data in entries_of(path, listed=holds_list(path)):
+        found = json_object(data, where)
         if isinstance(found, Reject):
             yield found
         elif not isinstance(found.get(key), str):
@@ -207,21 +207,11 @@ def _read_jsonl(unit: Unit, options: ReadOptions) -> Iterator[Item]:
             yield _document(where, found[key])
 
 
-def _read_parquet(unit: Unit, options: ReadOptions) -> Iterator[Item]:
+def _read_table(unit: Unit, options: ReadOptions) -> Iterator[Item]:
     path, key = unit.files[0], options.text_key
-    with open_binary(path) as stream:
-        try:
-            file = ParquetFile(stream, buffer_size=_BUFFER_BYTES, pre_buffer=False)
-            _check_column(path, file.schema_arrow, key)
-            rows = (
-                value
-                for batch in file.iter_batches(_BATCH_ROWS, columns=[key], use_threads=False)
-                for value in batch.column(0)
-            )
-            for number, value in enumerate(rows):
-                yield _from_column(f"{path}, row {number}", value)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{path} is no whole parquet file ({error}); fetch it again") from None
+    _check_column(path, columns_of(path), key)
+    for number, (value,) in enumerate(table_rows(path, [key])):
+        yield _from_column(f"{path}, row {number}", value)
 
 
 def _check_column(path: str, schema: pyarrow.Schema, key: str) -> None:
@@ -246,11 +236,11 @@ def _read_txt(unit: Unit, options: ReadOptions) -> Iterator[Item]:
     size = size_of(path)
     if size > MAX_DOCUMENT_BYTES:
         raise ValueError(
-            f"{path} has {size:,} bytes, a document at most {MAX_DOCUMENT_BYTES:,}; "
-            "write its documents as lines of a .jsonl file"
+            f"{path} has {size:,} bytes, a document at most {MAX_DOCUMENT_BYTES:,}; {_LINES}"
         )
-    with open_binary(path) as stream:
-        data = stream.read()
+    data = read_head(path, MAX_DOCUMENT_BYTES + 1)
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise ValueError(f"{path} unpacks to more than {MAX_DOCUMENT_BYTES:,} bytes; {_LINES}")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -269,7 +259,8 @@ def _document(where: str, text: str) -> TextRecord | Reject:
 
 _READERS: dict[str, Callable[[Unit, ReadOptions], Iterator[Item]]] = {
     "jsonl": _read_jsonl,
-    "parquet": _read_parquet,
+    "parquet": _read_table,
+    "arrow": _read_table,
     "txt": _read_txt,
     "tokens": lambda unit, _: read_tokens(unit),
 }

@@ -7,18 +7,20 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
 
 from midstream.data.examples import Turn
-from midstream.data.formats.files import open_binary, size_of
+from midstream.data.formats.files import open_whole, read_head, read_lines, read_pieces, unpacked
 from midstream.data.source_writer import Reject
 from midstream.data.sources import content_hash
 
 Section = Literal["text", "captions", "conversations"]
+# A longer list is cut into units of so many records.
+NUM_UNIT_RECORDS = 20_000
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,10 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class Picture:
-    """An encoded picture: its bytes, and where they lie (file, byte offset)."""
+    """An encoded picture: its bytes, and where they lie (file, byte offset).
+
+    No file: no range of a file holds them as they are, and the prepared source keeps them.
+    """
 
     file: str
     offset: int
@@ -152,6 +157,31 @@ def unicode_problem(text: str) -> str:
     return ""
 
 
+def holds_list(path: str) -> bool:
+    """Whether the file's JSON is one list of records, and not lines of them."""
+    head = read_head(path, 2**16).removeprefix(_BOM).lstrip(_SPACE)
+    line, _, rest = head.partition(b"\n")
+    if not head.startswith(b"[") or not rest.strip():
+        return head.startswith(b"[")
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    # Its first line is a list of its own.
+    return False
+
+
+def entries_of(path: str, *, listed: bool) -> Iterator[tuple[str, bytes]]:
+    """Place and bytes of each entry of a JSON list (from 0), or of each line that is not blank
+    (from 1); errors as of `list_entries` and `read_lines`."""
+    if listed:
+        yield from ((f"{path}, record {n}", data) for n, data in enumerate(list_entries(path)))
+        return
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.isspace():
+            yield f"{path}, line {number}", line
+
+
 def list_entries(path: str) -> Iterator[bytes]:
     """The bytes of each entry of the JSON list that a file holds, one in memory at a time.
 
@@ -161,8 +191,9 @@ def list_entries(path: str) -> Iterator[bytes]:
     Raises ValueError that names the file if it does not begin with a list, ends inside it, goes on
     behind it, or has an entry of more than 256 MiB.
     """
-    with open_binary(path) as stream:
-        text = stream.read(_PIECE_BYTES).removeprefix(_BOM).lstrip(_SPACE)
+    with unpacked(path) as stream:
+        read = read_pieces(path, stream)
+        text = read(_PIECE_BYTES).removeprefix(_BOM).lstrip(_SPACE)
         if not text.startswith(b"["):
             raise ValueError(
                 f"{path} begins with {text[:20]!r}, not with a list of records; name the files "
@@ -177,7 +208,7 @@ def list_entries(path: str) -> Iterator[bytes]:
                 # As much again as is there, so that a long string is not looked at for each piece.
                 text, position = text[start:], position - start
                 start = 0
-                more = stream.read(max(_PIECE_BYTES, len(text)))
+                more = read(max(_PIECE_BYTES, len(text)))
                 _check(path, more, len(text), count)
                 text += more
                 continue
@@ -189,7 +220,7 @@ def list_entries(path: str) -> Iterator[bytes]:
                 if entry or mark == b"," or count > 1:
                     yield entry
         rest = text[position:].strip(_SPACE)
-        while not rest and (text := stream.read(_PIECE_BYTES)):
+        while not rest and (text := read(_PIECE_BYTES)):
             rest = text.strip(_SPACE)
         if rest:
             raise ValueError(f"{path} goes on behind its list ({rest[:20]!r}); fetch it again")
@@ -222,9 +253,17 @@ _HEADERS = (
 )
 
 
+PICTURES = ("jpg", "jpeg", "png", "webp")
+
+
+def is_picture(name: str) -> bool:
+    """Whether a member or file of this name is a picture of a sample."""
+    return name.lower().endswith(tuple(f".{end}" for end in PICTURES))
+
+
 @dataclass(frozen=True)
 class Member:
-    """A file in an archive: `size` bytes from `offset` on, which are `data`.
+    """A file in an archive: `size` bytes from `offset` on of `file`, which are `data`.
 
     `problem` is empty or says why `data` is left empty: UNSAFE (a link, a device, a name that is
     absolute or goes up) or TOO_LARGE.
@@ -235,6 +274,7 @@ class Member:
     size: int
     data: bytes = field(repr=False)
     problem: str = ""
+    file: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -242,7 +282,8 @@ class Sample:
     """The members of one WebDataset key, by suffix in lower case without its dot ("syn.json").
 
     `problem` is empty or the reason to leave the sample out: UNSAFE, TWICE or TOO_LARGE; `detail`
-    names the member. `members` is empty then.
+    names the member. `members` is empty then. `pictures` are the names of all that are pictures by
+    their ends, whatever stands before the ends.
     """
 
     path: str
@@ -250,6 +291,7 @@ class Sample:
     members: dict[str, Member]
     problem: str = ""
     detail: str = ""
+    pictures: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -258,14 +300,13 @@ class Sample:
 
 
 def scan_tar(path: str) -> Iterator[Member]:
-    """The files of an uncompressed archive in its order, one in memory at a time.
+    """The files of an archive in its order, one in memory at a time; compressed or not.
 
     Folders are left out; no link is followed and no name is used as a path. Raises ValueError if
     the archive is cut at any byte, a header is damaged, a file is sparse, or anything but zeros
     stands behind the end. What was yielded before that is whole.
     """
-    size = size_of(path)
-    with open_binary(path) as stream:
+    with open_whole(path) as (stream, size, packed):
         try:
             with tarfile.open(
                 fileobj=stream, mode="r:", tarinfo=_Info, encoding="utf-8"
@@ -275,7 +316,7 @@ def scan_tar(path: str) -> Iterator[Member]:
                     # `tarfile` keeps every member that it has seen.
                     archive.members.clear()  # type: ignore[attr-defined]
                     if not info.isdir():
-                        yield _member(info, stream)
+                        yield replace(_member(info, stream), file="" if packed else path)
                 _check_end(stream, archive.offset, size)
         # ValueError: attributes that are no numbers or no text; RecursionError: headers without
         # end; OverflowError: sizes that no file has.
@@ -359,6 +400,7 @@ def _key_and_suffix(member: Member) -> tuple[str, str]:
 
 def _sample(path: str, key: str, members: Iterator[tuple[str, Member]], seen: set[bytes]) -> Sample:
     found: dict[str, Member] = {}
+    pictures: list[str] = []
     problem = detail = ""
     total = 0
     digest = content_hash(key.encode("utf-8", "surrogatepass"))
@@ -367,6 +409,7 @@ def _sample(path: str, key: str, members: Iterator[tuple[str, Member]], seen: se
     seen.add(digest)
     for suffix, member in members:
         total += member.size
+        pictures += [member.name] if is_picture(member.name) else []
         if problem:
             continue
         if member.problem == UNSAFE:
@@ -379,4 +422,4 @@ def _sample(path: str, key: str, members: Iterator[tuple[str, Member]], seen: se
             found[suffix] = member
         if problem:
             found.clear()
-    return Sample(path, key, found, problem, detail)
+    return Sample(path, key, found, problem, detail, tuple(pictures))

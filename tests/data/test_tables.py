@@ -1,0 +1,175 @@
+"""Tables of texts, captions and conversations with pictures inside, lists of them, and splits."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pytest
+from made import png
+from made_captions import outcome
+from made_inputs import Put, as_json, as_lines, read_all, run
+from pyarrow import ipc, parquet
+
+from midstream.data.formats.records import ReadOptions, Section
+from midstream.data.sources import Source
+
+
+def as_parquet(table: pyarrow.Table) -> bytes:
+    stream = io.BytesIO()
+    parquet.write_table(table, stream, row_group_size=3)
+    return stream.getvalue()
+
+
+def as_stream(table: pyarrow.Table) -> bytes:
+    """As `datasets` saves to disk."""
+    stream = io.BytesIO()
+    with ipc.new_stream(stream, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return stream.getvalue()
+
+
+def as_file(table: pyarrow.Table) -> bytes:
+    stream = io.BytesIO()
+    with ipc.new_file(stream, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return stream.getvalue()
+
+
+WRITERS = [(as_parquet, "parquet"), (as_stream, "arrow"), (as_file, "arrow")]
+TEXTS = pyarrow.table({"text": [f"text {n}" for n in range(7)], "n": range(7)})
+
+
+@pytest.mark.parametrize(("write", "suffix"), WRITERS)
+def test_pictures_in_a_table_are_read_in_every_form(
+    put: Put, write: Callable[[pyarrow.Table], bytes], suffix: str
+) -> None:
+    put("0.png", png(0))
+    struct = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    held = [{"bytes": png(1), "path": "gone.png"}, {"bytes": None, "path": "0.png"}, None]
+    column = pyarrow.array(held, struct)
+    cells = {
+        "image": column,
+        "images": pyarrow.array([[item] for item in held], pyarrow.list_(struct)),
+        "jpg": pyarrow.array([png(1), png(0), None], pyarrow.binary()),
+    }
+    for name, pictures in cells.items():
+        table = pyarrow.table({name: pictures, "caption": ["one", "none", "lost"]})
+        found = read_all("captions", put(f"{name}.{suffix}", write(table)))
+        assert outcome(found) == ["one", "none", "- no picture"]
+        assert [item.picture.data for item in found[:2]] == [png(1), png(0)]
+        assert [bool(item.picture.file) for item in found[:2]] == [False, name != "jpg"]
+    two = pyarrow.array([[held[0], held[0]], [], [held[0]]], pyarrow.list_(struct))
+    captions = pyarrow.array([["a"], ["b"], ["c", "", "d"]])
+    table = pyarrow.table({"images": two, "text": captions, "file_name": ["x", "y", "z"]})
+    found = read_all("captions", put(f"lists.{suffix}", write(table)))
+    expected = ["- more than one picture", "- no picture", "c", "- empty caption", "d"]
+    assert outcome(found) == expected
+    with pytest.raises(ValueError, match=r"has the columns \['images', 'text', 'file_name'\]; it"):
+        read_all("captions", put(f"lists.{suffix}", write(table)), options=ReadOptions("words"))
+    with pytest.raises(ValueError, match=r"lists\.\w+ is no whole (parquet|Arrow) file"):
+        read_all("captions", put(f"lists.{suffix}", write(table)[:-40][:90]))
+
+
+@pytest.mark.parametrize(("write", "suffix"), WRITERS)
+def test_conversations_of_a_table_are_read_with_their_pictures(
+    put: Put, write: Callable[[pyarrow.Table], bytes], suffix: str
+) -> None:
+    pairs = [{"user": "What?", "assistant": "A cat.", "source": "s"}]
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A cat."}]
+    picture = {"bytes": png(1), "path": None}
+    rows = {
+        "fine": {"images": [picture], "texts": pairs},
+        "plain": {"image": picture, "conversations": turns, "id": "7", "unknown": 3},
+    }
+    for name, row in rows.items():
+        table = pyarrow.Table.from_pylist([row, row])
+        found = read_all("conversations", put(f"{name}.{suffix}", write(table)))
+        assert [(x.turns[0][:2], x.picture.data) for x in found] == [
+            (("What?", "A cat."), png(1))
+        ] * 2
+    with pytest.raises(ValueError, match=r"has the columns \['text', 'n'\]; a conversation needs"):
+        read_all("conversations", put(f"x.{suffix}", write(TEXTS)))
+
+
+def test_a_source_of_a_table_trains_without_the_table(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    pictures = [{"bytes": png(n % 3), "path": None} for n in range(40)]
+    table = pyarrow.table({"image": pictures, "text": [f"picture {n}" for n in range(40)]})
+    (tmp_path / "in/a.parquet").write_bytes(as_parquet(table))
+    run("captions", tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in/a.parquet").unlink()
+    source = Source("s", tmp_path / "out")
+    assert [source.image_bytes(n) for n in range(40)] == [png(n % 3) for n in range(40)]
+
+
+def test_folders_that_datasets_saves_are_read_and_their_notes_are_not(tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "data-00000-of-00001.arrow").write_bytes(as_stream(TEXTS))
+    (saved / "cache-0123.arrow").write_bytes(b"x")
+    for name in ("dataset_info.json", "state.json"):
+        (saved / name).write_text("{}")
+    found = read_all("text", str(saved))
+    assert [item.text for item in found] == TEXTS["text"].to_pylist()
+    whole = tmp_path / "dict"
+    for split in ("train", "held_out"):
+        (whole / split).mkdir(parents=True)
+        (whole / split / "data-00000-of-00001.arrow").write_bytes(as_stream(TEXTS))
+    (whole / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "held_out"]}))
+    with pytest.raises(
+        ValueError, match=r"the splits held_out, train, .*dict/held_out or .*/train"
+    ):
+        read_all("text", str(whole))
+    assert len(read_all("text", str(whole / "train"))) == 7
+
+
+@pytest.mark.parametrize("section", ["text", "captions", "conversations"])
+def test_which_split_of_a_table_is_meant_is_asked(put: Put, section: Section) -> None:
+    turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
+    rows = [{"text": "a", "image": {"bytes": png(1), "path": "x"}, "conversations": turns}]
+    data = as_parquet(pyarrow.Table.from_pylist(rows))
+    for split in ("train", "validation", "test"):
+        put(f"data/{split}-00000-of-00001.parquet", data)
+    put("README.md", b"about")
+    put("dataset_infos.json", b"{}")
+    root = put("", b"").rstrip("/")
+    if section == "conversations":
+        data = as_parquet(pyarrow.Table.from_pylist([{"conversations": turns}]))
+        for split in ("train", "validation", "test"):
+            put(f"data/{split}-00000-of-00001.parquet", data)
+    for source in (root, f"{root}/data", f"{root}/data/*.parquet"):
+        with pytest.raises(ValueError, match=r"splits test, train, validation.*/train-\*\.parquet"):
+            read_all(section, source)
+    assert len(read_all(section, f"{root}/data/train-*.parquet")) == 1
+
+
+def test_lists_and_lines_of_images_and_captions_are_read(put: Put) -> None:
+    for number in range(3):
+        put(f"pics/{number}.png", png(number))
+    rows = [{"image": f"pics/{n}.png", "caption": f"box {n}", "image_id": n} for n in range(2)]
+    rows.append({"image": "pics/2.png", "caption": ["one", "two"]})
+    for name, write in (("train.json", as_json), ("train.jsonl", as_lines)):
+        path = put(name, write(rows))
+        found = read_all("captions", path)
+        assert outcome(found) == ["box 0", "box 1", "one", "two"]
+        places = ["record 0", "record 1", "record 2, caption 0", "record 2, caption 1"]
+        assert [item.where for item in found] == [f"{path}, {place}" for place in places]
+
+
+def test_pictures_and_their_texts_beside_each_other_are_samples(tmp_path: Path) -> None:
+    for number in range(3):
+        folder = tmp_path / f"in/{number % 2:05d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number:09d}.png").write_bytes(png(number))
+        (folder / f"{number:09d}.txt").write_text(f"caption {number}")
+        (folder / f"{number:09d}.json").write_text(json.dumps({"caption": "other"}))
+    (tmp_path / "in/00000/alone.png").write_bytes(png(9))
+    (tmp_path / "in/00000_stats.json").write_text("{}")
+    found = read_all("captions", str(tmp_path / "in"))
+    assert outcome(found) == ["caption 0", "caption 2", "- no caption", "caption 1"]
+    done = run("captions", tmp_path / "in", tmp_path / "out", max_reject_fraction=0.3)
+    assert done["unread"]["first"] == ["in/00000_stats.json"]
+    source = Source("s", tmp_path / "out", tmp_path)
+    assert [source.image_bytes(n) for n in range(3)] == [png(n) for n in (0, 2, 1)]
