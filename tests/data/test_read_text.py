@@ -218,7 +218,7 @@ def test_parquet_that_is_cut_at_any_byte_or_is_none_stops_the_reading(put: Put) 
 
 def test_parquet_without_such_a_column_of_text_names_those_it_has(put: Put) -> None:
     path = put("a.parquet", parquet(["a"], "content"))
-    with pytest.raises(ValueError, match=r"has no column 'text'; name one of \['id', 'content'\]"):
+    with pytest.raises(ValueError, match=r"has no column 'text'; .*, one of \['id', 'content'\]"):
         read(path)
     with pytest.raises(ValueError, match="column 'id' is int64, not text"):
         read(path, ReadOptions(text_key="id"))

@@ -216,7 +216,10 @@ def _read_table(unit: Unit, options: ReadOptions) -> Iterator[Item]:
 
 def _check_column(path: str, schema: pyarrow.Schema, key: str) -> None:
     if key not in schema.names:
-        raise ValueError(f"{path} has no column {key!r}; name one of {schema.names}")
+        raise ValueError(
+            f"{path} has no column {key!r}; name that of the texts (--text-key), one of "
+            f"{schema.names}"
+        )
     kind = schema.field(key).type
     values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     if str(values) not in ("string", "large_string", "string_view"):
