@@ -193,7 +193,8 @@ def probability_panel(column: str) -> Panel:
     """The panel of a stable score by the probability of right answers."""
     kind = column.removeprefix("stable.").removesuffix("_prob")
     label = "probability above chance (points)"
-    return Panel(column, f"{TITLES[kind]}, by probability", None, None, {}, label)
+    title = f"{kind.capitalize()}: probability above chance"
+    return Panel(column, title, None, None, {}, label)
 
 
 @dataclass(frozen=True)
