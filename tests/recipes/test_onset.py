@@ -81,6 +81,8 @@ def test_adams_moments_and_the_rows_go_on_over_the_onset() -> None:
         ({"points": ((0.0, 0.1), (0.5, 0.5))}, r"0\.1, 0\.25"),
         ({"points": ((0.0, 0.05), (0.95, 1.0))}, "decay begins"),
         ({"scale": "1b"}, "text='trained'"),
+        ({"points": ((0.5, 0.2),)}, "one onset"),
+        ({"points": ((0.0, 0.098), (0.02, 0.1))}, "warms up"),
     ],
 )
 def test_what_would_not_hold_things_fixed_is_refused(given: dict[str, Any], what: str) -> None:

@@ -1,11 +1,13 @@
 """Sentences about the data: what decides, what does not, and what was not measured."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import made_studies as made
 import pytest
 
+from midstream.core.decide import Contrast
 from midstream.core.storage import read_json, write_json
 from midstream.report.findings import Finding
 from midstream.report.gather import gather
@@ -281,3 +283,53 @@ def test_the_probability_of_right_answers_stands_beside_every_finding(ledger: Le
     assert "by the probability of right answers" in trend
     assert "stable.vision_prob" in stable_of(study, facts.rows)
     assert "by the probability" not in claimed(Ledger(ledger.store / "old"), CURVE)[0].sentence
+
+
+def test_the_best_place_is_picked_where_all_places_have_been_seen(ledger: Ledger) -> None:
+    # Seed 2 is an easy one, and the first place alone has it.
+    scores = {(0,): (0.30, 0.31, 0.60), (20,): (0.35, 0.36), (80,): (0.10, 0.11)}
+    best = next(f for f in claimed(ledger, scores) if "highest" in f.sentence)
+    assert "highest at x 20" in best.sentence
+    assert "5.0 points higher than at x 0" in best.sentence
+
+
+def test_of_a_pair_that_was_picked_the_same_needs_the_whole_interval(ledger: Ledger) -> None:
+    contrast = Contrast(0.001, 4, 0.02, 12, True, reach=3.0, places=5)
+    assert replace(contrast, places=2).is_within(0.025)
+    assert not contrast.is_within(0.025)
+
+
+def test_later_seeds_compare_what_the_first_ones_did(ledger: Ledger) -> None:
+    first = {
+        (x, kind): tuple(0.3 + x / 1000 * (kind == "a") + 0.01 * s * (x > 0) for s in range(3))
+        for x in (0, 40, 80)
+        for kind in "ab"
+    }
+    # Kind a gets three seeds more, kind b none.
+    more = {at: (*v, *(v if at[1] == "a" else ())) for at, v in first.items()}
+    claim = Claim(text="80 is better than 0", higher={"x": 80}, lower={"x": 0})
+    study = made.study(more, axes=("x", "kind"), claims=(claim,))
+    study = study.model_copy(update={"pilot": (0, 1, 2)})
+    made.fill(ledger, study, more, axes=("x", "kind"))
+    found = gather(study, ledger).findings[0]
+    assert found.comparison is not None
+    assert found.comparison.num_places == 2
+    assert found.comparison.contrast.n == 3
+    assert found.comparison.contrast.mean == pytest.approx(0.05)
+
+
+def test_first_seeds_without_a_spread_leave_the_mean_of_all_and_no_interval(ledger: Ledger) -> None:
+    scores = {(20,): (0.2, 0.2, 0.2, 0.21), (80,): (0.3, 0.3, 0.3, 0.33)}
+    study = made.study(scores, claims=(BETTER,)).model_copy(update={"pilot": (0, 1, 2)})
+    made.fill(ledger, study, scores)
+    found = gather(study, ledger).findings[0]
+    assert found.comparison is not None
+    assert found.comparison.contrast.n == 4
+    assert "of the first seeds a spread of zero" in found.sentence
+
+
+def test_where_no_model_that_learnt_is_left_it_is_said(ledger: Ledger) -> None:
+    scores = {(20,): (0.05, 0.7), (80,): (0.7, 0.05)}
+    found = claimed(ledger, scores)[0]
+    assert "without 2 that did not learn a task nothing is left" in found.sentence
+    assert "nan" not in found.sentence

@@ -169,3 +169,31 @@ def test_plan_says_what_the_claims_can_decide(tmp_path: Path) -> None:
     assert "one more seed at every place" in told
     values = json.loads(CliRunner().invoke(app, [*command, "--spread", "2", "--json"]).output)
     assert [one["needed"] for one in values["decides"]] == [9]
+
+
+def test_what_cannot_be_decided_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_commands, "run_and_tell", lambda *_, **__: pytest.fail("it ran"))
+    (tmp_path / "mine.py").write_text(RECIPE)
+    (tmp_path / "fixed.py").write_text(
+        RECIPE.replace("seeds: list[int] = [0, 1, 2]", "")
+        .replace("(max(seeds) + 1)", "3")
+        .replace('if line.axes["seed"] in seeds', "")
+    )
+    for file, more, what in (
+        ("mine", ["--set", "seeds=[1]"], "1 seeds"),
+        ("mine", ["--max-seeds", "3"], "--max-seeds is 3"),
+        ("fixed", [], "no argument 'seeds'"),
+    ):
+        command = ["run", f"{tmp_path / file}.py:study", "--store", str(tmp_path / "runs")]
+        result = CliRunner().invoke(app, [*command, "--decide", "2", *more])
+        assert result.exit_code == 2, result.output
+        assert what in " ".join(result.output.split())
+
+
+def test_two_seeds_of_two_places_are_told_to_find_nothing(ledger: Ledger) -> None:
+    study = made.study({(20,): (0.2, 0.3), (80,): (0.4, 0.5)}, claims=(BETTER,))
+    (found,) = powers(study, ledger, 0.0005)
+    assert found.detectable is None
+    assert found.needed == 3

@@ -116,6 +116,7 @@ def run(
     from midstream.cli.catalogue import find_study, read_settings, with_scale
     from midstream.launch.local import machine_for
     from midstream.report.power import decide as decided
+    from midstream.report.power import pilot_of
     from midstream.study.store import Ledger
     from midstream.study.studies import Study, Suite
 
@@ -147,6 +148,8 @@ def run(
         run_and_tell(this, ledger, machine, options, asked=study, slurm=cluster)
 
     given = [one for one in with_scale(settings, scale) if not one.startswith("seeds=")]
+    # A recipe that takes no seeds is refused before anything runs.
+    find_study(study, [*given, f"seeds={json.dumps(pilot_of(found, max_seeds))}"], ledger)
     run_all(found)
     more = decided(found, ledger, decide / 100, max_seeds)
     typer.echo(f"{found.name}: {more.sentence(decide)}")

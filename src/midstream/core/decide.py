@@ -6,7 +6,7 @@ are fixed, repetitions are blocks; what is left is the spread that a difference 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
@@ -43,6 +43,8 @@ class Contrast:
     why: str = ""
     # Of the two-sided interval: how many standard errors it reaches to either side.
     reach: float = math.nan
+    # Of so many places the pair was picked; 2 where it was fixed before.
+    places: int = 2
 
     @property
     def stderr(self) -> float | None:
@@ -65,10 +67,14 @@ class Contrast:
         return None if self.stderr is None else self.reach * self.stderr
 
     def is_within(self, size: float) -> bool:
-        """Whether two one-sided tests, each at 5 %, find the difference smaller than `size`."""
+        """Whether two one-sided tests, each at 5 %, find the difference smaller than `size`.
+
+        Of a pair that was picked the whole simultaneous interval lies within it.
+        """
         if self.stderr is None:
             return False
-        reach = quantile(CONFIDENCE, self.freedom) * self.stderr
+        reach = self.reach if self.places > 2 else quantile(CONFIDENCE, self.freedom)
+        reach *= self.stderr
         return -size < self.mean - reach and self.mean + reach < size
 
     def verdict(self, size: float) -> Verdict:
@@ -142,7 +148,7 @@ class Fit:
         reach = quantile((1 + CONFIDENCE) / 2, freedom)
         if places > 2:
             reach = _tukey(places, freedom)
-        return Contrast(mean, len(sums), sd, freedom, pooled, reach=reach)
+        return Contrast(mean, len(sums), sd, freedom, pooled, reach=reach, places=places)
 
 
 def fit(scores: Scores) -> Fit:
@@ -216,7 +222,7 @@ def after_more(first: Contrast, more: Contrast) -> Contrast:
 
     Its interval holds at 95 % whatever number the first ones led to.
     """
-    return Contrast(more.mean, more.n, first.sd, first.freedom, first.pooled, "", first.reach)
+    return replace(first, mean=more.mean, n=more.n)
 
 
 def nested_spread(levels: Sequence[tuple[str, ...]], scores: Sequence[float]) -> list[float]:

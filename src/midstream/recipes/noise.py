@@ -57,9 +57,9 @@ def arms(
     epochs: int = 4,
     **given: Unpack[Settings],
 ) -> Study:
-    """An A/A study: two arms of one recipe with seeds of their own. Nothing should be decided.
+    """An A/A study: two arms of one recipe with seeds of their own; "the same" is right.
 
-    One in twenty such studies decides something, as its intervals say.
+    Each difference is called higher or lower in one study of twenty, as its interval says.
     """
     at = find_scale(scale, **given)
     lines = []

@@ -69,6 +69,10 @@ def onset_by_share(
     latest = max(onsets)
     if latest > 1 - DECAY or min(onsets) < 0:
         raise ValueError(f"onsets lie between 0 and {1 - DECAY:g}, where the decay begins")
+    if any(0 < onset < WARMUP for onset in onsets):
+        raise ValueError(f"the rate warms up until {WARMUP:g}; give an onset of 0 or behind it")
+    if len(set(onsets)) < 2:
+        raise ValueError("one onset compares with nothing; give two or more")
     text = _text_run(at, at.text, onsets)
     lines = [
         Line(

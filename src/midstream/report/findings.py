@@ -9,7 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from midstream.core.decide import Contrast, nested_spread, trend
-from midstream.report.line_rows import PROBABILITY, STABLE, Group, LineRow, kinds_of, tasks_of
+from midstream.report.line_rows import (
+    PROBABILITY,
+    STABLE,
+    Group,
+    LineRow,
+    kinds_of,
+    ranked,
+    tasks_of,
+)
 from midstream.report.pairs import Examples, Gap, mean_gap
 from midstream.report.verdicts import Comparison, Sides, compare
 from midstream.study.stages import Evaluate
@@ -131,6 +139,8 @@ def findings(
     found = [_claim(claim, study, rows, examples) for claim in study.claims]
     if study.levels:
         found += [_levels(study, rows, f"stable.{kind}") for kind in kinds_of(study)]
+    if study.levels:  # draws within one another are no places to choose from
+        return found
     for column in (f"stable.{kind}" for kind in kinds_of(study)):
         for by in dict.fromkeys(group.by for group in groups):
             own = [group for group in groups if group.by == by]
@@ -148,26 +158,26 @@ def best_finding(
 ) -> Finding:
     """The place with the highest mean and how far the next best lies, by Tukey's interval for all
     pairs of places."""
-    name, where, means = score_name(column), _curve(study, groups), []
-    for group in groups:
-        if (mean := group.spreads[column].mean) is not None:
-            means.append((mean, group))
-    means.sort(key=lambda pair: -pair[0])
-    if len(means) < 2:
-        text = f"{name}{where}: {len(means)} of {len(groups)} places have a score; two are needed."
+    name, where, known = score_name(column), _curve(study, groups), ranked(groups, column)
+    if len(known) < 2:
+        text = f"{name}{where}: {len(known)} of {len(groups)} places have a score; two are needed."
         return Finding(None, "", "not measured", text, study.smallest_difference)
-    (top, best), (_, runner) = means[:2]
+    best, runner = known[:2]
     sides = ((1.0, at_group(study, best)), (-1.0, at_group(study, runner)))
-    rest = "" if len(means) == len(groups) else f"; {len(groups) - len(means)} places are missing"
-    x = study.figure.x
+    comparison = compare(study, rows, column, sides, places=len(known))
+    if comparison is not None and comparison.contrast.mean < 0:
+        # On the repetitions that these two share it is the other way round.
+        best, runner, sides = runner, best, ((1.0, sides[1][1]), (-1.0, sides[0][1]))
+        comparison = compare(study, rows, column, sides, places=len(known))
+    rest = "" if len(known) == len(groups) else f"; {len(groups) - len(known)} places are missing"
+    x, top = study.figure.x, best.spreads[column].mean or 0.0
     first = f"{name} is highest at {place_words({x: best.x})}{where} with {points(top)} points"
-    comparison = compare(study, rows, column, sides, places=len(means))
     if comparison is None:
         text = f"{first}; no repetition has {place_words({x: runner.x})}, the next best, too{rest}."
         return Finding(None, "", "no interval", text, study.smallest_difference)
     text = (
         f"{first}, {higher(comparison.contrast)} than at {place_words({x: runner.x})}, the next "
-        f"best ({_how(study, comparison)}){rest}{_beside(study, rows, column, sides, len(means))}."
+        f"best ({_how(study, comparison)}){rest}{_beside(study, rows, column, sides, len(known))}."
     )
     return _judged(study, text, comparison)
 
@@ -315,11 +325,12 @@ def _how(study: Study, comparison: Comparison) -> str:
     size, contrast = study.smallest_difference, comparison.contrast
     text = interval_words(contrast)
     needed = comparison.repetitions_for(size)
-    if contrast.low is not None and contrast.verdict(size) == "undecided" and needed is not None:
+    if contrast.verdict(size) == "undecided" and needed is not None and needed > contrast.n:
         text += f"; {needed:,} repetitions would make it {points(size)} points to either side"
     if comparison.learnt is not None:
         models = f"{comparison.num_failed} that did not learn a task"
-        text += f"; without {models} {signed(comparison.learnt.mean)}"
+        left = signed(comparison.learnt.mean) if comparison.learnt.n else "nothing is left"
+        text += f"; without {models} {left}"
         low, high = comparison.learnt.low, comparison.learnt.high
         if low is not None and high is not None:
             text += f" ({signed(low)} to {signed(high)})"

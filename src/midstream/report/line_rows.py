@@ -343,11 +343,23 @@ def group_rows(study: Study, rows: Sequence[LineRow]) -> list[Group]:
     return groups
 
 
+def ranked(groups: Sequence[Group], column: str) -> list[Group]:
+    """The groups that have a value of `column`, the highest mean first: over the repetitions that
+    all of them have, else over each one's own."""
+    known = [group for group in groups if group.spreads[column].n]
+    values = {id(group): dict(group.spreads[column].values) for group in known}
+    shared = set.intersection(*(set(own) for own in values.values())) if known else set()
+
+    def mean(group: Group) -> float:
+        own = values[id(group)]
+        return fmean(value for name, value in own.items() if name in shared or not shared)
+
+    return sorted(known, key=mean, reverse=True)
+
+
 def best_group(groups: Sequence[Group], column: str) -> Group | None:
-    """The group with the highest mean of `column`; None where none has a value."""
-    means = [(group.spreads[column].mean, group) for group in groups]
-    known = [(mean, group) for mean, group in means if mean is not None]
-    return max(known, key=lambda pair: pair[0])[1] if known else None
+    """The first of `ranked`; None where none has a value."""
+    return next(iter(ranked(groups, column)), None)
 
 
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:

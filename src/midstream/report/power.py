@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from midstream.core.decide import detectable, quantile
+from midstream.core.decide import LEAST_OWN, detectable, quantile
 from midstream.report.findings import at_group, claim_sides, column_of
-from midstream.report.line_rows import Group, LineRow, group_rows, kinds_of, line_rows
+from midstream.report.line_rows import Group, LineRow, group_rows, kinds_of, line_rows, ranked
 from midstream.report.verdicts import SEED, Comparison, Sides, compare, repetitions_needed
 from midstream.study.store import Ledger
 from midstream.study.studies import Claim, Line, Study
@@ -41,7 +41,8 @@ def powers(study: Study, ledger: Ledger, spread: float | None = None) -> list[Po
     """What each claim can tell; claims of which nobody knows a spread are left out.
 
     `spread` (0 to 1) is the standard deviation of a score over seeds at one place, and stands for
-    all claims; without it those of the scores that the store holds count.
+    all claims (an upper bound for those that are means over other axes); without it those of the
+    scores that the store holds count.
     """
     rows = [] if spread is not None else line_rows(study, ledger)
     found = []
@@ -57,9 +58,9 @@ def powers(study: Study, ledger: Ledger, spread: float | None = None) -> list[Po
             sd, pooled, basis = known.contrast.sd, known.contrast.pooled, "measured"
         whole = places - 1 if pooled else 1
         least = None
-        if repetitions > 1:
+        if repetitions >= (2 if pooled else LEAST_OWN):
             least = detectable(sd, repetitions, whole * (repetitions - 1))
-        needed = _needed(sd, whole, study.smallest_difference)
+        needed = _needed(sd, whole, study.smallest_difference, 2 if pooled else LEAST_OWN)
         found.append(Power(claim, basis, sd, repetitions, least, needed))
     return found
 
@@ -75,9 +76,9 @@ def _design(study: Study, sides: Sides) -> tuple[int, int]:
     return len(places), len(set.intersection(*seeds))
 
 
-def _needed(sd: float, whole: int, half_width: float) -> int | None:
+def _needed(sd: float, whole: int, half_width: float, fewest: int) -> int | None:
     """The fewest repetitions whose interval is that narrow, were the spread just so."""
-    for number in range(2, MOST + 1):
+    for number in range(fewest, MOST + 1):
         reach = quantile(0.975, whole * (number - 1))
         if reach * sd / math.sqrt(number) <= half_width:
             return number
@@ -112,7 +113,7 @@ def comparisons(study: Study, ledger: Ledger) -> list[Comparison]:
     found = [
         compare(study, rows, column_of(claim.score), claim_sides(claim)) for claim in study.claims
     ]
-    groups = group_rows(study, rows)
+    groups = [] if study.levels else group_rows(study, rows)
     for column in (f"stable.{kind}" for kind in kinds_of(study)):
         for by in dict.fromkeys(group.by for group in groups):
             own = [g for g in groups if g.by == by and g.spreads[column].mean is not None]
@@ -126,7 +127,7 @@ def _best(
     """The best place against every other: whichever is picked is then known as well as asked."""
     if len(groups) < 2:
         return []
-    best = max(groups, key=lambda group: group.spreads[column].mean or 0.0)
+    best = ranked(groups, column)[0]
     return [
         compare(
             study,
@@ -177,11 +178,11 @@ class Decision:
         return max(len(self.pilot), *asked, 0)
 
 
-def decide(study: Study, ledger: Ledger, half_width: float, most: int) -> Decision:
-    """Stein's second stage: repetitions with which every comparison is as narrow as `half_width`.
+def pilot_of(study: Study, most: int) -> tuple[int, ...]:
+    """The seeds that are run first; `most` at one place are allowed.
 
-    `most` caps them. Raises ValueError for a study without seeds, with fewer than two, without a
-    claim or two places, and where the first seeds say nothing about the spread.
+    Raises ValueError for what no seeds can decide: a study without seeds or with one, whose figure
+    is over its seeds, without a claim or two places, and for a limit below one more seed.
     """
     seeds = [int(line.axes[SEED]) for line in study.lines if SEED in line.axes]
     pilot = tuple(dict.fromkeys(seeds))
@@ -190,11 +191,25 @@ def decide(study: Study, ledger: Ledger, half_width: float, most: int) -> Decisi
             f"{study.name} has {len(pilot)} seeds, and two at least estimate a spread; give "
             "--set seeds=[7,365,124]"
         )
+    if study.figure.x == SEED or study.levels:
+        raise ValueError(f"{study.name} compares its draws themselves; more seeds decide nothing")
     if most <= len(pilot):
         raise ValueError(
             f"--max-seeds is {most}, and the first {len(pilot)} seeds are run before anything is "
             f"decided; allow {len(pilot) + 1} at least"
         )
+    if not study.claims and len({line.axes[study.figure.x] for line in study.lines}) < 2:
+        raise ValueError(f"{study.name} has no claim and no two places to decide between")
+    return pilot
+
+
+def decide(study: Study, ledger: Ledger, half_width: float, most: int) -> Decision:
+    """Stein's second stage: repetitions with which every comparison is as narrow as `half_width`.
+
+    `most` caps them. Raises ValueError as `pilot_of`, without a score on both sides of anything,
+    and where the first seeds say nothing about the spread.
+    """
+    pilot = pilot_of(study, most)
     compared = comparisons(study, ledger)
     if not compared:
         raise ValueError(f"{study.name} has no claim and no two places with scores to decide")

@@ -7,7 +7,7 @@ to decide (`Study.pilot`), the first repetitions alone estimate the spread, what
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import Any
 
@@ -85,16 +85,25 @@ def compare(
     others = [axis for axis in free if axis not in repeats]
     held = _by_cell(lines, column, varied, repeats, others)
     ends = [_place_at(at, varied) for _, at in sides]
-    names, matched = _matched([held.get(end, {}) for end in ends])
+    members = [held.get(end, {}) for end in ends]
+    pilot = {f"{SEED}={seed}" for seed in study.pilot} if repeats == [SEED] else set()
+    early = [{n: under for n, under in one.items() if n in pilot or not pilot} for one in members]
+    names, matched = _matched(early)
     if not names:
         return None
+    # Later repetitions have what the first ones compared, or are left out.
+    names = [
+        name
+        for name in members[0]
+        if all(at in one.get(name, {}) for one in members for at in matched)
+    ]
     weights = {end: weight for end, (weight, _) in zip(ends, sides, strict=True)}
     own = {r.name for end in ends for name in names for at in matched for r in held[end][name][at]}
     failed = failures(study, lines, column)
     cells = _cells(held, column, matched, set())
     every = {(n, at) for end in ends for n, under in held[end].items() for at in under}
     return Comparison(
-        contrast=_judged(study, cells, weights, places),
+        contrast=_judged(pilot, cells, weights, places),
         fit=fit(cells),
         places=tuple(tuple({**dict(end), **same}.items()) for end in ends),
         lines=tuple(
@@ -104,7 +113,7 @@ def compare(
         others=tuple(axis for axis in others if len({row.at(axis) for row in lines}) > 1),
         num_places=len(matched),
         num_left_out=len(every) - len(names) * len(matched),
-        learnt=_judged(study, _cells(held, column, matched, failed), weights, places)
+        learnt=_judged(pilot, _cells(held, column, matched, failed), weights, places)
         if own & failed
         else None,
         num_failed=len(own & failed),
@@ -157,17 +166,20 @@ def failures(study: Study, rows: Sequence[LineRow], column: str) -> set[str]:
 def _learnt(row: LineRow, task: str) -> float | None:
     """A task's score as a share of the way from chance to all right."""
     score, chance = row.values.get(f"{task}.score"), row.values.get(f"{task}.chance")
-    return None if score is None or chance is None else (score - chance) / (1 - chance)
+    if score is None or chance is None or chance >= 1:
+        return None
+    return (score - chance) / (1 - chance)
 
 
-def _judged(study: Study, cells: Cells, weights: Mapping[Place, float], places: int) -> Contrast:
+def _judged(pilot: set[str], cells: Cells, weights: Mapping[Place, float], places: int) -> Contrast:
     every = fit(cells).contrast(weights, places)
-    if not study.pilot:
+    if not pilot:
         return every
-    names = {f"{SEED}={seed}" for seed in study.pilot}
-    pilot = {p: {n: value for n, value in own.items() if n in names} for p, own in cells.items()}
-    first = fit(pilot).contrast(weights, places)
-    return first if first.sd is None else after_more(first, every)
+    few = {p: {n: value for n, value in own.items() if n in pilot} for p, own in cells.items()}
+    first = fit(few).contrast(weights, places)
+    if first.sd is None:
+        return replace(every, sd=None, why=f"of the first seeds {first.why}")
+    return after_more(first, every)
 
 
 def _place_at(at: Mapping[str, Any], axes: Sequence[str]) -> Place:
