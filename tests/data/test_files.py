@@ -348,6 +348,11 @@ RIVER = texts(*(f"The river {n} is wide." for n in range(300)))
         ({"b/novel.txt": b"Call me", "c/old.txt": b"Call me"}, "the same 7 bytes"),
         ({"raw/a.jsonl": ONE, "a.jsonl.gz": gzip.compress(ONE)}, "once compressed"),
         ({"a.jsonl": RIVER, "packed/a.jsonl.zst": zstd(RIVER)}, "once compressed"),
+        ({"a/a.jsonl.gz": gzip.compress(ONE), "b/a.jsonl.zst": zstd(ONE)}, "once compressed"),
+        (
+            {"a.jsonl.gz": gzip.compress(ONE), "b/a.jsonl.gz": gzip.compress(ONE, mtime=9)},
+            "once compressed",
+        ),
     ],
 )
 def test_two_files_that_are_one_are_refused_with_both_names(

@@ -444,3 +444,10 @@ def test_synthetic_captions_are_refused_where_the_format_has_none(
     path = make(tmp_path, 1)
     with pytest.raises(ValueError, match="has no synthetic captions"):
         caption_units([path], ReadOptions(require="synthetic"))
+
+
+def test_a_csv_may_name_the_folder_of_its_pictures(tmp_path: Path) -> None:
+    rows = [["image", "caption"], ["images/0.jpg", "named"], ["0.jpg", "bare"]]
+    path = write(tmp_path / "captions.csv", csv_bytes(rows))
+    write(tmp_path / "images/0.jpg", picture(0))
+    assert outcome(read(path)) == ["named", "bare"]

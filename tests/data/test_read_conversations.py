@@ -290,3 +290,25 @@ def test_a_list_that_is_cut_at_any_byte_is_refused(
         # Also where it is cut between the two readings.
         with pytest.raises(ValueError, match=r"a\.json"):
             [list(read_conversations(unit, OPTIONS)) for unit in units]
+
+
+@pytest.mark.parametrize(
+    ("asks", "answers"),
+    [("Human", "GPT"), ("human", "chatgpt"), ("User", "model"), ("user", "bot")],
+)
+def test_roles_are_known_by_the_names_that_people_give_them(
+    put: Put, asks: str, answers: str
+) -> None:
+    turns = [{"from": asks, "value": "Why?"}, {"from": answers, "value": "So."}]
+    (found,) = read(put("talks.json", as_json([{"conversations": turns}])))
+    assert isinstance(found, ConversationRecord)
+
+
+def test_a_reply_that_is_not_to_be_learnt_is_refused(put: Put) -> None:
+    turns = [
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "BAD", "weight": 0},
+    ]
+    (found,) = read(put("talks.json", as_json([{"messages": turns}])))
+    assert isinstance(found, Reject)
+    assert found.reason == "turn of weight 0"

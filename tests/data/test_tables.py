@@ -169,7 +169,38 @@ def test_pictures_and_their_texts_beside_each_other_are_samples(tmp_path: Path) 
     (tmp_path / "in/00000_stats.json").write_text("{}")
     found = read_all("captions", str(tmp_path / "in"))
     assert outcome(found) == ["caption 0", "caption 2", "- no caption", "caption 1"]
+    # img2dataset's table of what it fetched has no pictures inside.
+    table = pyarrow.table({"url": ["a"], "caption": ["b"], "key": ["0"], "status": ["success"]})
+    parquet.write_table(table, tmp_path / "made.parquet")
+    (tmp_path / "made.parquet").rename(tmp_path / "in/00000.parquet")
+    assert outcome(read_all("captions", str(tmp_path / "in"))) == outcome(found)
+    (tmp_path / "in/00000.parquet").unlink()
     done = run("captions", tmp_path / "in", tmp_path / "out", max_reject_fraction=0.3)
     assert done["unread"]["first"] == ["in/00000_stats.json"]
     source = Source("s", tmp_path / "out", tmp_path)
     assert [source.image_bytes(n) for n in range(3)] == [png(n) for n in (0, 2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("names", "patterns"),
+    [
+        (("gsm8k_train.parquet", "gsm8k_test.parquet"), "gsm8k_test.parquet or .*gsm8k_train"),
+        (("TRAIN.PARQUET", "TEST.PARQUET"), "TEST.PARQUET or .*TRAIN.PARQUET"),
+        (
+            ("train_00000.parquet", "train_00001.parquet", "test_00000.parquet"),
+            r"test_\*.parquet or .*train_\*.parquet",
+        ),
+        (
+            ("en/train-0.parquet", "fr/train-0.parquet", "fr/test-0.parquet"),
+            r"en/train-\*.parquet with .*fr/train-\*.parquet",
+        ),
+    ],
+)
+def test_a_split_is_told_wherever_its_word_stands_in_the_name(
+    tmp_path: Path, names: tuple[str, ...], patterns: str
+) -> None:
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        parquet.write_table(pyarrow.table({"text": [f"document {number}"]}), tmp_path / name)
+    with pytest.raises(ValueError, match=patterns):
+        read_all("text", str(tmp_path))

@@ -301,7 +301,10 @@ def read_csv(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Rejec
         if isinstance(row, str):
             yield Reject(where, "wrong number of columns", row)
         else:
-            yield pictures.record(where, caption_of(row[1], where, NOT_UTF8), row[0])
+            name = row[0]
+            if not options.images and root != beside and not is_folder(f"{root}/{base_name(root)}"):
+                name = name.removeprefix(f"{base_name(root)}/")  # from where the list lies
+            yield pictures.record(where, caption_of(row[1], where, NOT_UTF8), name)
 
 
 def rows_of(path: str, options: ReadOptions) -> Iterator[tuple[str, str] | str]:

@@ -89,7 +89,7 @@ def _read_table(path: str, roots: Sequence[str]) -> Iterator[ConversationRecord 
 
 
 def _conversations_of(path: str) -> list[Unit]:
-    if base_name(path).endswith(TABLES):
+    if base_name(path).lower().endswith(TABLES):
         if not set(_LISTS) & set(names := columns_of(path).names):
             raise ValueError(
                 f"{path} has the columns {names}; a conversation needs one of {', '.join(_LISTS)}"
@@ -144,7 +144,8 @@ _TOOLS = (
     *("tool", "tools", "tool_call", "tool_calls", "tool_response", "tool_result", "function"),
     *("function_call", "function_response", "function_result", "observation", "ipython"),
 )
-_ROLES = {"user": "human", "assistant": "gpt", "developer": "system"} | dict.fromkeys(_TOOLS, _TOOL)
+_ROLES = {"user": "human", "assistant": "gpt", "developer": "system"}
+_ROLES |= dict.fromkeys(("chatgpt", "model", "bot"), "gpt") | dict.fromkeys(_TOOLS, _TOOL)
 # Why a question, or a system text, is left out; why a conversation is.
 NO_REPLY, EMPTY_REPLY, TOOL_TURN = "question without a reply", "empty reply", "tool turn"
 NO_QUESTION, NO_REPLIES = "system turn without a question", "no reply left"
@@ -276,7 +277,7 @@ def _roles_and_texts(
         else:
             said = [_said(turn, where, number)]
         for who, content in said:
-            roles.append(_ROLES.get(who.lower(), who))
+            roles.append(_ROLES.get(who.lower(), who.lower()))
             text, pictures = "", list[str | bytes]()
             if roles[-1] != _TOOL:
                 text, pictures = _text_of(content, where, f"turn {number}")
@@ -291,6 +292,9 @@ def _said(turn: object, where: str, number: int) -> tuple[str, object]:
     if isinstance(turn, dict):
         if any(turn.get(name) for name in _TOOLS):
             return _TOOL, None
+        if turn.get("weight") == 0:
+            at = f"turn {number}: its reply is not to be learnt; leave turn and question out"
+            raise ConversationError(where, "turn of weight 0", at)
         named = [keys for keys in _KEYS if turn.get(keys[0]) is not None]
         role, text = named[0] if named else _KEYS[0]
         who = turn.get(role)
@@ -312,7 +316,7 @@ def _text_of(content: object, where: str, place: str) -> tuple[str, list[str | b
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         kind = part.get("type") if isinstance(part, dict) else None
         said, at = part.get("text") if isinstance(part, dict) else None, f"{place}, part {number}"
-        if kind in ("image", "image_url"):
+        if kind in ("image", "image_url", "input_image"):
             value = next(
                 (part[x] for x in ("image", "image_url", "url", "path") if part.get(x)), None
             )

@@ -353,8 +353,10 @@ def refuse_twins(sizes: Mapping[str, int]) -> None:
             for copies in _alike(near, lambda file: _digest(file, sizes[file])):
                 raise _refusal(copies, f"hold the same {sizes[copies[0]]:,} bytes")
     for named in _alike(filled, lambda file: _unpacked_name(base_name(file))):
-        if any(_is_packed(file) for file in named) and not all(map(_is_packed, named)):
-            for copies in _alike(named, lambda file: read_head(file, _HEAD_BYTES)):
+        if not any(map(_is_packed, named)):
+            continue
+        for near in _alike(named, lambda file: read_head(file, _EDGE_BYTES)):
+            for copies in _alike(near, lambda file: read_head(file, _HEAD_BYTES)):
                 raise _refusal(copies, "hold the same records, once compressed,")
 
 

@@ -49,7 +49,7 @@ from midstream.data.formats.records import (
     is_picture,
     samples_of,
 )
-from midstream.data.formats.tables import TABLES, refuse_splits
+from midstream.data.formats.tables import TABLES, columns_of, refuse_splits
 from midstream.data.source_writer import Reject
 
 # A sample that says nothing of a caption, as against one whose caption is no text.
@@ -137,6 +137,8 @@ def _caption_files(source: str) -> list[str]:
     kinds = [kind for kind, named in found.items() if named]
     if len(kinds) > 1:
         kinds = [kind for kind in kinds if kind not in _LAST]
+    if kinds == ["table"] and not any(map(_shows, found["table"])) and _sample_units(source):
+        return []  # img2dataset's tables of what it fetched lie beside its pictures
     if not kinds:
         if _sample_units(source):
             return []
@@ -149,6 +151,10 @@ def _caption_files(source: str) -> list[str]:
     if kinds[0] in _LAST:
         refuse_splits(source, found[kinds[0]])
     return found[kinds[0]]
+
+
+def _shows(path: str) -> bool:
+    return bool(set(PICTURE_KEYS) & set(columns_of(path).names))
 
 
 def _tar_format(path: str) -> str:

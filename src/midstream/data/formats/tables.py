@@ -18,7 +18,7 @@ PARQUET, ARROW = (".parquet",), (".arrow",)
 TABLES = PARQUET + ARROW
 # Pictures stand in rows: fewer of them are read at a time than of texts.
 _BATCH_ROWS, _TEXT_ROWS, _BUFFER_BYTES = 32, 256, 2**20
-_SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])")
+_SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|dev|test)(?![a-z])")
 _NAMES = {"valid": "validation", "val": "validation"}
 _SPLIT_LIST = "dataset_dict.json"
 
@@ -53,7 +53,7 @@ def _batches(table: Any, columns: list[str]) -> Iterator[pyarrow.RecordBatch]:
 
 @contextmanager
 def _opened(path: str) -> Iterator[Any]:
-    kind = "Arrow" if path.endswith(ARROW) else "parquet"
+    kind = "Arrow" if path.lower().endswith(ARROW) else "parquet"
     with open_binary(path) as stream:
         try:
             if kind == "parquet":
@@ -69,26 +69,28 @@ def _opened(path: str) -> Iterator[Any]:
 def refuse_splits(source: str, files: Sequence[str]) -> None:
     """Raises ValueError if a folder or pattern stands for tables of several splits.
 
-    A split is a folder or the beginning of a file's name (train-00000-of-00001.parquet), or a
-    folder that `dataset_dict.json` lists.
+    A split is a word of a folder's or a file's name (train-00000-of-00001.parquet), or a folder
+    that `dataset_dict.json` lists.
     """
     listing = Path(source, _SPLIT_LIST)
     listed = read_json(listing).get("splits", []) if listing.is_file() else []
-    tables = [file.split("/") for file in files if file.endswith(TABLES)]
+    tables = [file.split("/") for file in files if file.lower().endswith(TABLES)]
     levels = zip(*(parts[:-1] for parts in tables), strict=False)
     shared = len(list(takewhile(lambda level: len(set(level)) == 1, levels)))
-    splits: dict[str, str] = {}
+    splits: dict[str, dict[str, None]] = {}
     for parts in tables:
         for depth, part in enumerate(parts[shared:], start=shared):
-            named = _SPLIT.match(part.lower())
+            last = depth + 1 == len(parts)
+            named = (_SPLIT.search if last else _SPLIT.match)(part.lower())
             if named or part in listed:
                 name = part if part in listed or named is None else named[1]
-                last = depth + 1 == len(parts)
-                shown = re.sub(r"[-_.]\d.*(?=\.)", "-*", part) if last else part
-                splits.setdefault(_NAMES.get(name, name), "/".join([*parts[:depth], shown]))
+                shown = re.sub(r"([-_.])\d.*(?=\.)", r"\1*", part) if last else part
+                patterns = splits.setdefault(_NAMES.get(name, name), {})
+                patterns["/".join([*parts[:depth], shown])] = None
                 break
     if len(splits) > 1:
         raise ValueError(
             f"{source} holds the splits {', '.join(sorted(splits))}, which are never read as one "
-            f"source; give the one that is meant: {' or '.join(sorted(splits.values()))}"
+            f"source; give the one that is meant: "
+            + " or ".join(" with ".join(splits[name]) for name in sorted(splits))
         )
