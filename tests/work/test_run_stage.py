@@ -51,7 +51,7 @@ FIELDS = {
 SOURCE = """kind planned_tokens planned_sequences realised_tokens examples epochs
     largest_example_tokens cut seen"""
 TASK = """splits kind metric score stderr chance blind num_examples unparsable key low high
-    shortened details"""
+    shortened details continuous"""
 SOURCE_FIELDS, TASK_FIELDS = words(SOURCE), words(TASK)
 VISUAL_FIELDS = {"format", "wording", "answered", "note"}
 TEXT_FIELDS = {"higher_is_better"}

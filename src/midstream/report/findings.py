@@ -137,10 +137,8 @@ def findings(
     whether it rises or falls."""
     examples = examples or Examples(ledger)
     found = [_claim(claim, study, rows, examples) for claim in study.claims]
-    if study.levels:
-        found += [_levels(study, rows, f"stable.{kind}") for kind in kinds_of(study)]
     if study.levels:  # draws within one another are no places to choose from
-        return found
+        return found + [_levels(study, rows, f"stable.{kind}") for kind in kinds_of(study)]
     for column in (f"stable.{kind}" for kind in kinds_of(study)):
         for by in dict.fromkeys(group.by for group in groups):
             own = [group for group in groups if group.by == by]
