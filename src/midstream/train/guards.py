@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Literal
 
 import torch
@@ -255,9 +256,21 @@ class Watch:
         self._decided.set()
         if self._over.wait(_LEAVE_SECONDS):
             return
-        faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
+        _dump_threads()
         self._lost(verdict)
         os._exit(1)
+
+
+def _dump_threads() -> None:
+    """Log where each thread stands, in one piece: ranks share a log and may end at one moment."""
+    log = sys.__stderr__ or sys.stderr
+    try:
+        with TemporaryFile() as whole:
+            faulthandler.dump_traceback(file=whole)
+            whole.seek(0)
+            os.write(log.fileno(), whole.read())
+    except OSError:  # no room for it
+        faulthandler.dump_traceback(file=log)
 
 
 # Reached by gradients only where a step shows a picture.
