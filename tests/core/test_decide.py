@@ -14,7 +14,6 @@ from midstream.core.decide import (
     fit,
     nested_spread,
     quantile,
-    seeds_for,
     trend,
 )
 
@@ -185,7 +184,8 @@ def test_steins_design_covers_at_95_percent_within_the_half_width(spread: float)
         scores[0] = {name: value + truth for name, value in scores[0].items()}
         first = fit(scores).contrast({0: 1.0, 1: -1.0})
         assert first.sd is not None
-        total = seeds_for(first.sd, first.freedom, 1.0, least=3)
+        total = first.repetitions_for(1.0)
+        assert total is not None
         further = generator.normal(truth, spread * math.sqrt(2), total - 3)
         more = Contrast((3 * first.mean + float(further.sum())) / total, total)
         last = after_more(first, more)

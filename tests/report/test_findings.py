@@ -213,7 +213,7 @@ def test_what_is_not_decided_says_how_many_repetitions_would_do(ledger: Ledger) 
     found = claimed(ledger, {at: tuple(v / 2 for v in vs) for at, vs in wide.items()})[0]
     assert found.verdict == "undecided"
     assert found.comparison is not None
-    needed = found.comparison.repetitions_for(0.02)
+    needed = found.comparison.contrast.repetitions_for(0.02)
     assert needed is not None
     assert needed > 3
     assert f"{needed} repetitions would make it 2.0 points to either side" in found.sentence

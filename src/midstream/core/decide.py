@@ -66,6 +66,17 @@ class Contrast:
         """Half of the interval."""
         return None if self.stderr is None else self.reach * self.stderr
 
+    def repetitions_for(self, half_width: float) -> int | None:
+        """Stein's number: so many make the interval reach `half_width` at the most, judged by this
+        spread; at least those that there are, None where the spread is unknown.
+
+        Source: C. Stein, A two-sample test for a linear hypothesis whose power is independent of
+        the variance, 1945.
+        """
+        if self.sd is None:
+            return None
+        return max(self.n, math.ceil((self.reach * self.sd / half_width) ** 2))
+
     def is_within(self, size: float) -> bool:
         """Whether two one-sided tests, each at 5 %, find the difference smaller than `size`.
 
@@ -204,17 +215,6 @@ def detectable(sd: float, n: int, freedom: int) -> float:
     error, reach = sd / math.sqrt(n), quantile((1 + CONFIDENCE) / 2, freedom)
     missing = lambda size: float(nct.sf(reach, freedom, size)) - POWER  # noqa: E731
     return float(brentq(missing, 0.0, 10 * reach)) * error
-
-
-def seeds_for(sd: float, freedom: int, half_width: float, least: int) -> int:
-    """Stein's number of repetitions: with it the interval reaches `half_width` at the most.
-
-    `sd` and `freedom` are those of the first repetitions, which alone estimate the spread
-    (C. Stein, A two-sample test for a linear hypothesis whose power is independent of the
-    variance, 1945). At least `least`, those that there are.
-    """
-    wide = quantile((1 + CONFIDENCE) / 2, freedom) * sd / half_width
-    return max(least, math.ceil(wide * wide))
 
 
 def after_more(first: Contrast, more: Contrast) -> Contrast:

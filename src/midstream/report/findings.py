@@ -322,7 +322,7 @@ def _how(study: Study, comparison: Comparison) -> str:
     """The interval; what would decide where it does not; the same without models that failed."""
     size, contrast = study.smallest_difference, comparison.contrast
     text = interval_words(contrast)
-    needed = comparison.repetitions_for(size)
+    needed = contrast.repetitions_for(size)
     if contrast.verdict(size) == "undecided" and needed is not None and needed > contrast.n:
         text += f"; {needed:,} repetitions would make it {points(size)} points to either side"
     if comparison.learnt is not None:

@@ -5,7 +5,6 @@ A place is the values of all axes but the repetition's. One model is fitted to a
 to decide (`Study.pilot`), the first repetitions alone estimate the spread, whatever came later.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
@@ -41,14 +40,6 @@ class Comparison:
     num_left_out: int = 0
     learnt: Contrast | None = None
     num_failed: int = 0
-
-    def repetitions_for(self, half_width: float) -> int | None:
-        """So many make the interval reach `half_width` at the most (Stein); None where the spread
-        is unknown."""
-        one = self.contrast
-        if one.sd is None:
-            return None
-        return max(one.n, math.ceil((one.reach * one.sd / half_width) ** 2))
 
     def detectable(self, repetitions: int) -> float | None:
         """The true difference that so many find in eight of ten studies; None where the spread is
@@ -127,7 +118,7 @@ def repetitions_needed(comparisons: Sequence[Comparison], half_width: float) -> 
     """
     needed: dict[Place, int] = {}
     for one in comparisons:
-        number = one.repetitions_for(half_width)
+        number = one.contrast.repetitions_for(half_width)
         if number is None:
             at = "; ".join(
                 ", ".join(f"{axis} {value}" for axis, value in place) for place in one.places
