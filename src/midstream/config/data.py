@@ -24,6 +24,8 @@ class PocketWorld(Config):
     source of its own (`alt_texts`); 0: there is none.
     """
 
+    # Raised when the same settings give other bytes.
+    VERSION: ClassVar[int] = 2
     # What of the world each source is made of, beside the seed.
     SOURCES: ClassVar[Mapping[str, str]] = {
         "web": "num_documents",
@@ -55,12 +57,13 @@ class PocketWorld(Config):
     def source_part(self, name: str) -> Any:
         """What a source's bytes follow from."""
         number = self.SOURCES.get(name)
-        part = [self.kind, self.seed, name, getattr(self, number) if number else 0]
+        part = [self.kind, self.VERSION, self.seed, name, getattr(self, number) if number else 0]
         return [*part, self.validation_fraction] if self.validation_fraction else part
 
     def benchmark_part(self, name: str) -> Any:
         """What a benchmark's bytes follow from; POPE's popular pairs are those of the captions."""
-        return [self.kind, self.seed, self.num_questions, self.num_text_items, self.num_captions]
+        numbers = [self.num_questions, self.num_text_items, self.num_captions]
+        return [self.kind, self.VERSION, self.seed, *numbers]
 
 
 class SmallReal(Config):

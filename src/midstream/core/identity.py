@@ -44,6 +44,8 @@ TEXT_FILES: dict[str, tuple[tuple[str, ...], ...]] = {
     "pubmedqa": (("ori_pqal.json", "test_ground_truth.json"),),
     "winogrande": (("winogrande_1.1/dev.jsonl",), ("winogrande.jsonl",)),
 }
+# Beside a visual benchmark's official files: {example's id: group}, whose scores are told apart.
+GROUPS_FILE = "groups.json"
 _FIRST_NAMES = any_of(
     first.rpartition("/")[2] for ways in TEXT_FILES.values() for first, *_ in ways
 )

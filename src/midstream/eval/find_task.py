@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from midstream.core.digests import is_note, walk
 from midstream.core.identity import (
+    GROUPS_FILE,
     TEXT_FILES,
     hub_folder,
     listed_tasks,
@@ -22,6 +23,7 @@ from midstream.core.identity import (
     published_files,
     visual_folder,
 )
+from midstream.core.storage import read_json
 from midstream.eval.scoring import TEXT_CHANCE, to_square
 from midstream.eval.tasks import HARNESS_TASKS, VISUAL_FORMATS, VisualExample, VisualFormat
 from midstream.eval.text import SHARES, TextTask, manager, own_task, read_text_task
@@ -255,10 +257,11 @@ def read_visual_task(
 
     `world` is a world whose world.json lists the task, or a folder with the official files under
     the benchmark's own name (`<world>/gqa` or `<world>/bench/gqa`), or of nothing else. Without
-    `pictures` they may be missing.
+    `pictures` they may be missing. Scores are told apart by the groups of a groups.json beside the
+    official files; ValueError where it leaves out an example.
     """
     kind, chance, folder = _visual_folder(world, name)
-    examples = VISUAL_FORMATS[kind].read(folder, pictures=pictures)
+    examples = _grouped(VISUAL_FORMATS[kind].read(folder, pictures=pictures), folder / GROUPS_FILE)
     splits = [example.split for example in examples]
     num_splits = len(set(splits))
     chosen = (in_seeded_order(examples, splits, name) if shuffled else examples)[:limit]
@@ -266,6 +269,22 @@ def read_visual_task(
     if limit is not None and limit < num_splits:
         raise ValueError(f"limit {limit} cannot cover the {num_splits} splits of {name}; raise it")
     return VisualTask(name, VISUAL_FORMATS[kind], chance, tuple(chosen), len(examples))
+
+
+def _grouped(examples: list[VisualExample], path: Path) -> list[VisualExample]:
+    if not path.is_file():
+        return examples
+    groups = read_json(path)
+    if not isinstance(groups, dict):
+        raise ValueError(f"{path} is no object of groups by an example's id (docs/evaluation.md)")
+    if missing := next((e.example_id for e in examples if e.example_id not in groups), None):
+        raise ValueError(
+            f"{path} names no group for example {missing!r}; give each example one, or delete it"
+        )
+    return [
+        replace(example, kinds={**example.kinds, "group": str(groups[example.example_id])})
+        for example in examples
+    ]
 
 
 def read_choice_task(world: Path, name: str, limit: int | None = None) -> TextTask:

@@ -21,8 +21,9 @@ AnyCache = Cache | TransformersCache
 _LENGTHS, _CONTINUATIONS = 16, 4
 # The length of a prompt, filled up, and how many tokens may follow it.
 _Shape = tuple[int, int]
-# Images that the decoder reads together: many positions each, so that few fill a device.
-_IMAGES_AT_ONCE = 4
+# Positions of images that the decoder reads together: four images of 729 patches fill a device, and
+# small ones are read by the batch.
+_IMAGE_POSITIONS = 4 * 729
 # Positions of continuations whose logits are made together, at most; and for each row of a batch.
 _POSITIONS_AT_ONCE, _POSITIONS_OF_ROW = 256, 4
 
@@ -142,7 +143,7 @@ def _looked(
         return
     asked = sorted({images[i] for members in groups.values() for i in members})
     for part in _parts(asked, batch_size):
-        cache = _read_images(vlm, features, part, begin)
+        cache = _read_images(vlm, features, part, begin, batch_size)
         row_of = {image: row for row, image in enumerate(part)}
         for shape, members in sorted(groups.items()):
             about = sorted((i for i in members if images[i] in row_of), key=lambda i: images[i])
@@ -152,11 +153,14 @@ def _looked(
                 yield shape, chosen, None, cache.select(id_tensor(rows, vlm), columns)
 
 
-def _read_images(vlm: VLM, features: Tensor, images: list[int], begin: int | None) -> AnyCache:
+def _read_images(
+    vlm: VLM, features: Tensor, images: list[int], begin: int | None, batch_size: int
+) -> AnyCache:
     """Images in a cache, a row each, in batches of one size so that neighbours change nothing."""
     caches: list[Any] = []
-    for part in _parts(images, _IMAGES_AT_ONCE):
-        embeddings = project_images(vlm, features[_filled(part, _IMAGES_AT_ONCE)], begin)
+    at_once = max(1, min(batch_size, _IMAGE_POSITIONS // features.shape[1]))
+    for part in _parts(images, at_once):
+        embeddings = project_images(vlm, features[_filled(part, at_once)], begin)
         rows, width = embeddings.shape[:2]
         position_ids = torch.arange(width, device=embeddings.device)
         cache = new_cache(vlm, embeddings, width)

@@ -86,6 +86,13 @@ class PrepareWorld(StageBase):
     world: Annotated[PocketWorld | SmallReal, Field(discriminator="kind")]
 
     @property
+    def identity_fields(self) -> dict[str, Any]:
+        fields = super().identity_fields
+        if isinstance(self.world, PocketWorld):
+            fields["version"] = self.world.VERSION
+        return fields
+
+    @property
     def parents(self) -> "tuple[()]":
         return ()
 

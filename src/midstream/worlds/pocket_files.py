@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from midstream.config import PocketWorld
+from midstream.core.identity import GROUPS_FILE
 from midstream.core.storage import write_bytes
 from midstream.core.tokens import apportion
 from midstream.worlds.pocket_language import (
@@ -31,17 +32,19 @@ from midstream.worlds.pocket_language import (
 )
 from midstream.worlds.pocket_scenes import (
     COLORS,
+    CONCEPTS,
+    FREQUENCIES,
     IMAGE_SIZE,
-    MAYBE_A_WORD,
     PAIRS,
     RELATIONS,
     SHAPES,
     WORDS,
-    Pair,
+    Frequency,
     Plan,
     Scene,
     below,
     draw_jpeg,
+    frequency,
     generator,
     pick,
     sample_scene,
@@ -49,7 +52,6 @@ from midstream.worlds.pocket_scenes import (
 )
 
 POPE_FILES = ("random", "popular", "adversarial")
-# Shares that let guessing score a quarter: .3/6 + .3/6 + .2/4 + .2/2.
 VQA_SHARES = {"color": 0.3, "shape": 0.15, "shape_at": 0.15, "count": 0.2, "exists": 0.2}
 VQA_ANSWERS: dict[str, tuple[str, ...]] = {
     "color": tuple(COLORS),
@@ -67,6 +69,13 @@ class Item:
     scene: Scene
     question: Question
     answer: str
+
+    @property
+    def group(self) -> Frequency:
+        """How often conversations show the rarest concept of the question and its answer."""
+        words = f"{self.question.text} {self.answer}".replace("?", " ").split()
+        found = {frequency(word) for word in words if word in CONCEPTS}
+        return max(found, key=FREQUENCIES.index, default="common")
 
 
 def balanced(
@@ -92,7 +101,7 @@ def scene_with(
     *,
     splits: Sequence[str],
     num_things: tuple[int, int] = (1, 4),
-    words: Sequence[str | None] = MAYBE_A_WORD,
+    words: Sequence[str | None] | None = None,
 ) -> Scene:
     """A scene of one of the splits that follows a plan (made anew each try) and is accepted."""
     for _ in range(100_000):
@@ -130,44 +139,34 @@ def open_items(world: PocketWorld, task: str) -> list[Item]:
             partial(plan_answer, rng, question, gold),
             partial(has_answer, question, gold),
             splits=(task,),
-            words=(gold,) if task == "textvqa" else MAYBE_A_WORD,
+            words=(gold,) if task == "textvqa" else None,
         )
         items.append(Item(scene, question, gold))
     return items
 
 
-def pope_items(world: PocketWorld, file: str, popular: Sequence[Pair]) -> list[Item]:
+def pope_items(world: PocketWorld, file: str, popular: Sequence[str]) -> list[Item]:
     """The items of one of POPE's files: a third of `num_questions`, half of them yes.
 
-    random asks about any pair, popular about `popular` ones, adversarial about a colour and a shape
-    that other things in the picture have.
+    random asks about any shape, popular about `popular` ones, adversarial about any where three or
+    four things are.
     """
     rng = generator(world.seed, f"pope {file}")
     count = max(2, 2 * (world.num_questions // 6))
-    asked = popular if file == "popular" else PAIRS
-    questions = [Question("exists", pair) for pair in asked]
+    asked = popular if file == "popular" else SHAPES
+    questions = [Question("exists", (shape,)) for shape in asked]
     items = []
     for question, gold in balanced(rng, questions, ("yes", "no"), count):
         scene = scene_with(
             rng,
-            partial(_pope_plan, rng, file, question, gold),
+            partial(plan_answer, rng, question, gold),
             partial(has_answer, question, gold),
             splits=("pope",),
-            # As many things under either answer; the adversarial plan holds up to three.
+            # As many things under either answer.
             num_things=(3, 4) if file == "adversarial" else (1, 4),
         )
         items.append(Item(scene, question, gold))
     return items
-
-
-def _pope_plan(rng: np.random.Generator, file: str, question: Question, gold: str) -> Plan:
-    plan = plan_answer(rng, question, gold)
-    if file != "adversarial":
-        return plan
-    color, shape = question.about
-    near = (color, pick(rng, [s for s in SHAPES if s != shape]))
-    also = (pick(rng, [c for c in COLORS if c != color]), shape)
-    return Plan([*plan.pairs, near, also], allowed=plan.allowed)
 
 
 def where_items(world: PocketWorld, task: str) -> list[Item]:
@@ -232,8 +231,8 @@ VQA_TYPES = {
     "count": ("how many", "number"),
     "exists": ("is there a", "yes/no"),
 }
-# "Popular" asks about this many pairs only, those most frequent in the caption pictures.
-NUM_POPULAR = 12
+# "Popular" asks about this many shapes only, those most frequent in the caption pictures.
+NUM_POPULAR = 6
 # OCID-Ref's clutter levels are ranges of take_id: up to 9, 16 and 20.
 TAKES = {4: (1, 9), 5: (10, 16), 6: (17, 20)}
 SAMPLES_A_SHARD = 1_000
@@ -275,8 +274,15 @@ def write_benchmarks(world: PocketWorld, captioned: Sequence[Scene], folder: Pat
 
 
 def _write_pictures(
-    world: PocketWorld, folder: Path, items: Sequence[Item], names: Sequence[str]
+    world: PocketWorld,
+    folder: Path,
+    items: Sequence[Item],
+    names: Sequence[str],
+    ids: Iterable[object],
 ) -> None:
+    """The pictures and their scenes, and of each example whose concepts it asks about."""
+    groups = {str(key): item.group for key, item in zip(ids, items, strict=True)}
+    write_json(folder / GROUPS_FILE, groups)
     records = []
     for index, (item, name) in enumerate(zip(items, names, strict=True)):
         path = folder / name
@@ -321,7 +327,7 @@ def _write_vqav2(world: PocketWorld, folder: Path) -> None:
     ]
     write_vqa(folder, {"info": {}, "license": {}}, rows, write_json)
     names = [f"val2014/COCO_val2014_{mine['image_id']:012d}.jpg" for mine in ids]
-    _write_pictures(world, folder, items, names)
+    _write_pictures(world, folder, items, names, [mine["question_id"] for mine in ids])
 
 
 def _write_gqa(world: PocketWorld, folder: Path) -> None:
@@ -345,7 +351,7 @@ def _write_gqa(world: PocketWorld, folder: Path) -> None:
         }
     write_json(folder / "testdev_balanced_questions.json", questions)
     names = [f"images/n{index:06d}.jpg" for index in range(len(items))]
-    _write_pictures(world, folder, items, names)
+    _write_pictures(world, folder, items, names, questions)
 
 
 def _write_textvqa(world: PocketWorld, folder: Path) -> None:
@@ -367,23 +373,24 @@ def _write_textvqa(world: PocketWorld, folder: Path) -> None:
     head = {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1"}
     write_json(folder / "TextVQA_0.5.1_val.json", head | {"data": data})
     names = [f"train_images/{index:016x}.jpg" for index in range(len(items))]
-    _write_pictures(world, folder, items, names)
+    _write_pictures(world, folder, items, names, [one["question_id"] for one in data])
 
 
 def _write_pope(world: PocketWorld, captioned: Sequence[Scene], folder: Path) -> None:
-    seen = Counter(thing.pair for scene in captioned for thing in scene.things)
-    popular = sorted(PAIRS, key=lambda pair: (-seen[pair], pair))[:NUM_POPULAR]
-    everything, names = [], []
+    seen = Counter(thing.shape for scene in captioned for thing in scene.things)
+    popular = sorted(SHAPES, key=lambda shape: (-seen[shape], shape))[:NUM_POPULAR]
+    everything, names, ids = [], [], []
     for file in POPE_FILES:
         lines = []
         for number, item in enumerate(pope_items(world, file, popular), start=1):
             everything.append(item)
+            ids.append(f"{file}-{number}")
             image = f"COCO_val2014_{len(everything):012d}.jpg"
             names.append(f"val2014/{image}")
             line = {"question_id": number, "image": image, "text": item.question.text}
             lines.append(line | {"label": item.answer})
         write_lines(folder / f"coco_pope_{file}.json", lines)
-    _write_pictures(world, folder, everything, names)
+    _write_pictures(world, folder, everything, names, ids)
 
 
 def _write_refcoco(world: PocketWorld, folder: Path) -> None:
@@ -429,7 +436,8 @@ def _write_refcoco(world: PocketWorld, folder: Path) -> None:
     write_json(folder / "instances.json", value)
     (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
     names = [f"train2014/{image['file_name']}" for image in images]
-    _write_pictures(world, folder, items, names)
+    ids = [f"{number}-{number}" for number in range(1, len(items) + 1)]
+    _write_pictures(world, folder, items, names, ids)
 
 
 def _write_ocid_ref(world: PocketWorld, folder: Path) -> None:
@@ -447,4 +455,4 @@ def _write_ocid_ref(world: PocketWorld, folder: Path) -> None:
             "take_id": first + index % (last - first + 1),
         }
     write_json(folder / "val_expressions.json", expressions)
-    _write_pictures(world, folder, items, names)
+    _write_pictures(world, folder, items, names, expressions)

@@ -16,7 +16,9 @@ from midstream.worlds.pocket_scenes import (
     Pair,
     Plan,
     Scene,
+    Style,
     Thing,
+    draw,
     generator,
     pick,
     shuffled,
@@ -29,7 +31,7 @@ NAMES = (
 # What is told about a person: the values (each as frequent), the question, the statements.
 FACTS: dict[str, tuple[Sequence[str], str, Sequence[str]]] = {
     "color": (
-        tuple(COLORS),
+        ("red", "green", "blue", "yellow"),
         "what color does {name} like?",
         ("{name} likes {value}.", "the color that {name} likes is {value}."),
     ),
@@ -55,7 +57,8 @@ TEMPLATES = {
     "color": "what color is the {0}?",
     "shape": "what shape is the {0} object?",
     "shape_at": "what shape is at the {0}?",
-    "exists": "Is there a {0} {1} in the image?",
+    "count": "how many things are there?",
+    "exists": "Is there a {0} in the image?",
     "relation_color": "what color is the object {0} the {1}?",
     "relation_shape": "what shape is the object {0} the {1} object?",
     "word": "what word is written?",
@@ -63,11 +66,11 @@ TEMPLATES = {
     "where_relation": "Where is the {0} {1} the {2} {3}?",
     "where_size": "Where is the {0} {1}?",
 }
-COUNTS = ("0", "1", "2", "3")
+COUNTS = ("1", "2", "3", "4")
 
 
 class Question(NamedTuple):
-    """A kind of question (a key of TEMPLATES, or "count") and the words that fill its gaps."""
+    """A kind of question (a key of TEMPLATES) and the words that fill its gaps."""
 
     kind: str
     about: tuple[str, ...] = ()
@@ -75,10 +78,6 @@ class Question(NamedTuple):
     @property
     def text(self) -> str:
         """The question as it is written."""
-        if self.kind == "count":
-            name = self.about[0]
-            plural = f"{name} objects" if name in COLORS else f"{name}s"
-            return f"how many {'crosses' if name == 'cross' else plural} are there?"
         return TEMPLATES[self.kind].format(*self.about)
 
     @property
@@ -93,8 +92,8 @@ QUESTIONS: dict[str, tuple[Question, ...]] = {
     "color": tuple(Question("color", (shape,)) for shape in SHAPES),
     "shape": tuple(Question("shape", (color,)) for color in COLORS),
     "shape_at": tuple(Question("shape_at", (position,)) for position in POSITIONS),
-    "count": tuple(Question("count", (name,)) for name in (*SHAPES, *COLORS)),
-    "exists": tuple(Question("exists", pair) for pair in PAIRS),
+    "count": (Question("count"),),
+    "exists": tuple(Question("exists", (shape,)) for shape in SHAPES),
     "relation_color": tuple(Question("relation_color", (r, s)) for r in RELATIONS for s in SHAPES),
     "relation_shape": tuple(Question("relation_shape", (r, c)) for r in RELATIONS for c in COLORS),
     "word": (Question("word"),),
@@ -150,9 +149,9 @@ def answer(scene: Scene, question: Question) -> str | None:
     if kind == "word":
         return scene.word
     if kind == "exists":
-        return "yes" if any(thing.pair == about for thing in scene.things) else "no"
+        return "yes" if any(thing.shape == about[0] for thing in scene.things) else "no"
     if kind == "count":
-        count = str(sum(about[0] in thing.pair for thing in scene.things))
+        count = str(len(scene.things))
         return count if count in COUNTS else None
     thing = referent(scene, question)
     if thing is None:
@@ -167,21 +166,22 @@ def box_text(thing: Thing) -> str:
     return "[" + ", ".join(f"{edge / IMAGE_SIZE:.2f}" for edge in thing.box) + "]"
 
 
-def ask(rng: np.random.Generator, scene: Scene, kind: str) -> Question | None:
+def ask(
+    rng: np.random.Generator, scene: Scene, kind: str, style: Style = "even"
+) -> Question | None:
     """A random question of a kind that has an answer on the scene; None if there is none.
 
-    Colours and shapes are exchangeable, so a scene's own answers are even over many scenes; only
-    "exists" (half of the answers are no) is decided here, and "count" has to be planned.
+    Half of the answers to "exists" are no, about shapes as frequent as the style has them.
     """
     found: list[Question]
     if kind == "exists":
-        present = [thing.pair for thing in scene.things]
-        mixed = [(a[0], b[1]) for a in present for b in present if (a[0], b[1]) not in present]
+        present = [thing.shape for thing in scene.things]
         if rng.random() < 0.5:
-            return Question("exists", pick(rng, present))
-        if mixed and rng.random() < 0.5:
-            return Question("exists", pick(rng, mixed))
-        return Question("exists", pick(rng, [pair for pair in PAIRS if pair not in present]))
+            return Question("exists", (pick(rng, present),))
+        absent = draw(rng, SHAPES, style)
+        while absent in present:
+            absent = draw(rng, SHAPES, style)
+        return Question("exists", (absent,))
     if kind in ("relation_color", "relation_shape", "where_relation"):
         found = []
         for anchor in scene.things:
@@ -210,13 +210,10 @@ def plan_answer(rng: np.random.Generator, question: Question, gold: str) -> Plan
         return Plan([(about[0], gold)], allowed=lambda pair: pair[0] != about[0])
     if kind == "shape_at":
         return Plan([(color, gold)], cells=[POSITIONS.index(about[0])])
-    if kind == "count":
-        matching = shuffled(rng, [pair for pair in PAIRS if about[0] in pair])
-        return Plan(matching[: int(gold)], allowed=lambda pair: about[0] not in pair)
     if kind == "exists":
-        pairs: list[Pair] = [(about[0], about[1])] if gold == "yes" else []
-        return Plan(pairs, allowed=lambda pair: pair != about)
-    if kind == "word":
+        pairs: list[Pair] = [(color, about[0])] if gold == "yes" else []
+        return Plan(pairs, allowed=lambda pair: pair[1] != about[0])
+    if kind in ("word", "count"):
         return Plan()
     anchor = pick(rng, [c for c in range(9) if neighbour_cell(c, about[0]) is not None])
     cell = neighbour_cell(anchor, about[0])
@@ -232,19 +229,21 @@ def plan_answer(rng: np.random.Generator, question: Question, gold: str) -> Plan
 
 
 def describe(rng: np.random.Generator, scene: Scene) -> str:
-    """A sentence or two that name every thing with its colour, shape and position, and the word."""
-    parts, word_at = [], POSITIONS[scene.word_cell]
-    style = int(rng.random() * 4)
-    for thing in shuffled(rng, scene.things):
-        name, at = f"a {thing.size} {thing.color} {thing.shape}", POSITIONS[thing.cell]
-        parts.append((f"{name} at the {at}", f"at the {at} {name}", f"{at}: {name}")[style % 3])
-    words = ("the word {} at the {}.", "at the {1} the word {0}.", "{1}: the word {0}.")
-    word = words[style % 3].format(scene.word, word_at)
-    text = ", ".join(parts) + "."
-    if style == 3:
-        text = "there is " + " and ".join(parts) + "."
-        word = f"the word {scene.word} is written at the {word_at}."
-    return f"{text} {word}" if scene.word else text
+    """A sentence that names every thing with its colour, shape and position, and the word."""
+    named = [(f"{thing.color} {thing.shape}", thing.cell) for thing in scene.things]
+    if scene.word:
+        named.append((f"the word {scene.word}", scene.word_cell))
+    form = pick(rng, ("{name} at the {at}", "{at}: {name}"))
+    parts = [form.format(name=name, at=POSITIONS[cell]) for name, cell in shuffled(rng, named)]
+    return ", ".join(parts) + "."
+
+
+def caption(scene: Scene) -> str:
+    """Every thing by colour and shape, and the word, from the top left to the bottom right."""
+    named = [(thing.cell, f"{thing.color} {thing.shape}") for thing in scene.things]
+    if scene.word:
+        named.append((scene.word_cell, f"the word {scene.word}"))
+    return ", ".join(name for _, name in sorted(named)) + "."
 
 
 def fact_table(seed: int) -> dict[tuple[str, str], str]:

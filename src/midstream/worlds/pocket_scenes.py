@@ -2,10 +2,12 @@
 
 import hashlib
 import io
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from itertools import accumulate
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -14,18 +16,29 @@ from PIL import Image, ImageDraw
 # do not bleed over.
 IMAGE_SIZE = 72
 CELL_SIZE = 24
+# Concepts, the commonest first: captions show all of them, conversations not the last ones.
 COLORS = {
     "red": (214, 40, 40),
     "green": (40, 150, 60),
     "blue": (40, 80, 210),
     "yellow": (235, 190, 20),
+    "purple": (130, 50, 170),
+    "brown": (125, 75, 30),
+    "pink": (240, 120, 190),
+    "cyan": (60, 200, 220),
 }
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = (
+    *("circle", "square", "triangle", "cross", "star", "ring", "arrow", "heart"),
+    *("house", "moon", "bolt", "flag", "cup", "tree", "fish", "key"),
+)
 # Sides of the box around a thing, in pixels.
 SIZES = {"small": (14,), "large": (21,)}
 # Things stand in the middle of their cell, up to this many pixels off in each direction.
 JITTER = 1
-WORDS = ("go", "up", "hi", "ox", "me", "us", "by", "pi")
+WORDS = (
+    *("go", "up", "hi", "ox", "me", "us", "by", "pi"),
+    *("be", "so", "he", "my", "oh", "ex", "ye", "mi"),
+)
 POSITIONS = tuple(
     f"{row} {column}"
     for row in ("top", "middle", "bottom")
@@ -33,9 +46,6 @@ POSITIONS = tuple(
 )
 # The cell of "the thing left of X" seen from the cell of X, as (rows, columns).
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
-# What `sample_scene` draws its word from so that about half of the scenes have one.
-MAYBE_A_WORD: tuple[str | None, ...] = (*WORDS, *[None] * len(WORDS))
-
 TASKS = ("vqav2", "gqa", "textvqa", "pope", "refcoco", "ocid_ref")
 # A scene's hash picks one of these, so that no scene is in two splits.
 SPLITS = (*["captions"] * 5, *["instruct"] * 5, *TASKS)
@@ -59,7 +69,16 @@ GLYPH_WIDTH, GLYPH_HEIGHT, INK = 5, 7, (45, 45, 45)
 # Pixels of the picture for each pixel of the font.
 GLYPH_SCALE = 2
 
+CONCEPTS = (*COLORS, *SHAPES, *WORDS)
 Pair = tuple[str, str]
+# How often a concept is seen, by its place in its list.
+Frequency = Literal["common", "seldom", "captions only"]
+FREQUENCIES: tuple[Frequency, ...] = get_args(Frequency)
+# Whose concepts a scene is made of: benchmarks ask about all alike.
+Style = Literal["even", "captions", "instruct"]
+# The share of a conversation's concepts that are seldom ones, and the long tail of captions: the
+# n-th is n to this power as frequent as the first.
+SELDOM_SHARE, TAIL = 0.12, -0.5
 PAIRS: tuple[Pair, ...] = tuple((color, shape) for color in COLORS for shape in SHAPES)
 T = TypeVar("T")
 
@@ -78,6 +97,32 @@ def below(rng: np.random.Generator, limit: int) -> int:
 def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
     """One of the options, each as likely."""
     return options[int(rng.random() * len(options))]
+
+
+def frequency(name: str) -> Frequency:
+    """How often conversations show a colour, shape or word: five eighths of each list are common,
+    about two eighths seldom, and the rest captions alone show."""
+    names = next(names for names in (tuple(COLORS), SHAPES, WORDS) if name in names)
+    place = names.index(name) / len(names)
+    return "common" if place < 5 / 8 else "seldom" if place < 7 / 8 else "captions only"
+
+
+@cache
+def _steps(names: tuple[str, ...], style: Style) -> tuple[float, ...]:
+    """The running sum of the names' probabilities."""
+    weights = [1.0] * len(names)
+    if style == "captions":
+        weights = [number**TAIL for number in range(1, len(names) + 1)]
+    elif style == "instruct":
+        kinds = [frequency(name) for name in names]
+        shares = {"common": 1 - SELDOM_SHARE, "seldom": SELDOM_SHARE, "captions only": 0.0}
+        weights = [shares[kind] / kinds.count(kind) for kind in kinds]
+    return tuple(value / sum(weights) for value in accumulate(weights))
+
+
+def draw(rng: np.random.Generator, names: tuple[str, ...], style: Style) -> str:
+    """One of the names, as frequent as the style has it."""
+    return names[min(bisect_right(_steps(names, style), rng.random()), len(names) - 1)]
 
 
 def shuffled(rng: np.random.Generator, items: Sequence[T]) -> list[T]:
@@ -167,9 +212,11 @@ def sample_scene(
     plan: Plan,
     *,
     num_things: int,
-    words: Sequence[str | None] = MAYBE_A_WORD,
+    words: Sequence[str | None] | None = None,
+    style: Style = "even",
 ) -> Scene:
-    """A random scene with `plan` in it; its word is one of `words`, each as likely.
+    """A random scene with `plan` in it, of the style's concepts; its word is one of `words`, each
+    as likely. None: half of the scenes have one, of the style's.
 
     Raises ValueError if the plan's pairs are more than `num_things`.
     """
@@ -177,7 +224,7 @@ def sample_scene(
         raise ValueError(f"{len(plan.pairs)} planned things do not fit into {num_things}")
     pairs = list(plan.pairs)
     while len(pairs) < num_things:
-        pair = pick(rng, PAIRS)
+        pair = (draw(rng, tuple(COLORS), style), draw(rng, SHAPES, style))
         if pair not in pairs and plan.allowed(pair):
             pairs.append(pair)
     free = [cell for cell in rng.permutation(9).tolist() if cell not in plan.cells]
@@ -192,7 +239,10 @@ def sample_scene(
         things.append(Thing(cells[index], color, shape, size, left, top, side))
     # The order of planning must not show in the picture's record.
     things.sort(key=lambda thing: thing.cell)
-    word = pick(rng, words)
+    if words is None:
+        word = draw(rng, WORDS, style) if rng.random() < 0.5 else None
+    else:
+        word = pick(rng, words)
     if word is None:
         return Scene(tuple(things), None, -1, 0, 0)
     row, column = divmod(cells[num_things], 3)
@@ -225,23 +275,61 @@ def draw_jpeg(rng: np.random.Generator, scene: Scene) -> bytes:
     return buffer.getvalue()
 
 
+# Outlines in a box of side 1; each touches all four of its sides. A circle is left, top, right,
+# bottom. What begins with "-" is cut out again.
+_CIRCLE = (0.0, 0.0, 1.0, 1.0)
+OUTLINES: dict[str, tuple[tuple[str, tuple[float, ...]], ...]] = {
+    "circle": (("+circle", _CIRCLE),),
+    "square": (("+", (0, 0, 1, 0, 1, 1, 0, 1)),),
+    "triangle": (("+", (0.5, 0, 1, 1, 0, 1)),),
+    "cross": (
+        ("+", (0.34, 0, 0.66, 0, 0.66, 1, 0.34, 1)),
+        ("+", (0, 0.34, 1, 0.34, 1, 0.66, 0, 0.66)),
+    ),
+    "star": (("+", (0.5, 0, 1, 0.75, 0, 0.75)), ("+", (0.5, 1, 1, 0.25, 0, 0.25))),
+    "ring": (("+circle", _CIRCLE), ("-circle", (0.27, 0.27, 0.73, 0.73))),
+    "arrow": (
+        ("+", (0.5, 0, 1, 0.5, 0.5, 1)),
+        ("+", (0, 0.35, 0.5, 0.35, 0.5, 0.65, 0, 0.65)),
+    ),
+    "heart": (
+        ("+circle", (0, 0, 0.54, 0.54)),
+        ("+circle", (0.46, 0, 1, 0.54)),
+        ("+", (0.03, 0.4, 0.97, 0.4, 0.5, 1)),
+    ),
+    "house": (
+        ("+", (0.5, 0, 1, 0.45, 1, 1, 0.62, 1, 0.62, 0.6, 0.38, 0.6, 0.38, 1, 0, 1, 0, 0.45)),
+    ),
+    "moon": (("+circle", (0, 0, 1.2, 1)), ("-circle", (0.42, -0.2, 1.5, 0.78))),
+    "bolt": (("+", (0.6, 0, 0, 0.6, 0.45, 0.6, 0.3, 1, 1, 0.38, 0.55, 0.38)),),
+    "flag": (("+", (0, 0, 0.16, 0, 0.16, 1, 0, 1)), ("+", (0.16, 0, 1, 0, 1, 0.5, 0.16, 0.5))),
+    "cup": (
+        ("+", (0, 0.1, 0.7, 0.1, 0.6, 1, 0.1, 1)),
+        ("+circle", (0.5, 0, 1, 0.6)),
+        ("-circle", (0.62, 0.14, 0.88, 0.46)),
+    ),
+    "tree": (("+circle", (0, 0, 1, 0.62)), ("+", (0.4, 0.5, 0.6, 0.5, 0.6, 1, 0.4, 1))),
+    "fish": (("+circle", (0, 0.1, 0.75, 0.9)), ("+", (0.6, 0.5, 1, 0, 1, 1))),
+    "key": (
+        ("+circle", (0, 0, 0.5, 1)),
+        ("-circle", (0.13, 0.28, 0.37, 0.72)),
+        ("+", (0.45, 0.4, 1, 0.4, 1, 0.85, 0.84, 0.85, 0.84, 0.6, 0.45, 0.6)),
+    ),
+}
+
+
 @cache
 def shape_mask(shape: str, side: int) -> Image.Image:
     """How much of each pixel a shape covers (0 to 255); it touches all four sides of its box."""
     fine = 8
     large = Image.new("L", (side * fine, side * fine), 0)
     pen, end = ImageDraw.Draw(large), side * fine - 1
-    if shape == "circle":
-        pen.ellipse((0, 0, end, end), fill=255)
-    elif shape == "square":
-        pen.rectangle((0, 0, end, end), fill=255)
-    elif shape == "triangle":
-        pen.polygon([(end / 2, 0), (end, end), (0, end)], fill=255)
-    else:
-        assert shape == "cross", shape
-        near, far = 0.34 * end, 0.66 * end
-        pen.rectangle((near, 0, far, end), fill=255)
-        pen.rectangle((0, near, end, far), fill=255)
+    for kind, numbers in OUTLINES[shape]:
+        fill, at = 255 if kind[0] == "+" else 0, [number * end for number in numbers]
+        if kind.endswith("circle"):
+            pen.ellipse(at, fill=fill)
+        else:
+            pen.polygon(at, fill=fill)
     return large.resize((side, side), Image.Resampling.BOX)
 
 

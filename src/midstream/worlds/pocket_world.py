@@ -33,6 +33,7 @@ from midstream.worlds.pocket_language import (
     Question,
     answer,
     ask,
+    caption,
     describe,
     fact_document,
     fact_table,
@@ -40,14 +41,15 @@ from midstream.worlds.pocket_language import (
 )
 from midstream.worlds.pocket_scenes import (
     COLORS,
-    MAYBE_A_WORD,
     SHAPES,
     TASKS,
     WORDS,
     Pair,
     Plan,
     Scene,
+    Style,
     below,
+    draw,
     draw_jpeg,
     generator,
     pick,
@@ -62,7 +64,7 @@ CAMERAS = ("img_{:04d}.jpg", "dsc{:05d}.jpg", "{:06d}.png")
 def write_captions(
     world: PocketWorld, scenes: Sequence[Scene], texts: Sequence[str | None], folder: Path
 ) -> None:
-    """Write shards with a picture of each scene, its text (None: a description) and its record."""
+    """Write shards with a picture of each scene, its text (None: its caption) and its record."""
     numbered = enumerate(zip(scenes, texts, strict=True))
     samples = (_sample(world, scene, index, text) for index, (scene, text) in numbered)
     write_shards(samples, len(scenes), folder)
@@ -71,7 +73,7 @@ def write_captions(
 def _sample(world: PocketWorld, scene: Scene, index: int, text: str | None) -> Sample:
     rng = generator(world.seed, "caption", index)
     yield f"{index:08d}.jpg", draw_jpeg(rng, scene)
-    yield f"{index:08d}.txt", (describe(rng, scene) if text is None else text).encode()
+    yield f"{index:08d}.txt", (caption(scene) if text is None else text).encode()
     yield f"{index:08d}.json", json.dumps(scene.record()).encode()
 
 
@@ -123,12 +125,14 @@ def _joined(rng: np.random.Generator, names: list[str]) -> str:
 
 TEXT_TASKS = ("pocket_reading", "pocket_words", "pocket_facts")
 # What guessing scores, by the convention of the paper: 0 for open words and boxes.
-CHANCES = dict(zip(TASKS, (0.25, 0.25, 0.0, 0.5, 0.0, 0.0), strict=True))
+# VQAv2: .3 colours of eight, .3 shapes of sixteen, .2 counts of four, .2 yes or no; GQA: colours
+# and shapes by halves.
+CHANCES = dict(zip(TASKS, (0.206, 0.094, 0.0, 0.5, 0.0, 0.0), strict=True))
 DOCUMENTS_A_FILE = 8_000
 FACT_DOCUMENTS_FRACTION = 0.25
 # How many things a scene has, each entry as likely. Many scenes are simple, so that colours and
 # shapes can be read off them before things have to be told apart.
-NUM_THINGS = (1, 1, 2, 2, 3, 4)
+NUM_THINGS = (1, 1, 1, 2, 2, 3, 4)
 Turn = tuple[Question, str]
 
 
@@ -167,31 +171,18 @@ def write_pocket_world(world: PocketWorld, root: Path) -> None:
 
 
 def converse(
-    rng: np.random.Generator,
-    kinds: Sequence[str],
-    splits: Sequence[str],
-    num_things: tuple[int, int],
+    rng: np.random.Generator, kinds: Sequence[str], splits: Sequence[str], size: int, style: Style
 ) -> tuple[Scene, list[Turn]]:
-    """A scene of one of the splits with a question of each kind, in this order.
-
-    The number a "count" question asks for is chosen before the scene is, since few scenes hold
-    three of a kind; there is at most one such question.
-    """
-    planned = Question("count", QUESTIONS["count"][below(rng, len(QUESTIONS["count"]))].about)
-    number, low = pick(rng, COUNTS), num_things[0]
-    if "count" in kinds:
-        # Beside several of a kind there is another thing, so that other questions have answers.
-        low = max(low, int(number) + (int(number) > 1))
-    words = WORDS if "word" in kinds else MAYBE_A_WORD
+    """A scene of one of the splits, with `size` of the style's things, and a question of each kind
+    about it, in this order."""
+    words = [draw(rng, WORDS, style)] if "word" in kinds else None
     for _ in range(100_000):
-        plan = plan_answer(rng, planned, number) if "count" in kinds else Plan()
-        size = low + below(rng, max(num_things[1] - low, 0) + 1)
-        scene = sample_scene(rng, plan, num_things=size, words=words)
+        scene = sample_scene(rng, Plan(), num_things=size, words=words, style=style)
         if scene.split not in splits:
             continue
         turns: list[Turn] = []
         for kind in kinds:
-            question = planned if kind == "count" else ask(rng, scene, kind)
+            question = ask(rng, scene, kind, style)
             reply = None if question is None else answer(scene, question)
             if question is None or reply is None or (question, reply) in turns:
                 break
@@ -213,39 +204,41 @@ def scene_document(world: PocketWorld, index: int) -> tuple[str, Scene | None]:
     rng = generator(world.seed, "document", index)
     if rng.random() < FACT_DOCUMENTS_FRACTION:
         return "", None
-    low = pick(rng, NUM_THINGS)
+    size = pick(rng, NUM_THINGS)
     kinds = ["color", "shape", "shape_at", "count", "exists", "word"]
-    if low > 1:
+    if size > 1:
         kinds.append(pick(rng, ("relation_color", "relation_shape")))
-    kinds = shuffled(rng, kinds)[: 3 + below(rng, 4)]
-    scene, turns = converse(rng, kinds, ("captions", "instruct"), (low, low))
+    kinds = shuffled(rng, kinds)[: 3 + below(rng, 3)]
+    scene, turns = converse(rng, kinds, ("captions", "instruct"), size, "captions")
     layout = pick(rng, LAYOUTS)
     lines = [f"{layout.format(question=question.text)} {reply}" for question, reply in turns]
-    # Told twice in other words and another order: what stands where has to be looked up.
-    return "\n".join([describe(rng, scene), describe(rng, scene), *lines]) + "\n", scene
+    return "\n".join([describe(rng, scene), *lines]) + "\n", scene
 
 
 def caption_scene(world: PocketWorld, index: int) -> Scene:
-    """The scene of the caption at `index`; a quarter of them is cluttered (4 to 6 things)."""
+    """The scene of the caption at `index`; one in nine is cluttered (4 to 6 things)."""
     rng = generator(world.seed, "caption scene", index)
-    low = pick(rng, (*NUM_THINGS * 2, 5, 6))
-    return converse(rng, (), ("captions",), (low, low))[0]
+    return converse(rng, (), ("captions",), pick(rng, (*NUM_THINGS * 2, 5, 6)), "captions")[0]
 
 
 def talk(world: PocketWorld, index: int) -> tuple[Scene, list[Turn]]:
-    """The conversation at `index`: four to six of the six benchmarks' kinds of question."""
+    """The conversation at `index`: three or four of the six benchmarks' kinds of question."""
     rng = generator(world.seed, "talk", index)
-    low = pick(rng, (*NUM_THINGS * 2, 5, 6))
-    # Boxes are long answers: half of the talks ask for one, so that they are not most of the text.
-    kinds = ["color", pick(rng, ("shape", "shape_at")), "word", "exists", "count"]
+    size = pick(rng, (*NUM_THINGS * 2, 5, 6))
+    kinds = ["color", "shape", "shape_at", "word", "exists"]
+    if str(size) in COUNTS:
+        kinds.append("count")
     where = "where_pair"
-    if low > 1:
+    if size > 1:
         kinds.append(pick(rng, ("relation_color", "relation_shape")))
-        other = pick(rng, ("where_relation", "where_size")) if low > 2 else where
+        other = pick(rng, ("where_relation", "where_size")) if size > 2 else where
         where = pick(rng, (where, other))
-    kinds.append(pick(rng, (where, "exists")))
-    kinds = shuffled(rng, kinds)[: 4 + below(rng, 3)]
-    return converse(rng, kinds, ("instruct",), (low, low))
+    kinds = shuffled(rng, kinds)[: 3 + below(rng, 2)]
+    # Boxes are long answers: a quarter of the talks ask for one, so that they are not most of the
+    # text.
+    if rng.random() < 0.25:
+        kinds[-1] = where
+    return converse(rng, kinds, ("instruct",), size, "instruct")
 
 
 def text_items(world: PocketWorld, task: str) -> list[dict[str, Any]]:
@@ -301,7 +294,7 @@ def _described_questions(rng: np.random.Generator, task: str, count: int) -> lis
             partial(plan_answer, rng, question, reply),
             partial(has_answer, question, reply),
             splits=TASKS,
-            words=(reply,) if question.kind == "word" else MAYBE_A_WORD,
+            words=(reply,) if question.kind == "word" else None,
         )
         others = shuffled(rng, [name for name in kinds[question.kind] if name != reply])[:3]
         asked.append((describe(rng, scene) + "\n", question.text, reply, others))
