@@ -210,7 +210,7 @@ def pocket_scale(
             captions=captions,
             text_sources=text_mixture or (("web", 1.0),),
             instruct_source="talks",
-            image_text_tokens=few(1_900_000, 10_000),
+            image_text_tokens=few(2_000_000, 10_000),
             rewarm=WarmupCosine(peak_rate=1e-3, end_rate=END_RATE, warmup_fraction=0.05),
             rows=image_rows,
             finetune_rows=talk_rows,

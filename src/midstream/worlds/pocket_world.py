@@ -222,7 +222,7 @@ def caption_scene(world: PocketWorld, index: int) -> Scene:
 
 
 def talk(world: PocketWorld, index: int) -> tuple[Scene, list[Turn]]:
-    """The conversation at `index`: three or four of the six benchmarks' kinds of question."""
+    """The conversation at `index`: two or three of the six benchmarks' kinds of question."""
     rng = generator(world.seed, "talk", index)
     size = pick(rng, (*NUM_THINGS * 2, 5, 6))
     kinds = ["color", "shape", "shape_at", "word", "exists"]
@@ -233,10 +233,10 @@ def talk(world: PocketWorld, index: int) -> tuple[Scene, list[Turn]]:
         kinds.append(pick(rng, ("relation_color", "relation_shape")))
         other = pick(rng, ("where_relation", "where_size")) if size > 2 else where
         where = pick(rng, (where, other))
-    kinds = shuffled(rng, kinds)[: 3 + below(rng, 2)]
-    # Boxes are long answers: a quarter of the talks ask for one, so that they are not most of the
+    kinds = shuffled(rng, kinds)[: 2 + below(rng, 2)]
+    # Boxes are long answers: a fifth of the talks asks for one, so that they are not most of the
     # text.
-    if rng.random() < 0.25:
+    if rng.random() < 0.2:
         kinds[-1] = where
     return converse(rng, kinds, ("instruct",), size, "instruct")
 
