@@ -36,12 +36,12 @@ class PocketWorld(Config):
 
     kind: Literal["pocket"] = "pocket"
     seed: int = 0
-    num_documents: Positive = 14_000
-    num_captions: Positive = 6_000
+    num_documents: Positive = 20_000
+    num_captions: Positive = 12_000
     num_alt_texts: Annotated[int, Field(ge=0)] = 0
-    num_conversations: Positive = 10_000
-    num_questions: Positive = 200
-    num_text_items: Positive = 200
+    num_conversations: Positive = 4_000
+    num_questions: Positive = 500
+    num_text_items: Positive = 500
     validation_fraction: Fraction = 0.0
 
     @property

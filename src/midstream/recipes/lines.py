@@ -56,9 +56,14 @@ def image_text_schedule(completion: float, rewarm_rate: float) -> WarmupCosine |
 
 
 def finetuned_line(
-    continued: Continue, budget: Budget, rate: float, asked: Evaluation, completion: float
+    continued: Continue,
+    budget: Budget,
+    rate: float,
+    asked: Evaluation,
+    completion: float,
+    rows: Rows | None = None,
 ) -> Line:
-    """Fine-tune and evaluate an image-text model, in its own rows and with its own seed.
+    """Fine-tune and evaluate an image-text model, in its own rows or these, with its own seed.
 
     An encoder that the image-text stage trains is trained here too.
     """
@@ -67,7 +72,7 @@ def finetuned_line(
         start=continued,
         training=Training(
             budget=budget,
-            rows=continued.training.rows,
+            rows=rows or continued.training.rows,
             optimizer=FINETUNING,
             schedule=WarmupCosine(peak_rate=rate, end_rate=0.0, warmup_fraction=0.05),
             encoder_rate_factor=continued.training.encoder_rate_factor,
@@ -98,10 +103,12 @@ def arrival_of(
     rewarm_rate: float,
     finetune_rate: float,
     asked: Evaluation,
+    finetune_rows: Rows | None = None,
 ) -> dict[str, Any]:
     """The fields of a study of when images arrive.
 
-    Each start, once a seed, is continued on `pictures`, fine-tuned on `talks` and evaluated.
+    Each start, once a seed, is continued on `pictures`, fine-tuned on `talks` (in rows of its own
+    where they are given) and evaluated.
     """
     lines = tuple(
         finetuned_line(
@@ -123,6 +130,7 @@ def arrival_of(
             finetune_rate,
             asked,
             completion,
+            finetune_rows,
         )
         for completion, seed in product(completions, seeds)
     )

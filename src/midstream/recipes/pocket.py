@@ -151,6 +151,7 @@ def when_images_arrive(
         rows=IMAGE_ROWS,
         rewarm_rate=rewarm_rate,
         finetune_rate=finetune_rate,
+        finetune_rows=TALK_ROWS,
         asked=ASKED,
     )
     return Study(name="pocket.when_images_arrive", **fields)
