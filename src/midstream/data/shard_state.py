@@ -101,7 +101,8 @@ def wanted_shards(job: Job, units: Sequence[Unit]) -> list[Todo]:
         "preparation": PREPARATION,
         "format": FORMAT,
         "section": job.section,
-        "options": asdict(job.options),
+        # Without the split where none is named: shards of before it could be are used again.
+        "options": {k: v for k, v in asdict(job.options).items() if (k, v) != ("split", None)},
         "root": job.root,
         "tokenizer": job.tokenizer,
         "validation_fraction": job.validation_fraction,

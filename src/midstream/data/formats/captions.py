@@ -10,21 +10,18 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
-import ijson
-
-from midstream.core.digests import plain_name
 from midstream.data.formats.files import (
     base_name,
     folder_of,
     inside,
     is_folder,
     is_url,
+    read_head,
     read_lines,
     read_range,
-    unpacked,
 )
 from midstream.data.formats.records import (
     LARGEST_BYTES,
@@ -32,14 +29,22 @@ from midstream.data.formats.records import (
     Picture,
     ReadOptions,
     Unit,
-    list_entries,
+    entries_of,
+    holds_list,
     unicode_problem,
+    unquoted,
 )
 from midstream.data.formats.tables import columns_of, table_rows
 from midstream.data.source_writer import Reject
 
+# How JPEG, PNG, WebP and GIF begin in base64; no name of a file is so long and begins so.
+_BASE64, _BASE64_CHARACTERS = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD"), 64
 # Where a picture stands in an object or a table, the first of them that is there.
-PICTURE_KEYS = ("file_name", "image", "images", "jpg", "jpeg", "png", "webp")
+PICTURE_KEYS = (
+    *("file_name", "image", "images", "jpg", "jpeg", "png", "webp"),
+    *("filename", "filepath", "image_path", "image_name", "img_path"),
+)
+TEXT_TABLES = (".csv", ".tsv", ".txt")
 NOT_UTF8, NOT_UNICODE = "caption not UTF-8", "caption not Unicode"
 
 
@@ -102,7 +107,7 @@ def load_picture(roots: Sequence[str], name: str, where: str) -> Picture | Rejec
         # A failing disk or connection is no missing picture.
         if not isinstance(error, absent) and error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
             raise
-        return Reject(where, "missing picture", path + _broken_link(path, error))
+        return Reject(where, "missing picture", _not_there(path, error))
     if len(data) > LARGEST_BYTES:
         return Reject(where, "picture too large", f"{path} has over {LARGEST_BYTES:,} bytes")
     return Picture(path, 0, data) if data else Reject(where, "zero-byte picture", path)
@@ -118,30 +123,47 @@ def load_shown(shown: str | bytes, roots: Sequence[str], where: str) -> Picture 
 
 
 def picture_in(value: object) -> str | bytes | None:
-    """The picture in a value: its name, its bytes, a data: URL, {bytes, path} or {url}.
+    """The picture in a value: its name, its bytes, base64 of them, or an object that holds one.
 
-    None: there is none. Raises ValueError for a data: URL that holds no base64.
+    Base64 stands in a data: URL or alone; an object is {bytes, path}, {url}, {base64} or {source}.
+    None: there is none. Raises ValueError for base64 that is damaged.
     """
     if isinstance(value, dict):
-        held, named = value.get("bytes"), (value.get("path"), value.get("url"))
-        value = held if isinstance(held, bytes) else next(filter(None, named), None)
-    if not isinstance(value, str) or not value.startswith("data:"):
-        return value if isinstance(value, str | bytes) else None
-    head, comma, data = value.partition(",")
+        value = _held_in(value)
+    if not isinstance(value, str):
+        return value if isinstance(value, bytes) else None
+    alone = value.startswith(_BASE64) and len(value) >= _BASE64_CHARACTERS
+    if not alone and value[:5].lower() != "data:":
+        return value
+    head, comma, data = (";base64", ",", value) if alone else value.partition(",")
+    data = "".join(data.split()).rstrip("=")
     try:
-        if comma and head.endswith(";base64"):
-            return base64.b64decode("".join(data.split()), validate=True)
+        if comma and head.lower().endswith(";base64"):
+            # Some leave the filling at its end out.
+            return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
     except binascii.Error:
         pass
-    raise ValueError("its data: URL is no base64")
+    raise ValueError("its base64 is damaged" if alone else "its data: URL is no base64")
 
 
-def _broken_link(path: str, error: OSError) -> str:
+def _held_in(value: dict[str, Any]) -> object:
+    value = value["source"] if isinstance(value.get("source"), dict) else value
+    held = next((value[x] for x in ("bytes", "base64", "data") if value.get(x) is not None), None)
+    if isinstance(held, bytes):
+        return held
+    if isinstance(held, str) and held:
+        return held if held.startswith("data:") else f"data:;base64,{held}"
+    return next((value[x] for x in ("path", "url") if value.get(x)), None)
+
+
+def _not_there(path: str, error: OSError) -> str:
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{path[:200]}... has {len(path):,} characters, too many for a file's name"
     if error.errno == errno.ELOOP:
-        return " has links that go round in a circle"
+        return f"{path} has links that go round in a circle"
     if not is_url(path) and os.path.islink(path):
-        return f" has no picture behind it: it links to {os.readlink(path)}"
-    return ""
+        return f"{path} has no picture behind it: it links to {os.readlink(path)}"
+    return path
 
 
 class Folder:
@@ -153,6 +175,7 @@ class Folder:
 
     def record(self, where: str, caption: str | Reject, shown: object) -> CaptionRecord | Reject:
         """A caption with its picture (see `picture_in`), read only if the caption is one."""
+        shown = unquoted(shown)
         if isinstance(shown, list) and len(shown) == 1:
             shown = shown[0]
         if isinstance(shown, list) and shown:
@@ -175,6 +198,9 @@ class Folder:
         self, where: str, captions: object, shown: object, reason: str = NOT_UNICODE
     ) -> Iterator[CaptionRecord | Reject]:
         """A record for the caption, or for each in a list of them."""
+        listed = unquoted(captions)
+        if isinstance(listed, list) and all(isinstance(caption, str) for caption in listed):
+            captions = listed
         if not isinstance(captions, list) or not captions:
             yield self.record(where, caption_of(captions, where, reason), shown)
             return
@@ -186,103 +212,12 @@ class Folder:
 # Python's own limit is 131,072 characters.
 csv.field_size_limit(2**24)
 _BOM = b"\xef\xbb\xbf"
+# How lists of objects begin, and the objects of COCO.
+_OBJECTS = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|\]|$)")
+_COCO = re.compile(rb'\{\s*"(info|images|annotations|licenses|categories|type|dataset)"')
 
 
-def read_coco(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
-    """An annotation a record; its picture is the `file_name` of its image in the split's folder."""
-    path = unit.files[0]
-    wanted = list(islice(_items(path, "annotations"), unit.first, unit.last))
-    # The images are read again for each unit: a list of all of them need not fit in memory.
-    ids = {_image_id(annotation, "image_id") for annotation in wanted} - {None}
-    names = {
-        key: image.get("file_name")
-        for image in _items(path, "images")
-        if (key := _image_id(image, "id")) in ids
-    }
-    folder = _coco_pictures(path, options)
-    pictures = Folder(folder, *picture_roots(path, options))
-    # Some files name pictures from the folder above the split's.
-    above = f"{base_name(folder)}/"
-    above = "" if is_folder(f"{folder}/{above}") else above
-    for number, annotation in enumerate(wanted, unit.first):
-        where, key = f"{path}, record {number}", _image_id(annotation, "image_id")
-        if not isinstance(annotation, dict):
-            yield Reject(where, "no caption", "it is no JSON object")
-        elif key not in names:
-            yield Reject(where, "missing picture", f"the list images has no id {key}")
-        else:
-            name = names[key]
-            name = name.removeprefix(above) if isinstance(name, str) else name
-            yield pictures.record(where, caption_of(field_of(annotation, options), where), name)
-
-
-def count_annotations(path: str, options: ReadOptions) -> int:
-    """How many there are; ValueError if the file is no whole one of COCO's captions."""
-    count = 0
-    for annotation in _items(path, "annotations"):
-        if not count and (
-            not isinstance(annotation, dict) or field_of(annotation, options) is None
-        ):
-            raise ValueError(f"{path}: its first annotation has no caption; give captions_*.json")
-        count += 1
-    if not count or next(_items(path, "images"), None) is None:
-        raise ValueError(
-            f"{path} lacks entries in the lists images and annotations; give COCO's captions_*.json"
-        )
-    return count
-
-
-def _items(path: str, name: str) -> Iterator[Any]:
-    """The entries of the list `name` in a JSON object."""
-    count = 0
-    try:
-        with unpacked(path) as stream:
-            if stream.peek(len(_BOM)).startswith(_BOM):
-                stream.read(len(_BOM))
-            for item in ijson.items(stream, f"{name}.item", use_float=True):
-                yield item
-                count += 1
-    except (ijson.JSONError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        # NaN is no JSON, but pandas writes it; Python's reader takes the file whole.
-        found = _whole(path) if re.search("NaN|Infinity", reason) else None
-        if not isinstance(found, dict):
-            message = f"{path} is not whole JSON in UTF-8 ({reason}); fetch it again"
-            raise ValueError(message) from None
-        listed = found.get(name)
-        yield from listed[count:] if isinstance(listed, list) else ()
-
-
-def _whole(path: str) -> Any:
-    with unpacked(path) as stream:
-        try:
-            return json.load(stream)
-        except ValueError:
-            return None
-
-
-def _image_id(value: object, name: str) -> str | None:
-    """The id as text: 1, 1.0 and "1" are one."""
-    found = value.get(name) if isinstance(value, dict) else None
-    if isinstance(found, float) and found.is_integer():
-        found = int(found)
-    return str(found) if isinstance(found, int | str) else None
-
-
-def _coco_pictures(path: str, options: ReadOptions) -> str:
-    """The folder of the split's pictures: train2014/ for captions_train2014.json."""
-    named = re.match(r"captions_([^.]+)", base_name(path))
-    split = named[1] if named else ""
-    if options.images is not None:
-        return _first_folder([f"{options.images}/{split}"] if split else [], options.images)
-    beside = folder_of(path)
-    above = f"{beside}/.." if base_name(beside) in (".", "..") else folder_of(beside)
-    bases = [beside, f"{beside}/images", above, f"{above}/images"]
-    splits = [f"{base}/{split}" for base in bases] if split else []
-    return _first_folder([*splits, f"{beside}/images"], beside)
-
-
-def _first_folder(candidates: Sequence[str], otherwise: str) -> str:
+def first_folder(candidates: Sequence[str], otherwise: str) -> str:
     return next((folder for folder in candidates if is_folder(folder)), otherwise)
 
 
@@ -294,7 +229,7 @@ def read_csv(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Rejec
     path = unit.files[0]
     beside = folder_of(path)
     folders = [] if base_name(path).startswith("metadata") else ["images", "Images"]
-    root = options.images or _first_folder([f"{beside}/{name}" for name in folders], beside)
+    root = options.images or first_folder([f"{beside}/{name}" for name in folders], beside)
     pictures = Folder(root, *picture_roots(path, options))
     for number, row in islice(enumerate(rows_of(path, options)), unit.first, unit.last):
         where = f"{path}, record {number}"
@@ -312,16 +247,13 @@ def rows_of(path: str, options: ReadOptions) -> Iterator[tuple[str, str] | str]:
 
     Bytes that are no UTF-8 stay visible as lone surrogates. Lines without anything are no rows.
     """
-    lines = (line.decode("utf-8", "surrogateescape") for line in _lines(path))
-    # Strict: a quote that is never closed would make one caption of the rest of the file.
-    reader = csv.reader(lines, strict=True)
+    reader = _csv_reader(path)
     try:
         header = [name.strip() for name in next(reader, [])]
-        image = next((name for name in ("image", "file_name") if name in header), None)
+        image = next((name for name in ("image", *PICTURE_KEYS) if name in header), None)
         caption = next((name for name in text_keys(options) if name in header), None)
         if image is None or caption is None:
-            asked = " or ".join(text_keys(options))
-            raise ValueError(f"{path} has the columns {header}; it needs image and {asked}")
+            raise _lacking(path, header, options)
         columns = header.index(image), header.index(caption)
         for row in reader:
             if row and len(row) != len(header):
@@ -372,21 +304,56 @@ def caption_columns(path: str, options: ReadOptions) -> tuple[str, str]:
     image = next((name for name in (*held, *PICTURE_KEYS) if name in names), None)
     caption = next((name for name in text_keys(options) if name in names), None)
     if image is None or caption is None:
-        asked = " or ".join(text_keys(options))
-        raise ValueError(f"{path} has the columns {names}; it needs image and {asked}")
+        raise _lacking(path, names, options)
     return image, caption
 
 
+def _lacking(path: str, columns: Sequence[str], options: ReadOptions) -> ValueError:
+    asked = " or ".join(text_keys(options))
+    return ValueError(
+        f"{path} has the columns {list(columns)}; it needs image and {asked} (--text-key names "
+        "another caption)"
+    )
+
+
 def objects_of(path: str) -> Iterator[bytes]:
-    """The entries of a JSON list (in a .json file), or the lines that are not blank."""
-    if plain_name(base_name(path)).endswith(".json"):
-        return list_entries(path)
-    return (line for line in _lines(path) if line.strip())
+    """The entries of a JSON list, or the lines that are not blank, as the content says."""
+    listed = _OBJECTS.match(read_head(path, 4096)) is not None and holds_list(path)
+    return (data for _, data in entries_of(path, listed=listed))
 
 
-def first_line(path: str) -> bytes:
-    """The first line of a file, empty if it has none."""
-    return next(_lines(path), b"")
+def is_object(path: str) -> bool:
+    """Whether the file's JSON is one object, as COCO's, and neither a list nor lines of records."""
+    head = read_head(path, 2**16).removeprefix(_BOM).lstrip()
+    line, _, rest = head.partition(b"\n")
+    values, _ = json_object(line)
+    if values is not None:
+        return (
+            not rest.strip() and not {*PICTURE_KEYS[:2], *text_keys(ReadOptions())} & values.keys()
+        )
+    # A line of a record with its picture inside is as long, but begins otherwise.
+    return head.startswith(b"{") and (line != head or _COCO.match(head) is not None)
+
+
+def columns_of_csv(path: str) -> set[str]:
+    """The columns that the header of a file names."""
+    try:
+        return {name.strip() for name in next(_csv_reader(path), [])}
+    except csv.Error:
+        return set()
+
+
+def _csv_reader(path: str) -> Any:
+    lines = (line.decode("utf-8", "surrogateescape") for line in _lines(path))
+    header = next(lines, "")
+    delimiter = max(",\t;|", key=header.count)
+    # Strict: a quote that is never closed would make one caption of the rest of the file.
+    return csv.reader(
+        chain([header], lines),
+        delimiter=delimiter,
+        skipinitialspace=f"{delimiter} " in header,
+        strict=True,
+    )
 
 
 def _lines(path: str) -> Iterator[bytes]:

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from midstream.core.digests import plain_name
 from midstream.data.examples import IMAGE_MARK, Turn
 from midstream.data.formats.captions import load_shown, picture_in, picture_roots
-from midstream.data.formats.files import base_name, exists, find_files, is_folder, join, read_lines
+from midstream.data.formats.files import exists, find_files, full_name, is_folder, join, read_lines
 from midstream.data.formats.records import (
     NOT_UNICODE,
     NOT_UTF8,
@@ -23,6 +22,7 @@ from midstream.data.formats.records import (
     holds_list,
     json_object,
     unicode_problem,
+    unquoted,
 )
 from midstream.data.formats.tables import TABLES, columns_of, refuse_splits, table_rows
 from midstream.data.source_writer import Reject
@@ -67,7 +67,7 @@ def _files(source: str) -> list[str]:
     files = find_files(source, SUFFIXES)
     refuse_splits(source, files)
     for path in files:
-        if not plain_name(base_name(path)).endswith(SUFFIXES):
+        if not full_name(path).endswith(SUFFIXES):
             raise ValueError(
                 f"{path} is of no known format of conversations; known are .json (a list of "
                 "records), .jsonl (a record a line), also compressed, and tables "
@@ -89,7 +89,7 @@ def _read_table(path: str, roots: Sequence[str]) -> Iterator[ConversationRecord 
 
 
 def _conversations_of(path: str) -> list[Unit]:
-    if base_name(path).lower().endswith(TABLES):
+    if full_name(path).endswith(TABLES):
         if not set(_LISTS) & set(names := columns_of(path).names):
             raise ValueError(
                 f"{path} has the columns {names}; a conversation needs one of {', '.join(_LISTS)}"
@@ -106,7 +106,7 @@ def _conversations_of(path: str) -> list[Unit]:
 def _is_list(path: str) -> bool:
     if holds_list(path):
         return True
-    if not plain_name(base_name(path)).endswith(".json"):
+    if not full_name(path).endswith(".json"):
         return False
     # Lines under another name are lines; what else is no list is refused as one.
     first = json_object(next(read_lines(path), b""), path)
@@ -151,6 +151,8 @@ NO_REPLY, EMPTY_REPLY, TOOL_TURN = "question without a reply", "empty reply", "t
 NO_QUESTION, NO_REPLIES = "system turn without a question", "no reply left"
 NO_TALK, NO_NAME = "no conversation", "not a picture name"
 _DETAIL_CHARACTERS = 200
+# Where a part has its picture.
+_SHOWN = ("image", "image_url", "url", "path", "source", "bytes", "base64", "data")
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def _pictures(record: dict[str, Any], where: str) -> list[str | bytes]:
             raise ConversationError(where, "video or sound", f"under {other!r}")
     found: list[str | bytes] = []
     for key in ("image", "images"):
-        value = record.get(key)
+        value = unquoted(record.get(key))
         # NaN is how pandas says that there is none.
         absent = value is None or value == "" or value != value
         values = [] if absent else value if isinstance(value, list) else [value]
@@ -235,7 +237,7 @@ def _picture(value: object, where: str, place: str) -> str | bytes:
 
 
 def _listed(record: dict[str, Any]) -> object:
-    found = next((record[key] for key in _LISTS if record.get(key) is not None), None)
+    found = unquoted(next((record[key] for key in _LISTS if record.get(key) is not None), None))
     if isinstance(found, dict) and found and all(isinstance(x, list) for x in found.values()):
         # A list of structs as some tables keep it: a list of each field.
         return [
@@ -264,7 +266,9 @@ def _roles_and_texts(
     turns = _listed(record)
     if not isinstance(turns, list) or not turns:
         keys = ", ".join(repr(key) for key in _LISTS)
-        raise ConversationError(where, NO_TALK, f"it needs a list of turns under one of {keys}")
+        what = "; what is there is text but no JSON" if isinstance(turns, str) else ""
+        detail = f"it needs a list of turns under one of {keys}{what}"
+        raise ConversationError(where, NO_TALK, detail)
     system = "" if record.get("system") is None else record["system"]
     if not isinstance(system, str):
         raise ConversationError(where, NO_TALK, "it has no text under 'system'")
@@ -316,10 +320,8 @@ def _text_of(content: object, where: str, place: str) -> tuple[str, list[str | b
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         kind = part.get("type") if isinstance(part, dict) else None
         said, at = part.get("text") if isinstance(part, dict) else None, f"{place}, part {number}"
-        if kind in ("image", "image_url", "input_image"):
-            value = next(
-                (part[x] for x in ("image", "image_url", "url", "path") if part.get(x)), None
-            )
+        value = next((part[x] for x in _SHOWN if part.get(x)), None) if kind or not said else None
+        if kind in ("image", "image_url", "input_image") or (kind is None and value is not None):
             pictures += [] if value is None else [_picture(value, where, at)]
             text += IMAGE_MARK
         elif kind in ("text", "input_text", "output_text", None) and isinstance(said, str):

@@ -13,12 +13,13 @@ from functools import cache
 import numpy as np
 import pyarrow
 
-from midstream.core.digests import TEXT_SUFFIXES, plain_name
+from midstream.core.digests import TEXT_SUFFIXES
 from midstream.data.formats.files import (
     base_name,
     exists,
     find_files,
     folder_of,
+    full_name,
     join,
     read_head,
     read_lines,
@@ -186,11 +187,14 @@ def _check_tokenised(path: str) -> None:
 
 
 def _format(path: str) -> str:
-    name = plain_name(base_name(path))
+    name = full_name(path)
     found = next((kind for kind, ends in TEXT_SUFFIXES.items() if name.endswith(ends)), None)
     if found is None:
         known = "; ".join(f"{kind} ({', '.join(ends)})" for kind, ends in TEXT_SUFFIXES.items())
-        raise ValueError(f"{path} is of no known format of texts; known are {known}")
+        raise ValueError(
+            f"{path} is of no known format of texts, by its name or how it begins; name it as what "
+            f"it is, known are {known}"
+        )
     return found
 
 

@@ -43,13 +43,15 @@ class ReadOptions:
 
     text_key: the field or column of the text. require: a picture without this kind of caption is
     left out. images: the folder or URL that relative picture names start from, where it is not the
-    file's own folder. max_tokens: captions and conversations of more tokens are left out.
+    file's own folder. max_tokens: captions and conversations of more tokens are left out. split:
+    what is read of a list that holds several splits, one or more joined by "+".
     """
 
     text_key: str = "text"
     require: Literal["original", "synthetic"] | None = None
     images: str | None = None
     max_tokens: int | None = None
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,17 @@ def json_object(data: bytes, where: str) -> dict[str, Any] | Reject:
     except (ValueError, RecursionError) as error:
         return Reject(where, NO_OBJECT, str(error))
     return found if isinstance(found, dict) else Reject(where, NO_OBJECT, type(found).__name__)
+
+
+def unquoted(value: object) -> object:
+    """The list or object that a text is as JSON, as columns of text hold them; else the value."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return found if isinstance(found, list | dict) else value
 
 
 def unicode_problem(text: str) -> str:
