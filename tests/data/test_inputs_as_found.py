@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -362,3 +363,146 @@ def test_coco_is_found_from_the_folder_above(tmp_path: Path, pictures: str) -> N
     write(tmp_path / "annotations/captions_train2014.json", as_json(whole))
     with pytest.raises(ValueError, match=r"_train2014\.json and .*_train2017\.json have captions"):
         read_all("captions", str(tmp_path))
+
+
+def test_pictures_of_one_id_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    images = [{"id": 0, "file_name": f"{n}.png"} for n in (0, 0, 2)]
+    whole = {"images": images, "annotations": [{"image_id": 0, "caption": "a"}]}
+    path = write(tmp_path / "captions_x.json", as_json(whole))
+    with pytest.raises(ValueError, match=r"the images 0\.png and 2\.png have one id, 0; give each"):
+        read_all("captions", path)
+    whole["images"] = images[:2]
+    assert outcome(read_all("captions", write(Path(path), as_json(whole)))) == ["a"]
+
+
+# Members and files beside each other.
+
+
+def test_each_picture_of_a_tar_is_a_record_or_a_reject(put: Put) -> None:
+    members = {
+        **{"a.gif": png(0), "a.txt": b"gif", "b.TIFF": png(1), "b.caption": b"tiff"},
+        **{"c.bmp": png(2), "c.json": b'{"caption": "bmp"}', "d.avif": b"x", "e.v2.gif": b"x"},
+        **{"f.jpg": png(3), "f.gif": png(4), "f.txt": b"two"},
+    }
+    found = read_all("captions", put("a.tar", tar(members)))
+    two = "- more than one picture"
+    dotted = "- picture with a further dot in its name"
+    assert outcome(found) == ["gif", "tiff", "bmp", "- no caption", dotted, two, two]
+
+
+def test_samples_are_found_by_the_names_that_people_give_them(tmp_path: Path) -> None:
+    names = {"a.gif": "a.txt", "b.jpg": "b.jpg.txt", "c.png": "c.caption", "d.v2.png": "d.v2.json"}
+    for number, (picture, text) in enumerate(names.items()):
+        write(tmp_path / picture, png(number))
+        data = f'{{"caption": "{picture}"}}' if text.endswith("json") else picture
+        write(tmp_path / text, data.encode())
+    assert outcome(read_all("captions", str(tmp_path))) == list(names)
+
+
+def test_links_of_samples_that_lead_nowhere_are_rejects(tmp_path: Path) -> None:
+    write_samples(tmp_path / "in", range(2))
+    (tmp_path / "in/8.png").symlink_to("gone.png")
+    write(tmp_path / "in/8.txt", b"a")
+    write(tmp_path / "in/9.png", png(9))
+    (tmp_path / "in/9.txt").symlink_to("gone.txt")
+    found = read_all("captions", str(tmp_path / "in"))
+    assert outcome(found) == ["cap 0", "cap 1", "- missing picture", "- no caption"]
+    assert found[-1].detail.endswith("9.txt has no file behind it: it links to gone.txt")
+    done = run("captions", tmp_path / "in", tmp_path / "out", max_reject_fraction=0.5)
+    assert done["rejects"] == {"missing picture": 1, "no caption": 1}
+
+
+def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", as_lines([{"text": "a"}]))
+    os.mkfifo(tmp_path / "pipe")
+    assert len(read_all("text", str(tmp_path))) == 1
+
+
+# Tables of text, and JSON in one piece.
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"image,caption\r0.png,a\r1.png,b\r",
+        b"Image,Caption\n0.png,a\n1.png,b\n",
+        b"0.png#0\ta\n1.png#1\tb\n",
+    ],
+)
+def test_lists_are_read_as_other_programs_write_them(tmp_path: Path, data: bytes) -> None:
+    write_pictures(tmp_path)
+    for name in ("captions.csv", "Flickr8k.token.txt"):
+        (tmp_path / "captions.csv").unlink(missing_ok=True)
+        path = write(tmp_path / name, data)
+        for source in (path, str(tmp_path)):
+            assert outcome(read_all("captions", source)) == ["a", "b"]
+
+
+def test_a_list_says_what_it_lacks(tmp_path: Path) -> None:
+    path = write(tmp_path / "captions.csv", "image,caption\n0.png,a\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"its header is not UTF-8; write the file in UTF-8"):
+        read_all("captions", path)
+    path = write(tmp_path / "other.csv", b"photo,words\n0.png,a\n")
+    with pytest.raises(
+        ValueError, match=r"columns \['photo', 'words'\]; it needs image and text or"
+    ):
+        read_all("captions", path)
+    path = write(tmp_path / "a.jsonl", as_lines([{"image": "0.png", "blip_caption": "a"}]))
+    (found,) = read_all("captions", path)
+    assert str(found).endswith("no caption (its keys are ['image', 'blip_caption'])")
+    path = write(tmp_path / "a.json", as_json({"data": ROWS}))
+    with pytest.raises(ValueError, match=r"or write the list that is inside an object alone"):
+        read_all("captions", path)
+    with pytest.raises(ValueError, match=r"or write the list that is inside an object alone"):
+        read_all("conversations", path)
+
+
+def test_a_file_may_hold_one_object_over_several_lines(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    rows = {"text": {"text": "a"}, "conversations": {"conversations": PLAIN}, "captions": ROWS[0]}
+    for section, row in rows.items():
+        path = write(tmp_path / section / f"{section}.json", as_json(row))
+        write_pictures(tmp_path / section)
+        for source in (path, str(tmp_path / section)):
+            (found,) = read_all(section, source)  # type: ignore[arg-type]
+            assert found.where == f"{path}, record 0"
+    # Lines of which the first is broken are lines.
+    broken = b'{"text": "a\n' + as_lines([{"text": "b"}])
+    first, second = read_all("text", write(tmp_path / "b.jsonl", broken))
+    assert (first.reason, second.text) == ("not a JSON object", "b")
+
+
+def test_files_in_a_zip_are_read_where_they_lie(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.jsonl", '{"text": "a"}\n')
+    (found,) = read_all("text", f"zip://*.jsonl::{tmp_path}/a.zip")
+    assert found.text == "a"
+    with pytest.raises(ValueError, match=r"a\.zip is an archive that no reader opens; unpack it"):
+        read_all("text", f"{tmp_path}/a.zip")
+
+
+# Turns.
+
+
+def test_pictures_that_turns_name_in_qwens_marks_are_read(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    asked = ["<img>1.png</img>What?", "Picture 1: <img>1.png</img>\nWhat?"]
+    rows: list[dict[str, Any]] = [
+        {"conversations": [{"from": "user", "value": one}, {"from": "ai", "value": "A cat."}]}
+        for one in asked
+    ]
+    rows.append({**rows[0], "image": "1.png", "images": [None]})
+    found = read_all("conversations", write(tmp_path / "a.jsonl", as_lines(rows)))
+    assert [(x.turns[0][:2], x.picture.data) for x in found] == [(("What?", "A cat."), png(1))] * 3
+
+
+def test_a_content_may_be_one_part(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "What?"}, {"type": "text", "text": "A cat."}]
+    roles = zip(("user", "assistant"), parts, strict=True)
+    rows = [
+        {"messages": [{"role": role, "content": part} for role, part in roles], "images": [None]}
+    ]
+    (found,) = read_all("conversations", write(tmp_path / "a.jsonl", as_lines(rows)))
+    assert found.turns[0][:2] == ("What?", "A cat.")
+    assert found.picture is None

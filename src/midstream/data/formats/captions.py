@@ -23,17 +23,14 @@ from midstream.data.formats.files import (
     read_lines,
     read_range,
 )
-from midstream.data.formats.records import (
-    LARGEST_BYTES,
-    CaptionRecord,
-    Picture,
-    ReadOptions,
-    Unit,
+from midstream.data.formats.json_records import (
     entries_of,
     holds_list,
+    lone_object,
     unicode_problem,
     unquoted,
 )
+from midstream.data.formats.records import LARGEST_BYTES, CaptionRecord, Picture, ReadOptions, Unit
 from midstream.data.formats.tables import columns_of, table_rows
 from midstream.data.source_writer import Reject
 
@@ -44,7 +41,7 @@ PICTURE_KEYS = (
     *("file_name", "image", "images", "jpg", "jpeg", "png", "webp"),
     *("filename", "filepath", "image_path", "image_name", "img_path"),
 )
-TEXT_TABLES = (".csv", ".tsv", ".txt")
+TEXT_TABLES = (".csv", ".tsv", ".txt", ".token")
 NOT_UTF8, NOT_UNICODE = "caption not UTF-8", "caption not Unicode"
 
 
@@ -76,6 +73,8 @@ def json_object(data: bytes) -> tuple[dict[str, Any] | None, str]:
 
 def caption_of(value: object, where: str, reason: str = NOT_UNICODE) -> str | Reject:
     """The caption without white space around it; `reason` says what a lone surrogate means."""
+    if isinstance(value, dict):
+        value = value.get("raw", value)
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8-sig")
@@ -107,7 +106,7 @@ def load_picture(roots: Sequence[str], name: str, where: str) -> Picture | Rejec
         # A failing disk or connection is no missing picture.
         if not isinstance(error, absent) and error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
             raise
-        return Reject(where, "missing picture", _not_there(path, error))
+        return Reject(where, "missing picture", not_there(path, error.errno))
     if len(data) > LARGEST_BYTES:
         return Reject(where, "picture too large", f"{path} has over {LARGEST_BYTES:,} bytes")
     return Picture(path, 0, data) if data else Reject(where, "zero-byte picture", path)
@@ -156,14 +155,15 @@ def _held_in(value: dict[str, Any]) -> object:
     return next((value[x] for x in ("path", "url") if value.get(x)), None)
 
 
-def _not_there(path: str, error: OSError) -> str:
-    if error.errno == errno.ENAMETOOLONG:
+def not_there(path: str, number: int | None = None) -> str:
+    """A file that cannot be opened, and why where that is known; `number` is the error's."""
+    if number == errno.ENAMETOOLONG:
         return f"{path[:200]}... has {len(path):,} characters, too many for a file's name"
-    if error.errno == errno.ELOOP:
+    if number == errno.ELOOP:
         return f"{path} has links that go round in a circle"
     if not is_url(path) and os.path.islink(path):
-        return f"{path} has no picture behind it: it links to {os.readlink(path)}"
-    return path
+        return f"{path} has no file behind it: it links to {os.readlink(path)}"
+    return f"{path} has \\ where folders are parted by /" if "\\" in path else path
 
 
 class Folder:
@@ -250,16 +250,17 @@ def rows_of(path: str, options: ReadOptions) -> Iterator[tuple[str, str] | str]:
     reader = _csv_reader(path)
     try:
         header = [name.strip() for name in next(reader, [])]
-        image = next((name for name in ("image", *PICTURE_KEYS) if name in header), None)
-        caption = next((name for name in text_keys(options) if name in header), None)
+        image, caption = (
+            _column(("image", *PICTURE_KEYS), header),
+            _column(text_keys(options), header),
+        )
         if image is None or caption is None:
             raise _lacking(path, header, options)
-        columns = header.index(image), header.index(caption)
         for row in reader:
             if row and len(row) != len(header):
                 yield f"{len(row)}, the header has {len(header)}; quote what holds a comma"
             elif row:
-                yield row[columns[0]], row[columns[1]]
+                yield row[image], row[caption]
     except csv.Error as error:
         raise ValueError(
             f"{path}, line {reader.line_num:,}: no CSV ({error}); quote fields that hold commas, "
@@ -278,7 +279,11 @@ def read_objects(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | R
             yield Reject(where, reason)
         else:
             shown = next((values[key] for key in PICTURE_KEYS if key in values), None)
-            yield from pictures.records(where, field_of(values, options), shown, reason)
+            caption = field_of(values, options)
+            if caption is None and shown is not None:
+                yield Reject(where, "no caption", f"its keys are {list(values)}"[:200])
+                continue
+            yield from pictures.records(where, caption, shown, reason)
 
 
 def read_table(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
@@ -301,11 +306,10 @@ def caption_columns(path: str, options: ReadOptions) -> tuple[str, str]:
     held = [
         name for name in PICTURE_KEYS if name in names and str(schema.field(name).type) != "string"
     ]
-    image = next((name for name in (*held, *PICTURE_KEYS) if name in names), None)
-    caption = next((name for name in text_keys(options) if name in names), None)
+    image, caption = _column((*held, *PICTURE_KEYS), names), _column(text_keys(options), names)
     if image is None or caption is None:
         raise _lacking(path, names, options)
-    return image, caption
+    return names[image], names[caption]
 
 
 def _lacking(path: str, columns: Sequence[str], options: ReadOptions) -> ValueError:
@@ -326,7 +330,9 @@ def is_object(path: str) -> bool:
     """Whether the file's JSON is one object, as COCO's, and neither a list nor lines of records."""
     head = read_head(path, 2**16).removeprefix(_BOM).lstrip()
     line, _, rest = head.partition(b"\n")
-    values, _ = json_object(line)
+    whole = lone_object(path)
+    rest = b"" if whole else rest
+    values, _ = json_object(whole or line)
     if values is not None:
         return (
             not rest.strip() and not {*PICTURE_KEYS[:2], *text_keys(ReadOptions())} & values.keys()
@@ -336,16 +342,35 @@ def is_object(path: str) -> bool:
 
 
 def columns_of_csv(path: str) -> set[str]:
-    """The columns that the header of a file names."""
+    """The columns that the header of a file names, in small letters."""
     try:
-        return {name.strip() for name in next(_csv_reader(path), [])}
+        return {name.strip().lower() for name in next(_csv_reader(path), [])}
     except csv.Error:
         return set()
 
 
+def _column(wanted: Sequence[str], names: Sequence[str]) -> int | None:
+    """The place of the first wanted column that is there, whatever the case of its letters."""
+    small = [name.lower() for name in names]
+    exact = (names.index(name) for name in wanted if name in names)
+    return next(exact, next((small.index(x) for x in wanted if x in small), None))
+
+
+# Flickr's own lists: no header, and a number behind each picture.
+_TOKEN = re.compile(r"(?P<image>[^\t]+\.\w+)#\d+\t(?P<caption>[^\t\n]*)\n?")
+
+
 def _csv_reader(path: str) -> Any:
-    lines = (line.decode("utf-8", "surrogateescape") for line in _lines(path))
+    decoded = (line.decode("utf-8", "surrogateescape") for line in _lines(path))
+    # Some programs end lines with a carriage return alone.
+    lines = (part for line in decoded for part in re.split(r"(?<=\r)(?!\n)", line) if part)
     header = next(lines, "")
+    if not header.isprintable() and unicode_problem(header):
+        raise ValueError(f"{path}: its header is not UTF-8; write the file in UTF-8")
+    if _TOKEN.fullmatch(header):
+        rows = (_TOKEN.fullmatch(line.rstrip("\r\n")) for line in chain([header], lines))
+        split = (list(row.groups()) if row else [""] for row in rows)
+        return chain([["image", "caption"]], split)
     delimiter = max(",\t;|", key=header.count)
     # Strict: a quote that is never closed would make one caption of the rest of the file.
     return csv.reader(

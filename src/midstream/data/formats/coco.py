@@ -29,11 +29,15 @@ def read_coco(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reje
     wanted = list(islice(_items(path, "annotations"), unit.first, unit.last))
     # The images are read again for each unit: a list of all of them need not fit in memory.
     ids = {_image_id(annotation, "image_id") for annotation in wanted} - {None}
-    names = {
-        key: image.get("file_name")
-        for image in _items(path, "images")
-        if (key := _image_id(image, "id")) in ids
-    }
+    names: dict[str | None, object] = {}
+    for image in _items(path, "images"):
+        if (key := _image_id(image, "id")) in ids:
+            name = image.get("file_name")
+            if names.setdefault(key, name) != name:
+                raise ValueError(
+                    f"{path}: the images {names[key]} and {name} have one id, {key}; give each "
+                    "its own"
+                )
     folder = _coco_pictures(path, options)
     pictures = Folder(folder, *picture_roots(path, options))
     # Some files name pictures from the folder above the split's.
@@ -62,7 +66,8 @@ def count_annotations(path: str, options: ReadOptions) -> int:
         count += 1
     if not count or next(_items(path, "images"), None) is None:
         raise ValueError(
-            f"{path} lacks entries in the lists images and annotations; give COCO's captions_*.json"
+            f"{path} lacks entries in the lists images and annotations; give COCO's "
+            "captions_*.json, or write the list that is inside an object alone"
         )
     return count
 
@@ -173,5 +178,4 @@ def read_karpathy(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | 
             folders[folder] = Folder(root, *picture_roots(path, options))
         listed = image.get("sentences") or [None]
         sentences = listed if isinstance(listed, list) else [None]
-        said = [x.get("raw") if isinstance(x, dict) else x for x in sentences]
-        yield from folders[folder].records(where, said, image.get("filename"))
+        yield from folders[folder].records(where, sentences, image.get("filename"))

@@ -3,6 +3,7 @@
 Entries of a list are numbered from 0, lines from 1 (see `docs/data.md`).
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -10,20 +11,17 @@ from typing import Any
 
 from midstream.data.examples import IMAGE_MARK, Turn
 from midstream.data.formats.captions import load_shown, picture_in, picture_roots
-from midstream.data.formats.files import exists, find_files, full_name, is_folder, join, read_lines
-from midstream.data.formats.records import (
+from midstream.data.formats.files import exists, find_files, full_name, is_folder, join
+from midstream.data.formats.json_records import (
     NOT_UNICODE,
     NOT_UTF8,
-    NUM_UNIT_RECORDS,
-    ConversationRecord,
-    ReadOptions,
-    Unit,
     entries_of,
     holds_list,
     json_object,
     unicode_problem,
     unquoted,
 )
+from midstream.data.formats.records import NUM_UNIT_RECORDS, ConversationRecord, ReadOptions, Unit
 from midstream.data.formats.tables import TABLES, columns_of, refuse_splits, table_rows
 from midstream.data.source_writer import Reject
 
@@ -109,7 +107,8 @@ def _is_list(path: str) -> bool:
     if not full_name(path).endswith(".json"):
         return False
     # Lines under another name are lines; what else is no list is refused as one.
-    first = json_object(next(read_lines(path), b""), path)
+    _, data = next(entries_of(path, listed=False), ("", b""))
+    first = json_object(data, path)
     return isinstance(first, Reject) or not set(_LISTS) & first.keys()
 
 
@@ -145,12 +144,14 @@ _TOOLS = (
     *("function_call", "function_response", "function_result", "observation", "ipython"),
 )
 _ROLES = {"user": "human", "assistant": "gpt", "developer": "system"}
-_ROLES |= dict.fromkeys(("chatgpt", "model", "bot"), "gpt") | dict.fromkeys(_TOOLS, _TOOL)
+_ROLES |= dict.fromkeys(("chatgpt", "model", "bot", "ai"), "gpt") | dict.fromkeys(_TOOLS, _TOOL)
 # Why a question, or a system text, is left out; why a conversation is.
 NO_REPLY, EMPTY_REPLY, TOOL_TURN = "question without a reply", "empty reply", "tool turn"
 NO_QUESTION, NO_REPLIES = "system turn without a question", "no reply left"
 NO_TALK, NO_NAME = "no conversation", "not a picture name"
 _DETAIL_CHARACTERS = 200
+# Qwen-VL's marks hold the name of their picture.
+_NAMED = re.compile(r"(?:Picture \d+: *)?<img>([^<>\n]+)</img>")
 # Where a part has its picture.
 _SHOWN = ("image", "image_url", "url", "path", "source", "bytes", "base64", "data")
 
@@ -222,7 +223,7 @@ def _pictures(record: dict[str, Any], where: str) -> list[str | bytes]:
         # NaN is how pandas says that there is none.
         absent = value is None or value == "" or value != value
         values = [] if absent else value if isinstance(value, list) else [value]
-        found += [_picture(one, where, f"under {key!r}") for one in values]
+        found += [_picture(one, where, f"under {key!r}") for one in values if one is not None]
     return found
 
 
@@ -312,7 +313,10 @@ def _said(turn: object, where: str, number: int) -> tuple[str, object]:
 def _text_of(content: object, where: str, place: str) -> tuple[str, list[str | bytes]]:
     """The text of a turn, with the image mark where a part shows a picture, and those pictures."""
     if content is None or isinstance(content, str):
-        return content or "", []
+        pieces = _NAMED.split(content or "")
+        # Between the texts stand the names of the pictures.
+        return IMAGE_MARK.join(pieces[::2]), [_picture(x, where, place) for x in pieces[1::2]]
+    content = [content] if isinstance(content, dict) and "type" in content else content
     if not isinstance(content, list):
         raise ConversationError(where, NO_TALK, f"{place} has no text but {type(content).__name__}")
     text, pictures = "", list[str | bytes]()

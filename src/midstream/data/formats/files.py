@@ -40,6 +40,7 @@ _STARTS = {
     ".arrow": rb"ARROW1|\xff{4}",
     ".json": rb"(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*\"",
 }
+_ARCHIVES = (".zip", ".rar", ".7z")
 _HEAD = 16
 # A file in place of another: version https://git-lfs.github.com/spec/v1, oid, size.
 _POINTER, _POINTER_BYTES = b"version https://", 512
@@ -58,8 +59,8 @@ def find_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
 
     A file is itself, whatever its name; a folder or a glob pattern is those of `shown_files` whose
     names end in one of `suffixes` (see `full_name`), and that are no notes (README, LICENSE.txt).
-    Raises
-    FileNotFoundError with `source` and `suffixes` if there is none.
+    Raises FileNotFoundError with `source` and `suffixes` if there is none, and ValueError for an
+    archive that has to be unpacked first.
     """
     found = shown = shown_files(source)
     if found != [source]:
@@ -69,6 +70,8 @@ def find_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
             if not is_note(base_name(file)) and full_name(file).endswith(suffixes)
         ]
         found = _once(found)
+    if found == [source] and source.lower().endswith(_ARCHIVES):
+        raise ValueError(f"{source} is an archive that no reader opens; unpack it into a folder")
     if not found:
         others = f", but with {name_some(map(base_name, shown), 5)}" if shown else ""
         raise FileNotFoundError(
@@ -90,11 +93,12 @@ def full_name(path: str) -> str:
     """The file's own name as of `plain_name`; where its end says nothing (part-00000, x.ndjson),
     with the suffix that its content has, if any. What is damaged has none."""
     name = plain_name(base_name(path))
-    if not is_unnamed(name):
+    # A pipe would be waited for.
+    if not is_unnamed(name) or not (is_url(path) or os.path.isfile(path)):
         return name
     try:
         head = read_head(path, 512)
-    except (FileNotFoundError, ValueError):
+    except ValueError:
         return name
     if head[257:262] == b"ustar":
         return f"{name}.tar"
@@ -149,7 +153,10 @@ def open_binary(path: str) -> io.BufferedReader:
         return open(path, "rb")
     system, name = fsspec.core.url_to_fs(path)
     # Remote streams' own `readline` does not keep to a limit.
-    return io.BufferedReader(system.open(name, "rb"), _PIECE_BYTES)
+    stream = io.BufferedReader(system.open(name, "rb"), _PIECE_BYTES)
+    # An archive's file system closes its file when nothing holds it any more.
+    stream.system = system  # type: ignore[attr-defined]
+    return stream
 
 
 def size_of(path: str) -> int:

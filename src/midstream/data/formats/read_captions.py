@@ -18,6 +18,7 @@ from midstream.data.formats.captions import (
     field_of,
     is_object,
     json_object,
+    not_there,
     objects_of,
     read_csv,
     read_objects,
@@ -36,6 +37,7 @@ from midstream.data.formats.files import (
     find_files,
     folder_of,
     full_name,
+    is_url,
     name_some,
     names_folders,
     read_range,
@@ -63,6 +65,8 @@ from midstream.data.source_writer import Reject
 FILES = "files"
 # A sample that says nothing of a caption, as against one whose caption is no text.
 ABSENT = "no caption"
+# The members or files that hold a caption alone.
+_TEXTS = ("txt", "caption", "text")
 # What WebDataset groups under the name before its first dot, where no reader looks for it.
 DOTTED = "picture with a further dot in its name"
 FORMATS = {
@@ -81,13 +85,16 @@ NAMES = {
     "tar": ("*.tar",),
     "coco": ("captions_*.json", "*.coco.json"),
     "karpathy": ("dataset_coco*.json", "dataset_flickr*.json"),
-    "csv": tuple(f"{name}*{end}" for name in ("captions", "metadata") for end in TEXT_TABLES),
+    "csv": (
+        *(f"{name}*{end}" for name in ("captions", "metadata") for end in TEXT_TABLES),
+        *("*.token", "*.token.txt"),
+    ),
     "imagefolder": ("metadata.jsonl",),
     "table": tuple(f"*{end}" for end in TABLES),
 }
 # Kinds that are read where there is none of the others: img2dataset's tars have tables beside them.
 _LAST = ("table",)
-_SUFFIXES = (".tar", ".json", ".jsonl", *TEXT_TABLES, *TABLES)
+_SUFFIXES = (".tar", ".json", ".jsonl", *TEXT_TABLES, *TABLES, ".caption", ".text")
 # So many records of two lists are compared.
 _NUM_COMPARED = 100
 
@@ -219,7 +226,8 @@ def _lone_format(path: str) -> str:
         if name == "metadata.jsonl" or (first and set(PICTURE_KEYS) & first.keys()):
             found = "list" if name.endswith(".json") else "imagefolder"
     elif name.endswith(TEXT_TABLES):
-        found = "csv" if columns_of_csv(path) & set(PICTURE_KEYS) else ""
+        tabular = columns_of_csv(path) & set(PICTURE_KEYS) or name.endswith((".csv", ".tsv"))
+        found = "csv" if tabular else ""
     if not found:
         raise ValueError(f"{path} holds no captions in a known format; {_known()}")
     return found
@@ -262,7 +270,7 @@ def _sample_units(source: str) -> list[Unit]:
     samples: dict[tuple[str, str], list[str]] = {}
     for file in shown_files(source):
         folder, stem, suffix = _parts(file)
-        if suffix in (*PICTURES, "txt", "json", "syn.json"):
+        if suffix in (*PICTURES, *_TEXTS, "json", "syn.json"):
             samples.setdefault((folder, stem), []).append(file)
     shown = [files for _, files in sorted(samples.items()) if any(map(is_picture, files))]
     if all(is_picture(file) for files in shown for file in files):
@@ -283,13 +291,21 @@ def _parts(file: str) -> tuple[str, str, str]:
     """The folder of a sample's file, the sample's name, and what of it the file is."""
     name = base_name(file)
     end = ".syn.json" if name.lower().endswith(".syn.json") else os.path.splitext(name)[1]
-    return folder_of(file), name.removesuffix(name[-len(end) :] if end else ""), end[1:].lower()
+    stem = name.removesuffix(name[-len(end) :] if end else "")
+    if is_picture(stem) and not is_picture(name):
+        stem = os.path.splitext(stem)[0]  # 0.jpg.txt beside 0.jpg
+    return folder_of(file), stem, end[1:].lower()
 
 
 def _read_files(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
     for (folder, stem), group in groupby(unit.files, key=lambda file: _parts(file)[:2]):
         files = list(group)
         pictures = tuple(base_name(file) for file in files if is_picture(file))
+        gone = [file for file in files if not (is_url(file) or os.path.exists(file))]
+        if gone:
+            reason = "missing picture" if is_picture(gone[0]) else ABSENT
+            yield Reject(f"{folder}, sample {stem}", reason, not_there(gone[0]))
+            continue
         large = [file for file in files if size_of(file) > LARGEST_BYTES]
         problem, detail = (TOO_LARGE, large[0]) if large else ("", "")
         members: dict[str, Member] = {}
@@ -353,8 +369,9 @@ def _sample_record(sample: Sample, options: ReadOptions) -> CaptionRecord | Reje
 def _own_caption(sample: Sample, options: ReadOptions) -> str | Reject:
     """`text_key` in .json comes before .txt only where a user names it."""
     members, where = sample.members, sample.where
-    if "txt" in members and options.text_key == "text":
-        return caption_of(members["txt"].data, where)
+    text = next((members[end] for end in _TEXTS if end in members), None)
+    if text is not None and options.text_key == "text":
+        return caption_of(text.data, where)
     if "json" not in members:
         return _without(sample, ABSENT)
     values, reason = json_object(members["json"].data)

@@ -25,19 +25,21 @@ from midstream.data.formats.files import (
     read_lines,
     size_of,
 )
-from midstream.data.formats.records import (
+from midstream.data.formats.json_records import (
     NOT_UNICODE,
     NOT_UTF8,
+    entries_of,
+    holds_list,
+    json_object,
+    unicode_problem,
+)
+from midstream.data.formats.records import (
     Member,
     ReadOptions,
     TextRecord,
     TokenRecord,
     Unit,
-    entries_of,
-    holds_list,
-    json_object,
     scan_tar,
-    unicode_problem,
 )
 from midstream.data.formats.tables import columns_of, refuse_splits, table_rows
 from midstream.data.source_writer import Reject
@@ -183,7 +185,10 @@ def _check_tokenised(path: str) -> None:
     first = next(scan_tar(path), None)
     found = None if first is None else _chunk_of(first, path)
     if isinstance(found, Reject):
-        raise ValueError(f"{found}: no shard of token ids; pictures are prepared as captions")
+        raise ValueError(
+            f"{found}: no shard of token ids; pictures are prepared as captions, and archives of "
+            "texts unpacked first"
+        )
 
 
 def _format(path: str) -> str:
