@@ -506,3 +506,32 @@ def test_a_content_may_be_one_part(tmp_path: Path) -> None:
     (found,) = read_all("conversations", write(tmp_path / "a.jsonl", as_lines(rows)))
     assert found.turns[0][:2] == ("What?", "A cat.")
     assert found.picture is None
+
+
+def test_a_system_text_may_be_parts_and_parts_have_their_text_under_content(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": [{"type": "text", "content": "What?"}]},
+        {"role": "assistant", "content": "A cat."},
+    ]
+    rows = [{"messages": turns, "system": [{"type": "text", "text": "Be brief."}]}]
+    (found,) = read_all("conversations", write(tmp_path / "a.jsonl", as_lines(rows)))
+    assert found.turns[0] == ("What?", "A cat.", "Be brief.")
+
+
+def test_lists_of_objects_of_the_same_pictures_are_asked_for_too(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    write(tmp_path / "blip.json", as_json(ROWS))
+    write(tmp_path / "filtered.jsonl", as_lines(ROWS[1:]))
+    with pytest.raises(
+        ValueError, match=r"blip\.json and .*filtered\.jsonl both have captions of"
+    ):
+        read_all("captions", str(tmp_path))
+    write(tmp_path / "filtered.jsonl", as_lines([{"image": "9.png", "caption": "a"}]))
+    assert len(read_all("captions", str(tmp_path))) == 4
+
+
+def test_tables_of_two_splits_under_short_names_are_asked_for(tmp_path: Path) -> None:
+    for name in ("train.pq", "test"):
+        write(tmp_path / name, as_parquet([{"text": name}]))
+    with pytest.raises(ValueError, match=r"holds the splits test, train"):
+        read_all("text", str(tmp_path))

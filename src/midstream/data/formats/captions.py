@@ -55,6 +55,11 @@ def field_of(values: dict[str, Any], options: ReadOptions) -> object:
     return next((values[key] for key in text_keys(options) if key in values), None)
 
 
+def shown_in(values: dict[str, Any]) -> object:
+    """The picture in a JSON object; None if it has none."""
+    return next((values[key] for key in PICTURE_KEYS if key in values), None)
+
+
 def json_object(data: bytes) -> tuple[dict[str, Any] | None, str]:
     """The object, and why a half of a surrogate pair may stand in it; None and the reason if none.
 
@@ -278,7 +283,7 @@ def read_objects(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | R
         if values is None:
             yield Reject(where, reason)
         else:
-            shown = next((values[key] for key in PICTURE_KEYS if key in values), None)
+            shown = shown_in(values)
             caption = field_of(values, options)
             if caption is None and shown is not None:
                 yield Reject(where, "no caption", f"its keys are {list(values)}"[:200])

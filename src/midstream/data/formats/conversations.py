@@ -153,7 +153,7 @@ _DETAIL_CHARACTERS = 200
 # Qwen-VL's marks hold the name of their picture.
 _NAMED = re.compile(r"(?:Picture \d+: *)?<img>([^<>\n]+)</img>")
 # Where a part has its picture.
-_SHOWN = ("image", "image_url", "url", "path", "source", "bytes", "base64", "data")
+_SHOWN = ("image", "image_url", "url", "path", "source", "bytes", "base64", "data", "content")
 
 
 @dataclass(frozen=True)
@@ -270,12 +270,9 @@ def _roles_and_texts(
         what = "; what is there is text but no JSON" if isinstance(turns, str) else ""
         detail = f"it needs a list of turns under one of {keys}{what}"
         raise ConversationError(where, NO_TALK, detail)
-    system = "" if record.get("system") is None else record["system"]
-    if not isinstance(system, str):
-        raise ConversationError(where, NO_TALK, "it has no text under 'system'")
+    system, shown = _text_of(record.get("system"), where, "'system'")
     roles: list[str] = ["system"] if system else []
     texts: list[str] = [system] if system else []
-    shown: list[str | bytes] = []
     for number, turn in enumerate(turns):
         if _is_pair(turn):
             said = [(name, turn[name]) for name in _PAIR]
@@ -323,7 +320,8 @@ def _text_of(content: object, where: str, place: str) -> tuple[str, list[str | b
     for number, part in enumerate(content):
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         kind = part.get("type") if isinstance(part, dict) else None
-        said, at = part.get("text") if isinstance(part, dict) else None, f"{place}, part {number}"
+        said = part.get("text", part.get("content")) if isinstance(part, dict) else None
+        at = f"{place}, part {number}"
         value = next((part[x] for x in _SHOWN if part.get(x)), None) if kind or not said else None
         if kind in ("image", "image_url", "input_image") or (kind is None and value is not None):
             pictures += [] if value is None else [_picture(value, where, at)]

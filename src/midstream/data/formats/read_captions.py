@@ -24,6 +24,7 @@ from midstream.data.formats.captions import (
     read_objects,
     read_table,
     rows_of,
+    shown_in,
 )
 from midstream.data.formats.coco import (
     count_annotations,
@@ -161,6 +162,7 @@ def _caption_files(source: str, options: ReadOptions) -> list[str]:
         if _sample_units(source):
             return []
         if lists := [file for file in files if _is_list(file)]:
+            _refuse_lists_of_the_same(lists, options)
             return lists
         raise ValueError(f"{source} holds no captions; {_known()}")
     if len(kinds) > 1:
@@ -200,10 +202,15 @@ def _refuse_lists_of_the_same(files: Sequence[str], options: ReadOptions) -> Non
 
 
 def _first_pictures(file: str, options: ReadOptions) -> Iterator[str]:
-    if not full_name(file).endswith(TEXT_TABLES):
-        return iter(())
-    rows = islice(rows_of(file, options), _NUM_COMPARED)
-    return (row[0] for row in rows if not isinstance(row, str))
+    form = _lone_format(file)
+    if form == "csv":
+        rows = islice(rows_of(file, options), _NUM_COMPARED)
+        yield from (row[0] for row in rows if not isinstance(row, str))
+    elif form in ("list", "imagefolder"):
+        for data in islice(objects_of(file), _NUM_COMPARED):
+            values, _ = json_object(data)
+            shown = shown_in(values or {})
+            yield from [shown] if isinstance(shown, str) else []
 
 
 def _shows(path: str) -> bool:

@@ -11,7 +11,6 @@ import pyarrow
 from pyarrow import ipc
 from pyarrow.parquet import ParquetFile
 
-from midstream.core.digests import plain_name
 from midstream.core.storage import read_json
 from midstream.data.formats.files import full_name, open_whole
 
@@ -75,7 +74,7 @@ def refuse_splits(source: str, files: Sequence[str]) -> None:
     """
     listing = Path(source, _SPLIT_LIST)
     listed = read_json(listing).get("splits", []) if listing.is_file() else []
-    tables = [file.split("/") for file in files if plain_name(file).endswith(TABLES)]
+    tables = [file.split("/") for file in files if full_name(file).endswith(TABLES)]
     levels = zip(*(parts[:-1] for parts in tables), strict=False)
     shared = len(list(takewhile(lambda level: len(set(level)) == 1, levels)))
     splits: dict[str, dict[str, None]] = {}
