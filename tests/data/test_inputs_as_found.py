@@ -522,9 +522,7 @@ def test_lists_of_objects_of_the_same_pictures_are_asked_for_too(tmp_path: Path)
     write_pictures(tmp_path)
     write(tmp_path / "blip.json", as_json(ROWS))
     write(tmp_path / "filtered.jsonl", as_lines(ROWS[1:]))
-    with pytest.raises(
-        ValueError, match=r"blip\.json and .*filtered\.jsonl both have captions of"
-    ):
+    with pytest.raises(ValueError, match=r"blip\.json and .*filtered\.jsonl both have captions of"):
         read_all("captions", str(tmp_path))
     write(tmp_path / "filtered.jsonl", as_lines([{"image": "9.png", "caption": "a"}]))
     assert len(read_all("captions", str(tmp_path))) == 4
@@ -535,3 +533,44 @@ def test_tables_of_two_splits_under_short_names_are_asked_for(tmp_path: Path) ->
         write(tmp_path / name, as_parquet([{"text": name}]))
     with pytest.raises(ValueError, match=r"holds the splits test, train"):
         read_all("text", str(tmp_path))
+
+
+def test_records_that_say_their_split_are_never_read_as_one_source(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    rows = [{**row, "split": "train" if n else "test"} for n, row in enumerate(ROWS)]
+    table = "".join(f'{row["image"]},"{row["caption"]}",{row["split"]}\n' for row in rows)
+    files = {
+        "a.parquet": as_parquet(rows),
+        "a.csv": f"image,caption,split\n{table}".encode(),
+        "a.json": as_json(rows),
+        "a.jsonl": as_lines(rows),
+    }
+    for name, data in files.items():
+        path = write(tmp_path / name, data)
+        with pytest.raises(ValueError, match=r"holds the splits test, train, .*\(--split train"):
+            read_all("captions", path)
+        for asked, expected in (("train", BOXES[1:]), ("test", BOXES[:1]), ("train+test", BOXES)):
+            found = read_all("captions", path, options=ReadOptions(split=asked))
+            assert outcome(found) == expected
+        with pytest.raises(ValueError, match=r"has no split dev; it has test, train"):
+            read_all("captions", path, options=ReadOptions(split="dev"))
+    one = write(tmp_path / "one.json", as_json([{**row, "split": "train"} for row in ROWS]))
+    assert outcome(read_all("captions", one)) == BOXES
+
+
+def test_a_split_that_nothing_says_is_refused(tmp_path: Path) -> None:
+    write_samples(tmp_path / "in", range(2))
+    train = ReadOptions(split="train")
+    with pytest.raises(ValueError, match=r"0\.png says no split of its records; name no split"):
+        read_all("captions", str(tmp_path / "in"), options=train)
+    path = write(tmp_path / "in/captions.csv", b"image,caption\n0.png,a\n")
+    with pytest.raises(ValueError, match=r"has no split train; it has none"):
+        read_all("captions", path, options=train)
+    with pytest.raises(ValueError, match=r"text say no split of their records; name the files"):
+        read_all("text", path, options=train)
+
+
+def test_captions_in_a_csv_may_be_a_list_as_json(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    path = write(tmp_path / "captions.csv", b'image,caption\n0.png,"[""one"", ""two""]"\n')
+    assert outcome(read_all("captions", path)) == ["one", "two"]

@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import chain, islice
@@ -41,6 +41,8 @@ PICTURE_KEYS = (
     *("file_name", "image", "images", "jpg", "jpeg", "png", "webp"),
     *("filename", "filepath", "image_path", "image_name", "img_path"),
 )
+# What a record of several splits says its own under.
+SPLIT = "split"
 TEXT_TABLES = (".csv", ".tsv", ".txt", ".token")
 NOT_UTF8, NOT_UNICODE = "caption not UTF-8", "caption not Unicode"
 
@@ -48,6 +50,45 @@ NOT_UTF8, NOT_UNICODE = "caption not UTF-8", "caption not Unicode"
 def text_keys(options: ReadOptions) -> tuple[str, ...]:
     """Where a caption stands, the first of them that is there."""
     return ("text", "caption") if options.text_key == "text" else (options.text_key,)
+
+
+def wanted_splits(options: ReadOptions) -> set[str]:
+    """The splits that a user names; empty for all."""
+    return set(filter(None, (options.split or "").split("+")))
+
+
+def split_in(values: object) -> str:
+    """The split that a record says it is of; "" for none."""
+    return str(values.get(SPLIT) or "") if isinstance(values, dict) else ""
+
+
+def check_splits(path: str, found: Iterable[str], options: ReadOptions) -> None:
+    """Raises ValueError if a file's records are of several splits and which are meant is not said,
+    or of none of those that are."""
+    wanted, named = wanted_splits(options), sorted({*found} - {""})
+    if len(named) > 1 and not wanted:
+        raise ValueError(
+            f"{path} holds the splits {', '.join(named)}, which are never read as one source; name "
+            "those that are meant (--split train+restval), or take the records of the others out"
+        )
+    if absent := sorted(wanted - {*named}):
+        raise ValueError(
+            f"{path} has no split {', '.join(absent)}; it has {', '.join(named) or 'none'}"
+        )
+
+
+def splits_of(path: str, form: str) -> Iterator[str]:
+    """The split of each record of a table or list; nothing where the first one says none."""
+    if form == "table":
+        if SPLIT in columns_of(path).names:
+            yield from (str(value.as_py() or "") for (value,) in table_rows(path, [SPLIT]))
+    elif form == "csv":
+        reader = _csv_reader(path)
+        place = _column((SPLIT,), [name.strip() for name in next(reader, [])])
+        if place is not None:
+            yield from (row[place] for row in reader if len(row) > place)
+    elif split_in(json_object(next(objects_of(path), b""))[0]):
+        yield from (split_in(json_object(data)[0]) for data in objects_of(path))
 
 
 def field_of(values: dict[str, Any], options: ReadOptions) -> object:
@@ -244,7 +285,7 @@ def read_csv(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Rejec
             name = row[0]
             if not options.images and root != beside and not is_folder(f"{root}/{base_name(root)}"):
                 name = name.removeprefix(f"{base_name(root)}/")  # from where the list lies
-            yield pictures.record(where, caption_of(row[1], where, NOT_UTF8), name)
+            yield from pictures.records(where, row[1], name, NOT_UTF8)
 
 
 def rows_of(path: str, options: ReadOptions) -> Iterator[tuple[str, str] | str]:
@@ -261,10 +302,11 @@ def rows_of(path: str, options: ReadOptions) -> Iterator[tuple[str, str] | str]:
         )
         if image is None or caption is None:
             raise _lacking(path, header, options)
+        wanted, split = wanted_splits(options), _column((SPLIT,), header)
         for row in reader:
             if row and len(row) != len(header):
                 yield f"{len(row)}, the header has {len(header)}; quote what holds a comma"
-            elif row:
+            elif row and (split is None or not wanted or row[split] in wanted):
                 yield row[image], row[caption]
     except csv.Error as error:
         raise ValueError(
@@ -275,14 +317,14 @@ def rows_of(path: str, options: ReadOptions) -> Iterator[tuple[str, str] | str]:
 
 def read_objects(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
     """An object of a list or of lines a record: {file_name or image, text or caption}."""
-    path = unit.files[0]
+    path, wanted = unit.files[0], wanted_splits(options)
     pictures = Folder(*picture_roots(path, options))
     for number, data in islice(enumerate(objects_of(path)), unit.first, unit.last):
         where = f"{path}, record {number}"
         values, reason = json_object(data)
         if values is None:
             yield Reject(where, reason)
-        else:
+        elif not wanted or split_in(values) in wanted:
             shown = shown_in(values)
             caption = field_of(values, options)
             if caption is None and shown is not None:
@@ -293,9 +335,12 @@ def read_objects(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | R
 
 def read_table(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
     """A row a record, or several where its caption is a list of them."""
-    path = unit.files[0]
+    path, wanted = unit.files[0], wanted_splits(options)
     pictures = Folder(*picture_roots(path, options))
-    for number, (shown, caption) in enumerate(table_rows(path, caption_columns(path, options))):
+    columns = [*caption_columns(path, options), *([SPLIT] if wanted else [])]
+    for number, (shown, caption, *split) in enumerate(table_rows(path, columns)):
+        if split and split[0].as_py() not in wanted:
+            continue
         where = f"{path}, row {number}"
         try:
             yield from pictures.records(where, caption.as_py(), shown.as_py())

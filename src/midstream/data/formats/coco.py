@@ -12,9 +12,12 @@ import ijson
 from midstream.data.formats.captions import (
     Folder,
     caption_of,
+    check_splits,
     field_of,
     first_folder,
     picture_roots,
+    split_in,
+    wanted_splits,
 )
 from midstream.data.formats.files import base_name, folder_of, is_folder, unpacked
 from midstream.data.formats.records import CaptionRecord, ReadOptions, Unit
@@ -138,35 +141,19 @@ def count_images(path: str, options: ReadOptions) -> int:
 
     Raises ValueError if the file is not whole, or which of its splits are meant is not said.
     """
-    splits = Counter(_split_of(image) for image in _items(path, "images"))
-    named = sorted(splits.keys() - {""})
-    wanted = _wanted(options)
-    if len(named) > 1 and not wanted:
-        raise ValueError(
-            f"{path} holds the splits {', '.join(named)}, which are never read as one source; name "
-            "those that are meant (--split train+restval), or take the pictures of the others out"
-        )
-    if absent := sorted(wanted - splits.keys()):
-        raise ValueError(f"{path} has no split {', '.join(absent)}; it has {', '.join(named)}")
+    splits = Counter(split_in(image) for image in _items(path, "images"))
+    check_splits(path, splits.keys(), options)
     return splits.total()
-
-
-def _wanted(options: ReadOptions) -> set[str]:
-    return set(filter(None, (options.split or "").split("+")))
-
-
-def _split_of(image: object) -> str:
-    return str(image.get("split", "")) if isinstance(image, dict) else ""
 
 
 def read_karpathy(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
     """A record for each sentence of a picture of the splits that are wanted."""
-    path, wanted = unit.files[0], _wanted(options)
+    path, wanted = unit.files[0], wanted_splits(options)
     bases = _bases(path, options)
     folders: dict[str, Folder] = {}
     for number, image in islice(enumerate(_items(path, "images")), unit.first, unit.last):
         where = f"{path}, record {number}"
-        if wanted and _split_of(image) not in wanted:
+        if wanted and split_in(image) not in wanted:
             continue
         if not isinstance(image, dict):
             yield Reject(where, "no caption", "it is no JSON object")

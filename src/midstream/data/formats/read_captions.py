@@ -14,6 +14,7 @@ from midstream.data.formats.captions import (
     TEXT_TABLES,
     caption_columns,
     caption_of,
+    check_splits,
     columns_of_csv,
     field_of,
     is_object,
@@ -25,6 +26,7 @@ from midstream.data.formats.captions import (
     read_table,
     rows_of,
     shown_in,
+    splits_of,
 )
 from midstream.data.formats.coco import (
     count_annotations,
@@ -96,6 +98,8 @@ NAMES = {
 # Kinds that are read where there is none of the others: img2dataset's tars have tables beside them.
 _LAST = ("table",)
 _SUFFIXES = (".tar", ".json", ".jsonl", *TEXT_TABLES, *TABLES, ".caption", ".text")
+# Formats whose records say no split.
+_UNSPLIT = ("webdataset", "datacompdr", "coco", FILES)
 # So many records of two lists are compared.
 _NUM_COMPARED = 100
 
@@ -120,6 +124,8 @@ def caption_units(sources: Sequence[str], options: ReadOptions) -> list[Unit]:
                 units.append(Unit(tar_format, (path,)))
             else:
                 units.extend(_cut(path, _lone_format(path), options))
+    if options.split and (whole := [unit for unit in units if unit.format in _UNSPLIT]):
+        raise ValueError(f"{whole[0].files[0]} says no split of its records; name no split")
     return units
 
 
@@ -252,6 +258,7 @@ def _cut(path: str, form: str, options: ReadOptions) -> list[Unit]:
         raise ValueError(f"{path}: {form} has no synthetic captions; do not require them")
     if form == "table":
         caption_columns(path, options)
+        check_splits(path, splits_of(path, form), options)
         return [Unit(form, (path,))]
     if form == "coco":
         count = count_annotations(path, options)
@@ -261,6 +268,8 @@ def _cut(path: str, form: str, options: ReadOptions) -> list[Unit]:
         count = sum(1 for _ in rows_of(path, options))
     else:
         count = sum(1 for _ in objects_of(path))
+    if form in ("csv", "list", "imagefolder"):
+        check_splits(path, splits_of(path, form), options)
     if not count:
         raise ValueError(f"{path} holds no record; remove it")
     if count <= NUM_UNIT_RECORDS:
