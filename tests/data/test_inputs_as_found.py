@@ -254,7 +254,14 @@ def test_a_pointer_of_git_lfs_is_no_file(put: Put) -> None:
 
 
 def test_pictures_in_base64_are_read_with_and_without_a_head(tmp_path: Path) -> None:
-    shown: list[Any] = [BASE64, f"data:image/png;base64,{BASE64}", BASE64.rstrip("="), [BASE64]]
+    safe = BASE64.replace("+", "-").replace("/", "_")
+    shown: list[Any] = [
+        BASE64,
+        safe,
+        f"data:image/png;base64,{BASE64}",
+        BASE64.rstrip("="),
+        [BASE64],
+    ]
     shown += [{"bytes": BASE64, "path": None}, {"base64": BASE64}, json.dumps([BASE64])]
     rows = [{"image": one, "caption": "a"} for one in shown]
     bad = [{"image": BASE64[:99] + "@" + BASE64[99:], "caption": "a"}]
@@ -448,6 +455,9 @@ def test_a_list_says_what_it_lacks(tmp_path: Path) -> None:
         ValueError, match=r"columns \['photo', 'words'\]; it needs image and text or"
     ):
         read_all("captions", path)
+    path = write(tmp_path / "none.tsv", f"0\t{BASE64}\ta\n".encode())
+    with pytest.raises(ValueError, match=r"columns \['0', '.{40}', 'a'\]; it needs image and"):
+        read_all("captions", path)
     path = write(tmp_path / "a.jsonl", as_lines([{"image": "0.png", "blip_caption": "a"}]))
     (found,) = read_all("captions", path)
     assert str(found).endswith("no caption (its keys are ['image', 'blip_caption'])")
@@ -492,9 +502,17 @@ def test_pictures_that_turns_name_in_qwens_marks_are_read(tmp_path: Path) -> Non
         {"conversations": [{"from": "user", "value": one}, {"from": "ai", "value": "A cat."}]}
         for one in asked
     ]
-    rows.append({**rows[0], "image": "1.png", "images": [None]})
+    rows.append({**rows[0], "image": "1.png", "images": [None, {"bytes": None, "path": None}]})
     found = read_all("conversations", write(tmp_path / "a.jsonl", as_lines(rows)))
     assert [(x.turns[0][:2], x.picture.data) for x in found] == [(("What?", "A cat."), png(1))] * 3
+
+
+def test_marks_of_pictures_in_a_talk_about_html_are_text(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Why <img>x</img>?"}, {"from": "gpt", "value": "<img>"}]
+    (found,) = read_all(
+        "conversations", write(tmp_path / "a.jsonl", as_lines([{"conversations": turns}]))
+    )
+    assert (found.turns[0][:2], found.picture) == (("Why <img>x</img>?", "<img>"), None)
 
 
 def test_a_content_may_be_one_part(tmp_path: Path) -> None:

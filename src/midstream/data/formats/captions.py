@@ -35,7 +35,7 @@ from midstream.data.formats.tables import columns_of, table_rows
 from midstream.data.source_writer import Reject
 
 # How JPEG, PNG, WebP and GIF begin in base64; no name of a file is so long and begins so.
-_BASE64, _BASE64_CHARACTERS = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD"), 64
+_BASE64, _BASE64_CHARACTERS = ("/9j/", "_9j_", "iVBORw0KGgo", "UklGR", "R0lGOD"), 64
 # Where a picture stands in an object or a table, the first of them that is there.
 PICTURE_KEYS = (
     *("file_name", "image", "images", "jpg", "jpeg", "png", "webp"),
@@ -181,7 +181,7 @@ def picture_in(value: object) -> str | bytes | None:
     if not alone and value[:5].lower() != "data:":
         return value
     head, comma, data = (";base64", ",", value) if alone else value.partition(",")
-    data = "".join(data.split()).rstrip("=")
+    data = "".join(data.split()).rstrip("=").replace("-", "+").replace("_", "/")
     try:
         if comma and head.lower().endswith(";base64"):
             # Some leave the filling at its end out.
@@ -363,10 +363,10 @@ def caption_columns(path: str, options: ReadOptions) -> tuple[str, str]:
 
 
 def _lacking(path: str, columns: Sequence[str], options: ReadOptions) -> ValueError:
-    asked = " or ".join(text_keys(options))
+    asked, shown = " or ".join(text_keys(options)), [name[:40] for name in columns]
     return ValueError(
-        f"{path} has the columns {list(columns)}; it needs image and {asked} (--text-key names "
-        "another caption)"
+        f"{path} has the columns {shown}; it needs image and {asked} (--text-key names another "
+        "caption)"
     )
 
 

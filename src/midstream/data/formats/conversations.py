@@ -151,7 +151,9 @@ NO_QUESTION, NO_REPLIES = "system turn without a question", "no reply left"
 NO_TALK, NO_NAME = "no conversation", "not a picture name"
 _DETAIL_CHARACTERS = 200
 # Qwen-VL's marks hold the name of their picture.
-_NAMED = re.compile(r"(?:Picture \d+: *)?<img>([^<>\n]+)</img>")
+_NAMED = re.compile(
+    r"(?i)(?:Picture \d+: *)?<img>([^<>\n]+\.(?:jpe?g|png|webp|gif|bmp|tiff?))</img>"
+)
 # Where a part has its picture.
 _SHOWN = ("image", "image_url", "url", "path", "source", "bytes", "base64", "data", "content")
 
@@ -223,8 +225,13 @@ def _pictures(record: dict[str, Any], where: str) -> list[str | bytes]:
         # NaN is how pandas says that there is none.
         absent = value is None or value == "" or value != value
         values = [] if absent else value if isinstance(value, list) else [value]
-        found += [_picture(one, where, f"under {key!r}") for one in values if one is not None]
+        found += [_picture(one, where, f"under {key!r}") for one in values if not _is_none(one)]
     return found
+
+
+def _is_none(value: object) -> bool:
+    # Columns of structs say {bytes: null, path: null}.
+    return value is None or (isinstance(value, dict) and all(x is None for x in value.values()))
 
 
 def _picture(value: object, where: str, place: str) -> str | bytes:
