@@ -19,7 +19,6 @@ from pyarrow import parquet
 
 from midstream.core.digests import is_text
 from midstream.data.formats.records import ReadOptions
-from midstream.data.sources import Source
 
 ROWS = [{"image": f"{n}.png", "caption": f"box {n}"} for n in range(3)]
 LINES = [{"file_name": row["image"], "text": row["caption"]} for row in ROWS]
@@ -345,14 +344,6 @@ def test_a_split_without_folders_finds_its_pictures_beside_it(tmp_path: Path, fo
     write(Path(path), as_json(whole))
     expected = ["a 0", "b 0", "a 1", "b 1", "- no caption", "- no caption"]
     assert outcome(read_all("captions", path)) == expected
-
-
-def test_options_without_a_split_make_no_shard_anew(tmp_path: Path) -> None:
-    write_samples(tmp_path / "in", range(2))
-    run("captions", tmp_path / "in", tmp_path / "out")
-    (shard,) = (tmp_path / "out/shards").iterdir()
-    assert "split" not in json.loads((shard / "made_from.json").read_text())["options"]
-    assert len(Source("s", tmp_path / "out", tmp_path)) == 2
 
 
 @pytest.mark.parametrize("pictures", ["images/train2017", "train2017"])

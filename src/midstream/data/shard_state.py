@@ -27,7 +27,7 @@ from midstream.data.source_writer import REJECTS, Reject
 from midstream.data.sources import FORMAT, INDEX, SHARD_INDEX
 
 # Raise it when equal input would give another shard: every shard is then made anew.
-PREPARATION = 2
+PREPARATION = 3
 MADE_FROM, PICTURES = "made_from.json", "pictures"
 # What file systems call the things that change with a file's bytes.
 VERSIONS = (
@@ -101,8 +101,7 @@ def wanted_shards(job: Job, units: Sequence[Unit]) -> list[Todo]:
         "preparation": PREPARATION,
         "format": FORMAT,
         "section": job.section,
-        # Without the split where none is named: shards of before it could be are used again.
-        "options": {k: v for k, v in asdict(job.options).items() if (k, v) != ("split", None)},
+        "options": asdict(job.options),
         "root": job.root,
         "tokenizer": job.tokenizer,
         "validation_fraction": job.validation_fraction,
