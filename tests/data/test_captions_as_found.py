@@ -49,7 +49,7 @@ def test_links_that_lead_nowhere_say_where_and_absolute_names_are_read(tmp_path:
     found = read(path)
     assert outcome(found) == ["a", "- picture outside the folder", *["- missing picture"] * 2]
     assert [str(item).partition("png ")[2] for item in found[2:]] == [
-        "has no picture behind it: it links to ../far/none.png)",
+        "has no file behind it: it links to ../far/none.png)",
         "has links that go round in a circle)",
     ]
     assert outcome(read(path, ReadOptions(images=f"{tmp_path}/far")))[:2] == ["a", "a"]

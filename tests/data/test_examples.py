@@ -200,7 +200,7 @@ SHOWN = ("human", "<image>\nWhat?")
         (record(("human", [{"type": "bar", "text": "What?"}]), REPLY), "no conversation"),
         (record(("human", [{"type": "video", "video": "a"}]), REPLY), "video or sound"),
         (record(("human", {"text": "What?"}), REPLY), "no conversation"),
-        ({"conversations": [{"from": "gpt"}], "system": ["Be nice."]}, "no conversation"),
+        ({"conversations": [{"from": "gpt"}], "system": 7}, "no conversation"),
         (record(("system", "Be nice.")), "no reply left"),
         (record(ASK), "no reply left"),
         (record(ASK, ASK), "no reply left"),

@@ -20,7 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_inputs import Put, as_lines, run, tar
 
+from midstream.data.formats import copies
 from midstream.data.formats import files as files_module
+from midstream.data.formats.copies import refuse_twins
 from midstream.data.formats.files import (
     base_name,
     exists,
@@ -33,7 +35,6 @@ from midstream.data.formats.files import (
     read_head,
     read_lines,
     read_range,
-    refuse_twins,
     size_of,
 )
 
@@ -397,13 +398,13 @@ def test_only_files_of_one_size_and_equal_ends_are_read_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[tuple[str, int]] = []
-    whole = files_module.read_range
+    whole = copies.read_range
 
     def counted(path: str, offset: int, size: int) -> bytes:
         read.append((Path(path).name, size))
         return whole(path, offset, size)
 
-    monkeypatch.setattr(files_module, "read_range", counted)
+    monkeypatch.setattr(copies, "read_range", counted)
     sizes = {}
     for number in range(20):
         path = tmp_path / f"{number:02d}.tar"

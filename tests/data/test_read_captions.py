@@ -383,6 +383,9 @@ def everything(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     write_tar(tmp_path / "tars/a.tar", img2dataset(0) | img2dataset(1))
     write_tar(tmp_path / "dr/a.tar", joined("k0") | joined("k1", 1))
     write_coco(tmp_path / "coco", "val2014")
+    split = [{"filename": "0.png", "split": "train", "sentences": [{"raw": "a"}, {"raw": "b"}]}]
+    write(tmp_path / "karpathy/dataset_flickr8k.json", as_json({"images": split}))
+    write(tmp_path / "karpathy/images/0.png", picture(0))
     many_csv(tmp_path / "csv", 3)
     many_imagefolder(tmp_path / "imagefolder", 3)
     bad = as_lines(
@@ -414,6 +417,7 @@ def test_urls_are_read_like_folders(everything: tuple[Path, str]) -> None:
         "tars",
         "dr",
         "coco/annotations",
+        "karpathy",
         "csv",
         "imagefolder",
         "list",

@@ -12,18 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_inputs import Members, tar
 
-from midstream.data.formats import records
-from midstream.data.formats.records import (
-    TOO_LARGE,
-    TWICE,
-    UNSAFE,
-    Member,
-    json_object,
-    list_entries,
-    samples_of,
-    scan_tar,
-    unicode_problem,
-)
+from midstream.data.formats import json_records, records
+from midstream.data.formats.json_records import json_object, list_entries, unicode_problem
+from midstream.data.formats.records import TOO_LARGE, TWICE, UNSAFE, Member, samples_of, scan_tar
 from midstream.data.source_writer import Reject
 
 FORMATS = {"gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT, "ustar": tarfile.USTAR_FORMAT}
@@ -342,7 +333,7 @@ def test_a_list_gives_its_entries_at_any_size_of_the_pieces_read(
     path = tmp_path_factory.getbasetemp() / "entries.json"
     path.write_bytes((bom if piece > 3 else b"") + text.encode("utf-8", "surrogatepass") + b"\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "_PIECE_BYTES", piece)
+        patch.setattr(json_records, "_PIECE_BYTES", piece)
         found = list(list_entries(str(path)))
     assert [json.loads(entry.decode("utf-8", "surrogatepass")) for entry in found] == values
 
@@ -385,8 +376,8 @@ def test_what_is_no_list_is_refused_by_name(tmp_path: Path, data: bytes, message
 def test_an_entry_that_is_too_long_is_refused_by_its_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "MAX_ENTRY_BYTES", 10_000)
-    monkeypatch.setattr(records, "_PIECE_BYTES", 100)
+    monkeypatch.setattr(json_records, "MAX_ENTRY_BYTES", 10_000)
+    monkeypatch.setattr(json_records, "_PIECE_BYTES", 100)
     path = tmp_path / "long.json"
     # A quotation mark too few makes one string of the records behind it.
     path.write_text('[{"a": 1}, {"a": "x}' + ', {"b": 2}' * 5000 + "]")

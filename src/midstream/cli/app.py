@@ -116,6 +116,10 @@ def prepare(
     images: Annotated[
         str | None, typer.Option(help="Where picture names start, if not beside their list.")
     ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="What is read of a list of several splits, such as train+restval."),
+    ] = None,
     max_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Leave longer captions and conversations out, as rejects."),
@@ -135,7 +139,7 @@ def prepare(
 
     started = time.monotonic()
     options: dict[str, str | int | None] = {"text_key": text_key, "require": require}
-    options |= {"images": images, "max_tokens": max_tokens}
+    options |= {"images": images, "max_tokens": max_tokens, "split": split}
     request = {"section": section, "sources": sources, "out": out, "tokenizer": tokenizer}
     request |= {"max_rejects": max_rejects, "validation": validation, "options": options}
     request |= {"begin_of_text": begin_of_text, "workers": workers or os.cpu_count() or 1}

@@ -190,6 +190,8 @@ TEXT_SUFFIXES = {
     "txt": (".txt", ".tex"),
     "tokens": (".tar",),
 }
+# Further ends of names that say less than the content does.
+_OTHER_ENDS = (".ndjson", ".jsonlines", ".jl", ".pq", ".parq", ".feather", ".ipc")
 # Documents about data, whatever the case of their letters. Records and pictures are none, whatever
 # they are called.
 NOTES = (
@@ -238,7 +240,15 @@ def is_note(name: str) -> bool:
 
 def is_text(name: str) -> bool:
     """Whether a file of this name (no path) is one that a text source may be read from."""
-    return plain_name(name).endswith(_TEXT_ENDS) and not is_note(name)
+    plain = plain_name(name)
+    return not is_note(name) and (plain.endswith(_TEXT_ENDS) or is_unnamed(plain))
+
+
+def is_unnamed(name: str) -> bool:
+    """Whether a file's name (as of `plain_name`) leaves it to the content what the file is."""
+    end = os.path.splitext(name)[1]
+    # Programs put marks such as _SUCCESS beside the parts that they wrote.
+    return not name.startswith("_") and (not end.strip(".0123456789") or end in _OTHER_ENDS)
 
 
 def plain_name(name: str) -> str:

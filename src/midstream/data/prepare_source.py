@@ -24,7 +24,9 @@ from filelock import FileLock, Timeout
 from midstream.core.digests import walk
 from midstream.core.storage import read_json, remove_leftovers, write_bytes, write_json
 from midstream.data.examples import TextCodec
-from midstream.data.formats.files import is_url, name_some, refuse_twins
+from midstream.data.formats.copies import refuse_twin_samples, refuse_twins
+from midstream.data.formats.files import is_url, name_some
+from midstream.data.formats.read_captions import FILES, samples_beside
 from midstream.data.formats.records import ReadOptions, Section, Unit
 from midstream.data.shard_state import (
     NUM_LISTED,
@@ -254,8 +256,7 @@ def prepare_source(
         by_command=notice is not None,
     )
     wanted = wanted_shards(job, units)
-    stamps = {item.unit.files[0]: item.made_from["stamps"][0] for item in wanted}
-    refuse_twins({file: int(stamp[0] or 0) for file, stamp in stamps.items() if stamp})
+    _refuse_twins(wanted)
     unread = _unread(job, absolute, units, notice or partial(progress, 0.0))
     job.shards.mkdir(parents=True, exist_ok=True)
     with _only_one(out):
@@ -311,6 +312,15 @@ def _check_units(units: Sequence[Unit], sources: Sequence[str], out: Path) -> No
         file.is_relative_to(out) for file in files
     ):
         raise ValueError(f"{out} lies inside its own input; prepare into a folder beside it")
+
+
+def _refuse_twins(wanted: Sequence[Todo]) -> None:
+    stamps = [zip(item.unit.files, item.made_from["stamps"], strict=True) for item in wanted]
+    sizes = {file: int(stamp[0] or 0) for part in stamps for file, stamp in part if stamp}
+    lone = {item.unit.files[0] for item in wanted if item.unit.format != FILES}
+    refuse_twins({file: size for file, size in sizes.items() if file in lone})
+    beside = (sample for item in wanted for sample in samples_beside(item.unit))
+    refuse_twin_samples((files for files in beside if sizes.keys() >= {*files}), sizes)
 
 
 def _unread(

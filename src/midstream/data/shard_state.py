@@ -22,12 +22,12 @@ from midstream.core.storage import MANIFEST, read_json
 from midstream.data.formats import conversations, read_captions
 from midstream.data.formats.files import base_name, is_url, name_some, shown_files
 from midstream.data.formats.read_text import MANIFEST as TOKENS_MANIFEST
-from midstream.data.formats.records import ReadOptions, Section, Unit
+from midstream.data.formats.records import ReadOptions, Section, Unit, is_picture
 from midstream.data.source_writer import REJECTS, Reject
 from midstream.data.sources import FORMAT, INDEX, SHARD_INDEX
 
 # Raise it when equal input would give another shard: every shard is then made anew.
-PREPARATION = 2
+PREPARATION = 3
 MADE_FROM, PICTURES = "made_from.json", "pictures"
 # What file systems call the things that change with a file's bytes.
 VERSIONS = (
@@ -222,6 +222,8 @@ _REMEDIES: dict[str, tuple[str, str]] = {
         read_captions.DOTTED: "a sample is what stands before the first dot; rename the members",
         "picture cannot be decoded": "fetch them again, or take them out",
         "no picture": "join these records with their pictures, or take them out",
+        "no conversation": "give turns with a role and a text under conversations or messages",
+        "not a picture name": "give a name, base64 or {bytes, path}",
         "empty caption": "take these records out",
         "zero-byte picture": "fetch them again, or take them out",
         "more than one picture": "a record shows one; take the others out",
@@ -304,7 +306,6 @@ READ: dict[Section, tuple[str, ...]] = {
     "conversations": tuple(f"*{end}" for end in conversations.SUFFIXES),
 }
 # Pictures of captions and conversations are read by the records that name them.
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _DOCUMENTS = TEXT_SUFFIXES["txt"]
 _SPLITS = re.compile(r"(?<![a-z])(train|validation|valid|val|dev|test)(?![a-z])")
 _NAMES = {"valid": "validation", "val": "validation"}
@@ -329,7 +330,7 @@ def unread_files(section: Section, sources: Sequence[str], units: Sequence[Unit]
 
 def _is_asked(section: Section, name: str, tokenised: bool) -> bool:
     if section != "text":
-        return not is_note(name) and not name.lower().endswith(_PICTURES)
+        return not is_note(name) and not is_picture(name)
     if is_note(name):
         return name.endswith(_DOCUMENTS)
     return not (tokenised and name == TOKENS_MANIFEST)

@@ -51,6 +51,8 @@ def units_of(section: Section, sources: Sequence[str], options: ReadOptions) -> 
     """
     if options.images is not None and not is_folder(options.images):
         raise FileNotFoundError(f"{options.images} is no folder of pictures; correct its name")
+    if options.split and section != "captions":
+        raise ValueError(f"{section} say no split of their records; name the files of the split")
     if section == "captions":
         units = caption_units(sources, options)
     else:

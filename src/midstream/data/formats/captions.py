@@ -7,39 +7,43 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
-import ijson
-
-from midstream.core.digests import plain_name
 from midstream.data.formats.files import (
     base_name,
     folder_of,
     inside,
     is_folder,
     is_url,
+    read_head,
     read_lines,
     read_range,
-    unpacked,
 )
-from midstream.data.formats.records import (
-    LARGEST_BYTES,
-    CaptionRecord,
-    Picture,
-    ReadOptions,
-    Unit,
-    list_entries,
+from midstream.data.formats.json_records import (
+    entries_of,
+    holds_list,
+    lone_object,
     unicode_problem,
+    unquoted,
 )
+from midstream.data.formats.records import LARGEST_BYTES, CaptionRecord, Picture, ReadOptions, Unit
 from midstream.data.formats.tables import columns_of, table_rows
 from midstream.data.source_writer import Reject
 
+# How JPEG, PNG, WebP and GIF begin in base64; no name of a file is so long and begins so.
+_BASE64, _BASE64_CHARACTERS = ("/9j/", "_9j_", "iVBORw0KGgo", "UklGR", "R0lGOD"), 64
 # Where a picture stands in an object or a table, the first of them that is there.
-PICTURE_KEYS = ("file_name", "image", "images", "jpg", "jpeg", "png", "webp")
+PICTURE_KEYS = (
+    *("file_name", "image", "images", "jpg", "jpeg", "png", "webp"),
+    *("filename", "filepath", "image_path", "image_name", "img_path"),
+)
+# What a record of several splits says its own under.
+SPLIT = "split"
+TEXT_TABLES = (".csv", ".tsv", ".txt", ".token")
 NOT_UTF8, NOT_UNICODE = "caption not UTF-8", "caption not Unicode"
 
 
@@ -48,9 +52,53 @@ def text_keys(options: ReadOptions) -> tuple[str, ...]:
     return ("text", "caption") if options.text_key == "text" else (options.text_key,)
 
 
+def wanted_splits(options: ReadOptions) -> set[str]:
+    """The splits that a user names; empty for all."""
+    return set(filter(None, (options.split or "").split("+")))
+
+
+def split_in(values: object) -> str:
+    """The split that a record says it is of; "" for none."""
+    return str(values.get(SPLIT) or "") if isinstance(values, dict) else ""
+
+
+def check_splits(path: str, found: Iterable[str], options: ReadOptions) -> None:
+    """Raises ValueError if a file's records are of several splits and which are meant is not said,
+    or of none of those that are."""
+    wanted, named = wanted_splits(options), sorted({*found} - {""})
+    if len(named) > 1 and not wanted:
+        raise ValueError(
+            f"{path} holds the splits {', '.join(named)}, which are never read as one source; name "
+            "those that are meant (--split train+restval), or take the records of the others out"
+        )
+    if absent := sorted(wanted - {*named}):
+        raise ValueError(
+            f"{path} has no split {', '.join(absent)}; it has {', '.join(named) or 'none'}"
+        )
+
+
+def splits_of(path: str, form: str) -> Iterator[str]:
+    """The split of each record of a table or list; nothing where the first one says none."""
+    if form == "table":
+        if SPLIT in columns_of(path).names:
+            yield from (str(value.as_py() or "") for (value,) in table_rows(path, [SPLIT]))
+    elif form == "csv":
+        reader = _csv_reader(path)
+        place = _column((SPLIT,), [name.strip() for name in next(reader, [])])
+        if place is not None:
+            yield from (row[place] for row in reader if len(row) > place)
+    elif split_in(json_object(next(objects_of(path), b""))[0]):
+        yield from (split_in(json_object(data)[0]) for data in objects_of(path))
+
+
 def field_of(values: dict[str, Any], options: ReadOptions) -> object:
     """The caption in a JSON object; None if it has none."""
     return next((values[key] for key in text_keys(options) if key in values), None)
+
+
+def shown_in(values: dict[str, Any]) -> object:
+    """The picture in a JSON object; None if it has none."""
+    return next((values[key] for key in PICTURE_KEYS if key in values), None)
 
 
 def json_object(data: bytes) -> tuple[dict[str, Any] | None, str]:
@@ -71,6 +119,8 @@ def json_object(data: bytes) -> tuple[dict[str, Any] | None, str]:
 
 def caption_of(value: object, where: str, reason: str = NOT_UNICODE) -> str | Reject:
     """The caption without white space around it; `reason` says what a lone surrogate means."""
+    if isinstance(value, dict):
+        value = value.get("raw", value)
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8-sig")
@@ -102,7 +152,7 @@ def load_picture(roots: Sequence[str], name: str, where: str) -> Picture | Rejec
         # A failing disk or connection is no missing picture.
         if not isinstance(error, absent) and error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
             raise
-        return Reject(where, "missing picture", path + _broken_link(path, error))
+        return Reject(where, "missing picture", not_there(path, error.errno))
     if len(data) > LARGEST_BYTES:
         return Reject(where, "picture too large", f"{path} has over {LARGEST_BYTES:,} bytes")
     return Picture(path, 0, data) if data else Reject(where, "zero-byte picture", path)
@@ -118,30 +168,48 @@ def load_shown(shown: str | bytes, roots: Sequence[str], where: str) -> Picture 
 
 
 def picture_in(value: object) -> str | bytes | None:
-    """The picture in a value: its name, its bytes, a data: URL, {bytes, path} or {url}.
+    """The picture in a value: its name, its bytes, base64 of them, or an object that holds one.
 
-    None: there is none. Raises ValueError for a data: URL that holds no base64.
+    Base64 stands in a data: URL or alone; an object is {bytes, path}, {url}, {base64} or {source}.
+    None: there is none. Raises ValueError for base64 that is damaged.
     """
     if isinstance(value, dict):
-        held, named = value.get("bytes"), (value.get("path"), value.get("url"))
-        value = held if isinstance(held, bytes) else next(filter(None, named), None)
-    if not isinstance(value, str) or not value.startswith("data:"):
-        return value if isinstance(value, str | bytes) else None
-    head, comma, data = value.partition(",")
+        value = _held_in(value)
+    if not isinstance(value, str):
+        return value if isinstance(value, bytes) else None
+    alone = value.startswith(_BASE64) and len(value) >= _BASE64_CHARACTERS
+    if not alone and value[:5].lower() != "data:":
+        return value
+    head, comma, data = (";base64", ",", value) if alone else value.partition(",")
+    data = "".join(data.split()).rstrip("=").replace("-", "+").replace("_", "/")
     try:
-        if comma and head.endswith(";base64"):
-            return base64.b64decode("".join(data.split()), validate=True)
+        if comma and head.lower().endswith(";base64"):
+            # Some leave the filling at its end out.
+            return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
     except binascii.Error:
         pass
-    raise ValueError("its data: URL is no base64")
+    raise ValueError("its base64 is damaged" if alone else "its data: URL is no base64")
 
 
-def _broken_link(path: str, error: OSError) -> str:
-    if error.errno == errno.ELOOP:
-        return " has links that go round in a circle"
+def _held_in(value: dict[str, Any]) -> object:
+    value = value["source"] if isinstance(value.get("source"), dict) else value
+    held = next((value[x] for x in ("bytes", "base64", "data") if value.get(x) is not None), None)
+    if isinstance(held, bytes):
+        return held
+    if isinstance(held, str) and held:
+        return held if held.startswith("data:") else f"data:;base64,{held}"
+    return next((value[x] for x in ("path", "url") if value.get(x)), None)
+
+
+def not_there(path: str, number: int | None = None) -> str:
+    """A file that cannot be opened, and why where that is known; `number` is the error's."""
+    if number == errno.ENAMETOOLONG:
+        return f"{path[:200]}... has {len(path):,} characters, too many for a file's name"
+    if number == errno.ELOOP:
+        return f"{path} has links that go round in a circle"
     if not is_url(path) and os.path.islink(path):
-        return f" has no picture behind it: it links to {os.readlink(path)}"
-    return ""
+        return f"{path} has no file behind it: it links to {os.readlink(path)}"
+    return f"{path} has \\ where folders are parted by /" if "\\" in path else path
 
 
 class Folder:
@@ -153,6 +221,7 @@ class Folder:
 
     def record(self, where: str, caption: str | Reject, shown: object) -> CaptionRecord | Reject:
         """A caption with its picture (see `picture_in`), read only if the caption is one."""
+        shown = unquoted(shown)
         if isinstance(shown, list) and len(shown) == 1:
             shown = shown[0]
         if isinstance(shown, list) and shown:
@@ -175,6 +244,9 @@ class Folder:
         self, where: str, captions: object, shown: object, reason: str = NOT_UNICODE
     ) -> Iterator[CaptionRecord | Reject]:
         """A record for the caption, or for each in a list of them."""
+        listed = unquoted(captions)
+        if isinstance(listed, list) and all(isinstance(caption, str) for caption in listed):
+            captions = listed
         if not isinstance(captions, list) or not captions:
             yield self.record(where, caption_of(captions, where, reason), shown)
             return
@@ -186,103 +258,12 @@ class Folder:
 # Python's own limit is 131,072 characters.
 csv.field_size_limit(2**24)
 _BOM = b"\xef\xbb\xbf"
+# How lists of objects begin, and the objects of COCO.
+_OBJECTS = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|\]|$)")
+_COCO = re.compile(rb'\{\s*"(info|images|annotations|licenses|categories|type|dataset)"')
 
 
-def read_coco(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
-    """An annotation a record; its picture is the `file_name` of its image in the split's folder."""
-    path = unit.files[0]
-    wanted = list(islice(_items(path, "annotations"), unit.first, unit.last))
-    # The images are read again for each unit: a list of all of them need not fit in memory.
-    ids = {_image_id(annotation, "image_id") for annotation in wanted} - {None}
-    names = {
-        key: image.get("file_name")
-        for image in _items(path, "images")
-        if (key := _image_id(image, "id")) in ids
-    }
-    folder = _coco_pictures(path, options)
-    pictures = Folder(folder, *picture_roots(path, options))
-    # Some files name pictures from the folder above the split's.
-    above = f"{base_name(folder)}/"
-    above = "" if is_folder(f"{folder}/{above}") else above
-    for number, annotation in enumerate(wanted, unit.first):
-        where, key = f"{path}, record {number}", _image_id(annotation, "image_id")
-        if not isinstance(annotation, dict):
-            yield Reject(where, "no caption", "it is no JSON object")
-        elif key not in names:
-            yield Reject(where, "missing picture", f"the list images has no id {key}")
-        else:
-            name = names[key]
-            name = name.removeprefix(above) if isinstance(name, str) else name
-            yield pictures.record(where, caption_of(field_of(annotation, options), where), name)
-
-
-def count_annotations(path: str, options: ReadOptions) -> int:
-    """How many there are; ValueError if the file is no whole one of COCO's captions."""
-    count = 0
-    for annotation in _items(path, "annotations"):
-        if not count and (
-            not isinstance(annotation, dict) or field_of(annotation, options) is None
-        ):
-            raise ValueError(f"{path}: its first annotation has no caption; give captions_*.json")
-        count += 1
-    if not count or next(_items(path, "images"), None) is None:
-        raise ValueError(
-            f"{path} lacks entries in the lists images and annotations; give COCO's captions_*.json"
-        )
-    return count
-
-
-def _items(path: str, name: str) -> Iterator[Any]:
-    """The entries of the list `name` in a JSON object."""
-    count = 0
-    try:
-        with unpacked(path) as stream:
-            if stream.peek(len(_BOM)).startswith(_BOM):
-                stream.read(len(_BOM))
-            for item in ijson.items(stream, f"{name}.item", use_float=True):
-                yield item
-                count += 1
-    except (ijson.JSONError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        # NaN is no JSON, but pandas writes it; Python's reader takes the file whole.
-        found = _whole(path) if re.search("NaN|Infinity", reason) else None
-        if not isinstance(found, dict):
-            message = f"{path} is not whole JSON in UTF-8 ({reason}); fetch it again"
-            raise ValueError(message) from None
-        listed = found.get(name)
-        yield from listed[count:] if isinstance(listed, list) else ()
-
-
-def _whole(path: str) -> Any:
-    with unpacked(path) as stream:
-        try:
-            return json.load(stream)
-        except ValueError:
-            return None
-
-
-def _image_id(value: object, name: str) -> str | None:
-    """The id as text: 1, 1.0 and "1" are one."""
-    found = value.get(name) if isinstance(value, dict) else None
-    if isinstance(found, float) and found.is_integer():
-        found = int(found)
-    return str(found) if isinstance(found, int | str) else None
-
-
-def _coco_pictures(path: str, options: ReadOptions) -> str:
-    """The folder of the split's pictures: train2014/ for captions_train2014.json."""
-    named = re.match(r"captions_([^.]+)", base_name(path))
-    split = named[1] if named else ""
-    if options.images is not None:
-        return _first_folder([f"{options.images}/{split}"] if split else [], options.images)
-    beside = folder_of(path)
-    above = f"{beside}/.." if base_name(beside) in (".", "..") else folder_of(beside)
-    bases = [beside, f"{beside}/images", above, f"{above}/images"]
-    splits = [f"{base}/{split}" for base in bases] if split else []
-    return _first_folder([*splits, f"{beside}/images"], beside)
-
-
-def _first_folder(candidates: Sequence[str], otherwise: str) -> str:
+def first_folder(candidates: Sequence[str], otherwise: str) -> str:
     return next((folder for folder in candidates if is_folder(folder)), otherwise)
 
 
@@ -294,7 +275,7 @@ def read_csv(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Rejec
     path = unit.files[0]
     beside = folder_of(path)
     folders = [] if base_name(path).startswith("metadata") else ["images", "Images"]
-    root = options.images or _first_folder([f"{beside}/{name}" for name in folders], beside)
+    root = options.images or first_folder([f"{beside}/{name}" for name in folders], beside)
     pictures = Folder(root, *picture_roots(path, options))
     for number, row in islice(enumerate(rows_of(path, options)), unit.first, unit.last):
         where = f"{path}, record {number}"
@@ -304,7 +285,7 @@ def read_csv(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Rejec
             name = row[0]
             if not options.images and root != beside and not is_folder(f"{root}/{base_name(root)}"):
                 name = name.removeprefix(f"{base_name(root)}/")  # from where the list lies
-            yield pictures.record(where, caption_of(row[1], where, NOT_UTF8), name)
+            yield from pictures.records(where, row[1], name, NOT_UTF8)
 
 
 def rows_of(path: str, options: ReadOptions) -> Iterator[tuple[str, str] | str]:
@@ -312,22 +293,21 @@ def rows_of(path: str, options: ReadOptions) -> Iterator[tuple[str, str] | str]:
 
     Bytes that are no UTF-8 stay visible as lone surrogates. Lines without anything are no rows.
     """
-    lines = (line.decode("utf-8", "surrogateescape") for line in _lines(path))
-    # Strict: a quote that is never closed would make one caption of the rest of the file.
-    reader = csv.reader(lines, strict=True)
+    reader = _csv_reader(path)
     try:
         header = [name.strip() for name in next(reader, [])]
-        image = next((name for name in ("image", "file_name") if name in header), None)
-        caption = next((name for name in text_keys(options) if name in header), None)
+        image, caption = (
+            _column(("image", *PICTURE_KEYS), header),
+            _column(text_keys(options), header),
+        )
         if image is None or caption is None:
-            asked = " or ".join(text_keys(options))
-            raise ValueError(f"{path} has the columns {header}; it needs image and {asked}")
-        columns = header.index(image), header.index(caption)
+            raise _lacking(path, header, options)
+        wanted, split = wanted_splits(options), _column((SPLIT,), header)
         for row in reader:
             if row and len(row) != len(header):
                 yield f"{len(row)}, the header has {len(header)}; quote what holds a comma"
-            elif row:
-                yield row[columns[0]], row[columns[1]]
+            elif row and (split is None or not wanted or row[split] in wanted):
+                yield row[image], row[caption]
     except csv.Error as error:
         raise ValueError(
             f"{path}, line {reader.line_num:,}: no CSV ({error}); quote fields that hold commas, "
@@ -337,23 +317,30 @@ def rows_of(path: str, options: ReadOptions) -> Iterator[tuple[str, str] | str]:
 
 def read_objects(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
     """An object of a list or of lines a record: {file_name or image, text or caption}."""
-    path = unit.files[0]
+    path, wanted = unit.files[0], wanted_splits(options)
     pictures = Folder(*picture_roots(path, options))
     for number, data in islice(enumerate(objects_of(path)), unit.first, unit.last):
         where = f"{path}, record {number}"
         values, reason = json_object(data)
         if values is None:
             yield Reject(where, reason)
-        else:
-            shown = next((values[key] for key in PICTURE_KEYS if key in values), None)
-            yield from pictures.records(where, field_of(values, options), shown, reason)
+        elif not wanted or split_in(values) in wanted:
+            shown = shown_in(values)
+            caption = field_of(values, options)
+            if caption is None and shown is not None:
+                yield Reject(where, "no caption", f"its keys are {list(values)}"[:200])
+                continue
+            yield from pictures.records(where, caption, shown, reason)
 
 
 def read_table(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
     """A row a record, or several where its caption is a list of them."""
-    path = unit.files[0]
+    path, wanted = unit.files[0], wanted_splits(options)
     pictures = Folder(*picture_roots(path, options))
-    for number, (shown, caption) in enumerate(table_rows(path, caption_columns(path, options))):
+    columns = [*caption_columns(path, options), *([SPLIT] if wanted else [])]
+    for number, (shown, caption, *split) in enumerate(table_rows(path, columns)):
+        if split and split[0].as_py() not in wanted:
+            continue
         where = f"{path}, row {number}"
         try:
             yield from pictures.records(where, caption.as_py(), shown.as_py())
@@ -369,24 +356,79 @@ def caption_columns(path: str, options: ReadOptions) -> tuple[str, str]:
     held = [
         name for name in PICTURE_KEYS if name in names and str(schema.field(name).type) != "string"
     ]
-    image = next((name for name in (*held, *PICTURE_KEYS) if name in names), None)
-    caption = next((name for name in text_keys(options) if name in names), None)
+    image, caption = _column((*held, *PICTURE_KEYS), names), _column(text_keys(options), names)
     if image is None or caption is None:
-        asked = " or ".join(text_keys(options))
-        raise ValueError(f"{path} has the columns {names}; it needs image and {asked}")
-    return image, caption
+        raise _lacking(path, names, options)
+    return names[image], names[caption]
+
+
+def _lacking(path: str, columns: Sequence[str], options: ReadOptions) -> ValueError:
+    asked, shown = " or ".join(text_keys(options)), [name[:40] for name in columns]
+    return ValueError(
+        f"{path} has the columns {shown}; it needs image and {asked} (--text-key names another "
+        "caption)"
+    )
 
 
 def objects_of(path: str) -> Iterator[bytes]:
-    """The entries of a JSON list (in a .json file), or the lines that are not blank."""
-    if plain_name(base_name(path)).endswith(".json"):
-        return list_entries(path)
-    return (line for line in _lines(path) if line.strip())
+    """The entries of a JSON list, or the lines that are not blank, as the content says."""
+    listed = _OBJECTS.match(read_head(path, 4096)) is not None and holds_list(path)
+    return (data for _, data in entries_of(path, listed=listed))
 
 
-def first_line(path: str) -> bytes:
-    """The first line of a file, empty if it has none."""
-    return next(_lines(path), b"")
+def is_object(path: str) -> bool:
+    """Whether the file's JSON is one object, as COCO's, and neither a list nor lines of records."""
+    head = read_head(path, 2**16).removeprefix(_BOM).lstrip()
+    line, _, rest = head.partition(b"\n")
+    whole = lone_object(path)
+    rest = b"" if whole else rest
+    values, _ = json_object(whole or line)
+    if values is not None:
+        return (
+            not rest.strip() and not {*PICTURE_KEYS[:2], *text_keys(ReadOptions())} & values.keys()
+        )
+    # A line of a record with its picture inside is as long, but begins otherwise.
+    return head.startswith(b"{") and (line != head or _COCO.match(head) is not None)
+
+
+def columns_of_csv(path: str) -> set[str]:
+    """The columns that the header of a file names, in small letters."""
+    try:
+        return {name.strip().lower() for name in next(_csv_reader(path), [])}
+    except csv.Error:
+        return set()
+
+
+def _column(wanted: Sequence[str], names: Sequence[str]) -> int | None:
+    """The place of the first wanted column that is there, whatever the case of its letters."""
+    small = [name.lower() for name in names]
+    exact = (names.index(name) for name in wanted if name in names)
+    return next(exact, next((small.index(x) for x in wanted if x in small), None))
+
+
+# Flickr's own lists: no header, and a number behind each picture.
+_TOKEN = re.compile(r"(?P<image>[^\t]+\.\w+)#\d+\t(?P<caption>[^\t\n]*)\n?")
+
+
+def _csv_reader(path: str) -> Any:
+    decoded = (line.decode("utf-8", "surrogateescape") for line in _lines(path))
+    # Some programs end lines with a carriage return alone.
+    lines = (part for line in decoded for part in re.split(r"(?<=\r)(?!\n)", line) if part)
+    header = next(lines, "")
+    if not header.isprintable() and unicode_problem(header):
+        raise ValueError(f"{path}: its header is not UTF-8; write the file in UTF-8")
+    if _TOKEN.fullmatch(header):
+        rows = (_TOKEN.fullmatch(line.rstrip("\r\n")) for line in chain([header], lines))
+        split = (list(row.groups()) if row else [""] for row in rows)
+        return chain([["image", "caption"]], split)
+    delimiter = max(",\t;|", key=header.count)
+    # Strict: a quote that is never closed would make one caption of the rest of the file.
+    return csv.reader(
+        chain([header], lines),
+        delimiter=delimiter,
+        skipinitialspace=f"{delimiter} " in header,
+        strict=True,
+    )
 
 
 def _lines(path: str) -> Iterator[bytes]:

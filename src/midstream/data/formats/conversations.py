@@ -3,27 +3,25 @@
 Entries of a list are numbered from 0, lines from 1 (see `docs/data.md`).
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from midstream.core.digests import plain_name
 from midstream.data.examples import IMAGE_MARK, Turn
 from midstream.data.formats.captions import load_shown, picture_in, picture_roots
-from midstream.data.formats.files import base_name, exists, find_files, is_folder, join, read_lines
-from midstream.data.formats.records import (
+from midstream.data.formats.files import exists, find_files, full_name, is_folder, join
+from midstream.data.formats.json_records import (
     NOT_UNICODE,
     NOT_UTF8,
-    NUM_UNIT_RECORDS,
-    ConversationRecord,
-    ReadOptions,
-    Unit,
     entries_of,
     holds_list,
     json_object,
     unicode_problem,
+    unquoted,
 )
+from midstream.data.formats.records import NUM_UNIT_RECORDS, ConversationRecord, ReadOptions, Unit
 from midstream.data.formats.tables import TABLES, columns_of, refuse_splits, table_rows
 from midstream.data.source_writer import Reject
 
@@ -67,7 +65,7 @@ def _files(source: str) -> list[str]:
     files = find_files(source, SUFFIXES)
     refuse_splits(source, files)
     for path in files:
-        if not plain_name(base_name(path)).endswith(SUFFIXES):
+        if not full_name(path).endswith(SUFFIXES):
             raise ValueError(
                 f"{path} is of no known format of conversations; known are .json (a list of "
                 "records), .jsonl (a record a line), also compressed, and tables "
@@ -89,7 +87,7 @@ def _read_table(path: str, roots: Sequence[str]) -> Iterator[ConversationRecord 
 
 
 def _conversations_of(path: str) -> list[Unit]:
-    if base_name(path).lower().endswith(TABLES):
+    if full_name(path).endswith(TABLES):
         if not set(_LISTS) & set(names := columns_of(path).names):
             raise ValueError(
                 f"{path} has the columns {names}; a conversation needs one of {', '.join(_LISTS)}"
@@ -106,10 +104,11 @@ def _conversations_of(path: str) -> list[Unit]:
 def _is_list(path: str) -> bool:
     if holds_list(path):
         return True
-    if not plain_name(base_name(path)).endswith(".json"):
+    if not full_name(path).endswith(".json"):
         return False
     # Lines under another name are lines; what else is no list is refused as one.
-    first = json_object(next(read_lines(path), b""), path)
+    _, data = next(entries_of(path, listed=False), ("", b""))
+    first = json_object(data, path)
     return isinstance(first, Reject) or not set(_LISTS) & first.keys()
 
 
@@ -145,12 +144,18 @@ _TOOLS = (
     *("function_call", "function_response", "function_result", "observation", "ipython"),
 )
 _ROLES = {"user": "human", "assistant": "gpt", "developer": "system"}
-_ROLES |= dict.fromkeys(("chatgpt", "model", "bot"), "gpt") | dict.fromkeys(_TOOLS, _TOOL)
+_ROLES |= dict.fromkeys(("chatgpt", "model", "bot", "ai"), "gpt") | dict.fromkeys(_TOOLS, _TOOL)
 # Why a question, or a system text, is left out; why a conversation is.
 NO_REPLY, EMPTY_REPLY, TOOL_TURN = "question without a reply", "empty reply", "tool turn"
 NO_QUESTION, NO_REPLIES = "system turn without a question", "no reply left"
 NO_TALK, NO_NAME = "no conversation", "not a picture name"
 _DETAIL_CHARACTERS = 200
+# Qwen-VL's marks hold the name of their picture.
+_NAMED = re.compile(
+    r"(?i)(?:Picture \d+: *)?<img>([^<>\n]+\.(?:jpe?g|png|webp|gif|bmp|tiff?))</img>"
+)
+# Where a part has its picture.
+_SHOWN = ("image", "image_url", "url", "path", "source", "bytes", "base64", "data", "content")
 
 
 @dataclass(frozen=True)
@@ -216,12 +221,17 @@ def _pictures(record: dict[str, Any], where: str) -> list[str | bytes]:
             raise ConversationError(where, "video or sound", f"under {other!r}")
     found: list[str | bytes] = []
     for key in ("image", "images"):
-        value = record.get(key)
+        value = unquoted(record.get(key))
         # NaN is how pandas says that there is none.
         absent = value is None or value == "" or value != value
         values = [] if absent else value if isinstance(value, list) else [value]
-        found += [_picture(one, where, f"under {key!r}") for one in values]
+        found += [_picture(one, where, f"under {key!r}") for one in values if not _is_none(one)]
     return found
+
+
+def _is_none(value: object) -> bool:
+    # Columns of structs say {bytes: null, path: null}.
+    return value is None or (isinstance(value, dict) and all(x is None for x in value.values()))
 
 
 def _picture(value: object, where: str, place: str) -> str | bytes:
@@ -235,7 +245,7 @@ def _picture(value: object, where: str, place: str) -> str | bytes:
 
 
 def _listed(record: dict[str, Any]) -> object:
-    found = next((record[key] for key in _LISTS if record.get(key) is not None), None)
+    found = unquoted(next((record[key] for key in _LISTS if record.get(key) is not None), None))
     if isinstance(found, dict) and found and all(isinstance(x, list) for x in found.values()):
         # A list of structs as some tables keep it: a list of each field.
         return [
@@ -264,13 +274,12 @@ def _roles_and_texts(
     turns = _listed(record)
     if not isinstance(turns, list) or not turns:
         keys = ", ".join(repr(key) for key in _LISTS)
-        raise ConversationError(where, NO_TALK, f"it needs a list of turns under one of {keys}")
-    system = "" if record.get("system") is None else record["system"]
-    if not isinstance(system, str):
-        raise ConversationError(where, NO_TALK, "it has no text under 'system'")
+        what = "; what is there is text but no JSON" if isinstance(turns, str) else ""
+        detail = f"it needs a list of turns under one of {keys}{what}"
+        raise ConversationError(where, NO_TALK, detail)
+    system, shown = _text_of(record.get("system"), where, "'system'")
     roles: list[str] = ["system"] if system else []
     texts: list[str] = [system] if system else []
-    shown: list[str | bytes] = []
     for number, turn in enumerate(turns):
         if _is_pair(turn):
             said = [(name, turn[name]) for name in _PAIR]
@@ -308,18 +317,20 @@ def _said(turn: object, where: str, number: int) -> tuple[str, object]:
 def _text_of(content: object, where: str, place: str) -> tuple[str, list[str | bytes]]:
     """The text of a turn, with the image mark where a part shows a picture, and those pictures."""
     if content is None or isinstance(content, str):
-        return content or "", []
+        pieces = _NAMED.split(content or "")
+        # Between the texts stand the names of the pictures.
+        return IMAGE_MARK.join(pieces[::2]), [_picture(x, where, place) for x in pieces[1::2]]
+    content = [content] if isinstance(content, dict) and "type" in content else content
     if not isinstance(content, list):
         raise ConversationError(where, NO_TALK, f"{place} has no text but {type(content).__name__}")
     text, pictures = "", list[str | bytes]()
     for number, part in enumerate(content):
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         kind = part.get("type") if isinstance(part, dict) else None
-        said, at = part.get("text") if isinstance(part, dict) else None, f"{place}, part {number}"
-        if kind in ("image", "image_url", "input_image"):
-            value = next(
-                (part[x] for x in ("image", "image_url", "url", "path") if part.get(x)), None
-            )
+        said = part.get("text", part.get("content")) if isinstance(part, dict) else None
+        at = f"{place}, part {number}"
+        value = next((part[x] for x in _SHOWN if part.get(x)), None) if kind or not said else None
+        if kind in ("image", "image_url", "input_image") or (kind is None and value is not None):
             pictures += [] if value is None else [_picture(value, where, at)]
             text += IMAGE_MARK
         elif kind in ("text", "input_text", "output_text", None) and isinstance(said, str):

@@ -1,17 +1,15 @@
-"""Input files: where they lie, how they are read, which are one and the same.
+"""Input files: where they lie, what they are, how they are read.
 
 A name with "://" in it is an `fsspec` URL. One piece of a file is in memory at a time.
 """
 
-import hashlib
 import io
 import lzma
 import os
 import re
 import tempfile
 import zlib
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from glob import glob
 from itertools import takewhile
@@ -23,7 +21,7 @@ import fsspec
 import pyarrow
 from fsspec.compression import compr
 
-from midstream.core.digests import PACKED, is_hidden, is_note, plain_name, walk
+from midstream.core.digests import PACKED, is_hidden, is_note, is_unnamed, plain_name, walk
 
 # How compressed files begin; of zstd also what some of its programs put before its frames.
 _BEGINS = {
@@ -36,7 +34,16 @@ _BEGINS = {
 _ENDS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".lz4": "lz4"}
 _ENDS |= dict.fromkeys((".zst", ".zstd"), "zstd")
 _PLAIN = re.compile(rb"(?!BZ)(\xef\xbb\xbf)?[\t\r\n\x20-\x7e]{7}")
+# How files begin whose names do not say what they are.
+_STARTS = {
+    ".parquet": rb"PAR1",
+    ".arrow": rb"ARROW1|\xff{4}",
+    ".json": rb"(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*\"",
+}
+_ARCHIVES = (".zip", ".rar", ".7z")
 _HEAD = 16
+# A file in place of another: version https://git-lfs.github.com/spec/v1, oid, size.
+_POINTER, _POINTER_BYTES = b"version https://", 512
 MAX_LINE_BYTES = 256 * 2**20
 _PIECE_BYTES = 2**20
 _MAGIC = re.compile(r"[*?[]")
@@ -51,18 +58,20 @@ def find_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
     """The files that `source` stands for, sorted by name.
 
     A file is itself, whatever its name; a folder or a glob pattern is those of `shown_files` whose
-    names end in one of `suffixes`, whatever the case and compression (`plain_name`), and that are
-    no notes (README, LICENSE.txt). Raises
-    FileNotFoundError with `source` and `suffixes` if there is none.
+    names end in one of `suffixes` (see `full_name`), and that are no notes (README, LICENSE.txt).
+    Raises FileNotFoundError with `source` and `suffixes` if there is none, and ValueError for an
+    archive that has to be unpacked first.
     """
     found = shown = shown_files(source)
     if found != [source]:
-        named = ((file, base_name(file)) for file in shown)
         found = [
             file
-            for file, name in named
-            if plain_name(name).endswith(suffixes) and not is_note(name)
+            for file in shown
+            if not is_note(base_name(file)) and full_name(file).endswith(suffixes)
         ]
+        found = _once(found)
+    if found == [source] and source.lower().endswith(_ARCHIVES):
+        raise ValueError(f"{source} is an archive that no reader opens; unpack it into a folder")
     if not found:
         others = f", but with {name_some(map(base_name, shown), 5)}" if shown else ""
         raise FileNotFoundError(
@@ -71,6 +80,29 @@ def find_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
             f"{others}; give the file or the folder that holds them"
         )
     return found
+
+
+def _once(files: list[str]) -> list[str]:
+    """Without what has no name of its own but that of a link to it, as in the hub's cache."""
+    bare = {file for file in files if not is_url(file) and is_unnamed(plain_name(base_name(file)))}
+    linked = {os.path.realpath(file) for file in files if file not in bare} if bare else set()
+    return [file for file in files if file not in bare or os.path.realpath(file) not in linked]
+
+
+def full_name(path: str) -> str:
+    """The file's own name as of `plain_name`; where its end says nothing (part-00000, x.ndjson),
+    with the suffix that its content has, if any. What is damaged has none."""
+    name = plain_name(base_name(path))
+    # A pipe would be waited for.
+    if not is_unnamed(name) or not (is_url(path) or os.path.isfile(path)):
+        return name
+    try:
+        head = read_head(path, 512)
+    except ValueError:
+        return name
+    if head[257:262] == b"ustar":
+        return f"{name}.tar"
+    return name + next((end for end, start in _STARTS.items() if re.match(start, head)), "")
 
 
 def name_some(names: Iterable[str], most: int) -> str:
@@ -98,6 +130,15 @@ def is_folder(source: str) -> bool:
     return bool(system.isdir(path))
 
 
+def names_folders(source: str) -> bool:
+    """Whether `source` is a folder or a pattern that matches one."""
+    if not is_url(source):
+        return any(map(os.path.isdir, [source, *glob(source, recursive=True)]))
+    system, path = fsspec.core.url_to_fs(source)
+    matches = system.glob(path, detail=True).values() if _MAGIC.search(path) else ()
+    return is_folder(source) or any(info["type"] == "directory" for info in matches)
+
+
 def exists(path: str) -> bool:
     """Whether `path` is an existing file."""
     if not is_url(path):
@@ -112,7 +153,10 @@ def open_binary(path: str) -> io.BufferedReader:
         return open(path, "rb")
     system, name = fsspec.core.url_to_fs(path)
     # Remote streams' own `readline` does not keep to a limit.
-    return io.BufferedReader(system.open(name, "rb"), _PIECE_BYTES)
+    stream = io.BufferedReader(system.open(name, "rb"), _PIECE_BYTES)
+    # An archive's file system closes its file when nothing holds it any more.
+    stream.system = system  # type: ignore[attr-defined]
+    return stream
 
 
 def size_of(path: str) -> int:
@@ -248,8 +292,13 @@ def open_whole(path: str) -> Iterator[tuple[IO[bytes], int, bool]]:
 def packing(path: str, head: bytes) -> str:
     """What a file that begins with `head` is compressed with; "" if it is not.
 
-    One that is named as if it were, and begins like no text, is a damaged one.
+    One that is named as if it were, and begins like no text, is a damaged one. Raises ValueError
+    for what stands for a file that was not fetched.
     """
+    if head == _POINTER and size_of(path) < _POINTER_BYTES:
+        raise ValueError(
+            f"{path} is not the file but a pointer of Git LFS to it; run git lfs pull in its folder"
+        )
     begins = (kind for kind, pattern in _BEGINS.items() if re.match(pattern, head, re.DOTALL))
     named = (kind for end, kind in _ENDS.items() if base_name(path).lower().endswith(end))
     return next(begins, "" if _PLAIN.match(head) else next(named, ""))
@@ -329,80 +378,3 @@ def _full_name(system: Any, file: str, source: str) -> str:
 
 def _split_chain(name: str) -> tuple[str, str, str]:
     return name.partition("::") if is_url(name) else (name, "", "")
-
-
-# Of two files with one name, one of these holds what the other does in another format.
-_RECORDS = (".jsonl", ".json", ".parquet", ".arrow", ".tar")
-_EDGE_BYTES, _HEAD_BYTES, _COMPARED_BYTES = 2**16, 2**20, 2**22
-
-
-def refuse_twins(sizes: Mapping[str, int]) -> None:
-    """Raises ValueError with the names of two of these files, given with their bytes, that are one.
-
-    That is a file beside its compressed self or beside the same in another format (by their names),
-    a link and what it leads to, and a copy anywhere: a file of the same bytes, or, compressed and
-    under the same name, of bytes that begin the same. Empty files are no copies.
-    """
-    for side_by_side in _alike(sizes, _place):
-        raise _refusal(side_by_side, "are the same records, by their names,")
-    for linked in _alike((file for file in sizes if not is_url(file)), _inode):
-        raise _refusal(linked, "are one file")
-    filled = [file for file in sizes if sizes[file]]
-    for equal in _alike(filled, sizes.__getitem__):
-        for near in _alike(equal, lambda file: _edges(file, sizes[file])):
-            for copies in _alike(near, lambda file: _digest(file, sizes[file])):
-                raise _refusal(copies, f"hold the same {sizes[copies[0]]:,} bytes")
-    for named in _alike(filled, lambda file: _unpacked_name(base_name(file))):
-        if not any(map(_is_packed, named)):
-            continue
-        for near in _alike(named, lambda file: read_head(file, _EDGE_BYTES)):
-            for copies in _alike(near, lambda file: read_head(file, _HEAD_BYTES)):
-                raise _refusal(copies, "hold the same records, once compressed,")
-
-
-def _alike(files: Iterable[str], key: Callable[[str], object]) -> Iterator[list[str]]:
-    """The groups of two files and more that have one key; None is no key."""
-    groups = defaultdict[object, list[str]](list)
-    for file in files:
-        groups[key(file)].append(file)
-    return (group for found, group in groups.items() if len(group) > 1 and found is not None)
-
-
-def _refusal(files: list[str], how: str) -> ValueError:
-    one, two = sorted(files)[:2]
-    return ValueError(
-        f"{one} and {two} {how} and would count twice; remove one, or name the files to read"
-    )
-
-
-def _is_packed(file: str) -> bool:
-    return base_name(file).lower().endswith((*PACKED, ".tgz"))
-
-
-def _unpacked_name(name: str) -> str:
-    # Unlike `plain_name` in the case of its letters, since "a" and "A" are two files.
-    if name.lower().endswith(".tgz"):
-        return name[:-3] + "tar"
-    return os.path.splitext(name)[0] if name.lower().endswith(PACKED) else name
-
-
-def _place(file: str) -> tuple[str, str] | None:
-    stem, end = os.path.splitext(_unpacked_name(base_name(file)))
-    return (folder_of(file), stem) if end.lower() in _RECORDS else None
-
-
-def _inode(file: str) -> tuple[int, int] | None:
-    found = os.stat(file)
-    return (found.st_dev, found.st_ino) if found.st_ino else None
-
-
-def _edges(file: str, size: int) -> tuple[bytes, bytes]:
-    end = max(0, size - _EDGE_BYTES)
-    return read_range(file, 0, _EDGE_BYTES), read_range(file, end, _EDGE_BYTES)
-
-
-def _digest(file: str, size: int) -> bytes:
-    found = hashlib.sha256()
-    for start in range(0, size, _COMPARED_BYTES):
-        found.update(read_range(file, start, _COMPARED_BYTES))
-    return found.digest()

@@ -4,33 +4,45 @@ Records are numbered from 0. Pictures are not decoded here.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from itertools import groupby
+from itertools import groupby, islice
 
-from midstream.core.digests import plain_name
 from midstream.data.formats.captions import (
     PICTURE_KEYS,
+    TEXT_TABLES,
     caption_columns,
     caption_of,
-    count_annotations,
+    check_splits,
+    columns_of_csv,
     field_of,
-    first_line,
+    is_object,
     json_object,
+    not_there,
     objects_of,
-    read_coco,
     read_csv,
     read_objects,
     read_table,
     rows_of,
+    shown_in,
+    splits_of,
+)
+from midstream.data.formats.coco import (
+    count_annotations,
+    count_images,
+    holds_sentences,
+    read_coco,
+    read_karpathy,
 )
 from midstream.data.formats.files import (
     base_name,
     find_files,
     folder_of,
-    is_folder,
+    full_name,
+    is_url,
     name_some,
-    read_head,
+    names_folders,
     read_range,
     shown_files,
     size_of,
@@ -52,32 +64,44 @@ from midstream.data.formats.records import (
 from midstream.data.formats.tables import TABLES, columns_of, refuse_splits
 from midstream.data.source_writer import Reject
 
+# The format of samples whose files lie beside each other.
+FILES = "files"
 # A sample that says nothing of a caption, as against one whose caption is no text.
 ABSENT = "no caption"
+# The members or files that hold a caption alone.
+_TEXTS = ("txt", "caption", "text")
 # What WebDataset groups under the name before its first dot, where no reader looks for it.
 DOTTED = "picture with a further dot in its name"
 FORMATS = {
     "webdataset": "a .tar of samples with a picture, .txt and .json",
     "datacompdr": "such a .tar whose samples also hold .syn.json",
     "coco": "captions_SPLIT.json with the lists images and annotations",
-    "csv": "a .csv or .txt with the header image,caption",
+    "karpathy": "dataset_coco.json and its like, with sentences in the list images",
+    "csv": "a .csv, .tsv or .txt with the header image,caption",
     "imagefolder": "metadata.jsonl with file_name and text",
     "list": "a list or lines of {image, caption}",
     "table": "a .parquet or .arrow with the columns image and text",
-    "files": "a folder of pictures with .txt or .json of the same name beside them",
+    FILES: "a folder of pictures with .txt or .json of the same name beside them",
 }
 # Which files of a folder are captions; a file given by its own name may have another one.
 NAMES = {
     "tar": ("*.tar",),
     "coco": ("captions_*.json", "*.coco.json"),
-    "csv": ("captions*.csv", "captions*.txt", "metadata*.csv", "metadata*.txt"),
+    "karpathy": ("dataset_coco*.json", "dataset_flickr*.json"),
+    "csv": (
+        *(f"{name}*{end}" for name in ("captions", "metadata") for end in TEXT_TABLES),
+        *("*.token", "*.token.txt"),
+    ),
     "imagefolder": ("metadata.jsonl",),
     "table": tuple(f"*{end}" for end in TABLES),
 }
 # Kinds that are read where there is none of the others: img2dataset's tars have tables beside them.
 _LAST = ("table",)
-_BLANK = b"\xef\xbb\xbf \t\r\n"
-_SUFFIXES = (".tar", ".json", ".csv", ".txt", ".jsonl", *TABLES)
+_SUFFIXES = (".tar", ".json", ".jsonl", *TEXT_TABLES, *TABLES, ".caption", ".text")
+# Formats whose records say no split.
+_UNSPLIT = ("webdataset", "datacompdr", "coco", FILES)
+# So many records of two lists are compared.
+_NUM_COMPARED = 100
 
 
 def caption_units(sources: Sequence[str], options: ReadOptions) -> list[Unit]:
@@ -91,15 +115,17 @@ def caption_units(sources: Sequence[str], options: ReadOptions) -> list[Unit]:
     units: list[Unit] = []
     for source in sources:
         tar_format = ""
-        files = _caption_files(source)
+        files = _caption_files(source, options)
         if not files:
             units.extend(_sample_units(source))
         for path in files:
-            if plain_name(base_name(path)).endswith(".tar"):
+            if full_name(path).endswith(".tar"):
                 tar_format = tar_format or _tar_format(path)
                 units.append(Unit(tar_format, (path,)))
             else:
                 units.extend(_cut(path, _lone_format(path), options))
+    if options.split and (whole := [unit for unit in units if unit.format in _UNSPLIT]):
+        raise ValueError(f"{whole[0].files[0]} says no split of its records; name no split")
     return units
 
 
@@ -121,18 +147,17 @@ def _known() -> str:
     return "known are " + "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
 
 
-def _caption_files(source: str) -> list[str]:
+def _caption_files(source: str, options: ReadOptions) -> list[str]:
     files = find_files(source, _SUFFIXES)
-    if not is_folder(source):
+    names = {file: full_name(file) for file in files}
+    if not names_folders(source) and (files == [source] or _of_one_kind(source, names.values())):
         refuse_splits(source, files)
         return files
     found = {
         kind: [
-            file
-            for file in files
-            if any(fnmatchcase(plain_name(base_name(file)), name) for name in names)
+            file for file in files if any(fnmatchcase(names[file], pattern) for pattern in patterns)
         ]
-        for kind, names in NAMES.items()
+        for kind, patterns in NAMES.items()
     }
     kinds = [kind for kind, named in found.items() if named]
     if len(kinds) > 1:
@@ -143,6 +168,7 @@ def _caption_files(source: str) -> list[str]:
         if _sample_units(source):
             return []
         if lists := [file for file in files if _is_list(file)]:
+            _refuse_lists_of_the_same(lists, options)
             return lists
         raise ValueError(f"{source} holds no captions; {_known()}")
     if len(kinds) > 1:
@@ -150,7 +176,47 @@ def _caption_files(source: str) -> list[str]:
         raise ValueError(f"{source} holds captions in several formats ({named}); name the files")
     if kinds[0] in _LAST:
         refuse_splits(source, found[kinds[0]])
+    if kinds[0] in ("csv", "coco"):
+        _refuse_lists_of_the_same(found[kinds[0]], options)
     return found[kinds[0]]
+
+
+def _of_one_kind(source: str, names: Iterable[str]) -> bool:
+    """Whether a pattern of files means each of them, and not what is captions among them."""
+    ends = {os.path.splitext(name)[1] for name in names}
+    return len(ends) == 1 and not any(map(is_picture, shown_files(source)))
+
+
+def _refuse_lists_of_the_same(files: Sequence[str], options: ReadOptions) -> None:
+    """Raises ValueError for lists beside each other that begin with captions of one picture, and
+    for COCO's of two years, which have the same pictures under other names."""
+    begins: dict[tuple[str, str], str] = {}
+    for file in files:
+        places = {(folder_of(file), name) for name in _first_pictures(file, options)}
+        for place in sorted(places):
+            if begins.setdefault(place, file) != file:
+                raise ValueError(
+                    f"{begins[place]} and {file} both have captions of {place[1]}; remove the one "
+                    "that is not meant, or name the files to read"
+                )
+    years = {year: file for file in files for year in re.findall("20(?:14|17)", base_name(file))}
+    if len(years) > 1:
+        raise ValueError(
+            f"{' and '.join(sorted(years.values()))} have captions of the same pictures; name the "
+            "files of one year"
+        )
+
+
+def _first_pictures(file: str, options: ReadOptions) -> Iterator[str]:
+    form = _lone_format(file)
+    if form == "csv":
+        rows = islice(rows_of(file, options), _NUM_COMPARED)
+        yield from (row[0] for row in rows if not isinstance(row, str))
+    elif form in ("list", "imagefolder"):
+        for data in islice(objects_of(file), _NUM_COMPARED):
+            values, _ = json_object(data)
+            shown = shown_in(values or {})
+            yield from [shown] if isinstance(shown, str) else []
 
 
 def _shows(path: str) -> bool:
@@ -164,19 +230,17 @@ def _tar_format(path: str) -> str:
 
 def _lone_format(path: str) -> str:
     """The format of a file that is no tar, by its name and how it begins."""
-    name = plain_name(base_name(path))
+    name = full_name(path)
     found = "table" if name.endswith(TABLES) else ""
-    if name.endswith(".json") and read_head(path, 4096).lstrip(_BLANK)[:1] != b"[":
-        found = "coco"
+    if name.endswith((".json", ".jsonl")) and is_object(path):
+        found = "karpathy" if holds_sentences(path) else "coco"
     elif name.endswith((".json", ".jsonl")):
         first, _ = json_object(next(objects_of(path), b""))
-        if name.endswith(".json"):
-            found = "list" if first and set(PICTURE_KEYS) & first.keys() else ""
-        elif name == "metadata.jsonl" or (first and {"file_name", "image"} & first.keys()):
-            found = "imagefolder"
-    elif name.endswith((".csv", ".txt")):
-        names = {column.strip(b'" \r\n') for column in first_line(path).split(b",")}
-        found = "csv" if names & {b"image", b"file_name"} else ""
+        if name == "metadata.jsonl" or (first and set(PICTURE_KEYS) & first.keys()):
+            found = "list" if name.endswith(".json") else "imagefolder"
+    elif name.endswith(TEXT_TABLES):
+        tabular = columns_of_csv(path) & set(PICTURE_KEYS) or name.endswith((".csv", ".tsv"))
+        found = "csv" if tabular else ""
     if not found:
         raise ValueError(f"{path} holds no captions in a known format; {_known()}")
     return found
@@ -184,7 +248,7 @@ def _lone_format(path: str) -> str:
 
 def _is_list(path: str) -> bool:
     try:
-        return _lone_format(path) in ("list", "imagefolder")
+        return _lone_format(path) in ("list", "imagefolder", "karpathy")
     except ValueError:
         return False
 
@@ -194,13 +258,18 @@ def _cut(path: str, form: str, options: ReadOptions) -> list[Unit]:
         raise ValueError(f"{path}: {form} has no synthetic captions; do not require them")
     if form == "table":
         caption_columns(path, options)
+        check_splits(path, splits_of(path, form), options)
         return [Unit(form, (path,))]
     if form == "coco":
         count = count_annotations(path, options)
+    elif form == "karpathy":
+        count = count_images(path, options)
     elif form == "csv":
         count = sum(1 for _ in rows_of(path, options))
     else:
         count = sum(1 for _ in objects_of(path))
+    if form in ("csv", "list", "imagefolder"):
+        check_splits(path, splits_of(path, form), options)
     if not count:
         raise ValueError(f"{path} holds no record; remove it")
     if count <= NUM_UNIT_RECORDS:
@@ -217,26 +286,42 @@ def _sample_units(source: str) -> list[Unit]:
     samples: dict[tuple[str, str], list[str]] = {}
     for file in shown_files(source):
         folder, stem, suffix = _parts(file)
-        if suffix in (*PICTURES, "txt", "json", "syn.json"):
+        if suffix in (*PICTURES, *_TEXTS, "json", "syn.json"):
             samples.setdefault((folder, stem), []).append(file)
     shown = [files for _, files in sorted(samples.items()) if any(map(is_picture, files))]
     if all(is_picture(file) for files in shown for file in files):
         return []
     parts = (shown[x : x + NUM_UNIT_RECORDS] for x in range(0, len(shown), NUM_UNIT_RECORDS))
-    return [Unit("files", tuple(file for files in part for file in files)) for part in parts]
+    return [Unit(FILES, tuple(file for files in part for file in files)) for part in parts]
+
+
+def samples_beside(unit: Unit) -> Iterator[list[str]]:
+    """The files of each sample of a unit of them that has more than its picture."""
+    if unit.format == FILES:
+        for _, files in groupby(unit.files, key=lambda file: _parts(file)[:2]):
+            if len(sample := list(files)) > 1:
+                yield sample
 
 
 def _parts(file: str) -> tuple[str, str, str]:
     """The folder of a sample's file, the sample's name, and what of it the file is."""
     name = base_name(file)
     end = ".syn.json" if name.lower().endswith(".syn.json") else os.path.splitext(name)[1]
-    return folder_of(file), name.removesuffix(name[-len(end) :] if end else ""), end[1:].lower()
+    stem = name.removesuffix(name[-len(end) :] if end else "")
+    if is_picture(stem) and not is_picture(name):
+        stem = os.path.splitext(stem)[0]  # 0.jpg.txt beside 0.jpg
+    return folder_of(file), stem, end[1:].lower()
 
 
 def _read_files(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
     for (folder, stem), group in groupby(unit.files, key=lambda file: _parts(file)[:2]):
         files = list(group)
         pictures = tuple(base_name(file) for file in files if is_picture(file))
+        gone = [file for file in files if not (is_url(file) or os.path.exists(file))]
+        if gone:
+            reason = "missing picture" if is_picture(gone[0]) else ABSENT
+            yield Reject(f"{folder}, sample {stem}", reason, not_there(gone[0]))
+            continue
         large = [file for file in files if size_of(file) > LARGEST_BYTES]
         problem, detail = (TOO_LARGE, large[0]) if large else ("", "")
         members: dict[str, Member] = {}
@@ -300,8 +385,9 @@ def _sample_record(sample: Sample, options: ReadOptions) -> CaptionRecord | Reje
 def _own_caption(sample: Sample, options: ReadOptions) -> str | Reject:
     """`text_key` in .json comes before .txt only where a user names it."""
     members, where = sample.members, sample.where
-    if "txt" in members and options.text_key == "text":
-        return caption_of(members["txt"].data, where)
+    text = next((members[end] for end in _TEXTS if end in members), None)
+    if text is not None and options.text_key == "text":
+        return caption_of(text.data, where)
     if "json" not in members:
         return _without(sample, ABSENT)
     values, reason = json_object(members["json"].data)
@@ -336,9 +422,10 @@ _READERS: dict[str, Callable[[Unit, ReadOptions], Iterator[CaptionRecord | Rejec
     "webdataset": _read_tar,
     "datacompdr": _read_tar,
     "coco": read_coco,
+    "karpathy": read_karpathy,
     "csv": read_csv,
     "imagefolder": read_objects,
     "list": read_objects,
     "table": read_table,
-    "files": _read_files,
+    FILES: _read_files,
 }

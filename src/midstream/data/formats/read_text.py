@@ -13,30 +13,33 @@ from functools import cache
 import numpy as np
 import pyarrow
 
-from midstream.core.digests import TEXT_SUFFIXES, plain_name
+from midstream.core.digests import TEXT_SUFFIXES
 from midstream.data.formats.files import (
     base_name,
     exists,
     find_files,
     folder_of,
+    full_name,
     join,
     read_head,
     read_lines,
     size_of,
 )
-from midstream.data.formats.records import (
+from midstream.data.formats.json_records import (
     NOT_UNICODE,
     NOT_UTF8,
+    entries_of,
+    holds_list,
+    json_object,
+    unicode_problem,
+)
+from midstream.data.formats.records import (
     Member,
     ReadOptions,
     TextRecord,
     TokenRecord,
     Unit,
-    entries_of,
-    holds_list,
-    json_object,
     scan_tar,
-    unicode_problem,
 )
 from midstream.data.formats.tables import columns_of, refuse_splits, table_rows
 from midstream.data.source_writer import Reject
@@ -182,15 +185,21 @@ def _check_tokenised(path: str) -> None:
     first = next(scan_tar(path), None)
     found = None if first is None else _chunk_of(first, path)
     if isinstance(found, Reject):
-        raise ValueError(f"{found}: no shard of token ids; pictures are prepared as captions")
+        raise ValueError(
+            f"{found}: no shard of token ids; pictures are prepared as captions, and archives of "
+            "texts unpacked first"
+        )
 
 
 def _format(path: str) -> str:
-    name = plain_name(base_name(path))
+    name = full_name(path)
     found = next((kind for kind, ends in TEXT_SUFFIXES.items() if name.endswith(ends)), None)
     if found is None:
         known = "; ".join(f"{kind} ({', '.join(ends)})" for kind, ends in TEXT_SUFFIXES.items())
-        raise ValueError(f"{path} is of no known format of texts; known are {known}")
+        raise ValueError(
+            f"{path} is of no known format of texts, by its name or how it begins; name it as what "
+            f"it is, known are {known}"
+        )
     return found
 
 

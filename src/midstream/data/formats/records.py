@@ -1,9 +1,8 @@
-"""The records that readers of public formats yield, and how JSON lists and tar archives are read.
+"""The records that readers of public formats yield, and how tar archives are read.
 
 What is wrong with one member or sample is its `problem`; a damaged file is a ValueError.
 """
 
-import json
 import re
 import tarfile
 from collections.abc import Iterator
@@ -14,8 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from midstream.data.examples import Turn
-from midstream.data.formats.files import open_whole, read_head, read_lines, read_pieces, unpacked
-from midstream.data.source_writer import Reject
+from midstream.data.formats.files import open_whole
 from midstream.data.sources import content_hash
 
 Section = Literal["text", "captions", "conversations"]
@@ -43,13 +41,15 @@ class ReadOptions:
 
     text_key: the field or column of the text. require: a picture without this kind of caption is
     left out. images: the folder or URL that relative picture names start from, where it is not the
-    file's own folder. max_tokens: captions and conversations of more tokens are left out.
+    file's own folder. max_tokens: captions and conversations of more tokens are left out. split:
+    what is read of a list that holds several splits, one or more joined by "+".
     """
 
     text_key: str = "text"
     require: Literal["original", "synthetic"] | None = None
     images: str | None = None
     max_tokens: int | None = None
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -124,118 +124,6 @@ class ConversationRecord:
 Record = TextRecord | TokenRecord | CaptionRecord | ConversationRecord
 
 
-NO_OBJECT, NOT_UTF8, NOT_UNICODE = "not a JSON object", "not UTF-8", "not Unicode"
-MAX_ENTRY_BYTES = 256 * 2**20
-_PIECE_BYTES = 2**20
-_BOM = b"\xef\xbb\xbf"
-_SPACE = b" \t\r\n"
-# What stands before the next bracket or, between the entries of the list itself, comma: other
-# characters, and strings, in which brackets and commas mean nothing.
-_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
-_NEXT_BRACKET = re.compile(rb'(?:[^"{}\[\]]++|' + _STRING + rb")*+([{}\[\]])", re.DOTALL)
-_NEXT_IN_LIST = re.compile(rb'(?:[^"{}\[\],]++|' + _STRING + rb")*+([{}\[\],])", re.DOTALL)
-
-
-def json_object(data: bytes, where: str) -> dict[str, Any] | Reject:
-    """The JSON object in `data`, or why there is none."""
-    try:
-        found = json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return Reject(where, NOT_UTF8, str(error))
-    # ValueError: also numbers of thousands of digits; RecursionError: thousands of brackets.
-    except (ValueError, RecursionError) as error:
-        return Reject(where, NO_OBJECT, str(error))
-    return found if isinstance(found, dict) else Reject(where, NO_OBJECT, type(found).__name__)
-
-
-def unicode_problem(text: str) -> str:
-    """What keeps `text` from being written as UTF-8 (half a surrogate pair), or nothing."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return str(error)
-    return ""
-
-
-def holds_list(path: str) -> bool:
-    """Whether the file's JSON is one list of records, and not lines of them."""
-    head = read_head(path, 2**16).removeprefix(_BOM).lstrip(_SPACE)
-    line, _, rest = head.partition(b"\n")
-    if not head.startswith(b"[") or not rest.strip():
-        return head.startswith(b"[")
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return True
-    # Its first line is a list of its own.
-    return False
-
-
-def entries_of(path: str, *, listed: bool) -> Iterator[tuple[str, bytes]]:
-    """Place and bytes of each entry of a JSON list (from 0), or of each line that is not blank
-    (from 1); errors as of `list_entries` and `read_lines`."""
-    if listed:
-        yield from ((f"{path}, record {n}", data) for n, data in enumerate(list_entries(path)))
-        return
-    for number, line in enumerate(read_lines(path), start=1):
-        if not line.isspace():
-            yield f"{path}, line {number}", line
-
-
-def list_entries(path: str) -> Iterator[bytes]:
-    """The bytes of each entry of the JSON list that a file holds, one in memory at a time.
-
-    An entry is what stands between the commas of the list; whether it is JSON is not looked at.
-    (`ijson` changes halves of surrogate pairs, gives up a file for one byte that is no UTF-8, and
-    takes memory without bound for nested brackets.)
-    Raises ValueError that names the file if it does not begin with a list, ends inside it, goes on
-    behind it, or has an entry of more than 256 MiB.
-    """
-    with unpacked(path) as stream:
-        read = read_pieces(path, stream)
-        text = read(_PIECE_BYTES).removeprefix(_BOM).lstrip(_SPACE)
-        if not text.startswith(b"["):
-            raise ValueError(
-                f"{path} begins with {text[:20]!r}, not with a list of records; name the files "
-                "that hold records (.jsonl for one record a line)"
-            )
-        # `start` is where the entry begins, `position` how far it is known.
-        depth, start, position, count = 1, 1, 1, 0
-        while depth:
-            pattern = _NEXT_IN_LIST if depth == 1 else _NEXT_BRACKET
-            found = pattern.match(text, position)
-            if found is None:
-                # As much again as is there, so that a long string is not looked at for each piece.
-                text, position = text[start:], position - start
-                start = 0
-                more = read(max(_PIECE_BYTES, len(text)))
-                _check(path, more, len(text), count)
-                text += more
-                continue
-            position, mark = found.end(), found[1]
-            depth += 1 if mark in b"[{" else -1 if mark in b"]}" else 0
-            if depth == 0 or mark == b",":
-                entry = text[start : position - 1].strip(_SPACE)
-                start, count = position, count + 1
-                if entry or mark == b"," or count > 1:
-                    yield entry
-        rest = text[position:].strip(_SPACE)
-        while not rest and (text := read(_PIECE_BYTES)):
-            rest = text.strip(_SPACE)
-        if rest:
-            raise ValueError(f"{path} goes on behind its list ({rest[:20]!r}); fetch it again")
-
-
-def _check(path: str, more: bytes, num_bytes: int, entry: int) -> None:
-    if not more:
-        raise ValueError(f"{path} ends inside its list, in entry {entry:,}; fetch it again")
-    if num_bytes > MAX_ENTRY_BYTES:
-        raise ValueError(
-            f"{path}: entry {entry:,} is longer than {MAX_ENTRY_BYTES:,} bytes; a quotation mark "
-            "may be missing in it"
-        )
-
-
 # The largest member, and all members of a sample together.
 LARGEST_BYTES = 256 * 2**20
 UNSAFE = "unsafe member name"
@@ -253,7 +141,7 @@ _HEADERS = (
 )
 
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jfif")
 
 
 def is_picture(name: str) -> bool:

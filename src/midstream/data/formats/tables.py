@@ -12,7 +12,7 @@ from pyarrow import ipc
 from pyarrow.parquet import ParquetFile
 
 from midstream.core.storage import read_json
-from midstream.data.formats.files import open_binary
+from midstream.data.formats.files import full_name, open_whole
 
 PARQUET, ARROW = (".parquet",), (".arrow",)
 TABLES = PARQUET + ARROW
@@ -53,12 +53,12 @@ def _batches(table: Any, columns: list[str]) -> Iterator[pyarrow.RecordBatch]:
 
 @contextmanager
 def _opened(path: str) -> Iterator[Any]:
-    kind = "Arrow" if path.lower().endswith(ARROW) else "parquet"
-    with open_binary(path) as stream:
+    kind = "Arrow" if full_name(path).endswith(ARROW) else "parquet"
+    with open_whole(path) as (stream, _, _):
         try:
             if kind == "parquet":
                 yield ParquetFile(stream, buffer_size=_BUFFER_BYTES, pre_buffer=False)
-            elif stream.peek(6)[:6] == b"ARROW1":
+            elif stream.peek(6)[:6] == b"ARROW1":  # type: ignore[attr-defined]
                 yield ipc.open_file(stream)
             else:
                 yield ipc.open_stream(stream)
@@ -74,7 +74,7 @@ def refuse_splits(source: str, files: Sequence[str]) -> None:
     """
     listing = Path(source, _SPLIT_LIST)
     listed = read_json(listing).get("splits", []) if listing.is_file() else []
-    tables = [file.split("/") for file in files if file.lower().endswith(TABLES)]
+    tables = [file.split("/") for file in files if full_name(file).endswith(TABLES)]
     levels = zip(*(parts[:-1] for parts in tables), strict=False)
     shared = len(list(takewhile(lambda level: len(set(level)) == 1, levels)))
     splits: dict[str, dict[str, None]] = {}

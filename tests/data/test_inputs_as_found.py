@@ -1,0 +1,585 @@
+"""Inputs as people have them: doubled folders, patterns, parts without a suffix, base64, splits."""
+
+import base64
+import gzip
+import io
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from made import png
+from made_captions import outcome, write
+from made_inputs import Put, as_json, as_lines, read_all, run, tar
+from pyarrow import parquet
+
+from midstream.core.digests import is_text
+from midstream.data.formats.records import ReadOptions
+
+ROWS = [{"image": f"{n}.png", "caption": f"box {n}"} for n in range(3)]
+LINES = [{"file_name": row["image"], "text": row["caption"]} for row in ROWS]
+BOXES = ["box 0", "box 1", "box 2"]
+TALK = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A cat."}]
+PLAIN = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]
+BASE64 = base64.b64encode(png(1)).decode()
+
+
+def write_samples(folder: Path, numbers: range, caption: str = "cap") -> None:
+    for n in numbers:
+        write(folder / f"{n}.png", png(n))
+        write(folder / f"{n}.txt", f"{caption} {n}".encode())
+
+
+def write_pictures(folder: Path) -> None:
+    for n in range(3):
+        write(folder / f"{n}.png", png(n))
+
+
+def as_parquet(rows: list[dict[str, Any]]) -> bytes:
+    stream = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), stream)
+    return stream.getvalue()
+
+
+# Samples of files beside each other.
+
+
+@pytest.mark.parametrize("how", ["link", "copy", "links", "renamed links"])
+def test_a_folder_of_samples_is_not_read_twice(tmp_path: Path, how: str) -> None:
+    write_samples(tmp_path / "in/a", range(3))
+    if how == "link":
+        (tmp_path / "in/b").symlink_to("a")
+    elif how == "copy":
+        shutil.copytree(tmp_path / "in/a", tmp_path / "in/b")
+    else:
+        (tmp_path / "in/b").mkdir()
+        for end in ("png", "txt"):
+            name = f"0.{end}" if how == "links" else f"other.{end}"
+            (tmp_path / "in/b" / name).symlink_to(tmp_path / f"in/a/0.{end}")
+    with pytest.raises(ValueError, match=r"in/a/0\.png and .*in/b/.*\.png .*would count twice"):
+        run("captions", tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_with_one_picture_or_one_caption_are_samples(tmp_path: Path) -> None:
+    write_samples(tmp_path / "in/a", range(3))
+    write_samples(tmp_path / "in/b", range(3), "other")
+    write_samples(tmp_path / "in/c", range(3, 5))
+    write(tmp_path / "in/c/3.txt", b"cap 0")
+    write(tmp_path / "in/c/9.txt", b"cap 0 again")
+    os.symlink(tmp_path / "in/a/0.png", tmp_path / "in/c/9.png")
+    assert run("captions", tmp_path / "in", tmp_path / "out")["train"]["examples"] == 9
+
+
+def test_a_pattern_of_folders_reads_each_as_a_folder(put: Put) -> None:
+    for part in range(2):
+        for n in range(2):
+            put(f"part-{part}/{part}{n}.png", png(n))
+            put(f"part-{part}/{part}{n}.txt", b"cap %d%d" % (part, n))
+        put(f"tars-{part}/{part}.tar", tar({"a.png": png(part), "a.txt": b"tar %d" % part}))
+        put(f"tars-{part}/{part}.parquet", as_parquet([{"url": "a", "caption": "b"}]))
+        put(f"tars-{part}/{part}_stats.json", b"{}")
+    root = put("", b"").rstrip("/")
+    for pattern in ("part-*", "part-*/*"):
+        found = read_all("captions", f"{root}/{pattern}")
+        assert outcome(found) == ["cap 00", "cap 01", "cap 10", "cap 11"]
+    for pattern in ("tars-*", "tars-*/*", "tars-*/*.tar"):
+        assert outcome(read_all("captions", f"{root}/{pattern}")) == ["tar 0", "tar 1"]
+
+
+# Lists.
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("x.jsonl", as_json(ROWS)),
+        ("x.jsonl", json.dumps(ROWS).encode()),
+        ("x.json", as_lines(ROWS)),
+        ("x.json", b"\xef\xbb\xbf" + as_lines(ROWS)),
+        ("metadata.jsonl", as_json(LINES)),
+        ("metadata.json", as_lines(LINES)),
+        ("metadata.json", as_json(LINES)),
+        ("train", as_lines(ROWS)),
+        ("part-00000", as_json(ROWS)),
+        ("x.ndjson", as_lines(ROWS)),
+    ],
+)
+def test_lists_and_lines_of_captions_are_told_by_their_content(
+    tmp_path: Path, name: str, data: bytes
+) -> None:
+    write_pictures(tmp_path)
+    path = write(tmp_path / name, data)
+    for source in (path, str(tmp_path), f"{tmp_path}/*"):
+        assert outcome(read_all("captions", source)) == BOXES
+
+
+def test_a_line_that_is_long_is_a_line(tmp_path: Path) -> None:
+    rows = [{"image": BASE64, "caption": "a", "more": "x" * 2**17}]
+    assert (
+        outcome(read_all("captions", write(tmp_path / "x.json", as_lines(rows * 2)))) == ["a"] * 2
+    )
+    coco = {
+        "images": [{"id": 1, "file_name": "0.png", "more": "x" * 2**17}],
+        "annotations": [{"image_id": 1, "caption": "a"}],
+    }
+    write_pictures(tmp_path)
+    path = write(tmp_path / "captions_x.json", json.dumps(coco).encode())
+    assert outcome(read_all("captions", path)) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("captions.csv", "captions.txt"),
+        ("captions.csv", "captions.tsv"),
+        ("captions.csv", "metadata.csv"),
+        ("captions_de.csv", "captions_en.csv"),
+    ],
+)
+def test_which_of_two_lists_of_the_same_pictures_is_meant_is_asked(
+    tmp_path: Path, names: tuple[str, str]
+) -> None:
+    write_pictures(tmp_path)
+    for name in names:
+        comma = "\t" if name.endswith("tsv") else ","
+        rows = [("image", "caption"), *((row["image"], f"{name} {row}") for row in ROWS)]
+        lines = [f'{image}{comma}"{caption}"\n' for image, caption in rows]
+        write(tmp_path / name, "".join(lines).replace('"caption"', "caption").encode())
+    with pytest.raises(ValueError, match=r"both have captions of 0\.png; remove the one"):
+        read_all("captions", str(tmp_path))
+    for name in names:
+        assert len(read_all("captions", str(tmp_path / name))) == 3
+
+
+def test_lists_of_different_pictures_are_read_together(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    write(tmp_path / "captions_a.csv", b"image,caption\n0.png,a\n")
+    write(tmp_path / "captions_b.csv", b"image,caption\n1.png,b\n")
+    assert outcome(read_all("captions", str(tmp_path))) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'image\tcaption\n0.png\ta dog, "running"\n',
+        'image|caption\n0.png|a dog, "running"\n',
+        'image;caption\n0.png;a dog, "running"\n',
+        'image, caption\n0.png, "a dog, ""running"""\n',
+        'filepath\ttext\n0.png\ta dog, "running"\n',
+    ],
+)
+def test_a_list_is_cut_where_its_header_is(tmp_path: Path, text: str) -> None:
+    write_pictures(tmp_path)
+    found = read_all("captions", write(tmp_path / "captions.csv", text.encode()))
+    assert outcome(found) == ['a dog, "running"']
+
+
+# Files by their content.
+
+
+def test_parts_without_a_suffix_are_read_by_their_content(put: Put) -> None:
+    texts = [as_lines([{"text": f"text {n}"}]) for n in range(3)]
+    put("in/part-00000", texts[0])
+    put("in/part-00001.gz", gzip.compress(texts[1]))
+    put("in/part-00002", as_parquet([{"text": "text 2"}]))
+    put("in/data.00003", as_json([{"text": "text 3"}]))
+    for name, data in (("_SUCCESS", b""), ("Makefile", b"all:\n"), ("a2.bz2", b"x")):
+        put(f"in/{name}", data)
+    root = put("", b"").rstrip("/")
+    for source in (f"{root}/in", f"{root}/in/*"):
+        found = sorted(item.text for item in read_all("text", source))
+        assert found == [f"text {n}" for n in range(4)]
+    assert [item.text for item in read_all("text", f"{root}/in/part-00000")] == ["text 0"]
+    for name, data in (("list", as_json), ("lines", as_lines)):
+        put(f"talks/{name}/train", data([{"conversations": PLAIN}]))
+        (found,) = read_all("conversations", f"{root}/talks/{name}")
+        assert found.turns[0].reply == "A cat."
+    put("tars/00000", tar({"a.png": png(1), "a.txt": b"a"}))
+    assert outcome(read_all("captions", f"{root}/tars")) == ["a"]
+    put("plain/part-00000", b"Plain text.\n")
+    with pytest.raises(ValueError, match=r"part-00000 is of no known format of texts, by"):
+        read_all("text", f"{root}/plain/part-00000")
+
+
+def test_a_part_that_is_linked_by_its_own_name_is_read_once(tmp_path: Path) -> None:
+    blob = tmp_path / "hub/blobs/0123abcd"
+    write(blob, as_lines([{"text": "a"}]))
+    (tmp_path / "hub/snapshots").mkdir()
+    (tmp_path / "hub/snapshots/train.jsonl").symlink_to(blob)
+    assert run("text", tmp_path / "hub", tmp_path / "out")["train"]["examples"] == 1
+
+
+def test_files_that_may_be_read_by_their_content_are_in_the_digest_of_their_source() -> None:
+    for name in ("part-00000", "x.ndjson", "data.00003.gz", "a.jsonl", "b.PARQUET"):
+        assert is_text(name)
+    for name in ("_SUCCESS", "LICENSE", "x.pdf", "a.jsonl.bak"):
+        assert not is_text(name)
+
+
+@pytest.mark.parametrize("name", ["a.PARQUET", "a.Parquet", "a.parquet.gz", "A.PARQUET.GZ", "a.pq"])
+def test_names_of_tables_are_read_in_any_case_and_compressed(put: Put, name: str) -> None:
+    data = as_parquet([{"text": "one", "conversations": PLAIN}, {"text": "two"}])
+    put(f"in/{name}", gzip.compress(data) if name.lower().endswith("gz") else data)
+    root = put("", b"").rstrip("/")
+    for source in (f"{root}/in", f"{root}/in/*", f"{root}/in/{name}"):
+        assert [item.text for item in read_all("text", source)] == ["one", "two"]
+        assert len(read_all("conversations", source)) == 2
+    put(f"in/train-0{name[1:]}", data)
+    put(f"in/test-0{name[1:]}", data)
+    if not name.endswith("pq"):
+        with pytest.raises(ValueError, match="holds the splits test, train"):
+            read_all("text", f"{root}/in")
+
+
+def test_a_pointer_of_git_lfs_is_no_file(put: Put) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
+    for section, name in (
+        ("text", "a.jsonl"),
+        ("text", "b.txt"),
+        ("text", "c.parquet"),
+        ("captions", "d.tar"),
+        ("conversations", "e.json"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} is not the file but a pointer of Git LFS"):
+            read_all(section, put(f"{section}/{name}", pointer))  # type: ignore[arg-type]
+
+
+# Pictures in base64, and lists as text.
+
+
+def test_pictures_in_base64_are_read_with_and_without_a_head(tmp_path: Path) -> None:
+    safe = BASE64.replace("+", "-").replace("/", "_")
+    shown: list[Any] = [
+        BASE64,
+        safe,
+        f"data:image/png;base64,{BASE64}",
+        BASE64.rstrip("="),
+        [BASE64],
+    ]
+    shown += [{"bytes": BASE64, "path": None}, {"base64": BASE64}, json.dumps([BASE64])]
+    rows = [{"image": one, "caption": "a"} for one in shown]
+    bad = [{"image": BASE64[:99] + "@" + BASE64[99:], "caption": "a"}]
+    bad += [{"image": "n" * 9000, "caption": "a"}]
+    found = read_all("captions", write(tmp_path / "a.jsonl", as_lines(rows + bad)))
+    assert outcome(found) == ["a"] * len(rows) + ["- no picture", "- missing picture"]
+    assert {item.picture.data for item in found[: len(rows)]} == {png(1)}
+    assert found[-2].detail == "its base64 is damaged"
+    assert len(found[-1].detail) < 400
+
+
+def test_turns_show_pictures_in_base64_and_in_parts_without_a_type(tmp_path: Path) -> None:
+    source = {"type": "base64", "media_type": "image/png", "data": BASE64}
+    parts = [
+        {"type": "image_url", "image_url": {"url": BASE64}},
+        {"type": "image", "source": source},
+        {"type": "image", "base64": BASE64},
+        {"image": BASE64},
+    ]
+    rows: list[dict[str, Any]] = [{"image": BASE64, "conversations": TALK}]
+    rows += [{"images": json.dumps([BASE64]), "conversations": json.dumps(TALK)}]
+    for part in parts:
+        asked = {"role": "user", "content": [part, {"text": "What?"}]}
+        reply = {"role": "assistant", "content": [{"text": "A cat."}]}
+        rows.append({"messages": [asked, reply]})
+    found = read_all("conversations", write(tmp_path / "a.jsonl", as_lines(rows)))
+    assert [(x.turns[0][:2], x.picture.data) for x in found] == [
+        (("What?", "A cat."), png(1))
+    ] * len(rows)
+
+
+def test_turns_in_a_column_of_text_are_read_as_json(tmp_path: Path) -> None:
+    rows = [{"conversations": json.dumps(PLAIN)}, {"conversations": str(PLAIN)}]
+    good, bad = read_all("conversations", write(tmp_path / "a.parquet", as_parquet(rows)))
+    assert good.turns[0][:2] == ("What?", "A cat.")
+    assert bad.reason == "no conversation"
+    assert bad.detail.endswith("what is there is text but no JSON")
+
+
+def test_captions_in_a_column_of_text_may_be_a_list_as_json(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    rows = [{"image": "0.png", "caption": '["one", "two"]'}, {"image": "1.png", "caption": "[1]"}]
+    found = read_all("captions", write(tmp_path / "a.parquet", as_parquet(rows)))
+    assert outcome(found) == ["one", "two", "[1]"]
+
+
+# COCO.
+
+
+def split(*names: str, folder: str = "train2014") -> bytes:
+    images = [
+        {"filename": f"{n}.png", "split": name, "sentences": [{"raw": f"a {n}"}, {"raw": f"b {n}"}]}
+        for n, name in enumerate(names)
+    ]
+    images = [{**image, "filepath": folder} if folder else image for image in images]
+    return json.dumps({"images": images, "dataset": "coco"}).encode()
+
+
+def test_karpathys_split_is_read_and_which_of_several_is_asked(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "train2014")
+    path = write(tmp_path / "dataset_coco.json", split("train", "restval", "test"))
+    with pytest.raises(ValueError, match=r"the splits restval, test, train, .*--split train\+rest"):
+        read_all("captions", path)
+    with pytest.raises(ValueError, match=r"has no split dev; it has restval, test, train"):
+        read_all("captions", path, options=ReadOptions(split="dev"))
+    both = ReadOptions(split="train+restval")
+    for source in (path, str(tmp_path)):
+        found = read_all("captions", source, options=both)
+        assert outcome(found) == ["a 0", "b 0", "a 1", "b 1"]
+        assert found[0].where == f"{path}, record 0, caption 0"
+    images = ReadOptions(images=str(tmp_path / "train2014"), split="test")
+    assert outcome(read_all("captions", path, options=images)) == ["a 2", "b 2"]
+
+
+@pytest.mark.parametrize("folder", ["images", "."])
+def test_a_split_without_folders_finds_its_pictures_beside_it(tmp_path: Path, folder: str) -> None:
+    write_pictures(tmp_path / folder)
+    path = write(tmp_path / "dataset_flickr8k.json", split("train", "train", folder=""))
+    whole = json.loads(Path(path).read_text())
+    whole["images"] += [{"filename": "2.png", "split": "train", "sentences": []}, 5]
+    write(Path(path), as_json(whole))
+    expected = ["a 0", "b 0", "a 1", "b 1", "- no caption", "- no caption"]
+    assert outcome(read_all("captions", path)) == expected
+
+
+@pytest.mark.parametrize("pictures", ["images/train2017", "train2017"])
+def test_coco_is_found_from_the_folder_above(tmp_path: Path, pictures: str) -> None:
+    write_pictures(tmp_path / pictures)
+    whole = {
+        "images": [{"id": n, "file_name": f"{n}.png"} for n in range(3)],
+        "annotations": [{"image_id": n, "id": n, "caption": f"box {n}"} for n in range(3)],
+    }
+    path = write(tmp_path / "annotations/captions_train2017.json", as_json(whole))
+    write(tmp_path / "annotations/instances_train2017.json", b'{"annotations": [{}]}')
+    above = ReadOptions(images=str(tmp_path))
+    for source, options in ((path, above), (str(tmp_path), ReadOptions()), (path, ReadOptions())):
+        assert outcome(read_all("captions", source, options=options)) == BOXES
+    write(tmp_path / "annotations/captions_train2014.json", as_json(whole))
+    with pytest.raises(ValueError, match=r"_train2014\.json and .*_train2017\.json have captions"):
+        read_all("captions", str(tmp_path))
+
+
+def test_pictures_of_one_id_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    images = [{"id": 0, "file_name": f"{n}.png"} for n in (0, 0, 2)]
+    whole = {"images": images, "annotations": [{"image_id": 0, "caption": "a"}]}
+    path = write(tmp_path / "captions_x.json", as_json(whole))
+    with pytest.raises(ValueError, match=r"the images 0\.png and 2\.png have one id, 0; give each"):
+        read_all("captions", path)
+    whole["images"] = images[:2]
+    assert outcome(read_all("captions", write(Path(path), as_json(whole)))) == ["a"]
+
+
+# Members and files beside each other.
+
+
+def test_each_picture_of_a_tar_is_a_record_or_a_reject(put: Put) -> None:
+    members = {
+        **{"a.gif": png(0), "a.txt": b"gif", "b.TIFF": png(1), "b.caption": b"tiff"},
+        **{"c.bmp": png(2), "c.json": b'{"caption": "bmp"}', "d.avif": b"x", "e.v2.gif": b"x"},
+        **{"f.jpg": png(3), "f.gif": png(4), "f.txt": b"two"},
+    }
+    found = read_all("captions", put("a.tar", tar(members)))
+    two = "- more than one picture"
+    dotted = "- picture with a further dot in its name"
+    assert outcome(found) == ["gif", "tiff", "bmp", "- no caption", dotted, two, two]
+
+
+def test_samples_are_found_by_the_names_that_people_give_them(tmp_path: Path) -> None:
+    names = {"a.gif": "a.txt", "b.jpg": "b.jpg.txt", "c.png": "c.caption", "d.v2.png": "d.v2.json"}
+    for number, (picture, text) in enumerate(names.items()):
+        write(tmp_path / picture, png(number))
+        data = f'{{"caption": "{picture}"}}' if text.endswith("json") else picture
+        write(tmp_path / text, data.encode())
+    assert outcome(read_all("captions", str(tmp_path))) == list(names)
+
+
+def test_links_of_samples_that_lead_nowhere_are_rejects(tmp_path: Path) -> None:
+    write_samples(tmp_path / "in", range(2))
+    (tmp_path / "in/8.png").symlink_to("gone.png")
+    write(tmp_path / "in/8.txt", b"a")
+    write(tmp_path / "in/9.png", png(9))
+    (tmp_path / "in/9.txt").symlink_to("gone.txt")
+    found = read_all("captions", str(tmp_path / "in"))
+    assert outcome(found) == ["cap 0", "cap 1", "- missing picture", "- no caption"]
+    assert found[-1].detail.endswith("9.txt has no file behind it: it links to gone.txt")
+    done = run("captions", tmp_path / "in", tmp_path / "out", max_reject_fraction=0.5)
+    assert done["rejects"] == {"missing picture": 1, "no caption": 1}
+
+
+def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", as_lines([{"text": "a"}]))
+    os.mkfifo(tmp_path / "pipe")
+    assert len(read_all("text", str(tmp_path))) == 1
+
+
+# Tables of text, and JSON in one piece.
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"image,caption\r0.png,a\r1.png,b\r",
+        b"Image,Caption\n0.png,a\n1.png,b\n",
+        b"0.png#0\ta\n1.png#1\tb\n",
+    ],
+)
+def test_lists_are_read_as_other_programs_write_them(tmp_path: Path, data: bytes) -> None:
+    write_pictures(tmp_path)
+    for name in ("captions.csv", "Flickr8k.token.txt"):
+        (tmp_path / "captions.csv").unlink(missing_ok=True)
+        path = write(tmp_path / name, data)
+        for source in (path, str(tmp_path)):
+            assert outcome(read_all("captions", source)) == ["a", "b"]
+
+
+def test_a_list_says_what_it_lacks(tmp_path: Path) -> None:
+    path = write(tmp_path / "captions.csv", "image,caption\n0.png,a\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"its header is not UTF-8; write the file in UTF-8"):
+        read_all("captions", path)
+    path = write(tmp_path / "other.csv", b"photo,words\n0.png,a\n")
+    with pytest.raises(
+        ValueError, match=r"columns \['photo', 'words'\]; it needs image and text or"
+    ):
+        read_all("captions", path)
+    path = write(tmp_path / "none.tsv", f"0\t{BASE64}\ta\n".encode())
+    with pytest.raises(ValueError, match=r"columns \['0', '.{40}', 'a'\]; it needs image and"):
+        read_all("captions", path)
+    path = write(tmp_path / "a.jsonl", as_lines([{"image": "0.png", "blip_caption": "a"}]))
+    (found,) = read_all("captions", path)
+    assert str(found).endswith("no caption (its keys are ['image', 'blip_caption'])")
+    path = write(tmp_path / "a.json", as_json({"data": ROWS}))
+    with pytest.raises(ValueError, match=r"or write the list that is inside an object alone"):
+        read_all("captions", path)
+    with pytest.raises(ValueError, match=r"or write the list that is inside an object alone"):
+        read_all("conversations", path)
+
+
+def test_a_file_may_hold_one_object_over_several_lines(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    rows = {"text": {"text": "a"}, "conversations": {"conversations": PLAIN}, "captions": ROWS[0]}
+    for section, row in rows.items():
+        path = write(tmp_path / section / f"{section}.json", as_json(row))
+        write_pictures(tmp_path / section)
+        for source in (path, str(tmp_path / section)):
+            (found,) = read_all(section, source)  # type: ignore[arg-type]
+            assert found.where == f"{path}, record 0"
+    # Lines of which the first is broken are lines.
+    broken = b'{"text": "a\n' + as_lines([{"text": "b"}])
+    first, second = read_all("text", write(tmp_path / "b.jsonl", broken))
+    assert (first.reason, second.text) == ("not a JSON object", "b")
+
+
+def test_files_in_a_zip_are_read_where_they_lie(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.jsonl", '{"text": "a"}\n')
+    (found,) = read_all("text", f"zip://*.jsonl::{tmp_path}/a.zip")
+    assert found.text == "a"
+    with pytest.raises(ValueError, match=r"a\.zip is an archive that no reader opens; unpack it"):
+        read_all("text", f"{tmp_path}/a.zip")
+
+
+# Turns.
+
+
+def test_pictures_that_turns_name_in_qwens_marks_are_read(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    asked = ["<img>1.png</img>What?", "Picture 1: <img>1.png</img>\nWhat?"]
+    rows: list[dict[str, Any]] = [
+        {"conversations": [{"from": "user", "value": one}, {"from": "ai", "value": "A cat."}]}
+        for one in asked
+    ]
+    rows.append({**rows[0], "image": "1.png", "images": [None, {"bytes": None, "path": None}]})
+    found = read_all("conversations", write(tmp_path / "a.jsonl", as_lines(rows)))
+    assert [(x.turns[0][:2], x.picture.data) for x in found] == [(("What?", "A cat."), png(1))] * 3
+
+
+def test_marks_of_pictures_in_a_talk_about_html_are_text(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Why <img>x</img>?"}, {"from": "gpt", "value": "<img>"}]
+    (found,) = read_all(
+        "conversations", write(tmp_path / "a.jsonl", as_lines([{"conversations": turns}]))
+    )
+    assert (found.turns[0][:2], found.picture) == (("Why <img>x</img>?", "<img>"), None)
+
+
+def test_a_content_may_be_one_part(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "What?"}, {"type": "text", "text": "A cat."}]
+    roles = zip(("user", "assistant"), parts, strict=True)
+    rows = [
+        {"messages": [{"role": role, "content": part} for role, part in roles], "images": [None]}
+    ]
+    (found,) = read_all("conversations", write(tmp_path / "a.jsonl", as_lines(rows)))
+    assert found.turns[0][:2] == ("What?", "A cat.")
+    assert found.picture is None
+
+
+def test_a_system_text_may_be_parts_and_parts_have_their_text_under_content(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": [{"type": "text", "content": "What?"}]},
+        {"role": "assistant", "content": "A cat."},
+    ]
+    rows = [{"messages": turns, "system": [{"type": "text", "text": "Be brief."}]}]
+    (found,) = read_all("conversations", write(tmp_path / "a.jsonl", as_lines(rows)))
+    assert found.turns[0] == ("What?", "A cat.", "Be brief.")
+
+
+def test_lists_of_objects_of_the_same_pictures_are_asked_for_too(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    write(tmp_path / "blip.json", as_json(ROWS))
+    write(tmp_path / "filtered.jsonl", as_lines(ROWS[1:]))
+    with pytest.raises(ValueError, match=r"blip\.json and .*filtered\.jsonl both have captions of"):
+        read_all("captions", str(tmp_path))
+    write(tmp_path / "filtered.jsonl", as_lines([{"image": "9.png", "caption": "a"}]))
+    assert len(read_all("captions", str(tmp_path))) == 4
+
+
+def test_tables_of_two_splits_under_short_names_are_asked_for(tmp_path: Path) -> None:
+    for name in ("train.pq", "test"):
+        write(tmp_path / name, as_parquet([{"text": name}]))
+    with pytest.raises(ValueError, match=r"holds the splits test, train"):
+        read_all("text", str(tmp_path))
+
+
+def test_records_that_say_their_split_are_never_read_as_one_source(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    rows = [{**row, "split": "train" if n else "test"} for n, row in enumerate(ROWS)]
+    table = "".join(f'{row["image"]},"{row["caption"]}",{row["split"]}\n' for row in rows)
+    files = {
+        "a.parquet": as_parquet(rows),
+        "a.csv": f"image,caption,split\n{table}".encode(),
+        "a.json": as_json(rows),
+        "a.jsonl": as_lines(rows),
+    }
+    for name, data in files.items():
+        path = write(tmp_path / name, data)
+        with pytest.raises(ValueError, match=r"holds the splits test, train, .*\(--split train"):
+            read_all("captions", path)
+        for asked, expected in (("train", BOXES[1:]), ("test", BOXES[:1]), ("train+test", BOXES)):
+            found = read_all("captions", path, options=ReadOptions(split=asked))
+            assert outcome(found) == expected
+        with pytest.raises(ValueError, match=r"has no split dev; it has test, train"):
+            read_all("captions", path, options=ReadOptions(split="dev"))
+    one = write(tmp_path / "one.json", as_json([{**row, "split": "train"} for row in ROWS]))
+    assert outcome(read_all("captions", one)) == BOXES
+
+
+def test_a_split_that_nothing_says_is_refused(tmp_path: Path) -> None:
+    write_samples(tmp_path / "in", range(2))
+    train = ReadOptions(split="train")
+    with pytest.raises(ValueError, match=r"0\.png says no split of its records; name no split"):
+        read_all("captions", str(tmp_path / "in"), options=train)
+    path = write(tmp_path / "in/captions.csv", b"image,caption\n0.png,a\n")
+    with pytest.raises(ValueError, match=r"has no split train; it has none"):
+        read_all("captions", path, options=train)
+    with pytest.raises(ValueError, match=r"text say no split of their records; name the files"):
+        read_all("text", path, options=train)
+
+
+def test_captions_in_a_csv_may_be_a_list_as_json(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    path = write(tmp_path / "captions.csv", b'image,caption\n0.png,"[""one"", ""two""]"\n')
+    assert outcome(read_all("captions", path)) == ["one", "two"]
