@@ -149,7 +149,9 @@ def fit_law(losses: Losses, *, resamples: int = RESAMPLES) -> Law:
     models = _Models(np.concatenate(numbers), np.concatenate(along), len(places), HUBER * within)
     ends = [math.exp(logs[models.place == number].min()) for number in range(len(places))]
     starts = [np.array([*ends, fall * min(ends), log_bend]) for log_bend in (-2.0, 0.0, 2.0)]
-    fitted = min((models.fit(logs, start) for start in starts), key=lambda found: found[1])[0]
+    # Of squares first: far from the law Huber's loss shows little of the way.
+    squares = [models.fit(logs, start, "linear") for start in starts]
+    fitted = models.fit(logs, min(squares, key=lambda found: found[1])[0])[0]
     left = logs - models.law(fitted)
     spread = math.sqrt(float(left @ left) / max(1, len(logs) - len(fitted)))
     generator = np.random.default_rng(0)
@@ -174,22 +176,22 @@ class _Models:
     places: int
     threshold: float
 
-    def fit(self, logs: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, float]:
+    def fit(
+        self, logs: np.ndarray, start: np.ndarray, loss: str = "huber"
+    ) -> tuple[np.ndarray, float]:
         """The nearest law from there, and what is left."""
         from scipy.optimize import least_squares
 
-        # Of squares first: far from the law Huber's loss shows little of the way.
-        for loss in ("linear", "huber"):
-            found = least_squares(
-                lambda at: self.law(at) - logs,
-                start,
-                jac=self._slopes,
-                loss=loss,
-                f_scale=self.threshold,
-                max_nfev=50,
-            )
-            start = np.append(found.x[:-1], np.clip(found.x[-1], *LOG_BENDS))
-        return start, float(found.cost)
+        found = least_squares(
+            lambda at: self.law(at) - logs,
+            start,
+            jac=self._slopes,
+            loss=loss,
+            f_scale=self.threshold,
+            ftol=1e-6,
+            max_nfev=50,
+        )
+        return np.append(found.x[:-1], np.clip(found.x[-1], *LOG_BENDS)), float(found.cost)
 
     def law(self, at: np.ndarray) -> np.ndarray:
         return np.asarray(np.log(self._losses(at)[0]))
