@@ -135,7 +135,7 @@ def few_steps(name: str, **given: Any) -> Scale:
         image_text_tokens=2_000,
         rows=rows,
         finetune_rows=rows,
-        asked=tiny.EVALUATION.model_copy(update={"limit": 2, "visual_tasks": ("pope",)}),
+        asked=tiny.EVALUATION.model_copy(update={"limit": 6, "visual_tasks": ("pope",)}),
         draws=("text", "image-text"),
     )
 

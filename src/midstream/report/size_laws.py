@@ -68,9 +68,14 @@ class Laws:
 
     def number(self, value: float) -> str:
         """A value in this unit."""
-        if self.unit == "points":
-            return signed(value) if self.signs else points(value)
-        return f"{value:+.4f}" if self.signs else f"{value:.4f}"
+        if self.signs:
+            return _changes(value, self.unit)
+        return points(value) if self.unit == "points" else f"{value:.4f}"
+
+
+def _changes(value: float, unit: Unit) -> str:
+    """A difference with its sign."""
+    return signed(value) if unit == "points" else f"{value:+.4f}".replace("-", "\N{MINUS SIGN}")
 
 
 def laws_of(study: Study, rows: Sequence[LineRow], ledger: Ledger) -> list[Laws]:
@@ -162,10 +167,7 @@ def _effect(
         sentence = f"{title}: no line, since {reason}."
     else:
         slope = line.doubling
-        numbers = [
-            signed(x) if unit == "points" else f"{x:+.4f}"
-            for x in (slope.value, slope.low, slope.high)
-        ]
+        numbers = [_changes(x, unit) for x in (slope.value, slope.low, slope.high)]
         sentence = (
             f"{title}: {numbers[0]} {unit} with each doubling of the decoder, 95 % interval "
             f"{numbers[1]} to {numbers[2]}."
@@ -328,7 +330,7 @@ def ladder_figure(laws: Sequence[Laws]) -> dict[str, bytes]:
     columns = min(GRID_COLUMNS, len(laws))
     lines = -(-len(laws) // columns)
     with matplotlib.rc_context(SMALL):
-        figure = Figure(figsize=(3.3 * columns, 2.6 * lines))
+        figure = Figure(figsize=(max(3.4 * columns, 4.2), 2.9 * lines))
         for number, law in enumerate(laws):
             axes = figure.add_subplot(lines, columns, number + 1)
             _draw(axes, law)
