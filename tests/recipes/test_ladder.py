@@ -88,6 +88,16 @@ def test_the_papers_sizes_have_their_own_tokens_and_rates() -> None:
 
 
 @pytest.mark.parametrize(
+    "sizes",
+    [("79m", "154m", "411m", "1b"), ("pythia-70m", "pythia-160m", "pythia-410m", "pythia-1.4b")],
+)
+def test_sizes_whose_text_is_given_are_a_ladder_of_what_follows_it(sizes: tuple[str, ...]) -> None:
+    study = ladder.sizes(scale="paper", sizes=sizes, seeds=(1, 2), draws=("image-text",))
+    assert len({line.axes["size"] for line in study.lines}) == 4
+    assert repeated(study)["own"] == ["continue", "finetune"]
+
+
+@pytest.mark.parametrize(
     ("given", "what"),
     [
         ({"sizes": (16, 28, 52)}, "give four or more"),

@@ -23,7 +23,7 @@ from midstream.recipes.scales import (
     share_label,
 )
 from midstream.study.axes import with_field
-from midstream.study.stages import Pretrain
+from midstream.study.stages import Continue, Finetune, Pretrain
 from midstream.study.studies import Figure, Ladder, Line, Study
 
 # Widths of the pocket's decoder, about a doubling of its parameters each; the paper's sizes but 1b.
@@ -148,13 +148,15 @@ def _check(axis: Mapping[str, float], predict: str, seeds: Sequence[int]) -> Non
 def _held_out(made: Line) -> Line:
     """The line with examples held out of its world.
 
-    Raises ValueError for a source of a user's folder that is prepared with none.
+    Raises ValueError for a source of a user's folder that is prepared with none held out.
     """
-    world = made.result.of.data.world
-    fraction = POCKET_HELD_OUT
-    if isinstance(world, PublicFolder):
-        for name in world.source_names:
-            _check_prepared(world.root, name)
+    tuned, fraction = made.result.of, POCKET_HELD_OUT
+    assert isinstance(tuned, Finetune), "the paper's models are fine-tuned"
+    assert isinstance(tuned.start, Continue), "from an image-text stage"
+    if isinstance(world := tuned.data.world, PublicFolder):
+        for training in (tuned.start.training, tuned.training):
+            for name in training.budget.source_names:
+                _check_prepared(world.root, name)
         fraction = FOLDER_HELD_OUT
     held = with_field(made.result, "prepare.world.validation_fraction", fraction)
     return made.model_copy(update={"result": held})

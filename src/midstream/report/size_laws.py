@@ -415,8 +415,9 @@ class SizesPrice:
         for key, what in words.items():
             here = self.hours[key]
             time = f", {duration(3600 * here)} of one process here" if here else ""
-            hours = gpu_hours(self.flops[key])
-            parts.append(f"{quantity(self.flops[key])}FLOPs ({hours:.2g} GPU-hours{time}) {what}")
+            flops = self.flops[key]
+            number = f"{quantity(flops)}{'' if flops >= 1e3 else ' '}FLOPs"
+            parts.append(f"{number} ({gpu_hours(flops):,.2g} GPU-hours{time}) {what}")
         return f"ladder: {'; '.join(parts)}"
 
 
