@@ -86,11 +86,13 @@ class Law:
     def predict(self, place: Any, size: float | int, models: int) -> Prediction:
         """The mean loss of so many further models, by Student's t on log losses.
 
-        The error is that of the refits and that of a mean of so many models about the law.
+        The error is that of the refits, how far off they are together among it, and that of a mean
+        of so many models about the law.
         """
         middle = self.at(place, size)
-        refits = np.log(self._losses(self.draws, place, size))
-        error = math.sqrt(float(np.var(refits, ddof=1)) + self.spread**2 / models)
+        refits = np.log(self._losses(self.draws, place, size) / middle)
+        squares = float(refits @ refits) / (len(refits) - 1)
+        error = math.sqrt(squares + self.spread**2 / models)
         away = math.exp(quantile((1 + CONFIDENCE) / 2, self.freedom) * error)
         return Prediction(middle, middle / away, middle * away)
 
