@@ -178,7 +178,7 @@ def test_every_table_is_exported_with_all_digits_and_as_latex(
     filled: Ledger, tmp_path: Path
 ) -> None:
     facts = gather(tabled(), filled)
-    made_of = exports(facts.study, facts.groups, facts.pairs, facts.costs, facts.view)
+    made_of = exports(facts)
     write_exports(made_of, tmp_path / "out")
     names = {"scores", "cost", "pairs", "table"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {

@@ -86,6 +86,7 @@ def plan(
     from midstream.cost.taken import measured
     from midstream.launch import terminal
     from midstream.launch.checks import problems
+    from midstream.report.size_laws import sizes_price
     from midstream.study.store import Ledger
 
     fleet = Fleet(find_gpu(gpu), gpus, gpus_per_stage, utilisation, checkpointing)
@@ -98,16 +99,19 @@ def plan(
     priced = price(work, ledger, fleet, kept)
     found_wrong = problems(work, ledger, priced.needed_bytes)
     here = measured(work, ledger, Machine.model_validate(found.machine).workers)
+    ladders = [p for one in found.studies if (p := sizes_price(one, work, here.hours))]
     if as_json:
         values = {"features": [one.values() for one in kept], "price": price_json(priced, work)}
         values["this_machine"] = here.values()
         values["decides"] = [_power_json(one) for one in _powers(found, ledger, spread)]
+        values["ladders"] = [asdict(one) for one in ladders]
         values["problems"] = [asdict(problem) for problem in found_wrong]
         typer.echo(json.dumps(plan_json(work) | values, indent=2))
     else:
         console = terminal.out()
         print_plan(work, priced, console, ledger)
-        for line in [*_here(here), *(one.sentence() for one in kept)]:
+        told = [*_here(here), *(one.sentence() for one in kept)]
+        for line in [*told, *(one.sentence(fleet.gpu_hours) for one in ladders)]:
             typer.echo(line)
         for line in _decides(work, fleet, here.hours, _powers(found, ledger, spread)):
             typer.echo(line)

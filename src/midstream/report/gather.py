@@ -37,6 +37,7 @@ from midstream.report.line_rows import (
     write_csv,
 )
 from midstream.report.pairs import Examples, Gap, Pair, paired_rows
+from midstream.report.size_laws import Laws, ladder_grid, ladder_records, laws_of
 from midstream.report.table import (
     Grid,
     KindCost,
@@ -125,7 +126,8 @@ TRAINING = ("train_encoder", "pretrain", "continue", "finetune")
 
 @dataclass(frozen=True)
 class Facts:
-    """A study as its store has it; `tasks` are name, kind and chance of each benchmark."""
+    """A study as its store has it; `tasks` are name, kind and chance of each benchmark, `laws`
+    those of a ladder."""
 
     study: Study
     ledger: Snapshot
@@ -138,6 +140,7 @@ class Facts:
     view: View | None
     costs: list[KindCost]
     settings: str
+    laws: list[Laws]
 
     def baselines(self, column: str) -> dict[str, float | int | None]:
         """The baselines' values of a column, by name."""
@@ -171,6 +174,7 @@ def gather(study: Study, ledger: Ledger) -> Facts:
         view=table_view(study, rows),
         costs=cost_rows(planned, snapshot),
         settings=settings_line(study, snapshot),
+        laws=laws_of(study, rows, snapshot),
     )
 
 
@@ -264,19 +268,18 @@ class Export:
     records: tuple[Record, ...]
 
 
-def exports(
-    study: Study,
-    groups: Sequence[Group],
-    pairs: Sequence[Pair],
-    costs: Sequence[KindCost],
-    view: View | None,
-) -> list[Export]:
-    """Means, differences on the same examples, cost, and the study's own table if it has one."""
-    made = [scores_export(study, groups), _cost_export(study, costs)]
-    if pairs:
-        made.append(_pairs_export(study, pairs))
-    if view is not None:
-        made.append(Export("table", view_grid(view), tuple(view_records(view))))
+def exports(facts: Facts) -> list[Export]:
+    """Means, differences on the same examples, cost, the study's own table and laws if it has
+    them."""
+    study = facts.study
+    made = [scores_export(study, facts.groups), _cost_export(study, facts.costs)]
+    if facts.pairs:
+        made.append(_pairs_export(study, facts.pairs))
+    if facts.view is not None:
+        made.append(Export("table", view_grid(facts.view), tuple(view_records(facts.view))))
+    if facts.laws:
+        grid = ladder_grid(study, facts.laws)
+        made.append(Export("ladder", grid, tuple(ladder_records(facts.laws))))
     return made
 
 

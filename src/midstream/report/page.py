@@ -55,6 +55,7 @@ from midstream.report.line_rows import (
     write_csv,
 )
 from midstream.report.pairs import samples
+from midstream.report.size_laws import ladder_figure, ladder_grid
 from midstream.report.table import (
     budgets,
     cost_rows,
@@ -129,7 +130,7 @@ def write_facts(
     study, ledger = facts.study, facts.ledger
     folder = (out or ledger.store / "reports") / study.name
     write_csv([row.flat() for row in facts.rows], folder / "results.csv")
-    write_exports(exports(study, facts.groups, facts.pairs, facts.costs, facts.view), folder)
+    write_exports(exports(facts), folder)
     write_bytes(folder / "findings.md", findings_text(facts).encode())
     best = best_line(facts)
     text = render(
@@ -156,6 +157,7 @@ def write_facts(
         figures=_score_figures(facts, folder),
         benchmarks=_benchmarks(facts, folder),
         rates=_rates(facts, folder),
+        ladder=_ladder(facts, folder),
         table_notes=[] if facts.view is None else view_notes(facts.view),
         generated=generated_data(study),
         shortened=shortened(facts),
@@ -250,6 +252,14 @@ def _rates(facts: Facts, folder: Path) -> dict[str, Any]:
     if times is not None:
         pictures.append(_written(rates_figure(drawn, times), folder / "rates_stretched"))
     return {"pictures": pictures, "times": times, "missing": missing}
+
+
+def _ladder(facts: Facts, folder: Path) -> dict[str, Any] | None:
+    """The picture and the table of the laws over sizes; None for a study that is no ladder."""
+    if not facts.laws:
+        return None
+    picture = _written(ladder_figure(facts.laws), folder / "ladder")
+    return {"picture": picture, "grid": ladder_grid(facts.study, facts.laws)}
 
 
 def _written(figure: dict[str, bytes], path: Path) -> str:
@@ -389,6 +399,9 @@ def _section(facts: Facts) -> list[str]:
         grid = view_grid(facts.view)
         lines += [f"### {escape_markdown(grid.title)}", "", to_markdown(grid)]
         lines += [". ".join(escape_markdown(note) for note in view_notes(facts.view)) + ".", ""]
+    if facts.laws:
+        lines += [f"- {escape_markdown(law.sentence)}" for law in facts.laws]
+        lines += ["", to_markdown(ladder_grid(study, facts.laws))]
     lines += ["What they show and what they do not:", "", *findings_lines(facts), ""]
     lines += [f"{_decided(facts)} {_cost(facts)}", ""]
     if generated_data(study):

@@ -118,6 +118,16 @@ class Failure(Config):
         return learnt <= self.low and siblings >= self.high
 
 
+class Ladder(Config):
+    """Lines of several sizes: laws are fitted to all but those at `predict`, and tell these.
+
+    `axis` is that of the sizes, whose places are numbers.
+    """
+
+    axis: str
+    predict: float
+
+
 class Study(Config):
     """A set of lines, the question they answer and the figure that shows it.
 
@@ -127,6 +137,7 @@ class Study(Config):
     `smallest_difference` (0.02 are 2 points) is what findings call the same within. `pilot` are the
     seeds that were run first where more were added to decide (`midstream run --decide`). `levels`
     are axes of draws within one another, outermost first, whose own spread the report tells.
+    `ladder` has laws over sizes fitted.
     """
 
     kind: Literal["study"] = "study"
@@ -144,6 +155,7 @@ class Study(Config):
     failure: Failure = Failure()
     pilot: tuple[int, ...] = ()
     levels: tuple[str, ...] = ()
+    ladder: Ladder | None = None
 
     @property
     def named_results(self) -> tuple[tuple[str, Evaluate], ...]:

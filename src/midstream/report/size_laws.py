@@ -1,0 +1,443 @@
+"""Laws over the sizes of a study: of held-out losses and effects, and of a size that is left out.
+
+The lines at `Ladder.predict` are in no fit; their means stand beside what the laws tell of them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any, Literal
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+
+from midstream.core.laws import Law, Prediction, Trend, UnidentifiedError, fit_law, fit_trend
+from midstream.core.tokens import duration, quantity
+from midstream.cost.graph import Plan
+from midstream.report.figures import GRID_COLUMNS, MUTED, PAPER, SERIES, SMALL, saved
+from midstream.report.findings import place_words, points, score_name, signed
+from midstream.report.line_rows import LineRow, kinds_of, parts_of
+from midstream.report.table import Grid
+from midstream.report.verdicts import SEED
+from midstream.study.results import TrainingResult
+from midstream.study.store import Ledger
+from midstream.study.studies import Line, Study
+
+Unit = Literal["nats", "points"]
+# By place (the axes but size and seed), parameters and seed.
+Values = dict[str, dict[int, dict[Any, float]]]
+AFTER = {"continue": "after the image-text stage", "finetune": "after fine-tuning"}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """The models of one size at one place; `told` is the law's, its interval that of their mean."""
+
+    place: str
+    parameters: int
+    values: tuple[float, ...]
+    predicted: bool
+    told: Prediction | None
+
+    @property
+    def mean(self) -> float | None:
+        """The measured mean; None before there is one."""
+        return fmean(self.values) if self.values else None
+
+    @property
+    def inside(self) -> bool | None:
+        """Whether the mean of a left-out size lies in its interval; None where none can be told."""
+        if not self.predicted or self.told is None or self.mean is None:
+            return None
+        return self.told.holds(self.mean)
+
+
+@dataclass(frozen=True)
+class Laws:
+    """One loss or effect over the sizes: its law in words (or why there is none), its rungs."""
+
+    title: str
+    unit: Unit
+    sentence: str
+    rungs: tuple[Rung, ...]
+    curves: Mapping[str, Callable[[float], float]]
+    signs: bool = False
+
+    def number(self, value: float) -> str:
+        """A value in this unit."""
+        if self.signs:
+            return _changes(value, self.unit)
+        return points(value) if self.unit == "points" else f"{value:.4f}"
+
+
+def _changes(value: float, unit: Unit) -> str:
+    """A difference with its sign."""
+    return signed(value) if unit == "points" else f"{value:+.4f}".replace("-", "\N{MINUS SIGN}")
+
+
+def laws_of(study: Study, rows: Sequence[LineRow], ledger: Ledger) -> list[Laws]:
+    """A law for each held-out loss, and for what each other place changes against the first one.
+
+    Empty for a study that is no ladder. Raises ValueError for a ladder whose axis a line lacks.
+    """
+    if study.ladder is None:
+        return []
+    places, sizes = _places(study), _parameters(study)
+    left_out = sizes[study.ladder.predict]
+    losses = _losses(study, ledger)
+    found = [
+        _loss_law(title, values, list(sizes.values()), left_out, places)
+        for title, values in losses.items()
+    ]
+    scores = {f"stable.{kind}": _scores(study, rows, f"stable.{kind}") for kind in kinds_of(study)}
+    effects: list[tuple[str, Unit, Values]] = [
+        *((score_name(score), "points", values) for score, values in scores.items()),
+        *((title, "nats", values) for title, values in losses.items()),
+    ]
+    first, *others = places
+    for title, unit, values in effects:
+        for other in others:
+            changed = _changed(values, first, other)
+            name = f"{title}: {other} less {first}"
+            found.append(_effect(name, unit, changed, list(sizes.values()), left_out, places))
+    return found
+
+
+def _loss_law(
+    title: str, values: Values, sizes: Sequence[int], left_out: int, places: Mapping[str, int]
+) -> Laws:
+    seen = {
+        place: {size: list(own.values()) for size, own in at.items() if size != left_out}
+        for place, at in values.items()
+    }
+    law: Law | None = None
+    try:
+        law = fit_law({place: at for place, at in seen.items() if at})
+    except UnidentifiedError as reason:
+        sentence = f"{title}: no law, since {reason}."
+    else:
+        sentence = f"{title}: {_law_words(law)}."
+    rungs = []
+    for place, planned in places.items():
+        known = law if law is not None and place in law.places else None
+        for size in sizes:
+            own = tuple(values.get(place, {}).get(size, {}).values())
+            told = None if known is None else known.predict(place, size, len(own) or planned)
+            rungs.append(Rung(place, size, own, size == left_out, told))
+    curves = {} if law is None else {p: _curve(law, p) for p in law.places}
+    return Laws(title, "nats", sentence, tuple(rungs), curves)
+
+
+def _curve(law: Law, place: str) -> Callable[[float], float]:
+    return lambda size: law.at(place, size)
+
+
+def _law_words(law: Law) -> str:
+    floors = [
+        f"{law.floor(place):.4f}{f' at {place}' if place else ''}"
+        if law.floor(place) is not None
+        else f"not seen{f' at {place}' if place else ''}"
+        for place in law.places
+    ]
+    found = law.exponent
+    return (
+        f"loss = E + {law.amplitude:.4g} (N / {law.base:,.0f})^\N{MINUS SIGN}{found.value:.3f}, "
+        f"exponent {found.low:.3f} to {found.high:.3f}, E {', '.join(floors)}; one model varies "
+        f"by {100 * law.spread:.2f} % about it"
+    )
+
+
+def _effect(
+    title: str,
+    unit: Unit,
+    values: dict[int, dict[Any, float]],
+    sizes: Sequence[int],
+    left_out: int,
+    places: Mapping[str, int],
+) -> Laws:
+    line: Trend | None = None
+    try:
+        line = fit_trend(
+            {size: list(own.values()) for size, own in values.items() if size != left_out and own}
+        )
+    except UnidentifiedError as reason:
+        sentence = f"{title}: no line, since {reason}."
+    else:
+        slope = line.doubling
+        numbers = [_changes(x, unit) for x in (slope.value, slope.low, slope.high)]
+        sentence = (
+            f"{title}: {numbers[0]} {unit} with each doubling of the decoder, 95 % interval "
+            f"{numbers[1]} to {numbers[2]}."
+        )
+    rungs = []
+    for size in sizes:
+        own = tuple(values.get(size, {}).values())
+        told = None if line is None else line.predict(size, len(own) or min(places.values()))
+        rungs.append(Rung("", size, own, size == left_out, told))
+    curves = {} if line is None else {"": line.at}
+    return Laws(title, unit, sentence, tuple(rungs), curves, signs=True)
+
+
+# ------------------------------------------------------------------------------ what is measured
+
+
+def _place(study: Study, line: Line) -> str:
+    """A line's axes but its size and seed, where they differ in the study."""
+    assert study.ladder is not None, "asked of ladders only"
+    others = [axis for axis in line.axes if axis not in (study.ladder.axis, SEED)]
+    varied = [axis for axis in others if len({one.axes.get(axis) for one in study.lines}) > 1]
+    return place_words({axis: line.axes[axis] for axis in varied})
+
+
+def _places(study: Study) -> dict[str, int]:
+    """Every place, and how many models of each size are planned there."""
+    seeds: dict[str, set[Any]] = {}
+    for line in study.lines:
+        seeds.setdefault(_place(study, line), set()).add(line.axes.get(SEED))
+    return {place: len(own) for place, own in seeds.items()}
+
+
+def _parameters(study: Study) -> dict[Any, int]:
+    """The decoder's parameters by place of the ladder's axis, smallest first.
+
+    Raises ValueError where a line is not on that axis, and where none is at `predict`.
+    """
+    assert study.ladder is not None, "asked of ladders only"
+    axis, found = study.ladder.axis, {}
+    for line in study.lines:
+        if axis not in line.axes:
+            raise ValueError(f"line {line.name!r} has no place on {axis!r}, the ladder's axis")
+        found[line.axes[axis]] = line.result.of.model.decoder.num_parameters
+    if study.ladder.predict not in found:
+        raise ValueError(
+            f"ladder predicts {axis} {study.ladder.predict:g}, where no line is; there are "
+            f"{', '.join(map(str, found))}"
+        )
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def _losses(study: Study, ledger: Ledger) -> dict[str, Values]:
+    """Held-out losses by source and stage; those of fine-tuning where it is of its own source."""
+    found: dict[str, Values] = {}
+    for line in study.lines:
+        for kind, part in parts_of(line.result).items():
+            if kind not in AFTER or not ledger.is_done(part.stage):
+                continue
+            for source, held in ledger.result(part.stage, TrainingResult).held_out.items():
+                if held.loss is not None:
+                    title = f"loss on held-out {source}, {AFTER[kind]}"
+                    _put(found.setdefault(title, {}), study, line, held.loss)
+    return found
+
+
+def _scores(study: Study, rows: Sequence[LineRow], column: str) -> Values:
+    by_name = {row.name: row for row in rows if row.role == "line"}
+    found: Values = {}
+    for line in study.lines:
+        value = by_name[line.name].values[column]
+        if value is not None:
+            _put(found, study, line, value)
+    return found
+
+
+def _put(values: Values, study: Study, line: Line, value: float) -> None:
+    size = line.result.of.model.decoder.num_parameters
+    at = values.setdefault(_place(study, line), {}).setdefault(size, {})
+    at[line.axes.get(SEED)] = value
+
+
+def _changed(values: Values, first: str, other: str) -> dict[int, dict[Any, float]]:
+    """Other less first by size, for the seeds that have both."""
+    one, two = values.get(first, {}), values.get(other, {})
+    return {
+        size: {seed: value - one[size][seed] for seed, value in own.items() if seed in one[size]}
+        for size, own in two.items()
+        if size in one
+    }
+
+
+# ------------------------------------------------------------------------------------- exhibits
+
+
+def ladder_grid(study: Study, laws: Sequence[Laws]) -> Grid:
+    """Every rung: what was measured, what the law tells, whether a left-out size lies inside."""
+    heads = ("what", "place", "parameters", "models", "measured", "law", "95 % interval", "inside")
+    rows = tuple(
+        (
+            law.title,
+            rung.place or "–",
+            f"{rung.parameters:,}" + (", left out" if rung.predicted else ""),
+            str(len(rung.values)),
+            _measured(law, rung),
+            "–" if rung.told is None else law.number(rung.told.value),
+            _interval(law, rung),
+            {None: "–", True: "yes", False: "no"}[rung.inside],
+        )
+        for law in laws
+        for rung in law.rungs
+    )
+    note = (
+        "measured: mean ± standard deviation over seeds; losses in nats, scores in points; the "
+        "interval is that of a mean of so many further models, and told of the size that no law "
+        "was fitted to"
+    )
+    return Grid(f"{study.name}: sizes", heads, rows, (note,))
+
+
+def ladder_records(laws: Sequence[Laws]) -> list[dict[str, Any]]:
+    """The rungs with all digits."""
+    return [
+        {
+            "what": law.title,
+            "place": rung.place,
+            "parameters": rung.parameters,
+            "left_out": rung.predicted,
+            "n": len(rung.values),
+            "mean": rung.mean,
+            "sd": stdev(rung.values) if len(rung.values) > 1 else None,
+            "law": rung.told and rung.told.value,
+            "low": rung.told and rung.told.low,
+            "high": rung.told and rung.told.high,
+            "inside": rung.inside,
+        }
+        for law in laws
+        for rung in law.rungs
+    ]
+
+
+def _measured(law: Laws, rung: Rung) -> str:
+    if rung.mean is None:
+        return "missing"
+    if len(rung.values) < 2:
+        return law.number(rung.mean)
+    spread = stdev(rung.values)
+    return f"{law.number(rung.mean)} ± " + (
+        points(spread) if law.unit == "points" else f"{spread:.4f}"
+    )
+
+
+def _interval(law: Laws, rung: Rung) -> str:
+    if rung.told is None or not rung.predicted:
+        return "–"
+    return f"{law.number(rung.told.low)} to {law.number(rung.told.high)}"
+
+
+def ladder_figure(laws: Sequence[Laws]) -> dict[str, bytes]:
+    """A panel a law: means with their spread, the law, and the left-out size's interval, hollow."""
+    columns = min(GRID_COLUMNS, len(laws))
+    lines = -(-len(laws) // columns)
+    with matplotlib.rc_context(SMALL):
+        figure = Figure(figsize=(max(3.4 * columns, 4.2), 2.9 * lines))
+        for number, law in enumerate(laws):
+            axes = figure.add_subplot(lines, columns, number + 1)
+            _draw(axes, law)
+        figure.supxlabel("decoder parameters", fontsize=10)
+        return saved(figure)
+
+
+def _draw(axes: Axes, law: Laws) -> None:
+    scale = 100 if law.unit == "points" else 1
+    sizes = sorted({rung.parameters for rung in law.rungs})
+    along = np.geomspace(sizes[0], sizes[-1], 60)
+    for number, place in enumerate(dict.fromkeys(rung.place for rung in law.rungs)):
+        colour = SERIES[number % len(SERIES)]
+        if place in law.curves:
+            told = [scale * law.curves[place](float(size)) for size in along]
+            axes.plot(along, told, color=colour, linewidth=1.2, label=place or None)
+        for rung in (one for one in law.rungs if one.place == place):
+            if rung.predicted and rung.told is not None:
+                ends = [
+                    [scale * (rung.told.value - rung.told.low)],
+                    [scale * (rung.told.high - rung.told.value)],
+                ]
+                axes.errorbar(
+                    [rung.parameters],
+                    [scale * rung.told.value],
+                    yerr=ends,
+                    fmt="o",
+                    color=colour,
+                    markerfacecolor=PAPER,
+                    capsize=4,
+                    markersize=7,
+                )
+            if rung.mean is not None:
+                spread = scale * stdev(rung.values) if len(rung.values) > 1 else None
+                axes.errorbar(
+                    [rung.parameters],
+                    [scale * rung.mean],
+                    yerr=spread,
+                    fmt="o",
+                    color=colour,
+                    markersize=4,
+                    elinewidth=0.8,
+                    capsize=2,
+                )
+    if law.signs:
+        axes.axhline(0, color=MUTED, linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xticks(sizes)
+    axes.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.tick_params(length=0)
+    axes.set_title(law.title.replace(", after", ",\nafter").replace(": ", ":\n"), fontsize=8)
+    axes.set_ylabel(law.unit)
+    if len(law.curves) > 1:
+        axes.legend(fontsize=7)
+
+
+# ----------------------------------------------------------------------------------------- price
+
+
+@dataclass(frozen=True)
+class SizesPrice:
+    """FLOPs, and hours on this machine (None where not all is measured), of a ladder's stages.
+
+    `fitted`: those that only sizes of the fit use; `predicted`: those of the left-out size alone;
+    `shared`: those of both.
+    """
+
+    predict: float
+    flops: dict[str, float]
+    hours: dict[str, float]
+
+    def sentence(self, gpu_hours: Callable[[float], float]) -> str:
+        """The two sums, what is shared, and their times."""
+        words = {
+            "fitted": "for the sizes that laws are fitted to",
+            "predicted": f"for size {self.predict:g}, which they predict",
+            "shared": "for what both use",
+        }
+        parts = []
+        for key, what in words.items():
+            here = self.hours[key]
+            time = f", {duration(3600 * here)} of one process here" if here else ""
+            flops = self.flops[key]
+            number = f"{quantity(flops)}{'' if flops >= 1e3 else ' '}FLOPs"
+            parts.append(f"{number} ({gpu_hours(flops):,.2g} GPU-hours{time}) {what}")
+        return f"ladder: {'; '.join(parts)}"
+
+
+def sizes_price(study: Study, plan: Plan, hours: Mapping[str, float]) -> SizesPrice | None:
+    """What the ladder costs, and the size that it predicts apart; None for a study without one."""
+    if study.ladder is None:
+        return None
+    axis, predict = study.ladder.axis, study.ladder.predict
+    left_out = {line.name for line in study.lines if line.axes[axis] == predict}
+    own = {line.name for line in study.lines} - left_out
+    flops = dict.fromkeys(("fitted", "predicted", "shared"), 0.0)
+    time = dict(flops)
+    for row in plan.rows:
+        users = {name.removeprefix(f"{study.name}: ") for name in row.lines}
+        key = (
+            "shared"
+            if users & own and users & left_out
+            else ("predicted" if users & left_out else "fitted")
+        )
+        if users & (own | left_out):
+            flops[key] += row.cost.flops or 0.0
+            time[key] += hours.get(row.stage.name, 0.0)
+    return SizesPrice(predict, flops, time)
