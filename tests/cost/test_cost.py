@@ -343,7 +343,7 @@ def test_evaluations_cost_more_with_more_questions_and_when_asked_blind(
         assert found is not None
         return found
 
-    assert flops(limit=10) < flops(limit=20) < flops(limit=200) == flops(limit=None)
+    assert flops(limit=10) < flops(limit=20) < flops(limit=500) == flops(limit=None)
     assert flops(blind=False) < flops(blind=True)
 
 

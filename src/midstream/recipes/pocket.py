@@ -187,6 +187,7 @@ def pocket_scale(
                 num_text_items=few(2_000, 20),
             ),
             tokenizer=TOKENIZER,
+            expected=_POCKET_EXPECTED if shrink == 1.0 and not alt_texts else (),
         )
 
     def scale(data: Prepare, captions: dict[str, CaptionSet]) -> Scale:
@@ -242,24 +243,24 @@ _POCKET_EXPECTED = (
     ExpectedSource(
         name="web",
         kind="text",
-        num_examples=14_000,
-        num_tokens=1_466_404,
-        num_targets=1_452_404,
+        num_examples=30_000,
+        num_tokens=1_991_183,
+        num_targets=1_961_183,
     ),
     ExpectedSource(
         name="pictures",
         kind="caption",
-        num_examples=6_000,
-        num_images=6_000,
-        num_tokens=178_578,
-        num_targets=172_578,
+        num_examples=20_000,
+        num_images=20_000,
+        num_tokens=226_660,
+        num_targets=206_660,
     ),
     ExpectedSource(
         name="talks",
         kind="instruct",
         num_examples=_CONVERSATIONS,
         num_images=_CONVERSATIONS,
-        num_tokens=208_260,
-        num_targets=40_512,
+        num_tokens=83_892,
+        num_targets=16_870,
     ),
 )
