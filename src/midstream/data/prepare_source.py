@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from midstream.core.digests import walk
 from midstream.core.storage import read_json, remove_leftovers, write_bytes, write_json
+from midstream.data.columns import SHARD_INDEX
 from midstream.data.examples import TextCodec
 from midstream.data.formats.files import is_url, name_some, refuse_twins
 from midstream.data.formats.records import ReadOptions, Section, Unit
@@ -38,7 +39,7 @@ from midstream.data.shard_state import (
 )
 from midstream.data.shards import Ended, make_shard, units_of
 from midstream.data.source_writer import finish_source
-from midstream.data.sources import INDEX, SHARD_INDEX
+from midstream.data.sources import INDEX
 
 Progress = Callable[[float, str], None]
 # So many rejects, and more than the limit allows of what was read, end a preparation early.

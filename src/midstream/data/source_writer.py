@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from midstream.core.storage import MANIFEST, read_json, write_bytes, write_json
-from midstream.data.examples import Example
-from midstream.data.lengths import caption_facts, length_facts
-from midstream.data.sources import (
-    FORMAT,
-    INDEX,
+from midstream.core.storage import MANIFEST, read_json, remove_folder, write_bytes, write_json
+from midstream.data.columns import (
+    COLUMNS,
+    MOST_SEPARATE,
     OWN_PICTURES,
     SHARD_INDEX,
-    Kind,
     Shard,
-    content_hash,
+    join_columns,
 )
+from midstream.data.examples import Example
+from midstream.data.lengths import caption_facts, length_facts
+from midstream.data.sources import FORMAT, INDEX, Kind, content_hash
 
 REJECTS = "rejects.jsonl"
 # A longer text is stored in parts of this many tokens, each an example: what is shuffled, and what
@@ -285,9 +285,14 @@ def finish_source(
     for split in ("train", "validation"):
         keys = ("examples", "tokens", "images")
         summary[split] = {key: sum(shard[split][key] for shard in shards) for key in keys}
-    made = [Shard(folder / "shards" / shard["name"]) for shard in shards]
-    summary |= length_facts(made) | caption_facts(made)
+    # One after the other: what each of them maps goes with it.
+    folders = [folder / "shards" / shard["name"] for shard in shards]
+    summary |= length_facts(map(Shard, folders)) | caption_facts(map(Shard, folders))
     summary["captions"]["left_out"] = left_out
+    remove_folder(folder / COLUMNS)
+    if len(shards) > MOST_SEPARATE:
+        join_columns(folder, shards)
+        summary["joined_columns"] = True
     write_json(folder / INDEX, summary | {"shards": shards})
     return summary
 
