@@ -178,11 +178,12 @@ def _start(job: Job, shared: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # One process a core is what `workers` asks for.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=leave_with_parent, daemon=True).start()
     _own.update(job=job, shared=shared, codec=TextCodec.from_file(job.tokenizer_file))
 
 
-def _leave_with_parent() -> None:
+def leave_with_parent() -> None:
+    """End this process of a pool when the one that started it has ended."""
     # The pool's queues stay open in its workers: they would wait for ever for a killed parent.
     parent = multiprocessing.parent_process()
     assert parent is not None
