@@ -27,9 +27,8 @@ from filelock import FileLock, Timeout
 from pyarrow import parquet
 
 from midstream.core.storage import (
-    finish_folder,
     read_json,
-    seal,
+    remove_folder,
     start_folder,
     write_bytes,
     write_json,
@@ -47,6 +46,7 @@ from midstream.data.uids import (
     PICTURES,
     UID,
     count_up,
+    in_groups,
     match_partition,
     matched_rows,
     notes_of,
@@ -59,7 +59,7 @@ SIDES: tuple[Side, ...] = ("pictures", "captions")
 Progress = Callable[[float, str], None]
 REPORT = ".join.json"
 # Archives of a run, and those whose samples make up a partition.
-RUN_TARS, PARTITION_TARS, MOST_PARTITIONS = 16, 64, 4096
+RUN_TARS, PARTITION_TARS, MOST_PARTITIONS = 16, 16, 4096
 NUM_LISTED = 5
 PLACES = pa.schema(
     [
@@ -173,13 +173,12 @@ def _run(join: Join, stamp: str, workers: int, progress: Progress) -> dict[str, 
         )
     temporary = start_folder(join.out)
     try:
-        entries: dict[str, dict[str, Any]] = {}
         tables = [(temporary, number) for number in range(num_parts)]
         told = partial(_third, progress, 2, "writing tables")
-        for sealed in _all(write_tables, join, tables, workers, told):
-            entries |= sealed
+        _all(write_tables, join, tables, workers, told)
         write_json(temporary / REPORT, {"stamp": stamp, "counts": counts})
-        finish_folder(temporary, join.out, entries)
+        remove_folder(join.out)
+        temporary.replace(join.out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(join.work)
@@ -243,8 +242,8 @@ def index_run(join: Join, side: Side, number: int) -> None:
         write_bytes(places, sink.getvalue())
     rows = _table(keys, PICTURES if side == "pictures" else CAPTIONS)
     uids = rows["uid"].combine_chunks()
-    groups = partition_of(uids, join.num_partitions) if len(rows) else np.zeros(0, np.int64)
-    write_run(path, rows, groups, join.num_partitions, {**counts, "states": states})
+    order, sizes = in_groups(partition_of(uids, join.num_partitions), join.num_partitions)
+    write_run(path, rows.take(pa.array(order)), sizes, {**counts, "states": states})
 
 
 def _table(rows: Sequence[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
@@ -287,13 +286,12 @@ def match_uids(join: Join, partition: int) -> None:
     match_partition(join.matched[partition], partition, num_parts, runs)
 
 
-def write_tables(join: Join, folder: Path, part: int) -> dict[str, dict[str, Any]]:
-    """Write the table of each archive of a part of the pictures; returns the files' entries."""
+def write_tables(join: Join, folder: Path, part: int) -> None:
+    """Write the table of each archive of a part of the pictures that has rows."""
     found = matched_rows(join.matched, part)
     places = parquet.read_table(join.work / "places" / f"{part:06d}.arrow").take(found["row"])
     rows = places.append_column("syn.json", found["syn.json"]).combine_chunks()
     files = np.array(rows["file"].to_pylist(), dtype=object)
-    names = []
     for number, file in enumerate(join.tars("pictures", part)):
         mine = rows.filter(pa.array(files == file, pa.bool_()))
         if not len(mine):
@@ -302,9 +300,7 @@ def write_tables(join: Join, folder: Path, part: int) -> dict[str, dict[str, Any
         mine = mine.set_column(0, "file", pa.array([name] * len(mine), pa.string()))
         sink = pa.BufferOutputStream()
         parquet.write_table(mine.replace_schema_metadata({JOINED_ROOT: join.root}), sink)
-        names.append(f"{part * RUN_TARS + number:06d}.parquet")
-        write_bytes(folder / names[-1], sink.getvalue())
-    return seal(folder, names)
+        write_bytes(folder / f"{part * RUN_TARS + number:06d}.parquet", sink.getvalue())
 
 
 def _third(progress: Progress, number: int, what: str, done: int, total: int) -> None:

@@ -34,20 +34,21 @@ def partition_of(uids: pa.Array, number: int) -> np.ndarray:
     return ((mixed >> np.uint64(32)) * np.uint64(number) >> np.uint64(32)).astype(np.int64)
 
 
-def write_run(
-    path: Path, rows: pa.Table, groups: np.ndarray, number: int, notes: Mapping[str, Any]
-) -> None:
-    """Write rows, group by group of `number`, in their order; `notes` are kept as text."""
-    order = np.argsort(groups, kind="stable")
-    ends = np.cumsum(np.bincount(groups, minlength=number))
-    batch = rows.take(pa.array(order)).combine_chunks()
+def in_groups(groups: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """The order that puts rows by their group, of `number`, and how many each has."""
+    return np.argsort(groups, kind="stable"), np.bincount(groups, minlength=number)
+
+
+def write_run(path: Path, rows: pa.Table, sizes: np.ndarray, notes: Mapping[str, Any]) -> None:
+    """Write rows that are in the order of their groups; `notes` are kept as text."""
     schema = rows.schema.with_metadata({key: str(value) for key, value in notes.items()})
-    sink = pa.BufferOutputStream()
+    rows, empty = rows.combine_chunks(), pa.RecordBatch.from_pylist([], rows.schema)
+    sink, first = pa.BufferOutputStream(), 0
     with ipc.new_file(sink, schema) as writer:
-        for first, last in zip(np.concatenate([[0], ends[:-1]]), ends, strict=True):
-            part = batch.slice(int(first), int(last - first)).combine_chunks().to_batches()
-            empty = pa.RecordBatch.from_pylist([], rows.schema)
-            writer.write_batch(part[0] if part else empty)
+        for size in sizes.tolist():
+            batches = rows.slice(first, size).to_batches()
+            writer.write_batch(batches[0] if batches else empty)
+            first += size
     write_bytes(path, sink.getvalue())
 
 
@@ -69,8 +70,10 @@ def read_group(paths: Sequence[Path], group: int, schema: pa.Schema) -> pa.Table
     return pa.Table.from_batches(batches, schema).combine_chunks()
 
 
-def join_partition(pictures: pa.Table, captions: pa.Table) -> tuple[pa.Table, dict[str, int]]:
-    """Pictures (`PICTURES`) with their captions: `part`, `row`, `syn.json`; and what was lost.
+def join_partition(
+    pictures: pa.Table, captions: pa.Table
+) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """Rows of pictures, the rows of their captions, and what was lost.
 
     The first of equal uids on either side stands for all of them.
     """
@@ -93,9 +96,7 @@ def join_partition(pictures: pa.Table, captions: pa.Table) -> tuple[pa.Table, di
         "joined": len(rows),
         "joined without a sha256 to compare": int(unknown[~differs].sum()),
     }
-    found = pictures.select(["part", "row"]).take(pa.array(rows))
-    text = captions["syn.json"].take(pa.array(at[~differs]))
-    return found.append_column("syn.json", text), lost
+    return rows, at[~differs], lost
 
 
 def _firsts(uids: pa.Array) -> np.ndarray:
@@ -114,8 +115,13 @@ def match_partition(
         return
     pictures = read_group(runs["pictures"], partition, PICTURES)
     captions = read_group(runs["captions"], partition, CAPTIONS)
-    found, lost = join_partition(pictures, captions)
-    write_run(path, found.drop(["part"]), found["part"].to_numpy(), num_parts, lost)
+    rows, at, lost = join_partition(pictures, captions)
+    order, sizes = in_groups(pictures["part"].to_numpy()[rows], num_parts)
+    found = [
+        pictures["row"].take(pa.array(rows[order])),
+        captions["syn.json"].take(pa.array(at[order])),
+    ]
+    write_run(path, pa.table(found, schema=MATCHED), sizes, lost)
 
 
 def matched_rows(runs: Sequence[Path], part: int) -> pa.Table:
