@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from uuid import UUID
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -65,6 +66,21 @@ def test_pictures_get_their_own_and_five_synthetic_captions(
         assert record.picture.file.startswith(str(tmp_path / "p"))
         assert record.where.startswith(str(tmp_path / "p"))
     assert [item.name for item in tmp_path.iterdir() if item.name.startswith(".")] == []
+
+
+def test_sets_at_urls_are_joined_and_read_there(tmp_path: Path) -> None:
+    write_sets(tmp_path, [[1, 2], [3]], [[3, 1, 2]])
+    system = fsspec.filesystem("memory")
+    for file in tmp_path.rglob("*.tar"):
+        system.pipe_file(f"/joining/{file.relative_to(tmp_path)}", file.read_bytes())
+        file.unlink()
+    places = ("memory://joining/p", "memory://joining/s/*.tar")
+    join_captions(*places, tmp_path / "out", workers=1, progress=lambda done, note: None)
+    records = read(str(tmp_path / "out"))
+    system.rm("/joining", recursive=True)
+    assert [r.picture.data for r in records if isinstance(r, CaptionRecord)] == [
+        picture(number) for number in (1, 2, 3)
+    ]
 
 
 def test_what_is_lost_is_counted_on_each_side(tmp_path: Path) -> None:

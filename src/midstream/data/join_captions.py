@@ -34,7 +34,7 @@ from midstream.core.storage import (
     write_json,
 )
 from midstream.data.formats.captions import json_object
-from midstream.data.formats.files import find_files, is_url, name_some, size_of
+from midstream.data.formats.files import find_files, folder_of, is_url, name_some, size_of
 from midstream.data.formats.read_captions import JOINED_ROOT, original_caption
 from midstream.data.formats.records import PICTURES as SUFFIXES
 from midstream.data.formats.records import ReadOptions, Sample, samples_of
@@ -188,12 +188,10 @@ def _run(join: Join, stamp: str, workers: int, progress: Progress) -> dict[str, 
 def _join_of(pictures: str, captions: str, out: Path) -> Join:
     shown = pictures if is_url(pictures) else os.path.abspath(pictures)
     told = captions if is_url(captions) else os.path.abspath(captions)
-    root = shown
-    while not is_url(root) and not os.path.isdir(root):
-        root = os.path.dirname(root)
-    if is_url(root):
-        root = re.split(r"[*?[]", root)[0].rpartition("/")[0] if root.endswith(".tar") else root
     files = [tuple(find_files(source, (".tar",))) for source in (shown, told)]
+    # The folder that all pictures are under; `commonpath` would change the slashes of a URL.
+    folders = os.path.commonprefix([f"{folder_of(file)}/" for file in files[0]])  # noqa: RUF071
+    root = folders.rpartition("/")[0]
     return Join(files[0], files[1], root, out)
 
 
@@ -296,7 +294,7 @@ def write_tables(join: Join, folder: Path, part: int) -> None:
         mine = rows.filter(pa.array(files == file, pa.bool_()))
         if not len(mine):
             continue
-        name = os.path.relpath(file, join.root) if not is_url(file) else file[len(join.root) + 1 :]
+        name = file[len(join.root) + 1 :]
         mine = mine.set_column(0, "file", pa.array([name] * len(mine), pa.string()))
         sink = pa.BufferOutputStream()
         parquet.write_table(mine.replace_schema_metadata({JOINED_ROOT: join.root}), sink)
