@@ -312,7 +312,7 @@ def _most_files() -> int:
     most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    return max(most // 2, most - 4096)
+    return max(most // 2, most - 1024)
 
 
 SHARDS = Kept[int, Shard](MOST_MAPS)
