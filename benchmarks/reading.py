@@ -1,6 +1,6 @@
 """Reading rows and pictures: Midstream's prepared sources against `webdataset` over the same data.
 
-Three comparisons, seconds of CPU time in one process, both sides in turns, medians of the rounds:
+Four comparisons, seconds of CPU time in one process, both sides in turns, medians of the rounds:
 
 tokens   rows of 2,048 tokens in shuffled order, from OpenLM's tokenised shards (tar members, each
          a gzipped or plain JSON list of 2,049 ids; a shuffle buffer of 1,000) and from the source
@@ -8,6 +8,8 @@ tokens   rows of 2,048 tokens in shuffled order, from OpenLM's tokenised shards 
 records  picture bytes and caption, from a WebDataset tar and from the source over that tar
 rows     whole image rows: decoded, letterboxed, normalised pixels and the caption's ids, by
          webdataset, Pillow and `tokenizers`, and by Midstream's dataset
+shards   the ids and the picture bytes of an example in random order, from a source of one shard and
+         archive and from one of `--shards`, of as many examples of 50 kB
 
 Pictures are generated unless `--tars` names WebDataset shards of your own.
 """
@@ -275,6 +277,46 @@ def normalised(square: Pillow.Image) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
+def sharded(folder: Path, shards: int, total: int) -> Source:
+    """A source of so many shards, each with an archive of its own, of bytes by chance."""
+    random, ids, size, each = np.random.default_rng(0), np.arange(20), 50_000, total // shards
+    (folder / "archives").mkdir(parents=True)
+    for number in range(shards):
+        data = random.bytes(512 + each * size)
+        (folder / f"archives/{number}").write_bytes(data)
+        path = folder / "s/shards" / f"{number:06d}"
+        writer = ShardWriter(path, kind="caption", dtype="<u2", input_name=str(number))
+        for start in range(512, len(data), size):
+            place = Image(f"archives/{number}", start, size)
+            content = data[start : start + size]
+            writer.add(ids, np.ones(20), name=str(start), content=content, image=place)
+        writer.close()
+    finish_source(folder / "s", tokenizer_digest="", vocab_size=50_000, root=str(folder))
+    return Source("s", folder / "s")
+
+
+def many_shards(folder: Path, shards: int, rounds: int) -> None:
+    """A random read of one shard and of many; each round has an order of its own."""
+    random, total = np.random.default_rng(0), shards
+    sources = {n: sharded(folder / str(n), n, total) for n in (1, shards)}
+
+    def read(source: Source) -> int:
+        for example in random.permutation(total).tolist():
+            source.input_ids(example)
+            source.image_bytes(example)
+        return total
+
+    sides = {str(n): partial(read, source) for n, source in sources.items()}
+    seconds_each(sides, 1)  # opens what stays open
+    times = seconds_each(sides, rounds)
+    one, many = times["1"] * 1e6, times[str(shards)] * 1e6
+    print(
+        f"ids and picture bytes of a random example\n  one shard{one:45.1f} us\n"
+        f"  {shards:,} shards{many:40.1f} us   ratio {many / one:.2f}; "
+        f"{len(list(Path('/proc/self/fd').iterdir())):,} files open"
+    )
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -282,6 +324,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=300)
     parser.add_argument("--tars", type=Path, nargs="+", help="WebDataset shards with JPEGs")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shards", type=int, default=500, help="of the last comparison")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -296,6 +339,7 @@ def main() -> None:
         print(f"{len(source):,} pictures of {each / 1000:.0f} kB")
         records(source, tars, options.rounds)
         image_rows(source, tars, codec, max(1, options.rounds // 2))
+        many_shards(folder / "many", options.shards, options.rounds)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from made_world import CAPTIONS, samples, write_tar
 
 from midstream.core.storage import read_json, verify
 from midstream.data import shards as prepare_records
+from midstream.data import source_writer
 from midstream.data.formats.records import CaptionRecord, Picture, ReadOptions, TextRecord
 from midstream.data.source_writer import Reject
 from midstream.data.sources import Source
@@ -71,6 +72,19 @@ def test_a_second_run_finds_nothing_to_do(tmp_path: Path) -> None:
     assert first.pop("shards") == {"kept": 0, "new": 3}
     assert second.pop("shards") == {"kept": 3, "new": 0}
     assert first == second
+
+
+def test_a_source_of_many_shards_gets_joined_columns_when_prepared_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = write_texts(tmp_path / "in", 3, 4), tmp_path / "out"
+    first = run("text", source, out)
+    monkeypatch.setattr(source_writer, "MOST_SEPARATE", 2)
+    second = run("text", source, out)
+    assert second["shards"] == {"kept": 3, "new": 0}
+    assert second["fingerprint"] == first["fingerprint"]
+    assert (out / "columns/offsets.npy").is_file()
+    assert second["joined_columns"]
 
 
 @pytest.mark.parametrize("change", ["other text", "touched", "longer"])

@@ -1,6 +1,8 @@
 """Prepared sources: what is written is read back, split and in shards, and damage is noticed."""
 
+import gc
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -15,8 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import make_source, png, supervised
 
+import tiny
 from midstream.config import Epochs, Rows
 from midstream.core.storage import read_json
+from midstream.data import columns, source_writer, sources
+from midstream.data.examples import Example
+from midstream.data.images import load_pixels
 from midstream.data.rows import plan_rows
 from midstream.data.source_writer import (
     MAX_TEXT_TOKENS,
@@ -306,3 +312,109 @@ def test_a_lost_file_of_a_source_is_an_error_and_not_a_source_without_it(
     (source.folder / "shards/000000" / file).unlink()
     with pytest.raises(FileNotFoundError, match=file):
         _ = supervised(source, 0) if file == "supervised.bin" else source.image_bytes(0)
+
+
+@given(
+    shards=st.lists(EXAMPLES, min_size=3, max_size=5),
+    kind=st.sampled_from(["text", "caption", "instruct"]),
+    validation=st.sampled_from([0.0, 0.5]),
+)
+@settings(max_examples=15, deadline=None)
+def test_joined_columns_say_what_those_of_the_shards_do(
+    shards: list[list[tuple[list[int], str]]], kind: Kind, validation: float
+) -> None:
+    with TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        folder = Path(name)
+        patch.setattr(source_writer, "MOST_SEPARATE", 2)
+        written = write(folder, kind, "<u2", shards, validation, 0)
+        assert read_json(folder / "s/source.json")["joined_columns"]
+        for shard in (folder / "s/shards").iterdir():
+            for column in shard.glob("*.npy"):
+                column.unlink()
+        seen = sum(check_split(folder, kind, split, written) for split in ("train", "validation"))
+        assert seen == sum(len(examples) for examples in written)
+
+
+def test_joined_columns_hold_captions_of_unequal_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, lengths in enumerate(([3, 1], [], [2])):
+        writer = ShardWriter(
+            tmp_path / f"s/shards/{number}", kind="caption", dtype="<u2", input_name="x"
+        )
+        made = [Example(np.arange(n), np.ones(n)) for n in lengths]
+        writer.add(np.arange(4), np.ones(4), name="", content=b"x", synthetic=made)
+        writer.close()
+    apart = finish_source(tmp_path / "s", tokenizer_digest="t", vocab_size=9, root="")
+    monkeypatch.setattr(source_writer, "MOST_SEPARATE", 2)
+    joined = finish_source(tmp_path / "s", tokenizer_digest="t", vocab_size=9, root="")
+    assert joined == apart | {"joined_columns": True}
+    source, every = Source("s", tmp_path / "s"), np.arange(3)
+    assert source.num_synthetic(every).tolist() == [2, 0, 1]
+    sizes = [source.sizes_of(every, np.full(3, caption))[:, 0].tolist() for caption in range(3)]
+    assert sizes == [[4, 4, 4], [3, 0, 2], [1, 0, 0]]
+    assert source.before(np.arange(4), 1)[:, 0].tolist() == [0, 3, 3, 5]
+    assert source.input_ids(2, caption=1).tolist() == [0, 1]
+
+
+def many_archives(folder: Path, number: int) -> Source:
+    """A source of so many shards, each with two pictures of an archive of its own."""
+    for shard in range(number):
+        (folder / f"{shard}.tar").write_bytes(b"head" + png(shard) + png(shard + 1))
+        writer = ShardWriter(
+            folder / f"s/shards/{shard:03d}", kind="caption", dtype="<u2", input_name="x"
+        )
+        offset = 4
+        for data in (png(shard), png(shard + 1)):
+            image = Image(f"{shard}.tar", offset, len(data))
+            offset += len(data)
+            writer.add(np.arange(3), np.ones(3), name=f"{shard}", content=data, image=image)
+        writer.close()
+    finish_source(folder / "s", tokenizer_digest="t", vocab_size=9, root=str(folder))
+    return Source("s", folder / "s")
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_what_is_open_is_bounded_however_many_shards_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joined: bool
+) -> None:
+    monkeypatch.setattr(source_writer, "MOST_SEPARATE", 1 if joined else 99)
+    monkeypatch.setattr(sources, "ARCHIVES", columns.Kept(3))
+    monkeypatch.setattr(sources, "SHARDS", columns.Kept(12))
+    source = many_archives(tmp_path, 20)
+    before = len(os.listdir("/proc/self/fd"))
+    for example in [*range(40), *range(39, -1, -1), *range(0, 40, 7)]:
+        assert source.image_bytes(example) == png((example + 1) // 2)
+        assert source.input_ids(example).tolist() == [0, 1, 2]
+        assert len(os.listdir("/proc/self/fd")) <= before + 3
+        maps = Path("/proc/self/maps").read_text().count(str(tmp_path / "s/shards"))
+        assert maps <= 12
+    del source
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_forked_processes_read_one_archive_side_by_side(tmp_path: Path) -> None:
+    source = many_archives(tmp_path, 2)
+    assert source.image_bytes(0) == png(0)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        found = pool.map(source.image_bytes, [0, 1, 2, 3] * 50, chunksize=5)
+    assert found == [png(0), png(1), png(1), png(2)] * 50
+
+
+def test_a_name_is_looked_up_only_where_something_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(tmp_path, "pics", "caption", [5], pictures=[0])
+    whole = (tmp_path / "world/0.png").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(columns.Shard, "name_of", None)
+        assert load_pixels(source, 0, tiny.ENCODER).shape[0] == 3
+    writer = ShardWriter(tmp_path / "b/shards/0", kind="caption", dtype="<u2", input_name="x")
+    (tmp_path / "cut.png").write_bytes(whole[:40])
+    image = Image("cut.png", 0, 40)
+    writer.add(np.arange(3), np.ones(3), name="the cut one", content=whole[:40], image=image)
+    writer.close()
+    finish_source(tmp_path / "b", tokenizer_digest="t", vocab_size=9, root=str(tmp_path))
+    with pytest.raises(ValueError, match="source 'b', the cut one: the picture cannot be decoded"):
+        load_pixels(Source("b", tmp_path / "b"), 0, tiny.ENCODER)

@@ -22,6 +22,7 @@ from midstream.cli import (
     Store,
     StudyName,
     Threads,
+    join_command,
     model_commands,
     run_commands,
     store_commands,
@@ -223,6 +224,11 @@ ALL_COMMANDS: dict[str, Callable[..., None]] = {
 for command_name, command_of in ALL_COMMANDS.items():
     app.command(command_name)(user_errors(command_of))
 
+
+join_app = typer.Typer(help="Join sets of data that belong together.", no_args_is_help=True)
+join_app.callback()(lambda: None)  # so that one command alone keeps its name
+join_app.command("captions")(user_errors(join_command.captions))
+app.add_typer(join_app, name="join")
 
 store_app = typer.Typer(
     help="What a store holds, which studies need it; delete and verify.", no_args_is_help=True

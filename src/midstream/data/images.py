@@ -57,7 +57,7 @@ def decode(data: bytes, where: str) -> Image.Image:
     names `where` if the bytes are no whole picture in one of `FORMATS`, it is too large (checked
     before decoding), or its numbers are not 8- or 16-bit colours.
     """
-    with _naming(where):
+    with _naming(lambda: where):
         return _rgb(_open(data))
 
 
@@ -79,6 +79,12 @@ def decode_pixels(
     `crop` first takes the middle of pictures longer than `MAX_STRIP` widths, which moves them by
     half a pixel at most. Raises ValueError as `decode` does.
     """
+    return _pixels(data, lambda: where, transform)
+
+
+def _pixels(
+    data: bytes, where: Callable[[], str], transform: ImageTransform
+) -> Float32[np.ndarray, "3 size size"]:
     with _naming(where):
         picture = _open(data)
         raster = _decode_jpeg(data, picture)
@@ -88,14 +94,14 @@ def decode_pixels(
 
 
 @contextmanager
-def _naming(where: str) -> Iterator[None]:
+def _naming(where: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except MemoryError:
         raise
     except Exception as error:
         raise ValueError(
-            f"{where}: the picture cannot be decoded ({error}); replace or remove this record"
+            f"{where()}: the picture cannot be decoded ({error}); replace or remove this record"
         ) from None
 
 
@@ -236,8 +242,8 @@ def load_pixels(
     source: Source, example: int, config: AnyEncoderConfig
 ) -> Float32[np.ndarray, "3 s s"]:
     """The picture of an example as the encoder takes it."""
-    data, where = source.image_bytes(example), source.describe(example)
-    return decode_pixels(data, where, config.transform)
+    # Its name stands behind those of all examples before it: it is looked up where it is needed.
+    return _pixels(source.image_bytes(example), lambda: source.describe(example), config.transform)
 
 
 def pack(

@@ -3,7 +3,7 @@
 Of an example too long for a row only its number and its excess are held in memory.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from midstream.config import Caption, Overflow
-from midstream.data.sources import Shard, Source
+from midstream.data.columns import Shard
+from midstream.data.sources import Source
 
 # Of such classes follows the sum of squared lengths in rows of any length within some thousandths.
 CLASSES_PER_DOUBLING = 4
@@ -29,36 +30,45 @@ def length_facts(shards: Iterable[Shard]) -> dict[str, Any]:
     return found.summary()
 
 
-def caption_facts(shards: Sequence[Shard]) -> dict[str, Any]:
+def caption_facts(shards: Iterable[Shard]) -> dict[str, Any]:
     """Of the training split: `captions`, how many examples have each kind.
 
     Where some have synthetic ones, `seen` is what plans count with: `num_tokens`, `num_targets` and
     `lengths` for "synthetic" (the first of each) and "random" (the mean of all), and the `longest`.
     """
-    number = sum(int(shard.index["train"]["examples"]) for shard in shards)
-    held = [shard for shard in shards if "synthetic" in shard.index]
-    parts = [shard.index["synthetic"]["train"] for shard in held]
+    number, parts = 0, list[dict[str, Any]]()
+    first, drawn = _Facts(), _Facts()
+    longest: dict[int, dict[str, Any]] = {}
+    for shard in shards:
+        examples = int(shard.index["train"]["examples"])
+        number += examples
+        if "synthetic" not in shard.index:
+            continue
+        parts.append(shard.index["synthetic"]["train"])
+        first.add(shard, 1, 1)
+        numbered = range(1, 1 + shard.num_synthetic)
+        rows = [shard.offsets_of(caption)[: examples + 1] for caption in numbered]
+        numbers = np.count_nonzero(np.diff(rows, axis=1), axis=0)
+        for caption in numbered:
+            drawn.add(shard, caption, 1 / np.maximum(numbers, 1))
+            mine = _longest(shard, caption)
+            longest[caption] = max(longest.get(caption, mine), mine, key=_tokens)
     lack = sum(part["examples"] - part["originals"] for part in parts)
     pictures = sum(part["pictures"] for part in parts)
     captions = {"original": number - lack, "synthetic": pictures}
     if not pictures:
         return {"captions": captions}
-    first, drawn = _Facts(), _Facts()
-    for shard in held:
-        first.add(shard, 1, 1)
-        end, numbered = int(shard.index["train"]["examples"]) + 1, range(1, 1 + shard.num_synthetic)
-        rows = [shard.offsets_of(caption)[:end] for caption in numbered]
-        numbers = np.count_nonzero(np.diff(rows, axis=1), axis=0)
-        for caption in numbered:
-            drawn.add(shard, caption, 1 / np.maximum(numbers, 1))
     seen = {"synthetic": first.summary(), "random": drawn.summary()}
     seen["synthetic"]["num_tokens"] = sum(part["tokens"][0] for part in parts)
     seen["random"]["num_tokens"] = sum(part["mean_tokens"] for part in parts)
-    seen["synthetic"]["longest"] = {"image": _longest(held, 1)}
-    most = max(shard.num_synthetic for shard in held)
-    every = [_longest(held, caption) for caption in range(1, 1 + most)]
-    seen["random"]["longest"] = {"image": max(every, key=lambda found: int(found["tokens"]))}
+    seen["synthetic"]["longest"] = {"image": longest[1]}
+    every = [longest[caption] for caption in sorted(longest)]
+    seen["random"]["longest"] = {"image": max(every, key=_tokens)}
     return {"captions": captions, "seen": seen}
+
+
+def _tokens(example: dict[str, Any]) -> int:
+    return int(example["tokens"])
 
 
 class _Facts:
@@ -96,16 +106,12 @@ class _Facts:
         return {"num_targets": round(self.targets), "lengths": lengths}
 
 
-def _longest(shards: Sequence[Shard], caption: int) -> dict[str, Any]:
+def _longest(shard: Shard, caption: int) -> dict[str, Any]:
     """Tokens and place of the longest of these captions, over both splits."""
-    best: tuple[int, Shard, int] = (0, shards[0], 0)
-    for shard in shards:
-        if caption <= shard.num_synthetic:
-            lengths = np.diff(shard.offsets_of(caption))
-            example = int(lengths.argmax())
-            best = max(best, (int(lengths[example]), shard, example), key=lambda found: found[0])
-    tokens, shard, example = best
-    return {"tokens": tokens, "where": f"{shard.name_of(example)}, synthetic caption {caption}"}
+    lengths = np.diff(shard.offsets_of(caption))
+    example = int(lengths.argmax())
+    where = f"{shard.name_of(example)}, synthetic caption {caption}"
+    return {"tokens": int(lengths[example]), "where": where}
 
 
 def _targets(shard: Shard, offsets: np.ndarray, lengths: np.ndarray, weights: np.ndarray) -> float:
@@ -281,7 +287,7 @@ def _cuts_of_shard(
     if not len(long):
         return Cuts(long, long)
     starts, kept = offsets[long], limits[long]
-    if shard.index["kind"] == "instruct":
+    if shard.kind == "instruct":
         # A reply ends where a token that is learnt has one that is not behind it.
         assert shard.supervised is not None
         learnt = shard.supervised[int(offsets[0]) : int(offsets[-1])] > 0

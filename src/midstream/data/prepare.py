@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from midstream.config import PocketWorld, PublicFolder, SmallReal, TokenizerFile, TrainedTokenizer
 from midstream.core.identity import file_sha256, source_digest, source_folders, text_column
 from midstream.core.storage import new_folder, write_bytes
+from midstream.data.columns import Shard
 from midstream.data.examples import END_OF_TEXT, SEPARATOR, TextCodec
 from midstream.data.formats.records import (
     CaptionRecord,
@@ -21,7 +22,7 @@ from midstream.data.formats.records import (
 from midstream.data.lengths import caption_facts, length_facts
 from midstream.data.prepare_source import Progress, canonical_tokenizer, prepare_source
 from midstream.data.shards import read_unit, units_of
-from midstream.data.sources import INDEX, Shard, Source
+from midstream.data.sources import INDEX, Source
 from midstream.worlds.pocket_world import write_pocket_world
 from midstream.worlds.small_real import write_small_real
 
@@ -225,8 +226,8 @@ def _summary(source: Source) -> dict[str, Any]:
     counted: dict[str, Any] = {name: index[name] for name in names if name in index}
     if len(counted) < len(names):
         # Prepared before the index said so: its columns do.
-        shards = [Shard(source.folder / "shards" / shard["name"]) for shard in index["shards"]]
-        counted = length_facts(shards) | caption_facts(shards)
+        folders = [source.folder / "shards" / shard["name"] for shard in index["shards"]]
+        counted = length_facts(map(Shard, folders)) | caption_facts(map(Shard, folders))
     train, validation = index["train"], index["validation"]
     return {
         "source": source.name,

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from midstream.core.digests import walk
 from midstream.core.storage import read_json, remove_leftovers, write_bytes, write_json
+from midstream.data.columns import SHARD_INDEX
 from midstream.data.examples import TextCodec
 from midstream.data.formats.copies import refuse_twin_samples, refuse_twins
 from midstream.data.formats.files import is_url, name_some
@@ -39,8 +40,8 @@ from midstream.data.shard_state import (
     wanted_shards,
 )
 from midstream.data.shards import Ended, make_shard, units_of
-from midstream.data.source_writer import finish_source
-from midstream.data.sources import INDEX, SHARD_INDEX
+from midstream.data.source_writer import finish_source, lacks_columns
+from midstream.data.sources import INDEX
 
 Progress = Callable[[float, str], None]
 # So many rejects, and more than the limit allows of what was read, end a preparation early.
@@ -179,11 +180,12 @@ def _start(job: Job, shared: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # One process a core is what `workers` asks for.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=leave_with_parent, daemon=True).start()
     _own.update(job=job, shared=shared, codec=TextCodec.from_file(job.tokenizer_file))
 
 
-def _leave_with_parent() -> None:
+def leave_with_parent() -> None:
+    """End this process of a pool when the one that started it has ended."""
     # The pool's queues stay open in its workers: they would wait for ever for a killed parent.
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -266,7 +268,7 @@ def prepare_source(
         if not (job.tokenizer_file.is_file() and job.tokenizer_file.read_bytes() == tokenizer):
             write_bytes(job.tokenizer_file, tokenizer)
         _make(job, wanted, todo, workers, max_reject_fraction, progress)
-        if not (out / INDEX).is_file():
+        if not (out / INDEX).is_file() or lacks_columns(read_json(out / INDEX)):
             finish_source(
                 out,
                 tokenizer_digest=job.tokenizer,

@@ -19,12 +19,13 @@ import fsspec
 
 from midstream.core.digests import PACKED, TEXT_SUFFIXES, is_note
 from midstream.core.storage import MANIFEST, read_json
+from midstream.data.columns import SHARD_INDEX
 from midstream.data.formats import conversations, read_captions
 from midstream.data.formats.files import base_name, is_url, name_some, shown_files
 from midstream.data.formats.read_text import MANIFEST as TOKENS_MANIFEST
 from midstream.data.formats.records import ReadOptions, Section, Unit, is_picture
 from midstream.data.source_writer import REJECTS, Reject
-from midstream.data.sources import FORMAT, INDEX, SHARD_INDEX
+from midstream.data.sources import FORMAT, INDEX
 
 # Raise it when equal input would give another shard: every shard is then made anew.
 PREPARATION = 3

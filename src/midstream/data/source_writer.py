@@ -3,25 +3,25 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from midstream.core.storage import MANIFEST, read_json, write_bytes, write_json
-from midstream.data.examples import Example
-from midstream.data.lengths import caption_facts, length_facts
-from midstream.data.sources import (
-    FORMAT,
-    INDEX,
+from midstream.core.storage import MANIFEST, read_json, remove_folder, write_bytes, write_json
+from midstream.data.columns import (
+    COLUMNS,
+    MOST_SEPARATE,
     OWN_PICTURES,
     SHARD_INDEX,
-    Kind,
     Shard,
-    content_hash,
+    join_columns,
 )
+from midstream.data.examples import Example
+from midstream.data.lengths import caption_facts, length_facts
+from midstream.data.sources import FORMAT, INDEX, Kind, content_hash
 
 REJECTS = "rejects.jsonl"
 # A longer text is stored in parts of this many tokens, each an example: what is shuffled, and what
@@ -285,11 +285,21 @@ def finish_source(
     for split in ("train", "validation"):
         keys = ("examples", "tokens", "images")
         summary[split] = {key: sum(shard[split][key] for shard in shards) for key in keys}
-    made = [Shard(folder / "shards" / shard["name"]) for shard in shards]
-    summary |= length_facts(made) | caption_facts(made)
+    # One after the other: what each of them maps goes with it.
+    folders = [folder / "shards" / shard["name"] for shard in shards]
+    summary |= length_facts(map(Shard, folders)) | caption_facts(map(Shard, folders))
     summary["captions"]["left_out"] = left_out
+    remove_folder(folder / COLUMNS)
+    if lacks_columns({"shards": shards}):
+        join_columns(folder, shards)
+        summary["joined_columns"] = True
     write_json(folder / INDEX, summary | {"shards": shards})
     return summary
+
+
+def lacks_columns(index: Mapping[str, Any]) -> bool:
+    """Whether a source of many shards was finished before their columns were joined."""
+    return len(index["shards"]) > MOST_SEPARATE and not index.get("joined_columns")
 
 
 def _entry(name: str, index: dict[str, Any]) -> dict[str, Any]:

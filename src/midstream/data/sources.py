@@ -3,136 +3,32 @@
 `docs/data.md` describes its files; all columns are memory-mapped, and nothing is read whole.
 """
 
-import mmap
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
-import fsspec
 import numpy as np
 import xxhash
 
 from midstream.config import Caption, check_caption
 from midstream.core.storage import read_json
-
-SHARD_INDEX = "shard.json"
-# The pictures that a shard keeps itself, since no file holds their bytes as they are. No name of a
-# file begins with a dot and a slash.
-OWN_PICTURES = "./pictures.bin"
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The columns of one shard, mapped when first used; numbers are local to the shard."""
-
-    folder: Path
-
-    @cached_property
-    def index(self) -> dict[str, Any]:
-        """Counts, input and picture files, as `ShardWriter` left them."""
-        found: dict[str, Any] = read_json(self.folder / SHARD_INDEX)
-        return found
-
-    @cached_property
-    def offsets(self) -> np.ndarray:
-        """int64, one more than examples: where each starts in the tokens."""
-        return self.offsets_of(0)
-
-    def offsets_of(self, caption: int) -> np.ndarray:
-        """The same for the examples' `caption`-th synthetic caption (0: `offsets`)."""
-        row: np.ndarray = self._offsets[caption]
-        return row
-
-    @property
-    def num_synthetic(self) -> int:
-        """Synthetic captions of the example that has the most."""
-        return len(self._offsets) - 1
-
-    @cached_property
-    def _offsets(self) -> np.ndarray:
-        found = self._column("offsets", None)
-        return found if found.ndim == 2 else found[None]
-
-    @cached_property
-    def num_images(self) -> np.ndarray | None:
-        """int64, one more than examples: pictures before each; None for text."""
-        return None if self.index["kind"] == "text" else self._column("num_images", None)
-
-    @cached_property
-    def images(self) -> np.ndarray | None:
-        """int64 [examples, 3]: file, offset, bytes of each picture; file -1 without one."""
-        return None if self.index["kind"] == "text" else self._column("images", None)
-
-    @cached_property
-    def hashes(self) -> np.ndarray:
-        """uint8 [examples, 16]: `content_hash` of the picture, of the text where there is none."""
-        return self._column("hashes", None)
-
-    @cached_property
-    def tokens(self) -> np.ndarray:
-        """All examples' text tokens."""
-        return self._column("tokens", np.dtype(self.index["dtype"]))
-
-    @cached_property
-    def supervised(self) -> np.ndarray | None:
-        """One byte a token, or None where all tokens are targets."""
-        # By kind, not by what lies there: a lost file must not turn every token into a target.
-        if self.index["kind"] == "text":
-            return None
-        return self._column("supervised", np.dtype(np.uint8))
-
-    def name_of(self, example: int) -> str:
-        """Where an example comes from."""
-        names = self.folder / "names.txt"
-        if not names.exists():
-            return f"{self.index['input']}, document {example}"
-        with names.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines):
-                if number == example:
-                    return line.rstrip("\n")
-        raise IndexError(example)
-
-    def _column(self, name: str, dtype: np.dtype[Any] | None) -> np.ndarray:
-        if dtype is None:
-            # A plain view: NumPy's own class for maps makes every slice ten times slower.
-            column: np.ndarray = np.load(self.folder / f"{name}.npy", mmap_mode="r")
-            return column.view(np.ndarray)
-        path, expected = self.folder / f"{name}.bin", int(self._offsets[-1, -1])
-        if path.stat().st_size != expected * dtype.itemsize:
-            raise ValueError(
-                f"{path} holds {path.stat().st_size:,} bytes, its index needs "
-                f"{expected * dtype.itemsize:,}; prepare the data again"
-            )
-        if not expected:
-            return np.zeros(0, dtype)
-        return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
-
-
-class Archive:
-    """A picture file or an archive of many, read at byte ranges; local paths and `fsspec` URLs."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._mapped: mmap.mmap | None = None
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Up to `size` bytes from `offset` on; fewer where the file ends."""
-        if "://" in self.path:
-            system, path = fsspec.core.url_to_fs(self.path)
-            data: bytes = system.cat_file(path, start=offset, end=offset + size)
-            return data
-        if self._mapped is None:
-            with open(self.path, "rb") as stream:
-                if not offset:
-                    # A picture of its own, most likely: mapping it would not pay.
-                    return stream.read(size)
-                self._mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._mapped[offset : offset + size]
-
+from midstream.data.columns import (
+    ARCHIVES,
+    COLUMNS,
+    FILES,
+    OWN_PICTURES,
+    SHARDS,
+    Archive,
+    JoinedColumns,
+    Opened,
+    Part,
+    Shard,
+)
 
 Kind = Literal["text", "caption", "instruct"]
 Split = Literal["train", "validation"]
@@ -140,8 +36,8 @@ FORMAT = 3
 # The format before kept one caption a picture; its other kinds are as they are now.
 OLDER, OLDER_KINDS = 2, ("text", "instruct")
 INDEX = "source.json"
-# Shards and archives that stay mapped in one process; each takes a few file handles.
-OPEN_SHARDS, OPEN_FILES = 64, 64
+# Files that a shard maps: all five of its columns, or its tokens and what of them are targets.
+_OWN_MAPS, _JOINED_MAPS = 5, 2
 
 
 def content_hash(data: bytes) -> bytes:
@@ -261,13 +157,43 @@ class Source:
         )
 
     @cached_property
-    def _shards(self) -> "Callable[[int], Shard]":
-        names = [shard["name"] for shard in self.index["shards"]]
-        return lru_cache(OPEN_SHARDS)(lambda n: Shard(self.folder / "shards" / names[n]))
+    def _shards(self) -> Opened[int, Shard]:
+        return Opened()
 
     @cached_property
-    def _files(self) -> "Callable[[str], Archive]":
-        return lru_cache(OPEN_FILES)(Archive)
+    def _names(self) -> Opened[int, tuple[str, ...]]:
+        return Opened()
+
+    @cached_property
+    def _archives(self) -> Opened[tuple[int, int], Archive]:
+        return Opened()
+
+    @cached_property
+    def _joined(self) -> JoinedColumns | None:
+        if not self.index.get("joined_columns"):
+            return None
+        return JoinedColumns(self.folder / COLUMNS)
+
+    @cached_property
+    def _first_rows(self) -> list[int]:
+        # One more than shards: examples of both splits in those before each.
+        held = ("train", "validation")
+        counts = (sum(s[split]["examples"] for split in held) for s in self.index["shards"])
+        return [0, *accumulate(counts)]
+
+    def _shard(self, number: int) -> Shard:
+        shard = self._shards.get(number)
+        if shard is None:
+            maps = _OWN_MAPS if self._joined is None else _JOINED_MAPS
+            shard = SHARDS.add(self._shards, number, maps, self._open_shard(number))
+        return shard
+
+    def _open_shard(self, number: int) -> Shard:
+        folder = self.folder / "shards" / self.index["shards"][number]["name"]
+        if self._joined is None:
+            return Shard(folder, self.index)
+        first, last = self._first_rows[number : number + 2]
+        return Shard(folder, self.index, Part(self._joined, number, slice(first, last)))
 
     def __getstate__(self) -> dict[str, Any]:
         # Memory maps are opened anew in a worker process; pickled, they would be copied whole.
@@ -280,17 +206,22 @@ class Source:
         return 0 if self.split == "train" else int(index["train"]["examples"])
 
     @cached_property
-    def _starts(self) -> list[tuple[int, int]]:
+    def _starts(self) -> tuple[list[int], list[int]]:
         # By shard: the number of its first example, and what to add for its place in the shard.
         first = self._before[:-1, 0].tolist()
-        return [(start, self._first(number) - start) for number, start in enumerate(first)]
+        return first, [self._first(number) - start for number, start in enumerate(first)]
+
+    def _place(self, example: int) -> tuple[int, int]:
+        if not 0 <= example < self._num_examples:
+            raise IndexError(f"source {self.name!r} holds {len(self):,} examples, not {example:,}")
+        first, shift = self._starts
+        number = bisect_right(first, example) - 1
+        return number, example + shift[number]
 
     def locate(self, example: int) -> tuple[Shard, int]:
         """The shard that holds an example, and its number there."""
-        if not 0 <= example < self._num_examples:
-            raise IndexError(f"source {self.name!r} holds {len(self):,} examples, not {example:,}")
-        number = bisect_right(self._starts, (example, sys.maxsize)) - 1
-        return self._shards(number), example + self._starts[number][1]
+        number, local = self._place(example)
+        return self._shard(number), local
 
     def before(self, examples: np.ndarray, caption: int = 0) -> np.ndarray:
         """int64 [n, 2]: text tokens and pictures in the examples before each (0 to len).
@@ -301,7 +232,7 @@ class Source:
         tokens = self._tokens_before(caption)
         found = np.zeros((len(examples), 2), dtype=np.int64)
         for number, mine, local in self._by_shard(examples):
-            first, shard = self._first(number), self._shards(number)
+            first, shard = self._first(number), self._shard(number)
             found[mine, 0] = tokens[number]
             if caption <= shard.num_synthetic:
                 offsets = shard.offsets_of(caption)
@@ -314,9 +245,10 @@ class Source:
     def _by_shard(self, examples: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Shards, which of the examples (0 to len) are theirs, and where those lie in them."""
         numbers = np.searchsorted(self._before[:-1, 0], examples, side="right") - 1
-        for number in np.unique(numbers).tolist():
-            mine = numbers == number
-            yield number, mine, examples[mine] + self._starts[number][1]
+        order = np.argsort(numbers, kind="stable")
+        shards, starts = np.unique(numbers[order], return_index=True)
+        for number, mine in zip(shards.tolist(), np.split(order, starts[1:]), strict=False):
+            yield number, mine, examples[mine] + self._starts[1][number]
 
     def _tokens_before(self, caption: int) -> np.ndarray:
         # int64 [shards + 1]: tokens of one caption of each example in the shards before each.
@@ -341,7 +273,7 @@ class Source:
             return np.full(len(examples), self.even_synthetic)
         found = np.zeros(len(examples), dtype=np.int64)
         for number, mine, local in self._by_shard(examples):
-            shard = self._shards(number)
+            shard = self._shard(number)
             for caption in range(1, shard.num_synthetic + 1):
                 offsets = shard.offsets_of(caption)
                 found[mine] += offsets[local + 1] > offsets[local]
@@ -351,9 +283,9 @@ class Source:
         """int64 [n, 2]: text tokens of one caption of each example, and pictures (0 or 1)."""
         found = np.zeros((len(examples), 2), dtype=np.int64)
         for number, mine, local in self._by_shard(examples):
-            shard = self._shards(number)
+            shard = self._shard(number)
             for caption in np.unique(captions[mine]).tolist():
-                chosen = np.flatnonzero(mine)[captions[mine] == caption]
+                chosen = mine[captions[mine] == caption]
                 at, offsets = local[captions[mine] == caption], shard.offsets_of(caption)
                 found[chosen, 0] = offsets[at + 1] - offsets[at]
             if shard.num_images is not None:
@@ -372,7 +304,7 @@ class Source:
             if longest > longer_than and about[self.split]["examples"]:
                 first = self._first(number)
                 mine = slice(first, first + int(about[self.split]["examples"]))
-                yield int(self._before[number, 0]), self._shards(number), mine
+                yield int(self._before[number, 0]), self._shard(number), mine
 
     def input_ids(
         self, example: int, low: int = 0, high: int | None = None, caption: int = 0
@@ -391,7 +323,7 @@ class Source:
         """uint8 [n, 16]: `content_hash` of each one's picture, of its text where there is none."""
         found = np.zeros((len(examples), 16), dtype=np.uint8)
         for number, mine, local in self._by_shard(examples):
-            found[mine] = self._shards(number).hashes[local]
+            found[mine] = self._shard(number).hashes[local]
         return found
 
     def image_bytes(self, example: int) -> bytes:
@@ -399,29 +331,57 @@ class Source:
 
         Raises ValueError that names the record if its bytes are others than when it was prepared.
         """
-        shard, local = self.locate(example)
-        assert shard.images is not None
-        number, offset, size = (int(value) for value in shard.images[local])
-        file = shard.index["files"][number]
-        path = str(shard.folder / file) if file == OWN_PICTURES else self._path(file)
+        number, images, hashes, row = self._picture_row(example)
+        file, offset, size = images[row].tolist()
         try:
-            data = self._files(path).read(offset, size)
+            archive = self._archives.get((number, file))
+            if archive is None:
+                archive = Archive(self._path(number, file))
+                # A picture of its own, most likely, is not kept open.
+                if offset:
+                    ARCHIVES.add(self._archives, (number, file), 1, archive)
+            data = archive.read(offset, size)
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"{self.describe(example)}: its picture {path} is gone; put it back, or prepare "
-                "the source again from where its pictures are now (`midstream prepare`; "
-                "`midstream run` for a source of a study's world)"
+                f"{self.describe(example)}: its picture {self._path(number, file)} is gone; put it "
+                "back, or prepare the source again from where its pictures are now (`midstream "
+                "prepare`; `midstream run` for a source of a study's world)"
             ) from None
-        if content_hash(data) != bytes(shard.hashes[local]):
+        if content_hash(data) != hashes[row].tobytes():
             raise ValueError(
-                f"{self.describe(example)}: the picture in {file} changed since it was prepared "
-                "(its bytes have another hash); restore the file or prepare the data again"
+                f"{self.describe(example)}: the picture in {self._files(number)[file]} changed "
+                "since it was prepared (its bytes have another hash); restore the file or prepare "
+                "the data again"
             )
         return data
 
-    def _path(self, file: str) -> str:
+    def _picture_row(self, example: int) -> tuple[int, np.ndarray, np.ndarray, int]:
+        """The number of its shard, and the columns and the row that have its picture and hash."""
+        number, local = self._place(example)
+        if self._joined is not None:
+            return (
+                number,
+                self._joined.images,
+                self._joined.hashes,
+                self._first_rows[number] + local,
+            )
+        shard = self._shard(number)
+        assert shard.images is not None
+        return number, shard.images, shard.hashes, local
+
+    def _files(self, number: int) -> tuple[str, ...]:
+        files = self._names.get(number)
+        if files is None:
+            files = self._shard(number).read_files()
+            FILES.add(self._names, number, len(files), files)
+        return files
+
+    def _path(self, number: int, file: int) -> str:
+        name = self._files(number)[file]
+        if name == OWN_PICTURES:
+            return str(self._shard(number).folder / name)
         root = str(self.world) if self.world is not None else self.index["root"]
-        return file if "://" in file or file.startswith("/") else f"{root}/{file}"
+        return name if "://" in name or name.startswith("/") else f"{root}/{name}"
 
     def describe(self, example: int, caption: int = 0) -> str:
         """Where an example comes from, and which synthetic caption of it is meant, for messages."""

@@ -40,6 +40,7 @@ class Work:
 
 WORKS: Mapping[str, Work] = {
     "prepare": Work("midstream.work.read_data:prepare", resumes=True),
+    "join": Work("midstream.work.read_data:join", resumes=True),
     "read-tasks": Work("midstream.work.read_data:read_tasks"),
     "show-data": Work("midstream.work.show_data:show_data"),
     "profile": Work("midstream.work.profile_stage:profile"),

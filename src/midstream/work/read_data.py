@@ -62,6 +62,28 @@ def prepare(request: PrepareRequest, channel: Channel) -> dict[str, Any]:
         )
 
 
+class JoinRequest(Request):
+    """The arguments of `midstream join captions`."""
+
+    pictures: str
+    captions: str
+    out: Path
+    workers: int
+
+
+def join(request: JoinRequest, channel: Channel) -> dict[str, int]:
+    """Join captions with pictures; returns what was joined and lost (see `join_captions`)."""
+    from midstream.data.join_captions import join_captions
+
+    return join_captions(
+        request.pictures,
+        request.captions,
+        request.out,
+        workers=request.workers,
+        progress=lambda done, note: channel.progress("joining", done, note),
+    )
+
+
 def common_folder(sources: Sequence[str]) -> str:
     """The deepest folder that holds all local sources; empty where there is none."""
     folders = []

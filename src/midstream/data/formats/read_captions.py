@@ -37,9 +37,12 @@ from midstream.data.formats.coco import (
 )
 from midstream.data.formats.files import (
     base_name,
+    exists,
     find_files,
     folder_of,
     full_name,
+    inside,
+    is_folder,
     is_url,
     name_some,
     names_folders,
@@ -61,8 +64,9 @@ from midstream.data.formats.records import (
     is_picture,
     samples_of,
 )
-from midstream.data.formats.tables import TABLES, columns_of, refuse_splits
+from midstream.data.formats.tables import TABLES, columns_of, refuse_splits, table_rows
 from midstream.data.source_writer import Reject
+from midstream.data.sources import content_hash
 
 # The format of samples whose files lie beside each other.
 FILES = "files"
@@ -81,6 +85,7 @@ FORMATS = {
     "imagefolder": "metadata.jsonl with file_name and text",
     "list": "a list or lines of {image, caption}",
     "table": "a .parquet or .arrow with the columns image and text",
+    "joined": "tables of `midstream join captions`",
     FILES: "a folder of pictures with .txt or .json of the same name beside them",
 }
 # Which files of a folder are captions; a file given by its own name may have another one.
@@ -95,6 +100,9 @@ NAMES = {
     "imagefolder": ("metadata.jsonl",),
     "table": tuple(f"*{end}" for end in TABLES),
 }
+# A table of these columns has the folder of its pictures among its notes.
+JOINED_ROOT = b"midstream.pictures"
+JOINED_COLUMNS = ("file", "key", "picture", "offset", "size", "hash", "text", "syn.json")
 # Kinds that are read where there is none of the others: img2dataset's tars have tables beside them.
 _LAST = ("table",)
 _SUFFIXES = (".tar", ".json", ".jsonl", *TEXT_TABLES, *TABLES, ".caption", ".text")
@@ -220,7 +228,8 @@ def _first_pictures(file: str, options: ReadOptions) -> Iterator[str]:
 
 
 def _shows(path: str) -> bool:
-    return bool(set(PICTURE_KEYS) & set(columns_of(path).names))
+    columns = columns_of(path)
+    return bool(set(PICTURE_KEYS) & set(columns.names)) or JOINED_ROOT in (columns.metadata or {})
 
 
 def _tar_format(path: str) -> str:
@@ -232,6 +241,8 @@ def _lone_format(path: str) -> str:
     """The format of a file that is no tar, by its name and how it begins."""
     name = full_name(path)
     found = "table" if name.endswith(TABLES) else ""
+    if found and JOINED_ROOT in (columns_of(path).metadata or {}):
+        found = "joined"
     if name.endswith((".json", ".jsonl")) and is_object(path):
         found = "karpathy" if holds_sentences(path) else "coco"
     elif name.endswith((".json", ".jsonl")):
@@ -254,6 +265,8 @@ def _is_list(path: str) -> bool:
 
 
 def _cut(path: str, form: str, options: ReadOptions) -> list[Unit]:
+    if form == "joined":
+        return [Unit(form, (path,))]
     if options.require == "synthetic":
         raise ValueError(f"{path}: {form} has no synthetic captions; do not require them")
     if form == "table":
@@ -336,6 +349,33 @@ def _read_tar(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reje
         yield from _of_sample(sample, options)
 
 
+def _read_joined(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
+    """A row is a sample, whose picture is a range of an archive."""
+    table = unit.files[0]
+    root = options.images or columns_of(table).metadata[JOINED_ROOT].decode()
+    for row in table_rows(table, JOINED_COLUMNS):
+        file, key, name, offset, size, hashed, text, made = (value.as_py() for value in row)
+        path = inside([root], file, f"{table}, sample {key}")
+        if not exists(path):
+            raise ValueError(
+                f"{path} is gone, which {table} names; put it back, or say with --images where "
+                "its pictures are now"
+            )
+        data = read_range(path, offset, size)
+        if content_hash(data) != hashed:
+            raise ValueError(
+                f"{path}, sample {key}: its picture is another than when {table} was joined; put "
+                "the archive back, or run `midstream join captions` again"
+            )
+        _, suffix = os.path.splitext(name.lower())
+        members = {suffix[1:]: Member(name, offset, size, data, file=path)}
+        others = {"txt": None if text is None else text.encode(), "syn.json": made}
+        for end, told in others.items():
+            if told is not None:
+                members[end] = Member(f"{key}.{end}", 0, len(told), told, file=table)
+        yield from _of_sample(Sample(path, key, members, pictures=(name,)), options)
+
+
 def _of_sample(sample: Sample, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
     """The sample's record, or why it has none, and a reject for each further picture in it."""
     found = _sample_record(sample, options)
@@ -369,7 +409,7 @@ def _sample_record(sample: Sample, options: ReadOptions) -> CaptionRecord | Reje
     if not pictures[0].data:
         return Reject(where, "zero-byte picture", pictures[0].name)
     picture = Picture(pictures[0].file, pictures[0].offset, pictures[0].data)
-    own, synthetic = _own_caption(sample, options), _synthetic_captions(sample)
+    own, synthetic = original_caption(sample, options), _synthetic_captions(sample)
     usable = tuple(caption for caption in synthetic if isinstance(caption, str))
     unusable = [caption for caption in synthetic if isinstance(caption, Reject)]
     if options.require == "synthetic" and not usable:
@@ -382,8 +422,11 @@ def _sample_record(sample: Sample, options: ReadOptions) -> CaptionRecord | Reje
     return CaptionRecord(where, own, picture, usable, len(unusable))
 
 
-def _own_caption(sample: Sample, options: ReadOptions) -> str | Reject:
-    """`text_key` in .json comes before .txt only where a user names it."""
+def original_caption(sample: Sample, options: ReadOptions) -> str | Reject:
+    """The sample's own caption, or why it has none.
+
+    `text_key` in .json comes before .txt only where a user names it.
+    """
     members, where = sample.members, sample.where
     text = next((members[end] for end in _TEXTS if end in members), None)
     if text is not None and options.text_key == "text":
@@ -427,5 +470,6 @@ _READERS: dict[str, Callable[[Unit, ReadOptions], Iterator[CaptionRecord | Rejec
     "imagefolder": read_objects,
     "list": read_objects,
     "table": read_table,
+    "joined": _read_joined,
     FILES: _read_files,
 }

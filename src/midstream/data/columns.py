@@ -1,0 +1,320 @@
+"""The files of a prepared source's shards: columns mapped into memory, pictures read in ranges.
+
+What is open in one process is bounded, and nothing here has a place of its own in a file, so that
+processes that are forked from one another read side by side.
+"""
+
+import os
+import resource
+import weakref
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from random import Random
+from typing import Any, Generic, TypeVar
+
+import fsspec
+import numpy as np
+import pyarrow
+
+from midstream.core.storage import new_folder, read_json
+
+SHARD_INDEX = "shard.json"
+# The pictures that a shard keeps itself, since no file holds their bytes as they are. No name of a
+# file begins with a dot and a slash.
+OWN_PICTURES = "./pictures.bin"
+# The folder of a source's joined columns.
+COLUMNS = "columns"
+# A source of more shards has joined columns.
+MOST_SEPARATE = 256
+# Linux maps 65,530 files into one process, unless it was told otherwise.
+MOST_MAPS = 45_000
+MOST_FILES = 2**16
+# So many names of picture files are some hundred megabytes.
+MOST_NAMES = 2_000_000
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+class Opened(dict[Key, Value]):
+    """What one source has open."""
+
+
+class Kept(Generic[Key, Value]):
+    """Bounds what all sources of this process have open together.
+
+    Where it becomes too much, something gives way by chance: whatever is read in the same order
+    again and again would never find the oldest.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._cost, self._random = most, 0, Random(0)
+        # A source that is gone leaves its entries behind, and no file.
+        self._entries: list[tuple[weakref.ref[Opened[Key, Value]], Key, int]] = []
+
+    def add(self, opened: Opened[Key, Value], key: Key, cost: int, value: Value) -> Value:
+        """Keep a value, which counts `cost` towards the most, and return it."""
+        while self._entries and self._cost + cost > self._most:
+            chosen = self._random.randrange(len(self._entries))
+            held, old, freed = self._entries[chosen]
+            self._entries[chosen] = self._entries[-1]
+            self._entries.pop()
+            self._cost -= freed
+            if (source := held()) is not None:
+                source.pop(old, None)
+        self._entries.append((weakref.ref(opened), key, cost))
+        self._cost += cost
+        opened[key] = value
+        return value
+
+
+def map_file(path: Path) -> np.ndarray:
+    """uint8: the bytes of a file, mapped; an empty file too.
+
+    Unlike NumPy's and Python's own maps it keeps no file open.
+    """
+    if not path.stat().st_size:
+        return np.zeros(0, np.uint8)
+    with pyarrow.memory_map(str(path)) as file:
+        return np.frombuffer(file.read_buffer(), np.uint8)
+
+
+def map_array(path: Path) -> np.ndarray:
+    """The array of a `.npy` file, mapped as `map_file` does.
+
+    Raises ValueError that names the file if it is cut short.
+    """
+    with path.open("rb") as stream:
+        np.lib.format.read_magic(stream)
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
+        start = stream.tell()
+    data, size = map_file(path), dtype.itemsize * int(np.prod(shape))
+    if len(data) != start + size:
+        raise ValueError(
+            f"{path} holds {len(data):,} bytes, its header needs {start + size:,}; prepare the "
+            "data again"
+        )
+    return data[start:].view(dtype).reshape(shape, order="F" if by_columns else "C")
+
+
+@dataclass(frozen=True)
+class JoinedColumns:
+    """The small columns of all shards of a source, each in one file, in the order of the shards.
+
+    A source of many shards has them beside its shards', since each mapped file counts.
+    """
+
+    folder: Path
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """int64 [examples + shards, 1 + captions]: `Shard.offsets_of` of all captions."""
+        return map_array(self.folder / "offsets.npy")
+
+    @cached_property
+    def num_images(self) -> np.ndarray:
+        """int64 [examples + shards]: `Shard.num_images`."""
+        return map_array(self.folder / "num_images.npy")
+
+    @cached_property
+    def images(self) -> np.ndarray:
+        """int64 [examples, 3]: `Shard.images`."""
+        return map_array(self.folder / "images.npy")
+
+    @cached_property
+    def hashes(self) -> np.ndarray:
+        """uint8 [examples, 16]: `Shard.hashes`."""
+        return map_array(self.folder / "hashes.npy")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which examples of the joined columns a shard has, and how many shards are before it."""
+
+    columns: JoinedColumns
+    shards_before: int
+    examples: slice
+
+    @property
+    def ends(self) -> slice:
+        """The same in columns with one entry more than examples."""
+        first, last = self.examples.start, self.examples.stop
+        return slice(first + self.shards_before, last + self.shards_before + 1)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The columns of one shard, mapped when first used; numbers are local to the shard.
+
+    `about` has its "kind" and "dtype" where its source knows them; else its own index is read.
+    """
+
+    folder: Path
+    about: Mapping[str, Any] | None = field(default=None, compare=False)
+    part: Part | None = field(default=None, compare=False)
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """Counts, input and picture files, as `ShardWriter` left them."""
+        found: dict[str, Any] = read_json(self.folder / SHARD_INDEX)
+        return found
+
+    @cached_property
+    def kind(self) -> str:
+        """What its text tokens count as."""
+        kind: str = (self.about or self.index)["kind"]
+        return kind
+
+    def read_files(self) -> tuple[str, ...]:
+        """The picture files that rows of `images` name by number."""
+        return tuple(read_json(self.folder / SHARD_INDEX)["files"])
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """int64, one more than examples: where each starts in the tokens."""
+        return self.offsets_of(0)
+
+    def offsets_of(self, caption: int) -> np.ndarray:
+        """The same for the examples' `caption`-th synthetic caption (0: `offsets`)."""
+        row: np.ndarray = self._offsets[caption]
+        return row
+
+    @property
+    def num_synthetic(self) -> int:
+        """Synthetic captions of the example that has the most; with joined columns, of the source's
+        one that does."""
+        return len(self._offsets) - 1
+
+    @cached_property
+    def _offsets(self) -> np.ndarray:
+        if self.part:
+            return self.part.columns.offsets[self.part.ends].T
+        found = map_array(self.folder / "offsets.npy")
+        return found if found.ndim == 2 else found[None]
+
+    @cached_property
+    def num_images(self) -> np.ndarray | None:
+        """int64, one more than examples: pictures before each; None for text."""
+        if self.kind == "text":
+            return None
+        if self.part:
+            return self.part.columns.num_images[self.part.ends]
+        return map_array(self.folder / "num_images.npy")
+
+    @cached_property
+    def images(self) -> np.ndarray | None:
+        """int64 [examples, 3]: file, offset, bytes of each picture; file -1 without one."""
+        if self.kind == "text":
+            return None
+        if self.part:
+            return self.part.columns.images[self.part.examples]
+        return map_array(self.folder / "images.npy")
+
+    @cached_property
+    def hashes(self) -> np.ndarray:
+        """uint8 [examples, 16]: `content_hash` of the picture, of the text where there is none."""
+        if self.part:
+            return self.part.columns.hashes[self.part.examples]
+        return map_array(self.folder / "hashes.npy")
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """All examples' text tokens."""
+        return self._by_token("tokens", np.dtype((self.about or self.index)["dtype"]))
+
+    @cached_property
+    def supervised(self) -> np.ndarray | None:
+        """One byte a token, or None where all tokens are targets."""
+        # By kind, not by what lies there: a lost file must not turn every token into a target.
+        if self.kind == "text":
+            return None
+        return self._by_token("supervised", np.dtype(np.uint8))
+
+    def _by_token(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
+        path, expected = self.folder / f"{name}.bin", int(self._offsets[-1, -1]) * dtype.itemsize
+        data = map_file(path)
+        if len(data) != expected:
+            raise ValueError(
+                f"{path} holds {len(data):,} bytes, its index needs {expected:,}; prepare the data "
+                "again"
+            )
+        return data.view(dtype)
+
+    def name_of(self, example: int) -> str:
+        """Where an example comes from."""
+        names = self.folder / "names.txt"
+        if not names.exists():
+            return f"{self.index['input']}, document {example}"
+        with names.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines):
+                if number == example:
+                    return line.rstrip("\n")
+        raise IndexError(example)
+
+
+def join_columns(folder: Path, shards: Sequence[Mapping[str, Any]]) -> None:
+    """Write the joined columns of a source's shards, given as `source.json` lists them."""
+    examples = [shard["train"]["examples"] + shard["validation"]["examples"] for shard in shards]
+    made = [shard["synthetic"]["train"]["tokens"] for shard in shards if "synthetic" in shard]
+    num, width = sum(examples), 1 + max(map(len, made), default=0)
+    kind = Shard(folder / "shards" / shards[0]["name"]).kind
+    shapes: dict[str, tuple[tuple[int, ...], type]] = {
+        "offsets": ((num + len(shards), width), np.int64),
+        "hashes": ((num, 16), np.uint8),
+    }
+    if kind != "text":
+        shapes |= {"images": ((num, 3), np.int64), "num_images": ((num + len(shards),), np.int64)}
+    with new_folder(folder / COLUMNS) as temporary:
+        columns = {
+            name: np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", dtype, shape)
+            for name, (shape, dtype) in shapes.items()
+        }
+        first = 0
+        for number, (about, mine) in enumerate(zip(shards, examples, strict=True)):
+            shard = Shard(folder / "shards" / about["name"])
+            part = Part(JoinedColumns(temporary), number, slice(first, first + mine))
+            first += mine
+            offsets = shard._offsets.T
+            columns["offsets"][part.ends] = offsets[-1, -1]  # of no length, where it has none
+            columns["offsets"][part.ends, : offsets.shape[1]] = offsets
+            columns["hashes"][part.examples] = shard.hashes
+            if kind != "text":
+                columns["images"][part.examples] = shard.images
+                columns["num_images"][part.ends] = shard.num_images
+        for column in columns.values():
+            column.flush()
+
+
+class Archive:
+    """A picture file or an archive of many, read at byte ranges; local paths and `fsspec` URLs."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._descriptor = -1 if "://" in path else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes from `offset` on; fewer where the file ends."""
+        if self._descriptor >= 0:
+            return os.pread(self._descriptor, size, offset)
+        system, path = fsspec.core.url_to_fs(self.path)
+        data: bytes = system.cat_file(path, start=offset, end=offset + size)
+        return data
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", -1) >= 0:
+            os.close(self._descriptor)
+
+
+def _most_files() -> int:
+    # As many as this process may be given; what is left is for whatever else it opens.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return max(most // 2, most - 1024)
+
+
+SHARDS = Kept[int, Shard](MOST_MAPS)
+FILES = Kept[int, tuple[str, ...]](MOST_NAMES)
+ARCHIVES = Kept[tuple[int, int], Archive](_most_files())
