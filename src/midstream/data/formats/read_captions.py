@@ -42,7 +42,6 @@ from midstream.data.formats.files import (
     folder_of,
     full_name,
     inside,
-    is_folder,
     is_url,
     name_some,
     names_folders,
