@@ -329,3 +329,23 @@ def test_ten_equal_answers_are_pointed_to_qa_where_normalising_changes_the_score
     if note is not None:
         assert "here 0.00; normalised 100.00" in note
         assert "format qa" in note
+
+
+def test_scores_are_told_apart_by_the_groups_beside_the_official_files(tmp_path: Path) -> None:
+    folder = tmp_path / "qa"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    rows = [{"id": str(n), "image": "a.png", "question": "what?", "answer": "x"} for n in range(3)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ids = [e.example_id for e in read_visual_task(tmp_path, "qa", shuffled=False).examples]
+    groups = dict(zip(ids, ("often", "often", "seldom"), strict=True))
+    (folder / "groups.json").write_text(json.dumps(groups))
+    task = read_visual_task(tmp_path, "qa", shuffled=False)
+    found = task.format.details(["x", "y", "x"], task.examples)
+    assert (found["group=often"], found["group=seldom"]) == (0.5, 1.0)
+    (folder / "groups.json").write_text(json.dumps({ids[0]: "often"}))
+    with pytest.raises(ValueError, match=r"groups\.json names no group for example"):
+        read_visual_task(tmp_path, "qa")
+    (folder / "groups.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"groups\.json is no object"):
+        read_visual_task(tmp_path, "qa")
