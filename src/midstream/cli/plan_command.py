@@ -102,19 +102,17 @@ def plan(
     ladders = [p for one in found.studies if (p := sizes_price(one, work, here.hours))]
     if as_json:
         values = {"features": [one.values() for one in kept], "price": price_json(priced, work)}
-        values["this_machine"] = here.values()
+        values |= {"this_machine": here.values(), "ladders": [asdict(one) for one in ladders]}
         values["decides"] = [_power_json(one) for one in _powers(found, ledger, spread)]
-        values["ladders"] = [asdict(one) for one in ladders]
         values["problems"] = [asdict(problem) for problem in found_wrong]
         typer.echo(json.dumps(plan_json(work) | values, indent=2))
     else:
         console = terminal.out()
         print_plan(work, priced, console, ledger)
         told = [*_here(here), *(one.sentence() for one in kept)]
-        for line in [*told, *(one.sentence(fleet.gpu_hours) for one in ladders)]:
-            typer.echo(line)
-        for line in _decides(work, fleet, here.hours, _powers(found, ledger, spread)):
-            typer.echo(line)
+        told += [one.sentence(fleet.gpu_hours) for one in ladders]
+        told += _decides(work, fleet, here.hours, _powers(found, ledger, spread))
+        typer.echo("\n".join(told), nl=bool(told))
         terminal.print_problems(found_wrong, console)
     if curves is not None:
         _draw(found, ledger, curves, quiet=as_json)

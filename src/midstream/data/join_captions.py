@@ -35,7 +35,8 @@ from midstream.core.storage import (
 )
 from midstream.data.formats.captions import json_object
 from midstream.data.formats.files import find_files, folder_of, is_url, name_some, size_of
-from midstream.data.formats.read_captions import JOINED_ROOT, original_caption
+from midstream.data.formats.joined import JOINED_ROOT
+from midstream.data.formats.read_captions import original_caption
 from midstream.data.formats.records import PICTURES as SUFFIXES
 from midstream.data.formats.records import ReadOptions, Sample, samples_of
 from midstream.data.prepare_source import leave_with_parent

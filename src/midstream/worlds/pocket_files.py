@@ -8,7 +8,7 @@ import json
 import pickle
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -85,9 +85,7 @@ def balanced(
 
     Questions are as frequent as each other within one, and so are the answers of each question.
     """
-    questions = shuffled(rng, questions)
-    answers = shuffled(rng, answers)
-    pairs = []
+    questions, answers, pairs = shuffled(rng, questions), shuffled(rng, answers), []
     for index in range(count):
         rounds, place = divmod(index, len(questions))
         pairs.append((questions[place], answers[(place + rounds) % len(answers)]))
@@ -274,17 +272,14 @@ def write_benchmarks(world: PocketWorld, captioned: Sequence[Scene], folder: Pat
 
 
 def _write_pictures(
-    world: PocketWorld,
-    folder: Path,
-    items: Sequence[Item],
-    names: Sequence[str],
-    ids: Iterable[object],
+    world: PocketWorld, folder: Path, items: Sequence[Item], names: Mapping[Any, str]
 ) -> None:
-    """The pictures and their scenes, and of each example whose concepts it asks about."""
-    groups = {str(key): item.group for key, item in zip(ids, items, strict=True)}
+    """Each item's picture under its name, what it shows, and whose concepts the item of each id
+    asks about."""
+    groups = {str(key): item.group for key, item in zip(names, items, strict=True)}
     write_json(folder / GROUPS_FILE, groups)
     records = []
-    for index, (item, name) in enumerate(zip(items, names, strict=True)):
+    for index, (item, name) in enumerate(zip(items, names.values(), strict=True)):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         rng = generator(world.seed, f"{folder.name} picture", index)
@@ -326,8 +321,8 @@ def _write_vqav2(world: PocketWorld, folder: Path) -> None:
         for mine, item in zip(ids, items, strict=True)
     ]
     write_vqa(folder, {"info": {}, "license": {}}, rows, write_json)
-    names = [f"val2014/COCO_val2014_{mine['image_id']:012d}.jpg" for mine in ids]
-    _write_pictures(world, folder, items, names, [mine["question_id"] for mine in ids])
+    names = {n["question_id"]: f"val2014/COCO_val2014_{n['image_id']:012d}.jpg" for n in ids}
+    _write_pictures(world, folder, items, names)
 
 
 def _write_gqa(world: PocketWorld, folder: Path) -> None:
@@ -350,8 +345,8 @@ def _write_gqa(world: PocketWorld, folder: Path) -> None:
             "semanticStr": "",
         }
     write_json(folder / "testdev_balanced_questions.json", questions)
-    names = [f"images/n{index:06d}.jpg" for index in range(len(items))]
-    _write_pictures(world, folder, items, names, questions)
+    names = {key: f"images/{asked['imageId']}.jpg" for key, asked in questions.items()}
+    _write_pictures(world, folder, items, names)
 
 
 def _write_textvqa(world: PocketWorld, folder: Path) -> None:
@@ -372,25 +367,24 @@ def _write_textvqa(world: PocketWorld, folder: Path) -> None:
     ]
     head = {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1"}
     write_json(folder / "TextVQA_0.5.1_val.json", head | {"data": data})
-    names = [f"train_images/{index:016x}.jpg" for index in range(len(items))]
-    _write_pictures(world, folder, items, names, [one["question_id"] for one in data])
+    names = {one["question_id"]: f"train_images/{one['image_id']}.jpg" for one in data}
+    _write_pictures(world, folder, items, names)
 
 
 def _write_pope(world: PocketWorld, captioned: Sequence[Scene], folder: Path) -> None:
     seen = Counter(thing.shape for scene in captioned for thing in scene.things)
     popular = sorted(SHAPES, key=lambda shape: (-seen[shape], shape))[:NUM_POPULAR]
-    everything, names, ids = [], [], []
+    everything, names = [], {}
     for file in POPE_FILES:
         lines = []
         for number, item in enumerate(pope_items(world, file, popular), start=1):
             everything.append(item)
-            ids.append(f"{file}-{number}")
             image = f"COCO_val2014_{len(everything):012d}.jpg"
-            names.append(f"val2014/{image}")
+            names[f"{file}-{number}"] = f"val2014/{image}"
             line = {"question_id": number, "image": image, "text": item.question.text}
             lines.append(line | {"label": item.answer})
         write_lines(folder / f"coco_pope_{file}.json", lines)
-    _write_pictures(world, folder, everything, names, ids)
+    _write_pictures(world, folder, everything, names)
 
 
 def _write_refcoco(world: PocketWorld, folder: Path) -> None:
@@ -431,23 +425,21 @@ def _write_refcoco(world: PocketWorld, folder: Path) -> None:
                 }
             )
     categories = [{"id": i, "name": s, "supercategory": "shape"} for i, s in enumerate(SHAPES, 1)]
-    value = {"info": {}, "licenses": [], "images": images}
-    value |= {"annotations": annotations, "categories": categories}
-    write_json(folder / "instances.json", value)
+    value = {"info": {}, "licenses": [], "images": images, "annotations": annotations}
+    write_json(folder / "instances.json", value | {"categories": categories})
     (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
-    names = [f"train2014/{image['file_name']}" for image in images]
-    ids = [f"{number}-{number}" for number in range(1, len(items) + 1)]
-    _write_pictures(world, folder, items, names, ids)
+    names = {f"{i['id']}-{i['id']}": f"train2014/{i['file_name']}" for i in images}
+    _write_pictures(world, folder, items, names)
 
 
 def _write_ocid_ref(world: PocketWorld, folder: Path) -> None:
-    items, expressions, names = where_items(world, "ocid_ref"), {}, []
+    items, expressions, names = where_items(world, "ocid_ref"), {}, {}
     for index, item in enumerate(items):
         thing = referent(item.scene, item.question)
         assert thing is not None
         first, last = TAKES[len(item.scene.things)]
         scene_path = f"pocket/table/seq{index // 20:02d}/rgb/result_{index:06d}.jpg"
-        names.append(f"OCID-dataset/{scene_path}")
+        names[str(index)] = f"OCID-dataset/{scene_path}"
         expressions[str(index)] = {
             "scene_path": scene_path,
             "bbox": json.dumps(list(thing.box)),
@@ -455,4 +447,4 @@ def _write_ocid_ref(world: PocketWorld, folder: Path) -> None:
             "take_id": first + index % (last - first + 1),
         }
     write_json(folder / "val_expressions.json", expressions)
-    _write_pictures(world, folder, items, names, expressions)
+    _write_pictures(world, folder, items, names)

@@ -37,11 +37,9 @@ from midstream.data.formats.coco import (
 )
 from midstream.data.formats.files import (
     base_name,
-    exists,
     find_files,
     folder_of,
     full_name,
-    inside,
     is_url,
     name_some,
     names_folders,
@@ -49,6 +47,7 @@ from midstream.data.formats.files import (
     shown_files,
     size_of,
 )
+from midstream.data.formats.joined import is_joined, joined_samples
 from midstream.data.formats.records import (
     LARGEST_BYTES,
     NUM_UNIT_RECORDS,
@@ -63,9 +62,8 @@ from midstream.data.formats.records import (
     is_picture,
     samples_of,
 )
-from midstream.data.formats.tables import TABLES, columns_of, refuse_splits, table_rows
+from midstream.data.formats.tables import TABLES, columns_of, refuse_splits
 from midstream.data.source_writer import Reject
-from midstream.data.sources import content_hash
 
 # The format of samples whose files lie beside each other.
 FILES = "files"
@@ -99,9 +97,6 @@ NAMES = {
     "imagefolder": ("metadata.jsonl",),
     "table": tuple(f"*{end}" for end in TABLES),
 }
-# A table of these columns has the folder of its pictures among its notes.
-JOINED_ROOT = b"midstream.pictures"
-JOINED_COLUMNS = ("file", "key", "picture", "offset", "size", "hash", "text", "syn.json")
 # Kinds that are read where there is none of the others: img2dataset's tars have tables beside them.
 _LAST = ("table",)
 _SUFFIXES = (".tar", ".json", ".jsonl", *TEXT_TABLES, *TABLES, ".caption", ".text")
@@ -228,7 +223,7 @@ def _first_pictures(file: str, options: ReadOptions) -> Iterator[str]:
 
 def _shows(path: str) -> bool:
     columns = columns_of(path)
-    return bool(set(PICTURE_KEYS) & set(columns.names)) or JOINED_ROOT in (columns.metadata or {})
+    return bool(set(PICTURE_KEYS) & set(columns.names)) or is_joined(path)
 
 
 def _tar_format(path: str) -> str:
@@ -240,7 +235,7 @@ def _lone_format(path: str) -> str:
     """The format of a file that is no tar, by its name and how it begins."""
     name = full_name(path)
     found = "table" if name.endswith(TABLES) else ""
-    if found and JOINED_ROOT in (columns_of(path).metadata or {}):
+    if found and is_joined(path):
         found = "joined"
     if name.endswith((".json", ".jsonl")) and is_object(path):
         found = "karpathy" if holds_sentences(path) else "coco"
@@ -349,30 +344,8 @@ def _read_tar(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reje
 
 
 def _read_joined(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
-    """A row is a sample, whose picture is a range of an archive."""
-    table = unit.files[0]
-    root = options.images or columns_of(table).metadata[JOINED_ROOT].decode()
-    for row in table_rows(table, JOINED_COLUMNS):
-        file, key, name, offset, size, hashed, text, made = (value.as_py() for value in row)
-        path = inside([root], file, f"{table}, sample {key}")
-        if not exists(path):
-            raise ValueError(
-                f"{path} is gone, which {table} names; put it back, or say with --images where "
-                "its pictures are now"
-            )
-        data = read_range(path, offset, size)
-        if content_hash(data) != hashed:
-            raise ValueError(
-                f"{path}, sample {key}: its picture is another than when {table} was joined; put "
-                "the archive back, or run `midstream join captions` again"
-            )
-        _, suffix = os.path.splitext(name.lower())
-        members = {suffix[1:]: Member(name, offset, size, data, file=path)}
-        others = {"txt": None if text is None else text.encode(), "syn.json": made}
-        for end, told in others.items():
-            if told is not None:
-                members[end] = Member(f"{key}.{end}", 0, len(told), told, file=table)
-        yield from _of_sample(Sample(path, key, members, pictures=(name,)), options)
+    for sample in joined_samples(unit.files[0], options):
+        yield from _of_sample(sample, options)
 
 
 def _of_sample(sample: Sample, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
