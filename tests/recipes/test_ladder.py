@@ -130,7 +130,9 @@ def few_steps(name: str, **given: Any) -> Scale:
     """The pocket scale in a few steps."""
     at = pocket_scale(0.01)
     assert isinstance(at.text, Pretrain)
-    data = tiny.DATA
+    # So many conversations that some are held out.
+    world = tiny.DATA.world.model_copy(update={"num_conversations": 160})
+    data = tiny.DATA.model_copy(update={"world": world})
     rows = Rows(row_length=192, batch_rows=4, layout="filled")
     training = at.text.training.model_copy(
         update={"budget": tiny.mixture(3_000, web=1.0), "rows": rows}
