@@ -106,8 +106,8 @@ class Evaluation(Config):
     """Which benchmarks, how many examples of each, and how they are asked.
 
     `visual_tasks` name folders under the world's `bench/`, `text_tasks` files under its
-    `text_tasks/` or tasks of the harness; those of a world stand in its `world.json`. `limit` takes the first examples of a seeded
-    order, `slim` the first 1,024 of each split of a visual task. `prompts` chooses the benchmarks'
+    `text_tasks/` or tasks of the harness; a world's own stand in its `world.json`. `limit` takes
+    the first examples of a seeded order, `slim` the first 1,024 of each split of a visual task. `prompts` chooses the benchmarks'
     published wording (official) or the bare question (short); `wordings` replaces
     either for a task, by a text with {question} in it.
 
