@@ -107,9 +107,9 @@ class Evaluation(Config):
 
     `visual_tasks` name folders under the world's `bench/`, `text_tasks` files under its
     `text_tasks/` or tasks of the harness; a world's own stand in its `world.json`. `limit` takes
-    the first examples of a seeded order, `slim` the first 1,024 of each split of a visual task. `prompts` chooses the benchmarks'
-    published wording (official) or the bare question (short); `wordings` replaces
-    either for a task, by a text with {question} in it.
+    the first examples of a seeded order, `slim` the first 1,024 of each split of a visual task.
+    `prompts` chooses the benchmarks' published wording (official) or the bare question (short);
+    `wordings` replaces either for a task, by a text with {question} in it.
 
     `fixed_answers`: tasks with given answers (yes or no, letters) are scored by the probability of
     each answer as the reply, as the paper's evaluator does, by the reply's text, or by the first
