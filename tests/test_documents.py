@@ -327,3 +327,11 @@ def test_a_table_of_options_names_their_defaults(page: str, model: type[BaseMode
                 said = is_value[1] or is_value[2]
                 assert said in (str(have), f"{have:g}" if isinstance(have, float) else said), name
                 assert is_value[1] or float(said) == have, f"{page}: {name} is {have}, not {said}"
+
+
+def test_the_map_of_the_package_names_every_module() -> None:
+    text = (ROOT / "docs" / "design.md").read_text()
+    modules = {path.name for path in (ROOT / "src" / "midstream").rglob("*.py")}
+    # Modelling files are named by their folder.
+    folder = {path.name for path in (ROOT / "src/midstream/exchange/modeling").glob("*.py")}
+    assert not {name for name in modules - folder if name not in text and name[0] != "_"}
