@@ -36,7 +36,7 @@ def peak(stage: Pretrain | Finetune) -> float:
 
 
 def test_pocket_sizes_differ_in_width_and_rates_and_see_the_same_tokens() -> None:
-    at = find_scale("pocket")
+    at = find_scale("pocket", shrink=ladder.POCKET_SHARE)
     assert isinstance(at.text, Pretrain)
     study = ladder.sizes(shares=(0.1, 0.5), seeds=(1, 2))
     assert len(study.lines) == 4 * 2 * 2

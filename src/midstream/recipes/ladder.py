@@ -1,8 +1,9 @@
 """One study at several sizes, to tell a further size's loss and effect before it is trained.
 
 Tokens and rates: the sizes of the paper and public models have their own (a multiple of parameters,
-`paper_scale.py`). Pocket sizes see the same tokens, so that size alone varies and Chinchilla's form
-holds along it as it stands; their rates go with 1 / width from the pocket's own, ours (U).
+`paper_scale.py`). Pocket sizes see the same tokens, a fifth of that scale's, so that size alone
+varies and Chinchilla's form holds along it as it stands; their rates go with 1 / width from the
+pocket's own, ours (U).
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,8 @@ WIDTHS = (16, 28, 52, 96)
 PAPER = ("11m", "79m", "154m", "411m")
 # What is held out for the losses: of the generated world, and of a folder that is prepared here.
 POCKET_HELD_OUT, FOLDER_HELD_OUT = 0.05, 0.01
+# Of the pocket scale's budgets, so that four sizes take minutes (U).
+POCKET_SHARE = 0.2
 
 
 def sizes(
@@ -88,8 +91,8 @@ def sizes(
         ladder=Ladder(axis="size", predict=axis[top]),
         notes=(
             f"share: {share_label(first)}; onset: share of the text run before it (%).",
-            "Every pocket size sees the same tokens, so that size alone varies; rates go with "
-            "1 / width."
+            f"Every pocket size sees the same tokens, {POCKET_SHARE:g} of the pocket scale's, so "
+            "that size alone varies; rates go with 1 / width."
             if scale == "pocket"
             else "Sizes have the tokens and rates of their own recipes: text and image-text tokens "
             "go with parameters, so that the law's fall is that of both.",
@@ -103,7 +106,7 @@ def _scale(kind: str, name: int | str, given: Settings) -> Scale:
     drawn: Settings = {"draws": ("text", "image-text"), **given}
     if kind == "paper":
         return find_scale(str(name), **drawn)
-    at = find_scale("pocket", **drawn)
+    at = find_scale("pocket", shrink=POCKET_SHARE, **drawn)
     assert isinstance(at.text, Pretrain), "the pocket scale trains its text"
     assert isinstance(at.decoder, DecoderConfig), "the pocket scale has a decoder of its own"
     if not str(name).isdigit():
