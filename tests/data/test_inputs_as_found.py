@@ -18,7 +18,9 @@ from made_inputs import Put, as_json, as_lines, read_all, run, tar
 from pyarrow import parquet
 
 from midstream.core.digests import is_text
+from midstream.data.formats.read_captions import caption_units, read_captions
 from midstream.data.formats.records import ReadOptions
+from midstream.data.source_writer import Reject
 
 ROWS = [{"image": f"{n}.png", "caption": f"box {n}"} for n in range(3)]
 LINES = [{"file_name": row["image"], "text": row["caption"]} for row in ROWS]
@@ -583,3 +585,28 @@ def test_captions_in_a_csv_may_be_a_list_as_json(tmp_path: Path) -> None:
     write_pictures(tmp_path)
     path = write(tmp_path / "captions.csv", b'image,caption\n0.png,"[""one"", ""two""]"\n')
     assert outcome(read_all("captions", path)) == ["one", "two"]
+
+
+def test_splits_in_several_files_of_a_source_are_never_read_as_one(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(1))
+    for name, split in (("a", "train"), ("b", "val")):
+        row = {"file_name": "a.png", "text": f"a {name}", "split": split}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    files = [str(tmp_path / "*.jsonl")]
+    with pytest.raises(ValueError, match=r"holds the splits train, val, .*\(--split train"):
+        caption_units(files, ReadOptions())
+    units = caption_units(files, ReadOptions(split="val"))
+    found = [record for unit in units for record in read_captions(unit, ReadOptions(split="val"))]
+    assert [getattr(record, "caption", record) for record in found] == ["a b"]
+
+
+def test_a_caption_beside_another_of_its_picture_is_not_lost(tmp_path: Path) -> None:
+    (tmp_path / "0.jpg").write_bytes(png(1))
+    (tmp_path / "0.txt").write_text("one")
+    (tmp_path / "0.jpg.txt").write_text("another")
+    (unit,) = caption_units([str(tmp_path)], ReadOptions())
+    (found,) = read_captions(unit, ReadOptions())
+    assert isinstance(found, Reject)
+    assert found.reason == "member there twice"
+    assert "0.jpg.txt" in found.detail
+    assert "0.txt" in found.detail

@@ -193,6 +193,42 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
         joined(tmp_path)
 
 
+def test_a_table_that_is_gone_is_made_again_and_neighbours_are_left_alone(tmp_path: Path) -> None:
+    write_sets(tmp_path, [[1, 2]], [[1, 2]])
+    neighbour = tmp_path / f".out.v2.{'0' * 32}.tmp"
+    neighbour.mkdir()
+    assert joined(tmp_path)["joined"] == 2
+    assert neighbour.is_dir()
+    (table,) = (tmp_path / "out").glob("*.parquet")
+    table.unlink()
+    assert joined(tmp_path)["joined"] == 2
+    assert table.is_file()
+
+
+def test_sides_that_change_places_are_another_join(tmp_path: Path) -> None:
+    write_sets(tmp_path, [[1], [2]], [[1], [2]])
+    joined(tmp_path)
+    with pytest.raises(ValueError, match=r"no sample of the pictures .*pictures come first"):
+        join_captions(
+            str(tmp_path / "s"),
+            str(tmp_path / "p"),
+            tmp_path / "out",
+            workers=1,
+            progress=lambda done, note: None,
+        )
+
+
+def test_a_joined_set_has_neither_splits_nor_further_fields(tmp_path: Path) -> None:
+    write_sets(tmp_path, [[1]], [[1]])
+    joined(tmp_path)
+    for options, what in (
+        (ReadOptions(split="train"), "says no split"),
+        (ReadOptions(text_key="alt"), "keeps no field alt"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            read(str(tmp_path / "out"), options)
+
+
 NUMBERS = st.lists(st.integers(0, 6), max_size=12)
 
 

@@ -18,7 +18,7 @@ from midstream.recipes.scales import Scale, find_scale
 from midstream.report.gather import gather, repeated
 from midstream.study.stages import Continue, Finetune, FromScratch, Pretrain, TrainEncoder
 from midstream.study.store import Ledger
-from midstream.study.studies import Line
+from midstream.study.studies import Ladder, Line, Study
 
 
 def parts(line: Line) -> tuple[Pretrain, Continue, Finetune]:
@@ -188,3 +188,10 @@ def test_a_ladder_goes_from_its_plan_to_its_report(
     for name in ("ladder.svg", "ladder.png", "ladder.csv", "index.html"):
         assert (folder / name).is_file()
     assert "held-out pictures" in (folder / "index.html").read_text()
+
+
+def test_a_ladder_along_no_axis_of_its_lines_is_refused_before_it_runs() -> None:
+    study = ladder.sizes(shares=(0.1,), seeds=(1, 2))
+    for wrong in (Ladder(axis="sise", predict=0.3449), Ladder(axis="size", predict=0.345)):
+        with pytest.raises(ValueError, match=rf"ladder along '{wrong.axis}' that leaves out"):
+            Study(**{**dict(study), "ladder": wrong})

@@ -154,12 +154,17 @@ def test_page_summary_and_tables_have_the_laws(ledger: Ledger, undrawn: None) ->
 def test_a_plan_prices_the_sizes_of_the_fit_and_the_left_out_one_apart(ledger: Ledger) -> None:
     study = make()
     work = plan(study, ledger)
-    hours = {row.stage.name: 1.0 for row in work.rows if isinstance(row.stage, Evaluate)}
+    hours = {row.stage.name: float(isinstance(row.stage, Evaluate)) for row in work.rows}
     price = sizes_price(study, work, hours)
     assert price is not None
     assert sum(price.flops.values()) == pytest.approx(work.shared_flops)
     assert price.hours == {"fitted": 18.0, "predicted": 6.0, "shared": 0.0}
     assert price.flops["shared"] > 0
+    shared = next(row.stage.name for row in work.rows if len(row.lines) == len(study.lines))
+    del hours[shared]
+    partly = sizes_price(study, work, hours)
+    assert partly is not None
+    assert partly.hours == {"fitted": 18.0, "predicted": 6.0, "shared": None}
     assert "which they predict" in price.sentence(lambda flops: flops)
     assert sizes_price(study.model_copy(update={"ladder": None}), work, {}) is None
 

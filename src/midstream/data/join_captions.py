@@ -34,12 +34,13 @@ from midstream.core.storage import (
     write_json,
 )
 from midstream.data.formats.captions import json_object
-from midstream.data.formats.files import find_files, folder_of, is_url, name_some, size_of
+from midstream.data.formats.files import find_files, folder_of, is_url, name_some
 from midstream.data.formats.joined import JOINED_ROOT
 from midstream.data.formats.read_captions import original_caption
 from midstream.data.formats.records import PICTURES as SUFFIXES
 from midstream.data.formats.records import ReadOptions, Sample, samples_of
 from midstream.data.prepare_source import leave_with_parent
+from midstream.data.shard_state import stamp_of
 from midstream.data.source_writer import Reject
 from midstream.data.sources import content_hash
 from midstream.data.uids import (
@@ -59,6 +60,14 @@ Side = Literal["pictures", "captions"]
 SIDES: tuple[Side, ...] = ("pictures", "captions")
 Progress = Callable[[float, str], None]
 REPORT = ".join.json"
+# Raised when what lies in the folder of the work is to be made anew.
+VERSION = 1
+_REMEDY = {
+    "pictures": "pictures come first and synthetic captions second, and img2dataset keeps the uid "
+    "with --save_additional_columns '[\"uid\"]'",
+    "captions": "pictures come first and synthetic captions second; a sample of these is a json "
+    "with its uid and a syn.json",
+}
 # Archives of a run, and those whose samples make up a partition.
 RUN_TARS, PARTITION_TARS, MOST_PARTITIONS = 16, 16, 4096
 NUM_LISTED = 5
@@ -124,7 +133,8 @@ def join_captions(
     """
     join = _join_of(pictures, captions, out.absolute())
     stamp = _stamp(join)
-    if (join.out / REPORT).is_file() and (done := read_json(join.out / REPORT))["stamp"] == stamp:
+    done = read_json(join.out / REPORT) if (join.out / REPORT).is_file() else {}
+    if done.get("stamp") == stamp and all((join.out / x).is_file() for x in done["tables"]):
         found: dict[str, int] = done["counts"]
         return found
     if join.out.exists() and any(join.out.iterdir()) and not (join.out / REPORT).is_file():
@@ -140,7 +150,8 @@ def join_captions(
 
 
 def _run(join: Join, stamp: str, workers: int, progress: Progress) -> dict[str, int]:
-    for left in join.out.parent.glob(f".{join.out.name}.*.tmp"):
+    own = re.compile(rf"\.{re.escape(join.out.name)}\.[0-9a-f]{{32}}\.tmp")
+    for left in [path for path in join.out.parent.iterdir() if own.fullmatch(path.name)]:
         shutil.rmtree(left)
     kept = join.work / "stamp.txt"
     # Partitions hold all of both sides: where one archive changed, they are made anew.
@@ -154,14 +165,10 @@ def _run(join: Join, stamp: str, workers: int, progress: Progress) -> dict[str, 
         if not found[side].get("uids"):
             named = name_some(getattr(join, side), 2)
             lost = name_some((f"{n:,} {why}" for why, n in found[side].items() if n), NUM_LISTED)
-            raise ValueError(
-                f"no sample of the {side} {named} has a uid ({lost}); img2dataset keeps it with "
-                "--save_additional_columns '[\"uid\"]'"
-            )
+            raise ValueError(f"no sample of the {side} {named} is one ({lost}); {_REMEDY[side]}")
     num_parts = len(join.runs("pictures"))
     parts = [(number,) for number in range(join.num_partitions)]
     _all(match_uids, join, parts, workers, partial(_third, progress, 1, "joining partitions"))
-    counts = count_up([notes_of(path) for path in join.matched])
     counts = count_up([notes_of(path) for path in join.matched])
     for side in SIDES:
         counts |= {f"{side}: {key}": value for key, value in found[side].items()}
@@ -177,7 +184,8 @@ def _run(join: Join, stamp: str, workers: int, progress: Progress) -> dict[str, 
         tables = [(temporary, number) for number in range(num_parts)]
         told = partial(_third, progress, 2, "writing tables")
         _all(write_tables, join, tables, workers, told)
-        write_json(temporary / REPORT, {"stamp": stamp, "counts": counts})
+        written = sorted(path.name for path in temporary.iterdir())
+        write_json(temporary / REPORT, {"stamp": stamp, "counts": counts, "tables": written})
         remove_folder(join.out)
         temporary.replace(join.out)
     finally:
@@ -192,21 +200,21 @@ def _join_of(pictures: str, captions: str, out: Path) -> Join:
     files = [tuple(find_files(source, (".tar",))) for source in (shown, told)]
     # The folder that all pictures are under; `commonpath` would change the slashes of a URL.
     folders = os.path.commonprefix([f"{folder_of(file)}/" for file in files[0]])  # noqa: RUF071
-    root = folders.rpartition("/")[0]
+    root = folders.rpartition("/")[0] or "/"
+    if "::" in root:
+        raise ValueError(
+            f"{shown} lies inside an archive, and pictures are read where they lie; unpack it"
+        )
     return Join(files[0], files[1], root, out)
 
 
 def _stamp(join: Join) -> str:
-    lines = [[file, *_state(file)] for file in (*join.pictures, *join.captions)]
-    return content_hash(json.dumps([join.root, lines]).encode()).hex()
+    sides = [[[file, *stamp_of(file)] for file in side] for side in (join.pictures, join.captions)]
+    return content_hash(json.dumps([VERSION, join.root, *sides]).encode()).hex()
 
 
 def _states(join: Join, tars: Sequence[str]) -> str:
-    return json.dumps([join.num_partitions, *([file, *_state(file)] for file in tars)])
-
-
-def _state(file: str) -> tuple[int, int]:
-    return size_of(file), 0 if is_url(file) else os.stat(file).st_mtime_ns
+    return json.dumps([VERSION, join.num_partitions, *([x, *stamp_of(x)] for x in tars)])
 
 
 def index_run(join: Join, side: Side, number: int) -> None:
@@ -255,6 +263,8 @@ def _row_of(sample: Sample, file: str, side: Side) -> tuple[bytes, int | None, A
     """The uid, the beginning of the sha256, and what this side has of it; or why it is left out."""
     if sample.problem:
         return sample.problem
+    if any("\ud800" <= character <= "\udfff" for character in sample.key):
+        return "name not UTF-8"
     members = sample.members
     values = json_object(members["json"].data)[0] if "json" in members else None
     named = (values or {}).get("uid", sample.key.rpartition("/")[2])
@@ -295,7 +305,7 @@ def write_tables(join: Join, folder: Path, part: int) -> None:
         mine = rows.filter(pa.array(files == file, pa.bool_()))
         if not len(mine):
             continue
-        name = file[len(join.root) + 1 :]
+        name = file.removeprefix(join.root).lstrip("/")
         mine = mine.set_column(0, "file", pa.array([name] * len(mine), pa.string()))
         sink = pa.BufferOutputStream()
         parquet.write_table(mine.replace_schema_metadata({JOINED_ROOT: join.root}), sink)

@@ -25,9 +25,9 @@ from midstream.core.digests import walk
 from midstream.core.storage import read_json, remove_leftovers, write_bytes, write_json
 from midstream.data.columns import SHARD_INDEX
 from midstream.data.examples import TextCodec
+from midstream.data.formats.beside import FILES, samples_beside
 from midstream.data.formats.copies import refuse_twin_samples, refuse_twins
 from midstream.data.formats.files import is_url, name_some
-from midstream.data.formats.read_captions import FILES, samples_beside
 from midstream.data.formats.records import ReadOptions, Section, Unit
 from midstream.data.shard_state import (
     NUM_LISTED,

@@ -194,6 +194,11 @@ def _key(record: dict[str, Any]) -> str:
     return json.dumps(record, sort_keys=True)
 
 
+def stamp_of(path: str) -> Stamp:
+    """What changes when a file does, local or at a URL: its size, and its time or version."""
+    return _url_stamp(path) if is_url(path) else local_stamp(path)
+
+
 def _url_stamp(url: str) -> Stamp:
     system, path = fsspec.core.url_to_fs(url)
     info = system.info(path)

@@ -157,7 +157,7 @@ def when_images_arrive(
     return Study(name="pocket.when_images_arrive", **fields)
 
 
-# Of the pocket world: four epochs of these are what one epoch of the demo's is.
+# Of the pocket world.
 _CONVERSATIONS = 2_000
 _ALT_TEXTS = 20_000
 

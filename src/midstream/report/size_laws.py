@@ -394,7 +394,7 @@ def _draw(axes: Axes, law: Laws) -> None:
 
 @dataclass(frozen=True)
 class SizesPrice:
-    """FLOPs, and hours on this machine (None where not all is measured), of a ladder's stages.
+    """FLOPs, and hours here (None where not all is measured), of what a ladder has to run.
 
     `fitted`: those that only sizes of the fit use; `predicted`: those of the left-out size alone;
     `shared`: those of both.
@@ -402,7 +402,7 @@ class SizesPrice:
 
     predict: float
     flops: dict[str, float]
-    hours: dict[str, float]
+    hours: dict[str, float | None]
 
     def sentence(self, gpu_hours: Callable[[float], float]) -> str:
         """The two sums, what is shared, and their times."""
@@ -429,8 +429,8 @@ def sizes_price(study: Study, plan: Plan, hours: Mapping[str, float]) -> SizesPr
     left_out = {line.name for line in study.lines if line.axes[axis] == predict}
     own = {line.name for line in study.lines} - left_out
     flops = dict.fromkeys(("fitted", "predicted", "shared"), 0.0)
-    time = dict(flops)
-    for row in plan.rows:
+    time: dict[str, float | None] = dict(flops)
+    for row in plan.to_run:
         users = {name.removeprefix(f"{study.name}: ") for name in row.lines}
         key = (
             "shared"
@@ -439,5 +439,6 @@ def sizes_price(study: Study, plan: Plan, hours: Mapping[str, float]) -> SizesPr
         )
         if users & (own | left_out):
             flops[key] += row.cost.flops or 0.0
-            time[key] += hours.get(row.stage.name, 0.0)
+            before, own_hours = time[key], hours.get(row.stage.name)
+            time[key] = None if before is None or own_hours is None else before + own_hours
     return SizesPrice(predict, flops, time)

@@ -157,6 +157,20 @@ class Study(Config):
     levels: tuple[str, ...] = ()
     ladder: Ladder | None = None
 
+    @model_validator(mode="after")
+    def _has_its_sizes(self) -> "Study":
+        if self.ladder is not None:
+            axis, predict = self.ladder.axis, self.ladder.predict
+            places = [line.axes.get(axis) for line in self.lines]
+            if None in places or predict not in places:
+                found = ", ".join(sorted({str(place) for place in places}))
+                raise ValueError(
+                    f"study {self.name!r} has a ladder along {axis!r} that leaves out {predict:g}, "
+                    f"and its lines stand there at {found}; name an axis of every line, and one "
+                    "of its places"
+                )
+        return self
+
     @property
     def named_results(self) -> tuple[tuple[str, Evaluate], ...]:
         """Every evaluation the study asks for, under the name of its line or baseline."""

@@ -216,7 +216,7 @@ def scene_document(world: PocketWorld, index: int) -> tuple[str, Scene | None]:
 
 
 def caption_scene(world: PocketWorld, index: int) -> Scene:
-    """The scene of the caption at `index`; one in nine is cluttered (4 to 6 things)."""
+    """The scene of the caption at `index`; one in nine has five or six things."""
     rng = generator(world.seed, "caption scene", index)
     return converse(rng, (), ("captions",), pick(rng, (*NUM_THINGS * 2, 5, 6)), "captions")[0]
 

@@ -419,7 +419,7 @@ def _csv_reader(path: str) -> Any:
         raise ValueError(f"{path}: its header is not UTF-8; write the file in UTF-8")
     if _TOKEN.fullmatch(header):
         rows = (_TOKEN.fullmatch(line.rstrip("\r\n")) for line in chain([header], lines))
-        split = (list(row.groups()) if row else [""] for row in rows)
+        split = (list(row.groups()) if row else [] for row in rows)
         return chain([["image", "caption"]], split)
     delimiter = max(",\t;|", key=header.count)
     # Strict: a quote that is never closed would make one caption of the rest of the file.

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -12,7 +11,6 @@ import ijson
 from midstream.data.formats.captions import (
     Folder,
     caption_of,
-    check_splits,
     field_of,
     first_folder,
     picture_roots,
@@ -136,14 +134,14 @@ def holds_sentences(path: str) -> bool:
     return isinstance(first, dict) and "sentences" in first
 
 
-def count_images(path: str, options: ReadOptions) -> int:
-    """How many pictures one of Karpathy's splits has.
+def count_images(path: str) -> int:
+    """How many pictures one of Karpathy's splits has; ValueError if the file is not whole."""
+    return sum(1 for _ in _items(path, "images"))
 
-    Raises ValueError if the file is not whole, or which of its splits are meant is not said.
-    """
-    splits = Counter(split_in(image) for image in _items(path, "images"))
-    check_splits(path, splits.keys(), options)
-    return splits.total()
+
+def splits_in(path: str) -> Iterator[str]:
+    """The split of each of the pictures."""
+    yield from (split_in(image) for image in _items(path, "images"))
 
 
 def read_karpathy(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:

@@ -70,7 +70,7 @@ def find_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
             if not is_note(base_name(file)) and full_name(file).endswith(suffixes)
         ]
         found = _once(found)
-    if found == [source] and source.lower().endswith(_ARCHIVES):
+    if found == [source] and base_name(source).lower().endswith(_ARCHIVES):
         raise ValueError(f"{source} is an archive that no reader opens; unpack it into a folder")
     if not found:
         others = f", but with {name_some(map(base_name, shown), 5)}" if shown else ""

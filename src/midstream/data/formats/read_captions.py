@@ -5,10 +5,11 @@ Records are numbered from 0. Pictures are not decoded here.
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import groupby, islice
 
+from midstream.data.formats.beside import FILES, TEXTS, parts_of, sample_units
 from midstream.data.formats.captions import (
     PICTURE_KEYS,
     TEXT_TABLES,
@@ -34,6 +35,7 @@ from midstream.data.formats.coco import (
     holds_sentences,
     read_coco,
     read_karpathy,
+    splits_in,
 )
 from midstream.data.formats.files import (
     base_name,
@@ -53,6 +55,7 @@ from midstream.data.formats.records import (
     NUM_UNIT_RECORDS,
     PICTURES,
     TOO_LARGE,
+    TWICE,
     CaptionRecord,
     Member,
     Picture,
@@ -65,12 +68,8 @@ from midstream.data.formats.records import (
 from midstream.data.formats.tables import TABLES, columns_of, refuse_splits
 from midstream.data.source_writer import Reject
 
-# The format of samples whose files lie beside each other.
-FILES = "files"
 # A sample that says nothing of a caption, as against one whose caption is no text.
 ABSENT = "no caption"
-# The members or files that hold a caption alone.
-_TEXTS = ("txt", "caption", "text")
 # What WebDataset groups under the name before its first dot, where no reader looks for it.
 DOTTED = "picture with a further dot in its name"
 FORMATS = {
@@ -101,7 +100,7 @@ NAMES = {
 _LAST = ("table",)
 _SUFFIXES = (".tar", ".json", ".jsonl", *TEXT_TABLES, *TABLES, ".caption", ".text")
 # Formats whose records say no split.
-_UNSPLIT = ("webdataset", "datacompdr", "coco", FILES)
+_UNSPLIT = ("webdataset", "datacompdr", "coco", "joined", FILES)
 # So many records of two lists are compared.
 _NUM_COMPARED = 100
 
@@ -116,18 +115,19 @@ def caption_units(sources: Sequence[str], options: ReadOptions) -> list[Unit]:
     """
     units: list[Unit] = []
     for source in sources:
-        tar_format = ""
         files = _caption_files(source, options)
         if not files:
-            units.extend(_sample_units(source))
+            units.extend(sample_units(source))
+        tars = [path for path in files if full_name(path).endswith(".tar")]
+        forms = dict.fromkeys(tars, _tar_format(tars[0]) if tars else "")
+        whole = {*tars}
+        forms |= {path: _lone_format(path) for path in files if path not in whole}
+        _check_splits(source, forms, options)
         for path in files:
-            if full_name(path).endswith(".tar"):
-                tar_format = tar_format or _tar_format(path)
-                units.append(Unit(tar_format, (path,)))
-            else:
-                units.extend(_cut(path, _lone_format(path), options))
-    if options.split and (whole := [unit for unit in units if unit.format in _UNSPLIT]):
-        raise ValueError(f"{whole[0].files[0]} says no split of its records; name no split")
+            own = [Unit(forms[path], (path,))]
+            units.extend(own if path in whole else _cut(path, forms[path], options))
+    if options.split and (mixed := [unit for unit in units if unit.format in _UNSPLIT]):
+        raise ValueError(f"{mixed[0].files[0]} says no split of its records; name no split")
     return units
 
 
@@ -143,6 +143,18 @@ def read_captions(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | 
     Raises ValueError that names the file if it is damaged or lacks a column or list.
     """
     return _READERS[unit.format](unit, options)
+
+
+def _check_splits(source: str, forms: Mapping[str, str], options: ReadOptions) -> None:
+    """`check_splits` over all files of a source that say their records' splits."""
+    said = {
+        path: {*(splits_in(path) if form == "karpathy" else splits_of(path, form))} - {""}
+        for path, form in forms.items()
+        if form not in _UNSPLIT
+    }
+    if said:
+        where = next(iter(said)) if len(said) == 1 else source
+        check_splits(where, {name for own in said.values() for name in own}, options)
 
 
 def _known() -> str:
@@ -164,10 +176,10 @@ def _caption_files(source: str, options: ReadOptions) -> list[str]:
     kinds = [kind for kind, named in found.items() if named]
     if len(kinds) > 1:
         kinds = [kind for kind in kinds if kind not in _LAST]
-    if kinds == ["table"] and not any(map(_shows, found["table"])) and _sample_units(source):
+    if kinds == ["table"] and not any(map(_shows, found["table"])) and sample_units(source):
         return []  # img2dataset's tables of what it fetched lie beside its pictures
     if not kinds:
-        if _sample_units(source):
+        if sample_units(source):
             return []
         if lists := [file for file in files if _is_list(file)]:
             _refuse_lists_of_the_same(lists, options)
@@ -201,7 +213,8 @@ def _refuse_lists_of_the_same(files: Sequence[str], options: ReadOptions) -> Non
                     f"{begins[place]} and {file} both have captions of {place[1]}; remove the one "
                     "that is not meant, or name the files to read"
                 )
-    years = {year: file for file in files for year in re.findall("20(?:14|17)", base_name(file))}
+    coco = [file for file in files if _lone_format(file) == "coco"]
+    years = {year: file for file in coco for year in re.findall("20(?:14|17)", base_name(file))}
     if len(years) > 1:
         raise ValueError(
             f"{' and '.join(sorted(years.values()))} have captions of the same pictures; name the "
@@ -259,24 +272,23 @@ def _is_list(path: str) -> bool:
 
 
 def _cut(path: str, form: str, options: ReadOptions) -> list[Unit]:
+    if form == "joined" and options.text_key != "text":
+        raise ValueError(f"{path} keeps no field {options.text_key}; leave --text-key out")
     if form == "joined":
         return [Unit(form, (path,))]
     if options.require == "synthetic":
         raise ValueError(f"{path}: {form} has no synthetic captions; do not require them")
     if form == "table":
         caption_columns(path, options)
-        check_splits(path, splits_of(path, form), options)
         return [Unit(form, (path,))]
     if form == "coco":
         count = count_annotations(path, options)
     elif form == "karpathy":
-        count = count_images(path, options)
+        count = count_images(path)
     elif form == "csv":
         count = sum(1 for _ in rows_of(path, options))
     else:
         count = sum(1 for _ in objects_of(path))
-    if form in ("csv", "list", "imagefolder"):
-        check_splits(path, splits_of(path, form), options)
     if not count:
         raise ValueError(f"{path} holds no record; remove it")
     if count <= NUM_UNIT_RECORDS:
@@ -285,43 +297,8 @@ def _cut(path: str, form: str, options: ReadOptions) -> list[Unit]:
     return [Unit(form, (path,), x, min(x + NUM_UNIT_RECORDS, count)) for x in starts]
 
 
-def _sample_units(source: str) -> list[Unit]:
-    """Units of the samples that lie as files beside each other: a picture, and its .txt or .json.
-
-    Files of no picture are none of a sample's.
-    """
-    samples: dict[tuple[str, str], list[str]] = {}
-    for file in shown_files(source):
-        folder, stem, suffix = _parts(file)
-        if suffix in (*PICTURES, *_TEXTS, "json", "syn.json"):
-            samples.setdefault((folder, stem), []).append(file)
-    shown = [files for _, files in sorted(samples.items()) if any(map(is_picture, files))]
-    if all(is_picture(file) for files in shown for file in files):
-        return []
-    parts = (shown[x : x + NUM_UNIT_RECORDS] for x in range(0, len(shown), NUM_UNIT_RECORDS))
-    return [Unit(FILES, tuple(file for files in part for file in files)) for part in parts]
-
-
-def samples_beside(unit: Unit) -> Iterator[list[str]]:
-    """The files of each sample of a unit of them that has more than its picture."""
-    if unit.format == FILES:
-        for _, files in groupby(unit.files, key=lambda file: _parts(file)[:2]):
-            if len(sample := list(files)) > 1:
-                yield sample
-
-
-def _parts(file: str) -> tuple[str, str, str]:
-    """The folder of a sample's file, the sample's name, and what of it the file is."""
-    name = base_name(file)
-    end = ".syn.json" if name.lower().endswith(".syn.json") else os.path.splitext(name)[1]
-    stem = name.removesuffix(name[-len(end) :] if end else "")
-    if is_picture(stem) and not is_picture(name):
-        stem = os.path.splitext(stem)[0]  # 0.jpg.txt beside 0.jpg
-    return folder_of(file), stem, end[1:].lower()
-
-
 def _read_files(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
-    for (folder, stem), group in groupby(unit.files, key=lambda file: _parts(file)[:2]):
+    for (folder, stem), group in groupby(unit.files, key=lambda file: parts_of(file)[:2]):
         files = list(group)
         pictures = tuple(base_name(file) for file in files if is_picture(file))
         gone = [file for file in files if not (is_url(file) or os.path.exists(file))]
@@ -333,8 +310,10 @@ def _read_files(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Re
         problem, detail = (TOO_LARGE, large[0]) if large else ("", "")
         members: dict[str, Member] = {}
         for file in () if large else files:
-            data = read_range(file, 0, LARGEST_BYTES)
-            members[_parts(file)[2]] = Member(base_name(file), 0, len(data), data, file=file)
+            data, suffix = read_range(file, 0, LARGEST_BYTES), parts_of(file)[2]
+            if suffix in members and not is_picture(file):
+                problem, detail = TWICE, f"{members[suffix].name} and {base_name(file)}"
+            members[suffix] = Member(base_name(file), 0, len(data), data, file=file)
         yield from _of_sample(Sample(folder, stem, members, problem, detail, pictures), options)
 
 
@@ -400,7 +379,7 @@ def original_caption(sample: Sample, options: ReadOptions) -> str | Reject:
     `text_key` in .json comes before .txt only where a user names it.
     """
     members, where = sample.members, sample.where
-    text = next((members[end] for end in _TEXTS if end in members), None)
+    text = next((members[end] for end in TEXTS if end in members), None)
     if text is not None and options.text_key == "text":
         return caption_of(text.data, where)
     if "json" not in members:
