@@ -20,8 +20,9 @@ UID = pa.binary(16)
 KEYS = [pa.field("uid", UID), pa.field("sha256", pa.uint64())]
 # Pictures: which part of the pictures, and the row there.
 PICTURES = pa.schema([*KEYS, ("part", pa.int32()), ("row", pa.int32())])
-CAPTIONS = pa.schema([*KEYS, ("syn.json", pa.binary())])
-MATCHED = pa.schema([("row", pa.int32()), ("syn.json", pa.binary())])
+# Large: a group may hold more than 2 GiB of them.
+CAPTIONS = pa.schema([*KEYS, ("syn.json", pa.large_binary())])
+MATCHED = pa.schema([("row", pa.int32()), ("syn.json", pa.large_binary())])
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
