@@ -169,7 +169,8 @@ def test_every_line_of_a_script_is_answered_by_one_line(
     about = ChatSession(opened, SHORT)
     about.show(pictures[0])
     first = answers_to(opened, *QUESTIONS)
-    expected = [*first, first[0], "".join(about.ask(QUESTIONS[0]))]
+    said = [*first, first[0], "".join(about.ask(QUESTIONS[0]))]
+    expected = [one.replace("\n", r"\n") for one in said]
     assert out.getvalue().splitlines() == expected
     assert [line for line in err.getvalue().splitlines() if line.startswith("line")] == [
         f"line {number}: the answer was cut at 6 tokens (max_new_tokens)" for number in (1, 2, 4, 6)
@@ -230,7 +231,8 @@ def test_the_process_answers_lines_and_tells_the_rest_on_standard_error(
     request |= {"temperature": 0.0, "device": "cpu"}
     assert run_main(monkeypatch, "\n".join(QUESTIONS), request) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines() == answers_to(opened, *QUESTIONS)
+    expected = [one.replace("\n", r"\n") for one in answers_to(opened, *QUESTIONS)]
+    assert out.splitlines() == expected
     assert err.startswith(f"{tiny.CHAT.name}: ")
 
 
@@ -297,7 +299,7 @@ def test_a_terminal_gets_prompt_answer_and_end(chat_ledger: Ledger, opened: Open
             assert process.wait(30) == 0
         finally:
             process.kill()
-    text = shown.decode()
+    text = shown.decode().replace("\r\n", "\n")
     assert text.index(tiny.CHAT.name) < text.index("/help") < text.index(QUESTIONS[0])
     for answer in answers_to(opened, *QUESTIONS):
         assert answer in text

@@ -219,12 +219,12 @@ def test_a_shared_image_is_read_once_unless_it_sees_the_prompt(kind: Attention) 
         # Image and prompt (rounded to 16) together, five times; then a token each.
         assert Counter(read) == {(2, 4 + 16): 5, (2, 1): 5}
         return
-    # Images 0 and 2 together, then image 5, in batches of four; nine prompts about the former.
-    assert Counter(read) == {(4, 4): 2, (2, 16): 6, (2, 1): 6}
+    # Images 0 and 2 together, then image 5, in batches of two; nine prompts about the former.
+    assert Counter(read) == {(2, 4): 2, (2, 16): 6, (2, 1): 6}
     # Once, too, though questions about it differ in length.
     with shapes_read(vlm) as read:
         answers(vlm, [[5], [6] * 20, [7] * 40, [8] * 3], images(1), 1, 2, image_of=[0] * 4)
-    assert Counter(read) == {(4, 4): 1, (2, 16): 1, (2, 32): 1, (2, 48): 1}
+    assert Counter(read) == {(2, 4): 1, (2, 16): 1, (2, 32): 1, (2, 48): 1}
 
 
 @pytest.mark.parametrize("sampling", [None, DRAWN])

@@ -111,8 +111,9 @@ def plan(
         print_plan(work, priced, console, ledger)
         told = [*_here(here), *(one.sentence() for one in kept)]
         told += [one.sentence(fleet.gpu_hours) for one in ladders]
-        told += _decides(work, fleet, here.hours, _powers(found, ledger, spread))
         typer.echo("\n".join(told), nl=bool(told))
+        for line in _decides(work, fleet, here.hours, _powers(found, ledger, spread)):
+            typer.echo(line)
         terminal.print_problems(found_wrong, console)
     if curves is not None:
         _draw(found, ledger, curves, quiet=as_json)
