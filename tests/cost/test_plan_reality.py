@@ -29,7 +29,7 @@ def patches() -> Continue:
 def chat(layout: str) -> Finetune:
     rows = Rows.model_validate({"row_length": 192, "batch_rows": 4, "layout": layout})
     passes = Training(
-        budget=Epochs(sources=("talks",), epochs=1), rows=rows, schedule=tiny.warm(1e-3)
+        budget=Epochs(sources=("talks",), epochs=4), rows=rows, schedule=tiny.warm(1e-3)
     )
     return Finetune(start=tiny.SEEN, training=passes)
 

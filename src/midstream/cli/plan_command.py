@@ -110,15 +110,18 @@ def plan(
         console = terminal.out()
         print_plan(work, priced, console, ledger)
         told = [*_here(here), *(one.sentence() for one in kept)]
-        told += [one.sentence(fleet.gpu_hours) for one in ladders]
-        typer.echo("\n".join(told), nl=bool(told))
-        for line in _decides(work, fleet, here.hours, _powers(found, ledger, spread)):
-            typer.echo(line)
+        _tell([*told, *(one.sentence(fleet.gpu_hours) for one in ladders)])
+        _tell(_decides(work, fleet, here.hours, _powers(found, ledger, spread)))
         terminal.print_problems(found_wrong, console)
     if curves is not None:
         _draw(found, ledger, curves, quiet=as_json)
     if any(problem.level == "wrong" for problem in found_wrong):
         raise typer.Exit(WRONG_EXIT_CODE)
+
+
+def _tell(lines: Sequence[str]) -> None:
+    for line in lines:
+        typer.echo(line)
 
 
 def _draw(study: "AnyStudy", ledger: "Ledger", path: Path, *, quiet: bool) -> None:
