@@ -120,8 +120,7 @@ def plan(
 
 
 def _tell(lines: Sequence[str]) -> None:
-    for line in lines:
-        typer.echo(line)
+    typer.echo("\n".join(lines), nl=bool(lines))
 
 
 def _draw(study: "AnyStudy", ledger: "Ledger", path: Path, *, quiet: bool) -> None:
@@ -308,8 +307,7 @@ def _pictures(plan: "Plan", ledger: "Ledger") -> list[str]:
 
 
 def _proportions(plan: "Plan", ledger: "Ledger") -> list[str]:
-    """What a study's image-text stages see for one of fine-tuning; where it is little, they change
-    little.
+    """What a study's image-text stages see for one of fine-tuning.
 
     The paper's: 28.8 billion tokens for 2.6 billion positions, 3.8 million captions for 2.5 million
     conversations (10 % captions, four epochs).
