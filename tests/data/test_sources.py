@@ -379,7 +379,8 @@ def test_what_is_open_is_bounded_however_many_shards_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joined: bool
 ) -> None:
     monkeypatch.setattr(source_writer, "MOST_SEPARATE", 1 if joined else 99)
-    monkeypatch.setattr(sources, "ARCHIVES", columns.Kept(3))
+    kept = columns.Kept(3)
+    monkeypatch.setattr(sources, "archives", lambda: kept)
     monkeypatch.setattr(sources, "SHARDS", columns.Kept(12))
     source = many_archives(tmp_path, 20)
     before = len(os.listdir("/proc/self/fd"))

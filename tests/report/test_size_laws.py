@@ -1,7 +1,5 @@
 """What a report says of a ladder: laws without the left-out size, and whether they tell it."""
 
-from typing import Any
-
 import made_studies as made
 import numpy as np
 import pytest
@@ -167,16 +165,3 @@ def test_a_plan_prices_the_sizes_of_the_fit_and_the_left_out_one_apart(ledger: L
     assert partly.hours == {"fitted": 18.0, "predicted": 6.0, "shared": None}
     assert "which they predict" in price.sentence(lambda flops: flops)
     assert sizes_price(study.model_copy(update={"ladder": None}), work, {}) is None
-
-
-@pytest.mark.parametrize(
-    ("wrong", "what"),
-    [
-        (Ladder(axis="width", predict=1), "has no place on 'width'"),
-        (Ladder(axis="size", predict=1), "where no line is"),
-    ],
-)
-def test_a_ladder_along_no_axis_is_refused(ledger: Ledger, wrong: Any, what: str) -> None:
-    study = make().model_copy(update={"ladder": wrong})
-    with pytest.raises(ValueError, match=what):
-        laws_of(study, [], ledger)

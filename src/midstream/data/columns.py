@@ -9,7 +9,7 @@ import resource
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from random import Random
 from typing import Any, Generic, TypeVar
@@ -317,4 +317,9 @@ def _most_files() -> int:
 
 SHARDS = Kept[int, Shard](MOST_MAPS)
 FILES = Kept[int, tuple[str, ...]](MOST_NAMES)
-ARCHIVES = Kept[tuple[int, int], Archive](_most_files())
+
+
+@cache
+def archives() -> Kept[tuple[int, int], Archive]:
+    """The archives that are open; this process may open more files from the first call on."""
+    return Kept(_most_files())

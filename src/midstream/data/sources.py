@@ -18,7 +18,6 @@ import xxhash
 from midstream.config import Caption, check_caption
 from midstream.core.storage import read_json
 from midstream.data.columns import (
-    ARCHIVES,
     COLUMNS,
     FILES,
     OWN_PICTURES,
@@ -28,6 +27,7 @@ from midstream.data.columns import (
     Opened,
     Part,
     Shard,
+    archives,
 )
 
 Kind = Literal["text", "caption", "instruct"]
@@ -339,7 +339,7 @@ class Source:
                 archive = Archive(self._path(number, file))
                 # A picture of its own, most likely, is not kept open.
                 if offset:
-                    ARCHIVES.add(self._archives, (number, file), 1, archive)
+                    archives().add(self._archives, (number, file), 1, archive)
             data = archive.read(offset, size)
         except FileNotFoundError:
             raise FileNotFoundError(
