@@ -74,17 +74,17 @@ def test_a_second_run_finds_nothing_to_do(tmp_path: Path) -> None:
     assert first == second
 
 
-def test_a_source_of_many_shards_gets_joined_columns_when_prepared_again(
+def test_a_source_of_many_shards_has_joined_columns_and_the_same_content(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = write_texts(tmp_path / "in", 3, 4), tmp_path / "out"
-    first = run("text", source, out)
+    apart = run("text", source, tmp_path / "apart")
     monkeypatch.setattr(source_writer, "MOST_SEPARATE", 2)
-    second = run("text", source, out)
-    assert second["shards"] == {"kept": 3, "new": 0}
-    assert second["fingerprint"] == first["fingerprint"]
+    joined = run("text", source, out)
+    assert joined["fingerprint"] == apart["fingerprint"]
     assert (out / "columns/offsets.npy").is_file()
-    assert second["joined_columns"]
+    assert joined["joined_columns"]
+    assert "joined_columns" not in apart
 
 
 @pytest.mark.parametrize("change", ["other text", "touched", "longer"])

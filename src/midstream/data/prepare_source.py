@@ -40,7 +40,7 @@ from midstream.data.shard_state import (
     wanted_shards,
 )
 from midstream.data.shards import Ended, make_shard, units_of
-from midstream.data.source_writer import finish_source, lacks_columns
+from midstream.data.source_writer import finish_source
 from midstream.data.sources import INDEX
 
 Progress = Callable[[float, str], None]
@@ -268,7 +268,7 @@ def prepare_source(
         if not (job.tokenizer_file.is_file() and job.tokenizer_file.read_bytes() == tokenizer):
             write_bytes(job.tokenizer_file, tokenizer)
         _make(job, wanted, todo, workers, max_reject_fraction, progress)
-        if not (out / INDEX).is_file() or lacks_columns(read_json(out / INDEX)):
+        if not (out / INDEX).is_file():
             finish_source(
                 out,
                 tokenizer_digest=job.tokenizer,

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -290,16 +290,11 @@ def finish_source(
     summary |= length_facts(map(Shard, folders)) | caption_facts(map(Shard, folders))
     summary["captions"]["left_out"] = left_out
     remove_folder(folder / COLUMNS)
-    if lacks_columns({"shards": shards}):
+    if len(shards) > MOST_SEPARATE:
         join_columns(folder, shards)
         summary["joined_columns"] = True
     write_json(folder / INDEX, summary | {"shards": shards})
     return summary
-
-
-def lacks_columns(index: Mapping[str, Any]) -> bool:
-    """Whether a source of many shards was finished before their columns were joined."""
-    return len(index["shards"]) > MOST_SEPARATE and not index.get("joined_columns")
 
 
 def _entry(name: str, index: dict[str, Any]) -> dict[str, Any]:
