@@ -7,10 +7,11 @@ import pytest
 import tiny
 from midstream.config import DecoderConfig
 from midstream.cost.graph import plan
+from midstream.cost.price import sizes_price
 from midstream.report.gather import exports, gather
 from midstream.report.line_rows import line_rows
 from midstream.report.page import summary_text
-from midstream.report.size_laws import Laws, laws_of, sizes_price
+from midstream.report.size_laws import Laws, laws_of
 from midstream.study.axes import with_field
 from midstream.study.stages import Continue, Evaluate, Finetune
 from midstream.study.store import Ledger

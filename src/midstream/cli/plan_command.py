@@ -82,11 +82,10 @@ def plan(
     from midstream.cost import find_gpu
     from midstream.cost.graph import plan as plan_study
     from midstream.cost.pictures import feature_plan
-    from midstream.cost.price import Fleet, price, price_json
+    from midstream.cost.price import Fleet, price, price_json, sizes_price
     from midstream.cost.taken import measured
     from midstream.launch import terminal
     from midstream.launch.checks import problems
-    from midstream.report.size_laws import sizes_price
     from midstream.study.store import Ledger
 
     fleet = Fleet(find_gpu(gpu), gpus, gpus_per_stage, utilisation, checkpointing)

@@ -1,11 +1,12 @@
 """A plan's price on a fleet of GPUs: hours, memory, disk, and what sharing stages saves."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from midstream.config import Machine, TrainedTokenizer
+from midstream.core.tokens import duration, quantity
 from midstream.cost import UTILISATION, Gpu
 from midstream.cost.cost import Flops, model_parameters, trained_parameters, work_of
 from midstream.cost.graph import Plan, PlanRow
@@ -27,6 +28,7 @@ from midstream.study.stages import (
     TrainEncoder,
 )
 from midstream.study.store import Ledger
+from midstream.study.studies import Study
 
 # Checkpoints of a running stage: those that are kept (`Machine.keep_checkpoints`), one in writing.
 CHECKPOINTS = 3
@@ -304,3 +306,55 @@ def price_json(found: Price, plan: Plan) -> dict[str, Any]:
         "too_large": [stage.row.stage.name for stage in found.too_large],
         "by_stage": by_stage,
     }
+
+
+@dataclass(frozen=True)
+class SizesPrice:
+    """FLOPs, and hours here (None where not all is measured), of what a ladder has to run.
+
+    `fitted`: those that only sizes of the fit use; `predicted`: those of the left-out size alone;
+    `shared`: those of both.
+    """
+
+    predict: float
+    flops: dict[str, float]
+    hours: dict[str, float | None]
+
+    def sentence(self, gpu_hours: Callable[[float], float]) -> str:
+        """The two sums, what is shared, and their times."""
+        words = {
+            "fitted": "for the sizes that laws are fitted to",
+            "predicted": f"for size {self.predict:g}, which they predict",
+            "shared": "for what both use",
+        }
+        parts = []
+        for key, what in words.items():
+            here = self.hours[key]
+            time = f", {duration(3600 * here)} of one process here" if here else ""
+            flops = self.flops[key]
+            number = f"{quantity(flops)}{'' if flops >= 1e3 else ' '}FLOPs"
+            parts.append(f"{number} ({gpu_hours(flops):,.2g} GPU-hours{time}) {what}")
+        return f"ladder: {'; '.join(parts)}"
+
+
+def sizes_price(study: Study, plan: Plan, hours: Mapping[str, float]) -> SizesPrice | None:
+    """What the ladder costs, and the size that it predicts apart; None for a study without one."""
+    if study.ladder is None:
+        return None
+    axis, predict = study.ladder.axis, study.ladder.predict
+    left_out = {line.name for line in study.lines if line.axes[axis] == predict}
+    own = {line.name for line in study.lines} - left_out
+    flops = dict.fromkeys(("fitted", "predicted", "shared"), 0.0)
+    time: dict[str, float | None] = dict(flops)
+    for row in plan.to_run:
+        users = {name.removeprefix(f"{study.name}: ") for name in row.lines}
+        key = (
+            "shared"
+            if users & own and users & left_out
+            else ("predicted" if users & left_out else "fitted")
+        )
+        if users & (own | left_out):
+            flops[key] += row.cost.flops or 0.0
+            before, own_hours = time[key], hours.get(row.stage.name)
+            time[key] = None if before is None or own_hours is None else before + own_hours
+    return SizesPrice(predict, flops, time)

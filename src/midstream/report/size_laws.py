@@ -15,8 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from midstream.core.laws import Law, Prediction, Trend, UnidentifiedError, fit_law, fit_trend
-from midstream.core.tokens import duration, quantity
-from midstream.cost.graph import Plan
 from midstream.report.figures import GRID_COLUMNS, MUTED, PAPER, SERIES, SMALL, saved
 from midstream.report.findings import place_words, points, score_name, signed
 from midstream.report.line_rows import LineRow, kinds_of, parts_of
@@ -81,7 +79,7 @@ def _changes(value: float, unit: Unit) -> str:
 def laws_of(study: Study, rows: Sequence[LineRow], ledger: Ledger) -> list[Laws]:
     """A law for each held-out loss, and for what each other place changes against the first one.
 
-    Empty for a study that is no ladder. Raises ValueError for a ladder whose axis a line lacks.
+    Empty for a study that is no ladder.
     """
     if study.ladder is None:
         return []
@@ -376,58 +374,3 @@ def _draw(axes: Axes, law: Laws) -> None:
     axes.set_ylabel(law.unit)
     if len(law.curves) > 1:
         axes.legend(fontsize=7)
-
-
-# ----------------------------------------------------------------------------------------- price
-
-
-@dataclass(frozen=True)
-class SizesPrice:
-    """FLOPs, and hours here (None where not all is measured), of what a ladder has to run.
-
-    `fitted`: those that only sizes of the fit use; `predicted`: those of the left-out size alone;
-    `shared`: those of both.
-    """
-
-    predict: float
-    flops: dict[str, float]
-    hours: dict[str, float | None]
-
-    def sentence(self, gpu_hours: Callable[[float], float]) -> str:
-        """The two sums, what is shared, and their times."""
-        words = {
-            "fitted": "for the sizes that laws are fitted to",
-            "predicted": f"for size {self.predict:g}, which they predict",
-            "shared": "for what both use",
-        }
-        parts = []
-        for key, what in words.items():
-            here = self.hours[key]
-            time = f", {duration(3600 * here)} of one process here" if here else ""
-            flops = self.flops[key]
-            number = f"{quantity(flops)}{'' if flops >= 1e3 else ' '}FLOPs"
-            parts.append(f"{number} ({gpu_hours(flops):,.2g} GPU-hours{time}) {what}")
-        return f"ladder: {'; '.join(parts)}"
-
-
-def sizes_price(study: Study, plan: Plan, hours: Mapping[str, float]) -> SizesPrice | None:
-    """What the ladder costs, and the size that it predicts apart; None for a study without one."""
-    if study.ladder is None:
-        return None
-    axis, predict = study.ladder.axis, study.ladder.predict
-    left_out = {line.name for line in study.lines if line.axes[axis] == predict}
-    own = {line.name for line in study.lines} - left_out
-    flops = dict.fromkeys(("fitted", "predicted", "shared"), 0.0)
-    time: dict[str, float | None] = dict(flops)
-    for row in plan.to_run:
-        users = {name.removeprefix(f"{study.name}: ") for name in row.lines}
-        key = (
-            "shared"
-            if users & own and users & left_out
-            else ("predicted" if users & left_out else "fitted")
-        )
-        if users & (own | left_out):
-            flops[key] += row.cost.flops or 0.0
-            before, own_hours = time[key], hours.get(row.stage.name)
-            time[key] = None if before is None or own_hours is None else before + own_hours
-    return SizesPrice(predict, flops, time)
