@@ -7,6 +7,7 @@ what they still refuse, and what asking again does not mend, is one error that n
 import errno
 import io
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from random import Random
@@ -32,11 +33,11 @@ _VERSIONS = ("ETag", "etag", "md5", "md5Hash", "checksum", "CRC", "generation", 
 _TIMES = ("mtime", "created", "modified", "LastModified", "last_modified", "Last-Modified")
 _BUSY = frozenset((408, 425, 429, 500, 502, 503, 504))
 _REFUSED, _ABSENT, _NO_RANGE = (401, 403), (404, 410), 416
-# Errors of these packages without a status are those of connections.
-_CLIENTS = (
-    *("aiohttp", "botocore", "aiobotocore", "gcsfs", "httpcore", "httpx", "requests", "urllib3"),
-    *("httpcore2", "httpx2"),
+# What clients call the errors of connections; an offline mode is none that passes.
+_BROKEN = re.compile(
+    "Connect|Timeout|Payload|IncompleteRead|ChunkedEncoding|HTTPClientError|Transport|MaxRetry"
 )
+_OFFLINE = "Offline"
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
 _CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; "
@@ -82,6 +83,13 @@ def system_of(url: str) -> tuple[Any, str]:
         ) from None
 
 
+def refuse_absent_bucket(url: str) -> None:
+    """Raises FileNotFoundError if what an object store's address begins with is not there."""
+    bucket = re.match(r"(?:s3a?|gc?s)://[^/]+", url)
+    if bucket and not kind_of(bucket[0]):
+        raise FileNotFoundError(f"{url}: there is no bucket {bucket[0]}; correct its name")
+
+
 def scheme_of(url: str) -> str:
     """What stands before "://", of the outermost file system that is on another machine."""
     return url.rpartition("::")[2].partition("://")[0]
@@ -100,7 +108,7 @@ def ask(url: str, question: Callable[[Any, str], Answer]) -> Answer:
             return question(system, path)
         except Exception as error:
             verdict = _verdict(error)
-            if verdict == "other":
+            if verdict == "other" and isinstance(error, ValueError | OSError | AssertionError):
                 raise
             if verdict != "busy":
                 raise _final(url, verdict, error) from error
@@ -122,6 +130,8 @@ def _final(url: str, verdict: Verdict, error: Exception) -> OSError:
         return FileNotFoundError(f"{url} does not exist{said}; correct its name")
     if verdict == "no range":
         return RemoteError(f"{url} ends before the bytes that are asked for ({_words(error)})")
+    if verdict == "other":
+        return RemoteError(f"{url} is not read: {type(error).__name__}, {_words(error)}")
     remedy = _CREDENTIALS.get({"s3a": "s3", "gcs": "gs"}.get(s := scheme_of(url), s))
     return RemoteError(
         f"{url} may not be read with the credentials that are set here, if any ({_words(error)}); "
@@ -174,12 +184,12 @@ def _verdict(error: Exception) -> Verdict:
 
 def _is_broken(error: BaseException) -> bool:
     """Whether an error is that of a connection, not of what is asked for."""
-    if isinstance(error, ConnectionError | TimeoutError | EOFError):
-        return True
-    if isinstance(error, ValueError | FileNotFoundError):
+    names = " ".join(kind.__name__ for kind in type(error).__mro__)
+    if _OFFLINE in names or isinstance(error, FileNotFoundError):
         return False
-    busy = isinstance(error, OSError) and error.errno == errno.EBUSY
-    return busy or type(error).__module__.partition(".")[0] in _CLIENTS
+    if isinstance(error, OSError) and error.errno == errno.EBUSY:
+        return True
+    return isinstance(error, EOFError) or _BROKEN.search(names) is not None
 
 
 def fetch(url: str, start: int, end: int) -> bytes:

@@ -27,6 +27,7 @@ from midstream.data.remote import (
     fetch,
     kind_of,
     open_url,
+    refuse_absent_bucket,
     stamp_of_url,
     system_of,
 )
@@ -353,6 +354,7 @@ def _url_files(source: str) -> list[str]:
         for folder in folders:
             files += ask(source, lambda system, _: system.find(folder))  # noqa: B023
     else:
+        refuse_absent_bucket(source)
         files = []
     system, path = system_of(source)
     return [_full_name(system, file, source) for file in files if _is_shown(file, path)]
