@@ -31,7 +31,9 @@ class Served:
     asked: list[tuple[str, int, int]] = field(default_factory=list)
     # Of all requests: their method.
     methods: list[str] = field(default_factory=list)
+    # Whether it gives ranges, and whether it says that it gives none.
     ranges: bool = True
+    tells: bool = False
     address: str = ""
 
     def put(self, name: str, data: bytes) -> str:
@@ -89,6 +91,8 @@ def serving() -> Iterator[Served]:
             self.send_response(206 if asked and served.ranges else 200)
             self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()[:16]}"')
             self.send_header("Content-Length", str(end - start))
+            if served.tells and not served.ranges:
+                self.send_header("Accept-Ranges", "none")
             self.end_headers()
             if self.command == "GET":
                 whole = data[start:end]

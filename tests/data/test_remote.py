@@ -1,9 +1,11 @@
 """Data at addresses: found, read in ranges, and what servers do that they should not."""
 
+import errno
 import gzip
 import io
 import json
 from collections.abc import Iterator
+from multiprocessing import get_context
 from pathlib import Path
 
 import pyarrow as pa
@@ -115,6 +117,18 @@ def test_a_source_by_reference_holds_no_pictures_and_is_equal_to_one_of_local_fi
     assert [source.image_bytes(n) for n in (0, 5, 11)] == [png(0), png(11), png(23)]
 
 
+def test_a_source_by_copy_needs_its_server_no_more(served: Served, tmp_path: Path) -> None:
+    url, out = put_shards(served), tmp_path / "out"
+    by_reference = run("captions", [url], out)
+    assert run("captions", [url], out, copy_pictures=True)["shards"] == {"kept": 0, "new": 3}
+    assert run("captions", [url], out, copy_pictures=True)["shards"] == {"kept": 3, "new": 0}
+    served.files.clear()
+    source = Source("s", out)
+    assert len(source) == by_reference["train"]["examples"] == 12
+    shown = [png(10 * shard + n) for shard in range(3) for n in range(4)]
+    assert [source.image_bytes(n) for n in range(12)] == shown
+
+
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_server_that_is_busy_is_asked_again(served: Served, tmp_path: Path, status: int) -> None:
     url = put_shards(served)
@@ -189,6 +203,43 @@ def test_a_server_without_ranges_is_refused_where_it_gives_others_than_asked_for
         return
     with pytest.raises(ValueError, match=r"a\.bin: its server gives no ranges.*copy it"):
         fetch_whole(url, 4, 6)
+
+
+def test_lines_of_a_server_that_says_it_gives_no_ranges_are_read(served: Served) -> None:
+    texts = [f"{n} " * 40 for n in range(5000)]
+    url, served.ranges, served.tells = served.put("a.jsonl", lines(*texts)), False, True
+    assert [json.loads(line)["text"] for line in read_lines(url)] == texts
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message", "asks"),
+    [
+        (OSError("Forbidden: b/bucket/o"), RemoteError, "may not be read", 1),
+        (PermissionError("Access Denied"), RemoteError, "may not be read", 1),
+        (OSError(errno.EBUSY, "Slow down"), RemoteError, f"asked {TRIES} times", TRIES),
+        (TimeoutError(), RemoteError, f"asked {TRIES} times", TRIES),
+        (FileNotFoundError("a.tar"), FileNotFoundError, "does not exist; correct", 1),
+        (LookupError("no profile"), RemoteError, "is not read: LookupError, no profile", 1),
+        (ValueError("of its own"), ValueError, "^of its own$", 1),
+    ],
+)
+def test_errors_of_clients_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    kind: type[Exception],
+    message: str,
+    asks: int,
+) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.0)
+    asked = []
+
+    def question(system: object, path: str) -> None:
+        asked.append(path)
+        raise error
+
+    with pytest.raises(kind, match=message):
+        remote.ask("memory://bucket/a.tar", question)
+    assert len(asked) == asks
 
 
 @pytest.mark.parametrize("change", ["other bytes", "shorter", "gone"])
@@ -269,3 +320,16 @@ def test_blocks_that_were_read_before_are_not_asked_for_again(
     served.put("set/part-0.tar", samples(90, 4))
     with pytest.raises(ChangedError, match="prepared"):
         Source("s", out).image_bytes(0)
+
+
+@pytest.mark.slow
+def test_processes_that_are_forked_after_a_read_read_too(served: Served, tmp_path: Path) -> None:
+    url, out = put_shards(served), tmp_path / "out"
+    assert run("captions", [url], out, workers=2)["shards"] == {"kept": 0, "new": 3}
+    source = Source("s", out)
+    assert source.image_bytes(0) == png(0)
+    with get_context("fork").Pool(2) as pool:
+        assert pool.map(source.image_bytes, range(8)) == [
+            png(n) for n in (*range(4), *range(10, 14))
+        ]
+    assert source.image_bytes(1) == png(1)

@@ -180,7 +180,8 @@ class Shard:
             return None
         told = read_json(made_from)
         stamps: dict[str, Stamp] = dict(zip(told["unit"]["files"], told["stamps"], strict=True))
-        return (stamps | told[PICTURES]).get(file)
+        stamps |= told[PICTURES]
+        return stamps.get(file)
 
     @cached_property
     def offsets(self) -> np.ndarray:

@@ -39,6 +39,7 @@ _BROKEN = re.compile(
 )
 _OFFLINE = "Offline"
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
+_PACKAGES |= dict.fromkeys(("http", "https"), "aiohttp")
 _CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; "
     """of a bucket that anyone may read, FSSPEC_S3='{"anon": true}'""",
@@ -175,11 +176,17 @@ def _verdict(error: Exception) -> Verdict:
             status == _NO_RANGE: "no range",
         }
         return said.get(True, "other")
-    if any(isinstance(one, PermissionError) or "Credential" in type(one).__name__ for one in chain):
+    if any(map(_is_refused, chain)):
         return "refused"
     if any(map(_is_broken, chain)):
         return "busy"
     return "absent" if isinstance(error, FileNotFoundError) else "other"
+
+
+def _is_refused(error: BaseException) -> bool:
+    # gcsfs has no number in this one.
+    forbidden = isinstance(error, OSError) and str(error).startswith("Forbidden")
+    return forbidden or isinstance(error, PermissionError) or "Credential" in type(error).__name__
 
 
 def _is_broken(error: BaseException) -> bool:

@@ -38,7 +38,7 @@ NUM_REQUESTS = 16
 class Job:
     """What all shards of a source have in common; `tokenizer` is the digest of its file in `out`,
     `begin_of_text` the token that its examples begin with. `by_command`: `midstream prepare` asks,
-    so that messages may advise its options.
+    so that messages may advise its options. `copies`: pictures are kept in the source.
 
     Names of files under the folder `root` are kept relative to it.
     """
@@ -51,6 +51,7 @@ class Job:
     validation_fraction: float
     begin_of_text: int | None = None
     by_command: bool = False
+    copies: bool = False
 
     @property
     def shards(self) -> Path:
@@ -102,6 +103,8 @@ def wanted_shards(job: Job, units: Sequence[Unit]) -> list[Todo]:
     }
     if job.begin_of_text is not None:
         common["begin_of_text"] = job.begin_of_text
+    if job.copies:
+        common["copies"] = True
     todo = []
     for number, unit in enumerate(units):
         own = {"unit": asdict(unit), "stamps": [stamps[file] for file in unit.files]}

@@ -235,14 +235,14 @@ class _Work:
             if isinstance(item, ConversationRecord):
                 writer.drop_turns(item.left_out)
             picture = item.picture
+            # A name says where a picture stays; without one the shard keeps it.
+            file = "" if picture is None or self.job.copies else self.job.short(picture.file)
             writer.add(
                 versions.own.input_ids,
                 versions.own.supervised,
                 name=self.job.short(item.where),
                 content=text_bytes(item) if picture is None else picture.data,
-                image=None
-                if picture is None
-                else Image(self.job.short(picture.file), picture.offset, len(picture.data)),
+                image=None if picture is None else Image(file, picture.offset, len(picture.data)),
                 synthetic=versions.synthetic,
                 left_out=versions.left_out,
             )
