@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.registry import _registry, known_implementations
 from made import png
-from made_inputs import as_lines, changed_shards, contents, run, tar, texts_of, times
+from made_inputs import as_json, as_lines, changed_shards, contents, run, tar, texts_of, times
 from object_server import Fault, Served, serving
 
 from midstream.data import remote
@@ -28,6 +28,7 @@ from midstream.data.formats.files import (
     size_of,
 )
 from midstream.data.formats.tables import table_rows
+from midstream.data.join_captions import join_captions
 from midstream.data.remote import PIECE_BYTES, TRIES, ChangedError, RemoteError, fetch_whole
 from midstream.data.sources import Source
 
@@ -320,6 +321,35 @@ def test_blocks_that_were_read_before_are_not_asked_for_again(
     served.put("set/part-0.tar", samples(90, 4))
     with pytest.raises(ChangedError, match="prepared"):
         Source("s", out).image_bytes(0)
+
+
+def test_pictures_of_joined_tables_stay_where_they_are_and_are_known_by_version(
+    served: Served, tmp_path: Path
+) -> None:
+    uids = [f"{n:032x}" for n in range(6)]
+    shown, told = [], []
+    for n, uid in enumerate(uids):
+        shown += [(f"{n}.png", png(n)), (f"{n}.json", as_json({"uid": uid}))]
+        told.append((f"{uid}.syn.json", as_json({"syn_text": [f"made {n}"]})))
+    served.put("pictures/0.tar", tar(shown))
+    served.put("captions/0.tar", tar(told))
+    places = (f"{served.address}/pictures", f"{served.address}/captions")
+    joined, out = tmp_path / "joined", tmp_path / "out"
+    join_captions(*places, joined, workers=1, progress=lambda done, note: None)
+    served.asked.clear()
+    run("captions", joined, out)
+    # The tar is read once, in one piece, however many pictures it has.
+    assert [name for name, _, _ in served.asked] == ["pictures/0.tar"]
+    source = Source("s", out)
+    assert [source.image_bytes(n) for n in range(6)] == [png(n) for n in range(6)]
+    assert run("captions", joined, out)["shards"] == {"kept": 1, "new": 0}
+    served.put("pictures/0.tar", tar(shown + shown[:1]))
+    with pytest.raises(
+        ChangedError, match=r"pictures/0\.tar changed since the source was prepared"
+    ):
+        Source("s", out).image_bytes(0)
+    assert run("captions", joined, out)["shards"] == {"kept": 0, "new": 1}
+    assert Source("s", out).image_bytes(3) == png(3)
 
 
 @pytest.mark.slow

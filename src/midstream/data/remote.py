@@ -22,6 +22,8 @@ Stamp = list[int | str | None]
 
 # How often a server is asked, and the wait after the first time, which doubles: a minute in all.
 TRIES, FIRST_WAIT_SECONDS = 8, 0.5
+# Some clients ask several times themselves: no more tries after this.
+_MOST_SECONDS = 120
 # What one request asks for: where a connection breaks, so much is asked for again.
 PIECE_BYTES = 4 * 2**20
 # Pieces of an open file that stay in memory; the next one is on its way.
@@ -45,7 +47,7 @@ _CREDENTIALS = {
     """of a bucket that anyone may read, FSSPEC_S3='{"anon": true}'""",
     "gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS; "
     """of a bucket that anyone may read, FSSPEC_GS='{"token": "anon"}'""",
-    "hf": "run `hf auth login`, or set HF_TOKEN, and ask for access on the page of the data set",
+    "hf": "correct its name, or run `hf auth login` (or set HF_TOKEN) and ask for access to it",
 }
 _OTHER_CREDENTIALS = "give an address that may be read from here"
 
@@ -100,7 +102,7 @@ def ask(url: str, question: Callable[[Any, str], Answer]) -> Answer:
     """What `question` gets from the file system and the name in it; asked again where that helps.
 
     Raises FileNotFoundError for what is not there, and RemoteError for what is refused, or not
-    given in `TRIES` tries.
+    given in `TRIES` tries, or two minutes.
     """
     system, path = system_of(url)
     wait, started, draws = FIRST_WAIT_SECONDS, time.monotonic(), Random(f"{os.getpid()} {url}")
@@ -113,9 +115,10 @@ def ask(url: str, question: Callable[[Any, str], Answer]) -> Answer:
                 raise
             if verdict != "busy":
                 raise _final(url, verdict, error) from error
-            if tries == TRIES:
+            seconds = time.monotonic() - started
+            if tries == TRIES or seconds > _MOST_SECONDS:
                 raise RemoteError(
-                    f"{url}: asked {TRIES} times in {time.monotonic() - started:,.0f} s, the last "
+                    f"{url}: asked {tries} times in {seconds:,.0f} s, the last "
                     f"answer was: {_words(error)}; run the same again later, with fewer processes "
                     "at a time if the server is too busy"
                 ) from error
