@@ -308,7 +308,8 @@ def open_url(url: str) -> io.BufferedReader:
     system, path = system_of(url)
     info = {} if "::" in url else ask(url, lambda system, path: system.info(path))
     if info.get("size") is None or not info.get("partial", True):
-        raw = ask(url, lambda system, path: system.open(path, "rb"))
+        # A file system of a chain is made anew for each question.
+        system, raw = ask(url, lambda system, path: (system, system.open(path, "rb")))
     else:
         raw = _Ranges(
             system,
