@@ -295,6 +295,8 @@ def test_a_data_folder_that_does_not_exist_is_named(
     nowhere = world.with_name("nowhere")
     message = refused(ledger, command, f"{file}:good", "--set", f"root={nowhere}")
     assert f"world folder {nowhere} does not exist; give the folder that holds it" in message
+    message = refused(ledger, command, f"{file}:good", "--set", "root=s3://bucket/world")
+    assert "does not exist; a world is a folder here, and `midstream prepare` fills it" in message
 
 
 def test_a_store_that_another_launcher_holds_is_refused_with_its_process(

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
@@ -41,6 +42,21 @@ def texts(folder: Path, num_files: int, num_lines: int) -> Path:
 def arguments(source: Path, out: Path, tokenizer: Path, *more: str) -> list[str]:
     found = ["prepare", "text", str(source), "--out", str(out), "--tokenizer", str(tokenizer)]
     return [*found, "--workers", "1", *more]
+
+
+def test_pictures_are_kept_in_the_source_where_a_copy_is_asked_for(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    source = tmp_path / "set"
+    source.mkdir()
+    Image.new("RGB", (4, 4)).save(source / "1.png")
+    (source / "1.txt").write_text("black")
+    command = arguments(source, tmp_path / "out", tokenizer)
+    command[1] = "captions"
+    for more, kept in (([], False), (["--copy"], True)):
+        result = CliRunner().invoke(app, [*command, *more])
+        assert result.exit_code == 0, result.stderr
+        assert (tmp_path / "out/shards/000000/pictures.bin").exists() is kept
 
 
 def test_the_command_prepares_a_source_and_prints_its_counts(

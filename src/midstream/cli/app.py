@@ -131,6 +131,9 @@ def prepare(
     validation: Annotated[
         float, typer.Option(min=0.0, max=0.99, help="The share of records that is held out.")
     ] = 0.0,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Keep the pictures too, not only where they lie.")
+    ] = False,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes; one a core without it.")
     ] = None,
@@ -144,6 +147,7 @@ def prepare(
     request = {"section": section, "sources": sources, "out": out, "tokenizer": tokenizer}
     request |= {"max_rejects": max_rejects, "validation": validation, "options": options}
     request |= {"begin_of_text": begin_of_text, "workers": workers or os.cpu_count() or 1}
+    request |= {"copy_pictures": copy}
     summary = work("prepare", request, hub_environment(threads=1))
     store_commands.print_summary(summary, time.monotonic() - started)
 

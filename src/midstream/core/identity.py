@@ -239,8 +239,12 @@ def _benchmarks(root: Path) -> dict[str, str]:
 def source_folders(root: Path) -> dict[str, tuple[Kind, Path]]:
     """Kind and folder of each source of a world; ValueError for a name that is used twice."""
     if not root.is_dir():
+        # What was an address, as a path: s3:/bucket/world.
+        far = any(part.endswith(":") for part in root.parts)
+        remedy = "; a world is a folder here, and `midstream prepare` fills it from addresses"
         raise FileNotFoundError(
-            f"world folder {root} does not exist; give the folder that holds it"
+            f"world folder {root} does not exist"
+            f"{remedy if far else '; give the folder that holds it'}"
         )
     listed: dict[str, tuple[Kind, Path]] = {}
     for section, kind in SECTIONS.items():

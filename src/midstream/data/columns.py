@@ -14,13 +14,16 @@ from pathlib import Path
 from random import Random
 from typing import Any, Generic, TypeVar
 
-import fsspec
 import numpy as np
 import pyarrow
 
 from midstream.core.storage import new_folder, read_json
+from midstream.data.block_cache import BlockCache, cache_folder
+from midstream.data.remote import Stamp, fetch_whole, refuse_changed
 
 SHARD_INDEX = "shard.json"
+# Beside a shard's index: what it was made from, and the other files of its pictures then.
+MADE_FROM, PICTURES = "made_from.json", "pictures"
 # The pictures that a shard keeps itself, since no file holds their bytes as they are. No name of a
 # file begins with a dot and a slash.
 OWN_PICTURES = "./pictures.bin"
@@ -170,6 +173,16 @@ class Shard:
         """The picture files that rows of `images` name by number."""
         return tuple(read_json(self.folder / SHARD_INDEX)["files"])
 
+    def stamp_of(self, file: str) -> Stamp | None:
+        """What a picture file was when the shard was made; None where that is not known."""
+        made_from = self.folder / MADE_FROM
+        if not made_from.exists():
+            return None
+        told = read_json(made_from)
+        stamps: dict[str, Stamp] = dict(zip(told["unit"]["files"], told["stamps"], strict=True))
+        stamps |= told[PICTURES]
+        return stamps.get(file)
+
     @cached_property
     def offsets(self) -> np.ndarray:
         """int64, one more than examples: where each starts in the tokens."""
@@ -287,19 +300,28 @@ def join_columns(folder: Path, shards: Sequence[Mapping[str, Any]]) -> None:
 
 
 class Archive:
-    """A picture file or an archive of many, read at byte ranges; local paths and `fsspec` URLs."""
+    """A picture file or an archive of many, read at byte ranges; local paths and `fsspec` URLs.
 
-    def __init__(self, path: str) -> None:
+    Of a URL the `stamp` says what it was when it was indexed. Raises ChangedError if it is another.
+    """
+
+    def __init__(self, path: str, stamp: Stamp | None = None) -> None:
         self.path = path
+        self._blocks: BlockCache | None = None
         self._descriptor = -1 if "://" in path else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if self._descriptor < 0 and stamp is not None:
+            remedy = "put back what was there, or prepare the source again (`midstream prepare`)"
+            refuse_changed(path, stamp, "the source was prepared", remedy)
+            if (folder := cache_folder()) is not None:
+                self._blocks = BlockCache(folder, path, stamp, int(stamp[0] or 0), fetch_whole)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Up to `size` bytes from `offset` on; fewer where the file ends."""
+        """`size` bytes from `offset` on; of a local file fewer where it ends."""
         if self._descriptor >= 0:
             return os.pread(self._descriptor, size, offset)
-        system, path = fsspec.core.url_to_fs(self.path)
-        data: bytes = system.cat_file(path, start=offset, end=offset + size)
-        return data
+        if self._blocks is not None:
+            return self._blocks.read(offset, offset + size)
+        return fetch_whole(self.path, offset, offset + size)
 
     def __del__(self) -> None:
         if getattr(self, "_descriptor", -1) >= 0:

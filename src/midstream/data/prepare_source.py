@@ -223,6 +223,7 @@ def prepare_source(
     validation_fraction: float,
     progress: Progress,
     notice: Callable[[str], None] | None = None,
+    copy_pictures: bool = False,
 ) -> dict[str, Any]:
     """Prepare files, folders, patterns or URLs as one source in `out`; returns its counts.
 
@@ -232,7 +233,8 @@ def prepare_source(
     `max_reject_fraction` of the records may be rejects; `validation_fraction` of the others, chosen
     by content, are held out. `progress` gets the done fraction and a line of text; `notice` gets
     what a person should know of the folder (files that are not read), else `progress` does; it is
-    `midstream prepare` that gives one, whose options messages then advise.
+    `midstream prepare` that gives one, whose options messages then advise. `copy_pictures` keeps
+    all pictures in the source; otherwise those that are a range of a file stay there.
 
     Raises FileNotFoundError or ValueError that names the file for input that is missing or cannot
     be read (after all others are done), ValueError for two files that are one and for rejects that
@@ -256,6 +258,7 @@ def prepare_source(
         validation_fraction,
         codec.begin_of_text,
         by_command=notice is not None,
+        copies=copy_pictures,
     )
     wanted = wanted_shards(job, units)
     _refuse_twins(wanted)

@@ -15,37 +15,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from midstream.core.digests import PACKED, TEXT_SUFFIXES, is_note
 from midstream.core.storage import MANIFEST, read_json
-from midstream.data.columns import SHARD_INDEX
+from midstream.data.columns import MADE_FROM, PICTURES, SHARD_INDEX
 from midstream.data.formats import conversations, read_captions
 from midstream.data.formats.files import base_name, is_url, name_some, shown_files
 from midstream.data.formats.read_text import MANIFEST as TOKENS_MANIFEST
 from midstream.data.formats.records import ReadOptions, Section, Unit, is_picture
+from midstream.data.remote import Stamp, stamp_of_url
 from midstream.data.source_writer import REJECTS, Reject
 from midstream.data.sources import FORMAT, INDEX
 
 # Raise it when equal input would give another shard: every shard is then made anew.
 PREPARATION = 3
-MADE_FROM, PICTURES = "made_from.json", "pictures"
-# What file systems call the things that change with a file's bytes.
-VERSIONS = (
-    *("ETag", "etag", "md5", "md5Hash", "checksum", "CRC", "generation"),
-    *("mtime", "created", "modified", "LastModified", "last_modified"),
-)
+# Equal to no file's stamp: the shard is made anew every time.
+UNKNOWN: Stamp = ["unknown"]
 # Requests about URLs that are under way at once.
 NUM_REQUESTS = 16
-
-Stamp = list[int | str | None]
 
 
 @dataclass(frozen=True)
 class Job:
     """What all shards of a source have in common; `tokenizer` is the digest of its file in `out`,
     `begin_of_text` the token that its examples begin with. `by_command`: `midstream prepare` asks,
-    so that messages may advise its options.
+    so that messages may advise its options. `copies`: pictures are kept in the source.
 
     Names of files under the folder `root` are kept relative to it.
     """
@@ -58,6 +51,7 @@ class Job:
     validation_fraction: float
     begin_of_text: int | None = None
     by_command: bool = False
+    copies: bool = False
 
     @property
     def shards(self) -> Path:
@@ -96,7 +90,7 @@ def wanted_shards(job: Job, units: Sequence[Unit]) -> list[Todo]:
     """All shards of a source, from its files as they are now."""
     files = sorted({file for unit in units for file in unit.files})
     with ThreadPoolExecutor(NUM_REQUESTS) as pool:
-        found = pool.map(lambda file: (_url_stamp if is_url(file) else local_stamp)(file), files)
+        found = pool.map(stamp_of, files)
         stamps = dict(zip(files, found, strict=True))
     common: dict[str, Any] = {
         "preparation": PREPARATION,
@@ -109,6 +103,8 @@ def wanted_shards(job: Job, units: Sequence[Unit]) -> list[Todo]:
     }
     if job.begin_of_text is not None:
         common["begin_of_text"] = job.begin_of_text
+    if job.copies:
+        common["copies"] = True
     todo = []
     for number, unit in enumerate(units):
         own = {"unit": asdict(unit), "stamps": [stamps[file] for file in unit.files]}
@@ -165,9 +161,16 @@ def _finished(job: Job) -> dict[str, Path]:
         pictures = made.pop(PICTURES, None)
         if pictures is None or not _is_whole(path):
             continue
-        if all(local_stamp(file) == old for file, old in pictures.items()):
+        if all(_is_as_before(file, old) for file, old in pictures.items()):
             found[_key(made)] = path
     return found
+
+
+def _is_as_before(file: str, stamp: Stamp) -> bool:
+    try:
+        return stamp != UNKNOWN and stamp_of(file) == stamp
+    except FileNotFoundError:
+        return False
 
 
 def _folders(job: Job) -> list[Path]:
@@ -196,13 +199,7 @@ def _key(record: dict[str, Any]) -> str:
 
 def stamp_of(path: str) -> Stamp:
     """What changes when a file does, local or at a URL: its size, and its time or version."""
-    return _url_stamp(path) if is_url(path) else local_stamp(path)
-
-
-def _url_stamp(url: str) -> Stamp:
-    system, path = fsspec.core.url_to_fs(url)
-    info = system.info(path)
-    return [info.get("size"), *(str(info[key]) for key in VERSIONS if info.get(key) is not None)]
+    return stamp_of_url(path) if is_url(path) else local_stamp(path)
 
 
 # How many broken or unread files are listed, and how many rejects of each reason.

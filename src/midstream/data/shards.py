@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from midstream.core.storage import new_folder, write_json
+from midstream.data.columns import MADE_FROM, PICTURES
 from midstream.data.examples import (
     Example,
     TextCodec,
@@ -14,6 +15,7 @@ from midstream.data.examples import (
     conversation_example,
     text_example,
 )
+from midstream.data.formats.beside import FILES
 from midstream.data.formats.conversations import conversation_units, read_conversations
 from midstream.data.formats.files import is_folder, is_url
 from midstream.data.formats.read_captions import caption_units, read_captions
@@ -30,7 +32,8 @@ from midstream.data.formats.records import (
     Unit,
 )
 from midstream.data.images import decode
-from midstream.data.shard_state import MADE_FROM, PICTURES, Job, Stamp, Todo, local_stamp
+from midstream.data.remote import RemoteError, Stamp, refuse_changed
+from midstream.data.shard_state import UNKNOWN, Job, Todo, local_stamp, stamp_of
 from midstream.data.source_writer import Image, Reject, ShardWriter
 from midstream.data.sources import Kind, content_hash
 
@@ -118,8 +121,6 @@ KEPT_VERDICTS = 1000
 
 # A picture without a caption of its own.
 NO_CAPTION = Example(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.uint8))
-# Equal to no file's stamp: the shard is made anew every time.
-UNKNOWN: Stamp = ["unknown"]
 
 # Takes how many records, tokens and rejects came since the last call; False: stop.
 Beat = Callable[[int, int, int], bool]
@@ -171,14 +172,23 @@ def make_shard(job: Job, codec: TextCodec, item: Todo, beat: Beat) -> Ended:
                 num_tokens = work.write(batch, writer)
                 if not beat(len(batch), num_tokens, len(work.rejects) - before):
                     raise StoppedError
+            _refuse_other(item)
             writer.close()
-    except BrokenError as error:
+    except (BrokenError, RemoteError) as error:
         return Ended(problem=str(error))
     except StoppedError:
         return Ended(rejects=tuple(work.rejects))
     # Beside the manifest: the shard's fingerprint stands for its content, not for where and when.
     write_json(job.folder(item.number) / MADE_FROM, item.made_from | {PICTURES: work.stamps})
     return Ended()
+
+
+def _refuse_other(item: Todo) -> None:
+    """Raises ChangedError for a file at a URL that is another than before it was read."""
+    for file, stamp in zip(item.unit.files, item.made_from["stamps"], strict=True):
+        # Of samples in files of their own, the hashes of their pictures are enough.
+        if is_url(file) and item.unit.format != FILES:
+            refuse_changed(file, stamp, "its preparation began", "run the same again")
 
 
 class _Work:
@@ -189,7 +199,8 @@ class _Work:
         self.rejects: list[Reject] = []
         # By content hash: what is wrong with a picture, None if nothing is.
         self._verdicts: OrderedDict[bytes, str | None] = OrderedDict()
-        # Local picture files that are none of the unit's own, as they were when they were read.
+        # Picture files that are none of the unit's own, as they were when they were read: local
+        # ones, and archives at URLs.
         self.stamps: dict[str, Stamp] = {}
 
     def items(self) -> Iterator[Item]:
@@ -224,14 +235,14 @@ class _Work:
             if isinstance(item, ConversationRecord):
                 writer.drop_turns(item.left_out)
             picture = item.picture
+            # A name says where a picture stays; without one the shard keeps it.
+            file = "" if picture is None or self.job.copies else self.job.short(picture.file)
             writer.add(
                 versions.own.input_ids,
                 versions.own.supervised,
                 name=self.job.short(item.where),
                 content=text_bytes(item) if picture is None else picture.data,
-                image=None
-                if picture is None
-                else Image(self.job.short(picture.file), picture.offset, len(picture.data)),
+                image=None if picture is None else Image(file, picture.offset, len(picture.data)),
                 synthetic=versions.synthetic,
                 left_out=versions.left_out,
             )
@@ -286,9 +297,9 @@ class _Work:
 
     def _problem(self, picture: Picture) -> str | None:
         key = content_hash(picture.data)
-        own = picture.file and not is_url(picture.file)
-        if own and picture.file not in self.unit.files:
-            self.stamps.setdefault(picture.file, local_stamp(picture.file))
+        stamped = picture.file and (picture.offset or not is_url(picture.file))
+        if stamped and not (picture.file in self.stamps or picture.file in self.unit.files):
+            self.stamps[picture.file] = stamp_of(picture.file)
         if key in self._verdicts:
             self._verdicts.move_to_end(key)
             return self._verdicts[key]

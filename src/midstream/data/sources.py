@@ -336,7 +336,9 @@ class Source:
         try:
             archive = self._archives.get((number, file))
             if archive is None:
-                archive = Archive(self._path(number, file))
+                path = self._path(number, file)
+                stamped = offset and "://" in path
+                archive = Archive(path, self._shard(number).stamp_of(path) if stamped else None)
                 # A picture of its own, most likely, is not kept open.
                 if offset:
                     archives().add(self._archives, (number, file), 1, archive)

@@ -34,6 +34,7 @@ class PrepareRequest(Request):
     validation: float
     workers: int
     begin_of_text: str = OWN_RULE
+    copy_pictures: bool = False
 
 
 def prepare(request: PrepareRequest, channel: Channel) -> dict[str, Any]:
@@ -59,6 +60,7 @@ def prepare(request: PrepareRequest, channel: Channel) -> dict[str, Any]:
             validation_fraction=request.validation,
             progress=lambda done, note: channel.progress("preparing", done, note),
             notice=print,
+            copy_pictures=request.copy_pictures,
         )
 
 

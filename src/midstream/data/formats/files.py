@@ -17,11 +17,20 @@ from pathlib import PurePosixPath
 from typing import IO, Any, cast
 from urllib.parse import unquote
 
-import fsspec
 import pyarrow
 from fsspec.compression import compr
 
 from midstream.core.digests import PACKED, is_hidden, is_note, is_unnamed, plain_name, walk
+from midstream.data.remote import (
+    RemoteError,
+    ask,
+    fetch,
+    kind_of,
+    open_url,
+    refuse_absent_bucket,
+    stamp_of_url,
+    system_of,
+)
 
 # How compressed files begin; of zstd also what some of its programs put before its frames.
 _BEGINS = {
@@ -124,47 +133,32 @@ def shown_files(source: str) -> list[str]:
 
 def is_folder(source: str) -> bool:
     """Whether `source` is an existing folder."""
-    if not is_url(source):
-        return os.path.isdir(source)
-    system, path = fsspec.core.url_to_fs(source)
-    return bool(system.isdir(path))
+    return kind_of(source) == "directory" if is_url(source) else os.path.isdir(source)
 
 
 def names_folders(source: str) -> bool:
     """Whether `source` is a folder or a pattern that matches one."""
     if not is_url(source):
         return any(map(os.path.isdir, [source, *glob(source, recursive=True)]))
-    system, path = fsspec.core.url_to_fs(source)
-    matches = system.glob(path, detail=True).values() if _MAGIC.search(path) else ()
+    matches = _url_matches(source).values() if _MAGIC.search(source) else ()
     return is_folder(source) or any(info["type"] == "directory" for info in matches)
 
 
 def exists(path: str) -> bool:
     """Whether `path` is an existing file."""
-    if not is_url(path):
-        return os.path.isfile(path)
-    system, name = fsspec.core.url_to_fs(path)
-    return bool(system.isfile(name))
+    return kind_of(path) == "file" if is_url(path) else os.path.isfile(path)
 
 
 def open_binary(path: str) -> io.BufferedReader:
     """The file's bytes as a seekable stream; FileNotFoundError names a file that is not there."""
-    if not is_url(path):
-        return open(path, "rb")
-    system, name = fsspec.core.url_to_fs(path)
-    # Remote streams' own `readline` does not keep to a limit.
-    stream = io.BufferedReader(system.open(name, "rb"), _PIECE_BYTES)
-    # An archive's file system closes its file when nothing holds it any more.
-    stream.system = system  # type: ignore[attr-defined]
-    return stream
+    return open_url(path) if is_url(path) else open(path, "rb")
 
 
 def size_of(path: str) -> int:
     """Bytes of the file."""
     if not is_url(path):
         return os.path.getsize(path)
-    system, name = fsspec.core.url_to_fs(path)
-    size = system.size(name)
+    size = stamp_of_url(path)[0]
     if size is None:
         raise ValueError(f"{path}: its server does not tell its size; copy it to a local disk")
     return int(size)
@@ -173,8 +167,7 @@ def size_of(path: str) -> int:
 def read_range(path: str, offset: int, size: int) -> bytes:
     """Up to `size` bytes from `offset` on; fewer where the file ends."""
     if is_url(path):
-        system, name = fsspec.core.url_to_fs(path)
-        return cast(bytes, system.cat_file(name, start=offset, end=offset + size))
+        return fetch(path, offset, offset + size)
     with open(path, "rb") as stream:
         stream.seek(offset)
         # Memory for `size` bytes is taken before they are read.
@@ -328,6 +321,8 @@ def unpacked(path: str) -> Iterator[io.BufferedReader]:
 def _checked(path: str, read: Callable[[int], bytes], size: int) -> bytes:
     try:
         return read(size)
+    except RemoteError:
+        raise
     except (EOFError, OSError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
         raise ValueError(f"{path} is cut short or damaged ({error}); fetch it again") from None
 
@@ -347,19 +342,27 @@ def _local_files(source: str) -> list[str]:
 
 
 def _url_files(source: str) -> list[str]:
-    system, path = fsspec.core.url_to_fs(source)
-    if system.isfile(path):
+    kind = kind_of(source)
+    if kind == "file":
         return [source]
-    if system.isdir(path):
-        files = system.find(path)
-    elif _MAGIC.search(path):
-        found = system.glob(path, detail=True)
+    if kind == "directory":
+        files = ask(source, lambda system, path: system.find(path))
+    elif _MAGIC.search(source):
+        found = _url_matches(source)
         folders = [name for name, info in found.items() if info["type"] == "directory"]
         files = [name for name in found if name not in folders]
-        files += [file for folder in folders for file in system.find(folder)]
+        for folder in folders:
+            files += ask(source, lambda system, _: system.find(folder))  # noqa: B023
     else:
+        refuse_absent_bucket(source)
         files = []
+    system, path = system_of(source)
     return [_full_name(system, file, source) for file in files if _is_shown(file, path)]
+
+
+def _url_matches(pattern: str) -> dict[str, Any]:
+    found: dict[str, Any] = ask(pattern, lambda system, path: system.glob(path, detail=True))
+    return found
 
 
 def _is_shown(file: str, source: str) -> bool:

@@ -13,6 +13,7 @@ from pyarrow.parquet import ParquetFile
 
 from midstream.core.storage import read_json
 from midstream.data.formats.files import full_name, open_whole
+from midstream.data.remote import RemoteError
 
 PARQUET, ARROW = (".parquet",), (".arrow",)
 TABLES = PARQUET + ARROW
@@ -62,6 +63,8 @@ def _opened(path: str) -> Iterator[Any]:
                 yield ipc.open_file(stream)
             else:
                 yield ipc.open_stream(stream)
+        except RemoteError:
+            raise
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{path} is no whole {kind} file ({error}); fetch it again") from None
 
