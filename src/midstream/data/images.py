@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Num, UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -264,13 +264,13 @@ def pack(
 
 def unpack(
     packed: UInt8[Tensor, "images bytes"], config: PretrainedEncoder
-) -> Float32[Tensor, "images patches width"]:
-    """The numbers of a stored form; every one is exact in float32."""
+) -> Float[Tensor, "images patches width"]:
+    """The numbers of a stored form, bfloat16 where they are stored so, else float32."""
     shape = (len(packed), config.num_patches, config.hidden_size)
     if config.feature_dtype in _DTYPES:
         return _numbers(packed, _DTYPES[config.feature_dtype]).reshape(shape)
     num_codes = config.num_patches * config.hidden_size
-    codes = _numbers(packed[:, :num_codes], torch.int8).reshape(shape)
+    codes = _numbers(packed[:, :num_codes], torch.int8).float().reshape(shape)
     return codes * _numbers(packed[:, num_codes:], torch.bfloat16).reshape(*shape[:2], 1)
 
 
@@ -280,8 +280,8 @@ def _bytes(numbers: Tensor) -> UInt8[Tensor, "images bytes"]:
     return numbers.reshape(-1).view(torch.uint8).reshape(len(numbers), size)
 
 
-def _numbers(packed: UInt8[Tensor, "images bytes"], dtype: torch.dtype) -> Float32[Tensor, " n"]:
-    return packed.reshape(-1).view(dtype).float()
+def _numbers(packed: UInt8[Tensor, "images bytes"], dtype: torch.dtype) -> Num[Tensor, " n"]:
+    return packed.reshape(-1).view(dtype)
 
 
 def encode_fixed(
@@ -291,7 +291,7 @@ def encode_fixed(
 
     They do not depend on how many pictures are encoded together.
     """
-    return unpack(pack(encode_raw(encode, pixels, config), config), config)
+    return unpack(pack(encode_raw(encode, pixels, config), config), config).float()
 
 
 @torch.no_grad()

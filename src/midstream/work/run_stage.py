@@ -390,13 +390,20 @@ class StageRunner:
         folder = feature_folder(self.ledger, stage.encoder_stage)
         assert folder is not None, "a parent of the stage"
         store = FeatureStore(folder, config)
-        filled = self.place.rank != 0 or all(
-            store.fill(seen[name], plan.examples_of(number), encode, self._note, self.should_stop)
+        filled = all(
+            store.fill(
+                seen[name],
+                plan.examples_of(number),
+                encode,
+                self._note,
+                # Each rank goes by batches of its own, and a signal may reach one of them alone.
+                lambda: self.watch.any_stops(self.should_stop()),
+                (self.place.rank, self.place.world_size),
+            )
             for plan, seen in plans
             for number, name in enumerate(plan.names)
             if seen[name].num_images
         )
-        # Every rank waits here for the first one, and all of them stop where it did.
         if not all(self.place.gather(filled)):
             raise Interrupted("asked to stop while features were stored; those so far are kept")
         return [StoredImages(store, seen, plan.names) for plan, seen in plans], unchanged
