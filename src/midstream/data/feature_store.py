@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from midstream.config import PretrainedEncoder
-from midstream.config.model import picture_bytes
+from midstream.config.model import FILL_BATCH, picture_bytes
 from midstream.core.identity import file_sha256
 from midstream.core.storage import (
     MANIFEST,
@@ -127,22 +127,23 @@ class FeatureStore:
         progress: Progress,
         should_stop: ShouldStop = lambda: False,
         share: tuple[int, int] = (0, 1),
+        workers: int = 0,
     ) -> bool:
         """Compute and store what is missing of the pictures of these examples, of all without.
 
         `examples` are arrays of example numbers; examples without a picture are passed over.
         Processes that fill at the same time compute different pictures: each takes lots that no
         other holds, and waits for the others' at the end. With `share` (k, n) it is the k-th of n
-        that are asked for the same examples, and takes an n-th at a time. `progress` gets the part
-        done (0 where `examples` are given) and may raise: finished parts stay. `should_stop` is
-        asked before every batch that is to be computed and while other processes are waited for;
-        what was computed until then is stored. Returns False if it said yes, True once all is
-        there. Raises ValueError that names the record for a picture that cannot be read or whose
-        features are not finite.
+        that are asked for the same examples, and takes an n-th at a time. `workers` threads decode
+        pictures ahead. `progress` gets the part done (0 where `examples` are given) and may raise:
+        finished parts stay. `should_stop` is asked before every batch that is to be computed and
+        while other processes are waited for; what was computed until then is stored. Returns False
+        if it said yes, True once all is there. Raises ValueError that names the record for a
+        picture that cannot be read or whose features are not finite.
         """
         (self.folder / LOCKS).mkdir(parents=True, exist_ok=True)
         size = max(1, self.part_bytes // picture_bytes(self.config))
-        number, num_processes = share
+        mine, num_processes = share
         total = source.num_images if examples is None else None
         waiting: dict[bytes, int] = {}
         num_seen = num_computed = 0
@@ -151,21 +152,24 @@ class FeatureStore:
             done = 0.0 if total is None else (num_seen - len(waiting)) / max(1, total)
             progress(max(0.0, done), f"features of {source.name}: {note}")
 
+        def computed(examples: list[int]) -> Iterator[Tensor]:
+            for at, pixels in enumerate(pixel_batches(source, examples, self.config, workers)):
+                tell(f"{num_computed + at * FILL_BATCH:,} computed")
+                yield encode_raw(encode, pixels, self.config)
+
         def write() -> bool:
             nonlocal num_computed
             wanted = min(size, -(-len(waiting) // num_processes))
-            with self._lots(waiting, wanted, NUM_LOTS * number // num_processes) as lots:
+            with self._lots(waiting, wanted, NUM_LOTS * mine // num_processes) as lots:
                 if not lots:
                     tell("waiting for other processes that compute them")
                     return not should_stop()
                 for lot in lots:
                     remove_leftovers(self.folder, f"part-{lot:02}-")
-                mine = [key for key in waiting if _lot(key) in lots][:size]
-                chosen = {key: waiting.pop(key) for key in mine}
-                computed, stopped = self._write_part(
-                    lots[0], source, chosen, encode, num_computed, tell, should_stop
-                )
-            num_computed += computed
+                keys = [key for key in waiting if _lot(key) in lots][:size]
+                chosen = {key: waiting.pop(key) for key in keys}
+                number, stopped = self._write_part(lots[0], source, chosen, computed, should_stop)
+            num_computed += number
             self._drop_stored(waiting)
             return not stopped
 
@@ -298,9 +302,7 @@ class FeatureStore:
         lot: int,
         source: Source,
         chosen: Mapping[bytes, int],
-        encode: Encode,
-        num_before: int,
-        tell: Callable[[str], None],
+        computed: Callable[[list[int]], Iterator[Tensor]],
         should_stop: ShouldStop,
     ) -> tuple[int, bool]:
         """Store what is missing of these, up to a stop, as one whole part; how many, and whether
@@ -318,9 +320,7 @@ class FeatureStore:
         name = f"part-{lot:02}-{content_hash(hashes.tobytes()).hex()}"
         with new_folder(self.folder / name) as temporary:
             with (temporary / "features.bin").open("wb") as stream:
-                for pixels in pixel_batches(source, examples, self.config):
-                    tell(f"{num_before + len(sums):,} computed")
-                    features = encode_raw(encode, pixels, self.config)
+                for features in computed(examples):
                     if meter is not None and meter.pictures < MEASURED_PICTURES:
                         meter.add(features)
                     packed = pack(features, self.config).cpu()
@@ -360,6 +360,11 @@ class StoredImages:
         return self.store.read_many(
             [(self.sources[self.names[int(source)]], int(example)) for source, example in images]
         )
+
+
+def unchanged(images: Float[Tensor, "images ..."]) -> Float[Tensor, "images ..."]:
+    """Stored features are what the model takes; it widens them where it uses them."""
+    return images
 
 
 def _lot(key: bytes) -> int:

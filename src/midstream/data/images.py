@@ -5,7 +5,9 @@ Neither depends on installed packages, threads or other pictures.
 
 import io
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -385,10 +387,35 @@ def encode_batch(config: AnyEncoderConfig) -> int:
 
 
 def pixel_batches(
-    source: Source, examples: Sequence[int], config: PretrainedEncoder
+    source: Source, examples: Sequence[int], config: PretrainedEncoder, workers: int = 0
 ) -> Iterator[Float32[Tensor, "images 3 size size"]]:
-    """Pictures of these examples, up to `FILL_BATCH` at a time."""
-    for low in range(0, len(examples), FILL_BATCH):
-        part = examples[low : low + FILL_BATCH]
-        pixels = [load_pixels(source, int(example), config) for example in part]
-        yield torch.from_numpy(np.stack(pixels))
+    """Pictures of these examples, up to `FILL_BATCH` at a time, decoded ahead by so many threads.
+
+    Without threads each is decoded when it is its turn. The pixels are the same.
+    """
+    batches = [examples[low : low + FILL_BATCH] for low in range(0, len(examples), FILL_BATCH)]
+    if not workers:
+        for part in batches:
+            yield torch.from_numpy(np.stack([load_pixels(source, one, config) for one in part]))
+        return
+
+    def decoded(data: bytes, example: int) -> np.ndarray:
+        return _pixels(data, lambda: source.describe(example), config.transform)
+
+    ahead = deque[list[Future[np.ndarray]]]()
+    with ThreadPoolExecutor(workers) as threads:
+        try:
+            for part in batches:
+                # A source's files are read by one thread; decoding leaves Python's lock to others.
+                read = [(source.image_bytes(one), one) for one in part]
+                ahead.append([threads.submit(decoded, *one) for one in read])
+                if len(ahead) > 1 + workers // FILL_BATCH:
+                    yield _stacked(ahead.popleft())
+            while ahead:
+                yield _stacked(ahead.popleft())
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+
+def _stacked(pixels: Sequence["Future[np.ndarray]"]) -> Float32[Tensor, "images 3 size size"]:
+    return torch.from_numpy(np.stack([one.result() for one in pixels]))
