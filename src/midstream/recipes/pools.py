@@ -77,6 +77,8 @@ def more_or_again(
             "tokens: image-text tokens over those of the scale. A pool is the first so many "
             "pictures of the image-text stage's order: with one seed each is contained in the "
             "larger ones, and is seen in the same order until it comes again.",
+            "Pools are of the image-text stage. What trained the encoder, and the conversations, "
+            "are the same in every line and show other pictures as well.",
             *at.notes,
         ),
     )

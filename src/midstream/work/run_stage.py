@@ -388,6 +388,7 @@ class StageRunner:
         folder = feature_folder(self.ledger, stage.encoder_stage)
         assert folder is not None, "a parent of the stage"
         store = FeatureStore(folder, config)
+        self.watch.at("storing features")
         fill = partial(
             store.fill,
             encode=encode,
