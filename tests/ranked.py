@@ -35,15 +35,20 @@ def run_ranks(
     ranks: int,
     *,
     stop_after: int | None = None,
+    stopped_rank: int | None = None,
     **machine: Any,
 ) -> Ended:
-    """Run a stage, whose parents are done, on so many ranks; `stop_after` steps of this start."""
+    """Run a stage, whose parents are done, on so many ranks; `stop_after` steps of this start.
+
+    All ranks are asked to stop, or `stopped_rank` alone.
+    """
     place = Machine(workers=1, device="cpu", ranks=ranks, **machine)
     given = {
         "store": str(ledger.store),
         "machine": place.model_dump(mode="json"),
         "stage": stage.model_dump(mode="json"),
         "stop_after": stop_after,
+        "stopped_rank": stopped_rank,
     }
     # The agent's store, as torchrun's.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -78,7 +83,8 @@ def _rank(given: str, environment: dict[str, str], errors: str) -> None:
     from midstream.work.run_stage import StageRunner
 
     values = json.loads(given)
-    left = values["stop_after"]
+    asked = values["stopped_rank"] in (None, int(environment["RANK"]))
+    left = values["stop_after"] if asked else None
 
     def should_stop() -> bool:
         nonlocal left

@@ -1,10 +1,15 @@
-"""What tests of the readers share."""
+"""What tests of the readers, and those of features, share."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
+from made import make_source
+from made_features import NUM_PICTURES
+
+from midstream.data.sources import Source
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -26,3 +31,18 @@ def put(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[st
     yield write
     if memory.exists(root):
         memory.rm(root, recursive=True)
+
+
+@pytest.fixture(scope="module")
+def shown() -> list[int | None]:
+    """Which picture each conversation shows, some none, many the same."""
+    random = np.random.default_rng(0)
+    order = [*range(NUM_PICTURES), *random.integers(0, NUM_PICTURES, 40).tolist()]
+    return [None if x % 5 == 3 and at >= NUM_PICTURES else x for at, x in enumerate(order)]
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory: pytest.TempPathFactory, shown: list[int | None]) -> Source:
+    """Conversations about shared pictures, in three shards."""
+    base = tmp_path_factory.mktemp("talks")
+    return make_source(base, "talks", "instruct", [3] * len(shown), pictures=shown, shards=3)

@@ -1,4 +1,4 @@
-"""A small encoder and the store's callers."""
+"""A small encoder, the store's callers, and what a store holds."""
 
 import os
 import signal
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from midstream.config import EncoderConfig
-from midstream.data.images import FILL_BATCH, load_pixels
+from midstream.data.feature_store import FeatureStore
+from midstream.data.images import FILL_BATCH, encode_fixed, load_pixels
 from midstream.data.sources import Source
 
 CONFIG = EncoderConfig(
@@ -57,3 +58,34 @@ def quiet(done: float, note: str) -> None:
 def pixels_of(source: Source, examples: Iterable[int], config: EncoderConfig) -> Tensor:
     """Their pictures in one tensor."""
     return torch.from_numpy(np.stack([load_pixels(source, n, config) for n in examples]))
+
+
+def parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("part-*"))
+
+
+def stored_pictures(folder: Path) -> int:
+    return sum(len(np.load(part / "hashes.npy")) for part in parts(folder))
+
+
+def check_all(store: FeatureStore, source: Source, shown: list[int | None]) -> None:
+    """Every stored feature is what encoding the picture alone gives, bit by bit."""
+    for example, picture in enumerate(shown):
+        if picture is not None:
+            pixels = pixels_of(source, [example], store.config)
+            live = encode_fixed(Encode(), pixels, store.config)[0]
+            stored = store.read_many([(source, example)])[0]
+            # Half the bytes on their way to a GPU; the model widens them.
+            narrow = store.config.feature_dtype == "bfloat16"
+            assert stored.dtype == (torch.bfloat16 if narrow else torch.float32)
+            assert torch.equal(stored.float(), live)
+
+
+def features_of(folder: Path) -> dict[bytes, bytes]:
+    """The stored bytes of every picture, by its hash."""
+    found = {}
+    for part in parts(folder):
+        hashes = np.load(part / "hashes.npy")
+        rows = np.fromfile(part / "features.bin", np.uint8).reshape(len(hashes), -1)
+        found |= {key.tobytes(): row.tobytes() for key, row in zip(hashes, rows, strict=True)}
+    return found

@@ -1,25 +1,32 @@
 """Features: what an encoder makes of each picture, the same stored and live, computed once."""
 
-import multiprocessing
 import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import make_source, png
-from made_features import CODED, CONFIG, NUM_PICTURES, WHOLE, Encode, pixels_of, quiet
+from made_features import (
+    CODED,
+    CONFIG,
+    NUM_PICTURES,
+    WHOLE,
+    Encode,
+    check_all,
+    parts,
+    pixels_of,
+    quiet,
+    stored_pictures,
+)
 from torch import Tensor
 
 from midstream.config import EncoderConfig
 from midstream.config.model import FILL_BATCH, picture_bytes
 from midstream.core.storage import CorruptError, read_json
-from midstream.data import feature_store
 from midstream.data.feature_store import FeatureStore, HashIndex
 from midstream.data.images import (
     encode_fixed,
@@ -41,44 +48,10 @@ class Breaks(Encode):
         return features
 
 
-def parts(folder: Path) -> list[Path]:
-    return sorted(folder.glob("part-*"))
-
-
-def stored_pictures(folder: Path) -> int:
-    return sum(len(np.load(part / "hashes.npy")) for part in parts(folder))
-
-
-def check_all(store: FeatureStore, source: Source, shown: list[int | None]) -> None:
-    """Every stored feature is what encoding the picture alone gives, bit by bit."""
-    for example, picture in enumerate(shown):
-        if picture is not None:
-            pixels = pixels_of(source, [example], store.config)
-            live = encode_fixed(Encode(), pixels, store.config)[0]
-            stored = store.read_many([(source, example)])[0]
-            assert stored.dtype == torch.float32
-            assert torch.equal(stored, live)
-
-
 def numbers(low: int, high: int) -> Iterator[np.ndarray]:
     """Examples one plan block after the other."""
     for start in range(low, high, 5):
         yield np.arange(start, min(start + 5, high))
-
-
-@pytest.fixture(scope="module")
-def shown() -> list[int | None]:
-    """Which picture each conversation shows, some none, many the same."""
-    random = np.random.default_rng(0)
-    order = [*range(NUM_PICTURES), *random.integers(0, NUM_PICTURES, 40).tolist()]
-    return [None if x % 5 == 3 and at >= NUM_PICTURES else x for at, x in enumerate(order)]
-
-
-@pytest.fixture(scope="module")
-def talks(tmp_path_factory: pytest.TempPathFactory, shown: list[int | None]) -> Source:
-    """Conversations about shared pictures, in three shards."""
-    base = tmp_path_factory.mktemp("talks")
-    return make_source(base, "talks", "instruct", [3] * len(shown), pictures=shown, shards=3)
 
 
 @pytest.mark.parametrize("config", [CONFIG, CODED, WHOLE], ids=["bfloat16", "int8", "float32"])
@@ -178,112 +151,6 @@ def test_parts_are_no_larger_than_asked(
     assert max(sizes) <= room
     assert len(sizes) == -(-NUM_PICTURES // pictures)
     check_all(FeatureStore(tmp_path, CONFIG), talks, shown)
-
-
-def in_process(work: Callable[[], None]) -> "multiprocessing.process.BaseProcess":
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    return process
-
-
-def test_a_fill_that_is_killed_keeps_its_finished_parts_and_continues(
-    tmp_path: Path, talks: Source, shown: list[int | None]
-) -> None:
-    folder, log = tmp_path / "store", tmp_path / "log"
-    room = FILL_BATCH * picture_bytes(CONFIG)
-
-    def dies() -> None:
-        FeatureStore(folder, CONFIG, room).fill(talks, None, Encode(log, dies_at=2), quiet)
-
-    process = in_process(dies)
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    assert len(FeatureStore(folder, CONFIG)) == FILL_BATCH
-    assert [path for path in folder.iterdir() if path.suffix == ".tmp"]
-    store, encode = FeatureStore(folder, CONFIG, room), Encode()
-    store.fill(talks, None, encode, quiet)
-    assert encode.calls == -(-(NUM_PICTURES - FILL_BATCH) // FILL_BATCH)
-    assert len(store) == NUM_PICTURES
-    assert not [path for path in folder.iterdir() if path.suffix == ".tmp"]
-    check_all(store, talks, shown)
-
-
-def test_a_fill_can_be_stopped_by_whom_it_tells(tmp_path: Path, talks: Source) -> None:
-    def impatient(done: float, note: str) -> None:
-        if f" {FILL_BATCH} computed" in note:
-            raise InterruptedError
-
-    room = FILL_BATCH * picture_bytes(CONFIG)
-    with pytest.raises(InterruptedError):
-        FeatureStore(tmp_path, CONFIG, room).fill(talks, None, Encode(), impatient)
-    assert len(FeatureStore(tmp_path, CONFIG)) == FILL_BATCH
-
-
-def features_of(folder: Path) -> dict[bytes, bytes]:
-    """The stored bytes of every picture, by its hash."""
-    found = {}
-    for part in parts(folder):
-        hashes = np.load(part / "hashes.npy")
-        rows = np.fromfile(part / "features.bin", np.uint8).reshape(len(hashes), -1)
-        found |= {key.tobytes(): row.tobytes() for key, row in zip(hashes, rows, strict=True)}
-    return found
-
-
-@pytest.mark.parametrize("batches", [0, 1, 2])
-def test_a_fill_that_is_asked_to_stop_keeps_its_batches_and_none_is_computed_twice(
-    tmp_path: Path, talks: Source, shown: list[int | None], batches: int
-) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    uninterrupted, first, second = Encode(), Encode(), Encode()
-    assert FeatureStore(whole, CONFIG).fill(talks, None, uninterrupted, quiet)
-    # One part would hold all: what was computed is kept even though its part was not full.
-    store = FeatureStore(stopped, CONFIG)
-    assert not store.fill(talks, None, first, quiet, lambda: first.calls >= batches)
-    assert first.calls == batches
-    assert len(store) == stored_pictures(stopped) == batches * FILL_BATCH
-    assert not list(stopped.glob("*.tmp"))
-    assert FeatureStore(stopped, CONFIG).fill(talks, None, second, quiet)
-    assert first.calls + second.calls == uninterrupted.calls
-    assert features_of(stopped) == features_of(whole)
-    assert (stopped / "measured.json").is_file()
-    check_all(FeatureStore(stopped, CONFIG), talks, shown)
-
-
-def test_a_fill_that_waits_for_another_process_stops_when_asked(
-    tmp_path: Path, talks: Source, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(feature_store, "WAIT_SECONDS", 0.05)
-    said, encode = list[str](), Encode()
-
-    def told(done: float, note: str) -> None:
-        said.append(note)
-
-    with FileLock(tmp_path / "fill.lock"):
-        store = FeatureStore(tmp_path, CONFIG)
-        assert not store.fill(talks, None, encode, told, lambda: bool(said))
-    assert ("waiting for another process" in said[0], encode.calls) == (True, 0)
-    assert store.fill(talks, None, encode, quiet)
-
-
-def test_processes_that_fill_at_the_same_time_compute_each_picture_once(
-    tmp_path: Path, talks: Source, shown: list[int | None]
-) -> None:
-    folder, log = tmp_path / "store", tmp_path / "log"
-    room = 2 * picture_bytes(CONFIG)
-    together = multiprocessing.get_context("fork").Barrier(3)
-
-    def fill() -> None:
-        together.wait(60)
-        FeatureStore(folder, CONFIG, room).fill(talks, None, Encode(log), quiet)
-
-    processes = [in_process(fill) for _ in range(3)]
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
-    # A part of two pictures is one batch; all of the processes went through all of the pictures.
-    assert len(log.read_text().splitlines()) == -(-NUM_PICTURES // 2)
-    assert stored_pictures(folder) == NUM_PICTURES
-    check_all(FeatureStore(folder, CONFIG), talks, shown)
 
 
 @settings(deadline=None, max_examples=60)

@@ -88,6 +88,29 @@ def test_a_budget_is_refused_exactly_where_the_plan_of_rows_would_refuse_it(
     assert outcomes == {True, False}
 
 
+def test_a_pool_that_is_none_and_one_too_small_for_its_budget_are_named_beforehand(
+    world: Path, prepared: Ledger
+) -> None:
+    data = own_world.data_of(world)
+    sources = open_sources(data, ("web", "pictures", "talks"), prepared)
+    have, row = len(sources["pictures"]), ROWS.row_length
+
+    def budget(name: str, pool: int, number: int) -> Mixture:
+        shares = (Share(source=name, share=1.0, pool=pool),)
+        return Mixture(total_tokens=number * row, shares=shares, by="sequences", max_epochs=3)
+
+    for given, said in (
+        (budget("pictures", have + 1, 1), f"'pictures' holds {have} examples, the pool asks for"),
+        (budget("web", 2, 1), "'web' holds text, and a pool is of pictures"),
+        (budget("pictures", 2, 7), "pool of 2 of source 'pictures' holds 2 examples"),
+    ):
+        (problem,) = told(prepared, seen(data, given))
+        assert (problem.level, said in problem.what) == ("wrong", True)
+        assert said in refusal_of(given, sources)
+    assert "raise max_epochs to 4" in problem.remedy
+    assert told(prepared, seen(data, budget("pictures", 2, 6))) == []
+
+
 def test_a_budget_of_a_source_that_was_prepared_before_is_known_without_a_run(
     world: Path, prepared: Ledger, tmp_path: Path, empty: Ledger
 ) -> None:

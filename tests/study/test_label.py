@@ -89,6 +89,17 @@ def test_stages_of_the_same_words_are_told_apart_by_the_shares_that_differ() -> 
     assert found[other.name] == label(other)
 
 
+def test_stages_are_told_apart_by_their_pools() -> None:
+    whole = mixture(8_000, pictures=0.5, web=0.5)
+    pictures, web = whole.shares
+    small = whole.model_copy(update={"shares": (pictures.model_copy(update={"pool": 1_250}), web)})
+    stages = [image_run(budget=budget) for budget in (whole, small)]
+    assert [text.rpartition(MARK)[0] for text in labels(stages).values()] == [
+        "image-text, text 40 %, all of pictures, seed 0",
+        "image-text, text 40 %, 1,250 of pictures, seed 0",
+    ]
+
+
 def test_what_a_stage_descends_from_tells_it_apart_where_it_is_itself_the_same() -> None:
     starts = [image_run(total_tokens=tokens) for tokens in (8_000, 16_000)]
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
@@ -13,7 +14,7 @@ from midstream.model.weights import read_tensors
 from midstream.study.stages import Continue, ContinueFrom, FromScratch
 from midstream.study.store import Ledger
 from midstream.train import checkpoint
-from ranked import run_ranks
+from ranked import STOPPED, run_ranks
 
 # Forty steps of captions beside documents: rows of 1 to 190 targets.
 LONG = tiny.image_run(
@@ -176,3 +177,33 @@ def test_ranks_of_another_number_than_the_machine_says_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match=r"3 processes were started, the machine says 2 ranks"):
         set_up(Machine(device="cpu", ranks=2))
+
+
+def stored(ledger: Ledger) -> dict[bytes, bytes]:
+    """By the picture's hash: the bytes of its features; no picture is stored twice."""
+    found: dict[bytes, bytes] = {}
+    for part in sorted((ledger.store / "features").glob("*/part-*")):
+        hashes = np.load(part / "hashes.npy")
+        rows = np.fromfile(part / "features.bin", np.uint8).reshape(len(hashes), -1)
+        mine = {key.tobytes(): row.tobytes() for key, row in zip(hashes, rows, strict=True)}
+        assert not found.keys() & mine.keys()
+        found |= mine
+    return found
+
+
+def test_ranks_store_the_features_of_one_process_and_all_stop_where_one_is_asked(
+    tiny_ledger: Ledger, tmp_path: Path
+) -> None:
+    stage = tiny.image_run(total_tokens=3_000)
+    whole, mine = store(tiny_ledger, tmp_path / "one"), store(tiny_ledger, tmp_path / "two")
+    storing = tiny.MACHINE.model_copy(update={"features": "stored"})
+    tiny.runner(whole, machine=storing).run(stage)
+    expected = stored(whole)
+    # The second rank alone gets the signal, after its first batch.
+    stopped = run_ranks(mine, stage, 2, stop_after=2, stopped_rank=1, features="stored")
+    assert (stopped.returncode, mine.state(stage)) == (STOPPED, "stopped"), stopped.stderr
+    assert 0 < len(stored(mine)) < len(expected)
+    ended = run_ranks(mine, stage, 2, features="stored")
+    assert ended.returncode == 0, ended.stderr
+    assert stored(mine) == expected
+    check_equal(mine, whole, stage)

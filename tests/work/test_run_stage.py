@@ -49,7 +49,7 @@ FIELDS = {
     "evaluate": "tasks stable suites weights_digest",
 }
 SOURCE = """kind planned_tokens planned_sequences realised_tokens examples epochs
-    largest_example_tokens cut seen"""
+    largest_example_tokens cut seen pictures"""
 TASK = """splits kind metric score stderr chance blind num_examples unparsable key low high
     shortened details continuous"""
 SOURCE_FIELDS, TASK_FIELDS = words(SOURCE), words(TASK)
@@ -97,6 +97,9 @@ def test_results_have_the_fields_that_the_store_documents(ledger: Ledger, stage:
         names |= {*SOURCE_FIELDS, *results["tokens"]}
         for source in results["sources"].values():
             assert source.keys() == SOURCE_FIELDS
+            if source["pictures"] is not None:
+                names |= source["pictures"].keys()
+                assert source["pictures"]["views"] <= source["examples"]
     if isinstance(stage, Evaluate):
         names |= TASK_FIELDS | VISUAL_FIELDS | TEXT_FIELDS | set(results["stable"])
         for task in results["tasks"].values():

@@ -16,7 +16,7 @@ import tiny
 from in_process import events_of, stay_here
 from midstream.cli.app import app
 from midstream.cli.catalogue import training_stage
-from midstream.config import Budget, Epochs, ImageTransform, Mixture, Rows
+from midstream.config import Amount, Amounts, Budget, Epochs, ImageTransform, Mixture, Rows
 from midstream.core.batch import IGNORE
 from midstream.core.tokens import TokenCount
 from midstream.cost.graph import order
@@ -328,6 +328,21 @@ def test_the_mixture_table_counts_what_the_rows_hold(
         assert planned["all"][0] == str(counts.seen)
         padding = f"{counts.pad:,} of {total * row_length:,} positions"
         assert text.count(f"padding {padding}") >= 2
+
+
+def test_a_pool_and_how_often_its_pictures_come_are_told_before_anything_runs(
+    sources: dict[str, Source], codec: TextCodec
+) -> None:
+    amounts = (
+        Amount(source="pics", epochs=5, pool=3),
+        Amount(source="web", tokens=50),
+    )
+    shown, stream = shown_of(sources, codec, Amounts(amounts=amounts)), io.StringIO()
+    print_stats(shown, 4, Console(file=stream, highlight=False, width=200))
+    text = stream.getvalue()
+    assert "5 epochs, pool 3" in text
+    assert "pics: 3 pictures, 5.00 views each: 3 seen 5 times" in text
+    assert "web: " not in text
 
 
 def study_of(*results: Evaluate) -> Study:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -171,12 +171,16 @@ def plan_json(plan: "Plan") -> dict[str, Any]:
 def print_plan(plan: "Plan", priced: "Price", console: Console, ledger: "Ledger") -> None:
     """The plan as a table, by stage or (long ones) by kind, and its totals."""
     console.print(f"{plan.study.name}: {plan.study.question}", style="bold", markup=False)
+    from midstream.cost.pictures import passes_seen, pictures_seen
+
+    stages = [row.stage for row in plan.rows]
     by_kind = len(plan.rows) > MAX_PLAN_ROWS
     room = max(console.width - NUMBERS_WIDTH, LEAST_LABEL_WIDTH)
     console.print(_kinds_table(priced) if by_kind else _stages_table(priced, plan.labels, room))
     for line in [
         *_totals(plan),
-        *_pictures(plan, ledger),
+        *pictures_seen(stages, ledger),
+        *passes_seen(stages, ledger),
         *_proportions(plan, ledger),
         *_prices(plan, priced),
     ]:
@@ -286,23 +290,6 @@ def _totals(plan: "Plan") -> list[str]:
             "expects of its data, or estimated"
         )
     return lines
-
-
-def _pictures(plan: "Plan", ledger: "Ledger") -> list[str]:
-    """Pictures that the image-text stages see, under either unit of a share."""
-    from midstream.cost.cost import images_seen
-    from midstream.study.stages import Continue
-
-    stages = [row.stage for row in plan.rows if isinstance(row.stage, Continue)]
-    told = []
-    units: dict[Literal["tokens", "sequences"], str] = {"tokens": "filled", "sequences": "padded"}
-    for by, rows in units.items():
-        known = [images_seen(stage, ledger, by) for stage in stages]
-        numbers = sorted({round(images) for images in known if images is not None})
-        if numbers:
-            most = "" if len(numbers) == 1 else f" to {quantity(numbers[-1])}"
-            told.append(f"{quantity(numbers[0])}{most} with shares of {by} ({rows} rows)")
-    return [f"pictures seen by an image-text stage: {', '.join(told)}"] if told else []
 
 
 def _proportions(plan: "Plan", ledger: "Ledger") -> list[str]:

@@ -167,9 +167,9 @@ def verify(path: Path, *, share: tuple[int, int] = (0, 1), alone: bool = False) 
         raise CorruptError(f"{path} holds {foreign[0]}, which its manifest does not list")
 
 
-def remove_leftovers(folder: Path) -> int:
-    """Delete what writers killed in the middle left in `folder`; returns how many."""
-    left = [item for item in folder.glob(".*") if item.suffix in (".tmp", ".old")]
+def remove_leftovers(folder: Path, prefix: str = "") -> int:
+    """Delete what writers of `prefix*` killed in the middle left in `folder`; returns how many."""
+    left = [item for item in folder.glob(f".{prefix}*") if item.suffix in (".tmp", ".old")]
     for item in left:
         shutil.rmtree(item) if item.is_dir() else item.unlink()
     return len(left)

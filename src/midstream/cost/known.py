@@ -64,6 +64,19 @@ class Facts:
         targets = self.targets * tokens / max(self.tokens, 1)
         return replace(self, tokens=tokens, targets=targets, plain=plain, shown=shown)
 
+    def pooled(self, pool: int | None) -> "Facts":
+        """A pool of the source, of so many of its examples, as expected of a random part."""
+        if pool is None or pool >= self.examples:
+            return self
+        part = pool / self.examples
+        names = ("tokens", "targets", "images", "distinct_images")
+        plain, shown = (
+            tuple((part * number, part * sums, part * squares) for number, sums, squares in lengths)
+            for lengths in (self.plain, self.shown)
+        )
+        smaller = {name: part * getattr(self, name) for name in names}
+        return replace(self, examples=pool, plain=plain, shown=shown, **smaller)
+
     def drawn(self, number: int, patches: int) -> tuple[np.ndarray, int]:
         """int64: lengths in a row of so many examples that stand for all; how many of them, the
         first ones, show a picture."""

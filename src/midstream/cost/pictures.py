@@ -11,7 +11,7 @@ from midstream.config import Epochs, Machine
 from midstream.config.model import encoder_flops, picture_bytes
 from midstream.core.identity import digest
 from midstream.core.tokens import quantity
-from midstream.cost.cost import cost
+from midstream.cost.cost import cost, images_seen
 from midstream.cost.known import Facts, Number, sources_of
 from midstream.cost.workload import taken
 from midstream.study.label import label
@@ -251,6 +251,7 @@ def _count(
     patches = encoder.encoder.num_patches
     draws: dict[str, list[Draw]] = {}
     known: dict[str, Facts] = {}
+    views: Number = 0
     for stage in stages:
         budget = stage.training.budget
         sources = sources_of(stage.data, budget.captions, ledger)
@@ -258,13 +259,56 @@ def _count(
             return None
         sampling = "permutation" if isinstance(budget, Epochs) else budget.sampling
         for name, part in taken(stage.training, sources, patches).items():
-            source = stage.data.source(name).identity
+            source, seed = stage.data.source(name).identity, stage.training.seed
             known[source] = sources[name]
-            draws.setdefault(source, []).append((stage.training.seed, sampling, part.images))
+            number = part.images
+            if (pool := budget.pools.get(name)) is not None:
+                # Pools of one seed are the beginnings of one order.
+                pooled = round(sources[name].pooled(pool).images)
+                number = distinct_pictures(pooled, [(seed, sampling, number)])
+            drawn = (seed, "permutation" if pool else sampling, number)
+            draws.setdefault(source, []).append(drawn)
+            views += part.images
     # Several captions may show one picture.
     pictures = sum(
         min(distinct_pictures(round(known[one].images), drawn), known[one].distinct_images)
         for one, drawn in draws.items()
     )
-    views = sum(number for drawn in draws.values() for _, _, number in drawn)
     return pictures, views
+
+
+def pictures_seen(stages: Sequence[Stage], ledger: Ledger) -> list[str]:
+    """A line for a plan: pictures that the image-text stages see, under either unit of a share."""
+    seeing = [stage for stage in stages if isinstance(stage, Continue)]
+    told = []
+    units: dict[Literal["tokens", "sequences"], str] = {"tokens": "filled", "sequences": "padded"}
+    for by, rows in units.items():
+        known = [images_seen(stage, ledger, by) for stage in seeing]
+        if numbers := [round(images) for images in known if images is not None]:
+            told.append(f"{_span(numbers)} with shares of {by} ({rows} rows)")
+    return [f"pictures seen by an image-text stage: {', '.join(told)}"] if told else []
+
+
+def passes_seen(stages: Sequence[Stage], ledger: Ledger) -> list[str]:
+    """Lines for a plan: how often the image-text stages go through each source of pictures, by the
+    number of pictures that they may see."""
+    passes: dict[tuple[str, int], list[float]] = {}
+    for stage in stages:
+        if not isinstance(stage, Continue):
+            continue
+        budget, encoder = stage.training.budget, stage.model.encoder
+        sources = sources_of(stage.data, budget.captions, ledger)
+        if sources is None or encoder is None:
+            continue
+        for name, part in taken(stage.training, sources, encoder.num_patches).items():
+            if images := round(sources[name].pooled(budget.pools.get(name)).images):
+                passes.setdefault((name, images), []).append(part.images / images)
+    return [
+        f"passes over source {name!r} ({quantity(images)} pictures): {_span(numbers)}"
+        for (name, images), numbers in sorted(passes.items())
+    ]
+
+
+def _span(numbers: Sequence[float]) -> str:
+    least, most = quantity(min(numbers)), quantity(max(numbers))
+    return least if least == most else f"{least} to {most}"

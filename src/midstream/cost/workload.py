@@ -143,8 +143,11 @@ def workload(
 
 
 def _fitted(training: Training, sources: Mapping[str, Facts], patches: int) -> Mapping[str, Facts]:
-    length = training.rows.row_length
-    return {name: source.fitted(patches, length) for name, source in sources.items()}
+    length, pools = training.rows.row_length, training.budget.pools
+    return {
+        name: source.pooled(pools.get(name)).fitted(patches, length)
+        for name, source in sources.items()
+    }
 
 
 def _learnt(source: Facts, rows: Rows) -> float:
@@ -162,18 +165,18 @@ def _expected_rows(parts: Mapping[str, Taken], sources: Mapping[str, Facts], row
 
 
 def _smaller(budget: Budget, share: float) -> Budget:
-    """A part of a budget; passes stay, over sources that are smaller."""
+    """A part of a budget; passes stay, over sources that are smaller, pools among them."""
     match budget:
         case Mixture():
-            changed: dict[str, Any] = {"total_tokens": max(1, round(budget.total_tokens * share))}
+            shares = tuple(one.model_copy(update={"pool": None}) for one in budget.shares)
+            total = max(1, round(budget.total_tokens * share))
+            changed: dict[str, Any] = {"total_tokens": total, "shares": shares}
         case Amounts():
-            amounts = tuple(
-                one.model_copy(update={"tokens": max(1, round(one.tokens * share))})
-                if one.tokens
-                else one
-                for one in budget.amounts
-            )
-            changed = {"amounts": amounts}
+            amounts = []
+            for one in budget.amounts:
+                tokens = max(1, round(one.tokens * share)) if one.tokens else None
+                amounts.append(one.model_copy(update={"tokens": tokens, "pool": None}))
+            changed = {"amounts": tuple(amounts)}
         case _:
             return budget
     return budget.model_copy(

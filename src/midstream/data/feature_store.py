@@ -3,8 +3,9 @@
 The store's name stands for the encoder's weights and configuration; the caller sees to it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,11 +14,11 @@ import numpy as np
 import torch
 import xxhash
 from filelock import FileLock, Timeout
-from jaxtyping import Float32
+from jaxtyping import Float
 from torch import Tensor
 
 from midstream.config import PretrainedEncoder
-from midstream.config.model import picture_bytes
+from midstream.config.model import FILL_BATCH, picture_bytes
 from midstream.core.identity import file_sha256
 from midstream.core.storage import (
     MANIFEST,
@@ -74,6 +75,8 @@ def _keys(hashes: np.ndarray) -> np.ndarray:
 
 # A part holds at most this much; a fill that is killed loses the part that it was writing.
 PART_BYTES = 256 * 2**20
+# Pictures are dealt by their hashes into so many lots; whoever holds a lot's lock computes it.
+NUM_LOTS = 64
 # Examples whose hashes are looked up at once.
 BLOCK = 2**16
 # Parts that stay mapped in one process.
@@ -81,7 +84,8 @@ OPEN_PARTS = 64
 # The rounding error is measured on this many pictures, the first that a store gets.
 MEASURED_PICTURES = 64
 MEASURED = "measured.json"
-# Who waits for another process to finish its part says so this often.
+LOCKS = "locks"
+# Who waits for other processes to finish their parts says so this often.
 WAIT_SECONDS = 5.0
 
 Progress = Callable[[float, str], None]
@@ -91,9 +95,10 @@ ShouldStop = Callable[[], bool]
 class FeatureStore:
     """Features of pictures under one encoder, read by memory map; safe to pickle and to share.
 
-    `<folder>/part-<digest>/` holds features.bin (uint8 [n, bytes of a picture], `images.pack`),
-    hashes.npy (uint8 [n, 16], `sources.content_hash`) and sums.npy (uint64 [n], XXH3 of each row of
-    features.bin); `measured.json` the rounding errors on the first pictures (`ErrorMeter`).
+    `<folder>/part-<lot>-<digest>/` holds features.bin (uint8 [n, bytes of a picture],
+    `images.pack`), hashes.npy (uint8 [n, 16], `sources.content_hash`) and sums.npy (uint64 [n],
+    XXH3 of each row of features.bin); `measured.json` the rounding errors on the first pictures
+    (`ErrorMeter`); `locks/` a lock a lot, held by whoever computes pictures of it.
     """
 
     def __init__(
@@ -121,41 +126,52 @@ class FeatureStore:
         encode: Encode,
         progress: Progress,
         should_stop: ShouldStop = lambda: False,
+        share: tuple[int, int] = (0, 1),
+        workers: int = 0,
     ) -> bool:
         """Compute and store what is missing of the pictures of these examples, of all without.
 
         `examples` are arrays of example numbers; examples without a picture are passed over.
-        Processes that fill at the same time take turns part by part, and none computes what
-        another did. `progress` gets the share done (0 where `examples` are given) and may raise:
+        Processes that fill at the same time compute different pictures: each takes lots that no
+        other holds, and waits for the others' at the end. With `share` (k, n) it is the k-th of n
+        that are asked for the same examples, and takes an n-th at a time. `workers` threads decode
+        pictures ahead. `progress` gets the part done (0 where `examples` are given) and may raise:
         finished parts stay. `should_stop` is asked before every batch that is to be computed and
-        while another process is waited for; what was computed until then is stored. Returns False
+        while other processes are waited for; what was computed until then is stored. Returns False
         if it said yes, True once all is there. Raises ValueError that names the record for a
         picture that cannot be read or whose features are not finite.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / LOCKS).mkdir(parents=True, exist_ok=True)
         size = max(1, self.part_bytes // picture_bytes(self.config))
+        mine, num_processes = share
         total = source.num_images if examples is None else None
         waiting: dict[bytes, int] = {}
         num_seen = num_computed = 0
-        stopped = False
-
-        def stops() -> bool:
-            nonlocal stopped
-            stopped = stopped or should_stop()
-            return stopped
 
         def tell(note: str) -> None:
             done = 0.0 if total is None else (num_seen - len(waiting)) / max(1, total)
             progress(max(0.0, done), f"features of {source.name}: {note}")
 
-        def write(count: int) -> None:
+        def computed(examples: list[int]) -> Iterator[Tensor]:
+            for at, pixels in enumerate(pixel_batches(source, examples, self.config, workers)):
+                tell(f"{num_computed + at * FILL_BATCH:,} computed")
+                yield encode_raw(encode, pixels, self.config)
+
+        def write() -> bool:
             nonlocal num_computed
-            chosen = {key: waiting.pop(key) for key in list(waiting)[:count]}
-            with self._turn(tell, stops) as ours:
-                if ours:
-                    num_computed += self._write_part(
-                        source, chosen, encode, num_computed, tell, stops
-                    )
+            wanted = min(size, -(-len(waiting) // num_processes))
+            with self._lots(waiting, wanted, NUM_LOTS * mine // num_processes) as lots:
+                if not lots:
+                    tell("waiting for other processes that compute them")
+                    return not should_stop()
+                for lot in lots:
+                    remove_leftovers(self.folder, f"part-{lot:02}-")
+                keys = [key for key in waiting if _lot(key) in lots][:size]
+                chosen = {key: waiting.pop(key) for key in keys}
+                number, stopped = self._write_part(lots[0], source, chosen, computed, should_stop)
+            num_computed += number
+            self._drop_stored(waiting)
+            return not stopped
 
         for numbers, hashes in _shown(source, examples):
             num_seen += len(numbers)
@@ -163,18 +179,18 @@ class FeatureStore:
             missing = self._index.find(hashes) < 0
             for example, row in zip(numbers[missing], hashes[missing], strict=True):
                 waiting.setdefault(row.tobytes(), int(example))
-            while len(waiting) >= size and not stopped:
-                write(size)
-            if stopped:
+            while len(waiting) >= size * num_processes:
+                if not write():
+                    return False
+        while waiting:
+            if not write():
                 return False
-        if waiting:
-            write(len(waiting))
-        return not stopped
+        return True
 
     def read_many(
         self, pictures: Sequence[tuple[Source, int]]
-    ) -> Float32[Tensor, "images patches width"]:
-        """Features of the pictures of these examples, in their order.
+    ) -> Float[Tensor, "images patches width"]:
+        """Features of the pictures of these examples, in their order, as `unpack` gives them.
 
         Raises ValueError that names the record if its features are not stored or it has no
         picture, CorruptError if the bytes in the store changed.
@@ -248,48 +264,63 @@ class FeatureStore:
         return features, np.load(path / "sums.npy")
 
     @contextmanager
-    def _turn(self, tell: Callable[[str], None], should_stop: ShouldStop) -> Iterator[bool]:
-        """Hold the store's lock while the block runs; False where a stop was asked for instead."""
-        lock = FileLock(str(self.folder / "fill.lock"))
-        while not lock.is_locked:
-            try:
-                lock.acquire(timeout=WAIT_SECONDS)
-            except Timeout:
-                tell("waiting for another process that computes them")
-                if should_stop():
-                    yield False
-                    return
-        try:
-            # Nobody else writes here now: what lies under a temporary name was left by the killed.
-            remove_leftovers(self.folder)
+    def _lots(
+        self, waiting: Mapping[bytes, int], num_pictures: int, first: int
+    ) -> Iterator[list[int]]:
+        """Hold lots with so many of the waiting pictures, or as many as are free, in the block.
+
+        They are looked for from lot `first` on. None after WAIT_SECONDS in which all of them were
+        other processes'.
+        """
+        counts = Counter(_lot(key) for key in waiting)
+        order = [lot for at in range(NUM_LOTS) if (lot := (first + at) % NUM_LOTS) in counts]
+        held: list[int] = []
+        with ExitStack() as locks:
+
+            def take(lot: int, seconds: float) -> None:
+                lock = FileLock(self.folder / LOCKS / f"lot-{lot:02}.lock")
+                with suppress(Timeout):
+                    locks.enter_context(lock.acquire(timeout=seconds))
+                    held.append(lot)
+
+            for lot in order:
+                if sum(counts[one] for one in held) < num_pictures:
+                    take(lot, 0.0)
+            if not held:
+                take(order[0], WAIT_SECONDS)
             self._refresh()
-            yield True
-        finally:
-            lock.release()
+            yield held
+
+    def _drop_stored(self, waiting: dict[bytes, int]) -> None:
+        """Take out what is stored by now."""
+        every = np.frombuffer(b"".join(waiting), np.uint8).reshape(-1, 16)
+        for row in every[self._index.find(every) >= 0]:
+            del waiting[row.tobytes()]
 
     def _write_part(
         self,
+        lot: int,
         source: Source,
         chosen: Mapping[bytes, int],
-        encode: Encode,
-        num_before: int,
-        tell: Callable[[str], None],
+        computed: Callable[[list[int]], Iterator[Tensor]],
         should_stop: ShouldStop,
-    ) -> int:
-        """Store what is missing of these, up to a stop, as one whole part; returns how many."""
+    ) -> tuple[int, bool]:
+        """Store what is missing of these, up to a stop, as one whole part; how many, and whether
+        it was stopped."""
         every = np.frombuffer(b"".join(chosen), np.uint8).reshape(-1, 16)
         missing = self._index.find(every) < 0
         hashes, examples = every[missing], np.array(list(chosen.values()))[missing].tolist()
-        if not examples or should_stop():
-            return 0
+        if not examples:
+            return 0, False
+        if stopped := should_stop():
+            return 0, True
         measured = self.folder / MEASURED
         meter = None if measured.is_file() else ErrorMeter(self.config)
         sums: list[int] = []
-        with new_folder(self.folder / f"part-{content_hash(hashes.tobytes()).hex()}") as temporary:
+        name = f"part-{lot:02}-{content_hash(hashes.tobytes()).hex()}"
+        with new_folder(self.folder / name) as temporary:
             with (temporary / "features.bin").open("wb") as stream:
-                for pixels in pixel_batches(source, examples, self.config):
-                    tell(f"{num_before + len(sums):,} computed")
-                    features = encode_raw(encode, pixels, self.config)
+                for features in computed(examples):
                     if meter is not None and meter.pictures < MEASURED_PICTURES:
                         meter.add(features)
                     packed = pack(features, self.config).cpu()
@@ -302,7 +333,8 @@ class FeatureStore:
                             )
                         sums.append(xxhash.xxh3_64_intdigest(row.data))
                         stream.write(row.data)
-                    if len(sums) < len(examples) and should_stop():
+                    stopped = len(sums) < len(examples) and should_stop()
+                    if stopped:
                         break
             np.save(temporary / "hashes.npy", hashes[: len(sums)])
             np.save(temporary / "sums.npy", np.array(sums, np.uint64))
@@ -312,7 +344,7 @@ class FeatureStore:
             ):
                 write_json(measured, meter.errors())
         self._refresh()
-        return len(sums)
+        return len(sums), stopped
 
 
 @dataclass(frozen=True)
@@ -323,11 +355,21 @@ class StoredImages:
     sources: Mapping[str, Source]
     names: tuple[str, ...]
 
-    def __call__(self, images: np.ndarray) -> Float32[Tensor, "images patches width"]:
+    def __call__(self, images: np.ndarray) -> Float[Tensor, "images patches width"]:
         """Features of (source number, example) pairs, in their order."""
         return self.store.read_many(
             [(self.sources[self.names[int(source)]], int(example)) for source, example in images]
         )
+
+
+def unchanged(images: Float[Tensor, "images ..."]) -> Float[Tensor, "images ..."]:
+    """Stored features are what the model takes; it widens them where it uses them."""
+    return images
+
+
+def _lot(key: bytes) -> int:
+    # Hashes are spread evenly.
+    return key[0] % NUM_LOTS
 
 
 def _shown(

@@ -5,14 +5,16 @@ Neither depends on installed packages, threads or other pictures.
 
 import io
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Num, UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -264,13 +266,13 @@ def pack(
 
 def unpack(
     packed: UInt8[Tensor, "images bytes"], config: PretrainedEncoder
-) -> Float32[Tensor, "images patches width"]:
-    """The numbers of a stored form; every one is exact in float32."""
+) -> Float[Tensor, "images patches width"]:
+    """The numbers of a stored form, bfloat16 where they are stored so, else float32."""
     shape = (len(packed), config.num_patches, config.hidden_size)
     if config.feature_dtype in _DTYPES:
         return _numbers(packed, _DTYPES[config.feature_dtype]).reshape(shape)
     num_codes = config.num_patches * config.hidden_size
-    codes = _numbers(packed[:, :num_codes], torch.int8).reshape(shape)
+    codes = _numbers(packed[:, :num_codes], torch.int8).float().reshape(shape)
     return codes * _numbers(packed[:, num_codes:], torch.bfloat16).reshape(*shape[:2], 1)
 
 
@@ -280,8 +282,8 @@ def _bytes(numbers: Tensor) -> UInt8[Tensor, "images bytes"]:
     return numbers.reshape(-1).view(torch.uint8).reshape(len(numbers), size)
 
 
-def _numbers(packed: UInt8[Tensor, "images bytes"], dtype: torch.dtype) -> Float32[Tensor, " n"]:
-    return packed.reshape(-1).view(dtype).float()
+def _numbers(packed: UInt8[Tensor, "images bytes"], dtype: torch.dtype) -> Num[Tensor, " n"]:
+    return packed.reshape(-1).view(dtype)
 
 
 def encode_fixed(
@@ -291,7 +293,7 @@ def encode_fixed(
 
     They do not depend on how many pictures are encoded together.
     """
-    return unpack(pack(encode_raw(encode, pixels, config), config), config)
+    return unpack(pack(encode_raw(encode, pixels, config), config), config).float()
 
 
 @torch.no_grad()
@@ -385,10 +387,35 @@ def encode_batch(config: AnyEncoderConfig) -> int:
 
 
 def pixel_batches(
-    source: Source, examples: Sequence[int], config: PretrainedEncoder
+    source: Source, examples: Sequence[int], config: PretrainedEncoder, workers: int = 0
 ) -> Iterator[Float32[Tensor, "images 3 size size"]]:
-    """Pictures of these examples, up to `FILL_BATCH` at a time."""
-    for low in range(0, len(examples), FILL_BATCH):
-        part = examples[low : low + FILL_BATCH]
-        pixels = [load_pixels(source, int(example), config) for example in part]
-        yield torch.from_numpy(np.stack(pixels))
+    """Pictures of these examples, up to `FILL_BATCH` at a time, decoded ahead by so many threads.
+
+    Without threads each is decoded when it is its turn. The pixels are the same.
+    """
+    batches = [examples[low : low + FILL_BATCH] for low in range(0, len(examples), FILL_BATCH)]
+    if not workers:
+        for part in batches:
+            yield torch.from_numpy(np.stack([load_pixels(source, one, config) for one in part]))
+        return
+
+    def decoded(data: bytes, example: int) -> np.ndarray:
+        return _pixels(data, lambda: source.describe(example), config.transform)
+
+    ahead = deque[list[Future[np.ndarray]]]()
+    with ThreadPoolExecutor(workers) as threads:
+        try:
+            for part in batches:
+                # A source's files are read by one thread; decoding leaves Python's lock to others.
+                read = [(source.image_bytes(one), one) for one in part]
+                ahead.append([threads.submit(decoded, *one) for one in read])
+                if len(ahead) > 1 + workers // FILL_BATCH:
+                    yield _stacked(ahead.popleft())
+            while ahead:
+                yield _stacked(ahead.popleft())
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+
+def _stacked(pixels: Sequence["Future[np.ndarray]"]) -> Float32[Tensor, "images 3 size size"]:
+    return torch.from_numpy(np.stack([one.result() for one in pixels]))

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from midstream.config import Budget, Overflow, Rows
+from midstream.config import Budget, Overflow, Rows, check_pool
 from midstream.core.batch import IGNORE, PADDING, Batch, Row, stack_rows
 from midstream.core.tokens import TokenCount
 from midstream.data.lengths import SourceLengths, fit_to_rows
@@ -37,9 +37,9 @@ def plan_rows(
 ) -> RowPlan:
     """Plan a whole stage from lengths alone; `overflow` is what `rows` asks for, resolved.
 
-    Raises ValueError for an unknown source, an empty one, one that lacks the asked captions, a
-    budget that cannot be met, or, with its record, a caption or conversation that is longer than
-    a row and not to be cut.
+    Raises ValueError for an unknown source, an empty one, one that lacks the asked captions or has
+    no such pool, a budget that cannot be met, or, with its record, a caption or conversation that
+    is longer than a row and not to be cut.
     """
     missing = [name for name in budget.captions if name not in sources]
     if missing:
@@ -48,6 +48,8 @@ def plan_rows(
     for name, caption in budget.captions.items():
         source, divisible = sources[name], sources[name].kind == "text"
         source.check_caption(caption)
+        if (pool := budget.pools.get(name)) is not None:
+            check_pool(name, source.kind, pool, len(source))
         lengths = SourceLengths(source, num_patches, caption)
         if not divisible:
             fit_to_rows(lengths, rows.row_length, overflow)
@@ -160,7 +162,7 @@ def shares_report(
             "planned_sequences": quota.planned_sequences,
             "realised_tokens": quota.tokens,
             "examples": examples,
-            "epochs": quota.tokens / quota.stream.lengths.total,
+            "epochs": quota.tokens / quota.stream.total,
             "largest_example_tokens": _largest(quota, source, num_patches),
             "cut": _cut_of(quota),
         }

@@ -16,6 +16,7 @@ from midstream.config import (
     TokenizerFile,
     TrainedTokenizer,
     check_caption,
+    check_pool,
 )
 from midstream.core.identity import file_sha256
 from midstream.core.storage import read_json
@@ -261,23 +262,31 @@ def _budget(sources: Mapping[str, Counted], patches: int, stage: Trained) -> Ite
     for need in needs_of(training.budget, training.rows.row_length, texts):
         if (source := sources.get(need.source)) is None:
             continue
-        tokens = source.tokens + patches * source.images
+        tokens, examples = source.tokens + patches * source.images, source.examples
         level: Level = "doubtful" if source.expected else "wrong"
+        pool, pooled = training.budget.pools.get(need.source), ""
+        if pool is not None:
+            try:
+                check_pool(need.source, source.kind, pool, examples)
+            except ValueError as reason:
+                yield replace(Problem.of(reason), level=level)
+                continue
+            tokens, examples, pooled = tokens * pool // examples, pool, f"the pool of {pool:,} of "
         holds = "is expected to hold" if source.expected else "holds"
         if not source.examples or not tokens:
             what = f"source {need.source!r} holds no example"
             yield Problem(what, "leave it out", level=level)
-        passes = passes_needed(need, training.budget, tokens=tokens, examples=source.examples)
+        passes = passes_needed(need, training.budget, tokens=tokens, examples=examples)
         if passes is None or not tokens:
             continue
-        have = tokens if need.unit == "tokens" else source.examples
+        have = tokens if need.unit == "tokens" else examples
         counted = f", {patches} patches a picture among them" if patches and source.images else ""
         yield Problem(
-            f"source {need.source!r} {holds} {have:,} {need.unit}{counted}, the plan needs "
+            f"{pooled}source {need.source!r} {holds} {have:,} {need.unit}{counted}, the plan needs "
             f"{need.amount:,}",
             f"raise max_epochs to {passes:,} or lower the budget",
             level=level,
-            key=f"budget {stage.data.source(need.source).name} {patches}",
+            key=f"budget {stage.data.source(need.source).name} {patches} {pooled}".rstrip(),
             weight=passes,
         )
 

@@ -10,6 +10,9 @@ from midstream.config import Amounts, Budget, Epochs, Mixture
 from midstream.core.tokens import apportion
 from midstream.order.stream import Lengths, Stream, Stretch
 
+# Places of a stream whose views are counted at once.
+VIEWS_AT_ONCE = 2**16
+
 
 @dataclass(frozen=True)
 class Need:
@@ -113,6 +116,18 @@ class Quota:
         low, high = (self.before(number, num_blocks) for number in (block, block + 1))
         return self.stream.tokens(low, high) if self.divisible else self.stream.places(low, high)
 
+    def views(self) -> np.ndarray:
+        """uint32 [examples of the source]: how often each is taken whole."""
+        stream, one = self.stream, len(self.stream)
+        found = np.zeros(len(stream.lengths), dtype=np.uint32)
+        # Each pass is over the same examples.
+        passes = self.examples // one if stream.sampling == "permutation" else 0
+        for low, high, times in ((0, one, passes), (passes * one, self.examples, 1)):
+            for at in range(low, high if times else low, VIEWS_AT_ONCE):
+                taken = stream.places(at, min(at + VIEWS_AT_ONCE, high)).examples
+                np.add.at(found, taken, np.uint32(times))
+        return found
+
 
 def quotas_of(
     supplies: Sequence[Supply], budget: Budget, *, row_length: int, seed: int
@@ -142,19 +157,21 @@ def _quota(supply: Supply, need: Need, budget: Budget, row_length: int, seed: in
     lengths, amount = supply.lengths, need.amount
     epochs = 0 if isinstance(budget, Epochs) else budget.max_epochs
     sampling = "permutation" if isinstance(budget, Epochs) else budget.sampling
-    stream = Stream(lengths, f"{seed}/{supply.name}", sampling)
+    pool = budget.pools.get(supply.name)
+    stream = Stream(lengths, f"{seed}/{supply.name}", sampling, pool)
     if need.unit == "tokens" and lengths.drawn:
         # Other captions, another sum: what the passes hold is known once they are drawn.
-        limit = None if sampling == "replacement" else epochs * len(lengths)
+        limit = None if sampling == "replacement" else epochs * len(stream)
         if not stream.reach(amount, limit):
-            raise _too_few(need, stream.tokens_before(limit or 0), epochs)
-    elif passes_needed(need, budget, tokens=lengths.total, examples=len(lengths)):
-        raise _too_few(need, lengths.total if need.unit == "tokens" else len(lengths), epochs)
+            raise _too_few(need, stream.tokens_before(limit or 0), epochs, pool)
+    elif passes_needed(need, budget, tokens=stream.total, examples=len(stream)):
+        have = stream.total if need.unit == "tokens" else len(stream)
+        raise _too_few(need, have, epochs, pool)
     elif need.unit == "tokens":
         stream.reach(amount)
     examples, tokens = amount, amount
     if need.unit == "epochs":
-        examples = amount * len(lengths)
+        examples = amount * len(stream)
     if need.unit == "tokens":
         # A share that is less than half an example is seen all the same.
         whole = amount and not supply.divisible
@@ -170,15 +187,16 @@ def _quota(supply: Supply, need: Need, budget: Budget, row_length: int, seed: in
         planned_tokens=amount if need.unit == "tokens" and need.sequences is None else None,
         planned_sequences=need.sequences,
         # Where a row holds one such example, its number of rows is known only if their number is.
-        by_count=2 * lengths.total > len(lengths) * row_length,
+        by_count=2 * stream.total > len(stream) * row_length,
         row_length=row_length,
     )
 
 
-def _too_few(need: Need, have: int, epochs: int) -> ValueError:
+def _too_few(need: Need, have: int, epochs: int, pool: int | None) -> ValueError:
+    pooled = "" if pool is None else f"the pool of {pool:,} of "
     return ValueError(
-        f"source {need.source!r} holds {have:,} {need.unit}, the plan needs {need.amount:,}; "
-        f"raise max_epochs above {epochs} or lower the budget"
+        f"{pooled}source {need.source!r} holds {have:,} {need.unit}, the plan needs "
+        f"{need.amount:,}; raise max_epochs above {epochs} or lower the budget"
     )
 
 

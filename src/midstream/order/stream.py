@@ -123,20 +123,46 @@ class Stream(Kept):
 
     sampling="permutation": passes over all examples, each in an order of its own.
     sampling="replacement": chunks drawn from the whole source each time, without an end.
+    pool=N: of the source the first N examples of the first pass alone, whose numbers are held; that
+    pass is theirs, the next ones are orders of the N. A pool is contained in every larger one.
     """
 
-    def __init__(self, lengths: Lengths, key: str, sampling: Sampling = "permutation") -> None:
+    def __init__(
+        self,
+        lengths: Lengths,
+        key: str,
+        sampling: Sampling = "permutation",
+        pool: int | None = None,
+    ) -> None:
         if not len(lengths):
             raise ValueError(f"{key}: the source holds no example")
         self.lengths, self.key, self.sampling = lengths, key, sampling
         size = -(-len(lengths) // MAX_CHUNKS)
         self.chunk = 1 if size == 1 else -(-size // MIN_CHUNK) * MIN_CHUNK
         self.num_chunks = -(-len(lengths) // self.chunk)
+        self._pool: np.ndarray | None = None
+        if pool is not None:
+            assert pool <= len(lengths), "config.check_pool refuses it"
+            self._pool = Stream(lengths, key).places(0, pool).examples
+            self.chunk, self.num_chunks = 1, pool
         self.chunks_of_group = max(1, GROUP_EXAMPLES // self.chunk)
         self._groups_of_pass = -(-self.num_chunks // self.chunks_of_group)
         # Examples and tokens before each group that was needed so far.
         self._examples = np.zeros(1, dtype=np.int64)
         self._tokens = np.zeros(1, dtype=np.int64)
+
+    def __len__(self) -> int:
+        """Examples of one pass."""
+        return len(self.lengths) if self._pool is None else len(self._pool)
+
+    @cached_property
+    def total(self) -> int:
+        """Tokens of one pass; where captions are drawn, as expected."""
+        if self._pool is None:
+            return self.lengths.total
+        if self.lengths.drawn:
+            return round(self.lengths.total * len(self._pool) / len(self.lengths))
+        return int(self.lengths.of(self._pool, None).sum())
 
     def reach(self, tokens: int, examples: int | None = None) -> bool:
         """Learn the sizes of all groups up to a token, so that later look-ups cost the same.
@@ -229,12 +255,16 @@ class Stream(Kept):
         """The chunks of a group, in their order."""
         if self.sampling == "replacement":
             low = group * self.chunks_of_group
-            drawn = np.arange(low, low + self.chunks_of_group)
-            return drawn_from(drawn, self.num_chunks, self.key)
-        epoch, number = divmod(group, self._groups_of_pass)
-        low = number * self.chunks_of_group
-        high = min(low + self.chunks_of_group, self.num_chunks)
-        return permuted(np.arange(low, high), self.num_chunks, f"{self.key}/pass {epoch}")
+            places = np.arange(low, low + self.chunks_of_group)
+            chunks = drawn_from(places, self.num_chunks, self.key)
+        else:
+            epoch, number = divmod(group, self._groups_of_pass)
+            low = number * self.chunks_of_group
+            chunks = np.arange(low, min(low + self.chunks_of_group, self.num_chunks))
+            # A pool is held in the order of its first pass.
+            if epoch or self._pool is None:
+                chunks = permuted(chunks, self.num_chunks, f"{self.key}/pass {epoch}")
+        return chunks if self._pool is None else self._pool[chunks]
 
     def _draws(self, group: int, chunks: np.ndarray) -> np.ndarray:
         """uint64: what is drawn for each chunk of a group, another number each time it is read."""

@@ -37,6 +37,7 @@ from midstream.report.line_rows import (
     write_csv,
 )
 from midstream.report.pairs import Examples, Gap, Pair, paired_rows
+from midstream.report.seen import flat_records, seen_grid, seen_records
 from midstream.report.size_laws import Laws, ladder_grid, ladder_records, laws_of
 from midstream.report.table import (
     Grid,
@@ -121,13 +122,14 @@ def _range(values: Iterable[float | int]) -> str:
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
 
 
+Record = dict[str, Any]
 TRAINING = ("train_encoder", "pretrain", "continue", "finetune")
 
 
 @dataclass(frozen=True)
 class Facts:
     """A study as its store has it; `tasks` are name, kind and chance of each benchmark, `laws`
-    those of a ladder."""
+    those of a ladder, `seen` what its stages say of their pictures."""
 
     study: Study
     ledger: Snapshot
@@ -141,6 +143,7 @@ class Facts:
     costs: list[KindCost]
     settings: str
     laws: list[Laws]
+    seen: list[Record]
 
     def baselines(self, column: str) -> dict[str, float | int | None]:
         """The baselines' values of a column, by name."""
@@ -175,6 +178,7 @@ def gather(study: Study, ledger: Ledger) -> Facts:
         costs=cost_rows(planned, snapshot),
         settings=settings_line(study, snapshot),
         laws=laws_of(study, rows, snapshot),
+        seen=seen_records(study, snapshot),
     )
 
 
@@ -256,9 +260,6 @@ def _task(name: str, kind: str, rows: Sequence[LineRow]) -> Task:
     return Task(name, kind, chances.pop() if chances else None)
 
 
-Record = dict[str, Any]
-
-
 @dataclass(frozen=True)
 class Export:
     """One table under a file name: words for people, records with all digits."""
@@ -280,6 +281,8 @@ def exports(facts: Facts) -> list[Export]:
     if facts.laws:
         grid = ladder_grid(study, facts.laws)
         made.append(Export("ladder", grid, tuple(ladder_records(facts.laws))))
+    if facts.seen:
+        made.append(Export("seen", seen_grid(study, facts.seen), tuple(flat_records(facts.seen))))
     return made
 
 

@@ -55,6 +55,7 @@ from midstream.report.line_rows import (
     write_csv,
 )
 from midstream.report.pairs import samples
+from midstream.report.seen import seen_grid
 from midstream.report.size_laws import ladder_figure, ladder_grid
 from midstream.report.table import (
     budgets,
@@ -162,6 +163,7 @@ def write_facts(
         generated=generated_data(study),
         shortened=shortened(facts),
         pairs=facts.pairs,
+        seen=seen_grid(study, facts.seen) if facts.seen else None,
         best=best,
         samples=_samples(facts, best),
         plan=facts.plan,
@@ -402,6 +404,8 @@ def _section(facts: Facts) -> list[str]:
     if facts.laws:
         lines += [f"- {escape_markdown(law.sentence)}" for law in facts.laws]
         lines += ["", to_markdown(ladder_grid(study, facts.laws))]
+    if facts.seen:
+        lines += [to_markdown(seen_grid(study, facts.seen)), ""]
     lines += ["What they show and what they do not:", "", *findings_lines(facts), ""]
     lines += [f"{_decided(facts)} {_cost(facts)}", ""]
     if generated_data(study):

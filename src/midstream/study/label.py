@@ -341,6 +341,10 @@ def _unequal_parts(path: _Path, values: list[tuple[Any, ...]]) -> Iterator[_Fiel
         for source in dict.fromkeys(item.source for item in every):
             own = [one.get(source) for one in by_source]
             yield from _unequal((*path, source), [_measure(item) for item in own])
+            pools = [None if item is None else item.pool for item in own]
+            if len(set(pools)) > 1:
+                told = [f"all of {source}" if n is None else f"{n:,} of {source}" for n in pools]
+                yield (*path, source), told
             captions = [None if item is None else item.caption for item in own]
             if len(set(captions) - {None}) > 1:
                 yield (

@@ -7,11 +7,13 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from midstream.config import Caption
-from midstream.core.tokens import TokenCount
+from midstream.core.tokens import TokenCount, counted
 
 Number = float | int
 # Examples, their text tokens, and the sum of the squares of those, by class of length.
 Lengths = tuple[tuple[Number, Number, Number], ...]
+# More different numbers of views are told by their ends.
+MOST_TIMES = 4
 
 
 class _Part(BaseModel):
@@ -119,6 +121,26 @@ class ImportedResult(WeightsResult):
     imported_from: tuple[str, ...] = ()
 
 
+class PictureViews(_Part):
+    """How often a stage shows the pictures of a source, by their bytes: `distinct` of them,
+    `views` in all; each of `times` is [views, how many pictures have so many]."""
+
+    distinct: int
+    views: int
+    times: tuple[tuple[int, int], ...]
+
+    @property
+    def words(self) -> str:
+        """For a reader."""
+        if not self.distinct:
+            return "no picture is seen"
+        told = f"{self.distinct:,} pictures, {self.views / self.distinct:,.2f} views each"
+        if len(self.times) > MOST_TIMES:
+            return f"{told}: {self.times[0][0]:,} to {self.times[-1][0]:,}"
+        each = (f"{number:,} seen {counted(times, 'time')}" for times, number in self.times)
+        return f"{told}: {', '.join(each)}"
+
+
 class SourceShare(_Part):
     """What a training stage took of one source; planned is None where the budget says otherwise."""
 
@@ -131,6 +153,9 @@ class SourceShare(_Part):
     largest_example_tokens: int
     cut: dict[str, int] = {}
     seen: TokenCount | None = None
+    # None of a source without pictures, of one too large to count (`data/views.py`), and as it was
+    # before they were counted.
+    pictures: PictureViews | None = None
 
 
 class HeldOutResult(_Part):

@@ -129,6 +129,16 @@ class Watch:
         if self._size == 1:
             self.close()
 
+    def any_stops(self, mine: bool) -> bool:
+        """Whether this rank or another was asked to stop since all came to this point; does not
+        wait for the others, which go by steps of their own."""
+        if self._size == 1:
+            return mine
+        key = f"watch/stop/{self._point.moves}"
+        if mine:
+            self._store.set(key, "")
+        return mine or bool(self._store.check([key]))
+
     def failed(self, error: Exception) -> str:
         """Why the run fails, given this rank's own error: another rank may be the reason.
 

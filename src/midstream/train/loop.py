@@ -20,6 +20,7 @@ from midstream.core.batch import Batch
 from midstream.core.storage import CorruptError
 from midstream.core.tokens import TokenCount
 from midstream.data.rows import RowDataset, load_steps, shares_report
+from midstream.data.views import picture_views
 from midstream.model.vision import load_encoder
 from midstream.model.vlm import VLM
 from midstream.model.weights import load_weights
@@ -380,6 +381,9 @@ def _results(job: Job, progress: Progress, place: Place) -> dict[str, Any]:
         decoder_trained=is_trained(job.model.decoder),
     )
     (memory,) = place.sum([peak_memory_bytes()])
+    data = job.dataset
+    planned_shares = shares_report(data.plan, data.sources, data.num_patches)
+    views = [picture_views(quota, data.sources[quota.name]) for quota in data.plan.quotas]
     return {
         "tokens_seen": progress.tokens_seen,
         "steps": progress.step,
@@ -388,10 +392,12 @@ def _results(job: Job, progress: Progress, place: Place) -> dict[str, Any]:
         "final_loss": progress.loss,
         "tokens": {**progress.counts.__dict__},
         "sources": {
-            name: planned | {"seen": {**progress.sources.get(name, TokenCount()).__dict__}}
-            for name, planned in shares_report(
-                job.dataset.plan, job.dataset.sources, job.dataset.num_patches
-            ).items()
+            name: planned
+            | {
+                "seen": {**progress.sources.get(name, TokenCount()).__dict__},
+                "pictures": None if shown is None else shown.model_dump(),
+            }
+            for (name, planned), shown in zip(planned_shares.items(), views, strict=True)
         },
         "pad_fraction": progress.counts.pad / max(progress.counts.total, 1),
         "image_row_pad_fraction": (

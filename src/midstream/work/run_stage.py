@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
-import torch
-
 from midstream.config import ContinuedCosine, Machine
 from midstream.config.training import check_start
 from midstream.core.identity import FORMAT_VERSION, digest, kept_digests
@@ -18,7 +16,7 @@ from midstream.core.storage import remove_folder, verify
 from midstream.core.tokens import TokenCount
 from midstream.cost.pictures import choice_for, feature_folder, feature_plan
 from midstream.cost.price import rows_that_fit
-from midstream.data.feature_store import FeatureStore, StoredImages
+from midstream.data.feature_store import FeatureStore, StoredImages, unchanged
 from midstream.data.images import Encode, LiveImages, encode_fixed
 from midstream.data.prepare import (
     prepare_tokenizer,
@@ -390,13 +388,22 @@ class StageRunner:
         folder = feature_folder(self.ledger, stage.encoder_stage)
         assert folder is not None, "a parent of the stage"
         store = FeatureStore(folder, config)
-        filled = self.place.rank != 0 or all(
-            store.fill(seen[name], plan.examples_of(number), encode, self._note, self.should_stop)
-            for plan, seen in plans
-            for number, name in enumerate(plan.names)
-            if seen[name].num_images
+        self.watch.at("storing features")
+        fill = partial(
+            store.fill,
+            encode=encode,
+            progress=self._note,
+            # Each rank goes by batches of its own, and a signal may reach one of them alone.
+            should_stop=lambda: self.watch.any_stops(self.should_stop()),
+            share=(self.place.rank, self.place.world_size),
+            workers=self.machine.data_workers,
         )
-        # Every rank waits here for the first one, and all of them stop where it did.
+        shown = [
+            (plan.examples_of(at), seen[n])
+            for plan, seen in plans
+            for at, n in enumerate(plan.names)
+        ]
+        filled = all(fill(source, examples) for examples, source in shown if source.num_images)
         if not all(self.place.gather(filled)):
             raise Interrupted("asked to stop while features were stored; those so far are kept")
         return [StoredImages(store, seen, plan.names) for plan, seen in plans], unchanged
@@ -438,8 +445,3 @@ def _moments(stage: Continue | Finetune) -> Literal["carry", "fresh", "warm"]:
     """Whether Adam's moments come along; image-text stages keep none of theirs."""
     start = stage.start
     return "fresh" if isinstance(start, Continue | LoadModel | FromScratch) else start.optimizer
-
-
-def unchanged(images: torch.Tensor) -> torch.Tensor:
-    """Stored features are what the model takes."""
-    return images

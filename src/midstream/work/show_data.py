@@ -24,6 +24,7 @@ from midstream.data.examples import TextCodec
 from midstream.data.images import decode_pixels
 from midstream.data.rows import build_row, plan_rows, shares_report
 from midstream.data.sources import Source
+from midstream.data.views import picture_views
 from midstream.launch.local import LocalBackend
 from midstream.launch.scheduler import FeatureChoices, Scheduler
 from midstream.launch.workers import Event
@@ -320,6 +321,9 @@ def print_stats(shown: Shown, num_rows: int, console: Console) -> None:
         if (cut := found["cut"])["examples"]:
             text = f"{name}: {cut['examples']:,} of {found['examples']:,} examples are cut to fit "
             print_line(console, f"{text}into a row, {cut['tokens']:,} tokens are left out")
+    for quota in plan.quotas:
+        if (views := picture_views(quota, shown.sources[quota.name])) is not None:
+            print_line(console, f"{quota.name}: {views.words}")
 
     chosen = min(num_rows, len(plan))
     total, pictured, by_source = TokenCount(), TokenCount(), dict[str, TokenCount]()
@@ -345,14 +349,15 @@ def _print_padding(what: str, rows: int, pad: int, positions: int, console: Cons
 def _asked(budget: Budget) -> dict[str, str]:
     match budget:
         case Epochs():
-            return dict.fromkeys(budget.sources, f"{budget.epochs} epochs")
+            asked = dict.fromkeys(budget.sources, f"{budget.epochs} epochs")
         case Amounts():
-            return {
+            asked = {
                 part.source: f"{part.tokens:,} tokens" if part.tokens else f"{part.epochs} epochs"
                 for part in budget.amounts
             }
         case Mixture():
-            return {part.source: f"{part.share:.4%} of {budget.by}" for part in budget.shares}
+            asked = {part.source: f"{part.share:.4%} of {budget.by}" for part in budget.shares}
+    return asked | {name: f"{asked[name]}, pool {n:,}" for name, n in budget.pools.items()}
 
 
 def run_preparation(stages: Sequence[Stage], ledger: Ledger, note: Callable[[str], None]) -> None:

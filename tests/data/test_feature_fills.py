@@ -1,0 +1,213 @@
+"""Filling a store of features: killed, stopped, by several processes and ranks at once."""
+
+import multiprocessing
+import signal
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from made_features import (
+    CONFIG,
+    NUM_PICTURES,
+    Encode,
+    check_all,
+    features_of,
+    quiet,
+    stored_pictures,
+)
+from torch import Tensor
+
+from midstream.config.model import FILL_BATCH, picture_bytes
+from midstream.data import feature_store
+from midstream.data.feature_store import LOCKS, NUM_LOTS, FeatureStore
+from midstream.data.sources import Source
+
+
+def in_process(work: Callable[[], None]) -> "multiprocessing.process.BaseProcess":
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+def test_a_fill_that_is_killed_keeps_its_finished_parts_and_continues(
+    tmp_path: Path, talks: Source, shown: list[int | None]
+) -> None:
+    folder, log = tmp_path / "store", tmp_path / "log"
+    room = FILL_BATCH * picture_bytes(CONFIG)
+
+    def dies() -> None:
+        FeatureStore(folder, CONFIG, room).fill(talks, None, Encode(log, dies_at=2), quiet)
+
+    process = in_process(dies)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert len(FeatureStore(folder, CONFIG)) == FILL_BATCH
+    assert [path for path in folder.iterdir() if path.suffix == ".tmp"]
+    store, encode = FeatureStore(folder, CONFIG, room), Encode()
+    store.fill(talks, None, encode, quiet)
+    assert encode.calls == -(-(NUM_PICTURES - FILL_BATCH) // FILL_BATCH)
+    assert len(store) == NUM_PICTURES
+    assert not [path for path in folder.iterdir() if path.suffix == ".tmp"]
+    check_all(store, talks, shown)
+
+
+def test_a_fill_can_be_stopped_by_whom_it_tells(tmp_path: Path, talks: Source) -> None:
+    def impatient(done: float, note: str) -> None:
+        if f" {FILL_BATCH} computed" in note:
+            raise InterruptedError
+
+    room = FILL_BATCH * picture_bytes(CONFIG)
+    with pytest.raises(InterruptedError):
+        FeatureStore(tmp_path, CONFIG, room).fill(talks, None, Encode(), impatient)
+    assert len(FeatureStore(tmp_path, CONFIG)) == FILL_BATCH
+
+
+@pytest.mark.parametrize("batches", [0, 1, 2])
+def test_a_fill_that_is_asked_to_stop_keeps_its_batches_and_none_is_computed_twice(
+    tmp_path: Path, talks: Source, shown: list[int | None], batches: int
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    uninterrupted, first, second = Encode(), Encode(), Encode()
+    assert FeatureStore(whole, CONFIG).fill(talks, None, uninterrupted, quiet)
+    # One part would hold all: what was computed is kept even though its part was not full.
+    store = FeatureStore(stopped, CONFIG)
+    assert not store.fill(talks, None, first, quiet, lambda: first.calls >= batches)
+    assert first.calls == batches
+    assert len(store) == stored_pictures(stopped) == batches * FILL_BATCH
+    assert not list(stopped.glob("*.tmp"))
+    assert FeatureStore(stopped, CONFIG).fill(talks, None, second, quiet)
+    assert first.calls + second.calls == uninterrupted.calls
+    assert features_of(stopped) == features_of(whole)
+    assert (stopped / "measured.json").is_file()
+    check_all(FeatureStore(stopped, CONFIG), talks, shown)
+
+
+def test_a_fill_that_waits_for_another_process_stops_when_asked(
+    tmp_path: Path, talks: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_store, "WAIT_SECONDS", 0.05)
+    said, encode = list[str](), Encode()
+
+    def told(done: float, note: str) -> None:
+        said.append(note)
+
+    (tmp_path / LOCKS).mkdir()
+    store = FeatureStore(tmp_path, CONFIG)
+    with ExitStack() as held:
+        for lot in range(NUM_LOTS):
+            held.enter_context(FileLock(tmp_path / LOCKS / f"lot-{lot:02}.lock"))
+        assert not store.fill(talks, None, encode, told, lambda: bool(said))
+    assert ("waiting for other processes" in said[0], encode.calls) == (True, 0)
+    assert store.fill(talks, None, encode, quiet)
+
+
+def test_a_fill_goes_round_what_another_process_computes_and_takes_it_last(
+    tmp_path: Path, talks: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_store, "WAIT_SECONDS", 0.05)
+    (tmp_path / LOCKS).mkdir()
+    (first,) = talks.hashes_of(np.array([0]))
+    lock, said = FileLock(tmp_path / LOCKS / f"lot-{first[0] % NUM_LOTS:02}.lock"), list[int]()
+    store = FeatureStore(tmp_path, CONFIG)
+
+    def told(done: float, note: str) -> None:
+        if "waiting" in note:
+            said.append(len(store))
+            lock.release()
+
+    with lock:
+        assert store.fill(talks, None, Encode(), told)
+    # All but that lot were there when it began to wait.
+    assert NUM_PICTURES - 3 <= said[0] < NUM_PICTURES
+    assert (len(said), stored_pictures(tmp_path)) == (1, NUM_PICTURES)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_ranks_compute_a_share_each_and_store_the_bytes_of_one_process(
+    tmp_path: Path, talks: Source, shown: list[int | None], num_ranks: int
+) -> None:
+    alone, folder = tmp_path / "alone", tmp_path / "store"
+    FeatureStore(alone, CONFIG).fill(talks, None, Encode(), quiet)
+    together = multiprocessing.get_context("fork").Barrier(num_ranks)
+
+    def fill(rank: int) -> None:
+        store, encode = FeatureStore(folder, CONFIG), Encode(tmp_path / f"{rank}.log")
+
+        def at_once(pixels: Tensor) -> Tensor:
+            if not encode.calls:  # all of them hold their first lots
+                together.wait(60)
+            return encode(pixels)
+
+        store.fill(talks, None, at_once, quiet, share=(rank, num_ranks))
+        assert len(store) == NUM_PICTURES
+
+    processes = [in_process(lambda rank=rank: fill(rank)) for rank in range(num_ranks)]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * num_ranks
+    assert all((tmp_path / f"{rank}.log").is_file() for rank in range(num_ranks))
+    assert features_of(folder) == features_of(alone)
+    assert stored_pictures(folder) == NUM_PICTURES
+    assert not list(folder.glob(".*"))
+    check_all(FeatureStore(folder, CONFIG), talks, shown)
+
+
+def test_a_rank_that_is_killed_leaves_its_lots_to_the_others(tmp_path: Path, talks: Source) -> None:
+    alone, folder = tmp_path / "alone", tmp_path / "store"
+    FeatureStore(alone, CONFIG).fill(talks, None, Encode(), quiet)
+    together = multiprocessing.get_context("fork").Barrier(2)
+
+    def fill(rank: int) -> None:
+        encode = Encode(dies_at=1 if rank else None)
+
+        def at_once(pixels: Tensor) -> Tensor:
+            if not encode.calls:
+                together.wait(60)
+            return encode(pixels)
+
+        FeatureStore(folder, CONFIG).fill(talks, None, at_once, quiet, share=(rank, 2))
+
+    processes = [in_process(lambda rank=rank: fill(rank)) for rank in range(2)]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, -signal.SIGKILL]
+    assert features_of(folder) == features_of(alone)
+    assert not list(folder.glob(".*"))
+
+
+def test_processes_that_fill_at_the_same_time_compute_each_picture_once(
+    tmp_path: Path, talks: Source, shown: list[int | None]
+) -> None:
+    folder = tmp_path / "store"
+    room = 2 * picture_bytes(CONFIG)
+    together = multiprocessing.get_context("fork").Barrier(3)
+
+    def fill() -> None:
+        together.wait(60)
+        FeatureStore(folder, CONFIG, room).fill(talks, None, Encode(), quiet)
+
+    processes = [in_process(fill) for _ in range(3)]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    # A part holds two pictures at most, and each is in one of them.
+    assert stored_pictures(folder) == NUM_PICTURES
+    check_all(FeatureStore(folder, CONFIG), talks, shown)
+
+
+def test_pictures_decoded_ahead_by_threads_give_the_same_store(
+    tmp_path: Path, talks: Source
+) -> None:
+    alone, ahead = tmp_path / "alone", tmp_path / "ahead"
+    encode = Encode()
+    FeatureStore(alone, CONFIG).fill(talks, None, Encode(), quiet)
+    store = FeatureStore(ahead, CONFIG)
+    # It stops between batches all the same, and goes on.
+    assert not store.fill(talks, None, encode, quiet, lambda: encode.calls == 1, workers=3)
+    assert stored_pictures(ahead) == FILL_BATCH
+    assert store.fill(talks, None, encode, quiet, workers=3)
+    assert features_of(ahead) == features_of(alone)
+    assert encode.calls == -(-NUM_PICTURES // FILL_BATCH)

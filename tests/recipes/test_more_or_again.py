@@ -1,0 +1,99 @@
+"""Pools × tokens: what moves, what is held fixed, and the ledger of a small run."""
+
+import csv
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from midstream.config import Mixture
+from midstream.recipes.pools import MAX_PASSES, MULTIPLES, POOLS, more_or_again
+from midstream.report.gather import gather
+from midstream.report.page import summary_text, write_facts
+from midstream.study.results import TrainingResult
+from midstream.study.stages import Continue, Finetune
+from midstream.study.store import Ledger
+from midstream.study.studies import Line
+from midstream.work.open_model import open_sources
+
+
+def seeing(line: Line) -> Continue:
+    finetuned = line.result.of
+    assert isinstance(finetuned, Finetune)
+    assert isinstance(finetuned.start, Continue)
+    return finetuned.start
+
+
+def test_lines_differ_in_pool_tokens_and_seed_alone() -> None:
+    study = more_or_again(seeds=(7, 365))
+    places = [(line.axes["pool"], line.axes["tokens"]) for line in study.lines]
+    assert places == [place for place in product(POOLS, MULTIPLES) for _ in range(2)]
+    alike = set()
+    for line in study.lines:
+        stage = seeing(line)
+        budget = stage.training.budget
+        assert isinstance(budget, Mixture)
+        assert budget.pools == {"pictures": line.axes["pool"]}
+        assert budget.total_tokens == 2_100_000 * float(line.axes["tokens"])
+        whole = budget.model_copy(
+            update={
+                "total_tokens": 1,
+                "shares": tuple(one.model_copy(update={"pool": None}) for one in budget.shares),
+            }
+        )
+        training = stage.training.model_copy(update={"budget": whole, "seed": 0})
+        alike.add(stage.model_copy(update={"training": training}).identity)
+    assert len(alike) == 1
+    for claim in study.claims:
+        assert claim.higher in [
+            {"pool": POOLS[-1], "tokens": MULTIPLES[-1]},
+            {"pool": POOLS[0], "tokens": MULTIPLES[-1]},
+        ]
+        assert claim.lower != claim.higher
+
+
+@pytest.mark.parametrize("given", [{"pools": (10, 10)}, {"multiples": (1.0,)}])
+def test_one_pool_or_one_length_compares_with_nothing(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="two different ones"):
+        more_or_again(**given)
+
+
+@pytest.mark.slow
+def test_a_small_run_sees_its_pools_as_often_as_its_ledger_says(tmp_path: Path) -> None:
+    study = more_or_again(
+        seeds=(7,), epochs=1, shrink=0.01, pools=(20, 80), multiples=(0.5, 1.0), share=0.2
+    )
+    ledger = Ledger(tmp_path / "store")
+    tiny.run_missing(ledger, *study.results)
+    found = {}
+    for line in study.lines:
+        stage = seeing(line)
+        views = ledger.result(stage, TrainingResult).sources["pictures"].pictures
+        assert views is not None
+        found[line.axes["pool"], line.axes["tokens"]] = views
+        # A permutation: all pictures of a pool as often as each other, or once more.
+        assert all(high - low == 1 for (low, _), (high, _) in pairwise(views.times))
+        assert views.views == sum(often * number for often, number in views.times)
+    (half, whole), (half_of_many, whole_of_many) = (
+        (found[pool, 0.5], found[pool, 1.0]) for pool in (20, 80)
+    )
+    assert half.distinct == whole.distinct == 20
+    assert whole.views == pytest.approx(2 * half.views, rel=0.05)
+    assert MAX_PASSES > whole.times[-1][0] > whole_of_many.times[-1][0]
+    assert 20 < half_of_many.distinct <= whole_of_many.distinct <= 80
+    assert len(open_sources(stage.data, ("pictures",), ledger)["pictures"]) == 400
+
+    facts = gather(study, ledger)
+    page = write_facts(facts, out=tmp_path / "out")
+    with (page.parent / "seen.csv").open(newline="") as stream:
+        records = [row for row in csv.DictReader(stream) if row["source"] == "pictures"]
+    for record in records:
+        views = found[int(record["pool"]), float(record["tokens"])]
+        times = " ".join(f"{often}:{number}" for often, number in views.times)
+        assert (record["pictures"], record["views"]) == (str(views.distinct), str(views.views))
+        assert record["times"] == times
+    assert len(records) == 4
+    assert "How often pictures were seen" in page.read_text()
+    assert "Image-text training | pictures | 1 | 20 |" in summary_text([facts], "T", "c")
