@@ -205,7 +205,8 @@ def scene_document(world: PocketWorld, index: int) -> tuple[str, Scene | None]:
     if rng.random() < FACT_DOCUMENTS_FRACTION:
         return "", None
     size = pick(rng, NUM_THINGS)
-    kinds = ["color", "shape", "shape_at", "count", "exists", "word"]
+    # Boxes too: how one is written is learnt from text, not from a few hundred conversations.
+    kinds = ["color", "shape", "shape_at", "count", "exists", "word", "where_pair"]
     if size > 1:
         kinds.append(pick(rng, ("relation_color", "relation_shape")))
     kinds = shuffled(rng, kinds)[: 3 + below(rng, 3)]
@@ -234,9 +235,9 @@ def talk(world: PocketWorld, index: int) -> tuple[Scene, list[Turn]]:
         other = pick(rng, ("where_relation", "where_size")) if size > 2 else where
         where = pick(rng, (where, other))
     kinds = shuffled(rng, kinds)[: 2 + below(rng, 2)]
-    # Boxes are long answers: a fifth of the talks asks for one, so that they are not most of the
+    # Boxes are long answers: a quarter of the talks asks for one, so that they are not most of the
     # text.
-    if rng.random() < 0.2:
+    if rng.random() < 0.25:
         kinds[-1] = where
     return converse(rng, kinds, ("instruct",), size, "instruct")
 
@@ -250,6 +251,7 @@ def text_items(world: PocketWorld, task: str) -> list[dict[str, Any]]:
     rng = generator(world.seed, task)
     count = world.num_text_items
     golds = shuffled(rng, [index % 4 for index in range(count)])
+    layouts = shuffled(rng, [LAYOUTS[index % len(LAYOUTS)] for index in range(count)])
     if task == "pocket_facts":
         asked = _fact_questions(world, rng, count)
     else:
@@ -258,7 +260,7 @@ def text_items(world: PocketWorld, task: str) -> list[dict[str, Any]]:
     for index, (head, question, reply, others) in enumerate(asked):
         choices = shuffled(rng, others)
         choices.insert(golds[index], reply)
-        query = head + LAYOUTS[index % 2].format(question=question)
+        query = head + layouts[index].format(question=question)
         choices = [f" {choice}" for choice in choices]
         items.append({"query": query, "choices": choices, "gold": golds[index]})
     return items
