@@ -16,14 +16,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import tiny
 from clusters import REAL
 from midstream.config import SlurmSettings
+from midstream.data.formats.records import ReadOptions
 from midstream.launch.slurm import run_on_slurm
 from midstream.launch.slurm_job import JobBook
 from midstream.study.stages import Evaluate
 from midstream.study.store import Ledger
 from midstream.study.studies import Figure, Line, Study
+from midstream.work.protocol import Channel
+from midstream.work.read_data import PrepareRequest, prepare
 
 DEADLINE_SECONDS = 240.0
-NUM_FILES, NUM_TASKS = 6, 3
+NUM_FILES, NUM_TASKS = 4, 2
 # Every job is two processes that import the package.
 pytestmark = pytest.mark.slow
 real_slurm = pytest.mark.parametrize("slurm", [REAL], indirect=True)
@@ -48,17 +51,17 @@ class Source:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.save(str(folder / "tokenizer.json"))
 
-    def start(self, *more: str, out: Path | None = None) -> "subprocess.Popen[str]":
-        """The command; `more` stands at its end. A task whose file lies in `hold` waits for it to
-        go before it begins."""
+    def start(self, *more: str) -> "subprocess.Popen[str]":
+        """The command; `more` stands at its end."""
         command = [sys.executable, "-m", "midstream", "prepare", "text", str(self.texts)]
         command += ["--tokenizer", str(self.folder / "tokenizer.json")]
-        command += ["--begin-of-text", "<start>", "--out", str(out or self.out), *more]
+        command += ["--begin-of-text", "<start>", "--out", str(self.out), *more]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
 
     def on_slurm(self, *more: str, **settings: Any) -> "subprocess.Popen[str]":
-        """The command with jobs."""
+        """The command with jobs; a task whose file lies in `hold` waits for it to go before it
+        begins."""
         hold = f"while [ -e {self.hold}/task-$SLURM_ARRAY_TASK_ID ]; do sleep 0.1 || exit 1; done"
         values = {"time_minutes": 10, "poll_seconds": 0.3}
         values = {"tasks": NUM_TASKS, "setup": json.dumps([hold])} | values | settings
@@ -87,11 +90,19 @@ class Source:
 
     def alone(self) -> dict[str, bytes]:
         """What one process of this machine makes."""
-        out = self.folder / "alone"
-        process = self.start("--workers", "1", out=out)
-        told = process.communicate()
-        assert process.returncode == 0, told
-        return contents(out)
+        request = PrepareRequest(
+            section="text",
+            sources=(str(self.texts),),
+            out=self.folder / "alone",
+            tokenizer=str(self.folder / "tokenizer.json"),
+            options=ReadOptions(),
+            max_rejects=0.001,
+            validation=0.0,
+            workers=1,
+            begin_of_text="<start>",
+        )
+        prepare(request, Channel(None))
+        return contents(request.out)
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -159,7 +170,7 @@ def test_a_cancelled_task_is_named_and_the_same_command_makes_what_it_left(sourc
 def test_a_command_that_is_killed_finds_its_jobs_again_and_others_are_refused(
     source: Source,
 ) -> None:
-    (source.hold / "task-2").touch()
+    (source.hold / "task-1").touch()
     process = source.on_slurm()
     source.until(lambda: len(source.made()) == NUM_FILES - 2, process)
     jobs = source.jobs()
@@ -169,11 +180,11 @@ def test_a_command_that_is_killed_finds_its_jobs_again_and_others_are_refused(
     _, errors = other.communicate()
     assert other.returncode == 2
     assert "out is being prepared otherwise by jobs" in errors
-    assert f"scancel {jobs['finish']}" in errors
+    assert f"scancel {jobs['task-1']} {jobs['finish']}" in errors
     again = source.on_slurm()
     source.until(lambda: source.jobs() == jobs, again)
     time.sleep(1.0)
-    (source.hold / "task-2").unlink()
+    (source.hold / "task-1").unlink()
     printed, errors = again.communicate()
     assert again.returncode == 0, errors
     assert "2 jobs, submitted before, followed again" in printed
@@ -196,11 +207,14 @@ def test_a_killed_task_and_a_controller_that_is_restarted_cost_nothing(
     slurm.kill_controller()
     for pid in task_of(slurm, job):
         os.kill(pid, signal.SIGKILL)
-    time.sleep(2.0)
-    slurm.start_controller()
-    printed, errors = process.communicate()
+    printed = ""
+    assert process.stdout is not None
+    for line in process.stdout:
+        printed += line
+        if "waiting until Slurm answers" in line:
+            slurm.start_controller()
+    _, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert "waiting until Slurm answers" in printed
     assert "Slurm answers again" in printed
     assert f"{key.replace('-', ' ')}: " in printed
     assert "it is submitted again" in printed

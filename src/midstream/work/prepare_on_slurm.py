@@ -53,6 +53,9 @@ class OnSlurm:
         self.asked = settings.resources("prepare_source")
         digest = hashlib.sha256(request_of(None).encode()).hexdigest()
         self.name, self.book = f"midstream-prepare-{digest[:12]}", JobBook.of(self.out)
+        job = plan.job
+        # Of each shard: what a task publishes it as, and where it lies in the source.
+        self.names = [(item.key, job.folder(item.number).name) for item in plan.wanted]
         self.is_away = False
 
     def run(self) -> dict[str, Any]:
@@ -77,8 +80,8 @@ class OnSlurm:
                 self.book.forget(*self.book.entries)
                 result: dict[str, Any] = told["result"]
                 return result
-            if told is not None:
-                raise ValueError(f"{told.get('error') or told['event']}")
+            if told is not None and told["event"] == "failed":
+                raise ValueError(told["error"])
             why = self._why(ended)
             cancelled = any(job is not None and _is_cancelled(job) for job in ended.values())
             if cancelled or not restarts:
@@ -155,32 +158,33 @@ class OnSlurm:
 
     def _follow(self) -> dict[str, Job | None]:
         """Tell how far it is until all jobs have ended; returns how they ended, by entry."""
+        ended: dict[str, Job | None] = {}
         while True:
             jobs = self._patiently(slurm_job.queue)
             states = Counter[str]()
-            ended: dict[str, Job | None] = {}
             for key, one in self.book.entries.items():
                 job = jobs.get(one.job or "")
                 job = job if job is not None and job.name == one.name else None
-                if job is None or not job.is_live:
+                is_known = key in ended or (job is not None and job.state == "COMPLETED")
+                if not is_known and (job is None or not job.is_live):
                     job = slurm_job.ended_job(one.job or "", one.name, job)
                 if job is not None and job.is_live:
                     states[job.state.lower()] += 1
+                    ended.pop(key, None)  # it was put back meanwhile
                 else:
-                    ended[key] = job
+                    ended.setdefault(key, job)
             self._tell(states)
             if not states:
                 return ended
             time.sleep(self.settings.poll_seconds)
 
     def _tell(self, states: Counter[str]) -> None:
-        job, wanted = self.plan.job, self.plan.wanted
+        job, number = self.plan.job, len(self.names)
         made = set(os.listdir(job.units)) if job.units.is_dir() else set()
         kept = set(os.listdir(job.shards)) if job.shards.is_dir() else set()
-        done = sum(item.key in made or job.folder(item.number).name in kept for item in wanted)
-        told = ", ".join(f"{number:,} {state}" for state, number in sorted(states.items()))
-        note = f"{done:,} of {len(wanted):,} shards, jobs: {told or 'all ended'}"
-        self.progress(done / len(wanted), note)
+        done = sum(key in made or name in kept for key, name in self.names)
+        told = ", ".join(f"{count:,} {state}" for state, count in sorted(states.items()))
+        self.progress(done / number, f"{done:,} of {number:,} shards; jobs: {told or 'all ended'}")
 
     def _told(self, key: str, job: Job | None) -> dict[str, Any] | None:
         """The last event of a job's work; None where it did not come to that."""
@@ -195,10 +199,13 @@ class OnSlurm:
 
     def _why(self, ended: dict[str, Job | None]) -> str:
         """Which jobs did not end well, and why the first of them."""
-        bad = [key for key, job in ended.items() if job is None or job.state != "COMPLETED"]
-        tasks = [key for key in bad if key != FINISH]
-        first = (tasks or bad or [FINISH])[0]
-        job, told = ended[first], self._told(first, ended[first])
+        told_by = {key: self._told(key, job) for key, job in ended.items()}
+        good = {
+            key for key, told in told_by.items() if told is not None and told["event"] == "done"
+        }
+        tasks = [key for key in ended if key not in good and key != FINISH]
+        first = (tasks or [FINISH])[0]
+        job, told = ended[first], told_by[first]
         if told is not None and told.get("error"):
             why = str(told["error"])
         elif job is not None:
