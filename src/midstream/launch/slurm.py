@@ -197,8 +197,8 @@ class SlurmBackend:
             with self._asking():
                 self.book.drop_unsure()
                 for (_, ids, restarts), stages in arrays.items():
-                    # Each source has an array of its own.
-                    step = 1 if self.settings.resources(stages[0].kind).tasks else MAX_ARRAY
+                    # A source that tasks share has an array of its own.
+                    step = 1 if self._num_tasks(stages[0]) else MAX_ARRAY
                     for first in range(0, len(stages), step):
                         self._submit(stages[first : first + step], ids, restarts)
         finally:
@@ -362,14 +362,14 @@ class SlurmBackend:
 
         tasks: str | None = None
         try:
-            if isinstance(stages[0], PrepareSource) and asked.tasks:
-                shares = self._shares(stages[0], asked.tasks, cpus)
+            if (count := self._num_tasks(stages[0])) and isinstance(stages[0], PrepareSource):
+                shares = self._shares(stages[0], count, cpus)
                 tasks = hand_over(shares, waits)[0].partition("_")[0]
                 # However they end: what they have not made is made by the stage's own job.
                 waits = [*waits, f"afterany:{tasks}"]
             ids = hand_over(functions, waits)
         except Refused as text:
-            self.book.forget(*names)
+            self.book.drop_unsure()
             raise ValueError(
                 f"sbatch refused {len(stages)} {kind} jobs: {text}; change --slurm-set"
             ) from None
@@ -377,9 +377,14 @@ class SlurmBackend:
             {one: Entry(name, job, restarts, tasks) for one, job in zip(names, ids, strict=True)}
         )
 
+    def _num_tasks(self, stage: Stage) -> int:
+        """How many tasks go before a stage's job."""
+        asked = self.settings.resources(stage.kind).tasks or 0
+        return min(asked, MAX_ARRAY) if isinstance(stage, PrepareSource) else 0
+
     def _shares(self, stage: PrepareSource, count: int, workers: int) -> list[WorkJob]:
         """What the tasks of an array do before the job of a source's stage."""
-        count, place = min(count, MAX_ARRAY), job_folder(self.store, stage.name)
+        place = job_folder(self.store, stage.name)
         place.mkdir(parents=True, exist_ok=True)
         given = {"store": str(self.store), "stage": stage.model_dump(mode="json")}
         requests = (

@@ -19,6 +19,10 @@ MAX_ARRAY = 1000
 AWAY = r"Unable to contact|Socket timed out|Connection refused|connect failure|dependency problem"
 
 
+# So often a work that resumes is queued again at the end of its time; more than a source takes.
+MAX_PIECES = 20
+
+
 class Refused(Exception):  # noqa: N818 - it says what sbatch says
     """sbatch does not take the jobs."""
 
@@ -70,7 +74,7 @@ def submit(
     """
     import submitit
 
-    executor = submitit.SlurmExecutor(folder=folder)
+    executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=MAX_PIECES)
     executor.update_parameters(**values)
     try:
         if len(functions) == 1:

@@ -56,7 +56,7 @@ class OnSlurm:
         job = plan.job
         # Of each shard: what a task publishes it as, and where it lies in the source.
         self.names = [(item.key, job.folder(item.number).name) for item in plan.wanted]
-        self.is_away = False
+        self.is_away, self.told_last = False, ""
 
     def run(self) -> dict[str, Any]:
         """Submit what lacks, or find its jobs again, and follow them; returns the source's counts.
@@ -124,7 +124,7 @@ class OnSlurm:
             after = f"afterok:{array}" if array else None
             last = self._hand_over([self._work(FINISH, None)], after)
         except Refused as text:
-            self.book.forget(*self.book.entries)
+            self.book.drop_unsure()
             raise ValueError(
                 f"sbatch refused the jobs of {self.out}: {text}; change --slurm-set"
             ) from None
@@ -184,7 +184,10 @@ class OnSlurm:
         kept = set(os.listdir(job.shards)) if job.shards.is_dir() else set()
         done = sum(key in made or name in kept for key, name in self.names)
         told = ", ".join(f"{count:,} {state}" for state, count in sorted(states.items()))
-        self.progress(done / number, f"{done:,} of {number:,} shards; jobs: {told or 'all ended'}")
+        note = f"{done:,} of {number:,} shards; jobs: {told or 'all ended'}"
+        if note != self.told_last:
+            self.told_last = note
+            self.progress(done / number, note)
 
     def _told(self, key: str, job: Job | None) -> dict[str, Any] | None:
         """The last event of a job's work; None where it did not come to that."""
