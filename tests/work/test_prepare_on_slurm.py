@@ -62,7 +62,8 @@ class Source:
     def on_slurm(self, *more: str, **settings: Any) -> "subprocess.Popen[str]":
         """The command with jobs; a task whose file lies in `hold` waits for it to go before it
         begins."""
-        hold = f"while [ -e {self.hold}/task-$SLURM_ARRAY_TASK_ID ]; do sleep 0.1 || exit 1; done"
+        waits = f"while [ -e {self.hold}/task-$SLURM_ARRAY_TASK_ID ]; do sleep 0.1; done"
+        hold = f"trap 'exit 1' TERM; {waits}; trap : TERM"
         values = {"time_minutes": 10, "poll_seconds": 0.3}
         values = {"tasks": NUM_TASKS, "setup": json.dumps([hold])} | values | settings
         sets = (part for name in values for part in ("--slurm-set", f"{name}={values[name]}"))
