@@ -12,7 +12,7 @@ from midstream.data.prepare import (
     prepare_world_source,
     tokenizer_path,
 )
-from midstream.data.prepare_source import Progress
+from midstream.data.shard_workers import Progress
 from midstream.data.sources import Source
 from midstream.study.stages import Prepare
 

@@ -93,16 +93,21 @@ def _tick(folder: Path, jobs: Jobs) -> None:
     for job, told in jobs.items():
         if told["state"] != "PENDING":
             continue
-        before = [jobs[one] for one in told["after"] if one in jobs]
-        open_ones = [one for one in before if one["state"] != "COMPLETED"]
-        if any(_ended(one) for one in open_ones):
+        before = [(kind, one) for kind, job in told["after"] for one in _members(jobs, job)]
+        good = [one for kind, one in before if kind == "afterok"]
+        if any(_ended(one) and one["state"] != "COMPLETED" for one in good):
             told |= {"state": "CANCELLED", "reason": "DependencyNeverSatisfied"}
-        elif open_ones:
+        elif not all(_ended(one) for _, one in before):
             told["reason"] = "Dependency"
         elif sum(bool(one["pid"]) for one in jobs.values()) >= MAX_RUNNING:
             told["reason"] = "Resources"
         else:
             told |= {"state": "RUNNING", "reason": "None", "pid": _start(folder, job, told)}
+
+
+def _members(jobs: Jobs, asked: str) -> list[dict[str, Any]]:
+    """The job of this id, or all jobs of this array."""
+    return [told for job, told in jobs.items() if asked in (job, job.partition("_")[0])]
 
 
 def _code(folder: Path, job: str, pid: int) -> int | None:
@@ -167,8 +172,9 @@ def _sbatch(folder: Path, jobs: Jobs, words: list[str]) -> str:
     asked = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", Path(script).read_text(), re.M))
     if asked.get("mem", "").strip("'") == "900G":
         raise SystemExit("sbatch: error: Memory specification can not be satisfied")
-    after = asked.get("dependency", "").strip("'").split(":")[1:]
-    if any(one not in jobs for one in after):
+    waits = [part.split(":") for part in asked.get("dependency", "").strip("'").split(",")]
+    after = [(kind, one) for kind, *ids in waits for one in ids]
+    if not all(_members(jobs, one) for _, one in after):
         raise SystemExit("sbatch: error: Batch job submission failed: Job dependency problem")
     number = folder / "number"
     job = str(int(number.read_text()) + 1 if number.is_file() else 1)
@@ -195,7 +201,8 @@ def _sbatch(folder: Path, jobs: Jobs, words: list[str]) -> str:
 def _scancel(folder: Path, jobs: Jobs, words: list[str]) -> str:
     names = [word.partition("=")[2] for word in words if word.startswith("--name=")]
     for job, told in jobs.items():
-        if (job in words or told["name"] in names or "--user" in words) and not _ended(told):
+        is_named = job in words or job.partition("_")[0] in words
+        if (is_named or told["name"] in names or "--user" in words) and not _ended(told):
             told["state"] = "COMPLETING" if told["pid"] else "CANCELLED"
             _signal(folder, job, signal.SIGTERM)
     return ""

@@ -14,7 +14,7 @@ from made_inputs import run, texts_of, times, tokenizer_file, write_pictures, wr
 from made_world import TALKS, jpeg, samples, write_tar
 from PIL import Image
 
-from midstream.data import prepare_source as prepare_workers
+from midstream.data import shard_workers as prepare_workers
 from midstream.data.examples import TextCodec
 from midstream.data.images import decode
 from midstream.data.sources import Source

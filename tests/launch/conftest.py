@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import own_world
+from clusters import slurm as slurm
 from midstream.launch import checks
 from midstream.study.store import Ledger
 from small_studies import make_study as make_study

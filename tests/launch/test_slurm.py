@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import tiny
+from clusters import REAL
 from midstream.config import SlurmSettings
 from midstream.launch import local as launch_local
 from midstream.launch.scheduler import STOPPED_EXIT_CODE, Outcome
@@ -25,36 +26,14 @@ from midstream.study.label import label
 from midstream.study.stages import Evaluate, Pretrain, Stage
 from midstream.study.store import Ledger
 from midstream.study.studies import Figure, Line, Study
-from one_node_slurm import OneNodeSlurm, Unavailable, clean
-from stand_in_slurm import StandInSlurm
 
 DEADLINE_SECONDS = 120.0
 TEXT = tiny.EVALUATION.model_copy(update={"visual_tasks": ()})
-REAL = pytest.param("real", marks=pytest.mark.slurm)
 FAKE_WORKER = Path(__file__).parent.parent / "fake_worker.py"
 # Every job is two processes that import the package.
 pytestmark = pytest.mark.slow
 real_slurm = pytest.mark.parametrize("slurm", [REAL], indirect=True)
 stand_in = pytest.mark.parametrize("slurm", ["stand-in"], indirect=True)
-
-
-@pytest.fixture(params=["stand-in", REAL], scope="module")
-def slurm(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Any]:
-    pytest.importorskip("submitit")
-    kind, folder = request.param, tmp_path_factory.mktemp("slurm")
-    try:
-        running = StandInSlurm(folder) if kind == "stand-in" else OneNodeSlurm(folder)
-    except Unavailable as reason:
-        pytest.skip(str(reason))
-    with pytest.MonkeyPatch.context() as patch:
-        for name in set(os.environ) - set(clean(os.environ)):
-            patch.delenv(name)
-        for name, value in running.environment.items():
-            patch.setenv(name, value)
-        yield running
-        running.close()
 
 
 def text_run(seed: int, **changes: Any) -> Pretrain:

@@ -137,10 +137,18 @@ def prepare(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes; one a core without it.")
     ] = None,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="Have it done by jobs of a Slurm cluster.")
+    ] = False,
+    slurm_file: run_commands.SlurmFile = None,
+    slurm_sets: run_commands.SlurmSets = None,
 ) -> None:
     """Turn public formats into a prepared source; the same command goes on where it was."""
     from midstream.launch.child import hub_environment
 
+    cluster = run_commands.slurm_settings(slurm, slurm_file, slurm_sets or [])
+    if cluster is not None and workers is not None:
+        raise ValueError("--workers is for this machine; with --slurm, --slurm-set cpus=N")
     started = time.monotonic()
     options: dict[str, str | int | None] = {"text_key": text_key, "require": require}
     options |= {"images": images, "max_tokens": max_tokens, "split": split}
@@ -148,6 +156,7 @@ def prepare(
     request |= {"max_rejects": max_rejects, "validation": validation, "options": options}
     request |= {"begin_of_text": begin_of_text, "workers": workers or os.cpu_count() or 1}
     request |= {"copy_pictures": copy}
+    request |= {"slurm": None if cluster is None else cluster.model_dump(mode="json")}
     summary = work("prepare", request, hub_environment(threads=1))
     store_commands.print_summary(summary, time.monotonic() - started)
 

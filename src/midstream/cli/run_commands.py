@@ -120,7 +120,7 @@ def run(
     from midstream.study.store import Ledger
     from midstream.study.studies import Study, Suite
 
-    cluster = _slurm_settings(slurm, slurm_file, slurm_sets or [], detach)
+    cluster = slurm_settings(slurm, slurm_file, slurm_sets or [], detach)
     if cluster is not None and (nodes or node or master):
         raise ValueError(
             "--nodes, --node and --master are for machines without Slurm; with it, "
@@ -226,8 +226,8 @@ def run_and_tell(
     return memory.total_bytes(plan_study(study, ledger), ledger)
 
 
-def _slurm_settings(
-    asked: bool, file: Path | None, settings: list[str], detach: bool
+def slurm_settings(
+    asked: bool, file: Path | None, settings: list[str], detach: bool = False
 ) -> "SlurmSettings | None":
     """What jobs are given: the file's values, those of the command line over them."""
     from midstream.cli.catalogue import read_settings

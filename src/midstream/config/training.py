@@ -237,8 +237,9 @@ class SlurmResources(Config):
 
     `memory` is of a node, as `sbatch --mem` takes it (64G). `gpus`, `ranks` and `cpus` are of a
     node too: ranks are as many as GPUs where nothing is said, CPUs what the ranks' threads and
-    data workers take. `nodes` and `ranks` count for stages that several ranks share. `extra` are
-    further parameters of sbatch, without their dashes; true stands for a flag.
+    data workers take. `nodes` and `ranks` count for stages that several ranks share, `tasks` for
+    sources: an array of so many shares their files. `extra` are further parameters of sbatch,
+    without their dashes; true stands for a flag.
     """
 
     partition: str | None = None
@@ -250,6 +251,7 @@ class SlurmResources(Config):
     gpus: Annotated[int, Field(ge=0)] | None = None
     ranks: Positive | None = None
     cpus: Positive | None = None
+    tasks: Positive | None = None
     memory: str | None = None
     extra: dict[str, str | int | bool] = Field(default_factory=dict)
 

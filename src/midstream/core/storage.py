@@ -104,6 +104,24 @@ def finish_folder(temporary: Path, path: Path, entries: Mapping[str, dict[str, A
     _sync_file(path.parent)
 
 
+def publish_folder(temporary: Path, path: Path, entries: Mapping[str, dict[str, Any]]) -> bool:
+    """As `finish_folder`, but a `path` that is there stays and the temporary folder goes.
+
+    Returns whether it became `path`: of several processes that publish it, the first one's did.
+    """
+    write_json(temporary / MANIFEST, dict(sorted(entries.items())))
+    try:
+        # A folder takes the place of none that holds a file.
+        temporary.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        shutil.rmtree(temporary)
+        return False
+    _sync_file(path.parent)
+    return True
+
+
 def remove_folder(path: Path) -> None:
     """Delete a folder so that a process killed meanwhile leaves nothing that looks whole."""
     if path.is_dir():

@@ -39,8 +39,8 @@ from midstream.data.formats.joined import JOINED_ROOT
 from midstream.data.formats.read_captions import original_caption
 from midstream.data.formats.records import PICTURES as SUFFIXES
 from midstream.data.formats.records import ReadOptions, Sample, samples_of
-from midstream.data.prepare_source import leave_with_parent
 from midstream.data.shard_state import stamp_of
+from midstream.data.shard_workers import leave_with_parent
 from midstream.data.source_writer import Reject
 from midstream.data.sources import content_hash
 from midstream.data.uids import (

@@ -20,7 +20,14 @@ from midstream.data.formats.records import (
     TextRecord,
 )
 from midstream.data.lengths import caption_facts, length_facts
-from midstream.data.prepare_source import Progress, canonical_tokenizer, prepare_source
+from midstream.data.prepare_source import (
+    canonical_tokenizer,
+    make_share,
+    plan_source,
+    prepare_source,
+)
+from midstream.data.shard_state import Share
+from midstream.data.shard_workers import Progress
 from midstream.data.shards import read_unit, units_of
 from midstream.data.sources import INDEX, Source
 from midstream.worlds.pocket_world import write_pocket_world
@@ -79,9 +86,8 @@ def prepare_world_source(
     and the record for what is missing, malformed, or changed since it was planned.
     """
     kind, folder = _folder_of(root, name)
-    public = world if isinstance(world, PublicFolder) else None
-    if public is not None:
-        _check_unchanged(public, name, folder)
+    if isinstance(world, PublicFolder):
+        _check_unchanged(world, name, folder)
     if not is_prepared(folder):
         prepare_source(
             SECTIONS[kind],
@@ -92,16 +98,47 @@ def prepare_world_source(
             root=str(root),
             # Other stages run beside this one; `midstream prepare` takes more processes.
             workers=1,
-            max_reject_fraction=public.max_reject_fraction if public else 0.0,
-            validation_fraction=(
-                0.0 if isinstance(world, SmallReal) else world.validation_fraction
-            ),
+            max_reject_fraction=_max_reject_fraction(world),
+            validation_fraction=_validation_fraction(world),
             progress=progress,
         )
     source = open_source(root, name, out)
     if is_prepared(folder):
         _check_prepared(source, kind, TextCodec.from_file(tokenizer_file), tokenizer_file)
     return _summary(source)
+
+
+def make_world_share(
+    world: World,
+    root: Path,
+    name: str,
+    tokenizer_file: Path,
+    out: Path,
+    *,
+    share: Share,
+    workers: int,
+    progress: Progress,
+) -> dict[str, int]:
+    """Make a share of the shards that `prepare_world_source` takes in; returns their numbers.
+
+    Raises what `plan_source` and `make_share` do. Whether the data are those that were planned is
+    asked by `prepare_world_source`.
+    """
+    kind, folder = _folder_of(root, name)
+    if is_prepared(folder):
+        return {"kept": 0, "new": 0, "late": 0, "left": 0}
+    plan = plan_source(
+        SECTIONS[kind],
+        [str(folder)],
+        out / "source",
+        tokenizer_file=tokenizer_file,
+        options=_options(root, name),
+        root=str(root),
+        validation_fraction=_validation_fraction(world),
+        share=share,
+    )
+    limit = _max_reject_fraction(world)
+    return make_share(plan, workers=workers, max_reject_fraction=limit, progress=progress)
 
 
 def tokenizer_path(out: Path) -> Path:
@@ -144,6 +181,14 @@ def language_of(root: Path, names: Sequence[str]) -> Iterator[str]:
 def _options(root: Path, name: str) -> ReadOptions:
     column = text_column(root, name)
     return ReadOptions(text_key=column) if column else ReadOptions()
+
+
+def _max_reject_fraction(world: World) -> float:
+    return world.max_reject_fraction if isinstance(world, PublicFolder) else 0.0
+
+
+def _validation_fraction(world: World) -> float:
+    return 0.0 if isinstance(world, SmallReal) else world.validation_fraction
 
 
 def _folder_of(root: Path, name: str) -> tuple[str, Path]:

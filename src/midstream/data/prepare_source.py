@@ -4,17 +4,11 @@ Shards are made in parallel processes, and those that an earlier run finished ar
 """
 
 import hashlib
-import multiprocessing
 import os
-import signal
-import threading
-import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,182 +26,84 @@ from midstream.data.formats.records import ReadOptions, Section, Unit
 from midstream.data.shard_state import (
     NUM_LISTED,
     Job,
+    Share,
     Todo,
+    drop_units,
+    is_made,
     notes_on,
     refuse_rejects,
     settle,
     unread_files,
     wanted_shards,
 )
-from midstream.data.shards import Ended, make_shard, units_of
+from midstream.data.shard_workers import Progress, Watch, make_shards
+from midstream.data.shards import units_of
 from midstream.data.source_writer import finish_source
 from midstream.data.sources import INDEX
 
-Progress = Callable[[float, str], None]
-# So many rejects, and more than the limit allows of what was read, end a preparation early.
-EARLY_REJECTS = 1000
-LOOK_SECONDS = 0.2
-# Units handed to each process ahead of time.
-AHEAD = 2
-RECORDS, TOKENS, REJECTS, STOP = range(4)
-
-
-class Watch:
-    """How far a preparation is: what was read so far, and whether too much of it is rejected."""
-
-    def __init__(
-        self,
-        wanted: Sequence[Todo],
-        todo: Sequence[Todo],
-        *,
-        kept_records: int,
-        kept_rejects: int,
-        max_reject_fraction: float,
-        progress: Progress,
-    ) -> None:
-        self.max_reject_fraction, self.progress = max_reject_fraction, progress
-        self.ended: list[Ended] = []
-        self._kept_records, self._kept_rejects = kept_records, kept_rejects
-        self._new = [0, 0, 0]
-        users = Counter(file for item in wanted for file in item.unit.files)
-        self._weights = {
-            item.number: 1 + item.num_bytes / max(users[file] for file in item.unit.files)
-            for item in wanted
-        }
-        self._total = sum(self._weights.values())
-        self._done = self._total - sum(self._weights[item.number] for item in todo)
-        self._num_done, self._num_wanted = len(wanted) - len(todo), len(wanted)
-        self._started = self._told = time.monotonic()
-
-    @property
-    def too_many(self) -> bool:
-        """Whether the rejects so far can hardly stay under the limit."""
-        rejects = self._kept_rejects + self._new[REJECTS]
-        return rejects > max(EARLY_REJECTS, self.max_reject_fraction * self.records)
-
-    @property
-    def records(self) -> int:
-        """Records read so far, those of the kept shards included."""
-        return self._kept_records + self._new[RECORDS]
-
-    def note(self, new: Sequence[int]) -> None:
-        """Take the records, tokens and rejects of this run so far; tell them now and then."""
-        self._new = list(new)
-        if time.monotonic() - self._told >= LOOK_SECONDS:
-            self.tell()
-
-    def end(self, item: Todo, ended: Ended) -> None:
-        """A unit has ended."""
-        self.ended.append(ended)
-        self._done += self._weights[item.number]
-        self._num_done += 1
-        self.tell()
-
-    def tell(self) -> None:
-        """Hand the progress on."""
-        self._told = time.monotonic()
-        seconds = max(self._told - self._started, 1e-9)
-        records, tokens, rejects = self._new
-        note = (
-            f"{self._num_done:,} of {self._num_wanted:,} shards, {records:,} records "
-            f"({records / seconds:,.0f}/s), {tokens / seconds:,.0f} tokens/s, {rejects:,} rejects"
-        )
-        self.progress(min(self._done / self._total, 1.0), note)
-
-
-def make_shards(job: Job, todo: Sequence[Todo], workers: int, watch: Watch) -> None:
-    """Make shards, in this process if `workers` is 1; ends early if `watch` has seen too much.
-
-    Raises OSError for what cannot be written and for a process that dies.
-    """
-    if workers == 1 or len(todo) == 1:
-        _make_here(job, todo, watch)
-    elif todo:
-        _make_in_processes(job, todo, min(workers, len(todo)), watch)
-
-
-def _make_here(job: Job, todo: Sequence[Todo], watch: Watch) -> None:
-    codec = TextCodec.from_file(job.tokenizer_file)
-    sums = [0, 0, 0]
-
-    def beat(*new: int) -> bool:
-        for place, more in enumerate(new):
-            sums[place] += more
-        watch.note(sums)
-        return not watch.too_many
-
-    for item in todo:
-        watch.end(item, make_shard(job, codec, item, beat))
-        if watch.too_many:
-            return
-
-
-def _make_in_processes(job: Job, todo: Sequence[Todo], workers: int, watch: Watch) -> None:
-    context = multiprocessing.get_context("forkserver")
-    # Imported once, in the process that all workers are forked from.
-    context.set_forkserver_preload([__name__])
-    shared = context.Array("q", 4)
-    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(job, shared))
-    waiting: dict[Future[Ended], Todo] = {}
-    rest = iter(todo)
-    try:
-        while True:
-            while len(waiting) < AHEAD * workers and (item := next(rest, None)) is not None:
-                waiting[pool.submit(_work, item)] = item
-            if not waiting:
-                break
-            done, _ = wait(waiting, timeout=LOOK_SECONDS, return_when=FIRST_COMPLETED)
-            watch.note(shared[:STOP])
-            for future in done:
-                watch.end(waiting.pop(future), future.result())
-            if watch.too_many:
-                shared[STOP], rest = 1, iter(())
-    except BrokenProcessPool:
-        raise ChildProcessError(
-            "a preparing process was killed, most likely for its memory: use fewer workers"
-        ) from None
-    finally:
-        shared[STOP] = 1
-        pool.shutdown(cancel_futures=True)
-
-
-# What a worker process works with; set once, when it starts.
-_own: dict[str, Any] = {}
-
-
-def _start(job: Job, shared: Any) -> None:
-    # Ctrl-C reaches every process of a terminal: the first one decides what becomes of it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # One process a core is what `workers` asks for.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-    _own.update(job=job, shared=shared, codec=TextCodec.from_file(job.tokenizer_file))
-
-
-def leave_with_parent() -> None:
-    """End this process of a pool when the one that started it has ended."""
-    # The pool's queues stay open in its workers: they would wait for ever for a killed parent.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _work(item: Todo) -> Ended:
-    shared = _own["shared"]
-
-    def beat(*new: int) -> bool:
-        with shared.get_lock():
-            for place, more in enumerate(new):
-                shared[place] += more
-            return not shared[STOP]
-
-    if shared[STOP]:
-        return Ended()
-    return make_shard(_own["job"], _own["codec"], item, beat)
-
-
 LOCK = "prepare.lock"
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """A source that is to be prepared, or a share of it, as its files are now.
+
+    `wanted` are the shards of its `units`, `tokenizer` the canonical file, of `vocab_size` ids.
+    """
+
+    job: Job
+    sources: tuple[str, ...]
+    units: tuple[Unit, ...]
+    wanted: tuple[Todo, ...]
+    tokenizer: bytes
+    vocab_size: int
+
+
+def plan_source(
+    section: Section,
+    sources: Sequence[str],
+    out: Path,
+    *,
+    tokenizer_file: Path,
+    options: ReadOptions,
+    root: str,
+    validation_fraction: float,
+    by_command: bool = False,
+    copy_pictures: bool = False,
+    share: Share | None = None,
+) -> SourcePlan:
+    """What `prepare_source` or `make_share` is to make of these inputs; writes nothing.
+
+    Raises FileNotFoundError or ValueError that names the file for input that is missing, that
+    cannot be divided into units or that lies about `out`, and ValueError for two files that are
+    one.
+    """
+    out, root = out.absolute(), os.path.abspath(root) if root else ""
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"the validation share is 0 or more, below 1, not {validation_fraction}")
+    if options.images is not None:
+        options = replace(options, images=_absolute(options.images))
+    absolute = tuple(_absolute(source) for source in sources)
+    units = units_of(section, absolute, options)
+    _check_units(units, sources, out)
+    codec = TextCodec.from_file(tokenizer_file)
+    tokenizer = canonical_tokenizer(codec)
+    job = Job(
+        section,
+        out,
+        options,
+        root,
+        tokenizer_file.absolute(),
+        hashlib.sha256(tokenizer).hexdigest(),
+        validation_fraction,
+        codec.begin_of_text,
+        by_command,
+        copy_pictures,
+        share,
+    )
+    wanted = wanted_shards(job, units)
+    _refuse_twins(wanted)
+    return SourcePlan(job, absolute, tuple(units), tuple(wanted), tokenizer, codec.size)
 
 
 def prepare_source(
@@ -227,56 +123,48 @@ def prepare_source(
 ) -> dict[str, Any]:
     """Prepare files, folders, patterns or URLs as one source in `out`; returns its counts.
 
-    Each unit of input becomes a shard. Those that a run finished stay, whatever ends it, until
-    their input, the options or the tokenizer change; "shards" in the counts says how many were
-    kept and how many are new. Names of files under the folder `root` are kept relative to it.
+    Each unit of input becomes a shard. Those that a run or a task finished stay, whatever ends it,
+    until their input, the options or the tokenizer change; "shards" in the counts says how many
+    were kept and how many are new. Names of files under the folder `root` are kept relative to it.
     `max_reject_fraction` of the records may be rejects; `validation_fraction` of the others, chosen
     by content, are held out. `progress` gets the done fraction and a line of text; `notice` gets
     what a person should know of the folder (files that are not read), else `progress` does; it is
     `midstream prepare` that gives one, whose options messages then advise. `copy_pictures` keeps
     all pictures in the source; otherwise those that are a range of a file stay there.
 
-    Raises FileNotFoundError or ValueError that names the file for input that is missing or cannot
-    be read (after all others are done), ValueError for two files that are one and for rejects that
-    are too many, with their list, and OSError for what cannot be written or a process that dies.
+    Raises what `plan_source` does, FileNotFoundError or ValueError that names the file for input
+    that cannot be read (after all others are done), ValueError for rejects that are too many, with
+    their list, and OSError for what cannot be written or a process that dies.
     """
-    _check_settings(sources, workers, max_reject_fraction, validation_fraction)
-    out, root = out.absolute(), os.path.abspath(root) if root else ""
-    if options.images is not None:
-        options = replace(options, images=_absolute(options.images))
-    absolute = [_absolute(source) for source in sources]
-    units = units_of(section, absolute, options)
-    _check_units(units, sources, out)
-    codec = TextCodec.from_file(tokenizer_file)
-    tokenizer = canonical_tokenizer(codec)
-    job = Job(
+    _check_settings(sources, workers, max_reject_fraction)
+    plan = plan_source(
         section,
+        sources,
         out,
-        options,
-        root,
-        hashlib.sha256(tokenizer).hexdigest(),
-        validation_fraction,
-        codec.begin_of_text,
+        tokenizer_file=tokenizer_file,
+        options=options,
+        root=root,
+        validation_fraction=validation_fraction,
         by_command=notice is not None,
-        copies=copy_pictures,
+        copy_pictures=copy_pictures,
     )
-    wanted = wanted_shards(job, units)
-    _refuse_twins(wanted)
-    unread = _unread(job, absolute, units, notice or partial(progress, 0.0))
+    job, out = plan.job, plan.job.out
+    unread = unread_of(plan, notice or partial(progress, 0.0))
     job.shards.mkdir(parents=True, exist_ok=True)
     with _only_one(out):
         remove_leftovers(out)
         remove_leftovers(job.shards)
-        todo = settle(job, wanted)
-        if not (job.tokenizer_file.is_file() and job.tokenizer_file.read_bytes() == tokenizer):
-            write_bytes(job.tokenizer_file, tokenizer)
-        _make(job, wanted, todo, workers, max_reject_fraction, progress)
+        todo = settle(job, plan.wanted)
+        own = out / "tokenizer.json"
+        if not (own.is_file() and own.read_bytes() == plan.tokenizer):
+            write_bytes(own, plan.tokenizer)
+        _make(job, plan.wanted, todo, workers, max_reject_fraction, progress)
         if not (out / INDEX).is_file():
             finish_source(
                 out,
                 tokenizer_digest=job.tokenizer,
-                vocab_size=codec.size,
-                root=root,
+                vocab_size=plan.vocab_size,
+                root=job.root,
                 begin_of_text=job.begin_of_text,
             )
         index: dict[str, Any] = read_json(out / INDEX)
@@ -284,9 +172,59 @@ def prepare_source(
         if index.get("unread") != unread:
             index["unread"] = unread
             write_json(out / INDEX, index)
-    kept = len(wanted) - len(todo)
+        drop_units(job)
+    kept = len(plan.wanted) - len(todo)
     progress(1.0, f"{kept:,} shards kept, {len(todo):,} new")
     return index | {"shards": {"kept": kept, "new": len(todo)}}
+
+
+def make_share(
+    plan: SourcePlan, *, workers: int, max_reject_fraction: float, progress: Progress
+) -> dict[str, int]:
+    """Make the shards of the plan's share that nobody has finished; returns their numbers.
+
+    Each is published under a name of its own, whole or not at all, for `prepare_source` to take:
+    "kept" were there, "new" are made here, "late" made by another task meanwhile. "left" are files
+    that cannot be read and what comes after too many rejects: `prepare_source` says so. Tasks that
+    make the same share, or that were taken for lost, do each other no harm.
+
+    Raises OSError for what cannot be written, ValueError where the source was finished meanwhile.
+    """
+    job = plan.job
+    _check_settings(plan.sources, workers, max_reject_fraction)
+    todo = [item for item in plan.wanted if not is_made(job, item)]
+    if not todo:
+        return {"kept": len(plan.wanted), "new": 0, "late": 0, "left": 0}
+    job.units.mkdir(parents=True, exist_ok=True)
+    watch = Watch(
+        plan.wanted,
+        todo,
+        kept_records=0,
+        kept_rejects=0,
+        max_reject_fraction=max_reject_fraction,
+        progress=progress,
+    )
+    try:
+        make_shards(job, todo, workers, watch)
+    except OSError as error:
+        if job.units.is_dir():
+            raise _with_remedy(error, job.out) from error
+        raise ValueError(
+            f"{job.out} was finished without this task, which was taken for lost; what it has made "
+            "since is not used"
+        ) from error
+    late = sum(ended.is_late for ended in watch.ended)
+    good = sum(not ended.problem and not ended.rejects for ended in watch.ended)
+    kept, left = len(plan.wanted) - len(todo), len(todo) - good
+    return {"kept": kept, "new": good - late, "late": late, "left": left}
+
+
+def _with_remedy(error: OSError, out: Path) -> OSError:
+    why = error.strerror or error
+    return OSError(
+        error.errno,
+        f"{why}; what is finished in {out} stays: put this right and run the same again",
+    )
 
 
 def canonical_tokenizer(codec: TextCodec) -> bytes:
@@ -294,13 +232,9 @@ def canonical_tokenizer(codec: TextCodec) -> bytes:
     return str(codec.tokenizer.to_str(pretty=True)).encode()
 
 
-def _check_settings(
-    sources: Sequence[str], workers: int, max_reject_fraction: float, validation_fraction: float
-) -> None:
+def _check_settings(sources: Sequence[str], workers: int, max_reject_fraction: float) -> None:
     if not 0 <= max_reject_fraction <= 1:
         raise ValueError(f"the limit of rejects is a fraction, 0 to 1, not {max_reject_fraction}")
-    if not 0 <= validation_fraction < 1:
-        raise ValueError(f"the validation share is 0 or more, below 1, not {validation_fraction}")
     if workers < 1:
         raise ValueError(f"{workers} workers cannot prepare anything; give 1 or more")
     own = [source for source in sources if source.startswith("memory://")]
@@ -328,17 +262,16 @@ def _refuse_twins(wanted: Sequence[Todo]) -> None:
     refuse_twin_samples((files for files in beside if sizes.keys() >= {*files}), sizes)
 
 
-def _unread(
-    job: Job, sources: Sequence[str], units: Sequence[Unit], notice: Callable[[str], None]
-) -> dict[str, Any]:
+def unread_of(plan: SourcePlan, notice: Callable[[str], None]) -> dict[str, Any]:
     """Tell what a person should know of the folder; returns which of its files are not read."""
-    found = (job.short(file) for file in unread_files(job.section, sources, units))
+    job, units = plan.job, plan.units
+    found = (job.short(file) for file in unread_files(job.section, plan.sources, units))
     # Names may be bytes that are no UTF-8.
     names = [name.encode("utf-8", "backslashreplace").decode() for name in found]
     for note in notes_on(job.section, names, [job.short(unit.files[0]) for unit in units]):
         notice(note)
     circles: list[str] = []
-    for folder in (source for source in sources if os.path.isdir(source)):
+    for folder in (source for source in plan.sources if os.path.isdir(source)):
         deque(walk(folder, circles), maxlen=0)
     if circles:
         shown = name_some(map(job.short, circles), NUM_LISTED)
@@ -386,11 +319,7 @@ def _make(
     try:
         make_shards(job, todo, workers, watch)
     except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{error.strerror or error}; what is finished in {job.out} stays: put this right and "
-            "run the same again",
-        ) from error
+        raise _with_remedy(error, job.out) from error
     stopped = [reject for ended in watch.ended for reject in ended.rejects]
     refuse_rejects(job, stopped, records=watch.records, max_reject_fraction=max_reject_fraction)
     problems = [ended.problem for ended in watch.ended if ended.problem]

@@ -3,6 +3,7 @@
 Each shard records what it was made from. A source with too many rejects is refused.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -35,23 +36,34 @@ NUM_REQUESTS = 16
 
 
 @dataclass(frozen=True)
+class Share:
+    """Every `count`-th unit of a source from `index` on: what one of several tasks makes."""
+
+    index: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Job:
-    """What all shards of a source have in common; `tokenizer` is the digest of its file in `out`,
+    """What all shards of a source have in common; `tokenizer` is the digest of its canonical file,
     `begin_of_text` the token that its examples begin with. `by_command`: `midstream prepare` asks,
     so that messages may advise its options. `copies`: pictures are kept in the source.
 
-    Names of files under the folder `root` are kept relative to it.
+    Names of files under the folder `root` are kept relative to it. With a `share`, what is made
+    goes to `units`, where a job without one takes it from.
     """
 
     section: Section
     out: Path
     options: ReadOptions
     root: str
+    tokenizer_file: Path
     tokenizer: str
     validation_fraction: float
     begin_of_text: int | None = None
     by_command: bool = False
     copies: bool = False
+    share: Share | None = None
 
     @property
     def shards(self) -> Path:
@@ -59,9 +71,9 @@ class Job:
         return self.out / "shards"
 
     @property
-    def tokenizer_file(self) -> Path:
-        """The source's own copy of its tokenizer."""
-        return self.out / "tokenizer.json"
+    def units(self) -> Path:
+        """Where tasks publish the shards that they have made, each by its `Todo.key`."""
+        return self.out / "units"
 
     def short(self, name: str) -> str:
         """A local file's name, or a place in it, without the folder that all names start from."""
@@ -70,6 +82,10 @@ class Job:
     def folder(self, number: int) -> Path:
         """Where a shard lies."""
         return self.shards / f"{number:06d}"
+
+    def place(self, item: "Todo") -> Path:
+        """Where a shard appears once it is made."""
+        return self.folder(item.number) if self.share is None else self.units / item.key
 
 
 @dataclass(frozen=True)
@@ -85,10 +101,17 @@ class Todo:
         """Size of the unit's files."""
         return sum(int(stamp[0] or 0) for stamp in self.made_from["stamps"] if stamp)
 
+    @property
+    def key(self) -> str:
+        """A name that no shard of other bytes has."""
+        return hashlib.sha256(_key(self.made_from).encode()).hexdigest()[:32]
+
 
 def wanted_shards(job: Job, units: Sequence[Unit]) -> list[Todo]:
-    """All shards of a source, from its files as they are now."""
-    files = sorted({file for unit in units for file in unit.files})
+    """All shards of a source, or those of the job's share, from its files as they are now."""
+    share = job.share or Share(0, 1)
+    mine = list(enumerate(units))[share.index :: share.count]
+    files = sorted({file for _, unit in mine for file in unit.files})
     with ThreadPoolExecutor(NUM_REQUESTS) as pool:
         found = pool.map(stamp_of, files)
         stamps = dict(zip(files, found, strict=True))
@@ -106,7 +129,7 @@ def wanted_shards(job: Job, units: Sequence[Unit]) -> list[Todo]:
     if job.copies:
         common["copies"] = True
     todo = []
-    for number, unit in enumerate(units):
+    for number, unit in mine:
         own = {"unit": asdict(unit), "stamps": [stamps[file] for file in unit.files]}
         # As it reads back from a file.
         todo.append(Todo(number, unit, json.loads(json.dumps(common | own))))
@@ -125,13 +148,13 @@ def local_stamp(path: str) -> Stamp:
 def settle(job: Job, wanted: Sequence[Todo]) -> list[Todo]:
     """Put the shards that stay in their places, remove the others; returns those to be made.
 
-    A shard stays that was made from what is wanted, picture files included, wherever it stood.
-    Raises ValueError if something that is no shard lies among them. As soon as a shard is moved
-    or removed, `source.json` is gone.
+    A shard stays that was made from what is wanted, picture files included, wherever it stood;
+    those that tasks have published are taken. Raises ValueError if something that is no shard lies
+    among them. As soon as a shard is moved or removed, `source.json` is gone.
     """
     have = _finished(job)
     kept = {item.number: have.pop(key) for item in wanted if (key := _key(item.made_from)) in have}
-    stray = [path for path in _folders(job) if path not in kept.values()]
+    stray = [path for path in _folders(job.shards) if path not in kept.values()]
     moved = {number: path for number, path in kept.items() if path != job.folder(number)}
     todo = [item for item in wanted if item.number not in kept]
     if stray or moved or todo:
@@ -140,9 +163,7 @@ def settle(job: Job, wanted: Sequence[Todo]) -> list[Todo]:
         # Renamed first: a folder that is half removed is never taken for a shard.
         old = path.rename(path.with_name(f".{path.name}.{uuid.uuid4().hex}.old"))
         shutil.rmtree(old)
-    between = {
-        number: path.with_name(f"moved-{uuid.uuid4().hex}") for number, path in moved.items()
-    }
+    between = {number: job.shards / f"moved-{uuid.uuid4().hex}" for number, path in moved.items()}
     for number, path in moved.items():
         path.rename(between[number])
     for number, path in between.items():
@@ -150,20 +171,43 @@ def settle(job: Job, wanted: Sequence[Todo]) -> list[Todo]:
     return todo
 
 
+def lacking(job: Job, wanted: Sequence[Todo]) -> list[Todo]:
+    """Those of the wanted shards that nobody has finished; nothing is touched."""
+    have = _finished(job)
+    return [item for item in wanted if _key(item.made_from) not in have]
+
+
+def is_made(job: Job, item: Todo) -> bool:
+    """Whether this shard is finished: published by a task, or in its place."""
+    places = (job.units / item.key, job.folder(item.number))
+    return any(_made_from(path) == _key(item.made_from) for path in places)
+
+
+def drop_units(job: Job) -> None:
+    """Remove what tasks have published; one that still writes there finds its folder gone."""
+    if job.units.is_dir():
+        old = job.units.rename(job.out / f".{job.units.name}.{uuid.uuid4().hex}.old")
+        # A file that is open on a shared disk may stay, for the next run to remove.
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def _finished(job: Job) -> dict[str, Path]:
-    """The whole shards that lie there, by what they were made from."""
-    found = {}
-    for path in _folders(job):
-        record = path / MADE_FROM
-        if not record.is_file():
-            continue
-        made = read_json(record)
-        pictures = made.pop(PICTURES, None)
-        if pictures is None or not _is_whole(path):
-            continue
-        if all(_is_as_before(file, old) for file, old in pictures.items()):
-            found[_key(made)] = path
-    return found
+    """The whole shards that lie there, by what they were made from; in their places before others
+    of equal bytes."""
+    folders = (*_folders(job.units), *_folders(job.shards))
+    return {made: path for path in folders if (made := _made_from(path)) is not None}
+
+
+def _made_from(path: Path) -> str | None:
+    """What a shard was made from; None where it is not whole, or its pictures have changed."""
+    if not (path / MADE_FROM).is_file():
+        return None
+    made = read_json(path / MADE_FROM)
+    pictures = made.pop(PICTURES, None)
+    if pictures is None or not _is_whole(path):
+        return None
+    same = all(_is_as_before(file, old) for file, old in pictures.items())
+    return _key(made) if same else None
 
 
 def _is_as_before(file: str, stamp: Stamp) -> bool:
@@ -173,8 +217,8 @@ def _is_as_before(file: str, stamp: Stamp) -> bool:
         return False
 
 
-def _folders(job: Job) -> list[Path]:
-    folders = sorted(path for path in job.shards.glob("*") if not path.name.startswith("."))
+def _folders(place: Path) -> list[Path]:
+    folders = sorted(path for path in place.glob("*") if not path.name.startswith("."))
     for path in folders:
         if not any((path / name).is_file() for name in (SHARD_INDEX, MANIFEST, MADE_FROM)):
             raise ValueError(

@@ -1,12 +1,22 @@
 """One unit of input to one shard of a prepared source: read, measured, tokenised in batches."""
 
+import errno
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from shutil import rmtree
 
 import numpy as np
 
-from midstream.core.storage import new_folder, write_json
+from midstream.core.storage import (
+    finish_folder,
+    publish_folder,
+    room_for,
+    seal,
+    start_folder,
+    write_json,
+)
 from midstream.data.columns import MADE_FROM, PICTURES
 from midstream.data.examples import (
     Example,
@@ -128,10 +138,12 @@ Beat = Callable[[int, int, int], bool]
 
 @dataclass(frozen=True)
 class Ended:
-    """How a unit went: unreadable for this `problem`, or stopped after these rejects."""
+    """How a unit went: unreadable for this `problem`, stopped after these rejects, or `is_late`:
+    another task has published it first."""
 
     problem: str = ""
     rejects: tuple[Reject, ...] = ()
+    is_late: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,32 +167,32 @@ class StoppedError(Exception):
 def make_shard(job: Job, codec: TextCodec, item: Todo, beat: Beat) -> Ended:
     """Write a shard, or say why not; nothing is left of one that was not finished.
 
-    Raises OSError if it cannot be written.
+    It appears whole in its place, with what it was made from. Raises OSError if it cannot be
+    written.
     """
-    work = _Work(job, codec, item.unit)
+    work, place = _Work(job, codec, item.unit), job.place(item)
+    if job.share is not None and not place.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "nobody waits for this task any more", str(place))
+    temporary = start_folder(place)
     try:
-        with new_folder(job.folder(item.number)) as folder:
-            writer = ShardWriter(
-                folder,
-                kind=KINDS[job.section],
-                dtype="<u2" if codec.size <= 2**16 else "<u4",
-                input_name=job.short(_input_name(item.unit)),
-                validation_fraction=job.validation_fraction,
-            )
-            for batch in batches(work.items()):
-                before = len(work.rejects)
-                num_tokens = work.write(batch, writer)
-                if not beat(len(batch), num_tokens, len(work.rejects) - before):
-                    raise StoppedError
+        with room_for(place):
+            names = work.fill(temporary, beat)
             _refuse_other(item)
-            writer.close()
+            entries = seal(temporary, names)
+            # Beside the manifest: the shard's fingerprint stands for its content, not for where
+            # and when.
+            write_json(temporary / MADE_FROM, item.made_from | {PICTURES: work.stamps})
+            if job.share is None:
+                finish_folder(temporary, place, entries)
+                return Ended()
+            return Ended(is_late=not publish_folder(temporary, place, entries))
     except (BrokenError, RemoteError) as error:
         return Ended(problem=str(error))
     except StoppedError:
         return Ended(rejects=tuple(work.rejects))
-    # Beside the manifest: the shard's fingerprint stands for its content, not for where and when.
-    write_json(job.folder(item.number) / MADE_FROM, item.made_from | {PICTURES: work.stamps})
-    return Ended()
+    finally:
+        # It has gone where it became the shard.
+        rmtree(temporary, ignore_errors=True)
 
 
 def _refuse_other(item: Todo) -> None:
@@ -202,6 +214,26 @@ class _Work:
         # Picture files that are none of the unit's own, as they were when they were read: local
         # ones, and archives at URLs.
         self.stamps: dict[str, Stamp] = {}
+
+    def fill(self, folder: Path, beat: Beat) -> list[str]:
+        """Write the unit's columns into an empty folder; returns the names of its files.
+
+        Raises StoppedError where `beat` says so, BrokenError for the unit's files.
+        """
+        writer = ShardWriter(
+            folder,
+            kind=KINDS[self.job.section],
+            dtype="<u2" if self.codec.size <= 2**16 else "<u4",
+            input_name=self.job.short(_input_name(self.unit)),
+            validation_fraction=self.job.validation_fraction,
+        )
+        for batch in batches(self.items()):
+            before = len(self.rejects)
+            num_tokens = self.write(batch, writer)
+            if not beat(len(batch), num_tokens, len(self.rejects) - before):
+                raise StoppedError
+        writer.close()
+        return sorted(path.name for path in folder.iterdir())
 
     def items(self) -> Iterator[Item]:
         """The unit's records and rejects; those with unusable content become rejects."""

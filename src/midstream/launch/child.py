@@ -40,6 +40,8 @@ class Work:
 
 WORKS: Mapping[str, Work] = {
     "prepare": Work("midstream.work.read_data:prepare", resumes=True),
+    "prepare-units": Work("midstream.work.read_data:prepare_units", resumes=True),
+    "prepare-share": Work("midstream.work.read_data:prepare_share", resumes=True),
     "join": Work("midstream.work.read_data:join", resumes=True),
     "read-tasks": Work("midstream.work.read_data:read_tasks"),
     "show-data": Work("midstream.work.show_data:show_data"),

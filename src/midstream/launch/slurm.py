@@ -1,8 +1,8 @@
 """A study as jobs of a Slurm cluster: submitted, followed, settled (docs/cluster.md)."""
 
-import re
+import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from midstream.cost.graph import Plan, PlanRow
 from midstream.launch import slurm_job
 from midstream.launch.scheduler import Outcome, run_study
 from midstream.launch.slurm_job import (
+    NEVER,
     Entry,
     Job,
     JobBook,
@@ -24,9 +25,10 @@ from midstream.launch.slurm_job import (
     events_since,
     job_folder,
 )
+from midstream.launch.submission import MAX_ARRAY, Refused, WorkJob, job_values, submit
 from midstream.launch.workers import Event, work_line, write_work
 from midstream.study.label import label
-from midstream.study.stages import Ranked, Stage
+from midstream.study.stages import PrepareSource, Ranked, Stage
 from midstream.study.store import Ledger
 from midstream.study.studies import AnyStudy
 
@@ -34,13 +36,6 @@ from midstream.study.studies import AnyStudy
 ORDINARY = {"", "None", "Priority", "Resources", "Dependency", "BeginTime", "JobArrayTaskLimit"}
 # So often a job that Slurm has forgotten is submitted again.
 MAX_FORGOTTEN = 3
-# Why Slurm cancels a job: the one that it waited for will not end well, though its stage may yet.
-NEVER = "DependencyNeverSatisfied"
-# The most jobs of one array (Slurm's own MaxArraySize is 1001 where nothing else is said).
-MAX_ARRAY = 1000
-# What sbatch says when the controller may come back, or of a job that is to wait for one which it
-# has just forgotten; anything else is a refusal.
-AWAY = r"Unable to contact|Socket timed out|Connection refused|connect failure|dependency problem"
 
 
 @dataclass
@@ -202,8 +197,10 @@ class SlurmBackend:
             with self._asking():
                 self.book.drop_unsure()
                 for (_, ids, restarts), stages in arrays.items():
-                    for first in range(0, len(stages), MAX_ARRAY):
-                        self._submit(stages[first : first + MAX_ARRAY], ids, restarts)
+                    # A source that tasks share has an array of its own.
+                    step = 1 if self._num_tasks(stages[0]) else MAX_ARRAY
+                    for first in range(0, len(stages), step):
+                        self._submit(stages[first : first + step], ids, restarts)
         finally:
             entries = self.book.entries
             started = [name for name in queued if name in entries and entries[name].job is not None]
@@ -241,12 +238,15 @@ class SlurmBackend:
     def cancel(self, names: Sequence[str]) -> None:
         """The jobs of these stages leave the queue."""
         with suppress(Unreachable):  # Slurm cancels them by itself as well
-            slurm_job.ask(
-                "scancel", "--quiet", *(self.book.entries[name].job or "" for name in names)
-            )
+            slurm_job.ask("scancel", "--quiet", *self._ids(names))
         for name in names:
             self.queued.pop(name)
         self.book.forget(*names)
+
+    def _ids(self, names: Iterable[str]) -> list[str]:
+        """The jobs of these stages, and the arrays that go before them."""
+        entries = [self.book.entries[name] for name in names]
+        return [job for one in entries for job in (one.tasks, one.job) if job]
 
     def stop(self, number: int) -> None:
         """Jobs go on without this process."""
@@ -254,7 +254,7 @@ class SlurmBackend:
     def close(self, code: int) -> None:
         """Say how what is left to Slurm is followed, and ended."""
         if self.queued:
-            ids = " ".join(self.book.entries[name].job or "" for name in self.queued)
+            ids = " ".join(self._ids(self.queued))
             count = counted(len(self.queued), "job is", "jobs are")
             self._note(
                 f"{count} left to Slurm: the same command follows them, scancel {ids} ends them"
@@ -330,11 +330,9 @@ class SlurmBackend:
     def _submit(self, stages: Sequence[Stage], after: Sequence[str], restarts: int) -> None:
         """Submit equal stages as one job, or as an array; they are in the book from before.
 
-        Raises Unreachable if the controller is away, ValueError with sbatch's own words if it
-        refuses.
+        A source's tasks go before its own job. Raises Unreachable if the controller is away,
+        ValueError with sbatch's own words if it refuses.
         """
-        import submitit
-
         kind = stages[0].kind
         name = f"midstream-{kind}-{uuid4().hex[:12]}"
         machine, functions = self._machine_for(stages[0]), []
@@ -345,59 +343,58 @@ class SlurmBackend:
             functions.append(StageJob(self.store, given, left, self.settings.port, self.command))
         names = [stage.name for stage in stages]
         self.book.note({one: Entry(name, None, restarts) for one in names})
-        executor = submitit.SlurmExecutor(folder=self.store / "slurm" / "jobs" / name)
-        executor.update_parameters(**self._parameters(name, machine, kind, after, len(stages)))
+        asked = self.settings.resources(kind)
+        cpus = asked.cpus or machine.ranks * (machine.threads + machine.data_workers)
+        folder = self.store / "slurm" / "jobs" / name
+        waits = [f"afterok:{':'.join(after)}"] if after else []
+
+        def hand_over(functions: Sequence[Callable[[], None]], waits: Sequence[str]) -> list[str]:
+            values = job_values(
+                self.settings,
+                asked,
+                name,
+                nodes=machine.nodes,
+                cpus=cpus,
+                after=",".join(waits) or None,
+                count=len(functions),
+            )
+            return submit(folder, values, functions)
+
+        tasks: str | None = None
         try:
-            if len(stages) == 1:
-                jobs = [executor.submit(functions[0])]
-            else:
-                with executor.batch():
-                    jobs = [executor.submit(function) for function in functions]
-        except submitit.core.utils.FailedJobError as reason:
-            text = " ".join(str(reason).split())
-            # Without a word it was ended by a signal, as Ctrl-C sends one to all.
-            if not text or re.search(AWAY, text):
-                raise Unreachable(f"sbatch: {text}") from None
-            self.book.forget(*names)
+            if (count := self._num_tasks(stages[0])) and isinstance(stages[0], PrepareSource):
+                shares = self._shares(stages[0], count, cpus)
+                tasks = hand_over(shares, waits)[0].partition("_")[0]
+                # However they end: what they have not made is made by the stage's own job.
+                waits = [*waits, f"afterany:{tasks}"]
+            ids = hand_over(functions, waits)
+        except Refused as text:
+            self.book.drop_unsure()
             raise ValueError(
                 f"sbatch refused {len(stages)} {kind} jobs: {text}; change --slurm-set"
             ) from None
-        ids = [str(job.job_id) for job in jobs]
         self.book.note(
-            {one: Entry(name, job, restarts) for one, job in zip(names, ids, strict=True)}
+            {one: Entry(name, job, restarts, tasks) for one, job in zip(names, ids, strict=True)}
         )
 
-    def _parameters(
-        self, name: str, machine: Machine, kind: Any, after: Sequence[str], count: int
-    ) -> dict[str, object]:
-        """What submitit makes its sbatch file of."""
-        asked = self.settings.resources(kind)
-        cpus = asked.cpus or machine.ranks * (machine.threads + machine.data_workers)
-        more: dict[str, object] = {
-            "requeue": True,
-            # What waits for a job that fails is cancelled, also where no launcher follows.
-            "kill-on-invalid-dep": "yes",
-            **({"mem": asked.memory} if asked.memory else {}),
-            **asked.extra,
-        }
-        return {
-            "job_name": name,
-            **asked.model_dump(include={"partition", "account", "qos", "constraint"}),
-            "time": asked.time_minutes,
-            "nodes": machine.nodes,
-            "ntasks_per_node": 1,
-            "cpus_per_task": cpus,
-            "gpus_per_node": asked.gpus or None,
-            "signal_delay_s": self.settings.warn_seconds,
-            "array_parallelism": self.settings.array_limit or count,
-            "dependency": f"afterok:{':'.join(after)}" if after else None,
-            "stderr_to_stdout": True,
-            "wckey": None,
-            "setup": list(self.settings.setup) or None,
-            # A step does not take over its job's CPUs by itself.
-            "srun_args": [f"--cpus-per-task={cpus}"],
-            "additional_parameters": more,
-        }
+    def _num_tasks(self, stage: Stage) -> int:
+        """How many tasks go before a stage's job."""
+        asked = self.settings.resources(stage.kind).tasks or 0
+        return min(asked, MAX_ARRAY) if isinstance(stage, PrepareSource) else 0
+
+    def _shares(self, stage: PrepareSource, count: int, workers: int) -> list[WorkJob]:
+        """What the tasks of an array do before the job of a source's stage."""
+        place = job_folder(self.store, stage.name)
+        place.mkdir(parents=True, exist_ok=True)
+        given = {"store": str(self.store), "stage": stage.model_dump(mode="json")}
+        requests = (
+            given | {"share": {"index": index, "count": count}, "workers": workers}
+            for index in range(count)
+        )
+        return [
+            WorkJob("prepare-share", json.dumps(request), place / f"task-{index}.json")
+            for index, request in enumerate(requests)
+        ]
 
 
 def run_on_slurm(

@@ -43,6 +43,8 @@ ENDED = {
     "REVOKED",
     "TIMEOUT",
 }
+# Why Slurm cancels a job: the one that it waited for will not end well, though its stage may yet.
+NEVER = "DependencyNeverSatisfied"
 REMEDIES = {
     "CANCELLED": "somebody, or the cluster, cancelled it",
     "NODE_FAIL": "its machine failed",
@@ -192,12 +194,14 @@ def ask(*command: str) -> str:
 class Entry:
     """A stage's job: the name it was submitted under, and its id (12, or 12_3).
 
-    `restarts` counts how often the stage was begun again because its processes were killed.
+    `restarts` counts how often the stage was begun again because its processes were killed; `tasks`
+    is the array that goes before the job of a source.
     """
 
     name: str
     job: str | None
     restarts: int = 0
+    tasks: str | None = None
 
 
 @dataclass
@@ -216,13 +220,7 @@ class JobBook:
         """The book of a store; empty where no job was ever submitted."""
         path = store / "slurm.json"
         kept = read_json(path)["jobs"] if path.is_file() else {}
-        return cls(
-            path,
-            {
-                name: Entry(one["name"], one["job"], one.get("restarts", 0))
-                for name, one in kept.items()
-            },
-        )
+        return cls(path, {name: Entry(**one) for name, one in kept.items()})
 
     def note(self, entries: dict[str, Entry]) -> None:
         """Add entries, or change them."""

@@ -3,20 +3,27 @@
 import os
 import random
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
-from midstream.config import OWN_RULE, Config, begin_of_text_named
+from midstream.config import OWN_RULE, Config, SlurmSettings, begin_of_text_named
 from midstream.core.storage import write_bytes
 from midstream.data.examples import TextCodec
 from midstream.data.formats.files import is_url
 from midstream.data.formats.records import ReadOptions, Section
+from midstream.data.shard_state import Share
 from midstream.data.tokenise import open_tokenizer
 from midstream.eval.find_task import other_images, read_choice_task, read_visual_task, require_share
+from midstream.study.stages import PrepareSource
+from midstream.study.store import Ledger
 from midstream.work.protocol import Channel, Request
+
+if TYPE_CHECKING:
+    from midstream.data.prepare_source import SourcePlan
 
 # Of a task's pictures all are looked for, and so many decoded: always the same ones.
 NUM_DECODED = 64
@@ -35,19 +42,19 @@ class PrepareRequest(Request):
     workers: int
     begin_of_text: str = OWN_RULE
     copy_pictures: bool = False
+    share: Share | None = None
+    slurm: SlurmSettings | None = None
 
 
 def prepare(request: PrepareRequest, channel: Channel) -> dict[str, Any]:
-    """Prepare the source; returns its counts (see `prepare_source` for them and the errors)."""
+    """Prepare the source, here or by jobs; returns its counts (see `prepare_source` for them and
+    the errors, `OnSlurm.run` for those of jobs)."""
     # Not at the head of the file: it imports torch, and tasks are read without.
-    from midstream.data.prepare_source import canonical_tokenizer, prepare_source
+    from midstream.data.prepare_source import prepare_source
 
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer_file = Path(folder) / "tokenizer.json"
-        opened = open_tokenizer(request.tokenizer)
-        begins = begin_of_text_named(opened, request.begin_of_text, request.tokenizer)
-        codec = TextCodec(opened).beginning_with(begins)
-        write_bytes(tokenizer_file, canonical_tokenizer(codec))
+    if request.slurm is not None:
+        return _prepare_on_slurm(request, request.slurm, channel)
+    with _tokenizer_of(request) as tokenizer_file:
         return prepare_source(
             request.section,
             request.sources,
@@ -62,6 +69,107 @@ def prepare(request: PrepareRequest, channel: Channel) -> dict[str, Any]:
             notice=print,
             copy_pictures=request.copy_pictures,
         )
+
+
+def prepare_units(request: PrepareRequest, channel: Channel) -> dict[str, int]:
+    """Make the request's share of a source's shards; returns their numbers (`make_share`)."""
+    from midstream.data.prepare_source import make_share
+
+    with _tokenizer_of(request) as tokenizer_file:
+        return make_share(
+            _plan_of(request, tokenizer_file),
+            workers=request.workers,
+            max_reject_fraction=request.max_rejects,
+            progress=lambda done, note: channel.progress("preparing", done, note),
+        )
+
+
+class ShareRequest(Request):
+    """A share of the source that a study's stage prepares, and the processes that make it."""
+
+    store: Path
+    stage: PrepareSource
+    share: Share
+    workers: int
+
+
+def prepare_share(request: ShareRequest, channel: Channel) -> dict[str, int]:
+    """Make a share of the shards of a stage whose parents are done (`make_world_share`)."""
+    from midstream.data.prepare import make_world_share, tokenizer_path
+    from midstream.work.open_model import world_root
+
+    ledger, stage = Ledger(request.store), request.stage
+    if ledger.is_done(stage):
+        return {}
+    return make_world_share(
+        stage.world,
+        world_root(stage, ledger),
+        stage.source,
+        tokenizer_path(ledger.folder(stage.tokenizer)),
+        ledger.folder(stage),
+        share=request.share,
+        workers=request.workers,
+        progress=lambda done, note: channel.progress("preparing", done, note),
+    )
+
+
+@contextmanager
+def _tokenizer_of(request: PrepareRequest) -> Iterator[Path]:
+    """The tokenizer that was asked for, as a file while the block runs."""
+    from midstream.data.prepare_source import canonical_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        opened = open_tokenizer(request.tokenizer)
+        begins = begin_of_text_named(opened, request.begin_of_text, request.tokenizer)
+        codec = TextCodec(opened).beginning_with(begins)
+        write_bytes(Path(folder) / "tokenizer.json", canonical_tokenizer(codec))
+        yield Path(folder) / "tokenizer.json"
+
+
+def _plan_of(request: PrepareRequest, tokenizer_file: Path) -> "SourcePlan":
+    from midstream.data.prepare_source import plan_source
+
+    return plan_source(
+        request.section,
+        request.sources,
+        request.out,
+        tokenizer_file=tokenizer_file,
+        options=request.options,
+        root=common_folder(request.sources),
+        validation_fraction=request.validation,
+        by_command=True,
+        copy_pictures=request.copy_pictures,
+        share=request.share,
+    )
+
+
+def _prepare_on_slurm(
+    request: PrepareRequest, settings: SlurmSettings, channel: Channel
+) -> dict[str, Any]:
+    from midstream.work.prepare_on_slurm import OnSlurm, tokenizer_for
+
+    with _tokenizer_of(request) as tokenizer_file:
+        plan = _plan_of(request, tokenizer_file)
+    # In a job no name is looked up in this folder, nor on a hub.
+    there = request.model_copy(
+        update={
+            "sources": plan.sources,
+            "out": plan.job.out,
+            "options": plan.job.options,
+            "tokenizer": str(tokenizer_for(plan)),
+            "begin_of_text": OWN_RULE,
+            "workers": settings.resources("prepare_source").cpus or 1,
+            "slurm": None,
+        }
+    )
+
+    def request_of(share: Share | None) -> str:
+        return there.model_copy(update={"share": share}).model_dump_json()
+
+    def progress(done: float, note: str) -> None:
+        channel.progress("preparing", done, note)
+
+    return OnSlurm(plan, request_of, settings, progress).run()
 
 
 class JoinRequest(Request):

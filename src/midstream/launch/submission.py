@@ -1,0 +1,129 @@
+"""Jobs handed to Slurm with submitit; a job that has a work of ours done."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from midstream.config import SlurmResources, SlurmSettings
+from midstream.core.storage import write_json
+from midstream.launch import child
+from midstream.launch.slurm_job import Unreachable
+
+# The most jobs of one array (Slurm's own MaxArraySize is 1001 where nothing else is said).
+MAX_ARRAY = 1000
+# What sbatch says when the controller may come back, or of a job that is to wait for one which it
+# has just forgotten; anything else is a refusal.
+AWAY = r"Unable to contact|Socket timed out|Connection refused|connect failure|dependency problem"
+
+
+# So often a work that resumes is queued again at the end of its time; more than a source takes.
+MAX_PIECES = 20
+
+
+class Refused(Exception):  # noqa: N818 - it says what sbatch says
+    """sbatch does not take the jobs."""
+
+
+def job_values(
+    settings: SlurmSettings,
+    asked: SlurmResources,
+    name: str,
+    *,
+    nodes: int,
+    cpus: int,
+    after: str | None,
+    count: int,
+) -> dict[str, object]:
+    """What submitit makes the sbatch file of `count` equal jobs of; `after` as sbatch takes it."""
+    more: dict[str, object] = {
+        "requeue": True,
+        # What waits for a job that fails is cancelled, also where no launcher follows.
+        "kill-on-invalid-dep": "yes",
+        **({"mem": asked.memory} if asked.memory else {}),
+        **asked.extra,
+    }
+    return {
+        "job_name": name,
+        **asked.model_dump(include={"partition", "account", "qos", "constraint"}),
+        "time": asked.time_minutes,
+        "nodes": nodes,
+        "ntasks_per_node": 1,
+        "cpus_per_task": cpus,
+        "gpus_per_node": asked.gpus or None,
+        "signal_delay_s": settings.warn_seconds,
+        "array_parallelism": settings.array_limit or count,
+        "dependency": after,
+        "stderr_to_stdout": True,
+        "wckey": None,
+        "setup": list(settings.setup) or None,
+        # A step does not take over its job's CPUs by itself.
+        "srun_args": [f"--cpus-per-task={cpus}"],
+        "additional_parameters": more,
+    }
+
+
+def submit(
+    folder: Path, values: dict[str, object], functions: Sequence[Callable[[], None]]
+) -> list[str]:
+    """Submit functions that submitit pickles, as one job or as an array; returns the jobs' ids.
+
+    Raises Unreachable if the controller is away, Refused with sbatch's words if it takes none.
+    """
+    import submitit
+
+    executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=MAX_PIECES)
+    executor.update_parameters(**values)
+    try:
+        if len(functions) == 1:
+            jobs = [executor.submit(functions[0])]
+        else:
+            with executor.batch():
+                jobs = [executor.submit(function) for function in functions]
+    except submitit.core.utils.FailedJobError as reason:
+        text = " ".join(str(reason).split())
+        # Without a word it was ended by a signal, as Ctrl-C sends one to all.
+        if not text or re.search(AWAY, text):
+            raise Unreachable(f"sbatch: {text}") from None
+        raise Refused(text) from None
+    return [str(job.job_id) for job in jobs]
+
+
+class WorkFailed(Exception):  # noqa: N818 - the work's own error
+    """Ends a job whose work did not end well: what waits for it must know."""
+
+
+@dataclass(frozen=True)
+class WorkJob:
+    """Has the work `name` of `launch/child.py` done, one that resumes; called in the job.
+
+    `request` is JSON. The work's last event is in the file `told` before the job ends. Warned
+    before its time ends, the job has Slurm queue it again.
+    """
+
+    name: str
+    request: str
+    told: Path
+
+    def __call__(self) -> None:
+        self.told.unlink(missing_ok=True)
+        environment = child.hub_environment(threads=1)
+        last = child.ask(self.name, json.loads(self.request), show=_print, environment=environment)
+        write_json(self.told, last)
+        if last["event"] != "done":
+            raise WorkFailed(last.get("error") or last["event"])
+
+    def checkpoint(self) -> Any:
+        """What submitit queues again when it is warned."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def _print(event: child.Event) -> None:
+    if event["event"] == "progress":
+        print(f"{event['stage']} {event['done']:.1%}: {event['note']}", flush=True)
+    else:
+        print(event.get("text", event), end="", flush=True)

@@ -1,0 +1,241 @@
+"""`midstream prepare --slurm`: a source made by an array of tasks and finished by one job.
+
+What is made lies beside the source (`data/prepare_source.py`); `slurm.json` there says which jobs
+are its own, so that this process may end at any time.
+"""
+
+import hashlib
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from midstream.config import SlurmSettings
+from midstream.core.storage import read_json, write_bytes
+from midstream.core.tokens import counted
+from midstream.data.prepare_source import SourcePlan, unread_of
+from midstream.data.shard_state import Share, lacking
+from midstream.launch import slurm_job
+from midstream.launch.slurm_job import Entry, Job, JobBook, Unreachable
+from midstream.launch.submission import MAX_ARRAY, Refused, WorkJob, job_values, submit
+
+Done = TypeVar("Done")
+Progress = Callable[[float, str], None]
+# The request of a task, or with None of the job that finishes, as JSON.
+RequestOf = Callable[[Share | None], str]
+FINISH = "finish"
+# A shared disk may show what a job has written a while after the job has ended.
+LATE_SECONDS = 30.0
+
+
+def tokenizer_for(plan: SourcePlan) -> Path:
+    """The plan's tokenizer where all jobs read it, whatever the name that it was asked for by."""
+    path = plan.job.out / "slurm" / f"tokenizer-{plan.job.tokenizer[:16]}.json"
+    if not path.is_file():
+        write_bytes(path, plan.tokenizer)
+    return path
+
+
+class OnSlurm:
+    """One source prepared by jobs; `run` does it, or goes on with what was submitted before."""
+
+    def __init__(
+        self,
+        plan: SourcePlan,
+        request_of: RequestOf,
+        settings: SlurmSettings,
+        progress: Progress,
+    ) -> None:
+        self.plan, self.request_of, self.settings = plan, request_of, settings
+        self.progress, self.out = progress, plan.job.out
+        self.asked = settings.resources("prepare_source")
+        digest = hashlib.sha256(request_of(None).encode()).hexdigest()
+        self.name, self.book = f"midstream-prepare-{digest[:12]}", JobBook.of(self.out)
+        job = plan.job
+        # Of each shard: what a task publishes it as, and where it lies in the source.
+        self.names = [(item.key, job.folder(item.number).name) for item in plan.wanted]
+        self.is_away, self.told_last = False, ""
+
+    def run(self) -> dict[str, Any]:
+        """Submit what lacks, or find its jobs again, and follow them; returns the source's counts.
+
+        Tasks that were killed are submitted again as `restarts` allows, unless they were cancelled.
+        Raises ValueError with what the finishing job says, or why a task ended; without Slurm, for
+        what it does not have, and if jobs of another preparation of the source are in its queue.
+        """
+        try:
+            slurm_job.require_slurm([self.asked])
+        except Unreachable as reason:
+            raise ValueError(f"{reason}; run the same command again once Slurm answers") from None
+        restarts = self.settings.restarts
+        while True:
+            if not self._patiently(self._is_queued):
+                unread_of(self.plan, print)
+                self._patiently(self._submit)
+            ended = self._follow()
+            told = self._told(FINISH, ended[FINISH])
+            if told is not None and told["event"] == "done":
+                self.book.forget(*self.book.entries)
+                result: dict[str, Any] = told["result"]
+                return result
+            if told is not None and told["event"] == "failed":
+                raise ValueError(told["error"])
+            why = self._why(ended)
+            cancelled = any(job is not None and _is_cancelled(job) for job in ended.values())
+            if cancelled or not restarts:
+                raise ValueError(f"{why}; what is finished stays: the same command goes on")
+            restarts -= 1
+            print(f"{why}; it is submitted again")
+
+    def _is_queued(self) -> bool:
+        """Whether jobs of an earlier call are in the queue."""
+        self.book.drop_unsure()
+        live = {job.id: job.name for job in slurm_job.queue().values() if job.is_live}
+        entries = self.book.entries.values()
+        mine = [one for one in entries if live.get(one.job or "") == one.name]
+        if not mine:
+            return False
+        others = sorted(one.job or "" for one in mine if one.name != self.name)
+        if others:
+            raise ValueError(
+                f"{self.out} is being prepared otherwise by jobs {' '.join(others)}; give the same "
+                f"options as then, or end them: scancel {' '.join(others)}"
+            )
+        print(f"{counted(len(mine), 'job')}, submitted before, followed again")
+        return True
+
+    def _submit(self) -> None:
+        """The tasks that have something to do as an array, and the job that waits for them."""
+        self.book.drop_unsure()
+        self.book.forget(*self.book.entries)
+        wanted = self.plan.wanted
+        count = min(self.asked.tasks or MAX_ARRAY, MAX_ARRAY, len(wanted))
+        lack = lacking(self.plan.job, wanted)
+        shares = [Share(n, count) for n in sorted({item.number % count for item in lack})]
+        self.book.note({key: Entry(self.name, None) for key in ("tasks", FINISH)})
+        works = {
+            f"task-{share.index}": self._work(f"task-{share.index}", share) for share in shares
+        }
+        try:
+            ids = self._hand_over(list(works.values()), None) if works else []
+            array = ids[0].partition("_")[0] if ids else None
+            after = f"afterok:{array}" if array else None
+            last = self._hand_over([self._work(FINISH, None)], after)
+        except Refused as text:
+            self.book.drop_unsure()
+            raise ValueError(
+                f"sbatch refused the jobs of {self.out}: {text}; change --slurm-set"
+            ) from None
+        entries = dict(zip([*works, FINISH], [*ids, *last], strict=True))
+        self.book.entries = {}
+        self.book.note({key: Entry(self.name, job) for key, job in entries.items()})
+        print(
+            f"{len(lack):,} of {len(wanted):,} shards are made by {counted(len(works), 'task')}"
+            + (f" of job {array}" if array else "")
+            + f", job {last[0]} finishes; they go on without this command, which follows them "
+            f"again. To end them: scancel {' '.join(filter(None, (array, last[0])))}"
+        )
+
+    def _work(self, key: str, share: Share | None) -> WorkJob:
+        told = self.out / "slurm" / f"{key}.json"
+        told.unlink(missing_ok=True)
+        name = "prepare-units" if share else "prepare"
+        return WorkJob(name, self.request_of(share), told)
+
+    def _hand_over(self, works: list[WorkJob], after: str | None) -> list[str]:
+        values = job_values(
+            self.settings,
+            self.asked,
+            self.name,
+            nodes=1,
+            cpus=self.asked.cpus or 1,
+            after=after,
+            count=len(works),
+        )
+        return submit(self.out / "slurm" / "jobs", values, works)
+
+    def _follow(self) -> dict[str, Job | None]:
+        """Tell how far it is until all jobs have ended; returns how they ended, by entry."""
+        ended: dict[str, Job | None] = {}
+        while True:
+            jobs = self._patiently(slurm_job.queue)
+            states = Counter[str]()
+            for key, one in self.book.entries.items():
+                job = jobs.get(one.job or "")
+                job = job if job is not None and job.name == one.name else None
+                is_known = key in ended or (job is not None and job.state == "COMPLETED")
+                if not is_known and (job is None or not job.is_live):
+                    job = slurm_job.ended_job(one.job or "", one.name, job)
+                if job is not None and job.is_live:
+                    states[job.state.lower()] += 1
+                    ended.pop(key, None)  # it was put back meanwhile
+                else:
+                    ended.setdefault(key, job)
+            self._tell(states)
+            if not states:
+                return ended
+            time.sleep(self.settings.poll_seconds)
+
+    def _tell(self, states: Counter[str]) -> None:
+        job, number = self.plan.job, len(self.names)
+        made = set(os.listdir(job.units)) if job.units.is_dir() else set()
+        kept = set(os.listdir(job.shards)) if job.shards.is_dir() else set()
+        done = sum(key in made or name in kept for key, name in self.names)
+        told = ", ".join(f"{count:,} {state}" for state, count in sorted(states.items()))
+        note = f"{done:,} of {number:,} shards; jobs: {told or 'all ended'}"
+        if note != self.told_last:
+            self.told_last = note
+            self.progress(done / number, note)
+
+    def _told(self, key: str, job: Job | None) -> dict[str, Any] | None:
+        """The last event of a job's work; None where it did not come to that."""
+        path = self.out / "slurm" / f"{key}.json"
+        end = time.monotonic() + LATE_SECONDS
+        while job is not None and job.state == "COMPLETED" and not path.is_file():
+            if time.monotonic() > end:
+                break
+            time.sleep(0.5)
+        found: dict[str, Any] | None = read_json(path) if path.is_file() else None
+        return found
+
+    def _why(self, ended: dict[str, Job | None]) -> str:
+        """Which jobs did not end well, and why the first of them."""
+        told_by = {key: self._told(key, job) for key, job in ended.items()}
+        good = {
+            key for key, told in told_by.items() if told is not None and told["event"] == "done"
+        }
+        tasks = [key for key in ended if key not in good and key != FINISH]
+        first = (tasks or [FINISH])[0]
+        job, told = ended[first], told_by[first]
+        if told is not None and told.get("error"):
+            why = str(told["error"])
+        elif job is not None:
+            why = job.sentence()
+        else:
+            why = f"Slurm no longer knows job {self.book.entries[first].job}"
+        number = f"{len(tasks):,} of {len(ended) - 1:,} tasks" if tasks else "the job that finishes"
+        logs = self.out / "slurm" / "jobs" / f"{self.book.entries[first].job}_0_log.out"
+        return f"{number} did not end well; {first.replace('-', ' ')}: {why} ({logs})"
+
+    def _patiently(self, ask: Callable[[], Done]) -> Done:
+        """What Slurm answers, however long that takes; it is said once that it does not."""
+        while True:
+            try:
+                answer = ask()
+            except Unreachable as reason:
+                if not self.is_away:
+                    print(f"{reason}; waiting until Slurm answers, its jobs go on")
+                self.is_away = True
+                time.sleep(self.settings.poll_seconds)
+                continue
+            if self.is_away:
+                print("Slurm answers again")
+            self.is_away = False
+            return answer
+
+
+def _is_cancelled(job: Job) -> bool:
+    """Whether somebody cancelled it; a job that waited for one that failed is none of that."""
+    return job.state == "CANCELLED" and job.reason != slurm_job.NEVER

@@ -1,0 +1,3 @@
+"""A Slurm for the works that submit jobs."""
+
+from clusters import slurm as slurm
