@@ -1,5 +1,6 @@
 """Blocks on a local disk: whatever becomes of them, the bytes are those of the file."""
 
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -106,6 +107,21 @@ def test_a_disk_that_is_nearly_full_is_filled_no_further(
         assert server.cache(tmp_path).read(3, 9) == DATA[3:9]
     assert len(server.asked) == 2
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_folder_that_is_removed_in_between_costs_its_blocks_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, write = Server(), block_cache._write
+
+    def removed(path: Path, offset: int, data: bytes) -> None:
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        write(path, offset, data)
+
+    monkeypatch.setattr(block_cache, "_write", removed)
+    assert server.cache(tmp_path).read(3, 9) == DATA[3:9]
+    monkeypatch.setattr(block_cache, "_write", write)
+    assert server.cache(tmp_path).read(3, 9) == DATA[3:9]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

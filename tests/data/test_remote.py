@@ -30,6 +30,7 @@ from midstream.data.formats.files import (
 from midstream.data.formats.tables import table_rows
 from midstream.data.join_captions import join_captions
 from midstream.data.remote import PIECE_BYTES, TRIES, ChangedError, RemoteError, fetch_whole
+from midstream.data.source_writer import ShardWriter
 from midstream.data.sources import Source
 
 
@@ -243,6 +244,39 @@ def test_errors_of_clients_are_told_apart(
     assert len(asked) == asks
 
 
+def test_a_hub_that_is_not_to_be_asked_is_told_how_it_is() -> None:
+    # As huggingface_hub's own.
+    kind = type("OfflineModeIsEnabled", (ConnectionError,), {})
+
+    def question(system: object, path: str) -> None:
+        raise kind("offline mode is enabled")
+
+    with pytest.raises(RemoteError, match=r"a\.tar is not asked for.*set HF_HUB_OFFLINE=0"):
+        remote.ask("memory://bucket/a.tar", question)
+
+
+def test_a_picture_that_is_missing_at_an_address_is_looked_for_again_and_no_more(
+    served: Served, tmp_path: Path
+) -> None:
+    served.put("set/0.png", png(0))
+    records = [{"image": f"{n}.png", "caption": f"caption {n}"} for n in range(2)]
+    url, out = served.put("set/list.json", as_json(records)), tmp_path / "out"
+    counts = run("captions", [url], out, max_reject_fraction=0.6)
+    assert (counts["shards"], counts["records"]) == ({"kept": 0, "new": 1}, 2)
+    assert run("captions", [url], out, max_reject_fraction=0.6)["shards"]["kept"] == 1
+    served.put("set/1.png", png(1))
+    assert run("captions", [url], out, max_reject_fraction=0.6)["shards"]["new"] == 1
+    assert Source("s", out).num_images == 2
+
+
+def test_a_stamp_with_a_time_behind_the_version_still_stands(served: Served) -> None:
+    url = served.put("a.tar", samples(0, 2))
+    stamp = remote.stamp_of_url(url)
+    remote.refuse_changed(url, [*stamp, "2026-01-01"], "it was indexed", "")
+    with pytest.raises(ChangedError, match="changed since it was indexed"):
+        remote.refuse_changed(url, [stamp[0], "other", "2026-01-01"], "it was indexed", "")
+
+
 @pytest.mark.parametrize("change", ["other bytes", "shorter", "gone"])
 def test_a_shard_that_changed_since_it_was_indexed_is_refused_by_name(
     served: Served, tmp_path: Path, change: str
@@ -291,6 +325,21 @@ def test_a_shard_that_changes_while_it_is_read_is_no_shard(
     monkeypatch.setattr(served, "fault_of", original)
     assert run("captions", [url], out)["shards"] == {"kept": 1, "new": 1}
     assert Source("s", out).image_bytes(4) == png(70)
+
+
+def test_a_shard_that_is_gone_once_it_was_read_costs_no_other(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, out, seal = put_shards(served, 2), tmp_path / "out", ShardWriter.close
+
+    def gone(writer: ShardWriter) -> None:
+        seal(writer)
+        served.files.pop("set/part-0.tar", None)
+
+    monkeypatch.setattr(ShardWriter, "close", gone)
+    with pytest.raises(ValueError, match=r"part-0\.tar does not exist"):
+        run("captions", [url], out)
+    assert [path.name for path in (out / "shards").iterdir()] == ["000001"]
 
 
 def test_a_package_that_lacks_and_an_address_of_no_known_kind_are_named(

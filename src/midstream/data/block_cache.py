@@ -5,6 +5,7 @@ block that is not there, or was written in part, is none. So processes share a f
 and whatever ends one of them leaves nothing that would be taken for data.
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -81,6 +82,9 @@ class BlockCache:
             _write(self.blocks, first * BLOCK_BYTES, data)
             _write(self._hashes, first * _HASH_BYTES, np.array(hashes, np.uint64).tobytes())
         except OSError as error:
+            # Somebody removed the folder, or took the rest of the disk: the bytes are at hand.
+            if error.errno in (errno.ENOENT, errno.ENOSPC, errno.EDQUOT):
+                return
             raise OSError(
                 error.errno,
                 f"{self.folder} keeps no blocks ({error.strerror}); set {FOLDER} to a folder that "

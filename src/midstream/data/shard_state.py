@@ -29,8 +29,6 @@ from midstream.data.sources import FORMAT, INDEX
 
 # Raise it when equal input would give another shard: every shard is then made anew.
 PREPARATION = 3
-# Equal to no file's stamp: the shard is made anew every time.
-UNKNOWN: Stamp = ["unknown"]
 # Requests about URLs that are under way at once.
 NUM_REQUESTS = 16
 
@@ -206,15 +204,8 @@ def _made_from(path: Path) -> str | None:
     pictures = made.pop(PICTURES, None)
     if pictures is None or not _is_whole(path):
         return None
-    same = all(_is_as_before(file, old) for file, old in pictures.items())
+    same = all(stamp_of(file) == old for file, old in pictures.items())
     return _key(made) if same else None
-
-
-def _is_as_before(file: str, stamp: Stamp) -> bool:
-    try:
-        return stamp != UNKNOWN and stamp_of(file) == stamp
-    except FileNotFoundError:
-        return False
 
 
 def _folders(place: Path) -> list[Path]:
@@ -242,8 +233,14 @@ def _key(record: dict[str, Any]) -> str:
 
 
 def stamp_of(path: str) -> Stamp:
-    """What changes when a file does, local or at a URL: its size, and its time or version."""
-    return stamp_of_url(path) if is_url(path) else local_stamp(path)
+    """What changes when a file does, local or at a URL: its size, and its time or version; empty
+    where there is none."""
+    if not is_url(path):
+        return local_stamp(path)
+    try:
+        return stamp_of_url(path)
+    except FileNotFoundError:
+        return []
 
 
 # How many broken or unread files are listed, and how many rejects of each reason.

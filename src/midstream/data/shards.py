@@ -43,7 +43,7 @@ from midstream.data.formats.records import (
 )
 from midstream.data.images import decode
 from midstream.data.remote import RemoteError, Stamp, refuse_changed
-from midstream.data.shard_state import UNKNOWN, Job, Todo, local_stamp, stamp_of
+from midstream.data.shard_state import Job, Todo, stamp_of
 from midstream.data.source_writer import Image, Reject, ShardWriter
 from midstream.data.sources import Kind, content_hash
 
@@ -196,11 +196,15 @@ def make_shard(job: Job, codec: TextCodec, item: Todo, beat: Beat) -> Ended:
 
 
 def _refuse_other(item: Todo) -> None:
-    """Raises ChangedError for a file at a URL that is another than before it was read."""
+    """Raises ChangedError for a file at a URL that is another than before it was read, and
+    BrokenError for one that is gone."""
     for file, stamp in zip(item.unit.files, item.made_from["stamps"], strict=True):
         # Of samples in files of their own, the hashes of their pictures are enough.
         if is_url(file) and item.unit.format != FILES:
-            refuse_changed(file, stamp, "its preparation began", "run the same again")
+            try:
+                refuse_changed(file, stamp, "its preparation began", "run the same again")
+            except FileNotFoundError as error:
+                raise BrokenError(str(error)) from None
 
 
 class _Work:
@@ -242,11 +246,9 @@ class _Work:
                 yield self._checked(item)
                 continue
             # A picture that is missing or too large is named: it may be another the next time.
-            if "picture" in item.reason and is_url(item.detail):
-                self.stamps[item.detail] = UNKNOWN
-            elif "picture" in item.reason and item.detail.startswith("/"):
-                path = item.detail.partition(" has ")[0]
-                self.stamps[path] = local_stamp(path)
+            path = item.detail.partition(" has ")[0]
+            if "picture" in item.reason and (is_url(path) or path.startswith("/")):
+                self.stamps[path] = stamp_of(path)
             yield item
 
     def write(self, batch: Sequence[Item], writer: ShardWriter) -> int:
