@@ -32,6 +32,7 @@ from midstream.data.shard_state import (
     is_made,
     notes_on,
     refuse_rejects,
+    set_aside,
     settle,
     unread_files,
     wanted_shards,
@@ -196,6 +197,8 @@ def make_share(
     if not todo:
         return {"kept": len(plan.wanted), "new": 0, "late": 0, "left": 0}
     job.units.mkdir(parents=True, exist_ok=True)
+    for item in todo:
+        set_aside(job, item)
     watch = Watch(
         plan.wanted,
         todo,
