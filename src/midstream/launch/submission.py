@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,13 @@ from typing import Any
 from midstream.config import SlurmResources, SlurmSettings
 from midstream.core.storage import write_json
 from midstream.launch import child
-from midstream.launch.slurm_job import Unreachable
+from midstream.launch.slurm_job import Unreachable, queue_again
 
 # The most jobs of one array (Slurm's own MaxArraySize is 1001 where nothing else is said).
 MAX_ARRAY = 1000
 # What sbatch says when the controller may come back, or of a job that is to wait for one which it
 # has just forgotten; anything else is a refusal.
 AWAY = r"Unable to contact|Socket timed out|Connection refused|connect failure|dependency problem"
-
-
 # So often a work that resumes is queued again at the end of its time; more than a source takes.
 MAX_PIECES = 20
 
@@ -100,7 +99,7 @@ class WorkJob:
     """Has the work `name` of `launch/child.py` done, one that resumes; called in the job.
 
     `request` is JSON. The work's last event is in the file `told` before the job ends. Warned
-    before its time ends, the job has Slurm queue it again.
+    before its time ends, or told to stop, the job has Slurm queue it again.
     """
 
     name: str
@@ -109,9 +108,16 @@ class WorkJob:
 
     def __call__(self) -> None:
         self.told.unlink(missing_ok=True)
+        # The work's process is told as well, and may not yet be able to say that it stops.
+        signals: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, _frame: signals.append(number))
         environment = child.hub_environment(threads=1)
         last = child.ask(self.name, json.loads(self.request), show=_print, environment=environment)
         write_json(self.told, last)
+        if last["event"] == "stopped" or (signals and last["event"] != "done"):
+            import submitit
+
+            queue_again(submitit.JobEnvironment().job_id, self.name, "told to stop")
         if last["event"] != "done":
             raise WorkFailed(last.get("error") or last["event"])
 
