@@ -152,7 +152,7 @@ def prepare_source(
     job, out = plan.job, plan.job.out
     unread = unread_of(plan, notice or partial(progress, 0.0))
     job.shards.mkdir(parents=True, exist_ok=True)
-    with _only_one(out):
+    with only_one(out):
         remove_leftovers(out)
         remove_leftovers(job.shards)
         todo = settle(job, plan.wanted)
@@ -287,7 +287,8 @@ def _absolute(name: str) -> str:
 
 
 @contextmanager
-def _only_one(out: Path) -> Iterator[None]:
+def only_one(out: Path) -> Iterator[None]:
+    """Raises ValueError if another process prepares a source in `out`, as this one in the block."""
     lock = FileLock(out / LOCK, timeout=0)
     try:
         lock.acquire()

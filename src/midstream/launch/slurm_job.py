@@ -243,7 +243,7 @@ class JobBook:
 
 
 def require_no_jobs(store: Path) -> None:
-    """Raises ValueError if jobs of this store are in Slurm's queue, or may be."""
+    """Raises ValueError if jobs of this store, or source, are in Slurm's queue, or may be."""
     book = JobBook.of(store)
     if not book.entries:
         return
@@ -259,7 +259,7 @@ def require_no_jobs(store: Path) -> None:
     live = [job.id for job in jobs.values() if job.is_live and job.name in names]
     if live:
         raise ValueError(
-            f"{len(live)} jobs of store {store} are in Slurm's queue; follow them with --slurm, or "
+            f"{len(live)} jobs of {store} are in Slurm's queue; follow them with --slurm, or "
             f"end them: scancel {' '.join(live)}"
         )
 

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock
+
 from midstream.config import SlurmSettings
 from midstream.core.storage import read_json, write_bytes
 from midstream.core.tokens import counted
-from midstream.data.prepare_source import SourcePlan, unread_of
+from midstream.data.prepare_source import SourcePlan, only_one, unread_of
 from midstream.data.shard_state import Share, lacking
 from midstream.launch import slurm_job
 from midstream.launch.slurm_job import Entry, Job, JobBook, Unreachable
@@ -53,6 +55,8 @@ class OnSlurm:
         self.asked = settings.resources("prepare_source")
         digest = hashlib.sha256(request_of(None).encode()).hexdigest()
         self.name, self.book = f"midstream-prepare-{digest[:12]}", JobBook.of(self.out)
+        # Held while jobs are looked for and submitted.
+        self.lock = FileLock(self.out / "slurm" / "lock")
         job = plan.job
         # Of each shard: what a task publishes it as, and where it lies in the source.
         self.names = [(item.key, job.folder(item.number).name) for item in plan.wanted]
@@ -69,15 +73,15 @@ class OnSlurm:
             slurm_job.require_slurm([self.asked])
         except Unreachable as reason:
             raise ValueError(f"{reason}; run the same command again once Slurm answers") from None
+        unread_of(self.plan, print)
+        (self.out / "slurm").mkdir(parents=True, exist_ok=True)
         restarts = self.settings.restarts
         while True:
-            if not self._patiently(self._is_queued):
-                unread_of(self.plan, print)
-                self._patiently(self._submit)
+            self._patiently(self._find_or_submit)
             ended = self._follow()
             told = self._told(FINISH, ended[FINISH])
             if told is not None and told["event"] == "done":
-                self.book.forget(*self.book.entries)
+                self._forget()
                 result: dict[str, Any] = told["result"]
                 return result
             if told is not None and told["event"] == "failed":
@@ -89,9 +93,30 @@ class OnSlurm:
             restarts -= 1
             print(f"{why}; it is submitted again")
 
+    def _find_or_submit(self) -> None:
+        """Find the jobs of an earlier call in the queue, or submit what lacks.
+
+        Another call that begins at the same time waits, and finds what this one has submitted.
+        """
+        with self.lock:
+            self.book = JobBook.of(self.out)
+            self.book.drop_unsure()
+            if self._is_queued():
+                return
+            # Such as a command without --slurm.
+            with only_one(self.out):
+                pass
+            self._submit()
+
+    def _forget(self) -> None:
+        """The jobs that were followed are not asked for again; those of a later call are."""
+        with self.lock:
+            now = JobBook.of(self.out)
+            if now.entries == self.book.entries:
+                now.forget(*now.entries)
+
     def _is_queued(self) -> bool:
-        """Whether jobs of an earlier call are in the queue."""
-        self.book.drop_unsure()
+        """Whether jobs of an earlier call are in the queue; ValueError if they do otherwise."""
         live = {job.id: job.name for job in slurm_job.queue().values() if job.is_live}
         entries = self.book.entries.values()
         mine = [one for one in entries if live.get(one.job or "") == one.name]
@@ -108,7 +133,6 @@ class OnSlurm:
 
     def _submit(self) -> None:
         """The tasks that have something to do as an array, and the job that waits for them."""
-        self.book.drop_unsure()
         self.book.forget(*self.book.entries)
         wanted = self.plan.wanted
         count = min(self.asked.tasks or MAX_ARRAY, MAX_ARRAY, len(wanted))
