@@ -38,12 +38,14 @@ class Table:
         self.asked.append(command)
         return ""
 
-    def submit(self, folder: Path, values: dict[str, Any], works: list[WorkJob]) -> list[str]:
+    def submit(
+        self, folder: Path, settings: Any, asked: Any, name: str, works: list[WorkJob], **more: Any
+    ) -> list[str]:
         self.before_submission()
         self.submitted.append([work.told.stem for work in works])
         array = str(len(self.submitted))
         ids = [f"{array}_{n}" for n in range(len(works))] if len(works) > 1 else [array]
-        self.jobs |= {job: (values["job_name"], work) for job, work in zip(ids, works, strict=True)}
+        self.jobs |= {job: (name, work) for job, work in zip(ids, works, strict=True)}
         return ids
 
     def queue(self) -> dict[str, Job]:

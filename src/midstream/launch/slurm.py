@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from midstream.launch.slurm_job import (
     events_since,
     job_folder,
 )
-from midstream.launch.submission import MAX_ARRAY, Refused, WorkJob, job_values, submit
+from midstream.launch.submission import MAX_ARRAY, Refused, WorkJob, submit
 from midstream.launch.workers import Event, work_line, write_work
 from midstream.study.label import label
 from midstream.study.stages import PrepareSource, Ranked, Stage
@@ -345,29 +346,20 @@ class SlurmBackend:
         self.book.note({one: Entry(name, None, restarts) for one in names})
         asked = self.settings.resources(kind)
         cpus = asked.cpus or machine.ranks * (machine.threads + machine.data_workers)
-        folder = self.store / "slurm" / "jobs" / name
         waits = [f"afterok:{':'.join(after)}"] if after else []
 
-        def hand_over(functions: Sequence[Callable[[], None]], waits: Sequence[str]) -> list[str]:
-            values = job_values(
-                self.settings,
-                asked,
-                name,
-                nodes=machine.nodes,
-                cpus=cpus,
-                after=",".join(waits) or None,
-                count=len(functions),
-            )
-            return submit(folder, values, functions)
-
+        folder = self.store / "slurm" / "jobs" / name
+        hand_over = partial(
+            submit, folder, self.settings, asked, name, nodes=machine.nodes, cpus=cpus
+        )
         tasks: str | None = None
         try:
             if (count := self._num_tasks(stages[0])) and isinstance(stages[0], PrepareSource):
                 shares = self._shares(stages[0], count, cpus)
-                tasks = hand_over(shares, waits)[0].partition("_")[0]
+                tasks = hand_over(shares, after=",".join(waits) or None)[0].partition("_")[0]
                 # However they end: what they have not made is made by the stage's own job.
                 waits = [*waits, f"afterany:{tasks}"]
-            ids = hand_over(functions, waits)
+            ids = hand_over(functions, after=",".join(waits) or None)
         except Refused as text:
             self.book.drop_unsure()
             raise ValueError(

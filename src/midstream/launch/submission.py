@@ -26,55 +26,49 @@ class Refused(Exception):  # noqa: N818 - it says what sbatch says
     """sbatch does not take the jobs."""
 
 
-def job_values(
+def submit(
+    folder: Path,
     settings: SlurmSettings,
     asked: SlurmResources,
     name: str,
+    functions: Sequence[Callable[[], None]],
     *,
     nodes: int,
     cpus: int,
-    after: str | None,
-    count: int,
-) -> dict[str, object]:
-    """What submitit makes the sbatch file of `count` equal jobs of; `after` as sbatch takes it."""
-    more: dict[str, object] = {
-        "requeue": True,
-        # What waits for a job that fails is cancelled, also where no launcher follows.
-        "kill-on-invalid-dep": "yes",
-        **({"mem": asked.memory} if asked.memory else {}),
-        **asked.extra,
-    }
-    return {
-        "job_name": name,
-        **asked.model_dump(include={"partition", "account", "qos", "constraint"}),
-        "time": asked.time_minutes,
-        "nodes": nodes,
-        "ntasks_per_node": 1,
-        "cpus_per_task": cpus,
-        "gpus_per_node": asked.gpus or None,
-        "signal_delay_s": settings.warn_seconds,
-        "array_parallelism": settings.array_limit or count,
-        "dependency": after,
-        "stderr_to_stdout": True,
-        "wckey": None,
-        "setup": list(settings.setup) or None,
-        # A step does not take over its job's CPUs by itself.
-        "srun_args": [f"--cpus-per-task={cpus}"],
-        "additional_parameters": more,
-    }
-
-
-def submit(
-    folder: Path, values: dict[str, object], functions: Sequence[Callable[[], None]]
+    after: str | None = None,
 ) -> list[str]:
     """Submit functions that submitit pickles, as one job or as an array; returns the jobs' ids.
 
-    Raises Unreachable if the controller is away, Refused with sbatch's words if it takes none.
+    `after` is what they wait for, as sbatch takes it. Raises Unreachable if the controller is away,
+    Refused with sbatch's words if it takes none.
     """
     import submitit
 
     executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=MAX_PIECES)
-    executor.update_parameters(**values)
+    executor.update_parameters(
+        job_name=name,
+        **asked.model_dump(include={"partition", "account", "qos", "constraint"}),
+        time=asked.time_minutes,
+        nodes=nodes,
+        ntasks_per_node=1,
+        cpus_per_task=cpus,
+        gpus_per_node=asked.gpus or None,
+        signal_delay_s=settings.warn_seconds,
+        array_parallelism=settings.array_limit or len(functions),
+        dependency=after,
+        stderr_to_stdout=True,
+        wckey=None,
+        setup=list(settings.setup) or None,
+        # A step does not take over its job's CPUs by itself.
+        srun_args=[f"--cpus-per-task={cpus}"],
+        additional_parameters={
+            "requeue": True,
+            # What waits for a job that fails is cancelled, also where no launcher follows.
+            "kill-on-invalid-dep": "yes",
+            **({"mem": asked.memory} if asked.memory else {}),
+            **asked.extra,
+        },
+    )
     try:
         if len(functions) == 1:
             jobs = [executor.submit(functions[0])]

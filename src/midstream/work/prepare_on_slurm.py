@@ -21,7 +21,7 @@ from midstream.data.prepare_source import SourcePlan, only_one, unread_of
 from midstream.data.shard_state import Share, lacking
 from midstream.launch import slurm_job
 from midstream.launch.slurm_job import Entry, Job, JobBook, Unreachable
-from midstream.launch.submission import MAX_ARRAY, Refused, WorkJob, job_values, submit
+from midstream.launch.submission import MAX_ARRAY, Refused, WorkJob, submit
 
 Done = TypeVar("Done")
 Progress = Callable[[float, str], None]
@@ -169,16 +169,10 @@ class OnSlurm:
         return WorkJob(name, self.request_of(share), told)
 
     def _hand_over(self, works: list[WorkJob], after: str | None) -> list[str]:
-        values = job_values(
-            self.settings,
-            self.asked,
-            self.name,
-            nodes=1,
-            cpus=self.asked.cpus or 1,
-            after=after,
-            count=len(works),
+        jobs, cpus = self.out / "slurm" / "jobs", self.asked.cpus or 1
+        return submit(
+            jobs, self.settings, self.asked, self.name, works, nodes=1, cpus=cpus, after=after
         )
-        return submit(self.out / "slurm" / "jobs", values, works)
 
     def _follow(self) -> dict[str, Job | None]:
         """Tell how far it is until all jobs have ended; returns how they ended, by entry."""
