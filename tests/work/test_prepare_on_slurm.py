@@ -263,16 +263,20 @@ def test_what_slurm_cannot_give_is_refused_and_workers_are_of_this_machine(sourc
 
 
 @stand_in
+@pytest.mark.parametrize("lost", [0, 1])
 def test_a_studys_source_is_made_by_tasks_before_its_own_job(
-    slurm: Any, tmp_path: Path, tiny_ledger: Ledger
+    slurm: Any, tmp_path: Path, tiny_ledger: Ledger, lost: int
 ) -> None:
     ledger = tiny.store_with(tiny_ledger, tmp_path / "store", tiny.WORLD, tiny.TOKENIZER)
     run = tiny.text_run(total_tokens=6_000, seed=1)
     text = tiny.EVALUATION.model_copy(update={"visual_tasks": ()})
     line = Line(name="line", axes={"n": 0}, result=Evaluate(of=run, evaluation=text))
     study = Study(name="tiny", question="?", lines=(line,), figure=Figure(x="n", x_label="n"))
+    # The first tasks, which have its only shard to make, do not begin.
+    setup = [f'[ "${{SLURM_ARRAY_TASK_ID:-{NUM_TASKS}}}" -ge {lost} ] || exit 1']
+    asked = {"prepare_source": {"tasks": NUM_TASKS, "cpus": 2}}
     settings = SlurmSettings.model_validate(
-        {"time_minutes": 10, "poll_seconds": 0.3, "stages": {"prepare_source": {"tasks": 2}}}
+        {"time_minutes": 10, "poll_seconds": 0.3, "stages": asked, "setup": setup}
     )
     events: list[dict[str, Any]] = []
     outcome = run_on_slurm(study, ledger, tiny.MACHINE, settings, events.append)
@@ -284,6 +288,12 @@ def test_a_studys_source_is_made_by_tasks_before_its_own_job(
         for path in sorted((ledger.store / "slurm" / web.name).glob("task-*.json"))
     ]
     num_shards = len(list((ledger.folder(web) / "source/shards").iterdir()))
-    assert [one["event"] for one in told] == ["done", "done"]
-    assert sum(one["result"]["new"] for one in told) == num_shards
+    assert [one["event"] for one in told] == ["done"] * (NUM_TASKS - lost)
+    made = sum(one["result"]["new"] for one in told)
+    assert (made == num_shards) is (lost == 0)
+    given = json.loads((ledger.store / "slurm" / web.name / "given.json").read_text())
+    assert given["machine"]["workers"] == 2
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    found = [note for note in notes if "1 of 2 tasks did not end well: task 0: it did not" in note]
+    assert len(found) == lost
     assert not (ledger.folder(web) / "source/units").exists()

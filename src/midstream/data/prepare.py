@@ -77,7 +77,14 @@ def prepare_tokenizer(
 
 
 def prepare_world_source(
-    world: World, root: Path, name: str, tokenizer_file: Path, out: Path, progress: Progress
+    world: World,
+    root: Path,
+    name: str,
+    tokenizer_file: Path,
+    out: Path,
+    *,
+    workers: int,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Index the source `name` of the world at `root` in `out/source`; returns what it holds.
 
@@ -96,8 +103,7 @@ def prepare_world_source(
             tokenizer_file=tokenizer_file,
             options=_options(root, name),
             root=str(root),
-            # Other stages run beside this one; `midstream prepare` takes more processes.
-            workers=1,
+            workers=workers,
             max_reject_fraction=_max_reject_fraction(world),
             validation_fraction=_validation_fraction(world),
             progress=progress,

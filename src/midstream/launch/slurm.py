@@ -26,7 +26,7 @@ from midstream.launch.slurm_job import (
     events_since,
     job_folder,
 )
-from midstream.launch.submission import MAX_ARRAY, Refused, WorkJob, submit
+from midstream.launch.submission import MAX_ARRAY, Refused, WorkJob, submit, task_file, tasks_told
 from midstream.launch.workers import Event, work_line, write_work
 from midstream.study.label import label
 from midstream.study.stages import PrepareSource, Ranked, Stage
@@ -44,10 +44,11 @@ class Queued:
     """A stage whose job waits or runs, and what was told of it.
 
     `told_before`: when the stage had last ended before this job. `is_doubted`: its job ended well
-    though it is not done: a shared disk may be late.
+    though it is not done: a shared disk may be late. `tasks` go before the job.
     """
 
     row: PlanRow
+    tasks: int = 0
     offset: int = 0
     is_started: bool = False
     told_before: str | None = None
@@ -62,6 +63,8 @@ class Queued:
         if begun and not self.is_started:
             self.is_started = True
             yield begun[-1]
+            if lost := tasks_told(path.parent, self.tasks):
+                yield {"event": "note", "text": f"{label(self.row.stage)}: {lost}"}
         yield from [event for event in events if event["event"] == "progress"][-1:]
         for event in events:
             if event["event"] in ("requeued", "restarted"):
@@ -165,7 +168,7 @@ class SlurmBackend:
                 alive = entry.job is not None and live.get(entry.job) == entry.name
                 if name in waiting and (alive or waiting[name].state != "failed"):
                     self.restarts[name] = entry.restarts
-                    self.queued[name] = Queued(waiting[name])
+                    self.queued[name] = self._of(waiting[name])
                 elif alive and name not in known:
                     others.append(entry.job or "")
                 else:
@@ -184,7 +187,7 @@ class SlurmBackend:
     def start(self, ready: Sequence[PlanRow]) -> list[str]:
         """Submit what max_jobs has room for; equal ones become an array."""
         rows = ready[: max(0, self.settings.max_jobs - len(self.queued))]
-        queued = {row.stage.name: Queued(row) for row in rows}
+        queued = {row.stage.name: self._of(row) for row in rows}
         for name, one in queued.items():  # what earlier jobs have said is not told again
             _, one.offset = events_since(job_folder(self.store, name) / "events.jsonl", 0)
             one.told_before = self.ledger.status(one.row.stage).get("ended")
@@ -321,7 +324,12 @@ class SlurmBackend:
         """Where the stage's worker runs: its ranks on its nodes, or one process."""
         asked = self.settings.resources(stage.kind)
         if not isinstance(stage, Ranked):
-            return self.machine.alone()
+            alone = self.machine.alone()
+            if not self._num_tasks(stage):
+                return alone
+            # What tasks have left is made by as many processes as a task has.
+            workers = asked.cpus or alone.threads + alone.data_workers
+            return alone.model_copy(update={"workers": workers})
         ranks = asked.ranks or asked.gpus or self.machine.ranks
         nodes = asked.nodes or 1
         master = "set-in-the-job:0" if nodes > 1 else None
@@ -369,6 +377,9 @@ class SlurmBackend:
             {one: Entry(name, job, restarts, tasks) for one, job in zip(names, ids, strict=True)}
         )
 
+    def _of(self, row: PlanRow) -> Queued:
+        return Queued(row, self._num_tasks(row.stage))
+
     def _num_tasks(self, stage: Stage) -> int:
         """How many tasks go before a stage's job."""
         asked = self.settings.resources(stage.kind).tasks or 0
@@ -377,14 +388,15 @@ class SlurmBackend:
     def _shares(self, stage: PrepareSource, count: int, workers: int) -> list[WorkJob]:
         """What the tasks of an array do before the job of a source's stage."""
         place = job_folder(self.store, stage.name)
-        place.mkdir(parents=True, exist_ok=True)
+        for path in place.glob(task_file("*")):
+            path.unlink()
         given = {"store": str(self.store), "stage": stage.model_dump(mode="json")}
         requests = (
             given | {"share": {"index": index, "count": count}, "workers": workers}
             for index in range(count)
         )
         return [
-            WorkJob("prepare-share", json.dumps(request), place / f"task-{index}.json")
+            WorkJob("prepare-share", json.dumps(request), place / task_file(index))
             for index, request in enumerate(requests)
         ]
 

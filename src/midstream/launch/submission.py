@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from midstream.config import SlurmResources, SlurmSettings
-from midstream.core.storage import write_json
+from midstream.core.storage import read_json, write_json
 from midstream.launch import child
 from midstream.launch.slurm_job import Unreachable, queue_again
 
@@ -120,6 +120,22 @@ class WorkJob:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
+
+
+def task_file(index: int | str) -> str:
+    """Where a task of a source says how it ended, in the folder of the source's stage."""
+    return f"task-{index}.json"
+
+
+def tasks_told(folder: Path, count: int) -> str:
+    """How many of `count` tasks did not end well, and why the first of them; empty if all did."""
+    paths = [folder / task_file(index) for index in range(count)]
+    told = [read_json(path) if path.is_file() else {} for path in paths]
+    bad = [index for index, one in enumerate(told) if one.get("event") != "done"]
+    if not bad:
+        return ""
+    why = told[bad[0]].get("error") or "it did not say why"
+    return f"{len(bad):,} of {count:,} tasks did not end well: task {bad[0]}: {why}"
 
 
 def _print(event: child.Event) -> None:
