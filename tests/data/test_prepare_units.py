@@ -24,6 +24,7 @@ from midstream.data import prepare_source
 from midstream.data import shards as unit_shards
 from midstream.data.formats.records import ReadOptions, Section
 from midstream.data.prepare_source import make_share, plan_source
+from midstream.data.remote import ChangedError, RemoteError
 from midstream.data.shard_state import Share
 
 NUM_UNITS, NUM_LINES = 7, 20
@@ -275,6 +276,32 @@ def test_rejects_and_files_that_cannot_be_read_are_told_by_the_one_that_finishes
     assert found["shards"] == {"kept": 3, "new": 0}
     assert changed_shards(before, times(out)) == set()
     assert found["rejects"] == {"no text": 2}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_task_fails_for_a_server_that_refuses_once_its_other_units_are_made(
+    tmp_path: Path, texts: Path, alone: Any, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    out, read = tmp_path / "out", unit_shards.READERS["text"]
+
+    def refusing(unit: Any, options: Any) -> Any:
+        if unit.files[0].endswith("part-2.jsonl"):
+            raise RemoteError("asked 8 times, the last answer was: 503 Slow Down")
+        if unit.files[0].endswith("part-3.jsonl"):
+            raise ChangedError("part-3.jsonl changed since it was opened")
+        yield from read(unit, options)
+
+    monkeypatch.setitem(unit_shards.READERS, "text", refusing)
+    with pytest.raises(ValueError, match=r"(?s)do not give 1 of .* inputs.*later.*  .*Slow Down"):
+        task(texts, out, 0, count)
+    if count == 2:
+        # Another file is no matter of asking again.
+        assert task(texts, out, 1, count)["left"] == 1
+    assert len(list(out.glob("units/*"))) == NUM_UNITS - 2
+    monkeypatch.setitem(unit_shards.READERS, "text", read)
+    assert task(texts, out, 0, 1)["new"] == 2
+    run("text", texts, out)
+    assert whole(texts, out) == alone
 
 
 def test_a_task_whose_records_are_nearly_all_rejects_leaves_them_early(tmp_path: Path) -> None:

@@ -189,7 +189,8 @@ def make_share(
     that cannot be read and what comes after too many rejects: `prepare_source` says so. Tasks that
     make the same share, or that were taken for lost, do each other no harm.
 
-    Raises OSError for what cannot be written, ValueError where the source was finished meanwhile.
+    Raises OSError for what cannot be written, ValueError where the source was finished meanwhile
+    and, after all others are done, for files that their servers do not give: they may later.
     """
     job = plan.job
     _check_settings(plan.sources, workers, max_reject_fraction)
@@ -216,10 +217,19 @@ def make_share(
             f"{job.out} was finished without this task, which was taken for lost; what it has made "
             "since is not used"
         ) from error
+    if refused := [ended.problem for ended in watch.ended if ended.is_refusing]:
+        raise ValueError(
+            f"servers do not give {len(refused):,} of {len(plan.wanted):,} inputs; what is "
+            f"finished in {job.out} stays: run the same again later\n{_listed(refused)}"
+        )
     late = sum(ended.is_late for ended in watch.ended)
     good = sum(not ended.problem and not ended.rejects for ended in watch.ended)
     kept, left = len(plan.wanted) - len(todo), len(todo) - good
     return {"kept": kept, "new": good - late, "late": late, "left": left}
+
+
+def _listed(problems: Sequence[str]) -> str:
+    return "\n".join(f"  {problem}" for problem in problems[:NUM_LISTED])
 
 
 def _with_remedy(error: OSError, out: Path) -> OSError:
@@ -328,10 +338,10 @@ def _make(
     refuse_rejects(job, stopped, records=watch.records, max_reject_fraction=max_reject_fraction)
     problems = [ended.problem for ended in watch.ended if ended.problem]
     if problems:
-        listed = "\n".join(f"  {problem}" for problem in problems[:NUM_LISTED])
         raise ValueError(
             f"{len(problems):,} of {len(wanted):,} inputs of {job.out} cannot be read; the shards "
-            "of the others stay: mend or leave out these files and run the same again\n" + listed
+            "of the others stay: mend or leave out these files and run the same again\n"
+            + _listed(problems)
         )
     if not watch.records:
         names = ", ".join(item.unit.files[0] for item in wanted[:NUM_LISTED])
