@@ -3,15 +3,21 @@
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from midstream.launch import child, slurm_job
+from midstream.config import Machine, SlurmSettings
+from midstream.cost.graph import plan
+from midstream.launch import child, slurm, slurm_job
+from midstream.launch.slurm import SlurmBackend
 from midstream.launch.submission import WorkFailed, WorkJob
 from midstream.launch.workers import STOPPED_EXIT_CODE
+from midstream.study.stages import PrepareSource
+from midstream.study.store import Ledger
+from midstream.study.studies import Study
 
 
 class Left(BaseException):
@@ -99,3 +105,30 @@ def test_a_work_that_failed_fails_its_job(
     with pytest.raises(WorkFailed, match="no room"):
         job()
     assert asked == []
+
+
+@pytest.mark.parametrize(("max_jobs", "tasks"), [(1, 0), (4, 3), (9, 6)])
+def test_tasks_count_among_the_jobs_that_are_in_the_queue_at_once(
+    make_study: Callable[..., Study],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    max_jobs: int,
+    tasks: int,
+) -> None:
+    ledger, sizes = Ledger(tmp_path), list[int]()
+
+    def submit(folder: Path, *given: Any, **more: Any) -> list[str]:
+        sizes.append(len(given[-1]))
+        return [f"{len(sizes)}_{n}" for n in range(sizes[-1])]
+
+    monkeypatch.setattr(slurm, "submit", submit)
+    asked = {"prepare_source": {"tasks": 6}}
+    settings = SlurmSettings.model_validate({"max_jobs": max_jobs, "stages": asked})
+    work = plan(make_study(), ledger)
+    rows = [row for row in work.rows if isinstance(row.stage, PrepareSource)]
+    assert len(rows) > 1
+    backend = SlurmBackend(work, ledger, Machine(), settings, lambda stage: "live", lambda e: None)
+    assert backend.start(rows) == [rows[0].stage.name]
+    assert sizes == ([tasks, 1] if tasks else [1])
+    # There is no room for the tasks of another.
+    assert backend.start(rows[1:]) == []

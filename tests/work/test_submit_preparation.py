@@ -124,3 +124,12 @@ def test_nothing_is_submitted_while_another_process_prepares(
     ):
         preparation(plan).run()
     assert table.submitted == []
+
+
+@pytest.mark.parametrize(("max_jobs", "tasks"), [(1, 0), (3, 2), (500, NUM_FILES)])
+def test_no_more_jobs_than_max_jobs_are_in_the_queue(
+    table: Table, plan: SourcePlan, max_jobs: int, tasks: int
+) -> None:
+    assert preparation(plan, max_jobs=max_jobs).run() == {"records": 3}
+    array = [[f"task-{n}" for n in range(tasks)]] if tasks else []
+    assert table.submitted == [*array, ["finish"]]

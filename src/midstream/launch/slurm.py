@@ -1,11 +1,11 @@
 """A study as jobs of a Slurm cluster: submitted, followed, settled (docs/cluster.md)."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
@@ -26,10 +26,17 @@ from midstream.launch.slurm_job import (
     events_since,
     job_folder,
 )
-from midstream.launch.submission import MAX_ARRAY, Refused, WorkJob, submit, task_file, tasks_told
+from midstream.launch.submission import (
+    MAX_ARRAY,
+    Refused,
+    shares_of,
+    submit,
+    tasks_before,
+    tasks_told,
+)
 from midstream.launch.workers import Event, work_line, write_work
 from midstream.study.label import label
-from midstream.study.stages import PrepareSource, Ranked, Stage
+from midstream.study.stages import Ranked, Stage
 from midstream.study.store import Ledger
 from midstream.study.studies import AnyStudy
 
@@ -186,7 +193,9 @@ class SlurmBackend:
 
     def start(self, ready: Sequence[PlanRow]) -> list[str]:
         """Submit what max_jobs has room for; equal ones become an array."""
-        rows = ready[: max(0, self.settings.max_jobs - len(self.queued))]
+        room = self.settings.max_jobs - sum(1 + one.tasks for one in self.queued.values())
+        sizes = accumulate(1 + tasks_before(row.stage, self.settings) for row in ready)
+        rows = [row for row, size in zip(ready, sizes, strict=True) if size <= room]
         queued = {row.stage.name: self._of(row) for row in rows}
         for name, one in queued.items():  # what earlier jobs have said is not told again
             _, one.offset = events_since(job_folder(self.store, name) / "events.jsonl", 0)
@@ -202,7 +211,7 @@ class SlurmBackend:
                 self.book.drop_unsure()
                 for (_, ids, restarts), stages in arrays.items():
                     # A source that tasks share has an array of its own.
-                    step = 1 if self._num_tasks(stages[0]) else MAX_ARRAY
+                    step = 1 if tasks_before(stages[0], self.settings) else MAX_ARRAY
                     for first in range(0, len(stages), step):
                         self._submit(stages[first : first + step], ids, restarts)
         finally:
@@ -325,7 +334,7 @@ class SlurmBackend:
         asked = self.settings.resources(stage.kind)
         if not isinstance(stage, Ranked):
             alone = self.machine.alone()
-            if not self._num_tasks(stage):
+            if not tasks_before(stage, self.settings):
                 return alone
             # What tasks have left is made by as many processes as a task has.
             workers = asked.cpus or alone.threads + alone.data_workers
@@ -362,8 +371,8 @@ class SlurmBackend:
         )
         tasks: str | None = None
         try:
-            if (count := self._num_tasks(stages[0])) and isinstance(stages[0], PrepareSource):
-                shares = self._shares(stages[0], count, cpus)
+            if count := tasks_before(stages[0], self.settings):
+                shares = shares_of(stages[0], self.store, count, cpus)
                 tasks = hand_over(shares, after=",".join(waits) or None)[0].partition("_")[0]
                 # However they end: what they have not made is made by the stage's own job.
                 waits = [*waits, f"afterany:{tasks}"]
@@ -378,27 +387,7 @@ class SlurmBackend:
         )
 
     def _of(self, row: PlanRow) -> Queued:
-        return Queued(row, self._num_tasks(row.stage))
-
-    def _num_tasks(self, stage: Stage) -> int:
-        """How many tasks go before a stage's job."""
-        asked = self.settings.resources(stage.kind).tasks or 0
-        return min(asked, MAX_ARRAY) if isinstance(stage, PrepareSource) else 0
-
-    def _shares(self, stage: PrepareSource, count: int, workers: int) -> list[WorkJob]:
-        """What the tasks of an array do before the job of a source's stage."""
-        place = job_folder(self.store, stage.name)
-        for path in place.glob(task_file("*")):
-            path.unlink()
-        given = {"store": str(self.store), "stage": stage.model_dump(mode="json")}
-        requests = (
-            given | {"share": {"index": index, "count": count}, "workers": workers}
-            for index in range(count)
-        )
-        return [
-            WorkJob("prepare-share", json.dumps(request), place / task_file(index))
-            for index, request in enumerate(requests)
-        ]
+        return Queued(row, tasks_before(row.stage, self.settings))
 
 
 def run_on_slurm(
@@ -427,9 +416,10 @@ def run_on_slurm(
             slurm_job.require_slurm(settings.resources(kind) for kind in kinds)
         except Unreachable as reason:
             raise ValueError(f"{reason}; run the same command again once Slurm answers") from None
-        if detach and len(work.to_run) > settings.max_jobs:
+        num_jobs = sum(1 + tasks_before(row.stage, settings) for row in work.to_run)
+        if detach and num_jobs > settings.max_jobs:
             raise ValueError(
-                f"{len(work.to_run)} stages are to run, but max_jobs is {settings.max_jobs}, and "
+                f"{num_jobs} jobs are to run, but max_jobs is {settings.max_jobs}, and "
                 "with --detach none is submitted later: leave --detach out, or raise max_jobs"
             )
 

@@ -11,7 +11,8 @@ from typing import Any
 from midstream.config import SlurmResources, SlurmSettings
 from midstream.core.storage import read_json, write_json
 from midstream.launch import child
-from midstream.launch.slurm_job import Unreachable, queue_again
+from midstream.launch.slurm_job import Unreachable, job_folder, queue_again
+from midstream.study.stages import PrepareSource, Stage
 
 # The most jobs of one array (Slurm's own MaxArraySize is 1001 where nothing else is said).
 MAX_ARRAY = 1000
@@ -120,6 +121,31 @@ class WorkJob:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
+
+
+def num_tasks(settings: SlurmSettings) -> int:
+    """The most tasks of a source: what an array may hold, with room for the job that finishes."""
+    asked = settings.resources("prepare_source").tasks or MAX_ARRAY
+    return min(asked, MAX_ARRAY, settings.max_jobs - 1)
+
+
+def tasks_before(stage: Stage, settings: SlurmSettings) -> int:
+    """How many tasks go before a stage's job: a source's, where `tasks` asks for them."""
+    asks = isinstance(stage, PrepareSource) and settings.resources(stage.kind).tasks
+    return num_tasks(settings) if asks else 0
+
+
+def shares_of(stage: Stage, store: Path, count: int, workers: int) -> list[WorkJob]:
+    """What the `count` tasks before the job of a source's stage do, each in `workers` processes."""
+    place = job_folder(store, stage.name)
+    for path in place.glob(task_file("*")):  # of earlier ones
+        path.unlink()
+    given = {"store": str(store), "stage": stage.model_dump(mode="json"), "workers": workers}
+    shares = ({"index": index, "count": count} for index in range(count))
+    return [
+        WorkJob("prepare-share", json.dumps(given | {"share": share}), place / task_file(index))
+        for index, share in enumerate(shares)
+    ]
 
 
 def task_file(index: int | str) -> str:

@@ -21,7 +21,7 @@ from midstream.data.prepare_source import SourcePlan, only_one, unread_of
 from midstream.data.shard_state import Share, lacking
 from midstream.launch import slurm_job
 from midstream.launch.slurm_job import Entry, Job, JobBook, Unreachable
-from midstream.launch.submission import MAX_ARRAY, Refused, WorkJob, submit
+from midstream.launch.submission import Refused, WorkJob, num_tasks, submit
 
 Done = TypeVar("Done")
 Progress = Callable[[float, str], None]
@@ -135,9 +135,11 @@ class OnSlurm:
         """The tasks that have something to do as an array, and the job that waits for them."""
         self.book.forget(*self.book.entries)
         wanted = self.plan.wanted
-        count = min(self.asked.tasks or MAX_ARRAY, MAX_ARRAY, len(wanted))
         lack = lacking(self.plan.job, wanted)
-        shares = [Share(n, count) for n in sorted({item.number % count for item in lack})]
+        count = min(num_tasks(self.settings), len(wanted))
+        # Without room for one the job that finishes makes all.
+        numbers = {item.number % count for item in lack} if count else ()
+        shares = [Share(number, count) for number in sorted(numbers)]
         self.book.note({key: Entry(self.name, None) for key in ("tasks", FINISH)})
         works = {
             f"task-{share.index}": self._work(f"task-{share.index}", share) for share in shares
