@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 from midstream.config import SlurmSettings
 from midstream.core.storage import write_json
 from midstream.data.formats.records import ReadOptions
-from midstream.data.prepare_source import SourcePlan, plan_source
+from midstream.data.prepare_source import SourcePlan, plan_source, prepare_source
 from midstream.launch import slurm_job
 from midstream.launch.slurm_job import Job
 from midstream.launch.submission import WorkJob
@@ -92,6 +92,23 @@ def plan_of(folder: Path, validation: float = 0.0) -> SourcePlan:
     )
 
 
+def made_alone(plan: SourcePlan) -> None:
+    """Prepare the source here, from its first file to its last."""
+    job = plan.job
+    prepare_source(
+        "text",
+        plan.sources,
+        job.out,
+        tokenizer_file=job.tokenizer_file,
+        options=job.options,
+        root="",
+        validation_fraction=job.validation_fraction,
+        workers=1,
+        max_reject_fraction=0.0,
+        progress=lambda done, note: None,
+    )
+
+
 def preparation(plan: SourcePlan, notes: list[str] | None = None, **settings: Any) -> OnSlurm:
     given = SlurmSettings.model_validate({"poll_seconds": 0.01} | settings)
     told = [] if notes is None else notes
@@ -133,3 +150,38 @@ def test_no_more_jobs_than_max_jobs_are_in_the_queue(
     assert preparation(plan, max_jobs=max_jobs).run() == {"records": 3}
     array = [[f"task-{n}" for n in range(tasks)]] if tasks else []
     assert table.submitted == [*array, ["finish"]]
+
+
+def test_shards_of_another_preparation_are_not_counted(
+    table: Table, plan: SourcePlan, tmp_path: Path
+) -> None:
+    notes, again = list[str](), list[str]()
+    made_alone(plan)
+    preparation(plan, notes).run()
+    preparation(plan_of(tmp_path, validation=0.5), again).run()
+    waiting = f"of {NUM_FILES} shards; jobs: {{}} pending"
+    assert notes[0] == f"{NUM_FILES} " + waiting.format(1)
+    assert again[0] == "0 " + waiting.format(NUM_FILES + 1)
+    assert again[-1] == f"0 of {NUM_FILES} shards; jobs: all ended"
+
+
+def test_a_command_that_follows_counts_what_was_there_and_what_is_made(
+    table: Table, plan: SourcePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_alone(plan)
+    (tmp_path / "in/0.jsonl").write_text('{"text": "aa"}\n')
+    plan = plan_of(tmp_path)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(done: float, note: str) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        OnSlurm(plan, str, SlurmSettings(), kill).run()
+    notes = list[str]()
+    (plan.job.units / plan.wanted[0].key).mkdir(parents=True)
+    preparation(plan, notes).run()
+    assert table.submitted == [["task-0"], ["finish"]]
+    assert notes[0].startswith(f"{NUM_FILES} of {NUM_FILES} shards")

@@ -8,14 +8,14 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock
 
 from midstream.config import SlurmSettings
-from midstream.core.storage import read_json, write_bytes
+from midstream.core.storage import read_json, write_bytes, write_json
 from midstream.core.tokens import counted
 from midstream.data.prepare_source import SourcePlan, only_one, unread_of
 from midstream.data.shard_state import Share, lacking
@@ -28,6 +28,8 @@ Progress = Callable[[float, str], None]
 # The request of a task, or with None of the job that finishes, as JSON.
 RequestOf = Callable[[Share | None], str]
 FINISH = "finish"
+# The numbers of the shards that were finished when the jobs were submitted.
+KEPT = "kept.json"
 # A shared disk may show what a job has written a while after the job has ended.
 LATE_SECONDS = 30.0
 
@@ -59,7 +61,9 @@ class OnSlurm:
         self.lock = FileLock(self.out / "slurm" / "lock")
         job = plan.job
         # Of each shard: what a task publishes it as, and where it lies in the source.
-        self.names = [(item.key, job.folder(item.number).name) for item in plan.wanted]
+        self.names = {item.number: (item.key, job.folder(item.number).name) for item in plan.wanted}
+        # Numbers of the shards that are finished, as far as this process knows.
+        self.done: set[int] = set()
         self.is_away, self.told_last = False, ""
 
     def run(self) -> dict[str, Any]:
@@ -128,6 +132,7 @@ class OnSlurm:
                 f"{self.out} is being prepared otherwise by jobs {' '.join(others)}; give the same "
                 f"options as then, or end them: scancel {' '.join(others)}"
             )
+        self.done |= set(read_json(self.out / "slurm" / KEPT))
         print(f"{counted(len(mine), 'job')}, submitted before, followed again")
         return True
 
@@ -136,6 +141,8 @@ class OnSlurm:
         self.book.forget(*self.book.entries)
         wanted = self.plan.wanted
         lack = lacking(self.plan.job, wanted)
+        self.done = self.names.keys() - {item.number for item in lack}
+        write_json(self.out / "slurm" / KEPT, sorted(self.done))
         count = min(num_tasks(self.settings), len(wanted))
         # Without room for one the job that finishes makes all.
         numbers = {item.number % count for item in lack} if count else ()
@@ -181,7 +188,7 @@ class OnSlurm:
         ended: dict[str, Job | None] = {}
         while True:
             jobs = self._patiently(slurm_job.queue)
-            states = Counter[str]()
+            states: dict[str, str] = {}
             for key, one in self.book.entries.items():
                 job = jobs.get(one.job or "")
                 job = job if job is not None and job.name == one.name else None
@@ -189,7 +196,7 @@ class OnSlurm:
                 if not is_known and (job is None or not job.is_live):
                     job = slurm_job.ended_job(one.job or "", one.name, job)
                 if job is not None and job.is_live:
-                    states[job.state.lower()] += 1
+                    states[key] = job.state
                     ended.pop(key, None)  # it was put back meanwhile
                 else:
                     ended.setdefault(key, job)
@@ -198,16 +205,19 @@ class OnSlurm:
                 return ended
             time.sleep(self.settings.poll_seconds)
 
-    def _tell(self, states: Counter[str]) -> None:
+    def _tell(self, states: Mapping[str, str]) -> None:
         job, number = self.plan.job, len(self.names)
         made = set(os.listdir(job.units)) if job.units.is_dir() else set()
-        kept = set(os.listdir(job.shards)) if job.shards.is_dir() else set()
-        done = sum(key in made or name in kept for key, name in self.names)
-        told = ", ".join(f"{count:,} {state}" for state, count in sorted(states.items()))
-        note = f"{done:,} of {number:,} shards; jobs: {told or 'all ended'}"
+        # Before that job has begun they may be of another preparation.
+        is_finishing = states.get(FINISH) == "RUNNING" and job.shards.is_dir()
+        there = set(os.listdir(job.shards)) if is_finishing else set()
+        self.done |= {n for n, (key, name) in self.names.items() if key in made or name in there}
+        counts = Counter(state.lower() for state in states.values())
+        told = ", ".join(f"{count:,} {state}" for state, count in sorted(counts.items()))
+        note = f"{len(self.done):,} of {number:,} shards; jobs: {told or 'all ended'}"
         if note != self.told_last:
             self.told_last = note
-            self.progress(done / number, note)
+            self.progress(len(self.done) / number, note)
 
     def _told(self, key: str, job: Job | None) -> dict[str, Any] | None:
         """The last event of a job's work; None where it did not come to that."""
