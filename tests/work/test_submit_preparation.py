@@ -93,20 +93,8 @@ def plan_of(folder: Path, validation: float = 0.0) -> SourcePlan:
 
 
 def made_alone(plan: SourcePlan) -> None:
-    """Prepare the source here, from its first file to its last."""
-    job = plan.job
-    prepare_source(
-        "text",
-        plan.sources,
-        job.out,
-        tokenizer_file=job.tokenizer_file,
-        options=job.options,
-        root="",
-        validation_fraction=job.validation_fraction,
-        workers=1,
-        max_reject_fraction=0.0,
-        progress=lambda done, note: None,
-    )
+    """Prepare the source here."""
+    prepare_source(plan, workers=1, max_reject_fraction=0.0, progress=lambda done, note: None)
 
 
 def preparation(plan: SourcePlan, notes: list[str] | None = None, **settings: Any) -> OnSlurm:

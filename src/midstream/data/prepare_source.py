@@ -73,7 +73,12 @@ def plan_source(
     copy_pictures: bool = False,
     share: Share | None = None,
 ) -> SourcePlan:
-    """What `prepare_source` or `make_share` is to make of these inputs; writes nothing.
+    """What `prepare_source` or `make_share` is to make of these inputs in `out`; writes nothing.
+
+    Names of files under the folder `root` are kept relative to it. `validation_fraction` of the
+    records, chosen by content, are held out. `by_command`: it is for `midstream prepare`, whose
+    options messages then advise. `copy_pictures` keeps all pictures in the source; otherwise those
+    that are a range of a file stay there.
 
     Raises FileNotFoundError or ValueError that names the file for input that is missing, that
     cannot be divided into units or that lies about `out`, and ValueError for two files that are
@@ -108,47 +113,26 @@ def plan_source(
 
 
 def prepare_source(
-    section: Section,
-    sources: Sequence[str],
-    out: Path,
+    plan: SourcePlan,
     *,
-    tokenizer_file: Path,
-    options: ReadOptions,
-    root: str,
     workers: int,
     max_reject_fraction: float,
-    validation_fraction: float,
     progress: Progress,
     notice: Callable[[str], None] | None = None,
-    copy_pictures: bool = False,
 ) -> dict[str, Any]:
-    """Prepare files, folders, patterns or URLs as one source in `out`; returns its counts.
+    """Prepare files, folders, patterns or URLs as one source; returns its counts.
 
     Each unit of input becomes a shard. Those that a run or a task finished stay, whatever ends it,
     until their input, the options or the tokenizer change; "shards" in the counts says how many
-    were kept and how many are new. Names of files under the folder `root` are kept relative to it.
-    `max_reject_fraction` of the records may be rejects; `validation_fraction` of the others, chosen
-    by content, are held out. `progress` gets the done fraction and a line of text; `notice` gets
-    what a person should know of the folder (files that are not read), else `progress` does; it is
-    `midstream prepare` that gives one, whose options messages then advise. `copy_pictures` keeps
-    all pictures in the source; otherwise those that are a range of a file stay there.
+    were kept and how many are new. `max_reject_fraction` of the records may be rejects. `progress`
+    gets the done fraction and a line of text; `notice` gets what a person should know of the folder
+    (files that are not read), else `progress` does.
 
-    Raises what `plan_source` does, FileNotFoundError or ValueError that names the file for input
-    that cannot be read (after all others are done), ValueError for rejects that are too many, with
-    their list, and OSError for what cannot be written or a process that dies.
+    Raises FileNotFoundError or ValueError that names the file for input that cannot be read (after
+    all others are done), ValueError for rejects that are too many, with their list, and OSError for
+    what cannot be written or a process that dies.
     """
-    _check_settings(sources, workers, max_reject_fraction)
-    plan = plan_source(
-        section,
-        sources,
-        out,
-        tokenizer_file=tokenizer_file,
-        options=options,
-        root=root,
-        validation_fraction=validation_fraction,
-        by_command=notice is not None,
-        copy_pictures=copy_pictures,
-    )
+    _check_settings(plan.sources, workers, max_reject_fraction)
     job, out = plan.job, plan.job.out
     unread = unread_of(plan, notice or partial(progress, 0.0))
     job.shards.mkdir(parents=True, exist_ok=True)
