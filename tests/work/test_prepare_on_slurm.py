@@ -235,6 +235,29 @@ def task_of(slurm: Any, job: str) -> list[int]:
 
 
 @stand_in
+def test_a_task_that_is_told_to_stop_is_queued_again_and_goes_on(
+    slurm: Any, tmp_path: Path
+) -> None:
+    # Long enough to be met in the middle of a shard.
+    source = Source(tmp_path, slurm, 60_000)
+    process = source.on_slurm()
+    source.until(lambda: len(source.made()) >= 1, process)
+    before = source.made()
+    tasks = [job for key, job in source.jobs().items() if key != "finish" and task_of(slurm, job)]
+    assert tasks
+    for job in tasks:
+        for pid in slurm.job_processes(job):
+            os.kill(pid, signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    logs = [path.read_text() for path in source.out.glob("slurm/jobs/*_log.out")]
+    assert sum("prepare-units is queued again: told to stop" in log for log in logs) == len(tasks)
+    kept = {path.stat().st_mtime_ns for path in source.out.glob("shards/*/made_from.json")}
+    assert set(before.values()) <= kept
+    assert contents(source.out) == source.alone()
+
+
+@stand_in
 def test_what_the_data_lack_is_told_by_the_job_that_finishes(source: Source) -> None:
     (source.texts / "0.jsonl").write_text('{"body": "bad"}\n')
     process = source.on_slurm("--max-rejects", "0")
