@@ -182,6 +182,10 @@ def test_a_command_that_is_killed_finds_its_jobs_again_and_others_are_refused(
     assert other.returncode == 2
     assert "out is being prepared otherwise by jobs" in errors
     assert f"scancel {jobs['task-1']} {jobs['finish']}" in errors
+    here = source.start()
+    _, errors = here.communicate()
+    assert here.returncode == 2
+    assert f"2 jobs of {source.out} are in Slurm's queue; follow them with --slurm" in errors
     again = source.on_slurm()
     source.until(lambda: source.jobs() == jobs, again)
     time.sleep(1.0)
