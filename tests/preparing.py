@@ -35,7 +35,13 @@ def prepare(world: Any, tokenizer: Any, out: Path, progress: Progress = quiet) -
     results = prepare_tokenizer(tokenizer, world, root, trained_on, out)
     found: dict[str, Any] = {
         name: prepare_world_source(
-            world, root, name, tokenizer_path(out), out / "sources" / name, progress
+            world,
+            root,
+            name,
+            tokenizer_path(out),
+            out / "sources" / name,
+            workers=1,
+            progress=progress,
         )
         for name in source_folders(root)
     }

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from midstream.cli.app import app
+from midstream.launch.slurm_job import Entry, JobBook
 from midstream.work.read_data import common_folder
 
 # Each starts processes.
@@ -57,6 +58,18 @@ def test_pictures_are_kept_in_the_source_where_a_copy_is_asked_for(
         result = CliRunner().invoke(app, [*command, *more])
         assert result.exit_code == 0, result.stderr
         assert (tmp_path / "out/shards/000000/pictures.bin").exists() is kept
+
+
+def test_a_source_whose_jobs_may_be_in_the_queue_is_not_prepared_here(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    JobBook.of(tmp_path / "out").note({"task-0": Entry("midstream-prepare-1", "7_0")})
+    monkeypatch.setenv("PATH", "")
+    command = arguments(texts(tmp_path / "in", 1, 1), tmp_path / "out", tokenizer)
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert "slurm.json names 1 jobs of an earlier run with --slurm" in result.stderr
+    assert not (tmp_path / "out/shards").exists()
 
 
 def test_the_command_prepares_a_source_and_prints_its_counts(

@@ -14,7 +14,7 @@ from made import png
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from midstream.data.formats.records import ReadOptions, Section
-from midstream.data.prepare_source import prepare_source
+from midstream.data.prepare_source import plan_source, prepare_source
 from midstream.data.shards import READERS, units_of
 from midstream.data.sources import Source
 
@@ -97,13 +97,19 @@ def run(section: Section, sources: Path | Sequence[str], out: Path, **changes: A
         "tokenizer_file": tokenizer_file(),
         "options": ReadOptions(),
         "root": str(sources.parent) if isinstance(sources, Path) else "",
+        "validation_fraction": 0.0,
+        "by_command": "notice" in changes,
+    }
+    how: dict[str, Any] = {
         "workers": 1,
         "max_reject_fraction": 0.0,
-        "validation_fraction": 0.0,
         "progress": lambda done, note: None,
+        "notice": None,
     }
+    given |= {name: value for name, value in changes.items() if name not in how}
+    how |= {name: value for name, value in changes.items() if name in how}
     names = [str(sources)] if isinstance(sources, Path) else list(sources)
-    return prepare_source(section, names, out, **(given | changes))
+    return prepare_source(plan_source(section, names, out, **given), **how)
 
 
 def contents(out: Path) -> dict[str, bytes]:

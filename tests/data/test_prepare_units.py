@@ -8,23 +8,41 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_inputs import changed_shards, contents, run, times, tokenizer_file, write_texts
+from made import png
+from made_inputs import (
+    changed_shards,
+    contents,
+    run,
+    times,
+    tokenizer_file,
+    write_pictures,
+    write_texts,
+)
 
 from midstream.core.storage import verify
+from midstream.data import prepare_source
 from midstream.data import shards as unit_shards
-from midstream.data.formats.records import ReadOptions
+from midstream.data.formats.records import ReadOptions, Section
 from midstream.data.prepare_source import make_share, plan_source
+from midstream.data.remote import ChangedError, RemoteError
 from midstream.data.shard_state import Share
 
 NUM_UNITS, NUM_LINES = 7, 20
 
 
 def task(
-    source: Path, out: Path, index: int, count: int, *, limit: float = 0.0, progress: Any = None
+    source: Path,
+    out: Path,
+    index: int,
+    count: int,
+    *,
+    section: Section = "text",
+    limit: float = 0.0,
+    progress: Any = None,
 ) -> dict[str, int]:
     """What the task `index` of an array of `count` does."""
     plan = plan_source(
-        "text",
+        section,
         [str(source)],
         out,
         tokenizer_file=tokenizer_file(),
@@ -175,6 +193,40 @@ def test_a_unit_of_other_input_is_not_taken(tmp_path: Path, texts: Path) -> None
     assert whole(texts, out) == whole(texts, tmp_path / "fresh")
 
 
+def test_units_whose_pictures_are_replaced_are_made_anew_by_their_task(tmp_path: Path) -> None:
+    pictures, out = write_pictures(tmp_path / "in", 4), tmp_path / "out"
+    assert task(pictures, out, 0, 1, section="captions")["new"] == 1
+    (pictures / "2.png").write_bytes(png(9))
+    assert task(pictures, out, 0, 1, section="captions") == {
+        "kept": 0, "new": 1, "late": 0, "left": 0
+    }  # fmt: skip
+    assert task(pictures, out, 0, 1, section="captions")["kept"] == 1
+    assert run("captions", pictures, out)["shards"] == {"kept": 1, "new": 0}
+    run("captions", pictures, tmp_path / "fresh")
+    assert whole(pictures, out) == whole(pictures, tmp_path / "fresh")
+
+
+def test_what_another_task_has_made_anew_is_not_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures, out = write_pictures(tmp_path / "in", 4), tmp_path / "out"
+    task(pictures, out, 0, 1, section="captions")
+    (pictures / "2.png").write_bytes(png(9))
+    aside, made = prepare_source.set_aside, list[dict[str, int]]()
+
+    def overtaken(job: Any, item: Any) -> None:
+        # Another task has seen the old unit, too, and is faster.
+        monkeypatch.setattr(prepare_source, "set_aside", aside)
+        task(pictures, out, 0, 1, section="captions")
+        made.append(times(out / "units"))
+        aside(job, item)
+        made.append(times(out / "units"))
+
+    monkeypatch.setattr(prepare_source, "set_aside", overtaken)
+    assert task(pictures, out, 0, 1, section="captions")["late"] == 1
+    assert made[0] == made[1] == times(out / "units")
+
+
 def test_a_full_disk_ends_a_task_with_the_remedy_and_whole_units_stay(
     tmp_path: Path, texts: Path, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +276,32 @@ def test_rejects_and_files_that_cannot_be_read_are_told_by_the_one_that_finishes
     assert found["shards"] == {"kept": 3, "new": 0}
     assert changed_shards(before, times(out)) == set()
     assert found["rejects"] == {"no text": 2}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_task_fails_for_a_server_that_refuses_once_its_other_units_are_made(
+    tmp_path: Path, texts: Path, alone: Any, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    out, read = tmp_path / "out", unit_shards.READERS["text"]
+
+    def refusing(unit: Any, options: Any) -> Any:
+        if unit.files[0].endswith("part-2.jsonl"):
+            raise RemoteError("asked 8 times, the last answer was: 503 Slow Down")
+        if unit.files[0].endswith("part-3.jsonl"):
+            raise ChangedError("part-3.jsonl changed since it was opened")
+        yield from read(unit, options)
+
+    monkeypatch.setitem(unit_shards.READERS, "text", refusing)
+    with pytest.raises(ValueError, match=r"(?s)do not give 1 of .* inputs.*later.*  .*Slow Down"):
+        task(texts, out, 0, count)
+    if count == 2:
+        # Another file is no matter of asking again.
+        assert task(texts, out, 1, count)["left"] == 1
+    assert len(list(out.glob("units/*"))) == NUM_UNITS - 2
+    monkeypatch.setitem(unit_shards.READERS, "text", read)
+    assert task(texts, out, 0, 1)["new"] == 2
+    run("text", texts, out)
+    assert whole(texts, out) == alone
 
 
 def test_a_task_whose_records_are_nearly_all_rejects_leaves_them_early(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from midstream.core.storage import write_json
 from midstream.cost.graph import PlanRow, plan
 from midstream.launch.slurm import MAX_FORGOTTEN, NEVER, Queued, Verdict, verdict
 from midstream.launch.slurm_job import (
@@ -113,6 +114,22 @@ def test_a_stage_that_kept_a_checkpoint_when_told_to_stop_goes_on_for_nothing(
     # A job that dies before it opens the stage has not stopped it.
     before = ledger.status(row.stage)["ended"]
     assert ended(ledger, Queued(row, told_before=before), "FAILED").state == "failed"
+
+
+def test_tasks_that_did_not_end_well_are_told_once_when_their_stages_job_begins(
+    row: PlanRow, tmp_path: Path
+) -> None:
+    write_json(tmp_path / "task-0.json", {"event": "done"})
+    write_json(tmp_path / "task-1.json", {"event": "failed", "error": "no room"})
+    events, one = tmp_path / "events.jsonl", Queued(row, tasks=3)
+    assert list(one.news(events)) == []
+    events.write_text('{"event": "started"}\n')
+    begun, note = one.news(events)
+    assert begun["event"] == "started"
+    assert note["text"].endswith(": 2 of 3 tasks did not end well: task 1: no room")
+    assert list(one.news(events)) == []
+    write_json(tmp_path / "task-1.json", {"event": "done"})
+    assert [told["event"] for told in Queued(row, tasks=2).news(events)] == ["started"]
 
 
 def test_the_book_keeps_what_it_was_told(tmp_path: Path) -> None:

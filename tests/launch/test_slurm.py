@@ -288,7 +288,7 @@ def test_a_launcher_that_is_killed_finds_its_jobs_again_and_submits_none_twice(
     assert len(jobs) == 4
     cluster.until(lambda: cluster.ledger.is_done(text_run(2)))
     # On this machine a run is refused, since the queue has the same stages.
-    with pytest.raises(ValueError, match=r"jobs of store .* are in Slurm's queue.*--slurm"):
+    with pytest.raises(ValueError, match=r"jobs of .* are in Slurm's queue.*--slurm"):
         launch_local.run(study, cluster.ledger, tiny.MACHINE, lambda event: None)
 
     def leave(event: dict[str, Any]) -> None:

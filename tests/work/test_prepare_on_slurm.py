@@ -182,6 +182,10 @@ def test_a_command_that_is_killed_finds_its_jobs_again_and_others_are_refused(
     assert other.returncode == 2
     assert "out is being prepared otherwise by jobs" in errors
     assert f"scancel {jobs['task-1']} {jobs['finish']}" in errors
+    here = source.start()
+    _, errors = here.communicate()
+    assert here.returncode == 2
+    assert f"2 jobs of {source.out} are in Slurm's queue; follow them with --slurm" in errors
     again = source.on_slurm()
     source.until(lambda: source.jobs() == jobs, again)
     time.sleep(1.0)
@@ -235,6 +239,29 @@ def task_of(slurm: Any, job: str) -> list[int]:
 
 
 @stand_in
+def test_a_task_that_is_told_to_stop_is_queued_again_and_goes_on(
+    slurm: Any, tmp_path: Path
+) -> None:
+    # Long enough to be met in the middle of a shard.
+    source = Source(tmp_path, slurm, 60_000)
+    process = source.on_slurm()
+    source.until(lambda: len(source.made()) >= 1, process)
+    before = source.made()
+    tasks = [job for key, job in source.jobs().items() if key != "finish" and task_of(slurm, job)]
+    assert tasks
+    for job in tasks:
+        for pid in slurm.job_processes(job):
+            os.kill(pid, signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    logs = [path.read_text() for path in source.out.glob("slurm/jobs/*_log.out")]
+    assert sum("prepare-units is queued again: told to stop" in log for log in logs) == len(tasks)
+    kept = {path.stat().st_mtime_ns for path in source.out.glob("shards/*/made_from.json")}
+    assert set(before.values()) <= kept
+    assert contents(source.out) == source.alone()
+
+
+@stand_in
 def test_what_the_data_lack_is_told_by_the_job_that_finishes(source: Source) -> None:
     (source.texts / "0.jsonl").write_text('{"body": "bad"}\n')
     process = source.on_slurm("--max-rejects", "0")
@@ -263,16 +290,20 @@ def test_what_slurm_cannot_give_is_refused_and_workers_are_of_this_machine(sourc
 
 
 @stand_in
+@pytest.mark.parametrize("lost", [0, 1])
 def test_a_studys_source_is_made_by_tasks_before_its_own_job(
-    slurm: Any, tmp_path: Path, tiny_ledger: Ledger
+    slurm: Any, tmp_path: Path, tiny_ledger: Ledger, lost: int
 ) -> None:
     ledger = tiny.store_with(tiny_ledger, tmp_path / "store", tiny.WORLD, tiny.TOKENIZER)
     run = tiny.text_run(total_tokens=6_000, seed=1)
     text = tiny.EVALUATION.model_copy(update={"visual_tasks": ()})
     line = Line(name="line", axes={"n": 0}, result=Evaluate(of=run, evaluation=text))
     study = Study(name="tiny", question="?", lines=(line,), figure=Figure(x="n", x_label="n"))
+    # The first tasks, which have its only shard to make, do not begin.
+    setup = [f'[ "${{SLURM_ARRAY_TASK_ID:-{NUM_TASKS}}}" -ge {lost} ] || exit 1']
+    asked = {"prepare_source": {"tasks": NUM_TASKS, "cpus": 2}}
     settings = SlurmSettings.model_validate(
-        {"time_minutes": 10, "poll_seconds": 0.3, "stages": {"prepare_source": {"tasks": 2}}}
+        {"time_minutes": 10, "poll_seconds": 0.3, "stages": asked, "setup": setup}
     )
     events: list[dict[str, Any]] = []
     outcome = run_on_slurm(study, ledger, tiny.MACHINE, settings, events.append)
@@ -284,6 +315,12 @@ def test_a_studys_source_is_made_by_tasks_before_its_own_job(
         for path in sorted((ledger.store / "slurm" / web.name).glob("task-*.json"))
     ]
     num_shards = len(list((ledger.folder(web) / "source/shards").iterdir()))
-    assert [one["event"] for one in told] == ["done", "done"]
-    assert sum(one["result"]["new"] for one in told) == num_shards
+    assert [one["event"] for one in told] == ["done"] * (NUM_TASKS - lost)
+    made = sum(one["result"]["new"] for one in told)
+    assert (made == num_shards) is (lost == 0)
+    given = json.loads((ledger.store / "slurm" / web.name / "given.json").read_text())
+    assert given["machine"]["workers"] == 2
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    found = [note for note in notes if "1 of 2 tasks did not end well: task 0: it did not" in note]
+    assert len(found) == lost
     assert not (ledger.folder(web) / "source/units").exists()

@@ -145,10 +145,13 @@ def prepare(
 ) -> None:
     """Turn public formats into a prepared source; the same command goes on where it was."""
     from midstream.launch.child import hub_environment
+    from midstream.launch.slurm_job import require_no_jobs
 
     cluster = run_commands.slurm_settings(slurm, slurm_file, slurm_sets or [])
     if cluster is not None and workers is not None:
         raise ValueError("--workers is for this machine; with --slurm, --slurm-set cpus=N")
+    if cluster is None:
+        require_no_jobs(out)
     started = time.monotonic()
     options: dict[str, str | int | None] = {"text_key": text_key, "require": require}
     options |= {"images": images, "max_tokens": max_tokens, "split": split}

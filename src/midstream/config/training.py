@@ -208,9 +208,8 @@ class Machine(Config):
 
     def alone(self) -> "Machine":
         """This machine for what one process does: everything but training."""
-        return self.model_copy(
-            update={"ranks": 1, "nodes": 1, "node": 0, "master": None, "shard_ranks": None}
-        )
+        alone = {"workers": 1, "ranks": 1, "nodes": 1, "node": 0}
+        return self.model_copy(update={**alone, "master": None, "shard_ranks": None})
 
 
 StageKind = Literal[

@@ -21,6 +21,7 @@ from midstream.data.formats.records import (
 )
 from midstream.data.lengths import caption_facts, length_facts
 from midstream.data.prepare_source import (
+    SourcePlan,
     canonical_tokenizer,
     make_share,
     plan_source,
@@ -77,7 +78,14 @@ def prepare_tokenizer(
 
 
 def prepare_world_source(
-    world: World, root: Path, name: str, tokenizer_file: Path, out: Path, progress: Progress
+    world: World,
+    root: Path,
+    name: str,
+    tokenizer_file: Path,
+    out: Path,
+    *,
+    workers: int,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Index the source `name` of the world at `root` in `out/source`; returns what it holds.
 
@@ -90,16 +98,9 @@ def prepare_world_source(
         _check_unchanged(world, name, folder)
     if not is_prepared(folder):
         prepare_source(
-            SECTIONS[kind],
-            [str(folder)],
-            out / "source",
-            tokenizer_file=tokenizer_file,
-            options=_options(root, name),
-            root=str(root),
-            # Other stages run beside this one; `midstream prepare` takes more processes.
-            workers=1,
+            _plan(world, root, name, tokenizer_file, out),
+            workers=workers,
             max_reject_fraction=_max_reject_fraction(world),
-            validation_fraction=_validation_fraction(world),
             progress=progress,
         )
     source = open_source(root, name, out)
@@ -124,21 +125,14 @@ def make_world_share(
     Raises what `plan_source` and `make_share` do. Whether the data are those that were planned is
     asked by `prepare_world_source`.
     """
-    kind, folder = _folder_of(root, name)
-    if is_prepared(folder):
+    if is_prepared(_folder_of(root, name)[1]):
         return {"kept": 0, "new": 0, "late": 0, "left": 0}
-    plan = plan_source(
-        SECTIONS[kind],
-        [str(folder)],
-        out / "source",
-        tokenizer_file=tokenizer_file,
-        options=_options(root, name),
-        root=str(root),
-        validation_fraction=_validation_fraction(world),
-        share=share,
+    return make_share(
+        _plan(world, root, name, tokenizer_file, out, share),
+        workers=workers,
+        max_reject_fraction=_max_reject_fraction(world),
+        progress=progress,
     )
-    limit = _max_reject_fraction(world)
-    return make_share(plan, workers=workers, max_reject_fraction=limit, progress=progress)
 
 
 def tokenizer_path(out: Path) -> Path:
@@ -178,6 +172,28 @@ def language_of(root: Path, names: Sequence[str]) -> Iterator[str]:
                     yield from item.texts
 
 
+def _plan(
+    world: World,
+    root: Path,
+    name: str,
+    tokenizer_file: Path,
+    out: Path,
+    share: Share | None = None,
+) -> SourcePlan:
+    """What a source of a world's public files is prepared by."""
+    kind, folder = _folder_of(root, name)
+    return plan_source(
+        SECTIONS[kind],
+        [str(folder)],
+        out / "source",
+        tokenizer_file=tokenizer_file,
+        options=_options(root, name),
+        root=str(root),
+        validation_fraction=0.0 if isinstance(world, SmallReal) else world.validation_fraction,
+        share=share,
+    )
+
+
 def _options(root: Path, name: str) -> ReadOptions:
     column = text_column(root, name)
     return ReadOptions(text_key=column) if column else ReadOptions()
@@ -185,10 +201,6 @@ def _options(root: Path, name: str) -> ReadOptions:
 
 def _max_reject_fraction(world: World) -> float:
     return world.max_reject_fraction if isinstance(world, PublicFolder) else 0.0
-
-
-def _validation_fraction(world: World) -> float:
-    return 0.0 if isinstance(world, SmallReal) else world.validation_fraction
 
 
 def _folder_of(root: Path, name: str) -> tuple[str, Path]:

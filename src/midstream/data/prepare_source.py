@@ -32,6 +32,7 @@ from midstream.data.shard_state import (
     is_made,
     notes_on,
     refuse_rejects,
+    set_aside,
     settle,
     unread_files,
     wanted_shards,
@@ -72,7 +73,12 @@ def plan_source(
     copy_pictures: bool = False,
     share: Share | None = None,
 ) -> SourcePlan:
-    """What `prepare_source` or `make_share` is to make of these inputs; writes nothing.
+    """What `prepare_source` or `make_share` is to make of these inputs in `out`; writes nothing.
+
+    Names of files under the folder `root` are kept relative to it. `validation_fraction` of the
+    records, chosen by content, are held out. `by_command`: it is for `midstream prepare`, whose
+    options messages then advise. `copy_pictures` keeps all pictures in the source; otherwise those
+    that are a range of a file stay there.
 
     Raises FileNotFoundError or ValueError that names the file for input that is missing, that
     cannot be divided into units or that lies about `out`, and ValueError for two files that are
@@ -107,51 +113,30 @@ def plan_source(
 
 
 def prepare_source(
-    section: Section,
-    sources: Sequence[str],
-    out: Path,
+    plan: SourcePlan,
     *,
-    tokenizer_file: Path,
-    options: ReadOptions,
-    root: str,
     workers: int,
     max_reject_fraction: float,
-    validation_fraction: float,
     progress: Progress,
     notice: Callable[[str], None] | None = None,
-    copy_pictures: bool = False,
 ) -> dict[str, Any]:
-    """Prepare files, folders, patterns or URLs as one source in `out`; returns its counts.
+    """Prepare files, folders, patterns or URLs as one source; returns its counts.
 
     Each unit of input becomes a shard. Those that a run or a task finished stay, whatever ends it,
     until their input, the options or the tokenizer change; "shards" in the counts says how many
-    were kept and how many are new. Names of files under the folder `root` are kept relative to it.
-    `max_reject_fraction` of the records may be rejects; `validation_fraction` of the others, chosen
-    by content, are held out. `progress` gets the done fraction and a line of text; `notice` gets
-    what a person should know of the folder (files that are not read), else `progress` does; it is
-    `midstream prepare` that gives one, whose options messages then advise. `copy_pictures` keeps
-    all pictures in the source; otherwise those that are a range of a file stay there.
+    were kept and how many are new. `max_reject_fraction` of the records may be rejects. `progress`
+    gets the done fraction and a line of text; `notice` gets what a person should know of the folder
+    (files that are not read), else `progress` does.
 
-    Raises what `plan_source` does, FileNotFoundError or ValueError that names the file for input
-    that cannot be read (after all others are done), ValueError for rejects that are too many, with
-    their list, and OSError for what cannot be written or a process that dies.
+    Raises FileNotFoundError or ValueError that names the file for input that cannot be read (after
+    all others are done), ValueError for rejects that are too many, with their list, and OSError for
+    what cannot be written or a process that dies.
     """
-    _check_settings(sources, workers, max_reject_fraction)
-    plan = plan_source(
-        section,
-        sources,
-        out,
-        tokenizer_file=tokenizer_file,
-        options=options,
-        root=root,
-        validation_fraction=validation_fraction,
-        by_command=notice is not None,
-        copy_pictures=copy_pictures,
-    )
+    _check_settings(plan.sources, workers, max_reject_fraction)
     job, out = plan.job, plan.job.out
     unread = unread_of(plan, notice or partial(progress, 0.0))
     job.shards.mkdir(parents=True, exist_ok=True)
-    with _only_one(out):
+    with only_one(out):
         remove_leftovers(out)
         remove_leftovers(job.shards)
         todo = settle(job, plan.wanted)
@@ -188,7 +173,8 @@ def make_share(
     that cannot be read and what comes after too many rejects: `prepare_source` says so. Tasks that
     make the same share, or that were taken for lost, do each other no harm.
 
-    Raises OSError for what cannot be written, ValueError where the source was finished meanwhile.
+    Raises OSError for what cannot be written, ValueError where the source was finished meanwhile
+    and, after all others are done, for files that their servers do not give: they may later.
     """
     job = plan.job
     _check_settings(plan.sources, workers, max_reject_fraction)
@@ -196,6 +182,8 @@ def make_share(
     if not todo:
         return {"kept": len(plan.wanted), "new": 0, "late": 0, "left": 0}
     job.units.mkdir(parents=True, exist_ok=True)
+    for item in todo:
+        set_aside(job, item)
     watch = Watch(
         plan.wanted,
         todo,
@@ -213,10 +201,19 @@ def make_share(
             f"{job.out} was finished without this task, which was taken for lost; what it has made "
             "since is not used"
         ) from error
+    if refused := [ended.problem for ended in watch.ended if ended.is_refusing]:
+        raise ValueError(
+            f"servers do not give {len(refused):,} of {len(plan.wanted):,} inputs; what is "
+            f"finished in {job.out} stays: run the same again later\n{_listed(refused)}"
+        )
     late = sum(ended.is_late for ended in watch.ended)
     good = sum(not ended.problem and not ended.rejects for ended in watch.ended)
     kept, left = len(plan.wanted) - len(todo), len(todo) - good
     return {"kept": kept, "new": good - late, "late": late, "left": left}
+
+
+def _listed(problems: Sequence[str]) -> str:
+    return "\n".join(f"  {problem}" for problem in problems[:NUM_LISTED])
 
 
 def _with_remedy(error: OSError, out: Path) -> OSError:
@@ -284,7 +281,8 @@ def _absolute(name: str) -> str:
 
 
 @contextmanager
-def _only_one(out: Path) -> Iterator[None]:
+def only_one(out: Path) -> Iterator[None]:
+    """Raises ValueError if another process prepares a source in `out`, as this one in the block."""
     lock = FileLock(out / LOCK, timeout=0)
     try:
         lock.acquire()
@@ -324,10 +322,10 @@ def _make(
     refuse_rejects(job, stopped, records=watch.records, max_reject_fraction=max_reject_fraction)
     problems = [ended.problem for ended in watch.ended if ended.problem]
     if problems:
-        listed = "\n".join(f"  {problem}" for problem in problems[:NUM_LISTED])
         raise ValueError(
             f"{len(problems):,} of {len(wanted):,} inputs of {job.out} cannot be read; the shards "
-            "of the others stay: mend or leave out these files and run the same again\n" + listed
+            "of the others stay: mend or leave out these files and run the same again\n"
+            + _listed(problems)
         )
     if not watch.records:
         names = ", ".join(item.unit.files[0] for item in wanted[:NUM_LISTED])

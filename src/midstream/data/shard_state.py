@@ -12,6 +12,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,24 @@ def is_made(job: Job, item: Todo) -> bool:
     return any(_made_from(path) == _key(item.made_from) for path in places)
 
 
+def set_aside(job: Job, item: Todo) -> None:
+    """Make room for a shard where a task has published one whose pictures have changed since.
+
+    Another task may do the same: what it has published meanwhile stays.
+    """
+    place = job.units / item.key
+    old = place.with_name(f".{place.name}.{uuid.uuid4().hex}.old")
+    try:
+        place.rename(old)
+    except FileNotFoundError:
+        return
+    # Looked at where nobody else moves it.
+    if _made_from(old) == _key(item.made_from):
+        with suppress(OSError):  # there is one again
+            old.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def drop_units(job: Job) -> None:
     """Remove what tasks have published; one that still writes there finds its folder gone."""
     if job.units.is_dir():
@@ -200,9 +219,12 @@ def _made_from(path: Path) -> str | None:
     """What a shard was made from; None where it is not whole, or its pictures have changed."""
     if not (path / MADE_FROM).is_file():
         return None
-    made = read_json(path / MADE_FROM)
-    pictures = made.pop(PICTURES, None)
-    if pictures is None or not _is_whole(path):
+    try:
+        made = read_json(path / MADE_FROM)
+        pictures = made.pop(PICTURES, None)
+        if pictures is None or not _is_whole(path):
+            return None
+    except FileNotFoundError:  # another task is setting it aside
         return None
     same = all(stamp_of(file) == old for file, old in pictures.items())
     return _key(made) if same else None

@@ -42,7 +42,7 @@ from midstream.data.formats.records import (
     Unit,
 )
 from midstream.data.images import decode
-from midstream.data.remote import RemoteError, Stamp, refuse_changed
+from midstream.data.remote import ChangedError, RemoteError, Stamp, refuse_changed
 from midstream.data.shard_state import Job, Todo, stamp_of
 from midstream.data.source_writer import Image, Reject, ShardWriter
 from midstream.data.sources import Kind, content_hash
@@ -138,10 +138,11 @@ Beat = Callable[[int, int, int], bool]
 
 @dataclass(frozen=True)
 class Ended:
-    """How a unit went: unreadable for this `problem`, stopped after these rejects, or `is_late`:
-    another task has published it first."""
+    """How a unit went: unreadable for this `problem`, which may pass where a server `is_refusing`,
+    stopped after these rejects, or `is_late`: another task has published it first."""
 
     problem: str = ""
+    is_refusing: bool = False
     rejects: tuple[Reject, ...] = ()
     is_late: bool = False
 
@@ -187,7 +188,9 @@ def make_shard(job: Job, codec: TextCodec, item: Todo, beat: Beat) -> Ended:
                 return Ended()
             return Ended(is_late=not publish_folder(temporary, place, entries))
     except (BrokenError, RemoteError) as error:
-        return Ended(problem=str(error))
+        cause = error.__cause__ if isinstance(error, BrokenError) else error
+        is_refusing = isinstance(cause, RemoteError) and not isinstance(cause, ChangedError)
+        return Ended(str(error), is_refusing)
     except StoppedError:
         return Ended(rejects=tuple(work.rejects))
     finally:

@@ -1,10 +1,11 @@
 """A study as jobs of a Slurm cluster: submitted, followed, settled (docs/cluster.md)."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
@@ -25,10 +26,17 @@ from midstream.launch.slurm_job import (
     events_since,
     job_folder,
 )
-from midstream.launch.submission import MAX_ARRAY, Refused, WorkJob, job_values, submit
+from midstream.launch.submission import (
+    MAX_ARRAY,
+    Refused,
+    shares_of,
+    submit,
+    tasks_before,
+    tasks_told,
+)
 from midstream.launch.workers import Event, work_line, write_work
 from midstream.study.label import label
-from midstream.study.stages import PrepareSource, Ranked, Stage
+from midstream.study.stages import Ranked, Stage
 from midstream.study.store import Ledger
 from midstream.study.studies import AnyStudy
 
@@ -43,10 +51,11 @@ class Queued:
     """A stage whose job waits or runs, and what was told of it.
 
     `told_before`: when the stage had last ended before this job. `is_doubted`: its job ended well
-    though it is not done: a shared disk may be late.
+    though it is not done: a shared disk may be late. `tasks` go before the job.
     """
 
     row: PlanRow
+    tasks: int = 0
     offset: int = 0
     is_started: bool = False
     told_before: str | None = None
@@ -61,6 +70,8 @@ class Queued:
         if begun and not self.is_started:
             self.is_started = True
             yield begun[-1]
+            if lost := tasks_told(path.parent, self.tasks):
+                yield {"event": "note", "text": f"{label(self.row.stage)}: {lost}"}
         yield from [event for event in events if event["event"] == "progress"][-1:]
         for event in events:
             if event["event"] in ("requeued", "restarted"):
@@ -164,7 +175,7 @@ class SlurmBackend:
                 alive = entry.job is not None and live.get(entry.job) == entry.name
                 if name in waiting and (alive or waiting[name].state != "failed"):
                     self.restarts[name] = entry.restarts
-                    self.queued[name] = Queued(waiting[name])
+                    self.queued[name] = self._of(waiting[name])
                 elif alive and name not in known:
                     others.append(entry.job or "")
                 else:
@@ -182,8 +193,10 @@ class SlurmBackend:
 
     def start(self, ready: Sequence[PlanRow]) -> list[str]:
         """Submit what max_jobs has room for; equal ones become an array."""
-        rows = ready[: max(0, self.settings.max_jobs - len(self.queued))]
-        queued = {row.stage.name: Queued(row) for row in rows}
+        room = self.settings.max_jobs - sum(1 + one.tasks for one in self.queued.values())
+        sizes = accumulate(1 + tasks_before(row.stage, self.settings) for row in ready)
+        rows = [row for row, size in zip(ready, sizes, strict=True) if size <= room]
+        queued = {row.stage.name: self._of(row) for row in rows}
         for name, one in queued.items():  # what earlier jobs have said is not told again
             _, one.offset = events_since(job_folder(self.store, name) / "events.jsonl", 0)
             one.told_before = self.ledger.status(one.row.stage).get("ended")
@@ -198,7 +211,7 @@ class SlurmBackend:
                 self.book.drop_unsure()
                 for (_, ids, restarts), stages in arrays.items():
                     # A source that tasks share has an array of its own.
-                    step = 1 if self._num_tasks(stages[0]) else MAX_ARRAY
+                    step = 1 if tasks_before(stages[0], self.settings) else MAX_ARRAY
                     for first in range(0, len(stages), step):
                         self._submit(stages[first : first + step], ids, restarts)
         finally:
@@ -320,7 +333,12 @@ class SlurmBackend:
         """Where the stage's worker runs: its ranks on its nodes, or one process."""
         asked = self.settings.resources(stage.kind)
         if not isinstance(stage, Ranked):
-            return self.machine.alone()
+            alone = self.machine.alone()
+            if not tasks_before(stage, self.settings):
+                return alone
+            # What tasks have left is made by as many processes as a task has.
+            workers = asked.cpus or alone.threads + alone.data_workers
+            return alone.model_copy(update={"workers": workers})
         ranks = asked.ranks or asked.gpus or self.machine.ranks
         nodes = asked.nodes or 1
         master = "set-in-the-job:0" if nodes > 1 else None
@@ -345,29 +363,20 @@ class SlurmBackend:
         self.book.note({one: Entry(name, None, restarts) for one in names})
         asked = self.settings.resources(kind)
         cpus = asked.cpus or machine.ranks * (machine.threads + machine.data_workers)
-        folder = self.store / "slurm" / "jobs" / name
         waits = [f"afterok:{':'.join(after)}"] if after else []
 
-        def hand_over(functions: Sequence[Callable[[], None]], waits: Sequence[str]) -> list[str]:
-            values = job_values(
-                self.settings,
-                asked,
-                name,
-                nodes=machine.nodes,
-                cpus=cpus,
-                after=",".join(waits) or None,
-                count=len(functions),
-            )
-            return submit(folder, values, functions)
-
+        folder = self.store / "slurm" / "jobs" / name
+        hand_over = partial(
+            submit, folder, self.settings, asked, name, nodes=machine.nodes, cpus=cpus
+        )
         tasks: str | None = None
         try:
-            if (count := self._num_tasks(stages[0])) and isinstance(stages[0], PrepareSource):
-                shares = self._shares(stages[0], count, cpus)
-                tasks = hand_over(shares, waits)[0].partition("_")[0]
+            if count := tasks_before(stages[0], self.settings):
+                shares = shares_of(stages[0], self.store, count, cpus)
+                tasks = hand_over(shares, after=",".join(waits) or None)[0].partition("_")[0]
                 # However they end: what they have not made is made by the stage's own job.
                 waits = [*waits, f"afterany:{tasks}"]
-            ids = hand_over(functions, waits)
+            ids = hand_over(functions, after=",".join(waits) or None)
         except Refused as text:
             self.book.drop_unsure()
             raise ValueError(
@@ -377,24 +386,8 @@ class SlurmBackend:
             {one: Entry(name, job, restarts, tasks) for one, job in zip(names, ids, strict=True)}
         )
 
-    def _num_tasks(self, stage: Stage) -> int:
-        """How many tasks go before a stage's job."""
-        asked = self.settings.resources(stage.kind).tasks or 0
-        return min(asked, MAX_ARRAY) if isinstance(stage, PrepareSource) else 0
-
-    def _shares(self, stage: PrepareSource, count: int, workers: int) -> list[WorkJob]:
-        """What the tasks of an array do before the job of a source's stage."""
-        place = job_folder(self.store, stage.name)
-        place.mkdir(parents=True, exist_ok=True)
-        given = {"store": str(self.store), "stage": stage.model_dump(mode="json")}
-        requests = (
-            given | {"share": {"index": index, "count": count}, "workers": workers}
-            for index in range(count)
-        )
-        return [
-            WorkJob("prepare-share", json.dumps(request), place / f"task-{index}.json")
-            for index, request in enumerate(requests)
-        ]
+    def _of(self, row: PlanRow) -> Queued:
+        return Queued(row, tasks_before(row.stage, self.settings))
 
 
 def run_on_slurm(
@@ -423,9 +416,10 @@ def run_on_slurm(
             slurm_job.require_slurm(settings.resources(kind) for kind in kinds)
         except Unreachable as reason:
             raise ValueError(f"{reason}; run the same command again once Slurm answers") from None
-        if detach and len(work.to_run) > settings.max_jobs:
+        num_jobs = sum(1 + tasks_before(row.stage, settings) for row in work.to_run)
+        if detach and num_jobs > settings.max_jobs:
             raise ValueError(
-                f"{len(work.to_run)} stages are to run, but max_jobs is {settings.max_jobs}, and "
+                f"{num_jobs} jobs are to run, but max_jobs is {settings.max_jobs}, and "
                 "with --detach none is submitted later: leave --detach out, or raise max_jobs"
             )
 

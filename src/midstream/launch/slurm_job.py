@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from midstream.config import Machine, SlurmResources
 from midstream.core.storage import append_line, read_json, write_json
@@ -243,7 +243,7 @@ class JobBook:
 
 
 def require_no_jobs(store: Path) -> None:
-    """Raises ValueError if jobs of this store are in Slurm's queue, or may be."""
+    """Raises ValueError if jobs of this store, or source, are in Slurm's queue, or may be."""
     book = JobBook.of(store)
     if not book.entries:
         return
@@ -259,7 +259,7 @@ def require_no_jobs(store: Path) -> None:
     live = [job.id for job in jobs.values() if job.is_live and job.name in names]
     if live:
         raise ValueError(
-            f"{len(live)} jobs of store {store} are in Slurm's queue; follow them with --slurm, or "
+            f"{len(live)} jobs of {store} are in Slurm's queue; follow them with --slurm, or "
             f"end them: scancel {' '.join(live)}"
         )
 
@@ -290,6 +290,31 @@ LOCK_SECONDS = STALE_SECONDS + 60.0
 REQUEUE_SECONDS = 300.0
 # Progress is kept this often.
 PROGRESS_SECONDS = 1.0
+
+
+def queue_again(
+    job_id: str, who: str, why: str, note: Callable[[str], None] | None = None
+) -> NoReturn:
+    """Leave this job, to go on in another piece of time; one that was cancelled stays so.
+
+    `note` is told why, before. If Slurm cannot be asked for a while the job ends as failed with its
+    work stopped, and the launcher submits it again.
+    """
+    end = time.monotonic() + REQUEUE_SECONDS
+    while time.monotonic() < end:
+        try:
+            # COMPLETING: it was cancelled, or is being queued again already.
+            if shown_job(job_id).get("JobState") == "RUNNING":
+                print(f"{who} is queued again: {why}", flush=True)
+                if note is not None:
+                    note(why)
+                ask("scontrol", "requeue", job_id)
+            break
+        except Unreachable as reason:
+            print(f"waiting to be queued again: {reason}", flush=True)
+            time.sleep(2.0)
+    # What is still written of this process is nobody's concern.
+    os._exit(STOPPED_EXIT_CODE)
 
 
 class StageFailed(Exception):  # noqa: N818 - the stage's own error is told before
@@ -394,34 +419,16 @@ class _Run:
             assert self.finished is not None
             raise StageFailed(f"{label(self.stage)}: {self.finished['error']}")
         if state == "stopped" or self.is_stopping:
-            self._queue_again("told to stop")
+            queue_again(self.place.job_id, label(self.stage), "told to stop", self._note_requeue)
         error = worker.why(code, "ask for more memory")
         events, _ = events_since(self.events, 0)
         mine = [one for one in events if one.get("job") == self.place.job_id]
         if sum(one["event"] == "restarted" for one in mine) < self.job.restarts:
             self.keep({"event": "restarted", "error": error, "job": self.place.job_id})
-            self._queue_again(error)
+            queue_again(self.place.job_id, label(self.stage), error, self._note_requeue)
         with suppress(ValueError):  # a process that it left behind still holds the stage
             self.ledger.mark_failed(self.stage, error)
         raise StageFailed(f"{label(self.stage)}: {error}")
 
-    def _queue_again(self, why: str) -> None:
-        """Leave, to go on in another piece of time; a job that was cancelled stays so.
-
-        If Slurm cannot be asked for a while the job ends as failed with the stage stopped, which
-        the launcher submits again.
-        """
-        end = time.monotonic() + REQUEUE_SECONDS
-        while time.monotonic() < end:
-            try:
-                # COMPLETING: it was cancelled, or is being queued again already.
-                if shown_job(self.place.job_id).get("JobState") == "RUNNING":
-                    print(f"{label(self.stage)} is queued again: {why}", flush=True)
-                    self.keep({"event": "requeued", "why": why, "job": self.place.job_id})
-                    ask("scontrol", "requeue", self.place.job_id)
-                break
-            except Unreachable as reason:
-                print(f"waiting to be queued again: {reason}", flush=True)
-                time.sleep(2.0)
-        # What is still written of this process is nobody's concern.
-        os._exit(STOPPED_EXIT_CODE)
+    def _note_requeue(self, why: str) -> None:
+        self.keep({"event": "requeued", "why": why, "job": self.place.job_id})

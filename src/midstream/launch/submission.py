@@ -2,23 +2,23 @@
 
 import json
 import re
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from midstream.config import SlurmResources, SlurmSettings
-from midstream.core.storage import write_json
+from midstream.core.storage import read_json, write_json
 from midstream.launch import child
-from midstream.launch.slurm_job import Unreachable
+from midstream.launch.slurm_job import Unreachable, job_folder, queue_again
+from midstream.study.stages import PrepareSource, Stage
 
 # The most jobs of one array (Slurm's own MaxArraySize is 1001 where nothing else is said).
 MAX_ARRAY = 1000
 # What sbatch says when the controller may come back, or of a job that is to wait for one which it
 # has just forgotten; anything else is a refusal.
 AWAY = r"Unable to contact|Socket timed out|Connection refused|connect failure|dependency problem"
-
-
 # So often a work that resumes is queued again at the end of its time; more than a source takes.
 MAX_PIECES = 20
 
@@ -27,55 +27,49 @@ class Refused(Exception):  # noqa: N818 - it says what sbatch says
     """sbatch does not take the jobs."""
 
 
-def job_values(
+def submit(
+    folder: Path,
     settings: SlurmSettings,
     asked: SlurmResources,
     name: str,
+    functions: Sequence[Callable[[], None]],
     *,
     nodes: int,
     cpus: int,
-    after: str | None,
-    count: int,
-) -> dict[str, object]:
-    """What submitit makes the sbatch file of `count` equal jobs of; `after` as sbatch takes it."""
-    more: dict[str, object] = {
-        "requeue": True,
-        # What waits for a job that fails is cancelled, also where no launcher follows.
-        "kill-on-invalid-dep": "yes",
-        **({"mem": asked.memory} if asked.memory else {}),
-        **asked.extra,
-    }
-    return {
-        "job_name": name,
-        **asked.model_dump(include={"partition", "account", "qos", "constraint"}),
-        "time": asked.time_minutes,
-        "nodes": nodes,
-        "ntasks_per_node": 1,
-        "cpus_per_task": cpus,
-        "gpus_per_node": asked.gpus or None,
-        "signal_delay_s": settings.warn_seconds,
-        "array_parallelism": settings.array_limit or count,
-        "dependency": after,
-        "stderr_to_stdout": True,
-        "wckey": None,
-        "setup": list(settings.setup) or None,
-        # A step does not take over its job's CPUs by itself.
-        "srun_args": [f"--cpus-per-task={cpus}"],
-        "additional_parameters": more,
-    }
-
-
-def submit(
-    folder: Path, values: dict[str, object], functions: Sequence[Callable[[], None]]
+    after: str | None = None,
 ) -> list[str]:
     """Submit functions that submitit pickles, as one job or as an array; returns the jobs' ids.
 
-    Raises Unreachable if the controller is away, Refused with sbatch's words if it takes none.
+    `after` is what they wait for, as sbatch takes it. Raises Unreachable if the controller is away,
+    Refused with sbatch's words if it takes none.
     """
     import submitit
 
     executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=MAX_PIECES)
-    executor.update_parameters(**values)
+    executor.update_parameters(
+        job_name=name,
+        **asked.model_dump(include={"partition", "account", "qos", "constraint"}),
+        time=asked.time_minutes,
+        nodes=nodes,
+        ntasks_per_node=1,
+        cpus_per_task=cpus,
+        gpus_per_node=asked.gpus or None,
+        signal_delay_s=settings.warn_seconds,
+        array_parallelism=settings.array_limit or len(functions),
+        dependency=after,
+        stderr_to_stdout=True,
+        wckey=None,
+        setup=list(settings.setup) or None,
+        # A step does not take over its job's CPUs by itself.
+        srun_args=[f"--cpus-per-task={cpus}"],
+        additional_parameters={
+            "requeue": True,
+            # What waits for a job that fails is cancelled, also where no launcher follows.
+            "kill-on-invalid-dep": "yes",
+            **({"mem": asked.memory} if asked.memory else {}),
+            **asked.extra,
+        },
+    )
     try:
         if len(functions) == 1:
             jobs = [executor.submit(functions[0])]
@@ -100,7 +94,7 @@ class WorkJob:
     """Has the work `name` of `launch/child.py` done, one that resumes; called in the job.
 
     `request` is JSON. The work's last event is in the file `told` before the job ends. Warned
-    before its time ends, the job has Slurm queue it again.
+    before its time ends, or told to stop, the job has Slurm queue it again.
     """
 
     name: str
@@ -109,9 +103,16 @@ class WorkJob:
 
     def __call__(self) -> None:
         self.told.unlink(missing_ok=True)
+        # The work's process is told as well, and may not yet be able to say that it stops.
+        signals: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, _frame: signals.append(number))
         environment = child.hub_environment(threads=1)
         last = child.ask(self.name, json.loads(self.request), show=_print, environment=environment)
         write_json(self.told, last)
+        if last["event"] == "stopped" or (signals and last["event"] != "done"):
+            import submitit
+
+            queue_again(submitit.JobEnvironment().job_id, self.name, "told to stop")
         if last["event"] != "done":
             raise WorkFailed(last.get("error") or last["event"])
 
@@ -120,6 +121,47 @@ class WorkJob:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
+
+
+def num_tasks(settings: SlurmSettings) -> int:
+    """The most tasks of a source: what an array may hold, with room for the job that finishes."""
+    asked = settings.resources("prepare_source").tasks or MAX_ARRAY
+    return min(asked, MAX_ARRAY, settings.max_jobs - 1)
+
+
+def tasks_before(stage: Stage, settings: SlurmSettings) -> int:
+    """How many tasks go before a stage's job: a source's, where `tasks` asks for them."""
+    asks = isinstance(stage, PrepareSource) and settings.resources(stage.kind).tasks
+    return num_tasks(settings) if asks else 0
+
+
+def shares_of(stage: Stage, store: Path, count: int, workers: int) -> list[WorkJob]:
+    """What the `count` tasks before the job of a source's stage do, each in `workers` processes."""
+    place = job_folder(store, stage.name)
+    for path in place.glob(task_file("*")):  # of earlier ones
+        path.unlink()
+    given = {"store": str(store), "stage": stage.model_dump(mode="json"), "workers": workers}
+    shares = ({"index": index, "count": count} for index in range(count))
+    return [
+        WorkJob("prepare-share", json.dumps(given | {"share": share}), place / task_file(index))
+        for index, share in enumerate(shares)
+    ]
+
+
+def task_file(index: int | str) -> str:
+    """Where a task of a source says how it ended, in the folder of the source's stage."""
+    return f"task-{index}.json"
+
+
+def tasks_told(folder: Path, count: int) -> str:
+    """How many of `count` tasks did not end well, and why the first of them; empty if all did."""
+    paths = [folder / task_file(index) for index in range(count)]
+    told = [read_json(path) if path.is_file() else {} for path in paths]
+    bad = [index for index, one in enumerate(told) if one.get("event") != "done"]
+    if not bad:
+        return ""
+    why = told[bad[0]].get("error") or "it did not say why"
+    return f"{len(bad):,} of {count:,} tasks did not end well: task {bad[0]}: {why}"
 
 
 def _print(event: child.Event) -> None:

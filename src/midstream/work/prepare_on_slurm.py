@@ -8,24 +8,28 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock
+
 from midstream.config import SlurmSettings
-from midstream.core.storage import read_json, write_bytes
+from midstream.core.storage import read_json, write_bytes, write_json
 from midstream.core.tokens import counted
-from midstream.data.prepare_source import SourcePlan, unread_of
+from midstream.data.prepare_source import SourcePlan, only_one, unread_of
 from midstream.data.shard_state import Share, lacking
 from midstream.launch import slurm_job
 from midstream.launch.slurm_job import Entry, Job, JobBook, Unreachable
-from midstream.launch.submission import MAX_ARRAY, Refused, WorkJob, job_values, submit
+from midstream.launch.submission import Refused, WorkJob, num_tasks, submit
 
 Done = TypeVar("Done")
 Progress = Callable[[float, str], None]
 # The request of a task, or with None of the job that finishes, as JSON.
 RequestOf = Callable[[Share | None], str]
 FINISH = "finish"
+# The numbers of the shards that were finished when the jobs were submitted.
+KEPT = "kept.json"
 # A shared disk may show what a job has written a while after the job has ended.
 LATE_SECONDS = 30.0
 
@@ -53,9 +57,13 @@ class OnSlurm:
         self.asked = settings.resources("prepare_source")
         digest = hashlib.sha256(request_of(None).encode()).hexdigest()
         self.name, self.book = f"midstream-prepare-{digest[:12]}", JobBook.of(self.out)
+        # Held while jobs are looked for and submitted.
+        self.lock = FileLock(self.out / "slurm" / "lock")
         job = plan.job
         # Of each shard: what a task publishes it as, and where it lies in the source.
-        self.names = [(item.key, job.folder(item.number).name) for item in plan.wanted]
+        self.names = {item.number: (item.key, job.folder(item.number).name) for item in plan.wanted}
+        # Numbers of the shards that are finished, as far as this process knows.
+        self.done: set[int] = set()
         self.is_away, self.told_last = False, ""
 
     def run(self) -> dict[str, Any]:
@@ -69,15 +77,15 @@ class OnSlurm:
             slurm_job.require_slurm([self.asked])
         except Unreachable as reason:
             raise ValueError(f"{reason}; run the same command again once Slurm answers") from None
+        unread_of(self.plan, print)
+        (self.out / "slurm").mkdir(parents=True, exist_ok=True)
         restarts = self.settings.restarts
         while True:
-            if not self._patiently(self._is_queued):
-                unread_of(self.plan, print)
-                self._patiently(self._submit)
+            self._patiently(self._find_or_submit)
             ended = self._follow()
             told = self._told(FINISH, ended[FINISH])
             if told is not None and told["event"] == "done":
-                self.book.forget(*self.book.entries)
+                self._forget()
                 result: dict[str, Any] = told["result"]
                 return result
             if told is not None and told["event"] == "failed":
@@ -89,9 +97,30 @@ class OnSlurm:
             restarts -= 1
             print(f"{why}; it is submitted again")
 
+    def _find_or_submit(self) -> None:
+        """Find the jobs of an earlier call in the queue, or submit what lacks.
+
+        Another call that begins at the same time waits, and finds what this one has submitted.
+        """
+        with self.lock:
+            self.book = JobBook.of(self.out)
+            self.book.drop_unsure()
+            if self._is_queued():
+                return
+            # Such as a command without --slurm.
+            with only_one(self.out):
+                pass
+            self._submit()
+
+    def _forget(self) -> None:
+        """The jobs that were followed are not asked for again; those of a later call are."""
+        with self.lock:
+            now = JobBook.of(self.out)
+            if now.entries == self.book.entries:
+                now.forget(*now.entries)
+
     def _is_queued(self) -> bool:
-        """Whether jobs of an earlier call are in the queue."""
-        self.book.drop_unsure()
+        """Whether jobs of an earlier call are in the queue; ValueError if they do otherwise."""
         live = {job.id: job.name for job in slurm_job.queue().values() if job.is_live}
         entries = self.book.entries.values()
         mine = [one for one in entries if live.get(one.job or "") == one.name]
@@ -103,17 +132,21 @@ class OnSlurm:
                 f"{self.out} is being prepared otherwise by jobs {' '.join(others)}; give the same "
                 f"options as then, or end them: scancel {' '.join(others)}"
             )
+        self.done |= set(read_json(self.out / "slurm" / KEPT))
         print(f"{counted(len(mine), 'job')}, submitted before, followed again")
         return True
 
     def _submit(self) -> None:
         """The tasks that have something to do as an array, and the job that waits for them."""
-        self.book.drop_unsure()
         self.book.forget(*self.book.entries)
         wanted = self.plan.wanted
-        count = min(self.asked.tasks or MAX_ARRAY, MAX_ARRAY, len(wanted))
         lack = lacking(self.plan.job, wanted)
-        shares = [Share(n, count) for n in sorted({item.number % count for item in lack})]
+        self.done = self.names.keys() - {item.number for item in lack}
+        write_json(self.out / "slurm" / KEPT, sorted(self.done))
+        count = min(num_tasks(self.settings), len(wanted))
+        # Without room for one the job that finishes makes all.
+        numbers = {item.number % count for item in lack} if count else ()
+        shares = [Share(number, count) for number in sorted(numbers)]
         self.book.note({key: Entry(self.name, None) for key in ("tasks", FINISH)})
         works = {
             f"task-{share.index}": self._work(f"task-{share.index}", share) for share in shares
@@ -145,23 +178,17 @@ class OnSlurm:
         return WorkJob(name, self.request_of(share), told)
 
     def _hand_over(self, works: list[WorkJob], after: str | None) -> list[str]:
-        values = job_values(
-            self.settings,
-            self.asked,
-            self.name,
-            nodes=1,
-            cpus=self.asked.cpus or 1,
-            after=after,
-            count=len(works),
+        jobs, cpus = self.out / "slurm" / "jobs", self.asked.cpus or 1
+        return submit(
+            jobs, self.settings, self.asked, self.name, works, nodes=1, cpus=cpus, after=after
         )
-        return submit(self.out / "slurm" / "jobs", values, works)
 
     def _follow(self) -> dict[str, Job | None]:
         """Tell how far it is until all jobs have ended; returns how they ended, by entry."""
         ended: dict[str, Job | None] = {}
         while True:
             jobs = self._patiently(slurm_job.queue)
-            states = Counter[str]()
+            states: dict[str, str] = {}
             for key, one in self.book.entries.items():
                 job = jobs.get(one.job or "")
                 job = job if job is not None and job.name == one.name else None
@@ -169,7 +196,7 @@ class OnSlurm:
                 if not is_known and (job is None or not job.is_live):
                     job = slurm_job.ended_job(one.job or "", one.name, job)
                 if job is not None and job.is_live:
-                    states[job.state.lower()] += 1
+                    states[key] = job.state
                     ended.pop(key, None)  # it was put back meanwhile
                 else:
                     ended.setdefault(key, job)
@@ -178,16 +205,19 @@ class OnSlurm:
                 return ended
             time.sleep(self.settings.poll_seconds)
 
-    def _tell(self, states: Counter[str]) -> None:
+    def _tell(self, states: Mapping[str, str]) -> None:
         job, number = self.plan.job, len(self.names)
         made = set(os.listdir(job.units)) if job.units.is_dir() else set()
-        kept = set(os.listdir(job.shards)) if job.shards.is_dir() else set()
-        done = sum(key in made or name in kept for key, name in self.names)
-        told = ", ".join(f"{count:,} {state}" for state, count in sorted(states.items()))
-        note = f"{done:,} of {number:,} shards; jobs: {told or 'all ended'}"
+        # Before that job has begun they may be of another preparation.
+        is_finishing = states.get(FINISH) == "RUNNING" and job.shards.is_dir()
+        there = set(os.listdir(job.shards)) if is_finishing else set()
+        self.done |= {n for n, (key, name) in self.names.items() if key in made or name in there}
+        counts = Counter(state.lower() for state in states.values())
+        told = ", ".join(f"{count:,} {state}" for state, count in sorted(counts.items()))
+        note = f"{len(self.done):,} of {number:,} shards; jobs: {told or 'all ended'}"
         if note != self.told_last:
             self.told_last = note
-            self.progress(done / number, note)
+            self.progress(len(self.done) / number, note)
 
     def _told(self, key: str, job: Job | None) -> dict[str, Any] | None:
         """The last event of a job's work; None where it did not come to that."""

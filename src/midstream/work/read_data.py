@@ -56,18 +56,11 @@ def prepare(request: PrepareRequest, channel: Channel) -> dict[str, Any]:
         return _prepare_on_slurm(request, request.slurm, channel)
     with _tokenizer_of(request) as tokenizer_file:
         return prepare_source(
-            request.section,
-            request.sources,
-            request.out,
-            tokenizer_file=tokenizer_file,
-            options=request.options,
-            root=common_folder(request.sources),
+            _plan_of(request, tokenizer_file),
             workers=request.workers,
             max_reject_fraction=request.max_rejects,
-            validation_fraction=request.validation,
             progress=lambda done, note: channel.progress("preparing", done, note),
             notice=print,
-            copy_pictures=request.copy_pictures,
         )
 
 

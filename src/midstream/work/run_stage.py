@@ -222,9 +222,10 @@ class StageRunner:
                 return prepare_tokenizer(
                     stage.tokenizer, stage.world, root, stage.trained_on, folder
                 )
-            tokenizer_file = tokenizer_path(self.ledger.folder(stage.tokenizer))
+            file = tokenizer_path(self.ledger.folder(stage.tokenizer))
+            workers, note = self.machine.workers, self._note_or_stop
             return prepare_world_source(
-                stage.world, root, stage.source, tokenizer_file, folder, self._note_or_stop
+                stage.world, root, stage.source, file, folder, workers=workers, progress=note
             )
 
     def job(self, stage: Trained, folder: Path) -> Job:

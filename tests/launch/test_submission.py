@@ -1,0 +1,134 @@
+"""What a job does that has a work done."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from midstream.config import Machine, SlurmSettings
+from midstream.cost.graph import plan
+from midstream.launch import child, slurm, slurm_job
+from midstream.launch.slurm import SlurmBackend
+from midstream.launch.submission import WorkFailed, WorkJob
+from midstream.launch.workers import STOPPED_EXIT_CODE
+from midstream.study.stages import PrepareSource
+from midstream.study.store import Ledger
+from midstream.study.studies import Study
+
+
+class Left(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, ...]]]:
+    """What a task of an array asks of Slurm's commands."""
+    pytest.importorskip("submitit")
+    asked: list[tuple[str, ...]] = []
+
+    def answer(*command: str) -> str:
+        asked.append(command)
+        return "JobState=RUNNING"
+
+    def leave(code: int) -> None:
+        raise Left(code)
+
+    place = {"SLURM_JOB_ID": "13", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "1"}
+    for name, value in ({"SUBMITIT_EXECUTOR": "slurm"} | place).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(slurm_job, "ask", answer)
+    monkeypatch.setattr(os, "_exit", leave)
+    before = signal.getsignal(signal.SIGTERM)
+    yield asked
+    signal.signal(signal.SIGTERM, before)
+
+
+def job_that(
+    ends: dict[str, Any],
+    told: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    signals: Sequence[int] = (),
+) -> WorkJob:
+    """A job whose work ends with this event, after the job has got these signals."""
+
+    def ask(*given: Any, **more: Any) -> child.Event:
+        for number in signals:
+            signal.raise_signal(number)
+        return ends | {"code": 1}
+
+    monkeypatch.setattr(child, "ask", ask)
+    return WorkJob("prepare-units", "{}", told)
+
+
+@pytest.mark.parametrize(
+    ("ends", "signals"),
+    [
+        ({"event": "stopped"}, ()),
+        # It had not yet begun to listen.
+        ({"event": "failed", "error": "ended with signal 15"}, (signal.SIGTERM,)),
+    ],
+)
+def test_a_work_that_was_told_to_stop_is_queued_again(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: list[tuple[str, ...]],
+    ends: dict[str, Any],
+    signals: Sequence[int],
+) -> None:
+    job = job_that(ends, tmp_path / "told.json", monkeypatch, signals=signals)
+    with pytest.raises(Left, match=str(STOPPED_EXIT_CODE)):
+        job()
+    assert asked[-1] == ("scontrol", "requeue", "12_1")
+    assert json.loads((tmp_path / "told.json").read_text())["event"] == ends["event"]
+
+
+@pytest.mark.parametrize("signals", [(), (signal.SIGTERM,)])
+def test_a_work_that_is_done_ends_its_job_well(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: list[tuple[str, ...]],
+    signals: Sequence[int],
+) -> None:
+    job_that({"event": "done"}, tmp_path / "told.json", monkeypatch, signals=signals)()
+    assert asked == []
+
+
+def test_a_work_that_failed_fails_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[tuple[str, ...]]
+) -> None:
+    job = job_that({"event": "failed", "error": "no room"}, tmp_path / "told.json", monkeypatch)
+    with pytest.raises(WorkFailed, match="no room"):
+        job()
+    assert asked == []
+
+
+@pytest.mark.parametrize(("max_jobs", "tasks"), [(1, 0), (4, 3), (9, 6)])
+def test_tasks_count_among_the_jobs_that_are_in_the_queue_at_once(
+    make_study: Callable[..., Study],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    max_jobs: int,
+    tasks: int,
+) -> None:
+    ledger, sizes = Ledger(tmp_path), list[int]()
+
+    def submit(folder: Path, *given: Any, **more: Any) -> list[str]:
+        sizes.append(len(given[-1]))
+        return [f"{len(sizes)}_{n}" for n in range(sizes[-1])]
+
+    monkeypatch.setattr(slurm, "submit", submit)
+    asked = {"prepare_source": {"tasks": 6}}
+    settings = SlurmSettings.model_validate({"max_jobs": max_jobs, "stages": asked})
+    work = plan(make_study(), ledger)
+    rows = [row for row in work.rows if isinstance(row.stage, PrepareSource)]
+    assert len(rows) > 1
+    backend = SlurmBackend(work, ledger, Machine(), settings, lambda stage: "live", lambda e: None)
+    assert backend.start(rows) == [rows[0].stage.name]
+    assert sizes == ([tasks, 1] if tasks else [1])
+    # There is no room for the tasks of another.
+    assert backend.start(rows[1:]) == []
