@@ -90,7 +90,7 @@ def test_a_small_run_sees_its_pools_as_often_as_its_ledger_says(tmp_path: Path) 
     with (page.parent / "seen.csv").open(newline="") as stream:
         records = [row for row in csv.DictReader(stream) if row["source"] == "pictures"]
     for record in records:
-        views = found[int(record["pool"]), float(record["tokens"])]
+        views = found[int(record["axis.pool"]), float(record["axis.tokens"])]
         times = " ".join(f"{often}:{number}" for often, number in views.times)
         assert (record["pictures"], record["views"]) == (str(views.distinct), str(views.views))
         assert record["times"] == times
