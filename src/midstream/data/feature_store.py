@@ -81,7 +81,7 @@ NUM_LOTS = 64
 BLOCK = 2**16
 # Parts that stay mapped in one process.
 OPEN_PARTS = 64
-# The rounding error is measured on this many pictures, the first that a store gets.
+# The rounding error is measured on up to so many pictures, the first of a fill.
 MEASURED_PICTURES = 64
 MEASURED = "measured.json"
 LOCKS = "locks"
@@ -97,7 +97,7 @@ class FeatureStore:
 
     `<folder>/part-<lot>-<digest>/` holds features.bin (uint8 [n, bytes of a picture],
     `images.pack`), hashes.npy (uint8 [n, 16], `sources.content_hash`) and sums.npy (uint64 [n],
-    XXH3 of each row of features.bin); `measured.json` the rounding errors on the first pictures
+    XXH3 of each row of features.bin); `measured.json` the rounding errors on some of the pictures
     (`ErrorMeter`); `locks/` a lock a lot, held by whoever computes pictures of it.
     """
 
@@ -147,6 +147,7 @@ class FeatureStore:
         total = source.num_images if examples is None else None
         waiting: dict[bytes, int] = {}
         num_seen = num_computed = 0
+        meter = ErrorMeter(self.config)
 
         def tell(note: str) -> None:
             done = 0.0 if total is None else (num_seen - len(waiting)) / max(1, total)
@@ -155,7 +156,10 @@ class FeatureStore:
         def computed(examples: list[int]) -> Iterator[Tensor]:
             for at, pixels in enumerate(pixel_batches(source, examples, self.config, workers)):
                 tell(f"{num_computed + at * FILL_BATCH:,} computed")
-                yield encode_raw(encode, pixels, self.config)
+                features = encode_raw(encode, pixels, self.config)
+                if meter.pictures < MEASURED_PICTURES:
+                    meter.add(features)
+                yield features
 
         def write() -> bool:
             nonlocal num_computed
@@ -170,6 +174,8 @@ class FeatureStore:
                 chosen = {key: waiting.pop(key) for key in keys}
                 number, stopped = self._write_part(lots[0], source, chosen, computed, should_stop)
             num_computed += number
+            if meter.pictures >= MEASURED_PICTURES:
+                self._keep_errors(meter)
             self._drop_stored(waiting)
             return not stopped
 
@@ -185,6 +191,8 @@ class FeatureStore:
         while waiting:
             if not write():
                 return False
+        if meter.pictures:
+            self._keep_errors(meter)
         return True
 
     def read_many(
@@ -297,6 +305,11 @@ class FeatureStore:
         for row in every[self._index.find(every) >= 0]:
             del waiting[row.tobytes()]
 
+    def _keep_errors(self, meter: ErrorMeter) -> None:
+        """Write what rounding changes, where nobody has."""
+        if not (self.folder / MEASURED).is_file():
+            write_json(self.folder / MEASURED, meter.errors())
+
     def _write_part(
         self,
         lot: int,
@@ -314,15 +327,11 @@ class FeatureStore:
             return 0, False
         if stopped := should_stop():
             return 0, True
-        measured = self.folder / MEASURED
-        meter = None if measured.is_file() else ErrorMeter(self.config)
         sums: list[int] = []
         name = f"part-{lot:02}-{content_hash(hashes.tobytes()).hex()}"
         with new_folder(self.folder / name) as temporary:
             with (temporary / "features.bin").open("wb") as stream:
                 for features in computed(examples):
-                    if meter is not None and meter.pictures < MEASURED_PICTURES:
-                        meter.add(features)
                     packed = pack(features, self.config).cpu()
                     finite = unpack(packed, self.config).isfinite().flatten(1).all(1)
                     for row, fine in zip(packed.numpy(), finite.tolist(), strict=True):
@@ -338,11 +347,6 @@ class FeatureStore:
                         break
             np.save(temporary / "hashes.npy", hashes[: len(sums)])
             np.save(temporary / "sums.npy", np.array(sums, np.uint64))
-            # A part that was cut short leaves the measuring to the next, if it had too few.
-            if meter is not None and (
-                len(sums) == len(examples) or meter.pictures >= MEASURED_PICTURES
-            ):
-                write_json(measured, meter.errors())
         self._refresh()
         return len(sums), stopped
 
