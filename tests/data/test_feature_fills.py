@@ -211,3 +211,24 @@ def test_pictures_decoded_ahead_by_threads_give_the_same_store(
     assert store.fill(talks, None, encode, quiet, workers=3)
     assert features_of(ahead) == features_of(alone)
     assert encode.calls == -(-NUM_PICTURES // FILL_BATCH)
+
+
+def test_what_fills_left_is_cleared_by_who_holds_its_lot(tmp_path: Path, talks: Source) -> None:
+    every = talks.hashes_of(np.array([n for n in range(len(talks)) if talks.has_image(n)]))
+    (mine, *_), (others, *_) = (
+        [n for n in range(NUM_LOTS) if (n in every[:, 0] % NUM_LOTS) == filled]
+        for filled in (True, False)
+    )
+    digest, unique = "ab" * 16, "cd" * 16
+    before_lots, left, running = (
+        tmp_path / f".part-{name}{digest}.{unique}.tmp"
+        for name in ("", f"{mine:02}-", f"{others:02}-")
+    )
+    for folder in (before_lots, left, running):
+        folder.mkdir()
+        (folder / "features.bin").write_bytes(b"cut short")
+    (tmp_path / f".measured.json.{unique}.tmp").write_bytes(b"{")
+    (tmp_path / "fill.lock").touch()
+    assert FeatureStore(tmp_path, CONFIG).fill(talks, None, Encode(), quiet)
+    assert list(tmp_path.glob(".*")) == [running]
+    assert not (tmp_path / "fill.lock").exists()

@@ -3,6 +3,7 @@
 The store's name stands for the encoder's weights and configuration; the caller sees to it.
 """
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -168,8 +169,7 @@ class FeatureStore:
                 if not lots:
                     tell("waiting for other processes that compute them")
                     return not should_stop()
-                for lot in lots:
-                    remove_leftovers(self.folder, f"part-{lot:02}-")
+                self._clear(lots)
                 keys = [key for key in waiting if _lot(key) in lots][:size]
                 chosen = {key: waiting.pop(key) for key in keys}
                 number, stopped = self._write_part(lots[0], source, chosen, computed, should_stop)
@@ -299,6 +299,15 @@ class FeatureStore:
             self._refresh()
             yield held
 
+    def _clear(self, lots: Sequence[int]) -> None:
+        """Delete what was left in the middle by fills of these lots, and by those that came before
+        there were lots."""
+        (self.folder / "fill.lock").unlink(missing_ok=True)
+        for left in self.folder.glob(".part-*"):
+            lot, dash, _ = left.name.removeprefix(".part-").partition("-")
+            if not dash or int(lot) in lots:
+                shutil.rmtree(left, ignore_errors=True)  # others may clear it as well
+
     def _drop_stored(self, waiting: dict[bytes, int]) -> None:
         """Take out what is stored by now."""
         every = np.frombuffer(b"".join(waiting), np.uint8).reshape(-1, 16)
@@ -307,8 +316,10 @@ class FeatureStore:
 
     def _keep_errors(self, meter: ErrorMeter) -> None:
         """Write what rounding changes, where nobody has."""
-        if not (self.folder / MEASURED).is_file():
-            write_json(self.folder / MEASURED, meter.errors())
+        with FileLock(self.folder / LOCKS / "measured.lock"):
+            remove_leftovers(self.folder, MEASURED)
+            if not (self.folder / MEASURED).is_file():
+                write_json(self.folder / MEASURED, meter.errors())
 
     def _write_part(
         self,
