@@ -232,3 +232,25 @@ def test_what_fills_left_is_cleared_by_who_holds_its_lot(tmp_path: Path, talks: 
     assert FeatureStore(tmp_path, CONFIG).fill(talks, None, Encode(), quiet)
     assert list(tmp_path.glob(".*")) == [running]
     assert not (tmp_path / "fill.lock").exists()
+
+
+def test_a_fill_of_many_pictures_leaves_most_to_one_that_comes_later(
+    tmp_path: Path, talks: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_store, "WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(feature_store, "MOST_TAKEN", 2)
+    first, second, said = Encode(), Encode(), list[str]()
+
+    def told(done: float, note: str) -> None:
+        said.extend([note] if "waiting" in note else [])
+
+    def at_first(pixels: Tensor) -> Tensor:
+        if not first.calls:
+            later = FeatureStore(tmp_path, CONFIG)
+            assert not later.fill(talks, None, second, told, lambda: bool(said))
+        return first(pixels)
+
+    assert FeatureStore(tmp_path, CONFIG).fill(talks, None, at_first, quiet)
+    # It held the lots of two pictures, or of three.
+    assert (second.calls > NUM_PICTURES // 4, first.calls) == (True, 1)
+    assert stored_pictures(tmp_path) == NUM_PICTURES

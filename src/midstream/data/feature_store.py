@@ -78,6 +78,9 @@ def _keys(hashes: np.ndarray) -> np.ndarray:
 PART_BYTES = 256 * 2**20
 # Pictures are dealt by their hashes into so many lots; whoever holds a lot's lock computes it.
 NUM_LOTS = 64
+# Of more pictures than this a process takes an eighth at a time, so that one that comes later has
+# something to compute.
+MOST_TAKEN = 1024
 # Examples whose hashes are looked up at once.
 BLOCK = 2**16
 # Parts that stay mapped in one process.
@@ -134,13 +137,14 @@ class FeatureStore:
 
         `examples` are arrays of example numbers; examples without a picture are passed over.
         Processes that fill at the same time compute different pictures: each takes lots that no
-        other holds, and waits for the others' at the end. With `share` (k, n) it is the k-th of n
-        that are asked for the same examples, and takes an n-th at a time. `workers` threads decode
-        pictures ahead. `progress` gets the part done (0 where `examples` are given) and may raise:
-        finished parts stay. `should_stop` is asked before every batch that is to be computed and
-        while other processes are waited for; what was computed until then is stored. Returns False
-        if it said yes, True once all is there. Raises ValueError that names the record for a
-        picture that cannot be read or whose features are not finite.
+        other holds, an eighth of many pictures at a time, and waits for the others' at the end.
+        With `share` (k, n) it is the k-th of n that are asked for the same examples, and takes an
+        n-th at most. `workers` threads decode pictures ahead. `progress` gets the part done (0
+        where `examples` are given) and may raise: finished parts stay. `should_stop` is asked
+        before every batch that is to be computed and while other processes are waited for; what was
+        computed until then is stored. Returns False if it said yes, True once all is there. Raises
+        ValueError that names the record for a picture that cannot be read or whose features are not
+        finite.
         """
         (self.folder / LOCKS).mkdir(parents=True, exist_ok=True)
         size = max(1, self.part_bytes // picture_bytes(self.config))
@@ -164,7 +168,8 @@ class FeatureStore:
 
         def write() -> bool:
             nonlocal num_computed
-            wanted = min(size, -(-len(waiting) // num_processes))
+            taken = max(MOST_TAKEN, len(waiting) // 8)
+            wanted = min(size, taken, -(-len(waiting) // num_processes))
             with self._lots(waiting, wanted, NUM_LOTS * mine // num_processes) as lots:
                 if not lots:
                     tell("waiting for other processes that compute them")
