@@ -41,6 +41,19 @@ def test_passes_over_pools_and_whole_sources_are_told(
     assert "50 to 100 with shares of tokens" in pictures_seen(stages, ledger)[0]
 
 
+def test_a_text_that_comes_again_is_told(make_study: MakeStudy, tmp_path: Path) -> None:
+    first = first_continue(make_study())
+    ledger = prepared(first.parents, tmp_path, SOURCES)
+    stories = sources_of(first.data, {"stories": "original"}, ledger)
+    assert stories is not None
+    held = stories["stories"].size(0)
+    stages = [with_budget(first, pooled(20, round(2 * held * part))) for part in (0.5, 1)]
+    assert len(passes_seen(stages, ledger)) == 1
+    stages.append(with_budget(first, pooled(20, 6 * held)))
+    assert passes_seen(stages, ledger)[1].endswith("tokens): 0.5 to 3")
+    assert "'stories'" in passes_seen(stages, ledger)[1]
+
+
 @pytest.mark.parametrize(
     ("sampling", "seen"), [("permutation", 30), ("replacement", 30 * (1 - (29 / 30) ** 200))]
 )

@@ -211,3 +211,46 @@ def test_pictures_decoded_ahead_by_threads_give_the_same_store(
     assert store.fill(talks, None, encode, quiet, workers=3)
     assert features_of(ahead) == features_of(alone)
     assert encode.calls == -(-NUM_PICTURES // FILL_BATCH)
+
+
+def test_what_fills_left_is_cleared_by_who_holds_its_lot(tmp_path: Path, talks: Source) -> None:
+    every = talks.hashes_of(np.array([n for n in range(len(talks)) if talks.has_image(n)]))
+    (mine, *_), (others, *_) = (
+        [n for n in range(NUM_LOTS) if (n in every[:, 0] % NUM_LOTS) == filled]
+        for filled in (True, False)
+    )
+    digest, unique = "ab" * 16, "cd" * 16
+    before_lots, left, running = (
+        tmp_path / f".part-{name}{digest}.{unique}.tmp"
+        for name in ("", f"{mine:02}-", f"{others:02}-")
+    )
+    for folder in (before_lots, left, running):
+        folder.mkdir()
+        (folder / "features.bin").write_bytes(b"cut short")
+    (tmp_path / f".measured.json.{unique}.tmp").write_bytes(b"{")
+    (tmp_path / "fill.lock").touch()
+    assert FeatureStore(tmp_path, CONFIG).fill(talks, None, Encode(), quiet)
+    assert list(tmp_path.glob(".*")) == [running]
+    assert not (tmp_path / "fill.lock").exists()
+
+
+def test_a_fill_of_many_pictures_leaves_most_to_one_that_comes_later(
+    tmp_path: Path, talks: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_store, "WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(feature_store, "MOST_TAKEN", 2)
+    first, second, said = Encode(), Encode(), list[str]()
+
+    def told(done: float, note: str) -> None:
+        said.extend([note] if "waiting" in note else [])
+
+    def at_first(pixels: Tensor) -> Tensor:
+        if not first.calls:
+            later = FeatureStore(tmp_path, CONFIG)
+            assert not later.fill(talks, None, second, told, lambda: bool(said))
+        return first(pixels)
+
+    assert FeatureStore(tmp_path, CONFIG).fill(talks, None, at_first, quiet)
+    # It held the lots of two pictures, or of three.
+    assert (second.calls > NUM_PICTURES // 4, first.calls) == (True, 1)
+    assert stored_pictures(tmp_path) == NUM_PICTURES

@@ -208,6 +208,17 @@ def test_rounding_errors_are_measured_and_kept_with_the_store(
     assert 0 < found["bfloat16"]["rms_error"] < found["int8"]["rms_error"] < 0.01
 
 
+def test_rounding_errors_are_measured_over_parts_that_are_smaller(
+    tmp_path: Path, talks: Source
+) -> None:
+    FeatureStore(tmp_path / "a", CODED).fill(talks, None, Encode(), quiet)
+    FeatureStore(tmp_path / "b", CODED, picture_bytes(CODED)).fill(talks, None, Encode(), quiet)
+    whole, apart = (read_json(tmp_path / name / "measured.json") for name in "ab")
+    for dtype, entry in whole.items():
+        assert apart[dtype]["pictures"] == entry["pictures"] == NUM_PICTURES
+        assert apart[dtype]["rms_error"] == pytest.approx(entry["rms_error"])
+
+
 @pytest.mark.parametrize("config", [CONFIG, CODED, WHOLE], ids=["bfloat16", "int8", "float32"])
 def test_features_that_are_no_numbers_stop_the_fill_by_their_record(
     tmp_path: Path, talks: Source, config: EncoderConfig

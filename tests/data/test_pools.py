@@ -1,7 +1,10 @@
 """Pools: the first pictures of a source's order, over and over, and how often each was seen."""
 
+import tracemalloc
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,6 +175,34 @@ def test_text_and_sources_too_large_have_no_ledger(
     assert picture_views(plan.quotas[1], web) is None
     monkeypatch.setattr(views, "MOST_EXAMPLES", NUM_EXAMPLES - 1)
     assert picture_views(plan.quotas[0], pics) is None
+
+
+def test_what_is_counted_takes_few_bytes_an_example() -> None:
+    number = 2**18
+    views = np.arange(number, dtype=np.uint32) % 3 + 1
+    hashes = np.random.default_rng(0).integers(0, 256, (number, 16), np.uint8)
+
+    class Many:
+        num_images = number
+
+        def __len__(self) -> int:
+            return number
+
+        def sizes_of(self, examples: np.ndarray, captions: np.ndarray) -> np.ndarray:
+            return np.ones((len(examples), 2), np.int64)
+
+        def hashes_of(self, examples: np.ndarray) -> np.ndarray:
+            return hashes[examples]
+
+    quota: Any = SimpleNamespace(divisible=False, views=views.copy)
+    many: Any = Many()
+    tracemalloc.start()
+    found = picture_views(quota, many)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found is not None
+    assert (found.distinct, found.views) == (number, int(views.sum()))
+    assert peak / number < 55
 
 
 def test_views_are_told_in_words() -> None:

@@ -1,5 +1,6 @@
 """What a study asks of its data that they do not hold is said before anything of it runs."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,27 @@ def test_a_pool_that_is_none_and_one_too_small_for_its_budget_are_named_beforeha
         assert said in refusal_of(given, sources)
     assert "raise max_epochs to 4" in problem.remedy
     assert told(prepared, seen(data, budget("pictures", 2, 6))) == []
+
+
+def test_what_a_part_of_a_source_holds_is_doubtful_near_the_border_and_no_more(
+    world: Path, prepared: Ledger
+) -> None:
+    data, pool = own_world.data_of(world), 5
+    sources = open_sources(data, ("web", "pictures", "talks"), prepared)
+
+    def budget(tokens: int) -> Amounts:
+        return Amounts(amounts=(Amount(source="pictures", tokens=tokens, pool=pool),))
+
+    (held,) = re.findall("holds ([0-9,]+) tokens", refusal_of(budget(10**6), sources))
+    exactly = int(held.replace(",", ""))
+    for more in (0, 1):
+        assert bool(refusal_of(budget(exactly + more), sources)) == bool(more)
+        (problem,) = told(prepared, seen(data, budget(exactly + more)))
+        assert (problem.level, "is expected to hold" in problem.what) == ("doubtful", True)
+        assert "raise max_epochs to 2" in problem.remedy
+    assert told(prepared, seen(data, budget(exactly // 3))) == []
+    (problem,) = told(prepared, seen(data, budget(3 * exactly)))
+    assert problem.level == "wrong"
 
 
 def test_a_budget_of_a_source_that_was_prepared_before_is_known_without_a_run(

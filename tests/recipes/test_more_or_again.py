@@ -3,13 +3,13 @@
 import csv
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 import tiny
 from midstream.config import Mixture
-from midstream.recipes.pools import MAX_PASSES, MULTIPLES, POOLS, more_or_again
+from midstream.recipes.pools import MAX_PASSES, MULTIPLES, more_or_again
 from midstream.report.gather import gather
 from midstream.report.page import summary_text, write_facts
 from midstream.study.results import TrainingResult
@@ -17,6 +17,8 @@ from midstream.study.stages import Continue, Finetune
 from midstream.study.store import Ledger
 from midstream.study.studies import Line
 from midstream.work.open_model import open_sources
+
+POOLS = (2_500, 5_000, 10_000)
 
 
 def seeing(line: Line) -> Continue:
@@ -52,6 +54,36 @@ def test_lines_differ_in_pool_tokens_and_seed_alone() -> None:
             {"pool": POOLS[0], "tokens": MULTIPLES[-1]},
         ]
         assert claim.lower != claim.higher
+
+
+@pytest.mark.parametrize("scale", ["11m", "1b", "pythia-410m"])
+@pytest.mark.parametrize("rows", ["filled", "paper"])
+def test_pools_of_other_scales_are_seen_whole_before_they_come_again(
+    scale: str, rows: Literal["filled", "paper"]
+) -> None:
+    found: dict[int, list[float]] = {}
+    for line in more_or_again(scale=scale, rows=rows, seeds=(7,)).lines:
+        stage = seeing(line)
+        budget, encoder = stage.training.budget, stage.model.encoder
+        assert isinstance(budget, Mixture)
+        assert encoder is not None
+        assert budget.sampling == "permutation"
+        (source, pool), *_ = budget.pools.items()
+        (held,) = (one for one in stage.data.expected if one.name == source)
+        assert pool <= held.num_examples
+        size = stage.training.rows.row_length
+        if budget.by == "tokens":
+            size = encoder.num_patches + held.num_tokens // held.num_examples
+        share = budget.shares[0].share
+        found.setdefault(pool, []).append(budget.total_tokens * share / size / pool)
+    few, _, many = (found[pool] for pool in sorted(found))
+    assert few == pytest.approx([1, 2, 4], rel=0.05)
+    assert many == pytest.approx([0.25, 0.5, 1], rel=0.05)
+
+
+def test_a_scale_that_does_not_say_what_its_captions_hold_asks_for_pools() -> None:
+    with pytest.raises(ValueError, match="does not say what 'pictures' holds; give pools"):
+        more_or_again(shrink=0.01)
 
 
 @pytest.mark.parametrize("given", [{"pools": (10, 10)}, {"multiples": (1.0,)}])
@@ -90,7 +122,7 @@ def test_a_small_run_sees_its_pools_as_often_as_its_ledger_says(tmp_path: Path) 
     with (page.parent / "seen.csv").open(newline="") as stream:
         records = [row for row in csv.DictReader(stream) if row["source"] == "pictures"]
     for record in records:
-        views = found[int(record["pool"]), float(record["tokens"])]
+        views = found[int(record["axis.pool"]), float(record["axis.tokens"])]
         times = " ".join(f"{often}:{number}" for often, number in views.times)
         assert (record["pictures"], record["views"]) == (str(views.distinct), str(views.views))
         assert record["times"] == times

@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from midstream.model.weights import initialise
 from midstream.order.plan import RowPlan
 from midstream.study.stages import Continue, ContinueFrom, Pretrain
 from midstream.study.store import Ledger, Stopped
-from midstream.train import checkpoint
+from midstream.train import checkpoint, loop
+from midstream.train.checkpoint import Progress
+from midstream.train.parallel import Place
 from midstream.train.step import NonFiniteError
 from midstream.work.open_model import open_sources
 from tiny import SEEN, TEXT
@@ -266,3 +269,26 @@ def test_a_stage_killed_while_it_clears_up_ends_in_the_same_bits(
     tiny.runner(mine).run(TEXT)
     assert tiny.bits(mine, TEXT) == tiny.bits(ledger, TEXT)
     assert not list(mine.folder(TEXT).glob(".*"))
+
+
+def test_the_first_rank_alone_counts_views_and_tells_the_others(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = tiny.MACHINE.model_copy(update={"features": "live"})
+    job = tiny.runner(ledger, machine=live).job(SEEN, ledger.folder(SEEN))
+    told = [share["pictures"] for share in ledger.results(SEEN)["sources"].values()]
+    assert told[0]["views"] > 0
+    assert told[1] is None
+
+    class Second(Place):
+        def gather(self, value: Any) -> list[Any]:
+            return [told if value is None else value]
+
+    def never(*of: object) -> None:
+        raise AssertionError("the second rank counts")
+
+    monkeypatch.setattr(loop, "picture_views", never)
+    progress = Progress(9, 9, 9, 0.1, TokenCount(), seconds=1.0)
+    second = Second(torch.device("cpu"), rank=1, peak_flops=1.0)
+    results = loop._results(job, progress, second)
+    assert [share["pictures"] for share in results["sources"].values()] == told

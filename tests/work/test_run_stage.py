@@ -22,6 +22,7 @@ from midstream.model.weights import (
 from midstream.study.stages import Continue, ContinueFrom, Evaluate, Finetune, FromScratch, Stage
 from midstream.study.store import Ledger, Stopped
 from midstream.train import checkpoint
+from midstream.train.parallel import Place
 from tiny import CHAT, RESULT, SEEN, TEXT
 
 STORE_DOC = Path(__file__).parents[2] / "docs" / "store.md"
@@ -317,3 +318,20 @@ def test_stored_features_are_shared_and_train_the_same_weights_as_live_ones(
     # The same pictures in another stage: nothing is computed again.
     tiny.runner(own, machine=storing).run(tiny.image_run(total_tokens=2_000))
     assert contents(folder) == before
+
+
+def test_ranks_meet_before_any_of_them_stores_features(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tiny.store_with(ledger, tmp_path, tiny.DATA, tiny.ENCODER_STAGE, TEXT)
+    storing = tiny.MACHINE.model_copy(update={"features": "stored"})
+    runner, said = tiny.runner(own, machine=storing), list[str]()
+
+    class Meeting(Place):
+        def barrier(self) -> None:
+            said.append("met")
+
+    runner.place = Meeting(runner.device)
+    monkeypatch.setattr(runner.watch, "at", said.append)
+    runner.job(SEEN, own.folder(SEEN))
+    assert said[:2] == ["met", "storing features"]

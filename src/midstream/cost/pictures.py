@@ -291,8 +291,9 @@ def pictures_seen(stages: Sequence[Stage], ledger: Ledger) -> list[str]:
 
 def passes_seen(stages: Sequence[Stage], ledger: Ledger) -> list[str]:
     """Lines for a plan: how often the image-text stages go through each source of pictures, by the
-    number of pictures that they may see."""
+    number of pictures that they may see, and through a text of which some see more than a pass."""
     passes: dict[tuple[str, int], list[float]] = {}
+    texts: dict[tuple[str, int], list[float]] = {}
     for stage in stages:
         if not isinstance(stage, Continue):
             continue
@@ -303,9 +304,13 @@ def passes_seen(stages: Sequence[Stage], ledger: Ledger) -> list[str]:
         for name, part in taken(stage.training, sources, encoder.num_patches).items():
             if images := round(sources[name].pooled(budget.pools.get(name)).images):
                 passes.setdefault((name, images), []).append(part.images / images)
+            elif size := sources[name].size(0):
+                texts.setdefault((name, size), []).append(part.tokens / size)
+    again = {key: numbers for key, numbers in texts.items() if max(numbers) > 1}
     return [
-        f"passes over source {name!r} ({quantity(images)} pictures): {_span(numbers)}"
-        for (name, images), numbers in sorted(passes.items())
+        f"passes over source {name!r} ({quantity(number)} {unit}): {_span(numbers)}"
+        for unit, found in (("pictures", passes), ("tokens", again))
+        for (name, number), numbers in sorted(found.items())
     ]
 
 

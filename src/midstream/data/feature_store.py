@@ -3,6 +3,7 @@
 The store's name stands for the encoder's weights and configuration; the caller sees to it.
 """
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -77,11 +78,14 @@ def _keys(hashes: np.ndarray) -> np.ndarray:
 PART_BYTES = 256 * 2**20
 # Pictures are dealt by their hashes into so many lots; whoever holds a lot's lock computes it.
 NUM_LOTS = 64
+# Of more pictures than this a process takes an eighth at a time, so that one that comes later has
+# something to compute.
+MOST_TAKEN = 1024
 # Examples whose hashes are looked up at once.
 BLOCK = 2**16
 # Parts that stay mapped in one process.
 OPEN_PARTS = 64
-# The rounding error is measured on this many pictures, the first that a store gets.
+# The rounding error is measured on up to so many pictures, the first of a fill.
 MEASURED_PICTURES = 64
 MEASURED = "measured.json"
 LOCKS = "locks"
@@ -97,7 +101,7 @@ class FeatureStore:
 
     `<folder>/part-<lot>-<digest>/` holds features.bin (uint8 [n, bytes of a picture],
     `images.pack`), hashes.npy (uint8 [n, 16], `sources.content_hash`) and sums.npy (uint64 [n],
-    XXH3 of each row of features.bin); `measured.json` the rounding errors on the first pictures
+    XXH3 of each row of features.bin); `measured.json` the rounding errors on some of the pictures
     (`ErrorMeter`); `locks/` a lock a lot, held by whoever computes pictures of it.
     """
 
@@ -133,13 +137,14 @@ class FeatureStore:
 
         `examples` are arrays of example numbers; examples without a picture are passed over.
         Processes that fill at the same time compute different pictures: each takes lots that no
-        other holds, and waits for the others' at the end. With `share` (k, n) it is the k-th of n
-        that are asked for the same examples, and takes an n-th at a time. `workers` threads decode
-        pictures ahead. `progress` gets the part done (0 where `examples` are given) and may raise:
-        finished parts stay. `should_stop` is asked before every batch that is to be computed and
-        while other processes are waited for; what was computed until then is stored. Returns False
-        if it said yes, True once all is there. Raises ValueError that names the record for a
-        picture that cannot be read or whose features are not finite.
+        other holds, an eighth of many pictures at a time, and waits for the others' at the end.
+        With `share` (k, n) it is the k-th of n that are asked for the same examples, and takes an
+        n-th at most. `workers` threads decode pictures ahead. `progress` gets the part done (0
+        where `examples` are given) and may raise: finished parts stay. `should_stop` is asked
+        before every batch that is to be computed and while other processes are waited for; what was
+        computed until then is stored. Returns False if it said yes, True once all is there. Raises
+        ValueError that names the record for a picture that cannot be read or whose features are not
+        finite.
         """
         (self.folder / LOCKS).mkdir(parents=True, exist_ok=True)
         size = max(1, self.part_bytes // picture_bytes(self.config))
@@ -147,6 +152,7 @@ class FeatureStore:
         total = source.num_images if examples is None else None
         waiting: dict[bytes, int] = {}
         num_seen = num_computed = 0
+        meter = ErrorMeter(self.config)
 
         def tell(note: str) -> None:
             done = 0.0 if total is None else (num_seen - len(waiting)) / max(1, total)
@@ -155,21 +161,26 @@ class FeatureStore:
         def computed(examples: list[int]) -> Iterator[Tensor]:
             for at, pixels in enumerate(pixel_batches(source, examples, self.config, workers)):
                 tell(f"{num_computed + at * FILL_BATCH:,} computed")
-                yield encode_raw(encode, pixels, self.config)
+                features = encode_raw(encode, pixels, self.config)
+                if meter.pictures < MEASURED_PICTURES:
+                    meter.add(features)
+                yield features
 
         def write() -> bool:
             nonlocal num_computed
-            wanted = min(size, -(-len(waiting) // num_processes))
+            taken = max(MOST_TAKEN, len(waiting) // 8)
+            wanted = min(size, taken, -(-len(waiting) // num_processes))
             with self._lots(waiting, wanted, NUM_LOTS * mine // num_processes) as lots:
                 if not lots:
                     tell("waiting for other processes that compute them")
                     return not should_stop()
-                for lot in lots:
-                    remove_leftovers(self.folder, f"part-{lot:02}-")
+                self._clear(lots)
                 keys = [key for key in waiting if _lot(key) in lots][:size]
                 chosen = {key: waiting.pop(key) for key in keys}
                 number, stopped = self._write_part(lots[0], source, chosen, computed, should_stop)
             num_computed += number
+            if meter.pictures >= MEASURED_PICTURES:
+                self._keep_errors(meter)
             self._drop_stored(waiting)
             return not stopped
 
@@ -185,6 +196,8 @@ class FeatureStore:
         while waiting:
             if not write():
                 return False
+        if meter.pictures:
+            self._keep_errors(meter)
         return True
 
     def read_many(
@@ -291,11 +304,27 @@ class FeatureStore:
             self._refresh()
             yield held
 
+    def _clear(self, lots: Sequence[int]) -> None:
+        """Delete what was left in the middle by fills of these lots, and by those that came before
+        there were lots."""
+        (self.folder / "fill.lock").unlink(missing_ok=True)
+        for left in self.folder.glob(".part-*"):
+            lot, dash, _ = left.name.removeprefix(".part-").partition("-")
+            if not dash or int(lot) in lots:
+                shutil.rmtree(left, ignore_errors=True)  # others may clear it as well
+
     def _drop_stored(self, waiting: dict[bytes, int]) -> None:
         """Take out what is stored by now."""
         every = np.frombuffer(b"".join(waiting), np.uint8).reshape(-1, 16)
         for row in every[self._index.find(every) >= 0]:
             del waiting[row.tobytes()]
+
+    def _keep_errors(self, meter: ErrorMeter) -> None:
+        """Write what rounding changes, where nobody has."""
+        with FileLock(self.folder / LOCKS / "measured.lock"):
+            remove_leftovers(self.folder, MEASURED)
+            if not (self.folder / MEASURED).is_file():
+                write_json(self.folder / MEASURED, meter.errors())
 
     def _write_part(
         self,
@@ -314,15 +343,11 @@ class FeatureStore:
             return 0, False
         if stopped := should_stop():
             return 0, True
-        measured = self.folder / MEASURED
-        meter = None if measured.is_file() else ErrorMeter(self.config)
         sums: list[int] = []
         name = f"part-{lot:02}-{content_hash(hashes.tobytes()).hex()}"
         with new_folder(self.folder / name) as temporary:
             with (temporary / "features.bin").open("wb") as stream:
                 for features in computed(examples):
-                    if meter is not None and meter.pictures < MEASURED_PICTURES:
-                        meter.add(features)
                     packed = pack(features, self.config).cpu()
                     finite = unpack(packed, self.config).isfinite().flatten(1).all(1)
                     for row, fine in zip(packed.numpy(), finite.tolist(), strict=True):
@@ -338,11 +363,6 @@ class FeatureStore:
                         break
             np.save(temporary / "hashes.npy", hashes[: len(sums)])
             np.save(temporary / "sums.npy", np.array(sums, np.uint64))
-            # A part that was cut short leaves the measuring to the next, if it had too few.
-            if meter is not None and (
-                len(sums) == len(examples) or meter.pictures >= MEASURED_PICTURES
-            ):
-                write_json(measured, meter.errors())
         self._refresh()
         return len(sums), stopped
 

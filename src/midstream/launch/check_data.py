@@ -7,6 +7,7 @@ for an estimate, and what speaks against that is doubtful rather than wrong.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from math import sqrt
 from typing import Any, Literal, get_args
 
 from midstream.config import (
@@ -264,22 +265,30 @@ def _budget(sources: Mapping[str, Counted], patches: int, stage: Trained) -> Ite
             continue
         tokens, examples = source.tokens + patches * source.images, source.examples
         level: Level = "doubtful" if source.expected else "wrong"
-        pool, pooled = training.budget.pools.get(need.source), ""
+        pool, pooled, doubt = training.budget.pools.get(need.source), "", 0
         if pool is not None:
             try:
                 check_pool(need.source, source.kind, pool, examples)
             except ValueError as reason:
                 yield replace(Problem.of(reason), level=level)
                 continue
+            if pool < examples:
+                doubt = _doubt(source.tokens * pool // examples, pool)
             tokens, examples, pooled = tokens * pool // examples, pool, f"the pool of {pool:,} of "
-        holds = "is expected to hold" if source.expected else "holds"
         if not source.examples or not tokens:
             what = f"source {need.source!r} holds no example"
             yield Problem(what, "leave it out", level=level)
-        passes = passes_needed(need, training.budget, tokens=tokens, examples=examples)
+        passes, at_most = (
+            passes_needed(need, training.budget, tokens=tokens + more, examples=examples)
+            for more in (-doubt, doubt)
+        )
         if passes is None or not tokens:
             continue
         have = tokens if need.unit == "tokens" else examples
+        if at_most is None:
+            level = "doubtful"
+        is_guess = source.expected or (doubt and need.unit == "tokens")
+        holds = "is expected to hold" if is_guess else "holds"
         counted = f", {patches} patches a picture among them" if patches and source.images else ""
         yield Problem(
             f"{pooled}source {need.source!r} {holds} {have:,} {need.unit}{counted}, the plan needs "
@@ -289,6 +298,12 @@ def _budget(sources: Mapping[str, Counted], patches: int, stage: Trained) -> Ite
             key=f"budget {stage.data.source(need.source).name} {patches} {pooled}".rstrip(),
             weight=passes,
         )
+
+
+def _doubt(tokens: int, pool: int) -> int:
+    """By how much the captions of a part of a source may miss what they hold on average: three
+    standard errors of lengths that spread as far as their mean."""
+    return min(tokens // 2, round(3 * tokens / sqrt(pool)))
 
 
 def _longest(name: str, source: Counted, patches: int, stage: Trained) -> Iterator[Problem]:

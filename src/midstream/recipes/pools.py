@@ -8,15 +8,25 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Unpack
 
-from midstream.recipes.scales import Model, Scale, Settings, decidable, find_scale, finetune_stage
+from midstream.order.mixture import needs_of
+from midstream.recipes.scales import (
+    Model,
+    Scale,
+    Settings,
+    decidable,
+    find_scale,
+    finetune_stage,
+    image_text_stage,
+)
 from midstream.study.stages import Continue, Evaluate, Finetune
 from midstream.study.studies import Axis, Claim, Figure, Line, Study, line_name
 
-# Ours (U): at the pocket scale one to four passes over the smallest pool, up to one over the
-# largest.
-POOLS = (2_500, 5_000, 10_000)
+# Ours (U), of the views of pictures in the longest image-text stage: one to four passes over the
+# smallest pool, up to one over the largest.
+PARTS = (0.25, 0.5, 1.0)
 MULTIPLES = (0.25, 0.5, 1.0)
-# A limit that no run is meant to reach.
+# A limit that no run is meant to reach. It is one for text as well: a plan says where that comes
+# again.
 MAX_PASSES = 64
 # "Scaling Data-Constrained Language Models": up to four passes over text are as good as new text.
 REPEATED = "asked of pictures here; of text, up to four passes are as good (arXiv 2305.16264)"
@@ -26,7 +36,7 @@ def more_or_again(
     scale: str = "pocket",
     seeds: Sequence[int] = (),
     epochs: int = 4,
-    pools: Sequence[int] = POOLS,
+    pools: Sequence[int] = (),
     multiples: Sequence[float] = MULTIPLES,
     share: float = 0.1,
     shrink: float = 1.0,
@@ -35,13 +45,17 @@ def more_or_again(
     """Do more views help because they are of new pictures, or do the same pictures again as well?
 
     Each of the `pools` (numbers of pictures, each contained in the larger ones) at each of the
-    `multiples` of the scale's image-text tokens, of which captions are `share`. Raises ValueError
-    for fewer than two of either.
+    `multiples` of the scale's image-text tokens, of which captions are `share`; by default PARTS of
+    as many pictures as the longest of the stages shows. Raises ValueError for fewer than two of
+    either, and without pools at a scale that does not say what its captions hold.
     """
-    for name, values in (("pools", pools), ("multiples", multiples)):
+    for name, values in (("pools", pools or PARTS), ("multiples", multiples)):
         if len(set(values)) < 2:
             raise ValueError(f"{name} is {list(values)}; give two different ones or more")
     at = find_scale(scale, shrink, **given)
+    if not pools:
+        views = _views(at, Model(captions=share, multiple=max(multiples)))
+        pools = tuple(round(part * views) for part in PARTS)
     lines = [
         Line(
             name=line_name(axes := {"pool": pool, "tokens": multiple, "seed": seed}),
@@ -76,12 +90,31 @@ def more_or_again(
         notes=(
             "tokens: image-text tokens over those of the scale. A pool is the first so many "
             "pictures of the image-text stage's order: with one seed each is contained in the "
-            "larger ones, and is seen in the same order until it comes again.",
+            "larger ones, and is seen in the same order until it comes again; so are the other "
+            "sources, also where the paper draws with replacement.",
             "Pools are of the image-text stage. What trained the encoder, and the conversations, "
             "are the same in every line and show other pictures as well.",
             *at.notes,
         ),
     )
+
+
+def _views(scale: Scale, model: Model) -> int:
+    """How often the image-text stage of a model shows a picture with its caption, to two digits,
+    or as many as there are of them, by what the scale expects of its captions."""
+    stage, (source, _) = image_text_stage(scale, model), scale.captions[model.caption_set]
+    held = next((one for one in scale.data.expected if one.name == source), None)
+    if held is None:
+        raise ValueError(
+            f"scale {scale.name!r} as it is asked for does not say what {source!r} holds; give "
+            "pools as numbers of pictures"
+        )
+    assert stage.model.encoder is not None, "an image-text stage sees"
+    size = (held.num_tokens + stage.model.encoder.num_patches * held.num_images) / held.num_examples
+    needs = needs_of(stage.training.budget, stage.training.rows.row_length, ())
+    (need,) = (need for need in needs if need.source == source)
+    views = need.amount / (size if need.unit == "tokens" else 1)
+    return min(int(float(f"{views:.2g}")), held.num_examples)
 
 
 def _model(scale: Scale, pool: int, model: Model) -> Finetune:
@@ -94,7 +127,9 @@ def _model(scale: Scale, pool: int, model: Model) -> Finetune:
         one.model_copy(update={"pool": pool}) if one.source == source else one
         for one in budget.shares
     )
-    pooled = budget.model_copy(update={"shares": shares, "max_epochs": MAX_PASSES})
+    # Drawn with replacement, a picture comes again before others have been seen.
+    passes = {"max_epochs": MAX_PASSES, "sampling": "permutation"}
+    pooled = budget.model_copy(update={"shares": shares} | passes)
     training = plain.start.training.model_copy(update={"budget": pooled})
     seen = plain.start.model_copy(update={"training": training})
     return plain.model_copy(update={"start": seen})

@@ -37,7 +37,7 @@ from midstream.report.line_rows import (
     write_csv,
 )
 from midstream.report.pairs import Examples, Gap, Pair, paired_rows
-from midstream.report.seen import flat_records, seen_grid, seen_records
+from midstream.report.seen import Seen, flat_records, seen_grid, seen_records
 from midstream.report.size_laws import Laws, ladder_grid, ladder_records, laws_of
 from midstream.report.table import (
     Grid,
@@ -143,7 +143,7 @@ class Facts:
     costs: list[KindCost]
     settings: str
     laws: list[Laws]
-    seen: list[Record]
+    seen: list[Seen]
 
     def baselines(self, column: str) -> dict[str, float | int | None]:
         """The baselines' values of a column, by name."""

@@ -341,10 +341,8 @@ def _unequal_parts(path: _Path, values: list[tuple[Any, ...]]) -> Iterator[_Fiel
         for source in dict.fromkeys(item.source for item in every):
             own = [one.get(source) for one in by_source]
             yield from _unequal((*path, source), [_measure(item) for item in own])
-            pools = [None if item is None else item.pool for item in own]
-            if len(set(pools)) > 1:
-                told = [f"all of {source}" if n is None else f"{n:,} of {source}" for n in pools]
-                yield (*path, source), told
+            if len({item.pool for item in own if item is not None}) > 1:
+                yield (*path, source), [_pool(source, item) for item in own]
             captions = [None if item is None else item.caption for item in own]
             if len(set(captions) - {None}) > 1:
                 yield (
@@ -357,6 +355,12 @@ def _unequal_parts(path: _Path, values: list[tuple[Any, ...]]) -> Iterator[_Fiel
     if not some:  # the same in another order
         told = ["+".join(_short(item) for item in value) for value in values]
     yield path, [_told(path, text or None) for text in told]
+
+
+def _pool(source: str, item: Share | Amount | None) -> str:
+    if item is None:
+        return f"no {source}"
+    return f"all of {source}" if item.pool is None else f"{item.pool:,} of {source}"
 
 
 def _measure(item: Share | Amount | None) -> str:

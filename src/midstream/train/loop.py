@@ -367,6 +367,13 @@ def _advance(
     )
 
 
+def _views(job: Job) -> list[dict[str, Any] | None]:
+    """By source, how often its pictures were seen."""
+    data = job.dataset
+    views = [picture_views(quota, data.sources[quota.name]) for quota in data.plan.quotas]
+    return [None if shown is None else shown.model_dump(mode="json") for shown in views]
+
+
 def _results(job: Job, progress: Progress, place: Place) -> dict[str, Any]:
     row_length = job.training.rows.row_length
     image_positions = progress.image_rows * row_length
@@ -383,7 +390,7 @@ def _results(job: Job, progress: Progress, place: Place) -> dict[str, Any]:
     (memory,) = place.sum([peak_memory_bytes()])
     data = job.dataset
     planned_shares = shares_report(data.plan, data.sources, data.num_patches)
-    views = [picture_views(quota, data.sources[quota.name]) for quota in data.plan.quotas]
+    views = place.gather(_views(job) if place.rank == 0 else None)[0]
     return {
         "tokens_seen": progress.tokens_seen,
         "steps": progress.step,
@@ -395,7 +402,7 @@ def _results(job: Job, progress: Progress, place: Place) -> dict[str, Any]:
             name: planned
             | {
                 "seen": {**progress.sources.get(name, TokenCount()).__dict__},
-                "pictures": None if shown is None else shown.model_dump(),
+                "pictures": shown,
             }
             for (name, planned), shown in zip(planned_shares.items(), views, strict=True)
         },

@@ -389,6 +389,8 @@ class StageRunner:
         folder = feature_folder(self.ledger, stage.encoder_stage)
         assert folder is not None, "a parent of the stage"
         store = FeatureStore(folder, config)
+        # A rank that opens slowly is not behind those that store already.
+        self.place.barrier()
         self.watch.at("storing features")
         fill = partial(
             store.fill,
