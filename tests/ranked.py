@@ -6,6 +6,7 @@ The ranks are forked from the server of `lives`; torchrun itself is started in `
 import json
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,9 @@ def _rank(given: str, environment: dict[str, str], errors: str) -> None:
         nonlocal left
         if left is not None:
             left -= 1
+        elif values["stopped_rank"] is not None:
+            # So that the others are not done before that one has begun.
+            time.sleep(0.2)
         return left == 0
 
     machine = Machine.model_validate(values["machine"])

@@ -383,14 +383,14 @@ class StageRunner:
             return [LiveImages(seen, plan.names, config) for plan, seen in plans], None
         assert stage.encoder_stage is not None, "it is a frozen one"
         encode = on_device(open_encoder(self.ledger, stage.encoder_stage).to(self.device).eval())
-        if self._decide(stage) == "live":
+        # Another stage may store features meanwhile: what one rank sees of them goes for all.
+        if self.place.gather(self._decide(stage))[0] == "live":
             live = partial(encode_fixed, encode, config=config)
             return [LiveImages(seen, plan.names, config) for plan, seen in plans], live
         folder = feature_folder(self.ledger, stage.encoder_stage)
         assert folder is not None, "a parent of the stage"
         store = FeatureStore(folder, config)
-        # A rank that opens slowly is not behind those that store already.
-        self.place.barrier()
+        self.place.barrier()  # one that opens slowly is not behind those that store
         self.watch.at("storing features")
         fill = partial(
             store.fill,
