@@ -168,6 +168,7 @@ def test_a_cancelled_task_is_named_and_the_same_command_makes_what_it_left(sourc
     assert contents(source.out) == source.alone()
 
 
+@pytest.mark.faults
 def test_a_command_that_is_killed_finds_its_jobs_again_and_others_are_refused(
     source: Source,
 ) -> None:
@@ -238,6 +239,7 @@ def task_of(slurm: Any, job: str) -> list[int]:
     ]
 
 
+@pytest.mark.faults
 @stand_in
 def test_a_task_that_is_told_to_stop_is_queued_again_and_goes_on(
     slurm: Any, tmp_path: Path
@@ -261,6 +263,7 @@ def test_a_task_that_is_told_to_stop_is_queued_again_and_goes_on(
     assert contents(source.out) == source.alone()
 
 
+@pytest.mark.faults
 @stand_in
 def test_what_the_data_lack_is_told_by_the_job_that_finishes(source: Source) -> None:
     (source.texts / "0.jsonl").write_text('{"body": "bad"}\n')
@@ -290,7 +293,7 @@ def test_what_slurm_cannot_give_is_refused_and_workers_are_of_this_machine(sourc
 
 
 @stand_in
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.faults)])
 def test_a_studys_source_is_made_by_tasks_before_its_own_job(
     slurm: Any, tmp_path: Path, tiny_ledger: Ledger, lost: int
 ) -> None:

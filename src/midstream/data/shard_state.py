@@ -212,7 +212,10 @@ def _finished(job: Job) -> dict[str, Path]:
     """The whole shards that lie there, by what they were made from; in their places before others
     of equal bytes."""
     folders = (*_folders(job.units), *_folders(job.shards))
-    return {made: path for path in folders if (made := _made_from(path)) is not None}
+    # Servers of pictures are asked about many at once.
+    with ThreadPoolExecutor(NUM_REQUESTS) as pool:
+        found = dict(zip(folders, pool.map(_made_from, folders), strict=True))
+    return {made: path for path, made in found.items() if made is not None}
 
 
 def _made_from(path: Path) -> str | None:
