@@ -144,6 +144,7 @@ def test_tasks_make_the_source_and_one_job_finishes_it(source: Source) -> None:
     assert f"0 of {NUM_FILES} shards are made by 0 tasks" in printed
 
 
+@pytest.mark.faults
 def test_a_cancelled_task_is_named_and_the_same_command_makes_what_it_left(source: Source) -> None:
     (source.hold / "task-1").touch()
     process = source.on_slurm(restarts=3)
@@ -293,7 +294,8 @@ def test_what_slurm_cannot_give_is_refused_and_workers_are_of_this_machine(sourc
 
 
 @stand_in
-@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize("lost", [0, 1])
 def test_a_studys_source_is_made_by_tasks_before_its_own_job(
     slurm: Any, tmp_path: Path, tiny_ledger: Ledger, lost: int
 ) -> None:
