@@ -8,7 +8,7 @@ from typer.testing import CliRunner, Result
 
 import own_world
 from midstream.cli.app import app
-from midstream.cli.run_commands import _slurm_settings as settings_of
+from midstream.cli.run_commands import slurm_settings as settings_of
 from midstream.config import SlurmSettings
 
 

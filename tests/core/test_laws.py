@@ -78,7 +78,7 @@ def test_a_loss_that_goes_on_falling_by_as_much_shows_no_floor() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spread", [0.004, 0.01])
+@pytest.mark.parametrize("spread", [pytest.param(0.004, marks=pytest.mark.faults), 0.01])
 def test_a_left_out_size_lies_in_its_interval_as_often_as_is_said(spread: float) -> None:
     hits = []
     for number in range(300):

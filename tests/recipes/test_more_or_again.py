@@ -92,6 +92,7 @@ def test_one_pool_or_one_length_compares_with_nothing(given: dict[str, Any]) -> 
         more_or_again(**given)
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 def test_a_small_run_sees_its_pools_as_often_as_its_ledger_says(tmp_path: Path) -> None:
     study = more_or_again(
