@@ -5,6 +5,7 @@ import random
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,7 +60,7 @@ def prepare(request: PrepareRequest, channel: Channel) -> dict[str, Any]:
             _plan_of(request, tokenizer_file),
             workers=request.workers,
             max_reject_fraction=request.max_rejects,
-            progress=lambda done, note: channel.progress("preparing", done, note),
+            progress=partial(channel.progress, "preparing"),
             notice=print,
         )
 
@@ -73,7 +74,7 @@ def prepare_units(request: PrepareRequest, channel: Channel) -> dict[str, int]:
             _plan_of(request, tokenizer_file),
             workers=request.workers,
             max_reject_fraction=request.max_rejects,
-            progress=lambda done, note: channel.progress("preparing", done, note),
+            progress=partial(channel.progress, "preparing"),
         )
 
 
@@ -102,7 +103,7 @@ def prepare_share(request: ShareRequest, channel: Channel) -> dict[str, int]:
         ledger.folder(stage),
         share=request.share,
         workers=request.workers,
-        progress=lambda done, note: channel.progress("preparing", done, note),
+        progress=partial(channel.progress, "preparing"),
     )
 
 
@@ -159,10 +160,7 @@ def _prepare_on_slurm(
     def request_of(share: Share | None) -> str:
         return there.model_copy(update={"share": share}).model_dump_json()
 
-    def progress(done: float, note: str) -> None:
-        channel.progress("preparing", done, note)
-
-    return OnSlurm(plan, request_of, settings, progress).run()
+    return OnSlurm(plan, request_of, settings, partial(channel.progress, "preparing")).run()
 
 
 class JoinRequest(Request):
@@ -183,7 +181,7 @@ def join(request: JoinRequest, channel: Channel) -> dict[str, int]:
         request.captions,
         request.out,
         workers=request.workers,
-        progress=lambda done, note: channel.progress("joining", done, note),
+        progress=partial(channel.progress, "joining"),
     )
 
 
