@@ -25,7 +25,7 @@ from midstream.data import shards as unit_shards
 from midstream.data.formats.records import ReadOptions, Section
 from midstream.data.prepare_source import make_share, plan_source
 from midstream.data.remote import ChangedError, RemoteError
-from midstream.data.shard_state import Share
+from midstream.data.shard_state import TaskShare
 
 NUM_UNITS, NUM_LINES = 7, 20
 
@@ -49,7 +49,7 @@ def task(
         options=ReadOptions(),
         root=str(source.parent),
         validation_fraction=0.0,
-        share=Share(index, count),
+        share=TaskShare(index, count),
     )
     tell = progress or (lambda done, note: None)
     return make_share(plan, workers=1, max_reject_fraction=limit, progress=tell)

@@ -27,7 +27,7 @@ from midstream.data.prepare_source import (
     plan_source,
     prepare_source,
 )
-from midstream.data.shard_state import Share
+from midstream.data.shard_state import TaskShare
 from midstream.data.shard_workers import Progress
 from midstream.data.shards import read_unit, units_of
 from midstream.data.sources import INDEX, Source
@@ -116,7 +116,7 @@ def make_world_share(
     tokenizer_file: Path,
     out: Path,
     *,
-    share: Share,
+    share: TaskShare,
     workers: int,
     progress: Progress,
 ) -> dict[str, int]:
@@ -178,7 +178,7 @@ def _plan(
     name: str,
     tokenizer_file: Path,
     out: Path,
-    share: Share | None = None,
+    share: TaskShare | None = None,
 ) -> SourcePlan:
     """What a source of a world's public files is prepared by."""
     kind, folder = _folder_of(root, name)

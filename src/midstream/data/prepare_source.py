@@ -26,7 +26,7 @@ from midstream.data.formats.records import ReadOptions, Section, Unit
 from midstream.data.shard_state import (
     NUM_LISTED,
     Job,
-    Share,
+    TaskShare,
     Todo,
     drop_units,
     is_made,
@@ -71,7 +71,7 @@ def plan_source(
     validation_fraction: float,
     by_command: bool = False,
     copy_pictures: bool = False,
-    share: Share | None = None,
+    share: TaskShare | None = None,
 ) -> SourcePlan:
     """What `prepare_source` or `make_share` is to make of these inputs in `out`; writes nothing.
 

@@ -35,7 +35,7 @@ NUM_REQUESTS = 16
 
 
 @dataclass(frozen=True)
-class Share:
+class TaskShare:
     """Every `count`-th unit of a source from `index` on: what one of several tasks makes."""
 
     index: int
@@ -62,7 +62,7 @@ class Job:
     begin_of_text: int | None = None
     by_command: bool = False
     copies: bool = False
-    share: Share | None = None
+    share: TaskShare | None = None
 
     @property
     def shards(self) -> Path:
@@ -108,7 +108,7 @@ class Todo:
 
 def wanted_shards(job: Job, units: Sequence[Unit]) -> list[Todo]:
     """All shards of a source, or those of the job's share, from its files as they are now."""
-    share = job.share or Share(0, 1)
+    share = job.share or TaskShare(0, 1)
     mine = list(enumerate(units))[share.index :: share.count]
     files = sorted({file for _, unit in mine for file in unit.files})
     with ThreadPoolExecutor(NUM_REQUESTS) as pool:

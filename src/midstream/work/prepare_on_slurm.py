@@ -18,7 +18,7 @@ from midstream.config import SlurmSettings
 from midstream.core.storage import read_json, write_bytes, write_json
 from midstream.core.tokens import counted
 from midstream.data.prepare_source import SourcePlan, only_one, unread_of
-from midstream.data.shard_state import Share, lacking
+from midstream.data.shard_state import TaskShare, lacking
 from midstream.launch import slurm_job
 from midstream.launch.slurm_job import Entry, Job, JobBook, Unreachable
 from midstream.launch.submission import Refused, WorkJob, num_tasks, submit
@@ -26,7 +26,7 @@ from midstream.launch.submission import Refused, WorkJob, num_tasks, submit
 Done = TypeVar("Done")
 Progress = Callable[[float, str], None]
 # The request of a task, or with None of the job that finishes, as JSON.
-RequestOf = Callable[[Share | None], str]
+RequestOf = Callable[[TaskShare | None], str]
 FINISH = "finish"
 # The numbers of the shards that were finished when the jobs were submitted.
 KEPT = "kept.json"
@@ -146,7 +146,7 @@ class OnSlurm:
         count = min(num_tasks(self.settings), len(wanted))
         # Without room for one the job that finishes makes all.
         numbers = {item.number % count for item in lack} if count else ()
-        shares = [Share(number, count) for number in sorted(numbers)]
+        shares = [TaskShare(number, count) for number in sorted(numbers)]
         self.book.note({key: Entry(self.name, None) for key in ("tasks", FINISH)})
         works = {
             f"task-{share.index}": self._work(f"task-{share.index}", share) for share in shares
@@ -171,7 +171,7 @@ class OnSlurm:
             f"again. To end them: scancel {' '.join(filter(None, (array, last[0])))}"
         )
 
-    def _work(self, key: str, share: Share | None) -> WorkJob:
+    def _work(self, key: str, share: TaskShare | None) -> WorkJob:
         told = self.out / "slurm" / f"{key}.json"
         told.unlink(missing_ok=True)
         name = "prepare-units" if share else "prepare"

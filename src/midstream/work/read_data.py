@@ -16,7 +16,7 @@ from midstream.core.storage import write_bytes
 from midstream.data.examples import TextCodec
 from midstream.data.formats.files import is_url
 from midstream.data.formats.records import ReadOptions, Section
-from midstream.data.shard_state import Share
+from midstream.data.shard_state import TaskShare
 from midstream.data.tokenise import open_tokenizer
 from midstream.eval.find_task import other_images, read_choice_task, read_visual_task, require_share
 from midstream.study.stages import PrepareSource
@@ -43,7 +43,7 @@ class PrepareRequest(Request):
     workers: int
     begin_of_text: str = OWN_RULE
     copy_pictures: bool = False
-    share: Share | None = None
+    share: TaskShare | None = None
     slurm: SlurmSettings | None = None
 
 
@@ -83,7 +83,7 @@ class ShareRequest(Request):
 
     store: Path
     stage: PrepareSource
-    share: Share
+    share: TaskShare
     workers: int
 
 
@@ -157,7 +157,7 @@ def _prepare_on_slurm(
         }
     )
 
-    def request_of(share: Share | None) -> str:
+    def request_of(share: TaskShare | None) -> str:
         return there.model_copy(update={"share": share}).model_dump_json()
 
     return OnSlurm(plan, request_of, settings, partial(channel.progress, "preparing")).run()
