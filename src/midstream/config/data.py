@@ -25,7 +25,7 @@ class PocketWorld(Config):
     """
 
     # Raised when the same settings give other bytes.
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
     # What of the world each source is made of, beside the seed.
     SOURCES: ClassVar[Mapping[str, str]] = {
         "web": "num_documents",

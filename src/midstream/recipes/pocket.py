@@ -260,7 +260,7 @@ _POCKET_EXPECTED = (
         kind="instruct",
         num_examples=_CONVERSATIONS,
         num_images=_CONVERSATIONS,
-        num_tokens=85_477,
+        num_tokens=84_215,
         num_targets=18_502,
     ),
 )

@@ -240,6 +240,9 @@ def talk(world: PocketWorld, index: int) -> tuple[Scene, list[Turn]]:
     # text.
     if rng.random() < 0.25:
         kinds[-1] = where
+    # Words are learnt one by one: so many talks ask for one that every seed comes to know them.
+    if rng.random() < 0.4 and "word" not in kinds:
+        kinds[0] = "word"
     return converse(rng, kinds, ("instruct",), size, "instruct")
 
 
