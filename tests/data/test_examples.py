@@ -17,6 +17,7 @@ from midstream.data.examples import (
     Turn,
     caption_example,
     conversation_example,
+    document_example,
     question_ids,
     text_example,
 )
@@ -435,3 +436,27 @@ def test_what_is_no_tokenizer_file_is_refused_by_name(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(ValueError, match=r"broken\.json is not a tokenizer file"):
         TextCodec.from_file(path)
+
+
+def test_pictures_stand_where_the_turns_and_the_parts_say():
+    first = Turn("What differs?", "The hat.", "Be brief.", (0, 0))
+    later = Turn("And here: ?", "Nothing.", "", (10,))
+    example = conversation_example(CODEC, [first, later])
+    sep = CODEC.separator
+    head = [sep, sep, *CODEC.encode("Be brief.\nIn: What differs?\nOut:"), sep]
+    reply = [*CODEC.encode(" The hat."), sep]
+    asked = [*CODEC.encode("In: And here: "), sep, *CODEC.encode("?\nOut:"), sep]
+    assert example.input_ids.tolist() == head + reply + asked + [*CODEC.encode(" Nothing."), sep]
+    place = len(head) + len(reply) + len(CODEC.encode("In: And here: "))
+    assert example.pictures == (0, 1, place)
+    assert not example.supervised[list(example.pictures)].any()
+    assert conversation_example(CODEC, [first[:3]], has_image=True).pictures == (0,)
+
+    text = CODEC.encode("A cat.")
+    document = document_example(CODEC, [text, None, None, text])
+    assert document.input_ids.tolist() == [*text, sep, sep, *text, CODEC.end_of_text]
+    assert document.pictures == (len(text), len(text) + 1)
+    learnt = [1] * len(text) + [0, 0] + [1] * len(text) + [1]
+    assert document.supervised.tolist() == learnt
+    begun = document_example(BEGINS, [None, text])
+    assert (begun.pictures, begun.supervised[:2].tolist()) == ((1,), [0, 0])

@@ -43,7 +43,7 @@ def shown(item: Any) -> Any:
     """What a record holds without its place, or its reason."""
     if isinstance(item, Reject):
         return item.reason
-    turns = tuple(tuple(text for text in turn if text) for turn in item.turns)
+    turns = tuple(tuple(text for text in turn[:3] if text) for turn in item.turns)
     return turns, None if item.picture is None else item.picture.data
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,21 +32,30 @@ class Example:
         conversation  [image] <sep> system\nIn: question\nOut: <sep> reply <sep> In: ...
                                                                   replies and their <sep> are
 
-    One separator ends the image, every human turn and every reply (paper, sections 2.1.2-2.1.3; a
-    token of its own here). The image's slots are none of the tokens. What begins a text
-    (`TextCodec.begin_of_text`) stands first, before the image, and is a target in a text alone.
+        document      text [image] <sep> text [image] <sep> text <eot>    texts and <eot> are
+
+    One separator ends each image, every human turn and every reply (paper, sections 2.1.2-2.1.3; a
+    token of its own here). Images' slots are none of the tokens: `pictures` says before which token
+    each image stands, in ascending order. What begins a text (`TextCodec.begin_of_text`) stands
+    first, before an image too, and is a target in a text alone.
     """
 
     input_ids: np.ndarray
     supervised: np.ndarray
+    pictures: tuple[int, ...] = ()
 
 
 class Turn(NamedTuple):
-    """A question and its reply, and the system text that stands before the question ("": none)."""
+    """A question and its reply, and the system text that stands before the question ("": none).
+
+    `pictures` are the places of its pictures: how many characters of `question` stand before each,
+    in ascending order. Those at 0 stand before the whole turn, its system text too.
+    """
 
     question: str
     reply: str
     system: str = ""
+    pictures: tuple[int, ...] = ()
 
     @property
     def asked(self) -> str:
@@ -161,7 +171,23 @@ def caption_example(codec: TextCodec, ids: list[int]) -> Example:
     tokens = np.array([*head, *ids, codec.end_of_text], dtype=np.int64)
     supervised = np.ones(len(tokens), dtype=np.uint8)
     supervised[: len(head)] = 0
-    return Example(tokens, supervised)
+    return Example(tokens, supervised, (len(codec.begin_ids),))
+
+
+def document_example(codec: TextCodec, parts: Sequence[list[int] | None]) -> Example:
+    """A document of texts, given as ids, and pictures (None), each in its place."""
+    tokens, pictures = list(codec.begin_ids), list[int]()
+    supervised = [0] * len(tokens)
+    for part in parts:
+        if part is None:
+            pictures.append(len(tokens))
+        tokens += [codec.separator] if part is None else part
+        supervised += [0] if part is None else [1] * len(part)
+    return Example(
+        np.array([*tokens, codec.end_of_text], dtype=np.int64),
+        np.array([*supervised, 1], dtype=np.uint8),
+        tuple(pictures),
+    )
 
 
 def question_ids(codec: TextCodec, question: str, *, has_image: bool) -> list[int]:
@@ -169,23 +195,42 @@ def question_ids(codec: TextCodec, question: str, *, has_image: bool) -> list[in
 
     Before the image stands `codec.begin_of_text`.
     """
-    head = [codec.separator] if has_image else codec.begin_ids
-    return head + _asked(codec, Turn(question, ""))
+    asked = _asked(codec, Turn(question, ""))[0]
+    return ([codec.separator] if has_image else codec.begin_ids) + asked
 
 
 def conversation_example(
-    codec: TextCodec, turns: Sequence[tuple[str, str] | Turn], *, has_image: bool
+    codec: TextCodec, turns: Sequence[tuple[str, str] | Turn], *, has_image: bool = False
 ) -> Example:
-    """A conversation's tokens; only replies and the separators behind them are targets."""
-    tokens = codec.begin_ids + ([codec.separator] if has_image else [])
+    """A conversation's tokens; only replies and the separators behind them are targets.
+
+    `has_image`: a picture stands before it all, beside those that the turns name.
+    """
+    tokens, pictures = list(codec.begin_ids), list[int]()
     supervised = [0] * len(tokens)
-    for turn in (Turn(*turn) for turn in turns):
-        human = _asked(codec, turn)
+    for number, turn in enumerate(Turn(*turn) for turn in turns):
+        if has_image and not number:
+            turn = turn._replace(pictures=(0, *turn.pictures))
+        human, shown = _asked(codec, turn)
+        pictures += [len(tokens) + place for place in shown]
         answer = [*codec.encode(f" {turn.reply.strip()}"), codec.separator]
         tokens += human + answer
         supervised += [0] * len(human) + [1] * len(answer)
-    return Example(np.array(tokens, dtype=np.int64), np.array(supervised, dtype=np.uint8))
+    return Example(
+        np.array(tokens, dtype=np.int64), np.array(supervised, dtype=np.uint8), tuple(pictures)
+    )
 
 
-def _asked(codec: TextCodec, turn: Turn) -> list[int]:
-    return [*codec.encode(turn.asked), codec.separator]
+def _asked(codec: TextCodec, turn: Turn) -> tuple[list[int], list[int]]:
+    """What stands before a reply, and before which of its tokens pictures do."""
+    first = sum(place == 0 for place in turn.pictures)
+    ids, shown = [codec.separator] * first, list(range(first))
+    # Where in the whole text the others stand.
+    behind = len(turn.asked) - len(f"{turn.question}\nOut:")
+    cuts = [behind + place for place in turn.pictures[first:]]
+    for low, high in pairwise([0, *cuts, len(turn.asked)]):
+        ids += codec.encode(turn.asked[low:high])
+        if high < len(turn.asked):
+            shown.append(len(ids))
+            ids.append(codec.separator)
+    return [*ids, codec.separator], shown

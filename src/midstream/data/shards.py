@@ -294,8 +294,8 @@ class _Work:
         if isinstance(item, TokenRecord):
             ones = np.ones(len(item.input_ids), dtype=np.uint8)
             return _Versions(Example(item.input_ids, ones))
-        has_image, limit = item.picture is not None, self.job.options.max_tokens
-        talk = conversation_example(self.codec, item.turns, has_image=has_image)
+        limit = self.job.options.max_tokens
+        talk = conversation_example(self.codec, item.turns)
         if limit is not None and len(talk.input_ids) > limit:
             return _too_many(item, len(talk.input_ids), limit)
         return _Versions(talk)

@@ -126,12 +126,15 @@ def _conversation(
     except ConversationError as error:
         return Reject(where, error.reason, error.detail)
     for number, turn in enumerate(talk.turns):
-        if problem := unicode_problem("\n".join(turn)):
+        if problem := unicode_problem("\n".join(turn[:3])):
             return Reject(where, NOT_UNICODE, f"in question or reply {number}: {problem}")
     picture = None if talk.picture is None else load_shown(talk.picture, roots, where)
     if isinstance(picture, Reject):
         return picture
-    return ConversationRecord(where, talk.turns, picture, talk.left_out)
+    if picture is None:
+        return ConversationRecord(where, talk.turns, (), talk.left_out)
+    turns = (talk.turns[0]._replace(pictures=(0,)), *talk.turns[1:])
+    return ConversationRecord(where, turns, (picture,), talk.left_out)
 
 
 # Where records keep their turns, and turns their roles and texts.

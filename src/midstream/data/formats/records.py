@@ -108,17 +108,47 @@ class CaptionRecord:
 
 @dataclass(frozen=True)
 class ConversationRecord:
-    """Questions and replies, the picture that the first one shows, and why others are left out."""
+    """Questions and replies, their pictures in order, and why other questions are left out.
+
+    `Turn.pictures` say where the pictures stand, one place each.
+    """
 
     where: str
     turns: tuple[Turn, ...]
-    picture: Picture | None
+    pictures: tuple[Picture, ...] = ()
     left_out: tuple[str, ...] = ()
+
+    @property
+    def picture(self) -> Picture | None:
+        """The first picture."""
+        return self.pictures[0] if self.pictures else None
 
     @property
     def texts(self) -> tuple[str, ...]:
         """What each turn holds: question, reply and, where there is one, its system text."""
-        return tuple(text for turn in self.turns for text in turn if text)
+        return tuple(text for turn in self.turns for text in turn[:3] if text)
+
+
+@dataclass(frozen=True)
+class DocumentRecord:
+    """A document of texts and pictures, each in its place; at least one of each.
+
+    `left_out`: why pictures, or texts, of it are left out.
+    """
+
+    where: str
+    parts: tuple[str | Picture, ...]
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """Its pictures, in order; one may be there twice."""
+        return tuple(part for part in self.parts if isinstance(part, Picture))
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Its texts, in order."""
+        return tuple(part for part in self.parts if isinstance(part, str))
 
 
 Record = TextRecord | TokenRecord | CaptionRecord | ConversationRecord
