@@ -21,7 +21,9 @@ class PocketWorld(Config):
     """The generated world (`worlds/pocket_world.py`): how much of each thing, and its seed.
 
     `num_alt_texts` pictures come a second time with what a web page would say of them, as a caption
-    source of its own (`alt_texts`); 0: there is none.
+    source of its own (`alt_texts`); `num_pages` documents have several pictures among their text
+    (`pages`), `num_albums` conversations are about two to four pictures at once (`albums`), and
+    with albums come benchmarks of several pictures. 0: there is none.
     """
 
     # Raised when the same settings give other bytes.
@@ -32,6 +34,8 @@ class PocketWorld(Config):
         "pictures": "num_captions",
         "alt_texts": "num_alt_texts",
         "talks": "num_conversations",
+        "pages": "num_pages",
+        "albums": "num_albums",
     }
 
     kind: Literal["pocket"] = "pocket"
@@ -40,6 +44,8 @@ class PocketWorld(Config):
     num_captions: Positive = 12_000
     num_alt_texts: Annotated[int, Field(ge=0)] = 0
     num_conversations: Positive = 4_000
+    num_pages: Annotated[int, Field(ge=0)] = 0
+    num_albums: Annotated[int, Field(ge=0)] = 0
     num_questions: Positive = 500
     num_text_items: Positive = 500
     validation_fraction: Fraction = 0.0

@@ -39,6 +39,7 @@ from midstream.worlds.pocket_language import (
     fact_table,
     plan_answer,
 )
+from midstream.worlds.pocket_pages import write_albums, write_pages
 from midstream.worlds.pocket_scenes import (
     COLORS,
     SHAPES,
@@ -158,6 +159,10 @@ def write_pocket_world(world: PocketWorld, root: Path) -> None:
         ]
         write_captions(world, scenes[:-1], texts, root / "captions" / "alt_texts")
     _write_talks(world, root / "instruct" / "talks")
+    if world.num_pages:
+        write_pages(world, root / "documents" / "pages")
+    if world.num_albums:
+        write_albums(world, root / "instruct" / "albums")
     write_benchmarks(world, captioned, root / "bench")
     for task in TEXT_TASKS:
         write_lines(root / "text_tasks" / f"{task}.jsonl", text_items(world, task))

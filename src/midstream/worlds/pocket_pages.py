@@ -1,0 +1,221 @@
+"""Several pictures at once in the pocket world: albums that questions are asked of, and pages.
+
+What is asked needs the right picture at the right place; for most albums another order of the same
+pictures has another answer.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from midstream.config import PocketWorld
+from midstream.core.storage import write_bytes
+from midstream.worlds.pocket_files import scene_with, write_json, write_lines
+from midstream.worlds.pocket_language import LAYOUTS, Question, answer, ask, caption
+from midstream.worlds.pocket_scenes import (
+    COLORS,
+    SHAPES,
+    Pair,
+    Plan,
+    Scene,
+    Style,
+    below,
+    draw,
+    draw_jpeg,
+    generator,
+    pick,
+    shuffled,
+)
+
+ORDINALS = ("first", "second", "third", "fourth")
+SIDES = ("left", "right")
+# which: the picture that shows a thing. odd: the one that lacks what all others show. at: the
+# colour of a shape that all show. true: whether a sentence on two pictures is true.
+AlbumKind = Literal["which", "odd", "at", "true"]
+ALBUM_KINDS: tuple[AlbumKind, ...] = get_args(AlbumKind)
+# Each picture of an album shows so many things.
+_THINGS = (1, 3)
+
+
+@dataclass(frozen=True)
+class Album:
+    """Scenes in their order, a question on them and its answer, one of `choices`."""
+
+    kind: AlbumKind
+    scenes: tuple[Scene, ...]
+    question: str
+    answer: str
+    choices: tuple[str, ...]
+
+
+def album(
+    rng: np.random.Generator,
+    kind: AlbumKind,
+    turn: int,
+    *,
+    splits: Sequence[str],
+    style: Style = "even",
+) -> Album:
+    """An album of a kind, its scenes of the splits; over a run of `turn`s every place, side and
+    truth is the answer as often as any other."""
+    if kind == "true":
+        return _sentence(rng, turn, splits, style)
+    number = (2, 3)[turn % 2] if kind != "odd" else (3, 4)[turn % 2]
+    place = turn // 2 % number
+    shape = draw(rng, SHAPES, style)
+    if kind == "which":
+        return _which(rng, (draw(rng, tuple(COLORS), style), shape), number, place, splits)
+    if kind == "at":
+        return _at(rng, shape, number, place, splits)
+    # A picture that lacks the shape among pictures that show it.
+    shows = [index != place for index in range(number)]
+    scenes = tuple(_showing(rng, shape, shown, splits) for shown in shows)
+    return Album("odd", scenes, "which picture is the odd one?", ORDINALS[place], ORDINALS[:number])
+
+
+def _which(
+    rng: np.random.Generator, pair: Pair, number: int, place: int, splits: Sequence[str]
+) -> Album:
+    color, shape = pair
+
+    def other() -> Plan:
+        # Something alike, so that neither the colour nor the shape alone tells.
+        alike = [(c, shape) for c in COLORS if c != color] + [(color, s) for s in SHAPES]
+        return Plan([pick(rng, [p for p in alike if p != pair])], allowed=lambda p: p != pair)
+
+    plans = [(lambda: Plan([pair])) if index == place else other for index in range(number)]
+    scenes = tuple(_scene(rng, plan, splits) for plan in plans)
+    question = f"which picture shows a {color} {shape}?"
+    return Album("which", scenes, question, ORDINALS[place], ORDINALS[:number])
+
+
+def _at(
+    rng: np.random.Generator, shape: str, number: int, place: int, splits: Sequence[str]
+) -> Album:
+    colors = shuffled(rng, tuple(COLORS))[:number]
+    scenes = tuple(
+        _scene(
+            rng,
+            partial(Plan, [(color, shape)], allowed=lambda pair: pair[1] != shape),
+            splits,
+        )
+        for color in colors
+    )
+    question = f"what color is the {shape} in the {ORDINALS[place]} picture?"
+    return Album("at", scenes, question, colors[place], tuple(COLORS))
+
+
+def _sentence(rng: np.random.Generator, turn: int, splits: Sequence[str], style: Style) -> Album:
+    """A sentence on two pictures; the false ones on one side are true of the other side."""
+    is_true, form = turn % 2 == 0, turn // 2 % 3
+    shape = draw(rng, SHAPES, style)
+    if form == 2:
+        shows = [True, True] if is_true else shuffled(rng, [True, False])
+        scenes = tuple(_showing(rng, shape, shown, splits) for shown in shows)
+        sentence = f"both pictures show a {shape}."
+    else:
+        pair = (draw(rng, tuple(COLORS), style), shape)
+        place = form if is_true else 1 - form
+        scenes = _which(rng, pair, 2, place, splits).scenes
+        sentence = f"the {SIDES[form]} picture shows a {pair[0]} {shape}."
+    return Album("true", scenes, sentence, "true" if is_true else "false", ("true", "false"))
+
+
+def _showing(rng: np.random.Generator, shape: str, shown: bool, splits: Sequence[str]) -> Scene:
+    def plan() -> Plan:
+        pairs = [(pick(rng, tuple(COLORS)), shape)] if shown else []
+        return Plan(pairs, allowed=lambda pair: pair[1] != shape)
+
+    return _scene(rng, plan, splits)
+
+
+def _scene(rng: np.random.Generator, plan: Callable[[], Plan], splits: Sequence[str]) -> Scene:
+    return scene_with(rng, plan, lambda scene: True, splits=splits, num_things=_THINGS)
+
+
+def page(world: PocketWorld, index: int) -> list[str | Scene]:
+    """The page at `index`: pictures, each before the text that it belongs to.
+
+    A third of the pages tell what each picture shows, a third ask the same of one picture after
+    another, and the others ask what only the pictures in their order tell.
+    """
+    rng = generator(world.seed, "page", index)
+    layout, form = pick(rng, LAYOUTS), index % 3
+    if form == 2:
+        kind = ALBUM_KINDS[index // 3 % len(ALBUM_KINDS)]
+        asked = album(rng, kind, below(rng, 24), splits=("captions",), style="captions")
+        text = f"{layout.format(question=asked.question)} {asked.answer}\n"
+        return [*asked.scenes, text]
+    number, kind_asked = 2 + below(rng, 3), pick(rng, ("color", "shape", "exists", "word"))
+    found: list[str | Scene] = []
+    for _ in range(number):
+        scene, said = _told(rng, None if form == 0 else kind_asked, layout)
+        found += [scene, said]
+    return found
+
+
+def _told(rng: np.random.Generator, kind: str | None, layout: str) -> tuple[Scene, str]:
+    """A scene, and its caption or a question of a kind with its answer."""
+    while True:
+        scene = _scene(rng, Plan, ("captions",))
+        question = Question("word") if kind == "word" else None
+        if kind is None:
+            return scene, caption(scene) + "\n"
+        question = question or ask(rng, scene, kind, "captions")
+        reply = None if question is None else answer(scene, question)
+        if question is not None and reply is not None:
+            return scene, f"{layout.format(question=question.text)} {reply}\n"
+
+
+def write_pages(world: PocketWorld, folder: Path) -> None:
+    """Write the pages as MMC4 lays documents out: texts, and pictures by the text that they stand
+    before."""
+    lines = []
+    for index in range(world.num_pages):
+        parts, texts, pictures = page(world, index), list[str](), list[dict[str, Any]]()
+        for part in parts:
+            if isinstance(part, str):
+                texts.append(part)
+                continue
+            name = f"{index:06d}-{len(pictures)}.jpg"
+            rng = generator(world.seed, "page picture", 8 * index + len(pictures))
+            write_bytes(folder / "images" / name, draw_jpeg(rng, part))
+            about = {"image_name": name, "raw_url": f"https://pocket.example/{name}"}
+            pictures.append(about | {"matched_text_index": len(texts), "matched_sim": 1.0})
+        similar = [
+            [float(p["matched_text_index"] == n) for n in range(len(texts))] for p in pictures
+        ]
+        lines.append(
+            {
+                "url": f"https://pocket.example/{index:06d}",
+                "text_list": texts,
+                "image_info": pictures,
+                "similarity_matrix": similar,
+            }
+        )
+    write_lines(folder / "pages.jsonl", lines)
+
+
+def write_albums(world: PocketWorld, folder: Path) -> None:
+    """Write conversations about several pictures as LLaVA-NeXT lays them out, `image` a list."""
+    records = []
+    for index in range(world.num_albums):
+        rng, kind = generator(world.seed, "album", index), ALBUM_KINDS[index % len(ALBUM_KINDS)]
+        turn = index // len(ALBUM_KINDS)
+        asked = album(rng, kind, turn, splits=("instruct",), style="instruct")
+        names = []
+        for place, scene in enumerate(asked.scenes):
+            names.append(f"images/{index:06d}-{place}.jpg")
+            drawn = draw_jpeg(generator(world.seed, "album picture", 8 * index + place), scene)
+            write_bytes(folder / names[-1], drawn)
+        marks = "<image>\n" * len(names)
+        said = [
+            {"from": "human", "value": marks + asked.question},
+            {"from": "gpt", "value": asked.answer},
+        ]
+        records.append({"id": f"album-{index:06d}", "image": names, "conversations": said})
+    write_json(folder / "llava.json", records)

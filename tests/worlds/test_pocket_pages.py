@@ -1,0 +1,80 @@
+"""Albums and pages of the pocket world: what is asked follows from the pictures at their places."""
+
+from collections import Counter
+
+import pytest
+
+from midstream.config import PocketWorld
+from midstream.worlds.pocket_pages import ALBUM_KINDS, ORDINALS, Album, album, page
+from midstream.worlds.pocket_scenes import TASKS, Scene, generator
+
+TURNS = 48
+
+
+def albums(kind: str) -> list[Album]:
+    return [
+        album(generator(3, kind, turn), kind, turn, splits=TASKS)  # type: ignore[arg-type]
+        for turn in range(TURNS)
+    ]
+
+
+def true_answers(kind: str, question: str, scenes: tuple[Scene, ...]) -> list[str]:
+    """What the pictures' records say, by another way than the generator's."""
+    words = question.rstrip("?.").split()
+    things = [{thing.pair for thing in scene.things} for scene in scenes]
+    shapes = [{shape for _, shape in pairs} for pairs in things]
+    if kind == "which":
+        return [ORDINALS[n] for n, pairs in enumerate(things) if tuple(words[-2:]) in pairs]
+    if kind == "at":
+        place, shape = ORDINALS.index(words[-2]), words[4]
+        return [color for color, other in things[place] if other == shape]
+    if kind == "odd":
+        shared = [
+            [n for n, mine in enumerate(shapes) if shape not in mine]
+            for shape in set.union(*shapes)
+        ]
+        return [ORDINALS[lack[0]] for lack in shared if len(lack) == 1]
+    if words[0] == "both":
+        return ["true" if all(words[-1] in mine for mine in shapes) else "false"]
+    place = ("left", "right").index(words[1])
+    return ["true" if tuple(words[-2:]) in things[place] else "false"]
+
+
+@pytest.mark.parametrize("kind", ALBUM_KINDS)
+def test_an_albums_answer_is_what_its_pictures_say(kind: str):
+    for found in albums(kind):
+        assert found.answer in found.choices
+        told = true_answers(kind, found.question, found.scenes)
+        # Another shape may happen to be on all pictures but one as well.
+        assert found.answer in told
+        if kind != "odd":
+            assert len(told) == 1
+        assert all(scene.split in TASKS for scene in found.scenes)
+
+
+@pytest.mark.parametrize("kind", ALBUM_KINDS)
+def test_pictures_in_another_order_have_another_answer_and_no_answer_is_the_likeliest(kind: str):
+    found = albums(kind)
+    swapped = [true_answers(kind, one.question, one.scenes[::-1]) for one in found]
+    changed = sum(one.answer not in told for one, told in zip(found, swapped, strict=True))
+    # The middle one of three stays where it is, and what both show both show.
+    assert changed >= TURNS // 2
+    if kind == "at":
+        return
+    for number in {len(one.scenes) for one in found}:
+        answers = Counter(one.answer for one in found if len(one.scenes) == number)
+        assert max(answers.values()) - min(answers.values()) <= 2
+
+
+def test_pages_have_their_pictures_before_their_texts_and_are_of_three_forms():
+    world = PocketWorld(seed=5)
+    pages = [page(world, index) for index in range(24)]
+    assert pages == [page(world, index) for index in range(24)]
+    for parts in pages:
+        assert isinstance(parts[0], Scene)
+        assert isinstance(parts[-1], str)
+        scenes = [part for part in parts if isinstance(part, Scene)]
+        assert 2 <= len(scenes) <= 4
+        assert {scene.split for scene in scenes} == {"captions"}
+    texts = [sum(isinstance(part, str) for part in parts) for parts in pages]
+    assert [number == 1 for number in texts] == [index % 3 == 2 for index in range(24)]
