@@ -4,6 +4,7 @@ What is asked needs the right picture at the right place; for most albums anothe
 pictures has another answer.
 """
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,12 +14,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from midstream.config import PocketWorld
+from midstream.core.identity import GROUPS_FILE
 from midstream.core.storage import write_bytes
 from midstream.worlds.pocket_files import scene_with, write_json, write_lines
 from midstream.worlds.pocket_language import LAYOUTS, Question, answer, ask, caption
 from midstream.worlds.pocket_scenes import (
     COLORS,
     SHAPES,
+    TASKS,
     Pair,
     Plan,
     Scene,
@@ -26,6 +29,7 @@ from midstream.worlds.pocket_scenes import (
     below,
     draw,
     draw_jpeg,
+    draw_scene,
     generator,
     pick,
     shuffled,
@@ -212,10 +216,47 @@ def write_albums(world: PocketWorld, folder: Path) -> None:
             names.append(f"images/{index:06d}-{place}.jpg")
             drawn = draw_jpeg(generator(world.seed, "album picture", 8 * index + place), scene)
             write_bytes(folder / names[-1], drawn)
-        marks = "<image>\n" * len(names)
+        question = f'Is "{asked.question}" true or false?' if kind == "true" else asked.question
         said = [
-            {"from": "human", "value": marks + asked.question},
+            {"from": "human", "value": "<image>\n" * len(names) + question},
             {"from": "gpt", "value": asked.answer},
         ]
         records.append({"id": f"album-{index:06d}", "image": names, "conversations": said})
     write_json(folder / "llava.json", records)
+
+
+# Benchmarks of several pictures, and what guessing scores: NLVR2's sentences, and what else albums
+# are asked (a third each: two, three and four places, and eight colours).
+ALBUM_CHANCES = {"nlvr2": 0.5, "pocket_albums": 0.278}
+ALBUM_FORMATS = {"nlvr2": "nlvr2", "pocket_albums": "qa"}
+
+
+def write_album_benchmarks(world: PocketWorld, folder: Path) -> None:
+    """Write the benchmarks of several pictures: NLVR2's public test, and questions in format `qa`
+    whose groups are the kinds of album."""
+    lines = []
+    for turn in range(world.num_questions):
+        asked = album(generator(world.seed, "nlvr2", turn), "true", turn, splits=TASKS)
+        pair = f"test1-{turn // 2}-{turn % 2}"
+        for side, scene in enumerate(asked.scenes):
+            rng, buffer = generator(world.seed, "nlvr2 picture", 2 * turn + side), io.BytesIO()
+            draw_scene(rng, scene).save(buffer, "PNG")
+            write_bytes(folder / "nlvr2" / "test1" / f"{pair}-img{side}.png", buffer.getvalue())
+        label = asked.answer.capitalize()
+        lines.append({"identifier": f"{pair}-0", "sentence": asked.question, "label": label})
+    write_lines(folder / "nlvr2" / "test1.json", lines)
+    questions, groups = [], {}
+    kinds = [kind for kind in ALBUM_KINDS if kind != "true"]
+    for index in range(world.num_questions):
+        kind, rng = kinds[index % len(kinds)], generator(world.seed, "album question", index)
+        asked = album(rng, kind, index // len(kinds), splits=TASKS)
+        names = []
+        for place, scene in enumerate(asked.scenes):
+            names.append(f"images/{index:06d}-{place}.jpg")
+            drawn = draw_jpeg(generator(world.seed, "asked picture", 8 * index + place), scene)
+            write_bytes(folder / "pocket_albums" / names[-1], drawn)
+        about = {"id": f"{index}", "question": asked.question, "image": names}
+        questions.append(about | {"answer": asked.answer, "choices": list(asked.choices)})
+        groups[f"{index}"] = kind
+    write_lines(folder / "pocket_albums" / "questions.jsonl", questions)
+    write_json(folder / "pocket_albums" / GROUPS_FILE, groups)

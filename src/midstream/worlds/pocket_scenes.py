@@ -257,10 +257,15 @@ def margin(size: int) -> int:
 
 
 def draw_jpeg(rng: np.random.Generator, scene: Scene) -> bytes:
-    """The picture of a scene as a JPEG file (quality 92, full colour resolution).
+    """The picture of a scene as a JPEG file (quality 92, full colour resolution)."""
+    buffer = io.BytesIO()
+    draw_scene(rng, scene).save(buffer, "JPEG", quality=92, subsampling=0)
+    return buffer.getvalue()
 
-    It has a light background with a tint and slight noise, the things and the word.
-    """
+
+def draw_scene(rng: np.random.Generator, scene: Scene) -> Image.Image:
+    """The picture of a scene: a light background with a tint and slight noise, the things and the
+    word."""
     tint = rng.integers(228, 248, size=3)
     noise = rng.integers(-3, 4, size=(IMAGE_SIZE, IMAGE_SIZE, 1))
     image = Image.fromarray((tint + noise).astype(np.uint8))
@@ -269,9 +274,7 @@ def draw_jpeg(rng: np.random.Generator, scene: Scene) -> bytes:
         image.paste(COLORS[thing.color], (thing.left, thing.top), mask)
     if scene.word:
         image.paste(INK, (scene.word_left, scene.word_top), word_mask(scene.word))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=92, subsampling=0)
-    return buffer.getvalue()
+    return image
 
 
 # Outlines in a box of side 1; each touches all four of its sides. A circle is left, top, right,

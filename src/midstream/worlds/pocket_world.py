@@ -39,7 +39,13 @@ from midstream.worlds.pocket_language import (
     fact_table,
     plan_answer,
 )
-from midstream.worlds.pocket_pages import write_albums, write_pages
+from midstream.worlds.pocket_pages import (
+    ALBUM_CHANCES,
+    ALBUM_FORMATS,
+    write_album_benchmarks,
+    write_albums,
+    write_pages,
+)
 from midstream.worlds.pocket_scenes import (
     COLORS,
     SHAPES,
@@ -161,8 +167,12 @@ def write_pocket_world(world: PocketWorld, root: Path) -> None:
     _write_talks(world, root / "instruct" / "talks")
     if world.num_pages:
         write_pages(world, root / "documents" / "pages")
+    visual_tasks = {t: {"format": t, "chance": CHANCES[t]} for t in TASKS}
     if world.num_albums:
         write_albums(world, root / "instruct" / "albums")
+        write_album_benchmarks(world, root / "bench")
+        for task, chance in ALBUM_CHANCES.items():
+            visual_tasks[task] = {"format": ALBUM_FORMATS[task], "chance": chance}
     write_benchmarks(world, captioned, root / "bench")
     for task in TEXT_TASKS:
         write_lines(root / "text_tasks" / f"{task}.jsonl", text_items(world, task))
@@ -170,7 +180,7 @@ def write_pocket_world(world: PocketWorld, root: Path) -> None:
         "name": "pocket",
         "licence": "CC0-1.0",
         "notes": f"generated from seed {world.seed}: coloured shapes and words on a 3x3 grid",
-        "visual_tasks": {t: {"format": t, "chance": CHANCES[t]} for t in TASKS},
+        "visual_tasks": visual_tasks,
         "text_tasks": {task: {"chance": 0.25} for task in TEXT_TASKS},
     }
     write_json(root / "world.json", description)
