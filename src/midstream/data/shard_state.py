@@ -300,6 +300,7 @@ _REMEDIES: dict[str, tuple[str, str]] = {
         "marks and pictures disagree": "put one <image> for each picture into the questions",
         "picture outside a question": "only questions show pictures; put its mark into one",
         "<image> without a picture": "name the picture under image, or take the mark out",
+        "pictures without a text": "a document needs a text beside its pictures; take these out",
         "not UTF-8": "write the file in UTF-8",
         "caption not UTF-8": "write the file in UTF-8",
         "not a JSON object": "write an object a line, or one list of objects",
