@@ -1,5 +1,7 @@
 """Examples: separators, masks and turns, as `data/examples.py` says."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from midstream.data.examples import (
     question_ids,
     text_example,
 )
-from midstream.data.formats.conversations import (
+from midstream.data.formats.turns import (
     Conversation,
     ConversationError,
     conversation_of,
@@ -168,6 +170,14 @@ def test_evaluation_asks_with_the_tokens_that_stood_before_the_reply_in_training
     assert example.input_ids[:first_target].tolist() == asked
 
 
+def talk_of(
+    turns: Sequence[Turn], *pictures: str | bytes, left_out: tuple[str, ...] = ()
+) -> Conversation:
+    """A conversation whose pictures all stand before it."""
+    first = turns[0]._replace(pictures=(0,) * len(pictures))
+    return Conversation((first, *turns[1:]), pictures, left_out)
+
+
 @given(pairs=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4), image=st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_a_record_gives_its_turns_without_the_image_mark(
@@ -179,7 +189,7 @@ def test_a_record_gives_its_turns_without_the_image_mark(
     if image:
         turns[0] = ("human", "<image>\n" + turns[0][1])
     expected = tuple(Turn(q.strip(), a.strip()) for q, a in clean)
-    assert conversation_of(record(*turns, **others), "here") == Conversation(expected, image)
+    assert conversation_of(record(*turns, **others), "here") == talk_of(expected, *others.values())
 
 
 ASK, REPLY = ("human", "What?"), ("gpt", "A cat.")
@@ -215,7 +225,7 @@ SHOWN = ("human", "<image>\nWhat?")
         (record(ASK, REPLY, ("critic", "Well.")), "roles do not alternate"),
         (record(("tool", "42"), ASK, REPLY), "roles do not alternate"),
         (record(("system", "Be <image>."), ASK, REPLY), "<image> without a picture"),
-        (record(("system", "<image>"), SHOWN, REPLY, image="a"), "picture not in the first turn"),
+        (record(("system", "<image>"), SHOWN, REPLY, image="a"), "marks and pictures disagree"),
         (record(SHOWN, REPLY), "<image> without a picture"),
         (record(SHOWN, REPLY, image=""), "<image> without a picture"),
         (record(SHOWN, REPLY, image=None), "<image> without a picture"),
@@ -223,13 +233,16 @@ SHOWN = ("human", "<image>\nWhat?")
         (record(ASK, ("gpt", "an <image> tag")), "<image> without a picture"),
         (record(ASK, REPLY, image="a.jpg"), "picture without <image>"),
         (record(ASK, REPLY, images=["a.jpg"]), "picture without <image>"),
-        (record(ASK, ("gpt", "<image>"), image="a.jpg"), "picture not in the first turn"),
-        (record(ASK, REPLY, SHOWN, REPLY, image="a.jpg"), "picture not in the first turn"),
-        (record(SHOWN, REPLY, SHOWN, REPLY, image="a.jpg"), "picture not in the first turn"),
-        (record(("human", "<image> <image>?"), REPLY, image="a.jpg"), "more than one picture"),
-        (record(SHOWN, REPLY, images=["a.jpg", "b.jpg"]), "more than one picture"),
-        (record(SHOWN, REPLY, images=["a.jpg", "a.jpg"]), "more than one picture"),
-        (record(SHOWN, REPLY, image="a.jpg", images=["b.jpg"]), "more than one picture"),
+        (record(ASK, ("gpt", "<image>"), image="a.jpg"), "picture outside a question"),
+        (record(("system", "<image>"), ASK, REPLY, image="a"), "picture outside a question"),
+        (record(SHOWN, REPLY, SHOWN, REPLY, image="a.jpg"), "marks and pictures disagree"),
+        (
+            record(("human", "<image> <image>?"), REPLY, image="a.jpg"),
+            "marks and pictures disagree",
+        ),
+        (record(SHOWN, REPLY, images=["a.jpg", "b.jpg"]), "marks and pictures disagree"),
+        (record(SHOWN, REPLY, images=["a.jpg", "a.jpg"]), "marks and pictures disagree"),
+        (record(SHOWN, REPLY, image="a.jpg", images=["b.jpg"]), "marks and pictures disagree"),
         (record(SHOWN, REPLY, image=7), "not a picture name"),
         (record(SHOWN, REPLY, images=[{"path": 7}]), "not a picture name"),
         (record(SHOWN, REPLY, image="data:image/png;base64,@"), "not a picture name"),
@@ -260,7 +273,7 @@ def test_a_malformed_conversation_is_refused_by_its_record_and_reason(
 
 @pytest.mark.parametrize("others", [{}, {"image": ""}, {"image": float("nan")}, {"images": []}])
 def test_an_absent_picture_makes_a_text_only_record(others: dict[str, Any]) -> None:
-    expected = Conversation((Turn("What?", "A cat."),), False)
+    expected = talk_of([Turn("What?", "A cat.")])
     assert conversation_of(record(ASK, REPLY, **others), "here") == expected
 
 
@@ -273,10 +286,9 @@ def test_both_layouts_give_the_same_turns_and_picture(others: dict[str, Any]) ->
         {"role": "assistant", "content": "Yes"},
     ]
     shown = record(SHOWN, REPLY, ("human", "Sure?"), ("gpt", "Yes"), **others)
-    expected = Conversation((Turn("What?", "A cat."), Turn("Sure?", "Yes")), True)
+    expected = talk_of([Turn("What?", "A cat."), Turn("Sure?", "Yes")], "a.jpg")
     assert conversation_of(shown, "here") == expected
     assert conversation_of({"messages": messages, **others}, "here") == expected
-    assert conversation_of(shown, "here").picture == "a.jpg"
 
 
 PARTS: list[tuple[list[Any], str | bytes]] = [
@@ -298,15 +310,13 @@ def test_lists_keys_and_parts_go_together_in_every_way(
     said = [("user", parts), ("Assistant", [{"type": "text", "text": "A"}, "cat."])]
     others = {"images": ["a.jpg"]} if picture == "a.jpg" else {}
     talk = {key: [dict(zip(keys, turn, strict=True)) for turn in said], **others}
-    found = conversation_of(talk, "here")
-    assert found == Conversation((Turn("What?", "A\ncat."),), True)
-    assert found.picture == picture
+    assert conversation_of(talk, "here") == talk_of([Turn("What?", "A\ncat.")], picture)
 
 
 def test_a_picture_alone_is_a_question_and_a_part_in_its_midst_stands_there() -> None:
     alone = record(("human", "<image>"), REPLY, ("human", "Sure?"), REPLY, image="a.jpg")
-    turns = (Turn("", "A cat."), Turn("Sure?", "A cat."))
-    assert conversation_of(alone, "here").turns == turns
+    turns = [Turn("", "A cat."), Turn("Sure?", "A cat.")]
+    assert conversation_of(alone, "here") == talk_of(turns, "a.jpg")
     midst = ["Is ", {"type": "image", "image": "a.jpg"}, " a cat?"]
     assert (
         conversation_of(record(("human", midst), REPLY), "here").turns[0].question == "Is  a cat?"
@@ -316,8 +326,7 @@ def test_a_picture_alone_is_a_question_and_a_part_in_its_midst_stands_there() ->
             record(("human", "<image>"), REPLY, ("human", ""), REPLY, image="a"), "here"
         )
     twice = record(("human", [{"type": "image", "image": name} for name in "ab"]), REPLY)
-    with pytest.raises(ConversationError, match="more than one picture"):
-        conversation_of(twice, "here")
+    assert conversation_of(twice, "here") == talk_of([Turn("", "A cat.")], "a", "b")
 
 
 def test_pairs_of_a_user_and_an_assistant_have_their_picture_in_front() -> None:
@@ -329,9 +338,8 @@ def test_pairs_of_a_user_and_an_assistant_have_their_picture_in_front() -> None:
         shown,
         shown | {"texts": {k: [x[k] for x in pairs] for k in ("user", "assistant")}},
     ):
-        found = conversation_of(talk, "here")
-        assert (found, found.picture) == (Conversation(turns, True), b"PNG")
-    assert conversation_of({"texts": pairs}, "here") == Conversation(turns, False)
+        assert conversation_of(talk, "here") == talk_of(turns, b"PNG")
+    assert conversation_of({"texts": pairs}, "here") == talk_of(turns)
 
 
 def test_a_system_text_stands_masked_before_the_question_that_it_comes_before() -> None:
@@ -347,7 +355,7 @@ def test_a_system_text_stands_masked_before_the_question_that_it_comes_before() 
     ):
         assert conversation_of(same, "here").turns == found.turns[:1]
     both = conversation_of(record(nice, SHOWN, REPLY, system="See.", image="a.jpg"), "here")
-    assert both == Conversation((Turn("What?", "A cat.", "See.\nBe nice."),), True)
+    assert both == talk_of([Turn("What?", "A cat.", "See.\nBe nice.")], "a.jpg")
     example = conversation_example(CODEC, found.turns, has_image=True)
     expected = [(CODEC.separator, 0)]
     for asked, reply in (
@@ -381,9 +389,9 @@ def test_a_question_without_a_reply_to_learn_is_left_out_and_counted(
     sure, yes = ("human", "Sure?"), ("gpt", "Yes")
     for turns in ([*left, ASK, REPLY, sure, yes], [ASK, REPLY, *left, sure, yes]):
         found = conversation_of(record(*turns), "here")
-        assert found == Conversation(tuple(whole), False, (reason,))
+        assert found == talk_of(whole, left_out=(reason,))
     found = conversation_of(record(ASK, REPLY, *left), "here")
-    assert found == Conversation(tuple(whole[:1]), False, (reason,))
+    assert found == talk_of(whole[:1], left_out=(reason,))
     # What it was told goes on to the next question, or is counted where there is none.
     told = [("system", "Be nice."), *left]
     found = conversation_of(record(*told, ASK, REPLY), "here")
@@ -402,14 +410,86 @@ def test_a_reply_that_is_a_call_is_left_out_with_all_up_to_the_next_question() -
         {"role": "assistant", "content": "Any time."},
     ]
     found = conversation_of({"messages": messages}, "here")
-    assert found == Conversation((Turn("Thanks.", "Any time."),), False, ("tool turn",))
+    assert found == talk_of([Turn("Thanks.", "Any time.")], left_out=("tool turn",))
 
 
 def test_a_picture_stays_where_the_question_that_shows_it_is_left_out() -> None:
     talk = record(SHOWN, ("gpt", ""), ("human", "Sure?"), ("gpt", "Yes"), image="a.jpg")
-    assert conversation_of(talk, "here") == Conversation(
-        (Turn("Sure?", "Yes"),), True, ("empty reply",)
+    expected = talk_of([Turn("Sure?", "Yes")], "a.jpg", left_out=("empty reply",))
+    assert conversation_of(talk, "here") == expected
+
+
+def test_pictures_stand_where_their_marks_stood() -> None:
+    # LLaVA-NeXT's and M4-Instruct's lists, Mantis's, and parts in any turn: places in the question
+    # as it is left.
+    ab = ["a.jpg", "b.jpg"]
+    front = record(("human", "<image>\n<image>\nWhich is a cat?"), ("gpt", "1"), image=ab)
+    expected = (Turn("Which is a cat?", "1", "", (0, 0)),)
+    assert conversation_of(front, "here") == Conversation(expected, tuple(ab))
+    apart = ("human", " Left: <image>, right:\n<image>\n"), ("gpt", "Yes")
+    expected = (Turn("Left: , right:", "Yes", "", (6, 14)),)
+    assert conversation_of(record(*apart, images=ab), "here") == Conversation(expected, tuple(ab))
+    named = [{"type": "image_url", "image_url": {"url": "b.jpg"}}, {"type": "text", "text": "It?"}]
+    later = record(SHOWN, REPLY, ("human", ["And ", *named]), ("gpt", "No"), image="a.jpg")
+    expected = (Turn("What?", "A cat.", "", (0,)), Turn("And It?", "No", "", (4,)))
+    assert conversation_of(later, "here") == Conversation(expected, tuple(ab))
+    lone = record(ASK, REPLY, ("human", "And this? <image>"), ("gpt", "No"), image="b.jpg")
+    expected = (Turn("What?", "A cat."), Turn("And this?", "No", "", (9,)))
+    assert conversation_of(lone, "here") == Conversation(expected, ("b.jpg",))
+    twice = record(SHOWN, REPLY, ("human", "<image>Sure?"), ("gpt", "No"), image=["a", "a"])
+    assert conversation_of(twice, "here").pictures == ("a", "a")
+    both = {"images": ab, **later}
+    assert conversation_of({**both, "image": None}, "here").pictures == tuple(ab)
+    many = ["p"] * 200
+    shown = conversation_of(record(("human", "<image>" * 200 + "?"), REPLY, images=many), "here")
+    assert shown.turns[0].pictures == (0,) * 200
+
+
+@given(
+    places=st.lists(st.integers(0, 12), min_size=2, max_size=5),
+    question=st.text("a \n", max_size=12),
+)
+@settings(max_examples=60, deadline=None)
+def test_marks_in_any_place_leave_the_text_and_stand_before_the_same_letters(
+    places: list[int], question: str
+) -> None:
+    cuts = sorted(min(place, len(question)) for place in places)
+    ends = [0, *cuts, len(question)]
+    marked = "<image>".join(question[low:high] for low, high in pairwise(ends))
+    names = [f"{n}.jpg" for n in range(len(cuts))]
+    found = conversation_of(record(("human", marked), REPLY, images=names), "here")
+    (turn,) = found.turns
+    assert (turn.question, found.pictures) == (question.strip(), tuple(names))
+    letters = [question[:cut].count("a") for cut in cuts]
+    assert [turn.question[:place].count("a") for place in turn.pictures] == letters
+
+
+def test_pictures_of_questions_that_are_left_out_go_to_the_next_or_are_counted() -> None:
+    none = ("gpt", "")
+    talk = record(
+        *(("human", "A <image>?"), none, ("human", "B <image>?"), ("gpt", "Yes")),
+        *(("human", "C <image>?"), none),
+        images=["a", "b", "c"],
     )
+    found = conversation_of(talk, "here")
+    assert found.turns == (Turn("B ?", "Yes", "", (0, 2)),)
+    assert found.pictures == ("a", "b")
+    assert found.left_out == ("empty reply", "empty reply", "picture without a question left")
+
+
+def test_pairs_that_are_rated_too_low_are_left_out() -> None:
+    pairs = [{"user": f"{n}?", "assistant": "Yes"} for n in range(3)]
+    talk = {"texts": pairs, "images": ["a", "b"], "relevance_ratings": [1, 5, 5]}
+    talk |= {"formatting_ratings": [5, None, 2], "visual_dependency_ratings": None}
+    left = ("rated too low",)
+    assert len(conversation_of(talk, "here").turns) == 3
+    expected = talk_of([Turn("1?", "Yes"), Turn("2?", "Yes")], "a", "b", left_out=left)
+    assert conversation_of(talk, "here", 2) == expected
+    assert conversation_of(talk, "here", 3) == talk_of(
+        [Turn("1?", "Yes")], "a", "b", left_out=left * 2
+    )
+    with pytest.raises(ConversationError, match="no reply left"):
+        conversation_of(talk, "here", 6)
 
 
 def test_a_tokenizer_file_reads_back_and_its_own_cut_and_padding_are_off(tmp_path: Path) -> None:

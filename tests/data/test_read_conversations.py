@@ -2,7 +2,6 @@
 
 import gzip
 import lzma
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -116,8 +115,8 @@ def test_the_layouts_of_sharegpt_with_a_list_of_images_are_read(put: Put) -> Non
     assert [shown(item) for item in read(put("demo.json", as_json(records)))] == [
         expected,
         expected,
-        "more than one picture",
-        "picture not in the first turn",
+        ((("Who is he?", "Ben."), ("Why?", "So.")), CAT),
+        "marks and pictures disagree",
         ((("Who?", "Ben."),), None),
         ((("Who is he?", "Ben.", "You see."), ("Why?", "So.")), CAT),
     ]
@@ -199,18 +198,17 @@ def test_texts_of_many_characters_are_taken_whole(put: Put) -> None:
     assert found.turns == (Turn(question, reply),)
 
 
-def test_the_real_sharegpt_sample_gives_its_records_with_one_picture() -> None:
+def test_the_real_sharegpt_sample_gives_its_records_with_their_pictures() -> None:
     found = read(shared("instruct_samples/llamafactory"))
-    assert Counter(shown(x) if isinstance(x, Reject) else "taken" for x in found) == {
-        "taken": 4,
-        "more than one picture": 2,
-    }
-    taken = [item for item in found if isinstance(item, ConversationRecord)]
-    assert [Path(item.picture.file).name for item in taken] == ["2.jpg", "3.jpg", "2.jpg", "3.jpg"]
-    for item in taken:
-        assert item.picture.data == Path(item.picture.file).read_bytes()
+    assert all(isinstance(item, ConversationRecord) for item in found)
+    names = [[Path(picture.file).name for picture in item.pictures] for item in found]
+    assert names == [["1.jpg", "1.jpg"], ["2.jpg"], ["3.jpg"]] * 2
+    for item in found:
         assert len(item.turns) == 2
-    assert taken[2].turns[0][0] == "他是谁？"
+        assert [x.data for x in item.pictures] == [Path(x.file).read_bytes() for x in item.pictures]
+    assert found[4].turns[0][0] == "他是谁？"
+    # The second picture stands behind the second question.
+    assert [turn.pictures for turn in found[3].turns] == [(0,), (7,)]
 
 
 # Units.

@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, models
 from midstream.config import SmallReal
 from midstream.core.identity import folder_fingerprint
 from midstream.core.storage import read_json
-from midstream.data.formats.conversations import conversation_of
 from midstream.data.formats.read_captions import caption_units, read_captions
 from midstream.data.formats.read_text import read_text, text_units
 from midstream.data.formats.records import CaptionRecord, ReadOptions, TextRecord
+from midstream.data.formats.turns import conversation_of
 from midstream.eval.tasks import VISUAL_FORMATS
 from midstream.eval.text import read_text_task
 from midstream.recipes import real_small
@@ -179,7 +179,7 @@ def check_pictures_exist(world: Path) -> None:
     for name in ("vqa_easy", "daquar", "flickr_match"):
         for record in conversations(world, name):
             talk = conversation_of(record, record["id"])
-            assert talk.has_image
+            assert len(talk.pictures) == 1
             assert talk.turns
             assert (world / "instruct" / name / record["image"]).is_file()
     for name, entry in read_json(world / "world.json")["visual_tasks"].items():
@@ -279,12 +279,12 @@ def test_conversations_hold_every_question_once_in_the_benchmarks_wording(
     for record in conversations(world, "vqa_easy"):
         turns = conversation_of(record, record["id"]).turns
         assert len(turns) <= QUESTIONS_PER_CONVERSATION
-        found.update((text, reply, record["image"]) for text, reply, _ in turns)
+        found.update((text, reply, record["image"]) for text, reply, *_ in turns)
     expected = [(prompt.replace("{question}", q), a, f"images/{n}.png") for q, a, n in EASY_TRAIN]
     assert found == Counter(expected)
     for record in conversations(world, "flickr_match"):
         number = Path(record["image"]).stem.removeprefix("photo_")
-        for text, reply, _ in conversation_of(record, record["id"]).turns:
+        for text, reply, *_ in conversation_of(record, record["id"]).turns:
             own = f'Does the caption "A dog number {number} ." match the image?'
             assert reply == ("Yes" if text == prompt.replace("{question}", own) else "No")
 

@@ -63,6 +63,25 @@ def decode(data: bytes, where: str) -> Image.Image:
         return _rgb(_open(data))
 
 
+def num_frames(data: bytes, where: str) -> int:
+    """How many pictures a TIFF holds; raises ValueError as `decode` does."""
+    with _naming(lambda: where):
+        return int(getattr(_open(data), "n_frames", 1))
+
+
+def frame_as_png(data: bytes, number: int, where: str) -> bytes:
+    """What `decode` would give for picture `number` of a TIFF, from 0, as a file of its own.
+
+    Raises ValueError as `decode` does.
+    """
+    with _naming(lambda: where):
+        picture = _open(data)
+        picture.seek(number)
+        png = io.BytesIO()
+        _rgb(_sized(picture)).save(png, "PNG", compress_level=1)
+        return png.getvalue()
+
+
 def decode_pixels(
     data: bytes, where: str, transform: ImageTransform
 ) -> Float32[np.ndarray, "3 size size"]:
@@ -115,6 +134,11 @@ def _open(data: bytes) -> Image.Image:
         raise ValueError(f"cannot identify it as one of {', '.join(FORMATS)}") from None
     if picture.format not in FORMATS:
         raise ValueError(f"{picture.format} is none of {', '.join(FORMATS)}")
+    return _sized(picture)
+
+
+def _sized(picture: Image.Image) -> Image.Image:
+    """The picture itself, where its size is one that is decoded."""
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width}x{height} pixels are more than {MAX_PIXELS:,}")

@@ -6,7 +6,7 @@ What is wrong with one member or sample is its `problem`; a damaged file is a Va
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from typing import Any, Literal
 
@@ -42,7 +42,10 @@ class ReadOptions:
     text_key: the field or column of the text. require: a picture without this kind of caption is
     left out. images: the folder or URL that relative picture names start from, where it is not the
     file's own folder. max_tokens: captions and conversations of more tokens are left out. split:
-    what is read of a list that holds several splits, one or more joined by "+".
+    what is read of a list that holds several splits, one or more joined by "+". lost: what a
+    picture that is not there, or cannot be decoded, takes with it out of a document: nothing, the
+    texts that it stands beside, or all. similarity: pictures of MMC4 that are less like their text
+    are left out. rating: pairs of FineVision of which any rating is lower are left out.
     """
 
     text_key: str = "text"
@@ -50,6 +53,20 @@ class ReadOptions:
     images: str | None = None
     max_tokens: int | None = None
     split: str | None = None
+    lost: Literal["picture", "text", "document"] = "picture"
+    similarity: float | None = None
+    rating: int | None = None
+
+    def noted(self) -> dict[str, Any]:
+        """What a shard keeps of them; options that came later only where they are not the default,
+        so that shards made before stay."""
+        later = ("lost", "similarity", "rating")
+        plain = ReadOptions()
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in later or value != getattr(plain, name)
+        }
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,441 @@
+"""Documents of texts and pictures: OBELICS, MMC4, MINT-1T, NeMo Curator; what is lost of them."""
+
+import gzip
+import io
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from made import png
+from made_inputs import OPTIONS, Put, as_json, as_lines, tar
+from PIL import Image
+from pyarrow import parquet
+
+from midstream.data.formats.document_parts import document_of
+from midstream.data.formats.interleaved import document_units, read_documents
+from midstream.data.formats.picture_urls import INDEX, PicturesByUrl, index_urls
+from midstream.data.formats.records import DocumentRecord, Picture, ReadOptions
+from midstream.data.images import decode
+from midstream.data.source_writer import Reject
+
+MARK = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
+A, B, C = "https://a.example/a.jpg", "https://b.example/b.png?x=1", "https://c.example/c.png"
+
+
+def read(*sources: str, options: ReadOptions = OPTIONS) -> list[Any]:
+    units = document_units(sources, options)
+    return [item for unit in units for item in read_documents(unit, options)]
+
+
+def shown(item: Any) -> Any:
+    """A document's texts and the number of each picture's bytes in its place, or its reason."""
+    if isinstance(item, Reject):
+        return f"- {item.reason}"
+    return [part if isinstance(part, str) else numbered(part.data) for part in item.parts]
+
+
+def numbered(data: bytes) -> int | bytes:
+    return next((n for n in range(9) if png(n) == data), data)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> bytes:
+    stream = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(list(rows)), stream)
+    return stream.getvalue()
+
+
+def obelics(*places: Any, **others: Any) -> dict[str, Any]:
+    """A row of OBELICS: a text or, as a tuple, a picture's address at each place."""
+    images = [place[0] if isinstance(place, tuple) else None for place in places]
+    texts = [None if isinstance(place, tuple) else place for place in places]
+    told = [None if x is None else {"src": x, "document_url": "d", "alt_text": "t"} for x in images]
+    general = {"url": "https://d.example", "warc_filename": "w", "warc_record_offset": 3}
+    row = {"images": images, "metadata": json.dumps(told), "texts": texts}
+    return row | {"general_metadata": json.dumps(general)} | others
+
+
+def img2dataset(folder: Path, pictures: dict[str, int], name: str = "00000.tar") -> str:
+    """A folder as img2dataset leaves it: a tar of .jpg, .json and .txt; C was not fetched."""
+    members = {}
+    for number, (url, picture) in enumerate(pictures.items()):
+        key = f"{number:09d}"
+        members[f"{key}.jpg"] = png(picture)
+        members[f"{key}.json"] = json.dumps({"url": url, "key": key, "status": "success"}).encode()
+        members[f"{key}.txt"] = b"alt"
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(tar(members))
+    (folder / "00000.parquet").write_bytes(table([{"url": C, "status": "failed_to_download"}]))
+    (folder / "00000_stats.json").write_text("{}")
+    return str(folder)
+
+
+# OBELICS, and pictures by their addresses.
+
+
+def test_obelics_is_read_with_the_pictures_that_img2dataset_fetched(
+    put: Put, tmp_path: Path
+) -> None:
+    rows = [
+        obelics("One.", (A,), "Two.", "Three.", (B,)),
+        obelics((A,), "Twice.", (A,)),
+        obelics((C,), "Gone.", (B,), "Left.", metadata="[{broken", general_metadata="no JSON"),
+        obelics((C,), "All gone."),
+    ]
+    source = put("data/train-00000-of-00001.parquet", table(rows))
+    images = img2dataset(tmp_path / "fetched", {A: 0, B: 1})
+    found = read(source, options=replace(OPTIONS, images=images))
+    assert [shown(item) for item in found] == [
+        ["One.", 0, "Two.\n\nThree.", 1],
+        [0, "Twice.", 0],
+        ["Gone.", 1, "Left."],
+        "- missing picture",
+    ]
+    assert found[0].where == f"{source}, row 0"
+    assert [item.left_out for item in found[:3]] == [(), (), ("missing picture",)]
+    assert C in found[3].detail
+    for picture in found[0].pictures:
+        held = Path(picture.file).read_bytes()
+        assert held[picture.offset : picture.offset + len(picture.data)] == picture.data
+    assert "--images" in read(source)[0].detail
+
+
+def test_the_mark_of_a_documents_end_parts_it_wherever_it_stands(put: Put) -> None:
+    for name in ("a.png", "b.png"):
+        put(name, png(int(name == "b.png")))
+    a, b = ("a.png",), ("b.png",)
+    rows = [
+        obelics("One.", a, f"Two.\n\n{MARK}\n\nThree.", b),
+        obelics(a, f"End. {MARK}"),
+        obelics(MARK, b, "Behind."),
+        obelics(a, f"x{MARK}y{MARK}z", b),
+    ]
+    found = read(put("a.parquet", table(rows)))
+    assert [shown(item) for item in found] == [
+        *(["One.", 0, "Two."], ["Three.", 1]),
+        [0, "End."],
+        [1, "Behind."],
+        *([0, "x"], "- no picture", ["z", 1]),
+    ]
+    places = [item.where.partition("row ")[2] for item in found]
+    assert places[:3] == ["0, document 0", "0, document 1", "1"]
+
+
+def test_places_that_are_not_of_one_text_or_one_picture_are_named(put: Put) -> None:
+    put("a.png", png(0))
+    rows = [
+        {"texts": ["a", None], "images": ["a.png"]},
+        {"texts": ["a", "b"], "images": ["a.png", None]},
+        {"texts": ["a", None, " ", None], "images": [None, None, None, "a.png"]},
+        {"texts": [None, None], "images": ["a.png", "a.png"]},
+        {"texts": ["alone"], "images": [None]},
+        {"texts": [], "images": []},
+        {"texts": [{"user": "What?"}], "images": ["a.png"]},
+        {"texts": "a", "images": ["a.png"]},
+        {"text": "a"},
+        {"texts": ["half \ud83d", None], "images": [None, "a.png"]},
+        {"texts": ["a", None], "images": [None, "../a.png"]},
+        {"texts": ["a", None], "images": [None, 7]},
+    ]
+    found = read(put("a.jsonl", as_lines(rows)))
+    assert [shown(item) for item in found] == [
+        *["- texts and pictures disagree"] * 2,
+        ["a", 0],
+        "- pictures without a text",
+        *["- no picture"] * 2,
+        *["- not a document"] * 3,
+        "- not Unicode",
+        "- picture outside the folder",
+        "- no picture",
+    ]
+    assert found[2].left_out == ("place without text or picture",) * 2
+    assert found[1].detail == "a text and a picture at place 0"
+
+
+def test_two_hundred_pictures_in_one_document_are_read(put: Put) -> None:
+    for number in range(3):
+        put(f"{number}.png", png(number))
+    places = [x for n in range(200) for x in ((f"{n % 3}.png",), f"Text {n}.")]
+    (found,) = read(put("a.parquet", table([obelics(*places)])))
+    assert shown(found) == [x for n in range(200) for x in (n % 3, f"Text {n}.")]
+
+
+def test_what_goes_with_a_lost_picture_is_as_it_is_asked_and_counted(put: Put) -> None:
+    put("a.png", png(0))
+    put("zero.png", b"")
+    gone, zero, a = ("gone.png",), ("zero.png",), ("a.png",)
+    rows = [
+        obelics("1", a, "2", gone, "3", "4", a, "5"),
+        obelics("1", gone, zero, "2", a, "3"),
+        obelics("1", a, "2"),
+        obelics("1", zero, "2"),
+    ]
+    path = put("a.parquet", table(rows))
+    missing, empty = "missing picture", "zero-byte picture"
+    beside = ("text beside a lost picture",) * 2
+    expected: dict[Any, list[Any]] = {
+        "picture": [
+            (["1", 0, "2\n\n3\n\n4", 0, "5"], (missing,)),
+            (["1\n\n2", 0, "3"], (missing, empty)),
+        ],
+        "text": [
+            (["1", 0, "4", 0, "5"], (missing, *beside)),
+            ([0, "3"], (missing, empty, *beside)),
+        ],
+        "document": [f"- {missing}", f"- {missing}"],
+    }
+    for lost, first in expected.items():
+        found = read(path, options=replace(OPTIONS, lost=lost))
+        told = [
+            (shown(x), x.left_out) if isinstance(x, DocumentRecord) else shown(x) for x in found
+        ]
+        assert told == [*first, (["1", 0, "2"], ()), f"- {empty}"]
+
+
+def test_a_document_is_made_again_without_what_cannot_be_decoded() -> None:
+    parts = ["1", Picture("", 0, b"x"), "2", Reject("here", "picture cannot be decoded")]
+    found = document_of("here", parts, OPTIONS, ("missing picture",))
+    assert isinstance(found, DocumentRecord)
+    assert found.texts == ("1", "2")
+    assert found.left_out == ("missing picture", "picture cannot be decoded")
+
+
+# MMC4.
+
+
+def mmc4(texts: Sequence[str], *matched: tuple[str, int, float], **others: Any) -> dict[str, Any]:
+    infos = [
+        {
+            **{"face_detections": None, "image_name": f"{url}.png", "raw_url": f"https://x/{url}"},
+            **{"matched_sim": likeness, "matched_text_index": place},
+        }
+        for url, place, likeness in matched
+    ]
+    matrix = [[likeness] * len(texts) for _, _, likeness in matched]
+    return {
+        **{"image_info": infos, "similarity_matrix": matrix, "text_list": list(texts)},
+        **{"url": "http://d.example", "could_have_url_duplicate": 0, **others},
+    }
+
+
+@pytest.mark.parametrize("packed", ["jsonl", "jsonl.gz", "jsonl.zip", "json"])
+def test_mmc4_puts_pictures_before_the_texts_that_they_match(put: Put, packed: str) -> None:
+    for number in range(3):
+        put(f"{number}.png", png(number))
+    records = [
+        mmc4(["One.", "Two.", "Three."], ("1", 2, 0.3), ("0", 1, 0.2), ("2", 1, 0.25)),
+        mmc4(["One.", "Two."], ("0", 0, 0.3), ("gone", 1, 0.3)),
+        mmc4(["One."], ("0", 1, 0.3)),
+        mmc4(["One."], ("0", None, 0.3)),  # type: ignore[arg-type]
+        mmc4(["One."]),
+    ]
+    name, lines = f"docs_no_face_shard_0_v2.{packed}", as_lines(records)
+    if packed == "jsonl.zip":
+        stream = io.BytesIO()
+        with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("docs_no_face_shard_0_v2.jsonl", lines)
+        lines = stream.getvalue()
+    data = {"jsonl.gz": gzip.compress(lines), "json": as_json(records)}.get(packed, lines)
+    path = put(name, data)
+    expected = [
+        ["One.", 0, 2, "Two.", 1, "Three."],
+        [0, "One. Two."],
+        *["- texts and pictures disagree"] * 2,
+        "- no picture",
+    ]
+    for source in (path, put("", b"")):
+        assert [shown(item) for item in read(source)] == expected
+
+
+def test_mmc4_takes_pictures_that_are_like_their_text_alone(put: Put, tmp_path: Path) -> None:
+    put("in/0.png", png(0))
+    put("in/1.png", png(1))
+    records = [
+        mmc4(["One.", "Two."], ("0", 0, 0.3), ("1", 1, 0.2)),
+        mmc4(["One.", "Two."], ("0", 0, 0.1), ("1", 1, 0.2)),
+        mmc4(["One.", "Two."], ("0", 0, None), ("1", 1, 0.3), similarity_matrix=[[0.4, 0]]),
+        mmc4(["One."], ("0", 0, None), similarity_matrix="none"),
+    ]
+    path = put("in/a.jsonl", as_lines(records))
+    found = read(path, options=replace(OPTIONS, similarity=0.25))
+    assert [shown(item) for item in found] == [
+        [0, "One. Two."],
+        "- no picture",
+        [0, "One.", 1, "Two."],
+        "- no picture",
+    ]
+    assert found[0].left_out == ("similarity too low",)
+    assert found[1].detail == "similarity too low"
+    images = img2dataset(tmp_path / "fetched", {"https://x/0": 5, "https://x/1": 6})
+    by_url = read(path, options=replace(OPTIONS, images=images))
+    assert shown(by_url[0]) == [5, "One.", 6, "Two."]
+
+
+# MINT-1T.
+
+
+def tiff(numbers: Sequence[int]) -> bytes:
+    frames = [Image.open(io.BytesIO(png(number))).convert("RGB") for number in numbers]
+    stream = io.BytesIO()
+    frames[0].save(stream, "TIFF", save_all=True, append_images=frames[1:], compression="tiff_lzw")
+    return stream.getvalue()
+
+
+def broken_frame(data: bytes, number: int) -> bytes:
+    """The same with the compressed pixels of one frame spoilt."""
+    with Image.open(io.BytesIO(data)) as picture:
+        picture.seek(number)
+        first, size = picture.tag_v2[273][0], picture.tag_v2[279][0]  # type: ignore[attr-defined]
+    return data[:first] + b"\xff" * size + data[first + size :]
+
+
+def pdf(*places: Any) -> bytes:
+    images = [f"page_{n}_image_{n}" if place is None else None for n, place in enumerate(places)]
+    told = [{"page": 0, "width": 1, "height": 1, "xref": 8, "sha256": "0"} for x in images if x]
+    return json.dumps(
+        {"pdf_name": "a.pdf", "url": "u", "texts": list(places), "images": images}
+        | {"image_metadata": told, "language_id_whole_page_fasttext": {"en": 0.9}}
+    ).encode()
+
+
+def pixels(picture: Picture) -> bytes:
+    return decode(picture.data, "here").tobytes()
+
+
+def test_mint_gives_the_frames_of_a_tiff_in_their_places(put: Put) -> None:
+    thirty = tiff([n % 9 for n in range(30)])
+    many = [x for n in range(30) for x in (f"Text {n}.", None)]
+    members = {
+        **{"a.json": pdf("One.", None, "Two.", None), "a.tiff": tiff([3, 4])},
+        **{"b.json": pdf(None, "Alone."), "b.tiff": tiff([5])},
+        **{"c.json": pdf(*many), "c.tiff": broken_frame(thirty, 17)},
+        **{"d.json": pdf("One.", None), "d.tiff": tiff([1, 2])},
+        **{"e.json": pdf("One.", None, None), "e.tiff": tiff([1])},
+        **{"f.json": pdf("One.", None), "f.tiff": thirty[:100]},
+        **{"g.tiff": tiff([1]), "h.json": b"[1]"},
+    }
+    path = put("CC-MAIN-20230527-00000.tar", tar(members))
+    found = read(path)
+    assert [type(item) for item in found[:3]] == [DocumentRecord] * 3
+    assert [pixels(x) for x in found[0].pictures] == [
+        pixels(Picture("", 0, png(n))) for n in (3, 4)
+    ]
+    assert [isinstance(part, str) for part in found[0].parts] == [True, False, True, False]
+    # A picture alone in its TIFF stays where it is.
+    assert (found[1].pictures[0].file, found[1].pictures[0].data) == (path, tiff([5]))
+    assert len(found[2].pictures) == 29
+    assert found[2].left_out == ("picture cannot be decoded",)
+    expected = [png(n % 9) for n in range(30) if n != 17]
+    assert [pixels(x) for x in found[2].pictures] == [pixels(Picture("", 0, x)) for x in expected]
+    assert "Text 17.\n\nText 18." in found[2].texts
+    assert shown(found[3]) == "- texts and pictures disagree"
+    assert (len(found[4].pictures), found[4].left_out) == (1, ("picture cannot be decoded",))
+    reasons = ["- picture cannot be decoded", "- not a document", "- not a JSON object"]
+    assert [shown(item) for item in found[5:]] == reasons
+    assert "frame 0" in found[5].detail
+
+
+def test_members_of_a_sample_are_its_pictures_by_their_names(put: Put) -> None:
+    record = {"texts": ["One.", None, None], "images": [None, "a.1.png", "0.png"]}
+    members = {"a.json": json.dumps(record).encode(), "a.0.png": png(4), "a.1.png": png(5)}
+    path = put("a.tar", tar(members))
+    (found,) = read(path)
+    assert shown(found) == ["One.", 5, 4]
+    assert {picture.file for picture in found.pictures} == {path}
+
+
+# NeMo Curator.
+
+
+def rows_of(sample: str, *parts: Any) -> list[dict[str, Any]]:
+    rows = [{"position": -1, "modality": "metadata", "content_type": "application/json"}]
+    for number, part in enumerate(parts):
+        row: dict[str, Any] = {"position": number, "modality": "text", "text_content": part}
+        if isinstance(part, bytes):
+            row = {"position": number, "modality": "image", "binary_content": part}
+        elif isinstance(part, dict):
+            row = {"position": number, "modality": "image", "source_ref": json.dumps(part)}
+        rows.append(row | {"content_type": "text/plain"})
+    return [{"sample_id": sample, **row} for row in rows]
+
+
+def reference(path: str, *place: Any) -> dict[str, Any]:
+    keys = ("member", "byte_offset", "byte_size", "frame_index")
+    return {"path": path} | dict(zip(keys, (*place, *[None] * 4), strict=False))
+
+
+def test_the_rows_of_nemo_curator_are_put_in_their_order(put: Put) -> None:
+    put("b.png", png(1))
+    archive = tar({"x.png": png(2), "x.tiff": tiff([3, 4])})
+    first, frames = archive.index(png(2)), archive.index(tiff([3, 4]))
+    put("x.tar", archive)
+    in_range = reference("x.tar", "x.png", first, len(png(2)))
+    frame = reference("x.tar", "x.tiff", frames, len(tiff([3, 4])), 1)
+    rows = [
+        *reversed(rows_of("a", "One.", png(0), reference("b.png"), "Two.", in_range, frame)),
+        *rows_of("b", "One.", {"member": "x"}, png(0), reference("x.tar", "x.png")),
+        *rows_of("c", "One.", reference("gone.png"), reference("/etc/passwd"), png(0)),
+        *rows_of("d", "One."),
+        *(row | {"position": min(row["position"], 0)} for row in rows_of("e", "One.", png(0))),
+        *rows_of("f", "One.", " ", png(0)),
+        {"sample_id": "f", "position": 9, "modality": "audio"},
+        *rows_of("a", "One.", png(0)),
+    ]
+    columns = ("sample_id", "position", "modality", "content_type", "text_content")
+    columns += ("binary_content", "source_ref", "materialize_error")
+    path = put("rows.parquet", table([{key: row.get(key) for key in columns} for row in rows]))
+    found = read(path)
+    assert shown(found[0])[:5] == ["One.", 0, 1, "Two.", 2]
+    assert pixels(found[0].pictures[-1]) == pixels(Picture("", 0, png(4)))
+    assert found[0].where == f"{path}, sample a"
+    assert (shown(found[1]), found[1].left_out) == (["One.", 0], ("missing picture",) * 2)
+    outside = "picture outside the folder"
+    assert (shown(found[2]), found[2].left_out) == (["One.", 0], ("missing picture", outside))
+    assert [shown(item) for item in found[3:]] == [
+        "- no picture",
+        "- texts and pictures disagree",
+        ["One.", 0],
+        "- sample in two places",
+    ]
+    assert found[5].left_out == ("place without text or picture", "other modality")
+
+
+# Files, and the index of addresses.
+
+
+def test_files_of_no_document_are_refused_by_name(put: Put) -> None:
+    with pytest.raises(ValueError, match=r"a\.parquet has the columns \['text'\].*OBELICS.*MMC4"):
+        read(put("a.parquet", table([{"text": "a"}])))
+    with pytest.raises(ValueError, match=r"a\.csv is of no known format of documents"):
+        read(put("a.csv", b"a,b"))
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        read(f"{put('', b'')}/nothing")
+
+
+def test_the_index_of_addresses_is_written_once_and_anew_for_other_tars(tmp_path: Path) -> None:
+    folder = tmp_path / "fetched"
+    img2dataset(folder, {A: 0, B: 1})
+    index_urls(str(folder))
+    written = (folder / INDEX).stat()
+    index_urls(str(folder))
+    assert (folder / INDEX).stat().st_mtime_ns == written.st_mtime_ns
+    # The first of two pictures of one address stands.
+    img2dataset(folder, {C: 2, A: 3}, "00001.tar")
+    index_urls(str(folder))
+    pictures = PicturesByUrl(str(folder))
+    found = [pictures.load(url, "here") for url in (A, B, C, f"{A}x")]
+    pictures.close()
+    assert [numbered(x.data) if isinstance(x, Picture) else x.reason for x in found] == [
+        *(0, 1, 2),
+        "missing picture",
+    ]
+    assert sorted(os.listdir(folder))[0] == INDEX
+    (folder / "00002.tar").write_bytes(gzip.compress(tar({})))
+    with pytest.raises(ValueError, match=r"00002\.tar is no whole tar file, or compressed"):
+        index_urls(str(folder))
+    assert [name for name in os.listdir(folder) if name.endswith(".tmp")] == []
