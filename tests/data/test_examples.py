@@ -17,11 +17,13 @@ from midstream.data.examples import (
     SEPARATOR,
     TextCodec,
     Turn,
+    asked_example,
     caption_example,
     conversation_example,
     document_example,
     question_ids,
     text_example,
+    without_marks,
 )
 from midstream.data.formats.turns import (
     Conversation,
@@ -540,3 +542,31 @@ def test_pictures_stand_where_the_turns_and_the_parts_say():
     assert document.supervised.tolist() == learnt
     begun = document_example(BEGINS, [None, text])
     assert (begun.pictures, begun.supervised[:2].tolist()) == ((1,), [0, 0])
+
+
+@pytest.mark.parametrize("codec", [CODEC, BEGINS])
+@pytest.mark.parametrize("num_earlier", [0, 1, 2])
+def test_what_is_asked_is_the_head_of_the_conversation_that_training_lays_out(
+    codec: TextCodec, num_earlier: int
+) -> None:
+    turns = [
+        Turn("Is it like ?", "yes", "Be brief.", (0, 3, 11)),
+        Turn("And now?", "no", "", ()),
+        Turn("Which one?", "the left", "", (0, 10)),
+    ][2 - num_earlier :]
+    whole = conversation_example(codec, turns)
+    head, asked = asked_example(codec, turns[-1]._replace(reply=""), turns[:-1])
+    ids = [*head.input_ids, *asked.input_ids]
+    assert ids == whole.input_ids[: len(ids)].tolist()
+    places = [*head.pictures, *(len(head.input_ids) + place for place in asked.pictures)]
+    assert tuple(places) == whole.pictures
+    assert whole.supervised[len(ids) :].all()
+    assert not asked.supervised.any()
+    assert (head.supervised == whole.supervised[: len(head.supervised)]).all()
+    assert (len(head.input_ids) == 0) is (num_earlier == 0)
+
+
+def test_marks_say_where_pictures_stand() -> None:
+    assert without_marks("<image>\nIs it <image>? ") == ("Is it ?", (0, 6))
+    assert without_marks("What?") == ("What?", ())
+    assert without_marks("<image>") == ("", (0,))

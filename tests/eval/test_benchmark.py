@@ -15,7 +15,7 @@ from test_readers import official
 from answerers import Fake, ignore, kept
 from midstream.config import Evaluation
 from midstream.eval.benchmark import evaluate, score_visual
-from midstream.eval.find_task import VisualTask, in_seeded_order, other_images, read_visual_task
+from midstream.eval.find_task import VisualTask, in_seeded_order, other_pictures, read_visual_task
 from midstream.eval.scoring import SUITES
 from midstream.eval.tasks import VISUAL_FORMATS, VisualExample
 
@@ -238,17 +238,17 @@ def test_blind_pictures_are_a_permutation_in_which_every_picture_changes(sizes: 
         VisualExample(str(index), "?", image, "yes") for index, image in enumerate(images)
     )
     task = VisualTask("some", VISUAL_FORMATS["gqa"], 0.0, examples, len(examples))
-    others = other_images(task)
+    others = [one for (one,) in other_pictures(task)]
     assert all(other != image for other, image in zip(others, images, strict=True))
     assert sorted(others) == sorted(images)
-    assert others == other_images(task)
+    assert [(one,) for one in others] == other_pictures(task)
 
 
 def test_a_picture_that_most_examples_share_leaves_no_blind_score() -> None:
     images = ["a.jpg", "a.jpg", "b.jpg"]
     examples = tuple(VisualExample(str(i), "?", Path(p), "yes") for i, p in enumerate(images))
     with pytest.raises(ValueError, match=r"2 of 3 examples share picture a\.jpg.*blind=False"):
-        other_images(VisualTask("some", VISUAL_FORMATS["gqa"], 0.0, examples, len(examples)))
+        other_pictures(VisualTask("some", VISUAL_FORMATS["gqa"], 0.0, examples, len(examples)))
 
 
 def test_a_short_prompt_is_the_question_alone() -> None:

@@ -23,12 +23,12 @@ from midstream.data.images import decode_pixels, encode_fixed
 from midstream.data.prepare import open_codec
 from midstream.eval.benchmark import evaluate
 from midstream.eval.continuous import Target, summary, target, text_outcomes, visual_outcomes
-from midstream.eval.find_task import other_images, read_visual_task
+from midstream.eval.find_task import other_pictures, read_visual_task
 from midstream.eval.predict import ModelAnswerer
 from midstream.eval.tasks import VISUAL_FORMATS, Reply, VisualExample
 from midstream.eval.text import TextAnswer
 from midstream.eval.transformers_answerer import TransformersAnswerer
-from midstream.model.generate import project_images
+from midstream.model.read_prompts import Part, embed_parts
 from midstream.model.vlm import VLM
 from midstream.model.weights import initialise
 from midstream.study.results import OUTCOMES, EvaluationResult, TaskResult
@@ -71,7 +71,9 @@ def forward(answerer: ModelAnswerer, question: str, picture: Path | None, text: 
         pixels = decode_pixels(picture.read_bytes(), str(picture), tiny.ENCODER.transform)
         assert answerer.encode is not None
         features = answerer.encode(torch.from_numpy(pixels)[None])
-        rows = torch.cat((project_images(model, features, codec.begin_of_text), rows), dim=1)
+        first = tuple(codec.begin_ids)
+        shown = Part(first, ((len(first), 0),))
+        rows = torch.cat((embed_parts(model, [shown], features)[0], rows), dim=1)
     with torch.no_grad():
         hidden = model.decoder(rows, torch.arange(rows.shape[1])[None], None)
         logprobs = model.decoder.output(hidden).double().log_softmax(dim=-1)[0]
@@ -263,7 +265,7 @@ def test_a_model_on_a_world_has_the_outcomes_of_plain_forward_passes(
     found, tables = asked(answerer, root, tmp_path, **options)
     for name in tasks:
         task = read_visual_task(root, name, 6)
-        for one, other in zip(task.examples, other_images(task), strict=True):
+        for one, (other,) in zip(task.examples, other_pictures(task), strict=True):
             row = tables[name][one.example_id]
             spelt = target(task.format, one, "letter", spelt_as_gold=by == "text")
             assert spelt.gold is not None

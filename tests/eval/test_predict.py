@@ -6,15 +6,17 @@ import torch
 from PIL import Image
 
 import tiny
-from answerers import written
+from answerers import chosen, written
 from midstream.config import VLMConfig
-from midstream.data.examples import TextCodec, question_ids
+from midstream.data.examples import TextCodec, Turn, conversation_example, question_ids
 from midstream.data.images import Encode, decode_pixels, encode_fixed
 from midstream.data.prepare import open_codec
 from midstream.eval import predict
+from midstream.eval.benchmark_records import Shot, Shown
 from midstream.eval.predict import ModelAnswerer
 from midstream.eval.tasks import Answerer
-from midstream.model.generate import generate
+from midstream.model.generate import choice_logprobs, generate
+from midstream.model.read_prompts import Part, Prompt
 from midstream.model.vlm import VLM
 from midstream.model.weights import initialise, weights_digest
 from midstream.study.store import Ledger
@@ -252,3 +254,42 @@ def test_features_of_no_more_pictures_are_kept_than_there_is_room_for(
         assert len(answerer._features) <= 3
     assert paths[5] in answerer._features
     assert paths[0] not in answerer._features
+
+
+def test_several_pictures_and_shots_stand_as_in_fine_tuning(
+    answerer: ModelAnswerer, codec: TextCodec, pictures: list[Path]
+) -> None:
+    """Likelihoods of a reply are those behind the whole conversation as training lays it out."""
+    one, two, three = pictures[:3]
+    shots = (Shot("Where is <image>?", "here", (one,)), Shot("Which?", "both", (two, three)))
+    shown = [Shown((two, one)), Shown((three,), shots), Shown((one, two), shots), one]
+    asked = ["Is <image> like <image>?", "What is it?", "<image> or <image>", "Where?"]
+    turns = [
+        [Turn("Is  like ?", "", pictures=(3, 9))],
+        [Turn("Where is ?", "here", pictures=(9,)), Turn("Which?", "both", pictures=(0, 0))],
+        [],
+        [Turn("Where?", "", pictures=(0,))],
+    ]
+    turns[2] = [*turns[1], Turn("or", "", pictures=(0, 2))]
+    turns[1] = [*turns[1], Turn("What is it?", "", pictures=(0,))]
+    order = [(two, one), (one, two, three, three), (one, two, three, one, two), (one,)]
+    choices = [["yes", "no it is"]] * 4
+    features = answerer._look(pictures[:3])
+    expected = []
+    for own, images in zip(turns, order, strict=True):
+        whole = conversation_example(codec, own)
+        end = len(whole.input_ids) - int(whole.supervised[::-1].argmin())
+        numbers = [pictures.index(path) for path in images]
+        ids = tuple(whole.input_ids[:end].tolist())
+        part = Part(ids, tuple(zip(whole.pictures, numbers, strict=True)))
+        tokens = [codec.encode(f" {text}") for text in choices[0]]
+        (found,) = choice_logprobs(
+            answerer.model, [Prompt(Part(), part)], features, [tokens], batch_size=4
+        )
+        expected.append([value for value, _ in found])
+    assert len({tuple(tokens[0][:1]), tuple(tokens[1][:1])}) == 2
+    firsts = chosen(answerer, asked, shown, choices)
+    golds = answerer.reply(asked, shown, [()] * 4, ["no it is"] * 4, [False] * 4)
+    for row, (likely, reply) in enumerate(zip(firsts, golds, strict=True)):
+        assert reply.gold == pytest.approx(expected[row][1], abs=1e-4)
+        assert len(likely) == 2

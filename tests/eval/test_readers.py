@@ -99,6 +99,13 @@ READ: dict[str, tuple[int, str, Any, str]] = {
         "Which letter is the root?\nA. A\nB. B\nC. C\nD. D" + LETTER,
     ),
     "qa": (3, "1", ["a cup", "cup"], "What is on the table?" + BRIEFLY),
+    "nlvr2": (
+        2,
+        "test1-0-1-0",
+        "True",
+        'Based on the images, is this statement "True" or "False"? Both show a dog.\n'
+        'Respond with "True" or "False" directly.',
+    ),
 }
 
 
@@ -128,8 +135,8 @@ def official(folder: Path, name: str) -> list[VisualExample]:
     if name == "refcocog":
         shutil.move(folder / REFS, folder / "refs(umd).p")
     examples = read(name, folder, pictures=False)
-    for example in examples:
-        picture(example.image, example.size or (20, 10))
+    for path, size in {(path, e.size) for e in examples for path in e.pictures}:
+        picture(path, size or (20, 10))
     return examples
 
 
@@ -151,7 +158,7 @@ def change(path: Path, edit: Callable[[Any], None]) -> None:
         path.write_text(json.dumps(value))
 
 
-@pytest.mark.parametrize("name", VISUAL_FORMATS)
+@pytest.mark.parametrize("name", READ)
 def test_official_files_become_examples(name: str, tmp_path: Path) -> None:
     without = official(tmp_path, name)
     examples = read(name, tmp_path)
@@ -174,6 +181,8 @@ def test_a_missing_file_is_named_with_what_the_folder_holds(name: str, tmp_path:
 
 def test_the_page_shows_no_format_that_does_not_exist_and_a_text_task(tmp_path: Path) -> None:
     assert set(BLOCKS) - {"text_tasks"} <= set(VISUAL_FORMATS)
+    # The others are tables (test_several.py).
+    assert set(VISUAL_FORMATS) - set(READ) == {"blink", "muirbench", "mantis_eval"}
     lay_out(tmp_path, "text_tasks")
     assert [item["gold"] for item in read_text_task(tmp_path / "colours.jsonl")] == [0, 1, 1]
 

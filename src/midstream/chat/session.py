@@ -18,7 +18,7 @@ from midstream.core.storage import read_json
 from midstream.data.examples import TextCodec, question_ids
 from midstream.data.images import decode_pixels
 from midstream.model.decoder import Sampling, choose
-from midstream.model.generate import AnyCache, id_tensor, new_cache, project_images
+from midstream.model.read_prompts import AnyCache, Part, embed_parts, id_tensor, new_cache
 from midstream.model.vlm import VLM
 from midstream.study.label import label
 from midstream.study.results import EvaluationResult, ImportedResult
@@ -78,7 +78,9 @@ class Conversation:
     ) -> None:
         self.vlm, self.sampling, self.max_positions = vlm, sampling, max_positions
         with torch.no_grad():
-            self._image = None if features is None else project_images(vlm, features, begin)
+            first = () if begin is None else (begin,)
+            image = Part(first, ((len(first), 0),))
+            self._image = None if features is None else embed_parts(vlm, [image], features)[0]
         self._num_patches = 0 if self._image is None else self._image.shape[1]
         self._cache: AnyCache | None = None
         self._num_drawn = 0

@@ -199,6 +199,36 @@ def question_ids(codec: TextCodec, question: str, *, has_image: bool) -> list[in
     return ([codec.separator] if has_image else codec.begin_ids) + asked
 
 
+def without_marks(question: str) -> tuple[str, tuple[int, ...]]:
+    """A question without its image marks and outer white space, and where the marks stood, as
+    `Turn.pictures` says it."""
+    texts, places, length = question.strip().split(IMAGE_MARK), list[int](), 0
+    for text in texts[:-1]:
+        length += len(text)
+        places.append(length)
+    whole = "".join(texts)
+    outer, text = len(whole) - len(whole.lstrip()), whole.strip()
+    return text, tuple(min(max(place - outer, 0), len(text)) for place in places)
+
+
+def asked_example(
+    codec: TextCodec, turn: Turn, earlier: Sequence[Turn] = ()
+) -> tuple[Example, Example]:
+    """What stands before the reply to a turn (which has none yet): the earlier turns, and this one.
+
+    One behind the other they are the head of `conversation_example` of all these turns. What
+    begins a text stands in the first of them that holds anything.
+    """
+    ids, places = _asked(codec, turn)
+    head = conversation_example(codec, earlier)
+    if not earlier:
+        shift = len(head.input_ids)
+        ids, places = [*head.input_ids.tolist(), *ids], [shift + place for place in places]
+        head = Example(head.input_ids[:0], head.supervised[:0])
+    asked = np.array(ids, dtype=np.int64)
+    return head, Example(asked, np.zeros(len(ids), dtype=np.uint8), tuple(places))
+
+
 def conversation_example(
     codec: TextCodec, turns: Sequence[tuple[str, str] | Turn], *, has_image: bool = False
 ) -> Example:

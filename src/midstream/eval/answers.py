@@ -267,8 +267,8 @@ def visual_key(
 ) -> str:
     """The key of a visual task's result."""
     fixed = task.format.fixed
-    # Wrong pictures are drawn by which examples share one.
-    order = {image: number for number, image in enumerate(e.image for e in task.examples)}
+    # Wrong pictures are drawn by which examples share theirs.
+    order = {shown: number for number, shown in enumerate(e.pictures for e in task.examples)}
     return _digest(
         weights_digest,
         [task.name, task.format.name, task.chance, task.num_all],
@@ -279,7 +279,7 @@ def visual_key(
         [
             [
                 [e.example_id, prompt, e.gold, e.split, e.kinds, e.choices, e.size],
-                [order[e.image], file_digest(e.image)],
+                [order[e.pictures], *map(file_digest, e.pictures)],
             ]
             for e, prompt in zip(task.examples, prompts, strict=True)
         ],

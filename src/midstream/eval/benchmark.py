@@ -29,12 +29,13 @@ from midstream.eval.continuous import (
 )
 from midstream.eval.find_task import (
     VisualTask,
+    in_another_order,
     in_the_square,
-    other_images,
+    other_pictures,
     read_choice_task,
     read_visual_task,
 )
-from midstream.eval.scoring import averages, cleaned, suites
+from midstream.eval.scoring import averages, cleaned, mean, suites
 from midstream.eval.tasks import Reply
 from midstream.eval.text import TextResult, TextTask, loaded_tasks
 from midstream.study.results import OUTCOMES
@@ -43,7 +44,8 @@ _TEXTS = ("example_id", "split", "prompt", "prediction", "gold")
 _COLUMNS = pa.schema(
     [(name, pa.string()) for name in _TEXTS]
     + [("score", pa.float64()), ("blind_prediction", pa.string()), ("blind_score", pa.float64())]
-    + [("text_prediction", pa.string()), ("image", pa.string())]
+    + [("text_prediction", pa.string()), ("swapped_prediction", pa.string())]
+    + [("image", pa.string())]
     + [(name, pa.float64()) for name in OUTCOMES]
 )
 
@@ -74,7 +76,7 @@ def evaluate(
     earlier = {name: done[key] for name, key in keys.items() if key in done} if done else {}
     rows = {name: dict(one.row) for name, one in earlier.items()}
     tasks: dict[str, dict[str, Any]] = answers.ranks.gather(rows)[0]
-    blind_images = {task.name: other_images(task) for task in visual} if evaluation.blind else {}
+    others = {task.name: other_pictures(task) for task in visual} if evaluation.blind else {}
     writes = out if answers.ranks.rank == 0 else None
     if writes is not None:
         images = {task.name: [example.image for example in task.examples] for task in visual}
@@ -89,8 +91,8 @@ def evaluate(
     with loaded_tasks(text, evaluation.limit) as ask:
         for index, task in enumerate(visual):
             share = _part(progress, sum(sizes[:index]), total, sizes[index])
-            blind = blind_images.get(task.name)
-            tasks[task.name] = _run_visual(answers, evaluation, task, blind, writes, share)
+            own = others.get(task.name)
+            tasks[task.name] = _run_visual(answers, evaluation, task, own, writes, share)
         answers.progress = _part(progress, sum(sizes), total, in_text, text="text tasks: ")
         found = ask(answers)
     for choice in text:
@@ -130,13 +132,12 @@ def _run_visual(
     answers: KeptAnswers,
     evaluation: Evaluation,
     task: VisualTask,
-    blind_images: Sequence[Path] | None,
+    others: Sequence[tuple[Path, ...]] | None,
     out: Path | None,
     progress: Progress,
 ) -> dict[str, Any]:
     wording = evaluation.wordings.get(task.name, evaluation.prompts)
     prompts = _prompts(task, evaluation)
-    images = [example.image for example in task.examples]
     passes = _passes(task, evaluation)
     targets = [
         target(task.format, example, evaluation.letters, spelt_as_gold=not passes[0][1])
@@ -145,7 +146,8 @@ def _run_visual(
     replies: dict[str, list[Reply]] = {}
     said: dict[str, list[str]] = {}
     for index, (how, chooses) in enumerate(passes):
-        seen = blind_images if how == "blind" and blind_images is not None else images
+        pictures = _pictures(task, how, others)
+        seen = [e.showing(own) for e, own in zip(task.examples, pictures, strict=True)]
         title = f"{task.name} {how}: " if how else f"{task.name}: "
         answers.progress = _part(progress, index, len(passes), text=title)
         own = [Target()] * len(prompts) if how == "as text" else targets
@@ -159,14 +161,15 @@ def _run_visual(
         pairs = zip(own, replies[how], strict=True)
         said[how] = [_said(*pair, chooses=chooses) for pair in pairs]
     blind, spoken = said.get("blind"), said.get("as text")
-    others: Sequence[Reply | None] = replies.get("blind") or [None] * len(prompts)
+    strangers: Sequence[Reply | None] = replies.get("blind") or [None] * len(prompts)
     weighed = [
         visual_outcomes(example, text, (about, reply, other))
         for example, text, about, reply, other in zip(
-            task.examples, said[""], targets, replies[""], others, strict=True
+            task.examples, said[""], targets, replies[""], strangers, strict=True
         )
     ]
-    row = score_visual(task, said[""], blind, spoken, weighed)
+    swapped = said.get("order swapped")
+    row = score_visual(task, said[""], blind, spoken, weighed, swapped)
     row |= {"wording": wording, "answered": "probability" if passes[0][1] else "text"}
     if out is not None:
         write_predictions(
@@ -180,6 +183,7 @@ def _run_visual(
             blind_prediction=blind,
             blind_score=None if blind is None else _scores(task, blind),
             text_prediction=spoken,
+            swapped_prediction=swapped,
             image=[str(example.image) for example in task.examples],
             **_columns(weighed),
         )
@@ -204,9 +208,22 @@ def _passes(task: VisualTask, evaluation: Evaluation) -> list[tuple[str, bool]]:
     passes = [("", chooses)]
     if evaluation.blind:
         passes.append(("blind", chooses))
+    if evaluation.blind and any(e.more for e in task.examples):
+        passes.append(("order swapped", chooses))
     if chooses and evaluation.fixed_answers == "both":
         passes.append(("as text", False))
     return passes
+
+
+def _pictures(
+    task: VisualTask, how: str, others: Sequence[tuple[Path, ...]] | None
+) -> Sequence[tuple[Path, ...]]:
+    """What each example shows in a pass."""
+    if how == "blind" and others is not None:
+        return others
+    if how == "order swapped":
+        return [in_another_order(example) for example in task.examples]
+    return [example.pictures for example in task.examples]
 
 
 def score_visual(
@@ -215,9 +232,11 @@ def score_visual(
     blind: Sequence[str] | None = None,
     spoken: Sequence[str] | None = None,
     weighed: Sequence[Outcomes] | None = None,
+    swapped: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """A task's row of results from its answers; `spoken` are the answers' texts beside them,
-    `weighed` their outcomes, of which the answers alone tell few."""
+    `weighed` their outcomes, of which the answers alone tell few, `swapped` the answers with the
+    pictures in another order."""
     examples = task.examples
     if weighed is None:
         weighed = [visual_outcomes(*pair) for pair in zip(examples, predictions, strict=True)]
@@ -230,6 +249,12 @@ def score_visual(
         more = task.format.details(spoken, examples)
         more["score"] = mean_by_split(_scores(task, spoken), splits)
         details |= {f"text.{key}": value for key, value in more.items()}
+    if swapped is not None:
+        # Of those that have an order.
+        pairs = zip(_scores(task, swapped), scores, examples, strict=True)
+        several = [(one, two) for one, two, e in pairs if e.more]
+        details["order_swapped.score"] = mean([one for one, _ in several])
+        details["order_swapped.before"] = mean([two for _, two in several])
     return {
         "kind": "vision",
         "format": task.format.name,

@@ -1,16 +1,22 @@
 """What readers share: `VisualExample`, and records whose errors name file and entry."""
 
 import gzip
+import hashlib
 import json
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from PIL import Image, UnidentifiedImageError
 
 from midstream.core.digests import is_hidden
+from midstream.core.storage import write_bytes
+from midstream.data.examples import IMAGE_MARK, without_marks
+
+# Where pictures out of tables lie: hidden, and so no part of a benchmark's identity.
+UNPACKED = ".pictures"
 
 
 @dataclass(frozen=True)
@@ -205,10 +211,48 @@ def add(table: dict[str, Any], key: str, value: Any, record: Record) -> None:
     table[key] = value
 
 
+class Shot(NamedTuple):
+    """A question with its answer and pictures that stands before another one as a turn."""
+
+    question: str
+    reply: str
+    pictures: tuple[Path, ...]
+
+
+class Shown(NamedTuple):
+    """What a question shows beside a single picture: several, in the order of the image marks in it
+    (those that have none stand before it), and the shots before it."""
+
+    pictures: tuple[Path, ...]
+    shots: tuple[Shot, ...] = ()
+
+
+def all_pictures(image: Path | Shown | None) -> tuple[Path, ...]:
+    """Every picture that stands before a reply, in order."""
+    if isinstance(image, Shown):
+        return (*(path for shot in image.shots for path in shot.pictures), *image.pictures)
+    return () if image is None else (image,)
+
+
+def places(question: str, num_pictures: int) -> tuple[str, tuple[int, ...]]:
+    """A question without its image marks, and where its pictures stand (`Turn.pictures`).
+
+    Raises ValueError for more marks than pictures.
+    """
+    text, marked = without_marks(question)
+    if len(marked) > num_pictures:
+        raise ValueError(
+            f"a question has {len(marked)} {IMAGE_MARK} marks and {num_pictures} pictures: "
+            f"{question[:80]!r}; give one picture a mark"
+        )
+    return text, (0,) * (num_pictures - len(marked)) + marked
+
+
 @dataclass(frozen=True)
 class VisualExample:
-    """A question about a picture.
+    """A question about a picture, or about several.
 
+    more: its pictures behind the first; marks in the question say where they stand (`Shown`).
     gold: JSON-able, and what the format's scorer takes. split: splits weigh alike in a score.
     kinds: what the official evaluator breaks its score down by. choices: the fixed answers, where
     there are some. size: the picture's width and height in pixels, where the gold is a box.
@@ -224,6 +268,16 @@ class VisualExample:
     choices: tuple[str, ...] = ()
     size: tuple[int, int] | None = None
     other_id: str | None = None
+    more: tuple[Path, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[Path, ...]:
+        """All its pictures, in order."""
+        return (self.image, *self.more)
+
+    def showing(self, pictures: tuple[Path, ...]) -> Path | Shown:
+        """What is shown where these are its pictures."""
+        return pictures[0] if len(pictures) == 1 else Shown(pictures)
 
 
 class Pictures:
@@ -256,6 +310,29 @@ class Pictures:
                 "put the benchmark's pictures there (docs/evaluation.md)"
             )
         return self._found.setdefault(names[0], there or paths[0])
+
+    def unpack(self, record: Record, value: Any) -> Path:
+        """The picture in a table's cell as a file of its own, in a hidden folder beside the table:
+        no part of the benchmark's files, and written once. Without need the first place stands in.
+
+        Raises ValueError for a cell without bytes and for a folder that cannot be written to.
+        """
+        held = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(held, bytes) or not held:
+            record.refuse("one of its pictures has no bytes in the table")
+        path = self.folder / UNPACKED / hashlib.sha256(held).hexdigest()[:32]
+        if not self.needed:
+            return path
+        if not path.is_file():
+            try:
+                path.parent.mkdir(exist_ok=True)
+                write_bytes(path, held)
+            except OSError as error:
+                raise ValueError(
+                    f"pictures of {record.where} cannot be unpacked into {path.parent} ({error}); "
+                    "copy the benchmark's folder to where it can be written"
+                ) from None
+        return path
 
 
 def plain_words(text: str) -> str:

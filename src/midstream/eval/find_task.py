@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -328,30 +329,39 @@ def in_seeded_order(items: Sequence[Item], splits: Sequence[str], key: str) -> l
     return [m[turn] for turn in range(longest) for m in by_split.values() if turn < len(m)]
 
 
-def other_images(task: VisualTask) -> list[Path]:
-    """For each example the picture of another one: a permutation in which no picture stays.
+def other_pictures(task: VisualTask) -> list[tuple[Path, ...]]:
+    """For each example the pictures of another one: a permutation in which none stay. Where the
+    other has fewer they are repeated, where it has more the first ones are taken.
 
-    Raises ValueError if a picture belongs to more than half of the examples.
+    Raises ValueError if pictures belong to more than half of the examples.
     """
-    members: dict[Path, list[int]] = defaultdict(list)
+    members: dict[tuple[Path, ...], list[int]] = defaultdict(list)
     for index, example in enumerate(task.examples):
-        members[example.image].append(index)
+        members[example.pictures].append(index)
     commonest = max(members, key=lambda image: len(members[image]))
     step, count = len(members[commonest]), len(task.examples)
     if 2 * step > count:
         raise ValueError(
-            f"{task.name}: {step} of {count} examples share picture {commonest}, so that a blind "
-            "score cannot give each of them another; raise the limit or set blind=False"
+            f"{task.name}: {step} of {count} examples share picture {commonest[0]}, so that a "
+            "blind score cannot give each of them another; raise the limit or set blind=False"
         )
     groups = list(members.values())
     random.Random(f"{_SEED} blind {task.name}").shuffle(groups)
+    # Most get as many pictures as they have; a stable order, of single pictures the drawn one.
+    groups.sort(key=lambda group: len(task.examples[group[0]].pictures))
     # Examples of one picture stand together and no group is longer than `step`, so that moving
     # every picture on by `step` takes it out of its group.
     order = [index for group in groups for index in group]
-    images = [task.examples[0].image] * count
+    pictures: list[tuple[Path, ...]] = [()] * count
     for position, index in enumerate(order):
-        images[index] = task.examples[order[(position + step) % count]].image
-    return images
+        other = task.examples[order[(position + step) % count]].pictures
+        pictures[index] = tuple(islice(cycle(other), len(task.examples[index].pictures)))
+    return pictures
+
+
+def in_another_order(example: VisualExample) -> tuple[Path, ...]:
+    """An example's pictures, each in the place of the one before it."""
+    return example.pictures[1:] + example.pictures[:1]
 
 
 def _visual_folder(world: Path, name: str) -> tuple[str, float, Path]:

@@ -1,6 +1,6 @@
 """Answers of a model: batched greedy generation and log-likelihoods from text and pictures."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +8,9 @@ import torch
 
 from midstream.config import AnyEncoderConfig, TransformersDecoderConfig
 from midstream.config.model import FILL_BATCH
-from midstream.data.examples import TextCodec, question_ids
+from midstream.data.examples import Example, TextCodec, Turn, asked_example, question_ids
 from midstream.data.images import Encode, decode_pixels
+from midstream.eval.benchmark_records import Shown, all_pictures, places
 from midstream.eval.tasks import Images, Limits, Lists, Reply, Texts, reply_tokens, telling
 from midstream.model.generate import (
     choice_logprobs,
@@ -17,6 +18,7 @@ from midstream.model.generate import (
     generate_and_score,
     sequence_logprobs,
 )
+from midstream.model.read_prompts import Part, Prompt
 from midstream.model.vlm import VLM
 from midstream.model.weights import weights_digest
 
@@ -63,31 +65,43 @@ class ModelAnswerer:
         """See `eval.tasks.Answerer`: greedy up to a separator, end-of-text or agent-stop, special
         tokens left out; all that is asked of a prompt is read off one reading of it.
 
-        Prompts with a picture and prompts without are answered in batches of their own; a picture
-        is encoded once. Raises ValueError for a picture given to a model without an encoder.
+        A picture is encoded once, and what several prompts begin with (a picture, shots) is read
+        once. Raises ValueError for a picture given to a model without an encoder.
         """
         replies = [Reply("", [], None)] * len(prompts)
         for limit in (self.max_new_tokens, 0):
             own = [i for i, written in enumerate(writes) if written == (limit > 0)]
-            for members, features, image_of in self._by_sight([images[i] for i in own]):
-                chosen = [own[member] for member in members]
-                shown = features is not None
-                found = generate_and_score(
-                    self.model,
-                    [question_ids(self.codec, prompts[i], has_image=shown) for i in chosen],
-                    features,
-                    [self._asked(choices[i], golds[i]) for i in chosen],
-                    image_of=image_of,
-                    begin=self.codec.begin_of_text,
-                    max_new_tokens=limit,
-                    stop_ids=self.codec.stop_ids,
-                    batch_size=self.batch_size,
-                )
-                for i, (ids, scores) in zip(chosen, found, strict=True):
-                    values = [value for value, _ in scores]
-                    gold = None if golds[i] is None else values.pop()
-                    replies[i] = Reply(self.codec.decode(ids).strip(), values, gold)
+            paths = sorted({path for i in own for path in all_pictures(images[i])})
+            number = {path: index for index, path in enumerate(paths)}
+            found = generate_and_score(
+                self.model,
+                [self._prompt(prompts[i], images[i], number) for i in own],
+                self._look(paths) if paths else None,
+                [self._asked(choices[i], golds[i]) for i in own],
+                max_new_tokens=limit,
+                stop_ids=self.codec.stop_ids,
+                batch_size=self.batch_size,
+            )
+            for i, (ids, scores) in zip(own, found, strict=True):
+                values = [value for value, _ in scores]
+                gold = None if golds[i] is None else values.pop()
+                replies[i] = Reply(self.codec.decode(ids).strip(), values, gold)
         return replies
+
+    def _prompt(self, text: str, image: Path | Shown | None, number: dict[Path, int]) -> Prompt:
+        """A question laid out as in training, its pictures by their numbers."""
+        if not isinstance(image, Shown):
+            ids = tuple(question_ids(self.codec, text, has_image=image is not None))
+            first = () if image is None else tuple(self.codec.begin_ids)
+            shown = () if image is None else ((len(first), number[image]),)
+            return Prompt(Part(first, shown), Part(ids))
+        earlier = [_turn(shot.question, shot.pictures, shot.reply) for shot in image.shots]
+        head, asked = asked_example(self.codec, _turn(text, image.pictures), earlier)
+        told = [number[path] for shot in image.shots for path in shot.pictures]
+        # As in training: the prefix ends with what stands before the first reply.
+        prefix = int(head.supervised.argmax()) if image.shots else None
+        own = [number[path] for path in image.pictures]
+        return Prompt(_part(head, told), _part(asked, own), prefix)
 
     def _asked(self, choices: Sequence[str], gold: str | None) -> list[list[int]]:
         # As in training: behind a separator, a text of their own.
@@ -193,19 +207,6 @@ class ModelAnswerer:
             totals[number] += total
         return totals
 
-    def _by_sight(
-        self, images: Sequence[Path | None]
-    ) -> Iterator[tuple[list[int], torch.Tensor | None, list[int] | None]]:
-        seen = [i for i, image in enumerate(images) if image is not None]
-        if seen:
-            paths = sorted({path for path in images if path is not None})
-            number = {path: index for index, path in enumerate(paths)}
-            own = [number[path] for path in images if path is not None]
-            yield seen, self._look(paths), own
-        blind = [i for i, image in enumerate(images) if image is None]
-        if blind:
-            yield blind, None, None
-
     def _look(self, paths: Sequence[Path]) -> torch.Tensor:
         if self.encode is None or self.encoder is None:
             raise ValueError(f"this model has no encoder and cannot see {paths[0]}")
@@ -225,3 +226,13 @@ class ModelAnswerer:
                 break
             held -= self._features.pop(path).nbytes
         return torch.from_numpy(np.stack(found))
+
+
+def _turn(question: str, pictures: tuple[Path, ...], reply: str = "") -> Turn:
+    text, shown = places(question, len(pictures))
+    return Turn(text, reply, pictures=shown)
+
+
+def _part(example: Example, images: list[int]) -> Part:
+    ids = tuple(example.input_ids.tolist())
+    return Part(ids, tuple(zip(example.pictures, images, strict=True)))

@@ -40,7 +40,7 @@ _OCID_SIZE = (640, 480)
 _CLUTTER = ((9, "free"), (16, "touching"), (20, "stacked"))
 
 
-def _reader(
+def reader(
     *places: str,
 ) -> Callable[[Callable[[Path, Pictures], Asked]], Callable[..., list[VisualExample]]]:
     """`read(folder, pictures=True)` from what yields each record's example, no id twice."""
@@ -61,7 +61,7 @@ def _reader(
 # ------------------------------------------------------------------------------ free answers
 
 
-@_reader("train2014")
+@reader("train2014")
 def read_vqav2(folder: Path, look: Pictures) -> Asked:
     """VQA v2: every question with its ten answers, which are the gold.
 
@@ -95,7 +95,7 @@ def read_vqav2(folder: Path, look: Pictures) -> Asked:
         )
 
 
-@_reader("images")
+@reader("images")
 def read_gqa(folder: Path, look: Pictures) -> Asked:
     """GQA's balanced test-dev questions; gold is the answer's text."""
     patterns = ("testdev_balanced_questions.json", "*balanced_questions.json", "*questions*.json")
@@ -110,7 +110,7 @@ def read_gqa(folder: Path, look: Pictures) -> Asked:
         yield record, VisualExample(key, question, image, answer, kinds=kinds)
 
 
-@_reader("train_images")
+@reader("train_images")
 def read_textvqa(folder: Path, look: Pictures) -> Asked:
     """TextVQA 0.5.1 validation without OCR tokens; gold is the list of ten answers."""
     path = find_file(folder, "TextVQA_0.5.1_val.json", "TextVQA_*val*.json")
@@ -153,7 +153,7 @@ def read_textvqa_ocr(folder: Path, *, pictures: bool = True) -> list[VisualExamp
     return examples
 
 
-@_reader("val")
+@reader("val")
 def read_vizwiz(folder: Path, look: Pictures) -> Asked:
     """VizWiz-VQA validation; an example is named by its picture.
 
@@ -167,7 +167,7 @@ def read_vizwiz(folder: Path, look: Pictures) -> Asked:
         yield record, VisualExample(key, asked, image, gold, kinds=kinds, other_id=str(index))
 
 
-@_reader("val2014")
+@reader("val2014")
 def read_pope(folder: Path, look: Pictures) -> Asked:
     """POPE's splits that are there, at least one of three; gold is "yes" or "no"."""
     names = [
@@ -205,7 +205,7 @@ def _ten(answers: list[str], record: Record) -> list[str]:
     return answers
 
 
-@_reader()
+@reader()
 def read_qa(folder: Path, look: Pictures) -> Asked:
     """JSON lines of `question`, `answer` or `answers`, `image`; optional `choices`, `id`, `split`.
 
@@ -244,7 +244,7 @@ def _texts(values: list[Any], record: Record) -> list[str]:
 # ----------------------------------------------------------------------------- fixed answers
 
 
-@_reader("train2017", "val2017")
+@reader("train2017", "val2017")
 def read_vsr(folder: Path, look: Pictures) -> Asked:
     """VSR's zero-shot test statements; gold is "True" or "False"."""
     path = find_file(folder, "test.jsonl", "*vsr*.jsonl", "*test*.jsonl")
@@ -258,7 +258,7 @@ def read_vsr(folder: Path, look: Pictures) -> Asked:
         yield record, replace(example, kinds=record.kinds("relation"))
 
 
-@_reader(".")
+@reader(".")
 def read_tallyqa(folder: Path, look: Pictures) -> Asked:
     """TallyQA's test questions, simple and complex, as a choice of sixteen counts.
 
@@ -275,7 +275,7 @@ def read_tallyqa(folder: Path, look: Pictures) -> Asked:
         yield record, VisualExample(key, asked, image, gold, split, choices=counts)
 
 
-@_reader("images")
+@reader("images")
 def read_ai2d(folder: Path, look: Pictures) -> Asked:
     """AI2D's questions about diagrams, the test pictures and the others as two splits."""
     listed = find_file(folder, "ai2d_test_ids.csv")
@@ -337,7 +337,7 @@ def _refcoco(folder: Path, look: Pictures, refs_path: Path) -> Asked:
         raise ValueError(f"{refs_path} holds no expression of split 'val'; give the official file")
 
 
-@_reader("train2014")
+@reader("train2014")
 def read_refcoco(folder: Path, look: Pictures) -> Asked:
     """RefCOCO or RefCOCO+ validation, one example a sentence.
 
@@ -347,13 +347,13 @@ def read_refcoco(folder: Path, look: Pictures) -> Asked:
     return _refcoco(folder, look, folder / "refs(unc).p")
 
 
-@_reader("train2014")
+@reader("train2014")
 def read_refcocog(folder: Path, look: Pictures) -> Asked:
     """RefCOCOg validation in the UMD split, as `read_refcoco`."""
     return _refcoco(folder, look, folder / "refs(umd).p")
 
 
-@_reader("OCID-dataset")
+@reader("OCID-dataset")
 def read_ocid_ref(folder: Path, look: Pictures) -> Asked:
     """OCID-Ref validation; gold is a box as in `read_refcoco`, by the size of the picture file."""
     for key, record in entries(folder / "val_expressions.json"):

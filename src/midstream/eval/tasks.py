@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 from midstream.eval import scoring
 from midstream.eval.benchmark_records import (
     Record,
+    Shown,
     VisualExample,
     entries,
     lines,
@@ -31,7 +32,7 @@ Score = Callable[[str, Any], float]
 Texts = Sequence[str]
 Lists = Sequence[Sequence[str]]
 Limits = Sequence[int]
-Images = Sequence[Path | None]
+Images = Sequence[Path | Shown | None]
 
 
 class Reply(NamedTuple):
@@ -61,7 +62,8 @@ class Answerer(Protocol):
         golds: Sequence[str | None],
         writes: Sequence[bool],
     ) -> list[Reply]:
-        """For each prompt, None being one without a picture: where it `writes` its greedy answer;
+        """For each prompt, None being one without a picture, a path one behind that picture,
+        `Shown` one with several in their places: where it `writes` its greedy answer;
         the log-probability of each of its choices as the reply, of their first tokens where these
         differ from one another, else of the whole; and of the gold answer, always of the whole.
 
@@ -145,12 +147,14 @@ def _format(name: str, row: Mapping[str, Any]) -> VisualFormat:
     assert name in VISUAL_CHANCE, f"benchmarks.toml: give {name} a level under [chance.visual]"
     scorers = {key: row[key] for key in ("score", "summarise", "note", "parse") if key in row}
     changed = {
-        "read": resolve_name(f"midstream.eval.readers.{row['read']}"),
+        "read": resolve_name(f"midstream.eval.{row['read']}"),
         "files": tuple(row["files"]),
         "official_prompt": BENCHMARKS["prompts"][row["official_prompt"]],
         "variants": {who: getattr(scoring, own) for who, own in row.get("variants", {}).items()},
     }
-    changed |= {key: getattr(scoring, own) for key, own in scorers.items()}
+    for key, own in scorers.items():
+        module = "" if "." in own else "scoring."
+        changed[key] = resolve_name(f"midstream.eval.{module}{own}")
     return VisualFormat(name=name, **{**row, **changed})
 
 

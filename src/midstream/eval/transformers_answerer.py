@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 from midstream.core.digests import is_hidden, is_note
 from midstream.core.identity import file_sha256
 from midstream.data.images import decode
+from midstream.eval.benchmark_records import Shot, Shown, all_pictures, places
 from midstream.eval.tasks import Images, Limits, Lists, Reply, Texts, reply_tokens, telling
 
 # Made by some processors for models that do not take them, or for training alone.
@@ -291,14 +292,16 @@ class TransformersAnswerer:
         found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return found
 
-    def _parts(self, images: Sequence[Path | None]) -> Iterator[list[int]]:
-        for seen in (True, False):
-            own = [i for i, image in enumerate(images) if (image is not None) == seen]
+    def _parts(self, images: Images) -> Iterator[list[int]]:
+        # Processors want as many pictures of each prompt of a batch.
+        counts = [len(all_pictures(image)) for image in images]
+        for count in sorted(set(counts), key=lambda count: (count == 0, count)):
+            own = [i for i, mine in enumerate(counts) if mine == count]
             for start in range(0, len(own), self.batch_size):
                 yield own[start : start + self.batch_size]
 
-    def _inputs(self, prompts: Sequence[str], images: Sequence[Path | None]) -> dict[str, Any]:
-        """Prompts, all with a picture or all without, as the processor makes them."""
+    def _inputs(self, prompts: Sequence[str], images: Images) -> dict[str, Any]:
+        """Prompts of equally many pictures, as the processor makes them."""
         if images[0] is not None and not self._checked:
             self.check_pictures()
         self._check_template()
@@ -306,7 +309,7 @@ class TransformersAnswerer:
         if self.processor is not None:
             options = {"processor_kwargs": options}
         inputs = (self.processor or self.tokenizer).apply_chat_template(
-            [[self._question(*pair, opened=True)] for pair in zip(prompts, images, strict=True)],
+            [self._turns(*pair, opened=True) for pair in zip(prompts, images, strict=True)],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -325,13 +328,28 @@ class TransformersAnswerer:
         ways = (self.model.forward, self.model.prepare_inputs_for_generation)
         return {name for way in ways for name in inspect.signature(way).parameters} - {"labels"}
 
-    def _question(self, prompt: str, image: Path | None, *, opened: bool = False) -> dict[str, Any]:
-        if self.processor is None:
-            return {"role": "user", "content": prompt}
-        pictures: list[dict[str, Any]] = [] if image is None else [{}]
-        if image is not None and opened:
-            pictures = [{"image": decode(image.read_bytes(), str(image))}]
-        return _turn("user", prompt, pictures)
+    def _turns(
+        self, prompt: str, image: Path | Shown | None, *, opened: bool = False
+    ) -> list[dict[str, Any]]:
+        """The shots, and the question, each with its pictures in their places."""
+        shots = image.shots if isinstance(image, Shown) else ()
+        shown = image.pictures if isinstance(image, Shown) else all_pictures(image)
+        turns: list[dict[str, Any]] = []
+        for question, reply, pictures in (*shots, Shot(prompt, "", shown)):
+            if self.processor is None:
+                turns += [{"role": "user", "content": question}]
+                turns += [{"role": "assistant", "content": reply}] if reply else []
+                continue
+            text, at = (
+                (question, (0,)) if isinstance(image, Path) else places(question, len(pictures))
+            )
+            content = [
+                {"image": decode(path.read_bytes(), str(path))} if opened else {}
+                for path in pictures
+            ]
+            turns += [_turn("user", text, content, at)]
+            turns += [_turn("assistant", reply, [])] if reply else []
+        return turns
 
     def _rendered(self, conversation: list[dict[str, Any]], *, asks: bool = True) -> str:
         """The text of a conversation; with `asks` up to where the model's reply begins."""
@@ -348,16 +366,16 @@ class TransformersAnswerer:
         return str(text)
 
     def _replies(
-        self, prompt: str, image: Path | None, texts: Sequence[str], end: str
+        self, prompt: str, image: Path | Shown | None, texts: Sequence[str], end: str
     ) -> list[list[int]]:
         """Tokens of the replies behind their prompt, whose last token is `end`."""
-        question = self._question(prompt, image)
-        head = self._rendered([question])
+        asked = self._turns(prompt, image)
+        head = self._rendered(asked)
         reply = {"role": "assistant", "content": texts[0]}
         if self.processor is not None:
             reply = _turn("assistant", texts[0], [])
         try:
-            whole = self._rendered([question, reply], asks=False)
+            whole = self._rendered([*asked, reply], asks=False)
         except ValueError:
             whole = ""
         # A space parts them where the template writes one, or where it has no word on replies.
@@ -370,9 +388,18 @@ class TransformersAnswerer:
         return reply_tokens(self._encode, head, [lead + text for text in texts])
 
 
-def _turn(role: str, text: str, pictures: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    shown = [{"type": "image", **picture} for picture in pictures]
-    return {"role": role, "content": [*shown, {"type": "text", "text": text}]}
+def _turn(
+    role: str, text: str, pictures: Sequence[dict[str, Any]], at: Sequence[int] = ()
+) -> dict[str, Any]:
+    """A turn whose pictures stand behind so many of its characters, else before it."""
+    content: list[dict[str, Any]] = []
+    done = 0
+    for number, picture in enumerate(pictures):
+        place = at[number] if at else 0
+        content += [{"type": "text", "text": text[done:place]}] if place > done else []
+        content.append({"type": "image", **picture})
+        done = place
+    return {"role": role, "content": [*content, {"type": "text", "text": text[done:]}]}
 
 
 def _digest(folder: Path, config: Any, dtype: torch.dtype) -> str:

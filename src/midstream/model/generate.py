@@ -1,29 +1,28 @@
 """Batched decoding with a cache, and log-likelihoods of continuations.
 
-An example's result does not depend on its neighbours: the shapes that it is computed in follow from
-itself alone (`_LENGTHS`, full batches), and rows do not mix.
+An example's result does not depend on its neighbours: see `read_prompts.py`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from midstream.model.decoder import Cache, Sampling, choose, compute_dtype
-from midstream.model.pretrained import TransformersCache
+from midstream.model.decoder import Sampling, choose
+from midstream.model.read_prompts import (
+    Prompt,
+    State,
+    as_prompts,
+    filled,
+    id_tensor,
+    parts_of,
+    read_prompts,
+)
 from midstream.model.vlm import VLM
 
-AnyCache = Cache | TransformersCache
-# Lengths of prompts and continuations in a batch are rounded up to multiples of these.
+# Lengths of sequences and continuations in a batch are rounded up to multiples of these.
 _LENGTHS, _CONTINUATIONS = 16, 4
-# The length of a prompt, filled up, and how many tokens may follow it.
-_Shape = tuple[int, int]
-# Positions of images that the decoder reads together: four images of 729 patches fill a device, and
-# small ones are read by the batch.
-_IMAGE_POSITIONS = 4 * 729
 # Positions of continuations whose logits are made together, at most; and for each row of a batch.
 _POSITIONS_AT_ONCE, _POSITIONS_OF_ROW = 256, 4
 
@@ -33,7 +32,7 @@ _POSITIONS_AT_ONCE, _POSITIONS_OF_ROW = 256, 4
 @torch.no_grad()
 def generate(
     vlm: VLM,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[list[int] | Prompt],
     features: Float[Tensor, "images patches width"] | None,
     *,
     image_of: Sequence[int] | None = None,
@@ -47,10 +46,10 @@ def generate(
     """The tokens after each prompt, up to `max_new_tokens` or a stop id (left out): the likeliest
     each time, or drawn as `sampling` says.
 
-    `features` are the encoder's, None without images; image `image_of[i]` (`i`, where that is None)
-    stands before prompt i. Among prompts whose lengths round up alike, an image is read once for
-    all that ask about it; under prefix attention, where it sees the prompt, for each of them.
-    `begin` is a token that stands before each image.
+    `features` are the encoder's, None without images. A prompt says where its pictures stand, or is
+    a list of ids behind image `image_of[i]` (`i`, where that is None) and the token `begin`. What
+    several prompts have for a head, an image alone too, is read once for all of them; under prefix
+    attention, where it sees the prompt, for each.
     `plain` prompts are text to go on with, which has no prefix whatever the model's attention.
     Raises ValueError for an empty prompt, or images that do not fit the prompts.
     """
@@ -73,7 +72,7 @@ def generate(
 @torch.no_grad()
 def generate_and_score(
     vlm: VLM,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[list[int] | Prompt],
     features: Float[Tensor, "images patches width"] | None,
     choices: Sequence[Sequence[list[int]]],
     *,
@@ -89,16 +88,10 @@ def generate_and_score(
     from one reading of the prompt; neither changes the other. Raises what these raise."""
     if any(not ids for own in choices for ids in own):
         raise ValueError("a continuation is empty; there is nothing to be likely")
-    images = _image_of(prompts, features, image_of)
+    asked = as_prompts(prompts, features, image_of, begin)
     results: list[tuple[list[int], list[tuple[float, bool]]]] = [([], []) for _ in prompts]
-    sizes = [
-        (len(prompt), max(max_new_tokens, _width(own)))
-        for prompt, own in zip(prompts, choices, strict=True)
-    ]
-    groups = _alike(sizes, (_LENGTHS, 1))
-    for shape, chosen, image, cache in _looked(vlm, groups, features, images, begin, batch_size):
-        rows = [prompts[i] for i in _filled(chosen, batch_size)]
-        state = _read(vlm, rows, shape, image, cache, plain=plain)
+    rooms = [max(max_new_tokens, _width(own)) for own in choices]
+    for chosen, state in read_prompts(vlm, asked, features, rooms, batch_size, plain=plain):
         scores = _score(vlm, state, [choices[i] for i in chosen], batch_size)
         texts = _go_on(vlm, state, chosen, max_new_tokens, stop_ids, sampling)
         for index, tokens, own in zip(chosen, texts, scores, strict=True):
@@ -106,134 +99,9 @@ def generate_and_score(
     return results
 
 
-def _image_of(
-    prompts: Sequence[list[int]], features: Tensor | None, image_of: Sequence[int] | None
-) -> Sequence[int]:
-    if any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError("a prompt is empty; start it with the end-of-text token")
-    num_images = 0 if features is None else len(features)
-    if image_of is None:
-        if features is not None and num_images != len(prompts):
-            raise ValueError(f"{num_images} images were given for {len(prompts)} prompts")
-        return range(num_images)
-    if len(image_of) != len(prompts) or not all(0 <= image < num_images for image in image_of):
-        raise ValueError(
-            f"image_of must give one of {num_images} images to each of {len(prompts)} prompts, "
-            f"it is {list(image_of)}"
-        )
-    return image_of
-
-
-def _looked(
-    vlm: VLM,
-    groups: Mapping[_Shape, list[int]],
-    features: Tensor | None,
-    images: Sequence[int],
-    begin: int | None,
-    batch_size: int,
-) -> Iterator[tuple[_Shape, list[int], Tensor | None, AnyCache | None]]:
-    """Batches of prompts of one shape, and their images: to be read with the prompts, or in a
-    cache. An image is read once, whatever the shapes of those that ask."""
-    if features is None or vlm.config.attention == "prefix":
-        for shape, members in sorted(groups.items()):
-            for chosen in _parts(members, batch_size):
-                shown = [images[i] for i in _filled(chosen, batch_size)] if len(images) else []
-                image = None if features is None else project_images(vlm, features[shown], begin)
-                yield shape, chosen, image, None
-        return
-    asked = sorted({images[i] for members in groups.values() for i in members})
-    for part in _parts(asked, batch_size):
-        cache = _read_images(vlm, features, part, begin, batch_size)
-        row_of = {image: row for row, image in enumerate(part)}
-        for shape, members in sorted(groups.items()):
-            about = sorted((i for i in members if images[i] in row_of), key=lambda i: images[i])
-            for chosen in _parts(about, batch_size):
-                rows = [row_of[images[i]] for i in _filled(chosen, batch_size)]
-                columns = cache.length + sum(shape)
-                yield shape, chosen, None, cache.select(id_tensor(rows, vlm), columns)
-
-
-def _read_images(
-    vlm: VLM, features: Tensor, images: list[int], begin: int | None, batch_size: int
-) -> AnyCache:
-    """Images in a cache, a row each, in batches of one size so that neighbours change nothing."""
-    caches: list[Any] = []
-    at_once = max(1, min(batch_size, _IMAGE_POSITIONS // features.shape[1]))
-    for part in _parts(images, at_once):
-        embeddings = project_images(vlm, features[_filled(part, at_once)], begin)
-        rows, width = embeddings.shape[:2]
-        position_ids = torch.arange(width, device=embeddings.device)
-        cache = new_cache(vlm, embeddings, width)
-        # Keys and values are wanted: the last block need not be finished, but for one position.
-        at = torch.arange(rows, device=embeddings.device) * width
-        vlm.decoder(embeddings, position_ids.expand(rows, -1), None, cache, at)
-        caches.append(cache)
-    return type(caches[0]).joined(caches)  # type: ignore[no-any-return]
-
-
-def project_images(
-    vlm: VLM, features: Float[Tensor, "images patches width"], begin: int | None
-) -> Float[Tensor, "images seen hidden"]:
-    """Features at decoder width, behind the token `begin` where there is one: `seen` is `patches`
-    or one more. Raises ValueError for a model without an encoder."""
-    projected = vlm.project(features, vlm.decoder.output.weight[None])
-    assert projected is not None, "features were given"
-    if begin is None:
-        return projected
-    first = vlm.decoder.embed(id_tensor([[begin]] * len(features), vlm))
-    return torch.cat((first.to(projected.dtype), projected), dim=1)
-
-
-@dataclass
-class _State:
-    """Rows that have been read: which columns of the cache are held, and the last hidden state."""
-
-    last: Float[Tensor, "rows hidden"]
-    last_position: Int[Tensor, " rows"]
-    held: Bool[Tensor, "rows seen"]
-    cache: AnyCache
-
-
-def _read(
-    vlm: VLM,
-    prompts: Sequence[list[int]],
-    shape: _Shape,
-    image: Float[Tensor, "rows patches hidden"] | None,
-    cache: AnyCache | None,
-    *,
-    plain: bool,
-) -> _State:
-    """Read prompts, behind an image that is in the cache or given, or behind none.
-
-    A row is [image, padding, prompt]. The mask hides the padding and positions count around it,
-    which makes its place free; behind the image it is the same columns for every row.
-    """
-    length, room = shape
-    input_ids = id_tensor([[0] * (length - len(row)) + row for row in prompts], vlm)
-    held = id_tensor([[False] * (length - len(row)) + [True] * len(row) for row in prompts], vlm)
-    embeddings = vlm.decoder.embed(input_ids)
-    if image is not None:
-        embeddings = torch.cat((image, embeddings), dim=1)
-        held = torch.cat((held.new_ones(image.shape[:2]), held), dim=1)
-    if cache is None:
-        cache = new_cache(vlm, embeddings, embeddings.shape[1] + room)
-    num_rows, width = held.shape
-    before = held.new_ones((num_rows, cache.length))
-    position_ids = (before.shape[1] + held.cumsum(dim=1) - 1).clamp(min=0)
-    itself = torch.eye(width, dtype=torch.bool, device=held.device)
-    order = itself.new_ones(width, width)
-    if plain or vlm.config.attention != "prefix":
-        order = order.tril()
-    # What is in the cache already is seen by all.
-    seen = torch.cat((before[:, None].expand(-1, width, -1), (order & held[:, None]) | itself), 2)
-    at = torch.arange(1, num_rows + 1, device=embeddings.device) * width - 1
-    last = vlm.decoder(embeddings, position_ids, seen[:, None], cache, at)
-    return _State(last, position_ids[:, -1], torch.cat((before, held), dim=1), cache)
-
-
 def _go_on(
     vlm: VLM,
-    state: _State,
+    state: State,
     prompts: list[int],
     max_new_tokens: int,
     stop_ids: frozenset[int],
@@ -245,7 +113,7 @@ def _go_on(
     results: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
     for step in range(max_new_tokens):
-        tokens = choose(vlm.decoder.output(last), sampling, _filled(prompts, num_rows), step)
+        tokens = choose(vlm.decoder.output(last), sampling, filled(prompts, num_rows), step)
         open_rows -= {row for row in open_rows if tokens[row] in stop_ids}
         for row in open_rows:
             results[row].append(tokens[row])
@@ -264,7 +132,7 @@ def _go_on(
 @torch.no_grad()
 def choice_logprobs(
     vlm: VLM,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[list[int] | Prompt],
     features: Float[Tensor, "images patches width"] | None,
     choices: Sequence[Sequence[list[int]]],
     *,
@@ -302,7 +170,7 @@ def _width(choices: Sequence[list[int]]) -> int:
 
 
 def _score(
-    vlm: VLM, state: _State, choices: Sequence[Sequence[list[int]]], batch_size: int
+    vlm: VLM, state: State, choices: Sequence[Sequence[list[int]]], batch_size: int
 ) -> list[list[tuple[float, bool]]]:
     """`choice_logprobs` of the first rows' continuations; the state is left as it is."""
     results: list[list[tuple[float, bool]]] = [[(0.0, True)] * len(own) for own in choices]
@@ -318,8 +186,8 @@ def _score(
         if rest:
             longer.setdefault(_width(choices[row]), []).append((row, at))
     for width, members in sorted(longer.items()):
-        for part in _parts(list(range(len(members))), batch_size):
-            own = [members[number] for number in _filled(part, batch_size)]
+        for part in parts_of(list(range(len(members))), batch_size):
+            own = [members[number] for number in filled(part, batch_size)]
             ids = [choices[row][at] for row, at in own]
             hidden = _read_on(vlm, state, [row for row, _ in own], ids, width)
             places = [(place, n) for place in range(len(part)) for n in range(len(ids[place]) - 1)]
@@ -359,7 +227,7 @@ def _scored(
 
 
 def _read_on(
-    vlm: VLM, state: _State, rows: list[int], continuations: Sequence[list[int]], width: int
+    vlm: VLM, state: State, rows: list[int], continuations: Sequence[list[int]], width: int
 ) -> Float[Tensor, "rows seq hidden"]:
     """Hidden states of continuations, each behind the read row that it belongs to."""
     chosen = id_tensor(rows, vlm)
@@ -395,11 +263,13 @@ def sequence_logprobs(
     results: list[tuple[float, bool]] = [(0.0, True)] * len(sequences)
     # The last token is a target only.
     lengths = [max(1, len(ids) - 1) for ids in sequences]
-    groups = _alike([(length, 0) for length in lengths], (_LENGTHS, 1))
-    for (length, _), members in sorted(groups.items()):
-        for chosen in _parts(members, batch_size):
-            filled = _filled(chosen, batch_size)
-            rows = [sequences[i][: lengths[i]] + [0] * (length - lengths[i]) for i in filled]
+    groups: dict[int, list[int]] = {}
+    for index, size in enumerate(lengths):
+        groups.setdefault(-(-size // _LENGTHS) * _LENGTHS, []).append(index)
+    for length, members in sorted(groups.items()):
+        for chosen in parts_of(members, batch_size):
+            own = filled(chosen, batch_size)
+            rows = [sequences[i][: lengths[i]] + [0] * (length - lengths[i]) for i in own]
             input_ids = id_tensor(rows, vlm)
             position_ids = torch.arange(length, device=input_ids.device).expand_as(input_ids)
             # Padding is behind the tokens, where causal attention does not look.
@@ -413,37 +283,3 @@ def sequence_logprobs(
                 is_greedy = bool((logits.argmax(dim=-1) == targets).all())
                 results[index] = float(chances.double().sum()), is_greedy
     return results
-
-
-# ------------------------------------------------------------------------------------- batches
-
-
-def _alike(sizes: Sequence[_Shape], multiples: tuple[int, int]) -> dict[_Shape, list[int]]:
-    """Examples by their size, rounded up."""
-    groups: dict[_Shape, list[int]] = {}
-    for index, (length, room) in enumerate(sizes):
-        one, two = multiples
-        groups.setdefault((-(-length // one) * one, -(-room // two) * two), []).append(index)
-    return groups
-
-
-def _parts(members: list[int], size: int) -> Iterator[list[int]]:
-    for first in range(0, len(members), size):
-        yield members[first : first + size]
-
-
-def _filled(members: list[int], size: int) -> list[int]:
-    """Up to `size` by repeating the last one, whose further results are not looked at."""
-    return members + [members[-1]] * (size - len(members))
-
-
-def id_tensor(rows: Sequence[int] | Sequence[list[int]] | Sequence[list[bool]], vlm: VLM) -> Tensor:
-    """Ids or masks as a tensor where the model is."""
-    return torch.tensor(rows, device=vlm.decoder.output.weight.device)
-
-
-def new_cache(vlm: VLM, like: Float[Tensor, "rows seq hidden"], columns: int) -> AnyCache:
-    """An empty cache of keys and values for these rows."""
-    return vlm.decoder.new_cache(
-        rows=len(like), columns=columns, dtype=compute_dtype(like), device=like.device
-    )

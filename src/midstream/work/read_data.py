@@ -18,7 +18,12 @@ from midstream.data.formats.files import is_url
 from midstream.data.formats.records import ReadOptions, Section
 from midstream.data.shard_state import TaskShare
 from midstream.data.tokenise import open_tokenizer
-from midstream.eval.find_task import other_images, read_choice_task, read_visual_task, require_share
+from midstream.eval.find_task import (
+    other_pictures,
+    read_choice_task,
+    read_visual_task,
+    require_share,
+)
 from midstream.study.stages import PrepareSource
 from midstream.study.store import Ledger
 from midstream.work.protocol import Channel, Request
@@ -233,8 +238,8 @@ def read(request: TaskRequest) -> None:
         return
     task = read_visual_task(request.world, request.task, request.limit, slim=request.slim)
     if request.blind:
-        other_images(task)
-    decode_some({example.image for example in task.examples}, request.task)
+        other_pictures(task)
+    decode_some({one for example in task.examples for one in example.pictures}, request.task)
 
 
 def decode_some(pictures: Iterable[Path], name: str) -> None:

@@ -18,6 +18,7 @@ from midstream.core.identity import (
     published_files,
 )
 from midstream.core.stats import paired_difference
+from midstream.eval.benchmark_records import UNPACKED
 from midstream.eval.predictions import score_predictions
 from midstream.eval.scoring import SUITES, TEXT_CHANCE, VISUAL_CHANCE
 from midstream.eval.tasks import HARNESS_TASKS, VISUAL_FORMATS
@@ -117,7 +118,9 @@ def _visual_files(place: Path, name: str) -> str:
         examples = VISUAL_FORMATS[name].read(place, pictures=False)
     except (ValueError, OSError) as error:
         return f"not whole: {error}"
-    absent = len({example.image for example in examples if not example.image.is_file()})
+    shown = {path for example in examples for path in example.pictures}
+    # Those that tables hold are unpacked when they are asked about.
+    absent = sum(not path.is_file() and path.parent.name != UNPACKED for path in shown)
     pictures = f"; {absent:,} pictures are missing" if absent else ""
     return f"{len(examples):,} questions in {place}{pictures}"
 
