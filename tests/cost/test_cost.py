@@ -14,15 +14,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from midstream.config import (
     Amount,
     Amounts,
+    AttentionPool,
+    AveragePool,
     DecoderConfig,
     EncoderConfig,
     ExpectedSource,
     Mixture,
+    PixelShuffle,
     ProjectorConfig,
+    Resampler,
     Rows,
     Share,
     VLMConfig,
 )
+from midstream.config.connectors import connector_flops, untaken_flops
 from midstream.config.model import attention_flops, decoder_flops, encoder_flops, head_flops
 from midstream.cost.cost import (
     connector_parameters,
@@ -34,8 +39,8 @@ from midstream.cost.graph import order
 from midstream.cost.known import facts_of_results
 from midstream.cost.workload import SAMPLE_ROWS, workload
 from midstream.model.decoder import Decoder
+from midstream.model.projector import Projector
 from midstream.model.vision import build_encoder
-from midstream.model.vlm import Projector
 from midstream.order.mixture import Supply
 from midstream.order.plan import make_plan
 from midstream.order.stream import ArrayLengths
@@ -127,13 +132,30 @@ def test_encoder_parameters_are_those_of_the_module(feature_layer: int, final_no
     assert encoder_parameters(config) == expected
 
 
-@pytest.mark.parametrize("num_layers", [2, 3])
-def test_projector_parameters_are_those_of_the_module(num_layers: int) -> None:
-    config = ProjectorConfig.model_validate({"num_layers": num_layers})
+CONNECTORS = (
+    ProjectorConfig(num_layers=2),
+    ProjectorConfig(num_layers=3),
+    *(ProjectorConfig(reduction=PixelShuffle(window=window)) for window in (2, 4)),
+    ProjectorConfig(reduction=AveragePool(window=2)),
+    ProjectorConfig(num_layers=1, reduction=AttentionPool(window=2, num_heads=3)),
+    ProjectorConfig(reduction=Resampler(num_latents=5, num_layers=2, num_heads=2, head_dim=7)),
+)
+
+
+@pytest.mark.parametrize("config", CONNECTORS, ids=str)
+def test_a_connectors_parameters_and_flops_are_those_of_the_module(config: ProjectorConfig) -> None:
     module = Projector(config, in_width=24, out_width=64)
-    expected = sum(parameter.numel() for parameter in module.parameters())
     model = VLMConfig(decoder=DECODER, encoder=ENCODER, projector=config)
-    assert connector_parameters(model) == expected
+    assert connector_parameters(model) == sum(one.numel() for one in module.parameters())
+    sizes = (16, 24, 64)
+    forward = connector_flops(config, *sizes)
+    with counting() as counter, torch.enable_grad():
+        found = module(torch.zeros(3, 16, 24))
+    assert counter.get_total_flops() == 3 * forward
+    assert found.shape == (3, model.image_tokens, 64)
+    with counting() as counter, torch.enable_grad():
+        module(torch.zeros(3, 16, 24)).sum().backward()
+    assert counter.get_total_flops() == 3 * (3 * forward - untaken_flops(config, *sizes))
 
 
 def test_a_text_stage_costs_three_forward_passes_of_its_positions(

@@ -26,10 +26,14 @@ from torch import Tensor
 
 import answerers
 from midstream.config import (
+    AttentionPool,
+    AveragePool,
     FusedEncoder,
     ImageTransform,
     PatchProjection,
+    PixelShuffle,
     ProjectorConfig,
+    Resampler,
     VLMConfig,
 )
 from midstream.core.batch import IGNORE, Batch
@@ -71,6 +75,15 @@ def model(decoder: Any, encoder: Any, projector: ProjectorConfig = INNER, **more
 
 
 LAYERS = {number: ProjectorConfig(num_layers=number) for number in (1, 2, 3)}
+REDUCED = {
+    one.kind: ProjectorConfig(reduction=one)
+    for one in (
+        PixelShuffle(window=2),
+        AveragePool(window=2),
+        AttentionPool(window=2, num_heads=2),
+        Resampler(num_latents=3, num_layers=2, num_heads=2, head_dim=4),
+    )
+}
 TIED = {"tie_word_embeddings": True}
 STOCK = {
     "siglip": model(stock(), SIGLIP),
@@ -102,6 +115,10 @@ OWN = {
     "interpolated from 36 pixels": model(stock(), changed(SIGLIP, position_size=36)),
     "inner width is not": model(stock(), SIGLIP, LAYERS[2]),
     "three layers": model(stock(), SIGLIP, LAYERS[3]),
+    "Llava has no shuffle connector": model(stock(), SIGLIP, REDUCED["shuffle"]),
+    "Llava has no average connector": model(stock(), SIGLIP, REDUCED["average"]),
+    "Llava has no attention connector": model(stock(), SIGLIP, REDUCED["attention"]),
+    "Llava has no resampler connector": model(stock(), SIGLIP, REDUCED["resampler"]),
     "tied embeddings": model(stock("gpt_neox", **TIED), SIGLIP),
 }
 

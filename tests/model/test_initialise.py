@@ -6,7 +6,8 @@ import torch
 
 from midstream.config import DECODERS, DecoderConfig, EncoderConfig, ProjectorConfig, VLMConfig
 from midstream.model.decoder import Decoder
-from midstream.model.vlm import VLM, Projector
+from midstream.model.projector import Projector
+from midstream.model.vlm import VLM
 from midstream.model.weights import Initialiser, generator, initialise, weights_digest
 
 CONFIG = DecoderConfig(hidden_size=128, num_layers=4, num_heads=2, vocab_size=700)

@@ -9,7 +9,8 @@ from torch.nn.functional import gelu, linear
 from midstream.config import DecoderConfig, EncoderConfig, ProjectorConfig, VLMConfig
 from midstream.core.batch import IGNORE, Batch
 from midstream.core.tokens import TokenCount
-from midstream.model.vlm import VLM, Projector, scatter_image_features, summed_loss
+from midstream.model.projector import Projector
+from midstream.model.vlm import VLM, scatter_image_features, summed_loss
 from midstream.model.weights import initialise
 
 ENCODER = EncoderConfig(
@@ -60,7 +61,7 @@ def test_images_that_do_not_agree_with_the_slots_are_refused() -> None:
     embeddings, slots = torch.zeros(2, 6, 1), torch.tensor([[0, 4], [1, 0]])
     with pytest.raises(ValueError, match="3 images were given, the rows have 2 slots"):
         scatter_image_features(embeddings, torch.zeros(3, 2, 1), slots)
-    with pytest.raises(ValueError, match="3 patches starts at column 4 of rows of 6"):
+    with pytest.raises(ValueError, match="3 positions starts at column 4 of rows of 6"):
         scatter_image_features(embeddings, torch.zeros(2, 3, 1), slots)
     with pytest.raises(ValueError, match=r"\(patches, width\) \(5, 24\).*\(4, 24\)"):
         vlm_of()(batch_of([(0, 0)]), torch.zeros(1, 5, 24))

@@ -276,7 +276,7 @@ class ChatSession:
     def _num_patches(self) -> int:
         if self._features is None:
             return 0
-        return self._features.shape[1] + len(self.opened.codec.begin_ids)
+        return self.opened.vlm.config.image_tokens + len(self.opened.codec.begin_ids)
 
     def _look(self, picture: Path) -> Tensor:
         config = self.opened.vlm.config.encoder

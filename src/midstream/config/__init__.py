@@ -1,5 +1,9 @@
 """Every option there is, as frozen models that check themselves and start nothing."""
 
+from midstream.config.base import Config as Config
+from midstream.config.base import Fraction as Fraction
+from midstream.config.base import Positive as Positive
+from midstream.config.base import Rate as Rate
 from midstream.config.budget import Amount as Amount
 from midstream.config.budget import Amounts as Amounts
 from midstream.config.budget import Budget as Budget
@@ -12,6 +16,11 @@ from midstream.config.budget import Sampling as Sampling
 from midstream.config.budget import Share as Share
 from midstream.config.budget import check_caption as check_caption
 from midstream.config.budget import check_pool as check_pool
+from midstream.config.connectors import AttentionPool as AttentionPool
+from midstream.config.connectors import AveragePool as AveragePool
+from midstream.config.connectors import PixelShuffle as PixelShuffle
+from midstream.config.connectors import ProjectorConfig as ProjectorConfig
+from midstream.config.connectors import Resampler as Resampler
 from midstream.config.data import NO_BEGIN as NO_BEGIN
 from midstream.config.data import OWN_RULE as OWN_RULE
 from midstream.config.data import ExpectedSource as ExpectedSource
@@ -30,18 +39,13 @@ from midstream.config.model import AnyDecoderConfig as AnyDecoderConfig
 from midstream.config.model import AnyEncoderConfig as AnyEncoderConfig
 from midstream.config.model import Attention as Attention
 from midstream.config.model import Colour as Colour
-from midstream.config.model import Config as Config
 from midstream.config.model import DecoderConfig as DecoderConfig
 from midstream.config.model import EncoderConfig as EncoderConfig
 from midstream.config.model import FeatureType as FeatureType
-from midstream.config.model import Fraction as Fraction
 from midstream.config.model import FusedEncoder as FusedEncoder
 from midstream.config.model import ImageTransform as ImageTransform
 from midstream.config.model import PatchProjection as PatchProjection
-from midstream.config.model import Positive as Positive
 from midstream.config.model import PretrainedEncoder as PretrainedEncoder
-from midstream.config.model import ProjectorConfig as ProjectorConfig
-from midstream.config.model import Rate as Rate
 from midstream.config.model import TransformersDecoderConfig as TransformersDecoderConfig
 from midstream.config.model import VLMConfig as VLMConfig
 from midstream.config.training import AdamW as AdamW

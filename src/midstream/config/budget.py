@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from midstream.config.model import Config, Fraction, Positive
+from midstream.config.base import Config, Fraction, Positive
 
 # Which of a picture's captions is seen: its own, the first synthetic one, or a synthetic one drawn
 # from the plan's seed each time that the picture is seen.

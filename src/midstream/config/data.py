@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from midstream.config.model import Config, Fraction, Positive
+from midstream.config.base import Config, Fraction, Positive
 from midstream.core.identity import Placement, WorldFingerprint, file_sha256
 
 if TYPE_CHECKING:

@@ -3,36 +3,12 @@
 FLOPs count matrix products, a product and a sum as two; attention by what is attended to.
 """
 
-from collections.abc import Sequence
-from difflib import get_close_matches
-from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class Config(BaseModel):
-    """A frozen model; an unknown key is an error that names the nearest known one."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _suggest(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        for key in values:
-            if key not in cls.model_fields:
-                near = get_close_matches(key, cls.model_fields, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else ""
-                known = ", ".join(cls.model_fields)
-                raise ValueError(f"{cls.__name__} has no field {key!r}; {hint} fields: {known}")
-        return values
-
+from midstream.config.base import Config, Positive
+from midstream.config.connectors import ProjectorConfig
 
 # ------------------------------------------------------------------------------ the decoder
 
@@ -266,32 +242,6 @@ AnyEncoderConfig = Annotated[
 # --------------------------------------------------------------------------------- together
 
 
-class ProjectorConfig(Config):
-    """Linear layers with GELU between, from encoder to decoder width.
-
-    1: one linear map. 2: over `hidden`, which is four times the encoder's width (the paper's
-    wording) or the decoder's (LLaVA-1.5, Prismatic's gelu-mlp). 3: over four times the encoder's
-    width and a further layer at the decoder's (Prismatic's fused projector).
-    """
-
-    num_layers: Literal[1, 2, 3] = 2
-    hidden: Literal["encoder_4x", "decoder"] = "encoder_4x"
-
-    @model_validator(mode="after")
-    def _used(self) -> "ProjectorConfig":
-        if self.hidden == "decoder" and self.num_layers != 2:
-            raise ValueError(
-                f"hidden='decoder' is for two layers, the projector has {self.num_layers}"
-            )
-        return self
-
-    def widths(self, encoder_width: int, decoder_width: int) -> tuple[int, ...]:
-        """Width at the entry, between the layers, and at the exit."""
-        between = 4 * encoder_width if self.hidden == "encoder_4x" else decoder_width
-        hidden = {1: (), 2: (between,), 3: (between, decoder_width)}[self.num_layers]
-        return (encoder_width, *hidden, decoder_width)
-
-
 Attention = Literal["causal", "segments", "prefix"]
 
 
@@ -317,6 +267,19 @@ class VLMConfig(Config):
         if self.owns_encoder and self.encoder is None:
             raise ValueError("owns_encoder is set, but there is no encoder")
         return self
+
+    @model_validator(mode="after")
+    def _connects(self) -> "VLMConfig":
+        if self.encoder is not None:
+            self.projector.check_fits(self.encoder.num_patches, self.encoder.hidden_size)
+        return self
+
+    @property
+    def image_tokens(self) -> int:
+        """Positions of a row that a picture takes, behind the connector; 0 without an encoder."""
+        if self.encoder is None:
+            return 0
+        return self.projector.num_features(self.encoder.num_patches)
 
 
 # OpenLM's open_lm/model_configs: open_lm_11m_v2, 79m_v2, 154m_v2, 411m_v2, 1b (the paper's 1.4B)
@@ -418,8 +381,3 @@ def feed_forward_parameters(config: EncoderConfig) -> int:
     # Gate and value, then out; DINOv2 takes two thirds, rounded up to a multiple of 8.
     inner = m if config.family == "dinov3" else (int(m * 2 / 3) + 7) // 8 * 8
     return 3 * e * inner
-
-
-def projector_flops(widths: Sequence[int], patches: float | int) -> float:
-    """Forward FLOPs of this many patches through linear layers of these widths."""
-    return 2.0 * patches * sum(before * after for before, after in pairwise(widths))

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from midstream.config.base import Config, Fraction, Positive, Rate
 from midstream.config.budget import Budget, Caption, Rows
-from midstream.config.model import Config, Fraction, Positive, Rate
 from midstream.core.identity import Placement
 
 

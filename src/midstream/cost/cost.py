@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from midstream.config import (
@@ -16,6 +15,8 @@ from midstream.config import (
     Training,
     VLMConfig,
 )
+from midstream.config.connectors import connector_flops, untaken_flops
+from midstream.config.connectors import connector_parameters as projector_parameters
 from midstream.config.model import (
     attention_flops,
     decoder_flops,
@@ -24,7 +25,6 @@ from midstream.config.model import (
     head_flops,
     last_block_flops,
     patch_flops,
-    projector_flops,
     weight_flops,
 )
 from midstream.cost.known import Basis, Number, facts_of_text, sources_of
@@ -199,8 +199,7 @@ def images_seen(
     if by is not None:
         mixed = training.budget.model_copy(update={"by": by})
         training = training.model_copy(update={"budget": mixed})
-    patches = model.encoder.num_patches if model.encoder is not None else 0
-    return sum(part.images for part in taken(training, sources, patches).values())
+    return sum(part.images for part in taken(training, sources, model.image_tokens).values())
 
 
 def encoder_parameters(config: AnyEncoderConfig) -> int:
@@ -241,11 +240,11 @@ def trained_parameters(stage: Trained) -> int:
 
 
 def connector_parameters(model: VLMConfig) -> int:
-    """The projector's weights and biases; 0 for a model that does not see."""
+    """The connector's parameters; 0 for a model that does not see."""
     if model.encoder is None:
         return 0
-    widths = model.projector.widths(model.encoder.hidden_size, model.decoder.hidden_size)
-    return sum(before * after + after for before, after in pairwise(widths))
+    sizes = (model.encoder.hidden_size, model.decoder.hidden_size)
+    return projector_parameters(model.projector, *sizes)
 
 
 def trains_encoder(stage: Trained) -> bool:
@@ -266,15 +265,14 @@ def training_flops(stage: Trained, work: Workload) -> Flops:
     if model.encoder is None:
         return Flops(decoder=blocks, head=head)
     looks, learns = encoder_flops(model.encoder), trains_encoder(stage)
-    widths = model.projector.widths(model.encoder.hidden_size, decoder.hidden_size)
-    patches = work.images * model.encoder.num_patches
-    connector = 3 * projector_flops(widths, patches)
+    sizes = (model.encoder.num_patches, model.encoder.hidden_size, decoder.hidden_size)
+    connector = 3 * work.images * connector_flops(model.projector, *sizes)
     if learns:
         # Nothing stands before the pixels.
         seeing = work.images * (3 * looks - patch_flops(model.encoder))
     else:
         seeing = looks * (work.images if model.owns_encoder else work.encoded)
-        connector -= projector_flops(widths[:2], patches)
+        connector -= work.images * untaken_flops(model.projector, *sizes)
     return Flops(decoder=blocks, head=head, encoder=seeing, projector=connector)
 
 
@@ -313,15 +311,15 @@ def _evaluation_cost(stage: Evaluate) -> StageCost:
     questions *= 2 if evaluation.blind else 1
     choices = sum(_choices(stage, task) for task in evaluation.text_tasks)
     answer_tokens = PROMPT_TOKENS + evaluation.max_new_tokens
-    patches = model.encoder.num_patches if model.encoder is not None else 0
+    patches = model.image_tokens
     text_tokens = questions * answer_tokens + choices * TEXT_ITEM_TOKENS
     tokens = questions * patches + text_tokens
     context = float(patches + answer_tokens)
     seeing = connecting = 0.0
     if model.encoder is not None:
-        widths = model.projector.widths(model.encoder.hidden_size, model.decoder.hidden_size)
+        sizes = (model.encoder.num_patches, model.encoder.hidden_size, model.decoder.hidden_size)
         seeing = questions * encoder_flops(model.encoder)
-        connecting = projector_flops(widths, questions * patches)
+        connecting = questions * connector_flops(model.projector, *sizes)
     parts = Flops(
         decoder=tokens * decoder_flops(model.decoder, context=context),
         head=text_tokens * head_flops(model.decoder),

@@ -248,7 +248,6 @@ def _count(
     stages: Sequence[Seeing], encoder: Frozen, ledger: Ledger
 ) -> tuple[Number, Number] | None:
     """Distinct pictures and views of stages with one encoder."""
-    patches = encoder.encoder.num_patches
     draws: dict[str, list[Draw]] = {}
     known: dict[str, Facts] = {}
     views: Number = 0
@@ -258,7 +257,7 @@ def _count(
         if sources is None:
             return None
         sampling = "permutation" if isinstance(budget, Epochs) else budget.sampling
-        for name, part in taken(stage.training, sources, patches).items():
+        for name, part in taken(stage.training, sources, stage.model.image_tokens).items():
             source, seed = stage.data.source(name).identity, stage.training.seed
             known[source] = sources[name]
             number = part.images
@@ -297,11 +296,11 @@ def passes_seen(stages: Sequence[Stage], ledger: Ledger) -> list[str]:
     for stage in stages:
         if not isinstance(stage, Continue):
             continue
-        budget, encoder = stage.training.budget, stage.model.encoder
+        budget, patches = stage.training.budget, stage.model.image_tokens
         sources = sources_of(stage.data, budget.captions, ledger)
-        if sources is None or encoder is None:
+        if sources is None or not patches:
             continue
-        for name, part in taken(stage.training, sources, encoder.num_patches).items():
+        for name, part in taken(stage.training, sources, patches).items():
             if images := round(sources[name].pooled(budget.pools.get(name)).images):
                 passes.setdefault((name, images), []).append(part.images / images)
             elif size := sources[name].size(0):

@@ -19,6 +19,7 @@ from midstream.config import (
     PatchProjection,
     VLMConfig,
 )
+from midstream.config.connectors import kept_numbers
 from midstream.config.model import LEAST_CUT_ROW, MAX_LOGITS
 from midstream.core.storage import read_json
 from midstream.cost.cost import (
@@ -152,9 +153,8 @@ def _activations(
         chosen = (positions - asked) * (ffn - d * low)
         kept = layers * one - chosen
     if model.encoder is not None:
-        widths = model.projector.widths(model.encoder.hidden_size, d)
-        # Of the projector what comes in, and what is before and behind each GELU.
-        seen: Number = model.encoder.num_patches * low * (widths[0] + 2 * sum(widths[1:-1]))
+        sizes = (model.encoder.num_patches, model.encoder.hidden_size, d)
+        seen: Number = low * kept_numbers(model.projector, *sizes)
         seen += _tower(model.encoder, low) if trains_encoder(stage) else 0.0
         kept += work.images * part * seen
     return kept, one

@@ -92,7 +92,7 @@ def workload(
     about MOST_TARGETS of the positions have targets. Conversations alone in more than 512 blocks
     have rows in reserve that follow from how blocks differ: 3 %.
     """
-    patches = model.encoder.num_patches if model.encoder is not None else 0
+    patches = model.image_tokens
     parts, sources = taken(training, sources, patches), _fitted(training, sources, patches)
     rows, length = training.rows, training.rows.row_length
     whole = any(sources[name].kind != "text" for name in parts)

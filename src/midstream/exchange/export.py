@@ -51,7 +51,12 @@ from midstream.work.protocol import Channel, Request
 
 MARK = "midstream_export.json"
 MISSING = "missing"
-_CODE = (*OPENLM_CODE, "modeling_midstream.py", "processing_midstream.py")
+_CODE = (
+    *OPENLM_CODE,
+    "modeling_connectors.py",
+    "modeling_midstream.py",
+    "processing_midstream.py",
+)
 _PROCESSOR = "processing_midstream.MidstreamProcessor"
 _IMAGE_PROCESSOR = "processing_midstream.MidstreamImageProcessor"
 _QUESTION = "What colour is the thing in the middle?"
@@ -190,12 +195,14 @@ def write_own(
     )
 
     sees, decoder = vlm.config.encoder, vlm.config.decoder
+    reduction = vlm.config.projector.reduction
     assert sees is not None
     token = image_token(codec)
     config = MidstreamConfig(
         text_config=text_config(vlm.decoder, codec),
-        vision={"num_patches": sees.num_patches, "towers": _descriptions(sees)},
+        vision={"num_patches": vlm.config.image_tokens, "towers": _descriptions(sees)},
         projector_widths=list(vlm.config.projector.widths(sees.hidden_size, decoder.hidden_size)),
+        reduction=None if reduction is None else reduction.model_dump(),
         attention="prefix" if vlm.config.attention == "prefix" else "causal",
         feature_dtype=cast(Any, sees).feature_dtype if _is_frozen(vlm) else None,
         image_token_id=token,
@@ -211,7 +218,7 @@ def write_own(
     words = {
         "processor_class": "MidstreamProcessor",
         "auto_map": {"AutoProcessor": _PROCESSOR},
-        "num_image_tokens": sees.num_patches,
+        "num_image_tokens": vlm.config.image_tokens,
         "image_token": IMAGE_MARK,
     }
     write_json(folder / "processor_config.json", words)
@@ -238,8 +245,11 @@ def _weights(vlm: VLM, encoder: VisionEncoder) -> dict[str, Tensor]:
     if isinstance(config, FusedEncoder):
         towers = list(zip(config.towers, cast(FusedTowers, encoder).towers, strict=True))
     layers = [layer for layer in vlm.projector if isinstance(layer, nn.Linear)]
+    reduction = dict(vlm.projector.named_children()).get("reduction")
     parts = {f"towers.{index}": fixed_tower(*one) for index, one in enumerate(towers)}
     parts |= {f"projector.layers.{index}": one.state_dict() for index, one in enumerate(layers)}
+    if reduction is not None:
+        parts["projector.reduction"] = reduction.state_dict()
     parts["language_model"] = text_weights(vlm.decoder)
     return {f"{part}.{name}": one for part, held in parts.items() for name, one in held.items()}
 
@@ -306,7 +316,7 @@ def _logits(model: nn.Module, vlm: VLM, codec: TextCodec, *, sees: bool) -> Tens
     if sees:
         assert vlm.config.encoder is not None
         token = int(model.config.image_token_id)  # type: ignore[union-attr, arg-type]
-        ids = codec.begin_ids + [token] * vlm.config.encoder.num_patches + ids
+        ids = codec.begin_ids + [token] * vlm.config.image_tokens + ids
         given = {"pixel_values": _picture(vlm)}
     found: Tensor = model(input_ids=torch.tensor([ids]), **given).logits[0]
     return found

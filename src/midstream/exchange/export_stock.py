@@ -236,6 +236,8 @@ def no_llava(config: VLMConfig) -> str | None:
         return "Llava takes hidden states before the tower's final norm"
     if encoder.position_size not in (None, encoder.image_size):
         return f"positions are interpolated from {encoder.position_size} pixels"
+    if projector.reduction is not None:
+        return f"Llava has no {projector.reduction.kind} connector"
     if projector.num_layers == 2 and projector.hidden != "decoder":
         return "the projector's inner width is not the decoder's"
     if projector.num_layers == 3:

@@ -326,10 +326,15 @@ def read_sight(folder: Path) -> Sight:
 
 def _own(folder: Path, content: dict[str, Any]) -> Sight:
     stored, towers = read_tensors(folder), content["vision"]["towers"]
-    widths = tuple(content["projector_widths"])
-    projector = next(
-        (one for one in _PROJECTORS if one.widths(widths[0], widths[-1]) == widths), None
+    widths, reduction = tuple(content["projector_widths"]), content.get("reduction")
+    width = widths[0]
+    if reduction is not None and reduction["kind"] == "shuffle":
+        width //= reduction["window"] ** 2
+    known = (
+        ProjectorConfig.model_validate(one.model_dump() | {"reduction": reduction})
+        for one in _PROJECTORS
     )
+    projector = next((one for one in known if one.widths(width, widths[-1]) == widths), None)
     if projector is None:
         raise _OtherwiseError(f"its projector has the widths {', '.join(map(str, widths))}")
     tensors = {
@@ -338,6 +343,8 @@ def _own(folder: Path, content: dict[str, Any]) -> Sight:
         for index in range(len(widths) - 1)
         for name in ("weight", "bias")
     }
+    mark = "projector.reduction."
+    tensors |= {name: value for name, value in stored.items() if name.startswith(mark)}
     read = tuple(
         _rounding(read_encoder_part(folder, part), content["feature_dtype"])
         for part in _tower_parts(towers)

@@ -12,7 +12,7 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from midstream.config import EncoderConfig
-from midstream.config.model import Config, Positive
+from midstream.config.base import Config, Positive
 from midstream.core.storage import read_json
 from midstream.data.tokenise import open_tokenizer
 from midstream.exchange import hub, import_parts, towers

@@ -230,8 +230,8 @@ def _encoder_data(stage: TrainEncoder, ledger: Ledger) -> Iterator[Problem]:
 
 
 def _training_data(stage: Trained, ledger: Ledger) -> Iterator[Problem]:
-    budget, encoder = stage.training.budget, stage.model.encoder
-    names, patches = budget.source_names, 0 if encoder is None else encoder.num_patches
+    budget, patches = stage.training.budget, stage.model.image_tokens
+    names = budget.source_names
     sources = {}
     for name, caption in budget.captions.items():
         yield from _absent(name, stage.data)

@@ -4,7 +4,6 @@ A frozen encoder is no part of it: its features arrive as an argument. One that 
 the model's own, and takes the batch's pixels. `slots` are one an image: (row, first column).
 """
 
-from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -13,38 +12,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from midstream.config import AnyDecoderConfig, DecoderConfig, ProjectorConfig, VLMConfig
+from midstream.config import AnyDecoderConfig, DecoderConfig, VLMConfig
 from midstream.config.model import MAX_LOGITS, MOST_TARGETS
 from midstream.core.batch import IGNORE, Batch
 from midstream.model.attention import MaskKind, make_mask
 from midstream.model.decoder import Decoder, select
 from midstream.model.pretrained import TransformersDecoder
+from midstream.model.projector import Projector
 from midstream.model.vision import VisionEncoder, build_encoder
-from midstream.model.weights import Initialiser, Linear
-
-
-class Projector(nn.Sequential):
-    """Linear layers of `config.widths`, exact GELU between them; names as in Prismatic ("0", "2",
-    "4").
-
-    Weights and biases start uniform within fan_in^-1/2, as torch's own linear layers do (and with
-    them LLaVA's and Prismatic's).
-    """
-
-    def __init__(self, config: ProjectorConfig, *, in_width: int, out_width: int) -> None:
-        modules: list[nn.Module] = []
-        for fan_in, fan_out in pairwise(config.widths(in_width, out_width)):
-            modules += [*([nn.GELU()] if modules else []), Linear(fan_in, fan_out)]
-        super().__init__(*modules)
-
-    def initialisers(self) -> dict[str, Initialiser]:
-        """One entry for each weight and bias."""
-        return {
-            f"{index}.{name}": Initialiser("uniform", linear.in_features**-0.5)
-            for index, linear in enumerate(self)
-            if isinstance(linear, nn.Linear)
-            for name in ("weight", "bias")
-        }
+from midstream.model.weights import Initialiser
 
 
 def summed_loss(
@@ -231,8 +207,9 @@ class VLM(nn.Module):
         self,
         features: Float[Tensor, "images patches width"] | None,
         like: Float[Tensor, "rows seq hidden"],
-    ) -> Float[Tensor, "images patches hidden"] | None:
-        """Features at decoder width, in dtype and on the device of `like`.
+    ) -> Float[Tensor, "images left hidden"] | None:
+        """What the connector makes of features, [images, `image_tokens`, hidden], in dtype and on
+        the device of `like`.
 
         Without features the projector runs on zero images, so that every rank runs every module
         and its gradients are zero rather than absent. None if the model has no projector.
@@ -279,7 +256,7 @@ def scatter_image_features(
         raise ValueError(f"{num_images} images were given, the rows have {len(image_slots)} slots")
     if num_images > 0 and (last := int(image_slots[:, 1].max())) + num_patches > length:
         raise ValueError(
-            f"an image of {num_patches} patches starts at column {last} of rows of {length}"
+            f"an image of {num_patches} positions starts at column {last} of rows of {length}"
         )
     starts = image_slots[:, 0] * length + image_slots[:, 1]
     columns = starts[:, None] + torch.arange(num_patches, device=starts.device)

@@ -109,8 +109,7 @@ def _views(scale: Scale, model: Model) -> int:
             f"scale {scale.name!r} as it is asked for does not say what {source!r} holds; give "
             "pools as numbers of pictures"
         )
-    assert stage.model.encoder is not None, "an image-text stage sees"
-    size = (held.num_tokens + stage.model.encoder.num_patches * held.num_images) / held.num_examples
+    size = (held.num_tokens + stage.model.image_tokens * held.num_images) / held.num_examples
     needs = needs_of(stage.training.budget, stage.training.rows.row_length, ())
     (need,) = (need for need in needs if need.source == source)
     views = need.amount / (size if need.unit == "tokens" else 1)

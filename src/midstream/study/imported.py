@@ -16,7 +16,7 @@ from midstream.config import (
     TransformersDecoderConfig,
     VLMConfig,
 )
-from midstream.config.model import Config
+from midstream.config.base import Config
 from midstream.core.storage import read_json, verify
 from midstream.study.first_stages import PLANNED, LoadDecoder
 from midstream.study.stages import Evaluate, Imported, LoadEncoder, LoadModel, Prepare, Stage

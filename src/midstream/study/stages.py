@@ -134,12 +134,11 @@ def _sees(encoder: EncoderStage | PatchProjection) -> AnyEncoderConfig:
 
 
 def _check_room(model: VLMConfig, training: Training) -> None:
-    patches = model.encoder.num_patches if model.encoder is not None else 0
-    length = training.rows.row_length
+    patches, length = model.image_tokens, training.rows.row_length
     if patches >= length:
         raise ValueError(
-            f"an image takes {patches} positions, a row has {length}; raise row_length, or lower "
-            "the encoder's image_size"
+            f"an image takes {patches} positions, a row has {length}; raise row_length, lower the "
+            "encoder's image_size, or take a connector that leaves fewer"
         )
 
 

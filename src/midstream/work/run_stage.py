@@ -232,9 +232,7 @@ class StageRunner:
         """What a training stage trains, into `folder`; its parents are done."""
         names = stage.training.budget.source_names
         sources = open_sources(stage.data, names, self.ledger)
-        encoder = stage.model.encoder
-        patches = encoder.num_patches if encoder else 0
-        training = stage.training
+        patches, training = stage.model.image_tokens, stage.training
         # What cannot start is refused before pictures are encoded for it.
         start = self._start(stage)
         check_start(training.schedule, start.parent_rate, stage.name)

@@ -192,7 +192,7 @@ def open_stage(stage: Trained, ledger: Ledger) -> Shown:
     """Plan a stage whose data is prepared, as its training does."""
     training, encoder = stage.training, stage.model.encoder
     sources = open_sources(stage.data, training.budget.source_names, ledger)
-    patches = encoder.num_patches if encoder else 0
+    patches = stage.model.image_tokens
     return Shown(
         name=label(stage),
         plan=plan_rows(

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .modeling_connectors import reduction_of
 from .modeling_openlm import CACHE, OpenLMConfig, OpenLMForCausalLM, next_token_loss, positions
 
 
@@ -31,8 +32,9 @@ class MidstreamConfig(PretrainedConfig):  # type: ignore[misc]  # transformers i
     """A vision-language model: decoder, vision towers, projector, and who sees whom.
 
     `text_config` is an `OpenLMConfig` or that of a causal language model of transformers. `vision`
-    describes the encoder: `num_patches`, and its `towers` as `VisionTower` takes them.
-    `projector_widths` are the widths before, between and after its linear layers. `attention` is
+    describes the encoder: `num_patches`, the places that a picture takes, and its `towers` as
+    `VisionTower` takes them. `projector_widths` are the widths before, between and after its linear
+    layers, `reduction` what stands before them, as `reduction_of` takes it. `attention` is
     `causal` or `prefix`; with the latter the positions up to the first question's end see each
     other. `feature_dtype` is what the encoder's features are rounded to, or None.
     """
@@ -45,6 +47,7 @@ class MidstreamConfig(PretrainedConfig):  # type: ignore[misc]  # transformers i
         text_config: Any = None,
         vision: dict[str, Any] | None = None,
         projector_widths: list[int] | None = None,
+        reduction: dict[str, Any] | None = None,
         attention: str = "causal",
         feature_dtype: str | None = None,
         image_token_id: int = 0,
@@ -63,6 +66,7 @@ class MidstreamConfig(PretrainedConfig):  # type: ignore[misc]  # transformers i
         self.text_config = text_config
         self.vision = vision or {}
         self.projector_widths = projector_widths or []
+        self.reduction = reduction
         self.attention = attention
         self.feature_dtype = feature_dtype
         self.image_token_id = image_token_id
@@ -206,14 +210,17 @@ def rounded(features: Tensor, dtype: str | None) -> Tensor:
 
 
 class Projector(nn.Module):
-    """Linear layers with exact GELU between."""
+    """A reduction or none, then linear layers with exact GELU between."""
 
-    def __init__(self, widths: list[int]) -> None:
+    def __init__(self, widths: list[int], reduction: dict[str, Any] | None) -> None:
         super().__init__()
+        self.reduction = None if reduction is None else reduction_of(reduction, widths[0])
         self.layers = nn.ModuleList(nn.Linear(one, two) for one, two in pairwise(widths))
 
     def forward(self, features: Tensor) -> Tensor:
         """Features at decoder width."""
+        if self.reduction is not None:
+            features = self.reduction(features)
         for index, layer in enumerate(self.layers):
             features = layer(gelu(features) if index else features)
         return features
@@ -239,7 +246,7 @@ class MidstreamForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             RotaryTower(tower) if tower.get("rotary", False) else VisionTower(tower)
             for tower in config.vision["towers"]
         )
-        self.projector = Projector(config.projector_widths)
+        self.projector = Projector(config.projector_widths, config.reduction)
         # Not by its class: each file of a folder may have been imported on its own.
         if config.text_config.model_type == OpenLMConfig.model_type:
             self.language_model: Any = OpenLMForCausalLM(config.text_config)
@@ -262,7 +269,7 @@ class MidstreamForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         return module
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """[images, 3, size, size] -> [images, patches, decoder width]."""
+        """[images, 3, size, size] -> [images, places, decoder width]."""
         features = torch.cat([tower(pixel_values) for tower in self.towers], dim=-1)
         projected: Tensor = self.projector(rounded(features, self.config.feature_dtype))
         return projected
