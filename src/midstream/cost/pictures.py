@@ -7,7 +7,14 @@ from math import expm1, log1p, prod
 from pathlib import Path
 from typing import Any, Literal
 
-from midstream.config import Epochs, Machine
+from midstream.config import (
+    AnyEncoderConfig,
+    EncoderConfig,
+    Epochs,
+    FusedEncoder,
+    Machine,
+    PretrainedEncoder,
+)
 from midstream.config.model import encoder_flops, picture_bytes
 from midstream.core.identity import digest
 from midstream.core.tokens import quantity
@@ -41,7 +48,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class FeaturePlan:
-    """One encoder on the pictures of a study, over the stages that are not done.
+    """One encoder on the pictures of a study, over the stages that are not done and show it
+    pictures of one size; `config` is the encoder there.
 
     pictures: distinct ones that they see; views: how often they see one; kept: pictures whose
     features the store has already. Counts are None until the data is prepared. FLOPs of encoding
@@ -49,6 +57,7 @@ class FeaturePlan:
     """
 
     encoder: Frozen
+    config: PretrainedEncoder
     pictures: Number | None
     views: Number | None
     kept: int
@@ -64,22 +73,22 @@ class FeaturePlan:
     def store_bytes(self) -> Number | None:
         """What the store holds once all pictures are in it."""
         held = None if self.pictures is None else max(self.pictures, self.kept)
-        return _times(held, picture_bytes(self.encoder.encoder))
+        return _times(held, picture_bytes(self.config))
 
     @property
     def new_bytes(self) -> Number | None:
         """What storing adds to what the store holds already."""
-        return _times(self.missing, picture_bytes(self.encoder.encoder))
+        return _times(self.missing, picture_bytes(self.config))
 
     @property
     def live_flops(self) -> Number | None:
         """Encoding every picture each time it is seen."""
-        return _times(self.views, encoder_flops(self.encoder.encoder))
+        return _times(self.views, encoder_flops(self.config))
 
     @property
     def stored_flops(self) -> Number | None:
         """Encoding every picture that is not kept yet once."""
-        return _times(self.missing, encoder_flops(self.encoder.encoder))
+        return _times(self.missing, encoder_flops(self.config))
 
     @property
     def saved_fraction(self) -> Number | None:
@@ -101,7 +110,7 @@ class FeaturePlan:
 
     def sentence(self) -> str:
         """One line for a reader."""
-        config = self.encoder.encoder
+        config = self.config
         text = (
             f"features of {label(self.encoder)} ({config.num_patches} x {config.hidden_size} "
             f"{config.feature_dtype}): {self.choice.decision}, {self.choice.reason}"
@@ -125,15 +134,18 @@ def _times(count: Number | None, each: Number) -> Number | None:
     return None if count is None else count * each
 
 
-def feature_folder(ledger: Ledger, encoder: Frozen) -> Path | None:
-    """Where the features of an encoder lie in the store; None until it is there.
+def feature_folder(
+    ledger: Ledger, encoder: Frozen, seen: AnyEncoderConfig | None = None
+) -> Path | None:
+    """Where the features of an encoder lie in the store, on pictures of its own size or, `seen`, of
+    another; None until it is there.
 
     Encoders with equal weights and configuration share a folder, whatever else they say.
     """
     if not ledger.is_done(encoder):
         return None
     weights = ledger.result(encoder, WeightsResult).weights_digest
-    return ledger.store / "features" / digest([FEATURE_FORMAT, weights, encoder.encoder])
+    return ledger.store / "features" / digest([FEATURE_FORMAT, weights, seen or encoder.encoder])
 
 
 def choose(
@@ -174,11 +186,12 @@ def feature_plan(stages: Sequence[Stage], ledger: Ledger, machine: Machine) -> l
     independently. A picture that several examples share counts once for each until all are seen, so
     that a store is at most as large as said here and saves at least as much.
     """
-    groups: dict[str, list[Seeing]] = {}
+    groups: dict[tuple[str, int], list[Seeing]] = {}
     for stage in stages:
         if (encoder := frozen_encoder(stage)) is not None and not ledger.is_done(stage):
             assert isinstance(stage, Continue | Finetune), "only these see"
-            groups.setdefault(encoder.identity, []).append(stage)
+            key = (encoder.identity, _seen(stage).image_size)
+            groups.setdefault(key, []).append(stage)
     return [_plan_of(group, ledger, machine) for group in groups.values()]
 
 
@@ -187,7 +200,10 @@ def choice_for(stage: Stage, plans: Sequence[FeaturePlan]) -> Choice | None:
     encoder = frozen_encoder(stage)
     if encoder is None or not isinstance(stage, Continue | Finetune):
         return None
-    return next((plan.choice for plan in plans if plan.encoder == encoder), None)
+    seen = _seen(stage)
+    return next(
+        (plan.choice for plan in plans if plan.encoder == encoder and plan.config == seen), None
+    )
 
 
 def frozen_encoder(stage: Stage) -> Frozen | None:
@@ -195,6 +211,13 @@ def frozen_encoder(stage: Stage) -> Frozen | None:
     if not isinstance(stage, Continue | Finetune) or stage.model.owns_encoder:
         return None
     return stage.encoder_stage
+
+
+def _seen(stage: Seeing) -> PretrainedEncoder:
+    """The frozen encoder at the size of the stage's pictures."""
+    config = stage.model.encoder
+    assert isinstance(config, EncoderConfig | FusedEncoder), "it looks through a frozen one"
+    return config
 
 
 def distinct_pictures(num_images: int, draws: Sequence[Draw]) -> float:
@@ -219,11 +242,12 @@ def distinct_pictures(num_images: int, draws: Sequence[Draw]) -> float:
 def _plan_of(stages: Sequence[Seeing], ledger: Ledger, machine: Machine) -> FeaturePlan:
     encoder = frozen_encoder(stages[0])
     assert encoder is not None, "these stages look through one"
-    each, folder = picture_bytes(encoder.encoder), feature_folder(ledger, encoder)
+    seen = _seen(stages[0])
+    each, folder = picture_bytes(seen), feature_folder(ledger, encoder, seen)
     parts = () if folder is None else folder.glob("part-*/features.bin")
     kept = sum(path.stat().st_size for path in parts) // each
     flops = [cost(stage, ledger).flops for stage in stages]
-    if (counted := _count(stages, encoder, ledger)) is not None:
+    if (counted := _count(stages, seen.num_patches, ledger)) is not None:
         pictures, views = counted
         choice = choose(
             pictures=pictures, views=views, kept=kept, picture_bytes=each, machine=machine
@@ -236,6 +260,7 @@ def _plan_of(stages: Sequence[Seeing], ledger: Ledger, machine: Machine) -> Feat
     known = [one for one in flops if one is not None]
     return FeaturePlan(
         encoder=encoder,
+        config=seen,
         pictures=pictures,
         views=views,
         kept=kept,
@@ -244,9 +269,7 @@ def _plan_of(stages: Sequence[Seeing], ledger: Ledger, machine: Machine) -> Feat
     )
 
 
-def _count(
-    stages: Sequence[Seeing], encoder: Frozen, ledger: Ledger
-) -> tuple[Number, Number] | None:
+def _count(stages: Sequence[Seeing], patches: int, ledger: Ledger) -> tuple[Number, Number] | None:
     """Distinct pictures and views of stages with one encoder."""
     draws: dict[str, list[Draw]] = {}
     known: dict[str, Facts] = {}

@@ -16,7 +16,7 @@ from torch import Tensor
 from midstream.config import AnyEncoderConfig, EncoderConfig, FusedEncoder, PatchProjection
 from midstream.core.storage import read_json
 from midstream.exchange.hub import read_config, unwrapped
-from midstream.model.vision import Tower, VisionEncoder, naflex_positions
+from midstream.model.vision import Tower, VisionEncoder, positions
 from midstream.model.weights import read_tensors
 
 TABLES = tomllib.loads(files("midstream.exchange").joinpath("families.toml").read_text("utf-8"))
@@ -95,7 +95,7 @@ def fixed_tower(config: AnyEncoderConfig, tower: VisionEncoder) -> dict[str, Ten
     if config.family == "siglip2":
         flat = own["patch.weight"].reshape(width, size, size, 3)
         own["patch.weight"] = flat.permute(0, 3, 1, 2).contiguous()
-    own["positions"] = _positions(config, cast(Tower, tower))
+    own["positions"] = positions(cast(Tower, tower))
     if config.family == "clip":
         own["patch.bias"] = torch.zeros(width)
     if config.num_prefix:
@@ -107,19 +107,6 @@ def fixed_tower(config: AnyEncoderConfig, tower: VisionEncoder) -> dict[str, Ten
         up = own.pop(name.replace(".gate.", ".up."))
         own[name.replace(".gate.", ".fc1.")] = torch.cat((own.pop(name), up))
     return own
-
-
-def _positions(config: EncoderConfig, tower: Tower) -> Tensor:
-    """What the tower adds to its patches, and to a class token before them."""
-    embeddings, size = cast(Any, tower.tower).embeddings, config.image_size
-    if config.family == "siglip2":
-        found = naflex_positions(embeddings, config)
-    else:
-        length = config.num_patches + (1 if config.num_prefix else 0)
-        like = torch.zeros(1, length, config.hidden_size)
-        found = embeddings.interpolate_pos_encoding(like, size, size)
-    positions: Tensor = found.detach().clone()
-    return positions
 
 
 # ----------------------------------------------------------------------------- others' folders

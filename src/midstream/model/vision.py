@@ -6,7 +6,7 @@ no pooling head, no last norm unless `final_norm` asks for it: each parameter ha
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from midstream.config import AnyEncoderConfig, EncoderConfig, FusedEncoder, PatchProjection
+from midstream.config.resolution import at_size
 from midstream.model.weights import Initialiser, Linear, fill, read_tensors
 
 # Of a whole tower, what no features are made of: the pooling head, and what masked training used.
@@ -162,22 +163,31 @@ class PatchMap(VisionEncoder):
 # ---------------------------------------------------------------------------------- loading
 
 
-def load_encoder(encoder: VisionEncoder, path: Path) -> tuple[str, ...]:
-    """Fill an encoder from a file of its own names, or a tower from one of a whole tower.
+def load_encoder(
+    encoder: VisionEncoder, path: Path, held: AnyEncoderConfig | None = None
+) -> tuple[str, ...]:
+    """Fill an encoder from a file of its own names, or a tower from one of a whole tower; where
+    `held`, whose weights they are, has positions of another size, they are interpolated once.
 
     Returns the names that were left out because no features are made of them (blocks above the
     feature layer, the pooling head, a norm that is not applied). Raises FileNotFoundError, or
     ValueError with every other name that does not fit.
     """
+    if held is not None and _position_sizes(held) != _position_sizes(encoder.config):
+        other = build_encoder(held)
+        unused = load_encoder(other, path)
+        tensors = resized(other.state_dict(), held, encoder.config, path=path)
+        fill(encoder, tensors, path=path)
+        return unused
     tensors = read_tensors(path)
     own = tuple(f"{name}." for name, _ in encoder.named_children())
     if not isinstance(encoder, Tower) or any(name.startswith(own) for name in tensors):
         fill(encoder, tensors, path=path)
         return ()
-    unused = {name for name in tensors if _is_unused(name, encoder)}
-    kept = {f"tower.{name}": value for name, value in tensors.items() if name not in unused}
+    left = {name for name in tensors if _is_unused(name, encoder)}
+    kept = {f"tower.{name}": value for name, value in tensors.items() if name not in left}
     fill(encoder, kept, path=path)
-    return tuple(sorted(unused))
+    return tuple(sorted(left))
 
 
 def load_towers(encoder: VisionEncoder, paths: Sequence[Path]) -> tuple[str, ...]:
@@ -189,6 +199,34 @@ def load_towers(encoder: VisionEncoder, paths: Sequence[Path]) -> tuple[str, ...
         left = load_encoder(cast(VisionEncoder, tower), path)
         unused += [f"towers.{number}.{name}" for name in left]
     return tuple(unused)
+
+
+@torch.no_grad()
+def resized(
+    tensors: Mapping[str, Tensor], held: AnyEncoderConfig, wanted: AnyEncoderConfig, *, path: Path
+) -> dict[str, Tensor]:
+    """An encoder's tensors by its own names, its positions for the pictures of `wanted`.
+
+    They are interpolated once, as `held` on such pictures does it in every pass; where both hold
+    positions of one size, they stay as they are. Raises ValueError as `fill` does, of `path`.
+    """
+    if _position_sizes(held) == _position_sizes(wanted):
+        return dict(tensors)
+    encoder = build_encoder(at_size(held, wanted.image_size, owned=False))
+    fill(encoder, tensors, path=path)
+    state = dict(tensors)
+    for name, tower in encoder.named_modules():
+        if isinstance(tower, Tower) and tower.settings.family != "dinov3":
+            is_dinov2 = tower.settings.family == "dinov2"
+            last = "position_embeddings" if is_dinov2 else "position_embedding.weight"
+            own = f"{name}.".lstrip(".") + f"tower.embeddings.{last}"
+            state[own] = positions(tower).view(-1, tower.width)[None if is_dinov2 else slice(None)]
+    return state
+
+
+def _position_sizes(config: AnyEncoderConfig) -> list[int]:
+    towers = config.towers if isinstance(config, FusedEncoder) else (config,)
+    return [tower.position_patches for tower in towers if isinstance(tower, EncoderConfig)]
 
 
 def _is_unused(name: str, encoder: Tower) -> bool:
@@ -250,6 +288,22 @@ def _library(config: EncoderConfig, what: str) -> Any:
     if config.family == "dinov2" and config.num_registers:
         name = "Dinov2WithRegisters"
     return getattr(import_module("transformers"), f"{name}{what}")
+
+
+@torch.no_grad()
+def positions(tower: Tower) -> Float[Tensor, "1 positions width"]:
+    """What a tower adds to the patches of its pictures, and to a class token before them.
+
+    As its family interpolates: SigLIP, CLIP and DINOv2 bicubic (DINOv2 with registers antialiased),
+    SigLIP 2 bilinear and antialiased, corners not aligned. DINOv3 adds nothing.
+    """
+    embeddings, config = cast(Any, tower.tower).embeddings, tower.settings
+    if config.family == "siglip2":
+        return naflex_positions(embeddings, config).clone()
+    length = config.num_patches + (1 if config.num_prefix else 0)
+    like = torch.zeros(1, length, config.hidden_size)
+    found = embeddings.interpolate_pos_encoding(like, config.image_size, config.image_size)
+    return cast(Tensor, found.clone())
 
 
 def naflex_positions(embeddings: Any, config: EncoderConfig) -> Tensor:

@@ -1,6 +1,7 @@
 """Table 1: how others train a model that sees, beside the paper's own way (docs/published.md).
 
-What is trained: K read in the named source, G generally known and not read again, U our choice.
+What is trained: K read in the named source, G generally known and not read again, I inferred from
+that, U our choice.
 """
 
 from collections.abc import Sequence
@@ -9,46 +10,57 @@ from itertools import product
 from typing import Literal, Unpack
 
 from midstream.config import (
+    AnyEncoderConfig,
     AnySchedule,
     Attention,
     Constant,
     ContinuedCosine,
+    FusedEncoder,
+    PatchProjection,
     ProjectorConfig,
+    Rows,
     Training,
 )
+from midstream.config.resolution import at_size
 from midstream.recipes.scales import Model, Scale, Settings, find_scale, finetune_stage, mixture
 from midstream.study.stages import Continue, Evaluate, Finetune, InitFrom, StartText
 from midstream.study.studies import Figure, Line, Study, Table
 
 ONE_PICTURE = "captions with their one picture stand in for text with pictures among it"
 MULTITASK = "captions and conversations, half each, stand in for its mixture of tasks"
-LARGER_PICTURES = "pictures keep their size where its second stage has larger ones"
+# Of the rate of the rest where a recipe trains the encoder and its own is not known (U).
+A_TENTH = 0.1
+# Positions by which the rows of larger pictures grow are a multiple of this.
+ROW_MULTIPLE = 64
 Rates = Literal["rewarm", "plateau", "continue"]
-PLATEAU_THEN_ON: tuple[Rates, Rates] = ("plateau", "continue")
 
 
 @dataclass(frozen=True)
 class ImageText:
     """An image-text stage: shares of its tokens, what it trains beside the projector, its rate.
 
-    `tokens` is its share of the scale's image-text tokens. Schedules: warmed up again and down to
-    the end (rewarm), or to a plateau (plateau), or on from where the stage before ended (continue).
+    `encoder_rate` is the encoder's over that of the rest; None: frozen. `tokens` is its share of
+    the scale's image-text tokens, `side` that of its pictures over those of the stage before, or
+    over the encoder's own. Schedules: warmed up again and down to the end (rewarm), or to a plateau
+    (plateau), or on from where the stage before ended (continue).
     """
 
     captions: float
     instruct: float = 0.0
     text: float = 0.0
-    trains_encoder: bool = False
+    encoder_rate: float | None = None
     trains_decoder: bool = True
     schedule: Rates = "rewarm"
     tokens: float = 1.0
+    side: float = 1.0
 
 
 @dataclass(frozen=True)
 class Instruct:
-    """Fine-tuning on conversations; the schedule is warmed up again, or goes on."""
+    """Fine-tuning on conversations, on pictures as large as those of the stage before; the schedule
+    is warmed up again, or goes on."""
 
-    trains_encoder: bool = False
+    encoder_rate: float | None = None
     schedule: Literal["rewarm", "continue"] = "rewarm"
 
 
@@ -63,6 +75,7 @@ class Recipe:
     completion: float = 1.0
     attention: Attention = "segments"
     linear_projector: bool = False
+    encoder: str = "SigLIP"
     notes: tuple[str, ...] = ()
 
 
@@ -72,12 +85,17 @@ def _mm1(image: int, text: int) -> Recipe:
     return Recipe(
         name=f"MM1 {image}:{text}",
         source="McKinzie et al., 2024, arXiv 2403.09611",
-        image_text=(ImageText(captions=captions, text=rest, trains_encoder=True),),
-        instruct=Instruct(trains_encoder=True),
+        image_text=(ImageText(captions=captions, text=rest, encoder_rate=A_TENTH),),
+        instruct=Instruct(encoder_rate=A_TENTH),
         notes=(ONE_PICTURE, "the projector stands in for its convolutions and pooling"),
     )
 
 
+# Tokens, schedule and pictures of its two stages.
+_PALIGEMMA: tuple[tuple[float, Rates, float], ...] = (
+    (0.8, "plateau", 1.0),
+    (0.2, "continue", 2.0),
+)
 # Table 1 in its order, MM1 once for each of its ratios of image-text to text.
 RECIPES = (
     # xGen-MM. Encoder frozen, sampler and language model trained (G).
@@ -106,8 +124,8 @@ RECIPES = (
     Recipe(
         name="IDEFICS",
         source="Laurençon et al., 2024, arXiv 2405.02246",
-        image_text=(ImageText(captions=1.0, trains_encoder=True),),
-        instruct=Instruct(trains_encoder=True),
+        image_text=(ImageText(captions=1.0, encoder_rate=A_TENTH),),
+        instruct=Instruct(encoder_rate=A_TENTH),
         notes=(
             ONE_PICTURE,
             "the projector stands in for its resampler and the layers before it",
@@ -115,48 +133,71 @@ RECIPES = (
         ),
     ),
     *(_mm1(*ratio) for ratio in ((100, 0), (91, 9), (86, 14), (66, 33))),
-    # Joint training with the encoder frozen (K: a report on arXiv 2403.05525); the encoder trained
-    # in fine-tuning (G, of its two towers the one).
+    # Two towers; first what connects them alone, then joint training with the towers frozen, in
+    # fine-tuning all but one tower (K: reports on arXiv 2403.05525). The first stage's tokens are
+    # U: it is short, since more of it did not help them (K).
     Recipe(
         name="DeepSeek-VL",
         source="Lu et al., 2024, arXiv 2403.05525",
-        image_text=(ImageText(captions=0.15, instruct=0.15, text=0.7),),
-        instruct=Instruct(trains_encoder=True),
+        image_text=(
+            ImageText(captions=1.0, trains_decoder=False, tokens=0.1),
+            ImageText(captions=0.15, instruct=0.15, text=0.7, tokens=0.9),
+        ),
+        instruct=Instruct(encoder_rate=A_TENTH),
+        encoder="SigLIP + DINOv2",
         notes=(
             MULTITASK,
-            "one encoder and the projector stand in for its two towers and their adaptor",
-            "the first training of its adaptor alone is left out, as in the table",
+            "DINOv2 stands in for SAM, and sees pictures as large as SigLIP's where SAM has larger "
+            "ones",
+            "one projector stands in for its adaptor of layers for each tower and for both",
+            "fine-tuning trains both towers where it keeps SAM as it is",
         ),
     ),
-    # First the encoder and the adapter, then everything, and in fine-tuning all but the encoder (K:
-    # reports on arXiv 2308.12966). The tokens of its two stages are U: half each.
+    # First the encoder and the adapter, then everything on pictures of twice the side (224, then
+    # 448 pixels), and in fine-tuning all but the encoder (K: reports on arXiv 2308.12966). Its
+    # encoder's rate falls by 5 % a layer from the last down (G), over its 48 layers to .38 of it on
+    # average (I). The tokens of its two stages are U: half each.
     Recipe(
         name="Qwen-VL",
         source="Bai et al., 2023, arXiv 2308.12966",
         image_text=(
-            ImageText(captions=1.0, trains_encoder=True, trains_decoder=False, tokens=0.5),
-            ImageText(captions=0.5, instruct=0.5, trains_encoder=True, tokens=0.5),
+            ImageText(captions=1.0, encoder_rate=0.38, trains_decoder=False, tokens=0.5),
+            ImageText(captions=0.5, instruct=0.5, encoder_rate=0.38, tokens=0.5, side=2.0),
         ),
         instruct=Instruct(),
         notes=(
             MULTITASK,
             "the projector stands in for its layer of cross-attention with learned queries",
-            LARGER_PICTURES,
+            "one rate for the encoder stands in for one a layer",
         ),
     ),
-    # Nothing frozen, a linear projector, full attention among picture and prompt (K: reports on
-    # arXiv 2407.07726). Where its rates end, and its tokens by stage, are U.
+    # Nothing frozen, a linear projector, full attention among picture and prompt; a billion
+    # examples of 224 pixels, then 50 million of 448 and 10 million of 896 (K: reports on arXiv
+    # 2407.07726). A picture has 256, 1,024 or 4,096 tokens (K); with 128 or 512 of text (G) the
+    # second stage has a sixth of the tokens of both (I; with the third, which is left out, a
+    # quarter): a fifth here. One rate for all (G). Where its rates end is U.
     Recipe(
         name="PaliGemma",
         source="Beyer et al., 2024, arXiv 2407.07726",
         image_text=tuple(
-            ImageText(captions=0.5, instruct=0.5, trains_encoder=True, tokens=0.5, schedule=how)
-            for how in PLATEAU_THEN_ON
+            ImageText(
+                captions=0.5,
+                instruct=0.5,
+                encoder_rate=1.0,
+                tokens=tokens,
+                schedule=how,
+                side=side,
+            )
+            for tokens, how, side in _PALIGEMMA
         ),
-        instruct=Instruct(trains_encoder=True, schedule="continue"),
+        instruct=Instruct(encoder_rate=1.0, schedule="continue"),
         attention="prefix",
         linear_projector=True,
-        notes=(MULTITASK, LARGER_PICTURES),
+        notes=(
+            MULTITASK,
+            "its third size of pictures, four times the side of the first, is left out",
+            "the encoder's rate is not warmed up more slowly than that of the rest",
+        ),
     ),
     # One stage: conversations, the encoder frozen (K: recipe of its own code).
     Recipe(
@@ -181,7 +222,6 @@ RECIPES = (
 )
 
 
-ENCODER = "SigLIP"
 STAGES, TRAINED, MIXTURE, SCHEDULE = "stages", "trained", "image-text mixture", "schedule"
 
 
@@ -244,7 +284,7 @@ def trained(scale: Scale, recipe: Recipe, seed: int, epochs: int) -> Continue | 
         return seen
     before = seen or StartText(
         **scale.text_at(recipe.completion),
-        encoder=scale.encoders[ENCODER],
+        encoder=scale.encoders[recipe.encoder],
         projector=_projector(recipe),
         attention=recipe.attention,
     )
@@ -253,8 +293,10 @@ def trained(scale: Scale, recipe: Recipe, seed: int, epochs: int) -> Continue | 
     changes: dict[str, object] = {}
     if recipe.instruct.schedule == "continue":
         changes["schedule"] = ContinuedCosine(end_rate=0.0)
-    if recipe.instruct.trains_encoder:
-        changes["encoder_rate_factor"] = 1.0
+    if recipe.instruct.encoder_rate is not None:
+        changes["encoder_rate_factor"] = recipe.instruct.encoder_rate
+    if seen is not None and seen.model.encoder is not None:
+        changes["rows"] = _rows(plain.training.rows, _own(scale, recipe), seen.model.encoder)
     training = Training(**{**dict(plain.training), **changes})
     return Finetune(start=before, training=training)
 
@@ -262,12 +304,12 @@ def trained(scale: Scale, recipe: Recipe, seed: int, epochs: int) -> Continue | 
 def words(recipe: Recipe) -> dict[str, str]:
     """A recipe's stages, what each trains, its mixtures and schedules, as the table's columns."""
     seen, chat = recipe.image_text, recipe.instruct
-    stages = [f"text {recipe.completion:.0%}", *("image-text" for _ in seen)]
-    learns = [_parts(stage.trains_encoder, stage.trains_decoder) for stage in seen]
+    stages = [f"text {recipe.completion:.0%}", *map(_stage_words, seen)]
+    learns = [_parts(stage.encoder_rate, stage.trains_decoder) for stage in seen]
     how = [_SCHEDULES[stage.schedule] for stage in seen]
     if chat is not None:
         stages.append("conversations")
-        learns.append(_parts(chat.trains_encoder, True))
+        learns.append(_parts(chat.encoder_rate, True))
         how.append(_SCHEDULES[chat.schedule])
     return {
         STAGES: ", ".join(stages),
@@ -284,7 +326,8 @@ def _notes(recipes: Sequence[Recipe]) -> list[str]:
     for recipe in recipes:
         for note in recipe.notes:
             found.setdefault(note, []).append(recipe.name)
-        values = (recipe.completion, recipe.image_text, recipe.instruct, recipe.attention)
+        trains = (recipe.completion, recipe.image_text, recipe.instruct)
+        values = (*trains, recipe.attention, recipe.linear_projector, recipe.encoder)
         same.setdefault(values, []).append(recipe.name)
     notes = [f"{', '.join(names)}: {note}." for note, names in found.items()]
     notes += [
@@ -302,10 +345,16 @@ _SCHEDULES = {
 }
 
 
-def _parts(encoder: bool, decoder: bool) -> str:
+def _stage_words(stage: ImageText) -> str:
+    return "image-text" if stage.side == 1.0 else f"image-text on {stage.side:g} x the side"
+
+
+def _parts(encoder_rate: float | None, decoder: bool) -> str:
+    """What a stage trains, and the encoder's rate where it has one of its own."""
+    own = "" if encoder_rate == 1.0 else f" at {encoder_rate:g} x the rate" if encoder_rate else ""
     names = [
         "projector",
-        *(["encoder"] if encoder else []),
+        *([] if encoder_rate is None else [f"encoder{own}"]),
         *(["language model"] if decoder else []),
     ]
     return ", ".join(names)
@@ -319,9 +368,13 @@ def _mixed(stage: ImageText) -> str:
 def _image_text(
     scale: Scale, recipe: Recipe, stage: ImageText, before: Continue | None, seed: int
 ) -> Continue:
+    own = _own(scale, recipe)
+    seen = (before.model.encoder if before is not None else None) or own
+    image_size = _image_size(seen, stage.side)
+    shown = at_size(seen, image_size or seen.image_size, owned=False)
     return Continue(
         data=scale.data,
-        encoder=scale.encoders[ENCODER],
+        encoder=scale.encoders[recipe.encoder],
         decoder=scale.decoder,
         projector=_projector(recipe),
         attention=recipe.attention,
@@ -330,14 +383,35 @@ def _image_text(
             budget=mixture(
                 scale, stage.captions, stage.instruct, stage.text, multiple=stage.tokens
             ),
-            rows=scale.rows,
+            rows=_rows(scale.rows, own, shown),
             optimizer=scale.optimizer,
             schedule=_schedule(scale, stage, before),
-            encoder_rate_factor=1.0 if stage.trains_encoder else None,
+            encoder_rate_factor=stage.encoder_rate,
             freeze_decoder=not stage.trains_decoder,
             seed=seed if scale.image_text_seed is None else scale.image_text_seed,
         ),
+        image_size=image_size,
     )
+
+
+def _own(scale: Scale, recipe: Recipe) -> AnyEncoderConfig:
+    """The recipe's encoder on pictures of its own size."""
+    given = scale.encoders[recipe.encoder]
+    return given if isinstance(given, PatchProjection) else given.encoder
+
+
+def _image_size(seen: AnyEncoderConfig, side: float) -> int | None:
+    """The nearest to `side` times the pictures' that the patches fill; None for the same."""
+    patch = seen.towers[0].patch_size if isinstance(seen, FusedEncoder) else seen.patch_size
+    return None if side == 1.0 else patch * round(side * seen.image_size / patch)
+
+
+def _rows(rows: Rows, own: AnyEncoderConfig, seen: AnyEncoderConfig) -> Rows:
+    """Rows in which as much text has room beside a picture as beside one of the encoder's own
+    size."""
+    more = max(0, seen.num_patches - own.num_patches)
+    length = rows.row_length + ROW_MULTIPLE * -(-more // ROW_MULTIPLE)
+    return rows.model_copy(update={"row_length": length})
 
 
 def _schedule(scale: Scale, stage: ImageText, before: Continue | None) -> AnySchedule:

@@ -180,10 +180,11 @@ def _parts(stage: Stage) -> tuple[str, ...]:
         case Pretrain():
             return ("text", _amount(stage.training), f"seed {stage.training.seed}")
         case Continue():
-            return (*_image_text(stage), f"seed {stage.training.seed}")
+            return (*_image_text(stage), *_pixels(stage), f"seed {stage.training.seed}")
         case Finetune():
             amount = _amount(stage.training)
-            return ("fine-tuning", *_origin(stage), amount, f"seed {stage.training.seed}")
+            seed = f"seed {stage.training.seed}"
+            return ("fine-tuning", *_origin(stage), *_pixels(stage), amount, seed)
         case Evaluate():
             return _evaluation(stage)
     return (kind_words(stage.kind),)
@@ -210,6 +211,10 @@ def _image_text(stage: Continue) -> tuple[str, ...]:
         number, first = number + 1, first.start.stage
     part = () if number == 1 else (f"part {number}",)
     return ("image-text", *part, *_origin(first))
+
+
+def _pixels(stage: Continue | Finetune) -> tuple[str, ...]:
+    return () if stage.image_size is None else (f"{stage.image_size} pixels",)
 
 
 def _origin(stage: Continue | Finetune) -> tuple[str, ...]:

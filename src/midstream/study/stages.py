@@ -20,6 +20,8 @@ from midstream.config import (
     Training,
     VLMConfig,
 )
+from midstream.config.model import Positive
+from midstream.config.resolution import at_size
 from midstream.config.training import check_end
 from midstream.study.first_stages import PLANNED as PLANNED
 from midstream.study.first_stages import DataStage as DataStage
@@ -133,6 +135,10 @@ def _sees(encoder: EncoderStage | PatchProjection) -> AnyEncoderConfig:
     return encoder if isinstance(encoder, PatchProjection) else encoder.encoder
 
 
+def _at(encoder: AnyEncoderConfig, image_size: int | None, owned: bool) -> AnyEncoderConfig:
+    return encoder if image_size is None else at_size(encoder, image_size, owned=owned)
+
+
 def _check_room(model: VLMConfig, training: Training) -> None:
     patches, length = model.image_tokens, training.rows.row_length
     if patches >= length:
@@ -180,7 +186,11 @@ class LoadModel(StageBase):
 
 
 class Continue(StageBase):
-    """Image-text training: from scratch, a milestone of a text run, or an earlier such stage."""
+    """Image-text training: from scratch, a milestone of a text run, or an earlier such stage.
+
+    `image_size` is the side of this stage's pictures in pixels; without it that of the stage it
+    starts from, or the encoder's own. What comes after takes it over.
+    """
 
     kind: Literal["continue"] = "continue"
     data: Prepare
@@ -190,6 +200,7 @@ class Continue(StageBase):
     attention: Attention = "segments"
     start: Annotated[FromScratch | ContinueFrom | InitFrom, Field(discriminator="kind")]
     training: Training
+    image_size: Positive | None = None
 
     @model_validator(mode="after")
     def _room(self) -> "Continue":
@@ -229,25 +240,28 @@ class Continue(StageBase):
     @property
     def model(self) -> VLMConfig:
         """The model this stage trains."""
-        before = isinstance(self.start, InitFrom) and self.start.stage.model.owns_encoder
+        sees, owned = _sees(self.encoder), self.encoder_stage is None
+        if isinstance(self.start, InitFrom):
+            before = self.start.stage.model
+            sees, owned = before.encoder or sees, before.owns_encoder
+        owned = owned or self.training.encoder_rate_factor is not None
         return VLMConfig(
             decoder=self.decoder,
-            encoder=_sees(self.encoder),
+            encoder=_at(sees, self.image_size, owned),
             projector=self.projector,
             attention=self.attention,
-            owns_encoder=before
-            or self.encoder_stage is None
-            or self.training.encoder_rate_factor is not None,
+            owns_encoder=owned,
         )
 
 
 class Finetune(StageBase):
     """Conversations; starts from the weights of an image-text stage or an imported model that sees,
-    or from a text model."""
+    or from a text model. `image_size` as in `Continue`."""
 
     kind: Literal["finetune"] = "finetune"
     start: Annotated[Continue | LoadModel | StartText, Field(discriminator="kind")]
     training: Training
+    image_size: Positive | None = None
 
     @model_validator(mode="after")
     def _room(self) -> "Finetune":
@@ -284,7 +298,9 @@ class Finetune(StageBase):
         """The model this stage trains; it owns its encoder once a stage trains that."""
         before = self.start.model
         owned = before.owns_encoder or self.training.encoder_rate_factor is not None
-        return before.model_copy(update={"owns_encoder": owned})
+        assert before.encoder is not None, "what it starts from sees"
+        encoder = _at(before.encoder, self.image_size, owned)
+        return before.model_copy(update={"owns_encoder": owned, "encoder": encoder})
 
 
 # What several ranks train together.

@@ -14,16 +14,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from midstream.config import Machine, Training
+from midstream.config import AnyEncoderConfig, Machine, Training
 from midstream.config.training import check_start, moments_factor, rate_at
 from midstream.core.batch import Batch
 from midstream.core.storage import CorruptError
 from midstream.core.tokens import TokenCount
 from midstream.data.rows import RowDataset, load_steps, shares_report
 from midstream.data.views import picture_views
-from midstream.model.vision import load_encoder
+from midstream.model.vision import load_encoder, resized
 from midstream.model.vlm import VLM
-from midstream.model.weights import load_weights
+from midstream.model.weights import fill, read_tensors
 from midstream.train import checkpoint
 from midstream.train import step as meters
 from midstream.train.checkpoint import Progress, Saver
@@ -53,7 +53,8 @@ class Start:
     `parts` are what the checkpoint holds of the model; what it lacks starts from its initialiser,
     an encoder of the model's own from `encoder` where that is given. `moments`: whether Adam's come
     along, start at zero, or start at zero while the rate rises. `parent_rate` is the parent
-    schedule's rate there.
+    schedule's rate there. `held` is the encoder as the weights that it starts from have it: where
+    the model's own has positions of another size, they are interpolated once.
     """
 
     folder: Path | None = None
@@ -61,6 +62,7 @@ class Start:
     encoder: Path | None = None
     moments: Literal["carry", "fresh", "warm"] = "fresh"
     parent_rate: float | None = None
+    held: AnyEncoderConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -308,14 +310,29 @@ def _begin(job: Job, optimizer: torch.optim.Optimizer, place: Place) -> Progress
         raise broken
     if job.start.encoder is not None:
         assert job.model.encoder is not None, "the stage's model owns it"
-        load_encoder(job.model.encoder, job.start.encoder)
+        load_encoder(job.model.encoder, job.start.encoder, job.start.held)
     if job.start.folder is not None:
         checkpoint.read_progress(job.start.folder, place=place)
         parts = nn.ModuleDict({name: getattr(job.model, name) for name in job.start.parts})
-        load_weights(parts, job.start.folder)
+        fill(parts, _read(job, job.start.folder), path=job.start.folder)
         if job.start.moments == "carry":
             checkpoint.load_moments(job.start.folder, job.model, optimizer)
     return Progress(0, 0, job.dataset.plan.seen_tokens, job.rate_at(0), TokenCount())
+
+
+def _read(job: Job, folder: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint; an encoder's positions are for the pictures of this stage."""
+    tensors, held, wanted = read_tensors(folder), job.start.held, job.model.config.encoder
+    prefix = "encoder."
+    own = {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
+    if own and held is not None and wanted is not None:
+        fitting = resized(own, held, wanted, path=folder)
+        tensors |= {prefix + name: value for name, value in fitting.items()}
+    return tensors
 
 
 def _tally(batches: list[Batch], names: tuple[str, ...]) -> list[int]:

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from midstream.config import PublicFolder
+from midstream.config import AnyEncoderConfig, PublicFolder
 from midstream.core.storage import verify
 from midstream.data.examples import TextCodec
 from midstream.data.images import encode_fixed, encode_raw
@@ -134,7 +134,7 @@ def open_model(path: Path, device: torch.device) -> OpenedModel:
     encoder = vlm.encoder
     if isinstance(stage, LoadModel | Continue | Finetune) and encoder is None:
         assert stage.encoder_stage is not None, "a patch projection is the model's own"
-        encoder = open_encoder(ledger, stage.encoder_stage).to(device).eval()
+        encoder = open_encoder(ledger, stage.encoder_stage, stage.model.encoder).to(device).eval()
     codec = open_tokenizer(stage.data, ledger)
     return OpenedModel(stage, completion, weights, vlm, codec, encoder, ledger)
 
@@ -189,10 +189,13 @@ def fill_model(vlm: VLM, weights: Path) -> None:
     load_weights(vlm, weights)
 
 
-def open_encoder(ledger: Ledger, stage: EncoderStage) -> VisionEncoder:
-    """The frozen encoder of a finished stage, its bytes checked."""
+def open_encoder(
+    ledger: Ledger, stage: EncoderStage, seen: AnyEncoderConfig | None = None
+) -> VisionEncoder:
+    """The frozen encoder of a finished stage, its bytes checked; `seen` on pictures of a size that
+    is not its own."""
     folder = ledger.folder(stage) / "weights"
     verify(folder)
-    encoder = build_encoder(stage.encoder).requires_grad_(False)
+    encoder = build_encoder(seen or stage.encoder).requires_grad_(False)
     load_encoder(encoder, folder / "model.safetensors")
     return encoder

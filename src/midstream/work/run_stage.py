@@ -236,14 +236,8 @@ class StageRunner:
         # What cannot start is refused before pictures are encoded for it.
         start = self._start(stage)
         check_start(training.schedule, start.parent_rate, stage.name)
-        plan = plan_rows(
-            sources,
-            patches,
-            training.budget,
-            training.rows,
-            training.seed,
-            overflow_of(stage),
-        )
+        budget, rows, seed = training.budget, training.rows, training.seed
+        plan = plan_rows(sources, patches, budget, rows, seed, overflow_of(stage))
         if training.freeze_decoder and not any(sources[name].num_images for name in plan.names):
             raise ValueError(
                 f"{stage.name} keeps the decoder frozen and shows no picture, so it would learn "
@@ -327,9 +321,10 @@ class StageRunner:
         if isinstance(stage, Pretrain):
             return Start()
         owned = stage.model.owns_encoder and stage.encoder_stage is not None
+        held = stage.encoder_stage.encoder if stage.encoder_stage is not None else None
         found = came_from(stage)
         if found is None:
-            return Start(encoder=self._encoder_weights(stage) if owned else None)
+            return Start(encoder=self._encoder_weights(stage) if owned else None, held=held)
         before, share = found
         had = before.model.owns_encoder
         folder = weights_folder(self.ledger, before, share)
@@ -338,6 +333,7 @@ class StageRunner:
             parts=("decoder",),
             encoder=self._encoder_weights(stage) if owned and not had else None,
             moments=_moments(stage),
+            held=before.model.encoder if had else held,
         )
         if start.moments == "carry" and checkpoint.stored_file(folder, "optimizer") is None:
             raise FileNotFoundError(
@@ -380,12 +376,13 @@ class StageRunner:
         if config.kind == "patches" or stage.model.owns_encoder:
             return [LiveImages(seen, plan.names, config) for plan, seen in plans], None
         assert stage.encoder_stage is not None, "it is a frozen one"
-        encode = on_device(open_encoder(self.ledger, stage.encoder_stage).to(self.device).eval())
+        encoder = open_encoder(self.ledger, stage.encoder_stage, config)
+        encode = on_device(encoder.to(self.device).eval())
         # Another stage may store features meanwhile: what one rank sees of them goes for all.
         if self.place.gather(self._decide(stage))[0] == "live":
             live = partial(encode_fixed, encode, config=config)
             return [LiveImages(seen, plan.names, config) for plan, seen in plans], live
-        folder = feature_folder(self.ledger, stage.encoder_stage)
+        folder = feature_folder(self.ledger, stage.encoder_stage, config)
         assert folder is not None, "a parent of the stage"
         store = FeatureStore(folder, config)
         self.place.barrier()  # one that opens slowly is not behind those that store
