@@ -16,11 +16,11 @@ from midstream.config import (
     Fraction,
     Overflow,
     PatchProjection,
+    Positive,
     ProjectorConfig,
     Training,
     VLMConfig,
 )
-from midstream.config.model import Positive
 from midstream.config.resolution import at_size
 from midstream.config.training import check_end
 from midstream.study.first_stages import PLANNED as PLANNED
