@@ -1,12 +1,18 @@
 """Albums and pages of the pocket world: what is asked follows from the pictures at their places."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from midstream.config import PocketWorld
+from midstream.data.formats.conversations import conversation_units, read_conversations
+from midstream.data.formats.interleaved import document_units, read_documents
+from midstream.data.formats.records import DocumentRecord, ReadOptions
+from midstream.eval.find_task import read_visual_task
 from midstream.worlds.pocket_pages import ALBUM_KINDS, ORDINALS, Album, album, page
 from midstream.worlds.pocket_scenes import TASKS, Scene, generator
+from midstream.worlds.pocket_world import write_pocket_world
 
 TURNS = 48
 
@@ -78,3 +84,30 @@ def test_pages_have_their_pictures_before_their_texts_and_are_of_three_forms():
         assert {scene.split for scene in scenes} == {"captions"}
     texts = [sum(isinstance(part, str) for part in parts) for parts in pages]
     assert [number == 1 for number in texts] == [index % 3 == 2 for index in range(24)]
+
+
+def test_the_benchmarks_and_sources_of_several_pictures_are_read(tmp_path: Path):
+    made = {"num_documents": 20, "num_captions": 10, "num_conversations": 5, "num_text_items": 8}
+    world = PocketWorld(num_pages=6, num_albums=8, num_questions=12, **made)
+    write_pocket_world(world, tmp_path)
+    pairs, albums = (read_visual_task(tmp_path, name) for name in ("nlvr2", "pocket_albums"))
+    assert [len(example.pictures) for example in pairs.examples] == [2] * 12
+    assert {str(example.gold) for example in pairs.examples} == {"True", "False"}
+    groups = {example.kinds["group"] for example in albums.examples}
+    assert groups == {"which", "odd", "at"}
+    assert {len(example.pictures) for example in albums.examples} == {2, 3, 4}
+
+    options = ReadOptions()
+    (unit,) = document_units([str(tmp_path / "documents" / "pages" / "pages.jsonl")], options)
+    documents = list(read_documents(unit, options))
+    for index, found in enumerate(documents):
+        assert isinstance(found, DocumentRecord)
+        told = [part if isinstance(part, str) else None for part in found.parts]
+        # Readers strip the ends of texts.
+        wanted = [part.strip() if isinstance(part, str) else None for part in page(world, index)]
+        assert [text and text.strip() for text in told] == wanted
+    talks = conversation_units([str(tmp_path / "instruct" / "albums")])
+    found = [record for unit in talks for record in read_conversations(unit, options)]
+    assert [len(record.pictures) for record in found] == [
+        len(record.turns[0].pictures) for record in found
+    ]

@@ -207,7 +207,8 @@ def _ten(answers: list[str], record: Record) -> list[str]:
 
 @reader()
 def read_qa(folder: Path, look: Pictures) -> Asked:
-    """JSON lines of `question`, `answer` or `answers`, `image`; optional `choices`, `id`, `split`.
+    """JSON lines of `question`, `answer` or `answers`, `image` (one or a list, whose places the
+    question's image marks say); optional `choices`, `id`, `split`.
 
     gold is the list of right answers, one of which is enough. Without `id` an example is named by
     its line. Raises ValueError for an answer that is none of the choices, and for choices that are
@@ -230,8 +231,21 @@ def read_qa(folder: Path, look: Pictures) -> Asked:
                 record.refuse(f"its answer {gold!r} is none of its choices {choices}")
         key = record.identifier("id") if "id" in record else str(number)
         split = record.identifier("split") if "split" in record else ""
-        asked, image = record.text("question"), look.find(record, record.text("image"))
-        yield record, VisualExample(key, asked, image, golds, split, choices=tuple(choices))
+        several = isinstance(record.value.get("image"), list)
+        names = record.texts("image") if several else [record.text("image")]
+        image, *more = (look.find(record, name) for name in names)
+        yield (
+            record,
+            VisualExample(
+                key,
+                record.text("question"),
+                image,
+                golds,
+                split,
+                choices=tuple(choices),
+                more=tuple(more),
+            ),
+        )
 
 
 def _texts(values: list[Any], record: Record) -> list[str]:

@@ -187,7 +187,7 @@ def write_pages(world: PocketWorld, folder: Path) -> None:
                 continue
             name = f"{index:06d}-{len(pictures)}.jpg"
             rng = generator(world.seed, "page picture", 8 * index + len(pictures))
-            write_bytes(folder / "images" / name, draw_jpeg(rng, part))
+            write_bytes(folder / name, draw_jpeg(rng, part))
             about = {"image_name": name, "raw_url": f"https://pocket.example/{name}"}
             pictures.append(about | {"matched_text_index": len(texts), "matched_sim": 1.0})
         similar = [
