@@ -177,7 +177,9 @@ class Scale:
     """One size of the whole study.
 
     `text` is the text run, or the imported checkpoints along one by their completion; `text_rates`
-    are (tokens, rate) along the run that those are from, for figures. `captions` maps the paper's
+    are (tokens, rate) along the run that those are from, for figures. `interleaved` is the source
+    of documents with pictures among their text ("": none), `talks` are further conversations of
+    fine-tuning. `captions` maps the paper's
     names of caption sets to sources and the caption seen, `encoders` its names of encoders.
     `text_sources` is the text of the image-text stage. `by` is what shares of the image-text stage
     are of. `image_text_seed` fixes that stage where repetitions differ in fine-tuning alone, as the
@@ -208,6 +210,8 @@ class Scale:
     max_epochs: int = 1
     end_rate: float = END_RATE
     text_rates: tuple[tuple[int, float], ...] = ()
+    interleaved: str = ""
+    talks: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     others: Mapping[str, "Scale"] = field(default_factory=dict)
 

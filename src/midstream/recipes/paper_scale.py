@@ -285,6 +285,7 @@ def scale_of(
         captions=_captions(asked),
         text_sources=asked.text_mixture or IMAGE_TEXT,
         instruct_source="llava",
+        interleaved="obelics",
         image_text_tokens=image_text_tokens,
         rewarm=WarmupCosine(
             peak_rate=rewarm_peak, end_rate=end_rate, warmup_fraction=rewarm_steps / steps

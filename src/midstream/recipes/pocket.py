@@ -59,6 +59,8 @@ ENCODER_STEPS = 2_500
 MILESTONES = (0.2, 0.4, 0.6, 0.8, 1.0)
 VISUAL_TASKS = ("vqav2", "gqa", "textvqa", "pope", "refcoco", "ocid_ref")
 TEXT_TASKS = ("pocket_reading", "pocket_facts")
+# Of several pictures, where a world has albums.
+SEVERAL_TASKS = ("nlvr2", "pocket_albums")
 
 
 ASKED = Evaluation(
@@ -160,6 +162,7 @@ def when_images_arrive(
 # Of the pocket world.
 _CONVERSATIONS = 2_000
 _ALT_TEXTS = 20_000
+_PAGES, _ALBUMS = 12_000, 1_500
 
 
 def pocket_scale(
@@ -176,18 +179,21 @@ def pocket_scale(
     def few(number: int, least: int) -> int:
         return max(least, round(number * shrink))
 
-    def world(alt_texts: int) -> Prepare:
+    def world(alt_texts: int = 0, pages: int = 0, albums: int = 0) -> Prepare:
+        more = alt_texts or pages or albums
         return Prepare(
             world=PocketWorld(
                 num_documents=few(30_000, 2_000),
                 num_captions=few(20_000, 400),
                 num_alt_texts=alt_texts,
                 num_conversations=few(_CONVERSATIONS, 100),
+                num_pages=pages,
+                num_albums=albums,
                 num_questions=few(2_000, 20),
                 num_text_items=few(2_000, 20),
             ),
             tokenizer=TOKENIZER,
-            expected=_POCKET_EXPECTED if shrink == 1.0 and not alt_texts else (),
+            expected=_POCKET_EXPECTED if shrink == 1.0 and not more else (),
         )
 
     def scale(data: Prepare, captions: dict[str, CaptionSet]) -> Scale:
@@ -230,12 +236,15 @@ def pocket_scale(
         )
 
     pictures = CaptionSet("pictures")
-    main = scale(world(0), {DATACOMP_DR: pictures})
+    main = scale(world(), {DATACOMP_DR: pictures})
     captioned = scale(
         world(few(_ALT_TEXTS, 400)),
         {DATACOMP_DR: pictures, "DataComp": CaptionSet("alt_texts")},
     )
-    return replace(main, others={"captions": captioned})
+    several = scale(world(pages=few(_PAGES, 200), albums=few(_ALBUMS, 40)), {DATACOMP_DR: pictures})
+    asked = several.asked.model_copy(update={"visual_tasks": (*VISUAL_TASKS, *SEVERAL_TASKS)})
+    several = replace(several, interleaved="pages", talks=("albums",), asked=asked)
+    return replace(main, others={"captions": captioned, "interleaved": several})
 
 
 # What the generated world holds at its full size, as prepared.

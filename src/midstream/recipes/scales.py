@@ -18,6 +18,7 @@ from midstream.config import (
     EncoderConfig,
     Epochs,
     Mixture,
+    ProjectorConfig,
     Share,
     Training,
     WarmupCosine,
@@ -237,8 +238,9 @@ def _find_scale(name: str, shrink: float, given: Settings) -> Scale:
 class Model:
     """What tells one model of the paper from another; the defaults are those it varies least.
 
-    completion: share of the text run before the first picture. captions, instruct: shares of the
-    image-text tokens, the rest is text. multiple: image-text tokens over those of the scale.
+    completion: share of the text run before the first picture. captions, instruct, interleaved:
+    shares of the image-text tokens, the rest is text. multiple: image-text tokens over those of
+    the scale. projector: the paper's own without one.
     """
 
     completion: float = 0.8
@@ -250,6 +252,8 @@ class Model:
     encoder: str = "SigLIP"
     trains_encoder: bool = False
     multiple: float = 1.0
+    interleaved: float = 0.0
+    projector: ProjectorConfig | None = None
 
 
 def image_text_stage(scale: Scale, model: Model) -> Continue:
@@ -265,15 +269,17 @@ def image_text_stage(scale: Scale, model: Model) -> Continue:
         data=scale.data,
         encoder=scale.encoders[model.encoder],
         decoder=scale.decoder,
+        projector=model.projector or ProjectorConfig(),
         start=scale.start(model.completion),
         training=Training(
             budget=mixture(
                 scale,
                 model.captions,
                 model.instruct,
-                round(1.0 - model.captions - model.instruct, 10),
+                round(1.0 - model.captions - model.instruct - model.interleaved, 10),
                 multiple=model.multiple,
                 caption_set=model.caption_set,
+                interleaved=model.interleaved,
             ),
             rows=scale.rows,
             optimizer=scale.optimizer,
@@ -292,15 +298,20 @@ def mixture(
     *,
     multiple: float,
     caption_set: str = DATACOMP_DR,
+    interleaved: float = 0.0,
 ) -> Mixture:
-    """`multiple` times the scale's image-text tokens: captions, conversations and text.
+    """`multiple` times the scale's image-text tokens: captions, conversations, documents with
+    pictures among their text, and text.
 
-    Sources without a share are left out.
+    Sources without a share are left out. Raises ValueError for a scale without such documents.
     """
+    if interleaved and not scale.interleaved:
+        raise ValueError(f"scale {scale.name} has no documents with pictures among their text")
     source, caption = scale.captions[caption_set]
     shares = [
         Share(source=source, share=captions, caption=caption),
         Share(source=scale.instruct_source, share=instruct),
+        *([Share(source=scale.interleaved, share=interleaved)] if interleaved else []),
         *(
             Share(source=name, share=text if part == 1.0 else round(text * part, 12))
             for name, part in scale.text_sources
@@ -320,7 +331,7 @@ def finetune_stage(scale: Scale, model: Model) -> Finetune:
     return Finetune(
         start=image_text_stage(scale, model),
         training=Training(
-            budget=Epochs(sources=(scale.instruct_source,), epochs=model.epochs),
+            budget=Epochs(sources=(scale.instruct_source, *scale.talks), epochs=model.epochs),
             rows=scale.finetune_rows,
             # Prismatic's: matrices decay by 0.1, no z-loss; beta2 is the paper's.
             optimizer=AdamW(weight_decay=0.1, decay="matrices", z_loss=0.0),
