@@ -12,7 +12,7 @@ from resolved import resolved
 from midstream.cli.catalogue import catalogue, find_study
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "recipes"
-ROOMS = ("paper.", "pocket.", "pools.", "published.", "onset.", "noise.")
+ROOMS = ("interleaved.", "paper.", "pocket.", "pools.", "published.", "onset.", "noise.")
 PINNED = sorted(name for name in catalogue() if name.startswith(ROOMS))
 
 
