@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from midstream.config import Constant, ContinuedCosine, Mixture, WarmupCosine
+from midstream.config import (
+    Constant,
+    ContinuedCosine,
+    EncoderConfig,
+    FusedEncoder,
+    Mixture,
+    WarmupCosine,
+)
 from midstream.cost.graph import plan
 from midstream.recipes.published import (
     RECIPES,
@@ -61,7 +68,7 @@ UNSEEN = {"projector", "decoder"}
         ("Flamingo", [{"projector"}]),
         ("IDEFICS", [ALL, ALL]),
         ("MM1 91:9", [ALL, ALL]),
-        ("DeepSeek-VL", [UNSEEN, ALL]),
+        ("DeepSeek-VL", [{"projector"}, UNSEEN, ALL]),
         ("Qwen-VL", [{"projector", "encoder"}, ALL, UNSEEN]),
         ("PaliGemma", [ALL, ALL, ALL]),
         ("Prismatic", [UNSEEN]),
@@ -78,7 +85,9 @@ def test_the_mixtures_are_those_of_the_table(pocket: Scale) -> None:
     found = [shares(chain(pocket, one)[0]) for one in RECIPES if one.name.startswith("MM1")]
     assert [one["pictures"] for one in found] == pytest.approx([1.0, 0.91, 0.86, 2 / 3])
     assert [one.get("web", 0.0) for one in found] == pytest.approx([0.0, 0.09, 0.14, 1 / 3])
-    assert shares(chain(pocket, BY_NAME["DeepSeek-VL"])[0])["web"] == 0.7
+    adaptor, joint, _ = chain(pocket, BY_NAME["DeepSeek-VL"])
+    assert shares(adaptor) == {"pictures": 1.0}
+    assert shares(joint)["web"] == 0.7
     for name in ("BLIP3", "Flamingo", "IDEFICS", "Qwen-VL", "PaliGemma"):
         for stage in chain(pocket, BY_NAME[name]):
             if isinstance(stage, Continue):
@@ -89,7 +98,7 @@ def test_the_mixtures_are_those_of_the_table(pocket: Scale) -> None:
 def test_every_recipe_with_an_image_text_stage_sees_as_many_image_text_tokens(
     pocket: Scale,
 ) -> None:
-    for name in ("BLIP3", "Qwen-VL", "PaliGemma", "Ours"):
+    for name in ("BLIP3", "DeepSeek-VL", "Qwen-VL", "PaliGemma", "Ours"):
         budgets = [
             stage.training.budget.total_tokens
             for stage in chain(pocket, BY_NAME[name])
@@ -107,6 +116,45 @@ def test_paligemma_goes_on_with_one_schedule_from_its_first_stage_to_its_last(
     assert isinstance(chat, ContinuedCosine)
     assert first.peak_rate > second.end_rate > chat.end_rate == 0.0
     assert {stage.model.attention for stage in chain(pocket, BY_NAME["PaliGemma"])} == {"prefix"}
+
+
+@pytest.mark.parametrize("name", ["Qwen-VL", "PaliGemma"])
+def test_a_second_stage_and_all_behind_it_see_pictures_of_twice_the_side(
+    pocket: Scale, name: str
+) -> None:
+    first, second, chat = chain(pocket, BY_NAME[name])
+    small, *large = (stage.model.encoder for stage in (first, second, chat))
+    assert isinstance(small, EncoderConfig)
+    assert small.position_size is None
+    for encoder in large:
+        assert isinstance(encoder, EncoderConfig)
+        assert encoder.image_size == encoder.position_size == 2 * small.image_size
+        assert encoder.num_patches == 4 * small.num_patches
+    # As much text has room beside a picture, in a row of a multiple of 64 positions.
+    for stage, rows in ((second, pocket.rows), (chat, pocket.finetune_rows)):
+        more = stage.training.rows.row_length - rows.row_length
+        assert 27 <= more < 27 + 64
+        assert more % 64 == 0
+
+
+def test_encoders_learn_at_a_tenth_of_the_rate_unless_theirs_is_known(pocket: Scale) -> None:
+    found = {
+        recipe.name: {stage.training.encoder_rate_factor for stage in chain(pocket, recipe)}
+        - {None}
+        for recipe in RECIPES
+    }
+    known = {"PaliGemma": {1.0}, "Qwen-VL": {0.38}}
+    frozen: set[float] = set()
+    for name, rates in found.items():
+        tenth = frozen if name in ("BLIP3", "Flamingo", "Prismatic", "Ours") else {0.1}
+        assert rates == known.get(name, tenth), name
+
+
+def test_deepseek_vl_sees_through_two_towers(pocket: Scale) -> None:
+    towers = [stage.model.encoder for stage in chain(pocket, BY_NAME["DeepSeek-VL"])]
+    assert all(isinstance(tower, FusedEncoder) for tower in towers)
+    at = find_scale("1b")
+    assert isinstance(chain(at, BY_NAME["DeepSeek-VL"])[0].model.encoder, FusedEncoder)
 
 
 def test_qwen_vl_warms_up_twice_and_prismatic_starts_from_the_text_model(pocket: Scale) -> None:

@@ -11,6 +11,7 @@ import tiny
 from midstream.config import ContinuedCosine, Epochs, WarmupCosine
 from midstream.cost.cost import cost
 from midstream.cost.pictures import feature_folder, feature_plan
+from midstream.exchange.export import export
 from midstream.model.vision import build_encoder, resized
 from midstream.model.weights import joint_digest, tensor_digest
 from midstream.study.label import words
@@ -148,3 +149,15 @@ def test_fine_tuning_and_evaluation_see_the_last_size_and_the_plan_counts_it(
     assert large.tokens == ledger.results(stage)["tokens_seen"]
     assert large.tokens - small.tokens == 12 * 60
     assert large.flops > small.flops  # type: ignore[operator]
+
+
+def test_an_export_computes_what_the_model_does_and_says_its_size(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    said = {FROZEN_LARGE: ", positions interpolated from pictures of 24 x 24", OWNED_LARGE: "\n"}
+    for stage, further in said.items():
+        opened = open_model(ledger.folder(stage), torch.device("cpu"))
+        export(opened, tmp_path / stage.name, text_only=False)
+        card = (tmp_path / stage.name / "README.md").read_text()
+        assert f"final norm, 48 x 48 pixels, 16 patches{further}" in card
+        assert card.count("- Pictures from this stage on: 48 x 48 pixels") == 1
