@@ -115,6 +115,8 @@ OWN = {
     "interpolated from 36 pixels": model(stock(), changed(SIGLIP, position_size=36)),
     "inner width is not": model(stock(), SIGLIP, LAYERS[2]),
     "three layers": model(stock(), SIGLIP, LAYERS[3]),
+    "positions of a picture see each other": model(stock(), SIGLIP, attention="pictures"),
+    "sees the latest picture alone": model(stock(), SIGLIP, attention="latest"),
     "Llava has no shuffle connector": model(stock(), SIGLIP, REDUCED["shuffle"]),
     "Llava has no average connector": model(stock(), SIGLIP, REDUCED["average"]),
     "Llava has no attention connector": model(stock(), SIGLIP, REDUCED["attention"]),

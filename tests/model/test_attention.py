@@ -12,11 +12,20 @@ from torch.nn.attention.flex_attention import BlockMask
 from midstream.config import Attention, DecoderConfig
 from midstream.core.batch import PADDING
 from midstream.model import attention
-from midstream.model.attention import Mask, MaskKind, Runs, attend, make_mask
+from midstream.model.attention import (
+    NO_PICTURE,
+    Mask,
+    MaskKind,
+    Runs,
+    attend,
+    make_mask,
+    pictures_of,
+)
 from midstream.model.decoder import Decoder
 from midstream.model.weights import initialise
 
 KINDS: tuple[Attention, ...] = get_args(Attention)
+OF_PICTURES: tuple[Attention, ...] = ("pictures", "latest")
 TINY = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=50)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 without_flex_warning = pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -48,12 +57,41 @@ def random_rows(rows: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
     return segment_ids, prefix
 
 
-def mask_of(kind: Attention, segment_ids: Tensor, prefix: Tensor, *, dense: bool) -> Mask:
+def shown(segment_ids: Tensor) -> Tensor:
+    """Pictures of two or three positions in segments that have room, side by side or apart."""
+    source, number = torch.Generator().manual_seed(0), 0
+    found = torch.full_like(segment_ids, NO_PICTURE)
+    for row, ids in enumerate(segment_ids.tolist()):
+        at = 0
+        while at < len(ids):
+            size = int(torch.randint(2, 4, (), generator=source))
+            fits = ids[at] != PADDING and ids[at : at + size] == [ids[at]] * size
+            if fits and at + size <= len(ids) and torch.rand((), generator=source) < 0.4:
+                found[row, at : at + size], number = number, number + 1
+                at += size - 1
+            at += 1
+    return found
+
+
+def mask_of(
+    kind: Attention,
+    segment_ids: Tensor,
+    prefix: Tensor,
+    *,
+    dense: bool,
+    pictures: Tensor | None = None,
+) -> Mask:
     made: MaskKind = "dense" if dense else "blocks"
-    return make_mask(segment_ids, prefix if kind == "prefix" else None, kind, kind=made)
+    if kind in OF_PICTURES and pictures is None:
+        pictures = shown(segment_ids.cpu()).to(segment_ids.device)
+    first = prefix if kind == "prefix" else None
+    own = pictures if kind in OF_PICTURES else None
+    return make_mask(segment_ids, first, kind, kind=made, pictures=own)
 
 
-def sees(kind: str, segments: list[int], prefix: list[bool], query: int, key: int) -> bool:
+def sees(
+    kind: str, segments: list[int], prefix: list[bool], pictures: list[int], query: int, key: int
+) -> bool:
     if query == key:
         return True
     if PADDING in (segments[query], segments[key]):
@@ -62,6 +100,11 @@ def sees(kind: str, segments: list[int], prefix: list[bool], query: int, key: in
         return key < query
     if segments[query] != segments[key]:
         return False
+    if kind == "pictures" and pictures[query] == pictures[key] != NO_PICTURE:
+        return True
+    if kind == "latest" and pictures[key] != NO_PICTURE:
+        between = [one for one in pictures[key : query + 1] if one != NO_PICTURE]
+        return key < query and set(between) == {pictures[key]}
     return key < query or (kind == "prefix" and prefix[query] and prefix[key])
 
 
@@ -73,9 +116,10 @@ def plain_attention(
     found = []
     for row in range(rows):
         segments, first = segment_ids[row].tolist(), prefix[row].tolist()
+        pictures = shown(segment_ids)[row].tolist()
         for head in range(heads):
             for t in range(length):
-                seen = [s for s in range(length) if sees(kind, segments, first, t, s)]
+                seen = [s for s in range(length) if sees(kind, segments, first, pictures, t, s)]
                 scores = key[row, head, seen] @ query[row, head, t] / math.sqrt(channels)
                 weights = scores.exp() / scores.exp().sum()
                 found.append(weights @ value[row, head, seen])
@@ -127,7 +171,8 @@ def test_segments_cut_apart_give_the_values_and_gradients_of_the_dense_mask() ->
     *parts, upstream = random_heads(3, 270, 6, 0)
     parts = [part.requires_grad_() for part in parts]
     cut = make_mask(segment_ids, None, "segments", kind="cut")
-    assert cut == Runs(((200, 1, 59, 7), (256,), (3, 264)), (3, 14, 3))
+    plain = ((None,) * 4, (None,), (None,) * 2)
+    assert cut == Runs(((200, 1, 59, 7), (256,), (3, 264)), (3, 14, 3), plain)
     found = with_gradients(attend(*parts, cut), parts, upstream)
     dense = attend(*parts, make_mask(segment_ids, None, "segments", kind="dense"))
     for one, other in zip(found, with_gradients(dense, parts, upstream), strict=True):
@@ -146,6 +191,27 @@ def test_segments_cut_apart_give_the_values_and_gradients_of_the_dense_mask() ->
 )
 def test_rows_that_are_short_or_no_plain_runs_keep_a_dense_mask(segment_ids: Tensor) -> None:
     assert isinstance(make_mask(segment_ids, None, "segments", kind="cut"), Tensor)
+
+
+@pytest.mark.parametrize("kind", OF_PICTURES)
+def test_segments_with_pictures_are_cut_apart_with_masks_where_they_need_them(
+    kind: Attention,
+) -> None:
+    segment_ids = rows_of([200, 1, 59, 7], [256], [3, 264], padding=[3, 14, 3])
+    pictures = shown(segment_ids)
+    pictures[1], pictures[1, 2:6] = NO_PICTURE, pictures.max() + 1
+    *parts, upstream = random_heads(3, 270, 6, 0)
+    parts = [part.requires_grad_() for part in parts]
+    cut = make_mask(segment_ids, None, kind, kind="cut", pictures=pictures)
+    assert isinstance(cut, Runs)
+    assert cut.lengths == ((200, 1, 59, 7), (256,), (3, 264))
+    assert cut.masks[0][0] is not None
+    assert (cut.masks[1][0] is None) == (kind == "latest")
+    found = with_gradients(attend(*parts, cut), parts, upstream)
+    dense = make_mask(segment_ids, None, kind, kind="dense", pictures=pictures)
+    plain = with_gradients(attend(*parts, dense), parts, upstream)
+    for one, other in zip(found, plain, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["causal", "prefix"])
@@ -180,7 +246,7 @@ def no_kernels() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a compiler of C++")
-@every_kind
+@pytest.mark.parametrize("kind", ["segments", "prefix", "latest"])
 @torch.no_grad()
 def test_compiled_attention_equals_the_dense_one_and_takes_new_masks_as_they_come(
     kind: Attention, no_kernels: None, monkeypatch: pytest.MonkeyPatch
@@ -252,9 +318,57 @@ def test_no_mask_is_made_where_plain_causal_attention_is_the_same(
 ) -> None:
     segment_ids = torch.tensor([[0] * 4, segments])
     prefixes = torch.tensor([[1, 0, 0, 0], prefix]).bool()
-    made = [mask_of(kind, segment_ids, prefixes, dense=dense) is None for kind in KINDS]
-    assert KINDS == ("causal", "segments", "prefix")
+    kinds: tuple[Attention, ...] = ("causal", "segments", "prefix")
+    made = [mask_of(kind, segment_ids, prefixes, dense=dense) is None for kind in kinds]
     assert made == list(plain)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "plain"),
+    [
+        # pictures of one row that is one segment; plain under pictures, latest
+        ([-1, -1, -1, -1], (True, True)),
+        ([-1, 0, -1, -1], (True, True)),
+        ([-1, 0, 0, -1], (False, True)),
+        ([0, 1, -1, -1], (True, False)),
+        ([0, 0, -1, 1], (False, False)),
+    ],
+)
+def test_rules_of_pictures_are_those_of_segments_where_they_come_to_the_same(
+    pictures: list[int], plain: tuple[bool, bool]
+) -> None:
+    nothing = torch.zeros(1, 4)
+    for kind, same in zip(OF_PICTURES, plain, strict=True):
+        made = mask_of(
+            kind, nothing.long(), nothing.bool(), dense=True, pictures=torch.tensor([pictures])
+        )
+        assert (made is None) == same
+
+
+def test_a_text_sees_the_latest_picture_of_its_own_document_and_no_other() -> None:
+    # a picture of two, text, two pictures, text; then a document that begins with text
+    pictures = torch.tensor([[0, 0, -1, 1, 1, 2, -1, -1, 3, -1]])
+    segments = torch.tensor([[0] * 7 + [1] * 3])
+    made = make_mask(segments, None, "latest", kind="dense", pictures=pictures)
+    assert isinstance(made, Tensor)
+    seen = [[at for at in range(10) if row[at]] for row in made[0, 0].tolist()]
+    assert seen == [
+        [0],
+        [0, 1],
+        [0, 1, 2],
+        [2, 3],
+        [2, 3, 4],
+        [2, 5],
+        [2, 5, 6],
+        [7],
+        [7, 8],
+        [7, 8, 9],
+    ]
+    slots = torch.tensor([[0, 0], [0, 3], [1, 1]])
+    assert pictures_of(slots, 2, (2, 6)).tolist() == [
+        [0, 0, -1, 1, 1, -1],
+        [-1, 2, 2, -1, -1, -1],
+    ]
 
 
 @every_kind
@@ -266,9 +380,11 @@ def test_no_mask_and_the_rule_agree_at_every_held_position(kind: Attention) -> N
             continue
         for flags in itertools.product((False, True), repeat=3):
             first = [flag and mine != PADDING for flag, mine in zip(flags, segments, strict=True)]
-            made = mask_of(kind, torch.tensor([segments]), torch.tensor([first]), dense=True)
+            ids = torch.tensor([segments])
+            made, pictures = mask_of(kind, ids, torch.tensor([first]), dense=True), shown(ids)
             allowed = [
-                [sees(kind, list(segments), first, t, s) for s in range(3)] for t in range(3)
+                [sees(kind, list(segments), first, pictures[0].tolist(), t, s) for s in range(3)]
+                for t in range(3)
             ]
             if made is not None:
                 assert isinstance(made, Tensor)
@@ -298,7 +414,7 @@ def outputs(decoder: Decoder, input_ids: Tensor, mask: Mask) -> Tensor:
     return found
 
 
-@every_kind
+@pytest.mark.parametrize("kind", ["causal", "segments", "prefix"])
 def test_a_changed_token_changes_exactly_the_positions_that_see_it(kind: Attention) -> None:
     decoder, length, first = decoder_of(), 14, 5
     segment_ids = torch.tensor([[0] * 9 + [PADDING] + [1] * 4])
@@ -310,7 +426,9 @@ def test_a_changed_token_changes_exactly_the_positions_that_see_it(kind: Attenti
         other[0, changed] = (other[0, changed] + 1) % 50
         differs = (outputs(decoder, other, mask) != before).any(dim=-1)[0].tolist()
         segments, flags = segment_ids[0].tolist(), prefix[0].tolist()
-        assert differs == [sees(kind, segments, flags, t, changed) for t in range(length)]
+        assert differs == [
+            sees(kind, segments, flags, [NO_PICTURE] * length, t, changed) for t in range(length)
+        ]
         # In words, for what training depends on: no position outside the prefix hears of what
         # comes later, and inside it they all hear of each other under prefix attention alone.
         assert not any(differs[t] for t in range(changed) if not flags[t])

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
 from midstream.config import (
+    Attention,
     AttentionPool,
     AveragePool,
     DecoderConfig,
@@ -22,6 +23,7 @@ from midstream.config import (
 )
 from midstream.core.batch import Batch
 from midstream.core.tokens import TokenCount
+from midstream.model.generate import generate
 from midstream.model.projector import Projector, build_reduction
 from midstream.model.vlm import VLM
 from midstream.model.weights import initialise
@@ -155,7 +157,7 @@ def rows(starts: list[list[int]], length: int) -> Batch:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", REDUCTIONS)
-@pytest.mark.parametrize("attention", ["segments", "prefix"])
+@pytest.mark.parametrize("attention", get_args(Attention)[1:])
 def test_a_document_is_computed_alike_alone_and_packed(kind: str, attention: Any) -> None:
     config = VLMConfig(
         decoder=DECODER,
@@ -175,6 +177,32 @@ def test_a_document_is_computed_alike_alone_and_packed(kind: str, attention: Any
         alone.targets[:] = packed.targets[:, mine]
         found = model(alone, features[index : index + 1])[0]
         torch.testing.assert_close(found, together[mine], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("begin", [None, 7])
+@pytest.mark.parametrize("attention", ["pictures", "latest"])
+def test_answers_are_made_by_the_rule_of_training(attention: Any, begin: int | None) -> None:
+    projector = ProjectorConfig(reduction=REDUCTIONS["average"])
+    config = VLMConfig(decoder=DECODER, encoder=TOWER, projector=projector, attention=attention)
+    model, features, first = VLM(config), random(1, 36, 12), int(begin is not None)
+    initialise(model, 0)
+    asked = [3, 4, 5]
+    found = generate(
+        model,
+        [asked],
+        features,
+        begin=begin,
+        max_new_tokens=4,
+        stop_ids=frozenset(),
+        batch_size=2,
+    )[0]
+    whole = [7] * first + [0] * 9 + asked + found
+    batch = rows([[first]], len(whole))
+    batch.input_ids[:] = torch.tensor([whole])
+    batch.segment_ids[:], batch.position_ids[:] = 0, torch.arange(len(whole))
+    likeliest = model.decoder.output(model(batch, features))[0].argmax(dim=-1).tolist()
+    assert likeliest[-5:-1] == found
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,9 @@ class Conversation:
         seen = torch.ones(width, start + width, dtype=torch.bool, device=embeddings.device)
         if start > 0 or self.vlm.config.attention != "prefix":
             seen = seen.tril(diagonal=start)
+        if start == 0 and self._image is not None and self.vlm.config.attention == "pictures":
+            first = self._num_patches - self.vlm.config.image_tokens
+            seen[first : self._num_patches, first : self._num_patches] = True
         hidden = decoder(embeddings, position_ids, seen[None, None], self._cache)
         (token,) = choose(decoder.output(hidden[:, -1]), self.sampling, [0], self._num_drawn)
         self._num_drawn += 1

@@ -242,7 +242,7 @@ AnyEncoderConfig = Annotated[
 # --------------------------------------------------------------------------------- together
 
 
-Attention = Literal["causal", "segments", "prefix"]
+Attention = Literal["causal", "segments", "prefix", "pictures", "latest"]
 
 
 class VLMConfig(Config):
@@ -250,7 +250,9 @@ class VLMConfig(Config):
 
     attention: who sees whom. causal: all that stands before in the row; segments: before in the
     same segment; prefix: so too, and the image and the question behind it see each other
-    (PaliGemma). `owns_encoder`: the encoder's weights are the model's own, since some stage trains
+    (PaliGemma); pictures: as segments, and the positions of one picture see each other; latest: as
+    segments, but of pictures a position sees its own or the latest before it alone (Flamingo).
+    `owns_encoder`: the encoder's weights are the model's own, since some stage trains
     them; else features arrive from a frozen one.
     """
 

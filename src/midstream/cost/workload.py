@@ -243,7 +243,7 @@ def _laid_out(
 
 def _by_segment(model: VLMConfig, row_length: int, device: Device) -> bool:
     """Whether attention is computed by segments: cut apart or masked by blocks, not whole rows."""
-    cut = model.attention == "segments" and row_length >= LEAST_CUT_ROW
+    cut = model.attention != "prefix" and row_length >= LEAST_CUT_ROW
     own = isinstance(model.decoder, DecoderConfig)
     return own and (device == "cuda" or cut) and model.attention != "causal"
 

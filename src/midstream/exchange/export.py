@@ -203,7 +203,8 @@ def write_own(
         vision={"num_patches": vlm.config.image_tokens, "towers": _descriptions(sees)},
         projector_widths=list(vlm.config.projector.widths(sees.hidden_size, decoder.hidden_size)),
         reduction=None if reduction is None else reduction.model_dump(),
-        attention="prefix" if vlm.config.attention == "prefix" else "causal",
+        # A row of theirs is one segment.
+        attention="causal" if vlm.config.attention == "segments" else vlm.config.attention,
         feature_dtype=cast(Any, sees).feature_dtype if _is_frozen(vlm) else None,
         image_token_id=token,
         separator_token_id=codec.separator,
@@ -303,8 +304,12 @@ def prompt_logits(vlm: VLM, codec: TextCodec, features: Tensor | None) -> Tensor
         begin = vlm.decoder.embed(torch.tensor([codec.begin_ids], dtype=torch.int64))
         embeddings = torch.cat((begin, projected, embeddings), dim=1)
     length = embeddings.shape[1]
-    prefix = vlm.config.attention == "prefix"
-    mask = torch.ones((1, 1, length, length), dtype=torch.bool) if prefix else None
+    first, size = len(codec.begin_ids), 0 if features is None else vlm.config.image_tokens
+    mask = torch.ones((1, 1, length, length), dtype=torch.bool)
+    if vlm.config.attention != "prefix":
+        mask = mask.tril()
+    if vlm.config.attention == "pictures":
+        mask[..., first : first + size, first : first + size] = True
     hidden = vlm.decoder(embeddings, torch.arange(length)[None], mask)
     logits: Tensor = vlm.decoder.output(hidden)[0]
     return logits

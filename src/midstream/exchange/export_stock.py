@@ -225,6 +225,10 @@ def no_llava(config: VLMConfig) -> str | None:
         return "Llava does not know where a GPT-NeoX model has its tied embeddings"
     if config.attention == "prefix":
         return "image and question see each other"
+    if config.attention == "pictures":
+        return "the positions of a picture see each other"
+    if config.attention == "latest":
+        return "a text sees the latest picture alone"
     if not isinstance(encoder, EncoderConfig):
         return f"the encoder is not one tower but {getattr(encoder, 'kind', None)}"
     if encoder.family == "siglip2":

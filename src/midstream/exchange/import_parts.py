@@ -364,7 +364,7 @@ def _own(folder: Path, content: dict[str, Any]) -> Sight:
     else:
         configs = tuple(one.config for one in read)
         encoder = FusedEncoder(towers=configs, feature_dtype=configs[0].feature_dtype)
-    attention: Attention = "prefix" if content["attention"] == "prefix" else "segments"
+    attention: Attention = "segments" if content["attention"] == "causal" else content["attention"]
     return Sight(encoder, read, projector, attention, tensors)
 
 

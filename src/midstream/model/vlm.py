@@ -15,7 +15,14 @@ from torch.nn.functional import linear
 from midstream.config import AnyDecoderConfig, DecoderConfig, VLMConfig
 from midstream.config.model import MAX_LOGITS, MOST_TARGETS
 from midstream.core.batch import IGNORE, Batch
-from midstream.model.attention import MaskKind, make_mask
+from midstream.model.attention import (
+    NO_PICTURE,
+    PICTURE_RULES,
+    Mask,
+    MaskKind,
+    make_mask,
+    pictures_of,
+)
 from midstream.model.decoder import Decoder, select
 from midstream.model.pretrained import TransformersDecoder
 from midstream.model.projector import Projector
@@ -178,8 +185,11 @@ class VLM(nn.Module):
             # The runs of a batch are new shapes for each block that is compiled.
             on_cpu: MaskKind = "dense" if self.compiled_blocks else "cut"
             kind = on_cpu if embeddings.device.type == "cpu" else "blocks"
-        prefix = batch.prefix if attention == "prefix" else None
-        mask = make_mask(batch.segment_ids, prefix, attention, kind=kind)
+        prefix, pictures = batch.prefix if attention == "prefix" else None, None
+        if attention in PICTURE_RULES:
+            size = (len(embeddings), embeddings.shape[1])
+            pictures = pictures_of(batch.image_slots, self.config.image_tokens, size)
+        mask = make_mask(batch.segment_ids, prefix, attention, kind=kind, pictures=pictures)
         return cast(Tensor, self.decoder(embeddings, batch.position_ids, mask, at=at))
 
     def losses(
@@ -228,6 +238,15 @@ class VLM(nn.Module):
             )
         projected = self.projector(features.to(device=like.device, dtype=like.dtype))
         return cast(Tensor, projected.to(like.dtype))
+
+    def image_mask(self, position_ids: Int[Tensor, "rows seq"]) -> Mask:
+        """Who sees whom in rows that end with an image, dense; None is plain causal attention."""
+        if self.config.attention not in PICTURE_RULES:
+            return None
+        pictures = torch.full_like(position_ids, NO_PICTURE)
+        pictures[:, pictures.shape[1] - self.config.image_tokens :] = 0
+        segments, rule = torch.zeros_like(position_ids), self.config.attention
+        return make_mask(segments, None, rule, kind="dense", pictures=pictures)
 
     def initialisers(self) -> dict[str, Initialiser]:
         """Those of its parts."""

@@ -35,8 +35,9 @@ class MidstreamConfig(PretrainedConfig):  # type: ignore[misc]  # transformers i
     describes the encoder: `num_patches`, the places that a picture takes, and its `towers` as
     `VisionTower` takes them. `projector_widths` are the widths before, between and after its linear
     layers, `reduction` what stands before them, as `reduction_of` takes it. `attention` is
-    `causal` or `prefix`; with the latter the positions up to the first question's end see each
-    other. `feature_dtype` is what the encoder's features are rounded to, or None.
+    `causal`; `prefix`, with which the positions up to the first question's end see each other;
+    `pictures`, those of each picture; or `latest`, for one picture a prompt. `feature_dtype` is
+    what the encoder's features are rounded to, or None.
     """
 
     model_type = "midstream"
@@ -354,10 +355,26 @@ class MidstreamForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         if self.config.attention == "prefix" and past == 0:
             prefix = self._prefix(input_ids)
             sees = sees | (prefix[:, :, None] & prefix[:, None, :])
+        if self.config.attention in ("pictures", "latest") and past == 0:
+            picture = self._pictures(input_ids)
+            same = picture[:, :, None] == picture[:, None, :]
+            if self.config.attention == "pictures":
+                sees = sees | (same & (picture > 0)[:, None])
+            elif int(picture.max()) > 1:
+                raise ValueError(
+                    "this model sees the latest picture alone; give one picture in each prompt"
+                )
         if held is not None:
             sees = (sees & held.bool()[:, None, :]) | (column == row)
         mask = embeddings.new_zeros((rows, 1, length, past + length))
         return mask.masked_fill(~sees[:, None], torch.finfo(embeddings.dtype).min)
+
+    def _pictures(self, input_ids: Tensor) -> Tensor:
+        """The number of the picture that a place is of, from 1 in each row; 0 in a text."""
+        places = (input_ids == self.config.image_token_id).long()
+        before = nn.functional.pad(places, (1, 0))[:, :-1]
+        numbers: Tensor = (places * (1 - before)).cumsum(dim=1) * places
+        return numbers
 
     def _prefix(self, input_ids: Tensor) -> Tensor:
         """The image and the first question, to the separator that ends it; none in plain text."""
