@@ -47,6 +47,7 @@ READ: dict[str, tuple[int, str, Any, str]] = {
         ["red", "red", "dark red", "red", "maroon", "red", "red", "red", "red", "brown"],
         "What colour is the car?" + BRIEFLY,
     ),
+    "okvqa": (1, "7", [*["surfing"] * 6, *["surf"] * 4], "What sport is it?" + BRIEFLY),
     "gqa": (3, "201", "no", "Is it overcast?" + BRIEFLY),
     "textvqa": (
         1,

@@ -102,6 +102,23 @@ class ContrastiveTraining(Config):
     caption: Caption = "original"
 
 
+class FewShot(Config):
+    """Training questions with their answers before each question, as earlier turns.
+
+    num_shots: how many; 0 is two of them without their pictures (OpenFlamingo's zero shots). draw:
+    for each question anew (OpenFlamingo), or once, so that all questions share what is read.
+    """
+
+    num_shots: Annotated[int, Field(ge=0)]
+    draw: Literal["each", "once"] = "each"
+    seed: int = 0
+
+
+def pool_of(task: str) -> str:
+    """The name of the task that holds a benchmark's training questions, where shots come from."""
+    return f"{task}_train"
+
+
 class Evaluation(Config):
     """Which benchmarks, how many examples of each, and how they are asked.
 
@@ -115,7 +132,8 @@ class Evaluation(Config):
     each answer as the reply, as the paper's evaluator does, by the reply's text, or by the first
     with the second beside it. `letters`: lettered options are chosen by their letter, or by the
     likelihood of the option's own text. `box_frame`: boxes are shares of the picture, or of the
-    square that it is padded to.
+    square that it is padded to. `few_shot`: visual questions stand behind others that were
+    answered; None is behind none.
     """
 
     visual_tasks: tuple[str, ...] = ()
@@ -128,8 +146,14 @@ class Evaluation(Config):
     letters: Literal["letter", "likelihood"] = "letter"
     box_frame: Literal["picture", "square"] = "picture"
     blind: bool = True
+    few_shot: FewShot | None = None
     max_new_tokens: Positive = 32
     batch_size: Annotated[Positive, Placement] = 64
+
+    @property
+    def pools(self) -> tuple[str, ...]:
+        """The tasks that shots are drawn from."""
+        return () if self.few_shot is None else tuple(map(pool_of, self.visual_tasks))
 
     @model_validator(mode="after")
     def _asks(self) -> "Evaluation":

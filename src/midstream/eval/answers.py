@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from midstream.config import Evaluation
 from midstream.core.digests import file_sha256
 from midstream.core.storage import read_json, write_bytes
+from midstream.eval.few_shot import Shots
 from midstream.eval.find_task import VisualTask
 from midstream.eval.tasks import Answerer, Images, Limits, Lists, Reply, Texts
 from midstream.eval.text import TextTask
@@ -264,6 +265,7 @@ def visual_key(
     evaluation: Evaluation,
     weights_digest: str,
     file_digest: Callable[[Path], str],
+    shots: Shots | None = None,
 ) -> str:
     """The key of a visual task's result."""
     fixed = task.format.fixed
@@ -283,7 +285,12 @@ def visual_key(
             ]
             for e, prompt in zip(task.examples, prompts, strict=True)
         ],
+        *([] if shots is None else [_told(shots, file_digest)]),
     )
+
+
+def _told(shots: Shots, file_digest: Callable[[Path], str]) -> str:
+    return json.dumps([shots.before, shots.excluded], default=file_digest)
 
 
 def text_key(

@@ -27,6 +27,7 @@ from midstream.eval.continuous import (
     text_outcomes,
     visual_outcomes,
 )
+from midstream.eval.few_shot import Shots, read_shots, up_to_stop
 from midstream.eval.find_task import (
     VisualTask,
     in_another_order,
@@ -69,8 +70,10 @@ def evaluate(
     """
     visual, text = _read_tasks(evaluation, world)
     weights, digest = answers.weights_digest, answers.file_digest
+    shots = {task.name: read_shots(world, task, evaluation, digest) for task in visual}
+    about = (evaluation, weights, digest)
     keys = {
-        task.name: visual_key(task, _prompts(task, evaluation), evaluation, weights, digest)
+        task.name: visual_key(task, _prompts(task, evaluation), *about, shots[task.name])
         for task in visual
     } | {task.name: text_key(task, evaluation.limit, weights, digest) for task in text}
     earlier = {name: done[key] for name, key in keys.items() if key in done} if done else {}
@@ -91,8 +94,8 @@ def evaluate(
     with loaded_tasks(text, evaluation.limit) as ask:
         for index, task in enumerate(visual):
             share = _part(progress, sum(sizes[:index]), total, sizes[index])
-            own = others.get(task.name)
-            tasks[task.name] = _run_visual(answers, evaluation, task, own, writes, share)
+            own = others.get(task.name), shots[task.name]
+            tasks[task.name] = _run_visual(answers, evaluation, task, *own, writes, share)
         answers.progress = _part(progress, sum(sizes), total, in_text, text="text tasks: ")
         found = ask(answers)
     for choice in text:
@@ -133,6 +136,7 @@ def _run_visual(
     evaluation: Evaluation,
     task: VisualTask,
     others: Sequence[tuple[Path, ...]] | None,
+    shots: Shots | None,
     out: Path | None,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -147,18 +151,22 @@ def _run_visual(
     said: dict[str, list[str]] = {}
     for index, (how, chooses) in enumerate(passes):
         pictures = _pictures(task, how, others)
-        seen = [e.showing(own) for e, own in zip(task.examples, pictures, strict=True)]
+        before = [()] * len(prompts) if shots is None else shots.before
+        rows = zip(task.examples, pictures, before, strict=True)
+        seen = [example.showing(own, earlier) for example, own, earlier in rows]
         title = f"{task.name} {how}: " if how else f"{task.name}: "
         answers.progress = _part(progress, index, len(passes), text=title)
         own = [Target()] * len(prompts) if how == "as text" else targets
-        replies[how] = answers.reply(
+        found = answers.reply(
             prompts,
             seen,
             [one.options for one in own],
             [one.gold for one in own],
             [not (chooses and one.options) for one in own],
         )
-        pairs = zip(own, replies[how], strict=True)
+        if shots is not None:
+            found = [reply._replace(text=up_to_stop(reply.text)) for reply in found]
+        replies[how], pairs = found, zip(own, found, strict=True)
         said[how] = [_said(*pair, chooses=chooses) for pair in pairs]
     blind, spoken = said.get("blind"), said.get("as text")
     strangers: Sequence[Reply | None] = replies.get("blind") or [None] * len(prompts)
@@ -170,6 +178,11 @@ def _run_visual(
     ]
     swapped = said.get("order swapped")
     row = score_visual(task, said[""], blind, spoken, weighed, swapped)
+    if shots is not None:
+        told = {"shots": len(shots.before[0]), "pool": shots.pool, "excluded": shots.excluded}
+        row["details"] |= {f"few_shot.{key}": float(value) for key, value in told.items()}
+        few = f"behind {len(shots.before[0])} shots"
+        row["shortened"] = ", ".join(filter(None, (row["shortened"], few)))
     row |= {"wording": wording, "answered": "probability" if passes[0][1] else "text"}
     if out is not None:
         write_predictions(

@@ -275,9 +275,9 @@ class VisualExample:
         """All its pictures, in order."""
         return (self.image, *self.more)
 
-    def showing(self, pictures: tuple[Path, ...]) -> Path | Shown:
-        """What is shown where these are its pictures."""
-        return pictures[0] if len(pictures) == 1 else Shown(pictures)
+    def showing(self, pictures: tuple[Path, ...], shots: tuple[Shot, ...] = ()) -> Path | Shown:
+        """What is shown where these are its pictures, behind shots."""
+        return pictures[0] if len(pictures) == 1 and not shots else Shown(pictures, shots)
 
 
 class Pictures:

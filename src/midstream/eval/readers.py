@@ -113,7 +113,7 @@ def read_gqa(folder: Path, look: Pictures) -> Asked:
 @reader("train_images")
 def read_textvqa(folder: Path, look: Pictures) -> Asked:
     """TextVQA 0.5.1 validation without OCR tokens; gold is the list of ten answers."""
-    path = find_file(folder, "TextVQA_0.5.1_val.json", "TextVQA_*val*.json")
+    path = find_file(folder, "TextVQA_0.5.1_val.json", "TextVQA_*val*.json", "TextVQA_*train*.json")
     for record in records(path, "data"):
         key, image_id = record.identifier("question_id"), record.identifier("image_id")
         answers, image = _ten(record.texts("answers"), record), look.find(record, f"{image_id}.jpg")

@@ -85,7 +85,8 @@ def _requests(stage: Evaluate) -> Iterator[dict[str, Any]]:
         return
     own = {"world": str(world.root), "limit": asked.limit}
     for name in asked.visual_tasks:
-        yield own | {"task": name, "kind": "visual", "slim": asked.slim, "blind": asked.blind}
+        how = {"slim": asked.slim, "blind": asked.blind, "shots": asked.few_shot is not None}
+        yield own | {"task": name, "kind": "visual", **how}
     for name in asked.text_tasks:
         yield own | {"task": name, "kind": "text"}
 

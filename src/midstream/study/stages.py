@@ -337,7 +337,8 @@ class Evaluate(StageBase):
     def benchmarks(self) -> dict[str, Any]:
         """By task, what stands for its files; None for one that the world does not hold."""
         world = self.of.data.world
-        tasks = (*self.evaluation.visual_tasks, *self.evaluation.text_tasks)
+        asked = self.evaluation
+        tasks = (*asked.visual_tasks, *asked.text_tasks, *asked.pools)
         return {task: world.benchmark_part(task) for task in tasks}
 
 

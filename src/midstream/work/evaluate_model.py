@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from midstream.config import Evaluation, Machine
+from midstream.config.training import pool_of
 from midstream.core.identity import digest, hub_folders, kept_digests, listed_tasks, published_files
 from midstream.core.storage import read_json, remove_folder, write_json
 from midstream.eval.answers import (
@@ -174,7 +175,10 @@ def _asked(request: EvaluateRequest, data: Path) -> Evaluation:
     names = list(request.tasks)
     if (data / "world.json").is_file():
         visual, text = (listed_tasks(data, kind) for kind in ("visual_tasks", "text_tasks"))
-        names = names or [*visual, *text, *hub_folders(data)]
+        # Questions that shots are drawn from are asked where they are named.
+        pools = set(map(pool_of, visual))
+        own = [name for name in visual if name not in pools]
+        names = names or [*own, *text, *hub_folders(data)]
         chosen = [name for name in names if name in visual]
     else:
         here = [name for name in VISUAL_FORMATS if find_place(data, name) is not None]

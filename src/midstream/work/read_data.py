@@ -18,6 +18,7 @@ from midstream.data.formats.files import is_url
 from midstream.data.formats.records import ReadOptions, Section
 from midstream.data.shard_state import TaskShare
 from midstream.data.tokenise import open_tokenizer
+from midstream.eval.few_shot import read_pool
 from midstream.eval.find_task import (
     other_pictures,
     read_choice_task,
@@ -209,6 +210,7 @@ class TaskRequest(Config):
     limit: int | None
     slim: bool = False
     blind: bool = False
+    shots: bool = False
 
 
 class ReadTasksRequest(Request):
@@ -239,6 +241,8 @@ def read(request: TaskRequest) -> None:
     task = read_visual_task(request.world, request.task, request.limit, slim=request.slim)
     if request.blind:
         other_pictures(task)
+    if request.shots:
+        read_pool(request.world, request.task)
     decode_some({one for example in task.examples for one in example.pictures}, request.task)
 
 
