@@ -15,7 +15,7 @@ from midstream.recipes.lines import IMAGE_TEXT, TEXT_RUN
 from midstream.recipes.paper.suites import AUTHORS_LATER_RUNS, LISTS
 from midstream.recipes.paper.table_studies import TABLE_7, TABLE_8
 from midstream.recipes.paper_scale import DINOV2, SIGLIP
-from midstream.recipes.published import RECIPES
+from midstream.recipes.published_recipes import RECIPES
 from midstream.recipes.scales import find_scale
 from midstream.study.stages import Continue, Evaluate, Finetune, LoadEncoder, Pretrain
 from midstream.study.studies import Study
@@ -172,8 +172,8 @@ def test_conflicts_of_paper_and_records_are_told_to_the_reader() -> None:
 def test_every_connector_that_is_replaced_is_named() -> None:
     for recipe in RECIPES:
         connector = [note for note in recipe.notes if "projector" in note]
-        # PaliGemma's own is linear, as here.
-        assert len(connector) == (0 if recipe.linear_projector else 1), recipe.name
+        # The others have their own kind.
+        assert len(connector) == (recipe.connector.kind == "mlp"), recipe.name
 
 
 # ---------------------------------------------------------------------------------- figures, tables

@@ -1,227 +1,37 @@
 """Table 1: how others train a model that sees, beside the paper's own way (docs/published.md).
 
-What is trained: K read in the named source, G generally known and not read again, I inferred from
-that, U our choice.
+Each recipe over the language model, encoder and data of one scale.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
-from typing import Literal, Unpack
+from math import isqrt
+from typing import Unpack
 
 from midstream.config import (
     AnyEncoderConfig,
     AnySchedule,
-    Attention,
+    AveragePool,
     Constant,
     ContinuedCosine,
     FusedEncoder,
     PatchProjection,
     ProjectorConfig,
+    Resampler,
     Rows,
     Training,
 )
 from midstream.config.resolution import at_size
+from midstream.recipes.published_recipes import RECIPES, ImageText, Recipe
 from midstream.recipes.scales import Model, Scale, Settings, find_scale, finetune_stage, mixture
 from midstream.study.stages import Continue, Evaluate, Finetune, InitFrom, StartText
 from midstream.study.studies import Figure, Line, Study, Table
 
-ONE_PICTURE = "captions with their one picture stand in for text with pictures among it"
-MULTITASK = "captions and conversations, half each, stand in for its mixture of tasks"
-# Of the rate of the rest where a recipe trains the encoder and its own is not known (U).
-A_TENTH = 0.1
+# Positions of a picture that a recipe's connector leaves at the least, where it has so many.
+LEAST_FEATURES = 4
+RESAMPLER_HEAD = 64
 # Positions by which the rows of larger pictures grow are a multiple of this.
 ROW_MULTIPLE = 64
-Rates = Literal["rewarm", "plateau", "continue"]
-
-
-@dataclass(frozen=True)
-class ImageText:
-    """An image-text stage: shares of its tokens, what it trains beside the projector, its rate.
-
-    `encoder_rate` is the encoder's over that of the rest; None: frozen. `tokens` is its share of
-    the scale's image-text tokens, `side` that of its pictures over those of the stage before, or
-    over the encoder's own. Schedules: warmed up again and down to the end (rewarm), or to a plateau
-    (plateau), or on from where the stage before ended (continue).
-    """
-
-    captions: float
-    instruct: float = 0.0
-    text: float = 0.0
-    encoder_rate: float | None = None
-    trains_decoder: bool = True
-    schedule: Rates = "rewarm"
-    tokens: float = 1.0
-    side: float = 1.0
-
-
-@dataclass(frozen=True)
-class Instruct:
-    """Fine-tuning on conversations, on pictures as large as those of the stage before; the schedule
-    is warmed up again, or goes on."""
-
-    encoder_rate: float | None = None
-    schedule: Literal["rewarm", "continue"] = "rewarm"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A line of Table 1. `completion` of the text run comes first; None: no fine-tuning."""
-
-    name: str
-    source: str
-    image_text: tuple[ImageText, ...]
-    instruct: Instruct | None
-    completion: float = 1.0
-    attention: Attention = "segments"
-    linear_projector: bool = False
-    encoder: str = "SigLIP"
-    notes: tuple[str, ...] = ()
-
-
-def _mm1(image: int, text: int) -> Recipe:
-    # Everything is trained in both stages (G).
-    captions, rest = image / (image + text), text / (image + text)
-    return Recipe(
-        name=f"MM1 {image}:{text}",
-        source="McKinzie et al., 2024, arXiv 2403.09611",
-        image_text=(ImageText(captions=captions, text=rest, encoder_rate=A_TENTH),),
-        instruct=Instruct(encoder_rate=A_TENTH),
-        notes=(ONE_PICTURE, "the projector stands in for its convolutions and pooling"),
-    )
-
-
-# Tokens, schedule and pictures of its two stages.
-_PALIGEMMA: tuple[tuple[float, Rates, float], ...] = (
-    (0.8, "plateau", 1.0),
-    (0.2, "continue", 2.0),
-)
-# Table 1 in its order, MM1 once for each of its ratios of image-text to text.
-RECIPES = (
-    # xGen-MM. Encoder frozen, sampler and language model trained (G).
-    Recipe(
-        name="BLIP3",
-        source="Xue et al., 2024, arXiv 2408.08872",
-        image_text=(ImageText(captions=1.0),),
-        instruct=Instruct(),
-        notes=(ONE_PICTURE, "the projector stands in for its token sampler"),
-    ),
-    # Encoder and language model frozen, what connects them trained (K: pages on arXiv 2204.14198);
-    # no fine-tuning (table).
-    Recipe(
-        name="Flamingo",
-        source="Alayrac et al., 2022, arXiv 2204.14198",
-        image_text=(ImageText(captions=1.0, trains_decoder=False),),
-        instruct=None,
-        notes=(
-            ONE_PICTURE,
-            "the projector stands in for its resampler and the layers that it adds among those of "
-            "the language model",
-        ),
-    ),
-    # IDEFICS2, the one over Mistral-7B-v0.1. New parts trained whole, encoder and language model by
-    # LoRA (K: its authors' post at its release); the same in fine-tuning (G).
-    Recipe(
-        name="IDEFICS",
-        source="Laurençon et al., 2024, arXiv 2405.02246",
-        image_text=(ImageText(captions=1.0, encoder_rate=A_TENTH),),
-        instruct=Instruct(encoder_rate=A_TENTH),
-        notes=(
-            ONE_PICTURE,
-            "the projector stands in for its resampler and the layers before it",
-            "all weights are trained where it trains adapters of low rank",
-        ),
-    ),
-    *(_mm1(*ratio) for ratio in ((100, 0), (91, 9), (86, 14), (66, 33))),
-    # Two towers; first what connects them alone, then joint training with the towers frozen, in
-    # fine-tuning all but one tower (K: reports on arXiv 2403.05525). The first stage's tokens are
-    # U: it is short, since more of it did not help them (K).
-    Recipe(
-        name="DeepSeek-VL",
-        source="Lu et al., 2024, arXiv 2403.05525",
-        image_text=(
-            ImageText(captions=1.0, trains_decoder=False, tokens=0.1),
-            ImageText(captions=0.15, instruct=0.15, text=0.7, tokens=0.9),
-        ),
-        instruct=Instruct(encoder_rate=A_TENTH),
-        encoder="SigLIP + DINOv2",
-        notes=(
-            MULTITASK,
-            "DINOv2 stands in for SAM, and sees pictures as large as SigLIP's where SAM has larger "
-            "ones",
-            "one projector stands in for its adaptor of layers for each tower and for both",
-            "fine-tuning trains both towers where it keeps SAM as it is",
-        ),
-    ),
-    # First the encoder and the adapter, then everything on pictures of twice the side (224, then
-    # 448 pixels), and in fine-tuning all but the encoder (K: reports on arXiv 2308.12966). Its
-    # encoder's rate falls by 5 % a layer from the last down (G), over its 48 layers to .38 of it on
-    # average (I). The tokens of its two stages are U: half each.
-    Recipe(
-        name="Qwen-VL",
-        source="Bai et al., 2023, arXiv 2308.12966",
-        image_text=(
-            ImageText(captions=1.0, encoder_rate=0.38, trains_decoder=False, tokens=0.5),
-            ImageText(captions=0.5, instruct=0.5, encoder_rate=0.38, tokens=0.5, side=2.0),
-        ),
-        instruct=Instruct(),
-        notes=(
-            MULTITASK,
-            "the projector stands in for its layer of cross-attention with learned queries",
-            "one rate for the encoder stands in for one a layer",
-        ),
-    ),
-    # Nothing frozen, a linear projector, full attention among picture and prompt; a billion
-    # examples of 224 pixels, then 50 million of 448 and 10 million of 896 (K: reports on arXiv
-    # 2407.07726). A picture has 256, 1,024 or 4,096 tokens (K); with 128 or 512 of text (G) the
-    # second stage has a sixth of the tokens of both (I; with the third, which is left out, a
-    # quarter): a fifth here. One rate for all (G). Where its rates end is U.
-    Recipe(
-        name="PaliGemma",
-        source="Beyer et al., 2024, arXiv 2407.07726",
-        image_text=tuple(
-            ImageText(
-                captions=0.5,
-                instruct=0.5,
-                encoder_rate=1.0,
-                tokens=tokens,
-                schedule=how,
-                side=side,
-            )
-            for tokens, how, side in _PALIGEMMA
-        ),
-        instruct=Instruct(encoder_rate=1.0, schedule="continue"),
-        attention="prefix",
-        linear_projector=True,
-        notes=(
-            MULTITASK,
-            "its third size of pictures, four times the side of the first, is left out",
-            "the encoder's rate is not warmed up more slowly than that of the rest",
-        ),
-    ),
-    # One stage: conversations, the encoder frozen (K: recipe of its own code).
-    Recipe(
-        name="Prismatic",
-        source="Karamcheti et al., 2024, arXiv 2402.07865",
-        image_text=(),
-        instruct=Instruct(),
-        notes=(
-            "the projector is four times as wide between its layers as its own",
-            "without an image-text stage it sees fewer tokens than the others",
-        ),
-    ),
-    # The paper's own: 80 % of the text run, then captions among text, the rate going on.
-    Recipe(
-        name="Ours",
-        source="the paper, 10 % images",
-        image_text=(ImageText(captions=0.1, text=0.9, schedule="continue"),),
-        instruct=Instruct(),
-        completion=0.8,
-        notes=("the projector is that of its text; its run names say one of three layers",),
-    ),
-)
-
-
 STAGES, TRAINED, MIXTURE, SCHEDULE = "stages", "trained", "image-text mixture", "schedule"
 
 
@@ -240,6 +50,8 @@ def table1(
     lists the recipes for a name that is none.
     """
     at = find_scale(scale, shrink, **given)
+    # With documents among its sources, and benchmarks of several pictures.
+    at = at.others.get("interleaved", at)
     known = {recipe.name: recipe for recipe in RECIPES}
     if unknown := [name for name in recipes if name not in known]:
         raise ValueError(f"no recipe {unknown[0]!r}; Table 1 has {', '.join(known)}")
@@ -266,7 +78,8 @@ def table1(
         ),
         notes=(
             *at.notes,
-            "Every recipe has this scale's language model, encoder, captions and conversations.",
+            "Every recipe has this scale's language model, encoder, captions, documents and "
+            "conversations.",
             *_notes(chosen),
         ),
         text_rates=at.text_rates,
@@ -285,7 +98,7 @@ def trained(scale: Scale, recipe: Recipe, seed: int, epochs: int) -> Continue | 
     before = seen or StartText(
         **scale.text_at(recipe.completion),
         encoder=scale.encoders[recipe.encoder],
-        projector=_projector(recipe),
+        projector=_projector(scale, recipe),
         attention=recipe.attention,
     )
     # As the paper's own fine-tuning in all that a recipe does not say.
@@ -296,7 +109,7 @@ def trained(scale: Scale, recipe: Recipe, seed: int, epochs: int) -> Continue | 
     if recipe.instruct.encoder_rate is not None:
         changes["encoder_rate_factor"] = recipe.instruct.encoder_rate
     if seen is not None and seen.model.encoder is not None:
-        changes["rows"] = _rows(plain.training.rows, _own(scale, recipe), seen.model.encoder)
+        changes["rows"] = _rows(scale, recipe, plain.training.rows, seen.model.encoder)
     training = Training(**{**dict(plain.training), **changes})
     return Finetune(start=before, training=training)
 
@@ -327,7 +140,7 @@ def _notes(recipes: Sequence[Recipe]) -> list[str]:
         for note in recipe.notes:
             found.setdefault(note, []).append(recipe.name)
         trains = (recipe.completion, recipe.image_text, recipe.instruct)
-        values = (*trains, recipe.attention, recipe.linear_projector, recipe.encoder)
+        values = (*trains, recipe.attention, recipe.connector, recipe.encoder)
         same.setdefault(values, []).append(recipe.name)
     notes = [f"{', '.join(names)}: {note}." for note, names in found.items()]
     notes += [
@@ -361,7 +174,12 @@ def _parts(encoder_rate: float | None, decoder: bool) -> str:
 
 
 def _mixed(stage: ImageText) -> str:
-    shares = {"captions": stage.captions, "conversations": stage.instruct, "text": stage.text}
+    shares = {
+        "captions": stage.captions,
+        "interleaved": stage.interleaved,
+        "conversations": stage.instruct,
+        "text": stage.text,
+    }
     return ", ".join(f"{100 * share:.3g} % {name}" for name, share in shares.items() if share)
 
 
@@ -376,14 +194,19 @@ def _image_text(
         data=scale.data,
         encoder=scale.encoders[recipe.encoder],
         decoder=scale.decoder,
-        projector=_projector(recipe),
+        projector=_projector(scale, recipe),
         attention=recipe.attention,
         start=scale.start(recipe.completion) if before is None else InitFrom(stage=before),
         training=Training(
             budget=mixture(
-                scale, stage.captions, stage.instruct, stage.text, multiple=stage.tokens
+                scale,
+                stage.captions,
+                stage.instruct,
+                stage.text,
+                multiple=stage.tokens,
+                interleaved=stage.interleaved,
             ),
-            rows=_rows(scale.rows, own, shown),
+            rows=_rows(scale, recipe, scale.rows, shown),
             optimizer=scale.optimizer,
             schedule=_schedule(scale, stage, before),
             encoder_rate_factor=stage.encoder_rate,
@@ -406,10 +229,12 @@ def _image_size(seen: AnyEncoderConfig, side: float) -> int | None:
     return None if side == 1.0 else patch * round(side * seen.image_size / patch)
 
 
-def _rows(rows: Rows, own: AnyEncoderConfig, seen: AnyEncoderConfig) -> Rows:
+def _rows(scale: Scale, recipe: Recipe, rows: Rows, seen: AnyEncoderConfig) -> Rows:
     """Rows in which as much text has room beside a picture as beside one of the encoder's own
     size."""
-    more = max(0, seen.num_patches - own.num_patches)
+    own, projector = _own(scale, recipe), _projector(scale, recipe)
+    sizes = (projector.num_features(one.num_patches) for one in (seen, own))
+    more = max(0, next(sizes) - next(sizes))
     length = rows.row_length + ROW_MULTIPLE * -(-more // ROW_MULTIPLE)
     return rows.model_copy(update={"row_length": length})
 
@@ -426,5 +251,25 @@ def _schedule(scale: Scale, stage: ImageText, before: Continue | None) -> AnySch
     return ContinuedCosine(end_rate=end)
 
 
-def _projector(recipe: Recipe) -> ProjectorConfig:
-    return ProjectorConfig(num_layers=1) if recipe.linear_projector else ProjectorConfig()
+def _projector(scale: Scale, recipe: Recipe) -> ProjectorConfig:
+    """A recipe's connector over the scale's encoder, with as many features of its patches as a
+    share of the recipe's own, and at least LEAST_FEATURES."""
+    own, connector = _own(scale, recipe), recipe.connector
+    if connector.kind in ("mlp", "linear"):
+        return ProjectorConfig(num_layers=1 if connector.kind == "linear" else 2)
+    wanted = max(min(LEAST_FEATURES, own.num_patches), round(own.num_patches * connector.left))
+    if connector.kind == "resampler":
+        heads = max(1, own.hidden_size // RESAMPLER_HEAD)
+        reduction = Resampler(
+            num_latents=wanted,
+            num_layers=connector.num_layers,
+            num_heads=heads,
+            head_dim=min(RESAMPLER_HEAD, own.hidden_size),
+        )
+        return ProjectorConfig(reduction=reduction)
+    side = isqrt(own.num_patches)
+    windows = [n for n in range(2, side) if side % n == 0 and (side // n) ** 2 >= LEAST_FEATURES]
+    if not windows:
+        return ProjectorConfig()
+    window = min(windows, key=lambda n: abs((side // n) ** 2 - wanted))
+    return ProjectorConfig(reduction=AveragePool(window=window))
