@@ -73,7 +73,7 @@ def write_world(root: Path) -> PublicFolder:
 def features(images: np.ndarray) -> torch.Tensor:
     """Standing in for an encoder: normal numbers by example."""
     shape = (ENCODER.num_patches, ENCODER.hidden_size)
-    found = [torch.randn(shape, generator=torch.Generator().manual_seed(int(e))) for _, e in images]
+    found = [torch.randn(shape, generator=torch.Generator().manual_seed(int(e))) for _, e, _ in images]
     return torch.stack(found) if found else torch.zeros((0, *shape))
 
 

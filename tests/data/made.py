@@ -80,6 +80,13 @@ def make_source(
     return Source(name, folder, world)
 
 
+def hash_of(source: Source, example: int) -> bytes:
+    """What an example's split follows from."""
+    shard, local = source.locate(example)
+    hashed: bytes = shard.hashes[local].tobytes()
+    return hashed
+
+
 def supervised(source: Source, example: int, caption: int = 0) -> np.ndarray | None:
     """Which tokens of an example are targets; None where all are."""
     shard, local = source.locate(example)

@@ -74,7 +74,7 @@ def check_all(store: FeatureStore, source: Source, shown: list[int | None]) -> N
         if picture is not None:
             pixels = pixels_of(source, [example], store.config)
             live = encode_fixed(Encode(), pixels, store.config)[0]
-            stored = store.read_many([(source, example)])[0]
+            stored = store.read_many([(source, example, 0)])[0]
             # Half the bytes on their way to a GPU; the model widens them.
             narrow = store.config.feature_dtype == "bfloat16"
             assert stored.dtype == (torch.bfloat16 if narrow else torch.float32)

@@ -109,7 +109,7 @@ def test_a_fill_goes_round_what_another_process_computes_and_takes_it_last(
 ) -> None:
     monkeypatch.setattr(feature_store, "WAIT_SECONDS", 0.05)
     (tmp_path / LOCKS).mkdir()
-    (first,) = talks.hashes_of(np.array([0]))
+    (first,) = talks.pictures_of(np.array([0])).hashes
     lock, said = FileLock(tmp_path / LOCKS / f"lot-{first[0] % NUM_LOTS:02}.lock"), list[int]()
     store = FeatureStore(tmp_path, CONFIG)
 
@@ -214,7 +214,7 @@ def test_pictures_decoded_ahead_by_threads_give_the_same_store(
 
 
 def test_what_fills_left_is_cleared_by_who_holds_its_lot(tmp_path: Path, talks: Source) -> None:
-    every = talks.hashes_of(np.array([n for n in range(len(talks)) if talks.has_image(n)]))
+    every = talks.pictures_of(np.arange(len(talks))).hashes
     (mine, *_), (others, *_) = (
         [n for n in range(NUM_LOTS) if (n in every[:, 0] % NUM_LOTS) == filled]
         for filled in (True, False)

@@ -125,7 +125,7 @@ def test_only_the_pictures_asked_for_are_computed(
     assert len(store) == len(wanted) < NUM_PICTURES
     missing = next(n for n, picture in enumerate(shown) if picture not in wanted)
     with pytest.raises(ValueError, match=rf"sample {missing}: none of the .* fill the store"):
-        store.read_many([(talks, missing)])
+        store.read_many([(talks, missing, 0)])
     # A store that is open already sees what another fills.
     FeatureStore(tmp_path, CONFIG).fill(talks, numbers(0, last), Encode(), quiet)
     check_all(store, talks, shown)
@@ -137,7 +137,7 @@ def test_an_example_without_a_picture_has_no_features(
     store = FeatureStore(tmp_path, CONFIG)
     store.fill(talks, None, Encode(), quiet)
     with pytest.raises(ValueError, match="shows no picture"):
-        store.read_many([(talks, shown.index(None))])
+        store.read_many([(talks, shown.index(None), 0)])
 
 
 @pytest.mark.parametrize("pictures", [1, 3, FILL_BATCH, FILL_BATCH + 1])
@@ -267,7 +267,7 @@ def test_a_part_with_a_file_cut_short_or_lost_is_refused(
         # A manifest cut by its last line end is still whole.
         if cut is None or name != "manifest.json":
             with pytest.raises(CorruptError, match=rf"delete .*{parts(folder)[0].name}"):
-                FeatureStore(folder, CONFIG).read_many([(talks, 0)])
+                FeatureStore(folder, CONFIG).read_many([(talks, 0, 0)])
             with pytest.raises(CorruptError, match="run again"):
                 FeatureStore(folder, CONFIG).fill(talks, None, Encode(), quiet)
 
@@ -288,14 +288,14 @@ def test_no_flipped_bit_reaches_a_reader(
     (part / name).write_bytes(good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1 :])
     try:
         with pytest.raises(CorruptError, match="delete"):
-            FeatureStore(filled, CONFIG).read_many([(talks, n) for n in range(NUM_PICTURES)])
+            FeatureStore(filled, CONFIG).read_many([(talks, n, 0) for n in range(NUM_PICTURES)])
     finally:
         (part / name).write_bytes(good)
 
 
 def test_a_store_of_another_encoder_is_refused(filled: Path, talks: Source) -> None:
     with pytest.raises(CorruptError, match=r"19 pictures of this encoder take 608"):
-        FeatureStore(filled, CODED).read_many([(talks, 0)])
+        FeatureStore(filled, CODED).read_many([(talks, 0, 0)])
 
 
 @settings(deadline=None, max_examples=60)

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from midstream.config import Amount, Amounts, Budget, Mixture, Rows, Sampling, Share
 from midstream.data import views
 from midstream.data.rows import plan_rows, shares_report
-from midstream.data.sources import Source
+from midstream.data.sources import Pictures, Source
 from midstream.data.views import picture_views
 from midstream.order import stream
 from midstream.order.mixture import Supply, quotas_of
@@ -134,8 +134,9 @@ def counted(plan: RowPlan, source: Source) -> PictureViews:
     number, found = plan.names.index(source.name), Counter[bytes]()
     for row in range(len(plan)):
         for placed in plan.layout.row(row):
-            if placed.source == number and source.has_image(placed.example):
-                found[source.hashes_of(np.array([placed.example])).tobytes()] += 1
+            if placed.source == number:
+                for hashed in source.pictures_of(np.array([placed.example])).hashes:
+                    found[hashed.tobytes()] += 1
     return PictureViews(
         distinct=len(found),
         views=found.total(),
@@ -173,7 +174,7 @@ def test_text_and_sources_too_large_have_no_ledger(
     shares = (Share(source="pics", share=0.5), Share(source="web", share=0.5))
     plan = plan_rows(sources, PATCHES, Mixture(total_tokens=200, shares=shares), ROWS, 5)
     assert picture_views(plan.quotas[1], web) is None
-    monkeypatch.setattr(views, "MOST_EXAMPLES", NUM_EXAMPLES - 1)
+    monkeypatch.setattr(views, "MOST_PICTURES", NUM_EXAMPLES - 1)
     assert picture_views(plan.quotas[0], pics) is None
 
 
@@ -188,11 +189,8 @@ def test_what_is_counted_takes_few_bytes_an_example() -> None:
         def __len__(self) -> int:
             return number
 
-        def sizes_of(self, examples: np.ndarray, captions: np.ndarray) -> np.ndarray:
-            return np.ones((len(examples), 2), np.int64)
-
-        def hashes_of(self, examples: np.ndarray) -> np.ndarray:
-            return hashes[examples]
+        def pictures_of(self, examples: np.ndarray) -> Pictures:
+            return Pictures(np.stack([examples, np.zeros_like(examples)], axis=1), hashes[examples])
 
     quota: Any = SimpleNamespace(divisible=False, views=views.copy)
     many: Any = Many()

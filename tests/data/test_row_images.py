@@ -27,7 +27,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
 
 
 NAMES = ("pics", "talks")
-WANTED = np.array([(1, 2), (0, 0), (0, 1), (1, 0), (0, 0)])
+WANTED = np.array([(1, 2, 0), (0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 0)])
 
 
 class Rows(Dataset[Tensor]):
@@ -50,7 +50,7 @@ def test_images_of_rows_come_in_the_order_asked_for_stored_as_live(
     for source in two.values():
         store.fill(source, None, Encode(), quiet)
     stored, live = StoredImages(store, two, NAMES), LiveImages(two, NAMES, CONFIG)
-    expected = torch.cat([pixels_of(two[NAMES[s]], [e], CONFIG) for s, e in WANTED.tolist()])
+    expected = torch.cat([pixels_of(two[NAMES[s]], [e], CONFIG) for s, e, _ in WANTED.tolist()])
     assert torch.equal(live(WANTED), expected)
     found = stored(WANTED)
     assert torch.equal(found, encode_fixed(Encode(), live(WANTED), CONFIG))

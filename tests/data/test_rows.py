@@ -64,7 +64,7 @@ def plain_row(plan: RowPlan, sources: Mapping[str, Source], index: int, patches:
         assert placed.column == len(ids)
         if head:
             starts.append(len(ids) + first)
-            images.append([placed.source, placed.example])
+            images.append([placed.source, placed.example, 0])
         mine = slice(placed.start, placed.start + placed.length)
         inside = (example.tokens[:first] + [0] * head + example.tokens[first:])[mine]
         predicted = ([IGNORE] * (first + head) + example.targets[first:])[mine]
@@ -90,7 +90,7 @@ def plain_row(plan: RowPlan, sources: Mapping[str, Source], index: int, patches:
         position_ids=filled(positions, 0),
         segment_ids=filled(segments, PADDING),
         image_starts=np.array(starts, dtype=np.int64),
-        images=np.array(images, dtype=np.int64).reshape(-1, 2),
+        images=np.array(images, dtype=np.int64).reshape(-1, 3),
         counts=sum(counts.values(), TokenCount(pad=rest)),
         sources=counts,
     )
@@ -327,7 +327,7 @@ def test_a_conversation_is_cut_behind_the_last_whole_turn_that_fits_and_all_coun
             row = build_row(plan, {"talks": source}, index, PATCHES)
             total += row.counts.seen
             for placed in plan.layout.row(index):
-                patches = PATCHES if source.has_image(placed.example) else 0
+                patches = PATCHES * len(source.places_of(placed.example))
                 mine = marks[placed.example]
                 kept = kept_of(mine, row_length - patches)
                 assert placed.length == patches + kept

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import make_source, png, supervised
+from made import hash_of, make_source, png, supervised
 
 import tiny
 from midstream.config import Epochs, Rows
@@ -115,9 +115,9 @@ def check_split(folder: Path, kind: Kind, split: Split, written: list[list[Writt
     """Compare every example of a split with those that went in; returns how many it holds."""
     source = Source("s", folder / "s", folder, split)
     by_hash = {content_hash(w.content): (n, w) for n, shard in enumerate(written) for w in shard}
-    expected_before, hashes, last = [0, 0], [], -1
+    expected_before, hashes, shown_hashes, last = [0, 0], [], [], -1
     for example in range(len(source)):
-        number, item = by_hash[source.hashes_of(np.array([example])).tobytes()]
+        number, item = by_hash[hash_of(source, example)]
         assert number >= last
         last = number
         assert source.before(np.array([example])).tolist() == [expected_before]
@@ -131,15 +131,17 @@ def check_split(folder: Path, kind: Kind, split: Split, written: list[list[Writt
             assert ids.tolist() == item.ids[cut]
         mask = supervised(source, example)
         assert mask is None if kind == "text" else mask.tolist() == item.mask
-        assert source.has_image(example) == shown
+        assert source.places_of(example) == [0] * shown
         if shown:
             assert source.image_bytes(example) == item.content
-        hashes.append(list(content_hash(item.content)))
+            shown_hashes.append(list(content_hash(item.content)))
+        hashes.append(content_hash(item.content))
         if kind != "text":
             flat = item.name.replace("\n", " ").replace("\r", " ")
             assert source.describe(example) == f"source 's', {flat}"
     assert [source.num_tokens, source.num_images] == expected_before
-    assert source.hashes_of(np.arange(len(source))).tolist() == hashes
+    assert [hash_of(source, example) for example in range(len(source))] == hashes
+    assert source.pictures_of(np.arange(len(source))).hashes.tolist() == shown_hashes
     return len(source)
 
 
@@ -190,7 +192,8 @@ def test_shards_change_nothing_of_what_a_source_says(tmp_path: Path, shards: int
     assert len(many.index["shards"]) == shards
     assert (len(many), many.num_tokens, many.num_images) == (7, 31, 5)
     assert np.array_equal(one.before(np.arange(8)), many.before(np.arange(8)))
-    assert np.array_equal(one.hashes_of(np.arange(7)), many.hashes_of(np.arange(7)))
+    for mine, theirs in zip(*(s.pictures_of(np.arange(7)) for s in (one, many)), strict=True):
+        assert np.array_equal(mine, theirs)
     for example in range(7):
         assert np.array_equal(one.input_ids(example), many.input_ids(example))
         assert np.array_equal(supervised(one, example), supervised(many, example))

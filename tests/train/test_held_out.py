@@ -18,7 +18,7 @@ from midstream.data.examples import Example, TextCodec
 from midstream.data.images import LiveImages, encode_fixed
 from midstream.data.rows import build_row
 from midstream.data.source_writer import Image, ShardWriter, finish_source
-from midstream.data.sources import Source
+from midstream.data.sources import Pictures, Source
 from midstream.model.vlm import VLM
 from midstream.model.weights import load_weights
 from midstream.study.results import TrainingResult
@@ -313,10 +313,10 @@ def test_examples_are_the_same_for_every_encoder_and_end_at_the_limit(
 
 def test_a_picture_stands_for_another_only_where_its_bytes_differ(ledger: Ledger) -> None:
     class Few(Source):
-        def hashes_of(self, examples: np.ndarray) -> np.ndarray:
-            return np.zeros((len(examples), 16), np.uint8) + (examples % pictures)[:, None].astype(
-                np.uint8
-            )
+        def pictures_of(self, examples: np.ndarray) -> Pictures:
+            hashes = np.zeros((len(examples), 16), np.uint8)
+            hashes += (examples % pictures)[:, None].astype(np.uint8)
+            return Pictures(np.stack([examples, np.zeros_like(examples)], axis=1), hashes)
 
     sources = open_sources(DATA, ["pictures"], ledger)
     ((plan, mine),) = plan_held_out(sources, only(SEEN.training, "pictures"), 4)
@@ -329,7 +329,7 @@ def test_a_picture_stands_for_another_only_where_its_bytes_differ(ledger: Ledger
         )
         others = held_out._others(plan, source)
         assert len(others) == (0 if pictures == 1 else len(source))
-        assert all(one % pictures != other % pictures for one, other in others.items())
+        assert all(one % pictures != other % pictures for (one, _), (other, _) in others.items())
 
 
 TEXTS = ("a plain text\nwith lines", "naïve café 漢字 🦉", " spaces  and tabs\t")

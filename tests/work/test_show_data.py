@@ -37,7 +37,7 @@ from midstream.study.label import label
 from midstream.study.stages import Evaluate
 from midstream.study.store import Ledger
 from midstream.study.studies import Figure, Line, Study
-from midstream.work.show_data import Shown, pieces_of, print_row, print_stats
+from midstream.work.show_data import KINDS, Piece, Shown, Span, pieces_of, print_row, print_stats
 
 PATCHES, SIZE = 4, 12
 TEXTS = [f"Text {n}: {'the river is wide, ' * (n % 9)}and it ends." for n in range(40)]
@@ -108,6 +108,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory, codec: TextCodec) -> dict[
     return found
 
 
+def spans_of(piece: Piece) -> list[Span]:
+    """All texts of a piece, without what stands before its pictures."""
+    return [span for part in piece.parts if not isinstance(part, int) for span in part]
+
+
 def shown_of(
     sources: dict[str, Source],
     codec: TextCodec,
@@ -163,16 +168,16 @@ def test_a_rows_texts_are_whole_or_say_that_they_are_cut_and_marked_where_they_a
     for index in range(len(shown.plan)):
         row, pieces = pieces_of(shown, index)
         targets = [int(token) for token in row.targets if token != IGNORE]
-        spans = [span for piece in pieces for span in (*piece.spans, *piece.following)]
+        spans = [span for piece in pieces for span in (*spans_of(piece), *piece.following)]
         marked = "".join(span.text for span in spans if span.supervised)
         assert marked == decode(targets, skip_special_tokens=False)
         assert sum(piece.num_targets for piece in pieces) == row.counts.target == len(targets)
         assert sum(len(piece.columns) for piece in pieces) == row.counts.seen
-        num_joined += sum(piece.spans[0].supervised for piece in pieces[1:])
+        num_joined += sum(spans_of(piece)[0].supervised for piece in pieces[1:])
         joined = shown.plan.layout.sees_all(index)
-        assert joined or not any(piece.spans[0].supervised for piece in pieces)
+        assert joined or not any(spans_of(piece)[0].supervised for piece in pieces)
         for piece in pieces:
-            text, full = "".join(span.text for span in piece.spans), whole[piece.where]
+            text, full = "".join(span.text for span in spans_of(piece)), whole[piece.where]
             assert text in full
             assert (text == full) == (not piece.continued and not piece.goes_on)
             assert full.endswith(text) or piece.goes_on
@@ -220,8 +225,8 @@ def test_saved_pictures_are_what_the_encoder_sees(
         for index in range(len(shown.plan)):
             printed(replace(shown, transform=transform), index, tmp_path)
             row = build_row(shown.plan, sources, index, PATCHES)
-            for number, (which, example) in enumerate(row.images.tolist()):
-                data = sources[shown.plan.names[which]].image_bytes(example)
+            for number, (which, example, at) in enumerate(row.images.tolist()):
+                data = sources[shown.plan.names[which]].image_bytes(example, at)
                 path = tmp_path / f"row-{index}-image-{number}.png"
                 picture = np.asarray(Image.open(path)).astype(np.float32) / 255
                 assert picture.shape == (SIZE, SIZE, 3)
@@ -309,9 +314,9 @@ def test_the_mixture_table_counts_what_the_rows_hold(
     counts = sum((row.counts for row in rows), TokenCount())
     assert f"sample: {chosen} of {total} rows" in text
     sampled = table_after(text, "sample:")
-    assert sampled["all"][:6] == [
+    assert sampled["all"][: len(KINDS)] == [
         str(getattr(counts, kind))
-        for kind in ("text", "caption", "instruct", "image", "pad", "target")
+        for kind in KINDS
     ]
     for name in shown.plan.names:
         own = sum((row.sources.get(name, TokenCount()) for row in rows), TokenCount())

@@ -1,7 +1,7 @@
 """Row and Batch: the contract between data and model."""
 # Letters in comments: R rows, T positions of a row, N images, P patches of an image. A row is made
-# of segments (documents that do not see each other). An image is a run of P positions at the head
-# of its segment; `input_ids` there is 0 and is replaced by projected patch features.
+# of segments (documents that do not see each other). An image is a run of P positions of its
+# segment; `input_ids` there is 0 and is replaced by projected patch features.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,8 +27,9 @@ class Row(NamedTuple):
     input_ids, targets (already shifted: the token after each position, or IGNORE), position_ids
     (from 0 in each segment, or over the whole row in the joined layout), segment_ids (PADDING
     behind the end), image_starts (first column of each image), images (what the loader turns into
-    pixels or stored features, in the order of image_starts), the counts of what it holds, and the
-    same by source (padding belongs to none).
+    pixels or stored features, in the order of image_starts: the source's number, the example and
+    which of its pictures), the counts of what it holds, and the same by source (padding belongs to
+    none).
     """
 
     input_ids: np.ndarray

@@ -9,7 +9,8 @@ from fractions import Fraction
 class TokenCount:
     """Positions by what they hold, and how many of them are targets.
 
-    text, caption, instruct: text positions by the kind of their source, separators included.
+    text, caption, instruct, interleaved: text positions by the kind of their source, separators
+    included.
     image: patch positions. pad: positions that hold nothing. target: positions with a loss; these
     are among the others and not counted again in `total`.
     """
@@ -20,11 +21,12 @@ class TokenCount:
     image: int = 0
     pad: int = 0
     target: int = 0
+    interleaved: int = 0
 
     @property
     def seen(self) -> int:
         """Positions that are not padding; the unit of budgets and schedules."""
-        return self.text + self.caption + self.instruct + self.image
+        return self.text + self.caption + self.instruct + self.interleaved + self.image
 
     @property
     def total(self) -> int:
@@ -39,7 +41,19 @@ class TokenCount:
             image=self.image + other.image,
             pad=self.pad + other.pad,
             target=self.target + other.target,
+            interleaved=self.interleaved + other.interleaved,
         )
+
+
+def shown_name(num_pictures: int) -> str:
+    """What examples with so many pictures are counted under in a source's index."""
+    return {0: "plain", 1: "image"}.get(num_pictures, f"{num_pictures} images")
+
+
+def num_shown(name: str) -> int:
+    """The pictures of each example that is counted under a `shown_name`."""
+    known = {shown_name(number): number for number in range(2)}
+    return known[name] if name in known else int(name.partition(" ")[0])
 
 
 def apportion(total: int, shares: Mapping[str, float]) -> dict[str, int]:

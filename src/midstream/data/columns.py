@@ -10,9 +10,10 @@ import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import accumulate
 from pathlib import Path
 from random import Random
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow
@@ -38,6 +39,19 @@ MOST_FILES = 2**16
 MOST_NAMES = 2_000_000
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
+
+
+class StoredPicture(NamedTuple):
+    """Where a picture's bytes lie, by the number of its file, and their `content_hash`."""
+
+    file: int
+    offset: int
+    size: int
+    hash: bytes
+
+
+# Columns of `map_pictures`.
+PLACE, HASH = 3, slice(4, 6)
 
 
 class Opened(dict[Key, Value]):
@@ -101,6 +115,16 @@ def map_array(path: Path) -> np.ndarray:
     return data[start:].view(dtype).reshape(shape, order="F" if by_columns else "C")
 
 
+def map_pictures(folder: Path) -> np.ndarray | None:
+    """int64 [pictures, 6], of shards whose examples show other than one picture at most, behind
+    what begins them: file, offset, bytes, the token it stands before, and the hash in two numbers.
+
+    None where `images.npy` has the pictures, one row an example; one of the two is there.
+    """
+    path = folder / "pictures.npy"
+    return map_array(path) if path.exists() else None
+
+
 @dataclass(frozen=True)
 class JoinedColumns:
     """The small columns of all shards of a source, each in one file, in the order of the shards.
@@ -126,6 +150,11 @@ class JoinedColumns:
         return map_array(self.folder / "images.npy")
 
     @cached_property
+    def pictures(self) -> np.ndarray | None:
+        """int64 [pictures, 6] or None: `map_pictures`."""
+        return map_pictures(self.folder)
+
+    @cached_property
     def hashes(self) -> np.ndarray:
         """uint8 [examples, 16]: `Shard.hashes`."""
         return map_array(self.folder / "hashes.npy")
@@ -133,11 +162,13 @@ class JoinedColumns:
 
 @dataclass(frozen=True)
 class Part:
-    """Which examples of the joined columns a shard has, and how many shards are before it."""
+    """Which examples of the joined columns a shard has, and how many shards and pictures are
+    before it."""
 
     columns: JoinedColumns
     shards_before: int
     examples: slice
+    pictures_before: int
 
     @property
     def ends(self) -> slice:
@@ -150,7 +181,8 @@ class Part:
 class Shard:
     """The columns of one shard, mapped when first used; numbers are local to the shard.
 
-    `about` has its "kind" and "dtype" where its source knows them; else its own index is read.
+    `about` has its "kind" and "dtype" where its source knows them, and what begins its examples;
+    else its own index is read.
     """
 
     folder: Path
@@ -217,12 +249,69 @@ class Shard:
 
     @cached_property
     def images(self) -> np.ndarray | None:
-        """int64 [examples, 3]: file, offset, bytes of each picture; file -1 without one."""
-        if self.kind == "text":
+        """int64 [examples, 3]: file, offset, bytes of each picture; file -1 without one. None for
+        text, and where `pictures` has them."""
+        if self.kind == "text" or self.pictures is not None:
             return None
         if self.part:
             return self.part.columns.images[self.part.examples]
         return map_array(self.folder / "images.npy")
+
+    @cached_property
+    def pictures(self) -> np.ndarray | None:
+        """int64 [pictures, 6]: `map_pictures`; None for text, and where `images` has them."""
+        if self.kind == "text":
+            return None
+        if self.part is None:
+            return map_pictures(self.folder)
+        assert self.num_images is not None
+        low, number = self.part.pictures_before, int(self.num_images[-1])
+        joined = self.part.columns.pictures
+        return None if joined is None else joined[low : low + number]
+
+    def places_of(self, example: int) -> list[int]:
+        """Before which of its tokens each picture of an example stands."""
+        if self.num_images is None:
+            return []
+        low, high = self.num_images[example : example + 2].tolist()
+        if self.pictures is None:
+            # It stands behind what begins the example.
+            assert self.about is not None
+            return [int(self.about.get("begin_of_text") is not None)] * (high - low)
+        places: list[int] = self.pictures[low:high, PLACE].tolist()
+        return places
+
+    def picture(self, example: int, number: int) -> StoredPicture:
+        """Where the bytes of an example's picture lie, and their hash."""
+        assert self.num_images is not None, "texts show no picture"
+        if self.images is not None:
+            file, offset, size = self.images[example].tolist()
+            return StoredPicture(file, offset, size, self.hashes[example].tobytes())
+        assert self.pictures is not None
+        row = self.pictures[int(self.num_images[example]) + number]
+        file, offset, size = row[:PLACE].tolist()
+        return StoredPicture(file, offset, size, row[HASH].tobytes())
+
+    def picture_rows(self, head: int) -> np.ndarray:
+        """`pictures`, also where `images` has them: each behind the `head` of its example."""
+        if self.images is None:
+            assert self.pictures is not None
+            return self.pictures
+        shown = np.flatnonzero(self.images[:, 0] >= 0)
+        places = np.full((len(shown), 1), head)
+        hashes = np.ascontiguousarray(self.hashes[shown]).view(np.int64)
+        return np.concatenate([self.images[shown], places, hashes], axis=1)
+
+    def hashes_of(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How many pictures each of these examples shows, and the hashes of all, uint8 [n, 16]."""
+        if self.num_images is None:
+            return np.zeros(len(examples), np.int64), np.zeros((0, 16), np.uint8)
+        first = np.asarray(self.num_images[examples])
+        numbers = self.num_images[examples + 1] - first
+        if self.pictures is None:
+            return numbers, self.hashes[examples[numbers > 0]]
+        rows = np.repeat(first - (np.cumsum(numbers) - numbers), numbers) + np.arange(numbers.sum())
+        return numbers, np.ascontiguousarray(self.pictures[rows, HASH]).view(np.uint8)
 
     @cached_property
     def hashes(self) -> np.ndarray:
@@ -266,18 +355,24 @@ class Shard:
         raise IndexError(example)
 
 
-def join_columns(folder: Path, shards: Sequence[Mapping[str, Any]]) -> None:
-    """Write the joined columns of a source's shards, given as `source.json` lists them."""
+def join_columns(folder: Path, shards: Sequence[Mapping[str, Any]], head: int) -> None:
+    """Write the joined columns of a source's shards, given as `source.json` lists them; `head`
+    tokens begin each example."""
     examples = [shard["train"]["examples"] + shard["validation"]["examples"] for shard in shards]
     made = [shard["synthetic"]["train"]["tokens"] for shard in shards if "synthetic" in shard]
     num, width = sum(examples), 1 + max(map(len, made), default=0)
-    kind = Shard(folder / "shards" / shards[0]["name"]).kind
+    first_shard = Shard(folder / "shards" / shards[0]["name"])
+    kind, several = first_shard.kind, any("most_images" in shard for shard in shards)
+    shown = [shard["train"]["images"] + shard["validation"]["images"] for shard in shards]
+    pictures_before = [0, *accumulate(shown)]
     shapes: dict[str, tuple[tuple[int, ...], type]] = {
         "offsets": ((num + len(shards), width), np.int64),
         "hashes": ((num, 16), np.uint8),
     }
     if kind != "text":
-        shapes |= {"images": ((num, 3), np.int64), "num_images": ((num + len(shards),), np.int64)}
+        shapes["num_images"] = ((num + len(shards),), np.int64)
+        found = {"pictures": ((sum(shown), 6), np.int64)}
+        shapes |= found if several else {"images": ((num, 3), np.int64)}
     with new_folder(folder / COLUMNS) as temporary:
         columns = {
             name: np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", dtype, shape)
@@ -286,15 +381,20 @@ def join_columns(folder: Path, shards: Sequence[Mapping[str, Any]]) -> None:
         first = 0
         for number, (about, mine) in enumerate(zip(shards, examples, strict=True)):
             shard = Shard(folder / "shards" / about["name"])
-            part = Part(JoinedColumns(temporary), number, slice(first, first + mine))
+            examples_here = slice(first, first + mine)
+            part = Part(JoinedColumns(temporary), number, examples_here, pictures_before[number])
             first += mine
             offsets = shard._offsets.T
             columns["offsets"][part.ends] = offsets[-1, -1]  # of no length, where it has none
             columns["offsets"][part.ends, : offsets.shape[1]] = offsets
             columns["hashes"][part.examples] = shard.hashes
             if kind != "text":
-                columns["images"][part.examples] = shard.images
                 columns["num_images"][part.ends] = shard.num_images
+                if not several:
+                    columns["images"][part.examples] = shard.images
+                    continue
+                low, high = pictures_before[number : number + 2]
+                columns["pictures"][low:high] = shard.picture_rows(head)
         for column in columns.values():
             column.flush()
 

@@ -37,7 +37,7 @@ from midstream.data.images import (
     pixel_batches,
     unpack,
 )
-from midstream.data.sources import Source, content_hash
+from midstream.data.sources import Pictures, Source, content_hash
 
 
 class HashIndex:
@@ -150,7 +150,7 @@ class FeatureStore:
         size = max(1, self.part_bytes // picture_bytes(self.config))
         mine, num_processes = share
         total = source.num_images if examples is None else None
-        waiting: dict[bytes, int] = {}
+        waiting: dict[bytes, tuple[int, int]] = {}
         num_seen = num_computed = 0
         meter = ErrorMeter(self.config)
 
@@ -158,8 +158,8 @@ class FeatureStore:
             done = 0.0 if total is None else (num_seen - len(waiting)) / max(1, total)
             progress(max(0.0, done), f"features of {source.name}: {note}")
 
-        def computed(examples: list[int]) -> Iterator[Tensor]:
-            for at, pixels in enumerate(pixel_batches(source, examples, self.config, workers)):
+        def computed(pictures: list[tuple[int, int]]) -> Iterator[Tensor]:
+            for at, pixels in enumerate(pixel_batches(source, pictures, self.config, workers)):
                 tell(f"{num_computed + at * FILL_BATCH:,} computed")
                 features = encode_raw(encode, pixels, self.config)
                 if meter.pictures < MEASURED_PICTURES:
@@ -184,12 +184,14 @@ class FeatureStore:
             self._drop_stored(waiting)
             return not stopped
 
-        for numbers, hashes in _shown(source, examples):
-            num_seen += len(numbers)
+        for which, hashes in _shown(source, examples):
+            num_seen += len(which)
             self._refresh()
             missing = self._index.find(hashes) < 0
-            for example, row in zip(numbers[missing], hashes[missing], strict=True):
-                waiting.setdefault(row.tobytes(), int(example))
+            for (example, number), row in zip(
+                which[missing].tolist(), hashes[missing], strict=True
+            ):
+                waiting.setdefault(row.tobytes(), (example, number))
             while len(waiting) >= size * num_processes:
                 if not write():
                     return False
@@ -201,16 +203,17 @@ class FeatureStore:
         return True
 
     def read_many(
-        self, pictures: Sequence[tuple[Source, int]]
+        self, pictures: Sequence[tuple[Source, int, int]]
     ) -> Float[Tensor, "images patches width"]:
-        """Features of the pictures of these examples, in their order, as `unpack` gives them.
+        """Features of pictures (source, example, number among its pictures), in their order, as
+        `unpack` gives them.
 
-        Raises ValueError that names the record if its features are not stored or it has no
+        Raises ValueError that names the record if its features are not stored or it has no such
         picture, CorruptError if the bytes in the store changed.
         """
         packed = np.empty((len(pictures), picture_bytes(self.config)), np.uint8)
-        for row, (source, example) in zip(packed, pictures, strict=True):
-            part, at = self._find(source, example)
+        for row, (source, example, picture) in zip(packed, pictures, strict=True):
+            part, at = self._find(source, example, picture)
             features, sums = self._maps(part)
             row[:] = features[at]
             if xxhash.xxh3_64_intdigest(row.data) != int(sums[at]):
@@ -220,10 +223,10 @@ class FeatureStore:
                 )
         return unpack(torch.from_numpy(packed), self.config)
 
-    def _find(self, source: Source, example: int) -> tuple[int, int]:
-        if not source.has_image(example):
+    def _find(self, source: Source, example: int, picture: int) -> tuple[int, int]:
+        wanted = source.pictures_of(np.array([example])).hashes[picture : picture + 1]
+        if not len(wanted):
             raise ValueError(f"{source.describe(example)} shows no picture and has no features")
-        wanted = source.hashes_of(np.array([example]))
         place = int(self._index.find(wanted)[0])
         if place < 0:
             self._refresh()
@@ -278,7 +281,7 @@ class FeatureStore:
 
     @contextmanager
     def _lots(
-        self, waiting: Mapping[bytes, int], num_pictures: int, first: int
+        self, waiting: Mapping[bytes, tuple[int, int]], num_pictures: int, first: int
     ) -> Iterator[list[int]]:
         """Hold lots with so many of the waiting pictures, or as many as are free, in the block.
 
@@ -313,7 +316,7 @@ class FeatureStore:
             if not dash or int(lot) in lots:
                 shutil.rmtree(left, ignore_errors=True)  # others may clear it as well
 
-    def _drop_stored(self, waiting: dict[bytes, int]) -> None:
+    def _drop_stored(self, waiting: dict[bytes, tuple[int, int]]) -> None:
         """Take out what is stored by now."""
         every = np.frombuffer(b"".join(waiting), np.uint8).reshape(-1, 16)
         for row in every[self._index.find(every) >= 0]:
@@ -330,16 +333,17 @@ class FeatureStore:
         self,
         lot: int,
         source: Source,
-        chosen: Mapping[bytes, int],
-        computed: Callable[[list[int]], Iterator[Tensor]],
+        chosen: Mapping[bytes, tuple[int, int]],
+        computed: Callable[[list[tuple[int, int]]], Iterator[Tensor]],
         should_stop: ShouldStop,
     ) -> tuple[int, bool]:
         """Store what is missing of these, up to a stop, as one whole part; how many, and whether
         it was stopped."""
         every = np.frombuffer(b"".join(chosen), np.uint8).reshape(-1, 16)
         missing = self._index.find(every) < 0
-        hashes, examples = every[missing], np.array(list(chosen.values()))[missing].tolist()
-        if not examples:
+        hashes = every[missing]
+        pictures = [one for one, here in zip(chosen.values(), missing, strict=True) if here]
+        if not pictures:
             return 0, False
         if stopped := should_stop():
             return 0, True
@@ -347,18 +351,19 @@ class FeatureStore:
         name = f"part-{lot:02}-{content_hash(hashes.tobytes()).hex()}"
         with new_folder(self.folder / name) as temporary:
             with (temporary / "features.bin").open("wb") as stream:
-                for features in computed(examples):
+                for features in computed(pictures):
                     packed = pack(features, self.config).cpu()
                     finite = unpack(packed, self.config).isfinite().flatten(1).all(1)
                     for row, fine in zip(packed.numpy(), finite.tolist(), strict=True):
                         if not fine:
+                            where = source.describe(pictures[len(sums)][0])
                             raise ValueError(
-                                f"{source.describe(examples[len(sums)])}: the encoder's features "
+                                f"{where}: the encoder's features "
                                 "are not finite; look at its weights and at this picture"
                             )
                         sums.append(xxhash.xxh3_64_intdigest(row.data))
                         stream.write(row.data)
-                    stopped = len(sums) < len(examples) and should_stop()
+                    stopped = len(sums) < len(pictures) and should_stop()
                     if stopped:
                         break
             np.save(temporary / "hashes.npy", hashes[: len(sums)])
@@ -376,9 +381,10 @@ class StoredImages:
     names: tuple[str, ...]
 
     def __call__(self, images: np.ndarray) -> Float[Tensor, "images patches width"]:
-        """Features of (source number, example) pairs, in their order."""
+        """Features of the pictures that `Row.images` names, in their order."""
+        named = images.tolist()
         return self.store.read_many(
-            [(self.sources[self.names[int(source)]], int(example)) for source, example in images]
+            [(self.sources[self.names[source]], example, at) for source, example, at in named]
         )
 
 
@@ -392,13 +398,9 @@ def _lot(key: bytes) -> int:
     return key[0] % NUM_LOTS
 
 
-def _shown(
-    source: Source, examples: Iterator[np.ndarray] | None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Example numbers (int64 [n]) and hashes (uint8 [n, 16]) of what shows a picture, in blocks."""
+def _shown(source: Source, examples: Iterator[np.ndarray] | None) -> Iterator[Pictures]:
+    """The pictures of the examples, of all without, in blocks."""
     if examples is None:
         starts = range(0, len(source), BLOCK)
         examples = (np.arange(low, min(low + BLOCK, len(source))) for low in starts)
-    for block in examples:
-        numbers = block[source.sizes_of(block, np.zeros_like(block))[:, 1] > 0]
-        yield numbers, source.hashes_of(numbers)
+    yield from map(source.pictures_of, examples)

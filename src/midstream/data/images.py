@@ -265,11 +265,12 @@ Encode = Callable[[Float[Tensor, "images 3 size size"]], Float[Tensor, "images p
 
 
 def load_pixels(
-    source: Source, example: int, config: AnyEncoderConfig
+    source: Source, example: int, config: AnyEncoderConfig, picture: int = 0
 ) -> Float32[np.ndarray, "3 s s"]:
-    """The picture of an example as the encoder takes it."""
+    """A picture of an example as the encoder takes it."""
     # Its name stands behind those of all examples before it: it is looked up where it is needed.
-    return _pixels(source.image_bytes(example), lambda: source.describe(example), config.transform)
+    data = source.image_bytes(example, picture)
+    return _pixels(data, lambda: source.describe(example), config.transform)
 
 
 def pack(
@@ -354,10 +355,10 @@ class LiveImages:
     config: AnyEncoderConfig
 
     def __call__(self, images: np.ndarray) -> Float32[Tensor, "images 3 size size"]:
-        """Pixels of (source number, example) pairs, in their order."""
+        """Pixels of the pictures that `Row.images` names, in their order."""
         pixels = [
-            load_pixels(self.sources[self.names[source]], example, self.config)
-            for source, example in images.tolist()
+            load_pixels(self.sources[self.names[source]], example, self.config, picture)
+            for source, example, picture in images.tolist()
         ]
         if len(pixels) == 1:
             return torch.from_numpy(pixels[0])[None]
@@ -411,16 +412,21 @@ def encode_batch(config: AnyEncoderConfig) -> int:
 
 
 def pixel_batches(
-    source: Source, examples: Sequence[int], config: PretrainedEncoder, workers: int = 0
+    source: Source,
+    pictures: Sequence[tuple[int, int]],
+    config: PretrainedEncoder,
+    workers: int = 0,
 ) -> Iterator[Float32[Tensor, "images 3 size size"]]:
-    """Pictures of these examples, up to `FILL_BATCH` at a time, decoded ahead by so many threads.
+    """Pictures, (example, number among its pictures), up to `FILL_BATCH` at a time, decoded ahead
+    by so many threads.
 
     Without threads each is decoded when it is its turn. The pixels are the same.
     """
-    batches = [examples[low : low + FILL_BATCH] for low in range(0, len(examples), FILL_BATCH)]
+    batches = [pictures[low : low + FILL_BATCH] for low in range(0, len(pictures), FILL_BATCH)]
     if not workers:
         for part in batches:
-            yield torch.from_numpy(np.stack([load_pixels(source, one, config) for one in part]))
+            pixels = [load_pixels(source, one, config, picture) for one, picture in part]
+            yield torch.from_numpy(np.stack(pixels))
         return
 
     def decoded(data: bytes, example: int) -> np.ndarray:
@@ -431,7 +437,7 @@ def pixel_batches(
         try:
             for part in batches:
                 # A source's files are read by one thread; decoding leaves Python's lock to others.
-                read = [(source.image_bytes(one), one) for one in part]
+                read = [(source.image_bytes(*one), one[0]) for one in part]
                 ahead.append([threads.submit(decoded, *one) for one in read])
                 if len(ahead) > 1 + workers // FILL_BATCH:
                     yield _stacked(ahead.popleft())

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from midstream.config import Caption, Overflow
+from midstream.config import Caption, Overflow, Rows
+from midstream.core.tokens import num_shown, shown_name
 from midstream.data.columns import Shard
+from midstream.data.parts import check_picture, pieces_of
 from midstream.data.sources import Source
 
 # Of such classes follows the sum of squared lengths in rows of any length within some thousandths.
@@ -19,10 +21,11 @@ CLASSES_PER_DOUBLING = 4
 
 
 def length_facts(shards: Iterable[Shard]) -> dict[str, Any]:
-    """Of the training split: `num_targets`, and `lengths` of examples without and with a picture.
+    """Of the training split: `num_targets`, and `lengths` of examples by their pictures.
 
     A target is a token with a loss that has another one before it in its example. Each class of
-    `lengths["plain"]` and `lengths["image"]` is [examples, tokens, sum of squared tokens].
+    `lengths["plain"]`, `lengths["image"]` and, where there are, `lengths["2 images"]` and so on
+    (`shown_name`) is [examples, tokens, sum of squared tokens].
     """
     found = _Facts()
     for shard in shards:
@@ -86,12 +89,13 @@ class _Facts:
         held = lengths > 0
         weights = np.broadcast_to(weight, lengths.shape)
         self.targets += _targets(shard, offsets, lengths, weights)
-        shown = np.zeros(number, dtype=bool)
-        if shard.images is not None:
-            shown = np.asarray(shard.images[:number, 0]) >= 0
+        shown = np.zeros(number, dtype=np.int64)
+        if shard.num_images is not None:
+            shown = np.diff(shard.num_images[: number + 1])
         keys = np.ceil(CLASSES_PER_DOUBLING * np.log2(np.maximum(lengths, 1))).astype(np.int64)
-        for name, chosen in (("plain", held & ~shown), ("image", held & shown)):
-            found = self.classes[name]
+        for pictures in np.unique(shown[held]).tolist():
+            chosen = held & (shown == pictures)
+            found = self.classes.setdefault(shown_name(pictures), {})
             for key in np.unique(keys[chosen]).tolist():
                 mine, share = lengths[chosen & (keys == key)], weights[chosen & (keys == key)]
                 sums = np.array([share.sum(), (share * mine).sum(), (share * mine * mine).sum()])
@@ -100,8 +104,8 @@ class _Facts:
     def summary(self) -> dict[str, Any]:
         """As JSON."""
         lengths = {
-            name: [found[key].tolist() for key in sorted(found)]
-            for name, found in self.classes.items()
+            name: [self.classes[name][key].tolist() for key in sorted(self.classes[name])]
+            for name in sorted(self.classes, key=num_shown)
         }
         return {"num_targets": round(self.targets), "lengths": lengths}
 
@@ -210,6 +214,12 @@ class SourceLengths:
         found = sizes[:, 0] + self.num_patches * sizes[:, 1] - self.excess(examples, captions)
         return found
 
+    def pieces(self, example: int, row_length: int) -> list[int]:
+        """The lengths of the pieces of a document that is longer than a row: `pieces_of`."""
+        places = self.source.places_of(example)
+        num_tokens = int(self.source.sizes_of(np.array([example]), np.zeros(1))[0, 0])
+        return pieces_of(places, num_tokens, row_length, self.num_patches)
+
     def excess(self, examples: np.ndarray, captions: np.ndarray) -> np.ndarray:
         """int64: positions that are cut off of each example with this caption."""
         found = np.zeros(len(examples), dtype=np.int64)
@@ -252,11 +262,20 @@ class SourceLengths:
         return before
 
 
-def fit_to_rows(lengths: SourceLengths, row_length: int, overflow: Overflow) -> None:
-    """Cut what is longer than a row.
+def fit_to_rows(lengths: SourceLengths, rows: Rows, overflow: Overflow) -> None:
+    """Cut captions and conversations that are longer than a row; documents go on in other rows.
 
-    Raises ValueError instead, with the longest record and both numbers, if that is to be refused.
+    Raises ValueError with both numbers for pictures that no row holds and, with the longest record,
+    if what is longer is to be refused, as documents are in other rows than filled ones.
     """
+    source, row_length = lengths.source, rows.row_length
+    if source.num_images:
+        head = int(source.begin_of_text is not None)
+        check_picture(source.name, lengths.num_patches + head, row_length)
+    if source.kind == "interleaved":
+        overflow = "refuse"
+        if rows.layout == "filled":
+            return
     for caption in lengths.numbers:
         cuts = _cuts(lengths.source, lengths.num_patches, caption, row_length)
         if not len(cuts.examples):
@@ -268,8 +287,7 @@ def fit_to_rows(lengths: SourceLengths, row_length: int, overflow: Overflow) -> 
 
 def _cuts(source: Source, num_patches: int, caption: int, row_length: int) -> Cuts:
     found = [Cuts(np.zeros(0, np.int64), np.zeros(0, np.int64))]
-    least = row_length - (num_patches if source.num_images else 0)
-    for first, shard, mine in source.longer_shards(least, caption):
+    for first, shard, mine in source.longer_shards(row_length, num_patches, caption):
         part = _cuts_of_shard(shard, mine, num_patches, caption, row_length)
         found.append(replace(part, examples=part.examples + first))
     return Cuts(*(np.concatenate([getattr(p, n) for p in found]) for n in ("examples", "excess")))
@@ -281,21 +299,45 @@ def _cuts_of_shard(
     offsets = shard.offsets_of(caption)[mine.start : mine.stop + 1]
     lengths = np.diff(offsets)
     limits = np.full(len(lengths), row_length)
-    if shard.images is not None:
-        limits[shard.images[mine, 0] >= 0] -= num_patches
+    if shard.num_images is not None:
+        limits -= num_patches * np.diff(shard.num_images[mine.start : mine.stop + 1])
     long = np.flatnonzero(lengths > limits)
     if not len(long):
         return Cuts(long, long)
+    if shard.pictures is not None:
+        excess = [
+            _excess_among_pictures(shard, mine.start + one, num_patches, row_length)
+            for one in long.tolist()
+        ]
+        return Cuts(long, np.array(excess))
     starts, kept = offsets[long], limits[long]
     if shard.kind == "instruct":
-        # A reply ends where a token that is learnt has one that is not behind it.
-        assert shard.supervised is not None
-        learnt = shard.supervised[int(offsets[0]) : int(offsets[-1])] > 0
-        ends = offsets[0] + 1 + np.flatnonzero(learnt[:-1] & ~learnt[1:])
+        ends = offsets[0] + _reply_ends(shard, int(offsets[0]), int(offsets[-1]))
         last = np.searchsorted(ends, starts + kept, side="right") - 1
         whole = np.where(last >= 0, ends[np.maximum(last, 0)] if len(ends) else 0, 0) - starts
         kept = np.where(whole > 0, whole, kept)
     return Cuts(long, lengths[long] - kept)
+
+
+def _reply_ends(shard: Shard, low: int, high: int) -> np.ndarray:
+    """Where replies end among these tokens of a shard, but one that ends them all."""
+    assert shard.supervised is not None
+    # A token that is learnt has one that is not behind it.
+    learnt = shard.supervised[low:high] > 0
+    ends: np.ndarray = 1 + np.flatnonzero(learnt[:-1] & ~learnt[1:])
+    return ends
+
+
+def _excess_among_pictures(shard: Shard, example: int, num_patches: int, row_length: int) -> int:
+    """Positions of a conversation beyond what fits: whole replies, else whole pictures."""
+    low, high = shard.offsets[example : example + 2].tolist()
+    # A picture is kept where the separator behind it is.
+    before = np.searchsorted(shard.places_of(example), np.arange(high - low + 1))
+    positions = np.arange(high - low + 1) + num_patches * before
+    ends = positions[_reply_ends(shard, low, high)]
+    fitting = ends[ends <= row_length]
+    kept = fitting if len(fitting) else positions[positions <= row_length]
+    return int(positions[-1] - kept[-1])
 
 
 def _too_long(lengths: SourceLengths, cuts: Cuts, caption: int, row_length: int) -> ValueError:
@@ -304,8 +346,11 @@ def _too_long(lengths: SourceLengths, cuts: Cuts, caption: int, row_length: int)
     positions = sizes[:, 0] + lengths.num_patches * sizes[:, 1]
     worst = int(positions.argmax())
     others = f" (nor do {len(positions) - 1:,} others)" if len(positions) > 1 else ""
+    cut = 'cut such records (rows: overflow="cut")'
+    if source.kind == "interleaved":
+        cut = 'choose filled rows, which documents go on in (rows: layout="filled")'
     return ValueError(
         f"{source.describe(int(cuts.examples[worst]), caption)}: {int(positions[worst]):,} "
-        f"positions do not fit into a row of {row_length:,}{others}; raise row_length, cut such "
-        'records (rows: overflow="cut"), or leave them out (midstream prepare --max-tokens)'
+        f"positions do not fit into a row of {row_length:,}{others}; raise row_length, {cut}, or "
+        "leave them out (midstream prepare --max-tokens)"
     )

@@ -17,14 +17,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from midstream.config import Budget, Overflow, Rows, check_pool
 from midstream.core.batch import IGNORE, PADDING, Batch, Row, stack_rows
-from midstream.core.tokens import TokenCount
+from midstream.core.tokens import TokenCount, num_shown
+from midstream.data.columns import Shard
 from midstream.data.lengths import SourceLengths, fit_to_rows
+from midstream.data.parts import Run, runs_of
 from midstream.data.sources import Source
 from midstream.order.mixture import Quota, Supply
 from midstream.order.plan import RowPlan, make_plan
 
 EXAMPLES_AT_ONCE = 2**14
-NO_IMAGES = np.zeros((0, 3), dtype=np.int64)
+# Of these kinds what does not fit into a row goes on in another.
+GO_ON = ("text", "interleaved")
+NO_IMAGES = np.zeros((0, 4), dtype=np.int64)
 
 
 def plan_rows(
@@ -38,8 +42,8 @@ def plan_rows(
     """Plan a whole stage from lengths alone; `overflow` is what `rows` asks for, resolved.
 
     Raises ValueError for an unknown source, an empty one, one that lacks the asked captions or has
-    no such pool, a budget that cannot be met, or, with its record, a caption or conversation that
-    is longer than a row and not to be cut.
+    no such pool, a budget that cannot be met, a picture that no row holds, or, with its record,
+    what is longer than a row and not to be cut.
     """
     missing = [name for name in budget.captions if name not in sources]
     if missing:
@@ -52,7 +56,7 @@ def plan_rows(
             check_pool(name, source.kind, pool, len(source))
         lengths = SourceLengths(source, num_patches, caption)
         if not divisible:
-            fit_to_rows(lengths, rows.row_length, overflow)
+            fit_to_rows(lengths, rows, overflow)
         supplies.append(Supply(name, lengths, divisible))
     return make_plan(supplies, budget, rows, seed)
 
@@ -66,51 +70,36 @@ def build_row(plan: RowPlan, sources: Mapping[str, Source], index: int, num_patc
     position_ids = positions
     if not joined:
         segment_ids, position_ids = np.empty((2, length), dtype=np.int64)
-    images: list[tuple[int, int, int]] = []
+    images: list[tuple[int, int, int, int]] = []
     # By source: text tokens, patches and targets.
     found: dict[int, list[int]] = {}
     end = 0
     # The source whose document just ended, in joined rows.
     ended: int | None = None
-    for segment, (number, example, start, size, caption, column) in enumerate(
-        plan.layout.row(index)
-    ):
-        shard, local = sources[plan.names[number]].locate(example)
-        patches = num_patches if shard.images is not None and shard.images[local, 0] >= 0 else 0
-        text, end = column + patches, column + size
-        offsets = shard.offsets_of(caption) if caption else shard.offsets
-        low, after = int(offsets[local]) + start, int(offsets[local + 1])
-        high = low + size - patches
-        if patches:
-            # What begins an example stands before its image.
-            head = 0 if sources[plan.names[number]].begin_of_text is None else 1
-            images.append((column + head, number, example))
-            input_ids[column : text + head], targets[column : text + head] = 0, IGNORE
-            input_ids[column : column + head] = shard.tokens[low : low + head]
-            text, low = text + head, low + head
-        input_ids[text:end] = shard.tokens[low:high]
-        # What is cut off of a whole example is nobody's target; a text goes on in another row.
-        last = min(high + 1, after) if shard.supervised is None else high
+    for segment, placed in enumerate(plan.layout.row(index)):
+        number, column, size = placed.source, placed.column, placed.length
+        shard, local = sources[plan.names[number]].locate(placed.example)
+        offsets = shard.offsets_of(placed.caption) if placed.caption else shard.offsets
+        example, end = slice(int(offsets[local]), int(offsets[local + 1])), column + size
+        runs = runs_of(shard.places_of(local), placed.start, size, num_patches)
         counted = found.setdefault(number, [0, 0, 0])
-        if shard.supervised is None:
-            known = text + last - low - 1
-            targets[text:known], targets[known:end] = shard.tokens[low + 1 : last], IGNORE
-            counted[2] += last - low - 1
-        else:
-            chosen = shard.supervised[low + 1 : last] > 0
-            targets[text:end] = IGNORE
-            targets[text : text + last - low - 1][chosen] = shard.tokens[low + 1 : last][chosen]
-            counted[2] += int(np.count_nonzero(chosen))
+        for run in runs:
+            at = column + run.column
+            if run.picture is not None:
+                images.append((at, number, placed.example, run.picture))
+                input_ids[at : at + num_patches], targets[at : at + num_patches] = 0, IGNORE
+                counted[1] += num_patches
+                continue
+            counted[0] += run.high - run.low
+            counted[2] += _fill(shard, example, run, input_ids[at:end], targets[at:end])
         if joined and ended is not None:
             # OpenLM's rows: the end of a document predicts the beginning of the next one.
             targets[column - 1] = input_ids[column]
             found[ended][2] += 1
-        ended = number if last == high else None
+        ended = number if example.start + runs[-1].high == example.stop else None
         if not joined:
             segment_ids[column:end] = segment
             position_ids[column:end] = positions[:size]
-        counted[0] += size - patches
-        counted[1] += patches
     if end < length:
         if joined:
             segment_ids, position_ids = segment_ids.copy(), position_ids.copy()
@@ -123,7 +112,7 @@ def build_row(plan: RowPlan, sources: Mapping[str, Source], index: int, num_patc
         counts[name] = mine
     alone = len(counts) == 1 and end == length
     seen = mine if alone else sum(counts.values(), TokenCount(pad=length - end))
-    table = np.array(images, dtype=np.int64).reshape(-1, 3) if images else NO_IMAGES
+    table = np.array(images, dtype=np.int64).reshape(-1, 4) if images else NO_IMAGES
     return Row(
         input_ids=input_ids,
         targets=targets,
@@ -134,6 +123,27 @@ def build_row(plan: RowPlan, sources: Mapping[str, Source], index: int, num_patc
         counts=seen,
         sources=counts,
     )
+
+
+def _fill(
+    shard: Shard, example: slice, run: Run, input_ids: np.ndarray, targets: np.ndarray
+) -> int:
+    """Write a run of an example's tokens to the head of both; returns its number of targets."""
+    low, high = example.start + run.low, example.start + run.high
+    size = run.high - run.low
+    input_ids[:size] = shard.tokens[low:high]
+    # What is cut off of a caption or a talk is nobody's target; texts and documents go on in
+    # another row. Nothing predicts what stands before a picture's slots from behind them.
+    goes_on = shard.kind in GO_ON and not run.before_picture
+    last = min(high + 1, example.stop) if goes_on else high
+    known: int = last - low - 1
+    if shard.supervised is None:
+        targets[:known], targets[known:size] = shard.tokens[low + 1 : last], IGNORE
+        return known
+    chosen = shard.supervised[low + 1 : last] > 0
+    targets[:size] = IGNORE
+    targets[:known][chosen] = shard.tokens[low + 1 : last][chosen]
+    return int(np.count_nonzero(chosen))
 
 
 @cache
@@ -147,8 +157,11 @@ def _shared(length: int) -> tuple[np.ndarray, np.ndarray]:
 def shares_report(
     plan: RowPlan, sources: Mapping[str, Source], num_patches: int
 ) -> dict[str, dict[str, Any]]:
-    """By source: planned and realised tokens, examples, passes, the largest example it has, and how
-    many examples are cut to fit into a row and how many tokens that leaves out."""
+    """By source: planned and realised tokens, examples, passes, the largest example it has, how
+    many examples are cut to fit into a row and how many tokens that leaves out.
+
+    Of documents, which go on in another row, `cut` says how many `pieces` those make that are cut.
+    """
     report: dict[str, dict[str, Any]] = {}
     for quota in plan.quotas:
         source, examples = sources[quota.name], quota.examples
@@ -164,7 +177,7 @@ def shares_report(
             "examples": examples,
             "epochs": quota.tokens / quota.stream.total,
             "largest_example_tokens": _largest(quota, source, num_patches),
-            "cut": _cut_of(quota),
+            "cut": _cut_of(quota) if source.kind != "interleaved" else _pieces_of(quota),
         }
     return report
 
@@ -174,12 +187,12 @@ def _largest(quota: Quota, source: Source, num_patches: int) -> int:
     assert isinstance(lengths, SourceLengths)
     longest = max(
         (
-            tokens + (num_patches if shown == "image" else 0)
+            tokens + num_patches * num_shown(shown)
             for shown, tokens in source.longest(lengths.caption).items()
         ),
         default=0,
     )
-    return longest if quota.divisible else min(longest, quota.row_length)
+    return longest if source.kind in GO_ON else min(longest, quota.row_length)
 
 
 def _cut_of(quota: Quota) -> dict[str, int]:
@@ -195,7 +208,19 @@ def _cut_of(quota: Quota) -> dict[str, int]:
     return {"examples": number, "tokens": tokens}
 
 
-# (source number, example) pairs, int64 [images, 2] -> pixels or stored features, in their order.
+def _pieces_of(quota: Quota) -> dict[str, int]:
+    """The same of documents, and how many pieces those that are cut make."""
+    lengths, row_length = quota.stream.lengths, quota.row_length
+    number = pieces = 0
+    for low in range(0, quota.examples, EXAMPLES_AT_ONCE):
+        taken = quota.stream.places(low, min(low + EXAMPLES_AT_ONCE, quota.examples))
+        long = taken.examples[taken.lengths > row_length].tolist()
+        number += len(long)
+        pieces += sum(len(lengths.pieces(example, row_length)) for example in long)
+    return {"examples": number, "tokens": 0, "pieces": pieces}
+
+
+# What `Row.images` names, int64 [images, 3] -> pixels or stored features, in their order.
 Images = Callable[[np.ndarray], Float[Tensor, "images ..."]]
 NOTHING = torch.zeros((0, 0, 0))
 
@@ -230,7 +255,7 @@ class RowDataset(Dataset[tuple[Row, Tensor]]):
     def padding(self) -> tuple[Row, Tensor]:
         """A row that holds nothing: what a rank works on while only others have rows."""
         length = self.plan.rows.row_length
-        column, nothing = np.arange(length), np.zeros((0, 2), dtype=np.int64)
+        column, nothing = np.arange(length), np.zeros((0, 3), dtype=np.int64)
         row = Row(
             input_ids=np.zeros(length, dtype=np.int64),
             targets=np.full(length, IGNORE, dtype=np.int64),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from midstream.core.storage import MANIFEST, read_json, remove_folder, write_bytes, write_json
+from midstream.core.tokens import shown_name
 from midstream.data.columns import (
     COLUMNS,
     MOST_SEPARATE,
@@ -54,11 +55,21 @@ class Image:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """A picture of an example: the token it stands before, where its bytes lie, and these."""
+
+    place: int
+    image: Image
+    data: bytes
+
+
+@dataclass(frozen=True)
 class _Added:
     input_ids: np.ndarray
     supervised: np.ndarray
     name: str
-    image: Image | None
+    # Token, image and hash of each.
+    pictures: tuple[tuple[int, Image, bytes], ...]
     hash: bytes
     synthetic: tuple[Example, ...]
 
@@ -68,7 +79,8 @@ class ShardWriter:
 
     Use it inside `storage.new_folder`, so that the folder appears whole under its name.
     `validation_fraction` of the examples, chosen by their content hash, go to the validation
-    split: all captions of a picture, and equal texts, go the same way.
+    split: all captions of a picture, and equal texts, go the same way. `head` tokens begin each
+    example: before a picture that stands first.
     """
 
     def __init__(
@@ -79,15 +91,21 @@ class ShardWriter:
         dtype: str,
         input_name: str,
         validation_fraction: float = 0.0,
+        head: int = 0,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.kind, self.dtype = folder, kind, np.dtype(dtype)
-        self.input_name = input_name
+        self.input_name, self.head = input_name, head
         # A hash is below this with the asked probability.
         self._validation_below = int(validation_fraction * 2**64)
         self._validation: list[_Added] = []
         self._lengths: list[int] = []
-        self._images: list[tuple[int, int, int]] = []
+        self._num_images: list[int] = []
+        # File, offset, bytes and token of each picture, and its hash.
+        self._pictures: list[tuple[int, int, int, int]] = []
+        self._picture_hashes: list[bytes] = []
+        # Whether an example shows other than one picture at most, behind its head.
+        self._several = kind == "interleaved"
         self._hashes: list[bytes] = []
         self._files: dict[str, int] = {}
         # By hash, where the bytes of pictures without a file stand in the shard's own.
@@ -113,36 +131,53 @@ class ShardWriter:
         name: str,
         content: bytes,
         image: Image | None = None,
+        pictures: Sequence[Shown] = (),
         synthetic: Sequence[Example] = (),
         left_out: int = 0,
     ) -> None:
-        """One example; `content` is its picture's bytes, or its text's where it has none.
+        """One example; `content` is its picture's bytes, or its text's where it has none, or
+        whatever else says in which split it is.
 
+        `image` is its only picture, behind what begins the example; `pictures` are all of others.
         Texts of more than MAX_TEXT_TOKENS become several examples. A picture with `synthetic`
         captions may have none of its own (no `input_ids`); `left_out` counts those of its captions
-        that cannot be used.
+        that cannot be used. Raises ValueError with the name for places that are no ascending
+        numbers of tokens.
         """
         hashed = content_hash(content)
-        if image is not None and not image.file:
-            image = self._keep(hashed, content)
+        if image is not None:
+            pictures = [Shown(self.head, image, content)]
+        places = [shown.place for shown in pictures]
+        if image is None and (
+            sorted(places) != places or any(not 0 <= place < len(input_ids) for place in places)
+        ):
+            raise ValueError(
+                f"{name}: its pictures stand before the tokens {places}, it has "
+                f"{len(input_ids):,}; give places in ascending order, each before a token"
+            )
+        self._several |= places not in ([], [self.head])
+        kept = tuple(map(self._keep, pictures))
         self._records += 1
         self._left_out += left_out
         size = MAX_TEXT_TOKENS if self.kind == "text" else max(len(input_ids), 1)
         for low in range(0, max(len(input_ids), bool(synthetic)), size):
             part = slice(low, low + size)
-            added = _Added(input_ids[part], supervised[part], name, image, hashed, tuple(synthetic))
+            added = _Added(input_ids[part], supervised[part], name, kept, hashed, tuple(synthetic))
             if int.from_bytes(hashed[:8], "big") < self._validation_below:
                 self._validation.append(added)
             else:
                 self._write(added)
 
-    def _keep(self, hashed: bytes, content: bytes) -> Image:
-        """Write a picture to the shard's own, unless it stands there."""
+    def _keep(self, shown: Shown) -> tuple[int, Image, bytes]:
+        """Write a picture without a file to the shard's own, unless it stands there."""
+        hashed = content_hash(shown.data)
+        if shown.image.file:
+            return shown.place, shown.image, hashed
         if hashed not in self._own:
             with (self.folder / OWN_PICTURES).open("ab") as stream:
-                stream.write(content)
-            self._own[hashed], self._own_bytes = self._own_bytes, self._own_bytes + len(content)
-        return Image(OWN_PICTURES, self._own[hashed], len(content))
+                stream.write(shown.data)
+            self._own[hashed], self._own_bytes = self._own_bytes, self._own_bytes + len(shown.data)
+        return shown.place, Image(OWN_PICTURES, self._own[hashed], len(shown.data)), hashed
 
     def reject(self, reject: Reject) -> None:
         """Leave a record out, counted and named."""
@@ -157,16 +192,16 @@ class ShardWriter:
         self._synthetic.append(added.synthetic)
         if self._names is not None:
             self._names.write(added.name.replace("\n", " ").replace("\r", " ") + "\n")
-        shown = "plain" if added.image is None else "image"
+        shown = shown_name(len(added.pictures))
         if len(added.input_ids) > self._longest.get(shown, {"tokens": 0})["tokens"]:
             self._longest[shown] = {"tokens": len(added.input_ids), "where": added.name}
         self._lengths.append(len(added.input_ids))
         self._hashes.append(added.hash)
-        if added.image is None:
-            self._images.append((-1, 0, 0))
-        else:
-            file = self._files.setdefault(added.image.file, len(self._files))
-            self._images.append((file, added.image.offset, added.image.size))
+        self._num_images.append(len(added.pictures))
+        for place, image, hashed in added.pictures:
+            file = self._files.setdefault(image.file, len(self._files))
+            self._pictures.append((file, image.offset, image.size, place))
+            self._picture_hashes.append(hashed)
 
     def _write_tokens(self, input_ids: np.ndarray, supervised: np.ndarray) -> None:
         self._tokens.write(input_ids.astype(self.dtype).tobytes())
@@ -185,8 +220,18 @@ class ShardWriter:
         return lengths
 
     def _counts(self) -> np.ndarray:
-        shown = sum(file >= 0 for file, _, _ in self._images)
-        return np.array([len(self._lengths), sum(self._lengths), shown])
+        return np.array([len(self._lengths), sum(self._lengths), len(self._pictures)])
+
+    def _image_columns(self) -> dict[str, np.ndarray]:
+        """Pictures before each example; and all pictures, or one row an example."""
+        numbers = np.array(self._num_images, dtype=np.int64)
+        rows = np.array(self._pictures, np.int64).reshape(-1, 4)
+        if self._several:
+            hashes = np.frombuffer(b"".join(self._picture_hashes), np.int64).reshape(-1, 2)
+            return {"num_images": _sums(numbers), "pictures": np.hstack([rows, hashes])}
+        images = np.tile(np.array([-1, 0, 0]), (len(numbers), 1))
+        images[numbers > 0] = rows[:, :3]
+        return {"images": images, "num_images": _sums(numbers)}
 
     def close(self) -> dict[str, Any]:
         """Write the columns and `shard.json`; returns what that says."""
@@ -198,14 +243,13 @@ class ShardWriter:
         for stream in (self._tokens, self._supervised, self._names):
             if stream is not None:
                 stream.close()
-        images = np.array(self._images, np.int64).reshape(-1, 3)
         lengths = np.array(self._lengths, dtype=np.int64)
         columns = {
             "offsets": _offsets(lengths, synthetic) if len(synthetic) else _sums(lengths),
             "hashes": np.frombuffer(b"".join(self._hashes), np.uint8).reshape(-1, 16),
         }
         if self.kind != "text":
-            columns |= {"images": images, "num_images": _sums((images[:, 0] >= 0).astype(np.int64))}
+            columns |= self._image_columns()
         for name, column in columns.items():
             np.save(self.folder / f"{name}.npy", column)
         lines = [json.dumps(asdict(reject), ensure_ascii=False) for reject in self._rejects]
@@ -221,13 +265,13 @@ class ShardWriter:
             "train": _named(train),
             "validation": _named(both - train),
             "longest": self._longest,
-            "distinct_images": len(
-                {h for h, i in zip(self._hashes, self._images, strict=True) if i[0] >= 0}
-            ),
+            "distinct_images": len(set(self._picture_hashes)),
             "files": list(self._files),
         }
         if len(synthetic):
             index["synthetic"] = _about(lengths, synthetic, int(train[0]), self._left_out)
+        if self._several:
+            index["most_images"] = max(self._num_images, default=0)
         if self._dropped_turns:
             index["dropped_turns"] = dict(self._dropped_turns)
         write_json(self.folder / SHARD_INDEX, index)
@@ -291,7 +335,7 @@ def finish_source(
     summary["captions"]["left_out"] = left_out
     remove_folder(folder / COLUMNS)
     if len(shards) > MOST_SEPARATE:
-        join_columns(folder, shards)
+        join_columns(folder, shards, int(begin_of_text is not None))
         summary["joined_columns"] = True
     write_json(folder / INDEX, summary | {"shards": shards})
     return summary
@@ -300,7 +344,7 @@ def finish_source(
 def _entry(name: str, index: dict[str, Any]) -> dict[str, Any]:
     """What `source.json` says of a shard."""
     longest = max((found["tokens"] for found in index["longest"].values()), default=0)
-    keys = ("train", "validation", "input", "synthetic")
+    keys = ("train", "validation", "input", "synthetic", "most_images")
     return {"name": name, "longest": longest} | {key: index[key] for key in keys if key in index}
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import xxhash
@@ -30,7 +30,7 @@ from midstream.data.columns import (
     archives,
 )
 
-Kind = Literal["text", "caption", "instruct"]
+Kind = Literal["text", "caption", "instruct", "interleaved"]
 Split = Literal["train", "validation"]
 FORMAT = 3
 # The format before kept one caption a picture; its other kinds are as they are now.
@@ -38,6 +38,14 @@ OLDER, OLDER_KINDS = 2, ("text", "instruct")
 INDEX = "source.json"
 # Files that a shard maps: all five of its columns, or its tokens and what of them are targets.
 _OWN_MAPS, _JOINED_MAPS = 5, 2
+
+
+class Pictures(NamedTuple):
+    """Pictures of examples: `which`, int64 [n, 2], are (example, number among its pictures), and
+    `hashes`, uint8 [n, 16], their `content_hash`."""
+
+    which: np.ndarray
+    hashes: np.ndarray
 
 
 def content_hash(data: bytes) -> bytes:
@@ -99,7 +107,7 @@ class Source:
 
     @property
     def num_images(self) -> int:
-        """Examples with a picture."""
+        """Pictures of all examples, each as often as it is shown."""
         return int(self._before[-1, 2])
 
     @cached_property
@@ -144,8 +152,8 @@ class Source:
         return max((len(part["tokens"]) for part in parts), default=0)
 
     def longest(self, caption: Caption) -> dict[str, int]:
-        """Text tokens of the longest example without ("plain") and with a picture ("image"), in
-        either split, as it is seen with this caption."""
+        """Text tokens of the longest example without ("plain"), with a picture ("image"), and with
+        each higher number of them (`shown_name`), in either split, as seen with this caption."""
         seen = self.index if caption == "original" else self.index["seen"][caption]
         return {shown: int(found["tokens"]) for shown, found in seen["longest"].items()}
 
@@ -175,11 +183,18 @@ class Source:
         return JoinedColumns(self.folder / COLUMNS)
 
     @cached_property
-    def _first_rows(self) -> list[int]:
-        # One more than shards: examples of both splits in those before each.
-        held = ("train", "validation")
-        counts = (sum(s[split]["examples"] for split in held) for s in self.index["shards"])
-        return [0, *accumulate(counts)]
+    def _joined_parts(self) -> list[Part]:
+        # By shard: its examples of both splits.
+        assert self._joined is not None
+        shards, held = self.index["shards"], ("train", "validation")
+        examples, shown = (
+            [0, *accumulate(sum(shard[split][what] for split in held) for shard in shards)]
+            for what in ("examples", "images")
+        )
+        return [
+            Part(self._joined, number, slice(*examples[number : number + 2]), shown[number])
+            for number in range(len(shards))
+        ]
 
     def _shard(self, number: int) -> Shard:
         shard = self._shards.get(number)
@@ -192,8 +207,7 @@ class Source:
         folder = self.folder / "shards" / self.index["shards"][number]["name"]
         if self._joined is None:
             return Shard(folder, self.index)
-        first, last = self._first_rows[number : number + 2]
-        return Shard(folder, self.index, Part(self._joined, number, slice(first, last)))
+        return Shard(folder, self.index, self._joined_parts[number])
 
     def __getstate__(self) -> dict[str, Any]:
         # Memory maps are opened anew in a worker process; pickled, they would be copied whole.
@@ -280,7 +294,7 @@ class Source:
         return found
 
     def sizes_of(self, examples: np.ndarray, captions: np.ndarray) -> np.ndarray:
-        """int64 [n, 2]: text tokens of one caption of each example, and pictures (0 or 1)."""
+        """int64 [n, 2]: text tokens of one caption of each example, and its pictures."""
         found = np.zeros((len(examples), 2), dtype=np.int64)
         for number, mine, local in self._by_shard(examples):
             shard = self._shard(number)
@@ -292,16 +306,19 @@ class Source:
                 found[mine, 1] = shard.num_images[local + 1] - shard.num_images[local]
         return found
 
-    def longer_shards(self, longer_than: int, caption: int) -> Iterator[tuple[int, Shard, slice]]:
-        """Shards that may hold such a caption of more text tokens: the number of their first
-        example, and which of their examples are this split's."""
+    def longer_shards(
+        self, row_length: int, num_patches: int, caption: int
+    ) -> Iterator[tuple[int, Shard, slice]]:
+        """Shards that may hold such a caption that is longer than a row beside its pictures: the
+        number of their first example, and which of their examples are this split's."""
         for number, about in enumerate(self.index["shards"]):
             # Older sources do not say it by shard; not every shard has as many captions.
             longest = about.get("longest", sys.maxsize)
             if caption:
                 made = about.get("synthetic", {self.split: {"tokens": ()}, "longest": 0})
                 longest = made["longest"] if caption <= len(made[self.split]["tokens"]) else 0
-            if longest > longer_than and about[self.split]["examples"]:
+            most = about.get("most_images", int(self.num_images > 0))
+            if longest > row_length - num_patches * most and about[self.split]["examples"]:
                 first = self._first(number)
                 mine = slice(first, first + int(about[self.split]["examples"]))
                 yield int(self._before[number, 0]), self._shard(number), mine
@@ -314,25 +331,32 @@ class Source:
         start, end = shard.offsets_of(caption)[local : local + 2].tolist()
         return shard.tokens[start:end][low:high]
 
-    def has_image(self, example: int) -> bool:
-        """Whether the example shows a picture."""
+    def places_of(self, example: int) -> list[int]:
+        """Before which of its tokens each picture of an example stands."""
         shard, local = self.locate(example)
-        return shard.images is not None and int(shard.images[local, 0]) >= 0
+        return shard.places_of(local)
 
-    def hashes_of(self, examples: np.ndarray) -> np.ndarray:
-        """uint8 [n, 16]: `content_hash` of each one's picture, of its text where there is none."""
-        found = np.zeros((len(examples), 16), dtype=np.uint8)
+    def pictures_of(self, examples: np.ndarray) -> Pictures:
+        """The pictures of these examples, in the examples' order."""
+        numbers, parts = np.zeros(len(examples), dtype=np.int64), list[np.ndarray]()
+        order = [np.zeros(0, dtype=np.int64)]
         for number, mine, local in self._by_shard(examples):
-            found[mine] = self._shard(number).hashes[local]
-        return found
+            numbers[mine], hashes = self._shard(number).hashes_of(local)
+            parts.append(hashes)
+            order.append(np.repeat(mine, numbers[mine]))
+        # They were found shard by shard.
+        back = np.argsort(np.concatenate(order), kind="stable")
+        inside = np.arange(numbers.sum()) - np.repeat(np.cumsum(numbers) - numbers, numbers)
+        hashes = np.concatenate([np.zeros((0, 16), np.uint8), *parts])[back]
+        return Pictures(np.stack([np.repeat(examples, numbers), inside], axis=1), hashes)
 
-    def image_bytes(self, example: int) -> bytes:
-        """The encoded picture of an example.
+    def image_bytes(self, example: int, picture: int = 0) -> bytes:
+        """One of the encoded pictures of an example.
 
         Raises ValueError that names the record if its bytes are others than when it was prepared.
         """
-        number, images, hashes, row = self._picture_row(example)
-        file, offset, size = images[row].tolist()
+        number, local = self._place(example)
+        file, offset, size, hashed = self._shard(number).picture(local, picture)
         try:
             archive = self._archives.get((number, file))
             if archive is None:
@@ -349,27 +373,13 @@ class Source:
                 "back, or prepare the source again from where its pictures are now (`midstream "
                 "prepare`; `midstream run` for a source of a study's world)"
             ) from None
-        if content_hash(data) != hashes[row].tobytes():
+        if content_hash(data) != hashed:
             raise ValueError(
                 f"{self.describe(example)}: the picture in {self._files(number)[file]} changed "
                 "since it was prepared (its bytes have another hash); restore the file or prepare "
                 "the data again"
             )
         return data
-
-    def _picture_row(self, example: int) -> tuple[int, np.ndarray, np.ndarray, int]:
-        """The number of its shard, and the columns and the row that have its picture and hash."""
-        number, local = self._place(example)
-        if self._joined is not None:
-            return (
-                number,
-                self._joined.images,
-                self._joined.hashes,
-                self._first_rows[number] + local,
-            )
-        shard = self._shard(number)
-        assert shard.images is not None
-        return number, shard.images, shard.hashes, local
 
     def _files(self, number: int) -> tuple[str, ...]:
         files = self._names.get(number)

@@ -6,17 +6,23 @@ from midstream.data.sources import Source
 from midstream.order.mixture import Quota
 from midstream.study.results import PictureViews
 
-# Sources of more examples are not counted: their hashes and what sorts them take 48 bytes each.
-MOST_EXAMPLES = 2**25
+# Sources of more examples or pictures are not counted: their hashes and what sorts them take 48
+# bytes each.
+MOST_PICTURES = 2**25
 EXAMPLES_AT_ONCE = 2**16
 
 
 def picture_views(quota: Quota, source: Source) -> PictureViews | None:
     """The views of a source's pictures in a plan; examples that share a picture's bytes add up.
 
-    None for a source without pictures, and for one of more than MOST_EXAMPLES examples.
+    None for a source without pictures, and for one of more than MOST_PICTURES examples or
+    pictures.
     """
-    if quota.divisible or not source.num_images or len(source) > MOST_EXAMPLES:
+    if (
+        quota.divisible
+        or not source.num_images
+        or max(len(source), source.num_images) > MOST_PICTURES
+    ):
         return None
     numbers, hashes = _taken(quota, source)
     order = np.argsort(hashes)
@@ -35,15 +41,14 @@ def picture_views(quota: Quota, source: Source) -> PictureViews | None:
 
 
 def _taken(quota: Quota, source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """Views (uint32 [n], above 0) and hashes (S16 [n]) of the examples that show a picture."""
+    """Views (uint32 [n], above 0) and hashes (S16 [n]) of the pictures of the examples taken."""
     views = quota.views()
     taken = np.flatnonzero(views)
-    numbers, hashes = np.zeros(len(taken), np.uint32), np.zeros((len(taken), 16), np.uint8)
-    at = 0
+    most = source.num_images
+    numbers, hashes, at = np.zeros(most, np.uint32), np.zeros((most, 16), np.uint8), 0
     for low in range(0, len(taken), EXAMPLES_AT_ONCE):
-        block = taken[low : low + EXAMPLES_AT_ONCE]
-        block = block[source.sizes_of(block, np.zeros_like(block))[:, 1] > 0]
-        numbers[at : at + len(block)] = views[block]
-        hashes[at : at + len(block)] = source.hashes_of(block)
-        at += len(block)
+        found = source.pictures_of(taken[low : low + EXAMPLES_AT_ONCE])
+        here = slice(at, at + len(found.which))
+        numbers[here], hashes[here] = views[found.which[:, 0]], found.hashes
+        at = here.stop
     return numbers[:at], hashes[:at].view("S16")[:, 0]

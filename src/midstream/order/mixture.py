@@ -70,7 +70,7 @@ class Supply:
     """What a source offers to a plan.
 
     `lengths` are positions of a row, image patches included. Text (`divisible`) may be cut at any
-    token; other examples stay whole.
+    token; other examples are counted whole.
     """
 
     name: str

@@ -12,7 +12,7 @@ import numpy as np
 
 from midstream.config import Budget, Rows
 from midstream.order.mixture import Quota, Supply, interleaved, quotas_of
-from midstream.order.stream import Kept, permuted
+from midstream.order.stream import Kept, Lengths, permuted
 
 # Rows that are laid out at once.
 BLOCK_ROWS = 1024
@@ -50,8 +50,9 @@ class Filled(Kept):
     """Examples side by side, kept apart by segments, each row as full as its block allows.
 
     A block has about BLOCK_ROWS rows, and their number is fixed when the plan is made. Whole
-    examples go first, each into the fullest row that it fits; texts follow likewise, and those that
-    fit nowhere are cut to fill what is left.
+    examples go first, each into the fullest row that it fits, documents longer than a row in pieces
+    (`Lengths.pieces`); texts follow likewise, and those that fit nowhere are cut to fill what is
+    left.
     """
 
     def __init__(self, quotas: Sequence[Quota], row_length: int, key: str) -> None:
@@ -117,7 +118,8 @@ class Filled(Kept):
         return packer.rows
 
     def _items(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """[items, 5] of Items' columns: whole examples, and text cut to rows."""
+        """[items, 5] of Items' columns: whole examples and the pieces of those that are longer than
+        a row, and text cut to rows."""
         parts: dict[bool, list[np.ndarray]] = {False: [], True: []}
         for number, quota in enumerate(self.quotas):
             found = quota.block(block, self.num_blocks)
@@ -134,9 +136,25 @@ class Filled(Kept):
                 captions = np.zeros_like(examples)
             source = np.full_like(examples, number)
             columns = [source, examples, starts, lengths, captions]
-            parts[quota.divisible].append(np.stack(columns, axis=1))
+            items = np.stack(columns, axis=1)
+            if not quota.divisible and (lengths > self.row_length).any():
+                items = self._in_pieces(items, quota.stream.lengths)
+            parts[quota.divisible].append(items)
         empty = np.zeros((0, 5), dtype=np.int64)
         return np.concatenate([empty, *parts[False]]), np.concatenate([empty, *parts[True]])
+
+    def _in_pieces(self, items: np.ndarray, lengths: Lengths) -> np.ndarray:
+        """Whole examples, those longer than a row in the pieces that `lengths` says."""
+        long = np.flatnonzero(items[:, 3] > self.row_length)
+        pieces = [lengths.pieces(example, self.row_length) for example in items[long, 1].tolist()]
+        times = np.ones(len(items), dtype=np.int64)
+        times[long] = list(map(len, pieces))
+        found, first = np.repeat(items, times, axis=0), np.cumsum(times) - times
+        for at, sizes in zip(first[long].tolist(), pieces, strict=True):
+            here = slice(at, at + len(sizes))
+            found[here, 3] = sizes
+            found[here, 2] += np.cumsum([0, *sizes[:-1]])
+        return found
 
 
 class Packer:

@@ -50,6 +50,9 @@ class Lengths(Protocol):
         A draw stands for all examples of its chunk.
         """
 
+    def pieces(self, example: int, row_length: int) -> list[int]:
+        """What an example that is longer than a row is cut into: lengths of at most a row each."""
+
 
 class ArrayLengths:
     """Lengths held in an array."""
@@ -82,6 +85,11 @@ class ArrayLengths:
         ends = np.minimum((chunks + 1) * size, len(self))
         found: np.ndarray = self._before[ends] - self._before[chunks * size]
         return found
+
+    def pieces(self, example: int, row_length: int) -> list[int]:
+        """Whole rows, and what is left."""
+        whole, left = divmod(int(self.lengths[example]), row_length)
+        return [row_length] * whole + [left] * (left > 0)
 
 
 @dataclass(frozen=True)

@@ -98,34 +98,44 @@ def held_out_rows(
 
 @dataclass(frozen=True)
 class OtherImages:
-    """In place of each example's picture that of another example; of one source."""
+    """In place of each picture of an example one of another example; of one source.
+
+    `others` are pictures as (example, number among its pictures).
+    """
 
     images: Images
-    others: Mapping[int, int]
+    others: Mapping[tuple[int, int], tuple[int, int]]
 
     def __call__(self, images: np.ndarray) -> Float[Tensor, "images ..."]:
         """As `Images`."""
         changed = images.copy()
-        changed[:, 1] = [self.others[int(example)] for example in images[:, 1]]
+        if len(images):
+            changed[:, 1:] = [self.others[example, at] for example, at in images[:, 1:].tolist()]
         return self.images(changed)
 
 
-def _others(plan: RowPlan, source: Source) -> dict[int, int]:
-    """For each example with a picture the first one that shows the next different picture; empty
-    where all show the same."""
-    shown: dict[int, bytes] = {}
+def _others(plan: RowPlan, source: Source) -> dict[tuple[int, int], tuple[int, int]]:
+    """For each picture the next different one that another example shows first; empty where there
+    is none for some."""
+    shown: dict[tuple[int, int], bytes] = {}
     for examples in plan.examples_of(0):
-        pictured = examples[source.sizes_of(examples, np.zeros_like(examples))[:, 1] > 0]
-        hashes = source.hashes_of(pictured)
-        shown |= {int(e): row.tobytes() for e, row in zip(pictured, hashes, strict=True)}
-    first: dict[bytes, int] = {}
-    for example, picture in shown.items():
-        first.setdefault(picture, example)
-    if len(first) < 2:
-        return {}
+        found = source.pictures_of(examples)
+        for (example, at), hashed in zip(found.which.tolist(), found.hashes, strict=True):
+            shown[example, at] = hashed.tobytes()
+    first: dict[bytes, tuple[int, int]] = {}
+    for which, picture in shown.items():
+        first.setdefault(picture, which)
     pictures = list(first)
-    after = dict(zip(pictures, [*pictures[1:], pictures[0]], strict=True))
-    return {example: first[after[picture]] for example, picture in shown.items()}
+    places = {picture: place for place, picture in enumerate(pictures)}
+    others = {}
+    for which, picture in shown.items():
+        behind = range(places[picture] + 1, places[picture] + len(pictures))
+        following = (first[pictures[place % len(pictures)]] for place in behind)
+        other = next((one for one in following if one[0] != which[0]), None)
+        if other is None:
+            return {}
+        others[which] = other
+    return others
 
 
 def bytes_of_tokens(codec: TextCodec) -> Int64[np.ndarray, " vocab"]:

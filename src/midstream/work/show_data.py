@@ -22,7 +22,8 @@ from midstream.cost.cost import cost
 from midstream.cost.graph import PlanRow, order_of
 from midstream.data.examples import TextCodec
 from midstream.data.images import decode_pixels
-from midstream.data.rows import build_row, plan_rows, shares_report
+from midstream.data.parts import runs_of
+from midstream.data.rows import GO_ON, build_row, plan_rows, shares_report
 from midstream.data.sources import Source
 from midstream.data.views import picture_views
 from midstream.launch.local import LocalBackend
@@ -38,7 +39,7 @@ from midstream.work.protocol import Channel, Request, harmless, print_line
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 # What stands around targets where there are no colours.
 OPEN_MARK, CLOSE_MARK = "⟦", "⟧"
-KINDS = ("text", "caption", "instruct", "image", "pad", "target")
+KINDS = ("text", "caption", "instruct", "interleaved", "image", "pad", "target")
 
 
 class ShowDataRequest(Request):
@@ -96,18 +97,16 @@ class Span:
 class Piece:
     """What stands side by side in a row: an example, or a part of one.
 
-    `picture` numbers it among the row's pictures; `before` stands before it. `continued`: it began
-    in another row. `goes_on`: its end lies elsewhere; `following` is the token there that the last
-    position has as its target.
+    `parts` are its texts and pictures in their order, these by their number among the row's.
+    `continued`: it began in another row. `goes_on`: its end lies elsewhere; `following` is the
+    token there that the last position has as its target.
     `left_out`: tokens that were cut off for good, since a row does not hold them.
     """
 
     where: str
     columns: range
     num_targets: int
-    picture: int | None
-    before: tuple[Span, ...]
-    spans: tuple[Span, ...]
+    parts: tuple[tuple[Span, ...] | int, ...]
     continued: bool
     goes_on: bool
     following: tuple[Span, ...]
@@ -146,15 +145,23 @@ def pieces_of(shown: Shown, index: int) -> tuple[Row, list[Piece]]:
     joins, num_pictures = False, 0
     for placed in plan.layout.row(index):
         source = shown.sources[plan.names[placed.source]]
-        patches = shown.num_patches if source.has_image(placed.example) else 0
-        head = int(bool(patches) and source.begin_of_text is not None)
-        first, end = placed.column + head + patches, placed.column + placed.length
-        begin = row.input_ids[placed.column : placed.column + head].tolist()
-        supervised = predicted[first:end].tolist()
-        supervised[0] &= joins or bool(patches) or not placed.column
-        length = patches + len(source.input_ids(placed.example, caption=placed.caption))
+        places, end = source.places_of(placed.example), placed.column + placed.length
+        # What a piece in a segment of its own begins with is predicted by nothing.
+        predicted[placed.column] &= joins
+        parts = list[tuple[Span, ...] | int]()
+        for run in runs_of(places, placed.start, placed.length, shown.num_patches):
+            if run.picture is not None:
+                parts.append(num_pictures)
+                num_pictures += 1
+                continue
+            first = placed.column + run.column
+            here = slice(first, first + run.high - run.low)
+            marks = predicted[here].tolist()
+            parts.append(tuple(_spans(codec, specials, row.input_ids[here].tolist(), marks)))
+        length = shown.num_patches * len(places)
+        length += len(source.input_ids(placed.example, caption=placed.caption))
         behind = length - placed.start - placed.length
-        goes_on = behind > 0 and plan.quotas[placed.source].divisible
+        goes_on = behind > 0 and source.kind in GO_ON
         last = int(row.targets[end - 1])
         following = [last] if goes_on and last != IGNORE else []
         found.append(
@@ -162,16 +169,13 @@ def pieces_of(shown: Shown, index: int) -> tuple[Row, list[Piece]]:
                 where=source.describe(placed.example, placed.caption),
                 columns=range(placed.column, end),
                 num_targets=int((row.targets[placed.column : end] != IGNORE).sum()),
-                picture=num_pictures if patches else None,
-                before=tuple(_spans(codec, specials, begin, [False] * head)),
-                spans=tuple(_spans(codec, specials, row.input_ids[first:end].tolist(), supervised)),
+                parts=tuple(parts),
                 continued=placed.start > 0,
                 goes_on=goes_on,
                 following=tuple(_spans(codec, specials, following, [True] * len(following))),
                 left_out=0 if goes_on else behind,
             )
         )
-        num_pictures += patches > 0
         joins = plan.layout.sees_all(index) and not goes_on
     return row, found
 
@@ -227,14 +231,14 @@ def print_row(shown: Shown, index: int, out: Path, console: Console) -> None:
             f"{piece.num_targets} targets",
             style=f"bold reverse {colour}",
         )
-        if piece.picture is not None:
-            path = pictures[piece.picture]
-            if piece.before:
-                console.print(_body(piece.before, colour, plain), soft_wrap=True)
-            print_line(console, f"[image {shown.num_patches} patches -> {path.name}]", style=colour)
         if piece.continued:
             print_line(console, "(goes on from another row)", style="italic")
-        console.print(_body(piece.spans, colour, plain), soft_wrap=True)
+        for part in piece.parts:
+            if isinstance(part, int):
+                line = f"[image {shown.num_patches} patches -> {pictures[part].name}]"
+                print_line(console, line, style=colour)
+            else:
+                console.print(_body(part, colour, plain), soft_wrap=True)
         if piece.left_out:
             text = f"(cut to fit into a row: {piece.left_out:,} tokens are left out)"
             print_line(console, text, style="italic")
@@ -282,11 +286,12 @@ def _print_table(table: Sequence[Sequence[str]], console: Console) -> None:
 def _save_pictures(shown: Shown, index: int, row: Row, out: Path) -> list[Path]:
     """The row's pictures as the encoder sees them, back in 8 bits."""
     saved = []
-    for number, (which, example) in enumerate(row.images.tolist()):
+    for number, (which, example, picture) in enumerate(row.images.tolist()):
         source = shown.sources[shown.plan.names[which]]
         transform = shown.transform
         assert transform is not None
-        pixels = decode_pixels(source.image_bytes(example), source.describe(example), transform)
+        data = source.image_bytes(example, picture)
+        pixels = decode_pixels(data, source.describe(example), transform)
         colours = pixels.transpose(1, 2, 0) * np.array(transform.std) + np.array(transform.mean)
         stream = io.BytesIO()
         Image.fromarray(np.rint(colours * 255).clip(0, 255).astype(np.uint8)).save(stream, "PNG")
@@ -320,7 +325,10 @@ def print_stats(shown: Shown, num_rows: int, console: Console) -> None:
     for name, found in report.items():
         if (cut := found["cut"])["examples"]:
             text = f"{name}: {cut['examples']:,} of {found['examples']:,} examples are cut to fit "
-            print_line(console, f"{text}into a row, {cut['tokens']:,} tokens are left out")
+            left = f"{cut['tokens']:,} tokens are left out"
+            if "pieces" in cut:
+                left = f"{cut['pieces']:,} pieces of them go on in other rows"
+            print_line(console, f"{text}into a row, {left}")
     for quota in plan.quotas:
         if (views := picture_views(quota, shown.sources[quota.name])) is not None:
             print_line(console, f"{quota.name}: {views.words}")
