@@ -73,7 +73,8 @@ def write_world(root: Path) -> PublicFolder:
 def features(images: np.ndarray) -> torch.Tensor:
     """Standing in for an encoder: normal numbers by example."""
     shape = (ENCODER.num_patches, ENCODER.hidden_size)
-    found = [torch.randn(shape, generator=torch.Generator().manual_seed(int(e))) for _, e, _ in images]
+    seeds = (torch.Generator().manual_seed(int(example)) for _, example, _ in images)
+    found = [torch.randn(shape, generator=seed) for seed in seeds]
     return torch.stack(found) if found else torch.zeros((0, *shape))
 
 

@@ -344,7 +344,9 @@ def test_plans_count_with_the_captions_that_are_seen(seed: int) -> None:
             mean = sum(np.mean(part) for part in lengths)
             assert facts.tokens == pytest.approx(mean, abs=1)
             squares = sum(np.mean(np.square(np.array(part) + PATCHES)) for part in lengths)
-            kept_squares = sum(s + 2 * PATCHES * t + n * PATCHES**2 for n, t, s in facts.shown)
+            kept_squares = sum(
+                s + 2 * PATCHES * t + n * PATCHES**2 for n, t, s in dict(facts.shown)[1]
+            )
             assert kept_squares == pytest.approx(squares, rel=1e-9)
             if caption != "original":
                 assert facts.targets == pytest.approx(mean - 25, abs=1)

@@ -314,10 +314,7 @@ def test_the_mixture_table_counts_what_the_rows_hold(
     counts = sum((row.counts for row in rows), TokenCount())
     assert f"sample: {chosen} of {total} rows" in text
     sampled = table_after(text, "sample:")
-    assert sampled["all"][: len(KINDS)] == [
-        str(getattr(counts, kind))
-        for kind in KINDS
-    ]
+    assert sampled["all"][: len(KINDS)] == [str(getattr(counts, kind)) for kind in KINDS]
     for name in shown.plan.names:
         own = sum((row.sources.get(name, TokenCount()) for row in rows), TokenCount())
         assert sampled[name][3] == str(own.image)

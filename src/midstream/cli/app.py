@@ -82,6 +82,15 @@ class Section(StrEnum):
     TEXT = "text"
     CAPTIONS = "captions"
     CONVERSATIONS = "conversations"
+    DOCUMENTS = "documents"
+
+
+class Lost(StrEnum):
+    """What goes out of a document with a picture that is lost."""
+
+    PICTURE = "picture"
+    TEXT = "text"
+    DOCUMENT = "document"
 
 
 class Required(StrEnum):
@@ -123,7 +132,16 @@ def prepare(
     ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Leave longer captions and conversations out, as rejects."),
+        typer.Option(min=1, help="Leave longer records, but texts, out as rejects."),
+    ] = None,
+    lost: Annotated[
+        Lost, typer.Option(help="What goes out of a document with a lost picture.")
+    ] = Lost.PICTURE,
+    similarity: Annotated[
+        float | None, typer.Option(help="Leave pictures of MMC4 out that are less like their text.")
+    ] = None,
+    rating: Annotated[
+        int | None, typer.Option(help="Leave pairs of FineVision with a lower rating out.")
     ] = None,
     max_rejects: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="The share of bad records that is let pass.")
@@ -153,8 +171,9 @@ def prepare(
     if cluster is None:
         require_no_jobs(out)
     started = time.monotonic()
-    options: dict[str, str | int | None] = {"text_key": text_key, "require": require}
+    options: dict[str, str | float | None] = {"text_key": text_key, "require": require}
     options |= {"images": images, "max_tokens": max_tokens, "split": split}
+    options |= {"lost": lost, "similarity": similarity, "rating": rating}
     request = {"section": section, "sources": sources, "out": out, "tokenizer": tokenizer}
     request |= {"max_rejects": max_rejects, "validation": validation, "options": options}
     request |= {"begin_of_text": begin_of_text, "workers": workers or os.cpu_count() or 1}

@@ -292,7 +292,8 @@ def print_summary(summary: dict[str, Any], seconds: float) -> None:
         counts = summary[split]
         numbers = (f"{counts[key]:,}" for key in ("examples", "tokens", "images"))
         table.add_row(split, f"{summary['records']:,}" if split == "train" else "", *numbers)
-    for key, what in (("rejects", "rejected"), ("dropped_turns", "turns dropped")):
+    dropped = "parts left out" if summary["kind"] == "interleaved" else "turns dropped"
+    for key, what in (("rejects", "rejected"), ("dropped_turns", dropped)):
         for reason, times in sorted(summary[key].items()):
             table.add_row(escape(f"{what}: {reason}"), f"{times:,}", "", "", "")
     terminal.out().print(table)

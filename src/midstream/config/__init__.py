@@ -15,6 +15,7 @@ from midstream.config.budget import Rows as Rows
 from midstream.config.budget import Sampling as Sampling
 from midstream.config.budget import Share as Share
 from midstream.config.budget import check_caption as check_caption
+from midstream.config.budget import check_picture as check_picture
 from midstream.config.budget import check_pool as check_pool
 from midstream.config.connectors import AttentionPool as AttentionPool
 from midstream.config.connectors import AveragePool as AveragePool

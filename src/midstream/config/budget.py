@@ -54,6 +54,17 @@ def check_pool(name: str, kind: str, pool: int, num_examples: int) -> None:
         )
 
 
+def check_picture(name: str, num_positions: int, row_length: int) -> None:
+    """Raises ValueError for a picture that takes so many positions, where a row has no room for it
+    and its separator."""
+    if num_positions and num_positions + 1 > row_length:
+        raise ValueError(
+            f"a picture of source {name!r} and its separator take {num_positions + 1:,} positions, "
+            f"a row has {row_length:,}; raise row_length, or choose an encoder or a connector of "
+            "fewer positions a picture"
+        )
+
+
 class Share(Config):
     """A named source and its share of a token budget (all its tokens that are not padding).
 

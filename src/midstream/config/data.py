@@ -178,7 +178,7 @@ class ExpectedSource(Config):
     """
 
     name: str
-    kind: Literal["text", "caption", "instruct"]
+    kind: Literal["text", "caption", "instruct", "interleaved"]
     num_examples: Positive
     num_tokens: Positive
     num_targets: Positive

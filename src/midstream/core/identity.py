@@ -186,9 +186,14 @@ def _outside_sources(world: Path) -> Iterator[str]:
                 yield str(path)
 
 
-Kind = Literal["text", "caption", "instruct"]
+Kind = Literal["text", "caption", "instruct", "interleaved"]
 # Where a world keeps its sources, and what their text counts as.
-SECTIONS: dict[str, Kind] = {"text": "text", "captions": "caption", "instruct": "instruct"}
+SECTIONS: dict[str, Kind] = {
+    "text": "text",
+    "captions": "caption",
+    "instruct": "instruct",
+    "documents": "interleaved",
+}
 # The index that makes a folder a prepared source.
 PREPARED = "source.json"
 

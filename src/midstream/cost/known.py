@@ -11,6 +11,7 @@ import numpy as np
 
 from midstream.config import Caption, ExpectedSource, PublicFolder
 from midstream.core.identity import PREPARED, SECTIONS
+from midstream.core.tokens import num_shown
 from midstream.study.results import Lengths, SourceResult
 from midstream.study.stages import Prepare, PrepareSource
 from midstream.study.store import Ledger
@@ -33,8 +34,8 @@ REPLY_SHARE = 0.5
 class Facts:
     """A source: examples, text tokens, targets among them, pictures, and the lengths of examples.
 
-    `plain` and `shown` are examples without and with a picture. `basis` says whether the lengths
-    are those of the prepared source.
+    `shown` has the lengths of examples by how many pictures each shows, those without any last.
+    `basis` says whether the lengths are those of the prepared source.
     """
 
     kind: str
@@ -43,8 +44,7 @@ class Facts:
     targets: Number
     images: Number
     distinct_images: Number
-    plain: Lengths
-    shown: Lengths
+    shown: tuple[tuple[int, Lengths], ...]
     basis: Basis
 
     def size(self, patches: int) -> int:
@@ -53,16 +53,18 @@ class Facts:
 
     def fitted(self, patches: int, row_length: int) -> "Facts":
         """The source with captions and conversations cut to rows, class by class; as it is where
-        its lengths are only expected."""
-        if self.kind == "text" or self.basis == "expected":
+        its lengths are only expected, and where what is cut off goes on in other rows."""
+        if self.kind in ("text", "interleaved") or self.basis == "expected":
             return self
-        plain = tuple(_clipped(part, row_length) for part in self.plain)
-        shown = tuple(_clipped(part, row_length - patches) for part in self.shown)
-        if (plain, shown) == (self.plain, self.shown):
+        shown = tuple(
+            (images, tuple(_clipped(part, row_length - images * patches) for part in lengths))
+            for images, lengths in self.shown
+        )
+        if shown == self.shown:
             return self
-        tokens = sum(part[1] for part in (*plain, *shown))
+        tokens = sum(part[1] for _, lengths in shown for part in lengths)
         targets = self.targets * tokens / max(self.tokens, 1)
-        return replace(self, tokens=tokens, targets=targets, plain=plain, shown=shown)
+        return replace(self, tokens=tokens, targets=targets, shown=shown)
 
     def pooled(self, pool: int | None) -> "Facts":
         """A pool of the source, of so many of its examples, as expected of a random part."""
@@ -70,21 +72,29 @@ class Facts:
             return self
         part = pool / self.examples
         names = ("tokens", "targets", "images", "distinct_images")
-        plain, shown = (
-            tuple((part * number, part * sums, part * squares) for number, sums, squares in lengths)
-            for lengths in (self.plain, self.shown)
+        shown = tuple(
+            (images, tuple((part * n, part * sums, part * squares) for n, sums, squares in lengths))
+            for images, lengths in self.shown
         )
         smaller = {name: part * getattr(self, name) for name in names}
-        return replace(self, examples=pool, plain=plain, shown=shown, **smaller)
+        return replace(self, examples=pool, shown=shown, **smaller)
 
-    def drawn(self, number: int, patches: int) -> tuple[np.ndarray, int]:
-        """int64: lengths in a row of so many examples that stand for all; how many of them, the
-        first ones, show a picture."""
-        share = sum(part[0] for part in self.shown) / max(self.examples, 1)
-        num_shown = min(round(share * number), number)
-        shown = _stratified(self.shown, num_shown) + patches
-        lengths = np.concatenate([shown, _stratified(self.plain, number - num_shown)])
-        return (lengths, num_shown) if len(lengths) else (np.ones(1, np.int64), 0)
+    def drawn(self, number: int, patches: int) -> tuple[np.ndarray, np.ndarray]:
+        """int64: lengths in a row of so many examples that stand for all, and the pictures of
+        each."""
+        found, at, before = list[tuple[np.ndarray, np.ndarray]](), 0, 0.0
+        for images, lengths in self.shown:
+            before += sum(part[0] for part in lengths)
+            end = min(round(before / max(self.examples, 1) * number), number)
+            if images == 0:
+                end = number
+            drawn = _stratified(lengths, end - at) + images * patches
+            found.append((drawn, np.full_like(drawn, images)))
+            at = end
+        if not sum(len(drawn) for drawn, _ in found):
+            return np.ones(1, np.int64), np.zeros(1, np.int64)
+        sizes, shown = map(np.concatenate, zip(*found, strict=True))
+        return sizes, shown
 
 
 def sources_of(
@@ -152,15 +162,19 @@ def _facts(
     distinct_images: int | None = None,
     lengths: Mapping[str, Lengths] | None = None,
 ) -> Facts:
-    """Without lengths each picture is taken to stand in one example."""
+    """Without lengths pictures are taken to be dealt out evenly over the examples."""
     examples, tokens, images = counts
     if targets is None:
         targets = (tokens - examples) * (REPLY_SHARE if kind == "instruct" else 1.0)
     if lengths is None:
-        with_image, mean = min(images, examples), tokens / max(examples, 1)
-        plain, shown = (_typical(kind, n, mean) for n in (examples - with_image, with_image))
+        few, more = divmod(images, max(examples, 1))
+        mean = tokens / max(examples, 1)
+        numbers = {few + 1: more, few: examples - more}
+        by_images = {n: _typical(kind, number, mean) for n, number in numbers.items()}
     else:
-        plain, shown = lengths["plain"], lengths["image"]
+        by_images = {num_shown(shown): found for shown, found in lengths.items()}
+    # Those without a picture stand last.
+    shown = tuple(sorted(by_images.items(), key=lambda item: (item[0] == 0, item[0])))
     return Facts(
         kind=kind,
         examples=examples,
@@ -168,7 +182,6 @@ def _facts(
         targets=max(targets, 0),
         images=images,
         distinct_images=images if distinct_images is None else distinct_images,
-        plain=plain,
         shown=shown,
         basis="expected" if lengths is None else "counted",
     )

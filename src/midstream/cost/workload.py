@@ -209,11 +209,12 @@ def _laid_out(
 ) -> _LaidOut:
     supplies, shown = [], []
     for name, source, number in drawn:
-        lengths, num_shown = source.drawn(number, patches)
+        lengths, images_of = source.drawn(number, patches)
         text = source.kind == "text"
-        lengths = lengths if text else np.minimum(lengths, rows.row_length)
+        goes_on = text or (source.kind == "interleaved" and rows.layout == "filled")
+        lengths = lengths if goes_on else np.minimum(lengths, rows.row_length)
         supplies.append(Supply(name, ArrayLengths(lengths), text))
-        shown.append(num_shown)
+        shown.append(images_of)
     plan = make_plan(supplies, budget, rows, seed=0)
     blocks: list[int] = []
     number, batch = len(plan), rows.batch_rows
@@ -226,7 +227,8 @@ def _laid_out(
     items = [(row, *placed[:4]) for row in range(number) for placed in plan.layout.row(row)]
     row, source_of, example, start, lengths = np.array(items).T
     step, steps = row // batch, -(-number // batch)
-    images = (start == 0) & (example < np.array(shown)[source_of])
+    first = np.cumsum([0, *map(len, shown)])[:-1]
+    images = np.where(start == 0, np.concatenate(shown)[first[source_of] + example], 0)
     learnt = np.array([_learnt(source, rows) for _, source, _ in drawn])[source_of]
     ends = np.bincount(row, lengths, number)
     return _LaidOut(

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from midstream.config import Caption, Overflow, Rows
+from midstream.config import Caption, Overflow, Rows, check_picture
 from midstream.core.tokens import num_shown, shown_name
 from midstream.data.columns import Shard
-from midstream.data.parts import check_picture, pieces_of
+from midstream.data.parts import pieces_of
 from midstream.data.sources import Source
 
 # Of such classes follows the sum of squared lengths in rows of any length within some thousandths.
@@ -216,9 +216,9 @@ class SourceLengths:
 
     def pieces(self, example: int, row_length: int) -> list[int]:
         """The lengths of the pieces of a document that is longer than a row: `pieces_of`."""
-        places = self.source.places_of(example)
-        num_tokens = int(self.source.sizes_of(np.array([example]), np.zeros(1))[0, 0])
-        return pieces_of(places, num_tokens, row_length, self.num_patches)
+        shard, local = self.source.locate(example)
+        low, high = shard.offsets[local : local + 2].tolist()
+        return pieces_of(shard.places_of(local), high - low, row_length, self.num_patches)
 
     def excess(self, examples: np.ndarray, captions: np.ndarray) -> np.ndarray:
         """int64: positions that are cut off of each example with this caption."""

@@ -66,14 +66,3 @@ def pieces_of(
             pieces.append(0)
         pieces[-1] += part
     return [piece for piece in pieces if piece]
-
-
-def check_picture(name: str, num_positions: int, row_length: int) -> None:
-    """Raises ValueError for a picture that takes so many positions, where a row has no room for it
-    and its separator."""
-    if num_positions and num_positions + 1 > row_length:
-        raise ValueError(
-            f"a picture of source {name!r} and its separator take {num_positions + 1:,} positions, "
-            f"a row has {row_length:,}; raise row_length, or choose an encoder or a connector of "
-            "fewer positions a picture"
-        )

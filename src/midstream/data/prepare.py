@@ -15,6 +15,7 @@ from midstream.data.examples import END_OF_TEXT, SEPARATOR, TextCodec
 from midstream.data.formats.records import (
     CaptionRecord,
     ConversationRecord,
+    DocumentRecord,
     ReadOptions,
     Section,
     TextRecord,
@@ -38,6 +39,7 @@ SECTIONS: dict[str, Section] = {
     "text": "text",
     "caption": "captions",
     "instruct": "conversations",
+    "interleaved": "documents",
 }
 World = PocketWorld | SmallReal | PublicFolder
 
@@ -168,7 +170,7 @@ def language_of(root: Path, names: Sequence[str]) -> Iterator[str]:
             for item in read_unit(section, unit, options):
                 if isinstance(item, ConversationRecord):
                     yield from (f"{turn.asked} {turn.reply}" for turn in item.turns)
-                elif isinstance(item, TextRecord | CaptionRecord):
+                elif isinstance(item, TextRecord | CaptionRecord | DocumentRecord):
                     yield from item.texts
 
 

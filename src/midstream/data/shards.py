@@ -23,16 +23,20 @@ from midstream.data.examples import (
     TextCodec,
     caption_example,
     conversation_example,
+    document_example,
     text_example,
 )
 from midstream.data.formats.beside import FILES
 from midstream.data.formats.conversations import conversation_units, read_conversations
+from midstream.data.formats.document_parts import document_of
 from midstream.data.formats.files import is_folder, is_url
+from midstream.data.formats.interleaved import document_units, read_documents
 from midstream.data.formats.read_captions import caption_units, read_captions
 from midstream.data.formats.read_text import read_text, text_units
 from midstream.data.formats.records import (
     CaptionRecord,
     ConversationRecord,
+    DocumentRecord,
     Picture,
     ReadOptions,
     Record,
@@ -44,7 +48,7 @@ from midstream.data.formats.records import (
 from midstream.data.images import decode
 from midstream.data.remote import ChangedError, RemoteError, Stamp, refuse_changed
 from midstream.data.shard_state import Job, Todo, stamp_of
-from midstream.data.source_writer import Image, Reject, ShardWriter
+from midstream.data.source_writer import Image, Reject, ShardWriter, Shown
 from midstream.data.sources import Kind, content_hash
 
 # Records go through the tokenizer together up to these limits, which bound a process's memory.
@@ -66,10 +70,15 @@ def units_of(section: Section, sources: Sequence[str], options: ReadOptions) -> 
         raise FileNotFoundError(f"{options.images} is no folder of pictures; correct its name")
     if options.split and section != "captions":
         raise ValueError(f"{section} say no split of their records; name the files of the split")
-    if section == "captions":
-        units = caption_units(sources, options)
-    else:
-        units = (text_units if section == "text" else conversation_units)(sources)
+    match section:
+        case "captions":
+            units = caption_units(sources, options)
+        case "documents":
+            units = document_units(sources, options)
+        case "conversations":
+            units = conversation_units(sources)
+        case "text":
+            units = text_units(sources)
     for path, times in Counter(unit.files[0] for unit in units if not unit.first).items():
         if times > 1:
             raise ValueError(f"{path} is given {times} times; give each file once")
@@ -80,6 +89,7 @@ READERS: dict[Section, Callable[[Unit, ReadOptions], Iterator[Item]]] = {
     "text": read_text,
     "captions": read_captions,
     "conversations": read_conversations,
+    "documents": read_documents,
 }
 
 
@@ -98,8 +108,8 @@ def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
     for item in items:
         batch.append(item)
         characters += num_characters(item)
-        if not isinstance(item, Reject) and item.picture is not None:
-            picture_bytes += len(item.picture.data)
+        if not isinstance(item, Reject):
+            picture_bytes += sum(len(picture.data) for picture in pictures_of(item))
         if (
             len(batch) >= BATCH_RECORDS
             or characters >= BATCH_CHARACTERS
@@ -109,6 +119,22 @@ def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
             batch, characters, picture_bytes = [], 0, 0
     if batch:
         yield batch
+
+
+def pictures_of(item: Record) -> tuple[Picture, ...]:
+    """The record's pictures, in their order."""
+    if isinstance(item, ConversationRecord | DocumentRecord):
+        return item.pictures
+    return () if item.picture is None else (item.picture,)
+
+
+def content_of(item: Record) -> bytes:
+    """What a record's split follows from: its picture, the first of a conversation, its text, or
+    all of a document."""
+    if isinstance(item, DocumentRecord):
+        hashes = (content_hash(picture.data) for picture in item.pictures)
+        return b"".join([text_bytes(item), *hashes])
+    return text_bytes(item) if item.picture is None else item.picture.data
 
 
 def text_bytes(item: Record) -> bytes:
@@ -125,7 +151,12 @@ def num_characters(item: Item) -> int:
     return sum(map(len, item.texts))
 
 
-KINDS: dict[Section, Kind] = {"text": "text", "captions": "caption", "conversations": "instruct"}
+KINDS: dict[Section, Kind] = {
+    "text": "text",
+    "captions": "caption",
+    "conversations": "instruct",
+    "documents": "interleaved",
+}
 # Verdicts on pictures that are kept, for records that share one and stand near each other.
 KEPT_VERDICTS = 1000
 
@@ -233,6 +264,7 @@ class _Work:
             dtype="<u2" if self.codec.size <= 2**16 else "<u4",
             input_name=self.job.short(_input_name(self.unit)),
             validation_fraction=self.job.validation_fraction,
+            head=len(self.codec.begin_ids),
         )
         for batch in batches(self.items()):
             before = len(self.rejects)
@@ -256,7 +288,8 @@ class _Work:
 
     def write(self, batch: Sequence[Item], writer: ShardWriter) -> int:
         """Tokenise a batch and add it to the shard; returns how many tokens that were."""
-        whole = (item for item in batch if isinstance(item, CaptionRecord | TextRecord))
+        kinds = CaptionRecord | TextRecord | DocumentRecord
+        whole = (item for item in batch if isinstance(item, kinds))
         texts = [text for item in whole for text in item.texts]
         encoded = iter(self.codec.encode_many(texts))
         num_tokens = 0
@@ -269,21 +302,25 @@ class _Work:
                 self._reject(versions, writer)
                 continue
             num_tokens += sum(len(example.input_ids) for example in versions.all)
-            if isinstance(item, ConversationRecord):
+            if isinstance(item, ConversationRecord | DocumentRecord):
                 writer.drop_turns(item.left_out)
-            picture = item.picture
-            # A name says where a picture stays; without one the shard keeps it.
-            file = "" if picture is None or self.job.copies else self.job.short(picture.file)
+            # Also where a picture has synthetic captions alone.
+            places = versions.all[-1].pictures
             writer.add(
                 versions.own.input_ids,
                 versions.own.supervised,
                 name=self.job.short(item.where),
-                content=text_bytes(item) if picture is None else picture.data,
-                image=None if picture is None else Image(file, picture.offset, len(picture.data)),
+                content=content_of(item),
+                pictures=list(map(self._shown, places, pictures_of(item))),
                 synthetic=versions.synthetic,
                 left_out=versions.left_out,
             )
         return num_tokens
+
+    def _shown(self, place: int, picture: Picture) -> Shown:
+        # A name says where a picture stays; without one the shard keeps it.
+        file = "" if self.job.copies else self.job.short(picture.file)
+        return Shown(place, Image(file, picture.offset, len(picture.data)), picture.data)
 
     def _versions(self, item: Record, encoded: Iterator[list[int]]) -> "_Versions | Reject":
         """A record's examples, or why it is left out: none that is wanted is short enough."""
@@ -295,10 +332,17 @@ class _Work:
             ones = np.ones(len(item.input_ids), dtype=np.uint8)
             return _Versions(Example(item.input_ids, ones))
         limit = self.job.options.max_tokens
-        talk = conversation_example(self.codec, item.turns)
-        if limit is not None and len(talk.input_ids) > limit:
-            return _too_many(item, len(talk.input_ids), limit)
-        return _Versions(talk)
+        if isinstance(item, DocumentRecord):
+            parts = (None if isinstance(part, Picture) else next(encoded) for part in item.parts)
+            example = document_example(self.codec, list(parts))
+        else:
+            example = conversation_example(self.codec, item.turns)
+        if limit is not None and len(example.input_ids) > limit:
+            return _too_many(item, len(example.input_ids), limit)
+        if (have := len(item.pictures)) != (places := len(example.pictures)):
+            detail = f"{have} pictures, places for {places}"
+            return Reject(item.where, "marks and pictures disagree", detail)
+        return _Versions(example)
 
     def _captions(self, item: CaptionRecord, encoded: Iterator[list[int]]) -> "_Versions | Reject":
         examples = [caption_example(self.codec, next(encoded)) for _ in item.texts]
@@ -329,8 +373,15 @@ class _Work:
                 wrong = int(ids.max()) if int(ids.min()) >= 0 else int(ids.min())
                 detail = f"{wrong}, the tokenizer has ids 0 to {self.codec.size - 1}"
                 return Reject(item.where, "token id outside the vocabulary", detail)
-        problem = None if item.picture is None else self._problem(item.picture)
-        return Reject(item.where, "picture cannot be decoded", problem) if problem else item
+        problems = [self._problem(picture) for picture in pictures_of(item)]
+        broken = [Reject(item.where, "picture cannot be decoded", one) for one in problems if one]
+        if not broken or not isinstance(item, DocumentRecord):
+            return broken[0] if broken else item
+        why, lost = iter(problems), iter(broken)
+        parts = [
+            next(lost) if isinstance(part, Picture) and next(why) else part for part in item.parts
+        ]
+        return document_of(item.where, parts, self.job.options, item.left_out)
 
     def _problem(self, picture: Picture) -> str | None:
         key = content_hash(picture.data)

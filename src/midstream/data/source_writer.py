@@ -155,8 +155,9 @@ class ShardWriter:
                 f"{name}: its pictures stand before the tokens {places}, it has "
                 f"{len(input_ids):,}; give places in ascending order, each before a token"
             )
-        self._several |= places not in ([], [self.head])
         kept = tuple(map(self._keep, pictures))
+        is_plain = places == [self.head] and kept[0][2] == hashed
+        self._several |= bool(kept) and not is_plain
         self._records += 1
         self._left_out += left_out
         size = MAX_TEXT_TOKENS if self.kind == "text" else max(len(input_ids), 1)

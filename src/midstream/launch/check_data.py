@@ -17,10 +17,12 @@ from midstream.config import (
     TokenizerFile,
     TrainedTokenizer,
     check_caption,
+    check_picture,
     check_pool,
 )
 from midstream.core.identity import file_sha256
 from midstream.core.storage import read_json
+from midstream.core.tokens import num_shown
 from midstream.cost.known import prepared_index
 from midstream.order.mixture import needs_of, passes_needed
 from midstream.study.label import label
@@ -94,8 +96,8 @@ def refused(found: Sequence[Problem]) -> tuple[Problem, ...]:
 class Counted:
     """A source as far as it is known; `tokens` without patches, `images` examples with a picture.
 
-    `longest` is, of examples without ("plain") and with ("image") a picture, the longest one's
-    tokens and where it stands. `captions` counts the examples with each kind of caption, None where
+    `longest` is, of examples by their pictures (`shown_name`), the longest one's tokens and where
+    it stands. `captions` counts the examples with each kind of caption, None where
     nobody did; `seen` has these numbers for captions that are not a picture's own. `expected`:
     nothing was counted, the recipe says so.
     """
@@ -308,15 +310,26 @@ def _doubt(tokens: int, pool: int) -> int:
 
 def _longest(name: str, source: Counted, patches: int, stage: Trained) -> Iterator[Problem]:
     rows = stage.training.rows
-    if source.kind == "text" or overflow_of(stage) == "cut":
+    if source.images:
+        try:
+            check_picture(name, patches, rows.row_length)
+        except ValueError as reason:
+            yield Problem.of(reason)
+            return
+    # Documents go on in other filled rows.
+    document = source.kind == "interleaved"
+    cut = rows.layout == "filled" if document else overflow_of(stage) == "cut"
+    if source.kind == "text" or cut:
         return
     for shown, (tokens, where) in source.longest.items():
-        length = tokens + (patches if shown == "image" else 0)
+        length = tokens + patches * num_shown(shown)
         if length > rows.row_length:
             yield Problem(
                 f"source {name!r}, {where}: {length} positions do not fit into a row of "
                 f"{rows.row_length}",
-                "raise row_length, or leave such records out (midstream prepare --max-tokens)",
+                "raise row_length, "
+                + ("choose filled rows, " if document else "")
+                + "or leave such records out (midstream prepare --max-tokens)",
                 key=f"longest {stage.data.source(name).name} {rows.row_length}",
                 weight=length,
             )

@@ -16,7 +16,7 @@ from midstream.data.examples import Turn
 from midstream.data.formats.files import open_whole
 from midstream.data.sources import content_hash
 
-Section = Literal["text", "captions", "conversations"]
+Section = Literal["text", "captions", "conversations", "documents"]
 # A longer list is cut into units of so many records.
 NUM_UNIT_RECORDS = 20_000
 
@@ -41,7 +41,7 @@ class ReadOptions:
 
     text_key: the field or column of the text. require: a picture without this kind of caption is
     left out. images: the folder or URL that relative picture names start from, where it is not the
-    file's own folder. max_tokens: captions and conversations of more tokens are left out. split:
+    file's own folder. max_tokens: what has more tokens, but a text, is left out. split:
     what is read of a list that holds several splits, one or more joined by "+". lost: what a
     picture that is not there, or cannot be decoded, takes with it out of a document: nothing, the
     texts that it stands beside, or all. similarity: pictures of MMC4 that are less like their text
@@ -168,7 +168,7 @@ class DocumentRecord:
         return tuple(part for part in self.parts if isinstance(part, str))
 
 
-Record = TextRecord | TokenRecord | CaptionRecord | ConversationRecord
+Record = TextRecord | TokenRecord | CaptionRecord | ConversationRecord | DocumentRecord
 
 
 # The largest member, and all members of a sample together.
