@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from midstream.config import Budget, Epochs, Mixture, Rows, Sampling, Share
+from midstream.data.parts import pieces_of
 from midstream.order import plan as order_plan
 from midstream.order import stream
 from midstream.order.mixture import Supply
@@ -429,3 +430,60 @@ def test_any_row_of_a_billion_captions_and_ten_billion_documents_costs_alike(
     other, _ = made()
     middle = len(plan) // 2
     assert other.layout.row(middle) == plan.layout.row(middle)
+
+
+class DrawnDocuments(ArrayLengths):
+    """Documents as OBELICS has them: 815 text tokens in the mean, log-normal with a deviation of 1
+    of the logarithm, and 2.5 pictures, geometric and at most 30, anywhere among the tokens."""
+
+    def __init__(self, seed: int, count: int, num_patches: int) -> None:
+        random = np.random.default_rng(seed)
+        drawn = np.rint(random.lognormal(np.log(815) - 0.5, 1.0, count))
+        self.tokens = np.maximum(drawn, 2).astype(np.int64)
+        self.pictures = np.minimum(random.geometric(1 / 2.5, count), np.minimum(30, self.tokens))
+        self.seed, self.num_patches = seed, num_patches
+        super().__init__(self.tokens + num_patches * self.pictures)
+
+    def pieces(self, example: int, row_length: int) -> list[int]:
+        """Cut between parts, the pictures at places that follow from the example."""
+        num_tokens, number = int(self.tokens[example]), int(self.pictures[example])
+        random = np.random.default_rng((self.seed, example))
+        places = sorted(random.choice(num_tokens, number, replace=False).tolist())
+        return pieces_of(places, num_tokens, row_length, self.num_patches)
+
+
+@pytest.mark.parametrize(("row_length", "num_patches"), [(2048, 64), (4096, 144), (4096, 256)])
+def test_rows_of_documents_alone_are_full_to_one_per_cent(
+    row_length: int, num_patches: int
+) -> None:
+    lengths = DrawnDocuments(0, 6000, num_patches)
+    rows = Rows(row_length=row_length, batch_rows=8)
+    supply = Supply("pages", lengths, False)
+    plan = make_plan([supply], Epochs(sources=("pages",), epochs=1), rows, 0)
+    placed = rows_of(plan)
+    assert sum(part.length for row in placed for part in row) == lengths.total
+    assert all(sum(part.length for part in row) <= row_length for row in placed)
+    assert 1 - plan.seen_tokens / (len(plan) * row_length) <= 0.01
+
+
+@pytest.mark.parametrize("checked", [2, 512])
+def test_every_piece_of_a_long_document_lies_in_one_row_of_its_block(checked: int) -> None:
+    lengths = DrawnDocuments(1, 300, 40)
+    rows = Rows(row_length=512, batch_rows=8)
+    supplies = [
+        Supply("pages", lengths, False),
+        Supply("web", ArrayLengths(np.full(90, 700)), True),
+    ]
+    with small(16, checked=checked):
+        plan = make_plan(supplies, Epochs(sources=("pages", "web"), epochs=2), rows, 0)
+        found: dict[int, list[tuple[int, int]]] = {}
+        for row in rows_of(plan):
+            for part in row:
+                if part.source == 0:
+                    found.setdefault(part.example, []).append((part.start, part.length))
+    assert len(found) == 300
+    for example, parts in found.items():
+        size = int(lengths.lengths[example])
+        sizes = [size] if size <= 512 else lengths.pieces(example, 512)
+        starts = np.cumsum([0, *sizes[:-1]]).tolist()
+        assert sorted(parts) == sorted(2 * list(zip(starts, sizes, strict=True)))

@@ -1,0 +1,147 @@
+"""`midstream prepare documents`, and documents as a source of a world."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from made import png
+from made_inputs import OPTIONS, contents, run, tokenizer_file
+
+from midstream.config import Epochs, PublicFolder, Rows, TokenizerFile
+from midstream.core.identity import world_fingerprint
+from midstream.core.storage import read_json
+from midstream.data.examples import TextCodec
+from midstream.data.rows import build_row, plan_rows
+from midstream.data.sources import Source
+from preparing import open_sources, prepare
+
+
+def write_pages(folder: Path, pages: Sequence[Sequence[str | int]]) -> Path:
+    """OBELICS's layout as JSON lines: texts, and pictures by their numbers, as files beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for page in pages:
+        for number in (part for part in page if isinstance(part, int)):
+            path = folder / f"{number}.png"
+            path.write_bytes(png(number) if number < 90 else b"no picture")
+        texts = [part if isinstance(part, str) else None for part in page]
+        images = [f"{part}.png" if isinstance(part, int) else None for part in page]
+        lines.append(json.dumps({"texts": texts, "images": images}) + "\n")
+    (folder / "pages.jsonl").write_text("".join(lines))
+    return folder
+
+
+def said(codec: TextCodec, ids: list[int]) -> str:
+    """What tokens of single bytes say."""
+    return codec.decode(ids).replace(" ", "").replace("Ġ", " ").replace("Ċ", "\n")
+
+
+def words_of(source: Source, codec: TextCodec, example: int) -> list[Any]:
+    """A document's texts and the numbers of its pictures, and what ends them, in their order."""
+    ids, found, at = source.input_ids(example).tolist(), list[Any](), 0
+    for number, place in enumerate(source.places_of(example)):
+        found += [said(codec, ids[at:place])] * (place > at)
+        data = source.image_bytes(example, number)
+        found.append(next(n for n in range(90) if png(n) == data))
+        assert ids[place] == codec.separator
+        at = place + 1
+    assert ids[-1] == codec.end_of_text
+    return found + [said(codec, ids[at:-1])] * (len(ids) - 1 > at)
+
+
+PAGES = [
+    ["Two boats.", 1, "One sails.", 2],
+    [3, 3, "The same twice."],
+    ["A text alone."],
+    [4, 5],
+    [1, "A boat again"],
+]
+
+
+def test_documents_are_prepared_with_their_pictures_in_place(tmp_path: Path) -> None:
+    write_pages(tmp_path / "in", PAGES)
+    out = tmp_path / "out"
+    done = run("documents", tmp_path / "in", out, max_reject_fraction=0.5)
+    assert (done["kind"], done["records"]) == ("interleaved", 5)
+    assert done["rejects"] == {"no picture": 1, "pictures without a text": 1}
+    # The picture that stands twice in one document, and one that two documents show.
+    assert (done["train"]["images"], done["distinct_images"]) == (5, 3)
+    source, codec = Source("pages", out), TextCodec.from_file(tokenizer_file())
+    kept = [PAGES[0], PAGES[1], PAGES[4]]
+    assert [words_of(source, codec, n) for n in range(len(source))] == kept
+    # All texts and the end are learnt, no separator behind a picture is.
+    shard = source.locate(0)[0]
+    assert shard.supervised is not None
+    places = [place for n in range(3) for place in source.places_of(n)]
+    assert int(np.count_nonzero(shard.supervised == 0)) == len(places) == 5
+    before = contents(out)
+    run("documents", tmp_path / "in", tmp_path / "again", max_reject_fraction=0.5)
+    assert (
+        contents(tmp_path / "again")["shards/000000/pictures.npy"]
+        == (before["shards/000000/pictures.npy"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("lost", "kept", "left_out"),
+    [
+        ("picture", ["a\n\nb", 1, "c"], {"picture cannot be decoded": 1}),
+        (
+            "text",
+            [1, "c"],
+            {"picture cannot be decoded": 1, "text beside a lost picture": 2},
+        ),
+        ("document", None, {}),
+    ],
+)
+def test_a_picture_that_cannot_be_decoded_is_lost_as_one_that_is_not_there(
+    tmp_path: Path, lost: Any, kept: list[Any] | None, left_out: dict[str, int]
+) -> None:
+    write_pages(tmp_path / "in", [["a", 91, "b", 1, "c"], ["d", 2], [92, "all are lost"]])
+    options, out = replace(OPTIONS, lost=lost), tmp_path / "out"
+    done = run("documents", tmp_path / "in", out, options=options, max_reject_fraction=0.9)
+    source, codec = Source("pages", out), TextCodec.from_file(tokenizer_file())
+    expected = [["d", 2]] if kept is None else [kept, ["d", 2]]
+    assert [words_of(source, codec, n) for n in range(len(source))] == expected
+    assert done["rejects"] == {"picture cannot be decoded": 1 + (kept is None)}
+    assert done["dropped_turns"] == left_out
+
+
+def test_too_long_documents_are_rejects_with_both_numbers(tmp_path: Path) -> None:
+    write_pages(tmp_path / "in", [["a" * 30, 1], ["b", 2]])
+    options, out = replace(OPTIONS, max_tokens=20), tmp_path / "out"
+    done = run("documents", tmp_path / "in", out, options=options, max_reject_fraction=0.5)
+    assert done["rejects"] == {"too many tokens": 1}
+    assert "32, the limit is 20" in (out / "rejects.jsonl").read_text()
+
+
+def test_documents_of_a_world_are_a_source_of_its_own_kind(tmp_path: Path) -> None:
+    write_pages(tmp_path / "world/documents/pages", [[n, f"Page {n} shows it."] for n in range(9)])
+    world = PublicFolder(
+        root=tmp_path / "world",
+        fingerprint=world_fingerprint(tmp_path / "world"),
+        validation_fraction=0.3,
+    )
+    assert world.fingerprint is not None
+    assert {name: one.kind for name, one in world.fingerprint.sources.items()} == {
+        "pages": "interleaved"
+    }
+    done = prepare(world, TokenizerFile.read(tokenizer_file()), tmp_path / "out")["sources"]
+    held = done["pages"]["validation"]
+    assert (held["examples"], held["images"]) == (9 - done["pages"]["num_examples"],) * 2
+    assert done["pages"]["kind"] == "interleaved"
+    assert [part[0] for part in done["pages"]["lengths"]["image"]] == [
+        done["pages"]["num_examples"]
+    ]
+    sources = open_sources(world, tmp_path / "out")
+    plan = plan_rows(
+        sources, 4, Epochs(sources=("pages",), epochs=1), Rows(row_length=48, batch_rows=2), 0
+    )
+    rows = [build_row(plan, sources, k, 4) for k in range(len(plan))]
+    assert sum(len(row.images) for row in rows) == done["pages"]["num_images"]
+    index = read_json(tmp_path / "out/sources/pages/source/source.json")
+    assert sum(row.counts.interleaved for row in rows) == index["train"]["tokens"]
