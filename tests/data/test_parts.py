@@ -20,6 +20,7 @@ from midstream.data.rows import build_row, plan_rows, shares_report
 from midstream.data.source_writer import Image, ShardWriter, Shown
 from midstream.data.sources import Source, content_hash
 from midstream.data.views import picture_views
+from midstream.train import held_out
 
 PATCHES = 4
 PLACES = [[0, 3], [], [2], [1, 2, 5], [0]]
@@ -253,3 +254,18 @@ def test_shares_by_sequences_count_documents(tmp_path: Path) -> None:
     budget = Mixture(total_tokens=640, shares=shares, by="sequences")
     plan = plan_rows(sources, PATCHES, budget, Rows(row_length=32, batch_rows=2), 0)
     assert [(q.planned_sequences, q.examples) for q in plan.quotas] == [(10, 10), (10, 0)]
+
+
+def test_pictures_of_documents_stand_for_those_of_other_documents(tmp_path: Path) -> None:
+    # The second document shows the first one's picture again.
+    source = make_documents(tmp_path, "pages", [[0, 2], [1], [0, 1, 3]], [4] * 3)
+    budget = Epochs(sources=("pages",), epochs=1)
+    plan = plan_rows({"pages": source}, 4, budget, Rows(row_length=32, batch_rows=2), 0)
+    others = held_out._others(plan, source)
+    assert set(others) == {(0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (2, 2)}
+    assert all(which[0] != other[0] for which, other in others.items())
+    alone = make_documents(tmp_path, "one", [[0, 2]], [4])
+    plan = plan_rows(
+        {"one": alone}, 4, Epochs(sources=("one",), epochs=1), Rows(row_length=32, batch_rows=2), 0
+    )
+    assert held_out._others(plan, alone) == {}

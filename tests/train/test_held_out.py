@@ -122,8 +122,8 @@ def plain_loss(ledger: Ledger, stage: Any, source: Source, *, other: bool) -> tu
         if config:
             look: Any = LiveImages(mine, plan.names, config)
             if other:
-                after = dict(zip(examples.tolist(), np.roll(examples, -1).tolist(), strict=True))
-                look = OtherImages(look, after)
+                after = zip(examples.tolist(), np.roll(examples, -1).tolist(), strict=True)
+                look = OtherImages(look, {(one, 0): (other, 0) for one, other in after})
             images = look(row.images)
         batch = stack_rows([row], images)
         features = None

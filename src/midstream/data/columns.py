@@ -283,11 +283,11 @@ class Shard:
 
     def picture(self, example: int, number: int) -> StoredPicture:
         """Where the bytes of an example's picture lie, and their hash."""
-        assert self.num_images is not None, "texts show no picture"
         if self.images is not None:
             file, offset, size = self.images[example].tolist()
             return StoredPicture(file, offset, size, self.hashes[example].tobytes())
-        assert self.pictures is not None
+        assert self.pictures is not None, "texts show no picture"
+        assert self.num_images is not None
         row = self.pictures[int(self.num_images[example]) + number]
         file, offset, size = row[:PLACE].tolist()
         return StoredPicture(file, offset, size, row[HASH].tobytes())

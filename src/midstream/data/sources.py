@@ -36,8 +36,8 @@ FORMAT = 3
 # The format before kept one caption a picture; its other kinds are as they are now.
 OLDER, OLDER_KINDS = 2, ("text", "instruct")
 INDEX = "source.json"
-# Files that a shard maps: all five of its columns, or its tokens and what of them are targets.
-_OWN_MAPS, _JOINED_MAPS = 5, 2
+# Files that a shard maps: all six of its columns, or its tokens and what of them are targets.
+_OWN_MAPS, _JOINED_MAPS = 6, 2
 
 
 class Pictures(NamedTuple):
