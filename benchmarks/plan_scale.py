@@ -56,6 +56,11 @@ class DrawnLengths:
             full[index] = int(self.of(rest).sum())
         return full
 
+    def pieces(self, example: int, row_length: int) -> list[int]:
+        """Whole rows, and what is left."""
+        whole, left = divmod(int(self.of(np.array([example]))[0]), row_length)
+        return [row_length] * whole + [left] * (left > 0)
+
 
 def drawn(count: int, median: float, spread: float, low: int, high: int) -> DrawnLengths:
     """Log-normal lengths between `low` and `high`."""
