@@ -296,7 +296,8 @@ def trained(scale: Scale, recipe: Recipe, seed: int, epochs: int) -> Continue | 
     if recipe.instruct.encoder_rate is not None:
         changes["encoder_rate_factor"] = recipe.instruct.encoder_rate
     if seen is not None and seen.model.encoder is not None:
-        changes["rows"] = _rows(plain.training.rows, _own(scale, recipe), seen.model.encoder)
+        own, shown = _own(scale, recipe), seen.model.encoder
+        changes["rows"] = _rows(plain.training.rows, seen.projector, own, shown)
     training = Training(**{**dict(plain.training), **changes})
     return Finetune(start=before, training=training)
 
@@ -372,18 +373,19 @@ def _image_text(
     seen = (before.model.encoder if before is not None else None) or own
     image_size = _image_size(seen, stage.side)
     shown = at_size(seen, image_size or seen.image_size, owned=False)
+    projector = _projector(recipe)
     return Continue(
         data=scale.data,
         encoder=scale.encoders[recipe.encoder],
         decoder=scale.decoder,
-        projector=_projector(recipe),
+        projector=projector,
         attention=recipe.attention,
         start=scale.start(recipe.completion) if before is None else InitFrom(stage=before),
         training=Training(
             budget=mixture(
                 scale, stage.captions, stage.instruct, stage.text, multiple=stage.tokens
             ),
-            rows=_rows(scale.rows, own, shown),
+            rows=_rows(scale.rows, projector, own, shown),
             optimizer=scale.optimizer,
             schedule=_schedule(scale, stage, before),
             encoder_rate_factor=stage.encoder_rate,
@@ -406,10 +408,14 @@ def _image_size(seen: AnyEncoderConfig, side: float) -> int | None:
     return None if side == 1.0 else patch * round(side * seen.image_size / patch)
 
 
-def _rows(rows: Rows, own: AnyEncoderConfig, seen: AnyEncoderConfig) -> Rows:
+def _rows(
+    rows: Rows, projector: ProjectorConfig, own: AnyEncoderConfig, seen: AnyEncoderConfig
+) -> Rows:
     """Rows in which as much text has room beside a picture as beside one of the encoder's own
     size."""
-    more = max(0, seen.num_patches - own.num_patches)
+    more = max(
+        0, projector.num_features(seen.num_patches) - projector.num_features(own.num_patches)
+    )
     length = rows.row_length + ROW_MULTIPLE * -(-more // ROW_MULTIPLE)
     return rows.model_copy(update={"row_length": length})
 
