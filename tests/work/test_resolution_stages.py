@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from midstream.config import ContinuedCosine, Epochs, WarmupCosine
+from midstream.config import ContinuedCosine, Epochs, ProjectorConfig, WarmupCosine
+from midstream.config.connectors import AveragePool, Resampler
 from midstream.cost.cost import cost
 from midstream.cost.pictures import feature_folder, feature_plan
 from midstream.exchange.export import export
@@ -77,6 +78,19 @@ def test_sizes_that_cannot_be_are_refused_when_the_stage_is_made() -> None:
         larger(FROZEN, 50)
     with pytest.raises(ValueError, match="an image takes 196 positions, a row has 192"):
         chat(FROZEN, 168)
+
+
+def test_a_connector_takes_the_larger_grid_or_the_stage_is_refused() -> None:
+    pooled = ProjectorConfig(reduction=AveragePool(window=2))
+    seen = Continue(**{**dict(first()), "projector": pooled})
+    assert (seen.model.image_tokens, chat(seen, 48).model.image_tokens) == (1, 4)
+    with pytest.raises(
+        ValueError, match=r"window 2 .* does not divide the encoder's 3 x 3 patches"
+    ):
+        chat(seen, 36)
+    queries = ProjectorConfig(reduction=Resampler(num_latents=3))
+    same = Continue(**{**dict(first()), "projector": queries, "image_size": 48})
+    assert same.model.image_tokens == 3
 
 
 def test_a_frozen_encoder_looks_at_the_larger_pictures_and_keeps_features_of_its_own(

@@ -300,7 +300,8 @@ class Finetune(StageBase):
         owned = before.owns_encoder or self.training.encoder_rate_factor is not None
         assert before.encoder is not None, "what it starts from sees"
         encoder = _at(before.encoder, self.image_size, owned)
-        return before.model_copy(update={"owns_encoder": owned, "encoder": encoder})
+        # Anew, so that the connector is seen to fit the patches.
+        return VLMConfig(**{**dict(before), "owns_encoder": owned, "encoder": encoder})
 
 
 # What several ranks train together.
