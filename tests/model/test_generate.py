@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ ENCODER = EncoderConfig(
 )
 OPENLM = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=40)
 PROMPTS = [[5, 6, 7], [1], list(range(1, 20)), [9, 8, 7, 6], [3] * 16, [2, 30]]
-KINDS: tuple[Attention, ...] = get_args(Attention)
+KINDS: tuple[Attention, ...] = ("segments", "prefix", "pictures")
 DRAWN = Sampling(temperature=1.5, top_p=0.9, seed=3)
 NO_STOP = frozenset[int]()
 
@@ -114,6 +114,9 @@ def next_logits(
     if vlm.config.attention == "prefix":
         head = length - len(said)
         mask[:head, :head] = True
+    if vlm.config.attention == "pictures" and image is not None:
+        shown = slice(int(begin is not None), length - len(given + said))
+        mask[shown, shown] = True
     hidden = vlm.decoder(embeddings, torch.arange(length)[None], mask[None, None])
     logits: Tensor = vlm.decoder.output(hidden[:, -1])
     return logits

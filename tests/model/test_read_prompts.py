@@ -1,7 +1,6 @@
 """Prompts with any number of pictures, against the whole sequence read at once."""
 
 from collections import Counter
-from typing import get_args
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from midstream.model.generate import choice_logprobs, generate, generate_and_sco
 from midstream.model.read_prompts import Part, Prompt
 from midstream.model.vlm import VLM
 
-KINDS: tuple[Attention, ...] = get_args(Attention)
+KINDS: tuple[Attention, ...] = ("segments", "prefix", "pictures", "latest")
 FEATURES = images(5)
 WIDTH = 4
 # Two shots with a picture each (the first reply begins at the token 31), as a head.
@@ -36,6 +35,7 @@ def next_logits(vlm: VLM, prompt: Prompt, said: list[int]) -> Tensor:
     """Of the whole sequence, without cache and padding."""
     ids, pictures = prompt.head.then(prompt.rest)
     pieces, done, ends = list[Tensor](), 0, len(ids) if prompt.prefix is None else prompt.prefix
+    starts = [place + WIDTH * number for number, (place, _) in enumerate(pictures)]
     for place, image in [*pictures, (len(ids), -1)]:
         pieces.append(vlm.decoder.embed(torch.tensor([list(ids[done:place])], dtype=torch.long)))
         if image >= 0:
@@ -50,6 +50,11 @@ def next_logits(vlm: VLM, prompt: Prompt, said: list[int]) -> Tensor:
     if vlm.config.attention == "prefix":
         ends += WIDTH * sum(place < ends for place, _ in pictures)
         mask[:ends, :ends] = True
+    for start, later in zip(starts, [*starts[1:], length], strict=False):
+        if vlm.config.attention == "pictures":
+            mask[start : start + WIDTH, start : start + WIDTH] = True
+        if vlm.config.attention == "latest":
+            mask[later:, start : start + WIDTH] = False
     hidden = vlm.decoder(embeddings, torch.arange(length)[None], mask[None, None])
     logits: Tensor = vlm.decoder.output(hidden[0, -1])
     return logits

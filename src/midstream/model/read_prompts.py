@@ -7,12 +7,15 @@ itself alone (`_LENGTHS`, full batches), and rows do not mix.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from midstream.config import Attention
+from midstream.core.batch import PADDING
+from midstream.model.attention import NO_PICTURE, PICTURE_RULES, Place, pictures_of, sees
 from midstream.model.decoder import Cache, compute_dtype
 from midstream.model.pretrained import TransformersCache
 from midstream.model.vlm import VLM, scatter_image_features
@@ -101,14 +104,40 @@ def _image_of(num_prompts: int, num_images: int, image_of: Sequence[int] | None)
     return image_of
 
 
+class Embedded(NamedTuple):
+    """Rows at decoder width, which of their positions are held, and the number in its row of the
+    picture that each is of, or NO_PICTURE."""
+
+    embeddings: Float[Tensor, "rows seq hidden"]
+    held: Bool[Tensor, "rows seq"]
+    pictures: Int[Tensor, "rows seq"]
+
+    def behind(self, first: "Embedded") -> "Embedded":
+        """The same rows behind others; their pictures are counted on."""
+        embeddings = torch.cat((first.embeddings, self.embeddings), dim=1)
+        held = torch.cat((first.held, self.held), dim=1)
+        return Embedded(embeddings, held, counted_on(first.pictures, self.pictures))
+
+
+def counted_on(
+    first: Int[Tensor, "rows held"], pictures: Int[Tensor, "rows seq"]
+) -> Int[Tensor, "rows all"]:
+    """Numbers of pictures behind others, from theirs on."""
+    if not first.shape[1]:
+        return pictures
+    start = first.amax(dim=1, keepdim=True) + 1
+    own = torch.where(pictures == NO_PICTURE, NO_PICTURE, pictures + start)
+    return torch.cat((first, own), dim=1)
+
+
 def embed_parts(
     vlm: VLM,
     parts: Sequence[Part],
     features: Float[Tensor, "images patches width"] | None,
     num_ids: int | None = None,
-) -> tuple[Float[Tensor, "rows seq hidden"], Bool[Tensor, "rows seq"]]:
+) -> Embedded:
     """Parts of equally many pictures at decoder width, with the features in their places, filled up
-    on the left to `num_ids` tokens; and which positions are held.
+    on the left to `num_ids` tokens.
 
     Raises ValueError for a picture shown to a model without an encoder.
     """
@@ -117,7 +146,7 @@ def embed_parts(
         assert features is not None, "as_prompts checks what is shown"
         projected = vlm.project(features[shown], vlm.decoder.output.weight[None])
     longest = max(len(part.ids) for part in parts) if num_ids is None else num_ids
-    width = image_positions(vlm)
+    width = vlm.config.image_tokens
     rows, held, slots = list[list[int]](), list[list[bool]](), list[list[int]]()
     for row, part in enumerate(parts):
         missing, done = longest - len(part.ids), 0
@@ -130,10 +159,14 @@ def embed_parts(
         rows.append([*ids, *part.ids[done:]])
         held.append([False] * missing + [True] * (len(rows[-1]) - missing))
     embeddings = vlm.decoder.embed(id_tensor(rows, vlm))
+    pictures = torch.full(embeddings.shape[:2], NO_PICTURE, device=embeddings.device)
     if projected is not None:
-        found = embeddings.to(projected.dtype)
-        embeddings = scatter_image_features(found, projected, id_tensor(slots, vlm))
-    return embeddings, id_tensor(held, vlm)
+        found, places = embeddings.to(projected.dtype), id_tensor(slots, vlm)
+        embeddings = scatter_image_features(found, projected, places)
+        pictures = pictures_of(places, width, (len(rows), embeddings.shape[1]))
+        count = len(parts[0].pictures)
+        pictures = torch.where(pictures == NO_PICTURE, NO_PICTURE, pictures % count)
+    return Embedded(embeddings, id_tensor(held, vlm), pictures)
 
 
 # ------------------------------------------------------------------------------------- reading
@@ -176,7 +209,9 @@ def read_prompts(
     `plain` prompts have no prefix whatever the model's attention.
     """
     groups: dict[_Shape, list[int]] = {}
-    has_prefix = not plain and vlm.config.attention == "prefix"
+    # Of one segment each.
+    attention: Attention = "segments" if plain else vlm.config.attention
+    has_prefix = attention == "prefix"
     for index, ((head, rest, prefix), room) in enumerate(zip(prompts, rooms, strict=True)):
         size = len(head.ids), len(head.pictures)
         sees_rest = has_prefix and (prefix is None or prefix > len(head.ids))
@@ -184,7 +219,7 @@ def read_prompts(
         alone = size != (0, 0) and not sees_rest
         shape = _Shape(size, alone, length, len(rest.pictures), room)
         groups.setdefault(shape, []).append(index)
-    reader = _Reader(vlm, prompts, features, batch_size, has_prefix)
+    reader = _Reader(vlm, prompts, features, batch_size, attention)
     for shape, members in sorted(groups.items()):
         if not shape.alone:
             for chosen in parts_of(members, batch_size):
@@ -199,80 +234,95 @@ class _Reader:
     prompts: Sequence[Prompt]
     features: Tensor | None
     batch_size: int
-    has_prefix: bool
+    attention: Attention
 
     def behind_heads(self, groups: Mapping[_Shape, list[int]]) -> Iterator[tuple[list[int], State]]:
         """Prompts whose heads, all of one size, are read for themselves, before them."""
         head_of = {i: self.prompts[i]._replace(rest=Part()) for own in groups.values() for i in own}
         heads = sorted(set(head_of.values()), key=lambda one: (one.head.pictures, one.head.ids))
         for part in parts_of(heads, self.batch_size):
-            cache = self._read_heads(part)
+            cache, pictures = self._read_heads(part)
             row_of = {head: row for row, head in enumerate(part)}
             for shape, members in sorted(groups.items()):
                 asking = (i for i in members if head_of[i] in row_of)
                 about = sorted(asking, key=lambda i: row_of[head_of[i]])
                 for chosen in parts_of(about, self.batch_size):
                     rows = [row_of[head_of[i]] for i in filled(chosen, self.batch_size)]
-                    more = shape.length + shape.pictures * image_positions(self.vlm) + shape.room
-                    own = cache.select(id_tensor(rows, self.vlm), cache.length + more)
-                    yield chosen, self.read(chosen, shape, own)
+                    taken = shape.pictures * self.vlm.config.image_tokens
+                    more, at = shape.length + taken + shape.room, id_tensor(rows, self.vlm)
+                    own = cache.select(at, cache.length + more)
+                    yield chosen, self.read(chosen, shape, own, pictures[at])
 
-    def _read_heads(self, heads: list[Prompt]) -> AnyCache:
-        """Heads in a cache, a row each, in batches of one size: neighbours change nothing."""
-        caches: list[Any] = []
-        shown = max(1, len(heads[0].head.pictures) * image_positions(self.vlm))
+    def _read_heads(self, heads: list[Prompt]) -> tuple[AnyCache, Int[Tensor, "rows held"]]:
+        """Heads in a cache, a row each, in batches of one size: neighbours change nothing; and
+        where their pictures stand."""
+        caches, places = list[Any](), list[Tensor]()
+        shown = max(1, len(heads[0].head.pictures) * self.vlm.config.image_tokens)
         at_once = max(1, min(self.batch_size, _IMAGE_POSITIONS // shown))
         for chosen in parts_of(heads, at_once):
             own = filled(chosen, at_once)
-            embeddings, held = embed_parts(self.vlm, [one.head for one in own], self.features)
-            rows, width = held.shape
-            position_ids = torch.arange(width, device=held.device).expand(rows, -1)
-            seen = None if not self.has_prefix else self._seen(own, position_ids, held)[:, None]
-            cache = new_cache(self.vlm, embeddings, width)
+            parts = embed_parts(self.vlm, [one.head for one in own], self.features)
+            (rows, width), device = parts.held.shape, parts.held.device
+            position_ids = torch.arange(width, device=device).expand(rows, -1)
+            seen = None
+            if self.attention in ("prefix", *PICTURE_RULES):
+                seen = self._seen(own, position_ids, parts.held, parts.pictures)[:, None]
+            cache = new_cache(self.vlm, parts.embeddings, width)
             # Keys and values are wanted: the last block need not be finished, but for one position.
-            at = torch.arange(rows, device=held.device) * width
-            self.vlm.decoder(embeddings, position_ids, seen, cache, at)
+            at = torch.arange(rows, device=device) * width
+            self.vlm.decoder(parts.embeddings, position_ids, seen, cache, at)
             caches.append(cache)
-        return type(caches[0]).joined(caches)  # type: ignore[no-any-return]
+            places.append(parts.pictures)
+        return type(caches[0]).joined(caches), torch.cat(places)
 
-    def read(self, chosen: list[int], shape: _Shape, cache: AnyCache | None) -> State:
-        """Read prompts of one shape, behind heads that are in the cache or, without one, with them.
+    def read(
+        self,
+        chosen: list[int],
+        shape: _Shape,
+        cache: AnyCache | None,
+        known: Int[Tensor, "rows held"] | None = None,
+    ) -> State:
+        """Read prompts of one shape, behind heads that are in the cache, with pictures where
+        `known` says, or, without one, with them.
 
         A row is [head, padding, rest]. The mask hides the padding and positions count around it,
         which makes its place free; behind the head it is the same columns for every row.
         """
         vlm, own = self.vlm, [self.prompts[i] for i in filled(chosen, self.batch_size)]
         rests = [prompt.rest for prompt in own]
-        embeddings, held = embed_parts(vlm, rests, self.features, shape.length)
+        parts = embed_parts(vlm, rests, self.features, shape.length)
         if cache is None and shape.head != (0, 0):
-            first, known = embed_parts(vlm, [prompt.head for prompt in own], self.features)
-            embeddings = torch.cat((first, embeddings), dim=1)
-            held = torch.cat((known, held), dim=1)
+            heads = [prompt.head for prompt in own]
+            parts = parts.behind(embed_parts(vlm, heads, self.features))
         if cache is None:
-            cache = new_cache(vlm, embeddings, embeddings.shape[1] + shape.room)
-        num_rows, width = held.shape
-        before = held.new_ones((num_rows, cache.length))
-        position_ids = (before.shape[1] + held.cumsum(dim=1) - 1).clamp(min=0)
-        # What is in the cache already is seen by all.
-        own_seen = self._seen(own, position_ids, held)
-        seen = torch.cat((before[:, None].expand(-1, width, -1), own_seen), dim=2)
+            cache = new_cache(vlm, parts.embeddings, parts.held.shape[1] + shape.room)
+        num_rows, width = parts.held.shape
+        held = torch.cat((parts.held.new_ones((num_rows, cache.length)), parts.held), dim=1)
+        pictures = parts.pictures if known is None else counted_on(known, parts.pictures)
+        position_ids = (held.cumsum(dim=1) - 1)[:, cache.length :].clamp(min=0)
+        seen = self._seen(own, position_ids, held, pictures)
         at = torch.arange(1, num_rows + 1, device=held.device) * width - 1
-        last = vlm.decoder(embeddings, position_ids, seen[:, None], cache, at)
-        return State(last, position_ids[:, -1], torch.cat((before, held), dim=1), cache)
+        last = vlm.decoder(parts.embeddings, position_ids, seen[:, None], cache, at)
+        # All that follows sees what the last position does.
+        return State(last, position_ids[:, -1], seen[:, -1], cache)
 
     def _seen(
-        self, prompts: Sequence[Prompt], position_ids: Tensor, held: Tensor
-    ) -> Bool[Tensor, "rows seq seq"]:
-        """Who sees whom among the new positions: what is before them, the prefix itself whole, and
-        padding itself, so that no softmax is empty."""
-        width = held.shape[1]
-        itself = torch.eye(width, dtype=torch.bool, device=held.device)
-        order = itself.new_ones(width, width).tril()[None]
-        if self.has_prefix:
-            ends = [_prefix_end(prompt, image_positions(self.vlm)) for prompt in prompts]
+        self, prompts: Sequence[Prompt], position_ids: Tensor, held: Tensor, pictures: Tensor
+    ) -> Bool[Tensor, "rows seq all"]:
+        """Who of the new positions sees whom of these and those in the cache before them; padding
+        sees itself, so that no softmax is empty."""
+        new = held.shape[1] - position_ids.shape[1]
+        prefix = None
+        if self.attention == "prefix":
+            ends = [_prefix_end(prompt, self.vlm.config.image_tokens) for prompt in prompts]
             inside = position_ids < id_tensor(ends, self.vlm)[:, None]
-            order = order | (inside[:, :, None] & inside[:, None])
-        return (order & held[:, None]) | itself
+            # What is in the cache is seen by all.
+            prefix = torch.cat((inside.new_zeros((len(held), new)), inside), dim=1)
+        column = torch.arange(held.shape[1], device=held.device).expand_as(held)
+        segment = torch.where(held, 0, PADDING)
+        row = Place(column, segment, prefix, pictures, pictures.cummax(dim=1).values)
+        query, key = row.map(lambda one: one[:, new:, None]), row.map(lambda one: one[:, None])
+        return cast(Tensor, sees(query, key, self.attention))
 
 
 def _prefix_end(prompt: Prompt, width: int) -> int:
@@ -299,12 +349,6 @@ def filled(members: list[Item], size: int) -> list[Item]:
 def id_tensor(rows: Sequence[int] | Sequence[list[int]] | Sequence[list[bool]], vlm: VLM) -> Tensor:
     """Ids or masks as a tensor where the model is."""
     return torch.tensor(rows, device=vlm.decoder.output.weight.device)
-
-
-def image_positions(vlm: VLM) -> int:
-    """Positions that a picture takes; 0 for a model without an encoder."""
-    encoder = vlm.config.encoder
-    return 0 if encoder is None else encoder.num_patches
 
 
 def new_cache(vlm: VLM, like: Float[Tensor, "rows seq hidden"], columns: int) -> AnyCache:

@@ -16,9 +16,7 @@ from midstream.config import AnyDecoderConfig, DecoderConfig, VLMConfig
 from midstream.config.model import MAX_LOGITS, MOST_TARGETS
 from midstream.core.batch import IGNORE, Batch
 from midstream.model.attention import (
-    NO_PICTURE,
     PICTURE_RULES,
-    Mask,
     MaskKind,
     make_mask,
     pictures_of,
@@ -238,15 +236,6 @@ class VLM(nn.Module):
             )
         projected = self.projector(features.to(device=like.device, dtype=like.dtype))
         return cast(Tensor, projected.to(like.dtype))
-
-    def image_mask(self, position_ids: Int[Tensor, "rows seq"]) -> Mask:
-        """Who sees whom in rows that end with an image, dense; None is plain causal attention."""
-        if self.config.attention not in PICTURE_RULES:
-            return None
-        pictures = torch.full_like(position_ids, NO_PICTURE)
-        pictures[:, pictures.shape[1] - self.config.image_tokens :] = 0
-        segments, rule = torch.zeros_like(position_ids), self.config.attention
-        return make_mask(segments, None, rule, kind="dense", pictures=pictures)
 
     def initialisers(self) -> dict[str, Initialiser]:
         """Those of its parts."""
