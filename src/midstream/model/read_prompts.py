@@ -117,7 +117,7 @@ def embed_parts(
         assert features is not None, "as_prompts checks what is shown"
         projected = vlm.project(features[shown], vlm.decoder.output.weight[None])
     longest = max(len(part.ids) for part in parts) if num_ids is None else num_ids
-    width = image_positions(vlm)
+    width = vlm.config.image_tokens
     rows, held, slots = list[list[int]](), list[list[bool]](), list[list[int]]()
     for row, part in enumerate(parts):
         missing, done = longest - len(part.ids), 0
@@ -213,14 +213,14 @@ class _Reader:
                 about = sorted(asking, key=lambda i: row_of[head_of[i]])
                 for chosen in parts_of(about, self.batch_size):
                     rows = [row_of[head_of[i]] for i in filled(chosen, self.batch_size)]
-                    more = shape.length + shape.pictures * image_positions(self.vlm) + shape.room
+                    more = shape.length + shape.pictures * self.vlm.config.image_tokens + shape.room
                     own = cache.select(id_tensor(rows, self.vlm), cache.length + more)
                     yield chosen, self.read(chosen, shape, own)
 
     def _read_heads(self, heads: list[Prompt]) -> AnyCache:
         """Heads in a cache, a row each, in batches of one size: neighbours change nothing."""
         caches: list[Any] = []
-        shown = max(1, len(heads[0].head.pictures) * image_positions(self.vlm))
+        shown = max(1, len(heads[0].head.pictures) * self.vlm.config.image_tokens)
         at_once = max(1, min(self.batch_size, _IMAGE_POSITIONS // shown))
         for chosen in parts_of(heads, at_once):
             own = filled(chosen, at_once)
@@ -269,7 +269,7 @@ class _Reader:
         itself = torch.eye(width, dtype=torch.bool, device=held.device)
         order = itself.new_ones(width, width).tril()[None]
         if self.has_prefix:
-            ends = [_prefix_end(prompt, image_positions(self.vlm)) for prompt in prompts]
+            ends = [_prefix_end(prompt, self.vlm.config.image_tokens) for prompt in prompts]
             inside = position_ids < id_tensor(ends, self.vlm)[:, None]
             order = order | (inside[:, :, None] & inside[:, None])
         return (order & held[:, None]) | itself
@@ -299,12 +299,6 @@ def filled(members: list[Item], size: int) -> list[Item]:
 def id_tensor(rows: Sequence[int] | Sequence[list[int]] | Sequence[list[bool]], vlm: VLM) -> Tensor:
     """Ids or masks as a tensor where the model is."""
     return torch.tensor(rows, device=vlm.decoder.output.weight.device)
-
-
-def image_positions(vlm: VLM) -> int:
-    """Positions that a picture takes; 0 for a model without an encoder."""
-    encoder = vlm.config.encoder
-    return 0 if encoder is None else encoder.num_patches
 
 
 def new_cache(vlm: VLM, like: Float[Tensor, "rows seq hidden"], columns: int) -> AnyCache:
