@@ -35,6 +35,7 @@ for place, text in re.findall(r"```json (\S+)\n(.*?)```", PAGE.read_text(), re.D
 SHOWN_AS = {"refcoco_plus": "refcoco", "refcocog": "refcoco"}
 REFS, OCID, POPE = "refs(unc).p", "val_expressions.json", "coco_pope_random.json"
 VQA_QUESTIONS, VQA_ANSWERS = BLOCKS["vqav2"]
+CAPTION = "Provide a one-sentence caption for the provided image."
 BRIEFLY = "\nAnswer the question using a single word or phrase."
 BOX = 'Please provide the bounding box coordinate of the region this sentence describes: "{}"'
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -100,6 +101,8 @@ READ: dict[str, tuple[int, str, Any, str]] = {
         "Which letter is the root?\nA. A\nB. B\nC. C\nD. D" + LETTER,
     ),
     "qa": (3, "1", ["a cup", "cup"], "What is on the table?" + BRIEFLY),
+    "coco_captions": (1, "COCO_val2014_000000000042.jpg", ["A dog.", "The dog sits."], CAPTION),
+    "flickr30k": (1, "7.jpg", ["A dog runs ."], CAPTION),
     "nlvr2": (
         2,
         "test1-0-1-0",

@@ -4,17 +4,28 @@ from collections import Counter
 
 import pytest
 import torch
-from test_generate import NO_STOP, images, shapes_read, vlm_of
+from test_generate import ENCODER, NO_STOP, OPENLM, images, shapes_read, vlm_of
 from torch import Tensor
 
-from midstream.config import Attention
+from midstream.config import Attention, ProjectorConfig, VLMConfig
+from midstream.config.connectors import AveragePool
 from midstream.model.generate import choice_logprobs, generate, generate_and_score
 from midstream.model.read_prompts import Part, Prompt
 from midstream.model.vlm import VLM
+from midstream.model.weights import initialise
 
 KINDS: tuple[Attention, ...] = ("segments", "prefix", "pictures", "latest")
 FEATURES = images(5)
 WIDTH = 4
+# The mean of each picture's four patches.
+POOLED = VLM(
+    VLMConfig(
+        decoder=OPENLM,
+        encoder=ENCODER,
+        projector=ProjectorConfig(reduction=AveragePool(window=2)),
+    )
+)
+initialise(POOLED, 0)
 # Two shots with a picture each (the first reply begins at the token 31), as a head.
 SHOTS = Part((30, 5, 6, 31, 32, 30, 7, 8, 31, 33, 30), ((0, 0), (5, 3)))
 PROMPTS = [
@@ -48,7 +59,7 @@ def next_logits(vlm: VLM, prompt: Prompt, said: list[int]) -> Tensor:
     length = embeddings.shape[1]
     mask = torch.ones(length, length, dtype=torch.bool).tril()
     if vlm.config.attention == "prefix":
-        ends += WIDTH * sum(place < ends for place, _ in pictures)
+        ends += vlm.config.image_tokens * sum(place < ends for place, _ in pictures)
         mask[:ends, :ends] = True
     for start, later in zip(starts, [*starts[1:], length], strict=False):
         if vlm.config.attention == "pictures":
@@ -60,9 +71,9 @@ def next_logits(vlm: VLM, prompt: Prompt, said: list[int]) -> Tensor:
     return logits
 
 
-@pytest.fixture(params=[*((kind, "openlm") for kind in KINDS), ("prefix", "llama")])
+@pytest.fixture(params=[*((kind, "openlm") for kind in KINDS), ("prefix", "llama"), None])
 def vlm(request: pytest.FixtureRequest) -> VLM:
-    return vlm_of(*request.param)
+    return POOLED if request.param is None else vlm_of(*request.param)
 
 
 def test_pictures_anywhere_give_what_the_whole_sequence_gives(vlm: VLM) -> None:

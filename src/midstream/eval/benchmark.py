@@ -289,7 +289,7 @@ def score_visual(
 
 
 def _scores(task: VisualTask, texts: Sequence[str]) -> list[float]:
-    return [task.format.score(text, e.gold) for text, e in zip(texts, task.examples, strict=True)]
+    return task.format.scores(texts, [example.gold for example in task.examples])
 
 
 def _report_text(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from midstream.config.training import pool_of
 from midstream.eval.benchmark_records import (
     Pictures,
     Record,
@@ -29,6 +30,7 @@ from midstream.eval.scoring import LETTERS, plain_answer
 Asked = Iterator[tuple[Record, VisualExample]]
 
 NUM_VQA_ANSWERS = 10
+_CAPTION = "Provide a one-sentence caption for the provided image."
 NUM_COUNTS = 16
 POPE_SPLITS = ("random", "popular", "adversarial")
 # What LLaVA's file puts behind the question, and the line of recognised words.
@@ -182,6 +184,23 @@ def read_pope(folder: Path, look: Pictures) -> Asked:
             asked, image = record.text("text"), look.find(record, record.text("image"))
             example = VisualExample(f"{split}-{number}", asked, image, label, split)
             yield record, replace(example, choices=("Yes", "No"), other_id=number)
+
+
+@reader("val2014", "train2014", "images", "flickr30k-images")
+def read_captions(folder: Path, look: Pictures) -> Asked:
+    """Karpathy's lists of COCO and Flickr30k: pictures and their captions, which are the gold; the
+    test split, in a folder that shots are drawn from (`<task>_train`) the training split."""
+    path = find_file(folder, "dataset_coco.json", "dataset_flickr30k.json", "dataset_*.json")
+    wanted = ("train", "restval") if folder.name == pool_of(folder.name[:-6]) else ("test",)
+    for record in records(path, "images"):
+        if record.text("split") not in wanted:
+            continue
+        name = record.text("filename")
+        captions = [one.text("raw") for one in record.records("sentences")]
+        if not captions:
+            record.refuse("it has no sentences")
+        names = [f"{record.text('filepath')}/{name}", name] if "filepath" in record else [name]
+        yield record, VisualExample(name, _CAPTION, look.find(record, *names), captions)
 
 
 def _same_subset(*paths: Path) -> str:

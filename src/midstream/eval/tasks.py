@@ -97,8 +97,9 @@ class VisualFormat:
     `parse` is None of an answer that the scorer cannot read, which is wrong and counted. `fixed`:
     "answers", where a choice is made among the examples' `choices` (an example without any is
     answered freely), "letters" where among the letters of these, None where answers are free.
-    `variants` are other people's scorers of the same answers, by whose they are. `summarise` adds
-    numbers over all examples; `note` says what is odd about a score, if anything.
+    `variants` are other people's scorers of the same answers, by whose they are. `corpus` scores
+    all answers at once in place of `score`. `summarise` adds numbers over all examples; `note` says
+    what is odd about a score, if anything.
     """
 
     name: str
@@ -115,6 +116,13 @@ class VisualFormat:
     summarise: Callable[[Sequence[str], Sequence[VisualExample]], Numbers] | None = None
     note: Callable[[Sequence[str], Sequence[VisualExample]], str | None] | None = None
     parse: Callable[[str], Any] = str
+    corpus: Callable[[Sequence[str], Sequence[Any]], list[float]] | None = None
+
+    def scores(self, texts: Sequence[str], golds: Sequence[Any]) -> list[float]:
+        """The score of each answer, of all together where one depends on the others' golds."""
+        if self.corpus is not None:
+            return self.corpus(texts, golds)
+        return [self.score(*pair) for pair in zip(texts, golds, strict=True)]
 
     @property
     def chance(self) -> float:
@@ -143,9 +151,12 @@ class VisualFormat:
         return found | {kind: scoring.mean(values) for kind, values in sorted(by_kind.items())}
 
 
+_SCORERS = ("score", "summarise", "note", "parse", "corpus")
+
+
 def _format(name: str, row: Mapping[str, Any]) -> VisualFormat:
     assert name in VISUAL_CHANCE, f"benchmarks.toml: give {name} a level under [chance.visual]"
-    scorers = {key: row[key] for key in ("score", "summarise", "note", "parse") if key in row}
+    scorers = {key: row[key] for key in _SCORERS if key in row}
     changed = {
         "read": resolve_name(f"midstream.eval.{row['read']}"),
         "files": tuple(row["files"]),
