@@ -375,6 +375,16 @@ EXPECTED = (
         num_tokens=295 * 624_610,
         num_targets=120 * 624_610,
     ),
+    # K: documents, pictures and text tokens of OBELICS (arXiv 2306.16527, abstract), with a
+    # separator behind each picture and an end of each document.
+    ExpectedSource(
+        name="obelics",
+        kind="interleaved",
+        num_examples=141_000_000,
+        num_images=353_000_000,
+        num_tokens=115_000_000_000 + 353_000_000 + 141_000_000,
+        num_targets=115_000_000_000 + 141_000_000,
+    ),
 )
 
 
