@@ -47,6 +47,16 @@ PICTURES: dict[str, tuple[bytes, str]] = {
 }
 
 
+def test_a_picture_at_an_address_is_a_reject_and_nothing_is_asked_for_it(tmp_path: Path) -> None:
+    good, bad = TALKS[0], TALKS[0] | {"image": "https://nowhere.example/a b.png"}
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / str(good["image"])).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "in" / str(good["image"])).write_bytes(png(1))
+    (tmp_path / "in/a.json").write_text(json.dumps([good, bad]))
+    done = run("conversations", tmp_path / "in", tmp_path / "out", max_reject_fraction=0.5)
+    assert done["rejects"] == {"picture outside the folder": 1}
+
+
 @pytest.mark.parametrize("name", PICTURES)
 @pytest.mark.parametrize("section", ["captions", "conversations"])
 def test_a_picture_that_is_none_is_counted_and_named(

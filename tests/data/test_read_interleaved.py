@@ -1,11 +1,13 @@
 """Documents of texts and pictures: OBELICS, MMC4, MINT-1T, NeMo Curator; what is lost of them."""
 
+import base64
 import gzip
 import io
 import json
 import os
 import zipfile
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from midstream.data.formats.interleaved import document_units, read_documents
 from midstream.data.formats.picture_urls import INDEX, PicturesByUrl, index_urls
 from midstream.data.formats.records import DocumentRecord, Picture, ReadOptions
 from midstream.data.images import decode
+from midstream.data.shard_state import unread_files
 from midstream.data.source_writer import Reject
 
 MARK = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
@@ -98,7 +101,9 @@ def test_obelics_is_read_with_the_pictures_that_img2dataset_fetched(
     ]
     assert found[0].where == f"{source}, row 0"
     assert [item.left_out for item in found[:3]] == [(), (), ("missing picture",)]
-    assert C in found[3].detail
+    # What is stamped, so that the shard is made anew when more is fetched, is named first.
+    assert found[3].detail.startswith(f"{images}/{INDEX} has no {C}")
+    assert found[2].lost == (replace(found[3], where=found[2].where),)
     for picture in found[0].pictures:
         held = Path(picture.file).read_bytes()
         assert held[picture.offset : picture.offset + len(picture.data)] == picture.data
@@ -248,6 +253,7 @@ def test_mmc4_puts_pictures_before_the_texts_that_they_match(put: Put, packed: s
         *["- texts and pictures disagree"] * 2,
         "- no picture",
     ]
+    assert unread_files("conversations", [put("", b"")], document_units([path], OPTIONS)) == []
     for source in (path, put("", b"")):
         assert [shown(item) for item in read(source)] == expected
 
@@ -342,11 +348,25 @@ def test_mint_gives_the_frames_of_a_tiff_in_their_places(put: Put) -> None:
 
 def test_members_of_a_sample_are_its_pictures_by_their_names(put: Put) -> None:
     record = {"texts": ["One.", None, None], "images": [None, "a.1.png", "0.png"]}
+    held = base64.b64encode(png(6)).decode()
+    infos = [{"matched_text_index": 0, "image_base64": held}]
+    infos += [{"matched_text_index": 0, "image_name": "b.jpg"}]
+    other = {"text_list": ["One."], "image_info": infos}
     members = {"a.json": json.dumps(record).encode(), "a.0.png": png(4), "a.1.png": png(5)}
+    members |= {"b.json": json.dumps(other).encode(), "b.jpg": png(7)}
     path = put("a.tar", tar(members))
-    (found,) = read(path)
-    assert shown(found) == ["One.", 5, 4]
-    assert {picture.file for picture in found.pictures} == {path}
+    one, two = read(path)
+    assert shown(one) == ["One.", 5, 4]
+    assert {picture.file for picture in one.pictures} == {path}
+    assert shown(two) == [6, 7, "One."]
+
+
+def test_pictures_in_a_table_stand_among_its_texts(put: Put) -> None:
+    images = [{"bytes": png(1), "path": None}, {"bytes": None, "path": None}, None]
+    rows = [{"texts": [None, "One.", "Two."], "images": images}]
+    (found,) = read(put("a.parquet", table(rows)))
+    assert shown(found) == [1, "One.\n\nTwo."]
+    assert found.left_out == ()
 
 
 # NeMo Curator.
@@ -427,14 +447,27 @@ def test_the_index_of_addresses_is_written_once_and_anew_for_other_tars(tmp_path
     # The first of two pictures of one address stands.
     img2dataset(folder, {C: 2, A: 3}, "00001.tar")
     index_urls(str(folder))
-    pictures = PicturesByUrl(str(folder))
-    found = [pictures.load(url, "here") for url in (A, B, C, f"{A}x")]
-    pictures.close()
+    with closing(PicturesByUrl(str(folder))) as pictures:
+        found = [pictures.load(url, "here") for url in (A, B, C, f"{A}x")]
     assert [numbered(x.data) if isinstance(x, Picture) else x.reason for x in found] == [
         *(0, 1, 2),
         "missing picture",
     ]
     assert sorted(os.listdir(folder))[0] == INDEX
+    # The layout without tars, a picture and its .json in files.
+    (folder / "00003").mkdir()
+    for name, number in (("00003/0", 4), ("1.b", 5)):
+        (folder / f"{name}.jpg").write_bytes(png(number))
+        record = json.dumps({"url": f"https://files.example/{number}"})
+        (folder / f"{name}.json").write_text(record)
+    index_urls(str(folder))
+    written = (folder / INDEX).stat()
+    index_urls(str(folder))
+    assert (folder / INDEX).stat().st_ino == written.st_ino
+    with closing(PicturesByUrl(str(folder))) as pictures:
+        found = [pictures.load(f"https://files.example/{number}", "here") for number in (4, 5, 6)]
+        assert [numbered(x.data) if isinstance(x, Picture) else 0 for x in found] == [4, 5, 0]
+        assert isinstance(pictures.load(A, "here"), Picture)
     (folder / "00002.tar").write_bytes(gzip.compress(tar({})))
     with pytest.raises(ValueError, match=r"00002\.tar is no whole tar file, or compressed"):
         index_urls(str(folder))

@@ -390,7 +390,9 @@ def unread_files(section: Section, sources: Sequence[str], units: Sequence[Unit]
     Hidden files, pictures of records and notes are left out; notes that would be documents by
     their suffix (LICENSE.txt in a folder of texts) are not.
     """
-    read = {file for unit in units for file in unit.files}
+    files = [file for unit in units for file in unit.files]
+    # A member of an archive (zip://a.jsonl::a.zip) stands for the archive.
+    read = {*files, *(file.rpartition("::")[2] for file in files)}
     tokenised = any(unit.format == "tokens" for unit in units)
     unread = {
         file

@@ -54,6 +54,9 @@ from midstream.data.sources import Kind, content_hash
 # Records go through the tokenizer together up to these limits, which bound a process's memory.
 BATCH_RECORDS, BATCH_CHARACTERS, BATCH_PICTURE_BYTES = 1000, 2_000_000, 32_000_000
 
+# Why a picture is lost whose file was looked for.
+LOOKED_FOR = ("missing picture", "zero-byte picture", "picture too large")
+
 Item = Record | Reject
 
 
@@ -277,14 +280,13 @@ class _Work:
     def items(self) -> Iterator[Item]:
         """The unit's records and rejects; those with unusable content become rejects."""
         for item in read_unit(self.job.section, self.unit, self.job.options):
-            if not isinstance(item, Reject):
-                yield self._checked(item)
-                continue
-            # A picture that is missing or too large is named: it may be another the next time.
-            path = item.detail.partition(" has ")[0]
-            if "picture" in item.reason and (is_url(path) or path.startswith("/")):
-                self.stamps[path] = stamp_of(path)
-            yield item
+            lost = item.lost if isinstance(item, DocumentRecord) else ()
+            for reject in (item,) if isinstance(item, Reject) else lost:
+                # The file is named first, and may be another the next time.
+                path = reject.detail.partition(" has ")[0]
+                if reject.reason in LOOKED_FOR and (is_url(path) or path.startswith("/")):
+                    self.stamps[path] = stamp_of(path)
+            yield item if isinstance(item, Reject) else self._checked(item)
 
     def write(self, batch: Sequence[Item], writer: ShardWriter) -> int:
         """Tokenise a batch and add it to the shard; returns how many tokens that were."""

@@ -56,7 +56,7 @@ def document_of(
             joined[-1] = before + joint + part
         else:
             joined.append(part)
-    record = DocumentRecord(where, tuple(joined), tuple(reasons))
+    record = DocumentRecord(where, tuple(joined), tuple(reasons), tuple(lost.values()))
     if first is not None and (options.lost == "document" or not record.pictures):
         return replace(first, where=where)
     why = ", ".join(dict.fromkeys(reasons))

@@ -210,7 +210,9 @@ def _parallel(
     documents: list[list[Part]] = [[]]
     num_empty = 0
     for place, (text, picture) in enumerate(zip(texts, shown, strict=True)):
-        words, is_shown = (text or "").strip(), picture not in (None, "")
+        words = (text or "").strip()
+        # Columns of structs say {bytes: null, path: null}.
+        is_shown = any(picture.values()) if isinstance(picture, dict) else picture not in ("", None)
         if words and is_shown:
             raise DocumentError(PLACES, f"a text and a picture at place {place}")
         num_empty += not words and not is_shown
@@ -339,14 +341,14 @@ def _picture_of_row(row: Mapping[str, Any], where: str, pictures: Pictures) -> P
     ref = unquoted(row.get("source_ref"))
     path = ref.get("path") if isinstance(ref, dict) else None
     if not isinstance(ref, dict) or not isinstance(path, str) or not path:
-        why = row.get("materialize_error") or "its row has neither bytes nor a place of them"
-        return Reject(where, _MISSING, str(why))
+        why = row.get("materialize_error") or "no error"
+        return Reject(where, _MISSING, f"its row has neither bytes nor a place of them ({why})")
     first, size, frame = (ref.get(key) for key in ("byte_offset", "byte_size", "frame_index"))
     if isinstance(first, int) and isinstance(size, int) and size > 0:
         picture = pictures.range(path, first, size, where)
     elif ref.get("member"):
         remedy = "write its bytes into the rows (materialize_on_write)"
-        return Reject(where, _MISSING, f"{ref['member']} of {path} has no range; {remedy}")
+        return Reject(where, _MISSING, f"its row has no range of {path}, {ref['member']}; {remedy}")
     else:
         picture = pictures.file(path, where)
     if isinstance(picture, Picture) and isinstance(frame, int) and picture.data[:2] in TIFF:

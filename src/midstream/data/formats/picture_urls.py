@@ -1,4 +1,4 @@
-"""Pictures by their addresses: where in the tars of img2dataset each of them was stored."""
+"""Pictures by their addresses: where img2dataset stored each of them, in a tar or as a file."""
 
 import json
 import os
@@ -24,39 +24,40 @@ INDEX = ".pictures-by-url.sqlite"
 # A hash stands for an address: addresses are long, and hundreds of millions of them many bytes.
 _TABLES = """
     PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
-    CREATE TABLE tars (number INTEGER PRIMARY KEY, name TEXT, stamp TEXT);
-    CREATE TABLE pictures (url BLOB, tar INTEGER, first INTEGER, size INTEGER);
+    CREATE TABLE places (number INTEGER PRIMARY KEY, name TEXT, stamp TEXT);
+    CREATE TABLE pictures (url BLOB, place INTEGER, file TEXT, first INTEGER, size INTEGER);
 """
 _LOOK_UP = """
-    SELECT name, first, size FROM pictures JOIN tars ON tar = number
+    SELECT name || file, first, size FROM pictures JOIN places ON place = number
     WHERE url = ? ORDER BY pictures.rowid LIMIT 1
 """
 
 
 def index_urls(folder: str) -> None:
-    """Write down where the tars under `folder` have the picture of each address, if it is not yet.
+    """Write down where the picture of each address lies under `folder`, if it is not yet.
 
-    A picture's address is the `url` in the .json beside it, as img2dataset writes it. Names and
-    .json alone are read, once; the index is a hidden file in the folder that memory need not hold.
-    A folder without tars, or at an address, gets none. Raises ValueError for a tar that is
-    compressed or damaged, and PermissionError where the folder is somebody else's.
+    A picture's address is the `url` in the .json beside it, in a tar or in a folder, as img2dataset
+    writes it. Of tars names and .json alone are read, once; the index is a hidden file in the
+    folder that memory need not hold. A folder without such pictures, or at an address, gets none.
+    Raises ValueError for a tar that is compressed or damaged, and PermissionError where the folder
+    is somebody else's.
     """
     if is_url(folder):
         return
-    tars = sorted(os.path.relpath(x, folder) for x in walk(folder) if x.lower().endswith(".tar"))
-    stamps = [(number, name, _stamp(f"{folder}/{name}")) for number, name in enumerate(tars)]
+    stamps = [(number, *found) for number, found in enumerate(sorted(_places(folder).items()))]
     place = Path(folder, INDEX)
-    if not tars or _noted(place) == stamps:
+    if not stamps or _noted(place) == stamps:
         return
     require_writable(Path(folder))
     temporary = place.with_name(f"{INDEX}.{uuid.uuid4().hex}.tmp")
     try:
         with room_for(place), closing(sqlite3.connect(temporary)) as index:
             index.executescript(_TABLES)
-            index.executemany("INSERT INTO tars VALUES (?, ?, ?)", stamps)
+            index.executemany("INSERT INTO places VALUES (?, ?, ?)", stamps)
             for number, name, _ in stamps:
-                rows = ((*row[:1], number, *row[1:]) for row in _pictures_in(f"{folder}/{name}"))
-                index.executemany("INSERT INTO pictures VALUES (?, ?, ?, ?)", rows)
+                stored = (_beside if name.endswith("/") else _in_tar)(f"{folder}/{name}")
+                rows = ((_key(url), number, *where) for url, *where in stored)
+                index.executemany("INSERT INTO pictures VALUES (?, ?, ?, ?, ?)", rows)
             # Sorted once at the end, outside of memory.
             index.execute("CREATE INDEX by_url ON pictures (url)")
             index.commit()
@@ -69,24 +70,25 @@ class PicturesByUrl:
     """The pictures of a folder that `index_urls` has seen, by their addresses; close it."""
 
     def __init__(self, folder: str | None) -> None:
-        self.folder, self._index = folder or "", None
-        if folder and not is_url(folder) and Path(folder, INDEX).is_file():
-            name = f"file:{quote(str(Path(folder, INDEX)))}?mode=ro&immutable=1"
+        self.folder, self.file = folder or "", Path(folder or "", INDEX)
+        self._index = None
+        if folder and not is_url(folder) and self.file.is_file():
+            name = f"file:{quote(str(self.file))}?mode=ro&immutable=1"
             self._index = sqlite3.connect(name, uri=True)
 
     def load(self, url: str, where: str) -> Picture | Reject:
         """The picture that was fetched from `url`, as it lies in its tar."""
         if self._index is None:
-            remedy = "name the folder of the tars that img2dataset fetched it into with --images"
-            return Reject(where, "missing picture", f"{url} is an address; {remedy}")
-        row = self._index.execute(_LOOK_UP, (content_hash(url.encode("utf-8", "replace")),))
+            remedy = "name the folder that img2dataset fetched it into with --images"
+            return Reject(where, "missing picture", f"--images has no {url}; {remedy}")
+        row = self._index.execute(_LOOK_UP, (_key(url),))
         found = row.fetchone()
         if found is None:
-            return Reject(where, "missing picture", f"{url} is in no tar under {self.folder}")
+            return Reject(where, "missing picture", f"{self.file} has no {url}; fetch it")
         name, first, size = found
         if not 0 < size <= LARGEST_BYTES:
             reason = "picture too large" if size else "zero-byte picture"
-            return Reject(where, reason, f"{url} has {size:,} bytes in {name}")
+            return Reject(where, reason, f"{self.file} has {size:,} bytes of {url}, in {name}")
         path = join(self.folder, name, where)
         data = read_range(path, first, size)
         if len(data) != size:
@@ -100,23 +102,52 @@ class PicturesByUrl:
 
 
 def _noted(place: Path) -> list[tuple[int, str, str]]:
-    """The tars that an index was made of, as they were; none where there is no whole one."""
+    """The tars and folders that an index is of, as they were; none where there is no whole one."""
     if not place.is_file():
         return []
     try:
         with closing(sqlite3.connect(f"file:{quote(str(place))}?mode=ro", uri=True)) as index:
-            return list(index.execute("SELECT number, name, stamp FROM tars ORDER BY number"))
+            return list(index.execute("SELECT number, name, stamp FROM places ORDER BY number"))
     except sqlite3.DatabaseError:
         return []
 
 
-def _stamp(path: str) -> str:
-    found = os.stat(path)
-    return json.dumps([found.st_size, found.st_mtime_ns])
+def _key(text: str) -> bytes:
+    return content_hash(text.encode("utf-8", "replace"))
 
 
-def _pictures_in(path: str) -> Iterator[tuple[bytes, int, int]]:
-    """The hash of its address, the first byte and the size of each picture of a tar."""
+def _places(folder: str) -> dict[str, str]:
+    """What tells the state of each tar under a folder, and, with a slash, of each folder where
+    .json lie beside pictures."""
+    names = [os.path.relpath(name, folder) for name in walk(folder)]
+    shown = {os.path.splitext(name)[0] for name in names if is_picture(name)}
+    told = {name.removesuffix(".json") for name in names if name.endswith(".json")}
+    listed = {f"{os.path.dirname(name) or '.'}/": list[str]() for name in shown & told}
+    found: dict[str, str] = {}
+    for name in names:
+        if (place := f"{os.path.dirname(name) or '.'}/") in listed:
+            listed[place].append(name)
+        if name.lower().endswith(".tar"):
+            stat = os.stat(f"{folder}/{name}")
+            found[name] = json.dumps([stat.st_size, stat.st_mtime_ns])
+    # A folder's own time changes with the index.
+    return found | {place: _key("\n".join(held)).hex() for place, held in listed.items()}
+
+
+def _beside(folder: str) -> Iterator[tuple[str, str, int, int]]:
+    """The address of each picture of a folder, its name, 0, and its size."""
+    with os.scandir(folder) as entries:
+        files = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    pictures = {os.path.splitext(name)[0]: name for name in sorted(files) if is_picture(name)}
+    for stem, name in pictures.items():
+        if f"{stem}.json" in files:
+            url = _url_in(Path(folder, f"{stem}.json").read_bytes(), folder)
+            if url is not None:
+                yield url, name, 0, files[name]
+
+
+def _in_tar(path: str) -> Iterator[tuple[str, str, int, int]]:
+    """The address of each picture of a tar, "", its first byte and its size."""
     key, url = "", None
     picture: tuple[int, int] | None = None
     try:
@@ -129,14 +160,19 @@ def _pictures_in(path: str) -> Iterator[tuple[bytes, int, int]]:
                     key, url, picture = own, None, None
                 if info.isreg() and info.name.endswith(".json"):
                     stream = archive.extractfile(info)
-                    found = json_object(b"" if stream is None else stream.read(), path)
-                    url = None if isinstance(found, Reject) else found.get("url")
+                    url = _url_in(b"" if stream is None else stream.read(), path)
                 elif info.isreg() and is_picture(info.name):
                     picture = (info.offset_data, info.size)
-                if isinstance(url, str) and picture is not None:
-                    yield (content_hash(url.encode("utf-8", "replace")), *picture)
+                if url is not None and picture is not None:
+                    yield url, "", *picture
                     url, picture = None, None
     except tarfile.TarError as error:
         raise ValueError(
             f"{path} is no whole tar file, or compressed ({error}); fetch it again or unpack it"
         ) from None
+
+
+def _url_in(data: bytes, where: str) -> str | None:
+    found = json_object(data, where)
+    url = None if isinstance(found, Reject) else found.get("url")
+    return url if isinstance(url, str) else None

@@ -14,6 +14,7 @@ import numpy as np
 
 from midstream.data.examples import Turn
 from midstream.data.formats.files import open_whole
+from midstream.data.source_writer import Reject
 from midstream.data.sources import content_hash
 
 Section = Literal["text", "captions", "conversations", "documents"]
@@ -150,12 +151,13 @@ class ConversationRecord:
 class DocumentRecord:
     """A document of texts and pictures, each in its place; at least one of each.
 
-    `left_out`: why pictures, or texts, of it are left out.
+    `left_out`: why pictures, or texts, of it are left out. `lost`: its lost pictures, as rejects.
     """
 
     where: str
     parts: tuple[str | Picture, ...]
     left_out: tuple[str, ...] = ()
+    lost: tuple[Reject, ...] = ()
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
