@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 from made import png
-from made_inputs import Put, as_lines, run, texts_of, write_pictures
+from made_inputs import Put, as_lines, read_all, run, texts_of, write_pictures
 from made_world import samples, write_tar
 
 from midstream.core.digests import is_note
 from midstream.core.identity import text_column
 from midstream.core.storage import read_json
 from midstream.data.formats.files import find_files
-from midstream.data.formats.records import Section
+from midstream.data.formats.interleaved import document_units, read_documents
+from midstream.data.formats.records import ReadOptions, Section
 from midstream.data.sources import Source
 
 
@@ -234,6 +235,20 @@ def test_a_file_that_the_page_shows_is_read_as_it_says(
     dropped = {"question without a reply": 1, "tool turn": 1} if name == "chats.jsonl" else {}
     assert done["dropped_turns"] == dropped
     assert done["rejects"] == {}
+
+
+def test_several_pictures_stand_where_the_page_says(page: Path) -> None:
+    for name in ("a.png", "b.png", "coco/1.png", "1.png"):
+        (page / name).write_bytes(png(1))
+    talks = read_all("conversations", str(page / "several.jsonl"))
+    assert [turn.pictures for item in talks for turn in item.turns] == [(0, 0), (6, 15)]
+    documents = [
+        [isinstance(part, str) for part in item.parts]
+        for name in ("pages.jsonl", "mmc4.jsonl")
+        for unit in document_units([str(page / name)], ReadOptions())
+        for item in read_documents(unit, ReadOptions())
+    ]
+    assert documents == [[True, False, True], [True, False, True]]
 
 
 def test_the_manifest_that_the_page_shows_belongs_to_its_shard(page: Path, tmp_path: Path) -> None:

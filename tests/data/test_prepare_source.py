@@ -137,6 +137,7 @@ def test_files_that_come_and_go_leave_the_others_shards(
 CHANGES: dict[str, dict[str, Any]] = {
     "tokenizer": {"tokenizer_file": tokenizer_file(4)},
     "text key": {"options": ReadOptions(text_key="id")},
+    "rating": {"options": ReadOptions(rating=1)},
     "validation": {"validation_fraction": 0.5},
     "root": {"root": ""},
 }
@@ -153,6 +154,9 @@ def test_other_settings_make_every_shard_anew(tmp_path: Path, change: str) -> No
     second = run("text", source, out, **CHANGES[change])
     assert second["shards"] == {"kept": 0, "new": 3}
     assert (second["tokenizer"] != first["tokenizer"]) == (change == "tokenizer")
+    # Options that came later say nothing at their defaults, so that older shards stay.
+    made_from = read_json(next(out.glob("shards/*/made_from.json")))
+    assert ("rating" in made_from["options"]) == (change == "rating")
     if change == "tokenizer":
         assert second["train"]["tokens"] < first["train"]["tokens"]
         assert (out / "tokenizer.json").read_bytes().count(b'"an"') >= 1

@@ -89,6 +89,12 @@ def test_conversations_of_a_table_are_read_with_their_pictures(
         assert [(x.turns[0][:2], x.picture.data) for x in found] == [
             (("What?", "A cat."), png(1))
         ] * 2
+    rated = {"images": [picture, picture], "texts": pairs * 2, "formatting_ratings": [2, 4]}
+    path = put(f"rated.{suffix}", write(pyarrow.Table.from_pylist([rated])))
+    for rating, left_out in ((None, ()), (3, ("rated too low",))):
+        (item,) = read_all("conversations", path, options=ReadOptions(rating=rating))
+        assert item.left_out == left_out
+        assert [turn.pictures for turn in item.turns] == [(0, 0), ()][: 2 - len(left_out)]
     with pytest.raises(ValueError, match=r"has the columns \['text', 'n'\]; a conversation needs"):
         read_all("conversations", put(f"x.{suffix}", write(TEXTS)))
 
