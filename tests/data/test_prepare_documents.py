@@ -1,6 +1,7 @@
 """`midstream prepare documents`, and documents as a source of a world."""
 
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -145,3 +146,41 @@ def test_documents_of_a_world_are_a_source_of_its_own_kind(tmp_path: Path) -> No
     assert sum(len(row.images) for row in rows) == done["pages"]["num_images"]
     index = read_json(tmp_path / "out/sources/pages/source/source.json")
     assert sum(row.counts.interleaved for row in rows) == index["train"]["tokens"]
+
+
+def test_what_was_missing_is_looked_for_again_and_no_shard_is_made_anew_for_nothing(
+    tmp_path: Path,
+) -> None:
+    source, fetched = tmp_path / "in", tmp_path / "fetched"
+    write_pages(source, [["One.", 1, "Two.", 2]])
+    address = "https://nowhere.example/3 has.png"
+    page = {"texts": ["Far.", None, None], "images": [None, "1.png", address]}
+    (source / "far.jsonl").write_text(json.dumps(page))
+    fetched.mkdir()
+    for name in ("0", "1"):
+        (fetched / f"{name}.png").write_bytes(png(int(name)))
+        (fetched / f"{name}.json").write_text(json.dumps({"url": f"https://other.example/{name}"}))
+    options = replace(OPTIONS, images=str(fetched))
+    done = run("documents", source, tmp_path / "out", options=options)
+    assert done["dropped_turns"] == {"missing picture": 2}
+    assert done["train"]["images"] == 2
+    again = run("documents", source, tmp_path / "out", options=options)
+    assert again["shards"] == {"kept": 2, "new": 0}
+    (fetched / "2.png").write_bytes(png(2))
+    again = run("documents", source, tmp_path / "out", options=options)
+    assert again["shards"] == {"kept": 1, "new": 1}
+    (fetched / "3.png").write_bytes(png(3))
+    (fetched / "3.json").write_text(json.dumps({"url": address}))
+    again = run("documents", source, tmp_path / "out", options=options)
+    assert again["shards"] == {"kept": 1, "new": 1}
+    assert again["dropped_turns"] == {}
+    assert again["train"]["images"] == 4
+
+
+def test_an_archive_of_lines_is_read_and_is_no_unread_file(tmp_path: Path) -> None:
+    write_pages(tmp_path / "in", PAGES[:2])
+    with zipfile.ZipFile(tmp_path / "in/pages.jsonl.zip", "w") as archive:
+        archive.write(tmp_path / "in/pages.jsonl", "pages.jsonl")
+    (tmp_path / "in/pages.jsonl").unlink()
+    done = run("documents", tmp_path / "in", tmp_path / "out")
+    assert (done["train"]["images"], done["unread"]["files"]) == (4, 0)

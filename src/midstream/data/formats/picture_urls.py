@@ -8,6 +8,7 @@ import tarfile
 import uuid
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import groupby
 from pathlib import Path
 from urllib.parse import quote
 
@@ -122,16 +123,14 @@ def _places(folder: str) -> dict[str, str]:
     names = [os.path.relpath(name, folder) for name in walk(folder)]
     shown = {os.path.splitext(name)[0] for name in names if is_picture(name)}
     told = {name.removesuffix(".json") for name in names if name.endswith(".json")}
-    listed = {f"{os.path.dirname(name) or '.'}/": list[str]() for name in shown & told}
     found: dict[str, str] = {}
-    for name in names:
-        if (place := f"{os.path.dirname(name) or '.'}/") in listed:
-            listed[place].append(name)
-        if name.lower().endswith(".tar"):
-            stat = os.stat(f"{folder}/{name}")
-            found[name] = json.dumps([stat.st_size, stat.st_mtime_ns])
+    for name in (name for name in names if name.lower().endswith(".tar")):
+        stat = os.stat(f"{folder}/{name}")
+        found[name] = json.dumps([stat.st_size, stat.st_mtime_ns])
     # A folder's own time changes with the index.
-    return found | {place: _key("\n".join(held)).hex() for place, held in listed.items()}
+    for place, pairs in groupby(sorted(shown & told, key=os.path.split), key=os.path.dirname):
+        found[f"{place or '.'}/"] = _key("\n".join(pairs)).hex()
+    return found
 
 
 def _beside(folder: str) -> Iterator[tuple[str, str, int, int]]:
