@@ -94,7 +94,7 @@ def test_a_folder_is_indexed_from_end_to_end(root: Path, tmp_path: Path) -> None
         described = sources["pics"].describe(example)
         assert described.endswith(f" captions/pics/00{shard}.tar, sample {3 * shard + sample:05d}")
     talks = sources["talks"]
-    assert [talks.has_image(example) for example in range(3)] == [True, False, True]
+    assert [bool(talks.places_of(example)) for example in range(3)] == [True, False, True]
     assert talks.image_bytes(0) == talks.image_bytes(2) == png(1)
     for example, replies in enumerate([" A boat. It is red.", " Hello.", " No."]):
         ids, mask = talks.input_ids(example), supervised(talks, example)

@@ -317,8 +317,8 @@ def test_the_mixture_table_counts_what_the_rows_hold(
     assert sampled["all"][: len(KINDS)] == [str(getattr(counts, kind)) for kind in KINDS]
     for name in shown.plan.names:
         own = sum((row.sources.get(name, TokenCount()) for row in rows), TokenCount())
-        assert sampled[name][3] == str(own.image)
-        assert sampled[name][6] == f"{own.seen / counts.seen:.4%}"
+        assert sampled[name][KINDS.index("image")] == str(own.image)
+        assert sampled[name][len(KINDS)] == f"{own.seen / counts.seen:.4%}"
     pads = [row.counts.pad for row in rows if len(row.images)]
     expected = f"padding {sum(pads):,} of {len(pads) * row_length:,} positions"
     assert f"of them with a picture: {len(pads)}; {expected}" in text

@@ -37,7 +37,7 @@ from midstream.data.images import (
     pixel_batches,
     unpack,
 )
-from midstream.data.sources import Pictures, Source, content_hash
+from midstream.data.sources import Pictures, Source, Which, content_hash
 
 
 class HashIndex:
@@ -150,7 +150,7 @@ class FeatureStore:
         size = max(1, self.part_bytes // picture_bytes(self.config))
         mine, num_processes = share
         total = source.num_images if examples is None else None
-        waiting: dict[bytes, tuple[int, int]] = {}
+        waiting: dict[bytes, Which] = {}
         num_seen = num_computed = 0
         meter = ErrorMeter(self.config)
 
@@ -158,7 +158,7 @@ class FeatureStore:
             done = 0.0 if total is None else (num_seen - len(waiting)) / max(1, total)
             progress(max(0.0, done), f"features of {source.name}: {note}")
 
-        def computed(pictures: list[tuple[int, int]]) -> Iterator[Tensor]:
+        def computed(pictures: list[Which]) -> Iterator[Tensor]:
             for at, pixels in enumerate(pixel_batches(source, pictures, self.config, workers)):
                 tell(f"{num_computed + at * FILL_BATCH:,} computed")
                 features = encode_raw(encode, pixels, self.config)
@@ -281,7 +281,7 @@ class FeatureStore:
 
     @contextmanager
     def _lots(
-        self, waiting: Mapping[bytes, tuple[int, int]], num_pictures: int, first: int
+        self, waiting: Mapping[bytes, Which], num_pictures: int, first: int
     ) -> Iterator[list[int]]:
         """Hold lots with so many of the waiting pictures, or as many as are free, in the block.
 
@@ -316,7 +316,7 @@ class FeatureStore:
             if not dash or int(lot) in lots:
                 shutil.rmtree(left, ignore_errors=True)  # others may clear it as well
 
-    def _drop_stored(self, waiting: dict[bytes, tuple[int, int]]) -> None:
+    def _drop_stored(self, waiting: dict[bytes, Which]) -> None:
         """Take out what is stored by now."""
         every = np.frombuffer(b"".join(waiting), np.uint8).reshape(-1, 16)
         for row in every[self._index.find(every) >= 0]:
@@ -333,8 +333,8 @@ class FeatureStore:
         self,
         lot: int,
         source: Source,
-        chosen: Mapping[bytes, tuple[int, int]],
-        computed: Callable[[list[tuple[int, int]]], Iterator[Tensor]],
+        chosen: Mapping[bytes, Which],
+        computed: Callable[[list[Which]], Iterator[Tensor]],
         should_stop: ShouldStop,
     ) -> tuple[int, bool]:
         """Store what is missing of these, up to a stop, as one whole part; how many, and whether

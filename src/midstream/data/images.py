@@ -21,7 +21,7 @@ from torch.nn.functional import interpolate
 
 from midstream.config import AnyEncoderConfig, ImageTransform, PretrainedEncoder
 from midstream.config.model import FILL_BATCH, LARGE_TOWER
-from midstream.data.sources import Source
+from midstream.data.sources import Source, Which
 
 # Both must be libjpeg-turbo to make the same bytes of a JPEG.
 try:
@@ -412,13 +412,9 @@ def encode_batch(config: AnyEncoderConfig) -> int:
 
 
 def pixel_batches(
-    source: Source,
-    pictures: Sequence[tuple[int, int]],
-    config: PretrainedEncoder,
-    workers: int = 0,
+    source: Source, pictures: Sequence[Which], config: PretrainedEncoder, workers: int = 0
 ) -> Iterator[Float32[Tensor, "images 3 size size"]]:
-    """Pictures, (example, number among its pictures), up to `FILL_BATCH` at a time, decoded ahead
-    by so many threads.
+    """Pictures of a source, up to `FILL_BATCH` at a time, decoded ahead by so many threads.
 
     Without threads each is decoded when it is its turn. The pixels are the same.
     """

@@ -40,6 +40,10 @@ INDEX = "source.json"
 _OWN_MAPS, _JOINED_MAPS = 6, 2
 
 
+# An example, and which of its pictures.
+Which = tuple[int, int]
+
+
 class Pictures(NamedTuple):
     """Pictures of examples: `which`, int64 [n, 2], are (example, number among its pictures), and
     `hashes`, uint8 [n, 16], their `content_hash`."""
