@@ -17,7 +17,9 @@ from midstream.config import Config, DecoderConfig, Positive
 from midstream.core.storage import read_json
 from midstream.data.examples import TextCodec, question_ids
 from midstream.data.images import decode_pixels
+from midstream.model.attention import NO_PICTURE
 from midstream.model.decoder import Sampling, choose
+from midstream.model.gated import shown
 from midstream.model.read_prompts import AnyCache, Part, embed_parts, id_tensor, new_cache
 from midstream.model.vlm import VLM
 from midstream.study.label import label
@@ -80,7 +82,11 @@ class Conversation:
         with torch.no_grad():
             first = () if begin is None else (begin,)
             image = Part(first, ((len(first), 0),))
-            self._image = None if features is None else embed_parts(vlm, [image], features)[0]
+            looked = None if features is None else embed_parts(vlm, [image], features)
+        self._image = None if looked is None else looked.embeddings
+        # What gated blocks look at.
+        kept = None if looked is None else looked.features
+        self._shown = None if kept is None else kept[:, 0]
         self._num_patches = 0 if self._image is None else self._image.shape[1]
         self._cache: AnyCache | None = None
         self._num_drawn = 0
@@ -138,7 +144,14 @@ class Conversation:
         if start == 0 and self._image is not None and self.vlm.config.attention == "pictures":
             first = self._num_patches - self.vlm.config.image_tokens
             seen[first : self._num_patches, first : self._num_patches] = True
-        hidden = decoder(embeddings, position_ids, seen[None, None], self._cache)
+        looks = None
+        if self._shown is not None:
+            # All but what begins the text stands behind the image.
+            first = self._num_patches - self.vlm.config.image_tokens
+            looks = shown(self._shown, torch.where(position_ids < first, NO_PICTURE, 0))
+        hidden = self.vlm.decode(
+            embeddings, position_ids, seen[None, None], self._cache, seen=looks
+        )
         (token,) = choose(decoder.output(hidden[:, -1]), self.sampling, [0], self._num_drawn)
         self._num_drawn += 1
         return token

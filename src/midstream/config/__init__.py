@@ -19,6 +19,7 @@ from midstream.config.budget import check_picture as check_picture
 from midstream.config.budget import check_pool as check_pool
 from midstream.config.connectors import AttentionPool as AttentionPool
 from midstream.config.connectors import AveragePool as AveragePool
+from midstream.config.connectors import GatedBlocks as GatedBlocks
 from midstream.config.connectors import PixelShuffle as PixelShuffle
 from midstream.config.connectors import ProjectorConfig as ProjectorConfig
 from midstream.config.connectors import Resampler as Resampler

@@ -53,18 +53,33 @@ Reduction = Annotated[
 RESAMPLER_EXPANSION = 4
 
 
+class GatedBlocks(Config):
+    """Blocks of attention to pictures before every `every`-th block of the decoder (Flamingo)."""
+
+    every: Positive = 1
+    num_heads: Positive = 8
+    head_dim: Positive = 64
+
+    def places(self, num_layers: int) -> range:
+        """The decoder's blocks, counted from 0, that one stands before."""
+        return range(self.every - 1, num_layers, self.every)
+
+
 class ProjectorConfig(Config):
     """Linear layers with GELU between, from encoder to decoder width, behind a reduction or none.
 
     1: one linear map. 2: over `hidden`, which is four times the encoder's width (the paper's
     wording) or the decoder's (LLaVA-1.5, Prismatic's gelu-mlp). 3: over four times the encoder's
     width and a further layer at the decoder's (Prismatic's fused projector).
-    `reduction` makes fewer features of a picture's patches before the first layer.
+    `reduction` makes fewer features of a picture's patches before the first layer. `gated`: the
+    decoder looks at what comes out from blocks of its own, and a picture takes one position of a
+    row; 0 layers are for those alone, behind a resampler (Flamingo).
     """
 
-    num_layers: Literal[1, 2, 3] = 2
+    num_layers: Literal[0, 1, 2, 3] = 2
     hidden: Literal["encoder_4x", "decoder"] = "encoder_4x"
     reduction: Reduction | None = None
+    gated: GatedBlocks | None = None
 
     @model_validator(mode="after")
     def _used(self) -> "ProjectorConfig":
@@ -72,6 +87,8 @@ class ProjectorConfig(Config):
             raise ValueError(
                 f"hidden='decoder' is for two layers, the projector has {self.num_layers}"
             )
+        if not self.num_layers and not (self.gated and isinstance(self.reduction, Resampler)):
+            raise ValueError("num_layers 0 is for gated blocks behind a resampler; give 1")
         return self
 
     def widths(self, encoder_width: int, decoder_width: int) -> tuple[int, ...]:
@@ -80,6 +97,8 @@ class ProjectorConfig(Config):
         if isinstance(reduction, PixelShuffle):
             entry *= reduction.window**2
         between = 4 * encoder_width if self.hidden == "encoder_4x" else decoder_width
+        if not self.num_layers:
+            return (entry,)
         hidden = {1: (), 2: (between,), 3: (between, decoder_width)}[self.num_layers]
         return (entry, *hidden, decoder_width)
 
@@ -160,6 +179,25 @@ def untaken_flops(
         return 2.0 * e * e * (kept + 2 * num_patches)
     before, after = config.widths(e, decoder_width)[:2]
     return 2.0 * kept * before * after
+
+
+def gated_parameters(config: GatedBlocks, num_layers: int, width: int, seen_width: int) -> int:
+    """Parameters of a decoder's gated blocks, and of the embedding of a picture's position."""
+    inner = config.num_heads * config.head_dim
+    block = 2 * width + 2 * width * inner + 2 * seen_width * inner + 2
+    block += 2 * RESAMPLER_EXPANSION * width * width
+    return width + len(config.places(num_layers)) * block
+
+
+def gated_flops(
+    config: GatedBlocks, num_layers: int, width: int, seen_width: int, num_features: int
+) -> tuple[float, float]:
+    """Forward FLOPs in a decoder's gated blocks: of one position that looks at a picture of so many
+    features, and of one picture."""
+    inner, blocks = config.num_heads * config.head_dim, len(config.places(num_layers))
+    position = 4.0 * width * inner + 4.0 * RESAMPLER_EXPANSION * width * width
+    position += 4.0 * inner * num_features
+    return blocks * position, blocks * 4.0 * seen_width * inner * num_features
 
 
 def kept_numbers(

@@ -274,6 +274,17 @@ class VLMConfig(Config):
     def _connects(self) -> "VLMConfig":
         if self.encoder is not None:
             self.projector.check_fits(self.encoder.num_patches, self.encoder.hidden_size)
+        if (gated := self.projector.gated) is not None:
+            if not isinstance(self.decoder, DecoderConfig):
+                raise ValueError(
+                    "gated blocks stand between those of an OpenLM decoder; leave gated out for "
+                    f"a {self.decoder.model_type}"
+                )
+            if gated.every > self.decoder.num_layers:
+                raise ValueError(
+                    f"a gated block before every {gated.every}th block comes to none of the "
+                    f"decoder's {self.decoder.num_layers}; lower every"
+                )
         return self
 
     @property
@@ -281,6 +292,8 @@ class VLMConfig(Config):
         """Positions of a row that a picture takes, behind the connector; 0 without an encoder."""
         if self.encoder is None:
             return 0
+        if self.projector.gated is not None:
+            return 1
         return self.projector.num_features(self.encoder.num_patches)
 
 

@@ -15,7 +15,12 @@ from midstream.config import (
     Training,
     VLMConfig,
 )
-from midstream.config.connectors import connector_flops, untaken_flops
+from midstream.config.connectors import (
+    connector_flops,
+    gated_flops,
+    gated_parameters,
+    untaken_flops,
+)
 from midstream.config.connectors import connector_parameters as projector_parameters
 from midstream.config.model import (
     attention_flops,
@@ -240,11 +245,28 @@ def trained_parameters(stage: Trained) -> int:
 
 
 def connector_parameters(model: VLMConfig) -> int:
-    """The connector's parameters; 0 for a model that does not see."""
+    """The connector's parameters, gated blocks among them; 0 for a model that does not see."""
     if model.encoder is None:
         return 0
     sizes = (model.encoder.hidden_size, model.decoder.hidden_size)
-    return projector_parameters(model.projector, *sizes)
+    total = projector_parameters(model.projector, *sizes)
+    if (gated := model.projector.gated) is not None:
+        seen = model.projector.widths(*sizes)[-1]
+        total += gated_parameters(gated, model.decoder.num_layers, sizes[1], seen)
+    return total
+
+
+def looking_flops(model: VLMConfig, positions: Number, images: Number) -> Number:
+    """Forward FLOPs of gated blocks, if the model has some; all positions are taken to look at a
+    picture."""
+    gated, encoder, decoder = model.projector.gated, model.encoder, model.decoder
+    if gated is None or encoder is None:
+        return 0.0
+    seen = model.projector.widths(encoder.hidden_size, decoder.hidden_size)[-1]
+    kept = model.projector.num_features(encoder.num_patches)
+    sizes = (decoder.num_layers, decoder.hidden_size, seen, kept)
+    of_position, of_image = gated_flops(gated, *sizes)
+    return positions * of_position + images * of_image
 
 
 def trains_encoder(stage: Trained) -> bool:
@@ -267,6 +289,7 @@ def training_flops(stage: Trained, work: Workload) -> Flops:
     looks, learns = encoder_flops(model.encoder), trains_encoder(stage)
     sizes = (model.encoder.num_patches, model.encoder.hidden_size, decoder.hidden_size)
     connector = 3 * work.images * connector_flops(model.projector, *sizes)
+    connector += 3 * looking_flops(model, work.positions, work.images)
     if learns:
         # Nothing stands before the pixels.
         seeing = work.images * (3 * looks - patch_flops(model.encoder))
@@ -320,6 +343,7 @@ def _evaluation_cost(stage: Evaluate) -> StageCost:
         sizes = (model.encoder.num_patches, model.encoder.hidden_size, model.decoder.hidden_size)
         seeing = questions * encoder_flops(model.encoder)
         connecting = questions * connector_flops(model.projector, *sizes)
+        connecting += looking_flops(model, tokens, questions)
     parts = Flops(
         decoder=tokens * decoder_flops(model.decoder, context=context),
         head=text_tokens * head_flops(model.decoder),

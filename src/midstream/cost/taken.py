@@ -19,7 +19,7 @@ from midstream.config import (
     PatchProjection,
     VLMConfig,
 )
-from midstream.config.connectors import kept_numbers
+from midstream.config.connectors import RESAMPLER_EXPANSION, kept_numbers
 from midstream.config.model import LEAST_CUT_ROW, MAX_LOGITS
 from midstream.core.storage import read_json
 from midstream.cost.cost import (
@@ -157,6 +157,10 @@ def _activations(
         seen: Number = low * kept_numbers(model.projector, *sizes)
         seen += _tower(model.encoder, low) if trains_encoder(stage) else 0.0
         kept += work.images * part * seen
+    if (gated := model.projector.gated) is not None:
+        # Inputs of norms and products, what the heads mix, both sides of the activation.
+        wide = (4 + 2 * RESAMPLER_EXPANSION) * d + 2 * gated.num_heads * gated.head_dim
+        kept += len(gated.places(layers)) * positions * wide * low
     return kept, one
 
 

@@ -122,6 +122,11 @@ def refuse(vlm: VLM, codec: TextCodec, encoder: VisionEncoder | None, out: Path)
     """Raises ValueError if the model cannot be exported to `out`."""
     if out.exists() and not (out / MARK).is_file() and (out.is_file() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is no exported folder; give another --out")
+    if vlm.gated is not None:
+        raise ValueError(
+            "a model with gated blocks is not exported yet: no class there computes them; chat and "
+            "evaluate it here"
+        )
     for module in (vlm, encoder):
         for name, value in module.state_dict().items() if module is not None else ():
             if not bool(value.isfinite().all()):

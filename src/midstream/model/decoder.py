@@ -4,7 +4,7 @@ Letters in names: R rows, T positions, S positions seen by attention, H heads, C
 Parameter names are those of OpenLM's own checkpoints.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -263,12 +263,14 @@ class Decoder(nn.Module):
         mask: Mask,
         cache: Cache | None = None,
         at: Int[Tensor, "asked"] | None = None,
+        before_block: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "*asked hidden"]:
         """The hidden states after the final norm; `output` turns them into logits.
 
         `mask` comes from `make_mask`; None is plain causal attention and needs an empty or no
         cache. With a cache the mask is dense, and `seen` counts the held positions and the new
         ones. `at` asks for some positions alone (their numbers over all rows): [asked, width].
+        `before_block` changes the stream on its way into each block, by its number.
         """
         if cache is not None:
             check_room(cache.length, embeddings.shape[1], cache.keys.shape[3], mask)
@@ -276,6 +278,8 @@ class Decoder(nn.Module):
         hidden = embeddings
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
+            if before_block is not None:
+                hidden = before_block(index, hidden)
             hidden = layer(hidden, rotary, mask, cache, at if index == last else None)
         if cache is not None:
             cache.length += embeddings.shape[1]

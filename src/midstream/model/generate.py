@@ -14,6 +14,7 @@ from midstream.model.read_prompts import (
     Prompt,
     State,
     as_prompts,
+    everyone_sees,
     filled,
     id_tensor,
     parts_of,
@@ -122,7 +123,10 @@ def _go_on(
         position_ids = position_ids + 1
         held = torch.cat((held, held.new_ones(num_rows, 1)), dim=1)
         embeddings = vlm.decoder.embed(id_tensor([[token] for token in tokens], vlm))
-        last = vlm.decoder(embeddings, position_ids, held[:, None, None], state.cache)[:, -1]
+        seen = everyone_sees(state.latest, 1)
+        last = vlm.decode(embeddings, position_ids, held[:, None, None], state.cache, seen=seen)[
+            :, -1
+        ]
     return results
 
 
@@ -239,8 +243,9 @@ def _read_on(
     # Padding is behind the tokens, where they do not look.
     order = held.new_ones(width, width).tril().expand(len(rows), -1, -1)
     seen = torch.cat((held[:, None].expand(-1, width, -1), order), dim=2)
-    hidden: Tensor = vlm.decoder(embeddings, position_ids, seen[:, None], cache)
-    return hidden
+    latest = None if state.latest is None else state.latest[chosen]
+    shown = everyone_sees(latest, width)
+    return vlm.decode(embeddings, position_ids, seen[:, None], cache, seen=shown)
 
 
 @torch.no_grad()
@@ -273,7 +278,7 @@ def sequence_logprobs(
             input_ids = id_tensor(rows, vlm)
             position_ids = torch.arange(length, device=input_ids.device).expand_as(input_ids)
             # Padding is behind the tokens, where causal attention does not look.
-            hidden = vlm.decoder(vlm.decoder.embed(input_ids), position_ids, None)
+            hidden = vlm.decode(vlm.decoder.embed(input_ids), position_ids, None)
             for row, index in enumerate(chosen):
                 ids, start = sequences[index], starts[index]
                 # By example rather than by batch: one more shape that neighbours must not change.

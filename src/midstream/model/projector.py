@@ -119,7 +119,7 @@ class WindowAttention(nn.Module):
         """[images, patches, width] -> [images, patches / window², width]."""
         windows = windows_of(features, self.window)
         asked = windows.mean(dim=2, keepdim=True)
-        mixed = _attention(
+        mixed = attention_over(
             self.query(asked).flatten(0, 1),
             self.key(windows).flatten(0, 1),
             self.value(windows).flatten(0, 1),
@@ -175,12 +175,17 @@ class PerceiverLayer(nn.Module):
         asking = self.latent_norm(latents)
         seen = torch.cat((self.patch_norm(features), asking), dim=1)
         key, value = self.key_value(seen).chunk(2, dim=-1)
-        latents = latents + self.out(_attention(self.query(asking), key, value, self.num_heads))
+        latents = latents + self.out(attention_over(self.query(asking), key, value, self.num_heads))
         return latents + cast(Tensor, self.down(self.act(self.up(self.ffn_norm(latents)))))
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
-    """[sets, asked, width] of queries that see all of [sets, seen, width] keys and values."""
+def attention_over(
+    query: Float[Tensor, "sets asked width"],
+    key: Float[Tensor, "sets seen width"],
+    value: Float[Tensor, "sets seen width"],
+    num_heads: int,
+) -> Float[Tensor, "sets asked width"]:
+    """Attention in so many heads of queries that see all keys of their set."""
 
     def heads(part: Tensor) -> Tensor:
         return part.view(*part.shape[:2], num_heads, part.shape[2] // num_heads).transpose(1, 2)

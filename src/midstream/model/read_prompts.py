@@ -17,8 +17,9 @@ from midstream.config import Attention
 from midstream.core.batch import PADDING
 from midstream.model.attention import NO_PICTURE, PICTURE_RULES, Place, pictures_of, sees
 from midstream.model.decoder import Cache, compute_dtype
+from midstream.model.gated import Shown, shown
 from midstream.model.pretrained import TransformersCache
-from midstream.model.vlm import VLM, scatter_image_features
+from midstream.model.vlm import VLM
 
 AnyCache = Cache | TransformersCache
 Item = TypeVar("Item")
@@ -111,12 +112,43 @@ class Embedded(NamedTuple):
     embeddings: Float[Tensor, "rows seq hidden"]
     held: Bool[Tensor, "rows seq"]
     pictures: Int[Tensor, "rows seq"]
+    # For gated blocks: the features of each row's pictures, where it has some.
+    features: Float[Tensor, "rows count left width"] | None = None
 
     def behind(self, first: "Embedded") -> "Embedded":
         """The same rows behind others; their pictures are counted on."""
         embeddings = torch.cat((first.embeddings, self.embeddings), dim=1)
         held = torch.cat((first.held, self.held), dim=1)
-        return Embedded(embeddings, held, counted_on(first.pictures, self.pictures))
+        kept = [one for one in (first.features, self.features) if one is not None]
+        features = torch.cat(kept, dim=1) if kept else None
+        return Embedded(embeddings, held, counted_on(first.pictures, self.pictures), features)
+
+    def seen(self, pictures: Tensor, latest: Tensor | None) -> Shown | None:
+        """What gated blocks look at from these positions, which are of `pictures` or behind them;
+        from those before all of them at `latest`, a picture of each row, if that is given."""
+        kept = [one for one in (latest, self.features) if one is not None]
+        if not kept:
+            return None
+        features = torch.cat(kept, dim=1)
+        rows, count = features.shape[:2]
+        first = NO_PICTURE if latest is None else 0
+        own = torch.where(pictures == NO_PICTURE, first, pictures + (latest is not None))
+        own = own.cummax(dim=1).values
+        row = torch.arange(rows, device=own.device)[:, None]
+        image_of = torch.where(own == NO_PICTURE, NO_PICTURE, own + count * row)
+        return shown(features.flatten(0, 1), image_of)
+
+    def last(self, latest: Tensor | None) -> Tensor | None:
+        """The latest picture of each row, which may be one before these positions."""
+        return latest if self.features is None else self.features[:, -1:]
+
+
+def everyone_sees(latest: Float[Tensor, "rows 1 left width"] | None, width: int) -> Shown | None:
+    """What gated blocks look at from `width` positions of each row behind its latest picture."""
+    if latest is None:
+        return None
+    row = torch.arange(len(latest), device=latest.device)[:, None]
+    return shown(latest[:, 0], row.expand(-1, width))
 
 
 def counted_on(
@@ -162,11 +194,13 @@ def embed_parts(
     pictures = torch.full(embeddings.shape[:2], NO_PICTURE, device=embeddings.device)
     if projected is not None:
         found, places = embeddings.to(projected.dtype), id_tensor(slots, vlm)
-        embeddings = scatter_image_features(found, projected, places)
+        embeddings = vlm.put_images(found, projected, places)
         pictures = pictures_of(places, width, (len(rows), embeddings.shape[1]))
         count = len(parts[0].pictures)
         pictures = torch.where(pictures == NO_PICTURE, NO_PICTURE, pictures % count)
-    return Embedded(embeddings, id_tensor(held, vlm), pictures)
+    own = projected if vlm.gated is not None else None
+    kept = None if own is None else own.view(len(rows), -1, *own.shape[1:])
+    return Embedded(embeddings, id_tensor(held, vlm), pictures, kept)
 
 
 # ------------------------------------------------------------------------------------- reading
@@ -180,6 +214,8 @@ class State:
     last_position: Int[Tensor, " rows"]
     held: Bool[Tensor, "rows seen"]
     cache: AnyCache
+    # For gated blocks: the features of each row's latest picture.
+    latest: Float[Tensor, "rows 1 left width"] | None = None
 
 
 class _Shape(NamedTuple):
@@ -241,7 +277,7 @@ class _Reader:
         head_of = {i: self.prompts[i]._replace(rest=Part()) for own in groups.values() for i in own}
         heads = sorted(set(head_of.values()), key=lambda one: (one.head.pictures, one.head.ids))
         for part in parts_of(heads, self.batch_size):
-            cache, pictures = self._read_heads(part)
+            cache, pictures, latest = self._read_heads(part)
             row_of = {head: row for row, head in enumerate(part)}
             for shape, members in sorted(groups.items()):
                 asking = (i for i in members if head_of[i] in row_of)
@@ -251,12 +287,15 @@ class _Reader:
                     taken = shape.pictures * self.vlm.config.image_tokens
                     more, at = shape.length + taken + shape.room, id_tensor(rows, self.vlm)
                     own = cache.select(at, cache.length + more)
-                    yield chosen, self.read(chosen, shape, own, pictures[at])
+                    seen = None if latest is None else latest[at]
+                    yield chosen, self.read(chosen, shape, own, pictures[at], seen)
 
-    def _read_heads(self, heads: list[Prompt]) -> tuple[AnyCache, Int[Tensor, "rows held"]]:
-        """Heads in a cache, a row each, in batches of one size: neighbours change nothing; and
-        where their pictures stand."""
-        caches, places = list[Any](), list[Tensor]()
+    def _read_heads(
+        self, heads: list[Prompt]
+    ) -> tuple[AnyCache, Int[Tensor, "rows held"], Tensor | None]:
+        """Heads in a cache, a row each, in batches of one size: neighbours change nothing; where
+        their pictures stand, and for gated blocks the features of the last."""
+        caches, places, last = list[Any](), list[Tensor](), list[Tensor]()
         shown = max(1, len(heads[0].head.pictures) * self.vlm.config.image_tokens)
         at_once = max(1, min(self.batch_size, _IMAGE_POSITIONS // shown))
         for chosen in parts_of(heads, at_once):
@@ -270,10 +309,14 @@ class _Reader:
             cache = new_cache(self.vlm, parts.embeddings, width)
             # Keys and values are wanted: the last block need not be finished, but for one position.
             at = torch.arange(rows, device=device) * width
-            self.vlm.decoder(parts.embeddings, position_ids, seen, cache, at)
+            looks = parts.seen(parts.pictures, None)
+            self.vlm.decode(parts.embeddings, position_ids, seen, cache, at, seen=looks)
             caches.append(cache)
             places.append(parts.pictures)
-        return type(caches[0]).joined(caches), torch.cat(places)
+            if (latest := parts.last(None)) is not None:
+                last.append(latest)
+        found = torch.cat(last) if last else None
+        return type(caches[0]).joined(caches), torch.cat(places), found
 
     def read(
         self,
@@ -281,9 +324,10 @@ class _Reader:
         shape: _Shape,
         cache: AnyCache | None,
         known: Int[Tensor, "rows held"] | None = None,
+        latest: Float[Tensor, "rows 1 left width"] | None = None,
     ) -> State:
         """Read prompts of one shape, behind heads that are in the cache, with pictures where
-        `known` says, or, without one, with them.
+        `known` says, or, without one, with them. `latest`: as in `State`, of the heads.
 
         A row is [head, padding, rest]. The mask hides the padding and positions count around it,
         which makes its place free; behind the head it is the same columns for every row.
@@ -302,9 +346,10 @@ class _Reader:
         position_ids = (held.cumsum(dim=1) - 1)[:, cache.length :].clamp(min=0)
         seen = self._seen(own, position_ids, held, pictures)
         at = torch.arange(1, num_rows + 1, device=held.device) * width - 1
-        last = vlm.decoder(parts.embeddings, position_ids, seen[:, None], cache, at)
+        looks = parts.seen(parts.pictures, latest)
+        last = vlm.decode(parts.embeddings, position_ids, seen[:, None], cache, at, seen=looks)
         # All that follows sees what the last position does.
-        return State(last, position_ids[:, -1], seen[:, -1], cache)
+        return State(last, position_ids[:, -1], seen[:, -1], cache, parts.last(latest))
 
     def _seen(
         self, prompts: Sequence[Prompt], position_ids: Tensor, held: Tensor, pictures: Tensor

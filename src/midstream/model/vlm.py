@@ -4,6 +4,7 @@ A frozen encoder is no part of it: its features arrive as an argument. One that 
 the model's own, and takes the batch's pixels. `slots` are one an image: (row, first column).
 """
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from midstream.model.attention import (
     pictures_of,
 )
 from midstream.model.decoder import Decoder, select
+from midstream.model.gated import GatedStack, Shown, latest_pictures, shown
 from midstream.model.pretrained import TransformersDecoder
 from midstream.model.projector import Projector
 from midstream.model.vision import VisionEncoder, build_encoder
@@ -145,6 +147,7 @@ class VLM(nn.Module):
         self.decoder = build_decoder(config.decoder)
         self.encoder: VisionEncoder | None = None
         self.projector: Projector | None = None
+        self.gated: GatedStack | None = None
         if config.encoder is not None:
             if config.owns_encoder:
                 self.encoder = build_encoder(config.encoder)
@@ -153,6 +156,16 @@ class VLM(nn.Module):
                 in_width=config.encoder.hidden_size,
                 out_width=config.decoder.hidden_size,
             )
+            if config.projector.gated is not None:
+                widths = config.projector.widths(
+                    config.encoder.hidden_size, config.decoder.hidden_size
+                )
+                self.gated = GatedStack(
+                    config.projector.gated,
+                    num_layers=config.decoder.num_layers,
+                    width=config.decoder.hidden_size,
+                    seen_width=widths[-1],
+                )
 
     def forward(
         self,
@@ -173,8 +186,11 @@ class VLM(nn.Module):
         projected = self.project(features, embeddings)
         if projected is None and len(batch.image_slots) > 0:
             raise ValueError(f"the batch has {len(batch.image_slots)} images, the model no encoder")
+        seen = None
         if projected is not None:
-            embeddings = scatter_image_features(embeddings, projected, batch.image_slots)
+            embeddings = self.put_images(embeddings, projected, batch.image_slots)
+        if projected is not None and self.gated is not None:
+            seen = shown(projected, latest_pictures(batch.image_slots, batch.segment_ids))
         attention = self.config.attention
         # TODO(flex-for-transformers): their decoders get dense masks on a GPU too; giving them the
         # BlockMask with attn_implementation="flex_attention" lifts it.
@@ -188,7 +204,37 @@ class VLM(nn.Module):
             size = (len(embeddings), embeddings.shape[1])
             pictures = pictures_of(batch.image_slots, self.config.image_tokens, size)
         mask = make_mask(batch.segment_ids, prefix, attention, kind=kind, pictures=pictures)
-        return cast(Tensor, self.decoder(embeddings, batch.position_ids, mask, at=at))
+        return self.decode(embeddings, batch.position_ids, mask, at=at, seen=seen)
+
+    def decode(
+        self,
+        embeddings: Float[Tensor, "rows seq hidden"],
+        position_ids: Int[Tensor, "rows seq"],
+        mask: Any,
+        cache: Any = None,
+        at: Int[Tensor, "asked"] | None = None,
+        *,
+        seen: Shown | None = None,
+    ) -> Float[Tensor, "*asked hidden"]:
+        """What the decoder makes of embeddings, with the gated blocks of a model that has some;
+        `seen` is what these look at, None without a picture."""
+        if self.gated is None:
+            return cast(Tensor, self.decoder(embeddings, position_ids, mask, cache, at))
+        between = partial(self.gated, seen=seen)
+        return cast(Tensor, self.decoder(embeddings, position_ids, mask, cache, at, between))
+
+    def put_images(
+        self,
+        embeddings: Float[Tensor, "rows seq hidden"],
+        projected: Float[Tensor, "images left width"],
+        image_slots: Int[Tensor, "slots 2"],
+    ) -> Float[Tensor, "rows seq hidden"]:
+        """Put what `project` gives into slots, or, of a model with gated blocks, the embedding of a
+        picture's position; raises as `scatter_image_features` does."""
+        if self.gated is not None:
+            own = self.gated.picture.to(embeddings.dtype)
+            projected = own.expand(len(projected), 1, -1)
+        return scatter_image_features(embeddings, projected, image_slots)
 
     def losses(
         self,
@@ -215,9 +261,9 @@ class VLM(nn.Module):
         self,
         features: Float[Tensor, "images patches width"] | None,
         like: Float[Tensor, "rows seq hidden"],
-    ) -> Float[Tensor, "images left hidden"] | None:
-        """What the connector makes of features, [images, `image_tokens`, hidden], in dtype and on
-        the device of `like`.
+    ) -> Float[Tensor, "images left out"] | None:
+        """What the connector makes of features, at decoder width (before gated blocks at the
+        projector's last), in dtype and on the device of `like`.
 
         Without features the projector runs on zero images, so that every rank runs every module
         and its gradients are zero rather than absent. None if the model has no projector.
@@ -239,7 +285,12 @@ class VLM(nn.Module):
 
     def initialisers(self) -> dict[str, Initialiser]:
         """Those of its parts."""
-        parts = {"decoder": self.decoder, "encoder": self.encoder, "projector": self.projector}
+        parts = {
+            "decoder": self.decoder,
+            "encoder": self.encoder,
+            "projector": self.projector,
+            "gated": self.gated,
+        }
         return {
             f"{part}.{name}": entry
             for part, module in parts.items()

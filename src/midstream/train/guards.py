@@ -284,7 +284,8 @@ def _dump_threads() -> None:
 
 
 # Reached by gradients only where a step shows a picture.
-_SEEING = ("encoder.", "projector.")
+_SEEING = ("encoder.", "projector.", "gated.")
+_GATES = (".gate", ".ffn_gate")
 
 
 class StartChecks:
@@ -296,6 +297,9 @@ class StartChecks:
         named = list(model.named_parameters())
         self._pending = {name for name, value in named if value.requires_grad}
         self._frozen = ""
+        self._gates = [(name, value) for name, value in named if name.endswith(_GATES)]
+        # No gradient passes a gate of zero; a first step with pictures opens them.
+        self._open = not self._gates
 
     def begin(
         self,
@@ -340,12 +344,17 @@ class StartChecks:
         """After each step until every trained parameter was checked: a matrix must have had a
         gradient other than zero, any other parameter a gradient.
 
-        Encoder and projector are checked by the first step with a picture. Raises ValueError with
+        Encoder and projector are checked by the first step with a picture, and what stands behind
+        gates by the first after one in which all of these have opened. Raises ValueError with
         the names.
         """
         if not self._pending:
             return
         judged = {n for n in self._pending if result.num_images or not n.startswith(_SEEING)}
+        if not self._open:
+            judged = {n for n in judged if n.endswith(_GATES) or not n.startswith(_SEEING)}
+            counts = [float(local(gate).count_nonzero()) for _, gate in self._gates]
+            self._open = all(self._place.sum(counts))
         parameters = {n: value for n, value in self._model.named_parameters() if n in judged}
         # The gradient of a vector may vanish (a bias that softmax cancels): any will do.
         mine = [

@@ -157,7 +157,9 @@ def _shard(model: VLM, place: Place) -> None:
         cast_forward_inputs=False,
     )
     # An encoder that is trained along is a group of its own: all ranks look, or none.
-    units = [*blocks_of(model), *([model.encoder] if model.encoder is not None else []), model]
+    gated = [] if model.gated is None else list(model.gated.blocks.values())
+    encoder = [] if model.encoder is None else [model.encoder]
+    units = [*blocks_of(model), *gated, *encoder, model]
     for unit in units:
         fully_shard(unit, mesh=place.mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "losses")

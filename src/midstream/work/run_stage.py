@@ -340,7 +340,9 @@ class StageRunner:
                 f"{folder} holds no optimiser state to carry; choose optimizer='fresh'"
             )
         if isinstance(before, LoadModel | Continue):
-            start = replace(start, parts=("decoder", "projector", *(("encoder",) if had else ())))
+            others = {"encoder": had, "gated": before.model.projector.gated is not None}
+            carried = (name for name, is_there in others.items() if is_there)
+            start = replace(start, parts=("decoder", "projector", *carried))
             if not isinstance(stage.training.schedule, ContinuedCosine):
                 return start  # All its bytes are read once, when they are loaded.
         return replace(start, parent_rate=checkpoint.read_progress(folder).rate)
