@@ -12,12 +12,14 @@ import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn.functional import pad
 
 from midstream.config import Config, DecoderConfig, Positive
 from midstream.core.storage import read_json
 from midstream.data.examples import TextCodec, Turn, asked_example, question_ids
 from midstream.data.images import decode_pixels
 from midstream.eval.benchmark_records import places
+from midstream.model.attention import NO_PICTURE, Place, sees
 from midstream.model.decoder import Sampling, choose
 from midstream.model.read_prompts import AnyCache, Part, embed_parts, id_tensor, new_cache
 from midstream.model.vlm import VLM
@@ -65,7 +67,7 @@ class Conversation:
 
     `features` are the encoder's, `begin` is a token that stands before all where there are images.
     `max_positions` bounds images, turns and replies together.
-    Under prefix attention the images and the first turn see each other, as in training.
+    Who sees whom is as in training: under prefix attention the images and the first turn all do.
     """
 
     def __init__(
@@ -86,6 +88,8 @@ class Conversation:
         self._places = (0,) * num_images
         self._shown = num_images * vlm.config.image_tokens + len(self._begin.ids)
         self._cache: AnyCache | None = None
+        # Of each position up to the first reply the number of its image.
+        self._pictures = torch.zeros((1, 0), dtype=torch.long)
         self._num_drawn = 0
         # Turns and replies so far; the cache holds the image and the first of them.
         self.ids: list[int] = []
@@ -137,20 +141,21 @@ class Conversation:
         if self._cache is None:
             shown = tuple((place, number) for number, place in enumerate(self._places))
             whole = self._begin.then(Part(tuple(self.ids), shown))
-            embeddings, _ = embed_parts(self.vlm, [whole], self._features)
+            parts = embed_parts(self.vlm, [whole], self._features)
+            embeddings, self._pictures = parts.embeddings, parts.pictures
             self._cache = new_cache(self.vlm, embeddings, self.max_positions)
         else:
             new = self.ids[start - self._shown :]
             embeddings = decoder.embed(id_tensor([new], self.vlm))
-        width = embeddings.shape[1]
-        position_ids = torch.arange(start, start + width, device=embeddings.device)[None]
-        seen = torch.ones(width, start + width, dtype=torch.bool, device=embeddings.device)
-        if start > 0 or self.vlm.config.attention != "prefix":
-            seen = seen.tril(diagonal=start)
-        if start == 0 and self._image is not None and self.vlm.config.attention == "pictures":
-            first = self._num_patches - self.vlm.config.image_tokens
-            seen[first : self._num_patches, first : self._num_patches] = True
-        hidden = decoder(embeddings, position_ids, seen[None, None], self._cache)
+        column = torch.arange(start + embeddings.shape[1], device=embeddings.device)[None]
+        missing = column.shape[1] - self._pictures.shape[1]
+        pictures = pad(self._pictures, (0, missing), value=NO_PICTURE)
+        prefix = column < self._pictures.shape[1]
+        row = Place(column, column * 0, prefix, pictures, pictures.cummax(dim=1).values)
+        query, key = row.map(lambda one: one[:, start:, None]), row.map(lambda one: one[:, None])
+        seen = sees(query, key, self.vlm.config.attention)
+        position_ids = column[:, start:]
+        hidden = decoder(embeddings, position_ids, seen[:, None], self._cache)
         (token,) = choose(decoder.output(hidden[:, -1]), self.sampling, [0], self._num_drawn)
         self._num_drawn += 1
         return token
