@@ -23,6 +23,7 @@ from midstream.chat.session import (
 from midstream.config import AnyDecoderConfig, TransformersDecoderConfig
 from midstream.data.examples import TextCodec, question_ids
 from midstream.data.images import decode_pixels
+from midstream.eval.benchmark_records import Shown
 from midstream.eval.predict import ModelAnswerer
 from midstream.model.generate import generate
 from midstream.study.label import label
@@ -44,7 +45,7 @@ def session_about(
     opened: OpenedModel, picture: Path | None, settings: ChatSettings = SHORT
 ) -> ChatSession:
     session = ChatSession(opened, settings)
-    session.show(picture)
+    session.show(*([] if picture is None else [picture]))
     return session
 
 
@@ -140,11 +141,12 @@ def test_reset_keeps_the_picture_and_a_new_one_starts_a_new_conversation(
     session = session_about(opened, pictures[0])
     for picture in (pictures[0], *pictures[1:], None):
         answer(session, QUESTIONS[0])
-        if picture == session.picture:
+        own = () if picture is None else (picture,)
+        if own == session.pictures:
             session.reset()
         else:
-            session.show(picture)
-        assert (session.turns, session.picture) == ([], picture)
+            session.show(*own)
+        assert (session.turns, session.pictures) == ([], own)
         expected = answer(session_about(opened, picture), QUESTIONS[1])
         assert answer(session, QUESTIONS[1]) == expected
 
@@ -266,7 +268,7 @@ def test_what_is_no_picture_is_refused_and_the_conversation_stays(
         session.show(text)
     with pytest.raises(FileNotFoundError, match="missing"):
         session.show(tmp_path / "missing.png")
-    assert (session.turns, session.picture) == (before, pictures[0])
+    assert (session.turns, session.pictures) == (before, (pictures[0],))
 
 
 @pytest.mark.parametrize(
@@ -402,3 +404,27 @@ def test_control_characters_are_written_out_and_text_is_left_alone() -> None:
     assert harmless("\x1b[2J\r\x07\x7f\x9b\u202e\u2066") == (r"\x1b[2J\r\x07\x7f\x9b\u202e\u2066")
     plain = "two\nlines\tand a tab, é, 日本, 👩\u200d🚀, שלום, [bold]"
     assert harmless(plain) == plain
+
+
+def test_pictures_stand_where_the_first_question_has_marks_as_in_fine_tuning(
+    opened: OpenedModel, pictures: list[Path]
+) -> None:
+    assert opened.encoder is not None
+    answerer = ModelAnswerer(
+        opened.vlm,
+        opened.codec,
+        encode=opened.encode,
+        encoder=opened.vlm.config.encoder,
+        max_new_tokens=SHORT.max_new_tokens,
+        batch_size=2,
+    )
+    session = ChatSession(opened, SHORT)
+    for question in ("Is <image> like <image>?", "Which is red?"):
+        session.show(*pictures[:2])
+        said = answer(session, question)
+        assert session.turns == [(question, said)]
+        assert [said] == written(answerer, [question], [Shown(tuple(pictures[:2]))])
+    session.show(*pictures[1::-1])
+    with pytest.raises(ValueError, match="3 <image> marks and 2 pictures"):
+        session.ask("<image><image><image>")
+    assert (session.turns, session.pictures) == ([], (pictures[1], pictures[0]))

@@ -95,12 +95,15 @@ def test_a_picture_is_talked_about_after_its_command(
     session = ChatSession(opened, SHORT)
     shown = shown_by(session, QUESTIONS[0], f"/image '{pictures[0]}'", QUESTIONS[0])
     assert f"a new conversation about {pictures[0]}" in shown
-    assert session.picture == pictures[0]
+    assert session.pictures == (pictures[0],)
     assert len(session.turns) == 1
     shown_by(session, "/reset")
-    assert (session.picture, session.turns) == (pictures[0], [])
+    assert (session.pictures, session.turns) == ((pictures[0],), [])
     shown_by(session, "/image")
-    assert session.picture is None
+    assert session.pictures == ()
+    shown = shown_by(session, f"/image {pictures[0]} '{pictures[1]}'")
+    assert f"about {pictures[0]} and {pictures[1]}" in shown
+    assert session.pictures == tuple(pictures[:2])
 
 
 def test_what_is_refused_is_said_and_the_chat_goes_on(opened: OpenedModel, tmp_path: Path) -> None:
@@ -248,7 +251,7 @@ def test_the_process_says_which_model_is_no_partner(
     ("changes", "said"),
     [
         ({"checkpoint": "nowhere"}, "nowhere is no stage of a store"),
-        ({"image": "missing.png"}, "No such file or directory: 'missing.png'"),
+        ({"image": ["missing.png"]}, "No such file or directory: 'missing.png'"),
         ({"top_p": 0.5}, "give a temperature above 0"),
         ({"top_p": 1.5, "temperature": 1.0}, "top_p 1.5"),
         ({"max_tokens": 5}, "did you mean 'max_new_tokens'?"),

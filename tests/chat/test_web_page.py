@@ -31,13 +31,18 @@ def page_of(opened: OpenedModel) -> Page:
 
 def answers_about(opened: OpenedModel, picture: Path | None, *questions: str) -> list[str]:
     session = ChatSession(opened, SHORT)
-    session.show(picture)
+    session.show(*([] if picture is None else [picture]))
     return ["".join(session.ask(question)) for question in questions]
+
+
+def gallery(*pictures: Path | None) -> list[tuple[str, None]]:
+    """Pictures as the page's gallery gives them."""
+    return [(str(picture), None) for picture in pictures if picture is not None]
 
 
 def asked(page: Page, visitor: Visitor, picture: Path | None, question: str) -> Any:
     """The last of what the page shows."""
-    return list(page.ask(visitor, None if picture is None else str(picture), question))[-1]
+    return list(page.ask(visitor, gallery(picture), question))[-1]
 
 
 def messages(*texts: str) -> list[dict[str, str]]:
@@ -75,7 +80,7 @@ def test_a_new_picture_starts_anew_with_and_without_its_event(
 ) -> None:
     page, visitor = page_of(opened), Visitor()
     asked(page, visitor, None, QUESTIONS[0])
-    assert page.show(visitor, str(pictures[0])) == ([], "")
+    assert page.show(visitor, gallery(pictures[0])) == ([], "")
     for picture in (pictures[0], pictures[1], None):
         both = answers_about(opened, picture, *QUESTIONS)
         for question in QUESTIONS:
@@ -83,12 +88,24 @@ def test_a_new_picture_starts_anew_with_and_without_its_event(
         assert shown == messages(QUESTIONS[0], both[0], QUESTIONS[1], both[1])
 
 
+def test_several_pictures_are_talked_about_together(
+    opened: OpenedModel, pictures: list[Path]
+) -> None:
+    page, visitor = page_of(opened), Visitor()
+    shown, *_ = list(page.ask(visitor, gallery(*pictures[:2]), QUESTIONS[0]))[-1]
+    session = ChatSession(opened, page.settings)
+    session.show(*pictures[:2])
+    assert shown == messages(QUESTIONS[0], "".join(session.ask(QUESTIONS[0])))
+    assert visitor.session is not None
+    assert visitor.session.pictures == tuple(pictures[:2])
+
+
 def test_reset_keeps_the_picture(opened: OpenedModel, pictures: list[Path]) -> None:
     page, visitor = page_of(opened), Visitor()
     first = asked(page, visitor, pictures[0], QUESTIONS[0])
     assert page.reset(visitor) == ([], "")
     assert visitor.session is not None
-    assert visitor.session.picture == pictures[0]
+    assert visitor.session.pictures == (pictures[0],)
     assert asked(page, visitor, pictures[0], QUESTIONS[0]) == first
 
 
@@ -105,7 +122,7 @@ def test_what_is_refused_becomes_a_note_and_the_question_stays(
     shown, note, box = asked(page, visitor, text, QUESTIONS[1])
     assert (shown, box) == (before, QUESTIONS[1])
     assert "cannot be decoded" in note
-    shown, note = page.show(visitor, str(text))
+    shown, note = page.show(visitor, gallery(text))
     assert shown == before
     assert "cannot be decoded" in note
 
@@ -180,7 +197,7 @@ GRADIO = pytest.mark.skipif(
 @pytest.fixture
 def served(chat_ledger: Ledger, pictures: list[Path], tmp_path: Path) -> Iterator[str]:
     """The address of a page in a process of its own, which leaves nothing behind."""
-    request = {"checkpoint": str(chat_ledger.folder(tiny.CHAT)), "image": str(pictures[0])}
+    request = {"checkpoint": str(chat_ledger.folder(tiny.CHAT)), "image": [str(pictures[0])]}
     request |= {"web": True, "max_new_tokens": 6, "device": "cpu"}
     command = [sys.executable, "-m", "midstream.work", "chat", json.dumps(request)]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
@@ -216,7 +233,7 @@ def test_the_page_answers_and_loads_from_this_machine_alone(
         urllib.request.urlopen(elsewhere)
     for picture in (pictures[1], None):
         client = Client(served, verbose=False)
-        sent = None if picture is None else handle_file(str(picture))
+        sent = None if picture is None else [{"image": handle_file(str(picture)), "caption": None}]
         for question, answer in zip(
             QUESTIONS, answers_about(opened, picture, *QUESTIONS), strict=True
         ):

@@ -16,7 +16,7 @@ from answerers import chosen, written
 from midstream.data.images import decode
 from midstream.eval import transformers_answerer
 from midstream.eval.tasks import reply_tokens
-from midstream.eval.transformers_answerer import TransformersAnswerer
+from midstream.eval.transformers_answerer import TransformersAnswerer, _turn
 from midstream.eval.transformers_answerer import _digest as digest_of
 
 Folders = Callable[[str], Path]
@@ -386,3 +386,18 @@ def test_a_hub_model_is_its_commit_and_one_without_is_never_the_same(tmp_path: P
         != digest_of(name, other, torch.float32)
     )
     assert digest_of(name, CONFIG, torch.float32) != digest_of(name, CONFIG, torch.float32)
+
+
+def test_pictures_of_a_turn_stand_between_its_texts() -> None:
+    one, two = {"image": 1}, {"image": 2}
+    told = _turn("user", "Is  like ?", [one, two], (3, 9))["content"]
+    assert told == [
+        {"type": "text", "text": "Is "},
+        {"type": "image", "image": 1},
+        {"type": "text", "text": " like "},
+        {"type": "image", "image": 2},
+        {"type": "text", "text": "?"},
+    ]
+    assert [part["type"] for part in _turn("user", "What?", [one, two])["content"]] == (
+        ["image", "image", "text"]
+    )

@@ -12,15 +12,23 @@ import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn.functional import pad
 
 from midstream.config import Config, DecoderConfig, Positive
 from midstream.core.storage import read_json
-from midstream.data.examples import TextCodec, question_ids
+from midstream.data.examples import TextCodec, Turn, asked_example, question_ids
 from midstream.data.images import decode_pixels
-from midstream.model.attention import NO_PICTURE
+from midstream.eval.benchmark_records import places
+from midstream.model.attention import NO_PICTURE, Place, sees
 from midstream.model.decoder import Sampling, choose
-from midstream.model.gated import shown
-from midstream.model.read_prompts import AnyCache, Part, embed_parts, id_tensor, new_cache
+from midstream.model.read_prompts import (
+    AnyCache,
+    Part,
+    embed_parts,
+    everyone_sees,
+    id_tensor,
+    new_cache,
+)
 from midstream.model.vlm import VLM
 from midstream.study.label import label
 from midstream.study.results import EvaluationResult, ImportedResult
@@ -62,33 +70,35 @@ class TextPieces:
 
 
 class Conversation:
-    """The cache of one conversation, about one image or none; each turn goes on where it ended.
+    """The cache of one conversation, about images or none; each turn goes on where it ended.
 
-    `features` are the encoder's, `begin` is a token that stands before the image.
-    `max_positions` bounds image, turns and replies together.
-    Under prefix attention the image and the first turn see each other, as in training.
+    `features` are the encoder's, `begin` is a token that stands before all where there are images.
+    `max_positions` bounds images, turns and replies together.
+    Who sees whom is as in training: under prefix attention the images and the first turn all do.
     """
 
     def __init__(
         self,
         vlm: VLM,
-        features: Float[Tensor, "1 patches width"] | None,
+        features: Float[Tensor, "images patches width"] | None,
         *,
         max_positions: int,
         begin: int | None = None,
         sampling: Sampling | None = None,
     ) -> None:
         self.vlm, self.sampling, self.max_positions = vlm, sampling, max_positions
-        with torch.no_grad():
-            first = () if begin is None else (begin,)
-            image = Part(first, ((len(first), 0),))
-            looked = None if features is None else embed_parts(vlm, [image], features)
-        self._image = None if looked is None else looked.embeddings
-        # What gated blocks look at.
-        kept = None if looked is None else looked.features
-        self._shown = None if kept is None else kept[:, 0]
-        self._num_patches = 0 if self._image is None else self._image.shape[1]
+        self._features, num_images = features, 0 if features is None else len(features)
+        if num_images and vlm.config.encoder is None:
+            raise ValueError(f"{num_images} images were given to a model without an encoder")
+        self._begin = Part(() if begin is None or not num_images else (begin,))
+        # Before which tokens of the first turn the images stand.
+        self._places = (0,) * num_images
+        self._shown = num_images * vlm.config.image_tokens + len(self._begin.ids)
         self._cache: AnyCache | None = None
+        # Of each position up to the first reply the number of its image.
+        self._pictures = torch.zeros((1, 0), dtype=torch.long)
+        # For gated blocks: the features of the latest image.
+        self._latest: Tensor | None = None
         self._num_drawn = 0
         # Turns and replies so far; the cache holds the image and the first of them.
         self.ids: list[int] = []
@@ -96,13 +106,19 @@ class Conversation:
     @property
     def room(self) -> int:
         """Positions that are left."""
-        return self.max_positions - self._num_patches - len(self.ids)
+        return self.max_positions - self._shown - len(self.ids)
 
     def reply(
-        self, ids: Sequence[int], *, max_new_tokens: int, stop_ids: frozenset[int]
+        self,
+        ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        stop_ids: frozenset[int],
+        places: tuple[int, ...] | None = None,
     ) -> Iterator[int]:
         """Add a turn; then its reply, token by token, up to a stop id (left out), `max_new_tokens`
-        or the end of the room.
+        or the end of the room. `places`: before which tokens of the first turn the images stand,
+        one each; all stand before it without.
 
         The stop id is not kept either: a later turn begins with what ends a reply in training.
         Leaving the iterator early keeps the reply so far.
@@ -116,6 +132,7 @@ class Conversation:
                 f"{self.max_positions}; start a new one"
             )
         self.ids += ids
+        self._places = self._places if places is None or self._cache is not None else places
         return self._tokens(max_new_tokens, stop_ids)
 
     def _tokens(self, max_new_tokens: int, stop_ids: frozenset[int]) -> Iterator[int]:
@@ -130,28 +147,26 @@ class Conversation:
     def _next(self) -> int:
         decoder = self.vlm.decoder
         start = 0 if self._cache is None else self._cache.length
-        new = self.ids[max(0, start - self._num_patches) :]
-        embeddings = decoder.embed(id_tensor([new], self.vlm))
         if self._cache is None:
-            if self._image is not None:
-                embeddings = torch.cat((self._image, embeddings), dim=1)
+            shown = tuple((place, number) for number, place in enumerate(self._places))
+            whole = self._begin.then(Part(tuple(self.ids), shown))
+            parts = embed_parts(self.vlm, [whole], self._features)
+            embeddings, self._pictures = parts.embeddings, parts.pictures
+            looks, self._latest = parts.seen(parts.pictures, None), parts.last(None)
             self._cache = new_cache(self.vlm, embeddings, self.max_positions)
-        width = embeddings.shape[1]
-        position_ids = torch.arange(start, start + width, device=embeddings.device)[None]
-        seen = torch.ones(width, start + width, dtype=torch.bool, device=embeddings.device)
-        if start > 0 or self.vlm.config.attention != "prefix":
-            seen = seen.tril(diagonal=start)
-        if start == 0 and self._image is not None and self.vlm.config.attention == "pictures":
-            first = self._num_patches - self.vlm.config.image_tokens
-            seen[first : self._num_patches, first : self._num_patches] = True
-        looks = None
-        if self._shown is not None:
-            # All but what begins the text stands behind the image.
-            first = self._num_patches - self.vlm.config.image_tokens
-            looks = shown(self._shown, torch.where(position_ids < first, NO_PICTURE, 0))
-        hidden = self.vlm.decode(
-            embeddings, position_ids, seen[None, None], self._cache, seen=looks
-        )
+        else:
+            new = self.ids[start - self._shown :]
+            embeddings = decoder.embed(id_tensor([new], self.vlm))
+            looks = everyone_sees(self._latest, len(new))
+        column = torch.arange(start + embeddings.shape[1], device=embeddings.device)[None]
+        missing = column.shape[1] - self._pictures.shape[1]
+        pictures = pad(self._pictures, (0, missing), value=NO_PICTURE)
+        prefix = column < self._pictures.shape[1]
+        row = Place(column, column * 0, prefix, pictures, pictures.cummax(dim=1).values)
+        query, key = row.map(lambda one: one[:, start:, None]), row.map(lambda one: one[:, None])
+        seen = sees(query, key, self.vlm.config.attention)
+        position_ids = column[:, start:]
+        hidden = self.vlm.decode(embeddings, position_ids, seen[:, None], self._cache, seen=looks)
         (token,) = choose(decoder.output(hidden[:, -1]), self.sampling, [0], self._num_drawn)
         self._num_drawn += 1
         return token
@@ -187,22 +202,23 @@ class ChatSettings(Config):
 
 
 class ChatSession:
-    """A conversation about one picture or none, laid out as in fine-tuning (`data/examples.py`).
+    """A conversation about pictures or none, laid out as in fine-tuning (`data/examples.py`).
 
-    `turns` are questions and answers so far, `picture` what they are about. Draws depend on the
+    `turns` are questions and answers so far, `pictures` what they are about: they stand where the
+    first question has an image mark, those without one before it. Draws depend on the
     seed and on how many tokens of this conversation were drawn before.
     """
 
     def __init__(self, opened: OpenedModel, settings: ChatSettings) -> None:
         self.opened, self.settings = opened, settings
         self.max_positions = trained_positions(opened)
-        self.picture: Path | None = None
+        self.pictures: tuple[Path, ...] = ()
         self._features: Tensor | None = None
         self._stopping = False
         self.reset()
 
     def reset(self) -> None:
-        """Forget all turns; the picture stays."""
+        """Forget all turns; the pictures stay."""
         self.turns: list[tuple[str, str]] = []
         # Why the last answer is not whole, None where it is.
         self.cut: str | None = None
@@ -214,14 +230,14 @@ class ChatSession:
             sampling=self.settings.sampling,
         )
 
-    def show(self, picture: Path | None) -> None:
-        """Start a new conversation about a picture file, or about none.
+    def show(self, *pictures: Path) -> None:
+        """Start a new conversation about picture files, or about none.
 
         Raises ValueError for a model without an encoder and for a file that is no picture, OSError
         for one that cannot be read; the conversation then goes on as before.
         """
-        features = None if picture is None else self._look(picture)
-        self.picture, self._features = picture, features
+        features = torch.cat([self._look(one) for one in pictures]) if pictures else None
+        self.pictures, self._features = pictures, features
         self.reset()
 
     def ask(self, question: str) -> Iterator[str]:
@@ -236,9 +252,7 @@ class ChatSession:
         # A lone surrogate stands for a byte that was no UTF-8; tokenizers take none.
         if any("\ud800" <= character <= "\udfff" for character in question):
             raise ValueError("the question holds bytes that are not UTF-8; type it again")
-        # In training the separator stands behind an image and behind each reply.
-        begun = bool(self.turns) or self._features is not None
-        ids = question_ids(self.opened.codec, question, has_image=begun)
+        ids, at = self._laid_out(question)
         held = self.max_positions - self._conversation.room
         if held + len(ids) >= self.max_positions:
             fits = len(ids) + self._num_patches < self.max_positions
@@ -248,16 +262,33 @@ class ChatSession:
                 f"{'start a new conversation' if fits else 'ask a shorter question'}"
             )
         self._stopping = False
-        return self._answer(question, ids)
+        return self._answer(question, ids, at)
+
+    def _laid_out(self, question: str) -> tuple[list[int], tuple[int, ...] | None]:
+        """A question's tokens, and before which of them pictures stand, None where none do.
+
+        Raises ValueError for marks without a picture.
+        """
+        codec = self.opened.codec
+        if self.turns or self._features is None:
+            # In training the separator stands behind each reply.
+            return question_ids(codec, question, has_image=bool(self.turns)), None
+        text, shown = places(question, len(self.pictures))
+        _, asked = asked_example(codec, Turn(text, "", pictures=shown))
+        begin = len(codec.begin_ids)
+        at = tuple(place - begin for place in asked.pictures)
+        return asked.input_ids[begin:].tolist(), at
 
     def stop(self) -> None:
         """End the answer that is being made behind its next token; what there is of it stays."""
         self._stopping = True
 
-    def _answer(self, question: str, ids: list[int]) -> Iterator[str]:
+    def _answer(self, question: str, ids: list[int], at: tuple[int, ...] | None) -> Iterator[str]:
         self.cut = None
         codec, longest = self.opened.codec, self.settings.max_new_tokens
-        tokens = self._conversation.reply(ids, max_new_tokens=longest, stop_ids=codec.stop_ids)
+        tokens = self._conversation.reply(
+            ids, max_new_tokens=longest, stop_ids=codec.stop_ids, places=at
+        )
         room = self._conversation.room
         pieces = TextPieces(codec)
         # A turn from its first moment, so that an answer which is left in its middle is one too.
@@ -292,7 +323,8 @@ class ChatSession:
     def _num_patches(self) -> int:
         if self._features is None:
             return 0
-        return self.opened.vlm.config.image_tokens + len(self.opened.codec.begin_ids)
+        shown = len(self._features) * self.opened.vlm.config.image_tokens
+        return shown + len(self.opened.codec.begin_ids)
 
     def _look(self, picture: Path) -> Tensor:
         config = self.opened.vlm.config.encoder

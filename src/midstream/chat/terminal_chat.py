@@ -1,6 +1,7 @@
 """The work of `midstream chat`: in a terminal, on a page, or for scripts that write questions."""
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -21,10 +22,11 @@ from midstream.work.protocol import Channel, harmless, print_line
 
 QUIT = "/quit"
 HELP = """\
-/image FILE  start anew with a picture; /image alone: with none
-/reset       start anew with the same picture
-/help        these lines
-/quit        end the chat; so does Ctrl-D, while Ctrl-C stops an answer
+/image FILE ...  start anew with pictures; /image alone: with none
+/reset           start anew with the same pictures
+/help            these lines
+/quit            end the chat; so does Ctrl-D, while Ctrl-C stops an answer
+The first question says with <image> where a picture stands; else they stand before it.
 A question may begin with a slash if there is a space before it."""
 
 
@@ -32,7 +34,7 @@ class ChatRequest(ChatSettings):
     """The arguments of `midstream chat`."""
 
     checkpoint: Path
-    image: Path | None = None
+    image: tuple[Path, ...] = ()
     web: bool = False
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -49,7 +51,7 @@ def chat(request: ChatRequest, channel: Channel) -> None:
         about.append(warning)
     session = ChatSession(opened, request)
     # Refuses a picture that cannot be shown before anything is said or served.
-    session.show(request.image)
+    session.show(*request.image)
     console, notes = Console(), Console(stderr=True)
     for line in about:
         print_line(console if request.web or sys.stdin.isatty() else notes, line, "dim")
@@ -126,17 +128,28 @@ def obey(session: ChatSession, line: str) -> str:
     command, _, argument = line.strip().partition(" ")
     argument = argument.strip()
     if command == "/image":
-        # Terminals put quotes around a file that is dropped on them.
-        name = argument.strip("'\"")
-        session.show(Path(name).expanduser() if name else None)
-        return f"a new conversation about {name}" if name else "a new conversation, no picture"
+        names = _file_names(argument)
+        session.show(*(Path(name).expanduser() for name in names))
+        told = " and ".join(names)
+        return f"a new conversation about {told}" if names else "a new conversation, no picture"
     if command == "/reset" and not argument:
         session.reset()
-        about = "" if session.picture is None else f" about {session.picture}"
+        told = " and ".join(map(str, session.pictures))
+        about = f" about {told}" if told else ""
         return f"a new conversation{about}"
     if command == "/help" and not argument:
         return HELP
     raise ValueError(f"there is no command {line.strip()!r}; /help lists what there is")
+
+
+def _file_names(argument: str) -> list[str]:
+    """The files that are named; a name with spaces stands in quotes, or alone."""
+    alone = argument.strip("'\"")
+    try:
+        # Terminals put quotes around a file that is dropped on them.
+        return [alone] if Path(alone).expanduser().is_file() else shlex.split(argument)
+    except ValueError:  # a quote that is not closed is part of a name
+        return [alone]
 
 
 def _print_answer(session: ChatSession, question: str, console: Console) -> None:

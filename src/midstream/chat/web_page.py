@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -24,6 +24,8 @@ HOST = "127.0.0.1"
 _POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
 Messages = list[dict[str, str]]
+# Files and their captions, as Gradio's gallery gives them.
+Gallery = Sequence[tuple[str, str | None]] | None
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Visitor:
 
 @dataclass(frozen=True)
 class Page:
-    """What the page does for a visitor; `about` are its lines of text, `picture` its first picture.
+    """What the page does for a visitor; `about` are its lines of text, `pictures` its first ones.
 
     Every answer is messages for the chat, and a note (empty where there is nothing to say).
     """
@@ -43,32 +45,32 @@ class Page:
     opened: OpenedModel
     settings: ChatSettings
     about: list[str]
-    picture: Path | None = None
+    pictures: tuple[Path, ...] = ()
 
     @property
     def sees(self) -> bool:
         """Whether the model takes pictures."""
         return self.opened.encoder is not None
 
-    def show(self, visitor: Visitor, picture: str | None) -> tuple[Messages, str]:
-        """Start anew about another picture, or about none; the conversation stays if refused."""
+    def show(self, visitor: Visitor, gallery: Gallery) -> tuple[Messages, str]:
+        """Start anew about other pictures, or about none; the conversation stays if refused."""
         session = self._session(visitor)
-        note = _turn_to(session, picture)
+        note = _turn_to(session, gallery)
         return _messages(session), note
 
     def reset(self, visitor: Visitor) -> tuple[Messages, str]:
-        """Start anew about the same picture."""
+        """Start anew about the same pictures."""
         session = self._session(visitor)
         session.reset()
         return _messages(session), ""
 
     def ask(
-        self, visitor: Visitor, picture: str | None, question: str
+        self, visitor: Visitor, gallery: Gallery, question: str
     ) -> Iterator[tuple[Messages, str, str]]:
         """The growing conversation, a note, and what is left in the question's box."""
         session = self._session(visitor)
-        # A question may arrive before the picture's own event.
-        if note := _turn_to(session, picture):
+        # A question may arrive before the pictures' own event.
+        if note := _turn_to(session, gallery):
             yield _messages(session), note, question
             return
         try:
@@ -91,11 +93,11 @@ class Page:
         return visitor.session
 
 
-def _turn_to(session: ChatSession, picture: str | None) -> str:
-    path = None if picture is None else Path(picture)
-    if path != session.picture:
+def _turn_to(session: ChatSession, gallery: Gallery) -> str:
+    paths = tuple(Path(file) for file, _ in gallery or ())
+    if paths != session.pictures:
         try:
-            session.show(path)
+            session.show(*paths)
         except (ValueError, OSError) as reason:
             return str(reason)
     return ""
@@ -131,19 +133,20 @@ def make_blocks(page: Page) -> Any:
         gr.HTML(f"<h2>{lines[0]}</h2><p>{'<br>'.join(lines[1:])}</p>")
         with gr.Row():
             if page.sees:
-                picture = gr.Image(
-                    None if page.picture is None else str(page.picture),
+                gallery = gr.Gallery(
+                    [str(path) for path in page.pictures] or None,
+                    # The files as they are: Midstream decodes them as in training.
                     type="filepath",
-                    # The file as it is: Midstream decodes it as in training.
-                    image_mode=None,
+                    file_types=["image"],
                     sources=["upload", "clipboard"],
-                    label="Picture",
+                    label="Pictures",
                     buttons=["fullscreen"],
                     height=320,
                     scale=1,
+                    interactive=True,
                 )
             else:
-                picture = gr.State(None)
+                gallery = gr.State(None)
             with gr.Column(scale=2):
                 chat = gr.Chatbot(
                     label="Conversation",
@@ -161,7 +164,7 @@ def make_blocks(page: Page) -> Any:
         gr.on(
             [send.click, box.submit],
             page.ask,
-            [visitor, picture, box],
+            [visitor, gallery, box],
             [chat, note, box],
             api_name="ask",
             **turn,
@@ -171,8 +174,9 @@ def make_blocks(page: Page) -> Any:
             page.reset, visitor, [chat, note], api_name="reset", **turn
         )
         if page.sees:
-            picture.input(page.stop, visitor, None, queue=False).then(
-                page.show, [visitor, picture], [chat, note], api_name="show", **turn
+            changes = [gallery.upload, gallery.delete]
+            gr.on(changes, page.stop, visitor, None, queue=False).then(
+                page.show, [visitor, gallery], [chat, note], api_name="show", **turn
             )
     return blocks
 
@@ -199,7 +203,7 @@ def serve(page: Page, port: int, announce: Callable[[str], None]) -> None:
         # A site that names this machine in its own domain gets no answer.
         app.add_middleware(StayHere)
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
-        shown = [] if page.picture is None else [str(page.picture.resolve())]
+        shown = [str(path.resolve()) for path in page.pictures]
         app = gr.mount_gradio_app(
             app,
             make_blocks(page),

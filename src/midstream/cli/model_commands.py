@@ -85,7 +85,9 @@ def export_model(
 
 def chat(
     checkpoint: Model,
-    image: Annotated[Path | None, typer.Option(help="A picture to talk about.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture to talk about; may be repeated.")
+    ] = None,
     web: Annotated[bool, typer.Option("--web", help="A page instead of the terminal.")] = False,
     port: Annotated[int, typer.Option(min=0, help="The page's port; 0 takes a free one.")] = 0,
     max_new_tokens: MaxNewTokens = 256,
@@ -99,7 +101,7 @@ def chat(
     device: Device = "auto",
 ) -> None:
     """Talk to a model, about a picture if you like."""
-    work("chat", locals())
+    work("chat", locals() | {"image": image or []})
 
 
 Data = Annotated[
