@@ -15,6 +15,7 @@ from midstream.config import (
     Constant,
     ContinuedCosine,
     FusedEncoder,
+    GatedBlocks,
     PatchProjection,
     ProjectorConfig,
     Resampler,
@@ -266,7 +267,12 @@ def _projector(scale: Scale, recipe: Recipe) -> ProjectorConfig:
             num_heads=heads,
             head_dim=min(RESAMPLER_HEAD, own.hidden_size),
         )
-        return ProjectorConfig(reduction=reduction)
+        if connector.gated_every is None:
+            return ProjectorConfig(reduction=reduction)
+        gated = GatedBlocks(
+            every=connector.gated_every, num_heads=heads, head_dim=reduction.head_dim
+        )
+        return ProjectorConfig(num_layers=0, reduction=reduction, gated=gated)
     side = isqrt(own.num_patches)
     windows = [n for n in range(2, side) if side % n == 0 and (side // n) ** 2 >= LEAST_FEATURES]
     if not windows:

@@ -40,11 +40,15 @@ class ImageText:
 class Connector:
     """What connects the encoder: layers over all patches (mlp, linear), learned queries that look
     at them (resampler), or the means of windows (pool); the last two leave `left` of the patches.
+
+    `gated_every`: what is left goes into gated blocks before every so many blocks of the decoder,
+    not into the row.
     """
 
     kind: Literal["mlp", "linear", "resampler", "pool"] = "mlp"
     left: float = 1.0
     num_layers: int = 1
+    gated_every: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,19 +111,16 @@ RECIPES = (
         notes=("pictures are not cut into tiles in fine-tuning",),
     ),
     # Encoder and language model frozen, what connects them trained (K: pages on arXiv 2204.14198);
-    # no fine-tuning (table). A resampler of 64 latents and six layers (K: the same); text sees the
-    # latest picture alone (K). Halves of captions and interleaved documents are U.
+    # no fine-tuning (table). A resampler of 64 latents and six layers (K: the same); gated blocks
+    # look at the latest picture alone (K). Halves of captions and interleaved documents are U.
     Recipe(
         name="Flamingo",
         source="Alayrac et al., 2022, arXiv 2204.14198",
         image_text=(ImageText(captions=0.5, interleaved=0.5, trains_decoder=False),),
         instruct=None,
-        attention="latest",
-        connector=Connector("resampler", left=64 / 729, num_layers=6),
-        notes=(
-            "pictures stand among the text where it adds layers of attention to them among those "
-            "of the language model",
-        ),
+        # Before every seventh block in the largest model, every one in the smallest (K: the same).
+        connector=Connector("resampler", left=64 / 729, num_layers=6, gated_every=1),
+        notes=("it has no videos, and one rate for documents and captions alike",),
     ),
     # IDEFICS2, the one over Mistral-7B-v0.1. New parts trained whole, encoder and language model by
     # LoRA (K: its authors' post at its release); the same in fine-tuning (G). 64 tokens a picture
