@@ -148,12 +148,14 @@ class ShardWriter:
         if image is not None:
             pictures = [Shown(self.head, image, content)]
         places = [shown.place for shown in pictures]
+        # A picture may have synthetic captions alone.
+        most = max(len(ids) for ids in (input_ids, *(one.input_ids for one in synthetic)))
         if image is None and (
-            sorted(places) != places or any(not 0 <= place < len(input_ids) for place in places)
+            sorted(places) != places or any(not 0 <= place < most for place in places)
         ):
             raise ValueError(
                 f"{name}: its pictures stand before the tokens {places}, it has "
-                f"{len(input_ids):,}; give places in ascending order, each before a token"
+                f"{most:,}; give places in ascending order, each before a token"
             )
         kept = tuple(map(self._keep, pictures))
         is_plain = places == [self.head] and kept[0][2] == hashed
