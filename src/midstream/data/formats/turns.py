@@ -157,7 +157,7 @@ def _picture(value: object, where: str, place: str) -> str | bytes:
 
 
 def _listed(record: dict[str, Any]) -> object:
-    found = unquoted(next((record[key] for key in LISTS if record.get(key) is not None), None))
+    found = unquoted(next((record[key] for key in LISTS if record.get(key)), None))
     if isinstance(found, dict) and found and all(isinstance(x, list) for x in found.values()):
         # A list of structs as some tables keep it: a list of each field.
         return [
