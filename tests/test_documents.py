@@ -329,6 +329,19 @@ def test_a_table_of_options_names_their_defaults(page: str, model: type[BaseMode
                 assert is_value[1] or float(said) == have, f"{page}: {name} is {have}, not {said}"
 
 
+def test_every_format_of_data_names_a_test_that_there_is() -> None:
+    text = (ROOT / "docs" / "data.md").read_text().partition("\n## Formats\n")[2]
+    rows = [line for line in text.partition("\n## ")[0].splitlines() if line.startswith("| ")]
+    assert len(rows) > 15
+    for row in rows[1:]:
+        file = ""
+        names = re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", row.split(" | ")[-1])
+        assert names, row
+        for other, test in names:
+            file = other or file
+            assert f"def {test}(" in (ROOT / "tests/data" / file).read_text(), row
+
+
 def test_the_map_of_the_package_names_every_module() -> None:
     text = (ROOT / "docs" / "design.md").read_text()
     modules = {path.name for path in (ROOT / "src" / "midstream").rglob("*.py")}

@@ -299,19 +299,23 @@ PARTS: list[tuple[list[Any], str | bytes]] = [
     (["What?", {"type": "image", "image": {"path": "b.jpg", "bytes": None}}], "b.jpg"),
     ([{"type": "image", "path": "b.jpg", "text": None}, {"text": "What?"}], "b.jpg"),
     ([{"type": "image_url", "image_url": {"url": "b.jpg"}}, "What?"], "b.jpg"),
+    ([{"type": "image", "image_path": "b.jpg"}, "What?"], "b.jpg"),
     ([{"type": "image_url", "image_url": "data:image/png;base64,UE\n5H"}, "What?"], b"PNG"),
 ]
 
 
 @pytest.mark.parametrize(("parts", "picture"), PARTS)
 @pytest.mark.parametrize("key", ["conversations", "messages", "conversation"])
-@pytest.mark.parametrize("keys", [("from", "value"), ("role", "content")])
+@pytest.mark.parametrize(
+    "keys", [("from", "value"), ("role", "content"), ("speaker", "text"), ("role", "text")]
+)
 def test_lists_keys_and_parts_go_together_in_every_way(
     key: str, keys: tuple[str, str], parts: list[Any], picture: str | bytes
 ) -> None:
     said = [("user", parts), ("Assistant", [{"type": "text", "text": "A"}, "cat."])]
     others = {"images": ["a.jpg"]} if picture == "a.jpg" else {}
-    talk = {key: [dict(zip(keys, turn, strict=True)) for turn in said], **others}
+    talk: dict[str, Any] = {"conversations": []}
+    talk |= {key: [dict(zip(keys, turn, strict=True)) for turn in said], **others}
     assert conversation_of(talk, "here") == talk_of([Turn("What?", "A\ncat.")], picture)
 
 

@@ -196,10 +196,13 @@ def test_links_lead_wherever_they_lead_and_names_do_not(tmp_path: Path) -> None:
     (root / "out").symlink_to(tmp_path / "disk")
     (root / "b.png").symlink_to(tmp_path / "disk/b.png")
     (tmp_path / "linked").symlink_to(root)
+    (tmp_path / "again").symlink_to("linked")
     for folder in (root, tmp_path / "linked"):
         names = ["in/a.png", "out/b.png", "b.png", f"{root}/in/a.png", f"file://{root}/b.png"]
+        names += [f"{root}//in/./a.png", f"file:{root}/b.png", f"file://localhost{root}/b.png"]
+        names += [f"{tmp_path}/again/out/b.png", f"{tmp_path}/again/in/a.png"]
         read = [Path(inside([str(folder)], name, "here")).read_bytes() for name in names]
-        assert read == [b"a", b"b", b"b", b"a", b"b"]
+        assert read == [b"a", b"b", b"b", b"a", b"b", b"a", b"b", b"b", b"b", b"a"]
         for name in ("../disk/b.png", f"{root}/../disk/b.png", "in/../../disk/b.png"):
             with pytest.raises(ValueError, match=r"^here: .* is no name of a file inside"):
                 inside([str(folder)], name, "here")

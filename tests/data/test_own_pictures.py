@@ -52,6 +52,9 @@ def test_pictures_inside_records_are_kept_once_and_read_back(tmp_path: Path) -> 
     [
         ("a.tar.gz", gzip.compress),
         ("a.tgz", gzip.compress),
+        ("a.TBZ2", bz2.compress),
+        ("a.txz", lzma.compress),
+        ("a.tar.gzip", gzip.compress),
         ("a.tar.bz2", bz2.compress),
         ("a.TAR.XZ", lzma.compress),
         ("a.tar", gzip.compress),

@@ -89,6 +89,22 @@ def test_coco_takes_the_pictures_from_the_folder_that_is_named(tmp_path: Path) -
         assert len(captions(read(path, ReadOptions(images=str(tmp_path / folder))))) == 15
 
 
+@pytest.mark.parametrize("images", ["", "coco", "coco/images", "coco/images/val2014"])
+@pytest.mark.parametrize("named", ["./", "val2014/", "./images/val2014/"])
+def test_coco_names_say_in_which_folder_a_picture_lies(
+    tmp_path: Path, named: str, images: str
+) -> None:
+    path = write_coco(tmp_path / "coco", "images/val2014")
+    value = coco()
+    for image in value["images"]:
+        image["file_name"] = named + image["file_name"]
+    write(Path(path), as_json(value))
+    options = ReadOptions(images=str(tmp_path / images) if images else None)
+    records = read(path, options)
+    assert len(captions(records)) == 15
+    assert {record.picture.data for record in records} == {picture(n) for n in range(3)}
+
+
 def test_the_order_of_cocos_lists_does_not_matter(tmp_path: Path) -> None:
     value = coco()
     path = write_coco(tmp_path, "val2014", value)

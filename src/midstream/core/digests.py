@@ -180,7 +180,9 @@ LEFT_BEHIND = (
     "*.swp",
     "cache-*.arrow",
 )
-PACKED = (".gz", ".bz2", ".xz", ".zst", ".zstd", ".lz4")
+# How compressed files are called, and compressed tars.
+PACKED = (".gz", ".gzip", ".bgz", ".bz2", ".xz", ".zst", ".zstd", ".lz4")
+PACKED_TARS = (".tgz", ".tbz", ".tbz2", ".txz", ".tzst")
 # What the names of text files end in, by their format; no other file of a text source is read.
 # Letters may be large, and what a file is compressed with may stand behind (`plain_name`).
 TEXT_SUFFIXES = {
@@ -204,8 +206,8 @@ NOTES = (
     "changelog*",
     "requirements*.txt",
     "dataset_card*",
-    "md5sums*",
-    "sha256sums*",
+    "md5sum*",
+    "sha*sum*",
     "checksums*",
 )
 _DOCUMENTS = ("", ".md", ".txt", ".rst", ".html", ".pdf", ".cff", ".bib", ".yaml", ".yml")
@@ -253,10 +255,8 @@ def is_unnamed(name: str) -> bool:
 
 def plain_name(name: str) -> str:
     """The name of a file in small letters, as if it were not compressed (.tgz is a .tar)."""
-    name = name.lower()
-    if name.endswith(".tgz"):
-        return name.removesuffix("tgz") + "tar"
-    return os.path.splitext(name)[0] if name.endswith(PACKED) else name
+    stem, end = os.path.splitext(name := name.lower())
+    return f"{stem}.tar" if end in PACKED_TARS else stem if end in PACKED else name
 
 
 def walk(root: str | Path, circles: list[str] | None = None) -> Iterator[str]:

@@ -4,6 +4,7 @@
 """
 
 import sys
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from midstream.data.columns import (
     Opened,
     Part,
     Shard,
+    StoredPicture,
     archives,
 )
 
@@ -177,7 +179,7 @@ class Source:
         return Opened()
 
     @cached_property
-    def _archives(self) -> Opened[tuple[int, int], Archive]:
+    def _archives(self) -> Opened[int, Archive]:
         return Opened()
 
     @cached_property
@@ -199,6 +201,11 @@ class Source:
             Part(self._joined, number, slice(*examples[number : number + 2]), shown[number])
             for number in range(len(shards))
         ]
+
+    @cached_property
+    def _first_rows(self) -> "array[int]":
+        # By shard, where its examples start in the joined columns.
+        return array("q", (part.examples.start for part in self._joined_parts))
 
     def _shard(self, number: int) -> Shard:
         shard = self._shards.get(number)
@@ -224,16 +231,27 @@ class Source:
         return 0 if self.split == "train" else int(index["train"]["examples"])
 
     @cached_property
-    def _starts(self) -> tuple[list[int], list[int]]:
+    def _starts(self) -> tuple["array[int]", "array[int]"]:
         # By shard: the number of its first example, and what to add for its place in the shard.
-        first = self._before[:-1, 0].tolist()
-        return first, [self._first(number) - start for number, start in enumerate(first)]
+        # Arrays, since lists have each number somewhere else in memory.
+        first = array("q", self._before[:-1, 0].tolist())
+        return first, array("q", (self._first(k) - start for k, start in enumerate(first)))
+
+    @cached_property
+    def _guide(self) -> tuple[int, "array[int]"]:
+        # A number of bits, and the shard of each example whose last so many bits are 0: between two
+        # of them are few shards, unless these are of very different sizes.
+        first = self._before[:-1, 0]
+        bits = max(0, (self._num_examples // len(first)).bit_length() - 1)
+        examples = np.arange((self._num_examples >> bits) + 2) << bits
+        return bits, array("q", (np.searchsorted(first, examples, side="right") - 1).tolist())
 
     def _place(self, example: int) -> tuple[int, int]:
         if not 0 <= example < self._num_examples:
             raise IndexError(f"source {self.name!r} holds {len(self):,} examples, not {example:,}")
-        first, shift = self._starts
-        number = bisect_right(first, example) - 1
+        (first, shift), (bits, guide) = self._starts, self._guide
+        near = example >> bits
+        number = bisect_right(first, example, guide[near], guide[near + 1] + 1) - 1
         return number, example + shift[number]
 
     def locate(self, example: int) -> tuple[Shard, int]:
@@ -331,8 +349,13 @@ class Source:
         self, example: int, low: int = 0, high: int | None = None, caption: int = 0
     ) -> np.ndarray:
         """The text tokens `low` to `high` of the example, or of its `caption`-th synthetic one."""
-        shard, local = self.locate(example)
-        start, end = shard.offsets_of(caption)[local : local + 2].tolist()
+        number, local = self._place(example)
+        shard = self._shard(number)
+        if self._joined is None:
+            start, end = shard.offsets_of(caption)[local : local + 2].tolist()
+        else:
+            row = self._first_rows[number] + number + local
+            start, end = self._joined.offsets[row : row + 2, caption].tolist()
         return shard.tokens[start:end][low:high]
 
     def places_of(self, example: int) -> list[int]:
@@ -360,16 +383,17 @@ class Source:
         Raises ValueError that names the record if its bytes are others than when it was prepared.
         """
         number, local = self._place(example)
-        file, offset, size, hashed = self._shard(number).picture(local, picture)
+        file, offset, size, hashed = self._stored(number, local, picture)
+        key = number << 32 | file
         try:
-            archive = self._archives.get((number, file))
+            archive = self._archives.get(key)
             if archive is None:
                 path = self._path(number, file)
                 stamped = offset and "://" in path
                 archive = Archive(path, self._shard(number).stamp_of(path) if stamped else None)
                 # A picture of its own, most likely, is not kept open.
                 if offset:
-                    archives().add(self._archives, (number, file), 1, archive)
+                    archives().add(self._archives, key, 1, archive)
             data = archive.read(offset, size)
         except FileNotFoundError:
             raise FileNotFoundError(
@@ -384,6 +408,14 @@ class Source:
                 "the data again"
             )
         return data
+
+    def _stored(self, number: int, local: int, picture: int) -> StoredPicture:
+        if self._joined is None or self._joined.pictures is not None:
+            return self._shard(number).picture(local, picture)
+        # Not from the shard's own view of them, which is one more place in memory a shard.
+        row = self._first_rows[number] + local
+        file, offset, size = self._joined.images[row].tolist()
+        return StoredPicture(file, offset, size, self._joined.hashes[row].tobytes())
 
     def _files(self, number: int) -> tuple[str, ...]:
         files = self._names.get(number)

@@ -38,7 +38,7 @@ from midstream.data.source_writer import Reject
 _BASE64, _BASE64_CHARACTERS = ("/9j/", "_9j_", "iVBORw0KGgo", "UklGR", "R0lGOD"), 64
 # Where a picture stands in an object or a table, the first of them that is there.
 PICTURE_KEYS = (
-    *("file_name", "image", "images", "jpg", "jpeg", "png", "webp"),
+    *("file_name", "image", "images", "image_bytes", "img", "jpg", "jpeg", "png", "webp"),
     *("filename", "filepath", "image_path", "image_name", "img_path"),
 )
 # What a record of several splits says its own under.

@@ -39,11 +39,7 @@ def read_coco(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reje
                     f"{path}: the images {names[key]} and {name} have one id, {key}; give each "
                     "its own"
                 )
-    folder = _coco_pictures(path, options)
-    pictures = Folder(folder, *picture_roots(path, options))
-    # Some files name pictures from the folder above the split's.
-    above = f"{base_name(folder)}/"
-    above = "" if is_folder(f"{folder}/{above}") else above
+    place = _Places(path, options)
     for number, annotation in enumerate(wanted, unit.first):
         where, key = f"{path}, record {number}", _image_id(annotation, "image_id")
         if not isinstance(annotation, dict):
@@ -51,9 +47,45 @@ def read_coco(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reje
         elif key not in names:
             yield Reject(where, "missing picture", f"the list images has no id {key}")
         else:
-            name = names[key]
-            name = name.removeprefix(above) if isinstance(name, str) else name
-            yield pictures.record(where, caption_of(field_of(annotation, options), where), name)
+            caption = caption_of(field_of(annotation, options), where)
+            yield place.record(where, caption, names[key])
+
+
+class _Places:
+    """Where the pictures of a list are: in the split's folder, or in one that their names say.
+
+    Such names start from the list's folder, `options.images` or one beside them, or stand for a
+    picture of the split's folder itself.
+    """
+
+    def __init__(self, path: str, options: ReadOptions) -> None:
+        self._split = _coco_pictures(path, options)
+        self._candidates = (self._split, *_bases(path, options))
+        self._roots = picture_roots(path, options)
+        self._starts: dict[str, tuple[Folder, str]] = {}
+
+    def record(self, where: str, caption: str | Reject, name: object) -> CaptionRecord | Reject:
+        """A caption with the picture of this `file_name`."""
+        inner = ""
+        if isinstance(name, str):
+            name = name.removeprefix("./")
+            # Absolute names and addresses say themselves where they are.
+            inner = "" if name.startswith("/") or ":" in name else name.rpartition("/")[0]
+        if inner not in self._starts:
+            self._starts[inner] = self._start(inner)
+        folder, taken_off = self._starts[inner]
+        name = name.removeprefix(taken_off) if isinstance(name, str) else name
+        return folder.record(where, caption, name)
+
+    def _start(self, inner: str) -> tuple[Folder, str]:
+        """The folder that names begin from which lie in `inner`, and what is no part of them."""
+        root, taken_off = self._split, ""
+        if inner:
+            places = [at for at in self._candidates if is_folder(f"{at}/{inner}")]
+            itself = [at for at in self._candidates if f"/{at}".endswith(f"/{inner}")]
+            root = [*places, *itself, root][0]
+            taken_off = f"{inner}/" if itself and not places else ""
+        return Folder(root, *self._roots), taken_off
 
 
 def count_annotations(path: str, options: ReadOptions) -> int:

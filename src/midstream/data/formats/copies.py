@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from midstream.core.digests import PACKED
+from midstream.core.digests import PACKED, PACKED_TARS
 from midstream.data.formats.files import base_name, folder_of, is_url, read_head, read_range
 
 T = TypeVar("T")
@@ -70,14 +70,14 @@ def _refusal(files: list[str], how: str) -> ValueError:
 
 
 def _is_packed(file: str) -> bool:
-    return base_name(file).lower().endswith((*PACKED, ".tgz"))
+    return base_name(file).lower().endswith(PACKED + PACKED_TARS)
 
 
 def _unpacked_name(name: str) -> str:
     # Unlike `plain_name` in the case of its letters, since "a" and "A" are two files.
-    if name.lower().endswith(".tgz"):
-        return name[:-3] + "tar"
-    return os.path.splitext(name)[0] if name.lower().endswith(PACKED) else name
+    stem, end = os.path.splitext(name)
+    tar = end.lower() in PACKED_TARS
+    return f"{stem}.tar" if tar else stem if end.lower() in PACKED else name
 
 
 def _place(file: str) -> tuple[str, str] | None:

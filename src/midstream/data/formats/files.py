@@ -40,8 +40,9 @@ _BEGINS = {
     "zstd": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",
     "lz4": rb"\x04\x22\x4d\x18",
 }
-_ENDS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".lz4": "lz4"}
-_ENDS |= dict.fromkeys((".zst", ".zstd"), "zstd")
+_ENDS = dict.fromkeys((".gz", ".gzip", ".bgz", ".tgz"), "gzip")
+_ENDS |= dict.fromkeys((".bz2", ".tbz", ".tbz2"), "bz2") | dict.fromkeys((".xz", ".txz"), "xz")
+_ENDS |= dict.fromkeys((".zst", ".zstd", ".tzst"), "zstd") | {".lz4": "lz4"}
 _PLAIN = re.compile(rb"(?!BZ)(\xef\xbb\xbf)?[\t\r\n\x20-\x7e]{7}")
 # How files begin whose names do not say what they are.
 _STARTS = {
@@ -56,6 +57,7 @@ _POINTER, _POINTER_BYTES = b"version https://", 512
 MAX_LINE_BYTES = 256 * 2**20
 _PIECE_BYTES = 2**20
 _MAGIC = re.compile(r"[*?[]")
+_FILE_URL = re.compile(r"\Afile:(//(localhost)?)?(?=/)")
 
 
 def is_url(name: str) -> bool:
@@ -216,18 +218,33 @@ def _is_file_name(name: str) -> bool:
     return True
 
 
+def _is_one(folder: str, other: str) -> bool:
+    try:
+        return os.path.samefile(folder, other)
+    except (OSError, ValueError):  # ValueError: what is no name of a file
+        return False
+
+
 def inside(roots: Sequence[str], name: str, where: str) -> str:
     """The file that a record at `where` calls `name`: under the first of `roots` (folders, URLs).
 
-    An absolute name (or a file:// URL) is itself where it lies under any of them. Links are
-    followed wherever they lead: it is the name that must not leave. Raises ValueError as `join`.
+    An absolute name (or a file:// URL) is itself where it lies under any of them, by whatever links
+    it comes there. Links are followed wherever they lead: it is the name that must not leave.
+    Raises ValueError as `join`.
     """
-    plain = unquote(name.removeprefix("file://")) if name.startswith("file:///") else name
+    plain = _FILE_URL.sub("", name)
+    plain = unquote(plain) if plain != name else name
     if os.path.isabs(plain):
-        for root in roots:
-            for folder in () if is_url(root) else (os.path.abspath(root), os.path.realpath(root)):
+        plain = re.sub(r"/(\.?/)+", "/", plain)
+        folders = [root for root in roots if not is_url(root)]
+        for root in folders:
+            for folder in (os.path.abspath(root), os.path.realpath(root)):
                 if plain.startswith(under := folder.rstrip("/") + "/"):
                     return join(root, plain.removeprefix(under), where)
+        for above in PurePosixPath(plain).parents:
+            for root in folders:
+                if _is_one(str(above), root):
+                    return join(root, plain.removeprefix(str(above)).lstrip("/"), where)
         raise ValueError(
             f"{where}: {name!r} lies in none of {', '.join(dict.fromkeys(roots))}; name the folder "
             "that it starts from, or write names that are relative to it"

@@ -17,7 +17,7 @@ RATINGS = tuple(
     f"{name}_ratings"
     for name in ("relevance", "image_correspondence", "visual_dependency", "formatting")
 )
-_KEYS = (("from", "value"), ("role", "content"))
+_KEYS = (("from", "value"), ("role", "content"), ("speaker", "text"))
 _PAIR = ("user", "assistant")
 _TOOL = "tool"
 _TOOLS = (
@@ -40,7 +40,10 @@ _NAMED = re.compile(
     r"(?i)(?:Picture \d+: *)?<img>([^<>\n]+\.(?:jpe?g|png|webp|gif|bmp|tiff?))</img>"
 )
 # Where a part has its picture.
-_SHOWN = ("image", "image_url", "url", "path", "source", "bytes", "base64", "data", "content")
+_SHOWN = (
+    *("image", "image_url", "url", "path", "image_path", "file_name"),
+    *("source", "bytes", "base64", "data", "content"),
+)
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def _picture(value: object, where: str, place: str) -> str | bytes:
 
 
 def _listed(record: dict[str, Any]) -> object:
-    found = unquoted(next((record[key] for key in LISTS if record.get(key) is not None), None))
+    found = unquoted(next((record[key] for key in LISTS if record.get(key)), None))
     if isinstance(found, dict) and found and all(isinstance(x, list) for x in found.values()):
         # A list of structs as some tables keep it: a list of each field.
         return [
