@@ -97,6 +97,11 @@ def test_the_benchmarks_and_sources_of_several_pictures_are_read(tmp_path: Path)
     assert groups == {"which", "odd", "at"}
     assert {len(example.pictures) for example in albums.examples} == {2, 3, 4}
 
+    asked, pool = (read_visual_task(tmp_path, name) for name in ("vqav2", "vqav2_train"))
+    assert len(pool.examples) == len(asked.examples) == 12
+    shown = [{example.image.read_bytes() for example in task.examples} for task in (asked, pool)]
+    assert not shown[0] & shown[1]
+
     options = ReadOptions()
     (unit,) = document_units([str(tmp_path / "documents" / "pages" / "pages.jsonl")], options)
     documents = list(read_documents(unit, options))

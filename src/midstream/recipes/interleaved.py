@@ -13,6 +13,7 @@ from midstream.config import (
     AnyEncoderConfig,
     AttentionPool,
     AveragePool,
+    FewShot,
     PatchProjection,
     PixelShuffle,
     ProjectorConfig,
@@ -24,16 +25,17 @@ from midstream.recipes.scales import (
     Model,
     Scale,
     Settings,
-    claims_of,
     find_scale,
     line,
     percent,
 )
-from midstream.study.studies import Figure, Study
+from midstream.study.studies import Axis, Claim, Figure, Study
 
 # Ours (U): three tenths of the image-text tokens are of pictures and what is said of them.
 PICTURES = 0.3
 PARTS = (0.0, 0.5, 1.0)
+# Rows of the pocket scale hold four questions with their pictures.
+SHOTS = (0, 4)
 # Benchmarks of several pictures from their official files, at the scales of people's own data.
 PUBLISHED = ("nlvr2", "blink", "muirbench", "mantis_eval")
 # "MM1" (arXiv 2403.09611, section 3.2): interleaved data is instrumental for few-shot and text,
@@ -47,30 +49,32 @@ def share(
     epochs: int = 4,
     parts: Sequence[float] = PARTS,
     pictures: float = PICTURES,
+    shots: Sequence[int] = SHOTS,
     shrink: float = 1.0,
     **given: Unpack[Settings],
 ) -> Study:
     """At what share of captions and of documents do models come to compare several pictures?
 
     `pictures` of the image-text tokens are captions and documents, of which `parts` are documents;
-    the rest is text. Raises ValueError for fewer than two parts, or one outside of 0 to 1.
+    the rest is text. Each model is asked as it is and, of VQAv2, behind each number of `shots`
+    (another line of the same model). Raises ValueError for fewer than two parts, or one outside of
+    0 to 1.
     """
     if len(set(parts)) < 2 or not all(0 <= part <= 1 for part in parts):
         raise ValueError(f"parts is {list(parts)}; give two different ones or more from 0 to 1")
     at = _with_documents(find_scale(scale, shrink, **given))
-    lines = [
-        line(
-            at,
-            Model(
-                captions=round(pictures * (1 - part), 10),
-                interleaved=round(pictures * part, 10),
-                epochs=epochs,
-                seed=seed,
-            ),
-            interleaved=percent(part),
+    lines = []
+    for part, seed in product(parts, seeds or at.seeds):
+        model = Model(
+            captions=round(pictures * (1 - part), 10),
+            interleaved=round(pictures * part, 10),
+            epochs=epochs,
+            seed=seed,
         )
-        for part, seed in product(parts, seeds or at.seeds)
-    ]
+        for number in (None, *shots):
+            asked = at if number is None else _behind(at, number)
+            told = "none" if number is None else str(number)
+            lines.append(line(asked, model, interleaved=percent(part), shots=told))
     low, high = percent(min(parts)), percent(max(parts))
     several = [task for task in at.asked.visual_tasks if task in (*SEVERAL_TASKS, *PUBLISHED)]
     return Study(
@@ -78,14 +82,15 @@ def share(
         question="Do documents with pictures among their text teach to compare several pictures?",
         lines=tuple(lines),
         figure=Figure(
-            x="interleaved", x_label="documents among captions and documents, in tokens (%)"
+            x="interleaved",
+            x_label="documents among captions and documents, in tokens (%)",
+            by="shots",
         ),
-        claims=claims_of(
-            "interleaved",
-            MM1,
-            *((task, f"Interleaved documents help {task}", high, low) for task in several),
-            ("stable.text", "Interleaved documents help text", high, low),
-            ("vqav2", "Captions help questions about one picture", low, high),
+        claims=(
+            *(_claim(f"Documents help {task}", task, high, low) for task in several),
+            _claim("Documents help text", "stable.text", high, low),
+            _claim("Captions help questions about one picture", "vqav2", low, high),
+            *(_claim(f"Documents help with {n} shots", "vqav2", high, low, str(n)) for n in shots),
         ),
         notes=(
             f"Captions and documents are {pictures:.0%} of the image-text tokens at every place, "
@@ -94,6 +99,23 @@ def share(
             *at.notes,
         ),
     )
+
+
+def _claim(text: str, score: str, higher: float, lower: float, shots: str = "none") -> Claim:
+    places: list[dict[str, Axis]] = [
+        {"interleaved": part, "shots": shots} for part in (higher, lower)
+    ]
+    return Claim(text=text, higher=places[0], lower=places[1], score=score, source=MM1)
+
+
+def _behind(scale: Scale, number: int) -> Scale:
+    """The scale asked about single pictures behind so many shots."""
+    update = {
+        "visual_tasks": ("vqav2",),
+        "text_tasks": (),
+        "few_shot": FewShot(num_shots=number),
+    }
+    return replace(scale, asked=scale.asked.model_copy(update=update))
 
 
 def connectors(

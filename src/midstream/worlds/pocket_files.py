@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from midstream.config import PocketWorld
+from midstream.config.training import pool_of
 from midstream.core.identity import GROUPS_FILE
 from midstream.core.storage import write_bytes
 from midstream.core.tokens import apportion
@@ -117,9 +118,9 @@ def has_answer(question: Question, gold: str, scene: Scene) -> bool:
     return answer(scene, question) == gold
 
 
-def open_items(world: PocketWorld, task: str) -> list[Item]:
-    """The items of vqav2, gqa or textvqa."""
-    rng, count = generator(world.seed, task), world.num_questions
+def open_items(world: PocketWorld, task: str, training: bool = False) -> list[Item]:
+    """The items of vqav2, gqa or textvqa; `training`: of scenes that captions may show."""
+    rng, count = generator(world.seed, pool_of(task) if training else task), world.num_questions
     pairs: list[tuple[Question, str]] = []
     if task == "vqav2":
         for kind, share in apportion(count, VQA_SHARES).items():
@@ -136,7 +137,7 @@ def open_items(world: PocketWorld, task: str) -> list[Item]:
             rng,
             partial(plan_answer, rng, question, gold),
             partial(has_answer, question, gold),
-            splits=(task,),
+            splits=("captions",) if training else (task,),
             words=(gold,) if task == "textvqa" else None,
         )
         items.append(Item(scene, question, gold))
@@ -263,7 +264,7 @@ def write_shards(samples: Iterator[Sample], number: int, folder: Path) -> None:
 
 def write_benchmarks(world: PocketWorld, captioned: Sequence[Scene], folder: Path) -> None:
     """Write the six benchmarks; "popular" things are those frequent in the `captioned` scenes."""
-    _write_vqav2(world, folder / "vqav2")
+    write_vqav2(world, folder / "vqav2")
     _write_gqa(world, folder / "gqa")
     _write_textvqa(world, folder / "textvqa")
     _write_pope(world, captioned, folder / "pope")
@@ -313,8 +314,9 @@ def write_vqa(
     write(folder / "v2_mscoco_val2014_annotations.json", head | {"annotations": annotations})
 
 
-def _write_vqav2(world: PocketWorld, folder: Path) -> None:
-    items = open_items(world, "vqav2")
+def write_vqav2(world: PocketWorld, folder: Path, training: bool = False) -> None:
+    """Write VQAv2's validation or training questions."""
+    items = open_items(world, "vqav2", training)
     ids = [{"image_id": n, "question_id": 1000 * n} for n in range(1, len(items) + 1)]
     rows = [
         (mine, item.question.text, *VQA_TYPES[item.question.kind], item.answer)
@@ -389,9 +391,7 @@ def _write_pope(world: PocketWorld, captioned: Sequence[Scene], folder: Path) ->
 
 def _write_refcoco(world: PocketWorld, folder: Path) -> None:
     items = where_items(world, "refcoco")
-    refs: list[dict[str, Any]] = []
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    refs, images, annotations = list[Any](), list[Any](), list[Any]()
     for number, item in enumerate(items, start=1):
         name, meant = f"COCO_train2014_{number:012d}", referent(item.scene, item.question)
         side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
@@ -424,9 +424,11 @@ def _write_refcoco(world: PocketWorld, folder: Path) -> None:
                     "sentences": [sentence],
                 }
             )
-    categories = [{"id": i, "name": s, "supercategory": "shape"} for i, s in enumerate(SHAPES, 1)]
     value = {"info": {}, "licenses": [], "images": images, "annotations": annotations}
-    write_json(folder / "instances.json", value | {"categories": categories})
+    value["categories"] = [
+        {"id": i, "name": s, "supercategory": "shape"} for i, s in enumerate(SHAPES, 1)
+    ]
+    write_json(folder / "instances.json", value)
     (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
     names = {f"{i['id']}-{i['id']}": f"train2014/{i['file_name']}" for i in images}
     _write_pictures(world, folder, items, names)

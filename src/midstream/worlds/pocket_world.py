@@ -14,6 +14,7 @@ import numpy as np
 import zstandard
 
 from midstream.config import PocketWorld
+from midstream.config.training import pool_of
 from midstream.worlds.pocket_files import (
     Sample,
     balanced,
@@ -23,6 +24,7 @@ from midstream.worlds.pocket_files import (
     write_json,
     write_lines,
     write_shards,
+    write_vqav2,
 )
 from midstream.worlds.pocket_language import (
     COUNTS,
@@ -171,6 +173,9 @@ def write_pocket_world(world: PocketWorld, root: Path) -> None:
     if world.num_albums:
         write_albums(world, root / "instruct" / "albums")
         write_album_benchmarks(world, root / "bench")
+        # Where shots come from.
+        write_vqav2(world, root / "bench" / pool_of("vqav2"), training=True)
+        visual_tasks[pool_of("vqav2")] = {"format": "vqav2", "chance": CHANCES["vqav2"]}
         for task, chance in ALBUM_CHANCES.items():
             visual_tasks[task] = {"format": ALBUM_FORMATS[task], "chance": chance}
     write_benchmarks(world, captioned, root / "bench")
