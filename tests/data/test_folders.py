@@ -16,7 +16,7 @@ from midstream.core.digests import is_note
 from midstream.core.identity import text_column
 from midstream.core.storage import read_json
 from midstream.data.formats.files import find_files
-from midstream.data.formats.interleaved import document_units, read_documents
+from midstream.data.formats.read_documents import document_units, read_documents
 from midstream.data.formats.records import ReadOptions, Section
 from midstream.data.sources import Source
 

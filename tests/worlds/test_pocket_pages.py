@@ -7,7 +7,7 @@ import pytest
 
 from midstream.config import PocketWorld
 from midstream.data.formats.conversations import conversation_units, read_conversations
-from midstream.data.formats.interleaved import document_units, read_documents
+from midstream.data.formats.read_documents import document_units, read_documents
 from midstream.data.formats.records import DocumentRecord, ReadOptions
 from midstream.eval.find_task import read_visual_task
 from midstream.worlds.pocket_pages import ALBUM_KINDS, ORDINALS, Album, album, page

@@ -114,6 +114,12 @@ Data = Annotated[
 ]
 
 
+Shots = Annotated[
+    int | None,
+    typer.Option(min=0, help="Training questions before each one; 0: two without their pictures."),
+]
+
+
 def evaluate(
     models: Annotated[
         list[str] | None,
@@ -148,12 +154,7 @@ def evaluate(
     blind: Annotated[
         bool, typer.Option("--blind", help="Ask again with another question's picture.")
     ] = False,
-    shots: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="Training questions before each one; 0: two without their pictures."
-        ),
-    ] = None,
+    shots: Shots = None,
     max_new_tokens: MaxNewTokens = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 16,
     device: Device = "auto",
@@ -194,8 +195,8 @@ def evaluate(
         quiet = hub_environment() | {"TQDM_DISABLE": "1"}
         request = {name: given[name] for name in ("data", "out", "device", "trust_remote_code")}
         request |= {"models": models or [], "tasks": task or [], "debug": debug}
-        few_shot = None if shots is None else {"num_shots": shots}
-        evaluation = {name: given[name] for name in asked.split()} | {"few_shot": few_shot}
+        evaluation = {name: given[name] for name in asked.split()}
+        evaluation["few_shot"] = None if shots is None else {"num_shots": shots}
         request |= {"evaluation": evaluation}
         work("evaluate", request, quiet)
 

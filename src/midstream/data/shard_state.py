@@ -20,7 +20,7 @@ from typing import Any
 from midstream.core.digests import PACKED, TEXT_SUFFIXES, is_note
 from midstream.core.storage import MANIFEST, read_json
 from midstream.data.columns import MADE_FROM, PICTURES, SHARD_INDEX
-from midstream.data.formats import conversations, interleaved, read_captions
+from midstream.data.formats import conversations, read_captions, read_documents
 from midstream.data.formats.files import base_name, is_url, name_some, shown_files
 from midstream.data.formats.read_text import MANIFEST as TOKENS_MANIFEST
 from midstream.data.formats.records import ReadOptions, Section, Unit, is_picture
@@ -376,7 +376,7 @@ READ: dict[Section, tuple[str, ...]] = {
     "text": tuple(f"*{end}" for ends in TEXT_SUFFIXES.values() for end in ends),
     "captions": tuple(name for names in read_captions.NAMES.values() for name in names),
     "conversations": tuple(f"*{end}" for end in conversations.SUFFIXES),
-    "documents": (*(f"*{end}" for end in interleaved.SUFFIXES), "*.jsonl.zip"),
+    "documents": (*(f"*{end}" for end in read_documents.SUFFIXES), "*.jsonl.zip"),
 }
 # Pictures of others than texts are read by the records that name them.
 _DOCUMENTS = TEXT_SUFFIXES["txt"]

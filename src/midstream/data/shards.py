@@ -30,8 +30,8 @@ from midstream.data.formats.beside import FILES
 from midstream.data.formats.conversations import conversation_units, read_conversations
 from midstream.data.formats.document_parts import document_of
 from midstream.data.formats.files import is_folder, is_url
-from midstream.data.formats.interleaved import document_units, read_documents
 from midstream.data.formats.read_captions import caption_units, read_captions
+from midstream.data.formats.read_documents import document_units, read_documents
 from midstream.data.formats.read_text import read_text, text_units
 from midstream.data.formats.records import (
     CaptionRecord,

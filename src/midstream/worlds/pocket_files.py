@@ -177,9 +177,8 @@ def where_items(world: PocketWorld, task: str) -> list[Item]:
         pairs += balanced(rng, QUESTIONS["where_pair"], cells, count)
     else:
         pairs += balanced(rng, QUESTIONS["where_size"], cells, count // 2)
-        for relation, share in apportion(
-            count - count // 2, dict.fromkeys(RELATIONS, 0.25)
-        ).items():
+        parts = apportion(count - count // 2, dict.fromkeys(RELATIONS, 0.25))
+        for relation, share in parts.items():
             targets = {neighbour_cell(int(cell), relation) for cell in cells} - {None}
             shapes = [Question("where_relation", (s, relation)) for s in SHAPES]
             places = sorted(str(cell) for cell in targets)
@@ -394,8 +393,8 @@ def _write_refcoco(world: PocketWorld, folder: Path) -> None:
     refs, images, annotations = list[Any](), list[Any](), list[Any]()
     for number, item in enumerate(items, start=1):
         name, meant = f"COCO_train2014_{number:012d}", referent(item.scene, item.question)
-        side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-        images.append({"id": number, "file_name": f"{name}.jpg", "license": 1} | side)
+        about = {"id": number, "file_name": f"{name}.jpg", "license": 1}
+        images.append(about | {"height": IMAGE_SIZE, "width": IMAGE_SIZE})
         for thing in item.scene.things:
             annotations.append(
                 {
@@ -424,11 +423,10 @@ def _write_refcoco(world: PocketWorld, folder: Path) -> None:
                     "sentences": [sentence],
                 }
             )
-    value = {"info": {}, "licenses": [], "images": images, "annotations": annotations}
-    value["categories"] = [
-        {"id": i, "name": s, "supercategory": "shape"} for i, s in enumerate(SHAPES, 1)
-    ]
-    write_json(folder / "instances.json", value)
+    categories = [{"id": i, "name": s, "supercategory": "shape"} for i, s in enumerate(SHAPES, 1)]
+    value: dict[str, Any] = {"info": {}, "licenses": [], "images": images}
+    parts = {"annotations": annotations, "categories": categories}
+    write_json(folder / "instances.json", value | parts)
     (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
     names = {f"{i['id']}-{i['id']}": f"train2014/{i['file_name']}" for i in images}
     _write_pictures(world, folder, items, names)

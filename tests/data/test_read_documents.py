@@ -20,8 +20,8 @@ from PIL import Image
 from pyarrow import parquet
 
 from midstream.data.formats.document_parts import document_of
-from midstream.data.formats.interleaved import document_units, read_documents
 from midstream.data.formats.picture_urls import INDEX, PicturesByUrl, index_urls
+from midstream.data.formats.read_documents import document_units, read_documents
 from midstream.data.formats.records import DocumentRecord, Picture, ReadOptions
 from midstream.data.images import decode
 from midstream.data.shard_state import unread_files
