@@ -23,6 +23,7 @@ from midstream.config import (
     Training,
     WarmupCosine,
 )
+from midstream.config.training import pool_of
 from midstream.core.identity import world_fingerprint
 from midstream.core.storage import read_json
 from midstream.recipes.lines import END_RATE, FINETUNING, finetuned_line, text_only
@@ -65,12 +66,14 @@ def image_shares(
     begin_of_text: str = "rule",
     max_new_tokens: int = 32,
     limit: int = 0,
+    documents: float = 0.0,
 ) -> Study:
     """What share of images should an imported language model see, and what becomes of its text?
 
     `checkpoint` and each of `encoders` are folders of `midstream import` (several encoders are
     fused; none is a linear map of patches, trained along), `data` is a world (`docs/data.md`).
-    Text and captions are shared out over their sources by name, evenly. The image-text stage goes
+    Text and captions are shared out over their sources by name, evenly; `documents` is the part of
+    the images' share that is interleaved documents instead of captions. The image-text stage goes
     on at the checkpoint's own rate, or warms up again to `rewarm_rate` where that is given.
     The encoder stays frozen, or is trained in both stages at `encoder_rate_factor` times the rate
     where that is not 0. `image_size` 0 is the encoder's own; pictures are letterboxed as in the
@@ -103,7 +106,7 @@ def image_shares(
             attention=attention,
             start=ContinueFrom(stage=text),
             training=Training(
-                budget=_mixture(root, share, continue_tokens, max_epochs),
+                budget=_mixture(root, share, documents, continue_tokens, max_epochs),
                 rows=Rows(row_length=row_length, batch_rows=batch_rows),
                 schedule=_schedule(rewarm_rate),
                 encoder_rate_factor=encoder_rate_factor or None,
@@ -202,10 +205,11 @@ def _schedule(rewarm_rate: float) -> WarmupCosine | ContinuedCosine:
 
 
 def _asked(root: Path, limit: int, max_new_tokens: int) -> Evaluation:
-    """All tasks of a world."""
+    """All tasks of a world, but for those that shots of others are drawn from."""
     tasks = read_json(root / "world.json")
+    pools = set(map(pool_of, tasks["visual_tasks"]))
     return Evaluation(
-        visual_tasks=tuple(tasks["visual_tasks"]),
+        visual_tasks=tuple(task for task in tasks["visual_tasks"] if task not in pools),
         text_tasks=tuple(tasks["text_tasks"]),
         limit=limit or None,
         max_new_tokens=max_new_tokens,
@@ -254,8 +258,16 @@ def _patches(image_size: int, patch_size: int, hidden_size: int, resize: Any) ->
     )
 
 
-def _mixture(root: Path, image_share: float, total_tokens: int, max_epochs: int) -> Mixture:
-    groups = {"captions": image_share, "text": 1.0 - image_share}
+def _mixture(
+    root: Path, image_share: float, documents: float, total_tokens: int, max_epochs: int
+) -> Mixture:
+    if not 0 <= documents <= 1:
+        raise ValueError(f"documents is {documents:g}; give a part of the images' share, 0 to 1")
+    groups = {
+        "captions": image_share * (1 - documents),
+        "documents": image_share * documents,
+        "text": 1.0 - image_share,
+    }
     shares = []
     for section, share in groups.items():
         names = _sources(root, section) if share else ()
