@@ -24,6 +24,9 @@ def at_size(encoder: AnyEncoderConfig, image_size: int, *, owned: bool) -> AnyEn
 def _tower_at(tower: EncoderConfig, image_size: int, *, owned: bool) -> EncoderConfig:
     _check_filled(tower.patch_size, image_size)
     held = image_size if owned else tower.position_size or tower.image_size
+    if not owned and held == image_size:
+        # Back at its own size: the encoder that it was.
+        return tower.model_copy(update={"image_size": image_size, "position_size": None})
     return tower.model_copy(update={"image_size": image_size, "position_size": held})
 
 

@@ -102,6 +102,10 @@ class ContrastiveTraining(Config):
     caption: Caption = "original"
 
 
+# Shots without their pictures where none with them are asked for.
+TEXT_ONLY = 2
+
+
 class FewShot(Config):
     """Training questions with their answers before each question, as earlier turns.
 
@@ -112,6 +116,11 @@ class FewShot(Config):
     num_shots: Annotated[int, Field(ge=0)]
     draw: Literal["each", "once"] = "each"
     seed: int = 0
+
+    @property
+    def num_before(self) -> int:
+        """How many stand before a question, with their pictures or without."""
+        return self.num_shots or TEXT_ONLY
 
 
 def pool_of(task: str) -> str:

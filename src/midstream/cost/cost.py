@@ -159,7 +159,8 @@ def cost(stage: Stage, ledger: Ledger | None = None, device: Device = "cuda") ->
     them; without either, FLOPs of a stage that sees and tokens of passes are unknown. A frozen
     encoder is taken to look anew at every picture (`pictures.py` says what storing saves).
     Evaluations are estimates: as many questions as the world or the published task has, each with
-    its picture anew, PROMPT_TOKENS and the longest answer allowed, twice if asked blind as well.
+    its picture anew, PROMPT_TOKENS and the longest answer allowed, twice if asked blind as well,
+    and with its shots' pictures and as many PROMPT_TOKENS again.
     """
     if isinstance(stage, DataStage):
         return StageCost(0, Flops(), 0)
@@ -334,19 +335,22 @@ def _evaluation_cost(stage: Evaluate) -> StageCost:
     questions *= 2 if evaluation.blind else 1
     choices = sum(_choices(stage, task) for task in evaluation.text_tasks)
     answer_tokens = PROMPT_TOKENS + evaluation.max_new_tokens
-    patches = model.image_tokens
-    text_tokens = questions * answer_tokens + choices * TEXT_ITEM_TOKENS
-    tokens = questions * patches + text_tokens
-    context = float(patches + answer_tokens)
+    # Shots are read for each question; one draw for all of them is read less often.
+    few = evaluation.few_shot
+    before, shown = (0, 1) if few is None else (few.num_before, 1 + few.num_shots)
+    length = shown * model.image_tokens + before * PROMPT_TOKENS + answer_tokens
+    written = questions * answer_tokens + choices * TEXT_ITEM_TOKENS
+    tokens, pictures = questions * length + choices * TEXT_ITEM_TOKENS, questions * shown
+    context = float(length)
     seeing = connecting = 0.0
     if model.encoder is not None:
         sizes = (model.encoder.num_patches, model.encoder.hidden_size, model.decoder.hidden_size)
-        seeing = questions * encoder_flops(model.encoder)
-        connecting = questions * connector_flops(model.projector, *sizes)
-        connecting += looking_flops(model, tokens, questions)
+        seeing = pictures * encoder_flops(model.encoder)
+        connecting = pictures * connector_flops(model.projector, *sizes)
+        connecting += looking_flops(model, tokens, pictures)
     parts = Flops(
         decoder=tokens * decoder_flops(model.decoder, context=context),
-        head=text_tokens * head_flops(model.decoder),
+        head=written * head_flops(model.decoder),
         encoder=seeing,
         projector=connecting,
     )

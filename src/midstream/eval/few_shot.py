@@ -17,8 +17,8 @@ from midstream.eval.continuous import target
 from midstream.eval.find_task import VisualTask, read_visual_task
 from midstream.eval.tasks import VISUAL_FORMATS
 
-# Training questions that shots are drawn from, and the text-only ones of zero shots (OpenFlamingo).
-POOL, TEXT_ONLY = 2048, 2
+# Training questions that shots are drawn from (OpenFlamingo).
+POOL = 2048
 # A written answer behind shots ends where the next turn would begin.
 STOPS = ("\n", "In:", "Out:")
 
@@ -85,7 +85,7 @@ def read_shots(
         if reply is not None:
             question = task.format.prompt(example.question, wording)
             pool.append(Shot(question, reply, example.pictures))
-    number = few.num_shots or TEXT_ONLY
+    number = few.num_before
     if len(pool) < number:
         raise ValueError(
             f"shots for {task.name}: {len(pool)} training questions are left, {number} are wanted "

@@ -63,6 +63,7 @@ def share(
     if len(set(parts)) < 2 or not all(0 <= part <= 1 for part in parts):
         raise ValueError(f"parts is {list(parts)}; give two different ones or more from 0 to 1")
     at = _with_documents(find_scale(scale, shrink, **given))
+    _check_tokens(at)
     lines = []
     for part, seed in product(parts, seeds or at.seeds):
         model = Model(
@@ -93,12 +94,21 @@ def share(
             *(_claim(f"Documents help with {n} shots", "vqav2", high, low, str(n)) for n in shots),
         ),
         notes=(
+            "shots: none asks all benchmarks; behind shots VQAv2 alone is asked, so that curves of "
+            "other numbers of shots are of other tasks.",
             f"Captions and documents are {pictures:.0%} of the image-text tokens at every place, "
             "the rest is text; fine-tuning is the same, with conversations about several pictures "
             "among the others.",
             *at.notes,
         ),
     )
+
+
+def _check_tokens(scale: Scale) -> None:
+    if scale.by != "tokens":
+        raise ValueError(
+            "shares are of tokens here, and rows='paper' makes them of sequences; leave it out"
+        )
 
 
 def _claim(text: str, score: str, higher: float, lower: float, shots: str = "none") -> Claim:
@@ -133,6 +143,7 @@ def connectors(
     captions would be more than all, or the scale does not say how long its captions are.
     """
     at = find_scale(scale, shrink, **given)
+    _check_tokens(at)
     source = at.captions[DATACOMP_DR].source
     held = next((one for one in at.data.expected if one.name == source), None)
     if held is None or not held.num_images:

@@ -3,7 +3,7 @@
 Each recipe over the language model, encoder and data of one scale.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from math import isqrt
 from typing import Unpack
@@ -14,6 +14,7 @@ from midstream.config import (
     AveragePool,
     Constant,
     ContinuedCosine,
+    DecoderConfig,
     FusedEncoder,
     GatedBlocks,
     PatchProjection,
@@ -56,7 +57,14 @@ def table1(
     known = {recipe.name: recipe for recipe in RECIPES}
     if unknown := [name for name in recipes if name not in known]:
         raise ValueError(f"no recipe {unknown[0]!r}; Table 1 has {', '.join(known)}")
-    chosen = [known[name] for name in recipes] or list(known.values())
+    gated = [] if isinstance(at.decoder, DecoderConfig) else _with_gated_blocks(known)
+    if refused := [name for name in recipes if name in gated]:
+        raise ValueError(
+            f"{refused[0]}'s gated blocks stand between those of an OpenLM decoder, and {scale} is "
+            "another one; leave the recipe out"
+        )
+    chosen = [known[name] for name in recipes or known if name not in gated]
+    left_out = [f"{', '.join(gated)}: left out, {_GATED}."] if gated and not recipes else []
     asked = at.asked
     return Study(
         name=f"published.table1.{scale}",
@@ -79,12 +87,20 @@ def table1(
         ),
         notes=(
             *at.notes,
-            "Every recipe has this scale's language model, encoder, captions, documents and "
-            "conversations.",
+            "Every recipe has this scale's language model, captions, documents and conversations, "
+            "and all but DeepSeek-VL one encoder.",
+            *left_out,
             *_notes(chosen),
         ),
         text_rates=at.text_rates,
     )
+
+
+_GATED = "since gated blocks stand between those of an OpenLM decoder alone"
+
+
+def _with_gated_blocks(recipes: Mapping[str, Recipe]) -> list[str]:
+    return [name for name, one in recipes.items() if one.connector.gated_every is not None]
 
 
 def trained(scale: Scale, recipe: Recipe, seed: int, epochs: int) -> Continue | Finetune:

@@ -15,6 +15,7 @@ from midstream.config import (
     Amounts,
     AnyEncoderConfig,
     Epochs,
+    FewShot,
     FusedEncoder,
     Mixture,
     PatchProjection,
@@ -359,7 +360,8 @@ def _unequal_parts(path: _Path, values: list[tuple[Any, ...]]) -> Iterator[_Fiel
     told = ["+".join(_short(item) for item in value if item in some) for value in values]
     if not some:  # the same in another order
         told = ["+".join(_short(item) for item in value) for value in values]
-    yield path, [_told(path, text or None) for text in told]
+    lists = zip(told, values, strict=True)
+    yield path, [_told(path, text or ("fewer" if value else None)) for text, value in lists]
 
 
 def _pool(source: str, item: Share | Amount | None) -> str:
@@ -400,6 +402,8 @@ def _short(value: Any) -> str:
             text = _parts(value)[0]
         case float():
             text = f"{value:g}"
+        case FewShot():
+            text = f"{value.num_shots}"
         case BaseModel():
             text = str(getattr(value, "kind", type(value).__name__)).replace("_", " ")
         case Mapping():

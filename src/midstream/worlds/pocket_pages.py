@@ -75,10 +75,18 @@ def album(
         return _which(rng, (draw(rng, tuple(COLORS), style), shape), number, place, splits)
     if kind == "at":
         return _at(rng, shape, number, place, splits)
-    # A picture that lacks the shape among pictures that show it.
-    shows = [index != place for index in range(number)]
-    scenes = tuple(_showing(rng, shape, shown, splits) for shown in shows)
+    # A picture that lacks the shape among pictures that show it, and no other that lacks one.
+    shows, scenes = [index != place for index in range(number)], tuple[Scene, ...]()
+    while _odd_ones(scenes) != {place}:
+        scenes = tuple(_showing(rng, shape, shown, splits) for shown in shows)
     return Album("odd", scenes, "which picture is the odd one?", ORDINALS[place], ORDINALS[:number])
+
+
+def _odd_ones(scenes: Sequence[Scene]) -> set[int]:
+    """The pictures that alone lack a shape which all the others show."""
+    shown = [{thing.shape for thing in scene.things} for scene in scenes]
+    lacking = ([n for n, mine in enumerate(shown) if shape not in mine] for shape in SHAPES)
+    return {lack[0] for lack in lacking if len(lack) == 1}
 
 
 def _which(
@@ -126,7 +134,7 @@ def _sentence(rng: np.random.Generator, turn: int, splits: Sequence[str], style:
         place = form if is_true else 1 - form
         scenes = _which(rng, pair, 2, place, splits).scenes
         sentence = f"the {SIDES[form]} picture shows a {pair[0]} {shape}."
-    return Album("true", scenes, sentence, "true" if is_true else "false", ("true", "false"))
+    return Album("true", scenes, sentence, "True" if is_true else "False", ("True", "False"))
 
 
 def _showing(rng: np.random.Generator, shape: str, shown: bool, splits: Sequence[str]) -> Scene:
@@ -237,13 +245,13 @@ def write_album_benchmarks(world: PocketWorld, folder: Path) -> None:
     lines = []
     for turn in range(world.num_questions):
         asked = album(generator(world.seed, "nlvr2", turn), "true", turn, splits=TASKS)
-        pair = f"test1-{turn // 2}-{turn % 2}"
+        pair = f"test1-{turn}-0"
         for side, scene in enumerate(asked.scenes):
             rng, buffer = generator(world.seed, "nlvr2 picture", 2 * turn + side), io.BytesIO()
             draw_scene(rng, scene).save(buffer, "PNG")
             write_bytes(folder / "nlvr2" / "test1" / f"{pair}-img{side}.png", buffer.getvalue())
-        label = asked.answer.capitalize()
-        lines.append({"identifier": f"{pair}-0", "sentence": asked.question, "label": label})
+        sentence = {"identifier": f"{pair}-0", "sentence": asked.question}
+        lines.append(sentence | {"label": asked.answer})
     write_lines(folder / "nlvr2" / "test1.json", lines)
     questions, groups = [], {}
     kinds = [kind for kind in ALBUM_KINDS if kind != "true"]
