@@ -40,7 +40,7 @@ def world(tmp_path: Path) -> Path:
         "colours": {"format": "gqa", "chance": 0.1},
         "odd": {"format": "pope", "chance": 0.5},
         "gone": {"format": "gqa", "chance": 0.1},
-        "strange": {"format": "okvqa", "chance": 0.1},
+        "strange": {"format": "strange", "chance": 0.1},
         "unsure": {"format": "gqa", "chance": 25},
     }
     (root / "bench/colours/images").mkdir(parents=True)
@@ -187,7 +187,7 @@ def test_progress_runs_from_the_first_task_to_one(world: Path) -> None:
             FileNotFoundError,
             "gone does not exist; there: colours, odd",
         ),
-        ({"visual_tasks": ("strange",)}, ValueError, "format 'okvqa'; use vqav2, gqa"),
+        ({"visual_tasks": ("strange",)}, ValueError, "format 'strange'; use vqav2, okvqa"),
         ({"visual_tasks": ("unsure",)}, ValueError, "chance 25"),
         ({"visual_tasks": ("odd",), "limit": 1}, ValueError, "limit 1 cannot cover the 2 splits"),
         ({"visual_tasks": ("colours",), "limit": 1}, ValueError, "1 of 1 examples share picture"),

@@ -220,6 +220,14 @@ def test_no_two_recipes_are_one_model() -> None:
     assert len(set(first)) == len(first) == 12
 
 
+def test_gated_blocks_are_left_out_over_other_decoders_and_that_is_said() -> None:
+    study = table1(scale="pythia-70m", seeds=(7,))
+    assert "Flamingo" not in {line.axes["recipe"] for line in study.lines}
+    assert any(note.startswith("Flamingo: left out, since gated blocks") for note in study.notes)
+    with pytest.raises(ValueError, match=r"Flamingo's gated blocks .* leave the recipe out"):
+        table1(scale="pythia-70m", recipes=("Ours", "Flamingo"))
+
+
 def test_an_unknown_recipe_is_refused_with_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"no recipe 'LLaVA'; Table 1 has BLIP3, Flamingo"):
         table1(recipes=("LLaVA",))

@@ -239,15 +239,21 @@ def earlier_tasks(folders: Iterable[Path]) -> dict[str, EarlierTask]:
     return found
 
 
-def take_predictions(earlier: EarlierTask, path: Path, images: Sequence[Path] | None) -> None:
+def take_predictions(
+    earlier: EarlierTask, path: Path, pictures: Sequence[tuple[Path, ...]] | None
+) -> None:
     """The same predictions as a file of their own, with the pictures where they lie now."""
     if earlier.predictions.resolve() == path.resolve():
         return
     asked = earlier.predictions.stat()
     table = pq.read_table(earlier.predictions)
-    if images is not None:
+    if pictures is not None:
+        names = [list(map(str, one)) for one in pictures]
         column = table.schema.get_field_index("image")
-        table = table.set_column(column, "image", pa.array([str(image) for image in images]))
+        table = table.set_column(column, "image", pa.array([one[0] for one in names]))
+        if (column := table.schema.get_field_index("more")) >= 0:
+            more = pa.array([one[1:] or None for one in names], pa.list_(pa.string()))
+            table = table.set_column(column, "more", more)
     write_table(path, table)
     os.utime(path, ns=(asked.st_atime_ns, asked.st_mtime_ns))
 

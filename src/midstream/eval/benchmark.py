@@ -46,7 +46,7 @@ _COLUMNS = pa.schema(
     [(name, pa.string()) for name in _TEXTS]
     + [("score", pa.float64()), ("blind_prediction", pa.string()), ("blind_score", pa.float64())]
     + [("text_prediction", pa.string()), ("swapped_prediction", pa.string())]
-    + [("image", pa.string())]
+    + [("image", pa.string()), ("more", pa.list_(pa.string()))]
     + [(name, pa.float64()) for name in OUTCOMES]
 )
 
@@ -82,7 +82,7 @@ def evaluate(
     others = {task.name: other_pictures(task) for task in visual} if evaluation.blind else {}
     writes = out if answers.ranks.rank == 0 else None
     if writes is not None:
-        images = {task.name: [example.image for example in task.examples] for task in visual}
+        images = {task.name: [example.pictures for example in task.examples] for task in visual}
         for name, one in earlier.items():
             take_predictions(one, _predictions_of(out, name), images.get(name))
     visual = [task for task in visual if task.name not in tasks]
@@ -198,6 +198,7 @@ def _run_visual(
             text_prediction=spoken,
             swapped_prediction=swapped,
             image=[str(example.image) for example in task.examples],
+            more=[list(map(str, example.more)) or None for example in task.examples],
             **_columns(weighed),
         )
     return row

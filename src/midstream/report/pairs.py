@@ -191,7 +191,8 @@ Box = tuple[float | int, float | int, float | int, float | int]
 def samples(result: Evaluate, ledger: Ledger) -> list[dict[str, Any]]:
     """For each visual task the first right and the first wrong examples, in the stored order.
 
-    A picture that cannot be read is named in `problem`; boxes are drawn where gold is one.
+    `pictures` are those of an example, in order; one that cannot be read is named in `problem`.
+    Boxes are drawn where gold is one.
     """
     shown = []
     # Where a generated world's benchmarks lie; those of a user's folder are where they were.
@@ -214,18 +215,18 @@ def samples(result: Evaluate, ledger: Ledger) -> list[dict[str, Any]]:
 
 def _sample(example: dict[str, Any], written: list[Path]) -> dict[str, Any]:
     gold = json.loads(example["gold"])
-    shown = {"right": example["score"] >= RIGHT, "picture": None, "tiny": False, "problem": None}
+    shown: dict[str, Any] = {"right": example["score"] >= RIGHT, "pictures": [], "problem": None}
     boxes = {GOLD_COLOR: _gold_box(gold), ANSWER_COLOR: None}
     if boxes[GOLD_COLOR]:
         boxes[ANSWER_COLOR] = _answered_box(example["prediction"])
-    if example["image"] is not None:
-        path = Path(example["image"])
+    first = [] if example["image"] is None else [example["image"]]
+    for path in map(Path, [*first, *(example.get("more") or [])]):
         for folder in written:
             # The store may lie elsewhere than when the picture was shown.
             if folder.name in path.parts:
                 path = folder.joinpath(*path.parts[path.parts.index(folder.name) + 1 :])
         try:
-            shown["picture"], shown["tiny"] = _picture(path, boxes)
+            shown["pictures"].append(_picture(path, boxes))
         except (OSError, UnidentifiedImageError) as error:
             shown["problem"] = str(error)
     return example | shown | {"gold": _gold_text(gold), "boxed": boxes[GOLD_COLOR] is not None}

@@ -294,7 +294,7 @@ def _print_example(row: dict[str, Any], console: Console) -> None:
     if row["text_prediction"] is not None:
         fields["as text"] = repr(row["text_prediction"])
     if row["image"] is not None:
-        fields["picture"] = row["image"]
+        fields["picture"] = ", ".join([row["image"], *(row.get("more") or [])])
     console.print(row["example_id"], markup=False, style="bold")
     for name, value in fields.items():
         console.print(f"  {name}: {value}", soft_wrap=True, markup=False, highlight=False)

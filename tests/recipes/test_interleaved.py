@@ -1,0 +1,64 @@
+"""Studies of documents and connectors: shares, shots, and equal tokens of pictures."""
+
+import pytest
+
+from midstream.config import FewShot, Mixture
+from midstream.cost.cost import cost
+from midstream.recipes.interleaved import connectors, share
+from midstream.study.label import labels
+from midstream.study.stages import Continue, Finetune
+from midstream.study.studies import Line
+
+
+def seen(line: Line) -> Continue:
+    tuned = line.result.of
+    assert isinstance(tuned, Finetune)
+    assert isinstance(tuned.start, Continue)
+    return tuned.start
+
+
+def shares(line: Line) -> dict[str, float]:
+    budget = seen(line).training.budget
+    assert isinstance(budget, Mixture)
+    return {one.source: one.share for one in budget.shares}
+
+
+def test_documents_and_captions_share_the_same_part_of_the_tokens() -> None:
+    study = share(seeds=(7,))
+    plain = {line.axes["interleaved"]: shares(line) for line in study.lines}
+    assert plain[0.0] == {"pictures": 0.3, "web": 0.7}
+    assert plain[50.0] == {"pictures": 0.15, "pages": 0.15, "web": 0.7}
+    assert plain[100.0] == {"pages": 0.3, "web": 0.7}
+    models = {line.result.of.identity for line in study.lines}
+    assert len(models) == 3
+    assert len(study.lines) == 9
+    assert {claim.score for claim in study.claims} >= {"nlvr2", "pocket_albums", "vqav2"}
+
+
+def test_shots_are_priced_and_told_apart() -> None:
+    study = share(seeds=(7,), parts=(0.0, 1.0), shots=(0, 4))
+    own = [line.result for line in study.lines if line.axes["interleaved"] == 0.0]
+    zero, four = own[1:]
+    assert zero.evaluation.few_shot == FewShot(num_shots=0)
+    prices = [cost(stage).tokens for stage in (zero, four)]
+    # Asked blind as well.
+    questions, patches, prompt = 2 * 2_000, 9, 48
+    # Zero shots are two without pictures.
+    assert prices[1] - prices[0] == questions * (4 * (patches + prompt) - 2 * prompt)
+    names = labels(own)
+    assert len(set(names.values())) == 3
+
+
+def test_connectors_see_equal_tokens_of_pictures() -> None:
+    study = connectors(seeds=(7,), vision_tokens=(0.05,))
+    text = next(one for one in seen(study.lines[0]).data.expected if one.name == "pictures")
+    each = text.num_tokens / text.num_examples
+    for line in study.lines:
+        positions = seen(line).model.image_tokens
+        found = shares(line)["pictures"] * positions / (positions + each)
+        assert found == pytest.approx(0.05, rel=1e-4), line.name
+    assert len({line.axes["connector"] for line in study.lines}) == 5
+    with pytest.raises(ValueError, match="as pictures of 1 positions need captions of"):
+        connectors(vision_tokens=(0.2,))
+    with pytest.raises(ValueError, match="rows='paper' makes them of sequences"):
+        connectors(rows="paper")
