@@ -1,6 +1,6 @@
 """Reading rows and pictures: Midstream's prepared sources against `webdataset` over the same data.
 
-Four comparisons, seconds of CPU time in one process, both sides in turns, medians of the rounds:
+Five comparisons, seconds of CPU time in one process, both sides in turns, medians of the rounds:
 
 tokens   rows of 2,048 tokens in shuffled order, from OpenLM's tokenised shards (tar members, each
          a gzipped or plain JSON list of 2,049 ids; a shuffle buffer of 1,000) and from the source
@@ -8,6 +8,9 @@ tokens   rows of 2,048 tokens in shuffled order, from OpenLM's tokenised shards 
 records  picture bytes and caption, from a WebDataset tar and from the source over that tar
 rows     whole image rows: decoded, letterboxed, normalised pixels and the caption's ids, by
          webdataset, Pillow and `tokenizers`, and by Midstream's dataset
+prepared captions and pictures made ready to train on, every picture decoded once: webdataset reads
+         them, Pillow decodes, img2dataset's way of writing (webdataset's TarWriter) copies them;
+         Midstream's preparation, which tokenises as well and leaves pictures where they are
 shards   the ids and the picture bytes of an example in random order, from a source of one shard and
          archive and from one of `--shards`, of as many examples of 50 kB
 
@@ -18,6 +21,7 @@ import argparse
 import gzip
 import io
 import json
+import shutil
 import statistics
 import tarfile
 import tempfile
@@ -38,7 +42,9 @@ from midstream.data.examples import TextCodec, caption_example
 from midstream.data.formats.read_captions import caption_units, read_captions
 from midstream.data.formats.records import CaptionRecord, ReadOptions
 from midstream.data.images import LiveImages
+from midstream.data.prepare_source import plan_source
 from midstream.data.rows import RowDataset, plan_rows
+from midstream.data.shards import make_shard
 from midstream.data.source_writer import Image, ShardWriter, finish_source
 from midstream.data.sources import Source
 
@@ -210,6 +216,45 @@ def records(source: Source, tars: list[Path], rounds: int) -> None:
     )
 
 
+def preparing(tars: list[Path], folder: Path, codec: TextCodec, rounds: int) -> None:
+    """Tars of pictures with captions to what training reads, one process."""
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text(codec.tokenizer.to_str())
+
+    def ours() -> int:
+        out = folder / "made"
+        shutil.rmtree(out, ignore_errors=True)
+        plan = plan_source(
+            "captions",
+            [str(path) for path in tars],
+            out,
+            tokenizer_file=tokenizer,
+            options=ReadOptions(),
+            root="/",
+            validation_fraction=0.0,
+        )
+        plan.job.shards.mkdir(parents=True)
+        for item in plan.wanted:
+            make_shard(plan.job, TextCodec.from_file(tokenizer), item, lambda *counts: True)
+        made = finish_source(out, tokenizer_digest="", vocab_size=codec.size, root="/")
+        return int(made["train"]["examples"])
+
+    def theirs() -> int:
+        number = 0
+        with webdataset.TarWriter(str(folder / "theirs.tar")) as writer:
+            for sample in samples(tars, decode=False):
+                with Pillow.open(io.BytesIO(sample["jpg"])) as picture:
+                    picture.convert("RGB")
+                writer.write({key: sample[key] for key in ("__key__", "jpg", "txt", "json")})
+                number += 1
+        return number
+
+    say(
+        "captions prepared, every picture decoded",
+        seconds_each({"midstream": ours, "webdataset, Pillow, its writer": theirs}, rounds),
+    )
+
+
 def image_rows(source: Source, tars: list[Path], codec: TextCodec, rounds: int) -> None:
     """Whole image rows."""
     rows = Rows(row_length=1024, batch_rows=1, layout="padded")
@@ -338,6 +383,7 @@ def main() -> None:
         each = sum(len(source.image_bytes(k)) for k in range(len(source))) / len(source)
         print(f"{len(source):,} pictures of {each / 1000:.0f} kB")
         records(source, tars, options.rounds)
+        preparing(tars, folder, codec, max(1, options.rounds // 2))
         image_rows(source, tars, codec, max(1, options.rounds // 2))
         many_shards(folder / "many", options.shards, options.rounds)
 

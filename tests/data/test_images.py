@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_inputs import shared
-from PIL import Image
+from PIL import ExifTags, Image
 
 from midstream.config import ImageTransform
 from midstream.data import images
 from midstream.data.images import MAX_PIXELS, MAX_SIDE, MAX_STRIP, decode, decode_pixels
+from midstream.data.picture_checks import check_decodes
 
 SIZES, RESIZES = st.integers(1, 40), ("letterbox", "square", "crop")
 # CLIP's: no two channels are alike, so that a mix-up of channels shows.
@@ -448,3 +450,27 @@ def test_lack_of_memory_is_not_the_fault_of_the_picture(monkeypatch: pytest.Monk
         decode(data, "x")
     with pytest.raises(MemoryError):
         decode_pixels(data, "x", LETTERBOX)
+
+
+@pytest.mark.parametrize("kind", ["whole", "cut", "changed", "grey", "CMYK", "turned"])
+def test_a_check_refuses_what_decoding_refuses(kind: str) -> None:
+    random = np.random.default_rng(len(kind))
+    pixels = random.integers(0, 255, (40, 56, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels).convert({"grey": "L", "CMYK": "CMYK"}.get(kind, "RGB"))
+    stream = io.BytesIO()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6 if kind == "turned" else 1
+    picture.save(stream, "JPEG", quality=90, exif=exif)
+    data = stream.getvalue()
+    for place in range(150, len(data), max(1, (len(data) - 150) // 40)):
+        changed = data[:place] + bytes([random.integers(256)]) + data[place + 1 :]
+        tried = {"cut": data[:place], "changed": changed}.get(kind, data)
+        assert refuses(check_decodes, tried) == refuses(decode, tried), place
+
+
+def refuses(look: Callable[[bytes, str], object], data: bytes) -> bool:
+    try:
+        look(data, "here")
+    except ValueError:
+        return True
+    return False

@@ -59,27 +59,8 @@ def decode(data: bytes, where: str) -> Image.Image:
     names `where` if the bytes are no whole picture in one of `FORMATS`, it is too large (checked
     before decoding), or its numbers are not 8- or 16-bit colours.
     """
-    with _naming(lambda: where):
-        return _rgb(_open(data))
-
-
-def num_frames(data: bytes, where: str) -> int:
-    """How many pictures a TIFF holds; raises ValueError as `decode` does."""
-    with _naming(lambda: where):
-        return int(getattr(_open(data), "n_frames", 1))
-
-
-def frame_as_png(data: bytes, number: int, where: str) -> bytes:
-    """What `decode` would give for picture `number` of a TIFF, from 0, as a file of its own.
-
-    Raises ValueError as `decode` does.
-    """
-    with _naming(lambda: where):
-        picture = _open(data)
-        picture.seek(number)
-        png = io.BytesIO()
-        _rgb(_sized(picture)).save(png, "PNG", compress_level=1)
-        return png.getvalue()
+    with naming_picture(lambda: where):
+        return upright_rgb(open_picture(data))
 
 
 def decode_pixels(
@@ -106,16 +87,17 @@ def decode_pixels(
 def _pixels(
     data: bytes, where: Callable[[], str], transform: ImageTransform
 ) -> Float32[np.ndarray, "3 size size"]:
-    with _naming(where):
-        picture = _open(data)
+    with naming_picture(where):
+        picture = open_picture(data)
         raster = _decode_jpeg(data, picture)
         if raster is None:
-            raster = np.array(_rgb(picture))
+            raster = np.array(upright_rgb(picture))
     return _normalised(_fitted(raster, transform), transform)
 
 
 @contextmanager
-def _naming(where: Callable[[], str]) -> Iterator[None]:
+def naming_picture(where: Callable[[], str]) -> Iterator[None]:
+    """Whatever goes wrong inside is a ValueError that names the picture, but for memory."""
     try:
         yield
     except MemoryError:
@@ -126,7 +108,7 @@ def _naming(where: Callable[[], str]) -> Iterator[None]:
         ) from None
 
 
-def _open(data: bytes) -> Image.Image:
+def open_picture(data: bytes) -> Image.Image:
     """The picture's header, checked; no pixel is decoded."""
     try:
         picture = Image.open(io.BytesIO(data))
@@ -134,10 +116,10 @@ def _open(data: bytes) -> Image.Image:
         raise ValueError(f"cannot identify it as one of {', '.join(FORMATS)}") from None
     if picture.format not in FORMATS:
         raise ValueError(f"{picture.format} is none of {', '.join(FORMATS)}")
-    return _sized(picture)
+    return within_limits(picture)
 
 
-def _sized(picture: Image.Image) -> Image.Image:
+def within_limits(picture: Image.Image) -> Image.Image:
     """The picture itself, where its size is one that is decoded."""
     width, height = picture.size
     if width * height > MAX_PIXELS:
@@ -152,19 +134,28 @@ def _sized(picture: Image.Image) -> Image.Image:
 def _decode_jpeg(data: bytes, picture: Image.Image) -> UInt8[np.ndarray, "height width 3"] | None:
     """What Pillow makes of an upright colour or grey JPEG, or None where Pillow must tell."""
     upright = picture.format in ("JPEG", "MPO") and _turn(picture) is None
-    if simplejpeg is None or not upright or picture.mode not in ("RGB", "L"):
+    if not upright or picture.mode not in ("RGB", "L"):
         return None
+    raster = jpeg_raster(data, "RGB")
+    whole = raster is not None and raster.shape == (picture.height, picture.width, 3)
+    return raster if whole else None
+
+
+def jpeg_raster(data: bytes, colors: str, **scaling: int) -> np.ndarray | None:
+    """What libjpeg-turbo makes of a JPEG; None without it, and of a damaged one, of which Pillow
+    refuses some and repairs others."""
+    if simplejpeg is None:
+        return None
+    how = {"fastdct": False, "fastupsample": False, "strict": True}
     try:
-        raster: np.ndarray = simplejpeg.decode_jpeg(
-            data, "RGB", fastdct=False, fastupsample=False, strict=True
-        )
+        raster: np.ndarray = simplejpeg.decode_jpeg(data, colors, **how, **scaling)
     except ValueError:
-        # It is damaged; Pillow refuses some of these and repairs others.
         return None
-    return raster if raster.shape == (picture.height, picture.width, 3) else None
+    return raster
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
+def upright_rgb(picture: Image.Image) -> Image.Image:
+    """The picture decoded as `decode` says; ValueError for floating-point pixels."""
     # TIFF turns itself while it loads, and PNG may hold its EXIF data behind the pixels.
     picture.load()
     turn = _turn(picture)

@@ -45,7 +45,7 @@ from midstream.data.formats.records import (
     TokenRecord,
     Unit,
 )
-from midstream.data.images import decode
+from midstream.data.picture_checks import check_decodes
 from midstream.data.remote import ChangedError, RemoteError, Stamp, refuse_changed
 from midstream.data.shard_state import Job, Todo, stamp_of
 from midstream.data.source_writer import Image, Reject, ShardWriter, Shown
@@ -395,7 +395,7 @@ class _Work:
             return self._verdicts[key]
         problem = None
         try:
-            decode(picture.data, self.job.short(picture.file) or "its record")
+            check_decodes(picture.data, self.job.short(picture.file) or "its record")
         except ValueError as error:
             problem = str(error)
         self._verdicts[key] = problem

@@ -15,7 +15,6 @@ import numpy as np
 
 from midstream.config import PocketWorld
 from midstream.core.identity import GROUPS_FILE
-from midstream.core.storage import write_bytes
 from midstream.worlds.pocket_files import scene_with, write_json, write_lines
 from midstream.worlds.pocket_language import LAYOUTS, Question, answer, ask, caption
 from midstream.worlds.pocket_scenes import (
@@ -186,6 +185,7 @@ def _told(rng: np.random.Generator, kind: str | None, layout: str) -> tuple[Scen
 def write_pages(world: PocketWorld, folder: Path) -> None:
     """Write the pages as MMC4 lays documents out: texts, and pictures by the text that they stand
     before."""
+    folder.mkdir(parents=True)
     lines = []
     for index in range(world.num_pages):
         parts, texts, pictures = page(world, index), list[str](), list[dict[str, Any]]()
@@ -195,7 +195,7 @@ def write_pages(world: PocketWorld, folder: Path) -> None:
                 continue
             name = f"{index:06d}-{len(pictures)}.jpg"
             rng = generator(world.seed, "page picture", 8 * index + len(pictures))
-            write_bytes(folder / name, draw_jpeg(rng, part))
+            (folder / name).write_bytes(draw_jpeg(rng, part))
             about = {"image_name": name, "raw_url": f"https://pocket.example/{name}"}
             pictures.append(about | {"matched_text_index": len(texts), "matched_sim": 1.0})
         similar = [
@@ -214,6 +214,7 @@ def write_pages(world: PocketWorld, folder: Path) -> None:
 
 def write_albums(world: PocketWorld, folder: Path) -> None:
     """Write conversations about several pictures as LLaVA-NeXT lays them out, `image` a list."""
+    (folder / "images").mkdir(parents=True)
     records = []
     for index in range(world.num_albums):
         rng, kind = generator(world.seed, "album", index), ALBUM_KINDS[index % len(ALBUM_KINDS)]
@@ -223,7 +224,7 @@ def write_albums(world: PocketWorld, folder: Path) -> None:
         for place, scene in enumerate(asked.scenes):
             names.append(f"images/{index:06d}-{place}.jpg")
             drawn = draw_jpeg(generator(world.seed, "album picture", 8 * index + place), scene)
-            write_bytes(folder / names[-1], drawn)
+            (folder / names[-1]).write_bytes(drawn)
         question = f'Is "{asked.question}" true or false?' if kind == "true" else asked.question
         said = [
             {"from": "human", "value": "<image>\n" * len(names) + question},
@@ -242,6 +243,8 @@ ALBUM_FORMATS = {"nlvr2": "nlvr2", "pocket_albums": "qa"}
 def write_album_benchmarks(world: PocketWorld, folder: Path) -> None:
     """Write the benchmarks of several pictures: NLVR2's public test, and questions in format `qa`
     whose groups are the kinds of album."""
+    for name in ("nlvr2/test1", "pocket_albums/images"):
+        (folder / name).mkdir(parents=True)
     lines = []
     for turn in range(world.num_questions):
         asked = album(generator(world.seed, "nlvr2", turn), "true", turn, splits=TASKS)
@@ -249,7 +252,7 @@ def write_album_benchmarks(world: PocketWorld, folder: Path) -> None:
         for side, scene in enumerate(asked.scenes):
             rng, buffer = generator(world.seed, "nlvr2 picture", 2 * turn + side), io.BytesIO()
             draw_scene(rng, scene).save(buffer, "PNG")
-            write_bytes(folder / "nlvr2" / "test1" / f"{pair}-img{side}.png", buffer.getvalue())
+            (folder / "nlvr2" / "test1" / f"{pair}-img{side}.png").write_bytes(buffer.getvalue())
         sentence = {"identifier": f"{pair}-0", "sentence": asked.question}
         lines.append(sentence | {"label": asked.answer})
     write_lines(folder / "nlvr2" / "test1.json", lines)
@@ -262,7 +265,7 @@ def write_album_benchmarks(world: PocketWorld, folder: Path) -> None:
         for place, scene in enumerate(asked.scenes):
             names.append(f"images/{index:06d}-{place}.jpg")
             drawn = draw_jpeg(generator(world.seed, "asked picture", 8 * index + place), scene)
-            write_bytes(folder / "pocket_albums" / names[-1], drawn)
+            (folder / "pocket_albums" / names[-1]).write_bytes(drawn)
         about = {"id": f"{index}", "question": asked.question, "image": names}
         questions.append(about | {"answer": asked.answer, "choices": list(asked.choices)})
         groups[f"{index}"] = kind

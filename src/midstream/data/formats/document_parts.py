@@ -15,7 +15,7 @@ from midstream.data.formats.records import (
     Picture,
     ReadOptions,
 )
-from midstream.data.images import frame_as_png, num_frames
+from midstream.data.picture_checks import frame_as_png, num_frames
 from midstream.data.source_writer import Reject
 
 # What stands between neighbouring texts of one document.
