@@ -43,6 +43,8 @@ def canonical(value: Any) -> Any:
     marked `Placement`; an object with an attribute `identity` is replaced by that string.
     Raises TypeError for what has no stable form (sets, paths, functions) and ValueError for NaN.
     """
+    if type(value) is str:  # most of what there is: names and digests of files
+        return value
     identity = getattr(value, "identity", None)
     if isinstance(identity, str):
         return {"is": type(value).__name__, "identity": identity}
