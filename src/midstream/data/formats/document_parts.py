@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from midstream.data.formats.captions import load_picture, load_shown, picture_in
-from midstream.data.formats.files import inside, is_url, read_range
+from midstream.data.formats.captions import load_picture, load_range, load_shown, picture_in
+from midstream.data.formats.files import is_url
 from midstream.data.formats.json_records import NOT_UNICODE, unicode_problem
 from midstream.data.formats.picture_urls import PicturesByUrl
 from midstream.data.formats.records import (
@@ -25,6 +25,8 @@ _ONLY_PICTURES, _BESIDE = "pictures without a text", "text beside a lost picture
 _NO_PICTURE, _MISSING = "no picture", "missing picture"
 # How TIFFs begin; a frame's number means nothing in other pictures.
 TIFF = (b"II", b"MM")
+# No file has so many bytes.
+LARGEST_FILE = 2**63
 
 
 def document_of(
@@ -122,21 +124,13 @@ class Pictures:
         """The picture that is `size` bytes from `first` on of the file `name`."""
         if size > LARGEST_BYTES:
             return Reject(where, "picture too large", f"{name} has {size:,} bytes of it")
-        try:
-            path = inside(self.roots, name, where)
-        except ValueError as error:
-            return Reject(
-                where, "picture outside the folder", str(error).removeprefix(f"{where}: ")
-            )
-        try:
-            data = read_range(path, first, size)
-        except FileNotFoundError:
-            return Reject(where, _MISSING, path)
-        if len(data) != size:
-            return Reject(
-                where, _MISSING, f"{path} has {len(data):,} of {size:,} bytes at {first:,}"
-            )
-        return Picture(path, first, data)
+        if not 0 <= first < LARGEST_FILE:
+            return Reject(where, _MISSING, f"{name} has no byte {first:,}")
+        picture = load_range(self.roots, name, first, size, where)
+        if isinstance(picture, Picture) and (have := len(picture.data)) != size:
+            detail = f"{picture.file} has {have:,} of {size:,} bytes at {first:,}"
+            return Reject(where, _MISSING, detail)
+        return picture
 
     def file(self, name: str, where: str) -> Picture | Reject:
         """The picture that is the file `name`."""
