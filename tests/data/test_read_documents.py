@@ -40,7 +40,7 @@ def shown(item: Any) -> Any:
     """A document's texts and the number of each picture's bytes in its place, or its reason."""
     if isinstance(item, Reject):
         return f"- {item.reason}"
-    return [part if isinstance(part, str) else numbered(part.data) for part in item.parts]
+    return [part if isinstance(part, str) else numbered(part.data) for part in item.joined]
 
 
 def numbered(data: bytes) -> int | bytes:
@@ -336,7 +336,7 @@ def test_mint_gives_the_frames_of_a_tiff_in_their_places(put: Put) -> None:
     assert [pixels(x) for x in found[0].pictures] == [
         pixels(Picture("", 0, png(n))) for n in (3, 4)
     ]
-    assert [isinstance(part, str) for part in found[0].parts] == [True, False, True, False]
+    assert [isinstance(part, str) for part in found[0].joined] == [True, False, True, False]
     # A picture alone in its TIFF stays where it is.
     assert (found[1].pictures[0].file, found[1].pictures[0].data) == (path, tiff([5]))
     assert len(found[2].pictures) == 29
@@ -509,7 +509,46 @@ def test_the_index_of_addresses_is_written_once_and_anew_for_other_tars(tmp_path
         found = [pictures.load(f"https://files.example/{number}", "here") for number in (4, 5, 6)]
         assert [numbered(x.data) if isinstance(x, Picture) else 0 for x in found] == [4, 5, 0]
         assert isinstance(pictures.load(A, "here"), Picture)
-    (folder / "00002.tar").write_bytes(gzip.compress(tar({})))
-    with pytest.raises(ValueError, match=r"00002\.tar is no whole tar file, or compressed"):
-        index_urls(str(folder))
+    # Fetched anew under the same names, each of as many bytes.
+    record = json.dumps({"url": "https://files.example/6"})
+    (folder / "00003/0.json").write_text(record)
+    os.utime(folder / "00003/0.json", ns=(1, 1))
+    index_urls(str(folder))
+    with closing(PicturesByUrl(str(folder))) as pictures:
+        found = [pictures.load(f"https://files.example/{number}", "here") for number in (4, 5, 6)]
+    assert [x.data if isinstance(x, Picture) else 0 for x in found] == [0, png(5), png(4)]
     assert [name for name in os.listdir(folder) if name.endswith(".tmp")] == []
+
+
+def test_a_damaged_tar_among_pictures_is_named_by_the_first_address_that_is_not_found(
+    put: Put, tmp_path: Path
+) -> None:
+    folder = tmp_path / "fetched"
+    img2dataset(folder, {A: 0})
+    whole = (folder / "00000.tar").read_bytes()
+    img2dataset(folder, {B: 1}, "00001.tar")
+    put("a.png", png(2))
+    options = replace(OPTIONS, images=str(folder))
+    rows = [obelics("One.", (A,)), obelics("Two.", (B,)), obelics("Three.", (C,))]
+    tables = [put(f"{number}.parquet", table([row])) for number, row in enumerate(rows)]
+    # Cut inside a header, compressed.
+    for data in (whole[: whole.index(b"000000000.json") + 100], gzip.compress(whole)):
+        (folder / "00000.tar").write_bytes(data)
+        assert shown(read(tables[1], options=options)[0]) == ["Two.", 1]
+        for asked in (tables[0], tables[2]):
+            with pytest.raises(ValueError, match=r"00000\.tar is not a whole tar file"):
+                read(asked, options=options)
+    (folder / "00000.tar").write_bytes(whole)
+    found = read(*tables, options=options)
+    assert [shown(x) for x in found] == [["One.", 0], ["Two.", 1], "- missing picture"]
+
+
+def test_addresses_under_a_folder_that_holds_no_picture_yet_are_looked_for_again(
+    put: Put, tmp_path: Path
+) -> None:
+    folder = tmp_path / "fetched"
+    folder.mkdir()
+    path = put("a.parquet", table([obelics("One.", (A,))]))
+    (found,) = read(path, options=replace(OPTIONS, images=str(folder)))
+    # What is stamped.
+    assert found.detail.startswith(f"{folder}/{INDEX} has no {A}")

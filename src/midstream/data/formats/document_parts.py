@@ -10,6 +10,7 @@ from midstream.data.formats.json_records import NOT_UNICODE, unicode_problem
 from midstream.data.formats.picture_urls import PicturesByUrl
 from midstream.data.formats.records import (
     LARGEST_BYTES,
+    PARAGRAPH,
     DocumentRecord,
     Member,
     Picture,
@@ -18,8 +19,6 @@ from midstream.data.formats.records import (
 from midstream.data.picture_checks import frame_as_png, num_frames
 from midstream.data.source_writer import Reject
 
-# What stands between neighbouring texts of one document.
-PARAGRAPH = "\n\n"
 PLACES = "texts and pictures disagree"
 _ONLY_PICTURES, _BESIDE = "pictures without a text", "text beside a lost picture"
 _NO_PICTURE, _MISSING = "no picture", "missing picture"
@@ -39,7 +38,7 @@ def document_of(
     """A document of its parts, of which lost pictures are rejects; or why there is none.
 
     With a lost picture goes what `options.lost` says, each counted in the document's `left_out`.
-    Neighbouring texts become one, with `joint` between them. A document needs a text and a picture.
+    `joint` is what stands between neighbouring texts. A document needs a text and a picture.
     """
     lost = {n: part for n, part in enumerate(parts) if isinstance(part, Reject)}
     first = next(iter(lost.values()), None)
@@ -50,15 +49,8 @@ def document_of(
         texts = {n for n in around if isinstance(parts[n], str)}
         gone |= texts
         reasons += [_BESIDE] * len(texts)
-    joined: list[str | Picture] = []
-    for number, part in enumerate(parts):
-        if number in gone or isinstance(part, Reject):
-            continue
-        if isinstance(part, str) and joined and isinstance(before := joined[-1], str):
-            joined[-1] = before + joint + part
-        else:
-            joined.append(part)
-    record = DocumentRecord(where, tuple(joined), tuple(reasons), tuple(lost.values()))
+    left = (x for n, x in enumerate(parts) if n not in gone and not isinstance(x, Reject))
+    record = DocumentRecord(where, tuple(left), tuple(reasons), tuple(lost.values()), joint)
     if first is not None and (options.lost == "document" or not record.pictures):
         return replace(first, where=where)
     why = ", ".join(dict.fromkeys(reasons))

@@ -12,7 +12,6 @@ from typing import Any
 
 from midstream.data.formats.captions import picture_roots
 from midstream.data.formats.document_parts import (
-    PARAGRAPH,
     PLACES,
     TIFF,
     DocumentError,
@@ -33,6 +32,7 @@ from midstream.data.formats.json_records import (
 )
 from midstream.data.formats.picture_urls import PicturesByUrl, index_urls
 from midstream.data.formats.records import (
+    PARAGRAPH,
     DocumentRecord,
     Picture,
     ReadOptions,
