@@ -85,6 +85,14 @@ def test_documents_are_prepared_with_their_pictures_in_place(tmp_path: Path) -> 
         contents(tmp_path / "again")["shards/000000/pictures.npy"]
         == (before["shards/000000/pictures.npy"])
     )
+    # A shard of another version of the preparation is made anew, and no other one.
+    made = out / "shards/000000/made_from.json"
+    versions = read_json(made)
+    for version, shards in ((0, {"kept": 1, "new": 0}), (1, {"kept": 0, "new": 1})):
+        preparation = versions["preparation"] - version
+        made.write_text(json.dumps(versions | {"preparation": preparation}))
+        done = run("documents", tmp_path / "in", out, max_reject_fraction=0.5)
+        assert done["shards"] == shards
 
 
 @pytest.mark.parametrize(
