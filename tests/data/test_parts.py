@@ -198,12 +198,34 @@ def test_two_hundred_pictures_of_one_document_go_through_many_rows(tmp_path: Pat
     assert report["realised_tokens"] == 601 + 200 * PATCHES == report["largest_example_tokens"]
 
 
+def test_the_plan_is_gone_through_for_its_cuts_only_where_documents_are_longer_than_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = {"pages": make_documents(tmp_path, "pages", [[0]] * 3, [6] * 3)}
+    budget = Epochs(sources=("pages",), epochs=1)
+    for row_length, cut in ((9, {"examples": 3, "tokens": 0, "pieces": 6}), (10, None)):
+        rows = Rows(row_length=row_length, batch_rows=2)
+        plan = plan_rows(sources, PATCHES, budget, rows, 0)
+        if cut is None:
+            monkeypatch.setattr(type(plan.quotas[0].stream), "places", None)
+        report = shares_report(plan, sources, PATCHES)["pages"]
+        assert report["cut"] == (cut or {"examples": 0, "tokens": 0, "pieces": 0})
+
+
 def test_what_no_row_holds_is_refused_before_rows_are_planned(tmp_path: Path) -> None:
     source = make_documents(tmp_path, "pages", [[0, 8]], [16])
     one = {"pages": source}
     budget = Epochs(sources=("pages",), epochs=1)
     with pytest.raises(ValueError, match=r"of source 'pages' .* 17 positions, a row has 16"):
         plan_rows(one, 16, budget, Rows(row_length=16, batch_rows=2), 0)
+    # What begins an example stands in one row with its picture, but for documents.
+    at = [[1, 8]]
+    talks = make_documents(tmp_path, "talks", at, [16], kind="instruct", begins=True)
+    with pytest.raises(ValueError, match=r"of source 'talks' .* 18 positions, a row has 17"):
+        plan_rows({"pages": talks}, 16, budget, Rows(row_length=17, batch_rows=2), 0, "cut")
+    begun = {"pages": make_documents(tmp_path, "begun", at, [16], begins=True)}
+    filled = plan_rows(begun, 16, budget, Rows(row_length=17, batch_rows=2), 0)
+    assert sum(build_row(filled, begun, k, 16).counts.image for k in range(len(filled))) == 32
     padded = Rows(row_length=20, batch_rows=2, layout="padded", overflow="cut")
     with pytest.raises(ValueError, match=r"24 positions do not fit.*row of 20;.*filled rows"):
         plan_rows(one, 4, budget, padded, 0)

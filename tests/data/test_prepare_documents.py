@@ -85,15 +85,23 @@ def test_documents_are_prepared_with_their_pictures_in_place(tmp_path: Path) -> 
         contents(tmp_path / "again")["shards/000000/pictures.npy"]
         == (before["shards/000000/pictures.npy"])
     )
+    # A shard of another version of the preparation is made anew, and no other one.
+    made = out / "shards/000000/made_from.json"
+    versions = read_json(made)
+    for version, shards in ((0, {"kept": 1, "new": 0}), (1, {"kept": 0, "new": 1})):
+        preparation = versions["preparation"] - version
+        made.write_text(json.dumps(versions | {"preparation": preparation}))
+        done = run("documents", tmp_path / "in", out, max_reject_fraction=0.5)
+        assert done["shards"] == shards
 
 
 @pytest.mark.parametrize(
     ("lost", "kept", "left_out"),
     [
-        ("picture", ["a\n\nb", 1, "c"], {"picture cannot be decoded": 1}),
+        ("picture", ["z\n\na\n\nb", 1, "c"], {"picture cannot be decoded": 1}),
         (
             "text",
-            [1, "c"],
+            ["z", 1, "c"],
             {"picture cannot be decoded": 1, "text beside a lost picture": 2},
         ),
         ("document", None, {}),
@@ -102,7 +110,7 @@ def test_documents_are_prepared_with_their_pictures_in_place(tmp_path: Path) -> 
 def test_a_picture_that_cannot_be_decoded_is_lost_as_one_that_is_not_there(
     tmp_path: Path, lost: Any, kept: list[Any] | None, left_out: dict[str, int]
 ) -> None:
-    write_pages(tmp_path / "in", [["a", 91, "b", 1, "c"], ["d", 2], [92, "all are lost"]])
+    write_pages(tmp_path / "in", [["z", "a", 91, "b", 1, "c"], ["d", 2], [92, "all are lost"]])
     options, out = replace(OPTIONS, lost=lost), tmp_path / "out"
     done = run("documents", tmp_path / "in", out, options=options, max_reject_fraction=0.9)
     source, codec = Source("pages", out), TextCodec.from_file(tokenizer_file())
@@ -110,6 +118,18 @@ def test_a_picture_that_cannot_be_decoded_is_lost_as_one_that_is_not_there(
     assert [words_of(source, codec, n) for n in range(len(source))] == expected
     assert done["rejects"] == {"picture cannot be decoded": 1 + (kept is None)}
     assert done["dropped_turns"] == left_out
+
+
+def test_sentences_around_a_picture_that_cannot_be_decoded_are_joined_as_others(
+    tmp_path: Path,
+) -> None:
+    write_pages(tmp_path / "in", [[1, 91]])
+    infos = [{"image_name": f"{n}.png", "matched_text_index": at} for n, at in ((91, 1), (1, 2))]
+    record = {"text_list": ["One.", "Two.", "Three."], "image_info": infos}
+    (tmp_path / "in/pages.jsonl").write_text(json.dumps(record))
+    run("documents", tmp_path / "in", tmp_path / "out")
+    source, codec = Source("pages", tmp_path / "out"), TextCodec.from_file(tokenizer_file())
+    assert words_of(source, codec, 0) == ["One. Two.", 1, "Three."]
 
 
 def test_too_long_documents_are_rejects_with_both_numbers(tmp_path: Path) -> None:

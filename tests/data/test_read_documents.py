@@ -40,7 +40,7 @@ def shown(item: Any) -> Any:
     """A document's texts and the number of each picture's bytes in its place, or its reason."""
     if isinstance(item, Reject):
         return f"- {item.reason}"
-    return [part if isinstance(part, str) else numbered(part.data) for part in item.parts]
+    return [part if isinstance(part, str) else numbered(part.data) for part in item.joined]
 
 
 def numbered(data: bytes) -> int | bytes:
@@ -129,6 +129,10 @@ def test_the_mark_of_a_documents_end_parts_it_wherever_it_stands(put: Put) -> No
     ]
     places = [item.where.partition("row ")[2] for item in found]
     assert places[:3] == ["0, document 0", "0, document 1", "1"]
+    # What is left out of a record is counted with its first document that is none of the rejects.
+    (first, second) = read(put("a.parquet", table([obelics(" ", f"Text.{MARK}", a, "One.")])))
+    assert (shown(first), shown(second)) == ("- no picture", [0, "One."])
+    assert second.left_out == ("place without text or picture",)
 
 
 def test_places_that_are_not_of_one_text_or_one_picture_are_named(put: Put) -> None:
@@ -266,6 +270,7 @@ def test_mmc4_takes_pictures_that_are_like_their_text_alone(put: Put, tmp_path: 
         mmc4(["One.", "Two."], ("0", 0, 0.1), ("1", 1, 0.2)),
         mmc4(["One.", "Two."], ("0", 0, None), ("1", 1, 0.3), similarity_matrix=[[0.4, 0]]),
         mmc4(["One."], ("0", 0, None), similarity_matrix="none"),
+        mmc4(["One."], ("0", 0, 10**400)),
     ]
     path = put("in/a.jsonl", as_lines(records))
     found = read(path, options=replace(OPTIONS, similarity=0.25))
@@ -273,7 +278,7 @@ def test_mmc4_takes_pictures_that_are_like_their_text_alone(put: Put, tmp_path: 
         [0, "One. Two."],
         "- no picture",
         [0, "One.", 1, "Two."],
-        "- no picture",
+        *["- no picture"] * 2,
     ]
     assert found[0].left_out == ("similarity too low",)
     assert found[1].detail == "similarity too low"
@@ -331,7 +336,7 @@ def test_mint_gives_the_frames_of_a_tiff_in_their_places(put: Put) -> None:
     assert [pixels(x) for x in found[0].pictures] == [
         pixels(Picture("", 0, png(n))) for n in (3, 4)
     ]
-    assert [isinstance(part, str) for part in found[0].parts] == [True, False, True, False]
+    assert [isinstance(part, str) for part in found[0].joined] == [True, False, True, False]
     # A picture alone in its TIFF stays where it is.
     assert (found[1].pictures[0].file, found[1].pictures[0].data) == (path, tiff([5]))
     assert len(found[2].pictures) == 29
@@ -384,6 +389,12 @@ def rows_of(sample: str, *parts: Any) -> list[dict[str, Any]]:
     return [{"sample_id": sample, **row} for row in rows]
 
 
+def table_of_rows(rows: Sequence[dict[str, Any]]) -> bytes:
+    columns = ("sample_id", "position", "modality", "content_type", "text_content")
+    columns += ("binary_content", "source_ref", "materialize_error")
+    return table([{key: row.get(key) for key in columns} for row in rows])
+
+
 def reference(path: str, *place: Any) -> dict[str, Any]:
     keys = ("member", "byte_offset", "byte_size", "frame_index")
     return {"path": path} | dict(zip(keys, (*place, *[None] * 4), strict=False))
@@ -406,9 +417,7 @@ def test_the_rows_of_nemo_curator_are_put_in_their_order(put: Put) -> None:
         {"sample_id": "f", "position": 9, "modality": "audio"},
         *rows_of("a", "One.", png(0)),
     ]
-    columns = ("sample_id", "position", "modality", "content_type", "text_content")
-    columns += ("binary_content", "source_ref", "materialize_error")
-    path = put("rows.parquet", table([{key: row.get(key) for key in columns} for row in rows]))
+    path = put("rows.parquet", table_of_rows(rows))
     found = read(path)
     assert shown(found[0])[:5] == ["One.", 0, 1, "Two.", 2]
     assert pixels(found[0].pictures[-1]) == pixels(Picture("", 0, png(4)))
@@ -423,6 +432,38 @@ def test_the_rows_of_nemo_curator_are_put_in_their_order(put: Put) -> None:
         "- sample in two places",
     ]
     assert found[5].left_out == ("place without text or picture", "other modality")
+
+
+def test_rows_of_the_wrong_types_and_places_are_rejects_one_by_one(put: Put) -> None:
+    put("folder/a.png", png(0))
+    places = [
+        *(reference(name, None, 0, 4) for name in ("folder", "folder/a.png/b", "n" * 5000)),
+        *(reference("folder/a.png", None, first, 4) for first in (-4, 2**70)),
+    ]
+    rows = [
+        *(row for n, place in enumerate(places) for row in rows_of(f"{n}", "One.", place)),
+        *rows_of("last", "One.", reference("folder/a.png", None, 0, len(png(0)))),
+    ]
+    path = put("rows.parquet", table_of_rows(rows))
+    assert [shown(item) for item in read(path)] == ["- missing picture"] * 5 + [["One.", 0]]
+    # Texts that are numbers, pictures that are lists, and names of samples that are no UTF-8.
+    rows = [
+        {"sample_id": key, "position": n, "modality": kind, "binary_content": None}
+        for key in ("a", "b")
+        for n, kind in enumerate(("text", "image"))
+    ]
+    numbers = [row | {"text_content": 5} for row in rows]
+    lists = [row | {"text_content": "One.", "binary_content": [1]} for row in rows]
+    for held, reason in ((numbers, "not a document"), (lists, "no picture")):
+        found = read(put("rows.parquet", table(held)))
+        assert [shown(item) for item in found] == [f"- {reason}"] * 2
+    names = pyarrow.array([b"\xff", b"\xff", b"b", b"b"]).view(pyarrow.string())
+    held = [row | {"text_content": "One.", "binary_content": png(0)} for row in rows]
+    columns, stream = pyarrow.Table.from_pylist(held), io.BytesIO()
+    parquet.write_table(columns.set_column(0, "sample_id", names), stream)
+    found = read(put("rows.parquet", stream.getvalue()))
+    assert [shown(item) for item in found] == ["- not UTF-8", ["One.", 0]]
+    assert found[0].where == f"{path}, sample \\xff"
 
 
 # Files, and the index of addresses.
@@ -468,7 +509,46 @@ def test_the_index_of_addresses_is_written_once_and_anew_for_other_tars(tmp_path
         found = [pictures.load(f"https://files.example/{number}", "here") for number in (4, 5, 6)]
         assert [numbered(x.data) if isinstance(x, Picture) else 0 for x in found] == [4, 5, 0]
         assert isinstance(pictures.load(A, "here"), Picture)
-    (folder / "00002.tar").write_bytes(gzip.compress(tar({})))
-    with pytest.raises(ValueError, match=r"00002\.tar is no whole tar file, or compressed"):
-        index_urls(str(folder))
+    # Fetched anew under the same names, each of as many bytes.
+    record = json.dumps({"url": "https://files.example/6"})
+    (folder / "00003/0.json").write_text(record)
+    os.utime(folder / "00003/0.json", ns=(1, 1))
+    index_urls(str(folder))
+    with closing(PicturesByUrl(str(folder))) as pictures:
+        found = [pictures.load(f"https://files.example/{number}", "here") for number in (4, 5, 6)]
+    assert [x.data if isinstance(x, Picture) else 0 for x in found] == [0, png(5), png(4)]
     assert [name for name in os.listdir(folder) if name.endswith(".tmp")] == []
+
+
+def test_a_damaged_tar_among_pictures_is_named_by_the_first_address_that_is_not_found(
+    put: Put, tmp_path: Path
+) -> None:
+    folder = tmp_path / "fetched"
+    img2dataset(folder, {A: 0})
+    whole = (folder / "00000.tar").read_bytes()
+    img2dataset(folder, {B: 1}, "00001.tar")
+    put("a.png", png(2))
+    options = replace(OPTIONS, images=str(folder))
+    rows = [obelics("One.", (A,)), obelics("Two.", (B,)), obelics("Three.", (C,))]
+    tables = [put(f"{number}.parquet", table([row])) for number, row in enumerate(rows)]
+    # Cut inside a header, compressed.
+    for data in (whole[: whole.index(b"000000000.json") + 100], gzip.compress(whole)):
+        (folder / "00000.tar").write_bytes(data)
+        assert shown(read(tables[1], options=options)[0]) == ["Two.", 1]
+        for asked in (tables[0], tables[2]):
+            with pytest.raises(ValueError, match=r"00000\.tar is not a whole tar file"):
+                read(asked, options=options)
+    (folder / "00000.tar").write_bytes(whole)
+    found = read(*tables, options=options)
+    assert [shown(x) for x in found] == [["One.", 0], ["Two.", 1], "- missing picture"]
+
+
+def test_addresses_under_a_folder_that_holds_no_picture_yet_are_looked_for_again(
+    put: Put, tmp_path: Path
+) -> None:
+    folder = tmp_path / "fetched"
+    folder.mkdir()
+    path = put("a.parquet", table([obelics("One.", (A,))]))
+    (found,) = read(path, options=replace(OPTIONS, images=str(folder)))
+    # What is stamped.
+    assert found.detail.startswith(f"{folder}/{INDEX} has no {A}")

@@ -9,7 +9,17 @@ import pytest
 
 import own_world
 import tiny
-from midstream.config import Amount, Amounts, Budget, Epochs, ExpectedSource, Mixture, Rows, Share
+from midstream.config import (
+    Amount,
+    Amounts,
+    Budget,
+    Epochs,
+    ExpectedSource,
+    Mixture,
+    Rows,
+    Share,
+    TokenizerFile,
+)
 from midstream.core.storage import write_json
 from midstream.data.rows import plan_rows
 from midstream.launch.check_data import Problem, merged, refused
@@ -287,6 +297,27 @@ def test_a_budget_counts_the_captions_that_it_asks_for(
     assert "holds 70 tokens, 4 patches a picture among them, the plan needs 300" in own
     (synthetic,) = wrong("synthetic")
     assert "its longest example: 74 positions do not fit into a row of 64" in synthetic
+
+
+def test_a_picture_needs_room_for_what_begins_its_example(
+    world: Path, tmp_path: Path, empty: Ledger
+) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(world, mine)
+    counts = {"examples": 5, "tokens": 50, "images": 5}
+    index = {"fingerprint": "1" * 16, "train": counts, "longest": {"image": 11}}
+    rows = Rows(row_length=PATCHES.num_patches + 1, batch_rows=2, overflow="cut")
+    for kind, begin, is_refused in (
+        ("caption", "<s>", True),
+        ("caption", "", False),
+        ("interleaved", "<s>", False),
+    ):
+        write_json(mine / "captions/pictures/source.json", index | {"kind": kind})
+        tokenizer = TokenizerFile(path=mine / "none.json", sha256="1" * 64, begin_of_text=begin)
+        data = own_world.data_of(mine).model_copy(update={"tokenizer": tokenizer})
+        model = seen(data, Epochs(sources=("pictures",), epochs=1), rows)
+        found = [problem.what for problem in told(empty, model)]
+        assert any("take 6 positions, a row has 5" in what for what in found) == is_refused, found
 
 
 def test_a_frozen_decoder_that_sees_no_picture_and_joined_captions_are_refused(

@@ -104,7 +104,7 @@ def test_the_benchmarks_and_sources_of_several_pictures_are_read(tmp_path: Path)
     documents = list(read_documents(unit, options))
     for index, found in enumerate(documents):
         assert isinstance(found, DocumentRecord)
-        told = [part if isinstance(part, str) else None for part in found.parts]
+        told = [part if isinstance(part, str) else None for part in found.joined]
         # Readers strip the ends of texts.
         wanted = [part.strip() if isinstance(part, str) else None for part in page(world, index)]
         assert [text and text.strip() for text in told] == wanted

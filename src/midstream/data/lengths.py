@@ -270,7 +270,8 @@ def fit_to_rows(lengths: SourceLengths, rows: Rows, overflow: Overflow) -> None:
     """
     source, row_length = lengths.source, rows.row_length
     if source.num_images:
-        head = int(source.begin_of_text is not None)
+        # What begins a document may stand in another row than its first picture.
+        head = int(source.begin_of_text is not None and source.kind != "interleaved")
         check_picture(source.name, lengths.num_patches + head, row_length)
     if source.kind == "interleaved":
         overflow = "refuse"

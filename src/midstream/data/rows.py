@@ -169,6 +169,7 @@ def shares_report(
             # The example that the budget ends in counts.
             examples = quota.stream.count_before(2 * quota.tokens)
             examples += quota.stream.tokens_before(examples) < quota.tokens
+        largest = _largest(quota, source, num_patches)
         report[quota.name] = {
             "kind": source.kind,
             "planned_tokens": quota.planned_tokens,
@@ -176,8 +177,8 @@ def shares_report(
             "realised_tokens": quota.tokens,
             "examples": examples,
             "epochs": quota.tokens / quota.stream.total,
-            "largest_example_tokens": _largest(quota, source, num_patches),
-            "cut": _cut_of(quota) if source.kind != "interleaved" else _pieces_of(quota),
+            "largest_example_tokens": largest,
+            "cut": _cut_of(quota) if source.kind != "interleaved" else _pieces_of(quota, largest),
         }
     return report
 
@@ -208,11 +209,13 @@ def _cut_of(quota: Quota) -> dict[str, int]:
     return {"examples": number, "tokens": tokens}
 
 
-def _pieces_of(quota: Quota) -> dict[str, int]:
-    """The same of documents, and how many pieces those that are cut make."""
+def _pieces_of(quota: Quota, largest: int) -> dict[str, int]:
+    """The same of documents, of at most `largest` positions, and how many pieces those that are
+    cut make."""
     lengths, row_length = quota.stream.lengths, quota.row_length
     number = pieces = 0
-    for low in range(0, quota.examples, EXAMPLES_AT_ONCE):
+    # Only where the source has such documents is the plan gone through.
+    for low in range(0, quota.examples if largest > row_length else 0, EXAMPLES_AT_ONCE):
         taken = quota.stream.places(low, min(low + EXAMPLES_AT_ONCE, quota.examples))
         long = taken.examples[taken.lengths > row_length].tolist()
         number += len(long)

@@ -28,8 +28,8 @@ from midstream.data.remote import Stamp, stamp_of_url
 from midstream.data.source_writer import REJECTS, Reject
 from midstream.data.sources import FORMAT, INDEX
 
-# Raise it when equal input would give another shard: every shard is then made anew.
-PREPARATION = 3
+# By section; raise one when equal input would give another shard: its shards are then made anew.
+PREPARATION: dict[Section, int] = {"text": 3, "captions": 3, "conversations": 4, "documents": 4}
 # Requests about URLs that are under way at once.
 NUM_REQUESTS = 16
 
@@ -115,7 +115,7 @@ def wanted_shards(job: Job, units: Sequence[Unit]) -> list[Todo]:
         found = pool.map(stamp_of, files)
         stamps = dict(zip(files, found, strict=True))
     common: dict[str, Any] = {
-        "preparation": PREPARATION,
+        "preparation": PREPARATION[job.section],
         "format": FORMAT,
         "section": job.section,
         "options": job.options.noted(),

@@ -335,7 +335,7 @@ class _Work:
             return _Versions(Example(item.input_ids, ones))
         limit = self.job.options.max_tokens
         if isinstance(item, DocumentRecord):
-            parts = (None if isinstance(part, Picture) else next(encoded) for part in item.parts)
+            parts = (None if isinstance(part, Picture) else next(encoded) for part in item.joined)
             example = document_example(self.codec, list(parts))
         else:
             example = conversation_example(self.codec, item.turns)
@@ -383,7 +383,7 @@ class _Work:
         parts = [
             next(lost) if isinstance(part, Picture) and next(why) else part for part in item.parts
         ]
-        return document_of(item.where, parts, self.job.options, item.left_out)
+        return document_of(item.where, parts, self.job.options, item.left_out, item.joint)
 
     def _problem(self, picture: Picture) -> str | None:
         key = content_hash(picture.data)

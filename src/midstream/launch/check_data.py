@@ -94,7 +94,7 @@ def refused(found: Sequence[Problem]) -> tuple[Problem, ...]:
 
 @dataclass(frozen=True)
 class Counted:
-    """A source as far as it is known; `tokens` without patches, `images` examples with a picture.
+    """A source as far as it is known; `tokens` without patches, `images` as its examples show them.
 
     `longest` is, of examples by their pictures (`shown_name`), the longest one's tokens and where
     it stands. `captions` counts the examples with each kind of caption, None where
@@ -310,14 +310,17 @@ def _doubt(tokens: int, pool: int) -> int:
 
 def _longest(name: str, source: Counted, patches: int, stage: Trained) -> Iterator[Problem]:
     rows = stage.training.rows
+    document = source.kind == "interleaved"
     if source.images:
+        # The same as `data/lengths.py` refuses once the source is prepared.
+        tokenizer = stage.data.tokenizer
+        begins = isinstance(tokenizer, TokenizerFile) and bool(tokenizer.begin_of_text)
         try:
-            check_picture(name, patches, rows.row_length)
+            check_picture(name, patches + (begins and not document), rows.row_length)
         except ValueError as reason:
             yield Problem.of(reason)
             return
     # Documents go on in other filled rows.
-    document = source.kind == "interleaved"
     cut = rows.layout == "filled" if document else overflow_of(stage) == "cut"
     if source.kind == "text" or cut:
         return

@@ -25,7 +25,7 @@ Items = list[list[int]]
 class Placement(NamedTuple):
     """`length` positions of an example, from its position `start` on, at `column` of a row.
 
-    `source` numbers the plan's `names`. An example's image patches are its first positions.
+    `source` numbers the plan's `names`. A picture's patches stand before its separator.
     `caption` is 0 for the example's own text, n for its picture's n-th synthetic caption.
     """
 

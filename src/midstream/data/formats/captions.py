@@ -141,21 +141,31 @@ def picture_roots(path: str, options: ReadOptions) -> list[str]:
 
 def load_picture(roots: Sequence[str], name: str, where: str) -> Picture | Reject:
     """What the record at `where` calls `name`, under the folders or URLs `roots` (see `inside`)."""
+    picture = load_range(roots, name, 0, LARGEST_BYTES + 1, where)
+    if isinstance(picture, Reject) or 0 < len(picture.data) <= LARGEST_BYTES:
+        return picture
+    if picture.data:
+        detail = f"{picture.file} has over {LARGEST_BYTES:,} bytes"
+        return Reject(where, "picture too large", detail)
+    return Reject(where, "zero-byte picture", picture.file)
+
+
+def load_range(
+    roots: Sequence[str], name: str, first: int, size: int, where: str
+) -> Picture | Reject:
+    """Up to `size` bytes from `first` on of what `load_picture` would load."""
     try:
         path = inside(roots, name, where)
     except ValueError as error:
         return Reject(where, "picture outside the folder", str(error).removeprefix(f"{where}: "))
     try:
-        data = read_range(path, 0, LARGEST_BYTES + 1)
+        return Picture(path, first, read_range(path, first, size))
     except OSError as error:
         absent = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
         # A failing disk or connection is no missing picture.
         if not isinstance(error, absent) and error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
             raise
         return Reject(where, "missing picture", not_there(path, error.errno))
-    if len(data) > LARGEST_BYTES:
-        return Reject(where, "picture too large", f"{path} has over {LARGEST_BYTES:,} bytes")
-    return Picture(path, 0, data) if data else Reject(where, "zero-byte picture", path)
 
 
 def load_shown(shown: str | bytes, roots: Sequence[str], where: str) -> Picture | Reject:

@@ -4,12 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from midstream.data.formats.captions import load_picture, load_shown, picture_in
-from midstream.data.formats.files import inside, is_url, read_range
+from midstream.data.formats.captions import load_picture, load_range, load_shown, picture_in
+from midstream.data.formats.files import is_url
 from midstream.data.formats.json_records import NOT_UNICODE, unicode_problem
 from midstream.data.formats.picture_urls import PicturesByUrl
 from midstream.data.formats.records import (
     LARGEST_BYTES,
+    PARAGRAPH,
     DocumentRecord,
     Member,
     Picture,
@@ -18,13 +19,13 @@ from midstream.data.formats.records import (
 from midstream.data.picture_checks import frame_as_png, num_frames
 from midstream.data.source_writer import Reject
 
-# What stands between neighbouring texts of one document.
-PARAGRAPH = "\n\n"
 PLACES = "texts and pictures disagree"
 _ONLY_PICTURES, _BESIDE = "pictures without a text", "text beside a lost picture"
 _NO_PICTURE, _MISSING = "no picture", "missing picture"
 # How TIFFs begin; a frame's number means nothing in other pictures.
 TIFF = (b"II", b"MM")
+# No file has so many bytes.
+LARGEST_FILE = 2**63
 
 
 def document_of(
@@ -37,7 +38,7 @@ def document_of(
     """A document of its parts, of which lost pictures are rejects; or why there is none.
 
     With a lost picture goes what `options.lost` says, each counted in the document's `left_out`.
-    Neighbouring texts become one, with `joint` between them. A document needs a text and a picture.
+    `joint` is what stands between neighbouring texts. A document needs a text and a picture.
     """
     lost = {n: part for n, part in enumerate(parts) if isinstance(part, Reject)}
     first = next(iter(lost.values()), None)
@@ -48,15 +49,8 @@ def document_of(
         texts = {n for n in around if isinstance(parts[n], str)}
         gone |= texts
         reasons += [_BESIDE] * len(texts)
-    joined: list[str | Picture] = []
-    for number, part in enumerate(parts):
-        if number in gone or isinstance(part, Reject):
-            continue
-        if isinstance(part, str) and joined and isinstance(before := joined[-1], str):
-            joined[-1] = before + joint + part
-        else:
-            joined.append(part)
-    record = DocumentRecord(where, tuple(joined), tuple(reasons), tuple(lost.values()))
+    left = (x for n, x in enumerate(parts) if n not in gone and not isinstance(x, Reject))
+    record = DocumentRecord(where, tuple(left), tuple(reasons), tuple(lost.values()), joint)
     if first is not None and (options.lost == "document" or not record.pictures):
         return replace(first, where=where)
     why = ", ".join(dict.fromkeys(reasons))
@@ -122,21 +116,13 @@ class Pictures:
         """The picture that is `size` bytes from `first` on of the file `name`."""
         if size > LARGEST_BYTES:
             return Reject(where, "picture too large", f"{name} has {size:,} bytes of it")
-        try:
-            path = inside(self.roots, name, where)
-        except ValueError as error:
-            return Reject(
-                where, "picture outside the folder", str(error).removeprefix(f"{where}: ")
-            )
-        try:
-            data = read_range(path, first, size)
-        except FileNotFoundError:
-            return Reject(where, _MISSING, path)
-        if len(data) != size:
-            return Reject(
-                where, _MISSING, f"{path} has {len(data):,} of {size:,} bytes at {first:,}"
-            )
-        return Picture(path, first, data)
+        if not 0 <= first < LARGEST_FILE:
+            return Reject(where, _MISSING, f"{name} has no byte {first:,}")
+        picture = load_range(self.roots, name, first, size, where)
+        if isinstance(picture, Picture) and (have := len(picture.data)) != size:
+            detail = f"{picture.file} has {have:,} of {size:,} bytes at {first:,}"
+            return Reject(where, _MISSING, detail)
+        return picture
 
     def file(self, name: str, where: str) -> Picture | Reject:
         """The picture that is the file `name`."""

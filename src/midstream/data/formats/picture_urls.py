@@ -4,7 +4,6 @@ import json
 import os
 import re
 import sqlite3
-import tarfile
 import uuid
 from collections.abc import Iterator
 from contextlib import closing
@@ -16,7 +15,7 @@ from midstream.core.digests import walk
 from midstream.core.storage import require_writable, room_for
 from midstream.data.formats.files import is_url, join, read_range
 from midstream.data.formats.json_records import json_object
-from midstream.data.formats.records import LARGEST_BYTES, Picture, is_picture
+from midstream.data.formats.records import LARGEST_BYTES, Picture, headers_of, is_picture
 from midstream.data.source_writer import Reject
 from midstream.data.sources import content_hash
 
@@ -26,6 +25,7 @@ INDEX = ".pictures-by-url.sqlite"
 _TABLES = """
     PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
     CREATE TABLE places (number INTEGER PRIMARY KEY, name TEXT, stamp TEXT);
+    CREATE TABLE damaged (problem TEXT);
     CREATE TABLE pictures (url BLOB, place INTEGER, file TEXT, first INTEGER, size INTEGER);
 """
 _LOOK_UP = """
@@ -40,8 +40,8 @@ def index_urls(folder: str) -> None:
     A picture's address is the `url` in the .json beside it, in a tar or in a folder, as img2dataset
     writes it. Of tars names and .json alone are read, once; the index is a hidden file in the
     folder that memory need not hold. A folder without such pictures, or at an address, gets none.
-    Raises ValueError for a tar that is compressed or damaged, and PermissionError where the folder
-    is somebody else's.
+    Of a tar that is compressed or damaged it holds what is wrong with it alone. Raises
+    PermissionError where the folder is somebody else's.
     """
     if is_url(folder):
         return
@@ -58,7 +58,11 @@ def index_urls(folder: str) -> None:
             for number, name, _ in stamps:
                 stored = (_beside if name.endswith("/") else _in_tar)(f"{folder}/{name}")
                 rows = ((_key(url), number, *where) for url, *where in stored)
-                index.executemany("INSERT INTO pictures VALUES (?, ?, ?, ?, ?)", rows)
+                try:
+                    index.executemany("INSERT INTO pictures VALUES (?, ?, ?, ?, ?)", rows)
+                except ValueError as error:
+                    index.execute("DELETE FROM pictures WHERE place = ?", (number,))
+                    index.execute("INSERT INTO damaged VALUES (?)", (str(error),))
             # Sorted once at the end, outside of memory.
             index.execute("CREATE INDEX by_url ON pictures (url)")
             index.commit()
@@ -78,13 +82,21 @@ class PicturesByUrl:
             self._index = sqlite3.connect(name, uri=True)
 
     def load(self, url: str, where: str) -> Picture | Reject:
-        """The picture that was fetched from `url`, as it lies in its tar."""
+        """The picture that was fetched from `url`, as it lies in its tar, or why there is none.
+
+        Raises ValueError where it may be in a tar that is compressed or damaged.
+        """
+        if self._index is None and self.folder and not is_url(self.folder):
+            # The index is named first: it is there once something has been fetched.
+            return Reject(where, "missing picture", f"{self.file} has no {url}; fetch it")
         if self._index is None:
             remedy = "name the folder that img2dataset fetched it into with --images"
             return Reject(where, "missing picture", f"--images has no {url}; {remedy}")
         row = self._index.execute(_LOOK_UP, (_key(url),))
         found = row.fetchone()
         if found is None:
+            for (problem,) in self._index.execute("SELECT problem FROM damaged LIMIT 1"):
+                raise ValueError(f"{where}: {url} may be in a damaged tar: {problem}")
             return Reject(where, "missing picture", f"{self.file} has no {url}; fetch it")
         name, first, size = found
         if not 0 < size <= LARGEST_BYTES:
@@ -108,6 +120,7 @@ def _noted(place: Path) -> list[tuple[int, str, str]]:
         return []
     try:
         with closing(sqlite3.connect(f"file:{quote(str(place))}?mode=ro", uri=True)) as index:
+            index.execute("SELECT problem FROM damaged LIMIT 1")
             return list(index.execute("SELECT number, name, stamp FROM places ORDER BY number"))
     except sqlite3.DatabaseError:
         return []
@@ -122,14 +135,22 @@ def _places(folder: str) -> dict[str, str]:
     .json lie beside pictures."""
     names = [os.path.relpath(name, folder) for name in walk(folder)]
     shown = {os.path.splitext(name)[0] for name in names if is_picture(name)}
-    told = {name.removesuffix(".json") for name in names if name.endswith(".json")}
-    found: dict[str, str] = {}
-    for name in (name for name in names if name.lower().endswith(".tar")):
+    pairs = shown & {name.removesuffix(".json") for name in names if name.endswith(".json")}
+
+    def stamp(name: str) -> list[int]:
         stat = os.stat(f"{folder}/{name}")
-        found[name] = json.dumps([stat.st_size, stat.st_mtime_ns])
+        return [stat.st_size, stat.st_mtime_ns]
+
+    found = {name: json.dumps(stamp(name)) for name in names if name.lower().endswith(".tar")}
+    beside = [
+        name
+        for name in names
+        if (name.endswith(".json") or is_picture(name)) and os.path.splitext(name)[0] in pairs
+    ]
     # A folder's own time changes with the index.
-    for place, pairs in groupby(sorted(shown & told, key=os.path.split), key=os.path.dirname):
-        found[f"{place or '.'}/"] = _key("\n".join(pairs)).hex()
+    for place, files in groupby(sorted(beside, key=os.path.split), key=os.path.dirname):
+        stamps = "\n".join(json.dumps([name, *stamp(name)]) for name in files)
+        found[f"{place or '.'}/"] = _key(stamps).hex()
     return found
 
 
@@ -149,26 +170,19 @@ def _in_tar(path: str) -> Iterator[tuple[str, str, int, int]]:
     """The address of each picture of a tar, "", its first byte and its size."""
     key, url = "", None
     picture: tuple[int, int] | None = None
-    try:
-        with tarfile.open(path, "r:") as archive:
-            while (info := archive.next()) is not None:
-                # `tarfile` keeps every member that it has seen.
-                archive.members.clear()  # type: ignore[attr-defined]
-                own = re.sub(r"(?<=[^/])\.[^/]*$", "", info.name)
-                if own != key:
-                    key, url, picture = own, None, None
-                if info.isreg() and info.name.endswith(".json"):
-                    stream = archive.extractfile(info)
-                    url = _url_in(b"" if stream is None else stream.read(), path)
-                elif info.isreg() and is_picture(info.name):
-                    picture = (info.offset_data, info.size)
-                if url is not None and picture is not None:
-                    yield url, "", *picture
-                    url, picture = None, None
-    except tarfile.TarError as error:
-        raise ValueError(
-            f"{path} is no whole tar file, or compressed ({error}); fetch it again or unpack it"
-        ) from None
+    with open(path, "rb") as stream:
+        for info in headers_of(path, stream, os.fstat(stream.fileno()).st_size):
+            own = re.sub(r"(?<=[^/])\.[^/]*$", "", info.name)
+            if own != key:
+                key, url, picture = own, None, None
+            if info.isreg() and info.name.endswith(".json"):
+                stream.seek(info.offset_data)
+                url = _url_in(stream.read(min(info.size, LARGEST_BYTES)), path)
+            elif info.isreg() and is_picture(info.name):
+                picture = (info.offset_data, info.size)
+            if url is not None and picture is not None:
+                yield url, "", *picture
+                url, picture = None, None
 
 
 def _url_in(data: bytes, where: str) -> str | None:

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from midstream.data.formats.captions import load_shown, picture_roots
+from midstream.data.formats.captions import picture_roots
 from midstream.data.formats.document_parts import (
-    PARAGRAPH,
     PLACES,
     TIFF,
     DocumentError,
@@ -33,6 +32,7 @@ from midstream.data.formats.json_records import (
 )
 from midstream.data.formats.picture_urls import PicturesByUrl, index_urls
 from midstream.data.formats.records import (
+    PARAGRAPH,
     DocumentRecord,
     Picture,
     ReadOptions,
@@ -93,7 +93,7 @@ def read_documents(unit: Unit, options: ReadOptions) -> Iterator[Item]:
 
 @dataclass(frozen=True)
 class _Layout:
-    """The documents that a record holds, and what is left out of the first."""
+    """The documents that a record holds, and what is left out of the first that is one."""
 
     documents: list[list[Part]]
     joint: str = PARAGRAPH
@@ -185,8 +185,10 @@ def _documents(
     for number, parts in enumerate(layout.documents):
         place = f"{where}, document {number}" if len(layout.documents) > 1 else where
         loaded = [pictures.load(x, place) if isinstance(x, Shown) else x for x in parts]
-        yield document_of(place, loaded, options, left_out, layout.joint)
-        left_out = ()
+        document = document_of(place, loaded, options, left_out, layout.joint)
+        yield document
+        # Counted once, with the first that is none of the rejects.
+        left_out = () if isinstance(document, DocumentRecord) else left_out
 
 
 def _layout_of(record: Mapping[str, Any], options: ReadOptions) -> _Layout:
@@ -255,12 +257,13 @@ def _likeness(
 ) -> float | None:
     """How like its text a picture is: as it is said, else by the matrix (pictures x texts)."""
     found = info.get("matched_sim")
-    if found is None:
-        try:
+    try:
+        if found is None:
             found = record["similarity_matrix"][number][place]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return float(found) if isinstance(found, int | float) else None
+        return float(found) if isinstance(found, int | float) else None
+    # OverflowError: whole numbers of hundreds of digits.
+    except (KeyError, IndexError, TypeError, OverflowError):
+        return None
 
 
 def _with_members(documents: list[list[Part]], sample: Sample) -> list[list[Part]]:
@@ -293,7 +296,7 @@ def _read_rows(path: str, options: ReadOptions, pictures: Pictures) -> Iterator[
     columns = [name for name in _ROW_COLUMNS if name in names]
     seen: set[bytes] = set()
     rows = table_rows(path, columns)
-    for key, group in groupby(rows, key=lambda row: str(row[0].as_py())):
+    for key, group in groupby(rows, key=lambda row: _name_of(row[0])):
         where = f"{path}, sample {key}"
         try:
             held = [dict(zip(columns, (x.as_py() for x in row), strict=True)) for row in group]
@@ -313,6 +316,14 @@ def _read_rows(path: str, options: ReadOptions, pictures: Pictures) -> Iterator[
         yield document_of(where, parts, options, left_out)
 
 
+def _name_of(sample: Any) -> str:
+    """The sample that a row is of, from its column; bytes that are no UTF-8 as escapes."""
+    try:
+        return str(sample.as_py())
+    except UnicodeDecodeError as error:
+        return error.object.decode("utf-8", "backslashreplace")
+
+
 def _parts_of_rows(
     rows: Iterable[Mapping[str, Any]], where: str, pictures: Pictures
 ) -> tuple[list[str | Picture | Reject], list[str]]:
@@ -324,7 +335,10 @@ def _parts_of_rows(
     left_out: list[str] = []
     for row in sorted(told, key=lambda row: int(row["position"])):
         if row["modality"] == "text":
-            words = (row.get("text_content") or "").strip()
+            text = row.get("text_content")
+            if not isinstance(text, str | None):
+                raise DocumentError(NO_DOCUMENT, f"text_content holds {type(text).__name__}")
+            words = (text or "").strip()
             parts += [words] if words else []
             left_out += [] if words else [EMPTY_PLACE]
         elif row["modality"] == "image":
@@ -337,7 +351,7 @@ def _parts_of_rows(
 def _picture_of_row(row: Mapping[str, Any], where: str, pictures: Pictures) -> Picture | Reject:
     """The bytes of a row, or those that its `source_ref` names: a file, or a range of a tar."""
     if row.get("binary_content"):
-        return load_shown(row["binary_content"], pictures.roots, where)
+        return pictures.load(Shown((row["binary_content"],)), where)
     ref = unquoted(row.get("source_ref"))
     path = ref.get("path") if isinstance(ref, dict) else None
     if not isinstance(ref, dict) or not isinstance(path, str) or not path:

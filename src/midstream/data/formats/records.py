@@ -7,6 +7,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import groupby
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ from midstream.data.source_writer import Reject
 from midstream.data.sources import content_hash
 
 Section = Literal["text", "captions", "conversations", "documents"]
+# What stands between neighbouring texts of one document.
+PARAGRAPH = "\n\n"
 # A longer list is cut into units of so many records.
 NUM_UNIT_RECORDS = 20_000
 
@@ -151,6 +154,7 @@ class ConversationRecord:
 class DocumentRecord:
     """A document of texts and pictures, each in its place; at least one of each.
 
+    `parts` are as its layout has them; neighbouring texts become one with `joint` between them.
     `left_out`: why pictures, or texts, of it are left out. `lost`: its lost pictures, as rejects.
     """
 
@@ -158,6 +162,17 @@ class DocumentRecord:
     parts: tuple[str | Picture, ...]
     left_out: tuple[str, ...] = ()
     lost: tuple[Reject, ...] = ()
+    joint: str = PARAGRAPH
+
+    @cached_property
+    def joined(self) -> tuple[str | Picture, ...]:
+        """Its parts, no text beside another."""
+        runs = groupby(self.parts, key=lambda part: isinstance(part, str))
+        return tuple(
+            part
+            for are_texts, run in runs
+            for part in ([self.joint.join(map(str, run))] if are_texts else run)
+        )
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
@@ -166,8 +181,8 @@ class DocumentRecord:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Its texts, in order."""
-        return tuple(part for part in self.parts if isinstance(part, str))
+        """Its texts as they are joined, in order."""
+        return tuple(part for part in self.joined if isinstance(part, str))
 
 
 Record = TextRecord | TokenRecord | CaptionRecord | ConversationRecord | DocumentRecord
@@ -244,21 +259,28 @@ def scan_tar(path: str) -> Iterator[Member]:
     stands behind the end. What was yielded before that is whole.
     """
     with open_whole(path) as (stream, size, packed):
-        try:
-            with tarfile.open(
-                fileobj=stream, mode="r:", tarinfo=_Info, encoding="utf-8"
-            ) as archive:
-                while (info := archive.next()) is not None:
-                    _check_extent(info, archive.offset, size)
-                    # `tarfile` keeps every member that it has seen.
-                    archive.members.clear()  # type: ignore[attr-defined]
-                    if not info.isdir():
-                        yield replace(_member(info, stream), file="" if packed else path)
-                _check_end(stream, archive.offset, size)
-        # ValueError: attributes that are no numbers or no text; RecursionError: headers without
-        # end; OverflowError: sizes that no file has.
-        except (tarfile.TarError, ValueError, RecursionError, OverflowError) as error:
-            raise ValueError(f"{path} is not a whole tar file ({error}); fetch it again") from None
+        for info in headers_of(path, stream, size):
+            if not info.isdir():
+                yield replace(_member(path, info, stream), file="" if packed else path)
+
+
+def headers_of(path: str, stream: Any, size: int) -> Iterator[tarfile.TarInfo]:
+    """What an archive of `size` bytes says of its members; of these nothing is read.
+
+    `stream` is at its start, and may be read between. Raises ValueError as `scan_tar` does.
+    """
+    try:
+        with tarfile.open(fileobj=stream, mode="r:", tarinfo=_Info, encoding="utf-8") as archive:
+            while (info := archive.next()) is not None:
+                _check_extent(info, archive.offset, size)
+                # `tarfile` keeps every member that it has seen.
+                archive.members.clear()  # type: ignore[attr-defined]
+                yield info
+            _check_end(stream, archive.offset, size)
+    # ValueError: attributes that are no numbers or no text; RecursionError: headers without
+    # end; OverflowError: sizes that no file has.
+    except (tarfile.TarError, ValueError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{path} is not a whole tar file ({error}); fetch it again") from None
 
 
 def samples_of(path: str) -> Iterator[Sample]:
@@ -310,7 +332,7 @@ def _check_end(stream: Any, offset: int, size: int) -> None:
         left -= len(block)
 
 
-def _member(info: tarfile.TarInfo, stream: Any) -> Member:
+def _member(path: str, info: tarfile.TarInfo, stream: Any) -> Member:
     problem = ""
     parts = re.split(r"[/\\]", info.name)
     if not info.isreg() or not parts[0] or ".." in parts:
@@ -322,7 +344,8 @@ def _member(info: tarfile.TarInfo, stream: Any) -> Member:
         stream.seek(info.offset_data)
         data = stream.read(info.size)
         if len(data) != info.size:
-            raise tarfile.ReadError(f"{info.name} has {len(data):,} of {info.size:,} bytes")
+            have = f"{info.name} has {len(data):,} of {info.size:,} bytes"
+            raise ValueError(f"{path} is not a whole tar file ({have}); fetch it again")
     return Member(info.name, info.offset_data, info.size, data, problem)
 
 
