@@ -41,6 +41,7 @@ from midstream.core.tokens import TokenCount
 from midstream.data.examples import (
     Example,
     TextCodec,
+    Turn,
     caption_example,
     conversation_example,
     question_ids,
@@ -164,21 +165,27 @@ def test_the_chat_template_lays_turns_out_as_training_does(tmp_path: Path, name:
 # ------------------------------------------------------------------- who sees whom, turn by turn
 
 
-def batch_of(example: Example, num_patches: int, head: int) -> Batch:
-    """One row; a picture stands behind the first `head` tokens."""
-    first = example.input_ids[:head], example.supervised[:head]
-    ids = np.concatenate([first[0], np.zeros(num_patches, np.int64), example.input_ids[head:]])
-    learnt = np.concatenate([first[1], np.zeros(num_patches), example.supervised[head:]])
+def batch_of(example: Example, num_patches: int) -> Batch:
+    """One row; each of the example's pictures stands before its token."""
+    ids, learnt, slots, done = list[int](), list[int](), list[list[int]](), 0
+    for place in (*example.pictures, len(example.input_ids)):
+        ids += example.input_ids[done:place].tolist()
+        learnt += example.supervised[done:place].tolist()
+        if place < len(example.input_ids):
+            slots.append([0, len(ids)])
+            ids += [0] * num_patches
+            learnt += [0] * num_patches
+        done = place
     targets = np.full(len(ids), IGNORE)
     targets[:-1] = np.where(learnt[1:], ids[1:], IGNORE)
-    rows = torch.from_numpy(np.stack([ids, targets]))
+    rows = torch.from_numpy(np.stack([np.array(ids), targets]))
     return Batch(
         input_ids=rows[:1],
         targets=rows[1:],
         position_ids=torch.arange(len(ids))[None],
         segment_ids=torch.zeros((1, len(ids)), dtype=torch.int64),
-        image_slots=torch.tensor([[0, head]] if num_patches else []).reshape(-1, 2).long(),
-        images=torch.zeros(1 if num_patches else 0, 1),
+        image_slots=torch.tensor(slots).reshape(-1, 2).long(),
+        images=torch.zeros(len(slots), 1),
         counts=TokenCount(),
     )
 
@@ -197,25 +204,27 @@ def test_conversations_captions_and_text_have_the_logits_of_training(
     vlm, encoder, _ = written(tmp_path / "out", config, words)
     again = MidstreamForConditionalGeneration.from_pretrained(tmp_path / "out")
     token = again.config.image_token_id
-    pixels = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     features = look_through(vlm, encoder)(pixels)
+    both = [Turn("Is  like the ball?", "no", pictures=(0, 3)), Turn("Left?", "no")]
     caption, plain = words.encode("The big round ball"), words.encode("The ball is red.")
-    for example, sees in (
-        (conversation_example(words, TURNS, has_image=True), True),
-        (conversation_example(words, TURNS, has_image=False), False),
-        (caption_example(words, caption), True),
-        (text_example(words, plain), False),
+    for example in (
+        conversation_example(words, TURNS, has_image=True),
+        conversation_example(words, TURNS),
+        conversation_example(words, both),
+        caption_example(words, caption),
+        text_example(words, plain),
     ):
-        patches = FUSED.num_patches if sees else 0
-        batch = batch_of(example, patches, int(begins))
-        expected = vlm.decoder.output(vlm(batch, features if sees else None))
+        batch, shown = batch_of(example, FUSED.num_patches), len(example.pictures)
+        expected = vlm.decoder.output(vlm(batch, features[:shown] if shown else None))
         ids = batch.input_ids.clone()
-        ids[:, begins : begins + patches] = token
+        for _, place in batch.image_slots.tolist():
+            ids[:, place : place + FUSED.num_patches] = token
         # Padding on the left, as the processor puts it, changes nothing.
         padded = torch.cat((torch.full((1, 3), words.end_of_text), ids), dim=1)
         held = (torch.arange(padded.shape[1]) >= 3).long()[None]
         found = again(
-            input_ids=padded, attention_mask=held, pixel_values=pixels if sees else None
+            input_ids=padded, attention_mask=held, pixel_values=pixels[:shown] if shown else None
         ).logits[:, 3:]
         assert (found - expected).abs().max() <= 1e-5
     for pictures in (0, 2):

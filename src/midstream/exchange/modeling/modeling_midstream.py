@@ -377,11 +377,12 @@ class MidstreamForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         return numbers
 
     def _prefix(self, input_ids: Tensor) -> Tensor:
-        """The image and the first question, to the separator that ends it; none in plain text."""
-        ends = (input_ids == self.config.separator_token_id).long()
-        seen = (input_ids == self.config.image_token_id).any(dim=1, keepdim=True)
+        """The pictures and the first question, to the separator that ends it; none in plain text."""
+        separators = input_ids == self.config.separator_token_id
+        places = input_ids == self.config.image_token_id
         # A picture has a separator behind it, and after a caption's no other one follows.
-        wanted = torch.where(seen, ends.sum(dim=1, keepdim=True).clamp(max=2), 1)
+        asks = separators & ~nn.functional.pad(places, (1, 0))[:, :-1]
+        ends = torch.where(asks.any(dim=1, keepdim=True), asks, separators).long()
         before = ends.cumsum(dim=1) - ends
-        prefix: Tensor = (before < wanted) & (ends.sum(dim=1, keepdim=True) > 0)
+        prefix: Tensor = (before < 1) & (ends.sum(dim=1, keepdim=True) > 0)
         return prefix
