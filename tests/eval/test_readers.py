@@ -242,6 +242,41 @@ def test_refcoco_reads_the_validation_split_alone(tmp_path: Path) -> None:
         read("refcoco", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "file", "training"),
+    [
+        ("nlvr2", "test1.json", "train.json"),
+        ("vizwiz", "val.json", "train.json"),
+        ("vsr", "test.jsonl", "train.jsonl"),
+        ("textvqa", "TextVQA_0.5.1_val.json", "TextVQA_0.5.1_train.json"),
+        ("ocid_ref", OCID, "train_expressions.json"),
+    ],
+)
+def test_shots_are_read_from_the_training_files(
+    name: str, file: str, training: str, tmp_path: Path
+) -> None:
+    pool = tmp_path / f"{name}_train"
+    lay_out(pool, name)
+    with pytest.raises(FileNotFoundError, match=f"{training} does not exist"):
+        read(name, pool, pictures=False)
+    (pool / file).rename(pool / training)
+    assert len(read(name, pool, pictures=False)) == READ[name][0]
+
+
+def test_shots_of_boxes_and_diagrams_are_none_of_those_asked_about(tmp_path: Path) -> None:
+    boxes, diagrams = tmp_path / "refcoco_train", tmp_path / "ai2d_train"
+    lay_out(boxes, "refcoco")
+    with pytest.raises(ValueError, match="holds no expression of split 'train'"):
+        read("refcoco", boxes, pictures=False)
+    change(boxes / REFS, lambda refs: refs[0].update(split="train"))
+    assert {e.split for e in read("refcoco", boxes, pictures=False)} == {"train"}
+    lay_out(diagrams, "ai2d")
+    (diagrams / "ai2d_test_ids.csv").write_text("0\n")
+    assert read("ai2d", diagrams, pictures=False) == []
+    (diagrams / "ai2d_test_ids.csv").write_text("1\n")
+    assert [e.split for e in read("ai2d", diagrams, pictures=False)] == ["val"]
+
+
 def test_ocid_ref_divides_pixels_by_the_size_of_the_picture_file(tmp_path: Path) -> None:
     picture(official(tmp_path, "ocid_ref")[0].image, (1000, 400))
     assert read("ocid_ref", tmp_path)[0].gold == [0.01, 0.05, 0.11, 0.55]
@@ -339,6 +374,7 @@ def test_a_key_that_stands_twice_and_a_line_that_is_no_json_are_refused(tmp_path
         ({"question": "q", "answer": "c", "choices": ["a1", "b1"]}, "none of its choices"),
         ({"question": "q", "answer": "A dog", "choices": ["A dog", "the dog"]}, "are equal"),
         ({"question": "q", "answer": "b1", "choices": ["b1"]}, "two or more"),
+        ({"question": "<image> or <image>?", "answer": "a"}, "2 <image> marks, 1 pictures"),
     ],
 )
 def test_a_record_of_ones_own_that_cannot_be_scored_is_named(
@@ -349,6 +385,14 @@ def test_a_record_of_ones_own_that_cannot_be_scored_is_named(
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match=rf"mine\.jsonl line 2: .*{message}"):
         read("qa", tmp_path)
+
+
+def test_the_mark_of_a_single_picture_is_taken_out(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    one = {"question": "<image>\nWhich?", "answer": "a", "image": "a.png"}
+    two = {"question": "<image> or <image>?", "answer": "a", "image": ["a.png", "a.png"]}
+    (tmp_path / "questions.jsonl").write_text(f"{json.dumps(one)}\n{json.dumps(two)}\n")
+    assert [e.question for e in read("qa", tmp_path)] == ["Which?", "<image> or <image>?"]
 
 
 def test_several_files_that_could_be_meant_are_refused(tmp_path: Path) -> None:

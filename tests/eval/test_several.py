@@ -137,6 +137,7 @@ def test_official_tables_become_examples_whose_pictures_are_files(
         ("blink", lambda row: row.update(image_1={"bytes": b"", "path": None}), "no bytes"),
         ("muirbench", lambda row: row.update(image_list=[cell(1)]), "3 <image> marks, 1 pictures"),
         ("muirbench", lambda row: row.pop("image_list"), "has no column 'image_list'"),
+        ("mantis_eval", lambda row: row.update(options=["x"] * 17), "17 options, there are 16"),
         ("mantis_eval", lambda row: row.update(question_type="essay"), "not multi-choice or short"),
         ("mantis_eval", lambda row: row.update(images=[], question="?"), "it has no pictures"),
     ],

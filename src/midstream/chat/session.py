@@ -271,6 +271,8 @@ class ChatSession:
         """
         codec = self.opened.codec
         if self.turns or self._features is None:
+            if self.opened.encoder is not None:
+                places(question, 0)
             # In training the separator stands behind each reply.
             return question_ids(codec, question, has_image=bool(self.turns)), None
         text, shown = places(question, len(self.pictures))

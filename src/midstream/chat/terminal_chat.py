@@ -129,7 +129,7 @@ def obey(session: ChatSession, line: str) -> str:
     argument = argument.strip()
     if command == "/image":
         names = _file_names(argument)
-        session.show(*(Path(name).expanduser() for name in names))
+        session.show(*(Path(os.path.expanduser(name)) for name in names))
         told = " and ".join(names)
         return f"a new conversation about {told}" if names else "a new conversation, no picture"
     if command == "/reset" and not argument:
@@ -147,7 +147,8 @@ def _file_names(argument: str) -> list[str]:
     alone = argument.strip("'\"")
     try:
         # Terminals put quotes around a file that is dropped on them.
-        return [alone] if Path(alone).expanduser().is_file() else shlex.split(argument)
+        # Unlike Path's, os.path's leaves a user who is not there in the name.
+        return [alone] if os.path.isfile(os.path.expanduser(alone)) else shlex.split(argument)
     except ValueError:  # a quote that is not closed is part of a name
         return [alone]
 

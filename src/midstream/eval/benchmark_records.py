@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from PIL import Image, UnidentifiedImageError
 
+from midstream.config.training import pool_of
 from midstream.core.digests import is_hidden
 from midstream.core.storage import write_bytes
 from midstream.data.examples import IMAGE_MARK, without_marks
@@ -160,6 +161,11 @@ def find_file(folder: Path, *patterns: str) -> Path:
     missing(folder / patterns[0])
 
 
+def split_of(folder: Path, split: str) -> str:
+    """The split whose files a folder holds: `split`, or "train" where shots are drawn from it."""
+    return "train" if folder.name.endswith(pool_of("")) else split
+
+
 def _no_key_twice(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
     # json keeps the last of equal keys, which would drop a question without a word.
     keys = [key for key, _ in pairs]
@@ -246,6 +252,15 @@ def places(question: str, num_pictures: int) -> tuple[str, tuple[int, ...]]:
             f"{question[:80]!r}; give one picture a mark"
         )
     return text, (0,) * (num_pictures - len(marked)) + marked
+
+
+def marked(record: Record, question: str, num_pictures: int) -> str:
+    """A record's question with the image marks that say where its pictures stand; the mark of a
+    single one is taken out. ValueError names the record where it has more marks than pictures."""
+    marks = question.count(IMAGE_MARK)
+    if marks > num_pictures:
+        record.refuse(f"it has {marks} {IMAGE_MARK} marks, {num_pictures} pictures")
+    return question if num_pictures > 1 else question.replace(IMAGE_MARK, "").strip()
 
 
 @dataclass(frozen=True)

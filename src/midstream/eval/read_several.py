@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from midstream.data.examples import IMAGE_MARK
 from midstream.data.formats.tables import columns_of, table_rows
 from midstream.eval.benchmark_records import (
     Pictures,
@@ -13,7 +12,9 @@ from midstream.eval.benchmark_records import (
     VisualExample,
     find_file,
     lines,
+    marked,
     missing,
+    split_of,
 )
 from midstream.eval.readers import Asked, reader
 from midstream.eval.scoring import LETTERS, choice_letter
@@ -30,7 +31,10 @@ _SHORT_ANSWER = (
 def read_nlvr2(folder: Path, look: Pictures) -> Asked:
     """NLVR2's public test, or its development set: a sentence about a left and a right picture;
     gold is "True" or "False"."""
-    path = find_file(folder, "test1.json", "dev.json", "*test1*.json*", "*dev*.json*")
+    patterns = ("test1.json", "dev.json", "*test1*.json*", "*dev*.json*")
+    if split_of(folder, "test1") == "train":
+        patterns = ("train.json", "*train*.json*")
+    path = find_file(folder, *patterns)
     for record in lines(path):
         key = record.text("identifier")
         pair, dash, _ = key.rpartition("-")
@@ -132,6 +136,8 @@ def _rows(tables: Sequence[Path], columns: list[str], further: Sequence[str]) ->
 
 
 def _lettered(record: Record, answer: str, options: list[str]) -> dict[str, Any]:
+    if len(options) > len(LETTERS):
+        record.refuse(f"it has {len(options)} options, there are {len(LETTERS)} letters for them")
     index = choice_letter(answer, len(options))
     if index is None:
         record.refuse(f"its answer {answer!r} names none of its {len(options)} options by a letter")
@@ -140,7 +146,7 @@ def _lettered(record: Record, answer: str, options: list[str]) -> dict[str, Any]
 
 def _unlettered(option: str, at: int) -> str:
     """An option without the letter that it has before it in some records."""
-    return re.sub(rf"^\s*\(?{LETTERS[at]}[).:]\s*", "", option).strip()
+    return re.sub(rf"^\s*\(?{LETTERS[at : at + 1]}[).:]\s*", "", option).strip()
 
 
 def _example(
@@ -156,10 +162,7 @@ def _example(
     """A question with the pictures of a table's cells; those without a mark stand before it."""
     if not shown:
         record.refuse("it has no pictures")
-    if text.count(IMAGE_MARK) > len(shown):
-        record.refuse(f"it has {text.count(IMAGE_MARK)} {IMAGE_MARK} marks, {len(shown)} pictures")
+    text = marked(record, text, len(shown))
     first, *more = (look.unpack(record, value) for value in shown)
-    if not more:
-        text = text.replace(IMAGE_MARK, "").strip()
     choices = tuple(gold.get("choices", ()))
     return VisualExample(key, text, first, gold, split, kinds or {}, choices, more=tuple(more))

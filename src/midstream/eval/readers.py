@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from midstream.config.training import pool_of
 from midstream.eval.benchmark_records import (
     Pictures,
     Record,
@@ -18,12 +17,14 @@ from midstream.eval.benchmark_records import (
     find_file,
     lines,
     load_plain_pickle,
+    marked,
     missing,
     picture_size,
     plain_words,
     read_json_file,
     read_text,
     records,
+    split_of,
 )
 from midstream.eval.scoring import LETTERS, plain_answer
 
@@ -115,7 +116,9 @@ def read_gqa(folder: Path, look: Pictures) -> Asked:
 @reader("train_images")
 def read_textvqa(folder: Path, look: Pictures) -> Asked:
     """TextVQA 0.5.1 validation without OCR tokens; gold is the list of ten answers."""
-    path = find_file(folder, "TextVQA_0.5.1_val.json", "TextVQA_*val*.json", "TextVQA_*train*.json")
+    split = split_of(folder, "val")
+    patterns = (f"TextVQA_0.5.1_{split}.json", f"TextVQA_*{split}*.json", "TextVQA_*train*.json")
+    path = find_file(folder, *patterns)
     for record in records(path, "data"):
         key, image_id = record.identifier("question_id"), record.identifier("image_id")
         answers, image = _ten(record.texts("answers"), record), look.find(record, f"{image_id}.jpg")
@@ -155,13 +158,14 @@ def read_textvqa_ocr(folder: Path, *, pictures: bool = True) -> list[VisualExamp
     return examples
 
 
-@reader("val")
+@reader("val", "train")
 def read_vizwiz(folder: Path, look: Pictures) -> Asked:
     """VizWiz-VQA validation; an example is named by its picture.
 
     gold: {"answers": ten texts, "answerable": bool}.
     """
-    for index, record in enumerate(records(find_file(folder, "val.json", "*val*.json"))):
+    split = split_of(folder, "val")
+    for index, record in enumerate(records(find_file(folder, f"{split}.json", f"*{split}*.json"))):
         answers = _ten([one.text("answer") for one in record.records("answers")], record)
         key, answerable = record.text("image"), record.identifier("answerable") == "1"
         gold, kinds = {"answers": answers, "answerable": answerable}, record.kinds("answer_type")
@@ -191,7 +195,8 @@ def read_captions(folder: Path, look: Pictures) -> Asked:
     """Karpathy's lists of COCO and Flickr30k: pictures and their captions, which are the gold; the
     test split, in a folder that shots are drawn from (`<task>_train`) the training split."""
     path = find_file(folder, "dataset_coco.json", "dataset_flickr30k.json", "dataset_*.json")
-    wanted = ("train", "restval") if folder.name == pool_of(folder.name[:-6]) else ("test",)
+    split = split_of(folder, "test")
+    wanted = ("train", "restval") if split == "train" else (split,)
     for record in records(path, "images"):
         if record.text("split") not in wanted:
             continue
@@ -257,7 +262,7 @@ def read_qa(folder: Path, look: Pictures) -> Asked:
             record,
             VisualExample(
                 key,
-                record.text("question"),
+                marked(record, record.text("question"), len(names)),
                 image,
                 golds,
                 split,
@@ -280,7 +285,8 @@ def _texts(values: list[Any], record: Record) -> list[str]:
 @reader("train2017", "val2017")
 def read_vsr(folder: Path, look: Pictures) -> Asked:
     """VSR's zero-shot test statements; gold is "True" or "False"."""
-    path = find_file(folder, "test.jsonl", "*vsr*.jsonl", "*test*.jsonl")
+    split = split_of(folder, "test")
+    path = find_file(folder, f"{split}.jsonl", "*vsr*.jsonl", f"*{split}*.jsonl")
     for number, record in enumerate(lines(path)):
         name = record.text("image")
         stem = name.removesuffix(".jpg")
@@ -310,7 +316,8 @@ def read_tallyqa(folder: Path, look: Pictures) -> Asked:
 
 @reader("images")
 def read_ai2d(folder: Path, look: Pictures) -> Asked:
-    """AI2D's questions about diagrams, the test pictures and the others as two splits."""
+    """AI2D's questions about diagrams, the test pictures and the others as two splits; for shots
+    the others alone."""
     listed = find_file(folder, "ai2d_test_ids.csv")
     test = {line.strip() for line in read_text(listed).splitlines() if line.strip()}
     paths = sorted((folder / "questions").glob("*.json"))
@@ -320,6 +327,8 @@ def read_ai2d(folder: Path, look: Pictures) -> Asked:
         page = Record(str(path), read_json_file(path))
         picture = page.text("imageName")
         split = "test" if picture.split(".")[0] in test else "val"
+        if split == "test" and split_of(folder, split) == "train":
+            continue
         for text, value in page.get("questions", dict).items():
             record = Record(f"{path} question {text!r}", value)
             options = record.texts("answerTexts", least=2)
@@ -344,10 +353,10 @@ def _refcoco(folder: Path, look: Pictures, refs_path: Path) -> Asked:
     for table, key in ((images, "images"), (boxes, "annotations")):
         for record in records(instances, key):
             add(table, record.identifier("id"), record, record)
-    num_found = 0
+    num_found, split = 0, split_of(folder, "val")
     for index, value in enumerate(load_plain_pickle(refs_path)):
         ref = Record(f"{refs_path} record {index}", value)
-        if ref.text("split") != "val":
+        if ref.text("split") != split:
             continue
         annotation, picture = ref.identifier("ann_id"), ref.identifier("image_id")
         if annotation not in boxes:
@@ -364,15 +373,17 @@ def _refcoco(folder: Path, look: Pictures, refs_path: Path) -> Asked:
         for sentence in ref.records("sentences"):
             number, asked = sentence.identifier("sent_id"), sentence.text("sent")
             key, num_found = f"{ref.identifier('ref_id')}-{number}", num_found + 1
-            example = VisualExample(key, asked, image, gold, "val", size=size, other_id=number)
+            example = VisualExample(key, asked, image, gold, split, size=size, other_id=number)
             yield sentence, example
     if not num_found:
-        raise ValueError(f"{refs_path} holds no expression of split 'val'; give the official file")
+        raise ValueError(
+            f"{refs_path} holds no expression of split {split!r}; give the official file"
+        )
 
 
 @reader("train2014")
 def read_refcoco(folder: Path, look: Pictures) -> Asked:
-    """RefCOCO or RefCOCO+ validation, one example a sentence.
+    """RefCOCO or RefCOCO+ validation, one example a sentence; for shots the training split.
 
     gold is the box [x1, y1, x2, y2] as a share of the picture, with two decimals. Raises ValueError
     for a box that leaves its picture by more than a pixel.
@@ -389,7 +400,8 @@ def read_refcocog(folder: Path, look: Pictures) -> Asked:
 @reader("OCID-dataset")
 def read_ocid_ref(folder: Path, look: Pictures) -> Asked:
     """OCID-Ref validation; gold is a box as in `read_refcoco`, by the size of the picture file."""
-    for key, record in entries(folder / "val_expressions.json"):
+    split = split_of(folder, "val")
+    for key, record in entries(folder / f"{split}_expressions.json"):
         image, asked = look.find(record, record.text("scene_path")), record.text("sentence")
         try:
             box = json.loads(record.text("bbox"))
@@ -400,7 +412,7 @@ def read_ocid_ref(folder: Path, look: Pictures) -> Asked:
         kinds = {}
         if type(take) is int:
             kinds["clutter"] = next((name for most, name in _CLUTTER if take <= most), "stacked")
-        yield record, VisualExample(key, asked, image, gold, "val", kinds=kinds, size=size)
+        yield record, VisualExample(key, asked, image, gold, split, kinds=kinds, size=size)
 
 
 def _four(value: Any, record: Record) -> list[float]:

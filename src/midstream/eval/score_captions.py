@@ -5,6 +5,7 @@ original: docs/decisions.md says how far the two agree.
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -31,6 +32,12 @@ _PUNCTUATION = frozenset(
         ";",
     ]
 )
+# A full stop that ends a sentence inside a caption: behind a word of two letters or more without
+# other stops (p.m.), which is no title or street.
+_STOP = re.compile(
+    r"(?<![\w.])(?<!\w')((?!(?:mr|mrs|ms|dr|st|jr|sr|vs|etc)\.)[\w'-]*[^\W_]{2})\.(?=\s)",
+    re.IGNORECASE,
+)
 Grams = Counter[tuple[str, ...]]
 # By length of the n-grams: their weights, and the norm of these.
 _Vector = list[tuple[dict[tuple[str, ...], float], float]]
@@ -40,7 +47,9 @@ def caption_words(text: str) -> list[str]:
     """The words of a caption, lowered, without punctuation."""
     from nltk.tokenize import NLTKWordTokenizer  # type: ignore[import-untyped]
 
-    found = NLTKWordTokenizer().tokenize(" ".join(text.split()), convert_parentheses=True)
+    # The tokenizer parts the last full stop alone.
+    parted = " ".join(_STOP.sub(r"\1 .", text).split())
+    found = NLTKWordTokenizer().tokenize(parted, convert_parentheses=True)
     # Lowered first: the original keeps "-lrb-" for that reason.
     return [word for word in map(str.lower, found) if word not in _PUNCTUATION]
 

@@ -145,9 +145,11 @@ class VisualFormat:
         if self.summarise is not None:
             found |= self.summarise(predictions, examples)
         by_kind: dict[str, list[float]] = defaultdict(list)
-        for text, example in pairs:
+        told = any(example.kinds for example in examples)
+        scores = self.scores(predictions, [e.gold for e in examples]) if told else []
+        for example, score in zip(examples, scores, strict=told):
             for kind, value in example.kinds.items():
-                by_kind[f"{kind}={value}"].append(self.score(text, example.gold))
+                by_kind[f"{kind}={value}"].append(score)
         return found | {kind: scoring.mean(values) for kind, values in sorted(by_kind.items())}
 
 

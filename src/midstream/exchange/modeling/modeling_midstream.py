@@ -377,7 +377,7 @@ class MidstreamForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         return numbers
 
     def _prefix(self, input_ids: Tensor) -> Tensor:
-        """The pictures and the first question, to the separator that ends it; none in plain text."""
+        """Pictures and the first question, to the separator that ends it; none in plain text."""
         separators = input_ids == self.config.separator_token_id
         places = input_ids == self.config.image_token_id
         # A picture has a separator behind it, and after a caption's no other one follows.
