@@ -428,3 +428,9 @@ def test_pictures_stand_where_the_first_question_has_marks_as_in_fine_tuning(
     with pytest.raises(ValueError, match="3 <image> marks and 2 pictures"):
         session.ask("<image><image><image>")
     assert (session.turns, session.pictures) == ([], (pictures[1], pictures[0]))
+    answer(session, "Which is red?")
+    for turns in (1, 0):
+        with pytest.raises(ValueError, match="the question has an <image> mark"):
+            session.ask("And <image>?")
+        assert len(session.turns) == turns
+        session.show()

@@ -112,6 +112,8 @@ def test_what_is_refused_is_said_and_the_chat_goes_on(opened: OpenedModel, tmp_p
     shown = shown_by(
         session, "/rest", "/reset now", f"/image {missing}", "x " * 200, "/help", QUESTIONS[0]
     )
+    # A user who is not there is no end of the chat.
+    assert "'~nosuchuser/x.png'" in shown_by(session, "/image ~nosuchuser/x.png")
     assert "there is no command '/rest'; /help lists" in shown
     assert "there is no command '/reset now'" in shown
     assert f"No such file or directory: '{missing}'" in shown

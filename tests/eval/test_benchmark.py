@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +344,15 @@ def test_scores_are_told_apart_by_the_groups_beside_the_official_files(tmp_path:
     task = read_visual_task(tmp_path, "qa", shuffled=False)
     found = task.format.details(["x", "y", "x"], task.examples)
     assert (found["group=often"], found["group=seldom"]) == (0.5, 1.0)
+    # Where answers are scored together, a group has their scores.
+    captions = VISUAL_FORMATS["coco_captions"]
+    golds = [["A dog runs on grass"], ["A red ball lies there"], ["Two cats sleep here"]]
+    told = [replace(e, gold=g) for e, g in zip(task.examples, golds, strict=True)]
+    said = ["a dog runs", "a red ball lies there", "two cats"]
+    scores = captions.scores(said, golds)
+    found = captions.details(said, told)
+    assert found["group=often"] == pytest.approx(sum(scores[:2]) / 2)
+    assert 0 < scores[0] < scores[1]
     (folder / "groups.json").write_text(json.dumps({ids[0]: "often"}))
     with pytest.raises(ValueError, match=r"groups\.json names no group for example"):
         read_visual_task(tmp_path, "qa")

@@ -19,6 +19,9 @@ def test_captions_are_parted_as_the_original_parts_them() -> None:
     assert caption_words('A girl isn\'t "here" ... at\n3 p.m., on the t-shirt.') == (
         ["a", "girl", "is", "n't", "here", "at", "3", "p.m.", "on", "the", "t-shirt"]
     )
+    assert caption_words("A horse. A dog by Mr. B. Smith at 3. Two") == (
+        ["a", "horse", "a", "dog", "by", "mr.", "b.", "smith", "at", "3", "two"]
+    )
     assert caption_words("(two)") == ["-lrb-", "two", "-rrb-"]
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from midstream.config import Config, DecoderConfig, Positive
 from midstream.core.storage import read_json
-from midstream.data.examples import TextCodec, Turn, asked_example, question_ids
+from midstream.data.examples import IMAGE_MARK, TextCodec, Turn, asked_example, question_ids
 from midstream.data.images import decode_pixels
 from midstream.eval.benchmark_records import places
 from midstream.model.attention import NO_PICTURE, Place, sees
@@ -271,8 +271,12 @@ class ChatSession:
         """
         codec = self.opened.codec
         if self.turns or self._features is None:
-            if self.opened.encoder is not None:
-                places(question, 0)
+            if self.opened.encoder is not None and IMAGE_MARK in question:
+                raise ValueError(
+                    f"the question has an {IMAGE_MARK} mark; marks stand for pictures in the first "
+                    "question about them: show pictures, which starts a new conversation, or "
+                    "leave the mark out"
+                )
             # In training the separator stands behind each reply.
             return question_ids(codec, question, has_image=bool(self.turns)), None
         text, shown = places(question, len(self.pictures))

@@ -32,12 +32,10 @@ _PUNCTUATION = frozenset(
         ";",
     ]
 )
-# A full stop that ends a sentence inside a caption: behind a word of two letters or more without
-# other stops (p.m.), which is no title or street.
-_STOP = re.compile(
-    r"(?<![\w.])(?<!\w')((?!(?:mr|mrs|ms|dr|st|jr|sr|vs|etc)\.)[\w'-]*[^\W_]{2})\.(?=\s)",
-    re.IGNORECASE,
-)
+# A full stop that ends a sentence inside a caption: behind a number or a word of two letters or
+# more, without other stops in it (p.m.), that is no abbreviation.
+_ABBREVIATIONS = "mr|mrs|ms|dr|st|jr|sr|vs|etc"
+_STOP = re.compile(rf"(?<![\w.])(?!(?:{_ABBREVIATIONS})\.)([\w'-]*(?:\w\w|\d))\.(?=\s)", re.I)
 Grams = Counter[tuple[str, ...]]
 # By length of the n-grams: their weights, and the norm of these.
 _Vector = list[tuple[dict[tuple[str, ...], float], float]]
