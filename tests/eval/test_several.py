@@ -205,6 +205,19 @@ def test_blind_pictures_are_those_of_another_question_as_many_as_its_own() -> No
     assert sorted(own[0] for own in found) == sorted(e.image for e in examples)
 
 
+def test_a_blind_picture_is_none_of_the_questions_own_where_questions_share_some() -> None:
+    def task_of(*pairs: str) -> VisualTask:
+        examples = tuple(pair(str(n), "True", *own) for n, own in enumerate(pairs))
+        return VisualTask("some", VISUAL_FORMATS["nlvr2"], 0.0, examples, len(pairs))
+
+    for pairs in (("ab", "bc", "cd", "da"), ("ab", "bc", "cd", "de", "ef", "fa")):
+        task = task_of(*pairs)
+        for example, other in zip(task.examples, other_pictures(task), strict=True):
+            assert not {*example.pictures} & {*other}
+    with pytest.raises(ValueError, match="share so many pictures"):
+        other_pictures(task_of("ab", "ac", "ad", "ae"))
+
+
 def nlvr2(folder: Path) -> None:
     folder.mkdir()
     lines = []

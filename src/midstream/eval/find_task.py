@@ -330,10 +330,11 @@ def in_seeded_order(items: Sequence[Item], splits: Sequence[str], key: str) -> l
 
 
 def other_pictures(task: VisualTask) -> list[tuple[Path, ...]]:
-    """For each example the pictures of another one: a permutation in which none stay. Where the
-    other has fewer they are repeated, where it has more the first ones are taken.
+    """For each example the pictures of another one, none of which is its own. Where the other has
+    fewer they are repeated, where it has more the first ones are taken.
 
-    Raises ValueError if pictures belong to more than half of the examples.
+    Raises ValueError if pictures belong to more than half of the examples, and where they share so
+    many that no other pictures are left for one.
     """
     members: dict[tuple[Path, ...], list[int]] = defaultdict(list)
     for index, example in enumerate(task.examples):
@@ -349,14 +350,34 @@ def other_pictures(task: VisualTask) -> list[tuple[Path, ...]]:
     random.Random(f"{_SEED} blind {task.name}").shuffle(groups)
     # Most get as many pictures as they have; a stable order, of single pictures the drawn one.
     groups.sort(key=lambda group: len(task.examples[group[0]].pictures))
-    # Examples of one picture stand together and no group is longer than `step`, so that moving
-    # every picture on by `step` takes it out of its group.
+    # Examples of the same pictures stand together and no group is longer than `step`, so that
+    # moving all on by `step` takes them out of their group.
     order = [index for group in groups for index in group]
-    pictures: list[tuple[Path, ...]] = [()] * count
-    for position, index in enumerate(order):
-        other = task.examples[order[(position + step) % count]].pictures
-        pictures[index] = tuple(islice(cycle(other), len(task.examples[index].pictures)))
-    return pictures
+    own = [task.examples[index].pictures for index in order]
+    others = own[step:] + own[:step]
+    for at, mine in enumerate(own):
+        if _apart(mine, others[at]):
+            continue
+        # Of several pictures one may be another example's too: it changes with the next that can.
+        for place in (*range(at + 1, count), *range(at)):
+            if _apart(mine, others[place]) and _apart(own[place], others[at]):
+                others[at], others[place] = others[place], others[at]
+                break
+        else:
+            raise ValueError(
+                f"{task.name}: its examples share so many pictures that a blind score cannot give "
+                f"each of them others ({mine[0]}); raise the limit or set blind=False"
+            )
+    shown = {index: _as_many(*pair) for index, *pair in zip(order, own, others, strict=True)}
+    return [shown[index] for index in range(count)]
+
+
+def _as_many(mine: tuple[Path, ...], other: tuple[Path, ...]) -> tuple[Path, ...]:
+    return tuple(islice(cycle(other), len(mine)))
+
+
+def _apart(mine: tuple[Path, ...], other: tuple[Path, ...]) -> bool:
+    return set(mine).isdisjoint(_as_many(mine, other))
 
 
 def in_another_order(example: VisualExample) -> tuple[Path, ...]:

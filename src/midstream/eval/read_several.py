@@ -31,10 +31,9 @@ _SHORT_ANSWER = (
 def read_nlvr2(folder: Path, look: Pictures) -> Asked:
     """NLVR2's public test, or its development set: a sentence about a left and a right picture;
     gold is "True" or "False"."""
-    patterns = ("test1.json", "dev.json", "*test1*.json*", "*dev*.json*")
-    if split_of(folder, "test1") == "train":
-        patterns = ("train.json", "*train*.json*")
-    path = find_file(folder, *patterns)
+    split = split_of(folder, "test1")
+    patterns = (f"{split}.json", "dev.json", f"*{split}*.json*", "*dev*.json*")
+    path = find_file(folder, *(patterns[::2] if split == "train" else patterns))
     for record in lines(path):
         key = record.text("identifier")
         pair, dash, _ = key.rpartition("-")
