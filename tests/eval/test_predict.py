@@ -262,7 +262,7 @@ def test_several_pictures_and_shots_stand_as_in_fine_tuning(
     """Likelihoods of a reply are those behind the whole conversation as training lays it out."""
     one, two, three = pictures[:3]
     shots = (Shot("Where is <image>?", "here", (one,)), Shot("Which?", "both", (two, three)))
-    shown = [Shown((two, one)), Shown((three,), shots), Shown((one, two), shots), one]
+    shown = [Shown((two, one)), Shown((three,), shots), Shown((one, two), shots, False), one]
     asked = ["Is <image> like <image>?", "What is it?", "<image> or <image>", "Where?"]
     turns = [
         [Turn("Is  like ?", "", pictures=(3, 9))],
@@ -288,6 +288,12 @@ def test_several_pictures_and_shots_stand_as_in_fine_tuning(
         )
         expected.append([value for value, _ in found])
     assert len({tuple(tokens[0][:1]), tuple(tokens[1][:1])}) == 2
+    numbers = {path: number for number, path in enumerate(pictures)}
+    # Shots that no other question has are read with it.
+    heads = [
+        answerer._prompt(*pair, numbers).head.ids != () for pair in zip(asked, shown, strict=True)
+    ]
+    assert heads[1:3] == [True, False]
     firsts = chosen(answerer, asked, shown, choices)
     golds = answerer.reply(asked, shown, [()] * 4, ["no it is"] * 4, [False] * 4)
     for row, (likely, reply) in enumerate(zip(firsts, golds, strict=True)):

@@ -153,7 +153,8 @@ def _run_visual(
         pictures = _pictures(task, how, others)
         before = [()] * len(prompts) if shots is None else shots.before
         rows = zip(task.examples, pictures, before, strict=True)
-        seen = [example.showing(own, earlier) for example, own, earlier in rows]
+        shared = evaluation.few_shot is None or evaluation.few_shot.draw == "once"
+        seen = [example.showing(own, earlier, shared=shared) for example, own, earlier in rows]
         title = f"{task.name} {how}: " if how else f"{task.name}: "
         answers.progress = _part(progress, index, len(passes), text=title)
         own = [Target()] * len(prompts) if how == "as text" else targets

@@ -227,10 +227,12 @@ class Shot(NamedTuple):
 
 class Shown(NamedTuple):
     """What a question shows beside a single picture: several, in the order of the image marks in it
-    (those that have none stand before it), and the shots before it."""
+    (those that have none stand before it), and the shots before it; whether other questions share
+    these shots."""
 
     pictures: tuple[Path, ...]
     shots: tuple[Shot, ...] = ()
+    shared: bool = True
 
 
 def all_pictures(image: Path | Shown | None) -> tuple[Path, ...]:
@@ -290,9 +292,11 @@ class VisualExample:
         """All its pictures, in order."""
         return (self.image, *self.more)
 
-    def showing(self, pictures: tuple[Path, ...], shots: tuple[Shot, ...] = ()) -> Path | Shown:
-        """What is shown where these are its pictures, behind shots."""
-        return pictures[0] if len(pictures) == 1 and not shots else Shown(pictures, shots)
+    def showing(
+        self, pictures: tuple[Path, ...], shots: tuple[Shot, ...] = (), *, shared: bool = True
+    ) -> Path | Shown:
+        """What is shown where these are its pictures, behind shots, which others may share."""
+        return pictures[0] if len(pictures) == 1 and not shots else Shown(pictures, shots, shared)
 
 
 class Pictures:

@@ -101,7 +101,11 @@ class ModelAnswerer:
         # As in training: the prefix ends with what stands before the first reply.
         prefix = int(head.supervised.argmax()) if image.shots else None
         own = [number[path] for path in image.pictures]
-        return Prompt(_part(head, told), _part(asked, own), prefix)
+        before, rest = _part(head, told), _part(asked, own)
+        if not image.shared:
+            # A head that no other prompt has would fill a batch with copies of itself.
+            before, rest = Part(), before.then(rest)
+        return Prompt(before, rest, prefix)
 
     def _asked(self, choices: Sequence[str], gold: str | None) -> list[list[int]]:
         # As in training: behind a separator, a text of their own.
