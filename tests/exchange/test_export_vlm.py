@@ -42,6 +42,7 @@ from midstream.data.examples import (
     Example,
     TextCodec,
     Turn,
+    asked_example,
     caption_example,
     conversation_example,
     question_ids,
@@ -157,9 +158,20 @@ def test_the_chat_template_lays_turns_out_as_training_does(tmp_path: Path, name:
         begin, *rest = conversation_example(words, TURNS[:turns], has_image=True).input_ids.tolist()
         # A processor hands it to its tokenizer, which begins each text.
         assert tokenizer(laid)["input_ids"] == [begin, token, *rest]
-    second = [*messages[:2], {"role": "user", "content": [{"type": "image"}]}]
-    with pytest.raises(Exception, match="one image, in the first turn"):
-        tokenizer.apply_chat_template(second, tokenize=False)
+    image, text = {"type": "image"}, {"type": "text", "text": "Is "}
+    content = [image, image, text, image, {"type": "text", "text": "red?"}, image]
+    asked = [*messages[:2], {"role": "user", "content": content}]
+    turn = Turn("Is red?", "", pictures=(0, 0, 3, 7))
+    head, whole = asked_example(words, turn, [Turn(*TURNS[0], pictures=(0,))])
+    expected = list[int]()
+    for part in (head, whole):
+        for place, one in enumerate(part.input_ids.tolist()):
+            expected += [token, one] if place in part.pictures else [one]
+    laid = tokenizer.apply_chat_template(asked, tokenize=False)
+    assert tokenizer(laid)["input_ids"] == expected
+    seen = [messages[0], {"role": "assistant", "content": [image]}]
+    with pytest.raises(Exception, match="images stand in a user's turns"):
+        tokenizer.apply_chat_template(seen, tokenize=False)
 
 
 # ------------------------------------------------------------------- who sees whom, turn by turn
