@@ -180,7 +180,7 @@ def pocket_scale(
         return max(least, round(number * shrink))
 
     def world(alt_texts: int = 0, pages: int = 0, albums: int = 0) -> Prepare:
-        more = alt_texts or pages or albums
+        expected = _POCKET_EXPECTED + (_SEVERAL_EXPECTED if pages else ())
         return Prepare(
             world=PocketWorld(
                 num_documents=few(30_000, 2_000),
@@ -193,7 +193,7 @@ def pocket_scale(
                 num_text_items=few(2_000, 20),
             ),
             tokenizer=TOKENIZER,
-            expected=_POCKET_EXPECTED if shrink == 1.0 and not more else (),
+            expected=expected if shrink == 1.0 and not alt_texts else (),
         )
 
     def scale(data: Prepare, captions: dict[str, CaptionSet]) -> Scale:
@@ -271,5 +271,23 @@ _POCKET_EXPECTED = (
         num_images=_CONVERSATIONS,
         num_tokens=84_215,
         num_targets=18_502,
+    ),
+)
+_SEVERAL_EXPECTED = (
+    ExpectedSource(
+        name="pages",
+        kind="interleaved",
+        num_examples=_PAGES,
+        num_images=34_536,
+        num_tokens=384_699,
+        num_targets=350_163,
+    ),
+    ExpectedSource(
+        name="albums",
+        kind="instruct",
+        num_examples=_ALBUMS,
+        num_images=3_936,
+        num_tokens=50_716,
+        num_targets=7_249,
     ),
 )

@@ -32,6 +32,8 @@ from midstream.study.studies import Figure, Line, Study, Table
 # Positions of a picture that a recipe's connector leaves at the least, where it has so many.
 LEAST_FEATURES = 4
 RESAMPLER_HEAD = 64
+# Conversations that stand in for a mixture of tasks may come again so often (U).
+MULTITASK_PASSES = 12
 # Positions by which the rows of larger pictures grow are a multiple of this.
 ROW_MULTIPLE = 64
 STAGES, TRAINED, MIXTURE, SCHEDULE = "stages", "trained", "image-text mixture", "schedule"
@@ -206,6 +208,16 @@ def _image_text(
     own = _own(scale, recipe)
     seen = (before.model.encoder if before is not None else None) or own
     image_size = _image_size(seen, stage.side)
+    budget = mixture(
+        scale,
+        stage.captions,
+        stage.instruct,
+        stage.text,
+        multiple=stage.tokens,
+        interleaved=stage.interleaved,
+    )
+    if stage.instruct:
+        budget = budget.model_copy(update={"max_epochs": max(budget.max_epochs, MULTITASK_PASSES)})
     shown = at_size(seen, image_size or seen.image_size, owned=False)
     return Continue(
         data=scale.data,
@@ -215,14 +227,7 @@ def _image_text(
         attention=recipe.attention,
         start=scale.start(recipe.completion) if before is None else InitFrom(stage=before),
         training=Training(
-            budget=mixture(
-                scale,
-                stage.captions,
-                stage.instruct,
-                stage.text,
-                multiple=stage.tokens,
-                interleaved=stage.interleaved,
-            ),
+            budget=budget,
             rows=_rows(scale, recipe, scale.rows, shown),
             optimizer=scale.optimizer,
             schedule=_schedule(scale, stage, before),
