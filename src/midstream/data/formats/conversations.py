@@ -11,7 +11,6 @@ from midstream.data.formats.captions import load_shown, picture_roots
 from midstream.data.formats.files import exists, find_files, full_name, is_folder, join
 from midstream.data.formats.json_records import (
     NOT_UNICODE,
-    NOT_UTF8,
     entries_of,
     holds_list,
     json_object,
@@ -24,7 +23,7 @@ from midstream.data.formats.records import (
     ReadOptions,
     Unit,
 )
-from midstream.data.formats.tables import TABLES, columns_of, refuse_splits, table_rows
+from midstream.data.formats.tables import TABLES, columns_of, refuse_splits, table_records
 from midstream.data.formats.turns import LISTS, RATINGS, ConversationError, conversation_of
 from midstream.data.source_writer import Reject
 
@@ -85,15 +84,8 @@ def _read_table(
     path: str, roots: Sequence[str], rating: int | None
 ) -> Iterator[ConversationRecord | Reject]:
     wanted = LISTS + _OTHERS + (() if rating is None else RATINGS)
-    columns = [name for name in columns_of(path).names if name in wanted]
-    for number, values in enumerate(table_rows(path, columns)):
-        where = f"{path}, row {number}"
-        try:
-            row = {name: value.as_py() for name, value in zip(columns, values, strict=True)}
-        except UnicodeDecodeError as error:
-            yield Reject(where, NOT_UTF8, str(error))
-            continue
-        yield _conversation(row, where, roots, rating)
+    for where, row in table_records(path, wanted):
+        yield row if isinstance(row, Reject) else _conversation(row, where, roots, rating)
 
 
 def _conversations_of(path: str) -> list[Unit]:

@@ -40,7 +40,13 @@ from midstream.data.formats.records import (
     Unit,
     samples_of,
 )
-from midstream.data.formats.tables import TABLES, columns_of, refuse_splits, table_rows
+from midstream.data.formats.tables import (
+    TABLES,
+    columns_of,
+    refuse_splits,
+    table_records,
+    table_rows,
+)
 from midstream.data.source_writer import Reject
 from midstream.data.sources import content_hash
 
@@ -142,15 +148,11 @@ def _read_json(path: str, options: ReadOptions, pictures: Pictures) -> Iterator[
 
 def _read_table(path: str, options: ReadOptions, pictures: Pictures) -> Iterator[Item]:
     wanted = (*_PARALLEL, *_MATCHED, "similarity_matrix")
-    columns = [name for name in columns_of(path).names if name in wanted]
-    for number, values in enumerate(table_rows(path, columns)):
-        where = f"{path}, row {number}"
-        try:
-            row = {name: value.as_py() for name, value in zip(columns, values, strict=True)}
-        except UnicodeDecodeError as error:
-            yield Reject(where, NOT_UTF8, str(error))
-            continue
-        yield from _documents(where, row, options, pictures)
+    for where, row in table_records(path, wanted):
+        if isinstance(row, Reject):
+            yield row
+        else:
+            yield from _documents(where, row, options, pictures)
 
 
 def _read_tar(path: str, options: ReadOptions, pictures: Pictures) -> Iterator[Item]:

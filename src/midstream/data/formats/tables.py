@@ -13,7 +13,9 @@ from pyarrow.parquet import ParquetFile
 
 from midstream.core.storage import read_json
 from midstream.data.formats.files import full_name, open_whole
+from midstream.data.formats.json_records import NOT_UTF8
 from midstream.data.remote import RemoteError
+from midstream.data.source_writer import Reject
 
 PARQUET, ARROW = (".parquet",), (".arrow",)
 TABLES = PARQUET + ARROW
@@ -38,6 +40,20 @@ def table_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[pyarrow.Scal
     with _opened(path) as table:
         for batch in _batches(table, list(columns)):
             yield from zip(*(batch.column(name) for name in columns), strict=True)
+
+
+def table_records(
+    path: str, wanted: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
+    """Rows as records of those of the `wanted` columns that are there, and where each stands; a
+    reject for text that is no UTF-8. Raises as `table_rows` does."""
+    columns = [name for name in columns_of(path).names if name in wanted]
+    for number, values in enumerate(table_rows(path, columns)):
+        where = f"{path}, row {number}"
+        try:
+            yield where, {name: value.as_py() for name, value in zip(columns, values, strict=True)}
+        except UnicodeDecodeError as error:
+            yield where, Reject(where, NOT_UTF8, str(error))
 
 
 def _batches(table: Any, columns: list[str]) -> Iterator[pyarrow.RecordBatch]:
