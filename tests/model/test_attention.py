@@ -246,7 +246,9 @@ def no_kernels() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a compiler of C++")
-@pytest.mark.parametrize("kind", ["segments", "prefix", "latest"])
+@pytest.mark.parametrize(
+    "kind", ["segments", pytest.param("prefix", marks=pytest.mark.faults), "latest"]
+)
 @torch.no_grad()
 def test_compiled_attention_equals_the_dense_one_and_takes_new_masks_as_they_come(
     kind: Attention, no_kernels: None, monkeypatch: pytest.MonkeyPatch
