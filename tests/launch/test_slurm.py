@@ -337,9 +337,15 @@ def test_a_preempted_job_is_queued_again_and_its_stage_goes_on(cluster: Cluster)
 def test_a_job_that_slurm_ends_uses_up_a_restart_and_then_fails_its_stage(
     cluster: Cluster,
 ) -> None:
-    outcome = cluster.disturbed(
-        {"begun": lambda job: cluster.slurm.end(job, "OUT_OF_MEMORY")}, restarts=1
-    )
+    ended: list[str] = []
+
+    def end(job: str) -> None:
+        # A busy machine's worker may not have come to its first line yet.
+        cluster.until(lambda: len(cluster.begun()) > len(ended))
+        ended.append(job)
+        cluster.slurm.end(job, "OUT_OF_MEMORY")
+
+    outcome = cluster.disturbed({"begun": end}, restarts=1)
     assert (outcome.num_done, outcome.num_failed, outcome.num_skipped) == (0, 1, 1)
     assert f"{label(RUN)} is submitted again: Slurm ended job" in cluster.notes()
     assert "as OUT_OF_MEMORY" in cluster.ledger.status(RUN)["error"]
