@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_projector import TOWER, random, rows
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm, linear
+from torch.nn.functional import cross_entropy, gelu, layer_norm, linear
 
 from midstream.config import (
     AdamW,
@@ -142,6 +142,11 @@ def test_a_document_is_computed_alike_alone_and_packed() -> None:
         alone = replace(alone, input_ids=packed.input_ids[:, low:high])
         found = model(alone, features[images])[0]
         torch.testing.assert_close(found, together[low:high], atol=1e-5, rtol=1e-5)
+        losses = [
+            float(cross_entropy(model.decoder.output(hidden), packed.input_ids[0, low:high]))
+            for hidden in (found, together[low:high])
+        ]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
 def losses(model: VLM, batch: Batch, features: Tensor, *, steps: int) -> list[float]:

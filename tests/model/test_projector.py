@@ -7,7 +7,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm, linear
+from torch.nn.functional import cross_entropy, gelu, layer_norm, linear
 
 from midstream.config import (
     Attention,
@@ -177,6 +177,11 @@ def test_a_document_is_computed_alike_alone_and_packed(kind: str, attention: Any
         alone.targets[:] = packed.targets[:, mine]
         found = model(alone, features[index : index + 1])[0]
         torch.testing.assert_close(found, together[mine], atol=1e-5, rtol=1e-5)
+        losses = [
+            float(cross_entropy(model.decoder.output(hidden), alone.targets[0]))
+            for hidden in (found, together[mine])
+        ]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
 @torch.no_grad()

@@ -206,7 +206,7 @@ def test_a_printed_row_names_sources_special_tokens_cuts_and_pictures(
         assert found == specials.sum() + following
         assert text.count("cut here, goes on in another row") == sum(p.goes_on for p in pieces)
         assert text.count("(goes on from another row)") == sum(p.continued for p in pieces)
-        names = re.findall(rf"\[image {PATCHES} patches -> (\S+)\]", text)
+        names = re.findall(rf"\[image {PATCHES} positions -> (\S+)\]", text)
         assert names == [f"row-{index}-image-{n}.png" for n in range(len(row.images))]
         assert (f"({row.counts.pad} positions of padding)" in text) == (row.counts.pad > 0)
 
@@ -434,7 +434,7 @@ def test_the_command_shows_any_training_stage_before_it_has_run_and_changes_no_s
         assert "sample: 5 of " in text
         assert "⟦" in text
         patches = tiny.ENCODER.num_patches
-        names = re.findall(rf"\[image {patches} patches -> (\S+)\]", text)
+        names = re.findall(rf"\[image {patches} positions -> (\S+)\]", text)
         assert sorted(path.name for path in out.glob("*")) == sorted(names)
         assert bool(names) == (kind != "pretrain")
         for path in out.glob("*"):

@@ -119,8 +119,8 @@ def test_a_row_of_documents_is_shown_with_its_pictures_in_their_places(
         print_row(shown, index, tmp_path, Console(file=stream, highlight=False, width=400))
     text = stream.getvalue()
     # The picture, what ends it, and what is learnt of it, in this order.
-    assert "[image 4 patches -> row-0-image-0.png]\n<|separator|>⟦" in text
-    assert text.count("[image 4 patches -> ") == len(list(tmp_path.glob("row-*-image-*.png")))
+    assert "[image 4 positions -> row-0-image-0.png]\n<|separator|>⟦" in text
+    assert text.count("[image 4 positions -> ") == len(list(tmp_path.glob("row-*-image-*.png")))
     assert "(goes on from another row)" in text
 
 

@@ -38,9 +38,8 @@ PARTS = (0.0, 0.5, 1.0)
 SHOTS = (0, 4)
 # Benchmarks of several pictures from their official files, at the scales of people's own data.
 PUBLISHED = ("nlvr2", "blink", "muirbench", "mantis_eval")
-# "MM1" (arXiv 2403.09611, section 3.2): interleaved data is instrumental for few-shot and text,
-# captions for zero-shot.
-MM1 = "MM1, arXiv 2403.09611, section 3.2"
+# Interleaved data is said to help few-shot and text, captions zero-shot (G: not read again).
+MM1 = "MM1, arXiv 2403.09611"
 
 
 def share(

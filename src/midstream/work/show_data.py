@@ -235,7 +235,7 @@ def print_row(shown: Shown, index: int, out: Path, console: Console) -> None:
             print_line(console, "(goes on from another row)", style="italic")
         for part in piece.parts:
             if isinstance(part, int):
-                line = f"[image {shown.num_patches} patches -> {pictures[part].name}]"
+                line = f"[image {shown.num_patches} positions -> {pictures[part].name}]"
                 print_line(console, line, style=colour)
             else:
                 console.print(_body(part, colour, plain), soft_wrap=True)

@@ -220,11 +220,7 @@ def write_albums(world: PocketWorld, folder: Path) -> None:
         rng, kind = generator(world.seed, "album", index), ALBUM_KINDS[index % len(ALBUM_KINDS)]
         turn = index // len(ALBUM_KINDS)
         asked = album(rng, kind, turn, splits=("instruct",), style="instruct")
-        names = []
-        for place, scene in enumerate(asked.scenes):
-            names.append(f"images/{index:06d}-{place}.jpg")
-            drawn = draw_jpeg(generator(world.seed, "album picture", 8 * index + place), scene)
-            (folder / names[-1]).write_bytes(drawn)
+        names = _drawn(world, "album picture", index, asked.scenes, folder)
         question = f'Is "{asked.question}" true or false?' if kind == "true" else asked.question
         said = [
             {"from": "human", "value": "<image>\n" * len(names) + question},
@@ -232,6 +228,17 @@ def write_albums(world: PocketWorld, folder: Path) -> None:
         ]
         records.append({"id": f"album-{index:06d}", "image": names, "conversations": said})
     write_json(folder / "llava.json", records)
+
+
+def _drawn(
+    world: PocketWorld, purpose: str, index: int, scenes: Sequence[Scene], folder: Path
+) -> list[str]:
+    """The names of an album's pictures, which are drawn into the folder's `images`."""
+    names = [f"images/{index:06d}-{place}.jpg" for place in range(len(scenes))]
+    for place, (name, scene) in enumerate(zip(names, scenes, strict=True)):
+        drawn = draw_jpeg(generator(world.seed, purpose, 8 * index + place), scene)
+        (folder / name).write_bytes(drawn)
+    return names
 
 
 # Benchmarks of several pictures, and what guessing scores: NLVR2's sentences, and what else albums
@@ -261,11 +268,7 @@ def write_album_benchmarks(world: PocketWorld, folder: Path) -> None:
     for index in range(world.num_questions):
         kind, rng = kinds[index % len(kinds)], generator(world.seed, "album question", index)
         asked = album(rng, kind, index // len(kinds), splits=TASKS)
-        names = []
-        for place, scene in enumerate(asked.scenes):
-            names.append(f"images/{index:06d}-{place}.jpg")
-            drawn = draw_jpeg(generator(world.seed, "asked picture", 8 * index + place), scene)
-            (folder / "pocket_albums" / names[-1]).write_bytes(drawn)
+        names = _drawn(world, "asked picture", index, asked.scenes, folder / "pocket_albums")
         about = {"id": f"{index}", "question": asked.question, "image": names}
         questions.append(about | {"answer": asked.answer, "choices": list(asked.choices)})
         groups[f"{index}"] = kind
