@@ -33,6 +33,8 @@ class Table:
         self.submitted: list[list[str]] = []
         self.asked: list[tuple[str, ...]] = []
         self.before_submission: Callable[[], object] = bool
+        # Whether jobs may end yet.
+        self.may_end: Callable[[], bool] = lambda: True
 
     def ask(self, *command: str) -> str:
         self.asked.append(command)
@@ -52,7 +54,7 @@ class Table:
         found = {}
         for job, (name, work) in list(self.jobs.items()):
             self.looks[job] = self.looks.get(job, 0) + 1
-            ended = self.looks[job] > 2
+            ended = self.looks[job] > 2 and self.may_end()
             if ended:
                 write_json(work.told, {"event": "done", "result": {"records": 3}})
             found[job] = Job(job, name, "COMPLETED" if ended else "PENDING", "None")
@@ -108,8 +110,11 @@ def test_two_commands_at_once_submit_once_and_follow_the_same_jobs(
 ) -> None:
     go = threading.Event()
     table.before_submission = go.wait
+    notes: list[list[str]] = [[], []]
+    # However late the second begins, the jobs are still there to be followed.
+    table.may_end = lambda: all(notes)
     with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(preparation(plan).run) for _ in range(2)]
+        runs = [pool.submit(preparation(plan, told).run) for told in notes]
         # The second has the time to do what it may do.
         time.sleep(0.3)
         go.set()
