@@ -197,6 +197,7 @@ def test_crowded_numbers_stand_evenly_and_the_axis_says_so(ledger: Ledger) -> No
     scale = scale_of(shares)
     assert scale.even
     assert list(scale.at.values()) == list(range(8))
+    assert scale_of((0.04725, 0.08537, 0.1685, 0.3449)).even
     spread = scale_of((0, 20, 40, 60, 80, 100))
     assert not spread.even
     assert spread.at[80] == 80

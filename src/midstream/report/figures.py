@@ -73,7 +73,8 @@ STYLE = {
 FILES = ("svg", "png", "pdf")
 # More values than this are drawn to scale, however near they lie.
 MAX_EVEN_PLACES = 14
-
+# What a digit of a label takes of the x axis.
+LETTER_WIDTH = 0.0235
 
 # Names longer than this together stand aslant, more than so many of them steeply.
 MAX_NAMES_LENGTH, MAX_ASLANT_NAMES = 30, 5
@@ -107,8 +108,9 @@ def scale_of(places: Sequence[Place]) -> Scale:
 
 def crowded(values: Sequence[float | int]) -> bool:
     """Whether two of the rising values lie too near each other for their labels."""
+    width = LETTER_WIDTH * max((len(f"{value:g}") for value in values), default=0)
     gaps = [right - left for left, right in itertools.pairwise(values)]
-    return bool(gaps) and min(gaps) < 0.07 * (values[-1] - values[0])
+    return bool(gaps) and min(gaps) < width * (values[-1] - values[0])
 
 
 def set_places(axes: Axes, scale: Scale) -> None:
