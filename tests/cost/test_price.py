@@ -2,16 +2,27 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from midstream.config import DECODERS, ExpectedSource, Machine, Mixture, Rows, Share
+from midstream.config import (
+    DECODERS,
+    Attention,
+    ExpectedSource,
+    Machine,
+    Mixture,
+    Rows,
+    Share,
+)
 from midstream.cost import GPUS, UTILISATION, find_gpu
 from midstream.cost.cost import model_parameters, work_of
 from midstream.cost.graph import Plan, order, plan
+from midstream.cost.known import Number
 from midstream.cost.price import Fleet, price, price_json, rows_that_fit
-from midstream.cost.taken import Setting, memory
-from midstream.study.stages import Pretrain
+from midstream.cost.taken import Setting, block_mask_bytes, memory
+from midstream.cost.workload import Device
+from midstream.study.stages import Continue, Pretrain
 from midstream.study.store import Ledger
 from midstream.study.studies import Study
 
@@ -82,6 +93,39 @@ def test_memory_is_shared_by_ranks_and_falls_with_smaller_micro_batches(
     assert two.activations == pytest.approx(2 * one.activations)
     less = memory(stage, work, Setting(1, 2, checkpointing=True))
     assert less.activations < two.activations / 5
+
+
+def test_masks_are_blocks_on_a_gpu_and_dense_on_a_cpu_where_rows_are_not_cut_apart(
+    make_study: MakeStudy,
+) -> None:
+    seen = next(stage for stage in order(make_study()) if isinstance(stage, Continue))
+    length, layers = 1024, seen.model.decoder.num_layers
+    told = {"num_examples": 10_000, "num_tokens": 500_000, "num_targets": 200_000}
+    expected = (
+        ExpectedSource(name="stories", kind="text", **told),
+        ExpectedSource(name="captions", kind="caption", num_images=10_000, **told),
+    )
+    data = seen.data.model_copy(update={"expected": expected})
+
+    def masks(attention: Attention, device: Device, layout: str = "filled") -> tuple[Number, ...]:
+        rows = Rows.model_validate({"row_length": length, "batch_rows": 4, "layout": layout})
+        training = seen.training.model_copy(update={"rows": rows})
+        changed = {"data": data, "attention": attention, "training": training}
+        stage = seen.model_copy(update=changed)
+        work = work_of(stage, None, device)
+        assert work is not None
+        found = memory(stage, work, Setting(1, 2, device=device))
+        return found.masks, found.activations
+
+    for attention in get_args(Attention):
+        expected = 2 * block_mask_bytes(attention, length) if attention != "causal" else 0
+        assert masks(attention, "cuda")[0] == expected
+    assert masks("segments", "cuda", "padded")[0] == masks("segments", "cpu")[0] == 0
+    dense, kept = masks("prefix", "cpu")
+    assert dense == pytest.approx(2 * length**2, rel=0.05)
+    # Each block keeps its own, of floats.
+    cut = masks("segments", "cpu")[1]
+    assert kept - cut == pytest.approx(4 * layers * dense)
 
 
 def test_the_largest_micro_batch_that_fits_is_named(make_study: MakeStudy, tmp_path: Path) -> None:

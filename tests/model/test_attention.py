@@ -1,5 +1,6 @@
 import itertools
 import math
+import pickle
 import shutil
 from collections.abc import Iterator
 from typing import get_args
@@ -10,7 +11,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from midstream.config import Attention, DecoderConfig
+from midstream.config.model import MASK_BLOCK
 from midstream.core.batch import PADDING
+from midstream.cost.taken import block_mask_bytes
 from midstream.model import attention
 from midstream.model.attention import (
     NO_PICTURE,
@@ -19,6 +22,8 @@ from midstream.model.attention import (
     Runs,
     attend,
     make_mask,
+    map_mask,
+    move_mask,
     pictures_of,
 )
 from midstream.model.decoder import Decoder
@@ -236,6 +241,115 @@ def test_flex_attention_equals_the_dense_one(kind: Attention, length: int, chann
     )
 
 
+def far_pictures(segment_ids: Tensor) -> Tensor:
+    """Pictures of up to 300 positions, that end where their segments do or before."""
+    source, number = torch.Generator().manual_seed(0), 0
+    found = torch.full_like(segment_ids, NO_PICTURE)
+    for row, ids in enumerate(segment_ids.tolist()):
+        at = 0
+        while at < len(ids):
+            size = int(torch.randint(2, 300, (), generator=source))
+            while ids[at : at + size] != [ids[at]] * size:
+                size -= 1
+            if ids[at] != PADDING and torch.rand((), generator=source) < 0.7:
+                found[row, at : at + size], number = number, number + 1
+            at += size
+    return found
+
+
+def listed(count: Tensor, blocks: Tensor) -> Tensor:
+    """True at the blocks of [rows, 1, queries, keys] whose numbers come first."""
+    first = torch.arange(blocks.shape[-1]) < count[..., None]
+    return torch.zeros_like(blocks, dtype=torch.bool).scatter(-1, blocks.long(), first)
+
+
+@every_kind
+@pytest.mark.parametrize("length", [21, 128, 700, 1030])
+def test_blocks_hold_all_that_is_seen_and_full_ones_are_seen_whole(
+    kind: Attention, length: int
+) -> None:
+    for seed in range(3):
+        segment_ids, prefix = random_rows(3, length, seed)
+        if seed == 1:
+            segment_ids[1], prefix[1], segment_ids[2, 3:] = 0, True, PADDING
+        if seed == 2:  # in no order
+            segment_ids = torch.where(segment_ids == 1, 9, segment_ids)
+        pictures = (far_pictures if seed else shown)(segment_ids)
+        dense, mask = (
+            mask_of(kind, segment_ids, prefix, dense=dense, pictures=pictures)
+            for dense in (True, False)
+        )
+        assert isinstance(dense, Tensor)
+        assert isinstance(mask, BlockMask)
+        number, fill = -(-length // MASK_BLOCK), -length % MASK_BLOCK
+        parts = torch.nn.functional.pad(dense[:, 0], (0, fill, 0, fill))
+        parts = parts.view(3, 1, number, MASK_BLOCK, number, MASK_BLOCK).transpose(3, 4).flatten(4)
+        seen, whole = parts.any(dim=-1), parts.all(dim=-1)
+        some = listed(mask.kv_num_blocks, mask.kv_indices)
+        full = listed(mask.full_kv_num_blocks, mask.full_kv_indices)
+        assert not (some & full).any()
+        assert not (seen & ~(some | full)).any()
+        assert not (full & ~whole).any()
+        # The same blocks of queries by those of keys, for the backward pass.
+        for blocks, turned in (
+            (some, listed(mask.q_num_blocks, mask.q_indices)),
+            (full, listed(mask.full_q_num_blocks, mask.full_q_indices)),
+        ):
+            assert torch.equal(blocks.transpose(2, 3), turned)
+        # No more is computed than needs be, but for a picture beside a text in one block.
+        if seed < 2 and kind != "latest":
+            assert torch.equal(full, whole)
+        if seed < 2:
+            assert torch.equal(some | full, seen)
+
+
+@every_kind
+def test_a_mask_goes_to_another_process_and_device_with_all_that_its_rule_reads(
+    kind: Attention,
+) -> None:
+    segment_ids, prefix = random_rows(3, 300, 0)
+    mask = mask_of(kind, segment_ids, prefix, dense=False)
+    assert isinstance(mask, BlockMask)
+    sent = pickle.loads(pickle.dumps(mask))
+    columns = [torch.arange(300)[:, None], torch.arange(300)[None]]
+    dense = mask_of(kind, segment_ids, prefix, dense=True)
+    assert isinstance(dense, Tensor)
+    for row in range(3):
+        assert torch.equal(sent.mask_mod(row, 0, *columns), dense[row, 0])
+    moved = move_mask(mask, torch.device("meta"))
+    assert isinstance(moved, BlockMask)
+    assert moved.shape == mask.shape
+    assert moved.kv_indices.device.type == moved.full_q_num_blocks.device.type == "meta"
+    assert moved.mask_mod(0, 0, *(one.to("meta") for one in columns)).device.type == "meta"
+    # What a plan reckons with is what it takes.
+    assert sum(one.nbytes for one in map_tensors(mask)) == 3 * block_mask_bytes(kind, 300)
+
+
+def map_tensors(mask: Mask) -> list[Tensor]:
+    """Those that `map_mask` changes."""
+    found: list[Tensor] = []
+
+    def note(one: Tensor) -> Tensor:
+        found.append(one)
+        return one
+
+    map_mask(mask, note)
+    return found
+
+
+def test_masks_of_every_kind_are_changed_alike() -> None:
+    segment_ids = rows_of([200, 1, 59, 7], [256], [3, 264], padding=[3, 14, 3])
+    pictures = shown(segment_ids)
+    dense = make_mask(segment_ids, None, "segments", kind="dense")
+    runs = make_mask(segment_ids, None, "latest", kind="cut", pictures=pictures)
+    assert isinstance(runs, Runs)
+    assert map_mask(None, torch.clone) is None
+    assert [one is dense for one in map_tensors(dense)] == [True]
+    masks = [one for row in runs.masks for one in row if one is not None]
+    assert [id(one) for one in map_tensors(runs)] == [id(one) for one in masks]
+    assert move_mask(runs, torch.device("cpu")) == runs
+
+
 @pytest.fixture
 def no_kernels() -> Iterator[None]:
     """Torch keeps a limited number of kernels a process."""
@@ -282,7 +396,7 @@ def test_flex_attention_on_a_gpu_and_its_gradients_equal_the_dense_one(
         for dense, exact in ((False, False), (True, True)):
             mine = [(part.double() if exact else part).requires_grad_() for part in parts]
             above = upstream.double() if exact else upstream
-            mask = mask_of(kind, segment_ids.to(device), prefix.to(device), dense=dense)
+            mask = move_mask(mask_of(kind, segment_ids, prefix, dense=dense), device)
             results.append(with_gradients(attend(*mine, mask), mine, above))
         for fast, plain in zip(*results, strict=True):
             assert (fast.double() - plain).abs().max() < tolerance * plain.abs().max()
@@ -293,8 +407,8 @@ def test_a_new_mask_of_the_same_shape_compiles_nothing_anew(no_kernels: None) ->
     *parts, upstream = (part.float().cuda() for part in random_heads(3, 256, 64, 0))
     parts = [part.requires_grad_() for part in parts]
     for seed in range(12):
-        segment_ids, prefix = (part.cuda() for part in random_rows(3, 256, seed))
-        mask = mask_of("prefix", segment_ids, prefix, dense=False)
+        mask = mask_of("prefix", *random_rows(3, 256, seed), dense=False)
+        mask = move_mask(mask, torch.device("cuda"))
         with torch.compiler.set_stance("default" if seed == 0 else "fail_on_recompile"):
             with_gradients(attend(*parts, mask), parts, upstream)
 

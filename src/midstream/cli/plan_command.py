@@ -419,7 +419,16 @@ def _here(found: "Measured") -> list[str]:
 
 def _memory_line(name: str, fit: "Fit", room: float | int) -> str:
     found = fit.memory
-    parts = ("weights", "moments", "gradients", "gathered", "activations", "head", "encoder")
+    parts = (
+        "weights",
+        "moments",
+        "gradients",
+        "gathered",
+        "masks",
+        "activations",
+        "head",
+        "encoder",
+    )
     told = ", ".join(f"{part} {_gib(getattr(found, part))}" for part in parts)
     return (
         f"memory: at most {_gib(found.total)} GiB of {_gib(room)} on each GPU ({name}, GPUs: "

@@ -331,6 +331,8 @@ MOST_TARGETS = 0.8
 # rows of 1,024 positions and 8 heads of 64 channels 13 with segments of 12 positions, 6.5 with 128,
 # 1.9 with 512; 8 rows of 192 and 4 heads of 32 channels 1.3 to 1.9, 32 such rows 0.8 to 1.0.
 LEAST_CUT_ROW = 256
+# Positions of a block of FlexAttention's masks.
+MASK_BLOCK = 128
 # Logits held at once, by kind of device. On a CPU larger pieces than 64 MiB are no faster; a GPU
 # wants products that are large enough to fill it.
 MAX_LOGITS = {"cpu": 2**24, "cuda": 2**28}

@@ -14,13 +14,14 @@ from pydantic import ValidationError
 from midstream.config import (
     AnyDecoderConfig,
     AnyEncoderConfig,
+    Attention,
     DecoderConfig,
     FusedEncoder,
     PatchProjection,
     VLMConfig,
 )
 from midstream.config.connectors import RESAMPLER_EXPANSION, kept_numbers
-from midstream.config.model import LEAST_CUT_ROW, MAX_LOGITS
+from midstream.config.model import LEAST_CUT_ROW, MASK_BLOCK, MAX_LOGITS
 from midstream.core.storage import read_json
 from midstream.cost.cost import (
     cost,
@@ -47,8 +48,9 @@ TOWER_WIDTHS, TOWER_FFN = 9, 2
 class Memory:
     """Bytes of one rank, by what they are for; `total` is the peak of a step.
 
-    gathered: weights in the form in which they are multiplied, and others' parts of them; head:
-    the logits' pieces and their gradients; backward: what a block's backward pass makes beside.
+    gathered: weights in the form in which they are multiplied, and others' parts of them; masks:
+    who sees whom; head: the logits' pieces and their gradients; backward: what a block's backward
+    pass makes beside.
     Gradients stand there in full at the peak only where `total` says so.
     """
 
@@ -56,6 +58,7 @@ class Memory:
     moments: Number
     gradients: Number
     gathered: Number
+    masks: Number
     activations: Number
     head: Number
     backward: Number
@@ -94,7 +97,10 @@ def memory(stage: Trained, work: Workload, setting: Setting) -> Memory:
     part = micro / max(work.rows, 1)
     weights, moments = FLOAT * parameters / setting.ranks, 2 * FLOAT * trained / setting.ranks
     gradients = FLOAT * trained / setting.ranks
+    masks, shown = _masks(stage, work, micro, setting)
     kept, one = _activations(stage, model, work, part, low, setting)
+    one += shown
+    kept += shown if setting.checkpointing else shown * model.decoder.num_layers
     pieces, ready = _head(stage, work.targets * part, low, setting)
     backward = BACKWARD_FFN * ffn_width(model.decoder) * low * work.positions * part
     block = model.decoder.linear_parameters / model.decoder.num_layers
@@ -115,11 +121,12 @@ def memory(stage: Trained, work: Workload, setting: Setting) -> Memory:
         moments=moments,
         gradients=gradients,
         gathered=gathered,
+        masks=masks,
         activations=kept,
         head=pieces + ready,
         backward=backward,
         encoder=encoder,
-        total=weights + moments + gathered + encoder + max(first, last),
+        total=weights + moments + gathered + encoder + masks + max(first, last),
     )
 
 
@@ -162,6 +169,36 @@ def _activations(
         wide = (4 + 2 * RESAMPLER_EXPANSION) * d + 2 * gated.num_heads * gated.head_dim
         kept += len(gated.places(layers)) * positions * wide * low
     return kept, one
+
+
+def _masks(stage: Trained, work: Workload, micro: int, setting: Setting) -> tuple[Number, Number]:
+    """Bytes of a micro-batch's masks, and of those that each block keeps for its backward pass.
+
+    On a GPU blocks keep none of their own; on a CPU torch makes each a dense one of floats.
+    """
+    attention, rows = stage.model.attention, stage.training.rows
+    # A row of one segment needs a mask where a rule treats its pictures otherwise than its texts.
+    apart = attention != "segments" and work.images > 0
+    if attention == "causal" or not (rows.layout == "filled" or apart):
+        return 0.0, 0.0
+    if setting.device == "cuda":
+        return micro * block_mask_bytes(attention, rows.row_length), 0.0
+    own = isinstance(stage.model.decoder, DecoderConfig)
+    if attention == "segments" and own and rows.row_length >= LEAST_CUT_ROW:
+        return 0.0, 0.0
+    pairs = work.squares * micro / max(work.rows, 1)
+    return pairs, FLOAT * pairs
+
+
+def block_mask_bytes(attention: Attention, row_length: int) -> int:
+    """Bytes of a row's mask for FlexAttention (`_blocks` of `model/attention.py`).
+
+    Blocks seen in part and in whole, by queries and by keys: how many there are (int32) and which,
+    with room for all; and what the rule asks of positions: segments and pictures (int64), prefixes.
+    """
+    blocks = ceil(row_length / MASK_BLOCK)
+    asked = {"prefix": 8 + 1, "pictures": 3 * 8, "latest": 3 * 8}.get(attention, 8)
+    return 4 * 4 * (blocks + blocks**2) + asked * row_length
 
 
 def _tower(config: AnyEncoderConfig, low: int) -> Number:

@@ -245,9 +245,9 @@ def _laid_out(
 
 def _by_segment(model: VLMConfig, row_length: int, device: Device) -> bool:
     """Whether attention is computed by segments: cut apart or masked by blocks, not whole rows."""
-    cut = model.attention != "prefix" and row_length >= LEAST_CUT_ROW
     own = isinstance(model.decoder, DecoderConfig)
-    return own and (device == "cuda" or cut) and model.attention != "causal"
+    cut = own and model.attention != "prefix" and row_length >= LEAST_CUT_ROW
+    return (device == "cuda" or cut) and model.attention != "causal"
 
 
 def _encoded(

@@ -4,19 +4,21 @@ Letters in names: R rows, T positions, S positions seen by attention, H heads, C
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import accumulate
 from typing import Literal, NamedTuple, cast, no_type_check
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from midstream.config import Attention
-from midstream.config.model import LEAST_CUT_ROW
+from midstream.config.model import LEAST_CUT_ROW, MASK_BLOCK
 from midstream.core.batch import PADDING
 
 
@@ -30,9 +32,10 @@ class Runs:
     masks: tuple[tuple[Tensor | None, ...], ...]
 
 
-# Dense: True where a position sees another. None: plain causal attention.
+# Dense: True where a position sees another. None: plain causal attention. A BlockMask is made by
+# `make_mask` alone: its `mask_mod` is `_shows` of what stands in a row.
 Mask = Bool[Tensor, "rows 1 seq seen"] | BlockMask | Runs | None
-# dense: for every decoder, on every device. cut: as runs where that is faster. blocks: BlockMask.
+# dense: for every device. cut: as runs where that is faster, on a CPU. blocks: BlockMask.
 MaskKind = Literal["dense", "cut", "blocks"]
 
 NO_PICTURE = -1
@@ -40,6 +43,12 @@ NO_PICTURE = -1
 PICTURE_RULES = ("pictures", "latest")
 # FlexAttention's kernels want this many channels a head; heads with fewer are filled up with zeros.
 _LEAST_CHANNELS = 16
+_BLOCK_TENSORS = tuple(
+    f"{kind}{side}_{what}"
+    for kind in ("", "full_")
+    for side in ("kv", "q")
+    for what in ("num_blocks", "indices")
+)
 
 
 class Place(NamedTuple):
@@ -111,11 +120,13 @@ def make_mask(
     """The mask of whole rows, for `attend` or a decoder; `prefix` is read for "prefix" alone, and
     `pictures` (`pictures_of`) for "pictures" and "latest".
 
-    FlexAttention skips blocks that nobody sees, but has no backward on a CPU; there, and for
-    decoders that know no other, the rule is a dense mask. Segments that are long enough are cut
-    apart on a CPU, and each is plain causal attention or has a small mask of its own. None where
-    that gives the same at every held position, whatever `kind` says; finding out reads a number or
-    a few back to the host.
+    FlexAttention skips blocks that nobody sees, but has no backward on a CPU; there the rule is a
+    dense mask, or segments that are long enough are cut apart, and each is plain causal attention
+    or has a small mask of its own. None where that gives the same at every held position, whatever
+    `kind` says.
+
+    Of tensors on a CPU no other device hears; `move_mask` brings the result there. Of others a
+    number or a few are read back to the host, and for "blocks" all of them.
     """
     assert (prefix is None) == (attention != "prefix"), "prefix positions belong to that attention"
     assert (pictures is None) == (attention not in PICTURE_RULES), "as prefix positions do"
@@ -194,20 +205,125 @@ def _dense(place: Place, attention: Attention) -> Bool[Tensor, "rows 1 seq seq"]
     return cast(Tensor, sees(query, key, attention)[:, None])
 
 
+# Unchecked: as `sees`. `held` is a Place without its column.
+@no_type_check
+def _shows(held, attention: Attention, row, head, query, key) -> Tensor:
+    def at(column):
+        return Place(column, *[None if one is None else one[row, column] for one in held])
+
+    return sees(at(query), at(key), attention)
+
+
 def _blocks(place: Place, attention: Attention) -> BlockMask:
-    @no_type_check
-    def rule(row, head, query, key):
-        def at(column):
-            # Not `place.map`: this is traced.
-            prefix = None if place.prefix is None else place.prefix[row, column]
-            picture = None if place.picture is None else place.picture[row, column]
-            latest = None if place.latest is None else place.latest[row, column]
-            return Place(column, place.segment[row, column], prefix, picture, latest)
+    some, every = _seen_blocks(place.map(lambda one: one.cpu()), attention)
+    length = place.segment.shape[1]
+    made = BlockMask.from_kv_blocks(
+        *_listed(some & ~every),
+        *_listed(every),
+        BLOCK_SIZE=MASK_BLOCK,
+        # Not a closure: masks are sent between processes.
+        mask_mod=partial(_shows, tuple(place[1:]), attention),
+        seq_lengths=(length, length),
+    )
+    return cast(BlockMask, move_mask(made, place.segment.device))
 
-        return sees(at(query), at(key), attention)
 
-    num_rows, length = place.segment.shape
-    return create_block_mask(rule, num_rows, None, length, length, device=place.segment.device)
+def _listed(blocks: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Of [rows, query blocks, key blocks] how many are True, and their numbers before the others'.
+
+    As many numbers as there are blocks, whatever is seen: a shape is compiled once.
+    """
+    order = np.argsort(~blocks, axis=-1, kind="stable")
+    count = torch.from_numpy(blocks.sum(axis=-1, dtype=np.int32))
+    return count[:, None], torch.from_numpy(order.astype(np.int32))[:, None]
+
+
+class _Spans(NamedTuple):
+    """Of each block of positions, [rows, blocks]: the lowest and the highest of their numbers, the
+    lowest above the highest where none is counted; and whether all positions are."""
+
+    low: np.ndarray
+    high: np.ndarray
+    whole: np.ndarray
+
+    @classmethod
+    def of(cls, numbers: np.ndarray, counted: np.ndarray) -> "_Spans":
+        """Of numbers from 0 up, [rows, seq]; positions behind the row fill its last block."""
+        rows, length = numbers.shape
+        fill = ((0, 0), (0, -length % MASK_BLOCK))
+        shape = (rows, -1, MASK_BLOCK)
+        numbers, counted = (np.pad(one, fill).reshape(shape) for one in (numbers, counted))
+        low = np.where(counted, numbers, np.iinfo(np.int64).max).min(axis=-1)
+        high = np.where(counted, numbers, -1).max(axis=-1)
+        return cls(low, high, np.logical_and.reduce(counted, axis=-1))
+
+    def meet(self, keys: "_Spans") -> np.ndarray:
+        """Where a block of ours and one of `keys` may have a number in common."""
+        low = np.maximum(self.low[:, :, None], keys.low[:, None])
+        return np.asarray(low <= np.minimum(self.high[:, :, None], keys.high[:, None]))
+
+    def agree(self, keys: "_Spans") -> np.ndarray:
+        """Where all positions of both blocks have one and the same number."""
+        ours, theirs = (one.whole & (one.low == one.high) for one in (self, keys))
+        same = self.low[:, :, None] == keys.low[:, None]
+        return np.asarray(same & ours[:, :, None] & theirs[:, None])
+
+
+def _seen_blocks(place: Place, attention: Attention) -> tuple[np.ndarray, np.ndarray]:
+    """Which blocks of keys each block of queries may see something of, and which all of it sees
+    all of: [rows, query blocks, key blocks]. The second is within the first.
+
+    What is seen is never left out. Where segments and pictures are numbered upwards in a row, few
+    blocks of the first are empty; whatever the numbers, all of the second are full.
+    """
+    segment = place.segment.numpy()
+    held = segment != PADDING
+    own = _Spans.of(np.zeros_like(segment) if attention == "causal" else segment, held)
+    together, one = own.meet(own), own.agree(own)
+    some, every = together, one
+    if place.latest is not None and place.picture is not None and attention == "latest":
+        picture, latest = place.picture.numpy(), place.latest.numpy()
+        pictured = picture != NO_PICTURE
+        shown = _Spans.of(picture, held & pictured)
+        newest = _Spans.of(latest, held & (latest != NO_PICTURE))
+        plain = _Spans.of(segment, held & ~pictured)
+        some = own.meet(plain) | (together & newest.meet(shown))
+        every = one & (plain.whole[:, None] | newest.agree(shown))
+    number = np.arange(own.low.shape[1])
+    before = number[:, None] > number
+    some, every = (some & before) | (number[:, None] == number), every & before
+    both: _Spans | None = None
+    if attention == "prefix" and place.prefix is not None:
+        both = _Spans.of(segment, held & place.prefix.numpy())
+    elif attention == "pictures" and place.picture is not None:
+        picture = place.picture.numpy()
+        both = _Spans.of(picture, held & (picture != NO_PICTURE))
+    if both is not None:
+        some, every = some | (together & both.meet(both)), every | (one & both.agree(both))
+    return some, every
+
+
+def map_mask(mask: Mask, change: Callable[[Tensor], Tensor]) -> Mask:
+    """The mask with each of its tensors changed alike: moved, or put into page-locked memory."""
+    if isinstance(mask, Tensor):
+        return change(mask)
+    if isinstance(mask, Runs):
+        masks = (tuple(None if one is None else change(one) for one in row) for row in mask.masks)
+        return replace(mask, masks=tuple(masks))
+    if mask is None:
+        return None
+    held, attention = cast("partial[Tensor]", mask.mask_mod).args
+    changed = copy(mask)
+    for name in _BLOCK_TENSORS:
+        setattr(changed, name, change(getattr(mask, name)))
+    held = tuple(None if one is None else change(one) for one in held)
+    changed.mask_mod = partial(_shows, held, attention)
+    return changed
+
+
+def move_mask(mask: Mask, device: torch.device) -> Mask:
+    """The mask on another device; of page-locked memory it is copied while the host goes on."""
+    return map_mask(mask, lambda one: one.to(device, non_blocking=True))
 
 
 def attend(
@@ -222,15 +338,32 @@ def attend(
     """
     if isinstance(mask, Runs):
         return _attend_runs(query_RHTC, key_RHSC, value_RHSC, mask)
-    if not isinstance(mask, BlockMask):
-        return scaled_dot_product_attention(
-            query_RHTC, key_RHSC, value_RHSC, attn_mask=mask, is_causal=mask is None
-        )
+    if isinstance(mask, BlockMask):
+        return attend_blocks(query_RHTC, key_RHSC, value_RHSC, mask)
+    return scaled_dot_product_attention(
+        query_RHTC, key_RHSC, value_RHSC, attn_mask=mask, is_causal=mask is None
+    )
+
+
+def attend_blocks(
+    query_RHTC: Float[Tensor, "rows heads seq channels"],
+    key_RHSC: Float[Tensor, "rows held_heads seq channels"],
+    value_RHSC: Float[Tensor, "rows held_heads seq channels"],
+    mask: BlockMask,
+    scale: float | None = None,
+) -> Float[Tensor, "rows heads seq channels"]:
+    """As `attend`. Several heads in a row may share a head of keys and values; scores are times
+    `scale`, channels^-0.5 for None."""
     channels = query_RHTC.shape[-1]
     missing = max(0, _LEAST_CHANNELS - channels)
     filled = [pad(part, (0, missing)) for part in (query_RHTC, key_RHSC, value_RHSC)]
     attention = _fused() if query_RHTC.is_cuda else flex_attention
-    mixed = attention(*filled, block_mask=mask, scale=channels**-0.5)
+    mixed = attention(
+        *filled,
+        block_mask=mask,
+        scale=channels**-0.5 if scale is None else scale,
+        enable_gqa=query_RHTC.shape[1] != key_RHSC.shape[1],
+    )
     return cast(Tensor, mixed)[..., :channels]
 
 
