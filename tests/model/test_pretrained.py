@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoConfig, LlamaConfig, PreTrainedModel, Qwen2Config
 
 import checkpoints
 from midstream.config import TransformersDecoderConfig
+from midstream.core.batch import PADDING
 from midstream.core.identity import digest
+from midstream.model.attention import make_mask, move_mask
 from midstream.model.pretrained import (
     FAMILIES,
     TransformersDecoder,
@@ -62,7 +65,9 @@ def causal(rows: int, length: int, seen: int | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def hidden_of(decoder: TransformersDecoder, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+def hidden_of(
+    decoder: TransformersDecoder, ids: Tensor, mask: Tensor | BlockMask | None = None
+) -> Tensor:
     return decoder(decoder.embed(ids), counted(*ids.shape), mask)
 
 
@@ -124,6 +129,52 @@ def test_no_mask_is_causal_over_the_row_even_where_positions_start_again(family:
         alone = hidden_of(decoder, ids[:, 7:])
     assert_close(plain, explicit)
     assert (plain[:, 7:] - alone).abs().max() > 0.01
+
+
+# Grouped queries with heads narrower than the kernels take; rotary embeddings of a part of a head.
+@pytest.mark.parametrize("family", ["llama3", "gpt_neox"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@torch.no_grad()
+def test_a_block_mask_is_that_of_flex_attention_and_gives_what_the_dense_one_gives(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, ids = ours(family), tokens(2, 100)
+    segment_ids = torch.tensor([[0] * 30 + [1] * 70, [0] * 55 + [1] * 40 + [PADDING] * 5])
+    dense, blocks = (
+        make_mask(segment_ids, None, "segments", kind=kind) for kind in ("dense", "blocks")
+    )
+    assert isinstance(dense, Tensor)
+    assert isinstance(blocks, BlockMask)
+    expected = hidden_of(decoder, ids, dense)
+    assert (expected - hidden_of(decoder, ids)).abs().max() > 0.01
+    with monkeypatch.context() as without:
+        # Neither kernels under a dense mask nor masks of transformers.
+        without.delattr("torch.nn.functional.scaled_dot_product_attention")
+        without.delattr("transformers.masking_utils.sdpa_mask")
+        assert_close(hidden_of(decoder, ids, blocks), expected)
+    if family == "llama3":
+        # Turned queries and keys are float32 there, values are not.
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            errors = [(hidden_of(decoder, ids, one) - expected).abs() for one in (blocks, dense)]
+        assert 0 < errors[0].max() < 1.5 * errors[1].max()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs the kernels of a GPU")
+@pytest.mark.parametrize("family", ["llama3", "gpt_neox"])
+def test_gradients_under_a_block_mask_on_a_gpu_are_those_under_the_dense_one(family: str) -> None:
+    decoder = filled(theirs(family), TransformersDecoder(ours(family).config)).cuda()
+    ids, segment_ids = tokens(2, 300), torch.arange(300).div(70, rounding_mode="floor")[None]
+    found = []
+    for kind in ("dense", "blocks"):
+        mask = make_mask(segment_ids.expand(2, -1), None, "segments", kind=kind)
+        mask = move_mask(mask, torch.device("cuda"))
+        decoder.zero_grad()
+        hidden = decoder(decoder.embed(ids.cuda()), counted(*ids.shape).cuda(), mask)
+        hidden.square().mean().backward()
+        gradients = [one.grad for one in decoder.parameters() if one.grad is not None]
+        found.append([hidden.detach(), *gradients])
+    for dense, blocks in zip(*found, strict=True):
+        assert (blocks - dense).abs().max() < 1e-3 * dense.abs().max()
 
 
 def test_scaled_rotary_frequencies_are_honoured() -> None:

@@ -15,8 +15,10 @@ from typing import Any, cast
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from midstream.config import TransformersDecoderConfig
+from midstream.model.attention import attend_blocks
 from midstream.model.decoder import check_room, select
 from midstream.model.weights import Initialiser
 
@@ -145,14 +147,43 @@ def _agree(name: str, stated: Any, found: Any) -> None:
         )
 
 
+# By this name transformers calls `_attention`. It knows no masks of that name, and so makes none.
+_ATTENTION = "midstream"
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    *,
+    scaling: float,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers asks of an attention: [rows, heads, seq, channels] in, [rows, seq, heads,
+    channels] out. Its own kernels, but under a BlockMask; None is plain causal attention."""
+    if not isinstance(attention_mask, BlockMask):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(  # type: ignore[no-any-return]
+            module, query, key, value, attention_mask, scaling=scaling, **others
+        )
+    # Turned queries and keys are float32 under autocast, which casts them for other kernels.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    mixed = attend_blocks(query, key, value, attention_mask, scaling)
+    return mixed.transpose(1, 2).contiguous(), None
+
+
 def _build(hf_config: Any) -> Any:
     """The model in float32 with unset values, tied where it is tied; nothing is drawn."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AttentionInterface, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
+    AttentionInterface.register(_ATTENTION, _attention)
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(
-            hf_config, dtype=torch.float32, attn_implementation="sdpa"
+            hf_config, dtype=torch.float32, attn_implementation=_ATTENTION
         )
     # Left out together with the initialisers.
     model.tie_weights()
@@ -238,27 +269,24 @@ class TransformersDecoder(nn.Module):
         self,
         embeddings: Float[Tensor, "rows seq width"],
         position_ids: Int[Tensor, "rows seq"],
-        mask: Bool[Tensor, "rows 1 seq seen"] | None,
+        mask: Bool[Tensor, "rows 1 seq seen"] | BlockMask | None,
         cache: TransformersCache | None = None,
         at: Int[Tensor, "asked"] | None = None,
     ) -> Float[Tensor, "*asked width"]:
         """The hidden states after the final norm; `output` turns them into logits.
 
-        `mask` is True where a position sees another; None is plain causal attention, whatever the
-        position ids, and needs an empty or no cache. With a cache, `seen` counts the held
-        positions and the new ones. `at` asks for some positions alone (their numbers over all
+        `mask` is True where a position sees another, or a BlockMask, which has no backward on a
+        CPU; None is plain causal attention, whatever the position ids, and needs an empty or no
+        cache. With a cache the mask is dense, and `seen` counts the held positions and the new
+        ones. `at` asks for some positions alone (their numbers over all
         rows): [asked, width].
         """
         if cache is not None:
             check_room(cache.length, embeddings.shape[1], cache.columns, mask)
-        if mask is None:
-            # Given no mask at all, transformers starts a new segment wherever positions do. Of one
-            # that hides nothing it makes the same plain causal attention without looking at them.
-            seen = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
         outputs = self.model.base_model(
             inputs_embeds=embeddings,
             position_ids=position_ids,
-            attention_mask=seen if mask is None else mask,
+            attention_mask=mask,
             use_cache=cache is not None,
             **({} if cache is None else {self._held_name: cache.held}),
         )

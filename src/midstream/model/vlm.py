@@ -192,13 +192,10 @@ class VLM(nn.Module):
         if projected is not None and self.gated is not None:
             seen = shown(projected, latest_pictures(batch.image_slots, batch.segment_ids))
         attention = self.config.attention
-        # TODO(flex-for-transformers): their decoders get dense masks on a GPU too; giving them the
-        # BlockMask with attn_implementation="flex_attention" lifts it.
-        kind: MaskKind = "dense"
-        if not isinstance(self.decoder, TransformersDecoder):
-            # The runs of a batch are new shapes for each block that is compiled.
-            on_cpu: MaskKind = "dense" if self.compiled_blocks else "cut"
-            kind = on_cpu if embeddings.device.type == "cpu" else "blocks"
+        # The runs of a batch are new shapes for each block that is compiled, and unknown to others.
+        whole = self.compiled_blocks or isinstance(self.decoder, TransformersDecoder)
+        on_cpu: MaskKind = "dense" if whole else "cut"
+        kind = on_cpu if embeddings.device.type == "cpu" else "blocks"
         prefix, pictures = batch.prefix if attention == "prefix" else None, None
         if attention in PICTURE_RULES:
             size = (len(embeddings), embeddings.shape[1])
