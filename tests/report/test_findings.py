@@ -115,6 +115,14 @@ def test_other_axes_are_averaged_within_each_seed_and_are_no_repetitions(ledger:
     assert "mean over 2 places of kind" in found.sentence
 
 
+def test_an_axis_that_moves_along_is_part_of_the_place(ledger: Ledger) -> None:
+    scores = {(20, "dense"): (0.20, 0.22, 0.24), (80, "thin"): (0.30, 0.33, 0.33)}
+    found = claimed(ledger, scores, axes=("x", "kind"))[0]
+    assert found.verdict_words == "higher: our data agree"
+    assert found.comparison is not None
+    assert found.comparison.contrast.n == 3
+
+
 def test_a_place_that_one_seed_lacks_is_left_out_for_all_and_counted(ledger: Ledger) -> None:
     scores = {
         (20, "a"): (0.20, 0.20),

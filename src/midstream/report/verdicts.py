@@ -60,8 +60,9 @@ def compare(
 
     Each repetition is first averaged over the free axes: lines that share stages are no
     repetitions of each other. The spread is pooled over all places of the axes that differ between
-    the sides, where the others have the sides' values. `places`: of so many the best was picked,
-    and the interval is simultaneous for all pairs. None where no repetition is on every side.
+    the sides, where the others have the sides' values. An axis that the study moves along with
+    those that differ is part of the place. `places`: of so many the best was picked, and the
+    interval is simultaneous for all pairs. None where no repetition is on every side.
     """
     first = sides[0][1]
     same = {a: v for a, v in first.items() if all(at.get(a) == v for _, at in sides)}
@@ -70,6 +71,7 @@ def compare(
     if not lines:
         return None
     free = [axis for axis in lines[0].axes if axis not in same and axis not in varied]
+    free = [axis for axis in free if axis == SEED or not _is_tied(study, axis, varied, same)]
     # A comparison of the seeds themselves is repeated by everything else.
     fixes_seeds = SEED in varied or SEED in same
     repeats = [SEED] if SEED in free else free if fixes_seeds else []
@@ -171,6 +173,15 @@ def _judged(pilot: set[str], cells: Cells, weights: Mapping[Place, float], place
     if first.sd is None:
         return replace(every, sd=None, why=f"of the first seeds {first.why}")
     return after_more(first, every)
+
+
+def _is_tied(study: Study, axis: str, varied: Sequence[str], same: Mapping[str, Any]) -> bool:
+    """Whether an axis has several values, and by the study's design one at each place."""
+    found: dict[Place, set[Any]] = {}
+    for line in study.lines:
+        if all(line.axes.get(a) == v for a, v in same.items()):
+            found.setdefault(_place_at(line.axes, varied), set()).add(line.axes.get(axis))
+    return len(set.union(*found.values())) > 1 and all(len(own) == 1 for own in found.values())
 
 
 def _place_at(at: Mapping[str, Any], axes: Sequence[str]) -> Place:
