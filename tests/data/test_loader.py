@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import make_sources, mixture
+from made_documents import drawn_documents
 from torch import Tensor
 
 from midstream.config import Rows
@@ -113,6 +115,42 @@ def test_the_rows_of_a_step_are_the_same_for_every_number_of_ranks(
     idle = [b for step in together for batches in step for b in batches if padding(b)]
     assert bool(idle) == (world_size > 1)
     assert all(b.counts == TokenCount() and len(b.images) == 0 for b in idle)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ranks_that_look_at_pictures_get_alike_many_of_the_same_rows(
+    tmp_path: Path, seed: int
+) -> None:
+    sources = make_sources(tmp_path, seed, longest=60)
+    sources["docs"] = drawn_documents(tmp_path, "docs", seed, 60, longest=40)
+    shares = {"web": 0.3, "pics": 0.2, "docs": 0.5}
+    budget = mixture(2600, shares, 2)
+    plan = plan_rows(sources, PATCHES, budget, Rows(row_length=64, batch_rows=BATCH_ROWS), seed)
+    data = RowDataset(plan, sources, PATCHES, Pictures())
+    expected = [build_row(plan, sources, index, PATCHES) for index in range(len(plan))]
+    shown = [data.num_pictures(index) for index in range(len(plan))]
+    assert shown == [len(row.images) for row in expected]
+    assert max(shown) > 3
+    views = [View(len(plan), BATCH_ROWS, 2, rank, 2, data.num_pictures) for rank in range(2)]
+    loaded = [
+        list(load_steps(data, first_row=0, micro_rows=2, rank=rank, world_size=2, looks=True))
+        for rank in range(2)
+    ]
+    dealt = [list(view.steps(0)) for view in views]
+    for step in range(plan.num_steps):
+        ranks = [steps[step] for steps in dealt]
+        rows = sorted(row for parts in ranks for part in parts for row in part)
+        assert rows == list(range(step * BATCH_ROWS, min((step + 1) * BATCH_ROWS, len(plan))))
+        totals = [sum(shown[row] for part in parts for row in part) for parts in ranks]
+        halves = combinations([shown[row] for row in rows], len(rows) // 2)
+        assert abs(totals[0] - totals[1]) == min(
+            abs(2 * sum(half) - sum(totals)) for half in halves
+        )
+        for parts, steps in zip(ranks, loaded, strict=True):
+            for part, batch in zip(parts, steps[step], strict=True):
+                check([batch] if part else [], [expected[row] for row in part])
+    alone = list(load_steps(data, first_row=0, micro_rows=3, looks=True))
+    check_steps(alone, expected)
 
 
 @pytest.mark.parametrize("micro_rows", range(1, BATCH_ROWS + 2))
@@ -230,7 +268,8 @@ def test_every_rank_gets_the_same_number_of_micro_batches_and_every_row_comes_on
     views = [View(num_rows, batch_rows, micro_rows, rank, world_size) for rank in range(world_size)]
     seen: list[int] = []
     for step in range(-(-num_rows // batch_rows)):
-        ranks = [view.parts(step, first_row, view.rank) for view in views]
+        ranks = views[0].ranks(step, first_row)
+        assert all(view.ranks(step, first_row) == ranks for view in views)
         assert len({len(parts) for parts in ranks}) == 1
         assert all(len(part) <= micro_rows for parts in ranks for part in parts)
         seen += [row for parts in ranks for part in parts for row in part]

@@ -6,7 +6,7 @@ The loader's whole state is one integer: the rows consumed.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import count
+from itertools import count, tee
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from midstream.data.columns import Shard
 from midstream.data.lengths import SourceLengths, fit_to_rows
 from midstream.data.parts import Run, runs_of
 from midstream.data.sources import Source
+from midstream.order.deal import deal_parts
 from midstream.order.mixture import Quota, Supply
 from midstream.order.plan import RowPlan, make_plan
 
@@ -255,6 +256,15 @@ class RowDataset(Dataset[tuple[Row, Tensor]]):
         row = build_row(self.plan, self.sources, index, self.num_patches)
         return row, self.images(row.images)
 
+    def num_pictures(self, index: int) -> int:
+        """How many pictures row `index` shows."""
+        found = 0
+        for placed in self.plan.layout.row(index):
+            places = self.sources[self.plan.names[placed.source]].places_of(placed.example)
+            runs = runs_of(places, placed.start, placed.length, self.num_patches)
+            found += sum(run.picture is not None for run in runs)
+        return found
+
     def padding(self) -> tuple[Row, Tensor]:
         """A row that holds nothing: what a rank works on while only others have rows."""
         length = self.plan.rows.row_length
@@ -273,9 +283,10 @@ class RowDataset(Dataset[tuple[Row, Tensor]]):
 
 @dataclass(frozen=True)
 class View:
-    """Which rows of each step a rank works on, and how many at a time.
+    """Which rows of each step a rank works on, and at most how many at a time.
 
-    Raises ValueError if ranks do not divide the step.
+    With `pictures`, how many a row shows, several ranks get rows as `deal_parts` says, else as they
+    come. Raises ValueError if ranks do not divide the step.
     """
 
     num_rows: int
@@ -283,6 +294,7 @@ class View:
     micro_rows: int
     rank: int = 0
     world_size: int = 1
+    pictures: Callable[[int], int] | None = None
 
     def __post_init__(self) -> None:
         if self.batch_rows % self.world_size:
@@ -290,26 +302,31 @@ class View:
                 f"batch_rows {self.batch_rows} is no multiple of {self.world_size} ranks"
             )
 
-    def parts(self, step: int, first_row: int, rank: int) -> list[list[int]]:
-        """A rank's micro-batches of one optimiser step, without the rows before `first_row`.
+    def ranks(self, step: int, first_row: int) -> list[list[list[int]]]:
+        """The micro-batches of one optimiser step by rank, without the rows before `first_row`.
 
         Every rank gets the same number of them (some may be empty at the plan's end), so that all
         run the same collectives.
         """
         low, share = step * self.batch_rows, self.batch_rows // self.world_size
-        mine = range(low + rank * share, low + (rank + 1) * share)
-        cut = [mine[at : at + self.micro_rows] for at in range(0, share, self.micro_rows)]
-        return [[row for row in part if first_row <= row < self.num_rows] for part in cut]
+        if self.pictures is not None and self.world_size > 1:
+            left = range(max(low, first_row), min(low + self.batch_rows, self.num_rows))
+            return deal_parts(left, self.pictures, self.world_size, self.micro_rows)
+        shares = [range(first, first + share) for first in range(low, low + self.batch_rows, share)]
+        starts = range(0, share, self.micro_rows)
+        cut = [[mine[at : at + self.micro_rows] for at in starts] for mine in shares]
+        left = range(first_row, self.num_rows)
+        return [[[row for row in part if row in left] for part in parts] for parts in cut]
 
     def steps(self, first_row: int) -> Iterator[list[list[int]]]:
-        """The steps that are left once `first_row` rows are consumed.
+        """The rank's steps that are left once `first_row` rows are consumed.
 
         A part that is empty on every rank is left out; one that some rank has, every rank has.
         """
         for step in count(first_row // self.batch_rows):
             if max(first_row, step * self.batch_rows) >= self.num_rows:
                 return
-            ranks = [self.parts(step, first_row, rank) for rank in range(self.world_size)]
+            ranks = self.ranks(step, first_row)
             held = [any(parts) for parts in zip(*ranks, strict=True)]
             yield [part for part, used in zip(ranks[self.rank], held, strict=True) if used]
 
@@ -323,17 +340,22 @@ def load_steps(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | None = None,
+    looks: bool = False,
 ) -> Iterator[list[Batch]]:
     """The micro-batches of each optimiser step from row `first_row` of the plan on.
 
+    `looks`: an encoder sees the pictures, so that ranks are dealt alike many (`View`).
     `workers` processes build rows and decode pictures ahead; for a GPU `device` batches lie in
     page-locked memory. Neither changes what they hold.
     """
-    view = View(len(dataset), dataset.plan.rows.batch_rows, micro_rows, rank, world_size)
+    pictures = dataset.num_pictures if looks else None
+    view = View(len(dataset), dataset.plan.rows.batch_rows, micro_rows, rank, world_size, pictures)
+    # The loader is ahead of who takes the steps.
+    ahead, steps = tee(view.steps(first_row))
     loader = DataLoader(
         dataset,
         # Made as it goes: a plan may have millions of rows.
-        batch_sampler=(part for step in view.steps(first_row) for part in step),
+        batch_sampler=(part for step in ahead for part in step),
         collate_fn=partial(_collate, dataset),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
@@ -343,7 +365,7 @@ def load_steps(
         multiprocessing_context="forkserver" if workers else None,
     )
     batches = iter(loader)
-    for step in view.steps(first_row):
+    for step in steps:
         yield [next(batches) for _ in step]
 
 

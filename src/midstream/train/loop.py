@@ -150,6 +150,7 @@ def train(
         rank=place.rank,
         world_size=place.world_size,
         device=place.device,
+        looks=job.looks,
     )
     shown, before = 0.0, time.monotonic()
     watch, clock = watch or Watch(ALONE), Clock(place.device, progress.parts)
@@ -405,6 +406,7 @@ def _results(job: Job, progress: Progress, place: Place) -> dict[str, Any]:
         decoder_trained=is_trained(job.model.decoder),
     )
     (memory,) = place.sum([peak_memory_bytes()])
+    parts = place.sum([each / place.world_size for each in progress.parts.values()])
     data = job.dataset
     planned_shares = shares_report(data.plan, data.sources, data.num_patches)
     views = place.gather(_views(job) if place.rank == 0 else None)[0]
@@ -434,7 +436,7 @@ def _results(job: Job, progress: Progress, place: Place) -> dict[str, Any]:
             images=progress.num_images,
             flops=flops,
             seconds=progress.seconds,
-            parts=progress.parts,
+            parts=dict(zip(progress.parts, parts, strict=True)),
             peak_flops=place.peak_flops,
             peak_memory_bytes=int(memory),
         ),

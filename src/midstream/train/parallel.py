@@ -75,6 +75,15 @@ class Place:
             for part, size in zip(parts, sizes, strict=True)
         ]
 
+    def meet(self) -> None:
+        """Let what the device computes next wait for all ranks; the host waits on a CPU alone."""
+        if self.mesh is None:
+            return
+        if self.device.type == "cpu":
+            self.barrier()
+        else:
+            dist.all_reduce(torch.zeros(1, device=self.device))
+
     def close(self) -> None:
         """Leave the process group, if there is one."""
         if self.scalars is not None:

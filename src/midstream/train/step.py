@@ -202,8 +202,9 @@ def _materialise(model: nn.Module, device: torch.device) -> None:
                 setattr(module, name, buffer.to(device))
 
 
-# The parts of a step. An encoder that the stage trains is part of the model's work.
-PARTS = ("data", "encoder", "model", "optimizer", "checkpoint")
+# The parts of a step. An encoder that the stage trains is part of the model's work; "ranks" is
+# waiting for other ranks (`Place.meet`).
+PARTS = ("data", "encoder", "model", "ranks", "optimizer", "checkpoint")
 
 
 class Clock:
@@ -279,7 +280,7 @@ def report(
 
     Tokens are all positions, useful ones those that are no padding; the utilisation is the model
     FLOPs a second over `peak_flops`, what the devices reach in a matrix product, measured when
-    the stage began. `time_shares` are of the wall time of the first rank.
+    the stage began. `time_shares` are of the wall time; `parts` are means over the ranks.
     """
     time_taken = max(seconds, 1e-9)
     shares = {name: parts.get(name, 0.0) / time_taken for name in PARTS}
@@ -350,11 +351,13 @@ def train_step(
         batch = placed(cpu_batch, place)
         with clock.part("encoder", on_device=True), place.autocast():
             features = features_of(model, batch, encode, shown)
+        _meet(place, clock)
         with clock.part("model", on_device=True):
             with place.autocast():
                 loss, cross_entropy = model.losses(batch, features, settings.z_loss)
             (loss / num_targets).backward()  # type: ignore[no-untyped-call]
             total += cross_entropy
+    _meet(place, clock)
     untouched = _touch(model)
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     with clock.part("optimizer", on_device=True):
@@ -367,6 +370,11 @@ def train_step(
     with clock.part("optimizer", on_device=True):
         optimizer.step()
     return result
+
+
+def _meet(place: Place, clock: Clock) -> None:
+    with clock.part("ranks", on_device=True):
+        place.meet()
 
 
 def placed(batch: Batch, place: Place) -> Batch:
