@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from exported import OPENLM, codec, made, run_fresh, stock
+from exported import OPENLM, SIGLIP, codec, made, run_fresh, stock
 from torch import Tensor
 
 from answerers import run_text_tasks
-from midstream.config import PatchProjection, VLMConfig
+from midstream.config import GatedBlocks, PatchProjection, ProjectorConfig, VLMConfig
 from midstream.data.examples import TextCodec, conversation_example, question_ids
 from midstream.eval import text
 from midstream.eval.predict import ModelAnswerer
@@ -202,6 +202,10 @@ def test_what_cannot_be_exported_is_refused_and_only_an_export_is_written_over(
         vlm.decoder.norm.weight[3] = float("nan")
     with pytest.raises(ValueError, match=r"decoder\.norm\.weight holds numbers that are not fin"):
         refuse(vlm, codec(), None, out)
+    gated = ProjectorConfig(num_layers=1, gated=GatedBlocks())
+    seeing, _ = made(VLMConfig(decoder=OPENLM, encoder=SIGLIP, projector=gated))
+    with pytest.raises(ValueError, match="gated blocks of this model change text, too"):
+        refuse(seeing, codec(), None, out)
     small, _ = made(VLMConfig(decoder=OPENLM.model_copy(update={"vocab_size": 300})))
     with pytest.raises(ValueError, match="302 ids, the model 300 rows"):
         refuse(small, codec(), None, out)

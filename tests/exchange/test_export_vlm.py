@@ -29,6 +29,7 @@ from midstream.config import (
     AttentionPool,
     AveragePool,
     FusedEncoder,
+    GatedBlocks,
     ImageTransform,
     PatchProjection,
     PixelShuffle,
@@ -54,6 +55,7 @@ from midstream.eval.tasks import Answerer
 from midstream.eval.transformers_answerer import TransformersAnswerer
 from midstream.exchange.export import write_folder
 from midstream.model.generate import generate
+from midstream.model.read_prompts import Part, Prompt
 from midstream.model.vision import VisionEncoder
 from midstream.model.vlm import VLM
 from midstream.work.open_model import look_through
@@ -124,6 +126,15 @@ OWN = {
     "Llava has no attention connector": model(stock(), SIGLIP, REDUCED["attention"]),
     "Llava has no resampler connector": model(stock(), SIGLIP, REDUCED["resampler"]),
     "tied embeddings": model(stock("gpt_neox", **TIED), SIGLIP),
+    "is OpenLM's": model(
+        OPENLM,
+        SIGLIP,
+        ProjectorConfig(
+            num_layers=0,
+            reduction=Resampler(num_latents=3, num_layers=1, num_heads=2, head_dim=4),
+            gated=GatedBlocks(every=1, num_heads=2, head_dim=4),
+        ),
+    ),
 }
 
 
@@ -246,6 +257,54 @@ def test_conversations_captions_and_text_have_the_logits_of_training(
                 input_ids=torch.full((1, 4), token),
                 pixel_values=torch.zeros(2, 3, 24, 24) if pictures else None,
             )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["is OpenLM's", "the decoder is OpenLM's"])
+def test_prompts_of_several_pictures_are_answered_together_and_several_times(
+    tmp_path: Path, name: str
+) -> None:
+    from midstream.exchange.modeling.modeling_midstream import MidstreamForConditionalGeneration
+
+    words = codec(adds_start=True)
+    vlm, encoder, report = written(tmp_path / "out", OWN[name], words)
+    assert report.own_code
+    again = MidstreamForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    pixels = torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(3))
+    features, size = look_through(vlm, encoder)(pixels), vlm.config.image_tokens
+    rows, prompts, taken = list[list[int]](), list[Prompt](), 0
+    for shown in ((0, 5, 5), (), (2,)):
+        turn = Turn("How many balls?", "", pictures=shown)
+        head, rest = asked_example(words, turn, [Turn("Left?", "no")])
+        ids = np.concatenate((head.input_ids, rest.input_ids))
+        places = (*head.pictures, *(len(head.input_ids) + place for place in rest.pictures))
+        assert len(places) == len(shown)
+        batch = batch_of(Example(ids, np.zeros(len(ids)), places), size)
+        mine = slice(taken, taken + len(shown))
+        expected = vlm.decoder.output(vlm(batch, features[mine]))
+        row = batch.input_ids.clone()
+        for _, place in batch.image_slots.tolist():
+            row[:, place : place + size] = again.config.image_token_id
+        found = again(input_ids=row, pixel_values=pixels[mine] if shown else None).logits
+        assert (found[..., : expected.shape[-1]] - expected).abs().max() <= 1e-5
+        rows += row.tolist()
+        numbered = tuple((place, taken + at) for at, place in enumerate(places))
+        prompts.append(Prompt(Part(), Part(tuple(ids.tolist()), numbered)))
+        taken += len(shown)
+    longest = max(map(len, rows))
+    padded = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    held = torch.tensor([[int(at >= longest - len(row)) for at in range(longest)] for row in rows])
+    options: Any = {"max_new_tokens": 8, "do_sample": False}
+    new = again.generate(input_ids=padded, attention_mask=held, pixel_values=pixels, **options)[
+        :, longest:
+    ]
+    stops = words.stop_ids
+    ours = generate(vlm, prompts, features, max_new_tokens=8, stop_ids=stops, batch_size=2)
+    assert cut(new.tolist(), stops) == ours
+    assert len({tuple(one) for one in ours}) == 3
+    options |= {"do_sample": True, "top_k": 1, "num_return_sequences": 2}
+    twice = again.generate(input_ids=padded, attention_mask=held, pixel_values=pixels, **options)
+    assert cut(twice[:, longest:].tolist(), stops) == [one for one in ours for _ in range(2)]
 
 
 # -------------------------------------------------------------------------------- pictures
@@ -390,14 +449,8 @@ print(json.dumps(found))
 
 @torch.no_grad()
 def expected_logits(vlm: VLM, features: Tensor, head: list[int], ids: list[int]) -> Tensor:
-    embeddings = vlm.decoder.embed(torch.tensor([head + ids]))
-    projected = vlm.project(features, embeddings)
-    assert projected is not None
-    rows = torch.cat((embeddings[:, : len(head)], projected, embeddings[:, len(head) :]), dim=1)
-    length, mask = rows.shape[1], None
-    if vlm.config.attention == "prefix":
-        mask = torch.ones((1, 1, length, length), dtype=torch.bool)
-    return vlm.decoder.output(vlm.decoder(rows, torch.arange(length)[None], mask))[0]
+    row = Example(np.array(head + ids), np.zeros(len(head + ids)), pictures=(len(head),))
+    return vlm.decoder.output(vlm(batch_of(row, vlm.config.image_tokens), features))[0]
 
 
 def looked(tmp_path: Path, configs: dict[str, VLMConfig]) -> dict[str, Any]:
@@ -425,8 +478,7 @@ def looked(tmp_path: Path, configs: dict[str, VLMConfig]) -> dict[str, Any]:
     for name, (vlm, encoder) in models.items():
         found = answers[str(tmp_path / name)]
         features = look_through(vlm, encoder)(torch.from_numpy(pixels))
-        assert vlm.config.encoder is not None
-        patches = vlm.config.encoder.num_patches
+        patches = vlm.config.image_tokens
         assert found["ids"] == found["whole"]
         head = words.begin_ids
         assert found["ids"][: len(head)] == head
@@ -460,6 +512,7 @@ def test_own_modelling_files_answer_as_midstream_does_in_a_fresh_python(tmp_path
         "fused": changed(OWN["not one tower but fused"], attention="prefix"),
         "dinov3": OWN["Llava does not leave DINOv3's registers out"],
         "fused3": changed(OWN["one tower but fused"], owns_encoder=True),
+        "gated": OWN["is OpenLM's"],
     }
     for name, found in looked(tmp_path, configs).items():
         assert found["class"] == "MidstreamForConditionalGeneration", name

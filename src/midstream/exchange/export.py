@@ -18,7 +18,9 @@ from midstream.config import (
     ImageTransform,
     PatchProjection,
 )
+from midstream.core.batch import IGNORE, Batch
 from midstream.core.storage import new_folder, write_bytes, write_json
+from midstream.core.tokens import TokenCount
 from midstream.data.examples import IMAGE_MARK, TextCodec, question_ids
 from midstream.data.images import encode_fixed
 from midstream.exchange.export_stock import (
@@ -54,6 +56,7 @@ MISSING = "missing"
 _CODE = (
     *OPENLM_CODE,
     "modeling_connectors.py",
+    "modeling_gated.py",
     "modeling_midstream.py",
     "processing_midstream.py",
 )
@@ -122,10 +125,10 @@ def refuse(vlm: VLM, codec: TextCodec, encoder: VisionEncoder | None, out: Path)
     """Raises ValueError if the model cannot be exported to `out`."""
     if out.exists() and not (out / MARK).is_file() and (out.is_file() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is no exported folder; give another --out")
-    if vlm.gated is not None:
+    if vlm.gated is not None and encoder is None:
         raise ValueError(
-            "a model with gated blocks is not exported yet: no class there computes them; chat and "
-            "evaluate it here"
+            "the gated blocks of this model change text, too, and no text class computes them; "
+            "export the whole model, or the text stage that it came from"
         )
     for module in (vlm, encoder):
         for name, value in module.state_dict().items() if module is not None else ():
@@ -200,7 +203,7 @@ def write_own(
     )
 
     sees, decoder = vlm.config.encoder, vlm.config.decoder
-    reduction = vlm.config.projector.reduction
+    reduction, gated = vlm.config.projector.reduction, vlm.config.projector.gated
     assert sees is not None
     token = image_token(codec)
     config = MidstreamConfig(
@@ -208,6 +211,7 @@ def write_own(
         vision={"num_patches": vlm.config.image_tokens, "towers": _descriptions(sees)},
         projector_widths=list(vlm.config.projector.widths(sees.hidden_size, decoder.hidden_size)),
         reduction=None if reduction is None else reduction.model_dump(),
+        gated=None if gated is None else gated.model_dump(),
         # A row of theirs is one segment.
         attention="causal" if vlm.config.attention == "segments" else vlm.config.attention,
         feature_dtype=cast(Any, sees).feature_dtype if _is_frozen(vlm) else None,
@@ -256,6 +260,8 @@ def _weights(vlm: VLM, encoder: VisionEncoder) -> dict[str, Tensor]:
     parts |= {f"projector.layers.{index}": one.state_dict() for index, one in enumerate(layers)}
     if reduction is not None:
         parts["projector.reduction"] = reduction.state_dict()
+    if vlm.gated is not None:
+        parts["gated"] = vlm.gated.state_dict()
     parts["language_model"] = text_weights(vlm.decoder)
     return {f"{part}.{name}": one for part, held in parts.items() for name, one in held.items()}
 
@@ -301,22 +307,24 @@ def _is_frozen(vlm: VLM) -> bool:
 @torch.no_grad()
 def prompt_logits(vlm: VLM, codec: TextCodec, features: Tensor | None) -> Tensor:
     """Midstream's logits [positions, vocabulary] of one question, behind a picture's features."""
-    ids = torch.tensor([question_ids(codec, _QUESTION, has_image=features is not None)])
-    embeddings = vlm.decoder.embed(ids)
-    if features is not None:
-        projected = vlm.project(features, embeddings)
-        assert projected is not None
-        begin = vlm.decoder.embed(torch.tensor([codec.begin_ids], dtype=torch.int64))
-        embeddings = torch.cat((begin, projected, embeddings), dim=1)
-    length = embeddings.shape[1]
-    first, size = len(codec.begin_ids), 0 if features is None else vlm.config.image_tokens
-    mask = torch.ones((1, 1, length, length), dtype=torch.bool)
-    if vlm.config.attention != "prefix":
-        mask = mask.tril()
-    if vlm.config.attention == "pictures":
-        mask[..., first : first + size, first : first + size] = True
-    hidden = vlm.decoder(embeddings, torch.arange(length)[None], mask)
-    logits: Tensor = vlm.decoder.output(hidden)[0]
+    sees, begin, config = features is not None, codec.begin_ids, vlm.config.encoder
+    if features is None and config is not None:
+        features = torch.zeros((0, config.num_patches, config.hidden_size))
+    places = vlm.config.image_tokens if sees else 0
+    # No target: with prefix attention all of it is given.
+    ids = torch.tensor(
+        [begin * sees + [0] * places + question_ids(codec, _QUESTION, has_image=sees)]
+    )
+    batch = Batch(
+        input_ids=ids,
+        targets=torch.full_like(ids, IGNORE),
+        position_ids=torch.arange(ids.shape[1])[None],
+        segment_ids=torch.zeros_like(ids),
+        image_slots=torch.tensor([[0, len(begin)]])[:sees],
+        images=torch.zeros((int(sees), 0)),
+        counts=TokenCount(),
+    )
+    logits: Tensor = vlm.decoder.output(vlm(batch, features))[0]
     return logits
 
 

@@ -277,16 +277,16 @@ def _unfixed(config: EncoderConfig, own: dict[str, Tensor]) -> dict[str, Tensor]
 
 # --------------------------------------------------------------------------------- all of it
 
-_PROJECTORS = (
-    *(ProjectorConfig(num_layers=2, hidden=hidden) for hidden in ("decoder", "encoder_4x")),
-    *(ProjectorConfig(num_layers=layers) for layers in (1, 3)),
+_PROJECTORS: tuple[dict[str, Any], ...] = (
+    *({"num_layers": 2, "hidden": hidden} for hidden in ("decoder", "encoder_4x")),
+    *({"num_layers": layers} for layers in (1, 3)),
 )
 
 
 @dataclass(frozen=True)
 class Sight:
     """What a language model sees with: towers as those of `read_encoder_part`, none for a map of
-    patches; the projector's tensors, and that map's, under the names of `VLM`."""
+    patches; the tensors of projector, gated blocks and that map under the names of `VLM`."""
 
     encoder: AnyEncoderConfig
     towers: tuple[FoundTower, ...]
@@ -327,13 +327,14 @@ def read_sight(folder: Path) -> Sight:
 def _own(folder: Path, content: dict[str, Any]) -> Sight:
     stored, towers = read_tensors(folder), content["vision"]["towers"]
     widths, reduction = tuple(content["projector_widths"]), content.get("reduction")
+    # Folders that were written before gated blocks were known have none.
+    gated = content.get("gated")
     width = widths[0]
     if reduction is not None and reduction["kind"] == "shuffle":
         width //= reduction["window"] ** 2
-    known = (
-        ProjectorConfig.model_validate(one.model_dump() | {"reduction": reduction})
-        for one in _PROJECTORS
-    )
+    settings = {"reduction": reduction, "gated": gated}
+    asked = _PROJECTORS if len(widths) > 1 else ({"num_layers": 0},)
+    known = (ProjectorConfig.model_validate(one | settings) for one in asked)
     projector = next((one for one in known if one.widths(width, widths[-1]) == widths), None)
     if projector is None:
         raise _OtherwiseError(f"its projector has the widths {', '.join(map(str, widths))}")
@@ -343,8 +344,8 @@ def _own(folder: Path, content: dict[str, Any]) -> Sight:
         for index in range(len(widths) - 1)
         for name in ("weight", "bias")
     }
-    mark = "projector.reduction."
-    tensors |= {name: value for name, value in stored.items() if name.startswith(mark)}
+    marks = ("projector.reduction.", "gated.")
+    tensors |= {name: value for name, value in stored.items() if name.startswith(marks)}
     read = tuple(
         _rounding(read_encoder_part(folder, part), content["feature_dtype"])
         for part in _tower_parts(towers)

@@ -5,6 +5,7 @@ positions, the class token with its position) is stored as it is added. DINOv3, 
 by their place, is transformers' own.
 """
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -25,7 +26,11 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .modeling_connectors import reduction_of
+from .modeling_gated import GatedLayers, Shown, shown
 from .modeling_openlm import CACHE, OpenLMConfig, OpenLMForCausalLM, next_token_loss, positions
+
+# The pictures of a held prompt, for gated blocks: an attribute of its cache.
+_SHOWN = "midstream_shown"
 
 
 class MidstreamConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is not typed
@@ -34,7 +39,8 @@ class MidstreamConfig(PretrainedConfig):  # type: ignore[misc]  # transformers i
     `text_config` is an `OpenLMConfig` or that of a causal language model of transformers. `vision`
     describes the encoder: `num_patches`, the places that a picture takes, and its `towers` as
     `VisionTower` takes them. `projector_widths` are the widths before, between and after its linear
-    layers, `reduction` what stands before them, as `reduction_of` takes it. `attention` is
+    layers, `reduction` what stands before them, as `reduction_of` takes it; `gated` are blocks of
+    the decoder's that look at what comes out, as `GatedLayers` takes them. `attention` is
     `causal`; `prefix`, with which the positions up to the first question's end see each other;
     `pictures`, those of each picture; or `latest`, for one picture a prompt. `feature_dtype` is
     what the encoder's features are rounded to, or None.
@@ -49,6 +55,7 @@ class MidstreamConfig(PretrainedConfig):  # type: ignore[misc]  # transformers i
         vision: dict[str, Any] | None = None,
         projector_widths: list[int] | None = None,
         reduction: dict[str, Any] | None = None,
+        gated: dict[str, Any] | None = None,
         attention: str = "causal",
         feature_dtype: str | None = None,
         image_token_id: int = 0,
@@ -68,6 +75,7 @@ class MidstreamConfig(PretrainedConfig):  # type: ignore[misc]  # transformers i
         self.vision = vision or {}
         self.projector_widths = projector_widths or []
         self.reduction = reduction
+        self.gated = gated
         self.attention = attention
         self.feature_dtype = feature_dtype
         self.image_token_id = image_token_id
@@ -236,7 +244,7 @@ class MidstreamForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
     config_class = MidstreamConfig
     base_model_prefix = "language_model"
     main_input_name = "input_ids"
-    _no_split_modules = ["OpenLMLayer", "VisionBlock"]  # noqa: RUF012 - transformers' own form
+    _no_split_modules = ["OpenLMLayer", "VisionBlock", "GatedLayer"]  # noqa: RUF012 - transformers' own form
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
 
@@ -253,6 +261,11 @@ class MidstreamForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             self.language_model: Any = OpenLMForCausalLM(config.text_config)
         else:
             self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.gated = None
+        if config.gated is not None:
+            self.gated = GatedLayers(
+                config.gated, config.text_config, seen_width=config.projector_widths[-1]
+            )
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -301,7 +314,11 @@ class MidstreamForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config.get_text_config())
         past = 0 if cache is None else int(cache.get_seq_length())
-        embeddings = self._embed(input_ids, pixel_values, past)
+        features = self._features(input_ids, pixel_values, past)
+        embeddings, between = self._embed(input_ids, features), {}
+        if self.gated is not None:
+            seen = self._seen(input_ids, features, past, cache)
+            between["before_layer"] = partial(self.gated, seen=seen)
         if position_ids is None:
             position_ids = positions(attention_mask, embeddings, past)
         output = self.language_model(
@@ -311,6 +328,7 @@ class MidstreamForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             return_dict=True,
+            **between,
             **{CACHE: cache},
         )
         logits = output.logits
@@ -322,24 +340,59 @@ class MidstreamForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         result = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
         return result.to_tuple() if return_dict is False else result
 
-    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None, past: int) -> Tensor:
-        places = input_ids == self.config.image_token_id
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **given: Any) -> Any:
+        """As transformers does, which would repeat pictures one by one: with each copy of a prompt
+        go all of its pictures, in their order."""
+        pixel_values = given.pop("pixel_values", None)
+        input_ids, given = super()._expand_inputs_for_generation(expand_size, **given)
+        if pixel_values is not None:
+            places = (input_ids[::expand_size] == self.config.image_token_id).sum(dim=1)
+            counts = (places // self.config.vision["num_patches"]).tolist()
+            parts = [part for part in pixel_values.split(counts) for _ in range(expand_size)]
+            given["pixel_values"] = torch.cat(parts)
+        return input_ids, given
+
+    def _features(self, input_ids: Tensor, pixel_values: Tensor | None, past: int) -> Tensor | None:
+        """Of each picture, in order; None without, and behind a held prompt, which saw them: from
+        there on all ids are tokens of their own."""
         if past > 0:
-            # Behind a held prompt all ids are tokens of their own; pictures were seen with it.
-            embedded: Tensor = self.get_input_embeddings()(input_ids)
-            return embedded
+            return None
         num_images = 0 if pixel_values is None else len(pixel_values)
         wanted = num_images * self.config.vision["num_patches"]
-        if int(places.sum()) != wanted:
+        places = int((input_ids == self.config.image_token_id).sum())
+        if places != wanted:
             raise ValueError(
-                f"{num_images} pictures fill {wanted} places, the prompts have "
-                f"{int(places.sum())}; let the processor write them"
+                f"{num_images} pictures fill {wanted} places, the prompts have {places}; let the "
+                "processor write them"
             )
-        embeddings: Tensor = self.get_input_embeddings()(input_ids.masked_fill(places, 0))
         if pixel_values is None:
-            return embeddings
-        features = self.get_image_features(pixel_values.to(embeddings.device))
+            return None
+        return self.get_image_features(pixel_values.to(input_ids.device))
+
+    def _embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
+        if features is None:
+            embedded: Tensor = self.get_input_embeddings()(input_ids)
+            return embedded
+        places = input_ids == self.config.image_token_id
+        embeddings: Tensor = self.get_input_embeddings()(input_ids.masked_fill(places, 0))
+        if self.gated is not None:
+            features = self.gated.picture.expand(len(features), 1, -1)
         return embeddings.masked_scatter(places[..., None], features.to(embeddings.dtype))
+
+    def _seen(
+        self, input_ids: Tensor, features: Tensor | None, past: int, cache: Any
+    ) -> Shown | None:
+        """What gated blocks look at. It is kept beside the keys and values: rows that a search
+        exchanges are of one prompt, and have the same pictures."""
+        if past > 0:
+            held = getattr(cache, _SHOWN, None)
+            return None if held is None else held.afterwards(input_ids.shape[1])
+        seen = None
+        if features is not None:
+            seen = shown(features, input_ids == self.config.image_token_id)
+        if cache is not None:
+            setattr(cache, _SHOWN, seen)
+        return seen
 
     def _mask(
         self, input_ids: Tensor, embeddings: Tensor, held: Tensor | None, past: int

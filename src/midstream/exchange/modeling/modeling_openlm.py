@@ -189,13 +189,15 @@ class OpenLMForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         cache: Any = None,
+        before_layer: Any = None,
         **_: Any,
     ) -> Any:
         """Logits of the next token.
 
         `attention_mask` is 1 at tokens and 0 at padding ([rows, held positions and new ones]), or
         four-dimensional: True, or 0 among -inf, where a position sees another. `cache` and
-        `past_key_values` are two names of one thing.
+        `past_key_values` are two names of one thing. `before_layer` changes the stream on its way
+        into each block, by its number.
         """
         cache = past_key_values if cache is None else cache
         if inputs_embeds is None:
@@ -213,7 +215,9 @@ class OpenLMForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             attention_mask = causal_mask(attention_mask, inputs_embeds, past)
         rotary = OpenLMRotary(self.config, position_ids, inputs_embeds.dtype)
         hidden = inputs_embeds
-        for layer in self.model.layers:
+        for index, layer in enumerate(self.model.layers):
+            if before_layer is not None:
+                hidden = before_layer(index, hidden)
             hidden = layer(hidden, rotary, attention_mask, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.output(self.model.norm(hidden)[:, kept])
