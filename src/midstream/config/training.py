@@ -208,8 +208,9 @@ class Machine(Config):
     # background: training goes on while a checkpoint is written.
     saving: Literal["background", "foreground"] = "background"
     micro_batch_rows: Positive | None = None
-    # Processes that build rows and decode pictures ahead of each training process.
-    data_workers: Annotated[int, Field(ge=0)] = 0
+    # Processes that build rows and decode pictures ahead of each training process; None: as many
+    # as keep it busy (`train.parallel.data_workers`).
+    data_workers: Annotated[int, Field(ge=0)] | None = None
     # Whether a frozen encoder's outputs are kept on disk; auto: where that pays (`midstream plan`).
     features: Literal["auto", "stored", "live"] = "auto"
     max_feature_gib: Annotated[float, Field(ge=0)] = 64.0

@@ -44,6 +44,8 @@ from midstream.study.studies import AnyStudy
 ORDINARY = {"", "None", "Priority", "Resources", "Dependency", "BeginTime", "JobArrayTaskLimit"}
 # So often a job that Slurm has forgotten is submitted again.
 MAX_FORGOTTEN = 3
+# A job with GPUs asks for so many cores a rank to load rows, where nothing is said.
+DATA_WORKERS = 4
 
 
 @dataclass
@@ -337,7 +339,7 @@ class SlurmBackend:
             if not tasks_before(stage, self.settings):
                 return alone
             # What tasks have left is made by as many processes as a task has.
-            workers = asked.cpus or alone.threads + alone.data_workers
+            workers = asked.cpus or alone.threads + (alone.data_workers or 0)
             return alone.model_copy(update={"workers": workers})
         ranks = asked.ranks or asked.gpus or self.machine.ranks
         nodes = asked.nodes or 1
@@ -362,7 +364,10 @@ class SlurmBackend:
         names = [stage.name for stage in stages]
         self.book.note({one: Entry(name, None, restarts) for one in names})
         asked = self.settings.resources(kind)
-        cpus = asked.cpus or machine.ranks * (machine.threads + machine.data_workers)
+        ahead = machine.data_workers
+        if ahead is None:
+            ahead = DATA_WORKERS if asked.gpus else 0
+        cpus = asked.cpus or machine.ranks * (machine.threads + ahead)
         waits = [f"afterok:{':'.join(after)}"] if after else []
 
         folder = self.store / "slurm" / "jobs" / name

@@ -224,7 +224,8 @@ def _measure(
         rows,
         first_row=0,
         micro_rows=machine.micro_batch_rows or rows.plan.rows.batch_rows,
-        workers=machine.data_workers,
+        # So few rows that processes of their own would take longer to start.
+        workers=machine.data_workers or 0,
         rank=place.rank,
         world_size=place.world_size,
         device=place.device,

@@ -30,7 +30,7 @@ from midstream.train.checkpoint import Progress, Saver
 from midstream.train.guards import StartChecks, Watch
 from midstream.train.held_out import HeldOut, evaluate
 from midstream.train.metrics import MetricsLog, Tracking, progress_event
-from midstream.train.parallel import ALONE, Place, peak_memory_bytes
+from midstream.train.parallel import ALONE, Place, data_workers, peak_memory_bytes
 from midstream.train.step import (
     Clock,
     NonFiniteError,
@@ -146,7 +146,7 @@ def train(
         job.dataset,
         first_row=progress.step * training.rows.batch_rows,
         micro_rows=machine.micro_batch_rows or training.rows.batch_rows,
-        workers=machine.data_workers,
+        workers=data_workers(machine, place.device),
         rank=place.rank,
         world_size=place.world_size,
         device=place.device,

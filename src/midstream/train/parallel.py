@@ -21,6 +21,8 @@ from midstream.config import Machine
 # How much faster bfloat16 must multiply than float32 to be what a device computes in by itself.
 # Processors without units for it take eight times as long, those with them half or less.
 _WORTH_IT = 1.5
+# A core decodes 75 pictures of 384 pixels a second; what so many decode feeds small models too.
+MOST_DATA_WORKERS = 8
 # glibc's names for what `mallopt` sets (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -203,6 +205,20 @@ def product_seconds(device: torch.device, dtype: torch.dtype, size: int = 0) -> 
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - before)
     return best
+
+
+def data_workers(machine: Machine, device: torch.device) -> int:
+    """Processes, or threads where features are stored, that load ahead of this one.
+
+    As `machine` says; else none on a CPU, whose cores compute, and on a GPU of the cores that the
+    machine's threads leave a rank's share of up to MOST_DATA_WORKERS, one at least.
+    """
+    if machine.data_workers is not None:
+        return machine.data_workers
+    if device.type == "cpu":
+        return 0
+    cores = len(os.sched_getaffinity(0)) // (machine.workers * machine.ranks)
+    return min(MOST_DATA_WORKERS, max(1, cores - machine.threads))
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:

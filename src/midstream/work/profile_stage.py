@@ -22,7 +22,7 @@ from midstream.study.store import Ledger
 from midstream.train import step
 from midstream.train.guards import parameter_table
 from midstream.train.loop import Job
-from midstream.train.parallel import peak_memory_bytes
+from midstream.train.parallel import data_workers, peak_memory_bytes
 from midstream.train.step import Clock, freeze, is_trained, make_optimizer, train_step
 from midstream.work.protocol import Channel, Request
 from midstream.work.run_stage import StageRunner
@@ -105,7 +105,7 @@ class _Steps:
             job.dataset,
             first_row=0,
             micro_rows=runner.machine_for(stage).micro_batch_rows or job.training.rows.batch_rows,
-            workers=runner.machine.data_workers,
+            workers=data_workers(runner.machine, runner.device),
             device=runner.device,
         )
 

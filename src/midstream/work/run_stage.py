@@ -55,7 +55,7 @@ from midstream.train.guards import Watch
 from midstream.train.held_out import Planned, held_out_rows, plan_held_out
 from midstream.train.loop import Interrupted, Job, Start, train
 from midstream.train.metrics import Tracking, tracking_of
-from midstream.train.parallel import device_bytes, peak_memory_bytes, set_up
+from midstream.train.parallel import data_workers, device_bytes, peak_memory_bytes, set_up
 from midstream.train.step import build_model
 from midstream.work.evaluate_stage import (
     encoder_stage,
@@ -396,7 +396,7 @@ class StageRunner:
             # Each rank goes by batches of its own, and a signal may reach one of them alone.
             should_stop=lambda: self.watch.any_stops(self.should_stop()),
             share=(self.place.rank, self.place.world_size),
-            workers=self.machine.data_workers,
+            workers=data_workers(self.machine, self.device),
         )
         shown = [
             (plan.examples_of(at), seen[n])
