@@ -57,6 +57,7 @@ from midstream.config.training import ContinuedCosine as ContinuedCosine
 from midstream.config.training import ContrastiveTraining as ContrastiveTraining
 from midstream.config.training import Evaluation as Evaluation
 from midstream.config.training import FewShot as FewShot
+from midstream.config.training import LoRA as LoRA
 from midstream.config.training import Machine as Machine
 from midstream.config.training import Schedule as Schedule
 from midstream.config.training import SlurmResources as SlurmResources

@@ -72,6 +72,17 @@ AnySchedule = WarmupCosine | ContinuedCosine | Constant | WarmupStableDecay
 Schedule = Annotated[AnySchedule, Field(discriminator="kind")]
 
 
+class LoRA(Config):
+    """Adapters of low rank beside every linear layer of the decoder's blocks (Hu et al., 2021).
+
+    A layer computes W x + alpha / rank * B A x; A starts drawn and B at zero, and they are added to
+    W when the stage ends. The decoder's own weights stay as they are.
+    """
+
+    rank: Positive
+    alpha: Annotated[float, Field(gt=0)]
+
+
 class Training(Config):
     """What every training stage needs beside its data and its start."""
 
@@ -83,8 +94,21 @@ class Training(Config):
     encoder_rate_factor: Annotated[float, Field(gt=0)] | None = None
     # The language model stays as it is; the projector, and the encoder where it has a rate, learn.
     freeze_decoder: bool = False
+    # Of the language model adapters learn, and all else as ever.
+    lora: LoRA | None = None
     seed: int = 0
     checkpoint_every_steps: Annotated[Positive, Placement] = 500
+
+    @property
+    def keeps_decoder(self) -> bool:
+        """Whether the language model's own weights have no gradients."""
+        return self.freeze_decoder or self.lora is not None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "Training":
+        if self.freeze_decoder and self.lora is not None:
+            raise ValueError("freeze_decoder and lora are given; leave one out")
+        return self
 
 
 class ContrastiveTraining(Config):

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 from midstream.config import (
     Amounts,
+    AnyDecoderConfig,
     AnyEncoderConfig,
     FusedEncoder,
     Mixture,
@@ -238,11 +239,21 @@ def trained_parameters(stage: Trained) -> int:
     """Those of the model's parameters that learn, and so have gradients and moments."""
     model = stage.model
     total = connector_parameters(model)
-    if not stage.training.freeze_decoder:
+    if not stage.training.keeps_decoder:
         total += model.decoder.num_parameters
+    if stage.training.lora is not None:
+        total += adapter_parameters(model.decoder, stage.training.lora.rank)
     if trains_encoder(stage) and model.encoder is not None:
         total += encoder_parameters(model.encoder)
     return total
+
+
+def adapter_parameters(decoder: AnyDecoderConfig, rank: int) -> int:
+    """Those of adapters beside an OpenLM decoder's matrices; about those of another decoder."""
+    width, inside = decoder.hidden_size, decoder.linear_parameters // decoder.num_layers
+    # A block's matrices: width to three widths, width to width, and SwiGLU's three.
+    ffn: int = (inside - 4 * width**2) // (3 * width)
+    return decoder.num_layers * rank * (8 * width + 3 * ffn)
 
 
 def connector_parameters(model: VLMConfig) -> int:
@@ -280,7 +291,7 @@ def training_flops(stage: Trained, work: Workload) -> Flops:
     """Forward and backward passes over all that a stage computes on."""
     model, decoder = stage.model, stage.model.decoder
     # One forward pass, one to the activations, one to the weights that learn.
-    passes = 2 if stage.training.freeze_decoder else 3
+    passes = 2 if stage.training.keeps_decoder else 3
     matrices = weight_flops(decoder) * work.positions
     matrices -= last_block_flops(decoder) * (work.positions - work.asked)
     blocks = passes * matrices + 3 * attention_flops(decoder) * work.squares

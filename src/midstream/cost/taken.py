@@ -219,7 +219,7 @@ def _head(stage: Trained, targets: Number, low: int, setting: Setting) -> tuple[
     rows = min(targets, max(MAX_LOGITS[setting.device] // config.vocab_size, 1))
     pieces = float(rows) * config.vocab_size * (2 * FLOAT + (0 if low == FLOAT else 2 * low))
     ready = 2 * targets * config.hidden_size * low
-    if not stage.training.freeze_decoder:
+    if not stage.training.keeps_decoder:
         ready += config.vocab_size * config.hidden_size * (FLOAT + (0 if low == FLOAT else low))
     return pieces, ready
 

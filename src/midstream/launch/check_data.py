@@ -7,6 +7,7 @@ for an estimate, and what speaks against that is doubtful rather than wrong.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from importlib.util import find_spec
 from math import sqrt
 from typing import Any, Literal, get_args
 
@@ -251,6 +252,8 @@ def _training_data(stage: Trained, ledger: Ledger) -> Iterator[Problem]:
     if stage.training.freeze_decoder and blind:
         who = f"the decoder is frozen and {', '.join(names)} hold no picture"
         yield Problem(f"{who}, so that nothing would be learnt", "add a source that does")
+    if stage.training.lora is not None and find_spec("peft") is None:
+        yield Problem("lora is given, and peft is not installed", 'pip install "midstream[lora]"')
     if isinstance(stage, Pretrain):
         tokenizer, size = stage.data.tokenizer, stage.decoder.vocab_size
         if isinstance(tokenizer, TrainedTokenizer) and tokenizer.vocab_size > size:

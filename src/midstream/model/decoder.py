@@ -177,8 +177,10 @@ class FeedForward(nn.Module):
     def forward(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
         """w3(silu(gate) * up)."""
         both = self.w12(hidden)
-        # A compiler chooses itself what to keep, and autocast has its own casts to keep.
-        if both.requires_grad and not (_is_cast(both.device.type) or torch.compiler.is_compiling()):
+        # A compiler chooses itself what to keep, autocast has its own casts to keep, and beside an
+        # adapter the weight alone is not what the layer computes.
+        plain = type(self.w3) is Linear and not _is_cast(both.device.type)
+        if both.requires_grad and plain and not torch.compiler.is_compiling():
             return cast(Tensor, _GatedLinear.apply(both, self.w3.weight))  # type: ignore[no-untyped-call]
         gate, up = both.chunk(2, dim=-1)
         return cast(Tensor, self.w3(silu(gate) * up))

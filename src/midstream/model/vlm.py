@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 from midstream.config import AnyDecoderConfig, DecoderConfig, VLMConfig
 from midstream.config.model import MAX_LOGITS, MOST_TARGETS
 from midstream.core.batch import IGNORE, Batch
+from midstream.model import adapters
 from midstream.model.attention import (
     PICTURE_RULES,
     MaskKind,
@@ -288,11 +289,14 @@ class VLM(nn.Module):
             "projector": self.projector,
             "gated": self.gated,
         }
-        return {
-            f"{part}.{name}": entry
+        tables = {
+            part: cast(Any, module).initialisers()
             for part, module in parts.items()
             if module is not None
-            for name, entry in cast(Any, module).initialisers().items()
+        }
+        tables["decoder"] = adapters.initialisers(self.decoder, tables["decoder"])
+        return {
+            f"{part}.{name}": entry for part, one in tables.items() for name, entry in one.items()
         }
 
 

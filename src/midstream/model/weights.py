@@ -72,6 +72,11 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], *, path: Path) -> Non
         put(held[name], tensors[next(one for one in aliases if one in tensors)])
 
 
+def whole(value: Tensor) -> Tensor:
+    """A tensor with all its parts: a collective over the ranks where it is sharded."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 def put(mine: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into `mine`, or a sharded one's own part of it."""
     if isinstance(mine, DTensor):

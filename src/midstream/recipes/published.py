@@ -24,7 +24,7 @@ from midstream.config import (
     Training,
 )
 from midstream.config.resolution import at_size
-from midstream.recipes.published_recipes import RECIPES, ImageText, Recipe
+from midstream.recipes.published_recipes import RECIPES, ImageText, Recipe, with_adapters
 from midstream.recipes.scales import Model, Scale, Settings, find_scale, finetune_stage, mixture
 from midstream.study.stages import Continue, Evaluate, Finetune, InitFrom, StartText
 from midstream.study.studies import Figure, Line, Study, Table
@@ -45,18 +45,22 @@ def table1(
     epochs: int = 4,
     recipes: Sequence[str] = (),
     shrink: float = 1.0,
+    lora_rank: int | None = None,
     **given: Unpack[Settings],
 ) -> Study:
     """Table 1's recipes trained at one scale, side by side.
 
-    `recipes` picks some by their name (all without it); `epochs` are those of fine-tuning; the
-    other settings are those of the paper's studies (`scales.Settings`). Raises ValueError that
-    lists the recipes for a name that is none.
+    `recipes` picks some by their name (all without it); `epochs` are those of fine-tuning.
+    `lora_rank` gives IDEFICS its adapters, of this rank, where peft is installed. The other
+    settings are those of the paper's studies (`scales.Settings`). Raises ValueError that lists the
+    recipes for a name that is none.
     """
     at = find_scale(scale, shrink, **given)
     # With documents among its sources, and benchmarks of several pictures.
     at = at.others.get("interleaved", at)
     known = {recipe.name: recipe for recipe in RECIPES}
+    if lora_rank is not None:
+        known["IDEFICS"] = with_adapters(known["IDEFICS"], lora_rank)
     if unknown := [name for name in recipes if name not in known]:
         raise ValueError(f"no recipe {unknown[0]!r}; Table 1 has {', '.join(known)}")
     gated = [] if isinstance(at.decoder, DecoderConfig) else _with_gated_blocks(known)
@@ -122,7 +126,7 @@ def trained(scale: Scale, recipe: Recipe, seed: int, epochs: int) -> Continue | 
     )
     # As the paper's own fine-tuning in all that a recipe does not say.
     plain = finetune_stage(scale, Model(completion=recipe.completion, seed=seed, epochs=epochs))
-    changes: dict[str, object] = {}
+    changes: dict[str, object] = {"lora": recipe.lora}
     if recipe.instruct.schedule == "continue":
         changes["schedule"] = ContinuedCosine(end_rate=0.0)
     if recipe.instruct.encoder_rate is not None:
@@ -137,11 +141,11 @@ def words(recipe: Recipe) -> dict[str, str]:
     """A recipe's stages, what each trains, its mixtures and schedules, as the table's columns."""
     seen, chat = recipe.image_text, recipe.instruct
     stages = [f"text {recipe.completion:.0%}", *map(_stage_words, seen)]
-    learns = [_parts(stage.encoder_rate, stage.trains_decoder) for stage in seen]
+    learns = [_parts(recipe, stage.encoder_rate, stage.trains_decoder) for stage in seen]
     how = [_SCHEDULES[stage.schedule] for stage in seen]
     if chat is not None:
         stages.append("conversations")
-        learns.append(_parts(chat.encoder_rate, True))
+        learns.append(_parts(recipe, chat.encoder_rate, True))
         how.append(_SCHEDULES[chat.schedule])
     return {
         STAGES: ", ".join(stages),
@@ -181,13 +185,13 @@ def _stage_words(stage: ImageText) -> str:
     return "image-text" if stage.side == 1.0 else f"image-text on {stage.side:g} x the side"
 
 
-def _parts(encoder_rate: float | None, decoder: bool) -> str:
+def _parts(recipe: Recipe, encoder_rate: float | None, decoder: bool) -> str:
     """What a stage trains, and the encoder's rate where it has one of its own."""
     own = "" if encoder_rate == 1.0 else f" at {encoder_rate:g} x the rate" if encoder_rate else ""
     names = [
         "projector",
         *([] if encoder_rate is None else [f"encoder{own}"]),
-        *(["language model"] if decoder else []),
+        *([("adapters of the " if recipe.lora else "") + "language model"] if decoder else []),
     ]
     return ", ".join(names)
 
@@ -233,6 +237,7 @@ def _image_text(
             schedule=_schedule(scale, stage, before),
             encoder_rate_factor=stage.encoder_rate,
             freeze_decoder=not stage.trains_decoder,
+            lora=recipe.lora,
             seed=seed if scale.image_text_seed is None else scale.image_text_seed,
         ),
         image_size=image_size,

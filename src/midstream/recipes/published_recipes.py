@@ -4,10 +4,10 @@ What is trained: K read in the named source, G generally known and not read agai
 that, U our choice.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from midstream.config import Attention
+from midstream.config import Attention, LoRA
 
 MULTITASK = "captions and conversations, half each, stand in for its mixture of tasks"
 # Of the rate of the rest where a recipe trains the encoder and its own is not known (U).
@@ -62,7 +62,10 @@ class Instruct:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A line of Table 1. `completion` of the text run comes first; None: no fine-tuning."""
+    """A line of Table 1. `completion` of the text run comes first; no `instruct`: no fine-tuning.
+
+    `lora`: adapters of the language model that learn in its place, in all of these stages.
+    """
 
     name: str
     source: str
@@ -72,6 +75,7 @@ class Recipe:
     attention: Attention = "segments"
     connector: Connector = Connector()
     encoder: str = "SigLIP"
+    lora: LoRA | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -90,6 +94,16 @@ def _mm1(image: int, text: int) -> Recipe:
             "picture has too few patches for them",
         ),
     )
+
+
+WHOLE_WEIGHTS = "all weights are trained where it trains adapters of low rank"
+
+
+def with_adapters(recipe: Recipe, rank: int) -> Recipe:
+    """A recipe whose language model learns by adapters; their scale is alpha = rank (U)."""
+    notes = tuple(note for note in recipe.notes if note != WHOLE_WEIGHTS)
+    more = "all of the encoder's weights are trained where it trains adapters of low rank"
+    return replace(recipe, lora=LoRA(rank=rank, alpha=rank), notes=(*notes, more))
 
 
 # Tokens, schedule and pictures of its two stages.
@@ -132,10 +146,7 @@ RECIPES = (
         image_text=(ImageText(captions=0.3, interleaved=0.7, encoder_rate=A_TENTH),),
         instruct=Instruct(encoder_rate=A_TENTH),
         connector=Connector("resampler", left=64 / 729, num_layers=3),
-        notes=(
-            "its layers before the resampler are left out",
-            "all weights are trained where it trains adapters of low rank",
-        ),
+        notes=("its layers before the resampler are left out", WHOLE_WEIGHTS),
     ),
     *(_mm1(*ratio) for ratio in ((100, 0), (91, 9), (86, 14), (66, 33))),
     # Two towers; first what connects them alone, then joint training with the towers frozen, in

@@ -343,8 +343,9 @@ class Pretrain(StageBase):
     def _blind(self) -> "Pretrain":
         if self.training.encoder_rate_factor is not None:
             raise ValueError("encoder_rate_factor is given, but a text run has no encoder")
-        if self.training.freeze_decoder:
-            raise ValueError("freeze_decoder is given, but a text run has nothing else to train")
+        for name in ("freeze_decoder", "lora"):
+            if getattr(self.training, name):
+                raise ValueError(f"{name} is given, but a text run has nothing else to train")
         return self
 
     @property

@@ -124,7 +124,7 @@ def _check_held(stage: Pretrain | LoadDecoder, completion: float) -> None:
 
 
 def _check_moments(optimizer: str, training: Training) -> None:
-    if optimizer == "carry" and training.freeze_decoder:
+    if optimizer == "carry" and training.keeps_decoder:
         raise ValueError(
             "optimizer='carry' is given, but the decoder is frozen and has no moments; choose "
             "optimizer='fresh'"

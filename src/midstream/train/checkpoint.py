@@ -33,9 +33,9 @@ from midstream.model.weights import (
     read_tensors,
     tensor_digest,
     tensors_of,
+    whole,
 )
 from midstream.train.parallel import ALONE, Place
-from midstream.train.step import whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 

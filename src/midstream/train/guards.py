@@ -285,7 +285,9 @@ def _dump_threads() -> None:
 
 # Reached by gradients only where a step shows a picture.
 _SEEING = ("encoder.", "projector.", "gated.")
-_GATES = (".gate", ".ffn_gate")
+# They start at zero: a first step opens them for what stands behind, an adapter's other half too.
+_GATES = (".gate", ".ffn_gate", ".lora_B.default.weight")
+_BEHIND_GATES = ".lora_A."
 
 
 class StartChecks:
@@ -352,7 +354,8 @@ class StartChecks:
             return
         judged = {n for n in self._pending if result.num_images or not n.startswith(_SEEING)}
         if not self._open:
-            judged = {n for n in judged if n.endswith(_GATES) or not n.startswith(_SEEING)}
+            behind = {n for n in judged if n.startswith(_SEEING) or _BEHIND_GATES in n}
+            judged -= {n for n in behind if not n.endswith(_GATES)}
             counts = [float(local(gate).count_nonzero()) for _, gate in self._gates]
             self._open = all(self._place.sum(counts))
         parameters = {n: value for n, value in self._model.named_parameters() if n in judged}

@@ -21,6 +21,7 @@ from midstream.core.storage import CorruptError
 from midstream.core.tokens import TokenCount
 from midstream.data.rows import RowDataset, load_steps, shares_report
 from midstream.data.views import picture_views
+from midstream.model.adapters import merge_adapters, renamed
 from midstream.model.vision import load_encoder, resized
 from midstream.model.vlm import VLM
 from midstream.model.weights import fill, read_tensors
@@ -190,6 +191,8 @@ def train(
     saver.settle()
     log.close()
     checks.end()
+    if training.lora is not None:
+        merge_adapters(job.model.decoder)
     return _results(job, progress, place) | {"held_out": held_out}
 
 
@@ -315,7 +318,8 @@ def _begin(job: Job, optimizer: torch.optim.Optimizer, place: Place) -> Progress
     if job.start.folder is not None:
         checkpoint.read_progress(job.start.folder, place=place)
         parts = nn.ModuleDict({name: getattr(job.model, name) for name in job.start.parts})
-        fill(parts, _read(job, job.start.folder), path=job.start.folder)
+        tensors = renamed(parts, _read(job, job.start.folder))
+        fill(parts, tensors, path=job.start.folder)
         if job.start.moments == "carry":
             checkpoint.load_moments(job.start.folder, job.model, optimizer)
     return Progress(0, 0, job.dataset.plan.seen_tokens, job.rate_at(0), TokenCount())
@@ -403,7 +407,7 @@ def _results(job: Job, progress: Progress, place: Place) -> dict[str, Any]:
         progress.attended,
         progress.num_images if job.looks else 0,
         encoder_trained=is_trained(job.model.encoder),
-        decoder_trained=is_trained(job.model.decoder),
+        decoder_trained=not job.training.keeps_decoder,
     )
     (memory,) = place.sum([peak_memory_bytes()])
     parts = place.sum([each / place.world_size for each in progress.parts.values()])

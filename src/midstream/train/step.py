@@ -34,8 +34,10 @@ from midstream.config import (
 from midstream.config.model import encoder_flops, frozen_saving, head_flops
 from midstream.core.batch import Batch
 from midstream.core.tokens import TokenCount
+from midstream.model.adapters import add_adapters, is_adapter
 from midstream.model.decoder import Decoder
 from midstream.model.vlm import VLM
+from midstream.model.weights import whole
 from midstream.train.parallel import Place
 
 # The parameters of a model's own encoder.
@@ -45,9 +47,9 @@ _ENCODER = "encoder."
 def freeze(model: VLM, training: Training) -> float:
     """Decide by the stage which parameters are trained; returns the encoder's rate factor.
 
-    All of them, but for the decoder where the stage keeps it, and a model's own encoder where the
-    stage gives it no rate. A patch projection is always trained. Raises ValueError for a rate
-    without an encoder of the model's own, and where nothing is left to train.
+    All of them, but for the decoder where the stage keeps it (its adapters learn), and a model's
+    own encoder where the stage gives it no rate. A patch projection is always trained. Raises
+    ValueError for a rate without an encoder of the model's own, and where nothing is left to train.
     """
     factor = training.encoder_rate_factor
     if factor is not None and model.encoder is None:
@@ -57,7 +59,8 @@ def freeze(model: VLM, training: Training) -> float:
     if training.freeze_decoder and model.projector is None:
         raise ValueError("freeze_decoder is given, but the model has nothing else to train")
     model.requires_grad_(True)
-    model.decoder.requires_grad_(not training.freeze_decoder)
+    for name, parameter in model.decoder.named_parameters():
+        parameter.requires_grad_(is_adapter(name) or not training.keeps_decoder)
     if model.encoder is not None:
         model.encoder.requires_grad_(factor is not None)
     return factor or 1.0
@@ -107,16 +110,23 @@ def build_model(config: VLMConfig, training: Training, place: Place) -> VLM:
     On a mesh no rank ever holds more than its own part of the parameters, and one tensor.
     """
     if place.mesh is None:
-        model = VLM(config).to(place.device)
+        model = _unset(config, training).to(place.device)
         freeze(model, training)
         _prepare_blocks(model, place)
         return model
     with _parameters_on_meta():
-        model = VLM(config)
+        model = _unset(config, training)
     freeze(model, training)
     _prepare_blocks(model, place)
     _shard(model, place)
     _materialise(model, place.device)
+    return model
+
+
+def _unset(config: VLMConfig, training: Training) -> VLM:
+    model = VLM(config)
+    if training.lora is not None:
+        add_adapters(model.decoder, training.lora)
     return model
 
 
@@ -125,11 +135,6 @@ def blocks_of(model: VLM) -> list[nn.Module]:
     decoder = model.decoder
     held = decoder.layers if isinstance(decoder, Decoder) else decoder.model.base_model.layers
     return list(cast(nn.ModuleList, held))
-
-
-def whole(value: Tensor) -> Tensor:
-    """A tensor with all its parts: a collective over the ranks where it is sharded."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def local(value: Tensor) -> Tensor:

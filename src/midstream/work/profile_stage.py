@@ -148,7 +148,7 @@ def _measured(steps: _Steps, num_steps: int) -> tuple[float, dict[str, Any]]:
             attended,
             images if job.looks else 0,
             encoder_trained=is_trained(job.model.encoder),
-            decoder_trained=is_trained(job.model.decoder),
+            decoder_trained=not job.training.keeps_decoder,
         ),
         seconds=seconds,
         parts=parts,
