@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 import tiny
-from midstream.config import LoRA, Training
+from midstream.config import LoRA, Training, VLMConfig
 from midstream.model import adapters
+from midstream.model.pretrained import describe
+from midstream.model.vlm import VLM
+from midstream.model.weights import initialise
 from midstream.study.stages import Continue, ContinueFrom, Finetune
 from midstream.study.store import Ledger, Stopped
 from midstream.train import checkpoint
@@ -74,7 +78,7 @@ def test_a_stage_that_stops_and_resumes_has_the_same_bits(
     assert tiny.bits(mine, SEEN)["weights"] == tiny.bits(ledger, SEEN)["weights"]
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_two_ranks_learn_the_same(ledger: Ledger, tiny_ledger: Ledger, tmp_path: Path) -> None:
     mine = store(tiny_ledger, tmp_path)
     ended = run_ranks(mine, SEEN, 2)
@@ -107,6 +111,31 @@ def test_adapters_draw_nothing_from_the_global_generator_and_start_at_zero(
         if adapters.is_adapter(name):
             torch.nn.init.constant_(parameter, 0.0 if "lora_B" in name else 0.1)
     assert torch.equal(decoder(decoder.embed(ids), ids, None), before)
+
+
+@torch.no_grad()
+def test_a_decoder_of_transformers_takes_them_and_has_plain_names_again() -> None:
+    settings = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24}
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = describe(AutoConfig.for_model("qwen2", **settings, **sizes))
+    vlm = VLM(VLMConfig(decoder=config))
+    plain = vlm.state_dict().keys()
+    adapters.add_adapters(vlm.decoder, LoRA(rank=2, alpha=4))
+    initialise(vlm, 0)
+    ids = torch.arange(9)[None]
+    layers = [name for name, _ in vlm.named_parameters() if "lora_B" in name]
+    assert len(layers) == 7 * 2
+    assert not any("lm_head" in name for name in layers)
+    before = vlm.decoder(vlm.decoder.embed(ids), ids, None)
+    for name, value in vlm.named_parameters():
+        if "lora_B" in name:
+            value.normal_(std=0.2, generator=torch.Generator().manual_seed(len(name)))
+    apart = vlm.decoder(vlm.decoder.embed(ids), ids, None)
+    adapters.merge_adapters(vlm.decoder)
+    merged = vlm.decoder(vlm.decoder.embed(ids), ids, None)
+    assert vlm.state_dict().keys() == plain
+    assert (apart - before).abs().max() > 1e-2
+    assert (merged - apart).abs().max() < 1e-4
 
 
 def test_adapters_beside_a_frozen_decoder_and_in_a_text_run_are_refused() -> None:
