@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made import make_source
+from made import make_source, mixture
 from made_features import CONFIG, Encode, pixels_of, quiet
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from midstream.data.feature_store import FeatureStore, StoredImages
+from midstream.config import Rows as Lengths
+from midstream.data.feature_store import FeatureStore, StoredImages, unchanged
 from midstream.data.images import LiveImages, encode_fixed
+from midstream.data.rows import RowDataset, load_steps, plan_rows
 from midstream.data.sources import Source
 
 
@@ -57,6 +59,24 @@ def test_images_of_rows_come_in_the_order_asked_for_stored_as_live(
     # Talk 0 and caption 1 show the same picture; the other features are others.
     assert torch.equal(found[2], found[3])
     assert not torch.equal(found[0], found[1])
+
+
+def test_stored_features_are_loaded_as_narrow_as_they_lie_on_disk(
+    tmp_path: Path, two: dict[str, Source]
+) -> None:
+    config = CONFIG.model_copy(update={"feature_dtype": "bfloat16"})
+    store = FeatureStore(tmp_path, config)
+    for source in two.values():
+        store.fill(source, None, Encode(), quiet)
+    budget, rows = mixture(8, {"pics": 1.0}), Lengths(row_length=4, batch_rows=2)
+    plan = plan_rows(two, 1, budget, rows, 0)
+    data = RowDataset(plan, two, 1, StoredImages(store, two, plan.names))
+    options: dict[str, int] = {"first_row": 0, "micro_rows": 1, "world_size": 2}
+    ranks = [load_steps(data, rank=rank, **options) for rank in range(2)]
+    batches = [batch for steps in ranks for step in steps for batch in step]
+    assert sum(len(batch.images) for batch in batches) > 0
+    assert {batch.images.dtype for batch in batches} == {torch.bfloat16}
+    assert {unchanged(batch.trimmed().images).dtype for batch in batches} == {torch.bfloat16}
 
 
 def test_rows_without_images_have_tensors_of_no_images(
