@@ -15,6 +15,7 @@ from midstream.config import (
     Budget,
     Epochs,
     ExpectedSource,
+    LoRA,
     Mixture,
     Rows,
     Share,
@@ -22,6 +23,7 @@ from midstream.config import (
 )
 from midstream.core.storage import write_json
 from midstream.data.rows import plan_rows
+from midstream.launch import check_data
 from midstream.launch.check_data import Problem, merged, refused
 from midstream.study.label import label
 from midstream.study.stages import Continue, Finetune, FromScratch
@@ -318,6 +320,15 @@ def test_a_picture_needs_room_for_what_begins_its_example(
         model = seen(data, Epochs(sources=("pictures",), epochs=1), rows)
         found = [problem.what for problem in told(empty, model)]
         assert any("take 6 positions, a row has 5" in what for what in found) == is_refused, found
+
+
+def test_adapters_without_peft_are_told_before_anything_runs(
+    world: Path, prepared: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = seen(own_world.data_of(world), mixed(200, web=1.0), lora=LoRA(rank=1, alpha=1))
+    for there, expected in ((None, ["lora is given, and peft is not installed"]), (1, [])):
+        monkeypatch.setattr(check_data, "find_spec", lambda _, there=there: there)
+        assert [problem.what for problem in told(prepared, stage)] == expected
 
 
 def test_a_frozen_decoder_that_sees_no_picture_and_joined_captions_are_refused(

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 import tiny
 from midstream.config import LoRA, Training, VLMConfig
+from midstream.cost.cost import adapter_parameters
 from midstream.model import adapters
 from midstream.model.pretrained import describe
 from midstream.model.vlm import VLM
@@ -107,6 +108,8 @@ def test_adapters_draw_nothing_from_the_global_generator_and_start_at_zero(
     names = {name for name, _ in decoder.named_parameters()}
     assert names == set(table)
     assert sum(map(adapters.is_adapter, names)) == 8 * tiny.DECODER.num_layers
+    added = [p.numel() for name, p in decoder.named_parameters() if adapters.is_adapter(name)]
+    assert adapter_parameters(tiny.DECODER, 2) == sum(added)
     for name, parameter in decoder.named_parameters():
         if adapters.is_adapter(name):
             torch.nn.init.constant_(parameter, 0.0 if "lora_B" in name else 0.1)
