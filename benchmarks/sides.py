@@ -18,8 +18,9 @@ from midstream.model.decoder import Decoder
 from midstream.model.vision import build_encoder
 from midstream.model.vlm import VLM
 from midstream.model.weights import initialise
+from midstream.train.meters import training_flops
 from midstream.train.parallel import Place
-from midstream.train.step import make_optimizer, train_step, training_flops
+from midstream.train.step import make_optimizer, train_step
 from midstream.work.open_model import on_device
 from peers import Row, Step, step_of
 
@@ -167,7 +168,9 @@ def our_step(model: VLM, batch: Batch, encode: object, place: Place) -> Step:
             rate=1e-4,
             settings=SETTINGS,
             place=place,
-        ).loss
+        )
+        .read()
+        .loss
     )
 
 

@@ -12,17 +12,14 @@ from midstream.core.tokens import TokenCount
 from midstream.model.vlm import VLM
 from midstream.model.weights import initialise
 from midstream.study.store import Ledger
+from midstream.train.meters import PARTS, Clock, report, training_flops
 from midstream.train.parallel import Place
 from midstream.train.step import (
-    PARTS,
-    Clock,
     NonFiniteError,
     StepResult,
     make_optimizer,
-    report,
     set_rate,
     train_step,
-    training_flops,
 )
 from tiny import DECODER, ENCODER, TEXT
 
@@ -104,7 +101,7 @@ def step(
         rate=rate,
         settings=settings,
         place=Place(CPU),
-    )
+    ).read()
 
 
 def gradients(model: VLM) -> dict[str, torch.Tensor]:

@@ -235,10 +235,10 @@ def _measure(
             targets = cpu_batch.targets[cpu_batch.targets != IGNORE].numpy()
             num_targets += len(targets)
             num_bytes += int(token_bytes[targets].sum())
-            batch = placed(cpu_batch, place)
+            batch, ahead = placed(model, cpu_batch, place)
             with place.autocast():
                 features = features_of(model, batch, encode, int(shown))
-                nats += model.losses(batch, features, 0.0)[1]
+                nats += model.losses(batch, features, 0.0, ahead)[1]
         at("computing held-out losses")
     sums = place.sum([float(nats), num_targets, num_bytes])
     return _Sums(sums[0], int(sums[1]), int(sums[2]))

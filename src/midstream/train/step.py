@@ -5,13 +5,14 @@ Names of parameters stay those of the plain model, sharded, compiled or not.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -23,20 +24,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.checkpoint import checkpoint
 
-from midstream.config import (
-    AdamW,
-    AnyDecoderConfig,
-    AnyEncoderConfig,
-    PatchProjection,
-    Training,
-    VLMConfig,
-)
-from midstream.config.model import encoder_flops, frozen_saving, head_flops
+from midstream.config import AdamW, PatchProjection, Training, VLMConfig
 from midstream.core.batch import Batch
-from midstream.core.tokens import TokenCount
 from midstream.model.decoder import Decoder
-from midstream.model.vlm import VLM
+from midstream.model.vlm import VLM, Ahead
+from midstream.train.meters import Clock
 from midstream.train.parallel import Place
+from midstream.train.totals import StepTotals, totals_of
 
 # The parameters of a model's own encoder.
 _ENCODER = "encoder."
@@ -202,99 +196,6 @@ def _materialise(model: nn.Module, device: torch.device) -> None:
                 setattr(module, name, buffer.to(device))
 
 
-# The parts of a step. An encoder that the stage trains is part of the model's work.
-PARTS = ("data", "encoder", "model", "optimizer", "checkpoint")
-
-
-class Clock:
-    """Seconds by part of the work, of this process; kernels of a GPU by their own time."""
-
-    def __init__(self, device: torch.device, before: Mapping[str, float] | None = None) -> None:
-        self._gpu = device.type == "cuda"
-        self._seconds = dict.fromkeys(PARTS, 0.0) | dict(before or {})
-        self._events: list[tuple[str, Any, Any]] = []
-
-    @contextmanager
-    def part(self, name: str, *, on_device: bool = False) -> Iterator[None]:
-        """What runs in the block belongs to `name`; `on_device`: it starts kernels."""
-        if on_device and self._gpu:
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            first.record()
-            yield
-            last.record()
-            self._events.append((name, first, last))
-            return
-        before = time.perf_counter()
-        yield
-        self._seconds[name] += time.perf_counter() - before
-
-    def read(self) -> dict[str, float]:
-        """Seconds of each part so far; to be asked when the step's kernels have ended."""
-        for name, first, last in self._events:
-            last.synchronize()
-            self._seconds[name] += first.elapsed_time(last) / 1000
-        self._events.clear()
-        return dict(self._seconds)
-
-
-def training_flops(
-    decoder: AnyDecoderConfig,
-    encoder: AnyEncoderConfig | None,
-    counts: TokenCount,
-    attended: float | int,
-    encoded: float | int,
-    *,
-    encoder_trained: bool,
-    decoder_trained: bool = True,
-) -> float:
-    """The model FLOPs of training on these positions: 6 N a token, attention, and the encoder.
-
-    A frozen decoder has no gradients of its weights: 4 N a token.
-
-    `attended`: the sum over positions of how many each looks at; `encoded`: images that the
-    encoder saw. The input embedding costs nothing, padding does not count, and the head counts at
-    every text position, also where it is left out because nothing is learnt there.
-    """
-    forward = 2.0 * decoder.linear_parameters * counts.seen
-    forward += 4.0 * decoder.num_layers * decoder.hidden_size * attended
-    forward += head_flops(decoder) * (counts.seen - counts.image)
-    looks = encoder_flops(encoder) * encoded if encoder is not None else 0.0
-    saved = 0.0
-    if not decoder_trained:
-        saved = frozen_saving(decoder, counts.seen, counts.seen - counts.image)
-    return 3 * forward - saved + (3 if encoder_trained else 1) * looks
-
-
-def report(
-    *,
-    counts: TokenCount,
-    images: int,
-    flops: float,
-    seconds: float,
-    parts: Mapping[str, float],
-    peak_flops: float,
-    peak_memory_bytes: int,
-) -> dict[str, Any]:
-    """The meters of a stage for its `results.json`.
-
-    Tokens are all positions, useful ones those that are no padding; the utilisation is the model
-    FLOPs a second over `peak_flops`, what the devices reach in a matrix product, measured when
-    the stage began. `time_shares` are of the wall time of the first rank.
-    """
-    time_taken = max(seconds, 1e-9)
-    shares = {name: parts.get(name, 0.0) / time_taken for name in PARTS}
-    return {
-        "tokens_per_second": counts.total / time_taken,
-        "useful_tokens_per_second": counts.seen / time_taken,
-        "images_per_second": images / time_taken,
-        "model_flops_per_second": flops / time_taken,
-        "peak_flops_per_second": peak_flops,
-        "model_flops_utilisation": flops / time_taken / peak_flops if peak_flops else None,
-        "time_shares": shares | {"other": max(0.0, 1.0 - sum(shares.values()))},
-        "peak_memory_bytes": peak_memory_bytes,
-    }
-
-
 @dataclass(frozen=True)
 class StepResult:
     """Mean cross-entropy over the step's targets (nats), gradient norm before clipping.
@@ -314,6 +215,40 @@ class NonFiniteError(ValueError):
     """The loss or the gradient of a step is not finite; the optimiser has not moved."""
 
 
+class Taken:
+    """A step that the host has done with; a GPU may still compute it.
+
+    `ended` is when it was known to have ended, on the clock of `time.monotonic`.
+    """
+
+    def __init__(
+        self, numbers: Float[Tensor, "2"], totals: StepTotals, untouched: tuple[str, ...]
+    ) -> None:
+        self.totals, self._untouched = totals, untouched
+        self._numbers, self._event = numbers, cast(torch.cuda.Event | None, None)
+        self.ended = time.monotonic()
+        if numbers.is_cuda:
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def read(self) -> StepResult:
+        """What the step gave, once it has ended; waits for that.
+
+        Raises NonFiniteError with both numbers; then the optimiser has not moved, nor will it.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+            self._event, self.ended = None, time.monotonic()
+        loss, norm = self._numbers.tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NonFiniteError(f"loss {loss}, gradient norm {norm}")
+        held = self.totals
+        images = sum(held.num_images)
+        return StepResult(loss, norm, held.counts.target, images, self._untouched)
+
+
 def train_step(
     model: VLM,
     optimizer: torch.optim.Optimizer,
@@ -324,20 +259,22 @@ def train_step(
     settings: AdamW,
     place: Place,
     clock: Clock | None = None,
-) -> StepResult:
+    totals: StepTotals | None = None,
+) -> Taken:
     """Move the weights once; the gradient is that of the mean loss over the step's targets.
 
     Every rank brings the same number of micro-batches. `encode` turns a batch's `images` into
     patch features (the identity for stored ones); None for a model that looks at them itself.
-    `clock` measures its parts.
-    Raises NonFiniteError before the optimiser moves on any rank, ValueError for a step without a
-    target.
+    `clock` measures its parts. `totals` are the step's, counted here where they are not given.
+
+    From the first forward pass on the host waits for nothing. Where loss or gradient is not finite
+    on any rank, the optimiser moves neither in this step nor in one after it, which `Taken.read`
+    tells. Raises ValueError for a step without a target.
     """
     # Counted before the first backward, so that cutting the step into other
     # micro-batches, or over other ranks, leaves the gradient unchanged.
-    mine = [sum(batch.counts.target for batch in micro_batches)]
-    mine += [len(batch.images) for batch in micro_batches]
-    num_targets, *num_images = (int(value) for value in place.sum(mine))
+    totals = totals or totals_of(micro_batches, place)
+    num_targets = totals.counts.target
     if not num_targets:
         raise ValueError(
             "a step holds no target; its rows carry nothing to learn from: raise batch_rows, or "
@@ -346,33 +283,66 @@ def train_step(
     clock = clock or Clock(place.device)
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), dtype=torch.float64, device=place.device)
-    for cpu_batch, shown in zip(micro_batches, num_images, strict=True):
-        batch = placed(cpu_batch, place)
+    for cpu_batch, shown in zip(micro_batches, totals.num_images, strict=True):
+        batch, ahead = placed(model, cpu_batch, place)
         with clock.part("encoder", on_device=True), place.autocast():
             features = features_of(model, batch, encode, shown)
         with clock.part("model", on_device=True):
             with place.autocast():
-                loss, cross_entropy = model.losses(batch, features, settings.z_loss)
+                loss, cross_entropy = model.losses(batch, features, settings.z_loss, ahead)
             (loss / num_targets).backward()  # type: ignore[no-untyped-call]
             total += cross_entropy
     untouched = _touch(model)
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     with clock.part("optimizer", on_device=True):
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)))
-    (summed,) = place.sum([float(total)])
-    result = StepResult(summed / num_targets, norm, num_targets, sum(num_images), untouched)
-    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-        raise NonFiniteError(f"loss {result.loss}, gradient norm {result.grad_norm}")
-    set_rate(optimizer, rate)
-    with clock.part("optimizer", on_device=True):
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm))
+        place.add_up(total)
+        numbers = torch.stack((total / num_targets, norm.double()))
+        _halt_unless_finite(optimizer, numbers)
+        set_rate(optimizer, rate)
         optimizer.step()
-    return result
+    return Taken(numbers, totals, untouched)
 
 
-def placed(batch: Batch, place: Place) -> Batch:
-    """A batch of this rank on its device, as large as its kernels like it."""
+def _halt_unless_finite(optimizer: torch.optim.Optimizer, numbers: Tensor) -> None:
+    """From a step with a number that is not finite on the optimiser does not move: the device
+    decides, and nobody waits for it."""
+    fused: Any = optimizer
+    assert fused._step_supports_amp_scaling, "only fused AdamW looks at `found_inf`"
+    halted = (~numbers.isfinite().all()).float()
+    before = getattr(optimizer, "found_inf", None)
+    fused.found_inf = halted if before is None else torch.maximum(before, halted)
+
+
+def placed(model: VLM, batch: Batch, place: Place) -> tuple[Batch, Ahead]:
+    """A batch of this rank on its device, as large as its kernels like it, and what the model needs
+    to know of it.
+
+    To a GPU both are copied from page-locked memory beside what it computes meanwhile.
+    """
     # Shapes that change from batch to batch cost a processor nothing, and a GPU its kernels.
-    return batch.trimmed() if place.device.type == "cpu" else batch.to(place.device)
+    if place.device.type == "cpu":
+        batch = batch.trimmed()
+        return batch, model.ahead(batch)
+    ahead = model.ahead(batch, place.device)
+    copying, computing = _copy_stream(place.device), torch.cuda.current_stream(place.device)
+
+    def copied(tensor: Tensor) -> Tensor:
+        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+        there = pinned.to(place.device, non_blocking=True)
+        # So that its memory is not given away before `computing` has done with it.
+        there.record_stream(computing)
+        return there
+
+    with torch.cuda.stream(copying):
+        found = batch.map(copied), ahead.map(copied)
+    computing.wait_stream(copying)
+    return found
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def features_of(
