@@ -18,9 +18,8 @@ from midstream.model.decoder import Decoder
 from midstream.model.vision import build_encoder
 from midstream.model.vlm import VLM
 from midstream.model.weights import initialise
-from midstream.train.meters import training_flops
 from midstream.train.parallel import Place
-from midstream.train.step import make_optimizer, train_step
+from midstream.train.step import make_optimizer, train_step, training_flops
 from midstream.work.open_model import on_device
 from peers import Row, Step, step_of
 

@@ -12,14 +12,17 @@ from midstream.core.tokens import TokenCount
 from midstream.model.vlm import VLM
 from midstream.model.weights import initialise
 from midstream.study.store import Ledger
-from midstream.train.meters import PARTS, Clock, report, training_flops
 from midstream.train.parallel import Place
 from midstream.train.step import (
+    PARTS,
+    Clock,
     NonFiniteError,
     StepResult,
     make_optimizer,
+    report,
     set_rate,
     train_step,
+    training_flops,
 )
 from tiny import DECODER, ENCODER, TEXT
 

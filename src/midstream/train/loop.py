@@ -23,15 +23,22 @@ from midstream.data.views import picture_views
 from midstream.model.vision import load_encoder, resized
 from midstream.model.vlm import VLM
 from midstream.model.weights import fill, read_tensors
-from midstream.train import checkpoint, meters
+from midstream.train import checkpoint
+from midstream.train import step as meters
 from midstream.train.checkpoint import Progress, Saver
 from midstream.train.guards import StartChecks, Watch
 from midstream.train.held_out import HeldOut, evaluate
-from midstream.train.meters import Clock
 from midstream.train.metrics import MetricsLog, Tracking
 from midstream.train.parallel import ALONE, Place, peak_memory_bytes
 from midstream.train.record import Record, Report
-from midstream.train.step import Taken, freeze, is_trained, make_optimizer, train_step
+from midstream.train.step import (
+    Clock,
+    Taken,
+    freeze,
+    is_trained,
+    make_optimizer,
+    train_step,
+)
 from midstream.train.totals import StepTotals, totals_of
 
 

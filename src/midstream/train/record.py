@@ -8,9 +8,8 @@ from typing import Any
 
 from midstream.core.batch import Batch
 from midstream.train.checkpoint import Progress
-from midstream.train.meters import Clock
 from midstream.train.metrics import MetricsLog, progress_event
-from midstream.train.step import NonFiniteError, StepResult, Taken
+from midstream.train.step import Clock, NonFiniteError, StepResult, Taken
 
 Report = Callable[[dict[str, Any]], None]
 

@@ -5,10 +5,11 @@ Names of parameters stay those of the plain model, sharded, compiled or not.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,12 +25,21 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.checkpoint import checkpoint
 
-from midstream.config import AdamW, PatchProjection, Training, VLMConfig
+from midstream.config import (
+    AdamW,
+    AnyDecoderConfig,
+    AnyEncoderConfig,
+    PatchProjection,
+    Training,
+    VLMConfig,
+)
+from midstream.config.model import encoder_flops, frozen_saving, head_flops
 from midstream.core.batch import Batch
+from midstream.core.tokens import TokenCount
 from midstream.model.decoder import Decoder
-from midstream.model.vlm import VLM, Ahead
-from midstream.train.meters import Clock
+from midstream.model.vlm import VLM
 from midstream.train.parallel import Place
+from midstream.train.placing import features_of, placed
 from midstream.train.totals import StepTotals, totals_of
 
 # The parameters of a model's own encoder.
@@ -196,6 +206,98 @@ def _materialise(model: nn.Module, device: torch.device) -> None:
                 setattr(module, name, buffer.to(device))
 
 
+# The parts of a step. An encoder that the stage trains is part of the model's work.
+PARTS = ("data", "encoder", "model", "optimizer", "checkpoint")
+
+
+class Clock:
+    """Seconds by part of the work, of this process; kernels of a GPU by their own time."""
+
+    def __init__(self, device: torch.device, before: Mapping[str, float] | None = None) -> None:
+        self._gpu = device.type == "cuda"
+        self._seconds = dict.fromkeys(PARTS, 0.0) | dict(before or {})
+        self._events = deque[tuple[str, Any, Any]]()
+
+    @contextmanager
+    def part(self, name: str, *, on_device: bool = False) -> Iterator[None]:
+        """What runs in the block belongs to `name`; `on_device`: it starts kernels."""
+        if on_device and self._gpu:
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            first.record()
+            yield
+            last.record()
+            self._events.append((name, first, last))
+            return
+        before = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - before
+
+    def read(self) -> dict[str, float]:
+        """Seconds of each part so far, of the kernels that have ended by now."""
+        while self._events and self._events[0][2].query():
+            name, first, last = self._events.popleft()
+            self._seconds[name] += first.elapsed_time(last) / 1000
+        return dict(self._seconds)
+
+
+def training_flops(
+    decoder: AnyDecoderConfig,
+    encoder: AnyEncoderConfig | None,
+    counts: TokenCount,
+    attended: float | int,
+    encoded: float | int,
+    *,
+    encoder_trained: bool,
+    decoder_trained: bool = True,
+) -> float:
+    """The model FLOPs of training on these positions: 6 N a token, attention, and the encoder.
+
+    A frozen decoder has no gradients of its weights: 4 N a token.
+
+    `attended`: the sum over positions of how many each looks at; `encoded`: images that the
+    encoder saw. The input embedding costs nothing, padding does not count, and the head counts at
+    every text position, also where it is left out because nothing is learnt there.
+    """
+    forward = 2.0 * decoder.linear_parameters * counts.seen
+    forward += 4.0 * decoder.num_layers * decoder.hidden_size * attended
+    forward += head_flops(decoder) * (counts.seen - counts.image)
+    looks = encoder_flops(encoder) * encoded if encoder is not None else 0.0
+    saved = 0.0
+    if not decoder_trained:
+        saved = frozen_saving(decoder, counts.seen, counts.seen - counts.image)
+    return 3 * forward - saved + (3 if encoder_trained else 1) * looks
+
+
+def report(
+    *,
+    counts: TokenCount,
+    images: int,
+    flops: float,
+    seconds: float,
+    parts: Mapping[str, float],
+    peak_flops: float,
+    peak_memory_bytes: int,
+) -> dict[str, Any]:
+    """The meters of a stage for its `results.json`.
+
+    Tokens are all positions, useful ones those that are no padding; the utilisation is the model
+    FLOPs a second over `peak_flops`, what the devices reach in a matrix product, measured when
+    the stage began. `time_shares` are of the wall time of the first rank.
+    """
+    time_taken = max(seconds, 1e-9)
+    shares = {name: parts.get(name, 0.0) / time_taken for name in PARTS}
+    return {
+        "tokens_per_second": counts.total / time_taken,
+        "useful_tokens_per_second": counts.seen / time_taken,
+        "images_per_second": images / time_taken,
+        "model_flops_per_second": flops / time_taken,
+        "peak_flops_per_second": peak_flops,
+        "model_flops_utilisation": flops / time_taken / peak_flops if peak_flops else None,
+        "time_shares": shares | {"other": max(0.0, 1.0 - sum(shares.values()))},
+        "peak_memory_bytes": peak_memory_bytes,
+    }
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Mean cross-entropy over the step's targets (nats), gradient norm before clipping.
@@ -312,50 +414,6 @@ def _halt_unless_finite(optimizer: torch.optim.Optimizer, numbers: Tensor) -> No
     halted = (~numbers.isfinite().all()).float()
     before = getattr(optimizer, "found_inf", None)
     fused.found_inf = halted if before is None else torch.maximum(before, halted)
-
-
-def placed(model: VLM, batch: Batch, place: Place) -> tuple[Batch, Ahead]:
-    """A batch of this rank on its device, as large as its kernels like it, and what the model needs
-    to know of it.
-
-    To a GPU both are copied from page-locked memory beside what it computes meanwhile.
-    """
-    # Shapes that change from batch to batch cost a processor nothing, and a GPU its kernels.
-    if place.device.type == "cpu":
-        batch = batch.trimmed()
-        return batch, model.ahead(batch)
-    ahead = model.ahead(batch, place.device)
-    copying, computing = _copy_stream(place.device), torch.cuda.current_stream(place.device)
-
-    def copied(tensor: Tensor) -> Tensor:
-        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
-        there = pinned.to(place.device, non_blocking=True)
-        # So that its memory is not given away before `computing` has done with it.
-        there.record_stream(computing)
-        return there
-
-    with torch.cuda.stream(copying):
-        found = batch.map(copied), ahead.map(copied)
-    computing.wait_stream(copying)
-    return found
-
-
-@cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-def features_of(
-    model: VLM, batch: Batch, encode: Callable[[Tensor], Tensor] | None, num_images: int
-) -> Tensor | None:
-    """The batch's patch features, or None; `num_images` counts the pictures of all ranks."""
-    if encode is not None:
-        return encode(batch.images) if len(batch.images) else None
-    # A model's own encoder is sharded: it runs on every rank, if need be on no picture, or on none.
-    config = model.config.encoder
-    if config is None or num_images:
-        return None
-    return torch.zeros((0, config.num_patches, config.hidden_size), device=batch.input_ids.device)
 
 
 def _touch(model: VLM) -> tuple[str, ...]:

@@ -19,11 +19,11 @@ from midstream.data.rows import load_steps
 from midstream.study.label import label
 from midstream.study.stages import Trained
 from midstream.study.store import Ledger
+from midstream.train import step
 from midstream.train.guards import parameter_table
 from midstream.train.loop import Job
-from midstream.train.meters import Clock, report, training_flops
 from midstream.train.parallel import peak_memory_bytes
-from midstream.train.step import Taken, freeze, is_trained, make_optimizer, train_step
+from midstream.train.step import Clock, Taken, freeze, is_trained, make_optimizer, train_step
 from midstream.train.totals import StepTotals
 from midstream.work.protocol import Channel, Request
 from midstream.work.run_stage import StageRunner
@@ -147,10 +147,10 @@ def _measured(steps: _Steps, num_steps: int) -> tuple[float, dict[str, Any]]:
     steps.settle()
     parts = clock.read()
     seconds = time.perf_counter() - before
-    meters = report(
+    meters = step.report(
         counts=counts,
         images=images,
-        flops=training_flops(
+        flops=step.training_flops(
             job.model.config.decoder,
             job.model.config.encoder,
             counts,
