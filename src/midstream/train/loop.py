@@ -5,7 +5,7 @@ own rows; counts, decisions and results are those of all ranks.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -139,15 +139,7 @@ def train(
     log = MetricsLog(metrics, progress.metrics_bytes, tracking)
     saver = Saver(place, background=machine.saving == "background")
     keeper = _Keeper(job, optimizer, saver, machine.keep_checkpoints, progress)
-    steps = load_steps(
-        job.dataset,
-        first_row=progress.step * training.rows.batch_rows,
-        micro_rows=machine.micro_batch_rows or training.rows.batch_rows,
-        workers=machine.data_workers,
-        rank=place.rank,
-        world_size=place.world_size,
-        device=place.device,
-    )
+    steps = _load(job, machine, place, progress)
     watch, clock = watch or Watch(ALONE), Clock(place.device, progress.parts)
     record = Record(log, clock, report, progress, rows=(training.rows.batch_rows, len(plan)))
     held_out: dict[str, Any] | None = None
@@ -169,7 +161,8 @@ def train(
         used_rate, progress = progress.rate, _advance(progress, job, totals)
         record.hold(progress, taken, used_rate)
         measures = progress.step == plan.num_steps or keeper.is_due(progress)
-        if waits := measures or keeper.saves(progress) or checks.are_due(sum(totals.num_images)):
+        waits = measures or keeper.saves(progress) or checks.are_due(sum(totals.num_images))
+        if waits:
             checks.after_step(record.read())
         watch.at(f"keeping what {step} gave", "keep")
         if measures:
@@ -182,9 +175,7 @@ def train(
         watch.at(f"waiting for rows after {step}", "data")
     if totals.stop:
         watch.at(f"keeping what step {progress.step} gave", "keep")
-        progress = record.write()
-        with clock.part("checkpoint"):
-            keeper.keep(progress, log, stop=True)
+        keeper.keep(record.write(), log, stop=True)
         log.close()
         raise Interrupted(f"stopped after step {progress.step} of {plan.num_steps}")
     if held_out is None:  # the stage resumes behind its last step
@@ -194,6 +185,19 @@ def train(
     log.close()
     checks.end()
     return _results(job, progress, place) | {"held_out": held_out}
+
+
+def _load(job: Job, machine: Machine, place: Place, progress: Progress) -> Iterator[list[Batch]]:
+    rows = job.training.rows
+    return load_steps(
+        job.dataset,
+        first_row=progress.step * rows.batch_rows,
+        micro_rows=machine.micro_batch_rows or rows.batch_rows,
+        workers=machine.data_workers,
+        rank=place.rank,
+        world_size=place.world_size,
+        device=place.device,
+    )
 
 
 def _held_out(job: Job, machine: Machine, place: Place, watch: Watch) -> dict[str, Any]:
