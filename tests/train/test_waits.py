@@ -22,8 +22,11 @@ from midstream.model.vlm import VLM
 from midstream.model.weights import initialise
 from midstream.study.store import Ledger
 from midstream.train import loop, step
+from midstream.train.checkpoint import Saver
 from midstream.train.parallel import Place
+from midstream.train.placing import placed
 from midstream.train.step import Taken, make_optimizer, train_step
+from midstream.train.totals import totals_of
 
 # Long enough that segments are cut apart.
 LENGTH = 256
@@ -175,9 +178,9 @@ def test_a_step_of_several_micro_batches_waits_for_nothing(
     if device == "cuda":  # kernels are compiled, which waits
         train_step(model, optimizer, batches, **settings).read()
     # What the host finds out of its own tensors is none of a device's business.
-    waiting = iter([step.placed(model, batch, place) for batch in batches])
+    waiting = iter([placed(model, batch, place) for batch in batches])
     monkeypatch.setattr(step, "placed", lambda *_: next(waiting))
-    totals = step.totals_of(batches, place)
+    totals = totals_of(batches, place)
     with refusing(place.device):
         taken = train_step(model, optimizer, batches, totals=totals, **settings)
     found = taken.read()
@@ -208,11 +211,11 @@ def test_a_step_is_read_when_the_next_one_is_taken_and_before_anything_is_kept(
     tiny_ledger: Ledger, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = list[str]()
-    take, read, start = loop.train_step, Taken.read, loop.Saver.start
+    read, start = Taken.read, Saver.start
     numbers = dict[int, int]()
 
     def taking(*given: Any, **options: Any) -> Taken:
-        taken = take(*given, **options)
+        taken = train_step(*given, **options)
         numbers[id(taken)] = len(numbers) + 1
         said.append(f"take {len(numbers)}")
         kept.append(taken)
@@ -230,7 +233,7 @@ def test_a_step_is_read_when_the_next_one_is_taken_and_before_anything_is_kept(
     kept = list[Taken]()
     monkeypatch.setattr(loop, "train_step", taking)
     monkeypatch.setattr(Taken, "read", reading)
-    monkeypatch.setattr(loop.Saver, "start", saving)
+    monkeypatch.setattr(Saver, "start", saving)
     mine = tiny.store_with(tiny_ledger, tmp_path, tiny.DATA)
     stage = tiny.text_run(total_tokens=5_500).model_copy(update={"milestones": (1.0,)})
     tiny.runner(mine).run(stage)
