@@ -57,7 +57,7 @@ def useful_tokens_per_second(datasets: dict[str, RowDataset], steps: int) -> dic
                 rate=1e-3,
                 settings=AdamW(),
                 place=Place(device),
-            )
+            ).read()
             if number:
                 seconds[name].append(time.perf_counter() - before)
                 tokens[name].append(sum(batch.counts.seen for batch in step))

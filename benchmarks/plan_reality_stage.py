@@ -207,7 +207,7 @@ class Reality:
                     rate=0.0,
                     settings=job.training.optimizer,
                     place=place,
-                )
+                ).read()
             return batches
 
         held = sum(p.numel() for p in job.model.parameters())

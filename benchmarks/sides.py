@@ -167,7 +167,9 @@ def our_step(model: VLM, batch: Batch, encode: object, place: Place) -> Step:
             rate=1e-4,
             settings=SETTINGS,
             place=place,
-        ).loss
+        )
+        .read()
+        .loss
     )
 
 

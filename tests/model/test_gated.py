@@ -162,7 +162,9 @@ def losses(model: VLM, batch: Batch, features: Tensor, *, steps: int) -> list[fl
             rate=1e-2,
             settings=settings,
             place=ALONE,
-        ).loss
+        )
+        .read()
+        .loss
         for _ in range(steps)
     ]
 

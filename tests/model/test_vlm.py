@@ -10,7 +10,7 @@ from midstream.config import DecoderConfig, EncoderConfig, ProjectorConfig, VLMC
 from midstream.core.batch import IGNORE, Batch
 from midstream.core.tokens import TokenCount
 from midstream.model.projector import Projector
-from midstream.model.vlm import VLM, scatter_image_features, summed_loss
+from midstream.model.vlm import VLM, scatter_image_features, slot_positions, summed_loss
 from midstream.model.weights import initialise
 
 ENCODER = EncoderConfig(
@@ -52,7 +52,7 @@ def test_features_land_in_their_slots_and_nowhere_else() -> None:
     embeddings = torch.zeros(2, 6, 1)
     features = torch.arange(1.0, 7.0).reshape(3, 2, 1)
     slots = torch.tensor([[0, 4], [1, 0], [1, 3]])
-    placed = scatter_image_features(embeddings, features, slots)
+    placed = scatter_image_features(embeddings, features, slot_positions(slots, 2, 6))
     assert placed[:, :, 0].tolist() == [[0, 0, 0, 0, 1, 2], [3, 4, 0, 5, 6, 0]]
     assert embeddings.abs().max() == 0
 
@@ -60,9 +60,9 @@ def test_features_land_in_their_slots_and_nowhere_else() -> None:
 def test_images_that_do_not_agree_with_the_slots_are_refused() -> None:
     embeddings, slots = torch.zeros(2, 6, 1), torch.tensor([[0, 4], [1, 0]])
     with pytest.raises(ValueError, match="3 images were given, the rows have 2 slots"):
-        scatter_image_features(embeddings, torch.zeros(3, 2, 1), slots)
+        scatter_image_features(embeddings, torch.zeros(3, 2, 1), slot_positions(slots, 2, 6))
     with pytest.raises(ValueError, match="3 positions starts at column 4 of rows of 6"):
-        scatter_image_features(embeddings, torch.zeros(2, 3, 1), slots)
+        slot_positions(slots, 3, 6)
     with pytest.raises(ValueError, match=r"\(patches, width\) \(5, 24\).*\(4, 24\)"):
         vlm_of()(batch_of([(0, 0)]), torch.zeros(1, 5, 24))
     with pytest.raises(ValueError, match="0 images were given, the rows have 1 slots"):

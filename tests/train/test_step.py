@@ -1,6 +1,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,7 +105,7 @@ def step(
         rate=rate,
         settings=settings,
         place=Place(CPU),
-    )
+    ).read()
 
 
 def gradients(model: VLM) -> dict[str, torch.Tensor]:
@@ -209,6 +210,24 @@ def test_a_step_that_is_not_finite_stops_before_the_optimiser_moves(vlm: VLM, wh
     for held, parameter in zip(moments, vlm.parameters(), strict=True):
         for key, value in held.items():
             assert torch.equal(value, optimizer.state[parameter][key])
+
+
+def test_the_optimiser_never_moves_again_behind_a_step_that_is_not_finite(vlm: VLM) -> None:
+    optimizer = make_optimizer(vlm, Settings)
+    options: Any = {"encode": same, "rate": 1e-3, "settings": Settings, "place": Place(CPU)}
+    step(vlm, cut([6]), optimizer=optimizer)
+    before = [value.detach().clone() for value in vlm.parameters()]
+    batches = cut([3, 3])
+    batches[0].images[0, 1, 2] = float("inf")
+    # Both are on their way before anybody reads the first one.
+    first = train_step(vlm, optimizer, batches, **options)
+    second = train_step(vlm, optimizer, cut([6]), **options)
+    with pytest.raises(NonFiniteError, match="gradient norm nan"):
+        first.read()
+    assert second.read().loss > 0
+    for old, value in zip(before, vlm.parameters(), strict=True):
+        assert torch.equal(old, value)
+        assert optimizer.state[value]["step"] == 1
 
 
 def test_a_step_without_a_target_is_refused(vlm: VLM) -> None:

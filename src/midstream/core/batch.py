@@ -88,9 +88,10 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, from which a GPU copies while it computes."""
-        return self._changed(lambda tensor: tensor.pin_memory())
+        return self.map(lambda tensor: tensor.pin_memory())
 
-    def _changed(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """Every tensor changed alike."""
         fields: dict[str, Any] = {
             name: change(value) if isinstance(value, Tensor) else value
             for name, value in self.__dict__.items()
@@ -99,7 +100,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        return self._changed(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def stack_rows(rows: Sequence[Row], images: Float[Tensor, "images ..."]) -> Batch:

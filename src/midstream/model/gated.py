@@ -31,7 +31,12 @@ class Shown(NamedTuple):
 
 def shown(features: Float[Tensor, "images left width"], image_of: Int[Tensor, "rows seq"]) -> Shown:
     """Pictures to look at; `image_of` numbers each position's, or is NO_PICTURE."""
-    flat, num_images = image_of.flatten(), len(features)
+    return Shown(features, looking_at(image_of, len(features)))
+
+
+def looking_at(image_of: Int[Tensor, "rows seq"], num_images: int) -> Int[Tensor, "images longest"]:
+    """`Shown.positions`; finding them reads numbers back to the host."""
+    flat = image_of.flatten()
     looking = (flat != NO_PICTURE).nonzero()[:, 0]
     owner, order = flat[looking].sort(stable=True)
     counts = torch.bincount(owner, minlength=num_images)
@@ -39,7 +44,7 @@ def shown(features: Float[Tensor, "images left width"], image_of: Int[Tensor, "r
     positions = flat.new_full((num_images, longest), len(flat))
     place = torch.arange(len(owner), device=flat.device) - (counts.cumsum(0) - counts)[owner]
     positions[owner, place] = looking[order]
-    return Shown(features, positions)
+    return positions
 
 
 def latest_pictures(

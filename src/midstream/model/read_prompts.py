@@ -19,7 +19,7 @@ from midstream.model.attention import NO_PICTURE, PICTURE_RULES, Place, pictures
 from midstream.model.decoder import Cache, compute_dtype
 from midstream.model.gated import Shown, shown
 from midstream.model.pretrained import TransformersCache
-from midstream.model.vlm import VLM
+from midstream.model.vlm import VLM, slot_positions
 
 AnyCache = Cache | TransformersCache
 Item = TypeVar("Item")
@@ -194,7 +194,8 @@ def embed_parts(
     pictures = torch.full(embeddings.shape[:2], NO_PICTURE, device=embeddings.device)
     if projected is not None:
         found, places = embeddings.to(projected.dtype), id_tensor(slots, vlm)
-        embeddings = vlm.put_images(found, projected, places)
+        at = slot_positions(places, width, embeddings.shape[1])
+        embeddings = vlm.put_images(found, projected, at)
         pictures = pictures_of(places, width, (len(rows), embeddings.shape[1]))
         count = len(parts[0].pictures)
         pictures = torch.where(pictures == NO_PICTURE, NO_PICTURE, pictures % count)

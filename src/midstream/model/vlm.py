@@ -4,6 +4,8 @@ A frozen encoder is no part of it: its features arrive as an argument. One that 
 the model's own, and takes the batch's pixels. `slots` are one an image: (row, first column).
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -19,12 +21,14 @@ from midstream.core.batch import IGNORE, Batch
 from midstream.model import adapters
 from midstream.model.attention import (
     PICTURE_RULES,
+    Mask,
     MaskKind,
     make_mask,
+    map_mask,
     pictures_of,
 )
 from midstream.model.decoder import Decoder, select
-from midstream.model.gated import GatedStack, Shown, latest_pictures, shown
+from midstream.model.gated import GatedStack, Shown, latest_pictures, looking_at
 from midstream.model.pretrained import TransformersDecoder
 from midstream.model.projector import Projector
 from midstream.model.vision import VisionEncoder, build_encoder
@@ -136,6 +140,32 @@ def build_decoder(config: AnyDecoderConfig) -> Decoder | TransformersDecoder:
     return Decoder(config) if isinstance(config, DecoderConfig) else TransformersDecoder(config)
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """What of a batch decides shapes and kernels: `VLM.ahead` finds it on the host, so that nobody
+    waits for a device within a micro-batch.
+
+    `at` numbers the positions with a target over all rows, `targets` are theirs; `pictures` numbers
+    those of each picture; `looking` is `Shown.positions`, None without gated blocks.
+    """
+
+    at: Int[Tensor, "num_targets"]
+    targets: Int[Tensor, "num_targets"]
+    pictures: Int[Tensor, "images positions"]
+    mask: Mask
+    looking: Int[Tensor, "images longest"] | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Ahead":
+        """Every tensor changed alike."""
+        return Ahead(
+            at=change(self.at),
+            targets=change(self.targets),
+            pictures=change(self.pictures),
+            mask=map_mask(self.mask, change),
+            looking=None if self.looking is None else change(self.looking),
+        )
+
+
 class VLM(nn.Module):
     """Projector and decoder, and the encoder where it is the model's own; without an encoder in the
     config a plain language model."""
@@ -168,41 +198,63 @@ class VLM(nn.Module):
                     seen_width=widths[-1],
                 )
 
+    def ahead(self, batch: Batch, device: torch.device | None = None) -> Ahead:
+        """What the model needs to know of a batch before it computes on `device`, where the batch
+        lies if None. Of a batch on the CPU no device hears.
+
+        Raises ValueError for a picture that does not end within its row.
+        """
+        device = device or batch.input_ids.device
+        targets = batch.targets.flatten()
+        at = (targets != IGNORE).nonzero()[:, 0]
+        rows, length = batch.input_ids.shape
+        slots, width = batch.image_slots, self.config.image_tokens
+        positions = slot_positions(slots, width, length)
+        looking = None
+        if self.gated is not None:
+            looking = looking_at(latest_pictures(slots, batch.segment_ids), len(slots))
+        # The runs of a batch are new shapes for each block that is compiled, and unknown to others.
+        whole = self.compiled_blocks or isinstance(self.decoder, TransformersDecoder)
+        on_cpu: MaskKind = "dense" if whole else "cut"
+        kind = on_cpu if device.type == "cpu" else "blocks"
+        rule = self.config.attention
+        prefix = batch.prefix if rule == "prefix" else None
+        pictures = pictures_of(slots, width, (rows, length)) if rule in PICTURE_RULES else None
+        return Ahead(
+            at=at,
+            targets=targets.index_select(0, at),
+            pictures=positions,
+            mask=make_mask(batch.segment_ids, prefix, rule, kind=kind, pictures=pictures),
+            looking=looking,
+        )
+
     def forward(
         self,
         batch: Batch,
         features: Float[Tensor, "images patches width"] | None,
         at: Int[Tensor, "asked"] | None = None,
+        ahead: Ahead | None = None,
     ) -> Float[Tensor, "*asked hidden"]:
         """The hidden states of a batch, with the features of its images in their slots.
 
         [rows, seq, hidden], or [asked, hidden] of the positions that `at` numbers over all rows.
         `features` are a frozen encoder's, one entry an image slot; None where the batch has none,
-        and for a model that looks at the batch's pixels itself.
+        and for a model that looks at the batch's pixels itself. `ahead` is that of the batch, found
+        here where it is not given.
         Raises ValueError with both numbers if images and slots do not agree.
         """
+        ahead = ahead or self.ahead(batch)
         embeddings = self.decoder.embed(batch.input_ids)
         if features is None and self.encoder is not None:
             features = self.encoder(batch.images)
-        projected = self.project(features, embeddings)
+        projected, seen = self.project(features, embeddings), None
         if projected is None and len(batch.image_slots) > 0:
             raise ValueError(f"the batch has {len(batch.image_slots)} images, the model no encoder")
-        seen = None
         if projected is not None:
-            embeddings = self.put_images(embeddings, projected, batch.image_slots)
-        if projected is not None and self.gated is not None:
-            seen = shown(projected, latest_pictures(batch.image_slots, batch.segment_ids))
-        attention = self.config.attention
-        # The runs of a batch are new shapes for each block that is compiled, and unknown to others.
-        whole = self.compiled_blocks or isinstance(self.decoder, TransformersDecoder)
-        on_cpu: MaskKind = "dense" if whole else "cut"
-        kind = on_cpu if embeddings.device.type == "cpu" else "blocks"
-        prefix, pictures = batch.prefix if attention == "prefix" else None, None
-        if attention in PICTURE_RULES:
-            size = (len(embeddings), embeddings.shape[1])
-            pictures = pictures_of(batch.image_slots, self.config.image_tokens, size)
-        mask = make_mask(batch.segment_ids, prefix, attention, kind=kind, pictures=pictures)
-        return self.decode(embeddings, batch.position_ids, mask, at=at, seen=seen)
+            embeddings = self.put_images(embeddings, projected, ahead.pictures)
+            if ahead.looking is not None:
+                seen = Shown(projected, ahead.looking)
+        return self.decode(embeddings, batch.position_ids, ahead.mask, at=at, seen=seen)
 
     def decode(
         self,
@@ -225,35 +277,34 @@ class VLM(nn.Module):
         self,
         embeddings: Float[Tensor, "rows seq hidden"],
         projected: Float[Tensor, "images left width"],
-        image_slots: Int[Tensor, "slots 2"],
+        positions: Int[Tensor, "slots positions"],
     ) -> Float[Tensor, "rows seq hidden"]:
-        """Put what `project` gives into slots, or, of a model with gated blocks, the embedding of a
-        picture's position; raises as `scatter_image_features` does."""
+        """Put what `project` gives into its positions (`slot_positions`), or, of a model with gated
+        blocks, the embedding of a picture's; raises as `scatter_image_features` does."""
         if self.gated is not None:
             own = self.gated.picture.to(embeddings.dtype)
             projected = own.expand(len(projected), 1, -1)
-        return scatter_image_features(embeddings, projected, image_slots)
+        return scatter_image_features(embeddings, projected, positions)
 
     def losses(
         self,
         batch: Batch,
         features: Float[Tensor, "images patches width"] | None,
         z_loss: float,
+        ahead: Ahead | None = None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """`summed_loss` of a batch: what to train on, and the sum of cross-entropies to report.
 
         One call from pixels or features to the loss, so that a sharded model gathers its weights
-        around all that uses them.
+        around all that uses them. `ahead` is as for `forward`.
         """
-        targets = batch.targets.flatten()
-        at = (targets != IGNORE).nonzero()[:, 0]
-        targets = targets.index_select(0, at)
+        ahead = ahead or self.ahead(batch)
         # Not `self(...)`: a sharded model gathers its weights around this method already.
-        if len(at) > MOST_TARGETS * batch.targets.numel():
-            hidden = select(self.forward(batch, features), at)
+        if len(ahead.at) > MOST_TARGETS * batch.targets.numel():
+            hidden = select(self.forward(batch, features, ahead=ahead), ahead.at)
         else:
-            hidden = self.forward(batch, features, at)
-        return summed_loss(hidden, self.decoder.output.weight, targets, z_loss)
+            hidden = self.forward(batch, features, ahead.at, ahead)
+        return summed_loss(hidden, self.decoder.output.weight, ahead.targets, z_loss)
 
     def project(
         self,
@@ -300,25 +351,34 @@ class VLM(nn.Module):
         }
 
 
+def slot_positions(
+    image_slots: Int[Tensor, "slots 2"], num_positions: int, length: int
+) -> Int[Tensor, "slots positions"]:
+    """The positions of each picture, numbered over all rows of so many: `num_positions` from its
+    slot (row, first column) on.
+
+    Raises ValueError for one that does not end within its row.
+    """
+    if len(image_slots) and (last := int(image_slots[:, 1].max())) + num_positions > length:
+        raise ValueError(
+            f"an image of {num_positions} positions starts at column {last} of rows of {length}"
+        )
+    starts = image_slots[:, 0] * length + image_slots[:, 1]
+    return starts[:, None] + torch.arange(num_positions, device=starts.device)
+
+
 def scatter_image_features(
     embeddings: Float[Tensor, "rows seq hidden"],
     features: Float[Tensor, "images patches hidden"],
-    image_slots: Int[Tensor, "slots 2"],
+    positions: Int[Tensor, "slots patches"],
 ) -> Float[Tensor, "rows seq hidden"]:
-    """Put projected features where the rows have image slots: `patches` columns from each start.
+    """Put projected features where `slot_positions` says.
 
-    `image_slots` lists (row, first column). Raises ValueError with both numbers if there are
-    other images than slots, or if an image does not end within its row.
+    Raises ValueError with both numbers if there are other images than slots.
     """
-    num_images, num_patches, width = features.shape
-    length = embeddings.shape[1]
-    if num_images != len(image_slots):
-        raise ValueError(f"{num_images} images were given, the rows have {len(image_slots)} slots")
-    if num_images > 0 and (last := int(image_slots[:, 1].max())) + num_patches > length:
-        raise ValueError(
-            f"an image of {num_patches} positions starts at column {last} of rows of {length}"
-        )
-    starts = image_slots[:, 0] * length + image_slots[:, 1]
-    columns = starts[:, None] + torch.arange(num_patches, device=starts.device)
-    flat = embeddings.reshape(-1, width)
-    return flat.index_copy(0, columns.reshape(-1), features.reshape(-1, width)).view_as(embeddings)
+    if len(features) != len(positions):
+        have, slots = len(features), len(positions)
+        raise ValueError(f"{have} images were given, the rows have {slots} slots")
+    flat = embeddings.reshape(-1, embeddings.shape[2])
+    given = features.reshape(-1, embeddings.shape[2])
+    return flat.index_copy(0, positions.reshape(-1), given).view_as(embeddings)

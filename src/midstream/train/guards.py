@@ -342,6 +342,10 @@ class StartChecks:
                 }
             )
 
+    def are_due(self, num_images: int) -> bool:
+        """Whether there is something to check after a step with so many pictures."""
+        return any(num_images or not name.startswith(_SEEING) for name in self._pending)
+
     def after_step(self, result: StepResult) -> None:
         """After each step until every trained parameter was checked: a matrix must have had a
         gradient other than zero, any other parameter a gradient.
@@ -350,7 +354,7 @@ class StartChecks:
         gates by the first after one in which all of these have opened. Raises ValueError with
         the names.
         """
-        if not self._pending:
+        if not self.are_due(result.num_images):
             return
         judged = {n for n in self._pending if result.num_images or not n.startswith(_SEEING)}
         if not self._open:

@@ -27,7 +27,8 @@ from midstream.model.vlm import VLM
 from midstream.order.plan import RowPlan
 from midstream.order.stream import Stream
 from midstream.train.parallel import Place
-from midstream.train.step import NonFiniteError, features_of, placed
+from midstream.train.placing import features_of, placed
+from midstream.train.step import NonFiniteError
 
 # Of each source so many text tokens are read, in an order of this seed; patches do not count, so
 # that models with different encoders read the same examples.
@@ -236,10 +237,10 @@ def _measure(
             targets = cpu_batch.targets[cpu_batch.targets != IGNORE].numpy()
             num_targets += len(targets)
             num_bytes += int(token_bytes[targets].sum())
-            batch = placed(cpu_batch, place)
+            batch, ahead = placed(model, cpu_batch, place)
             with place.autocast():
                 features = features_of(model, batch, encode, int(shown))
-                nats += model.losses(batch, features, 0.0)[1]
+                nats += model.losses(batch, features, 0.0, ahead)[1]
         at("computing held-out losses")
     sums = place.sum([float(nats), num_targets, num_bytes])
     return _Sums(sums[0], int(sums[1]), int(sums[2]))

@@ -5,9 +5,8 @@ own rows; counts, decisions and results are those of all ranks.
 """
 
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import astuple, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,17 +29,18 @@ from midstream.train import step as meters
 from midstream.train.checkpoint import Progress, Saver
 from midstream.train.guards import StartChecks, Watch
 from midstream.train.held_out import HeldOut, evaluate
-from midstream.train.metrics import MetricsLog, Tracking, progress_event
+from midstream.train.metrics import MetricsLog, Tracking
 from midstream.train.parallel import ALONE, Place, data_workers, peak_memory_bytes
+from midstream.train.record import Record, Report
 from midstream.train.step import (
     Clock,
-    NonFiniteError,
-    StepResult,
+    Taken,
     freeze,
     is_trained,
     make_optimizer,
     train_step,
 )
+from midstream.train.totals import StepTotals, totals_of
 
 
 class Interrupted(Exception):  # noqa: N818 - it ends a stage without being an error
@@ -109,9 +109,6 @@ class Job:
         return rate
 
 
-Report = Callable[[dict[str, Any]], None]
-
-
 def train(
     job: Job,
     machine: Machine,
@@ -126,9 +123,9 @@ def train(
 
     Resumes by itself from the newest checkpoint, bit for bit on a CPU. Raises Interrupted when
     `should_stop` turns true on any rank (after a checkpoint at the step boundary), NonFiniteError
-    with the rows of the step before the optimiser moves, OSError where a checkpoint cannot be
-    written, ValueError for a schedule that cannot start, ranks that differ, or a trained parameter
-    that no gradient reaches.
+    with the rows of a step from which on the optimiser did not move, OSError where a checkpoint
+    cannot be written, ValueError for a schedule that cannot start, ranks that differ, or a trained
+    parameter that no gradient reaches.
     """
     training, plan = job.training, job.dataset.plan
     check_start(training.schedule, job.start.parent_rate, str(job.folder))
@@ -143,48 +140,45 @@ def train(
     log = MetricsLog(metrics, progress.metrics_bytes, tracking)
     saver = Saver(place, background=machine.saving == "background")
     keeper = _Keeper(job, optimizer, saver, machine.keep_checkpoints, progress)
-    steps = load_steps(
-        job.dataset,
-        first_row=progress.step * training.rows.batch_rows,
-        micro_rows=machine.micro_batch_rows or training.rows.batch_rows,
-        workers=data_workers(machine, place.device),
-        rank=place.rank,
-        world_size=place.world_size,
-        device=place.device,
-        looks=job.looks,
-    )
-    shown, before = 0.0, time.monotonic()
+    steps = _load(job, machine, place, progress)
     watch, clock = watch or Watch(ALONE), Clock(place.device, progress.parts)
+    record = Record(log, clock, report, progress, rows=(training.rows.batch_rows, len(plan)))
     held_out: dict[str, Any] | None = None
     job.model.train()
     watch.at("waiting for the first rows", "data")
-    while (micro_batches := _next(steps, clock)) is not None:
+    while True:
+        micro_batches = record.next_rows(steps)
         step = f"step {progress.step + 1} of {plan.num_steps}"
-        watch.at(f"computing {step}", "step")
-        result = _step(job, optimizer, micro_batches, progress, place, clock)
-        checks.after_step(result)
-        before, seconds = time.monotonic(), time.monotonic() - before
-        used_rate = progress.rate
-        mine = [float(should_stop()), *_tally(micro_batches, plan.names)]
-        stop, *tally = place.sum(mine)
+        if micro_batches:
+            watch.at(f"computing {step}", "step")
+        # Asked once after each step, together with what every rank must know of the next one.
+        asked = record.has_begun and should_stop()
+        totals = totals_of(micro_batches or (), place, plan.names, stop=asked)
+        if totals.stop or not micro_batches:
+            break
+        taken = _step(job, optimizer, micro_batches, totals, progress, place, clock)
+        # The step before is read while a GPU computes this one.
+        record.write()
+        used_rate, progress = progress.rate, _advance(progress, job, totals)
+        record.hold(progress, taken, used_rate)
+        measures = progress.step == plan.num_steps or keeper.is_due(progress)
+        waits = measures or keeper.saves(progress) or checks.are_due(sum(totals.num_images))
+        if waits:
+            checks.after_step(record.read())
         watch.at(f"keeping what {step} gave", "keep")
-        progress = _advance(progress, job, tally, result, seconds, clock)
-        held_out, since = None, time.monotonic()
-        if progress.step == plan.num_steps or keeper.is_due(progress):
-            held_out = _held_out(job, machine, place, watch)
-            before += time.monotonic() - since
-        log.write(**_line(progress, result, used_rate, seconds, held_out))
-        progress = replace(progress, metrics_bytes=log.position)
+        if measures:
+            with record.pause():
+                held_out = _held_out(job, machine, place, watch)
+        if waits:
+            progress = record.write(held_out if measures else None)
         with clock.part("checkpoint"):
-            keeper.keep(progress, log, stop=stop > 0)
+            keeper.keep(progress, log)
         watch.at(f"waiting for rows after {step}", "data")
-        if stop:
-            log.close()
-            raise Interrupted(f"stopped after step {progress.step} of {plan.num_steps}")
-        if time.monotonic() - shown > 0.5:
-            shown = time.monotonic()
-            told = progress.loss, progress.seconds
-            report(progress_event(progress.tokens_seen, progress.total_tokens, *told))
+    if totals.stop:
+        watch.at(f"keeping what step {progress.step} gave", "keep")
+        keeper.keep(record.write(), log, stop=True)
+        log.close()
+        raise Interrupted(f"stopped after step {progress.step} of {plan.num_steps}")
     if held_out is None:  # the stage resumes behind its last step
         held_out = _held_out(job, machine, place, watch)
     watch.rest("keeping the stage's weights")
@@ -196,6 +190,20 @@ def train(
     return _results(job, progress, place) | {"held_out": held_out}
 
 
+def _load(job: Job, machine: Machine, place: Place, progress: Progress) -> Iterator[list[Batch]]:
+    rows = job.training.rows
+    return load_steps(
+        job.dataset,
+        first_row=progress.step * rows.batch_rows,
+        micro_rows=machine.micro_batch_rows or rows.batch_rows,
+        workers=data_workers(machine, place.device),
+        rank=place.rank,
+        world_size=place.world_size,
+        device=place.device,
+        looks=job.looks,
+    )
+
+
 def _held_out(job: Job, machine: Machine, place: Place, watch: Watch) -> dict[str, Any]:
     def at(doing: str) -> None:
         watch.at(doing, "step")
@@ -203,57 +211,27 @@ def _held_out(job: Job, machine: Machine, place: Place, watch: Watch) -> dict[st
     return evaluate(job.model, job.held_out, encode=job.encode, machine=machine, place=place, at=at)
 
 
-def _line(
-    progress: Progress,
-    result: StepResult,
-    used_rate: float | None,
-    seconds: float,
-    held_out: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    line = {
-        "step": progress.step,
-        "tokens_seen": progress.tokens_seen,
-        "loss": result.loss,
-        "rate": used_rate,
-        "grad_norm": result.grad_norm,
-        "num_targets": result.num_targets,
-        "seconds": round(seconds, 6),
-    }
-    return line | ({"held_out": held_out} if held_out else {})
-
-
-def _next(steps: Iterator[list[Batch]], clock: Clock) -> list[Batch] | None:
-    with clock.part("data"):
-        return next(steps, None)
-
-
 def _step(
     job: Job,
     optimizer: torch.optim.Optimizer,
     micro_batches: list[Batch],
+    totals: StepTotals,
     progress: Progress,
     place: Place,
     clock: Clock,
-) -> StepResult:
+) -> Taken:
     assert progress.rate is not None, "only an imported checkpoint's may be unknown"
-    low = progress.step * job.training.rows.batch_rows
-    high = min(low + job.training.rows.batch_rows, len(job.dataset)) - 1
-    try:
-        return train_step(
-            job.model,
-            optimizer,
-            micro_batches,
-            encode=job.encode,
-            rate=progress.rate,
-            settings=job.training.optimizer,
-            place=place,
-            clock=clock,
-        )
-    except NonFiniteError as error:
-        raise NonFiniteError(
-            f"step {progress.step}, rows {low} to {high}: {error}; "
-            "the weights are those before the step. Lower the rate or look at these rows"
-        ) from None
+    return train_step(
+        job.model,
+        optimizer,
+        micro_batches,
+        encode=job.encode,
+        rate=progress.rate,
+        settings=job.training.optimizer,
+        place=place,
+        clock=clock,
+        totals=totals,
+    )
 
 
 class _Keeper:
@@ -270,19 +248,26 @@ class _Keeper:
         self.job, self.optimizer, self.saver, self.number = job, optimizer, saver, number
         self.total = progress.total_tokens
         self.due = sorted(s for s in job.milestones if s * self.total > progress.tokens_seen)
+        self.newest: Path | None = None
 
     def is_due(self, progress: Progress) -> bool:
         """Whether a milestone is reached that is not kept yet."""
         return bool(self.due) and progress.tokens_seen >= self.due[0] * self.total
 
-    def keep(self, progress: Progress, log: MetricsLog, *, stop: bool) -> None:
+    def saves(self, progress: Progress) -> bool:
+        """Whether a checkpoint follows this step."""
+        return progress.step % self.job.training.checkpoint_every_steps == 0
+
+    def keep(self, progress: Progress, log: MetricsLog, *, stop: bool = False) -> None:
         """Keep what is due after a step, and let go of older checkpoints once it is whole."""
         places = []
         while self.is_due(progress):
             places.append(checkpoint.milestone(self.job.folder, self.due.pop(0)))
         checkpoints = self.job.folder / "checkpoints"
-        if stop or progress.step % self.job.training.checkpoint_every_steps == 0:
-            places.append(checkpoints / f"step-{progress.step:08d}")
+        newest = checkpoints / f"step-{progress.step:08d}"
+        if (stop or self.saves(progress)) and newest != self.newest:
+            self.newest = newest
+            places.append(newest)
         if places:
             log.sync()
         for folder in places:
@@ -340,52 +325,24 @@ def _read(job: Job, folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _tally(batches: list[Batch], names: tuple[str, ...]) -> list[int]:
-    """Image rows, padding in them, positions attended to, the counts of all and of each source."""
-    image_rows = image_row_pad = attended = 0
-    for batch in batches:
-        attended += int((batch.position_ids + 1)[batch.segment_ids >= 0].sum())
-        shown = torch.unique(batch.image_slots[:, 0])
-        image_rows += len(shown)
-        image_row_pad += int((batch.segment_ids[shown] < 0).sum())
-    nothing = TokenCount()
-    held = [sum((batch.counts for batch in batches), nothing)]
-    for name in names:
-        held.append(sum((batch.sources.get(name, nothing) for batch in batches), nothing))
-    return [image_rows, image_row_pad, attended, *(n for counts in held for n in astuple(counts))]
-
-
-def _advance(
-    progress: Progress,
-    job: Job,
-    tally: list[float],
-    result: StepResult,
-    seconds: float,
-    clock: Clock,
-) -> Progress:
-    image_rows, image_row_pad, attended, *numbers = (int(value) for value in tally)
-    width = len(fields(TokenCount))
-    held = [TokenCount(*numbers[at : at + width]) for at in range(0, len(numbers), width)]
-    counts = progress.counts + held[0]
-    sources = {
-        name: progress.sources.get(name, TokenCount()) + part
-        for name, part in zip(job.dataset.plan.names, held[1:], strict=True)
-        if name in progress.sources or part != TokenCount()
-    }
+def _advance(progress: Progress, job: Job, totals: StepTotals) -> Progress:
+    """Behind a step whose loss and seconds are not known yet."""
+    counts, known = progress.counts + totals.counts, progress.sources
     return replace(
         progress,
         step=progress.step + 1,
         tokens_seen=counts.seen,
         rate=job.rate_at(counts.seen),
         counts=counts,
-        sources=sources,
-        loss=result.loss,
-        image_rows=progress.image_rows + image_rows,
-        image_row_pad=progress.image_row_pad + image_row_pad,
-        num_images=progress.num_images + result.num_images,
-        attended=progress.attended + attended,
-        seconds=progress.seconds + seconds,
-        parts=clock.read(),
+        sources={
+            name: known.get(name, TokenCount()) + part
+            for name, part in totals.sources.items()
+            if name in known or part != TokenCount()
+        },
+        image_rows=progress.image_rows + totals.image_rows,
+        image_row_pad=progress.image_row_pad + totals.image_row_pad,
+        num_images=progress.num_images + sum(totals.num_images),
+        attended=progress.attended + totals.attended,
     )
 
 

@@ -60,6 +60,11 @@ class Place:
         dist.all_reduce(total, group=self.scalars)
         return cast(list[float], total.tolist())
 
+    def add_up(self, value: torch.Tensor) -> None:
+        """Make of a tensor on the device its sum over the ranks, in place; a GPU's host goes on."""
+        if self.scalars is not None:
+            dist.all_reduce(value)
+
     def gather(self, value: Any) -> list[Any]:
         """A JSON-able value of every rank, in their order; on every rank."""
         if self.scalars is None:

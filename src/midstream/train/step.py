@@ -5,6 +5,7 @@ Names of parameters stay those of the plain model, sharded, compiled or not.
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -39,6 +41,8 @@ from midstream.model.decoder import Decoder
 from midstream.model.vlm import VLM
 from midstream.model.weights import whole
 from midstream.train.parallel import Place
+from midstream.train.placing import features_of, placed
+from midstream.train.totals import StepTotals, totals_of
 
 # The parameters of a model's own encoder.
 _ENCODER = "encoder."
@@ -218,7 +222,7 @@ class Clock:
     def __init__(self, device: torch.device, before: Mapping[str, float] | None = None) -> None:
         self._gpu = device.type == "cuda"
         self._seconds = dict.fromkeys(PARTS, 0.0) | dict(before or {})
-        self._events: list[tuple[str, Any, Any]] = []
+        self._events = deque[tuple[str, Any, Any]]()
 
     @contextmanager
     def part(self, name: str, *, on_device: bool = False) -> Iterator[None]:
@@ -235,11 +239,10 @@ class Clock:
         self._seconds[name] += time.perf_counter() - before
 
     def read(self) -> dict[str, float]:
-        """Seconds of each part so far; to be asked when the step's kernels have ended."""
-        for name, first, last in self._events:
-            last.synchronize()
+        """Seconds of each part so far, of the kernels that have ended by now."""
+        while self._events and self._events[0][2].query():
+            name, first, last = self._events.popleft()
             self._seconds[name] += first.elapsed_time(last) / 1000
-        self._events.clear()
         return dict(self._seconds)
 
 
@@ -320,6 +323,40 @@ class NonFiniteError(ValueError):
     """The loss or the gradient of a step is not finite; the optimiser has not moved."""
 
 
+class Taken:
+    """A step that the host has done with; a GPU may still compute it.
+
+    `ended` is when it was known to have ended, on the clock of `time.monotonic`.
+    """
+
+    def __init__(
+        self, numbers: Float[Tensor, "2"], totals: StepTotals, untouched: tuple[str, ...]
+    ) -> None:
+        self.totals, self._untouched = totals, untouched
+        self._numbers, self._event = numbers, cast(torch.cuda.Event | None, None)
+        self.ended = time.monotonic()
+        if numbers.is_cuda:
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def read(self) -> StepResult:
+        """What the step gave, once it has ended; waits for that.
+
+        Raises NonFiniteError with both numbers; then the optimiser has not moved, nor will it.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+            self._event, self.ended = None, time.monotonic()
+        loss, norm = self._numbers.tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NonFiniteError(f"loss {loss}, gradient norm {norm}")
+        held = self.totals
+        images = sum(held.num_images)
+        return StepResult(loss, norm, held.counts.target, images, self._untouched)
+
+
 def train_step(
     model: VLM,
     optimizer: torch.optim.Optimizer,
@@ -330,20 +367,22 @@ def train_step(
     settings: AdamW,
     place: Place,
     clock: Clock | None = None,
-) -> StepResult:
+    totals: StepTotals | None = None,
+) -> Taken:
     """Move the weights once; the gradient is that of the mean loss over the step's targets.
 
     Every rank brings the same number of micro-batches. `encode` turns a batch's `images` into
     patch features (the identity for stored ones); None for a model that looks at them itself.
-    `clock` measures its parts.
-    Raises NonFiniteError before the optimiser moves on any rank, ValueError for a step without a
-    target.
+    `clock` measures its parts. `totals` are the step's, counted here where they are not given.
+
+    From the first forward pass on the host waits for nothing. Where loss or gradient is not finite
+    on any rank, the optimiser moves neither in this step nor in one after it, which `Taken.read`
+    tells. Raises ValueError for a step without a target.
     """
     # Counted before the first backward, so that cutting the step into other
     # micro-batches, or over other ranks, leaves the gradient unchanged.
-    mine = [sum(batch.counts.target for batch in micro_batches)]
-    mine += [len(batch.images) for batch in micro_batches]
-    num_targets, *num_images = (int(value) for value in place.sum(mine))
+    totals = totals or totals_of(micro_batches, place)
+    num_targets = totals.counts.target
     if not num_targets:
         raise ValueError(
             "a step holds no target; its rows carry nothing to learn from: raise batch_rows, or "
@@ -352,29 +391,27 @@ def train_step(
     clock = clock or Clock(place.device)
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), dtype=torch.float64, device=place.device)
-    for cpu_batch, shown in zip(micro_batches, num_images, strict=True):
-        batch = placed(cpu_batch, place)
+    for cpu_batch, shown in zip(micro_batches, totals.num_images, strict=True):
+        batch, ahead = placed(model, cpu_batch, place)
         with clock.part("encoder", on_device=True), place.autocast():
             features = features_of(model, batch, encode, shown)
         _meet(place, clock)
         with clock.part("model", on_device=True):
             with place.autocast():
-                loss, cross_entropy = model.losses(batch, features, settings.z_loss)
+                loss, cross_entropy = model.losses(batch, features, settings.z_loss, ahead)
             (loss / num_targets).backward()  # type: ignore[no-untyped-call]
             total += cross_entropy
     _meet(place, clock)
     untouched = _touch(model)
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     with clock.part("optimizer", on_device=True):
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)))
-    (summed,) = place.sum([float(total)])
-    result = StepResult(summed / num_targets, norm, num_targets, sum(num_images), untouched)
-    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-        raise NonFiniteError(f"loss {result.loss}, gradient norm {result.grad_norm}")
-    set_rate(optimizer, rate)
-    with clock.part("optimizer", on_device=True):
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm))
+        place.add_up(total)
+        numbers = torch.stack((total / num_targets, norm.double()))
+        _halt_unless_finite(optimizer, numbers)
+        set_rate(optimizer, rate)
         optimizer.step()
-    return result
+    return Taken(numbers, totals, untouched)
 
 
 def _meet(place: Place, clock: Clock) -> None:
@@ -382,23 +419,14 @@ def _meet(place: Place, clock: Clock) -> None:
         place.meet()
 
 
-def placed(batch: Batch, place: Place) -> Batch:
-    """A batch of this rank on its device, as large as its kernels like it."""
-    # Shapes that change from batch to batch cost a processor nothing, and a GPU its kernels.
-    return batch.trimmed() if place.device.type == "cpu" else batch.to(place.device)
-
-
-def features_of(
-    model: VLM, batch: Batch, encode: Callable[[Tensor], Tensor] | None, num_images: int
-) -> Tensor | None:
-    """The batch's patch features, or None; `num_images` counts the pictures of all ranks."""
-    if encode is not None:
-        return encode(batch.images) if len(batch.images) else None
-    # A model's own encoder is sharded: it runs on every rank, if need be on no picture, or on none.
-    config = model.config.encoder
-    if config is None or num_images:
-        return None
-    return torch.zeros((0, config.num_patches, config.hidden_size), device=batch.input_ids.device)
+def _halt_unless_finite(optimizer: torch.optim.Optimizer, numbers: Tensor) -> None:
+    """From a step with a number that is not finite on the optimiser does not move: the device
+    decides, and nobody waits for it."""
+    fused: Any = optimizer
+    assert fused._step_supports_amp_scaling, "only fused AdamW looks at `found_inf`"
+    halted = (~numbers.isfinite().all()).float()
+    before = getattr(optimizer, "found_inf", None)
+    fused.found_inf = halted if before is None else torch.maximum(before, halted)
 
 
 def _touch(model: VLM) -> tuple[str, ...]:

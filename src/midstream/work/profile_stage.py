@@ -23,7 +23,8 @@ from midstream.train import step
 from midstream.train.guards import parameter_table
 from midstream.train.loop import Job
 from midstream.train.parallel import data_workers, peak_memory_bytes
-from midstream.train.step import Clock, freeze, is_trained, make_optimizer, train_step
+from midstream.train.step import Clock, Taken, freeze, is_trained, make_optimizer, train_step
+from midstream.train.totals import StepTotals
 from midstream.work.protocol import Channel, Request
 from midstream.work.run_stage import StageRunner
 
@@ -108,12 +109,13 @@ class _Steps:
             workers=data_workers(runner.machine, runner.device),
             device=runner.device,
         )
+        self.taken: Taken | None = None
 
-    def take(self, clock: Clock) -> tuple[TokenCount, int, int]:
-        """Take a step: its tokens, its images, and the positions that were attended to."""
+    def take(self, clock: Clock) -> StepTotals:
+        """Take a step as a stage does, which reads what the one before gave: what it held."""
         with clock.part("data"):
             batches = next(self.batches)
-        result = train_step(
+        taken = train_step(
             self.job.model,
             self.optimizer,
             batches,
@@ -123,9 +125,14 @@ class _Steps:
             place=self.place,
             clock=clock,
         )
-        counts = sum((batch.counts for batch in batches), TokenCount())
-        attended = sum(int((b.position_ids + 1)[b.segment_ids >= 0].sum()) for b in batches)
-        return counts, result.num_images, attended
+        self.settle()
+        self.taken = taken
+        return taken.totals
+
+    def settle(self) -> None:
+        """Wait until the last step has ended."""
+        if self.taken is not None:
+            self.taken.read()
 
 
 def _measured(steps: _Steps, num_steps: int) -> tuple[float, dict[str, Any]]:
@@ -134,8 +141,10 @@ def _measured(steps: _Steps, num_steps: int) -> tuple[float, dict[str, Any]]:
     clock, counts, images, attended = Clock(place.device), TokenCount(), 0, 0
     before = time.perf_counter()
     for _ in range(num_steps):
-        more, seen, looked_at = steps.take(clock)
-        counts, images, attended = counts + more, images + seen, attended + looked_at
+        held = steps.take(clock)
+        counts, attended = counts + held.counts, attended + held.attended
+        images += sum(held.num_images)
+    steps.settle()
     parts = clock.read()
     seconds = time.perf_counter() - before
     meters = step.report(
