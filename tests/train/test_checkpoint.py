@@ -169,7 +169,7 @@ def test_what_is_saved_is_the_state_at_its_start_however_far_training_has_come(
     monkeypatch.setattr(checkpoint, "save_file", late)
     saver = checkpoint.Saver(ALONE, background=True)
     saver.start(tmp_path / "step-00000007", model, optimizer, PROGRESS)
-    assert not saver.over()
+    assert not saver.proceed()
     move(model, optimizer, 2)
     moved.set()
     saver.settle()

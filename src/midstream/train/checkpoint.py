@@ -75,21 +75,25 @@ class Progress:
 class Saver:
     """Writes checkpoints of all ranks, one at a time; in the background training goes on.
 
-    Every rank calls `start` and `settle` at the same steps. What is written is the state at
-    `start`. A full disk, or any other failure of any rank, is raised by `settle` on all of them.
+    Every rank makes its calls at the same steps. What is written is the state at `start`. A full
+    disk, or any other failure of any rank, is raised by the next call on all of them.
     """
 
     def __init__(self, place: Place, *, background: bool) -> None:
         self._place, self._background = place, background
         self._thread: threading.Thread | None = None
         self._finish: Callable[[], None] | None = None
+        self._error: str | None = None
 
-    def over(self) -> bool:
-        """Whether every rank has written its part of what is under way; asked by all of them."""
+    def proceed(self) -> bool:
+        """Give what all ranks have written its name; False while some still write."""
         if self._finish is None:
-            return False
+            return True
         (written,) = self._place.sum([self._thread is None or not self._thread.is_alive()])
-        return written == self._place.world_size
+        if written < self._place.world_size:
+            return False
+        self._complete()
+        return True
 
     def start(
         self,
@@ -100,7 +104,8 @@ class Saver:
         origin: Mapping[str, str] | None = None,
         then: Callable[[], None] = lambda: None,
     ) -> None:
-        """Take the state and begin to write it; `then` is called on rank 0 once it is whole.
+        """Take the state and begin to write it; once it is whole, rank 0 calls `then`, in the
+        background too.
 
         `origin` says what the checkpoint is of; a stage that resumes from it must say the same.
         """
@@ -118,7 +123,7 @@ class Saver:
             for at in range(place.rank, len(files[stem]), place.world_size)
             if files[stem][at]
         }
-        found: dict[str, Any] = {"entries": {}, "digests": {}, "error": None}
+        found: dict[str, Any] = {"entries": {}, "digests": {}}
 
         def put(name: str) -> dict[str, Any]:
             with room_for(folder / name):
@@ -126,21 +131,17 @@ class Saver:
             return seal(temporary, [name])
 
         def write() -> None:
-            try:
-                arrived()
-                for entry in in_threads(put, mine):
-                    found["entries"] |= entry
-                found["digests"] = {s: tensor_digests(held[s].items()) for s in stems}
-            except Exception as error:
-                found["error"] = f"{type(error).__name__}: {error}"
+            arrived()
+            for entry in in_threads(put, mine):
+                found["entries"] |= entry
+            found["digests"] = {s: tensor_digests(held[s].items()) for s in stems}
 
         def finish() -> None:
-            everyone = place.gather(found)
+            everyone = place.gather(found | {"error": self._error})
             errors = [one["error"] for one in everyone if one["error"]]
             if place.rank == 0 and not errors:
                 try:
                     _complete(temporary, folder, everyone, files, progress, origin or {})
-                    then()
                 except OSError as error:
                     errors.append(f"{type(error).__name__}: {error}")
             errors = [text for rank in place.gather(errors) for text in rank]
@@ -148,22 +149,45 @@ class Saver:
                 if place.rank == 0:
                     remove_folder(temporary)
                 raise OSError(f"checkpoint {folder} could not be written: {errors[0]}")
+            if place.rank == 0:
+                self._run(then)
 
         self._finish = finish
-        if self._background:
-            self._thread = threading.Thread(target=write, name="checkpoint")
-            self._thread.start()
-        else:
-            write()
+        self._run(write)
 
     def settle(self) -> None:
-        """Wait until what was started is whole under its name; OSError if it could not be."""
+        """Wait until what was started is whole under its name, and `then` has come back; OSError
+        if it could not be."""
+        self._join()
+        if self._finish is not None:
+            self._complete()
+            self._join()
+        if errors := [text for text in self._place.gather(self._error) if text]:
+            raise OSError(f"older checkpoints could not be deleted: {errors[0]}")
+
+    def _complete(self) -> None:
+        finish, self._finish = self._finish, None
+        assert finish is not None, "something was started"
+        self._join()
+        finish()
+
+    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._finish is not None:
-            finish, self._finish = self._finish, None
-            finish()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:
+                self._error = f"{type(error).__name__}: {error}"
+
+        if self._background:
+            self._thread = threading.Thread(target=run, name="checkpoint")
+            self._thread.start()
+        else:
+            run()
 
 
 def save(

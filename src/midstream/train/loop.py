@@ -291,15 +291,16 @@ class _Keeper:
                 self.job.origin,
                 then=lambda: checkpoint.keep_newest(checkpoints, self.number),
             )
-        if stop or self.saver.over():
+        if stop:
             self.saver.settle()
+        else:
+            self.saver.proceed()
 
 
 def _begin(
     job: Job, optimizer: torch.optim.Optimizer, place: Place
 ) -> tuple[Progress, dict[str, str]]:
-    """Where the stage stands, and of a checkpoint that it goes on from the digests it was saved
-    with; model and optimiser hold what they start from."""
+    """Where the stage stands, and the digests of the checkpoint that it goes on from, if any."""
     names = place.gather([path.name for path in checkpoint.by_age(job.folder / "checkpoints")])[0]
     broken: CorruptError | None = None
     for name in names:
