@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
 import torch
 import torch.distributed as dist
@@ -36,18 +36,15 @@ def gathered(
 
     The parts of a sharded tensor travel once. Beside it a rank holds the parts of one more.
     """
-    queues = [
-        [name for file in files[rank :: place.world_size] for name in file]
-        for rank in range(place.world_size)
-    ]
     if place.mesh is None:
-        yield from ((name, tensors[name].detach()) for name in queues[place.rank])
+        yield from ((name, tensors[name].detach()) for names in files for name in names)
         return
     # Each copy of the model gathers what its own ranks write.
     group = place.mesh.get_group(place.mesh.ndim - 1)
     members = dist.get_process_group_ranks(group)
     me = members.index(place.rank)
-    for names in zip_longest(*(queues[rank] for rank in members)):
+    queues = [chain.from_iterable(files[rank :: place.world_size]) for rank in members]
+    for names in zip_longest(*queues):
         wanted = [None if name is None else tensors[name].detach() for name in names]
         received, name = _exchange(wanted, me, group), names[me]
         if name is not None and received is not None:
