@@ -1,18 +1,24 @@
 import shutil
+import threading
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import tiny
 from midstream.config import AdamW, VLMConfig
 from midstream.core import storage
 from midstream.core.storage import CorruptError, remove_leftovers
 from midstream.core.tokens import TokenCount
 from midstream.model.vlm import VLM
 from midstream.model.weights import initialise
+from midstream.study.stages import ContinueFrom
 from midstream.study.store import Ledger
-from midstream.train import checkpoint
+from midstream.train import checkpoint, collect
 from midstream.train.checkpoint import Progress
+from midstream.train.parallel import ALONE, Place
 from midstream.train.step import make_optimizer, set_rate
 from tiny import DECODER, ENCODER, ROWS, TEXT
 
@@ -98,6 +104,97 @@ def test_a_flipped_bit_or_a_missing_file_is_refused_before_a_tensor_is_written(
     with pytest.raises(ValueError, match=folder.name if place is not None else name):
         checkpoint.load(folder, model, optimizer)
     assert equal(state(model, optimizer), before)
+
+
+@pytest.mark.parametrize("stem", ["model", "optimizer"])
+def test_a_start_reads_the_tensors_that_it_takes_and_no_others(saved: Saved, stem: str) -> None:
+    folder, _ = saved
+    path = folder / f"{stem}.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert checkpoint.read_progress(folder) == PROGRESS
+    other = ({"model", "optimizer"} - {stem}).pop()
+    checkpoint.check_files(folder, stems=(other,))
+    with pytest.raises(CorruptError, match=f"{path.name} differs from its manifest; delete"):
+        checkpoint.check_files(folder, stems=(stem, other))
+
+
+class Share(Place):
+    """A rank that hears what its own part gave, and nothing of the others."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def test_ranks_hash_each_file_once_between_them(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = saved
+    hashed, real = [], storage._entry
+    monkeypatch.setattr(storage, "_entry", lambda path: hashed.append(path.name) or real(path))
+    for rank in range(3):
+        place = Share(torch.device("cpu"), rank=rank, world_size=3)
+        checkpoint.check_files(folder, place=place, stems=("model", "optimizer"))
+    assert sorted(hashed) == sorted({path.name for path in folder.iterdir()} - {"manifest.json"})
+
+
+def test_a_stage_hashes_each_file_that_it_starts_from_once(
+    tiny_ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tiny.store_with(tiny_ledger, tmp_path, tiny.DATA, tiny.ENCODER_STAGE, TEXT)
+    hashed, real = [], storage._entry
+    monkeypatch.setattr(storage, "_entry", lambda path: hashed.append(path) or real(path))
+    start = ContinueFrom(stage=TEXT, completion=0.4, optimizer="fresh")
+    tiny.runner(mine).run(tiny.image_run(start, total_tokens=2_000))
+    parent = checkpoint.milestone(mine.folder(TEXT), 0.4)
+    read = Counter(path.name for path in hashed if path.parent == parent)
+    assert read["model.safetensors"] == 1
+    assert read["optimizer.safetensors"] == 0
+    assert {path for path in hashed if path.parent == mine.folder(tiny.ENCODER_STAGE) / "weights"}
+
+
+def test_what_is_saved_is_the_state_at_its_start_however_far_training_has_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = made(0)
+    move(model, optimizer, 1)
+    expected, moved = state(model, optimizer), threading.Event()
+    real = checkpoint.save_file
+
+    def late(*arguments: Any) -> None:
+        assert moved.wait(60)
+        real(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_file", late)
+    saver = checkpoint.Saver(ALONE, background=True)
+    saver.start(tmp_path / "step-00000007", model, optimizer, PROGRESS)
+    assert not saver.proceed()
+    move(model, optimizer, 2)
+    moved.set()
+    saver.settle()
+    assert not equal(state(model, optimizer), expected)
+    other, other_optimizer = made(5)
+    checkpoint.load(tmp_path / "step-00000007", other, other_optimizer)
+    assert equal(state(other, other_optimizer), expected)
+
+
+def test_what_fills_several_files_has_the_digests_and_tensors_of_one(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, expected = saved
+    model, optimizer = made(5)
+    checkpoint.load(folder, model, optimizer)
+    size = sum(value.numel() * value.element_size() for value in model.parameters())
+    monkeypatch.setattr(collect, "FILE_BYTES", size // 2 - 1)
+    other = folder.with_name("step-00000008")
+    checkpoint.save(other, model, optimizer, PROGRESS)
+    assert len(list(other.glob("model-*-of-00003.safetensors"))) == 3
+    assert len(list(other.glob("optimizer-*-of-00005.safetensors"))) == 5
+    assert checkpoint.stored_digests(other) == checkpoint.stored_digests(folder)
+    again, again_optimizer = made(6)
+    checkpoint.load(other, again, again_optimizer)
+    assert equal(state(again, again_optimizer), expected)
 
 
 @pytest.mark.parametrize("writer", ["save_file", "write_json", "finish_folder"])

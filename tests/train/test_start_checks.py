@@ -13,6 +13,7 @@ from midstream.core.tokens import TokenCount
 from midstream.model.vlm import VLM
 from midstream.model.weights import initialise
 from midstream.study.store import Ledger
+from midstream.train import checkpoint
 from midstream.train.checkpoint import Progress
 from midstream.train.guards import StartChecks, parameter_table
 from midstream.train.parallel import ALONE, Place
@@ -67,7 +68,7 @@ def test_a_frozen_parameter_that_changes_is_an_error_at_the_end(tmp_path: Path) 
     assert parameter_table(model)["decoder"]["frozen"] == embeddings.numel()
     checks, optimizer = StartChecks(model, ALONE, {}), make_optimizer(model, AdamW())
     progress = Progress(3, 900, 1_000, 0.02, TokenCount(text=900))
-    checks.begin(tmp_path, optimizer, progress, 0.02, tiny.MACHINE)
+    checks.begin(tmp_path, optimizer, progress, 0.02, tiny.MACHINE, {})
     checks.end()
     with torch.no_grad():
         embeddings[3, 0] += 1e-6
@@ -80,10 +81,22 @@ def test_a_rate_that_is_not_the_schedules_is_refused_with_both(tmp_path: Path) -
     checks, optimizer = StartChecks(model, ALONE, {}), make_optimizer(model, AdamW())
     progress = Progress(3, 900, 1_000, 0.02, TokenCount(text=900))
     with pytest.raises(ValueError, match=r"at a rate of 0\.02, the schedule says 0\.01 at 900"):
-        checks.begin(tmp_path, optimizer, progress, 0.01, tiny.MACHINE)
+        checks.begin(tmp_path, optimizer, progress, 0.01, tiny.MACHINE, {})
     assert not list(tmp_path.iterdir())
-    checks.begin(tmp_path, optimizer, progress, 0.02, tiny.MACHINE)
+    checks.begin(tmp_path, optimizer, progress, 0.02, tiny.MACHINE, {})
     assert (tmp_path / "starts.jsonl").read_text().count("\n") == 1
+
+
+def test_weights_in_memory_that_are_not_those_that_were_saved_are_refused(tmp_path: Path) -> None:
+    model = model_of()
+    checks, optimizer = StartChecks(model, ALONE, {}), make_optimizer(model, AdamW())
+    progress = Progress(3, 900, 1_000, 0.02, TokenCount(text=900))
+    saved = checkpoint.digests(model, optimizer)
+    checks.begin(tmp_path, optimizer, progress, 0.02, tiny.MACHINE, saved)
+    with torch.no_grad():
+        model.decoder.tok_embeddings.weight[3, 0] += 1e-6
+    with pytest.raises(RuntimeError, match="in memory model differ from what was saved"):
+        checks.begin(tmp_path, optimizer, progress, 0.02, tiny.MACHINE, saved)
 
 
 STAGE = tiny.text_run(total_tokens=4_000)

@@ -8,10 +8,12 @@ import hashlib
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from threading import Semaphore
 from typing import Any, Literal, cast
 
 import numpy
@@ -19,10 +21,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.serialization import safe_globals
 
-from midstream.core.storage import read_json, write_bytes
+from midstream.core.storage import THREADS, read_json, write_bytes
 
 WEIGHTS = "model.safetensors"
 # Of tensors that do not fit, an error names so many of each kind.
@@ -80,11 +82,26 @@ def whole(value: Tensor) -> Tensor:
 def put(mine: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into `mine`, or a sharded one's own part of it."""
     if isinstance(mine, DTensor):
-        # No rank sends anything: each cuts its part out of a tensor that all of them have.
-        value = distribute_tensor(
-            value.to(mine.dtype), mine.device_mesh, mine.placements, src_data_rank=None
-        )
+        # No rank sends anything, and of a file that is mapped each reads its own rows alone.
+        value = value[shard_rows(mine.shape[0], *shard_of(mine))]
+        mine = mine.to_local()
     mine.copy_(value)
+
+
+def shard_of(value: DTensor) -> tuple[int, int]:
+    """How many ranks hold a copy of a tensor between them, rows by rows, and which is this one."""
+    *copies, rows = value.placements
+    assert rows.is_shard(0), value.placements
+    assert all(one.is_replicate() for one in copies), value.placements
+    coordinate = value.device_mesh.get_coordinate()
+    assert coordinate is not None, "every rank is on the mesh"
+    return value.device_mesh.size(len(copies)), coordinate[-1]
+
+
+def shard_rows(rows: int, parts: int, index: int) -> slice:
+    """Which rows of a tensor its part is: as many in each, but the last ones (`torch.chunk`)."""
+    most = -(-rows // parts)
+    return slice(min(index * most, rows), min((index + 1) * most, rows))
 
 
 def check(module: nn.Module, tensors: Mapping[str, Tensor], *, path: Path) -> None:
@@ -136,7 +153,19 @@ def check(module: nn.Module, tensors: Mapping[str, Tensor], *, path: Path) -> No
 
 def weights_digest(module: nn.Module) -> str:
     """The sha256 that stands for a module's tensors: their names, dtypes, shapes and bytes."""
-    return joint_digest({name: tensor_digest(value) for name, value in tensors_of(module).items()})
+    return joint_digest(tensor_digests(tensors_of(module).items()))
+
+
+def tensor_digests(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """The digest of each tensor; several are hashed at a time, and few of them wait."""
+    begun: dict[str, Future[str]] = {}
+    room = Semaphore(2 * THREADS)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for name, value in tensors:
+            room.acquire()
+            begun[name] = pool.submit(tensor_digest, value)
+            begun[name].add_done_callback(lambda _: room.release())
+    return {name: one.result() for name, one in begun.items()}
 
 
 def tensor_digest(value: Tensor) -> str:

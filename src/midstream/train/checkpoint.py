@@ -3,8 +3,9 @@
 Safetensors of whole tensors, with several ranks in shards that any number of ranks loads.
 """
 
+import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from midstream.core.storage import (
     CorruptError,
     finish_folder,
+    in_threads,
     read_json,
     remove_folder,
     room_for,
@@ -31,13 +33,15 @@ from midstream.model.weights import (
     joint_digest,
     put,
     read_tensors,
-    tensor_digest,
+    tensor_digests,
     tensors_of,
-    whole,
 )
+from midstream.train.collect import deal, gathered
 from midstream.train.parallel import ALONE, Place
+from midstream.train.step import local
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True)
@@ -71,21 +75,25 @@ class Progress:
 class Saver:
     """Writes checkpoints of all ranks, one at a time; in the background training goes on.
 
-    Every rank calls `start` and `settle` at the same steps. What is written is the state at
-    `start`. A full disk, or any other failure of any rank, is raised by `settle` on all of them.
+    Every rank makes its calls at the same steps. What is written is the state at `start`. A full
+    disk, or any other failure of any rank, is raised by the next call on all of them.
     """
 
     def __init__(self, place: Place, *, background: bool) -> None:
         self._place, self._background = place, background
         self._thread: threading.Thread | None = None
         self._finish: Callable[[], None] | None = None
+        self._error: str | None = None
 
-    def over(self) -> bool:
-        """Whether every rank has written its part of what is under way; asked by all of them."""
+    def proceed(self) -> bool:
+        """Give what all ranks have written its name; False while some still write."""
         if self._finish is None:
-            return False
+            return True
         (written,) = self._place.sum([self._thread is None or not self._thread.is_alive()])
-        return written == self._place.world_size
+        if written < self._place.world_size:
+            return False
+        self._complete()
+        return True
 
     def start(
         self,
@@ -96,7 +104,8 @@ class Saver:
         origin: Mapping[str, str] | None = None,
         then: Callable[[], None] = lambda: None,
     ) -> None:
-        """Take the state and begin to write it; `then` is called on rank 0 once it is whole.
+        """Take the state and begin to write it; once it is whole, rank 0 calls `then`, in the
+        background too.
 
         `origin` says what the checkpoint is of; a stage that resumes from it must say the same.
         """
@@ -105,30 +114,34 @@ class Saver:
         made = str(start_folder(folder)) if place.rank == 0 else None
         temporary = Path(place.gather(made)[0])
         stems = _stems(model, optimizer)
-        owners = {stem: _owners(stems[stem], place.world_size) for stem in stems}
-        # In the background the optimiser moves on meanwhile: its tensors are copied first.
-        held = {s: _mine(stems[s], owners[s], place.rank, self._background) for s in stems}
-        found: dict[str, Any] = {"entries": {}, "digests": {}, "error": None}
+        files = {stem: deal(tensors, place.world_size) for stem, tensors in stems.items()}
+        held = {s: _held(stems[s], files[s], place, moves=self._background) for s in stems}
+        arrived = _arrival(place.device)
+        mine = {
+            _file(stem, at, len(files[stem])): {name: held[stem][name] for name in files[stem][at]}
+            for stem in stems
+            for at in range(place.rank, len(files[stem]), place.world_size)
+            if files[stem][at]
+        }
+        found: dict[str, Any] = {"entries": {}, "digests": {}}
+
+        def put(name: str) -> dict[str, Any]:
+            with room_for(folder / name):
+                save_file(mine[name], temporary / name)
+            return seal(temporary, [name])
 
         def write() -> None:
-            try:
-                for stem, tensors in held.items():
-                    if tensors:
-                        name = _file(stem, place.rank, place.world_size)
-                        with room_for(folder / name):
-                            save_file(tensors, temporary / name)
-                        found["entries"] |= seal(temporary, [name])
-                    found["digests"][stem] = {n: tensor_digest(t) for n, t in tensors.items()}
-            except Exception as error:
-                found["error"] = f"{type(error).__name__}: {error}"
+            arrived()
+            for entry in in_threads(put, mine):
+                found["entries"] |= entry
+            found["digests"] = {s: tensor_digests(held[s].items()) for s in stems}
 
         def finish() -> None:
-            everyone = place.gather(found)
+            everyone = place.gather(found | {"error": self._error})
             errors = [one["error"] for one in everyone if one["error"]]
             if place.rank == 0 and not errors:
                 try:
-                    _complete(temporary, folder, everyone, owners, progress, origin or {})
-                    then()
+                    _complete(temporary, folder, everyone, files, progress, origin or {})
                 except OSError as error:
                     errors.append(f"{type(error).__name__}: {error}")
             errors = [text for rank in place.gather(errors) for text in rank]
@@ -136,22 +149,45 @@ class Saver:
                 if place.rank == 0:
                     remove_folder(temporary)
                 raise OSError(f"checkpoint {folder} could not be written: {errors[0]}")
+            if place.rank == 0:
+                self._run(then)
 
         self._finish = finish
-        if self._background:
-            self._thread = threading.Thread(target=write, name="checkpoint")
-            self._thread.start()
-        else:
-            write()
+        self._run(write)
 
     def settle(self) -> None:
-        """Wait until what was started is whole under its name; OSError if it could not be."""
+        """Wait until what was started is whole under its name, and `then` has come back; OSError
+        if it could not be."""
+        self._join()
+        if self._finish is not None:
+            self._complete()
+            self._join()
+        if errors := [text for text in self._place.gather(self._error) if text]:
+            raise OSError(f"older checkpoints could not be deleted: {errors[0]}")
+
+    def _complete(self) -> None:
+        finish, self._finish = self._finish, None
+        assert finish is not None, "something was started"
+        self._join()
+        finish()
+
+    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._finish is not None:
-            finish, self._finish = self._finish, None
-            finish()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:
+                self._error = f"{type(error).__name__}: {error}"
+
+        if self._background:
+            self._thread = threading.Thread(target=run, name="checkpoint")
+            self._thread.start()
+        else:
+            run()
 
 
 def save(
@@ -169,54 +205,59 @@ def save(
     saver.settle()
 
 
-def _owners(tensors: Mapping[str, Tensor], world_size: int) -> dict[str, int]:
-    """Which rank writes which tensor: the one with the fewest bytes so far."""
-    load, owners = [0] * world_size, {}
-    for name, value in tensors.items():
-        owners[name] = load.index(min(load))
-        load[owners[name]] += value.numel() * value.element_size()
-    return owners
-
-
-def _file(stem: str, rank: int, world_size: int) -> str:
-    if world_size == 1:
+def _file(stem: str, index: int, files: int) -> str:
+    if files == 1:
         return f"{stem}.safetensors"
-    return f"{stem}-{rank + 1:05}-of-{world_size:05}.safetensors"
+    return f"{stem}-{index + 1:05}-of-{files:05}.safetensors"
 
 
-def _mine(
-    tensors: Mapping[str, Tensor], owners: Mapping[str, int], rank: int, copy: bool
+def _held(
+    tensors: Mapping[str, Tensor], files: list[list[str]], place: Place, *, moves: bool
 ) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, those that this rank writes."""
-    mine = {}
-    for name, value in tensors.items():
-        full = whole(value.detach())  # a collective: every rank, whoever writes it
-        if owners[name] == rank:
-            kept = full.cpu().contiguous()
-            mine[name] = kept.clone() if copy and kept.data_ptr() == value.data_ptr() else kept
-    return mine
+    """In the host's memory, the whole tensors that this rank writes; from a GPU they have come once
+    `_arrival` says so. `moves`: the model moves on meanwhile, and its own memory will not do."""
+    held = {}
+    for name, value in gathered(tensors, files, place):
+        if value.device.type == "cuda":
+            pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            held[name] = pinned.copy_(value, non_blocking=True)
+        elif moves and value.data_ptr() == local(tensors[name]).data_ptr():
+            held[name] = value.clone(memory_format=torch.contiguous_format)
+        else:
+            held[name] = value.contiguous()
+    return held
+
+
+def _arrival(device: torch.device) -> Callable[[], None]:
+    """What waits until all that was sent from the device so far has come."""
+    if device.type != "cuda":
+        return lambda: None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event.synchronize
 
 
 def _complete(
     temporary: Path,
     folder: Path,
     ranks: list[dict[str, Any]],
-    owners: Mapping[str, Mapping[str, int]],
+    files: Mapping[str, list[list[str]]],
     progress: Progress,
     origin: Mapping[str, str],
 ) -> None:
     """Rank 0: what is said about the ranks' files, then manifest and name."""
     entries = {name: entry for rank in ranks for name, entry in rank["entries"].items()}
-    extra = ["progress.json", "origin.json"]
-    write_json(temporary / "progress.json", asdict(progress))
+    extra = [PROGRESS, "origin.json"]
+    write_json(temporary / PROGRESS, asdict(progress))
     digests = {
         stem: joint_digest({k: v for rank in ranks for k, v in rank["digests"][stem].items()})
-        for stem in owners
+        for stem in files
     }
     write_json(temporary / "origin.json", {"of": dict(origin), "digests": digests})
-    if len(ranks) > 1:
-        for stem, own in owners.items():
-            weight_map = {name: _file(stem, rank, len(ranks)) for name, rank in own.items()}
+    for stem, dealt in files.items():
+        if len(dealt) > 1:
+            named = [(_file(stem, at, len(dealt)), names) for at, names in enumerate(dealt)]
+            weight_map = {name: file for file, names in named for name in names}
             extra.append(f"{stem}.safetensors.index.json")
             write_json(temporary / extra[-1], {"metadata": {}, "weight_map": weight_map})
     finish_folder(temporary, folder, entries | seal(temporary, extra))
@@ -238,21 +279,37 @@ def _stems(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[st
 # --------------------------------------------------------------------------------- loading
 
 
-def read_progress(folder: Path, *, place: Place = ALONE) -> Progress:
-    """The progress of a checkpoint, after checking all its bytes (CorruptError).
+def read_progress(folder: Path) -> Progress:
+    """The progress of a checkpoint, after checking its bytes (CorruptError) and no others."""
+    verify(folder, only=lambda name: name == PROGRESS)
+    return _progress(folder)
 
-    Ranks check a part each, and all of them raise what one finds.
+
+def _progress(folder: Path) -> Progress:
+    values = read_json(folder / PROGRESS)
+    sources = {name: TokenCount(**counts) for name, counts in values["sources"].items()}
+    return Progress(**values | {"counts": TokenCount(**values["counts"]), "sources": sources})
+
+
+def check_files(folder: Path, *, place: Place = ALONE, stems: Collection[str] = ("model",)) -> None:
+    """Check what is about to be read of a folder of weights: each file's bytes once, those of
+    tensors if they are of `stems` ("model", "optimizer").
+
+    Ranks check a part each, and all of them raise the CorruptError that one finds.
     """
+    unread = {"model", "optimizer"} - set(stems)
     error = None
     try:
-        verify(folder, share=(place.rank, place.world_size), alone=True)
+        verify(
+            folder,
+            only=lambda name: re.split("[-.]", name)[0] not in unread,
+            share=(place.rank, place.world_size),
+            alone=True,
+        )
     except CorruptError as reason:
         error = str(reason)
     if errors := [text for text in place.gather(error) if text]:
         raise CorruptError(errors[0])
-    values = read_json(folder / "progress.json")
-    sources = {name: TokenCount(**counts) for name, counts in values["sources"].items()}
-    return Progress(**values | {"counts": TokenCount(**values["counts"]), "sources": sources})
 
 
 def load(
@@ -268,7 +325,8 @@ def load(
     Raises CorruptError for other bytes than were written, ValueError where `origin` differs from
     that of the folder, or the tensors from the model's, before anything is changed.
     """
-    progress = read_progress(folder, place=place)
+    stems = ("model",) if optimizer is None else ("model", "optimizer")
+    check_files(folder, place=place, stems=stems)
     _same_origin(folder, origin or {})
     weights = read_tensors(folder)
     check(model, weights, path=folder)
@@ -276,14 +334,12 @@ def load(
         trained = {name for name, value in model.named_parameters() if value.requires_grad}
         load_moments(folder, model, optimizer, of=trained)
     fill(model, weights, path=folder)
-    stored = read_json(folder / "origin.json")["digests"]
-    found = digests(model, optimizer, place=place)
-    if differing := [stem for stem in found if found[stem] != stored[stem]]:
-        raise RuntimeError(
-            f"{folder} was read, but {', '.join(differing)} in memory differ from what was saved; "
-            "this is an error of Midstream or of the machine's memory"
-        )
-    return progress
+    return _progress(folder)
+
+
+def stored_digests(folder: Path) -> dict[str, str]:
+    """The digests of weights and moments as they were saved."""
+    return dict(read_json(folder / "origin.json")["digests"])
 
 
 def load_moments(
@@ -334,11 +390,8 @@ def digests(
     """The digests of the weights ("model") and the moments ("optimizer"), on every rank."""
     joint = {}
     for stem, tensors in _stems(model, optimizer).items():
-        owners, mine = _owners(tensors, place.world_size), {}
-        for name, value in tensors.items():
-            full = whole(value.detach())
-            if owners[name] == place.rank:
-                mine[name] = tensor_digest(full)
+        whole = gathered(tensors, deal(tensors, place.world_size), place)
+        mine = tensor_digests(whole)
         joint[stem] = joint_digest({k: v for part in place.gather(mine) for k, v in part.items()})
     return joint
 

@@ -310,10 +310,12 @@ class StartChecks:
         progress: Progress,
         rate: float,
         machine: Machine,
+        saved: Mapping[str, str],
     ) -> None:
-        """Before the first step: compare the rate with the schedule's; write this start's line.
+        """Before the first step: compare the rate with the schedule's, and weights and moments with
+        the digests that a checkpoint was `saved` with; write this start's line.
 
-        Raises ValueError with both rates.
+        Raises ValueError with both rates, RuntimeError for other weights or moments.
         """
         if progress.rate != rate:
             raise ValueError(
@@ -322,6 +324,11 @@ class StartChecks:
             )
         self._frozen = self._frozen_digest()
         digests = checkpoint.digests(self._model, optimizer, place=self._place)
+        if differing := [stem for stem, value in saved.items() if digests[stem] != value]:
+            raise RuntimeError(
+                f"{folder}: the checkpoint was read, but in memory {', '.join(differing)} differ "
+                "from what was saved; this is an error of Midstream or of the machine's memory"
+            )
         if self._place.rank == 0:
             append_line(folder / "starts.jsonl")(
                 {

@@ -134,8 +134,9 @@ def train(
     factor = freeze(job.model, training)
     optimizer = make_optimizer(job.model, training.optimizer, encoder_rate_factor=factor)
     checks = StartChecks(job.model, place, job.origin)
-    progress = _begin(job, optimizer, place)
-    checks.begin(job.folder, optimizer, progress, job.rate_at(progress.tokens_seen), machine)
+    progress, saved = _begin(job, optimizer, place)
+    rate = job.rate_at(progress.tokens_seen)
+    checks.begin(job.folder, optimizer, progress, rate, machine, saved)
     metrics = job.folder / "metrics.jsonl" if place.rank == 0 else None
     log = MetricsLog(metrics, progress.metrics_bytes, tracking)
     saver = Saver(place, background=machine.saving == "background")
@@ -279,11 +280,16 @@ class _Keeper:
                 self.job.origin,
                 then=lambda: checkpoint.keep_newest(checkpoints, self.number),
             )
-        if stop or self.saver.over():
+        if stop:
             self.saver.settle()
+        else:
+            self.saver.proceed()
 
 
-def _begin(job: Job, optimizer: torch.optim.Optimizer, place: Place) -> Progress:
+def _begin(
+    job: Job, optimizer: torch.optim.Optimizer, place: Place
+) -> tuple[Progress, dict[str, str]]:
+    """Where the stage stands, and the digests of the checkpoint that it goes on from, if any."""
     names = place.gather([path.name for path in checkpoint.by_age(job.folder / "checkpoints")])[0]
     broken: CorruptError | None = None
     for name in names:
@@ -294,20 +300,21 @@ def _begin(job: Job, optimizer: torch.optim.Optimizer, place: Place) -> Progress
             broken = error
             print(f"{error}: it is not used, the one before it is", file=sys.stderr)
         else:
-            return found
+            return found, checkpoint.stored_digests(folder)
     if broken is not None:
         raise broken
     if job.start.encoder is not None:
         assert job.model.encoder is not None, "the stage's model owns it"
         load_encoder(job.model.encoder, job.start.encoder, job.start.held)
     if job.start.folder is not None:
-        checkpoint.read_progress(job.start.folder, place=place)
+        carried = ("optimizer",) if job.start.moments == "carry" else ()
+        checkpoint.check_files(job.start.folder, place=place, stems=("model", *carried))
         parts = nn.ModuleDict({name: getattr(job.model, name) for name in job.start.parts})
         tensors = renamed(parts, _read(job, job.start.folder))
         fill(parts, tensors, path=job.start.folder)
         if job.start.moments == "carry":
             checkpoint.load_moments(job.start.folder, job.model, optimizer)
-    return Progress(0, 0, job.dataset.plan.seen_tokens, job.rate_at(0), TokenCount())
+    return Progress(0, 0, job.dataset.plan.seen_tokens, job.rate_at(0), TokenCount()), {}
 
 
 def _read(job: Job, folder: Path) -> dict[str, Tensor]:

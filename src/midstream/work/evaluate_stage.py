@@ -148,7 +148,7 @@ def evaluate_stage(
     if isinstance(stage.of, Pretrain) and stage.completion != 1.0:
         weights_folder(ledger, stage.of, stage.completion)
         folder = folder / "milestones" / f"{stage.completion * 100:g}"
-    opened = open_model(folder, place.device)
+    opened = open_model(folder, place.device, place)
     answerer = ModelAnswerer(
         opened.vlm,
         opened.codec,

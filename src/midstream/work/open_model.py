@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from midstream.config import AnyEncoderConfig, PublicFolder
-from midstream.core.storage import verify
 from midstream.data.examples import TextCodec
 from midstream.data.images import encode_fixed, encode_raw
 from midstream.data.prepare import open_codec, open_source
@@ -35,7 +34,7 @@ from midstream.study.stages import (
 )
 from midstream.study.store import Ledger
 from midstream.train import checkpoint
-from midstream.train.parallel import autocast
+from midstream.train.parallel import ALONE, Place, autocast
 
 
 def world_root(data: Prepare | PrepareSource | PrepareTokenizer, ledger: Ledger) -> Path:
@@ -119,8 +118,8 @@ def on_device(encoder: VisionEncoder) -> Look:
     return encode
 
 
-def open_model(path: Path, device: torch.device) -> OpenedModel:
-    """Open a stage's folder, or a milestone in that of a text run (`milestones/80`).
+def open_model(path: Path, device: torch.device, place: Place = ALONE) -> OpenedModel:
+    """Open a stage's folder, or a milestone in that of a text run (`milestones/80`), on every rank.
 
     Raises FileNotFoundError if it is none or not done, ValueError for a stage without a model,
     CorruptError for bytes that differ from their manifest.
@@ -129,12 +128,13 @@ def open_model(path: Path, device: torch.device) -> OpenedModel:
     ledger.results(stage)
     weights = weights_folder(ledger, stage, completion)
     vlm = VLM(stage.model)
-    fill_model(vlm, weights)
+    fill_model(vlm, weights, place)
     vlm.to(device).eval()
     encoder = vlm.encoder
     if isinstance(stage, LoadModel | Continue | Finetune) and encoder is None:
         assert stage.encoder_stage is not None, "a patch projection is the model's own"
-        encoder = open_encoder(ledger, stage.encoder_stage, stage.model.encoder).to(device).eval()
+        encoder = open_encoder(ledger, stage.encoder_stage, stage.model.encoder, place=place)
+        encoder.to(device).eval()
     codec = open_tokenizer(stage.data, ledger)
     return OpenedModel(stage, completion, weights, vlm, codec, encoder, ledger)
 
@@ -183,19 +183,23 @@ def weights_folder(ledger: Ledger, stage: WithModel, completion: float) -> Path:
     return found
 
 
-def fill_model(vlm: VLM, weights: Path) -> None:
-    """Put the weights of a checkpoint folder into a model, after checking all its bytes."""
-    checkpoint.read_progress(weights)
+def fill_model(vlm: VLM, weights: Path, place: Place = ALONE) -> None:
+    """Put the weights of a checkpoint folder into a model, after checking their bytes."""
+    checkpoint.check_files(weights, place=place)
     load_weights(vlm, weights)
 
 
 def open_encoder(
-    ledger: Ledger, stage: EncoderStage, seen: AnyEncoderConfig | None = None
+    ledger: Ledger,
+    stage: EncoderStage,
+    seen: AnyEncoderConfig | None = None,
+    *,
+    place: Place = ALONE,
 ) -> VisionEncoder:
     """The frozen encoder of a finished stage, its bytes checked; `seen` on pictures of a size that
     is not its own."""
     folder = ledger.folder(stage) / "weights"
-    verify(folder)
+    checkpoint.check_files(folder, place=place)
     encoder = build_encoder(seen or stage.encoder).requires_grad_(False)
     load_encoder(encoder, folder / "model.safetensors")
     return encoder

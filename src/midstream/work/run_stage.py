@@ -12,7 +12,7 @@ from typing import Any, Literal, assert_never
 from midstream.config import ContinuedCosine, Machine
 from midstream.config.training import check_start
 from midstream.core.identity import FORMAT_VERSION, digest, kept_digests
-from midstream.core.storage import remove_folder, verify
+from midstream.core.storage import remove_folder
 from midstream.core.tokens import TokenCount
 from midstream.cost.pictures import choice_for, feature_folder, feature_plan
 from midstream.cost.price import rows_that_fit
@@ -344,13 +344,13 @@ class StageRunner:
             carried = (name for name, is_there in others.items() if is_there)
             start = replace(start, parts=("decoder", "projector", *carried))
             if not isinstance(stage.training.schedule, ContinuedCosine):
-                return start  # All its bytes are read once, when they are loaded.
+                return start
         return replace(start, parent_rate=checkpoint.read_progress(folder).rate)
 
     def _encoder_weights(self, stage: Continue | Finetune) -> Path:
         assert stage.encoder_stage is not None, "a patch projection has no weights before"
         folder = self.ledger.folder(stage.encoder_stage) / "weights"
-        verify(folder)
+        checkpoint.check_files(folder, place=self.place)
         return folder
 
     def _evaluate(self, stage: Evaluate) -> dict[str, Any]:
@@ -378,7 +378,7 @@ class StageRunner:
         if config.kind == "patches" or stage.model.owns_encoder:
             return [LiveImages(seen, plan.names, config) for plan, seen in plans], None
         assert stage.encoder_stage is not None, "it is a frozen one"
-        encoder = open_encoder(self.ledger, stage.encoder_stage, config)
+        encoder = open_encoder(self.ledger, stage.encoder_stage, config, place=self.place)
         encode = on_device(encoder.to(self.device).eval())
         # Another stage may store features meanwhile: what one rank sees of them goes for all.
         if self.place.gather(self._decide(stage))[0] == "live":
