@@ -15,13 +15,9 @@ from midstream.config import (
     Training,
     VLMConfig,
 )
-from midstream.config.connectors import (
-    connector_flops,
-    gated_flops,
-    gated_parameters,
-    untaken_flops,
-)
 from midstream.config.connectors import connector_parameters as projector_parameters
+from midstream.config.connectors import gated_parameters
+from midstream.config.flops import connecting_flops, looking_flops, model_flops
 from midstream.config.model import (
     attention_flops,
     decoder_flops,
@@ -133,18 +129,26 @@ class Flops:
 class StageCost:
     """Tokens seen, FLOPs by part, trained (or evaluated) parameters; None where unknown.
 
-    `basis`: whether the sources were counted, or are what the recipe expects.
+    `basis`: whether the sources were counted, or are what the recipe expects. `work` is what a
+    training stage computes on, and `needed` its model FLOPs (`config/flops.py`).
     """
 
     tokens: int | None
     parts: Flops | None
     parameters: int
     basis: Basis = "counted"
+    needed: Number | None = None
+    work: Workload | None = None
 
     @property
     def flops(self) -> Number | None:
-        """All FLOPs of the stage."""
+        """All FLOPs that the stage computes."""
         return None if self.parts is None else self.parts.total
+
+    @property
+    def model_flops(self) -> Number | None:
+        """What a utilisation is a share of: of stages that train no decoder all their FLOPs."""
+        return self.flops if self.needed is None else self.needed
 
 
 def cost(stage: Stage, ledger: Ledger | None = None, device: Device = "cuda") -> StageCost:
@@ -178,7 +182,14 @@ def cost(stage: Stage, ledger: Ledger | None = None, device: Device = "cuda") ->
     work = work_of(stage, ledger, device)
     if work is None:
         return StageCost(_stated_tokens(stage.training), None, parameters)
-    return StageCost(work.tokens, training_flops(stage, work), parameters, work.basis)
+    return StageCost(
+        tokens=work.tokens,
+        parts=training_flops(stage, work),
+        parameters=parameters,
+        basis=work.basis,
+        needed=needed_flops(stage, work),
+        work=work,
+    )
 
 
 def work_of(stage: Trained, ledger: Ledger | None, device: Device = "cuda") -> Workload | None:
@@ -257,19 +268,6 @@ def connector_parameters(model: VLMConfig) -> int:
     return total
 
 
-def looking_flops(model: VLMConfig, positions: Number, images: Number) -> Number:
-    """Forward FLOPs of gated blocks, if the model has some; all positions are taken to look at a
-    picture."""
-    gated, encoder, decoder = model.projector.gated, model.encoder, model.decoder
-    if gated is None or encoder is None:
-        return 0.0
-    seen = model.projector.widths(encoder.hidden_size, decoder.hidden_size)[-1]
-    kept = model.projector.num_features(encoder.num_patches)
-    sizes = (decoder.num_layers, decoder.hidden_size, seen, kept)
-    of_position, of_image = gated_flops(gated, *sizes)
-    return positions * of_position + images * of_image
-
-
 def trains_encoder(stage: Trained) -> bool:
     """Whether gradients go through the encoder."""
     factor = stage.training.encoder_rate_factor
@@ -288,16 +286,29 @@ def training_flops(stage: Trained, work: Workload) -> Flops:
     if model.encoder is None:
         return Flops(decoder=blocks, head=head)
     looks, learns = encoder_flops(model.encoder), trains_encoder(stage)
-    sizes = (model.encoder.num_patches, model.encoder.hidden_size, decoder.hidden_size)
-    connector = 3 * work.images * connector_flops(model.projector, *sizes)
-    connector += 3 * looking_flops(model, work.positions, work.images)
+    through, untaken = connecting_flops(model, work.images)
+    connector = 3 * (through + looking_flops(model, work.positions, work.images))
     if learns:
         # Nothing stands before the pixels.
         seeing = work.images * (3 * looks - patch_flops(model.encoder))
     else:
         seeing = looks * (work.images if model.owns_encoder else work.encoded)
-        connector -= work.images * untaken_flops(model.projector, *sizes)
+        connector -= untaken
     return Flops(decoder=blocks, head=head, encoder=seeing, projector=connector)
+
+
+def needed_flops(stage: Trained, work: Workload) -> Number:
+    """The model FLOPs of a training stage; a frozen encoder looks at every picture anew."""
+    return model_flops(
+        stage.model,
+        positions=work.tokens,
+        texts=work.tokens - work.images * stage.model.image_tokens,
+        attended=work.attended,
+        images=work.images,
+        encoded=work.images,
+        trains_encoder=trains_encoder(stage),
+        trains_decoder=not stage.training.freeze_decoder,
+    )
 
 
 def _stated_tokens(training: Training) -> int | None:
@@ -344,10 +355,8 @@ def _evaluation_cost(stage: Evaluate) -> StageCost:
     context = float(length)
     seeing = connecting = 0.0
     if model.encoder is not None:
-        sizes = (model.encoder.num_patches, model.encoder.hidden_size, model.decoder.hidden_size)
         seeing = pictures * encoder_flops(model.encoder)
-        connecting = pictures * connector_flops(model.projector, *sizes)
-        connecting += looking_flops(model, tokens, pictures)
+        connecting = connecting_flops(model, pictures)[0] + looking_flops(model, tokens, pictures)
     parts = Flops(
         decoder=tokens * decoder_flops(model.decoder, context=context),
         head=written * head_flops(model.decoder),

@@ -1,7 +1,7 @@
 """The stages of a study as one graph, and those of a store with the kept studies that need them."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -98,6 +98,11 @@ class Plan:
         return _flops(self.rows)[1]
 
     @property
+    def model_flops(self) -> tuple[float, float]:
+        """Model FLOPs once and for every line alone: what hours follow from."""
+        return _sums(self.rows, lambda row: row.cost.model_flops)
+
+    @property
     def text_given(self) -> tuple[float, float]:
         """FLOPs once and for every line alone, if the text runs were there already."""
         return _flops([row for row in self.rows if not isinstance(row.stage, Pretrain)])
@@ -115,7 +120,13 @@ class Plan:
 
 def _flops(rows: Sequence[PlanRow]) -> tuple[float, float]:
     """FLOPs of stages once, and for every line alone."""
-    flops = [(row.cost.flops or 0.0, sum(row.needs.values())) for row in rows]
+    return _sums(rows, lambda row: row.cost.flops)
+
+
+def _sums(
+    rows: Sequence[PlanRow], flops_of: Callable[[PlanRow], float | int | None]
+) -> tuple[float, float]:
+    flops = [(flops_of(row) or 0.0, sum(row.needs.values())) for row in rows]
     return sum((each for each, _ in flops), 0.0), sum((each * uses for each, uses in flops), 0.0)
 
 

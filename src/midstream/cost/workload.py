@@ -45,7 +45,8 @@ class Workload:
     """A training stage in numbers.
 
     tokens: positions that are not padding; positions: all that are computed; squares: pairs of
-    positions that attention computes, a causal mask taken for none; asked: positions that the last
+    positions that attention computes, a causal mask taken for none; attended: pairs of which one
+    sees the other, to its document's border; asked: positions that the last
     block computes whole; encoded: pictures that a live frozen encoder is given, the fill of its
     batches among them.
     """
@@ -54,6 +55,7 @@ class Workload:
     images: Number
     positions: Number
     squares: Number
+    attended: Number
     targets: Number
     asked: Number
     encoded: Number
@@ -133,6 +135,7 @@ def workload(
         images=images,
         positions=float(positions.sum()) * by_rows,
         squares=squares,
+        attended=laid.attended * by_tokens,
         targets=targets,
         asked=float(asked.sum()),
         encoded=_encoded(images, laid.images, model.encoder, device),
@@ -197,6 +200,7 @@ class _LaidOut:
     targets: np.ndarray
     images: np.ndarray
     squares: float
+    attended: float
 
     def num_rows(self, times: float) -> int:
         """Of a plan that is so many times as long."""
@@ -231,6 +235,8 @@ def _laid_out(
     images = np.where(start == 0, np.concatenate(shown)[first[source_of] + example], 0)
     learnt = np.array([_learnt(source, rows) for _, source, _ in drawn])[source_of]
     ends = np.bincount(row, lengths, number)
+    # Joined documents see each other, and a padded row has one example.
+    seen = lengths if rows.layout == "filled" else ends
     return _LaidOut(
         rows=len(plan),
         blocks=tuple(blocks),
@@ -240,6 +246,7 @@ def _laid_out(
         targets=np.bincount(step, np.maximum(lengths - patches * images, 0) * learnt, steps),
         images=np.bincount(step, images, steps),
         squares=float((lengths**2).sum()),
+        attended=float((seen * (seen + 1)).sum()) / 2,
     )
 
 

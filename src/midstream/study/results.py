@@ -35,10 +35,15 @@ class _Part(BaseModel):
 
 
 class StageResult(_Part):
-    """Of every stage: its own time, and the largest memory of its worker up to its end."""
+    """Of every stage: its own time, and the largest memory up to its end.
+
+    `memory_of`: "processes" are resident sets, of all ranks together; "device" is what torch's
+    allocator held of a GPU, on the rank where it was most.
+    """
 
     seconds: float
     peak_memory_bytes: int = 0
+    memory_of: Literal["processes", "device"] = "processes"
     tracking: dict[str, Any] = {}
 
 

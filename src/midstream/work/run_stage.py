@@ -55,7 +55,7 @@ from midstream.train.guards import Watch
 from midstream.train.held_out import Planned, held_out_rows, plan_held_out
 from midstream.train.loop import Interrupted, Job, Start, train
 from midstream.train.metrics import Tracking, tracking_of
-from midstream.train.parallel import device_bytes, peak_memory_bytes, set_up
+from midstream.train.parallel import ALONE, device_bytes, forget_peak, peak_memory, set_up
 from midstream.train.step import build_model
 from midstream.work.evaluate_stage import (
     encoder_stage,
@@ -110,6 +110,7 @@ class StageRunner:
         folder's lock is held, FileNotFoundError if a parent is not done.
         """
         started = time.monotonic()
+        forget_peak(self.place.device)
         self.watch.rest("opening the stage")
         for parent in stage.parents:
             self.ledger.result(parent, StageResult)
@@ -125,10 +126,9 @@ class StageRunner:
                 raise
             finally:
                 self.watch.rest()
-            measured = {
-                "seconds": time.monotonic() - started,
-                "peak_memory_bytes": peak_memory_bytes(),
-            }
+            computes = isinstance(stage, Ranked | TrainEncoder)
+            memory = peak_memory(replace(self.place, scalars=None) if computes else ALONE)
+            measured = {"seconds": time.monotonic() - started, **memory}
             whole = _checked(stage, measured | results)
             if opened is not None:
                 opened.finish(whole)
