@@ -22,7 +22,7 @@ from midstream.config.model import FILL_BATCH, LARGE_TOWER, LEAST_CUT_ROW, MOST_
 from midstream.cost.known import Basis, Facts, Number
 from midstream.order.mixture import Supply, needs_of
 from midstream.order.plan import BLOCK_ROWS, Filled, make_plan, rows_of_all
-from midstream.order.stream import ArrayLengths
+from midstream.order.stream import ArrayLengths, pieces_of
 
 Device = Literal["cpu", "cuda"]
 # Of a longer plan so many rows are laid out, of padded and joined ones fewer: their rows are alike.
@@ -207,6 +207,22 @@ class _LaidOut:
         return rows_of_all(self.blocks, times) if self.blocks else round(times * self.rows)
 
 
+class _Spread(ArrayLengths):
+    """Examples whose pictures each stand before an equal part of the text: where a document is cut
+    follows from that."""
+
+    def __init__(self, lengths: np.ndarray, images: np.ndarray, patches: int) -> None:
+        super().__init__(lengths)
+        self.images, self.patches = images, patches
+
+    def pieces(self, example: int, row_length: int) -> list[int]:
+        """As `pieces_of` cuts such a document; a text anywhere."""
+        images = int(self.images[example])
+        tokens = int(self.lengths[example]) - images * self.patches
+        places = [tokens * number // images for number in range(images)]
+        return pieces_of(places, tokens, row_length, self.patches)
+
+
 @lru_cache(maxsize=256)
 def _laid_out(
     drawn: tuple[tuple[str, Facts, int], ...], budget: Budget, rows: Rows, patches: int, whole: bool
@@ -217,7 +233,7 @@ def _laid_out(
         text = source.kind == "text"
         goes_on = text or (source.kind == "interleaved" and rows.layout == "filled")
         lengths = lengths if goes_on else np.minimum(lengths, rows.row_length)
-        supplies.append(Supply(name, ArrayLengths(lengths), text))
+        supplies.append(Supply(name, _Spread(lengths, images_of, patches), text))
         shown.append(images_of)
     plan = make_plan(supplies, budget, rows, seed=0)
     blocks: list[int] = []
