@@ -95,7 +95,8 @@ def plan(
     terminal.tell_older(ledger)
     work = plan_study(found, ledger)
     machine = Machine.model_validate({"features": features, "max_feature_gib": max_feature_gib})
-    kept = feature_plan([row.stage for row in work.rows], ledger, machine)
+    costs = {row.stage.name: row.cost for row in work.rows}
+    kept = feature_plan([row.stage for row in work.rows], ledger, machine, costs)
     priced = price(work, ledger, fleet, kept)
     found_wrong = problems(work, ledger, priced.needed_bytes)
     here = measured(work, ledger, Machine.model_validate(found.machine).workers)

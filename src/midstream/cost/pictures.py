@@ -1,6 +1,6 @@
 """What keeping a frozen encoder's outputs on disk would cost and save, before anything runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import expm1, log1p, prod
@@ -18,7 +18,7 @@ from midstream.config import (
 from midstream.config.model import encoder_flops, picture_bytes
 from midstream.core.identity import digest
 from midstream.core.tokens import quantity
-from midstream.cost.cost import cost, images_seen
+from midstream.cost.cost import StageCost, cost, images_seen
 from midstream.cost.known import Facts, Number, sources_of
 from midstream.cost.workload import taken
 from midstream.study.label import label
@@ -178,10 +178,16 @@ def choose(
     )
 
 
-def feature_plan(stages: Sequence[Stage], ledger: Ledger, machine: Machine) -> list[FeaturePlan]:
+def feature_plan(
+    stages: Sequence[Stage],
+    ledger: Ledger,
+    machine: Machine,
+    costs: Mapping[str, StageCost] | None = None,
+) -> list[FeaturePlan]:
     """For each frozen encoder: what storing what it makes of pictures costs and saves.
 
-    `stages` are a study's (`graph.order`); those that are done count no more. Stages with one seed
+    `stages` are a study's (`graph.order`), `costs` theirs by name where they are known; those that
+    are done count no more. Stages with one seed
     see the same first pictures of a source; those with different seeds are taken to draw
     independently. A picture that several examples share counts once for each until all are seen, so
     that a store is at most as large as said here and saves at least as much.
@@ -192,7 +198,7 @@ def feature_plan(stages: Sequence[Stage], ledger: Ledger, machine: Machine) -> l
             assert isinstance(stage, Continue | Finetune), "only these see"
             key = (encoder.identity, _seen(stage).image_size)
             groups.setdefault(key, []).append(stage)
-    return [_plan_of(group, ledger, machine) for group in groups.values()]
+    return [_plan_of(group, ledger, machine, costs or {}) for group in groups.values()]
 
 
 def choice_for(stage: Stage, plans: Sequence[FeaturePlan]) -> Choice | None:
@@ -239,14 +245,16 @@ def distinct_pictures(num_images: int, draws: Sequence[Draw]) -> float:
     return float(num_images * (1.0 - prod(unseen)))
 
 
-def _plan_of(stages: Sequence[Seeing], ledger: Ledger, machine: Machine) -> FeaturePlan:
+def _plan_of(
+    stages: Sequence[Seeing], ledger: Ledger, machine: Machine, costs: Mapping[str, StageCost]
+) -> FeaturePlan:
     encoder = frozen_encoder(stages[0])
     assert encoder is not None, "these stages look through one"
     seen = _seen(stages[0])
     each, folder = picture_bytes(seen), feature_folder(ledger, encoder, seen)
     parts = () if folder is None else folder.glob("part-*/features.bin")
     kept = sum(path.stat().st_size for path in parts) // each
-    flops = [cost(stage, ledger).flops for stage in stages]
+    flops = [(costs.get(stage.name) or cost(stage, ledger)).flops for stage in stages]
     if (counted := _count(stages, seen.num_patches, ledger)) is not None:
         pictures, views = counted
         choice = choose(
