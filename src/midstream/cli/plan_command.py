@@ -85,7 +85,7 @@ def plan(
     from midstream.cost.price import Fleet, price, price_json, sizes_price
     from midstream.cost.taken import measured, reached
     from midstream.launch import terminal
-    from midstream.launch.checks import problems
+    from midstream.launch.checks import problems, read_tasks
     from midstream.study.store import Ledger
 
     ledger, device = Ledger(store), find_gpu(gpu)
@@ -93,12 +93,13 @@ def plan(
     fleet = Fleet(device, gpus, gpus_per_stage, share, checkpointing, done)
     found = find_study(study, with_scale(settings, scale), ledger, verify=verify)
     terminal.tell_older(ledger)
-    work = plan_study(found, ledger)
+    read = read_tasks([one for one in found.results if not ledger.is_done(one)], ledger)
+    work = plan_study(found, ledger, read.sizes)
     machine = Machine.model_validate({"features": features, "max_feature_gib": max_feature_gib})
     costs = {row.stage.name: row.cost for row in work.rows}
     kept = feature_plan([row.stage for row in work.rows], ledger, machine, costs)
     priced = price(work, ledger, fleet, kept)
-    found_wrong = problems(work, ledger, priced.needed_bytes)
+    found_wrong = problems(work, ledger, priced.needed_bytes, read)
     here = measured(work, ledger, Machine.model_validate(found.machine).workers)
     ladders = [p for one in found.studies if (p := sizes_price(one, work, here.hours))]
     if as_json:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 from pydantic import ValidationError
 
@@ -12,6 +13,7 @@ from midstream.config import PublicFolder
 from midstream.core.identity import FORMAT_VERSION
 from midstream.core.storage import CorruptError, read_json, remove_folder, require_writable, verify
 from midstream.cost.cost import StageCost, cost
+from midstream.cost.questions import Sizes
 from midstream.study.imported import how_to_have, is_lacking
 from midstream.study.label import digits_of, handle, joined, labels, shortest, words
 from midstream.study.results import RESULTS, checked
@@ -164,8 +166,9 @@ def missing_inputs(study: AnyStudy) -> tuple[str, ...]:
     return tuple(found)
 
 
-def plan(study: AnyStudy, ledger: Ledger) -> Plan:
-    """What running `study` in `ledger` would do; changes nothing.
+def plan(study: AnyStudy, ledger: Ledger, sizes: Sizes = MappingProxyType({})) -> Plan:
+    """What running `study` in `ledger` would do; changes nothing. `sizes` of benchmarks were read
+    beside what the store knows of them.
 
     Raises ValueError if two lines or baselines have one name.
     """
@@ -180,7 +183,7 @@ def plan(study: AnyStudy, ledger: Ledger) -> Plan:
         for identity, share in _needs(result).items():
             needs.setdefault(identity, {})[name] = share
     rows = tuple(
-        PlanRow(stage, ledger.state(stage), needs[identity], cost(stage, ledger))
+        PlanRow(stage, ledger.state(stage), needs[identity], cost(stage, ledger, sizes=sizes))
         for identity, stage in stages.items()
     )
     return Plan(study, rows)
