@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
 
 from midstream.config import (
     Amounts,
@@ -10,6 +9,7 @@ from midstream.config import (
     FusedEncoder,
     Mixture,
     PatchProjection,
+    ShareUnit,
     Training,
     VLMConfig,
 )
@@ -154,9 +154,9 @@ def work_of(stage: Trained, ledger: Ledger | None, device: Device = "cuda") -> W
 
 
 def images_seen(
-    stage: Trained, ledger: Ledger | None, by: Literal["tokens", "sequences"] | None = None
+    stage: Trained, ledger: Ledger | None, by: ShareUnit | None = None
 ) -> Number | None:
-    """Pictures that a stage sees, or would if its mixture's shares were of tokens or of sequences.
+    """Pictures that a stage sees, or would if its mixture's shares were of another unit.
 
     None where its sources are unknown; with `by`, where its budget has no shares.
     """
@@ -167,7 +167,7 @@ def images_seen(
     if by is not None:
         mixed = training.budget.model_copy(update={"by": by})
         training = training.model_copy(update={"budget": mixed})
-    return sum(part.images for part in taken(training, sources, model.image_tokens).values())
+    return sum(part.images for part in taken(training, sources, model).values())
 
 
 def encoder_parameters(config: AnyEncoderConfig) -> int:

@@ -13,7 +13,9 @@ from midstream.config import (
     Epochs,
     FusedEncoder,
     Machine,
+    Mixture,
     PretrainedEncoder,
+    ShareUnit,
 )
 from midstream.config.model import encoder_flops, picture_bytes
 from midstream.core.identity import digest
@@ -288,7 +290,7 @@ def _count(stages: Sequence[Seeing], patches: int, ledger: Ledger) -> tuple[Numb
         if sources is None:
             return None
         sampling = "permutation" if isinstance(budget, Epochs) else budget.sampling
-        for name, part in taken(stage.training, sources, stage.model.image_tokens).items():
+        for name, part in taken(stage.training, sources, stage.model).items():
             source, seed = stage.data.source(name).identity, stage.training.seed
             known[source] = sources[name]
             number = part.images
@@ -308,14 +310,20 @@ def _count(stages: Sequence[Seeing], patches: int, ledger: Ledger) -> tuple[Numb
 
 
 def pictures_seen(stages: Sequence[Stage], ledger: Ledger) -> list[str]:
-    """A line for a plan: pictures that the image-text stages see, under either unit of a share."""
+    """A line for a plan: pictures that the image-text stages see, under each unit of a share."""
     seeing = [stage for stage in stages if isinstance(stage, Continue)]
     told = []
-    units: dict[Literal["tokens", "sequences"], str] = {"tokens": "filled", "sequences": "padded"}
-    for by, rows in units.items():
+    units: dict[ShareUnit, str] = {
+        "tokens": "tokens (filled rows)",
+        "sequences": "sequences (padded rows)",
+    }
+    if any(stage.model.num_patches > stage.model.image_tokens for stage in seeing):
+        units["patches"] = "tokens before the connector's reduction"
+    asked = {one.training.budget.by for one in seeing if isinstance(one.training.budget, Mixture)}
+    for by, unit in units.items():
         known = [images_seen(stage, ledger, by) for stage in seeing]
         if numbers := [round(images) for images in known if images is not None]:
-            told.append(f"{_span(numbers)} with shares of {by} ({rows} rows)")
+            told.append(f"{_span(numbers)} with shares of {unit}" + " (as asked)" * (by in asked))
     return [f"pictures seen by an image-text stage: {', '.join(told)}"] if told else []
 
 
@@ -331,7 +339,7 @@ def passes_seen(stages: Sequence[Stage], ledger: Ledger) -> list[str]:
         sources = sources_of(stage.data, budget.captions, ledger)
         if sources is None or not patches:
             continue
-        for name, part in taken(stage.training, sources, patches).items():
+        for name, part in taken(stage.training, sources, stage.model).items():
             if images := round(sources[name].pooled(budget.pools.get(name)).images):
                 passes.setdefault((name, images), []).append(part.images / images)
             elif size := sources[name].size(0):

@@ -65,15 +65,17 @@ class Workload:
     basis: Basis
 
 
-def taken(training: Training, sources: Mapping[str, Facts], patches: int) -> dict[str, Taken]:
+def taken(training: Training, sources: Mapping[str, Facts], model: VLMConfig) -> dict[str, Taken]:
     """By source, what a budget takes of it."""
+    patches = model.image_tokens
+    counted = patches + _left_out(training.budget, model)
     sources = _fitted(training, sources, patches)
     texts = {name for name, source in sources.items() if source.kind == "text"}
     found = {}
     for need in needs_of(training.budget, training.rows.row_length, texts):
         source = sources[need.source]
         size = source.size(patches)
-        held = {"tokens": size, "examples": source.examples, "epochs": 1}[need.unit]
+        held = {"tokens": source.size(counted), "examples": source.examples, "epochs": 1}[need.unit]
         part = need.amount / max(held, 1)
         found[need.source] = Taken(round(part * size), part * source.examples, part * source.images)
     return found
@@ -96,7 +98,7 @@ def workload(
     have rows in reserve that follow from how blocks differ: 3 %.
     """
     patches = model.image_tokens
-    parts, sources = taken(training, sources, patches), _fitted(training, sources, patches)
+    parts, sources = taken(training, sources, model), _fitted(training, sources, patches)
     rows, length = training.rows, training.rows.row_length
     whole = any(sources[name].kind != "text" for name in parts)
     if not any(part.tokens for part in parts.values()) or (whole and rows.layout == "joined"):
@@ -110,6 +112,7 @@ def workload(
         _smaller(training.budget, share),
         rows,
         patches,
+        _left_out(training.budget, model),
         share == 1,
     )
     num_rows = laid.num_rows(1 / share)
@@ -144,6 +147,12 @@ def workload(
         steps=ceil(num_rows / rows.batch_rows),
         basis="counted" if all(sources[n].basis == "counted" for n in parts) else "expected",
     )
+
+
+def _left_out(budget: Budget, model: VLMConfig) -> int:
+    """Patches of a picture that the connector leaves out, where the budget counts them."""
+    unreduced = isinstance(budget, Mixture) and budget.by == "patches"
+    return model.num_patches - model.image_tokens if unreduced else 0
 
 
 def _fitted(training: Training, sources: Mapping[str, Facts], patches: int) -> Mapping[str, Facts]:
@@ -226,7 +235,12 @@ class _Spread(ArrayLengths):
 
 @lru_cache(maxsize=256)
 def _laid_out(
-    drawn: tuple[tuple[str, Facts, int], ...], budget: Budget, rows: Rows, patches: int, whole: bool
+    drawn: tuple[tuple[str, Facts, int], ...],
+    budget: Budget,
+    rows: Rows,
+    patches: int,
+    left_out: int,
+    whole: bool,
 ) -> _LaidOut:
     supplies, shown = [], []
     for name, source, number in drawn:
@@ -234,7 +248,8 @@ def _laid_out(
         text = source.kind == "text"
         goes_on = text or (source.kind == "interleaved" and rows.layout == "filled")
         lengths = lengths if goes_on else np.minimum(lengths, rows.row_length)
-        supplies.append(Supply(name, _Spread(lengths, images_of, patches), text))
+        unreduced = ArrayLengths(lengths + left_out * images_of) if left_out else None
+        supplies.append(Supply(name, _Spread(lengths, images_of, patches), text, unreduced))
         shown.append(images_of)
     plan = make_plan(supplies, budget, rows, seed=0)
     blocks: list[int] = []

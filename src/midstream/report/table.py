@@ -374,9 +374,10 @@ def budgets(planned: Plan, ledger: Snapshot) -> dict[str, int]:
     for row in planned.rows:
         if row.state == "done" and isinstance(row.stage, Trained):
             for source in ledger.result(row.stage, TrainingResult).sources.values():
-                if source.planned_tokens is not None:
-                    gap = abs(source.realised_tokens - source.planned_tokens)
-                    gaps.append((gap, source.largest_example_tokens))
+                counted = source.unreduced or source
+                if counted.planned_tokens is not None:
+                    gap = abs(counted.realised_tokens - counted.planned_tokens)
+                    gaps.append((gap, counted.largest_example_tokens))
     return {
         "pairs": len(gaps),
         "worst": max((gap for gap, _ in gaps), default=0),

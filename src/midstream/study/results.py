@@ -146,12 +146,24 @@ class PictureViews(_Part):
         return f"{told}: {', '.join(each)}"
 
 
+class UnreducedShare(_Part):
+    """What a stage took of one source in tokens before the connector's reduction."""
+
+    planned_tokens: int
+    realised_tokens: int
+    largest_example_tokens: int
+
+
 class SourceShare(_Part):
-    """What a training stage took of one source; planned is None where the budget says otherwise."""
+    """What a training stage took of one source; planned is None where the budget says otherwise.
+
+    `unreduced` where it says so in tokens before the connector's reduction.
+    """
 
     kind: str = ""
     planned_tokens: int | None
     planned_sequences: int | None = None
+    unreduced: UnreducedShare | None = None
     realised_tokens: int
     examples: int | None = None
     epochs: float | None = None

@@ -237,7 +237,8 @@ class StageRunner:
         start = self._start(stage)
         check_start(training.schedule, start.parent_rate, stage.name)
         budget, rows, seed = training.budget, training.rows, training.seed
-        plan = plan_rows(sources, patches, budget, rows, seed, overflow_of(stage))
+        whole, overflow = stage.model.num_patches, overflow_of(stage)
+        plan = plan_rows(sources, patches, budget, rows, seed, overflow, whole)
         if training.freeze_decoder and not any(sources[name].num_images for name in plan.names):
             raise ValueError(
                 f"{stage.name} keeps the decoder frozen and shows no picture, so it would learn "
