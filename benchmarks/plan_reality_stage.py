@@ -25,7 +25,9 @@ from midstream.config import (
     Training,
     WarmupCosine,
 )
-from midstream.cost.cost import cost, work_of
+from midstream.config.flops import model_flops
+from midstream.core.tokens import TokenCount
+from midstream.cost.cost import cost, trains_encoder, work_of
 from midstream.cost.taken import Setting, memory
 from midstream.data.rows import load_steps
 from midstream.study.stages import (
@@ -230,6 +232,29 @@ class Reality:
             while take() is not None:
                 pass
         return float(counter.get_total_flops())
+
+    def model_flops(self, stage: Trained) -> float:
+        """As results and profiles count them, of the batches that the stage is given."""
+        self.prepare(stage)
+        job = self.runner.job(stage, self.ledger.store / "unused")
+        counts, attended, images = TokenCount(), 0, 0
+        rows = job.training.rows.batch_rows
+        for batches in load_steps(job.dataset, first_row=0, micro_rows=rows):
+            for batch in batches:
+                counts, images = counts + batch.counts, images + len(batch.images)
+                attended += int((batch.position_ids + 1)[batch.segment_ids >= 0].sum())
+        return float(
+            model_flops(
+                job.model.config,
+                positions=counts.seen,
+                texts=counts.seen - counts.image,
+                attended=attended,
+                images=images,
+                encoded=images,
+                trains_encoder=trains_encoder(stage),
+                trains_decoder=not job.training.freeze_decoder,
+            )
+        )
 
     def memory(self, stage: Trained) -> tuple[float, int]:
         """The allocator's peak over a step with its moments there; the process's resident peak."""

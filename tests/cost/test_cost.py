@@ -33,7 +33,9 @@ from midstream.cost.cost import (
     connector_parameters,
     cost,
     encoder_parameters,
+    images_seen,
     model_parameters,
+    work_of,
 )
 from midstream.cost.graph import order
 from midstream.cost.known import facts_of_results
@@ -228,6 +230,31 @@ def test_a_long_stage_is_priced_as_its_plan_lays_it_out_from_a_sample_of_its_row
     assert work.images == pytest.approx(sum(one.source for one in placed), rel=0.005)
     squares = sum(one.length**2 for one in placed) if layout == "filled" else len(plan) * 64**2
     assert work.squares == pytest.approx(squares, rel=0.01)
+
+
+def test_shares_before_the_reduction_show_as_many_pictures_through_any_connector(
+    make_study: MakeStudy, tmp_path: Path
+) -> None:
+    study = make_study()
+    stage, ledger = _by_kind(study)["continue"], _prepared(study, tmp_path)
+    assert isinstance(stage, Continue)
+    assert isinstance(stage.training.budget, Mixture)
+    pooled = ProjectorConfig(reduction=AveragePool(window=2))
+    fewer = stage.model_copy(update={"projector": pooled})
+    assert (stage.model.image_tokens, fewer.model.image_tokens) == (4, 1)
+    plain = images_seen(stage, ledger)
+    assert plain is not None
+    assert images_seen(fewer, ledger, "patches") == plain
+    # Six tokens of text stand behind each.
+    assert images_seen(fewer, ledger, "tokens") == pytest.approx(plain * 10 / 7)
+    budget = stage.training.budget.model_copy(update={"by": "patches"})
+    training = stage.training.model_copy(update={"budget": budget})
+    asked = fewer.model_copy(update={"training": training})
+    work = work_of(asked, ledger)
+    assert work is not None
+    assert work.images == plain
+    # A picture takes three positions less.
+    assert work.tokens == pytest.approx(budget.total_tokens - 3 * work.images, abs=2)
 
 
 def _classes(lengths: np.ndarray, name: str) -> dict[str, list[list[int]]]:

@@ -7,6 +7,7 @@ import pytest
 
 import tiny
 from midstream.config import Epochs, PatchProjection, Rows, Training
+from midstream.cost.cost import cost
 from midstream.study.stages import Continue, Finetune, FromScratch, Trained
 from midstream.study.store import Ledger
 
@@ -65,6 +66,15 @@ def test_planned_flops_are_within_a_hundredth_of_those_that_torch_counts(
 ) -> None:
     stage = STAGES[name]
     assert reality.planned_flops(stage) == pytest.approx(reality.flops(stage), rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGES)
+def test_planned_model_flops_are_those_that_results_and_profiles_count(
+    reality: Reality, name: str
+) -> None:
+    planned = cost(STAGES[name], reality.ledger)
+    assert planned.model_flops == pytest.approx(reality.model_flops(STAGES[name]), rel=0.005)
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def test_amounts_of_a_pool_and_their_work_are_those_of_so_many_pictures(
         assert isinstance(stage, Continue)
         sources = sources_of(stage.data, budget.captions, ledger)
         assert sources is not None
-        part = taken(stage.training, sources, 4)["captions"]
+        part = taken(stage.training, sources, stage.model)["captions"]
         found = workload(stage.model, stage.training, sources, "cpu")
         assert found is not None
         return part.examples, found.images, found.tokens

@@ -15,7 +15,7 @@ from midstream.config import (
     Rows,
     Share,
 )
-from midstream.cost import GPUS, UTILISATION, find_gpu
+from midstream.cost import DEVICES, GPUS, UTILISATION, find_gpu, gpu_of_device
 from midstream.cost.cost import model_parameters, work_of
 from midstream.cost.graph import Plan, order, plan
 from midstream.cost.known import Number
@@ -55,9 +55,17 @@ def test_gpus_are_found_by_name_or_given_in_numbers() -> None:
         find_gpu("fast:0")
 
 
-def test_gpu_hours_follow_from_flops_peak_and_utilisation(work: Plan, tmp_path: Path) -> None:
+def test_every_device_that_a_driver_names_is_priced() -> None:
+    for device, name in DEVICES.items():
+        assert gpu_of_device(device) is GPUS[name]
+    assert gpu_of_device("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
+
+
+def test_gpu_hours_follow_from_model_flops_peak_and_utilisation(work: Plan, tmp_path: Path) -> None:
     found = price(work, Ledger(tmp_path), Fleet(A100, utilisation=0.5))
-    assert found.gpu_hours == pytest.approx(work.remaining_flops / (312e12 * 0.5 * 3600))
+    needed = sum(row.cost.model_flops or 0.0 for row in work.to_run)
+    assert needed < work.remaining_flops
+    assert found.gpu_hours == pytest.approx(needed / (312e12 * 0.5 * 3600))
     assert Fleet(A100).utilisation == UTILISATION
     values = price_json(found, work)
     assert values["gpu_hours_alone"] > values["gpu_hours_once"]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,9 +12,10 @@ from typer.testing import CliRunner
 import tiny
 from midstream.cli.app import app
 from midstream.core.storage import write_json
+from midstream.cost import GPUS, UTILISATION
 from midstream.cost.graph import plan
 from midstream.cost.known import Task, schedule
-from midstream.cost.taken import measured, seconds_of
+from midstream.cost.taken import measured, reached, seconds_of
 from midstream.study.stages import Stage
 from midstream.study.store import Ledger
 from midstream.study.studies import Figure, Line, Study
@@ -36,11 +38,14 @@ def ledger(tmp_path: Path) -> Ledger:
     return ledger
 
 
-def finish(ledger: Ledger, stage: Stage, seconds: float, device: str | None = None) -> None:
+def finish(
+    ledger: Ledger, stage: Stage, seconds: float, device: str | None = None, **more: Any
+) -> None:
     with ledger.open_stage(stage) as work:
         if device is not None:
             (work.folder / "starts.jsonl").write_text(json.dumps({"device": device}) + "\n")
-        work.finish({"seconds": seconds, **MADE, "distinct_images": 0, "peak_memory_bytes": 1})
+        made = {"seconds": seconds, **MADE, "distinct_images": 0, "peak_memory_bytes": 1}
+        work.finish(made | more)
 
 
 def test_nothing_measured_gives_no_number(tmp_path: Path) -> None:
@@ -75,6 +80,20 @@ def test_what_another_machine_did_says_nothing_of_this_one(ledger: Ledger) -> No
 
     assert found.device is None
     assert tiny.SEEN.name not in found.hours
+
+
+def test_the_utilisation_of_done_stages_is_that_of_their_time_on_such_gpus(ledger: Ledger) -> None:
+    assert reached(ledger, GPUS["H100"]) == (UTILISATION, 0)
+    for stage, seconds, share, gpu in (
+        (tiny.TEXT, 30.0, 0.5, "H100"),
+        (tiny.SEEN, 10.0, 0.3, "H100"),
+        (tiny.CHAT, 10.0, 0.1, "B200"),
+    ):
+        peak = GPUS[gpu].tflops * 1e12
+        meters = {"gpu": gpu, "model_flops_per_second": share * peak}
+        finish(ledger, stage, seconds, meters=meters | {"vendor_flops_per_second": peak})
+    share, number = reached(ledger, GPUS["H100"])
+    assert (share, number) == (pytest.approx((30 * 0.5 + 10 * 0.3) / 40), 2)
 
 
 def test_without_planned_flops_a_stage_takes_the_mean_of_its_kind() -> None:

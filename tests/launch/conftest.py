@@ -24,4 +24,6 @@ def empty(tmp_path: Path) -> Ledger:
 @pytest.fixture
 def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Benchmarks are read in tests of their own."""
-    monkeypatch.setattr(checks, "_read", lambda requests: [None] * len(requests))
+    monkeypatch.setattr(
+        checks, "_read", lambda requests: [{"error": None, "size": None} for _ in requests]
+    )

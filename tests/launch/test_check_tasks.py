@@ -11,10 +11,12 @@ import pytest
 import own_world
 from midstream.config import Evaluation
 from midstream.core.storage import write_json
-from midstream.cost.graph import plan
+from midstream.cost.cost import StageCost
+from midstream.cost.graph import Plan, plan
+from midstream.cost.questions import ANSWER_TOKENS
 from midstream.launch import checks
 from midstream.launch.check_data import Problem
-from midstream.launch.checks import problems
+from midstream.launch.checks import problems, read_tasks
 from midstream.study.store import Ledger
 from own_studies import (
     mixed,
@@ -29,15 +31,14 @@ def read_requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     names: list[str] = []
 
-    def reading(requests: list[dict[str, Any]]) -> list[str | None]:
-        told: list[str | None] = []
+    def reading(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        told: list[dict[str, Any]] = []
         for request in requests:
             names.append(request["task"])
             try:
-                read(TaskRequest(**request))
-                told.append(None)
+                told.append({"error": None, "size": read(TaskRequest(**request))})
             except (ValueError, OSError) as reason:
-                told.append(str(reason))
+                told.append({"error": str(reason), "size": None})
         return told
 
     monkeypatch.setattr(checks, "_read", reading)
@@ -125,12 +126,41 @@ def test_a_benchmark_that_was_read_whole_is_read_again_only_when_it_changes(
     assert read_now() == ["pope"]
 
 
+def test_an_evaluation_is_priced_by_what_its_files_ask(
+    tmp_path: Path, empty: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_requests(monkeypatch)
+    root = own_world.write_world(tmp_path / "world")
+    asked = Evaluation(visual_tasks=("pope",), text_tasks=("quiz",))
+    study = study_of(seen(own_world.data_of(root), mixed(200, web=1.0)), asked=asked)
+
+    def cost_of(work: Plan) -> StageCost:
+        return next(row.cost for row in work.rows if row.stage.kind == "evaluate")
+
+    before = cost_of(plan(study, empty))
+    told = read_tasks(study.results, empty)
+    now = cost_of(plan(study, empty, told.sizes))
+    assert (before.basis, now.basis) == ("expected", "counted")
+    sizes = {json.loads(key)["task"]: size for key, size in told.sizes.items()}
+    pope, quiz, model = sizes["pope"], sizes["quiz"], study.lines[0].result.of.model
+    # Asked as it is and blind, each question with its picture; its two answers are weighed.
+    assert pope["questions"] == pope["pictures"] == pope["answers"] / 2
+    text = 2 * round(pope["characters"] / 4) + quiz["characters"] / 4
+    weighed = 2 * pope["answers"] * ANSWER_TOKENS
+    pictures = 2 * pope["pictures"] * model.image_tokens
+    assert now.tokens == round(text + weighed + pictures)
+    # The store remembers it.
+    empty.store.mkdir()
+    read_tasks(study.results, empty)
+    assert cost_of(plan(study, empty)) == now
+
+
 def test_the_process_that_reads_names_what_is_wrong_and_goes_on(tmp_path: Path) -> None:
     root = own_world.write_world(tmp_path / "world")
     break_a_picture(root)
     own = {"world": str(root), "limit": None}
     pope = own | {"task": "pope", "kind": "visual", "slim": False, "blind": True}
     first, second = checks._read([pope, own | {"task": "quiz", "kind": "text"}])
-    assert first is not None
-    assert "4.jpg cannot be decoded" in first
-    assert second is None
+    assert "4.jpg cannot be decoded" in first["error"]
+    assert second["error"] is None
+    assert second["size"]["items"] > 0

@@ -13,12 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from midstream.config import Budget, Epochs, Mixture, Rows, Sampling, Share
-from midstream.data.parts import pieces_of
 from midstream.order import plan as order_plan
 from midstream.order import stream
 from midstream.order.mixture import Supply
 from midstream.order.plan import Filled, Joined, Padded, Placement, RowPlan, make_plan
-from midstream.order.stream import ArrayLengths
+from midstream.order.stream import ArrayLengths, pieces_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from plan_scale import TABLE, DrawnLengths

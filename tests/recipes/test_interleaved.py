@@ -42,9 +42,9 @@ def test_shots_are_priced_and_told_apart() -> None:
     assert zero.evaluation.few_shot == FewShot(num_shots=0)
     prices = [cost(stage).tokens for stage in (zero, four)]
     # Asked blind as well.
-    questions, patches, prompt = 2 * 2_000, 9, 48
+    questions, patches, shot = 2 * 2_000, 9, 48 + 2
     # Zero shots are two without pictures.
-    assert prices[1] - prices[0] == questions * (4 * (patches + prompt) - 2 * prompt)
+    assert prices[1] - prices[0] == questions * (4 * (patches + shot) - 2 * shot)
     names = labels(own)
     assert len(set(names.values())) == 3
 
@@ -58,6 +58,12 @@ def test_connectors_see_equal_tokens_of_pictures() -> None:
         found = shares(line)["pictures"] * positions / (positions + each)
         assert found == pytest.approx(0.05, rel=1e-4), line.name
     assert len({line.axes["connector"] for line in study.lines}) == 5
+    before = connectors(seeds=(7,), vision_tokens=(0.05,), by="patches")
+    budgets = {seen(line).training.budget for line in before.lines}
+    (budget,) = budgets
+    assert budget.by == "patches"
+    (mlp,) = (line for line in study.lines if line.axes["connector"] == "MLP")
+    assert budget == seen(mlp).training.budget.model_copy(update={"by": "patches"})
     with pytest.raises(ValueError, match="as pictures of 1 positions need captions of"):
         connectors(vision_tokens=(0.2,))
     with pytest.raises(ValueError, match="rows='paper' makes them of sequences"):

@@ -8,8 +8,9 @@ from tokenizers import Tokenizer, models
 
 from midstream.cli.catalogue import find_study
 from midstream.config import Mixture, PublicFolder, TokenizerFile
-from midstream.cost.cost import TEXT_SIZES, VISUAL_SIZES, cost, images_seen
+from midstream.cost.cost import cost, images_seen
 from midstream.cost.graph import order
+from midstream.cost.questions import TEXT_SIZES, VISUAL_SIZES
 from midstream.recipes import paper
 from midstream.recipes.lines import IMAGE_TEXT, TEXT_RUN
 from midstream.recipes.paper.suites import AUTHORS_LATER_RUNS, LISTS
@@ -259,7 +260,9 @@ def test_an_evaluation_is_priced_at_the_size_of_the_published_benchmarks() -> No
     choices = sum(TEXT_SIZES[task].items * TEXT_SIZES[task].choices for task in asked.text_tasks)
     blind = 2 if asked.blind else 1
     questions = blind * (270_018 + VISUAL_SIZES["vizwiz"].questions)
-    tokens = questions * (729 + 48 + asked.max_new_tokens) + choices * 64
+    weighed = blind * VISUAL_SIZES["pope"].questions
+    written = (questions - weighed) * asked.max_new_tokens + weighed * 2 * 2
+    tokens = questions * (729 + 48) + written + choices * 64
     assert cost(result).tokens == tokens
     slim = result.model_copy(update={"evaluation": asked.model_copy(update={"slim": True})})
     assert (cost(slim).tokens or 0) < 0.1 * tokens

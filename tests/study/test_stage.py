@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from midstream.config import WarmupCosine
+from midstream.config import ProjectorConfig, WarmupCosine
 from midstream.cost.graph import order
 from midstream.study.stages import (
     Continue,
@@ -64,6 +64,15 @@ def test_a_change_in_an_ancestor_changes_every_descendant(make_study: MakeStudy)
     other_chat = Finetune(start=other_seen, training=chat.training)
     for one, other in ((text, other_text), (seen, other_seen), (chat, other_chat)):
         assert one.identity != other.identity
+
+
+def test_a_changed_copy_has_a_model_of_its_own(make_study: MakeStudy) -> None:
+    seen = next(stage for stage in order(make_study()) if isinstance(stage, Continue))
+    projector, other = seen.model.projector, ProjectorConfig(num_layers=1)
+    changed = seen.model_copy(update={"projector": other})
+    assert changed.model.projector == other != projector
+    assert seen.model.projector == projector
+    assert stage_from_json(seen.model_dump_json()) == seen
 
 
 def test_a_changed_copy_has_an_identity_of_its_own(make_study: MakeStudy) -> None:

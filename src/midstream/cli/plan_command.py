@@ -15,7 +15,6 @@ from rich.table import Table
 
 from midstream.cli import DEFAULT_STORE, ScaleName, Settings, Store, StudyName, Verify
 from midstream.core.tokens import UNKNOWN, counted, quantity
-from midstream.cost import UTILISATION
 
 if TYPE_CHECKING:
     from midstream.cost.graph import Plan
@@ -62,8 +61,9 @@ def plan(
         typer.Option(min=1, help="How many train one stage; as few as have room without it."),
     ] = None,
     utilisation: Annotated[
-        float, typer.Option(help="Share of the peak that training reaches.")
-    ] = UTILISATION,
+        float | None,
+        typer.Option(help="Share of the peak that training reaches; as done stages did without."),
+    ] = None,
     checkpointing: Annotated[
         bool,
         typer.Option("--checkpointing", help="Memory with the blocks' activations made again."),
@@ -83,20 +83,23 @@ def plan(
     from midstream.cost.graph import plan as plan_study
     from midstream.cost.pictures import feature_plan
     from midstream.cost.price import Fleet, price, price_json, sizes_price
-    from midstream.cost.taken import measured
+    from midstream.cost.taken import measured, reached
     from midstream.launch import terminal
-    from midstream.launch.checks import problems
+    from midstream.launch.checks import problems, read_tasks
     from midstream.study.store import Ledger
 
-    fleet = Fleet(find_gpu(gpu), gpus, gpus_per_stage, utilisation, checkpointing)
-    ledger = Ledger(store)
+    ledger, device = Ledger(store), find_gpu(gpu)
+    share, done = (utilisation, 0) if utilisation is not None else reached(ledger, device)
+    fleet = Fleet(device, gpus, gpus_per_stage, share, checkpointing, done)
     found = find_study(study, with_scale(settings, scale), ledger, verify=verify)
     terminal.tell_older(ledger)
-    work = plan_study(found, ledger)
+    read = read_tasks([one for one in found.results if not ledger.is_done(one)], ledger)
+    work = plan_study(found, ledger, read.sizes)
     machine = Machine.model_validate({"features": features, "max_feature_gib": max_feature_gib})
-    kept = feature_plan([row.stage for row in work.rows], ledger, machine)
+    costs = {row.stage.name: row.cost for row in work.rows}
+    kept = feature_plan([row.stage for row in work.rows], ledger, machine, costs)
     priced = price(work, ledger, fleet, kept)
-    found_wrong = problems(work, ledger, priced.needed_bytes)
+    found_wrong = problems(work, ledger, priced.needed_bytes, read)
     here = measured(work, ledger, Machine.model_validate(found.machine).workers)
     ladders = [p for one in found.studies if (p := sizes_price(one, work, here.hours))]
     if as_json:
@@ -331,12 +334,13 @@ def _ratio(least: float, most: float) -> str:
 
 def _prices(plan: "Plan", priced: "Price") -> list[str]:
     fleet, timing, parts = priced.fleet, priced.timing, priced.parts
-    once, alone = (fleet.gpu_hours(flops) for flops in (plan.shared_flops, plan.naive_flops))
+    once, alone = (fleet.gpu_hours(flops) for flops in plan.model_flops)
+    told = f", as {counted(fleet.num_measured, 'done stage')} reached" if fleet.num_measured else ""
     path = " -> ".join(plan.labels[name] for name in timing.critical_path) or "nothing is left"
     lines = [
         f"by part: decoder {_flops(parts.decoder)}, head {_flops(parts.head)}, encoder "
         f"{_flops(parts.encoder)} (live), projector {_flops(parts.projector)}",
-        f"{fleet.gpu.name} at {fleet.utilisation:.1%} of {fleet.gpu.tflops:g} TFLOP/s: "
+        f"{fleet.gpu.name} at {fleet.utilisation:.1%} of {fleet.gpu.tflops:g} TFLOP/s{told}: "
         f"{_hours(priced.gpu_hours)} GPU-hours to run; {_hours(once)} for all stages once, "
         f"{_hours(alone)} if each line ran alone",
         f"on {fleet.number}: {_duration(timing.hours)}, at least {_duration(timing.lower_bound)}; "
@@ -394,7 +398,7 @@ def _decides(
         )
     for study in plan.study.studies:
         users = {row.stage.name: row.lines for row in plan.rows}
-        flops = {row.stage.name: fleet.gpu_hours(row.cost.flops or 0.0) for row in plan.rows}
+        flops = {row.stage.name: fleet.gpu_hours(row.cost.model_flops or 0.0) for row in plan.rows}
         each, here = hours_each(flops, users, study), hours_each(hours, users, study)
         if each is not None and plan.study is study:
             wall = f", {_duration(here)} of one process here" if here else ""

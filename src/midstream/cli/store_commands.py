@@ -273,12 +273,16 @@ def profile(
 def _lines(found: dict[str, Any]) -> list[str]:
     """The meters as a person reads them."""
     shares = ", ".join(f"{part} {share:.0%}" for part, share in found["time_shares"].items())
-    utilisation = found["model_flops_utilisation"] or 0.0
+    peak = f"the peak of {found['device']} is not known"
+    if found["gpu"]:
+        peak = f"{found['model_flops_utilisation']:.1%} of the peak of {found['gpu']}"
+    owner = "GPU" if found["memory_of"] == "device" else "process"
     return [
         f"{found['tokens_per_second']:,.0f} tokens/s, {found['useful_tokens_per_second']:,.0f} "
         f"of them useful, {found['images_per_second']:,.2f} images/s",
-        f"{found['model_flops_per_second'] / 1e9:,.1f} GFLOP/s, {utilisation:.0%} of what a matrix "
-        f"product reaches; peak memory {found['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        f"{found['model_flops_per_second'] / 1e9:,.1f} model GFLOP/s: {peak}; "
+        f"{found['product_share'] or 0.0:.0%} of what a matrix product reaches here",
+        f"peak memory of the {owner} {found['peak_memory_bytes'] / 2**20:,.0f} MiB",
         f"time: {shares}",
     ]
 

@@ -14,6 +14,7 @@ from midstream.config.budget import Overflow as Overflow
 from midstream.config.budget import Rows as Rows
 from midstream.config.budget import Sampling as Sampling
 from midstream.config.budget import Share as Share
+from midstream.config.budget import ShareUnit as ShareUnit
 from midstream.config.budget import check_caption as check_caption
 from midstream.config.budget import check_picture as check_picture
 from midstream.config.budget import check_pool as check_pool

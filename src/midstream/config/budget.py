@@ -80,6 +80,8 @@ class Share(Config):
 
 
 Sampling = Literal["permutation", "replacement"]
+# What shares are of: positions of rows, sequences, or positions before the connector's reduction.
+ShareUnit = Literal["tokens", "sequences", "patches"]
 
 
 class _Named(Config):
@@ -113,7 +115,9 @@ class Mixture(_Named):
     """Exact shares of a budget of tokens; a source may be repeated `max_epochs` times.
 
     by="sequences" (OpenLM's weights): shares are of the `total_tokens // row_length` sequences; one
-    is an example with a picture, a conversation, or a row's length of text. sampling="replacement"
+    is an example with a picture, a conversation, or a row's length of text. by="patches": total and
+    shares are of tokens before the connector's reduction, a picture as all of its patches, so that
+    equal budgets are of the same examples whatever the connector. sampling="replacement"
     (the paper's runs): every draw is from the whole source, and `max_epochs` sets no limit.
     """
 
@@ -121,7 +125,7 @@ class Mixture(_Named):
     total_tokens: Positive
     shares: Annotated[tuple[Share, ...], Field(min_length=1)]
     max_epochs: Positive = 1
-    by: Literal["tokens", "sequences"] = "tokens"
+    by: ShareUnit = "tokens"
     sampling: Sampling = "permutation"
 
     @property

@@ -288,6 +288,11 @@ class VLMConfig(Config):
         return self
 
     @property
+    def num_patches(self) -> int:
+        """Patches of a picture before the connector; 0 without an encoder."""
+        return 0 if self.encoder is None else self.encoder.num_patches
+
+    @property
     def image_tokens(self) -> int:
         """Positions of a row that a picture takes, behind the connector; 0 without an encoder."""
         if self.encoder is None:

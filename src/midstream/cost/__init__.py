@@ -1,12 +1,13 @@
-"""The devices that a plan is priced for: dense bfloat16 peak and memory, as their makers state."""
+"""The devices that plans are priced for and training is measured against: dense bfloat16 peak and
+memory, as the makers' data sheets state them (without sparsity, at full power)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-# Of the peak in matrix products, counted as in `cost.py`: the 1.4B text run of the paper's model
-# family had 30.3 % of an A100's 312 TFLOP/s (6 N a token: 94.7 TFLOP/s).
-UTILISATION = 0.303
+# Model FLOPs (`config/flops.py`) over the peak: the paper's 1.4B text run, 4.32 T tokens in rows of
+# 2,048 and 106,000 hours of A100s, had 97.6 of 312 TFLOP/s.
+UTILISATION = 0.313
 # What the driver, the libraries and the allocator's gaps take of a device's memory.
 HEADROOM = 0.08
 
@@ -35,11 +36,35 @@ GPUS: Mapping[str, Gpu] = {
         Gpu("L40S", 362, 48),
         Gpu("RTX4090", 165, 24),
         Gpu("H100", 989, 80),
+        Gpu("H100-PCIe", 756, 80),
         Gpu("H200", 989, 141),
         Gpu("B200", 2250, 180),
         Gpu("MI300X", 1307, 192),
     )
 }
+
+# By what a driver calls the device. A part of one (MIG) has another name, and so no peak here.
+DEVICES: Mapping[str, str] = {
+    "NVIDIA A100-SXM4-40GB": "A100-40",
+    "NVIDIA A100-PCIE-40GB": "A100-40",
+    "NVIDIA A100-SXM4-80GB": "A100-80",
+    "NVIDIA A100 80GB PCIe": "A100-80",
+    "NVIDIA A10": "A10",
+    "NVIDIA L4": "L4",
+    "NVIDIA L40S": "L40S",
+    "NVIDIA GeForce RTX 4090": "RTX4090",
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H100 PCIe": "H100-PCIe",
+    "NVIDIA H200": "H200",
+    "NVIDIA B200": "B200",
+    "AMD Instinct MI300X": "MI300X",
+}
+
+
+def gpu_of_device(device: str) -> Gpu | None:
+    """The device that a driver calls so; None for one whose peak is not known."""
+    name = DEVICES.get(device)
+    return None if name is None else GPUS[name]
 
 
 def find_gpu(text: str) -> Gpu:

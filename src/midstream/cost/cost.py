@@ -1,8 +1,7 @@
 """What a stage costs before it runs: tokens, FLOPs by part of the model, parameters."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from types import MappingProxyType
 
 from midstream.config import (
     Amounts,
@@ -11,21 +10,15 @@ from midstream.config import (
     FusedEncoder,
     Mixture,
     PatchProjection,
-    PocketWorld,
-    SmallReal,
+    ShareUnit,
     Training,
     VLMConfig,
 )
-from midstream.config.connectors import (
-    connector_flops,
-    gated_flops,
-    gated_parameters,
-    untaken_flops,
-)
 from midstream.config.connectors import connector_parameters as projector_parameters
+from midstream.config.connectors import gated_parameters
+from midstream.config.flops import connecting_flops, looking_flops, model_flops
 from midstream.config.model import (
     attention_flops,
-    decoder_flops,
     encoder_flops,
     feed_forward_parameters,
     head_flops,
@@ -34,6 +27,7 @@ from midstream.config.model import (
     weight_flops,
 )
 from midstream.cost.known import Basis, Number, facts_of_text, sources_of
+from midstream.cost.questions import Sizes, asked_of
 from midstream.cost.workload import Device, Workload, taken, workload
 from midstream.study.stages import (
     DataStage,
@@ -49,60 +43,6 @@ from midstream.study.stages import (
 )
 from midstream.study.store import Ledger
 
-
-# Whole official splits as vlm-evaluation (TRI-ML) and lm-evaluation-harness ask them, for plans
-# made before any of them is at hand.
-class VisualSize(NamedTuple):
-    """Questions of a visual task, and the splits that a slim evaluation takes its part of each."""
-
-    questions: int
-    splits: int = 1
-
-
-class TextSize(NamedTuple):
-    """Items of a text task, and how many answers each is asked with (BIG-bench's: the chance's)."""
-
-    items: int
-    choices: int
-
-
-VISUAL_SIZES: Mapping[str, VisualSize] = {
-    "vqav2": VisualSize(214_354),
-    "gqa": VisualSize(12_578),
-    "textvqa": VisualSize(5_000),
-    "textvqa_ocr": VisualSize(5_000),
-    "vizwiz": VisualSize(4_319),
-    "pope": VisualSize(8_910, splits=3),
-    "refcoco": VisualSize(10_834),
-    "refcoco_plus": VisualSize(10_758),
-    "refcocog": VisualSize(4_896),
-    "ocid_ref": VisualSize(18_342, splits=3),
-    "vsr": VisualSize(1_222),
-    "tallyqa": VisualSize(38_589, splits=2),
-    "ai2d": VisualSize(15_501, splits=2),
-}
-TEXT_SIZES: Mapping[str, TextSize] = {
-    "agieval_sat_en": TextSize(206, 4),
-    "arc_easy": TextSize(2_376, 4),
-    "bigbench_conceptual_combinations_multiple_choice": TextSize(103, 4),
-    "bigbench_cs_algorithms_multiple_choice": TextSize(1_320, 4),
-    "boolq": TextSize(3_270, 2),
-    "copa": TextSize(100, 2),
-    "hellaswag": TextSize(10_042, 4),
-    "mathqa": TextSize(2_985, 5),
-    "piqa": TextSize(1_838, 2),
-    "pubmedqa": TextSize(500, 3),
-}
-
-
-# Lengths for the estimate of an evaluation: a question with its prompt, a text item with a choice.
-PROMPT_TOKENS = 48
-TEXT_ITEM_TOKENS = 64
-TEXT_ITEM_CHOICES = 2
-# A slim evaluation's questions of each split of a visual task.
-SLIM_QUESTIONS = 1024
-# Questions of a whole task that no table has the size of.
-WHOLE_TASK = 5000
 # Width of a Transformer's feed-forward part over its own, in the caption tower of TrainEncoder.
 TOWER_EXPANSION = 4
 
@@ -134,21 +74,34 @@ class Flops:
 class StageCost:
     """Tokens seen, FLOPs by part, trained (or evaluated) parameters; None where unknown.
 
-    `basis`: whether the sources were counted, or are what the recipe expects.
+    `basis`: whether the sources were counted, or are what the recipe expects. `work` is what a
+    training stage computes on, and `needed` its model FLOPs (`config/flops.py`).
     """
 
     tokens: int | None
     parts: Flops | None
     parameters: int
     basis: Basis = "counted"
+    needed: Number | None = None
+    work: Workload | None = None
 
     @property
     def flops(self) -> Number | None:
-        """All FLOPs of the stage."""
+        """All FLOPs that the stage computes."""
         return None if self.parts is None else self.parts.total
 
+    @property
+    def model_flops(self) -> Number | None:
+        """What a utilisation is a share of: of stages that train no decoder all their FLOPs."""
+        return self.flops if self.needed is None else self.needed
 
-def cost(stage: Stage, ledger: Ledger | None = None, device: Device = "cuda") -> StageCost:
+
+def cost(
+    stage: Stage,
+    ledger: Ledger | None = None,
+    device: Device = "cuda",
+    sizes: Sizes = MappingProxyType({}),
+) -> StageCost:
     """The cost of one stage without its parents, as `device` computes it.
 
     Matrix products are counted as torch's own counter counts them, at two FLOPs a multiply-add and
@@ -159,9 +112,11 @@ def cost(stage: Stage, ledger: Ledger | None = None, device: Device = "cuda") ->
     Sources are those of preparations that `ledger` has finished, else what the recipe expects of
     them; without either, FLOPs of a stage that sees and tokens of passes are unknown. A frozen
     encoder is taken to look anew at every picture (`pictures.py` says what storing saves).
-    Evaluations are estimates: as many questions as the world or the published task has, each with
-    its picture anew, PROMPT_TOKENS and the longest answer allowed, twice if asked blind as well,
-    and with its shots' pictures and as many PROMPT_TOKENS again.
+    An evaluation asks the questions of `sizes`, or of the store's note of what was read, in each
+    pass: as they are, blind, with several pictures in another order; pictures are seen anew, shots
+    and theirs before each question, or once a batch where all have the same. What was not read is
+    estimated: as many questions as the world or the published task has, of PROMPT_TOKENS each.
+    Written answers have the longest length that is allowed.
     """
     if isinstance(stage, DataStage):
         return StageCost(0, Flops(), 0)
@@ -174,12 +129,19 @@ def cost(stage: Stage, ledger: Ledger | None = None, device: Device = "cuda") ->
     if isinstance(stage, TrainEncoder):
         return _encoder_training_cost(stage)
     if isinstance(stage, Evaluate):
-        return _evaluation_cost(stage)
+        return _evaluation_cost(stage, ledger, sizes)
     parameters = model_parameters(stage.model)
     work = work_of(stage, ledger, device)
     if work is None:
         return StageCost(_stated_tokens(stage.training), None, parameters)
-    return StageCost(work.tokens, training_flops(stage, work), parameters, work.basis)
+    return StageCost(
+        tokens=work.tokens,
+        parts=training_flops(stage, work),
+        parameters=parameters,
+        basis=work.basis,
+        needed=needed_flops(stage, work),
+        work=work,
+    )
 
 
 def work_of(stage: Trained, ledger: Ledger | None, device: Device = "cuda") -> Workload | None:
@@ -193,9 +155,9 @@ def work_of(stage: Trained, ledger: Ledger | None, device: Device = "cuda") -> W
 
 
 def images_seen(
-    stage: Trained, ledger: Ledger | None, by: Literal["tokens", "sequences"] | None = None
+    stage: Trained, ledger: Ledger | None, by: ShareUnit | None = None
 ) -> Number | None:
-    """Pictures that a stage sees, or would if its mixture's shares were of tokens or of sequences.
+    """Pictures that a stage sees, or would if its mixture's shares were of another unit.
 
     None where its sources are unknown; with `by`, where its budget has no shares.
     """
@@ -206,7 +168,7 @@ def images_seen(
     if by is not None:
         mixed = training.budget.model_copy(update={"by": by})
         training = training.model_copy(update={"budget": mixed})
-    return sum(part.images for part in taken(training, sources, model.image_tokens).values())
+    return sum(part.images for part in taken(training, sources, model).values())
 
 
 def encoder_parameters(config: AnyEncoderConfig) -> int:
@@ -268,19 +230,6 @@ def connector_parameters(model: VLMConfig) -> int:
     return total
 
 
-def looking_flops(model: VLMConfig, positions: Number, images: Number) -> Number:
-    """Forward FLOPs of gated blocks, if the model has some; all positions are taken to look at a
-    picture."""
-    gated, encoder, decoder = model.projector.gated, model.encoder, model.decoder
-    if gated is None or encoder is None:
-        return 0.0
-    seen = model.projector.widths(encoder.hidden_size, decoder.hidden_size)[-1]
-    kept = model.projector.num_features(encoder.num_patches)
-    sizes = (decoder.num_layers, decoder.hidden_size, seen, kept)
-    of_position, of_image = gated_flops(gated, *sizes)
-    return positions * of_position + images * of_image
-
-
 def trains_encoder(stage: Trained) -> bool:
     """Whether gradients go through the encoder."""
     factor = stage.training.encoder_rate_factor
@@ -299,16 +248,29 @@ def training_flops(stage: Trained, work: Workload) -> Flops:
     if model.encoder is None:
         return Flops(decoder=blocks, head=head)
     looks, learns = encoder_flops(model.encoder), trains_encoder(stage)
-    sizes = (model.encoder.num_patches, model.encoder.hidden_size, decoder.hidden_size)
-    connector = 3 * work.images * connector_flops(model.projector, *sizes)
-    connector += 3 * looking_flops(model, work.positions, work.images)
+    through, untaken = connecting_flops(model, work.images)
+    connector = 3 * (through + looking_flops(model, work.positions, work.images))
     if learns:
         # Nothing stands before the pixels.
         seeing = work.images * (3 * looks - patch_flops(model.encoder))
     else:
         seeing = looks * (work.images if model.owns_encoder else work.encoded)
-        connector -= work.images * untaken_flops(model.projector, *sizes)
+        connector -= untaken
     return Flops(decoder=blocks, head=head, encoder=seeing, projector=connector)
+
+
+def needed_flops(stage: Trained, work: Workload) -> Number:
+    """The model FLOPs of a training stage; a frozen encoder looks at every picture anew."""
+    return model_flops(
+        stage.model,
+        positions=work.tokens,
+        texts=work.tokens - work.images * stage.model.image_tokens,
+        attended=work.attended,
+        images=work.images,
+        encoded=work.images,
+        trains_encoder=trains_encoder(stage),
+        trains_decoder=not stage.training.freeze_decoder,
+    )
 
 
 def _stated_tokens(training: Training) -> int | None:
@@ -339,52 +301,24 @@ def _encoder_training_cost(stage: TrainEncoder) -> StageCost:
     )
 
 
-def _evaluation_cost(stage: Evaluate) -> StageCost:
-    model, evaluation = stage.of.model, stage.evaluation
-    parameters = model_parameters(model)
-    questions = sum(_questions(stage, task) for task in evaluation.visual_tasks)
-    questions *= 2 if evaluation.blind else 1
-    choices = sum(_choices(stage, task) for task in evaluation.text_tasks)
-    answer_tokens = PROMPT_TOKENS + evaluation.max_new_tokens
-    # Shots are read for each question; one draw for all of them is read less often.
-    few = evaluation.few_shot
-    before, shown = (0, 1) if few is None else (few.num_before, 1 + few.num_shots)
-    length = shown * model.image_tokens + before * PROMPT_TOKENS + answer_tokens
-    written = questions * answer_tokens + choices * TEXT_ITEM_TOKENS
-    tokens, pictures = questions * length + choices * TEXT_ITEM_TOKENS, questions * shown
-    context = float(length)
+def _evaluation_cost(stage: Evaluate, ledger: Ledger | None, sizes: Sizes) -> StageCost:
+    model, tasks = stage.of.model, asked_of(stage, ledger, sizes)
+    tokens, pictures = sum(one.positions for one in tasks), sum(one.pictures for one in tasks)
+    looking = attention_flops(model.decoder) * sum(one.squares for one in tasks)
     seeing = connecting = 0.0
     if model.encoder is not None:
-        sizes = (model.encoder.num_patches, model.encoder.hidden_size, model.decoder.hidden_size)
         seeing = pictures * encoder_flops(model.encoder)
-        connecting = pictures * connector_flops(model.projector, *sizes)
-        connecting += looking_flops(model, tokens, pictures)
+        connecting = connecting_flops(model, pictures)[0] + looking_flops(model, tokens, pictures)
     parts = Flops(
-        decoder=tokens * decoder_flops(model.decoder, context=context),
-        head=written * head_flops(model.decoder),
+        decoder=tokens * weight_flops(model.decoder) + looking,
+        head=sum(one.written for one in tasks) * head_flops(model.decoder),
         encoder=seeing,
         projector=connecting,
     )
-    return StageCost(tokens, parts, parameters, "expected")
-
-
-def _questions(stage: Evaluate, task: str) -> int:
-    # Of a visual task: the world's own number, else the published one.
-    world, limit = stage.of.data.world, stage.evaluation.limit
-    if isinstance(world, PocketWorld | SmallReal):
-        whole = world.num_questions
-    else:
-        size = VISUAL_SIZES.get(task, VisualSize(WHOLE_TASK))
-        slim = SLIM_QUESTIONS * size.splits if stage.evaluation.slim else size.questions
-        whole = min(size.questions, slim)
-    return min(whole, limit or whole)
-
-
-def _choices(stage: Evaluate, task: str) -> int:
-    # Items of a text task times the answers that each is asked with.
-    world, limit = stage.of.data.world, stage.evaluation.limit
-    size = TEXT_SIZES.get(task, TextSize(WHOLE_TASK, TEXT_ITEM_CHOICES))
-    if isinstance(world, PocketWorld | SmallReal):
-        own = world.num_text_items if isinstance(world, PocketWorld) else world.num_questions
-        size = TextSize(own, TEXT_ITEM_CHOICES)
-    return min(size.items, limit or size.items) * size.choices
+    return StageCost(
+        tokens=round(tokens),
+        parts=parts,
+        parameters=model_parameters(model),
+        basis="counted" if all(one.counted for one in tasks) else "expected",
+        needed=parts.total - looking / 2,
+    )

@@ -1,10 +1,11 @@
 """The stages of a study as one graph, and those of a store with the kept studies that need them."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 from pydantic import ValidationError
 
@@ -12,6 +13,7 @@ from midstream.config import PublicFolder
 from midstream.core.identity import FORMAT_VERSION
 from midstream.core.storage import CorruptError, read_json, remove_folder, require_writable, verify
 from midstream.cost.cost import StageCost, cost
+from midstream.cost.questions import Sizes
 from midstream.study.imported import how_to_have, is_lacking
 from midstream.study.label import digits_of, handle, joined, labels, shortest, words
 from midstream.study.results import RESULTS, checked
@@ -98,6 +100,11 @@ class Plan:
         return _flops(self.rows)[1]
 
     @property
+    def model_flops(self) -> tuple[float, float]:
+        """Model FLOPs once and for every line alone: what hours follow from."""
+        return _sums(self.rows, lambda row: row.cost.model_flops)
+
+    @property
     def text_given(self) -> tuple[float, float]:
         """FLOPs once and for every line alone, if the text runs were there already."""
         return _flops([row for row in self.rows if not isinstance(row.stage, Pretrain)])
@@ -115,7 +122,13 @@ class Plan:
 
 def _flops(rows: Sequence[PlanRow]) -> tuple[float, float]:
     """FLOPs of stages once, and for every line alone."""
-    flops = [(row.cost.flops or 0.0, sum(row.needs.values())) for row in rows]
+    return _sums(rows, lambda row: row.cost.flops)
+
+
+def _sums(
+    rows: Sequence[PlanRow], flops_of: Callable[[PlanRow], float | int | None]
+) -> tuple[float, float]:
+    flops = [(flops_of(row) or 0.0, sum(row.needs.values())) for row in rows]
     return sum((each for each, _ in flops), 0.0), sum((each * uses for each, uses in flops), 0.0)
 
 
@@ -153,8 +166,9 @@ def missing_inputs(study: AnyStudy) -> tuple[str, ...]:
     return tuple(found)
 
 
-def plan(study: AnyStudy, ledger: Ledger) -> Plan:
-    """What running `study` in `ledger` would do; changes nothing.
+def plan(study: AnyStudy, ledger: Ledger, sizes: Sizes = MappingProxyType({})) -> Plan:
+    """What running `study` in `ledger` would do; changes nothing. `sizes` of benchmarks were read
+    beside what the store knows of them.
 
     Raises ValueError if two lines or baselines have one name.
     """
@@ -169,7 +183,7 @@ def plan(study: AnyStudy, ledger: Ledger) -> Plan:
         for identity, share in _needs(result).items():
             needs.setdefault(identity, {})[name] = share
     rows = tuple(
-        PlanRow(stage, ledger.state(stage), needs[identity], cost(stage, ledger))
+        PlanRow(stage, ledger.state(stage), needs[identity], cost(stage, ledger, sizes=sizes))
         for identity, stage in stages.items()
     )
     return Plan(study, rows)

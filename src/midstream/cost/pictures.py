@@ -1,6 +1,6 @@
 """What keeping a frozen encoder's outputs on disk would cost and save, before anything runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import expm1, log1p, prod
@@ -13,12 +13,14 @@ from midstream.config import (
     Epochs,
     FusedEncoder,
     Machine,
+    Mixture,
     PretrainedEncoder,
+    ShareUnit,
 )
 from midstream.config.model import encoder_flops, picture_bytes
 from midstream.core.identity import digest
 from midstream.core.tokens import quantity
-from midstream.cost.cost import cost, images_seen
+from midstream.cost.cost import StageCost, cost, images_seen
 from midstream.cost.known import Facts, Number, sources_of
 from midstream.cost.workload import taken
 from midstream.study.label import label
@@ -178,10 +180,16 @@ def choose(
     )
 
 
-def feature_plan(stages: Sequence[Stage], ledger: Ledger, machine: Machine) -> list[FeaturePlan]:
+def feature_plan(
+    stages: Sequence[Stage],
+    ledger: Ledger,
+    machine: Machine,
+    costs: Mapping[str, StageCost] | None = None,
+) -> list[FeaturePlan]:
     """For each frozen encoder: what storing what it makes of pictures costs and saves.
 
-    `stages` are a study's (`graph.order`); those that are done count no more. Stages with one seed
+    `stages` are a study's (`graph.order`), `costs` theirs by name where they are known; those that
+    are done count no more. Stages with one seed
     see the same first pictures of a source; those with different seeds are taken to draw
     independently. A picture that several examples share counts once for each until all are seen, so
     that a store is at most as large as said here and saves at least as much.
@@ -192,7 +200,7 @@ def feature_plan(stages: Sequence[Stage], ledger: Ledger, machine: Machine) -> l
             assert isinstance(stage, Continue | Finetune), "only these see"
             key = (encoder.identity, _seen(stage).image_size)
             groups.setdefault(key, []).append(stage)
-    return [_plan_of(group, ledger, machine) for group in groups.values()]
+    return [_plan_of(group, ledger, machine, costs or {}) for group in groups.values()]
 
 
 def choice_for(stage: Stage, plans: Sequence[FeaturePlan]) -> Choice | None:
@@ -239,14 +247,16 @@ def distinct_pictures(num_images: int, draws: Sequence[Draw]) -> float:
     return float(num_images * (1.0 - prod(unseen)))
 
 
-def _plan_of(stages: Sequence[Seeing], ledger: Ledger, machine: Machine) -> FeaturePlan:
+def _plan_of(
+    stages: Sequence[Seeing], ledger: Ledger, machine: Machine, costs: Mapping[str, StageCost]
+) -> FeaturePlan:
     encoder = frozen_encoder(stages[0])
     assert encoder is not None, "these stages look through one"
     seen = _seen(stages[0])
     each, folder = picture_bytes(seen), feature_folder(ledger, encoder, seen)
     parts = () if folder is None else folder.glob("part-*/features.bin")
     kept = sum(path.stat().st_size for path in parts) // each
-    flops = [cost(stage, ledger).flops for stage in stages]
+    flops = [(costs.get(stage.name) or cost(stage, ledger)).flops for stage in stages]
     if (counted := _count(stages, seen.num_patches, ledger)) is not None:
         pictures, views = counted
         choice = choose(
@@ -280,7 +290,7 @@ def _count(stages: Sequence[Seeing], patches: int, ledger: Ledger) -> tuple[Numb
         if sources is None:
             return None
         sampling = "permutation" if isinstance(budget, Epochs) else budget.sampling
-        for name, part in taken(stage.training, sources, stage.model.image_tokens).items():
+        for name, part in taken(stage.training, sources, stage.model).items():
             source, seed = stage.data.source(name).identity, stage.training.seed
             known[source] = sources[name]
             number = part.images
@@ -300,14 +310,20 @@ def _count(stages: Sequence[Seeing], patches: int, ledger: Ledger) -> tuple[Numb
 
 
 def pictures_seen(stages: Sequence[Stage], ledger: Ledger) -> list[str]:
-    """A line for a plan: pictures that the image-text stages see, under either unit of a share."""
+    """A line for a plan: pictures that the image-text stages see, under each unit of a share."""
     seeing = [stage for stage in stages if isinstance(stage, Continue)]
     told = []
-    units: dict[Literal["tokens", "sequences"], str] = {"tokens": "filled", "sequences": "padded"}
-    for by, rows in units.items():
+    units: dict[ShareUnit, str] = {
+        "tokens": "tokens (filled rows)",
+        "sequences": "sequences (padded rows)",
+    }
+    if any(stage.model.num_patches > stage.model.image_tokens for stage in seeing):
+        units["patches"] = "tokens before the connector's reduction"
+    asked = {one.training.budget.by for one in seeing if isinstance(one.training.budget, Mixture)}
+    for by, unit in units.items():
         known = [images_seen(stage, ledger, by) for stage in seeing]
         if numbers := [round(images) for images in known if images is not None]:
-            told.append(f"{_span(numbers)} with shares of {by} ({rows} rows)")
+            told.append(f"{_span(numbers)} with shares of {unit}" + " (as asked)" * (by in asked))
     return [f"pictures seen by an image-text stage: {', '.join(told)}"] if told else []
 
 
@@ -323,7 +339,7 @@ def passes_seen(stages: Sequence[Stage], ledger: Ledger) -> list[str]:
         sources = sources_of(stage.data, budget.captions, ledger)
         if sources is None or not patches:
             continue
-        for name, part in taken(stage.training, sources, patches).items():
+        for name, part in taken(stage.training, sources, stage.model).items():
             if images := round(sources[name].pooled(budget.pools.get(name)).images):
                 passes.setdefault((name, images), []).append(part.images / images)
             elif size := sources[name].size(0):

@@ -42,13 +42,18 @@ ANSWER_TOKENS = 128
 
 @dataclass(frozen=True)
 class Fleet:
-    """GPUs of one kind, how many a training stage takes (None: what memory asks for), how fast."""
+    """GPUs of one kind, how many a training stage takes (None: what memory asks for), how fast.
+
+    `utilisation`: model FLOPs over the peak; `num_measured` done stages reached it, 0 where it is
+    given.
+    """
 
     gpu: Gpu
     number: int = 1
     per_stage: int | None = None
     utilisation: Number = UTILISATION
     checkpointing: bool = False
+    num_measured: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.utilisation <= 1:
@@ -58,7 +63,7 @@ class Fleet:
             )
 
     def gpu_hours(self, flops: Number) -> Number:
-        """Hours of one GPU at this utilisation."""
+        """Hours of one GPU at this utilisation, of model FLOPs."""
         return flops / (self.gpu.tflops * 1e12 * self.utilisation * 3600)
 
 
@@ -170,10 +175,9 @@ def price(plan: Plan, ledger: Ledger, fleet: Fleet, features: Sequence[FeaturePl
 
 
 def _price_of(row: PlanRow, ledger: Ledger, fleet: Fleet) -> StagePrice:
-    stage, flops = row.stage, row.cost.flops
-    fit, gpus, work = None, 0, None
+    stage, flops, work = row.stage, row.cost.model_flops, row.cost.work
+    fit, gpus = None, 0
     if isinstance(stage, Pretrain | Continue | Finetune):
-        work = work_of(stage, ledger)
         if work is not None:
             fit = _fit(stage, work, fleet)
         gpus = fit.gpus if fit is not None else (fleet.per_stage or 1)
@@ -270,13 +274,14 @@ def _disk(row: PlanRow, work: Workload | None, ledger: Ledger) -> tuple[Number, 
 
 def price_json(found: Price, plan: Plan) -> dict[str, Any]:
     """The price as plain values, beside those of the plan."""
-    fleet, timing = found.fleet, found.timing
+    fleet, timing, (once, alone) = found.fleet, found.timing, plan.model_flops
     by_stage = {}
     for stage in found.stages:
         parts, fit, name = stage.row.cost.parts, stage.fit, stage.row.stage.name
         by_stage[name] = {
             "basis": stage.row.cost.basis,
             "flops_by_part": None if parts is None else asdict(parts),
+            "model_flops": stage.row.cost.model_flops,
             "gpus": stage.gpus,
             "gpu_hours": stage.gpu_hours,
             "wall_hours": stage.wall_hours,
@@ -291,9 +296,10 @@ def price_json(found: Price, plan: Plan) -> dict[str, Any]:
         "gpu": asdict(fleet.gpu),
         "gpus": fleet.number,
         "utilisation": fleet.utilisation,
+        "utilisation_of_stages": fleet.num_measured,
         "gpu_hours": found.gpu_hours,
-        "gpu_hours_once": fleet.gpu_hours(plan.shared_flops),
-        "gpu_hours_alone": fleet.gpu_hours(plan.naive_flops),
+        "gpu_hours_once": fleet.gpu_hours(once),
+        "gpu_hours_alone": fleet.gpu_hours(alone),
         "wall_hours": timing.hours,
         "lower_bound_hours": timing.lower_bound,
         "critical_path": list(timing.critical_path),
@@ -310,7 +316,7 @@ def price_json(found: Price, plan: Plan) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SizesPrice:
-    """FLOPs, and hours here (None where not all is measured), of what a ladder has to run.
+    """Model FLOPs, and hours here (None where not all is measured), of what a ladder has to run.
 
     `fitted`: those that only sizes of the fit use; `predicted`: those of the left-out size alone;
     `shared`: those of both.
@@ -354,7 +360,7 @@ def sizes_price(study: Study, plan: Plan, hours: Mapping[str, float]) -> SizesPr
             else ("predicted" if users & left_out else "fitted")
         )
         if users & (own | left_out):
-            flops[key] += row.cost.flops or 0.0
+            flops[key] += row.cost.model_flops or 0.0
             before, own_hours = time[key], hours.get(row.stage.name)
             time[key] = None if before is None or own_hours is None else before + own_hours
     return SizesPrice(predict, flops, time)

@@ -23,6 +23,7 @@ from midstream.config import (
 from midstream.config.connectors import RESAMPLER_EXPANSION, kept_numbers
 from midstream.config.model import LEAST_CUT_ROW, MASK_BLOCK, MAX_LOGITS
 from midstream.core.storage import read_json
+from midstream.cost import UTILISATION, Gpu
 from midstream.cost.cost import (
     cost,
     encoder_parameters,
@@ -325,6 +326,22 @@ def samples_here(ledger: Ledger) -> tuple[Samples, str | None]:
             seconds = checked(StageResult, read_json(path), path).seconds
             found[stage.kind].append((float(cost(stage, ledger).flops or 0.0), seconds))
     return found, device
+
+
+def reached(ledger: Ledger, gpu: Gpu) -> tuple[float, int]:
+    """The utilisation of the store's training stages on such GPUs, over their time, and how many
+    they are; UTILISATION and 0 where no stage was trained on one."""
+    needed, offered, number = 0.0, 0.0, 0
+    for folder in _done(ledger.store):
+        if not folder.name.startswith(TRAINING) or number == MAX_SAMPLES:
+            continue
+        results = read_json(folder / "results.json")
+        meters = results.get("meters", {})
+        if meters.get("gpu") == gpu.name:
+            needed += meters["model_flops_per_second"] * results["seconds"]
+            offered += meters["vendor_flops_per_second"] * results["seconds"]
+            number += 1
+    return (needed / offered, number) if offered else (UTILISATION, 0)
 
 
 def _done(store: Path) -> Iterable[Path]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from math import ceil
 from typing import Any, Literal
 
@@ -22,11 +23,11 @@ from midstream.config.model import FILL_BATCH, LARGE_TOWER, LEAST_CUT_ROW, MOST_
 from midstream.cost.known import Basis, Facts, Number
 from midstream.order.mixture import Supply, needs_of
 from midstream.order.plan import BLOCK_ROWS, Filled, make_plan, rows_of_all
-from midstream.order.stream import ArrayLengths
+from midstream.order.stream import ArrayLengths, pieces_of
 
 Device = Literal["cpu", "cuda"]
 # Of a longer plan so many rows are laid out, of padded and joined ones fewer: their rows are alike.
-SAMPLE_ROWS, SAMPLE_ROWS_APART = 4 * BLOCK_ROWS, BLOCK_ROWS
+SAMPLE_ROWS, SAMPLE_ROWS_APART = 2 * BLOCK_ROWS, BLOCK_ROWS
 # Passes over a source that are too many are refused by the checks; a plan prices them.
 ANY_EPOCHS = 10**9
 
@@ -45,7 +46,8 @@ class Workload:
     """A training stage in numbers.
 
     tokens: positions that are not padding; positions: all that are computed; squares: pairs of
-    positions that attention computes, a causal mask taken for none; asked: positions that the last
+    positions that attention computes, a causal mask taken for none; attended: pairs of which one
+    sees the other, to its document's border; asked: positions that the last
     block computes whole; encoded: pictures that a live frozen encoder is given, the fill of its
     batches among them.
     """
@@ -54,6 +56,7 @@ class Workload:
     images: Number
     positions: Number
     squares: Number
+    attended: Number
     targets: Number
     asked: Number
     encoded: Number
@@ -62,15 +65,17 @@ class Workload:
     basis: Basis
 
 
-def taken(training: Training, sources: Mapping[str, Facts], patches: int) -> dict[str, Taken]:
+def taken(training: Training, sources: Mapping[str, Facts], model: VLMConfig) -> dict[str, Taken]:
     """By source, what a budget takes of it."""
+    patches = model.image_tokens
+    counted = patches + _left_out(training.budget, model)
     sources = _fitted(training, sources, patches)
     texts = {name for name, source in sources.items() if source.kind == "text"}
     found = {}
     for need in needs_of(training.budget, training.rows.row_length, texts):
         source = sources[need.source]
         size = source.size(patches)
-        held = {"tokens": size, "examples": source.examples, "epochs": 1}[need.unit]
+        held = {"tokens": source.size(counted), "examples": source.examples, "epochs": 1}[need.unit]
         part = need.amount / max(held, 1)
         found[need.source] = Taken(round(part * size), part * source.examples, part * source.images)
     return found
@@ -87,13 +92,13 @@ def workload(
 
     Stages of up to SAMPLE_ROWS rows are laid out whole, of longer ones as many: sources and budget
     are made smaller together, and the lengths of examples are drawn evenly over their classes, so
-    that equal stages have equal numbers. Against six times as many rows, those of a stage with
+    that equal stages have equal numbers. Against twelve times as many rows, those of a stage with
     text are within 0.4 %, pairs within 0.1 %; encoded pictures within 2 %; `asked` within 2 % where
     about MOST_TARGETS of the positions have targets. Conversations alone in more than 512 blocks
     have rows in reserve that follow from how blocks differ: 3 %.
     """
     patches = model.image_tokens
-    parts, sources = taken(training, sources, patches), _fitted(training, sources, patches)
+    parts, sources = taken(training, sources, model), _fitted(training, sources, patches)
     rows, length = training.rows, training.rows.row_length
     whole = any(sources[name].kind != "text" for name in parts)
     if not any(part.tokens for part in parts.values()) or (whole and rows.layout == "joined"):
@@ -107,6 +112,7 @@ def workload(
         _smaller(training.budget, share),
         rows,
         patches,
+        _left_out(training.budget, model),
         share == 1,
     )
     num_rows = laid.num_rows(1 / share)
@@ -133,6 +139,7 @@ def workload(
         images=images,
         positions=float(positions.sum()) * by_rows,
         squares=squares,
+        attended=laid.attended * by_tokens,
         targets=targets,
         asked=float(asked.sum()),
         encoded=_encoded(images, laid.images, model.encoder, device),
@@ -140,6 +147,12 @@ def workload(
         steps=ceil(num_rows / rows.batch_rows),
         basis="counted" if all(sources[n].basis == "counted" for n in parts) else "expected",
     )
+
+
+def _left_out(budget: Budget, model: VLMConfig) -> int:
+    """Patches of a picture that the connector leaves out, where the budget counts them."""
+    unreduced = isinstance(budget, Mixture) and budget.by == "patches"
+    return model.num_patches - model.image_tokens if unreduced else 0
 
 
 def _fitted(training: Training, sources: Mapping[str, Facts], patches: int) -> Mapping[str, Facts]:
@@ -197,15 +210,37 @@ class _LaidOut:
     targets: np.ndarray
     images: np.ndarray
     squares: float
+    attended: float
 
     def num_rows(self, times: float) -> int:
         """Of a plan that is so many times as long."""
         return rows_of_all(self.blocks, times) if self.blocks else round(times * self.rows)
 
 
+class _Spread(ArrayLengths):
+    """Examples whose pictures each stand before an equal part of the text: where a document is cut
+    follows from that."""
+
+    def __init__(self, lengths: np.ndarray, images: np.ndarray, patches: int) -> None:
+        super().__init__(lengths)
+        self.images, self.patches = images, patches
+
+    def pieces(self, example: int, row_length: int) -> list[int]:
+        """As `pieces_of` cuts such a document; a text anywhere."""
+        images = int(self.images[example])
+        tokens = int(self.lengths[example]) - images * self.patches
+        places = [tokens * number // images for number in range(images)]
+        return pieces_of(places, tokens, row_length, self.patches)
+
+
 @lru_cache(maxsize=256)
 def _laid_out(
-    drawn: tuple[tuple[str, Facts, int], ...], budget: Budget, rows: Rows, patches: int, whole: bool
+    drawn: tuple[tuple[str, Facts, int], ...],
+    budget: Budget,
+    rows: Rows,
+    patches: int,
+    left_out: int,
+    whole: bool,
 ) -> _LaidOut:
     supplies, shown = [], []
     for name, source, number in drawn:
@@ -213,7 +248,8 @@ def _laid_out(
         text = source.kind == "text"
         goes_on = text or (source.kind == "interleaved" and rows.layout == "filled")
         lengths = lengths if goes_on else np.minimum(lengths, rows.row_length)
-        supplies.append(Supply(name, ArrayLengths(lengths), text))
+        unreduced = ArrayLengths(lengths + left_out * images_of) if left_out else None
+        supplies.append(Supply(name, _Spread(lengths, images_of, patches), text, unreduced))
         shown.append(images_of)
     plan = make_plan(supplies, budget, rows, seed=0)
     blocks: list[int] = []
@@ -224,13 +260,16 @@ def _laid_out(
         number = min(number, max(SAMPLE_ROWS_APART, 2 * batch))
     if not whole:
         number = number // batch * batch or number
-    items = [(row, *placed[:4]) for row in range(number) for placed in plan.layout.row(row)]
-    row, source_of, example, start, lengths = np.array(items).T
+    held = [plan.layout.row(row) for row in range(number)]
+    row = np.repeat(np.arange(number), list(map(len, held)))
+    source_of, example, start, lengths, *_ = np.array(list(chain.from_iterable(held))).T
     step, steps = row // batch, -(-number // batch)
     first = np.cumsum([0, *map(len, shown)])[:-1]
     images = np.where(start == 0, np.concatenate(shown)[first[source_of] + example], 0)
     learnt = np.array([_learnt(source, rows) for _, source, _ in drawn])[source_of]
     ends = np.bincount(row, lengths, number)
+    # Joined documents see each other, and a padded row has one example.
+    seen = lengths if rows.layout == "filled" else ends
     return _LaidOut(
         rows=len(plan),
         blocks=tuple(blocks),
@@ -240,6 +279,7 @@ def _laid_out(
         targets=np.bincount(step, np.maximum(lengths - patches * images, 0) * learnt, steps),
         images=np.bincount(step, images, steps),
         squares=float((lengths**2).sum()),
+        attended=float((seen * (seen + 1)).sum()) / 2,
     )
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from midstream.config import Caption, Overflow, Rows, check_picture
 from midstream.core.tokens import num_shown, shown_name
 from midstream.data.columns import Shard
-from midstream.data.parts import pieces_of
 from midstream.data.sources import Source
+from midstream.order.stream import pieces_of
 
 # Of such classes follows the sum of squared lengths in rows of any length within some thousandths.
 CLASSES_PER_DOUBLING = 4

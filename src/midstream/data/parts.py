@@ -1,4 +1,4 @@
-"""Where the texts and pictures of an example stand in a row, and where a long document is cut.
+"""Where the texts and pictures of an example stand in a row.
 
 A picture has its positions before the token of its place, which is the separator that ends it.
 """
@@ -40,29 +40,3 @@ def runs_of(places: Sequence[int], start: int, size: int, num_patches: int) -> l
     if end - shift > (low := max(at, start - shift)):
         found.append(Run(low + shift - start, low, end - shift))
     return found
-
-
-def pieces_of(
-    places: Sequence[int], num_tokens: int, row_length: int, num_patches: int
-) -> list[int]:
-    """The lengths of the pieces that a document is cut into, each at most a row.
-
-    It is cut between its parts: texts, and pictures with their separator. A text that is longer
-    than a row goes on where its room ends; no picture is.
-    """
-    # Before each picture its text, which there may be none of.
-    parts, at = list[int](), 0
-    for place in places:
-        parts += [place - at, num_patches + 1]
-        at = place + 1
-    pieces = [0]
-    for part in [*parts, num_tokens - at]:
-        if part > row_length:
-            part -= (room := row_length - pieces[-1])
-            pieces[-1] += room
-            whole, part = divmod(part, row_length)
-            pieces += [row_length] * whole
-        if pieces[-1] + part > row_length:
-            pieces.append(0)
-        pieces[-1] += part
-    return [piece for piece in pieces if piece]

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from midstream.config import Budget, Overflow, Rows, check_pool
+from midstream.config import Budget, Mixture, Overflow, Rows, check_pool
 from midstream.core.batch import IGNORE, PADDING, Batch, Row, stack_rows
 from midstream.core.tokens import TokenCount, num_shown
 from midstream.data.columns import Shard
@@ -39,8 +39,12 @@ def plan_rows(
     rows: Rows,
     seed: int,
     overflow: Overflow = "refuse",
+    unreduced_patches: int | None = None,
 ) -> RowPlan:
     """Plan a whole stage from lengths alone; `overflow` is what `rows` asks for, resolved.
+
+    A picture takes `num_patches` positions of a row, and `unreduced_patches` before the connector's
+    reduction, which shares by="patches" count (None: as many).
 
     Raises ValueError for an unknown source, an empty one, one that lacks the asked captions or has
     no such pool, a budget that cannot be met, a picture that no row holds, or, with its record,
@@ -58,7 +62,11 @@ def plan_rows(
         lengths = SourceLengths(source, num_patches, caption)
         if not divisible:
             fit_to_rows(lengths, rows, overflow)
-        supplies.append(Supply(name, lengths, divisible))
+        unreduced = None
+        if isinstance(budget, Mixture) and budget.by == "patches" and source.num_images:
+            unreduced = SourceLengths(source, unreduced_patches or num_patches, caption)
+            unreduced.cuts = lengths.cuts
+        supplies.append(Supply(name, lengths, divisible, unreduced))
     return make_plan(supplies, budget, rows, seed)
 
 
@@ -175,6 +183,7 @@ def shares_report(
             "kind": source.kind,
             "planned_tokens": quota.planned_tokens,
             "planned_sequences": quota.planned_sequences,
+            "unreduced": _unreduced(quota, source),
             "realised_tokens": quota.tokens,
             "examples": examples,
             "epochs": quota.tokens / quota.stream.total,
@@ -184,16 +193,32 @@ def shares_report(
     return report
 
 
-def _largest(quota: Quota, source: Source, num_patches: int) -> int:
-    lengths = quota.stream.lengths
-    assert isinstance(lengths, SourceLengths)
-    longest = max(
+def _unreduced(quota: Quota, source: Source) -> dict[str, int] | None:
+    """Where shares count all patches of a picture: planned, realised, the largest example."""
+    if (found := quota.unreduced) is None:
+        return None
+    assert isinstance(found.lengths, SourceLengths)
+    return {
+        "planned_tokens": found.planned,
+        "realised_tokens": found.realised,
+        "largest_example_tokens": _longest(source, found.lengths, found.lengths.num_patches),
+    }
+
+
+def _longest(source: Source, lengths: SourceLengths, num_patches: int) -> int:
+    return max(
         (
             tokens + num_patches * num_shown(shown)
             for shown, tokens in source.longest(lengths.caption).items()
         ),
         default=0,
     )
+
+
+def _largest(quota: Quota, source: Source, num_patches: int) -> int:
+    lengths = quota.stream.lengths
+    assert isinstance(lengths, SourceLengths)
+    longest = _longest(source, lengths, num_patches)
     return longest if source.kind in GO_ON else min(longest, quota.row_length)
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from midstream.config import (
     Caption,
+    Mixture,
     PocketWorld,
     PublicFolder,
     TokenizerFile,
@@ -264,6 +265,8 @@ def _training_data(stage: Trained, ledger: Ledger) -> Iterator[Problem]:
 
 def _budget(sources: Mapping[str, Counted], patches: int, stage: Trained) -> Iterator[Problem]:
     training = stage.training
+    if isinstance(training.budget, Mixture) and training.budget.by == "patches":
+        patches = stage.model.num_patches
     texts = {name for name, source in sources.items() if source.kind == "text"}
     for need in needs_of(training.budget, training.rows.row_length, texts):
         if (source := sources.get(need.source)) is None:

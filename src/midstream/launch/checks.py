@@ -9,17 +9,20 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from midstream.config import EncoderConfig, FusedEncoder, Machine, PublicFolder
+from midstream.config import EncoderConfig, FusedEncoder, Machine
 from midstream.config.training import check_start, rate_at
-from midstream.core.storage import read_json, write_json
+from midstream.core.storage import write_json
 from midstream.cost import GPUS
 from midstream.cost.graph import Plan, missing_inputs
 from midstream.cost.known import Number
 from midstream.cost.pictures import feature_plan
 from midstream.cost.price import Fleet, price
+from midstream.cost.questions import NOTE, Sizes, noted, requests_of
 from midstream.launch.check_data import Problem, data_problems, merged
 from midstream.launch.child import Event, ask
 from midstream.launch.workers import worker_environment
@@ -40,59 +43,57 @@ from midstream.study.stages import (
 )
 from midstream.study.store import Ledger
 
-# What was read whole, by what it was.
-NOTE = "benchmarks.json"
 REMEDY = "mend the benchmark, or leave the task out"
 
 
-def task_problems(stages: Iterable[Stage], ledger: Ledger) -> Iterator[Problem]:
+@dataclass(frozen=True)
+class ReadTasks:
+    """What reading benchmarks told: what is wrong, and the sizes of those that are whole."""
+
+    problems: tuple[Problem, ...]
+    sizes: Sizes
+
+
+def read_tasks(stages: Iterable[Stage], ledger: Ledger) -> ReadTasks:
     """Tasks that the world does not have, and files and pictures that are missing or broken.
 
     The readers import more than a plan may: a process of its own reads. What was read whole is
-    noted in the store by the digest of all its files, and not read again.
+    noted in the store by the digest of all its files, with its size, and not read again.
     """
     asked: dict[str, tuple[dict[str, Any], list[str]]] = {}
     digests: dict[str, str | None] = {}
     for stage in stages:
         if isinstance(stage, Evaluate):
-            for request in _requests(stage):
+            for request in requests_of(stage):
+                if not Path(request["world"]).is_dir():
+                    break
                 key = json.dumps(request)
                 asked.setdefault(key, (request, []))[1].append(label(stage))
                 digests[key] = stage.of.data.world.benchmark_part(request["task"])
-    note = ledger.store / NOTE
-    known: dict[str, str] = read_json(note) if note.is_file() else {}
-    unread = [key for key in asked if digests[key] is None or known.get(key) != digests[key]]
+    known = noted(ledger)
+    unread = [
+        key
+        for key in asked
+        if digests[key] is None or known.get(key, {}).get("digest") != digests[key]
+    ]
     if not unread:
-        return
-    told = _read([asked[key][0] for key in unread])
-    passed: dict[str, str] = {}
-    for key, error in zip(unread, told, strict=True):
-        if error is None:
+        return ReadTasks((), {})
+    problems, sizes = list[Problem](), dict[str, dict[str, Any]]()
+    passed: dict[str, dict[str, Any]] = {}
+    for key, told in zip(unread, _read([asked[key][0] for key in unread]), strict=True):
+        if told["error"] is None:
+            sizes[key] = told["size"]
             if (mark := digests[key]) is not None:
-                passed[key] = mark
+                passed[key] = {"digest": mark, "size": told["size"]}
             continue
-        yield Problem.of(error, REMEDY, *asked[key][1])
+        problems.append(Problem.of(told["error"], REMEDY, *asked[key][1]))
     if passed and ledger.store.is_dir() and os.access(ledger.store, os.W_OK):
-        write_json(note, known | passed)
+        write_json(ledger.store / NOTE, {**known, **passed})
+    return ReadTasks(tuple(problems), sizes)
 
 
-def _requests(stage: Evaluate) -> Iterator[dict[str, Any]]:
-    """What `midstream.work.read_data` is asked for the tasks of an evaluation."""
-    world, asked = stage.of.data.world, stage.evaluation
-    if not isinstance(world, PublicFolder) or world.fingerprint is None:
-        return
-    if not world.root.is_dir():
-        return
-    own = {"world": str(world.root), "limit": asked.limit}
-    for name in asked.visual_tasks:
-        how = {"slim": asked.slim, "blind": asked.blind, "shots": asked.few_shot is not None}
-        yield own | {"task": name, "kind": "visual", **how}
-    for name in asked.text_tasks:
-        yield own | {"task": name, "kind": "text"}
-
-
-def _read(requests: Sequence[dict[str, Any]]) -> list[str | None]:
-    """By request what is wrong, None where nothing is."""
+def _read(requests: Sequence[dict[str, Any]]) -> list[Event]:
+    """By request `error`, what is wrong (None where nothing is), and `size`."""
     events: list[Event] = []
     last = ask(
         "read-tasks",
@@ -103,11 +104,12 @@ def _read(requests: Sequence[dict[str, Any]]) -> list[str | None]:
     )
     if last["event"] == "stopped":
         raise KeyboardInterrupt
-    told: list[str | None] = [one["error"] for one in events if one["event"] == "finished"]
+    told = [one for one in events if one["event"] == "finished"]
     if len(told) < len(requests):
         # Of the task that it was reading when it ended.
         at = requests[len(told)]
-        told.append(f"task {at['task']} of {at['world']} could not be read: {last.get('error')}")
+        reason = f"task {at['task']} of {at['world']} could not be read: {last.get('error')}"
+        told.append({"error": reason, "size": None})
         told += _read(requests[len(told) :]) if len(told) < len(requests) else []
     return told
 
@@ -128,8 +130,14 @@ MAX_FIELDS = 4
 GIB = 2**30
 
 
-def problems(plan: Plan, ledger: Ledger, needed_bytes: Number | None = None) -> tuple[Problem, ...]:
-    """All that is wrong with what is left of a plan, the gravest level first.
+def problems(
+    plan: Plan,
+    ledger: Ledger,
+    needed_bytes: Number | None = None,
+    read: ReadTasks | None = None,
+) -> tuple[Problem, ...]:
+    """All that is wrong with what is left of a plan, the gravest level first; `read` is what its
+    benchmarks told, where they were read already.
 
     `needed_bytes` is what it will write at most (`Price.needed_bytes`). Benchmarks of a user's own
     data are read by a process of its own, unless they were read before as they are now.
@@ -141,7 +149,7 @@ def problems(plan: Plan, ledger: Ledger, needed_bytes: Number | None = None) -> 
         *_milestones(stages),
         *_starts(plan),
         *data_problems(stages, ledger),
-        *task_problems(stages, ledger),
+        *(read or read_tasks(stages, ledger)).problems,
         *([] if needed_bytes is None else _disk(ledger, needed_bytes)),
     ]
     return merged(found)

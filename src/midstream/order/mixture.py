@@ -16,8 +16,8 @@ VIEWS_AT_ONCE = 2**16
 
 @dataclass(frozen=True)
 class Need:
-    """What a budget asks of one source: so many tokens (patches included), whole examples, or
-    passes over all of it.
+    """What a budget asks of one source: so many tokens (patches included; those before the
+    connector's reduction where its shares are of them), whole examples, or passes over all of it.
 
     `sequences`: what it asks where it counts those; of text they become tokens.
     """
@@ -42,7 +42,7 @@ def needs_of(budget: Budget, row_length: int, texts: Container[str]) -> tuple[Ne
             )
         case Mixture():
             shares = {share.source: share.share for share in budget.shares}
-    if budget.by == "tokens":
+    if budget.by != "sequences":
         parts = apportion(budget.total_tokens, shares)
         return tuple(Need(name, "tokens", part) for name, part in parts.items())
     parts = apportion(budget.total_tokens // row_length, shares)
@@ -70,12 +70,23 @@ class Supply:
     """What a source offers to a plan.
 
     `lengths` are positions of a row, image patches included. Text (`divisible`) may be cut at any
-    token; other examples are counted whole.
+    token; other examples are counted whole. `unreduced` are the lengths with all patches of each
+    picture, where shares are of those and a connector leaves fewer.
     """
 
     name: str
     lengths: Lengths
     divisible: bool
+    unreduced: Lengths | None = None
+
+
+@dataclass(frozen=True)
+class Unreduced:
+    """Tokens before the connector's reduction: what is planned of a source, what is realised."""
+
+    planned: int
+    realised: int
+    lengths: Lengths
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,7 @@ class Quota:
     planned_sequences: int | None
     by_count: bool
     row_length: int
+    unreduced: Unreduced | None = None
 
     def before(self, block: int, num_blocks: int) -> int:
         """What lies before a block: tokens of text, whole examples otherwise."""
@@ -159,36 +171,46 @@ def _quota(supply: Supply, need: Need, budget: Budget, row_length: int, seed: in
     sampling = "permutation" if isinstance(budget, Epochs) else budget.sampling
     pool = budget.pools.get(supply.name)
     stream = Stream(lengths, f"{seed}/{supply.name}", sampling, pool)
+    # What the budget counts: the same examples in the same order.
+    counted = stream
+    if supply.unreduced is not None and need.unit == "tokens":
+        counted = Stream(supply.unreduced, stream.key, sampling, pool)
     if need.unit == "tokens" and lengths.drawn:
         # Other captions, another sum: what the passes hold is known once they are drawn.
         limit = None if sampling == "replacement" else epochs * len(stream)
-        if not stream.reach(amount, limit):
-            raise _too_few(need, stream.tokens_before(limit or 0), epochs, pool)
-    elif passes_needed(need, budget, tokens=stream.total, examples=len(stream)):
-        have = stream.total if need.unit == "tokens" else len(stream)
+        if not counted.reach(amount, limit):
+            raise _too_few(need, counted.tokens_before(limit or 0), epochs, pool)
+    elif passes_needed(need, budget, tokens=counted.total, examples=len(stream)):
+        have = counted.total if need.unit == "tokens" else len(stream)
         raise _too_few(need, have, epochs, pool)
     elif need.unit == "tokens":
-        stream.reach(amount)
+        counted.reach(amount)
     examples, tokens = amount, amount
     if need.unit == "epochs":
         examples = amount * len(stream)
     if need.unit == "tokens":
         # A share that is less than half an example is seen all the same.
         whole = amount and not supply.divisible
-        examples = max(1, stream.count_before(2 * amount)) if whole else 0
+        examples = max(1, counted.count_before(2 * amount)) if whole else 0
     if need.unit != "tokens" or not supply.divisible:
         tokens = stream.tokens_before(examples)
+    planned = amount if need.unit == "tokens" and need.sequences is None else None
+    unreduced = None
+    if supply.unreduced is not None and need.unit == "tokens":
+        planned = None
+        unreduced = Unreduced(amount, counted.tokens_before(examples), supply.unreduced)
     return Quota(
         name=supply.name,
         stream=stream,
         divisible=supply.divisible,
         tokens=tokens,
         examples=examples,
-        planned_tokens=amount if need.unit == "tokens" and need.sequences is None else None,
+        planned_tokens=planned,
         planned_sequences=need.sequences,
         # Where a row holds one such example, its number of rows is known only if their number is.
         by_count=2 * stream.total > len(stream) * row_length,
         row_length=row_length,
+        unreduced=unreduced,
     )
 
 

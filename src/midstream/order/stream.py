@@ -1,7 +1,7 @@
 """The examples of one source in a seeded order, by index or by token, without a list of them."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from typing import Any, Protocol, runtime_checkable
@@ -90,6 +90,32 @@ class ArrayLengths:
         """Whole rows, and what is left."""
         whole, left = divmod(int(self.lengths[example]), row_length)
         return [row_length] * whole + [left] * (left > 0)
+
+
+def pieces_of(
+    places: Sequence[int], num_tokens: int, row_length: int, num_patches: int
+) -> list[int]:
+    """The lengths of the pieces that a document is cut into, each at most a row.
+
+    It is cut between its parts: texts, and pictures with their separator. A text that is longer
+    than a row goes on where its room ends; no picture is.
+    """
+    # Before each picture its text, which there may be none of.
+    parts, at = list[int](), 0
+    for place in places:
+        parts += [place - at, num_patches + 1]
+        at = place + 1
+    pieces = [0]
+    for part in [*parts, num_tokens - at]:
+        if part > row_length:
+            part -= (room := row_length - pieces[-1])
+            pieces[-1] += room
+            whole, part = divmod(part, row_length)
+            pieces += [row_length] * whole
+        if pieces[-1] + part > row_length:
+            pieces.append(0)
+        pieces[-1] += part
+    return [piece for piece in pieces if piece]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ trained on them. Beside that: the same tokens of pictures through other connecto
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Unpack
+from typing import Literal, Unpack
 
 from midstream.config import (
     AnyEncoderConfig,
@@ -132,17 +132,21 @@ def connectors(
     seeds: Sequence[int] = (),
     epochs: int = 4,
     vision_tokens: Sequence[float] = (0.025, 0.05),
+    by: Literal["tokens", "patches"] = "tokens",
     shrink: float = 1.0,
     **given: Unpack[Settings],
 ) -> Study:
     """Many pictures in few positions, or few in many? Connectors at equal tokens of pictures.
 
     `vision_tokens`: the positions of pictures over all image-text tokens; the captions behind them
-    come on top, more of them where a picture takes fewer positions. Raises ValueError where
-    captions would be more than all, or the scale does not say how long its captions are.
+    come on top, more of them where a picture takes fewer positions. by="patches" counts before the
+    connector's reduction: all connectors then see the same examples, in fewer positions. Raises
+    ValueError where captions would be more than all, or the scale does not say how long its
+    captions are.
     """
     at = find_scale(scale, shrink, **given)
     _check_tokens(at)
+    at = replace(at, by=by)
     source = at.captions[DATACOMP_DR].source
     held = next((one for one in at.data.expected if one.name == source), None)
     if held is None or not held.num_images:
@@ -152,7 +156,9 @@ def connectors(
     for (name, projector), tokens, seed in product(
         _connectors(at), vision_tokens, seeds or at.seeds
     ):
-        positions = projector.num_features(_encoder(at).num_patches)
+        positions = _encoder(at).num_patches
+        if by == "tokens":
+            positions = projector.num_features(positions)
         captions = round(tokens * (positions + text) / positions, 6)
         if captions > 1:
             raise ValueError(
@@ -162,13 +168,22 @@ def connectors(
         model = Model(captions=captions, epochs=epochs, seed=seed, projector=projector)
         lines.append(line(at, model, connector=name, vision_tokens=percent(tokens)))
     return Study(
-        name=f"interleaved.connectors.{at.name}",
-        question="At equal tokens of pictures: many pictures in few positions, or few in many?",
+        name=f"interleaved.connectors.{at.name}" + ".patches" * (by == "patches"),
+        question=(
+            "At equal tokens of pictures: many pictures in few positions, or few in many?"
+            if by == "tokens"
+            else "The same pictures in fewer positions: what does each connector lose?"
+        ),
         lines=tuple(lines),
         figure=Figure(x="connector", x_label="connector", by="vision_tokens"),
         notes=(
-            "vision_tokens: positions of pictures over all image-text tokens (%), after the "
-            "connector's reduction. A connector with fewer positions shows more pictures for them.",
+            "vision_tokens: positions of pictures over all image-text tokens (%), "
+            + (
+                "after the connector's reduction. A connector with fewer positions shows more "
+                "pictures for them."
+                if by == "tokens"
+                else "before the connector's reduction: every connector is shown the same examples."
+            ),
             *at.notes,
         ),
     )

@@ -18,6 +18,7 @@ from midstream.config import (
     PatchProjection,
     PublicFolder,
     Rows,
+    ShareUnit,
     TokenizerFile,
     Training,
     WarmupCosine,
@@ -205,7 +206,7 @@ class Scale:
     seeds: tuple[int, ...] = (7,)
     image_text_seed: int | None = None
     draws: tuple[Level, ...] = ()
-    by: Literal["tokens", "sequences"] = "tokens"
+    by: ShareUnit = "tokens"
     sampling: Literal["permutation", "replacement"] = "permutation"
     max_epochs: int = 1
     end_rate: float = END_RATE

@@ -374,9 +374,10 @@ def budgets(planned: Plan, ledger: Snapshot) -> dict[str, int]:
     for row in planned.rows:
         if row.state == "done" and isinstance(row.stage, Trained):
             for source in ledger.result(row.stage, TrainingResult).sources.values():
-                if source.planned_tokens is not None:
-                    gap = abs(source.realised_tokens - source.planned_tokens)
-                    gaps.append((gap, source.largest_example_tokens))
+                counted = source.unreduced or source
+                if counted.planned_tokens is not None:
+                    gap = abs(counted.realised_tokens - counted.planned_tokens)
+                    gaps.append((gap, counted.largest_example_tokens))
     return {
         "pairs": len(gaps),
         "worst": max((gap for gap, _ in gaps), default=0),
@@ -386,17 +387,22 @@ def budgets(planned: Plan, ledger: Snapshot) -> dict[str, int]:
 
 def made(planned: Plan, ledger: Snapshot) -> dict[str, Any]:
     """When the stages ran, for how long, and the most memory that one of them took."""
-    times, memory = [], {}
+    times, memory, devices = [], {}, set()
     for row in planned.rows:
         if row.state == "done":
             status = ledger.status(row.stage)
             times.append(tuple(datetime.fromisoformat(status[key]) for key in ("started", "ended")))
-            memory[row.stage.name] = ledger.result(row.stage, StageResult).peak_memory_bytes
+            result = ledger.result(row.stage, StageResult)
+            memory[row.stage.name] = result.peak_memory_bytes
+            if result.memory_of == "device":
+                devices.add(row.stage.name)
+    peak = max(memory, key=memory.__getitem__) if memory else None
     return {
         "store": str(ledger.store),
         "first": min(started for started, _ in times) if times else None,
         "last": max(ended for _, ended in times) if times else None,
         "wall": sum((ended - started for started, ended in times), timedelta()).total_seconds(),
-        "peak_stage": planned.labels[max(memory, key=memory.__getitem__)] if memory else None,
-        "peak_bytes": max(memory.values()) if memory else None,
+        "peak_stage": None if peak is None else planned.labels[peak],
+        "peak_bytes": None if peak is None else memory[peak],
+        "peak_of_gpu": peak in devices,
     }

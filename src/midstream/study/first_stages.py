@@ -68,9 +68,10 @@ class StageBase(Config):
     def model_copy(
         self: Own, *, update: Mapping[str, Any] | None = None, deep: bool = False
     ) -> Own:
-        """A copy with other values, and therefore with an identity of its own."""
+        """A copy with other values, and therefore with an identity and a model of its own."""
         copied = super().model_copy(update=update, deep=deep)
-        copied.__dict__.pop("identity", None)
+        for derived in ("identity", "_model"):
+            copied.__dict__.pop(derived, None)
         return copied
 
     @property

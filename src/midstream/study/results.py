@@ -35,10 +35,15 @@ class _Part(BaseModel):
 
 
 class StageResult(_Part):
-    """Of every stage: its own time, and the largest memory of its worker up to its end."""
+    """Of every stage: its own time, and the largest memory up to its end.
+
+    `memory_of`: "processes" are resident sets, of all ranks together; "device" is what torch's
+    allocator held of a GPU, on the rank where it was most.
+    """
 
     seconds: float
     peak_memory_bytes: int = 0
+    memory_of: Literal["processes", "device"] = "processes"
     tracking: dict[str, Any] = {}
 
 
@@ -141,12 +146,24 @@ class PictureViews(_Part):
         return f"{told}: {', '.join(each)}"
 
 
+class UnreducedShare(_Part):
+    """What a stage took of one source in tokens before the connector's reduction."""
+
+    planned_tokens: int
+    realised_tokens: int
+    largest_example_tokens: int
+
+
 class SourceShare(_Part):
-    """What a training stage took of one source; planned is None where the budget says otherwise."""
+    """What a training stage took of one source; planned is None where the budget says otherwise.
+
+    `unreduced` where it says so in tokens before the connector's reduction.
+    """
 
     kind: str = ""
     planned_tokens: int | None
     planned_sequences: int | None = None
+    unreduced: UnreducedShare | None = None
     realised_tokens: int
     examples: int | None = None
     epochs: float | None = None

@@ -3,6 +3,7 @@
 Those of `first_stages.py` can be imported from here too.
 """
 
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, model_validator
@@ -240,6 +241,10 @@ class Continue(StageBase):
     @property
     def model(self) -> VLMConfig:
         """The model this stage trains."""
+        return self._model
+
+    @cached_property
+    def _model(self) -> VLMConfig:
         sees, owned = _sees(self.encoder), self.encoder_stage is None
         if isinstance(self.start, InitFrom):
             before = self.start.stage.model
@@ -296,6 +301,10 @@ class Finetune(StageBase):
     @property
     def model(self) -> VLMConfig:
         """The model this stage trains; it owns its encoder once a stage trains that."""
+        return self._model
+
+    @cached_property
+    def _model(self) -> VLMConfig:
         before = self.start.model
         owned = before.owns_encoder or self.training.encoder_rate_factor is not None
         assert before.encoder is not None, "what it starts from sees"

@@ -27,7 +27,7 @@ from midstream.model.weights import Initialiser, initialise, save_weights, weigh
 from midstream.order.stream import draws, permuted
 from midstream.train.loop import Interrupted
 from midstream.train.metrics import MetricsLog, Tracking, progress_event
-from midstream.train.parallel import autocast, peak_memory_bytes
+from midstream.train.parallel import autocast
 from midstream.train.step import NonFiniteError, set_rate
 
 # Channels of a head of the text tower.
@@ -225,7 +225,6 @@ def train_encoder(
         "retrieval_chance": 1 / HELD_APART,
         "weights_digest": weights_digest(pair.tower),
         "seconds": time.monotonic() - started,
-        "peak_memory_bytes": peak_memory_bytes(),
     }
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from midstream.config import AnyEncoderConfig, Machine, Training
+from midstream.config.flops import model_flops
 from midstream.config.training import check_start, moments_factor, rate_at
 from midstream.core.batch import Batch
 from midstream.core.storage import CorruptError
@@ -25,12 +26,11 @@ from midstream.model.vision import load_encoder, resized
 from midstream.model.vlm import VLM
 from midstream.model.weights import fill, read_tensors
 from midstream.train import checkpoint
-from midstream.train import step as meters
 from midstream.train.checkpoint import Progress, Saver
 from midstream.train.guards import StartChecks, Watch
 from midstream.train.held_out import HeldOut, evaluate
-from midstream.train.metrics import MetricsLog, Tracking
-from midstream.train.parallel import ALONE, Place, data_workers, peak_memory_bytes
+from midstream.train.metrics import MetricsLog, Tracking, meters_of
+from midstream.train.parallel import ALONE, Place, data_workers, device_name, peak_memory
 from midstream.train.record import Record, Report
 from midstream.train.step import (
     Clock,
@@ -363,17 +363,17 @@ def _views(job: Job) -> list[dict[str, Any] | None]:
 def _results(job: Job, progress: Progress, place: Place) -> dict[str, Any]:
     row_length = job.training.rows.row_length
     image_positions = progress.image_rows * row_length
-    model = job.model.config
-    flops = meters.training_flops(
-        model.decoder,
-        model.encoder,
-        progress.counts,
-        progress.attended,
-        progress.num_images if job.looks else 0,
-        encoder_trained=is_trained(job.model.encoder),
-        decoder_trained=not job.training.keeps_decoder,
+    counts, memory = progress.counts, peak_memory(place)
+    flops = model_flops(
+        job.model.config,
+        positions=counts.seen,
+        texts=counts.seen - counts.image,
+        attended=progress.attended,
+        images=progress.num_images,
+        encoded=progress.num_images if job.looks else 0,
+        trains_encoder=is_trained(job.model.encoder),
+        trains_decoder=not job.training.keeps_decoder,
     )
-    (memory,) = place.sum([peak_memory_bytes()])
     parts = place.sum([each / place.world_size for each in progress.parts.values()])
     data = job.dataset
     planned_shares = shares_report(data.plan, data.sources, data.num_patches)
@@ -399,14 +399,16 @@ def _results(job: Job, progress: Progress, place: Place) -> dict[str, Any]:
         ),
         "weights_digest": checkpoint.digests(job.model, None, place=place)["model"],
         "seconds": progress.seconds,
-        "meters": meters.report(
-            counts=progress.counts,
+        "meters": meters_of(
+            counts=counts,
             images=progress.num_images,
             flops=flops,
             seconds=progress.seconds,
             parts=dict(zip(progress.parts, parts, strict=True)),
-            peak_flops=place.peak_flops,
-            peak_memory_bytes=int(memory),
+            device=device_name(place.device),
+            num_devices=place.world_size,
+            product_flops=place.peak_flops,
+            memory=memory,
         ),
-        "peak_memory_bytes": int(memory),
+        **memory,
     }

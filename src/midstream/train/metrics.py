@@ -1,4 +1,5 @@
-"""The lines of `metrics.jsonl`, and the trackers that are given them beside it, never instead.
+"""A stage's meters, the lines of `metrics.jsonl`, and the trackers that are given those beside it,
+never instead.
 
 A tracker that fails or waits is counted; what it lacks of earlier steps is read from the file.
 """
@@ -19,6 +20,8 @@ from typing import Any
 
 from midstream.config import Machine
 from midstream.core.storage import read_json, write_json
+from midstream.core.tokens import TokenCount
+from midstream.cost import gpu_of_device
 
 # Rows are handed to the trackers this often.
 SEND_SECONDS = 5.0
@@ -197,6 +200,47 @@ def progress_event(
 
 
 NOTES = "tracking.json"
+
+
+def meters_of(
+    *,
+    counts: TokenCount,
+    images: int,
+    flops: float,
+    seconds: float,
+    parts: Mapping[str, float],
+    device: str,
+    num_devices: int,
+    product_flops: float,
+    memory: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The meters of a stage for its `results.json`.
+
+    Tokens are all positions, useful ones those that are no padding; `flops` are model FLOPs
+    (`config/flops.py`). `model_flops_utilisation` is their share of the dense bfloat16 peak of
+    `num_devices` such devices, as the maker states it (`cost/__init__.py`); None, and so is `gpu`,
+    where that is not known. `product_share` is their share of `product_flops`, what the devices
+    together reached in a large matrix product when the stage began. `time_shares` are of the wall
+    time of the first rank, whose `parts` they are; `memory` is `parallel.peak_memory`'s.
+    """
+    time_taken, gpu = max(seconds, 1e-9), gpu_of_device(device)
+    speed = flops / time_taken
+    vendor = None if gpu is None else num_devices * gpu.tflops * 1e12
+    shares = {name: value / time_taken for name, value in parts.items()}
+    return {
+        "tokens_per_second": counts.total / time_taken,
+        "useful_tokens_per_second": counts.seen / time_taken,
+        "images_per_second": images / time_taken,
+        "model_flops_per_second": speed,
+        "device": device,
+        "gpu": None if gpu is None else gpu.name,
+        "vendor_flops_per_second": vendor,
+        "model_flops_utilisation": speed / vendor if vendor else None,
+        "product_flops_per_second": product_flops,
+        "product_share": speed / product_flops if product_flops else None,
+        "time_shares": shares | {"other": max(0.0, 1.0 - sum(shares.values()))},
+        **memory,
+    }
 
 
 def tracking_of(

@@ -236,6 +236,29 @@ def device_bytes(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).total_memory)
 
 
-def peak_memory_bytes() -> int:
-    """The largest resident memory of this process so far."""
+def device_name(device: torch.device) -> str:
+    """What the driver calls a GPU; "cpu" for the processor."""
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else str(device)
+
+
+def peak_memory_bytes(device: torch.device | None = None) -> int:
+    """The most that torch's allocator held of a GPU since `forget_peak`; elsewhere the largest
+    resident memory of this process so far."""
+    if device is not None and device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let the peak of a GPU's memory begin anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(place: Place) -> dict[str, Any]:
+    """`peak_memory_bytes` and whose they are, `memory_of`: of a GPU those of the rank that took
+    most, of a CPU all ranks' processes together. Every rank calls it."""
+    held = place.gather(peak_memory_bytes(place.device))
+    if place.device.type == "cuda":
+        return {"peak_memory_bytes": max(held), "memory_of": "device"}
+    return {"peak_memory_bytes": sum(held), "memory_of": "processes"}

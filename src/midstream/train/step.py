@@ -27,15 +27,11 @@ from torch.utils.checkpoint import checkpoint
 
 from midstream.config import (
     AdamW,
-    AnyDecoderConfig,
-    AnyEncoderConfig,
     PatchProjection,
     Training,
     VLMConfig,
 )
-from midstream.config.model import encoder_flops, frozen_saving, head_flops
 from midstream.core.batch import Batch
-from midstream.core.tokens import TokenCount
 from midstream.model.adapters import add_adapters, is_adapter
 from midstream.model.decoder import Decoder
 from midstream.model.vlm import VLM
@@ -244,64 +240,6 @@ class Clock:
             name, first, last = self._events.popleft()
             self._seconds[name] += first.elapsed_time(last) / 1000
         return dict(self._seconds)
-
-
-def training_flops(
-    decoder: AnyDecoderConfig,
-    encoder: AnyEncoderConfig | None,
-    counts: TokenCount,
-    attended: float | int,
-    encoded: float | int,
-    *,
-    encoder_trained: bool,
-    decoder_trained: bool = True,
-) -> float:
-    """The model FLOPs of training on these positions: 6 N a token, attention, and the encoder.
-
-    A frozen decoder has no gradients of its weights: 4 N a token.
-
-    `attended`: the sum over positions of how many each looks at; `encoded`: images that the
-    encoder saw. The input embedding costs nothing, padding does not count, and the head counts at
-    every text position, also where it is left out because nothing is learnt there.
-    """
-    forward = 2.0 * decoder.linear_parameters * counts.seen
-    forward += 4.0 * decoder.num_layers * decoder.hidden_size * attended
-    forward += head_flops(decoder) * (counts.seen - counts.image)
-    looks = encoder_flops(encoder) * encoded if encoder is not None else 0.0
-    saved = 0.0
-    if not decoder_trained:
-        saved = frozen_saving(decoder, counts.seen, counts.seen - counts.image)
-    return 3 * forward - saved + (3 if encoder_trained else 1) * looks
-
-
-def report(
-    *,
-    counts: TokenCount,
-    images: int,
-    flops: float,
-    seconds: float,
-    parts: Mapping[str, float],
-    peak_flops: float,
-    peak_memory_bytes: int,
-) -> dict[str, Any]:
-    """The meters of a stage for its `results.json`.
-
-    Tokens are all positions, useful ones those that are no padding; the utilisation is the model
-    FLOPs a second over `peak_flops`, what the devices reach in a matrix product, measured when
-    the stage began. `time_shares` are of the wall time; `parts` are means over the ranks.
-    """
-    time_taken = max(seconds, 1e-9)
-    shares = {name: parts.get(name, 0.0) / time_taken for name in PARTS}
-    return {
-        "tokens_per_second": counts.total / time_taken,
-        "useful_tokens_per_second": counts.seen / time_taken,
-        "images_per_second": images / time_taken,
-        "model_flops_per_second": flops / time_taken,
-        "peak_flops_per_second": peak_flops,
-        "model_flops_utilisation": flops / time_taken / peak_flops if peak_flops else None,
-        "time_shares": shares | {"other": max(0.0, 1.0 - sum(shares.values()))},
-        "peak_memory_bytes": peak_memory_bytes,
-    }
 
 
 @dataclass(frozen=True)

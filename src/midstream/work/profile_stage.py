@@ -13,16 +13,17 @@ from jinja2 import Environment, StrictUndefined
 from torch import profiler
 
 from midstream.config import Machine
+from midstream.config.flops import model_flops
 from midstream.core.storage import write_bytes, write_json
 from midstream.core.tokens import TokenCount
 from midstream.data.rows import load_steps
 from midstream.study.label import label
 from midstream.study.stages import Trained
 from midstream.study.store import Ledger
-from midstream.train import step
 from midstream.train.guards import parameter_table
 from midstream.train.loop import Job
-from midstream.train.parallel import data_workers, peak_memory_bytes
+from midstream.train.metrics import meters_of
+from midstream.train.parallel import data_workers, device_name, forget_peak, peak_memory
 from midstream.train.step import Clock, Taken, freeze, is_trained, make_optimizer, train_step
 from midstream.train.totals import StepTotals
 from midstream.work.protocol import Channel, Request
@@ -65,6 +66,7 @@ def profile(request: ProfileRequest, channel: Channel) -> dict[str, Any]:
     steps = _Steps(job, runner, stage)
     for _ in range(WARM_STEPS):
         steps.take(Clock(runner.device))
+    forget_peak(runner.device)
     seconds, meters = _measured(steps, request.steps)
     out.mkdir(parents=True, exist_ok=True)
     kinds = [profiler.ProfilerActivity.CPU]
@@ -147,24 +149,25 @@ def _measured(steps: _Steps, num_steps: int) -> tuple[float, dict[str, Any]]:
     steps.settle()
     parts = clock.read()
     seconds = time.perf_counter() - before
-    meters = step.report(
+    meters = meters_of(
         counts=counts,
         images=images,
-        flops=step.training_flops(
-            job.model.config.decoder,
-            job.model.config.encoder,
-            counts,
-            attended,
-            images if job.looks else 0,
-            encoder_trained=is_trained(job.model.encoder),
-            decoder_trained=not job.training.keeps_decoder,
+        flops=model_flops(
+            job.model.config,
+            positions=counts.seen,
+            texts=counts.seen - counts.image,
+            attended=attended,
+            images=images,
+            encoded=images if job.looks else 0,
+            trains_encoder=is_trained(job.model.encoder),
+            trains_decoder=not job.training.keeps_decoder,
         ),
         seconds=seconds,
         parts=parts,
-        peak_flops=place.peak_flops,
-        peak_memory_bytes=torch.cuda.max_memory_allocated(place.device)
-        if place.device.type == "cuda"
-        else peak_memory_bytes(),
+        device=device_name(place.device),
+        num_devices=place.world_size,
+        product_flops=place.peak_flops,
+        memory=peak_memory(place),
     )
     return seconds, meters
 

@@ -25,6 +25,7 @@ from midstream.eval.find_task import (
     read_visual_task,
     require_share,
 )
+from midstream.eval.text import TextTask
 from midstream.study.stages import PrepareSource
 from midstream.study.store import Ledger
 from midstream.work.protocol import Channel, Request
@@ -220,30 +221,55 @@ class ReadTasksRequest(Request):
 
 
 def read_tasks(request: ReadTasksRequest, channel: Channel) -> None:
-    """Answer each task with {"event": "finished", "stage", "state", "error"}."""
+    """Answer each task with {"event": "finished", "stage", "state", "error", "size"}."""
     for task in request.tasks:
-        state, error = "done", None
+        state, error, size = "done", None, None
         try:
-            read(task)
+            size = read(task)
         except (ValueError, OSError) as reason:
             state, error = "failed", str(reason)
-        channel.say("finished", stage=task.task, state=state, error=error)
+        channel.say("finished", stage=task.task, state=state, error=error, size=size)
 
 
-def read(request: TaskRequest) -> None:
-    """Read a task to its last line as an evaluation does, and decode some of its pictures.
+def read(request: TaskRequest) -> dict[str, Any]:
+    """Read a task to its last line as an evaluation does, and decode some of its pictures; returns
+    its size, which a plan prices it by.
 
+    Of a visual task `questions, pictures, characters` of all prompts in the benchmark's own words,
+    fixed `answers` of all, and whether it has `several` pictures a question; of a text task
+    `items`, and over all of them `choices` and `characters`, each choice with its query: None where
+    only the harness can tell.
     Raises FileNotFoundError or ValueError for what is missing or malformed.
     """
     if request.kind == "text":
-        require_share(read_choice_task(request.world, request.task, request.limit))
-        return
+        asked = read_choice_task(request.world, request.task, request.limit)
+        require_share(asked)
+        return _text_size(asked)
     task = read_visual_task(request.world, request.task, request.limit, slim=request.slim)
     if request.blind:
         other_pictures(task)
     if request.shots:
         read_pool(request.world, request.task)
     decode_some({one for example in task.examples for one in example.pictures}, request.task)
+    examples, fixed = task.examples, task.format.fixed is not None
+    prompts = (task.format.prompt(one.question, "official") for one in examples)
+    return {
+        "questions": len(examples),
+        "pictures": sum(len(one.pictures) for one in examples),
+        "characters": sum(map(len, prompts)),
+        "answers": sum(len(one.choices) for one in examples) if fixed else 0,
+        "several": any(one.more for one in examples),
+    }
+
+
+def _text_size(task: TextTask) -> dict[str, Any]:
+    docs = task.docs or ()
+    size = {"items": None if task.docs is None else len(docs), "choices": None, "characters": None}
+    if not all({"query", "choices"} <= doc.keys() for doc in docs):
+        return size
+    both = [(doc["query"], doc["choices"]) for doc in docs]
+    characters = sum(len(query) + len(choice) for query, choices in both for choice in choices)
+    return size | {"choices": sum(len(choices) for _, choices in both), "characters": characters}
 
 
 def decode_some(pictures: Iterable[Path], name: str) -> None:

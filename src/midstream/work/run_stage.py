@@ -55,7 +55,14 @@ from midstream.train.guards import Watch
 from midstream.train.held_out import Planned, held_out_rows, plan_held_out
 from midstream.train.loop import Interrupted, Job, Start, train
 from midstream.train.metrics import Tracking, tracking_of
-from midstream.train.parallel import data_workers, device_bytes, peak_memory_bytes, set_up
+from midstream.train.parallel import (
+    ALONE,
+    data_workers,
+    device_bytes,
+    forget_peak,
+    peak_memory,
+    set_up,
+)
 from midstream.train.step import build_model
 from midstream.work.evaluate_stage import (
     encoder_stage,
@@ -110,6 +117,7 @@ class StageRunner:
         folder's lock is held, FileNotFoundError if a parent is not done.
         """
         started = time.monotonic()
+        forget_peak(self.place.device)
         self.watch.rest("opening the stage")
         for parent in stage.parents:
             self.ledger.result(parent, StageResult)
@@ -125,10 +133,9 @@ class StageRunner:
                 raise
             finally:
                 self.watch.rest()
-            measured = {
-                "seconds": time.monotonic() - started,
-                "peak_memory_bytes": peak_memory_bytes(),
-            }
+            computes = isinstance(stage, Ranked | TrainEncoder)
+            memory = peak_memory(replace(self.place, scalars=None) if computes else ALONE)
+            measured = {"seconds": time.monotonic() - started, **memory}
             whole = _checked(stage, measured | results)
             if opened is not None:
                 opened.finish(whole)
@@ -237,7 +244,8 @@ class StageRunner:
         start = self._start(stage)
         check_start(training.schedule, start.parent_rate, stage.name)
         budget, rows, seed = training.budget, training.rows, training.seed
-        plan = plan_rows(sources, patches, budget, rows, seed, overflow_of(stage))
+        whole, overflow = stage.model.num_patches, overflow_of(stage)
+        plan = plan_rows(sources, patches, budget, rows, seed, overflow, whole)
         if training.freeze_decoder and not any(sources[name].num_images for name in plan.names):
             raise ValueError(
                 f"{stage.name} keeps the decoder frozen and shows no picture, so it would learn "

@@ -200,7 +200,13 @@ def open_stage(stage: Trained, ledger: Ledger) -> Shown:
     return Shown(
         name=label(stage),
         plan=plan_rows(
-            sources, patches, training.budget, training.rows, training.seed, overflow_of(stage)
+            sources,
+            patches,
+            training.budget,
+            training.rows,
+            training.seed,
+            overflow_of(stage),
+            stage.model.num_patches,
         ),
         sources=sources,
         codec=open_tokenizer(stage.data, ledger),
@@ -323,6 +329,10 @@ def print_stats(shown: Shown, num_rows: int, console: Console) -> None:
     _print_table(table, console)
     _print_padding("all rows", len(plan), positions - plan.seen_tokens, positions, console)
     for name, found in report.items():
+        if (unreduced := found["unreduced"]) is not None:
+            planned, realised = unreduced["planned_tokens"], unreduced["realised_tokens"]
+            text = f"{name}: {planned:,} tokens planned before the connector's reduction, "
+            print_line(console, f"{text}{realised:,} realised ({realised - planned:+,})")
         if (cut := found["cut"])["examples"]:
             text = f"{name}: {cut['examples']:,} of {found['examples']:,} examples are cut to fit "
             left = f"{cut['tokens']:,} tokens are left out"
