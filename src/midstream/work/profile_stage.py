@@ -61,10 +61,10 @@ def profile(request: ProfileRequest, channel: Channel) -> dict[str, Any]:
             f"{label(stage)} has {job.dataset.plan.num_steps} steps, {needed} are wanted; "
             "give a smaller --steps"
         )
-    steps = _Steps(job, runner, stage)
+    steps = Steps(job, runner, stage)
     for _ in range(WARM_STEPS):
         steps.take(Clock(runner.device))
-    seconds, meters = _measured(steps, request.steps)
+    seconds, meters = measured(steps, request.steps)
     out.mkdir(parents=True, exist_ok=True)
     kinds = [profiler.ProfilerActivity.CPU]
     kinds += [profiler.ProfilerActivity.CUDA] if runner.device.type == "cuda" else []
@@ -91,7 +91,7 @@ def profile(request: ProfileRequest, channel: Channel) -> dict[str, Any]:
     return meters
 
 
-class _Steps:
+class Steps:
     """The steps of a training job, one by one; the weights stay, so that all do equal work."""
 
     def __init__(self, job: Job, runner: StageRunner, stage: Trained) -> None:
@@ -128,7 +128,7 @@ class _Steps:
         return counts, result.num_images, attended
 
 
-def _measured(steps: _Steps, num_steps: int) -> tuple[float, dict[str, Any]]:
+def measured(steps: Steps, num_steps: int) -> tuple[float, dict[str, Any]]:
     """The seconds of so many steps, and their meters."""
     job, place = steps.job, steps.place
     clock, counts, images, attended = Clock(place.device), TokenCount(), 0, 0
