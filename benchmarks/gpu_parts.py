@@ -55,63 +55,96 @@ from midstream.work.open_model import on_device, open_encoder, open_sources
 from midstream.work.profile_stage import WARM_STEPS, Steps, measured
 from midstream.work.run_stage import StageRunner
 
-SOURCES = ("web", "pictures")
 # Of the tokens of an image-text step.
 PICTURE_SHARE = 0.25
 
 
+def _data(world: PocketWorld, vocab_size: int) -> Prepare:
+    tokenizer = TrainedTokenizer(vocab_size=vocab_size, sources=("web", "pictures"))
+    return Prepare(world=world, tokenizer=tokenizer)
+
+
+def _encoder(data: Prepare, config: EncoderConfig) -> TrainEncoder:
+    """An encoder of this shape: a step of training gives it weights without a download."""
+    return TrainEncoder(
+        data=data,
+        encoder=config,
+        training=ContrastiveTraining(
+            source="pictures",
+            text_hidden_size=32,
+            text_num_layers=1,
+            max_text_tokens=128,
+            batch_images=8,
+            num_steps=1,
+            schedule=WarmupCosine(peak_rate=1e-4),
+        ),
+    )
+
+
 @dataclass(frozen=True)
 class Size:
-    """What is measured: models, rows of a step, and how often."""
+    """What is measured: models, data, rows of a step, and how often.
+
+    `heads` are rows, heads and channels of the attention that is measured alone.
+    """
 
     decoders: dict[str, DecoderConfig]
-    encoder: EncoderConfig
+    data: Prepare
+    encoder: TrainEncoder
     rows: Rows
-    world: PocketWorld
     threads: int = 8
     data_workers: int = 8
     steps: int = 4
     pictures: int = 256
     heads: tuple[int, int, int] = (8, 16, 128)
-    vocab_size: int = 2048
 
 
-FULL = Size(
-    decoders={name: DECODERS[name] for name in ("79m", "1b")},
-    encoder=SIGLIP,
-    rows=Rows(row_length=2048, batch_rows=32),
-    world=PocketWorld(
+def _full() -> Size:
+    """The paper's sizes; captions beyond those that training an encoder holds out."""
+    world = PocketWorld(
         num_documents=6_000,
-        num_captions=400,
+        num_captions=512,
         num_conversations=20,
         num_questions=12,
         num_text_items=8,
-    ),
-)
-DRY = Size(
-    decoders={
-        name: DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=400)
-        for name in ("79m", "1b")
-    },
-    encoder=EncoderConfig(
+    )
+    data = _data(world, 2048)
+    return Size(
+        decoders={name: DECODERS[name] for name in ("79m", "1b")},
+        data=data,
+        encoder=_encoder(data, SIGLIP),
+        rows=Rows(row_length=2048, batch_rows=32),
+    )
+
+
+def _dry() -> Size:
+    world = PocketWorld(
+        num_documents=60, num_captions=264, num_conversations=8, num_questions=4, num_text_items=4
+    )
+    data = _data(world, 400)
+    tower = EncoderConfig(
         image_size=24,
         patch_size=12,
         hidden_size=16,
         num_layers=2,
         num_heads=2,
         intermediate_size=32,
-    ),
-    rows=Rows(row_length=192, batch_rows=4),
-    world=PocketWorld(
-        num_documents=60, num_captions=40, num_conversations=8, num_questions=4, num_text_items=4
-    ),
-    threads=1,
-    data_workers=0,
-    steps=1,
-    pictures=8,
-    heads=(1, 2, 16),
-    vocab_size=400,
-)
+    )
+    decoder = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=400)
+    return Size(
+        decoders={"79m": decoder, "1b": decoder},
+        data=data,
+        encoder=_encoder(data, tower),
+        rows=Rows(row_length=192, batch_rows=4),
+        threads=1,
+        data_workers=0,
+        steps=1,
+        pictures=8,
+        heads=(1, 2, 16),
+    )
+
+
+FULL, DRY = _full(), _dry()
 
 
 @dataclass
@@ -147,10 +180,6 @@ class Part:
     def stage(self, scale: str, *, pictures: bool) -> Trained:
         """A text run of the scale, or its training on captions and text from scratch."""
         size = self.size
-        data = Prepare(
-            world=size.world,
-            tokenizer=TrainedTokenizer(vocab_size=size.vocab_size, sources=SOURCES),
-        )
         shares = {"web": 1.0 - PICTURE_SHARE, "pictures": PICTURE_SHARE} if pictures else {"web": 1}
         num_steps = WARM_STEPS + size.steps + 2
         training = Training(
@@ -162,25 +191,15 @@ class Part:
             rows=size.rows,
             schedule=WarmupCosine(peak_rate=1e-3),
         )
-        if not pictures:
-            return Pretrain(data=data, decoder=size.decoders[scale], training=training)
-        # A step of training is what gives an encoder of this shape weights without a download.
-        encoder = TrainEncoder(
-            data=data,
-            encoder=size.encoder,
-            training=ContrastiveTraining(
-                source="pictures",
-                text_hidden_size=32,
-                text_num_layers=1,
-                max_text_tokens=128,
-                batch_images=8,
-                num_steps=1,
-                schedule=WarmupCosine(peak_rate=1e-4),
-            ),
-        )
         decoder = size.decoders[scale]
+        if not pictures:
+            return Pretrain(data=size.data, decoder=decoder, training=training)
         return Continue(
-            data=data, encoder=encoder, decoder=decoder, start=FromScratch(), training=training
+            data=size.data,
+            encoder=size.encoder,
+            decoder=decoder,
+            start=FromScratch(),
+            training=training,
         )
 
 
@@ -317,12 +336,13 @@ def count_syncs(device: torch.device, take: Callable[[], object]) -> dict[str, i
 
 def encoder(part: Part) -> None:
     """Pictures a second: looked at out of memory, and stored out of files."""
-    stage = part.stage("1b", pictures=True)
-    assert isinstance(stage, Continue)
-    assert isinstance(stage.encoder, TrainEncoder)
-    runner = prepared(part.runner(), stage)
-    config, device = stage.encoder.encoder, runner.device
-    encode = on_device(open_encoder(runner.ledger, stage.encoder, config).to(device).eval())
+    stage = part.size.encoder
+    runner = part.runner()
+    prepared(runner, stage)
+    if not runner.ledger.is_done(stage):
+        runner.run(stage)
+    config, device = stage.encoder, runner.device
+    encode = on_device(open_encoder(runner.ledger, stage).to(device).eval())
     chance = torch.Generator().manual_seed(0)
     shape = (part.size.pictures, 3, config.image_size, config.image_size)
     pixels = torch.rand(shape, generator=chance) * 2 - 1
@@ -410,7 +430,7 @@ def attention(part: Part) -> None:
             took = _seconds(lambda: attend(query, key, value, mask), device)
             found[f"flex, 4 segments{', deterministic' if certain else ''}"] = took
     torch.use_deterministic_algorithms(True)
-    part.keep(shape=list(shape), seconds=found, done=True)
+    part.keep(shape=list(shape), kernel_seconds=found, done=True)
 
 
 def _seconds(compute: Callable[[], torch.Tensor], device: torch.device) -> float | str:
