@@ -10,7 +10,7 @@ steps are those of `midstream profile`, on stages over the generated world.
 
 Each part is a process with a time limit. What is done lies in `--out` and is not done again; what
 the time did not suffice for is left to the next call. `results.json` has all of it, `table.txt` the
-table, `best.json` what was fastest by scale, as `midstream/train/measured.json` has it.
+table, `best.json` what was fastest by scale, as `midstream/work/measured.json` has it.
 """
 
 import argparse
@@ -232,7 +232,7 @@ def _is_there(out: Path, name: str) -> bool:
 
 
 def best(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was fastest by kind of stage, as `train/measured.json` of the package has it."""
+    """What was fastest by kind of stage, as `work/measured.json` of the package has it."""
     found: dict[str, dict[str, Any]] = {}
     for part in results["parts"].values():
         for row in part.get("rows", []):

@@ -201,6 +201,11 @@ def autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
+def device_name(device: torch.device) -> str:
+    """What torch calls a GPU; cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def device_bytes(device: torch.device) -> int:
     """The memory of a GPU."""
     return int(torch.cuda.get_device_properties(device).total_memory)

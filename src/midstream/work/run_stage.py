@@ -15,7 +15,6 @@ from midstream.core.identity import FORMAT_VERSION, digest, kept_digests
 from midstream.core.storage import remove_folder, verify
 from midstream.core.tokens import TokenCount
 from midstream.cost.pictures import choice_for, feature_folder, feature_plan
-from midstream.cost.price import rows_that_fit
 from midstream.data.feature_store import FeatureStore, StoredImages, unchanged
 from midstream.data.images import Encode, LiveImages, encode_fixed
 from midstream.data.prepare import (
@@ -55,8 +54,9 @@ from midstream.train.guards import Watch
 from midstream.train.held_out import Planned, held_out_rows, plan_held_out
 from midstream.train.loop import Interrupted, Job, Start, train
 from midstream.train.metrics import Tracking, tracking_of
-from midstream.train.parallel import device_bytes, peak_memory_bytes, set_up
+from midstream.train.parallel import peak_memory_bytes, set_up
 from midstream.train.step import build_model
+from midstream.work.choices import machine_for, place_for
 from midstream.work.evaluate_stage import (
     encoder_stage,
     evaluate_stage,
@@ -247,6 +247,7 @@ class StageRunner:
         held = plan_held_out(sources, training, patches)
         (images, *others), encode = self._seeing(stage, [(plan, sources), *held])
         dataset = RowDataset(plan, sources, patches, images)
+        self.place = place_for(stage, self.machine, self.place)
         model = build_model(stage.model, training, self.place)
         initialise(model, training.seed)
         return Job(
@@ -288,21 +289,8 @@ class StageRunner:
         return results
 
     def machine_for(self, stage: Trained) -> Machine:
-        """The machine, and on a GPU the micro-batch that fits where none was chosen."""
-        if self.machine.micro_batch_rows is not None or self.device.type != "cuda":
-            return self.machine
-        fit = rows_that_fit(stage, self.ledger, self.machine, device_bytes(self.device))
-        if fit is None:
-            return self.machine
-        # Ranks may have different GPUs, and go through equally many micro-batches.
-        rows = min(self.place.gather(max(fit.micro_rows, 1)))
-        if self.place.rank == 0:
-            room = "" if fit.fits else ", and the plan says that it does not fit"
-            print(
-                f"micro-batches of {rows} rows{room}; --machine micro_batch_rows=N sets others",
-                file=sys.stderr,
-            )
-        return self.machine.model_copy(update={"micro_batch_rows": rows})
+        """The machine, with what it leaves open chosen for the stage."""
+        return machine_for(stage, self.ledger, self.machine, self.place)
 
     def _origin(self, stage: Trained) -> dict[str, str]:
         """What the stage's checkpoints are of."""
