@@ -214,17 +214,29 @@ def prepared(runner: StageRunner, stage: Stage) -> StageRunner:
 # ----------------------------------------------------------------------------------- training
 
 
-def training(part: Part, scale: str, *, pictures: bool, compiled: bool) -> None:
+def training(
+    part: Part, scale: str, *, pictures: bool, compiled: bool, precision: str = "auto"
+) -> None:
     """Tokens a second of a stage by the rows of its micro-batches, as `midstream profile` has them.
 
     Eager steps begin at what the plan says that fits; compiled ones, each of which takes a while
     to be compiled, at what was best of those.
     """
     stage = part.stage(scale, pictures=pictures)
-    runner = prepared(part.runner(compile="blocks" if compiled else "off"), stage)
+    chosen = {"compile": "blocks" if compiled else "off"}
+    # On the way without a card it is whatever the CPU has.
+    chosen |= {"precision": precision} if part.device == "cuda" else {}
+    try:
+        runner = part.runner(**chosen)
+    except ValueError as error:
+        if precision != "float8":
+            raise
+        part.keep(left_out=str(error))
+        return
+    prepared(runner, stage)
     most = stage.training.rows.batch_rows
     planned = runner.machine_for(stage).micro_batch_rows or most
-    start = _best_of(part.out / f"{part.name.replace('compiled', 'eager')}.json") or planned
+    start = _best_of(part.out / f"{part.name.rsplit('-', 1)[0]}-eager.json") or planned
     job = runner.job(stage, part.out / "unused")
     rows: list[dict[str, Any]] = part.values.get("rows", [])
 
@@ -282,6 +294,7 @@ def _measured_row(
     """Some steps with micro-batches of so many rows, or that they do not fit."""
     runner.machine = runner.machine.model_copy(update={"micro_batch_rows": micro})
     row: dict[str, Any] = {"micro_rows": micro, "compiled": compiled, "fits": True}
+    row["precision"] = runner.place.precision_name
     work = work_of(stage, runner.ledger)
     assert work is not None, "its sources are prepared"
     row["planned_bytes"] = float(memory(stage, work, Setting(1, micro)).total)
@@ -467,6 +480,9 @@ PARTS: dict[str, Callable[[Part], None]] = {
     "1b-text-compiled": _trained("1b", False, True),
     "1b-image-text-eager": _trained("1b", True, False),
     "1b-image-text-compiled": _trained("1b", True, True),
+    "1b-text-float8": partial(
+        training, scale="1b", pictures=False, compiled=True, precision="float8"
+    ),
     "encoder": encoder,
     "saving-79m": partial(saving, scale="79m"),
     "saving-1b": partial(saving, scale="1b"),

@@ -18,6 +18,7 @@ import tiny
 from midstream.config import Machine, Rows
 from midstream.study.stages import Trained
 from midstream.study.store import Ledger, Stopped
+from midstream.train import float8, parallel
 from midstream.train.parallel import Place
 from ranked import run_ranks
 
@@ -119,6 +120,27 @@ def test_a_resumed_stage_has_the_very_losses_of_one_that_was_not_stopped(
         tiny.runner(mine, should_stop=lambda: next(stops), machine=place).run(stage)
     assert len(losses(mine, stage)) == 4
     assert trained(mine, stage, precision=precision) == whole
+
+
+def test_blocks_in_float8_learn_as_those_in_bfloat16_sharded_or_not(
+    tiny_ledger: Ledger, tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchao")
+    if DEVICE == "cpu":
+        monkeypatch.setattr(parallel, "check_float8", lambda device: None)
+        monkeypatch.setitem(float8._SETTINGS, "emulate", True)
+
+    def run(name: str, changed: Callable[[Place], Place] = lambda place: place) -> list[float]:
+        mine = store(tiny_ledger, tmp_path / name, "text")
+        found = trained(mine, tiny.TEXT, changed, precision=name.split()[0])
+        start = (mine.folder(tiny.TEXT) / "starts.jsonl").read_text()
+        assert f'"precision": "{name.split()[0]}"' in start
+        return found
+
+    plain, eighth = run("bfloat16"), run("float8")
+    assert eighth != plain
+    assert eighth == pytest.approx(plain, rel=5e-2)
+    assert run("float8 sharded", sharded)[:5] == pytest.approx(eighth[:5], rel=2e-2)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -36,6 +36,7 @@ from midstream.core.batch import Batch
 from midstream.core.tokens import TokenCount
 from midstream.model.decoder import Decoder
 from midstream.model.vlm import VLM
+from midstream.train.float8 import to_float8
 from midstream.train.parallel import Place
 
 # The parameters of a model's own encoder.
@@ -140,6 +141,8 @@ def local(value: Tensor) -> Tensor:
 def _prepare_blocks(model: VLM, place: Place) -> None:
     model.compiled_blocks = place.compile_blocks
     for block in blocks_of(model):
+        if place.float8_blocks:
+            to_float8(block)
         if place.checkpoint_blocks:
             block.forward = partial(
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False

@@ -75,7 +75,7 @@ def profile(request: ProfileRequest, channel: Channel) -> dict[str, Any]:
     summary = {
         "stage": label(stage),
         "device": str(runner.device),
-        "precision": str(runner.place.precision).removeprefix("torch."),
+        "precision": runner.place.precision_name,
         "torch": torch.__version__,
         "machine": request.machine.model_dump(mode="json"),
         "steps": request.steps,
