@@ -303,7 +303,7 @@ def _cells(row: dict[str, Any], card: dict[str, Any]) -> list[str]:
     planned = f"{row['planned_bytes'] / 2**30:.1f}"
     if not row["fits"]:
         return ["does not fit", "", "", "", "", planned, ""]
-    flops, product = row["model_flops_per_second"], row["peak_flops_per_second"]
+    flops, product = row["model_flops_per_second"], row["product_flops_per_second"]
     vendor = card["vendor_tflops"]
     return [
         f"{row['tokens_per_second']:,.0f}",

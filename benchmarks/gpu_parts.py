@@ -7,200 +7,33 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import ExitStack
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from midstream.config import (
-    DECODERS,
-    ContrastiveTraining,
-    DecoderConfig,
-    EncoderConfig,
-    Machine,
-    Mixture,
-    PocketWorld,
-    Rows,
-    Share,
-    TrainedTokenizer,
-    Training,
-    WarmupCosine,
-)
+from gpu_sizes import DRY, FULL, Part
 from midstream.config.model import encoder_flops
-from midstream.core.storage import read_json, remove_folder, write_json
+from midstream.core.storage import read_json, remove_folder
 from midstream.core.tokens import TokenCount
 from midstream.cost.cost import work_of
 from midstream.cost.taken import Setting, memory
 from midstream.data.feature_store import FeatureStore
 from midstream.data.images import encode_fixed
 from midstream.model.attention import attend, make_mask
-from midstream.recipes.paper_scale import SIGLIP
-from midstream.study.stages import (
-    Continue,
-    FromScratch,
-    Prepare,
-    Pretrain,
-    Stage,
-    Trained,
-    TrainEncoder,
-)
-from midstream.study.store import Ledger
+from midstream.study.stages import Continue, Stage, Trained
 from midstream.train.checkpoint import Progress, Saver
 from midstream.train.loop import Job
+from midstream.train.parallel import peak_memory_bytes
 from midstream.train.step import Clock
+from midstream.work import run_stage
 from midstream.work.open_model import on_device, open_encoder, open_sources
 from midstream.work.profile_stage import WARM_STEPS, Steps, measured
 from midstream.work.run_stage import StageRunner
-
-# Of the tokens of an image-text step.
-PICTURE_SHARE = 0.25
-
-
-def _data(world: PocketWorld, vocab_size: int) -> Prepare:
-    tokenizer = TrainedTokenizer(vocab_size=vocab_size, sources=("web", "pictures"))
-    return Prepare(world=world, tokenizer=tokenizer)
-
-
-def _encoder(data: Prepare, config: EncoderConfig) -> TrainEncoder:
-    """An encoder of this shape: a step of training gives it weights without a download."""
-    return TrainEncoder(
-        data=data,
-        encoder=config,
-        training=ContrastiveTraining(
-            source="pictures",
-            text_hidden_size=32,
-            text_num_layers=1,
-            max_text_tokens=128,
-            batch_images=8,
-            num_steps=1,
-            schedule=WarmupCosine(peak_rate=1e-4),
-        ),
-    )
-
-
-@dataclass(frozen=True)
-class Size:
-    """What is measured: models, data, rows of a step, and how often.
-
-    `heads` are rows, heads and channels of the attention that is measured alone.
-    """
-
-    decoders: dict[str, DecoderConfig]
-    data: Prepare
-    encoder: TrainEncoder
-    rows: Rows
-    threads: int = 8
-    data_workers: int = 8
-    steps: int = 4
-    pictures: int = 256
-    heads: tuple[int, int, int] = (8, 16, 128)
-
-
-def _full() -> Size:
-    """The paper's sizes; captions beyond those that training an encoder holds out."""
-    world = PocketWorld(
-        num_documents=6_000,
-        num_captions=512,
-        num_conversations=20,
-        num_questions=12,
-        num_text_items=8,
-    )
-    data = _data(world, 2048)
-    return Size(
-        decoders={name: DECODERS[name] for name in ("79m", "1b")},
-        data=data,
-        encoder=_encoder(data, SIGLIP),
-        rows=Rows(row_length=2048, batch_rows=32),
-    )
-
-
-def _dry() -> Size:
-    world = PocketWorld(
-        num_documents=60, num_captions=264, num_conversations=8, num_questions=4, num_text_items=4
-    )
-    data = _data(world, 400)
-    tower = EncoderConfig(
-        image_size=24,
-        patch_size=12,
-        hidden_size=16,
-        num_layers=2,
-        num_heads=2,
-        intermediate_size=32,
-    )
-    decoder = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=400)
-    return Size(
-        decoders={"79m": decoder, "1b": decoder},
-        data=data,
-        encoder=_encoder(data, tower),
-        rows=Rows(row_length=192, batch_rows=4),
-        threads=1,
-        data_workers=0,
-        steps=1,
-        pictures=8,
-        heads=(1, 2, 16),
-    )
-
-
-FULL, DRY = _full(), _dry()
-
-
-@dataclass
-class Part:
-    """A part of the measuring: where it keeps what it has (`NAME.json`), and what it had before."""
-
-    name: str
-    out: Path
-    device: str
-    size: Size
-    values: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.path.is_file():
-            self.values = read_json(self.path)
-
-    @property
-    def path(self) -> Path:
-        return self.out / f"{self.name}.json"
-
-    def keep(self, **values: Any) -> None:
-        """Write down what is known now."""
-        self.values |= values
-        write_json(self.path, self.values)
-
-    def runner(self, **machine: Any) -> StageRunner:
-        """What runs stages, in a store that lies beside the results."""
-        given = {"workers": 1, "threads": self.size.threads, "device": self.device}
-        given |= {"data_workers": self.size.data_workers, "features": "live"}
-        place = Machine.model_validate(given | machine)
-        return StageRunner(Ledger(self.out / "store"), place, lambda event: None, lambda: False)
-
-    def stage(self, scale: str, *, pictures: bool) -> Trained:
-        """A text run of the scale, or its training on captions and text from scratch."""
-        size = self.size
-        shares = {"web": 1.0 - PICTURE_SHARE, "pictures": PICTURE_SHARE} if pictures else {"web": 1}
-        num_steps = WARM_STEPS + size.steps + 2
-        training = Training(
-            budget=Mixture(
-                total_tokens=num_steps * size.rows.batch_rows * size.rows.row_length,
-                shares=tuple(Share(source=name, share=share) for name, share in shares.items()),
-                max_epochs=10_000,
-            ),
-            rows=size.rows,
-            schedule=WarmupCosine(peak_rate=1e-3),
-        )
-        decoder = size.decoders[scale]
-        if not pictures:
-            return Pretrain(data=size.data, decoder=decoder, training=training)
-        return Continue(
-            data=size.data,
-            encoder=size.encoder,
-            decoder=decoder,
-            start=FromScratch(),
-            training=training,
-        )
 
 
 def prepared(runner: StageRunner, stage: Stage) -> StageRunner:
@@ -312,8 +145,11 @@ def _measured_row(
         row["warm_seconds"] = time.perf_counter() - before
         seconds, meters = measured(steps, part.size.steps)
         row["seconds_a_step"] = seconds / part.size.steps
-        row |= {name: value for name, value in meters.items() if name != "useful_tokens_per_second"}
+        row |= {name: meters[name] for name in ("model_flops_per_second", "time_shares")}
         row["tokens_per_second"] = meters["useful_tokens_per_second"]
+        row["images_per_second"] = meters["images_per_second"]
+        row["product_flops_per_second"] = runner.place.peak_flops
+        row["peak_memory_bytes"] = _peak_memory(runner.device)
         row["syncs"] = count_syncs(runner.device, partial(steps.take, Clock(runner.device)))
     except torch.OutOfMemoryError as error:
         row |= {"fits": False, "reason": str(error).split(". ")[0]}
@@ -325,6 +161,13 @@ def _measured_row(
     if runner.device.type == "cuda":
         torch.cuda.empty_cache()
     return row
+
+
+def _peak_memory(device: torch.device) -> int:
+    """The most that torch's allocator held; on a CPU the process's resident memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return peak_memory_bytes()
 
 
 def count_syncs(device: torch.device, take: Callable[[], object]) -> dict[str, int] | None:
@@ -490,6 +333,23 @@ PARTS: dict[str, Callable[[Part], None]] = {
 }
 
 
+@torch.no_grad()
+def _drawn(module: torch.nn.Module, seed: int) -> None:
+    """Weights of some size, drawn where they lie: what they are changes no time, and the processor
+    on which stages draw theirs takes a minute for 1b."""
+    chance = torch.Generator(next(module.parameters()).device).manual_seed(seed)
+    for parameter in module.parameters():
+        if parameter.ndim < 2:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(std=0.02, generator=chance)
+
+
 def compute(name: str, out: Path, *, dry_run: bool) -> None:
     """Compute one part in this process."""
-    PARTS[name](Part(name, out, "cpu" if dry_run else "cuda", DRY if dry_run else FULL))
+    with patch.object(run_stage, "initialise", _drawn), ExitStack() as held:
+        if dry_run:
+            # A processor's kernels take minutes to compile: the graphs are made, and run without.
+            graphs = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+            held.enter_context(patch.object(torch.nn.Module, "compile", graphs))
+        PARTS[name](Part(name, out, "cpu" if dry_run else "cuda", DRY if dry_run else FULL))
