@@ -95,6 +95,27 @@ def test_what_was_measured_on_a_gpu_is_taken_there_and_for_that_size_alone(
     assert choices.place_for(tiny.TEXT, chosen, place).compile_blocks
 
 
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (2, r"micro-batches of 2 rows do not .*of memory\); give --machine micro_batch_rows=1, or"),
+        (1, r"micro-batches of 1 rows do not .*; give --machine activation_checkpointing=blocks"),
+    ],
+)
+def test_a_step_that_does_not_fit_is_named_with_what_would_make_it_fit(
+    tiny_ledger: Ledger, tmp_path: Path, rows: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_given: object, **_options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has")
+
+    monkeypatch.setattr(loop, "train_step", full)
+    machine = tiny.MACHINE.model_copy(update={"micro_batch_rows": rows})
+    with pytest.raises(RuntimeError, match=said):
+        tiny.runner(tiny.store_with(tiny_ledger, tmp_path, tiny.DATA), machine=machine).run(
+            tiny.TEXT
+        )
+
+
 def test_a_choice_and_a_cpu_take_what_they_took(
     tiny_ledger: Ledger, bytes_of_four_rows: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

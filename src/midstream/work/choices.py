@@ -7,6 +7,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Literal
 
+import torch
+
 from midstream.config import Config, Machine, Positive
 from midstream.cost.price import rows_that_fit
 from midstream.study.stages import Pretrain, Trained
@@ -82,3 +84,17 @@ def machine_for(stage: Trained, ledger: Ledger, machine: Machine, place: Place) 
             file=sys.stderr,
         )
     return machine.model_copy(update={"micro_batch_rows": rows})
+
+
+def too_large(stage: Trained, machine: Machine, error: torch.OutOfMemoryError) -> RuntimeError:
+    """What is said of a stage whose step does not fit on its GPU, with what would make it fit."""
+    rows = machine.micro_batch_rows or stage.training.rows.batch_rows
+    remedies = [f"micro_batch_rows={rows // 2}"] if rows > 1 else []
+    if machine.activation_checkpointing == "off":
+        remedies.append("activation_checkpointing=blocks")
+    ways = [f"--machine {remedy}" for remedy in remedies]
+    ways.append("more GPUs that share the stage (--ranks)")
+    return RuntimeError(
+        f"{stage.name}: micro-batches of {rows} rows do not fit on this GPU "
+        f"({str(error).split('. ')[0]}); give {', or '.join(ways)}"
+    )

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
+import torch
+
 from midstream.config import ContinuedCosine, Machine
 from midstream.config.training import check_start
 from midstream.core.identity import FORMAT_VERSION, digest, kept_digests
@@ -56,7 +58,7 @@ from midstream.train.loop import Interrupted, Job, Start, train
 from midstream.train.metrics import Tracking, tracking_of
 from midstream.train.parallel import peak_memory_bytes, set_up
 from midstream.train.step import build_model
-from midstream.work.choices import machine_for, place_for
+from midstream.work.choices import machine_for, place_for, too_large
 from midstream.work.evaluate_stage import (
     encoder_stage,
     evaluate_stage,
@@ -265,16 +267,19 @@ class StageRunner:
 
     def _train(self, stage: Trained) -> dict[str, Any]:
         folder = self.ledger.folder(stage)
-        job = self.job(stage, folder)
-        results = train(
-            job,
-            self.machine_for(stage),
-            self.place,
-            report=self.report,
-            should_stop=self.should_stop,
-            watch=self.watch,
-            tracking=self._tracking,
-        )
+        job, machine = self.job(stage, folder), self.machine_for(stage)
+        try:
+            results = train(
+                job,
+                machine,
+                self.place,
+                report=self.report,
+                should_stop=self.should_stop,
+                watch=self.watch,
+                tracking=self._tracking,
+            )
+        except torch.OutOfMemoryError as error:
+            raise too_large(stage, machine, error) from error
         if not isinstance(stage, Pretrain):
             progress = checkpoint.Progress(
                 step=results["steps"],
