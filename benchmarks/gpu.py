@@ -293,6 +293,8 @@ def show(results: dict[str, Any], console: Console) -> None:
     for name, part in parts.items():
         if "rows" not in part:
             values = {k: v for k, v in part.items() if k not in ("done", "seconds", "failed")}
+            if name == TESTS and "skipped" in values:
+                values["skipped"] = len(values["skipped"])
             told = "; ".join(f"{key} {_short(value)}" for key, value in values.items())
             console.print(f"{name}: {told}", markup=False)
         if part.get("failed"):
