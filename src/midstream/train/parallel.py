@@ -216,14 +216,14 @@ def autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
-def device_name(device: torch.device) -> str:
-    """What torch calls a GPU; cpu."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 def device_bytes(device: torch.device) -> int:
     """The memory of a GPU."""
     return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def device_name(device: torch.device) -> str:
+    """What the driver calls a GPU; "cpu" for the processor."""
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else str(device)
 
 
 def peak_memory_bytes() -> int:
