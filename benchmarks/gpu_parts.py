@@ -24,7 +24,7 @@ from midstream.cost.cost import work_of
 from midstream.cost.taken import Setting, memory
 from midstream.data.feature_store import FeatureStore
 from midstream.data.images import encode_fixed
-from midstream.model.attention import attend, make_mask
+from midstream.model.attention import attend, make_mask, move_mask
 from midstream.study.stages import Continue, Stage, Trained
 from midstream.train.checkpoint import Progress, Saver
 from midstream.train.loop import Job
@@ -269,10 +269,10 @@ def attention(part: Part) -> None:
     query, key, value = (
         torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
     )
-    segments = torch.arange(length, device=device).div(length // 4, rounding_mode="floor")
-    mask = None
-    if device.type == "cuda":
-        mask = make_mask(segments.expand(num_rows, -1), None, "segments", kind="blocks")
+    segments = torch.arange(length).div(length // 4, rounding_mode="floor")
+    made = make_mask(segments.expand(num_rows, -1), None, "segments", kind="blocks")
+    # It has no backward pass on a CPU.
+    mask = move_mask(made, device) if device.type == "cuda" else None
     found: dict[str, Any] = {}
     backends = {one: getattr(SDPBackend, one) for one in ("FLASH_ATTENTION", "CUDNN_ATTENTION")}
     backends |= {one: getattr(SDPBackend, one) for one in ("EFFICIENT_ATTENTION", "MATH")}
