@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 # What needs one core goes beside what waits.
 MAKEFLAGS += --jobs=2
 
-.PHONY: demo test check faults docs format clean lint types fast all
+.PHONY: demo test check faults gpu docs format clean lint types fast all
 READY := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
@@ -53,6 +53,12 @@ test: types all
 # What `make test` leaves out: kills at every write, many ranks, nodes, stuck ranks.
 faults: $(READY)
 	$(PYTEST) --faults -m faults
+
+# On a machine with a CUDA device, by a Python whose torch knows it: $(VENV) has torch for CPUs.
+# Right, and how fast; what is done lies in build/gpu and is not done again.
+MINUTES ?= 10
+gpu:
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --minutes $(MINUTES)
 
 # The site in build/site; a broken link fails.
 docs: $(READY)

@@ -34,6 +34,9 @@ install_import_hook(
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults", action="store_true", help="also the long tests of faults")
+    parser.addoption(
+        "--gpu-stand-in", action="store_true", help="tests marked gpu compute on the CPU instead"
+    )
 
 
 def pytest_collection() -> None:
@@ -44,6 +47,14 @@ def pytest_collection_finish() -> None:
     """What has been imported stays: it is not looked through at each collection of garbage."""
     gc.freeze()
     gc.enable()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not item.config.getoption("--gpu-stand-in"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

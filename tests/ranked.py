@@ -43,7 +43,7 @@ def run_ranks(
 
     All ranks are asked to stop, or `stopped_rank` alone.
     """
-    place = Machine(workers=1, device="cpu", ranks=ranks, **machine)
+    place = Machine(**{"workers": 1, "device": "cpu", "ranks": ranks} | machine)
     given = {
         "store": str(ledger.store),
         "machine": place.model_dump(mode="json"),

@@ -378,6 +378,7 @@ def test_compiled_attention_equals_the_dense_one_and_takes_new_masks_as_they_com
         torch.testing.assert_close(found, attend(query, key, value, dense), atol=2e-6, rtol=2e-6)
 
 
+@pytest.mark.gpu
 @with_gpu
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -402,6 +403,7 @@ def test_flex_attention_on_a_gpu_and_its_gradients_equal_the_dense_one(
             assert (fast.double() - plain).abs().max() < tolerance * plain.abs().max()
 
 
+@pytest.mark.gpu
 @with_gpu
 def test_a_new_mask_of_the_same_shape_compiles_nothing_anew(no_kernels: None) -> None:
     *parts, upstream = (part.float().cuda() for part in random_heads(3, 256, 64, 0))

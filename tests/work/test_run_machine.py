@@ -1,5 +1,6 @@
 """What the machine's choices make of a run: micro-batches (a GPU is made up), trackers."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,16 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tiny
-from midstream.config import Evaluation, Machine
+from midstream.config import Evaluation, Machine, Rows
 from midstream.core.storage import read_json
 from midstream.cost.cost import work_of
 from midstream.cost.taken import Setting, memory
 from midstream.study import progress
-from midstream.study.stages import Evaluate, Stage
+from midstream.study.stages import Evaluate, Stage, Trained
 from midstream.study.store import Ledger, Stopped
 from midstream.train import loop
 from midstream.train.metrics import TensorBoard
-from midstream.work import run_stage
+from midstream.work import choices, run_stage
 
 
 @pytest.fixture
@@ -33,8 +34,8 @@ def on_gpu(
     ledger: Ledger, machine: Machine, size: float, monkeypatch: pytest.MonkeyPatch
 ) -> run_stage.StageRunner:
     runner = tiny.runner(ledger, machine=machine)
-    runner.device = torch.device("cuda")
-    monkeypatch.setattr(run_stage, "device_bytes", lambda device: size)
+    runner.place = replace(runner.place, device=torch.device("cuda"))
+    monkeypatch.setattr(choices, "device_bytes", lambda device: size)
     return runner
 
 
@@ -51,6 +52,68 @@ def test_a_gpu_takes_as_many_rows_as_the_plan_says_that_fit(
     small = on_gpu(tiny_ledger, machine, 1, monkeypatch)
     assert small.machine_for(tiny.TEXT).micro_batch_rows == 1
     assert "1 rows, and the plan says that it does not fit" in capsys.readouterr().err
+
+
+def test_what_was_measured_on_a_gpu_is_taken_there_and_for_that_size_alone(
+    tiny_ledger: Ledger, bytes_of_four_rows: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = choices.Best(
+        device="NVIDIA Z1",
+        decoder_parameters=tiny.DECODER.num_parameters,
+        row_length=tiny.ROWS.row_length,
+        pictures=False,
+        compile="off",
+        micro_batch_rows=2,
+        tokens_per_second=1e6,
+        torch="2.13",
+    )
+    machine = tiny.MACHINE.model_copy(update={"micro_batch_rows": None})
+    runner = on_gpu(tiny_ledger, machine, bytes_of_four_rows, monkeypatch)
+    longer = tiny.text_run(rows=Rows(row_length=96, batch_rows=8))
+
+    def taken(stage: Trained, entries: tuple[choices.Best, ...], name: str) -> tuple[bool, int]:
+        monkeypatch.setattr(choices, "measured", lambda: entries)
+        monkeypatch.setattr(choices, "device_name", lambda device: name)
+        place = choices.place_for(stage, machine, runner.place)
+        rows = runner.machine_for(stage).micro_batch_rows
+        assert rows is not None
+        return place.compile_blocks, rows
+
+    assert taken(tiny.TEXT, (best,), "NVIDIA Z1") == (False, 2)
+    large = best.model_copy(update={"micro_batch_rows": 64})
+    assert taken(tiny.TEXT, (large,), "NVIDIA Z1") == (False, 4)  # more do not fit
+    for stage, entries, name in (
+        (tiny.TEXT, (), "NVIDIA Z1"),
+        (tiny.TEXT, (best,), "NVIDIA Z2"),
+        (tiny.TEXT, (best.model_copy(update={"pictures": True}),), "NVIDIA Z1"),
+    ):
+        assert taken(stage, entries, name) == (True, 4)
+    assert taken(longer, (best,), "NVIDIA Z1")[0]
+    chosen = machine.model_copy(update={"compile": "blocks"})
+    monkeypatch.setattr(choices, "measured", lambda: (best,))
+    place = replace(runner.place, compile_blocks=True)
+    assert choices.place_for(tiny.TEXT, chosen, place).compile_blocks
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (2, r"micro-batches of 2 rows do not .*of memory\); give --machine micro_batch_rows=1, or"),
+        (1, r"micro-batches of 1 rows do not .*; give --machine activation_checkpointing=blocks"),
+    ],
+)
+def test_a_step_that_does_not_fit_is_named_with_what_would_make_it_fit(
+    tiny_ledger: Ledger, tmp_path: Path, rows: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_given: object, **_options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has")
+
+    monkeypatch.setattr(loop, "train_step", full)
+    machine = tiny.MACHINE.model_copy(update={"micro_batch_rows": rows})
+    with pytest.raises(RuntimeError, match=said):
+        tiny.runner(tiny.store_with(tiny_ledger, tmp_path, tiny.DATA), machine=machine).run(
+            tiny.TEXT
+        )
 
 
 def test_a_choice_and_a_cpu_take_what_they_took(

@@ -221,8 +221,9 @@ class Machine(Config):
     shard_ranks: Positive | None = None
     # A rank that is this long behind the others, or silent, is named and ends the stage.
     rank_timeout_seconds: Annotated[float, Field(gt=0)] = 45.0
-    # auto: float32 on a CPU; on a GPU the faster of the two, as measured at the start.
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    # auto: float32 on a CPU; on a GPU the faster of the two, as measured at the start. float8: the
+    # products of the decoder's blocks, the others in bfloat16.
+    precision: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
     # blocks: each block of the decoder is compiled; auto: on a GPU.
     compile: Literal["auto", "off", "blocks"] = "auto"
     # blocks: only what enters a block is kept for the backward pass, the rest is computed again.

@@ -340,7 +340,7 @@ class StartChecks:
                     "parameters": parameter_table(self._model),
                     "ranks": self._place.world_size,
                     "device": str(self._place.device.type),
-                    "precision": str(self._place.precision).removeprefix("torch."),
+                    "precision": self._place.precision_name,
                     "threads": machine.threads,
                     "compiled": self._place.compile_blocks,
                     "code": code_digest(),

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from midstream.config import Machine
+from midstream.train.float8 import check_float8
 
 # How much faster bfloat16 must multiply than float32 to be what a device computes in by itself.
 # Processors without units for it take eight times as long, those with them half or less.
@@ -45,7 +46,13 @@ class Place:
     peak_flops: float = 0.0
     compile_blocks: bool = False
     checkpoint_blocks: bool = False
+    float8_blocks: bool = False
     note: str | None = None
+
+    @property
+    def precision_name(self) -> str:
+        """What the blocks' products are computed in."""
+        return "float8" if self.float8_blocks else str(self.precision).removeprefix("torch.")
 
     def autocast(self) -> AbstractContextManager[object]:
         """Matrix products in `precision`, over float32 weights."""
@@ -113,7 +120,8 @@ def set_up(machine: Machine) -> Place:
     On a CPU equal inputs then give equal bits for an equal number of threads. Where torchrun has
     started this process among others, the process groups and the mesh are made: one axis that
     shards, or with `shard_ranks` two, copies and shards. Raises ValueError where cuda is asked
-    for and there is none, or torchrun started another number of processes than `machine` says.
+    for and there is none, float8 where it cannot be, or torchrun started another number of
+    processes than `machine` says.
     """
     torch.set_num_threads(machine.threads)
     device = _device(machine)
@@ -154,6 +162,7 @@ def set_up(machine: Machine) -> Place:
         peak_flops=world_size * (2.0 * size**3 / product_seconds(device, precision, size)),
         compile_blocks=compiled,
         checkpoint_blocks=machine.activation_checkpointing == "blocks",
+        float8_blocks=machine.precision == "float8",
     )
 
 
@@ -180,7 +189,13 @@ def _keep_memory() -> None:
 
 
 def _precision(machine: Machine, device: torch.device) -> tuple[torch.dtype, str | None]:
-    """What was asked for; by itself float32 on a CPU, and on a GPU the faster of the two."""
+    """What was asked for; by itself float32 on a CPU, and on a GPU the faster of the two.
+
+    What is not in float8 is in bfloat16.
+    """
+    if machine.precision == "float8":
+        check_float8(device)
+        return torch.bfloat16, None
     # A CPU does not choose by measurement: a resumed stage has to go on with equal bits.
     gain = product_seconds(device, torch.float32) / product_seconds(device, torch.bfloat16)
     chosen = machine.precision

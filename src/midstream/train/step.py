@@ -36,6 +36,7 @@ from midstream.model.adapters import add_adapters, is_adapter
 from midstream.model.decoder import Decoder
 from midstream.model.vlm import VLM
 from midstream.model.weights import whole
+from midstream.train.float8 import to_float8
 from midstream.train.parallel import Place
 from midstream.train.placing import features_of, placed
 from midstream.train.totals import StepTotals, totals_of
@@ -145,6 +146,8 @@ def local(value: Tensor) -> Tensor:
 def _prepare_blocks(model: VLM, place: Place) -> None:
     model.compiled_blocks = place.compile_blocks
     for block in blocks_of(model):
+        if place.float8_blocks:
+            to_float8(block)
         if place.checkpoint_blocks:
             block.forward = partial(
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False

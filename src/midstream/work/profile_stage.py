@@ -63,11 +63,11 @@ def profile(request: ProfileRequest, channel: Channel) -> dict[str, Any]:
             f"{label(stage)} has {job.dataset.plan.num_steps} steps, {needed} are wanted; "
             "give a smaller --steps"
         )
-    steps = _Steps(job, runner, stage)
+    steps = Steps(job, runner, stage)
     for _ in range(WARM_STEPS):
         steps.take(Clock(runner.device))
     forget_peak(runner.device)
-    seconds, meters = _measured(steps, request.steps)
+    seconds, meters = measured(steps, request.steps)
     out.mkdir(parents=True, exist_ok=True)
     kinds = [profiler.ProfilerActivity.CPU]
     kinds += [profiler.ProfilerActivity.CUDA] if runner.device.type == "cuda" else []
@@ -78,7 +78,7 @@ def profile(request: ProfileRequest, channel: Channel) -> dict[str, Any]:
     summary = {
         "stage": label(stage),
         "device": str(runner.device),
-        "precision": str(runner.place.precision).removeprefix("torch."),
+        "precision": runner.place.precision_name,
         "torch": torch.__version__,
         "machine": request.machine.model_dump(mode="json"),
         "steps": request.steps,
@@ -94,7 +94,7 @@ def profile(request: ProfileRequest, channel: Channel) -> dict[str, Any]:
     return meters
 
 
-class _Steps:
+class Steps:
     """The steps of a training job, one by one; the weights stay, so that all do equal work."""
 
     def __init__(self, job: Job, runner: StageRunner, stage: Trained) -> None:
@@ -137,7 +137,7 @@ class _Steps:
             self.taken.read()
 
 
-def _measured(steps: _Steps, num_steps: int) -> tuple[float, dict[str, Any]]:
+def measured(steps: Steps, num_steps: int) -> tuple[float, dict[str, Any]]:
     """The seconds of so many steps, and their meters."""
     job, place = steps.job, steps.place
     clock, counts, images, attended = Clock(place.device), TokenCount(), 0, 0

@@ -9,13 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
+import torch
+
 from midstream.config import ContinuedCosine, Machine
 from midstream.config.training import check_start
 from midstream.core.identity import FORMAT_VERSION, digest, kept_digests
 from midstream.core.storage import remove_folder
 from midstream.core.tokens import TokenCount
 from midstream.cost.pictures import choice_for, feature_folder, feature_plan
-from midstream.cost.price import rows_that_fit
 from midstream.data.feature_store import FeatureStore, StoredImages, unchanged
 from midstream.data.images import Encode, LiveImages, encode_fixed
 from midstream.data.prepare import (
@@ -58,12 +59,12 @@ from midstream.train.metrics import Tracking, tracking_of
 from midstream.train.parallel import (
     ALONE,
     data_workers,
-    device_bytes,
     forget_peak,
     peak_memory,
     set_up,
 )
 from midstream.train.step import build_model
+from midstream.work.choices import machine_for, place_for, too_large
 from midstream.work.evaluate_stage import (
     encoder_stage,
     evaluate_stage,
@@ -255,6 +256,7 @@ class StageRunner:
         held = plan_held_out(sources, training, patches)
         (images, *others), encode = self._seeing(stage, [(plan, sources), *held])
         dataset = RowDataset(plan, sources, patches, images)
+        self.place = place_for(stage, self.machine, self.place)
         model = build_model(stage.model, training, self.place)
         initialise(model, training.seed)
         return Job(
@@ -272,16 +274,19 @@ class StageRunner:
 
     def _train(self, stage: Trained) -> dict[str, Any]:
         folder = self.ledger.folder(stage)
-        job = self.job(stage, folder)
-        results = train(
-            job,
-            self.machine_for(stage),
-            self.place,
-            report=self.report,
-            should_stop=self.should_stop,
-            watch=self.watch,
-            tracking=self._tracking,
-        )
+        job, machine = self.job(stage, folder), self.machine_for(stage)
+        try:
+            results = train(
+                job,
+                machine,
+                self.place,
+                report=self.report,
+                should_stop=self.should_stop,
+                watch=self.watch,
+                tracking=self._tracking,
+            )
+        except torch.OutOfMemoryError as error:
+            raise too_large(stage, machine, error) from error
         if not isinstance(stage, Pretrain):
             progress = checkpoint.Progress(
                 step=results["steps"],
@@ -296,21 +301,8 @@ class StageRunner:
         return results
 
     def machine_for(self, stage: Trained) -> Machine:
-        """The machine, and on a GPU the micro-batch that fits where none was chosen."""
-        if self.machine.micro_batch_rows is not None or self.device.type != "cuda":
-            return self.machine
-        fit = rows_that_fit(stage, self.ledger, self.machine, device_bytes(self.device))
-        if fit is None:
-            return self.machine
-        # Ranks may have different GPUs, and go through equally many micro-batches.
-        rows = min(self.place.gather(max(fit.micro_rows, 1)))
-        if self.place.rank == 0:
-            room = "" if fit.fits else ", and the plan says that it does not fit"
-            print(
-                f"micro-batches of {rows} rows{room}; --machine micro_batch_rows=N sets others",
-                file=sys.stderr,
-            )
-        return self.machine.model_copy(update={"micro_batch_rows": rows})
+        """The machine, with what it leaves open chosen for the stage."""
+        return machine_for(stage, self.ledger, self.machine, self.place)
 
     def _origin(self, stage: Trained) -> dict[str, str]:
         """What the stage's checkpoints are of."""
