@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -22,6 +23,7 @@ settings.load_profile("midstream")
 
 # Calls are checked where signatures have shapes; mypy has read all the others.
 SOURCES = Path(__file__).parents[1] / "src"
+FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
 install_import_hook(
     [
         ".".join(path.relative_to(SOURCES).with_suffix("").parts)
@@ -57,19 +59,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cheap_processes() -> Iterator[None]:
+def cheap_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No waiting for disks, and one server to fork from, which has imported all that any needs.
 
     What is killed in a test is a process, not the machine: the order of writes is what counts,
     and that stays.
     """
     import lives
+    import warm
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         lives.server()
         # It starts when first asked for; whoever that is would have it import its own only.
         patch.setattr(BaseContext, "set_forkserver_preload", lambda self, names: None)
+        program = warm.executable(tmp_path_factory.mktemp("warm"), FAKE_WORKER)
+        patch.setattr(sys, "executable", program)
         yield
 
 
