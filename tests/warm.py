@@ -146,9 +146,10 @@ def _run(places: "array.array[int]", words: list[str], environment: dict[str, st
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN if number == signal.SIGPIPE else signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdin = io.TextIOWrapper(open(0, "rb", closefd=False))
+    sys.stdin = io.TextIOWrapper(io.FileIO(0, "r", closefd=False))  # type: ignore[arg-type]
     sys.stdout, sys.stderr = (
-        io.TextIOWrapper(open(n, "wb", 0, closefd=False), write_through=True) for n in (1, 2)
+        io.TextIOWrapper(io.FileIO(n, "w", closefd=False), write_through=True)  # type: ignore[arg-type]
+        for n in (1, 2)
     )
     sys.argv = words[1:] if words[0] == "-m" else words
     code: object = 0
