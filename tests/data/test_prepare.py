@@ -54,9 +54,9 @@ def tokenizer_of(out: Path) -> TokenizerFile:
 
 def test_a_folder_is_indexed_from_end_to_end(root: Path, tmp_path: Path) -> None:
     out, notes = tmp_path / "out", []
-    before = folder_fingerprint(root)
+    before = times(root)
     results = prepare(world_of(root), TRAINED, out, lambda done, what: notes.append((done, what)))
-    assert folder_fingerprint(root) == before
+    assert times(root) == before
     assert sorted(path.name for path in out.iterdir()) == ["sources", "tokenizer.json"]
     shards = list(out.glob("sources/*/source/shards/*"))
     assert len(shards) == 5
@@ -361,9 +361,3 @@ def test_the_fingerprint_of_a_world_reads_no_byte_of_a_prepared_source(
     assert world_fingerprint(root) != one
     with pytest.raises(FileNotFoundError, match="nowhere"):
         world_fingerprint(root / "nowhere")
-
-
-def test_the_stage_does_not_prepare_in_the_users_folder(root: Path, tmp_path: Path) -> None:
-    before = times(root)
-    prepared(root, tmp_path / "out")
-    assert times(root) == before
