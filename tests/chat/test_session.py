@@ -13,13 +13,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 import tiny
 from answerers import written
-from midstream.chat.session import (
-    ChatSession,
-    ChatSettings,
-    TextPieces,
-    caution,
-    describe,
-)
+from midstream.chat.session import ChatSession, ChatSettings, TextPieces, caution, describe
 from midstream.config import AnyDecoderConfig, TransformersDecoderConfig
 from midstream.data.examples import TextCodec, question_ids
 from midstream.data.images import decode_pixels

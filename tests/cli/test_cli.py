@@ -318,11 +318,7 @@ def test_a_finished_study_has_nothing_to_do(
     ],
 )
 def test_the_exit_code_tells_how_a_run_ended(
-    file: Path,
-    store: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    outcome: Outcome,
-    code: int,
+    file: Path, store: Path, monkeypatch: pytest.MonkeyPatch, outcome: Outcome, code: int
 ) -> None:
     monkeypatch.setattr(local, "run", lambda *_, **__: outcome)
     result = midstream("run", f"{file}:study", "--store", store)
@@ -445,14 +441,7 @@ def test_peak_memory_is_the_sum_of_the_largest_stage_of_each_worker(
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [
-        (None, "unknown"),
-        (0, "0"),
-        (999, "999"),
-        (1000, "1 k"),
-        (2.5e13, "25 T"),
-        (3.1e21, "3.1 Z"),
-    ],
+    [(None, "unknown"), (0, "0"), (999, "999"), (1000, "1 k"), (2.5e13, "25 T"), (3.1e21, "3.1 Z")],
 )
 def test_quantities_have_three_digits_and_a_unit(value: float | None, text: str) -> None:
     assert quantity(value) == text

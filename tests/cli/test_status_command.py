@@ -54,11 +54,7 @@ def midstream(*arguments: object) -> Result:
 
 
 MADE = {"kind": "text", "num_examples": 10, "num_tokens": 900, "num_images": 0}
-RESULTS = {
-    "seconds": 10.0,
-    **MADE,
-    "distinct_images": 0,
-}
+RESULTS = {"seconds": 10.0, **MADE, "distinct_images": 0}
 
 
 def finish(ledger: Ledger, *stages: Stage) -> None:
@@ -109,9 +105,7 @@ def test_status_as_json_has_every_stage(ledger: Ledger, held: ExitStack) -> None
     assert [one["label"] for one in study["stages"]] == [label(one) for one in order(STUDY)]
 
 
-def test_an_unknown_study_is_answered_with_the_nearest_of_store_and_recipes(
-    ledger: Ledger,
-) -> None:
+def test_an_unknown_study_is_answered_with_the_nearest_of_store_and_recipes(ledger: Ledger) -> None:
     result = midstream("status", "mine.smal", "--store", ledger.store)
     assert result.exit_code == 2
     assert "did you mean 'mine.small'?" in result.stderr

@@ -29,12 +29,7 @@ from midstream.config import (
 )
 from midstream.config.connectors import connector_flops, untaken_flops
 from midstream.config.model import attention_flops, decoder_flops, encoder_flops, head_flops
-from midstream.cost.cost import (
-    connector_parameters,
-    cost,
-    encoder_parameters,
-    model_parameters,
-)
+from midstream.cost.cost import connector_parameters, cost, encoder_parameters, model_parameters
 from midstream.cost.graph import order
 from midstream.cost.known import facts_of_results
 from midstream.cost.workload import SAMPLE_ROWS, workload
@@ -82,11 +77,7 @@ SOURCES = {
 @contextmanager
 def counting() -> Iterator[FlopCounterMode]:
     """Counts with the plain attention, since torch does not count the fused one of the CPU."""
-    with (
-        FlopCounterMode(display=False) as counter,
-        sdpa_kernel(SDPBackend.MATH),
-        torch.no_grad(),
-    ):
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         yield counter
 
 

@@ -28,12 +28,7 @@ from midstream.config import EncoderConfig
 from midstream.config.model import FILL_BATCH, picture_bytes
 from midstream.core.storage import CorruptError, read_json
 from midstream.data.feature_store import FeatureStore, HashIndex
-from midstream.data.images import (
-    encode_fixed,
-    encode_raw,
-    pack,
-    unpack,
-)
+from midstream.data.images import encode_fixed, encode_raw, pack, unpack
 from midstream.data.sources import Source
 from midstream.model.vision import build_encoder
 from midstream.model.weights import initialise

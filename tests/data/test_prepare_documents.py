@@ -99,11 +99,7 @@ def test_documents_are_prepared_with_their_pictures_in_place(tmp_path: Path) -> 
     ("lost", "kept", "left_out"),
     [
         ("picture", ["z\n\na\n\nb", 1, "c"], {"picture cannot be decoded": 1}),
-        (
-            "text",
-            ["z", 1, "c"],
-            {"picture cannot be decoded": 1, "text beside a lost picture": 2},
-        ),
+        ("text", ["z", 1, "c"], {"picture cannot be decoded": 1, "text beside a lost picture": 2}),
         ("document", None, {}),
     ],
 )

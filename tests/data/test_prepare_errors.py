@@ -166,11 +166,7 @@ REFUSED: dict[str, Broken] = {
         FileNotFoundError,
         "instruct/talks is no file, folder",
     ),
-    "llava.json that is no JSON": (
-        written("instruct/talks/llava.json", b"[{]"),
-        ValueError,
-        LLAVA,
-    ),
+    "llava.json that is no JSON": (written("instruct/talks/llava.json", b"[{]"), ValueError, LLAVA),
     "corrupt picture that all share": (
         written("instruct/talks/photos/1.png", png(1)[:60]),
         ValueError,

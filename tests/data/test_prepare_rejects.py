@@ -173,9 +173,7 @@ def test_the_limit_is_a_share_of_the_records_and_going_over_it_ends_with_the_lis
     assert len(listed(out)) == bad
 
 
-def test_a_long_list_of_rejects_is_cut_in_the_message_and_whole_in_its_file(
-    tmp_path: Path,
-) -> None:
+def test_a_long_list_of_rejects_is_cut_in_the_message_and_whole_in_its_file(tmp_path: Path) -> None:
     source, out = write_texts(tmp_path / "in", 3, 50, bad=range(0, 150, 2)), tmp_path / "out"
     with pytest.raises(ValueError, match="75 of 150 records") as caught:
         run("text", source, out)

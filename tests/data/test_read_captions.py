@@ -9,16 +9,7 @@ from typing import Any
 import fsspec
 import pyarrow
 import pytest
-from made_captions import (
-    captions,
-    img2dataset,
-    joined,
-    outcome,
-    picture,
-    read,
-    write,
-    write_tar,
-)
+from made_captions import captions, img2dataset, joined, outcome, picture, read, write, write_tar
 from made_inputs import OPTIONS, as_json, as_lines
 from pyarrow import parquet
 

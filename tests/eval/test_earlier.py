@@ -122,10 +122,7 @@ def add_unread(world: Path) -> None:
     ],
 )
 def test_only_tasks_whose_content_changed_are_asked_again(
-    first: First,
-    tmp_path: Path,
-    change: Callable[[Path], None],
-    asked: set[str],
+    first: First, tmp_path: Path, change: Callable[[Path], None], asked: set[str]
 ) -> None:
     root, before = first
     world = tmp_path / "elsewhere"

@@ -294,10 +294,7 @@ def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     data.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     own = {
         "dataset_path": "json",
-        "dataset_kwargs": {
-            "data_files": {"test": str(data)},
-            "cache_dir": str(tmp_path / "cache"),
-        },
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")},
         "test_split": "test",
         "doc_to_text": "{{q}}",
     }

@@ -216,10 +216,7 @@ def test_a_revision_that_the_cache_lacks_is_named_with_the_way_to_get_it(
     ],
 )
 def test_what_the_hub_refuses_is_told_with_the_remedy(
-    error: type[errors.HfHubHTTPError],
-    match: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    error: type[errors.HfHubHTTPError], match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any, **options: Any) -> str:
         response: Any = SimpleNamespace(headers={}, request=None, status_code=404)
@@ -409,10 +406,7 @@ AMISS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: change(f, **DENSE, **DENS),
         r"missing: .*dense.weight \[32, 32\]; nearest.*dens.weight",
     ),
-    "size": (
-        lambda f: settle(f, vocab_size=310),
-        r"embed_in.weight is .*\[300, 32\].*\[310, 32\]",
-    ),
+    "size": (lambda f: settle(f, vocab_size=310), r"embed_in.weight is .*\[300, 32\].*\[310, 32\]"),
     "infinite": (
         lambda f: change(f, **INFINITE),
         r"final_layer_norm.bias holds numbers that are not finite",

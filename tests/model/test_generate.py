@@ -291,12 +291,7 @@ def test_unusable_prompts_are_refused(plain: VLM) -> None:
 
 
 @pytest.mark.parametrize(
-    "sampling",
-    [
-        DRAWN,
-        Sampling(temperature=0.7, seed=1),
-        Sampling(top_p=0.5),
-    ],
+    "sampling", [DRAWN, Sampling(temperature=0.7, seed=1), Sampling(top_p=0.5)]
 )
 def test_drawn_answers_equal_a_reference_that_draws_token_by_token(sampling: Sampling) -> None:
     vlm, prompts = vlm_of("prefix"), random_prompts(6, 4)

@@ -97,10 +97,7 @@ def stages(made: Study) -> tuple[Finetune, Continue, LoadDecoder]:
 
 @pytest.fixture(scope="module")
 def ran(
-    folders: dict[str, str],
-    world: str,
-    prepared: Ledger,
-    tmp_path_factory: pytest.TempPathFactory,
+    folders: dict[str, str], world: str, prepared: Ledger, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Study, Ledger]:
     """The study, all of it done in a store of its own."""
     made = study(folders, world)

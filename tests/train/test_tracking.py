@@ -78,9 +78,7 @@ def test_held_out_losses_are_tracked_by_source() -> None:
     measured = {"web": {"loss": 2.5, "loss_other_picture": None, "num_targets": 7}}
     row = tracking_module._row({"step": 3, "loss": 3.0, "held_out": measured}, "train", 1.0)
     assert row == TrackedRow(
-        3,
-        {"train/loss": 3.0, "held_out/web/loss": 2.5, "held_out/web/num_targets": 7.0},
-        1.0,
+        3, {"train/loss": 3.0, "held_out/web/loss": 2.5, "held_out/web/num_targets": 7.0}, 1.0
     )
 
 
@@ -174,10 +172,7 @@ def test_a_tracker_gets_every_line_once_and_those_from_before_it_was_asked_for(
 
 @pytest.mark.parametrize("fails", ["begin", "send"])
 def test_a_tracker_that_fails_is_counted_told_once_and_changes_no_line(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    fails: str,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
     monkeypatch.setattr(tracking_module, "SEND_SECONDS", 0.001)
     path, recorder = tmp_path / "metrics.jsonl", Recorder(fails=[fails])

@@ -239,10 +239,7 @@ def test_saved_pictures_are_what_the_encoder_sees(
 
 
 def test_markers_stand_for_colours_where_there_are_none(
-    tmp_path: Path,
-    sources: dict[str, Source],
-    codec: TextCodec,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, sources: dict[str, Source], codec: TextCodec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     shown = shown_of(sources, codec, mixture(300, talks=1.0))
@@ -335,10 +332,7 @@ def test_the_mixture_table_counts_what_the_rows_hold(
 def test_a_pool_and_how_often_its_pictures_come_are_told_before_anything_runs(
     sources: dict[str, Source], codec: TextCodec
 ) -> None:
-    amounts = (
-        Amount(source="pics", epochs=5, pool=3),
-        Amount(source="web", tokens=50),
-    )
+    amounts = (Amount(source="pics", epochs=5, pool=3), Amount(source="web", tokens=50))
     shown, stream = shown_of(sources, codec, Amounts(amounts=amounts)), io.StringIO()
     print_stats(shown, 4, Console(file=stream, highlight=False, width=200))
     text = stream.getvalue()
@@ -414,10 +408,7 @@ def contents(store: Path) -> dict[Path, int]:
 
 @pytest.mark.slow
 def test_the_command_shows_any_training_stage_before_it_has_run_and_changes_no_store(
-    recipe: str,
-    tiny_ledger: Ledger,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
+    recipe: str, tiny_ledger: Ledger, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     before, out = contents(tiny_ledger.store), tmp_path / "pictures"
     # Without options: the first row of the first continue, in a process as for everybody.

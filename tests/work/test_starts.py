@@ -35,11 +35,7 @@ from tiny import TEXT
 HIGH_END = WarmupCosine(peak_rate=tiny.RATE, end_rate=1e-3, warmup_fraction=0.1)
 FROM_TEXT = ContinueFrom(stage=TEXT, completion=0.4)
 ALIGNED = tiny.image_run(
-    FROM_TEXT,
-    total_tokens=4_000,
-    schedule=HIGH_END,
-    freeze_decoder=True,
-    encoder_rate_factor=0.5,
+    FROM_TEXT, total_tokens=4_000, schedule=HIGH_END, freeze_decoder=True, encoder_rate_factor=0.5
 )
 
 
