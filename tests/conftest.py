@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import pytest
@@ -59,7 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cheap_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def cheap_processes() -> Iterator[None]:
     """No waiting for disks, and one server to fork from, which has imported all that any needs.
 
     What is killed in a test is a process, not the machine: the order of writes is what counts,
@@ -68,13 +69,13 @@ def cheap_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     import lives
     import warm
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
         patch.setattr(os, "fsync", lambda descriptor: None)
         lives.server()
         # It starts when first asked for; whoever that is would have it import its own only.
         patch.setattr(BaseContext, "set_forkserver_preload", lambda self, names: None)
-        program = warm.executable(tmp_path_factory.mktemp("warm"), FAKE_WORKER)
-        patch.setattr(sys, "executable", program)
+        if hasattr(os, "pidfd_open"):
+            patch.setattr(sys, "executable", warm.executable(Path(folder), FAKE_WORKER))
         yield
 
 

@@ -20,7 +20,7 @@ import threading
 import traceback
 from contextlib import suppress
 from importlib import import_module
-from multiprocessing import current_process
+from multiprocessing.process import _children  # type: ignore[attr-defined]
 from pathlib import Path
 
 from lives import server
@@ -81,7 +81,10 @@ def _start(calls: socket.socket) -> None:
     """Start the server once it is called."""
     select.select([calls], [], [])
     with calls:
-        server().Process(target=serve, args=(calls, os.getpid()), daemon=True).start()
+        process = server().Process(target=serve, args=(calls, os.getpid()))
+        process.start()
+    # It is no child that a test counts, ends or waits for.
+    _children.discard(process)
 
 
 def serve(calls: socket.socket, tests: int) -> None:
@@ -89,8 +92,6 @@ def serve(calls: socket.socket, tests: int) -> None:
     for module in IMPORTED:
         import_module(module)
     gc.freeze()
-    # What is forked here may have processes of its own; a process that dies with the tests may not.
-    current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     # What is killed in a test is a process, not the machine.
     os.fsync = lambda descriptor: None

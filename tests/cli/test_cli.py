@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner, Result
 
+from inputs import midstream
 from midstream import __version__
 from midstream.cli import catalogue, plan_command
-from midstream.cli.app import app
 from midstream.core.tokens import counted, quantity
 from midstream.cost.graph import order, plan
 from midstream.launch import local, terminal
@@ -71,10 +70,6 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
-
-
-def midstream(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def refused(*arguments: object) -> str:

@@ -9,11 +9,10 @@ import pytest
 import typer
 from filelock import FileLock
 from rich.console import Console
-from typer.testing import CliRunner, Result
 
 import tiny
+from inputs import midstream
 from midstream.cli import run_commands
-from midstream.cli.app import app
 from midstream.cli.catalogue import keep_asked
 from midstream.core.tokens import duration
 from midstream.cost.graph import order
@@ -47,10 +46,6 @@ def ledger(tmp_path: Path) -> Ledger:
 def held() -> Iterator[ExitStack]:
     with ExitStack() as stack:
         yield stack
-
-
-def midstream(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 MADE = {"kind": "text", "num_examples": 10, "num_tokens": 900, "num_images": 0}

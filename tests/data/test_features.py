@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import make_source, png
+from made import make_source
 from made_features import (
     CODED,
     CONFIG,
@@ -24,6 +24,7 @@ from made_features import (
 )
 from torch import Tensor
 
+from inputs import png
 from midstream.config import EncoderConfig
 from midstream.config.model import FILL_BATCH, picture_bytes
 from midstream.core.storage import CorruptError, read_json

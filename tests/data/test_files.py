@@ -18,8 +18,9 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_inputs import Put, as_lines, run, tar
+from made_inputs import Put, as_lines, run
 
+from inputs import tar
 from midstream.data.formats import copies
 from midstream.data.formats import files as files_module
 from midstream.data.formats.copies import refuse_twins

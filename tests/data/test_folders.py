@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made import png
 from made_inputs import Put, as_lines, read_all, run, texts_of, write_pictures
 from made_world import samples, write_tar
 
+from inputs import png
 from midstream.core.digests import is_note
 from midstream.core.identity import text_column
 from midstream.core.storage import read_json

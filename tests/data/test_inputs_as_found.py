@@ -12,11 +12,11 @@ from typing import Any
 
 import pyarrow
 import pytest
-from made import png
 from made_captions import outcome, write
-from made_inputs import Put, as_json, as_lines, read_all, run, tar
+from made_inputs import Put, as_json, as_lines, read_all, run
 from pyarrow import parquet
 
+from inputs import png, tar
 from midstream.core.digests import is_text
 from midstream.data.formats.records import ReadOptions
 

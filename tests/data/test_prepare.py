@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from made import png, supervised
+from made import supervised
 from made_inputs import run, times
 from made_world import (
     CAPTIONS,
@@ -24,6 +24,7 @@ from made_world import (
     write_world,
 )
 
+from inputs import png
 from midstream.config import PocketWorld, TokenizerFile, TrainedTokenizer
 from midstream.core.identity import file_sha256, folder_fingerprint, world_fingerprint
 from midstream.core.storage import verify

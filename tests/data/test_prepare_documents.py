@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made import png
 from made_inputs import OPTIONS, contents, run, tokenizer_file
 
+from inputs import png
 from midstream.config import Epochs, PublicFolder, Rows, TokenizerFile
 from midstream.core.identity import world_fingerprint
 from midstream.core.storage import read_json

@@ -11,7 +11,6 @@ from typing import Any
 import fsspec
 import pytest
 import zstandard
-from made import png
 from made_inputs import run, texts_of, times, write_texts
 from made_world import (
     CAPTIONS,
@@ -27,6 +26,7 @@ from made_world import (
     write_world,
 )
 
+from inputs import png
 from midstream.config import TokenizerFile
 from midstream.core.identity import file_sha256
 from midstream.core.storage import read_json, verify

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made import png, supervised
+from made import supervised
 from made_inputs import run, texts_of, times, tokenizer_file, write_pictures, write_texts
 from made_world import TALKS, jpeg, samples, write_tar
 
+from inputs import png
 from midstream.data import shard_workers as prepare_workers
 from midstream.data.examples import TextCodec
 from midstream.data.images import decode

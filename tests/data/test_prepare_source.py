@@ -17,7 +17,6 @@ import pytest
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import png
 from made_inputs import (
     changed_shards,
     contents,
@@ -30,6 +29,7 @@ from made_inputs import (
 )
 from made_world import CAPTIONS, samples, write_tar
 
+from inputs import png
 from midstream.core.storage import read_json, verify
 from midstream.data import shards as prepare_records
 from midstream.data import source_writer
@@ -210,7 +210,7 @@ SCRIPT = """
 import resource
 import sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from made_inputs import run
 
 if __name__ == "__main__":
@@ -226,7 +226,8 @@ def start(
 ) -> "subprocess.Popen[str]":
     """Prepare in a process of its own, which may write files of that size."""
     script = tmp_path / "prepare_it.py"
-    values = {"tests": str(Path(__file__).parent), "source": str(source), "workers": workers}
+    tests = [str(folder) for folder in Path(__file__).parents[:2]]
+    values = {"tests": tests, "source": str(source), "workers": workers}
     values["max_file_bytes"] = max_file_bytes
     values |= {"out": str(tmp_path / "out"), "tokenizer": str(tokenizer_file())}
     script.write_text(SCRIPT.format(**values))

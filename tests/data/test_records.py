@@ -10,8 +10,8 @@ import fsspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_inputs import Members, tar
 
+from inputs import Members, tar
 from midstream.data.formats import json_records, records
 from midstream.data.formats.json_records import json_object, list_entries, unicode_problem
 from midstream.data.formats.records import TOO_LARGE, TWICE, UNSAFE, Member, samples_of, scan_tar

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from typer.testing import CliRunner
 
 import tiny
 from clusters import REAL
-from midstream.cli.app import app
+from inputs import byte_tokenizer, midstream
 from midstream.config import SlurmSettings
 from midstream.data.formats.records import ReadOptions
 from midstream.launch.slurm import run_on_slurm
@@ -46,12 +44,7 @@ class Source:
         for number in range(NUM_FILES):
             lines = (json.dumps({"text": f"line {n} of {number}"}) for n in range(num_lines))
             (self.texts / f"{number}.jsonl").write_text("\n".join(lines) + "\n")
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        vocab = {token: n for n, token in enumerate([*alphabet, "<start>"])}
-        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-        tokenizer.add_special_tokens(["<start>"])
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.save(str(folder / "tokenizer.json"))
+        byte_tokenizer(folder, "<start>")
 
     def words(self, *more: str) -> list[str]:
         """The command; `more` stands at its end."""
@@ -289,7 +282,7 @@ def test_what_slurm_cannot_give_is_refused_and_workers_are_of_this_machine(sourc
         ("--slurm-set", "cpus=2"): "go with --slurm",
     }
     for options, told in refused.items():
-        ended = CliRunner().invoke(app, source.words(*options))
+        ended = midstream(*source.words(*options))
         assert (ended.exit_code, told in ended.stderr) == (2, True), ended.stderr
     assert source.jobs() == {}
 

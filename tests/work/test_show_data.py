@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 import tiny
 from in_process import events_of, stay_here
+from inputs import png
 from midstream.cli.app import app
 from midstream.cli.catalogue import training_stage
 from midstream.config import Amount, Amounts, Budget, Epochs, ImageTransform, Mixture, Rows
@@ -43,14 +44,6 @@ PATCHES, SIZE = 4, 12
 TEXTS = [f"Text {n}: {'the river is wide, ' * (n % 9)}and it ends." for n in range(40)]
 CAPTIONS = [f"a boat number {n} on {'very ' * (n % 4)}blue water" for n in range(30)]
 TURNS = [[("What is it?", f"A boat, {n}."), ("Which one?", "The red one.")] for n in range(12)]
-
-
-def png(number: int) -> bytes:
-    """A wide picture of its own for every number."""
-    pixels = np.random.default_rng(number).integers(0, 255, (5, 8, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def mixture(total_tokens: int, **shares: float) -> Mixture:
@@ -91,7 +84,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory, codec: TextCodec) -> dict[
         for number, item in enumerate(items):
             content, image = name.encode() + bytes([number]), None
             if name == "pics":
-                content = png(number)
+                content = png(number, (8, 5))
                 (base / f"{number}.png").write_bytes(content)
                 image = Placed(f"{number}.png", 0, len(content))
             writer.add(
