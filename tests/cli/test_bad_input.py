@@ -257,9 +257,6 @@ def test_the_log_that_a_message_points_to_holds_the_traceback(ran: Ran) -> None:
     assert "Traceback" in log.read_text()
 
 
-# -------------------------------------------------------------------- refused before anything runs
-
-
 @pytest.fixture
 def finished(tiny_ledger: Ledger, file: Path, tmp_path: Path) -> tuple[Ledger, Path]:
     """A store in which the preparation of a user's folder is done, and the folder."""

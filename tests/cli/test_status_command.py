@@ -74,9 +74,6 @@ def drawn(seen: Overview, width: int, height: int | None = None) -> str:
     return console.export_text()
 
 
-# ---------------------------------------------------------------------------------- status
-
-
 def test_status_shows_what_runs_and_counts_the_rest(ledger: Ledger, held: ExitStack) -> None:
     finish(ledger, tiny.WORLD, tiny.ENCODER_STAGE)
     run(held, ledger, tiny.TEXT)
@@ -153,9 +150,6 @@ def test_a_lock_is_seen_by_those_who_may_only_read_it(tmp_path: Path) -> None:
         pass
 
 
-# ------------------------------------------------------------------------- which study is meant
-
-
 def renamed(name: str) -> Study:
     return STUDY.model_copy(update={"name": name})
 
@@ -205,9 +199,6 @@ def test_a_study_of_a_file_is_found_by_what_run_was_given(ledger: Ledger, tmp_pa
     result = midstream("status", f"{file}:study", "--store", ledger.store)
     assert result.exit_code == 0, result.output
     assert "mine.small" in result.stdout
-
-
-# ---------------------------------------------------------------------------------- the table
 
 
 def stage_view(number: int, state: str = "running", **values: object) -> StageView:
@@ -277,9 +268,6 @@ def test_totals_say_what_is_behind_a_failed_stage_and_whose_time_is_not_known() 
 )
 def test_durations_have_two_units_at_most(seconds: float, text: str) -> None:
     assert duration(seconds) == text
-
-
-# ---------------------------------------------------------------------------------- watching
 
 
 def watched(
@@ -365,9 +353,6 @@ def test_watching_as_json_prints_a_line_a_look(
     run_commands._watch([Board(STUDY, ledger)], 1.0, True, lambda seconds: end())
     looks = [json.loads(line)["studies"][0] for line in capsys.readouterr().out.splitlines()]
     assert [look["counts"]["running"] for look in looks] == [1, 0]
-
-
-# ---------------------------------------------------------------------------------- logs
 
 
 @pytest.fixture

@@ -241,9 +241,6 @@ def test_a_generated_source_follows_from_its_own_part_of_the_world(
     assert folder_fingerprint(folders[0]) == folder_fingerprint(folders[1])
 
 
-# ------------------------------------------------------------------- sources prepared before
-
-
 def replace_by_prepared(root: Path, tmp_path: Path, names: list[str], tokenizer: Path) -> None:
     """Prepare sources of the world with the command's engine, and put that in their place."""
     for name in names:

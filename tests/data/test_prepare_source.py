@@ -204,8 +204,6 @@ def test_the_validation_split_and_the_training_split_make_up_the_whole(tmp_path:
     assert sorted(parts[0] + parts[1]) == sorted(texts_of(Source("s", tmp_path / "all")))
 
 
-# ------------------------------------------------------------------- stopped in the middle
-
 SCRIPT = """
 import resource
 import sys
@@ -390,8 +388,6 @@ def test_two_preparations_of_one_folder_at_a_time_are_refused(tmp_path: Path) ->
         thread.submit(run, "text", source, out).result()
     assert run("text", source, out)["records"] == 6
 
-
-# -------------------------------------------------------------------------------- batches
 
 RECORDS = st.one_of(
     st.builds(TextRecord, st.just("w"), st.text(max_size=50)),

@@ -257,9 +257,6 @@ def test_answers_of_another_version_are_asked_again(
     assert heard == set(TASKS)
 
 
-# ------------------------------------------------------------------------------- what is printed
-
-
 def listed(data: Path) -> str:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as told:
         patch.setenv("COLUMNS", "400")

@@ -161,8 +161,6 @@ def test_a_picture_that_cannot_be_decoded_is_named(answerer: ModelAnswerer, tmp_
         written(answerer, ["Where?"], [tmp_path / "torn.jpg"])
 
 
-# ----------------------------------------------------------------------------- log-likelihoods
-
 PAIRS = (
     ("The circle is", " red"),
     ("The circle is", " blue and it is on the left of the star"),

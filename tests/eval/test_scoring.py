@@ -291,8 +291,6 @@ def test_a_box_keeps_its_pixels_in_the_square_that_its_picture_is_padded_to(
     assert wide == pytest.approx((0.1, 0.125, 0.5, 0.875))
 
 
-# ------------------------------------------------------------------------------------ averages
-
 # Paper, Table 7, in per cent: AGIEval, ARC-easy, CC, CS algorithms, COPA, HellaSwag, MathQA,
 # PIQA, PubMedQA.
 TEXT_CHANCE = [20, 25, 25, 25, 50, 25, 20, 50, 100 / 3]

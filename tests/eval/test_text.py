@@ -148,8 +148,6 @@ def test_the_adaptor_generates_up_to_a_stop_and_rolls_whole_texts() -> None:
     assert model.loglikelihood_rolling([SimpleNamespace(args=("four",))]) == [-4.0]
 
 
-# --------------------------------------------------------------------- models of other people
-
 WORDS = ("What", "is", "a", "cat", "dog", "red", "?", "Answer", ":", "it", "the", "end", "4")
 PAIRS = [
     ("What is a cat ?", " red dog"),
@@ -274,9 +272,6 @@ def test_an_imported_decoder_follows_its_tokenizers_rule(begins: bool, tmp_path:
     behind = ours.loglikelihood([("", "the cat is red")])[0][0]
     # As in the harness, the token that begins a text is one of those that are summed.
     assert whole < behind - 0.1 if begins else whole == pytest.approx(behind, abs=1e-4)
-
-
-# --------------------------------------------------------------------------- tasks of the harness
 
 
 @pytest.fixture

@@ -169,9 +169,6 @@ def _image_text(result: Evaluate) -> Continue:
     return result.of.start
 
 
-# ------------------------------------------------------------------------- the authors' runs
-
-
 def mixture(run: AuthorsRun) -> tuple[float, float, float]:
     return run.caption_share, run.instruct_share, run.text_share
 
@@ -220,9 +217,6 @@ def test_known_runs_are_there_and_those_that_were_not_listed_are_not():
     assert AuthorsRun(0.05, 0.0, 0.95, 1.0, 2, "DataComp-DR") in later
     assert AuthorsRun(0.08, 0.02, 0.9, 0.8, 4, "DataComp-DR") in later
     assert AuthorsRun(0.2, 0.0, 0.8, 0.8, 3, "DataComp-DR") not in first | later
-
-
-# ------------------------------------------------------------------------- the pocket recipe
 
 
 def test_all_lines_share_one_text_run_whatever_completions_are_asked_for() -> None:

@@ -67,9 +67,6 @@ def write(log: MetricsLog, *steps: int) -> None:
         log.write(step=step, loss=step / 8)
 
 
-# ------------------------------------------------------------------------------ metrics.jsonl
-
-
 def steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
@@ -106,9 +103,6 @@ def test_lines_behind_the_checkpoint_are_cut_off_and_written_again(tmp_path: Pat
     assert path.read_bytes() == b""
 
 
-# ------------------------------------------------------------------------------ TensorBoard
-
-
 def board(folder: Path, step: int, *values: TrackedRow) -> int:
     """A start at `step` that sends something; what it found there."""
     made = TensorBoard(folder, "p", NAME, "continue", {})
@@ -142,9 +136,6 @@ def test_a_record_that_a_killed_process_left_torn_is_sent_again(tmp_path: Path) 
     os.truncate(path, path.stat().st_size - 5)
     assert board(tmp_path, 3, *rows(3, 4)) == 2
     assert [step for step, _ in scalars(tmp_path / "tensorboard")] == [1, 2, 3, 4]
-
-
-# ------------------------------------------------------------------------------ the series
 
 
 def test_a_tracker_gets_every_line_once_and_those_from_before_it_was_asked_for(
@@ -203,9 +194,6 @@ def test_a_tracker_that_hangs_does_not_hold_the_stage(
     log.close()
     assert "TimeoutError: it was not done within 0.05 s" in made.close()["recorder"]["first"]
     release.set()
-
-
-# ------------------------------------------------------------------------------ which, and where
 
 
 def test_a_tracker_that_is_not_installed_is_refused_with_its_command(

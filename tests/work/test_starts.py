@@ -78,9 +78,6 @@ def starting_digest(ledger: Ledger, stage: Continue | Finetune) -> str:
     return str(json.loads(first)["weights_digest"])
 
 
-# ----------------------------------------------------------------------------- a frozen decoder
-
-
 def test_a_stage_that_keeps_the_decoder_saves_it_bit_equal_beside_what_learnt(
     ledger: Ledger,
 ) -> None:
@@ -142,9 +139,6 @@ def test_a_stage_with_a_frozen_decoder_can_be_profiled(ledger: Ledger, tmp_path:
     assert summary["parameters"]["decoder"]["trained"] == 0
 
 
-# ----------------------------------------------------------------------------------- two stages
-
-
 def test_a_second_stage_starts_from_all_weights_of_the_first_at_its_last_rate(
     ledger: Ledger,
 ) -> None:
@@ -191,9 +185,6 @@ def test_a_second_stage_must_have_the_firsts_model(part: str) -> None:
         Continue(**{**dict(stage_of(InitFrom(stage=ALIGNED))), part: other})
 
 
-# ------------------------------------------------------------------------- straight from the text
-
-
 def test_a_text_model_is_fine_tuned_with_a_fresh_projector_and_a_frozen_encoder(
     ledger: Ledger,
 ) -> None:
@@ -236,9 +227,6 @@ def test_a_fine_tuning_of_a_text_model_may_train_its_encoder_and_go_on_with_its_
             checkpoint.read_progress(checkpoint.milestone(ledger.folder(TEXT), 0.4)).step
         ]["rate"]
     )
-
-
-# ---------------------------------------------------------------------------- who reads a chain
 
 
 def test_every_start_leads_back_to_the_text_run() -> None:
