@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from midstream.cli.catalogue import catalogue, find_study
+from midstream.cli.catalogue import find_study
 from midstream.config import ContinuedCosine, Mixture, WarmupCosine
 from midstream.config.training import rate_at
 from midstream.cost.graph import missing_inputs, order, plan
@@ -18,8 +18,6 @@ from midstream.recipes.scales import SIZES, find_scale
 from midstream.study.stages import Continue, ContinueFrom, Evaluate, Finetune, LoadDecoder, Pretrain
 from midstream.study.store import Ledger
 from midstream.study.studies import AnyStudy, Study, Suite
-
-SCALED = sorted(name for name in catalogue() if name.startswith("paper.") and "slice" not in name)
 
 
 def kinds(study: AnyStudy) -> Counter[str]:
