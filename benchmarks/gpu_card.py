@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from midstream.cost import GPUS
+from midstream.cost import gpu_of_device
 
 # What the context and the libraries of one process take of a card.
 CONTEXT_GIB = 1.0
@@ -31,12 +31,8 @@ class Card:
     @property
     def vendor_tflops(self) -> float | None:
         """Its maker's dense bfloat16 peak; None for a card that `midstream.cost` does not know."""
-        words = self.name.replace("-", " ").split()
-        for key, gpu in GPUS.items():
-            model = key.split("-")[0]
-            if model in words or model == "".join(words[-2:]):
-                return float(gpu.tflops)
-        return None
+        gpu = gpu_of_device(self.name)
+        return None if gpu is None else float(gpu.tflops)
 
     def shared(self) -> str | None:
         """What is to be said where others hold memory of it."""

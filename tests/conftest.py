@@ -2,9 +2,11 @@
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,6 +24,7 @@ settings.load_profile("midstream")
 
 # Calls are checked where signatures have shapes; mypy has read all the others.
 SOURCES = Path(__file__).parents[1] / "src"
+FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
 install_import_hook(
     [
         ".".join(path.relative_to(SOURCES).with_suffix("").parts)
@@ -75,12 +78,15 @@ def cheap_processes() -> Iterator[None]:
     and that stays.
     """
     import lives
+    import warm
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
         patch.setattr(os, "fsync", lambda descriptor: None)
         lives.server()
         # It starts when first asked for; whoever that is would have it import its own only.
         patch.setattr(BaseContext, "set_forkserver_preload", lambda self, names: None)
+        if hasattr(os, "pidfd_open"):
+            patch.setattr(sys, "executable", warm.executable(Path(folder), FAKE_WORKER))
         yield
 
 

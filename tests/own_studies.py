@@ -4,14 +4,7 @@ from typing import Any
 
 import own_world
 import tiny
-from midstream.config import (
-    Budget,
-    DecoderConfig,
-    Evaluation,
-    PatchProjection,
-    Rows,
-    Training,
-)
+from midstream.config import Budget, DecoderConfig, Evaluation, PatchProjection, Rows, Training
 from midstream.cost.graph import plan
 from midstream.launch.check_data import Problem
 from midstream.launch.checks import problems

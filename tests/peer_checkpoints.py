@@ -120,11 +120,7 @@ def template(image: str, *, start: str = "", turn: str, text: str, end: str, ask
 
 
 VICUNA = template(
-    "<image>\n",
-    turn="{{ m.role.upper() }}: ",
-    text="{{ c.text + ' ' }}",
-    end="",
-    asks="ASSISTANT:",
+    "<image>\n", turn="{{ m.role.upper() }}: ", text="{{ c.text + ' ' }}", end="", asks="ASSISTANT:"
 )
 CHAT_ML = template(
     "<|vision_start|><|image_pad|><|vision_end|>",
@@ -349,9 +345,7 @@ def idefics3(folder: Path, *, smol: bool = False) -> None:
         "pad_token_id": tokens.pad_token_id,
     }
     pictures = getattr(transformers, f"{kind}ImageProcessorPil")(
-        size={"longest_edge": 64},
-        max_image_size={"longest_edge": 32},
-        do_image_splitting=True,
+        size={"longest_edge": 64}, max_image_size={"longest_edge": 32}, do_image_splitting=True
     )
     parts = {"image_processor": pictures, "tokenizer": tokens}
     processor = put_together(f"{kind}Processor", parts, SMOL, {"image_seq_len": 4})

@@ -23,12 +23,7 @@ from tiny import encoder_of, mixture
 
 DECODER = DecoderConfig(hidden_size=64, num_layers=2, num_heads=2, vocab_size=300)
 ENCODER = EncoderConfig(
-    image_size=32,
-    patch_size=16,
-    hidden_size=24,
-    num_layers=3,
-    num_heads=2,
-    intermediate_size=40,
+    image_size=32, patch_size=16, hidden_size=24, num_layers=3, num_heads=2, intermediate_size=40
 )
 DATA = Prepare(world=PocketWorld(), tokenizer=TrainedTokenizer(vocab_size=300))
 ENCODER_STAGE = encoder_of(

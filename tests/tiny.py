@@ -40,12 +40,7 @@ MACHINE = Machine(workers=1, threads=1, device="cpu")
 VOCAB_SIZE = 400
 DECODER = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=VOCAB_SIZE)
 ENCODER = EncoderConfig(
-    image_size=24,
-    patch_size=12,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=2,
-    intermediate_size=32,
+    image_size=24, patch_size=12, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32
 )
 ROWS = Rows(row_length=192, batch_rows=4)
 RATE, END_RATE = 4e-3, 3e-5

@@ -13,13 +13,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 import tiny
 from answerers import written
-from midstream.chat.session import (
-    ChatSession,
-    ChatSettings,
-    TextPieces,
-    caution,
-    describe,
-)
+from midstream.chat.session import ChatSession, ChatSettings, TextPieces, caution, describe
 from midstream.config import AnyDecoderConfig, TransformersDecoderConfig
 from midstream.data.examples import TextCodec, question_ids
 from midstream.data.images import decode_pixels
@@ -85,9 +79,6 @@ class Endless(TextCodec):
     @property
     def stop_ids(self) -> frozenset[int]:
         return frozenset()
-
-
-# -------------------------------------------------------------------------------- the answers
 
 
 def test_first_answers_equal_those_of_an_evaluation(
@@ -161,9 +152,6 @@ def test_draws_are_a_matter_of_the_seed(opened: OpenedModel) -> None:
     assert len(set(said)) > 2
 
 
-# ---------------------------------------------------------------------------------- the ending
-
-
 def test_an_answer_ends_before_a_stop_token_and_is_whole(opened: OpenedModel) -> None:
     prompt = question_ids(opened.codec, QUESTIONS[0], has_image=False)
     whole = reply_ids(opened, prompt, None)
@@ -229,9 +217,6 @@ def test_an_answer_left_in_its_middle_is_a_turn(opened: OpenedModel) -> None:
     assert len(session.turns) == 2
 
 
-# --------------------------------------------------------------------------------- the refusals
-
-
 @pytest.mark.parametrize(
     ("question", "told"),
     [
@@ -282,9 +267,6 @@ def test_what_is_no_picture_is_refused_and_the_conversation_stays(
 def test_settings_that_mean_nothing_are_refused(values: dict[str, float], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         ChatSettings(**values)
-
-
-# --------------------------------------------------------------------------- what is said of it
 
 
 def test_the_description_tells_training_and_scores(
@@ -344,9 +326,6 @@ def test_an_imported_model_may_use_the_positions_of_its_family(
     imported = Imported(folder=Path("elsewhere"), content="0" * 16)
     stage = LoadDecoder(data=tiny.DATA, checkpoint=imported, decoder=decoder)
     assert ChatSession(replace(opened_text, stage=stage), SHORT).max_positions == positions
-
-
-# ------------------------------------------------------------------------------------- pieces
 
 
 def byte_level_codec() -> TextCodec:

@@ -73,9 +73,6 @@ class Interrupted(ChatSession):
                 os.kill(os.getpid(), signal.SIGINT)
 
 
-# --------------------------------------------------------------------------------- in a terminal
-
-
 def test_the_terminal_shows_each_answer_of_one_conversation(opened: OpenedModel) -> None:
     answers = answers_to(opened, *QUESTIONS)
     cut = "\n(the answer was cut at 6 tokens (max_new_tokens))\n"
@@ -162,9 +159,6 @@ def test_an_answer_cannot_command_the_terminal(opened: OpenedModel) -> None:
     assert shown == r"\x1b[2J[bold]x[/bold] :smile: \x07\rtwo" + f"\nlines {'w' * 90}\n\n"
 
 
-# ---------------------------------------------------------------------------------- for scripts
-
-
 def test_every_line_of_a_script_is_answered_by_one_line(
     opened: OpenedModel, pictures: list[Path]
 ) -> None:
@@ -213,9 +207,6 @@ def test_a_script_stops_at_the_line_that_is_refused(
     with pytest.raises(ValueError, match=said):
         answer_lines(session, [QUESTIONS[0], line, QUESTIONS[1]], console, notes)
     assert len(session.turns) == 1
-
-
-# --------------------------------------------------------------------------------- the process
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, lines: str, request: dict[str, object]) -> int:

@@ -50,9 +50,6 @@ def messages(*texts: str) -> list[dict[str, str]]:
     return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
 
 
-# -------------------------------------------------------------------------- what the buttons do
-
-
 def test_an_answer_grows_in_the_conversation_and_the_box_is_cleared(opened: OpenedModel) -> None:
     page, visitor = page_of(opened), Visitor()
     (answer,) = answers_about(opened, None, QUESTIONS[0])
@@ -148,9 +145,6 @@ def test_text_is_shown_as_text(opened: OpenedModel, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ChatSession, "ask", ask)
     shown = asked(page_of(opened), Visitor(), None, "<b>bold</b>?")[0]
     assert shown == messages("&lt;b&gt;bold&lt;/b&gt;?", r"&lt;img src=x&gt; &amp; \x1b[1m")
-
-
-# ----------------------------------------------------------------------------------- the server
 
 
 def test_everything_served_tells_browsers_to_stay_on_this_machine() -> None:

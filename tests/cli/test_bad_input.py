@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import tiny
-from midstream.cli.app import app
+from inputs import midstream
 from midstream.cli.catalogue import find_study
 from midstream.core.identity import file_sha256
 from midstream.cost.graph import order, order_of
@@ -85,10 +85,6 @@ def worlds(root: Path) -> Study:
     )
 """
 LONG_CAPTION = "a red circle and a blue star " * 30
-
-
-def midstream(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def listing(store: Path) -> dict[str, str]:
@@ -259,9 +255,6 @@ def test_the_log_that_a_message_points_to_holds_the_traceback(ran: Ran) -> None:
     log = ran.ledger.store / "worker-1.log"
     assert f"(see {log})" in ran.message(ran.failed("torn"))
     assert "Traceback" in log.read_text()
-
-
-# -------------------------------------------------------------------- refused before anything runs
 
 
 @pytest.fixture

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner, Result
 
+from inputs import midstream
 from midstream import __version__
 from midstream.cli import catalogue, plan_command
-from midstream.cli.app import app
 from midstream.core.tokens import counted, quantity
 from midstream.cost.graph import order, plan
 from midstream.launch import local, terminal
@@ -71,10 +70,6 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
-
-
-def midstream(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def refused(*arguments: object) -> str:
@@ -318,11 +313,7 @@ def test_a_finished_study_has_nothing_to_do(
     ],
 )
 def test_the_exit_code_tells_how_a_run_ended(
-    file: Path,
-    store: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    outcome: Outcome,
-    code: int,
+    file: Path, store: Path, monkeypatch: pytest.MonkeyPatch, outcome: Outcome, code: int
 ) -> None:
     monkeypatch.setattr(local, "run", lambda *_, **__: outcome)
     result = midstream("run", f"{file}:study", "--store", store)
@@ -445,14 +436,7 @@ def test_peak_memory_is_the_sum_of_the_largest_stage_of_each_worker(
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [
-        (None, "unknown"),
-        (0, "0"),
-        (999, "999"),
-        (1000, "1 k"),
-        (2.5e13, "25 T"),
-        (3.1e21, "3.1 Z"),
-    ],
+    [(None, "unknown"), (0, "0"), (999, "999"), (1000, "1 k"), (2.5e13, "25 T"), (3.1e21, "3.1 Z")],
 )
 def test_quantities_have_three_digits_and_a_unit(value: float | None, text: str) -> None:
     assert quantity(value) == text

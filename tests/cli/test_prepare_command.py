@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from typer.testing import CliRunner
 
-from midstream.cli.app import app
+from inputs import byte_tokenizer, midstream
 from midstream.launch.slurm_job import Entry, JobBook
 from midstream.work.read_data import common_folder
 
@@ -23,12 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Path:
-    """A tokenizer of the 256 bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    found = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(alphabet)}, merges=[]))
-    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    found.save(str(tmp_path / "tokenizer.json"))
-    return tmp_path / "tokenizer.json"
+    return byte_tokenizer(tmp_path)
 
 
 def texts(folder: Path, num_files: int, num_lines: int) -> Path:
@@ -55,7 +48,7 @@ def test_pictures_are_kept_in_the_source_where_a_copy_is_asked_for(
     command = arguments(source, tmp_path / "out", tokenizer)
     command[1] = "captions"
     for more, kept in (([], False), (["--copy"], True)):
-        result = CliRunner().invoke(app, [*command, *more])
+        result = midstream(*command, *more)
         assert result.exit_code == 0, result.stderr
         assert (tmp_path / "out/shards/000000/pictures.bin").exists() is kept
 
@@ -66,7 +59,7 @@ def test_a_source_whose_jobs_may_be_in_the_queue_is_not_prepared_here(
     JobBook.of(tmp_path / "out").note({"task-0": Entry("midstream-prepare-1", "7_0")})
     monkeypatch.setenv("PATH", "")
     command = arguments(texts(tmp_path / "in", 1, 1), tmp_path / "out", tokenizer)
-    result = CliRunner().invoke(app, command)
+    result = midstream(*command)
     assert result.exit_code == 2
     assert "slurm.json names 1 jobs of an earlier run with --slurm" in result.stderr
     assert not (tmp_path / "out/shards").exists()
@@ -78,13 +71,13 @@ def test_the_command_prepares_a_source_and_prints_its_counts(
     source = texts(tmp_path / "in", 2, 50)
     (source / "1.jsonl").write_text('{"text": "fine"}\n{"body": "bad"}\n')
     command = arguments(source, tmp_path / "out", tokenizer)
-    result = CliRunner().invoke(app, command)
+    result = midstream(*command)
     assert result.exit_code == 2
     assert "1 of 52 records" in result.stderr
     assert "1 x no text: name the field with --text-key" in result.stderr
     assert "1.jsonl, line 2: no text (its keys are ['body'])" in result.stderr
     assert "Traceback" not in result.stderr
-    result = CliRunner().invoke(app, [*command, "--max-rejects", "0.05"])
+    result = midstream(*command, "--max-rejects", "0.05")
     assert result.exit_code == 0, result.stderr
     index = json.loads((tmp_path / "out/source.json").read_text())
     assert index["train"]["examples"] == 51
@@ -105,7 +98,7 @@ def test_what_is_not_read_and_what_is_dropped_is_printed_once(
     (source / "talks.jsonl").write_text(json.dumps({"conversations": talk}) + "\n")
     command = arguments(source, tmp_path / "out", tokenizer)
     command[1] = "conversations"
-    result = CliRunner().invoke(app, command)
+    result = midstream(*command)
     assert result.exit_code == 0, result.stderr
     assert result.stdout.count("1 file is not read: part.csv; ") == 1
     assert result.stdout.count("turns dropped: empty reply") == 1
@@ -132,7 +125,7 @@ def test_what_a_user_can_put_right_is_one_message(
         tokenizer = tmp_path / "lost.json"
     else:
         (source / "1.jsonl.gz").write_bytes(b"\x1f\x8bno gzip")
-    result = CliRunner().invoke(app, arguments(source, tmp_path / "out", tokenizer))
+    result = midstream(*arguments(source, tmp_path / "out", tokenizer))
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
@@ -145,7 +138,7 @@ def test_arguments_out_of_range_start_nothing(
     tmp_path: Path, tokenizer: Path, more: list[str]
 ) -> None:
     source = texts(tmp_path / "in", 1, 3)
-    result = CliRunner().invoke(app, arguments(source, tmp_path / "out", tokenizer, *more))
+    result = midstream(*arguments(source, tmp_path / "out", tokenizer, *more))
     assert result.exit_code == 2
     assert not (tmp_path / "out").exists()
 
@@ -178,7 +171,7 @@ def test_a_command_that_is_ended_leaves_no_process_and_goes_on_the_next_time(
     assert "Traceback" not in errors
     deadline = time.monotonic() + 30
     while True:
-        result = CliRunner().invoke(app, arguments(source, out, tokenizer))
+        result = midstream(*arguments(source, out, tokenizer))
         if "being prepared by another process" not in result.stderr:
             break
         assert time.monotonic() < deadline

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from typer.testing import CliRunner, Result
 
 import own_world
-from midstream.cli.app import app
+from inputs import midstream
 from midstream.cli.run_commands import slurm_settings as settings_of
 from midstream.config import SlurmSettings
 
@@ -58,7 +57,7 @@ def test_a_file_that_is_no_toml_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_options_that_do_not_fit_together_are_refused(options: list[str], said: str) -> None:
-    result = CliRunner().invoke(app, ["run", "pocket.when_images_arrive", *options])
+    result = midstream("run", "pocket.when_images_arrive", *options)
     assert result.exit_code == 2
     assert said in result.stderr
 
@@ -109,10 +108,6 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
     (folder / "study.py").write_text(STUDY_FILE)
     root = own_world.write_world(folder / "world")
     return f"{folder / 'study.py'}:study", "--set", f"root={root}"
-
-
-def midstream(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.mark.slow

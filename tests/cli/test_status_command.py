@@ -9,11 +9,10 @@ import pytest
 import typer
 from filelock import FileLock
 from rich.console import Console
-from typer.testing import CliRunner, Result
 
 import tiny
+from inputs import midstream
 from midstream.cli import run_commands
-from midstream.cli.app import app
 from midstream.cli.catalogue import keep_asked
 from midstream.core.tokens import duration
 from midstream.cost.graph import order
@@ -49,16 +48,8 @@ def held() -> Iterator[ExitStack]:
         yield stack
 
 
-def midstream(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 MADE = {"kind": "text", "num_examples": 10, "num_tokens": 900, "num_images": 0}
-RESULTS = {
-    "seconds": 10.0,
-    **MADE,
-    "distinct_images": 0,
-}
+RESULTS = {"seconds": 10.0, **MADE, "distinct_images": 0}
 
 
 def finish(ledger: Ledger, *stages: Stage) -> None:
@@ -81,9 +72,6 @@ def drawn(seen: Overview, width: int, height: int | None = None) -> str:
     console = Console(width=width, file=io.StringIO(), record=True)
     console.print(overview_table(seen, width, height))
     return console.export_text()
-
-
-# ---------------------------------------------------------------------------------- status
 
 
 def test_status_shows_what_runs_and_counts_the_rest(ledger: Ledger, held: ExitStack) -> None:
@@ -109,9 +97,7 @@ def test_status_as_json_has_every_stage(ledger: Ledger, held: ExitStack) -> None
     assert [one["label"] for one in study["stages"]] == [label(one) for one in order(STUDY)]
 
 
-def test_an_unknown_study_is_answered_with_the_nearest_of_store_and_recipes(
-    ledger: Ledger,
-) -> None:
+def test_an_unknown_study_is_answered_with_the_nearest_of_store_and_recipes(ledger: Ledger) -> None:
     result = midstream("status", "mine.smal", "--store", ledger.store)
     assert result.exit_code == 2
     assert "did you mean 'mine.small'?" in result.stderr
@@ -164,9 +150,6 @@ def test_a_lock_is_seen_by_those_who_may_only_read_it(tmp_path: Path) -> None:
         pass
 
 
-# ------------------------------------------------------------------------- which study is meant
-
-
 def renamed(name: str) -> Study:
     return STUDY.model_copy(update={"name": name})
 
@@ -176,7 +159,7 @@ def ran(ledger: Ledger, name: str, at: int) -> None:
     os.utime(ledger.save_study(renamed(name)), (at, at))
 
 
-@pytest.mark.parametrize("command", ["status", "report"])
+@pytest.mark.parametrize("command", ["status", pytest.param("report", marks=pytest.mark.faults)])
 def test_a_study_is_found_without_the_scale_in_its_name(ledger: Ledger, command: str) -> None:
     ran(ledger, "paper.figure_4.79m", at=1)
     result = midstream(command, "paper.figure_4", "--store", ledger.store)
@@ -216,9 +199,6 @@ def test_a_study_of_a_file_is_found_by_what_run_was_given(ledger: Ledger, tmp_pa
     result = midstream("status", f"{file}:study", "--store", ledger.store)
     assert result.exit_code == 0, result.output
     assert "mine.small" in result.stdout
-
-
-# ---------------------------------------------------------------------------------- the table
 
 
 def stage_view(number: int, state: str = "running", **values: object) -> StageView:
@@ -288,9 +268,6 @@ def test_totals_say_what_is_behind_a_failed_stage_and_whose_time_is_not_known() 
 )
 def test_durations_have_two_units_at_most(seconds: float, text: str) -> None:
     assert duration(seconds) == text
-
-
-# ---------------------------------------------------------------------------------- watching
 
 
 def watched(
@@ -376,9 +353,6 @@ def test_watching_as_json_prints_a_line_a_look(
     run_commands._watch([Board(STUDY, ledger)], 1.0, True, lambda seconds: end())
     looks = [json.loads(line)["studies"][0] for line in capsys.readouterr().out.splitlines()]
     assert [look["counts"]["running"] for look in looks] == [1, 0]
-
-
-# ---------------------------------------------------------------------------------- logs
 
 
 @pytest.fixture

@@ -249,9 +249,6 @@ def test_stages_of_every_kind_name_only_the_data_they_read(world: Path) -> None:
     assert reads == [{"pictures"}, {"web"}, {"pictures", "web"}]
 
 
-# ------------------------------------------------------------------------ bytes are read once
-
-
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files whose bytes are read from here on; every change is long past."""

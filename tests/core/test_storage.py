@@ -117,9 +117,7 @@ def test_an_exception_leaves_no_new_folder_and_keeps_the_old_one(
     verify(path)
 
 
-def test_a_killed_writer_leaves_no_folder_and_its_leftovers_can_be_removed(
-    tmp_path: Path,
-) -> None:
+def test_a_killed_writer_leaves_no_folder_and_its_leftovers_can_be_removed(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys\nfrom pathlib import Path\n"
         "from midstream.core.storage import new_folder\n"

@@ -84,11 +84,7 @@ SOURCES = {
 @contextmanager
 def counting() -> Iterator[FlopCounterMode]:
     """Counts with the plain attention, since torch does not count the fused one of the CPU."""
-    with (
-        FlopCounterMode(display=False) as counter,
-        sdpa_kernel(SDPBackend.MATH),
-        torch.no_grad(),
-    ):
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         yield counter
 
 

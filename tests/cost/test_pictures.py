@@ -130,20 +130,13 @@ def test_stages_that_are_done_count_no_more(make_study: MakeStudy, tmp_path: Pat
             Mixture(
                 total_tokens=900,
                 by="sequences",
-                shares=(
-                    Share(source="captions", share=0.5),
-                    Share(source="stories", share=0.5),
-                ),
+                shares=(Share(source="captions", share=0.5), Share(source="stories", share=0.5)),
             ),
             7,
         ),
         # Three in four conversations show a picture.
         (
-            Mixture(
-                total_tokens=1280,
-                by="sequences",
-                shares=(Share(source="chats", share=1.0),),
-            ),
+            Mixture(total_tokens=1280, by="sequences", shares=(Share(source="chats", share=1.0),)),
             15,
         ),
         (Amounts(amounts=(Amount(source="captions", tokens=300),)), 30),

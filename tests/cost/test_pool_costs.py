@@ -15,10 +15,7 @@ from midstream.study.stages import Continue
 
 def pooled(pool: int | None, tokens: int, **changes: Any) -> Mixture:
     """Half captions, half text."""
-    shares = (
-        Share(source="captions", share=0.5, pool=pool),
-        Share(source="stories", share=0.5),
-    )
+    shares = (Share(source="captions", share=0.5, pool=pool), Share(source="stories", share=0.5))
     return Mixture(total_tokens=tokens, shares=shares, max_epochs=99, **changes)
 
 

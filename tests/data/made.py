@@ -1,12 +1,11 @@
 """Small hand-made sources whose every token has an id of its own."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from inputs import png
 from midstream.config import Mixture, Share
 from midstream.data.examples import Example
 from midstream.data.source_writer import Image as Placed
@@ -15,14 +14,6 @@ from midstream.data.sources import Kind, Source
 
 # Ids of source number n start at (n + 1) * GAP: an id says its source, 0 is no token.
 GAP = 1_000_000
-
-
-def png(number: int, size: tuple[int, int] = (6, 4)) -> bytes:
-    """A picture of its own for every number."""
-    pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def make_source(

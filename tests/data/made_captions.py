@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from made_inputs import OPTIONS, Members, as_json, read_all, tar
+from made_inputs import OPTIONS, as_json, read_all
 
+from inputs import Members, tar
 from midstream.data.formats.records import CaptionRecord, ReadOptions
 from midstream.data.source_writer import Reject
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from made import png
 
+from inputs import png
 from midstream.core.batch import IGNORE
 from midstream.data.source_writer import Image, ShardWriter, Shown, finish_source
 from midstream.data.sources import Kind, Source

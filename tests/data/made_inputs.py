@@ -1,18 +1,16 @@
 """Small inputs for the preparation of one source, and short ways to prepare them."""
 
-import io
 import json
-import tarfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
 import pytest
-from made import png
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from inputs import png, tar
 from midstream.data.formats.records import ReadOptions, Section
 from midstream.data.prepare_source import plan_source, prepare_source
 from midstream.data.shards import READERS, units_of
@@ -21,7 +19,6 @@ from midstream.data.sources import Source
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 OPTIONS = ReadOptions()
 Put = Callable[[str, bytes], str]
-Members = Mapping[str, bytes] | Iterable[tuple[str, bytes]]
 
 
 def shared(name: str) -> str:
@@ -39,21 +36,17 @@ def as_lines(records: Sequence[Any]) -> bytes:
     return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
-def tar(members: Members, form: int = tarfile.DEFAULT_FORMAT) -> bytes:
-    """An archive of these names and bytes."""
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w", format=form) as archive:
-        for name, data in members.items() if isinstance(members, Mapping) else members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return stream.getvalue()
-
-
 def read_all(section: Section, *sources: str, options: ReadOptions = OPTIONS) -> list[Any]:
     """What the readers make of some sources."""
     units = units_of(section, sources, options)
     return [item for unit in units for item in READERS[section](unit, options)]
+
+
+def captioned(first: int, count: int = 4) -> bytes:
+    """A tar of pictures with captions."""
+    numbers = range(first, first + count)
+    members = [((f"{n:04d}.png", png(n)), (f"{n:04d}.txt", b"caption %d" % n)) for n in numbers]
+    return tar([member for both in members for member in both])
 
 
 @cache

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import zstandard
-from made import png
-from made_inputs import as_lines, tar
+from made_inputs import as_lines
 from PIL import Image
 
+from inputs import png, tar
 from midstream.config import PublicFolder, TrainedTokenizer
 from midstream.core.identity import world_fingerprint
 from preparing import prepare

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import make_source, png
+from made import make_source
 from made_features import (
     CODED,
     CONFIG,
@@ -24,16 +24,12 @@ from made_features import (
 )
 from torch import Tensor
 
+from inputs import png
 from midstream.config import EncoderConfig
 from midstream.config.model import FILL_BATCH, picture_bytes
 from midstream.core.storage import CorruptError, read_json
 from midstream.data.feature_store import FeatureStore, HashIndex
-from midstream.data.images import (
-    encode_fixed,
-    encode_raw,
-    pack,
-    unpack,
-)
+from midstream.data.images import encode_fixed, encode_raw, pack, unpack
 from midstream.data.sources import Source
 from midstream.model.vision import build_encoder
 from midstream.model.weights import initialise

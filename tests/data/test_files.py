@@ -18,8 +18,9 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_inputs import Put, as_lines, run, tar
+from made_inputs import Put, as_lines, run
 
+from inputs import tar
 from midstream.data.formats import copies
 from midstream.data.formats import files as files_module
 from midstream.data.formats.copies import refuse_twins
@@ -172,9 +173,7 @@ def test_a_url_has_further_ways_out_that_are_refused(name: str) -> None:
         join("https://host/folder", name, "here")
 
 
-@given(
-    parts=st.lists(st.sampled_from(["..", ".", "", "a", "a..", "..a", "é", " "]), max_size=5),
-)
+@given(parts=st.lists(st.sampled_from(["..", ".", "", "a", "a..", "..a", "é", " "]), max_size=5))
 @settings(max_examples=200, deadline=None)
 def test_no_name_reaches_outside_its_folder(parts: list[str]) -> None:
     name = "/".join(parts)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made import png
 from made_inputs import Put, as_lines, read_all, run, texts_of, write_pictures
 from made_world import samples, write_tar
 
+from inputs import png
 from midstream.core.digests import is_note
 from midstream.core.identity import text_column
 from midstream.core.storage import read_json
@@ -122,10 +122,7 @@ def test_pictures_of_records_and_manifests_are_not_called_unread(tmp_path: Path)
     write(pictures, **{"extra.JPG": png(9), "index.parquet": "x"})
     done, _ = heard("captions", pictures, tmp_path / "c")
     assert done["unread"] == {"files": 1, "first": ["captions/index.parquet"]}
-    talk = [
-        {"from": "human", "value": "<image>?"},
-        {"from": "gpt", "value": "Yes."},
-    ]
+    talk = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "Yes."}]
     record = json.dumps([{"image": "p/1.png", "conversations": talk}])
     write(tmp_path / "talks", **{"llava.json": record, "p/1.png": png(1), "old.json": record})
     done, notices = heard("conversations", tmp_path / "talks", tmp_path / "t")

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made import png
-from made_inputs import contents, run, tar, texts_of
+from made_inputs import captioned, contents, run, texts_of
 
+from inputs import png
 from midstream.data import remote
 from midstream.data.formats.files import find_files, open_binary, read_range
 from midstream.data.remote import PIECE_BYTES, ChangedError, RemoteError, fetch_whole
@@ -83,23 +83,14 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
         server.server_close()
 
 
-def samples(first: int, count: int = 4) -> bytes:
-    members = [
-        (f"{n:04d}.{end}", data)
-        for n in range(first, first + count)
-        for end, data in (("png", png(n)), ("txt", f"caption {n}".encode()))
-    ]
-    return tar(members)
-
-
 def test_a_folder_and_a_pattern_of_a_bucket_are_prepared_as_local_files_are(
     bucket: Bucket, tmp_path: Path
 ) -> None:
     local = tmp_path / "set"
     local.mkdir()
     for shard in range(2):
-        (local / f"part-{shard}.tar").write_bytes(samples(10 * shard))
-        bucket.put(f"set/part-{shard}.tar", samples(10 * shard))
+        (local / f"part-{shard}.tar").write_bytes(captioned(10 * shard))
+        bucket.put(f"set/part-{shard}.tar", captioned(10 * shard))
     bucket.put("set/notes.md", b"not read")
     run("captions", local, tmp_path / "near")
     here = contents(tmp_path / "near")
@@ -129,9 +120,9 @@ def test_throttling_and_broken_connections_in_a_range_are_got_over(bucket: Bucke
 def test_a_shard_of_a_bucket_that_changed_is_refused_by_name(
     bucket: Bucket, tmp_path: Path
 ) -> None:
-    bucket.put("set/part-0.tar", samples(0))
+    bucket.put("set/part-0.tar", captioned(0))
     run("captions", ["s3://bucket/set"], tmp_path / "out")
-    bucket.put("set/part-0.tar", samples(50))
+    bucket.put("set/part-0.tar", captioned(50))
     with pytest.raises(ChangedError, match=r"s3://bucket/set/part-0\.tar changed since the source"):
         Source("s", tmp_path / "out").image_bytes(0)
     assert run("captions", ["s3://bucket/set"], tmp_path / "out")["shards"]["new"] == 1

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made import png
 from made_captions import outcome, read
-from made_inputs import contents, run, tar
+from made_inputs import contents, run
 
+from inputs import png, tar
 from midstream.core.storage import read_json
 from midstream.data.sources import Source
 

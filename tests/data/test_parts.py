@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made import make_source, make_sources, png
+from made import make_source, make_sources
 from made_documents import Position, drawn_documents, make_documents, positions_of, row_of
 from made_features import CONFIG, Encode, pixels_of, quiet
 
+from inputs import png
 from midstream.config import Amount, Amounts, Budget, Epochs, Mixture, Rows, Share
 from midstream.core.tokens import TokenCount
 from midstream.data import source_writer

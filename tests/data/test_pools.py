@@ -82,10 +82,7 @@ def test_a_budget_over_a_pool_is_met_as_over_a_whole_source(
     supply = Supply("pics", ArrayLengths(lengths), divisible=False)
     tokens = max(1, round(passes * pool * 4))
     budget = Amounts(
-        amounts=(
-            Amount(source="pics", tokens=tokens, pool=pool),
-            Amount(source="web", tokens=100),
-        ),
+        amounts=(Amount(source="pics", tokens=tokens, pool=pool), Amount(source="web", tokens=100)),
         max_epochs=40,
     )
     quota, other = quotas_of([supply, text], budget, row_length=32, seed=seed)

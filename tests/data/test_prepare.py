@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from made import png, supervised
+from made import supervised
 from made_inputs import run, times
 from made_world import (
     CAPTIONS,
@@ -24,6 +24,7 @@ from made_world import (
     write_world,
 )
 
+from inputs import png
 from midstream.config import PocketWorld, TokenizerFile, TrainedTokenizer
 from midstream.core.identity import file_sha256, folder_fingerprint, world_fingerprint
 from midstream.core.storage import verify
@@ -54,9 +55,9 @@ def tokenizer_of(out: Path) -> TokenizerFile:
 
 def test_a_folder_is_indexed_from_end_to_end(root: Path, tmp_path: Path) -> None:
     out, notes = tmp_path / "out", []
-    before = folder_fingerprint(root)
+    before = times(root)
     results = prepare(world_of(root), TRAINED, out, lambda done, what: notes.append((done, what)))
-    assert folder_fingerprint(root) == before
+    assert times(root) == before
     assert sorted(path.name for path in out.iterdir()) == ["sources", "tokenizer.json"]
     shards = list(out.glob("sources/*/source/shards/*"))
     assert len(shards) == 5
@@ -240,9 +241,6 @@ def test_a_generated_source_follows_from_its_own_part_of_the_world(
     assert folder_fingerprint(folders[0]) == folder_fingerprint(folders[1])
 
 
-# ------------------------------------------------------------------- sources prepared before
-
-
 def replace_by_prepared(root: Path, tmp_path: Path, names: list[str], tokenizer: Path) -> None:
     """Prepare sources of the world with the command's engine, and put that in their place."""
     for name in names:
@@ -361,9 +359,3 @@ def test_the_fingerprint_of_a_world_reads_no_byte_of_a_prepared_source(
     assert world_fingerprint(root) != one
     with pytest.raises(FileNotFoundError, match="nowhere"):
         world_fingerprint(root / "nowhere")
-
-
-def test_the_stage_does_not_prepare_in_the_users_folder(root: Path, tmp_path: Path) -> None:
-    before = times(root)
-    prepared(root, tmp_path / "out")
-    assert times(root) == before

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made import png
 from made_inputs import OPTIONS, contents, run, tokenizer_file
 
+from inputs import png
 from midstream.config import Epochs, PublicFolder, Rows, TokenizerFile
 from midstream.core.identity import world_fingerprint
 from midstream.core.storage import read_json
@@ -99,11 +99,7 @@ def test_documents_are_prepared_with_their_pictures_in_place(tmp_path: Path) -> 
     ("lost", "kept", "left_out"),
     [
         ("picture", ["z\n\na\n\nb", 1, "c"], {"picture cannot be decoded": 1}),
-        (
-            "text",
-            ["z", 1, "c"],
-            {"picture cannot be decoded": 1, "text beside a lost picture": 2},
-        ),
+        ("text", ["z", 1, "c"], {"picture cannot be decoded": 1, "text beside a lost picture": 2}),
         ("document", None, {}),
     ],
 )

@@ -11,7 +11,6 @@ from typing import Any
 import fsspec
 import pytest
 import zstandard
-from made import png
 from made_inputs import run, texts_of, times, write_texts
 from made_world import (
     CAPTIONS,
@@ -27,6 +26,7 @@ from made_world import (
     write_world,
 )
 
+from inputs import png
 from midstream.config import TokenizerFile
 from midstream.core.identity import file_sha256
 from midstream.core.storage import read_json, verify
@@ -166,11 +166,7 @@ REFUSED: dict[str, Broken] = {
         FileNotFoundError,
         "instruct/talks is no file, folder",
     ),
-    "llava.json that is no JSON": (
-        written("instruct/talks/llava.json", b"[{]"),
-        ValueError,
-        LLAVA,
-    ),
+    "llava.json that is no JSON": (written("instruct/talks/llava.json", b"[{]"), ValueError, LLAVA),
     "corrupt picture that all share": (
         written("instruct/talks/photos/1.png", png(1)[:60]),
         ValueError,

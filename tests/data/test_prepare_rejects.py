@@ -1,6 +1,5 @@
 """What cannot be used is counted and named, and too much of it ends a preparation."""
 
-import io
 import json
 import struct
 import zlib
@@ -9,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made import png, supervised
+from made import supervised
 from made_inputs import run, texts_of, times, tokenizer_file, write_pictures, write_texts
 from made_world import TALKS, jpeg, samples, write_tar
-from PIL import Image
 
+from inputs import png
 from midstream.data import shard_workers as prepare_workers
 from midstream.data.examples import TextCodec
 from midstream.data.images import decode
@@ -87,13 +86,6 @@ def test_a_picture_that_is_none_is_counted_and_named(
         run(section, source, out)
     assert f"    {place}: {reason}" in str(caught.value)
     assert f"1 x {reason}: fetch them again" in str(caught.value)
-
-
-def test_a_huge_picture_is_small_on_disk() -> None:
-    data = huge_png(8960)
-    assert len(data) < 25_000
-    with Image.open(io.BytesIO(data)) as picture:
-        assert picture.width * picture.height > 80_000_000
 
 
 def test_a_bad_picture_that_many_records_share_is_a_reject_of_each(tmp_path: Path) -> None:
@@ -182,9 +174,7 @@ def test_the_limit_is_a_share_of_the_records_and_going_over_it_ends_with_the_lis
     assert len(listed(out)) == bad
 
 
-def test_a_long_list_of_rejects_is_cut_in_the_message_and_whole_in_its_file(
-    tmp_path: Path,
-) -> None:
+def test_a_long_list_of_rejects_is_cut_in_the_message_and_whole_in_its_file(tmp_path: Path) -> None:
     source, out = write_texts(tmp_path / "in", 3, 50, bad=range(0, 150, 2)), tmp_path / "out"
     with pytest.raises(ValueError, match="75 of 150 records") as caught:
         run("text", source, out)

@@ -17,7 +17,6 @@ import pytest
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import png
 from made_inputs import (
     changed_shards,
     contents,
@@ -30,6 +29,7 @@ from made_inputs import (
 )
 from made_world import CAPTIONS, samples, write_tar
 
+from inputs import png
 from midstream.core.storage import read_json, verify
 from midstream.data import shards as prepare_records
 from midstream.data import source_writer
@@ -204,13 +204,11 @@ def test_the_validation_split_and_the_training_split_make_up_the_whole(tmp_path:
     assert sorted(parts[0] + parts[1]) == sorted(texts_of(Source("s", tmp_path / "all")))
 
 
-# ------------------------------------------------------------------- stopped in the middle
-
 SCRIPT = """
 import resource
 import sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from made_inputs import run
 
 if __name__ == "__main__":
@@ -226,7 +224,8 @@ def start(
 ) -> "subprocess.Popen[str]":
     """Prepare in a process of its own, which may write files of that size."""
     script = tmp_path / "prepare_it.py"
-    values = {"tests": str(Path(__file__).parent), "source": str(source), "workers": workers}
+    tests = [str(folder) for folder in Path(__file__).parents[:2]]
+    values = {"tests": tests, "source": str(source), "workers": workers}
     values["max_file_bytes"] = max_file_bytes
     values |= {"out": str(tmp_path / "out"), "tokenizer": str(tokenizer_file())}
     script.write_text(SCRIPT.format(**values))
@@ -389,8 +388,6 @@ def test_two_preparations_of_one_folder_at_a_time_are_refused(tmp_path: Path) ->
         thread.submit(run, "text", source, out).result()
     assert run("text", source, out)["records"] == 6
 
-
-# -------------------------------------------------------------------------------- batches
 
 RECORDS = st.one_of(
     st.builds(TextRecord, st.just("w"), st.text(max_size=50)),

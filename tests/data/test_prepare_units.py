@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made import png
 from made_inputs import (
     changed_shards,
     contents,
@@ -19,6 +18,7 @@ from made_inputs import (
     write_texts,
 )
 
+from inputs import png
 from midstream.core.storage import verify
 from midstream.data import prepare_source
 from midstream.data import shards as unit_shards

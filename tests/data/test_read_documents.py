@@ -14,11 +14,11 @@ from typing import Any
 
 import pyarrow
 import pytest
-from made import png
-from made_inputs import OPTIONS, Put, as_json, as_lines, tar
+from made_inputs import OPTIONS, Put, as_json, as_lines
 from PIL import Image
 from pyarrow import parquet
 
+from inputs import png, tar
 from midstream.data.formats.document_parts import document_of
 from midstream.data.formats.picture_urls import INDEX, PicturesByUrl, index_urls
 from midstream.data.formats.read_documents import document_units, read_documents

@@ -21,8 +21,9 @@ from made_captions import (
     write,
     write_tar,
 )
-from made_inputs import OPTIONS, as_json, shared, tar
+from made_inputs import OPTIONS, as_json, shared
 
+from inputs import tar
 from midstream.data.formats import records as formats_records
 from midstream.data.formats.files import read_range
 from midstream.data.formats.read_captions import caption_units, read_captions

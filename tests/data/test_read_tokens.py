@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_inputs import Put, read_all, tar
+from made_inputs import Put, read_all
 
+from inputs import tar
 from midstream.data.formats.read_text import text_units
 from midstream.data.formats.records import TokenRecord
 from midstream.data.source_writer import Reject

@@ -10,14 +10,15 @@ import fsspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_inputs import Members, tar
 
+from inputs import Members, tar
 from midstream.data.formats import json_records, records
 from midstream.data.formats.json_records import json_object, list_entries, unicode_problem
 from midstream.data.formats.records import TOO_LARGE, TWICE, UNSAFE, Member, samples_of, scan_tar
 from midstream.data.source_writer import Reject
 
 FORMATS = {"gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT, "ustar": tarfile.USTAR_FORMAT}
+ONE_OF_ALL = ["pax", *(pytest.param(form, marks=pytest.mark.faults) for form in ("gnu", "ustar"))]
 LONG = "folder/" * 30 + "ünïcode-" * 20 + "0.jpg"
 
 
@@ -58,7 +59,7 @@ def test_every_member_is_read_whole_and_lies_where_its_offset_says(
         assert whole[member.offset : member.offset + member.size] == member.data
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", ONE_OF_ALL)
 def test_a_tar_cut_at_any_byte_is_refused(tmp_path: Path, form: str) -> None:
     name = LONG if form != "ustar" else "folder/" * 20 + "0.jpg"
     members = [("a.txt", b"x" * 513), (name, b"y" * 100), ("empty.txt", b""), ("c.txt", b"z" * 512)]
@@ -78,7 +79,7 @@ def test_a_tar_cut_at_any_byte_is_refused(tmp_path: Path, form: str) -> None:
         assert contents(written(tmp_path, whole[:size])) == members
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", ONE_OF_ALL)
 def test_a_damaged_header_is_refused_wherever_it_is_damaged(tmp_path: Path, form: str) -> None:
     members = [("a.txt", b"x" * 10), ("b.txt", b"y" * 10), ("c.txt", b"z" * 10)]
     whole = tar(members, FORMATS[form])

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.registry import _registry, known_implementations
-from made import png
-from made_inputs import as_json, as_lines, changed_shards, contents, run, tar, texts_of, times
+from made_inputs import as_json, as_lines, captioned, changed_shards, contents, run, texts_of, times
 from object_server import Fault, Served, serving
 
+from inputs import png, tar
 from midstream.data import remote
 from midstream.data.block_cache import FOLDER
 from midstream.data.formats.files import (
@@ -42,18 +42,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
         yield found
 
 
-def samples(first: int, count: int) -> bytes:
-    members = [
-        (f"{n:04d}.{end}", data)
-        for n in range(first, first + count)
-        for end, data in (("png", png(n)), ("txt", f"caption {n}".encode()))
-    ]
-    return tar(members)
-
-
 def put_shards(served: Served, count: int = 3) -> str:
     for shard in range(count):
-        served.put(f"set/part-{shard}.tar", samples(10 * shard, 4))
+        served.put(f"set/part-{shard}.tar", captioned(10 * shard, 4))
     return f"{served.address}/set"
 
 
@@ -270,7 +261,7 @@ def test_a_picture_that_is_missing_at_an_address_is_looked_for_again_and_no_more
 
 
 def test_a_stamp_with_a_time_behind_the_version_still_stands(served: Served) -> None:
-    url = served.put("a.tar", samples(0, 2))
+    url = served.put("a.tar", captioned(0, 2))
     stamp = remote.stamp_of_url(url)
     remote.refuse_changed(url, [*stamp, "2026-01-01"], "it was indexed", "")
     with pytest.raises(ChangedError, match="changed since it was indexed"):
@@ -287,7 +278,7 @@ def test_a_shard_that_changed_since_it_was_indexed_is_refused_by_name(
     old = served.files[name]
     match change:
         case "other bytes":
-            served.files[name] = samples(50, 4)
+            served.files[name] = captioned(50, 4)
             assert len(served.files[name]) == len(old)
         case "shorter":
             served.files[name] = old[:700]
@@ -315,7 +306,7 @@ def test_a_shard_that_changes_while_it_is_read_is_no_shard(
     def changing(name: str) -> Fault | None:
         # When the last byte of the second one is asked for.
         if name == "set/part-1.tar" and served.methods.count("GET") > 3:
-            served.files[name] = samples(70, 4)
+            served.files[name] = captioned(70, 4)
         return original(name)
 
     monkeypatch.setattr(served, "fault_of", changing)
@@ -367,7 +358,7 @@ def test_blocks_that_were_read_before_are_not_asked_for_again(
         assert [source.image_bytes(n) for n in range(12)] == pictures
         # A tar of these is less than a block.
         assert len(served.asked) == asks
-    served.put("set/part-0.tar", samples(90, 4))
+    served.put("set/part-0.tar", captioned(90, 4))
     with pytest.raises(ChangedError, match="prepared"):
         Source("s", out).image_bytes(0)
 

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import hash_of, make_source, png, supervised
+from made import hash_of, make_source, supervised
 
 import tiny
+from inputs import png
 from midstream.config import Epochs, Rows
 from midstream.core.storage import read_json
 from midstream.data import columns, source_writer, sources

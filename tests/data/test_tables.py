@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from made import png
 from made_captions import outcome
 from made_inputs import Put, as_json, as_lines, read_all, run
 from pyarrow import ipc, parquet
 
+from inputs import png
 from midstream.data.formats.records import ReadOptions, Section
 from midstream.data.sources import Source
 

@@ -77,7 +77,7 @@ def test_characters_of_many_scripts_get_the_ids_of_tokenizers(name: str) -> None
     check_characters(name, rare)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ["as GPT-4o splits", "added tokens"])
 @pytest.mark.parametrize("plane", [0, 1, 2, 3, 14])
 def test_every_character_gets_the_ids_of_tokenizers(name: str, plane: int) -> None:

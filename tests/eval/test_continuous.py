@@ -81,9 +81,6 @@ def forward(answerer: ModelAnswerer, question: str, picture: Path | None, text: 
     return [float(logprobs[at - count - 1, ids[0, at - count]]) for at in range(count)]
 
 
-# ------------------------------------------------------------------------------- the answerers
-
-
 @pytest.mark.parametrize("writes", [True, False])
 def test_one_reading_gives_the_text_the_choices_and_the_gold_of_plain_passes(
     answerer: ModelAnswerer, pictures: list[Path], writes: bool
@@ -126,9 +123,6 @@ def test_another_peoples_model_gives_the_gold_answer_the_probability_of_one_pass
         assert reply.choices == pytest.approx(one.choices, abs=1e-5)
     assert [reply.text for reply in found] == [bare[0].text, "", bare[2].text]
     assert peer.num_tokens([("The cat", " red dog"), ("", "red")]) == [2, 1]
-
-
-# ------------------------------------------------------------------------------ single examples
 
 
 def example(gold: Any, **more: Any) -> VisualExample:
@@ -238,9 +232,6 @@ def test_text_is_weighed_per_byte_character_and_token() -> None:
     assert (alone["correct_prob"], alone["prob"]) == (None, pytest.approx(math.exp(-3)))
     assert set(text_outcomes(TextAnswer("p", ("4",), 0, 1, 1.0), 0).values()) == {None}
     assert set(text_outcomes(replace(said, gold=None), 0).values()) == {None}
-
-
-# --------------------------------------------------------------------------------- whole tasks
 
 
 def asked(answers: Any, root: Path, out: Path, **options: Any) -> tuple[dict[str, Any], Any]:

@@ -122,10 +122,7 @@ def add_unread(world: Path) -> None:
     ],
 )
 def test_only_tasks_whose_content_changed_are_asked_again(
-    first: First,
-    tmp_path: Path,
-    change: Callable[[Path], None],
-    asked: set[str],
+    first: First, tmp_path: Path, change: Callable[[Path], None], asked: set[str]
 ) -> None:
     root, before = first
     world = tmp_path / "elsewhere"
@@ -258,9 +255,6 @@ def test_answers_of_another_version_are_asked_again(
     monkeypatch.setattr(eval_answers, "ANSWERS_VERSION", eval_answers.ANSWERS_VERSION + 1)
     _, heard = again(first[0] / "world", tmp_path / "out", first[0] / "out")
     assert heard == set(TASKS)
-
-
-# ------------------------------------------------------------------------------- what is printed
 
 
 def listed(data: Path) -> str:

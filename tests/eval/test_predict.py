@@ -133,10 +133,7 @@ def test_a_picture_is_encoded_once_for_all_questions_about_it(
 
 
 def test_an_answer_ends_at_any_stop_id_of_the_codec(
-    answerer: ModelAnswerer,
-    codec: TextCodec,
-    pictures: list[Path],
-    monkeypatch: pytest.MonkeyPatch,
+    answerer: ModelAnswerer, codec: TextCodec, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = question_ids(codec, QUESTIONS[0], has_image=True)
     whole = by_hand(answerer, ids, pictures[0])
@@ -163,8 +160,6 @@ def test_a_picture_that_cannot_be_decoded_is_named(answerer: ModelAnswerer, tmp_
     with pytest.raises(ValueError, match=r"torn\.jpg: the picture cannot be decoded"):
         written(answerer, ["Where?"], [tmp_path / "torn.jpg"])
 
-
-# ----------------------------------------------------------------------------- log-likelihoods
 
 PAIRS = (
     ("The circle is", " red"),

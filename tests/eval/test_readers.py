@@ -433,9 +433,6 @@ def test_a_pickle_that_names_code_is_refused_and_not_run(protocol: int, tmp_path
         read("refcoco", tmp_path)
 
 
-# ------------------------------------------------------------------------------- real files
-
-
 def shared(name: str) -> Path:
     path = SHARED / name
     if not path.exists():

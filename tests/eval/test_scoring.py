@@ -42,8 +42,7 @@ def ten(*answers: str) -> list[str]:
 
 # Two of ten agree: those two see one other, the eight see two: (2 * 1/3 + 8 * 2/3) / 10.
 @pytest.mark.parametrize(
-    ("agreeing", "expected"),
-    [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (9, 1.0)],
+    ("agreeing", "expected"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (9, 1.0)]
 )
 def test_vqa_accuracy_leaves_each_person_out_in_turn(agreeing: int, expected: float) -> None:
     assert vqa_accuracy("cat", ten(*["cat"] * agreeing)) == pytest.approx(expected)
@@ -291,8 +290,6 @@ def test_a_box_keeps_its_pixels_in_the_square_that_its_picture_is_padded_to(
     wide = to_square((0.1, 0.0, 0.5, 1.0), 640, 480)
     assert wide == pytest.approx((0.1, 0.125, 0.5, 0.875))
 
-
-# ------------------------------------------------------------------------------------ averages
 
 # Paper, Table 7, in per cent: AGIEval, ARC-easy, CC, CS algorithms, COPA, HellaSwag, MathQA,
 # PIQA, PubMedQA.

@@ -148,8 +148,6 @@ def test_the_adaptor_generates_up_to_a_stop_and_rolls_whole_texts() -> None:
     assert model.loglikelihood_rolling([SimpleNamespace(args=("four",))]) == [-4.0]
 
 
-# --------------------------------------------------------------------- models of other people
-
 WORDS = ("What", "is", "a", "cat", "dog", "red", "?", "Answer", ":", "it", "the", "end", "4")
 PAIRS = [
     ("What is a cat ?", " red dog"),
@@ -276,9 +274,6 @@ def test_an_imported_decoder_follows_its_tokenizers_rule(begins: bool, tmp_path:
     assert whole < behind - 0.1 if begins else whole == pytest.approx(behind, abs=1e-4)
 
 
-# --------------------------------------------------------------------------- tasks of the harness
-
-
 @pytest.fixture
 def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of task descriptions with their data beside them, as all that the harness has."""
@@ -294,10 +289,7 @@ def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     data.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     own = {
         "dataset_path": "json",
-        "dataset_kwargs": {
-            "data_files": {"test": str(data)},
-            "cache_dir": str(tmp_path / "cache"),
-        },
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")},
         "test_split": "test",
         "doc_to_text": "{{q}}",
     }

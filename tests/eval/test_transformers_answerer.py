@@ -321,8 +321,6 @@ def test_a_start_token_that_the_template_writes_is_not_written_twice(tmp_path: P
     assert ids.count(config["text_config"]["bos_token_id"]) == 1
 
 
-# ----------------------------------------------------------------------- what stands for a model
-
 PARTS = (
     "model.safetensors",
     "config.json",

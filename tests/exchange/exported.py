@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -34,9 +36,10 @@ from midstream.model.vlm import VLM
 
 TEXTS = ("What colour is the big round ball on the left?", "The ball is red.", "In: Out: how many")
 
-# Runs before each script: Midstream must be out of reach, however it was installed.
-_HEAD = """
-import json, os, sys
+# Midstream is out of reach, however it was installed; what each script needs is imported once, and
+# each is run in a fork.
+_FRESH = """
+import json, os, sys, traceback
 sys.path[:] = [p for p in sys.path if not os.path.isdir(os.path.join(p, "midstream"))]
 try:
     import midstream
@@ -45,8 +48,22 @@ except ImportError:
 else:
     raise AssertionError("midstream can still be imported")
 import numpy as np, torch
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, pipeline
 torch.set_num_threads(1)
-request = json.loads(sys.stdin.read())
+for line in sys.stdin:
+    asked = json.loads(line)
+    if (pid := os.fork()) == 0:
+        os.chdir(asked["folder"])
+        for place, name in ((1, "printed"), (2, "errors")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), place)
+        try:
+            exec(asked["script"], globals() | {"request": asked["request"]})
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        sys.stdout.flush()
+        os._exit(0)
+    print(os.waitpid(pid, 0)[1], flush=True)
 """
 
 
@@ -65,26 +82,23 @@ def codec(*, adds_start: bool = False, texts: tuple[str, ...] = TEXTS) -> TextCo
     return TextCodec(tokenizer)
 
 
+@cache
+def _fresh() -> "subprocess.Popen[str]":
+    own = {"HF_HUB_OFFLINE": "1", "HF_HOME": mkdtemp(), "OMP_NUM_THREADS": "1"}
+    pipe, environment = subprocess.PIPE, os.environ | own | {"TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-c", _FRESH]
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+
+
 def run_fresh(script: str, request: dict[str, Any], scratch: Path) -> Any:
     """What a script prints as its last line, as JSON; it finds `request` and has no network."""
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(scratch / "hf"),
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", _HEAD + script],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=scratch,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    process, asked = _fresh(), {"script": script, "request": request, "folder": str(scratch)}
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps(asked) + "\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "0\n", (scratch / "errors").read_text()[-4000:]
+    return json.loads((scratch / "printed").read_text().splitlines()[-1])
 
 
 OPENLM = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=320)

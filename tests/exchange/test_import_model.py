@@ -75,9 +75,6 @@ def refused(source: object, out: Path, match: str, **options: Any) -> None:
     assert sorted(out.parent.rglob("*")) == before
 
 
-# ------------------------------------------------------------------- language models, transformers
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_imported_decoder_has_the_logits_of_transformers(family: str, tmp_path: Path) -> None:
     source = save_checkpoint(family, tmp_path / "source", shard=family in ("olmo2", "llama3"))
@@ -141,9 +138,6 @@ def test_another_end_of_text_than_the_models_is_told(pythia: Path, tmp_path: Pat
     assert "its config.json ends texts with 7, Midstream with 0 of the tokenizer" in notes
 
 
-# ------------------------------------------------------------------------------- the position
-
-
 def test_what_the_user_gives_is_the_position(pythia: Path, tmp_path: Path) -> None:
     numbers = {"tokens_seen": 1000, "total_tokens": 4000, "rate": 1e-4, "peak_rate": 1e-3}
     record = bring(pythia, tmp_path / "out", **numbers, end_rate=0.0)
@@ -170,9 +164,6 @@ def test_content_stands_for_weights_and_position_and_not_for_the_place(
     assert bring(pythia, tmp_path / "c", rate=1e-4, pad_vocab_to=1).content != first.content
     other = save_checkpoint("gpt_neox", tmp_path / "other", seed=1)
     assert bring(other, tmp_path / "d", rate=1e-4).content != first.content
-
-
-# ------------------------------------------------------------------------------------- the hub
 
 
 def test_a_revision_of_a_known_family_brings_its_position(
@@ -216,10 +207,7 @@ def test_a_revision_that_the_cache_lacks_is_named_with_the_way_to_get_it(
     ],
 )
 def test_what_the_hub_refuses_is_told_with_the_remedy(
-    error: type[errors.HfHubHTTPError],
-    match: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    error: type[errors.HfHubHTTPError], match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any, **options: Any) -> str:
         response: Any = SimpleNamespace(headers={}, request=None, status_code=404)
@@ -252,9 +240,6 @@ def test_torch_files_are_asked_for_only_where_there_are_no_safetensors(
     record = bring("a/model", tmp_path / "two", revision="x")
     assert len(wanted) == 3
     assert record.weights_digest == first
-
-
-# -------------------------------------------------------------------------------------- OpenLM
 
 
 def test_an_openlm_epoch_comes_with_moments_position_and_more_rows(tmp_path: Path) -> None:
@@ -323,9 +308,6 @@ def test_heads_may_be_given_for_openlm_alone(pythia: Path, tmp_path: Path) -> No
     refused(pythia, tmp_path / "other", "--num-heads is for OpenLM", num_heads=4)
 
 
-# ------------------------------------------------------------------------------------- encoders
-
-
 def test_a_tower_is_imported_whole_and_its_encoder_loads(tmp_path: Path) -> None:
     source = save_tower("whole siglip", tmp_path / "source", shard=True)
     record = bring(source, tmp_path / "out")
@@ -344,9 +326,6 @@ def test_what_has_no_sense_for_a_tower_is_refused(tmp_path: Path) -> None:
     source = save_tower("siglip", tmp_path / "source")
     given: Any = {"rate": 1e-4, "tokenizer": "words", "add_tokens": ("<|x|>",)}
     refused(source, tmp_path / "out", "leave --rate, --tokenizer, --add-token out", **given)
-
-
-# ------------------------------------------------------------------------------------ bad input
 
 
 @pytest.mark.parametrize("kind", ["olmo2", "siglip"])
@@ -409,10 +388,7 @@ AMISS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: change(f, **DENSE, **DENS),
         r"missing: .*dense.weight \[32, 32\]; nearest.*dens.weight",
     ),
-    "size": (
-        lambda f: settle(f, vocab_size=310),
-        r"embed_in.weight is .*\[300, 32\].*\[310, 32\]",
-    ),
+    "size": (lambda f: settle(f, vocab_size=310), r"embed_in.weight is .*\[300, 32\].*\[310, 32\]"),
     "infinite": (
         lambda f: change(f, **INFINITE),
         r"final_layer_norm.bias holds numbers that are not finite",
@@ -494,9 +470,6 @@ def test_wrong_sources_are_refused(pythia: Path, tmp_path: Path) -> None:
     ):
         refused(source, tmp_path / "out", match)
     refused(pythia, tmp_path / "out", r"has no revisions; leave --revision step7", revision="step7")
-
-
-# ------------------------------------------------------------------------------------ the process
 
 
 def test_the_process_prints_what_it_wrote(pythia: Path, tmp_path: Path) -> None:

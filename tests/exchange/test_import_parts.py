@@ -141,9 +141,6 @@ def test_patches_are_no_part_and_a_text_export_of_openlm_is_whole(tmp_path: Path
     )
 
 
-# --------------------------------------------------------------------------- others' Llava folders
-
-
 def save_llava(folder: Path, *, half: bool = False, kind: str = "Llava", **changes: Any) -> Any:
     settings = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
     settings |= {"vision_config": transformers.CLIPVisionConfig(**TOWER)} | changes
@@ -231,9 +228,6 @@ def test_a_positive_feature_layer_is_counted_from_behind(tmp_path: Path) -> None
     assert record.config.feature_layer == -1  # type: ignore[union-attr]
 
 
-# ------------------------------------------------------------------------------- Llava-NeXT, others
-
-
 @pytest.mark.parametrize("layer", [-1, -3, 2])
 @torch.no_grad()
 def test_parts_of_a_llava_next_are_those_of_transformers(layer: int, tmp_path: Path) -> None:
@@ -280,9 +274,6 @@ def test_whole_models_of_other_kinds_are_refused_by_name(
     with pytest.raises(ValueError, match=f"{kind!r}, a whole vision-language model of which no"):
         bring(tmp_path / "source", tmp_path / "out", part=part)
     assert not (tmp_path / "out").exists()
-
-
-# ----------------------------------------------------------------------------- whole models
 
 
 @torch.no_grad()

@@ -31,9 +31,6 @@ def bring(source: object, out: Path, **options: Any) -> tuple[ImportRecord, list
     return import_model(ImportRequest(source=str(source), out=out, **options))
 
 
-# ------------------------------------------------------------------------------- wrapped names
-
-
 def plainly(folder: Path, family: str = "llama") -> tuple[Path, str, dict[str, torch.Tensor]]:
     """A checkpoint, the digest of its weights as they are imported, and its tensors."""
     source = save_checkpoint(family, folder / "source")
@@ -101,9 +98,6 @@ def test_names_that_do_not_fit_are_few_lines_and_those_of_the_file(tmp_path: Pat
     assert lines[5].split()[1] in {f"{name}.x" for name in held}
 
 
-# ---------------------------------------------------------------------------------- vocabulary
-
-
 def test_a_pad_token_behind_the_last_row_gets_one_and_is_told(tmp_path: Path) -> None:
     source = save_checkpoint("llama", tmp_path / "source")
     words = build_tokenizer()
@@ -117,9 +111,6 @@ def test_a_pad_token_behind_the_last_row_gets_one_and_is_told(tmp_path: Path) ->
     assert "the tokenizer has [PAD] behind the model's last row; new rows were made" in notes
     held = load_file(tmp_path / "out" / "model.safetensors")["decoder.model.lm_head.weight"]
     torch.testing.assert_close(held[VOCAB_SIZE], held[:VOCAB_SIZE].mean(dim=0))
-
-
-# ------------------------------------------------------------------------------------- adapters
 
 
 def save_adapter(folder: Path, base: str) -> Path:
@@ -175,9 +166,6 @@ def test_an_adapter_is_merged_by_peft_where_that_is_installed(
     name = "model.layers.0.self_attn.q_proj.weight"
     theirs = build_model("llama").state_dict()[name]
     assert torch.equal(held[f"decoder.model.{name}"], theirs + 1)
-
-
-# ------------------------------------------------------------------------- twins among revisions
 
 
 @pytest.mark.parametrize(
@@ -247,9 +235,6 @@ def test_the_hub_is_asked_for_the_final_weights_that_are_not_here(
             bring(PYTHIA, tmp_path / "out", revision="step1000")
     else:
         bring(PYTHIA, tmp_path / "out", revision="step1000")
-
-
-# ------------------------------------------------------------------------------- the next command
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])

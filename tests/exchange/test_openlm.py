@@ -174,9 +174,6 @@ def assert_holds(found: LanguageModel, state: dict[str, Tensor], config: Decoder
     fill(Decoder(found.config), found.tensors, path=Path("checkpoint"))
 
 
-# -------------------------------------------------------------------------------- the weights
-
-
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "module._orig_mod."])
 @pytest.mark.parametrize("config", [CONFIG, PLAIN], ids=["qk", "no qk"])
 def test_an_epoch_is_read_with_any_wrapping(
@@ -228,9 +225,6 @@ def test_half_precision_is_widened_and_the_precision_of_norms_kept(tmp_path: Pat
     found = read_openlm(path)  # The rotary table in bfloat16 is within its rounding.
     assert all(value.dtype == torch.float32 for value in found.tensors.values())
     assert all(torch.equal(found.tensors[name], state[name].float()) for name in found.tensors)
-
-
-# ------------------------------------------------------------------------------ configurations
 
 
 def test_sizes_come_from_params_tables_and_the_caller_and_must_agree(tmp_path: Path) -> None:
@@ -334,9 +328,6 @@ def test_known_names_hold_the_presets_sizes() -> None:
         assert SIZES.get(f"open_lm_{name}_v2", SIZES.get(f"open_lm_{name}")) == sizes
 
 
-# ---------------------------------------------------------------------- the optimiser's moments
-
-
 @pytest.mark.parametrize("layout", [numbered, gathered])
 @pytest.mark.parametrize("config", [CONFIG, PLAIN], ids=["qk", "no qk"])
 def test_moments_come_back_bit_for_bit_under_our_names(
@@ -394,9 +385,6 @@ def test_an_optimisers_other_state_is_named_and_one_without_state_gives_no_momen
     found = read_openlm(Run(tmp_path, state, step=0).write(optimizer=empty))
     assert found.moments is None
     assert "moments" not in found.notes[0]
-
-
-# -------------------------------------------------------------------------------- the position
 
 
 @pytest.mark.parametrize("step", [0, 3, 4, 5, 20, 30])
@@ -491,9 +479,6 @@ def test_files_of_different_epochs_are_refused(tmp_path: Path) -> None:
     torch.save({"epoch": 2, "name": "run"}, path.with_name("optimizer_2.pt"))
     with pytest.raises(ValueError, match=r"optimizer_2\.pt has no 'optimizer', only epoch, name"):
         read_openlm(path)
-
-
-# ------------------------------------------------------------------------------------ bad input
 
 
 class WantsToRun:

@@ -57,11 +57,7 @@ def ended(ledger: Ledger, processes: ForkServerContext, fault: Fault | None) -> 
     "step", [pytest.param(1, marks=pytest.mark.faults, id="every"), pytest.param(SHARE, id="some")]
 )
 def test_a_stage_killed_at_a_change_of_a_file_ends_in_the_uninterrupted_bits(
-    whole: Ledger,
-    tiny_ledger: Ledger,
-    processes: ForkServerContext,
-    tmp_path: Path,
-    step: int,
+    whole: Ledger, tiny_ledger: Ledger, processes: ForkServerContext, tmp_path: Path, step: int
 ) -> None:
     right, at, num_killed = tiny.bits(whole, SHORT), 1, 0
     while True:
@@ -85,11 +81,7 @@ def test_a_stage_killed_at_a_change_of_a_file_ends_in_the_uninterrupted_bits(
     "step", [pytest.param(1, marks=pytest.mark.faults, id="every"), pytest.param(SHARE, id="some")]
 )
 def test_a_full_disk_at_any_write_is_an_error_that_names_it_and_costs_nothing(
-    whole: Ledger,
-    tiny_ledger: Ledger,
-    processes: ForkServerContext,
-    tmp_path: Path,
-    step: int,
+    whole: Ledger, tiny_ledger: Ledger, processes: ForkServerContext, tmp_path: Path, step: int
 ) -> None:
     right, at, num_failed = tiny.bits(whole, SHORT), 1, 0
     while True:

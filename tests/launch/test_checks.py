@@ -32,9 +32,6 @@ from own_studies import ASKED, DECODER, mixed, seen, text_run, told
 pytestmark = pytest.mark.usefixtures("no_process")
 
 
-# ----------------------------------------------------------------------- what a stage starts from
-
-
 def test_a_completion_that_is_no_milestone_is_refused_with_those_there_are(
     world: Path, empty: Ledger
 ) -> None:
@@ -130,9 +127,6 @@ def test_an_imported_tower_is_held_to_what_its_weights_are_made_of(
     model = seen(own_world.data_of(world), mixed(200, pictures=1.0))
     found = told(empty, model.model_copy(update={"encoder": encoder}))
     assert [differs in problem.what for problem in found] == ([] if differs is None else [True])
-
-
-# --------------------------------------------------------------------------------- this machine
 
 
 def test_a_disk_without_room_is_told_with_both_numbers(

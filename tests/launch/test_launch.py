@@ -56,13 +56,7 @@ class Launch:
             (self.acts / name).write_text(act)
         # What is asked here is order and ends; the studies' data are none.
         return run(
-            study,
-            self.ledger,
-            Machine(workers=workers),
-            keep,
-            command,
-            retry,
-            skip_checks=True,
+            study, self.ledger, Machine(workers=workers), keep, command, retry, skip_checks=True
         )
 
     def notes(self, what: str) -> list[str]:
@@ -293,9 +287,7 @@ def test_a_stage_that_an_earlier_launcher_left_running_is_named(
 ) -> None:
     study = make_study()
     stage = order(study)[0]
-    with (
-        launch.ledger.open_stage(stage) as work,
-    ):
+    with launch.ledger.open_stage(stage) as work:
         with pytest.raises(ValueError, match=rf"{stage.identity[:7]} .*process {os.getpid()}"):
             launch(study)
         work.finish({})

@@ -217,9 +217,7 @@ def test_equal_stages_are_one_array_and_children_wait_for_their_parents(cluster:
     assert "--array=0-2%1" in script.read_text()
 
 
-def test_what_slurm_cannot_give_is_named_and_nothing_is_queued(
-    cluster: Cluster,
-) -> None:
+def test_what_slurm_cannot_give_is_named_and_nothing_is_queued(cluster: Cluster) -> None:
     before = sorted(cluster.ledger.store.rglob("*"))
     with pytest.raises(ValueError, match=r"no partition 'hgih'; did you mean 'high'\? it has ci"):
         cluster(study_of(RUN), stages={"evaluate": {"partition": "hgih"}})
@@ -334,9 +332,7 @@ def test_a_preempted_job_is_queued_again_and_its_stage_goes_on(cluster: Cluster)
 
 
 @stand_in
-def test_a_job_that_slurm_ends_uses_up_a_restart_and_then_fails_its_stage(
-    cluster: Cluster,
-) -> None:
+def test_a_job_that_slurm_ends_uses_up_a_restart_and_then_fails_its_stage(cluster: Cluster) -> None:
     ended: list[str] = []
 
     def end(job: str) -> None:

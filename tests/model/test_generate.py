@@ -93,9 +93,6 @@ def shapes_read(vlm: VLM) -> Iterator[list[tuple[int, ...]]]:
     hook.remove()
 
 
-# ------------------------------------------------------------------- a reference without a cache
-
-
 @torch.no_grad()
 def next_logits(
     vlm: VLM, given: list[int], said: list[int], image: Tensor | None, begin: int | None = None
@@ -158,9 +155,6 @@ def random_prompts(count: int, seed: int) -> list[list[int]]:
     source = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 40, (count,), generator=source).tolist()
     return [torch.randint(0, 40, (n,), generator=source).tolist() for n in lengths]
-
-
-# ------------------------------------------------------------------------------- greedy answers
 
 
 @pytest.mark.parametrize("sees", [True, False])
@@ -287,16 +281,8 @@ def test_unusable_prompts_are_refused(plain: VLM) -> None:
     assert answers(plain, [], None, 5) == []
 
 
-# ---------------------------------------------------------------------------------- drawn answers
-
-
 @pytest.mark.parametrize(
-    "sampling",
-    [
-        DRAWN,
-        Sampling(temperature=0.7, seed=1),
-        Sampling(top_p=0.5),
-    ],
+    "sampling", [DRAWN, Sampling(temperature=0.7, seed=1), Sampling(top_p=0.5)]
 )
 def test_drawn_answers_equal_a_reference_that_draws_token_by_token(sampling: Sampling) -> None:
     vlm, prompts = vlm_of("prefix"), random_prompts(6, 4)
@@ -370,9 +356,6 @@ def test_a_distribution_that_is_none_is_refused(wrong: Any, message: str) -> Non
         Sampling(**wrong)
 
 
-# ---------------------------------------------------------------------------------- conversations
-
-
 @pytest.mark.parametrize("sees", [True, False])
 @pytest.mark.parametrize("sampling", [None, DRAWN])
 def test_a_conversation_goes_on_as_if_it_were_read_anew_at_each_token(
@@ -438,9 +421,6 @@ def test_a_conversation_ends_where_its_room_does(plain: VLM) -> None:
     blind = VLM(VLMConfig(decoder=OPENLM))
     with pytest.raises(ValueError, match="without an encoder"):
         Conversation(blind, images(1), max_positions=12)
-
-
-# ----------------------------------------------------------------------------- log-likelihoods
 
 
 @torch.no_grad()

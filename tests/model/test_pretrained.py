@@ -75,9 +75,6 @@ def assert_close(first: Tensor, second: Tensor) -> None:
     torch.testing.assert_close(first, second, rtol=0, atol=TOLERANCE)
 
 
-# -------------------------------------------------------------------------------- equal numbers
-
-
 @every_family
 def test_logits_equal_those_of_transformers(family: str) -> None:
     ids = tokens(2, 40)
@@ -186,9 +183,6 @@ def test_scaled_rotary_frequencies_are_honoured() -> None:
     assert (hidden_of(other, ids) - hidden_of(ours("llama3"), ids)).abs().max() > 0.01
 
 
-# ------------------------------------------------------------------------------------ the cache
-
-
 def new_cache(decoder: TransformersDecoder, rows: int, columns: int) -> Any:
     return decoder.new_cache(
         rows=rows, columns=columns, dtype=torch.float32, device=torch.device("cpu")
@@ -240,9 +234,6 @@ def test_a_full_cache_and_a_missing_mask_are_refused() -> None:
     with pytest.raises(ValueError, match="holds 3 positions; a mask must say"):
         feed(ours("llama"), tokens(1, 1), None, held)
     assert held.length == 3
-
-
-# ----------------------------------------------------------------------------------- parameters
 
 
 @every_family
@@ -324,9 +315,6 @@ def test_autocast_changes_the_precision_alone() -> None:
         assert 0 < (found.float() - exact).abs().mean() < 0.05 * exact.abs().mean()
 
 
-# ---------------------------------------------------------------------------------------- names
-
-
 @every_family
 def test_the_names_of_a_checkpoint_without_output_layer_are_found(family: str) -> None:
     decoder = ours(family)
@@ -347,9 +335,6 @@ def test_what_the_model_computes_itself_has_no_parameter() -> None:
     assert ours("llama").parameter_name("foreign.weight") == "model.foreign.weight"
     assert ours("gpt_neox").parameter_name("embed_out.weight") == "model.lm_head.weight"
     assert ours("llama3").parameter_name("lm_head.weight") in ours("llama3").state_dict()
-
-
-# --------------------------------------------------------------------------------------- config
 
 
 @every_family
@@ -407,9 +392,6 @@ def test_a_smaller_vocabulary_drops_a_padding_id_that_does_not_fit() -> None:
     config = describe(LlamaConfig(**checkpoints.SIZES | {"pad_token_id": 299}))
     assert with_vocabulary(config, 299).settings["pad_token_id"] is None
     assert with_vocabulary(config, 400).settings["pad_token_id"] == 299
-
-
-# -------------------------------------------------------------------------------------- refused
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:

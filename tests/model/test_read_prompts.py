@@ -20,9 +20,7 @@ WIDTH = 4
 # The mean of each picture's four patches.
 POOLED = VLM(
     VLMConfig(
-        decoder=OPENLM,
-        encoder=ENCODER,
-        projector=ProjectorConfig(reduction=AveragePool(window=2)),
+        decoder=OPENLM, encoder=ENCODER, projector=ProjectorConfig(reduction=AveragePool(window=2))
     )
 )
 initialise(POOLED, 0)

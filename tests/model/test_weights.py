@@ -110,9 +110,6 @@ def test_digest_sees_every_value_dtype_and_name() -> None:
     assert weights_digest(decoder_of(0)) in digests
 
 
-# ----------------------------------------------------------------------------- tied tensors
-
-
 class Tied(nn.Module):
     """Embeddings that are the output layer's weights, and a buffer of two names."""
 
@@ -161,9 +158,6 @@ def test_tied_tensors_are_read_from_either_name_but_not_if_they_differ(tmp_path:
     del both["output.weight"], both["embed.weight"]
     with pytest.raises(ValueError, match=r"missing: embed\.weight \[5, 3\]"):
         fill(target, both, path=tmp_path)
-
-
-# ----------------------------------------------------------------- other dtypes, other names
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -215,9 +209,6 @@ def test_a_module_on_the_meta_device_checks_names_shapes_and_dtypes(tmp_path: Pa
     check(decoder, tensors, path=tmp_path)
     with pytest.raises(ValueError, match=r"norm\.weight is torch\.float32 \[17\]"):
         check(decoder, tensors | {"norm.weight": torch.zeros(17)}, path=tmp_path)
-
-
-# ------------------------------------------------------------------------------------- shards
 
 
 def in_shards(folder: Path, tensors: dict[str, Tensor], *, kind: str = "safetensors") -> Path:
@@ -274,9 +265,6 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path: Path) -> N
         index.write_text(json.dumps({"weight_map": said}))
         with pytest.raises(ValueError, match=told):
             read_tensors(index)
-
-
-# ------------------------------------------------------------------------------------ pickles
 
 
 class WantsToRun:

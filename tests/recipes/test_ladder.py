@@ -147,7 +147,7 @@ def few_steps(name: str, **given: Any) -> Scale:
         image_text_tokens=2_000,
         rows=rows,
         finetune_rows=rows,
-        asked=tiny.EVALUATION.model_copy(update={"limit": 6, "visual_tasks": ("pope",)}),
+        asked=tiny.EVALUATION.model_copy(update={"limit": 2, "visual_tasks": ()}),
         draws=("text", "image-text"),
     )
 
@@ -159,12 +159,8 @@ def test_a_ladder_goes_from_its_plan_to_its_report(
     monkeypatch.setattr(ladder, "find_scale", few_steps)
     ledger = Ledger(tmp_path / "store")
     given = ["sizes=8,16,24,32", "shares=0.5", "onsets=1.0", "seeds=1,2"]
-    command = [
-        "ladder.sizes",
-        "--store",
-        str(ledger.store),
-        *(x for s in given for x in ("--set", s)),
-    ]
+    command = ["ladder.sizes", "--store", str(ledger.store)]
+    command += [word for one in given for word in ("--set", one)]
     planned = CliRunner().invoke(app, ["plan", *command])
     assert planned.exit_code == 0, planned.output
     assert "for the sizes that laws are fitted to" in planned.output

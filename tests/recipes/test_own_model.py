@@ -97,10 +97,7 @@ def stages(made: Study) -> tuple[Finetune, Continue, LoadDecoder]:
 
 @pytest.fixture(scope="module")
 def ran(
-    folders: dict[str, str],
-    world: str,
-    prepared: Ledger,
-    tmp_path_factory: pytest.TempPathFactory,
+    folders: dict[str, str], world: str, prepared: Ledger, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Study, Ledger]:
     """The study, all of it done in a store of its own."""
     made = study(folders, world)
@@ -111,17 +108,8 @@ def test_an_imported_model_learns_to_see_and_leaves_as_llava(
     folders: dict[str, str], ran: tuple[Study, Ledger], tmp_path: Path
 ) -> None:
     made, ledger = ran
-    assert {row.stage.kind for row in plan(made, ledger).rows} == {
-        *(
-            "prepare_tokenizer",
-            "prepare_source",
-            "load_decoder",
-            "load_encoder",
-            "continue",
-            "finetune",
-            "evaluate",
-        )
-    }
+    kinds = {"prepare_tokenizer", "prepare_source", "load_decoder", "load_encoder", "continue"}
+    assert {row.stage.kind for row in plan(made, ledger).rows} == kinds | {"finetune", "evaluate"}
     finetuned, continued, loaded = stages(made)
     # The very weights, at the very rate, under the data's own tokens.
     record = read_import(Path(folders["llama"]))
@@ -188,7 +176,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        *list(VARIANTS)[::2],
+        *(pytest.param(name, marks=pytest.mark.faults) for name in list(VARIANTS)[1::2]),
+    ],
+)
 def test_every_way_to_see_goes_through_every_stage(
     variant: str, folders: dict[str, str], world: str, prepared: Ledger, tmp_path: Path
 ) -> None:

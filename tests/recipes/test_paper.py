@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from midstream.cli.catalogue import catalogue, find_study
+from midstream.cli.catalogue import find_study
 from midstream.config import ContinuedCosine, Mixture, WarmupCosine
 from midstream.config.training import rate_at
 from midstream.cost.graph import missing_inputs, order, plan
@@ -18,8 +18,6 @@ from midstream.recipes.scales import SIZES, find_scale
 from midstream.study.stages import Continue, ContinueFrom, Evaluate, Finetune, LoadDecoder, Pretrain
 from midstream.study.store import Ledger
 from midstream.study.studies import AnyStudy, Study, Suite
-
-SCALED = sorted(name for name in catalogue() if name.startswith("paper.") and "slice" not in name)
 
 
 def kinds(study: AnyStudy) -> Counter[str]:
@@ -169,9 +167,6 @@ def _image_text(result: Evaluate) -> Continue:
     return result.of.start
 
 
-# ------------------------------------------------------------------------- the authors' runs
-
-
 def mixture(run: AuthorsRun) -> tuple[float, float, float]:
     return run.caption_share, run.instruct_share, run.text_share
 
@@ -220,9 +215,6 @@ def test_known_runs_are_there_and_those_that_were_not_listed_are_not():
     assert AuthorsRun(0.05, 0.0, 0.95, 1.0, 2, "DataComp-DR") in later
     assert AuthorsRun(0.08, 0.02, 0.9, 0.8, 4, "DataComp-DR") in later
     assert AuthorsRun(0.2, 0.0, 0.8, 0.8, 3, "DataComp-DR") not in first | later
-
-
-# ------------------------------------------------------------------------- the pocket recipe
 
 
 def test_all_lines_share_one_text_run_whatever_completions_are_asked_for() -> None:

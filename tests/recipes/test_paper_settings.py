@@ -32,9 +32,6 @@ def shares(stage: Continue | Pretrain) -> dict[str, tuple[float, str]]:
     return {share.source: (share.share, share.caption) for share in budget.shares}
 
 
-# ---------------------------------------------------------------------------------- captions, text
-
-
 def test_datacomp_dr_is_seen_with_a_synthetic_caption_and_other_sets_with_their_own() -> None:
     seen = {
         line.axes["captions"]: shares(_image_text(line.result))
@@ -99,9 +96,6 @@ def test_settings_that_are_none_are_refused(settings: dict[str, Any], told: str)
         paper.figure_8(**values)
 
 
-# ---------------------------------------------------------------------------------- rows
-
-
 def test_rows_of_the_paper_mix_by_sequences_with_one_picture_a_padded_row() -> None:
     for name in ("paper.figure_4", "paper.table_8", "published.table1"):
         for scale in ("pocket", "1b"):
@@ -127,9 +121,6 @@ def test_a_tenth_is_379_or_281_million_pictures_by_the_unit_of_a_share() -> None
 def test_padded_rows_of_fine_tuning_hold_the_256_conversations_of_a_step() -> None:
     at = find_scale("1b", rows="paper")
     assert (at.finetune_rows.row_length, at.finetune_rows.batch_rows) == (2048, 256)
-
-
-# ---------------------------------------------------------------------------------- settings
 
 
 def test_z_loss_of_the_text_run_is_that_of_its_records() -> None:
@@ -175,9 +166,6 @@ def test_every_connector_that_is_replaced_is_named() -> None:
         connector = [note for note in recipe.notes if "projector" in note]
         # The others have their own kind.
         assert len(connector) == (recipe.connector.kind == "mlp"), recipe.name
-
-
-# ---------------------------------------------------------------------------------- figures, tables
 
 
 def test_the_suite_asks_every_run_of_both_of_the_authors_lists() -> None:
@@ -247,9 +235,6 @@ def test_table_8_has_both_aggregates_and_the_errors_that_are_printed() -> None:
     assert printed == [(0.4713, 0.4608), (0.5138, 0.5125), (0.5814, None)]
     assert TABLE_8[2].errors == {"textvqa": 0.002, "refcoco": 0.001, "gqa": 0.003, "vqav2": 0.002}
     assert table.scores[-3:] == (five, six, "vizwiz")
-
-
-# ---------------------------------------------------------------------------------- evaluation
 
 
 def test_an_evaluation_is_priced_at_the_size_of_the_published_benchmarks() -> None:

@@ -192,7 +192,10 @@ def test_ours_is_the_papers_model_to_the_last_digit(pocket: Scale) -> None:
     assert mine.identity == finetune_stage(pocket, Model(seed=7)).identity
 
 
-@pytest.mark.parametrize("scale", SIZES)
+@pytest.mark.parametrize(
+    "scale",
+    [SIZES[0], *(pytest.param(x, marks=pytest.mark.faults) for x in SIZES[1:-1]), SIZES[-1]],
+)
 def test_table_1_can_be_planned_and_its_rates_drawn_at_every_scale(
     scale: str, tmp_path: Path
 ) -> None:

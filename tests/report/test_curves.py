@@ -62,8 +62,7 @@ def test_moments_that_warm_up_hold_the_rate_back_at_the_start() -> None:
     # One step of a stage of eleven is more than a hundredth of it.
     assert warm.rates == carried.rates
     long = tiny.image_run(
-        ContinueFrom(stage=tiny.TEXT, completion=0.4, optimizer="warm"),
-        total_tokens=2_000_000,
+        ContinueFrom(stage=tiny.TEXT, completion=0.4, optimizer="warm"), total_tokens=2_000_000
     )
     held = curves(study_of(Evaluate(of=long, evaluation=tiny.EVALUATION)))[0][1]
     assert held.rates[0] < 0.1 * held.rates[5]

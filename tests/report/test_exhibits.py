@@ -210,9 +210,6 @@ def test_crowded_numbers_stand_evenly_and_the_axis_says_so(ledger: Ledger) -> No
     assert panel_figure(study, facts.groups, stable_panel("vision", {}))["pdf"].startswith(b"%PDF")
 
 
-# ------------------------------------------------------------------------------ suite, summary
-
-
 def suite() -> Suite:
     claim = Claim(text=HOSTILE, higher={"x": 80}, lower={"x": 20}, source="paper, section 3")
     one = tabled().model_copy(update={"name": "one", "claims": (claim,)})

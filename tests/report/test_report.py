@@ -13,11 +13,7 @@ from made_whole import PERCENTS
 from midstream.report.curves import MAX_POINTS, curve_figure
 from midstream.report.figures import panel_figure, stable_panel
 from midstream.report.line_rows import Part as Used
-from midstream.report.line_rows import (
-    best_group,
-    spent,
-    write_csv,
-)
+from midstream.report.line_rows import best_group, spent, write_csv
 from midstream.study.store import Ledger
 from midstream.study.studies import Figure, Study
 

@@ -110,9 +110,6 @@ def test_another_import_in_the_same_place_is_found(imported: Path) -> None:
         open_imported(planned)
 
 
-# ------------------------------------------------------------------------------- whole models
-
-
 def whole(place: Path, model: VLMConfig, content: str = "fedcba9876543210") -> Path:
     """An imported vision-language model with its towers, each of a content of its own."""
     changes = {"kind": "model", "config": model.decoder, "model": model, "content": content}

@@ -130,10 +130,7 @@ def test_a_log_outside_the_store_keeps_its_whole_path_and_none_is_none(
 ) -> None:
     other = tmp_path / "elsewhere.out"
     monkeypatch.setenv(progress.LOG, str(other))
-    assert progress.log_here(tmp_path / "store", "prepare-1") == {
-        "log": str(other),
-        "log_start": 0,
-    }
+    assert progress.log_here(tmp_path / "store", "prepare-1") == {"log": str(other), "log_start": 0}
     monkeypatch.delenv(progress.LOG)
     assert progress.log_here(tmp_path, "prepare-1")["log"] is None
 

@@ -126,8 +126,6 @@ def test_a_step_that_is_not_finite_stops_the_training(
     assert not (tmp_path / "weights").exists()
 
 
-# ----------------------------------------------------------------------------------- the pair
-
 CONFIG = EncoderConfig(
     image_size=16, patch_size=4, hidden_size=32, num_layers=3, num_heads=2, intermediate_size=64
 )

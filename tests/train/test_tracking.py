@@ -67,9 +67,6 @@ def write(log: MetricsLog, *steps: int) -> None:
         log.write(step=step, loss=step / 8)
 
 
-# ------------------------------------------------------------------------------ metrics.jsonl
-
-
 def steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
@@ -78,9 +75,7 @@ def test_held_out_losses_are_tracked_by_source() -> None:
     measured = {"web": {"loss": 2.5, "loss_other_picture": None, "num_targets": 7}}
     row = tracking_module._row({"step": 3, "loss": 3.0, "held_out": measured}, "train", 1.0)
     assert row == TrackedRow(
-        3,
-        {"train/loss": 3.0, "held_out/web/loss": 2.5, "held_out/web/num_targets": 7.0},
-        1.0,
+        3, {"train/loss": 3.0, "held_out/web/loss": 2.5, "held_out/web/num_targets": 7.0}, 1.0
     )
 
 
@@ -106,9 +101,6 @@ def test_lines_behind_the_checkpoint_are_cut_off_and_written_again(tmp_path: Pat
     assert steps(path) == [1, 2, 3, 4]
     MetricsLog(path, 0).close()
     assert path.read_bytes() == b""
-
-
-# ------------------------------------------------------------------------------ TensorBoard
 
 
 def board(folder: Path, step: int, *values: TrackedRow) -> int:
@@ -146,9 +138,6 @@ def test_a_record_that_a_killed_process_left_torn_is_sent_again(tmp_path: Path) 
     assert [step for step, _ in scalars(tmp_path / "tensorboard")] == [1, 2, 3, 4]
 
 
-# ------------------------------------------------------------------------------ the series
-
-
 def test_a_tracker_gets_every_line_once_and_those_from_before_it_was_asked_for(
     tmp_path: Path,
 ) -> None:
@@ -174,10 +163,7 @@ def test_a_tracker_gets_every_line_once_and_those_from_before_it_was_asked_for(
 
 @pytest.mark.parametrize("fails", ["begin", "send"])
 def test_a_tracker_that_fails_is_counted_told_once_and_changes_no_line(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    fails: str,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
     monkeypatch.setattr(tracking_module, "SEND_SECONDS", 0.001)
     path, recorder = tmp_path / "metrics.jsonl", Recorder(fails=[fails])
@@ -208,9 +194,6 @@ def test_a_tracker_that_hangs_does_not_hold_the_stage(
     log.close()
     assert "TimeoutError: it was not done within 0.05 s" in made.close()["recorder"]["first"]
     release.set()
-
-
-# ------------------------------------------------------------------------------ which, and where
 
 
 def test_a_tracker_that_is_not_installed_is_refused_with_its_command(

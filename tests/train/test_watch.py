@@ -130,9 +130,7 @@ def test_one_process_that_hangs_in_a_step_is_named_and_ends(
     assert watch._thread is None
 
 
-def test_ranks_that_wait_together_outside_of_steps_are_left_alone_however_long(
-    pair: Pair,
-) -> None:
+def test_ranks_that_wait_together_outside_of_steps_are_left_alone_however_long(pair: Pair) -> None:
     for one in (pair.first, pair.second):
         steps(3, one)
         one.rest("keeping the stage's weights")

@@ -1,8 +1,6 @@
 """Evaluations as stages and by `midstream eval`: stopped, shared out, of other people's models."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,10 @@ from PIL import Image
 import tiny
 from in_process import stay_here
 from midstream.cli import app
-from midstream.config import Machine
 from midstream.core.storage import read_json
 from midstream.eval.answers import EvaluationStopped
 from midstream.eval.tasks import Reply
 from midstream.exchange.export import export
-from midstream.launch.workers import worker_environment
 from midstream.study.stages import Evaluate
 from midstream.study.store import Ledger, Stopped
 from midstream.work import evaluate_model
@@ -97,18 +93,6 @@ def test_two_ranks_find_what_one_finds(whole: Ledger, own: Ledger) -> None:
     assert found(own) == found(whole)
 
 
-def process(*words: str | Path) -> str:
-    ended = subprocess.run(
-        [sys.executable, "-m", "midstream.cli.app", *map(str, words)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**worker_environment(Machine()), "COLUMNS": "600"},
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return ended.stdout
-
-
 Command = Callable[..., str]
 
 
@@ -155,7 +139,7 @@ def test_a_model_and_its_export_stand_in_one_table(
 
     # What is done is not done again.
     before = (mine / "results.json").stat().st_mtime_ns
-    again = process("eval", stage, *words)
+    again = command("eval", stage, *words)
     assert "; as before: vqav2 (of 20" in again
     assert (mine / "results.json").stat().st_mtime_ns == before
     # Asked otherwise, it has another folder, and the first one stays.
@@ -265,14 +249,14 @@ def test_names_are_as_long_as_it_takes_to_tell_them_apart() -> None:
     assert short_names(["a/b", "a/b/"]) == ["b", "b"]
 
 
-def test_the_list_says_what_is_there_and_what_is_missing(tmp_path: Path) -> None:
+def test_the_list_says_what_is_there_and_what_is_missing(tmp_path: Path, command: Command) -> None:
     gqa = tmp_path / "gqa"
     gqa.mkdir()
     record = {"imageId": "n1", "question": "?", "answer": "yes"}
     (gqa / "testdev_balanced_questions.json").write_text(json.dumps({"1": record}))
     (tmp_path / "vizwiz").mkdir()
     (tmp_path / "boolq.jsonl").write_text('{"passage": "p", "question": "q", "answer": true}\n')
-    listed = " ".join(process("eval", "--list", "--data", tmp_path).split())
+    listed = " ".join(command("eval", "--list", "--data", tmp_path).split())
     assert "1 questions in" in listed
     assert "1 pictures are missing" in listed
     assert "missing: v2_OpenEnded_mscoco_val2014_questions.json" in listed

@@ -28,9 +28,7 @@ SEEN = Continue(
     projector=PROJECTOR,
     start=ContinueFrom(stage=tiny.TEXT, completion=0.4, optimizer="fresh"),
     training=tiny.training(
-        budget=tiny.mixture(4_000, pictures=0.5, web=0.5),
-        schedule=tiny.warm(),
-        freeze_decoder=True,
+        budget=tiny.mixture(4_000, pictures=0.5, web=0.5), schedule=tiny.warm(), freeze_decoder=True
     ),
 )
 CHAT = Finetune(start=SEEN, training=tiny.CHAT.training)

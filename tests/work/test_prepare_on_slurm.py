@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 import tiny
 from clusters import REAL
+from inputs import byte_tokenizer, midstream
 from midstream.config import SlurmSettings
 from midstream.data.formats.records import ReadOptions
 from midstream.launch.slurm import run_on_slurm
@@ -44,19 +44,16 @@ class Source:
         for number in range(NUM_FILES):
             lines = (json.dumps({"text": f"line {n} of {number}"}) for n in range(num_lines))
             (self.texts / f"{number}.jsonl").write_text("\n".join(lines) + "\n")
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        vocab = {token: n for n, token in enumerate([*alphabet, "<start>"])}
-        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-        tokenizer.add_special_tokens(["<start>"])
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.save(str(folder / "tokenizer.json"))
+        byte_tokenizer(folder, "<start>")
+
+    def words(self, *more: str) -> list[str]:
+        """The command; `more` stands at its end."""
+        command = ["prepare", "text", str(self.texts), "--out", str(self.out)]
+        command += ["--tokenizer", str(self.folder / "tokenizer.json")]
+        return [*command, "--begin-of-text", "<start>", *more]
 
     def start(self, *more: str) -> "subprocess.Popen[str]":
-        """The command; `more` stands at its end."""
-        command = [sys.executable, "-m", "midstream", "prepare", "text", str(self.texts)]
-        command += ["--tokenizer", str(self.folder / "tokenizer.json")]
-        command += ["--begin-of-text", "<start>", "--out", str(self.out), *more]
-        pipe = subprocess.PIPE
+        command, pipe = [sys.executable, "-m", "midstream", *self.words(*more)], subprocess.PIPE
         return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
 
     def on_slurm(self, *more: str, **settings: Any) -> "subprocess.Popen[str]":
@@ -138,10 +135,6 @@ def test_tasks_make_the_source_and_one_job_finishes_it(source: Source) -> None:
     assert any(
         f"--array=0-{NUM_TASKS - 1}%" in path.read_text() for path in script.parent.glob("*.sh")
     )
-    again = source.on_slurm()
-    printed, errors = again.communicate()
-    assert again.returncode == 0, errors
-    assert f"0 of {NUM_FILES} shards are made by 0 tasks" in printed
 
 
 @pytest.mark.faults
@@ -167,6 +160,8 @@ def test_a_cancelled_task_is_named_and_the_same_command_makes_what_it_left(sourc
     kept = {path.stat().st_mtime_ns for path in shards}
     assert set(before.values()) < kept
     assert contents(source.out) == source.alone()
+    printed, errors = source.on_slurm().communicate()
+    assert f"0 of {NUM_FILES} shards are made by 0 tasks" in printed, errors
 
 
 @pytest.mark.faults
@@ -287,9 +282,8 @@ def test_what_slurm_cannot_give_is_refused_and_workers_are_of_this_machine(sourc
         ("--slurm-set", "cpus=2"): "go with --slurm",
     }
     for options, told in refused.items():
-        process = source.start(*options)
-        _, errors = process.communicate()
-        assert (process.returncode, told in errors) == (2, True), errors
+        ended = midstream(*source.words(*options))
+        assert (ended.exit_code, told in ended.stderr) == (2, True), ended.stderr
     assert source.jobs() == {}
 
 

@@ -1,12 +1,10 @@
 """`midstream profile`: the real command on a tiny store."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import tiny
 from faults.launched import recipe
@@ -15,10 +13,9 @@ from midstream.cli.app import app
 from midstream.study.store import Ledger
 
 
-def profiled(ledger: Ledger, out: Path, *options: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "midstream.cli.app", "profile", recipe(out.parent)]
-    command += ["--store", str(ledger.store), "--device", "cpu", "--out", str(out), *options]
-    return subprocess.run(command, capture_output=True, text=True)
+def profiled(ledger: Ledger, out: Path, steps: int) -> Result:
+    command = ["profile", recipe(out.parent), "--store", str(ledger.store), "--device", "cpu"]
+    return CliRunner().invoke(app, [*command, "--out", str(out), "--steps", str(steps)])
 
 
 @pytest.mark.slow
@@ -27,8 +24,8 @@ def test_a_profile_has_meters_a_trace_and_a_page_and_leaves_the_store_alone(
 ) -> None:
     mine = tiny.store_with(tiny_ledger, tmp_path / "store", tiny.DATA)
     before = sorted(path for path in mine.store.rglob("*"))
-    ended = profiled(mine, tmp_path / "out", "--steps", "3")
-    assert ended.returncode == 0, ended.stderr
+    ended = profiled(mine, tmp_path / "out", 3)
+    assert ended.exit_code == 0, ended.stderr
     assert "useful" in ended.stdout
     assert "of what a matrix product reaches" in " ".join(ended.stdout.split())
     assert sorted(path for path in mine.store.rglob("*")) == before
@@ -52,9 +49,7 @@ def test_a_stage_that_is_too_short_or_lacks_its_data_is_refused(
         (tiny_ledger, 3000, "3004 are wanted; give a smaller --steps"),
         (Ledger(tmp_path / "empty"), 3, "not done"),
     ):
-        command = ["profile", recipe(tmp_path), "--store", str(ledger.store), "--device", "cpu"]
-        command += ["--out", str(tmp_path / "out"), "--steps", str(steps)]
-        ended = CliRunner().invoke(app, command)
+        ended = profiled(ledger, tmp_path / "out", steps)
         assert ended.exit_code == 2
         assert said in ended.stderr
     assert not (tmp_path / "out").exists()

@@ -150,9 +150,6 @@ def test_training_through_an_encoder_leaves_it_as_it_was(
     assert {name.split(".")[0] for name in names} == {"decoder", "projector"}
 
 
-# ------------------------------------------------------------------------------------ starting
-
-
 def first_step(ledger: Ledger, stage: Continue | Finetune) -> Path:
     """Run one step and stop; its checkpoint."""
     with pytest.raises(Stopped):
@@ -273,9 +270,6 @@ def test_a_damaged_parent_stops_a_stage_before_its_first_step(own: Ledger) -> No
         tiny.runner(own).run(SEEN)
     assert own.metrics(SEEN) == []
     assert own.state(SEEN) == "failed"
-
-
-# ---------------------------------------------------------------------------------- evaluating
 
 
 def test_an_evaluation_uses_the_final_weights_and_keeps_every_answer(ledger: Ledger) -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 import tiny
 from in_process import events_of, stay_here
+from inputs import png
 from midstream.cli.app import app
 from midstream.cli.catalogue import training_stage
 from midstream.config import Amount, Amounts, Budget, Epochs, ImageTransform, Mixture, Rows
@@ -43,14 +44,6 @@ PATCHES, SIZE = 4, 12
 TEXTS = [f"Text {n}: {'the river is wide, ' * (n % 9)}and it ends." for n in range(40)]
 CAPTIONS = [f"a boat number {n} on {'very ' * (n % 4)}blue water" for n in range(30)]
 TURNS = [[("What is it?", f"A boat, {n}."), ("Which one?", "The red one.")] for n in range(12)]
-
-
-def png(number: int) -> bytes:
-    """A wide picture of its own for every number."""
-    pixels = np.random.default_rng(number).integers(0, 255, (5, 8, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def mixture(total_tokens: int, **shares: float) -> Mixture:
@@ -91,7 +84,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory, codec: TextCodec) -> dict[
         for number, item in enumerate(items):
             content, image = name.encode() + bytes([number]), None
             if name == "pics":
-                content = png(number)
+                content = png(number, (8, 5))
                 (base / f"{number}.png").write_bytes(content)
                 image = Placed(f"{number}.png", 0, len(content))
             writer.add(
@@ -239,10 +232,7 @@ def test_saved_pictures_are_what_the_encoder_sees(
 
 
 def test_markers_stand_for_colours_where_there_are_none(
-    tmp_path: Path,
-    sources: dict[str, Source],
-    codec: TextCodec,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, sources: dict[str, Source], codec: TextCodec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     shown = shown_of(sources, codec, mixture(300, talks=1.0))
@@ -335,10 +325,7 @@ def test_the_mixture_table_counts_what_the_rows_hold(
 def test_a_pool_and_how_often_its_pictures_come_are_told_before_anything_runs(
     sources: dict[str, Source], codec: TextCodec
 ) -> None:
-    amounts = (
-        Amount(source="pics", epochs=5, pool=3),
-        Amount(source="web", tokens=50),
-    )
+    amounts = (Amount(source="pics", epochs=5, pool=3), Amount(source="web", tokens=50))
     shown, stream = shown_of(sources, codec, Amounts(amounts=amounts)), io.StringIO()
     print_stats(shown, 4, Console(file=stream, highlight=False, width=200))
     text = stream.getvalue()
@@ -414,10 +401,7 @@ def contents(store: Path) -> dict[Path, int]:
 
 @pytest.mark.slow
 def test_the_command_shows_any_training_stage_before_it_has_run_and_changes_no_store(
-    recipe: str,
-    tiny_ledger: Ledger,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
+    recipe: str, tiny_ledger: Ledger, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     before, out = contents(tiny_ledger.store), tmp_path / "pictures"
     # Without options: the first row of the first continue, in a process as for everybody.

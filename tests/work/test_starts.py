@@ -35,11 +35,7 @@ from tiny import TEXT
 HIGH_END = WarmupCosine(peak_rate=tiny.RATE, end_rate=1e-3, warmup_fraction=0.1)
 FROM_TEXT = ContinueFrom(stage=TEXT, completion=0.4)
 ALIGNED = tiny.image_run(
-    FROM_TEXT,
-    total_tokens=4_000,
-    schedule=HIGH_END,
-    freeze_decoder=True,
-    encoder_rate_factor=0.5,
+    FROM_TEXT, total_tokens=4_000, schedule=HIGH_END, freeze_decoder=True, encoder_rate_factor=0.5
 )
 
 
@@ -80,9 +76,6 @@ def starting_digest(ledger: Ledger, stage: Continue | Finetune) -> str:
     """What stood for the weights before the first step."""
     first, *_ = (ledger.folder(stage) / "starts.jsonl").read_text().splitlines()
     return str(json.loads(first)["weights_digest"])
-
-
-# ----------------------------------------------------------------------------- a frozen decoder
 
 
 def test_a_stage_that_keeps_the_decoder_saves_it_bit_equal_beside_what_learnt(
@@ -146,9 +139,6 @@ def test_a_stage_with_a_frozen_decoder_can_be_profiled(ledger: Ledger, tmp_path:
     assert summary["parameters"]["decoder"]["trained"] == 0
 
 
-# ----------------------------------------------------------------------------------- two stages
-
-
 def test_a_second_stage_starts_from_all_weights_of_the_first_at_its_last_rate(
     ledger: Ledger,
 ) -> None:
@@ -195,9 +185,6 @@ def test_a_second_stage_must_have_the_firsts_model(part: str) -> None:
         Continue(**{**dict(stage_of(InitFrom(stage=ALIGNED))), part: other})
 
 
-# ------------------------------------------------------------------------- straight from the text
-
-
 def test_a_text_model_is_fine_tuned_with_a_fresh_projector_and_a_frozen_encoder(
     ledger: Ledger,
 ) -> None:
@@ -240,9 +227,6 @@ def test_a_fine_tuning_of_a_text_model_may_train_its_encoder_and_go_on_with_its_
             checkpoint.read_progress(checkpoint.milestone(ledger.folder(TEXT), 0.4)).step
         ]["rate"]
     )
-
-
-# ---------------------------------------------------------------------------- who reads a chain
 
 
 def test_every_start_leads_back_to_the_text_run() -> None:
