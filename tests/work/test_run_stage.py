@@ -32,7 +32,7 @@ def words(text: str) -> set[str]:
     return set(text.split())
 
 
-ALL = {"seconds", "peak_memory_bytes"}
+ALL = {"seconds", "peak_memory_bytes", "memory_of"}
 TRAINED = """tokens_seen steps first_rate last_rate final_loss tokens sources pad_fraction
     image_row_pad_fraction weights_digest meters held_out"""
 # What the results of each kind of stage say, as docs/store.md names it.
@@ -50,7 +50,7 @@ FIELDS = {
     "evaluate": "tasks stable suites weights_digest",
 }
 SOURCE = """kind planned_tokens planned_sequences realised_tokens examples epochs
-    largest_example_tokens cut seen pictures"""
+    largest_example_tokens cut seen pictures unreduced"""
 TASK = """splits kind metric score stderr chance blind num_examples unparsable key low high
     shortened details continuous"""
 SOURCE_FIELDS, TASK_FIELDS = words(SOURCE), words(TASK)

@@ -360,7 +360,7 @@ def sizes_price(study: Study, plan: Plan, hours: Mapping[str, float]) -> SizesPr
             else ("predicted" if users & left_out else "fitted")
         )
         if users & (own | left_out):
-            flops[key] += row.cost.model_flops or 0.0
+            flops[key] += row.cost.flops or 0.0
             before, own_hours = time[key], hours.get(row.stage.name)
             time[key] = None if before is None or own_hours is None else before + own_hours
     return SizesPrice(predict, flops, time)
