@@ -34,7 +34,7 @@ from midstream.core.storage import read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 TESTS = "correctness"
-# Seconds that each part has at most, in order of worth; the first is the look at the card.
+# Seconds that each part has at most, in order of worth.
 LIMITS = {
     TESTS: 300,
     "79m-text-eager": 120,

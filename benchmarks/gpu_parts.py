@@ -28,7 +28,7 @@ from midstream.model.attention import attend, make_mask, move_mask
 from midstream.study.stages import Continue, Stage, Trained
 from midstream.train.checkpoint import Progress, Saver
 from midstream.train.loop import Job
-from midstream.train.parallel import peak_memory_bytes
+from midstream.train.parallel import data_workers, forget_peak, peak_memory_bytes
 from midstream.train.step import Clock
 from midstream.work import run_stage
 from midstream.work.open_model import on_device, open_encoder, open_sources
@@ -66,6 +66,7 @@ def training(
             raise
         part.keep(left_out=str(error))
         return
+    part.values.pop("left_out", None)
     prepared(runner, stage)
     most = stage.training.rows.batch_rows
     planned = runner.machine_for(stage).micro_batch_rows or most
@@ -135,8 +136,7 @@ def _measured_row(
     if compiled:
         # Else the second size is compiled for any size, which no run of one size has.
         torch._dynamo.reset()
-    if runner.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    forget_peak(runner.device)
     try:
         before = time.perf_counter()
         steps = Steps(job, runner, stage)
@@ -149,7 +149,7 @@ def _measured_row(
         row["tokens_per_second"] = meters["useful_tokens_per_second"]
         row["images_per_second"] = meters["images_per_second"]
         row["product_flops_per_second"] = runner.place.peak_flops
-        row["peak_memory_bytes"] = _peak_memory(runner.device)
+        row["peak_memory_bytes"] = peak_memory_bytes(runner.device)
         row["syncs"] = count_syncs(runner.device, partial(steps.take, Clock(runner.device)))
     except torch.OutOfMemoryError as error:
         row |= {"fits": False, "reason": str(error).split(". ")[0]}
@@ -161,13 +161,6 @@ def _measured_row(
     if runner.device.type == "cuda":
         torch.cuda.empty_cache()
     return row
-
-
-def _peak_memory(device: torch.device) -> int:
-    """The most that torch's allocator held; on a CPU the process's resident memory."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return peak_memory_bytes()
 
 
 def count_syncs(device: torch.device, take: Callable[[], object]) -> dict[str, int] | None:
@@ -217,7 +210,11 @@ def encoder(part: Part) -> None:
         remove_folder(folder)
     before = time.perf_counter()
     FeatureStore(folder, config).fill(
-        source, None, encode, lambda _done, _note: None, workers=runner.machine.data_workers
+        source,
+        None,
+        encode,
+        lambda _done, _note: None,
+        workers=data_workers(runner.machine, runner.device),
     )
     seconds = time.perf_counter() - before
     stored = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 import peers
 from generated import model_79m
 from midstream.config import DECODERS, AdamW, DecoderConfig, EncoderConfig, VLMConfig
+from midstream.config.flops import model_flops
 from midstream.core.batch import IGNORE, Batch
 from midstream.core.tokens import TokenCount
 from midstream.data.images import encode_fixed
@@ -19,7 +20,7 @@ from midstream.model.vision import build_encoder
 from midstream.model.vlm import VLM
 from midstream.model.weights import initialise
 from midstream.train.parallel import Place
-from midstream.train.step import make_optimizer, train_step, training_flops
+from midstream.train.step import make_optimizer, train_step
 from midstream.work.open_model import on_device
 from peers import Row, Step, step_of
 
@@ -207,13 +208,14 @@ def side(work: Work, name: str, step: Step, batch: Batch, *, looks: bool) -> Sid
     """With the FLOPs of what the batch holds."""
     attended = int((batch.position_ids + 1)[batch.segment_ids >= 0].sum())
     images = len(batch.image_slots)
-    flops = training_flops(
-        work.decoder,
-        work.encoder,
-        batch.counts,
-        attended,
-        images if looks else 0,
-        encoder_trained=False,
+    flops = model_flops(
+        work.model,
+        positions=batch.counts.seen,
+        texts=batch.counts.seen - batch.counts.image,
+        attended=attended,
+        images=images,
+        encoded=images if looks else 0,
+        trains_encoder=False,
     )
     return Side(name, step, batch.counts.seen, images, flops)
 

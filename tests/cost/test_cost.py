@@ -19,6 +19,7 @@ from midstream.config import (
     DecoderConfig,
     EncoderConfig,
     ExpectedSource,
+    LoRA,
     Mixture,
     PixelShuffle,
     ProjectorConfig,
@@ -360,15 +361,18 @@ def test_a_stage_that_sees_is_unknown_without_facts_and_priced_from_expected_one
     assert guessed.parts.projector == counted.parts.projector > 0
 
 
-def test_a_frozen_decoder_saves_the_gradients_of_its_weights(
-    make_study: MakeStudy, tmp_path: Path
+@pytest.mark.parametrize("kept", [{"freeze_decoder": True}, {"lora": LoRA(rank=2, alpha=2.0)}])
+def test_a_kept_decoder_saves_the_gradients_of_its_weights(
+    make_study: MakeStudy, tmp_path: Path, kept: dict[str, Any]
 ) -> None:
     study = make_study()
     ledger = _prepared(study, tmp_path)
     stage = _by_kind(study)["continue"]
-    frozen = stage.model_copy(
-        update={"training": stage.training.model_copy(update={"freeze_decoder": True})}
-    )
+    frozen = stage.model_copy(update={"training": stage.training.model_copy(update=kept)})
+    all_flops, needed = cost(stage, ledger).model_flops, cost(frozen, ledger).model_flops
+    assert all_flops is not None
+    assert needed is not None
+    assert needed < all_flops
     whole, saved = cost(stage, ledger).parts, cost(frozen, ledger).parts
     assert whole is not None
     assert saved is not None

@@ -156,7 +156,7 @@ def test_a_plan_prices_the_sizes_of_the_fit_and_the_left_out_one_apart(ledger: L
     hours = {row.stage.name: float(isinstance(row.stage, Evaluate)) for row in work.rows}
     price = sizes_price(study, work, hours)
     assert price is not None
-    assert sum(price.flops.values()) == pytest.approx(work.shared_flops)
+    assert sum(price.flops.values()) == pytest.approx(work.model_flops[0])
     assert price.hours == {"fitted": 18.0, "predicted": 6.0, "shared": 0.0}
     assert price.flops["shared"] > 0
     shared = next(row.stage.name for row in work.rows if len(row.lines) == len(study.lines))

@@ -224,7 +224,8 @@ class Machine(Config):
     # auto: float32 on a CPU; on a GPU the faster of the two, as measured at the start. float8: the
     # products of the decoder's blocks, the others in bfloat16.
     precision: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
-    # blocks: each block of the decoder is compiled; auto: on a GPU.
+    # blocks: each block of the decoder is compiled; auto: on a GPU, unless `off` was measured to be
+    # faster there (`work/choices.py`).
     compile: Literal["auto", "off", "blocks"] = "auto"
     # blocks: only what enters a block is kept for the backward pass, the rest is computed again.
     activation_checkpointing: Literal["off", "blocks"] = "off"

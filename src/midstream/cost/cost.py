@@ -92,7 +92,8 @@ class StageCost:
 
     @property
     def model_flops(self) -> Number | None:
-        """What a utilisation is a share of: of stages that train no decoder all their FLOPs."""
+        """What a utilisation is a share of; all FLOPs where no `needed` is counted, as of training
+        an encoder."""
         return self.flops if self.needed is None else self.needed
 
 
@@ -269,7 +270,7 @@ def needed_flops(stage: Trained, work: Workload) -> Number:
         images=work.images,
         encoded=work.images,
         trains_encoder=trains_encoder(stage),
-        trains_decoder=not stage.training.freeze_decoder,
+        trains_decoder=not stage.training.keeps_decoder,
     )
 
 

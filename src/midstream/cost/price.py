@@ -36,8 +36,8 @@ CHECKPOINTS = 3
 NAME_BYTES = 40
 # What an evaluation keeps of each question: prompt, answer, scores.
 ANSWER_BYTES = 512
-# Positions of a question, in the estimate of an evaluation.
-ANSWER_TOKENS = 128
+# Positions of a question and its answers at the least, about: more of them keep no more bytes.
+QUESTION_POSITIONS = 128
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def _disk(row: PlanRow, work: Workload | None, ledger: Ledger) -> tuple[Number, 
             return FLOAT * float(row.cost.parameters), 0.0
         case Evaluate():
             tokens = row.cost.tokens or 0
-            return ANSWER_BYTES * tokens / ANSWER_TOKENS, 0.0
+            return ANSWER_BYTES * tokens / QUESTION_POSITIONS, 0.0
         case _:
             return 0.0, 0.0
 
@@ -360,7 +360,7 @@ def sizes_price(study: Study, plan: Plan, hours: Mapping[str, float]) -> SizesPr
             else ("predicted" if users & left_out else "fitted")
         )
         if users & (own | left_out):
-            flops[key] += row.cost.flops or 0.0
+            flops[key] += row.cost.model_flops or 0.0
             before, own_hours = time[key], hours.get(row.stage.name)
             time[key] = None if before is None or own_hours is None else before + own_hours
     return SizesPrice(predict, flops, time)

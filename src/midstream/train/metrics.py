@@ -220,8 +220,8 @@ def meters_of(
     (`config/flops.py`). `model_flops_utilisation` is their share of the dense bfloat16 peak of
     `num_devices` such devices, as the maker states it (`cost/__init__.py`); None, and so is `gpu`,
     where that is not known. `product_share` is their share of `product_flops`, what the devices
-    together reached in a large matrix product when the stage began. `time_shares` are of the wall
-    time of the first rank, whose `parts` they are; `memory` is `parallel.peak_memory`'s.
+    together reached in a large matrix product when the stage began. `time_shares` are those
+    of `parts`, means over the ranks, in `seconds`; `memory` is `parallel.peak_memory`'s.
     """
     time_taken, gpu = max(seconds, 1e-9), gpu_of_device(device)
     speed = flops / time_taken
