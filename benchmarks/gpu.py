@@ -10,7 +10,7 @@ saving; attention's kernels. The steps are those of `midstream profile`, over th
 
 Each part is a process with a time limit. What is done lies in `--out` and is not done again; what
 the time did not suffice for is left to the next call. `results.json` has all of it, `table.txt` the
-table, `best.json` what was fastest by scale, as `midstream/work/measured.json` has it.
+table, `best.json` what was fastest by scale, as the `measured.json` of the package has it.
 """
 
 import argparse

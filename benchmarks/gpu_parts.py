@@ -142,6 +142,7 @@ def _measured_row(
         steps = Steps(job, runner, stage)
         for _ in range(WARM_STEPS):
             steps.take(Clock(runner.device))
+        steps.settle()
         row["warm_seconds"] = time.perf_counter() - before
         seconds, meters = measured(steps, part.size.steps)
         row["seconds_a_step"] = seconds / part.size.steps

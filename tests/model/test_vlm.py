@@ -179,5 +179,8 @@ def test_the_last_block_computes_no_more_than_is_asked_for() -> None:
         layer.feed_forward.register_forward_hook(
             lambda _module, given, _out: seen.append(given[0].shape)
         )
-    vlm.losses(batch, None, 0.0)
+    asked = vlm.losses(batch, None, 0.0)
     assert [tuple(shape) for shape in seen] == [(2, 12, 32), (8, 32)]
+    vlm.whole_blocks = True
+    torch.testing.assert_close(vlm.losses(batch, None, 0.0), asked)
+    assert [tuple(shape) for shape in seen[2:]] == [(2, 12, 32)] * 2

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from midstream.order import deal as dealing
 from midstream.order.deal import deal, deal_parts
 
 
@@ -85,3 +86,14 @@ def test_ranks_have_alike_many_pictures_in_each_micro_batch() -> None:
 
 def test_rows_without_pictures_stay_in_their_order() -> None:
     assert deal_parts(range(8), lambda row: 0, 2, 2) == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+
+
+def test_steps_of_too_many_rows_stay_as_they_are_dealt_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pictures = [3, 3, 2, 2, 2]
+    assert spread(pictures, deal(pictures, [3, 2])) == 0
+    monkeypatch.setattr(dealing, "MOST_BITS", 0)
+    shares = deal(pictures, [3, 2])
+    assert [len(share) for share in shares] == [3, 2]
+    assert spread(pictures, shares) == 2

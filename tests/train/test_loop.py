@@ -166,6 +166,23 @@ def test_nan_in_a_picture_stops_the_stage_and_names_its_rows(
     assert f"rows {low} to {high}" in mine.status(stage)["error"]
 
 
+def test_a_step_that_fails_leaves_the_line_of_the_one_before(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, stage = tiny.store_with(ledger, tmp_path, tiny.DATA), tiny.text_run(seed=13)
+    plain, steps = loop.train_step, iter([False, False, True])
+
+    def full(*args: Any, **given: Any) -> Any:
+        if next(steps):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return plain(*args, **given)
+
+    monkeypatch.setattr(loop, "train_step", full)
+    with pytest.raises(RuntimeError, match="micro_batch_rows"):
+        tiny.runner(mine).run(stage)
+    assert [line["step"] for line in mine.metrics(stage)] == [1, 2]
+
+
 def test_a_nan_weight_at_the_start_stops_before_the_first_step(
     ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

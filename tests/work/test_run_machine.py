@@ -245,3 +245,14 @@ def test_a_stage_keeps_its_progress_while_it_runs_and_takes_it_away_when_it_is_d
     monkeypatch.undo()
     tiny.runner(plain).run(tiny.SEEN)
     assert tiny.bits(mine, tiny.SEEN) == tiny.bits(plain, tiny.SEEN)
+
+
+@pytest.mark.parametrize(("ranks", "asked", "told"), [(1, None, 2), (2, 4, 1), (4, 4, None)])
+def test_a_step_that_does_not_fit_is_told_rows_that_change_it(
+    ranks: int, asked: int | None, told: int | None
+) -> None:
+    machine = Machine(ranks=ranks, micro_batch_rows=asked)
+    said = str(choices.too_large(tiny.TEXT, machine, torch.OutOfMemoryError("Full. More")))
+    assert f"micro-batches of {tiny.ROWS.batch_rows // ranks} rows do not fit" in said
+    assert ("micro_batch_rows=" in said) == (told is not None)
+    assert told is None or f"micro_batch_rows={told}," in said

@@ -65,14 +65,11 @@ def plan(
         typer.Option(help="Share of the peak that training reaches; as done stages did without."),
     ] = None,
     checkpointing: Annotated[
-        bool,
-        typer.Option("--checkpointing", help="Memory with the blocks' activations made again."),
+        bool, typer.Option("--checkpointing", help="Memory with activations made again.")
     ] = False,
     spread: Annotated[
         float | None,
-        typer.Option(
-            min=0.0, help="Points that a score varies by over seeds, where none ran here yet."
-        ),
+        typer.Option(min=0.0, help="Points that a score varies by over seeds, if none ran here."),
     ] = None,
     verify: Verify = False,
 ) -> None:

@@ -175,6 +175,8 @@ class VLM(nn.Module):
         self.config = config
         # Set where each block of the decoder is compiled.
         self.compiled_blocks = False
+        # Set where products want all positions of a row, as in float8.
+        self.whole_blocks = False
         self.decoder = build_decoder(config.decoder)
         self.encoder: VisionEncoder | None = None
         self.projector: Projector | None = None
@@ -300,7 +302,7 @@ class VLM(nn.Module):
         """
         ahead = ahead or self.ahead(batch)
         # Not `self(...)`: a sharded model gathers its weights around this method already.
-        if len(ahead.at) > MOST_TARGETS * batch.targets.numel():
+        if self.whole_blocks or len(ahead.at) > MOST_TARGETS * batch.targets.numel():
             hidden = select(self.forward(batch, features, ahead=ahead), ahead.at)
         else:
             hidden = self.forward(batch, features, ahead.at, ahead)

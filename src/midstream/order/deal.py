@@ -3,6 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
+# Of the table of sums that two shares are made alike by, about 128 MB.
+MOST_BITS = 2**31
+
 
 def deal_parts(
     rows: Sequence[int], pictures: Callable[[int], int], num_ranks: int, most_rows: int
@@ -33,6 +36,8 @@ def deal(pictures: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
 
     No two shares can be made more alike in pictures by exchanging rows between them: of two
     shares the best possible, of more within one picture but for rows of very unequal numbers.
+    Steps of thousands of rows, whose table of sums would be larger than MOST_BITS, stay as they
+    are dealt first: the largest first, each to whoever has the fewest.
     The same numbers give the same shares on every machine. `sizes` must add up to n.
     """
     assert sum(sizes) == len(pictures), "every row is dealt once"
@@ -56,6 +61,8 @@ def _exchange(shares: list[list[int]], totals: list[int], pictures: Sequence[int
     for one, other in sorted(pairs, key=lambda pair: -_apart(totals, *pair)):
         rows = shares[one] + shares[other]
         held = [pictures[row] for row in rows]
+        if len(held) ** 2 * (sum(held) + 1) > MOST_BITS:
+            continue
         chosen = _halved(held, len(shares[one]))
         half = sum(held[at] for at in chosen)
         if abs(sum(held) - 2 * half) < _apart(totals, one, other):

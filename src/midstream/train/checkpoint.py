@@ -76,7 +76,8 @@ class Saver:
     """Writes checkpoints of all ranks, one at a time; in the background training goes on.
 
     Every rank makes its calls at the same steps. What is written is the state at `start`. A full
-    disk, or any other failure of any rank, is raised by the next call on all of them.
+    disk, or any other failure of any rank, is raised on all of them by the next call that finds it
+    written; that older checkpoints could not be deleted by the next `start` or `settle`.
     """
 
     def __init__(self, place: Place, *, background: bool) -> None:
@@ -163,7 +164,10 @@ class Saver:
             self._complete()
             self._join()
         if errors := [text for text in self._place.gather(self._error) if text]:
-            raise OSError(f"older checkpoints could not be deleted: {errors[0]}")
+            raise OSError(
+                f"older checkpoints could not be deleted: {errors[0]}; delete it and run the same "
+                "command again"
+            )
 
     def _complete(self) -> None:
         finish, self._finish = self._finish, None

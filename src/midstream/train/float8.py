@@ -10,8 +10,9 @@ from torch import nn
 _LEAST_CAPABILITY = (8, 9)
 # Its kernels want sizes that this divides.
 _MULTIPLE = 16
-# For torchao's Float8LinearConfig; as it is, a tensor has one scale, computed at each product.
-_SETTINGS: dict[str, Any] = {}
+# For torchao's Float8LinearConfig: a tensor has one scale, computed at each product, and any number
+# of positions is filled up to what the kernels want.
+_SETTINGS: dict[str, Any] = {"pad_inner_dim": True}
 
 
 def check_float8(device: torch.device) -> None:

@@ -157,7 +157,11 @@ def train(
         totals = totals_of(micro_batches or (), place, plan.names, stop=asked)
         if totals.stop or not micro_batches:
             break
-        taken = _step(job, optimizer, micro_batches, totals, progress, place, clock)
+        try:
+            taken = _step(job, optimizer, micro_batches, totals, progress, place, clock)
+        except Exception:
+            record.write()
+            raise
         # The step before is read while a GPU computes this one.
         record.write()
         used_rate, progress = progress.rate, _advance(progress, job, totals)

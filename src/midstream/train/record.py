@@ -40,7 +40,7 @@ class Record:
     def next_rows(self, steps: Iterator[list[Batch]]) -> list[Batch] | None:
         """The micro-batches of the next step; None behind the last one."""
         try:
-            with self._clock.part("data"):
+            with self._clock.part("data", on_device=True):
                 return next(steps, None)
         except Exception:
             self.write()

@@ -144,7 +144,7 @@ def local(value: Tensor) -> Tensor:
 
 
 def _prepare_blocks(model: VLM, place: Place) -> None:
-    model.compiled_blocks = place.compile_blocks
+    model.compiled_blocks, model.whole_blocks = place.compile_blocks, place.float8_blocks
     for block in blocks_of(model):
         if place.float8_blocks:
             to_float8(block)
@@ -225,7 +225,8 @@ class Clock:
 
     @contextmanager
     def part(self, name: str, *, on_device: bool = False) -> Iterator[None]:
-        """What runs in the block belongs to `name`; `on_device`: it starts kernels."""
+        """What runs in the block belongs to `name`; `on_device`: it starts kernels, or they wait
+        for it."""
         if on_device and self._gpu:
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             first.record()

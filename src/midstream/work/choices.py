@@ -88,7 +88,8 @@ def machine_for(stage: Trained, ledger: Ledger, machine: Machine, place: Place) 
 
 def too_large(stage: Trained, machine: Machine, error: torch.OutOfMemoryError) -> RuntimeError:
     """What is said of a stage whose step does not fit on its GPU, with what would make it fit."""
-    rows = machine.micro_batch_rows or stage.training.rows.batch_rows
+    share = max(1, stage.training.rows.batch_rows // machine.world_size)
+    rows = min(machine.micro_batch_rows or share, share)
     remedies = [f"micro_batch_rows={rows // 2}"] if rows > 1 else []
     if machine.activation_checkpointing == "off":
         remedies.append("activation_checkpointing=blocks")

@@ -115,7 +115,7 @@ class Steps:
 
     def take(self, clock: Clock) -> StepTotals:
         """Take a step as a stage does, which reads what the one before gave: what it held."""
-        with clock.part("data"):
+        with clock.part("data", on_device=True):
             batches = next(self.batches)
         taken = train_step(
             self.job.model,
@@ -141,6 +141,7 @@ def measured(steps: Steps, num_steps: int) -> tuple[float, dict[str, Any]]:
     """The seconds of so many steps, and their meters."""
     job, place = steps.job, steps.place
     clock, counts, images, attended = Clock(place.device), TokenCount(), 0, 0
+    steps.settle()
     before = time.perf_counter()
     for _ in range(num_steps):
         held = steps.take(clock)
