@@ -126,7 +126,8 @@ def batch_of(work: Work, row: Row, *, filled: bool = False, images: int | None =
             segment_ids[number, end:] = -1
             position_ids[number, end:] = 0
             targets[number, end:] = IGNORE
-    slots = torch.tensor([[number, 0] for number in range(with_image)]).reshape(-1, 2)
+    slots = [[number, 0] for number in range(with_image)]
+    image_slots = torch.tensor(slots, dtype=torch.int64).reshape(-1, 2)
     seen = int((segment_ids >= 0).sum())
     counts = TokenCount(
         text=seen - with_image * patches,
@@ -137,7 +138,7 @@ def batch_of(work: Work, row: Row, *, filled: bool = False, images: int | None =
     pixels = torch.zeros((0, 3, 1, 1))
     if row.pixels is not None:
         pixels = row.pixels.cpu().expand(with_image, -1, -1, -1)
-    return Batch(input_ids, targets, position_ids, segment_ids, slots, pixels, counts)
+    return Batch(input_ids, targets, position_ids, segment_ids, image_slots, pixels, counts)
 
 
 # ------------------------------------------------------------------------------------ sides
