@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from enum import Enum
 from fnmatch import translate
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,22 @@ def fields_of(model: BaseModel) -> dict[str, Any]:
     use it. A default is therefore a part of what stored identities mean: it never changes without a
     new FORMAT_VERSION (`tests/golden/defaults.json` holds them).
     """
-    fields = type(model).model_fields
     return {
         name: canonical(value)
-        for name in sorted(fields)
-        if Placement not in fields[name].metadata
-        and (value := getattr(model, name)) != fields[name].get_default(call_default_factory=True)
+        for name, default in _defaults(type(model))
+        if (value := getattr(model, name)) is not default and value != default
     }
+
+
+@cache
+def _defaults(kind: type[BaseModel]) -> tuple[tuple[str, Any], ...]:
+    """The names of the fields that identities are made of, in order, and their defaults."""
+    fields = sorted(kind.model_fields.items())
+    return tuple(
+        (name, field.get_default(call_default_factory=True))
+        for name, field in fields
+        if Placement not in field.metadata
+    )
 
 
 def digest(value: Any) -> str:

@@ -262,7 +262,8 @@ def _laid_out(
         number = number // batch * batch or number
     held = [plan.layout.row(row) for row in range(number)]
     row = np.repeat(np.arange(number), list(map(len, held)))
-    source_of, example, start, lengths, *_ = np.array(list(chain.from_iterable(held))).T
+    numbers = np.fromiter(chain.from_iterable(chain.from_iterable(held)), dtype=np.int64)
+    source_of, example, start, lengths, *_ = numbers.reshape(int(row.size), -1).T
     step, steps = row // batch, -(-number // batch)
     first = np.cumsum([0, *map(len, shown)])[:-1]
     images = np.where(start == 0, np.concatenate(shown)[first[source_of] + example], 0)
