@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -135,8 +135,7 @@ def train(
     optimizer = make_optimizer(job.model, training.optimizer, encoder_rate_factor=factor)
     checks = StartChecks(job.model, place, job.origin)
     progress, saved = _begin(job, optimizer, place)
-    rate = job.rate_at(progress.tokens_seen)
-    checks.begin(job.folder, optimizer, progress, rate, machine, saved)
+    checks.begin(job.folder, optimizer, progress, job.rate_at(progress.tokens_seen), machine, saved)
     metrics = job.folder / "metrics.jsonl" if place.rank == 0 else None
     log = MetricsLog(metrics, progress.metrics_bytes, tracking)
     saver = Saver(place, background=machine.saving == "background")
@@ -181,9 +180,7 @@ def train(
         watch.at(f"waiting for rows after {step}", "data")
     if totals.stop:
         watch.at(f"keeping what step {progress.step} gave", "keep")
-        keeper.keep(record.write(), log, stop=True)
-        log.close()
-        raise Interrupted(f"stopped after step {progress.step} of {plan.num_steps}")
+        _stop(keeper, record, log, plan.num_steps)
     if held_out is None:  # the stage resumes behind its last step
         held_out = _held_out(job, machine, place, watch)
     watch.rest("keeping the stage's weights")
@@ -193,6 +190,14 @@ def train(
     if training.lora is not None:
         merge_adapters(job.model.decoder)
     return _results(job, progress, place) | {"held_out": held_out}
+
+
+def _stop(keeper: "_Keeper", record: Record, log: MetricsLog, num_steps: int) -> NoReturn:
+    """Keep what the last step gave, and say so by Interrupted."""
+    progress = record.write()
+    keeper.keep(progress, log, stop=True)
+    log.close()
+    raise Interrupted(f"stopped after step {progress.step} of {num_steps}")
 
 
 def _load(job: Job, machine: Machine, place: Place, progress: Progress) -> Iterator[list[Batch]]:
