@@ -10,24 +10,26 @@ from fnmatch import fnmatchcase
 from itertools import groupby, islice
 
 from midstream.data.formats.beside import FILES, TEXTS, parts_of, sample_units
-from midstream.data.formats.captions import (
-    PICTURE_KEYS,
+from midstream.data.formats.caption_lists import (
     TEXT_TABLES,
     caption_columns,
-    caption_of,
-    check_splits,
     columns_of_csv,
-    field_of,
     is_object,
-    json_object,
-    not_there,
     objects_of,
     read_csv,
     read_objects,
     read_table,
     rows_of,
-    shown_in,
     splits_of,
+)
+from midstream.data.formats.captions import (
+    PICTURE_KEYS,
+    caption_of,
+    check_splits,
+    field_of,
+    json_object,
+    not_there,
+    shown_in,
 )
 from midstream.data.formats.coco import (
     count_annotations,

@@ -1,0 +1,218 @@
+"""Lists of pictures and captions: CSV, JSON, tables."""
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+from typing import Any
+
+from midstream.data.formats.captions import (
+    NOT_UTF8,
+    PICTURE_KEYS,
+    SPLIT,
+    Folder,
+    field_of,
+    first_folder,
+    json_object,
+    picture_roots,
+    shown_in,
+    split_in,
+    text_keys,
+    wanted_splits,
+)
+from midstream.data.formats.files import base_name, folder_of, is_folder, read_head, read_lines
+from midstream.data.formats.json_records import entries_of, holds_list, lone_object, unicode_problem
+from midstream.data.formats.records import CaptionRecord, ReadOptions, Unit
+from midstream.data.formats.tables import columns_of, table_rows
+from midstream.data.source_writer import Reject
+
+TEXT_TABLES = (".csv", ".tsv", ".txt", ".token")
+# Python's own limit is 131,072 characters.
+csv.field_size_limit(2**24)
+_BOM = b"\xef\xbb\xbf"
+# How lists of objects begin, and the objects of COCO.
+_OBJECTS = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|\]|$)")
+_COCO = re.compile(rb'\{\s*"(info|images|annotations|licenses|categories|type|dataset)"')
+
+
+def splits_of(path: str, form: str) -> Iterator[str]:
+    """The split of each record of a table or list; nothing where the first one says none."""
+    if form == "table":
+        if SPLIT in columns_of(path).names:
+            yield from (str(value.as_py() or "") for (value,) in table_rows(path, [SPLIT]))
+    elif form == "csv":
+        reader = _csv_reader(path)
+        place = _column((SPLIT,), [name.strip() for name in next(reader, [])])
+        if place is not None:
+            yield from (row[place] for row in reader if len(row) > place)
+    elif split_in(json_object(next(objects_of(path), b""))[0]):
+        yield from (split_in(json_object(data)[0]) for data in objects_of(path))
+
+
+def read_csv(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
+    """A row a record; its picture lies under images/ or Images/ beside the file, or beside it.
+
+    metadata.csv (Hugging Face imagefolder) names pictures from its own folder.
+    """
+    path = unit.files[0]
+    beside = folder_of(path)
+    folders = [] if base_name(path).startswith("metadata") else ["images", "Images"]
+    root = options.images or first_folder([f"{beside}/{name}" for name in folders], beside)
+    pictures = Folder(root, *picture_roots(path, options))
+    for number, row in islice(enumerate(rows_of(path, options)), unit.first, unit.last):
+        where = f"{path}, record {number}"
+        if isinstance(row, str):
+            yield Reject(where, "wrong number of columns", row)
+        else:
+            name = row[0]
+            if not options.images and root != beside and not is_folder(f"{root}/{base_name(root)}"):
+                name = name.removeprefix(f"{base_name(root)}/")  # from where the list lies
+            yield from pictures.records(where, row[1], name, NOT_UTF8)
+
+
+def rows_of(path: str, options: ReadOptions) -> Iterator[tuple[str, str] | str]:
+    """(picture, caption) of each row under the header, or what is wrong with its columns.
+
+    Bytes that are no UTF-8 stay visible as lone surrogates. Lines without anything are no rows.
+    """
+    reader = _csv_reader(path)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        image, caption = (
+            _column(("image", *PICTURE_KEYS), header),
+            _column(text_keys(options), header),
+        )
+        if image is None or caption is None:
+            raise _lacking(path, header, options)
+        wanted, split = wanted_splits(options), _column((SPLIT,), header)
+        for row in reader:
+            if row and len(row) != len(header):
+                yield f"{len(row)}, the header has {len(header)}; quote what holds a comma"
+            elif row and (split is None or not wanted or row[split] in wanted):
+                yield row[image], row[caption]
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}, line {reader.line_num:,}: no CSV ({error}); quote fields that hold commas, "
+            "quotes or line ends, and double the quotes inside"
+        ) from None
+
+
+def read_objects(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
+    """An object of a list or of lines a record: {file_name or image, text or caption}."""
+    path, wanted = unit.files[0], wanted_splits(options)
+    pictures = Folder(*picture_roots(path, options))
+    for number, data in islice(enumerate(objects_of(path)), unit.first, unit.last):
+        where = f"{path}, record {number}"
+        values, reason = json_object(data)
+        if values is None:
+            yield Reject(where, reason)
+        elif not wanted or split_in(values) in wanted:
+            shown = shown_in(values)
+            caption = field_of(values, options)
+            if caption is None and shown is not None:
+                yield Reject(where, "no caption", f"its keys are {list(values)}"[:200])
+                continue
+            yield from pictures.records(where, caption, shown, reason)
+
+
+def read_table(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
+    """A row a record, or several where its caption is a list of them."""
+    path, wanted = unit.files[0], wanted_splits(options)
+    pictures = Folder(*picture_roots(path, options))
+    columns = [*caption_columns(path, options), *([SPLIT] if wanted else [])]
+    for number, (shown, caption, *split) in enumerate(table_rows(path, columns)):
+        if split and split[0].as_py() not in wanted:
+            continue
+        where = f"{path}, row {number}"
+        try:
+            yield from pictures.records(where, caption.as_py(), shown.as_py())
+        except UnicodeDecodeError as error:
+            yield Reject(where, NOT_UTF8, str(error))
+
+
+def caption_columns(path: str, options: ReadOptions) -> tuple[str, str]:
+    """The columns of the picture and of the caption in a table; ValueError lists its columns."""
+    schema = columns_of(path)
+    names = schema.names
+    # Pictures come before names of pictures.
+    held = [
+        name for name in PICTURE_KEYS if name in names and str(schema.field(name).type) != "string"
+    ]
+    image, caption = _column((*held, *PICTURE_KEYS), names), _column(text_keys(options), names)
+    if image is None or caption is None:
+        raise _lacking(path, names, options)
+    return names[image], names[caption]
+
+
+def _lacking(path: str, columns: Sequence[str], options: ReadOptions) -> ValueError:
+    asked, shown = " or ".join(text_keys(options)), [name[:40] for name in columns]
+    return ValueError(
+        f"{path} has the columns {shown}; it needs image and {asked} (--text-key names another "
+        "caption)"
+    )
+
+
+def objects_of(path: str) -> Iterator[bytes]:
+    """The entries of a JSON list, or the lines that are not blank, as the content says."""
+    listed = _OBJECTS.match(read_head(path, 4096)) is not None and holds_list(path)
+    return (data for _, data in entries_of(path, listed=listed))
+
+
+def is_object(path: str) -> bool:
+    """Whether the file's JSON is one object, as COCO's, and neither a list nor lines of records."""
+    head = read_head(path, 2**16).removeprefix(_BOM).lstrip()
+    line, _, rest = head.partition(b"\n")
+    whole = lone_object(path)
+    rest = b"" if whole else rest
+    values, _ = json_object(whole or line)
+    if values is not None:
+        return (
+            not rest.strip() and not {*PICTURE_KEYS[:2], *text_keys(ReadOptions())} & values.keys()
+        )
+    # A line of a record with its picture inside is as long, but begins otherwise.
+    return head.startswith(b"{") and (line != head or _COCO.match(head) is not None)
+
+
+def columns_of_csv(path: str) -> set[str]:
+    """The columns that the header of a file names, in small letters."""
+    try:
+        return {name.strip().lower() for name in next(_csv_reader(path), [])}
+    except csv.Error:
+        return set()
+
+
+def _column(wanted: Sequence[str], names: Sequence[str]) -> int | None:
+    """The place of the first wanted column that is there, whatever the case of its letters."""
+    small = [name.lower() for name in names]
+    exact = (names.index(name) for name in wanted if name in names)
+    return next(exact, next((small.index(x) for x in wanted if x in small), None))
+
+
+# Flickr's own lists: no header, and a number behind each picture.
+_TOKEN = re.compile(r"(?P<image>[^\t]+\.\w+)#\d+\t(?P<caption>[^\t\n]*)\n?")
+
+
+def _csv_reader(path: str) -> Any:
+    decoded = (line.decode("utf-8", "surrogateescape") for line in _lines(path))
+    # Some programs end lines with a carriage return alone.
+    lines = (part for line in decoded for part in re.split(r"(?<=\r)(?!\n)", line) if part)
+    header = next(lines, "")
+    if not header.isprintable() and unicode_problem(header):
+        raise ValueError(f"{path}: its header is not UTF-8; write the file in UTF-8")
+    if _TOKEN.fullmatch(header):
+        rows = (_TOKEN.fullmatch(line.rstrip("\r\n")) for line in chain([header], lines))
+        split = (list(row.groups()) if row else [] for row in rows)
+        return chain([["image", "caption"]], split)
+    delimiter = max(",\t;|", key=header.count)
+    # Strict: a quote that is never closed would make one caption of the rest of the file.
+    return csv.reader(
+        chain([header], lines),
+        delimiter=delimiter,
+        skipinitialspace=f"{delimiter} " in header,
+        strict=True,
+    )
+
+
+def _lines(path: str) -> Iterator[bytes]:
+    for number, line in enumerate(read_lines(path)):
+        yield line if number else line.removeprefix(_BOM)
