@@ -33,10 +33,9 @@ from midstream.core.storage import (
     write_bytes,
     write_json,
 )
-from midstream.data.formats.captions import json_object
+from midstream.data.formats.captions import json_object, original_captions
 from midstream.data.formats.files import find_files, folder_of, is_url, name_some
 from midstream.data.formats.joined import JOINED_ROOT
-from midstream.data.formats.read_captions import original_caption
 from midstream.data.formats.records import PICTURES as SUFFIXES
 from midstream.data.formats.records import ReadOptions, Sample, samples_of
 from midstream.data.shard_state import stamp_of
@@ -282,7 +281,7 @@ def _row_of(sample: Sample, file: str, side: Side) -> tuple[bytes, int | None, A
         return "more than one picture" if pictures else "sample without a picture"
     if not pictures[0].file:
         raise ValueError(f"{file} is compressed, and pictures are read where they lie; unpack it")
-    caption = original_caption(sample, ReadOptions())
+    caption = original_captions(sample, ReadOptions())[0][1]
     text = None if isinstance(caption, Reject) else caption
     picture = pictures[0]
     place = (picture.name, picture.offset, picture.size, content_hash(picture.data))

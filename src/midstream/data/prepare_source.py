@@ -31,6 +31,7 @@ from midstream.data.shard_state import (
     drop_units,
     is_made,
     notes_on,
+    num_counted,
     refuse_rejects,
     set_aside,
     settle,
@@ -310,7 +311,7 @@ def _make(
         wanted,
         todo,
         kept_records=sum(index["records"] for index in kept),
-        kept_rejects=sum(sum(index["rejects"].values()) for index in kept),
+        kept_rejects=sum(num_counted(index["rejects"]) for index in kept),
         max_reject_fraction=max_reject_fraction,
         progress=progress,
     )

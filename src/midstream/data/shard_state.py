@@ -10,7 +10,7 @@ import re
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -21,6 +21,7 @@ from midstream.core.digests import PACKED, TEXT_SUFFIXES, is_note
 from midstream.core.storage import MANIFEST, read_json
 from midstream.data.columns import MADE_FROM, PICTURES, SHARD_INDEX
 from midstream.data.formats import conversations, read_captions, read_documents
+from midstream.data.formats.captions import NOT_FETCHED
 from midstream.data.formats.files import base_name, is_url, name_some, shown_files
 from midstream.data.formats.read_text import MANIFEST as TOKENS_MANIFEST
 from midstream.data.formats.records import ReadOptions, Section, Unit, is_picture
@@ -29,7 +30,7 @@ from midstream.data.source_writer import REJECTS, Reject
 from midstream.data.sources import FORMAT, INDEX
 
 # By section; raise one when equal input would give another shard: its shards are then made anew.
-PREPARATION: dict[Section, int] = {"text": 3, "captions": 3, "conversations": 4, "documents": 4}
+PREPARATION: dict[Section, int] = {"text": 3, "captions": 4, "conversations": 4, "documents": 4}
 # Requests about URLs that are under way at once.
 NUM_REQUESTS = 16
 
@@ -294,6 +295,7 @@ _REMEDIES: dict[str, tuple[str, str]] = {
         "no conversation": "give turns with a role and a text under conversations or messages",
         "not a picture name": "give a name, base64 or {bytes, path}",
         "empty caption": "take these records out",
+        NOT_FETCHED: "img2dataset has not got these pictures; fetch them again",
         "zero-byte picture": "fetch them again, or take them out",
         "more than one picture": "a record shows one; take the others out",
         "picture without <image>": "put <image> into the question that it is for",
@@ -325,8 +327,8 @@ def refuse_rejects(
         counts.update(read_json(shard / SHARD_INDEX)["rejects"])
     path = job.out / REJECTS
     _write(path, shards, stopped)
-    num_rejects = counts.total()
-    if num_rejects <= max_reject_fraction * records and num_rejects < max(records, 1):
+    num_rejects = num_counted(counts)
+    if num_rejects <= max_reject_fraction * records and counts.total() < max(records, 1):
         return
     under = f" (names start from {job.root})" if job.root else ""
     limit = "--max-rejects" if job.by_command else "max_reject_fraction of the world"
@@ -338,6 +340,11 @@ def refuse_rejects(
         + f"\nall of them: {path}\n"
         f"finished shards stay: mend the data, or raise the limit ({limit}), and run the same again"
     )
+
+
+def num_counted(rejects: Mapping[str, int]) -> int:
+    """How many of these rejects, counted by reason, the limit is held against."""
+    return sum(times for reason, times in rejects.items() if reason != NOT_FETCHED)
 
 
 def _grouped(counts: Counter[str], path: Path, job: Job) -> Iterator[str]:

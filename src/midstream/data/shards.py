@@ -47,7 +47,7 @@ from midstream.data.formats.records import (
 )
 from midstream.data.picture_checks import check_decodes
 from midstream.data.remote import ChangedError, RemoteError, Stamp, refuse_changed
-from midstream.data.shard_state import Job, Todo, stamp_of
+from midstream.data.shard_state import Job, Todo, num_counted, stamp_of
 from midstream.data.source_writer import Image, Reject, ShardWriter, Shown
 from midstream.data.sources import Kind, content_hash
 
@@ -250,6 +250,8 @@ class _Work:
     def __init__(self, job: Job, codec: TextCodec, unit: Unit) -> None:
         self.job, self.codec, self.unit = job, codec, unit
         self.rejects: list[Reject] = []
+        # Those that the limit is held against.
+        self.num_counted = 0
         # By content hash: what is wrong with a picture, None if nothing is.
         self._verdicts: OrderedDict[bytes, str | None] = OrderedDict()
         # Picture files that are none of the unit's own, as they were when they were read: local
@@ -270,9 +272,9 @@ class _Work:
             head=len(self.codec.begin_ids),
         )
         for batch in batches(self.items()):
-            before = len(self.rejects)
+            before = self.num_counted
             num_tokens = self.write(batch, writer)
-            if not beat(len(batch), num_tokens, len(self.rejects) - before):
+            if not beat(len(batch), num_tokens, self.num_counted - before):
                 raise StoppedError
         writer.close()
         return sorted(path.name for path in folder.iterdir())
@@ -362,6 +364,7 @@ class _Work:
     def _reject(self, reject: Reject, writer: ShardWriter) -> None:
         named = replace(reject, where=self.job.short(reject.where))
         self.rejects.append(named)
+        self.num_counted += num_counted({named.reason: 1})
         writer.reject(named)
 
     def _checked(self, item: Record) -> Item:

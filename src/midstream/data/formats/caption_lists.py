@@ -3,10 +3,15 @@
 import csv
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
+import pyarrow
+from pyarrow import types
+
 from midstream.data.formats.captions import (
+    NOT_FETCHED,
     NOT_UTF8,
     PICTURE_KEYS,
     SPLIT,
@@ -14,18 +19,33 @@ from midstream.data.formats.captions import (
     field_of,
     first_folder,
     json_object,
+    named,
+    picture_key,
     picture_roots,
     shown_in,
     split_in,
     text_keys,
     wanted_splits,
 )
-from midstream.data.formats.files import base_name, folder_of, is_folder, read_head, read_lines
+from midstream.data.formats.files import (
+    base_name,
+    folder_of,
+    is_folder,
+    is_url,
+    read_head,
+    read_lines,
+)
 from midstream.data.formats.json_records import entries_of, holds_list, lone_object, unicode_problem
-from midstream.data.formats.records import CaptionRecord, ReadOptions, Unit
-from midstream.data.formats.tables import columns_of, table_rows
+from midstream.data.formats.records import CaptionRecord, ReadOptions, Unit, is_picture
+from midstream.data.formats.tables import columns_of, table_records, table_rows
 from midstream.data.source_writer import Reject
 
+# What columns of addresses end in, and what is to be done about them.
+_ADDRESSES = ("url", "urls")
+BY_ADDRESS = "its pictures are addresses: fetch them with img2dataset and give what it writes"
+# What img2dataset's tables say of each address, and of those that it has fetched.
+_STATUS, _FETCHED = "status", "success"
+_FETCHING = (_STATUS, "error_message")
 TEXT_TABLES = (".csv", ".tsv", ".txt", ".token")
 # Python's own limit is 131,072 characters.
 csv.field_size_limit(2**24)
@@ -41,10 +61,11 @@ def splits_of(path: str, form: str) -> Iterator[str]:
         if SPLIT in columns_of(path).names:
             yield from (str(value.as_py() or "") for (value,) in table_rows(path, [SPLIT]))
     elif form == "csv":
-        reader = _csv_reader(path)
-        place = _column((SPLIT,), [name.strip() for name in next(reader, [])])
-        if place is not None:
-            yield from (row[place] for row in reader if len(row) > place)
+        rows = _csv_rows(path)
+        header = next(rows)
+        if (name := named(header, [SPLIT])) is not None:
+            place = header.index(name)
+            yield from (row[place] for row in rows if len(row) > place)
     elif split_in(json_object(next(objects_of(path), b""))[0]):
         yield from (split_in(json_object(data)[0]) for data in objects_of(path))
 
@@ -66,7 +87,8 @@ def read_csv(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Rejec
         else:
             name = row[0]
             if not options.images and root != beside and not is_folder(f"{root}/{base_name(root)}"):
-                name = name.removeprefix(f"{base_name(root)}/")  # from where the list lies
+                # From where the list lies.
+                name = re.sub(rf"^(\.?[/\\])?{base_name(root)}[/\\]", "", name)
             yield from pictures.records(where, row[1], name, NOT_UTF8)
 
 
@@ -75,26 +97,19 @@ def rows_of(path: str, options: ReadOptions) -> Iterator[tuple[str, str] | str]:
 
     Bytes that are no UTF-8 stay visible as lone surrogates. Lines without anything are no rows.
     """
-    reader = _csv_reader(path)
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        image, caption = (
-            _column(("image", *PICTURE_KEYS), header),
-            _column(text_keys(options), header),
-        )
-        if image is None or caption is None:
-            raise _lacking(path, header, options)
-        wanted, split = wanted_splits(options), _column((SPLIT,), header)
-        for row in reader:
-            if row and len(row) != len(header):
-                yield f"{len(row)}, the header has {len(header)}; quote what holds a comma"
-            elif row and (split is None or not wanted or row[split] in wanted):
-                yield row[image], row[caption]
-    except csv.Error as error:
-        raise ValueError(
-            f"{path}, line {reader.line_num:,}: no CSV ({error}); quote fields that hold commas, "
-            "quotes or line ends, and double the quotes inside"
-        ) from None
+    rows = _csv_rows(path)
+    header = next(rows)
+    image, caption = picture_key(header), named(header, text_keys(options))
+    if image is None or caption is None:
+        raise _lacking(path, header, options)
+    wanted, split = wanted_splits(options), named(header, [SPLIT])
+    for row in rows:
+        if row and len(row) != len(header):
+            yield f"{len(row)}, the header has {len(header)}; quote what holds a comma"
+        elif row:
+            values = dict(zip(header, row, strict=True))
+            if split is None or not wanted or values[split] in wanted:
+                yield values[image], values[caption]
 
 
 def read_objects(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
@@ -119,37 +134,50 @@ def read_table(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Rej
     """A row a record, or several where its caption is a list of them."""
     path, wanted = unit.files[0], wanted_splits(options)
     pictures = Folder(*picture_roots(path, options))
-    columns = [*caption_columns(path, options), *([SPLIT] if wanted else [])]
-    for number, (shown, caption, *split) in enumerate(table_rows(path, columns)):
-        if split and split[0].as_py() not in wanted:
+    image, text = caption_columns(path, options)
+    for where, row in table_records(path, (image, text, SPLIT, *_FETCHING)):
+        if isinstance(row, Reject):
+            yield replace(row, reason=NOT_UTF8)
+        elif wanted and row.get(SPLIT) not in wanted:
             continue
-        where = f"{path}, row {number}"
-        try:
-            yield from pictures.records(where, caption.as_py(), shown.as_py())
-        except UnicodeDecodeError as error:
-            yield Reject(where, NOT_UTF8, str(error))
+        elif row[image] is None and row.get(_STATUS, _FETCHED) != _FETCHED:
+            yield Reject(where, NOT_FETCHED, ", ".join(str(row.get(name)) for name in _FETCHING))
+        else:
+            yield from pictures.records(where, row[text], row[image])
 
 
 def caption_columns(path: str, options: ReadOptions) -> tuple[str, str]:
     """The columns of the picture and of the caption in a table; ValueError lists its columns."""
     schema = columns_of(path)
-    names = schema.names
+    # What is empty throughout has no type.
+    kinds = {field.name: field.type for field in schema if not types.is_null(field.type)}
     # Pictures come before names of pictures.
-    held = [
-        name for name in PICTURE_KEYS if name in names and str(schema.field(name).type) != "string"
-    ]
-    image, caption = _column((*held, *PICTURE_KEYS), names), _column(text_keys(options), names)
+    held = [name for name in PICTURE_KEYS if name in kinds and not _is_text(kinds[name])]
+    image = picture_key(kinds, (*held, *PICTURE_KEYS)) or picture_key(schema.names)
+    caption = named(list(kinds), text_keys(options)) or named(schema.names, text_keys(options))
     if image is None or caption is None:
-        raise _lacking(path, names, options)
-    return names[image], names[caption]
+        raise _lacking(path, schema.names, options)
+    return image, caption
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+def is_address(name: str) -> bool:
+    """Whether a column or key of this name says where pictures are, or is itself an address."""
+    return name.lower().endswith(_ADDRESSES) or is_url(name)
 
 
 def _lacking(path: str, columns: Sequence[str], options: ReadOptions) -> ValueError:
     asked, shown = " or ".join(text_keys(options)), [name[:40] for name in columns]
-    return ValueError(
-        f"{path} has the columns {shown}; it needs image and {asked} (--text-key names another "
-        "caption)"
-    )
+    remedy = "--text-key names another caption"
+    if any(map(is_address, columns)):
+        remedy = BY_ADDRESS
+    elif any(map(is_picture, columns)):
+        remedy = "its first line is a record: write one above it that says image,caption"
+    return ValueError(f"{path} has the columns {shown}; it needs image and {asked} ({remedy})")
 
 
 def objects_of(path: str) -> Iterator[bytes]:
@@ -173,23 +201,31 @@ def is_object(path: str) -> bool:
     return head.startswith(b"{") and (line != head or _COCO.match(head) is not None)
 
 
-def columns_of_csv(path: str) -> set[str]:
-    """The columns that the header of a file names, in small letters."""
-    try:
-        return {name.strip().lower() for name in next(_csv_reader(path), [])}
-    except csv.Error:
-        return set()
-
-
-def _column(wanted: Sequence[str], names: Sequence[str]) -> int | None:
-    """The place of the first wanted column that is there, whatever the case of its letters."""
-    small = [name.lower() for name in names]
-    exact = (names.index(name) for name in wanted if name in names)
-    return next(exact, next((small.index(x) for x in wanted if x in small), None))
+def columns_of_csv(path: str) -> list[str]:
+    """The columns that the header of a file names."""
+    return next(_csv_rows(path))
 
 
 # Flickr's own lists: no header, and a number behind each picture.
 _TOKEN = re.compile(r"(?P<image>[^\t]+\.\w+)#\d+\t(?P<caption>[^\t\n]*)\n?")
+
+
+def _csv_rows(path: str) -> Iterator[list[str]]:
+    """The header and the rows; raises ValueError with the line of what is no CSV."""
+    reader = _csv_reader(path)
+    try:
+        yield [name.strip() for name in next(reader, [])]
+        tabs = getattr(getattr(reader, "dialect", None), "delimiter", "") == "\t"
+        for row in reader:
+            # A caption that begins with a quote, in a file that does not quote.
+            if tabs and any("\n" in field and "\t" in field for field in row):
+                raise csv.Error("a field goes over lines and columns")
+            yield row
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}, line {reader.line_num:,}: no CSV ({error}); quote fields that hold commas, "
+            "quotes or line ends, and double the quotes inside"
+        ) from None
 
 
 def _csv_reader(path: str) -> Any:

@@ -1,27 +1,38 @@
 """What all formats of captions check: keys, splits, captions, and the pictures that they name."""
 
+import ast
 import base64
 import binascii
 import errno
 import json
 import os
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from midstream.data.formats.beside import TEXTS
 from midstream.data.formats.files import (
     folder_of,
     inside,
     is_folder,
     is_url,
+    name_some,
     read_range,
 )
 from midstream.data.formats.json_records import (
     unicode_problem,
     unquoted,
 )
-from midstream.data.formats.records import LARGEST_BYTES, CaptionRecord, Picture, ReadOptions
+from midstream.data.formats.records import (
+    LARGEST_BYTES,
+    CaptionRecord,
+    Picture,
+    ReadOptions,
+    Sample,
+)
 from midstream.data.source_writer import Reject
 
 # How JPEG, PNG, WebP and GIF begin in base64; no name of a file is so long and begins so.
@@ -29,11 +40,22 @@ _BASE64, _BASE64_CHARACTERS = ("/9j/", "_9j_", "iVBORw0KGgo", "UklGR", "R0lGOD")
 # Where a picture stands in an object or a table, the first of them that is there.
 PICTURE_KEYS = (
     *("file_name", "image", "images", "image_bytes", "img", "jpg", "jpeg", "png", "webp"),
-    *("filename", "filepath", "image_path", "image_name", "img_path"),
+    *("filename", "filepath", "file_path", "image_path", "image_name", "image_file", "img_path"),
 )
+# What imagefolder calls columns of names, beside `file_name`: image_file_name, image_file_names.
+_NAME_ENDS = ("file_names", "_file_name")
 # What a record of several splits says its own under.
 SPLIT = "split"
+# A list of texts as Python writes it, or numpy, which has no commas.
+_STRING = re.compile(r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\"""", re.DOTALL)
+_LIST = re.compile(
+    rf"\s*\[\s*(?:{_STRING.pattern})(?:[\s,]++(?:{_STRING.pattern}))*+[\s,]*+\]\s*", re.DOTALL
+)
+# A sample that says nothing of a caption, as against one whose caption is no text.
+ABSENT = "no caption"
 NOT_UTF8, NOT_UNICODE = "caption not UTF-8", "caption not Unicode"
+# What img2dataset says it did not get. These are told, and not held against the limit of rejects.
+NOT_FETCHED = "not fetched"
 
 
 def text_keys(options: ReadOptions) -> tuple[str, ...]:
@@ -66,14 +88,39 @@ def check_splits(path: str, found: Iterable[str], options: ReadOptions) -> None:
         )
 
 
+def picture_key(names: Iterable[str], pictures: Iterable[str] = PICTURE_KEYS) -> str | None:
+    """Which of a record's names (or a table's columns) is that of its picture; None for none.
+
+    It is the first of `pictures`, else the only one that ends as imagefolder's do.
+    """
+    names = list(names)
+    others = [name for name in names if name.lower().endswith(_NAME_ENDS)]
+    return named(names, pictures) or (others[0] if len(others) == 1 else None)
+
+
+def named(names: Sequence[str], wanted: Iterable[str]) -> str | None:
+    """The first wanted name that is there, whatever the case of its letters where none is exact."""
+    wanted = list(wanted)
+    if exact := next((name for name in wanted if name in names), None):
+        return exact
+    small = {name.lower(): name for name in reversed(names)}
+    return next((small[name] for name in map(str.lower, wanted) if name in small), None)
+
+
 def field_of(values: dict[str, Any], options: ReadOptions) -> object:
     """The caption in a JSON object; None if it has none."""
-    return next((values[key] for key in text_keys(options) if key in values), None)
+    key = named(_filled(values), text_keys(options))
+    return None if key is None else values[key]
 
 
 def shown_in(values: dict[str, Any]) -> object:
     """The picture in a JSON object; None if it has none."""
-    return next((values[key] for key in PICTURE_KEYS if key in values), None)
+    key = picture_key(_filled(values))
+    return None if key is None else values[key]
+
+
+def _filled(values: dict[str, Any]) -> list[str]:
+    return [name for name, value in values.items() if value is not None]
 
 
 def json_object(data: bytes) -> tuple[dict[str, Any] | None, str]:
@@ -109,6 +156,73 @@ def caption_of(value: object, where: str, reason: str = NOT_UNICODE) -> str | Re
     return caption or Reject(where, "empty caption")
 
 
+def captions_of(
+    value: object, where: str, reason: str = NOT_UNICODE
+) -> list[tuple[str, str | Reject]]:
+    """The caption (see `caption_of`), or each in a list of them, with their places.
+
+    The list may stand in a text: as JSON, or as Python and numpy write it.
+    """
+    listed = unquoted(value)
+    if isinstance(listed, str) and _LIST.fullmatch(listed):
+        listed = _as_python_writes(listed)
+    if isinstance(listed, list) and all(isinstance(caption, str) for caption in listed):
+        value = listed
+    if not isinstance(value, list) or not value:
+        return [(where, caption_of(value, where, reason))]
+    places = [f"{where}, caption {n}" for n in range(len(value))] if len(value) > 1 else [where]
+    return [(at, caption_of(one, at, reason)) for at, one in zip(places, value, strict=True)]
+
+
+def _as_python_writes(text: str) -> object:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "\d" is no escape
+        try:
+            return [ast.literal_eval(found[0]) for found in _STRING.finditer(text)]
+        except (ValueError, SyntaxError):
+            return text
+
+
+def original_captions(sample: Sample, options: ReadOptions) -> list[tuple[str, str | Reject]]:
+    """The sample's own captions with their places, one at least, or why it has none.
+
+    `text_key` in .json comes before .txt only where a user names it.
+    """
+    members, where = sample.members, sample.where
+    text = next((members[end] for end in TEXTS if end in members), None)
+    if text is not None and options.text_key == "text":
+        return [(where, caption_of(text.data, where))]
+    if "json" not in members:
+        return [(where, without(sample, ABSENT))]
+    values, reason = json_object(members["json"].data)
+    if values is None:
+        return [(where, Reject(where, reason, members["json"].name))]
+    caption = field_of(values, options)
+    if caption is None:
+        detail = f"{members['json'].name} has none under {options.text_key!r}"
+        return [(where, Reject(where, ABSENT, detail))]
+    return captions_of(caption, where, reason)
+
+
+def synthetic_captions(sample: Sample) -> list[str | Reject]:
+    """DataCompDR's list `syn_text`, in .syn.json or else in .json."""
+    member = sample.members.get("syn.json", sample.members.get("json"))
+    if member is None:
+        return []
+    values, reason = json_object(member.data)
+    if values is None:
+        own = member is sample.members.get("json")
+        return [] if own else [Reject(sample.where, reason, member.name)]
+    captions = values.get("syn_text")
+    if not isinstance(captions, list):
+        return []
+    return [caption_of(caption, sample.where, reason) for caption in captions]
+
+
+def without(sample: Sample, reason: str) -> Reject:
+    return Reject(sample.where, reason, f"it has {name_some(sorted(sample.members), 8)}")
+
+
 def picture_roots(path: str, options: ReadOptions) -> list[str]:
     """Where the names in a file start, first, and its own folder, for absolute ones."""
     return [*([] if options.images is None else [options.images]), folder_of(path)]
@@ -140,6 +254,11 @@ def load_range(
         # A failing disk or connection is no missing picture.
         if not isinstance(error, absent) and error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
             raise
+        # Lists written on Windows.
+        turned = name.replace("\\", "/")
+        again = load_range(roots, turned, first, size, where) if turned != name else None
+        if isinstance(again, Picture):
+            return again
         return Reject(where, "missing picture", not_there(path, error.errno))
 
 
@@ -213,6 +332,8 @@ class Folder:
         shown = unquoted(shown)
         if isinstance(shown, list) and len(shown) == 1:
             shown = shown[0]
+        if isinstance(shown, list) and shown and isinstance(shown[0], int | float | list):
+            return Reject(where, "no picture", "it is numbers, not a file in a picture format")
         if isinstance(shown, list) and shown:
             return Reject(where, "more than one picture", f"{len(shown)} in a list")
         try:
@@ -233,12 +354,5 @@ class Folder:
         self, where: str, captions: object, shown: object, reason: str = NOT_UNICODE
     ) -> Iterator[CaptionRecord | Reject]:
         """A record for the caption, or for each in a list of them."""
-        listed = unquoted(captions)
-        if isinstance(listed, list) and all(isinstance(caption, str) for caption in listed):
-            captions = listed
-        if not isinstance(captions, list) or not captions:
-            yield self.record(where, caption_of(captions, where, reason), shown)
-            return
-        for number, caption in enumerate(captions):
-            place = f"{where}, caption {number}" if len(captions) > 1 else where
-            yield self.record(place, caption_of(caption, place, reason), shown)
+        for place, caption in captions_of(captions, where, reason):
+            yield self.record(place, caption, shown)

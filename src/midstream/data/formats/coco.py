@@ -68,7 +68,7 @@ class _Places:
         """A caption with the picture of this `file_name`."""
         inner = ""
         if isinstance(name, str):
-            name = name.removeprefix("./")
+            name = name.replace("\\", "/").removeprefix("./")
             # Absolute names and addresses say themselves where they are.
             inner = "" if name.startswith("/") or ":" in name else name.rpartition("/")[0]
         if inner not in self._starts:
@@ -100,7 +100,7 @@ def count_annotations(path: str, options: ReadOptions) -> int:
     if not count or next(_items(path, "images"), None) is None:
         raise ValueError(
             f"{path} lacks entries in the lists images and annotations; give COCO's "
-            "captions_*.json, or write the list that is inside an object alone"
+            "captions_*.json, or write the list that is inside an object alone: [{image, caption}]"
         )
     return count
 

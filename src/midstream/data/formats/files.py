@@ -3,6 +3,7 @@
 A name with "://" in it is an `fsspec` URL. One piece of a file is in memory at a time.
 """
 
+import codecs
 import io
 import lzma
 import os
@@ -52,11 +53,14 @@ _STARTS = {
 }
 _ARCHIVES = (".zip", ".rar", ".7z")
 _HEAD = 16
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_DAMAGE = (EOFError, OSError, UnicodeError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
 # A file in place of another: version https://git-lfs.github.com/spec/v1, oid, size.
 _POINTER, _POINTER_BYTES = b"version https://", 512
 MAX_LINE_BYTES = 256 * 2**20
 _PIECE_BYTES = 2**20
 _MAGIC = re.compile(r"[*?[]")
+_BRACES = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<list>[^{},]*(?:,[^{},]*)+))\}")
 _FILE_URL = re.compile(r"\Afile:(//(localhost)?)?(?=/)")
 
 
@@ -103,7 +107,8 @@ def _once(files: list[str]) -> list[str]:
 def full_name(path: str) -> str:
     """The file's own name as of `plain_name`; where its end says nothing (part-00000, x.ndjson),
     with the suffix that its content has, if any. What is damaged has none."""
-    name = plain_name(base_name(path))
+    asked = re.split("[?#]", path)[0] if path.startswith("http") else path  # a.tar?download=true
+    name = plain_name(base_name(asked))
     # A pipe would be waited for.
     if not is_unnamed(name) or not (is_url(path) or os.path.isfile(path)):
         return name
@@ -127,10 +132,30 @@ def shown_files(source: str) -> list[str]:
     """All files that `source` could mean, sorted by name: a file is itself; a folder is all under
     it, a glob pattern what matches it or lies in folders that match it, but for what is hidden.
 
-    Linked folders are entered. What the source itself names is never hidden.
+    Linked folders are entered. What the source itself names is never hidden. {0000..0123} and {a,b}
+    stand for each of their names; FileNotFoundError tells one that is not there.
     """
-    found = _url_files(source) if is_url(source) else _local_files(source)
+    found: list[str] = []
+    for name in _names_in_braces(source):
+        files = _url_files(name) if is_url(name) else _local_files(name)
+        if not files and name != source:
+            raise FileNotFoundError(f"{name} is not there, which {source} stands for; correct it")
+        found += files
     return sorted(set(found))
+
+
+def _names_in_braces(source: str) -> list[str]:
+    """What a name with shell-like braces stands for; itself where there is such a file, or none."""
+    braces = _BRACES.search(source)
+    if braces is None or (not is_url(source) and os.path.exists(source)):
+        return [source]
+    first, last, listed = braces.groups()
+    parts = (listed or "").split(",")
+    if first:
+        width = max(len(end) if end.startswith("0") else 1 for end in (first, last))
+        parts = [f"{n:0{width}}" for n in range(int(first), int(last) + 1)]
+    before, after = source[: braces.start()], source[braces.end() :]
+    return [name for part in parts for name in _names_in_braces(f"{before}{part}{after}")]
 
 
 def is_folder(source: str) -> bool:
@@ -140,6 +165,8 @@ def is_folder(source: str) -> bool:
 
 def names_folders(source: str) -> bool:
     """Whether `source` is a folder or a pattern that matches one."""
+    if (names := _names_in_braces(source)) != [source]:
+        return any(map(names_folders, names))
     if not is_url(source):
         return any(map(os.path.isdir, [source, *glob(source, recursive=True)]))
     matches = _url_matches(source).values() if _MAGIC.search(source) else ()
@@ -332,7 +359,29 @@ def unpacked(path: str) -> Iterator[io.BufferedReader]:
             stream = stack.enter_context(
                 io.BufferedReader(cast(io.RawIOBase, source), _PIECE_BYTES)
             )
+        if stream.peek(2)[:2] in _UTF16:
+            stream = stack.enter_context(io.BufferedReader(_Recoded(stream), _PIECE_BYTES))
         yield stream
+
+
+class _Recoded(io.RawIOBase):
+    """Text in UTF-16, as programs of Windows write it, in UTF-8."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._rest = stream, b""
+        self._decoder = codecs.getincrementaldecoder("utf-16")("surrogatepass")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = b"first"
+        while not self._rest and piece:
+            piece = self._stream.read(_PIECE_BYTES)
+            self._rest = self._decoder.decode(piece, not piece).encode("utf-8", "surrogatepass")
+        given, self._rest = self._rest[: len(buffer)], self._rest[len(buffer) :]
+        buffer[: len(given)] = given
+        return len(given)
 
 
 def _checked(path: str, read: Callable[[int], bytes], size: int) -> bytes:
@@ -340,7 +389,7 @@ def _checked(path: str, read: Callable[[int], bytes], size: int) -> bytes:
         return read(size)
     except RemoteError:
         raise
-    except (EOFError, OSError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{path} is cut short or damaged ({error}); fetch it again") from None
 
 

@@ -6,14 +6,18 @@ Records are numbered from 0. Pictures are not decoded here.
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import groupby, islice
 
-from midstream.data.formats.beside import FILES, TEXTS, parts_of, sample_units
+from midstream.data.formats.beside import FILES, parts_of, sample_units
 from midstream.data.formats.caption_lists import (
+    BY_ADDRESS,
     TEXT_TABLES,
     caption_columns,
     columns_of_csv,
+    is_address,
     is_object,
     objects_of,
     read_csv,
@@ -23,13 +27,15 @@ from midstream.data.formats.caption_lists import (
     splits_of,
 )
 from midstream.data.formats.captions import (
-    PICTURE_KEYS,
-    caption_of,
+    ABSENT,
     check_splits,
-    field_of,
     json_object,
     not_there,
+    original_captions,
+    picture_key,
     shown_in,
+    synthetic_captions,
+    without,
 )
 from midstream.data.formats.coco import (
     count_annotations,
@@ -70,8 +76,6 @@ from midstream.data.formats.records import (
 from midstream.data.formats.tables import TABLES, columns_of, refuse_splits
 from midstream.data.source_writer import Reject
 
-# A sample that says nothing of a caption, as against one whose caption is no text.
-ABSENT = "no caption"
 # What WebDataset groups under the name before its first dot, where no reader looks for it.
 DOTTED = "picture with a further dot in its name"
 FORMATS = {
@@ -110,10 +114,10 @@ _NUM_COMPARED = 100
 def caption_units(sources: Sequence[str], options: ReadOptions) -> list[Unit]:
     """The work that `sources` (files, folders, patterns, `fsspec` URLs) make, in their order.
 
-    A tar is one unit; other files are cut every 20,000 records. The first tar of a source tells
-    the format of all its tars. Raises FileNotFoundError for what is not there, and ValueError for
-    a file of an unknown format or without a record, a folder with captions of two formats, and for
-    synthetic captions required of a format that has none.
+    A tar is one unit; other files are cut every 20,000 records. The first tar of a source that
+    begins with a sample tells the format of all its tars. Raises FileNotFoundError for what is not
+    there, and ValueError for a file of an unknown format or without a record, a folder with
+    captions of two formats, and for synthetic captions required of a format that has none.
     """
     units: list[Unit] = []
     for source in sources:
@@ -121,7 +125,7 @@ def caption_units(sources: Sequence[str], options: ReadOptions) -> list[Unit]:
         if not files:
             units.extend(sample_units(source))
         tars = [path for path in files if full_name(path).endswith(".tar")]
-        forms = dict.fromkeys(tars, _tar_format(tars[0]) if tars else "")
+        forms = dict.fromkeys(tars, _tar_format(tars))
         whole = {*tars}
         forms |= {path: _lone_format(path) for path in files if path not in whole}
         _check_splits(source, forms, options)
@@ -238,31 +242,37 @@ def _first_pictures(file: str, options: ReadOptions) -> Iterator[str]:
 
 def _shows(path: str) -> bool:
     columns = columns_of(path)
-    return bool(set(PICTURE_KEYS) & set(columns.names)) or is_joined(path)
+    return picture_key(columns.names) is not None or is_joined(path)
 
 
-def _tar_format(path: str) -> str:
-    first = next(samples_of(path), None)
-    return "datacompdr" if first is not None and "syn.json" in first.members else "webdataset"
+def _tar_format(paths: Sequence[str]) -> str:
+    for path in paths:
+        # A damaged one is told with all that are, once the others are read.
+        with suppress(ValueError):
+            if first := next(samples_of(path), None):
+                return "datacompdr" if "syn.json" in first.members else "webdataset"
+    return "webdataset"
 
 
 def _lone_format(path: str) -> str:
     """The format of a file that is no tar, by its name and how it begins."""
     name = full_name(path)
-    found = "table" if name.endswith(TABLES) else ""
+    found, first = "table" if name.endswith(TABLES) else "", None
     if found and is_joined(path):
         found = "joined"
     if name.endswith((".json", ".jsonl")) and is_object(path):
         found = "karpathy" if holds_sentences(path) else "coco"
     elif name.endswith((".json", ".jsonl")):
         first, _ = json_object(next(objects_of(path), b""))
-        if name == "metadata.jsonl" or (first and set(PICTURE_KEYS) & first.keys()):
+        if name == "metadata.jsonl" or picture_key(first or ()) is not None:
             found = "list" if name.endswith(".json") else "imagefolder"
     elif name.endswith(TEXT_TABLES):
-        tabular = columns_of_csv(path) & set(PICTURE_KEYS) or name.endswith((".csv", ".tsv"))
+        tabular = name.endswith((".csv", ".tsv")) or picture_key(columns_of_csv(path)) is not None
         found = "csv" if tabular else ""
     if not found:
-        raise ValueError(f"{path} holds no captions in a known format; {_known()}")
+        addressed = first is not None and any(map(is_address, first))
+        remedy = BY_ADDRESS if addressed else _known()
+        raise ValueError(f"{path} holds no captions in a known format; {remedy}")
     return found
 
 
@@ -330,21 +340,36 @@ def _read_joined(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | R
 
 
 def _of_sample(sample: Sample, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
-    """The sample's record, or why it has none, and a reject for each further picture in it."""
-    found = _sample_record(sample, options)
+    """The sample's records, or why it has none, and a reject for each further picture in it."""
+    found, *others = _sample_records(sample, options)
     yield found
+    yield from others
     exact = [m.name for suffix, m in sample.members.items() if suffix in PICTURES]
     # The record, or the reject, stands for one of them.
-    others = list(sample.pictures)
-    others.remove(exact[0]) if exact else others.pop(0) if others else None
-    for name in others:
+    unseen = list(sample.pictures)
+    unseen.remove(exact[0]) if exact else unseen.pop(0) if unseen else None
+    for name in unseen:
         reason = found.reason if isinstance(found, Reject) and name in exact else DOTTED
         if sample.problem and isinstance(found, Reject):
             reason = found.reason
         yield Reject(f"{sample.path}, member {name}", reason, f"it belongs to {sample.key}")
 
 
-def _sample_record(sample: Sample, options: ReadOptions) -> CaptionRecord | Reject:
+def _sample_records(sample: Sample, options: ReadOptions) -> list[CaptionRecord | Reject]:
+    """Its record, or one for each of its own captions where it has several and none synthetic."""
+    captions = original_captions(sample, options)
+    found = [_sample_record(sample, own, options) for _, own in captions]
+    first = found[0]
+    if len(found) == 1 or (isinstance(first, Reject) and first is not captions[0][1]):
+        return [first]
+    if isinstance(first, CaptionRecord) and first.synthetic:
+        return [replace(first, left_out=first.left_out + len(found) - 1)]
+    return [replace(one, where=at) for one, (at, _) in zip(found, captions, strict=True)]
+
+
+def _sample_record(
+    sample: Sample, own: str | Reject, options: ReadOptions
+) -> CaptionRecord | Reject:
     where, members = sample.where, sample.members
     if sample.problem:
         reason = "picture too large" if sample.problem == TOO_LARGE else sample.problem
@@ -362,56 +387,17 @@ def _sample_record(sample: Sample, options: ReadOptions) -> CaptionRecord | Reje
     if not pictures[0].data:
         return Reject(where, "zero-byte picture", pictures[0].name)
     picture = Picture(pictures[0].file, pictures[0].offset, pictures[0].data)
-    own, synthetic = original_caption(sample, options), _synthetic_captions(sample)
+    synthetic = synthetic_captions(sample)
     usable = tuple(caption for caption in synthetic if isinstance(caption, str))
     unusable = [caption for caption in synthetic if isinstance(caption, Reject)]
     if options.require == "synthetic" and not usable:
-        return unusable[0] if unusable else _without(sample, "no synthetic caption")
+        return unusable[0] if unusable else without(sample, "no synthetic caption")
     if isinstance(own, Reject) and (options.require == "original" or not usable):
         return own
     if isinstance(own, Reject):
         unusable += [own] if own.reason != ABSENT else []
         own = ""
     return CaptionRecord(where, own, picture, usable, len(unusable))
-
-
-def original_caption(sample: Sample, options: ReadOptions) -> str | Reject:
-    """The sample's own caption, or why it has none.
-
-    `text_key` in .json comes before .txt only where a user names it.
-    """
-    members, where = sample.members, sample.where
-    text = next((members[end] for end in TEXTS if end in members), None)
-    if text is not None and options.text_key == "text":
-        return caption_of(text.data, where)
-    if "json" not in members:
-        return _without(sample, ABSENT)
-    values, reason = json_object(members["json"].data)
-    if values is None:
-        return Reject(where, reason, members["json"].name)
-    caption = field_of(values, options)
-    if caption is None:
-        return Reject(where, ABSENT, f"{members['json'].name} has none under {options.text_key!r}")
-    return caption_of(caption, where, reason)
-
-
-def _synthetic_captions(sample: Sample) -> list[str | Reject]:
-    """DataCompDR's list `syn_text`, in .syn.json or else in .json."""
-    member = sample.members.get("syn.json", sample.members.get("json"))
-    if member is None:
-        return []
-    values, reason = json_object(member.data)
-    if values is None:
-        own = member is sample.members.get("json")
-        return [] if own else [Reject(sample.where, reason, member.name)]
-    captions = values.get("syn_text")
-    if not isinstance(captions, list):
-        return []
-    return [caption_of(caption, sample.where, reason) for caption in captions]
-
-
-def _without(sample: Sample, reason: str) -> Reject:
-    return Reject(sample.where, reason, f"it has {name_some(sorted(sample.members), 8)}")
 
 
 _READERS: dict[str, Callable[[Unit, ReadOptions], Iterator[CaptionRecord | Reject]]] = {

@@ -21,7 +21,9 @@ PARQUET, ARROW = (".parquet",), (".arrow",)
 TABLES = PARQUET + ARROW
 # Pictures stand in rows: fewer of them are read at a time than of texts.
 _BATCH_ROWS, _TEXT_ROWS, _BUFFER_BYTES = 32, 256, 2**20
-_SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|dev|test)(?![a-z])")
+_SPLIT = re.compile(r"(?<![a-z])(?P<split>train|validation|valid|val|dev|test)(?![a-z])")
+# split=train (partitions) and partial-train (the hub's) too.
+_SPLIT_FOLDER = re.compile(rf"(?:\w+=|partial-)?{_SPLIT.pattern}")
 _NAMES = {"valid": "validation", "val": "validation"}
 _SPLIT_LIST = "dataset_dict.json"
 
@@ -38,6 +40,9 @@ def table_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[pyarrow.Scal
     Raises ValueError that names the file if it is cut short or damaged.
     """
     with _opened(path) as table:
+        schema = table.schema_arrow if isinstance(table, ParquetFile) else table.schema
+        if twice := [name for name in columns if schema.names.count(name) > 1]:
+            raise ValueError(f"{path} has several columns {twice[0]}; give each a name of its own")
         for batch in _batches(table, list(columns)):
             yield from zip(*(batch.column(name) for name in columns), strict=True)
 
@@ -100,9 +105,9 @@ def refuse_splits(source: str, files: Sequence[str]) -> None:
     for parts in tables:
         for depth, part in enumerate(parts[shared:], start=shared):
             last = depth + 1 == len(parts)
-            named = (_SPLIT.search if last else _SPLIT.match)(part.lower())
+            named = (_SPLIT.search if last else _SPLIT_FOLDER.match)(part.lower())
             if named or part in listed:
-                name = part if part in listed or named is None else named[1]
+                name = part if part in listed or named is None else named["split"]
                 shown = re.sub(r"([-_.])\d.*(?=\.)", r"\1*", part) if last else part
                 patterns = splits.setdefault(_NAMES.get(name, name), {})
                 patterns["/".join([*parts[:depth], shown])] = None
