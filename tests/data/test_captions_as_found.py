@@ -1,11 +1,16 @@
-"""Lists of captions as people have them: COCO's from tables, long fields, links, unknown files."""
+"""Captions as people have them: COCO's from tables, links, other programs' names and lists."""
 
+import json
 from pathlib import Path
+from typing import Any
 
+import pyarrow
 import pytest
-from made_captions import img2dataset, outcome, picture, read, write, write_tar
-from made_inputs import OPTIONS
+from made_captions import img2dataset, joined, outcome, picture, read, write, write_tar
+from made_inputs import OPTIONS, as_json, as_lines, run
+from pyarrow import parquet
 
+from inputs import png
 from midstream.data.formats.read_captions import FORMATS, caption_units
 from midstream.data.formats.records import ReadOptions
 
@@ -74,3 +79,155 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         caption_units([str(tmp_path / "nowhere")], OPTIONS)
     with pytest.raises(FileNotFoundError, match="photos is no folder of pictures"):
         read(path, ReadOptions(images=str(tmp_path / "photos")))
+
+
+def write_table(path: Path, columns: dict[str, Any]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table(columns), path)
+    return str(path)
+
+
+def test_names_written_on_windows_are_read(tmp_path: Path) -> None:
+    write(tmp_path / "images/a/0.png", picture(0))
+    row = {"image": "images\\a\\0.png", "caption": "box"}
+    coco = {
+        "images": [{"id": 0, "file_name": "a\\0.png"}],
+        "annotations": [{"image_id": 0, "caption": "box"}],
+    }
+    names = ("images\\a\\0.png", ".\\images\\a\\0.png", "./images/a/0.png", "a\\0.png")
+    table = "image,caption\n" + "".join(f"{name},box\n" for name in names)
+    listed = {
+        "a.json": as_json([row]),
+        "captions_a.json": as_json(coco),
+        "captions.csv": table.encode(),
+    }
+    for name, data in listed.items():
+        found = read(write(tmp_path / name, data))
+        assert {*outcome(found)} == {"box"}
+        assert {item.picture.data for item in found} == {picture(0)}
+    write(tmp_path / "a.json", as_json([row | {"image": "b\\0.png"}]))
+    (found,) = read(f"{tmp_path}/a.json")
+    assert "has \\ where folders are parted by /" in str(found)
+
+
+@pytest.mark.parametrize(
+    "keys", [("image_file_name", "text"), ("file_names", "TEXT"), ("Image", "caption")]
+)
+def test_keys_are_those_of_imagefolder_in_any_case(tmp_path: Path, keys: tuple[str, str]) -> None:
+    write(tmp_path / "0.png", picture(0))
+    name: Any = ["0.png"] if keys[0].endswith("s") else "0.png"
+    row = {"file_name": None, keys[0]: name, "Text": None, keys[1]: "box"}
+    assert outcome(read(write(tmp_path / "metadata.jsonl", as_lines([row])))) == ["box"]
+    several = {"left_file_name": "0.png", "right_file_name": "0.png", "text": "box"}
+    found = read(write(tmp_path / "metadata.jsonl", as_lines([several])))
+    assert outcome(found) == ["- no picture"]
+
+
+@pytest.mark.parametrize(
+    "text", ["[\"it's\", 'a \\'box\\'']", '["it\'s"\n "a \'box\'"]', '["it\'s", "a \'box\'"]']
+)
+def test_lists_as_python_numpy_and_json_write_them_are_lists(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "0.png", picture(0))
+    row = {"image": "0.png", "caption": text}
+    found = read(write(tmp_path / "a.json", as_json([row])))
+    assert outcome(found) == ["it's", "a 'box'"]
+    row["caption"] = "['a'] and [b]"
+    assert outcome(read(write(tmp_path / "a.json", as_json([row])))) == ["['a'] and [b]"]
+
+
+def test_several_captions_in_a_sample_of_a_tar_are_several_records(tmp_path: Path) -> None:
+    five = {"0.jpg": picture(0), "0.json": as_json({"caption": ["a", " ", "b"]})}
+    found = read(write_tar(tmp_path / "a.tar", five))
+    assert outcome(found) == ["a", "- empty caption", "b"]
+    assert str(found[1]).startswith(f"{tmp_path}/a.tar, sample 0, caption 1: ")
+    assert {item.picture.data for item in (found[0], found[2])} == {picture(0)}
+    both = joined("k") | {"k.json": as_json({"caption": ["a", "b"]})}
+    del both["k.txt"]
+    (found,) = read(write_tar(tmp_path / "b.tar", both))
+    assert (found.caption, len(found.synthetic), found.left_out) == ("a", 5, 1)
+    broken = five | {"0.jpg": b""}
+    assert outcome(read(write_tar(tmp_path / "c.tar", broken))) == ["- zero-byte picture"]
+
+
+def test_a_tar_that_is_broken_from_the_start_is_told_after_the_others(tmp_path: Path) -> None:
+    write(tmp_path / "in/0.tar", b"")
+    write_tar(tmp_path / "in/1.tar", {"0.png": png(0), "0.txt": b"box", "0.syn.json": b"{}"})
+    units = caption_units([f"{tmp_path}/in"], OPTIONS)
+    assert [unit.format for unit in units] == ["datacompdr"] * 2
+    with pytest.raises(ValueError, match=r"1 of 2 inputs .*\n.*/0\.tar is not a whole tar file"):
+        run("captions", tmp_path / "in", tmp_path / "out")
+    assert (tmp_path / "out/shards/000001").is_dir()
+
+
+def test_what_img2dataset_did_not_get_is_told_and_no_bad_record(tmp_path: Path) -> None:
+    columns = {
+        "caption": [f"box {n}" for n in range(4)],
+        "status": ["success", "failed_to_download", "failed_to_resize", "success"],
+        "error_message": [None, "HTTP Error 404", None, None],
+        "jpg": [png(0), None, None, png(3)],
+    }
+    write_table(tmp_path / "in/00000.parquet", columns)
+    done = run("captions", tmp_path / "in", tmp_path / "out")
+    assert done["rejects"] == {"not fetched": 2}
+    assert done["train"]["examples"] == 2
+    lines = (tmp_path / "out/rejects.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["detail"] == "failed_to_download, HTTP Error 404"
+    # A picture that img2dataset says it has is a bad record, and so is a source without any.
+    for have, message in ((png(0), "1 of 4 records"), (None, "4 of 4 records")):
+        write_table(tmp_path / "in/00000.parquet", columns | {"jpg": [have, None, None, None]})
+        with pytest.raises(ValueError, match=rf"{message}(.*\n)+.* x no picture"):
+            run("captions", tmp_path / "in", tmp_path / "out")
+
+
+def test_pictures_of_a_table_come_before_their_names_of_any_type(tmp_path: Path) -> None:
+    names = pyarrow.array(["gone.png"] * 2)
+    for kind in (
+        pyarrow.string(),
+        pyarrow.large_string(),
+        pyarrow.dictionary(pyarrow.int8(), "str"),
+    ):
+        columns = {"file_name": names.cast(kind), "image": [png(0), png(1)], "text": ["a", "b"]}
+        assert outcome(read(write_table(tmp_path / "a.parquet", columns))) == ["a", "b"]
+    columns = {"image": [[[0, 9], [9, 0]]] * 2, "text": ["a", "b"]}
+    found = read(write_table(tmp_path / "a.parquet", columns))
+    assert str(found[0]).endswith("no picture (it is numbers, not a file in a picture format)")
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    columns = [pyarrow.array([png(0)]), pyarrow.array(["a"]), pyarrow.array(["b"])]
+    table = pyarrow.table(columns, names=["image", "text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet has several columns text; give each"):
+        read(f"{tmp_path}/a.parquet")
+
+
+@pytest.mark.parametrize("folder", ["split={}", "partial-{}", "{}2017"])
+def test_a_split_may_be_a_part_of_the_name_of_a_folder(tmp_path: Path, folder: str) -> None:
+    for split in ("train", "test"):
+        columns = {"image": [png(0)], "text": [split]}
+        write_table(tmp_path / "in" / folder.format(split) / "0.parquet", columns)
+    with pytest.raises(ValueError, match=r"holds the splits test, train"):
+        read(f"{tmp_path}/in")
+    assert outcome(read(f"{tmp_path}/in/{folder.format('train')}")) == ["train"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.tsv", b"a bus\thttp://host/0.jpg\n", "are addresses: fetch them with img2dataset"),
+        ("a.csv", b"URL,TEXT\nhttp://host/0.jpg,a\n", "are addresses: fetch them with img2dataset"),
+        (
+            "a.json",
+            b'[{"url": "http://host/0.jpg", "caption": "a"}]',
+            "fetch them with img2dataset",
+        ),
+        ("a.csv", b"0.png,a bus\n", "its first line is a record: write one above it that says"),
+        ("a.csv", b'image,caption,split\n0.png,"a" b,x\n', r"line 2: no CSV .*; quote fields"),
+        ("a.tsv", b'image\tcaption\n0\t"a\n1\tb"\n2\tc\n', r"line 3: no CSV .*over lines and col"),
+    ],
+)
+def test_a_list_that_is_no_list_of_pictures_says_what_to_do(
+    tmp_path: Path, name: str, data: bytes, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(write(tmp_path / name, data))

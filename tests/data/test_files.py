@@ -29,6 +29,7 @@ from midstream.data.formats.files import (
     exists,
     find_files,
     folder_of,
+    full_name,
     inside,
     is_folder,
     join,
@@ -36,6 +37,7 @@ from midstream.data.formats.files import (
     read_head,
     read_lines,
     read_range,
+    shown_files,
     size_of,
 )
 
@@ -448,3 +450,43 @@ def test_what_is_named_alone_is_read_beside_its_copy(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(ONE if name.endswith("l") else gzip.compress(ONE))
     found = run("text", tmp_path / "a.jsonl", tmp_path / "out")
     assert found["train"]["examples"] == 2
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("{08..10}.tar", ["08", "09", "10"]),
+        ("{9..11}.tar", ["10", "11", "9"]),
+        ("{9,1[01]}.tar", ["10", "11", "9"]),
+        ("{0,1}{8,0}.tar", []),
+    ],
+)
+def test_braces_stand_for_each_of_their_names(put: Put, pattern: str, names: list[str]) -> None:
+    for name in ("08", "09", "9", "10", "11"):
+        put(f"{name}.tar", b"tar")
+    base = put("", b"")
+    if names:
+        found = short(shown_files(f"{base}/{pattern}"), base)
+        assert found == [f"{name}.tar" for name in names]
+    else:
+        with pytest.raises(FileNotFoundError, match=r"00\.tar is not there, which .*/\{0,1\}\{8,0"):
+            shown_files(f"{base}/{pattern}")
+
+
+def test_a_file_with_braces_in_its_name_is_itself(tmp_path: Path) -> None:
+    (tmp_path / "{0,1}.tar").touch()
+    assert shown_files(f"{tmp_path}/{{0,1}}.tar") == [f"{tmp_path}/{{0,1}}.tar"]
+
+
+@pytest.mark.parametrize("order", ["le", "be"])
+def test_text_in_utf_16_is_read_and_a_cut_one_is_named(put: Put, order: str) -> None:
+    text = '{"text": "née 🦆"}\n' * 3
+    data = ("\ufeff" + text).encode(f"utf-16-{order}")
+    assert b"".join(read_lines(put("a.jsonl", data))) == text.encode()
+    with pytest.raises(ValueError, match=r"a\.jsonl is cut short or damaged"):
+        list(read_lines(put("a.jsonl", data[:-1])))
+
+
+def test_what_is_asked_of_a_server_is_no_part_of_a_name() -> None:
+    assert full_name("https://host/a.tar.gz?download=true") == "a.tar"
+    assert full_name("https://host/a.parquet?X=b/c#d") == "a.parquet"

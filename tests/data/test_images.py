@@ -407,6 +407,13 @@ def test_a_cut_picture_is_refused_by_name(kept: float, file_format: str) -> None
         decode_pixels(whole[: int(kept * len(whole))], "shard-3.tar, sample 7", LETTERBOX)
 
 
+def test_a_png_with_a_large_profile_is_read() -> None:
+    image = Image.fromarray(noise(4, 4))
+    stream = io.BytesIO()
+    image.save(stream, "PNG", icc_profile=bytes(2_000_000))
+    assert list(decode(stream.getvalue(), "a").getdata()) == list(image.getdata())
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Num, UInt8
-from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError, features
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -37,6 +37,8 @@ MAX_PIXELS = 64_000_000
 MAX_SIDE = 16_000
 # Other formats are refused: Pillow hands some of them to programs (EPS to Ghostscript).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000")
+# Colour profiles and notes of whole workflows have more than Pillow's 1 MiB.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 # EXIF orientations and what undoes them.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

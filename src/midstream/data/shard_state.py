@@ -327,8 +327,9 @@ def refuse_rejects(
         counts.update(read_json(shard / SHARD_INDEX)["rejects"])
     path = job.out / REJECTS
     _write(path, shards, stopped)
-    num_rejects = num_counted(counts)
-    if num_rejects <= max_reject_fraction * records and counts.total() < max(records, 1):
+    nothing = counts.total() >= max(records, 1)
+    num_rejects = counts.total() if nothing else num_counted(counts)
+    if num_rejects <= max_reject_fraction * records and not nothing:
         return
     under = f" (names start from {job.root})" if job.root else ""
     limit = "--max-rejects" if job.by_command else "max_reject_fraction of the world"
