@@ -413,7 +413,7 @@ def test_a_list_of_flickr8k_has_no_header(tmp_path: Path, name: str) -> None:
 
 
 def test_a_list_says_what_it_lacks(tmp_path: Path) -> None:
-    path = write(tmp_path / "captions.csv", "image,caption\n0.png,a\n".encode("utf-16"))
+    path = write(tmp_path / "captions.csv", "image,caption,é\n0.png,a,b\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"its header is not UTF-8; write the file in UTF-8"):
         read_all("captions", path)
     path = write(tmp_path / "other.csv", b"photo,words\n0.png,a\n")

@@ -359,7 +359,7 @@ def unpacked(path: str) -> Iterator[io.BufferedReader]:
             stream = stack.enter_context(
                 io.BufferedReader(cast(io.RawIOBase, source), _PIECE_BYTES)
             )
-        if stream.peek(2)[:2] in _UTF16:
+        if _checked(path, stream.peek, 2)[:2] in _UTF16:
             stream = stack.enter_context(io.BufferedReader(_Recoded(stream), _PIECE_BYTES))
         yield stream
 
