@@ -1,6 +1,7 @@
 """Captions as people have them: COCO's from tables, links, other programs' names and lists."""
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,16 @@ def test_names_written_on_windows_are_read(tmp_path: Path) -> None:
         assert {item.picture.data for item in found} == {picture(0)}
     write(tmp_path / "a.json", as_json([row | {"image": "b\\0.png"}]))
     (found,) = read(f"{tmp_path}/a.json")
-    assert "has \\ where folders are parted by /" in str(found)
+    assert str(found).endswith(f"missing picture ({tmp_path}/b/0.png)")
+
+
+@pytest.mark.parametrize("here", ["NFC", "NFD"])
+def test_names_in_another_form_of_unicode_are_read(tmp_path: Path, here: Any) -> None:
+    name = unicodedata.normalize(here, "né.png")
+    write(tmp_path / name, picture(0))
+    for form in ("NFC", "NFD"):
+        row = {"image": unicodedata.normalize(form, name), "caption": "box"}
+        assert outcome(read(write(tmp_path / "a.json", as_json([row])))) == ["box"]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +231,9 @@ def test_a_split_may_be_a_part_of_the_name_of_a_folder(tmp_path: Path, folder: s
             b'[{"url": "http://host/0.jpg", "caption": "a"}]',
             "fetch them with img2dataset",
         ),
-        ("a.csv", b"0.png,a bus\n", "its first line is a record: write one above it that says"),
+        ("a.csv", b"image,text,text\n0.png,a,b\n", "has several columns text; give each a name"),
+        ("captions.txt", b"0.png\ta bus\n", "its first line is a record: write a header above it"),
+        ("a.csv", b"0.png,a bus\n", "its first line is a record: write a header above it"),
         ("a.csv", b'image,caption,split\n0.png,"a" b,x\n', r"line 2: no CSV .*; quote fields"),
         ("a.tsv", b'image\tcaption\n0\t"a\n1\tb"\n2\tc\n', r"line 3: no CSV .*over lines and col"),
     ],

@@ -102,6 +102,8 @@ def rows_of(path: str, options: ReadOptions) -> Iterator[tuple[str, str] | str]:
     image, caption = picture_key(header), named(header, text_keys(options))
     if image is None or caption is None:
         raise _lacking(path, header, options)
+    if twice := [name for name in (image, caption) if header.count(name) > 1]:
+        raise ValueError(f"{path} has several columns {twice[0]}; give each a name of its own")
     wanted, split = wanted_splits(options), named(header, [SPLIT])
     for row in rows:
         if row and len(row) != len(header):
@@ -176,7 +178,9 @@ def _lacking(path: str, columns: Sequence[str], options: ReadOptions) -> ValueEr
     if any(map(is_address, columns)):
         remedy = BY_ADDRESS
     elif any(map(is_picture, columns)):
-        remedy = "its first line is a record: write one above it that says image,caption"
+        remedy = (
+            "its first line is a record: write a header above it, image and caption parted as it is"
+        )
     return ValueError(f"{path} has the columns {shown}; it needs image and {asked} ({remedy})")
 
 

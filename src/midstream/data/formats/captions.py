@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -242,7 +243,29 @@ def load_picture(roots: Sequence[str], name: str, where: str) -> Picture | Rejec
 def load_range(
     roots: Sequence[str], name: str, first: int, size: int, where: str
 ) -> Picture | Reject:
-    """Up to `size` bytes from `first` on of what `load_picture` would load."""
+    """Up to `size` bytes from `first` on of what `load_picture` would load.
+
+    Where no file has the name it may have / for \\ (lists of Windows), or the same letters in
+    another form of Unicode (files of macOS).
+    """
+    found = _load_range(roots, name, first, size, where)
+    if "\\" in name and _is_missing(found):
+        name = name.replace("\\", "/")
+        found = _load_range(roots, name, first, size, where)
+    if not name.isascii() and _is_missing(found):
+        others = {unicodedata.normalize(form, name) for form in ("NFC", "NFD")} - {name}
+        again = (_load_range(roots, other, first, size, where) for other in sorted(others))
+        return next((one for one in again if not _is_missing(one)), found)
+    return found
+
+
+def _is_missing(found: Picture | Reject) -> bool:
+    return isinstance(found, Reject) and found.reason == "missing picture"
+
+
+def _load_range(
+    roots: Sequence[str], name: str, first: int, size: int, where: str
+) -> Picture | Reject:
     try:
         path = inside(roots, name, where)
     except ValueError as error:
@@ -254,11 +277,6 @@ def load_range(
         # A failing disk or connection is no missing picture.
         if not isinstance(error, absent) and error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
             raise
-        # Lists written on Windows.
-        turned = name.replace("\\", "/")
-        again = load_range(roots, turned, first, size, where) if turned != name else None
-        if isinstance(again, Picture):
-            return again
         return Reject(where, "missing picture", not_there(path, error.errno))
 
 
@@ -313,7 +331,7 @@ def not_there(path: str, number: int | None = None) -> str:
         return f"{path} has links that go round in a circle"
     if not is_url(path) and os.path.islink(path):
         return f"{path} has no file behind it: it links to {os.readlink(path)}"
-    return f"{path} has \\ where folders are parted by /" if "\\" in path else path
+    return path
 
 
 def first_folder(candidates: Sequence[str], otherwise: str) -> str:

@@ -267,7 +267,10 @@ def _lone_format(path: str) -> str:
         if name == "metadata.jsonl" or picture_key(first or ()) is not None:
             found = "list" if name.endswith(".json") else "imagefolder"
     elif name.endswith(TEXT_TABLES):
-        tabular = name.endswith((".csv", ".tsv")) or picture_key(columns_of_csv(path)) is not None
+        header = columns_of_csv(path)
+        tabular = (
+            name.endswith((".csv", ".tsv")) or picture_key(header) or any(map(is_picture, header))
+        )
         found = "csv" if tabular else ""
     if not found:
         addressed = first is not None and any(map(is_address, first))
