@@ -178,9 +178,7 @@ def _lacking(path: str, columns: Sequence[str], options: ReadOptions) -> ValueEr
     if any(map(is_address, columns)):
         remedy = BY_ADDRESS
     elif any(map(is_picture, columns)):
-        remedy = (
-            "its first line is a record: write a header above it, image and caption parted as it is"
-        )
+        remedy = "its first line is a record: write a header above it, parted as the line is"
     return ValueError(f"{path} has the columns {shown}; it needs image and {asked} ({remedy})")
 
 

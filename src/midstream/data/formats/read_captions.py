@@ -268,10 +268,8 @@ def _lone_format(path: str) -> str:
             found = "list" if name.endswith(".json") else "imagefolder"
     elif name.endswith(TEXT_TABLES):
         header = columns_of_csv(path)
-        tabular = (
-            name.endswith((".csv", ".tsv")) or picture_key(header) or any(map(is_picture, header))
-        )
-        found = "csv" if tabular else ""
+        shows = picture_key(header) is not None or any(map(is_picture, header))
+        found = "csv" if shows or name.endswith((".csv", ".tsv")) else ""
     if not found:
         addressed = first is not None and any(map(is_address, first))
         remedy = BY_ADDRESS if addressed else _known()
