@@ -188,7 +188,6 @@ def test_bad_rows_are_rejected_with_their_place_and_reason(put: Put) -> None:
         (b"\xef\xbb\xbf", "empty text"),
         (b"\r\n \n", "empty text"),
         (b"caf\xe9", "not UTF-8"),
-        ("text".encode("utf-16"), "not UTF-8"),
     ],
 )
 def test_a_bad_plain_text_file_is_rejected(put: Put, data: bytes, reason: str) -> None:
